@@ -1,0 +1,101 @@
+// What every kernel shares: index_t, the six dtypes (storage, accumulator, canonical multiply-add), small arithmetic.
+//
+// Macros read: INDEX_BITS (32 or 64) and DTYPE (float16, bfloat16, float32, float64, complex64 or complex128).
+
+#if INDEX_BITS == 64
+typedef long long index_t;
+#else
+typedef int index_t;
+static_assert(INDEX_BITS == 32, "INDEX_BITS is 32 or 64: see index_bits in gpuconv/families/base.py");
+#endif
+
+// Element offsets are products of two index_t: the host chooses INDEX_BITS so that the largest one fits.
+
+// -- dtypes: storage_t is what lies in memory, acc_t what sums are formed in ------------------------------------------
+
+template <typename real_t>
+struct alignas(2 * sizeof(real_t)) Complex {
+    real_t re, im;
+};
+
+namespace dtype {
+
+template <typename real_t>
+struct Real {
+    typedef real_t storage_t;
+    typedef real_t acc_t;
+    static __device__ __forceinline__ acc_t zero() { return real_t(0); }
+    static __device__ __forceinline__ acc_t load(storage_t value) { return value; }
+    static __device__ __forceinline__ storage_t round(acc_t value) { return value; }
+};
+
+template <typename real_t>
+struct ComplexPair {
+    typedef Complex<real_t> storage_t;
+    typedef Complex<real_t> acc_t;
+    static __device__ __forceinline__ acc_t zero() { return acc_t{real_t(0), real_t(0)}; }
+    static __device__ __forceinline__ acc_t load(storage_t value) { return value; }
+    static __device__ __forceinline__ storage_t round(acc_t value) { return value; }
+};
+
+struct float16 {
+    typedef unsigned short storage_t;
+    typedef float acc_t;
+    static __device__ __forceinline__ acc_t zero() { return 0.0f; }
+    static __device__ __forceinline__ acc_t load(storage_t bits) { return half_bits_to_float(bits); }
+    static __device__ __forceinline__ storage_t round(acc_t value) { return float_to_half_bits_rn(value); }
+};
+
+struct bfloat16 {
+    typedef unsigned short storage_t;
+    typedef float acc_t;
+    static __device__ __forceinline__ acc_t zero() { return 0.0f; }
+    static __device__ __forceinline__ acc_t load(storage_t bits) { return uint_as_float(unsigned(bits) << 16); }
+    // To nearest even on the bits. A NaN keeps its sign and becomes quiet: rounding it could carry into infinity.
+    static __device__ __forceinline__ storage_t round(acc_t value) {
+        const unsigned bits = float_as_uint(value);
+        if ((bits & 0x7fffffffu) > 0x7f800000u) return storage_t((bits >> 16) | 0x0040u);
+        return storage_t((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+    }
+};
+
+typedef Real<float> float32;
+typedef Real<double> float64;
+typedef ComplexPair<float> complex64;
+typedef ComplexPair<double> complex128;
+
+}  // namespace dtype
+
+typedef dtype::DTYPE scalar;
+typedef scalar::storage_t storage_t;
+typedef scalar::acc_t acc_t;
+
+// -- the canonical multiply-add: every CUDA-core family accumulates with these, c_in outer and k inner ----------------
+
+__device__ __forceinline__ float multiply_add(float w, float x, float acc) { return fma_rn(w, x, acc); }
+__device__ __forceinline__ double multiply_add(double w, double x, double acc) { return fma_rn(w, x, acc); }
+
+template <typename real_t>
+__device__ __forceinline__ Complex<real_t> multiply_add(Complex<real_t> w, Complex<real_t> x, Complex<real_t> acc) {
+    acc.re = fma_rn(w.re, x.re, acc.re);
+    acc.re = fma_rn(-w.im, x.im, acc.re);
+    acc.im = fma_rn(w.re, x.im, acc.im);
+    acc.im = fma_rn(w.im, x.re, acc.im);
+    return acc;
+}
+
+__device__ __forceinline__ float add(float a, float b) { return a + b; }
+__device__ __forceinline__ double add(double a, double b) { return a + b; }
+
+template <typename real_t>
+__device__ __forceinline__ Complex<real_t> add(Complex<real_t> a, Complex<real_t> b) {
+    return Complex<real_t>{a.re + b.re, a.im + b.im};
+}
+
+// -- index arithmetic ------------------------------------------------------------------------------------------------
+
+// ceil(a / b) for a >= 0, b > 0; written so that it cannot overflow where a is representable.
+__device__ __forceinline__ index_t ceil_div(index_t a, index_t b) { return a / b + (a % b != 0); }
+
+__device__ __forceinline__ index_t min_index(index_t a, index_t b) { return a < b ? a : b; }
+__device__ __forceinline__ index_t max_index(index_t a, index_t b) { return a > b ? a : b; }

@@ -1,0 +1,58 @@
+// conv1d_direct: forward convolution, one thread per output element. Takes every problem; chosen when no faster family
+// does, and the template for those that follow.
+//
+//   output[n, c_out, l_out] = bias[c_out]
+//       + sum over c_in < C_in_g, k < K of weight[c_out, c_in, k] * input[n, g*C_in_g + c_in, l_in],
+//   g = c_out / C_out_g,   l_in = l_out*stride - padding_left + k*dilation,   taps outside [0, L_in) left out.
+//
+// Grid x: blocks of BLOCK_SIZE consecutive elements of the flattened output (n, c_out, l_out), l_out fastest; where the
+// grid is shorter than the output, threads go round again. Grid y and z: 1. No shared memory.
+// Needs nothing: arrays of any strides, zero and negative included, in elements.
+
+struct Params {
+    index_t num_outputs;  // N * C_out * L_out
+    index_t C_out, L_in, L_out, K;
+    index_t C_in_g, C_out_g;
+    index_t stride, padding_left, dilation;
+    index_t input_stride_n, input_stride_c, input_stride_l;
+    index_t weight_stride_out, weight_stride_in, weight_stride_k;
+    index_t bias_stride;
+    index_t output_stride_n, output_stride_c, output_stride_l;
+};
+static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/conv1d_direct.py");
+
+extern "C" __global__ void __launch_bounds__(BLOCK_SIZE, 2) conv1d_direct(
+    const storage_t* __restrict__ input,   // [N, C_in, L_in]
+    const storage_t* __restrict__ weight,  // [C_out, C_in_g, K]
+    const storage_t* __restrict__ bias,    // [C_out], or null
+    storage_t* __restrict__ output,        // [N, C_out, L_out]
+    const Params p) {
+    const index_t grid_size = index_t(gridDim.x) * BLOCK_SIZE;
+    for (index_t i = index_t(blockIdx.x) * BLOCK_SIZE + threadIdx.x; i < p.num_outputs; i += grid_size) {
+        const index_t row = i / p.L_out;
+        const index_t l_out = i - row * p.L_out;
+        const index_t n = row / p.C_out;
+        const index_t c_out = row - n * p.C_out;
+        const index_t g = c_out / p.C_out_g;
+
+        // The taps k_begin <= k < k_end are those whose l_in lies in [0, L_in).
+        const index_t l_first = l_out * p.stride - p.padding_left;  // l_in of tap 0
+        const index_t k_begin = l_first < 0 ? ceil_div(-l_first, p.dilation) : 0;
+        const index_t k_end = l_first < p.L_in ? min_index(p.K, ceil_div(p.L_in - l_first, p.dilation)) : 0;
+
+        const storage_t* x = input + n * p.input_stride_n + g * p.C_in_g * p.input_stride_c;  // input[n, g*C_in_g, 0]
+        const storage_t* w = weight + c_out * p.weight_stride_out;                            // weight[c_out, 0, 0]
+
+        acc_t acc = scalar::zero();
+        for (index_t c_in = 0; c_in < p.C_in_g; ++c_in) {
+            for (index_t k = k_begin; k < k_end; ++k) {
+                const index_t l_in = l_first + k * p.dilation;
+                acc = multiply_add(
+                    scalar::load(w[c_in * p.weight_stride_in + k * p.weight_stride_k]),
+                    scalar::load(x[c_in * p.input_stride_c + l_in * p.input_stride_l]), acc);
+            }
+        }
+        if (bias != nullptr) acc = add(acc, scalar::load(bias[c_out * p.bias_stride]));
+        output[n * p.output_stride_n + c_out * p.output_stride_c + l_out * p.output_stride_l] = scalar::round(acc);
+    }
+}

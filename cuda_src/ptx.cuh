@@ -1,0 +1,33 @@
+// Every PTX instruction and CUDA intrinsic that gpuconv uses, each wrapped once in a function with a name.
+//
+// Only CUDA compilers see the bodies: on a host compiler the same names come from the header that runs the kernels on
+// the CPU (tests/hostcuda), so everything after this file is the same text in both places.
+
+#ifdef __CUDACC__
+
+// w*x + acc with one rounding to nearest even.
+__device__ __forceinline__ float fma_rn(float w, float x, float acc) { return __fmaf_rn(w, x, acc); }
+__device__ __forceinline__ double fma_rn(double w, double x, double acc) { return __fma_rn(w, x, acc); }
+
+// IEEE binary16 in the low bits of an unsigned short.
+__device__ __forceinline__ float half_bits_to_float(unsigned short bits) {
+    float value;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
+    return value;
+}
+__device__ __forceinline__ unsigned short float_to_half_bits_rn(float value) {
+    unsigned short bits;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+    return bits;
+}
+
+__device__ __forceinline__ float uint_as_float(unsigned bits) { return __uint_as_float(bits); }
+__device__ __forceinline__ unsigned float_as_uint(float value) { return __float_as_uint(value); }
+
+// The block's dynamic shared memory, 16-byte aligned. The only way to shared memory in gpuconv.
+__device__ __forceinline__ unsigned char* dynamic_shared_memory() {
+    extern __shared__ uint4 dynamic_shared_memory_base[];
+    return reinterpret_cast<unsigned char*>(dynamic_shared_memory_base);
+}
+
+#endif  // __CUDACC__

@@ -1,0 +1,60 @@
+"""What the kernel families need to know of a GPU, as a value that tests can construct."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """A GPU, by the numbers that configurations depend on.
+
+    Attributes:
+        name: for people.
+        arch: compute capability as one number, 90 for sm_90.
+        num_sms: streaming multiprocessors.
+        shared_per_block: bytes of shared memory one block may ask for (the opt-in maximum).
+        shared_per_sm: bytes of shared memory of one multiprocessor.
+        l2_bytes: size of the L2 cache.
+    """
+
+    name: str
+    arch: int
+    num_sms: int
+    shared_per_block: int
+    shared_per_sm: int
+    l2_bytes: int
+
+    @property
+    def arch_name(self) -> str:
+        return f"sm_{self.arch}"
+
+    @classmethod
+    def from_arch(cls, arch: str) -> Device:
+        """A typical GPU of an architecture, for planning without that GPU.
+
+        Args:
+            arch: "sm_90" and so on; see `ARCHITECTURES`.
+
+        Raises:
+            ValueError: the architecture is not in the table.
+        """
+        if arch not in ARCHITECTURES:
+            raise ValueError(f"arch must be one of {', '.join(ARCHITECTURES)}, got {arch!r}")
+        return ARCHITECTURES[arch]
+
+
+_KIB = 1024
+_MIB = 1024 * 1024
+
+# Shared memory: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability". Multiprocessors and L2:
+# NVIDIA's architecture white papers, for the named product.
+ARCHITECTURES = {
+    "sm_75": Device("Tesla T4", 75, 40, 64 * _KIB, 64 * _KIB, 4 * _MIB),
+    "sm_80": Device("A100", 80, 108, 163 * _KIB, 164 * _KIB, 40 * _MIB),
+    "sm_86": Device("GeForce RTX 3090", 86, 82, 99 * _KIB, 100 * _KIB, 6 * _MIB),
+    "sm_89": Device("GeForce RTX 4090", 89, 128, 99 * _KIB, 100 * _KIB, 72 * _MIB),
+    "sm_90": Device("H200", 90, 132, 227 * _KIB, 228 * _KIB, 50 * _MIB),
+    "sm_100": Device("B200", 100, 148, 227 * _KIB, 228 * _KIB, 126 * _MIB),
+    "sm_120": Device("GeForce RTX 5090", 120, 170, 99 * _KIB, 100 * _KIB, 96 * _MIB),
+}

@@ -1,0 +1,158 @@
+"""The values that pass from a kernel family to the runtime: Layout in, Config and Launch out."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ..device import Device
+from ..problem import ConvProblem, Op
+from ..source import params_fields
+
+INT32_MAX = 2**31 - 1
+MAX_GRID = 2**31 - 1  # blocks along grid x, on every architecture since sm_30
+
+
+@dataclass(frozen=True, slots=True)
+class ArrayLayout:
+    """Where the elements of an array lie.
+
+    Attributes:
+        strides: in elements, one per axis.
+        alignment: the largest power of two, at most 16, that divides the address of element 0, in bytes.
+    """
+
+    strides: tuple[int, ...]
+    alignment: int = 16
+
+    def reach(self, shape: tuple[int, ...]) -> int:
+        """The largest absolute element offset that indexing within `shape` forms."""
+        return sum((extent - 1) * abs(stride) for extent, stride in zip(shape, self.strides, strict=True) if extent > 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The layouts of a call's arrays. input and output always have three axes; bias is None when there is none."""
+
+    input: ArrayLayout
+    weight: ArrayLayout
+    bias: ArrayLayout | None
+    output: ArrayLayout
+
+    @classmethod
+    def contiguous(cls, problem: ConvProblem) -> Layout:
+        """C-contiguous arrays that start at 16-byte boundaries, as fresh allocations do."""
+        p = problem
+        return cls(
+            input=ArrayLayout(contiguous_strides((p.N, p.C_in, p.L_in))),
+            weight=ArrayLayout(contiguous_strides(p.weight_shape)),
+            bias=ArrayLayout((1,)) if p.has_bias else None,
+            output=ArrayLayout(contiguous_strides((p.N, p.C_out, p.L_out))),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """One specialisation of a kernel: everything that its source text depends on."""
+
+    kernel: str
+    macros: tuple[tuple[str, str], ...]
+
+    @classmethod
+    def of(cls, kernel: str, macros: Mapping[str, str | int]) -> Config:
+        return cls(kernel, tuple((name, str(value)) for name, value in macros.items()))
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """How a kernel is launched.
+
+    Attributes:
+        grid: blocks along x; y and z are 1.
+        block: threads of a block.
+        shared_bytes: dynamic shared memory of a block.
+        index_bits: 32 or 64, the width of every field of Params.
+        params: the fields of Params, by name, in the order in which the .cu file declares them.
+    """
+
+    grid: int
+    block: int
+    shared_bytes: int
+    index_bits: int
+    params: tuple[tuple[str, int], ...]
+
+
+class Family(ABC):
+    """A kernel family: one `.cu` file and the pure functions that decide when and how it runs.
+
+    Families know neither CuPy nor each other.
+    """
+
+    name: ClassVar[str]
+    """The one word for the file, the kernel function, the family and the test id: ``<op>_<algorithm>``."""
+
+    op: ClassVar[Op]
+
+    @abstractmethod
+    def refuse(self, problem: ConvProblem, layout: Layout, device: Device) -> str | None:
+        """Why this family does not take the problem ("needs C_in/groups >= 16"), or None if it does.
+
+        `problem.op` is the family's own and no array of the problem is empty.
+        """
+
+    @abstractmethod
+    def configure(self, problem: ConvProblem, layout: Layout, device: Device) -> tuple[Config, Launch]:
+        """The kernel's specialisation and launch for a problem that the family does not refuse."""
+
+    @abstractmethod
+    def configs(self, device: Device) -> Iterator[Config]:
+        """Every specialisation that `configure` can return on a device: what the compile tests build."""
+
+
+def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The strides, in elements, of a C-contiguous array."""
+    strides = [1] * len(shape)
+    for axis in range(len(shape) - 2, -1, -1):
+        strides[axis] = strides[axis + 1] * shape[axis + 1]
+    return tuple(strides)
+
+
+def index_bits(problem: ConvProblem, layout: Layout, *extra: int) -> int:
+    """32 where every index and offset of a launch fits a signed 32-bit integer, else 64.
+
+    `extra` are further values that a kernel forms, such as the padded size of its grid.
+    """
+    p = problem
+    span = p.dilation * (p.K - 1) + 1
+    largest = max(
+        layout.input.reach((p.N, p.C_in, p.L_in)),
+        layout.weight.reach(p.weight_shape),
+        layout.bias.reach((p.C_out,)) if layout.bias else 0,
+        layout.output.reach((p.N, p.C_out, p.L_out)),
+        # Positions before they are clipped to the array, on the fine side of the stride.
+        p.L_in + p.padding_left + p.padding_right + span + p.stride,
+        p.L_out + p.padding_left + p.padding_right + span + p.stride,
+        *extra,
+    )
+    return 32 if largest <= INT32_MAX else 64
+
+
+def stride_params(layout: Layout, weight_axes: tuple[str, str]) -> dict[str, int]:
+    """The stride fields of Params; `weight_axes` names the first two axes of weight ("out", "in" or the reverse)."""
+    fields = dict(zip(("input_stride_n", "input_stride_c", "input_stride_l"), layout.input.strides, strict=True))
+    names = (*(f"weight_stride_{axis}" for axis in weight_axes), "weight_stride_k")
+    fields.update(zip(names, layout.weight.strides, strict=True))
+    fields["bias_stride"] = layout.bias.strides[0] if layout.bias else 0
+    fields.update(zip(("output_stride_n", "output_stride_c", "output_stride_l"), layout.output.strides, strict=True))
+    return fields
+
+
+def base_config(kernel: str, dtype: str, bits: int, block_size: int) -> Config:
+    """The specialisation of a one-thread-per-output kernel."""
+    fields = len(params_fields(kernel))
+    return Config.of(
+        kernel,
+        {"DTYPE": dtype, "INDEX_BITS": bits, "BLOCK_SIZE": block_size, "PARAMS_BYTES": fields * bits // 8},
+    )

@@ -1,0 +1,459 @@
+"""The convolution problem: one validated, hashable value that every layer of gpuconv works on.
+
+All argument checking of shapes, dtypes and settings lives here, so NumPy and CuPy arrays are accepted and refused
+alike. The two length formulas exist once, in `ConvProblem.__post_init__`.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, Protocol, SupportsIndex, TypeAlias
+
+import numpy as np
+
+Op: TypeAlias = Literal["conv1d", "conv_transpose1d"]
+Setting: TypeAlias = SupportsIndex | Sequence[SupportsIndex]
+Padding: TypeAlias = Setting | str
+
+DTYPES = ("float16", "bfloat16", "float32", "float64", "complex64", "complex128")
+ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8, "complex64": 8, "complex128": 16}
+PADDING_MODES = ("zeros",)
+PRECISIONS = ("float32",)
+
+# The largest extent and the largest number of bytes of one array: offsets are signed 64-bit integers.
+MAX_EXTENT = 2**63 - 1
+
+# The largest stride and dilation: kernels multiply two of them in 64 bits.
+MAX_STEP = 2**31 - 1
+
+_LAYOUTS = {
+    "conv1d": {
+        "input": "(N, C_in, L_in) or (C_in, L_in)",
+        "weight": "(C_out, C_in/groups, K)",
+        "bias": "(C_out,)",
+    },
+    "conv_transpose1d": {
+        "input": "(N, C_in, L_in) or (C_in, L_in)",
+        "weight": "(C_in, C_out/groups, K)",
+        "bias": "(C_out,)",
+    },
+}
+
+
+class ArrayLike(Protocol):
+    """What validation reads of an array: its shape and its dtype."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> Any: ...
+
+
+class ArraySpec(NamedTuple):
+    """The shape and dtype of an array that need not exist (for `explain`, tests and benchmarks)."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+
+
+@dataclass(frozen=True, slots=True)
+class ConvProblem:
+    """A 1-D convolution or transposed convolution with every setting resolved.
+
+    Build it with `ConvProblem.conv1d` or `ConvProblem.conv_transpose1d`, which validate; the constructor takes
+    resolved values. Extents are counts of elements:
+
+    - input ``(N, C_in, L_in)``, output ``(N, C_out, L_out)``, bias ``(C_out,)``;
+    - weight ``(C_out, C_in/groups, K)`` for conv1d, ``(C_in, C_out/groups, K)`` for conv_transpose1d;
+    - conv1d: ``l_in = l_out*stride - padding_left + k*dilation``;
+    - conv_transpose1d: ``l_out = l_in*stride - padding_left + k*dilation``.
+
+    Raises:
+        ValueError: an output length below 1, or an array whose size does not fit 64-bit offsets.
+    """
+
+    op: Op
+    N: int
+    C_in: int
+    C_out: int
+    L_in: int
+    K: int
+    stride: int = 1
+    padding_left: int = 0
+    padding_right: int = 0
+    dilation: int = 1
+    groups: int = 1
+    output_padding: int = 0
+    dtype: str = "float32"
+    has_bias: bool = False
+    batched: bool = True
+    L_out: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        span = self.dilation * (self.K - 1) + 1  # the positions from the first tap to the last, both included
+        if self.transposed:
+            full = (self.L_in - 1) * self.stride + span + self.output_padding
+            L_out = full - self.padding_left - self.padding_right
+            detail = (
+                f"(L_in - 1)*stride - padding_left - padding_right + dilation*(K - 1) + output_padding + 1 = "
+                f"({self.L_in} - 1)*{self.stride} - {self.padding_left} - {self.padding_right} + "
+                f"{self.dilation}*({self.K} - 1) + {self.output_padding} + 1"
+            )
+        else:
+            full = self.L_in + self.padding_left + self.padding_right
+            if span > full:
+                raise ValueError(
+                    f"{self.op}: the kernel is longer than the padded input: it spans dilation*(K - 1) + 1 = {span} "
+                    f"positions, the padded input has {full} (L_in = {self.L_in}, padding = "
+                    f"({self.padding_left}, {self.padding_right}))"
+                )
+            L_out = (full - span) // self.stride + 1
+            detail = "floor((L_in + padding_left + padding_right - dilation*(K - 1) - 1)/stride) + 1"
+        if L_out < 1:
+            raise ValueError(f"{self.op}: the output length must be at least 1, got {L_out} = {detail}")
+        if max(full, span, self.stride) > MAX_EXTENT:
+            raise ValueError(
+                f"{self.op}: extents must fit in 64 bits: the padded length is {full}, the kernel spans {span}"
+            )
+        object.__setattr__(self, "L_out", L_out)
+        for name, shape in (("input", self.input_shape), ("weight", self.weight_shape), ("output", self.output_shape)):
+            # A zero extent hides nothing: the strides of the other axes must be representable too.
+            elements = math.prod(max(extent, 1) for extent in shape)
+            if elements * self.itemsize > MAX_EXTENT:
+                raise ValueError(
+                    f"{self.op}: {name} of shape {shape} and dtype {self.dtype} needs {elements * self.itemsize} "
+                    f"bytes, more than 64-bit offsets reach ({MAX_EXTENT})"
+                )
+
+    # -- construction from arrays ------------------------------------------------------------------------------------
+
+    @classmethod
+    def conv1d(
+        cls,
+        input: ArrayLike,
+        weight: ArrayLike,
+        bias: ArrayLike | None = None,
+        stride: Setting = 1,
+        padding: Padding = 0,
+        dilation: Setting = 1,
+        groups: SupportsIndex = 1,
+    ) -> ConvProblem:
+        """Validate the arguments of `gpuconv.conv1d`; only `.shape` and `.dtype` of the arrays are read.
+
+        Raises:
+            ValueError: a shape or a value is out of range.
+            TypeError: a setting is of the wrong kind, or a dtype is not supported.
+        """
+        op: Op = "conv1d"
+        x = _Arrays.check(op, input, weight, bias)
+        s = _setting(op, "stride", stride, 1, MAX_STEP)
+        d = _setting(op, "dilation", dilation, 1, MAX_STEP)
+        g = _groups(op, groups)
+        C_out, C_in_g, K = weight.shape
+        if x.C_in % g:
+            raise ValueError(f"{op}: groups must divide the input channels, got groups = {g} and C_in = {x.C_in}")
+        if C_out % g:
+            raise ValueError(f"{op}: groups must divide the output channels, got groups = {g} and C_out = {C_out}")
+        if C_in_g * g != x.C_in:
+            raise ValueError(
+                f"{op}: input has C_in = {x.C_in} channels, but weight {weight.shape} with groups = {g} expects "
+                f"C_in = {C_in_g}*{g} = {C_in_g * g}"
+            )
+        _check_bias_length(op, bias, C_out)
+        span = d * (K - 1) + 1
+
+        def same() -> tuple[int, int]:
+            L_out = -(-x.L_in // s)
+            return _halves(max(0, (L_out - 1) * s + span - x.L_in))
+
+        def causal() -> tuple[int, int]:
+            return span - 1, 0
+
+        left, right = _padding(op, padding, {"valid": lambda: (0, 0), "same": same, "causal": causal})
+        return cls(
+            op, x.N, x.C_in, C_out, x.L_in, K, s, left, right, d, g, 0, x.dtype, bias is not None, x.batched
+        )  # fmt: skip
+
+    @classmethod
+    def conv_transpose1d(
+        cls,
+        input: ArrayLike,
+        weight: ArrayLike,
+        bias: ArrayLike | None = None,
+        stride: Setting = 1,
+        padding: Padding = 0,
+        output_padding: Setting = 0,
+        groups: SupportsIndex = 1,
+        dilation: Setting = 1,
+        output_size: Setting | None = None,
+    ) -> ConvProblem:
+        """Validate the arguments of `gpuconv.conv_transpose1d`; only `.shape` and `.dtype` of the arrays are read.
+
+        Raises:
+            ValueError: a shape or a value is out of range.
+            TypeError: a setting is of the wrong kind, or a dtype is not supported.
+        """
+        op: Op = "conv_transpose1d"
+        x = _Arrays.check(op, input, weight, bias)
+        s = _setting(op, "stride", stride, 1, MAX_STEP)
+        d = _setting(op, "dilation", dilation, 1, MAX_STEP)
+        extra = _setting(op, "output_padding", output_padding, 0)
+        g = _groups(op, groups)
+        weight_C_in, C_out_g, K = weight.shape
+        if x.C_in % g:
+            raise ValueError(f"{op}: groups must divide the input channels, got groups = {g} and C_in = {x.C_in}")
+        if weight_C_in != x.C_in:
+            raise ValueError(
+                f"{op}: input has C_in = {x.C_in} channels, but weight {weight.shape} expects C_in = {weight_C_in}"
+            )
+        C_out = C_out_g * g
+        _check_bias_length(op, bias, C_out)
+        if extra >= max(s, d):
+            raise ValueError(f"{op}: output_padding must be below max(stride, dilation) = {max(s, d)}, got {extra}")
+        span = d * (K - 1) + 1
+        deficit = 0
+
+        def same() -> tuple[int, int]:
+            # L_out = L_in*stride: where the kernel is shorter than the stride there is nothing to trim, and
+            # output_padding fills the deficit instead.
+            nonlocal deficit
+            if extra:
+                raise ValueError(f'{op}: padding "same" chooses output_padding itself; expected 0, got {extra}')
+            deficit = max(0, s - span)
+            return _halves(max(0, span - s))
+
+        left, right = _padding(op, padding, {"valid": lambda: (0, 0), "same": same})
+        extra += deficit
+        if output_size is not None:
+            wanted = _setting(op, "output_size", output_size)
+            smallest = (x.L_in - 1) * s - left - right + span
+            if isinstance(padding, str) and padding == "same":
+                smallest, largest = x.L_in * s, x.L_in * s
+            else:
+                smallest, largest = smallest, smallest + max(s, d) - 1
+            if extra and not deficit:
+                raise ValueError(
+                    f"{op}: give output_padding or output_size, not both; got output_padding = {extra} and "
+                    f"output_size = {wanted}"
+                )
+            if not smallest <= wanted <= largest:
+                raise ValueError(
+                    f"{op}: output_size must be from {smallest} to {largest} for this input length, stride, padding "
+                    f"and kernel, got {wanted}"
+                )
+            extra += wanted - smallest
+        return cls(
+            op, x.N, x.C_in, C_out, x.L_in, K, s, left, right, d, g, extra, x.dtype, bias is not None, x.batched
+        )  # fmt: skip
+
+    # -- derived values ----------------------------------------------------------------------------------------------
+
+    @property
+    def transposed(self) -> bool:
+        return self.op == "conv_transpose1d"
+
+    @property
+    def C_in_g(self) -> int:
+        """Input channels of one group."""
+        return self.C_in // self.groups
+
+    @property
+    def C_out_g(self) -> int:
+        """Output channels of one group."""
+        return self.C_out // self.groups
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one element."""
+        return ITEMSIZE[self.dtype]
+
+    @property
+    def is_complex(self) -> bool:
+        return self.dtype.startswith("complex")
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        return (self.N, self.C_in, self.L_in) if self.batched else (self.C_in, self.L_in)
+
+    @property
+    def weight_shape(self) -> tuple[int, int, int]:
+        if self.transposed:
+            return (self.C_in, self.C_out_g, self.K)
+        return (self.C_out, self.C_in_g, self.K)
+
+    @property
+    def bias_shape(self) -> tuple[int] | None:
+        return (self.C_out,) if self.has_bias else None
+
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        return (self.N, self.C_out, self.L_out) if self.batched else (self.C_out, self.L_out)
+
+    @property
+    def padding(self) -> tuple[int, int]:
+        return (self.padding_left, self.padding_right)
+
+    @property
+    def terms(self) -> int:
+        """The most products that one output element sums: the ``n`` of the error bound."""
+        if self.transposed:
+            # The taps k of one output position satisfy k*dilation = l_out + padding_left (mod stride), so they are
+            # stride/gcd(stride, dilation) apart.
+            step = self.stride // math.gcd(self.stride, self.dilation)
+            return self.C_in_g * -(-self.K // step)
+        return self.C_in_g * self.K
+
+    def flops(self) -> int:
+        """Floating-point operations, a multiply-add counted as two (as eight for complex data), padding included."""
+        rows = self.C_in * self.L_in * self.C_out_g if self.transposed else self.C_out * self.L_out * self.C_in_g
+        return (8 if self.is_complex else 2) * self.N * rows * self.K
+
+    def bytes(self) -> int:
+        """The fewest bytes that must move: input, weight and bias read once, the output written once."""
+        elements = self.N * self.C_in * self.L_in + math.prod(self.weight_shape) + self.N * self.C_out * self.L_out
+        return (elements + (self.C_out if self.has_bias else 0)) * self.itemsize
+
+    def __str__(self) -> str:
+        parts = [
+            f"{self.op} N{self.N} C{self.C_in}->{self.C_out} L{self.L_in}->{self.L_out} K{self.K}",
+            f"s{self.stride} p{self.padding_left},{self.padding_right} d{self.dilation} g{self.groups}",
+        ]
+        if self.output_padding:
+            parts.append(f"op{self.output_padding}")
+        parts.append(self.dtype)
+        if self.has_bias:
+            parts.append("bias")
+        return " ".join(parts)
+
+
+def check_mode(op: str, *, padding_mode: str = "zeros", precision: str = "float32") -> None:
+    """Refuse the keyword values that are reserved but not supported yet.
+
+    Raises:
+        ValueError: naming what is supported today.
+    """
+    if padding_mode not in PADDING_MODES:
+        raise ValueError(
+            f"{op}: padding_mode must be one of {_listing(PADDING_MODES)} (the only one supported today), "
+            f"got {padding_mode!r}"
+        )
+    if precision not in PRECISIONS:
+        raise ValueError(
+            f"{op}: precision must be one of {_listing(PRECISIONS)} (the only one supported today), got {precision!r}"
+        )
+
+
+def dtype_name(dtype: Any) -> str | None:
+    """The name of a supported dtype in `DTYPES`, whatever its byte order; None for every other dtype."""
+    name = str(getattr(dtype, "name", dtype))
+    return name if name in ITEMSIZE else None
+
+
+# -- the pieces of validation ----------------------------------------------------------------------------------------
+
+
+class _Arrays(NamedTuple):
+    """What the checks of ranks and dtypes yield."""
+
+    N: int
+    C_in: int
+    L_in: int
+    dtype: str
+    batched: bool
+
+    @classmethod
+    def check(cls, op: Op, input: ArrayLike, weight: ArrayLike, bias: ArrayLike | None) -> _Arrays:
+        for name, array, ranks in (("input", input, (2, 3)), ("weight", weight, (3,)), ("bias", bias, (1,))):
+            if array is None:
+                if name == "bias":
+                    continue
+                raise TypeError(f"{op}: {name} must be an array of shape {_LAYOUTS[op][name]}, got None")
+            if len(array.shape) not in ranks:
+                raise ValueError(
+                    f"{op}: {name} must have shape {_LAYOUTS[op][name]}, got {len(array.shape)} dimension"
+                    f"{'' if len(array.shape) == 1 else 's'}: {tuple(array.shape)}"
+                )
+        names = {}
+        for name, array in (("input", input), ("weight", weight), ("bias", bias)):
+            if array is None:
+                continue
+            found = dtype_name(array.dtype)
+            if found is None:
+                raise TypeError(f"{op}: {name} must have one of the dtypes {_listing(DTYPES)}, got {array.dtype}")
+            names[name] = found
+        if len(set(names.values())) > 1:
+            got = ", ".join(f"{name} {dtype}" for name, dtype in names.items())
+            raise TypeError(f"{op}: {_listing(tuple(names), quote=False)} must share one dtype, got {got}")
+        if weight.shape[2] < 1:
+            raise ValueError(f"{op}: weight must have at least one tap (K >= 1), got shape {tuple(weight.shape)}")
+        batched = len(input.shape) == 3
+        N, C_in, L_in = input.shape if batched else (1, *input.shape)
+        return cls(N, C_in, L_in, names["input"], batched)
+
+
+def _integer(op: str, name: str, value: object, expected: str) -> int:
+    if isinstance(value, bool | np.bool_):
+        raise TypeError(f"{op}: {name} must be {expected}, got the bool {value}")
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"{op}: {name} must be {expected}, got {type(value).__name__} {value!r}") from None
+
+
+def _setting(op: str, name: str, value: Setting, at_least: int | None = None, at_most: int | None = None) -> int:
+    expected = "an int or a sequence of one int"
+    if isinstance(value, list | tuple):
+        if len(value) != 1:
+            raise ValueError(f"{op}: {name} must be {expected}, got {len(value)} values: {value!r}")
+        value = value[0]
+    result = _integer(op, name, value, expected)
+    if at_least is not None and result < at_least:
+        raise ValueError(f"{op}: {name} must be at least {at_least}, got {result}")
+    if at_most is not None and result > at_most:
+        raise ValueError(f"{op}: {name} must be at most {at_most}, got {result}")
+    return result
+
+
+def _groups(op: str, value: object) -> int:
+    groups = _integer(op, "groups", value, "an int")
+    if groups < 1:
+        raise ValueError(f"{op}: groups must be at least 1, got {groups}")
+    return groups
+
+
+def _padding(op: str, value: Padding, named: dict[str, Any]) -> tuple[int, int]:
+    """Resolve a padding argument to (left, right); `named` maps each allowed word to its resolution."""
+    if isinstance(value, str):
+        if value not in named:
+            raise ValueError(
+                f"{op}: padding must be an int, a pair (left, right) or one of {_listing(tuple(named))}, got {value!r}"
+            )
+        left, right = named[value]()
+        return left, right
+    expected = f"an int, a pair (left, right) or one of {_listing(tuple(named))}"
+    values: Sequence[object] = value if isinstance(value, list | tuple) else (value,)
+    if len(values) not in (1, 2):
+        raise ValueError(f"{op}: padding must be {expected}, got {len(values)} values: {value!r}")
+    sides = [_integer(op, "padding", v, expected) for v in values]
+    if min(sides) < 0:
+        raise ValueError(f"{op}: padding must be at least 0, got {value!r}")
+    return sides[0], sides[-1]
+
+
+def _check_bias_length(op: str, bias: ArrayLike | None, C_out: int) -> None:
+    if bias is not None and bias.shape[0] != C_out:
+        raise ValueError(f"{op}: bias must have shape (C_out,) = ({C_out},), got {tuple(bias.shape)}")
+
+
+def _halves(total: int) -> tuple[int, int]:
+    """Split a total padding over both sides; the odd one goes to the right."""
+    return total // 2, total - total // 2
+
+
+def _listing(names: Sequence[str], *, quote: bool = True) -> str:
+    words = [f'"{name}"' if quote else name for name in names]
+    return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1]

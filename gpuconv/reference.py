@@ -1,0 +1,174 @@
+"""The definition of both operations in float64 (complex128), and the error bound that every result must satisfy.
+
+This module is the oracle of gpuconv: it is written to be read beside the formulas, not to be fast.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .problem import ConvProblem
+
+Array = npt.NDArray[Any]
+
+# Unit roundoff u = 2**-(bits of the significand, the hidden one included).
+_UNIT_ROUNDOFF = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24, "float64": 2.0**-53}
+_LARGEST = {
+    "float16": 65504.0,
+    "bfloat16": float.fromhex("0x1.fep127"),
+    "float32": float.fromhex("0x1.fffffep127"),
+    "float64": float.fromhex("0x1.fffffffffffffp1023"),
+}
+_SMALLEST_NORMAL = {"float16": 2.0**-14, "bfloat16": 2.0**-126, "float32": 2.0**-126, "float64": 2.0**-1022}
+
+
+def compute(problem: ConvProblem, input: Array, weight: Array, bias: Array | None = None) -> Array:
+    """Evaluate a problem by its definition, in float64 or complex128.
+
+    conv1d (cross-correlation: the kernel is not flipped), with ``l_in = l_out*stride - padding_left + k*dilation``::
+
+        output[n, c_out, l_out] = bias[c_out] + sum over c_in, k of weight[c_out, c_in, k] * input[n, c_in, l_in]
+
+    conv_transpose1d, with ``l_out = l_in*stride - padding_left + k*dilation``::
+
+        output[n, c_out, l_out] = bias[c_out] + sum over c_in, k of weight[c_in, c_out, k] * input[n, c_in, l_in]
+
+    The sums run over the channels of one group and over the taps whose position exists: a tap that falls into the zero
+    padding contributes nothing, whatever the weight.
+
+    Args:
+        problem: extents and settings.
+        input: `problem.input_shape`, of any dtype that converts to the accumulator.
+        weight: `problem.weight_shape`.
+        bias: `problem.bias_shape`, or None.
+
+    Returns:
+        `problem.output_shape`, float64, or complex128 for complex problems.
+    """
+    p = problem
+    dtype = np.complex128 if p.is_complex else np.float64
+    x = np.asarray(input).astype(dtype).reshape(p.N, p.groups, p.C_in_g, p.L_in)
+    w = np.asarray(weight).astype(dtype)
+    y = np.zeros((p.N, p.groups, p.C_out_g, p.L_out), dtype)
+    with np.errstate(invalid="ignore", over="ignore"):
+        for k in range(p.K):
+            source, target = _positions(p, k)
+            if p.transposed:
+                w_k = w.reshape(p.groups, p.C_in_g, p.C_out_g, p.K)[..., k]
+                y[..., target] += np.einsum("gio,ngil->ngol", w_k, x[..., source])
+            else:
+                w_k = w.reshape(p.groups, p.C_out_g, p.C_in_g, p.K)[..., k]
+                y[..., target] += np.einsum("goi,ngil->ngol", w_k, x[..., source])
+        if bias is not None:
+            y += np.asarray(bias).astype(dtype).reshape(p.groups, p.C_out_g, 1)
+    return y.reshape(p.output_shape)
+
+
+def _positions(p: ConvProblem, k: int) -> tuple[slice, slice]:
+    """The input positions that tap k reads and the output positions it feeds, as slices of equal length."""
+    offset = k * p.dilation - p.padding_left
+    # Of the pair, the coarse side is indexed by q and the fine side by q*stride + offset.
+    coarse, fine = (p.L_in, p.L_out) if p.transposed else (p.L_out, p.L_in)
+    first = max(0, -(offset // p.stride))
+    last = min(coarse - 1, (fine - 1 - offset) // p.stride)
+    if last < first:
+        return slice(0), slice(0)
+    at_coarse = slice(first, last + 1)
+    at_fine = slice(first * p.stride + offset, last * p.stride + offset + 1, p.stride)
+    return (at_coarse, at_fine) if p.transposed else (at_fine, at_coarse)
+
+
+def error_bound(
+    problem: ConvProblem, input: Array, weight: Array, bias: Array | None = None, exact: Array | None = None
+) -> Array:
+    """The largest permitted distance of each output element from `compute`, after Higham's running-error analysis.
+
+    For ``n = problem.terms`` products, accumulated in any order with or without fused multiply-add and rounded once to
+    the output dtype::
+
+        |y - y*| <= gamma(n + 2) * (conv(|input|, |weight|) + |bias|) + u_out * |y*| + tiny
+
+    where ``gamma(m) = m*u/(1 - m*u)``, u is the unit roundoff of the accumulator (float32 for float16, bfloat16,
+    float32 and complex64; float64 otherwise), u_out that of the output dtype, and n is doubled for complex data, whose
+    real and imaginary parts each sum two products a term. `tiny` covers underflow: an operand, a product or a sum
+    below the smallest normal number may become zero. The reference's own float64 rounding is added.
+
+    Source: N. J. Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., section 3.1 and 2.8 (underflow).
+
+    Returns:
+        `problem.output_shape`, float64. For complex problems it bounds the real and the imaginary part each.
+
+    Raises:
+        ValueError: the reduction is so long that the bound does not exist (``(n + 2)*u >= 1``).
+    """
+    p = problem
+    real = {"complex64": "float32", "complex128": "float64"}.get(p.dtype, p.dtype)
+    accumulator = "float64" if real == "float64" else "float32"
+    n = p.terms * (2 if p.is_complex else 1)
+    real_problem = _as_float64(p)
+    x, w = np.abs(_as_wide(p, input)), np.abs(_as_wide(p, weight))
+    b = None if bias is None else np.abs(_as_wide(p, bias))
+    if exact is None:
+        exact = compute(p, input, weight, bias)
+    magnitude = compute(real_problem, x, w, b)
+    gamma = _gamma(n + 2, _UNIT_ROUNDOFF[accumulator]) + _gamma(n + 2, _UNIT_ROUNDOFF["float64"])
+    # Flushing one operand of a product loses at most the other one times the smallest normal number.
+    largest = sum(float(np.max(a, initial=0.0, where=np.isfinite(a))) for a in (x, w))
+    tiny = _SMALLEST_NORMAL[accumulator] * (2 * n + 2 + n * largest) + _SMALLEST_NORMAL[real] * _UNIT_ROUNDOFF[real]
+    with np.errstate(invalid="ignore", over="ignore"):
+        return np.asarray(gamma * magnitude + _UNIT_ROUNDOFF[real] * np.abs(exact) + tiny)
+
+
+def within_bound(
+    problem: ConvProblem, output: Array, input: Array, weight: Array, bias: Array | None = None
+) -> npt.NDArray[np.bool_]:
+    """Which elements of `output` are right: within `error_bound` of `compute`, NaN and infinities where they belong.
+
+    Where the exact value lies within the bound of the overflow threshold an infinity of its sign is right too, and
+    where the absolute values of the terms already overflow the accumulator any non-finite result is.
+
+    Returns:
+        `problem.output_shape`, bool.
+    """
+    exact = compute(problem, input, weight, bias)
+    bound = error_bound(problem, input, weight, bias, exact)
+    y = _as_wide(problem, output)
+    if not problem.is_complex:
+        return _part_within(problem, y, exact, bound)
+    # Complex arithmetic with an infinity or a NaN in a term makes either part non-finite (C99 Annex G leaves it open).
+    tainted = ~np.isfinite(exact)
+    real = _part_within(problem, y.real, exact.real, bound)
+    imag = _part_within(problem, y.imag, exact.imag, bound)
+    return np.where(tainted, ~np.isfinite(y), real & imag)
+
+
+def _part_within(problem: ConvProblem, y: Array, exact: Array, bound: Array) -> npt.NDArray[np.bool_]:
+    real = {"complex64": "float32", "complex128": "float64"}.get(problem.dtype, problem.dtype)
+    with np.errstate(invalid="ignore", over="ignore"):
+        close = np.abs(y - exact) <= bound
+        same_infinity = np.isinf(exact) & (y == exact)
+        both_nan = np.isnan(exact) & np.isnan(y)
+        overflows = np.isinf(y) & (np.sign(y) == np.sign(exact)) & (np.abs(exact) + bound > _LARGEST[real])
+        hopeless = ~np.isfinite(bound) & np.isfinite(exact) & ~np.isfinite(y)
+    return np.where(np.isfinite(exact), (close & np.isfinite(bound)) | overflows | hopeless, same_infinity | both_nan)
+
+
+def _gamma(m: int, u: float) -> float:
+    if m * u >= 1:
+        raise ValueError(f"no error bound exists for {m} roundings of unit roundoff {u}")
+    return m * u / (1 - m * u)
+
+
+def _as_wide(p: ConvProblem, array: Any) -> Array:
+    return np.asarray(array).astype(np.complex128 if p.is_complex else np.float64)
+
+
+def _as_float64(p: ConvProblem) -> ConvProblem:
+    """The same problem on float64 data."""
+    return ConvProblem(
+        p.op, p.N, p.C_in, p.C_out, p.L_in, p.K, p.stride, p.padding_left, p.padding_right, p.dilation, p.groups,
+        p.output_padding, "float64", p.has_bias, p.batched,
+    )  # fmt: skip
