@@ -35,7 +35,7 @@ def choose(problem: ConvProblem, layout: Layout, device: Device) -> Choice | Non
     """
     if problem.N == 0 or problem.C_out == 0:
         return None
-    refusals = []
+    refusals: list[tuple[str, str]] = []
     for family in FAMILIES:
         if family.op != problem.op:
             continue

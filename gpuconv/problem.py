@@ -230,11 +230,11 @@ class ConvProblem:
         extra += deficit
         if output_size is not None:
             wanted = _setting(op, "output_size", output_size)
-            smallest = (x.L_in - 1) * s - left - right + span
             if isinstance(padding, str) and padding == "same":
-                smallest, largest = x.L_in * s, x.L_in * s
+                smallest = largest = x.L_in * s
             else:
-                smallest, largest = smallest, smallest + max(s, d) - 1
+                smallest = (x.L_in - 1) * s - left - right + span
+                largest = smallest + max(s, d) - 1
             if extra and not deficit:
                 raise ValueError(
                     f"{op}: give output_padding or output_size, not both; got output_padding = {extra} and "

@@ -142,7 +142,7 @@ def within_bound(
     tainted = ~np.isfinite(exact)
     real = _part_within(problem, y.real, exact.real, bound)
     imag = _part_within(problem, y.imag, exact.imag, bound)
-    return np.where(tainted, ~np.isfinite(y), real & imag)
+    return np.asarray(np.where(tainted, ~np.isfinite(y), real & imag))
 
 
 def _part_within(problem: ConvProblem, y: Array, exact: Array, bound: Array) -> npt.NDArray[np.bool_]:
@@ -153,7 +153,8 @@ def _part_within(problem: ConvProblem, y: Array, exact: Array, bound: Array) -> 
         both_nan = np.isnan(exact) & np.isnan(y)
         overflows = np.isinf(y) & (np.sign(y) == np.sign(exact)) & (np.abs(exact) + bound > _LARGEST[real])
         hopeless = ~np.isfinite(bound) & np.isfinite(exact) & ~np.isfinite(y)
-    return np.where(np.isfinite(exact), (close & np.isfinite(bound)) | overflows | hopeless, same_infinity | both_nan)
+    finite = np.isfinite(exact)
+    return np.asarray(np.where(finite, (close & np.isfinite(bound)) | overflows | hopeless, same_infinity | both_nan))
 
 
 def _gamma(m: int, u: float) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ import numpy as np
 HEADERS = ("ptx.cuh", "common.cuh")
 
 
-@lru_cache(maxsize=1)
+@cache
 def directory() -> Path:
     """The folder of the CUDA sources: inside the installed package, or beside it in a checkout.
 
@@ -30,7 +30,7 @@ def directory() -> Path:
     raise FileNotFoundError(f"gpuconv: the CUDA sources are neither in {package} nor beside it; reinstall gpuconv")
 
 
-@lru_cache(maxsize=None)
+@cache
 def read(file: str) -> str:
     """The text of one file of `cuda_src`."""
     return (directory() / file).read_text(encoding="utf-8")

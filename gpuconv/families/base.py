@@ -27,6 +27,22 @@ class ArrayLayout:
     strides: tuple[int, ...]
     alignment: int = 16
 
+    @classmethod
+    def of(cls, shape: tuple[int, ...], strides: tuple[int, ...], address: int, itemsize: int) -> ArrayLayout | None:
+        """The layout of an array given its strides and address in bytes.
+
+        Axes of extent 1 or 0 get their contiguous stride, since no offset ever uses it. None where elements do not lie
+        at multiples of their size, which kernels cannot read: such an array must be copied.
+        """
+        if address % itemsize or any(stride % itemsize for stride in strides):
+            return None
+        natural = contiguous_strides(shape)
+        elements = tuple(
+            stride // itemsize if extent > 1 else default
+            for extent, stride, default in zip(shape, strides, natural, strict=True)
+        )
+        return cls(elements, min(address & -address, 16) if address else 16)
+
     def reach(self, shape: tuple[int, ...]) -> int:
         """The largest absolute element offset that indexing within `shape` forms."""
         return sum((extent - 1) * abs(stride) for extent, stride in zip(shape, self.strides, strict=True) if extent > 0)

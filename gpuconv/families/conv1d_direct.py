@@ -1,4 +1,7 @@
-"""conv1d_direct: the forward family that refuses nothing. See cuda_src/conv1d_direct.cu for its contract."""
+"""conv1d_direct: the forward family that refuses nothing.
+
+Contract: cuda_src/conv1d_direct.cu.
+"""
 
 from __future__ import annotations
 

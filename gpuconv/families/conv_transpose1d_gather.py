@@ -1,4 +1,7 @@
-"""conv_transpose1d_gather: the transposed family that refuses nothing. Contract: cuda_src/conv_transpose1d_gather.cu."""
+"""conv_transpose1d_gather: the transposed family that refuses nothing.
+
+Contract: cuda_src/conv_transpose1d_gather.cu.
+"""
 
 from __future__ import annotations
 
