@@ -1,7 +1,8 @@
 """1-D convolution and transposed convolution for CuPy and NumPy arrays, with PyTorch's semantics."""
 
+from . import nn
 from .functional import conv1d, conv_transpose1d
 
 __version__ = "0.1.0"
 
-__all__ = ["conv1d", "conv_transpose1d"]
+__all__ = ["conv1d", "conv_transpose1d", "nn"]

@@ -10,7 +10,7 @@ import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, Protocol, SupportsIndex, TypeAlias
+from typing import Any, Literal, NamedTuple, Protocol, SupportsIndex, TypeAlias, cast
 
 import numpy as np
 
@@ -121,13 +121,7 @@ class ConvProblem:
             )
         object.__setattr__(self, "L_out", L_out)
         for name, shape in (("input", self.input_shape), ("weight", self.weight_shape), ("output", self.output_shape)):
-            # A zero extent hides nothing: the strides of the other axes must be representable too.
-            elements = math.prod(max(extent, 1) for extent in shape)
-            if elements * self.itemsize > MAX_EXTENT:
-                raise ValueError(
-                    f"{self.op}: {name} of shape {shape} and dtype {self.dtype} needs {elements * self.itemsize} "
-                    f"bytes, more than 64-bit offsets reach ({MAX_EXTENT})"
-                )
+            check_size(self.op, name, shape, self.dtype)
 
     # -- construction from arrays ------------------------------------------------------------------------------------
 
@@ -150,30 +144,23 @@ class ConvProblem:
         """
         op: Op = "conv1d"
         x = _Arrays.check(op, input, weight, bias)
-        s = _setting(op, "stride", stride, 1, MAX_STEP)
-        d = _setting(op, "dilation", dilation, 1, MAX_STEP)
-        g = _groups(op, groups)
+        s, sides, d, g, _ = Settings.check(op, op, stride, padding, dilation, groups)
         C_out, C_in_g, K = weight.shape
-        if x.C_in % g:
-            raise ValueError(f"{op}: groups must divide the input channels, got groups = {g} and C_in = {x.C_in}")
-        if C_out % g:
-            raise ValueError(f"{op}: groups must divide the output channels, got groups = {g} and C_out = {C_out}")
+        check_groups(op, g, x.C_in, C_out)
         if C_in_g * g != x.C_in:
             raise ValueError(
-                f"{op}: input has C_in = {x.C_in} channels, but weight {weight.shape} with groups = {g} expects "
+                f"{op}: input has C_in = {x.C_in} channels, but weight {tuple(weight.shape)} with groups = {g} expects "
                 f"C_in = {C_in_g}*{g} = {C_in_g * g}"
             )
         _check_bias_length(op, bias, C_out)
         span = d * (K - 1) + 1
-
-        def same() -> tuple[int, int]:
+        if sides == "same":
             L_out = -(-x.L_in // s)
-            return _halves(max(0, (L_out - 1) * s + span - x.L_in))
-
-        def causal() -> tuple[int, int]:
-            return span - 1, 0
-
-        left, right = _padding(op, padding, {"valid": lambda: (0, 0), "same": same, "causal": causal})
+            left, right = _halves(max(0, (L_out - 1) * s + span - x.L_in))
+        elif sides == "causal":
+            left, right = span - 1, 0
+        else:
+            left, right = sides
         return cls(
             op, x.N, x.C_in, C_out, x.L_in, K, s, left, right, d, g, 0, x.dtype, bias is not None, x.batched
         )  # fmt: skip
@@ -199,53 +186,42 @@ class ConvProblem:
         """
         op: Op = "conv_transpose1d"
         x = _Arrays.check(op, input, weight, bias)
-        s = _setting(op, "stride", stride, 1, MAX_STEP)
-        d = _setting(op, "dilation", dilation, 1, MAX_STEP)
-        extra = _setting(op, "output_padding", output_padding, 0)
-        g = _groups(op, groups)
+        s, sides, d, g, given = Settings.check(op, op, stride, padding, dilation, groups, output_padding)
         weight_C_in, C_out_g, K = weight.shape
-        if x.C_in % g:
-            raise ValueError(f"{op}: groups must divide the input channels, got groups = {g} and C_in = {x.C_in}")
+        C_out = C_out_g * g
+        check_groups(op, g, x.C_in, C_out)
         if weight_C_in != x.C_in:
             raise ValueError(
-                f"{op}: input has C_in = {x.C_in} channels, but weight {weight.shape} expects C_in = {weight_C_in}"
+                f"{op}: input has C_in = {x.C_in} channels, but weight {tuple(weight.shape)} expects "
+                f"C_in = {weight_C_in}"
             )
-        C_out = C_out_g * g
         _check_bias_length(op, bias, C_out)
-        if extra >= max(s, d):
-            raise ValueError(f"{op}: output_padding must be below max(stride, dilation) = {max(s, d)}, got {extra}")
         span = d * (K - 1) + 1
-        deficit = 0
-
-        def same() -> tuple[int, int]:
-            # L_out = L_in*stride: where the kernel is shorter than the stride there is nothing to trim, and
+        if isinstance(sides, str):
+            # "same", so L_out = L_in*stride: where the kernel is shorter than the stride there is nothing to trim, and
             # output_padding fills the deficit instead.
-            nonlocal deficit
-            if extra:
-                raise ValueError(f'{op}: padding "same" chooses output_padding itself; expected 0, got {extra}')
-            deficit = max(0, s - span)
-            return _halves(max(0, span - s))
-
-        left, right = _padding(op, padding, {"valid": lambda: (0, 0), "same": same})
-        extra += deficit
+            extra = max(0, s - span)
+            left, right = _halves(max(0, span - s))
+        else:
+            extra = given
+            left, right = sides
         if output_size is not None:
-            wanted = _setting(op, "output_size", output_size)
-            if isinstance(padding, str) and padding == "same":
-                smallest = largest = x.L_in * s
-            else:
-                smallest = (x.L_in - 1) * s - left - right + span
-                largest = smallest + max(s, d) - 1
-            if extra and not deficit:
+            wanted = check_setting(op, "output_size", output_size)
+            if given:
                 raise ValueError(
-                    f"{op}: give output_padding or output_size, not both; got output_padding = {extra} and "
+                    f"{op}: give output_padding or output_size, not both; got output_padding = {given} and "
                     f"output_size = {wanted}"
                 )
+            shortest = (x.L_in - 1) * s - left - right + span  # without output_padding
+            longest = shortest + max(s, d) - 1
+            smallest, largest = (x.L_in * s, x.L_in * s) if sides == "same" else (max(1, shortest), longest)
             if not smallest <= wanted <= largest:
+                valid = f"from {smallest} to {largest}" if smallest <= largest else "(nothing is possible)"
                 raise ValueError(
-                    f"{op}: output_size must be from {smallest} to {largest} for this input length, stride, padding "
-                    f"and kernel, got {wanted}"
+                    f"{op}: output_size must be {valid} for L_in = {x.L_in}, K = {K}, stride = {s}, dilation = {d} and "
+                    f"padding = ({left}, {right}), got {wanted}"
                 )
-            extra += wanted - smallest
+            extra = wanted - shortest
         return cls(
             op, x.N, x.C_in, C_out, x.L_in, K, s, left, right, d, g, extra, x.dtype, bias is not None, x.batched
         )  # fmt: skip
@@ -330,6 +306,75 @@ class ConvProblem:
         return " ".join(parts)
 
 
+class Settings(NamedTuple):
+    """The settings of a layer, checked as far as that needs no array.
+
+    Attributes:
+        padding: (left, right), or "same" or "causal", which depend on the extents.
+    """
+
+    stride: int
+    padding: tuple[int, int] | Literal["same", "causal"]
+    dilation: int
+    groups: int
+    output_padding: int
+
+    @classmethod
+    def check(
+        cls,
+        caller: str,
+        op: Op,
+        stride: Setting,
+        padding: Padding,
+        dilation: Setting,
+        groups: SupportsIndex,
+        output_padding: Setting = 0,
+    ) -> Settings:
+        """Validate settings; `caller` opens the messages.
+
+        Raises:
+            ValueError: a value is out of range.
+            TypeError: a value is of the wrong kind.
+        """
+        s = check_setting(caller, "stride", stride, 1, MAX_STEP)
+        d = check_setting(caller, "dilation", dilation, 1, MAX_STEP)
+        g = check_int(caller, "groups", groups, "an int", 1)
+        p = _padding(caller, padding, ("valid", "same", "causal") if op == "conv1d" else ("valid", "same"))
+        extra = check_setting(caller, "output_padding", output_padding, 0)
+        if extra >= max(s, d):
+            raise ValueError(f"{caller}: output_padding must be below max(stride, dilation) = {max(s, d)}, got {extra}")
+        if extra and p == "same":
+            raise ValueError(f'{caller}: padding "same" chooses output_padding itself; expected 0, got {extra}')
+        return cls(s, p, d, g, extra)
+
+
+def check_groups(caller: str, groups: int, C_in: int, C_out: int) -> None:
+    """Refuse groups that do not divide both channel counts.
+
+    Raises:
+        ValueError: naming the channels that are not divided.
+    """
+    if C_in % groups:
+        raise ValueError(f"{caller}: groups must divide the input channels, got groups = {groups} and C_in = {C_in}")
+    if C_out % groups:
+        raise ValueError(f"{caller}: groups must divide the output channels, got groups = {groups} and C_out = {C_out}")
+
+
+def check_size(caller: str, name: str, shape: Sequence[int], dtype: str) -> None:
+    """Refuse an array that 64-bit offsets cannot address, before anybody tries to allocate it.
+
+    Raises:
+        ValueError: naming the array and the bytes it needs.
+    """
+    # A zero extent hides nothing: the strides of the other axes must be representable too.
+    size = math.prod(max(extent, 1) for extent in shape) * ITEMSIZE[dtype]
+    if size > MAX_EXTENT:
+        raise ValueError(
+            f"{caller}: {name} of shape {tuple(shape)} and dtype {dtype} needs {size} bytes, more than 64-bit offsets "
+            f"reach ({MAX_EXTENT})"
+        )
+
+
 def check_mode(op: str, *, padding_mode: str = "zeros", precision: str = "float32") -> None:
     """Refuse the keyword values that are reserved but not supported yet.
 
@@ -351,6 +396,24 @@ def dtype_name(dtype: Any) -> str | None:
     """The name of a supported dtype in `DTYPES`, whatever its byte order; None for every other dtype."""
     name = str(getattr(dtype, "name", dtype))
     return name if name in ITEMSIZE else None
+
+
+def numpy_dtype(name: str) -> np.dtype[Any]:
+    """The NumPy dtype of a name in `DTYPES`.
+
+    Raises:
+        ModuleNotFoundError: "bfloat16" without ml_dtypes installed.
+    """
+    if name != "bfloat16":
+        return np.dtype(name)
+    try:
+        import ml_dtypes
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            'dtype "bfloat16" needs the package ml_dtypes: pip install "gpuconv[bf16]"'
+        ) from error
+    bfloat16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+    return bfloat16
 
 
 # -- the pieces of validation ----------------------------------------------------------------------------------------
@@ -395,52 +458,58 @@ class _Arrays(NamedTuple):
         return cls(N, C_in, L_in, names["input"], batched)
 
 
-def _integer(op: str, name: str, value: object, expected: str) -> int:
+def check_int(
+    caller: str, name: str, value: object, expected: str, at_least: int | None = None, at_most: int | None = None
+) -> int:
+    """An integer argument (an int or a NumPy integer, never a bool) as an int, within its limits.
+
+    Raises:
+        ValueError: it is out of range.
+        TypeError: it is not an integer.
+    """
     if isinstance(value, bool | np.bool_):
-        raise TypeError(f"{op}: {name} must be {expected}, got the bool {value}")
+        raise TypeError(f"{caller}: {name} must be {expected}, got the bool {value}")
     try:
-        return operator.index(value)  # type: ignore[arg-type]
+        result = operator.index(value)  # type: ignore[arg-type]
     except TypeError:
-        raise TypeError(f"{op}: {name} must be {expected}, got {type(value).__name__} {value!r}") from None
-
-
-def _setting(op: str, name: str, value: Setting, at_least: int | None = None, at_most: int | None = None) -> int:
-    expected = "an int or a sequence of one int"
-    if isinstance(value, list | tuple):
-        if len(value) != 1:
-            raise ValueError(f"{op}: {name} must be {expected}, got {len(value)} values: {value!r}")
-        value = value[0]
-    result = _integer(op, name, value, expected)
+        raise TypeError(f"{caller}: {name} must be {expected}, got {type(value).__name__} {value!r}") from None
     if at_least is not None and result < at_least:
-        raise ValueError(f"{op}: {name} must be at least {at_least}, got {result}")
+        raise ValueError(f"{caller}: {name} must be at least {at_least}, got {result}")
     if at_most is not None and result > at_most:
-        raise ValueError(f"{op}: {name} must be at most {at_most}, got {result}")
+        raise ValueError(f"{caller}: {name} must be at most {at_most}, got {result}")
     return result
 
 
-def _groups(op: str, value: object) -> int:
-    groups = _integer(op, "groups", value, "an int")
-    if groups < 1:
-        raise ValueError(f"{op}: groups must be at least 1, got {groups}")
-    return groups
+def check_setting(
+    caller: str, name: str, value: Setting, at_least: int | None = None, at_most: int | None = None
+) -> int:
+    """A setting along the only axis (an integer, or a list or tuple of one) as an int, within its limits.
+
+    Raises:
+        ValueError: it is out of range, or a sequence of another length.
+        TypeError: it is not an integer.
+    """
+    expected = "an int or a sequence of one int"
+    if isinstance(value, list | tuple):
+        if len(value) != 1:
+            raise ValueError(f"{caller}: {name} must be {expected}, got {len(value)} values: {value!r}")
+        value = value[0]
+    return check_int(caller, name, value, expected, at_least, at_most)
 
 
-def _padding(op: str, value: Padding, named: dict[str, Any]) -> tuple[int, int]:
-    """Resolve a padding argument to (left, right); `named` maps each allowed word to its resolution."""
+def _padding(caller: str, value: Padding, words: tuple[str, ...]) -> tuple[int, int] | Literal["same", "causal"]:
+    """Resolve a padding argument, of which `words` are the allowed strings, as far as that needs no extents."""
+    expected = f"an int, a pair (left, right) or one of {_listing(words)}"
     if isinstance(value, str):
-        if value not in named:
-            raise ValueError(
-                f"{op}: padding must be an int, a pair (left, right) or one of {_listing(tuple(named))}, got {value!r}"
-            )
-        left, right = named[value]()
-        return left, right
-    expected = f"an int, a pair (left, right) or one of {_listing(tuple(named))}"
+        if value not in words:
+            raise ValueError(f"{caller}: padding must be {expected}, got {value!r}")
+        return (0, 0) if value == "valid" else cast(Literal["same", "causal"], str(value))
     values: Sequence[object] = value if isinstance(value, list | tuple) else (value,)
     if len(values) not in (1, 2):
-        raise ValueError(f"{op}: padding must be {expected}, got {len(values)} values: {value!r}")
-    sides = [_integer(op, "padding", v, expected) for v in values]
+        raise ValueError(f"{caller}: padding must be {expected}, got {len(values)} values: {value!r}")
+    sides = [check_int(caller, "padding", v, expected) for v in values]
     if min(sides) < 0:
-        raise ValueError(f"{op}: padding must be at least 0, got {value!r}")
+        raise ValueError(f"{caller}: padding must be at least 0, got {value!r}")
     return sides[0], sides[-1]
 
 

@@ -1,0 +1,480 @@
+"""Layers: `Conv1d` and `ConvTranspose1d`, with the constructor arguments, attributes and printed form of torch.nn's."""
+
+from __future__ import annotations
+
+import math
+import operator
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple, SupportsIndex, TypeVar, cast
+
+import numpy as np
+
+from . import runtime
+from .functional import ArrayT, conv1d, conv_transpose1d
+from .problem import (
+    DTYPES,
+    Op,
+    Padding,
+    Setting,
+    Settings,
+    check_groups,
+    check_int,
+    check_mode,
+    check_setting,
+    check_size,
+    dtype_name,
+    numpy_dtype,
+)
+
+__all__ = ["Conv1d", "ConvTranspose1d", "IncompatibleKeys"]
+
+LayerT = TypeVar("LayerT", bound="_Layer")
+
+
+class IncompatibleKeys(NamedTuple):
+    """The keys that `load_state_dict(state, strict=False)` passed over."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
+class _Layer:
+    """What both layers share: settings, parameters, their device and dtype, and the state dictionary."""
+
+    op: ClassVar[Op]
+    transposed: ClassVar[bool]
+
+    weight: Any
+    bias: Any
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Setting,
+        stride: Setting,
+        padding: Padding,
+        output_padding: Setting,
+        dilation: Setting,
+        groups: SupportsIndex,
+        bias: bool,
+        padding_mode: str,
+        device: str | None,
+        dtype: Any,
+        rng: int | np.random.Generator | None,
+    ) -> None:
+        caller = type(self).__name__
+        C_in = check_int(caller, "in_channels", in_channels, "an int", 0)
+        C_out = check_int(caller, "out_channels", out_channels, "an int", 0)
+        K = check_setting(caller, "kernel_size", kernel_size, 1)
+        settings = Settings.check(caller, self.op, stride, padding, dilation, groups, output_padding)
+        check_groups(caller, settings.groups, C_in, C_out)
+        if not isinstance(bias, bool | np.bool_):
+            raise TypeError(f"{caller}: bias must be True or False, got {type(bias).__name__} {bias!r}")
+        check_mode(caller, padding_mode=padding_mode)
+
+        self.in_channels = C_in
+        self.out_channels = C_out
+        self.kernel_size = (K,)
+        self.stride = (settings.stride,)
+        self.padding = _as_attribute(padding)
+        self.dilation = (settings.dilation,)
+        self.output_padding = (settings.output_padding,)
+        self.groups = settings.groups
+        self.padding_mode = padding_mode
+
+        first, second = (C_in, C_out) if self.transposed else (C_out, C_in)
+        shape = (first, second // self.groups, K)
+        name = "float32" if dtype is None else _supported_dtype(caller, dtype)
+        check_size(caller, "weight", shape, name)
+        index = _gpu_index(caller, device)
+        generator = _generator(caller, rng)
+        fan_in = shape[1] * K
+        bound = 1 / math.sqrt(fan_in) if fan_in else 0.0
+        target = numpy_dtype(name)
+        self.weight = _place(_uniform(generator, bound, shape, target), index, target)
+        self.bias = _place(_uniform(generator, bound, (C_out,), target), index, target) if bias else None
+
+    def to(self: LayerT, device: str | None = None, dtype: Any = None) -> LayerT:
+        """Move the parameters to a device and convert them to a dtype; None leaves either as it is.
+
+        Args:
+            device: "cpu", "cuda" (CuPy's current device) or "cuda:1".
+            dtype: one of float16, bfloat16, float32, float64, complex64 and complex128: a name or a NumPy dtype.
+
+        Returns:
+            The layer itself.
+
+        Raises:
+            TypeError: the dtype is not supported, or would drop the imaginary part of complex parameters.
+            ValueError: there is no such device.
+            RuntimeError: a GPU is asked for but none answers.
+            ModuleNotFoundError: CuPy, or for bfloat16 ml_dtypes, is not installed.
+        """
+        caller = f"{type(self).__name__}.to"
+        name = None if dtype is None else _supported_dtype(caller, dtype)
+        index = None if device is None else _gpu_index(caller, device)
+        parameters = self.state_dict()
+        for key, array in parameters.items():
+            if name is not None and not _converts(array.dtype, name):
+                raise TypeError(f"{caller}: dtype must be complex, because {key} is {array.dtype}; got {name}")
+        target = None if name is None else numpy_dtype(name)
+        placed = {
+            key: _place(array, _home(array) if device is None else index, array.dtype if target is None else target)
+            for key, array in parameters.items()
+        }
+        vars(self).update(placed)
+        return self
+
+    def state_dict(self) -> dict[str, Any]:
+        """The parameters by name, "weight" and then "bias" if there is one: the layer's own arrays, not copies."""
+        state = {"weight": self.weight}
+        if self.bias is not None:
+            state["bias"] = self.bias
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> IncompatibleKeys:
+        """Replace the parameters by copies of the arrays in `state`, on the layer's device and in its dtype.
+
+        Args:
+            state: "weight" and, unless the layer has none, "bias": NumPy or CuPy arrays, or whatever offers
+                `__array__` or `__cuda_array_interface__`, such as the tensors of a PyTorch layer's `state_dict()`.
+            strict: whether unknown and missing entries are errors.
+
+        Returns:
+            The missing and the unexpected keys, both empty if `strict`.
+
+        Raises:
+            ValueError: naming all unknown, missing, misshaped and unreadable entries at once. The layer is unchanged.
+            TypeError: `state` is not a mapping.
+        """
+        caller = f"{type(self).__name__}.load_state_dict"
+        if not isinstance(state, Mapping):
+            raise TypeError(f"{caller}: state must be a mapping of arrays, got {type(state).__name__}")
+        own = self.state_dict()
+        missing = [key for key in own if key not in state]
+        unexpected = [str(key) for key in state if key not in own]
+        problems = [f'missing "{key}"' for key in missing] + [f'unknown "{key}"' for key in unexpected]
+        if not strict:
+            problems.clear()
+        loaded = {}
+        for key in own:
+            if key in state:
+                try:
+                    loaded[key] = _read(key, state[key], own[key])
+                except _UnfitError as error:
+                    problems.append(str(error))
+        if problems:
+            raise ValueError(f"{caller}: the state does not fit {self}: {'; '.join(problems)}")
+        vars(self).update(
+            {key: _place(array, _home(own[key]), own[key].dtype, copy=True) for key, array in loaded.items()}
+        )
+        return IncompatibleKeys(missing, unexpected)
+
+    def __repr__(self) -> str:
+        parts = [str(self.in_channels), str(self.out_channels)]
+        parts += [f"kernel_size={self.kernel_size}", f"stride={self.stride}"]
+        if isinstance(self.padding, str) or any(self.padding):
+            parts.append(f"padding={self.padding}")
+        if self.dilation != (1,):
+            parts.append(f"dilation={self.dilation}")
+        if self.output_padding != (0,):
+            parts.append(f"output_padding={self.output_padding}")
+        if self.groups != 1:
+            parts.append(f"groups={self.groups}")
+        if self.bias is None:
+            parts.append("bias=False")
+        return f"{type(self).__name__}({', '.join(parts)})"
+
+
+class Conv1d(_Layer):
+    """A convolution layer: `gpuconv.conv1d` with parameters of its own.
+
+    Input (N, C_in, L_in) or (C_in, L_in), output (N, C_out, L_out) or (C_out, L_out), with
+    ``L_out = floor((L_in + padding_left + padding_right - dilation*(K - 1) - 1)/stride) + 1``.
+
+    Args:
+        in_channels: C_in.
+        out_channels: C_out.
+        kernel_size: K, taps.
+        stride: step of the window, in samples.
+        padding: zeros on both sides, in samples: an int, a pair (left, right), "valid", "same" or "causal".
+        dilation: distance between taps, in samples.
+        groups: input and output channels are cut into this many groups that do not mix.
+        bias: whether the layer has a bias.
+        padding_mode: "zeros", the only one supported today.
+        device: where the parameters live: "cpu", "cuda" (CuPy's current device) or "cuda:1".
+        dtype: one of float16, bfloat16, float32 (the default), float64, complex64 and complex128: a name or a NumPy
+            dtype. The input must have it too.
+        rng: a seed or a `numpy.random.Generator` for the initial parameters.
+
+    Attributes:
+        weight: (C_out, C_in/groups, K), drawn like PyTorch's from the uniform distribution between -b and b, where
+            ``b = 1/sqrt(C_in/groups * K)``: in float64, then rounded to the dtype. The real and the imaginary part of
+            complex parameters are each drawn so. One seed gives the same values on every device.
+        bias: (C_out,), drawn from the same distribution after the weight, or None.
+        in_channels, out_channels, kernel_size, stride, padding, dilation, output_padding, groups, padding_mode,
+            transposed: as in PyTorch, where per-axis settings are tuples.
+
+    Raises:
+        ValueError: a value is out of range; the message names the argument, what was expected and what came.
+        TypeError: an argument is of the wrong kind.
+        RuntimeError: a GPU is asked for but none answers.
+        ModuleNotFoundError: CuPy, or for bfloat16 ml_dtypes, is not installed.
+
+    Example:
+        >>> import numpy as np
+        >>> from gpuconv import nn
+        >>> m = nn.Conv1d(16, 33, 3, stride=2)
+        >>> input = np.random.default_rng(0).standard_normal((20, 16, 50), dtype=np.float32)
+        >>> m(input).shape
+        (20, 33, 24)
+    """
+
+    op = "conv1d"
+    transposed = False
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Setting,
+        stride: Setting = 1,
+        padding: Padding = 0,
+        dilation: Setting = 1,
+        groups: SupportsIndex = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: str | None = None,
+        dtype: Any = None,
+        *,
+        rng: int | np.random.Generator | None = None,
+    ) -> None:
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, padding, 0, dilation, groups, bias, padding_mode, device,
+            dtype, rng,
+        )  # fmt: skip
+
+    def forward(self, input: ArrayT) -> ArrayT:
+        """Convolve: (N, C_in, L_in) to (N, C_out, L_out), or the same without N. Raises as `gpuconv.conv1d` does."""
+        output = conv1d(input, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+        return cast(ArrayT, output)
+
+    def __call__(self, input: ArrayT) -> ArrayT:
+        """`forward`."""
+        return self.forward(input)
+
+
+class ConvTranspose1d(_Layer):
+    """A transposed convolution layer: `gpuconv.conv_transpose1d` with parameters of its own.
+
+    Input (N, C_in, L_in) or (C_in, L_in), output (N, C_out, L_out) or (C_out, L_out), with
+    ``L_out = (L_in - 1)*stride - padding_left - padding_right + dilation*(K - 1) + output_padding + 1``.
+
+    Args:
+        in_channels: C_in.
+        out_channels: C_out.
+        kernel_size: K, taps.
+        stride: distance between the windows that neighbouring input samples feed, in output samples.
+        padding: output samples trimmed: an int from both sides, a pair (left, right), "valid" (none) or "same"
+            (L_out = L_in*stride).
+        output_padding: output samples added on the right, below max(stride, dilation).
+        groups: input and output channels are cut into this many groups that do not mix.
+        bias: whether the layer has a bias.
+        dilation: distance between taps, in output samples.
+        padding_mode: "zeros", the only one there is.
+        device: where the parameters live: "cpu", "cuda" (CuPy's current device) or "cuda:1".
+        dtype: one of float16, bfloat16, float32 (the default), float64, complex64 and complex128: a name or a NumPy
+            dtype. The input must have it too.
+        rng: a seed or a `numpy.random.Generator` for the initial parameters.
+
+    Attributes:
+        weight: (C_in, C_out/groups, K), drawn like PyTorch's from the uniform distribution between -b and b, where
+            ``b = 1/sqrt(C_out/groups * K)``: in float64, then rounded to the dtype. The real and the imaginary part of
+            complex parameters are each drawn so. One seed gives the same values on every device.
+        bias: (C_out,), drawn from the same distribution after the weight, or None.
+        in_channels, out_channels, kernel_size, stride, padding, dilation, output_padding, groups, padding_mode,
+            transposed: as in PyTorch, where per-axis settings are tuples.
+
+    Raises:
+        ValueError: a value is out of range; the message names the argument, what was expected and what came.
+        TypeError: an argument is of the wrong kind.
+        RuntimeError: a GPU is asked for but none answers.
+        ModuleNotFoundError: CuPy, or for bfloat16 ml_dtypes, is not installed.
+
+    Example:
+        >>> import numpy as np
+        >>> from gpuconv import nn
+        >>> m = nn.ConvTranspose1d(33, 16, 3, stride=2)
+        >>> input = np.random.default_rng(0).standard_normal((20, 33, 24), dtype=np.float32)
+        >>> m(input).shape, m(input, output_size=50).shape
+        ((20, 16, 49), (20, 16, 50))
+    """
+
+    op = "conv_transpose1d"
+    transposed = True
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Setting,
+        stride: Setting = 1,
+        padding: Padding = 0,
+        output_padding: Setting = 0,
+        groups: SupportsIndex = 1,
+        bias: bool = True,
+        dilation: Setting = 1,
+        padding_mode: str = "zeros",
+        device: str | None = None,
+        dtype: Any = None,
+        *,
+        rng: int | np.random.Generator | None = None,
+    ) -> None:
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, padding, output_padding, dilation, groups, bias,
+            padding_mode, device, dtype, rng,
+        )  # fmt: skip
+
+    def forward(self, input: ArrayT, output_size: Setting | Sequence[SupportsIndex] | None = None) -> ArrayT:
+        """Convolve: (N, C_in, L_in) to (N, C_out, L_out), or the same without N.
+
+        Args:
+            input: the samples.
+            output_size: the wanted L_out, which replaces the layer's output_padding: an int, a sequence of one, or a
+                whole shape of as many axes as `input`, of which, as in PyTorch, only the last counts.
+
+        Raises:
+            ValueError, TypeError, RuntimeError: as `gpuconv.conv_transpose1d` does.
+        """
+        if isinstance(output_size, list | tuple) and len(output_size) == getattr(input, "ndim", None):
+            output_size = output_size[-1]
+        output = conv_transpose1d(
+            input,
+            self.weight,
+            self.bias,
+            self.stride,
+            self.padding,
+            self.output_padding if output_size is None else 0,
+            self.groups,
+            self.dilation,
+            output_size=output_size,
+        )
+        return cast(ArrayT, output)
+
+    def __call__(self, input: ArrayT, output_size: Setting | Sequence[SupportsIndex] | None = None) -> ArrayT:
+        """`forward`."""
+        return self.forward(input, output_size)
+
+
+class _UnfitError(Exception):
+    """Why an entry of a state dictionary cannot become a parameter."""
+
+
+def _as_attribute(padding: Padding) -> str | tuple[int, ...]:
+    """A validated padding as PyTorch keeps it: the word, or a tuple."""
+    if isinstance(padding, str):
+        return str(padding)
+    return tuple(operator.index(v) for v in (padding if isinstance(padding, list | tuple) else (padding,)))
+
+
+def _supported_dtype(caller: str, dtype: Any) -> str:
+    """The name of a supported dtype, given by name, as a NumPy dtype or as a scalar type."""
+    if isinstance(dtype, str) and dtype in DTYPES:
+        return dtype
+    try:
+        name = dtype_name(np.dtype(dtype))
+    except (TypeError, ValueError):
+        name = None
+    if name is None:
+        raise TypeError(f"{caller}: dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    return name
+
+
+def _converts(source: np.dtype[Any], name: str) -> bool:
+    """Whether values of a dtype become parameters without losing more than precision."""
+    if source.kind == "c":
+        return name.startswith("complex")
+    return source.kind in "biuf" or dtype_name(source) is not None
+
+
+def _gpu_index(caller: str, device: str | None) -> int | None:
+    """The CuPy index of the GPU that a device string names, which must answer; None for the CPU."""
+    if device is None or device == "cpu":
+        return None
+    expected = '"cpu", "cuda" or "cuda:" and an index'
+    if not isinstance(device, str):
+        raise TypeError(f"{caller}: device must be {expected}, got {type(device).__name__} {device!r}")
+    match = re.fullmatch(r"cuda(?::([0-9]+))?", device)
+    if match is None:
+        raise ValueError(f'{caller}: device must be {expected}, got "{device}"')
+    try:
+        count = runtime.device_count()
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f'{caller}: device "{device}" needs the package CuPy: pip install "gpuconv[cuda13]"'
+        ) from error
+    except RuntimeError as error:
+        raise RuntimeError(f'{caller}: device "{device}" was asked for, but no GPU answers: {error}') from error
+    if match[1] is None:
+        return int(runtime.cupy_module().cuda.runtime.getDevice())
+    if int(match[1]) >= count:
+        raise ValueError(f'{caller}: device must be below "cuda:{count}", one of the GPUs that answer, got "{device}"')
+    return int(match[1])
+
+
+def _generator(caller: str, rng: int | np.random.Generator | None) -> np.random.Generator:
+    if rng is None or isinstance(rng, np.random.Generator):
+        return np.random.default_rng(rng)
+    return np.random.default_rng(check_int(caller, "rng", rng, "an int seed or a numpy.random.Generator", 0))
+
+
+def _uniform(
+    generator: np.random.Generator, bound: float, shape: tuple[int, ...], dtype: np.dtype[Any]
+) -> np.ndarray[Any, Any]:
+    """Values between -bound and bound, drawn in float64, so that one seed means the same values in every dtype."""
+    if dtype.kind == "c":
+        return generator.uniform(-bound, bound, (*shape, 2)).view(np.complex128)[..., 0]
+    return generator.uniform(-bound, bound, shape)
+
+
+def _home(array: Any) -> int | None:
+    """The CuPy index of the GPU that an array lives on; None for the CPU."""
+    return int(array.data.device_id) if runtime.is_cupy_array(array) else None
+
+
+def _place(array: Any, index: int | None, dtype: np.dtype[Any], *, copy: bool = False) -> Any:
+    """A NumPy or CuPy array as a C-contiguous one on a GPU, or on the CPU where `index` is None."""
+    if index is None:
+        host = runtime.cupy_module().asnumpy(array) if runtime.is_cupy_array(array) else np.asarray(array)
+        return host.astype(dtype, order="C", copy=copy)
+    cupy = runtime.cupy_module()
+    with cupy.cuda.Device(index):
+        return cupy.asarray(array).astype(dtype, order="C", copy=copy)
+
+
+def _read(key: str, value: Any, own: Any) -> Any:
+    """An entry of a state dictionary as a NumPy or CuPy array that fits a parameter.
+
+    Raises:
+        _UnfitError: it does not.
+    """
+    if isinstance(value, np.ma.MaskedArray) or not (
+        hasattr(value, "__array__") or hasattr(value, "__cuda_array_interface__")
+    ):
+        raise _UnfitError(f'"{key}" must be an array, got {type(value).__name__}')
+    try:
+        if runtime.is_cupy_array(value):
+            array = value
+        elif hasattr(value, "__cuda_array_interface__"):
+            array = runtime.cupy_module().asarray(value)
+        else:
+            array = np.asarray(value)
+    except (TypeError, ValueError, RuntimeError, ImportError) as error:
+        raise _UnfitError(f'"{key}" cannot be read as an array: {error}') from error
+    if tuple(array.shape) != tuple(own.shape):
+        raise _UnfitError(f'"{key}" must have shape {tuple(own.shape)}, got {tuple(array.shape)}')
+    if not _converts(array.dtype, str(own.dtype.name)):
+        raise _UnfitError(f'"{key}" must have a dtype that converts to {own.dtype}, got {array.dtype}')
+    return array
