@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from threading import Lock
 from typing import Any, SupportsIndex, TypeVar, cast
 
 import numpy as np
@@ -15,6 +16,7 @@ ArrayT = TypeVar("ArrayT")
 # ever new lengths can hold.
 _PLANS: dict[tuple[Any, ...], runtime.Plan] = {}
 _MAX_PLANS = 4096
+_PLANS_LOCK = Lock()  # for changes; look-ups need none
 
 
 def conv1d(
@@ -156,8 +158,6 @@ def _convolve_on_cpu(
     x, w, b = _native(input), _native(weight), None if bias is None else _native(bias)
     if out is None:
         out = np.empty(problem.output_shape, x.dtype)
-    elif not out.flags.writeable:
-        raise ValueError(f"{op}: out must be writeable, got a read-only array")
     if out.dtype.isnative:
         cpu.convolve(problem, x, w, b, np.asarray(out))
     else:
@@ -180,22 +180,19 @@ def _convolve_on_gpu(
         with cupy.cuda.Device(device_index):
             return _convolve_on_gpu(op, input, weight, bias, settings, out)
 
-    # Settings of exactly these types name one problem. Others do not: True equals 1 but must be refused.
     plan, key = None, None
-    if _PLAIN_TYPES.issuperset(map(type, settings)):
-        try:
-            key = (op, settings, _identity(input), _identity(weight), _identity(bias), _identity(out))
-        except AttributeError:  # not a CuPy array: the checks below say so
-            pass
-        else:
-            plan = _PLANS.get(key)
+    names = _as_key(settings)
+    if names is not None:
+        key = (op, names, _identity(input), _identity(weight), _identity(bias), _identity(out))
+        plan = _PLANS.get(key)
     if plan is None:
         problem = _check(op, input, weight, bias, settings, out)
         plan = runtime.make_plan(problem, input, weight, bias, out)
         if key is not None:
-            if len(_PLANS) >= _MAX_PLANS:
-                _PLANS.pop(next(iter(_PLANS)), None)
-            _PLANS[key] = plan
+            with _PLANS_LOCK:
+                while len(_PLANS) >= _MAX_PLANS:
+                    del _PLANS[next(iter(_PLANS))]
+                _PLANS[key] = plan
     elif out is not None:
         _check_overlap(op, out, {"input": input, "weight": weight, "bias": bias})
     if out is None:
@@ -207,10 +204,36 @@ def _convolve_on_gpu(
 _PLAIN_TYPES = frozenset((int, str, type(None)))
 
 
+def _as_key(settings: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """The settings with lists as tuples and NumPy integers as ints, or None where they do not name one problem.
+
+    They do where nothing but ints, strings and None remains: True equals 1 and would find its cache entry, but must be
+    refused.
+    """
+    if _PLAIN_TYPES.issuperset(map(type, settings)):
+        return settings
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return tuple(map(plain, value))
+        return int(value) if isinstance(value, np.integer) else value
+
+    def unambiguous(value: Any) -> bool:
+        return all(map(unambiguous, value)) if isinstance(value, tuple) else type(value) in _PLAIN_TYPES
+
+    names = cast(tuple[Any, ...], plain(settings))
+    return names if unambiguous(names) else None
+
+
 def _identity(array: Any) -> tuple[Any, ...] | None:
-    """What a plan depends on of a CuPy array: two arrays with one identity can use one plan."""
+    """What a plan depends on of a CuPy array: two arrays with one identity can use one plan.
+
+    Other arrays get an identity that no plan is ever stored under, since the checks refuse them.
+    """
     if array is None:
         return None
+    if not runtime.is_cupy_array(array):
+        return ("foreign",)
     data = array.data
     return (array.shape, array.strides, array.dtype, data.device_id, data.ptr & 15)
 
@@ -232,8 +255,10 @@ def _check(
             raise ValueError(f"{op}: out must have shape {problem.output_shape}, got {tuple(out.shape)}")
         if dtype_name(out.dtype) != problem.dtype:
             raise TypeError(f"{op}: out must have the dtype of input, {problem.dtype}, got {out.dtype}")
-        if any(stride == 0 and extent > 1 for stride, extent in zip(out.strides, out.shape, strict=True)):
+        if _may_overlap_itself(out):
             raise ValueError(f"{op}: out must not overlap itself, got strides {out.strides} for shape {out.shape}")
+        if isinstance(out, np.ndarray) and not out.flags.writeable:
+            raise ValueError(f"{op}: out must be writeable, got a read-only array")
         _check_overlap(op, out, given)
     return problem
 
@@ -270,6 +295,23 @@ def _share_memory(a: Any, b: Any) -> bool:
         return bool(np.shares_memory(_Ghost.of(a), _Ghost.of(b), max_work=cast(Any, 100_000)))
     except np.exceptions.TooHardError:  # interleaved in a way too intricate to decide: treated as overlapping
         return True
+
+
+def _may_overlap_itself(array: Any) -> bool:
+    """Whether some axis, from the shortest stride to the longest, steps by less than what the axes before it span.
+
+    Every view that slicing, transposing and reshaping can make of an ordinary array passes; hand-made strides that
+    interleave without touching do not.
+    """
+    if 0 in array.shape:
+        return False
+    reach = array.dtype.itemsize
+    for stride, extent in sorted((abs(s), e) for s, e in zip(array.strides, array.shape, strict=True)):
+        if extent > 1:
+            if stride < reach:
+                return True
+            reach += (extent - 1) * stride
+    return False
 
 
 def _address(array: Any) -> int:
