@@ -2,7 +2,8 @@
 
 from . import nn
 from .functional import conv1d, conv_transpose1d
+from .verify import verify
 
 __version__ = "0.1.0"
 
-__all__ = ["conv1d", "conv_transpose1d", "nn"]
+__all__ = ["conv1d", "conv_transpose1d", "nn", "verify"]

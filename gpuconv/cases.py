@@ -1,0 +1,473 @@
+"""The shared case table, the data that cases run on, and the problems derived from a problem.
+
+Tests, `gpuconv.verify` and the benchmarks all read `CASES`. Every case is small: the same table runs on a CPU emulator
+of the GPU, for every dtype. The data generators are deterministic in (problem, seed).
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from .problem import ArraySpec, ConvProblem, Op, numpy_dtype
+
+Array: TypeAlias = npt.NDArray[Any]
+RandomKind: TypeAlias = Literal["normal", "ill_scaled", "cancelling", "nonfinite"]
+
+RANDOM_KINDS: tuple[RandomKind, ...] = ("normal", "ill_scaled", "cancelling", "nonfinite")
+
+# Integers of at most this magnitude are exact in the dtype: 2**(bits of the significand). Wide dtypes stay well below
+# theirs, so that algorithms that scale or add operands before they multiply remain exact too.
+_EXACT_LIMIT = {"float16": 2**11, "bfloat16": 2**8}
+_WIDE_EXACT_LIMIT = 2**20
+
+
+# -- cases -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A named problem.
+
+    Attributes:
+        name: unique in the table.
+        problem: float32; `at` gives it another dtype.
+        settings: the keyword arguments of the public function, as a user would write them ("same", output_size, ...).
+        tags: what the case is there for; the first one is its group.
+    """
+
+    name: str
+    problem: ConvProblem
+    settings: tuple[tuple[str, Any], ...]
+    tags: tuple[str, ...]
+
+    def at(self, dtype: str) -> ConvProblem:
+        """The case's problem with another dtype."""
+        return replace(self.problem, dtype=dtype)
+
+
+def _conv(
+    name: str, N: int, C_in: int, C_out: int, L_in: int, K: int, *tags: str,
+    bias: bool = True, batched: bool = True, groups: int = 1, **settings: Any,
+) -> Case:  # fmt: skip
+    weight_shape = (C_out, C_in // groups, K)
+    return _case(name, "conv1d", (N, C_in, L_in), weight_shape, C_out, tags, bias, batched, groups, settings)
+
+
+def _transposed(
+    name: str, N: int, C_in: int, C_out: int, L_in: int, K: int, *tags: str,
+    bias: bool = True, batched: bool = True, groups: int = 1, **settings: Any,
+) -> Case:  # fmt: skip
+    weight_shape = (C_in, C_out // groups, K)
+    return _case(name, "conv_transpose1d", (N, C_in, L_in), weight_shape, C_out, tags, bias, batched, groups, settings)
+
+
+def _case(
+    name: str,
+    op: Op,
+    input_shape: tuple[int, ...],
+    weight_shape: tuple[int, ...],
+    C_out: int,
+    tags: tuple[str, ...],
+    bias: bool,
+    batched: bool,
+    groups: int,
+    settings: dict[str, Any],
+) -> Case:
+    if groups != 1:
+        settings["groups"] = groups
+    construct = ConvProblem.conv1d if op == "conv1d" else ConvProblem.conv_transpose1d
+    problem = construct(
+        ArraySpec(input_shape if batched else input_shape[1:], "float32"),
+        ArraySpec(weight_shape, "float32"),
+        ArraySpec((C_out,), "float32") if bias else None,
+        **settings,
+    )
+    return Case(name, problem, tuple(settings.items()), tags)
+
+
+# Arguments: name, N, C_in, C_out, L_in, K, group, further tags, settings.
+CASES: tuple[Case, ...] = (
+    # Kernel lengths.
+    _conv("k1", 2, 8, 12, 37, 1, "kernel"),
+    _conv("k2_even", 2, 6, 10, 50, 2, "kernel", padding=1),
+    _conv("k3", 3, 8, 8, 40, 3, "kernel", padding=1),
+    _conv("k5", 2, 12, 7, 61, 5, "kernel", padding=2, bias=False),
+    _conv("k31", 1, 4, 6, 70, 31, "kernel", padding=15),
+    _conv("k64_even", 1, 3, 5, 100, 64, "kernel", padding=32),
+    _conv("k_longer_than_input", 2, 2, 3, 20, 45, "kernel", padding=(30, 17)),
+    _conv("k_equals_input", 3, 4, 6, 25, 25, "kernel"),
+    _conv("k513", 1, 1, 2, 600, 513, "kernel", bias=False),
+    # Strides.
+    _conv("docs_example", 2, 16, 33, 50, 3, "stride", stride=2),
+    _conv("stride_equals_k", 2, 5, 6, 47, 3, "stride", stride=3),
+    _conv("stride_exceeds_k", 2, 5, 6, 48, 3, "stride", stride=4),
+    _conv("stride7_pair", 2, 4, 9, 90, 5, "stride", stride=7, padding=(3, 1)),
+    _conv("stride_exceeds_input", 2, 3, 4, 30, 3, "stride", stride=1000),
+    _conv("stride2_k1", 2, 7, 5, 41, 1, "stride", stride=2, bias=False),
+    # Dilations.
+    _conv("dilation2", 2, 6, 8, 45, 3, "dilation", dilation=2, padding=2),
+    _conv("dilation3_k4", 2, 6, 5, 52, 4, "dilation", dilation=3, padding=(4, 5)),
+    _conv("dilation4_stride6", 2, 4, 6, 70, 5, "dilation", dilation=4, stride=6, padding=8),
+    _conv("dilation3_stride2", 2, 4, 6, 64, 5, "dilation", dilation=3, stride=2, padding=6),
+    _conv("dilation_spans_input", 2, 3, 4, 101, 2, "dilation", dilation=100),
+    # Every form of padding.
+    _conv("padding_sequence", 2, 4, 5, 33, 4, "padding", padding=[2], stride=(2,)),
+    _conv("padding_left_only", 2, 4, 5, 33, 4, "padding", padding=(3, 0)),
+    _conv("padding_right_only", 2, 4, 5, 33, 4, "padding", padding=(0, 5)),
+    _conv("padding_valid", 2, 4, 5, 33, 4, "padding", padding="valid"),
+    _conv("padding_same_odd", 2, 4, 5, 33, 5, "padding", padding="same"),
+    _conv("padding_same_even", 2, 4, 5, 33, 4, "padding", padding="same"),
+    _conv("padding_same_even_dilated", 2, 4, 5, 40, 6, "padding", padding="same", dilation=3),
+    _conv("padding_same_strided", 2, 4, 5, 34, 5, "padding", padding="same", stride=2),
+    _conv("padding_same_strided_even", 2, 4, 5, 35, 4, "padding", padding="same", stride=3),
+    _conv("padding_same_stride_exceeds_k", 2, 4, 5, 35, 3, "padding", padding="same", stride=4),
+    _conv("padding_causal", 2, 4, 5, 33, 4, "padding", padding="causal"),
+    _conv("padding_causal_dilated", 2, 4, 5, 50, 3, "padding", padding="causal", dilation=8),
+    _conv("padding_causal_strided", 2, 4, 5, 41, 6, "padding", padding="causal", stride=2),
+    _conv("padding_exceeds_k", 2, 4, 5, 20, 3, "padding", padding=9),
+    _conv("padding_exceeds_input", 2, 3, 4, 5, 3, "padding", padding=(11, 8), stride=2),
+    # Groups.
+    _conv("groups2", 2, 8, 6, 44, 3, "groups", groups=2, padding=1),
+    _conv("groups3_odd_channels", 1, 33, 66, 19, 3, "groups", groups=3),
+    _conv("groups4_strided", 2, 16, 8, 60, 5, "groups", groups=4, stride=2, padding=2),
+    _conv("depthwise", 2, 13, 13, 65, 3, "groups", "depthwise", groups=13, padding=1),
+    _conv("depthwise_multiplier", 2, 6, 18, 50, 5, "groups", "depthwise", groups=6, padding=2),
+    _conv("depthwise_strided_dilated", 2, 10, 10, 77, 4, "groups", "depthwise", groups=10, stride=2, dilation=2),
+    _conv("groups_to_one_each", 2, 12, 4, 40, 3, "groups", groups=4, bias=False),
+    # Channel counts off the usual multiples.
+    _conv("one_channel", 3, 1, 1, 71, 9, "channels", padding=4),
+    _conv("one_input_channel", 2, 1, 48, 40, 7, "channels", padding=3),
+    _conv("one_output_channel", 2, 48, 1, 40, 7, "channels", padding=3),
+    _conv("channels_17_33", 2, 17, 33, 21, 3, "channels", padding=1),
+    _conv("channels_66_48", 1, 66, 48, 18, 3, "channels", padding=1),
+    _conv("channels_64_128", 1, 64, 128, 40, 3, "channels", padding=1),
+    _conv("channels_129_5", 1, 129, 5, 40, 3, "channels", padding=1),
+    # Lengths.
+    _conv("length1", 4, 5, 6, 1, 1, "length"),
+    _conv("length1_padded", 2, 5, 6, 1, 3, "length", padding=1),
+    _conv("length127", 1, 4, 6, 127, 3, "length", padding=1),
+    _conv("length128", 1, 4, 6, 128, 3, "length", padding=1),
+    _conv("length129", 1, 4, 6, 129, 3, "length", padding=1),
+    _conv("length1025", 1, 2, 2, 1025, 3, "length", padding=1),
+    # Zero sizes.
+    _conv("no_samples", 0, 3, 4, 20, 3, "zero"),
+    _conv("no_output_channels", 2, 3, 0, 20, 3, "zero"),
+    _conv("no_input_channels", 2, 0, 4, 20, 3, "zero"),
+    _conv("no_input_channels_no_bias", 2, 0, 4, 20, 3, "zero", bias=False),
+    _conv("no_length", 2, 3, 4, 0, 3, "zero", padding=2),
+    # Without the batch axis.
+    _conv("unbatched", 1, 6, 8, 39, 3, "unbatched", batched=False, padding=1),
+    _conv("unbatched_same_strided", 1, 5, 7, 46, 4, "unbatched", batched=False, padding="same", stride=2, bias=False),
+    # Layers of real models, with fewer channels and shorter signals.
+    _conv("wav2vec2_stem", 2, 1, 40, 263, 10, "model", stride=5, bias=False),
+    _conv("wav2vec2_pos_conv", 1, 32, 32, 12, 128, "model", groups=4, padding=64),
+    _conv("whisper_conv1", 1, 20, 48, 30, 3, "model", padding=1),
+    _conv("whisper_conv2", 1, 48, 48, 32, 3, "model", stride=2, padding=1),
+    _conv("hifigan_resblock", 1, 16, 16, 60, 11, "model", dilation=5, padding=25),
+    _conv("wavenet_dilated", 1, 16, 32, 90, 2, "model", dilation=32, padding="causal"),
+    _conv("mamba_dw", 2, 40, 40, 70, 4, "model", "depthwise", groups=40, padding="causal"),
+    _conv("conformer_dw", 2, 24, 24, 53, 31, "model", "depthwise", groups=24, padding=15),
+    _conv("convtasnet_encoder", 2, 1, 32, 160, 16, "model", stride=8, padding=8, bias=False),
+    _conv("encodec_down", 1, 16, 32, 80, 16, "model", stride=8, padding=(8, 0)),
+    _conv("sincnet", 2, 1, 8, 500, 251, "model", stride=10, bias=False),
+    _conv("stft", 1, 1, 65, 640, 128, "model", stride=64, bias=False),
+    _conv("resample", 2, 1, 16, 450, 48, "model", stride=44, bias=False),
+    _conv("bpnet_head", 1, 34, 2, 60, 75, "model", padding=37),
+    _conv("htdemucs_stem", 2, 2, 48, 160, 8, "model", stride=4, padding=2),
+    # -- transposed ----------------------------------------------------------------------------------------------------
+    _transposed("up_k1", 2, 8, 12, 37, 1, "kernel"),
+    _transposed("up_k3", 2, 8, 6, 40, 3, "kernel", padding=1),
+    _transposed("up_k64_even", 1, 3, 4, 40, 64, "kernel", padding=20, bias=False),
+    _transposed("up_stride2_k4", 2, 8, 6, 30, 4, "stride", stride=2, padding=1),
+    _transposed("up_stride_equals_k", 2, 6, 8, 25, 3, "stride", stride=3),
+    _transposed("up_stride_exceeds_k", 2, 6, 8, 20, 2, "stride", stride=5),
+    _transposed("up_stride3_k1", 2, 6, 8, 20, 1, "stride", stride=3, bias=False),
+    _transposed("up_dilation2", 2, 6, 8, 40, 3, "dilation", dilation=2, padding=2),
+    _transposed("up_dilation2_stride2", 2, 6, 8, 25, 3, "dilation", dilation=2, stride=2),
+    _transposed("up_dilation3_stride2", 2, 6, 8, 25, 5, "dilation", dilation=3, stride=2, padding=3),
+    _transposed("up_dilation4_stride6", 2, 4, 6, 18, 5, "dilation", dilation=4, stride=6, padding=2),
+    _transposed("up_dilation6_stride4", 2, 4, 6, 18, 5, "dilation", dilation=6, stride=4, padding=(1, 7)),
+    _transposed("up_padding_pair", 2, 6, 5, 22, 5, "padding", stride=2, padding=(1, 3)),
+    _transposed("up_padding_valid", 2, 6, 5, 22, 5, "padding", stride=2, padding="valid"),
+    _transposed("up_padding_same", 2, 6, 5, 22, 3, "padding", padding="same"),
+    _transposed("up_padding_same_strided", 2, 6, 5, 22, 4, "padding", stride=2, padding="same"),
+    _transposed("up_padding_same_odd_total", 2, 6, 5, 22, 5, "padding", stride=2, padding="same"),
+    _transposed("up_padding_same_stride_exceeds_k", 2, 6, 5, 22, 2, "padding", stride=5, padding="same"),
+    _transposed("up_padding_exceeds_k", 2, 4, 5, 30, 3, "padding", stride=2, padding=(8, 11)),
+    _transposed("up_output_padding", 2, 6, 5, 20, 3, "padding", stride=2, padding=1, output_padding=1),
+    _transposed("up_output_padding_dilated", 2, 4, 5, 20, 3, "padding", stride=2, dilation=5, output_padding=4),
+    _transposed("up_output_size", 2, 6, 5, 20, 4, "padding", stride=3, padding=1, output_size=60),
+    _transposed("up_groups2", 2, 8, 6, 24, 4, "groups", groups=2, stride=2, padding=1),
+    _transposed("up_groups3_odd_channels", 1, 33, 21, 18, 3, "groups", groups=3, stride=2),
+    _transposed("up_depthwise", 2, 11, 11, 40, 4, "groups", "depthwise", groups=11, stride=2, padding=1),
+    _transposed("up_depthwise_multiplier", 2, 5, 15, 30, 3, "groups", "depthwise", groups=5, stride=2),
+    _transposed("up_one_input_channel", 2, 1, 33, 30, 6, "channels", stride=3, padding=1),
+    _transposed("up_one_output_channel", 2, 48, 1, 30, 6, "channels", stride=3, padding=1),
+    _transposed("up_channels_64_64", 1, 64, 64, 40, 4, "channels", stride=2, padding=1),
+    _transposed("up_channels_17_66", 1, 17, 66, 15, 3, "channels", stride=2),
+    _transposed("up_length1", 2, 5, 6, 1, 4, "length", stride=2, padding=1),
+    _transposed("up_length127", 1, 3, 4, 64, 1, "length", stride=2),
+    _transposed("up_length128", 1, 3, 4, 64, 4, "length", stride=2, padding=1),
+    _transposed("up_length129", 1, 3, 4, 65, 3, "length", stride=2, padding=1),
+    _transposed("up_no_samples", 0, 3, 4, 20, 3, "zero"),
+    _transposed("up_no_output_channels", 2, 3, 0, 20, 3, "zero"),
+    _transposed("up_no_input_channels", 2, 0, 4, 20, 3, "zero", stride=2),
+    _transposed("up_no_length", 2, 3, 4, 0, 5, "zero", stride=2),
+    _transposed("up_unbatched", 1, 6, 8, 21, 4, "unbatched", batched=False, stride=2, padding=1),
+    _transposed("hifigan_up", 1, 24, 16, 20, 16, "model", stride=8, padding=4),
+    _transposed("bigvgan_alias_up", 2, 12, 12, 40, 12, "model", "depthwise", groups=12, stride=2, bias=False),
+    _transposed("convtasnet_decoder", 2, 32, 1, 30, 16, "model", stride=8, padding=8, bias=False),
+    _transposed("snac_up", 1, 20, 12, 16, 14, "model", stride=7, padding=4, output_padding=1),
+    _transposed("waveglow_upsample", 1, 8, 8, 12, 64, "model", stride=16),
+    _transposed("istft", 1, 65, 1, 8, 128, "model", stride=64, bias=False),
+)  # fmt: skip
+
+
+def select(filter: str | None = None) -> tuple[Case, ...]:
+    """The cases whose name contains `filter`, or that carry it as a tag, or whose op it is; all of them for None.
+
+    Raises:
+        ValueError: there is no such case.
+    """
+    if filter is None:
+        return CASES
+    chosen = tuple(case for case in CASES if filter in case.name or filter in case.tags or filter == case.problem.op)
+    if not chosen:
+        raise ValueError(f"filter {filter!r} matches no case: neither part of a name, nor a tag, nor an operation")
+    return chosen
+
+
+# -- data ------------------------------------------------------------------------------------------------------------
+
+
+class Data(NamedTuple):
+    """The arrays of a problem: `problem.input_shape`, `problem.weight_shape`, `problem.bias_shape` (or None)."""
+
+    input: Array
+    weight: Array
+    bias: Array | None
+
+
+def exact_data(problem: ConvProblem, seed: int, *, adjoint_too: bool = False) -> Data:
+    """Nonzero small integers for which every correct computation gives one result, bit for bit.
+
+    The absolute values of the terms of any output element sum to at most an integer that the dtype holds exactly, so
+    every partial sum in any order is exact in the accumulator and the result is exact in the dtype. Where that leaves
+    less than one unit a term (float16, bfloat16), most weights are zero. No element of input or bias is zero.
+
+    Args:
+        problem: extents, settings and dtype.
+        seed: any integer.
+        adjoint_too: the same holds for `adjoint(problem)` with this weight.
+    """
+    p = problem
+    rng = _generator(p, seed)
+    limit = _EXACT_LIMIT.get(p.dtype, _WIDE_EXACT_LIMIT)
+    bias_limit = limit // 8
+    budget = limit - 2 * bias_limit
+    parts = 2 if p.is_complex else 1  # products in the real part of one term
+    problems = [p, adjoint(p)] if adjoint_too else [p]
+    terms = parts * max(1, *(q.terms for q in problems))
+    input_limit = max(1, min(16, math.isqrt(budget // terms)))
+    weight_limit = max(1, min(16, budget // (terms * input_limit)))
+
+    taps = _integers(rng, (p.C_out, p.C_in_g, p.K), weight_limit, p.dtype)
+    weight = _as_weight(p, taps)
+    for q in problems:
+        kept = _sparse(q, rng, budget // (parts * input_limit * weight_limit))
+        if kept is not None:
+            weight = np.where(_as_weight(q, kept), weight, np.zeros((), weight.dtype))
+    x = _integers(rng, p.input_shape, input_limit, p.dtype)
+    bias = _integers(rng, (p.C_out,), bias_limit, p.dtype) if p.has_bias else None
+    return _as_dtype(p, x, weight, bias)
+
+
+def random_data(problem: ConvProblem, seed: int, kind: RandomKind = "normal") -> Data:
+    """Data with rounding errors.
+
+    Args:
+        problem: extents, settings and dtype.
+        seed: any integer.
+        kind: "normal": standard normal. "ill_scaled": magnitudes from 2**-60 to 2**60, in float16 and for long sums
+            fewer, so that no sum of absolute values overflows. "cancelling": the terms of an output element nearly
+            cancel. "nonfinite": normal, with a NaN and an infinity in the input and an infinity in the weight.
+    """
+    p = problem
+    rng = _generator(p, seed)
+    draw = _ill_scaled if kind == "ill_scaled" else _normal
+    x, taps, bias = (draw(p, rng, shape) for shape in (p.input_shape, (p.C_out, p.C_in_g, p.K), (p.C_out,)))
+    if kind == "cancelling":
+        x = 1 + x * 2.0**-6
+        for phase in _phases(p):
+            part = taps[..., phase]
+            if part.size:
+                part -= part.mean(axis=(1, 2), keepdims=True)
+        bias = bias * 2.0**-6
+    if kind == "nonfinite":
+        for array, values in ((x, (np.nan, np.inf)), (taps, (-np.inf,))):
+            places = rng.permutation(array.size)[: len(values)]
+            array.reshape(-1)[places] = values[: len(places)]
+    return _as_dtype(p, x, _as_weight(p, taps), bias if p.has_bias else None)
+
+
+def impulse_data(problem: ConvProblem, seed: int) -> Data:
+    """An input of one unit impulse per sample and group, at random places: the output consists of weights, unrounded.
+
+    The weight is normal, the bias zero.
+    """
+    p = problem
+    rng = _generator(p, seed)
+    x = np.zeros((p.N, p.groups, p.C_in_g, p.L_in))
+    if x.size:
+        n, g = np.ogrid[: p.N, : p.groups]
+        shape = (p.N, p.groups)
+        x[n, g, rng.integers(p.C_in_g, size=shape), rng.integers(p.L_in, size=shape)] = 1
+    weight = _normal(p, rng, p.weight_shape)
+    return _as_dtype(p, x.reshape(p.input_shape), weight, np.zeros(p.C_out) if p.has_bias else None)
+
+
+def _generator(problem: ConvProblem, seed: int) -> np.random.Generator:
+    return np.random.default_rng([zlib.crc32(repr(problem).encode()), seed % 2**32])
+
+
+def _integers(rng: np.random.Generator, shape: tuple[int, ...], limit: int, dtype: str) -> Array:
+    """Integers of magnitude 1 to `limit`; complex ones have such real and imaginary parts."""
+
+    def draw() -> Array:
+        return np.asarray(rng.integers(1, limit, size=shape, endpoint=True) * rng.choice((-1.0, 1.0), size=shape))
+
+    return np.asarray(draw() + 1j * draw()) if dtype.startswith("complex") else draw()
+
+
+def _normal(problem: ConvProblem, rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
+    values = rng.standard_normal(shape)
+    return np.asarray(values + 1j * rng.standard_normal(shape)) if problem.is_complex else values
+
+
+def _ill_scaled(problem: ConvProblem, rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
+    # Each product is below 4 * 2**(2*highest), complex ones twice that, and `room` halvings keep their sum finite.
+    low, top = (-8, 15) if problem.dtype == "float16" else (-60, 126)
+    room = math.ceil(math.log2(max(problem.terms, 1) + 1)) + 3
+    highest = min(-low, (top - room) // 2)
+
+    def draw() -> Array:
+        magnitudes = rng.uniform(1, 2, shape) * 2.0 ** rng.integers(low, highest, size=shape)
+        return np.asarray(magnitudes * rng.choice((-1.0, 1.0), size=shape))
+
+    return np.asarray(draw() + 1j * draw()) if problem.is_complex else draw()
+
+
+def _phases(problem: ConvProblem) -> Iterator[slice]:
+    """The sets of taps that meet in one output element: all of them, or those of one phase where transposed."""
+    p = problem
+    step = p.stride // math.gcd(p.stride, p.dilation) if p.transposed else 1
+    return (slice(first, None, step) for first in range(min(step, p.K)))
+
+
+def _sparse(problem: ConvProblem, rng: np.random.Generator, count: int) -> Array | None:
+    """A mask (C_out, C_in/groups, K) that keeps `count` of the taps that meet in one output element; None for all."""
+    p = problem
+    if p.terms <= count:
+        return None
+    kept = np.zeros((p.C_out, p.C_in_g, p.K), bool)
+    for phase in _phases(p):
+        part = kept[..., phase]
+        order = rng.random((p.C_out, part.shape[1] * part.shape[2])).argsort(axis=1)
+        part[...] = (order < count).reshape(part.shape)
+    return kept
+
+
+def _as_weight(problem: ConvProblem, taps: Array) -> Array:
+    """Taps (C_out, C_in/groups, K) in the axis order of the problem's weight."""
+    p = problem
+    if not p.transposed:
+        return taps
+    by_group = taps.reshape(p.groups, p.C_out_g, p.C_in_g, p.K).swapaxes(1, 2)
+    return np.asarray(by_group.reshape(p.weight_shape))
+
+
+def _as_dtype(problem: ConvProblem, input: Array, weight: Array, bias: Array | None) -> Data:
+    dtype = numpy_dtype(problem.dtype)
+    return Data(input.astype(dtype), weight.astype(dtype), None if bias is None else bias.astype(dtype))
+
+
+# -- derived problems ------------------------------------------------------------------------------------------------
+
+
+def call_settings(problem: ConvProblem) -> dict[str, Any]:
+    """The keyword arguments with which the public function of `problem.op` arrives at this problem."""
+    p = problem
+    settings: dict[str, Any] = {
+        "stride": p.stride, "padding": p.padding, "dilation": p.dilation, "groups": p.groups
+    }  # fmt: skip
+    if p.transposed:
+        settings["output_padding"] = p.output_padding
+    return settings
+
+
+def with_batch(problem: ConvProblem, N: int) -> ConvProblem:
+    """The same layer on N samples."""
+    return replace(problem, N=N, batched=True)
+
+
+def chunk(problem: ConvProblem, start: int, stop: int) -> tuple[ConvProblem, slice]:
+    """The problem that gives the outputs ``start <= l_out < stop`` alone, and the positions of the input that it reads.
+
+    A long input cut into chunks must give the same bits as the whole. Needs ``0 <= start < stop <= L_out``, and an
+    input that is not empty where the operation is transposed.
+    """
+    p = problem
+    span = p.dilation * (p.K - 1) + 1
+    if not p.transposed:
+        low, high = start * p.stride - p.padding_left, (stop - 1) * p.stride - p.padding_left + span
+        first, last = min(max(low, 0), p.L_in), min(max(high, 0), p.L_in)
+        left = min(max(-low, 0), high - low)
+        right = high - low - left - (last - first)
+        return replace(p, L_in=last - first, padding_left=left, padding_right=right), slice(first, last)
+    # l_in feeds the outputs from l_in*stride - padding_left on, `span` of them.
+    newest = (start + p.padding_left) // p.stride  # the last one whose outputs begin at or before `start`
+    first = min(max(-(-(start + p.padding_left - span + 1) // p.stride), 0), newest, p.L_in - 1)
+    last = min((stop - 1 + p.padding_left) // p.stride + 1, p.L_in)
+    left = p.padding_left + start - first * p.stride
+    surplus = (last - first - 1) * p.stride + span - left - (stop - start)
+    right, extra = max(surplus, 0), max(-surplus, 0)
+    piece = replace(p, L_in=last - first, padding_left=left, padding_right=right, output_padding=extra)
+    return piece, slice(first, last)
+
+
+def adjoint(problem: ConvProblem) -> ConvProblem:
+    """The operation A' with ``<A x, u> == <x, A' u>``, for the same weight and without bias.
+
+    Its input is u, of the output's shape; its output begins with the input's L_in positions. (It is longer where an
+    output padding of a stride or more was added.) Needs L_in >= 1.
+    """
+    p = problem
+    span = p.dilation * (p.K - 1) + 1
+    rest = 0 if p.transposed else (p.L_in + p.padding_left + p.padding_right - span) % p.stride
+    return replace(
+        p,
+        op="conv1d" if p.transposed else "conv_transpose1d",
+        C_in=p.C_out,
+        C_out=p.C_in,
+        L_in=p.L_out,
+        output_padding=rest,
+        has_bias=False,
+    )
+
+
+def one_group(problem: ConvProblem, g: int) -> tuple[ConvProblem, slice, slice]:
+    """Group g as a problem of its own, and its input and output channels.
+
+    Its weight is that of its channels: along the first axis the output channels, or the input channels where the
+    operation is transposed.
+    """
+    p = problem
+    alone = replace(p, C_in=p.C_in_g, C_out=p.C_out_g, groups=1)
+    return alone, slice(g * p.C_in_g, (g + 1) * p.C_in_g), slice(g * p.C_out_g, (g + 1) * p.C_out_g)

@@ -1,0 +1,327 @@
+"""The case table itself: its coverage, the exactness of its data, the problems derived from it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from gpuconv import cases, reference
+from gpuconv.cases import CASES, Case
+from gpuconv.problem import DTYPES, ArraySpec, ConvProblem
+
+SIGNIFICAND_BITS = {"float16": 11, "bfloat16": 8, "float32": 24, "float64": 53, "complex64": 24, "complex128": 53}
+
+EDGES: dict[str, Callable[[ConvProblem], bool]] = {
+    "K = 1": lambda p: p.K == 1,
+    "even K": lambda p: p.K > 1 and p.K % 2 == 0,
+    "long K": lambda p: p.K >= 64,
+    "K longer than the input": lambda p: p.K > p.L_in > 0,
+    "stride 1": lambda p: p.stride == 1,
+    "1 < stride < K": lambda p: 1 < p.stride < p.K,
+    "stride = K": lambda p: p.stride == p.K > 1,
+    "stride > K": lambda p: p.stride > p.K,
+    "dilation with stride": lambda p: p.dilation > 1 and p.stride > 1 and math.gcd(p.dilation, p.stride) == 1,
+    "dilation and stride with a common factor": lambda p: math.gcd(p.dilation, p.stride) > 1,
+    "no padding": lambda p: p.padding == (0, 0),
+    "unequal padding": lambda p: p.padding_left != p.padding_right,
+    "padding longer than the kernel": lambda p: min(p.padding) > p.dilation * (p.K - 1) + 1,
+    "no bias": lambda p: not p.has_bias,
+    "groups": lambda p: 1 < p.groups < p.C_in,
+    "depthwise": lambda p: 1 < p.groups == p.C_in == p.C_out,
+    "depthwise with a multiplier": lambda p: 1 < p.groups == p.C_in < p.C_out,
+    "one input channel": lambda p: p.C_in == 1 < p.C_out,
+    "one output channel": lambda p: p.C_in > 1 == p.C_out,
+    "17 channels": lambda p: 17 in (p.C_in, p.C_out),
+    "33 channels": lambda p: 33 in (p.C_in, p.C_out),
+    "66 channels": lambda p: 66 in (p.C_in, p.C_out),
+    "L_in = 1": lambda p: p.L_in == 1,
+    "odd L_out": lambda p: p.L_out > 1 and p.L_out % 2 == 1,
+    "L_out = 127": lambda p: p.L_out == 127,
+    "L_out = 128": lambda p: p.L_out == 128,
+    "L_out = 129": lambda p: p.L_out == 129,
+    "N = 0": lambda p: p.N == 0,
+    "N > 1": lambda p: p.N > 1,
+    "C_in = 0": lambda p: p.C_in == 0 and p.has_bias,
+    "C_out = 0": lambda p: p.C_out == 0,
+    "L_in = 0": lambda p: p.L_in == 0,
+    "unbatched": lambda p: not p.batched,
+}
+ONLY_CONV1D: dict[str, Callable[[ConvProblem], bool]] = {
+    "one output position": lambda p: p.L_out == 1 < p.L_in,
+    "input left over at the end": lambda p: (p.L_in + sum(p.padding) - p.dilation * (p.K - 1) - 1) % p.stride > 0,
+    "windows without any input": lambda p: p.padding_left > p.dilation * (p.K - 1) and p.L_in > 0,
+    "48 channels": lambda p: 48 in (p.C_in, p.C_out),
+    "C_in = 0 without bias": lambda p: p.C_in == 0 and not p.has_bias,
+}
+ONLY_TRANSPOSED: dict[str, Callable[[ConvProblem], bool]] = {
+    "output padding": lambda p: p.output_padding > 0,
+    "output padding of a stride or more": lambda p: p.output_padding >= p.stride,
+    "a common factor below both": lambda p: 1 < math.gcd(p.dilation, p.stride) < min(p.dilation, p.stride),
+    "dilation = stride": lambda p: p.dilation == p.stride > 1,
+}
+
+
+def test_names_and_size() -> None:
+    assert len({case.name for case in CASES}) == len(CASES)
+    assert 100 <= len(CASES) <= 150
+    assert all(case.tags for case in CASES)
+
+
+def test_a_pass_over_the_table_is_cheap() -> None:
+    flops = {case.name: case.problem.flops() for case in CASES}
+    assert {name: count for name, count in flops.items() if count > 5e6} == {}
+    assert sum(count > 2e6 for count in flops.values()) <= 5
+    assert sum(flops.values()) < 20e6
+
+
+@pytest.mark.parametrize("op", ["conv1d", "conv_transpose1d"])
+def test_every_edge_is_covered(op: str) -> None:
+    problems = [case.problem for case in CASES if case.problem.op == op]
+    edges = {**EDGES, **(ONLY_CONV1D if op == "conv1d" else ONLY_TRANSPOSED)}
+    assert [name for name, holds in edges.items() if not any(map(holds, problems))] == []
+
+
+@pytest.mark.parametrize(
+    ("op", "forms"),
+    [
+        ("conv1d", {"absent", "int", "sequence", "pair", "valid", "same", "causal"}),
+        ("conv_transpose1d", {"absent", "int", "pair", "valid", "same"}),
+    ],
+)
+def test_every_form_of_padding_is_covered(op: str, forms: set[str]) -> None:
+    found = set()
+    for case in CASES:
+        padding = dict(case.settings).get("padding", "absent")
+        if case.problem.op == op:
+            is_sequence = isinstance(padding, list | tuple)
+            kind = {1: "sequence", 2: "pair"}[len(padding)] if is_sequence else "int"
+            found.add(padding if isinstance(padding, str) else kind)
+    assert found == forms
+
+
+@pytest.mark.parametrize("op", ["conv1d", "conv_transpose1d"])
+def test_same_padding_is_covered_for_every_parity(op: str) -> None:
+    same = [case.problem for case in CASES if case.problem.op == op and dict(case.settings).get("padding") == "same"]
+    assert {(p.K % 2, p.stride > 1) for p in same} == {(0, False), (0, True), (1, False), (1, True)} - (
+        {(0, False)} if op == "conv_transpose1d" else set()
+    )
+    assert any(p.padding_right > p.padding_left for p in same)
+    assert any(p.stride > p.K for p in same)
+
+
+def test_output_size_is_covered() -> None:
+    assert any("output_size" in dict(case.settings) for case in CASES)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_settings_mean_the_problem(case: Case) -> None:
+    """The settings as written and those that `call_settings` derives both lead to the case's problem."""
+    p = case.problem
+    construct = ConvProblem.conv_transpose1d if p.transposed else ConvProblem.conv1d
+    arrays = [ArraySpec(p.input_shape, p.dtype), ArraySpec(p.weight_shape, p.dtype)]
+    if p.bias_shape is not None:
+        arrays.append(ArraySpec(p.bias_shape, p.dtype))
+    assert construct(*arrays, **dict(case.settings)) == p
+    assert construct(*arrays, **cases.call_settings(p)) == p
+
+
+def test_select() -> None:
+    assert cases.select() == CASES
+    assert [case.name for case in cases.select("wav2vec2")] == ["wav2vec2_stem", "wav2vec2_pos_conv"]
+    assert {case.problem.op for case in cases.select("conv_transpose1d")} == {"conv_transpose1d"}
+    assert "mamba_dw" in {case.name for case in cases.select("depthwise")}
+    with pytest.raises(ValueError, match="filter 'nothing' matches no case"):
+        cases.select("nothing")
+
+
+# -- data ------------------------------------------------------------------------------------------------------------
+
+
+def terms_of(p: ConvProblem, n: int, c_out: int, l_out: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """The (weight index, input index) of every product of one output element, by the definition."""
+    C_in_g, C_out_g = p.C_in // p.groups, p.C_out // p.groups
+    g = c_out // C_out_g
+    found = []
+    for c in range(g * C_in_g, (g + 1) * C_in_g):
+        for k in range(p.K):
+            for l_in in range(p.L_in):
+                if p.op == "conv1d" and l_in == l_out * p.stride - p.padding_left + k * p.dilation:
+                    found.append(((c_out, c - g * C_in_g, k), (n, c, l_in)))
+                if p.op == "conv_transpose1d" and l_out == l_in * p.stride - p.padding_left + k * p.dilation:
+                    found.append(((c, c_out - g * C_out_g, k), (n, c, l_in)))
+    return found
+
+
+def parts(value: complex) -> tuple[int, int]:
+    """An integer-valued number as two Python integers."""
+    number = complex(value)
+    assert number.real.is_integer()
+    assert number.imag.is_integer()
+    return int(number.real), int(number.imag)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_exact_data_is_exact(dtype: str) -> None:
+    """On elements of every case: Python integers give the reference, and no sum of absolute values leaves the dtype."""
+    rng = np.random.default_rng(20)
+    limit = 2 ** SIGNIFICAND_BITS[dtype]
+    checked = 0
+    for case in CASES:
+        p = case.at(dtype)
+        data = cases.exact_data(p, seed=1)
+        y = reference.compute(p, *data).reshape(p.N, p.C_out, p.L_out)
+        assert (y == y.astype(data.input.dtype).astype(y.dtype)).all(), case.name
+        if y.size == 0 or p.C_in_g * p.K * p.L_in > 20_000:
+            continue
+        x = data.input.reshape(p.N, p.C_in, p.L_in)
+        for i in {0, y.size - 1, int(rng.integers(y.size))}:
+            n, c_out, l_out = (int(j) for j in np.unravel_index(i, y.shape))
+            real, imag = parts(data.bias[c_out]) if data.bias is not None else (0, 0)
+            most = max(abs(real), abs(imag))
+            for at_weight, at_input in terms_of(p, n, c_out, l_out):
+                (a, b), (c, d) = parts(data.weight[at_weight]), parts(x[at_input])
+                real, imag = real + a * c - b * d, imag + a * d + b * c
+                most += abs(a * c) + abs(b * d) + abs(a * d) + abs(b * c) if p.is_complex else abs(a * c)
+            assert (real, imag) == parts(y[n, c_out, l_out]), (case.name, n, c_out, l_out)
+            assert most <= limit, (case.name, n, c_out, l_out)
+            checked += 1
+    assert checked > 200
+
+
+@pytest.mark.parametrize("adjoint_too", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_exact_data_stays_below_the_limit_everywhere(dtype: str, adjoint_too: bool) -> None:
+    """The sum of the absolute values of the terms, for every element (float64 holds these integers exactly)."""
+    limit = 2 ** SIGNIFICAND_BITS[dtype]
+    for case in CASES:
+        p = case.at(dtype)
+        if adjoint_too and p.L_in == 0:
+            continue
+        data = cases.exact_data(p, seed=2, adjoint_too=adjoint_too)
+        real = replace(p, dtype="float64")
+        magnitudes = [None if a is None else parts_sum(a) for a in data]
+        assert reference.compute(real, *magnitudes).max(initial=0) <= limit, case.name
+        assert data.input.size == 0 or np.abs(parts_sum(data.input)).min() > 0
+        if adjoint_too:
+            q = cases.adjoint(real)
+            u = parts_sum(cases.exact_data(cases.adjoint(p), seed=2, adjoint_too=True).input)
+            assert reference.compute(q, u, magnitudes[1]).max(initial=0) <= limit, case.name
+
+
+def parts_sum(array: np.ndarray) -> np.ndarray:
+    wide = array.astype(np.complex128)
+    return np.abs(wide.real) + np.abs(wide.imag)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_exact_data_reaches_every_output_channel_and_most_taps(dtype: str) -> None:
+    """Sparse weights must not leave a kernel untested: over a few seeds every tap is used somewhere."""
+    for case in CASES:
+        p = case.at(dtype)
+        if 0 in p.weight_shape:
+            continue
+        used = sum((np.abs(cases.exact_data(p, seed).weight.astype(np.complex128)) > 0) for seed in range(3))
+        assert used.any(axis=(1, 2)).all(), case.name
+        assert used.any(axis=(0, 1)).mean() > 0.5, case.name
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_random_data_keeps_the_reference_finite(dtype: str) -> None:
+    """Ill-scaled data spans many magnitudes, and still no sum of absolute values overflows."""
+    largest = {"float16": 65504.0, "float64": np.finfo(np.float64).max, "complex128": np.finfo(np.float64).max}
+    for case in CASES:
+        p = case.at(dtype)
+        for kind in ("normal", "ill_scaled", "cancelling"):
+            data = cases.random_data(p, 3, kind)
+            magnitudes = [None if a is None else parts_sum(a) for a in data]
+            total = reference.compute(replace(p, dtype="float64"), *magnitudes)
+            assert total.max(initial=0) < largest.get(dtype, float(np.finfo(np.float32).max)), (case.name, kind)
+            if kind == "ill_scaled" and data.input.size > 100:
+                assert magnitudes[0].max() / magnitudes[0].min() > (2.0**6 if dtype == "float16" else 2.0**80)
+
+
+def test_cancelling_data_cancels() -> None:
+    """Where the padding hides no tap, sums are far below the sum of the magnitudes."""
+    for name in ("k5", "groups3_odd_channels", "up_stride2_k4", "resample"):
+        (case,) = (case for case in CASES if case.name == name)
+        data = cases.random_data(case.at("float64"), 0, "cancelling")._replace(bias=None)
+        p = replace(case.at("float64"), has_bias=False)
+        y, magnitude = reference.compute(p, *data), reference.compute(p, *(np.abs(a) for a in data[:2]))
+        middle = slice(p.L_out // 4, p.L_out // 2)
+        assert np.median(np.abs(y) / magnitude, axis=None) < 0.2, name
+        assert (np.abs(y) / magnitude)[..., middle].max() < 0.2, name
+
+
+def test_nonfinite_data_holds_a_nan_and_infinities() -> None:
+    data = cases.random_data(CASES[0].problem, 0, "nonfinite")
+    assert np.isnan(data.input).sum() == 1
+    assert np.isposinf(data.input).sum() == 1
+    assert np.isneginf(data.weight).sum() == 1
+    assert cases.random_data(replace(CASES[0].problem, N=0), 0, "nonfinite").input.size == 0
+
+
+def test_impulse_data_gives_weights() -> None:
+    p = CASES[0].at("float32")
+    data = cases.impulse_data(p, 0)
+    y = reference.compute(p, *data)
+    assert data.input.sum() == p.N
+    assert np.isin(y[y != 0], data.weight).all()
+    assert (y != 0).any()
+
+
+def test_data_is_a_function_of_problem_and_seed() -> None:
+    p = CASES[3].problem
+    for make in (cases.exact_data, cases.random_data, cases.impulse_data):
+        first, again, other = make(p, 5), make(p, 5), make(p, 6)
+        assert (first.input == again.input).all()
+        assert (first.weight == again.weight).all()
+        assert (first.weight != other.weight).any()
+        assert first.input.shape == p.input_shape
+        assert first.weight.shape == p.weight_shape
+        assert (first.bias is None) == (p.bias_shape is None)
+
+
+# -- derived problems: their reference is that of the whole ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.problem.L_in], ids=lambda case: case.name)
+def test_chunk(case: Case) -> None:
+    p = case.at("float64")
+    data = cases.exact_data(p, 0)
+    whole = reference.compute(p, *data)
+    bounds = {(0, p.L_out), (0, 1), (p.L_out - 1, p.L_out), (p.L_out // 3, p.L_out // 2 + 1)}
+    bounds |= {(start, start + 1) for start in range(0, p.L_out, 7)}
+    for start, stop in bounds:
+        piece, positions = cases.chunk(p, start, stop)
+        part = data.input[..., positions]
+        assert part.shape[-1] == piece.L_in
+        assert (reference.compute(piece, part, *data[1:]) == whole[..., start:stop]).all(), (start, stop)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.problem.L_in], ids=lambda case: case.name)
+def test_adjoint(case: Case) -> None:
+    p = replace(case.at("float64"), has_bias=False)
+    q = cases.adjoint(p)
+    assert q.weight_shape == p.weight_shape
+    assert q.L_out >= p.L_in
+    x, w, _ = cases.exact_data(p, 0)
+    u = cases.exact_data(q, 0).input
+    back = reference.compute(q, u, w)[..., : p.L_in]
+    assert np.sum(reference.compute(p, x, w) * u) == np.sum(x * back)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.problem.groups > 1], ids=lambda case: case.name)
+def test_one_group(case: Case) -> None:
+    p = case.at("float64")
+    data = cases.exact_data(p, 0)
+    whole = reference.compute(p, *data)
+    for g in range(p.groups):
+        alone, channels_in, channels_out = cases.one_group(p, g)
+        weight = data.weight[channels_in if p.transposed else channels_out]
+        bias = None if data.bias is None else data.bias[channels_out]
+        part = reference.compute(alone, data.input[..., channels_in, :], weight, bias)
+        assert (part == whole[..., channels_out, :]).all()
