@@ -18,14 +18,14 @@ WORKDIR /src
 COPY pyproject.toml README.md LICENSE ./
 COPY cuda_src cuda_src
 COPY gpuconv gpuconv
-RUN python3 -m venv /opt/build
-RUN /opt/build/bin/pip wheel --no-deps --wheel-dir /dist .
+RUN python3 -m venv /opt/build \
+    && /opt/build/bin/pip wheel --no-deps --wheel-dir /dist .
 
 FROM python AS runtime
-RUN python3 -m venv /opt/gpuconv
 COPY --from=build /dist /dist
 # Nothing here needs a GPU: the kernels are compiled for the GPU at hand when they first run.
-RUN /opt/gpuconv/bin/pip install "$(echo /dist/gpuconv-*.whl)[bf16,cli,cuda13]"
+RUN python3 -m venv /opt/gpuconv \
+    && /opt/gpuconv/bin/pip install "$(echo /dist/gpuconv-*.whl)[bf16,cli,cuda13]"
 ENV PATH=/opt/gpuconv/bin:$PATH
 
 # Compiled kernels. Mount a volume here to keep them from one container to the next.
@@ -34,6 +34,7 @@ RUN useradd --create-home --no-log-init --uid 10001 gpuconv \
     && install --directory --owner=gpuconv --group=gpuconv "$CUPY_CACHE_DIR"
 VOLUME ["/var/cache/gpuconv"]
 
-USER gpuconv
+# By number, so that Kubernetes' runAsNonRoot can check it.
+USER 10001
 WORKDIR /home/gpuconv
 CMD ["gpuconv", "verify", "--device", "gpu"]

@@ -84,6 +84,8 @@ def execute(dockerfile: Path, scratch: Path) -> tuple[Stage, list[str]]:
                 env_replace=True, args={}, envs=stage.environment, instruction_value=stage.host_text(value)
             )
             stage.environment.update(values)
+            # It keeps the image small; here it would only download everything again.
+            stage.environment.pop("PIP_NO_CACHE_DIR", None)
         elif kind == "WORKDIR":
             stage.folder = stage.host_path(value)
         elif kind == "COPY":
