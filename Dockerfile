@@ -25,7 +25,7 @@ FROM python AS runtime
 COPY --from=build /dist /dist
 # Nothing here needs a GPU: the kernels are compiled for the GPU at hand when they first run.
 RUN python3 -m venv /opt/gpuconv \
-    && /opt/gpuconv/bin/pip install "$(echo /dist/gpuconv-*.whl)[bf16,cli,cuda13]"
+    && /opt/gpuconv/bin/pip install "$(echo /dist/gpuconv-*.whl)[audio,bf16,cli,cuda13]"
 ENV PATH=/opt/gpuconv/bin:$PATH
 
 # Compiled kernels. Mount a volume here to keep them from one container to the next.
