@@ -248,7 +248,7 @@ def select(filter: str | None = None) -> tuple[Case, ...]:
 
 
 class Data(NamedTuple):
-    """The arrays of a problem: `problem.input_shape`, `problem.weight_shape`, `problem.bias_shape` (or None)."""
+    """The arrays of a problem, C-contiguous, of its `input_shape`, `weight_shape` and `bias_shape` (or None)."""
 
     input: Array
     weight: Array
@@ -395,7 +395,11 @@ def _as_weight(problem: ConvProblem, taps: Array) -> Array:
 
 def _as_dtype(problem: ConvProblem, input: Array, weight: Array, bias: Array | None) -> Data:
     dtype = numpy_dtype(problem.dtype)
-    return Data(input.astype(dtype), weight.astype(dtype), None if bias is None else bias.astype(dtype))
+    return Data(
+        input.astype(dtype, order="C"),
+        weight.astype(dtype, order="C"),
+        None if bias is None else bias.astype(dtype),
+    )
 
 
 # -- derived problems ------------------------------------------------------------------------------------------------

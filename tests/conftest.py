@@ -1,0 +1,72 @@
+"""What all tests share: the GPU tests' condition, and the backends that run convolutions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy.typing as npt
+import pytest
+
+import gpuconv
+from gpuconv import cases, runtime
+from gpuconv.problem import ConvProblem
+from gpuconv.verify import missing_gpu
+from tests import hostcuda
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A way to compute both operations on NumPy arrays.
+
+    Attributes:
+        name: "numpy" (the CPU path), "hostcuda" (the CUDA kernels on the CPU) or "gpu".
+        convolve: (problem, input, weight, bias or None) -> output, all of the problem's shapes and dtype.
+    """
+
+    name: str
+    convolve: Callable[[ConvProblem, Array, Array, Array | None], Array]
+
+    def conv1d(self, input: Array, weight: Array, bias: Array | None = None, **settings: Any) -> Array:
+        """`gpuconv.conv1d` on this backend."""
+        return self.convolve(ConvProblem.conv1d(input, weight, bias, **settings), input, weight, bias)
+
+    def conv_transpose1d(self, input: Array, weight: Array, bias: Array | None = None, **settings: Any) -> Array:
+        """`gpuconv.conv_transpose1d` on this backend."""
+        return self.convolve(ConvProblem.conv_transpose1d(input, weight, bias, **settings), input, weight, bias)
+
+
+def _public(problem: ConvProblem, input: Any, weight: Any, bias: Any | None) -> Any:
+    function = gpuconv.conv_transpose1d if problem.transposed else gpuconv.conv1d
+    return function(input, weight, bias, **cases.call_settings(problem))
+
+
+def _on_gpu(problem: ConvProblem, input: Array, weight: Array, bias: Array | None) -> Array:
+    cupy = runtime.cupy_module()
+    arrays = [None if array is None else cupy.asarray(array) for array in (input, weight, bias)]
+    return cupy.asnumpy(_public(problem, *arrays))
+
+
+BACKENDS = {
+    "numpy": Backend("numpy", _public),
+    "hostcuda": Backend("hostcuda", lambda p, x, w, b: hostcuda.convolve(p, x, w, b, schedule="every")),
+    "gpu": Backend("gpu", _on_gpu),
+}
+
+
+@pytest.fixture(params=["numpy", "hostcuda", pytest.param("gpu", marks=pytest.mark.gpu)])
+def backend(request: pytest.FixtureRequest) -> Backend:
+    """Each way to compute a convolution in turn."""
+    return BACKENDS[request.param]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip the tests marked `gpu` where no GPU answers, and only those."""
+    gpu_items = [item for item in items if item.get_closest_marker("gpu")]
+    reason = missing_gpu() if gpu_items else None
+    if reason is not None:
+        for item in gpu_items:
+            item.add_marker(pytest.mark.skip(reason=reason))
