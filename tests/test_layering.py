@@ -1,0 +1,238 @@
+"""The rules of the house, enforced by reading the files: who may import whom, and what a kernel file may contain."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from gpuconv import cases
+from gpuconv.device import ARCHITECTURES, Device
+from gpuconv.families import FAMILIES, Family, Layout
+from gpuconv.problem import DTYPES, ConvProblem
+from gpuconv.source import assemble, directory, params_fields
+
+PACKAGE = Path(cases.__file__).resolve().parent
+
+# From the ground up: a module imports only from earlier rows, and modules in one row do not import each other.
+LAYERS = (
+    ("problem", "device"),
+    ("reference", "cpu", "source"),
+    ("families.base",),
+    ("families.tiles",),
+    ("families.*",),
+    ("families",),
+    ("dispatch",),
+    ("runtime",),
+    ("functional",),
+    ("nn", "grad", "cases", "explain", "files"),
+    ("verify",),
+    ("cli",),
+    ("__main__",),
+)
+
+
+def modules() -> dict[str, Path]:
+    """The modules of the package by dotted name, without the package's own name in front."""
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+MODULES = modules()
+
+
+def layer(module: str) -> int:
+    """The row of `LAYERS` that a module belongs to."""
+    for row, names in enumerate(LAYERS):
+        if module in names:
+            return row
+    package, _, _ = module.partition(".")
+    rows = [row for row, names in enumerate(LAYERS) if f"{package}.*" in names]
+    assert rows, f"gpuconv/{module.replace('.', '/')}.py has no place in the order of layers"
+    return rows[0]
+
+
+def imports(module: str) -> Iterator[tuple[int, str, bool]]:
+    """The imports of a module: (line, what, whether it is the package's own, then without the package's name)."""
+    path = MODULES[module]
+    parts = module.split(".") if module else []
+    package = parts if path.name == "__init__.py" else parts[:-1]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            base = node.module or ""
+            names = [f"{base}.{a.name}" if base == "gpuconv" else base for a in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(["gpuconv", *package[: len(package) - node.level + 1], *filter(None, [node.module])])
+            names = [
+                f"{base}.{a.name}" if f"{base}.{a.name}".removeprefix("gpuconv.") in MODULES else base
+                for a in node.names
+            ]
+        else:
+            continue
+        for name in names:
+            root, _, rest = name.partition(".")
+            yield (node.lineno, rest, True) if root == "gpuconv" else (node.lineno, name, False)
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if name])
+def test_imports_go_only_upwards(module: str) -> None:
+    row = layer(module)
+    wrong = [
+        f"line {line}: imports gpuconv.{name}"
+        for line, name, own in imports(module)
+        if own and name and layer(name) >= row
+    ]
+    assert wrong == []
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if name])
+def test_the_package_itself_gives_only_its_version(module: str) -> None:
+    """`from . import x` names a module; anything else in gpuconv/__init__.py would be an import downwards."""
+    tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
+    names = {
+        alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module is None and node.level == len(module.split("."))
+        for alias in node.names
+    }
+    assert {name for name in names if name not in MODULES} <= {"__version__"}
+
+
+def test_the_layers_name_no_module_twice() -> None:
+    names = [name for row in LAYERS for name in row]
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_only_numpy_is_needed_at_import(module: str) -> None:
+    tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
+    functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
+    inside = {node.lineno for f in functions for node in ast.walk(f) if isinstance(node, ast.Import | ast.ImportFrom)}
+    foreign = {
+        f"line {line}: {name}"
+        for line, name, own in imports(module)
+        if not own and line not in inside and name.split(".")[0] not in {*sys.stdlib_module_names, "numpy"}
+    }
+    assert foreign == set()
+
+
+def test_cupy_is_imported_by_the_runtime_alone() -> None:
+    for module, path in MODULES.items():
+        statements = [
+            line for line, name, own in imports(module) if not own and name.split(".")[0] in ("cupy", "cupyx")
+        ]
+        assert statements == [], module
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        dynamic = [
+            node.lineno
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Call)
+            and ast.unparse(node.func).endswith("import_module")
+            and any(isinstance(a, ast.Constant) and str(a.value).startswith("cupy") for a in node.args)
+        ]
+        assert (module == "runtime") == bool(dynamic), f"{module}: lines {dynamic}"
+
+
+def test_kernels_are_made_by_the_runtime_alone() -> None:
+    mentions = [
+        module
+        for module, path in MODULES.items()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute) and node.attr in ("RawKernel", "RawModule", "ElementwiseKernel")
+    ]
+    assert mentions == ["runtime"]
+
+
+# -- families and their kernels ----------------------------------------------------------------------------------------
+
+CUDA_FILES = sorted(directory().glob("*.cu*"))
+
+
+def code(text: str) -> str:
+    """A CUDA source without comments and the contents of string literals."""
+    text = re.sub(r"//[^\n]*|/\*.*?\*/", "", text, flags=re.DOTALL)
+    return re.sub(r'"(?:[^"\\\n]|\\.)*"', '""', text)
+
+
+@pytest.mark.parametrize("path", CUDA_FILES, ids=lambda path: path.name)
+def test_cuda_sources_include_nothing(path: Path) -> None:
+    assert not re.search(r"#\s*include", code(path.read_text(encoding="utf-8")))
+
+
+@pytest.mark.parametrize("path", [p for p in CUDA_FILES if p.name != "ptx.cuh"], ids=lambda path: path.name)
+def test_instructions_are_wrapped_in_one_place(path: Path) -> None:
+    assert (
+        re.findall(
+            r"\basm\b|\b__shared__\b|\b__\w+_r[nzdu]\b|\b__shfl\w*|\b__half\w*", code(path.read_text(encoding="utf-8"))
+        )
+        == []
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_a_family_has_one_name(family: Family) -> None:
+    """The file, the kernel's file and the kernel function are called like the family."""
+    module = f"families.{family.name}"
+    assert type(family).__module__ == f"gpuconv.{module}"
+    assert (ast.get_docstring(ast.parse(MODULES[module].read_text(encoding="utf-8"))) or "").startswith(
+        f"{family.name}: "
+    )
+    kernel = directory() / f"{family.name}.cu"
+    assert kernel.read_text(encoding="utf-8").startswith(f"// {family.name}: ")
+    functions = re.findall(
+        r"__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s+)?(\w+)\(", code(kernel.read_text(encoding="utf-8"))
+    )
+    assert functions == [family.name]
+    assert re.fullmatch(rf"{family.op}_[a-z]+(_[a-z]+)*", family.name)
+    assert {config.kernel for config in family.configs(Device.from_arch("sm_90"))} == {family.name}
+
+
+def test_every_family_file_and_every_kernel_file_is_in_the_list() -> None:
+    names = [family.name for family in FAMILIES]
+    assert len(names) == len(set(names))
+    shared = {name for row in LAYERS for name in row}
+    files = {name.removeprefix("families.") for name in MODULES if name.startswith("families.") and name not in shared}
+    assert files == set(names)
+    assert {path.stem for path in CUDA_FILES if path.suffix == ".cu"} == set(names)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_a_kernel_reads_the_macros_that_its_family_gives(family: Family) -> None:
+    text = code(assemble(family.name, {}))
+    read = set(re.findall(r"\b[A-Z][A-Z0-9]*_[A-Z0-9_]*[A-Z0-9]\b|\bDTYPE\b|\bVEC\b", text))
+    read -= set(re.findall(r"#\s*define\s+(\w+)", text))
+    for arch in ARCHITECTURES:
+        for config in family.configs(Device.from_arch(arch)):
+            assert {name for name, _ in config.macros} == read
+
+
+def problems(op: str) -> Iterator[ConvProblem]:
+    """The case table's problems of an operation, and extreme ones."""
+    yield from (case.problem for case in cases.CASES if case.problem.op == op and 0 not in case.problem.output_shape)
+    for dtype in DTYPES:
+        yield ConvProblem(op, 1, 1, 1, 1, 1, dtype=dtype, has_bias=True, batched=False)
+        yield ConvProblem(op, 70_000, 3, 70_000, 50, 7, 2, 3, 3, 2, dtype=dtype)
+        yield ConvProblem(op, 1, 2, 2, 2**40, 3, 2**20 if op == "conv1d" else 3, groups=2, dtype=dtype)
+        yield ConvProblem(op, 1, 1, 1, 2**33, 2, 3, dilation=2**31 - 1, dtype=dtype)
+
+
+@pytest.mark.parametrize("op", ["conv1d", "conv_transpose1d"])
+def test_the_last_family_of_each_operation_refuses_nothing(op: str) -> None:
+    last = [family for family in FAMILIES if family.op == op][-1]
+    devices = [Device.from_arch(arch) for arch in ARCHITECTURES]
+    for problem in problems(op):
+        for device in devices:
+            layout = Layout.contiguous(problem)
+            assert last.refuse(problem, layout, device) is None, str(problem)
+            config, launch = last.configure(problem, layout, device)
+            assert config in set(last.configs(device))
+            assert tuple(name for name, _ in launch.params) == params_fields(last.name)
