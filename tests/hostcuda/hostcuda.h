@@ -1,0 +1,245 @@
+// What a CUDA kernel text needs to be compiled by a host C++ compiler: the language's extensions, its built-in names,
+// and host versions of the functions that cuda_src/ptx.cuh wraps (their bodies there are for CUDA compilers only).
+//
+// Each CUDA thread runs on a fiber; runtime.cpp schedules them. A new instruction that the lanes of a warp execute
+// together (a shuffle, ldmatrix, mma.sync) is one Record with a `combine`, handed to `warp_collective`: see Shuffle.
+
+#pragma once
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline __attribute__((always_inline))
+#define __noinline__ __attribute__((noinline))
+#define __launch_bounds__(...)
+
+namespace hostcuda {
+
+struct Index {
+    unsigned x, y, z;
+};
+
+constexpr unsigned kWarpSize = 32;
+
+// Why a launch ended early; errors.py has an exception for each.
+enum FaultKind { kNoFault, kMemory, kMisaligned, kUndefined, kDivergence, kTimeLimit, kStackOverflow };
+
+typedef void (*CombineErased)(void* const (&records)[kWarpSize]);
+
+}  // namespace hostcuda
+
+extern "C" {
+extern hostcuda::Index threadIdx, blockIdx, blockDim, gridDim;
+unsigned char* hostcuda_shared_memory();
+void hostcuda_block_barrier(const char* file, int line);
+void hostcuda_warp_meet(
+    unsigned mask, void* record, hostcuda::CombineErased combine, const char* name, const char* file, int line);
+[[noreturn]] void hostcuda_fault(int kind, const void* address, const char* format, ...)
+    __attribute__((format(printf, 3, 4)));
+}
+
+// -- vector types, naturally aligned ---------------------------------------------------------------------------------
+
+#define HOSTCUDA_VECTORS(scalar, name)                       \
+    struct alignas(2 * sizeof(scalar)) name##2 {             \
+        scalar x, y;                                         \
+    };                                                       \
+    struct alignas(4 * sizeof(scalar) < 16 ? 4 * sizeof(scalar) : 16) name##4 { \
+        scalar x, y, z, w;                                   \
+    };                                                       \
+    inline name##2 make_##name##2(scalar x, scalar y) { return name##2{x, y}; } \
+    inline name##4 make_##name##4(scalar x, scalar y, scalar z, scalar w) { return name##4{x, y, z, w}; }
+HOSTCUDA_VECTORS(unsigned short, ushort)
+HOSTCUDA_VECTORS(int, int)
+HOSTCUDA_VECTORS(unsigned, uint)
+HOSTCUDA_VECTORS(float, float)
+HOSTCUDA_VECTORS(double, double)
+#undef HOSTCUDA_VECTORS
+
+// -- barriers and warp collectives -----------------------------------------------------------------------------------
+
+// The default arguments name the caller's line: it identifies a barrier, and error messages show it.
+inline void __syncthreads(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+    hostcuda_block_barrier(file, line);
+}
+
+namespace hostcuda {
+
+template <typename Record>
+void combine_erased(void* const (&records)[kWarpSize]) {
+    Record* lanes[kWarpSize];
+    for (unsigned lane = 0; lane < kWarpSize; ++lane) lanes[lane] = static_cast<Record*>(records[lane]);
+    Record::combine(lanes);
+}
+
+// Every lane of `mask` deposits its record and waits until all have; then `Record::combine(lanes)` runs once, reads the
+// operands and writes the results of all of them. `lanes` is indexed by lane; those outside the mask are null.
+template <typename Record>
+void warp_collective(unsigned mask, Record& record, const char* name, const char* file, int line) {
+    hostcuda_warp_meet(mask, &record, combine_erased<Record>, name, file, line);
+}
+
+struct Meeting {
+    static void combine(Meeting* const (&)[kWarpSize]) {}
+};
+
+template <typename T>
+struct Shuffle {
+    T value;
+    unsigned source;  // the lane to read
+    T result;
+
+    static void combine(Shuffle* const (&lanes)[kWarpSize]) {
+        for (unsigned lane = 0; lane < kWarpSize; ++lane) {
+            if (lanes[lane] == nullptr) continue;
+            const Shuffle* source = lanes[lanes[lane]->source];
+            if (source == nullptr)
+                hostcuda_fault(
+                    kDivergence, nullptr, "lane %u shuffles from lane %u, which the mask leaves out", lane,
+                    lanes[lane]->source);
+            lanes[lane]->result = source->value;
+        }
+    }
+};
+
+template <typename T>
+T shuffle(unsigned mask, T value, unsigned source, const char* name, const char* file, int line) {
+    static_assert(sizeof(T) == 4 || sizeof(T) == 8, "shuffles take 4 or 8 bytes");
+    Shuffle<T> record = {value, source, value};
+    warp_collective(mask, record, name, file, line);
+    return record.result;
+}
+
+inline unsigned lane() { return threadIdx.x % kWarpSize; }
+
+}  // namespace hostcuda
+
+inline void __syncwarp(
+    unsigned mask = 0xffffffffu, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+    hostcuda::Meeting record;
+    hostcuda::warp_collective(mask, record, "__syncwarp", file, line);
+}
+
+// Each reads within the lane's segment of `width` lanes (a power of two); past its end a lane reads itself.
+
+template <typename T>
+T __shfl_sync(
+    unsigned mask, T value, int source, int width = 32, const char* file = __builtin_FILE(),
+    int line = __builtin_LINE()) {
+    const unsigned segment = hostcuda::lane() & ~unsigned(width - 1);
+    return hostcuda::shuffle(mask, value, segment | (unsigned(source) & unsigned(width - 1)), "__shfl_sync", file, line);
+}
+
+template <typename T>
+T __shfl_up_sync(
+    unsigned mask, T value, unsigned delta, int width = 32, const char* file = __builtin_FILE(),
+    int line = __builtin_LINE()) {
+    const unsigned lane = hostcuda::lane(), within = lane & unsigned(width - 1);
+    return hostcuda::shuffle(mask, value, within >= delta ? lane - delta : lane, "__shfl_up_sync", file, line);
+}
+
+template <typename T>
+T __shfl_down_sync(
+    unsigned mask, T value, unsigned delta, int width = 32, const char* file = __builtin_FILE(),
+    int line = __builtin_LINE()) {
+    const unsigned lane = hostcuda::lane(), within = lane & unsigned(width - 1);
+    const bool inside = delta < unsigned(width) - within;
+    return hostcuda::shuffle(mask, value, inside ? lane + delta : lane, "__shfl_down_sync", file, line);
+}
+
+template <typename T>
+T __shfl_xor_sync(
+    unsigned mask, T value, int lane_mask, int width = 32, const char* file = __builtin_FILE(),
+    int line = __builtin_LINE()) {
+    const unsigned lane = hostcuda::lane(), source = lane ^ unsigned(lane_mask);
+    const unsigned segment_end = (lane & ~unsigned(width - 1)) + unsigned(width);
+    return hostcuda::shuffle(mask, value, source < segment_end ? source : lane, "__shfl_xor_sync", file, line);
+}
+
+template <typename T>
+__forceinline__ T __ldg(const T* pointer) {
+    return *pointer;
+}
+
+// -- the functions of cuda_src/ptx.cuh --------------------------------------------------------------------------------
+
+__forceinline__ float fma_rn(float w, float x, float acc) { return __builtin_fmaf(w, x, acc); }
+__forceinline__ double fma_rn(double w, double x, double acc) { return __builtin_fma(w, x, acc); }
+
+__forceinline__ float uint_as_float(unsigned bits) {
+    float value;
+    __builtin_memcpy(&value, &bits, sizeof value);
+    return value;
+}
+__forceinline__ unsigned float_as_uint(float value) {
+    unsigned bits;
+    __builtin_memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+// Both conversions work on the bits, so they do not depend on the processor's treatment of subnormals: the GPU's
+// instructions (without .ftz) keep those of float16. NaNs keep the top of their payload, by which poison is recognised
+// (memory.py); a GPU makes every float16 NaN 0x7fff.
+
+inline float half_bits_to_float(unsigned short bits) {
+    const unsigned sign = unsigned(bits & 0x8000u) << 16, magnitude = bits & 0x7fffu;
+    if (magnitude >= 0x7c00u) return uint_as_float(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
+    if (magnitude >= 0x0400u) return uint_as_float(sign | ((magnitude << 13) + 0x38000000u));
+    if (magnitude == 0) return uint_as_float(sign);
+    const unsigned shift = unsigned(__builtin_clz(magnitude)) - 21;  // brings the leading one to bit 10
+    return uint_as_float(sign | ((113 - shift) << 23) | ((magnitude << shift & 0x3ffu) << 13));
+}
+
+inline unsigned short float_to_half_bits_rn(float value) {
+    const unsigned bits = float_as_uint(value), sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu;
+    if (magnitude > 0x7f800000u) return (unsigned short)(sign | 0x7e00u | (magnitude >> 13 & 0x3ffu));
+    if (magnitude >= 0x477ff000u) return (unsigned short)(sign | 0x7c00u);  // 65520 and above round to infinity
+    if (magnitude >= 0x38800000u)  // normal: rebias by 2**-112, to nearest even on the 13 bits that go
+        return (unsigned short)(sign | ((magnitude - 0x38000000u + 0x0fffu + (magnitude >> 13 & 1u)) >> 13));
+    if (magnitude <= 0x33000000u) return (unsigned short)sign;  // 2**-25 and below: half of the smallest, tie to zero
+    const unsigned shift = 126 - (magnitude >> 23), significand = (magnitude & 0x7fffffu) | 0x800000u;
+    const unsigned kept = significand >> shift, rest = significand & ((1u << shift) - 1), half = 1u << (shift - 1);
+    return (unsigned short)(sign | (kept + (rest > half || (rest == half && (kept & 1u)))));
+}
+
+__forceinline__ unsigned char* dynamic_shared_memory() { return hostcuda_shared_memory(); }
+
+// -- entry points -----------------------------------------------------------------------------------------------------
+
+namespace hostcuda {
+
+template <typename T>
+struct Argument {  // by value: a slot of the argument list points to the bytes
+    static const T& get(void* slot) { return *static_cast<const T*>(slot); }
+};
+template <typename T>
+struct Argument<T*> {  // a pointer: the slot is the pointer itself
+    static T* get(void* slot) { return static_cast<T*>(slot); }
+};
+
+template <unsigned... i>
+struct Indices {};
+template <unsigned n, unsigned... i>
+struct MakeIndices : MakeIndices<n - 1, n - 1, i...> {};
+template <unsigned... i>
+struct MakeIndices<0, i...> {
+    typedef Indices<i...> type;
+};
+
+template <typename... Parameters, unsigned... i>
+__forceinline__ void call(void (*kernel)(Parameters...), void* const* slots, Indices<i...>) {
+    kernel(Argument<Parameters>::get(slots[i])...);
+}
+
+// Calls a kernel for the current thread.
+template <typename... Parameters>
+__forceinline__ void call(void (*kernel)(Parameters...), void* const* slots) {
+    call(kernel, slots, typename MakeIndices<sizeof...(Parameters)>::type());
+}
+
+template <typename... Parameters>
+constexpr unsigned count_parameters(void (*)(Parameters...)) {
+    return sizeof...(Parameters);
+}
+
+}  // namespace hostcuda

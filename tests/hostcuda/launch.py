@@ -1,0 +1,382 @@
+"""Runs a launch, or a whole convolution as dispatch would launch it, on the CPU with every check on."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Literal, TypeAlias
+
+import numpy as np
+
+from gpuconv.device import Device
+from gpuconv.dispatch import Choice, choose
+from gpuconv.families import FAMILIES, ArrayLayout, Config, Launch, Layout
+from gpuconv.problem import ConvProblem
+from gpuconv.source import pack_params
+
+from . import build
+from .errors import (
+    DivergenceError,
+    GapWrittenError,
+    HostCudaError,
+    LaunchError,
+    MisalignedError,
+    OutOfBoundsError,
+    PoisonReadError,
+    ScheduleError,
+    StackOverflowError,
+    TimeLimitError,
+    UndefinedBehaviourError,
+    UnwrittenError,
+    WriteToInputError,
+)
+from .memory import (
+    GAP_POISON,
+    OUTPUT_POISON,
+    SHARED_POISON,
+    Array,
+    GuardedArray,
+    Placement,
+    first_poisoned,
+)
+
+Schedule: TypeAlias = Literal["forward", "reverse", "every"] | int
+
+EVERY: tuple[tuple[Schedule, Placement], ...] = (("forward", "end"), ("reverse", "start"), (1, "end"))
+"""The runs that schedule "every" stands for: both sides of every array guarded, three orders of the threads."""
+
+# Without a device of its own a launch is held to the largest limits there are.
+_MAX_THREADS = 1024
+_MAX_SHARED = 227 * 1024
+
+_running = threading.Lock()  # the runtime has one launch at a time
+
+
+class _Launch(ctypes.Structure):
+    """`struct Launch` of runtime.cpp."""
+
+    _fields_ = (
+        ("entry", ctypes.c_void_p),
+        ("slots", ctypes.c_void_p),
+        ("grid", ctypes.c_uint),
+        ("block", ctypes.c_uint),
+        ("block_order", ctypes.c_void_p),
+        ("shared", ctypes.c_void_p),
+        ("shared_bytes", ctypes.c_size_t),
+        ("schedule", ctypes.c_int),
+        ("flush_subnormals", ctypes.c_int),
+        ("seed", ctypes.c_uint64),
+        ("seconds", ctypes.c_double),
+    )
+
+
+class _Fault(ctypes.Structure):
+    """`struct Fault` of runtime.cpp."""
+
+    _fields_ = (
+        ("kind", ctypes.c_int),
+        ("block", ctypes.c_uint),
+        ("thread", ctypes.c_uint),
+        ("is_write", ctypes.c_int),
+        ("address", ctypes.c_uint64),
+        ("message", ctypes.c_char * 512),
+    )
+
+
+# enum FaultKind of hostcuda.h
+_NO_FAULT, _MEMORY, _MISALIGNED = 0, 1, 2
+_ERRORS: dict[int, type[HostCudaError]] = {
+    3: UndefinedBehaviourError,
+    4: DivergenceError,
+    5: TimeLimitError,
+    6: StackOverflowError,
+}
+
+
+def run(
+    kernel: Choice | Config | build.Program,
+    launch: Launch | None,
+    arrays: Mapping[str, Array | None],
+    *,
+    outputs: Sequence[str] = ("output",),
+    layouts: Mapping[str, ArrayLayout] | None = None,
+    device: Device | None = None,
+    schedule: Schedule = "forward",
+    placement: Placement = "end",
+    seconds: float = 60.0,
+) -> Array:
+    """Launch a kernel.
+
+    Args:
+        kernel: what to run; a `Choice` brings its own launch, then `launch` is None.
+        launch: grid, block, shared memory and parameters.
+        arrays: the kernel's array arguments in order, None for a null pointer. Each is copied into guarded memory with
+            its strides and the alignment of its first element.
+        outputs: the arrays that the kernel writes. Their contents are ignored; the results are stored in them.
+        layouts: strides and alignments that overrule the arrays' own.
+        device: whose limits the launch must keep.
+        schedule: the order of blocks and threads, an int being the seed of a random one; "every" runs them all, with
+            both placements, and compares the bits.
+        placement: which side of each array touches a guard page.
+        seconds: the processor time after which the kernel is stopped.
+
+    Returns:
+        The first of `outputs`.
+
+    Raises:
+        HostCudaError: see errors.py.
+    """
+    config = kernel.config if isinstance(kernel, Choice) else kernel
+    launch = kernel.launch if isinstance(kernel, Choice) else launch
+    if launch is None:
+        raise TypeError("launch is needed unless kernel is a Choice")
+    program = build.Program.of(config) if isinstance(config, Config) else config
+    binary = build.binary(program)
+    _check_launch(program, binary, launch, len(arrays) + 1, device)
+
+    runs = EVERY if schedule == "every" else ((schedule, placement),)
+    bits: dict[str, Array] = {}
+    for order, side in runs:
+        results = _run_once(program, binary, launch, arrays, outputs, layouts or {}, order, side, seconds)
+        for name, result in results.items():
+            if name in bits:
+                _check_same(program, name, bits[name], result, order)
+            bits.setdefault(name, result)
+    for name in outputs:
+        array = arrays[name]
+        assert array is not None
+        array[...] = bits[name]
+    first = arrays[outputs[0]]
+    assert first is not None
+    return first
+
+
+def convolve(
+    problem: ConvProblem,
+    input: Array,
+    weight: Array,
+    bias: Array | None = None,
+    *,
+    layout: Layout | None = None,
+    device: Device | None = None,
+    family: str | None = None,
+    schedule: Schedule = "forward",
+    placement: Placement = "end",
+) -> Array:
+    """Evaluate a problem with the kernel and launch that dispatch chooses.
+
+    Args:
+        problem: extents and settings.
+        input: `problem.input_shape`.
+        weight: `problem.weight_shape`.
+        bias: `problem.bias_shape`, or None.
+        layout: strides and alignments of all arrays; by default those of the given arrays, and a contiguous output.
+        device: the GPU to plan for, an H200 by default.
+        family: the kernel family to take instead of the one that dispatch prefers.
+        schedule: see `run`.
+        placement: see `run`.
+
+    Returns:
+        `problem.output_shape`, C-contiguous, of the dtype of `input`.
+
+    Raises:
+        HostCudaError: see errors.py.
+        ValueError: the named family refuses the problem.
+    """
+    p = problem
+    device = device or Device.from_arch("sm_90")
+    output = np.empty(p.output_shape, input.dtype.newbyteorder("="))
+    arrays = {
+        "input": input if p.batched else input[None],
+        "weight": weight,
+        "bias": bias,
+        "output": output if p.batched else output[None],
+    }
+    if layout is None:
+        own = {name: array_layout(array) for name, array in arrays.items() if array is not None}
+        layout = Layout(own["input"], own["weight"], own.get("bias"), own["output"])
+    choice = choose(p, layout, device) if family is None else _choose_family(p, layout, device, family)
+    if choice is not None:
+        layouts = {"input": layout.input, "weight": layout.weight, "output": layout.output}
+        if layout.bias is not None:
+            layouts["bias"] = layout.bias
+        run(choice, None, arrays, layouts=layouts, device=device, schedule=schedule, placement=placement)
+    return output
+
+
+def array_layout(array: Array) -> ArrayLayout:
+    """The layout of a NumPy array: strides in elements, and the alignment of its first element up to 16 bytes."""
+    if any(stride % array.itemsize for stride in array.strides):
+        raise ValueError(f"hostcuda: strides {array.strides} are not multiples of the item size {array.itemsize}")
+    address = array.__array_interface__["data"][0] | 16
+    return ArrayLayout(tuple(stride // array.itemsize for stride in array.strides), address & -address)
+
+
+def _choose_family(problem: ConvProblem, layout: Layout, device: Device, name: str) -> Choice | None:
+    if problem.N == 0 or problem.C_out == 0:
+        return None
+    (family,) = (family for family in FAMILIES if family.name == name)
+    if family.op != problem.op:
+        raise ValueError(f"hostcuda: {name} computes {family.op}, the problem is {problem}")
+    reason = family.refuse(problem, layout, device)
+    if reason is not None:
+        raise ValueError(f"hostcuda: {name} refuses {problem}: {reason}")
+    return Choice(name, *family.configure(problem, layout, device), ())
+
+
+def _check_launch(
+    program: build.Program, binary: build.Binary, launch: Launch, num_arguments: int, device: Device | None
+) -> None:
+    shared = device.shared_per_block if device else _MAX_SHARED
+    for what, value, least, most in (
+        ("grid", launch.grid, 1, 2**31 - 1),
+        ("block", launch.block, 1, min(_MAX_THREADS, binary.max_threads)),
+        ("shared_bytes", launch.shared_bytes, 0, shared),
+    ):
+        if not least <= value <= most:
+            raise LaunchError(f"{program.kernel}: {what} must be from {least} to {most}, got {value}")
+    if num_arguments != binary.num_parameters:
+        raise LaunchError(
+            f"{program.kernel}: takes {binary.num_parameters} arguments, got {num_arguments} (arrays, then Params)"
+        )
+
+
+def _run_once(
+    program: build.Program,
+    binary: build.Binary,
+    launch: Launch,
+    arrays: Mapping[str, Array | None],
+    outputs: Sequence[str],
+    layouts: Mapping[str, ArrayLayout],
+    schedule: Schedule,
+    placement: Placement,
+    seconds: float,
+) -> dict[str, Array]:
+    guarded: dict[str, GuardedArray] = {}
+    try:
+        for name, array in arrays.items():
+            if array is not None:
+                layout = layouts.get(name) or array_layout(array)
+                poison = OUTPUT_POISON if name in outputs else GAP_POISON
+                dtype = array.dtype.newbyteorder("=")
+                guarded[name] = memory = GuardedArray(
+                    name, array.shape, layout.strides, dtype, poison, layout.alignment, placement
+                )
+                if name not in outputs:
+                    memory.view[...] = array
+                    memory.make_read_only()
+        shared = GuardedArray(
+            "shared memory", (launch.shared_bytes,), (1,), np.dtype(np.uint8), SHARED_POISON, 16, placement
+        )
+        guarded[shared.name] = shared
+
+        fault = _launch(program, binary, launch, arrays, guarded, schedule, seconds)
+        if fault.kind != _NO_FAULT:
+            raise _error(program, fault, guarded, outputs)
+        _check_gaps(program, shared)
+        return {name: _collect(program, guarded[name]) for name in outputs}
+    finally:
+        for memory in guarded.values():
+            memory.free()
+
+
+def _launch(
+    program: build.Program,
+    binary: build.Binary,
+    launch: Launch,
+    arrays: Mapping[str, Array | None],
+    guarded: Mapping[str, GuardedArray],
+    schedule: Schedule,
+    seconds: float,
+) -> _Fault:
+    params = pack_params(dict(launch.params), launch.index_bits)
+    addresses = [guarded[name].address if name in guarded else None for name in arrays]
+    slots = (ctypes.c_void_p * (len(arrays) + 1))(*addresses, params.ctypes.data)
+    seed = schedule if isinstance(schedule, int) else 0
+    block_order = None
+    if schedule == "reverse":
+        block_order = np.arange(launch.grid, dtype=np.uint32)[::-1].copy()
+    elif schedule != "forward":
+        block_order = np.random.default_rng(seed).permutation(launch.grid).astype(np.uint32)
+    what = _Launch(
+        entry=binary.entry,
+        slots=ctypes.addressof(slots),
+        grid=launch.grid,
+        block=launch.block,
+        block_order=None if block_order is None else block_order.ctypes.data,
+        shared=guarded["shared memory"].address,
+        shared_bytes=launch.shared_bytes,
+        schedule={"forward": 0, "reverse": 1}.get(str(schedule), 2),
+        flush_subnormals=program.flush_subnormals,
+        seed=seed,
+        seconds=seconds,
+    )
+    fault = _Fault()
+    with _running:
+        if _runtime().hostcuda_launch(ctypes.byref(what), ctypes.byref(fault), SHARED_POISON) != 0:
+            raise MemoryError("hostcuda: no address space for the stacks of a block")
+    return fault
+
+
+@lru_cache(maxsize=1)
+def _runtime() -> ctypes.CDLL:
+    library = build.runtime()
+    library.hostcuda_launch.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint16]
+    return library
+
+
+def _error(
+    program: build.Program, fault: _Fault, guarded: Mapping[str, GuardedArray], outputs: Sequence[str]
+) -> HostCudaError:
+    where = f"{program.kernel}, block {fault.block}, thread {fault.thread}"
+    message = fault.message.decode(errors="replace")
+    memory = next((memory for memory in guarded.values() if memory.contains(fault.address)), None)
+    place = memory.describe(fault.address) if memory else f"address {fault.address:#x}, which belongs to no array"
+    if fault.kind == _MISALIGNED:
+        return MisalignedError(f"{where}: {message}; got {place}")
+    if fault.kind != _MEMORY:
+        return _ERRORS[fault.kind](f"{where}: {message}")
+    access = {1: "write to", 0: "read of"}.get(fault.is_write, "access to")
+    if memory is None or memory.name in outputs or not memory.lowest <= memory.offset(fault.address) <= memory.highest:
+        return OutOfBoundsError(f"{where}: out-of-bounds {access} {place}")
+    if fault.is_write:
+        return WriteToInputError(f"{where}: {access} the input {memory.name} at {place}")
+    return OutOfBoundsError(f"{where}: {access} the gap at {place}")
+
+
+def _collect(program: build.Program, memory: GuardedArray) -> Array:
+    """The result in an output's memory, once every element of it and nothing else was written."""
+    result: Array = memory.view.copy()
+    _check_gaps(program, memory)
+    for poison, error, reason in (
+        (OUTPUT_POISON, UnwrittenError, "never written, or computed from what was there before"),
+        (SHARED_POISON, PoisonReadError, "computed from shared memory that was never written"),
+        (GAP_POISON, PoisonReadError, "computed from bytes of an input that belong to no element"),
+    ):
+        found = first_poisoned(result, poison)
+        if found is not None:
+            index, count = found
+            raise error(
+                f"{program.kernel}: {count} of {result.size} elements of {memory.name} are {reason}; "
+                f"the first is {memory.name}[{', '.join(map(str, index))}]"
+            )
+    return result
+
+
+def _check_gaps(program: build.Program, memory: GuardedArray) -> None:
+    address = memory.first_gap_written()
+    if address is not None:
+        raise GapWrittenError(f"{program.kernel}: wrote outside the elements, at {memory.describe(address)}")
+
+
+def _check_same(program: build.Program, name: str, expected: Array, result: Array, schedule: Schedule) -> None:
+    byte = np.dtype((np.void, result.itemsize))
+    differs = np.ascontiguousarray(expected).view(byte) != np.ascontiguousarray(result).view(byte)
+    if differs.any():
+        index = tuple(int(i) for i in np.unravel_index(int(differs.argmax()), differs.shape))
+        raise ScheduleError(
+            f"{program.kernel}: {name}[{', '.join(map(str, index))}] is {expected[index]} when threads run forward, "
+            f"but {result[index]} under schedule {schedule!r} ({int(differs.sum())} of {result.size} elements differ)"
+        )
