@@ -1,0 +1,308 @@
+"""`gpuconv.explain`: what it says of a call is what the call does."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+import gpuconv
+from gpuconv import cases, cpu, dispatch, runtime
+from gpuconv.device import ARCHITECTURES, Device
+from gpuconv.explain import SETTINGS, Explanation, explain
+from gpuconv.families import FAMILIES, Config, Family, Launch, Layout
+from gpuconv.problem import ArraySpec, ConvProblem
+
+
+def spec(*shape: int, dtype: Any = "float32") -> ArraySpec:
+    return ArraySpec(shape, dtype)
+
+
+X, W, B = spec(8, 512, 3000), spec(512, 512, 3), spec(512)
+
+
+# -- on a GPU that need not be there ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("case", cases.CASES, ids=lambda case: case.name)
+def test_every_case_is_explained_as_dispatch_chooses(case: cases.Case, arch: str) -> None:
+    p = case.problem
+    bias = None if p.bias_shape is None else spec(*p.bias_shape)
+    found = explain(p.op, spec(*p.input_shape), spec(*p.weight_shape), bias, device=arch, **dict(case.settings))
+    assert found.problem == p
+    assert found.device == ARCHITECTURES[arch]
+    assert found.choice == dispatch.choose(p, Layout.contiguous(p), ARCHITECTURES[arch])
+    assert found.method is None
+    assert found.copies == ()
+    assert (found.flops, found.bytes) == (p.flops(), p.bytes())
+
+
+def test_the_figures() -> None:
+    found = explain("conv1d", X, W, B, stride=2, padding=1, device="sm_90")
+    assert found.problem.L_out == 1500
+    assert found.problem.padding == (1, 1)
+    assert found.flops == 2 * 8 * 512 * 1500 * 512 * 3
+    assert found.bytes == 4 * (8 * 512 * 3000 + 512 * 512 * 3 + 512 + 8 * 512 * 1500)
+    assert found.intensity == pytest.approx(found.flops / found.bytes, rel=1e-15)
+
+
+def test_a_device_may_be_given_as_a_value() -> None:
+    device = Device("a small one", 90, 2, 1 << 16, 1 << 16, 1 << 20)
+    assert explain("conv1d", X, W, device=device).device is device
+
+
+def test_the_text() -> None:
+    found = explain("conv_transpose1d", spec(16, 50), spec(16, 33, 3), stride=2, output_padding=1, device="sm_80")
+    choice = found.choice
+    assert choice is not None
+    macros = ", ".join(f"{name}={value}" for name, value in choice.config.macros)
+    assert str(found).splitlines() == [
+        "conv_transpose1d on A100 (sm_80)",
+        "  input     (16, 50) float32",
+        "  weight    (16, 33, 3)",
+        "  output    (33, 102)",
+        "  settings  stride 2, padding (0, 0), dilation 1, groups 1, output_padding 1",
+        f"  kernel    {choice.family} with {macros}",
+        f"  launch    {choice.launch.grid} blocks of {choice.launch.block} threads, "
+        f"{choice.launch.shared_bytes} B of shared memory, {choice.launch.index_bits}-bit offsets",
+        "  work      158 kFLOP, at least 23 kB moved, 6.89 FLOP/B",
+        "  copies    none",
+    ]
+
+
+def test_the_dict_survives_json() -> None:
+    found = explain("conv1d", X, W, B, stride=2, padding=1, device="sm_90")
+    plain = json.loads(json.dumps(found.to_dict()))
+    assert plain == found.to_dict()
+    choice = found.choice
+    assert choice is not None
+    assert plain["problem"]["output_shape"] == [8, 512, 1500]
+    assert plain["problem"]["padding_left"] == 1
+    assert plain["device"]["arch"] == 90
+    assert plain["kernel"]["family"] == choice.family
+    assert plain["kernel"]["macros"] == dict(choice.config.macros)
+    assert plain["kernel"]["launch"]["grid"] == choice.launch.grid
+    assert plain["kernel"]["launch"]["params"]["L_out"] == 1500
+    assert plain["method"] is None
+    assert plain["copies"] == []
+
+
+def test_an_empty_output_launches_nothing() -> None:
+    found = explain("conv1d", spec(0, 3, 20), spec(4, 3, 3), device="sm_90")
+    assert found.choice is None
+    assert found.to_dict()["kernel"] is None
+    assert "nothing is launched" in str(found)
+
+
+def test_bfloat16_needs_no_package_to_be_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ml_dtypes", None)
+    x, w = spec(1, 4, 20, dtype="bfloat16"), spec(4, 4, 3, dtype="bfloat16")
+    assert explain("conv1d", x, w, device="sm_90").bytes == 2 * (4 * 20 + 4 * 4 * 3 + 4 * 18)
+
+
+class _Picky(Family):
+    """Stands in front of the others and takes nothing."""
+
+    name = "conv1d_picky"
+    op = "conv1d"
+
+    def refuse(self, problem: ConvProblem, layout: Layout, device: Device) -> str | None:
+        return f"needs C_in/groups >= 1000, got {problem.C_in_g}"
+
+    def configure(self, problem: ConvProblem, layout: Layout, device: Device) -> tuple[Config, Launch]:
+        raise AssertionError
+
+    def configs(self, device: Device) -> Iterator[Config]:
+        return iter(())
+
+
+def test_refusals_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "FAMILIES", (_Picky(), *FAMILIES))
+    dispatch.choose.cache_clear()
+    try:
+        found = explain("conv1d", spec(2, 7, 77), spec(3, 7, 5), device="sm_90")
+    finally:
+        dispatch.choose.cache_clear()
+    assert "  refused   conv1d_picky: needs C_in/groups >= 1000, got 7\n" in str(found)
+    refusal = {"family": "conv1d_picky", "reason": "needs C_in/groups >= 1000, got 7"}
+    assert found.to_dict()["kernel"]["refusals"][0] == refusal
+
+
+# -- where the arrays lie --------------------------------------------------------------------------------------------
+
+
+def test_strides_reach_the_kernel_and_need_no_copy() -> None:
+    x = np.zeros((2, 60, 8), np.float32).transpose(0, 2, 1)[..., ::-2]
+    found = explain("conv1d", x, np.zeros((4, 8, 3), np.float32), device="sm_90")
+    assert found.copies == ()
+    assert found.choice is not None
+    params = dict(found.choice.launch.params)
+    strides = tuple(params[f"input_stride_{axis}"] for axis in "ncl")
+    assert strides == tuple(stride // 4 for stride in x.strides) == (480, 1, -16)
+
+
+def test_arrays_between_elements_are_copied() -> None:
+    buffer = np.zeros(4 * 8 * 30 + 1, np.uint8)
+    x = buffer[1:].view(np.float32).reshape(8, 30)
+    fields = np.zeros((4, 8, 3), np.dtype([("tag", "i2"), ("value", "f4")]))
+    found = explain("conv1d", x, fields["value"], np.zeros(4, np.float32), device="sm_90")
+    assert found.copies == ("input", "weight")
+    assert found.copy_bytes == 4 * (8 * 30 + 4 * 8 * 3)
+    assert found.to_dict()["copies"] == ["input", "weight"]
+    assert "  copies    input, weight (1.34 kB)" in str(found)
+    aligned = explain("conv1d", spec(8, 30), spec(4, 8, 3), spec(4), device="sm_90")
+    assert found.choice == aligned.choice
+
+
+class _FakeArray:
+    """What gpuconv reads of a CuPy array."""
+
+    def __init__(self, shape: tuple[int, ...], strides: tuple[int, ...], address: int) -> None:
+        self.shape, self.strides, self.dtype = shape, strides, np.dtype(np.float32)
+        self.data = SimpleNamespace(ptr=address, device_id=1)
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A CuPy with two GPUs that can plan but not launch."""
+    properties = {
+        "major": 8, "minor": 9, "multiProcessorCount": 7, "sharedMemPerBlockOptin": 101376,
+        "sharedMemPerMultiprocessor": 102400, "l2CacheSize": 1 << 20,
+    }  # fmt: skip
+    fake: Any = ModuleType("cupy")
+    fake.ndarray = _FakeArray
+    fake.cuda = SimpleNamespace(
+        runtime=SimpleNamespace(
+            getDevice=lambda: 1,
+            getDeviceProperties=lambda index: {**properties, "name": f"GPU number {index}".encode()},
+        ),
+        function=SimpleNamespace(CPointer=lambda address: address),
+    )
+    fake.RawKernel = lambda text, name: SimpleNamespace(kernel=(text, name))
+    monkeypatch.setitem(sys.modules, "cupy", fake)
+    runtime.device.cache_clear()
+    runtime.build.cache_clear()
+    yield
+    runtime.device.cache_clear()
+    runtime.build.cache_clear()
+
+
+@pytest.mark.usefixtures("fake_gpu")
+@pytest.mark.parametrize(("address", "stride"), [(512, 4), (516, 4), (513, 4), (512, 6), (512, 0), (512, -8)])
+@pytest.mark.parametrize("batched", [True, False])
+def test_cupy_arrays_are_explained_as_the_runtime_plans_them(address: int, stride: int, batched: bool) -> None:
+    shape, strides = ((2, 8, 30), (8 * 256, 256, stride)) if batched else ((8, 30), (256, stride))
+    x = _FakeArray(shape, strides, address)
+    w, b = _FakeArray((4, 8, 3), (96, 12, 4), 1024), _FakeArray((4,), (4,), 2050)
+    found = explain("conv1d", x, w, b, padding="same")
+    plan = runtime.make_plan(found.problem, x, w, b, None)
+    assert found.device is not None
+    assert found.device.name == "GPU number 1"
+    assert found.choice == plan.choice
+    assert found.copies == plan.copies == (("bias",) if address % 4 == stride % 4 == 0 else ("input", "bias"))
+
+
+@pytest.mark.usefixtures("fake_gpu")
+def test_mixed_arrays_are_refused_as_the_call_refuses_them() -> None:
+    x = _FakeArray((8, 30), (120, 4), 512)
+    with pytest.raises(TypeError, match="all arrays must be of one kind and on one device"):
+        explain("conv1d", x, np.zeros((4, 8, 3), np.float32))
+
+
+# -- the CPU path ----------------------------------------------------------------------------------------------------
+
+
+def test_numpy_arrays_are_explained_for_the_cpu() -> None:
+    x, w = np.zeros((2, 8, 300), np.float32), np.zeros((4, 8, 3), np.float32)
+    found = explain("conv1d", x, w)
+    assert found == explain("conv1d", spec(2, 8, 300), spec(4, 8, 3), device="cpu")
+    assert found.device is None
+    assert found.choice is None
+    method = cpu.method(found.problem)
+    assert found.method == method
+    text = str(found)
+    assert text.startswith("conv1d on the CPU, through NumPy\n")
+    assert f"  method     {method.name}: {method.reason}\n" in text
+    assert "  workspace  " in text
+    plain = json.loads(json.dumps(found.to_dict()))
+    assert plain["method"] == {
+        "name": method.name, "reason": method.reason, "workspace_bytes": method.workspace_bytes,
+    }  # fmt: skip
+    assert plain["kernel"] is None
+    assert plain["device"] == {"name": "CPU"}
+
+
+@pytest.mark.parametrize("case", cases.CASES, ids=lambda case: case.name)
+def test_every_case_is_explained_for_the_cpu(case: cases.Case) -> None:
+    p = case.problem
+    bias = None if p.bias_shape is None else spec(*p.bias_shape)
+    found = explain(p.op, spec(*p.input_shape), spec(*p.weight_shape), bias, device="cpu", **dict(case.settings))
+    assert found.problem == p
+    assert found.method == cpu.method(p)
+
+
+def test_foreign_byte_order_is_copied_on_the_cpu() -> None:
+    x, w = np.zeros((8, 300), ">f4"), np.zeros((4, 8, 3), "<f4")
+    swapped = "input" if sys.byteorder == "little" else "weight"
+    assert explain("conv1d", x, w).copies == (swapped,)
+
+
+# -- arguments -------------------------------------------------------------------------------------------------------
+
+
+def test_it_is_public() -> None:
+    assert gpuconv.explain is explain
+    assert "explain" in gpuconv.__all__
+
+
+def test_it_is_a_value() -> None:
+    found = explain("conv1d", X, W, device="sm_90")
+    assert isinstance(found, Explanation)
+    assert hash(found) == hash(explain("conv1d", X, W, device="sm_90"))
+    with pytest.raises(AttributeError):
+        found.copies = ()  # type: ignore[misc]
+
+
+def test_the_settings_are_those_of_the_functions() -> None:
+    import inspect
+
+    arrays = {"input", "weight", "bias", "out"}
+    for op, names in SETTINGS.items():
+        assert set(names) == inspect.signature(getattr(gpuconv, op)).parameters.keys() - arrays
+
+
+@pytest.mark.parametrize(
+    ("arguments", "settings", "error", "message"),
+    [
+        (("conv2d", X, W), {"device": "cpu"}, ValueError, 'op must be one of "conv1d" and "conv_transpose1d"'),
+        (("conv1d", X, W), {}, ValueError, "device must be given .* got input as an ArraySpec"),
+        (("conv1d", X, W), {"device": "sm_42"}, ValueError, "arch must be one of sm_75"),
+        (("conv1d", X, W), {"device": 90}, TypeError, "device must be None, .* got int"),
+        (
+            ("conv1d", X, W),
+            {"device": "cpu", "output_size": 3, "kernel": 1},
+            TypeError,
+            "conv1d has the settings stride, .* got kernel, output_size$",
+        ),
+        (("conv1d", X, W), {"device": "cpu", "stride": 0}, ValueError, "conv1d: stride must be at least 1"),
+        (("conv1d", X, W), {"device": "cpu", "precision": "tf32"}, ValueError, "precision must be one of"),
+        (("conv1d", X, W), {"device": "cpu", "padding_mode": "wrap"}, ValueError, "padding_mode must be one of"),
+        (("conv1d", spec(2, -3, 8), W), {"device": "cpu"}, ValueError, "each extent of input must be at least 0"),
+        (("conv1d", ArraySpec((2, 3.5, 8), "float32"), W), {"device": "cpu"}, TypeError, "extent of input must be"),
+        (("conv1d", X, spec(512, 51, 3)), {"device": "cpu"}, ValueError, "expects C_in = 51"),
+        (("conv1d", X, W, spec(511)), {"device": "sm_90"}, ValueError, "bias must have shape"),
+        (("conv1d", np.zeros((2, 8)), [[[1.0]]]), {}, TypeError, "weight must be a NumPy or CuPy array, got list"),
+        (("conv1d", X, None), {"device": "cpu"}, TypeError, "weight must be an array"),
+    ],
+)
+def test_bad_arguments(
+    arguments: tuple[Any, ...], settings: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        explain(*arguments, **settings)
