@@ -1,0 +1,749 @@
+"""The command line: what it computes, writes and prints, its exit codes, and one clear line for every error."""
+
+from __future__ import annotations
+
+import builtins
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any, ClassVar
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+import pywt
+import soundfile
+
+import gpuconv
+from gpuconv import cli, files, runtime
+from gpuconv.cli import main
+from gpuconv.device import ARCHITECTURES
+from gpuconv.families import FAMILIES
+from gpuconv.problem import ArraySpec, numpy_dtype
+from gpuconv.verify import missing_gpu
+
+Array = np.ndarray[Any, Any]
+
+# `gpuconv.verify` is the function; this is its module.
+verify_module = importlib.import_module("gpuconv.verify")
+
+rng = np.random.default_rng(0)
+
+
+@pytest.fixture(autouse=True)
+def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Every test runs in a folder of its own, so that file names on the command line are short."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> str:
+    """A machine without a GPU, wherever the tests run; the line that says so."""
+    line = "no GPU: the NVIDIA driver sees no device"
+    monkeypatch.setattr(cli, "missing_gpu", lambda: line)
+    monkeypatch.setattr(verify_module, "missing_gpu", lambda: line)
+    return line
+
+
+def save(name: str, array: Any) -> Array:
+    np.save(name, array)
+    return np.asarray(array)
+
+
+def normal(*shape: int, dtype: str = "float32") -> Array:
+    values = rng.standard_normal(shape) + (1j * rng.standard_normal(shape) if dtype.startswith("complex") else 0)
+    return values.astype(numpy_dtype(dtype))
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *argv: str, code: int = 2) -> str:
+    """Run a command that must fail with one line on stderr and nothing on stdout; the line's text."""
+    before = sorted(os.listdir())
+    assert main(argv) == code
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("gpuconv: error: ")
+    assert captured.err.count("\n") == 1
+    assert sorted(os.listdir()) == before
+    return captured.err.removeprefix("gpuconv: error: ").rstrip("\n")
+
+
+# -- conv1d and conv_transpose1d: numbers ----------------------------------------------------------------------------
+
+
+CALLS: list[tuple[str, tuple[int, ...], tuple[int, int, int], int | None, str, dict[str, Any]]] = [
+    ("conv1d", (2, 4, 30), (6, 4, 3), 6, "", {}),
+    ("conv1d", (4, 30), (6, 4, 3), None, "--padding same", {"padding": "same"}),
+    ("conv1d", (2, 4, 30), (6, 4, 4), 6, "--padding 3,1 --stride 2", {"padding": (3, 1), "stride": 2}),
+    ("conv1d", (2, 4, 30), (6, 4, 4), None, "--padding causal --dilation 3", {"padding": "causal", "dilation": 3}),
+    ("conv1d", (2, 4, 30), (6, 2, 5), 6, "--groups 2 --padding 2", {"groups": 2, "padding": 2}),
+    ("conv_transpose1d", (2, 4, 30), (4, 6, 3), 6, "--stride 2", {"stride": 2}),
+    (
+        "conv_transpose1d", (4, 30), (4, 3, 4), 6, "--stride 3 --output-padding 2 --groups 2 --padding 1",
+        {"stride": 3, "output_padding": 2, "groups": 2, "padding": 1},
+    ),
+    (
+        "conv_transpose1d", (1, 4, 30), (4, 6, 4), None, "--stride 2 --output-size 66 --dilation 2",
+        {"stride": 2, "output_size": 66, "dilation": 2},
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("op", "input_shape", "weight_shape", "bias", "options", "settings"), CALLS)
+def test_a_file_gives_what_the_function_gives(
+    capsys: pytest.CaptureFixture[str],
+    op: str,
+    input_shape: tuple[int, ...],
+    weight_shape: tuple[int, int, int],
+    bias: int | None,
+    options: str,
+    settings: dict[str, Any],
+) -> None:
+    x, w = save("x.npy", normal(*input_shape)), save("w.npy", normal(*weight_shape))
+    b = None if bias is None else save("b.npy", normal(bias))
+    argv = [
+        op,
+        "x.npy",
+        "w.npy",
+        "y.npy",
+        "--device",
+        "cpu",
+        *options.split(),
+        *(() if b is None else ("--bias", "b.npy")),
+    ]
+    assert main(argv) == 0
+    expected = getattr(gpuconv, op)(x, w, b, **settings)
+    found = np.load("y.npy")
+    assert found.dtype == expected.dtype
+    assert np.array_equal(found, expected)
+    captured = capsys.readouterr()
+    assert captured.out == f"y.npy: {expected.shape} float32, computed on the CPU\n"
+    assert captured.err == ""
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float64", "complex64", "complex128"])
+def test_files_keep_their_dtype(dtype: str) -> None:
+    x, w = save("x.npy", normal(1, 3, 20, dtype=dtype)), save("w.npy", normal(2, 3, 5, dtype=dtype))
+    assert main(["conv1d", "x.npy", "w.npy", "y.npy", "--device", "cpu"]) == 0
+    found = np.load("y.npy")
+    assert found.dtype == dtype
+    assert np.array_equal(found, gpuconv.conv1d(x, w))
+
+
+def test_dtype_converts_every_file() -> None:
+    x, w, b = save("x.npy", np.arange(20).reshape(1, 20)), save("w.npy", normal(1, 1, 3)), save("b.npy", np.ones(1))
+    assert main(["conv1d", "x.npy", "w.npy", "y.npy", "--bias", "b.npy", "--dtype", "float64", "--device", "cpu"]) == 0
+    expected = gpuconv.conv1d(x.astype(np.float64), w.astype(np.float64), b)
+    assert np.array_equal(np.load("y.npy"), expected)
+
+
+def test_bfloat16_goes_through_files_as_raw_values() -> None:
+    x, w = save("x.npy", normal(1, 20, dtype="bfloat16")), save("w.npy", normal(1, 1, 3, dtype="bfloat16"))
+    assert main(["conv1d", "x.npy", "w.npy", "y.npy", "--dtype", "bfloat16", "--device", "cpu"]) == 0
+    assert np.load("y.npy").tobytes() == gpuconv.conv1d(x, w).tobytes()
+
+
+def test_force_replaces_even_the_input() -> None:
+    x, w = save("x.npy", normal(1, 20)), save("w.npy", normal(1, 1, 3))
+    assert main(["conv1d", "x.npy", "w.npy", "x.npy", "--force", "--device", "cpu"]) == 0
+    assert np.array_equal(np.load("x.npy"), gpuconv.conv1d(x, w))
+    assert sorted(os.listdir()) == ["w.npy", "x.npy"]
+
+
+# -- a recording -----------------------------------------------------------------------------------------------------
+
+
+def test_a_recording_is_smoothed_and_decimated(capsys: pytest.CaptureFixture[str]) -> None:
+    ecg = (pywt.data.ecg() / 1024).astype(np.float32)[np.newaxis]
+    soundfile.write("ecg.wav", ecg.T, 360, subtype="FLOAT")
+    taps = np.hanning(33).astype(np.float32)[1:-1]
+    taps /= taps.sum()
+    save("lowpass.npy", taps.reshape(1, 1, -1))
+
+    assert main(["conv1d", "ecg.wav", "lowpass.npy", "smooth.wav", "--padding", "same", "--device", "cpu"]) == 0
+    assert capsys.readouterr().out == "smooth.wav: (1, 1024) float32, 360 Hz, computed on the CPU\n"
+    smooth, rate = soundfile.read("smooth.wav", dtype="float32")
+    assert rate == 360
+    assert soundfile.info("smooth.wav").subtype == "FLOAT"
+    # The window is symmetric, so the cross-correlation is the convolution that NumPy computes.
+    direct = np.convolve(ecg[0].astype(np.float64), taps.astype(np.float64), mode="same")
+    bound = 34 * 2.0**-24 * np.convolve(np.abs(ecg[0]), taps, mode="same") + 1e-30
+    assert (np.abs(smooth - direct) <= bound).all()
+
+    options = ["--padding", "same", "--stride", "4", "--rate", "90", "--device", "cpu"]
+    assert main(["conv1d", "ecg.wav", "lowpass.npy", "slow.wav", *options]) == 0
+    slow, rate = soundfile.read("slow.wav", dtype="float32")
+    assert (rate, len(slow)) == (90, 256)
+    expected = gpuconv.conv1d(ecg, taps.reshape(1, 1, -1), padding="same", stride=4)
+    assert np.array_equal(slow, expected[0])
+
+
+def test_wav_to_npy_and_back(capsys: pytest.CaptureFixture[str]) -> None:
+    stereo = normal(2, 500) * 4
+    soundfile.write("in.wav", stereo.T, 8000, subtype="FLOAT")
+    w = save("w.npy", normal(2, 1, 9))
+    assert (
+        main(["conv1d", "in.wav", "w.npy", "out.npy", "--groups", "2", "--padding", "causal", "--device", "cpu"]) == 0
+    )
+    expected = gpuconv.conv1d(stereo, w, groups=2, padding="causal")
+    assert np.array_equal(np.load("out.npy"), expected)
+    capsys.readouterr()
+    assert "needs a sample rate" in refusal(capsys, "conv1d", "out.npy", "w.npy", "back.wav", "--groups", "2")
+    save("one.npy", np.ones((2, 1, 1), np.float32))
+    assert main(["conv1d", "out.npy", "one.npy", "back.wav", "--groups=2", "--rate=16000", "--device=cpu"]) == 0
+    back, rate = soundfile.read("back.wav", dtype="float32")
+    assert rate == 16000
+    assert np.abs(expected).max() > 1
+    assert np.array_equal(back.T, expected)
+
+
+# -- conv1d and conv_transpose1d: refusals ---------------------------------------------------------------------------
+
+
+def test_bad_files_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    save("x.npy", normal(1, 20))
+    save("w.npy", normal(1, 1, 3))
+    save("int.npy", np.ones((1, 1, 3), np.int64))
+    save("double.npy", np.ones((1, 1, 3)))
+    save("flat.npy", np.ones(3, np.float32))
+    save("long.npy", np.ones((1, 1, 30), np.float32))
+    np.save("objects.npy", np.array([None, 1]), allow_pickle=True)
+    Path("empty.npy").touch()
+    Path("text.npy").write_text("1 2 3")
+    Path("cut.npy").write_bytes(Path("x.npy").read_bytes()[:-8])
+    Path("folder.npy").mkdir()
+    soundfile.write("w.wav", np.ones((3, 1)), 8000)
+
+    def refused(x: str, w: str, y: str = "y.npy", *options: str) -> str:
+        return refusal(capsys, "conv1d", x, w, y, *options, "--device", "cpu")
+
+    assert refused("none.npy", "w.npy") == "none.npy: does not exist"
+    assert refused("folder.npy", "w.npy") == "folder.npy: is a directory"
+    assert refused("empty.npy", "w.npy") == "empty.npy: is empty"
+    assert refused("text.npy", "w.npy") == "text.npy: is not a .npy file"
+    assert refused("objects.npy", "w.npy") == "objects.npy: holds pickled Python objects, which are never loaded"
+    assert refused("cut.npy", "w.npy").startswith("cut.npy: is truncated: 80 bytes of data expected")
+    assert refused("x.npy", "int.npy").startswith("int.npy: has dtype int64, expected one of float16")
+    assert refused("x.mp3", "w.npy") == "x.mp3: the name must end in .npy or .wav"
+    assert refused("x.npy", "w.wav") == "w.wav: the name must end in .npy"
+    assert refused("x.npy", "w.npy", "y.npy", "--bias", "none.npy") == "none.npy: does not exist"
+    assert refused("x.npy", "w.npy", "y.npy", "--bias", "w.wav") == "w.wav: the name must end in .npy"
+    # The problem itself, in the words of the library.
+    assert refused("flat.npy", "w.npy").startswith("conv1d: input must have shape (N, C_in, L_in) or (C_in, L_in)")
+    assert refused("x.npy", "flat.npy").startswith("conv1d: weight must have shape (C_out, C_in/groups, K)")
+    assert refused("x.npy", "w.npy", "y.npy", "--bias", "w.npy").startswith("conv1d: bias must have shape (C_out,)")
+    assert refused("x.npy", "long.npy").startswith("conv1d: the kernel is longer than the padded input")
+    assert refused("x.npy", "double.npy").endswith("got input float32, weight float64; give --dtype to convert")
+
+
+def test_bad_outputs_are_refused_before_anything_is_computed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, w = save("x.npy", normal(2, 20)), save("w.npy", normal(1, 2, 3))
+    save("stereo.npy", normal(2, 2, 20))
+    save("old.npy", np.zeros(3))
+    save("cx.npy", normal(2, 20, dtype="complex64"))
+    save("cw.npy", normal(1, 2, 3, dtype="complex64"))
+    Path("link.npy").symlink_to("x.npy")
+    monkeypatch.setattr(cli.functional, "conv1d", lambda *_, **__: pytest.fail("computed"))
+
+    def refused(y: str, *options: str, x: str = "x.npy", w: str = "w.npy") -> str:
+        return refusal(capsys, "conv1d", x, w, y, *options, "--device", "cpu")
+
+    assert refused("old.npy") == "old.npy: exists; give --force to replace it"
+    assert refused("x.npy") == "x.npy: is the input file itself; give --force to replace it"
+    assert refused("link.npy") == "link.npy: is the input file itself; give --force to replace it"
+    assert refused("./w.npy") == "./w.npy: is the weight file itself; give --force to replace it"
+    assert refused("y.txt") == "y.txt: the name must end in .npy or .wav"
+    assert refused("none/y.npy") == f"none/y.npy: the folder {Path.cwd() / 'none'} does not exist"
+    assert refused("y.wav").startswith("y.wav: a .wav file needs a sample rate")
+    assert "holds real samples" in refused("y.wav", "--rate", "8000", x="cx.npy", w="cw.npy")
+    assert "holds (channels, samples), the output is (2, 1, 18)" in refused("y.wav", "--rate=8000", x="stereo.npy")
+    assert np.array_equal(np.load("x.npy"), x)
+    assert np.array_equal(np.load("w.npy"), w)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--padding 1,a", "conv1d: padding must be an int, a pair (left, right) or one of"),
+        ("--padding sme", "conv1d: padding must be an int, a pair (left, right) or one of"),
+        ("--padding 1,2,3", "conv1d: padding must be an int, a pair (left, right) or one of"),
+        ("--padding -1", "conv1d: padding must be at least 0, got -1"),
+        ("--stride 0", "conv1d: stride must be at least 1, got 0"),
+        ("--stride 1.5", "argument --stride: invalid int value: '1.5' (see gpuconv conv1d --help)"),
+        ("--stride 99999999999", "conv1d: stride must be at most"),
+        ("--dilation -2", "conv1d: dilation must be at least 1, got -2"),
+        ("--groups 3", "conv1d: groups must divide the input channels, got groups = 3 and C_in = 1"),
+        ("--output-padding 1", "unrecognized arguments: --output-padding 1"),
+        ("--dtype int8", "argument --dtype: invalid choice: 'int8'"),
+        ("--device tpu", "argument --device: invalid choice: 'tpu'"),
+        ("--rate 0", "argument --rate: must be at least 1, got 0"),
+        ("--forc", "unrecognized arguments: --forc"),
+        ("--padding", "argument --padding: expected one argument"),
+    ],
+)
+def test_bad_settings_are_refused(capsys: pytest.CaptureFixture[str], options: str, message: str) -> None:
+    save("x.npy", normal(1, 20))
+    save("w.npy", normal(1, 1, 3))
+    argv = ("conv1d", "x.npy", "w.npy", "y.npy", *options.split())
+    assert refusal(capsys, *argv).startswith(message)
+
+
+def test_a_missing_gpu_is_named(capsys: pytest.CaptureFixture[str], no_gpu: str) -> None:
+    save("x.npy", normal(1, 20))
+    save("w.npy", normal(1, 1, 3))
+    assert refusal(capsys, "conv1d", "x.npy", "w.npy", "y.npy", "--device", "gpu", code=3) == no_gpu
+    assert main(["conv1d", "x.npy", "w.npy", "y.npy"]) == 0  # auto is the CPU
+    assert capsys.readouterr().out.endswith("computed on the CPU\n")
+
+
+def test_without_memory_there_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    save("x.npy", normal(1, 2))
+    save("w.npy", normal(1, 1, 1))
+    argv = ("conv_transpose1d", "x.npy", "w.npy", "y.npy", "--stride", str(2**31 - 1), "--device", "cpu")
+
+    def too_large(*_: Any, **__: Any) -> None:
+        raise MemoryError("Unable to allocate 8.00 GiB")
+
+    monkeypatch.setattr(cli.functional, "conv_transpose1d", too_large)
+    assert refusal(capsys, *argv) == "not enough memory: Unable to allocate 8.00 GiB"
+
+
+def test_a_failing_disk_leaves_no_file() -> None:
+    save("x.npy", normal(1, 100_000))
+    save("w.npy", normal(1, 1, 3))
+    program = (
+        "import resource, sys\nfrom gpuconv.cli import main\nresource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "sys.exit(main(['conv1d', 'x.npy', 'w.npy', sys.argv[1], '--rate', '8000', '--device', 'cpu']))"
+    )
+    for name in ("y.npy", "y.wav"):
+        done = run("-c", program, name)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr == f"gpuconv: error: {name}: cannot be written: File too large\n"
+    assert sorted(os.listdir()) == ["w.npy", "x.npy"]
+
+
+# -- explain ---------------------------------------------------------------------------------------------------------
+
+
+def test_explain_prints_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    options = "--input 8,512,3000 --weight 512,512,3 --stride 2 --padding 1 --dtype float16 --bias --arch sm_90"
+    assert main(["explain", "conv1d", *options.split()]) == 0
+    arrays = [ArraySpec(shape, "float16") for shape in ((8, 512, 3000), (512, 512, 3), (512,))]
+    expected = gpuconv.explain("conv1d", *arrays, stride=2, padding=1, device="sm_90")
+    assert capsys.readouterr().out == f"{expected}\n"
+    assert main(["explain", "conv1d", *options.split(), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == expected.to_dict()
+
+
+def test_explain_on_the_cpu_and_with_transposed_groups(capsys: pytest.CaptureFixture[str], no_gpu: str) -> None:
+    options = "--input 6,50 --weight 6,4,5 --groups 2 --stride 3 --output-size 153 --bias"
+    arrays = [ArraySpec(shape, "float32") for shape in ((6, 50), (6, 4, 5), (8,))]
+    expected = gpuconv.explain("conv_transpose1d", *arrays, groups=2, stride=3, output_size=153, device="cpu")
+    for device in (["--device", "cpu"], []):
+        assert main(["explain", "conv_transpose1d", *options.split(), *device]) == 0
+        assert capsys.readouterr().out == f"{expected}\n"
+    assert refusal(capsys, "explain", "conv_transpose1d", *options.split(), "--device", "gpu", code=3) == no_gpu
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("conv2d --input 1,2 --weight 1,1,1", "argument OP: invalid choice: 'conv2d'"),
+        ("conv1d --weight 1,1,1", "the following arguments are required: --input"),
+        ("conv1d --input 1,x --weight 1,1,1", "argument --input: expected extents such as 8,512,3000, got '1,x'"),
+        ("conv1d --input 1,,2 --weight 1,1,1", "argument --input: expected extents such as 8,512,3000, got '1,,2'"),
+        ("conv1d --input=-1,2 --weight 1,1,1", "argument --input: expected extents such as 8,512,3000, got '-1,2'"),
+        ("conv1d --input 1,9 --weight 1,1 --bias", "conv1d: weight must have shape (C_out, C_in/groups, K), got 2"),
+        ("conv1d --input 1,9 --weight 1,1,3 --output-size 9", "explain: conv1d has the settings"),
+        ("conv1d --input 1,9 --weight 1,1,3 --arch sm_1", "argument --arch: invalid choice: 'sm_1'"),
+        ("conv1d --input 1,9 --weight 1,1,3 --arch sm_90 --device cpu", "argument --device: not allowed with"),
+    ],
+)
+def test_explain_refuses(capsys: pytest.CaptureFixture[str], options: str, message: str) -> None:
+    assert refusal(
+        capsys, "explain", *options.split(), *(() if "--arch" in options else ("--device", "cpu"))
+    ).startswith(message)
+
+
+# -- verify ----------------------------------------------------------------------------------------------------------
+
+
+def test_verify_reports_in_every_form(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["verify", "--device", "cpu", "--filter", "docs_example", "--dtype", "float32,complex64", "--seed", "5"]
+    assert main(argv) == 0
+    captured = capsys.readouterr()
+    assert captured.out.endswith("all checks passed\n")
+    assert captured.err == ""
+    assert main([*argv, "--json", "--junit", "report.xml"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["ok"] is True
+    assert report["seed"] == 5
+    assert report["dtypes"] == ["float32", "complex64"]
+    suite = ElementTree.parse("report.xml").getroot().find("testsuite")
+    assert suite is not None
+    assert (suite.get("tests"), suite.get("failures")) == (str(2 * report["cases"]), "0")
+
+
+def test_verify_tells_a_mismatch(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    real = verify_module.functional.conv1d
+
+    def wrong(*arguments: Any, **settings: Any) -> Any:
+        out = real(*arguments, **settings)
+        out[..., 0] += 1
+        return out
+
+    monkeypatch.setattr(verify_module.functional, "conv1d", wrong)
+    argv = ["verify", "--device", "cpu", "--filter", "docs_example", "--dtype", "float32"]
+    assert main(argv) == 1
+    assert "checks FAILED" in capsys.readouterr().out
+    assert main([*argv, "--json", "--junit", "report.xml"]) == 1
+    assert json.loads(capsys.readouterr().out)["failures"]
+    assert "<failure" in Path("report.xml").read_text()
+
+
+def test_verify_refuses(capsys: pytest.CaptureFixture[str], no_gpu: str) -> None:
+    assert refusal(capsys, "verify", "--device", "gpu", code=3) == no_gpu
+    assert "no_such_case" in refusal(capsys, "verify", "--device", "cpu", "--filter", "no_such_case")
+    assert refusal(capsys, "verify", "--dtype", "float32,int8").startswith("argument --dtype: expected some of float16")
+    assert refusal(capsys, "verify", "--seed", "-1").startswith("argument --seed: must be at least 0, got -1")
+    assert refusal(capsys, "verify", "--seed", "x").startswith("argument --seed: must be a whole number, got 'x'")
+    # A report that could not be written is found out before the run, not after it.
+    assert "folder" in refusal(capsys, "verify", "--device", "gpu", "--junit", "none/report.xml")
+
+
+# -- info ------------------------------------------------------------------------------------------------------------
+
+
+def test_info_in_both_forms(capsys: pytest.CaptureFixture[str], no_gpu: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUPY_CACHE_DIR", "/somewhere/else")
+    assert main(["info", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["versions"]["gpuconv"] == gpuconv.__version__
+    assert facts["versions"]["NumPy"] == np.__version__
+    assert facts["kernel_cache"] == "/somewhere/else"
+    assert facts["devices"] == []
+    assert facts["missing"][0]["what"] == no_gpu
+    assert main(["info"]) == 0
+    text = capsys.readouterr().out
+    for expected in (gpuconv.__version__, np.__version__, "/somewhere/else", f"- {no_gpu}\n", "cannot be.\n"):
+        assert expected in text
+
+
+def test_info_names_what_is_missing(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("cupy", "ml_dtypes", "soundfile", "rich"):
+        monkeypatch.setitem(sys.modules, module, None)
+    assert main(["info", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    for module in ("CuPy", "CUDA runtime", "NVIDIA driver", "ml_dtypes", "soundfile", "rich"):
+        assert facts["versions"][module] is None
+    whats = [gap["what"] for gap in facts["missing"]]
+    assert "CuPy" in whats[0]
+    assert whats[1:] == [
+        "ml_dtypes: pip install 'gpuconv[bf16]'",
+        "soundfile: pip install 'gpuconv[audio]'",
+        "rich: pip install 'gpuconv[cli]'",
+    ]
+    assert main(["info"]) == 0
+    text = capsys.readouterr().out
+    assert text.count("not there") == 6
+
+
+# -- a machine with a GPU, played -------------------------------------------------------------------------------------
+
+
+class _Kernel:
+    """Counts the compilations of `cupy.RawKernel`."""
+
+    compiled: ClassVar[list[tuple[str, str]]] = []
+
+    def __init__(self, text: str, name: str) -> None:
+        self.text, self.name = text, name
+
+    def compile(self) -> None:
+        self.compiled.append((self.name, self.text))
+
+
+@pytest.fixture
+def played_gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A CuPy with one H200 that compiles nothing and whose arrays are NumPy's."""
+    gpu = ARCHITECTURES["sm_90"]
+    properties = {
+        "name": gpu.name.encode(), "major": 9, "minor": 0, "multiProcessorCount": gpu.num_sms,
+        "sharedMemPerBlockOptin": gpu.shared_per_block, "sharedMemPerMultiprocessor": gpu.shared_per_sm,
+        "l2CacheSize": gpu.l2_bytes,
+    }  # fmt: skip
+    fake: Any = ModuleType("cupy")
+    fake.__version__ = "14.0"
+    fake.ndarray = type("ndarray", (), {})
+    fake.asarray = fake.asnumpy = np.asarray
+    fake.RawKernel = _Kernel
+    fake.cuda = SimpleNamespace(
+        runtime=SimpleNamespace(
+            getDeviceCount=lambda: 1,
+            getDevice=lambda: 0,
+            getDeviceProperties=lambda _: properties,
+            runtimeGetVersion=lambda: 13020,
+            driverGetVersion=lambda: 13000,
+        )
+    )
+    monkeypatch.setitem(sys.modules, "cupy", fake)
+    monkeypatch.setattr(_Kernel, "compiled", [])
+    for cached in (runtime.device, runtime.build):
+        cached.cache_clear()
+    yield fake
+    for cached in (runtime.device, runtime.build):
+        cached.cache_clear()
+
+
+@pytest.mark.usefixtures("played_gpu")
+def test_warmup_compiles_every_kernel_of_the_dtypes(capsys: pytest.CaptureFixture[str]) -> None:
+    device = ARCHITECTURES["sm_90"]
+    assert main(["warmup", "--dtype", "float32,float16"]) == 0
+    every = [c for family in FAMILIES for c in family.configs(device)]
+    wanted = [c for c in every if dict(c.macros)["DTYPE"] in ("float32", "float16")]
+    assert [name for name, _ in _Kernel.compiled] == [c.kernel for c in dict.fromkeys(wanted)]
+    assert len(set(_Kernel.compiled)) == len(_Kernel.compiled)
+    out = capsys.readouterr().out
+    assert out.startswith(f"{len(_Kernel.compiled)} kernels for H200 (sm_90) ready in ")
+    _Kernel.compiled.clear()
+    runtime.build.cache_clear()
+    assert main(["warmup", "conv1d"]) == 0
+    assert {name for name, _ in _Kernel.compiled} == {family.name for family in FAMILIES if family.op == "conv1d"}
+
+
+@pytest.mark.usefixtures("played_gpu")
+def test_warmup_compiles_the_kernels_of_a_problem(capsys: pytest.CaptureFixture[str]) -> None:
+    options = "conv1d --input 2,8,100 --weight 4,8,3 --bias --stride 2 --dtype float16,float64"
+    assert main(["warmup", *options.split()]) == 0
+    arrays = {dtype: [ArraySpec(s, dtype) for s in ((2, 8, 100), (4, 8, 3), (4,))] for dtype in ("float16", "float64")}
+    choices = [gpuconv.explain("conv1d", *a, stride=2, device="sm_90").choice for a in arrays.values()]
+    assert [name for name, _ in _Kernel.compiled] == [choice.config.kernel for choice in choices if choice is not None]
+    assert capsys.readouterr().out.startswith("2 kernels for H200 (sm_90) ready in ")
+
+
+@pytest.mark.usefixtures("played_gpu")
+def test_with_a_gpu_auto_takes_it(capsys: pytest.CaptureFixture[str]) -> None:
+    x, w = save("x.npy", normal(1, 20)), save("w.npy", normal(1, 1, 3))
+    assert main(["conv1d", "x.npy", "w.npy", "y.npy"]) == 0
+    assert capsys.readouterr().out == "y.npy: (1, 18) float32, computed on H200\n"
+    assert np.array_equal(np.load("y.npy"), gpuconv.conv1d(x, w))
+    assert main(["explain", "conv1d", "--input", "1,20", "--weight", "1,1,3"]) == 0
+    assert capsys.readouterr().out.startswith("conv1d on H200 (sm_90)\n")
+    assert main(["info"]) == 0
+    text = capsys.readouterr().out
+    assert "GPU 0          H200 (sm_90), 132 multiprocessors, 50 MiB L2\n" in text
+    assert "CUDA runtime   13.2\nNVIDIA driver  supports CUDA 13.0\n" in text
+    assert "no GPU" not in text
+
+
+def test_a_dtype_that_cupy_does_not_have_is_one_line(capsys: pytest.CaptureFixture[str], played_gpu: Any) -> None:
+    def refuse(array: Array) -> Array:
+        raise ValueError(f"Unsupported dtype {array.dtype}")
+
+    played_gpu.asarray = refuse
+    save("x.npy", normal(1, 20))
+    save("w.npy", normal(1, 1, 3))
+    argv = ("conv1d", "x.npy", "w.npy", "y.npy", "--dtype", "bfloat16", "--device", "gpu")
+    assert refusal(capsys, *argv) == "CuPy 14.0 has no bfloat16 arrays: Unsupported dtype bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--input 1,9", "warmup needs --input and --weight together, or neither"),
+        ("--input 1,9 --weight 1,1,3", "warmup needs conv1d or conv_transpose1d in front of the shapes"),
+        ("conv1d --stride 2", "warmup takes settings only together with --input and --weight"),
+        ("--bias", "warmup takes settings only together with --input and --weight"),
+        ("conv1d --input 1,9 --weight 1,2,3", "conv1d: input has C_in = 1 channels"),
+        ("--dtype float8", "argument --dtype: expected some of float16"),
+    ],
+)
+@pytest.mark.usefixtures("played_gpu")
+def test_warmup_refuses(capsys: pytest.CaptureFixture[str], options: str, message: str) -> None:
+    assert refusal(capsys, "warmup", *options.split()).startswith(message)
+
+
+def test_warmup_needs_a_gpu(capsys: pytest.CaptureFixture[str], no_gpu: str) -> None:
+    assert refusal(capsys, "warmup", code=3) == no_gpu
+
+
+@pytest.mark.gpu
+def test_warmup_fills_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path / "cache"))
+    done = run("-m", "gpuconv", "warmup", "conv1d", "--dtype", "float32")
+    assert done.returncode == 0, done.stderr
+    assert any((tmp_path / "cache").iterdir())
+
+
+@pytest.mark.gpu
+def test_a_file_is_convolved_on_the_gpu() -> None:
+    x, w = save("x.npy", rng.integers(-8, 8, (2, 3, 50)).astype(np.float32)), save("w.npy", np.ones((4, 3, 5), "f4"))
+    assert main(["conv1d", "x.npy", "w.npy", "y.npy", "--device", "gpu", "--padding", "same"]) == 0
+    assert np.array_equal(np.load("y.npy"), gpuconv.conv1d(x, w, padding="same"))
+
+
+# -- the program as a process ----------------------------------------------------------------------------------------
+
+
+def environment() -> dict[str, str]:
+    """The environment in which a process started elsewhere imports this gpuconv."""
+    root = str(Path(gpuconv.__file__).resolve().parents[1])
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))}
+
+
+def run(*argv: str, stdout: int = subprocess.PIPE) -> subprocess.CompletedProcess[str]:
+    """A Python process with these arguments."""
+    return subprocess.run(
+        [sys.executable, *argv], stdout=stdout, stderr=subprocess.PIPE, text=True, env=environment(), timeout=120,
+        check=False,
+    )  # fmt: skip
+
+
+def test_the_module_is_a_program() -> None:
+    done = run("-m", "gpuconv", "--version")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"gpuconv {gpuconv.__version__}\n", "")
+    done = run("-m", "gpuconv", "explain", "conv1d", "--input", "1,9", "--weight", "1,1,3", "--arch", "sm_90")
+    assert (done.returncode, done.stderr) == (0, "")
+    done = run("-m", "gpuconv", "conv1d", "none.npy", "w.npy", "y.npy")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "gpuconv: error: none.npy: does not exist\n"
+
+
+def test_verify_without_a_gpu_exits_with_3() -> None:
+    missing = missing_gpu()
+    done = run("-m", "gpuconv", "verify", "--device", "gpu", "--filter", "docs_example")
+    if missing is None:
+        assert done.returncode == 0
+    else:
+        assert (done.returncode, done.stdout) == (3, "")
+        assert done.stderr == f"gpuconv: error: {' '.join(missing.split())}\n"
+
+
+def test_a_closed_pipe_is_no_error() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        done = run("-m", "gpuconv", "info", "--json", stdout=write)
+    finally:
+        os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_an_interrupt_ends_with_130_and_one_line() -> None:
+    program = (
+        "import os, signal, sys, time\nfrom gpuconv import cli\n"
+        "cli.verify = lambda *_, **__: (os.kill(os.getpid(), signal.SIGINT), time.sleep(60))\n"
+        "sys.exit(cli.main(['verify']))"
+    )
+    done = run("-c", program)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "gpuconv: error: interrupted\n")
+
+
+# -- the rest --------------------------------------------------------------------------------------------------------
+
+
+COMMANDS = ("info", "verify", "explain", "conv1d", "conv_transpose1d", "warmup")
+
+
+@pytest.mark.parametrize("argv", [("--help",), *((command, "--help") for command in COMMANDS)])
+def test_help_fits_a_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, argv: tuple[str, ...]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(argv) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    assert max(map(len, captured.out.splitlines())) <= 80
+    if len(argv) == 1:
+        for command in COMMANDS:
+            assert f"\n    {command}" in captured.out
+
+
+def test_usage_errors(capsys: pytest.CaptureFixture[str]) -> None:
+    assert refusal(capsys).startswith("the following arguments are required: COMMAND")
+    assert refusal(capsys, "convolve").startswith("argument COMMAND: invalid choice: 'convolve'")
+    assert refusal(capsys, "info", "more").startswith("unrecognized arguments: more")
+    assert refusal(capsys, "conv1d", "a.npy").startswith("the following arguments are required: WEIGHT, OUT")
+
+
+def test_every_error_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert refusal(capsys, "conv1d", "two\nlines.npy", "w.npy", "y.npy") == "two lines.npy: does not exist"
+
+
+def test_a_name_that_is_no_text_is_written_and_printed() -> None:
+    save("x.npy", normal(1, 20))
+    save("w.npy", normal(1, 1, 3))
+    name = os.fsdecode(b"\xff.npy")
+    done = run("-m", "gpuconv", "conv1d", "x.npy", "w.npy", name, "--device", "cpu")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "\\udcff.npy: (1, 18) float32, computed on the CPU\n"
+    assert Path(name).exists()
+
+
+class _Terminal:
+    """A stderr that says it is a terminal."""
+
+    def __init__(self) -> None:
+        self.text = ""
+
+    def write(self, text: str) -> int:
+        self.text += text
+        return len(text)
+
+    def flush(self) -> None:
+        pass
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("with_rich", [True, False])
+def test_progress_is_shown_on_a_terminal(monkeypatch: pytest.MonkeyPatch, with_rich: bool) -> None:
+    terminal = _Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    if not with_rich:
+        real = builtins.__import__
+
+        def without_rich(name: str, *arguments: Any, **keywords: Any) -> Any:
+            if name.partition(".")[0] == "rich":
+                raise ImportError(name)
+            return real(name, *arguments, **keywords)
+
+        monkeypatch.setattr(builtins, "__import__", without_rich)
+    argv = ["verify", "--device", "cpu", "--filter", "docs_example", "--dtype", "float32"]
+    assert main(argv) == 0
+    assert "verifying" in terminal.text
+    assert "1/1" in terminal.text
+    if not with_rich:
+        assert terminal.text.startswith("\rverifying 0/1 ")
+        assert terminal.text.endswith("\n")
+
+
+def test_files_are_private_to_nobody() -> None:
+    save("x.npy", normal(1, 20))
+    save("w.npy", normal(1, 1, 3))
+    previous = os.umask(0o022)
+    try:
+        assert main(["conv1d", "x.npy", "w.npy", "y.npy", "--device", "cpu"]) == 0
+    finally:
+        os.umask(previous)
+    assert Path("y.npy").stat().st_mode & 0o777 == 0o644
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    save("x.npy", normal(1, 20))
+    save("w.npy", normal(1, 1, 3))
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise ValueError("a bug, no mistake of the user")
+
+    monkeypatch.setattr(files, "write", broken)
+    with pytest.raises(ValueError, match="a bug"):
+        main(["conv1d", "x.npy", "w.npy", "y.npy", "--device", "cpu"])
