@@ -12,6 +12,6 @@ specialisations in one go.
 
 from .build import Program, prebuild
 from .errors import HostCudaError
-from .launch import EVERY, array_layout, convolve, run
+from .launch import EVERY, Schedule, array_layout, convolve, run
 
-__all__ = ["EVERY", "HostCudaError", "Program", "array_layout", "convolve", "prebuild", "run"]
+__all__ = ["EVERY", "HostCudaError", "Program", "Schedule", "array_layout", "convolve", "prebuild", "run"]

@@ -11,7 +11,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 
 from gpuconv.device import Device
-from gpuconv.dispatch import Choice, choose
+from gpuconv.dispatch import Choice, Place, choose, lay_out
 from gpuconv.families import FAMILIES, ArrayLayout, Config, Launch, Layout
 from gpuconv.problem import ConvProblem
 from gpuconv.source import pack_params
@@ -194,9 +194,11 @@ def convolve(
         "bias": bias,
         "output": output if p.batched else output[None],
     }
-    if layout is None:
-        own = {name: array_layout(array) for name, array in arrays.items() if array is not None}
-        layout = Layout(own["input"], own["weight"], own.get("bias"), own["output"])
+    if layout is None:  # arrays whose elements kernels cannot read where they are come out as contiguous copies
+        given = {"input": input, "weight": weight, "bias": bias}
+        layout, _ = lay_out(
+            p, {name: None if a is None else Place(a.strides, _address(a)) for name, a in given.items()}
+        )
     choice = choose(p, layout, device) if family is None else _choose_family(p, layout, device, family)
     if choice is not None:
         layouts = {"input": layout.input, "weight": layout.weight, "output": layout.output}
@@ -208,10 +210,14 @@ def convolve(
 
 def array_layout(array: Array) -> ArrayLayout:
     """The layout of a NumPy array: strides in elements, and the alignment of its first element up to 16 bytes."""
-    if any(stride % array.itemsize for stride in array.strides):
-        raise ValueError(f"hostcuda: strides {array.strides} are not multiples of the item size {array.itemsize}")
-    address = array.__array_interface__["data"][0] | 16
-    return ArrayLayout(tuple(stride // array.itemsize for stride in array.strides), address & -address)
+    layout = ArrayLayout.of(array.shape, array.strides, _address(array), array.itemsize)
+    if layout is None:
+        raise ValueError(f"hostcuda: elements must lie at multiples of their size, got strides {array.strides}")
+    return layout
+
+
+def _address(array: Array) -> int:
+    return int(array.__array_interface__["data"][0])
 
 
 def _choose_family(problem: ConvProblem, layout: Layout, device: Device, name: str) -> Choice | None:
