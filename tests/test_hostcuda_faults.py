@@ -248,6 +248,41 @@ FAULTS = {
         "smem[t] = 0; output[i] = smem[t];",
         launch={"shared_bytes": 0},
     ),
+    "copy_without_wait": Fault(
+        PoisonReadError,
+        r"128 of 128 elements of output are computed from shared memory that was never written",
+        "copy_async(&smem[t], &input[i]); __syncthreads(); output[i] = smem[63 - t] + 1;",
+    ),
+    "copy_without_barrier": Fault(
+        PoisonReadError,
+        r"computed from shared memory that was never written",
+        "copy_async(&smem[t], &input[i]); copy_async_wait(); output[i] = smem[63 - t] + 1;",
+    ),
+    "copy_over_data_in_use": Fault(
+        ScheduleError,
+        r"under schedule 'reverse' \(64 of 64 elements differ\)",
+        """copy_async(&smem[t], &input[t]);
+        copy_async_wait();
+        __syncthreads();
+        copy_async(&smem[t], &input[63 - t]);  // other threads have yet to read the first round
+        output[i] = smem[63 - t];
+        copy_async_wait();
+        __syncthreads();
+        output[i] += 100 * smem[t];""",
+        n=64,
+    ),
+    "misaligned_copy": Fault(
+        MisalignedError,
+        r"misaligned cp.async: 8 bytes need addresses divisible by 8; got element offset 1 of input",
+        """const float2* source = reinterpret_cast<const float2*>(reinterpret_cast<const char*>(input) + 4);
+        copy_async(reinterpret_cast<float2*>(smem), source); output[i] = 0;""",
+    ),
+    "copy_beyond_shared_memory": Fault(
+        OutOfBoundsError,
+        r"element offset 264 of shared memory",
+        "if (t < 34) copy_async(reinterpret_cast<float2*>(smem) + t, reinterpret_cast<const float2*>(input) + t);\n"
+        "output[i] = 0;",
+    ),
     "divergent_barrier": Fault(
         DivergenceError,
         r"divergent __syncthreads: thread 0 waits at divergent_barrier.cu:1, but thread 32 has returned without",

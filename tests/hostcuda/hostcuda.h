@@ -34,6 +34,8 @@ unsigned char* hostcuda_shared_memory();
 void hostcuda_block_barrier(const char* file, int line);
 void hostcuda_warp_meet(
     unsigned mask, void* record, hostcuda::CombineErased combine, const char* name, const char* file, int line);
+void hostcuda_copy_async(void* shared, const void* global, unsigned bytes);
+void hostcuda_copy_async_wait();
 [[noreturn]] void hostcuda_fault(int kind, const void* address, const char* format, ...)
     __attribute__((format(printf, 3, 4)));
 }
@@ -203,6 +205,13 @@ inline unsigned short float_to_half_bits_rn(float value) {
 }
 
 __forceinline__ unsigned char* dynamic_shared_memory() { return hostcuda_shared_memory(); }
+
+template <typename T>
+void copy_async(T* shared, const T* global) {
+    static_assert(sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16, "cp.async copies 4, 8 or 16 bytes");
+    hostcuda_copy_async(shared, global, sizeof(T));
+}
+inline void copy_async_wait() { hostcuda_copy_async_wait(); }
 
 // -- entry points -----------------------------------------------------------------------------------------------------
 

@@ -20,6 +20,8 @@
 #include <ucontext.h>
 #include <unistd.h>
 
+#include <vector>
+
 #include "hostcuda.h"
 
 #ifndef sigev_notify_thread_id  // glibc keeps the member but does not name it
@@ -199,6 +201,12 @@ struct Fiber {
 
 enum State : uint8_t { kFresh, kReady, kRunning, kAtBarrier, kInWarp, kExited };
 
+struct Copy {
+    void* target;
+    unsigned bytes;
+    unsigned char data[16];
+};
+
 struct Thread {
     State state;
     Fiber* fiber;
@@ -209,6 +217,8 @@ struct Thread {
     unsigned mask;
     void* record;
     CombineErased combine;
+    // Asynchronous copies that have not arrived.
+    std::vector<Copy> copies;
 };
 
 const Launch* launch;
@@ -529,6 +539,7 @@ bool run_block() {
     for (unsigned t = 0; t < block; ++t) {
         threads[t].state = kFresh;
         threads[t].fiber = nullptr;
+        threads[t].copies.clear();
     }
     for (unsigned warp = 0; warp < num_warps(); ++warp)
         ready_in_warp[warp] = block - warp * kWarpSize < kWarpSize ? block - warp * kWarpSize : kWarpSize;
@@ -600,6 +611,31 @@ void hostcuda_warp_meet(
             if (mask >> i & 1u) make_ready(first + i);
     }
     wait(complete ? kReady : kInWarp, name, file, line);
+}
+
+// A copy may arrive at once or as late as its wait: the forward schedule delays them all, which shows a missing wait or
+// barrier before the data is read; the reverse schedule delays none, which shows a missing barrier before the old data
+// is overwritten; a random one tosses a coin.
+void hostcuda_copy_async(void* shared, const void* global, unsigned bytes) {
+    for (const void* address : {static_cast<const void*>(shared), global})
+        if (reinterpret_cast<uintptr_t>(address) % bytes != 0)
+            hostcuda_fault(
+                kMisaligned, address, "misaligned cp.async: %u bytes need addresses divisible by %u", bytes, bytes);
+    const unsigned char* const begin = launch->shared;
+    const unsigned char* const target = static_cast<unsigned char*>(shared);
+    if (target < begin || target + bytes > begin + launch->shared_bytes)
+        hostcuda_fault(kMemory, shared, "cp.async to outside shared memory");
+    Copy copy = {shared, bytes, {}};
+    memcpy(copy.data, global, bytes);
+    if (launch->schedule == kForward || (launch->schedule == kRandom && random_below(2)))
+        threads[current].copies.push_back(copy);
+    else
+        memcpy(shared, copy.data, bytes);
+}
+
+void hostcuda_copy_async_wait() {
+    for (const Copy& copy : threads[current].copies) memcpy(copy.target, copy.data, copy.bytes);
+    threads[current].copies.clear();
 }
 
 // -- called by Python -------------------------------------------------------------------------------------------------
