@@ -409,7 +409,9 @@ class _Subject:
     def expect_bits(
         self, output: Array, expected: Array, message: str, data: Data, problem: ConvProblem | None = None
     ) -> Failure | None:
-        return self._judge(same_bits(output, expected), output, expected, message, data, problem or self.problem)
+        # On finite data a NaN is wrong even where the kernel that made `expected` made one too.
+        good = same_bits(output, expected) & np.isfinite(output)
+        return self._judge(good, output, expected, message, data, problem or self.problem)
 
     def expect_bound(
         self, output: Array, message: str, data: Data, problem: ConvProblem | None = None
@@ -529,7 +531,7 @@ def _check_groups(s: _Subject) -> Failure | None:
         )
         expected[..., channels_out, :] = s.run(part, alone)
     compared = np.isin(np.arange(p.C_out) // p.C_out_g, chosen)[:, np.newaxis]
-    good = same_bits(output, expected) | ~compared
+    good = (same_bits(output, expected) & np.isfinite(output)) | ~compared
     return s._judge(good, output, expected, "must equal the convolution of its group alone", data, p)
 
 
@@ -546,10 +548,11 @@ def _check_bias(s: _Subject) -> Failure | None:
 def _check_batch(s: _Subject) -> Failure | None:
     p = cases.with_batch(s.problem, 5)
     data = cases.random_data(p, s.seed)
-    one = cases.with_batch(p, 1)
-    samples = [s.run(data._replace(input=data.input[n : n + 1]), one) for n in range(p.N)]
-    message = "each sample alone must give what it gives in the batch"
-    return s.expect_invariance(np.concatenate(samples), s.run(data, p), message, data, p)
+    whole = s.run(data, p)
+    output = whole.copy()
+    for n in (0, p.N - 1):
+        output[n] = s.run(data._replace(input=data.input[n : n + 1]), cases.with_batch(p, 1))[0]
+    return s.expect_invariance(output, whole, "each sample alone must give what it gives in the batch", data, p)
 
 
 def _check_chunks(s: _Subject) -> Failure | None:

@@ -1,0 +1,460 @@
+"""Every kernel family over the case table, executed on the CPU (tests/hostcuda) and, where there is one, on a GPU."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+from collections.abc import Callable, Iterator
+from ctypes.util import find_library
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from gpuconv import cases, dispatch, functional, reference, source
+from gpuconv.cases import CASES, Case, Data
+from gpuconv.device import Device
+from gpuconv.families import FAMILIES, ArrayLayout, Config, Family, Launch, Layout
+from gpuconv.families.base import contiguous_strides
+from gpuconv.problem import DTYPES, ConvProblem, numpy_dtype
+from gpuconv.verify import chunk_bounds, same_bits
+from tests import hostcuda
+from tests.conftest import BACKENDS
+
+Array = npt.NDArray[Any]
+
+DEVICE = Device.from_arch("sm_90")
+BASE = {"conv1d": "conv1d_direct", "conv_transpose1d": "conv_transpose1d_gather"}
+BASE_FAMILIES = tuple(family for family in FAMILIES if family.name in BASE.values())
+FAST_FAMILIES = tuple(family for family in FAMILIES if family not in BASE_FAMILIES)
+GROUPS = tuple(dict.fromkeys(case.tags[0] for case in CASES))
+LAYERS_FILE = Path(__file__).resolve().parent.parent / "bench" / "layers.json"
+
+by_name = {"ids": lambda value: getattr(value, "name", value)}
+
+
+def takes(family: Family, problem: ConvProblem, layout: Layout | None = None) -> bool:
+    """Whether a family runs a problem; a problem with an empty output never reaches one."""
+    if family.op != problem.op or problem.N == 0 or problem.C_out == 0:
+        return False
+    return family.refuse(problem, layout or Layout.contiguous(problem), DEVICE) is None
+
+
+def taken_cases(family: Family, dtype: str, group: str) -> list[Case]:
+    return [case for case in CASES if case.tags[0] == group and takes(family, case.at(dtype))]
+
+
+def items(families: tuple[Family, ...]) -> list[tuple[Family, str, str]]:
+    """The (family, dtype, group) of which the family takes at least one case."""
+    return [
+        (family, dtype, group)
+        for family in families
+        for dtype in DTYPES
+        for group in GROUPS
+        if taken_cases(family, dtype, group)
+    ]
+
+
+def run(family: Family, problem: ConvProblem, data: Data, schedule: hostcuda.Schedule = "forward") -> Array:
+    """The family's result; the base family's where it refuses, as some chunks of a problem may be refused."""
+    name = family.name if takes(family, problem) else BASE[problem.op]
+    return hostcuda.convolve(problem, *data, family=name, device=DEVICE, schedule=schedule)
+
+
+def exact_result(problem: ConvProblem, data: Data) -> Array:
+    return reference.compute(problem, *data).astype(data.input.dtype)
+
+
+def assert_same_bits(output: Array, expected: Array, what: object) -> None:
+    good = same_bits(output, expected)
+    if not good.all():
+        index = tuple(int(i) for i in np.argwhere(~good)[0])
+        pytest.fail(f"{what}: {(~good).sum()} elements differ, first {index}: {output[index]} != {expected[index]}")
+
+
+def assert_within_bound(problem: ConvProblem, output: Array, data: Data) -> None:
+    good = reference.within_bound(problem, output, *data)
+    if not good.all():
+        index = tuple(int(i) for i in np.argwhere(~good)[0])
+        exact = reference.compute(problem, *data)[index]
+        pytest.fail(f"{problem}: {(~good).sum()} elements wrong, first {index}: {output[index]}, exact {exact}")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def kernels() -> None:
+    """Everything that the table needs, compiled together."""
+    problems = [case.at(dtype) for case in CASES for dtype in DTYPES]
+    chosen = {
+        family.configure(problem, Layout.contiguous(problem), DEVICE)[0]
+        for family in FAMILIES
+        for problem in problems
+        if takes(family, problem)
+    }
+    hostcuda.prebuild([*chosen, *(with_64_bits(config) for config in chosen if config.kernel in BASE.values())])
+
+
+# -- the table -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES, **by_name)
+def test_the_table_reaches_the_family(family: Family) -> None:
+    assert sum(takes(family, case.problem) for case in CASES) >= 5
+
+
+@pytest.mark.parametrize(("family", "dtype", "group"), items(FAMILIES), **by_name)
+def test_exact(family: Family, dtype: str, group: str) -> None:
+    """Small integers: the reference bit for bit, whatever the order of the threads."""
+    for case in taken_cases(family, dtype, group):
+        p = case.at(dtype)
+        data = cases.exact_data(p, seed=11)
+        assert_same_bits(run(family, p, data, "every"), exact_result(p, data), case.name)
+
+
+@pytest.mark.parametrize(("family", "dtype", "group"), items(FAMILIES), **by_name)
+def test_rounding(family: Family, dtype: str, group: str) -> None:
+    """Within the error bound, the same bits whatever the order of the threads, and the bits of the base family."""
+    for case in taken_cases(family, dtype, group):
+        p = case.at(dtype)
+        for kind in cases.RANDOM_KINDS:
+            data = cases.random_data(p, 12, kind)
+            output = run(family, p, data, "every" if kind == "normal" else "forward")
+            assert_within_bound(p, output, data)
+            if family in FAST_FAMILIES and kind != "nonfinite":  # NaNs have more than one encoding
+                base = hostcuda.convolve(p, *data, family=BASE[p.op], device=DEVICE)
+                assert_same_bits(output, base, (case.name, kind))
+
+
+@pytest.mark.parametrize(("family", "dtype", "group"), items(FAMILIES), **by_name)
+def test_bits_do_not_depend_on_the_batch(family: Family, dtype: str, group: str) -> None:
+    for case in taken_cases(family, dtype, group):
+        p = cases.with_batch(case.at(dtype), 5)
+        one = cases.with_batch(p, 1)
+        data = cases.random_data(p, 13)
+        whole = run(family, p, data)
+        for n in (0, 3, 4):
+            alone = run(family, one, data._replace(input=data.input[n : n + 1]))
+            assert_same_bits(alone, whole[n : n + 1], (case.name, n))
+
+
+@pytest.mark.parametrize(("family", "dtype", "group"), items(FAMILIES), **by_name)
+def test_bits_do_not_depend_on_the_chunk(family: Family, dtype: str, group: str) -> None:
+    for case in taken_cases(family, dtype, group):
+        p = case.at(dtype)
+        if p.L_in == 0 or p.L_out < 3:  # nothing to cut
+            continue
+        data = cases.random_data(p, 14)
+        whole = run(family, p, data)
+        for start, stop in chunk_bounds(p.L_out):
+            piece, positions = cases.chunk(p, start, stop)
+            output = run(family, piece, data._replace(input=data.input[..., positions]))
+            assert_same_bits(output, whole[..., start:stop], (case.name, start, stop))
+
+
+# -- edges of each family's own configuration ------------------------------------------------------------------------
+
+
+def with_output_length(problem: ConvProblem, L_out: int) -> ConvProblem:
+    """The layer on the shortest input that gives at least L_out outputs, with padding that gives exactly L_out."""
+    p = problem
+    span = p.dilation * (p.K - 1) + 1
+    if not p.transposed:
+        return replace(p, L_in=max(0, (L_out - 1) * p.stride + span - sum(p.padding)))
+    untrimmed = L_out + sum(p.padding) - p.output_padding
+    L_in = max(1, -(-(untrimmed - span) // p.stride) + 1)
+    surplus = (L_in - 1) * p.stride + span - untrimmed
+    return replace(p, L_in=L_in, padding_right=p.padding_right + surplus)
+
+
+def edges(config: Config) -> list[int]:
+    """One below, at and one above the sizes of the configuration's tiles, and twice them."""
+    tiles = {int(value) for name, value in config.macros if name.startswith("BLOCK_")}
+    return sorted({factor * tile + step for tile in tiles for factor in (1, 2) for step in (-1, 0, 1)} - {0})
+
+
+def edge_templates(family: Family, dtype: str) -> list[ConvProblem]:
+    """One sample of the first cases of some groups that the family takes, and a layer with one output channel."""
+    found = [taken_cases(family, dtype, group)[:1] for group in ("kernel", "stride", "dilation", "groups")]
+    narrow = [case for case in taken_cases(family, dtype, "channels") if case.problem.C_out == 1][:1]
+    return [cases.with_batch(case.at(dtype), 1) for few in (*found, narrow) for case in few]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", FAMILIES, **by_name)
+def test_edge_lengths(family: Family, dtype: str) -> None:
+    """Lengths around every tile size: each position written once, none beyond the end."""
+    checked = 0
+    for template in edge_templates(family, dtype):
+        config, _ = family.configure(template, Layout.contiguous(template), DEVICE)
+        for length in edges(config):
+            p = with_output_length(template, length)
+            assert p.L_out == length
+            if takes(family, p):
+                data = cases.exact_data(p, seed=15)
+                output = hostcuda.convolve(p, *data, family=family.name, device=DEVICE, schedule="every")
+                assert_same_bits(output, exact_result(p, data), p)
+                checked += 1
+    assert checked >= 6
+
+
+# -- the base families: order of summation, arrays of any layout, 64-bit indices --------------------------------------
+
+
+def in_canonical_order(problem: ConvProblem, data: Data) -> Array:
+    """Every element by the C library's fma in the accumulator's precision: c_in outer, k inner, then the bias."""
+    p = problem
+    libm = ctypes.CDLL(find_library("m"))
+    fma, real, accumulator = (
+        (libm.fma, ctypes.c_double, np.float64) if p.dtype == "float64" else (libm.fmaf, ctypes.c_float, np.float32)
+    )
+    fma.argtypes, fma.restype = [real] * 3, real
+    output = np.empty(p.output_shape, data.input.dtype)
+    for n, c_out, l_out in np.ndindex(*p.output_shape):
+        g, c_out_g = divmod(c_out, p.C_out_g)
+        acc = 0.0
+        for c_in in range(p.C_in_g):
+            c = g * p.C_in_g + c_in
+            for k in range(p.K):
+                if p.transposed:
+                    l_in, rest = divmod(l_out + p.padding_left - k * p.dilation, p.stride)
+                    w = data.weight[c, c_out_g, k]
+                else:
+                    l_in, rest = l_out * p.stride - p.padding_left + k * p.dilation, 0
+                    w = data.weight[c_out, c_in, k]
+                if rest == 0 and 0 <= l_in < p.L_in:
+                    acc = fma(float(w), float(data.input[n, c, l_in]), acc)
+        total = accumulator(acc)
+        if data.bias is not None:
+            total += accumulator(data.bias[c_out])
+        output[n, c_out, l_out] = total
+    return output
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize(
+    "name", ["k3", "dilation4_stride6", "groups4_strided", "up_stride2_k4", "up_dilation6_stride4", "up_groups2"]
+)
+def test_base_families_sum_in_the_canonical_order(name: str, dtype: str) -> None:
+    (case,) = (case for case in CASES if case.name == name)
+    p = case.at(dtype)
+    data = cases.random_data(p, 21)
+    output = hostcuda.convolve(p, *data, family=BASE[p.op], device=DEVICE)
+    assert_same_bits(output, in_canonical_order(p, data), case.name)
+
+
+def scattered(array: Array) -> Array:
+    """The array as every third element, last axis reversed, of a buffer of NaN."""
+    buffer = np.full((*array.shape[:-1], 3 * array.shape[-1]), np.nan, array.dtype)
+    buffer[..., ::-3] = array
+    return buffer[..., ::-3]
+
+
+def channels_last(array: Array) -> Array:
+    return np.ascontiguousarray(array.swapaxes(-1, -2)).swapaxes(-1, -2)
+
+
+def reversed_axes(array: Array) -> Array:
+    return np.ascontiguousarray(array[::-1, ::-1])[::-1, ::-1]
+
+
+def one_sample_repeated(array: Array) -> Array:
+    """The first sample in place of every one, by a stride of zero."""
+    return np.broadcast_to(array[:1], array.shape)
+
+
+INPUT_LAYOUTS: tuple[Callable[[Array], Array], ...] = (scattered, channels_last, reversed_axes, one_sample_repeated)
+OUTPUT_LAYOUTS = ("contiguous", "gaps", "channels last", "reversed")
+
+
+def output_strides(problem: ConvProblem, name: str) -> tuple[int, int, int]:
+    C, L = problem.C_out, problem.L_out
+    return {
+        "contiguous": (C * L, L, 1),
+        "gaps": (C * (2 * L + 3) + 5, 2 * L + 3, 2),
+        "channels last": (C * L, 1, C),
+        "reversed": (-C * L, -L, -1),
+    }[name]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", BASE_FAMILIES, **by_name)
+def test_layouts(family: Family, dtype: str) -> None:
+    """Strided, reversed, permuted, broadcast and packed arrays are read and written in place, with the same bits."""
+    for group in GROUPS:
+        for case in taken_cases(family, dtype, group)[:2]:
+            p = case.at(dtype)
+            if not p.batched:
+                continue
+            data = cases.random_data(p, 16)
+            for arrange, name in zip(INPUT_LAYOUTS, OUTPUT_LAYOUTS, strict=True):
+                given = Data(
+                    arrange(data.input),
+                    channels_last(scattered(data.weight)),
+                    None if data.bias is None else scattered(data.bias),
+                )
+                layout = Layout(
+                    input=hostcuda.array_layout(given.input),
+                    weight=hostcuda.array_layout(given.weight),
+                    bias=None if given.bias is None else hostcuda.array_layout(given.bias),
+                    output=ArrayLayout(output_strides(p, name), p.itemsize),
+                )
+                output = hostcuda.convolve(
+                    p, *given, layout=layout, family=family.name, device=DEVICE, schedule="every"
+                )
+                expected = run(family, p, Data(*(a if a is None else np.ascontiguousarray(a) for a in given)))
+                assert_same_bits(output, expected, (case.name, arrange.__name__, name))
+
+
+def with_64_bits(config: Config) -> Config:
+    """The same specialisation with 64-bit indices."""
+    macros = dict(config.macros)
+    fields = len(source.params_fields(config.kernel))
+    return Config.of(config.kernel, {**macros, "INDEX_BITS": 64, "PARAMS_BYTES": 8 * fields})
+
+
+@pytest.mark.parametrize(("family", "dtype", "group"), items(BASE_FAMILIES), **by_name)
+def test_64_bit_indices(family: Family, dtype: str, group: str) -> None:
+    """The 64-bit specialisation, which only huge arrays get, gives the bits of the 32-bit one."""
+    for case in taken_cases(family, dtype, group):
+        p = case.at(dtype)
+        data = cases.random_data(p, 17)
+        config, launch = family.configure(p, Layout.contiguous(p), DEVICE)
+        assert launch.index_bits == 32
+        wide = Launch(launch.grid, launch.block, launch.shared_bytes, 64, launch.params)
+        output = np.empty(p.output_shape, data.input.dtype)
+        arrays = {"input": data.input, "weight": data.weight, "bias": data.bias, "output": output}
+        hostcuda.run(with_64_bits(config), wide, arrays, device=DEVICE)
+        assert_same_bits(output, run(family, p, data), case.name)
+
+
+@pytest.mark.parametrize("family", BASE_FAMILIES, **by_name)
+def test_offsets_beyond_32_bits(family: Family) -> None:
+    """Samples more than 2**31 elements apart, in input and output."""
+    (case,) = (case for case in CASES if case.name == {"conv1d": "k3", "conv_transpose1d": "up_k3"}[family.op])
+    p = case.at("float16")
+    data = cases.exact_data(p, seed=18)
+    far = 2**31 + 7
+    layout = replace(
+        Layout.contiguous(p),
+        input=ArrayLayout((far, *contiguous_strides(p.input_shape)[1:]), 2),
+        output=ArrayLayout((-far, *contiguous_strides(p.output_shape)[1:]), 2),
+    )
+    _, launch = family.configure(p, layout, DEVICE)
+    assert launch.index_bits == 64
+    output = hostcuda.convolve(p, *data, layout=layout, family=family.name, device=DEVICE)
+    assert_same_bits(output, exact_result(p, data), p)
+
+
+# -- layers of real models -------------------------------------------------------------------------------------------
+
+LAYER_FLOPS = 2e6
+
+
+@cache
+def layers() -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads(LAYERS_FILE.read_text(encoding="utf-8"))
+    return found
+
+
+def shrunk(layer: dict[str, Any], dtype: str) -> ConvProblem:
+    """A benchmark layer on an input just long enough for every tap to meet data, as far as `LAYER_FLOPS` allows.
+
+    N and L shrink first, then output channels of each group, then the number of groups; K, stride, dilation, padding
+    and the input channels of a group stay.
+    """
+    span = layer["dilation"] * (layer["kernel_size"] - 1) + 1
+    is_transposed = layer["op"] == "conv_transpose1d"
+    longest = -(-span // layer["stride"]) + 3 if is_transposed else span + 3 * layer["stride"]
+
+    def problem(L_in: int, C_out_g: int, groups: int) -> ConvProblem:
+        return ConvProblem(
+            layer["op"],
+            N=min(2, layer["batch"]),
+            C_in=layer["in_channels"] // layer["groups"] * groups,
+            C_out=C_out_g * groups,
+            L_in=L_in,
+            K=layer["kernel_size"],
+            stride=layer["stride"],
+            padding_left=layer["pad_left"],
+            padding_right=layer["pad_right"],
+            dilation=layer["dilation"],
+            groups=groups,
+            output_padding=layer["output_padding"],
+            dtype=dtype,
+            has_bias=layer["bias"],
+        )
+
+    shortest = max(1, span - layer["pad_left"] - layer["pad_right"])
+    L_in = min(layer["length"], max(longest, shortest, 8))
+    C_out_g, groups = layer["out_channels"] // layer["groups"], layer["groups"]
+    real = 4 if dtype.startswith("complex") else 1
+    while problem(L_in, C_out_g, groups).flops() > LAYER_FLOPS * real:
+        if C_out_g > 4:
+            C_out_g //= 2
+        elif groups > 2:
+            groups //= 2
+        elif L_in > max(shortest, 1):
+            L_in = max(shortest, L_in // 2)
+        else:
+            break
+    return problem(L_in, C_out_g, groups)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "complex64"])
+@pytest.mark.parametrize("family", FAMILIES, **by_name)
+def test_benchmark_layers(family: Family, dtype: str) -> None:
+    """The layers that we measure on: the base families within the bound, every other with the bits of its base."""
+    assert len(layers()) == 81
+    checked = 0
+    for layer in layers():
+        p = shrunk(layer, dtype)
+        if not takes(family, p):
+            continue
+        data = cases.random_data(p, 19)
+        output = run(family, p, data)
+        if family in BASE_FAMILIES:
+            assert_within_bound(p, output, data)
+        else:
+            assert_same_bits(output, hostcuda.convolve(p, *data, family=BASE[p.op], device=DEVICE), layer["name"])
+        checked += 1
+    assert checked > 0
+
+
+# -- on a GPU --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def only(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Family], None]]:
+    """Makes dispatch know one family alone."""
+
+    def forget() -> None:
+        dispatch.choose.cache_clear()
+        functional._PLANS.clear()
+
+    def restrict(family: Family) -> None:
+        monkeypatch.setattr(dispatch, "FAMILIES", (family,))
+        forget()
+
+    yield restrict
+    monkeypatch.undo()
+    forget()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("family", "dtype", "group"), items(FAMILIES), **by_name)
+def test_gpu_gives_the_bits_of_hostcuda(family: Family, dtype: str, group: str, only: Callable[[Family], None]) -> None:
+    """The public function on CuPy arrays against the same kernel text on the CPU."""
+    only(family)
+    for case in taken_cases(family, dtype, group):
+        p = case.at(dtype)
+        for kind in cases.RANDOM_KINDS:
+            data = cases.random_data(p, 20, kind)
+            output = BACKENDS["gpu"].convolve(p, *data)
+            assert output.dtype == numpy_dtype(dtype)
+            if kind == "nonfinite":  # NaNs have more than one encoding
+                assert_within_bound(p, output, data)
+            else:
+                assert_same_bits(output, run(family, p, data), (case.name, kind))

@@ -1,0 +1,457 @@
+"""`gpuconv.verify`: good kernels pass, each planted fault is found and described, reports can be read by machines."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+import gpuconv
+from gpuconv import cases, cpu, reference, runtime
+from gpuconv.device import Device
+from gpuconv.problem import DTYPES, ConvProblem
+from gpuconv.verify import CHECKS, MAX_TAPS, GpuUnavailableError, missing_gpu, same_bits, verify
+from tests import hostcuda
+
+Array = npt.NDArray[Any]
+Kernel = Callable[[ConvProblem, Array, Array, Array | None, Array], None]
+
+
+def correct(p: ConvProblem, x: Array, w: Array, b: Array | None, out: Array) -> None:
+    """What `cpu.convolve` must do."""
+    out[...] = reference.compute(p, x, w, b).astype(out.dtype)
+
+
+@pytest.fixture
+def plant(monkeypatch: pytest.MonkeyPatch) -> Callable[[Kernel], None]:
+    """Puts another kernel in the place of the CPU path."""
+    return lambda kernel: monkeypatch.setattr(cpu, "convolve", kernel)
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU that answers and whose arrays are NumPy arrays."""
+    versions = SimpleNamespace(getDevice=lambda: 0, runtimeGetVersion=lambda: 13000, driverGetVersion=lambda: 13010)
+    module = SimpleNamespace(
+        __version__="14.2.0", asarray=np.array, asnumpy=np.asarray, cuda=SimpleNamespace(runtime=versions)
+    )
+    monkeypatch.setattr(runtime, "cupy_module", lambda: module)
+    monkeypatch.setattr(runtime, "device_count", lambda: 1)
+    monkeypatch.setattr(runtime, "device", lambda _index: Device.from_arch("sm_90"))
+
+
+# -- good kernels ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("dtype", "filter"),
+    [
+        ("float32", None),
+        ("float16", "padding"),
+        ("bfloat16", "channels"),
+        ("float64", "conv_transpose1d"),
+        ("complex64", "model"),
+        ("complex128", "groups"),
+    ],
+)
+def test_the_cpu_path_passes(dtype: str, filter: str | None) -> None:
+    report = verify("cpu", dtypes=[dtype], filter=filter)
+    assert report.ok, str(report)
+    assert sum(sum(count.values()) for count in report.counts.values()) == len(report.results)
+    assert all(count["passed"] > 0 for name, count in report.counts.items() if filter is None or name != "groups")
+
+
+def run_on_hostcuda(p: ConvProblem, x: Array, w: Array, b: Array | None, out: Array) -> None:
+    out[...] = hostcuda.convolve(p, x, w, b)
+
+
+@pytest.mark.usefixtures("fake_gpu")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_kernels_pass_bit_for_bit(dtype: str, plant: Callable[[Kernel], None]) -> None:
+    """The mode for GPUs, which compares bits across batches and chunks, with the kernels executed on the CPU."""
+    plant(run_on_hostcuda)
+    for tag in ("dilation", "padding", "unbatched", "zero"):
+        report = verify("gpu", dtypes=[dtype], filter=tag)
+        assert report.ok, str(report)
+    assert report.device == "GPU 0: H200 (sm_90, 132 multiprocessors)"
+    assert report.versions["cupy"] == "14.2.0"
+
+
+@pytest.mark.gpu
+def test_the_gpu_passes() -> None:
+    report = verify("gpu")
+    assert report.ok, str(report)
+    assert report.device.startswith("GPU")
+
+
+# -- faults ----------------------------------------------------------------------------------------------------------
+
+
+def without_the_last_tap(p: ConvProblem, x: Array, w: Array, b: Array | None, out: Array) -> None:
+    short = w.copy()
+    short[..., -1] = 0
+    correct(p, x, short, b, out)
+
+
+def one_position_late(p: ConvProblem, x: Array, w: Array, b: Array | None, out: Array) -> None:
+    correct(p, x, w, b, out)
+    out[...] = np.roll(out, 1, axis=-1)
+
+
+def unwritten_tail(p: ConvProblem, x: Array, w: Array, b: Array | None, out: Array) -> None:
+    result = np.empty_like(out)
+    correct(p, x, w, b, result)
+    out[..., :-1] = result[..., :-1]
+
+
+def nan_in_the_last_element(p: ConvProblem, x: Array, w: Array, b: Array | None, out: Array) -> None:
+    correct(p, x, w, b, out)
+    if out.size:
+        out.flat[-1] = np.nan
+
+
+def without_bias(p: ConvProblem, x: Array, w: Array, _b: Array | None, out: Array) -> None:
+    correct(p, x, w, None, out)
+
+
+def in_half_precision(p: ConvProblem, x: Array, w: Array, b: Array | None, out: Array) -> None:
+    with np.errstate(over="ignore"):
+        rounded = [None if a is None else a.astype(np.float16) for a in (x, w, b)]
+    correct(p, *rounded, out)
+
+
+def weights_of_the_first_group(p: ConvProblem, x: Array, w: Array, b: Array | None, out: Array) -> None:
+    first = w[: w.shape[0] // p.groups]
+    correct(p, x, np.tile(first, (p.groups, 1, 1)), b, out)
+
+
+def deaf_to_strides(p: ConvProblem, x: Array, w: Array, b: Array | None, out: Array) -> None:
+    as_it_lies = np.lib.stride_tricks.as_strided(x, strides=np.empty(x.shape, x.dtype).strides)
+    correct(p, as_it_lies if x.strides[-1] > 0 else x, w, b, out)
+
+
+def padding_multiplied_too(p: ConvProblem, x: Array, w: Array, b: Array | None, out: Array) -> None:
+    """Infinite weights times the zeros of the padding give NaN."""
+    correct(p, x, w, b, out)
+    if not np.isfinite(w).all():
+        out[..., 0] = np.nan
+
+
+class EveryOtherCallRoundsUp:
+    """The last bit of the result depends on the run."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, p: ConvProblem, x: Array, w: Array, b: Array | None, out: Array) -> None:
+        correct(p, x, w, b, out)
+        self.calls += 1
+        if self.calls % 2:
+            out[...] = np.nextafter(out, out.dtype.type(np.inf))
+
+
+FAULTS: list[tuple[Kernel, str, set[str]]] = [
+    (without_the_last_tap, "k3", {"exact", "layout", "normal", "ill_scaled", "impulse", "batch", "chunks"}),
+    (one_position_late, "up_k3", {"exact", "normal", "impulse", "chunks"}),
+    (unwritten_tail, "stride_equals_k", {"exact", "layout", "normal", "impulse", "adjoint", "bias", "repeat"}),
+    (nan_in_the_last_element, "whisper_conv2", {"exact", "normal", "ill_scaled", "impulse", "adjoint", "batch"}),
+    (without_bias, "k2_even", {"exact", "normal", "bias"}),
+    (in_half_precision, "stft", {"normal", "ill_scaled", "cancelling"}),
+    (weights_of_the_first_group, "groups4_strided", {"exact", "normal", "impulse", "groups"}),
+    (deaf_to_strides, "k5", {"layout"}),
+    (padding_multiplied_too, "padding_left_only", {"nonfinite"}),
+    (EveryOtherCallRoundsUp(), "k31", {"repeat"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kernel", "name", "checks"), FAULTS, ids=[fault[1] for fault in FAULTS])
+def test_a_fault_is_found(kernel: Kernel, name: str, checks: set[str], plant: Callable[[Kernel], None]) -> None:
+    assert verify("cpu", filter=name, dtypes=["float32"]).ok
+    plant(kernel)
+    report = verify("cpu", filter=name, dtypes=["float32"])
+    assert not report.ok
+    assert checks <= {failure.check for failure in report.failures if failure.case == name}
+    assert {failure.dtype for failure in report.failures} == {"float32"}
+    assert "FAILED" in str(report)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_nan_is_found_in_every_dtype(dtype: str, plant: Callable[[Kernel], None]) -> None:
+    plant(nan_in_the_last_element)
+    report = verify("cpu", filter="groups2", dtypes=[dtype])
+    failures = {failure.check: failure for failure in report.failures if failure.case == "groups2"}
+    assert {"exact", "layout", "normal", "ill_scaled", "cancelling", "bias", "groups", "chunks"} <= set(failures)
+    (case,) = (case for case in cases.CASES if case.name == "groups2")
+    last = tuple(extent - 1 for extent in case.problem.output_shape)
+    for check in ("exact", "normal"):
+        assert failures[check].index == last
+        assert np.isnan(failures[check].got)
+        assert np.isfinite(failures[check].expected)
+        assert failures[check].bad == 1
+
+
+@pytest.mark.usefixtures("fake_gpu")
+@pytest.mark.parametrize(
+    ("check", "depends"), [("batch", lambda p: p.N > 1), ("chunks", lambda p: p.L_out > 30)], ids=["batch", "chunks"]
+)
+def test_one_bit_that_depends_on_the_extents_is_found(
+    check: str, depends: Callable[[ConvProblem], bool], plant: Callable[[Kernel], None]
+) -> None:
+    """On a GPU bits may depend on the layer alone; a result within the bound is not enough."""
+
+    def kernel(p: ConvProblem, x: Array, w: Array, b: Array | None, out: Array) -> None:
+        correct(p, x, w, b, out)
+        if depends(p):
+            out[..., 0] = np.nextafter(out[..., 0], out.dtype.type(np.inf))
+
+    plant(kernel)
+    report = verify("gpu", filter="hifigan_resblock", dtypes=["float32"])
+    (failure,) = (failure for failure in report.failures if failure.check == check)
+    assert failure.bound is None
+    assert "bit for bit" in failure.message
+    assert failure.got == np.nextafter(np.float32(failure.expected), np.float32(-np.inf))
+    assert "normal" not in {failure.check for failure in report.failures}
+
+
+# -- what a failure says ---------------------------------------------------------------------------------------------
+
+
+def test_a_failure_names_the_element_and_its_taps(plant: Callable[[Kernel], None]) -> None:
+    def kernel(p: ConvProblem, x: Array, w: Array, b: Array | None, out: Array) -> None:
+        correct(p, x, w, b, out)
+        if (p.N, p.C_out) == (2, 13):
+            out[1, 4, 0] += 1
+            out[1, 7, 64] -= 1
+
+    plant(kernel)
+    report = verify("cpu", filter="depthwise", dtypes=["float64"])
+    failure = next(failure for failure in report.failures if (failure.case, failure.check) == ("depthwise", "exact"))
+    (case,) = (case for case in cases.CASES if case.name == "depthwise")
+    data = cases.exact_data(case.at("float64"), seed=0)
+    assert failure.index == (1, 4, 0)
+    assert failure.bad == 2
+    assert failure.got == failure.expected + 1
+    assert failure.bound is None
+    assert failure.problem == str(case.at("float64"))
+    # K = 3 and padding 1: tap 0 of the first output falls into the padding.
+    assert [(tap.c_in, tap.k, tap.l_in) for tap in failure.taps] == [(0, 1, 0), (0, 2, 1)]
+    assert [tap.weight for tap in failure.taps] == data.weight[4, 0, 1:].tolist()
+    assert [tap.input for tap in failure.taps] == data.input[1, 4, :2].tolist()
+    assert data.bias[4] + sum(tap.weight * tap.input for tap in failure.taps) == failure.expected
+    text = str(failure)
+    assert "depthwise [float64] exact" in text
+    assert "(1, 4, 0)" in text
+    assert f"weight[c_in=0, k=2] = {data.weight[4, 0, 2]!r}".replace("np.float64(", "").replace(")", "") in text
+
+    normal = next(failure for failure in report.failures if (failure.case, failure.check) == ("depthwise", "normal"))
+    assert normal.index == (1, 4, 0)
+    assert 0 < normal.bound < 1e-12
+    assert abs(normal.got - normal.expected - 1) < 1e-12
+
+
+def test_taps_of_a_transposed_element_are_those_of_its_phase(plant: Callable[[Kernel], None]) -> None:
+    def kernel(p: ConvProblem, x: Array, w: Array, b: Array | None, out: Array) -> None:
+        correct(p, x, w, b, out)
+        if p.transposed:
+            out[..., 2, 33] = 1000
+
+    plant(kernel)
+    report = verify("cpu", filter="hifigan_up", dtypes=["complex64"])
+    failure = next(failure for failure in report.failures if failure.check == "exact")
+    assert failure.index == (0, 2, 33)
+    # l_out = l_in*8 - 4 + k with 24 input channels: k = 5 at l_in = 4 and k = 13 at l_in = 3, the first 8 of 48.
+    assert [(tap.c_in, tap.k, tap.l_in) for tap in failure.taps] == [
+        (c_in, k, l_in) for c_in in range(4) for k, l_in in ((5, 4), (13, 3))
+    ]
+    assert failure.num_taps == 48
+    assert len(failure.taps) == MAX_TAPS
+    assert isinstance(failure.got, complex)
+
+
+def test_a_call_that_raises_is_a_failure_and_not_the_end(plant: Callable[[Kernel], None]) -> None:
+    def kernel(p: ConvProblem, x: Array, w: Array, b: Array | None, out: Array) -> None:
+        if p.stride == 2:
+            raise ZeroDivisionError("planted")
+        correct(p, x, w, b, out)
+
+    plant(kernel)
+    report = verify("cpu", filter="stride", dtypes=["float32"])
+    failures = [failure for failure in report.failures if failure.case == "docs_example"]
+    assert {failure.check for failure in failures} == {check.name for check in CHECKS} - {"groups"}
+    assert {failure.message for failure in failures} == {"raised ZeroDivisionError('planted')"}
+    assert "in kernel" in failures[0].traceback
+    assert {"stride_equals_k", "stride7_pair"}.isdisjoint({failure.case for failure in report.failures})
+    assert "planted" in report.to_junit()
+    assert "and " in str(report)
+    assert "more failures" in str(report)
+
+
+# -- reports ---------------------------------------------------------------------------------------------------------
+
+
+def test_report_as_json(plant: Callable[[Kernel], None]) -> None:
+    plant(nan_in_the_last_element)
+    report = verify("cpu", filter="unbatched", dtypes=["float32", "complex128"], seed=7)
+    found = json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    assert found["ok"] is False
+    assert found["seed"] == 7
+    assert found["dtypes"] == ["float32", "complex128"]
+    assert found["cases"] == 3
+    assert found["checks"] == len(report.results)
+    assert found["versions"]["gpuconv"] == gpuconv.__version__
+    assert found["versions"]["numpy"] == np.__version__
+    assert found["elapsed_s"] > 0
+    assert found["counts"]["exact"] == {"passed": 0, "failed": 6}
+    real = next(failure for failure in found["failures"] if failure["check"] == "exact")
+    assert real["got"] == "nan"
+    assert real["index"] == [7, 38]
+    complex_ = next(failure for failure in found["failures"] if failure["dtype"] == "complex128")
+    assert complex_["got"][0] == "nan"
+    assert len(complex_["taps"][0]["weight"]) == 2
+
+
+def test_report_as_junit(plant: Callable[[Kernel], None]) -> None:
+    plant(without_bias)
+    report = verify("cpu", filter="unbatched", dtypes=["float32", "float64"])
+    root = ElementTree.fromstring(report.to_junit())
+    (suite,) = root
+    tests = suite.findall("testcase")
+    assert root.tag == "testsuites"
+    assert suite.get("tests") == str(len(tests)) == "6"
+    # Even the case without bias fails, in the check that adds one.
+    assert suite.get("failures") == str(len(suite.findall("testcase/failure"))) == "6"
+    assert {test.get("classname") for test in tests} == {"gpuconv.verify.float32", "gpuconv.verify.float64"}
+    failure = tests[0].find("failure")
+    assert failure is not None
+    assert "exact: must equal the reference bit for bit" in str(failure.get("message"))
+    assert "fed by" in str(failure.text)
+    properties = {element.get("name"): element.get("value") for element in suite.findall("properties/property")}
+    assert properties["device"] == report.device
+    assert properties["seed"] == "0"
+
+
+def test_report_of_success() -> None:
+    report = verify("cpu", filter="unbatched", dtypes=["float32"])
+    lines = str(report).splitlines()
+    assert len(lines) < 25
+    assert lines[0].startswith(f"gpuconv {gpuconv.__version__} on CPU")
+    assert lines[-1] == "all checks passed"
+    assert report.to_dict()["failures"] == []
+    (suite,) = ElementTree.fromstring(report.to_junit())
+    assert suite.get("failures") == "0"
+    assert suite.find("testcase/failure") is None
+
+
+def test_every_check_is_documented() -> None:
+    assert verify.__doc__ is not None
+    table = verify.__doc__.split("=\n")
+    assert [line.split()[0] for line in table[1].splitlines() if line.strip("= ")] == [check.name for check in CHECKS]
+
+
+# -- arguments -------------------------------------------------------------------------------------------------------
+
+
+def test_the_seed_decides_the_data(plant: Callable[[Kernel], None]) -> None:
+    seen: list[Array] = []
+
+    def kernel(p: ConvProblem, x: Array, w: Array, b: Array | None, out: Array) -> None:
+        seen.append(w.copy())
+        correct(p, x, w, b, out)
+
+    plant(kernel)
+    runs = []
+    for seed in (3, 3, 4):
+        seen.clear()
+        verify("cpu", filter="k_equals_input", dtypes=["float32"], seed=seed)
+        runs.append(list(seen))
+    assert all((a == b).all() for a, b in zip(runs[0], runs[1], strict=True))
+    assert any((a != b).any() for a, b in zip(runs[0], runs[2], strict=True))
+
+
+def test_outputs_are_poisoned(plant: Callable[[Kernel], None]) -> None:
+    """Every output that a check hands over is NaN all over; the one that the function allocates in `repeat` is not."""
+    clean = []
+
+    def kernel(p: ConvProblem, x: Array, w: Array, b: Array | None, out: Array) -> None:
+        clean.append(not np.isnan(out).all())
+        correct(p, x, w, b, out)
+
+    plant(kernel)
+    verify("cpu", filter="k64_even", dtypes=["float32"])
+    assert len(clean) > 20
+    assert sum(clean) <= 2  # k64_even and up_k64_even: one allocated output each
+
+
+def test_progress() -> None:
+    calls: list[tuple[int, int, str]] = []
+    verify("cpu", filter="up_k", dtypes=["float32", "float64"], progress=lambda *args: calls.append(args))
+    assert [call[0] for call in calls] == list(range(len(calls)))
+    assert {call[1] for call in calls} == {len(calls) - 1}
+    assert calls[-1][2] == "up_k64_even float64"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"device": "tpu"}, 'device must be "auto", "gpu" or "cpu", got \'tpu\''),
+        ({"device": "cpu", "dtypes": ["float32", "int8"]}, "dtypes must be among float16, .*, got 'int8'"),
+        ({"device": "cpu", "filter": "nothing"}, "filter 'nothing' matches no case"),
+    ],
+)
+def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        verify(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (ImportError("No module named 'cupy'"), "CuPy is missing"),
+        (RuntimeError("cudaErrorInsufficientDriver: CUDA driver version is insufficient"), "driver is missing"),
+        (RuntimeError("cudaErrorNoDevice: no CUDA-capable device is detected"), "sees no device"),
+        (0, "sees no device"),
+    ],
+)
+def test_what_is_missing_of_a_gpu(answer: Exception | int, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def device_count() -> int:
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(runtime, "device_count", device_count)
+    assert message in str(missing_gpu())
+    with pytest.raises(GpuUnavailableError, match=message):
+        verify("gpu", filter="k1", dtypes=["float32"])
+    assert verify("auto", filter="k1", dtypes=["float32"]).device.startswith("CPU")
+
+
+@pytest.mark.usefixtures("fake_gpu")
+def test_auto_takes_a_gpu_that_answers() -> None:
+    assert verify("auto", filter="stride2_k1", dtypes=["float32"]).device.startswith("GPU")
+
+
+def test_bfloat16_without_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ml_dtypes", None)
+    report = verify("cpu", filter="no_samples")
+    assert "ml_dtypes" in report.skipped["bfloat16"]
+    assert "bfloat16" not in {result.dtype for result in report.results}
+    assert "not run: bfloat16" in str(report)
+    with pytest.raises(ModuleNotFoundError, match="ml_dtypes"):
+        verify("cpu", filter="no_samples", dtypes=["bfloat16"])
+
+
+def test_same_bits() -> None:
+    a = np.array([1.0, 0.0, np.nan, 2.0], np.float32)
+    b = np.array([1.0, -0.0, np.nan, 3.0], np.float32)
+    assert same_bits(a, b).tolist() == [True, False, True, False]
+    assert same_bits(a[::-2], b[::-2]).tolist() == [False, False]
+    assert same_bits(np.zeros((0, 3)), np.zeros((0, 3))).shape == (0, 3)
+    with pytest.raises(ValueError, match="float64"):
+        same_bits(a, a.astype(np.float64))
