@@ -1,0 +1,1 @@
+"""Benchmarks of gpuconv on the layers of real models; they run from a checkout."""
