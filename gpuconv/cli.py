@@ -362,6 +362,7 @@ def _facts() -> dict[str, Any]:
         "NumPy": np.__version__,
         "CuPy": _version("cupy"),
         "CUDA runtime": None,
+        "NVRTC": None,
         "NVIDIA driver": None,
         "ml_dtypes": _version("ml_dtypes"),
         "soundfile": _version("soundfile"),
@@ -370,10 +371,15 @@ def _facts() -> dict[str, Any]:
     missing: list[dict[str, str]] = []
     devices: list[dict[str, Any]] = []
     if versions["CuPy"] is not None:
-        cuda = runtime.cupy_module().cuda.runtime
-        versions["CUDA runtime"] = _cuda_version(cuda.runtimeGetVersion())
-        if driver := cuda.driverGetVersion():
+        cuda = runtime.cupy_module().cuda
+        versions["CUDA runtime"] = _cuda_version(cuda.runtime.runtimeGetVersion())
+        if driver := cuda.runtime.driverGetVersion():
             versions["NVIDIA driver"] = f"supports CUDA {_cuda_version(driver)}"
+        try:
+            versions["NVRTC"] = ".".join(map(str, cuda.nvrtc.getVersion()))
+        except Exception:  # CuPy loads the library at the first call and reports its absence in many ways
+            what = "NVRTC, CUDA's run-time compiler: install the CUDA toolkit, or CuPy with its extra [ctk]"
+            missing.append({"what": what, "meaning": "Kernels that are not in the kernel cache cannot be compiled."})
     gap = missing_gpu()
     if gap is None:
         for index in range(runtime.device_count()):
@@ -460,7 +466,7 @@ def _convolve(args: argparse.Namespace) -> int:
         problem = construct(x, weight, bias, **settings)
     except (ValueError, TypeError) as error:
         dtypes = {array.dtype for array in (x, weight, bias) if array is not None}
-        hint = "; give --dtype to convert" if len(dtypes) > 1 else ""
+        hint = "; give --dtype to convert" if isinstance(error, TypeError) and len(dtypes) > 1 else ""
         raise CommandError(f"{error}{hint}") from error
     is_wav = args.output.lower().endswith(".wav")
     if is_wav:

@@ -237,6 +237,8 @@ def test_bad_files_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert refused("x.npy", "flat.npy").startswith("conv1d: weight must have shape (C_out, C_in/groups, K)")
     assert refused("x.npy", "w.npy", "y.npy", "--bias", "w.npy").startswith("conv1d: bias must have shape (C_out,)")
     assert refused("x.npy", "long.npy").startswith("conv1d: the kernel is longer than the padded input")
+    save("flat_double.npy", np.ones(3))
+    assert not refused("x.npy", "flat_double.npy").endswith("convert")
     assert refused("x.npy", "double.npy").endswith("got input float32, weight float64; give --dtype to convert")
 
 
@@ -440,7 +442,7 @@ def test_info_names_what_is_missing(capsys: pytest.CaptureFixture[str], monkeypa
         monkeypatch.setitem(sys.modules, module, None)
     assert main(["info", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
-    for module in ("CuPy", "CUDA runtime", "NVIDIA driver", "ml_dtypes", "soundfile", "rich"):
+    for module in ("CuPy", "CUDA runtime", "NVRTC", "NVIDIA driver", "ml_dtypes", "soundfile", "rich"):
         assert facts["versions"][module] is None
     whats = [gap["what"] for gap in facts["missing"]]
     assert "CuPy" in whats[0]
@@ -451,7 +453,7 @@ def test_info_names_what_is_missing(capsys: pytest.CaptureFixture[str], monkeypa
     ]
     assert main(["info"]) == 0
     text = capsys.readouterr().out
-    assert text.count("not there") == 6
+    assert text.count("not there") == 7
 
 
 # -- a machine with a GPU, played -------------------------------------------------------------------------------------
@@ -490,7 +492,8 @@ def played_gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
             getDeviceProperties=lambda _: properties,
             runtimeGetVersion=lambda: 13020,
             driverGetVersion=lambda: 13000,
-        )
+        ),
+        nvrtc=SimpleNamespace(getVersion=lambda: (13, 2)),
     )
     monkeypatch.setitem(sys.modules, "cupy", fake)
     monkeypatch.setattr(_Kernel, "compiled", [])
@@ -514,7 +517,8 @@ def test_warmup_compiles_every_kernel_of_the_dtypes(capsys: pytest.CaptureFixtur
     _Kernel.compiled.clear()
     runtime.build.cache_clear()
     assert main(["warmup", "conv1d"]) == 0
-    assert {name for name, _ in _Kernel.compiled} == {family.name for family in FAMILIES if family.op == "conv1d"}
+    forward = {c.kernel for family in FAMILIES if family.op == "conv1d" for c in family.configs(device)}
+    assert {name for name, _ in _Kernel.compiled} == forward
 
 
 @pytest.mark.usefixtures("played_gpu")
@@ -538,8 +542,20 @@ def test_with_a_gpu_auto_takes_it(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info"]) == 0
     text = capsys.readouterr().out
     assert "GPU 0          H200 (sm_90), 132 multiprocessors, 50 MiB L2\n" in text
-    assert "CUDA runtime   13.2\nNVIDIA driver  supports CUDA 13.0\n" in text
+    assert "CUDA runtime   13.2\nNVRTC          13.2\nNVIDIA driver  supports CUDA 13.0\n" in text
     assert "no GPU" not in text
+    assert "NVRTC, " not in text
+
+
+def test_info_names_a_missing_compiler(capsys: pytest.CaptureFixture[str], played_gpu: Any) -> None:
+    def absent() -> tuple[int, int]:
+        raise RuntimeError("libnvrtc.so.13: cannot open shared object file")
+
+    played_gpu.cuda.nvrtc.getVersion = absent
+    assert main(["info"]) == 0
+    text = capsys.readouterr().out
+    assert "NVRTC          not there\n" in text
+    assert "- NVRTC, CUDA's run-time compiler: install the CUDA toolkit" in text
 
 
 def test_a_dtype_that_cupy_does_not_have_is_one_line(capsys: pytest.CaptureFixture[str], played_gpu: Any) -> None:
