@@ -84,14 +84,23 @@ def assert_within_bound(problem: ConvProblem, output: Array, data: Data) -> None
         pytest.fail(f"{problem}: {(~good).sum()} elements wrong, first {index}: {output[index]}, exact {exact}")
 
 
+def variants(problem: ConvProblem) -> Iterator[ConvProblem]:
+    """The problem, and what the tests of promise 3 make of it."""
+    yield problem
+    yield from (cases.with_batch(problem, N) for N in (1, 5))
+    if problem.L_in > 0 and problem.L_out >= 3:
+        yield from (cases.chunk(problem, start, stop)[0] for start, stop in chunk_bounds(problem.L_out))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def kernels() -> None:
-    """Everything that the table needs, compiled together."""
-    problems = [case.at(dtype) for case in CASES for dtype in DTYPES]
+    """What the table needs, compiled together, which takes less than one by one."""
     chosen = {
         family.configure(problem, Layout.contiguous(problem), DEVICE)[0]
         for family in FAMILIES
-        for problem in problems
+        for dtype in DTYPES
+        for case in CASES
+        for problem in variants(case.at(dtype))
         if takes(family, problem)
     }
     hostcuda.prebuild([*chosen, *(with_64_bits(config) for config in chosen if config.kernel in BASE.values())])
