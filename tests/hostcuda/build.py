@@ -60,9 +60,12 @@ class Program:
     @classmethod
     def of(cls, config: Config) -> Program:
         """The very text that the runtime gives to NVRTC."""
-        macros = dict(config.macros)
-        doubles = macros.get("DTYPE") in ("float64", "complex128")
-        return cls(config.kernel, source.assemble(config.kernel, macros), not doubles)
+        return cls.from_text(config.kernel, source.assemble(config.kernel, dict(config.macros)))
+
+    @classmethod
+    def from_text(cls, kernel: str, text: str) -> Program:
+        """A text of gpuconv's, which says by its macro DTYPE whether it computes in float32."""
+        return cls(kernel, text, re.search(r"^#define DTYPE (float64|complex128)$", text, re.MULTILINE) is None)
 
 
 @dataclass(frozen=True, slots=True)
