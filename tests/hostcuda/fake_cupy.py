@@ -21,7 +21,8 @@ from gpuconv.device import Device as GpuModel
 from gpuconv.families import Launch
 
 from .build import Program
-from .launch import Array, Schedule, run
+from .launch import Schedule, run
+from .memory import Array
 
 __version__ = "0 (hostcuda)"
 
@@ -127,7 +128,8 @@ class ndarray:  # noqa: N801
         return asarray(self._array)
 
     def get(self) -> Array:
-        return self._array.copy()
+        values: Array = self._array.copy()
+        return values
 
     def __getitem__(self, key: Any) -> ndarray:
         return ndarray(self._array[key], self.data.device_id)
