@@ -99,27 +99,15 @@ def error_bound(
     Source: N. J. Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., section 3.1 and 2.8 (underflow).
 
     Returns:
-        `problem.output_shape`, float64. For complex problems it bounds the real and the imaginary part each.
+        `problem.output_shape`, float64; NaN or infinite where the exact value is. For complex problems it bounds the
+        real and the imaginary part each.
 
     Raises:
         ValueError: the reduction is so long that the bound does not exist (``(n + 2)*u >= 1``).
     """
-    p = problem
-    real = {"complex64": "float32", "complex128": "float64"}.get(p.dtype, p.dtype)
-    accumulator = "float64" if real == "float64" else "float32"
-    n = p.terms * (2 if p.is_complex else 1)
-    real_problem = _as_float64(p)
-    x, w = np.abs(_as_wide(p, input)), np.abs(_as_wide(p, weight))
-    b = None if bias is None else np.abs(_as_wide(p, bias))
     if exact is None:
-        exact = compute(p, input, weight, bias)
-    magnitude = compute(real_problem, x, w, b)
-    gamma = _gamma(n + 2, _UNIT_ROUNDOFF[accumulator]) + _gamma(n + 2, _UNIT_ROUNDOFF["float64"])
-    # Flushing one operand of a product loses at most the other one times the smallest normal number.
-    largest = sum(float(np.max(a, initial=0.0, where=np.isfinite(a))) for a in (x, w))
-    tiny = _SMALLEST_NORMAL[accumulator] * (2 * n + 2 + n * largest) + _SMALLEST_NORMAL[real] * _UNIT_ROUNDOFF[real]
-    with np.errstate(invalid="ignore", over="ignore"):
-        return np.asarray(gamma * magnitude + _UNIT_ROUNDOFF[real] * np.abs(exact) + tiny)
+        exact = compute(problem, input, weight, bias)
+    return _bound_and_magnitude(problem, input, weight, bias, exact)[0]
 
 
 def within_bound(
@@ -127,34 +115,83 @@ def within_bound(
 ) -> npt.NDArray[np.bool_]:
     """Which elements of `output` are right: within `error_bound` of `compute`, NaN and infinities where they belong.
 
-    Where the exact value lies within the bound of the overflow threshold an infinity of its sign is right too, and
-    where the absolute values of the terms already overflow the accumulator any non-finite result is.
+    An infinity is right, too, where the exact value lies within the bound of the overflow threshold, or where the
+    terms of that sign overflow the accumulator on their own; a NaN is where those of both signs do. Where finite data
+    overflow float64 itself there is no reference and every value passes.
 
     Returns:
         `problem.output_shape`, bool.
     """
-    exact = compute(problem, input, weight, bias)
-    bound = error_bound(problem, input, weight, bias, exact)
-    y = _as_wide(problem, output)
-    if not problem.is_complex:
-        return _part_within(problem, y, exact, bound)
-    # Complex arithmetic with an infinity or a NaN in a term makes either part non-finite (C99 Annex G leaves it open).
-    tainted = ~np.isfinite(exact)
-    real = _part_within(problem, y.real, exact.real, bound)
-    imag = _part_within(problem, y.imag, exact.imag, bound)
-    return np.asarray(np.where(tainted, ~np.isfinite(y), real & imag))
+    p = problem
+    exact = compute(p, input, weight, bias)
+    bound, magnitude = _bound_and_magnitude(p, input, weight, bias, exact)
+    y = _as_wide(p, output)
+    if p.is_complex:
+        right = _part_within(p, y.real, exact.real, bound, magnitude)
+        right &= _part_within(p, y.imag, exact.imag, bound, magnitude)
+    else:
+        right = _part_within(p, y, exact, bound, magnitude)
+    special_x, special_w = ~np.isfinite(_as_wide(p, input)), ~np.isfinite(_as_wide(p, weight))
+    special_b = None if bias is None else ~np.isfinite(_as_wide(p, bias))
+    if not (special_x.any() or special_w.any() or (special_b is not None and special_b.any())):
+        return right
+    ones_x, ones_w = np.ones(p.input_shape), np.ones(p.weight_shape)
+    fed = compute(_as_float64(p), special_x, ones_w, special_b) + compute(_as_float64(p), ones_x, special_w) > 0
+    return np.asarray(np.where(fed, _special_within(p, y, exact, magnitude, input, weight), right))
 
 
-def _part_within(problem: ConvProblem, y: Array, exact: Array, bound: Array) -> npt.NDArray[np.bool_]:
-    real = {"complex64": "float32", "complex128": "float64"}.get(problem.dtype, problem.dtype)
+def _bound_and_magnitude(
+    p: ConvProblem, input: Array, weight: Array, bias: Array | None, exact: Array
+) -> tuple[Array, Array]:
+    """The error bound, and conv(|input|, |weight|) + |bias| over the finite data alone."""
+    real, accumulator = _real_dtypes(p)
+    n = p.terms * (2 if p.is_complex else 1)
+    gamma = _gamma(n + 2, _UNIT_ROUNDOFF[accumulator]) + _gamma(n + 2, _UNIT_ROUNDOFF["float64"])
+    x, w = _magnitudes(p, input), _magnitudes(p, weight)
+    magnitude = compute(_as_float64(p), x, w, None if bias is None else _magnitudes(p, bias))
+    tiny: Any = _SMALLEST_NORMAL[accumulator] * (2 * n + 2) + _SMALLEST_NORMAL[real] * _UNIT_ROUNDOFF[real]
+    # A flushed operand takes its whole product with it, however large the other operand is.
+    small_x, small_w = _subnormal_parts(p, input), _subnormal_parts(p, weight)
+    if small_x.any() or small_w.any():
+        tiny = tiny + compute(_as_float64(p), small_x, w) + compute(_as_float64(p), x, small_w)
+    with np.errstate(invalid="ignore", over="ignore"):
+        return np.asarray(gamma * magnitude + _UNIT_ROUNDOFF[real] * np.abs(exact) + tiny), magnitude
+
+
+def _part_within(p: ConvProblem, y: Array, exact: Array, bound: Array, magnitude: Array) -> npt.NDArray[np.bool_]:
+    """Which elements of a real, or of the real or imaginary part of a complex result are right, given finite data."""
+    real, accumulator = _real_dtypes(p)
     with np.errstate(invalid="ignore", over="ignore"):
         close = np.abs(y - exact) <= bound
-        same_infinity = np.isinf(exact) & (y == exact)
-        both_nan = np.isnan(exact) & np.isnan(y)
-        overflows = np.isinf(y) & (np.sign(y) == np.sign(exact)) & (np.abs(exact) + bound > _LARGEST[real])
-        hopeless = ~np.isfinite(bound) & np.isfinite(exact) & ~np.isfinite(y)
-    finite = np.isfinite(exact)
-    return np.asarray(np.where(finite, (close & np.isfinite(bound)) | overflows | hopeless, same_infinity | both_nan))
+        # The terms of one sign alone sum to (magnitude + exact)/2, or to (magnitude - exact)/2.
+        rises = magnitude / 2 + exact / 2 + bound > _LARGEST[accumulator]
+        falls = magnitude / 2 - exact / 2 + bound > _LARGEST[accumulator]
+        overflow = np.isposinf(y) & (rises | (exact + bound > _LARGEST[real]))
+        overflow |= np.isneginf(y) & (falls | (bound - exact > _LARGEST[real]))
+        overflow |= np.isnan(y) & rises & falls
+    unknown = ~(np.isfinite(exact) & np.isfinite(bound))
+    return np.asarray(unknown | close | overflow)
+
+
+def _special_within(
+    p: ConvProblem, y: Array, exact: Array, magnitude: Array, input: Array, weight: Array
+) -> npt.NDArray[np.bool_]:
+    """Which elements are right among those with a NaN or an infinity in a term."""
+    if p.is_complex:  # either part may be the non-finite one: C99 Annex G leaves it open
+        return ~np.isfinite(y)
+    same = (y == exact) | (np.isnan(y) & np.isnan(exact))
+    # Finite terms that overflow meet an infinity, or an infinity meets a flushed operand: NaN is right, too.
+    infinite_x, infinite_w = np.isinf(_as_wide(p, input)), np.isinf(_as_wide(p, weight))
+    meets = compute(_as_float64(p), infinite_x, _subnormal_parts(p, weight))
+    meets += compute(_as_float64(p), _subnormal_parts(p, input), infinite_w)
+    excused = (magnitude > _LARGEST[_real_dtypes(p)[1]]) | (meets > 0)
+    return np.asarray(same | (excused & ~np.isfinite(y)))
+
+
+def _real_dtypes(p: ConvProblem) -> tuple[str, str]:
+    """The dtype of an output's real part and that of the accumulator."""
+    real = {"complex64": "float32", "complex128": "float64"}.get(p.dtype, p.dtype)
+    return real, "float64" if real == "float64" else "float32"
 
 
 def _gamma(m: int, u: float) -> float:
@@ -165,6 +202,21 @@ def _gamma(m: int, u: float) -> float:
 
 def _as_wide(p: ConvProblem, array: Any) -> Array:
     return np.asarray(array).astype(np.complex128 if p.is_complex else np.float64)
+
+
+def _magnitudes(p: ConvProblem, array: Array) -> Array:
+    """The absolute values, zero in the place of NaN and infinities."""
+    wide = _as_wide(p, array)
+    with np.errstate(over="ignore"):
+        return np.abs(np.where(np.isfinite(wide), wide, 0.0))
+
+
+def _subnormal_parts(p: ConvProblem, array: Array) -> Array:
+    """The absolute values of what flushing the operands to zero takes away."""
+    smallest = _SMALLEST_NORMAL[_real_dtypes(p)[1]]
+    wide = _as_wide(p, array)
+    parts = np.abs(np.stack((wide.real, wide.imag)))
+    return np.asarray(np.sum(parts, axis=0, where=parts < smallest))
 
 
 def _as_float64(p: ConvProblem) -> ConvProblem:
