@@ -1,0 +1,152 @@
+"""The NumPy path and the reference against PyTorch's CPU build in float64 and complex128, on random problems."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from hypothesis import given, settings
+from torch.nn import functional
+
+import gpuconv
+from gpuconv import reference
+from gpuconv.problem import ConvProblem, Op
+from tests.strategies import Call, calls
+
+Array = npt.NDArray[Any]
+OPS: tuple[Op, ...] = ("conv1d", "conv_transpose1d")
+PROBLEMS = 400  # random calls per operation; some come up twice
+LAYOUTS = ("contiguous", "reversed", "transposed", "every second")
+
+
+def laid_out(array: Array | None, layout: str) -> Array | None:
+    """The same values at other places in memory."""
+    if array is None or layout == "contiguous":
+        return array
+    if layout == "reversed":
+        return array[..., ::-1].copy()[..., ::-1]
+    if layout == "transposed":
+        return array.T.copy().T
+    doubled = np.full((*array.shape[:-1], 2 * array.shape[-1]), 77, array.dtype)
+    doubled[..., ::2] = array
+    return doubled[..., ::2]
+
+
+def in_torch(call: Call, x: Array, w: Array, b: Array | None) -> Array:
+    """PyTorch's result in float64 or complex128.
+
+    Its own padding arguments are used where it has them; else the input is padded, or the output cut, beforehand.
+    """
+    wide = np.complex128 if np.iscomplexobj(x) else np.float64
+    x_t, w_t = (torch.from_numpy(np.array(a, wide, order="C")) for a in (x, w))
+    b_t = None if b is None else torch.from_numpy(np.array(b, wide))
+    s, d, groups = (call.settings[name] for name in ("stride", "dilation", "groups"))
+    left, right, extra = (call.resolved[name] for name in ("padding_left", "padding_right", "output_padding"))
+    padding = call.settings["padding"]
+    if call.op == "conv1d":
+        if padding == "valid" or (padding == "same" and s == 1):
+            y = functional.conv1d(x_t, w_t, b_t, s, padding, d, groups)
+        elif left == right:
+            y = functional.conv1d(x_t, w_t, b_t, s, left, d, groups)
+        else:
+            y = functional.conv1d(functional.pad(x_t, (left, right)), w_t, b_t, s, 0, d, groups)
+    elif left == right:
+        y = functional.conv_transpose1d(x_t, w_t, b_t, s, left, extra, groups, d)
+    else:
+        y = functional.pad(functional.conv_transpose1d(x_t, w_t, None, s, 0, 0, groups, d), (0, extra))
+        y = y[..., left : y.shape[-1] - right]
+        if b_t is not None:
+            y = y + b_t[:, None]
+    return y.numpy()
+
+
+def largest_ratio(error: Array, bound: Array) -> float:
+    """The largest error in units of its bound, of real and imaginary parts alike; NaN counts as infinite."""
+    assert error.shape == bound.shape
+    with np.errstate(invalid="ignore"):
+        ratios = [np.where(abs(part) == 0, 0, abs(part) / bound) for part in (error.real, error.imag)]
+    return float(np.nan_to_num(ratios, nan=np.inf).max(initial=0))
+
+
+def check(call: Call, layouts: tuple[str, str, str] = ("contiguous",) * 3) -> None:
+    """Both paths of the library agree with PyTorch as well as rounding permits."""
+    x, w, b = (laid_out(a, layout) for a, layout in zip(call.arrays(), layouts, strict=True))
+    assert x is not None
+    assert w is not None
+    p = call.problem()
+    expected = in_torch(call, x, w, b)
+    assert expected.shape == p.output_shape
+
+    wide = expected.dtype
+    magnitude = in_torch(call, *(None if a is None else abs(a.astype(wide)) for a in (x, w, b)))  # type: ignore[arg-type]
+    n = p.terms * (2 if p.is_complex else 1)
+    # One summation in float64; PyTorch makes three real products of a complex one, with sums of the parts as factors.
+    summation = (n + 4) * 2.0**-53 * magnitude.real
+    torch_error = (3 if p.is_complex else 1) * summation
+    assert largest_ratio(reference.compute(p, x, w, b) - expected, summation + torch_error) <= 1
+
+    function = gpuconv.conv1d if call.op == "conv1d" else gpuconv.conv_transpose1d
+    y = function(x, w, b, **call.settings)
+    assert y.dtype == x.dtype
+    assert y.shape == p.output_shape
+    bound = reference.error_bound(p, x, w, b, exact=expected)
+    if p.is_complex:
+        bound = bound + torch_error
+    assert largest_ratio(y.astype(wide) - expected, bound) <= 1
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+@pytest.mark.parametrize("op", OPS)
+def test_random_problems(op: Op) -> None:
+    seen: set[ConvProblem] = set()
+
+    @settings(max_examples=PROBLEMS, derandomize=True, deadline=None, database=None)
+    @given(call=calls(op))
+    def run(call: Call) -> None:
+        chosen = np.random.default_rng(call.seed).choice(LAYOUTS, 3)
+        check(call, tuple(map(str, chosen)))
+        seen.add(call.problem())
+
+    run()
+    assert len(seen) >= 250
+
+
+def large(op: Op, dtype: str, groups: int, shape: tuple[int, ...], K: int, C_out: int, **given: Any) -> Call:
+    """A problem of symmetrical padding; `shape` is the input's."""
+    settings = {"stride": 1, "padding": 0, "dilation": 1, "groups": groups, **given}
+    resolved = {
+        "padding_left": settings["padding"],
+        "padding_right": settings["padding"],
+        "output_padding": settings.get("output_padding", 0),
+    }
+    C_in = shape[1]
+    weight_shape = (C_out, C_in // groups, K) if op == "conv1d" else (C_in, C_out // groups, K)
+    return Call(op, shape, weight_shape, True, dtype, settings, resolved, seed=K)
+
+
+LARGE = [
+    large("conv1d", "float32", 1, (2, 96, 700), 7, 128, padding=9, dilation=3),
+    large("conv1d", "float32", 1, (1, 1, 16000), 400, 40, stride=160),
+    large("conv1d", "float32", 64, (3, 64, 900), 31, 64, padding=15),
+    large("conv1d", "float16", 4, (1, 64, 1500), 5, 96, stride=2, padding=2),
+    large("conv1d", "complex64", 1, (2, 24, 400), 9, 32, padding=4),
+    large("conv1d", "float64", 1, (1, 3, 20000), 101, 2, padding=50),
+    large("conv_transpose1d", "float32", 1, (1, 96, 300), 16, 48, stride=8, padding=4),
+    large("conv_transpose1d", "float32", 64, (2, 64, 500), 4, 64, stride=2, padding=1),
+    large("conv_transpose1d", "bfloat16", 1, (1, 64, 300), 11, 32, stride=5, padding=3, output_padding=2),
+    large("conv_transpose1d", "float64", 2, (1, 16, 500), 9, 24, stride=3, dilation=2, padding=5),
+]
+
+
+@pytest.mark.parametrize("call", LARGE, ids=lambda call: str(call.problem()))
+def test_large_problems(call: Call) -> None:
+    """Long enough for every block of the NumPy path to have neighbours."""
+    check(call)
+
+
+def test_empty_batch() -> None:
+    for op in OPS:
+        check(large(op, "float32", 2, (0, 4, 20), 3, 6, stride=2))
