@@ -11,7 +11,8 @@ static_assert(INDEX_BITS == 32, "INDEX_BITS is 32 or 64: see index_bits in gpuco
 
 // Element offsets are products of two index_t: the host chooses INDEX_BITS so that the largest one fits.
 
-// -- dtypes: storage_t is what lies in memory, acc_t what sums are formed in ------------------------------------------
+// -- dtypes: storage_t is what lies in memory, acc_t what sums are formed in; copy_to_shared is complete after
+// copy_async_wait ------------------------------------------
 
 template <typename real_t>
 struct alignas(2 * sizeof(real_t)) Complex {
@@ -24,6 +25,10 @@ template <typename real_t>
 struct Real {
     typedef real_t storage_t;
     typedef real_t acc_t;
+    static __device__ __forceinline__ void copy_to_shared(acc_t* shared, const storage_t* global) {
+        copy_async(shared, global);
+    }
+    static __device__ __forceinline__ storage_t storage_zero() { return real_t(0); }
     static __device__ __forceinline__ acc_t zero() { return real_t(0); }
     static __device__ __forceinline__ acc_t load(storage_t value) { return value; }
     static __device__ __forceinline__ storage_t round(acc_t value) { return value; }
@@ -33,6 +38,10 @@ template <typename real_t>
 struct ComplexPair {
     typedef Complex<real_t> storage_t;
     typedef Complex<real_t> acc_t;
+    static __device__ __forceinline__ void copy_to_shared(acc_t* shared, const storage_t* global) {
+        copy_async(shared, global);
+    }
+    static __device__ __forceinline__ storage_t storage_zero() { return storage_t{real_t(0), real_t(0)}; }
     static __device__ __forceinline__ acc_t zero() { return acc_t{real_t(0), real_t(0)}; }
     static __device__ __forceinline__ acc_t load(storage_t value) { return value; }
     static __device__ __forceinline__ storage_t round(acc_t value) { return value; }
@@ -41,6 +50,10 @@ struct ComplexPair {
 struct float16 {
     typedef unsigned short storage_t;
     typedef float acc_t;
+    static __device__ __forceinline__ void copy_to_shared(acc_t* shared, const storage_t* global) {
+        *shared = load(*global);
+    }
+    static __device__ __forceinline__ storage_t storage_zero() { return 0; }
     static __device__ __forceinline__ acc_t zero() { return 0.0f; }
     static __device__ __forceinline__ acc_t load(storage_t bits) { return half_bits_to_float(bits); }
     static __device__ __forceinline__ storage_t round(acc_t value) { return float_to_half_bits_rn(value); }
@@ -49,6 +62,10 @@ struct float16 {
 struct bfloat16 {
     typedef unsigned short storage_t;
     typedef float acc_t;
+    static __device__ __forceinline__ void copy_to_shared(acc_t* shared, const storage_t* global) {
+        *shared = load(*global);
+    }
+    static __device__ __forceinline__ storage_t storage_zero() { return 0; }
     static __device__ __forceinline__ acc_t zero() { return 0.0f; }
     static __device__ __forceinline__ acc_t load(storage_t bits) { return uint_as_float(unsigned(bits) << 16); }
     // To nearest even on the bits. A NaN keeps its sign and becomes quiet: rounding it could carry into infinity.
@@ -84,12 +101,27 @@ __device__ __forceinline__ Complex<real_t> multiply_add(Complex<real_t> w, Compl
     return acc;
 }
 
+__device__ __forceinline__ bool is_nan(float a) { return a != a; }
+__device__ __forceinline__ bool is_nan(double a) { return a != a; }
+
+template <typename real_t>
+__device__ __forceinline__ bool is_nan(Complex<real_t> a) {
+    return a.re != a.re || a.im != a.im;
+}
+
 __device__ __forceinline__ float add(float a, float b) { return a + b; }
 __device__ __forceinline__ double add(double a, double b) { return a + b; }
 
 template <typename real_t>
 __device__ __forceinline__ Complex<real_t> add(Complex<real_t> a, Complex<real_t> b) {
     return Complex<real_t>{a.re + b.re, a.im + b.im};
+}
+
+// The last step of every family: output = round(acc + offset), where offset is the bias or, without one, +0. The bias is
+// itself added to +0 first. So no result is -0, whatever signs of zero came up on the way, and a family may add products
+// with zeros in place of taps that do not exist without changing a bit.
+__device__ __forceinline__ acc_t bias_or_zero(const storage_t* bias, index_t offset) {
+    return bias == nullptr ? scalar::zero() : add(scalar::load(bias[offset]), scalar::zero());
 }
 
 // -- index arithmetic ------------------------------------------------------------------------------------------------

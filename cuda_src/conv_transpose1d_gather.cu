@@ -69,7 +69,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK_SIZE, 2) conv_transpose1d_gat
                     scalar::load(x[c_in * p.input_stride_c + l_in * p.input_stride_l]), acc);
             }
         }
-        if (bias != nullptr) acc = add(acc, scalar::load(bias[c_out * p.bias_stride]));
+        acc = add(acc, bias_or_zero(bias, c_out * p.bias_stride));
         output[n * p.output_stride_n + c_out * p.output_stride_c + l_out * p.output_stride_l] = scalar::round(acc);
     }
 }

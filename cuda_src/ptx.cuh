@@ -30,4 +30,21 @@ __device__ __forceinline__ unsigned char* dynamic_shared_memory() {
     return reinterpret_cast<unsigned char*>(dynamic_shared_memory_base);
 }
 
+// Copies sizeof(T) = 4, 8 or 16 bytes from global to shared memory, both aligned to that size. The copy is complete after
+// copy_async_wait in this thread, and visible to others after a barrier behind it.
+template <typename T>
+__device__ __forceinline__ void copy_async(T* shared, const T* global) {
+#if __CUDA_ARCH__ >= 800
+    const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(address), "l"(global), "n"(sizeof(T)) : "memory");
+#else
+    *shared = *global;
+#endif
+}
+__device__ __forceinline__ void copy_async_wait() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+}
+
 #endif  // __CUDACC__

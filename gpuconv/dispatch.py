@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from .device import Device
-from .families import FAMILIES, ArrayLayout, Config, Launch, Layout
+from .families import FAMILIES, ArrayLayout, Config, Launch, Layout, Pack
 from .problem import ConvProblem
 
 
@@ -28,12 +28,14 @@ class Choice:
         config: its specialisation.
         launch: its grid, block, shared memory and parameters.
         refusals: (family, reason) of every preferred family that refused.
+        pack: the kernel that runs before it and lays out the weights, where the family wants another layout.
     """
 
     family: str
     config: Config
     launch: Launch
     refusals: tuple[tuple[str, str], ...]
+    pack: Pack | None = None
 
 
 def lay_out(problem: ConvProblem, places: Mapping[str, Place | None]) -> tuple[Layout, tuple[str, ...]]:
@@ -82,6 +84,7 @@ def choose(problem: ConvProblem, layout: Layout, device: Device) -> Choice | Non
         reason = family.refuse(problem, layout, device)
         if reason is None:
             config, launch = family.configure(problem, layout, device)
-            return Choice(family.name, config, launch, tuple(refusals))
+            pack = family.pack(problem, layout, device)
+            return Choice(family.name, config, launch, tuple(refusals), pack)
         refusals.append((family.name, reason))
     raise AssertionError(f"every family refused {problem}: {refusals}")

@@ -10,8 +10,11 @@ from typing import Any
 
 from . import dispatch, source
 from .device import Device
-from .families import ArrayLayout, Config, Layout
+from .families import Config, Launch
 from .problem import ConvProblem
+
+# Dynamic shared memory that a kernel may use without asking, in bytes, on every architecture.
+DEFAULT_SHARED_BYTES = 48 * 1024
 
 
 def cupy_module() -> ModuleType:
@@ -64,35 +67,14 @@ def build(config: Config) -> Any:
     return cupy_module().RawKernel(text, config.kernel)
 
 
-class Plan:
-    """Everything that a repeated call needs: the kernel, its launch, its packed parameters.
+class _Kernel:
+    """A compiled kernel with its launch and its packed parameters."""
 
-    Call it with arrays of the very shapes, strides, dtype, device and pointer alignment that it was made for; it checks
-    none of that.
-    """
+    __slots__ = ("_block", "_function", "_grid", "_params", "_params_pointer", "_shared_bytes")
 
-    __slots__ = (
-        "_block",
-        "_function",
-        "_grid",
-        "_params",
-        "_params_pointer",
-        "_shared_bytes",
-        "choice",
-        "copies",
-        "output_shape",
-    )
-
-    def __init__(self, problem: ConvProblem, choice: dispatch.Choice | None, copies: tuple[str, ...]) -> None:
-        self.output_shape = problem.output_shape
-        self.choice = choice
-        self.copies = copies
-        if choice is None:
-            return
-        cupy = cupy_module()
-        kernel = build(choice.config)
-        launch = choice.launch
-        if launch.shared_bytes > 48 * 1024:  # more than the default limit must be asked for, once per kernel
+    def __init__(self, config: Config, launch: Launch) -> None:
+        kernel = build(config)
+        if launch.shared_bytes > DEFAULT_SHARED_BYTES:  # more must be asked for, once per kernel and device
             kernel.max_dynamic_shared_size_bytes = launch.shared_bytes
         self._function = kernel.kernel
         self._grid = (launch.grid, 1, 1)
@@ -100,52 +82,70 @@ class Plan:
         self._shared_bytes = launch.shared_bytes
         # The struct is passed by value: the driver copies it out of this buffer at each launch.
         self._params = source.pack_params(dict(launch.params), launch.index_bits)
-        self._params_pointer = cupy.cuda.function.CPointer(self._params.ctypes.data)
+        self._params_pointer = cupy_module().cuda.function.CPointer(self._params.ctypes.data)
+
+    def launch(self, *pointers: Any) -> None:
+        """Launch on the current device and CuPy's current stream. The only place in gpuconv that launches a kernel."""
+        self._function(self._grid, self._block, (*pointers, self._params_pointer), self._shared_bytes)
+
+
+class Plan:
+    """Everything that a repeated call needs: the kernels, their launches, their packed parameters.
+
+    Call it with arrays of the very shapes, strides, dtype, device and pointer alignment that it was made for; it checks
+    none of that.
+    """
+
+    __slots__ = ("_captured", "_kernel", "_pack", "choice", "copies", "output_shape")
+
+    def __init__(self, problem: ConvProblem, choice: dispatch.Choice | None, copies: tuple[str, ...]) -> None:
+        self.output_shape = problem.output_shape
+        self.choice = choice
+        self.copies = copies
+        self._kernel = None if choice is None else _Kernel(choice.config, choice.launch)
+        self._pack: tuple[_Kernel, int] | None = None
+        if choice is not None and choice.pack is not None:
+            self._pack = _Kernel(choice.pack.config, choice.pack.launch), choice.pack.num_bytes
+        self._captured: list[Any] = []
 
     def __call__(self, input: Any, weight: Any, bias: Any | None, output: Any) -> None:
         """Launch on the current device and CuPy's current stream; writes all of `output`."""
-        if self.choice is None:
-            return
         if self.copies:
-            self._launch_with_copies(input, weight, bias, output)
+            self._call_with_copies(input, weight, bias, output)
         else:
-            self._launch(input, weight, bias, output)
+            self._run(input, weight, bias, output)
 
-    def _launch(self, input: Any, weight: Any, bias: Any | None, output: Any) -> None:
-        bias_data = None if bias is None else bias.data
-        arguments = (input.data, weight.data, bias_data, output.data, self._params_pointer)
-        self._function(self._grid, self._block, arguments, self._shared_bytes)
+    def _run(self, input: Any, weight: Any, bias: Any | None, output: Any) -> None:
+        if self._kernel is not None:
+            weights = weight.data if self._pack is None else self._packed(*self._pack, weight)
+            self._kernel.launch(input.data, weights, None if bias is None else bias.data, output.data)
 
-    def _launch_with_copies(self, input: Any, weight: Any, bias: Any | None, output: Any) -> None:
+    def _packed(self, pack: _Kernel, num_bytes: int, weight: Any) -> Any:
+        cuda = cupy_module().cuda
+        packed = cuda.alloc(num_bytes)
+        pack.launch(weight.data, packed)
+        # On return the buffer goes back to CuPy's pool, which hands it out again to the same stream only, behind the
+        # kernels queued now. A captured graph runs again at any time, so its buffer lives as long as the plan.
+        if cuda.get_current_stream().is_capturing():
+            self._captured.append(packed)
+        return packed
+
+    def _call_with_copies(self, input: Any, weight: Any, bias: Any | None, output: Any) -> None:
         cupy = cupy_module()
         given = {"input": input, "weight": weight, "bias": bias}
         usable = {name: array.copy(order="C") if name in self.copies else array for name, array in given.items()}
         target = cupy.empty(output.shape, output.dtype) if "output" in self.copies else output
-        self._launch(usable["input"], usable["weight"], usable["bias"], target)
+        self._run(usable["input"], usable["weight"], usable["bias"], target)
         if target is not output:
             output[...] = target
 
 
 def make_plan(problem: ConvProblem, input: Any, weight: Any, bias: Any | None, output: Any | None) -> Plan:
     """Plan a validated problem for CuPy arrays on the current device; `output=None` means a fresh allocation."""
-    copies: list[str] = []
-    p = problem
-
-    def layout_of(name: str, array: Any, shape: tuple[int, ...]) -> ArrayLayout:
-        strides = array.strides if len(array.shape) == len(shape) else (0, *array.strides)
-        layout = ArrayLayout.of(shape, strides, array.data.ptr, p.itemsize)
-        if layout is None:
-            copies.append(name)
-            return getattr(Layout.contiguous(p), name)  # type: ignore[no-any-return]
-        return layout
-
-    layout = Layout(
-        input=layout_of("input", input, (p.N, p.C_in, p.L_in)),
-        weight=layout_of("weight", weight, p.weight_shape),
-        bias=None if bias is None else layout_of("bias", bias, (p.C_out,)),
-        output=(
-            Layout.contiguous(p).output if output is None else layout_of("output", output, (p.N, p.C_out, p.L_out))
-        ),
+    arrays = {"input": input, "weight": weight, "bias": bias, "output": output}
+    layout, copies = dispatch.lay_out(
+        problem,
+        {name: None if a is None else dispatch.Place(a.strides, a.data.ptr) for name, a in arrays.items()},
     )
     index = int(cupy_module().cuda.runtime.getDevice())
-    return Plan(p, dispatch.choose(p, layout, device(index)), tuple(copies))
+    return Plan(problem, dispatch.choose(problem, layout, device(index)), copies)

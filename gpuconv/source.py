@@ -39,10 +39,12 @@ def read(file: str) -> str:
 def assemble(kernel: str, macros: Mapping[str, str]) -> str:
     """The translation unit of a kernel: one `#define` per macro, the headers, and `<kernel>.cu`.
 
+    The headers are `HEADERS` and those that the .cu file names in a comment line of its own, `// Uses: tiled.cuh`.
     `#line` directives make compiler messages point at the real files.
     """
     defines = "".join(f"#define {name} {value}\n" for name, value in macros.items())
-    files = (*HEADERS, f"{kernel}.cu")
+    named = re.findall(r"^// Uses: (\S+)$", read(f"{kernel}.cu"), re.MULTILINE)
+    files = (*HEADERS, *named, f"{kernel}.cu")
     return defines + "".join(f'#line 1 "{file}"\n{read(file)}' for file in files)
 
 

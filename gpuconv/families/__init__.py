@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from .base import ArrayLayout, Config, Family, Launch, Layout
+from .base import ArrayLayout, Config, Family, Launch, Layout, Pack
 from .conv1d_direct import Conv1dDirect
+from .conv1d_tiled import Conv1dTiled
 from .conv_transpose1d_gather import ConvTranspose1dGather
+from .conv_transpose1d_phases import ConvTranspose1dPhases
 
 FAMILIES: tuple[Family, ...] = (
+    Conv1dTiled(),
+    ConvTranspose1dPhases(),
     Conv1dDirect(),
     ConvTranspose1dGather(),
 )
 
-__all__ = ["FAMILIES", "ArrayLayout", "Config", "Family", "Launch", "Layout"]
+__all__ = ["FAMILIES", "ArrayLayout", "Config", "Family", "Launch", "Layout", "Pack"]

@@ -100,6 +100,18 @@ class Launch:
     params: tuple[tuple[str, int], ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Pack:
+    """A kernel that runs before a family's own and lays out the weights anew, in a buffer that takes their place.
+
+    Its arguments are the weights, the buffer and Params.
+    """
+
+    config: Config
+    launch: Launch
+    num_bytes: int
+
+
 class Family(ABC):
     """A kernel family: one `.cu` file and the pure functions that decide when and how it runs.
 
@@ -122,9 +134,13 @@ class Family(ABC):
     def configure(self, problem: ConvProblem, layout: Layout, device: Device) -> tuple[Config, Launch]:
         """The kernel's specialisation and launch for a problem that the family does not refuse."""
 
+    def pack(self, problem: ConvProblem, layout: Layout, device: Device) -> Pack | None:
+        """How the weights are packed for `configure`'s kernel, or None where it reads them as they are."""
+        return None
+
     @abstractmethod
     def configs(self, device: Device) -> Iterator[Config]:
-        """Every specialisation that `configure` can return on a device: what the compile tests build."""
+        """Every specialisation that `configure` and `pack` can return on a device: what the compile tests build."""
 
 
 def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -119,7 +119,11 @@ class ndarray:  # noqa: N801
     def view(self, dtype: Any) -> ndarray:
         return ndarray(self._array.view(dtype), self.data.device_id)
 
-    def astype(self, dtype: Any) -> ndarray:
+    def astype(self, dtype: Any, order: str = "C", copy: bool = True) -> ndarray:
+        if order != "C":
+            raise NotImplementedError(order)
+        if not copy and self.dtype == dtype and self.flags.c_contiguous:
+            return self
         return asarray(self._array.astype(dtype))
 
     def copy(self, order: str = "C") -> ndarray:
@@ -151,7 +155,9 @@ def empty(shape: int | tuple[int, ...], dtype: Any = np.float64) -> ndarray:
 
 def asarray(array: Any, dtype: Any = None) -> ndarray:
     if isinstance(array, ndarray):
-        return array
+        if array.data.device_id == _current_device and dtype in (None, array.dtype):
+            return array
+        array = array._array
     values = np.asarray(array, dtype)
     result = empty(values.shape, values.dtype.newbyteorder("="))
     result._array[...] = values
@@ -249,10 +255,15 @@ def _device_properties(index: int) -> dict[str, Any]:
     }
 
 
+def _alloc(num_bytes: int) -> MemoryPointer:
+    return empty(-(-num_bytes // 4), np.uint32).data
+
+
 cuda = SimpleNamespace(
     Device=Device,
+    alloc=_alloc,
     function=SimpleNamespace(CPointer=lambda address: SimpleNamespace(address=address)),
-    get_current_stream=lambda: SimpleNamespace(ptr=0, synchronize=lambda: None),
+    get_current_stream=lambda: SimpleNamespace(ptr=0, is_capturing=lambda: False, synchronize=lambda: None),
     is_available=lambda: True,
     runtime=SimpleNamespace(
         getDevice=lambda: _current_device,

@@ -1,0 +1,70 @@
+// conv1d_tiled: forward convolution of dense and grouped layers, register tiles over (c_out, n and l_out flattened).
+//
+//   output[n, c_out, l_out] = bias[c_out]
+//       + sum over c_in < C_in_g, k < K of weight[c_out, c_in, k] * input[n, g*C_in_g + c_in, l_in],
+//   g = c_out / C_out_g,   l_in = l_out*stride - padding_left + k*dilation,   taps outside [0, L_in) left out.
+//
+// The matrix product of tiled.cuh with rows = c_out of the group, taps = k, columns = (n, l_out).
+// Grid x: blocks of BLOCK_M output channels (fastest, so that blocks which read one window run together), then of
+// BLOCK_N columns, then samples where COLUMN_STEP > 0, then groups. Grid y and z: 1. Dynamic shared memory:
+// SHARED_BYTES.
+// Before it pack_weight.cu packs the weights.
+// Uses: tiled.cuh
+// Needs nothing: arrays of any strides, in elements. Chosen for at least 8 output channels a group.
+
+struct Params {
+    index_t N, L_in, L_out, K;
+    index_t C_in_g, C_out_g;
+    index_t row_tiles, column_tiles;
+    index_t stride, padding_left, dilation;
+    index_t input_stride_n, input_stride_c, input_stride_l;
+    index_t bias_stride;
+    index_t output_stride_n, output_stride_c, output_stride_l;
+    index_t weight_pitch, weight_stride_product;        // of the packed weights: from term to term, group to group
+    index_t taps_advance, input_advance, input_carry;  // see Tile in tiled.cuh
+};
+static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/conv1d_tiled.py");
+
+extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) conv1d_tiled(
+    const storage_t* __restrict__ input,   // [N, C_in, L_in]
+    const acc_t* __restrict__ weight,      // packed: [groups, C_in_g * K, C_out_g], padded to whole blocks
+    const storage_t* __restrict__ bias,    // [C_out], or null
+    storage_t* __restrict__ output,        // [N, C_out, L_out]
+    const Params p) {
+    const index_t column_block = index_t(blockIdx.x) / p.row_tiles;
+    const index_t group_block = column_block / p.column_tiles;
+    const index_t g = kOneSample ? group_block / p.N : group_block;
+    const index_t n = kOneSample ? group_block - g * p.N : 0;
+
+    Tile tile;
+    tile.input = input + (n * p.input_stride_n + g * p.C_in_g * p.input_stride_c);
+    tile.weight = weight + g * p.weight_stride_product;
+    tile.output = output + (n * p.output_stride_n + g * p.C_out_g * p.output_stride_c);
+    tile.row_begin = (index_t(blockIdx.x) - column_block * p.row_tiles) * BLOCK_M;
+    tile.rows = p.C_out_g;
+    tile.column_begin = (column_block - group_block * p.column_tiles) * BLOCK_N;
+    tile.columns = kOneSample ? p.L_out : p.N * p.L_out;
+    tile.positions = p.L_out;
+    tile.C_in_g = p.C_in_g;
+    tile.taps = p.K;
+    tile.L_in = p.L_in;
+    tile.L_out = p.L_out;
+    tile.column_step = kOneSample ? COLUMN_STEP : p.stride;
+    tile.first = -p.padding_left;
+    tile.tap_step = p.dilation;
+    tile.output_step = 1;
+    tile.output_first = 0;
+    tile.input_stride_n = p.input_stride_n;
+    tile.input_stride_l = kOneSample ? 1 : p.input_stride_l;
+    tile.input_stride_c = p.input_stride_c;
+    tile.weight_pitch = p.weight_pitch;
+    tile.taps_advance = p.taps_advance;
+    tile.input_advance = p.input_advance;
+    tile.input_carry = p.input_carry;
+    tile.output_stride_n = p.output_stride_n;
+    tile.output_stride_l = p.output_stride_l;
+
+    multiply_tile(tile, bias, [&](index_t row) {
+        return Row{p.K, row * p.output_stride_c, 0, (g * p.C_out_g + row) * p.bias_stride};
+    });
+}

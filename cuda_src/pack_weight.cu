@@ -1,0 +1,62 @@
+// pack_weight: lays out a layer's weights in the order in which the tiled families read them.
+//
+//   packed[product, r, row] = the weight of term r = c_in * taps + tap of that row, in the accumulator's type; zero for
+//   rows, terms and taps that do not exist.
+//
+// IS_TRANSPOSED = 0: product = g, row = c_out of the group, tap = k: weight[g*C_out_g + row, c_in, k].
+// IS_TRANSPOSED = 1, PHASES_IN_ROWS = 1: product = g, row = c_out*stride + phase, k = phase + tap*stride.
+// IS_TRANSPOSED = 1, PHASES_IN_ROWS = 0: product = g*stride + phase, row = c_out, k = k_first + tap*tap_step with the k_first
+// of conv_transpose1d_gather.cu. In both, weight[g*C_in_g + c_in, c_out, k].
+//
+// Grid x: blocks of BLOCK_SIZE consecutive elements of packed; where the grid is shorter, threads go round again. Grid y
+// and z: 1. No shared memory.
+// Needs nothing: weights of any strides, in elements.
+
+struct Params {
+    index_t num_elements;  // products * padded_terms * padded_rows
+    index_t padded_terms, padded_rows;
+    index_t rows, taps, K;
+    index_t C_in_g, C_out_g;
+    index_t stride;
+    index_t phase_gcd, tap_step, phase_inverse;
+    index_t weight_stride_out, weight_stride_in, weight_stride_k;
+};
+static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/tiles.py");
+
+extern "C" __global__ void __launch_bounds__(BLOCK_SIZE, 2) pack_weight(
+    const storage_t* __restrict__ weight,  // [C_out, C_in_g, K], or [C_in, C_out_g, K] where IS_TRANSPOSED
+    acc_t* __restrict__ packed,            // [products, padded_terms, padded_rows]
+    const Params p) {
+    const index_t grid_size = index_t(gridDim.x) * BLOCK_SIZE;
+    for (index_t i = index_t(blockIdx.x) * BLOCK_SIZE + threadIdx.x; i < p.num_elements; i += grid_size) {
+        const index_t product_term = i / p.padded_rows;
+        const index_t row = i - product_term * p.padded_rows;
+        const index_t product = product_term / p.padded_terms;
+        const index_t r = product_term - product * p.padded_terms;
+        const index_t c_in = r / p.taps;
+        const index_t tap = r - c_in * p.taps;
+
+        index_t g = product, c_out = row, k = tap;
+        bool exists = row < p.rows && c_in < p.C_in_g;
+        if (IS_TRANSPOSED) {
+            if (PHASES_IN_ROWS) {
+                c_out = row / p.stride;
+                k = row - c_out * p.stride + tap * p.stride;
+            } else {
+                g = product / p.stride;
+                const index_t phase = product - g * p.stride;
+                const index_t quotient = phase / p.phase_gcd;
+                exists = exists && quotient * p.phase_gcd == phase;
+                k = quotient % p.tap_step * p.phase_inverse % p.tap_step + tap * p.tap_step;
+            }
+            exists = exists && k < p.K;
+        }
+        const index_t outer = IS_TRANSPOSED ? c_out : g * p.C_out_g + c_out;
+        const index_t inner = IS_TRANSPOSED ? g * p.C_in_g + c_in : c_in;
+        packed[i] = scalar::zero();
+        if (exists) {
+            const index_t offset = outer * p.weight_stride_out + inner * p.weight_stride_in + k * p.weight_stride_k;
+            packed[i] = scalar::load(weight[offset]);
+        }
+    }
+}

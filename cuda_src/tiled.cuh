@@ -1,0 +1,276 @@
+// The register-tiled matrix product behind conv1d_tiled and conv_transpose1d_phases.
+//
+// Per group, both operations are a product of a weight matrix [rows, R] and an input matrix [R, columns] that is never
+// formed: R = (c_in, tap) with the tap inner, which is the canonical order of summation; a column is one position q of
+// one sample, and element (c_in, tap) of column (n, q) is input[n, c_in, q*column_step + first + tap*tap_step]. A block
+// computes BLOCK_M rows by BLOCK_N columns, a thread THREAD_M by THREAD_N of them in registers. Chunks of BLOCK_R terms
+// of R pass through two buffers of shared memory: the next chunk is loaded while one is multiplied. The weights come
+// packed (pack_weight.cu), in the order in which blocks read them and with zeros behind the last row and term.
+//
+// Terms outside the input are multiplied as zeros. For finite weights this changes no bit (see bias_or_zero in
+// common.cuh); an infinite or NaN weight times such a zero makes a NaN out of nothing, so a thread that meets a NaN
+// computes its results with missing terms again, term by term, as the base families do.
+//
+// COLUMN_STEP > 0 says that a block's columns belong to one sample, that the input is contiguous along l, and that
+// column_step has this value, so that one address serves a thread's columns. COLUMN_STEP = 0 says nothing: columns run
+// through the samples, which fills blocks where samples are short.
+//
+// Macros read: BLOCK_M, BLOCK_N, BLOCK_R, THREAD_M, THREAD_N, COLUMN_STEP, SHARED_BYTES, and those of common.cuh.
+
+constexpr int kVec = sizeof(acc_t) < 16 ? 16 / int(sizeof(acc_t)) : 1;  // elements of one 16-byte access
+constexpr int kLanesN = BLOCK_N / THREAD_N;                            // a warp spans all columns of the block
+constexpr int kLanesM = 32 / kLanesN;
+constexpr int kWarpRows = kLanesM * THREAD_M;
+constexpr int kWarps = BLOCK_M / kWarpRows;
+constexpr int kThreads = 32 * kWarps;
+constexpr int kColumns = BLOCK_N / 32;         // columns that a lane loads and stores: lane, lane + 32, ...
+constexpr int kInputTerms = BLOCK_R / kWarps;  // terms of a chunk that a warp loads for all columns
+constexpr int kWeightVectors = BLOCK_M * BLOCK_R / kVec;  // of a chunk
+constexpr int kBuffer = BLOCK_R * (BLOCK_M + BLOCK_N);
+constexpr int kSliceRows = kLanesM * kVec;  // rows of a warp that pass through shared memory at a time in the end
+constexpr int kSlice = kSliceRows * BLOCK_N;
+constexpr int kShared = 2 * kBuffer > kWarps * kSlice ? 2 * kBuffer : kWarps * kSlice;
+constexpr bool kOneSample = COLUMN_STEP > 0;
+
+static_assert(BLOCK_N % THREAD_N == 0 && kLanesN * kLanesM == 32, "a warp spans BLOCK_N: gpuconv/families/tiles.py");
+static_assert(BLOCK_M % kWarpRows == 0, "BLOCK_M is a whole number of warps: gpuconv/families/tiles.py");
+static_assert(THREAD_M % kVec == 0 && THREAD_N % kVec == 0, "threads own whole vectors: gpuconv/families/tiles.py");
+static_assert(BLOCK_R % kWarps == 0, "warps load whole terms of a chunk: gpuconv/families/tiles.py");
+static_assert(kShared * sizeof(acc_t) == SHARED_BYTES, "SHARED_BYTES differs from gpuconv/families/tiles.py");
+
+struct alignas(sizeof(acc_t) * kVec) Vector {
+    acc_t element[kVec];
+};
+
+// One block's share of the product. Offsets and strides are in elements.
+struct Tile {
+    const storage_t* input;   // input[n0, first channel of the group, 0], n0 = 0 unless kOneSample
+    const acc_t* weight;      // packed weights of row 0, term 0
+    storage_t* output;        // output[n0, first channel of the group, 0]
+    index_t row_begin, rows;  // the block's first row, and the rows of the whole product
+    index_t column_begin, columns;  // the block's first column, and the columns of sample n0 or of all samples
+    index_t positions;              // columns of one sample
+    index_t C_in_g, taps, L_in, L_out;
+    index_t column_step, first, tap_step;  // l_in = q*column_step + first + tap*tap_step
+    index_t output_step, output_first;     // l_out = q*output_step + output_first + Row::shift
+    index_t input_stride_n, input_stride_c, input_stride_l;
+    index_t weight_pitch;  // from one term to the next
+    // How the tap and the input's address move when r grows by BLOCK_R; input_carry more where the tap passes the last.
+    index_t taps_advance, input_advance, input_carry;
+    index_t output_stride_n, output_stride_l;
+};
+
+// What a kernel knows of a row of the product; row_of(row) returns it.
+struct Row {
+    index_t taps;           // of Tile::taps, those that the row has
+    index_t output_offset;  // of its channel, from Tile::output
+    index_t shift;          // see Tile::output_first
+    index_t bias_offset;
+};
+
+// A term (c_in, tap) of R that moves on by BLOCK_R terms, and the input's address for it.
+struct Walk {
+    index_t tap;
+    const storage_t* address;
+
+    __device__ __forceinline__ void start(index_t r, const storage_t* base, const Tile& tile) {
+        const index_t c_in = r / tile.taps;
+        tap = r - c_in * tile.taps;
+        address = base + (c_in * tile.input_stride_c + tap * tile.tap_step * tile.input_stride_l);
+    }
+    __device__ __forceinline__ void advance(const Tile& tile) {
+        tap += tile.taps_advance;
+        address += tile.input_advance;
+        if (tap >= tile.taps) {
+            tap -= tile.taps;
+            address += tile.input_carry;
+        }
+    }
+};
+
+template <typename RowOf>
+__device__ __forceinline__ void multiply_tile(const Tile& tile, const storage_t* bias, const RowOf& row_of) {
+    acc_t* const shared = reinterpret_cast<acc_t*>(dynamic_shared_memory());
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int lane_m = lane / kLanesN, lane_n = lane % kLanesN;
+    const index_t R = tile.C_in_g * tile.taps;
+
+    // -- what this thread loads of a chunk: kInputTerms terms of kColumns columns, and vectors of weights ------------
+    index_t position[kOneSample ? 1 : kColumns];         // l_in of tap 0
+    index_t position_offset[kOneSample ? 1 : kColumns];  // of that position, from Tile::input
+    const auto position_of = [&](int j) { return kOneSample ? position[0] + j * 32 * COLUMN_STEP : position[j]; };
+    bool inside = true;  // all terms of all these columns exist
+#pragma unroll
+    for (int j = 0; j < kColumns; ++j) {
+        if (j == 0 || !kOneSample) {
+            // A column behind the last one repeats it: its loads are valid and its results are not stored.
+            const index_t column = min_index(tile.column_begin + lane + 32 * j, tile.columns - 1);
+            const index_t n = kOneSample ? 0 : column / tile.positions;
+            position[j] = (column - n * tile.positions) * tile.column_step + tile.first;
+            position_offset[j] = n * tile.input_stride_n + position[j] * tile.input_stride_l;
+        }
+        const index_t last = position_of(j) + (tile.taps - 1) * tile.tap_step;
+        inside = inside && min_index(position_of(j), last) >= 0 && max_index(position_of(j), last) < tile.L_in;
+    }
+    const storage_t* const input_base = tile.input + (kOneSample ? position_offset[0] : 0);
+    Walk input_walk[kInputTerms];
+#pragma unroll
+    for (int i = 0; i < kInputTerms; ++i) input_walk[i].start(warp + i * kWarps, input_base, tile);
+    const acc_t* weight = tile.weight + tile.row_begin;
+
+    // Terms behind the last are not loaded: they are never multiplied.
+    const auto load_chunk = [&](acc_t* buffer, index_t r) {
+#pragma unroll
+        for (int i = 0; i < kInputTerms; ++i) {
+            if (r + warp + i * kWarps >= R) break;
+            const storage_t* const x = input_walk[i].address;
+            acc_t* const row = buffer + BLOCK_R * BLOCK_M + (warp + i * kWarps) * BLOCK_N + lane;
+            if (inside) {
+#pragma unroll
+                for (int j = 0; j < kColumns; ++j) {
+                    scalar::copy_to_shared(row + 32 * j, x + (kOneSample ? j * 32 * COLUMN_STEP : position_offset[j]));
+                }
+            } else {
+                const index_t shift = input_walk[i].tap * tile.tap_step;
+#pragma unroll
+                for (int j = 0; j < kColumns; ++j) {
+                    const index_t l_in = position_of(j) + shift;
+                    acc_t value = scalar::zero();
+                    if (l_in >= 0 && l_in < tile.L_in) {
+                        value = scalar::load(x[kOneSample ? j * 32 * COLUMN_STEP : position_offset[j]]);
+                    }
+                    row[32 * j] = value;
+                }
+            }
+            input_walk[i].advance(tile);
+        }
+#pragma unroll
+        for (int first = 0; first < kWeightVectors; first += kThreads) {
+            const int vector = first + threadIdx.x;
+            if (kWeightVectors % kThreads != 0 && vector >= kWeightVectors) break;
+            const int term = vector / (BLOCK_M / kVec), row = vector % (BLOCK_M / kVec) * kVec;
+            copy_async(
+                reinterpret_cast<Vector*>(buffer + term * BLOCK_M + row),
+                reinterpret_cast<const Vector*>(weight + term * tile.weight_pitch + row));
+        }
+        weight += BLOCK_R * tile.weight_pitch;
+    };
+
+    acc_t acc[THREAD_M][THREAD_N];
+#pragma unroll
+    for (int i = 0; i < THREAD_M; ++i) {
+#pragma unroll
+        for (int j = 0; j < THREAD_N; ++j) acc[i][j] = scalar::zero();
+    }
+    // Of a thread's rows, groups of kVec lie kLanesM*kVec apart, so that a warp reads whole vectors side by side; its
+    // columns likewise.
+    const auto multiply_term = [&](const acc_t* buffer, int term) {
+        const Vector* const w = reinterpret_cast<const Vector*>(buffer + term * BLOCK_M + warp * kWarpRows) + lane_m;
+        const Vector* const x = reinterpret_cast<const Vector*>(buffer + BLOCK_R * BLOCK_M + term * BLOCK_N) + lane_n;
+        Vector w_term[THREAD_M / kVec], x_term[THREAD_N / kVec];
+#pragma unroll
+        for (int i = 0; i < THREAD_M / kVec; ++i) w_term[i] = w[i * kLanesM];
+#pragma unroll
+        for (int j = 0; j < THREAD_N / kVec; ++j) x_term[j] = x[j * kLanesN];
+#pragma unroll
+        for (int i = 0; i < THREAD_M; ++i) {
+#pragma unroll
+            for (int j = 0; j < THREAD_N; ++j) {
+                acc[i][j] = multiply_add(
+                    w_term[i / kVec].element[i % kVec], x_term[j / kVec].element[j % kVec], acc[i][j]);
+            }
+        }
+    };
+
+    acc_t* buffer = shared;
+    acc_t* other = shared + kBuffer;
+    if (R > 0) load_chunk(buffer, 0);
+    copy_async_wait();
+    __syncthreads();
+    index_t r = 0;
+    for (; r + BLOCK_R < R; r += BLOCK_R) {
+        load_chunk(other, r + BLOCK_R);
+#pragma unroll
+        for (int term = 0; term < BLOCK_R; ++term) multiply_term(buffer, term);
+        copy_async_wait();
+        __syncthreads();
+        acc_t* const next = other;
+        other = buffer;
+        buffer = next;
+    }
+#pragma unroll 1
+    for (int term = 0; term < R - r; ++term) multiply_term(buffer, term);
+    __syncthreads();
+
+    // -- results: each warp passes its rows through shared memory, so that lanes store neighbouring columns -----------
+    index_t l_out[kColumns];          // of shift 0, and L_out behind the last column: shifts only go up
+    index_t output_offset[kColumns];  // of that position, from Tile::output
+#pragma unroll
+    for (int j = 0; j < kColumns; ++j) {
+        const index_t column = tile.column_begin + lane + 32 * j;
+        const index_t n = kOneSample ? 0 : column / tile.positions;
+        l_out[j] = (column - n * tile.positions) * tile.output_step + tile.output_first;
+        output_offset[j] = n * tile.output_stride_n + l_out[j] * tile.output_stride_l;
+        if (column >= tile.columns) l_out[j] = tile.L_out;
+    }
+    acc_t* const slice = shared + warp * kSlice;
+    bool met_nan = false;
+#pragma unroll
+    for (int group = 0; group < THREAD_M / kVec; ++group) {
+        Vector* const mine = reinterpret_cast<Vector*>(slice + lane_m * kVec * BLOCK_N) + lane_n;
+#pragma unroll
+        for (int i = 0; i < kVec; ++i) {
+#pragma unroll
+            for (int j = 0; j < THREAD_N / kVec; ++j) {
+                Vector vector;
+#pragma unroll
+                for (int v = 0; v < kVec; ++v) vector.element[v] = acc[group * kVec + i][j * kVec + v];
+                mine[(i * BLOCK_N) / kVec + j * kLanesN] = vector;
+            }
+        }
+        __syncwarp();
+        const index_t row_begin = tile.row_begin + warp * kWarpRows + group * kSliceRows;
+#pragma unroll 1
+        for (int i = 0; i < kSliceRows && row_begin + i < tile.rows; ++i) {
+            const Row info = row_of(row_begin + i);
+            const acc_t offset = bias_or_zero(bias, info.bias_offset);
+            storage_t* const y = tile.output + (info.output_offset + info.shift * tile.output_stride_l);
+#pragma unroll
+            for (int j = 0; j < kColumns; ++j) {
+                const acc_t value = slice[i * BLOCK_N + lane + 32 * j];
+                const index_t l = l_out[j] + info.shift;
+                if (l >= 0 && l < tile.L_out) {
+                    y[output_offset[j]] = scalar::round(add(value, offset));
+                    met_nan = met_nan || is_nan(value);
+                }
+            }
+        }
+        __syncwarp();
+    }
+    if (!met_nan) return;
+
+    // -- the rare way out: results of this lane's columns that miss terms are summed again without them ---------------
+#pragma unroll 1
+    for (int e = 0; e < kWarpRows * kColumns; ++e) {
+        const index_t row = tile.row_begin + warp * kWarpRows + e / kColumns;
+        const index_t column = tile.column_begin + lane + 32 * (e % kColumns);
+        if (row >= tile.rows || column >= tile.columns) continue;
+        const Row info = row_of(row);
+        const index_t n = kOneSample ? 0 : column / tile.positions, q = column - n * tile.positions;
+        const index_t l = q * tile.output_step + tile.output_first + info.shift;
+        if (l < 0 || l >= tile.L_out) continue;
+        const storage_t* const x = tile.input + n * tile.input_stride_n;
+        const acc_t* w = tile.weight + row;
+        acc_t sum = scalar::zero();
+        for (index_t c_in = 0; c_in < tile.C_in_g; ++c_in) {
+            for (index_t tap = 0; tap < tile.taps; ++tap, w += tile.weight_pitch) {
+                const index_t l_in = q * tile.column_step + tile.first + tap * tile.tap_step;
+                if (tap >= info.taps || l_in < 0 || l_in >= tile.L_in) continue;
+                const storage_t value = x[c_in * tile.input_stride_c + l_in * tile.input_stride_l];
+                sum = multiply_add(*w, scalar::load(value), sum);
+            }
+        }
+        tile.output[info.output_offset + n * tile.output_stride_n + l * tile.output_stride_l] =
+            scalar::round(add(sum, bias_or_zero(bias, info.bias_offset)));
+    }
+}

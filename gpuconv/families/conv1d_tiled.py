@@ -1,0 +1,127 @@
+"""conv1d_tiled: dense and grouped layers by register tiles.
+
+Contract: cuda_src/conv1d_tiled.cu.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ..device import Device
+from ..problem import DTYPES, ConvProblem
+from ..source import params_fields
+from .base import Config, Family, Launch, Layout, Pack, index_bits, stride_params
+from .tiles import (
+    MAX_BLOCK_N,
+    MAX_BLOCK_R,
+    TILES,
+    PackedWeight,
+    Tile,
+    Tiling,
+    accumulator_bytes,
+    choose_tiling,
+    make_pack,
+    pack_config,
+    tiling_macros,
+    walk_params,
+)
+
+# Strides that get a kernel of their own, in which one address serves a thread's columns: 4 % fewer instructions in the
+# inner loop of the float32 kernel (bench.static on sm_90), worth it for the strides that most layers have.
+COLUMN_STEPS = (1, 2)
+# Below these a tile is mostly empty, and the families for few channels or the base family do as well.
+MIN_ROWS = 8
+MIN_TERMS = 8
+
+
+class Conv1dTiled(Family):
+    """Register tiles over c_out by (n, l_out)."""
+
+    name = "conv1d_tiled"
+    op = "conv1d"
+
+    def refuse(self, problem: ConvProblem, layout: Layout, device: Device) -> str | None:
+        if problem.C_out_g < MIN_ROWS:
+            return f"needs C_out/groups >= {MIN_ROWS}"
+        if problem.C_in_g * problem.K < MIN_TERMS:
+            return f"needs C_in/groups * K >= {MIN_TERMS}"
+        return None
+
+    def configure(self, problem: ConvProblem, layout: Layout, device: Device) -> tuple[Config, Launch]:
+        p = problem
+        tiling = self._tiling(p, layout, device)
+        tile = tiling.tile
+        strides = stride_params(layout, ("out", "in"))
+        params = {
+            "N": p.N,
+            "L_in": p.L_in,
+            "L_out": p.L_out,
+            "K": p.K,
+            "C_in_g": p.C_in_g,
+            "C_out_g": p.C_out_g,
+            "row_tiles": tiling.row_tiles,
+            "column_tiles": tiling.column_tiles,
+            "stride": p.stride,
+            "padding_left": p.padding_left,
+            "dilation": p.dilation,
+            **{name: stride for name, stride in strides.items() if not name.startswith("weight")},
+            **self._packed(p, tile).params(),
+            **walk_params(tile, p.K, strides["input_stride_c"], p.dilation * strides["input_stride_l"]),
+        }
+        bits = self._index_bits(p, layout)
+        return self._config(tile, tiling.column_step, p.dtype, bits), Launch(
+            tiling.blocks, tile.threads, tile.shared_bytes(accumulator_bytes(p.dtype)), bits, tuple(params.items())
+        )
+
+    def pack(self, problem: ConvProblem, layout: Layout, device: Device) -> Pack:
+        packed = self._packed(problem, self._tiling(problem, layout, device).tile)
+        return make_pack(problem, layout, packed, rows=problem.C_out_g, taps=problem.K, phases_in_rows=False)
+
+    def configs(self, device: Device) -> Iterator[Config]:
+        for dtype in DTYPES:
+            for tile in TILES[accumulator_bytes(dtype)]:
+                yield self._config(tile, 0, dtype, 64)
+                for column_step in (0, *COLUMN_STEPS):
+                    yield self._config(tile, column_step, dtype, 32)
+            for bits in (32, 64):
+                yield pack_config(dtype, bits, transposed=False, phases_in_rows=False)
+
+    def _tiling(self, problem: ConvProblem, layout: Layout, device: Device) -> Tiling:
+        p = problem
+        regular = layout.input.strides[2] == 1 and p.stride in COLUMN_STEPS and self._index_bits(p, layout) == 32
+        return choose_tiling(
+            rows=p.C_out_g,
+            samples=p.N,
+            positions=p.L_out,
+            products=p.groups,
+            terms=p.C_in_g * p.K,
+            column_step=p.stride if regular else 0,
+            dtype=p.dtype,
+            device=device,
+        )
+
+    def _index_bits(self, problem: ConvProblem, layout: Layout) -> int:
+        # Beyond the arrays the kernel forms positions and offsets of columns of a block that hangs over the last
+        # sample, terms of a chunk that hangs over the last term, and the steps of its walks.
+        p = problem
+        strides = stride_params(layout, ("out", "in"))
+        hanging = p.L_out + MAX_BLOCK_N
+        span = hanging * p.stride + p.padding_left + p.dilation * p.K
+        return index_bits(
+            p,
+            layout,
+            (p.N * p.L_out + MAX_BLOCK_N) * p.groups,
+            span + p.L_in,
+            (p.N + 1) * abs(strides["output_stride_n"]) + hanging * abs(strides["output_stride_l"]),
+            (p.N + 1) * abs(strides["input_stride_n"])
+            + MAX_BLOCK_R * abs(strides["input_stride_c"])
+            + span * abs(strides["input_stride_l"]),
+            PackedWeight.largest(p.groups, p.C_in_g * p.K, p.C_out_g).num_elements,
+        )
+
+    def _packed(self, problem: ConvProblem, tile: Tile) -> PackedWeight:
+        return PackedWeight.of(tile, problem.groups, problem.C_in_g * problem.K, problem.C_out_g)
+
+    def _config(self, tile: Tile, column_step: int, dtype: str, bits: int) -> Config:
+        macros = tiling_macros(tile, column_step, dtype, bits)
+        return Config.of(self.name, {**macros, "PARAMS_BYTES": len(params_fields(self.name)) * bits // 8})

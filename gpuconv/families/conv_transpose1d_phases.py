@@ -1,0 +1,187 @@
+"""conv_transpose1d_phases: dense and grouped transposed layers, each phase a stride-1 convolution by register tiles.
+
+Contract: cuda_src/conv_transpose1d_phases.cu.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ..device import Device
+from ..problem import DTYPES, ConvProblem
+from ..source import params_fields
+from .base import Config, Family, Launch, Layout, Pack, index_bits, stride_params
+from .tiles import (
+    MAX_BLOCK_N,
+    MAX_BLOCK_R,
+    TILES,
+    PackedWeight,
+    Tile,
+    Tiling,
+    accumulator_bytes,
+    choose_tiling,
+    make_pack,
+    pack_config,
+    tiling_macros,
+    walk_params,
+)
+
+# Below these a tile is mostly empty, and the families for few channels or the base family do as well.
+MIN_ROWS = 8
+MIN_TERMS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class _Product:
+    """The matrix products of a problem: see the .cu file."""
+
+    problem: ConvProblem
+    phases_in_rows: bool
+    products: int
+    rows: int
+    taps: int
+    gcd: int
+    tap_step: int
+    position_step: int
+    q_begin: int
+    positions: int
+
+    @classmethod
+    def of(cls, p: ConvProblem) -> _Product:
+        gcd = math.gcd(p.stride, p.dilation)
+        phases_in_rows = p.dilation == 1
+        q_begin = p.padding_left // p.stride
+        return cls(
+            problem=p,
+            phases_in_rows=phases_in_rows,
+            products=p.groups * (1 if phases_in_rows else p.stride),
+            rows=p.C_out_g * (p.stride if phases_in_rows else 1),
+            taps=-(-p.K // (p.stride // gcd)),
+            gcd=gcd,
+            tap_step=p.stride // gcd,
+            position_step=p.dilation // gcd,
+            # q of the first output position, and how many there are to the last, whatever their phase.
+            q_begin=q_begin,
+            positions=(p.L_out - 1 + p.padding_left) // p.stride - q_begin + 1,
+        )
+
+    def tiling(self, layout: Layout, device: Device) -> Tiling:
+        regular = self.phases_in_rows and layout.input.strides[2] == 1 and self.index_bits(layout) == 32
+        return choose_tiling(
+            rows=self.rows,
+            samples=self.problem.N,
+            positions=self.positions,
+            products=self.products,
+            terms=self.problem.C_in_g * self.taps,
+            column_step=1 if regular else 0,
+            dtype=self.problem.dtype,
+            device=device,
+        )
+
+    def index_bits(self, layout: Layout) -> int:
+        # As in conv1d_tiled; and the products of residues of tap_step.
+        p = self.problem
+        strides = stride_params(layout, ("in", "out"))
+        hanging = self.q_begin + self.positions + MAX_BLOCK_N + 1
+        span = hanging + p.dilation * p.K
+        return index_bits(
+            p,
+            layout,
+            (p.N * self.positions + MAX_BLOCK_N) * self.products,
+            hanging * p.stride + p.padding_left + p.L_out,
+            self.tap_step * self.tap_step,
+            self.tap_step * p.dilation,
+            (self.taps + 1) * p.stride,
+            (p.N + 1) * abs(strides["output_stride_n"]) + hanging * p.stride * abs(strides["output_stride_l"]),
+            (p.N + 1) * abs(strides["input_stride_n"])
+            + MAX_BLOCK_R * abs(strides["input_stride_c"])
+            + span * abs(strides["input_stride_l"]),
+            PackedWeight.largest(self.products, p.C_in_g * self.taps, self.rows).num_elements,
+        )
+
+    def packed(self, tile: Tile) -> PackedWeight:
+        return PackedWeight.of(tile, self.products, self.problem.C_in_g * self.taps, self.rows)
+
+
+class ConvTranspose1dPhases(Family):
+    """Register tiles over (c_out, phase) by (n, q)."""
+
+    name = "conv_transpose1d_phases"
+    op = "conv_transpose1d"
+
+    def refuse(self, problem: ConvProblem, layout: Layout, device: Device) -> str | None:
+        if problem.C_out_g < MIN_ROWS:
+            return f"needs C_out/groups >= {MIN_ROWS}"
+        if problem.terms < MIN_TERMS:
+            return f"needs C_in/groups * taps of a phase >= {MIN_TERMS}"
+        return None
+
+    def configure(self, problem: ConvProblem, layout: Layout, device: Device) -> tuple[Config, Launch]:
+        p = problem
+        product = _Product.of(p)
+        tiling = product.tiling(layout, device)
+        tile = tiling.tile
+        strides = stride_params(layout, ("in", "out"))
+        params = {
+            "N": p.N,
+            "L_in": p.L_in,
+            "L_out": p.L_out,
+            "K": p.K,
+            "C_in_g": p.C_in_g,
+            "C_out_g": p.C_out_g,
+            "row_tiles": tiling.row_tiles,
+            "column_tiles": tiling.column_tiles,
+            "positions": product.positions,
+            "q_begin": product.q_begin,
+            "stride": p.stride,
+            "padding_left": p.padding_left,
+            "dilation": p.dilation,
+            "phase_gcd": product.gcd,
+            "tap_step": product.tap_step,
+            "position_step": product.position_step,
+            "phase_inverse": pow(product.position_step, -1, product.tap_step),
+            "taps": product.taps,
+            **{name: stride for name, stride in strides.items() if not name.startswith("weight")},
+            **product.packed(tile).params(),
+            **walk_params(
+                tile,
+                product.taps,
+                strides["input_stride_c"],
+                -product.position_step * strides["input_stride_l"],
+            ),
+        }
+        bits = product.index_bits(layout)
+        return self._config(tile, tiling.column_step, p.dtype, bits, product.phases_in_rows), Launch(
+            tiling.blocks, tile.threads, tile.shared_bytes(accumulator_bytes(p.dtype)), bits, tuple(params.items())
+        )
+
+    def pack(self, problem: ConvProblem, layout: Layout, device: Device) -> Pack:
+        product = _Product.of(problem)
+        return make_pack(
+            problem,
+            layout,
+            product.packed(product.tiling(layout, device).tile),
+            rows=product.rows,
+            taps=product.taps,
+            phases_in_rows=product.phases_in_rows,
+        )
+
+    def configs(self, device: Device) -> Iterator[Config]:
+        for dtype in DTYPES:
+            for tile in TILES[accumulator_bytes(dtype)]:
+                yield self._config(tile, 1, dtype, 32, phases_in_rows=True)
+                for bits in (32, 64):
+                    for phases_in_rows in (False, True):
+                        yield self._config(tile, 0, dtype, bits, phases_in_rows)
+            for bits in (32, 64):
+                for phases_in_rows in (False, True):
+                    yield pack_config(dtype, bits, transposed=True, phases_in_rows=phases_in_rows)
+
+    def _config(self, tile: Tile, column_step: int, dtype: str, bits: int, phases_in_rows: bool) -> Config:
+        macros = tiling_macros(tile, column_step, dtype, bits)
+        if not phases_in_rows:  # deriving the phase takes registers that only a lower occupancy has
+            macros["MIN_BLOCKS"] = 1
+        macros["PHASES_IN_ROWS"] = int(phases_in_rows)
+        return Config.of(self.name, {**macros, "PARAMS_BYTES": len(params_fields(self.name)) * bits // 8})

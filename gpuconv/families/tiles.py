@@ -1,0 +1,248 @@
+"""The register tiles of cuda_src/tiled.cuh: their shapes, their limits, and the cost model that chooses among them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+from ..device import Device
+from ..problem import ITEMSIZE, ConvProblem
+from .base import MAX_GRID, Config, Launch, Layout, Pack, base_config, index_bits, stride_params
+
+WARP = 32
+PACK_BLOCK_SIZE = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """A block's share of the matrix product: block_m rows by block_n columns in chunks of block_r terms.
+
+    Attributes:
+        thread_m, thread_n: what one thread holds of it in registers.
+        min_blocks: blocks that a multiprocessor must be able to hold, which caps the registers of a thread.
+    """
+
+    block_m: int
+    block_n: int
+    block_r: int
+    thread_m: int
+    thread_n: int
+    min_blocks: int
+
+    @property
+    def lanes_m(self) -> int:
+        return WARP // (self.block_n // self.thread_n)
+
+    @property
+    def warps(self) -> int:
+        return self.block_m // (self.lanes_m * self.thread_m)
+
+    @property
+    def threads(self) -> int:
+        return WARP * self.warps
+
+    def shared_bytes(self, accumulator_bytes: int) -> int:
+        """Shared memory: two buffers of a chunk, or the slices that results pass through in the end."""
+        vec = max(1, 16 // accumulator_bytes)
+        buffers = 2 * self.block_r * (self.block_m + self.block_n)
+        slices = self.warps * self.lanes_m * vec * self.block_n
+        return max(buffers, slices) * accumulator_bytes
+
+
+def accumulator_bytes(dtype: str) -> int:
+    return max(4, ITEMSIZE[dtype])
+
+
+# Shapes by the size of the accumulator. 8 by 8 float32 results a thread cost 4 vector loads for 64 multiply-adds; 64
+# registers of sums leave room for the rest under the cap of 128 at which two blocks of 256 threads fit.
+TILES: dict[int, tuple[Tile, ...]] = {
+    4: (Tile(128, 128, 16, 8, 8, 2), Tile(64, 64, 8, 8, 8, 6), Tile(32, 256, 8, 8, 8, 3)),
+    8: (Tile(64, 64, 8, 4, 8, 3), Tile(16, 128, 8, 4, 8, 6)),
+    16: (Tile(32, 64, 8, 4, 4, 2), Tile(8, 64, 8, 4, 4, 8)),
+}
+
+# Of any tile, for bounds on what kernels compute behind the last row, column and term.
+MAX_BLOCK_M = max(tile.block_m for tiles in TILES.values() for tile in tiles)
+MAX_BLOCK_N = max(tile.block_n for tiles in TILES.values() for tile in tiles)
+MAX_BLOCK_R = max(tile.block_r for tiles in TILES.values() for tile in tiles)
+
+# Figures of the cost model: clock cycles of a multiprocessor. Multiply-adds a cycle by accumulator bytes (complex ones
+# count four, see multiply_adds); bytes a cycle to and from memory, an H200's 4.3 TB/s over 132 multiprocessors at
+# 1.8 GHz; cycles until a block's first data arrive and its last are gone.
+_MULTIPLY_ADDS = {4: 128, 8: 64, 16: 64}
+_BYTES_PER_CYCLE = 18.0
+_LATENCY_CYCLES = 1500.0
+
+
+def multiply_adds(dtype: str) -> int:
+    """Real multiply-adds of one term."""
+    return 4 if dtype.startswith("complex") else 1
+
+
+def cost(tile: Tile, blocks: int, terms: int, dtype: str, device: Device) -> float:
+    """Predicted cycles of a launch of `blocks` tiles that sum `terms` products each.
+
+    A block takes the longer of its multiply-adds and its traffic; blocks of one multiprocessor share its rates, so a
+    wave takes as long as its blocks one after the other, and latency is paid once a wave.
+    """
+    size = accumulator_bytes(dtype)
+    real_size = size // 2 if dtype.startswith("complex") else size
+    compute = terms * tile.block_m * tile.block_n * multiply_adds(dtype) / _MULTIPLY_ADDS[real_size]
+    traffic = (tile.block_m * tile.block_n * ITEMSIZE[dtype]) / _BYTES_PER_CYCLE
+    resident = min(tile.min_blocks, max(1, device.shared_per_sm // (tile.shared_bytes(size) + 1024)))
+    waves, rest = divmod(blocks, device.num_sms * resident)
+    last = -(-rest // device.num_sms)
+    return max(compute, traffic) * (waves * resident + last) + _LATENCY_CYCLES * (waves + (1 if rest else 0))
+
+
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """A product of rows by columns cut into tiles.
+
+    Attributes:
+        column_step: COLUMN_STEP of tiled.cuh, 0 where columns run through the samples.
+        column_tiles: tiles along the columns of one sample, or of all samples where column_step is 0.
+        blocks: tiles of all groups and samples.
+        cycles: predicted by `cost`.
+    """
+
+    tile: Tile
+    column_step: int
+    row_tiles: int
+    column_tiles: int
+    blocks: int
+    cycles: float
+
+
+@lru_cache(maxsize=4096)
+def choose_tiling(
+    *,
+    rows: int,
+    samples: int,
+    positions: int,
+    products: int,
+    terms: int,
+    column_step: int,
+    dtype: str,
+    device: Device,
+) -> Tiling:
+    """The cheapest tiling of `products` independent products of rows by (samples, positions), `terms` summed each.
+
+    `column_step` is the step from one column's input to the next, or 0 where columns are not regular.
+    """
+    candidates = []
+    for tile in TILES[accumulator_bytes(dtype)]:
+        row_tiles = -(-rows // tile.block_m)
+        for step in {column_step, 0}:
+            all_columns = positions if step else samples * positions
+            column_tiles = -(-all_columns // tile.block_n)
+            blocks = row_tiles * column_tiles * products * (samples if step else 1)
+            # Irregular columns need an address each: about 4 more instructions a chunk and thread for each of them.
+            overhead = 1.0 if step else 1.05
+            cycles = cost(tile, blocks, terms, dtype, device) * overhead
+            candidates.append(Tiling(tile, step, row_tiles, column_tiles, blocks, cycles))
+    return min(candidates, key=lambda tiling: tiling.cycles)
+
+
+def tiling_macros(tile: Tile, column_step: int, dtype: str, bits: int) -> dict[str, str | int]:
+    """The macros that tiled.cuh reads."""
+    return {
+        "DTYPE": dtype,
+        "INDEX_BITS": bits,
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_R": tile.block_r,
+        "THREAD_M": tile.thread_m,
+        "THREAD_N": tile.thread_n,
+        # 64-bit offsets take registers that only a lower occupancy has.
+        "MIN_BLOCKS": tile.min_blocks if bits == 32 else 1,
+        "COLUMN_STEP": column_step,
+        "SHARED_BYTES": tile.shared_bytes(accumulator_bytes(dtype)),
+    }
+
+
+def walk_params(tile: Tile, taps: int, channel_stride: int, tap_stride: int) -> dict[str, int]:
+    """The fields of Params that move a thread's input address on by a chunk: see Tile in tiled.cuh.
+
+    The strides are those from one channel and from one tap to the next.
+    """
+    channels, rest = divmod(tile.block_r, taps)
+    return {
+        "taps_advance": rest,
+        "input_advance": channels * channel_stride + rest * tap_stride,
+        "input_carry": channel_stride - taps * tap_stride,
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class PackedWeight:
+    """The shape of packed weights: (products, padded_terms, padded_rows), see pack_weight.cu."""
+
+    products: int
+    padded_terms: int
+    padded_rows: int
+
+    @classmethod
+    def of(cls, tile: Tile, products: int, terms: int, rows: int) -> PackedWeight:
+        return cls(products, round_up(terms, tile.block_r), round_up(rows, tile.block_m))
+
+    @classmethod
+    def largest(cls, products: int, terms: int, rows: int) -> PackedWeight:
+        """An upper bound over all tiles."""
+        return cls(products, terms + MAX_BLOCK_R, rows + MAX_BLOCK_M)
+
+    @property
+    def num_elements(self) -> int:
+        return self.products * self.padded_terms * self.padded_rows
+
+    def params(self) -> dict[str, int]:
+        """The fields of a tiled kernel's Params."""
+        return {"weight_pitch": self.padded_rows, "weight_stride_product": self.padded_terms * self.padded_rows}
+
+
+def make_pack(
+    problem: ConvProblem, layout: Layout, packed: PackedWeight, *, rows: int, taps: int, phases_in_rows: bool
+) -> Pack:
+    """The launch of pack_weight for a tiled kernel."""
+    p = problem
+    grid = min(-(-packed.num_elements // PACK_BLOCK_SIZE), MAX_GRID)
+    gcd = math.gcd(p.stride, p.dilation)
+    tap_step = p.stride // gcd
+    strides = stride_params(layout, ("in", "out") if p.transposed else ("out", "in"))
+    params = {
+        "num_elements": packed.num_elements,
+        "padded_terms": packed.padded_terms,
+        "padded_rows": packed.padded_rows,
+        "rows": rows,
+        "taps": taps,
+        "K": p.K,
+        "C_in_g": p.C_in_g,
+        "C_out_g": p.C_out_g,
+        "stride": p.stride,
+        "phase_gcd": gcd,
+        "tap_step": tap_step,
+        "phase_inverse": pow(p.dilation // gcd, -1, tap_step),
+        **{name: strides[name] for name in ("weight_stride_out", "weight_stride_in", "weight_stride_k")},
+    }
+    bits = index_bits(
+        p,
+        layout,
+        packed.num_elements + grid * PACK_BLOCK_SIZE,
+        tap_step * tap_step,
+        (taps + 1) * p.stride,
+        *(abs(value) for value in params.values()),
+    )
+    config = pack_config(p.dtype, bits, transposed=p.transposed, phases_in_rows=phases_in_rows)
+    launch = Launch(grid, PACK_BLOCK_SIZE, 0, bits, tuple(params.items()))
+    return Pack(config, launch, packed.num_elements * accumulator_bytes(p.dtype))
+
+
+def pack_config(dtype: str, bits: int, *, transposed: bool, phases_in_rows: bool) -> Config:
+    base = base_config("pack_weight", dtype, bits, PACK_BLOCK_SIZE)
+    macros = {"IS_TRANSPOSED": int(transposed), "PHASES_IN_ROWS": int(phases_in_rows)}
+    return Config.of(base.kernel, {**dict(base.macros), **macros})
+
+
+def round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
