@@ -6,12 +6,14 @@ The process must survive every one of them, so a correct kernel runs after each.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
 
-from gpuconv.families import Launch
+from gpuconv.device import Device
+from gpuconv.families import FAMILIES, ArrayLayout, Launch, Layout
+from gpuconv.problem import DTYPES, ConvProblem, numpy_dtype
 
 from . import hostcuda
 from .hostcuda.errors import (
@@ -494,6 +496,41 @@ def test_output_is_stored_in_place_between_untouched_neighbours() -> None:
     hostcuda.run(kernel, launch(BLOCK), {"input": x, "output": buffer[-2:4:-2]}, schedule="every")
     np.testing.assert_array_equal(buffer[-2:4:-2], x)
     assert (np.delete(buffer, np.arange(buffer.size)[-2:4:-2]) == -1).all()
+
+
+# What a wrong launch of a real kernel does: the parameter that is wrong, by how much, and the error.
+WRONG_PARAMS = {
+    "num_outputs": (-1, UnwrittenError, r"1 of 144 elements of output are never written.*output\[1, 3, 17\]"),
+    "L_in": (+1, OutOfBoundsError, r"out-of-bounds read of element offset \d+ of input"),
+    "K": (+1, OutOfBoundsError, r"out-of-bounds read of element offset 48 of weight"),
+    "input_stride_l": (-1, PoisonReadError, r"computed from bytes of an input that belong to no element"),
+    "output_stride_l": (+1, OutOfBoundsError, r"out-of-bounds write to element offset \d+ of output"),
+    "stride": (2**31 - 2, UndefinedBehaviourError, r"signed integer overflow: .* at conv1d_direct.cu:\d+"),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", WRONG_PARAMS)
+def test_wrong_launch_of_a_real_kernel_is_caught(name: str, dtype: str) -> None:
+    change, error, message = WRONG_PARAMS[name]
+    p = ConvProblem("conv1d", N=2, C_in=4, C_out=4, L_in=19, K=3, padding_right=1, dtype=dtype)
+    contiguous = Layout.contiguous(p)
+    layout = replace(contiguous, input=ArrayLayout((1000, 100, 2)))
+    (family,) = (family for family in FAMILIES if family.name == "conv1d_direct")
+    config, correct = family.configure(p, layout, Device.from_arch("sm_90"))
+    arrays = {
+        "input": np.ones(p.input_shape, numpy_dtype(dtype)),
+        "weight": np.ones(p.weight_shape, numpy_dtype(dtype)),
+        "bias": None,
+        "output": np.empty(p.output_shape, numpy_dtype(dtype)),
+    }
+    layouts = {"input": layout.input}
+    output = hostcuda.run(config, correct, arrays, layouts=layouts, schedule="every")
+    assert (output == np.array([12] * 17 + [8])).all()
+    params = dict(correct.params)
+    params[name] += change
+    with pytest.raises(error, match=message):
+        hostcuda.run(config, replace(correct, params=tuple(params.items())), arrays, layouts=layouts)
 
 
 @pytest.mark.usefixtures("survives")

@@ -296,7 +296,7 @@ int access_is_write(const ucontext_t* context) {
 #if defined(__x86_64__)
     return context->uc_mcontext.gregs[REG_ERR] >> 1 & 1;
 #elif defined(__aarch64__)
-    const unsigned char* record = context->uc_mcontext.__reserved;
+    const unsigned char* record = reinterpret_cast<const unsigned char*>(context->uc_mcontext.__reserved);
     for (;;) {
         uint32_t header[2];  // magic, size
         memcpy(header, record, sizeof header);
@@ -656,11 +656,11 @@ extern "C" int hostcuda_launch(const Launch* what, Fault* result, uint16_t share
     gridDim = Index{what->grid, 1, 1};
     blockDim = Index{what->block, 1, 1};
     threadIdx = blockIdx = Index{0, 0, 0};
-    reset_fibers();
 
     const SignalScope signals(what->seconds);
     const FloatMode mode = float_mode();
     set_float_mode(what->flush_subnormals ? flushing(mode) : keeping(mode));
+    reset_fibers();  // after the mode is set: a ucontext has its own
     for (unsigned i = 0; i < what->grid; ++i) {
         blockIdx.x = what->block_order ? what->block_order[i] : i;
         poison(what->shared, what->shared_bytes, shared_poison);
