@@ -29,6 +29,7 @@ class Choice:
         launch: its grid, block, shared memory and parameters.
         refusals: (family, reason) of every preferred family that refused.
         pack: the kernel that runs before it and lays out the weights, where the family wants another layout.
+        figures: (configuration, predicted cycles) of those that the family's cost model compared, the chosen one first.
     """
 
     family: str
@@ -36,6 +37,7 @@ class Choice:
     launch: Launch
     refusals: tuple[tuple[str, str], ...]
     pack: Pack | None = None
+    figures: tuple[tuple[str, float], ...] = ()
 
 
 def lay_out(problem: ConvProblem, places: Mapping[str, Place | None]) -> tuple[Layout, tuple[str, ...]]:
@@ -85,6 +87,7 @@ def choose(problem: ConvProblem, layout: Layout, device: Device) -> Choice | Non
         if reason is None:
             config, launch = family.configure(problem, layout, device)
             pack = family.pack(problem, layout, device)
-            return Choice(family.name, config, launch, tuple(refusals), pack)
+            figures = family.figures(problem, layout, device)
+            return Choice(family.name, config, launch, tuple(refusals), pack, figures)
         refusals.append((family.name, reason))
     raise AssertionError(f"every family refused {problem}: {refusals}")

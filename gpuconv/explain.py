@@ -86,6 +86,8 @@ class Explanation:
                 "macros": dict(choice.config.macros),
                 "launch": {**launch, "params": dict(choice.launch.params)},
                 "refusals": [{"family": family, "reason": reason} for family, reason in choice.refusals],
+                "pack_bytes": 0 if choice.pack is None else choice.pack.num_bytes,
+                "figures": [{"configuration": name, "cycles": cycles} for name, cycles in choice.figures],
             }
         return result
 
@@ -113,6 +115,8 @@ class Explanation:
             return [("kernel", "none: the output is empty, so nothing is launched")]
         config, launch = self.choice.config, self.choice.launch
         macros = ", ".join(f"{name}={value}" for name, value in config.macros)
+        figures = ", ".join(f"{name} {cycles:.3g}" for name, cycles in self.choice.figures)
+        pack = self.choice.pack
         return [
             *(("refused", f"{family}: {reason}") for family, reason in self.choice.refusals),
             ("kernel", f"{self.choice.family} with {macros}"),
@@ -121,6 +125,8 @@ class Explanation:
                 f"{launch.grid} {'block' if launch.grid == 1 else 'blocks'} of {launch.block} threads, "
                 f"{launch.shared_bytes} B of shared memory, {launch.index_bits}-bit offsets",
             ),
+            *([("model", f"predicted cycles: {figures}")] if figures else []),
+            *([("packing", f"weights are packed first into a buffer of {_quantity(pack.num_bytes, 'B')}")] if pack else []),
         ]
 
 

@@ -62,6 +62,8 @@ def test_the_text() -> None:
     choice = found.choice
     assert choice is not None
     macros = ", ".join(f"{name}={value}" for name, value in choice.config.macros)
+    figures = ", ".join(f"{name} {cycles:.3g}" for name, cycles in choice.figures)
+    kilobytes = f"{choice.pack.num_bytes / 1000:.3g}" if choice.pack else ""
     assert str(found).splitlines() == [
         "conv_transpose1d on A100 (sm_80)",
         "  input     (16, 50) float32",
@@ -71,6 +73,8 @@ def test_the_text() -> None:
         f"  kernel    {choice.family} with {macros}",
         f"  launch    {choice.launch.grid} blocks of {choice.launch.block} threads, "
         f"{choice.launch.shared_bytes} B of shared memory, {choice.launch.index_bits}-bit offsets",
+        *([f"  model     predicted cycles: {figures}"] if figures else []),
+        *([f"  packing   weights are packed first into a buffer of {kilobytes} kB"] if choice.pack else []),
         "  work      158 kFLOP, at least 23 kB moved, 6.89 FLOP/B",
         "  copies    none",
     ]

@@ -138,6 +138,10 @@ class Family(ABC):
         """How the weights are packed for `configure`'s kernel, or None where it reads them as they are."""
         return None
 
+    def figures(self, problem: ConvProblem, layout: Layout, device: Device) -> tuple[tuple[str, float], ...]:
+        """(configuration, predicted cycles) of those that `configure` compared, the chosen one first."""
+        return ()
+
     @abstractmethod
     def configs(self, device: Device) -> Iterator[Config]:
         """Every specialisation that `configure` and `pack` can return on a device: what the compile tests build."""

@@ -19,9 +19,10 @@ from .tiles import (
     Tile,
     Tiling,
     accumulator_bytes,
-    choose_tiling,
+    compare_tilings,
     make_pack,
     pack_config,
+    tiling_figures,
     tiling_macros,
     walk_params,
 )
@@ -49,7 +50,7 @@ class Conv1dTiled(Family):
 
     def configure(self, problem: ConvProblem, layout: Layout, device: Device) -> tuple[Config, Launch]:
         p = problem
-        tiling = self._tiling(p, layout, device)
+        tiling = self._tilings(p, layout, device)[0]
         tile = tiling.tile
         strides = stride_params(layout, ("out", "in"))
         params = {
@@ -74,8 +75,11 @@ class Conv1dTiled(Family):
         )
 
     def pack(self, problem: ConvProblem, layout: Layout, device: Device) -> Pack:
-        packed = self._packed(problem, self._tiling(problem, layout, device).tile)
+        packed = self._packed(problem, self._tilings(problem, layout, device)[0].tile)
         return make_pack(problem, layout, packed, rows=problem.C_out_g, taps=problem.K, phases_in_rows=False)
+
+    def figures(self, problem: ConvProblem, layout: Layout, device: Device) -> tuple[tuple[str, float], ...]:
+        return tiling_figures(self._tilings(problem, layout, device))
 
     def configs(self, device: Device) -> Iterator[Config]:
         for dtype in DTYPES:
@@ -86,10 +90,10 @@ class Conv1dTiled(Family):
             for bits in (32, 64):
                 yield pack_config(dtype, bits, transposed=False, phases_in_rows=False)
 
-    def _tiling(self, problem: ConvProblem, layout: Layout, device: Device) -> Tiling:
+    def _tilings(self, problem: ConvProblem, layout: Layout, device: Device) -> tuple[Tiling, ...]:
         p = problem
         regular = layout.input.strides[2] == 1 and p.stride in COLUMN_STEPS and self._index_bits(p, layout) == 32
-        return choose_tiling(
+        return compare_tilings(
             rows=p.C_out_g,
             samples=p.N,
             positions=p.L_out,

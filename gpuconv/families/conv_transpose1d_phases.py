@@ -21,9 +21,10 @@ from .tiles import (
     Tile,
     Tiling,
     accumulator_bytes,
-    choose_tiling,
+    compare_tilings,
     make_pack,
     pack_config,
+    tiling_figures,
     tiling_macros,
     walk_params,
 )
@@ -67,9 +68,9 @@ class _Product:
             positions=(p.L_out - 1 + p.padding_left) // p.stride - q_begin + 1,
         )
 
-    def tiling(self, layout: Layout, device: Device) -> Tiling:
+    def tilings(self, layout: Layout, device: Device) -> tuple[Tiling, ...]:
         regular = self.phases_in_rows and layout.input.strides[2] == 1 and self.index_bits(layout) == 32
-        return choose_tiling(
+        return compare_tilings(
             rows=self.rows,
             samples=self.problem.N,
             positions=self.positions,
@@ -121,7 +122,7 @@ class ConvTranspose1dPhases(Family):
     def configure(self, problem: ConvProblem, layout: Layout, device: Device) -> tuple[Config, Launch]:
         p = problem
         product = _Product.of(p)
-        tiling = product.tiling(layout, device)
+        tiling = product.tilings(layout, device)[0]
         tile = tiling.tile
         strides = stride_params(layout, ("in", "out"))
         params = {
@@ -162,11 +163,14 @@ class ConvTranspose1dPhases(Family):
         return make_pack(
             problem,
             layout,
-            product.packed(product.tiling(layout, device).tile),
+            product.packed(product.tilings(layout, device)[0].tile),
             rows=product.rows,
             taps=product.taps,
             phases_in_rows=product.phases_in_rows,
         )
+
+    def figures(self, problem: ConvProblem, layout: Layout, device: Device) -> tuple[tuple[str, float], ...]:
+        return tiling_figures(_Product.of(problem).tilings(layout, device))
 
     def configs(self, device: Device) -> Iterator[Config]:
         for dtype in DTYPES:

@@ -57,7 +57,7 @@ def accumulator_bytes(dtype: str) -> int:
 # Shapes by the size of the accumulator. 8 by 8 float32 results a thread cost 4 vector loads for 64 multiply-adds; 64
 # registers of sums leave room for the rest under the cap of 128 at which two blocks of 256 threads fit.
 TILES: dict[int, tuple[Tile, ...]] = {
-    4: (Tile(128, 128, 16, 8, 8, 2), Tile(64, 64, 8, 8, 8, 6), Tile(32, 256, 8, 8, 8, 3)),
+    4: (Tile(128, 128, 16, 8, 8, 2), Tile(64, 64, 8, 8, 8, 6), Tile(32, 256, 8, 8, 8, 3), Tile(32, 64, 8, 4, 8, 8)),
     8: (Tile(64, 64, 8, 4, 8, 3), Tile(16, 128, 8, 4, 8, 6)),
     16: (Tile(32, 64, 8, 4, 4, 2), Tile(8, 64, 8, 4, 4, 8)),
 }
@@ -67,33 +67,45 @@ MAX_BLOCK_M = max(tile.block_m for tiles in TILES.values() for tile in tiles)
 MAX_BLOCK_N = max(tile.block_n for tiles in TILES.values() for tile in tiles)
 MAX_BLOCK_R = max(tile.block_r for tiles in TILES.values() for tile in tiles)
 
-# Figures of the cost model: clock cycles of a multiprocessor. Multiply-adds a cycle by accumulator bytes (complex ones
-# count four, see multiply_adds); bytes a cycle to and from memory, an H200's 4.3 TB/s over 132 multiprocessors at
-# 1.8 GHz; cycles until a block's first data arrive and its last are gone.
-_MULTIPLY_ADDS = {4: 128, 8: 64, 16: 64}
+# Figures of the cost model, in clock cycles of a multiprocessor. Threads that issue an instruction in a cycle; real
+# multiply-adds a cycle by the size of a real accumulator; bytes a cycle to and from memory, an H200's 4.3 TB/s over 132
+# multiprocessors at 1.8 GHz; cycles until a block's first data arrive and its last are gone.
+_ISSUE_RATE = 128
+_MULTIPLY_ADD_RATE = {4: 128, 8: 64}
 _BYTES_PER_CYCLE = 18.0
 _LATENCY_CYCLES = 1500.0
+# Instructions of a thread for each chunk that are no loads, stores or multiply-adds: bench.static on sm_90.
+_CHUNK_INSTRUCTIONS = 60
+# Irregular columns need an address each: instructions of the inner loop of the float32 128x128 kernel (bench.static).
+_IRREGULAR_COST = 1.04
 
 
-def multiply_adds(dtype: str) -> int:
-    """Real multiply-adds of one term."""
-    return 4 if dtype.startswith("complex") else 1
+def _term_cycles(tile: Tile, dtype: str) -> float:
+    """Cycles in which a multiprocessor adds one term to all sums of a block, by issue slots or multiply-add units."""
+    size = accumulator_bytes(dtype)
+    vec = max(1, 16 // size)
+    is_complex = dtype.startswith("complex")
+    multiply_adds = tile.thread_m * tile.thread_n * (4 if is_complex else 1)
+    fetches = (tile.thread_m + tile.thread_n) / vec
+    loads = (tile.block_m / vec + tile.block_n) / tile.threads
+    instructions = multiply_adds + fetches + loads + _CHUNK_INSTRUCTIONS / tile.block_r
+    rate = _MULTIPLY_ADD_RATE[size // 2 if is_complex else size]
+    return tile.threads * max(instructions / _ISSUE_RATE, multiply_adds / rate)
 
 
 def cost(tile: Tile, blocks: int, terms: int, dtype: str, device: Device) -> float:
     """Predicted cycles of a launch of `blocks` tiles that sum `terms` products each.
 
-    A block takes the longer of its multiply-adds and its traffic; blocks of one multiprocessor share its rates, so a
-    wave takes as long as its blocks one after the other, and latency is paid once a wave.
+    A block takes the longer of its arithmetic and its stores; blocks of one multiprocessor share its rates, so a wave
+    takes as long as its blocks one after the other, and latency is paid once a wave.
     """
-    size = accumulator_bytes(dtype)
-    real_size = size // 2 if dtype.startswith("complex") else size
-    compute = terms * tile.block_m * tile.block_n * multiply_adds(dtype) / _MULTIPLY_ADDS[real_size]
-    traffic = (tile.block_m * tile.block_n * ITEMSIZE[dtype]) / _BYTES_PER_CYCLE
-    resident = min(tile.min_blocks, max(1, device.shared_per_sm // (tile.shared_bytes(size) + 1024)))
+    stores = tile.block_m * tile.block_n * ITEMSIZE[dtype] / _BYTES_PER_CYCLE
+    shared = tile.shared_bytes(accumulator_bytes(dtype)) + 1024  # which the system takes of each block
+    resident = min(tile.min_blocks, max(1, device.shared_per_sm // shared))
     waves, rest = divmod(blocks, device.num_sms * resident)
     last = -(-rest // device.num_sms)
-    return max(compute, traffic) * (waves * resident + last) + _LATENCY_CYCLES * (waves + (1 if rest else 0))
+    block_cycles = max(terms * _term_cycles(tile, dtype), stores)
+    return block_cycles * (waves * resident + last) + _LATENCY_CYCLES * (waves + (1 if rest else 0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +128,7 @@ class Tiling:
 
 
 @lru_cache(maxsize=4096)
-def choose_tiling(
+def compare_tilings(
     *,
     rows: int,
     samples: int,
@@ -126,23 +138,29 @@ def choose_tiling(
     column_step: int,
     dtype: str,
     device: Device,
-) -> Tiling:
-    """The cheapest tiling of `products` independent products of rows by (samples, positions), `terms` summed each.
+) -> tuple[Tiling, ...]:
+    """The tilings of `products` independent products of rows by (samples, positions), the cheapest first.
 
-    `column_step` is the step from one column's input to the next, or 0 where columns are not regular.
+    `terms` are summed each. `column_step` is the step from one column's input to the next, or 0 where columns are not
+    regular.
     """
     candidates = []
     for tile in TILES[accumulator_bytes(dtype)]:
         row_tiles = -(-rows // tile.block_m)
-        for step in {column_step, 0}:
+        for step in sorted({column_step, 0}, reverse=True):
             all_columns = positions if step else samples * positions
             column_tiles = -(-all_columns // tile.block_n)
             blocks = row_tiles * column_tiles * products * (samples if step else 1)
-            # Irregular columns need an address each: about 4 more instructions a chunk and thread for each of them.
-            overhead = 1.0 if step else 1.05
-            cycles = cost(tile, blocks, terms, dtype, device) * overhead
+            cycles = cost(tile, blocks, terms, dtype, device) * (1.0 if step else _IRREGULAR_COST)
             candidates.append(Tiling(tile, step, row_tiles, column_tiles, blocks, cycles))
-    return min(candidates, key=lambda tiling: tiling.cycles)
+    return tuple(sorted(candidates, key=lambda tiling: tiling.cycles))
+
+
+def tiling_figures(tilings: tuple[Tiling, ...]) -> tuple[tuple[str, float], ...]:
+    """What `explain` shows of the comparison."""
+    return tuple(
+        (f"{t.tile.block_m}x{t.tile.block_n}{'' if t.column_step else ' through samples'}", t.cycles) for t in tilings
+    )
 
 
 def tiling_macros(tile: Tile, column_step: int, dtype: str, bits: int) -> dict[str, str | int]:
