@@ -147,10 +147,13 @@ class ndarray:  # noqa: N801
 
 def empty(shape: int | tuple[int, ...], dtype: Any = np.float64) -> ndarray:
     wanted = np.dtype(dtype)
-    num_bytes = int(np.prod(shape)) * wanted.itemsize
+    return ndarray(_allocate(int(np.prod(shape)) * wanted.itemsize).view(wanted).reshape(shape), _current_device)
+
+
+def _allocate(num_bytes: int) -> Array:
     memory = np.full(num_bytes + _ALIGNMENT, 0xFF, np.uint8)  # whoever reads it finds NaN
     begin = -memory.__array_interface__["data"][0] % _ALIGNMENT
-    return ndarray(memory[begin : begin + num_bytes].view(wanted).reshape(shape), _current_device)
+    return memory[begin : begin + num_bytes]
 
 
 def asarray(array: Any, dtype: Any = None) -> ndarray:

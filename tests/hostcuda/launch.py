@@ -200,11 +200,26 @@ def convolve(
             p, {name: None if a is None else Place(a.strides, _address(a)) for name, a in given.items()}
         )
     choice = choose(p, layout, device) if family is None else _choose_family(p, layout, device, family)
-    if choice is not None:
-        layouts = {"input": layout.input, "weight": layout.weight, "output": layout.output}
-        if layout.bias is not None:
-            layouts["bias"] = layout.bias
-        run(choice, None, arrays, layouts=layouts, device=device, schedule=schedule, placement=placement)
+    if choice is None:
+        return output
+    layouts = {"input": layout.input, "weight": layout.weight, "output": layout.output}
+    if layout.bias is not None:
+        layouts["bias"] = layout.bias
+    if choice.pack is not None:
+        words = np.empty(choice.pack.num_bytes // 4, np.uint32)  # of whatever type the kernels agree on
+        run(
+            choice.pack.config,
+            choice.pack.launch,
+            {"weight": weight, "packed": words},
+            outputs=["packed"],
+            layouts={"weight": layout.weight},
+            device=device,
+            schedule=schedule,
+            placement=placement,
+        )
+        arrays["weight"] = words
+        del layouts["weight"]
+    run(choice, None, arrays, layouts=layouts, device=device, schedule=schedule, placement=placement)
     return output
 
 
@@ -229,7 +244,8 @@ def _choose_family(problem: ConvProblem, layout: Layout, device: Device, name: s
     reason = family.refuse(problem, layout, device)
     if reason is not None:
         raise ValueError(f"hostcuda: {name} refuses {problem}: {reason}")
-    return Choice(name, *family.configure(problem, layout, device), ())
+    config, launch = family.configure(problem, layout, device)
+    return Choice(name, config, launch, (), family.pack(problem, layout, device))
 
 
 def _check_launch(
