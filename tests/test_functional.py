@@ -6,6 +6,7 @@ import doctest
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,10 @@ import pytest
 import torch
 
 import gpuconv
-from gpuconv import functional, nn, reference
+from gpuconv import functional, nn, reference, runtime
 from gpuconv.problem import DTYPES, ConvProblem, numpy_dtype
 
+from .hostcuda import fake_cupy
 from .test_problem import BAD_CALLS, VALID
 from .test_problem import construct as construct_from_shapes
 
@@ -402,16 +404,14 @@ def test_inputs_may_overlap_each_other() -> None:
 
 # Extents that no NumPy array can have; the checks on shapes alone refuse them too.
 IMPOSSIBLE = ("input beyond 64 bits", "sizes beyond 64 bits behind a zero")
+POSSIBLE_BAD_CALLS = [call for call in BAD_CALLS if not str(call.id).endswith(IMPOSSIBLE)]
 
 
 def real_array(shape: tuple[int, ...] | None) -> Array | None:
     return None if shape is None else np.broadcast_to(np.float32(1), shape)
 
 
-@pytest.mark.parametrize(
-    ("op", "changes", "error", "says"),
-    [p for p in BAD_CALLS if not p.id.endswith(IMPOSSIBLE)],
-)
+@pytest.mark.parametrize(("op", "changes", "error", "says"), POSSIBLE_BAD_CALLS)
 def test_bad_calls_are_refused(op: str, changes: dict[str, Any], error: type[Exception], says: tuple[str, ...]) -> None:
     arguments = {**VALID[op], **changes}
     for name in ("input", "weight", "bias"):
@@ -517,3 +517,367 @@ def test_the_examples_in_the_docstrings(module: Any) -> None:
     result = doctest.testmod(module)
     assert result.attempted >= 6
     assert result.failed == 0
+
+
+# -- CuPy arrays, on a stand-in for CuPy that runs the kernels on the CPU ----------------------------------------------
+
+
+@pytest.fixture
+def cupy() -> Iterator[Any]:
+    with fake_cupy.installed():
+        yield fake_cupy
+
+
+@pytest.fixture
+def planned(monkeypatch: pytest.MonkeyPatch) -> list[ConvProblem]:
+    """The problems for which plans are made, in order: a call that adds nothing found its plan in the cache."""
+    made = []
+    make_plan = runtime.make_plan
+
+    def recording(problem: ConvProblem, *args: Any) -> runtime.Plan:
+        made.append(problem)
+        return make_plan(problem, *args)
+
+    monkeypatch.setattr(runtime, "make_plan", recording)
+    return made
+
+
+def on_device(cupy: Any, given: dict[str, Array]) -> dict[str, Any]:
+    return {name: cupy.asarray(array) for name, array in given.items()}
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_cupy_gives_the_same_as_numpy(cupy: Any, op: str) -> None:
+    given = arrays(op)
+    output = call(op, **on_device(cupy, given), **SETTINGS[op])
+    assert isinstance(output, cupy.ndarray)
+    assert output.flags.c_contiguous
+    np.testing.assert_array_equal(output.get(), call(op, **given, **SETTINGS[op]))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_repeated_call_finds_its_plan(cupy: Any, planned: list[ConvProblem], op: str) -> None:
+    given = arrays(op)
+    expected = call(op, **given, **SETTINGS[op])
+    for _ in range(3):  # fresh arrays with fresh values, of the same make
+        np.testing.assert_array_equal(call(op, **on_device(cupy, given), **SETTINGS[op]).get(), expected)
+        given = {name: -array for name, array in given.items()}
+        expected = call(op, **given, **SETTINGS[op])
+    assert len(planned) == 1
+
+
+def test_a_plan_serves_only_what_it_was_made_for(cupy: Any, planned: list[ConvProblem]) -> None:
+    """Each of these calls differs from the first in one thing that a plan depends on."""
+    given = arrays("conv1d")
+    x, weight, bias = (cupy.asarray(array) for array in given.values())
+    plain = call("conv1d", **given, groups=2)
+
+    def is_planned(expected: Array, *args: Any, **settings: Any) -> None:
+        before = len(planned)
+        for _ in range(2):
+            np.testing.assert_array_equal(gpuconv.conv1d(*args, **settings).get(), expected)
+        assert len(planned) == before + 1
+
+    is_planned(plain, x, weight, bias, groups=2)
+    is_planned(call("conv1d", given["input"], given["weight"], groups=2), x, weight, groups=2)
+    is_planned(plain[0], x[0], weight, bias, groups=2)
+    is_planned(plain[:1], x[:1], weight, bias, groups=2)
+    is_planned(plain[:, :, 1:], x[:, :, 1:], weight, bias, groups=2)
+    is_planned(plain[:, :, ::2], x, weight, bias, groups=2, stride=2)
+    is_planned(plain, cupy.asarray(np.ascontiguousarray(given["input"].T)).T, weight, bias, groups=2)
+    is_planned(plain, x, cupy.asarray(np.ascontiguousarray(given["weight"].T)).T, bias, groups=2)
+    is_planned(plain, x, weight, bias, groups=2, out=cupy.empty(plain.shape, np.float32))
+    is_planned(plain, x, weight, bias, groups=2, out=cupy.empty(plain.shape[::-1], np.float32).T)
+    shifted = cupy.empty((x.size + 1,), np.float32)[1:].reshape(*x.shape)  # contiguous, but 4 bytes off a vector
+    shifted[...] = x
+    is_planned(plain, shifted, weight, bias, groups=2)
+    assert shifted.strides == x.strides
+    is_planned(
+        call("conv1d", *(array.astype(np.float64) for array in given.values()), groups=2),
+        *(array.astype(np.float64) for array in (x, weight, bias)),
+        groups=2,
+    )
+    with cupy.cuda.Device(1):
+        is_planned(plain, *(cupy.asarray(array) for array in (x, weight, bias)), groups=2)
+
+
+def test_settings_find_one_plan_however_they_are_written(cupy: Any, planned: list[ConvProblem]) -> None:
+    given = on_device(cupy, arrays("conv1d"))
+    for stride, padding in ((2, (1, 1)), (np.int64(2), [1, 1]), (np.uint8(2), (np.int32(1), 1))):
+        gpuconv.conv1d(**given, stride=stride, padding=padding, groups=2)
+    assert len(planned) == 1
+    for dilation in ((1,), [1], [np.int8(1)]):
+        gpuconv.conv1d(**given, stride=2, padding=(1, 1), dilation=dilation, groups=2)
+    assert len(planned) == 2
+    layer = nn.Conv1d(4, 6, 3, stride=2, padding=1, device="cuda")
+    for _ in range(3):
+        layer(given["input"])
+    assert len(planned) == 3
+
+
+class Count:
+    """An integer by `__index__` alone: accepted, and planned anew each time."""
+
+    def __index__(self) -> int:
+        return 2
+
+
+def test_exotic_integers_are_accepted_without_a_plan_of_their_own(cupy: Any, planned: list[ConvProblem]) -> None:
+    given = arrays("conv1d")
+    expected = call("conv1d", **given, groups=2, stride=2)
+    for _ in range(2):
+        output = gpuconv.conv1d(**on_device(cupy, given), groups=2, stride=Count())  # type: ignore[arg-type]
+        np.testing.assert_array_equal(output.get(), expected)
+    assert len(planned) == 2
+
+
+@pytest.mark.parametrize("bad", [True, np.True_, 1.0, np.float32(1), (True,), [1.0], "1", None], ids=repr)
+@pytest.mark.parametrize("name", ["stride", "dilation", "groups", "padding"])
+def test_what_equals_a_cached_setting_is_still_refused(cupy: Any, name: str, bad: Any) -> None:
+    given = on_device(cupy, {"input": draw((2, 4, 10)), "weight": draw((6, 4, 3))})
+    gpuconv.conv1d(**given, **{name: 1})
+    gpuconv.conv1d(**given, **{name: (1,) if name != "groups" else 1})
+    with pytest.raises((TypeError, ValueError), match=f"^conv1d: {name} must be"):
+        gpuconv.conv1d(**given, **{name: bad})
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_the_plan_cache_is_bounded(
+    cupy: Any, planned: list[ConvProblem], monkeypatch: pytest.MonkeyPatch, op: str
+) -> None:
+    monkeypatch.setattr(functional, "_MAX_PLANS", 3)
+    weight = cupy.asarray(draw(VALID[op]["weight"]))
+    inputs = [cupy.asarray(draw((1, 4, length))) for length in range(10, 16)]
+    for x in inputs:
+        call(op, x, weight, groups=2)
+        assert len(functional._PLANS) <= 3
+    assert len(planned) == 6
+    for x in inputs[3:]:
+        call(op, x, weight, groups=2)
+    assert len(planned) == 6
+    call(op, inputs[0], weight, groups=2)
+    assert len(planned) == 7
+
+
+def test_concurrent_calls_share_a_small_plan_cache(cupy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(functional, "_MAX_PLANS", 2)
+    weight = draw((2, 2, 3))
+    inputs = [draw((1, 2, length), seed=length) for length in range(4, 10)]
+    expected = [gpuconv.conv1d(x, weight) for x in inputs]
+
+    def work(i: int) -> None:
+        i %= len(inputs)
+        output = gpuconv.conv1d(cupy.asarray(inputs[i]), cupy.asarray(weight))
+        np.testing.assert_array_equal(output.get(), expected[i])
+
+    with ThreadPoolExecutor(6) as pool:
+        for future in [pool.submit(work, i) for i in range(60)]:
+            future.result()
+    assert len(functional._PLANS) <= 2
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("name", ["input", "weight", "bias"])
+def test_out_on_a_gpu_must_not_overlap_an_input_cached_or_not(
+    cupy: Any, planned: list[ConvProblem], op: str, name: str
+) -> None:
+    given = arrays(op)
+    expected = call(op, **given, **SETTINGS[op])
+    inputs = on_device(cupy, given)
+    length = 128 + given[name].size
+    memory = cupy.empty((2 * length + expected.size,), np.float32)
+    inside = memory[length : length + given[name].size].reshape(*given[name].shape)
+    inside[...] = inputs[name]
+    inputs[name] = inside
+
+    def out_at(start: int) -> Any:
+        return memory[start : start + expected.size].reshape(*expected.shape)
+
+    def refused(out: Any) -> None:
+        with pytest.raises(ValueError, match=f"^{op}: out must not overlap {name}, but they share memory$"):
+            call(op, **inputs, **SETTINGS[op], out=out)
+        np.testing.assert_array_equal(inside.get(), given[name])
+
+    refused(out_at(length))
+    behind = out_at(-(-(length + given[name].size) // 4) * 4)  # as aligned as the one that overlaps
+    np.testing.assert_array_equal(call(op, **inputs, **SETTINGS[op], out=behind).get(), expected)
+    assert len(planned) == 1
+    refused(out_at(length))
+    refused(out_at(length + 4 * ((given[name].size - 1) // 4)))
+    assert len(planned) == 1
+
+
+def test_a_wrong_out_on_a_gpu_is_refused(cupy: Any) -> None:
+    given = on_device(cupy, {"input": draw((2, 4, 10)), "weight": draw((6, 4, 3))})
+
+    def refused(out: Any, error: type[Exception], says: str) -> None:
+        with pytest.raises(error, match="^" + re.escape(f"conv1d: {says}") + "$"):
+            gpuconv.conv1d(**given, out=out)
+
+    shape = (2, 6, 8)
+    gpuconv.conv1d(**given, out=cupy.empty(shape, np.float32))
+    refused(cupy.empty((2, 6, 9), np.float32), ValueError, "out must have shape (2, 6, 8), got (2, 6, 9)")
+    refused(cupy.empty(shape), TypeError, "out must have the dtype of input, float32, got float64")
+    one_kind = "all arrays must be of one kind and on one device"
+    one_row = cupy.ndarray(strided(shape, (48, 0, 1)), 0)
+    refused(one_row, ValueError, "out must not overlap itself, got strides (192, 0, 4) for shape (2, 6, 8)")
+    refused(
+        np.empty(shape, np.float32),
+        TypeError,
+        f"{one_kind}, got input as a CuPy array on device 0 and out as a NumPy array",
+    )
+    with cupy.cuda.Device(1):
+        elsewhere = cupy.empty(shape, np.float32)
+    refused(
+        elsewhere,
+        TypeError,
+        f"{one_kind}, got input as a CuPy array on device 0 and out as a CuPy array on device 1",
+    )
+
+
+@pytest.mark.parametrize("make", ["unaligned", "odd strides"])
+@pytest.mark.parametrize("name", ["input", "weight", "bias", "out"])
+@pytest.mark.parametrize("op", OPS)
+def test_arrays_that_kernels_cannot_read_are_copied(cupy: Any, op: str, name: str, make: str) -> None:
+    """Elements at addresses that are no multiple of their size: of a view of bytes, or of a packed record."""
+    given = arrays(op)
+    expected = call(op, **given, **SETTINGS[op])
+    value = given.get(name, np.zeros(expected.shape, np.float32))
+    if make == "unaligned":
+        host = whole = unaligned(value)
+    else:
+        whole = np.zeros(value.shape, [("a", np.uint8), ("value", np.float32)])
+        host = whole["value"]
+        host[...] = value
+    assert any(stride % 4 for stride in host.strides) or host.__array_interface__["data"][0] % 4
+    arguments = {**on_device(cupy, given), name: cupy.ndarray(host, 0)}
+    for _ in range(2):
+        output = call(op, **arguments, **SETTINGS[op])
+        np.testing.assert_array_equal(output.get(), expected)
+    if name == "out":
+        np.testing.assert_array_equal(host, expected)
+        assert output is arguments["out"]
+        if make == "odd strides":
+            assert not whole["a"].any()
+    else:
+        np.testing.assert_array_equal(host, value)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("name", ["input", "weight", "bias"])
+def test_arrays_of_two_kinds_or_devices_are_refused(cupy: Any, op: str, name: str) -> None:
+    given = arrays(op)
+    one = on_device(cupy, given)
+    with cupy.cuda.Device(1):
+        other = on_device(cupy, given)
+    call(op, **one, **SETTINGS[op])
+    base = f"^{op}: all arrays must be of one kind and on one device, got input as a "
+    second = "weight" if name == "input" else name  # the first array that differs from input
+    mixed = {
+        ("CuPy array on device 0", "CuPy array on device 1"): (one, other),
+        ("CuPy array on device 1", "CuPy array on device 0"): (other, one),
+        ("CuPy array on device 0", "NumPy array"): (one, given),
+        ("NumPy array", "CuPy array on device 1"): (given, other),
+    }
+    for (most, odd), (arguments, others) in mixed.items():
+        first, then = (odd, most) if name == "input" else (most, odd)
+        with pytest.raises(TypeError, match=f"{base}{first} and {second} as a {then}$"):
+            call(op, **{**arguments, name: others[name]}, **SETTINGS[op])
+    assert cupy.cuda.Device().id == 0
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "int32"])
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_numpy_arrays_beside_a_cupy_input_are_refused_whatever_their_dtype(cupy: Any, name: str, dtype: str) -> None:
+    given = arrays("conv1d")
+    wrong = given[name].astype(numpy_dtype(dtype) if dtype == "bfloat16" else dtype)
+    with pytest.raises(TypeError, match=f"input as a CuPy array on device 0 and {name} as a NumPy array"):
+        gpuconv.conv1d(**{**on_device(cupy, given), name: wrong}, groups=2)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_the_device_of_the_arrays_is_used_and_the_current_one_restored(
+    cupy: Any, monkeypatch: pytest.MonkeyPatch, op: str
+) -> None:
+    devices = []
+    launch = cupy.RawKernel.__call__
+
+    def recording(*args: Any, **kwargs: Any) -> None:
+        devices.append(cupy.cuda.runtime.getDevice())
+        launch(*args, **kwargs)
+
+    monkeypatch.setattr(cupy.RawKernel, "__call__", recording)
+    given = arrays(op)
+    with cupy.cuda.Device(1):
+        inputs = on_device(cupy, given)
+    for _ in range(2):
+        output = call(op, **inputs, **SETTINGS[op])
+        assert output.device.id == 1
+        np.testing.assert_array_equal(output.get(), call(op, **given, **SETTINGS[op]))
+    assert set(devices) == {1}
+    with pytest.raises(ValueError, match="stride must be at least 1"):
+        call(op, **inputs, stride=0)
+    assert cupy.cuda.runtime.getDevice() == 0
+    output = call(op, **on_device(cupy, given), **SETTINGS[op])
+    assert output.device.id == 0
+    assert devices[-1] == 0
+
+
+def test_kernels_go_to_cupys_current_stream(cupy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CuPy launches on its current stream unless it is told another."""
+    calls = []
+    launch = cupy.RawKernel.__call__
+
+    def recording(self: Any, *args: Any, **kwargs: Any) -> None:
+        calls.append((len(args), kwargs))
+        launch(self, *args, **kwargs)
+
+    monkeypatch.setattr(cupy.RawKernel, "__call__", recording)
+    gpuconv.conv1d(**on_device(cupy, arrays("conv1d")), groups=2)
+    assert calls
+    assert all(
+        number <= 4 and "stream" not in kwargs for number, kwargs in calls
+    )  # grid, block, arguments, shared memory
+
+
+def test_empty_outputs_are_not_launched(cupy: Any) -> None:
+    empty = cupy.empty((0, 4, 10), np.float32)
+    assert gpuconv.conv1d(empty, cupy.asarray(draw((6, 4, 3)))).shape == (0, 6, 8)
+    assert gpuconv.conv_transpose1d(empty, cupy.asarray(draw((4, 6, 3)))).shape == (0, 6, 12)
+    assert gpuconv.conv1d(cupy.asarray(draw((2, 4, 10))), cupy.empty((0, 4, 3), np.float32)).shape == (2, 0, 8)
+    assert cupy.launches == []
+
+
+def test_empty_sums_on_a_gpu_are_the_bias(cupy: Any) -> None:
+    bias = draw((6,))
+    output = gpuconv.conv1d(cupy.empty((2, 0, 10), np.float32), cupy.empty((6, 0, 3), np.float32), cupy.asarray(bias))
+    np.testing.assert_array_equal(output.get(), np.broadcast_to(bias[:, None], (2, 6, 8)))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_without_a_gpu_cupy_arrays_say_so(cupy: Any, monkeypatch: pytest.MonkeyPatch, op: str) -> None:
+    def no_device() -> int:
+        raise RuntimeError("cudaErrorInsufficientDriver: CUDA driver version is insufficient for CUDA runtime version")
+
+    inputs = on_device(cupy, arrays(op))
+    monkeypatch.setattr(cupy.cuda.runtime, "getDevice", no_device)
+    with pytest.raises(RuntimeError) as caught:
+        call(op, **inputs, **SETTINGS[op])
+    assert str(caught.value) == (
+        f"{op}: input is a CuPy array, but no GPU answers: cudaErrorInsufficientDriver: CUDA driver version is "
+        "insufficient for CUDA runtime version"
+    )
+
+
+@pytest.mark.parametrize(("op", "changes", "error"), [pytest.param(*p.values[:3], id=p.id) for p in POSSIBLE_BAD_CALLS])
+def test_errors_are_the_same_on_both_devices(
+    cupy: Any, op: str, changes: dict[str, Any], error: type[Exception]
+) -> None:
+    arguments = {**VALID[op], **changes}
+    shapes = {name: arguments.pop(name) for name in ("input", "weight", "bias")}
+    messages = []
+    for place in (lambda array: array, lambda array: None if array is None else cupy.ndarray(array, 0)):
+        with pytest.raises(error) as caught:
+            call(op, **{name: place(real_array(shape)) for name, shape in shapes.items()}, **arguments)
+        messages.append(str(caught.value))
+    assert messages[0] == messages[1]

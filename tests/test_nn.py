@@ -8,6 +8,7 @@ import math
 import subprocess
 import sys
 from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from scipy import stats
 import gpuconv
 from gpuconv import nn, reference
 from gpuconv.problem import DTYPES, ConvProblem, numpy_dtype
+
+from .hostcuda import fake_cupy
 
 LAYERS = ("Conv1d", "ConvTranspose1d")
 
@@ -547,3 +550,95 @@ def test_entries_that_are_no_arrays_are_refused(value: Any, says: str) -> None:
 def test_a_state_must_be_a_mapping() -> None:
     with pytest.raises(TypeError, match=r"^Conv1d.load_state_dict: state must be a mapping of arrays, got list$"):
         nn.Conv1d(1, 1, 1).load_state_dict([np.ones((1, 1, 1))])
+
+
+# -- GPUs, on a stand-in for CuPy --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cupy() -> Iterator[Any]:
+    with fake_cupy.installed():
+        yield fake_cupy
+
+
+@pytest.mark.parametrize(("device", "index"), [("cuda", 0), ("cuda:0", 0), ("cuda:1", 1)])
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_on_a_gpu_hold_the_same_parameters(cupy: Any, name: str, device: str, index: int) -> None:
+    host = getattr(nn, name)(2, 4, 3, groups=2, rng=5)
+    layer = getattr(nn, name)(2, 4, 3, groups=2, rng=5, device=device)
+    for key, array in layer.state_dict().items():
+        assert isinstance(array, cupy.ndarray)
+        assert array.device.id == index
+        np.testing.assert_array_equal(array.get(), host.state_dict()[key])
+    x = normal((2, 2, 9))
+    with cupy.cuda.Device(index):
+        output = layer(cupy.asarray(x))
+    assert output.device.id == index
+    build = ConvProblem.conv_transpose1d if host.transposed else ConvProblem.conv1d
+    problem = build(x, host.weight, host.bias, groups=2)
+    assert reference.within_bound(problem, output.get(), x, host.weight, host.bias).all()
+    assert cupy.cuda.runtime.getDevice() == 0
+
+
+def test_cuda_is_cupys_current_device(cupy: Any) -> None:
+    with cupy.cuda.Device(1):
+        assert nn.Conv1d(1, 1, 1, device="cuda").weight.device.id == 1
+        assert nn.Conv1d(1, 1, 1).to("cuda").bias.device.id == 1
+
+
+@pytest.mark.usefixtures("cupy")
+def test_to_moves_between_devices() -> None:
+    layer = nn.ConvTranspose1d(2, 3, 4, rng=0)
+    expected = layer.weight.copy()
+    for device, index in (("cuda", 0), ("cuda:1", 1), ("cuda:0", 0)):
+        layer.to(device)
+        assert (layer.weight.device.id, layer.bias.device.id) == (index, index)
+        np.testing.assert_array_equal(layer.weight.get(), expected)
+    weight = layer.weight
+    assert layer.to(device="cuda:0").weight is weight
+    layer.to("cuda:1").to(dtype="float64")
+    assert layer.weight.device.id == 1
+    assert layer.weight.dtype == np.float64
+    layer.to("cpu", "float32")
+    assert type(layer.weight) is np.ndarray
+    np.testing.assert_array_equal(layer.weight, expected)
+
+
+def test_states_load_across_devices(cupy: Any) -> None:
+    source = nn.Conv1d(2, 3, 4, rng=0)
+    layer = nn.Conv1d(2, 3, 4, rng=1, device="cuda:1")
+    layer.load_state_dict(source.state_dict())
+    assert layer.weight.device.id == 1
+    np.testing.assert_array_equal(layer.weight.get(), source.weight)
+    other = nn.Conv1d(2, 3, 4, rng=2)
+    other.load_state_dict(layer.state_dict())
+    assert type(other.weight) is np.ndarray
+    np.testing.assert_array_equal(other.weight, source.weight)
+    twin = nn.Conv1d(2, 3, 4, rng=3, device="cuda:1")
+    twin.load_state_dict(layer.state_dict())
+    twin.weight[...] = cupy.asarray(np.zeros((3, 2, 4), np.float32))
+    np.testing.assert_array_equal(layer.weight.get(), source.weight)
+
+
+def test_an_input_on_another_device_is_refused(cupy: Any) -> None:
+    layer = nn.Conv1d(2, 3, 4, device="cuda")
+    with pytest.raises(TypeError, match="got input as a NumPy array and weight as a CuPy array on device 0"):
+        layer(normal((2, 9)))
+    with cupy.cuda.Device(1):
+        x = cupy.asarray(normal((2, 9)))
+    with pytest.raises(TypeError, match="got input as a CuPy array on device 1 and weight as a CuPy array on device 0"):
+        layer(x)
+
+
+def test_a_gpu_that_is_not_there_is_refused(cupy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r'^Conv1d: device must be below "cuda:2", one of the .*, got "cuda:2"$'):
+        nn.Conv1d(1, 1, 1, device="cuda:2")
+
+    def no_driver() -> int:
+        raise RuntimeError("cudaErrorInsufficientDriver: CUDA driver version is insufficient for CUDA runtime version")
+
+    monkeypatch.setattr(cupy.cuda.runtime, "getDeviceCount", no_driver)
+    layer = nn.Conv1d(1, 1, 1)
+    with pytest.raises(RuntimeError, match=r'^Conv1d.to: device "cuda" was asked for, but no GPU answers: cudaError'):
+        layer.to("cuda")
+    assert type(layer.weight) is np.ndarray
