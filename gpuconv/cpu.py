@@ -1,6 +1,6 @@
 """The NumPy path: both operations on the CPU, through BLAS as NumPy offers it, with bounded extra memory.
 
-A transposed problem is seen as an ordinary convolution that yields ``stride`` neighbouring outputs, its phases, at each
+A transposed problem is seen as an ordinary convolution that yields `stride` neighbouring outputs, its phases, at each
 position (`_Geometry`). The output is cut into blocks, and `method` chooses, from the problem alone, how a block is
 computed:
 
@@ -8,11 +8,11 @@ computed:
   by, so this form serves every problem and every value. Where a group has one input channel the product is elementwise.
 - panels: the windows of a block are copied side by side into a panel, for one product with the weight as it lies.
 - shift-add: one product of all taps with the input as it lies, whose rows are then shifted and summed.
-- toeplitz: a few neighbouring outputs of one group as one product of their common window with a banded matrix.
+- toeplitz: neighbouring outputs of one group together, as the product of their common window with a banded matrix.
 
-The last three multiply zeros: padding, absent taps, the rest of the band. A zero is harmless until it meets an infinity
-or a NaN; the element it spoils is then not finite either. So each block that could be spoilt is checked while it is in
-the cache, and one that is not finite is computed again by taps.
+Panels and toeplitz multiply zeros: padding, absent taps, the rest of the band. A zero is harmless until it meets an
+infinity or a NaN; the element it spoils is then not finite either. So each block that could be spoilt is checked while
+it is in the cache, and one that is not finite is computed again by taps.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -34,28 +34,32 @@ from .problem import ITEMSIZE, ConvProblem
 
 Array = npt.NDArray[Any]
 
+_KIB = 1024
 _MIB = 1024 * 1024
 
 _ACCUMULATOR = {"float16": "float32", "bfloat16": "float32"}
 
-# Bytes of the largest scratch buffers of one worker.
+# Bytes of the scratch buffers. Where several threads run, each has its own, so that they are small.
 _PACKED_WEIGHT = 6 * _MIB
-_PANEL = 4 * _MIB
-_PRODUCT = 2 * _MIB
-_STAGED_INPUT = 1 * _MIB
-_TAP_CHANNELS = 1024
+_BUFFER = 4 * _MIB
+_CONCURRENT_BUFFER = 512 * _KIB
 
-# Elements per block of the elementwise form: two operands and the result stay in a second-level cache of 1 MiB.
+# Elements of a block of the elementwise form: the block, a product and the input stay in a second-level cache of 1 MiB.
 _ELEMENTWISE_BLOCK = 32 * 1024
 
-# OpenBLAS runs a product of at most this many multiply-adds on the calling thread (interface/gemm.c), so that several
-# Python threads can run such products at once; larger ones take turns, each using all of the library's threads.
-_SINGLE_THREADED = 64 * 1024 * 4
+# OpenBLAS computes a product of at most this many multiply-adds on the calling thread, and on machines with AVX-512
+# without packing its operands (kernel/x86_64/sgemm_small_kernel_permit_skylakex.c; interface/gemm.c has 64**3 for
+# others). Only such products run at the same time on several threads; larger ones take turns.
+_SMALL_PRODUCT = 100**3
+_SMALL_PRODUCT_COMPLEX = 64**3
 
-# Operations from which starting a thread pays: it costs some 0.1 ms.
+# Bytes of the largest weight that is multiplied in small products; larger ones leave the second-level cache.
+_TILED_WEIGHT = 1024 * _KIB
+
+# Operations from which a second thread pays: starting it costs some 0.1 ms.
 _WORTH_THREADS = 4_000_000
 
-# Extra memory grows with the number of workers, so it is bounded.
+# Extra memory grows with the number of threads, so it is bounded.
 _MAX_WORKERS = 8
 
 
@@ -76,11 +80,7 @@ class Method:
 
 def method(problem: ConvProblem) -> Method:
     """The form that `convolve` uses for a problem: a pure function of the problem."""
-    if 0 in problem.output_shape:
-        return Method("nothing", "the output is empty", 0)
-    if 0 in problem.input_shape:
-        return Method("bias", "the input is empty, so every sum is", 0)
-    return _plan(problem).method
+    return _plan(problem)[0]
 
 
 def convolve(problem: ConvProblem, input: Array, weight: Array, bias: Array | None, output: Array) -> None:
@@ -101,9 +101,8 @@ def convolve(problem: ConvProblem, input: Array, weight: Array, bias: Array | No
     call = _Call(problem, input, weight, bias, output)
     if input.size == 0:
         call.fill_with_bias()
-        return
-    plan = _plan(problem)
-    plan.run(call, plan)
+    else:
+        _plan(problem)[1].run(call)
 
 
 # -- the problem as the forms see it ---------------------------------------------------------------------------------
@@ -130,18 +129,20 @@ class _Geometry(NamedTuple):
             return cls(p.stride, -p.padding_left, p.dilation, p.K, 1, 1)
         return cls(1, 0, -p.dilation, -(-p.K // p.stride), min(p.stride, p.K), p.stride)
 
-    def window(self, start: int, stop: int) -> tuple[int, int]:
-        """The input positions that the positions start to stop read: the first, and the one behind the last."""
-        reach = (self.tap_groups - 1) * self.dilation
-        return (
-            start * self.stride + self.offset + min(0, reach),
-            (stop - 1) * self.stride + self.offset + max(0, reach) + 1,
-        )
+    def window(self, start: int, stop: int, taps: slice) -> tuple[int, int]:
+        """The input positions that these tap groups of the positions start to stop read: first, and behind the last."""
+        ends = (taps.start * self.dilation, (taps.stop - 1) * self.dilation)
+        return start * self.stride + self.offset + min(ends), (stop - 1) * self.stride + self.offset + max(ends) + 1
 
-    def reading(self, j: int, low: int, high: int) -> tuple[int, int]:
-        """The positions whose tap group j reads the input positions from low to high."""
+    def reading(self, j: int, start: int, stop: int, low: int, high: int) -> tuple[int, int, slice]:
+        """Those of the positions start to stop whose tap group j reads the input between low and high (from, to).
+
+        Also what they read.
+        """
         shift = self.offset + j * self.dilation
-        return -((shift - low) // self.stride), -((shift - high) // self.stride)
+        first = min(max(start, -((shift - low) // self.stride)), stop)
+        last = max(min(stop, -((shift - high) // self.stride)), first)
+        return first, last, slice(first * self.stride + shift, (last - 1) * self.stride + shift + 1, self.stride)
 
 
 def _has_geometry(p: ConvProblem) -> bool:
@@ -169,24 +170,8 @@ def _outputs(p: ConvProblem, phase: int, start: int, stop: int) -> tuple[int, in
     return low, high, slice(low * p.stride + shift, high * p.stride + shift - p.stride + 1, p.stride)
 
 
-class _Phase(NamedTuple):
-    """The taps of one phase as (k, shift): position q reads the input at ``q*step + shift``."""
-
-    phase: int
-    step: int
-    taps: tuple[tuple[int, int], ...]
-
-
-@lru_cache(maxsize=256)
-def _phases(p: ConvProblem) -> tuple[_Phase, ...]:
-    """The phases that have taps."""
-    if not p.transposed:
-        return (_Phase(0, p.stride, tuple((k, k * p.dilation - p.padding_left) for k in range(p.K))),)
-    taps: dict[int, list[tuple[int, int]]] = {}
-    for k in range(p.K):
-        position, phase = divmod(k * p.dilation, p.stride)
-        taps.setdefault(phase, []).append((k, -position))
-    return tuple(_Phase(phase, 1, tuple(taps[phase])) for phase in sorted(taps))
+def _accumulator_size(p: ConvProblem) -> int:
+    return ITEMSIZE[_ACCUMULATOR.get(p.dtype, p.dtype)]
 
 
 class _Scratch:
@@ -235,26 +220,28 @@ class _Call:
     def fill_with_bias(self) -> None:
         self.y[...] = 0 if self.b is None else self.b[:, :, None]
 
-    def read(self, samples: slice, groups: slice, start: int, stop: int, scratch: _Scratch) -> Array:
-        """The input from position start to stop as (samples, groups, C_in_g, stop - start), zeros outside of it.
+    def bias(self, groups: slice, rows: slice) -> Array | None:
+        """(groups, rows) in the accumulator's dtype."""
+        return None if self.b is None else self.b[groups, rows].astype(self.dtype, copy=False)
+
+    def read(self, samples: slice, groups: slice, channels: slice, low: int, high: int, scratch: _Scratch) -> Array:
+        """The input from position low to high as (samples, groups, channels, high - low), zeros outside of it.
 
         A view where BLAS can read the input as it lies, else a copy in the accumulator's dtype.
         """
-        x = self.x[samples, groups]
-        if self.x_direct and start >= 0 and stop <= self.p.L_in:
-            return x[..., start:stop]
-        staged = scratch.take("input", *x.shape[:3], stop - start)
-        low = min(max(start, 0), stop)
-        high = max(min(stop, self.p.L_in), low)
-        staged[..., : low - start] = 0
-        staged[..., low - start : high - start] = x[..., low:high]
-        staged[..., high - start :] = 0
+        x = self.x[samples, groups, channels]
+        if self.x_direct and low >= 0 and high <= self.p.L_in:
+            return x[..., low:high]
+        staged = scratch.take("input", *x.shape[:3], high - low)
+        first = min(max(low, 0), high)
+        last = max(min(high, self.p.L_in), first)
+        staged[..., : first - low] = 0
+        staged[..., first - low : last - low] = x[..., first:last]
+        staged[..., last - low :] = 0
         return staged
 
     def store(self, samples: slice, groups: slice, rows: slice, start: int, stop: int, sums: Array) -> None:
-        """Add the bias to `sums` (samples, groups, rows, phases, stop - start), in place, and write the outputs."""
-        if self.b is not None:
-            sums += self.b[groups, rows, None, None]
+        """Write `sums` (samples, groups, rows, phases, stop - start) to the outputs."""
         y = self.y[samples, groups, rows]
         for r in range(sums.shape[3]):
             low, high, at = _outputs(self.p, r, start, stop)
@@ -292,25 +279,37 @@ def _fit(budget: int, *extents: int) -> list[int]:
     return sizes
 
 
-def _run_blocks(call: _Call, compute: Callable[..., None], blocks: Sequence[tuple[Any, ...]], concurrent: bool) -> None:
-    """Call ``compute(call, *block, scratch)`` for each block, on several threads if `concurrent`.
+class _Form(Protocol):
+    """A way to compute a problem, with its block sizes."""
+
+    def run(self, call: _Call) -> None: ...
+
+
+def _run_blocks(call: _Call, compute: Callable[..., None], blocks: Sequence[tuple[Any, ...]], workers: int) -> None:
+    """Call ``compute(call, *block, scratch)`` for each block, on at most so many threads.
 
     The blocks write disjoint parts of the output, so neither their order nor the number of threads changes a bit.
     """
-    workers = min(len(blocks), _usable_cpus(), _MAX_WORKERS) if concurrent else 1
+    workers = min(workers, len(blocks), _usable_cpus()) if workers > 1 else 1
     pending = deque(blocks)
 
     def work() -> None:
         scratch = _Scratch(call.dtype)
-        with np.errstate(all="ignore"):
-            while True:
-                try:
-                    block = pending.popleft()
-                except IndexError:
-                    return
-                compute(call, *block, scratch)
+        # NumPy copies rows that are shorter than its buffer into it before it computes, even where nothing is to be
+        # converted; a buffer shorter than the rows keeps it from doing so.
+        buffer_size = np.setbufsize(64 if call.p.L_out >= 64 else 8192)
+        try:
+            with np.errstate(all="ignore"):
+                while pending:
+                    try:
+                        block = pending.popleft()
+                    except IndexError:  # another thread took the last one
+                        return
+                    compute(call, *block, scratch)
+        finally:
+            np.setbufsize(buffer_size)
 
-    if workers <= 1:
+    if workers == 1:
         work()
         return
     with ThreadPoolExecutor(workers - 1, thread_name_prefix="gpuconv") as pool:
@@ -329,107 +328,137 @@ def _usable_cpus() -> int:
 # -- taps ------------------------------------------------------------------------------------------------------------
 
 
-def _run_taps(call: _Call, plan: _Plan) -> None:
-    p = call.p
-    phases = _phases(p)
-    if p.transposed and len(phases) < p.stride:
-        call.fill_with_bias()
-    blocks = _taps_blocks(p, slice(0, p.N), slice(0, p.groups), slice(0, p.C_out_g), *_positions(p))
-    _run_blocks(call, _compute_taps, list(blocks), plan.concurrent)
+class _Phase(NamedTuple):
+    """The taps of one phase as (k, shift): position q reads the input at ``q*step + shift``."""
+
+    phase: int
+    step: int
+    taps: tuple[tuple[int, int], ...]
 
 
-def _compute_by_taps(
-    call: _Call, samples: slice, groups: slice, rows: slice, start: int, stop: int, scratch: _Scratch
-) -> None:
-    """Compute a block of the output by taps, whatever form the rest is computed by."""
-    for block in _taps_blocks(call.p, samples, groups, rows, start, stop):
-        _compute_taps(call, *block, scratch)
+@lru_cache(maxsize=256)
+def _phases(p: ConvProblem) -> tuple[_Phase, ...]:
+    """The phases that have taps."""
+    if not p.transposed:
+        return (_Phase(0, p.stride, tuple((k, k * p.dilation - p.padding_left) for k in range(p.K))),)
+    taps: dict[int, list[tuple[int, int]]] = {}
+    for k in range(p.K):
+        position, phase = divmod(k * p.dilation, p.stride)
+        taps.setdefault(phase, []).append((k, -position))
+    return tuple(_Phase(phase, 1, tuple(taps[phase])) for phase in sorted(taps))
 
 
-def _taps_blocks(
-    p: ConvProblem, samples: slice, groups: slice, rows: slice, start: int, stop: int
-) -> Iterator[tuple[slice, slice, slice, _Phase, int, int]]:
-    per_length, per_rows, per_groups, per_samples = _taps_extents(p)
-    for phase in _phases(p):
-        low, high, _ = _outputs(p, phase.phase, start, stop)
-        for n in _slices(samples.start, samples.stop, per_samples):
-            for g in _slices(groups.start, groups.stop, per_groups):
-                for m in _slices(rows.start, rows.stop, per_rows):
-                    for at in _slices(low, high, per_length):
-                        yield n, g, m, phase, at.start, at.stop
+@dataclass(frozen=True, slots=True)
+class _Taps:
+    """One product per tap, summed. Block sizes: positions, rows, groups, samples; and the channels of one product."""
 
+    length: int
+    rows: int
+    groups: int
+    samples: int
+    channels: int
+    workers: int
 
-def _taps_extents(p: ConvProblem) -> list[int]:
-    """Block extents: positions, rows, groups, samples."""
-    if p.C_in_g == 1:
-        return _fit(_ELEMENTWISE_BLOCK, p.L_out, p.C_out_g, p.groups, p.N)
-    budget = _PRODUCT // _accumulator_size(p)
-    rows, channels = min(p.C_out_g, 256), min(p.C_in_g, _TAP_CHANNELS)
-    largest = max(rows, channels)
-    length = min(p.L_out, budget // largest)
-    groups = max(1, min(p.groups, budget // (largest * max(length, min(rows, channels)))))
-    samples = max(1, min(p.N, budget // (largest * length * groups)))
-    return [length, rows, groups, samples]
+    @classmethod
+    def of(cls, p: ConvProblem) -> _Taps:
+        if p.C_in_g == 1:
+            workers = _MAX_WORKERS if p.flops() > _WORTH_THREADS else 1
+            return cls(*_fit(_ELEMENTWISE_BLOCK, p.L_out, p.C_out_g, p.groups, p.N), 1, workers)
+        budget = _BUFFER // 2 // _accumulator_size(p)
+        rows, channels = min(p.C_out_g, 256), min(p.C_in_g, 1024)
+        largest = max(rows, channels)
+        length = min(p.L_out, budget // largest)
+        groups = max(1, min(p.groups, budget // (largest * max(length, min(rows, channels)))))
+        samples = max(1, min(p.N, budget // (largest * length * groups)))
+        return cls(length, rows, groups, samples, channels, 1)
 
+    def workspace(self, p: ConvProblem) -> int:
+        return self.workers * self.block_workspace(p, self.samples, self.groups, self.rows, self.length)
 
-def _taps_bytes(p: ConvProblem) -> int:
-    """A bound on the scratch memory of one block."""
-    size = _accumulator_size(p)
-    length, rows, groups, samples = _taps_extents(p)
-    sums = samples * groups * rows * length
-    if p.C_in_g == 1:
-        return 2 * sums * size + _STAGED_INPUT
-    channels = min(p.C_in_g, _TAP_CHANNELS)
-    return (2 * sums + groups * channels * (rows + samples * length)) * size + _STAGED_INPUT
+    def block_workspace(self, p: ConvProblem, samples: int, groups: int, rows: int, length: int) -> int:
+        """A bound on the scratch memory of a part of the output of this size."""
+        groups, rows = min(groups, self.groups), min(rows, self.rows)
+        columns = min(samples, self.samples) * min(length, self.length)
+        operands = groups * self.channels * (rows + columns) if p.C_in_g > 1 else 0
+        return (2 * groups * rows * columns + operands) * _accumulator_size(p) + _CONCURRENT_BUFFER
 
+    def run(self, call: _Call) -> None:
+        p = call.p
+        if p.transposed and len(_phases(p)) < p.stride:
+            call.fill_with_bias()
+        blocks = self._blocks(p, slice(0, p.N), slice(0, p.groups), slice(0, p.C_out_g), *_positions(p))
+        _run_blocks(call, self._compute, list(blocks), self.workers)
 
-def _accumulator_size(p: ConvProblem) -> int:
-    return ITEMSIZE[_ACCUMULATOR.get(p.dtype, p.dtype)]
+    def compute_block(
+        self, call: _Call, samples: slice, groups: slice, rows: slice, start: int, stop: int, scratch: _Scratch
+    ) -> None:
+        """Compute a part of the output whose rest another form computes."""
+        for block in self._blocks(call.p, samples, groups, rows, start, stop):
+            self._compute(call, *block, scratch)
 
+    def _blocks(
+        self, p: ConvProblem, samples: slice, groups: slice, rows: slice, start: int, stop: int
+    ) -> Iterator[tuple[slice, slice, slice, _Phase, int, int]]:
+        for phase in _phases(p):
+            low, high, _ = _outputs(p, phase.phase, start, stop)
+            for n in _slices(samples.start, samples.stop, self.samples):
+                for g in _slices(groups.start, groups.stop, self.groups):
+                    for m in _slices(rows.start, rows.stop, self.rows):
+                        for at in _slices(low, high, self.length):
+                            yield n, g, m, phase, at.start, at.stop
 
-def _compute_taps(
-    call: _Call, samples: slice, groups: slice, rows: slice, phase: _Phase, start: int, stop: int, scratch: _Scratch
-) -> None:
-    p = call.p
-    _, _, at = _outputs(p, phase.phase, start, stop)
-    y = call.y[samples, groups, rows, at]
-    direct = call.y_direct and (at.step is None or at.step == 1)
-    sums = y if direct else scratch.take("sums", *y.shape)
-    terms = []
-    for k, shift in phase.taps:
-        low = max(start, -(shift // phase.step))
-        high = min(stop, (p.L_in - 1 - shift) // phase.step + 1)
-        if low < high:
-            read = slice(low * phase.step + shift, (high - 1) * phase.step + shift + 1, phase.step)
-            terms.append((slice(low - start, high - start), k, read))
-    # A tap that feeds every output of the block goes first, so that its product need not be added to anything.
-    terms.sort(key=lambda term: term[0].start - term[0].stop)
-    fresh = bool(terms) and terms[0][0] == slice(0, stop - start)
-    if not fresh:
-        sums[...] = 0
-    x, origin = call.x[samples, groups], 0
-    if terms and x.dtype != call.dtype:
-        low, high = min(term[2].start for term in terms), max(term[2].stop for term in terms)
-        if math.prod(x.shape[:3]) * (high - low) * call.dtype.itemsize <= _STAGED_INPUT:
-            staged = scratch.take("input", *x.shape[:3], high - low)
-            staged[...] = x[..., low:high]
-            x, origin = staged, low
-    for c in _slices(0, p.C_in_g, _TAP_CHANNELS):
-        for fed, k, read in terms:
-            x_tap = x[:, :, c, read.start - origin : read.stop - origin : phase.step]
-            w_tap = call.w[groups, rows, c, k]
-            product = sums if fresh else scratch.take("product", *sums.shape[:3], fed.stop - fed.start)
-            if p.C_in_g == 1:
-                np.multiply(x_tap, w_tap, out=product, dtype=call.dtype)
-            else:
-                _multiply_tap(w_tap, x_tap, product, scratch)
-            if not fresh:
-                np.add(sums[..., fed], product, out=sums[..., fed])
-            fresh = False
-    if call.b is not None:
-        sums += call.b[groups, rows, None]
-    if not direct:
-        y[...] = sums
+    def _compute(
+        self,
+        call: _Call,
+        samples: slice,
+        groups: slice,
+        rows: slice,
+        phase: _Phase,
+        start: int,
+        stop: int,
+        scratch: _Scratch,
+    ) -> None:
+        p = call.p
+        _, _, at = _outputs(p, phase.phase, start, stop)
+        y = call.y[samples, groups, rows, at]
+        direct = call.y_direct and at.step in (None, 1)
+        sums = y if direct else scratch.take("sums", *y.shape)
+        terms = []
+        for k, shift in phase.taps:
+            low = max(start, -(shift // phase.step))
+            high = min(stop, (p.L_in - 1 - shift) // phase.step + 1)
+            if low < high:
+                read = slice(low * phase.step + shift, (high - 1) * phase.step + shift + 1, phase.step)
+                terms.append((slice(low - start, high - start), k, read))
+        # A tap that feeds every output of the block goes first: its product need not be added to anything.
+        terms.sort(key=lambda term: term[0].start - term[0].stop)
+        fresh = bool(terms) and terms[0][0] == slice(0, stop - start)
+        if not fresh:
+            sums[...] = 0
+        x, origin = call.x[samples, groups], 0
+        if terms and x.dtype != call.dtype:
+            low, high = min(term[2].start for term in terms), max(term[2].stop for term in terms)
+            if math.prod(x.shape[:3]) * (high - low) * call.dtype.itemsize <= _CONCURRENT_BUFFER:
+                staged = scratch.take("input", *x.shape[:3], high - low)
+                staged[...] = x[..., low:high]
+                x, origin = staged, low
+        for c in _slices(0, p.C_in_g, self.channels):
+            for fed, k, read in terms:
+                x_tap = x[:, :, c, read.start - origin : read.stop - origin : phase.step]
+                w_tap = call.w[groups, rows, c, k]
+                product = sums if fresh else scratch.take("product", *sums.shape[:3], fed.stop - fed.start)
+                if p.C_in_g == 1:
+                    np.multiply(x_tap, w_tap, out=product, dtype=call.dtype)
+                else:
+                    _multiply_tap(w_tap, x_tap, product, scratch)
+                if not fresh:
+                    np.add(sums[..., fed], product, out=sums[..., fed])
+                fresh = False
+        bias = call.bias(groups, rows)
+        if bias is not None:
+            sums += bias[:, :, None]
+        if not direct:
+            y[...] = sums
 
 
 def _multiply_tap(w_tap: Array, x_tap: Array, product: Array, scratch: _Scratch) -> None:
@@ -446,28 +475,211 @@ def _multiply_tap(w_tap: Array, x_tap: Array, product: Array, scratch: _Scratch)
 # -- panels ----------------------------------------------------------------------------------------------------------
 
 
-def _run_panels(call: _Call, plan: _Plan) -> None:
-    p, geometry = call.p, plan.geometry
-    if p.transposed and geometry.phases < p.stride:
-        call.fill_with_bias()
-    in_place = not p.transposed and call.w.dtype == call.dtype and call.w.flags.c_contiguous and call.w.flags.aligned
-    per_groups, per_rows = (p.groups, p.C_out_g) if in_place else (plan.weight_groups, plan.weight_rows)
-    packed = _Scratch(call.dtype)
-    first, last = _positions(p)
-    for g in _slices(0, p.groups, per_groups):
-        for m in _slices(0, p.C_out_g, per_rows):
-            w = call.w[g, m]
-            weight = w.reshape(*w.shape[:2], -1) if in_place else _pack_weight(geometry, w, packed)
-            blocks = [
-                (plan, weight[groups.start - g.start : groups.stop - g.start], n, groups, m, at.start, at.stop)
-                for n in _slices(0, p.N, plan.samples)
-                for groups in _slices(g.start, g.stop, plan.groups)
-                for at in _slices(first, last, plan.length)
-            ]
-            _run_blocks(call, _compute_panel, blocks, plan.concurrent)
+@dataclass(frozen=True, slots=True)
+class _Panels:
+    """Panels of windows times the weight.
+
+    A block (`samples`, `groups`, `rows`, `length` positions) is computed in tiles of `tile` positions and `tile_rows`
+    rows of the weight, each tile a sum of products over `channels` input channels and `taps` tap groups. Where `merged`,
+    one tile holds all positions of all samples of the block. Of a weight that cannot be read as it lies, `weight_rows`
+    rows of `weight_groups` groups are packed at a time.
+    """
+
+    geometry: _Geometry
+    safe: _Taps
+    samples: int
+    groups: int
+    rows: int
+    length: int
+    tile: int
+    tile_rows: int
+    channels: int
+    taps: int
+    merged: bool
+    weight_groups: int
+    weight_rows: int
+    workers: int
+
+    @classmethod
+    def of(cls, p: ConvProblem) -> _Panels | None:
+        """None where even the smallest panel is too large."""
+        geometry, size = _Geometry.of(p), _accumulator_size(p)
+        first, last = _positions(p)
+        Q, J, R = last - first, geometry.tap_groups, geometry.phases
+        depth, M = p.C_in_g * J, p.C_out_g
+        weight_rows, weight_groups = _fit(_PACKED_WEIGHT // (size * depth * R), M, p.groups)
+        if weight_rows * depth * R * size > _PACKED_WEIGHT:
+            return None
+        packing = (weight_groups, weight_rows)
+        merged = Q < 16 and p.N > 1
+        small = _SMALL_PRODUCT_COMPLEX if p.is_complex else _SMALL_PRODUCT
+        if merged or M * R * depth > _TILED_WEIGHT // size:
+            budget = _BUFFER // size
+            if depth > budget:
+                return None
+            rows = min(M, max(1, 4096 // R))
+            length = min(Q, budget // depth, max(16, budget // (rows * R)))
+            rows = max(1, min(rows, budget // (length * R)))
+            samples = max(1, min(p.N, 512 // Q, budget // (max(depth, rows * R) * Q))) if merged else 1
+            groups = 1
+            if length == Q and rows == M:
+                groups = max(1, min(p.groups, budget // (max(depth, M * R) * Q * samples)))
+            return cls(
+                geometry, _Taps.of(p), samples, groups, rows, length, length, rows * R, p.C_in_g, J, merged, *packing, 1
+            )
+        budget = _CONCURRENT_BUFFER // size
+        taps = min(J, 960)
+        channels = min(p.C_in_g, max(1, 960 // taps))
+        channels = -(-p.C_in_g // -(-p.C_in_g // channels))
+        tile_rows = min(M * R, 16 if channels * taps > small // 2048 else 32 if channels * taps > small // 4096 else 64)
+        tile = max(32, small // (tile_rows * channels * taps) // 32 * 32)
+        tile = min(Q, tile, 512)
+        largest = max(channels * taps, min(M, max(1, 2048 // R)) * R)
+        rows = min(M, max(1, budget // (tile * R)))
+        tiles = max(1, min(-(-Q // tile), budget // (largest * tile), p.N * p.groups * Q // (16 * tile)))
+        length = min(Q, tiles * tile)
+        groups = samples = 1
+        if length == Q and rows == M:
+            groups = max(1, min(p.groups, budget // (largest * Q)))
+            if groups == p.groups:
+                samples = max(1, min(p.N, budget // (largest * Q * groups)))
+        workers = _MAX_WORKERS if p.flops() > _WORTH_THREADS else 1
+        return cls(
+            geometry, _Taps.of(p), samples, groups, rows, length, tile, tile_rows, channels, taps, False, *packing,
+            workers,
+        )  # fmt: skip
+
+    def workspace(self, p: ConvProblem) -> int:
+        size, R = _accumulator_size(p), self.geometry.phases
+        columns = self.samples * self.groups * self.length
+        panel = columns * self.channels * self.taps
+        sums = columns * self.rows * R * (1 if self.channels * self.taps == p.C_in_g * self.geometry.tap_groups else 2)
+        safe = self.safe.block_workspace(p, self.samples, self.groups, self.rows, self.length)
+        packed = self.weight_groups * self.weight_rows * p.C_in_g * self.geometry.tap_groups * R * size
+        return packed + self.workers * ((panel + sums) * size + self._stage_limit() + safe)
+
+    def _stage_limit(self) -> int:
+        return _CONCURRENT_BUFFER if self.workers > 1 else _BUFFER
+
+    def run(self, call: _Call) -> None:
+        p, geometry = call.p, self.geometry
+        if p.transposed and geometry.phases < p.stride:
+            call.fill_with_bias()
+        in_place = (
+            not p.transposed and call.w.dtype == call.dtype and call.w.flags.c_contiguous and call.w.flags.aligned
+        )
+        per_groups, per_rows = (p.groups, p.C_out_g) if in_place else (self.weight_groups, self.weight_rows)
+        packed = _Scratch(call.dtype)
+        first, last = _positions(p)
+        for g in _slices(0, p.groups, per_groups):
+            for m in _slices(0, p.C_out_g, per_rows):
+                w = call.w[g, m]
+                weight = w.reshape(*w.shape[:2], -1) if in_place else _pack_windows(geometry, w, packed)
+                blocks = [
+                    (_part(weight, g, groups, m, rows, geometry.phases), n, groups, rows, at.start, at.stop)
+                    for n in _slices(0, p.N, self.samples)
+                    for groups in _slices(g.start, g.stop, self.groups)
+                    for at in _slices(first, last, self.length)
+                    for rows in _slices(m.start, m.stop, self.rows)
+                ]
+                _run_blocks(call, self._compute, blocks, self.workers)
+
+    def _compute(
+        self,
+        call: _Call,
+        weight: Array,
+        samples: slice,
+        groups: slice,
+        rows: slice,
+        start: int,
+        stop: int,
+        scratch: _Scratch,
+    ) -> None:
+        p, geometry = call.p, self.geometry
+        N, G, T, R = samples.stop - samples.start, weight.shape[0], stop - start, geometry.phases
+        direct = call.y_direct and geometry.interleave == 1 and not self.merged
+        if direct:
+            sums = call.y[samples, groups, rows, _outputs(p, 0, start, stop)[2]]
+        elif self.merged:
+            sums = scratch.take("sums", 1, G, weight.shape[1], N * T)
+        else:
+            sums = scratch.take("sums", N, G, weight.shape[1], T)
+        whole = stop - T % self.tile
+        for begin, end, tile in ((start, whole, self.tile), (whole, stop, stop - whole)):
+            if begin == end:
+                continue
+            tiles = (end - begin) // tile
+            # The samples of a merged block are columns of its only tile.
+            part = sums if self.merged else sums[..., begin - start : end - start]
+            part = part.reshape(*part.shape[:3], tiles, -1).transpose(0, 1, 3, 2, 4)
+            into = part
+            for c in _slices(0, p.C_in_g, self.channels):
+                for j in _slices(0, geometry.tap_groups, self.taps):
+                    panel = self._windows(call, samples, groups, c, j, begin, tiles, tile, scratch)
+                    at = c.start * geometry.tap_groups + j.start
+                    _multiply_tiles(weight[:, :, at : at + panel.shape[3]], panel, into, self.tile_rows)
+                    if into is not part:
+                        np.add(part, into, out=part)
+                    elif self.channels < p.C_in_g or self.taps < geometry.tap_groups:
+                        into = scratch.take("product", *part.shape)
+        low, high = geometry.window(start, stop, slice(0, geometry.tap_groups))
+        absent_taps = geometry.interleave > 1 and geometry.tap_groups * geometry.phases > p.K
+        if (low < 0 or high > p.L_in or absent_taps) and not _is_finite(sums):
+            self.safe.compute_block(call, samples, groups, rows, start, stop, scratch)
+            return
+        bias = call.bias(groups, rows)
+        if bias is not None:
+            sums += np.repeat(bias, R, axis=1)[:, :, None]
+        if self.merged:
+            call.store(samples, groups, rows, start, stop, sums.reshape(G, -1, R, N, T).transpose(3, 0, 1, 2, 4))
+        elif not direct:
+            call.store(samples, groups, rows, start, stop, sums.reshape(N, G, -1, R, T))
+
+    def _windows(
+        self,
+        call: _Call,
+        samples: slice,
+        groups: slice,
+        channels: slice,
+        taps: slice,
+        start: int,
+        tiles: int,
+        tile: int,
+        scratch: _Scratch,
+    ) -> Array:
+        """The windows of some tiles as (samples, groups, tiles, channels*taps, tile); the samples of a merged block
+        are columns: (1, groups, 1, channels*taps, samples*tile)."""
+        geometry = self.geometry
+        N, G = samples.stop - samples.start, groups.stop - groups.start
+        C, J = channels.stop - channels.start, taps.stop - taps.start
+        stop = start + tiles * tile
+        low, high = geometry.window(start, stop, taps)
+        if self.merged:
+            panel = scratch.take("panel", G, C, J, N, tile)
+            windows = panel.transpose(3, 0, 1, 2, 4)[:, :, None]
+        else:
+            panel = windows = scratch.take("panel", N, G, tiles, C, J, tile)
+        inside = call.x_direct and low >= 0 and high <= call.p.L_in
+        if inside or N * G * C * (high - low) * call.dtype.itemsize <= self._stage_limit():
+            x = call.read(samples, groups, channels, low, high, scratch)
+            s_n, s_g, s_c, s_l = x.strides
+            origin = start * geometry.stride + geometry.offset + taps.start * geometry.dilation - low
+            strides = (s_n, s_g, s_l * geometry.stride * tile, s_c, s_l * geometry.dilation, s_l * geometry.stride)
+            np.copyto(windows, as_strided(x[..., origin:], windows.shape, strides))
+        else:  # the windows span too much to be staged in one piece
+            x = call.x[samples, groups, channels]
+            for at in range(tiles):
+                for j in range(J):
+                    begin = start + at * tile
+                    first, last, read = geometry.reading(taps.start + j, begin, begin + tile, 0, call.p.L_in)
+                    windows[:, :, at, :, j, : first - begin] = 0
+                    if first < last:
+                        windows[:, :, at, :, j, first - begin : last - begin] = x[..., read]
+                    windows[:, :, at, :, j, last - begin :] = 0
+        return panel.reshape(1, G, 1, C * J, N * tile) if self.merged else panel.reshape(N, G, tiles, C * J, tile)
 
 
-def _pack_weight(geometry: _Geometry, w: Array, scratch: _Scratch) -> Array:
+def _pack_windows(geometry: _Geometry, w: Array, scratch: _Scratch) -> Array:
     """Weight (groups, rows, C_in_g, K) as (groups, rows*phases, C_in_g*tap_groups), zeros for the absent taps."""
     G, M, C, _ = w.shape
     packed = scratch.take("weight", G, M, geometry.phases, C, geometry.tap_groups)
@@ -481,155 +693,279 @@ def _pack_weight(geometry: _Geometry, w: Array, scratch: _Scratch) -> Array:
     return packed.reshape(G, M * geometry.phases, C * geometry.tap_groups)
 
 
-def _compute_panel(
-    call: _Call,
-    plan: _Plan,
-    weight: Array,
-    samples: slice,
-    groups: slice,
-    rows: slice,
-    start: int,
-    stop: int,
-    scratch: _Scratch,
-) -> None:
-    p, geometry = call.p, plan.geometry
-    windows = _windows(call, geometry, samples, groups, start, stop, scratch)
-    low, high = geometry.window(start, stop)
-    spoilable = low < 0 or high > p.L_in or geometry.interleave * geometry.tap_groups > max(p.K, geometry.interleave)
-    G, N, T, R = windows.shape[0], samples.stop - samples.start, stop - start, geometry.phases
-    direct = call.y_direct and geometry.interleave == 1 and N == 1
-    for m in _slices(rows.start, rows.stop, plan.rows):
-        if direct:
-            sums = call.y[samples.start, groups, m, _outputs(p, 0, start, stop)[2]]
-        else:
-            sums = scratch.take("sums", G, (m.stop - m.start) * R, N * T)
-        np.matmul(weight[:, (m.start - rows.start) * R : (m.stop - rows.start) * R], windows, out=sums)
-        if spoilable and not _is_finite(sums):
-            _compute_by_taps(call, samples, groups, m, start, stop, scratch)
-        elif not direct:
-            call.store(samples, groups, m, start, stop, sums.reshape(G, -1, R, N, T).transpose(3, 0, 1, 2, 4))
-        elif call.b is not None:
-            sums += call.b[groups, m, None]
+def _part(weight: Array, all_groups: slice, groups: slice, all_rows: slice, rows: slice, per_row: int) -> Array:
+    """Of a packed weight (groups, rows*per_row, depth), the part of some of its groups and rows."""
+    return weight[
+        groups.start - all_groups.start : groups.stop - all_groups.start,
+        (rows.start - all_rows.start) * per_row : (rows.stop - all_rows.start) * per_row,
+    ]
 
 
-def _windows(
-    call: _Call, geometry: _Geometry, samples: slice, groups: slice, start: int, stop: int, scratch: _Scratch
-) -> Array:
-    """The windows of a block as (groups, C_in_g*tap_groups, samples*positions)."""
-    p = call.p
-    N, G, T = samples.stop - samples.start, groups.stop - groups.start, stop - start
-    C, J = p.C_in_g, geometry.tap_groups
-    low, high = geometry.window(start, stop)
-    inside = call.x_direct and low >= 0 and high <= p.L_in
-    if not inside and N * G * C * (high - low) * call.dtype.itemsize > _STAGED_INPUT:
-        return _windows_by_taps(call, geometry, samples, groups, start, stop, scratch)
-    x = call.read(samples, groups, low, high, scratch)
-    if J == 1 and geometry.stride == 1 and N == 1:
-        return x[0]
-    panel = scratch.take("panel", G, C, J, N, T)
-    s_n, s_g, s_c, s_l = x.strides
-    origin = start * geometry.stride + geometry.offset - low
-    strides = (s_g, s_c, s_l * geometry.dilation, s_n, s_l * geometry.stride)
-    np.copyto(panel, as_strided(x[..., origin:], (G, C, J, N, T), strides))
-    return panel.reshape(G, C * J, N * T)
-
-
-def _windows_by_taps(
-    call: _Call, geometry: _Geometry, samples: slice, groups: slice, start: int, stop: int, scratch: _Scratch
-) -> Array:
-    """As `_windows`, for windows that span too much to be staged in one piece."""
-    p = call.p
-    x = call.x[samples, groups].transpose(1, 2, 0, 3)
-    panel = scratch.take("panel", *x.shape[:2], geometry.tap_groups, x.shape[2], stop - start)
-    for j in range(geometry.tap_groups):
-        low, high = geometry.reading(j, 0, p.L_in)
-        low = min(max(low, start), stop)
-        high = max(min(high, stop), low)
-        at = low * geometry.stride + geometry.offset + j * geometry.dilation
-        panel[:, :, j, :, : low - start] = 0
+def _multiply_tiles(weight: Array, panel: Array, product: Array, tile_rows: int) -> None:
+    """``product[n, g, tile] = weight[g] @ panel[n, g, tile]``, by products of `tile_rows` rows."""
+    G, R, depth = weight.shape
+    whole = R - R % tile_rows
+    for low, high in ((0, whole), (whole, R)):
         if low < high:
-            read = slice(at, at + (high - low - 1) * geometry.stride + 1, geometry.stride)
-            panel[:, :, j, :, low - start : high - start] = x[..., read]
-        panel[:, :, j, :, high - start :] = 0
-    return panel.reshape(x.shape[0], x.shape[1] * geometry.tap_groups, -1)
+            rows = min(tile_rows, high - low)
+            w = weight[:, low:high].reshape(G, 1, (high - low) // rows, rows, depth)
+            part = product[:, :, :, low:high]
+            np.matmul(w, panel[:, :, :, None], out=part.reshape(*part.shape[:3], -1, rows, part.shape[4]))
+
+
+# -- shift-add -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _ShiftAdd:
+    """The product of all taps with the input as it lies, then its rows shifted and summed.
+
+    A block is `samples`, `groups`, `rows`, `length` positions. Of a weight that cannot be read as it lies, `weight_rows`
+    rows of `weight_groups` groups are packed at a time.
+    """
+
+    geometry: _Geometry
+    samples: int
+    groups: int
+    rows: int
+    length: int
+    weight_groups: int
+    weight_rows: int
+    workers: int
+
+    @classmethod
+    def of(cls, p: ConvProblem) -> _ShiftAdd | None:
+        """None where even the smallest block is too large."""
+        geometry, size = _Geometry.of(p), _accumulator_size(p)
+        first, last = _positions(p)
+        Q = last - first
+        reach = (geometry.tap_groups - 1) * abs(geometry.dilation) + 1
+        weight_rows, weight_groups = _fit(_PACKED_WEIGHT // (size * p.K * p.C_in_g), p.C_out_g, p.groups)
+        workers = 1
+        budget = (_BUFFER if workers == 1 else _CONCURRENT_BUFFER) // size
+        columns = budget // max(p.C_in_g, p.K)  # of the input, and of the product of one row of the weight
+        length = min(Q, (columns - reach) // geometry.stride)
+        if weight_rows * p.K * p.C_in_g * size > _PACKED_WEIGHT or length < min(Q, 4 * reach // geometry.stride):
+            return None
+        rows = max(1, min(p.C_out_g, budget // (p.K * (length * geometry.stride + reach))))
+        groups = samples = 1
+        return cls(geometry, samples, groups, rows, length, weight_groups, weight_rows, workers)
+
+    def workspace(self, p: ConvProblem) -> int:
+        geometry, size = self.geometry, _accumulator_size(p)
+        span = (self.length - 1) * geometry.stride + (geometry.tap_groups - 1) * abs(geometry.dilation) + 1
+        product = self.rows * p.K * span
+        sums = self.rows * geometry.phases * self.length
+        per_sample = self.samples * self.groups * (product + sums + p.C_in_g * span)
+        packed = self.weight_groups * self.weight_rows * p.K * p.C_in_g
+        return (packed + self.workers * per_sample) * size
+
+    def run(self, call: _Call) -> None:
+        p, geometry = call.p, self.geometry
+        if p.transposed and geometry.phases < p.stride:
+            call.fill_with_bias()
+        in_place = p.transposed and call.w.dtype == call.dtype and call.w.swapaxes(1, 2).flags.c_contiguous
+        in_place = in_place and call.w.flags.aligned
+        per_groups, per_rows = (p.groups, p.C_out_g) if in_place else (self.weight_groups, self.weight_rows)
+        packed = _Scratch(call.dtype)
+        first, last = _positions(p)
+        for g in _slices(0, p.groups, per_groups):
+            for m in _slices(0, p.C_out_g, per_rows):
+                w = call.w[g, m].swapaxes(2, 3)
+                if not in_place:
+                    weight = packed.take("weight", *w.shape)
+                    weight[...] = w
+                    w = weight
+                weight = w.reshape(w.shape[0], -1, p.C_in_g)
+                blocks = [
+                    (_part(weight, g, groups, m, rows, p.K), n, groups, rows, at.start, at.stop)
+                    for n in _slices(0, p.N, self.samples)
+                    for groups in _slices(g.start, g.stop, self.groups)
+                    for at in _slices(first, last, self.length)
+                    for rows in _slices(m.start, m.stop, self.rows)
+                ]
+                _run_blocks(call, self._compute, blocks, self.workers)
+
+    def _compute(
+        self,
+        call: _Call,
+        weight: Array,
+        samples: slice,
+        groups: slice,
+        rows: slice,
+        start: int,
+        stop: int,
+        scratch: _Scratch,
+    ) -> None:
+        p, geometry = call.p, self.geometry
+        N, G, M = samples.stop - samples.start, groups.stop - groups.start, rows.stop - rows.start
+        R, T = geometry.phases, stop - start
+        direct = call.y_direct and geometry.interleave == 1
+        if direct:
+            sums = call.y[samples, groups, rows, None, _outputs(p, 0, start, stop)[2]]
+        else:
+            sums = scratch.take("sums", N, G, M, R, T)
+        bias = call.bias(groups, rows)
+        sums[...] = 0 if bias is None else bias[:, :, None, None]
+        low, high = geometry.window(start, stop, slice(0, geometry.tap_groups))
+        low, high = max(low, 0), min(high, p.L_in)
+        if low < high:
+            x = call.read(samples, groups, slice(0, p.C_in_g), low, high, scratch)
+            product = scratch.take("product", N, G, M * p.K, high - low)
+            np.matmul(weight, x, out=product)
+            product = product.reshape(N, G, M, p.K, high - low)
+            for j in range(geometry.tap_groups):
+                first, last, read = geometry.reading(j, start, stop, low, high)
+                if first < last:
+                    taps = slice(j * geometry.interleave, min(j * geometry.interleave + R, p.K))
+                    fed = sums[..., : taps.stop - taps.start, first - start : last - start]
+                    np.add(fed, product[..., taps, read.start - low : read.stop - low : read.step], out=fed)
+        if not direct:
+            call.store(samples, groups, rows, start, stop, sums)
+
+
+# -- toeplitz --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Toeplitz:
+    """Windows of `tile` positions each times a banded matrix, for `groups` groups at a time.
+
+    A block takes `windows` windows of each of `samples` samples.
+    """
+
+    geometry: _Geometry
+    safe: _Taps
+    tile: int
+    groups: int
+    samples: int
+    windows: int
+    workers: int
+
+    @classmethod
+    def of(cls, p: ConvProblem, tile: int) -> _Toeplitz | None:
+        """None where the phases are interleaved, or where even the smallest band or block is too large."""
+        geometry, size = _Geometry.of(p), _accumulator_size(p)
+        first, last = _positions(p)
+        Q = last - first
+        if geometry.interleave > 1:
+            return None
+        window = p.C_in_g * _window_length(geometry, tile)
+        outputs = p.C_out_g * tile
+        small = _SMALL_PRODUCT_COMPLEX if p.is_complex else _SMALL_PRODUCT
+        lines = small // (window * outputs)
+        concurrent = lines >= 16 and p.groups >= 4 and p.flops() > _WORTH_THREADS
+        budget = (_CONCURRENT_BUFFER if concurrent else _BUFFER) // size
+        if window * max(outputs, 16) > budget:
+            return None
+        groups = max(1, min(p.groups, budget // (window * outputs)))
+        lines = min(lines if concurrent else budget, budget // max(window, outputs))
+        windows = min(-(-Q // tile), lines)
+        samples = min(p.N, lines // windows)
+        groups = max(1, min(groups, budget // (max(window, outputs) * windows * samples), -(-p.groups // 8)))
+        return cls(geometry, _Taps.of(p), tile, groups, samples, windows, _MAX_WORKERS if concurrent else 1)
+
+    def workspace(self, p: ConvProblem) -> int:
+        window, outputs = p.C_in_g * _window_length(self.geometry, self.tile), p.C_out_g * self.tile
+        lines = self.samples * self.windows
+        per_group = window * outputs + lines * (2 * window + outputs)
+        safe = self.safe.block_workspace(p, self.samples, self.groups, p.C_out_g, self.windows * self.tile)
+        return self.workers * (self.groups * per_group * _accumulator_size(p) + safe)
+
+    def run(self, call: _Call) -> None:
+        _run_blocks(call, self._compute, [(g,) for g in _slices(0, call.p.groups, self.groups)], self.workers)
+
+    def _compute(self, call: _Call, groups: slice, scratch: _Scratch) -> None:
+        band = self._band(call, groups, scratch)
+        first, last = _positions(call.p)
+        for samples in _slices(0, call.p.N, self.samples):
+            for at in _slices(first, last, self.windows * self.tile):
+                self._compute_block(call, band, samples, groups, at.start, at.stop, scratch)
+
+    def _band(self, call: _Call, groups: slice, scratch: _Scratch) -> Array:
+        """(groups, C_in_g, window, C_out_g, tile): what each input of a window contributes to each of its outputs."""
+        geometry, p = self.geometry, call.p
+        G, C, M, U = groups.stop - groups.start, p.C_in_g, p.C_out_g, _window_length(geometry, self.tile)
+        band = scratch.take("band", G, C, U, M, self.tile)
+        band[...] = 0
+        origin = -min(0, (geometry.tap_groups - 1) * geometry.dilation)
+        s_g, s_c, s_u, s_m, s_t = band.strides
+        diagonals = as_strided(
+            band[:, :, origin:],
+            (G, M, C, p.K, self.tile),
+            (s_g, s_m, s_c, s_u * geometry.dilation, s_u * geometry.stride + s_t),
+        )
+        diagonals[...] = call.w[groups, ..., None]
+        return band
+
+    def _compute_block(
+        self, call: _Call, band: Array, samples: slice, groups: slice, start: int, stop: int, scratch: _Scratch
+    ) -> None:
+        p, geometry = call.p, self.geometry
+        G, C, U, M, tile = band.shape
+        N, windows = samples.stop - samples.start, -(-(stop - start) // tile)
+        low, _ = geometry.window(start, stop, slice(0, geometry.tap_groups))
+        high = low + (windows - 1) * tile * geometry.stride + U
+        x = call.read(samples, groups, slice(0, C), low, high, scratch)
+        panel = scratch.take("panel", G, N, windows, C, U)
+        s_n, s_g, s_c, s_l = x.strides
+        np.copyto(panel, as_strided(x, panel.shape, (s_g, s_n, s_l * tile * geometry.stride, s_c, s_l)))
+        sums = scratch.take("sums", G, N * windows, M * tile)
+        np.matmul(panel.reshape(G, N * windows, C * U), band.reshape(G, C * U, M * tile), out=sums)
+        if not _is_finite(sums):
+            self.safe.compute_block(call, samples, groups, slice(0, M), start, stop, scratch)
+            return
+        bias = call.bias(groups, slice(0, M))
+        sums = sums.reshape(G, N, windows, M, tile)
+        if bias is not None:
+            sums += bias[:, None, None, :, None]
+        y = call.y[samples, groups, :, _outputs(p, 0, start, stop)[2]]
+        sums = sums.transpose(1, 0, 3, 2, 4)
+        whole = (stop - start) // tile
+        y[..., : whole * tile].reshape(N, G, M, whole, tile)[...] = sums[..., :whole, :]
+        if whole < windows:
+            y[..., whole * tile :] = sums[..., whole, : stop - start - whole * tile]
+
+
+def _window_length(geometry: _Geometry, tile: int) -> int:
+    return (tile - 1) * geometry.stride + (geometry.tap_groups - 1) * abs(geometry.dilation) + 1
 
 
 # -- the choice ------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    """A form with its block extents; `length` counts positions."""
-
-    method: Method
-    run: Callable[[_Call, _Plan], None]
-    geometry: _Geometry
-    length: int = 1
-    rows: int = 1
-    groups: int = 1
-    samples: int = 1
-    weight_groups: int = 1
-    weight_rows: int = 1
-    concurrent: bool = False
-
-
 @lru_cache(maxsize=4096)
-def _plan(p: ConvProblem) -> _Plan:
-    geometry = _Geometry.of(p)
-    if p.C_in_g == 1 and (p.C_out_g <= 4 or not _has_geometry(p)):
-        return _plan_taps(p, "depthwise", "one input channel per group: elementwise products")
+def _plan(p: ConvProblem) -> tuple[Method, _Form]:
+    name, reason, form = _choose(p)
+    return Method(name, reason, form.workspace(p)), form
+
+
+def _choose(p: ConvProblem) -> tuple[str, str, _Taps | _Panels | _ShiftAdd | _Toeplitz]:
     if not _has_geometry(p):
-        return _plan_taps(p, "taps", "transposed with both a stride and a dilation: the phases share no window")
-    if p.C_in_g * geometry.tap_groups * _accumulator_size(p) > _PANEL // 16:
-        return _plan_taps(p, "taps", "windows too large for a panel")
-    return _plan_panels(p, geometry)
-
-
-def _plan_taps(p: ConvProblem, name: str, reason: str) -> _Plan:
-    concurrent = p.C_in_g == 1 and p.flops() > _WORTH_THREADS
-    return _Plan(
-        Method(name, reason, _taps_bytes(p) * (_MAX_WORKERS if concurrent else 1)),
-        _run_taps,
-        None,
-        concurrent=concurrent,
-    )
-
-
-def _plan_panels(p: ConvProblem, geometry: _Geometry) -> _Plan:
-    size = _accumulator_size(p)
-    first, last = _positions(p)
-    Q, depth, R = last - first, p.C_in_g * geometry.tap_groups, geometry.phases
-    panel, product = _PANEL // size, _PRODUCT // size
-    length = min(Q, panel // depth, product // min(p.C_out_g * R, 512))
-    length = -(-Q // -(-Q // length))
-    rows = max(1, min(p.C_out_g, product // (length * R)))
-    groups = samples = 1
-    if length == Q and rows == p.C_out_g:
-        groups = max(1, min(p.groups, panel // (depth * Q), product // (rows * R * Q)))
-        if groups == p.groups and Q < 128:
-            samples = max(1, min(p.N, 512 // Q, panel // (depth * Q * groups), product // (rows * R * Q * groups)))
-    weight_rows, weight_groups = _fit(_PACKED_WEIGHT // (size * depth * R), p.C_out_g, p.groups)
-    workspace = (
-        (groups * samples * length * (depth + rows * R) + weight_groups * weight_rows * depth * R) * size
-        + _STAGED_INPUT
-        + _taps_bytes(p)
-    )
-    if p.transposed:
-        name, reason = "phases", "transposed: its phases as one convolution of stride 1"
-    elif p.K == 1:
-        name, reason = "pointwise", "one tap: a matrix product"
-    elif p.C_in_g == 1:
-        name, reason = "one_channel", "one input channel per group"
-    else:
-        name, reason = "panels", "the general case: panels of windows times the weight"
-    return _Plan(
-        Method(name, reason, workspace),
-        _run_panels,
-        geometry,
-        length,
-        rows,
-        groups,
-        samples,
-        weight_groups,
-        weight_rows,
+        if p.C_in_g == 1:
+            return "depthwise", "one input channel per group: elementwise", _Taps.of(p)
+        return "taps", "transposed with both a stride and a dilation: the phases share no window", _Taps.of(p)
+    geometry = _Geometry.of(p)
+    if p.C_in_g == 1 and p.C_out_g <= 4:
+        if p.L_out > 1 and p.K >= 8:
+            form = _Toeplitz.of(p, min(p.L_out, 64 if p.stride == 1 else 32))
+            if form is not None:
+                return "toeplitz", "long kernel", form
+        return "depthwise", "one input channel per group: elementwise", _Taps.of(p)
+    if (
+        p.C_out_g * geometry.phases * 2 <= p.C_in_g * geometry.tap_groups
+        and p.stride == 1
+        or p.transposed
+        and p.C_out_g * p.K < p.C_in_g * geometry.tap_groups
+    ):
+        form = _ShiftAdd.of(p)
+        if form is not None:
+            return "shift_add", "few outputs", form
+    form = _Panels.of(p)
+    if form is None:
+        return "taps", "windows too large for a panel", _Taps.of(p)
+    return (
+        "phases" if p.transposed else "pointwise" if p.K == 1 else "one_channel" if p.C_in_g == 1 else "panels",
+        "dense",
+        form,
     )
