@@ -1,0 +1,159 @@
+"""Checks a result against gpuconv.reference before any time of it is believed.
+
+Whole layers are far too large for a float64 reference, so windows are cut out of them: a few output channels by a
+stretch of the output, in the corners of every axis and at random places. Each window is a convolution problem of its
+own. Beyond the windows, every element must have been written (outputs are poisoned with NaN where the implementation
+accepts one) and be finite.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gpuconv import cases, reference
+from gpuconv.problem import ConvProblem
+
+Array = npt.NDArray[Any]
+Fetch = Callable[[tuple[slice, ...]], Array]
+
+# Products in one window: keeps the reference of a layer well under a second.
+_PRODUCTS = 1_000_000
+_CHANNELS = 4
+_LONGEST = 64
+_RANDOM_WINDOWS = 6
+
+# norm(y - y*)/norm(y*) that a peer may show. Peers give no bound; these are some ten times what correct
+# implementations show, and far below what a wrong tap or channel gives.
+PEER_TOLERANCE = {
+    "float32": 1e-4,
+    "tf32": 5e-3,
+    "bfloat16": 2e-2,
+    "float16": 3e-3,
+    "float64": 1e-12,
+    "complex64": 1e-4,
+    "complex128": 1e-12,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Whether a result is right, its relative error over the windows, and what is wrong with it."""
+
+    ok: bool
+    error: float
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """A part of the output, and the problem that yields it alone.
+
+    Attributes:
+        problem: one sample, one group, the channels and positions of the window.
+        input, weight, bias, output: where its arrays lie in those of the whole layer.
+    """
+
+    problem: ConvProblem
+    input: tuple[slice, ...]
+    weight: tuple[slice, ...]
+    bias: tuple[slice, ...]
+    output: tuple[slice, ...]
+
+
+def windows(problem: ConvProblem, seed: int = 0) -> list[Window]:
+    """The windows of a problem: the corners of (sample, group, position), then random ones."""
+    p = problem
+    rng = np.random.default_rng(seed)
+    channels = min(p.C_out_g, _CHANNELS)
+    length = max(1, min(p.L_out, _LONGEST, _PRODUCTS // (channels * p.terms)))
+    corners = [
+        (n, g, c, start)
+        for n in {0, p.N - 1}
+        for g, c in {(0, 0), (p.groups - 1, p.C_out_g - channels)}
+        for start in {0, p.L_out - length}
+    ]
+    last = (p.N - 1, p.groups - 1, p.C_out_g - channels, p.L_out - length)
+    scattered = [tuple(int(rng.integers(0, limit + 1)) for limit in last) for _ in range(_RANDOM_WINDOWS)]
+    chosen = dict.fromkeys([*sorted(corners), *scattered])
+    return [_window(p, n, g, c, channels, start, length) for n, g, c, start in chosen]
+
+
+def _window(p: ConvProblem, n: int, g: int, c: int, channels: int, start: int, length: int) -> Window:
+    one_group = replace(p, N=1, C_in=p.C_in_g, C_out=channels, groups=1, batched=True)
+    piece, positions = cases.chunk(one_group, start, start + length)
+    inputs = slice(g * p.C_in_g, (g + 1) * p.C_in_g)
+    outputs = slice(g * p.C_out_g + c, g * p.C_out_g + c + channels)
+    sample = slice(n, n + 1)
+    return Window(
+        piece,
+        input=(sample, inputs, positions),
+        weight=(inputs, slice(c, c + channels), slice(None)) if p.transposed else (outputs, slice(None), slice(None)),
+        bias=(outputs,),
+        output=(sample, outputs, slice(start, start + length)),
+    )
+
+
+@dataclass(slots=True)
+class Oracle:
+    """The reference of one layer's first set of buffers, computed once for all implementations.
+
+    Args:
+        problem: the layer.
+        input, weight, bias: return the given part of the array as a NumPy array; `bias` is None where there is none.
+    """
+
+    problem: ConvProblem
+    input: Fetch
+    weight: Fetch
+    bias: Fetch | None
+    _cut: list[tuple[Window, Array, Array, Array | None, Array]] | None = None
+
+    def judge(self, output: Fetch, *, mode: str, all_finite: bool, bounded: bool) -> Verdict:
+        """Judge a result.
+
+        Args:
+            output: returns the given part of it.
+            mode: the number format, which decides what a peer may show.
+            all_finite: whether every element of it is finite.
+            bounded: hold it to gpuconv's computed error bound instead of the peers' tolerance.
+        """
+        if not all_finite:
+            return Verdict(False, float("inf"), "not every element is written and finite")
+        squares = np.zeros(2)
+        wrong = ""
+        for window, x, w, b, exact in self._reference():
+            y = np.asarray(output(window.output))
+            wide = y.astype(exact.dtype)
+            squares += np.sum(np.abs(wide - exact) ** 2), np.sum(np.abs(exact) ** 2)
+            if bounded and not wrong:
+                right = reference.within_bound(window.problem, y, x, w, b)
+                if not right.all():
+                    wrong = _describe(window, right, wide, exact)
+        error = float(np.sqrt(squares[0] / squares[1])) if squares[1] else 0.0
+        tolerance = PEER_TOLERANCE[mode]
+        if not bounded and not error <= tolerance:
+            wrong = f"relative error {error:.1e}, expected at most {tolerance:.0e}"
+        return Verdict(not wrong, error, wrong)
+
+    def _reference(self) -> Sequence[tuple[Window, Array, Array, Array | None, Array]]:
+        if self._cut is None:
+            self._cut = []
+            for window in windows(self.problem):
+                x, w = self.input(window.input), self.weight(window.weight)
+                b = None if self.bias is None else self.bias(window.bias)
+                self._cut.append((window, x, w, b, reference.compute(window.problem, x, w, b)))
+        return self._cut
+
+
+def _describe(window: Window, right: npt.NDArray[np.bool_], got: Array, exact: Array) -> str:
+    first = tuple(int(i) for i in np.argwhere(~right)[0])
+    place = tuple(part.start + i for part, i in zip(window.output, first, strict=True))
+    return (
+        f"output{list(place)} is {got[first]:.7g}, expected {exact[first]:.7g}: outside the error bound "
+        f"({int((~right).sum())} of {right.size} elements of this window)"
+    )

@@ -1,0 +1,150 @@
+"""The time that a kernel should take, from its machine code and the numbers of the GPU: the model of bench/README.md.
+
+Predictions are written down before a measurement, so that a miss teaches something. They are never measurements.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from gpuconv.device import Device
+from gpuconv.dispatch import Choice
+from gpuconv.families import Launch
+from gpuconv.problem import ConvProblem
+
+from .rates import DRAM_EFFICIENCY, ISSUE_SLOTS_PER_SM, Rates, rates_of
+from .sass import KernelReport, blocks_per_sm
+
+# Assumptions of the model, to be corrected by measurements (bench/README.md says what each one stands for).
+LAUNCH_US = 2.0
+LOAD_LATENCY_CYCLES = 250
+FMA_LATENCY_CYCLES = 4
+L2_BYTES_PER_SM_CYCLE = 24
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """The predicted time of one call and its parts, in microseconds.
+
+    Attributes:
+        us: the launches, the packing of the weights where there is any, and the largest of the parts.
+        parts: "dram", "l2", "issue", "math", "load/store" and "latency" of the main kernel.
+        limit: the name of the largest part.
+        blocks_per_sm: blocks that share a multiprocessor.
+        waves: rounds in which the grid runs.
+    """
+
+    us: float
+    parts: dict[str, float]
+    limit: str
+    blocks_per_sm: int
+    waves: int
+
+
+def predict(problem: ConvProblem, choice: Choice, report: KernelReport, device: Device) -> Prediction:
+    """Predict one call under CUDA graph replay with cold caches; `report` is that of the chosen kernel.
+
+    Raises:
+        ValueError: not even one block fits a multiprocessor, or the architecture's rates are unknown.
+    """
+    rates, launch = rates_of(device), choice.launch
+    shared = launch.shared_bytes + report.resources.static_shared_bytes
+    per_sm = blocks_per_sm(report.resources.registers, launch.block, shared, device)
+    if per_sm == 0:
+        raise ValueError(f"a block of {report.config.kernel} does not fit {device.name}")
+    blocks_busiest_sm = math.ceil(launch.grid / device.num_sms)
+    waves = math.ceil(launch.grid / (device.num_sms * per_sm))
+    cycles_per_us = 1e3 * rates.clock_ghz
+
+    work = _work(problem, launch, report)
+    # The multiprocessor with the most blocks decides.
+    imbalance = blocks_busiest_sm * device.num_sms / launch.grid
+    sm_cycles = device.num_sms / imbalance * cycles_per_us
+    warps = launch.grid * math.ceil(launch.block / 32)
+    parts = {
+        "dram": problem.bytes() / (1e3 * rates.dram_gbps * DRAM_EFFICIENCY),
+        "l2": work.l2_bytes / (L2_BYTES_PER_SM_CYCLE * sm_cycles),
+        "issue": work.instructions / (ISSUE_SLOTS_PER_SM * sm_cycles),
+        "math": work.fma / (_fma_per_cycle(problem, report, rates) * sm_cycles),
+        "load/store": work.wavefronts / sm_cycles,
+        "latency": waves * work.serial_cycles / warps / cycles_per_us,
+    }
+    limit = max(parts, key=lambda name: parts[name])
+    dram_bytes_per_us = 1e3 * rates.dram_gbps * DRAM_EFFICIENCY
+    packing = LAUNCH_US + 2 * choice.pack.num_bytes / dram_bytes_per_us if choice.pack else 0.0
+    return Prediction(LAUNCH_US + packing + parts[limit], parts, limit, per_sm, waves)
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """Totals over all warps of a launch."""
+
+    fma: float
+    instructions: float
+    wavefronts: float
+    serial_cycles: float
+    l2_bytes: float
+
+
+def _work(problem: ConvProblem, launch: Launch, report: KernelReport) -> _Work:
+    loop, around = report.loop, report.around
+    fma = problem.flops() / 2 * _tile_waste(problem, launch, report)
+    if not loop.fma:
+        raise ValueError(f"{report.config.kernel}: no multiply-add found in its machine code")
+    taps = _taps_per_pass(problem, report)
+    if taps is None or around is None:
+        passes = fma / loop.fma
+        serial = passes * (_load_latency(loop.wavefronts) + FMA_LATENCY_CYCLES * loop.chain)
+        return _Work(fma, passes * loop.instructions, passes * loop.wavefronts, serial, problem.bytes())
+
+    # The loop body is unrolled over several taps; what is left over runs in the code around it.
+    fma_per_tap = 4 if problem.is_complex else 1
+    unroll = max(1, loop.useful // fma_per_tap)
+    unroll_around = max(1, around.useful // fma_per_tap)
+    main, rest = divmod(taps, unroll)
+    rounds = fma / fma_per_tap / taps / 32  # visits of all warps to the loop
+    instructions = main * loop.instructions + rest * around.instructions / unroll_around
+    wavefronts = main * loop.wavefronts + rest * around.wavefronts / unroll_around
+    steps = main + math.ceil(rest / 8)
+    chain = FMA_LATENCY_CYCLES * (main * loop.chain + rest * around.chain / unroll_around)
+    serial = steps * LOAD_LATENCY_CYCLES + chain
+    return _Work(fma, rounds * instructions, rounds * wavefronts, rounds * serial, _re_read_bytes(problem))
+
+
+def _tile_waste(problem: ConvProblem, launch: Launch, report: KernelReport) -> float:
+    """Outputs that the tiles cover over outputs that there are; 1 for kernels whose macros name no tile."""
+    macros = dict(report.config.macros)
+    if not {"BLOCK_M", "BLOCK_N"} <= macros.keys():
+        return 1.0
+    covered = launch.grid * int(macros["BLOCK_M"]) * int(macros["BLOCK_N"])
+    return max(1.0, covered / (problem.N * problem.C_out * problem.L_out))
+
+
+def _taps_per_pass(problem: ConvProblem, report: KernelReport) -> int | None:
+    """Taps that one thread of a base kernel visits per input channel; None for kernels that unroll otherwise."""
+    if report.config.kernel == "conv1d_direct":
+        return problem.K
+    if report.config.kernel == "conv_transpose1d_gather":
+        return -(-problem.K // (problem.stride // math.gcd(problem.stride, problem.dilation)))
+    return None
+
+
+def _re_read_bytes(problem: ConvProblem) -> float:
+    """What the blocks of a base kernel read through L2: 256 outputs of one row share a window and a row of weights."""
+    p = problem
+    outputs = p.N * p.C_out * p.L_out
+    window = 256 / p.stride if p.transposed else 256 * p.stride
+    span = p.dilation * (p.K - 1) / (p.stride if p.transposed else 1)
+    per_block = p.C_in_g * (min(window + span, 256.0 * p.K) + p.K) * p.itemsize
+    return outputs / 256 * per_block + outputs * p.itemsize
+
+
+def _load_latency(wavefronts: int) -> int:
+    return LOAD_LATENCY_CYCLES if wavefronts else 0
+
+
+def _fma_per_cycle(problem: ConvProblem, report: KernelReport, rates: Rates) -> float:
+    if report.loop.mix.get("tensor"):
+        return rates.tensor16 if problem.itemsize == 2 else rates.tensor16 / 2
+    return rates.fp64 if problem.dtype in ("float64", "complex128") else rates.fp32

@@ -1,0 +1,85 @@
+"""What each architecture can do at best: the numbers behind occupancy, floors and predictions.
+
+Published figures, not measurements: `bench.run` measures its own ceilings and prefers them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gpuconv.device import Device
+
+from .layers import Ceilings
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """The rates and limits of one GPU.
+
+    Attributes:
+        clock_ghz: boost clock, in cycles per nanosecond.
+        dram_gbps: bandwidth of the memory on the data sheet, in GB/s, reads and writes together.
+        fp32: float32 fused multiply-adds per multiprocessor and cycle.
+        fp64: the same for float64.
+        tensor16: fused multiply-adds per multiprocessor and cycle of the tensor cores on float16 and bfloat16 data with
+            float32 accumulators; TF32 has half of it. 0 where TF32 and bfloat16 do not exist.
+        warps_per_sm: most warps that one multiprocessor keeps.
+        blocks_per_sm: most blocks that one multiprocessor keeps.
+        reserved_shared: bytes of shared memory that the system takes from every block.
+    """
+
+    clock_ghz: float
+    dram_gbps: float
+    fp32: int
+    fp64: int
+    tensor16: int
+    warps_per_sm: int
+    blocks_per_sm: int
+    reserved_shared: int
+
+
+REGISTERS_PER_SM = 65536
+ISSUE_SLOTS_PER_SM = 4
+
+# Fraction of the data sheet's bandwidth that a large copy reaches; the usual result of copy benchmarks.
+DRAM_EFFICIENCY = 0.9
+
+# Limits per multiprocessor: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability" and
+# "Arithmetic Instructions". Clocks, bandwidths and tensor rates: NVIDIA's data sheets of the products in
+# gpuconv.device.ARCHITECTURES.
+RATES = {
+    "sm_75": Rates(1.590, 320, 64, 2, 0, 32, 16, 0),
+    "sm_80": Rates(1.410, 2039, 64, 32, 1024, 64, 32, 1024),
+    "sm_86": Rates(1.695, 936, 128, 2, 256, 48, 16, 1024),
+    "sm_89": Rates(2.520, 1008, 128, 2, 256, 48, 24, 1024),
+    "sm_90": Rates(1.980, 4800, 128, 64, 2048, 64, 32, 1024),
+    "sm_100": Rates(1.850, 8000, 128, 64, 4096, 64, 32, 1024),
+    "sm_120": Rates(2.407, 1792, 128, 2, 256, 48, 24, 1024),
+}
+
+
+def rates_of(device: Device) -> Rates:
+    """The rates of a device's architecture.
+
+    Raises:
+        ValueError: the architecture is not in the table.
+    """
+    if device.arch_name not in RATES:
+        raise ValueError(f"no rates for {device.arch_name}; known: {', '.join(RATES)}")
+    return RATES[device.arch_name]
+
+
+def published_ceilings(device: Device) -> Ceilings:
+    """The ceilings of a device from the table above, for floors where nothing was measured."""
+    rates = rates_of(device)
+    per_fma = 2e9 * device.num_sms * rates.clock_ghz  # operations per second of one fused multiply-add per cycle
+    flops = {"float32": rates.fp32, "float64": rates.fp64}
+    if rates.tensor16:
+        flops |= {"float16": rates.tensor16, "bfloat16": rates.tensor16, "tf32": rates.tensor16 // 2}
+    else:
+        flops |= {"float16": rates.fp32, "bfloat16": rates.fp32}
+    return Ceilings(
+        f"{device.name}, data sheet",
+        rates.dram_gbps * DRAM_EFFICIENCY * 1e9,
+        {precision: rate * per_fma for precision, rate in flops.items()},
+    )

@@ -1,0 +1,180 @@
+"""The tables that a run and a comparison of two runs print."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from rich.table import Table
+
+from .results import Kind, Measurement, RunResult, geometric_mean
+
+
+def by_loss(measurements: Iterable[Measurement]) -> list[Measurement]:
+    """Losses first, the worst on top; then what was not measured; then wins, the smallest first."""
+
+    def place(m: Measurement) -> tuple[int, float]:
+        ratio = m.ratio()
+        if ratio is None:
+            return (1, 0.0)
+        return (0, ratio) if ratio < 1 else (2, ratio)
+
+    return sorted(measurements, key=place)
+
+
+def results_table(measurements: Iterable[Measurement]) -> Table:
+    table = Table(title="gpuconv, losses first", caption=LEGEND, caption_justify="left")
+    table.add_column("layer", overflow="fold")
+    table.add_column("mode")
+    table.add_column("family", overflow="fold")
+    for name in ("time us", "+-", "rate", "floor", "predicted us", "x best peer", "eager x"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("best peer", overflow="fold")
+    table.add_column("x NLC", justify="right")
+    for m in by_loss(measurements):
+        ratio = m.ratio()
+        style = "" if ratio is None or ratio >= 1 else "red"
+        if m.our_us is None:
+            predicted = _number(m.predicted_us)
+            table.add_row(m.label, m.mode, m.family, m.ours.status, "", "", "", predicted, "", "", m.ours.note)
+            continue
+        peer = m.best_peer()
+        table.add_row(
+            m.label, m.mode, m.family, _number(m.our_us), spread(m), rate(m), f"{100 * (m.floor_fraction or 0):.0f} %",
+            _number(m.predicted_us), times(ratio), times(_eager_ratio(m)), peer.subject if peer else "none",
+            times(_other_layout_ratio(m)), style=style,
+        )  # fmt: skip
+    return table
+
+
+LEGEND = (
+    "floor: least possible time over time. x best peer: time of the fastest peer at the same precision, from and to "
+    "NCL arrays, over ours (above 1: gpuconv is faster). eager x: the same with the host's work. x NLC: against cuDNN "
+    "on data that lies in channels_last already. predicted: a model, not a measurement."
+)
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+
+
+def times(ratio: float | None) -> str:
+    return "" if ratio is None else f"{ratio:.2f}"
+
+
+def spread(m: Measurement) -> str:
+    """Half the distance between the 10th and the 90th percentile, relative to the median."""
+    timing = None if m.measure is None else m.ours.timing(m.measure)
+    return "" if timing is None else f"{50 * (timing.high_us - timing.low_us) / timing.median_us:.0f} %"
+
+
+def rate(m: Measurement) -> str:
+    """The rate by which the floor is limited."""
+    if m.floor_limit == "memory":
+        return f"{m.gigabytes_per_second:,.0f} GB/s"
+    teraflops = m.teraflops or 0.0
+    return f"{teraflops:,.1f} TFLOP/s" if teraflops >= 1 else f"{1e3 * teraflops:,.1f} GFLOP/s"
+
+
+def _eager_ratio(m: Measurement) -> float | None:
+    ours, peer = m.ours.eager, m.best_peer(kind="eager")
+    return None if ours is None or peer is None or peer.eager is None else peer.eager.median_us / ours.median_us
+
+
+def _other_layout_ratio(m: Measurement) -> float | None:
+    """Against the fastest peer that was given its data in channels_last."""
+    kind: Kind | None = m.measure
+    if kind is None or m.our_us is None:
+        return None
+    theirs = [t.median_us for o in m.outcomes[1:] if "channels_last data" in o.subject for t in (o.timing(kind),) if t]
+    return min(theirs) / m.our_us if theirs else None
+
+
+def means_table(measurements: Sequence[Measurement]) -> Table:
+    """Geometric means by kernel family and over all, for each mode."""
+    table = Table(title="Geometric means")
+    table.add_column("mode")
+    table.add_column("family")
+    for name in ("layers", "x best peer", "wins", "floor", "measured/predicted"):
+        table.add_column(name, justify="right")
+    modes = list(dict.fromkeys(m.mode for m in measurements))
+    for mode in modes:
+        mine = [m for m in measurements if m.mode == mode and m.our_us is not None]
+        families = sorted({m.family for m in mine})
+        for family in [*families, "all"] if len(families) > 1 else families:
+            group = [m for m in mine if family in (m.family, "all")]
+            ratios = [r for m in group for r in (m.ratio(),) if r is not None]
+            misses = [m.our_us / m.predicted_us for m in group if m.our_us and m.predicted_us]
+            floor = geometric_mean(m.floor_fraction for m in group if m.floor_fraction)
+            table.add_row(
+                mode,
+                family,
+                str(len(group)),
+                times(geometric_mean(ratios)),
+                f"{sum(r >= 1 for r in ratios)} of {len(ratios)}",
+                "" if floor is None else f"{100 * floor:.0f} %",
+                times(geometric_mean(misses)),
+                style="bold" if family == "all" else "",
+            )
+    return table
+
+
+def comparison_table(before: RunResult, after: RunResult) -> Table:
+    """What changed between two runs, the largest slow-down first. Changes within both spreads are marked as such."""
+    table = Table(title="Comparison: time of B over time of A (below 1: B is faster)")
+    table.add_column("layer", overflow="fold")
+    table.add_column("mode")
+    for name in ("A us", "B us", "B/A"):
+        table.add_column(name, justify="right")
+    table.add_column("remark")
+    rows = compare(before, after)
+    for layer, mode, a, b, remark in rows:
+        ratio = "" if a is None or b is None else f"{b / a:.3f}"
+        slower = a is not None and b is not None and b > a and not remark
+        table.add_row(layer, mode, _number(a), _number(b), ratio, remark, style="red" if slower else "")
+    mean = geometric_mean(b / a for _, _, a, b, _ in rows if a is not None and b is not None)
+    table.add_row("geometric mean", "", "", "", "" if mean is None else f"{mean:.3f}", "", style="bold")
+    return table
+
+
+def compare(before: RunResult, after: RunResult) -> list[tuple[str, str, float | None, float | None, str]]:
+    """(layer, mode, microseconds in A, in B, remark) of every case of either run, the largest slow-down first."""
+    old = {m.key: m for m in before.measurements}
+    new = {m.key: m for m in after.measurements}
+    rows = []
+    for key in dict.fromkeys([*new, *old]):
+        a, b = old.get(key), new.get(key)
+        us_a, us_b = a.our_us if a else None, b.our_us if b else None
+        remark = ""
+        if us_a is None or us_b is None:
+            remark = "only in " + ("B" if us_a is None else "A")
+        elif a is not None and b is not None and _overlap(a, b):
+            remark = "within the spread"
+        rows.append((key[0], key[1], us_a, us_b, remark))
+    return sorted(rows, key=lambda row: -(row[3] / row[2]) if row[2] and row[3] else 0.0)
+
+
+def _overlap(a: Measurement, b: Measurement) -> bool:
+    kind = a.measure if a.measure == b.measure else None
+    first, second = (None, None) if kind is None else (a.ours.timing(kind), b.ours.timing(kind))
+    if first is None or second is None:
+        return False
+    return first.low_us <= second.high_us and second.low_us <= first.high_us
+
+
+def peers_table(measurements: Sequence[Measurement]) -> Table:
+    """How often each peer was measured, and why not where it was not."""
+    table = Table(title="Peers")
+    table.add_column("peer")
+    for name in ("measured", "not"):
+        table.add_column(name, justify="right")
+    table.add_column("most frequent reason", overflow="fold")
+    names = list(dict.fromkeys(o.subject for m in measurements for o in m.outcomes[1:]))
+    for name in names:
+        outcomes = [o for m in measurements for o in m.outcomes[1:] if o.subject == name]
+        rest = [o for o in outcomes if o.status != "measured"]
+        reasons = [f"{o.status}: {o.note}" for o in rest]
+        common = max(reasons, key=reasons.count, default="")
+        table.add_row(name, str(len(outcomes) - len(rest)), str(len(rest)), common)
+    return table
