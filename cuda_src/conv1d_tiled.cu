@@ -31,40 +31,43 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) conv1d_tiled(
     const storage_t* __restrict__ bias,    // [C_out], or null
     storage_t* __restrict__ output,        // [N, C_out, L_out]
     const Params p) {
-    const index_t column_block = index_t(blockIdx.x) / p.row_tiles;
-    const index_t group_block = column_block / p.column_tiles;
-    const index_t g = kOneSample ? group_block / p.N : group_block;
-    const index_t n = kOneSample ? group_block - g * p.N : 0;
+    const auto tile_of = [&](index_t block) {
+        const index_t column_block = block / p.row_tiles;
+        const index_t group_block = column_block / p.column_tiles;
+        const index_t g = kOneSample ? group_block / p.N : group_block;
+        const index_t n = kOneSample ? group_block - g * p.N : 0;
 
-    Tile tile;
-    tile.input = input + (n * p.input_stride_n + g * p.C_in_g * p.input_stride_c);
-    tile.weight = weight + g * p.weight_stride_product;
-    tile.output = output + (n * p.output_stride_n + g * p.C_out_g * p.output_stride_c);
-    tile.row_begin = (index_t(blockIdx.x) - column_block * p.row_tiles) * BLOCK_M;
-    tile.rows = p.C_out_g;
-    tile.column_begin = (column_block - group_block * p.column_tiles) * BLOCK_N;
-    tile.columns = kOneSample ? p.L_out : p.N * p.L_out;
-    tile.positions = p.L_out;
-    tile.C_in_g = p.C_in_g;
-    tile.taps = p.K;
-    tile.L_in = p.L_in;
-    tile.L_out = p.L_out;
-    tile.column_step = kOneSample ? COLUMN_STEP : p.stride;
-    tile.first = -p.padding_left;
-    tile.tap_step = p.dilation;
-    tile.output_step = 1;
-    tile.output_first = 0;
-    tile.input_stride_n = p.input_stride_n;
-    tile.input_stride_l = kOneSample ? 1 : p.input_stride_l;
-    tile.input_stride_c = p.input_stride_c;
-    tile.weight_pitch = p.weight_pitch;
-    tile.taps_advance = p.taps_advance;
-    tile.input_advance = p.input_advance;
-    tile.input_carry = p.input_carry;
-    tile.output_stride_n = p.output_stride_n;
-    tile.output_stride_l = p.output_stride_l;
-
-    multiply_tile(tile, bias, [&](index_t row) {
-        return Row{p.K, row * p.output_stride_c, 0, (g * p.C_out_g + row) * p.bias_stride};
+        Tile tile;
+        tile.input = input + (n * p.input_stride_n + g * p.C_in_g * p.input_stride_c);
+        tile.weight = weight + g * p.weight_stride_product;
+        tile.output = output + (n * p.output_stride_n + g * p.C_out_g * p.output_stride_c);
+        tile.row_begin = (block - column_block * p.row_tiles) * BLOCK_M;
+        tile.rows = p.C_out_g;
+        tile.column_begin = (column_block - group_block * p.column_tiles) * BLOCK_N;
+        tile.columns = kOneSample ? p.L_out : p.N * p.L_out;
+        tile.positions = p.L_out;
+        tile.C_in_g = p.C_in_g;
+        tile.taps = tile.row_taps = p.K;
+        tile.L_in = p.L_in;
+        tile.L_out = p.L_out;
+        tile.column_step = kOneSample ? COLUMN_STEP : p.stride;
+        tile.first = -p.padding_left;
+        tile.tap_step = p.dilation;
+        tile.output_step = 1;
+        tile.output_first = 0;
+        tile.input_stride_n = p.input_stride_n;
+        tile.input_stride_l = kOneSample ? 1 : p.input_stride_l;
+        tile.input_stride_c = p.input_stride_c;
+        tile.weight_pitch = p.weight_pitch;
+        tile.taps_advance = p.taps_advance;
+        tile.input_advance = p.input_advance;
+        tile.input_carry = p.input_carry;
+        tile.output_stride_n = p.output_stride_n;
+        tile.output_stride_l = p.output_stride_l;
+        tile.group = g;
+        return tile;
+    };
+    multiply_tile(tile_of, bias, [&](const Tile& tile, index_t row) {
+        return Row{p.K, row * p.output_stride_c, 0, (tile.group * p.C_out_g + row) * p.bias_stride};
     });
 }

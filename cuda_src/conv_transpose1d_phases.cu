@@ -40,68 +40,71 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) conv_transpos
     const storage_t* __restrict__ bias,    // [C_out], or null
     storage_t* __restrict__ output,        // [N, C_out, L_out]
     const Params p) {
-    index_t block = index_t(blockIdx.x);
-    const auto next_index = [&](index_t extent) {
-        const index_t rest = block / extent;
-        const index_t index = block - rest * extent;
-        block = rest;
-        return index;
-    };
-    const index_t row_tile = next_index(p.row_tiles);
-    const index_t column_tile = next_index(p.column_tiles);
-    const index_t n = kOneSample ? next_index(p.N) : 0;
-    const index_t product = block;
-    const index_t g = PHASES_IN_ROWS ? product : product / p.stride;
-    const index_t phase = PHASES_IN_ROWS ? 0 : product - g * p.stride;
+    const auto tile_of = [&](index_t block) {
+        const auto next_index = [&](index_t extent) {
+            const index_t rest = block / extent;
+            const index_t index = block - rest * extent;
+            block = rest;
+            return index;
+        };
+        const index_t row_tile = next_index(p.row_tiles);
+        const index_t column_tile = next_index(p.column_tiles);
+        const index_t n = kOneSample ? next_index(p.N) : 0;
+        const index_t product = block;
+        const index_t g = PHASES_IN_ROWS ? product : product / p.stride;
+        const index_t phase = PHASES_IN_ROWS ? 0 : product - g * p.stride;
 
-    // The phase of this block, if it has one: see conv_transpose1d_gather.cu.
-    index_t l_shift = 0, taps = p.taps;
-    if (!PHASES_IN_ROWS) {
-        const index_t phase_quotient = phase / p.phase_gcd;
-        taps = 0;
-        if (phase_quotient * p.phase_gcd == phase) {
-            const index_t k_first = phase_quotient % p.tap_step * p.phase_inverse % p.tap_step;
-            l_shift = (phase - k_first * p.dilation) / p.stride;  // exact, perhaps negative
-            if (k_first < p.K) taps = ceil_div(p.K - k_first, p.tap_step);
+        // The phase of this block, if it has one: see conv_transpose1d_gather.cu.
+        index_t l_shift = 0, taps = p.taps;
+        if (!PHASES_IN_ROWS) {
+            const index_t phase_quotient = phase / p.phase_gcd;
+            taps = 0;
+            if (phase_quotient * p.phase_gcd == phase) {
+                const index_t k_first = phase_quotient % p.tap_step * p.phase_inverse % p.tap_step;
+                l_shift = (phase - k_first * p.dilation) / p.stride;  // exact, perhaps negative
+                if (k_first < p.K) taps = ceil_div(p.K - k_first, p.tap_step);
+            }
         }
-    }
 
-    Tile tile;
-    tile.input = input + (n * p.input_stride_n + g * p.C_in_g * p.input_stride_c);
-    tile.weight = weight + product * p.weight_stride_product;
-    tile.output = output + (n * p.output_stride_n + g * p.C_out_g * p.output_stride_c);
-    tile.row_begin = row_tile * BLOCK_M;
-    tile.rows = PHASES_IN_ROWS ? p.C_out_g * p.stride : p.C_out_g;
-    tile.column_begin = column_tile * BLOCK_N;
-    tile.columns = kOneSample ? p.positions : p.N * p.positions;
-    tile.positions = p.positions;
-    tile.C_in_g = taps > 0 ? p.C_in_g : 0;
-    tile.taps = p.taps;
-    tile.L_in = p.L_in;
-    tile.L_out = p.L_out;
-    tile.column_step = 1;
-    tile.first = p.q_begin + l_shift;
-    tile.tap_step = -p.position_step;
-    tile.output_step = p.stride;
-    tile.output_first = p.q_begin * p.stride + phase - p.padding_left;
-    tile.input_stride_n = p.input_stride_n;
-    tile.input_stride_l = kOneSample ? 1 : p.input_stride_l;
-    tile.output_stride_n = p.output_stride_n;
-    tile.output_stride_l = p.output_stride_l;
-    tile.input_stride_c = p.input_stride_c;
-    tile.weight_pitch = p.weight_pitch;
-    tile.taps_advance = p.taps_advance;
-    tile.input_advance = p.input_advance;
-    tile.input_carry = p.input_carry;
-
-    multiply_tile(tile, bias, [&](index_t row) {
+        Tile tile;
+        tile.input = input + (n * p.input_stride_n + g * p.C_in_g * p.input_stride_c);
+        tile.weight = weight + product * p.weight_stride_product;
+        tile.output = output + (n * p.output_stride_n + g * p.C_out_g * p.output_stride_c);
+        tile.row_begin = row_tile * BLOCK_M;
+        tile.rows = PHASES_IN_ROWS ? p.C_out_g * p.stride : p.C_out_g;
+        tile.column_begin = column_tile * BLOCK_N;
+        tile.columns = kOneSample ? p.positions : p.N * p.positions;
+        tile.positions = p.positions;
+        tile.C_in_g = taps > 0 ? p.C_in_g : 0;
+        tile.taps = p.taps;
+        tile.L_in = p.L_in;
+        tile.L_out = p.L_out;
+        tile.column_step = 1;
+        tile.first = p.q_begin + l_shift;
+        tile.tap_step = -p.position_step;
+        tile.output_step = p.stride;
+        tile.output_first = p.q_begin * p.stride + phase - p.padding_left;
+        tile.input_stride_n = p.input_stride_n;
+        tile.input_stride_l = kOneSample ? 1 : p.input_stride_l;
+        tile.output_stride_n = p.output_stride_n;
+        tile.output_stride_l = p.output_stride_l;
+        tile.input_stride_c = p.input_stride_c;
+        tile.weight_pitch = p.weight_pitch;
+        tile.taps_advance = p.taps_advance;
+        tile.input_advance = p.input_advance;
+        tile.input_carry = p.input_carry;
+        tile.group = g;
+        tile.row_taps = taps;
+        return tile;
+    };
+    multiply_tile(tile_of, bias, [&](const Tile& tile, index_t row) {
         const index_t c_out = PHASES_IN_ROWS ? row / p.stride : row;
         const index_t row_phase = PHASES_IN_ROWS ? row - c_out * p.stride : 0;
         Row info;
-        info.taps = PHASES_IN_ROWS ? (row_phase < p.K ? ceil_div(p.K - row_phase, p.stride) : 0) : taps;
+        info.taps = PHASES_IN_ROWS ? (row_phase < p.K ? ceil_div(p.K - row_phase, p.stride) : 0) : tile.row_taps;
         info.output_offset = c_out * p.output_stride_c;
         info.shift = row_phase;
-        info.bias_offset = (g * p.C_out_g + c_out) * p.bias_stride;
+        info.bias_offset = (tile.group * p.C_out_g + c_out) * p.bias_stride;
         return info;
     });
 }

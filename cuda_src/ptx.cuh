@@ -24,6 +24,17 @@ __device__ __forceinline__ unsigned short float_to_half_bits_rn(float value) {
 __device__ __forceinline__ float uint_as_float(unsigned bits) { return __uint_as_float(bits); }
 __device__ __forceinline__ unsigned float_as_uint(float value) { return __float_as_uint(value); }
 
+// blockIdx.x as a value that the compiler cannot know to be the one read before: what is derived from it is computed
+// again instead of being kept in registers.
+__device__ __forceinline__ unsigned block_index_again() {
+    unsigned index;
+    asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(index));
+    return index;
+}
+
+// The upper half of the 64-bit product.
+__device__ __forceinline__ unsigned multiply_high(unsigned a, unsigned b) { return __umulhi(a, b); }
+
 // The block's dynamic shared memory, 16-byte aligned. The only way to shared memory in gpuconv.
 __device__ __forceinline__ unsigned char* dynamic_shared_memory() {
     extern __shared__ uint4 dynamic_shared_memory_base[];

@@ -47,20 +47,22 @@ struct Tile {
     const storage_t* input;   // input[n0, first channel of the group, 0], n0 = 0 unless kOneSample
     const acc_t* weight;      // packed weights of row 0, term 0
     storage_t* output;        // output[n0, first channel of the group, 0]
+    index_t group;
     index_t row_begin, rows;  // the block's first row, and the rows of the whole product
     index_t column_begin, columns;  // the block's first column, and the columns of sample n0 or of all samples
     index_t positions;              // columns of one sample
     index_t C_in_g, taps, L_in, L_out;
+    index_t row_taps;  // of taps, those that every row of the block has, where rows do not differ
     index_t column_step, first, tap_step;  // l_in = q*column_step + first + tap*tap_step
     index_t output_step, output_first;     // l_out = q*output_step + output_first + Row::shift
     index_t input_stride_n, input_stride_c, input_stride_l;
     index_t weight_pitch;  // from one term to the next
-    // How the tap and the input's address move when r grows by BLOCK_R; input_carry more where the tap passes the last.
+    // How the tap and the input's address move when r grows by kWarps; input_carry more where the tap passes the last.
     index_t taps_advance, input_advance, input_carry;
     index_t output_stride_n, output_stride_l;
 };
 
-// What a kernel knows of a row of the product; row_of(row) returns it.
+// What a kernel knows of a row of the product; row_of(tile, row) returns it.
 struct Row {
     index_t taps;           // of Tile::taps, those that the row has
     index_t output_offset;  // of its channel, from Tile::output
@@ -68,7 +70,7 @@ struct Row {
     index_t bias_offset;
 };
 
-// A term (c_in, tap) of R that moves on by BLOCK_R terms, and the input's address for it.
+// A term (c_in, tap) of R that moves on by kWarps terms, and the input's address for it.
 struct Walk {
     index_t tap;
     const storage_t* address;
@@ -88,8 +90,89 @@ struct Walk {
     }
 };
 
+// Stores the sums of a block. Each warp passes its rows through shared memory, so that lanes store neighbouring columns.
 template <typename RowOf>
-__device__ __forceinline__ void multiply_tile(const Tile& tile, const storage_t* bias, const RowOf& row_of) {
+__device__ __forceinline__ void store_tile(
+    const Tile& tile, const storage_t* bias, const RowOf& row_of, const acc_t (&acc)[THREAD_M][THREAD_N]) {
+    acc_t* const shared = reinterpret_cast<acc_t*>(dynamic_shared_memory());
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int lane_m = lane / kLanesN, lane_n = lane % kLanesN;
+    index_t l_out[kColumns];          // of shift 0, and L_out behind the last column: shifts only go up
+    index_t output_offset[kColumns];  // of that position, from Tile::output
+#pragma unroll
+    for (int j = 0; j < kColumns; ++j) {
+        const index_t column = tile.column_begin + lane + 32 * j;
+        const index_t n = kOneSample ? 0 : column / tile.positions;
+        l_out[j] = (column - n * tile.positions) * tile.output_step + tile.output_first;
+        output_offset[j] = n * tile.output_stride_n + l_out[j] * tile.output_stride_l;
+        if (column >= tile.columns) l_out[j] = tile.L_out;
+    }
+    acc_t* const slice = shared + warp * kSlice;
+    bool met_nan = false;
+#pragma unroll
+    for (int group = 0; group < THREAD_M / kVec; ++group) {
+        Vector* const mine = reinterpret_cast<Vector*>(slice + lane_m * kVec * BLOCK_N) + lane_n;
+#pragma unroll
+        for (int i = 0; i < kVec; ++i) {
+#pragma unroll
+            for (int j = 0; j < THREAD_N / kVec; ++j) {
+                Vector vector;
+#pragma unroll
+                for (int v = 0; v < kVec; ++v) vector.element[v] = acc[group * kVec + i][j * kVec + v];
+                mine[(i * BLOCK_N) / kVec + j * kLanesN] = vector;
+            }
+        }
+        __syncwarp();
+        const index_t row_begin = tile.row_begin + warp * kWarpRows + group * kSliceRows;
+#pragma unroll 1
+        for (int i = 0; i < kSliceRows && row_begin + i < tile.rows; ++i) {
+            const Row info = row_of(tile, row_begin + i);
+            const acc_t offset = bias_or_zero(bias, info.bias_offset);
+            storage_t* const y = tile.output + (info.output_offset + info.shift * tile.output_stride_l);
+#pragma unroll
+            for (int j = 0; j < kColumns; ++j) {
+                const acc_t value = slice[i * BLOCK_N + lane + 32 * j];
+                const index_t l = l_out[j] + info.shift;
+                if (l >= 0 && l < tile.L_out) {
+                    y[output_offset[j]] = scalar::round(add(value, offset));
+                    met_nan = met_nan || is_nan(value);
+                }
+            }
+        }
+        __syncwarp();
+    }
+    if (!met_nan) return;
+
+    // -- the rare way out: results of this lane's columns that miss terms are summed again without them ---------------
+#pragma unroll 1
+    for (int e = 0; e < kWarpRows * kColumns; ++e) {
+        const index_t row = tile.row_begin + warp * kWarpRows + e / kColumns;
+        const index_t column = tile.column_begin + lane + 32 * (e % kColumns);
+        if (row >= tile.rows || column >= tile.columns) continue;
+        const Row info = row_of(tile, row);
+        const index_t n = kOneSample ? 0 : column / tile.positions, q = column - n * tile.positions;
+        const index_t l = q * tile.output_step + tile.output_first + info.shift;
+        if (l < 0 || l >= tile.L_out) continue;
+        const storage_t* const x = tile.input + n * tile.input_stride_n;
+        const acc_t* w = tile.weight + row;
+        acc_t sum = scalar::zero();
+        for (index_t c_in = 0; c_in < tile.C_in_g; ++c_in) {
+            for (index_t tap = 0; tap < tile.taps; ++tap, w += tile.weight_pitch) {
+                const index_t l_in = q * tile.column_step + tile.first + tap * tile.tap_step;
+                if (tap >= info.taps || l_in < 0 || l_in >= tile.L_in) continue;
+                const storage_t value = x[c_in * tile.input_stride_c + l_in * tile.input_stride_l];
+                sum = multiply_add(*w, scalar::load(value), sum);
+            }
+        }
+        tile.output[info.output_offset + n * tile.output_stride_n + l * tile.output_stride_l] =
+            scalar::round(add(sum, bias_or_zero(bias, info.bias_offset)));
+    }
+}
+
+// tile_of(block index) is the kernel's reading of its grid.
+template <typename TileOf, typename RowOf>
+__device__ __forceinline__ void multiply_tile(const TileOf& tile_of, const storage_t* bias, const RowOf& row_of) {
+    const Tile tile = tile_of(blockIdx.x);
     acc_t* const shared = reinterpret_cast<acc_t*>(dynamic_shared_memory());
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int lane_m = lane / kLanesN, lane_n = lane % kLanesN;
@@ -113,9 +196,8 @@ __device__ __forceinline__ void multiply_tile(const Tile& tile, const storage_t*
         inside = inside && min_index(position_of(j), last) >= 0 && max_index(position_of(j), last) < tile.L_in;
     }
     const storage_t* const input_base = tile.input + (kOneSample ? position_offset[0] : 0);
-    Walk input_walk[kInputTerms];
-#pragma unroll
-    for (int i = 0; i < kInputTerms; ++i) input_walk[i].start(warp + i * kWarps, input_base, tile);
+    Walk input_walk;
+    input_walk.start(warp, input_base, tile);
     const acc_t* weight = tile.weight + tile.row_begin;
 
     // Terms behind the last are not loaded: they are never multiplied.
@@ -123,7 +205,7 @@ __device__ __forceinline__ void multiply_tile(const Tile& tile, const storage_t*
 #pragma unroll
         for (int i = 0; i < kInputTerms; ++i) {
             if (r + warp + i * kWarps >= R) break;
-            const storage_t* const x = input_walk[i].address;
+            const storage_t* const x = input_walk.address;
             acc_t* const row = buffer + BLOCK_R * BLOCK_M + (warp + i * kWarps) * BLOCK_N + lane;
             if (inside) {
 #pragma unroll
@@ -131,7 +213,7 @@ __device__ __forceinline__ void multiply_tile(const Tile& tile, const storage_t*
                     scalar::copy_to_shared(row + 32 * j, x + (kOneSample ? j * 32 * COLUMN_STEP : position_offset[j]));
                 }
             } else {
-                const index_t shift = input_walk[i].tap * tile.tap_step;
+                const index_t shift = input_walk.tap * tile.tap_step;
 #pragma unroll
                 for (int j = 0; j < kColumns; ++j) {
                     const index_t l_in = position_of(j) + shift;
@@ -142,7 +224,7 @@ __device__ __forceinline__ void multiply_tile(const Tile& tile, const storage_t*
                     row[32 * j] = value;
                 }
             }
-            input_walk[i].advance(tile);
+            input_walk.advance(tile);
         }
 #pragma unroll
         for (int first = 0; first < kWeightVectors; first += kThreads) {
@@ -202,75 +284,5 @@ __device__ __forceinline__ void multiply_tile(const Tile& tile, const storage_t*
     for (int term = 0; term < R - r; ++term) multiply_term(buffer, term);
     __syncthreads();
 
-    // -- results: each warp passes its rows through shared memory, so that lanes store neighbouring columns -----------
-    index_t l_out[kColumns];          // of shift 0, and L_out behind the last column: shifts only go up
-    index_t output_offset[kColumns];  // of that position, from Tile::output
-#pragma unroll
-    for (int j = 0; j < kColumns; ++j) {
-        const index_t column = tile.column_begin + lane + 32 * j;
-        const index_t n = kOneSample ? 0 : column / tile.positions;
-        l_out[j] = (column - n * tile.positions) * tile.output_step + tile.output_first;
-        output_offset[j] = n * tile.output_stride_n + l_out[j] * tile.output_stride_l;
-        if (column >= tile.columns) l_out[j] = tile.L_out;
-    }
-    acc_t* const slice = shared + warp * kSlice;
-    bool met_nan = false;
-#pragma unroll
-    for (int group = 0; group < THREAD_M / kVec; ++group) {
-        Vector* const mine = reinterpret_cast<Vector*>(slice + lane_m * kVec * BLOCK_N) + lane_n;
-#pragma unroll
-        for (int i = 0; i < kVec; ++i) {
-#pragma unroll
-            for (int j = 0; j < THREAD_N / kVec; ++j) {
-                Vector vector;
-#pragma unroll
-                for (int v = 0; v < kVec; ++v) vector.element[v] = acc[group * kVec + i][j * kVec + v];
-                mine[(i * BLOCK_N) / kVec + j * kLanesN] = vector;
-            }
-        }
-        __syncwarp();
-        const index_t row_begin = tile.row_begin + warp * kWarpRows + group * kSliceRows;
-#pragma unroll 1
-        for (int i = 0; i < kSliceRows && row_begin + i < tile.rows; ++i) {
-            const Row info = row_of(row_begin + i);
-            const acc_t offset = bias_or_zero(bias, info.bias_offset);
-            storage_t* const y = tile.output + (info.output_offset + info.shift * tile.output_stride_l);
-#pragma unroll
-            for (int j = 0; j < kColumns; ++j) {
-                const acc_t value = slice[i * BLOCK_N + lane + 32 * j];
-                const index_t l = l_out[j] + info.shift;
-                if (l >= 0 && l < tile.L_out) {
-                    y[output_offset[j]] = scalar::round(add(value, offset));
-                    met_nan = met_nan || is_nan(value);
-                }
-            }
-        }
-        __syncwarp();
-    }
-    if (!met_nan) return;
-
-    // -- the rare way out: results of this lane's columns that miss terms are summed again without them ---------------
-#pragma unroll 1
-    for (int e = 0; e < kWarpRows * kColumns; ++e) {
-        const index_t row = tile.row_begin + warp * kWarpRows + e / kColumns;
-        const index_t column = tile.column_begin + lane + 32 * (e % kColumns);
-        if (row >= tile.rows || column >= tile.columns) continue;
-        const Row info = row_of(row);
-        const index_t n = kOneSample ? 0 : column / tile.positions, q = column - n * tile.positions;
-        const index_t l = q * tile.output_step + tile.output_first + info.shift;
-        if (l < 0 || l >= tile.L_out) continue;
-        const storage_t* const x = tile.input + n * tile.input_stride_n;
-        const acc_t* w = tile.weight + row;
-        acc_t sum = scalar::zero();
-        for (index_t c_in = 0; c_in < tile.C_in_g; ++c_in) {
-            for (index_t tap = 0; tap < tile.taps; ++tap, w += tile.weight_pitch) {
-                const index_t l_in = q * tile.column_step + tile.first + tap * tile.tap_step;
-                if (tap >= info.taps || l_in < 0 || l_in >= tile.L_in) continue;
-                const storage_t value = x[c_in * tile.input_stride_c + l_in * tile.input_stride_l];
-                sum = multiply_add(*w, scalar::load(value), sum);
-            }
-        }
-        tile.output[info.output_offset + n * tile.output_stride_n + l * tile.output_stride_l] =
-            scalar::round(add(sum, bias_or_zero(bias, info.bias_offset)));
-    }
+    store_tile(tile_of(block_index_again()), bias, row_of, acc);
 }

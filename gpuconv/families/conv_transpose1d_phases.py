@@ -185,7 +185,7 @@ class ConvTranspose1dPhases(Family):
 
     def _config(self, tile: Tile, column_step: int, dtype: str, bits: int, phases_in_rows: bool) -> Config:
         macros = tiling_macros(tile, column_step, dtype, bits)
-        if not phases_in_rows:  # deriving the phase takes registers that only a lower occupancy has
+        if not (phases_in_rows and column_step):  # more addresses or the phase: registers of a lower occupancy
             macros["MIN_BLOCKS"] = 1
         macros["PHASES_IN_ROWS"] = int(phases_in_rows)
         return Config.of(self.name, {**macros, "PARAMS_BYTES": len(params_fields(self.name)) * bits // 8})

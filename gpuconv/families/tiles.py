@@ -181,11 +181,11 @@ def tiling_macros(tile: Tile, column_step: int, dtype: str, bits: int) -> dict[s
 
 
 def walk_params(tile: Tile, taps: int, channel_stride: int, tap_stride: int) -> dict[str, int]:
-    """The fields of Params that move a thread's input address on by a chunk: see Tile in tiled.cuh.
+    """The fields of Params that move a thread's input address on: see Tile in tiled.cuh.
 
     The strides are those from one channel and from one tap to the next.
     """
-    channels, rest = divmod(tile.block_r, taps)
+    channels, rest = divmod(tile.warps, taps)
     return {
         "taps_advance": rest,
         "input_advance": channels * channel_stride + rest * tap_stride,

@@ -179,6 +179,10 @@ __forceinline__ unsigned float_as_uint(float value) {
     return bits;
 }
 
+__forceinline__ unsigned multiply_high(unsigned a, unsigned b) {
+    return unsigned((unsigned long long)a * b >> 32);
+}
+
 // Both conversions work on the bits, so they do not depend on the processor's treatment of subnormals: the GPU's
 // instructions (without .ftz) keep those of float16. NaNs keep the top of their payload, by which poison is recognised
 // (memory.py); a GPU makes every float16 NaN 0x7fff.
@@ -203,6 +207,8 @@ inline unsigned short float_to_half_bits_rn(float value) {
     const unsigned kept = significand >> shift, rest = significand & ((1u << shift) - 1), half = 1u << (shift - 1);
     return (unsigned short)(sign | (kept + (rest > half || (rest == half && (kept & 1u)))));
 }
+
+__forceinline__ unsigned block_index_again() { return blockIdx.x; }
 
 __forceinline__ unsigned char* dynamic_shared_memory() { return hostcuda_shared_memory(); }
 

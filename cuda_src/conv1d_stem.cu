@@ -1,0 +1,231 @@
+// conv1d_stem: forward convolution of layers with few input channels a group and many output channels, where the output
+// dominates.
+//
+//   output[n, c_out, l_out] = bias[c_out]
+//       + sum over c_in < C_in_g, k < K of weight[c_out, c_in, k] * input[n, g*C_in_g + c_in, l_in],
+//   g = c_out / C_out_g,   l_in = l_out*stride - padding_left + k*dilation,   taps outside [0, L_in) left out.
+//
+// A warp computes THREAD_C output channels of a tile of 32*THREAD_L columns, a lane THREAD_L of these columns: positions
+// l_begin + lane + j*step_l of samples n_begin + j*step_n, j < THREAD_L. Either step_l is 32 and step_n is 0 (a tile is a
+// piece of one sample) or step_l is 0 and step_n is 1 (a tile is 32 positions of THREAD_L samples, for short samples). So
+// a warp stores 32 neighbours at a time, whatever the alignment of the row.
+//
+// The input of a tile waits in shared memory as rows (c_in, r), r < row_taps, of row_pitch entries. Entry i of a row holds
+// what column 0 of a tile that begins i positions later reads for tap r, for all j side by side: one load gives a lane its
+// THREAD_L operands, and lanes read neighbouring entries whatever the stride. Taps r, r + row_taps, r + 2*row_taps, ...
+// share row r: tap r + m*row_taps of a lane is its entry lane + m*row_advance. That holds where
+// row_taps*dilation = row_advance*stride, and where there is one tap a row.
+//
+// The weights pass through shared memory chunk_terms terms (c_in, k) at a time, beside the entries that they meet.
+//
+// Grid x: blocks of channels (fastest), then of tiles, then groups. Grid y and z: 1. Block: warps_c warps along the
+// channels by any number along the tiles. A block goes through `repeats` rows of tiles, and loads its weights once where
+// they are one chunk. Dynamic shared memory: weights, then entries, then offsets.
+// Terms outside the input are multiplied as zeros, which tiled.cuh explains; a tile that has such terms and meets a NaN is
+// summed again without them.
+// Needs nothing: arrays of any strides, in elements. Chosen for 1 to 4 input channels a group where the input of a tile
+// fits in shared memory.
+//
+// Macros read: THREAD_C, THREAD_L, MAX_THREADS, MIN_BLOCKS, and those of common.cuh.
+
+struct Params {
+    index_t N, L_in, L_out, K;
+    index_t C_in_g, C_out_g;
+    index_t stride, padding_left, dilation;
+    index_t input_stride_n, input_stride_c, input_stride_l;
+    index_t weight_stride_out, weight_stride_in, weight_stride_k;
+    index_t bias_stride;
+    index_t output_stride_n, output_stride_c, output_stride_l;
+    index_t channel_blocks, tile_blocks, tiles, tiles_of_sample, repeats;
+    index_t warps_c, step_n, step_l;
+    index_t row_taps, row_advance, row_pitch;
+    index_t chunk_terms, weight_pitch;
+};
+static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/conv1d_stem.py");
+
+constexpr int kVec = sizeof(acc_t) < 16 ? 16 / int(sizeof(acc_t)) : 1;  // elements of one 16-byte access
+static_assert(THREAD_C % kVec == 0, "a thread's weights are whole vectors: gpuconv/families/conv1d_stem.py");
+
+struct alignas(16) WeightVector {
+    acc_t element[kVec];
+};
+struct alignas(sizeof(acc_t) * THREAD_L) Entry {
+    acc_t element[THREAD_L];
+};
+struct alignas(16) Offsets {
+    int element[4];
+};
+
+extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS) conv1d_stem(
+    const storage_t* __restrict__ input,   // [N, C_in, L_in]
+    const storage_t* __restrict__ weight,  // [C_out, C_in_g, K]
+    const storage_t* __restrict__ bias,    // [C_out], or null
+    storage_t* __restrict__ output,        // [N, C_out, L_out]
+    const Params p) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int warps = blockDim.x / 32, warps_c = int(p.warps_c);
+    const int warp_l = warp / warps_c, warp_c = warp - warp_l * warps_c, warps_l = warps / warps_c;
+    const int R = int(p.C_in_g * p.K);
+    const int K = int(p.K), row_taps = int(p.row_taps), row_pitch = int(p.row_pitch);
+    const int chunk_terms = int(p.chunk_terms), weight_pitch = int(p.weight_pitch);
+    const int rows = int(p.C_in_g) * row_taps;
+
+    acc_t* const smem_weight = reinterpret_cast<acc_t*>(dynamic_shared_memory());  // [chunk_terms][weight_pitch]
+    Entry* const smem_input =                                                      // [warps_l][rows][row_pitch]
+        reinterpret_cast<Entry*>(smem_weight + chunk_terms * weight_pitch);
+    int* const smem_offset = reinterpret_cast<int*>(smem_input + warps_l * rows * row_pitch);  // [chunk_terms]
+    Entry* const entries = smem_input + warp_l * rows * row_pitch;                             // of this warp's tile
+
+    const index_t rest = index_t(blockIdx.x) / p.channel_blocks;
+    const index_t g = rest / p.tile_blocks;
+    const index_t channel_begin = (index_t(blockIdx.x) - rest * p.channel_blocks) * (warps_c * THREAD_C);
+    const index_t tile_begin = (rest - g * p.tile_blocks) * p.repeats * warps_l + warp_l;
+    const index_t c_begin = channel_begin + warp_c * THREAD_C;  // of the group, like every channel below
+
+    weight += g * p.C_out_g * p.weight_stride_out;                                          // weight[g*C_out_g, 0, 0]
+    input += g * p.C_in_g * p.input_stride_c;                                               // input[0, g*C_in_g, 0]
+    output += (g * p.C_out_g + c_begin) * p.output_stride_c;                                // output[0, c_begin, 0]
+
+    // Terms r_begin to r_end. Eight lanes read neighbouring terms of one channel, four such channels a warp; the pitch
+    // puts all 32 into different banks. A channel behind the last repeats it: its results are not stored.
+    const auto load_weights = [&](int r_begin, int r_end) {
+        for (int r = r_begin + lane % 8; r < r_end; r += 8) {
+            const int c_in = r / K, k = r - c_in * K;
+            const storage_t* const w = weight + (c_in * p.weight_stride_in + k * p.weight_stride_k);
+            acc_t* const row = smem_weight + (r - r_begin) * weight_pitch;
+#pragma unroll 4
+            for (int c = warp * 4 + lane / 8; c < warps_c * THREAD_C; c += 4 * warps) {
+                row[c] = scalar::load(w[min_index(channel_begin + c, p.C_out_g - 1) * p.weight_stride_out]);
+            }
+        }
+        for (int r = r_begin + int(threadIdx.x); r < r_end; r += blockDim.x) {
+            const int c_in = r / K, k = r - c_in * K, m = k / row_taps;
+            smem_offset[r - r_begin] = (c_in * row_taps + (k - m * row_taps)) * row_pitch + m * int(p.row_advance);
+        }
+    };
+
+    for (index_t repeat = 0; repeat < p.repeats; ++repeat) {
+        const index_t tile = tile_begin + repeat * warps_l;
+        const bool exists = tile < p.tiles;
+        const index_t tile_row = tile / p.tiles_of_sample;
+        const index_t n_begin = tile_row * (p.step_n == 0 ? 1 : THREAD_L);
+        const index_t l_begin = (tile - tile_row * p.tiles_of_sample) * (p.step_l == 0 ? 32 : 32 * THREAD_L);
+        const index_t first = l_begin * p.stride - p.padding_left;  // l_in of column 0, tap 0
+
+        if (repeat > 0) __syncthreads();  // all have done with the entries of the tile before
+        if (exists) {
+            const storage_t* const x = input + n_begin * p.input_stride_n;
+            for (int row = warp_c; row < rows; row += warps_c) {
+                const int c_in = row / row_taps, r = row - c_in * row_taps;
+#pragma unroll 2
+                for (int i = lane; i < row_pitch; i += 32) {
+                    Entry entry;
+#pragma unroll
+                    for (int j = 0; j < THREAD_L; ++j) {
+                        const index_t l_in = first + r * p.dilation + (i + j * p.step_l) * p.stride;
+                        const bool in_bounds = l_in >= 0 && l_in < p.L_in && n_begin + j * p.step_n < p.N;
+                        entry.element[j] = scalar::zero();
+                        if (in_bounds) {
+                            entry.element[j] = scalar::load(
+                                x[j * p.step_n * p.input_stride_n + c_in * p.input_stride_c + l_in * p.input_stride_l]);
+                        }
+                    }
+                    entries[row * row_pitch + i] = entry;
+                }
+            }
+        }
+
+        acc_t acc[THREAD_C][THREAD_L];
+#pragma unroll
+        for (int c = 0; c < THREAD_C; ++c) {
+#pragma unroll
+            for (int j = 0; j < THREAD_L; ++j) acc[c][j] = scalar::zero();
+        }
+        const auto multiply_term = [&](int term, int offset) {
+            const Entry x = entries[offset + lane];
+            const WeightVector* const w =
+                reinterpret_cast<const WeightVector*>(smem_weight + term * weight_pitch + warp_c * THREAD_C);
+            WeightVector w_term[THREAD_C / kVec];
+#pragma unroll
+            for (int c = 0; c < THREAD_C / kVec; ++c) w_term[c] = w[c];
+#pragma unroll
+            for (int c = 0; c < THREAD_C; ++c) {
+#pragma unroll
+                for (int j = 0; j < THREAD_L; ++j) {
+                    acc[c][j] = multiply_add(w_term[c / kVec].element[c % kVec], x.element[j], acc[c][j]);
+                }
+            }
+        };
+
+        for (int r_begin = 0; r_begin < R; r_begin += chunk_terms) {
+            const int terms = R - r_begin < chunk_terms ? R - r_begin : chunk_terms;
+            if (r_begin > 0) __syncthreads();  // all have done with the weights before
+            if (repeat == 0 || R > chunk_terms) load_weights(r_begin, r_begin + terms);
+            __syncthreads();
+            if (!exists) continue;
+            int term = 0;
+#pragma unroll 1
+            for (; term + 4 <= terms; term += 4) {
+                const Offsets offsets = *reinterpret_cast<const Offsets*>(smem_offset + term);
+#pragma unroll
+                for (int i = 0; i < 4; ++i) multiply_term(term + i, offsets.element[i]);
+            }
+#pragma unroll 1
+            for (; term < terms; ++term) multiply_term(term, smem_offset[term]);
+        }
+        if (!exists) continue;
+
+        const index_t l_lane = l_begin + lane;
+        bool is_output[THREAD_L];
+        index_t offset[THREAD_L];  // from output[n_begin, c, l_lane]
+#pragma unroll
+        for (int j = 0; j < THREAD_L; ++j) {
+            is_output[j] = l_lane + j * p.step_l < p.L_out && n_begin + j * p.step_n < p.N;
+            offset[j] = j * (p.step_n * p.output_stride_n + p.step_l * p.output_stride_l);
+        }
+        storage_t* const y_begin = output + (n_begin * p.output_stride_n + l_lane * p.output_stride_l);
+        storage_t* y = y_begin;
+#pragma unroll
+        for (int c = 0; c < THREAD_C; ++c) {
+            if (c_begin + c >= p.C_out_g) break;
+            const acc_t last = bias_or_zero(bias, (g * p.C_out_g + c_begin + c) * p.bias_stride);
+#pragma unroll
+            for (int j = 0; j < THREAD_L; ++j) {
+                if (is_output[j]) y[offset[j]] = scalar::round(add(acc[c][j], last));
+            }
+            y += p.output_stride_c;
+        }
+
+        // Where terms are missing, zeros stood for them, and a weight that is no number made NaNs of these.
+        const index_t tile_last = first + (31 + (THREAD_L - 1) * p.step_l) * p.stride + (p.K - 1) * p.dilation;
+        if (first >= 0 && tile_last < p.L_in) continue;
+        bool met_nan = false;
+#pragma unroll
+        for (int c = 0; c < THREAD_C; ++c) {
+#pragma unroll
+            for (int j = 0; j < THREAD_L; ++j) met_nan = met_nan || is_nan(acc[c][j]);
+        }
+        if (!met_nan) continue;
+#pragma unroll 1
+        for (int e = 0; e < THREAD_C * THREAD_L; ++e) {
+            const int c = e / THREAD_L, j = e % THREAD_L;
+            const index_t n = n_begin + j * p.step_n, l_out = l_lane + j * p.step_l;
+            if (c_begin + c >= p.C_out_g || n >= p.N || l_out >= p.L_out) continue;
+            const storage_t* const x = input + n * p.input_stride_n;
+            const storage_t* const w = weight + (c_begin + c) * p.weight_stride_out;
+            acc_t sum = scalar::zero();
+            for (index_t c_in = 0; c_in < p.C_in_g; ++c_in) {
+                for (index_t k = 0; k < p.K; ++k) {
+                    const index_t l_in = l_out * p.stride - p.padding_left + k * p.dilation;
+                    if (l_in < 0 || l_in >= p.L_in) continue;
+                    sum = multiply_add(
+                        scalar::load(w[c_in * p.weight_stride_in + k * p.weight_stride_k]),
+                        scalar::load(x[c_in * p.input_stride_c + l_in * p.input_stride_l]), sum);
+                }
+            }
+            const acc_t last = bias_or_zero(bias, (g * p.C_out_g + c_begin + c) * p.bias_stride);
+            y_begin[c * p.output_stride_c + j * (p.step_n * p.output_stride_n + p.step_l * p.output_stride_l)] =
+                scalar::round(add(sum, last));
+        }
+    }
+}

@@ -1,0 +1,273 @@
+"""conv1d_stem: few input channels a group and many output channels, the input of a tile in shared memory.
+
+Contract: cuda_src/conv1d_stem.cu.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+from ..device import Device
+from ..problem import DTYPES, ITEMSIZE, ConvProblem
+from ..source import params_fields
+from .base import MAX_GRID, Config, Family, Launch, Layout, index_bits, stride_params
+
+WARP = 32
+MAX_C_IN_G = 4
+MIN_C_OUT_G = 8
+MAX_THREADS = 256
+MAX_REPEATS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """What a thread computes: thread_c channels of thread_l columns.
+
+    Attributes:
+        min_blocks: blocks that a multiprocessor must be able to hold, which caps the registers of a thread.
+    """
+
+    thread_l: int
+    thread_c: int
+    min_blocks: int
+
+
+# By the size of the accumulator: a wide tile with the fewest loads for each multiply-add that two blocks of 256 threads
+# have registers for, and a small one for layers with too few outputs to fill a GPU with wide ones.
+TILES: dict[int, tuple[Tile, Tile]] = {
+    4: (Tile(4, 16, 2), Tile(2, 8, 2)),
+    8: (Tile(2, 16, 2), Tile(2, 4, 2)),
+    16: (Tile(1, 8, 2), Tile(1, 4, 2)),
+}
+
+# Terms that are loaded together: enough to hide a barrier behind, few enough to leave room for input.
+_CHUNK_TERMS = 64
+# Blocks that each multiprocessor should get at least, before a block goes through several tiles to load weights once.
+_BLOCKS_EACH = 16
+# Instructions besides the multiply-adds and the loads of their operands, from the machine code for sm_90: of a term, of
+# one loaded input or weight, of one result.
+_TERM_SLOTS = 1.5
+_LOAD_SLOTS = 10.0
+_RESULT_SLOTS = 4.0
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A problem cut into tiles of one shape: see the .cu file for the fields that Params repeats.
+
+    Attributes:
+        samples: of one tile: 1, or thread_l.
+        slots: predicted issue slots of the busiest scheduler of a multiprocessor.
+    """
+
+    tile: Tile
+    samples: int
+    tiles_of_sample: int
+    tiles: int
+    warps_c: int
+    warps_l: int
+    channel_blocks: int
+    repeats: int
+    row_taps: int
+    row_advance: int
+    row_pitch: int
+    chunk_terms: int
+    weight_pitch: int
+    shared_bytes: int
+    slots: float
+
+    @property
+    def tile_blocks(self) -> int:
+        return -(-self.tiles // (self.warps_l * self.repeats))
+
+    @classmethod
+    def of(cls, p: ConvProblem, device: Device, tile: Tile, samples: int) -> Plan | None:
+        """None where the input of one tile does not fit in shared memory beside a few terms of weights."""
+        size = max(4, ITEMSIZE[p.dtype])
+        vec = max(1, 16 // size)
+        terms = p.C_in_g * p.K
+        tiles_of_sample = -(-p.L_out // (WARP * tile.thread_l // samples))
+        tiles = tiles_of_sample * -(-p.N // samples)
+
+        # Fewest entries: taps that lie whole strides apart share a row, or each has its own.
+        gcd = math.gcd(p.stride, p.dilation)
+        shared_row = min(p.stride // gcd, p.K)
+        rows = ((shared_row, p.dilation // gcd), (p.K, 0))
+        row_taps, row_advance = min(rows, key=lambda row: row[0] * (WARP + (p.K - 1) // row[0] * row[1]))
+        row_pitch = WARP + (p.K - 1) // row_taps * row_advance
+        entries = p.C_in_g * row_taps * row_pitch
+        entry_bytes = entries * tile.thread_l * size
+
+        channel_tiles = -(-p.C_out_g // tile.thread_c)
+        max_warps = MAX_THREADS // WARP
+        channel_blocks = -(-channel_tiles // max_warps)
+        warps_c = -(-channel_tiles // channel_blocks)
+        # One vector past a multiple of the 32 banks: see load_weights.
+        weight_pitch = -(-warps_c * tile.thread_c // WARP) * WARP + vec
+        term_bytes = weight_pitch * size + 4
+        chunk_terms = min(terms, _CHUNK_TERMS)
+        available = min(device.shared_per_block, device.shared_per_sm // tile.min_blocks - 1024)
+        while chunk_terms > 8 and chunk_terms * term_bytes + entry_bytes > available:
+            chunk_terms -= 8
+        chunk_terms = min(terms, -(-chunk_terms // 4) * 4)
+        weight_bytes = chunk_terms * weight_pitch * size
+        if weight_bytes + entry_bytes + 4 * chunk_terms > available:
+            return None
+        warps_l = min(max_warps // warps_c, tiles, (available - weight_bytes - 4 * chunk_terms) // entry_bytes)
+
+        blocks = channel_blocks * -(-tiles // warps_l) * p.groups
+        repeats = max(1, min(MAX_REPEATS, blocks // (_BLOCKS_EACH * device.num_sms)))
+
+        # A complex term is four multiply-adds, float64 runs at half the rate.
+        fma_slots = (4 if p.is_complex else 1) * (2 if p.dtype in ("float64", "complex128") else 1)
+        results = tile.thread_l * tile.thread_c
+        operand_loads = (tile.thread_l + tile.thread_c) * size / 16
+        slots = terms * (results * fma_slots + operand_loads + _TERM_SLOTS)
+        slots += _RESULT_SLOTS * results
+        slots += _LOAD_SLOTS * p.C_in_g * row_taps * -(-row_pitch // WARP) * tile.thread_l / warps_c
+        slots += _LOAD_SLOTS * terms * tile.thread_c / (WARP * warps_l * (repeats if terms <= chunk_terms else 1))
+        warps = channel_blocks * warps_c * tiles * p.groups
+        return cls(
+            tile=tile,
+            samples=samples,
+            tiles_of_sample=tiles_of_sample,
+            tiles=tiles,
+            warps_c=warps_c,
+            warps_l=warps_l,
+            channel_blocks=channel_blocks,
+            repeats=repeats,
+            row_taps=row_taps,
+            row_advance=row_advance,
+            row_pitch=row_pitch,
+            chunk_terms=chunk_terms,
+            weight_pitch=weight_pitch,
+            shared_bytes=weight_bytes + warps_l * entry_bytes + 4 * chunk_terms,
+            slots=slots * -(-warps // (4 * device.num_sms)),
+        )
+
+
+@lru_cache(maxsize=1024)
+def _plans(problem: ConvProblem, device: Device, *, wide: bool) -> tuple[Plan, ...]:
+    """The possible plans, best first; only the small tile has a kernel with 64-bit indices."""
+    plans = []
+    for tile in TILES[max(4, ITEMSIZE[problem.dtype])][1 if wide else 0 :]:
+        for samples in dict.fromkeys((1, tile.thread_l)):
+            plan = Plan.of(problem, device, tile, samples)
+            if plan is not None:
+                plans.append(plan)
+    return tuple(sorted(plans, key=lambda plan: plan.slots))
+
+
+class Conv1dStem(Family):
+    """Tiles of many channels by positions, every input of a tile loaded once."""
+
+    name = "conv1d_stem"
+    op = "conv1d"
+
+    def refuse(self, problem: ConvProblem, layout: Layout, device: Device) -> str | None:
+        p = problem
+        if not 1 <= p.C_in_g <= MAX_C_IN_G:
+            return f"needs C_in/groups from 1 to {MAX_C_IN_G}"
+        if p.C_out_g < MIN_C_OUT_G:
+            return f"needs C_out/groups >= {MIN_C_OUT_G}"
+        plans = _plans(p, device, wide=self._index_bits(p, layout) == 64)
+        if not plans:
+            return "needs an input window, over min(K, stride) taps, that fits in shared memory"
+        plan = plans[0]
+        if plan.channel_blocks * plan.tile_blocks * p.groups > MAX_GRID:
+            return f"needs at most {MAX_GRID} blocks"
+        return None
+
+    def configure(self, problem: ConvProblem, layout: Layout, device: Device) -> tuple[Config, Launch]:
+        p = problem
+        bits = self._index_bits(p, layout)
+        plan = _plans(p, device, wide=bits == 64)[0]
+        params = {
+            "N": p.N,
+            "L_in": p.L_in,
+            "L_out": p.L_out,
+            "K": p.K,
+            "C_in_g": p.C_in_g,
+            "C_out_g": p.C_out_g,
+            "stride": p.stride,
+            "padding_left": p.padding_left,
+            "dilation": p.dilation,
+            **stride_params(layout, ("out", "in")),
+            "channel_blocks": plan.channel_blocks,
+            "tile_blocks": plan.tile_blocks,
+            "tiles": plan.tiles,
+            "tiles_of_sample": plan.tiles_of_sample,
+            "repeats": plan.repeats,
+            "warps_c": plan.warps_c,
+            "step_n": 0 if plan.samples == 1 else 1,
+            "step_l": WARP if plan.samples == 1 else 0,
+            "row_taps": plan.row_taps,
+            "row_advance": plan.row_advance,
+            "row_pitch": plan.row_pitch,
+            "chunk_terms": plan.chunk_terms,
+            "weight_pitch": plan.weight_pitch,
+        }
+        return self._config(plan.tile, p.dtype, bits), Launch(
+            plan.channel_blocks * plan.tile_blocks * p.groups,
+            WARP * plan.warps_c * plan.warps_l,
+            plan.shared_bytes,
+            bits,
+            tuple(params.items()),
+        )
+
+    def figures(self, problem: ConvProblem, layout: Layout, device: Device) -> tuple[tuple[str, float], ...]:
+        plans = _plans(problem, device, wide=self._index_bits(problem, layout) == 64)
+        return tuple(
+            (
+                f"{plan.tile.thread_c} channels by {plan.tile.thread_l} columns a thread, "
+                f"{plan.samples} samples a tile",
+                plan.slots,
+            )
+            for plan in plans
+        )
+
+    def configs(self, device: Device) -> Iterator[Config]:
+        for dtype in DTYPES:
+            large, small = TILES[max(4, ITEMSIZE[dtype])]
+            yield self._config(large, dtype, 32)
+            for bits in (32, 64):
+                yield self._config(small, dtype, bits)
+
+    def _index_bits(self, problem: ConvProblem, layout: Layout) -> int:
+        # Beyond the arrays the kernel forms positions of the last tile's columns behind L_out and what they read, the
+        # numbers of tiles of blocks that hang over the last, and channels and samples behind the last.
+        p = problem
+        strides = stride_params(layout, ("out", "in"))
+        hanging = p.L_out + WARP * 4
+        span = (hanging + WARP + p.dilation * p.K) * p.stride + p.padding_left + p.dilation * (p.K + WARP)
+        largest_block = MAX_REPEATS * MAX_THREADS
+        return index_bits(
+            p,
+            layout,
+            span,
+            (-(-p.L_out // WARP) + 1) * p.N * -(-p.C_out_g // 4) * p.groups,
+            (-(-p.L_out // WARP) + 1) * p.N + 2 * largest_block,
+            (p.C_out + 2 * MAX_THREADS) * abs(strides["output_stride_c"])
+            + (p.N + 4) * abs(strides["output_stride_n"])
+            + hanging * abs(strides["output_stride_l"]),
+            (p.N + 4) * abs(strides["input_stride_n"]) + p.L_in * abs(strides["input_stride_l"]),
+            (p.C_out + 2 * MAX_THREADS) * max(1, abs(strides["bias_stride"])),
+        )
+
+    def _config(self, tile: Tile, dtype: str, bits: int) -> Config:
+        return Config.of(
+            self.name,
+            {
+                "DTYPE": dtype,
+                "INDEX_BITS": bits,
+                "THREAD_C": tile.thread_c,
+                "THREAD_L": tile.thread_l,
+                "MAX_THREADS": MAX_THREADS,
+                # 64-bit offsets take registers that only a lower occupancy has.
+                "MIN_BLOCKS": tile.min_blocks if bits == 32 else 1,
+                "PARAMS_BYTES": len(params_fields(self.name)) * bits // 8,
+            },
+        )
