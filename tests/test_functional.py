@@ -528,6 +528,17 @@ def cupy() -> Iterator[Any]:
         yield fake_cupy
 
 
+@pytest.fixture(params=["hostcuda", pytest.param("gpu", marks=pytest.mark.gpu)])
+def any_cupy(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The stand-in, and on a machine with a GPU CuPy itself."""
+    if request.param == "gpu":
+        monkeypatch.setattr(functional, "_PLANS", {})
+        yield runtime.cupy_module()
+    else:
+        with fake_cupy.installed():
+            yield fake_cupy
+
+
 @pytest.fixture
 def planned(monkeypatch: pytest.MonkeyPatch) -> list[ConvProblem]:
     """The problems for which plans are made, in order: a call that adds nothing found its plan in the cache."""
@@ -547,20 +558,20 @@ def on_device(cupy: Any, given: dict[str, Array]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_cupy_gives_the_same_as_numpy(cupy: Any, op: str) -> None:
+def test_cupy_gives_the_same_as_numpy(any_cupy: Any, op: str) -> None:
     given = arrays(op)
-    output = call(op, **on_device(cupy, given), **SETTINGS[op])
-    assert isinstance(output, cupy.ndarray)
+    output = call(op, **on_device(any_cupy, given), **SETTINGS[op])
+    assert isinstance(output, any_cupy.ndarray)
     assert output.flags.c_contiguous
     np.testing.assert_array_equal(output.get(), call(op, **given, **SETTINGS[op]))
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_a_repeated_call_finds_its_plan(cupy: Any, planned: list[ConvProblem], op: str) -> None:
+def test_a_repeated_call_finds_its_plan(any_cupy: Any, planned: list[ConvProblem], op: str) -> None:
     given = arrays(op)
     expected = call(op, **given, **SETTINGS[op])
     for _ in range(3):  # fresh arrays with fresh values, of the same make
-        np.testing.assert_array_equal(call(op, **on_device(cupy, given), **SETTINGS[op]).get(), expected)
+        np.testing.assert_array_equal(call(op, **on_device(any_cupy, given), **SETTINGS[op]).get(), expected)
         given = {name: -array for name, array in given.items()}
         expected = call(op, **given, **SETTINGS[op])
     assert len(planned) == 1
@@ -601,8 +612,8 @@ def test_a_plan_serves_only_what_it_was_made_for(cupy: Any, planned: list[ConvPr
         is_planned(plain, *(cupy.asarray(array) for array in (x, weight, bias)), groups=2)
 
 
-def test_settings_find_one_plan_however_they_are_written(cupy: Any, planned: list[ConvProblem]) -> None:
-    given = on_device(cupy, arrays("conv1d"))
+def test_settings_find_one_plan_however_they_are_written(any_cupy: Any, planned: list[ConvProblem]) -> None:
+    given = on_device(any_cupy, arrays("conv1d"))
     for stride, padding in ((2, (1, 1)), (np.int64(2), [1, 1]), (np.uint8(2), (np.int32(1), 1))):
         gpuconv.conv1d(**given, stride=stride, padding=padding, groups=2)
     assert len(planned) == 1
@@ -622,19 +633,19 @@ class Count:
         return 2
 
 
-def test_exotic_integers_are_accepted_without_a_plan_of_their_own(cupy: Any, planned: list[ConvProblem]) -> None:
+def test_exotic_integers_are_accepted_without_a_plan_of_their_own(any_cupy: Any, planned: list[ConvProblem]) -> None:
     given = arrays("conv1d")
     expected = call("conv1d", **given, groups=2, stride=2)
     for _ in range(2):
-        output = gpuconv.conv1d(**on_device(cupy, given), groups=2, stride=Count())  # type: ignore[arg-type]
+        output = gpuconv.conv1d(**on_device(any_cupy, given), groups=2, stride=Count())  # type: ignore[arg-type]
         np.testing.assert_array_equal(output.get(), expected)
     assert len(planned) == 2
 
 
 @pytest.mark.parametrize("bad", [True, np.True_, 1.0, np.float32(1), (True,), [1.0], "1", None], ids=repr)
 @pytest.mark.parametrize("name", ["stride", "dilation", "groups", "padding"])
-def test_what_equals_a_cached_setting_is_still_refused(cupy: Any, name: str, bad: Any) -> None:
-    given = on_device(cupy, {"input": draw((2, 4, 10)), "weight": draw((6, 4, 3))})
+def test_what_equals_a_cached_setting_is_still_refused(any_cupy: Any, name: str, bad: Any) -> None:
+    given = on_device(any_cupy, {"input": draw((2, 4, 10)), "weight": draw((6, 4, 3))})
     gpuconv.conv1d(**given, **{name: 1})
     gpuconv.conv1d(**given, **{name: (1,) if name != "groups" else 1})
     with pytest.raises((TypeError, ValueError), match=f"^conv1d: {name} must be"):
@@ -643,11 +654,11 @@ def test_what_equals_a_cached_setting_is_still_refused(cupy: Any, name: str, bad
 
 @pytest.mark.parametrize("op", OPS)
 def test_the_plan_cache_is_bounded(
-    cupy: Any, planned: list[ConvProblem], monkeypatch: pytest.MonkeyPatch, op: str
+    any_cupy: Any, planned: list[ConvProblem], monkeypatch: pytest.MonkeyPatch, op: str
 ) -> None:
     monkeypatch.setattr(functional, "_MAX_PLANS", 3)
-    weight = cupy.asarray(draw(VALID[op]["weight"]))
-    inputs = [cupy.asarray(draw((1, 4, length))) for length in range(10, 16)]
+    weight = any_cupy.asarray(draw(VALID[op]["weight"]))
+    inputs = [any_cupy.asarray(draw((1, 4, length))) for length in range(10, 16)]
     for x in inputs:
         call(op, x, weight, groups=2)
         assert len(functional._PLANS) <= 3
@@ -659,7 +670,7 @@ def test_the_plan_cache_is_bounded(
     assert len(planned) == 7
 
 
-def test_concurrent_calls_share_a_small_plan_cache(cupy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_concurrent_calls_share_a_small_plan_cache(any_cupy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(functional, "_MAX_PLANS", 2)
     weight = draw((2, 2, 3))
     inputs = [draw((1, 2, length), seed=length) for length in range(4, 10)]
@@ -667,7 +678,7 @@ def test_concurrent_calls_share_a_small_plan_cache(cupy: Any, monkeypatch: pytes
 
     def work(i: int) -> None:
         i %= len(inputs)
-        output = gpuconv.conv1d(cupy.asarray(inputs[i]), cupy.asarray(weight))
+        output = gpuconv.conv1d(any_cupy.asarray(inputs[i]), any_cupy.asarray(weight))
         np.testing.assert_array_equal(output.get(), expected[i])
 
     with ThreadPoolExecutor(6) as pool:
@@ -679,13 +690,13 @@ def test_concurrent_calls_share_a_small_plan_cache(cupy: Any, monkeypatch: pytes
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("name", ["input", "weight", "bias"])
 def test_out_on_a_gpu_must_not_overlap_an_input_cached_or_not(
-    cupy: Any, planned: list[ConvProblem], op: str, name: str
+    any_cupy: Any, planned: list[ConvProblem], op: str, name: str
 ) -> None:
     given = arrays(op)
     expected = call(op, **given, **SETTINGS[op])
-    inputs = on_device(cupy, given)
-    length = 128 + given[name].size
-    memory = cupy.empty((2 * length + expected.size,), np.float32)
+    inputs = on_device(any_cupy, given)
+    length = 128 + -(-given[name].size // 4) * 4  # whole 16 bytes, so that all of `out` below share one plan
+    memory = any_cupy.empty((2 * length + expected.size,), np.float32)
     inside = memory[length : length + given[name].size].reshape(*given[name].shape)
     inside[...] = inputs[name]
     inputs[name] = inside
@@ -699,7 +710,7 @@ def test_out_on_a_gpu_must_not_overlap_an_input_cached_or_not(
         np.testing.assert_array_equal(inside.get(), given[name])
 
     refused(out_at(length))
-    behind = out_at(-(-(length + given[name].size) // 4) * 4)  # as aligned as the one that overlaps
+    behind = out_at(length + length - 128)
     np.testing.assert_array_equal(call(op, **inputs, **SETTINGS[op], out=behind).get(), expected)
     assert len(planned) == 1
     refused(out_at(length))
@@ -848,9 +859,11 @@ def test_empty_outputs_are_not_launched(cupy: Any) -> None:
     assert cupy.launches == []
 
 
-def test_empty_sums_on_a_gpu_are_the_bias(cupy: Any) -> None:
+def test_empty_sums_on_a_gpu_are_the_bias(any_cupy: Any) -> None:
     bias = draw((6,))
-    output = gpuconv.conv1d(cupy.empty((2, 0, 10), np.float32), cupy.empty((6, 0, 3), np.float32), cupy.asarray(bias))
+    output = gpuconv.conv1d(
+        any_cupy.empty((2, 0, 10), np.float32), any_cupy.empty((6, 0, 3), np.float32), any_cupy.asarray(bias)
+    )
     np.testing.assert_array_equal(output.get(), np.broadcast_to(bias[:, None], (2, 6, 8)))
 
 
