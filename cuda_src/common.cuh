@@ -68,12 +68,7 @@ struct bfloat16 {
     static __device__ __forceinline__ storage_t storage_zero() { return 0; }
     static __device__ __forceinline__ acc_t zero() { return 0.0f; }
     static __device__ __forceinline__ acc_t load(storage_t bits) { return uint_as_float(unsigned(bits) << 16); }
-    // To nearest even on the bits. A NaN keeps its sign and becomes quiet: rounding it could carry into infinity.
-    static __device__ __forceinline__ storage_t round(acc_t value) {
-        const unsigned bits = float_as_uint(value);
-        if ((bits & 0x7fffffffu) > 0x7f800000u) return storage_t((bits >> 16) | 0x0040u);
-        return storage_t((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
-    }
+    static __device__ __forceinline__ storage_t round(acc_t value) { return float_to_bfloat_bits_rn(value); }
 };
 
 typedef Real<float> float32;

@@ -5,10 +5,11 @@
 //       + sum over c_in < C_in_g, k < K of weight[c_out, c_in, k] * input[n, g*C_in_g + c_in, l_in],
 //   g = c_out / C_out_g,   l_in = l_out*stride - padding_left + k*dilation,   taps outside [0, L_in) left out.
 //
-// A warp computes THREAD_C output channels of a tile of 32*THREAD_L columns, a lane THREAD_L of these columns: positions
+// A warp computes THREAD_C output channels of a tile of BLOCK_L = 32*THREAD_L columns, a lane THREAD_L of these columns: positions
 // l_begin + lane + j*step_l of samples n_begin + j*step_n, j < THREAD_L. Either step_l is 32 and step_n is 0 (a tile is a
 // piece of one sample) or step_l is 0 and step_n is 1 (a tile is 32 positions of THREAD_L samples, for short samples). So
-// a warp stores 32 neighbours at a time, whatever the alignment of the row.
+// a warp stores 32 neighbours at a time, whatever the alignment of the row. IS_CONTIGUOUS = 1 says that the steps are the
+// former and that the output is contiguous along l, so that one address serves the stores of a row.
 //
 // The input of a tile waits in shared memory as rows (c_in, r), r < row_taps, of row_pitch entries. Entry i of a row holds
 // what column 0 of a tile that begins i positions later reads for tap r, for all j side by side: one load gives a lane its
@@ -16,17 +17,17 @@
 // share row r: tap r + m*row_taps of a lane is its entry lane + m*row_advance. That holds where
 // row_taps*dilation = row_advance*stride, and where there is one tap a row.
 //
-// The weights pass through shared memory chunk_terms terms (c_in, k) at a time, beside the entries that they meet.
+// The weights pass through shared memory chunk_terms terms (c_in, k) at a time.
 //
 // Grid x: blocks of channels (fastest), then of tiles, then groups. Grid y and z: 1. Block: warps_c warps along the
 // channels by any number along the tiles. A block goes through `repeats` rows of tiles, and loads its weights once where
-// they are one chunk. Dynamic shared memory: weights, then entries, then offsets.
+// they are one chunk. Dynamic shared memory: where the entries of a term begin, weights, biases, entries.
 // Terms outside the input are multiplied as zeros, which tiled.cuh explains; a tile that has such terms and meets a NaN is
 // summed again without them.
 // Needs nothing: arrays of any strides, in elements. Chosen for 1 to 4 input channels a group where the input of a tile
 // fits in shared memory.
 //
-// Macros read: THREAD_C, THREAD_L, MAX_THREADS, MIN_BLOCKS, and those of common.cuh.
+// Macros read: BLOCK_L, THREAD_C, THREAD_L, IS_CONTIGUOUS, MAX_THREADS, MIN_BLOCKS, and those of common.cuh.
 
 struct Params {
     index_t N, L_in, L_out, K;
@@ -39,11 +40,12 @@ struct Params {
     index_t channel_blocks, tile_blocks, tiles, tiles_of_sample, repeats;
     index_t warps_c, step_n, step_l;
     index_t row_taps, row_advance, row_pitch;
-    index_t chunk_terms, weight_pitch;
+    index_t chunk_terms;
 };
 static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/conv1d_stem.py");
 
 constexpr int kVec = sizeof(acc_t) < 16 ? 16 / int(sizeof(acc_t)) : 1;  // elements of one 16-byte access
+static_assert(BLOCK_L == 32 * THREAD_L, "a warp's lanes own its columns: gpuconv/families/conv1d_stem.py");
 static_assert(THREAD_C % kVec == 0, "a thread's weights are whole vectors: gpuconv/families/conv1d_stem.py");
 
 struct alignas(16) WeightVector {
@@ -67,14 +69,18 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS) conv1d_ste
     const int warp_l = warp / warps_c, warp_c = warp - warp_l * warps_c, warps_l = warps / warps_c;
     const int R = int(p.C_in_g * p.K);
     const int K = int(p.K), row_taps = int(p.row_taps), row_pitch = int(p.row_pitch);
-    const int chunk_terms = int(p.chunk_terms), weight_pitch = int(p.weight_pitch);
+    const int chunk_terms = int(p.chunk_terms);
     const int rows = int(p.C_in_g) * row_taps;
 
-    acc_t* const smem_weight = reinterpret_cast<acc_t*>(dynamic_shared_memory());  // [chunk_terms][weight_pitch]
-    Entry* const smem_input =                                                      // [warps_l][rows][row_pitch]
-        reinterpret_cast<Entry*>(smem_weight + chunk_terms * weight_pitch);
-    int* const smem_offset = reinterpret_cast<int*>(smem_input + warps_l * rows * row_pitch);  // [chunk_terms]
-    Entry* const entries = smem_input + warp_l * rows * row_pitch;                             // of this warp's tile
+    // [chunk_terms], in bytes, rounded up to whole vectors
+    int* const smem_offset = reinterpret_cast<int*>(dynamic_shared_memory());
+    // [warps_c][chunk_terms][THREAD_C], [warps_c][THREAD_C] and [warps_l][rows][row_pitch]
+    WeightVector* const smem_weight = reinterpret_cast<WeightVector*>(smem_offset + (chunk_terms + 3) / 4 * 4);
+    acc_t* const smem_bias = reinterpret_cast<acc_t*>(smem_weight + warps_c * chunk_terms * (THREAD_C / kVec));
+    Entry* const smem_input = reinterpret_cast<Entry*>(smem_bias + warps_c * THREAD_C);
+    Entry* const entries = smem_input + warp_l * rows * row_pitch;  // of this warp's tile
+    const unsigned char* const lane_entries = reinterpret_cast<const unsigned char*>(entries + lane);
+    const WeightVector* const weights = smem_weight + warp_c * chunk_terms * (THREAD_C / kVec);  // of its channels
 
     const index_t rest = index_t(blockIdx.x) / p.channel_blocks;
     const index_t g = rest / p.tile_blocks;
@@ -86,51 +92,83 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS) conv1d_ste
     input += g * p.C_in_g * p.input_stride_c;                                               // input[0, g*C_in_g, 0]
     output += (g * p.C_out_g + c_begin) * p.output_stride_c;                                // output[0, c_begin, 0]
 
-    // Terms r_begin to r_end. Eight lanes read neighbouring terms of one channel, four such channels a warp; the pitch
-    // puts all 32 into different banks. A channel behind the last repeats it: its results are not stored.
+    // Terms r_begin to r_end; eight lanes read neighbouring terms of one channel. A channel behind the last repeats it: its
+    // results are not stored.
     const auto load_weights = [&](int r_begin, int r_end) {
         for (int r = r_begin + lane % 8; r < r_end; r += 8) {
             const int c_in = r / K, k = r - c_in * K;
             const storage_t* const w = weight + (c_in * p.weight_stride_in + k * p.weight_stride_k);
-            acc_t* const row = smem_weight + (r - r_begin) * weight_pitch;
+            acc_t* const term = reinterpret_cast<acc_t*>(smem_weight) + (r - r_begin) * THREAD_C;
 #pragma unroll 4
             for (int c = warp * 4 + lane / 8; c < warps_c * THREAD_C; c += 4 * warps) {
-                row[c] = scalar::load(w[min_index(channel_begin + c, p.C_out_g - 1) * p.weight_stride_out]);
+                term[c / THREAD_C * chunk_terms * THREAD_C + c % THREAD_C] =
+                    scalar::load(w[min_index(channel_begin + c, p.C_out_g - 1) * p.weight_stride_out]);
             }
         }
         for (int r = r_begin + int(threadIdx.x); r < r_end; r += blockDim.x) {
             const int c_in = r / K, k = r - c_in * K, m = k / row_taps;
-            smem_offset[r - r_begin] = (c_in * row_taps + (k - m * row_taps)) * row_pitch + m * int(p.row_advance);
+            const int entry = (c_in * row_taps + (k - m * row_taps)) * row_pitch + m * int(p.row_advance);
+            smem_offset[r - r_begin] = entry * int(sizeof(Entry));
         }
     };
+    for (int c = threadIdx.x; c < warps_c * THREAD_C; c += blockDim.x) {
+        smem_bias[c] = bias_or_zero(bias, (g * p.C_out_g + min_index(channel_begin + c, p.C_out_g - 1)) * p.bias_stride);
+    }
+
+    // From the first of a lane's columns to the others, in elements.
+    index_t input_offset[THREAD_L], output_offset[THREAD_L];
+#pragma unroll
+    for (int j = 0; j < THREAD_L; ++j) {
+        input_offset[j] = j * (p.step_n * p.input_stride_n + p.step_l * p.stride * p.input_stride_l);
+        output_offset[j] =
+            IS_CONTIGUOUS ? 32 * j : j * (p.step_n * p.output_stride_n + p.step_l * p.output_stride_l);
+    }
 
     for (index_t repeat = 0; repeat < p.repeats; ++repeat) {
         const index_t tile = tile_begin + repeat * warps_l;
         const bool exists = tile < p.tiles;
         const index_t tile_row = tile / p.tiles_of_sample;
         const index_t n_begin = tile_row * (p.step_n == 0 ? 1 : THREAD_L);
-        const index_t l_begin = (tile - tile_row * p.tiles_of_sample) * (p.step_l == 0 ? 32 : 32 * THREAD_L);
+        const index_t l_begin = (tile - tile_row * p.tiles_of_sample) * (p.step_l == 0 ? 32 : BLOCK_L);
         const index_t first = l_begin * p.stride - p.padding_left;  // l_in of column 0, tap 0
+
+        const index_t last = first + 31 * p.stride + (p.K - 1) * p.dilation;  // of column 31, last tap
+        const bool inside = first >= 0 && last + (THREAD_L - 1) * p.step_l * p.stride < p.L_in &&
+                            n_begin + (THREAD_L - 1) * p.step_n < p.N;  // all terms of all columns exist
 
         if (repeat > 0) __syncthreads();  // all have done with the entries of the tile before
         if (exists) {
-            const storage_t* const x = input + n_begin * p.input_stride_n;
             for (int row = warp_c; row < rows; row += warps_c) {
                 const int c_in = row / row_taps, r = row - c_in * row_taps;
+                const index_t row_first = first + r * p.dilation;
+                const storage_t* const x = input + (n_begin * p.input_stride_n + c_in * p.input_stride_c);
+                Entry* const row_entries = entries + row * row_pitch;
+                if (inside) {
+                    // A row may have entries behind the last tap's, which nothing reads: they repeat the last.
 #pragma unroll 2
-                for (int i = lane; i < row_pitch; i += 32) {
-                    Entry entry;
+                    for (int i = lane; i < row_pitch; i += 32) {
+                        const storage_t* const x_entry =
+                            x + min_index(row_first + i * p.stride, last) * p.input_stride_l;
+                        Entry entry;
 #pragma unroll
-                    for (int j = 0; j < THREAD_L; ++j) {
-                        const index_t l_in = first + r * p.dilation + (i + j * p.step_l) * p.stride;
-                        const bool in_bounds = l_in >= 0 && l_in < p.L_in && n_begin + j * p.step_n < p.N;
-                        entry.element[j] = scalar::zero();
-                        if (in_bounds) {
-                            entry.element[j] = scalar::load(
-                                x[j * p.step_n * p.input_stride_n + c_in * p.input_stride_c + l_in * p.input_stride_l]);
-                        }
+                        for (int j = 0; j < THREAD_L; ++j) entry.element[j] = scalar::load(x_entry[input_offset[j]]);
+                        row_entries[i] = entry;
                     }
-                    entries[row * row_pitch + i] = entry;
+                } else {
+#pragma unroll 1
+                    for (int i = lane; i < row_pitch; i += 32) {
+                        Entry entry;
+#pragma unroll
+                        for (int j = 0; j < THREAD_L; ++j) {
+                            const index_t l_in = row_first + (i + j * p.step_l) * p.stride;
+                            entry.element[j] = scalar::zero();
+                            if (l_in >= 0 && l_in < p.L_in && n_begin + j * p.step_n < p.N) {
+                                entry.element[j] = scalar::load(
+                                    x[j * p.step_n * p.input_stride_n + l_in * p.input_stride_l]);
+                            }
+                        }
+                        row_entries[i] = entry;
+                    }
                 }
             }
         }
@@ -142,17 +180,15 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS) conv1d_ste
             for (int j = 0; j < THREAD_L; ++j) acc[c][j] = scalar::zero();
         }
         const auto multiply_term = [&](int term, int offset) {
-            const Entry x = entries[offset + lane];
-            const WeightVector* const w =
-                reinterpret_cast<const WeightVector*>(smem_weight + term * weight_pitch + warp_c * THREAD_C);
-            WeightVector w_term[THREAD_C / kVec];
+            const Entry x = *reinterpret_cast<const Entry*>(lane_entries + offset);
+            WeightVector w[THREAD_C / kVec];
 #pragma unroll
-            for (int c = 0; c < THREAD_C / kVec; ++c) w_term[c] = w[c];
+            for (int c = 0; c < THREAD_C / kVec; ++c) w[c] = weights[term * (THREAD_C / kVec) + c];
 #pragma unroll
             for (int c = 0; c < THREAD_C; ++c) {
 #pragma unroll
                 for (int j = 0; j < THREAD_L; ++j) {
-                    acc[c][j] = multiply_add(w_term[c / kVec].element[c % kVec], x.element[j], acc[c][j]);
+                    acc[c][j] = multiply_add(w[c / kVec].element[c % kVec], x.element[j], acc[c][j]);
                 }
             }
         };
@@ -177,28 +213,25 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS) conv1d_ste
 
         const index_t l_lane = l_begin + lane;
         bool is_output[THREAD_L];
-        index_t offset[THREAD_L];  // from output[n_begin, c, l_lane]
 #pragma unroll
         for (int j = 0; j < THREAD_L; ++j) {
             is_output[j] = l_lane + j * p.step_l < p.L_out && n_begin + j * p.step_n < p.N;
-            offset[j] = j * (p.step_n * p.output_stride_n + p.step_l * p.output_stride_l);
         }
         storage_t* const y_begin = output + (n_begin * p.output_stride_n + l_lane * p.output_stride_l);
         storage_t* y = y_begin;
 #pragma unroll
         for (int c = 0; c < THREAD_C; ++c) {
             if (c_begin + c >= p.C_out_g) break;
-            const acc_t last = bias_or_zero(bias, (g * p.C_out_g + c_begin + c) * p.bias_stride);
+            const acc_t last_term = smem_bias[warp_c * THREAD_C + c];
 #pragma unroll
             for (int j = 0; j < THREAD_L; ++j) {
-                if (is_output[j]) y[offset[j]] = scalar::round(add(acc[c][j], last));
+                if (is_output[j]) y[output_offset[j]] = scalar::round(add(acc[c][j], last_term));
             }
             y += p.output_stride_c;
         }
 
         // Where terms are missing, zeros stood for them, and a weight that is no number made NaNs of these.
-        const index_t tile_last = first + (31 + (THREAD_L - 1) * p.step_l) * p.stride + (p.K - 1) * p.dilation;
-        if (first >= 0 && tile_last < p.L_in) continue;
+        if (inside) continue;
         bool met_nan = false;
 #pragma unroll
         for (int c = 0; c < THREAD_C; ++c) {
@@ -223,9 +256,8 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS) conv1d_ste
                         scalar::load(x[c_in * p.input_stride_c + l_in * p.input_stride_l]), sum);
                 }
             }
-            const acc_t last = bias_or_zero(bias, (g * p.C_out_g + c_begin + c) * p.bias_stride);
-            y_begin[c * p.output_stride_c + j * (p.step_n * p.output_stride_n + p.step_l * p.output_stride_l)] =
-                scalar::round(add(sum, last));
+            output[n * p.output_stride_n + c * p.output_stride_c + l_out * p.output_stride_l] =
+                scalar::round(add(sum, smem_bias[warp_c * THREAD_C + c]));
         }
     }
 }

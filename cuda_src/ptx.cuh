@@ -24,6 +24,20 @@ __device__ __forceinline__ unsigned short float_to_half_bits_rn(float value) {
 __device__ __forceinline__ float uint_as_float(unsigned bits) { return __uint_as_float(bits); }
 __device__ __forceinline__ unsigned float_as_uint(float value) { return __float_as_uint(value); }
 
+// bfloat16 in an unsigned short, to nearest even; a NaN becomes any NaN.
+__device__ __forceinline__ unsigned short float_to_bfloat_bits_rn(float value) {
+#if __CUDA_ARCH__ >= 800
+    unsigned short bits;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+    return bits;
+#else
+    // A NaN keeps its sign and becomes quiet: rounding it could carry into infinity.
+    const unsigned bits = float_as_uint(value);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return (unsigned short)((bits >> 16) | 0x0040u);
+    return (unsigned short)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+#endif
+}
+
 // blockIdx.x as a value that the compiler cannot know to be the one read before: what is derived from it is computed
 // again instead of being kept in registers.
 __device__ __forceinline__ unsigned block_index_again() {

@@ -45,6 +45,7 @@ TILES: dict[int, tuple[Tile, Tile]] = {
 
 # Terms that are loaded together: enough to hide a barrier behind, few enough to leave room for input.
 _CHUNK_TERMS = 64
+_FEWEST_CHUNK_TERMS = 8
 # Blocks that each multiprocessor should get at least, before a block goes through several tiles to load weights once.
 _BLOCKS_EACH = 16
 # Instructions besides the multiply-adds and the loads of their operands, from the machine code for sm_90: of a term, of
@@ -75,7 +76,6 @@ class Plan:
     row_advance: int
     row_pitch: int
     chunk_terms: int
-    weight_pitch: int
     shared_bytes: int
     slots: float
 
@@ -87,7 +87,6 @@ class Plan:
     def of(cls, p: ConvProblem, device: Device, tile: Tile, samples: int) -> Plan | None:
         """None where the input of one tile does not fit in shared memory beside a few terms of weights."""
         size = max(4, ITEMSIZE[p.dtype])
-        vec = max(1, 16 // size)
         terms = p.C_in_g * p.K
         tiles_of_sample = -(-p.L_out // (WARP * tile.thread_l // samples))
         tiles = tiles_of_sample * -(-p.N // samples)
@@ -105,18 +104,14 @@ class Plan:
         max_warps = MAX_THREADS // WARP
         channel_blocks = -(-channel_tiles // max_warps)
         warps_c = -(-channel_tiles // channel_blocks)
-        # One vector past a multiple of the 32 banks: see load_weights.
-        weight_pitch = -(-warps_c * tile.thread_c // WARP) * WARP + vec
-        term_bytes = weight_pitch * size + 4
-        chunk_terms = min(terms, _CHUNK_TERMS)
-        available = min(device.shared_per_block, device.shared_per_sm // tile.min_blocks - 1024)
-        while chunk_terms > 8 and chunk_terms * term_bytes + entry_bytes > available:
-            chunk_terms -= 8
-        chunk_terms = min(terms, -(-chunk_terms // 4) * 4)
-        weight_bytes = chunk_terms * weight_pitch * size
-        if weight_bytes + entry_bytes + 4 * chunk_terms > available:
+        channel_bytes = warps_c * tile.thread_c * size
+        # Offsets are whole vectors of four.
+        available = min(device.shared_per_block, device.shared_per_sm // tile.min_blocks - 1024) - channel_bytes - 12
+        term_bytes = channel_bytes + 4
+        chunk_terms = min(terms, _CHUNK_TERMS, (available - entry_bytes) // term_bytes)
+        if chunk_terms < min(terms, _FEWEST_CHUNK_TERMS):
             return None
-        warps_l = min(max_warps // warps_c, tiles, (available - weight_bytes - 4 * chunk_terms) // entry_bytes)
+        warps_l = min(max_warps // warps_c, tiles, (available - chunk_terms * term_bytes) // entry_bytes)
 
         blocks = channel_blocks * -(-tiles // warps_l) * p.groups
         repeats = max(1, min(MAX_REPEATS, blocks // (_BLOCKS_EACH * device.num_sms)))
@@ -143,22 +138,19 @@ class Plan:
             row_advance=row_advance,
             row_pitch=row_pitch,
             chunk_terms=chunk_terms,
-            weight_pitch=weight_pitch,
-            shared_bytes=weight_bytes + warps_l * entry_bytes + 4 * chunk_terms,
+            shared_bytes=16 * -(-chunk_terms // 4) + (chunk_terms + 1) * channel_bytes + warps_l * entry_bytes,
             slots=slots * -(-warps // (4 * device.num_sms)),
         )
 
 
 @lru_cache(maxsize=1024)
-def _plans(problem: ConvProblem, device: Device, *, wide: bool) -> tuple[Plan, ...]:
-    """The possible plans, best first; only the small tile has a kernel with 64-bit indices."""
-    plans = []
-    for tile in TILES[max(4, ITEMSIZE[problem.dtype])][1 if wide else 0 :]:
-        for samples in dict.fromkeys((1, tile.thread_l)):
-            plan = Plan.of(problem, device, tile, samples)
-            if plan is not None:
-                plans.append(plan)
-    return tuple(sorted(plans, key=lambda plan: plan.slots))
+def _plans(problem: ConvProblem, device: Device, *, general: bool) -> tuple[Plan, ...]:
+    """The possible plans, best first."""
+    large, small = TILES[max(4, ITEMSIZE[problem.dtype])]
+    shapes = [] if general else [(large, 1)]
+    shapes += [(small, samples) for samples in dict.fromkeys((1, small.thread_l))]
+    plans = (Plan.of(problem, device, tile, samples) for tile, samples in shapes)
+    return tuple(sorted((plan for plan in plans if plan is not None), key=lambda plan: plan.slots))
 
 
 class Conv1dStem(Family):
@@ -173,7 +165,7 @@ class Conv1dStem(Family):
             return f"needs C_in/groups from 1 to {MAX_C_IN_G}"
         if p.C_out_g < MIN_C_OUT_G:
             return f"needs C_out/groups >= {MIN_C_OUT_G}"
-        plans = _plans(p, device, wide=self._index_bits(p, layout) == 64)
+        plans = self._plans(p, layout, device)
         if not plans:
             return "needs an input window, over min(K, stride) taps, that fits in shared memory"
         plan = plans[0]
@@ -184,7 +176,7 @@ class Conv1dStem(Family):
     def configure(self, problem: ConvProblem, layout: Layout, device: Device) -> tuple[Config, Launch]:
         p = problem
         bits = self._index_bits(p, layout)
-        plan = _plans(p, device, wide=bits == 64)[0]
+        plan = self._plans(p, layout, device)[0]
         params = {
             "N": p.N,
             "L_in": p.L_in,
@@ -208,9 +200,9 @@ class Conv1dStem(Family):
             "row_advance": plan.row_advance,
             "row_pitch": plan.row_pitch,
             "chunk_terms": plan.chunk_terms,
-            "weight_pitch": plan.weight_pitch,
         }
-        return self._config(plan.tile, p.dtype, bits), Launch(
+        is_large = plan.tile == TILES[max(4, ITEMSIZE[p.dtype])][0]
+        return self._config(plan.tile, is_large, p.dtype, bits), Launch(
             plan.channel_blocks * plan.tile_blocks * p.groups,
             WARP * plan.warps_c * plan.warps_l,
             plan.shared_bytes,
@@ -219,22 +211,26 @@ class Conv1dStem(Family):
         )
 
     def figures(self, problem: ConvProblem, layout: Layout, device: Device) -> tuple[tuple[str, float], ...]:
-        plans = _plans(problem, device, wide=self._index_bits(problem, layout) == 64)
         return tuple(
             (
                 f"{plan.tile.thread_c} channels by {plan.tile.thread_l} columns a thread, "
                 f"{plan.samples} samples a tile",
                 plan.slots,
             )
-            for plan in plans
+            for plan in self._plans(problem, layout, device)
         )
 
     def configs(self, device: Device) -> Iterator[Config]:
         for dtype in DTYPES:
             large, small = TILES[max(4, ITEMSIZE[dtype])]
-            yield self._config(large, dtype, 32)
+            yield self._config(large, True, dtype, 32)
             for bits in (32, 64):
-                yield self._config(small, dtype, bits)
+                yield self._config(small, False, dtype, bits)
+
+    def _plans(self, problem: ConvProblem, layout: Layout, device: Device) -> tuple[Plan, ...]:
+        # The large tile has a kernel for 32-bit indices and outputs that are contiguous along l only.
+        general = self._index_bits(problem, layout) == 64 or layout.output.strides[2] != 1
+        return _plans(problem, device, general=general)
 
     def _index_bits(self, problem: ConvProblem, layout: Layout) -> int:
         # Beyond the arrays the kernel forms positions of the last tile's columns behind L_out and what they read, the
@@ -257,14 +253,16 @@ class Conv1dStem(Family):
             (p.C_out + 2 * MAX_THREADS) * max(1, abs(strides["bias_stride"])),
         )
 
-    def _config(self, tile: Tile, dtype: str, bits: int) -> Config:
+    def _config(self, tile: Tile, is_contiguous: bool, dtype: str, bits: int) -> Config:
         return Config.of(
             self.name,
             {
                 "DTYPE": dtype,
                 "INDEX_BITS": bits,
+                "BLOCK_L": WARP * tile.thread_l,
                 "THREAD_C": tile.thread_c,
                 "THREAD_L": tile.thread_l,
+                "IS_CONTIGUOUS": int(is_contiguous),
                 "MAX_THREADS": MAX_THREADS,
                 # 64-bit offsets take registers that only a lower occupancy has.
                 "MIN_BLOCKS": tile.min_blocks if bits == 32 else 1,

@@ -210,6 +210,14 @@ inline unsigned short float_to_half_bits_rn(float value) {
 
 __forceinline__ unsigned block_index_again() { return blockIdx.x; }
 
+// To nearest even on the bits. A NaN keeps the top of its payload, by which poison is recognised, and becomes quiet: rounding
+// it could carry into infinity. A GPU makes every bfloat16 NaN 0x7fff.
+inline unsigned short float_to_bfloat_bits_rn(float value) {
+    const unsigned bits = float_as_uint(value);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return (unsigned short)((bits >> 16) | 0x0040u);
+    return (unsigned short)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
 __forceinline__ unsigned char* dynamic_shared_memory() { return hostcuda_shared_memory(); }
 
 template <typename T>
