@@ -2,9 +2,9 @@
 
 from . import nn
 from .explain import explain
-from .functional import conv1d, conv_transpose1d
+from .functional import conv1d, conv_transpose1d, prepare
 from .verify import verify
 
 __version__ = "0.1.0"
 
-__all__ = ["conv1d", "conv_transpose1d", "explain", "nn", "verify"]
+__all__ = ["conv1d", "conv_transpose1d", "explain", "nn", "prepare", "verify"]

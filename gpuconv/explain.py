@@ -126,7 +126,11 @@ class Explanation:
                 f"{launch.shared_bytes} B of shared memory, {launch.index_bits}-bit offsets",
             ),
             *([("model", f"predicted cycles: {figures}")] if figures else []),
-            *([("packing", f"weights are packed first into a buffer of {_quantity(pack.num_bytes, 'B')}")] if pack else []),
+            *(
+                [("packing", f"weights are packed first into a buffer of {_quantity(pack.num_bytes, 'B')}")]
+                if pack
+                else []
+            ),
         ]
 
 
@@ -202,7 +206,7 @@ def _device_of(op: Op, given: dict[str, Any]) -> Device | None:
             raise ValueError(
                 f'explain: device must be given ("cpu", "sm_90", ...) where no arrays exist, got {name} as an ArraySpec'
             )
-    functional._check_kinds(op, given)
+    functional.check_kinds(op, given)
     if not runtime.is_cupy_array(given["input"]):
         return None
     return runtime.device(given["input"].data.device_id)

@@ -21,7 +21,7 @@ _PLANS_LOCK = Lock()  # for changes; look-ups need none
 
 def conv1d(
     input: ArrayT,
-    weight: ArrayT,
+    weight: ArrayT | runtime.PreparedWeight,
     bias: ArrayT | None = None,
     stride: Setting = 1,
     padding: Padding = 0,
@@ -43,7 +43,7 @@ def conv1d(
 
     Args:
         input: (N, C_in, L_in), or (C_in, L_in) for a single sample. NumPy or CuPy, any strides; never changed.
-        weight: (C_out, C_in/groups, K), of the kind, device and dtype of `input`.
+        weight: (C_out, C_in/groups, K), of the kind, device and dtype of `input`; or what `prepare` made of it.
         bias: (C_out,), or None.
         stride: step of the window, in samples.
         padding: zeros on both sides, in samples: an int, a pair (left, right), "valid" (none), "same"
@@ -78,7 +78,7 @@ def conv1d(
 
 def conv_transpose1d(
     input: ArrayT,
-    weight: ArrayT,
+    weight: ArrayT | runtime.PreparedWeight,
     bias: ArrayT | None = None,
     stride: Setting = 1,
     padding: Padding = 0,
@@ -101,7 +101,7 @@ def conv_transpose1d(
 
     Args:
         input: (N, C_in, L_in), or (C_in, L_in) for a single sample. NumPy or CuPy, any strides; never changed.
-        weight: (C_in, C_out/groups, K), of the kind, device and dtype of `input`.
+        weight: (C_in, C_out/groups, K), of the kind, device and dtype of `input`; or what `prepare` made of it.
         bias: (C_out,), or None.
         stride: distance between the windows that neighbouring input samples feed, in output samples.
         padding: output samples trimmed: an int from both sides, a pair (left, right), "valid" (none) or "same"
@@ -134,6 +134,38 @@ def conv_transpose1d(
     return cast(ArrayT, _convolve("conv_transpose1d", input, weight, bias, settings, "zeros", precision, out))
 
 
+def prepare(weight: ArrayT) -> runtime.PreparedWeight:
+    """Pack weights once for many calls.
+
+    Some kernel families read the weights in another order and pack them at each call, with a small kernel of its own
+    (`gpuconv.explain` shows it). A prepared weight keeps what they packed; `conv1d` and `conv_transpose1d` take it in
+    place of the weight, with the same results to the bit. It is made from a copy: later changes of `weight` are not
+    followed, so prepare again after them. The first call with each problem packs and waits for it to finish.
+
+    Args:
+        weight: (C_out, C_in/groups, K), or (C_in, C_out/groups, K) for conv_transpose1d; NumPy or CuPy. NumPy weights
+            are accepted for symmetry: the CPU path packs nothing.
+
+    Returns:
+        A handle that holds the copy and, as calls need them, its packed forms.
+
+    Raises:
+        TypeError: `weight` is not a NumPy or CuPy array.
+
+    Example:
+        >>> import numpy as np, gpuconv
+        >>> w = gpuconv.prepare(np.ones((1, 1, 3)))
+        >>> gpuconv.conv1d(np.arange(5.0).reshape(1, 1, 5), w)
+        array([[[3., 6., 9.]]])
+    """
+    check_kinds("prepare", {"weight": weight})
+    array: Any = weight
+    if not runtime.is_cupy_array(array):
+        return runtime.PreparedWeight(np.array(array))
+    with runtime.cupy_module().cuda.Device(array.data.device_id):
+        return runtime.PreparedWeight(array.copy(order="C"))
+
+
 def _convolve(
     op: Op,
     input: Any,
@@ -146,8 +178,11 @@ def _convolve(
 ) -> Any:
     if padding_mode != "zeros" or precision != "float32":
         check_mode(op, padding_mode=padding_mode, precision=precision)
+    prepared = weight if isinstance(weight, runtime.PreparedWeight) else None
+    if prepared is not None:
+        weight = prepared.array
     if runtime.is_cupy_array(input):
-        return _convolve_on_gpu(op, input, weight, bias, settings, out)
+        return _convolve_on_gpu(op, input, weight, bias, settings, out, prepared)
     return _convolve_on_cpu(op, input, weight, bias, settings, out)
 
 
@@ -168,7 +203,13 @@ def _convolve_on_cpu(
 
 
 def _convolve_on_gpu(
-    op: Op, input: Any, weight: Any, bias: Any | None, settings: tuple[Any, ...], out: Any | None
+    op: Op,
+    input: Any,
+    weight: Any,
+    bias: Any | None,
+    settings: tuple[Any, ...],
+    out: Any | None,
+    prepared: runtime.PreparedWeight | None,
 ) -> Any:
     cupy = runtime.cupy_module()
     device_index = input.data.device_id
@@ -178,7 +219,7 @@ def _convolve_on_gpu(
         raise RuntimeError(f"{op}: input is a CuPy array, but no GPU answers: {error}") from error
     if current != device_index:
         with cupy.cuda.Device(device_index):
-            return _convolve_on_gpu(op, input, weight, bias, settings, out)
+            return _convolve_on_gpu(op, input, weight, bias, settings, out, prepared)
 
     plan, key = None, None
     names = _as_key(settings)
@@ -197,7 +238,7 @@ def _convolve_on_gpu(
         _check_overlap(op, out, {"input": input, "weight": weight, "bias": bias})
     if out is None:
         out = cupy.empty(plan.output_shape, input.dtype)
-    plan(input, weight, bias, out)
+    plan(input, weight, bias, out, prepared)
     return out
 
 
@@ -246,7 +287,7 @@ def _check(
 ) -> ConvProblem:
     arrays = {"input": input, "weight": weight, "bias": bias, "out": out}
     given = {name: a for name, a in arrays.items() if a is not None or name in ("input", "weight")}
-    _check_kinds(op, given)
+    check_kinds(op, given)
     construct = ConvProblem.conv_transpose1d if op == "conv_transpose1d" else ConvProblem.conv1d
     problem = construct(input, weight, bias, *settings)
     if out is not None:
@@ -263,7 +304,12 @@ def _check(
     return problem
 
 
-def _check_kinds(op: Op, arrays: dict[str, Any]) -> None:
+def check_kinds(op: str, arrays: dict[str, Any]) -> None:
+    """Refuse what is no array, and arrays of different kinds or devices.
+
+    Raises:
+        TypeError: naming the argument.
+    """
     kinds = {}
     for name, array in arrays.items():
         if runtime.is_cupy_array(array):
@@ -273,7 +319,7 @@ def _check_kinds(op: Op, arrays: dict[str, Any]) -> None:
         else:
             raise TypeError(f"{op}: {name} must be a NumPy or CuPy array, got {type(array).__name__}")
     for name, kind in kinds.items():
-        if kind != kinds["input"]:
+        if len(kinds) > 1 and kind != kinds["input"]:
             raise TypeError(
                 f"{op}: all arrays must be of one kind and on one device, got input as a {kinds['input']} "
                 f"and {name} as a {kind}"

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib
 import sys
+import threading
 from functools import cache
 from types import ModuleType
 from typing import Any
 
 from . import dispatch, source
 from .device import Device
-from .families import Config, Launch
+from .families import Config, Launch, Pack
 from .problem import ConvProblem
 
 # Dynamic shared memory that a kernel may use without asking, in bytes, on every architecture.
@@ -74,7 +75,8 @@ class _Kernel:
 
     def __init__(self, config: Config, launch: Launch) -> None:
         kernel = build(config)
-        if launch.shared_bytes > DEFAULT_SHARED_BYTES:  # more must be asked for, once per kernel and device
+        # More than the default must be asked for. The kernel remembers the last size: another plan may need the larger.
+        if launch.shared_bytes > max(DEFAULT_SHARED_BYTES, kernel.max_dynamic_shared_size_bytes):
             kernel.max_dynamic_shared_size_bytes = launch.shared_bytes
         self._function = kernel.kernel
         self._grid = (launch.grid, 1, 1)
@@ -89,6 +91,79 @@ class _Kernel:
         self._function(self._grid, self._block, (*pointers, self._params_pointer), self._shared_bytes)
 
 
+# Buffers of packed weights that captured CUDA graphs read whenever they run again, so they are never given back.
+_CAPTURED: list[Any] = []
+
+
+class _Packer:
+    """The kernel that packs the weights of a plan."""
+
+    __slots__ = ("_kernel", "_num_bytes", "pack")
+
+    def __init__(self, pack: Pack) -> None:
+        self.pack = _interned(pack)
+        self._kernel = _Kernel(pack.config, pack.launch)
+        self._num_bytes = pack.num_bytes
+
+    def __call__(self, weight: Any) -> Any:
+        """The packed weights, once the work queued on the current stream has run.
+
+        When the caller lets go of the buffer it goes back to CuPy's pool, which hands it out again to the same stream
+        only, behind the kernels queued until then.
+        """
+        cuda = cupy_module().cuda
+        packed = cuda.alloc(self._num_bytes)
+        self._kernel.launch(weight.data, packed)
+        if cuda.get_current_stream().is_capturing():
+            _CAPTURED.append(packed)
+        return packed
+
+
+@cache
+def _interned(pack: Pack) -> Pack:
+    """One object for all equal values, so that a look-up compares identities."""
+    return pack
+
+
+class PreparedWeight:
+    """Weights that are packed once and kept; `gpuconv.prepare` makes them.
+
+    Attributes:
+        array: a private copy of the weights.
+    """
+
+    __slots__ = ("_lock", "_packed", "array")
+
+    def __init__(self, array: Any) -> None:
+        self.array = array
+        self._packed: dict[int, Any] = {}  # by the identity of the interned Pack
+        self._lock = threading.Lock()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.array.shape)
+
+    @property
+    def dtype(self) -> Any:
+        return self.array.dtype
+
+    def packed(self, packer: _Packer) -> Any:
+        """The packed form for a plan; made on first use, and complete on every stream when it is kept."""
+        found = self._packed.get(id(packer.pack))
+        if found is None:
+            stream = cupy_module().cuda.get_current_stream()
+            if stream.is_capturing():  # nothing can be waited for here, so this one belongs to the graph
+                return packer(self.array)
+            with self._lock:
+                found = packer(self.array)
+                stream.synchronize()
+                self._packed[id(packer.pack)] = found
+        return found
+
+    def __repr__(self) -> str:
+        return f"PreparedWeight(shape={self.shape}, dtype={self.dtype})"
+
+
 class Plan:
     """Everything that a repeated call needs: the kernels, their launches, their packed parameters.
 
@@ -96,46 +171,46 @@ class Plan:
     none of that.
     """
 
-    __slots__ = ("_captured", "_kernel", "_pack", "choice", "copies", "output_shape")
+    __slots__ = ("_kernel", "_pack", "choice", "copies", "output_shape")
 
     def __init__(self, problem: ConvProblem, choice: dispatch.Choice | None, copies: tuple[str, ...]) -> None:
         self.output_shape = problem.output_shape
         self.choice = choice
         self.copies = copies
         self._kernel = None if choice is None else _Kernel(choice.config, choice.launch)
-        self._pack: tuple[_Kernel, int] | None = None
-        if choice is not None and choice.pack is not None:
-            self._pack = _Kernel(choice.pack.config, choice.pack.launch), choice.pack.num_bytes
-        self._captured: list[Any] = []
+        self._pack = None if choice is None or choice.pack is None else _Packer(choice.pack)
 
-    def __call__(self, input: Any, weight: Any, bias: Any | None, output: Any) -> None:
-        """Launch on the current device and CuPy's current stream; writes all of `output`."""
+    def __call__(
+        self, input: Any, weight: Any, bias: Any | None, output: Any, prepared: PreparedWeight | None = None
+    ) -> None:
+        """Launch on the current device and CuPy's current stream; writes all of `output`.
+
+        `prepared` holds the packed forms of `weight`, where the caller has one.
+        """
         if self.copies:
-            self._call_with_copies(input, weight, bias, output)
+            self._call_with_copies(input, weight, bias, output, prepared)
         else:
-            self._run(input, weight, bias, output)
+            self._run(input, weight, bias, output, prepared)
 
-    def _run(self, input: Any, weight: Any, bias: Any | None, output: Any) -> None:
-        if self._kernel is not None:
-            weights = weight.data if self._pack is None else self._packed(*self._pack, weight)
-            self._kernel.launch(input.data, weights, None if bias is None else bias.data, output.data)
+    def _run(self, input: Any, weight: Any, bias: Any | None, output: Any, prepared: PreparedWeight | None) -> None:
+        if self._kernel is None:
+            return
+        if self._pack is None:
+            weights = weight.data
+        elif prepared is None:
+            weights = self._pack(weight)
+        else:
+            weights = prepared.packed(self._pack)
+        self._kernel.launch(input.data, weights, None if bias is None else bias.data, output.data)
 
-    def _packed(self, pack: _Kernel, num_bytes: int, weight: Any) -> Any:
-        cuda = cupy_module().cuda
-        packed = cuda.alloc(num_bytes)
-        pack.launch(weight.data, packed)
-        # On return the buffer goes back to CuPy's pool, which hands it out again to the same stream only, behind the
-        # kernels queued now. A captured graph runs again at any time, so its buffer lives as long as the plan.
-        if cuda.get_current_stream().is_capturing():
-            self._captured.append(packed)
-        return packed
-
-    def _call_with_copies(self, input: Any, weight: Any, bias: Any | None, output: Any) -> None:
+    def _call_with_copies(
+        self, input: Any, weight: Any, bias: Any | None, output: Any, prepared: PreparedWeight | None
+    ) -> None:
         cupy = cupy_module()
         given = {"input": input, "weight": weight, "bias": bias}
         usable = {name: array.copy(order="C") if name in self.copies else array for name, array in given.items()}
         target = cupy.empty(output.shape, output.dtype) if "output" in self.copies else output
-        self._run(usable["input"], usable["weight"], usable["bias"], target)
+        self._run(usable["input"], usable["weight"], usable["bias"], target, prepared)
         if target is not output:
             output[...] = target
 

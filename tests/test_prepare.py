@@ -1,0 +1,105 @@
+"""Prepared weights: packed once, the same bits, no stale buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+import gpuconv
+from gpuconv import nn
+from gpuconv.runtime import PreparedWeight
+
+from .hostcuda import fake_cupy
+
+LAYERS = {
+    # op, input, weight, settings; the first two are packed by their families, the others are not.
+    "tiled": ("conv1d", (2, 5, 40), (12, 5, 3), {"padding": 1}),
+    "phases": ("conv_transpose1d", (2, 5, 20), (5, 12, 4), {"stride": 2}),
+    "direct": ("conv1d", (2, 2, 9), (5, 2, 2), {}),
+    "gather": ("conv_transpose1d", (2, 2, 9), (2, 5, 2), {}),
+}
+
+
+@pytest.fixture(autouse=True)
+def _cupy() -> Iterator[None]:
+    with fake_cupy.installed():
+        yield
+
+
+def arrays(name: str) -> tuple[str, np.ndarray, np.ndarray, dict[str, int]]:
+    op, input_shape, weight_shape, settings = LAYERS[name]
+    rng = np.random.default_rng(7)
+    x, w = (rng.standard_normal(shape).astype(np.float32) for shape in (input_shape, weight_shape))
+    return op, x, w, settings
+
+
+def packs() -> int:
+    return sum(kernel == "pack_weight" for kernel, _ in fake_cupy.launches)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_the_bits_are_those_of_the_plain_weight(name: str) -> None:
+    op, x, w, settings = arrays(name)
+    function = getattr(gpuconv, op)
+    x_gpu, w_gpu = fake_cupy.asarray(x), fake_cupy.asarray(w)
+    expected = function(x_gpu, w_gpu, **settings).get()
+    prepared = gpuconv.prepare(w_gpu)
+    for _ in range(2):
+        assert function(x_gpu, prepared, **settings).get().tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize("name", ["tiled", "phases"])
+def test_a_prepared_weight_is_packed_once(name: str) -> None:
+    op, x, w, settings = arrays(name)
+    function = getattr(gpuconv, op)
+    x_gpu, w_gpu = fake_cupy.asarray(x), fake_cupy.asarray(w)
+    fake_cupy.launches.clear()
+    function(x_gpu, w_gpu, **settings)
+    function(x_gpu, w_gpu, **settings)
+    assert packs() == 2
+    prepared = gpuconv.prepare(w_gpu)
+    fake_cupy.launches.clear()
+    for samples in (2, 1, 2):
+        function(x_gpu[:samples], prepared, **settings)
+    assert packs() == 1
+
+
+def test_later_changes_of_the_array_are_not_followed() -> None:
+    _, x, w, settings = arrays("tiled")
+    x_gpu, w_gpu = fake_cupy.asarray(x), fake_cupy.asarray(w.copy())
+    prepared = gpuconv.prepare(w_gpu)
+    before = gpuconv.conv1d(x_gpu, prepared, **settings).get()
+    w_gpu[...] = fake_cupy.asarray(np.zeros_like(w))
+    assert np.array_equal(gpuconv.conv1d(x_gpu, prepared, **settings).get(), before)
+    assert not gpuconv.conv1d(x_gpu, w_gpu, **settings).get().any()
+
+
+def test_numpy_weights() -> None:
+    _, x, w, settings = arrays("tiled")
+    prepared = gpuconv.prepare(w)
+    assert (prepared.shape, prepared.dtype) == (w.shape, w.dtype)
+    expected = gpuconv.conv1d(x, w, **settings)
+    assert np.array_equal(gpuconv.conv1d(x, prepared, **settings), expected)
+    w[...] = 0
+    assert np.array_equal(gpuconv.conv1d(x, prepared, **settings), expected)
+    assert repr(prepared) == "PreparedWeight(shape=(12, 5, 3), dtype=float32)"
+
+
+def test_errors_are_those_of_the_weight() -> None:
+    _, x, w, _ = arrays("tiled")
+    with pytest.raises(TypeError, match="prepare: weight must be a NumPy or CuPy array, got list"):
+        gpuconv.prepare([1.0])
+    with pytest.raises(ValueError, match="weight must have shape"):
+        gpuconv.conv1d(x, gpuconv.prepare(w[0]))
+    with pytest.raises(TypeError, match="one kind and on one device"):
+        gpuconv.conv1d(x, gpuconv.prepare(fake_cupy.asarray(w)))
+    prepared = gpuconv.prepare(np.ones((1, 1, 3)))
+    with pytest.raises(ValueError, match="out must not overlap weight"):
+        gpuconv.conv1d(np.ones((1, 1, 5)), prepared, out=prepared.array)
+
+
+def test_layers_take_plain_weights_only() -> None:
+    layer = nn.Conv1d(2, 3, 1)
+    assert not isinstance(layer.weight, PreparedWeight)
