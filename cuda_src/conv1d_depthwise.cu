@@ -40,10 +40,11 @@ struct Params {
 static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/conv1d_depthwise.py");
 
 // The result at l_out without the terms that do not exist, as the base family computes it.
-__device__ __noinline__ acc_t sum_existing_terms(
+__device__ __forceinline__ acc_t sum_existing_terms(
     const storage_t* x, const storage_t* w, index_t l_first, index_t K, index_t dilation, index_t L_in,
     index_t input_stride_l, index_t weight_stride_k) {
     acc_t acc = scalar::zero();
+#pragma unroll 1
     for (index_t k = 0; k < K; ++k) {
         const index_t l_in = l_first + k * dilation;
         if (l_in < 0 || l_in >= L_in) continue;
@@ -76,12 +77,9 @@ __device__ __forceinline__ void store_window(acc_t* window, int plane_pitch, int
     }
 }
 
-extern "C" __global__ void __launch_bounds__(BLOCK_SIZE, MIN_BLOCKS) conv1d_depthwise(
-    const storage_t* __restrict__ input,   // [N, C_in, L_in]
-    const storage_t* __restrict__ weight,  // [C_out, 1, K]
-    const storage_t* __restrict__ bias,    // [C_out], or null
-    storage_t* __restrict__ output,        // [N, C_out, L_out]
-    const Params p) {
+__device__ __forceinline__ void convolve_rows(
+    const storage_t* __restrict__ input, const storage_t* __restrict__ weight, const storage_t* __restrict__ bias,
+    storage_t* __restrict__ output, const Params& p) {
     acc_t* const shared = reinterpret_cast<acc_t*>(dynamic_shared_memory());
     const int row_threads = int(p.row_threads);
     const int row_in_block = int(divide(threadIdx.x, p.row_threads, p.row_threads_magic, p.row_threads_shift));
@@ -113,11 +111,13 @@ extern "C" __global__ void __launch_bounds__(BLOCK_SIZE, MIN_BLOCKS) conv1d_dept
         start = l_first - lead;  // position of the window in the row
         steps = int(ceil_div(p.K + lead, kTaps));
 
+#pragma unroll 1
         for (int k = place; k < steps * kTaps; k += row_threads) {
             const bool exists = k >= lead && k - lead < p.K;
             taps[k] = exists ? scalar::load(w[(k - lead) * p.weight_stride_k]) : scalar::zero();
         }
         const int ahead = int(start + past_x) & (kStorageVec - 1);  // positions of the first 16 bytes before the window
+#pragma unroll 1
         for (int first = place; first * kStorageVec < p.window * kVec + ahead; first += kBatch * row_threads) {
             StorageVector loaded[kBatch];
 #pragma unroll
@@ -214,7 +214,14 @@ extern "C" __global__ void __launch_bounds__(BLOCK_SIZE, MIN_BLOCKS) conv1d_dept
 #pragma unroll
     for (int j = 0; j < THREAD_L; ++j) met_nan = met_nan || is_nan(acc[j]);
     const acc_t offset = bias_or_zero(bias, c_out * p.bias_stride);
-    if (!met_nan && l_out >= 0 && l_out + THREAD_L <= p.L_out) {
+    if (met_nan) {
+#pragma unroll 1
+        for (index_t l = max_index(l_out, 0); l < min_index(l_out + THREAD_L, p.L_out); ++l) {
+            const acc_t sum =
+                sum_existing_terms(x, w, l * kPhases - p.padding_left, p.K, 1, p.L_in, 1, p.weight_stride_k);
+            y[l] = scalar::round(add(sum, offset));
+        }
+    } else if (l_out >= 0 && l_out + THREAD_L <= p.L_out) {
 #pragma unroll
         for (int first = 0; first < THREAD_L; first += kStorageVec) {
             StorageVector result;
@@ -222,27 +229,19 @@ extern "C" __global__ void __launch_bounds__(BLOCK_SIZE, MIN_BLOCKS) conv1d_dept
             for (int e = 0; e < kStorageVec; ++e) result.element[e] = scalar::round(add(acc[first + e], offset));
             *reinterpret_cast<StorageVector*>(y + l_out + first) = result;
         }
-        return;
-    }
+    } else {
 #pragma unroll
-    for (int j = 0; j < THREAD_L; ++j) {
-        if (l_out + j < 0 || l_out + j >= p.L_out) continue;
-        if (is_nan(acc[j])) {
-            const index_t l_first = (l_out + j) * kPhases - p.padding_left;
-            acc[j] = sum_existing_terms(x, w, l_first, p.K, 1, p.L_in, 1, p.weight_stride_k);
+        for (int j = 0; j < THREAD_L; ++j) {
+            if (l_out + j >= 0 && l_out + j < p.L_out) y[l_out + j] = scalar::round(add(acc[j], offset));
         }
-        y[l_out + j] = scalar::round(add(acc[j], offset));
     }
 }
 
 #else
 
-extern "C" __global__ void __launch_bounds__(BLOCK_SIZE, MIN_BLOCKS) conv1d_depthwise(
-    const storage_t* __restrict__ input,   // [N, C_in, L_in]
-    const storage_t* __restrict__ weight,  // [C_out, 1, K]
-    const storage_t* __restrict__ bias,    // [C_out], or null
-    storage_t* __restrict__ output,        // [N, C_out, L_out]
-    const Params p) {
+__device__ __forceinline__ void convolve_rows(
+    const storage_t* __restrict__ input, const storage_t* __restrict__ weight, const storage_t* __restrict__ bias,
+    storage_t* __restrict__ output, const Params& p) {
     acc_t* const shared = reinterpret_cast<acc_t*>(dynamic_shared_memory());
     const int row_threads = int(p.row_threads);
     const int row_in_block = int(divide(threadIdx.x, p.row_threads, p.row_threads_magic, p.row_threads_shift));
@@ -267,30 +266,32 @@ extern "C" __global__ void __launch_bounds__(BLOCK_SIZE, MIN_BLOCKS) conv1d_dept
     acc_t* const taps = shared + row_in_block * p.taps_pitch;
     acc_t* const windows = shared + p.block_rows * p.taps_pitch;
     if (has_row) {
+#pragma unroll 1
         for (index_t k = place; k < p.K; k += row_threads) taps[k] = scalar::load(w[k * p.weight_stride_k]);
     }
-    // Rows that share a window stage it together, each a part of the positions; the last row's threads and those behind
-    // stage nothing where rows have windows of their own.
+    // Rows with windows of their own stage them each with its own threads; a shared window is staged by the whole block.
     const bool shares = p.C_out_g > 1;
     const int stagers = shares ? int(blockDim.x) : row_threads;
-    const index_t stage_end = shares ? last_input_row + 1 : min_index(first_input_row + row_in_block, last_input_row) + 1;
     const index_t stage_begin = shares ? first_input_row : first_input_row + row_in_block;
+    const index_t stage_end = shares ? last_input_row + 1 : stage_begin + has_row;
+    const int index_step = stagers / int(p.stride), phase_step = stagers - index_step * int(p.stride);
+    const int u_begin = shares ? int(threadIdx.x) : place;
+    const int index_begin = u_begin / int(p.stride);
+#pragma unroll 1
     for (index_t input_row = stage_begin; input_row < stage_end; ++input_row) {
-        const index_t n_staged = shares ? input_row / C_in : n;
+        const index_t n_staged = input_row / C_in;
         const storage_t* const x =
             input + n_staged * p.input_stride_n + (input_row - n_staged * C_in) * p.input_stride_c;
         acc_t* const window = windows + (input_row - first_input_row) * p.window_pitch;
-        const int step_index = stagers / int(p.stride), step_phase = stagers - step_index * int(p.stride);
-        int u = shares ? int(threadIdx.x) : place;
-        int index = u / int(p.stride), phase = u - index * int(p.stride);
+        int index = index_begin, phase = u_begin - index_begin * int(p.stride);
 #pragma unroll 4
-        for (; u < p.window; u += stagers) {
+        for (int u = u_begin; u < p.window; u += stagers) {
             const index_t l_in = start + u;
             const bool exists = l_in >= 0 && l_in < p.L_in;
-            window[phase * p.plane_pitch + index] =
+            window[phase * int(p.plane_pitch) + index] =
                 exists ? scalar::load(x[l_in * p.input_stride_l]) : scalar::zero();
-            index += step_index;
-            phase += step_phase;
+            index += index_step;
+            phase += phase_step;
             if (phase >= p.stride) {
                 phase -= int(p.stride);
                 ++index;
@@ -305,37 +306,59 @@ extern "C" __global__ void __launch_bounds__(BLOCK_SIZE, MIN_BLOCKS) conv1d_dept
     acc_t acc[THREAD_L];
 #pragma unroll
     for (int j = 0; j < THREAD_L; ++j) acc[j] = scalar::zero();
-    // Tap k meets phase k*dilation % stride; at an offset that grows by the same from tap to tap, but where phases wrap.
-    const int phase_step = int(p.dilation % p.stride);
-    const int offset_step = phase_step * int(p.plane_pitch) + int(p.dilation / p.stride);
-    const int offset_wrap = 1 - int(p.stride * p.plane_pitch);
-    int phase = 0, offset = 0;
+    if (p.stride == 1) {
+        const acc_t* position = window;
 #pragma unroll 4
-    for (int k = 0; k < p.K; ++k) {
-        const acc_t tap = taps[k];
+        for (int k = 0; k < p.K; ++k, position += int(p.dilation)) {
 #pragma unroll
-        for (int j = 0; j < THREAD_L; ++j) acc[j] = multiply_add(tap, window[offset + j * row_threads], acc[j]);
-        offset += offset_step;
-        phase += phase_step;
-        if (phase >= p.stride) {
-            phase -= int(p.stride);
-            offset += offset_wrap;
+            for (int j = 0; j < THREAD_L; ++j) acc[j] = multiply_add(taps[k], position[j * row_threads], acc[j]);
+        }
+    } else {
+        // Tap k meets phase k*dilation % stride; its offset grows by the same from tap to tap, but where the phase wraps.
+        const int step = int(p.dilation % p.stride);
+        const int offset_step = step * int(p.plane_pitch) + int(p.dilation / p.stride);
+        const int offset_wrap = offset_step + 1 - int(p.stride * p.plane_pitch);
+        const acc_t* position = window;
+        int phase = 0;
+#pragma unroll 4
+        for (int k = 0; k < p.K; ++k) {
+#pragma unroll
+            for (int j = 0; j < THREAD_L; ++j) acc[j] = multiply_add(taps[k], position[j * row_threads], acc[j]);
+            phase += step;
+            const bool wraps = phase >= p.stride;
+            position += wraps ? offset_wrap : offset_step;
+            if (wraps) phase -= int(p.stride);
         }
     }
 
     const acc_t bias_c = bias_or_zero(bias, c_out * p.bias_stride);
     storage_t* const y = output + n * p.output_stride_n + c_out * p.output_stride_c;  // output[n, c_out, 0]
+    bool met_nan = false;
 #pragma unroll
     for (int j = 0; j < THREAD_L; ++j) {
         const index_t l_out = l_begin + place + j * row_threads;
+        if (l_out < p.L_out) y[l_out * p.output_stride_l] = scalar::round(add(acc[j], bias_c));
+        met_nan = met_nan || is_nan(acc[j]);
+    }
+    if (!met_nan) return;
+    const storage_t* const x = input + n * p.input_stride_n + (input_row - n * C_in) * p.input_stride_c;
+#pragma unroll 1
+    for (int j = 0; j < THREAD_L; ++j) {
+        const index_t l_out = l_begin + place + j * row_threads;
         if (l_out >= p.L_out) break;
-        if (is_nan(acc[j])) {
-            const storage_t* const x = input + n * p.input_stride_n + (input_row - n * C_in) * p.input_stride_c;
-            acc[j] = sum_existing_terms(
-                x, w, l_out * p.stride - p.padding_left, p.K, p.dilation, p.L_in, p.input_stride_l, p.weight_stride_k);
-        }
-        y[l_out * p.output_stride_l] = scalar::round(add(acc[j], bias_c));
+        const acc_t sum = sum_existing_terms(
+            x, w, l_out * p.stride - p.padding_left, p.K, p.dilation, p.L_in, p.input_stride_l, p.weight_stride_k);
+        y[l_out * p.output_stride_l] = scalar::round(add(sum, bias_c));
     }
 }
 
 #endif
+
+extern "C" __global__ void __launch_bounds__(BLOCK_SIZE, MIN_BLOCKS) conv1d_depthwise(
+    const storage_t* __restrict__ input,   // [N, C_in, L_in]
+    const storage_t* __restrict__ weight,  // [C_out, 1, K]
+    const storage_t* __restrict__ bias,    // [C_out], or null
+    storage_t* __restrict__ output,        // [N, C_out, L_out]
+    const Params p) {
+    convolve_rows(input, weight, bias, output, p);
+}

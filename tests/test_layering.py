@@ -23,7 +23,7 @@ LAYERS = (
     ("problem", "device"),
     ("reference", "cpu", "source"),
     ("families.base",),
-    ("families.tiles",),
+    ("families.tiles", "families.depthwise"),
     ("families.*",),
     ("families",),
     ("dispatch",),

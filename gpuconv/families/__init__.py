@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .base import ArrayLayout, Config, Family, Launch, Layout, Pack
+from .conv1d_depthwise import Conv1dDepthwise
 from .conv1d_direct import Conv1dDirect
 from .conv1d_stem import Conv1dStem
 from .conv1d_tiled import Conv1dTiled
@@ -10,6 +11,7 @@ from .conv_transpose1d_gather import ConvTranspose1dGather
 from .conv_transpose1d_phases import ConvTranspose1dPhases
 
 FAMILIES: tuple[Family, ...] = (
+    Conv1dDepthwise(),
     Conv1dStem(),
     Conv1dTiled(),
     ConvTranspose1dPhases(),
