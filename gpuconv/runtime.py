@@ -43,6 +43,16 @@ def device_count() -> int:
     return int(cupy_module().cuda.runtime.getDeviceCount())
 
 
+def cuda_versions() -> tuple[int, int]:
+    """The CUDA versions that the driver supports (0 without a driver) and that CuPy was built for, as 13020 for 13.2.
+
+    Raises:
+        ImportError: CuPy is not installed.
+    """
+    runtime = cupy_module().cuda.runtime
+    return int(runtime.driverGetVersion()), int(runtime.runtimeGetVersion())
+
+
 @cache
 def device(index: int) -> Device:
     """The GPU with CuPy's index."""

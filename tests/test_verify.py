@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -411,23 +412,33 @@ def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("answer", "message"),
+    ("answer", "driver", "message"),
     [
-        (ImportError("No module named 'cupy'"), "CuPy is missing"),
-        (RuntimeError("cudaErrorInsufficientDriver: CUDA driver version is insufficient"), "driver is missing"),
-        (RuntimeError("cudaErrorNoDevice: no CUDA-capable device is detected"), "sees no device"),
-        (0, "sees no device"),
+        (ImportError("No module named 'cupy'"), 13000, "CuPy is missing"),
+        (RuntimeError("cudaErrorInsufficientDriver: insufficient"), 0, "no NVIDIA driver is loaded here"),
+        (
+            RuntimeError("cudaErrorInsufficientDriver: insufficient"),
+            12080,
+            "supports CUDA 12.8, CuPy was built for CUDA 13",
+        ),
+        (RuntimeError("cudaErrorNoDevice: none"), 13000, "sees no device; CUDA_VISIBLE_DEVICES is '7'"),
+        (RuntimeError("cudaErrorUnknown"), 13000, "does not answer (cudaErrorUnknown)"),
+        (0, 13000, "sees no device; CUDA_VISIBLE_DEVICES is '7'"),
     ],
 )
-def test_what_is_missing_of_a_gpu(answer: Exception | int, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_missing_of_a_gpu(
+    answer: Exception | int, driver: int, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def device_count() -> int:
         if isinstance(answer, Exception):
             raise answer
         return answer
 
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
     monkeypatch.setattr(runtime, "device_count", device_count)
+    monkeypatch.setattr(runtime, "cuda_versions", lambda: (driver, 13020))
     assert message in str(missing_gpu())
-    with pytest.raises(GpuUnavailableError, match=message):
+    with pytest.raises(GpuUnavailableError, match=re.escape(message)):
         verify("gpu", filter="k1", dtypes=["float32"])
     assert verify("auto", filter="k1", dtypes=["float32"]).device.startswith("CPU")
 
