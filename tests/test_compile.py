@@ -81,7 +81,7 @@ def configs_for(family: Family, arch: str) -> list[Config]:
 
 
 def first_config(family: Family) -> Config:
-    """A specialisation of the family's own kernel; its list may hold helpers too."""
+    """A specialisation of the family's own kernel; its list may hold others too."""
     return next(c for c in family.configs(Device.from_arch("sm_90")) if c.kernel == family.name)
 
 
