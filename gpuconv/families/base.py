@@ -162,6 +162,7 @@ def index_bits(problem: ConvProblem, layout: Layout, *extra: int) -> int:
     """
     p = problem
     span = p.dilation * (p.K - 1) + 1
+    placed = (layout.input, layout.weight, layout.output, *([layout.bias] if layout.bias else []))
     largest = max(
         layout.input.reach((p.N, p.C_in, p.L_in)),
         layout.weight.reach(p.weight_shape),
@@ -170,6 +171,8 @@ def index_bits(problem: ConvProblem, layout: Layout, *extra: int) -> int:
         # Positions before they are clipped to the array, on the fine side of the stride.
         p.L_in + p.padding_left + p.padding_right + span + p.stride,
         p.L_out + p.padding_left + p.padding_right + span + p.stride,
+        # Params holds the strides of axes of extent 1, too, which no offset uses.
+        *(abs(stride) for array in placed for stride in array.strides),
         *extra,
     )
     return 32 if largest <= INT32_MAX else 64

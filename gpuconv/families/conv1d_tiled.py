@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from ..device import Device
 from ..problem import DTYPES, ConvProblem
 from ..source import params_fields
-from .base import Config, Family, Launch, Layout, Pack, index_bits, stride_params
+from .base import MAX_GRID, Config, Family, Launch, Layout, Pack, index_bits, stride_params
 from .tiles import (
     MAX_BLOCK_N,
     MAX_BLOCK_R,
@@ -20,6 +20,7 @@ from .tiles import (
     Tiling,
     accumulator_bytes,
     compare_tilings,
+    hanging_samples,
     make_pack,
     pack_config,
     tiling_figures,
@@ -46,6 +47,8 @@ class Conv1dTiled(Family):
             return f"needs C_out/groups >= {MIN_ROWS}"
         if problem.C_in_g * problem.K < MIN_TERMS:
             return f"needs C_in/groups * K >= {MIN_TERMS}"
+        if self._tilings(problem, layout, device)[0].blocks > MAX_GRID:
+            return f"needs at most {MAX_GRID} blocks"
         return None
 
     def configure(self, problem: ConvProblem, layout: Layout, device: Device) -> tuple[Config, Launch]:
@@ -116,7 +119,7 @@ class Conv1dTiled(Family):
             layout,
             (p.N * p.L_out + MAX_BLOCK_N) * p.groups,
             span + p.L_in,
-            (p.N + 1) * abs(strides["output_stride_n"]) + hanging * abs(strides["output_stride_l"]),
+            hanging_samples(p.N, p.L_out) * abs(strides["output_stride_n"]) + hanging * abs(strides["output_stride_l"]),
             (p.N + 1) * abs(strides["input_stride_n"])
             + MAX_BLOCK_R * abs(strides["input_stride_c"])
             + span * abs(strides["input_stride_l"]),

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from ..device import Device
 from ..problem import DTYPES, ConvProblem
 from ..source import params_fields
-from .base import Config, Family, Launch, Layout, Pack, index_bits, stride_params
+from .base import MAX_GRID, Config, Family, Launch, Layout, Pack, index_bits, stride_params
 from .tiles import (
     MAX_BLOCK_N,
     MAX_BLOCK_R,
@@ -22,6 +22,7 @@ from .tiles import (
     Tiling,
     accumulator_bytes,
     compare_tilings,
+    hanging_samples,
     make_pack,
     pack_config,
     tiling_figures,
@@ -32,6 +33,9 @@ from .tiles import (
 # Below these a tile is mostly empty, and the families for few channels or the base family do as well.
 MIN_ROWS = 8
 MIN_TERMS = 8
+# Taps that a phase lacks are packed as zeros. Where they are more than this for one that exists, as with a stride far
+# beyond K, the packed weights outgrow the layer's (and a GPU's memory), and the base family visits only what exists.
+MAX_PACKING = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +99,8 @@ class _Product:
             self.tap_step * self.tap_step,
             self.tap_step * p.dilation,
             (self.taps + 1) * p.stride,
-            (p.N + 1) * abs(strides["output_stride_n"]) + hanging * p.stride * abs(strides["output_stride_l"]),
+            hanging_samples(p.N, self.positions) * abs(strides["output_stride_n"])
+            + hanging * p.stride * abs(strides["output_stride_l"]),
             (p.N + 1) * abs(strides["input_stride_n"])
             + MAX_BLOCK_R * abs(strides["input_stride_c"])
             + span * abs(strides["input_stride_l"]),
@@ -117,6 +122,11 @@ class ConvTranspose1dPhases(Family):
             return f"needs C_out/groups >= {MIN_ROWS}"
         if problem.terms < MIN_TERMS:
             return f"needs C_in/groups * taps of a phase >= {MIN_TERMS}"
+        product = _Product.of(problem)
+        if problem.stride * product.taps > MAX_PACKING * problem.K:
+            return f"needs stride * taps of a phase <= {MAX_PACKING} * K"
+        if product.tilings(layout, device)[0].blocks > MAX_GRID:
+            return f"needs at most {MAX_GRID} blocks"
         return None
 
     def configure(self, problem: ConvProblem, layout: Layout, device: Device) -> tuple[Config, Launch]:

@@ -180,6 +180,11 @@ def tiling_macros(tile: Tile, column_step: int, dtype: str, bits: int) -> dict[s
     }
 
 
+def hanging_samples(samples: int, positions: int) -> int:
+    """The largest sample that a block derives from a column, which may lie behind the last of all samples."""
+    return (samples * positions + MAX_BLOCK_N) // positions
+
+
 def walk_params(tile: Tile, taps: int, channel_stride: int, tap_stride: int) -> dict[str, int]:
     """The fields of Params that move a thread's input address on: see Tile in tiled.cuh.
 
