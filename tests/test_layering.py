@@ -23,7 +23,7 @@ LAYERS = (
     ("problem", "device"),
     ("reference", "cpu", "source"),
     ("families.base",),
-    ("families.tiles", "families.depthwise"),
+    ("families.tiles", "families.depthwise", "families.sliding"),
     ("families.*",),
     ("families",),
     ("dispatch",),

@@ -6,6 +6,7 @@ from .base import ArrayLayout, Config, Family, Launch, Layout, Pack
 from .conv1d_depthwise import Conv1dDepthwise
 from .conv1d_direct import Conv1dDirect
 from .conv1d_stem import Conv1dStem
+from .conv1d_tail import Conv1dTail
 from .conv1d_tiled import Conv1dTiled
 from .conv_transpose1d_gather import ConvTranspose1dGather
 from .conv_transpose1d_phases import ConvTranspose1dPhases
@@ -13,6 +14,7 @@ from .conv_transpose1d_phases import ConvTranspose1dPhases
 FAMILIES: tuple[Family, ...] = (
     Conv1dDepthwise(),
     Conv1dStem(),
+    Conv1dTail(),
     Conv1dTiled(),
     ConvTranspose1dPhases(),
     Conv1dDirect(),

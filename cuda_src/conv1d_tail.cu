@@ -1,0 +1,83 @@
+// conv1d_tail: forward convolution of layers with few output channels a group, stride 1 and dilation 1, where the input
+// dominates.
+//
+//   output[n, c_out, l_out] = bias[c_out]
+//       + sum over c_in < C_in_g, k < K of weight[c_out, c_in, k] * input[n, g*C_in_g + c_in, l_in],
+//   g = c_out / C_out_g,   l_in = l_out - padding_left + k,   taps outside [0, L_in) left out.
+//
+// The sums of sliding.cuh with rows = c_out of the group, columns = l_out, taps = k. A thread stores 16 bytes at once where
+// vector_stores = 1 says that they are aligned.
+// Grid x: blocks of neighbouring columns (fastest), then samples, then groups. Grid y and z: 1. Dynamic shared memory: two
+// buffers of input and weights.
+// Uses: sliding.cuh
+// Macros read: MIN_BLOCKS, and those of sliding.cuh.
+// Needs nothing: arrays of any strides, in elements. Chosen for 1 to 4 output channels a group.
+
+struct Params {
+    index_t N, L_in, L_out, K;
+    index_t C_in_g, C_out_g;
+    index_t padding_left;
+    index_t input_stride_n, input_stride_c, input_stride_l;
+    index_t weight_stride_out, weight_stride_in, weight_stride_k;
+    index_t bias_stride;
+    index_t output_stride_n, output_stride_c, output_stride_l;
+    index_t column_blocks;
+    index_t tap_blocks, lead, chunk_channels, copy_elements;
+    index_t vector_stores;
+};
+static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/conv1d_tail.py");
+
+extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) conv1d_tail(
+    const storage_t* __restrict__ input,   // [N, C_in, L_in]
+    const storage_t* __restrict__ weight,  // [C_out, C_in_g, K]
+    const storage_t* __restrict__ bias,    // [C_out], or null
+    storage_t* __restrict__ output,        // [N, C_out, L_out]
+    const Params p) {
+    const index_t rest = index_t(blockIdx.x) / p.column_blocks;
+    const index_t g = rest / p.N;
+    const index_t n = rest - g * p.N;
+
+    Slide slide;
+    slide.input = input + (n * p.input_stride_n + g * p.C_in_g * p.input_stride_c);
+    slide.C_in_g = p.C_in_g;
+    slide.L_in = p.L_in;
+    slide.taps = p.K;
+    slide.column_begin = (index_t(blockIdx.x) - rest * p.column_blocks) * BLOCK_L;
+    slide.columns = p.L_out;
+    slide.first = -p.padding_left;
+    slide.input_stride_c = p.input_stride_c;
+    slide.input_stride_l = p.input_stride_l;
+    slide.tap_blocks = int(p.tap_blocks);
+    slide.lead = int(p.lead);
+    slide.chunk_channels = int(p.chunk_channels);
+    slide.copy_elements = int(p.copy_elements);
+    weight += g * p.C_out_g * p.weight_stride_out;                            // weight[g*C_out_g, 0, 0]
+    output += n * p.output_stride_n + g * p.C_out_g * p.output_stride_c;      // output[n, g*C_out_g, 0]
+
+    const auto weight_at = [&](int row, index_t c_in, index_t k) -> const storage_t* {
+        if (row >= p.C_out_g) return nullptr;
+        return weight + (row * p.weight_stride_out + c_in * p.weight_stride_in + k * p.weight_stride_k);
+    };
+    const auto result = [&](int row, acc_t sum) {
+        return scalar::round(add(sum, bias_or_zero(bias, (g * p.C_out_g + row) * p.bias_stride)));
+    };
+    const auto store = [&](int row, index_t l_out, const acc_t(&sums)[kVec]) {
+        if (row >= p.C_out_g) return;
+        storage_t* const y = output + (row * p.output_stride_c + l_out * p.output_stride_l);
+        InputVector vector;
+#pragma unroll
+        for (int j = 0; j < kVec; ++j) vector.element[j] = result(row, sums[j]);
+        if (p.vector_stores && l_out + kVec <= p.L_out) {
+            *reinterpret_cast<InputVector*>(y) = vector;
+            return;
+        }
+#pragma unroll
+        for (int j = 0; j < kVec; ++j) {
+            if (l_out + j < p.L_out) y[j * p.output_stride_l] = vector.element[j];
+        }
+    };
+    const auto store_one = [&](int row, index_t l_out, acc_t sum) {
+        if (row < p.C_out_g) output[row * p.output_stride_c + l_out * p.output_stride_l] = result(row, sum);
+    };
+    slide_sums(slide, weight_at, store, store_one);
+}

@@ -1,0 +1,197 @@
+// The sums behind conv1d_tail and conv_transpose1d_tail: few results a column, windows that slide through registers.
+//
+// Column q of a sample has THREAD_C results, rows of weights over the same input: row, c_in and tap multiply
+// input[n, c_in, q + first + tap], or where IS_REVERSED = 1 input[n, c_in, q + first - tap]. A thread computes kVec
+// neighbouring columns, as many as 16 bytes of storage hold, and a block BLOCK_L of them. A thread takes the taps kVec at a time: these meet two neighbouring
+// vectors of input, of which the next taps use one again, so that each tap block costs one load of input.
+//
+// Rows of input pass through two buffers of shared memory, chunk_channels channels at a time, as they are stored, and with
+// them their weights, in the accumulator's type and in the order of use: [channel][tap block][THREAD_C][kVec]. Of a row of
+// input the block's window begins `lead` positions early, where a copy of copy_elements elements is aligned; the weights
+// begin with as many zeros, and end with zeros that fill up the last tap block. Positions outside the input are zeros too.
+// tiled.cuh explains why these zeros change no bit, and what happens where they meet values that are no numbers.
+//
+// Macros read: BLOCK_L, THREAD_C, IS_REVERSED, and those of common.cuh.
+
+constexpr int kVec = 16 / int(sizeof(storage_t));
+constexpr int kThreads = BLOCK_L / kVec;
+constexpr int kTapBlock = THREAD_C * kVec;  // weights of a channel's tap block
+static_assert(kThreads * kVec == BLOCK_L && kThreads % 32 == 0, "whole warps own BLOCK_L: gpuconv/families/sliding.py");
+
+struct alignas(16) InputVector {
+    storage_t element[kVec];
+};
+struct alignas(sizeof(acc_t) * kVec < 16 ? sizeof(acc_t) * kVec : 16) WeightVector {
+    acc_t element[kVec];
+};
+
+// One block's columns. Offsets and strides are in elements.
+struct Slide {
+    const storage_t* input;  // input[n, first channel of the group, 0]
+    index_t C_in_g, L_in, taps;
+    index_t column_begin, columns;  // the block's first column, and the columns of the sample
+    index_t first;
+    index_t input_stride_c, input_stride_l;
+    int tap_blocks, lead, chunk_channels, copy_elements;
+};
+
+// Copies a block's window of some channels, `length` elements from position `start`, as T of several elements each: these
+// lie inside the input or outside, never across its ends.
+template <typename T>
+__device__ __forceinline__ void copy_windows(
+    storage_t* shared, const storage_t* input, int channels, index_t start, int length, const Slide& slide, T zero) {
+    const int count = sizeof(T) / sizeof(storage_t);
+    for (int i = int(threadIdx.x) * count; i < length; i += kThreads * count) {
+        storage_t* target = shared + i;
+        const index_t position = start + i;
+        if (position >= 0 && position < slide.L_in) {
+            const storage_t* source = input + position;
+#pragma unroll 4
+            for (int c = 0; c < channels; ++c, target += length, source += slide.input_stride_c) {
+                copy_async(reinterpret_cast<T*>(target), reinterpret_cast<const T*>(source));
+            }
+        } else {
+#pragma unroll 1
+            for (int c = 0; c < channels; ++c, target += length) *reinterpret_cast<T*>(target) = zero;
+        }
+    }
+}
+
+// weight_at(row, c_in, tap) is the address of a weight, or null where a row has no such tap; store(row, first column,
+// sums of kVec columns) takes the results; store_one(row, column, sum) those that were summed again.
+template <typename WeightAt, typename Store, typename StoreOne>
+__device__ __forceinline__ void slide_sums(
+    const Slide& slide, const WeightAt& weight_at, const Store& store, const StoreOne& store_one) {
+    const int window = BLOCK_L + slide.tap_blocks * kVec;
+    const int channel_weights = slide.tap_blocks * kTapBlock;
+    storage_t* const smem_input = reinterpret_cast<storage_t*>(dynamic_shared_memory());  // [2][chunk_channels][window]
+    acc_t* const smem_weight =  // [2][chunk_channels][tap_blocks][THREAD_C][kVec]
+        reinterpret_cast<acc_t*>(smem_input + 2 * slide.chunk_channels * window);
+    const index_t start = slide.column_begin + slide.first +
+                          (IS_REVERSED ? slide.lead - slide.tap_blocks * kVec : -slide.lead);  // of the window
+
+    const auto load_chunk = [&](int buffer, index_t c_begin) {
+        const int channels = int(min_index(slide.chunk_channels, slide.C_in_g - c_begin));
+        storage_t* const windows = smem_input + buffer * slide.chunk_channels * window;
+        const storage_t* const x = slide.input + c_begin * slide.input_stride_c;
+        const int copy_bytes = slide.input_stride_l == 1 ? slide.copy_elements * int(sizeof(storage_t)) : 0;
+        if (copy_bytes == 16) {
+            copy_windows(windows, x, channels, start, window, slide, make_uint4(0, 0, 0, 0));
+        } else if (copy_bytes == 8) {
+            copy_windows(windows, x, channels, start, window, slide, make_uint2(0, 0));
+        } else if (copy_bytes == 4) {
+            copy_windows(windows, x, channels, start, window, slide, 0u);
+        } else {
+            for (int i = threadIdx.x; i < window; i += kThreads) {
+                const index_t position = start + i;
+                const bool in_bounds = position >= 0 && position < slide.L_in;
+                const storage_t* source = x + (in_bounds ? position * slide.input_stride_l : 0);
+#pragma unroll 4
+                for (int c = 0; c < channels; ++c, source += slide.input_stride_c) {
+                    windows[c * window + i] = in_bounds ? *source : scalar::storage_zero();
+                }
+            }
+        }
+        acc_t* const w = smem_weight + buffer * slide.chunk_channels * channel_weights;
+        for (int e = threadIdx.x; e < channels * channel_weights; e += kThreads) {
+            const int c = e / channel_weights, in_channel = e - c * channel_weights;
+            const int block = in_channel / kTapBlock, in_block = in_channel % kTapBlock;
+            const int tap = block * kVec + in_block % kVec - slide.lead;
+            const storage_t* source = nullptr;
+            if (tap >= 0 && tap < slide.taps) source = weight_at(in_block / kVec, c_begin + c, tap);
+            if (source == nullptr) {
+                w[e] = scalar::zero();
+            } else {
+                scalar::copy_to_shared(w + e, source);
+            }
+        }
+    };
+
+    acc_t acc[THREAD_C][kVec];
+#pragma unroll
+    for (int row = 0; row < THREAD_C; ++row) {
+#pragma unroll
+        for (int j = 0; j < kVec; ++j) acc[row][j] = scalar::zero();
+    }
+    const index_t column = slide.column_begin + index_t(threadIdx.x) * kVec;  // this thread's first
+    const bool warp_has_columns = column - index_t(threadIdx.x % 32) * kVec < slide.columns;
+
+    int buffer = 1;
+    for (index_t c_begin = -slide.chunk_channels; c_begin < slide.C_in_g; c_begin += slide.chunk_channels, buffer ^= 1) {
+        copy_async_wait();
+        __syncthreads();
+        if (c_begin + slide.chunk_channels < slide.C_in_g) load_chunk(buffer ^ 1, c_begin + slide.chunk_channels);
+        if (c_begin < 0 || !warp_has_columns) continue;  // the first time round only loads
+        const int channels = int(min_index(slide.chunk_channels, slide.C_in_g - c_begin));
+        const InputVector* row = reinterpret_cast<const InputVector*>(
+                                     smem_input + buffer * slide.chunk_channels * window) + threadIdx.x;
+        const WeightVector* w =
+            reinterpret_cast<const WeightVector*>(smem_weight + buffer * slide.chunk_channels * channel_weights);
+        for (int c = 0; c < channels; ++c, row += window / kVec) {
+            const InputVector* next = row + (IS_REVERSED ? slide.tap_blocks : 0);
+            acc_t x[2 * kVec];  // the tap block's two vectors, the one that the next needs again in its own half
+            const auto load_half = [&](int half) {
+                const InputVector vector = *next;
+                next += IS_REVERSED ? -1 : 1;
+#pragma unroll
+                for (int j = 0; j < kVec; ++j) x[half * kVec + j] = scalar::load(vector.element[j]);
+            };
+            // Taps against the vectors in halves `low` (the lower positions) and 1 - low.
+            const auto multiply_block = [&](int low) {
+#pragma unroll
+                for (int i = 0; i < kVec; ++i) {
+#pragma unroll
+                    for (int r = 0; r < THREAD_C; ++r) {
+#pragma unroll
+                        for (int j = 0; j < kVec; ++j) {
+                            const int at = IS_REVERSED ? kVec + j - i : j + i;
+                            const int half = at < kVec ? low : 1 - low;
+                            acc[r][j] = multiply_add(w[r].element[i], x[half * kVec + at % kVec], acc[r][j]);
+                        }
+                    }
+                }
+                w += THREAD_C;
+            };
+            load_half(0);
+            int block = 0;
+#pragma unroll 1
+            for (; block + 2 <= slide.tap_blocks; block += 2) {
+                load_half(1);
+                multiply_block(IS_REVERSED ? 1 : 0);
+                load_half(0);
+                multiply_block(IS_REVERSED ? 0 : 1);
+            }
+            if (block < slide.tap_blocks) {
+                load_half(1);
+                multiply_block(IS_REVERSED ? 1 : 0);
+            }
+        }
+    }
+    if (!warp_has_columns) return;
+
+    bool met_nan = false;
+#pragma unroll
+    for (int row = 0; row < THREAD_C; ++row) {
+        store(row, column, acc[row]);
+#pragma unroll
+        for (int j = 0; j < kVec; ++j) met_nan = met_nan || is_nan(acc[row][j]);
+    }
+    if (!met_nan) return;
+#pragma unroll 1
+    for (int e = 0; e < THREAD_C * kVec; ++e) {
+        const int row = e / kVec;
+        const index_t q = column + e % kVec;
+        if (q >= slide.columns) continue;
+        acc_t sum = scalar::zero();
+        for (index_t c_in = 0; c_in < slide.C_in_g; ++c_in) {
+            for (index_t tap = 0; tap < slide.taps; ++tap) {
+                const index_t position = q + slide.first + (IS_REVERSED ? -tap : tap);
+                const storage_t* const w = weight_at(row, c_in, tap);
+                if (w == nullptr || position < 0 || position >= slide.L_in) continue;
+                const storage_t value = slide.input[c_in * slide.input_stride_c + position * slide.input_stride_l];
+                sum = multiply_add(scalar::load(*w), scalar::load(value), sum);
+            }
+        }
+        store_one(row, q, sum);
+    }
+}

@@ -1,0 +1,120 @@
+"""What the families of cuda_src/sliding.cuh share: alignment of copies, taps in blocks, shared memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..device import Device
+from ..problem import ITEMSIZE, ConvProblem
+from ..source import params_fields
+from .base import ArrayLayout, Config
+
+THREADS = 128
+# Blocks that a multiprocessor must be able to hold, which caps the registers of a thread at 128; 64-bit offsets take
+# registers that only a lower occupancy has.
+MIN_BLOCKS = {32: 4, 64: 2}
+# Channels of one buffer: with 4 blocks and rows of 2 KiB enough bytes on their way to hide the latency of memory.
+MAX_CHUNK_CHANNELS = 8
+
+
+def vector(dtype: str) -> int:
+    """Elements of 16 bytes: the columns of a thread, and the taps of a block."""
+    return 16 // ITEMSIZE[dtype]
+
+
+def block_columns(dtype: str) -> int:
+    return THREADS * vector(dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Slide:
+    """How a block takes its input and weights: the fields of `Slide` in sliding.cuh that the host chooses.
+
+    Attributes:
+        shared_bytes: dynamic shared memory of a block.
+        slots: instructions of a thread for one input channel, predicted.
+    """
+
+    tap_blocks: int
+    lead: int
+    chunk_channels: int
+    copy_elements: int
+    shared_bytes: int
+    slots: float
+
+    @classmethod
+    def of(
+        cls, p: ConvProblem, input: ArrayLayout, device: Device, *, rows: int, taps: int, position: int
+    ) -> Slide | None:
+        """None where one channel's window and weights do not fit in shared memory.
+
+        Args:
+            p: the problem.
+            input: the layout of its input.
+            device: the GPU.
+            rows: of weights, THREAD_C.
+            taps: of a row.
+            position: what must be a whole number of copies away from an aligned element: that of column 0, tap 0,
+                negative for windows that run backwards.
+        """
+        vec = vector(p.dtype)
+        choices = []
+        copy = vec
+        while copy >= 1:
+            if copy == 1 or (copy * p.itemsize >= 4 and _is_aligned(p, input, copy)):
+                lead = position % copy
+                tap_blocks = -(-(taps + lead) // vec)
+                # A vector of weights for each row and of input a tap block; a copy is asynchronous, or goes through a
+                # register and costs twice as much.
+                weights = rows * vec * max(4, p.itemsize) / 16
+                copies = vec / copy * (3 if copy * p.itemsize >= 4 else 6)
+                slots = tap_blocks * (rows * vec * vec * (4 if p.is_complex else 1) + weights + 1) + copies
+                choices.append((slots, tap_blocks, lead, copy))
+            copy //= 2
+        slots, tap_blocks, lead, copy = min(choices)
+
+        window_bytes = (block_columns(p.dtype) + tap_blocks * vec) * p.itemsize
+        channel_bytes = 2 * (window_bytes + tap_blocks * rows * vec * max(4, p.itemsize))
+        shares = (
+            min(device.shared_per_block, device.shared_per_sm // blocks - 1024) for blocks in (MIN_BLOCKS[32], 2, 1)
+        )
+        fits = next((share // channel_bytes for share in shares if share >= channel_bytes), 0)
+        if fits == 0:
+            return None
+        chunk_channels = min(fits, MAX_CHUNK_CHANNELS, p.C_in_g)
+        return cls(tap_blocks, lead, chunk_channels, copy, chunk_channels * channel_bytes, slots)
+
+    def params(self) -> dict[str, int]:
+        return {
+            "tap_blocks": self.tap_blocks,
+            "lead": self.lead,
+            "chunk_channels": self.chunk_channels,
+            "copy_elements": self.copy_elements,
+        }
+
+
+def _is_aligned(p: ConvProblem, input: ArrayLayout, elements: int) -> bool:
+    """Whether every position that is a multiple of `elements` lies at a multiple of their size."""
+    stride_n, stride_c, stride_l = input.strides
+    return (
+        stride_l == 1
+        and input.alignment % (elements * p.itemsize) == 0
+        and p.L_in % elements == 0
+        and (p.N == 1 or stride_n % elements == 0)
+        and (p.C_in == 1 or stride_c % elements == 0)
+    )
+
+
+def sliding_config(kernel: str, dtype: str, bits: int, rows: int, *, is_reversed: bool) -> Config:
+    return Config.of(
+        kernel,
+        {
+            "DTYPE": dtype,
+            "INDEX_BITS": bits,
+            "BLOCK_L": block_columns(dtype),
+            "THREAD_C": rows,
+            "IS_REVERSED": int(is_reversed),
+            "MIN_BLOCKS": MIN_BLOCKS[bits],
+            "PARAMS_BYTES": len(params_fields(kernel)) * bits // 8,
+        },
+    )
