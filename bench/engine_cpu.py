@@ -31,6 +31,9 @@ Array = npt.NDArray[Any]
 # process and one cache, so a cold cache cannot be had here.
 SETS = 2
 
+# The idle threads of one library spin for a while after a call and would take the processors from the other's.
+SETTLE_SECONDS = 0.01
+
 
 class CpuEngine:
     """NumPy arrays, a host clock."""
@@ -46,6 +49,9 @@ class CpuEngine:
             "torch_threads": torch.get_num_threads() if torch else None,
             "blas_threads": os.environ.get("OPENBLAS_NUM_THREADS") or os.environ.get("OMP_NUM_THREADS") or "default",
         }
+
+    def settle(self) -> None:
+        time.sleep(SETTLE_SECONDS)
 
     def elapsed(self, work: Callable[[], None]) -> float:
         start = time.perf_counter_ns()

@@ -110,6 +110,9 @@ class Engine(Protocol):
     def open(self, case: Case) -> AbstractContextManager[Buffers]:
         """Allocate and fill the buffers of a case."""
 
+    def settle(self) -> None:
+        """Undo what the sample before may have left to the next one: work in the queue, warm caches, busy threads."""
+
     def elapsed(self, work: Callable[[], None]) -> float:
         """Run the work on an idle device and return its microseconds."""
 
@@ -239,7 +242,8 @@ def _time(
 ) -> Iterator[tuple[_Entrant, Timing]]:
     """Time every entrant that is still in; samples of all are taken in turn, so that drift meets all alike.
 
-    One counter of chunks runs through all samples: between two uses of a buffer lies the whole rotation.
+    The engine settles before each sample, since the entrant before used the same inputs; each then goes on through the
+    rotation where it last stopped.
     """
     work: list[tuple[_Entrant, list[Callable[[], None]], int]] = []
     for entrant in [e for e in entrants if e.outcome.status == "measured"]:
@@ -256,7 +260,6 @@ def _time(
             work.append((entrant, runs, calls))
 
     samples: list[list[float]] = [[] for _ in work]
-    count = 0
     with _no_garbage_collection():
         for repeat in range(method.repeats):
             now = clock()
@@ -266,8 +269,8 @@ def _time(
                 place = (turn + repeat) % len(work)
                 entrant, runs, calls = work[place]
                 with entrant.runner.context():
-                    samples[place].append(engine.elapsed(runs[count % len(runs)]) / calls)
-                count += 1
+                    engine.settle()
+                    samples[place].append(engine.elapsed(runs[repeat % len(runs)]) / calls)
     for (entrant, _, _), taken in zip(work, samples, strict=True):
         yield entrant, Timing.of(taken)
 

@@ -90,7 +90,7 @@ class Instruction:
         """Bytes per thread of a load or store."""
         parts = self.opcode.split(".")[1:]
         if self.name in ("LDSM", "STSM"):
-            return 4 * int(next((p[-1] for p in parts if p in ("M88", "16", "2", "4")), "1"))
+            return 4 * int(parts[-1]) if parts and parts[-1] in ("2", "4") else 4  # matrices of 8 x 16 bytes
         return next((_WIDTHS[part] for part in parts if part in _WIDTHS), 4)
 
 
