@@ -174,6 +174,8 @@ CASES: tuple[Case, ...] = (
     _conv("wavenet_dilated", 1, 16, 32, 90, 2, "model", dilation=32, padding="causal"),
     _conv("mamba_dw", 2, 40, 40, 70, 4, "model", "depthwise", groups=40, padding="causal"),
     _conv("conformer_dw", 2, 24, 24, 53, 31, "model", "depthwise", groups=24, padding=15),
+    _conv("convnext_dw", 1, 10, 10, 90, 7, "model", "depthwise", groups=10, padding=3),
+    _conv("bigvgan_alias_down", 2, 6, 6, 97, 12, "model", "depthwise", groups=6, stride=2, bias=False),
     _conv("convtasnet_encoder", 2, 1, 32, 160, 16, "model", stride=8, padding=8, bias=False),
     _conv("encodec_down", 1, 16, 32, 80, 16, "model", stride=8, padding=(8, 0)),
     _conv("sincnet", 2, 1, 8, 500, 251, "model", stride=10, bias=False),
@@ -208,6 +210,8 @@ CASES: tuple[Case, ...] = (
     _transposed("up_groups3_odd_channels", 1, 33, 21, 18, 3, "groups", groups=3, stride=2),
     _transposed("up_depthwise", 2, 11, 11, 40, 4, "groups", "depthwise", groups=11, stride=2, padding=1),
     _transposed("up_depthwise_multiplier", 2, 5, 15, 30, 3, "groups", "depthwise", groups=5, stride=2),
+    _transposed("up_depthwise_stride1", 2, 7, 7, 45, 9, "groups", "depthwise", groups=7, padding=4),
+    _transposed("up_depthwise_dilated", 2, 6, 6, 31, 5, "groups", "depthwise", groups=6, stride=4, dilation=6),
     _transposed("up_one_input_channel", 2, 1, 33, 30, 6, "channels", stride=3, padding=1),
     _transposed("up_one_output_channel", 2, 48, 1, 30, 6, "channels", stride=3, padding=1),
     _transposed("up_channels_64_64", 1, 64, 64, 40, 4, "channels", stride=2, padding=1),
@@ -223,6 +227,9 @@ CASES: tuple[Case, ...] = (
     _transposed("up_unbatched", 1, 6, 8, 21, 4, "unbatched", batched=False, stride=2, padding=1),
     _transposed("hifigan_up", 1, 24, 16, 20, 16, "model", stride=8, padding=4),
     _transposed("bigvgan_alias_up", 2, 12, 12, 40, 12, "model", "depthwise", groups=12, stride=2, bias=False),
+    _transposed(
+        "styletts2_pool", 2, 9, 9, 20, 3, "model", "depthwise", groups=9, stride=2, padding=1, output_padding=1
+    ),
     _transposed("convtasnet_decoder", 2, 32, 1, 30, 16, "model", stride=8, padding=8, bias=False),
     _transposed("snac_up", 1, 20, 12, 16, 14, "model", stride=7, padding=4, output_padding=1),
     _transposed("waveglow_upsample", 1, 8, 8, 12, 64, "model", stride=16),

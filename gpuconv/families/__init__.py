@@ -8,6 +8,7 @@ from .conv1d_direct import Conv1dDirect
 from .conv1d_stem import Conv1dStem
 from .conv1d_tail import Conv1dTail
 from .conv1d_tiled import Conv1dTiled
+from .conv_transpose1d_depthwise import ConvTranspose1dDepthwise
 from .conv_transpose1d_gather import ConvTranspose1dGather
 from .conv_transpose1d_phases import ConvTranspose1dPhases
 
@@ -16,6 +17,7 @@ FAMILIES: tuple[Family, ...] = (
     Conv1dStem(),
     Conv1dTail(),
     Conv1dTiled(),
+    ConvTranspose1dDepthwise(),
     ConvTranspose1dPhases(),
     Conv1dDirect(),
     ConvTranspose1dGather(),

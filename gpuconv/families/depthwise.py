@@ -1,25 +1,50 @@
-"""How the depthwise families deal rows to blocks and threads: the cost model, and magic numbers for divisions."""
+"""What the depthwise families share: how rows are dealt to blocks and threads, and magic numbers for divisions.
+
+Contract: cuda_src/depthwise.cuh.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from ..device import Device
 from ..problem import ITEMSIZE, ConvProblem
+from .base import Layout
 
 WARP = 32
-BLOCK_SIZE = 256
+BLOCK_SIZE = 256  # the most threads of a block
+# From here on the families for many output channels load a position of the input once for several of them.
+MANY_OUTPUTS = 8
+SLIDE_STRIDES = (1, 2)
 
 
 def accumulator_bytes(dtype: str) -> int:
     return max(4, ITEMSIZE[dtype])
 
 
-def thread_outputs(dtype: str) -> int:
-    """Results of one sliding thread: two 16-byte vectors of accumulators."""
-    return 2 * max(1, 16 // accumulator_bytes(dtype))
+def vector_length(dtype: str) -> int:
+    """Accumulators of a 16-byte access."""
+    return max(1, 16 // accumulator_bytes(dtype))
+
+
+def slide_outputs(dtype: str) -> int:
+    """Results of a sliding thread."""
+    return 2 * vector_length(dtype)
+
+
+def can_slide(problem: ConvProblem, layout: Layout, bits: int) -> bool:
+    """Whether the layer has a sliding kernel: the inner axes contiguous, no dilation, a stride that has one."""
+    regular = layout.input.strides[2] == 1 and layout.output.strides[2] == 1
+    return regular and problem.dilation == 1 and problem.stride in SLIDE_STRIDES and bits == 32
+
+
+def row_skew(problem: ConvProblem, layout: Layout) -> int:
+    """How many positions before a row its first tile may begin, at a 16-byte boundary of the output."""
+    vec = 16 // problem.itemsize
+    aligned = layout.output.alignment == 16 and all(stride % vec == 0 for stride in layout.output.strides[:2])
+    return 0 if aligned else vec - 1
 
 
 class Divisor(NamedTuple):
@@ -30,17 +55,48 @@ class Divisor(NamedTuple):
 
     @classmethod
     def of(cls, divisor: int) -> Divisor:
-        """For 0 <= value < 2**31 and 1 < divisor < 2**31 (Granlund and Montgomery 1994); 1 and more than that: unused.
+        """For 0 <= value < 2**31 and 1 < divisor < 2**31; the kernel treats 1 by itself, and 64-bit kernels divide.
 
-        With 2**(bits-1) < divisor <= 2**bits the magic number m = floor(2**(31+bits) / divisor) + 1 fits 32 bits and
+        With 2**(bits-1) < divisor <= 2**bits the magic number m = floor(2**(31+bits) / divisor) + 1 fits 32 bits, and
         m * divisor exceeds 2**(31+bits) by at most divisor <= 2**bits, so that value * m / 2**(31+bits) rounds down to
-        the quotient. It is stored as a signed number.
+        the quotient (Granlund and Montgomery, 1994). It is stored as the signed number with the same bits.
         """
         if not 1 < divisor < 2**31:
             return cls(0, 0)
         bits = (divisor - 1).bit_length()
         magic = (1 << (31 + bits)) // divisor + 1
         return cls(magic - (1 << 32) if magic >= 1 << 31 else magic, bits - 1)
+
+    @classmethod
+    def params(cls, **divisors: int) -> dict[str, int]:
+        """The fields NAME_magic and NAME_shift of Params for each divisor."""
+        found = {name: cls.of(divisor) for name, divisor in divisors.items()}
+        return {f"{name}_{field}": value for name, d in found.items() for field, value in d._asdict().items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a block does, for the cost model.
+
+    Attributes:
+        rows: of the problem.
+        thread_outputs: results of one thread.
+        row_outputs: results of one row, with those that alignment adds.
+        thread_slots: instructions of a thread apart from staging.
+        position_slots: instructions to stage one position of a window.
+        window_positions: positions of a row's window, for a number of threads.
+        row_bytes: bytes that one row's tile moves to and from memory, likewise.
+        shared_bytes: shared memory of a block, for (row_threads, block_rows).
+    """
+
+    rows: int
+    thread_outputs: int
+    row_outputs: int
+    thread_slots: float
+    position_slots: float
+    window_positions: Callable[[int], int]
+    row_bytes: Callable[[int], float]
+    shared_bytes: Callable[[int, int], int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,18 +126,21 @@ class Deal:
     @property
     def block(self) -> int:
         """Threads: whole warps."""
-        return -(-self.row_threads * self.block_rows // WARP) * WARP
+        return round_up(self.row_threads * self.block_rows, WARP)
 
-    def params(self) -> dict[str, int]:
-        tiles, row_threads = Divisor.of(self.tiles), Divisor.of(self.row_threads)
+    def params(self, problem: ConvProblem) -> dict[str, int]:
+        """The fields of Params that `find_place` of cuda_src/depthwise.cuh reads, in order."""
         return {
             "tiles": self.tiles,
-            "tiles_magic": tiles.magic,
-            "tiles_shift": tiles.shift,
+            **Divisor.params(tiles=self.tiles),
             "row_threads": self.row_threads,
-            "row_threads_magic": row_threads.magic,
-            "row_threads_shift": row_threads.shift,
+            **Divisor.params(row_threads=self.row_threads),
+            "block_rows": self.block_rows,
+            **Divisor.params(C_out=problem.C_out),
         }
+
+    def figures(self) -> tuple[tuple[str, float], ...]:
+        return ((f"{self.block_rows} rows by {self.row_threads} threads", self.cycles),)
 
 
 # Figures of the cost model: warp instructions that a multiprocessor issues in a cycle; bytes a cycle to and from
@@ -90,68 +149,46 @@ class Deal:
 _ISSUE = 4.0
 _BYTES_PER_CYCLE = 18.0
 _LATENCY_CYCLES = 2000.0
+# Instructions of a block besides those of its threads, for its start, its barrier and its end: an estimate.
+_BLOCK_SLOTS = 100.0
+# Blocks of a multiprocessor that overlap loads and arithmetic as well as more of them would.
+_ENOUGH_BLOCKS = 8
 
 
-def choose_deal(
-    *,
-    rows: int,
-    threads: int,
-    thread_slots: float,
-    position_slots: float,
-    positions: Callable[[int], int],
-    row_bytes: Callable[[int], float],
-    shared_bytes: Callable[[int, int], int],
-    row_threads_multiple: int,
-    device: Device,
-) -> Deal | None:
+def choose_deal(work: Work, device: Device) -> Deal | None:
     """The cheapest deal by predicted cycles; None where no block fits the device's shared memory.
 
-    Candidates cut a row into few tiles and fill a block of at most `BLOCK_SIZE` threads with rows. A block costs the
-    longer of its instructions and its traffic; blocks of a multiprocessor share both.
-
-    Args:
-        rows: of the problem.
-        threads: that one row needs altogether.
-        thread_slots: instructions of one thread apart from staging.
-        position_slots: instructions to stage one position of a window.
-        positions: of a row's window, for a number of threads.
-        row_bytes: that a tile of a row moves, likewise.
-        shared_bytes: of a block, for (row_threads, block_rows).
-        row_threads_multiple: which row_threads must be a multiple of.
-        device: for its multiprocessors and shared memory.
+    A multiprocessor issues the instructions and moves the bytes of its blocks; the more blocks it holds, the better the
+    two overlap, and none is faster than the latency of its blocks allows.
     """
     best: Deal | None = None
-    for row_threads in _candidates(threads, row_threads_multiple):
+    threads = -(-work.row_outputs // work.thread_outputs)
+    for row_threads in _candidates(threads):
         tiles = -(-threads // row_threads)
-        for block_rows in range(1, min(rows, BLOCK_SIZE // row_threads) + 1):
-            shared = shared_bytes(row_threads, block_rows)
+        for block_rows in range(1, min(work.rows, BLOCK_SIZE // row_threads) + 1):
+            shared = work.shared_bytes(row_threads, block_rows)
             if shared > device.shared_per_block:
                 break
-            row_groups = -(-rows // block_rows)
+            row_groups = -(-work.rows // block_rows)
             warps = -(-row_threads * block_rows // WARP)
-            slots = warps * thread_slots + block_rows * positions(row_threads) * position_slots / WARP
-            resident = max(1, min(2048 // (warps * WARP), device.shared_per_sm // (shared + 1024)))
-            cycles = max(slots / _ISSUE, block_rows * row_bytes(row_threads) / _BYTES_PER_CYCLE)
+            staging = block_rows * work.window_positions(row_threads) * work.position_slots / WARP
+            issue = (_BLOCK_SLOTS + warps * work.thread_slots + staging) / _ISSUE
+            traffic = block_rows * work.row_bytes(row_threads) / _BYTES_PER_CYCLE
+            resident = max(1, min(32, 2048 // (warps * WARP), device.shared_per_sm // (shared + 1024)))
+            cycles = max(issue, traffic) + min(issue, traffic) / min(resident, _ENOUGH_BLOCKS)
             cycles = max(cycles, _LATENCY_CYCLES / resident)
-            blocks = tiles * row_groups
-            total = cycles * max(1.0, blocks / device.num_sms) + _LATENCY_CYCLES
+            total = cycles * max(1.0, tiles * row_groups / device.num_sms) + _LATENCY_CYCLES
             if best is None or total < best.cycles:
                 best = Deal(row_threads, block_rows, tiles, row_groups, shared, total)
     return best
 
 
-def _candidates(threads: int, multiple: int) -> Iterable[int]:
-    """Threads of a row in one tile: even cuts into few tiles, and halves of a whole block."""
-    most = BLOCK_SIZE // multiple * multiple
-    fewest_tiles = -(-threads // most)
-    found = {round_up(-(-threads // tiles), multiple) for tiles in range(fewest_tiles, fewest_tiles + 6)}
-    found |= {size for size in (most, 128, 64, 32, 16, 8) if size % multiple == 0 and size <= threads}
-    return sorted((size for size in found if size <= most), reverse=True)
-
-
-def divisor_params(problem: ConvProblem) -> dict[str, int]:
-    channels = Divisor.of(problem.C_out)
-    return {"channels_magic": channels.magic, "channels_shift": channels.shift}
+def _candidates(threads: int) -> Iterator[int]:
+    """Threads of a row in one tile: even cuts into few tiles, and parts of a block."""
+    fewest_tiles = -(-threads // BLOCK_SIZE)
+    even = {-(-threads // tiles) for tiles in range(fewest_tiles, fewest_tiles + 6)}
+    parts = {size for size in (256, 128, 64, 32, 16, 8, 4, 2, 1) if size <= threads}
+    yield from sorted(even | parts, reverse=True)
 
 
 def round_up(value: int, multiple: int, rest: int = 0) -> int:

@@ -1,0 +1,195 @@
+// conv_transpose1d_depthwise: transposed convolution of layers with one input channel a group (C_in_g = 1), C_out_g
+// outputs each.
+//
+//   output[n, c_out, l_out] = bias[c_out] + sum over k < K of weight[c_in, c_out % C_out_g, k] * input[n, c_in, l_in],
+//   c_in = c_out / C_out_g,   l_in*stride = l_out + padding_left - k*dilation,   taps without such an l_in left out.
+//
+// Grid x: tiles of one row (n, c_out) fastest, then groups of block_rows rows. Grid y and z: 1.
+//
+// SLIDE_STRIDE = 1 or 2: that stride, dilation 1, input and output contiguous along l. Sliding threads, which go down the
+// window as the taps go up: with l_out + padding_left = q*stride + phase, tap phase + i*stride meets l_in = q - i. A
+// thread's results are THREAD_L/stride values of q in every phase; a step takes kVec taps of every phase, one 16-byte
+// load of window and one of taps of each phase for THREAD_L*kVec multiply-adds. Dynamic shared memory: the taps of the
+// block's rows, then the windows of the input that they meet.
+// SLIDE_STRIDE = 0: any stride and dilation, arrays of any strides. A thread sums THREAD_L results row_threads apart, one
+// after the other, visits only the taps of their phases (conv_transpose1d_gather.cu) and reads through the cache, which
+// serves the stride results that meet the same input.
+//
+// Uses: depthwise.cuh
+// Chosen for fewer than 8 output channels a group.
+
+struct Params {
+    index_t N, C_out, L_in, L_out, K;
+    index_t C_out_g;
+    index_t stride, stride_magic, stride_shift;
+    index_t padding_left, dilation;
+    index_t phase_gcd, tap_step, position_step, phase_inverse;  // as in conv_transpose1d_gather.cu
+    index_t tiles, tiles_magic, tiles_shift;                    // of one row
+    index_t row_threads, row_threads_magic, row_threads_shift;  // threads of one row
+    index_t block_rows;
+    index_t C_out_magic, C_out_shift;
+    index_t taps_pitch;    // accumulators from one row's taps to the next row's
+    index_t window;        // of one tile, in 16-byte vectors
+    index_t window_below;  // of these, vectors below the first thread's
+    index_t window_pitch;  // vectors of a plane from one row's window to the next
+    index_t plane_pitch;   // vectors from one plane to the next
+    index_t input_stride_n, input_stride_c, input_stride_l;
+    index_t weight_stride_in, weight_stride_out, weight_stride_k;
+    index_t bias_stride;
+    index_t output_stride_n, output_stride_c, output_stride_l;
+};
+static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/conv_transpose1d_depthwise.py");
+
+// The result at l_out from the taps of its phase alone, before the bias.
+__device__ __forceinline__ acc_t sum_existing_terms(
+    const storage_t* x, const storage_t* w, index_t l_out, const Params& p) {
+    acc_t acc = scalar::zero();
+    const index_t t = l_out + p.padding_left;
+    index_t k, l_in;
+    if (p.dilation == 1) {
+        l_in = divide(t, p.stride, p.stride_magic, p.stride_shift);
+        k = t - l_in * p.stride;
+    } else {
+        const index_t t_gcd = t / p.phase_gcd;
+        if (t_gcd * p.phase_gcd != t) return acc;
+        k = t_gcd % p.tap_step * p.phase_inverse % p.tap_step;
+        l_in = (t - k * p.dilation) / p.stride;  // exact, perhaps negative
+    }
+#pragma unroll 4
+    for (; k < p.K && l_in >= 0; k += p.tap_step, l_in -= p.position_step) {
+        if (l_in >= p.L_in) continue;
+        acc = multiply_add(scalar::load(w[k * p.weight_stride_k]), scalar::load(x[l_in * p.input_stride_l]), acc);
+    }
+    return acc;
+}
+
+#if SLIDE_STRIDE > 0
+
+constexpr int kThreadVecs = THREAD_L / kPhases / kVec;  // vectors of q that a thread holds
+constexpr int kHeld = kThreadVecs + 1;
+static_assert(kThreadVecs == 1 || kThreadVecs == 2, "a thread holds one or two vectors of positions");
+
+__device__ __forceinline__ void convolve_rows(
+    const storage_t* input, const storage_t* weight, const storage_t* bias, storage_t* output, const Params& p) {
+    const Place at = find_place(p);
+    const int row_threads = int(p.row_threads), plane_pitch = int(p.plane_pitch);
+    const index_t c_in = p.C_out_g == 1 ? at.c_out : at.c_out / p.C_out_g;
+    const storage_t* x = input;
+    const storage_t* const w =
+        weight + c_in * p.weight_stride_in + (at.c_out - c_in * p.C_out_g) * p.weight_stride_out;
+    storage_t* y = output;
+    acc_t* const shared = reinterpret_cast<acc_t*>(dynamic_shared_memory());
+    acc_t* const taps = shared + at.row_in_block * p.taps_pitch;
+    Vector* const window =
+        reinterpret_cast<Vector*>(shared + p.block_rows * p.taps_pitch) + at.row_in_block * p.window_pitch;
+    index_t l_begin = 0, start = 0;  // of the tile, and of its window
+    int steps = 0;
+
+    if (at.has_row) {
+        x += at.n * p.input_stride_n + c_in * p.input_stride_c;         // input[n, c_in, 0]
+        y += at.n * p.output_stride_n + at.c_out * p.output_stride_c;  // output[n, c_out, 0]
+        l_begin = at.tile * row_threads * THREAD_L - elements_past_boundary(y);
+        // With `lead` zeros before the taps the tile begins with phase 0, and its q at a boundary of the input.
+        const index_t t = l_begin + p.padding_left;
+        const int lead = int(-(t + kPhases * elements_past_boundary(x))) & (kTaps - 1);
+        start = (t + lead) / kPhases - p.window_below * kVec;
+        steps = int(ceil_div(p.K + lead, kTaps));
+        stage_taps(taps, w, p.weight_stride_k, p.K, lead, steps * kTaps, at.place, row_threads);
+        // Vector v lies in plane v % kThreadVecs, so that neighbouring threads read neighbouring vectors.
+        stage_window<kThreadVecs * kVec / kStorageVec + 1>(
+            x, p.L_in, start, int(p.window), at.place, row_threads, [&](int vector, const Vector& value) {
+                window[vector % kThreadVecs * plane_pitch + vector / kThreadVecs] = value;
+            });
+    }
+    __syncthreads();
+    const index_t l_out = l_begin + at.place * THREAD_L;
+    if (!at.has_row || l_out >= p.L_out) return;
+
+    // In step s the thread's q - i lie in vectors lowest - s - 1 to lowest - s + kThreadVecs - 1 of the window. Steps
+    // whose positions all lie outside the input are left out; the first one is even, as the planes want it.
+    const int lowest = int(p.window_below) + kThreadVecs * at.place;
+    const index_t behind = min_index(p.L_in - start, p.window * kVec);  // the position behind the input's last
+    const index_t before = max_index(-start, 0);                       // the input's first
+    const int step = int(max_index(lowest - 1 - ceil_div(max_index(behind, 0), kVec), 0)) & ~1;
+    const int steps_end = behind > 0 ? int(min_index(steps, lowest + kThreadVecs - before / kVec)) : 0;
+
+    acc_t acc[THREAD_L];
+#pragma unroll
+    for (int j = 0; j < THREAD_L; ++j) acc[j] = scalar::zero();
+    if (step < steps_end) {
+        const Vector* tap = reinterpret_cast<const Vector*>(taps) + kPhases * step;
+        const Vector* next = window + (lowest - step) / kThreadVecs;  // lowest - step is a multiple of kThreadVecs
+        Vector held[kHeld];
+#pragma unroll
+        for (int v = 0; v < kThreadVecs; ++v) held[v] = next[v * plane_pitch];
+        // Of the vectors held, `first` has the thread's first q in the step's first tap; the vector below joins it.
+        const auto multiply_step = [&](int index, int first) {
+            const int below = (first + kHeld - 1) % kHeld;
+            held[below] = kThreadVecs == 1 ? next[-1 - index]
+                                           : next[(index + 1) % 2 * plane_pitch - (index + 2) / 2];
+            Vector term[kPhases];
+#pragma unroll
+            for (int phase = 0; phase < kPhases; ++phase) term[phase] = tap[index * kPhases + phase];
+#pragma unroll
+            for (int t = 0; t < kTaps; ++t) {
+#pragma unroll
+                for (int j = t % kPhases; j < THREAD_L; j += kPhases) {
+                    const int position = j / kPhases - t / kPhases + kVec;  // from the beginning of the vector below
+                    acc[j] = multiply_add(
+                        term[t / kVec].element[t % kVec],
+                        held[(below + position / kVec) % kHeld].element[position % kVec], acc[j]);
+                }
+            }
+        };
+#pragma unroll 1
+        for (int left = steps_end - step;; left -= 6) {
+            multiply_step(0, 0);
+            if (left == 1) break;
+            multiply_step(1, (5 * kHeld - 1) % kHeld);
+            if (left == 2) break;
+            multiply_step(2, (5 * kHeld - 2) % kHeld);
+            if (left == 3) break;
+            multiply_step(3, (5 * kHeld - 3) % kHeld);
+            if (left == 4) break;
+            multiply_step(4, (5 * kHeld - 4) % kHeld);
+            if (left == 5) break;
+            multiply_step(5, (5 * kHeld - 5) % kHeld);
+            if (left == 6) break;
+            next -= 6 / kThreadVecs;
+            tap += 6 * kPhases;
+        }
+    }
+    store_results(y, l_out, p.L_out, acc, bias_or_zero(bias, at.c_out * p.bias_stride), [&](index_t l) {
+        return sum_existing_terms(x, w, l, p);
+    });
+}
+
+#else
+
+__device__ __forceinline__ void convolve_rows(
+    const storage_t* input, const storage_t* weight, const storage_t* bias, storage_t* output, const Params& p) {
+    const Place at = find_place(p);
+    if (!at.has_row) return;
+    const index_t c_in = p.C_out_g == 1 ? at.c_out : at.c_out / p.C_out_g;
+    const storage_t* const w =
+        weight + c_in * p.weight_stride_in + (at.c_out - c_in * p.C_out_g) * p.weight_stride_out;
+    const storage_t* const x = input + at.n * p.input_stride_n + c_in * p.input_stride_c;   // input[n, c_in, 0]
+    storage_t* const y = output + at.n * p.output_stride_n + at.c_out * p.output_stride_c;  // output[n, c_out, 0]
+    const acc_t offset = bias_or_zero(bias, at.c_out * p.bias_stride);
+    index_t l_out = at.tile * p.row_threads * THREAD_L + at.place;
+#pragma unroll 1
+    for (int j = 0; j < THREAD_L && l_out < p.L_out; ++j, l_out += p.row_threads) {
+        y[l_out * p.output_stride_l] = scalar::round(add(sum_existing_terms(x, w, l_out, p), offset));
+    }
+}
+
+#endif
+
+extern "C" __global__ void __launch_bounds__(BLOCK_SIZE, MIN_BLOCKS) conv_transpose1d_depthwise(
+    const storage_t* __restrict__ input,   // [N, C_in, L_in]
+    const storage_t* __restrict__ weight,  // [C_in, C_out_g, K]
+    const storage_t* __restrict__ bias,    // [C_out], or null
+    storage_t* __restrict__ output,        // [N, C_out, L_out]
+    const Params p) {
+    convolve_rows(input, weight, bias, output, p);
+}

@@ -1,0 +1,217 @@
+"""conv_transpose1d_depthwise: transposed layers with one input channel a group.
+
+Contract: cuda_src/conv_transpose1d_depthwise.cu.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+from ..device import Device
+from ..problem import DTYPES, ConvProblem
+from ..source import params_fields
+from .base import MAX_GRID, Config, Family, Launch, Layout, index_bits, stride_params
+from .depthwise import (
+    BLOCK_SIZE,
+    MANY_OUTPUTS,
+    SLIDE_STRIDES,
+    Deal,
+    Divisor,
+    Work,
+    accumulator_bytes,
+    can_slide,
+    choose_deal,
+    round_up,
+    row_skew,
+    slide_outputs,
+    vector_length,
+)
+
+# Results of a thread that does not slide, among which the work on its row is shared.
+MANY_L = 4
+
+
+class ConvTranspose1dDepthwise(Family):
+    """One input channel a group, few outputs each."""
+
+    name = "conv_transpose1d_depthwise"
+    op = "conv_transpose1d"
+
+    def refuse(self, problem: ConvProblem, layout: Layout, device: Device) -> str | None:
+        if problem.C_in_g != 1:
+            return "needs C_in/groups == 1"
+        if problem.C_out_g >= MANY_OUTPUTS:
+            return f"needs C_out/groups < {MANY_OUTPUTS}"
+        if _plan(problem, layout, device).deal.grid > MAX_GRID:
+            return f"needs at most {MAX_GRID} blocks"
+        return None
+
+    def configure(self, problem: ConvProblem, layout: Layout, device: Device) -> tuple[Config, Launch]:
+        p = problem
+        plan = _plan(p, layout, device)
+        deal, shape = plan.deal, plan.shape
+        gcd = math.gcd(p.stride, p.dilation)
+        tap_step, position_step = p.stride // gcd, p.dilation // gcd
+        slides = shape.slide_stride > 0
+        params = {
+            "N": p.N,
+            "C_out": p.C_out,
+            "L_in": p.L_in,
+            "L_out": p.L_out,
+            "K": p.K,
+            "C_out_g": p.C_out_g,
+            "stride": p.stride,
+            **Divisor.params(stride=p.stride),
+            "padding_left": p.padding_left,
+            "dilation": p.dilation,
+            "phase_gcd": gcd,
+            "tap_step": tap_step,
+            "position_step": position_step,
+            "phase_inverse": pow(position_step, -1, tap_step),
+            **deal.params(p),
+            "taps_pitch": shape.taps_pitch if slides else 0,
+            "window": shape.window(deal.row_threads) if slides else 0,
+            "window_below": shape.window_below if slides else 0,
+            "window_pitch": shape.window_pitch(deal.row_threads) if slides else 0,
+            "plane_pitch": shape.plane_pitch(deal.row_threads, deal.block_rows) if slides else 0,
+            **stride_params(layout, ("in", "out")),
+        }
+        config = self._config(shape.slide_stride, shape.thread_l, p.dtype, plan.bits)
+        return config, Launch(deal.grid, deal.block, deal.shared_bytes, plan.bits, tuple(params.items()))
+
+    def figures(self, problem: ConvProblem, layout: Layout, device: Device) -> tuple[tuple[str, float], ...]:
+        return _plan(problem, layout, device).deal.figures()
+
+    def configs(self, device: Device) -> Iterator[Config]:
+        for dtype in DTYPES:
+            for stride in SLIDE_STRIDES:
+                yield self._config(stride, slide_outputs(dtype), dtype, 32)
+            for bits in (32, 64):
+                yield self._config(0, MANY_L, dtype, bits)
+
+    def _config(self, slide_stride: int, thread_l: int, dtype: str, bits: int) -> Config:
+        return Config.of(
+            self.name,
+            {
+                "DTYPE": dtype,
+                "INDEX_BITS": bits,
+                "BLOCK_SIZE": BLOCK_SIZE,
+                # Caps the registers of a thread: as many blocks as leave all its values in registers.
+                "MIN_BLOCKS": 4 if bits == 64 else 5,
+                "SLIDE_STRIDE": slide_stride,
+                "THREAD_L": thread_l,
+                "PARAMS_BYTES": len(params_fields(self.name)) * bits // 8,
+            },
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Shape:
+    """What a specialisation keeps in shared memory: nothing, unless its threads slide.
+
+    Attributes:
+        slide_stride: SLIDE_STRIDE of the .cu file.
+        thread_l: results of a thread.
+    """
+
+    problem: ConvProblem
+    slide_stride: int
+    thread_l: int
+
+    @property
+    def steps(self) -> int:
+        """Steps of a sliding thread, with the zeros that may lead the taps."""
+        taps = vector_length(self.problem.dtype) * self.slide_stride
+        return -(-(self.problem.K + taps - 1) // taps)
+
+    @property
+    def thread_vectors(self) -> int:
+        """Vectors of input positions that a thread's results begin at."""
+        return 2 // self.slide_stride
+
+    @property
+    def taps_pitch(self) -> int:
+        # Odd, in vectors, so that rows of one warp read their taps from different banks.
+        return round_up(self.steps * self.slide_stride, 2, 1) * vector_length(self.problem.dtype)
+
+    @property
+    def window_below(self) -> int:
+        return round_up(self.steps, self.thread_vectors)
+
+    def window(self, row_threads: int) -> int:
+        return self.window_below + self.thread_vectors * row_threads
+
+    def window_pitch(self, row_threads: int) -> int:
+        # A row's threads begin in the bank behind that of the last thread of the row before.
+        return round_up(-(-self.window(row_threads) // self.thread_vectors), 8, row_threads % 8)
+
+    def plane_pitch(self, row_threads: int, block_rows: int) -> int:
+        # Threads that stage neighbouring vectors write different banks.
+        return round_up(block_rows * self.window_pitch(row_threads), 8, 4)
+
+    def shared_bytes(self, row_threads: int, block_rows: int) -> int:
+        if self.slide_stride == 0:
+            return 0
+        windows = self.thread_vectors * self.plane_pitch(row_threads, block_rows) * vector_length(self.problem.dtype)
+        return (block_rows * self.taps_pitch + windows) * accumulator_bytes(self.problem.dtype)
+
+    def work(self, layout: Layout) -> Work:
+        p = self.problem
+        multiply_adds = p.terms * self.thread_l * (4 if p.is_complex else 1)
+        slides = self.slide_stride > 0
+        vec = vector_length(p.dtype)
+        # Instructions in the machine code for sm_90 (bench.static): of a multiply-add and the loads that feed it; of a
+        # thread besides, about 10 more for a result; of a position that is staged.
+        return Work(
+            rows=p.N * p.C_out,
+            thread_outputs=self.thread_l,
+            row_outputs=p.L_out + (row_skew(p, layout) if slides else 0),
+            thread_slots=multiply_adds * (1.2 if slides else 8.0) + 80 + (5 if slides else 30) * self.thread_l,
+            position_slots=4.0,
+            window_positions=lambda row_threads: self.window(row_threads) * vec if slides else 0,
+            row_bytes=lambda row_threads: row_threads * self.thread_l * p.itemsize * (1 + 1 / p.stride),
+            shared_bytes=self.shared_bytes,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    shape: _Shape
+    deal: Deal
+    bits: int
+
+
+@lru_cache(maxsize=4096)
+def _plan(problem: ConvProblem, layout: Layout, device: Device) -> _Plan:
+    p = problem
+    bits = _index_bits(p, layout)
+    if can_slide(p, layout, bits):
+        shape = _Shape(p, p.stride, slide_outputs(p.dtype))
+        deal = choose_deal(shape.work(layout), device)
+        if deal is not None:
+            return _Plan(shape, deal, bits)
+    shape = _Shape(p, 0, MANY_L)
+    deal = choose_deal(shape.work(layout), device)
+    assert deal is not None, "a block without shared memory fits"
+    return _Plan(shape, deal, bits)
+
+
+def _index_bits(problem: ConvProblem, layout: Layout) -> int:
+    # Beyond the arrays the kernel forms positions of the last tile, which may hang over by a block, rows of the last
+    # block, a tap behind the last, and the products that find the first tap of a phase.
+    p = problem
+    tap_step = p.stride // math.gcd(p.stride, p.dilation)
+    hanging = p.L_out + (BLOCK_SIZE + 1) * max(MANY_L, slide_outputs(p.dtype)) + p.padding_left + 2**17
+    return index_bits(
+        p,
+        layout,
+        hanging + p.L_in,
+        hanging * max(1, abs(layout.output.strides[2])),
+        p.N * p.C_out + BLOCK_SIZE,
+        p.K + tap_step,
+        tap_step * tap_step,
+        tap_step * p.dilation,
+    )

@@ -1,0 +1,254 @@
+"""The depthwise families beyond the case table: rows of every alignment, arrays in place, lengths around a vector."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from gpuconv import cases
+from gpuconv.device import ARCHITECTURES, Device
+from gpuconv.families import FAMILIES, ArrayLayout, Family, Layout
+from gpuconv.families.base import contiguous_strides
+from gpuconv.families.depthwise import BLOCK_SIZE, Divisor
+from gpuconv.problem import DTYPES, ITEMSIZE, ConvProblem
+from gpuconv.verify import same_bits
+from tests import hostcuda
+
+Array = npt.NDArray[Any]
+
+DEVICE = Device.from_arch("sm_90")
+FORWARD, TRANSPOSED = "conv1d_depthwise", "conv_transpose1d_depthwise"
+BASE = {FORWARD: "conv1d_direct", TRANSPOSED: "conv_transpose1d_gather"}
+DEPTHWISE: tuple[Family, ...] = tuple(family for family in FAMILIES if family.name in BASE)
+
+by_name = {"ids": lambda value: getattr(value, "name", value)}
+
+
+def depthwise(op: str, C: int, L: int, K: int, **settings: Any) -> ConvProblem:
+    """A layer with as many groups as input channels, one output channel each unless `multiplier` says more."""
+    multiplier = settings.pop("multiplier", 1)
+    return ConvProblem(op, settings.pop("N", 2), C, C * multiplier, L, K, groups=C, **settings)  # type: ignore[arg-type]
+
+
+def macros(family: Family, problem: ConvProblem, layout: Layout | None = None) -> dict[str, str]:
+    return dict(family.configure(problem, layout or Layout.contiguous(problem), DEVICE)[0].macros)
+
+
+def assert_bits_of_the_base(family: Family, problem: ConvProblem, layout: Layout | None = None) -> None:
+    """Normal data, three orders of the threads, both sides of every array guarded."""
+    data = cases.random_data(problem, 31)
+    output = hostcuda.convolve(problem, *data, layout=layout, family=family.name, device=DEVICE, schedule="every")
+    expected = hostcuda.convolve(problem, *data, family=BASE[family.name], device=DEVICE)
+    good = same_bits(output, expected)
+    assert good.all(), f"{problem}: {(~good).sum()} elements differ, the first at {np.argwhere(~good)[0]}"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kernels() -> None:
+    hostcuda.prebuild([config for family in DEPTHWISE for config in family.configs(DEVICE)])
+
+
+# -- which kernel a layer gets ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", DEPTHWISE, **by_name)
+def test_the_kernel_follows_from_the_layer(family: Family) -> None:
+    base = depthwise(family.op, 8, 400, 9)
+    for problem, slide in (
+        (base, "1"),
+        (replace(base, stride=2), "2"),
+        (replace(base, stride=3), "0"),
+        (replace(base, dilation=2), "0"),
+        (replace(base, N=7, L_in=123), "1"),
+        (replace(base, K=301, padding_left=150, padding_right=150), "1"),
+    ):
+        assert macros(family, problem)["SLIDE_STRIDE"] == slide, str(problem)
+
+
+@pytest.mark.parametrize("family", DEPTHWISE, **by_name)
+def test_refusals_name_the_reason(family: Family) -> None:
+    layer = depthwise(family.op, 8, 400, 9)
+    dense = replace(layer, groups=4)
+    wide = depthwise(family.op, 8, 400, 9, multiplier=8)
+    assert family.refuse(layer, Layout.contiguous(layer), DEVICE) is None
+    assert family.refuse(dense, Layout.contiguous(dense), DEVICE) == "needs C_in/groups == 1"
+    assert family.refuse(wide, Layout.contiguous(wide), DEVICE) == "needs C_out/groups < 8"
+
+
+def test_a_window_beyond_shared_memory_is_refused() -> None:
+    family = next(family for family in DEPTHWISE if family.name == FORWARD)
+    far = depthwise("conv1d", 2, 200_000, 2, dilation=100_000)
+    near = replace(far, dilation=20_000)
+    assert family.refuse(near, Layout.contiguous(near), DEVICE) is None
+    assert "bytes of shared memory" in (family.refuse(far, Layout.contiguous(far), DEVICE) or "")
+
+
+@pytest.mark.parametrize("family", DEPTHWISE, **by_name)
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_launches_keep_the_limits_of_each_gpu(family: Family, arch: str) -> None:
+    """Long taps, long strides, long and short rows, many channels: whole warps, shared memory that exists."""
+    device = Device.from_arch(arch)
+    for dtype in DTYPES:
+        for L, K, stride, dilation in (
+            (24, 51, 1, 1), (1024, 1024, 1, 1), (16_000, 401, 160, 1), (90_000, 3, 1, 5000), (480_267, 12, 2, 1),
+        ):  # fmt: skip
+            p = depthwise(
+                family.op, 512, L, K, stride=stride, dilation=dilation, dtype=dtype, padding_left=dilation * (K - 1)
+            )
+            if family.refuse(p, Layout.contiguous(p), device) is not None:
+                continue
+            config, launch = family.configure(p, Layout.contiguous(p), device)
+            params = dict(launch.params)
+            assert config in set(family.configs(device))
+            assert launch.block % 32 == 0
+            assert launch.block <= BLOCK_SIZE
+            assert launch.shared_bytes <= device.shared_per_block
+            assert params["row_threads"] * params["block_rows"] <= launch.block
+            covered = params["row_threads"] * params["tiles"] * int(dict(config.macros)["THREAD_L"])
+            assert covered >= p.L_out
+            assert launch.grid == params["tiles"] * -(-p.N * p.C_out // params["block_rows"])
+
+
+@pytest.mark.parametrize("family", DEPTHWISE, **by_name)
+def test_short_rows_fill_the_warps(family: Family) -> None:
+    """A warp at least three quarters full, however short the rows."""
+    for L in (24, 31, 100, 200, 418):
+        p = depthwise(family.op, 448, L, 5, N=64, padding_left=2, padding_right=2)
+        _, launch = family.configure(p, Layout.contiguous(p), DEVICE)
+        params = dict(launch.params)
+        assert params["row_threads"] * params["block_rows"] >= 0.75 * launch.block, str(p)
+
+
+# -- rows wherever they lie -------------------------------------------------------------------------------------------
+
+
+def placed(problem: ConvProblem, first: tuple[int, int], gaps: tuple[int, int]) -> Layout:
+    """Input and output `first` elements behind a 16-byte boundary, rows `gaps` elements apart."""
+    p = problem
+
+    def array(C: int, L: int, shift: int, gap: int) -> ArrayLayout:
+        address = 16 * 64 + shift * p.itemsize
+        return ArrayLayout((C * (L + gap), L + gap, 1), min(address & -address, 16))
+
+    return replace(
+        Layout.contiguous(p),
+        input=array(p.C_in, p.L_in, first[0], gaps[0]),
+        output=array(p.C_out, p.L_out, first[1], gaps[1]),
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("family", DEPTHWISE, **by_name)
+def test_rows_of_every_alignment(family: Family, stride: int, dtype: str) -> None:
+    """Input and output rows at every distance from a 16-byte boundary, the paddings of every remainder."""
+    vec = 16 // ITEMSIZE[dtype]
+    for shift in range(vec):
+        first = 1 << shift.bit_length() >> 1  # what an alignment can say: a power of two
+        p = depthwise(family.op, 5, 61 + shift, 6, stride=stride, dtype=dtype, padding_left=shift % 6, has_bias=True)
+        for gaps in ((shift, vec - shift), (vec - shift, 0)):
+            layout = placed(p, (first % vec, (vec - first) % vec), gaps)
+            assert macros(family, p, layout)["SLIDE_STRIDE"] == str(stride if stride < 3 else 0)
+            assert_bits_of_the_base(family, p, layout)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "complex64"])
+@pytest.mark.parametrize("family", DEPTHWISE, **by_name)
+def test_arrays_of_any_strides(family: Family, dtype: str) -> None:
+    """Channels last, reversed and repeated arrays are read and written in place, by the kernel that does not slide."""
+    p = depthwise(family.op, 6, 40, 5, stride=2, multiplier=2, N=3, dtype=dtype, padding_left=2, has_bias=True)
+    data = cases.random_data(p, 33)
+    expected = hostcuda.convolve(p, *data, family=BASE[family.name], device=DEVICE)
+    for array, strides in (
+        (np.ascontiguousarray(data.input.swapaxes(1, 2)).swapaxes(1, 2), (p.C_out * p.L_out, 1, p.C_out)),
+        (np.ascontiguousarray(data.input[::-1, :, ::-1])[::-1, :, ::-1], (-p.C_out * p.L_out, -p.L_out, -1)),
+    ):
+        layout = replace(
+            Layout.contiguous(p), input=hostcuda.array_layout(array), output=ArrayLayout(strides, p.itemsize)
+        )
+        assert macros(family, p, layout)["SLIDE_STRIDE"] == "0"
+        output = hostcuda.convolve(
+            p, array, data.weight, data.bias, layout=layout, family=family.name, device=DEVICE, schedule="every"
+        )
+        assert same_bits(output, expected).all()
+
+
+@pytest.mark.parametrize("family", DEPTHWISE, **by_name)
+def test_offsets_beyond_32_bits(family: Family) -> None:
+    """Samples more than 2**31 elements apart."""
+    p = depthwise(family.op, 3, 50, 4, dtype="float16")
+    far = 2**31 + 7
+    layout = replace(
+        Layout.contiguous(p),
+        input=ArrayLayout((far, *contiguous_strides(p.input_shape)[1:]), 2),
+        output=ArrayLayout((-far, *contiguous_strides(p.output_shape)[1:]), 2),
+    )
+    assert family.configure(p, layout, DEVICE)[1].index_bits == 64
+    assert_bits_of_the_base(family, p, layout)
+
+
+# -- lengths and taps around the sizes of vectors and steps -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64", "complex128"])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("family", DEPTHWISE, **by_name)
+def test_every_number_of_taps(family: Family, stride: int, dtype: str) -> None:
+    """From one tap to two rounds of the unrolled loop, in every phase of it, causal and centred."""
+    for K in (*range(1, 14), 23, 24, 25, 26, 47, 48, 49, 50, 51):
+        for left, right in ((K - 1, 0), (K // 2, K // 2)):
+            p = depthwise(
+                family.op, 3, 33 + K, K, stride=stride, N=1, dtype=dtype, padding_left=left, padding_right=right
+            )
+            if p.L_out >= 1:
+                assert_bits_of_the_base(family, p)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("stride", [1, 2, 5])
+@pytest.mark.parametrize("family", DEPTHWISE, **by_name)
+def test_kernels_longer_than_the_sequence(family: Family, stride: int, dtype: str) -> None:
+    """Most taps of most results lie in the padding, on either side."""
+    for L in (1, 2, 7, 24):
+        for left, right in ((25, 25), (50, 0), (0, 50)):
+            p = depthwise(
+                family.op, 4, L, 51, stride=stride, dtype=dtype, padding_left=left, padding_right=right, has_bias=True
+            )
+            if p.L_out >= 1:
+                assert_bits_of_the_base(family, p)
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("family", DEPTHWISE, **by_name)
+def test_nothing_comes_of_an_infinite_weight_in_the_padding(family: Family, stride: int) -> None:
+    """Infinite and NaN taps spoil the results that they belong to, and no other."""
+    padding = 0 if family.name == TRANSPOSED else 6  # so that the first and the last results miss taps
+    p = depthwise(family.op, 4, 30, 7, stride=stride, padding_left=padding, padding_right=padding, N=1)
+    data = cases.random_data(p, 34)
+    weight = data.weight.copy()
+    weight[:2, :, 0], weight[2:, :, 6] = np.inf, np.nan
+    output = hostcuda.convolve(p, data.input, weight, family=family.name, device=DEVICE, schedule="every")
+    expected = hostcuda.convolve(p, data.input, weight, family=BASE[family.name], device=DEVICE)
+    assert np.isfinite(expected).any()
+    assert np.isnan(expected).any()
+    np.testing.assert_array_equal(output, expected)
+
+
+# -- division by multiplication ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("divisor", [2, 3, 5, 7, 84, 255, 256, 257, 641, 2**16, 2**20 - 1, 2**30 + 1, 2**31 - 1])
+def test_magic_numbers_divide(divisor: int) -> None:
+    """At the multiples of the divisor and beside them, up to the largest 31-bit number."""
+    magic, shift = Divisor.of(divisor)
+    assert -(2**31) <= magic < 2**31
+    top = (2**31 - 1) // divisor
+    quotients = {0, 1, 2, top // 2, top - 1, top} | {top * i // 1000 for i in range(1000)}
+    for quotient in quotients:
+        for value in (quotient * divisor - 1, quotient * divisor, quotient * divisor + 1):
+            if 0 <= value < 2**31:
+                assert (value * (magic % 2**32) >> 32) >> shift == value // divisor
