@@ -53,8 +53,11 @@ _ELEMENTWISE_BLOCK = 32 * 1024
 _SMALL_PRODUCT = 100**3
 _SMALL_PRODUCT_COMPLEX = 64**3
 
-# Bytes of the largest weight that is multiplied in small products; larger ones leave the second-level cache.
-_TILED_WEIGHT = 1024 * _KIB
+# Phases from which an output is written position by position: NumPy's inner loop is then long enough.
+_MANY_PHASES = 16
+
+# Elements of the largest weight that is multiplied in small products: beyond, packing the operands pays for itself.
+_TILED_WEIGHT = 64 * 1024
 
 # Operations from which a second thread pays: starting it costs some 0.1 ms.
 _WORTH_THREADS = 4_000_000
@@ -174,6 +177,16 @@ def _accumulator_size(p: ConvProblem) -> int:
     return ITEMSIZE[_ACCUMULATOR.get(p.dtype, p.dtype)]
 
 
+class _Block(NamedTuple):
+    """A part of the output: samples, groups, output channels of each group, and the positions start to stop."""
+
+    samples: slice
+    groups: slice
+    rows: slice
+    start: int
+    stop: int
+
+
 class _Scratch:
     """Buffers that one worker uses again for each of its blocks."""
 
@@ -240,13 +253,28 @@ class _Call:
         staged[..., last - low :] = 0
         return staged
 
-    def store(self, samples: slice, groups: slice, rows: slice, start: int, stop: int, sums: Array) -> None:
-        """Write `sums` (samples, groups, rows, phases, stop - start) to the outputs."""
-        y = self.y[samples, groups, rows]
-        for r in range(sums.shape[3]):
-            low, high, at = _outputs(self.p, r, start, stop)
+    def store(self, block: _Block, sums: Array) -> None:
+        """Write `sums` (samples, groups, rows, phases, positions) to the outputs."""
+        p, (samples, groups, rows, start, stop) = self.p, block
+        y, R = self.y[samples, groups, rows], sums.shape[3]
+        if R == p.stride >= _MANY_PHASES and stop - start > 1:
+            # Position by position: to write each phase apart would touch all cache lines of the output R times.
+            at = start * p.stride - p.padding_left
+            if at < 0:
+                y[..., : at + R] = sums[..., -at:, 0]
+                sums, at = sums[..., 1:], at + p.stride
+            end = at + (sums.shape[4] - 1) * p.stride
+            if end + R > p.L_out:
+                y[..., end:] = sums[..., : p.L_out - end, -1]
+                sums = sums[..., :-1]
+            whole = sums.shape[4]
+            outputs = y[..., at : at + whole * R].reshape(*y.shape[:3], whole, R)
+            outputs[...] = sums.swapaxes(3, 4)
+            return
+        for r in range(R):
+            low, high, of_phase = _outputs(p, r, start, stop)
             if low < high:
-                y[..., at] = sums[..., r, low - start : high - start]
+                y[..., of_phase] = sums[..., r, low - start : high - start]
 
 
 def _is_direct(array: Array, dtype: np.dtype[Any]) -> bool:
@@ -283,6 +311,8 @@ class _Form(Protocol):
     """A way to compute a problem, with its block sizes."""
 
     def run(self, call: _Call) -> None: ...
+
+    def workspace(self, p: ConvProblem) -> int: ...
 
 
 def _run_blocks(call: _Call, compute: Callable[..., None], blocks: Sequence[tuple[Any, ...]], workers: int) -> None:
@@ -350,33 +380,33 @@ def _phases(p: ConvProblem) -> tuple[_Phase, ...]:
 
 @dataclass(frozen=True, slots=True)
 class _Taps:
-    """One product per tap, summed. Block sizes: positions, rows, groups, samples; and the channels of one product."""
+    """One product per tap, summed: blocks of `samples`, `groups`, `rows`, `length`, products over `channels`."""
 
-    length: int
-    rows: int
-    groups: int
     samples: int
+    groups: int
+    rows: int
+    length: int
     channels: int
     workers: int
 
     @classmethod
     def of(cls, p: ConvProblem) -> _Taps:
         if p.C_in_g == 1:
-            workers = _MAX_WORKERS if p.flops() > _WORTH_THREADS else 1
-            return cls(*_fit(_ELEMENTWISE_BLOCK, p.L_out, p.C_out_g, p.groups, p.N), 1, workers)
+            length, rows, groups, samples = _fit(_ELEMENTWISE_BLOCK, p.L_out, p.C_out_g, p.groups, p.N)
+            return cls(samples, groups, rows, length, 1, _workers(p))
         budget = _BUFFER // 2 // _accumulator_size(p)
         rows, channels = min(p.C_out_g, 256), min(p.C_in_g, 1024)
         largest = max(rows, channels)
         length = min(p.L_out, budget // largest)
         groups = max(1, min(p.groups, budget // (largest * max(length, min(rows, channels)))))
         samples = max(1, min(p.N, budget // (largest * length * groups)))
-        return cls(length, rows, groups, samples, channels, 1)
+        return cls(samples, groups, rows, length, channels, 1)
 
     def workspace(self, p: ConvProblem) -> int:
         return self.workers * self.block_workspace(p, self.samples, self.groups, self.rows, self.length)
 
     def block_workspace(self, p: ConvProblem, samples: int, groups: int, rows: int, length: int) -> int:
-        """A bound on the scratch memory of a part of the output of this size."""
+        """A bound on the scratch memory of `compute` on a block of this size."""
         groups, rows = min(groups, self.groups), min(rows, self.rows)
         columns = min(samples, self.samples) * min(length, self.length)
         operands = groups * self.channels * (rows + columns) if p.C_in_g > 1 else 0
@@ -386,40 +416,26 @@ class _Taps:
         p = call.p
         if p.transposed and len(_phases(p)) < p.stride:
             call.fill_with_bias()
-        blocks = self._blocks(p, slice(0, p.N), slice(0, p.groups), slice(0, p.C_out_g), *_positions(p))
-        _run_blocks(call, self._compute, list(blocks), self.workers)
+        everything = _Block(slice(0, p.N), slice(0, p.groups), slice(0, p.C_out_g), *_positions(p))
+        _run_blocks(call, self._compute_phase, list(self._cut(p, everything)), self.workers)
 
-    def compute_block(
-        self, call: _Call, samples: slice, groups: slice, rows: slice, start: int, stop: int, scratch: _Scratch
-    ) -> None:
-        """Compute a part of the output whose rest another form computes."""
-        for block in self._blocks(call.p, samples, groups, rows, start, stop):
-            self._compute(call, *block, scratch)
+    def compute(self, call: _Call, block: _Block, scratch: _Scratch) -> None:
+        """Compute a part of an output whose rest another form computes."""
+        for phase, part in self._cut(call.p, block):
+            self._compute_phase(call, phase, part, scratch)
 
-    def _blocks(
-        self, p: ConvProblem, samples: slice, groups: slice, rows: slice, start: int, stop: int
-    ) -> Iterator[tuple[slice, slice, slice, _Phase, int, int]]:
+    def _cut(self, p: ConvProblem, block: _Block) -> Iterator[tuple[_Phase, _Block]]:
         for phase in _phases(p):
-            low, high, _ = _outputs(p, phase.phase, start, stop)
-            for n in _slices(samples.start, samples.stop, self.samples):
-                for g in _slices(groups.start, groups.stop, self.groups):
-                    for m in _slices(rows.start, rows.stop, self.rows):
+            low, high, _ = _outputs(p, phase.phase, block.start, block.stop)
+            for n in _slices(block.samples.start, block.samples.stop, self.samples):
+                for g in _slices(block.groups.start, block.groups.stop, self.groups):
+                    for m in _slices(block.rows.start, block.rows.stop, self.rows):
                         for at in _slices(low, high, self.length):
-                            yield n, g, m, phase, at.start, at.stop
+                            yield phase, _Block(n, g, m, at.start, at.stop)
 
-    def _compute(
-        self,
-        call: _Call,
-        samples: slice,
-        groups: slice,
-        rows: slice,
-        phase: _Phase,
-        start: int,
-        stop: int,
-        scratch: _Scratch,
-    ) -> None:
-        p = call.p
-        _, _, at = _outputs(p, phase.phase, start, stop)
+    def _compute_phase(self, call: _Call, phase: _Phase, block: _Block, scratch: _Scratch) -> None:
+        p, (samples, groups, rows, start, stop) = call.p, block
+        at = _outputs(p, phase.phase, start, stop)[2]
         y = call.y[samples, groups, rows, at]
         direct = call.y_direct and at.step in (None, 1)
         sums = y if direct else scratch.take("sums", *y.shape)
@@ -472,51 +488,126 @@ def _multiply_tap(w_tap: Array, x_tap: Array, product: Array, scratch: _Scratch)
     np.matmul(w_packed, x_tap, out=product)
 
 
+# -- forms that multiply by the weight as a matrix -------------------------------------------------------------------
+
+
+class _Blocking(NamedTuple):
+    """Block sizes. Of a weight that BLAS cannot read as it lies, `weight_rows` of `weight_groups` are packed at a time.
+
+    Products have at most `tile_rows` rows and `tile` columns.
+    """
+
+    samples: int
+    groups: int
+    rows: int
+    length: int
+    tile_rows: int
+    tile: int
+    weight_groups: int
+    weight_rows: int
+    workers: int
+
+    @property
+    def buffer(self) -> int:
+        """The bytes that one scratch buffer may have."""
+        return _CONCURRENT_BUFFER if self.workers > 1 else _BUFFER
+
+    def run(
+        self,
+        call: _Call,
+        weight: Array | None,
+        pack: Callable[[Array, _Scratch], Array],
+        compute: Callable[[_Call, Array, _Block, _Scratch], None],
+    ) -> None:
+        """Compute all blocks from the weight (groups, rows*n, depth) for some n, or, if it is None, from packed parts.
+
+        `pack` takes a part (groups, rows, C_in_g, K) of the weight and returns (groups, rows*n, depth).
+        """
+        p = call.p
+        per_groups, per_rows = (self.weight_groups, self.weight_rows) if weight is None else (p.groups, p.C_out_g)
+        packed = _Scratch(call.dtype)
+        for g in _slices(0, p.groups, per_groups):
+            for m in _slices(0, p.C_out_g, per_rows):
+                matrix = pack(call.w[g, m], packed) if weight is None else weight
+                n = matrix.shape[1] // (m.stop - m.start)
+                blocks = []
+                for groups in _slices(g.start, g.stop, self.groups):
+                    for rows in _slices(m.start, m.stop, self.rows):
+                        part = matrix[
+                            groups.start - g.start : groups.stop - g.start,
+                            (rows.start - m.start) * n : (rows.stop - m.start) * n,
+                        ]
+                        blocks += [
+                            (part, _Block(samples, groups, rows, at.start, at.stop))
+                            for samples in _slices(0, p.N, self.samples)
+                            for at in _slices(*_positions(p), self.length)
+                        ]
+                _run_blocks(call, compute, blocks, self.workers)
+
+    def multiply(self, weight: Array, columns: Array, product: Array) -> None:
+        """``product[n, g, tile] = weight[g] @ columns[n, g, tile]``, at most `tile_rows` rows at a time."""
+        G, R, depth = weight.shape
+        whole = R - R % self.tile_rows
+        for low, high in ((0, whole), (whole, R)):
+            if low < high:
+                rows = min(self.tile_rows, high - low)
+                w = weight[:, low:high].reshape(G, 1, (high - low) // rows, rows, depth)
+                part = product[:, :, :, low:high]
+                np.matmul(w, columns[:, :, :, None], out=part.reshape(*part.shape[:3], -1, rows, part.shape[4]))
+
+    def tiles(self, columns: int) -> list[tuple[int, int, int]]:
+        """Cut a number of columns into runs of equal tiles: (from, to, columns of a tile)."""
+        whole = columns - columns % self.tile
+        runs = ((0, whole, self.tile), (whole, columns, columns - whole))
+        return [run for run in runs if run[0] < run[1]]
+
+
+def _tiled(matrix: Array, tile: int) -> Array:
+    """A view of (..., rows, columns) as (..., tiles, rows, tile)."""
+    tiles: Array = matrix.reshape(*matrix.shape[:-1], -1, tile)
+    return tiles.swapaxes(-3, -2)
+
+
+def _small_product(p: ConvProblem) -> int:
+    return _SMALL_PRODUCT_COMPLEX if p.is_complex else _SMALL_PRODUCT
+
+
+def _workers(p: ConvProblem) -> int:
+    return _MAX_WORKERS if p.flops() > _WORTH_THREADS else 1
+
+
 # -- panels ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class _Panels:
-    """Panels of windows times the weight.
+    """Panels of windows times the weight, each product over `channels` input channels and `taps` tap groups.
 
-    A block (`samples`, `groups`, `rows`, `length` positions) is computed in tiles of `tile` positions and `tile_rows`
-    rows of the weight, each tile a sum of products over `channels` input channels and `taps` tap groups. Where `merged`,
-    one tile holds all positions of all samples of the block. Of a weight that cannot be read as it lies, `weight_rows`
-    rows of `weight_groups` groups are packed at a time.
+    Where `merged`, the positions of all samples of a block are the columns of one product.
     """
 
     geometry: _Geometry
+    blocking: _Blocking
     safe: _Taps
-    samples: int
-    groups: int
-    rows: int
-    length: int
-    tile: int
-    tile_rows: int
     channels: int
     taps: int
     merged: bool
-    weight_groups: int
-    weight_rows: int
-    workers: int
 
     @classmethod
     def of(cls, p: ConvProblem) -> _Panels | None:
         """None where even the smallest panel is too large."""
         geometry, size = _Geometry.of(p), _accumulator_size(p)
         first, last = _positions(p)
-        Q, J, R = last - first, geometry.tap_groups, geometry.phases
-        depth, M = p.C_in_g * J, p.C_out_g
+        Q, J, R, M = last - first, geometry.tap_groups, geometry.phases, p.C_out_g
+        depth = p.C_in_g * J
         weight_rows, weight_groups = _fit(_PACKED_WEIGHT // (size * depth * R), M, p.groups)
-        if weight_rows * depth * R * size > _PACKED_WEIGHT:
+        if weight_rows * depth * R * size > _PACKED_WEIGHT or depth * size > _BUFFER:
             return None
-        packing = (weight_groups, weight_rows)
         merged = Q < 16 and p.N > 1
-        small = _SMALL_PRODUCT_COMPLEX if p.is_complex else _SMALL_PRODUCT
-        if merged or M * R * depth > _TILED_WEIGHT // size:
+        pointwise = depth == p.C_in_g and geometry.stride == 1 and R == 1
+        if merged or pointwise or M * R * depth > _TILED_WEIGHT:
+            # Few large products, each on all threads of BLAS.
             budget = _BUFFER // size
-            if depth > budget:
-                return None
             rows = min(M, max(1, 4096 // R))
             length = min(Q, budget // depth, max(16, budget // (rows * R)))
             rows = max(1, min(rows, budget // (length * R)))
@@ -524,122 +615,103 @@ class _Panels:
             groups = 1
             if length == Q and rows == M:
                 groups = max(1, min(p.groups, budget // (max(depth, M * R) * Q * samples)))
-            return cls(
-                geometry, _Taps.of(p), samples, groups, rows, length, length, rows * R, p.C_in_g, J, merged, *packing, 1
+            blocking = _Blocking(
+                samples, groups, rows, length, rows * R, length * samples, weight_groups, weight_rows, 1
             )
-        budget = _CONCURRENT_BUFFER // size
-        taps = min(J, 960)
-        channels = min(p.C_in_g, max(1, 960 // taps))
+            return cls(geometry, blocking, _Taps.of(p), p.C_in_g, J, merged)
+        # Many small products, each on one thread.
+        budget, small = _CONCURRENT_BUFFER // size, _small_product(p)
+        taps = min(J, small // 1024)
+        channels = min(p.C_in_g, max(1, small // 1024 // taps))
         channels = -(-p.C_in_g // -(-p.C_in_g // channels))
-        tile_rows = min(M * R, 16 if channels * taps > small // 2048 else 32 if channels * taps > small // 4096 else 64)
-        tile = max(32, small // (tile_rows * channels * taps) // 32 * 32)
-        tile = min(Q, tile, 512)
-        largest = max(channels * taps, min(M, max(1, 2048 // R)) * R)
+        depth = channels * taps
+        tile_rows = min(M * R, 64 if depth <= small // 4096 else 32 if depth <= small // 2048 else 16)
+        tile = min(Q, 512, max(32, small // (tile_rows * depth) // 32 * 32))
         rows = min(M, max(1, budget // (tile * R)))
-        tiles = max(1, min(-(-Q // tile), budget // (largest * tile), p.N * p.groups * Q // (16 * tile)))
-        length = min(Q, tiles * tile)
+        largest = max(depth, rows * R)
+        # At least 16 blocks, for several workers to share.
+        length = min(Q, tile * max(1, min(budget // (largest * tile), p.N * p.groups * Q // (16 * tile))))
         groups = samples = 1
         if length == Q and rows == M:
             groups = max(1, min(p.groups, budget // (largest * Q)))
             if groups == p.groups:
                 samples = max(1, min(p.N, budget // (largest * Q * groups)))
-        workers = _MAX_WORKERS if p.flops() > _WORTH_THREADS else 1
-        return cls(
-            geometry, _Taps.of(p), samples, groups, rows, length, tile, tile_rows, channels, taps, False, *packing,
-            workers,
-        )  # fmt: skip
+        blocking = _Blocking(samples, groups, rows, length, tile_rows, tile, weight_groups, weight_rows, _workers(p))
+        return cls(geometry, blocking, _Taps.of(p), channels, taps, False)
 
     def workspace(self, p: ConvProblem) -> int:
-        size, R = _accumulator_size(p), self.geometry.phases
-        columns = self.samples * self.groups * self.length
-        panel = columns * self.channels * self.taps
-        sums = columns * self.rows * R * (1 if self.channels * self.taps == p.C_in_g * self.geometry.tap_groups else 2)
-        safe = self.safe.block_workspace(p, self.samples, self.groups, self.rows, self.length)
-        packed = self.weight_groups * self.weight_rows * p.C_in_g * self.geometry.tap_groups * R * size
-        return packed + self.workers * ((panel + sums) * size + self._stage_limit() + safe)
-
-    def _stage_limit(self) -> int:
-        return _CONCURRENT_BUFFER if self.workers > 1 else _BUFFER
+        blocking, depth, R = self.blocking, self.channels * self.taps, self.geometry.phases
+        columns = blocking.samples * blocking.groups * blocking.length
+        elements = columns * (depth + 2 * blocking.rows * R)
+        packed = blocking.weight_groups * blocking.weight_rows * R * p.C_in_g * self.geometry.tap_groups
+        safe = self.safe.block_workspace(p, blocking.samples, blocking.groups, blocking.rows, blocking.length)
+        size = _accumulator_size(p)
+        return packed * size + blocking.workers * (elements * size + blocking.buffer + safe)
 
     def run(self, call: _Call) -> None:
         p, geometry = call.p, self.geometry
         if p.transposed and geometry.phases < p.stride:
             call.fill_with_bias()
-        in_place = (
-            not p.transposed and call.w.dtype == call.dtype and call.w.flags.c_contiguous and call.w.flags.aligned
-        )
-        per_groups, per_rows = (p.groups, p.C_out_g) if in_place else (self.weight_groups, self.weight_rows)
-        packed = _Scratch(call.dtype)
-        first, last = _positions(p)
-        for g in _slices(0, p.groups, per_groups):
-            for m in _slices(0, p.C_out_g, per_rows):
-                w = call.w[g, m]
-                weight = w.reshape(*w.shape[:2], -1) if in_place else _pack_windows(geometry, w, packed)
-                blocks = [
-                    (_part(weight, g, groups, m, rows, geometry.phases), n, groups, rows, at.start, at.stop)
-                    for n in _slices(0, p.N, self.samples)
-                    for groups in _slices(g.start, g.stop, self.groups)
-                    for at in _slices(first, last, self.length)
-                    for rows in _slices(m.start, m.stop, self.rows)
-                ]
-                _run_blocks(call, self._compute, blocks, self.workers)
+        w = call.w
+        in_place = not p.transposed and w.dtype == call.dtype and w.flags.c_contiguous and w.flags.aligned
+        weight = w.reshape(p.groups, p.C_out_g, -1) if in_place else None
+        self.blocking.run(call, weight, self._pack, self._compute)
 
-    def _compute(
-        self,
-        call: _Call,
-        weight: Array,
-        samples: slice,
-        groups: slice,
-        rows: slice,
-        start: int,
-        stop: int,
-        scratch: _Scratch,
-    ) -> None:
-        p, geometry = call.p, self.geometry
-        N, G, T, R = samples.stop - samples.start, weight.shape[0], stop - start, geometry.phases
+    def _pack(self, w: Array, scratch: _Scratch) -> Array:
+        """Weight (groups, rows, C_in_g, K) as (groups, rows*phases, C_in_g*tap_groups), zeros for the absent taps."""
+        G, M, C, K = w.shape
+        J, R, interleave = self.geometry.tap_groups, self.geometry.phases, self.geometry.interleave
+        packed = scratch.take("weight", G, M, R, C, J)
+        if R == 1:
+            packed[:, :, 0] = w
+        else:
+            for j in range(J):
+                taps = min(R, K - j * interleave)
+                packed[:, :, :taps, :, j] = w[..., j * interleave : j * interleave + taps].swapaxes(2, 3)
+                packed[:, :, taps:, :, j] = 0
+        return packed.reshape(G, M * R, C * J)
+
+    def _compute(self, call: _Call, weight: Array, block: _Block, scratch: _Scratch) -> None:
+        p, geometry, blocking = call.p, self.geometry, self.blocking
+        N, T, (G, rows, _) = block.samples.stop - block.samples.start, block.stop - block.start, weight.shape
+        R, J = geometry.phases, geometry.tap_groups
         direct = call.y_direct and geometry.interleave == 1 and not self.merged
         if direct:
-            sums = call.y[samples, groups, rows, _outputs(p, 0, start, stop)[2]]
-        elif self.merged:
-            sums = scratch.take("sums", 1, G, weight.shape[1], N * T)
+            at = _outputs(p, 0, block.start, block.stop)[2]
+            sums = call.y[block.samples, block.groups, block.rows, at]
         else:
-            sums = scratch.take("sums", N, G, weight.shape[1], T)
-        whole = stop - T % self.tile
-        for begin, end, tile in ((start, whole, self.tile), (whole, stop, stop - whole)):
-            if begin == end:
-                continue
-            tiles = (end - begin) // tile
-            # The samples of a merged block are columns of its only tile.
-            part = sums if self.merged else sums[..., begin - start : end - start]
-            part = part.reshape(*part.shape[:3], tiles, -1).transpose(0, 1, 3, 2, 4)
-            into = part
+            sums = scratch.take("sums", *((1, G, rows, N * T) if self.merged else (N, G, rows, T)))
+        for low, high, tile in blocking.tiles(sums.shape[3]):
+            part = into = _tiled(sums[..., low:high], tile)
             for c in _slices(0, p.C_in_g, self.channels):
-                for j in _slices(0, geometry.tap_groups, self.taps):
-                    panel = self._windows(call, samples, groups, c, j, begin, tiles, tile, scratch)
-                    at = c.start * geometry.tap_groups + j.start
-                    _multiply_tiles(weight[:, :, at : at + panel.shape[3]], panel, into, self.tile_rows)
+                for j in _slices(0, J, self.taps):
+                    if self.merged:
+                        panel = self._merged_windows(call, block, scratch)
+                    else:
+                        panel = self._windows(call, block, c, j, block.start + low, (high - low) // tile, tile, scratch)
+                    depth = slice(c.start * J + j.start, c.start * J + j.start + panel.shape[3])
+                    blocking.multiply(weight[..., depth], panel, into)
                     if into is not part:
                         np.add(part, into, out=part)
-                    elif self.channels < p.C_in_g or self.taps < geometry.tap_groups:
+                    elif depth.stop < p.C_in_g * J:
                         into = scratch.take("product", *part.shape)
-        low, high = geometry.window(start, stop, slice(0, geometry.tap_groups))
-        absent_taps = geometry.interleave > 1 and geometry.tap_groups * geometry.phases > p.K
+        low, high = geometry.window(block.start, block.stop, slice(0, J))
+        absent_taps = R > 1 and J * R > p.K
         if (low < 0 or high > p.L_in or absent_taps) and not _is_finite(sums):
-            self.safe.compute_block(call, samples, groups, rows, start, stop, scratch)
+            self.safe.compute(call, block, scratch)
             return
-        bias = call.bias(groups, rows)
+        bias = call.bias(block.groups, block.rows)
         if bias is not None:
-            sums += np.repeat(bias, R, axis=1)[:, :, None]
+            sums += (bias if R == 1 else np.repeat(bias, R, axis=1))[:, :, None]
         if self.merged:
-            call.store(samples, groups, rows, start, stop, sums.reshape(G, -1, R, N, T).transpose(3, 0, 1, 2, 4))
+            call.store(block, sums.reshape(G, -1, R, N, T).transpose(3, 0, 1, 2, 4))
         elif not direct:
-            call.store(samples, groups, rows, start, stop, sums.reshape(N, G, -1, R, T))
+            call.store(block, sums.reshape(N, G, -1, R, T))
 
     def _windows(
         self,
         call: _Call,
-        samples: slice,
-        groups: slice,
+        block: _Block,
         channels: slice,
         taps: slice,
         start: int,
@@ -647,70 +719,52 @@ class _Panels:
         tile: int,
         scratch: _Scratch,
     ) -> Array:
-        """The windows of some tiles as (samples, groups, tiles, channels*taps, tile); the samples of a merged block
-        are columns: (1, groups, 1, channels*taps, samples*tile)."""
-        geometry = self.geometry
-        N, G = samples.stop - samples.start, groups.stop - groups.start
+        """The windows of some tiles as (samples, groups, tiles, channels*taps, tile)."""
+        N, G = block.samples.stop - block.samples.start, block.groups.stop - block.groups.start
         C, J = channels.stop - channels.start, taps.stop - taps.start
-        stop = start + tiles * tile
-        low, high = geometry.window(start, stop, taps)
-        if self.merged:
-            panel = scratch.take("panel", G, C, J, N, tile)
-            windows = panel.transpose(3, 0, 1, 2, 4)[:, :, None]
-        else:
-            panel = windows = scratch.take("panel", N, G, tiles, C, J, tile)
+        panel = scratch.take("panel", N, G, tiles, C, J, tile)
+        self._copy_windows(call, block, channels, taps, start, panel, scratch)
+        return panel.reshape(N, G, tiles, C * J, tile)
+
+    def _merged_windows(self, call: _Call, block: _Block, scratch: _Scratch) -> Array:
+        """The windows of a block as (1, groups, 1, C_in_g*tap_groups, samples*positions)."""
+        N, G, T = (
+            block.samples.stop - block.samples.start,
+            block.groups.stop - block.groups.start,
+            block.stop - block.start,
+        )
+        C, J = self.channels, self.taps
+        panel = scratch.take("panel", G, C, J, N, T)
+        windows = panel.transpose(3, 0, 1, 2, 4)[:, :, None]
+        self._copy_windows(call, block, slice(0, C), slice(0, J), block.start, windows, scratch)
+        return panel.reshape(1, G, 1, C * J, N * T)
+
+    def _copy_windows(
+        self, call: _Call, block: _Block, channels: slice, taps: slice, start: int, panel: Array, scratch: _Scratch
+    ) -> None:
+        """Fill `panel` (samples, groups, tiles, channels, taps, tile), whose first column is the position `start`."""
+        geometry = self.geometry
+        tiles, tile = panel.shape[2], panel.shape[5]
+        low, high = geometry.window(start, start + tiles * tile, taps)
         inside = call.x_direct and low >= 0 and high <= call.p.L_in
-        if inside or N * G * C * (high - low) * call.dtype.itemsize <= self._stage_limit():
-            x = call.read(samples, groups, channels, low, high, scratch)
+        staged = math.prod(panel.shape[:2]) * panel.shape[3] * (high - low) * call.dtype.itemsize
+        if inside or staged <= self.blocking.buffer:
+            x = call.read(block.samples, block.groups, channels, low, high, scratch)
             s_n, s_g, s_c, s_l = x.strides
             origin = start * geometry.stride + geometry.offset + taps.start * geometry.dilation - low
             strides = (s_n, s_g, s_l * geometry.stride * tile, s_c, s_l * geometry.dilation, s_l * geometry.stride)
-            np.copyto(windows, as_strided(x[..., origin:], windows.shape, strides))
-        else:  # the windows span too much to be staged in one piece
-            x = call.x[samples, groups, channels]
-            for at in range(tiles):
-                for j in range(J):
-                    begin = start + at * tile
-                    first, last, read = geometry.reading(taps.start + j, begin, begin + tile, 0, call.p.L_in)
-                    windows[:, :, at, :, j, : first - begin] = 0
-                    if first < last:
-                        windows[:, :, at, :, j, first - begin : last - begin] = x[..., read]
-                    windows[:, :, at, :, j, last - begin :] = 0
-        return panel.reshape(1, G, 1, C * J, N * tile) if self.merged else panel.reshape(N, G, tiles, C * J, tile)
-
-
-def _pack_windows(geometry: _Geometry, w: Array, scratch: _Scratch) -> Array:
-    """Weight (groups, rows, C_in_g, K) as (groups, rows*phases, C_in_g*tap_groups), zeros for the absent taps."""
-    G, M, C, _ = w.shape
-    packed = scratch.take("weight", G, M, geometry.phases, C, geometry.tap_groups)
-    if geometry.phases == 1:
-        packed[:, :, 0] = w
-    else:
-        for j in range(geometry.tap_groups):
-            taps = w[..., j * geometry.interleave : j * geometry.interleave + geometry.phases]
-            packed[:, :, : taps.shape[3], :, j] = taps.swapaxes(2, 3)
-            packed[:, :, taps.shape[3] :, :, j] = 0
-    return packed.reshape(G, M * geometry.phases, C * geometry.tap_groups)
-
-
-def _part(weight: Array, all_groups: slice, groups: slice, all_rows: slice, rows: slice, per_row: int) -> Array:
-    """Of a packed weight (groups, rows*per_row, depth), the part of some of its groups and rows."""
-    return weight[
-        groups.start - all_groups.start : groups.stop - all_groups.start,
-        (rows.start - all_rows.start) * per_row : (rows.stop - all_rows.start) * per_row,
-    ]
-
-
-def _multiply_tiles(weight: Array, panel: Array, product: Array, tile_rows: int) -> None:
-    """``product[n, g, tile] = weight[g] @ panel[n, g, tile]``, by products of `tile_rows` rows."""
-    G, R, depth = weight.shape
-    whole = R - R % tile_rows
-    for low, high in ((0, whole), (whole, R)):
-        if low < high:
-            rows = min(tile_rows, high - low)
-            w = weight[:, low:high].reshape(G, 1, (high - low) // rows, rows, depth)
-            part = product[:, :, :, low:high]
-            np.matmul(w, panel[:, :, :, None], out=part.reshape(*part.shape[:3], -1, rows, part.shape[4]))
+            np.copyto(panel, as_strided(x[..., origin:], panel.shape, strides))
+            return
+        # The windows span too much to be staged in one piece.
+        x = call.x[block.samples, block.groups, channels]
+        for index in range(tiles):
+            begin = start + index * tile
+            for j in range(panel.shape[4]):
+                first, last, read = geometry.reading(taps.start + j, begin, begin + tile, 0, call.p.L_in)
+                panel[:, :, index, :, j, : first - begin] = 0
+                if first < last:
+                    panel[:, :, index, :, j, first - begin : last - begin] = x[..., read]
+                panel[:, :, index, :, j, last - begin :] = 0
 
 
 # -- shift-add -------------------------------------------------------------------------------------------------------
@@ -718,110 +772,88 @@ def _multiply_tiles(weight: Array, panel: Array, product: Array, tile_rows: int)
 
 @dataclass(frozen=True, slots=True)
 class _ShiftAdd:
-    """The product of all taps with the input as it lies, then its rows shifted and summed.
-
-    A block is `samples`, `groups`, `rows`, `length` positions. Of a weight that cannot be read as it lies, `weight_rows`
-    rows of `weight_groups` groups are packed at a time.
-    """
+    """The product of all taps with the input as it lies, then its rows shifted and summed."""
 
     geometry: _Geometry
-    samples: int
-    groups: int
-    rows: int
-    length: int
-    weight_groups: int
-    weight_rows: int
-    workers: int
+    blocking: _Blocking
 
     @classmethod
     def of(cls, p: ConvProblem) -> _ShiftAdd | None:
         """None where even the smallest block is too large."""
         geometry, size = _Geometry.of(p), _accumulator_size(p)
         first, last = _positions(p)
-        Q = last - first
-        reach = (geometry.tap_groups - 1) * abs(geometry.dilation) + 1
-        weight_rows, weight_groups = _fit(_PACKED_WEIGHT // (size * p.K * p.C_in_g), p.C_out_g, p.groups)
-        workers = 1
-        budget = (_BUFFER if workers == 1 else _CONCURRENT_BUFFER) // size
-        columns = budget // max(p.C_in_g, p.K)  # of the input, and of the product of one row of the weight
-        length = min(Q, (columns - reach) // geometry.stride)
-        if weight_rows * p.K * p.C_in_g * size > _PACKED_WEIGHT or length < min(Q, 4 * reach // geometry.stride):
+        per_row = p.K * p.C_in_g
+        weight_rows, weight_groups = _fit(_PACKED_WEIGHT // (size * per_row), p.C_out_g, p.groups)
+        if weight_rows * per_row * size > _PACKED_WEIGHT:
             return None
-        rows = max(1, min(p.C_out_g, budget // (p.K * (length * geometry.stride + reach))))
-        groups = samples = 1
-        return cls(geometry, samples, groups, rows, length, weight_groups, weight_rows, workers)
+        reach = (geometry.tap_groups - 1) * abs(geometry.dilation)
+        tile = _small_product(p) // (p.C_out_g * per_row) // 16 * 16
+        workers = _workers(p) if tile >= 256 else 1
+        # A block reads `span` input positions, staged at worst, and computes the product of some rows there.
+        staged, product = (_CONCURRENT_BUFFER // size,) * 2 if workers > 1 else (_BUFFER // size, _BUFFER // 4 // size)
+        span = min(staged // p.C_in_g, product // p.K)
+        length = min(last - first, (span - reach - 1) // geometry.stride + 1)
+        if length < min(last - first, 4 * reach // geometry.stride + 1):
+            return None
+        rows = min(p.C_out_g, product // (p.K * (length * geometry.stride + reach)))
+        if workers == 1 or rows < p.C_out_g:
+            workers, tile = 1, span
+        blocking = _Blocking(1, 1, rows, length, rows * p.K, tile, weight_groups, weight_rows, workers)
+        return cls(geometry, blocking)
 
     def workspace(self, p: ConvProblem) -> int:
-        geometry, size = self.geometry, _accumulator_size(p)
-        span = (self.length - 1) * geometry.stride + (geometry.tap_groups - 1) * abs(geometry.dilation) + 1
-        product = self.rows * p.K * span
-        sums = self.rows * geometry.phases * self.length
-        per_sample = self.samples * self.groups * (product + sums + p.C_in_g * span)
-        packed = self.weight_groups * self.weight_rows * p.K * p.C_in_g
-        return (packed + self.workers * per_sample) * size
+        blocking = self.blocking
+        low, high = self.geometry.window(0, blocking.length, slice(0, self.geometry.tap_groups))
+        sums = blocking.rows * self.geometry.phases * blocking.length
+        elements = (blocking.rows * p.K + p.C_in_g) * (high - low) + sums
+        packed = blocking.weight_groups * blocking.weight_rows * p.K * p.C_in_g
+        return (packed + blocking.workers * elements) * _accumulator_size(p)
 
     def run(self, call: _Call) -> None:
-        p, geometry = call.p, self.geometry
-        if p.transposed and geometry.phases < p.stride:
+        p, w = call.p, call.w.swapaxes(2, 3)
+        if p.transposed and self.geometry.phases < p.stride:
             call.fill_with_bias()
-        in_place = p.transposed and call.w.dtype == call.dtype and call.w.swapaxes(1, 2).flags.c_contiguous
-        in_place = in_place and call.w.flags.aligned
-        per_groups, per_rows = (p.groups, p.C_out_g) if in_place else (self.weight_groups, self.weight_rows)
-        packed = _Scratch(call.dtype)
-        first, last = _positions(p)
-        for g in _slices(0, p.groups, per_groups):
-            for m in _slices(0, p.C_out_g, per_rows):
-                w = call.w[g, m].swapaxes(2, 3)
-                if not in_place:
-                    weight = packed.take("weight", *w.shape)
-                    weight[...] = w
-                    w = weight
-                weight = w.reshape(w.shape[0], -1, p.C_in_g)
-                blocks = [
-                    (_part(weight, g, groups, m, rows, p.K), n, groups, rows, at.start, at.stop)
-                    for n in _slices(0, p.N, self.samples)
-                    for groups in _slices(g.start, g.stop, self.groups)
-                    for at in _slices(first, last, self.length)
-                    for rows in _slices(m.start, m.stop, self.rows)
-                ]
-                _run_blocks(call, self._compute, blocks, self.workers)
+        in_place = (
+            p.transposed and w.dtype == call.dtype and call.w.swapaxes(1, 2).flags.c_contiguous and w.flags.aligned
+        )
+        weight = w.reshape(p.groups, p.C_out_g * p.K, p.C_in_g) if in_place else None
+        self.blocking.run(call, weight, self._pack, self._compute)
 
-    def _compute(
-        self,
-        call: _Call,
-        weight: Array,
-        samples: slice,
-        groups: slice,
-        rows: slice,
-        start: int,
-        stop: int,
-        scratch: _Scratch,
-    ) -> None:
-        p, geometry = call.p, self.geometry
+    def _pack(self, w: Array, scratch: _Scratch) -> Array:
+        """Weight (groups, rows, C_in_g, K) as (groups, rows*K, C_in_g)."""
+        G, M, C, K = w.shape
+        packed = scratch.take("weight", G, M, K, C)
+        packed[...] = w.swapaxes(2, 3)
+        return packed.reshape(G, M * K, C)
+
+    def _compute(self, call: _Call, weight: Array, block: _Block, scratch: _Scratch) -> None:
+        p, geometry, (samples, groups, rows, start, stop) = call.p, self.geometry, block
         N, G, M = samples.stop - samples.start, groups.stop - groups.start, rows.stop - rows.start
-        R, T = geometry.phases, stop - start
+        R, J = geometry.phases, geometry.tap_groups
         direct = call.y_direct and geometry.interleave == 1
         if direct:
             sums = call.y[samples, groups, rows, None, _outputs(p, 0, start, stop)[2]]
         else:
-            sums = scratch.take("sums", N, G, M, R, T)
+            sums = scratch.take("sums", N, G, M, R, stop - start)
         bias = call.bias(groups, rows)
         sums[...] = 0 if bias is None else bias[:, :, None, None]
-        low, high = geometry.window(start, stop, slice(0, geometry.tap_groups))
+        low, high = geometry.window(start, stop, slice(0, J))
         low, high = max(low, 0), min(high, p.L_in)
         if low < high:
             x = call.read(samples, groups, slice(0, p.C_in_g), low, high, scratch)
             product = scratch.take("product", N, G, M * p.K, high - low)
-            np.matmul(weight, x, out=product)
+            for begin, end, tile in self.blocking.tiles(high - low):
+                columns = _tiled(x[..., begin:end], tile)
+                self.blocking.multiply(weight, columns, _tiled(product[..., begin:end], tile))
             product = product.reshape(N, G, M, p.K, high - low)
-            for j in range(geometry.tap_groups):
+            for j in range(J):
                 first, last, read = geometry.reading(j, start, stop, low, high)
                 if first < last:
                     taps = slice(j * geometry.interleave, min(j * geometry.interleave + R, p.K))
                     fed = sums[..., : taps.stop - taps.start, first - start : last - start]
                     np.add(fed, product[..., taps, read.start - low : read.stop - low : read.step], out=fed)
         if not direct:
-            call.store(samples, groups, rows, start, stop, sums)
+            call.store(block, sums)
 
 
 # -- toeplitz --------------------------------------------------------------------------------------------------------
@@ -829,17 +861,14 @@ class _ShiftAdd:
 
 @dataclass(frozen=True, slots=True)
 class _Toeplitz:
-    """Windows of `tile` positions each times a banded matrix, for `groups` groups at a time.
-
-    A block takes `windows` windows of each of `samples` samples.
-    """
+    """Windows of `tile` positions times banded matrices; blocks of `samples` and `windows`, bands of `groups`."""
 
     geometry: _Geometry
     safe: _Taps
-    tile: int
-    groups: int
     samples: int
+    groups: int
     windows: int
+    tile: int
     workers: int
 
     @classmethod
@@ -847,40 +876,41 @@ class _Toeplitz:
         """None where the phases are interleaved, or where even the smallest band or block is too large."""
         geometry, size = _Geometry.of(p), _accumulator_size(p)
         first, last = _positions(p)
-        Q = last - first
         if geometry.interleave > 1:
             return None
-        window = p.C_in_g * _window_length(geometry, tile)
-        outputs = p.C_out_g * tile
-        small = _SMALL_PRODUCT_COMPLEX if p.is_complex else _SMALL_PRODUCT
-        lines = small // (window * outputs)
-        concurrent = lines >= 16 and p.groups >= 4 and p.flops() > _WORTH_THREADS
-        budget = (_CONCURRENT_BUFFER if concurrent else _BUFFER) // size
+        window, outputs = p.C_in_g * _window_length(geometry, tile), p.C_out_g * tile
+        lines = _small_product(p) // (window * outputs)
+        workers = _workers(p) if lines >= 16 and p.groups >= 4 else 1
+        budget = (_CONCURRENT_BUFFER if workers > 1 else _BUFFER) // size
         if window * max(outputs, 16) > budget:
             return None
-        groups = max(1, min(p.groups, budget // (window * outputs)))
-        lines = min(lines if concurrent else budget, budget // max(window, outputs))
-        windows = min(-(-Q // tile), lines)
+        if workers == 1:
+            lines = budget
+        lines = min(lines, budget // max(window, outputs))
+        windows = min(-(-(last - first) // tile), lines)
         samples = min(p.N, lines // windows)
-        groups = max(1, min(groups, budget // (max(window, outputs) * windows * samples), -(-p.groups // 8)))
-        return cls(geometry, _Taps.of(p), tile, groups, samples, windows, _MAX_WORKERS if concurrent else 1)
+        # Enough parts for several workers to share.
+        groups = min(p.groups, budget // (max(window, outputs) * max(windows * samples, outputs)), -(-p.groups // 16))
+        return cls(geometry, _Taps.of(p), samples, max(1, groups), windows, tile, workers)
 
     def workspace(self, p: ConvProblem) -> int:
         window, outputs = p.C_in_g * _window_length(self.geometry, self.tile), p.C_out_g * self.tile
         lines = self.samples * self.windows
-        per_group = window * outputs + lines * (2 * window + outputs)
+        elements = self.groups * (window * outputs + lines * (window + outputs))
+        span = self.windows * self.tile * self.geometry.stride + window
+        elements += self.groups * self.samples * p.C_in_g * span
         safe = self.safe.block_workspace(p, self.samples, self.groups, p.C_out_g, self.windows * self.tile)
-        return self.workers * (self.groups * per_group * _accumulator_size(p) + safe)
+        return self.workers * (elements * _accumulator_size(p) + safe)
 
     def run(self, call: _Call) -> None:
         _run_blocks(call, self._compute, [(g,) for g in _slices(0, call.p.groups, self.groups)], self.workers)
 
     def _compute(self, call: _Call, groups: slice, scratch: _Scratch) -> None:
         band = self._band(call, groups, scratch)
-        first, last = _positions(call.p)
         for samples in _slices(0, call.p.N, self.samples):
-            for at in _slices(first, last, self.windows * self.tile):
-                self._compute_block(call, band, samples, groups, at.start, at.stop, scratch)
+            for at in _slices(*_positions(call.p), self.windows * self.tile):
+                block = _Block(samples, groups, slice(0, call.p.C_out_g), at.start, at.stop)
+                self._compute_block(call, band, block, scratch)
 
     def _band(self, call: _Call, groups: slice, scratch: _Scratch) -> Array:
         """(groups, C_in_g, window, C_out_g, tile): what each input of a window contributes to each of its outputs."""
@@ -898,22 +928,26 @@ class _Toeplitz:
         diagonals[...] = call.w[groups, ..., None]
         return band
 
-    def _compute_block(
-        self, call: _Call, band: Array, samples: slice, groups: slice, start: int, stop: int, scratch: _Scratch
-    ) -> None:
-        p, geometry = call.p, self.geometry
+    def _compute_block(self, call: _Call, band: Array, block: _Block, scratch: _Scratch) -> None:
+        p, geometry, (samples, groups, _, start, stop) = call.p, self.geometry, block
         G, C, U, M, tile = band.shape
-        N, windows = samples.stop - samples.start, -(-(stop - start) // tile)
+        N, windows, step = samples.stop - samples.start, -(-(stop - start) // tile), tile * geometry.stride
         low, _ = geometry.window(start, stop, slice(0, geometry.tap_groups))
-        high = low + (windows - 1) * tile * geometry.stride + U
-        x = call.read(samples, groups, slice(0, C), low, high, scratch)
-        panel = scratch.take("panel", G, N, windows, C, U)
-        s_n, s_g, s_c, s_l = x.strides
-        np.copyto(panel, as_strided(x, panel.shape, (s_g, s_n, s_l * tile * geometry.stride, s_c, s_l)))
+        # Inputs of the window that are padding for all windows of the block are left out.
+        first = min(max(0, -(low + (windows - 1) * step)), U - 1)
+        last = max(min(U, p.L_in - low), first + 1)
+        x = call.read(samples, groups, slice(0, C), low + first, low + (windows - 1) * step + last, scratch)
+        if windows == C == 1:
+            panel = x.transpose(1, 0, 2, 3)
+        else:
+            panel = scratch.take("panel", G, N, windows, C, last - first)
+            s_n, s_g, s_c, s_l = x.strides
+            np.copyto(panel, as_strided(x, panel.shape, (s_g, s_n, s_l * step, s_c, s_l)))
         sums = scratch.take("sums", G, N * windows, M * tile)
-        np.matmul(panel.reshape(G, N * windows, C * U), band.reshape(G, C * U, M * tile), out=sums)
+        band = band[:, :, first:last].reshape(G, C * (last - first), M * tile)
+        np.matmul(panel.reshape(G, N * windows, -1), band, out=sums)
         if not _is_finite(sums):
-            self.safe.compute_block(call, samples, groups, slice(0, M), start, stop, scratch)
+            self.safe.compute(call, block, scratch)
             return
         bias = call.bias(groups, slice(0, M))
         sums = sums.reshape(G, N, windows, M, tile)
@@ -940,32 +974,95 @@ def _plan(p: ConvProblem) -> tuple[Method, _Form]:
     return Method(name, reason, form.workspace(p)), form
 
 
-def _choose(p: ConvProblem) -> tuple[str, str, _Taps | _Panels | _ShiftAdd | _Toeplitz]:
+def _choose(p: ConvProblem) -> tuple[str, str, _Form]:
+    """The cheapest form: name, reason, form."""
+    elementwise = "depthwise", "one input channel per group: each tap is an elementwise product"
     if not _has_geometry(p):
         if p.C_in_g == 1:
-            return "depthwise", "one input channel per group: elementwise", _Taps.of(p)
-        return "taps", "transposed with both a stride and a dilation: the phases share no window", _Taps.of(p)
+            return *elementwise, _Taps.of(p)
+        return "taps", "transposed with a stride and a dilation: the phases read different positions", _Taps.of(p)
+    candidates: list[tuple[float, str, str, _Form | None]] = [(_cost_of_panels(p), *_panels_name(p), _Panels.of(p))]
+    if p.C_in_g == 1:
+        candidates.append((_cost_of_elementwise(p), *elementwise, _Taps.of(p)))
+    else:
+        reason = "one product of all taps: few output channels, or a weight too large to be rearranged"
+        candidates.append((_cost_of_shift_add(p), "shift_add", reason, _ShiftAdd.of(p)))
+    reason = "few channels per group and many taps: banded matrices reuse each window"
+    candidates += [
+        (_cost_of_toeplitz(p, tile), "toeplitz", reason, _Toeplitz.of(p, tile))
+        for tile in sorted({min(tile, p.L_out) for tile in (1, 4, 8, 16, 32, 64)})
+    ]
+    possible = [(cost, name, reason, form) for cost, name, reason, form in candidates if form is not None]
+    if not possible:
+        return "taps", "the windows are too large for a panel", _Taps.of(p)
+    return min(possible, key=lambda candidate: candidate[0])[1:]
+
+
+def _panels_name(p: ConvProblem) -> tuple[str, str]:
+    if p.transposed:
+        return "phases", "transposed: a convolution of stride 1 with stride times the output channels"
+    if p.K == 1:
+        return "pointwise", "one tap: a matrix product"
+    if p.C_in_g == 1:
+        return "one_channel", "one input channel per group: windows cut from one row"
+    return "panels", "many channels: panels of windows times the weight"
+
+
+# The costs of the parts of each form in nanoseconds on one core. Only their order matters. Fitted to the benchmark
+# layers in float32, with NumPy 2.4 and OpenBLAS 0.3.31 on a Xeon with AVX-512 (Sapphire Rapids).
+_FLOP = 0.01
+_COPY = 0.25
+_STRIDED_COPY = 0.5
+_INTERLEAVE = 0.8
+_SHIFT_AND_ADD = 0.25
+_ELEMENTWISE = 0.5
+_STRIDED_ELEMENTWISE = 0.8
+_NUMPY_ROW = 60.0
+_PACK = 4.0
+_PRODUCT_COLUMN = 1.5
+
+
+def _flop(p: ConvProblem) -> float:
+    """A multiplication or an addition in BLAS."""
+    return _FLOP * (4 if p.is_complex else 1) * _accumulator_size(p) / 4
+
+
+def _columns(p: ConvProblem) -> int:
+    first, last = _positions(p)
+    return p.N * p.groups * (last - first)
+
+
+def _cost_of_interleaving(p: ConvProblem) -> float:
     geometry = _Geometry.of(p)
-    if p.C_in_g == 1 and p.C_out_g <= 4:
-        if p.L_out > 1 and p.K >= 8:
-            form = _Toeplitz.of(p, min(p.L_out, 64 if p.stride == 1 else 32))
-            if form is not None:
-                return "toeplitz", "long kernel", form
-        return "depthwise", "one input channel per group: elementwise", _Taps.of(p)
-    if (
-        p.C_out_g * geometry.phases * 2 <= p.C_in_g * geometry.tap_groups
-        and p.stride == 1
-        or p.transposed
-        and p.C_out_g * p.K < p.C_in_g * geometry.tap_groups
-    ):
-        form = _ShiftAdd.of(p)
-        if form is not None:
-            return "shift_add", "few outputs", form
-    form = _Panels.of(p)
-    if form is None:
-        return "taps", "windows too large for a panel", _Taps.of(p)
-    return (
-        "phases" if p.transposed else "pointwise" if p.K == 1 else "one_channel" if p.C_in_g == 1 else "panels",
-        "dense",
-        form,
-    )
+    return _INTERLEAVE * _columns(p) * p.C_out_g * geometry.phases if geometry.interleave > 1 else 0.0
+
+
+def _cost_of_panels(p: ConvProblem) -> float:
+    geometry = _Geometry.of(p)
+    depth, rows = p.C_in_g * geometry.tap_groups, p.C_out_g * geometry.phases
+    copy = _COPY if geometry.stride == 1 else _STRIDED_COPY
+    each = 2 * max(rows, 8) * depth * _flop(p) + copy * depth + _PRODUCT_COLUMN
+    packing = _PACK * p.groups * rows * depth if p.transposed else 0.0
+    return _columns(p) * each + packing + _cost_of_interleaving(p)
+
+
+def _cost_of_shift_add(p: ConvProblem) -> float:
+    geometry = _Geometry.of(p)
+    rows = p.C_out_g * p.K
+    each = 2 * max(rows, 8) * p.C_in_g * geometry.stride * _flop(p) + _SHIFT_AND_ADD * rows
+    packing = 0.0 if p.transposed else _PACK * p.groups * rows * p.C_in_g
+    return _columns(p) * each + packing + _cost_of_interleaving(p)
+
+
+def _cost_of_elementwise(p: ConvProblem) -> float:
+    geometry = _Geometry.of(p)
+    first, last = _positions(p)
+    each = (_ELEMENTWISE if geometry.stride == 1 else _STRIDED_ELEMENTWISE) + _NUMPY_ROW / (last - first)
+    return _columns(p) * p.C_out_g * (p.K * each + _ELEMENTWISE) + _cost_of_interleaving(p)
+
+
+def _cost_of_toeplitz(p: ConvProblem, tile: int) -> float:
+    window, outputs = p.C_in_g * _window_length(_Geometry.of(p), tile), p.C_out_g * tile
+    band = p.groups * outputs * (0.1 * window + p.C_in_g * p.K)
+    each = 2 * (outputs + 8) * window * _flop(p) + _COPY * window + 1.5 * outputs
+    return _columns(p) / tile * each + band
