@@ -86,7 +86,7 @@ class _Kernel:
     def __init__(self, config: Config, launch: Launch) -> None:
         kernel = build(config)
         # More than the default must be asked for. The kernel remembers the last size: another plan may need the larger.
-        if launch.shared_bytes > max(DEFAULT_SHARED_BYTES, kernel.max_dynamic_shared_size_bytes):
+        if launch.shared_bytes > DEFAULT_SHARED_BYTES and launch.shared_bytes > kernel.max_dynamic_shared_size_bytes:
             kernel.max_dynamic_shared_size_bytes = launch.shared_bytes
         self._function = kernel.kernel
         self._grid = (launch.grid, 1, 1)
