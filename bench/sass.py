@@ -28,6 +28,11 @@ from .rates import ISSUE_SLOTS_PER_SM, REGISTERS_PER_SM, rates_of
 
 INSTRUCTION_BYTES = 16
 
+# How much more often the instructions of a loop are thought to run than those around it. Large enough that an unrolled
+# inner loop outweighs the code for what its unrolling leaves over, small enough that a register tile's loop outweighs a
+# rolled loop for special cases deeper inside.
+NESTING_WEIGHT = 3.0
+
 # Fused multiply-adds that one warp instruction performs. The first match counts; tensor instructions carry their shape.
 _VECTOR_FMA = {"FFMA2": 64, "FFMA": 32, "DFMA": 32, "HFMA2": 64}
 _TENSOR = re.compile(r"^(?:HMMA|DMMA|HGMMA)\.(?:SP\.)?(\d+x\d+x\d+|\d+)")
@@ -232,8 +237,8 @@ class Loop:
 def main_loop(instructions: Sequence[Instruction]) -> tuple[Loop, Loop | None]:
     """The loop that does the work, and the smallest loop around it.
 
-    The work is where the useful instructions are, each loop's own weighed by 10 for every level of nesting; the whole
-    kernel where no loop has any.
+    The work is where the useful instructions are, each loop's own weighed by `NESTING_WEIGHT` for every level of nesting;
+    the whole kernel where no loop has any.
     """
     spans = find_loops(instructions)
     whole = Span(0, len(instructions) - 1, 0)
@@ -248,7 +253,7 @@ def main_loop(instructions: Sequence[Instruction]) -> tuple[Loop, Loop | None]:
 
     def weight(span: Span) -> tuple[float, int]:
         useful = sum(i.fma > 0 for i in own(span))
-        return useful * 10.0**span.depth, span.depth
+        return useful * NESTING_WEIGHT**span.depth, span.depth
 
     best = max([whole, *spans], key=weight)
     around = min((s for s in spans if s.contains(best)), key=lambda s: s.last - s.first, default=None)

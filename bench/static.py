@@ -25,7 +25,8 @@ from rich.table import Table
 
 from gpuconv import dispatch
 from gpuconv.device import ARCHITECTURES, Device
-from gpuconv.families import Config, Launch, Layout
+from gpuconv.families import FAMILIES, Config, Launch, Layout
+from gpuconv.problem import ConvProblem
 
 from .layers import Layer, load
 from .marks import replace_between
@@ -71,6 +72,14 @@ def launches_of(choice: dispatch.Choice) -> Iterator[tuple[Config, Launch]]:
     yield choice.config, choice.launch
     if choice.pack is not None:
         yield choice.pack.config, choice.pack.launch
+
+
+def base_choice(problem: ConvProblem, device: Device) -> dispatch.Choice:
+    """What the family of last resort would run, whatever dispatch prefers."""
+    layout = Layout.contiguous(problem)
+    family = [family for family in FAMILIES if family.op == problem.op][-1]
+    config, launch = family.configure(problem, layout, device)
+    return dispatch.Choice(family.name, config, launch, ())
 
 
 def compile_all(configs: Iterable[Config], arch: str, console: Console) -> dict[Config, KernelReport]:
@@ -232,16 +241,23 @@ def prediction_table(rows: Sequence[Row], device: Device) -> Table:
 
 
 def predictions_markdown(rows: Sequence[Row], device: Device) -> str:
-    """The table of bench/PREDICTIONS.md for one mode of one device."""
+    """The table of bench/PREDICTIONS.md: the kernels that dispatch chooses beside those of last resort, float32."""
     lines = [
-        f"Predicted for {device.name} ({device.arch_name}), {rows[0].mode}, CUDA graph replay, cold caches:",
+        f"Predicted for {device.name} ({device.arch_name}), float32, CUDA graph replay, cold caches. Base: the same layer "
+        "by the family of last resort, `conv1d_direct` or `conv_transpose1d_gather`.",
         "",
-        "| layer | family | predicted us | limit | blocks per SM | waves |",
-        "| --- | --- | ---: | --- | ---: | ---: |",
+        "| layer | family | predicted us | limit | blocks per SM | waves | base, predicted us | limit |",
+        "| --- | --- | ---: | --- | ---: | ---: | ---: | --- |",
     ]
+    problems = {layer.name: layer.problem("float32") for layer in load()}
     for row in rows:
-        p = row.prediction
-        lines.append(f"| {row.layer} | {row.family} | {p.us:,.1f} | {p.limit} | {p.blocks_per_sm} | {p.waves} |")
+        p, problem = row.prediction, problems[row.layer]
+        choice = base_choice(problem, device)
+        base = predict(problem, choice, report(choice.config, device.arch_name), device)
+        lines.append(
+            f"| {row.layer} | {row.family} | {p.us:,.1f} | {p.limit} | {p.blocks_per_sm} | {p.waves} "
+            f"| {base.us:,.1f} | {base.limit} |"
+        )
     return "\n".join(lines)
 
 
