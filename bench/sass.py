@@ -237,8 +237,8 @@ class Loop:
 def main_loop(instructions: Sequence[Instruction]) -> tuple[Loop, Loop | None]:
     """The loop that does the work, and the smallest loop around it.
 
-    The work is where the useful instructions are, each loop's own weighed by `NESTING_WEIGHT` for every level of nesting;
-    the whole kernel where no loop has any.
+    The work is where the useful instructions are, each loop's own weighed by `NESTING_WEIGHT` for every level of
+    nesting; the whole kernel where no loop has any.
     """
     spans = find_loops(instructions)
     whole = Span(0, len(instructions) - 1, 0)

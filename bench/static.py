@@ -243,8 +243,8 @@ def prediction_table(rows: Sequence[Row], device: Device) -> Table:
 def predictions_markdown(rows: Sequence[Row], device: Device) -> str:
     """The table of bench/PREDICTIONS.md: the kernels that dispatch chooses beside those of last resort, float32."""
     lines = [
-        f"Predicted for {device.name} ({device.arch_name}), float32, CUDA graph replay, cold caches. Base: the same layer "
-        "by the family of last resort, `conv1d_direct` or `conv_transpose1d_gather`.",
+        f"Predicted for {device.name} ({device.arch_name}), float32, CUDA graph replay, cold caches. Base: the same "
+        "layer by the family of last resort, `conv1d_direct` or `conv_transpose1d_gather`.",
         "",
         "| layer | family | predicted us | limit | blocks per SM | waves | base, predicted us | limit |",
         "| --- | --- | ---: | --- | ---: | ---: | ---: | --- |",
