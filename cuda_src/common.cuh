@@ -113,8 +113,9 @@ __device__ __forceinline__ Complex<real_t> add(Complex<real_t> a, Complex<real_t
 }
 
 // The last step of every family: output = round(acc + offset), where offset is the bias or, without one, +0. The bias is
-// itself added to +0 first. So no result is -0, whatever signs of zero came up on the way, and a family may add products
-// with zeros in place of taps that do not exist without changing a bit.
+// itself added to +0 first. So a sum of zero comes out as +0, whatever signs of zero came up on the way, and a family may
+// add products with zeros in place of taps that do not exist without changing a bit. (A negative sum too small for the
+// output's dtype still rounds to -0.)
 __device__ __forceinline__ acc_t bias_or_zero(const storage_t* bias, index_t offset) {
     return bias == nullptr ? scalar::zero() : add(scalar::load(bias[offset]), scalar::zero());
 }

@@ -101,7 +101,7 @@ class _Kernel:
         self._function(self._grid, self._block, (*pointers, self._params_pointer), self._shared_bytes)
 
 
-# Buffers of packed weights that captured CUDA graphs read whenever they run again, so they are never given back.
+# Temporary buffers that captured CUDA graphs use whenever they run again, so they are never given back.
 _CAPTURED: list[Any] = []
 
 
@@ -223,6 +223,8 @@ class Plan:
         self._run(usable["input"], usable["weight"], usable["bias"], target, prepared)
         if target is not output:
             output[...] = target
+        if cupy.cuda.get_current_stream().is_capturing():
+            _CAPTURED.extend([*usable.values(), target])
 
 
 def make_plan(problem: ConvProblem, input: Any, weight: Any, bias: Any | None, output: Any | None) -> Plan:
