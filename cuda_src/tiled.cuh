@@ -9,7 +9,7 @@
 //
 // Terms outside the input are multiplied as zeros. For finite weights this changes no bit (see bias_or_zero in
 // common.cuh); an infinite or NaN weight times such a zero makes a NaN out of nothing, so a thread that meets a NaN
-// computes its results with missing terms again, term by term, as the base families do.
+// computes all results of its columns again without the missing terms, as the base families do.
 //
 // COLUMN_STEP > 0 says that a block's columns belong to one sample, that the input is contiguous along l, and that
 // column_step has this value, so that one address serves a thread's columns. COLUMN_STEP = 0 says nothing: columns run
@@ -143,7 +143,7 @@ __device__ __forceinline__ void store_tile(
     }
     if (!met_nan) return;
 
-    // -- the rare way out: results of this lane's columns that miss terms are summed again without them ---------------
+    // -- the rare way out: all results of this lane's columns are summed again, without the terms that are missing -----
 #pragma unroll 1
     for (int e = 0; e < kWarpRows * kColumns; ++e) {
         const index_t row = tile.row_begin + warp * kWarpRows + e / kColumns;
