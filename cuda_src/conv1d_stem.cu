@@ -25,7 +25,7 @@
 // Terms outside the input are multiplied as zeros, which tiled.cuh explains; a tile that has such terms and meets a NaN is
 // summed again without them.
 // Needs nothing: arrays of any strides, in elements. Chosen for 1 to 4 input channels a group where the input of a tile
-// fits in shared memory.
+// fits in shared memory and conv1d_tail does not do.
 //
 // Macros read: BLOCK_L, THREAD_C, THREAD_L, IS_CONTIGUOUS, MAX_THREADS, MIN_BLOCKS, and those of common.cuh.
 

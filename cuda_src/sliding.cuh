@@ -6,24 +6,29 @@
 // vectors of input, of which the next taps use one again, so that each tap block costs one load of input.
 //
 // Rows of input pass through two buffers of shared memory, chunk_channels channels at a time, as they are stored, and with
-// them their weights, in the accumulator's type and in the order of use: [channel][tap block][THREAD_C][kVec]. Of a row of
+// them their weights, in the accumulator's type and in the order of use: [channel][tap block][THREAD_C][kVec], or for 4
+// rows and more, whose weights of one tap fill vectors, [channel][tap block][kVec][THREAD_C]. Of a row of
 // input the block's window begins `lead` positions early, where a copy of copy_elements elements is aligned; the weights
 // begin with as many zeros, and end with zeros that fill up the last tap block. Positions outside the input are zeros too.
-// tiled.cuh explains why these zeros change no bit, and what happens where they meet values that are no numbers.
+// tiled.cuh explains why these zeros change no bit, and what happens where they meet values that are no numbers. Kernels with
+// IS_REVERSED = 1, whose taps are few and whose rows are many, stop at the last tap instead of multiplying zeros behind it.
 //
 // Macros read: BLOCK_L, THREAD_C, IS_REVERSED, and those of common.cuh.
 
 constexpr int kVec = 16 / int(sizeof(storage_t));
 constexpr int kThreads = BLOCK_L / kVec;
+constexpr int kWeightVec = sizeof(acc_t) < 16 ? 16 / int(sizeof(acc_t)) : 1;
+constexpr bool kRowsInVectors = THREAD_C >= 4;
 constexpr int kTapBlock = THREAD_C * kVec;  // weights of a channel's tap block
 static_assert(kThreads * kVec == BLOCK_L && kThreads % 32 == 0, "whole warps own BLOCK_L: gpuconv/families/sliding.py");
 
 struct alignas(16) InputVector {
     storage_t element[kVec];
 };
-struct alignas(sizeof(acc_t) * kVec < 16 ? sizeof(acc_t) * kVec : 16) WeightVector {
-    acc_t element[kVec];
+struct alignas(sizeof(acc_t) * kWeightVec) WeightVector {
+    acc_t element[kWeightVec];
 };
+static_assert(kTapBlock % kWeightVec == 0 && (!kRowsInVectors || THREAD_C % kWeightVec == 0), "weights are whole vectors");
 
 // One block's columns. Offsets and strides are in elements.
 struct Slide {
@@ -96,9 +101,11 @@ __device__ __forceinline__ void slide_sums(
         for (int e = threadIdx.x; e < channels * channel_weights; e += kThreads) {
             const int c = e / channel_weights, in_channel = e - c * channel_weights;
             const int block = in_channel / kTapBlock, in_block = in_channel % kTapBlock;
-            const int tap = block * kVec + in_block % kVec - slide.lead;
+            const int i = kRowsInVectors ? in_block / THREAD_C : in_block % kVec;
+            const int row = kRowsInVectors ? in_block % THREAD_C : in_block / kVec;
+            const int tap = block * kVec + i - slide.lead;
             const storage_t* source = nullptr;
-            if (tap >= 0 && tap < slide.taps) source = weight_at(in_block / kVec, c_begin + c, tap);
+            if (tap >= 0 && tap < slide.taps) source = weight_at(row, c_begin + c, tap);
             if (source == nullptr) {
                 w[e] = scalar::zero();
             } else {
@@ -136,34 +143,57 @@ __device__ __forceinline__ void slide_sums(
 #pragma unroll
                 for (int j = 0; j < kVec; ++j) x[half * kVec + j] = scalar::load(vector.element[j]);
             };
-            // Taps against the vectors in halves `low` (the lower positions) and 1 - low.
-            const auto multiply_block = [&](int low) {
+            // The taps of a block against the vectors in halves `low` (the lower positions) and 1 - low.
+            const auto multiply_block = [&](int low, int taps) {
+                WeightVector vectors[kTapBlock / kWeightVec];
+                if (!kRowsInVectors) {
+#pragma unroll
+                    for (int v = 0; v < kTapBlock / kWeightVec; ++v) vectors[v] = w[v];
+                }
 #pragma unroll
                 for (int i = 0; i < kVec; ++i) {
+                    if (IS_REVERSED && i >= taps) break;
+                    if (kRowsInVectors) {
+#pragma unroll
+                        for (int v = 0; v < THREAD_C / kWeightVec; ++v) vectors[v] = w[i * (THREAD_C / kWeightVec) + v];
+                    }
 #pragma unroll
                     for (int r = 0; r < THREAD_C; ++r) {
+                        const int at_weight = kRowsInVectors ? r : r * kVec + i;
+                        const acc_t weight = vectors[at_weight / kWeightVec].element[at_weight % kWeightVec];
 #pragma unroll
                         for (int j = 0; j < kVec; ++j) {
                             const int at = IS_REVERSED ? kVec + j - i : j + i;
                             const int half = at < kVec ? low : 1 - low;
-                            acc[r][j] = multiply_add(w[r].element[i], x[half * kVec + at % kVec], acc[r][j]);
+                            acc[r][j] = multiply_add(weight, x[half * kVec + at % kVec], acc[r][j]);
                         }
                     }
                 }
-                w += THREAD_C;
+                w += kTapBlock / kWeightVec;
             };
             load_half(0);
-            int block = 0;
+            int taps = slide.lead + int(slide.taps);
+            if (kRowsInVectors) {
 #pragma unroll 1
-            for (; block + 2 <= slide.tap_blocks; block += 2) {
-                load_half(1);
-                multiply_block(IS_REVERSED ? 1 : 0);
-                load_half(0);
-                multiply_block(IS_REVERSED ? 0 : 1);
-            }
-            if (block < slide.tap_blocks) {
-                load_half(1);
-                multiply_block(IS_REVERSED ? 1 : 0);
+                for (; taps > 0; taps -= kVec) {
+                    load_half(1);
+                    multiply_block(IS_REVERSED ? 1 : 0, taps);
+#pragma unroll
+                    for (int j = 0; j < kVec; ++j) x[j] = x[kVec + j];
+                }
+            } else {
+                // Two blocks at a time: moving the vector that the next block needs again would cost too much here.
+#pragma unroll 1
+                for (; taps > kVec; taps -= 2 * kVec) {
+                    load_half(1);
+                    multiply_block(IS_REVERSED ? 1 : 0, taps);
+                    load_half(0);
+                    multiply_block(IS_REVERSED ? 0 : 1, taps - kVec);
+                }
+                if (taps > 0) {
+                    load_half(1);
+                    multiply_block(IS_REVERSED ? 1 : 0, taps);
+                }
             }
         }
     }

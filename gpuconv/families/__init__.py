@@ -11,6 +11,7 @@ from .conv1d_tiled import Conv1dTiled
 from .conv_transpose1d_depthwise import ConvTranspose1dDepthwise
 from .conv_transpose1d_gather import ConvTranspose1dGather
 from .conv_transpose1d_phases import ConvTranspose1dPhases
+from .conv_transpose1d_tail import ConvTranspose1dTail
 
 FAMILIES: tuple[Family, ...] = (
     Conv1dDepthwise(),
@@ -18,6 +19,7 @@ FAMILIES: tuple[Family, ...] = (
     Conv1dTail(),
     Conv1dTiled(),
     ConvTranspose1dDepthwise(),
+    ConvTranspose1dTail(),
     ConvTranspose1dPhases(),
     Conv1dDirect(),
     ConvTranspose1dGather(),

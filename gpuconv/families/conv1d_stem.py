@@ -35,10 +35,11 @@ class Tile:
     min_blocks: int
 
 
-# By the size of the accumulator: a wide tile with the fewest loads for each multiply-add that two blocks of 256 threads
-# have registers for, and a small one for layers with too few outputs to fill a GPU with wide ones.
-TILES: dict[int, tuple[Tile, Tile]] = {
-    4: (Tile(4, 16, 2), Tile(2, 8, 2)),
+# By the size of the accumulator: first a wide tile with the fewest loads for each multiply-add that two blocks of 256
+# threads have registers for; then one for layers with too few outputs to fill a GPU with wide ones, which has a kernel
+# with 64-bit indices, too; then one for few channels.
+TILES: dict[int, tuple[Tile, ...]] = {
+    4: (Tile(4, 16, 2), Tile(2, 8, 2), Tile(4, 4, 2)),
     8: (Tile(2, 16, 2), Tile(2, 4, 2)),
     16: (Tile(1, 8, 2), Tile(1, 4, 2)),
 }
@@ -47,7 +48,7 @@ TILES: dict[int, tuple[Tile, Tile]] = {
 _CHUNK_TERMS = 64
 _FEWEST_CHUNK_TERMS = 8
 # Blocks that each multiprocessor should get at least, before a block goes through several tiles to load weights once.
-_BLOCKS_EACH = 16
+_BLOCKS_EACH = 8
 # Instructions besides the multiply-adds and the loads of their operands, from the machine code for sm_90: of a term, of
 # one loaded input or weight, of one result.
 _TERM_SLOTS = 1.5
@@ -144,11 +145,12 @@ class Plan:
 
 
 @lru_cache(maxsize=1024)
-def _plans(problem: ConvProblem, device: Device, *, general: bool) -> tuple[Plan, ...]:
-    """The possible plans, best first."""
-    large, small = TILES[max(4, ITEMSIZE[problem.dtype])]
-    shapes = [] if general else [(large, 1)]
-    shapes += [(small, samples) for samples in dict.fromkeys((1, small.thread_l))]
+def _compare_plans(problem: ConvProblem, device: Device, *, is_wide: bool, is_contiguous: bool) -> tuple[Plan, ...]:
+    """The possible plans, best first, for 64-bit indices and for outputs that are contiguous along l."""
+    large, *others = TILES[max(4, ITEMSIZE[problem.dtype])]
+    shapes = [(large, 1)] if is_contiguous and not is_wide else []
+    for tile in others[:1] if is_wide else others:
+        shapes += [(tile, samples) for samples in dict.fromkeys((1, tile.thread_l))]
     plans = (Plan.of(problem, device, tile, samples) for tile, samples in shapes)
     return tuple(sorted((plan for plan in plans if plan is not None), key=lambda plan: plan.slots))
 
@@ -163,8 +165,8 @@ class Conv1dStem(Family):
         p = problem
         if not 1 <= p.C_in_g <= MAX_C_IN_G:
             return f"needs C_in/groups from 1 to {MAX_C_IN_G}"
-        if p.C_out_g < MIN_C_OUT_G:
-            return f"needs C_out/groups >= {MIN_C_OUT_G}"
+        if p.C_out_g < MIN_C_OUT_G and (p.C_in_g == 1 or (p.stride == 1 and p.dilation == 1)):
+            return f"needs C_out/groups >= {MIN_C_OUT_G}, or C_in/groups > 1 and a stride or a dilation"
         plans = self._plans(p, layout, device)
         if not plans:
             return "needs an input window, over min(K, stride) taps, that fits in shared memory"
@@ -222,15 +224,19 @@ class Conv1dStem(Family):
 
     def configs(self, device: Device) -> Iterator[Config]:
         for dtype in DTYPES:
-            large, small = TILES[max(4, ITEMSIZE[dtype])]
+            large, *others = TILES[max(4, ITEMSIZE[dtype])]
             yield self._config(large, True, dtype, 32)
-            for bits in (32, 64):
-                yield self._config(small, False, dtype, bits)
+            for tile in others:
+                yield self._config(tile, False, dtype, 32)
+            yield self._config(others[0], False, dtype, 64)
 
     def _plans(self, problem: ConvProblem, layout: Layout, device: Device) -> tuple[Plan, ...]:
-        # The large tile has a kernel for 32-bit indices and outputs that are contiguous along l only.
-        general = self._index_bits(problem, layout) == 64 or layout.output.strides[2] != 1
-        return _plans(problem, device, general=general)
+        return _compare_plans(
+            problem,
+            device,
+            is_wide=self._index_bits(problem, layout) == 64,
+            is_contiguous=layout.output.strides[2] == 1,
+        )
 
     def _index_bits(self, problem: ConvProblem, layout: Layout) -> int:
         # Beyond the arrays the kernel forms positions of the last tile's columns behind L_out and what they read, the

@@ -95,4 +95,6 @@ class Conv1dTail(Family):
         )
 
     def _slide(self, p: ConvProblem, layout: Layout, device: Device) -> Slide | None:
-        return Slide.of(p, layout.input, device, rows=self._rows(p, layout), taps=p.K, position=-p.padding_left)
+        return Slide.of(
+            p, layout.input, device, rows=self._rows(p, layout), taps=p.K, position=-p.padding_left, is_reversed=False
+        )

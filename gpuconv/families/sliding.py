@@ -44,7 +44,15 @@ class Slide:
 
     @classmethod
     def of(
-        cls, p: ConvProblem, input: ArrayLayout, device: Device, *, rows: int, taps: int, position: int
+        cls,
+        p: ConvProblem,
+        input: ArrayLayout,
+        device: Device,
+        *,
+        rows: int,
+        taps: int,
+        position: int,
+        is_reversed: bool,
     ) -> Slide | None:
         """None where one channel's window and weights do not fit in shared memory.
 
@@ -54,8 +62,8 @@ class Slide:
             device: the GPU.
             rows: of weights, THREAD_C.
             taps: of a row.
-            position: what must be a whole number of copies away from an aligned element: that of column 0, tap 0,
-                negative for windows that run backwards.
+            position: of column 0, tap 0, negated where is_reversed.
+            is_reversed: IS_REVERSED.
         """
         vec = vector(p.dtype)
         choices = []
@@ -68,7 +76,8 @@ class Slide:
                 # register and costs twice as much.
                 weights = rows * vec * max(4, p.itemsize) / 16
                 copies = vec / copy * (3 if copy * p.itemsize >= 4 else 6)
-                slots = tap_blocks * (rows * vec * vec * (4 if p.is_complex else 1) + weights + 1) + copies
+                multiplied = taps + lead if is_reversed else tap_blocks * vec
+                slots = multiplied * rows * vec * (4 if p.is_complex else 1) + tap_blocks * (weights + 1) + copies
                 choices.append((slots, tap_blocks, lead, copy))
             copy //= 2
         slots, tap_blocks, lead, copy = min(choices)

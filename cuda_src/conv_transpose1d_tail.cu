@@ -1,0 +1,80 @@
+// conv_transpose1d_tail: transposed convolution of layers with few output channels a group and dilation 1, where the input
+// dominates.
+//
+//   output[n, c_out, l_out] = bias[c_out]
+//       + sum over c_in < C_in_g, k < K of weight[g*C_in_g + c_in, c_out % C_out_g, k] * input[n, g*C_in_g + c_in, l_in],
+//   g = c_out / C_out_g,   l_in*stride = l_out + padding_left - k,   taps without such an l_in left out.
+//
+// With l_out + padding_left = q*stride + phase the taps are k = phase + tap*stride, and tap reads l_in = q - tap: the sums of
+// sliding.cuh with rows = (c_out, phase), columns = q.
+// Grid x: blocks of THREAD_C rows (fastest, so that blocks which read one window run together), then of neighbouring columns,
+// then samples, then groups. Grid y and z: 1. Dynamic shared memory: two buffers of input and weights.
+// Uses: sliding.cuh
+// Macros read: MIN_BLOCKS, and those of sliding.cuh.
+// Needs nothing: arrays of any strides, in elements. Chosen for 1 to 4 output channels a group and few rows.
+
+struct Params {
+    index_t N, L_in, L_out, K;
+    index_t C_in_g, C_out_g;
+    index_t stride, padding_left;
+    index_t input_stride_n, input_stride_c, input_stride_l;
+    index_t weight_stride_in, weight_stride_out, weight_stride_k;
+    index_t bias_stride;
+    index_t output_stride_n, output_stride_c, output_stride_l;
+    index_t row_blocks, column_blocks, columns, q_begin, taps;
+    index_t tap_blocks, lead, chunk_channels, copy_elements;
+};
+static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/conv_transpose1d_tail.py");
+
+extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) conv_transpose1d_tail(
+    const storage_t* __restrict__ input,   // [N, C_in, L_in]
+    const storage_t* __restrict__ weight,  // [C_in, C_out_g, K]
+    const storage_t* __restrict__ bias,    // [C_out], or null
+    storage_t* __restrict__ output,        // [N, C_out, L_out]
+    const Params p) {
+    const index_t column_block = index_t(blockIdx.x) / p.row_blocks;
+    const index_t sample = column_block / p.column_blocks;
+    const index_t g = sample / p.N;
+    const index_t n = sample - g * p.N;
+    const index_t row_begin = (index_t(blockIdx.x) - column_block * p.row_blocks) * THREAD_C;
+
+    Slide slide;
+    slide.input = input + (n * p.input_stride_n + g * p.C_in_g * p.input_stride_c);
+    slide.C_in_g = p.C_in_g;
+    slide.L_in = p.L_in;
+    slide.taps = p.taps;
+    slide.column_begin = (column_block - sample * p.column_blocks) * BLOCK_L;
+    slide.columns = p.columns;
+    slide.first = p.q_begin;
+    slide.input_stride_c = p.input_stride_c;
+    slide.input_stride_l = p.input_stride_l;
+    slide.tap_blocks = int(p.tap_blocks);
+    slide.lead = int(p.lead);
+    slide.chunk_channels = int(p.chunk_channels);
+    slide.copy_elements = int(p.copy_elements);
+    weight += g * p.C_in_g * p.weight_stride_in;                          // weight[g*C_in_g, 0, 0]
+    output += n * p.output_stride_n + g * p.C_out_g * p.output_stride_c;  // output[n, g*C_out_g, 0]
+
+    const auto weight_at = [&](int row, index_t c_in, index_t tap) -> const storage_t* {
+        const index_t c_out = (row_begin + row) / p.stride;
+        const index_t k = row_begin + row - c_out * p.stride + tap * p.stride;
+        if (c_out >= p.C_out_g || k >= p.K) return nullptr;
+        return weight + (c_in * p.weight_stride_in + c_out * p.weight_stride_out + k * p.weight_stride_k);
+    };
+    // Of one row, count columns from `column` on.
+    const auto store_some = [&](int row, index_t column, const acc_t* sums, int count) {
+        const index_t c_out = (row_begin + row) / p.stride;
+        if (c_out >= p.C_out_g) return;
+        const index_t phase = row_begin + row - c_out * p.stride;
+        const acc_t last = bias_or_zero(bias, (g * p.C_out_g + c_out) * p.bias_stride);
+        index_t l_out = (p.q_begin + column) * p.stride + phase - p.padding_left;
+        storage_t* const y = output + c_out * p.output_stride_c;
+#pragma unroll
+        for (int j = 0; j < count; ++j, l_out += p.stride) {
+            if (l_out >= 0 && l_out < p.L_out) y[l_out * p.output_stride_l] = scalar::round(add(sums[j], last));
+        }
+    };
+    const auto store = [&](int row, index_t column, const acc_t(&sums)[kVec]) { store_some(row, column, sums, kVec); };
+    const auto store_one = [&](int row, index_t column, acc_t sum) { store_some(row, column, &sum, 1); };
+    slide_sums(slide, weight_at, store, store_one);
+}
