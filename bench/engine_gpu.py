@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -254,9 +254,9 @@ class _Data:
         x, w, b = self.sets[0]
         self.oracle = Oracle(
             problem,
-            lambda part: cupy.asnumpy(x[part]),
-            lambda part: cupy.asnumpy(w[part]),
-            None if b is None else (lambda part: cupy.asnumpy(b[part])),
+            partial(_fetch, cupy, x),
+            partial(_fetch, cupy, w),
+            None if b is None else partial(_fetch, cupy, b),
         )
         self._tensors: list[tuple[Any, Any, Any]] | None = None
 
@@ -321,7 +321,7 @@ class _OurRunner:
         output = self.targets.setdefault(0, self._poisoned())
         self.function(*self.data.sets[0], out=output)
         verdict = self.data.oracle.judge(
-            lambda part: cupy.asnumpy(output[part]),
+            partial(_fetch, cupy, output),
             mode=self.mode.name,
             all_finite=_all_finite(cupy, output),
             bounded=self.mode.precision == "float32",
@@ -432,6 +432,13 @@ def _driver_release() -> str | None:
     return next((word for word in words if word.count(".") >= 1 and word.replace(".", "").isdigit()), None)
 
 
+def _fetch(cupy: Any, array: Any, part: tuple[slice, ...]) -> Array:
+    """A part of a CuPy array on the host; 16-bit formats travel as integers, which every version of CuPy can copy."""
+    if array.dtype.itemsize != 2:
+        return np.asarray(cupy.asnumpy(array[part]))
+    return np.asarray(np.ascontiguousarray(cupy.asnumpy(array.view(np.uint16)[part])).view(array.dtype))
+
+
 def _all_finite(cupy: Any, array: Any) -> bool:
     """Whether all elements are finite, read off the bits: exponents of all ones are infinities and NaNs."""
     name = array.dtype.name
@@ -458,7 +465,8 @@ def measure_ceilings(micro: Micro, name: str) -> tuple[Ceilings, dict[str, str]]
 
     from .rates import published_ceilings
 
-    published = published_ceilings(ARCHITECTURES[f"sm_{micro.arch}"]) if f"sm_{micro.arch}" in ARCHITECTURES else None
+    typical = ARCHITECTURES.get(f"sm_{micro.arch}")
+    published = None if typical is None else published_ceilings(replace(typical, name=name, num_sms=micro.num_sms))
     flops = {"float32": 1e12 * micro.fma_tflops()}
     sources = {"copy": "measured", "float32": "measured"}
     for precision in ("float16", "bfloat16", "tf32", "float64"):

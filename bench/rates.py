@@ -5,7 +5,7 @@ Published figures, not measurements: `bench.run` measures its own ceilings and p
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gpuconv.device import Device
 
@@ -58,15 +58,28 @@ RATES = {
 }
 
 
+# Products that differ from their architecture's entry only in the bandwidth of their memory, in GB/s on the data sheet.
+SIBLINGS = {"sm_90": {"H100": 3350.0}}
+
+
+def products(arch: str) -> tuple[Device, ...]:
+    """The products of an architecture that predictions are made for."""
+    device = Device.from_arch(arch)
+    return (device, *(replace(device, name=name) for name in SIBLINGS.get(arch, {})))
+
+
 def rates_of(device: Device) -> Rates:
-    """The rates of a device's architecture.
+    """The rates of a device's architecture, with the memory of the product where its name says which it is.
 
     Raises:
         ValueError: the architecture is not in the table.
     """
     if device.arch_name not in RATES:
         raise ValueError(f"no rates for {device.arch_name}; known: {', '.join(RATES)}")
-    return RATES[device.arch_name]
+    rates = RATES[device.arch_name]
+    siblings = SIBLINGS.get(device.arch_name, {})
+    bandwidth = next((gbps for name, gbps in siblings.items() if name in device.name), rates.dram_gbps)
+    return replace(rates, dram_gbps=bandwidth)
 
 
 def published_ceilings(device: Device) -> Ceilings:

@@ -106,12 +106,12 @@ def run_cases(
     return result
 
 
-def load_predictions(arch: str | None) -> dict[str, dict[str, float]]:
-    """Predicted microseconds by mode and layer for an architecture; none where there are none."""
+def load_predictions(arch: str | None, name: str) -> dict[str, dict[str, float]]:
+    """Predicted microseconds by mode and layer for a GPU of this name; none where none were made."""
     if arch is None or not PREDICTIONS.exists():
         return {}
     document = json.loads(PREDICTIONS.read_text(encoding="utf-8"))
-    return dict(document.get(arch, {}).get("us", {}))
+    return next((dict(us) for product, us in document.get(arch, {}).items() if product in name), {})
 
 
 # -- command line -----------------------------------------------------------------------------------------------------
@@ -207,7 +207,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             progress.update(task, description=case.name, advance=1)
             write_json(path, replace(so_far, seconds=round(time.monotonic() - start, 1)).to_json())
 
-        predictions = load_predictions(device.get("arch"))
+        predictions = load_predictions(device.get("arch"), device["name"])
         result = run_cases(cases, engine, method, budget, result, predictions, on_progress)
     print_report(result, console)
     console.print(f"Written to {path}", soft_wrap=True, highlight=False)

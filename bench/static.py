@@ -32,6 +32,7 @@ from .layers import Layer, load
 from .marks import replace_between
 from .modes import MODES, Mode, modes_of
 from .predict import Prediction, predict
+from .rates import products
 from .results import versions, write_json
 from .sass import KernelReport, ToolMissingError, blocks_per_sm, report
 
@@ -312,7 +313,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not args.check:
         console.print(prediction_table(rows, device))
     if args.update:
-        update(document, rows, device)
+        by_product = {
+            product.name: nested_predictions(prediction_rows(planned, reports, product))
+            for product in products(args.arch)
+        }
+        update(document, rows, by_product, device)
         console.print(f"Wrote {BASELINE.name}, {PREDICTIONS.name} and {PREDICTIONS_PAGE.name}.")
     return check(document, console) if args.check else 0
 
@@ -347,7 +352,7 @@ def check(document: Mapping[str, Any], console: Console) -> int:
     return 1 if found else 0
 
 
-def update(document: Mapping[str, Any], rows: Sequence[Row], device: Device) -> None:
+def update(document: Mapping[str, Any], rows: Sequence[Row], by_product: Mapping[str, Any], device: Device) -> None:
     """Write the baseline and the predictions of one architecture; those of others stay."""
     arch = document["arch"]
     baselines = json.loads(BASELINE.read_text(encoding="utf-8")) if BASELINE.exists() else {}
@@ -359,7 +364,7 @@ def update(document: Mapping[str, Any], rows: Sequence[Row], device: Device) -> 
     baselines[arch] = {"versions": document["versions"], "kernels": kernels}
     write_json(BASELINE, baselines)
     predictions = json.loads(PREDICTIONS.read_text(encoding="utf-8")) if PREDICTIONS.exists() else {}
-    predictions[arch] = {"device": device.name, "us": document["predictions_us"]}
+    predictions[arch] = by_product
     write_json(PREDICTIONS, predictions)
     if arch == "sm_90":
         page = PREDICTIONS_PAGE.read_text(encoding="utf-8")

@@ -416,6 +416,15 @@ def test_subset_modes_name_layers_that_exist() -> None:
     assert len([c for c in chosen if c.mode.name == "float64"]) == len(SUBSET)
 
 
+def test_predictions_are_those_of_the_product(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "predictions.json"
+    results.write_json(path, {"sm_90": {"H200": {"float32": {"a": 1.0}}, "H100": {"float32": {"a": 2.0}}}})
+    monkeypatch.setattr(run, "PREDICTIONS", path)
+    assert run.load_predictions("sm_90", "NVIDIA H100 80GB HBM3") == {"float32": {"a": 2.0}}
+    assert run.load_predictions("sm_90", "NVIDIA GH200 480GB") == {"float32": {"a": 1.0}}
+    assert run.load_predictions("sm_90", "NVIDIA H20") == run.load_predictions(None, "CPU") == {}
+
+
 # -- the check --------------------------------------------------------------------------------------------------------
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from bench import micro, sass, static
 from bench.predict import LAUNCH_US, predict
-from bench.rates import RATES, published_ceilings, rates_of
+from bench.rates import RATES, products, published_ceilings, rates_of
 from bench.sass import Instruction, KernelReport, Resources
 from gpuconv import dispatch
 from gpuconv.device import ARCHITECTURES, Device
@@ -202,6 +202,12 @@ def test_every_architecture_has_rates() -> None:
         rates_of(replace(H200, arch=91))
 
 
+def test_product_decides_the_bandwidth() -> None:
+    assert rates_of(replace(H200, name="NVIDIA H100 80GB HBM3")).dram_gbps == 3350
+    assert rates_of(replace(H200, name="NVIDIA H200")).dram_gbps == 4800
+    assert [device.name for device in products("sm_90")] == ["H200", "H100"]
+
+
 def test_published_ceilings_of_the_h200() -> None:
     ceilings = published_ceilings(H200)
     assert ceilings.bytes_per_second == pytest.approx(0.9 * 4.8e12)
@@ -362,7 +368,7 @@ def test_unknown_mode_is_bad_usage(capsys: pytest.CaptureFixture[str]) -> None:
 def test_predictions_page_states_that_nothing_was_measured() -> None:
     page = static.PREDICTIONS_PAGE.read_text(encoding="utf-8")
     assert "Nothing on this page was measured" in page
-    predicted = json.loads(static.PREDICTIONS.read_text(encoding="utf-8"))["sm_90"]["us"]["float32"]
+    predicted = json.loads(static.PREDICTIONS.read_text(encoding="utf-8"))["sm_90"]["H200"]["float32"]
     for layer, us in predicted.items():
         assert f"| {layer} |" in page
         assert us > 0
