@@ -21,7 +21,7 @@ struct Params {
     index_t stride, padding_left, dilation;
     index_t tiles, tiles_magic, tiles_shift;                    // of one row
     index_t row_threads, row_threads_magic, row_threads_shift;  // threads of one row
-    index_t block_rows;
+    index_t block_rows, repeats;
     index_t C_out_magic, C_out_shift;
     index_t taps_pitch;    // accumulators from one row's taps to the next row's
     index_t window;        // of one tile: 16-byte vectors (SLIDE_STRIDE > 0) or positions
@@ -33,6 +33,15 @@ struct Params {
     index_t output_stride_n, output_stride_c, output_stride_l;
 };
 static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/conv1d_depthwise.py");
+
+// input[n, c_in, 0] and weight[c_out, 0, 0] of a thread's row.
+__device__ __forceinline__ const storage_t* input_row(const storage_t* input, const Place& at, const Params& p) {
+    const index_t c_in = p.C_out_g == 1 ? at.c_out : at.c_out / p.C_out_g;
+    return input + at.n * p.input_stride_n + c_in * p.input_stride_c;
+}
+__device__ __forceinline__ const storage_t* weight_row(const storage_t* weight, const Place& at, const Params& p) {
+    return weight + at.c_out * p.weight_stride_out;
+}
 
 // The result at l_out without the terms that do not exist, before the bias.
 __device__ __forceinline__ acc_t sum_existing_terms(
@@ -49,125 +58,157 @@ __device__ __forceinline__ acc_t sum_existing_terms(
 
 #if SLIDE_STRIDE > 0
 
+// Position u of the window belongs to phase u % 2; there vector v of kVec positions lies in plane v % 2 of the phase.
+struct PhasesTarget {
+    acc_t* window;
+    int plane_pitch, ahead;
+
+    __device__ __forceinline__ PhasesTarget(Vector* window, int plane_pitch, int ahead)
+        : window(window->element), plane_pitch(plane_pitch), ahead(ahead) {}
+    __device__ __forceinline__ void store(int storage_vector, int part, const Vector& value) const {
+        const int begin = storage_vector * kStorageVec + part * kVec - ahead;
+        if (begin < 0) return;
+#pragma unroll
+        for (int e = 0; e < kVec; ++e) {
+            const int within = (begin + e) / 2;
+            const int plane = (begin + e) % 2 * 2 + (within / kVec & 1);
+            window[(plane * plane_pitch + within / kVec / 2) * kVec + within % kVec] = value.element[e];
+        }
+    }
+};
+
+// Threads lie two vectors apart, and with two planes they read neighbouring vectors.
+template <int kPhasesOf>
+struct TargetOf {
+    typedef WindowTarget<2> type;
+};
+template <>
+struct TargetOf<2> {
+    typedef PhasesTarget type;
+};
+typedef TargetOf<kPhases>::type Target;
+
 __device__ __forceinline__ void convolve_rows(
     const storage_t* input, const storage_t* weight, const storage_t* bias, storage_t* output, const Params& p) {
-    const Place at = find_place(p);
+    const Place at = find_place(p, blockIdx.x);
     const int row_threads = int(p.row_threads), plane_pitch = int(p.plane_pitch);
-    const storage_t* x = input;
-    const storage_t* const w = weight + at.c_out * p.weight_stride_out;  // weight[c_out, 0, 0]
-    storage_t* y = output;
+    storage_t* const y = output + at.n * p.output_stride_n + at.c_out * p.output_stride_c;  // output[n, c_out, 0]
     acc_t* const shared = reinterpret_cast<acc_t*>(dynamic_shared_memory());
     acc_t* const taps = shared + at.row_in_block * p.taps_pitch;
-    acc_t* const window = shared + p.block_rows * p.taps_pitch + at.row_in_block * p.window_pitch * kVec;
+    Vector* const window =
+        reinterpret_cast<Vector*>(shared + p.block_rows * p.taps_pitch) + (at.row_in_block * p.window_pitch + 1);
     index_t l_begin = 0, start = 0;  // of the tile, and of its window
-    int steps = 0;
+    int steps = 0, last_taps = 0;    // steps, and the taps of the last one
 
     if (at.has_row) {
-        const index_t c_in = p.C_out_g == 1 ? at.c_out : at.c_out / p.C_out_g;
-        x += at.n * p.input_stride_n + c_in * p.input_stride_c;         // input[n, c_in, 0]
-        y += at.n * p.output_stride_n + at.c_out * p.output_stride_c;  // output[n, c_out, 0]
-        l_begin = at.tile * row_threads * THREAD_L - elements_past_boundary(y);
+        const storage_t* const x = input_row(input, at, p);
+        const storage_t* const w = weight_row(weight, at, p);
+        l_begin = at.tile * row_threads * p.repeats * THREAD_L - elements_past_boundary(y);
         const index_t l_first = l_begin * kPhases - p.padding_left;
         const int lead = int(l_first + elements_past_boundary(x)) & (kVec - 1);
         start = l_first - lead;
         steps = int(ceil_div(p.K + lead, kTaps));
+        last_taps = int(p.K) + lead - (steps - 1) * kTaps;
         stage_taps(taps, w, p.weight_stride_k, p.K, lead, steps * kTaps, at.place, row_threads);
-        // Position u of the window belongs to phase u % kPhases; there vector v of kVec positions lies in plane v % 2, so
-        // that threads, two vectors apart, read neighbouring vectors.
-        stage_window<kPhases * THREAD_L / kStorageVec + 1>(
-            x, p.L_in, start, int(p.window), at.place, row_threads, [&](int vector, const Vector& value) {
-                if (kPhases == 1) {
-                    reinterpret_cast<Vector*>(window)[(vector & 1) * plane_pitch + (vector >> 1)] = value;
-                    return;
-                }
-#pragma unroll
-                for (int e = 0; e < kVec; ++e) {
-                    const int u = vector * kVec + e;
-                    const int within = u / kPhases;
-                    const int plane = u % kPhases * 2 + (within / kVec & 1);
-                    window[(plane * plane_pitch + within / kVec / 2) * kVec + within % kVec] = value.element[e];
-                }
-            });
+        const int ahead = elements_ahead(x, start);
+        stage_window(
+            x, p.L_in, start, ahead, int(p.window), at.place, row_threads, Target(window, plane_pitch, ahead));
     }
     __syncthreads();
-    const index_t l_out = l_begin + at.place * THREAD_L;
-    if (!at.has_row || l_out >= p.L_out) return;
+    if (!at.has_row) return;
 
-    // Steps whose positions all lie outside the input are left out; the first one is even, as the planes want it.
-    const index_t before = -start - kPhases * (THREAD_L * at.place + 3 * kVec - 1);
-    const index_t behind = min_index(p.window * kVec, p.L_in - start) - kPhases * THREAD_L * at.place;
-    const int step = before > 0 ? int(before / kTaps) & ~1 : 0;
-    const int steps_end = behind > 0 ? int(min_index(steps, ceil_div(behind, kTaps))) : 0;
+    const acc_t offset = bias_or_zero(bias, at.c_out * p.bias_stride);
+#pragma unroll 1
+    for (int place = at.place; place < row_threads * int(p.repeats); place += row_threads) {
+        const index_t l_out = l_begin + place * THREAD_L;
+        if (l_out >= p.L_out) return;
 
-    acc_t acc[THREAD_L];
-#pragma unroll
-    for (int j = 0; j < THREAD_L; ++j) acc[j] = scalar::zero();
-    if (step < steps_end) {
-        const Vector* tap = reinterpret_cast<const Vector*>(taps) + kPhases * step;
-        const Vector* even = reinterpret_cast<const Vector*>(window) + (at.place + step / 2);
-        const Vector* odd = even + plane_pitch;
-        Vector held[kPhases][3];
-#pragma unroll
-        for (int phase = 0; phase < kPhases; ++phase) {
-            held[phase][0] = even[2 * phase * plane_pitch];
-            held[phase][1] = odd[2 * phase * plane_pitch];
+        // Of many steps those whose positions all lie outside the input are left out; the first one left is even, as the
+        // planes want it.
+        int step = 0, steps_end = steps;
+        if (steps > kFewSteps) {
+            const index_t before = -start - kPhases * (THREAD_L * place + 3 * kVec - 1);
+            const index_t behind = min_index(p.window * kVec, p.L_in - start) - kPhases * THREAD_L * place;
+            step = before > 0 ? int(before / kTaps) & ~1 : 0;
+            steps_end = behind > 0 ? int(min_index(steps, ceil_div(behind, kTaps))) : 0;
         }
-        // Of the three vectors held, `oldest` meets the step's first tap; the next vector replaces the one before it.
-        const auto multiply_step = [&](const Vector* next, int index, int oldest) {
-            Vector term[kPhases];
+
+        acc_t acc[THREAD_L];
+#pragma unroll
+        for (int j = 0; j < THREAD_L; ++j) acc[j] = scalar::zero();
+        if (step < steps_end) {
+            const Vector* tap = reinterpret_cast<const Vector*>(taps) + kPhases * step;
+            const Vector* even = window + (place + step / 2);
+            const Vector* odd = even + plane_pitch;
+            Vector held[kPhases][3];
 #pragma unroll
             for (int phase = 0; phase < kPhases; ++phase) {
-                held[phase][(oldest + 2) % 3] = next[2 * phase * plane_pitch];
-                term[phase] = tap[index * kPhases + phase];
+                held[phase][0] = even[2 * phase * plane_pitch];
+                held[phase][1] = odd[2 * phase * plane_pitch];
             }
+            // Of the three vectors held, `oldest` meets the step's first tap; the next vector replaces the one before it.
+            const auto multiply_step = [&](const Vector* next, int index, int oldest, int count = kTaps) {
+                Vector term[kPhases];
 #pragma unroll
-            for (int t = 0; t < kTaps; ++t) {
+                for (int phase = 0; phase < kPhases; ++phase) {
+                    held[phase][(oldest + 2) % 3] = next[2 * phase * plane_pitch];
+                    term[phase] = tap[index * kPhases + phase];
+                }
 #pragma unroll
-                for (int j = 0; j < THREAD_L; ++j) {
-                    const int position = j + t / kPhases;
-                    acc[j] = multiply_add(
-                        term[t / kVec].element[t % kVec],
-                        held[t % kPhases][(oldest + position / kVec) % 3].element[position % kVec], acc[j]);
+                for (int t = 0; t < kTaps; ++t) {
+                    if (t >= count) break;
+#pragma unroll
+                    for (int j = 0; j < THREAD_L; ++j) {
+                        const int position = j + t / kPhases;
+                        acc[j] = multiply_add(
+                            term[t / kVec].element[t % kVec],
+                            held[t % kPhases][(oldest + position / kVec) % 3].element[position % kVec], acc[j]);
+                    }
+                }
+            };
+            if (steps <= kFewSteps) {
+                multiply_step(even + 1, 0, 0);
+                if (steps == 2) multiply_step(odd + 1, 1, 1, last_taps);
+            } else {
+#pragma unroll 1
+                for (int left = steps_end - step;; left -= 6) {
+                    multiply_step(even + 1, 0, 0);
+                    if (left == 1) break;
+                    multiply_step(odd + 1, 1, 1);
+                    if (left == 2) break;
+                    multiply_step(even + 2, 2, 2);
+                    if (left == 3) break;
+                    multiply_step(odd + 2, 3, 0);
+                    if (left == 4) break;
+                    multiply_step(even + 3, 4, 1);
+                    if (left == 5) break;
+                    multiply_step(odd + 3, 5, 2);
+                    if (left == 6) break;
+                    even += 3;
+                    odd += 3;
+                    tap += 6 * kPhases;
                 }
             }
-        };
-#pragma unroll 1
-        for (int left = steps_end - step;; left -= 6) {
-            multiply_step(even + 1, 0, 0);
-            if (left == 1) break;
-            multiply_step(odd + 1, 1, 1);
-            if (left == 2) break;
-            multiply_step(even + 2, 2, 2);
-            if (left == 3) break;
-            multiply_step(odd + 2, 3, 0);
-            if (left == 4) break;
-            multiply_step(even + 3, 4, 1);
-            if (left == 5) break;
-            multiply_step(odd + 3, 5, 2);
-            if (left == 6) break;
-            even += 3;
-            odd += 3;
-            tap += 6 * kPhases;
         }
+        store_results(y, l_out, p.L_out, acc, offset, [&](index_t l) {
+            const Place again = find_place(p, block_index_again());  // rather than pointers held for the rare case
+            return sum_existing_terms(input_row(input, again, p), weight_row(weight, again, p), l, p);
+        });
     }
-    store_results(y, l_out, p.L_out, acc, bias_or_zero(bias, at.c_out * p.bias_stride), [&](index_t l) {
-        return sum_existing_terms(x, w, l, p);
-    });
 }
 
 #else
 
 __device__ __forceinline__ void convolve_rows(
     const storage_t* input, const storage_t* weight, const storage_t* bias, storage_t* output, const Params& p) {
-    const Place at = find_place(p);
+    const Place at = find_place(p, blockIdx.x);
     const int row_threads = int(p.row_threads), stride = int(p.stride), plane_pitch = int(p.plane_pitch);
-    const index_t c_in = p.C_out_g == 1 ? at.c_out : at.c_out / p.C_out_g;
-    const storage_t* const w = weight + at.c_out * p.weight_stride_out;  // weight[c_out, 0, 0]
-    const storage_t* const x = input + at.n * p.input_stride_n + c_in * p.input_stride_c;  // input[n, c_in, 0]
+    const storage_t* const x = input_row(input, at, p);
+    const storage_t* const w = weight_row(weight, at, p);
     acc_t* const shared = reinterpret_cast<acc_t*>(dynamic_shared_memory());
     acc_t* const taps = shared + at.row_in_block * p.taps_pitch;
     acc_t* const window = shared + p.block_rows * p.taps_pitch + at.row_in_block * p.window_pitch;
-    const index_t l_begin = at.tile * row_threads * THREAD_L;
+    const index_t l_begin = at.tile * row_threads * p.repeats * THREAD_L;
     const index_t start = l_begin * stride - p.padding_left;  // position of the window in the row
 
     if (at.has_row) {
@@ -194,44 +235,49 @@ __device__ __forceinline__ void convolve_rows(
     }
     copy_async_wait();
     __syncthreads();
-    if (!at.has_row || l_begin + at.place >= p.L_out) return;
+    if (!at.has_row) return;
 
-    acc_t acc[THREAD_L];
-#pragma unroll
-    for (int j = 0; j < THREAD_L; ++j) acc[j] = scalar::zero();
     // Tap k meets phase k*dilation % stride; its place grows by the same from tap to tap, but where the phase wraps.
     const int phase_step = int(p.dilation % stride);
     const int position_step = phase_step * plane_pitch + int(p.dilation / stride);
     const int position_wrap = 1 - stride * plane_pitch;
-    const acc_t* position = window + at.place;
-    int phase = 0;
-#pragma unroll 4
-    for (int k = 0; k < p.K; ++k) {
-#pragma unroll
-        for (int j = 0; j < THREAD_L; ++j) acc[j] = multiply_add(taps[k], position[j * row_threads], acc[j]);
-        position += position_step;
-        phase += phase_step;
-        if (phase >= stride) {
-            phase -= stride;
-            position += position_wrap;
-        }
-    }
-
     const acc_t offset = bias_or_zero(bias, at.c_out * p.bias_stride);
     storage_t* const y = output + at.n * p.output_stride_n + at.c_out * p.output_stride_c;  // output[n, c_out, 0]
-    bool met_nan = false;
-#pragma unroll
-    for (int j = 0; j < THREAD_L; ++j) {
-        const index_t l_out = l_begin + at.place + j * row_threads;
-        if (l_out < p.L_out) y[l_out * p.output_stride_l] = scalar::round(add(acc[j], offset));
-        met_nan = met_nan || is_nan(acc[j]);
-    }
-    if (!met_nan) return;
+    const int places = row_threads * THREAD_L * int(p.repeats);
 #pragma unroll 1
-    for (int j = 0; j < THREAD_L; ++j) {
-        const index_t l_out = l_begin + at.place + j * row_threads;
-        if (l_out >= p.L_out) break;
-        y[l_out * p.output_stride_l] = scalar::round(add(sum_existing_terms(x, w, l_out, p), offset));
+    for (int place = at.place; place < places; place += row_threads * THREAD_L) {
+        if (l_begin + place >= p.L_out) return;
+        acc_t acc[THREAD_L];
+#pragma unroll
+        for (int j = 0; j < THREAD_L; ++j) acc[j] = scalar::zero();
+        const acc_t* position = window + place;
+        int phase = 0;
+#pragma unroll 4
+        for (int k = 0; k < p.K; ++k) {
+#pragma unroll
+            for (int j = 0; j < THREAD_L; ++j) acc[j] = multiply_add(taps[k], position[j * row_threads], acc[j]);
+            position += position_step;
+            phase += phase_step;
+            if (phase >= stride) {
+                phase -= stride;
+                position += position_wrap;
+            }
+        }
+
+        bool met_nan = false;
+#pragma unroll
+        for (int j = 0; j < THREAD_L; ++j) {
+            const index_t l_out = l_begin + place + j * row_threads;
+            if (l_out < p.L_out) y[l_out * p.output_stride_l] = scalar::round(add(acc[j], offset));
+            met_nan = met_nan || is_nan(acc[j]);
+        }
+        if (!met_nan) continue;
+#pragma unroll 1
+        for (int j = 0; j < THREAD_L; ++j) {
+            const index_t l_out = l_begin + place + j * row_threads;
+            if (l_out >= p.L_out) break;
+            y[l_out * p.output_stride_l] = scalar::round(add(sum_existing_terms(x, w, l_out, p), offset));
+        }
     }
 }
 

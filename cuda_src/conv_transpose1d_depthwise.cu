@@ -26,7 +26,7 @@ struct Params {
     index_t phase_gcd, tap_step, position_step, phase_inverse;  // as in conv_transpose1d_gather.cu
     index_t tiles, tiles_magic, tiles_shift;                    // of one row
     index_t row_threads, row_threads_magic, row_threads_shift;  // threads of one row
-    index_t block_rows;
+    index_t block_rows, repeats;
     index_t C_out_magic, C_out_shift;
     index_t taps_pitch;    // accumulators from one row's taps to the next row's
     index_t window;        // of one tile, in 16-byte vectors
@@ -39,6 +39,16 @@ struct Params {
     index_t output_stride_n, output_stride_c, output_stride_l;
 };
 static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/conv_transpose1d_depthwise.py");
+
+// input[n, c_in, 0] and weight[c_in, c_out % C_out_g, 0] of a thread's row.
+__device__ __forceinline__ const storage_t* input_row(const storage_t* input, const Place& at, const Params& p) {
+    const index_t c_in = p.C_out_g == 1 ? at.c_out : at.c_out / p.C_out_g;
+    return input + at.n * p.input_stride_n + c_in * p.input_stride_c;
+}
+__device__ __forceinline__ const storage_t* weight_row(const storage_t* weight, const Place& at, const Params& p) {
+    const index_t c_in = p.C_out_g == 1 ? at.c_out : at.c_out / p.C_out_g;
+    return weight + c_in * p.weight_stride_in + (at.c_out - c_in * p.C_out_g) * p.weight_stride_out;
+}
 
 // The result at l_out from the taps of its phase alone, before the bias.
 __device__ __forceinline__ acc_t sum_existing_terms(
@@ -71,114 +81,119 @@ static_assert(kThreadVecs == 1 || kThreadVecs == 2, "a thread holds one or two v
 
 __device__ __forceinline__ void convolve_rows(
     const storage_t* input, const storage_t* weight, const storage_t* bias, storage_t* output, const Params& p) {
-    const Place at = find_place(p);
+    const Place at = find_place(p, blockIdx.x);
     const int row_threads = int(p.row_threads), plane_pitch = int(p.plane_pitch);
-    const index_t c_in = p.C_out_g == 1 ? at.c_out : at.c_out / p.C_out_g;
-    const storage_t* x = input;
-    const storage_t* const w =
-        weight + c_in * p.weight_stride_in + (at.c_out - c_in * p.C_out_g) * p.weight_stride_out;
-    storage_t* y = output;
+    storage_t* const y = output + at.n * p.output_stride_n + at.c_out * p.output_stride_c;  // output[n, c_out, 0]
     acc_t* const shared = reinterpret_cast<acc_t*>(dynamic_shared_memory());
     acc_t* const taps = shared + at.row_in_block * p.taps_pitch;
     Vector* const window =
-        reinterpret_cast<Vector*>(shared + p.block_rows * p.taps_pitch) + at.row_in_block * p.window_pitch;
+        reinterpret_cast<Vector*>(shared + p.block_rows * p.taps_pitch) + (at.row_in_block * p.window_pitch + 1);
     index_t l_begin = 0, start = 0;  // of the tile, and of its window
     int steps = 0;
 
     if (at.has_row) {
-        x += at.n * p.input_stride_n + c_in * p.input_stride_c;         // input[n, c_in, 0]
-        y += at.n * p.output_stride_n + at.c_out * p.output_stride_c;  // output[n, c_out, 0]
-        l_begin = at.tile * row_threads * THREAD_L - elements_past_boundary(y);
+        const storage_t* const x = input_row(input, at, p);
+        const storage_t* const w = weight_row(weight, at, p);
+        l_begin = at.tile * row_threads * p.repeats * THREAD_L - elements_past_boundary(y);
         // With `lead` zeros before the taps the tile begins with phase 0, and its q at a boundary of the input.
         const index_t t = l_begin + p.padding_left;
         const int lead = int(-(t + kPhases * elements_past_boundary(x))) & (kTaps - 1);
         start = (t + lead) / kPhases - p.window_below * kVec;
         steps = int(ceil_div(p.K + lead, kTaps));
         stage_taps(taps, w, p.weight_stride_k, p.K, lead, steps * kTaps, at.place, row_threads);
-        // Vector v lies in plane v % kThreadVecs, so that neighbouring threads read neighbouring vectors.
-        stage_window<kThreadVecs * kVec / kStorageVec + 1>(
-            x, p.L_in, start, int(p.window), at.place, row_threads, [&](int vector, const Vector& value) {
-                window[vector % kThreadVecs * plane_pitch + vector / kThreadVecs] = value;
-            });
+        const int ahead = elements_ahead(x, start);
+        stage_window(
+            x, p.L_in, start, ahead, int(p.window), at.place, row_threads,
+            WindowTarget<kThreadVecs>(window, plane_pitch, ahead));
     }
     __syncthreads();
-    const index_t l_out = l_begin + at.place * THREAD_L;
-    if (!at.has_row || l_out >= p.L_out) return;
+    if (!at.has_row) return;
 
-    // In step s the thread's q - i lie in vectors lowest - s - 1 to lowest - s + kThreadVecs - 1 of the window. Steps
-    // whose positions all lie outside the input are left out; the first one is even, as the planes want it.
-    const int lowest = int(p.window_below) + kThreadVecs * at.place;
-    const index_t behind = min_index(p.L_in - start, p.window * kVec);  // the position behind the input's last
-    const index_t before = max_index(-start, 0);                       // the input's first
-    const int step = int(max_index(lowest - 1 - ceil_div(max_index(behind, 0), kVec), 0)) & ~1;
-    const int steps_end = behind > 0 ? int(min_index(steps, lowest + kThreadVecs - before / kVec)) : 0;
-
-    acc_t acc[THREAD_L];
-#pragma unroll
-    for (int j = 0; j < THREAD_L; ++j) acc[j] = scalar::zero();
-    if (step < steps_end) {
-        const Vector* tap = reinterpret_cast<const Vector*>(taps) + kPhases * step;
-        const Vector* next = window + (lowest - step) / kThreadVecs;  // lowest - step is a multiple of kThreadVecs
-        Vector held[kHeld];
-#pragma unroll
-        for (int v = 0; v < kThreadVecs; ++v) held[v] = next[v * plane_pitch];
-        // Of the vectors held, `first` has the thread's first q in the step's first tap; the vector below joins it.
-        const auto multiply_step = [&](int index, int first) {
-            const int below = (first + kHeld - 1) % kHeld;
-            held[below] = kThreadVecs == 1 ? next[-1 - index]
-                                           : next[(index + 1) % 2 * plane_pitch - (index + 2) / 2];
-            Vector term[kPhases];
-#pragma unroll
-            for (int phase = 0; phase < kPhases; ++phase) term[phase] = tap[index * kPhases + phase];
-#pragma unroll
-            for (int t = 0; t < kTaps; ++t) {
-#pragma unroll
-                for (int j = t % kPhases; j < THREAD_L; j += kPhases) {
-                    const int position = j / kPhases - t / kPhases + kVec;  // from the beginning of the vector below
-                    acc[j] = multiply_add(
-                        term[t / kVec].element[t % kVec],
-                        held[(below + position / kVec) % kHeld].element[position % kVec], acc[j]);
-                }
-            }
-        };
+    const acc_t offset = bias_or_zero(bias, at.c_out * p.bias_stride);
 #pragma unroll 1
-        for (int left = steps_end - step;; left -= 6) {
-            multiply_step(0, 0);
-            if (left == 1) break;
-            multiply_step(1, (5 * kHeld - 1) % kHeld);
-            if (left == 2) break;
-            multiply_step(2, (5 * kHeld - 2) % kHeld);
-            if (left == 3) break;
-            multiply_step(3, (5 * kHeld - 3) % kHeld);
-            if (left == 4) break;
-            multiply_step(4, (5 * kHeld - 4) % kHeld);
-            if (left == 5) break;
-            multiply_step(5, (5 * kHeld - 5) % kHeld);
-            if (left == 6) break;
-            next -= 6 / kThreadVecs;
-            tap += 6 * kPhases;
+    for (int place = at.place; place < row_threads * int(p.repeats); place += row_threads) {
+        const index_t l_out = l_begin + place * THREAD_L;
+        if (l_out >= p.L_out) return;
+
+        // In step s the thread's q - i lie in vectors lowest - s - 1 to lowest - s + kThreadVecs - 1 of the window. Of many
+        // steps those whose positions all lie outside the input are left out; the first one left is even, as the planes
+        // want it.
+        const int lowest = int(p.window_below) + kThreadVecs * place;
+        int step = 0, steps_end = steps;
+        if (steps > kFewSteps) {
+            const index_t behind = min_index(p.L_in - start, p.window * kVec);  // the position behind the input's last
+            const index_t before = max_index(-start, 0);                       // the input's first
+            step = int(max_index(lowest - 1 - ceil_div(max_index(behind, 0), kVec), 0)) & ~1;
+            steps_end = behind > 0 ? int(min_index(steps, lowest + kThreadVecs - before / kVec)) : 0;
         }
+
+        acc_t acc[THREAD_L];
+#pragma unroll
+        for (int j = 0; j < THREAD_L; ++j) acc[j] = scalar::zero();
+        if (step < steps_end) {
+            const Vector* tap = reinterpret_cast<const Vector*>(taps) + kPhases * step;
+            const Vector* next = window + (lowest - step) / kThreadVecs;  // lowest - step is a multiple of kThreadVecs
+            Vector held[kHeld];
+#pragma unroll
+            for (int v = 0; v < kThreadVecs; ++v) held[v] = next[v * plane_pitch];
+            // Of the vectors held, `first` has the thread's first q in the step's first tap; the vector below joins it.
+            const auto multiply_step = [&](int index, int first) {
+                const int below = (first + kHeld - 1) % kHeld;
+                held[below] = kThreadVecs == 1 ? next[-1 - index]
+                                               : next[(index + 1) % 2 * plane_pitch - (index + 2) / 2];
+                Vector term[kPhases];
+#pragma unroll
+                for (int phase = 0; phase < kPhases; ++phase) term[phase] = tap[index * kPhases + phase];
+#pragma unroll
+                for (int t = 0; t < kTaps; ++t) {
+#pragma unroll
+                    for (int j = t % kPhases; j < THREAD_L; j += kPhases) {
+                        const int position = j / kPhases - t / kPhases + kVec;  // from the beginning of the vector below
+                        acc[j] = multiply_add(
+                            term[t / kVec].element[t % kVec],
+                            held[(below + position / kVec) % kHeld].element[position % kVec], acc[j]);
+                    }
+                }
+            };
+#pragma unroll 1
+            for (int left = steps_end - step;; left -= 6) {
+                multiply_step(0, 0);
+                if (left == 1) break;
+                multiply_step(1, (5 * kHeld - 1) % kHeld);
+                if (left == 2) break;
+                multiply_step(2, (5 * kHeld - 2) % kHeld);
+                if (left == 3) break;
+                multiply_step(3, (5 * kHeld - 3) % kHeld);
+                if (left == 4) break;
+                multiply_step(4, (5 * kHeld - 4) % kHeld);
+                if (left == 5) break;
+                multiply_step(5, (5 * kHeld - 5) % kHeld);
+                if (left == 6) break;
+                next -= 6 / kThreadVecs;
+                tap += 6 * kPhases;
+            }
+        }
+        store_results(y, l_out, p.L_out, acc, offset, [&](index_t l) {
+            const Place again = find_place(p, block_index_again());  // rather than pointers held for the rare case
+            return sum_existing_terms(input_row(input, again, p), weight_row(weight, again, p), l, p);
+        });
     }
-    store_results(y, l_out, p.L_out, acc, bias_or_zero(bias, at.c_out * p.bias_stride), [&](index_t l) {
-        return sum_existing_terms(x, w, l, p);
-    });
 }
 
 #else
 
 __device__ __forceinline__ void convolve_rows(
     const storage_t* input, const storage_t* weight, const storage_t* bias, storage_t* output, const Params& p) {
-    const Place at = find_place(p);
+    const Place at = find_place(p, blockIdx.x);
     if (!at.has_row) return;
-    const index_t c_in = p.C_out_g == 1 ? at.c_out : at.c_out / p.C_out_g;
-    const storage_t* const w =
-        weight + c_in * p.weight_stride_in + (at.c_out - c_in * p.C_out_g) * p.weight_stride_out;
-    const storage_t* const x = input + at.n * p.input_stride_n + c_in * p.input_stride_c;   // input[n, c_in, 0]
+    const storage_t* const x = input_row(input, at, p);
+    const storage_t* const w = weight_row(weight, at, p);
     storage_t* const y = output + at.n * p.output_stride_n + at.c_out * p.output_stride_c;  // output[n, c_out, 0]
     const acc_t offset = bias_or_zero(bias, at.c_out * p.bias_stride);
-    index_t l_out = at.tile * p.row_threads * THREAD_L + at.place;
+    const int results = THREAD_L * int(p.repeats);
+    index_t l_out = at.tile * p.row_threads * results + at.place;
 #pragma unroll 1
-    for (int j = 0; j < THREAD_L && l_out < p.L_out; ++j, l_out += p.row_threads) {
+    for (int j = 0; j < results && l_out < p.L_out; ++j, l_out += p.row_threads) {
         y[l_out * p.output_stride_l] = scalar::round(add(sum_existing_terms(x, w, l_out, p), offset));
     }
 }

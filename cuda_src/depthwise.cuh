@@ -2,7 +2,8 @@
 // a row's taps and of the window of its input in shared memory by 16-byte accesses, whatever the row's alignment.
 //
 // A row is one output channel of one sample. A block takes block_rows neighbouring rows, and of each one tile of outputs;
-// row_threads threads work on a row, so that rows shorter than a block leave few threads idle.
+// row_threads threads work on a row, so that rows shorter than a block leave few threads idle. Each computes THREAD_L
+// results `repeats` times, which spreads the cost of its start.
 //
 // A sliding thread holds THREAD_L neighbouring results and slides over the taps, step by step, with a few vectors of the
 // window in registers. Its block stages the taps of each row and the window of the input that they meet, both as
@@ -12,13 +13,17 @@
 // Products with those zeros change no bit (see bias_or_zero in common.cuh) unless the other factor is infinite or NaN; so
 // a thread that meets a NaN computes its results again, without them.
 //
-// Macros read: SLIDE_STRIDE, THREAD_L, and those of common.cuh.
+// Macros read: SLIDE_STRIDE, THREAD_L, DTYPE_BYTES, and those of common.cuh.
 
 constexpr int kVec = sizeof(acc_t) < 16 ? 16 / int(sizeof(acc_t)) : 1;  // accumulators of a 16-byte access
 constexpr int kStorageVec = 16 / int(sizeof(storage_t));               // elements of a 16-byte access
 constexpr int kPhases = SLIDE_STRIDE > 0 ? SLIDE_STRIDE : 1;
 constexpr int kTaps = kPhases * kVec;  // of one step of a sliding thread
-static_assert(kStorageVec % kVec == 0, "a vector of elements is a whole number of vectors of accumulators");
+constexpr int kParts = kStorageVec / kVec;  // vectors of accumulators from one vector of elements
+constexpr int kBatch = kParts == 2 ? 2 : 4;  // times 16 bytes that a thread loads before it stores the first
+constexpr int kFewSteps = 2;                 // up to these a sliding thread takes every step: finding those to leave out costs as much
+static_assert(kParts == 1 || kParts == 2, "a vector of elements becomes one or two vectors of accumulators");
+static_assert(sizeof(storage_t) == DTYPE_BYTES, "DTYPE_BYTES differs from gpuconv/families/depthwise.py");
 static_assert(
     SLIDE_STRIDE == 0 || (THREAD_L == 2 * kVec && THREAD_L % kStorageVec == 0),
     "a sliding thread holds two vectors of accumulators: gpuconv/families/depthwise.py");
@@ -26,8 +31,19 @@ static_assert(
 struct alignas(16) Vector {
     acc_t element[kVec];
 };
+// 16 bytes of elements. Those of 2 bytes are kept in words, from which the compiler converts them without moves.
 struct alignas(16) StorageVector {
+#if DTYPE_BYTES == 2
+    unsigned word[4];
+    __device__ __forceinline__ storage_t get(int e) const { return storage_t(word[e / 2] >> 16 * (e % 2)); }
+    __device__ __forceinline__ void set(int e, storage_t value) {
+        word[e / 2] = e % 2 == 0 ? unsigned(value) : word[e / 2] | unsigned(value) << 16;  // in ascending order
+    }
+#else
     storage_t element[kStorageVec];
+    __device__ __forceinline__ storage_t get(int e) const { return element[e]; }
+    __device__ __forceinline__ void set(int e, storage_t value) { element[e] = value; }
+#endif
 };
 
 // Elements from the last 16-byte boundary to a pointer.
@@ -55,12 +71,12 @@ struct Place {
 };
 
 template <typename ParamsT>
-__device__ __forceinline__ Place find_place(const ParamsT& p) {
+__device__ __forceinline__ Place find_place(const ParamsT& p, unsigned block) {
     Place at;
     at.row_in_block = int(divide(threadIdx.x, p.row_threads, p.row_threads_magic, p.row_threads_shift));
     at.place = int(threadIdx.x) - at.row_in_block * int(p.row_threads);
-    const index_t row_group = divide(blockIdx.x, p.tiles, p.tiles_magic, p.tiles_shift);
-    at.tile = index_t(blockIdx.x) - row_group * p.tiles;
+    const index_t row_group = divide(index_t(block), p.tiles, p.tiles_magic, p.tiles_shift);
+    at.tile = index_t(block) - row_group * p.tiles;
     const index_t row = row_group * p.block_rows + at.row_in_block;
     at.n = divide(row, p.C_out, p.C_out_magic, p.C_out_shift);
     at.c_out = row - at.n * p.C_out;
@@ -80,38 +96,67 @@ __device__ __forceinline__ void stage_taps(
     }
 }
 
-// Hands positions start .. start + kVec*vectors - 1 of a row x[0 .. L_in) to store(vector, value), in vectors of kVec;
-// x + start lies at a boundary of as many elements. A thread loads kBatch 16-byte vectors at a time.
-template <int kBatch, typename Store>
+// Where stage_window puts its vectors: vector v of the window lies in plane v % kPlanes. One vector in front of each plane
+// and one behind it are written too, where the 16 bytes of elements at either end stick out.
+template <int kPlanes>
+struct WindowTarget {
+    Vector* first[kParts];
+    int plane_pitch;
+
+    __device__ __forceinline__ WindowTarget(Vector* window, int pitch, int ahead) : plane_pitch(pitch) {
+#pragma unroll
+        for (int part = 0; part < kParts; ++part) {
+            const int vector = part - ahead / kVec;
+            first[part] = window + ((vector & (kPlanes - 1)) * pitch + (vector >> (kPlanes - 1)));
+        }
+    }
+    __device__ __forceinline__ void store(int storage_vector, int part, const Vector& value) const {
+        const int vector = storage_vector * kParts;
+        first[part][vector % kPlanes * plane_pitch + vector / kPlanes] = value;
+    }
+};
+
+// Elements between the 16-byte boundary at or before x + start and x + start.
+__device__ __forceinline__ int elements_ahead(const storage_t* x, index_t start) {
+    return kParts == 1 ? 0 : elements_past_boundary(x + start);
+}
+
+// Hands positions start .. start + kVec*vectors - 1 of a row x[0 .. L_in) to target.store, 16 bytes of elements in kParts
+// vectors at a time, the first of which begin `ahead` positions before `start`. x + start lies at a boundary of kVec
+// elements.
+template <typename Target>
 __device__ __forceinline__ void stage_window(
-    const storage_t* x, index_t L_in, index_t start, int vectors, int place, int row_threads, const Store& store) {
-    const int ahead = elements_past_boundary(x + start);  // positions of the first 16 bytes before the window
+    const storage_t* x, index_t L_in, index_t start, int ahead, int vectors, int place, int row_threads,
+    const Target& target) {
+    const int count = (vectors * kVec + ahead + kStorageVec - 1) / kStorageVec;
 #pragma unroll 1
-    for (int first = place; first * kStorageVec < vectors * kVec + ahead; first += kBatch * row_threads) {
+    for (int first = place; first < count; first += kBatch * row_threads) {
         StorageVector loaded[kBatch];
 #pragma unroll
         for (int b = 0; b < kBatch; ++b) {
-            const index_t l_in = start - ahead + (first + b * row_threads) * kStorageVec;
+            const int v = first + b * row_threads;
+            const index_t l_in = start - ahead + v * kStorageVec;
+            if (v >= count) break;
             if (l_in >= 0 && l_in + kStorageVec <= L_in) {
                 loaded[b] = *reinterpret_cast<const StorageVector*>(x + l_in);
             } else {
 #pragma unroll
                 for (int e = 0; e < kStorageVec; ++e) {
                     const bool exists = l_in + e >= 0 && l_in + e < L_in;
-                    loaded[b].element[e] = exists ? x[l_in + e] : scalar::storage_zero();
+                    loaded[b].set(e, exists ? x[l_in + e] : scalar::storage_zero());
                 }
             }
         }
 #pragma unroll
         for (int b = 0; b < kBatch; ++b) {
+            const int v = first + b * row_threads;
+            if (v >= count) break;
 #pragma unroll
-            for (int part = 0; part < kStorageVec / kVec; ++part) {
-                const int u = (first + b * row_threads) * kStorageVec + part * kVec - ahead;
-                if (u < 0 || u >= vectors * kVec) continue;
+            for (int part = 0; part < kParts; ++part) {
                 Vector value;
 #pragma unroll
-                for (int e = 0; e < kVec; ++e) value.element[e] = scalar::load(loaded[b].element[part * kVec + e]);
-                store(u / kVec, value);
+                for (int e = 0; e < kVec; ++e) value.element[e] = scalar::load(loaded[b].get(part * kVec + e));
+                target.store(v, part, value);
             }
         }
     }
@@ -136,14 +181,14 @@ __device__ __forceinline__ void store_results(
     for (int first = 0; first < THREAD_L; first += kStorageVec) {
         StorageVector result;
 #pragma unroll
-        for (int e = 0; e < kStorageVec; ++e) result.element[e] = scalar::round(add(acc[first + e], offset));
+        for (int e = 0; e < kStorageVec; ++e) result.set(e, scalar::round(add(acc[first + e], offset)));
         if (l_out + first >= 0 && l_out + first + kStorageVec <= L_out) {
             *reinterpret_cast<StorageVector*>(y + l_out + first) = result;
         } else {
 #pragma unroll
             for (int e = 0; e < kStorageVec; ++e) {
                 const index_t l = l_out + first + e;
-                if (l >= 0 && l < L_out) y[l] = result.element[e];
+                if (l >= 0 && l < L_out) y[l] = result.get(e);
             }
         }
     }

@@ -108,7 +108,7 @@ def test_launches_keep_the_limits_of_each_gpu(family: Family, arch: str) -> None
             assert launch.block <= BLOCK_SIZE
             assert launch.shared_bytes <= device.shared_per_block
             assert params["row_threads"] * params["block_rows"] <= launch.block
-            covered = params["row_threads"] * params["tiles"] * int(dict(config.macros)["THREAD_L"])
+            covered = params["row_threads"] * params["repeats"] * params["tiles"] * int(dict(config.macros)["THREAD_L"])
             assert covered >= p.L_out
             assert launch.grid == params["tiles"] * -(-p.N * p.C_out // params["block_rows"])
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from ..device import Device
-from ..problem import DTYPES, ConvProblem
+from ..problem import DTYPES, ITEMSIZE, ConvProblem
 from ..source import params_fields
 from .base import MAX_GRID, Config, Family, Launch, Layout, index_bits, stride_params
 from .depthwise import (
@@ -71,9 +71,9 @@ class Conv1dDepthwise(Family):
             "dilation": p.dilation,
             **deal.params(p),
             "taps_pitch": shape.taps_pitch,
-            "window": shape.window(deal.row_threads),
-            "window_pitch": shape.window_pitch(deal.row_threads),
-            "plane_pitch": shape.plane_pitch(deal.row_threads, deal.block_rows),
+            "window": shape.window(deal.places),
+            "window_pitch": shape.window_pitch(deal.places),
+            "plane_pitch": shape.plane_pitch(deal.places, deal.block_rows),
             **stride_params(layout, ("out", "in")),
         }
         config = self._config(shape.slide_stride, shape.thread_l, p.dtype, plan.bits)
@@ -99,8 +99,9 @@ class Conv1dDepthwise(Family):
                 "INDEX_BITS": bits,
                 "BLOCK_SIZE": BLOCK_SIZE,
                 # Caps the registers of a thread: as many blocks as leave all its values in registers.
-                "MIN_BLOCKS": 3 if dtype == "complex128" else 4 if slide_stride == 2 or bits == 64 else 5,
+                "MIN_BLOCKS": 3 if dtype == "complex128" or slide_stride == 2 else 4 if bits == 64 else 5,
                 "SLIDE_STRIDE": slide_stride,
+                "DTYPE_BYTES": ITEMSIZE[dtype],
                 "THREAD_L": thread_l,
                 "PARAMS_BYTES": len(params_fields(self.name)) * bits // 8,
             },
@@ -133,32 +134,32 @@ class _Shape:
             return round_up(self.steps * self.slide_stride, 2, 1) * vector_length(self.problem.dtype)
         return round_up(self.problem.K, 2, 1)
 
-    def window(self, row_threads: int) -> int:
+    def window(self, places: int) -> int:
         p = self.problem
         if self.slide_stride:
-            return self.slide_stride * (2 * row_threads + self.steps)
-        return (row_threads * self.thread_l - 1) * p.stride + p.dilation * (p.K - 1) + 1
+            return self.slide_stride * (2 * places + self.steps)
+        return (places * self.thread_l - 1) * p.stride + p.dilation * (p.K - 1) + 1
 
-    def window_pitch(self, row_threads: int) -> int:
+    def window_pitch(self, places: int) -> int:
         # A row's threads begin in the bank behind that of the last thread of the row before.
         if self.slide_stride:
-            return round_up(-(-self.window(row_threads) // (2 * self.slide_stride)), 8, row_threads % 8)
-        planes = self.problem.stride * self.plane_pitch(row_threads, 1)
-        return round_up(max(planes, self.window(row_threads)), 32, row_threads % 32)
+            return round_up(-(-self.window(places) // (2 * self.slide_stride)) + 2, 8, places % 8)
+        planes = self.problem.stride * self.plane_pitch(places, 1)
+        return round_up(max(planes, self.window(places)), 32, places % 32)
 
-    def plane_pitch(self, row_threads: int, block_rows: int) -> int:
+    def plane_pitch(self, places: int, block_rows: int) -> int:
         # Threads that stage neighbouring positions write different banks.
         if self.slide_stride:
-            return round_up(block_rows * self.window_pitch(row_threads), 8, 4)
+            return round_up(block_rows * self.window_pitch(places), 8, 4)
         stride = self.problem.stride
-        return 0 if stride == 1 else round_up(-(-self.window(row_threads) // stride), 2, 1)
+        return 0 if stride == 1 else round_up(-(-self.window(places) // stride), 2, 1)
 
-    def shared_bytes(self, row_threads: int, block_rows: int) -> int:
+    def shared_bytes(self, places: int, block_rows: int) -> int:
         if self.slide_stride:
-            vectors = 2 * self.slide_stride * self.plane_pitch(row_threads, block_rows)
+            vectors = 2 * self.slide_stride * self.plane_pitch(places, block_rows)
             windows = vectors * vector_length(self.problem.dtype)
         else:
-            windows = block_rows * self.window_pitch(row_threads)
+            windows = block_rows * self.window_pitch(places)
         return (block_rows * self.taps_pitch + windows) * accumulator_bytes(self.problem.dtype)
 
     def work(self, layout: Layout) -> Work:
@@ -172,12 +173,11 @@ class _Shape:
             rows=p.N * p.C_out,
             thread_outputs=self.thread_l,
             row_outputs=p.L_out + (row_skew(p, layout) if slides else 0),
-            thread_slots=multiply_adds * (1.16 if slides else 3.3) + 80 + 5 * self.thread_l,
-            position_slots=4.0 if slides else 10.0,
-            window_positions=lambda row_threads: self.window(row_threads) * vec,
-            row_bytes=lambda row_threads: (
-                (row_threads * self.thread_l + min(p.L_in, self.window(row_threads) * vec)) * p.itemsize
-            ),
+            thread_slots=165.0,
+            result_slots=multiply_adds * (1.17 if slides else 3.3) + 45 + 5 * self.thread_l,
+            position_slots=5.0 if slides else 14.0,
+            window_positions=lambda places: self.window(places) * vec,
+            row_bytes=lambda places: (places * self.thread_l + min(p.L_in, self.window(places) * vec)) * p.itemsize,
             shared_bytes=self.shared_bytes,
         )
 
@@ -207,6 +207,8 @@ def _index_bits(problem: ConvProblem, layout: Layout) -> int:
     # Beyond the arrays the kernel forms positions of the last tile, which may hang over by a block, and rows of the
     # last block. Windows are short: they fit in shared memory.
     p = problem
-    hanging = p.L_out + (BLOCK_SIZE + 1) * max(MANY_L, slide_outputs(p.dtype))
+    hanging = p.L_out + (8 * BLOCK_SIZE + 1) * max(MANY_L, slide_outputs(p.dtype))
     span = p.L_in + hanging * p.stride + p.padding_left + p.dilation * p.K + 2**17
-    return index_bits(p, layout, span, p.N * p.C_out + BLOCK_SIZE)
+    samples = p.N + -(-BLOCK_SIZE // p.C_out)
+    farthest = samples * max(abs(layout.input.strides[0]), abs(layout.output.strides[0]))
+    return index_bits(p, layout, span, farthest, p.N * p.C_out + BLOCK_SIZE)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from ..device import Device
-from ..problem import DTYPES, ConvProblem
+from ..problem import DTYPES, ITEMSIZE, ConvProblem
 from ..source import params_fields
 from .base import MAX_GRID, Config, Family, Launch, Layout, index_bits, stride_params
 from .depthwise import (
@@ -73,10 +73,10 @@ class ConvTranspose1dDepthwise(Family):
             "phase_inverse": pow(position_step, -1, tap_step),
             **deal.params(p),
             "taps_pitch": shape.taps_pitch if slides else 0,
-            "window": shape.window(deal.row_threads) if slides else 0,
+            "window": shape.window(deal.places) if slides else 0,
             "window_below": shape.window_below if slides else 0,
-            "window_pitch": shape.window_pitch(deal.row_threads) if slides else 0,
-            "plane_pitch": shape.plane_pitch(deal.row_threads, deal.block_rows) if slides else 0,
+            "window_pitch": shape.window_pitch(deal.places) if slides else 0,
+            "plane_pitch": shape.plane_pitch(deal.places, deal.block_rows) if slides else 0,
             **stride_params(layout, ("in", "out")),
         }
         config = self._config(shape.slide_stride, shape.thread_l, p.dtype, plan.bits)
@@ -100,8 +100,9 @@ class ConvTranspose1dDepthwise(Family):
                 "INDEX_BITS": bits,
                 "BLOCK_SIZE": BLOCK_SIZE,
                 # Caps the registers of a thread: as many blocks as leave all its values in registers.
-                "MIN_BLOCKS": 4 if bits == 64 else 5,
+                "MIN_BLOCKS": 4 if bits == 64 or dtype == "complex128" else 5,
                 "SLIDE_STRIDE": slide_stride,
+                "DTYPE_BYTES": ITEMSIZE[dtype],
                 "THREAD_L": thread_l,
                 "PARAMS_BYTES": len(params_fields(self.name)) * bits // 8,
             },
@@ -141,21 +142,21 @@ class _Shape:
     def window_below(self) -> int:
         return round_up(self.steps, self.thread_vectors)
 
-    def window(self, row_threads: int) -> int:
-        return self.window_below + self.thread_vectors * row_threads
+    def window(self, places: int) -> int:
+        return self.window_below + self.thread_vectors * places
 
-    def window_pitch(self, row_threads: int) -> int:
+    def window_pitch(self, places: int) -> int:
         # A row's threads begin in the bank behind that of the last thread of the row before.
-        return round_up(-(-self.window(row_threads) // self.thread_vectors), 8, row_threads % 8)
+        return round_up(-(-self.window(places) // self.thread_vectors) + 2, 8, places % 8)
 
-    def plane_pitch(self, row_threads: int, block_rows: int) -> int:
+    def plane_pitch(self, places: int, block_rows: int) -> int:
         # Threads that stage neighbouring vectors write different banks.
-        return round_up(block_rows * self.window_pitch(row_threads), 8, 4)
+        return round_up(block_rows * self.window_pitch(places), 8, 4)
 
-    def shared_bytes(self, row_threads: int, block_rows: int) -> int:
+    def shared_bytes(self, places: int, block_rows: int) -> int:
         if self.slide_stride == 0:
             return 0
-        windows = self.thread_vectors * self.plane_pitch(row_threads, block_rows) * vector_length(self.problem.dtype)
+        windows = self.thread_vectors * self.plane_pitch(places, block_rows) * vector_length(self.problem.dtype)
         return (block_rows * self.taps_pitch + windows) * accumulator_bytes(self.problem.dtype)
 
     def work(self, layout: Layout) -> Work:
@@ -169,10 +170,11 @@ class _Shape:
             rows=p.N * p.C_out,
             thread_outputs=self.thread_l,
             row_outputs=p.L_out + (row_skew(p, layout) if slides else 0),
-            thread_slots=multiply_adds * (1.2 if slides else 8.0) + 80 + (5 if slides else 30) * self.thread_l,
-            position_slots=4.0,
-            window_positions=lambda row_threads: self.window(row_threads) * vec if slides else 0,
-            row_bytes=lambda row_threads: row_threads * self.thread_l * p.itemsize * (1 + 1 / p.stride),
+            thread_slots=165.0,
+            result_slots=multiply_adds * (1.2 if slides else 8.0) + 45 + (5 if slides else 30) * self.thread_l,
+            position_slots=5.0,
+            window_positions=lambda places: self.window(places) * vec if slides else 0,
+            row_bytes=lambda places: places * self.thread_l * p.itemsize * (1 + 1 / p.stride),
             shared_bytes=self.shared_bytes,
         )
 
@@ -204,12 +206,13 @@ def _index_bits(problem: ConvProblem, layout: Layout) -> int:
     # block, a tap behind the last, and the products that find the first tap of a phase.
     p = problem
     tap_step = p.stride // math.gcd(p.stride, p.dilation)
-    hanging = p.L_out + (BLOCK_SIZE + 1) * max(MANY_L, slide_outputs(p.dtype)) + p.padding_left + 2**17
+    hanging = p.L_out + (8 * BLOCK_SIZE + 1) * max(MANY_L, slide_outputs(p.dtype)) + p.padding_left + 2**17
     return index_bits(
         p,
         layout,
         hanging + p.L_in,
         hanging * max(1, abs(layout.output.strides[2])),
+        (p.N + -(-BLOCK_SIZE // p.C_out)) * max(abs(layout.input.strides[0]), abs(layout.output.strides[0])),
         p.N * p.C_out + BLOCK_SIZE,
         p.K + tap_step,
         tap_step * tap_step,

@@ -82,17 +82,19 @@ class Work:
         rows: of the problem.
         thread_outputs: results of one thread.
         row_outputs: results of one row, with those that alignment adds.
-        thread_slots: instructions of a thread apart from staging.
+        thread_slots: instructions of a thread, once.
+        result_slots: instructions for the results of one thread.
         position_slots: instructions to stage one position of a window.
-        window_positions: positions of a row's window, for a number of threads.
+        window_positions: positions of a row's window, for a number of places: threads of a row times repeats.
         row_bytes: bytes that one row's tile moves to and from memory, likewise.
-        shared_bytes: shared memory of a block, for (row_threads, block_rows).
+        shared_bytes: shared memory of a block, for (places, block_rows).
     """
 
     rows: int
     thread_outputs: int
     row_outputs: int
     thread_slots: float
+    result_slots: float
     position_slots: float
     window_positions: Callable[[int], int]
     row_bytes: Callable[[int], float]
@@ -105,6 +107,7 @@ class Deal:
 
     Attributes:
         row_threads: threads that work on one row of a block.
+        repeats: how often each of them computes its results.
         block_rows: rows of one block.
         tiles: blocks along one row.
         row_groups: blocks along the rows.
@@ -113,11 +116,17 @@ class Deal:
     """
 
     row_threads: int
+    repeats: int
     block_rows: int
     tiles: int
     row_groups: int
     shared_bytes: int
     cycles: float
+
+    @property
+    def places(self) -> int:
+        """Groups of a thread's results in one tile of a row."""
+        return self.row_threads * self.repeats
 
     @property
     def grid(self) -> int:
@@ -136,11 +145,12 @@ class Deal:
             "row_threads": self.row_threads,
             **Divisor.params(row_threads=self.row_threads),
             "block_rows": self.block_rows,
+            "repeats": self.repeats,
             **Divisor.params(C_out=problem.C_out),
         }
 
     def figures(self) -> tuple[tuple[str, float], ...]:
-        return ((f"{self.block_rows} rows by {self.row_threads} threads", self.cycles),)
+        return ((f"{self.block_rows} rows by {self.row_threads} threads, {self.repeats} times", self.cycles),)
 
 
 # Figures of the cost model: warp instructions that a multiprocessor issues in a cycle; bytes a cycle to and from
@@ -151,7 +161,10 @@ _BYTES_PER_CYCLE = 18.0
 _LATENCY_CYCLES = 2000.0
 # Instructions of a block besides those of its threads, for its start, its barrier and its end: an estimate.
 _BLOCK_SLOTS = 100.0
-# Blocks of a multiprocessor that overlap loads and arithmetic as well as more of them would.
+# Threads that a multiprocessor holds at 48 registers each.
+_RESIDENT_THREADS = 1280
+# Warps of a multiprocessor that keep its rates up; blocks that overlap loads and arithmetic as well as more would.
+_ENOUGH_WARPS = 24
 _ENOUGH_BLOCKS = 8
 
 
@@ -162,33 +175,41 @@ def choose_deal(work: Work, device: Device) -> Deal | None:
     two overlap, and none is faster than the latency of its blocks allows.
     """
     best: Deal | None = None
-    threads = -(-work.row_outputs // work.thread_outputs)
-    for row_threads in _candidates(threads):
-        tiles = -(-threads // row_threads)
+    groups = -(-work.row_outputs // work.thread_outputs)
+    for row_threads, repeats in _candidates(groups):
+        places = row_threads * repeats
+        tiles = -(-groups // places)
         for block_rows in range(1, min(work.rows, BLOCK_SIZE // row_threads) + 1):
-            shared = work.shared_bytes(row_threads, block_rows)
+            shared = work.shared_bytes(places, block_rows)
             if shared > device.shared_per_block:
                 break
             row_groups = -(-work.rows // block_rows)
             warps = -(-row_threads * block_rows // WARP)
-            staging = block_rows * work.window_positions(row_threads) * work.position_slots / WARP
-            issue = (_BLOCK_SLOTS + warps * work.thread_slots + staging) / _ISSUE
-            traffic = block_rows * work.row_bytes(row_threads) / _BYTES_PER_CYCLE
-            resident = max(1, min(32, 2048 // (warps * WARP), device.shared_per_sm // (shared + 1024)))
-            cycles = max(issue, traffic) + min(issue, traffic) / min(resident, _ENOUGH_BLOCKS)
+            staging = block_rows * work.window_positions(places) * work.position_slots / WARP
+            issue = (_BLOCK_SLOTS + warps * (work.thread_slots + repeats * work.result_slots) + staging) / _ISSUE
+            traffic = block_rows * work.row_bytes(places) / _BYTES_PER_CYCLE
+            blocks = tiles * row_groups
+            resident = min(32, _RESIDENT_THREADS // (warps * WARP), device.shared_per_sm // (shared + 1024))
+            resident = max(1, min(resident, -(-blocks // device.num_sms)))
+            busy = min(1.0, resident * warps / _ENOUGH_WARPS)
+            cycles = (max(issue, traffic) + min(issue, traffic) / min(resident, _ENOUGH_BLOCKS)) / busy
             cycles = max(cycles, _LATENCY_CYCLES / resident)
-            total = cycles * max(1.0, tiles * row_groups / device.num_sms) + _LATENCY_CYCLES
+            total = cycles * max(1.0, blocks / device.num_sms) + _LATENCY_CYCLES
             if best is None or total < best.cycles:
-                best = Deal(row_threads, block_rows, tiles, row_groups, shared, total)
+                best = Deal(row_threads, repeats, block_rows, tiles, row_groups, shared, total)
     return best
 
 
-def _candidates(threads: int) -> Iterator[int]:
-    """Threads of a row in one tile: even cuts into few tiles, and parts of a block."""
-    fewest_tiles = -(-threads // BLOCK_SIZE)
-    even = {-(-threads // tiles) for tiles in range(fewest_tiles, fewest_tiles + 6)}
-    parts = {size for size in (256, 128, 64, 32, 16, 8, 4, 2, 1) if size <= threads}
-    yield from sorted(even | parts, reverse=True)
+def _candidates(groups: int) -> Iterator[tuple[int, int]]:
+    """(threads of a row, repeats): even cuts of a row into few tiles, and parts of a block."""
+    for repeats in (1, 2, 4, 8):
+        needed = -(-groups // repeats)
+        fewest_tiles = -(-needed // BLOCK_SIZE)
+        even = {-(-needed // tiles) for tiles in range(fewest_tiles, fewest_tiles + 5)}
+        parts = {size for size in (256, 128, 64, 32, 8, 1) if size <= needed}
+        yield from ((row_threads, repeats) for row_threads in sorted(even | parts, reverse=True))
+        if needed == 1:
+            return
 
 
 def round_up(value: int, multiple: int, rest: int = 0) -> int:
