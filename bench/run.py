@@ -220,7 +220,7 @@ def print_report(result: RunResult, console: Console) -> None:
     console.print(tables.means_table(result.measurements))
     console.print(tables.peers_table(result.measurements))
     ceilings = ", ".join(
-        f"{name} {value:,.0f} GB/s" if name == "copy" else f"{name} {value:,.2f} TFLOP/s"
+        f"{name} {value:,.0f} GB/s" if name == "copy" else f"{name} {tables.flops_rate(value)}"
         for name, value in result.ceilings.items()
     )
     console.print(f"Ceilings of this run: {ceilings}", soft_wrap=True)

@@ -22,27 +22,33 @@ def by_loss(measurements: Iterable[Measurement]) -> list[Measurement]:
 
 
 def results_table(measurements: Iterable[Measurement]) -> Table:
+    """One row per layer and mode; columns that say nothing in this run are left out."""
+    ordered = by_loss(measurements)
+    peers = {id(m): m.best_peer() for m in ordered}
+    columns: dict[str, list[str]] = {
+        "layer": [m.label for m in ordered],
+        "mode": [m.mode for m in ordered],
+        "family": [m.family for m in ordered],
+        "time us": [_number(m.our_us) if m.our_us is not None else m.ours.status for m in ordered],
+        "+-": [spread(m) for m in ordered],
+        "rate": [rate(m) for m in ordered],
+        "floor": ["" if m.floor_fraction is None else f"{100 * m.floor_fraction:.0f} %" for m in ordered],
+        "predicted us": [_number(m.predicted_us) for m in ordered],
+        "x best peer": [times(m.ratio()) for m in ordered],
+        "eager x": [times(_eager_ratio(m)) if m.measure == "replay" else "" for m in ordered],
+        "best peer": [peer.subject if (peer := peers[id(m)]) else "" for m in ordered],
+        "x NLC": [times(_other_layout_ratio(m)) for m in ordered],
+        "remark": [m.ours.note if m.our_us is None else "" for m in ordered],
+    }
     table = Table(title="gpuconv, losses first", caption=LEGEND, caption_justify="left")
-    table.add_column("layer", overflow="fold")
-    table.add_column("mode")
-    table.add_column("family", overflow="fold")
-    for name in ("time us", "+-", "rate", "floor", "predicted us", "x best peer", "eager x"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("best peer", overflow="fold")
-    table.add_column("x NLC", justify="right")
-    for m in by_loss(measurements):
+    shown = {name: cells for name, cells in columns.items() if any(cells)}
+    for name in shown:
+        words = name in ("layer", "mode", "family", "best peer", "remark")
+        table.add_column(name, justify="left" if words else "right", overflow="fold", no_wrap=not words)
+    for row, m in zip(zip(*shown.values(), strict=True), ordered, strict=True):
         ratio = m.ratio()
-        style = "" if ratio is None or ratio >= 1 else "red"
-        if m.our_us is None:
-            predicted = _number(m.predicted_us)
-            table.add_row(m.label, m.mode, m.family, m.ours.status, "", "", "", predicted, "", "", m.ours.note)
-            continue
-        peer = m.best_peer()
-        table.add_row(
-            m.label, m.mode, m.family, _number(m.our_us), spread(m), rate(m), f"{100 * (m.floor_fraction or 0):.0f} %",
-            _number(m.predicted_us), times(ratio), times(_eager_ratio(m)), peer.subject if peer else "none",
-            times(_other_layout_ratio(m)), style=style,
-        )  # fmt: skip
+        lost = m.ours.status == "wrong" or (ratio is not None and ratio < 1)
+        table.add_row(*row, style="red" if lost else "")
     return table
 
 
@@ -71,9 +77,12 @@ def spread(m: Measurement) -> str:
 
 def rate(m: Measurement) -> str:
     """The rate by which the floor is limited."""
-    if m.floor_limit == "memory":
-        return f"{m.gigabytes_per_second:,.0f} GB/s"
-    teraflops = m.teraflops or 0.0
+    if m.gigabytes_per_second is None or m.teraflops is None:
+        return ""
+    return f"{m.gigabytes_per_second:,.0f} GB/s" if m.floor_limit == "memory" else flops_rate(m.teraflops)
+
+
+def flops_rate(teraflops: float) -> str:
     return f"{teraflops:,.1f} TFLOP/s" if teraflops >= 1 else f"{1e3 * teraflops:,.1f} GFLOP/s"
 
 
