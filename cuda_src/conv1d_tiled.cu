@@ -10,7 +10,7 @@
 // SHARED_BYTES.
 // Before it pack_weight.cu packs the weights.
 // Uses: tiled.cuh
-// Needs nothing: arrays of any strides, in elements. Chosen for at least 8 output channels a group.
+// Needs nothing: arrays of any strides, in elements. Chosen for at least 5 output channels a group.
 
 struct Params {
     index_t N, L_in, L_out, K;

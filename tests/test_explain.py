@@ -70,6 +70,7 @@ def test_the_text() -> None:
         "  weight    (16, 33, 3)",
         "  output    (33, 102)",
         "  settings  stride 2, padding (0, 0), dilation 1, groups 1, output_padding 1",
+        *(f"  refused   {family}: {reason}" for family, reason in choice.refusals),
         f"  kernel    {choice.family} with {macros}",
         f"  launch    {choice.launch.grid} blocks of {choice.launch.block} threads, "
         f"{choice.launch.shared_bytes} B of shared memory, {choice.launch.index_bits}-bit offsets",

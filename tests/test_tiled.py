@@ -248,14 +248,14 @@ def test_arrays_aligned_to_half_an_element_are_copied() -> None:
 @pytest.mark.parametrize(
     "problem",
     [
-        ConvProblem("conv1d", 3, 8, 8, 1, 1, stride=3),
+        ConvProblem("conv1d", 5, 8, 8, 1, 1, stride=3),
         ConvProblem("conv_transpose1d", 3, 8, 8, 1, 1),
         ConvProblem("conv_transpose1d", 3, 8, 8, 1, 1, dilation=2),
     ],
     ids=str,
 )
 def test_columns_behind_the_last_sample_overflow_no_offset(problem: ConvProblem) -> None:
-    # A block's columns are samples here, dozens behind the last of three; twenty strides pass 32 bits.
+    # A block's columns are samples here, dozens behind the last of a few; twenty strides pass 32 bits.
     far_apart = replace(Layout.contiguous(problem), output=ArrayLayout((2**31 // 20, 1, 1)))
     x, w = np.ones(problem.input_shape, "f4"), np.ones(problem.weight_shape, "f4")
     y = hostcuda.convolve(problem, x, w, layout=far_apart, family=TILED[problem.op])

@@ -31,7 +31,7 @@ from .tiles import (
 )
 
 # Below these a tile is mostly empty, and the families for few channels or the base family do as well.
-MIN_ROWS = 8
+MIN_ROWS = 5
 MIN_TERMS = 8
 # Taps that a phase lacks are packed as zeros. Where they are more than this for one that exists, as with a stride far
 # beyond K, the packed weights outgrow the layer's (and a GPU's memory), and the base family visits only what exists.
