@@ -66,14 +66,16 @@ struct PhasesTarget {
     __device__ __forceinline__ PhasesTarget(Vector* window, int plane_pitch, int ahead)
         : window(window->element), plane_pitch(plane_pitch), ahead(ahead) {}
     __device__ __forceinline__ void store(int storage_vector, int part, const Vector& value) const {
-        const int begin = storage_vector * kStorageVec + part * kVec - ahead;
+        const int begin = storage_vector * kStorageVec + part * kVec - ahead;  // a multiple of kVec
         if (begin < 0) return;
-#pragma unroll
-        for (int e = 0; e < kVec; ++e) {
-            const int within = (begin + e) / 2;
-            const int plane = (begin + e) % 2 * 2 + (within / kVec & 1);
-            window[(plane * plane_pitch + within / kVec / 2) * kVec + within % kVec] = value.element[e];
+        const unsigned within = unsigned(begin) / 2, vector = within / kVec;
+        acc_t* const target = window + (((vector & 1) * plane_pitch + vector / 2) * kVec + within % kVec);
+        if (kVec == 1) {
+            target[begin % 2 * 2 * plane_pitch] = value.element[0];
+            return;
         }
+#pragma unroll
+        for (int e = 0; e < kVec; ++e) target[e % 2 * 2 * plane_pitch * kVec + e / 2] = value.element[e];
     }
 };
 
