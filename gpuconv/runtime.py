@@ -24,7 +24,7 @@ def cupy_module() -> ModuleType:
     Raises:
         ImportError: CuPy is not installed.
     """
-    return importlib.import_module("cupy")
+    return sys.modules.get("cupy") or importlib.import_module("cupy")
 
 
 def is_cupy_array(array: object) -> bool:
