@@ -27,7 +27,7 @@ struct Params {
 };
 static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/conv1d_tail.py");
 
-extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) conv1d_tail(
+extern "C" __global__ void __launch_bounds__(kMaxThreads, MIN_BLOCKS) conv1d_tail(
     const storage_t* __restrict__ input,   // [N, C_in, L_in]
     const storage_t* __restrict__ weight,  // [C_out, C_in_g, K]
     const storage_t* __restrict__ bias,    // [C_out], or null
@@ -42,7 +42,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) conv1d_tail(
     slide.C_in_g = p.C_in_g;
     slide.L_in = p.L_in;
     slide.taps = p.K;
-    slide.column_begin = (index_t(blockIdx.x) - rest * p.column_blocks) * BLOCK_L;
+    slide.column_begin = (index_t(blockIdx.x) - rest * p.column_blocks) * (index_t(blockDim.x) * kVec);
     slide.columns = p.L_out;
     slide.first = -p.padding_left;
     slide.input_stride_c = p.input_stride_c;

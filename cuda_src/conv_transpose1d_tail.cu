@@ -26,7 +26,7 @@ struct Params {
 };
 static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/conv_transpose1d_tail.py");
 
-extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) conv_transpose1d_tail(
+extern "C" __global__ void __launch_bounds__(kMaxThreads, MIN_BLOCKS) conv_transpose1d_tail(
     const storage_t* __restrict__ input,   // [N, C_in, L_in]
     const storage_t* __restrict__ weight,  // [C_in, C_out_g, K]
     const storage_t* __restrict__ bias,    // [C_out], or null
@@ -43,7 +43,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) conv_transpos
     slide.C_in_g = p.C_in_g;
     slide.L_in = p.L_in;
     slide.taps = p.taps;
-    slide.column_begin = (column_block - sample * p.column_blocks) * BLOCK_L;
+    slide.column_begin = (column_block - sample * p.column_blocks) * (index_t(blockDim.x) * kVec);
     slide.columns = p.columns;
     slide.first = p.q_begin;
     slide.input_stride_c = p.input_stride_c;

@@ -2,7 +2,7 @@
 //
 // Column q of a sample has THREAD_C results, rows of weights over the same input: row, c_in and tap multiply
 // input[n, c_in, q + first + tap], or where IS_REVERSED = 1 input[n, c_in, q + first - tap]. A thread computes kVec
-// neighbouring columns, as many as 16 bytes of storage hold, and a block BLOCK_L of them. A thread takes the taps kVec at a time: these meet two neighbouring
+// neighbouring columns, as many as 16 bytes of storage hold, and a block up to BLOCK_L of them. A thread takes the taps kVec at a time: these meet two neighbouring
 // vectors of input, of which the next taps use one again, so that each tap block costs one load of input.
 //
 // Rows of input pass through two buffers of shared memory, chunk_channels channels at a time, as they are stored, and with
@@ -16,11 +16,11 @@
 // Macros read: BLOCK_L, THREAD_C, IS_REVERSED, and those of common.cuh.
 
 constexpr int kVec = 16 / int(sizeof(storage_t));
-constexpr int kThreads = BLOCK_L / kVec;
+constexpr int kMaxThreads = BLOCK_L / kVec;
 constexpr int kWeightVec = sizeof(acc_t) < 16 ? 16 / int(sizeof(acc_t)) : 1;
 constexpr bool kRowsInVectors = THREAD_C >= 4;
 constexpr int kTapBlock = THREAD_C * kVec;  // weights of a channel's tap block
-static_assert(kThreads * kVec == BLOCK_L && kThreads % 32 == 0, "whole warps own BLOCK_L: gpuconv/families/sliding.py");
+static_assert(kMaxThreads * kVec == BLOCK_L && kMaxThreads % 32 == 0, "whole warps own BLOCK_L: gpuconv/families/sliding.py");
 
 struct alignas(16) InputVector {
     storage_t element[kVec];
@@ -46,7 +46,7 @@ template <typename T>
 __device__ __forceinline__ void copy_windows(
     storage_t* shared, const storage_t* input, int channels, index_t start, int length, const Slide& slide, T zero) {
     const int count = sizeof(T) / sizeof(storage_t);
-    for (int i = int(threadIdx.x) * count; i < length; i += kThreads * count) {
+    for (int i = int(threadIdx.x) * count; i < length; i += int(blockDim.x) * count) {
         storage_t* target = shared + i;
         const index_t position = start + i;
         if (position >= 0 && position < slide.L_in) {
@@ -67,7 +67,7 @@ __device__ __forceinline__ void copy_windows(
 template <typename WeightAt, typename Store, typename StoreOne>
 __device__ __forceinline__ void slide_sums(
     const Slide& slide, const WeightAt& weight_at, const Store& store, const StoreOne& store_one) {
-    const int window = BLOCK_L + slide.tap_blocks * kVec;
+    const int window = (int(blockDim.x) + slide.tap_blocks) * kVec;
     const int channel_weights = slide.tap_blocks * kTapBlock;
     storage_t* const smem_input = reinterpret_cast<storage_t*>(dynamic_shared_memory());  // [2][chunk_channels][window]
     acc_t* const smem_weight =  // [2][chunk_channels][tap_blocks][THREAD_C][kVec]
@@ -87,7 +87,7 @@ __device__ __forceinline__ void slide_sums(
         } else if (copy_bytes == 4) {
             copy_windows(windows, x, channels, start, window, slide, 0u);
         } else {
-            for (int i = threadIdx.x; i < window; i += kThreads) {
+            for (int i = threadIdx.x; i < window; i += blockDim.x) {
                 const index_t position = start + i;
                 const bool in_bounds = position >= 0 && position < slide.L_in;
                 const storage_t* source = x + (in_bounds ? position * slide.input_stride_l : 0);
@@ -98,7 +98,7 @@ __device__ __forceinline__ void slide_sums(
             }
         }
         acc_t* const w = smem_weight + buffer * slide.chunk_channels * channel_weights;
-        for (int e = threadIdx.x; e < channels * channel_weights; e += kThreads) {
+        for (int e = threadIdx.x; e < channels * channel_weights; e += blockDim.x) {
             const int c = e / channel_weights, in_channel = e - c * channel_weights;
             const int block = in_channel / kTapBlock, in_block = in_channel % kTapBlock;
             const int i = kRowsInVectors ? in_block / THREAD_C : in_block % kVec;

@@ -10,10 +10,19 @@ from collections.abc import Iterator
 from ..device import Device
 from ..problem import DTYPES, ConvProblem
 from .base import MAX_GRID, Config, Family, Launch, Layout, index_bits, stride_params
-from .sliding import MAX_CHUNK_CHANNELS, THREADS, Slide, block_columns, sliding_config, vector
+from .sliding import (
+    MAX_CHUNK_CHANNELS,
+    Slide,
+    block_columns,
+    choose_threads,
+    column_blocks,
+    sliding_config,
+    vector,
+)
 
 # Output channels that a kernel computes; others take the next. More than 4 are better served by tiles over channels.
 ROWS = (1, 2, 4)
+WARP = 32
 
 
 class Conv1dTail(Family):
@@ -34,7 +43,7 @@ class Conv1dTail(Family):
             return "needs stride 1 and dilation 1"
         if self._slide(p, layout, device) is None:
             return "needs the weights of an input channel to fit in shared memory"
-        if self._grid(p) > MAX_GRID:
+        if self._grid(p, device) > MAX_GRID:
             return f"needs at most {MAX_GRID} blocks"
         return None
 
@@ -59,13 +68,15 @@ class Conv1dTail(Family):
             "C_out_g": p.C_out_g,
             "padding_left": p.padding_left,
             **strides,
-            "column_blocks": -(-p.L_out // block_columns(p.dtype)),
+            "column_blocks": column_blocks(p.L_out, self._threads(p, device), p.dtype),
             **slide.params(),
             "vector_stores": int(vector_stores),
         }
         bits = self._index_bits(p, layout)
         config = sliding_config(self.name, p.dtype, bits, self._rows(p, layout), is_reversed=False)
-        return config, Launch(self._grid(p), THREADS, slide.shared_bytes, bits, tuple(params.items()))
+        return config, Launch(
+            self._grid(p, device), self._threads(p, device), slide.shared_bytes, bits, tuple(params.items())
+        )
 
     def configs(self, device: Device) -> Iterator[Config]:
         for dtype in DTYPES:
@@ -79,8 +90,11 @@ class Conv1dTail(Family):
             return ROWS[-1]
         return next(rows for rows in ROWS if rows >= p.C_out_g)
 
-    def _grid(self, p: ConvProblem) -> int:
-        return -(-p.L_out // block_columns(p.dtype)) * p.N * p.groups
+    def _threads(self, p: ConvProblem, device: Device) -> int:
+        return choose_threads(p.L_out, p.N * p.groups, p.dtype, device)
+
+    def _grid(self, p: ConvProblem, device: Device) -> int:
+        return column_blocks(p.L_out, self._threads(p, device), p.dtype) * p.N * p.groups
 
     def _index_bits(self, p: ConvProblem, layout: Layout) -> int:
         # Beyond the arrays the kernel forms positions around the windows of blocks that hang over the last column.
@@ -88,7 +102,7 @@ class Conv1dTail(Family):
         return index_bits(
             p,
             layout,
-            self._grid(p),
+            column_blocks(p.L_out, WARP, p.dtype) * p.N * p.groups,
             p.L_out + p.L_in + p.padding_left + around,
             layout.output.reach((p.N, p.C_out + ROWS[-1], p.L_out + around)),
             layout.input.reach((p.N, p.C_in + MAX_CHUNK_CHANNELS, p.L_in)),
@@ -96,5 +110,12 @@ class Conv1dTail(Family):
 
     def _slide(self, p: ConvProblem, layout: Layout, device: Device) -> Slide | None:
         return Slide.of(
-            p, layout.input, device, rows=self._rows(p, layout), taps=p.K, position=-p.padding_left, is_reversed=False
+            p,
+            layout.input,
+            device,
+            rows=self._rows(p, layout),
+            taps=p.K,
+            threads=self._threads(p, device),
+            position=-p.padding_left,
+            is_reversed=False,
         )

@@ -10,10 +10,19 @@ from collections.abc import Iterator
 from ..device import Device
 from ..problem import DTYPES, ConvProblem
 from .base import MAX_GRID, Config, Family, Launch, Layout, index_bits, stride_params
-from .sliding import MAX_CHUNK_CHANNELS, THREADS, Slide, block_columns, sliding_config, vector
+from .sliding import (
+    MAX_CHUNK_CHANNELS,
+    Slide,
+    block_columns,
+    choose_threads,
+    column_blocks,
+    sliding_config,
+    vector,
+)
 
 # Rows (c_out, phase) that a kernel computes.
 ROWS = (4, 8)
+WARP = 32
 MAX_C_OUT_G = 4
 # With more rows a block of every eight reads the input anew, and tiles over rows do better.
 MAX_ROWS = 32
@@ -39,7 +48,7 @@ class ConvTranspose1dTail(Family):
             return f"needs C_out/groups * stride <= {MAX_ROWS}"
         if self._slide(p, layout, device) is None:
             return "needs the weights of an input channel to fit in shared memory"
-        if self._grid(p, layout) > MAX_GRID:
+        if self._grid(p, layout, device) > MAX_GRID:
             return f"needs at most {MAX_GRID} blocks"
         return None
 
@@ -57,16 +66,22 @@ class ConvTranspose1dTail(Family):
             "stride": p.stride,
             "padding_left": p.padding_left,
             **stride_params(layout, ("in", "out")),
-            "row_blocks": self._row_blocks(p, layout),
-            "column_blocks": self._column_blocks(p),
+            "row_blocks": self._row_blocks(p, layout, device),
+            "column_blocks": self._column_blocks(p, layout, device),
             "columns": self._columns(p),
             "q_begin": p.padding_left // p.stride,
             "taps": self._taps(p),
             **slide.params(),
         }
         bits = self._index_bits(p, layout)
-        config = sliding_config(self.name, p.dtype, bits, self._rows(p, layout), is_reversed=True)
-        return config, Launch(self._grid(p, layout), THREADS, slide.shared_bytes, bits, tuple(params.items()))
+        config = sliding_config(self.name, p.dtype, bits, self._rows(p, layout, device), is_reversed=True)
+        return config, Launch(
+            self._grid(p, layout, device),
+            self._threads(p, layout, device),
+            slide.shared_bytes,
+            bits,
+            tuple(params.items()),
+        )
 
     def configs(self, device: Device) -> Iterator[Config]:
         for dtype in DTYPES:
@@ -82,26 +97,34 @@ class ConvTranspose1dTail(Family):
         """Values of q from the first output position to the last, whatever their phase."""
         return (p.L_out - 1 + p.padding_left) // p.stride - p.padding_left // p.stride + 1
 
-    def _column_blocks(self, p: ConvProblem) -> int:
-        return -(-self._columns(p) // block_columns(p.dtype))
+    def _rows(self, p: ConvProblem, layout: Layout, device: Device) -> int:
+        """Few rows where many would leave schedulers without a second warp, though that reads inputs more often."""
+        few, many = ROWS
+        if self._index_bits(p, layout) == 64:  # which only the kernel for many has
+            return many
+        if p.C_out_g * p.stride <= few:
+            return few
+        warps = column_blocks(self._columns(p), WARP, p.dtype) * p.N * p.groups * -(-p.C_out_g * p.stride // many)
+        return many if warps >= 8 * device.num_sms else few
 
-    def _rows(self, p: ConvProblem, layout: Layout) -> int:
-        """Only the kernel for the most rows has 64-bit indices."""
-        if self._index_bits(p, layout) == 64:
-            return ROWS[-1]
-        return next((rows for rows in ROWS if rows >= p.C_out_g * p.stride), ROWS[-1])
+    def _threads(self, p: ConvProblem, layout: Layout, device: Device) -> int:
+        blocks = p.N * p.groups * self._row_blocks(p, layout, device)
+        return choose_threads(self._columns(p), blocks, p.dtype, device)
 
-    def _row_blocks(self, p: ConvProblem, layout: Layout) -> int:
-        return -(-p.C_out_g * p.stride // self._rows(p, layout))
+    def _column_blocks(self, p: ConvProblem, layout: Layout, device: Device) -> int:
+        return column_blocks(self._columns(p), self._threads(p, layout, device), p.dtype)
 
-    def _grid(self, p: ConvProblem, layout: Layout) -> int:
-        return self._row_blocks(p, layout) * self._column_blocks(p) * p.N * p.groups
+    def _row_blocks(self, p: ConvProblem, layout: Layout, device: Device) -> int:
+        return -(-p.C_out_g * p.stride // self._rows(p, layout, device))
+
+    def _grid(self, p: ConvProblem, layout: Layout, device: Device) -> int:
+        return self._row_blocks(p, layout, device) * self._column_blocks(p, layout, device) * p.N * p.groups
 
     def _index_bits(self, p: ConvProblem, layout: Layout) -> int:
         # Beyond the arrays the kernel forms positions around the windows of blocks that hang over the last column, and
         # the outputs of such columns.
         around = block_columns(p.dtype) + p.K + 4 * vector(p.dtype)
-        blocks = self._column_blocks(p) * p.N * p.groups
+        blocks = column_blocks(self._columns(p), WARP, p.dtype) * p.N * p.groups
         return index_bits(
             p,
             layout,
@@ -115,7 +138,8 @@ class ConvTranspose1dTail(Family):
             p,
             layout.input,
             device,
-            rows=self._rows(p, layout),
+            threads=self._threads(p, layout, device),
+            rows=self._rows(p, layout, device),
             taps=self._taps(p),
             position=-(p.padding_left // p.stride),
             is_reversed=True,

@@ -9,7 +9,7 @@ from ..problem import ITEMSIZE, ConvProblem
 from ..source import params_fields
 from .base import ArrayLayout, Config
 
-THREADS = 128
+MAX_THREADS = 128
 # Blocks that a multiprocessor must be able to hold, which caps the registers of a thread at 128; 64-bit offsets take
 # registers that only a lower occupancy has.
 MIN_BLOCKS = {32: 4, 64: 2}
@@ -23,7 +23,27 @@ def vector(dtype: str) -> int:
 
 
 def block_columns(dtype: str) -> int:
-    return THREADS * vector(dtype)
+    """Of the largest block."""
+    return MAX_THREADS * vector(dtype)
+
+
+def choose_threads(columns: int, blocks: int, dtype: str, device: Device) -> int:
+    """The largest block that leaves every multiprocessor as many of them as it can hold of the largest.
+
+    Args:
+        columns: of a sample.
+        blocks: how many take the same columns: of other samples, groups and rows.
+        dtype: of the problem.
+        device: the GPU.
+    """
+    threads = MAX_THREADS
+    while threads > 32 and column_blocks(columns, threads, dtype) * blocks < MIN_BLOCKS[32] * device.num_sms:
+        threads //= 2
+    return threads
+
+
+def column_blocks(columns: int, threads: int, dtype: str) -> int:
+    return -(-columns // (threads * vector(dtype)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +69,7 @@ class Slide:
         input: ArrayLayout,
         device: Device,
         *,
+        threads: int,
         rows: int,
         taps: int,
         position: int,
@@ -60,6 +81,7 @@ class Slide:
             p: the problem.
             input: the layout of its input.
             device: the GPU.
+            threads: of a block.
             rows: of weights, THREAD_C.
             taps: of a row.
             position: of column 0, tap 0, negated where is_reversed.
@@ -82,7 +104,7 @@ class Slide:
             copy //= 2
         slots, tap_blocks, lead, copy = min(choices)
 
-        window_bytes = (block_columns(p.dtype) + tap_blocks * vec) * p.itemsize
+        window_bytes = (threads + tap_blocks) * vec * p.itemsize
         channel_bytes = 2 * (window_bytes + tap_blocks * rows * vec * max(4, p.itemsize))
         shares = (
             min(device.shared_per_block, device.shared_per_sm // blocks - 1024) for blocks in (MIN_BLOCKS[32], 2, 1)
