@@ -1,0 +1,103 @@
+"""Every result comes from shared memory that was ready, not from the rare way out that sums results again.
+
+Shared memory that is read too early holds NaNs under hostcuda, and the kernels that sum NaNs again from global memory
+would repair what a GPU leaves wrong. Here that path is cut out of their texts.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gpuconv import cases
+from gpuconv.device import Device
+from gpuconv.families import FAMILIES, Config, Family, Layout
+from gpuconv.problem import ConvProblem, numpy_dtype
+from tests import hostcuda
+from tests.hostcuda import Program
+
+ONE_SM = replace(Device.from_arch("sm_90"), num_sms=1)  # which small problems fill, so that blocks take several tiles
+FAMILY = {family.name: family for family in FAMILIES}
+BASE = {"conv1d": "conv1d_direct", "conv_transpose1d": "conv_transpose1d_gather"}
+
+
+def layer(family: str, N: int, C_in: int, C_out: int, L_in: int, K: int, **settings: Any) -> tuple[Family, ConvProblem]:
+    return FAMILY[family], ConvProblem(FAMILY[family].op, N, C_in, C_out, L_in, K, has_bias=True, **settings)
+
+
+DEPTHWISE = tuple(
+    layer(f"{op}_depthwise", 3, 5, 10, L_in, K, groups=5, padding_left=2, **settings)
+    for op, L_in, K, settings in (
+        ("conv1d", 333, 9, {}),
+        ("conv1d", 4500, 40, {"padding_right": 20}),  # several tiles of a row, many steps
+        ("conv1d", 340, 9, {"dtype": "float16"}),
+        ("conv1d", 333, 9, {"stride": 2}),
+        ("conv1d", 333, 5, {"stride": 3, "dilation": 2}),
+        ("conv1d", 300, 5, {"stride": 9}),
+        ("conv_transpose1d", 333, 9, {}),
+        ("conv_transpose1d", 340, 9, {"dtype": "float16"}),
+        ("conv_transpose1d", 333, 17, {"stride": 2}),
+    )
+)
+STEMS = (
+    layer("conv1d_stem", 2, 1, 20, 300, 7, stride=3, padding_left=2),
+    layer("conv1d_stem", 3, 16, 64, 300, 40, padding_left=20, groups=8),  # several chunks of weights
+    layer("conv1d_stem", 3, 1, 300, 700, 3, padding_left=1),
+    layer("conv1d_stem", 9, 4, 5, 40, 9, stride=4, padding_left=3),  # short samples
+)
+TAILS = (
+    layer("conv1d_tail", 2, 20, 1, 300, 5, padding_left=2),  # several chunks of channels
+    layer("conv1d_tail", 2, 9, 2, 303, 5, padding_left=1),
+    layer("conv1d_tail", 2, 17, 4, 300, 9, padding_left=3),
+    layer("conv1d_tail", 2, 20, 1, 304, 9, padding_left=3, dtype="float16"),
+    layer("conv_transpose1d_tail", 2, 20, 1, 130, 16, stride=8),
+    layer("conv_transpose1d_tail", 2, 17, 1, 70, 5, stride=3, padding_left=2),
+    layer("conv_transpose1d_tail", 5, 9, 2, 133, 7, stride=5),  # several blocks of rows
+)
+LAYERS = (*DEPTHWISE, *STEMS, *TAILS)
+
+
+def without_way_out(config: Config) -> Program:
+    program = Program.of(config)
+    text, count = re.subn(r"\bif \((!?)met_nan\)", r"if (\1false)", program.text)
+    assert count == program.text.count("bool met_nan = false;") > 0, config.kernel
+    return replace(program, text=text)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kernels() -> None:
+    configs = {family.configure(p, Layout.contiguous(p), ONE_SM)[0] for family, p in LAYERS}
+    hostcuda.prebuild([without_way_out(config) for config in configs])
+
+
+@pytest.mark.parametrize(("family", "problem"), LAYERS, ids=lambda value: getattr(value, "name", str(value)))
+def test_no_result_needs_the_rare_way_out(family: Family, problem: ConvProblem) -> None:
+    config, launch = family.configure(problem, Layout.contiguous(problem), ONE_SM)
+    data = cases.random_data(problem, 35)
+    output = np.empty(problem.output_shape, numpy_dtype(problem.dtype))
+    arrays = {"input": data.input, "weight": data.weight, "bias": data.bias, "output": output}
+    hostcuda.run(without_way_out(config), launch, arrays, schedule="every", device=ONE_SM)
+    assert output.tobytes() == hostcuda.convolve(problem, *data, family=BASE[problem.op]).tobytes()
+
+
+def test_the_layers_go_every_way_through_the_kernels() -> None:
+    def launches(name: str) -> list[tuple[dict[str, str], dict[str, int]]]:
+        chosen = [f.configure(p, Layout.contiguous(p), ONE_SM) for f, p in LAYERS if f.name == name]
+        return [(dict(config.macros), dict(launch.params)) for config, launch in chosen]
+
+    forward, stems = launches("conv1d_depthwise"), launches("conv1d_stem")
+    assert {(m["SLIDE_STRIDE"], m["THREAD_L"]) for m, _ in forward} >= {("1", "8"), ("2", "8"), ("0", "4"), ("0", "1")}
+    assert {m["SLIDE_STRIDE"] for m, _ in launches("conv_transpose1d_depthwise")} == {"1", "2"}
+    for ways in (forward, launches("conv_transpose1d_depthwise")):
+        assert any(p["repeats"] > 1 for _, p in ways)
+        assert any(p["block_rows"] > 1 for _, p in ways)
+    assert any(p["repeats"] > 1 and p["C_in_g"] * p["K"] <= p["chunk_terms"] for _, p in stems)
+    assert any(p["repeats"] > 1 and p["C_in_g"] * p["K"] > p["chunk_terms"] for _, p in stems)
+    for name in ("conv1d_tail", "conv_transpose1d_tail"):
+        assert all(p["C_in_g"] > p["chunk_channels"] for _, p in launches(name))
+    assert {m["THREAD_C"] for m, _ in launches("conv1d_tail")} == {"1", "2", "4"}
+    assert {m["THREAD_C"] for m, _ in launches("conv_transpose1d_tail")} == {"4", "8"}
