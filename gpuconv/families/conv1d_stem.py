@@ -239,8 +239,9 @@ class Conv1dStem(Family):
         )
 
     def _index_bits(self, problem: ConvProblem, layout: Layout) -> int:
-        # Beyond the arrays the kernel forms positions of the last tile's columns behind L_out and what they read, the
-        # numbers of tiles of blocks that hang over the last, and channels and samples behind the last.
+        # Beyond the arrays the kernel forms positions of the last tile's columns behind L_out and what they read, offsets
+        # from a lane's first column to its others even where the input ends before these, the numbers of tiles of blocks
+        # that hang over the last, and channels and samples behind the last.
         p = problem
         strides = stride_params(layout, ("out", "in"))
         hanging = p.L_out + WARP * 4
@@ -256,6 +257,7 @@ class Conv1dStem(Family):
             + (p.N + 4) * abs(strides["output_stride_n"])
             + hanging * abs(strides["output_stride_l"]),
             (p.N + 4) * abs(strides["input_stride_n"]) + p.L_in * abs(strides["input_stride_l"]),
+            4 * WARP * p.stride * abs(strides["input_stride_l"]),
             (p.C_out + 2 * MAX_THREADS) * max(1, abs(strides["bias_stride"])),
         )
 
