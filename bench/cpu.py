@@ -3,8 +3,9 @@
 Run `python bench/cpu.py` in a checkout. Each layer runs in float32 at its own batch, or at the largest batch that keeps
 it within 2 GiB and 20 GFLOP; a layer of which not even one sample does is left out. Both libraries get the same arrays
 and the same number of threads, allocate their output in each call, and are timed in turns in one process, so that a
-busy machine slows both. Every time is the median of its repeats. Before a layer is timed, random channels of random
-samples are compared with `gpuconv.reference`; a wrong result gets no figure and fails the run.
+busy machine slows both. Every time is the least of its repeats, since other processes can only add to it. Before a
+layer is timed, random channels of random samples are compared with `gpuconv.reference`; a wrong result gets no figure
+and fails the run.
 """
 
 from __future__ import annotations
@@ -33,7 +34,6 @@ import numpy.typing as npt
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from threadpoolctl import threadpool_info, threadpool_limits
 
 from bench.layers import Layer, load
 from gpuconv import cpu, reference
@@ -65,9 +65,8 @@ class Row:
 
     @property
     def ratio(self) -> float:
-        """torch time / our time."""
-        assert self.ours_ms is not None and self.torch_ms is not None
-        return self.torch_ms / self.ours_ms
+        """PyTorch's time / our time; not a number where there is no figure."""
+        return math.nan if self.ours_ms is None or self.torch_ms is None else self.torch_ms / self.ours_ms
 
 
 def arrays(problem: ConvProblem, seed: int) -> tuple[Array, Array, Array | None]:
@@ -116,28 +115,28 @@ def ours(problem: ConvProblem, x: Array, w: Array, b: Array | None) -> Callable[
 
 
 def pytorch(problem: ConvProblem, x: Array, w: Array, b: Array | None) -> Callable[[], Any]:
-    import torch  # noqa: PLC0415
-    import torch.nn.functional as F  # noqa: N812, PLC0415
+    import torch
+    import torch.nn.functional as F  # noqa: N812
 
     p = problem
-    input, weight = torch.from_numpy(x), torch.from_numpy(w)
+    data, weight = torch.from_numpy(x), torch.from_numpy(w)
     bias = None if b is None else torch.from_numpy(b)
 
     def call() -> Any:
         with torch.inference_mode():
             if p.transposed:
                 return F.conv_transpose1d(
-                    input, weight, bias, p.stride, p.padding_left, p.output_padding, p.groups, p.dilation
+                    data, weight, bias, p.stride, p.padding_left, p.output_padding, p.groups, p.dilation
                 )
             if p.padding_left == p.padding_right:
-                return F.conv1d(input, weight, bias, p.stride, p.padding_left, p.dilation, p.groups)
-            return F.conv1d(F.pad(input, p.padding), weight, bias, p.stride, 0, p.dilation, p.groups)
+                return F.conv1d(data, weight, bias, p.stride, p.padding_left, p.dilation, p.groups)
+            return F.conv1d(F.pad(data, p.padding), weight, bias, p.stride, 0, p.dilation, p.groups)
 
     return call
 
 
 def interleave(calls: Sequence[Callable[[], Any]], repeats: int, pause: float) -> list[float]:
-    """The median time of each call in milliseconds, the calls taking turns; the first round is not counted."""
+    """The least time of each call in milliseconds, the calls taking turns; the first round is not counted."""
     times: list[list[float]] = [[] for _ in calls]
     for repeat in range(repeats + 1):
         for call, of_call in zip(calls, times, strict=True):
@@ -148,7 +147,7 @@ def interleave(calls: Sequence[Callable[[], Any]], repeats: int, pause: float) -
             del result
             if repeat:
                 of_call.append(elapsed * 1e3)
-    return [statistics.median(of_call) for of_call in times]
+    return [min(of_call) for of_call in times]
 
 
 def measure(layer: Layer, batch: int, repeats: int, pause: float) -> Row:
@@ -169,7 +168,7 @@ def geometric_mean(ratios: Sequence[float]) -> float:
 
 
 def report(rows: Sequence[Row], left_out: Sequence[str], console: Console) -> None:
-    table = Table(title="float32, median milliseconds; ratio = torch / ours", title_justify="left")
+    table = Table(title="float32, least milliseconds; ratio = torch / ours", title_justify="left")
     for heading in ("layer", "batch", "method"):
         table.add_column(heading, no_wrap=True)
     for heading in ("ours", "torch", "ratio"):
@@ -204,7 +203,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         type=float,
         default=0.02,
         metavar="SECONDS",
-        help="before each call, so that the idle threads of the other library have stopped spinning (default: %(default)s)",
+        help="before each call, for the other library's idle threads to stop spinning (default: %(default)s)",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result there")
     args = parser.parse_args(argv)
@@ -212,7 +211,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if min(repeats, args.threads) < 1:
         parser.error("--repeats and --threads must be at least 1")
 
-    import torch  # noqa: PLC0415
+    import torch
+    from threadpoolctl import threadpool_info, threadpool_limits
 
     limits = (QUICK_BYTES, QUICK_FLOPS) if args.quick else (MAX_BYTES, MAX_FLOPS)
     chosen = [layer for layer in load() if re.search(args.filter, layer.name)]
@@ -243,6 +243,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "machine": f"{platform.processor() or platform.machine()}, {machine}",
             "repeats": repeats,
             "rows": [asdict(row) for row in rows],
+            "geometric_mean": geometric_mean([row.ratio for row in rows if row.ours_ms is not None]),
         }
         args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return 1 if any(row.ours_ms is None for row in rows) else 0

@@ -34,36 +34,41 @@ from .problem import ITEMSIZE, ConvProblem
 
 Array = npt.NDArray[Any]
 
-_KIB = 1024
 _MIB = 1024 * 1024
 
 _ACCUMULATOR = {"float16": "float32", "bfloat16": "float32"}
 
-# Bytes of the scratch buffers. Where several threads run, each has its own, so that they are small.
+# The memory that all scratch buffers of a call may take, which limits the number of threads, and the bytes of single
+# buffers: a packed weight; the buffers of a single thread; those of each of several threads.
+_WORKSPACE = 28 * _MIB
 _PACKED_WEIGHT = 6 * _MIB
 _BUFFER = 4 * _MIB
-_CONCURRENT_BUFFER = 512 * _KIB
+_CONCURRENT_BUFFER = 1 * _MIB
 
 # Elements of a block of the elementwise form: the block, a product and the input stay in a second-level cache of 1 MiB.
 _ELEMENTWISE_BLOCK = 32 * 1024
 
-# OpenBLAS computes a product of at most this many multiply-adds on the calling thread, and on machines with AVX-512
-# without packing its operands (kernel/x86_64/sgemm_small_kernel_permit_skylakex.c; interface/gemm.c has 64**3 for
-# others). Only such products run at the same time on several threads; larger ones take turns.
-_SMALL_PRODUCT = 100**3
-_SMALL_PRODUCT_COMPLEX = 64**3
+# OpenBLAS computes a product of at most this many multiply-adds on the calling thread (interface/gemm.c); of real data
+# with AVX-512 larger ones too, without packing the operands (sgemm_small_kernel_permit_skylakex.c). Only such products
+# run at the same time on several threads; larger ones take turns, each on all threads of the library.
+_SMALL_PRODUCT = 64**3
+_SMALL_PRODUCT_AVX512 = 100**3
+
+# Rows and columns of a small product, and its depth where its columns are multiplied by several tiles of rows: 32 KiB
+# of float32 columns stay in the first-level cache.
+_SMALL_TILE = 64
+_SMALL_DEPTH = 128
 
 # Phases from which an output is written position by position: NumPy's inner loop is then long enough.
 _MANY_PHASES = 16
 
-# Elements of the largest weight that is multiplied in small products: beyond, packing the operands pays for itself.
-_TILED_WEIGHT = 64 * 1024
+# Operations from which small products pay where there are several tiles of rows.
+_WORTH_SMALL_PRODUCTS = 500_000_000
 
 # Operations from which a second thread pays: starting it costs some 0.1 ms.
 _WORTH_THREADS = 4_000_000
 
-# Extra memory grows with the number of threads, so it is bounded.
-_MAX_WORKERS = 8
+_MAX_WORKERS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +88,7 @@ class Method:
 
 def method(problem: ConvProblem) -> Method:
     """The form that `convolve` uses for a problem: a pure function of the problem."""
-    return _plan(problem)[0]
+    return _plan(problem).method
 
 
 def convolve(problem: ConvProblem, input: Array, weight: Array, bias: Array | None, output: Array) -> None:
@@ -105,7 +110,8 @@ def convolve(problem: ConvProblem, input: Array, weight: Array, bias: Array | No
     if input.size == 0:
         call.fill_with_bias()
     else:
-        _plan(problem)[1].run(call)
+        plan = _plan(problem)
+        plan.form.run(call, plan.workers)
 
 
 # -- the problem as the forms see it ---------------------------------------------------------------------------------
@@ -295,6 +301,8 @@ def _is_finite(block: Array) -> bool:
 
 
 def _slices(start: int, stop: int, length: int) -> list[slice]:
+    if 0 < stop - start <= length:
+        return [slice(start, stop)]
     return [slice(at, min(at + length, stop)) for at in range(start, stop, length)]
 
 
@@ -310,9 +318,15 @@ def _fit(budget: int, *extents: int) -> list[int]:
 class _Form(Protocol):
     """A way to compute a problem, with its block sizes."""
 
-    def run(self, call: _Call) -> None: ...
+    @property
+    def concurrent(self) -> bool:
+        """Whether blocks are computed on several threads; elsewhere the threads are left to BLAS."""
 
-    def workspace(self, p: ConvProblem) -> int: ...
+    def memory(self, p: ConvProblem) -> tuple[int, int]:
+        """Bounds on the bytes of scratch memory: what all threads share, and what each has."""
+
+    def run(self, call: _Call, workers: int) -> None:
+        """Compute the call on at most so many threads."""
 
 
 def _run_blocks(call: _Call, compute: Callable[..., None], blocks: Sequence[tuple[Any, ...]], workers: int) -> None:
@@ -387,37 +401,37 @@ class _Taps:
     rows: int
     length: int
     channels: int
-    workers: int
+    concurrent: bool
 
     @classmethod
     def of(cls, p: ConvProblem) -> _Taps:
         if p.C_in_g == 1:
             length, rows, groups, samples = _fit(_ELEMENTWISE_BLOCK, p.L_out, p.C_out_g, p.groups, p.N)
-            return cls(samples, groups, rows, length, 1, _workers(p))
-        budget = _BUFFER // 2 // _accumulator_size(p)
+            return cls(samples, groups, rows, length, 1, True)
+        budget = _CONCURRENT_BUFFER // _accumulator_size(p)
         rows, channels = min(p.C_out_g, 256), min(p.C_in_g, 1024)
         largest = max(rows, channels)
         length = min(p.L_out, budget // largest)
         groups = max(1, min(p.groups, budget // (largest * max(length, min(rows, channels)))))
         samples = max(1, min(p.N, budget // (largest * length * groups)))
-        return cls(samples, groups, rows, length, channels, 1)
+        return cls(samples, groups, rows, length, channels, False)
 
-    def workspace(self, p: ConvProblem) -> int:
-        return self.workers * self.block_workspace(p, self.samples, self.groups, self.rows, self.length)
+    def memory(self, p: ConvProblem) -> tuple[int, int]:
+        return 0, self.block_memory(p, self.samples, self.groups, self.rows, self.length)
 
-    def block_workspace(self, p: ConvProblem, samples: int, groups: int, rows: int, length: int) -> int:
+    def block_memory(self, p: ConvProblem, samples: int, groups: int, rows: int, length: int) -> int:
         """A bound on the scratch memory of `compute` on a block of this size."""
         groups, rows = min(groups, self.groups), min(rows, self.rows)
         columns = min(samples, self.samples) * min(length, self.length)
         operands = groups * self.channels * (rows + columns) if p.C_in_g > 1 else 0
         return (2 * groups * rows * columns + operands) * _accumulator_size(p) + _CONCURRENT_BUFFER
 
-    def run(self, call: _Call) -> None:
+    def run(self, call: _Call, workers: int) -> None:
         p = call.p
         if p.transposed and len(_phases(p)) < p.stride:
             call.fill_with_bias()
         everything = _Block(slice(0, p.N), slice(0, p.groups), slice(0, p.C_out_g), *_positions(p))
-        _run_blocks(call, self._compute_phase, list(self._cut(p, everything)), self.workers)
+        _run_blocks(call, self._compute_phase, list(self._cut(p, everything)), workers)
 
     def compute(self, call: _Call, block: _Block, scratch: _Scratch) -> None:
         """Compute a part of an output whose rest another form computes."""
@@ -505,12 +519,6 @@ class _Blocking(NamedTuple):
     tile: int
     weight_groups: int
     weight_rows: int
-    workers: int
-
-    @property
-    def buffer(self) -> int:
-        """The bytes that one scratch buffer may have."""
-        return _CONCURRENT_BUFFER if self.workers > 1 else _BUFFER
 
     def run(
         self,
@@ -518,6 +526,7 @@ class _Blocking(NamedTuple):
         weight: Array | None,
         pack: Callable[[Array, _Scratch], Array],
         compute: Callable[[_Call, Array, _Block, _Scratch], None],
+        workers: int,
     ) -> None:
         """Compute all blocks from the weight (groups, rows*n, depth) for some n, or, if it is None, from packed parts.
 
@@ -526,23 +535,30 @@ class _Blocking(NamedTuple):
         p = call.p
         per_groups, per_rows = (self.weight_groups, self.weight_rows) if weight is None else (p.groups, p.C_out_g)
         packed = _Scratch(call.dtype)
+        first, last = _positions(p)
+        if (p.N, p.groups, p.C_out_g, last - first) == self[:4] and (p.groups, p.C_out_g) == (per_groups, per_rows):
+            # A small problem is one block, and its time is mostly that of the interpreter.
+            matrix = pack(call.w, packed) if weight is None else weight
+            block = _Block(slice(0, p.N), slice(0, p.groups), slice(0, p.C_out_g), first, last)
+            with np.errstate(all="ignore"):
+                compute(call, matrix, block, _Scratch(call.dtype))
+            return
+        columns = [
+            (samples, at) for samples in _slices(0, p.N, self.samples) for at in _slices(first, last, self.length)
+        ]
         for g in _slices(0, p.groups, per_groups):
             for m in _slices(0, p.C_out_g, per_rows):
                 matrix = pack(call.w[g, m], packed) if weight is None else weight
-                n = matrix.shape[1] // (m.stop - m.start)
+                per_row = matrix.shape[1] // (m.stop - m.start)
                 blocks = []
                 for groups in _slices(g.start, g.stop, self.groups):
                     for rows in _slices(m.start, m.stop, self.rows):
                         part = matrix[
                             groups.start - g.start : groups.stop - g.start,
-                            (rows.start - m.start) * n : (rows.stop - m.start) * n,
+                            (rows.start - m.start) * per_row : (rows.stop - m.start) * per_row,
                         ]
-                        blocks += [
-                            (part, _Block(samples, groups, rows, at.start, at.stop))
-                            for samples in _slices(0, p.N, self.samples)
-                            for at in _slices(*_positions(p), self.length)
-                        ]
-                _run_blocks(call, compute, blocks, self.workers)
+                        blocks += [(part, _Block(n, groups, rows, at.start, at.stop)) for n, at in columns]
+                _run_blocks(call, compute, blocks, workers)
 
     def multiply(self, weight: Array, columns: Array, product: Array) -> None:
         """``product[n, g, tile] = weight[g] @ columns[n, g, tile]``, at most `tile_rows` rows at a time."""
@@ -564,16 +580,21 @@ class _Blocking(NamedTuple):
 
 def _tiled(matrix: Array, tile: int) -> Array:
     """A view of (..., rows, columns) as (..., tiles, rows, tile)."""
-    tiles: Array = matrix.reshape(*matrix.shape[:-1], -1, tile)
-    return tiles.swapaxes(-3, -2)
+    tiles: Array = matrix.reshape(*matrix.shape[:-1], -1, tile).swapaxes(-3, -2)
+    return tiles
 
 
 def _small_product(p: ConvProblem) -> int:
-    return _SMALL_PRODUCT_COMPLEX if p.is_complex else _SMALL_PRODUCT
+    return _SMALL_PRODUCT_AVX512 if _has_avx512() and not p.is_complex else _SMALL_PRODUCT
 
 
-def _workers(p: ConvProblem) -> int:
-    return _MAX_WORKERS if p.flops() > _WORTH_THREADS else 1
+@lru_cache(maxsize=1)
+def _has_avx512() -> bool:
+    try:
+        found = np.show_config(mode="dicts")["SIMD Extensions"]["found"]
+    except (TypeError, KeyError):  # NumPy before 1.25, or built without
+        return False
+    return any(name == "X86_V4" or name.startswith("AVX512") for name in found)
 
 
 # -- panels ----------------------------------------------------------------------------------------------------------
@@ -592,70 +613,101 @@ class _Panels:
     channels: int
     taps: int
     merged: bool
+    concurrent: bool
 
     @classmethod
     def of(cls, p: ConvProblem) -> _Panels | None:
         """None where even the smallest panel is too large."""
         geometry, size = _Geometry.of(p), _accumulator_size(p)
         first, last = _positions(p)
-        Q, J, R, M = last - first, geometry.tap_groups, geometry.phases, p.C_out_g
-        depth = p.C_in_g * J
-        weight_rows, weight_groups = _fit(_PACKED_WEIGHT // (size * depth * R), M, p.groups)
+        depth, R = p.C_in_g * geometry.tap_groups, geometry.phases
+        weight_rows, weight_groups = _fit(_PACKED_WEIGHT // (size * depth * R), p.C_out_g, p.groups)
+        packing = weight_groups, weight_rows
         if weight_rows * depth * R * size > _PACKED_WEIGHT or depth * size > _BUFFER:
             return None
-        merged = Q < 16 and p.N > 1
-        pointwise = depth == p.C_in_g and geometry.stride == 1 and R == 1
-        if merged or pointwise or M * R * depth > _TILED_WEIGHT:
-            # Few large products, each on all threads of BLAS.
-            budget = _BUFFER // size
-            rows = min(M, max(1, 4096 // R))
-            length = min(Q, budget // depth, max(16, budget // (rows * R)))
-            rows = max(1, min(rows, budget // (length * R)))
-            samples = max(1, min(p.N, 512 // Q, budget // (max(depth, rows * R) * Q))) if merged else 1
-            groups = 1
-            if length == Q and rows == M:
-                groups = max(1, min(p.groups, budget // (max(depth, M * R) * Q * samples)))
-            blocking = _Blocking(
-                samples, groups, rows, length, rows * R, length * samples, weight_groups, weight_rows, 1
-            )
-            return cls(geometry, blocking, _Taps.of(p), p.C_in_g, J, merged)
-        # Many small products, each on one thread.
-        budget, small = _CONCURRENT_BUFFER // size, _small_product(p)
-        taps = min(J, small // 1024)
-        channels = min(p.C_in_g, max(1, small // 1024 // taps))
+        # Many rows are better left to BLAS, unless the depth is small: it packs what small products read repeatedly.
+        rows, small_work = p.C_out_g * R, p.flops() < _WORTH_SMALL_PRODUCTS
+        few_rows = rows <= _SMALL_TILE or (not small_work and (rows <= 4 * _SMALL_TILE or depth <= _SMALL_DEPTH))
+        if few_rows and last - first >= _SMALL_TILE // 2:
+            return cls._of_small_products(p, geometry, packing)
+        return cls._of_large_products(p, geometry, packing)
+
+    @classmethod
+    def _of_small_products(cls, p: ConvProblem, geometry: _Geometry, packing: tuple[int, int]) -> _Panels:
+        """Many products on one thread each, at the same time; what each of them reads stays in a first-level cache."""
+        first, last = _positions(p)
+        Q, J, R, M = last - first, geometry.tap_groups, geometry.phases, p.C_out_g
+        budget, small = _CONCURRENT_BUFFER // _accumulator_size(p), _small_product(p)
+        tile_rows = min(M * R, _SMALL_TILE)
+        # Where one product takes all rows, each part of a panel is read once, wherever it lies.
+        deepest = min(_SMALL_DEPTH, small // _SMALL_TILE**2) if M * R > _SMALL_TILE else small // 1024
+        deepest = min(deepest, small // (tile_rows * _SMALL_TILE))
+        taps = min(J, deepest)
+        channels = min(p.C_in_g, deepest // taps)
         channels = -(-p.C_in_g // -(-p.C_in_g // channels))
         depth = channels * taps
-        tile_rows = min(M * R, 64 if depth <= small // 4096 else 32 if depth <= small // 2048 else 16)
-        tile = min(Q, 512, max(32, small // (tile_rows * depth) // 32 * 32))
-        rows = min(M, max(1, budget // (tile * R)))
-        largest = max(depth, rows * R)
-        # At least 16 blocks, for several workers to share.
-        length = min(Q, tile * max(1, min(budget // (largest * tile), p.N * p.groups * Q // (16 * tile))))
+        widest = small // (tile_rows * depth)
+        if M * R > _SMALL_TILE:
+            widest = min(widest, _SMALL_TILE * _SMALL_DEPTH // depth)
+        tile = min(Q, max(_SMALL_TILE // 2, min(widest, 512) // 32 * 32))
+        rows = min(M, max(1, 512 // R))
+        tiles = max(1, min(-(-Q // tile), budget // (max(depth, rows * R) * tile)))
+        # Some blocks for each of several threads, if need be smaller ones.
+        while p.N * p.groups * -(-Q // (tiles * tile)) * -(-M // rows) < 16:
+            if tiles > 1 and (tiles * tile > 256 or rows * R < 4 * _SMALL_TILE):
+                tiles = -(-tiles // 2)
+            elif rows * R >= 4 * _SMALL_TILE:
+                rows = -(-rows // 2)
+            else:
+                break
+        length = min(Q, tiles * tile)
         groups = samples = 1
         if length == Q and rows == M:
-            groups = max(1, min(p.groups, budget // (largest * Q)))
+            groups = max(1, min(p.groups, budget // (max(depth, rows * R) * Q)))
             if groups == p.groups:
-                samples = max(1, min(p.N, budget // (largest * Q * groups)))
-        blocking = _Blocking(samples, groups, rows, length, tile_rows, tile, weight_groups, weight_rows, _workers(p))
-        return cls(geometry, blocking, _Taps.of(p), channels, taps, False)
+                samples = max(1, min(p.N, budget // (max(depth, rows * R) * Q * groups)))
+        blocking = _Blocking(samples, groups, rows, length, tile_rows, tile, *packing)
+        return cls(geometry, blocking, _Taps.of(p), channels, taps, False, True)
 
-    def workspace(self, p: ConvProblem) -> int:
+    @classmethod
+    def _of_large_products(cls, p: ConvProblem, geometry: _Geometry, packing: tuple[int, int]) -> _Panels:
+        """Products of the whole depth, each on all threads of BLAS, for problems of few positions."""
+        first, last = _positions(p)
+        Q, R, M = last - first, geometry.phases, p.C_out_g
+        depth, budget = p.C_in_g * geometry.tap_groups, _BUFFER // _accumulator_size(p)
+        length = min(Q, budget // depth)
+        rows = max(1, min(M, budget // (length * R)))
+        samples = groups = 1
+        if length == Q:
+            samples = max(1, min(p.N, 512 // Q, budget // (max(depth, rows * R) * Q)))
+            if rows == M:
+                groups = max(1, min(p.groups, budget // (max(depth, M * R) * Q * samples)))
+        blocking = _Blocking(samples, groups, rows, length, rows * R, length * samples, *packing)
+        return cls(geometry, blocking, _Taps.of(p), p.C_in_g, geometry.tap_groups, samples > 1, False)
+
+    @property
+    def _buffer(self) -> int:
+        """The bytes that the staged input may take."""
+        return _CONCURRENT_BUFFER if self.concurrent else _BUFFER
+
+    def memory(self, p: ConvProblem) -> tuple[int, int]:
         blocking, depth, R = self.blocking, self.channels * self.taps, self.geometry.phases
         columns = blocking.samples * blocking.groups * blocking.length
-        elements = columns * (depth + 2 * blocking.rows * R)
+        one_product = depth == p.C_in_g * self.geometry.tap_groups
+        elements = columns * (depth + (1 if one_product else 2) * blocking.rows * R)
         packed = blocking.weight_groups * blocking.weight_rows * R * p.C_in_g * self.geometry.tap_groups
-        safe = self.safe.block_workspace(p, blocking.samples, blocking.groups, blocking.rows, blocking.length)
+        safe = self.safe.block_memory(p, blocking.samples, blocking.groups, blocking.rows, blocking.length)
         size = _accumulator_size(p)
-        return packed * size + blocking.workers * (elements * size + blocking.buffer + safe)
+        return packed * size, elements * size + self._buffer + safe
 
-    def run(self, call: _Call) -> None:
+    def run(self, call: _Call, workers: int) -> None:
         p, geometry = call.p, self.geometry
         if p.transposed and geometry.phases < p.stride:
             call.fill_with_bias()
         w = call.w
         in_place = not p.transposed and w.dtype == call.dtype and w.flags.c_contiguous and w.flags.aligned
         weight = w.reshape(p.groups, p.C_out_g, -1) if in_place else None
-        self.blocking.run(call, weight, self._pack, self._compute)
+        self.blocking.run(call, weight, self._pack, self._compute, workers)
 
     def _pack(self, w: Array, scratch: _Scratch) -> Array:
         """Weight (groups, rows, C_in_g, K) as (groups, rows*phases, C_in_g*tap_groups), zeros for the absent taps."""
@@ -681,20 +733,26 @@ class _Panels:
             sums = call.y[block.samples, block.groups, block.rows, at]
         else:
             sums = scratch.take("sums", *((1, G, rows, N * T) if self.merged else (N, G, rows, T)))
-        for low, high, tile in blocking.tiles(sums.shape[3]):
-            part = into = _tiled(sums[..., low:high], tile)
-            for c in _slices(0, p.C_in_g, self.channels):
-                for j in _slices(0, J, self.taps):
-                    if self.merged:
-                        panel = self._merged_windows(call, block, scratch)
-                    else:
-                        panel = self._windows(call, block, c, j, block.start + low, (high - low) // tile, tile, scratch)
-                    depth = slice(c.start * J + j.start, c.start * J + j.start + panel.shape[3])
-                    blocking.multiply(weight[..., depth], panel, into)
-                    if into is not part:
-                        np.add(part, into, out=part)
-                    elif depth.stop < p.C_in_g * J:
-                        into = scratch.take("product", *part.shape)
+        everything = slice(0, p.C_in_g), slice(0, J)
+        # (columns of the sums, position of the first one, tiles, columns of a tile)
+        runs = [
+            (slice(low, high), block.start + low, (high - low) // tile, tile) for low, high, tile in blocking.tiles(T)
+        ]
+        if self.merged:
+            runs = [(slice(0, N * T), block.start, 1, T)]
+        source = self._read(call, block, *everything, block.start, block.stop, scratch)
+        windows = [None if source is None else self._windows(source, *everything, *run[1:]) for run in runs]
+        into = sums
+        for c in _slices(0, p.C_in_g, self.channels):
+            for j in _slices(0, J, self.taps):
+                depth = slice(c.start * J + j.start, (c.stop - 1) * J + j.stop)
+                for (columns, start, tiles, tile), view in zip(runs, windows, strict=True):
+                    panel = self._panel(call, block, view, c, j, start, tiles, tile, scratch)
+                    blocking.multiply(weight[..., depth], panel, _tiled(into[..., columns], panel.shape[4]))
+                if into is not sums:
+                    np.add(sums, into, out=sums)
+                elif depth.stop < p.C_in_g * J:
+                    into = scratch.take("product", *sums.shape)
         low, high = geometry.window(block.start, block.stop, slice(0, J))
         absent_taps = R > 1 and J * R > p.K
         if (low < 0 or high > p.L_in or absent_taps) and not _is_finite(sums):
@@ -708,10 +766,11 @@ class _Panels:
         elif not direct:
             call.store(block, sums.reshape(N, G, -1, R, T))
 
-    def _windows(
+    def _panel(
         self,
         call: _Call,
         block: _Block,
+        windows: Array | None,
         channels: slice,
         taps: slice,
         start: int,
@@ -719,45 +778,57 @@ class _Panels:
         tile: int,
         scratch: _Scratch,
     ) -> Array:
-        """The windows of some tiles as (samples, groups, tiles, channels*taps, tile)."""
+        """The windows from position `start` as (samples, groups, tiles, channels*taps, tile), next to each other.
+
+        Of a merged block as (1, groups, 1, channels*taps, samples*tile). `windows` is a view of all of them, or None.
+        """
         N, G = block.samples.stop - block.samples.start, block.groups.stop - block.groups.start
         C, J = channels.stop - channels.start, taps.stop - taps.start
-        panel = scratch.take("panel", N, G, tiles, C, J, tile)
-        self._copy_windows(call, block, channels, taps, start, panel, scratch)
-        return panel.reshape(N, G, tiles, C * J, tile)
+        if self.merged:
+            panel = scratch.take("panel", G, C, J, N, tile)
+            target = panel.transpose(3, 0, 1, 2, 4)[:, :, None]
+        else:
+            panel = target = scratch.take("panel", N, G, tiles, C, J, tile)
+        if windows is not None:
+            np.copyto(target, windows[:, :, :, channels, taps])
+        else:
+            source = self._read(call, block, channels, taps, start, start + tiles * tile, scratch)
+            if source is not None:
+                np.copyto(target, self._windows(source, channels, taps, start, tiles, tile))
+            else:
+                self._copy_by_taps(call, block, channels, taps, start, target)
+        return panel.reshape(1, G, 1, C * J, N * tile) if self.merged else panel.reshape(N, G, tiles, C * J, tile)
 
-    def _merged_windows(self, call: _Call, block: _Block, scratch: _Scratch) -> Array:
-        """The windows of a block as (1, groups, 1, C_in_g*tap_groups, samples*positions)."""
-        N, G, T = (
-            block.samples.stop - block.samples.start,
-            block.groups.stop - block.groups.start,
-            block.stop - block.start,
-        )
-        C, J = self.channels, self.taps
-        panel = scratch.take("panel", G, C, J, N, T)
-        windows = panel.transpose(3, 0, 1, 2, 4)[:, :, None]
-        self._copy_windows(call, block, slice(0, C), slice(0, J), block.start, windows, scratch)
-        return panel.reshape(1, G, 1, C * J, N * T)
-
-    def _copy_windows(
-        self, call: _Call, block: _Block, channels: slice, taps: slice, start: int, panel: Array, scratch: _Scratch
-    ) -> None:
-        """Fill `panel` (samples, groups, tiles, channels, taps, tile), whose first column is the position `start`."""
-        geometry = self.geometry
-        tiles, tile = panel.shape[2], panel.shape[5]
-        low, high = geometry.window(start, start + tiles * tile, taps)
+    def _read(
+        self, call: _Call, block: _Block, channels: slice, taps: slice, start: int, stop: int, scratch: _Scratch
+    ) -> tuple[Array, int] | None:
+        """What the positions start to stop read, and where it begins; None where it is too large to be staged."""
+        low, high = self.geometry.window(start, stop, taps)
+        rows = (block.samples.stop - block.samples.start) * (block.groups.stop - block.groups.start)
+        rows *= channels.stop - channels.start
         inside = call.x_direct and low >= 0 and high <= call.p.L_in
-        staged = math.prod(panel.shape[:2]) * panel.shape[3] * (high - low) * call.dtype.itemsize
-        if inside or staged <= self.blocking.buffer:
-            x = call.read(block.samples, block.groups, channels, low, high, scratch)
-            s_n, s_g, s_c, s_l = x.strides
-            origin = start * geometry.stride + geometry.offset + taps.start * geometry.dilation - low
-            strides = (s_n, s_g, s_l * geometry.stride * tile, s_c, s_l * geometry.dilation, s_l * geometry.stride)
-            np.copyto(panel, as_strided(x[..., origin:], panel.shape, strides))
-            return
-        # The windows span too much to be staged in one piece.
+        if not inside and rows * (high - low) * call.dtype.itemsize > self._buffer:
+            return None
+        return call.read(block.samples, block.groups, channels, low, high, scratch), low
+
+    def _windows(
+        self, source: tuple[Array, int], channels: slice, taps: slice, start: int, tiles: int, tile: int
+    ) -> Array:
+        """A view of what `_read` returned as (samples, groups, tiles, channels, taps, tile)."""
+        geometry, (x, low) = self.geometry, source
+        s_n, s_g, s_c, s_l = x.strides
+        origin = start * geometry.stride + geometry.offset + taps.start * geometry.dilation - low
+        return as_strided(
+            x[..., origin:],
+            (*x.shape[:2], tiles, channels.stop - channels.start, taps.stop - taps.start, tile),
+            (s_n, s_g, s_l * geometry.stride * tile, s_c, s_l * geometry.dilation, s_l * geometry.stride),
+        )
+
+    def _copy_by_taps(self, call: _Call, block: _Block, channels: slice, taps: slice, start: int, panel: Array) -> None:
+        """Fill a panel (samples, groups, tiles, channels, taps, tile) whose windows are too long to be staged."""
+        geometry, tile = self.geometry, panel.shape[5]
         x = call.x[block.samples, block.groups, channels]
-        for index in range(tiles):
+        for index in range(panel.shape[2]):
             begin = start + index * tile
             for j in range(panel.shape[4]):
                 first, last, read = geometry.reading(taps.start + j, begin, begin + tile, 0, call.p.L_in)
@@ -776,6 +847,7 @@ class _ShiftAdd:
 
     geometry: _Geometry
     blocking: _Blocking
+    concurrent: bool
 
     @classmethod
     def of(cls, p: ConvProblem) -> _ShiftAdd | None:
@@ -788,28 +860,27 @@ class _ShiftAdd:
             return None
         reach = (geometry.tap_groups - 1) * abs(geometry.dilation)
         tile = _small_product(p) // (p.C_out_g * per_row) // 16 * 16
-        workers = _workers(p) if tile >= 256 else 1
+        concurrent = tile >= 256
         # A block reads `span` input positions, staged at worst, and computes the product of some rows there.
-        staged, product = (_CONCURRENT_BUFFER // size,) * 2 if workers > 1 else (_BUFFER // size, _BUFFER // 4 // size)
+        staged, product = (_CONCURRENT_BUFFER if concurrent else _BUFFER) // size, _CONCURRENT_BUFFER // size
         span = min(staged // p.C_in_g, product // p.K)
         length = min(last - first, (span - reach - 1) // geometry.stride + 1)
         if length < min(last - first, 4 * reach // geometry.stride + 1):
             return None
         rows = min(p.C_out_g, product // (p.K * (length * geometry.stride + reach)))
-        if workers == 1 or rows < p.C_out_g:
-            workers, tile = 1, span
-        blocking = _Blocking(1, 1, rows, length, rows * p.K, tile, weight_groups, weight_rows, workers)
-        return cls(geometry, blocking)
+        concurrent = concurrent and rows == p.C_out_g
+        blocking = _Blocking(1, 1, rows, length, rows * p.K, tile if concurrent else span, weight_groups, weight_rows)
+        return cls(geometry, blocking, concurrent)
 
-    def workspace(self, p: ConvProblem) -> int:
+    def memory(self, p: ConvProblem) -> tuple[int, int]:
         blocking = self.blocking
         low, high = self.geometry.window(0, blocking.length, slice(0, self.geometry.tap_groups))
         sums = blocking.rows * self.geometry.phases * blocking.length
         elements = (blocking.rows * p.K + p.C_in_g) * (high - low) + sums
         packed = blocking.weight_groups * blocking.weight_rows * p.K * p.C_in_g
-        return (packed + blocking.workers * elements) * _accumulator_size(p)
+        return packed * _accumulator_size(p), elements * _accumulator_size(p)
 
-    def run(self, call: _Call) -> None:
+    def run(self, call: _Call, workers: int) -> None:
         p, w = call.p, call.w.swapaxes(2, 3)
         if p.transposed and self.geometry.phases < p.stride:
             call.fill_with_bias()
@@ -817,7 +888,7 @@ class _ShiftAdd:
             p.transposed and w.dtype == call.dtype and call.w.swapaxes(1, 2).flags.c_contiguous and w.flags.aligned
         )
         weight = w.reshape(p.groups, p.C_out_g * p.K, p.C_in_g) if in_place else None
-        self.blocking.run(call, weight, self._pack, self._compute)
+        self.blocking.run(call, weight, self._pack, self._compute, workers)
 
     def _pack(self, w: Array, scratch: _Scratch) -> Array:
         """Weight (groups, rows, C_in_g, K) as (groups, rows*K, C_in_g)."""
@@ -869,7 +940,7 @@ class _Toeplitz:
     groups: int
     windows: int
     tile: int
-    workers: int
+    concurrent: bool
 
     @classmethod
     def of(cls, p: ConvProblem, tile: int) -> _Toeplitz | None:
@@ -880,30 +951,28 @@ class _Toeplitz:
             return None
         window, outputs = p.C_in_g * _window_length(geometry, tile), p.C_out_g * tile
         lines = _small_product(p) // (window * outputs)
-        workers = _workers(p) if lines >= 16 and p.groups >= 4 else 1
-        budget = (_CONCURRENT_BUFFER if workers > 1 else _BUFFER) // size
+        concurrent = lines >= 25 and p.groups >= 4
+        budget = (_CONCURRENT_BUFFER if concurrent else _BUFFER) // size
         if window * max(outputs, 16) > budget:
             return None
-        if workers == 1:
-            lines = budget
-        lines = min(lines, budget // max(window, outputs))
+        lines = min(lines if concurrent else budget, budget // max(window, outputs))
         windows = min(-(-(last - first) // tile), lines)
         samples = min(p.N, lines // windows)
         # Enough parts for several workers to share.
         groups = min(p.groups, budget // (max(window, outputs) * max(windows * samples, outputs)), -(-p.groups // 16))
-        return cls(geometry, _Taps.of(p), samples, max(1, groups), windows, tile, workers)
+        return cls(geometry, _Taps.of(p), samples, max(1, groups), windows, tile, concurrent)
 
-    def workspace(self, p: ConvProblem) -> int:
+    def memory(self, p: ConvProblem) -> tuple[int, int]:
         window, outputs = p.C_in_g * _window_length(self.geometry, self.tile), p.C_out_g * self.tile
         lines = self.samples * self.windows
         elements = self.groups * (window * outputs + lines * (window + outputs))
         span = self.windows * self.tile * self.geometry.stride + window
         elements += self.groups * self.samples * p.C_in_g * span
-        safe = self.safe.block_workspace(p, self.samples, self.groups, p.C_out_g, self.windows * self.tile)
-        return self.workers * (elements * _accumulator_size(p) + safe)
+        safe = self.safe.block_memory(p, self.samples, self.groups, p.C_out_g, self.windows * self.tile)
+        return 0, elements * _accumulator_size(p) + safe
 
-    def run(self, call: _Call) -> None:
-        _run_blocks(call, self._compute, [(g,) for g in _slices(0, call.p.groups, self.groups)], self.workers)
+    def run(self, call: _Call, workers: int) -> None:
+        _run_blocks(call, self._compute, [(g,) for g in _slices(0, call.p.groups, self.groups)], workers)
 
     def _compute(self, call: _Call, groups: slice, scratch: _Scratch) -> None:
         band = self._band(call, groups, scratch)
@@ -968,10 +1037,20 @@ def _window_length(geometry: _Geometry, tile: int) -> int:
 # -- the choice ------------------------------------------------------------------------------------------------------
 
 
+class _Plan(NamedTuple):
+    method: Method
+    form: _Form
+    workers: int
+
+
 @lru_cache(maxsize=4096)
-def _plan(p: ConvProblem) -> tuple[Method, _Form]:
+def _plan(p: ConvProblem) -> _Plan:
     name, reason, form = _choose(p)
-    return Method(name, reason, form.workspace(p)), form
+    shared, each = form.memory(p)
+    workers = 1
+    if form.concurrent and p.flops() > _WORTH_THREADS:
+        workers = max(1, min(_MAX_WORKERS, (_WORKSPACE - shared) // each))
+    return _Plan(Method(name, reason, shared + workers * each), form, workers)
 
 
 def _choose(p: ConvProblem) -> tuple[str, str, _Form]:
@@ -981,21 +1060,24 @@ def _choose(p: ConvProblem) -> tuple[str, str, _Form]:
         if p.C_in_g == 1:
             return *elementwise, _Taps.of(p)
         return "taps", "transposed with a stride and a dilation: the phases read different positions", _Taps.of(p)
-    candidates: list[tuple[float, str, str, _Form | None]] = [(_cost_of_panels(p), *_panels_name(p), _Panels.of(p))]
+    candidates: list[tuple[float, str, str, _Form]] = []
+    panels = _Panels.of(p)
+    if panels is not None:
+        candidates.append((_cost_of_panels(p, panels.concurrent), *_panels_name(p), panels))
     if p.C_in_g == 1:
         candidates.append((_cost_of_elementwise(p), *elementwise, _Taps.of(p)))
-    else:
+    shift_add = _ShiftAdd.of(p)
+    if shift_add is not None and p.C_in_g > 1:
         reason = "one product of all taps: few output channels, or a weight too large to be rearranged"
-        candidates.append((_cost_of_shift_add(p), "shift_add", reason, _ShiftAdd.of(p)))
-    reason = "few channels per group and many taps: banded matrices reuse each window"
-    candidates += [
-        (_cost_of_toeplitz(p, tile), "toeplitz", reason, _Toeplitz.of(p, tile))
-        for tile in sorted({min(tile, p.L_out) for tile in (1, 4, 8, 16, 32, 64)})
-    ]
-    possible = [(cost, name, reason, form) for cost, name, reason, form in candidates if form is not None]
-    if not possible:
+        candidates.append((_cost_of_shift_add(p, shift_add.concurrent), "shift_add", reason, shift_add))
+    for tile in sorted({min(tile, p.L_out) for tile in (1, 4, 8, 16, 32, 64)}):
+        toeplitz = _Toeplitz.of(p, tile)
+        if toeplitz is not None:
+            reason = "few channels per group and many taps: banded matrices reuse each window"
+            candidates.append((_cost_of_toeplitz(p, tile, toeplitz.concurrent), "toeplitz", reason, toeplitz))
+    if not candidates:
         return "taps", "the windows are too large for a panel", _Taps.of(p)
-    return min(possible, key=lambda candidate: candidate[0])[1:]
+    return min(candidates, key=lambda candidate: candidate[0])[1:]
 
 
 def _panels_name(p: ConvProblem) -> tuple[str, str]:
@@ -1010,7 +1092,7 @@ def _panels_name(p: ConvProblem) -> tuple[str, str]:
 
 # The costs of the parts of each form in nanoseconds on one core. Only their order matters. Fitted to the benchmark
 # layers in float32, with NumPy 2.4 and OpenBLAS 0.3.31 on a Xeon with AVX-512 (Sapphire Rapids).
-_FLOP = 0.01
+_FLOP = 0.0075
 _COPY = 0.25
 _STRIDED_COPY = 0.5
 _INTERLEAVE = 0.8
@@ -1021,10 +1103,14 @@ _NUMPY_ROW = 60.0
 _PACK = 4.0
 _PRODUCT_COLUMN = 1.5
 
+# A form that leaves the threads to BLAS computes the rest on one, and waits for the slower thread after each product.
+_LARGE_PRODUCT = 1.3
+_SERIAL = 2.0
 
-def _flop(p: ConvProblem) -> float:
+
+def _flop(p: ConvProblem, concurrent: bool) -> float:
     """A multiplication or an addition in BLAS."""
-    return _FLOP * (4 if p.is_complex else 1) * _accumulator_size(p) / 4
+    return _FLOP * (4 if p.is_complex else 1) * _accumulator_size(p) / 4 * (1.0 if concurrent else _LARGE_PRODUCT)
 
 
 def _columns(p: ConvProblem) -> int:
@@ -1037,21 +1123,25 @@ def _cost_of_interleaving(p: ConvProblem) -> float:
     return _INTERLEAVE * _columns(p) * p.C_out_g * geometry.phases if geometry.interleave > 1 else 0.0
 
 
-def _cost_of_panels(p: ConvProblem) -> float:
+def _cost_of_panels(p: ConvProblem, concurrent: bool) -> float:
     geometry = _Geometry.of(p)
     depth, rows = p.C_in_g * geometry.tap_groups, p.C_out_g * geometry.phases
-    copy = _COPY if geometry.stride == 1 else _STRIDED_COPY
-    each = 2 * max(rows, 8) * depth * _flop(p) + copy * depth + _PRODUCT_COLUMN
+    copying = (_COPY if geometry.stride == 1 else _STRIDED_COPY) * depth + _PRODUCT_COLUMN
+    if concurrent and rows > _SMALL_TILE:
+        copying += _SHIFT_AND_ADD * rows * (depth // _SMALL_DEPTH)
     packing = _PACK * p.groups * rows * depth if p.transposed else 0.0
-    return _columns(p) * each + packing + _cost_of_interleaving(p)
+    rest = _columns(p) * copying + _cost_of_interleaving(p)
+    product = 2 * max(rows, 8) * depth * _flop(p, concurrent)
+    return _columns(p) * product + (1.0 if concurrent else _SERIAL) * rest + _SERIAL * packing
 
 
-def _cost_of_shift_add(p: ConvProblem) -> float:
-    geometry = _Geometry.of(p)
+def _cost_of_shift_add(p: ConvProblem, concurrent: bool) -> float:
     rows = p.C_out_g * p.K
-    each = 2 * max(rows, 8) * p.C_in_g * geometry.stride * _flop(p) + _SHIFT_AND_ADD * rows
+    serial = 1.0 if concurrent else _SERIAL
+    product = 2 * max(rows, 8) * p.C_in_g * _Geometry.of(p).stride * _flop(p, concurrent) + _PRODUCT_COLUMN
     packing = 0.0 if p.transposed else _PACK * p.groups * rows * p.C_in_g
-    return _columns(p) * each + packing + _cost_of_interleaving(p)
+    rest = _columns(p) * _SHIFT_AND_ADD * rows + _cost_of_interleaving(p)
+    return _columns(p) * product + serial * rest + _SERIAL * packing
 
 
 def _cost_of_elementwise(p: ConvProblem) -> float:
@@ -1061,8 +1151,9 @@ def _cost_of_elementwise(p: ConvProblem) -> float:
     return _columns(p) * p.C_out_g * (p.K * each + _ELEMENTWISE) + _cost_of_interleaving(p)
 
 
-def _cost_of_toeplitz(p: ConvProblem, tile: int) -> float:
+def _cost_of_toeplitz(p: ConvProblem, tile: int, concurrent: bool) -> float:
     window, outputs = p.C_in_g * _window_length(_Geometry.of(p), tile), p.C_out_g * tile
+    serial = 1.0 if concurrent else _SERIAL
     band = p.groups * outputs * (0.1 * window + p.C_in_g * p.K)
-    each = 2 * (outputs + 8) * window * _flop(p) + _COPY * window + 1.5 * outputs
-    return _columns(p) / tile * each + band
+    product = 2 * (outputs + 8) * window * _flop(p, concurrent)
+    return _columns(p) / tile * (product + serial * (_COPY * window + 1.5 * outputs)) + serial * band
