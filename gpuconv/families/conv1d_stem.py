@@ -239,9 +239,9 @@ class Conv1dStem(Family):
         )
 
     def _index_bits(self, problem: ConvProblem, layout: Layout) -> int:
-        # Beyond the arrays the kernel forms positions of the last tile's columns behind L_out and what they read, offsets
-        # from a lane's first column to its others even where the input ends before these, the numbers of tiles of blocks
-        # that hang over the last, and channels and samples behind the last.
+        # Beyond the arrays the kernel forms positions of the last tile's columns behind L_out and what they read, the
+        # numbers of tiles of blocks that hang over the last, and channels and samples behind the last; and offsets from
+        # a lane's first column to its others, even where the input ends before these.
         p = problem
         strides = stride_params(layout, ("out", "in"))
         hanging = p.L_out + WARP * 4
