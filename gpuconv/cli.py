@@ -472,6 +472,8 @@ def _convolve(args: argparse.Namespace) -> int:
     if is_wav:
         rate = args.rate or rate
         files.check_wav(args.output, problem.output_shape, problem.dtype, rate)
+    elif args.rate:
+        raise CommandError(f"{args.output}: --rate is for a .wav output; a .npy file holds no sample rate")
 
     function: Callable[..., Any] = functional.conv1d if args.op == "conv1d" else functional.conv_transpose1d
     if on_gpu:

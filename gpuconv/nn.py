@@ -283,7 +283,7 @@ class ConvTranspose1d(_Layer):
         groups: input and output channels are cut into this many groups that do not mix.
         bias: whether the layer has a bias.
         dilation: distance between taps, in output samples.
-        padding_mode: "zeros", the only one there is.
+        padding_mode: "zeros", the only one, as in PyTorch.
         device: where the parameters live: "cpu", "cuda" (CuPy's current device) or "cuda:1".
         dtype: one of float16, bfloat16, float32 (the default), float64, complex64 and complex128: a name or a NumPy
             dtype. The input must have it too.

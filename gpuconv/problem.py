@@ -383,12 +383,11 @@ def check_mode(op: str, *, padding_mode: str = "zeros", precision: str = "float3
     """
     if padding_mode not in PADDING_MODES:
         raise ValueError(
-            f"{op}: padding_mode must be one of {_listing(PADDING_MODES)} (the only one supported today), "
-            f"got {padding_mode!r}"
+            f"{op}: padding_mode must be {_listing(PADDING_MODES)} (the only one supported today), got {padding_mode!r}"
         )
     if precision not in PRECISIONS:
         raise ValueError(
-            f"{op}: precision must be one of {_listing(PRECISIONS)} (the only one supported today), got {precision!r}"
+            f"{op}: precision must be {_listing(PRECISIONS)} (the only one supported today), got {precision!r}"
         )
 
 

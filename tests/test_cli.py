@@ -263,6 +263,7 @@ def test_bad_outputs_are_refused_before_anything_is_computed(
     assert refused("y.txt") == "y.txt: the name must end in .npy or .wav"
     assert refused("none/y.npy") == f"none/y.npy: the folder {Path.cwd() / 'none'} does not exist"
     assert refused("y.wav").startswith("y.wav: a .wav file needs a sample rate")
+    assert refused("y.npy", "--rate", "8000").startswith("y.npy: --rate is for a .wav output")
     assert "holds real samples" in refused("y.wav", "--rate", "8000", x="cx.npy", w="cw.npy")
     assert "holds (channels, samples), the output is (2, 1, 18)" in refused("y.wav", "--rate=8000", x="stereo.npy")
     assert np.array_equal(np.load("x.npy"), x)
