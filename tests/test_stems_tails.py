@@ -18,6 +18,7 @@ from gpuconv.families.conv1d_tail import Conv1dTail
 from gpuconv.families.conv_transpose1d_tail import ConvTranspose1dTail
 from gpuconv.problem import DTYPES, ConvProblem
 from tests import hostcuda
+from tests.hostcuda.build import Program
 from tests.test_kernels import (
     BASE,
     DEVICE,
@@ -49,6 +50,7 @@ def transposed(
 # Every form of window, chunk and tile that the families know, beyond what the table of cases holds.
 PROBLEMS: dict[Family, tuple[ConvProblem, ...]] = {
     STEM: (
+        conv(1, 20, 7, 388, stride=3),  # the last tap of the last column is the last of the input
         conv(1, 20, 7, 300, stride=3, padding_left=2),  # taps share rows, some rows have one tap fewer
         conv(3, 9, 5, 200, stride=4, dilation=6, padding_left=9, padding_right=4),  # stride and dilation share a factor
         conv(2, 8, 6, 150, dilation=5, padding_left=12),  # rows advance by the dilation
@@ -115,6 +117,39 @@ def test_a_weight_that_is_no_number_meets_only_what_exists(family: Family) -> No
         assert_same_bits(output, base, problem)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("family", FEW, **by_name)
+def test_finite_data_need_no_second_sum(family: Family, dtype: str) -> None:
+    """Without the way out for NaNs the bits stay: it hides no read of shared memory that was never written."""
+    for problem in PROBLEMS[family]:
+        p = replace(problem, dtype=dtype)
+        config, launch = family.configure(p, Layout.contiguous(p), DEVICE)
+        program = Program.of(config)
+        for way_out, end in (("if (!met_nan) continue;", "continue;"), ("if (!met_nan) return;", "return;")):
+            program = replace(program, text=program.text.replace(way_out, end))
+        assert program != Program.of(config)
+        data = cases.random_data(p, 35)
+        output = np.empty(p.output_shape, data.input.dtype)
+        arrays = {"input": data.input, "weight": data.weight, "bias": data.bias, "output": output}
+        hostcuda.run(program, launch, arrays, device=DEVICE, schedule="every")
+        assert_same_bits(output, hostcuda.convolve(p, *data, family=BASE[p.op], device=DEVICE), p)
+
+
+def test_stems_of_a_small_gpu_load_their_weights_once() -> None:
+    """Blocks that go through several rows of tiles, the last of which is not full."""
+    device = replace(DEVICE, num_sms=1)
+    for p in (
+        conv(2, 40, 3, 1500, N=9, padding_left=2),
+        conv(1, 16, 90, 900, N=41, stride=2),
+        conv(1, 8, 3, 30, N=901),
+    ):
+        _, launch = STEM.configure(p, Layout.contiguous(p), device)
+        assert dict(launch.params)["repeats"] > 1
+        data = cases.random_data(p, 36)
+        output = hostcuda.convolve(p, *data, family=STEM.name, device=device, schedule="every")
+        assert_same_bits(output, hostcuda.convolve(p, *data, family=BASE[p.op], device=DEVICE), p)
+
+
 @pytest.mark.parametrize("dtype", ["float16", "float32", "complex128"])
 @pytest.mark.parametrize("family", FEW, **by_name)
 def test_layouts(family: Family, dtype: str) -> None:
@@ -174,6 +209,15 @@ def test_copies_of_every_alignment(family: Family, dtype: str) -> None:
                     widths.add(dict(launch.params)["copy_elements"] * p.itemsize)
                     assert_base_bits(family, p, layout)
     assert widths >= {"bfloat16": {2, 4, 8}, "float32": {4, 8, 16}, "float64": {8, 16}}[dtype]
+
+
+@pytest.mark.parametrize("family", [TAIL, TRANSPOSED], **by_name)
+def test_copies_stay_inside_rows_with_gaps(family: Family) -> None:
+    """Rows that begin at aligned addresses and end between two."""
+    p = conv(3, 1, 8, 71, padding_left=4) if family is TAIL else transposed(3, 1, 8, 71, stride=2)
+    layout = replace(Layout.contiguous(p), input=ArrayLayout((3 * 72, 72, 1)))
+    assert dict(family.configure(p, layout, DEVICE)[1].params)["copy_elements"] == 1
+    assert_base_bits(family, p, layout)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
