@@ -118,11 +118,11 @@ class ConvTranspose1dPhases(Family):
     op = "conv_transpose1d"
 
     def refuse(self, problem: ConvProblem, layout: Layout, device: Device) -> str | None:
-        if problem.C_out_g < MIN_ROWS:
-            return f"needs C_out/groups >= {MIN_ROWS}"
+        product = _Product.of(problem)
+        if product.rows < MIN_ROWS:
+            return f"needs C_out/groups (times stride where dilation is 1) >= {MIN_ROWS}"
         if problem.terms < MIN_TERMS:
             return f"needs C_in/groups * taps of a phase >= {MIN_TERMS}"
-        product = _Product.of(problem)
         if problem.stride * product.taps > MAX_PACKING * problem.K:
             return f"needs stride * taps of a phase <= {MAX_PACKING} * K"
         if product.tilings(layout, device)[0].blocks > MAX_GRID:
