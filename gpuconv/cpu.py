@@ -88,6 +88,10 @@ class Method:
 
 def method(problem: ConvProblem) -> Method:
     """The form that `convolve` uses for a problem: a pure function of the problem."""
+    if 0 in problem.output_shape:
+        return Method("nothing", "the output is empty", 0)
+    if 0 in problem.input_shape:
+        return Method("bias", "the input is empty, so every sum is", 0)
     return _plan(problem).method
 
 
@@ -353,7 +357,7 @@ def _run_blocks(call: _Call, compute: Callable[..., None], blocks: Sequence[tupl
         finally:
             np.setbufsize(buffer_size)
 
-    if workers == 1:
+    if workers <= 1:
         work()
         return
     with ThreadPoolExecutor(workers - 1, thread_name_prefix="gpuconv") as pool:
@@ -867,7 +871,7 @@ class _ShiftAdd:
         length = min(last - first, (span - reach - 1) // geometry.stride + 1)
         if length < min(last - first, 4 * reach // geometry.stride + 1):
             return None
-        rows = min(p.C_out_g, product // (p.K * (length * geometry.stride + reach)))
+        rows = min(p.C_out_g, product // (p.K * ((length - 1) * geometry.stride + reach + 1)))
         concurrent = concurrent and rows == p.C_out_g
         blocking = _Blocking(1, 1, rows, length, rows * p.K, tile if concurrent else span, weight_groups, weight_rows)
         return cls(geometry, blocking, concurrent)
