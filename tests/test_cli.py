@@ -322,10 +322,10 @@ def test_a_failing_disk_leaves_no_file() -> None:
     save("w.npy", normal(1, 1, 3))
     program = (
         "import resource, sys\nfrom gpuconv.cli import main\nresource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
-        "sys.exit(main(['conv1d', 'x.npy', 'w.npy', sys.argv[1], '--rate', '8000', '--device', 'cpu']))"
+        "sys.exit(main(['conv1d', 'x.npy', 'w.npy', *sys.argv[1:], '--device', 'cpu']))"
     )
-    for name in ("y.npy", "y.wav"):
-        done = run("-c", program, name)
+    for name, *rate in (("y.npy",), ("y.wav", "--rate", "8000")):
+        done = run("-c", program, name, *rate)
         assert (done.returncode, done.stdout) == (2, "")
         assert done.stderr == f"gpuconv: error: {name}: cannot be written: File too large\n"
     assert sorted(os.listdir()) == ["w.npy", "x.npy"]
