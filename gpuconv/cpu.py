@@ -88,10 +88,6 @@ class Method:
 
 def method(problem: ConvProblem) -> Method:
     """The form that `convolve` uses for a problem: a pure function of the problem."""
-    if 0 in problem.output_shape:
-        return Method("nothing", "the output is empty", 0)
-    if 0 in problem.input_shape:
-        return Method("bias", "the input is empty, so every sum is", 0)
     return _plan(problem).method
 
 
@@ -108,14 +104,8 @@ def convolve(problem: ConvProblem, input: Array, weight: Array, bias: Array | No
         bias: `problem.bias_shape` or None, likewise.
         output: `problem.output_shape`, any strides; it overlaps no other argument.
     """
-    if output.size == 0:
-        return
-    call = _Call(problem, input, weight, bias, output)
-    if input.size == 0:
-        call.fill_with_bias()
-    else:
-        plan = _plan(problem)
-        plan.form.run(call, plan.workers)
+    plan = _plan(problem)
+    plan.form.run(_Call(problem, input, weight, bias, output), plan.workers)
 
 
 # -- the problem as the forms see it ---------------------------------------------------------------------------------
@@ -371,6 +361,19 @@ def _usable_cpus() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+@dataclass(frozen=True, slots=True)
+class _Fill:
+    """The bias, or zeros: every sum is empty, or there is no output."""
+
+    concurrent: bool = False
+
+    def memory(self, p: ConvProblem) -> tuple[int, int]:
+        return 0, 0
+
+    def run(self, call: _Call, workers: int) -> None:
+        call.fill_with_bias()
 
 
 # -- taps ------------------------------------------------------------------------------------------------------------
@@ -1059,6 +1062,10 @@ def _plan(p: ConvProblem) -> _Plan:
 
 def _choose(p: ConvProblem) -> tuple[str, str, _Form]:
     """The cheapest form: name, reason, form."""
+    if 0 in p.output_shape:
+        return "nothing", "the output is empty", _Fill()
+    if 0 in p.input_shape:
+        return "bias", "the input is empty, so every sum is", _Fill()
     elementwise = "depthwise", "one input channel per group: each tap is an elementwise product"
     if not _has_geometry(p):
         if p.C_in_g == 1:

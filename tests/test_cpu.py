@@ -1,0 +1,606 @@
+"""The NumPy path: every form against the reference, its memory, its strides and what may not leak."""
+
+from __future__ import annotations
+
+import math
+import random
+import tracemalloc
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from bench import cpu as bench_cpu
+from bench.layers import load
+from gpuconv import cpu, reference
+from gpuconv.problem import DTYPES, ConvProblem, numpy_dtype
+
+Array = npt.NDArray[Any]
+
+_MIB = 1024 * 1024
+
+conv1d = partial(ConvProblem, "conv1d")
+conv_transpose1d = partial(ConvProblem, "conv_transpose1d")
+
+# Problems by the method that computes them: N, C_in, C_out, L_in, K, stride, padding (2), dilation, groups, ...
+METHODS: dict[str, list[ConvProblem]] = {
+    "taps": [
+        conv_transpose1d(2, 8, 6, 40, 5, 3, 2, 1, 2, 2, 1, has_bias=True),
+        conv_transpose1d(1, 3, 5, 30, 4, 4, 0, 2, 6),
+        conv1d(1, 4096, 2, 300, 300, 1, 5, 5),
+    ],
+    "depthwise": [
+        conv1d(2, 6, 6, 3000, 3, 1, 1, 1, 2, 6, has_bias=True),
+        conv1d(1, 4, 4, 2000, 2, 1, 2, 0, 7, 4),
+        conv_transpose1d(2, 4, 4, 50, 6, 2, 1, 1, 3, 4, 1),
+    ],
+    "toeplitz": [
+        conv1d(2, 8, 8, 700, 31, 1, 15, 15, 1, 8, has_bias=True),
+        conv1d(3, 4, 8, 64, 41, 4, 20, 20, 1, 2),
+        conv1d(64, 30, 30, 24, 51, 1, 25, 25, 1, 30),
+        conv_transpose1d(2, 8, 8, 500, 40, 1, 3, 10, 1, 8),
+    ],
+    "panels": [
+        conv1d(2, 20, 30, 700, 3, 1, 1, 1, has_bias=True),
+        conv1d(2, 20, 150, 700, 3, 2, 2, 0, 3, 2),
+        conv1d(5, 12, 7, 8, 5, 1, 2, 2),
+        conv1d(1, 64, 300, 40, 5, 1, 2, 2, has_bias=True),
+        conv1d(4, 64, 96, 1500, 11, 1, 25, 25, 5),
+    ],
+    "one_channel": [
+        conv1d(2, 1, 24, 500, 10, 5, 0, 4, has_bias=True),
+        conv1d(3, 3, 60, 200, 9, 1, 4, 4, 1, 3),
+    ],
+    "pointwise": [
+        conv1d(3, 16, 20, 90, 1, has_bias=True),
+        conv1d(3, 16, 20, 90, 1, 2, 1, 1),
+        conv1d(4, 64, 200, 1000, 1),
+    ],
+    "phases": [
+        conv_transpose1d(2, 4, 16, 400, 8, 4, 2, 2, has_bias=True),
+        conv_transpose1d(2, 2, 12, 100, 7, 4, 0, 0, 1, 1, 3),
+        conv_transpose1d(4, 2, 2, 60, 3, 20, 0, 0, 1, 2),
+        conv_transpose1d(3, 1, 10, 700, 64, 32, 5, 3),
+    ],
+    "shift_add": [
+        conv1d(2, 48, 2, 400, 7, 1, 3, 3, has_bias=True),
+        conv_transpose1d(2, 64, 1, 200, 8, 4, 2, 2),
+        conv_transpose1d(1, 256, 64, 9, 10, 5, 0, 0, has_bias=True),
+        conv_transpose1d(2, 12, 8, 100, 5, 1, 2, 1, 3),
+    ],
+}
+ALL = [problem for problems in METHODS.values() for problem in problems]
+
+
+def with_dtype(problem: ConvProblem, dtype: str) -> ConvProblem:
+    p = problem
+    return ConvProblem(
+        p.op, p.N, p.C_in, p.C_out, p.L_in, p.K, p.stride, p.padding_left, p.padding_right, p.dilation, p.groups,
+        p.output_padding, dtype, p.has_bias, p.batched,
+    )  # fmt: skip
+
+
+def with_batch(problem: ConvProblem, N: int) -> ConvProblem:
+    p = problem
+    return ConvProblem(
+        p.op, N, p.C_in, p.C_out, p.L_in, p.K, p.stride, p.padding_left, p.padding_right, p.dilation, p.groups,
+        p.output_padding, p.dtype, p.has_bias, p.batched,
+    )  # fmt: skip
+
+
+def arrays(problem: ConvProblem, seed: object = 0, integers: bool = False) -> tuple[Array, Array, Array | None]:
+    """Input, weight and bias: normal deviates, or integers from -3 to 3."""
+    rng = np.random.default_rng([ord(c) for c in str(seed)])
+
+    def array(shape: tuple[int, ...]) -> Array:
+        def part() -> Array:
+            return rng.integers(-3, 4, shape).astype(float) if integers else rng.standard_normal(shape)
+
+        return (part() + 1j * part() if problem.is_complex else part()).astype(numpy_dtype(problem.dtype))
+
+    return (
+        array(problem.input_shape),
+        array(problem.weight_shape),
+        array((problem.C_out,)) if problem.has_bias else None,
+    )
+
+
+def poisoned(problem: ConvProblem) -> Array:
+    """An output whose unwritten elements show."""
+    return np.full(problem.output_shape, np.nan, numpy_dtype(problem.dtype))
+
+
+def convolve(problem: ConvProblem, x: Array, w: Array, b: Array | None) -> Array:
+    y = poisoned(problem)
+    cpu.convolve(problem, x, w, b, y)
+    return y
+
+
+def assert_within_bound(problem: ConvProblem, y: Array, x: Array, w: Array, b: Array | None) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # infinities that a test puts there
+        within = reference.within_bound(problem, y, x, w, b)
+    wrong = np.argwhere(~within)
+    assert not wrong.size, f"{problem} ({cpu.method(problem).name}): {len(wrong)} wrong, the first at {wrong[0]}"
+
+
+def random_problem(rng: random.Random, dtype: str) -> ConvProblem:
+    while True:
+        groups = rng.choice([1, 1, 2, 3, 8])
+        stride, dilation = rng.choice([1, 1, 2, 3, 8, 17, 40]), rng.choice([1, 1, 2, 5])
+        op = rng.choice(["conv1d", "conv_transpose1d"])
+        N = rng.choice([1, 1, 2, 5])
+        left = rng.choice([0, 0, 1, 4, 20])
+        try:
+            return ConvProblem(
+                op,
+                N,
+                groups * rng.choice([1, 1, 2, 3, 9]),
+                groups * rng.choice([1, 1, 2, 5, 9]),
+                rng.choice([1, 2, 7, 30, 100, 300]),
+                rng.choice([1, 2, 3, 5, 8, 31, 64]),
+                stride,
+                left,
+                rng.choice([0, left, 7]),
+                dilation,
+                groups,
+                rng.randrange(max(stride, dilation)) if op == "conv_transpose1d" else 0,
+                dtype,
+                rng.random() < 0.5,
+                N > 1 or rng.random() < 0.7,
+            )
+        except ValueError:  # no output position is left
+            continue
+
+
+def fortran(array: Array) -> Array:
+    return np.asfortranarray(array)
+
+
+def reversed_in_memory(array: Array) -> Array:
+    return np.flip(np.flip(array).copy())
+
+
+def spread(array: Array) -> Array:
+    wide = np.full(tuple(2 * extent for extent in array.shape), np.nan, array.dtype)
+    view = wide[tuple(slice(1, None, 2) for _ in array.shape)]
+    view[...] = array
+    return view
+
+
+def transposed_in_memory(array: Array) -> Array:
+    return np.ascontiguousarray(array.T).T
+
+
+def unaligned(array: Array) -> Array:
+    raw = np.zeros(array.nbytes + 1, np.uint8)
+    view = raw[1:].view(array.dtype).reshape(array.shape)
+    view[...] = array
+    return view
+
+
+LAYOUTS = [fortran, reversed_in_memory, spread, transposed_in_memory, unaligned]
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[random.Random], None]]:
+    """A function that draws tiny block sizes, so that small problems consist of many blocks of every kind."""
+
+    def draw(rng: random.Random) -> None:
+        buffer = rng.choice([1, 2, 4, 16]) * 1024
+        sizes = {
+            "_BUFFER": 4 * buffer,
+            "_CONCURRENT_BUFFER": buffer,
+            "_PACKED_WEIGHT": rng.choice([1, 4, 64]) * 1024,
+            "_SMALL_TILE": rng.choice([32, 64]),
+            "_SMALL_DEPTH": rng.choice([4, 16, 128]),
+            "_ELEMENTWISE_BLOCK": rng.choice([16, 100, 1000]),
+            "_WORTH_THREADS": rng.choice([0, 10**9]),
+            "_WORTH_SMALL_PRODUCTS": rng.choice([0, 10**9]),
+            "_MANY_PHASES": rng.choice([2, 16]),
+        }
+        for name, size in sizes.items():
+            monkeypatch.setattr(cpu, name, size)
+        cpu._plan.cache_clear()
+
+    yield draw
+    monkeypatch.undo()
+    cpu._plan.cache_clear()
+
+
+def forms(problem: ConvProblem, rng: random.Random) -> list[cpu._Form]:
+    """Every form that can compute the problem, whichever is chosen."""
+    if not cpu._has_geometry(problem):
+        return [cpu._Taps.of(problem)]
+    panels = cpu._Panels.of(problem)
+    found = [cpu._Taps.of(problem), panels, cpu._ShiftAdd.of(problem)]
+    found.append(cpu._Toeplitz.of(problem, rng.choice([1, 2, 5, 16])))
+    if panels is not None:
+        packing = panels.blocking.weight_groups, panels.blocking.weight_rows
+        found.append(cpu._Panels._of_large_products(problem, panels.geometry, packing))
+        first, last = cpu._positions(problem)
+        if last - first >= 32:
+            found.append(cpu._Panels._of_small_products(problem, panels.geometry, packing))
+    return [form for form in found if form is not None]
+
+
+def put_non_finite(arrays: list[Array], rng: random.Random) -> None:
+    for array in rng.choice([arrays[:1], arrays[1:], arrays]):
+        for _ in range(rng.choice([1, 2])):
+            array.reshape(-1)[rng.randrange(array.size)] = rng.choice([np.nan, np.inf, -np.inf])
+
+
+# -- every method --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"), [(name, p) for name, problems in METHODS.items() for p in problems], ids=str
+)
+def test_every_method_is_used_and_right(name: str, problem: ConvProblem) -> None:
+    assert cpu.method(problem).name == name
+    x, w, b = arrays(problem)
+    assert_within_bound(problem, convolve(problem, x, w, b), x, w, b)
+
+
+def test_the_methods_are_all_of_them() -> None:
+    names = {cpu.method(layer.problem(dtype)).name for layer in load() for dtype in DTYPES}
+    assert names <= set(METHODS)
+    assert len({cpu.method(p).reason for p in ALL}) >= len(METHODS)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("problem", ALL, ids=str)
+def test_integers_are_exact(problem: ConvProblem, dtype: str) -> None:
+    p = with_dtype(problem, dtype)
+    x, w, b = arrays(p, integers=True)
+    # Every partial sum is an integer that float32 holds, so that only the rounding to the output dtype remains.
+    exact = reference.compute(p, x, w, b)
+    expected = exact.astype(np.float32).astype(x.dtype) if p.itemsize == 2 else exact.astype(x.dtype)
+    np.testing.assert_array_equal(convolve(p, x, w, b), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_random_problems(dtype: str) -> None:
+    rng = random.Random(f"random problems, {dtype}")
+    for index in range(60):
+        p = random_problem(rng, dtype)
+        x, w, b = arrays(p, (dtype, index))
+        if index % 3 == 0:
+            put_non_finite([x, w], rng)
+        assert_within_bound(p, convolve(p, x, w, b), x, w, b)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_form_in_many_small_blocks(dtype: str, small_blocks: Callable[[random.Random], None]) -> None:
+    rng = random.Random(f"small blocks, {dtype}")
+    for index in range(40):
+        small_blocks(rng)
+        p = random_problem(rng, dtype)
+        x, w, b = arrays(p, (dtype, index))
+        if index % 3 == 0:
+            put_non_finite([x, w], rng)
+        for form in forms(p, rng):
+            y = poisoned(p)
+            form.run(cpu._Call(p, x, w, b, y), rng.choice([1, 3]))
+            assert_within_bound(p, y, x, w, b)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_is_rounded_once(dtype: str) -> None:
+    p = conv1d(1, 2, 1, 5, 1, dtype=dtype, has_bias=True)
+    large = {"float16": 2048.0, "bfloat16": 256.0}[dtype]  # of two neighbours, odd ones above it do not exist
+    kind = numpy_dtype(dtype)
+    x = np.array([[[large] * 5, [1.0] * 5]]).astype(kind)
+    y = convolve(p, x, np.ones((1, 2, 1)).astype(kind), np.ones(1).astype(kind))
+    np.testing.assert_array_equal(y.astype(float), large + 2)
+
+
+# -- layouts ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
+@pytest.mark.parametrize("dtype", ["float16", "float32", "complex128"])
+@pytest.mark.parametrize("problem", [problems[0] for problems in METHODS.values()], ids=str)
+def test_any_layout(problem: ConvProblem, dtype: str, layout: Callable[[Array], Array]) -> None:
+    p = with_dtype(problem, dtype)
+    x, w, b = arrays(p, integers=True)
+    expected = convolve(p, x, w, b)
+    inputs = [None if a is None else layout(a) for a in (x, w, b)]
+    for a in inputs:
+        if a is not None:
+            a.flags.writeable = False
+    before = [None if a is None else a.copy() for a in inputs]
+    y = layout(poisoned(p))
+    cpu.convolve(p, *inputs, y)  # type: ignore[arg-type]
+    np.testing.assert_array_equal(y, expected)
+    for a, copy in zip(inputs, before, strict=True):
+        assert (a is None and copy is None) or np.array_equal(a, copy)
+
+
+@pytest.mark.parametrize("problem", [problems[0] for problems in METHODS.values()], ids=str)
+def test_broadcast_inputs_have_stride_zero(problem: ConvProblem) -> None:
+    x, w, b = arrays(problem)
+    x = np.broadcast_to(x[:1, :1], x.shape)
+    w = np.broadcast_to(w[..., :1], w.shape)
+    assert_within_bound(problem, convolve(problem, x, w, b), x, w, b)
+
+
+def test_an_output_of_every_second_element_leaves_the_others_alone() -> None:
+    for problems in METHODS.values():
+        p = problems[0]
+        x, w, b = arrays(p)
+        wide = np.full((*p.output_shape[:-1], 2 * p.L_out), 7.0, np.float32)
+        cpu.convolve(p, x, w, b, wide[..., ::2])
+        np.testing.assert_array_equal(wide[..., ::2], convolve(p, x, w, b))
+        assert (wide[..., 1::2] == 7).all()
+
+
+def test_unbatched() -> None:
+    for problem in ALL:
+        p = with_batch(problem, 1)
+        x, w, b = arrays(p)
+        single = ConvProblem(
+            p.op, 1, p.C_in, p.C_out, p.L_in, p.K, p.stride, p.padding_left, p.padding_right, p.dilation, p.groups,
+            p.output_padding, p.dtype, p.has_bias, False,
+        )  # fmt: skip
+        np.testing.assert_array_equal(convolve(single, x[0], w, b), convolve(p, x, w, b)[0])
+
+
+# -- what may not leak -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "complex64"])
+@pytest.mark.parametrize("problem", ALL[:2] + ALL[3:], ids=str)
+def test_a_non_finite_input_stays_in_its_windows(problem: ConvProblem, dtype: str, value: float) -> None:
+    p = with_dtype(with_batch(problem, 2), dtype)
+    rng = np.random.default_rng(0)
+    for position in (0, p.L_in // 2, p.L_in - 1):
+        x, w, b = arrays(p)
+        c_in = int(rng.integers(p.C_in))
+        x[1, c_in, position] = value
+        y = convolve(p, x, w, b)
+        assert_within_bound(p, y, x, w, b)
+        hit = np.zeros(p.output_shape, bool)
+        group = slice(c_in // p.C_in_g * p.C_out_g, (c_in // p.C_in_g + 1) * p.C_out_g)
+        for k in range(p.K):
+            if p.transposed:
+                l_out = position * p.stride - p.padding_left + k * p.dilation
+            else:
+                l_out, rest = divmod(position + p.padding_left - k * p.dilation, p.stride)
+                l_out = -1 if rest else l_out
+            if 0 <= l_out < p.L_out:
+                hit[1, group, l_out] = True
+        np.testing.assert_array_equal(np.isfinite(y), ~hit)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("problem", ALL[:2] + ALL[3:], ids=str)
+def test_a_non_finite_weight_does_not_meet_the_padding(problem: ConvProblem, value: float) -> None:
+    p = problem
+    for k in {0, p.K // 2, p.K - 1}:
+        x, w, b = arrays(p)
+        w[-1, -1, k] = value
+        y = convolve(p, x, w, b)
+        assert_within_bound(p, y, x, w, b)
+        hit = np.zeros(p.output_shape, bool)
+        for l_in in range(p.L_in):
+            if p.transposed:
+                l_out, rest = l_in * p.stride - p.padding_left + k * p.dilation, 0
+            else:
+                l_out, rest = divmod(l_in + p.padding_left - k * p.dilation, p.stride)
+            if not rest and 0 <= l_out < p.L_out:
+                hit[:, -1, l_out] = True
+        np.testing.assert_array_equal(np.isfinite(y), ~hit)
+
+
+def test_overflow_is_an_infinity_and_no_warning() -> None:
+    for problem in ALL:
+        x, w, b = arrays(problem)
+        x[...], w[...] = 3e38, 2.0
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            y = convolve(problem, x, w, b)
+        assert_within_bound(problem, y, x, w, b)
+
+
+# -- zero sizes --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize(
+    "problem",
+    [
+        conv1d(0, 4, 6, 10, 3),
+        conv1d(2, 4, 0, 10, 3),
+        conv1d(2, 0, 6, 10, 3),
+        conv1d(2, 0, 6, 10, 3, groups=3),
+        conv1d(2, 4, 6, 0, 3, 1, 2, 2),
+        conv_transpose1d(0, 4, 6, 10, 3, 2),
+        conv_transpose1d(2, 4, 0, 10, 3, 2),
+        conv_transpose1d(2, 0, 6, 10, 3, 2),
+        conv_transpose1d(2, 4, 6, 0, 9, 2),
+    ],
+    ids=str,
+)
+def test_zero_sizes(problem: ConvProblem, has_bias: bool, dtype: str) -> None:
+    p = problem
+    p = ConvProblem(
+        p.op, p.N, p.C_in, p.C_out, p.L_in, p.K, p.stride, p.padding_left, p.padding_right, p.dilation, p.groups,
+        p.output_padding, dtype, has_bias,
+    )  # fmt: skip
+    x, w, b = arrays(p)
+    y = convolve(p, x, w, b)
+    expected = np.zeros(p.output_shape, x.dtype)
+    if b is not None:
+        expected[...] = b[:, None]
+    np.testing.assert_array_equal(y, expected)
+    assert cpu.method(p).name == ("bias" if expected.size else "nothing")
+    assert cpu.method(p).workspace_bytes == 0
+
+
+# -- memory ------------------------------------------------------------------------------------------------------------
+
+
+def allowed_memory(problem: ConvProblem) -> int:
+    p = problem
+    both = (math.prod(p.input_shape) + math.prod(p.output_shape)) * p.itemsize
+    return max(32 * _MIB, both // 4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_planned_memory_of_the_benchmark_layers(dtype: str) -> None:
+    for layer in load():
+        p = layer.problem(dtype)
+        assert 0 < cpu.method(p).workspace_bytes <= allowed_memory(p), p
+
+
+def test_planned_memory_of_extreme_problems() -> None:
+    extremes = [
+        conv1d(1, 1, 1, 2**40, 2**20),
+        conv1d(1, 1, 1, 2**40, 3, 2**31 - 1, 0, 0, 2**30),
+        conv1d(1, 2**22, 1, 8, 3),
+        conv1d(1, 1, 2**22, 8, 3),
+        conv1d(1, 2**14, 2**14, 4, 64, 1, 63, 63),
+        conv1d(2**20, 3, 5, 4, 3),
+        conv1d(1, 2**20, 2**20, 16, 9, 1, 4, 4, 1, 2**20),
+        conv_transpose1d(1, 2**14, 2**14, 4, 64, 32),
+        conv_transpose1d(1, 64, 64, 2**20, 2**12, 2**12),
+        conv_transpose1d(1, 64, 64, 100, 3, 1000),
+        conv_transpose1d(1, 2**12, 64, 100, 2**10, 3, 0, 0, 5),
+    ]
+    for problem in extremes:
+        for dtype in DTYPES:
+            p = with_dtype(problem, dtype)
+            assert 0 < cpu.method(p).workspace_bytes <= 32 * _MIB, p
+
+
+LARGE = {
+    "taps": conv_transpose1d(2, 256, 256, 3000, 3, 3, 0, 0, 2),
+    "depthwise": conv1d(4, 512, 512, 2000, 3, 1, 1, 1, 1, 512),
+    "toeplitz": conv1d(4, 512, 512, 1000, 31, 1, 15, 15, 1, 512, has_bias=True),
+    "panels": conv1d(2, 200, 200, 6000, 5, 1, 2, 2, has_bias=True),
+    "one_channel": conv1d(2, 1, 256, 40000, 10, 5),
+    "pointwise": conv1d(2, 256, 1024, 3000, 1, has_bias=True),
+    "phases": conv_transpose1d(2, 64, 32, 20000, 4, 2, 1, 1),
+    "shift_add": conv1d(2, 256, 2, 20000, 7, 1, 3, 3),
+}
+LARGE_PRODUCTS = conv1d(1, 512, 1024, 1500, 3, 1, 1, 1)
+
+
+@pytest.mark.parametrize("case", ["plain", "strided", "float16", "complex64", "infinite weight"])
+@pytest.mark.parametrize(("name", "problem"), [*LARGE.items(), ("panels", LARGE_PRODUCTS)], ids=str)
+def test_measured_memory(name: str, problem: ConvProblem, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "_usable_cpus", lambda: 16)  # as many threads as any machine would start
+    p = with_dtype(problem, case) if case in DTYPES else problem
+    if case not in DTYPES:
+        assert cpu.method(p).name == name
+    x, w, b = arrays(p)
+    y = np.zeros(p.output_shape, x.dtype)
+    if case == "strided":
+        x, w, y = reversed_in_memory(x), reversed_in_memory(w), transposed_in_memory(y)
+    if case == "infinite weight":
+        w[0, 0, 0] = np.inf
+    tracemalloc.start()
+    try:
+        cpu.convolve(p, x, w, b, y)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak <= cpu.method(p).workspace_bytes + _MIB // 2  # the interpreter's own objects
+    assert peak <= allowed_memory(p)
+
+
+# -- one answer --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("problem", [*ALL, *LARGE.values()], ids=str)
+def test_bits_do_not_depend_on_threads(problem: ConvProblem, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "_WORTH_THREADS", 0)
+    cpu._plan.cache_clear()
+    x, w, b = arrays(problem)
+    results = []
+    for cpus in (1, 2, 5, 1):
+        monkeypatch.setattr(cpu, "_usable_cpus", lambda cpus=cpus: cpus)
+        results.append(convolve(problem, x, w, b).tobytes())
+    cpu._plan.cache_clear()
+    assert len(set(results)) == 1
+
+
+def test_calls_from_several_threads() -> None:
+    expected = [convolve(p, *arrays(p)) for p in ALL]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(3):
+            results = pool.map(lambda p: convolve(p, *arrays(p)), ALL)
+            for result, right in zip(results, expected, strict=True):
+                np.testing.assert_array_equal(result, right)
+
+
+def test_an_error_in_a_thread_reaches_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "_usable_cpus", lambda: 2)
+
+    def fail(*_: object) -> None:
+        raise MemoryError("no scratch")
+
+    p = LARGE["depthwise"]
+    x, w, b = arrays(p)
+    monkeypatch.setattr(cpu._Taps, "_compute_phase", fail)
+    buffer_size = np.getbufsize()
+    with pytest.raises(MemoryError, match="no scratch"):
+        convolve(p, x, w, b)
+    assert np.getbufsize() == buffer_size
+
+
+def test_numpy_settings_are_restored() -> None:
+    before = np.getbufsize(), np.geterr()
+    for p in ALL:
+        convolve(p, *arrays(p))
+    assert (np.getbufsize(), np.geterr()) == before
+
+
+# -- the benchmark -----------------------------------------------------------------------------------------------------
+
+
+def test_the_benchmark_gives_no_figure_for_a_wrong_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = next(layer for layer in load() if layer.name == "tacotron2.location_conv_k31_b1")
+    right = cpu.convolve
+
+    def wrong(problem: ConvProblem, *args: Any) -> None:
+        right(problem, *args)
+        args[-1][...] *= 1 + 1e-4
+
+    def unwritten(problem: ConvProblem, *args: Any) -> None:
+        right(problem, *args)
+        args[-1][0, 7, 40] = np.nan
+
+    for broken in (wrong, unwritten):
+        monkeypatch.setattr(cpu, "convolve", broken)
+        row = bench_cpu.measure(layer, 1, repeats=1, pause=0)
+        assert row.ours_ms is None
+        assert row.torch_ms is None
+    monkeypatch.setattr(cpu, "convolve", right)
+    row = bench_cpu.measure(layer, 1, repeats=1, pause=0)
+    assert row.ratio > 0
+
+
+def test_the_benchmark_compares_every_kind_of_problem() -> None:
+    for p in ALL:
+        if p.flops() < 10**8:
+            x, w, b = arrays(p)
+            y = convolve(p, x, w, b)
+            assert bench_cpu.is_right(p, x, w, b, y, seed=3)
+            assert not bench_cpu.is_right(p, x, w, b, y + 1e6, seed=3)
+
+
+def test_the_benchmark_takes_turns_and_reports_the_least_time() -> None:
+    order: list[str] = []
+    times = bench_cpu.interleave([lambda: order.append("a"), lambda: order.append("b")], repeats=3, pause=0)
+    assert order == ["a", "b"] * 4
+    assert all(0 <= t < 1000 for t in times)
+    assert bench_cpu.geometric_mean([0.5, 2.0, 1.0]) == pytest.approx(1.0)
