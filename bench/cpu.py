@@ -3,7 +3,7 @@
 Run `python bench/cpu.py` in a checkout. Each layer runs in float32 at its own batch, or at the largest batch that keeps
 it within 2 GiB and 20 GFLOP; a layer of which not even one sample does is left out. Both libraries get the same arrays
 and the same number of threads, allocate their output in each call, and are timed in turns in one process, so that a
-busy machine slows both. Every time is the least of its repeats, since other processes can only add to it. Before a
+busy machine slows both. Every time is the least of many, since other processes can only add to it. Before a
 layer is timed, random channels of random samples are compared with `gpuconv.reference`; a wrong result gets no figure
 and fails the run.
 """
@@ -47,6 +47,9 @@ MAX_FLOPS = 20 * 10**9
 # The limits of --quick.
 QUICK_BYTES = 64 * 1024**2
 QUICK_FLOPS = 10**9
+
+# Seconds that a library's turn lasts at least.
+TURN = 0.03
 
 # Operations of the reference in one comparison: it takes about a second for them.
 CHECK_FLOPS = 3 * 10**8
@@ -136,18 +139,25 @@ def pytorch(problem: ConvProblem, x: Array, w: Array, b: Array | None) -> Callab
 
 
 def interleave(calls: Sequence[Callable[[], Any]], repeats: int, pause: float) -> list[float]:
-    """The least time of each call in milliseconds, the calls taking turns; the first round is not counted."""
-    times: list[list[float]] = [[] for _ in calls]
-    for repeat in range(repeats + 1):
-        for call, of_call in zip(calls, times, strict=True):
+    """The least time of each call in milliseconds, the calls taking turns.
+
+    A turn begins with a pause, in which the other library's idle threads stop spinning, and an uncounted call; it
+    lasts as long as `TURN`, at least one more call.
+    """
+    least = [math.inf for _ in calls]
+    for _ in range(repeats):
+        for index, call in enumerate(calls):
             time.sleep(pause)
-            start = time.perf_counter()
-            result = call()
-            elapsed = time.perf_counter() - start
-            del result
-            if repeat:
-                of_call.append(elapsed * 1e3)
-    return [min(of_call) for of_call in times]
+            call()
+            end = time.perf_counter() + TURN
+            while True:
+                start = time.perf_counter()
+                call()
+                now = time.perf_counter()
+                least[index] = min(least[index], (now - start) * 1e3)
+                if now > end:
+                    break
+    return least
 
 
 def measure(layer: Layer, batch: int, repeats: int, pause: float) -> Row:
@@ -196,18 +206,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--filter", default="", metavar="REGEX", help="only layers whose name matches")
     parser.add_argument("--quick", action="store_true", help="only layers of up to 64 MiB and 1 GFLOP, 3 repeats")
-    parser.add_argument("--repeats", type=int, metavar="N", help="timed calls of each library per layer (default: 9)")
+    parser.add_argument("--repeats", type=int, metavar="N", help="turns of each library per layer (default: 7, or 3)")
     parser.add_argument("--threads", type=int, default=2, metavar="N", help="for each library (default: %(default)s)")
     parser.add_argument(
         "--pause",
         type=float,
-        default=0.02,
+        default=0.15,
         metavar="SECONDS",
-        help="before each call, for the other library's idle threads to stop spinning (default: %(default)s)",
+        help="before each turn, for the other library's idle threads to stop spinning (default: %(default)s)",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result there")
     args = parser.parse_args(argv)
-    repeats = args.repeats or (3 if args.quick else 9)
+    repeats = args.repeats or (3 if args.quick else 7)
     if min(repeats, args.threads) < 1:
         parser.error("--repeats and --threads must be at least 1")
 

@@ -38,15 +38,18 @@ _MIB = 1024 * 1024
 
 _ACCUMULATOR = {"float16": "float32", "bfloat16": "float32"}
 
-# The memory that all scratch buffers of a call may take, which limits the number of threads, and the bytes of single
-# buffers: a packed weight; the buffers of a single thread; those of each of several threads.
+# The memory that all scratch buffers of a call may take, or a quarter of input and output where that is more. It limits
+# the number of threads.
 _WORKSPACE = 28 * _MIB
+
+# Bytes of single buffers: a packed weight; what one thread has; what each of several threads has. Each NumPy call
+# must be long enough for the threads not to wait for each other's interpreter, yet a block stay in the cache.
 _PACKED_WEIGHT = 6 * _MIB
 _BUFFER = 4 * _MIB
-_CONCURRENT_BUFFER = 1 * _MIB
-
-# Elements of a block of the elementwise form: the block, a product and the input stay in a second-level cache of 1 MiB.
-_ELEMENTWISE_BLOCK = 32 * 1024
+_CONCURRENT_BUFFER = 2 * _MIB
+_SUMS = 1 * _MIB
+_STAGED_INPUT = 1 * _MIB
+_ELEMENTWISE_BLOCK = 512 * 1024
 
 # OpenBLAS computes a product of at most this many multiply-adds on the calling thread (interface/gemm.c); of real data
 # with AVX-512 larger ones too, without packing the operands (sgemm_small_kernel_permit_skylakex.c). Only such products
@@ -65,10 +68,13 @@ _MANY_PHASES = 16
 # Operations from which small products pay where there are several tiles of rows.
 _WORTH_SMALL_PRODUCTS = 500_000_000
 
-# Operations from which a second thread pays: starting it costs some 0.1 ms.
-_WORTH_THREADS = 4_000_000
+# Nanoseconds of work from which a second thread pays.
+_WORTH_THREADS = 2_000_000
 
 _MAX_WORKERS = 16
+
+# Outputs that are worth the interpreter's time for a block, some 50 us.
+_WORTH_A_BLOCK = 128 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,8 +296,12 @@ def _is_direct(array: Array, dtype: np.dtype[Any]) -> bool:
 
 
 def _is_finite(block: Array) -> bool:
-    """Whether every element is finite; a finite sum shows it in one pass that needs no temporary array."""
-    return bool(np.isfinite(np.add.reduce(block, axis=None)) or np.isfinite(block).all())
+    return bool(np.isfinite(block).all())
+
+
+def _either(a: dict[str, int], b: dict[str, int]) -> dict[str, int]:
+    """The buffers that serve two uses one after the other."""
+    return {name: max(a.get(name, 0), b.get(name, 0)) for name in a | b}
 
 
 def _slices(start: int, stop: int, length: int) -> list[slice]:
@@ -316,8 +326,8 @@ class _Form(Protocol):
     def concurrent(self) -> bool:
         """Whether blocks are computed on several threads; elsewhere the threads are left to BLAS."""
 
-    def memory(self, p: ConvProblem) -> tuple[int, int]:
-        """Bounds on the bytes of scratch memory: what all threads share, and what each has."""
+    def memory(self, p: ConvProblem) -> tuple[int, dict[str, int]]:
+        """Bounds on the elements of the scratch buffers: what all threads share, and what each has by name."""
 
     def run(self, call: _Call, workers: int) -> None:
         """Compute the call on at most so many threads."""
@@ -369,8 +379,8 @@ class _Fill:
 
     concurrent: bool = False
 
-    def memory(self, p: ConvProblem) -> tuple[int, int]:
-        return 0, 0
+    def memory(self, p: ConvProblem) -> tuple[int, dict[str, int]]:
+        return 0, {}
 
     def run(self, call: _Call, workers: int) -> None:
         call.fill_with_bias()
@@ -413,25 +423,29 @@ class _Taps:
     @classmethod
     def of(cls, p: ConvProblem) -> _Taps:
         if p.C_in_g == 1:
-            length, rows, groups, samples = _fit(_ELEMENTWISE_BLOCK, p.L_out, p.C_out_g, p.groups, p.N)
+            block = _ELEMENTWISE_BLOCK // _accumulator_size(p)
+            length, rows, groups, samples = _fit(block, p.L_out, p.C_out_g, p.groups, p.N)
             return cls(samples, groups, rows, length, 1, True)
-        budget = _CONCURRENT_BUFFER // _accumulator_size(p)
-        rows, channels = min(p.C_out_g, 256), min(p.C_in_g, 1024)
+        budget = _SUMS // _accumulator_size(p)
+        rows, channels = min(p.C_out_g, 256), min(p.C_in_g, 256)
         largest = max(rows, channels)
         length = min(p.L_out, budget // largest)
         groups = max(1, min(p.groups, budget // (largest * max(length, min(rows, channels)))))
         samples = max(1, min(p.N, budget // (largest * length * groups)))
         return cls(samples, groups, rows, length, channels, False)
 
-    def memory(self, p: ConvProblem) -> tuple[int, int]:
+    def memory(self, p: ConvProblem) -> tuple[int, dict[str, int]]:
         return 0, self.block_memory(p, self.samples, self.groups, self.rows, self.length)
 
-    def block_memory(self, p: ConvProblem, samples: int, groups: int, rows: int, length: int) -> int:
-        """A bound on the scratch memory of `compute` on a block of this size."""
+    def block_memory(self, p: ConvProblem, samples: int, groups: int, rows: int, length: int) -> dict[str, int]:
+        """As `memory`, for `compute` on a block of this size."""
         groups, rows = min(groups, self.groups), min(rows, self.rows)
         columns = min(samples, self.samples) * min(length, self.length)
-        operands = groups * self.channels * (rows + columns) if p.C_in_g > 1 else 0
-        return (2 * groups * rows * columns + operands) * _accumulator_size(p) + _CONCURRENT_BUFFER
+        buffers = dict.fromkeys(("sums", "product"), groups * rows * columns)
+        buffers["input"] = _STAGED_INPUT // _accumulator_size(p)
+        if p.C_in_g > 1:
+            buffers |= {"tap": groups * rows * self.channels, "shifted": groups * self.channels * columns}
+        return buffers
 
     def run(self, call: _Call, workers: int) -> None:
         p = call.p
@@ -475,7 +489,7 @@ class _Taps:
         x, origin = call.x[samples, groups], 0
         if terms and x.dtype != call.dtype:
             low, high = min(term[2].start for term in terms), max(term[2].stop for term in terms)
-            if math.prod(x.shape[:3]) * (high - low) * call.dtype.itemsize <= _CONCURRENT_BUFFER:
+            if math.prod(x.shape[:3]) * (high - low) * call.dtype.itemsize <= _STAGED_INPUT:
                 staged = scratch.take("input", *x.shape[:3], high - low)
                 staged[...] = x[..., low:high]
                 x, origin = staged, low
@@ -591,6 +605,11 @@ def _tiled(matrix: Array, tile: int) -> Array:
     return tiles
 
 
+def _parts(p: ConvProblem) -> int:
+    """Into how many blocks at least to cut a problem that several threads share."""
+    return max(1, min(16, p.N * p.C_out * p.L_out // _WORTH_A_BLOCK))
+
+
 def _small_product(p: ConvProblem) -> int:
     return _SMALL_PRODUCT_AVX512 if _has_avx512() and not p.is_complex else _SMALL_PRODUCT
 
@@ -644,7 +663,7 @@ class _Panels:
         """Many products on one thread each, at the same time; what each of them reads stays in a first-level cache."""
         first, last = _positions(p)
         Q, J, R, M = last - first, geometry.tap_groups, geometry.phases, p.C_out_g
-        budget, small = _CONCURRENT_BUFFER // _accumulator_size(p), _small_product(p)
+        size, small = _accumulator_size(p), _small_product(p)
         tile_rows = min(M * R, _SMALL_TILE)
         # Where one product takes all rows, each part of a panel is read once, wherever it lies.
         deepest = min(_SMALL_DEPTH, small // _SMALL_TILE**2) if M * R > _SMALL_TILE else small // 1024
@@ -658,9 +677,10 @@ class _Panels:
             widest = min(widest, _SMALL_TILE * _SMALL_DEPTH // depth)
         tile = min(Q, max(_SMALL_TILE // 2, min(widest, 512) // 32 * 32))
         rows = min(M, max(1, 512 // R))
-        tiles = max(1, min(-(-Q // tile), budget // (max(depth, rows * R) * tile)))
+        columns = min(_CONCURRENT_BUFFER // size // depth, _SUMS // size // (rows * R))
+        tiles = max(1, min(-(-Q // tile), columns // tile))
         # Some blocks for each of several threads, if need be smaller ones.
-        while p.N * p.groups * -(-Q // (tiles * tile)) * -(-M // rows) < 16:
+        while p.N * p.groups * -(-Q // (tiles * tile)) * -(-M // rows) < _parts(p):
             if tiles > 1 and (tiles * tile > 256 or rows * R < 4 * _SMALL_TILE):
                 tiles = -(-tiles // 2)
             elif rows * R >= 4 * _SMALL_TILE:
@@ -670,9 +690,9 @@ class _Panels:
         length = min(Q, tiles * tile)
         groups = samples = 1
         if length == Q and rows == M:
-            groups = max(1, min(p.groups, budget // (max(depth, rows * R) * Q)))
+            groups = max(1, min(p.groups, columns // Q))
             if groups == p.groups:
-                samples = max(1, min(p.N, budget // (max(depth, rows * R) * Q * groups)))
+                samples = max(1, min(p.N, columns // (Q * groups)))
         blocking = _Blocking(samples, groups, rows, length, tile_rows, tile, *packing)
         return cls(geometry, blocking, _Taps.of(p), channels, taps, False, True)
 
@@ -693,19 +713,23 @@ class _Panels:
         return cls(geometry, blocking, _Taps.of(p), p.C_in_g, geometry.tap_groups, samples > 1, False)
 
     @property
-    def _buffer(self) -> int:
+    def _staged(self) -> int:
         """The bytes that the staged input may take."""
-        return _CONCURRENT_BUFFER if self.concurrent else _BUFFER
+        return _STAGED_INPUT if self.concurrent else _BUFFER
 
-    def memory(self, p: ConvProblem) -> tuple[int, int]:
+    def memory(self, p: ConvProblem) -> tuple[int, dict[str, int]]:
         blocking, depth, R = self.blocking, self.channels * self.taps, self.geometry.phases
         columns = blocking.samples * blocking.groups * blocking.length
-        one_product = depth == p.C_in_g * self.geometry.tap_groups
-        elements = columns * (depth + (1 if one_product else 2) * blocking.rows * R)
-        packed = blocking.weight_groups * blocking.weight_rows * R * p.C_in_g * self.geometry.tap_groups
+        buffers = {
+            "panel": columns * depth,
+            "sums": columns * blocking.rows * R,
+            "input": self._staged // _accumulator_size(p),
+        }
+        if depth < p.C_in_g * self.geometry.tap_groups:
+            buffers["product"] = buffers["sums"]
         safe = self.safe.block_memory(p, blocking.samples, blocking.groups, blocking.rows, blocking.length)
-        size = _accumulator_size(p)
-        return packed * size, elements * size + self._buffer + safe
+        packed = blocking.weight_groups * blocking.weight_rows * R * p.C_in_g * self.geometry.tap_groups
+        return packed, _either(buffers, safe)
 
     def run(self, call: _Call, workers: int) -> None:
         p, geometry = call.p, self.geometry
@@ -814,7 +838,7 @@ class _Panels:
         rows = (block.samples.stop - block.samples.start) * (block.groups.stop - block.groups.start)
         rows *= channels.stop - channels.start
         inside = call.x_direct and low >= 0 and high <= call.p.L_in
-        if not inside and rows * (high - low) * call.dtype.itemsize > self._buffer:
+        if not inside and rows * (high - low) * call.dtype.itemsize > self._staged:
             return None
         return call.read(block.samples, block.groups, channels, low, high, scratch), low
 
@@ -869,7 +893,7 @@ class _ShiftAdd:
         tile = _small_product(p) // (p.C_out_g * per_row) // 16 * 16
         concurrent = tile >= 256
         # A block reads `span` input positions, staged at worst, and computes the product of some rows there.
-        staged, product = (_CONCURRENT_BUFFER if concurrent else _BUFFER) // size, _CONCURRENT_BUFFER // size
+        staged, product = (_CONCURRENT_BUFFER if concurrent else _BUFFER) // size, _SUMS // size
         span = min(staged // p.C_in_g, product // p.K)
         length = min(last - first, (span - reach - 1) // geometry.stride + 1)
         if length < min(last - first, 4 * reach // geometry.stride + 1):
@@ -879,13 +903,15 @@ class _ShiftAdd:
         blocking = _Blocking(1, 1, rows, length, rows * p.K, tile if concurrent else span, weight_groups, weight_rows)
         return cls(geometry, blocking, concurrent)
 
-    def memory(self, p: ConvProblem) -> tuple[int, int]:
+    def memory(self, p: ConvProblem) -> tuple[int, dict[str, int]]:
         blocking = self.blocking
         low, high = self.geometry.window(0, blocking.length, slice(0, self.geometry.tap_groups))
-        sums = blocking.rows * self.geometry.phases * blocking.length
-        elements = (blocking.rows * p.K + p.C_in_g) * (high - low) + sums
-        packed = blocking.weight_groups * blocking.weight_rows * p.K * p.C_in_g
-        return packed * _accumulator_size(p), elements * _accumulator_size(p)
+        buffers = {
+            "product": blocking.rows * p.K * (high - low),
+            "sums": blocking.rows * self.geometry.phases * blocking.length,
+            "input": p.C_in_g * (high - low),
+        }
+        return blocking.weight_groups * blocking.weight_rows * p.K * p.C_in_g, buffers
 
     def run(self, call: _Call, workers: int) -> None:
         p, w = call.p, call.w.swapaxes(2, 3)
@@ -965,18 +991,23 @@ class _Toeplitz:
         lines = min(lines if concurrent else budget, budget // max(window, outputs))
         windows = min(-(-(last - first) // tile), lines)
         samples = min(p.N, lines // windows)
-        # Enough parts for several workers to share.
-        groups = min(p.groups, budget // (max(window, outputs) * max(windows * samples, outputs)), -(-p.groups // 16))
+        groups = min(
+            p.groups, budget // (max(window, outputs) * max(windows * samples, outputs)), -(-p.groups // _parts(p))
+        )
         return cls(geometry, _Taps.of(p), samples, max(1, groups), windows, tile, concurrent)
 
-    def memory(self, p: ConvProblem) -> tuple[int, int]:
+    def memory(self, p: ConvProblem) -> tuple[int, dict[str, int]]:
         window, outputs = p.C_in_g * _window_length(self.geometry, self.tile), p.C_out_g * self.tile
         lines = self.samples * self.windows
-        elements = self.groups * (window * outputs + lines * (window + outputs))
-        span = self.windows * self.tile * self.geometry.stride + window
-        elements += self.groups * self.samples * p.C_in_g * span
+        span = self.windows * self.tile * self.geometry.stride + _window_length(self.geometry, self.tile)
+        buffers = {
+            "band": self.groups * window * outputs,
+            "panel": self.groups * lines * window,
+            "sums": self.groups * lines * outputs,
+            "input": self.groups * self.samples * p.C_in_g * span,
+        }
         safe = self.safe.block_memory(p, self.samples, self.groups, p.C_out_g, self.windows * self.tile)
-        return 0, elements * _accumulator_size(p) + safe
+        return 0, _either(buffers, safe)
 
     def run(self, call: _Call, workers: int) -> None:
         _run_blocks(call, self._compute, [(g,) for g in _slices(0, call.p.groups, self.groups)], workers)
@@ -1009,18 +1040,24 @@ class _Toeplitz:
         G, C, U, M, tile = band.shape
         N, windows, step = samples.stop - samples.start, -(-(stop - start) // tile), tile * geometry.stride
         low, _ = geometry.window(start, stop, slice(0, geometry.tap_groups))
-        # Inputs of the window that are padding for all windows of the block are left out.
-        first = min(max(0, -(low + (windows - 1) * step)), U - 1)
-        last = max(min(U, p.L_in - low), first + 1)
-        x = call.read(samples, groups, slice(0, C), low + first, low + (windows - 1) * step + last, scratch)
-        if windows == C == 1:
-            panel = x.transpose(1, 0, 2, 3)
-        else:
-            panel = scratch.take("panel", G, N, windows, C, last - first)
-            s_n, s_g, s_c, s_l = x.strides
-            np.copyto(panel, as_strided(x, panel.shape, (s_g, s_n, s_l * step, s_c, s_l)))
-        sums = scratch.take("sums", G, N * windows, M * tile)
+        first, last = 0, U
+        if C == 1:  # leave out what is padding for all windows of the block
+            first = min(max(0, -(low + (windows - 1) * step)), U - 1)
+            last = max(min(U, p.L_in - low), first + 1)
         band = band[:, :, first:last].reshape(G, C * (last - first), M * tile)
+        low += first
+        panel = scratch.take("panel", G, N, windows, C, last - first)
+        # The windows that lie within the input are copied from where it lies, the others from a padded copy.
+        inside = min(max(0, -(low // step)), windows)
+        outside = max(min(windows, (p.L_in - low - (last - first)) // step + 1), inside)
+        for begin, end in ((0, inside), (inside, outside), (outside, windows)):
+            if begin < end:
+                at = low + begin * step
+                x = call.read(samples, groups, slice(0, C), at, at + (end - begin - 1) * step + last - first, scratch)
+                s_n, s_g, s_c, s_l = x.strides
+                part = panel[:, :, begin:end]
+                np.copyto(part, as_strided(x, part.shape, (s_g, s_n, s_l * step, s_c, s_l)))
+        sums = scratch.take("sums", G, N * windows, M * tile)
         np.matmul(panel.reshape(G, N * windows, -1), band, out=sums)
         if not _is_finite(sums):
             self.safe.compute(call, block, scratch)
@@ -1052,33 +1089,38 @@ class _Plan(NamedTuple):
 
 @lru_cache(maxsize=4096)
 def _plan(p: ConvProblem) -> _Plan:
-    name, reason, form = _choose(p)
-    shared, each = form.memory(p)
+    cost, name, reason, form = _choose(p)
+    shared, buffers = form.memory(p)
+    shared *= _accumulator_size(p)
+    # The largest buffer is also compared with infinity, one byte per element.
+    each = sum(buffers.values()) * _accumulator_size(p) + max(buffers.values(), default=0)
     workers = 1
-    if form.concurrent and p.flops() > _WORTH_THREADS:
-        workers = max(1, min(_MAX_WORKERS, (_WORKSPACE - shared) // each))
+    if form.concurrent and cost > _WORTH_THREADS:
+        allowed = max(_WORKSPACE, (math.prod(p.input_shape) + math.prod(p.output_shape)) * p.itemsize // 4)
+        workers = max(1, min(_MAX_WORKERS, (allowed - shared) // each))
     return _Plan(Method(name, reason, shared + workers * each), form, workers)
 
 
-def _choose(p: ConvProblem) -> tuple[str, str, _Form]:
-    """The cheapest form: name, reason, form."""
+def _choose(p: ConvProblem) -> tuple[float, str, str, _Form]:
+    """The cheapest form: its cost in nanoseconds on one core, name, reason, form."""
     if 0 in p.output_shape:
-        return "nothing", "the output is empty", _Fill()
+        return 0.0, "nothing", "the output is empty", _Fill()
     if 0 in p.input_shape:
-        return "bias", "the input is empty, so every sum is", _Fill()
-    elementwise = "depthwise", "one input channel per group: each tap is an elementwise product"
+        return 0.0, "bias", "the input is empty, so every sum is", _Fill()
+    elementwise = "depthwise", "one input channel per group: each tap is an elementwise product", _Taps.of(p)
     if not _has_geometry(p):
         if p.C_in_g == 1:
-            return *elementwise, _Taps.of(p)
-        return "taps", "transposed with a stride and a dilation: the phases read different positions", _Taps.of(p)
+            return _cost_of_elementwise(p), *elementwise
+        reason = "transposed with a stride and a dilation: the phases read different positions"
+        return 0.0, "taps", reason, _Taps.of(p)
     candidates: list[tuple[float, str, str, _Form]] = []
     panels = _Panels.of(p)
     if panels is not None:
         candidates.append((_cost_of_panels(p, panels.concurrent), *_panels_name(p), panels))
-    if p.C_in_g == 1:
-        candidates.append((_cost_of_elementwise(p), *elementwise, _Taps.of(p)))
     shift_add = _ShiftAdd.of(p)
-    if shift_add is not None and p.C_in_g > 1:
+    if p.C_in_g == 1:
+        candidates.append((_cost_of_elementwise(p), *elementwise))
+    elif shift_add is not None:
         reason = "one product of all taps: few output channels, or a weight too large to be rearranged"
         candidates.append((_cost_of_shift_add(p, shift_add.concurrent), "shift_add", reason, shift_add))
     for tile in sorted({min(tile, p.L_out) for tile in (1, 4, 8, 16, 32, 64)}):
@@ -1087,8 +1129,8 @@ def _choose(p: ConvProblem) -> tuple[str, str, _Form]:
             reason = "few channels per group and many taps: banded matrices reuse each window"
             candidates.append((_cost_of_toeplitz(p, tile, toeplitz.concurrent), "toeplitz", reason, toeplitz))
     if not candidates:
-        return "taps", "the windows are too large for a panel", _Taps.of(p)
-    return min(candidates, key=lambda candidate: candidate[0])[1:]
+        return 0.0, "taps", "the windows are too large for a panel", _Taps.of(p)
+    return min(candidates, key=lambda candidate: candidate[0])
 
 
 def _panels_name(p: ConvProblem) -> tuple[str, str]:
@@ -1111,6 +1153,7 @@ _SHIFT_AND_ADD = 0.25
 _ELEMENTWISE = 0.5
 _STRIDED_ELEMENTWISE = 0.8
 _NUMPY_ROW = 60.0
+_NUMPY_LOOP = 5.0
 _PACK = 4.0
 _PRODUCT_COLUMN = 1.5
 
@@ -1166,5 +1209,5 @@ def _cost_of_toeplitz(p: ConvProblem, tile: int, concurrent: bool) -> float:
     window, outputs = p.C_in_g * _window_length(_Geometry.of(p), tile), p.C_out_g * tile
     serial = 1.0 if concurrent else _SERIAL
     band = p.groups * outputs * (0.1 * window + p.C_in_g * p.K)
-    product = 2 * (outputs + 8) * window * _flop(p, concurrent)
-    return _columns(p) / tile * (product + serial * (_COPY * window + 1.5 * outputs)) + serial * band
+    product = 2 * (outputs + 16) * window * _flop(p, concurrent)
+    return _columns(p) / tile * (product + serial * (_COPY * window + _NUMPY_LOOP + 1.5 * outputs)) + serial * band
