@@ -74,7 +74,7 @@ _WORTH_THREADS = 2_000_000
 _MAX_WORKERS = 16
 
 # Outputs that are worth the interpreter's time for a block, some 50 us.
-_WORTH_A_BLOCK = 128 * 1024
+_WORTH_A_BLOCK = 256 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -1057,21 +1057,33 @@ class _Toeplitz:
                 s_n, s_g, s_c, s_l = x.strides
                 part = panel[:, :, begin:end]
                 np.copyto(part, as_strided(x, part.shape, (s_g, s_n, s_l * step, s_c, s_l)))
-        sums = scratch.take("sums", G, N * windows, M * tile)
-        np.matmul(panel.reshape(G, N * windows, -1), band, out=sums)
+        panel = panel.reshape(G, N, windows, -1)
+        y = call.y[samples, groups, :, _outputs(p, 0, start, stop)[2]]
+        whole, rest = divmod(stop - start, tile)
+        # With one output channel the products are the outputs as they lie, but for an incomplete window.
+        direct = call.y_direct and M == 1 and (N == 1 or windows >= 32)
+        if direct:
+            sums = y
+            outputs = y[..., : whole * tile].reshape(N, G, whole, tile).swapaxes(0, 1)
+            np.matmul(panel[:, :, :whole], band[:, None], out=outputs)
+            if rest:
+                last_sums = scratch.take("sums", G, N, 1, tile)
+                np.matmul(panel[:, :, whole:], band[:, None], out=last_sums)
+                y[..., whole * tile :] = last_sums.swapaxes(0, 1)[..., :rest]
+        else:
+            sums = scratch.take("sums", G, N * windows, M * tile)
+            np.matmul(panel.reshape(G, N * windows, -1), band, out=sums)
+            sums = sums.reshape(G, N, windows, M, tile).transpose(1, 0, 3, 2, 4)
         if not _is_finite(sums):
             self.safe.compute(call, block, scratch)
             return
         bias = call.bias(groups, slice(0, M))
-        sums = sums.reshape(G, N, windows, M, tile)
         if bias is not None:
-            sums += bias[:, None, None, :, None]
-        y = call.y[samples, groups, :, _outputs(p, 0, start, stop)[2]]
-        sums = sums.transpose(1, 0, 3, 2, 4)
-        whole = (stop - start) // tile
-        y[..., : whole * tile].reshape(N, G, M, whole, tile)[...] = sums[..., :whole, :]
-        if whole < windows:
-            y[..., whole * tile :] = sums[..., whole, : stop - start - whole * tile]
+            sums += bias.reshape(G, M, *(1,) * (sums.ndim - 3))
+        if not direct:
+            y[..., : whole * tile].reshape(N, G, M, whole, tile)[...] = sums[..., :whole, :]
+            if rest:
+                y[..., whole * tile :] = sums[..., whole, :rest]
 
 
 def _window_length(geometry: _Geometry, tile: int) -> int:
@@ -1210,4 +1222,4 @@ def _cost_of_toeplitz(p: ConvProblem, tile: int, concurrent: bool) -> float:
     serial = 1.0 if concurrent else _SERIAL
     band = p.groups * outputs * (0.1 * window + p.C_in_g * p.K)
     product = 2 * (outputs + 16) * window * _flop(p, concurrent)
-    return _columns(p) / tile * (product + serial * (_COPY * window + _NUMPY_LOOP + 1.5 * outputs)) + serial * band
+    return _columns(p) / tile * (product + serial * (_COPY * window + _NUMPY_LOOP + 1.1 * outputs)) + serial * band
