@@ -42,8 +42,9 @@ _ACCUMULATOR = {"float16": "float32", "bfloat16": "float32"}
 # the number of threads.
 _WORKSPACE = 28 * _MIB
 
-# Bytes of single buffers: a packed weight; what one thread has; what each of several threads has. Each NumPy call
-# must be long enough for the threads not to wait for each other's interpreter, yet a block stay in the cache.
+# Bytes of single buffers: a packed weight; each buffer where there is one thread, and where there are several; the
+# sums of several; the staged input of several; a block of the elementwise form. A NumPy call must last long enough for
+# the threads not to wait for each other's interpreter, and yet its operands stay in the cache.
 _PACKED_WEIGHT = 6 * _MIB
 _BUFFER = 4 * _MIB
 _CONCURRENT_BUFFER = 2 * _MIB
