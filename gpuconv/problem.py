@@ -1,4 +1,4 @@
-"""The convolution problem: one validated, hashable value that every layer of gpuconv works on.
+"""The convolution problem: one validated, hashable value that every layer of gpuconv works on, and its gradients'.
 
 All argument checking of shapes, dtypes and settings lives here, so NumPy and CuPy arrays are accepted and refused
 alike. The two length formulas exist once, in `ConvProblem.__post_init__`.
@@ -304,6 +304,167 @@ class ConvProblem:
         if self.has_bias:
             parts.append("bias")
         return " ".join(parts)
+
+
+@dataclass(frozen=True, slots=True)
+class WeightGradientProblem:
+    """The gradient of a convolution's weight, one correlation for both operations.
+
+    Make it with `WeightGradientProblem.of` from a validated problem. It relates two arrays: `coarse`, whose positions
+    step by `stride` through those of the other, `fine`::
+
+        grad_weight[r, c, k] = sum over n, l of coarse[n, r, l] * fine[n, g*C_fine_g + c, l_fine]
+        l_fine = l*stride - padding_left + k*dilation        (terms without such a position do not exist)
+        g      = r // C_coarse_g
+
+    - coarse ``(N, C_coarse, L_coarse)``: the output's gradient of conv1d (C_coarse = C_out, L_coarse = L_out), the
+      input of conv_transpose1d (C_coarse = C_in, L_coarse = L_in);
+    - fine ``(N, C_fine, L_fine)``: the input of conv1d (C_fine = C_in, L_fine = L_in), the output's gradient of
+      conv_transpose1d (C_fine = C_out, L_fine = L_out);
+    - result ``(C_coarse, C_fine/groups, K)``, the shape of the weight in both.
+
+    Of complex data the input is conjugated, whichever of the two it is: the gradient is that of PyTorch, the direction
+    of steepest ascent, and the adjoint of the operation as a map of its weight.
+
+    The right padding has no part in it: L_coarse and L_fine say which positions exist.
+    """
+
+    op: Op
+    N: int
+    C_coarse: int
+    C_fine: int
+    L_coarse: int
+    L_fine: int
+    K: int
+    stride: int = 1
+    padding_left: int = 0
+    dilation: int = 1
+    groups: int = 1
+    dtype: str = "float32"
+
+    @classmethod
+    def of(cls, problem: ConvProblem) -> WeightGradientProblem:
+        """That of a forward problem. A single sample is a batch of one; the bias has no part in it."""
+        p = problem
+        sides = (p.C_in, p.C_out, p.L_in, p.L_out) if p.transposed else (p.C_out, p.C_in, p.L_out, p.L_in)
+        return cls(p.op, p.N, *sides, p.K, p.stride, p.padding_left, p.dilation, p.groups, p.dtype)
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the forward operation is conv_transpose1d, so that coarse is its input."""
+        return self.op == "conv_transpose1d"
+
+    @property
+    def C_coarse_g(self) -> int:
+        """Channels of coarse in one group."""
+        return self.C_coarse // self.groups
+
+    @property
+    def C_fine_g(self) -> int:
+        """Channels of fine in one group."""
+        return self.C_fine // self.groups
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one element."""
+        return ITEMSIZE[self.dtype]
+
+    @property
+    def is_complex(self) -> bool:
+        return self.dtype.startswith("complex")
+
+    @property
+    def conjugate_coarse(self) -> bool:
+        """Whether coarse is conjugated: it is the input and complex."""
+        return self.is_complex and self.transposed
+
+    @property
+    def conjugate_fine(self) -> bool:
+        """Whether fine is conjugated: it is the input and complex."""
+        return self.is_complex and not self.transposed
+
+    @property
+    def coarse_shape(self) -> tuple[int, int, int]:
+        return (self.N, self.C_coarse, self.L_coarse)
+
+    @property
+    def fine_shape(self) -> tuple[int, int, int]:
+        return (self.N, self.C_fine, self.L_fine)
+
+    @property
+    def weight_shape(self) -> tuple[int, int, int]:
+        """The shape of the result."""
+        return (self.C_coarse, self.C_fine_g, self.K)
+
+    @property
+    def terms(self) -> int:
+        """The most products that one element of the result sums: the ``n`` of the error bound."""
+        return self.N * min(self.L_coarse, -(-self.L_fine // self.stride))
+
+    def flops(self) -> int:
+        """Floating-point operations, a multiply-add counted as two (as eight for complex data), padding included."""
+        return (8 if self.is_complex else 2) * self.N * self.L_coarse * math.prod(self.weight_shape)
+
+    def bytes(self) -> int:
+        """The fewest bytes that must move: coarse and fine read once, the result written once."""
+        return sum(map(math.prod, (self.coarse_shape, self.fine_shape, self.weight_shape))) * self.itemsize
+
+    def __str__(self) -> str:
+        return (
+            f"{self.op} weight gradient N{self.N} C{self.C_coarse},{self.C_fine} L{self.L_coarse},{self.L_fine} "
+            f"K{self.K} s{self.stride} p{self.padding_left} d{self.dilation} g{self.groups} {self.dtype}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class BiasGradientProblem:
+    """The gradient of a bias, the same for both operations.
+
+    ::
+
+        grad_bias[c] = sum over n, l of grad_output[n, c, l]
+
+    grad_output is ``(N, C, L)``, the result ``(C,)``. Nothing is conjugated.
+    """
+
+    N: int
+    C: int
+    L: int
+    dtype: str = "float32"
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one element."""
+        return ITEMSIZE[self.dtype]
+
+    @property
+    def is_complex(self) -> bool:
+        return self.dtype.startswith("complex")
+
+    @property
+    def grad_output_shape(self) -> tuple[int, int, int]:
+        return (self.N, self.C, self.L)
+
+    @property
+    def bias_shape(self) -> tuple[int]:
+        """The shape of the result."""
+        return (self.C,)
+
+    @property
+    def terms(self) -> int:
+        """The terms that one element of the result sums: the ``n`` of the error bound."""
+        return self.N * self.L
+
+    def flops(self) -> int:
+        """Floating-point additions, those of complex data counted as two."""
+        return (2 if self.is_complex else 1) * math.prod(self.grad_output_shape)
+
+    def bytes(self) -> int:
+        """The fewest bytes that must move: grad_output read once, the result written once."""
+        return (math.prod(self.grad_output_shape) + self.C) * self.itemsize
+
+    def __str__(self) -> str:
+        return f"bias gradient N{self.N} C{self.C} L{self.L} {self.dtype}"
 
 
 class Settings(NamedTuple):
