@@ -10,13 +10,14 @@ import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, Protocol, SupportsIndex, TypeAlias, cast
+from typing import Any, Literal, NamedTuple, Protocol, SupportsIndex, TypeAlias, TypeVar, cast
 
 import numpy as np
 
 Op: TypeAlias = Literal["conv1d", "conv_transpose1d"]
 Setting: TypeAlias = SupportsIndex | Sequence[SupportsIndex]
 Padding: TypeAlias = Setting | str
+T = TypeVar("T")
 
 DTYPES = ("float16", "bfloat16", "float32", "float64", "complex64", "complex128")
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8, "complex64": 8, "complex128": 16}
@@ -283,6 +284,25 @@ class ConvProblem:
             return self.C_in_g * -(-self.K // step)
         return self.C_in_g * self.K
 
+    def adjoint(self) -> ConvProblem:
+        """The other operation with the same weight array, without bias, from the output's shape to the input's.
+
+        It turns the gradient of the output into that of the input: ``<A x, u> == <x, A' u>``, where the weight of A' is
+        conjugated if it is complex. Inputs that no window contains lie behind all of its windows and are zeros.
+
+        Its right padding is negative, a cut of the gradient, where `output_padding` exceeds `padding_right`.
+
+        Raises:
+            ValueError: L_in is 0, so there is nothing to compute.
+        """
+        p = self
+        span = p.dilation * (p.K - 1) + 1
+        rest = 0 if p.transposed else (p.L_in + p.padding_left + p.padding_right - span) % p.stride
+        return ConvProblem(
+            "conv1d" if p.transposed else "conv_transpose1d", p.N, p.C_out, p.C_in, p.L_out, p.K, p.stride,
+            p.padding_left, p.padding_right - p.output_padding, p.dilation, p.groups, rest, p.dtype, False, p.batched,
+        )  # fmt: skip
+
     def flops(self) -> int:
         """Floating-point operations, a multiply-add counted as two (as eight for complex data), padding included."""
         rows = self.C_in * self.L_in * self.C_out_g if self.transposed else self.C_out * self.L_out * self.C_in_g
@@ -348,6 +368,10 @@ class WeightGradientProblem:
         p = problem
         sides = (p.C_in, p.C_out, p.L_in, p.L_out) if p.transposed else (p.C_out, p.C_in, p.L_out, p.L_in)
         return cls(p.op, p.N, *sides, p.K, p.stride, p.padding_left, p.dilation, p.groups, p.dtype)
+
+    def sides(self, input: T, grad_output: T) -> tuple[T, T]:
+        """The two arrays as (coarse, fine)."""
+        return (input, grad_output) if self.transposed else (grad_output, input)
 
     @property
     def transposed(self) -> bool:

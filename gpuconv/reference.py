@@ -1,16 +1,19 @@
-"""The definition of both operations in float64 (complex128), and the error bound that every result must satisfy.
+"""The definition of both operations and of their gradients in float64 (complex128), and the bound of their errors.
 
 This module is the oracle of gpuconv: it is written to be read beside the formulas, not to be fast.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from .problem import ConvProblem
+from .problem import BiasGradientProblem, ConvProblem, WeightGradientProblem
 
 Array = npt.NDArray[Any]
 
@@ -48,150 +51,175 @@ def compute(problem: ConvProblem, input: Array, weight: Array, bias: Array | Non
     Returns:
         `problem.output_shape`, float64, or complex128 for complex problems.
     """
-    p = problem
-    dtype = np.complex128 if p.is_complex else np.float64
-    x = np.asarray(input).astype(dtype).reshape(p.N, p.groups, p.C_in_g, p.L_in)
-    w = np.asarray(weight).astype(dtype)
-    y = np.zeros((p.N, p.groups, p.C_out_g, p.L_out), dtype)
-    with np.errstate(invalid="ignore", over="ignore"):
-        for k in range(p.K):
-            source, target = _positions(p, k)
-            if p.transposed:
-                w_k = w.reshape(p.groups, p.C_in_g, p.C_out_g, p.K)[..., k]
-                y[..., target] += np.einsum("gio,ngil->ngol", w_k, x[..., source])
-            else:
-                w_k = w.reshape(p.groups, p.C_out_g, p.C_in_g, p.K)[..., k]
-                y[..., target] += np.einsum("goi,ngil->ngol", w_k, x[..., source])
-        if bias is not None:
-            y += np.asarray(bias).astype(dtype).reshape(p.groups, p.C_out_g, 1)
-    return y.reshape(p.output_shape)
-
-
-def _positions(p: ConvProblem, k: int) -> tuple[slice, slice]:
-    """The input positions that tap k reads and the output positions it feeds, as slices of equal length."""
-    offset = k * p.dilation - p.padding_left
-    # Of the pair, the coarse side is indexed by q and the fine side by q*stride + offset.
-    coarse, fine = (p.L_in, p.L_out) if p.transposed else (p.L_out, p.L_in)
-    first = max(0, -(offset // p.stride))
-    last = min(coarse - 1, (fine - 1 - offset) // p.stride)
-    if last < first:
-        return slice(0), slice(0)
-    at_coarse = slice(first, last + 1)
-    at_fine = slice(first * p.stride + offset, last * p.stride + offset + 1, p.stride)
-    return (at_coarse, at_fine) if p.transposed else (at_fine, at_coarse)
+    return convolution(problem, input, weight, bias).exact()
 
 
 def error_bound(
     problem: ConvProblem, input: Array, weight: Array, bias: Array | None = None, exact: Array | None = None
 ) -> Array:
-    """The largest permitted distance of each output element from `compute`, after Higham's running-error analysis.
+    """The largest permitted distance of each output element from `compute`: `Sums.error_bound`.
 
-    For ``n = problem.terms`` products, accumulated in any order with or without fused multiply-add and rounded once to
-    the output dtype::
-
-        |y - y*| <= gamma(n + 2) * (conv(|input|, |weight|) + |bias|) + u_out * |y*| + tiny
-
-    where ``gamma(m) = m*u/(1 - m*u)``, u is the unit roundoff of the accumulator (float32 for float16, bfloat16,
-    float32 and complex64; float64 otherwise), u_out that of the output dtype, and n is doubled for complex data, whose
-    real and imaginary parts each sum two products a term. `tiny` covers underflow: an operand, a product or a sum
-    below the smallest normal number may become zero. The reference's own float64 rounding is added.
-
-    Source: N. J. Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., section 3.1 and 2.8 (underflow).
-
-    Returns:
-        `problem.output_shape`, float64; NaN or infinite where the exact value is. For complex problems it bounds the
-        real and the imaginary part each.
-
-    Raises:
-        ValueError: the reduction is so long that the bound does not exist (``(n + 2)*u >= 1``).
+    The ``n`` of the formula is `problem.terms`.
     """
-    if exact is None:
-        exact = compute(problem, input, weight, bias)
-    return _bound_and_magnitude(problem, input, weight, bias, exact)[0]
+    return convolution(problem, input, weight, bias).error_bound(exact)
 
 
 def within_bound(
     problem: ConvProblem, output: Array, input: Array, weight: Array, bias: Array | None = None
 ) -> npt.NDArray[np.bool_]:
-    """Which elements of `output` are right: within `error_bound` of `compute`, NaN and infinities where they belong.
+    """Which elements of `output` are right: `Sums.within_bound`."""
+    return convolution(problem, input, weight, bias).within_bound(output)
 
-    An infinity is right, too, where the exact value lies within the bound of the overflow threshold, or where the
-    terms of that sign overflow the accumulator on their own; a NaN is where those of both signs do. Where finite data
-    overflow float64 itself there is no reference and every value passes.
 
-    Returns:
-        `problem.output_shape`, bool.
+@dataclass(frozen=True, slots=True, eq=False)
+class Sums:
+    """A result by its definition, each element a sum of products, and how far from it a computed one may be.
+
+    Attributes:
+        dtype: of the data and of the result.
+        terms: the most terms that an element sums, apart from the addend.
+        products: the real products of a term in each of the real and imaginary part: 2 for complex data, else 1.
+        left, right: the arrays whose elements are multiplied.
+        addend: the array whose elements are added to the sums, or None.
+        evaluate: (left, right, addend) -> the result, in the dtype of its arguments.
     """
-    p = problem
-    exact = compute(p, input, weight, bias)
-    bound, magnitude = _bound_and_magnitude(p, input, weight, bias, exact)
-    y = _as_wide(p, output)
-    if p.is_complex:
-        right = _part_within(p, y.real, exact.real, bound, magnitude)
-        right &= _part_within(p, y.imag, exact.imag, bound, magnitude)
-    else:
-        right = _part_within(p, y, exact, bound, magnitude)
-    special_x, special_w = ~np.isfinite(_as_wide(p, input)), ~np.isfinite(_as_wide(p, weight))
-    special_b = None if bias is None else ~np.isfinite(_as_wide(p, bias))
-    if not (special_x.any() or special_w.any() or (special_b is not None and special_b.any())):
-        return right
-    ones_x, ones_w = np.ones(p.input_shape), np.ones(p.weight_shape)
-    fed = compute(_as_float64(p), special_x, ones_w, special_b) + compute(_as_float64(p), ones_x, special_w) > 0
-    return np.asarray(np.where(fed, _special_within(p, y, exact, magnitude, input, weight), right))
 
+    dtype: str
+    terms: int
+    products: int
+    left: Array
+    right: Array
+    addend: Array | None
+    evaluate: Callable[[Array, Array, Array | None], Array]
 
-def _bound_and_magnitude(
-    p: ConvProblem, input: Array, weight: Array, bias: Array | None, exact: Array
-) -> tuple[Array, Array]:
-    """The error bound, and conv(|input|, |weight|) + |bias| over the finite data alone."""
-    real, accumulator = _real_dtypes(p)
-    n = p.terms * (2 if p.is_complex else 1)
-    gamma = _gamma(n + 2, _UNIT_ROUNDOFF[accumulator]) + _gamma(n + 2, _UNIT_ROUNDOFF["float64"])
-    x, w = _magnitudes(p, input), _magnitudes(p, weight)
-    magnitude = compute(_as_float64(p), x, w, None if bias is None else _magnitudes(p, bias))
-    tiny: Any = _SMALLEST_NORMAL[accumulator] * (2 * n + 2) + _SMALLEST_NORMAL[real] * _UNIT_ROUNDOFF[real]
-    # A flushed operand takes its whole product with it, however large the other operand is.
-    small_x, small_w = _subnormal_parts(p, input), _subnormal_parts(p, weight)
-    if small_x.any() or small_w.any():
-        tiny = tiny + compute(_as_float64(p), small_x, w) + compute(_as_float64(p), x, small_w)
-    with np.errstate(invalid="ignore", over="ignore"):
-        return np.asarray(gamma * magnitude + _UNIT_ROUNDOFF[real] * np.abs(exact) + tiny), magnitude
+    def exact(self) -> Array:
+        """The result in float64, or complex128 for complex data."""
+        with np.errstate(invalid="ignore", over="ignore"):
+            addend = None if self.addend is None else self._as_wide(self.addend)
+            return self.evaluate(self._as_wide(self.left), self._as_wide(self.right), addend)
 
+    def error_bound(self, exact: Array | None = None) -> Array:
+        """The largest permitted distance of each element from `exact`, after Higham's running-error analysis.
 
-def _part_within(p: ConvProblem, y: Array, exact: Array, bound: Array, magnitude: Array) -> npt.NDArray[np.bool_]:
-    """Which elements of a real, or of the real or imaginary part of a complex result are right, given finite data."""
-    real, accumulator = _real_dtypes(p)
-    with np.errstate(invalid="ignore", over="ignore"):
-        close = np.abs(y - exact) <= bound
-        # The terms of one sign alone sum to (magnitude + exact)/2, or to (magnitude - exact)/2.
-        rises = magnitude / 2 + exact / 2 + bound > _LARGEST[accumulator]
-        falls = magnitude / 2 - exact / 2 + bound > _LARGEST[accumulator]
-        overflow = np.isposinf(y) & (rises | (exact + bound > _LARGEST[real]))
-        overflow |= np.isneginf(y) & (falls | (bound - exact > _LARGEST[real]))
-        overflow |= np.isnan(y) & rises & falls
-    unknown = ~(np.isfinite(exact) & np.isfinite(bound))
-    return np.asarray(unknown | close | overflow)
+        For ``n = terms`` products, accumulated in any order with or without fused multiply-add and rounded once to
+        the output dtype::
 
+            |y - y*| <= gamma(n + 2) * (sum of |left| * |right| + |addend|) + u_out * |y*| + tiny
 
-def _special_within(
-    p: ConvProblem, y: Array, exact: Array, magnitude: Array, input: Array, weight: Array
-) -> npt.NDArray[np.bool_]:
-    """Which elements are right among those with a NaN or an infinity in a term."""
-    if p.is_complex:  # either part may be the non-finite one: C99 Annex G leaves it open
-        return ~np.isfinite(y)
-    same = (y == exact) | (np.isnan(y) & np.isnan(exact))
-    # Finite terms that overflow meet an infinity, or an infinity meets a flushed operand: NaN is right, too.
-    infinite_x, infinite_w = np.isinf(_as_wide(p, input)), np.isinf(_as_wide(p, weight))
-    meets = compute(_as_float64(p), infinite_x, _subnormal_parts(p, weight))
-    meets += compute(_as_float64(p), _subnormal_parts(p, input), infinite_w)
-    excused = (magnitude > _LARGEST[_real_dtypes(p)[1]]) | (meets > 0)
-    return np.asarray(same | (excused & ~np.isfinite(y)))
+        where ``gamma(m) = m*u/(1 - m*u)``, u is the unit roundoff of the accumulator (float32 for float16, bfloat16,
+        float32 and complex64; float64 otherwise), u_out that of the output dtype, and n is doubled for complex data,
+        whose real and imaginary parts each sum two products a term. `tiny` covers underflow: an operand, a product or
+        a sum below the smallest normal number may become zero. The reference's own float64 rounding is added.
 
+        Source: N. J. Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., section 3.1 and 2.8 (underflow).
 
-def _real_dtypes(p: ConvProblem) -> tuple[str, str]:
-    """The dtype of an output's real part and that of the accumulator."""
-    real = {"complex64": "float32", "complex128": "float64"}.get(p.dtype, p.dtype)
-    return real, "float64" if real == "float64" else "float32"
+        Args:
+            exact: what the method of this name gives, where the caller has it.
+
+        Returns:
+            The shape of the result, float64; NaN or infinite where the exact value is. For complex data it bounds the
+            real and the imaginary part each.
+
+        Raises:
+            ValueError: the reduction is so long that the bound does not exist (``(n + 2)*u >= 1``).
+        """
+        return self._bound_and_magnitude(self.exact() if exact is None else exact)[0]
+
+    def within_bound(self, output: Array) -> npt.NDArray[np.bool_]:
+        """Which elements of `output` are right: within `error_bound`, NaN and infinities where they belong.
+
+        An infinity is right, too, where the exact value lies within the bound of the overflow threshold, or where the
+        terms of that sign overflow the accumulator on their own; a NaN is where those of both signs do. Where finite
+        data overflow float64 itself there is no reference and every value passes.
+
+        Returns:
+            The shape of the result, bool.
+        """
+        exact = self.exact()
+        bound, magnitude = self._bound_and_magnitude(exact)
+        y = self._as_wide(output)
+        if self._is_complex:
+            right = self._part_within(y.real, exact.real, bound, magnitude)
+            right &= self._part_within(y.imag, exact.imag, bound, magnitude)
+        else:
+            right = self._part_within(y, exact, bound, magnitude)
+        arrays = (self.left, self.right, self.addend)
+        special = [None if array is None else ~np.isfinite(self._as_wide(array)) for array in arrays]
+        if not any(mask is not None and mask.any() for mask in special):
+            return right
+        masks_l, masks_r, masks_a = (None if mask is None else mask.astype(np.float64) for mask in special)
+        assert masks_l is not None
+        assert masks_r is not None
+        fed = self.evaluate(masks_l, np.ones_like(masks_r), masks_a)
+        fed = fed + self.evaluate(np.ones_like(masks_l), masks_r, None)
+        return np.asarray(np.where(fed > 0, self._special_within(y, exact, magnitude), right))
+
+    def _bound_and_magnitude(self, exact: Array) -> tuple[Array, Array]:
+        """The error bound, and the sum of |left| * |right| + |addend| over the finite data alone."""
+        real, accumulator = self._real_dtypes
+        n = self.terms * self.products
+        gamma = _gamma(n + 2, _UNIT_ROUNDOFF[accumulator]) + _gamma(n + 2, _UNIT_ROUNDOFF["float64"])
+        left, right = self._magnitudes(self.left), self._magnitudes(self.right)
+        tiny: Any = _SMALLEST_NORMAL[accumulator] * (2 * n + 2) + _SMALLEST_NORMAL[real] * _UNIT_ROUNDOFF[real]
+        with np.errstate(invalid="ignore", over="ignore"):
+            magnitude = self.evaluate(left, right, None if self.addend is None else self._magnitudes(self.addend))
+            # A flushed operand takes its whole product with it, however large the other operand is.
+            small_left, small_right = self._subnormal_parts(self.left), self._subnormal_parts(self.right)
+            if small_left.any() or small_right.any():
+                tiny = tiny + self.evaluate(small_left, right, None) + self.evaluate(left, small_right, None)
+            return np.asarray(gamma * magnitude + _UNIT_ROUNDOFF[real] * np.abs(exact) + tiny), magnitude
+
+    def _part_within(self, y: Array, exact: Array, bound: Array, magnitude: Array) -> npt.NDArray[np.bool_]:
+        """Which elements of a real, or of the real or imaginary part of a complex result are right, on finite data."""
+        real, accumulator = self._real_dtypes
+        with np.errstate(invalid="ignore", over="ignore"):
+            close = np.abs(y - exact) <= bound
+            # The terms of one sign alone sum to (magnitude + exact)/2, or to (magnitude - exact)/2.
+            rises = magnitude / 2 + exact / 2 + bound > _LARGEST[accumulator]
+            falls = magnitude / 2 - exact / 2 + bound > _LARGEST[accumulator]
+            overflow = np.isposinf(y) & (rises | (exact + bound > _LARGEST[real]))
+            overflow |= np.isneginf(y) & (falls | (bound - exact > _LARGEST[real]))
+            overflow |= np.isnan(y) & rises & falls
+        unknown = ~(np.isfinite(exact) & np.isfinite(bound))
+        return np.asarray(unknown | close | overflow)
+
+    def _special_within(self, y: Array, exact: Array, magnitude: Array) -> npt.NDArray[np.bool_]:
+        """Which elements are right among those with a NaN or an infinity in a term."""
+        if self._is_complex:  # either part may be the non-finite one: C99 Annex G leaves it open
+            return ~np.isfinite(y)
+        same = (y == exact) | (np.isnan(y) & np.isnan(exact))
+        # Finite terms that overflow meet an infinity, or an infinity meets a flushed operand: NaN is right, too.
+        infinite_left, infinite_right = (np.isinf(self._as_wide(a)).astype(np.float64) for a in (self.left, self.right))
+        meets = self.evaluate(infinite_left, self._subnormal_parts(self.right), None)
+        meets = meets + self.evaluate(self._subnormal_parts(self.left), infinite_right, None)
+        excused = (magnitude > _LARGEST[self._real_dtypes[1]]) | (meets > 0)
+        return np.asarray(same | (excused & ~np.isfinite(y)))
+
+    @property
+    def _is_complex(self) -> bool:
+        return self.dtype.startswith("complex")
+
+    @property
+    def _real_dtypes(self) -> tuple[str, str]:
+        """The dtype of the result's real part and that of the accumulator."""
+        real = {"complex64": "float32", "complex128": "float64"}.get(self.dtype, self.dtype)
+        return real, "float64" if real == "float64" else "float32"
+
+    def _as_wide(self, array: Any) -> Array:
+        return np.asarray(array).astype(np.complex128 if self._is_complex else np.float64)
+
+    def _magnitudes(self, array: Array) -> Array:
+        """The absolute values, zero in the place of NaN and infinities."""
+        wide = self._as_wide(array)
+        with np.errstate(over="ignore"):
+            return np.abs(np.where(np.isfinite(wide), wide, 0.0))
+
+    def _subnormal_parts(self, array: Array) -> Array:
+        """The absolute values of what flushing the operands to zero takes away."""
+        smallest = _SMALLEST_NORMAL[self._real_dtypes[1]]
+        wide = self._as_wide(array)
+        parts = np.abs(np.stack((wide.real, wide.imag)))
+        return np.asarray(np.sum(parts, axis=0, where=parts < smallest))
 
 
 def _gamma(m: int, u: float) -> float:
@@ -200,28 +228,130 @@ def _gamma(m: int, u: float) -> float:
     return m * u / (1 - m * u)
 
 
-def _as_wide(p: ConvProblem, array: Any) -> Array:
-    return np.asarray(array).astype(np.complex128 if p.is_complex else np.float64)
+# -- the definitions -------------------------------------------------------------------------------------------------
 
 
-def _magnitudes(p: ConvProblem, array: Array) -> Array:
-    """The absolute values, zero in the place of NaN and infinities."""
-    wide = _as_wide(p, array)
-    with np.errstate(over="ignore"):
-        return np.abs(np.where(np.isfinite(wide), wide, 0.0))
+def convolution(problem: ConvProblem, input: Array, weight: Array, bias: Array | None = None) -> Sums:
+    """The output of a problem; `compute` has the formula."""
+    p = problem
+    return Sums(p.dtype, p.terms, _products(p), input, weight, bias, partial(_convolve, p))
 
 
-def _subnormal_parts(p: ConvProblem, array: Array) -> Array:
-    """The absolute values of what flushing the operands to zero takes away."""
-    smallest = _SMALLEST_NORMAL[_real_dtypes(p)[1]]
-    wide = _as_wide(p, array)
-    parts = np.abs(np.stack((wide.real, wide.imag)))
-    return np.asarray(np.sum(parts, axis=0, where=parts < smallest))
+def _convolve(p: ConvProblem, input: Array, weight: Array, bias: Array | None) -> Array:
+    x = input.reshape(p.N, p.groups, p.C_in_g, p.L_in)
+    y = np.zeros((p.N, p.groups, p.C_out_g, p.L_out), input.dtype)
+    for k in range(p.K):
+        source, target = _positions(p, k)
+        if p.transposed:
+            w_k = weight.reshape(p.groups, p.C_in_g, p.C_out_g, p.K)[..., k]
+            y[..., target] += np.einsum("gio,ngil->ngol", w_k, x[..., source])
+        else:
+            w_k = weight.reshape(p.groups, p.C_out_g, p.C_in_g, p.K)[..., k]
+            y[..., target] += np.einsum("goi,ngil->ngol", w_k, x[..., source])
+    if bias is not None:
+        y += bias.reshape(p.groups, p.C_out_g, 1)
+    return y.reshape(p.output_shape)
 
 
-def _as_float64(p: ConvProblem) -> ConvProblem:
-    """The same problem on float64 data."""
-    return ConvProblem(
-        p.op, p.N, p.C_in, p.C_out, p.L_in, p.K, p.stride, p.padding_left, p.padding_right, p.dilation, p.groups,
-        p.output_padding, "float64", p.has_bias, p.batched,
-    )  # fmt: skip
+def input_gradient(problem: ConvProblem, weight: Array, grad_output: Array) -> Sums:
+    """The gradient of the input of a problem: what each output that it feeds passes back.
+
+    With l_in and l_out as in `compute`, for conv1d and conv_transpose1d::
+
+        grad_input[n, c_in, l_in] = sum over c_out, k of conj(weight[c_out, c_in, k]) * grad_output[n, c_out, l_out]
+        grad_input[n, c_in, l_in] = sum over c_out, k of conj(weight[c_in, c_out, k]) * grad_output[n, c_out, l_out]
+
+    An input that no window contains has the gradient zero.
+
+    Args:
+        problem: the forward problem.
+        weight: `problem.weight_shape`.
+        grad_output: `problem.output_shape`.
+
+    Returns:
+        Sums of the shape `problem.input_shape`.
+    """
+    p = problem
+    terms = p.adjoint().terms if p.L_in else 0
+    return Sums(p.dtype, terms, _products(p), weight, grad_output, None, partial(_input_gradient, p))
+
+
+def _input_gradient(p: ConvProblem, weight: Array, grad_output: Array, _: Array | None) -> Array:
+    w, dy = weight.conj(), grad_output.reshape(p.N, p.groups, p.C_out_g, p.L_out)
+    dx = np.zeros((p.N, p.groups, p.C_in_g, p.L_in), grad_output.dtype)
+    for k in range(p.K):
+        source, target = _positions(p, k)
+        if p.transposed:
+            w_k = w.reshape(p.groups, p.C_in_g, p.C_out_g, p.K)[..., k]
+            dx[..., source] += np.einsum("gio,ngol->ngil", w_k, dy[..., target])
+        else:
+            w_k = w.reshape(p.groups, p.C_out_g, p.C_in_g, p.K)[..., k]
+            dx[..., source] += np.einsum("goi,ngol->ngil", w_k, dy[..., target])
+    return dx.reshape(p.input_shape)
+
+
+def weight_gradient(problem: WeightGradientProblem, coarse: Array, fine: Array) -> Sums:
+    """The gradient of the weight; `WeightGradientProblem` has the formula.
+
+    Args:
+        problem: extents and settings; its method `sides` tells which of input and grad_output is which.
+        coarse: `problem.coarse_shape`, or that without the batch axis of one sample.
+        fine: `problem.fine_shape`, likewise.
+
+    Returns:
+        Sums of the shape `problem.weight_shape`.
+    """
+    p = problem
+    return Sums(p.dtype, p.terms, _products(p), coarse, fine, None, partial(_weight_gradient, p))
+
+
+def _weight_gradient(p: WeightGradientProblem, coarse: Array, fine: Array, _: Array | None) -> Array:
+    c = coarse.reshape(p.N, p.groups, p.C_coarse_g, p.L_coarse)
+    f = fine.reshape(p.N, p.groups, p.C_fine_g, p.L_fine)
+    dw = np.zeros((p.groups, p.C_coarse_g, p.C_fine_g, p.K), coarse.dtype)
+    for k in range(p.K):
+        at_coarse, at_fine = _meeting(p.L_coarse, p.L_fine, p.stride, k * p.dilation - p.padding_left)
+        c_k = c[..., at_coarse].conj() if p.conjugate_coarse else c[..., at_coarse]
+        f_k = f[..., at_fine].conj() if p.conjugate_fine else f[..., at_fine]
+        dw[..., k] = np.einsum("ngrl,ngcl->grc", c_k, f_k)
+    return dw.reshape(p.weight_shape)
+
+
+def bias_gradient(problem: BiasGradientProblem, grad_output: Array) -> Sums:
+    """The gradient of the bias; `BiasGradientProblem` has the formula.
+
+    Args:
+        problem: extents.
+        grad_output: `problem.grad_output_shape`, or that without the batch axis of one sample.
+
+    Returns:
+        Sums of the shape `problem.bias_shape`: each term is an element times one, a single product of complex data too.
+    """
+    p = problem
+    return Sums(p.dtype, p.terms, 1, grad_output, np.ones(()), None, partial(_bias_gradient, p))
+
+
+def _bias_gradient(p: BiasGradientProblem, grad_output: Array, one: Array, _: Array | None) -> Array:
+    return np.asarray((grad_output.reshape(p.grad_output_shape) * one).sum(axis=(0, 2)))
+
+
+def _products(p: ConvProblem | WeightGradientProblem) -> int:
+    return 2 if p.is_complex else 1
+
+
+def _positions(p: ConvProblem, k: int) -> tuple[slice, slice]:
+    """The input positions that tap k reads and the output positions it feeds, as slices of equal length."""
+    offset = k * p.dilation - p.padding_left
+    if p.transposed:
+        return _meeting(p.L_in, p.L_out, p.stride, offset)
+    at_output, at_input = _meeting(p.L_out, p.L_in, p.stride, offset)
+    return at_input, at_output
+
+
+def _meeting(coarse: int, fine: int, stride: int, offset: int) -> tuple[slice, slice]:
+    """The positions q < coarse and q*stride + offset < fine, not below zero, as slices of equal length."""
+    first = max(0, -(offset // stride))
+    last = min(coarse - 1, (fine - 1 - offset) // stride)
+    if last < first:
+        return slice(0), slice(0)
+    return slice(first, last + 1), slice(first * stride + offset, last * stride + offset + 1, stride)
