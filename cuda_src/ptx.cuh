@@ -72,4 +72,109 @@ __device__ __forceinline__ void copy_async_wait() {
 #endif
 }
 
+// The same with zeros in place of the data where `exists` is false: then `global` is not read, but must be aligned.
+template <typename T>
+__device__ __forceinline__ void copy_async_or_zero(T* shared, const T* global, bool exists) {
+    static_assert(sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16, "cp.async copies 4, 8 or 16 bytes");
+#if __CUDA_ARCH__ >= 800
+    const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(shared)), bytes = exists ? sizeof(T) : 0;
+    if (sizeof(T) == 16)  // past the L1 cache, which only this size can be
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(global), "r"(bytes) : "memory");
+    else
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;"
+            ::"r"(address), "l"(global), "n"(sizeof(T)), "r"(bytes) : "memory");
+#else
+    *shared = exists ? *global : T();
+#endif
+}
+
+// Closes a group: this thread's copies since the last one. copy_async_wait_group waits until at most the kPending groups
+// closed last are on their way; copies that no group has closed are not waited for.
+__device__ __forceinline__ void copy_async_commit() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+template <int kPending>
+__device__ __forceinline__ void copy_async_wait_group() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+#endif
+}
+
+// Below, every lane of a warp calls together. g = lane/4 and t = lane%4.
+
+// Four 8x8 matrices of 16-bit elements (or 8x4 of 32-bit ones) from shared memory. Lane i gives the address of row i%8 of
+// matrix i/8, 16 bytes, aligned. fragment[j]: elements 2t and 2t+1 of row g of matrix j (the 32-bit element t of that row).
+__device__ __forceinline__ void load_matrix_x4(unsigned (&fragment)[4], const void* shared_row) {
+    const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(shared_row));
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+        : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3]) : "r"(address) : "memory");
+}
+// Two matrices, by the addresses of lanes 0 to 15. Those of the other lanes must be aligned and in shared memory too.
+__device__ __forceinline__ void load_matrix_x2(unsigned (&fragment)[2], const void* shared_row) {
+    const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(shared_row));
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+        : "=r"(fragment[0]), "=r"(fragment[1]) : "r"(address) : "memory");
+}
+// Each matrix transposed: fragment[j]: elements g of rows 2t and 2t+1 of matrix j.
+__device__ __forceinline__ void load_matrix_x4_transposed(unsigned (&fragment)[4], const void* shared_row) {
+    const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(shared_row));
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+        : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3]) : "r"(address) : "memory");
+}
+__device__ __forceinline__ void load_matrix_x2_transposed(unsigned (&fragment)[2], const void* shared_row) {
+    const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(shared_row));
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+        : "=r"(fragment[0]), "=r"(fragment[1]) : "r"(address) : "memory");
+}
+
+// d[16][8] = a[16][k] * b[k][8] + d by the tensor cores. Fragments, of 16-bit elements low half first:
+//   d[0..3]         d(g, 2t), d(g, 2t+1), d(g+8, 2t), d(g+8, 2t+1)
+//   k 16: a[0..3]   a(g, 2t..), a(g+8, 2t..), a(g, 2t+8..), a(g+8, 2t+8..), two elements along k each
+//         b[0..1]   b(2t.., g), b(2t+8.., g), two elements along k each
+//   k 8:  a[0..1]   a(g, 2t..), a(g+8, 2t..);  b: b(2t.., g)
+//   tf32: a[0..3]   a(g, t), a(g+8, t), a(g, t+4), a(g+8, t+4);  b[0..1]: b(t, g), b(t+4, g)
+// Sums are not IEEE arithmetic: products are exact, but terms are aligned to the largest one and cut off 24 or 25 bits
+// below its leading bit, and results are rounded toward zero. Subnormals count, in and out; any NaN comes out as 0x7fffffff.
+
+__device__ __forceinline__ void multiply_matrices_f16_k8(float (&d)[4], const unsigned (&a)[2], unsigned b) {
+    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(b));
+}
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+// sm_75 has the float16 product of depth 8 alone. A kernel that names the others does not compile for it.
+__device__ __forceinline__ void multiply_matrices_f16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+    const unsigned first[2] = {a[0], a[1]}, second[2] = {a[2], a[3]};
+    multiply_matrices_f16_k8(d, first, b[0]);
+    multiply_matrices_f16_k8(d, second, b[1]);
+}
+__device__ void multiply_matrices_bf16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) = delete;
+__device__ void multiply_matrices_tf32(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) = delete;
+#else
+__device__ __forceinline__ void multiply_matrices_f16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
+        " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+__device__ __forceinline__ void multiply_matrices_bf16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
+        " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+// The operands are float32 of which the low 13 bits are ignored, so that they are rounded toward zero: round first.
+__device__ __forceinline__ void multiply_matrices_tf32(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32"
+        " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+#endif
+
 #endif  // __CUDACC__

@@ -12,6 +12,18 @@ specialisations in one go.
 
 from .build import Program, prebuild
 from .errors import HostCudaError
-from .launch import EVERY, Schedule, array_layout, convolve, run
+from .launch import AMPERE, EVERY, HOPPER, Schedule, TensorCores, array_layout, convolve, run
 
-__all__ = ["EVERY", "HostCudaError", "Program", "Schedule", "array_layout", "convolve", "prebuild", "run"]
+__all__ = [
+    "AMPERE",
+    "EVERY",
+    "HOPPER",
+    "HostCudaError",
+    "Program",
+    "Schedule",
+    "TensorCores",
+    "array_layout",
+    "convolve",
+    "prebuild",
+    "run",
+]

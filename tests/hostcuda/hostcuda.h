@@ -26,6 +26,13 @@ enum FaultKind { kNoFault, kMemory, kMisaligned, kUndefined, kDivergence, kTimeL
 
 typedef void (*CombineErased)(void* const (&records)[kWarpSize]);
 
+// A lane's fragments of a product of matrices, as cuda_src/ptx.cuh describes them; what a kind does not use is zero.
+enum MatrixKind { kF16K16, kBf16K16, kF16K8, kTf32K8 };
+struct MatrixProduct {
+    float d[4];
+    unsigned a[4], b[2];
+};
+
 }  // namespace hostcuda
 
 extern "C" {
@@ -34,8 +41,12 @@ unsigned char* hostcuda_shared_memory();
 void hostcuda_block_barrier(const char* file, int line);
 void hostcuda_warp_meet(
     unsigned mask, void* record, hostcuda::CombineErased combine, const char* name, const char* file, int line);
-void hostcuda_copy_async(void* shared, const void* global, unsigned bytes);
-void hostcuda_copy_async_wait();
+void hostcuda_copy_async(void* shared, const void* global, unsigned bytes, bool exists);
+void hostcuda_copy_async_commit();
+void hostcuda_copy_async_wait(unsigned pending_groups);
+void hostcuda_copy_async_wait_all();
+void hostcuda_read_matrix_row(const void* shared_row, unsigned short (&row)[8]);
+void hostcuda_multiply_matrices(int kind, hostcuda::MatrixProduct* const (&lanes)[hostcuda::kWarpSize]);
 [[noreturn]] void hostcuda_fault(int kind, const void* address, const char* format, ...)
     __attribute__((format(printf, 3, 4)));
 }
@@ -223,9 +234,102 @@ __forceinline__ unsigned char* dynamic_shared_memory() { return hostcuda_shared_
 template <typename T>
 void copy_async(T* shared, const T* global) {
     static_assert(sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16, "cp.async copies 4, 8 or 16 bytes");
-    hostcuda_copy_async(shared, global, sizeof(T));
+    hostcuda_copy_async(shared, global, sizeof(T), true);
 }
-inline void copy_async_wait() { hostcuda_copy_async_wait(); }
+inline void copy_async_wait() { hostcuda_copy_async_wait_all(); }
+
+template <typename T>
+void copy_async_or_zero(T* shared, const T* global, bool exists) {
+    static_assert(sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16, "cp.async copies 4, 8 or 16 bytes");
+    hostcuda_copy_async(shared, global, sizeof(T), exists);
+}
+inline void copy_async_commit() { hostcuda_copy_async_commit(); }
+template <int kPending>
+void copy_async_wait_group() {
+    static_assert(kPending >= 0, "a number of groups");
+    hostcuda_copy_async_wait(kPending);
+}
+
+namespace hostcuda {
+
+// ldmatrix. A lane reads its row before the lanes meet: the instruction does not order the memory accesses of different
+// lanes, so a row that another lane has stored without a barrier in between may come too early.
+template <unsigned n, bool transposed>
+struct LoadMatrix {
+    unsigned short row[8];
+    unsigned fragment[n];
+
+    static void combine(LoadMatrix* const (&lanes)[kWarpSize]) {
+        for (unsigned lane = 0; lane < kWarpSize; ++lane)
+            for (unsigned matrix = 0; matrix < n; ++matrix) {
+                LoadMatrix* const* const rows = &lanes[8 * matrix];
+                const unsigned g = lane / 4, t = lane % 4;
+                const unsigned low = transposed ? rows[2 * t]->row[g] : rows[g]->row[2 * t];
+                const unsigned high = transposed ? rows[2 * t + 1]->row[g] : rows[g]->row[2 * t + 1];
+                lanes[lane]->fragment[matrix] = low | high << 16;
+            }
+    }
+};
+
+template <unsigned n, bool transposed>
+void load_matrix(unsigned (&fragment)[n], const void* shared_row, const char* name, const char* file, int line) {
+    LoadMatrix<n, transposed> record;
+    hostcuda_read_matrix_row(shared_row, record.row);
+    warp_collective(0xffffffffu, record, name, file, line);
+    for (unsigned j = 0; j < n; ++j) fragment[j] = record.fragment[j];
+}
+
+template <int kind>
+struct MultiplyMatrices : MatrixProduct {
+    static void combine(MultiplyMatrices* const (&lanes)[kWarpSize]) {
+        MatrixProduct* products[kWarpSize];
+        for (unsigned lane = 0; lane < kWarpSize; ++lane) products[lane] = lanes[lane];
+        hostcuda_multiply_matrices(kind, products);
+    }
+};
+
+template <int kind>
+void multiply_matrices(
+    float (&d)[4], const unsigned* a, unsigned num_a, const unsigned* b, unsigned num_b, const char* name,
+    const char* file, int line) {
+    MultiplyMatrices<kind> record = {};
+    for (unsigned i = 0; i < 4; ++i) record.d[i] = d[i];
+    for (unsigned i = 0; i < num_a; ++i) record.a[i] = a[i];
+    for (unsigned i = 0; i < num_b; ++i) record.b[i] = b[i];
+    warp_collective(0xffffffffu, record, name, file, line);
+    for (unsigned i = 0; i < 4; ++i) d[i] = record.d[i];
+}
+
+}  // namespace hostcuda
+
+#define HOSTCUDA_LOAD_MATRIX(name, n, transposed) \
+    inline void name( \
+        unsigned (&fragment)[n], const void* shared_row, const char* file = __builtin_FILE(), \
+        int line = __builtin_LINE()) { \
+        hostcuda::load_matrix<n, transposed>(fragment, shared_row, #name, file, line); \
+    }
+HOSTCUDA_LOAD_MATRIX(load_matrix_x4, 4, false)
+HOSTCUDA_LOAD_MATRIX(load_matrix_x2, 2, false)
+HOSTCUDA_LOAD_MATRIX(load_matrix_x4_transposed, 4, true)
+HOSTCUDA_LOAD_MATRIX(load_matrix_x2_transposed, 2, true)
+#undef HOSTCUDA_LOAD_MATRIX
+
+#define HOSTCUDA_MULTIPLY_MATRICES(name, kind) \
+    inline void name( \
+        float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], const char* file = __builtin_FILE(), \
+        int line = __builtin_LINE()) { \
+        hostcuda::multiply_matrices<hostcuda::kind>(d, a, 4, b, 2, #name, file, line); \
+    }
+HOSTCUDA_MULTIPLY_MATRICES(multiply_matrices_f16, kF16K16)
+HOSTCUDA_MULTIPLY_MATRICES(multiply_matrices_bf16, kBf16K16)
+HOSTCUDA_MULTIPLY_MATRICES(multiply_matrices_tf32, kTf32K8)
+#undef HOSTCUDA_MULTIPLY_MATRICES
+
+inline void multiply_matrices_f16_k8(
+    float (&d)[4], const unsigned (&a)[2], unsigned b, const char* file = __builtin_FILE(),
+    int line = __builtin_LINE()) {
+    hostcuda::multiply_matrices<hostcuda::kF16K8>(d, a, 2, &b, 1, "multiply_matrices_f16_k8", file, line);
+}
 
 // -- entry points -----------------------------------------------------------------------------------------------------
 

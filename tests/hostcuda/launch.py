@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, TypeAlias
 
@@ -51,6 +52,30 @@ EVERY: tuple[tuple[Schedule, Placement], ...] = (("forward", "end"), ("reverse",
 _MAX_THREADS = 1024
 _MAX_SHARED = 227 * 1024
 
+
+@dataclass(frozen=True, slots=True)
+class TensorCores:
+    """How an architecture's tensor cores add up products of 16-bit and TF32 numbers.
+
+    Attributes:
+        block_bytes: products of so many bytes of an operand are added at a time.
+        fraction_bits: terms are cut off so many bits behind the leading bit of the largest, 23 to 25.
+    """
+
+    block_bytes: int
+    fraction_bits: int
+
+    @classmethod
+    def of(cls, device: Device) -> TensorCores:
+        return HOPPER if device.arch >= 90 else AMPERE
+
+
+AMPERE = TensorCores(block_bytes=16, fraction_bits=24)
+"""Also Turing and Ada."""
+
+HOPPER = TensorCores(block_bytes=32, fraction_bits=25)
+"""Also Blackwell."""
+
 _running = threading.Lock()  # the runtime has one launch at a time
 
 
@@ -69,6 +94,8 @@ class _Launch(ctypes.Structure):
         ("flush_subnormals", ctypes.c_int),
         ("seed", ctypes.c_uint64),
         ("seconds", ctypes.c_double),
+        ("block_bytes", ctypes.c_uint),
+        ("fraction_bits", ctypes.c_uint),
     )
 
 
@@ -106,6 +133,7 @@ def run(
     schedule: Schedule = "forward",
     placement: Placement = "end",
     seconds: float = 60.0,
+    tensor_cores: TensorCores | None = None,
 ) -> Array:
     """Launch a kernel.
 
@@ -121,6 +149,7 @@ def run(
             both placements, and compares the bits.
         placement: which side of each array touches a guard page.
         seconds: the processor time after which the kernel is stopped.
+        tensor_cores: the arithmetic of matrix products; the device's by default, and Hopper's without a device.
 
     Returns:
         The first of `outputs`.
@@ -136,10 +165,11 @@ def run(
     binary = build.binary(program)
     _check_launch(program, binary, launch, len(arrays) + 1, device)
 
+    tensor_cores = tensor_cores or (TensorCores.of(device) if device else HOPPER)
     runs = EVERY if schedule == "every" else ((schedule, placement),)
     bits: dict[str, Array] = {}
     for order, side in runs:
-        results = _run_once(program, binary, launch, arrays, outputs, layouts or {}, order, side, seconds)
+        results = _run_once(program, binary, launch, arrays, outputs, layouts or {}, order, side, seconds, tensor_cores)
         for name, result in results.items():
             if name in bits:
                 _check_same(program, name, bits[name], result, order)
@@ -275,6 +305,7 @@ def _run_once(
     schedule: Schedule,
     placement: Placement,
     seconds: float,
+    tensor_cores: TensorCores,
 ) -> dict[str, Array]:
     guarded: dict[str, GuardedArray] = {}
     try:
@@ -294,7 +325,7 @@ def _run_once(
         )
         guarded[shared.name] = shared
 
-        fault = _launch(program, binary, launch, arrays, guarded, schedule, seconds)
+        fault = _launch(program, binary, launch, arrays, guarded, schedule, seconds, tensor_cores)
         if fault.kind != _NO_FAULT:
             raise _error(program, fault, guarded, outputs)
         _check_gaps(program, shared)
@@ -312,6 +343,7 @@ def _launch(
     guarded: Mapping[str, GuardedArray],
     schedule: Schedule,
     seconds: float,
+    tensor_cores: TensorCores,
 ) -> _Fault:
     params = pack_params(dict(launch.params), launch.index_bits)
     addresses = [guarded[name].address if name in guarded else None for name in arrays]
@@ -334,6 +366,8 @@ def _launch(
         flush_subnormals=program.flush_subnormals,
         seed=seed,
         seconds=seconds,
+        block_bytes=tensor_cores.block_bytes,
+        fraction_bits=tensor_cores.fraction_bits,
     )
     fault = _Fault()
     with _running:

@@ -184,6 +184,8 @@ struct Launch {
     int flush_subnormals;
     uint64_t seed;
     double seconds;  // the processor time a launch may take
+    // How tensor cores add: products of so many bytes of an operand at a time, with so many bits behind the leading one.
+    unsigned block_bytes, fraction_bits;
 };
 
 struct Fault {
@@ -203,7 +205,7 @@ enum State : uint8_t { kFresh, kReady, kRunning, kAtBarrier, kInWarp, kExited };
 
 struct Copy {
     void* target;
-    unsigned bytes;
+    unsigned bytes, group;
     unsigned char data[16];
 };
 
@@ -217,12 +219,14 @@ struct Thread {
     unsigned mask;
     void* record;
     CombineErased combine;
-    // Asynchronous copies that have not arrived.
+    // Asynchronous copies that have not arrived, in order, and the number of groups closed.
     std::vector<Copy> copies;
+    unsigned groups;
 };
 
 const Launch* launch;
 Fault* fault;
+uint16_t shared_poison;  // what shared memory holds before it is written
 Context scheduler;
 volatile bool in_fiber;  // set and cleared by fibers themselves, so that a signal never finds it set mid-switch
 pthread_t launch_thread;
@@ -540,6 +544,7 @@ bool run_block() {
         threads[t].state = kFresh;
         threads[t].fiber = nullptr;
         threads[t].copies.clear();
+        threads[t].groups = 0;
     }
     for (unsigned warp = 0; warp < num_warps(); ++warp)
         ready_in_warp[warp] = block - warp * kWarpSize < kWarpSize ? block - warp * kWarpSize : kWarpSize;
@@ -564,6 +569,11 @@ bool run_block() {
 void poison(unsigned char* memory, size_t bytes, uint16_t pattern) {
     for (size_t i = 0; i + 2 <= bytes; i += 2) memcpy(memory + i, &pattern, 2);
     if (bytes % 2) memcpy(memory + bytes - 1, &pattern, 1);
+}
+
+bool is_in_shared_memory(const void* address, size_t bytes) {
+    const unsigned char* const first = static_cast<const unsigned char*>(address);
+    return first >= launch->shared && first + bytes <= launch->shared + launch->shared_bytes;
 }
 
 }  // namespace
@@ -615,33 +625,251 @@ void hostcuda_warp_meet(
 
 // A copy may arrive at once or as late as its wait: the forward schedule delays them all, which shows a missing wait or
 // barrier before the data is read; the reverse schedule delays none, which shows a missing barrier before the old data
-// is overwritten; a random one tosses a coin.
-void hostcuda_copy_async(void* shared, const void* global, unsigned bytes) {
+// is overwritten; a random one tosses a coin, and poisons the target of a copy that is late.
+void hostcuda_copy_async(void* shared, const void* global, unsigned bytes, bool exists) {
     for (const void* address : {static_cast<const void*>(shared), global})
         if (reinterpret_cast<uintptr_t>(address) % bytes != 0)
             hostcuda_fault(
                 kMisaligned, address, "misaligned cp.async: %u bytes need addresses divisible by %u", bytes, bytes);
-    const unsigned char* const begin = launch->shared;
-    const unsigned char* const target = static_cast<unsigned char*>(shared);
-    if (target < begin || target + bytes > begin + launch->shared_bytes)
-        hostcuda_fault(kMemory, shared, "cp.async to outside shared memory");
-    Copy copy = {shared, bytes, {}};
-    memcpy(copy.data, global, bytes);
-    if (launch->schedule == kForward || (launch->schedule == kRandom && random_below(2)))
-        threads[current].copies.push_back(copy);
-    else
+    if (!is_in_shared_memory(shared, bytes)) hostcuda_fault(kMemory, shared, "cp.async to outside shared memory");
+    Copy copy = {shared, bytes, threads[current].groups, {}};
+    if (exists) memcpy(copy.data, global, bytes);
+    const bool is_late = launch->schedule == kForward || (launch->schedule == kRandom && random_below(2));
+    if (is_late) threads[current].copies.push_back(copy);
+    if (!is_late)
         memcpy(shared, copy.data, bytes);
+    else if (launch->schedule == kRandom)
+        poison(static_cast<unsigned char*>(shared), bytes, shared_poison);
 }
 
-void hostcuda_copy_async_wait() {
-    for (const Copy& copy : threads[current].copies) memcpy(copy.target, copy.data, copy.bytes);
-    threads[current].copies.clear();
+void hostcuda_copy_async_commit() { ++threads[current].groups; }
+
+void hostcuda_copy_async_wait(unsigned pending_groups) {
+    std::vector<Copy>& copies = threads[current].copies;
+    size_t arrived = 0;
+    for (; arrived < copies.size() && copies[arrived].group + pending_groups < threads[current].groups; ++arrived)
+        memcpy(copies[arrived].target, copies[arrived].data, copies[arrived].bytes);
+    copies.erase(copies.begin(), copies.begin() + long(arrived));
+}
+
+void hostcuda_copy_async_wait_all() {
+    hostcuda_copy_async_commit();
+    hostcuda_copy_async_wait(0);
+}
+
+void hostcuda_read_matrix_row(const void* shared_row, unsigned short (&row)[8]) {
+    if (reinterpret_cast<uintptr_t>(shared_row) % sizeof row != 0)
+        hostcuda_fault(
+            kMisaligned, shared_row, "misaligned ldmatrix: a row needs an address divisible by %zu", sizeof row);
+    if (!is_in_shared_memory(shared_row, sizeof row))
+        hostcuda_fault(kMemory, shared_row, "ldmatrix of a row outside shared memory");
+    memcpy(row, shared_row, sizeof row);
+}
+
+// -- the tensor cores -------------------------------------------------------------------------------------------------
+
+namespace {
+
+// Eight columns of the result at a time.
+typedef int32_t Ints __attribute__((vector_size(32)));
+typedef uint32_t Words __attribute__((vector_size(32)));
+
+// What an operand's numbers are made of: a number is magnitude * 2**(exponent - fraction bits), negative if sign is -1.
+struct Format {
+    unsigned exponent_bits, fraction_bits, ignored_bits;
+    unsigned depth;  // products of one element of d
+    bool is_packed;  // two to a register
+};
+constexpr Format kFormats[] = {{5, 10, 0, 16, true}, {8, 7, 0, 16, true}, {5, 10, 0, 8, true}, {8, 10, 13, 8, false}};
+
+constexpr int kNoExponent = -512;  // of a zero: below that of every product
+constexpr int kLeastExponent = -126;  // of float32
+
+struct Number {
+    uint32_t magnitude;
+    int32_t exponent, sign;
+    bool is_special;  // an infinity or a NaN; counts as zero then
+};
+
+template <int kind>
+inline __attribute__((always_inline)) Number decode(uint32_t bits) {
+    constexpr Format format = kFormats[kind];
+    constexpr int32_t top = (1 << format.exponent_bits) - 1, bias = top / 2;
+    bits >>= format.ignored_bits;
+    const uint32_t fraction = bits & ((1u << format.fraction_bits) - 1);
+    const int32_t exponent = int32_t(bits >> format.fraction_bits) & top;
+    const int32_t sign = -int32_t(bits >> (format.fraction_bits + format.exponent_bits));
+    if (exponent == top) return Number{0, kNoExponent, sign, true};
+    if (exponent == 0) return Number{fraction, fraction == 0 ? kNoExponent : 1 - bias, sign, false};
+    return Number{fraction | 1u << format.fraction_bits, exponent - bias, sign, false};
+}
+
+// A number of an operand as a float32, whose NaN keeps the top of its payload.
+template <int kind>
+float widen(uint32_t bits) {
+    if (kind == kTf32K8) return uint_as_float((bits & 0x7fffffffu) > 0x7f800000u ? bits : bits & 0xffffe000u);
+    return kind == kBf16K16 ? uint_as_float(bits << 16) : half_bits_to_float((unsigned short)bits);
+}
+
+bool is_nan(float x) { return (float_as_uint(x) & 0x7fffffffu) > 0x7f800000u; }
+bool is_special(float x) { return (float_as_uint(x) & 0x7f800000u) == 0x7f800000u; }
+
+// A sum in which an infinity or a NaN takes part. A GPU makes every NaN 0x7fffffff; here the first one among the terms
+// keeps its payload, by which poison is recognised.
+template <int kind>
+float add_special(const uint32_t* a, const uint32_t* b, unsigned b_step, unsigned terms, float c) {
+    if (is_nan(c)) return c;
+    for (unsigned k = 0; k < terms; ++k)
+        for (const uint32_t bits : {a[k], b[b_step * k]})
+            if (is_nan(widen<kind>(bits))) return widen<kind>(bits);
+    const float no_number = uint_as_float(0x7fffffffu);
+    uint32_t infinity = is_special(c) ? float_as_uint(c) : 0;
+    for (unsigned k = 0; k < terms; ++k) {
+        const uint32_t x = float_as_uint(widen<kind>(a[k])), y = float_as_uint(widen<kind>(b[b_step * k]));
+        if (!is_special(uint_as_float(x)) && !is_special(uint_as_float(y))) continue;
+        if ((x & 0x7fffffffu) == 0 || (y & 0x7fffffffu) == 0) return no_number;
+        const uint32_t product = ((x ^ y) & 0x80000000u) | 0x7f800000u;
+        if (infinity != 0 && infinity != product) return no_number;
+        infinity = product;
+    }
+    return uint_as_float(infinity);
+}
+
+// sum * 2**exponent, rounded toward zero; what needs an exponent above float32's becomes an infinity.
+inline float round_toward_zero(int64_t sum, int exponent) {
+    if (sum == 0) return 0.0f;
+    const uint32_t sign = sum < 0 ? 0x80000000u : 0;
+    const uint64_t magnitude = uint64_t(sum < 0 ? -sum : sum);
+    const int top = 63 - __builtin_clzll(magnitude), result = exponent + top;
+    if (result > 127) return uint_as_float(sign | 0x7f800000u);
+    // The bit of weight 2**-149 or, in a normal number, the last of 24 comes to bit 0.
+    const int shift = result < kLeastExponent ? exponent + 149 : 23 - top;
+    const uint32_t bits = uint32_t(shift >= 0 ? magnitude << shift : magnitude >> -shift);
+    return uint_as_float(result < kLeastExponent ? sign | bits : (sign | uint32_t(result + 126) << 23) + bits);
+}
+
+// d = a*b + d, from matrices of bits. The published rule, found by experiment on the hardware: of each block of products,
+// and the accumulator, the terms are exact; each is shifted to the largest exponent among them, where an exponent is the
+// sum of the operands' (the significand of a product may reach 4), and cut off `fraction_bits` behind the point; the sum is
+// exact, and rounded toward zero. Subnormals are numbers like any other; the least exponent is float32's.
+template <int kind>
+#if defined(__x86_64__) && !defined(__clang__)
+__attribute__((target_clones("avx2", "default")))
+#endif
+void multiply(const uint32_t (&a)[16][16], const uint32_t (&b)[16][8], float (&d)[16][8]) {
+    constexpr unsigned depth = kFormats[kind].depth;
+    constexpr unsigned element_bytes = kFormats[kind].is_packed ? 2 : 4;
+    const unsigned block = launch->block_bytes / element_bytes < depth ? launch->block_bytes / element_bytes : depth;
+    const int fraction_bits = int(launch->fraction_bits);
+    const unsigned up = fraction_bits - 2 * kFormats[kind].fraction_bits, acc_up = fraction_bits - 23;
+
+    Words b_magnitude[depth];
+    Ints b_exponent[depth], b_sign[depth];
+    bool b_special = false;
+    for (unsigned k = 0; k < depth; ++k)
+        for (unsigned j = 0; j < 8; ++j) {
+            const Number number = decode<kind>(b[k][j]);
+            b_magnitude[k][j] = number.magnitude;
+            b_exponent[k][j] = number.exponent;
+            b_sign[k][j] = number.sign;
+            b_special |= number.is_special;
+        }
+    for (unsigned i = 0; i < 16; ++i) {
+        Number row[depth];
+        bool row_special = b_special;
+        for (unsigned k = 0; k < depth; ++k) {
+            row[k] = decode<kind>(a[i][k]);
+            row_special |= row[k].is_special;
+        }
+        for (unsigned first = 0; first < depth; first += block) {
+            Ints acc_exponent;
+            float acc[8];
+            bool special = row_special;
+            for (unsigned j = 0; j < 8; ++j) {
+                acc[j] = d[i][j];
+                const int exponent = int(float_as_uint(acc[j]) >> 23 & 255);
+                special |= exponent == 255;
+                acc_exponent[j] = exponent == 0 ? kLeastExponent : exponent - 127;
+            }
+            Ints largest = acc_exponent;
+            for (unsigned k = first; k < first + block; ++k) {
+                const Ints exponent = b_exponent[k] + row[k].exponent;
+                largest = exponent > largest ? exponent : largest;
+            }
+            Ints sum = {};  // of 16 magnitudes below 2**27 - 2**16: no overflow
+            for (unsigned k = first; k < first + block; ++k) {
+                Ints shift = largest - b_exponent[k] - row[k].exponent;
+                shift = shift > 31 ? 31 : shift;
+                const Ints magnitude = Ints((b_magnitude[k] * row[k].magnitude << up) >> Words(shift));
+                const Ints sign = b_sign[k] ^ row[k].sign;
+                sum += (magnitude ^ sign) - sign;
+            }
+            for (unsigned j = 0; j < 8; ++j) {
+                const uint32_t bits = float_as_uint(acc[j]);
+                const int shift = largest[j] - acc_exponent[j];
+                const uint32_t magnitude = (bits & 0x7fffffu) | (bits & 0x7f800000u ? 0x800000u : 0u);
+                const int64_t term = (magnitude << acc_up) >> (shift > 31 ? 31 : shift);
+                d[i][j] = round_toward_zero(sum[j] + (bits >> 31 ? -term : term), largest[j] - fraction_bits);
+            }
+            if (!special) continue;
+            for (unsigned j = 0; j < 8; ++j) {
+                bool found = is_special(acc[j]);
+                for (unsigned k = first; k < first + block; ++k)
+                    found |= row[k].is_special || decode<kind>(b[k][j]).is_special;
+                if (found) d[i][j] = add_special<kind>(&a[i][first], &b[first][j], 8, block, acc[j]);
+            }
+        }
+    }
+}
+
+// Between the lanes' registers and the matrices, by the tables of fragments in the PTX ISA.
+template <int kind>
+void multiply_fragments(MatrixProduct* const (&lanes)[kWarpSize]) {
+    constexpr unsigned depth = kFormats[kind].depth;
+    constexpr bool is_packed = kFormats[kind].is_packed;
+    constexpr unsigned half = is_packed ? 8 : 4;  // columns of a that a register of each lane spans
+    uint32_t a[16][16], b[16][8];
+    float d[16][8];
+    for (unsigned lane = 0; lane < kWarpSize; ++lane) {
+        const MatrixProduct& own = *lanes[lane];
+        const unsigned g = lane / 4, t = lane % 4;
+        for (unsigned r = 0; r < 4; ++r) d[g + 8 * (r / 2)][2 * t + r % 2] = own.d[r];
+        for (unsigned k = 0, r = 0; k < depth; k += half)
+            for (unsigned row = g; row < 16; row += 8, ++r)
+                if (is_packed) {
+                    a[row][k + 2 * t] = own.a[r] & 0xffffu;
+                    a[row][k + 2 * t + 1] = own.a[r] >> 16;
+                } else {
+                    a[row][k + t] = own.a[r];
+                }
+        for (unsigned k = 0, r = 0; k < depth; k += half, ++r)
+            if (is_packed) {
+                b[k + 2 * t][g] = own.b[r] & 0xffffu;
+                b[k + 2 * t + 1][g] = own.b[r] >> 16;
+            } else {
+                b[k + t][g] = own.b[r];
+            }
+    }
+    multiply<kind>(a, b, d);
+    for (unsigned lane = 0; lane < kWarpSize; ++lane)
+        for (unsigned r = 0; r < 4; ++r) lanes[lane]->d[r] = d[lane / 4 + 8 * (r / 2)][2 * (lane % 4) + r % 2];
+}
+
+}  // namespace
+
+void hostcuda_multiply_matrices(int kind, MatrixProduct* const (&lanes)[kWarpSize]) {
+    switch (kind) {
+        case kF16K16: return multiply_fragments<kF16K16>(lanes);
+        case kBf16K16: return multiply_fragments<kBf16K16>(lanes);
+        case kF16K8: return multiply_fragments<kF16K8>(lanes);
+        default: return multiply_fragments<kTf32K8>(lanes);
+    }
 }
 
 // -- called by Python -------------------------------------------------------------------------------------------------
 
 // Runs a launch; `result->kind` says how it ended. Returns nonzero if the harness itself has no memory.
-extern "C" int hostcuda_launch(const Launch* what, Fault* result, uint16_t shared_poison) {
+extern "C" int hostcuda_launch(const Launch* what, Fault* result, uint16_t poison_pattern) {
     if (stacks == nullptr) {
         void* const memory =
             mmap(nullptr, kMaxThreads * kStackSlot, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -650,6 +878,7 @@ extern "C" int hostcuda_launch(const Launch* what, Fault* result, uint16_t share
     }
     launch = what;
     fault = result;
+    shared_poison = poison_pattern;
     memset(fault, 0, sizeof *fault);
     launch_thread = pthread_self();
     random_state = what->seed;
