@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 import gpuconv
-from gpuconv import cases, dispatch, functional, runtime
+from gpuconv import calls, cases, dispatch, runtime
 from gpuconv.families import Layout
 from gpuconv.problem import ConvProblem, numpy_dtype
 
@@ -109,7 +109,7 @@ class GpuEngine:
                 self.stream.synchronize()
                 data.sets.clear()
                 # Plans keep what their captured calls packed; the graphs of this case are gone.
-                functional._PLANS.clear()
+                calls._PLANS.clear()
                 self._release_memory()
 
     def _subjects(self, case: Case, data: _Data) -> Iterator[_Subject]:

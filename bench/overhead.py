@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 import gpuconv
-from gpuconv import functional, runtime
+from gpuconv import calls, runtime
 from gpuconv.problem import ConvProblem
 from gpuconv.verify import missing_gpu
 
@@ -64,8 +64,8 @@ def look_up_parts(x: Any, w: Any, b: Any, out: Any) -> dict[str, Callable[[], ob
     cupy = runtime.cupy_module()
 
     def key() -> tuple[Any, ...]:
-        identities = (functional._identity(array) for array in (x, w, b, None))
-        return ("conv1d", functional._as_key(settings), *identities)
+        identities = (calls._identity(array) for array in (x, w, b, None))
+        return ("conv1d", calls._as_key(settings), *identities)
 
     stored = {key(): None}
     made = key()
@@ -73,7 +73,7 @@ def look_up_parts(x: Any, w: Any, b: Any, out: Any) -> dict[str, Callable[[], ob
         "device of the call": cupy.cuda.runtime.getDevice,
         "key": key,
         "plan look-up": lambda: stored.get(made),
-        "overlap check of out=": lambda: functional._check_overlap("conv1d", out, {"input": x, "weight": w, "bias": b}),
+        "overlap check of out=": lambda: calls.check_overlap("conv1d", out, {"input": x, "weight": w, "bias": b}),
         "validation (first call only)": lambda: ConvProblem.conv1d(x, w, b, *settings),
     }
 
@@ -114,7 +114,7 @@ def stand_ins() -> Iterator[tuple[Any, Any, Any, Any]]:
     with (
         mock.patch.object(cupy.cuda.runtime, "getDevice", return_value=0),
         mock.patch.object(runtime, "make_plan", return_value=_IdlePlan()),
-        mock.patch.object(functional, "_PLANS", {}),
+        mock.patch.object(calls, "_PLANS", {}),
     ):
         yield arrays
 

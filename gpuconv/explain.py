@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from . import cpu, dispatch, functional, runtime
+from . import cpu, dispatch, runtime
+from .calls import check_kinds
 from .device import Device
 from .problem import ArrayLike, ArraySpec, ConvProblem, Op, check_int, check_mode
 
@@ -206,7 +207,7 @@ def _device_of(op: Op, given: dict[str, Any]) -> Device | None:
             raise ValueError(
                 f'explain: device must be given ("cpu", "sm_90", ...) where no arrays exist, got {name} as an ArraySpec'
             )
-    functional.check_kinds(op, given)
+    check_kinds(op, given)
     if not runtime.is_cupy_array(given["input"]):
         return None
     return runtime.device(given["input"].data.device_id)

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from threading import Lock
 from typing import Any, SupportsIndex, TypeVar, cast
 
 import numpy as np
 
 from . import cpu, runtime
-from .problem import ConvProblem, Op, Padding, Setting, check_mode, dtype_name
+from .calls import Function, check_kinds
+from .problem import ConvProblem, Op, Padding, Setting, check_mode
 
 ArrayT = TypeVar("ArrayT")
-
-# Plans by everything that they depend on; the oldest goes when the cache is full, which bounds what a stream of
-# ever new lengths can hold.
-_PLANS: dict[tuple[Any, ...], runtime.Plan] = {}
-_MAX_PLANS = 4096
-_PLANS_LOCK = Lock()  # for changes; look-ups need none
 
 
 def conv1d(
@@ -166,6 +160,21 @@ def prepare(weight: ArrayT) -> runtime.PreparedWeight:
         return runtime.PreparedWeight(array.copy(order="C"))
 
 
+def _function(op: Op) -> Function[ConvProblem]:
+    construct = ConvProblem.conv_transpose1d if op == "conv_transpose1d" else ConvProblem.conv1d
+    return Function(
+        op,
+        ("input", "weight", "bias"),
+        problem=lambda arrays, settings: construct(*arrays, *settings),
+        shape=lambda problem: problem.output_shape,
+        compute=cpu.convolve,
+        plan=lambda *arguments: runtime.make_plan(*arguments),  # noqa: PLW0108, looked up when it is called
+    )
+
+
+_FUNCTIONS: dict[Op, Function[ConvProblem]] = {op: _function(op) for op in ("conv1d", "conv_transpose1d")}
+
+
 def _convolve(
     op: Op,
     input: Any,
@@ -181,225 +190,4 @@ def _convolve(
     prepared = weight if isinstance(weight, runtime.PreparedWeight) else None
     if prepared is not None:
         weight = prepared.array
-    if runtime.is_cupy_array(input):
-        return _convolve_on_gpu(op, input, weight, bias, settings, out, prepared)
-    return _convolve_on_cpu(op, input, weight, bias, settings, out)
-
-
-def _convolve_on_cpu(
-    op: Op, input: Any, weight: Any, bias: Any | None, settings: tuple[Any, ...], out: Any | None
-) -> Any:
-    problem = _check(op, input, weight, bias, settings, out)
-    x, w, b = _native(input), _native(weight), None if bias is None else _native(bias)
-    if out is None:
-        out = np.empty(problem.output_shape, x.dtype)
-    if out.dtype.isnative:
-        cpu.convolve(problem, x, w, b, np.asarray(out))
-    else:
-        result = np.empty(problem.output_shape, x.dtype)
-        cpu.convolve(problem, x, w, b, result)
-        out[...] = result
-    return out
-
-
-def _convolve_on_gpu(
-    op: Op,
-    input: Any,
-    weight: Any,
-    bias: Any | None,
-    settings: tuple[Any, ...],
-    out: Any | None,
-    prepared: runtime.PreparedWeight | None,
-) -> Any:
-    cupy = runtime.cupy_module()
-    device_index = input.data.device_id
-    try:
-        current = cupy.cuda.runtime.getDevice()
-    except RuntimeError as error:
-        raise RuntimeError(f"{op}: input is a CuPy array, but no GPU answers: {error}") from error
-    if current != device_index:
-        with cupy.cuda.Device(device_index):
-            return _convolve_on_gpu(op, input, weight, bias, settings, out, prepared)
-
-    plan, key = None, None
-    names = _as_key(settings)
-    if names is not None:
-        key = (op, names, _identity(input), _identity(weight), _identity(bias), _identity(out))
-        plan = _PLANS.get(key)
-    if plan is None:
-        problem = _check(op, input, weight, bias, settings, out)
-        plan = runtime.make_plan(problem, input, weight, bias, out)
-        if key is not None:
-            with _PLANS_LOCK:
-                while len(_PLANS) >= _MAX_PLANS:
-                    del _PLANS[next(iter(_PLANS))]
-                _PLANS[key] = plan
-    elif out is not None:
-        _check_overlap(op, out, {"input": input, "weight": weight, "bias": bias})
-    if out is None:
-        out = cupy.empty(plan.output_shape, input.dtype)
-    plan(input, weight, bias, out, prepared)
-    return out
-
-
-_PLAIN_TYPES = frozenset((int, str, type(None)))
-
-
-def _as_key(settings: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """The settings with lists as tuples and NumPy integers as ints, or None where they do not name one problem.
-
-    They do where nothing but ints, strings and None remains: True equals 1 and would find its cache entry, but must be
-    refused.
-    """
-    for value in settings:
-        if type(value) not in _PLAIN_TYPES and not (type(value) is tuple and all(type(v) is int for v in value)):
-            break
-    else:
-        return settings
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, list | tuple):
-            return tuple(map(plain, value))
-        return int(value) if isinstance(value, np.integer) else value
-
-    def unambiguous(value: Any) -> bool:
-        return all(map(unambiguous, value)) if isinstance(value, tuple) else type(value) in _PLAIN_TYPES
-
-    names = cast(tuple[Any, ...], plain(settings))
-    return names if unambiguous(names) else None
-
-
-def _identity(array: Any) -> tuple[Any, ...] | None:
-    """What a plan depends on of a CuPy array: two arrays with one identity can use one plan.
-
-    Other arrays get an identity that no plan is ever stored under, since the checks refuse them.
-    """
-    if array is None:
-        return None
-    if not runtime.is_cupy_array(array):
-        return ("foreign",)
-    data = array.data
-    return (array.shape, array.strides, array.dtype, data.device_id, data.ptr & 15)
-
-
-# -- checks that need the arrays themselves; everything about shapes, dtypes and settings is in problem.py ------------
-
-
-def _check(
-    op: Op, input: Any, weight: Any, bias: Any | None, settings: tuple[Any, ...], out: Any | None
-) -> ConvProblem:
-    arrays = {"input": input, "weight": weight, "bias": bias, "out": out}
-    given = {name: a for name, a in arrays.items() if a is not None or name in ("input", "weight")}
-    check_kinds(op, given)
-    construct = ConvProblem.conv_transpose1d if op == "conv_transpose1d" else ConvProblem.conv1d
-    problem = construct(input, weight, bias, *settings)
-    if out is not None:
-        del given["out"]
-        if tuple(out.shape) != problem.output_shape:
-            raise ValueError(f"{op}: out must have shape {problem.output_shape}, got {tuple(out.shape)}")
-        if dtype_name(out.dtype) != problem.dtype:
-            raise TypeError(f"{op}: out must have the dtype of input, {problem.dtype}, got {out.dtype}")
-        if _may_overlap_itself(out):
-            raise ValueError(f"{op}: out must not overlap itself, got strides {out.strides} for shape {out.shape}")
-        if isinstance(out, np.ndarray) and not out.flags.writeable:
-            raise ValueError(f"{op}: out must be writeable, got a read-only array")
-        _check_overlap(op, out, given)
-    return problem
-
-
-def check_kinds(op: str, arrays: dict[str, Any]) -> None:
-    """Refuse what is no array, and arrays of different kinds or devices.
-
-    Raises:
-        TypeError: naming the argument.
-    """
-    kinds = {}
-    for name, array in arrays.items():
-        if runtime.is_cupy_array(array):
-            kinds[name] = f"CuPy array on device {array.data.device_id}"
-        elif isinstance(array, np.ndarray) and not isinstance(array, np.ma.MaskedArray):
-            kinds[name] = "NumPy array"
-        else:
-            raise TypeError(f"{op}: {name} must be a NumPy or CuPy array, got {type(array).__name__}")
-    for name, kind in kinds.items():
-        if len(kinds) > 1 and kind != kinds["input"]:
-            raise TypeError(
-                f"{op}: all arrays must be of one kind and on one device, got input as a {kinds['input']} "
-                f"and {name} as a {kind}"
-            )
-
-
-def _check_overlap(op: Op, out: Any, inputs: dict[str, Any]) -> None:
-    low, high = _byte_range(out)
-    for name, array in inputs.items():
-        if array is None:
-            continue
-        array_low, array_high = _byte_range(array)
-        if array_low < high and low < array_high and _share_memory(out, array):
-            raise ValueError(f"{op}: out must not overlap {name}, but they share memory")
-
-
-def _share_memory(a: Any, b: Any) -> bool:
-    """Whether two arrays whose byte ranges overlap have a byte in common."""
-    try:
-        return bool(np.shares_memory(_Ghost.of(a), _Ghost.of(b), max_work=cast(Any, 100_000)))
-    except np.exceptions.TooHardError:  # interleaved in a way too intricate to decide: treated as overlapping
-        return True
-
-
-def _may_overlap_itself(array: Any) -> bool:
-    """Whether some axis, from the shortest stride to the longest, steps by less than what the axes before it span.
-
-    Every view that slicing, transposing and reshaping can make of an ordinary array passes; hand-made strides that
-    interleave without touching do not.
-    """
-    if 0 in array.shape:
-        return False
-    reach = array.dtype.itemsize
-    for stride, extent in sorted((abs(s), e) for s, e in zip(array.strides, array.shape, strict=True)):
-        if extent > 1:
-            if stride < reach:
-                return True
-            reach += (extent - 1) * stride
-    return False
-
-
-def _address(array: Any) -> int:
-    return int(array.__array_interface__["data"][0] if isinstance(array, np.ndarray) else array.data.ptr)
-
-
-def _byte_range(array: Any) -> tuple[int, int]:
-    """The addresses from the first byte of an array to behind its last; empty for an empty array."""
-    low = high = _address(array)
-    if getattr(array, "_c_contiguous", False):  # CuPy's, without building a flags object: this is on the hot path
-        return low, low + array.nbytes
-    if 0 in array.shape:
-        return low, low
-    for extent, stride in zip(array.shape, array.strides, strict=True):
-        span = (extent - 1) * stride
-        low, high = (low + span, high) if span < 0 else (low, high + span)
-    return low, high + array.dtype.itemsize
-
-
-class _Ghost:
-    """The place of an array in memory as NumPy sees it, for address arithmetic alone: GPU memory is never read."""
-
-    def __init__(self, interface: dict[str, Any]) -> None:
-        self.__array_interface__ = interface
-
-    @classmethod
-    def of(cls, array: Any) -> np.ndarray[Any, Any]:
-        interface = {
-            "shape": tuple(array.shape),
-            "strides": tuple(array.strides),
-            "typestr": f"|V{array.dtype.itemsize}",
-            "data": (_address(array), True),
-            "version": 3,
-        }
-        return np.asarray(cls(interface))
-
-
-def _native(array: Any) -> np.ndarray[Any, Any]:
-    """The array as a plain ndarray in native byte order, copied only where the order differs."""
-    plain = np.asarray(array)
-    return plain if plain.dtype.isnative else plain.astype(plain.dtype.newbyteorder("="))
+    return _FUNCTIONS[op]((input, weight, bias), settings, out, prepared)

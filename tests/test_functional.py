@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import gpuconv
-from gpuconv import functional, nn, reference, runtime
+from gpuconv import calls, functional, nn, reference, runtime
 from gpuconv.problem import DTYPES, ConvProblem, numpy_dtype
 
 from .hostcuda import fake_cupy
@@ -532,7 +532,7 @@ def cupy() -> Iterator[Any]:
 def any_cupy(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The stand-in, and on a machine with a GPU CuPy itself."""
     if request.param == "gpu":
-        monkeypatch.setattr(functional, "_PLANS", {})
+        monkeypatch.setattr(calls, "_PLANS", {})
         yield runtime.cupy_module()
     else:
         with fake_cupy.installed():
@@ -656,12 +656,12 @@ def test_what_equals_a_cached_setting_is_still_refused(any_cupy: Any, name: str,
 def test_the_plan_cache_is_bounded(
     any_cupy: Any, planned: list[ConvProblem], monkeypatch: pytest.MonkeyPatch, op: str
 ) -> None:
-    monkeypatch.setattr(functional, "_MAX_PLANS", 3)
+    monkeypatch.setattr(calls, "_MAX_PLANS", 3)
     weight = any_cupy.asarray(draw(VALID[op]["weight"]))
     inputs = [any_cupy.asarray(draw((1, 4, length))) for length in range(10, 16)]
     for x in inputs:
         call(op, x, weight, groups=2)
-        assert len(functional._PLANS) <= 3
+        assert len(calls._PLANS) <= 3
     assert len(planned) == 6
     for x in inputs[3:]:
         call(op, x, weight, groups=2)
@@ -671,7 +671,7 @@ def test_the_plan_cache_is_bounded(
 
 
 def test_concurrent_calls_share_a_small_plan_cache(any_cupy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(functional, "_MAX_PLANS", 2)
+    monkeypatch.setattr(calls, "_MAX_PLANS", 2)
     weight = draw((2, 2, 3))
     inputs = [draw((1, 2, length), seed=length) for length in range(4, 10)]
     expected = [gpuconv.conv1d(x, weight) for x in inputs]
@@ -684,7 +684,7 @@ def test_concurrent_calls_share_a_small_plan_cache(any_cupy: Any, monkeypatch: p
     with ThreadPoolExecutor(6) as pool:
         for future in [pool.submit(work, i) for i in range(60)]:
             future.result()
-    assert len(functional._PLANS) <= 2
+    assert len(calls._PLANS) <= 2
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from gpuconv import cases, dispatch, functional, reference, source
+from gpuconv import calls, cases, dispatch, reference, source
 from gpuconv.cases import CASES, Case, Data
 from gpuconv.device import Device
 from gpuconv.families import FAMILIES, ArrayLayout, Config, Family, Launch, Layout
@@ -441,7 +441,7 @@ def only(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Family], None]]:
 
     def forget() -> None:
         dispatch.choose.cache_clear()
-        functional._PLANS.clear()
+        calls._PLANS.clear()
 
     def restrict(family: Family) -> None:
         monkeypatch.setattr(dispatch, "FAMILIES", (family,))

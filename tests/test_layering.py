@@ -28,6 +28,7 @@ LAYERS = (
     ("families",),
     ("dispatch",),
     ("runtime",),
+    ("calls",),
     ("functional",),
     ("nn", "grad", "cases", "explain", "files"),
     ("verify",),

@@ -16,7 +16,7 @@ from unittest import mock
 
 import numpy as np
 
-from gpuconv import functional, runtime
+from gpuconv import calls, runtime
 from gpuconv.device import Device as GpuModel
 from gpuconv.families import Launch
 
@@ -47,7 +47,7 @@ def installed() -> Iterator[None]:
     def forget() -> None:
         for cached in (runtime.device, runtime.build):
             cached.cache_clear()
-        functional._PLANS.clear()
+        calls._PLANS.clear()
         launches.clear()
 
     forget()
