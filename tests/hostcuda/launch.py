@@ -394,6 +394,8 @@ def _error(
         return MisalignedError(f"{where}: {message}; got {place}")
     if fault.kind != _MEMORY:
         return _ERRORS[fault.kind](f"{where}: {message}")
+    if message:  # an instruction's own complaint: whatever lies at the address, it is not shared memory
+        return OutOfBoundsError(f"{where}: {message}, at {place}")
     access = {1: "write to", 0: "read of"}.get(fault.is_write, "access to")
     if memory is None or memory.name in outputs or not memory.lowest <= memory.offset(fault.address) <= memory.highest:
         return OutOfBoundsError(f"{where}: out-of-bounds {access} {place}")

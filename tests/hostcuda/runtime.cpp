@@ -332,7 +332,7 @@ void on_signal(int number, siginfo_t* info, void* context) {
     } else if (address >= stacks && address < stacks + kMaxThreads * kStackSlot) {
         report(kStackOverflow, "stack overflow: a thread has %zu KiB for its local variables", kStackBytes / 1024);
     } else {
-        report(kMemory, "memory fault");
+        report(kMemory, "%s", "");  // the address says it all
         fault->is_write = access_is_write(static_cast<const ucontext_t*>(context));
         fault->address = reinterpret_cast<uint64_t>(address);
     }
