@@ -3,9 +3,8 @@
 // Per group, both operations are a product of a weight matrix [rows, R] and an input matrix [R, columns] that is never
 // formed: R = (c_in, tap) with the tap inner, which is the canonical order of summation; a column is one position q of
 // one sample, and element (c_in, tap) of column (n, q) is input[n, c_in, q*column_step + first + tap*tap_step]. A block
-// computes BLOCK_M rows by BLOCK_N columns, a thread THREAD_M by THREAD_N of them in registers. Chunks of BLOCK_R terms
-// of R pass through two buffers of shared memory: the next chunk is loaded while one is multiplied. The weights come
-// packed (pack_weight.cu), in the order in which blocks read them and with zeros behind the last row and term.
+// computes BLOCK_M rows by BLOCK_N columns (register_tile.cuh). The weights come packed (pack_weight.cu), in the order in
+// which blocks read them and with zeros behind the last row and term.
 //
 // Terms outside the input are multiplied as zeros. For finite weights this changes no bit (see bias_or_zero in
 // common.cuh); an infinite or NaN weight times such a zero makes a NaN out of nothing, so a thread that meets a NaN
@@ -15,32 +14,17 @@
 // column_step has this value, so that one address serves a thread's columns. COLUMN_STEP = 0 says nothing: columns run
 // through the samples, which fills blocks where samples are short.
 //
-// Macros read: BLOCK_M, BLOCK_N, BLOCK_R, THREAD_M, THREAD_N, COLUMN_STEP, SHARED_BYTES, and those of common.cuh.
+// Macros read: COLUMN_STEP, SHARED_BYTES, and those of register_tile.cuh.
 
-constexpr int kVec = sizeof(acc_t) < 16 ? 16 / int(sizeof(acc_t)) : 1;  // elements of one 16-byte access
-constexpr int kLanesN = BLOCK_N / THREAD_N;                            // a warp spans all columns of the block
-constexpr int kLanesM = 32 / kLanesN;
-constexpr int kWarpRows = kLanesM * THREAD_M;
-constexpr int kWarps = BLOCK_M / kWarpRows;
-constexpr int kThreads = 32 * kWarps;
 constexpr int kColumns = BLOCK_N / 32;         // columns that a lane loads and stores: lane, lane + 32, ...
 constexpr int kInputTerms = BLOCK_R / kWarps;  // terms of a chunk that a warp loads for all columns
 constexpr int kWeightVectors = BLOCK_M * BLOCK_R / kVec;  // of a chunk
 constexpr int kBuffer = BLOCK_R * (BLOCK_M + BLOCK_N);
-constexpr int kSliceRows = kLanesM * kVec;  // rows of a warp that pass through shared memory at a time in the end
-constexpr int kSlice = kSliceRows * BLOCK_N;
 constexpr int kShared = 2 * kBuffer > kWarps * kSlice ? 2 * kBuffer : kWarps * kSlice;
 constexpr bool kOneSample = COLUMN_STEP > 0;
 
-static_assert(BLOCK_N % THREAD_N == 0 && kLanesN * kLanesM == 32, "a warp spans BLOCK_N: gpuconv/families/tiles.py");
-static_assert(BLOCK_M % kWarpRows == 0, "BLOCK_M is a whole number of warps: gpuconv/families/tiles.py");
-static_assert(THREAD_M % kVec == 0 && THREAD_N % kVec == 0, "threads own whole vectors: gpuconv/families/tiles.py");
 static_assert(BLOCK_R % kWarps == 0, "warps load whole terms of a chunk: gpuconv/families/tiles.py");
 static_assert(kShared * sizeof(acc_t) == SHARED_BYTES, "SHARED_BYTES differs from gpuconv/families/tiles.py");
-
-struct alignas(sizeof(acc_t) * kVec) Vector {
-    acc_t element[kVec];
-};
 
 // One block's share of the product. Offsets and strides are in elements.
 struct Tile {
@@ -90,13 +74,11 @@ struct Walk {
     }
 };
 
-// Stores the sums of a block. Each warp passes its rows through shared memory, so that lanes store neighbouring columns.
+// Stores the sums of a block.
 template <typename RowOf>
 __device__ __forceinline__ void store_tile(
     const Tile& tile, const storage_t* bias, const RowOf& row_of, const acc_t (&acc)[THREAD_M][THREAD_N]) {
-    acc_t* const shared = reinterpret_cast<acc_t*>(dynamic_shared_memory());
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int lane_m = lane / kLanesN, lane_n = lane % kLanesN;
     index_t l_out[kColumns];          // of shift 0, and L_out behind the last column: shifts only go up
     index_t output_offset[kColumns];  // of that position, from Tile::output
 #pragma unroll
@@ -107,40 +89,21 @@ __device__ __forceinline__ void store_tile(
         output_offset[j] = n * tile.output_stride_n + l_out[j] * tile.output_stride_l;
         if (column >= tile.columns) l_out[j] = tile.L_out;
     }
-    acc_t* const slice = shared + warp * kSlice;
     bool met_nan = false;
+    store_rows(acc, tile.row_begin, tile.rows, [&](index_t row, const acc_t* values) {
+        const Row info = row_of(tile, row);
+        const acc_t offset = bias_or_zero(bias, info.bias_offset);
+        storage_t* const y = tile.output + (info.output_offset + info.shift * tile.output_stride_l);
 #pragma unroll
-    for (int group = 0; group < THREAD_M / kVec; ++group) {
-        Vector* const mine = reinterpret_cast<Vector*>(slice + lane_m * kVec * BLOCK_N) + lane_n;
-#pragma unroll
-        for (int i = 0; i < kVec; ++i) {
-#pragma unroll
-            for (int j = 0; j < THREAD_N / kVec; ++j) {
-                Vector vector;
-#pragma unroll
-                for (int v = 0; v < kVec; ++v) vector.element[v] = acc[group * kVec + i][j * kVec + v];
-                mine[(i * BLOCK_N) / kVec + j * kLanesN] = vector;
+        for (int j = 0; j < kColumns; ++j) {
+            const acc_t value = values[lane + 32 * j];
+            const index_t l = l_out[j] + info.shift;
+            if (l >= 0 && l < tile.L_out) {
+                y[output_offset[j]] = scalar::round(add(value, offset));
+                met_nan = met_nan || is_nan(value);
             }
         }
-        __syncwarp();
-        const index_t row_begin = tile.row_begin + warp * kWarpRows + group * kSliceRows;
-#pragma unroll 1
-        for (int i = 0; i < kSliceRows && row_begin + i < tile.rows; ++i) {
-            const Row info = row_of(tile, row_begin + i);
-            const acc_t offset = bias_or_zero(bias, info.bias_offset);
-            storage_t* const y = tile.output + (info.output_offset + info.shift * tile.output_stride_l);
-#pragma unroll
-            for (int j = 0; j < kColumns; ++j) {
-                const acc_t value = slice[i * BLOCK_N + lane + 32 * j];
-                const index_t l = l_out[j] + info.shift;
-                if (l >= 0 && l < tile.L_out) {
-                    y[output_offset[j]] = scalar::round(add(value, offset));
-                    met_nan = met_nan || is_nan(value);
-                }
-            }
-        }
-        __syncwarp();
-    }
+    });
     if (!met_nan) return;
 
     // -- the rare way out: all results of this lane's columns are summed again, without the terms that are missing -----
@@ -173,9 +136,7 @@ __device__ __forceinline__ void store_tile(
 template <typename TileOf, typename RowOf>
 __device__ __forceinline__ void multiply_tile(const TileOf& tile_of, const storage_t* bias, const RowOf& row_of) {
     const Tile tile = tile_of(blockIdx.x);
-    acc_t* const shared = reinterpret_cast<acc_t*>(dynamic_shared_memory());
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int lane_m = lane / kLanesN, lane_n = lane % kLanesN;
     const index_t R = tile.C_in_g * tile.taps;
 
     // -- what this thread loads of a chunk: kInputTerms terms of kColumns columns, and vectors of weights ------------
@@ -239,50 +200,7 @@ __device__ __forceinline__ void multiply_tile(const TileOf& tile_of, const stora
     };
 
     acc_t acc[THREAD_M][THREAD_N];
-#pragma unroll
-    for (int i = 0; i < THREAD_M; ++i) {
-#pragma unroll
-        for (int j = 0; j < THREAD_N; ++j) acc[i][j] = scalar::zero();
-    }
-    // Of a thread's rows, groups of kVec lie kLanesM*kVec apart, so that a warp reads whole vectors side by side; its
-    // columns likewise.
-    const auto multiply_term = [&](const acc_t* buffer, int term) {
-        const Vector* const w = reinterpret_cast<const Vector*>(buffer + term * BLOCK_M + warp * kWarpRows) + lane_m;
-        const Vector* const x = reinterpret_cast<const Vector*>(buffer + BLOCK_R * BLOCK_M + term * BLOCK_N) + lane_n;
-        Vector w_term[THREAD_M / kVec], x_term[THREAD_N / kVec];
-#pragma unroll
-        for (int i = 0; i < THREAD_M / kVec; ++i) w_term[i] = w[i * kLanesM];
-#pragma unroll
-        for (int j = 0; j < THREAD_N / kVec; ++j) x_term[j] = x[j * kLanesN];
-#pragma unroll
-        for (int i = 0; i < THREAD_M; ++i) {
-#pragma unroll
-            for (int j = 0; j < THREAD_N; ++j) {
-                acc[i][j] = multiply_add(
-                    w_term[i / kVec].element[i % kVec], x_term[j / kVec].element[j % kVec], acc[i][j]);
-            }
-        }
-    };
-
-    acc_t* buffer = shared;
-    acc_t* other = shared + kBuffer;
-    if (R > 0) load_chunk(buffer, 0);
-    copy_async_wait();
-    __syncthreads();
-    index_t r = 0;
-    for (; r + BLOCK_R < R; r += BLOCK_R) {
-        load_chunk(other, r + BLOCK_R);
-#pragma unroll
-        for (int term = 0; term < BLOCK_R; ++term) multiply_term(buffer, term);
-        copy_async_wait();
-        __syncthreads();
-        acc_t* const next = other;
-        other = buffer;
-        buffer = next;
-    }
-#pragma unroll 1
-    for (int term = 0; term < R - r; ++term) multiply_term(buffer, term);
-    __syncthreads();
-
+    multiply_chunks<BLOCK_M, BLOCK_N>(
+        R, load_chunk, [](acc_t w, acc_t x, acc_t sum) { return multiply_add(w, x, sum); }, acc);
     store_tile(tile_of(block_index_again()), bias, row_of, acc);
 }

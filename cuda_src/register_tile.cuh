@@ -1,0 +1,105 @@
+// A block's product of two matrices by register tiles: what tiled.cuh and weight_gradient_tiled.cu share.
+//
+// The sums of BLOCK_M rows by BLOCK_N columns lie in the registers of a block, THREAD_M by THREAD_N of them in each
+// thread. A warp spans all columns. Of a thread's rows, groups of kVec lie kLanesM*kVec apart, so that a warp reads whole
+// vectors side by side; its columns likewise. Chunks of BLOCK_R terms pass through two buffers of shared memory: the next
+// chunk is loaded while one is multiplied.
+//
+// Macros read: BLOCK_M, BLOCK_N, BLOCK_R, THREAD_M, THREAD_N, and those of common.cuh.
+
+constexpr int kVec = sizeof(acc_t) < 16 ? 16 / int(sizeof(acc_t)) : 1;  // elements of one 16-byte access
+constexpr int kLanesN = BLOCK_N / THREAD_N;
+constexpr int kLanesM = 32 / kLanesN;
+constexpr int kWarpRows = kLanesM * THREAD_M;
+constexpr int kWarps = BLOCK_M / kWarpRows;
+constexpr int kThreads = 32 * kWarps;
+constexpr int kSliceRows = kLanesM * kVec;  // rows of a warp that pass through shared memory at a time in the end
+constexpr int kSlice = kSliceRows * BLOCK_N;
+
+static_assert(BLOCK_N % THREAD_N == 0 && kLanesN * kLanesM == 32, "a warp spans BLOCK_N: gpuconv/families/tiles.py");
+static_assert(BLOCK_M % kWarpRows == 0, "BLOCK_M is a whole number of warps: gpuconv/families/tiles.py");
+static_assert(THREAD_M % kVec == 0 && THREAD_N % kVec == 0, "threads own whole vectors: gpuconv/families/tiles.py");
+
+struct alignas(sizeof(acc_t) * kVec) Vector {
+    acc_t element[kVec];
+};
+
+// Sums R terms into acc, which starts at zero, one after the other: acc = multiply(row's operand, column's operand, acc).
+// load_chunk(buffer, r) begins to load the terms from r on into a buffer: BLOCK_R rows of kPitchM operands of the block's
+// rows, then BLOCK_R rows of kPitchN operands of its columns.
+template <int kPitchM, int kPitchN, typename LoadChunk, typename Multiply>
+__device__ __forceinline__ void multiply_chunks(
+    index_t R, const LoadChunk& load_chunk, const Multiply& multiply, acc_t (&acc)[THREAD_M][THREAD_N]) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int lane_m = lane / kLanesN, lane_n = lane % kLanesN;
+#pragma unroll
+    for (int i = 0; i < THREAD_M; ++i) {
+#pragma unroll
+        for (int j = 0; j < THREAD_N; ++j) acc[i][j] = scalar::zero();
+    }
+    const auto multiply_term = [&](const acc_t* buffer, int term) {
+        const Vector* const w = reinterpret_cast<const Vector*>(buffer + term * kPitchM + warp * kWarpRows) + lane_m;
+        const Vector* const x = reinterpret_cast<const Vector*>(buffer + BLOCK_R * kPitchM + term * kPitchN) + lane_n;
+        Vector w_term[THREAD_M / kVec], x_term[THREAD_N / kVec];
+#pragma unroll
+        for (int i = 0; i < THREAD_M / kVec; ++i) w_term[i] = w[i * kLanesM];
+#pragma unroll
+        for (int j = 0; j < THREAD_N / kVec; ++j) x_term[j] = x[j * kLanesN];
+#pragma unroll
+        for (int i = 0; i < THREAD_M; ++i) {
+#pragma unroll
+            for (int j = 0; j < THREAD_N; ++j) {
+                acc[i][j] = multiply(w_term[i / kVec].element[i % kVec], x_term[j / kVec].element[j % kVec], acc[i][j]);
+            }
+        }
+    };
+
+    acc_t* buffer = reinterpret_cast<acc_t*>(dynamic_shared_memory());
+    acc_t* other = buffer + BLOCK_R * (kPitchM + kPitchN);
+    if (R > 0) load_chunk(buffer, 0);
+    copy_async_wait();
+    __syncthreads();
+    index_t r = 0;
+    for (; r + BLOCK_R < R; r += BLOCK_R) {
+        load_chunk(other, r + BLOCK_R);
+#pragma unroll
+        for (int term = 0; term < BLOCK_R; ++term) multiply_term(buffer, term);
+        copy_async_wait();
+        __syncthreads();
+        acc_t* const next = other;
+        other = buffer;
+        buffer = next;
+    }
+#pragma unroll 1
+    for (int term = 0; term < R - r; ++term) multiply_term(buffer, term);
+    __syncthreads();
+}
+
+// Each warp passes its rows through shared memory, so that its lanes store neighbouring columns. Calls store_row(row,
+// values of all columns) with all lanes of the warp for each row from row_begin, the block's first, to rows.
+template <typename StoreRow>
+__device__ __forceinline__ void store_rows(
+    const acc_t (&acc)[THREAD_M][THREAD_N], index_t row_begin, index_t rows, const StoreRow& store_row) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int lane_m = lane / kLanesN, lane_n = lane % kLanesN;
+    acc_t* const slice = reinterpret_cast<acc_t*>(dynamic_shared_memory()) + warp * kSlice;
+#pragma unroll
+    for (int group = 0; group < THREAD_M / kVec; ++group) {
+        Vector* const mine = reinterpret_cast<Vector*>(slice + lane_m * kVec * BLOCK_N) + lane_n;
+#pragma unroll
+        for (int i = 0; i < kVec; ++i) {
+#pragma unroll
+            for (int j = 0; j < THREAD_N / kVec; ++j) {
+                Vector vector;
+#pragma unroll
+                for (int v = 0; v < kVec; ++v) vector.element[v] = acc[group * kVec + i][j * kVec + v];
+                mine[(i * BLOCK_N) / kVec + j * kLanesN] = vector;
+            }
+        }
+        __syncwarp();
+        const index_t first = row_begin + warp * kWarpRows + group * kSliceRows;
+#pragma unroll 1
+        for (int i = 0; i < kSliceRows && first + i < rows; ++i) store_row(first + i, slice + i * BLOCK_N);
+        __syncwarp();
+    }
+}
