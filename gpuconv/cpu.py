@@ -23,7 +23,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -180,6 +180,11 @@ def _outputs(p: ConvProblem, phase: int, start: int, stop: int) -> tuple[int, in
     return low, high, slice(low * p.stride + shift, high * p.stride + shift - p.stride + 1, p.stride)
 
 
+def accumulator(dtype: str) -> np.dtype[Any]:
+    """The dtype in which data of a dtype are summed."""
+    return np.dtype(_ACCUMULATOR.get(dtype, dtype))
+
+
 def _accumulator_size(p: ConvProblem) -> int:
     return ITEMSIZE[_ACCUMULATOR.get(p.dtype, p.dtype)]
 
@@ -194,7 +199,7 @@ class _Block(NamedTuple):
     stop: int
 
 
-class _Scratch:
+class Scratch:
     """Buffers that one worker uses again for each of its blocks."""
 
     def __init__(self, dtype: np.dtype[Any]) -> None:
@@ -229,13 +234,13 @@ class _Call:
     def __init__(self, p: ConvProblem, input: Array, weight: Array, bias: Array | None, output: Array) -> None:
         G, C, M = p.groups, p.C_in_g, p.C_out_g
         self.p = p
-        self.dtype = np.dtype(_ACCUMULATOR.get(p.dtype, p.dtype))
+        self.dtype = accumulator(p.dtype)
         self.x = input.reshape(p.N, G, C, p.L_in)
         self.w = weight.reshape(G, C, M, p.K).transpose(0, 2, 1, 3) if p.transposed else weight.reshape(G, M, C, p.K)
         self.b = None if bias is None else bias.reshape(G, M)
         self.y = output.reshape(p.N, G, M, p.L_out)
-        self.x_direct = _is_direct(self.x, self.dtype)
-        self.y_direct = _is_direct(self.y, self.dtype)
+        self.x_direct = is_direct(self.x, self.dtype)
+        self.y_direct = is_direct(self.y, self.dtype)
 
     def fill_with_bias(self) -> None:
         self.y[...] = 0 if self.b is None else self.b[:, :, None]
@@ -244,7 +249,7 @@ class _Call:
         """(groups, rows) in the accumulator's dtype."""
         return None if self.b is None else self.b[groups, rows].astype(self.dtype, copy=False)
 
-    def read(self, samples: slice, groups: slice, channels: slice, low: int, high: int, scratch: _Scratch) -> Array:
+    def read(self, samples: slice, groups: slice, channels: slice, low: int, high: int, scratch: Scratch) -> Array:
         """The input from position low to high as (samples, groups, channels, high - low), zeros outside of it.
 
         A view where BLAS can read the input as it lies, else a copy in the accumulator's dtype.
@@ -284,7 +289,7 @@ class _Call:
                 y[..., of_phase] = sums[..., r, low - start : high - start]
 
 
-def _is_direct(array: Array, dtype: np.dtype[Any]) -> bool:
+def is_direct(array: Array, dtype: np.dtype[Any]) -> bool:
     """Whether BLAS takes the matrices (..., rows, positions) of an array: unit stride in rows that do not overlap."""
     size, strides = dtype.itemsize, array.strides
     return (
@@ -296,7 +301,7 @@ def _is_direct(array: Array, dtype: np.dtype[Any]) -> bool:
     )
 
 
-def _is_finite(block: Array) -> bool:
+def is_finite(block: Array) -> bool:
     return bool(np.isfinite(block).all())
 
 
@@ -305,7 +310,7 @@ def _either(a: dict[str, int], b: dict[str, int]) -> dict[str, int]:
     return {name: max(a.get(name, 0), b.get(name, 0)) for name in a | b}
 
 
-def _slices(start: int, stop: int, length: int) -> list[slice]:
+def slices(start: int, stop: int, length: int) -> list[slice]:
     if 0 < stop - start <= length:
         return [slice(start, stop)]
     return [slice(at, min(at + length, stop)) for at in range(start, stop, length)]
@@ -335,18 +340,26 @@ class _Form(Protocol):
 
 
 def _run_blocks(call: _Call, compute: Callable[..., None], blocks: Sequence[tuple[Any, ...]], workers: int) -> None:
-    """Call ``compute(call, *block, scratch)`` for each block, on at most so many threads.
+    """Call ``compute(call, *block, scratch)`` for each block; the blocks write disjoint parts of the output."""
+    run_blocks(partial(compute, call), blocks, workers, call.dtype, call.p.L_out)
 
-    The blocks write disjoint parts of the output, so neither their order nor the number of threads changes a bit.
+
+def run_blocks(
+    compute: Callable[..., None], blocks: Sequence[tuple[Any, ...]], workers: int, dtype: np.dtype[Any], length: int
+) -> None:
+    """Call ``compute(*block, scratch)`` for each block, on at most so many threads.
+
+    The blocks write disjoint places, so neither their order nor the number of threads changes a bit. `dtype` is that of
+    the scratch buffers, `length` that of the rows that are computed on.
     """
     workers = min(workers, len(blocks), _usable_cpus()) if workers > 1 else 1
     pending = deque(blocks)
 
     def work() -> None:
-        scratch = _Scratch(call.dtype)
+        scratch = Scratch(dtype)
         # NumPy copies rows that are shorter than its buffer into it before it computes, even where nothing is to be
         # converted; a buffer shorter than the rows keeps it from doing so.
-        buffer_size = np.setbufsize(64 if call.p.L_out >= 64 else 8192)
+        buffer_size = np.setbufsize(64 if length >= 64 else 8192)
         try:
             with np.errstate(all="ignore"):
                 while pending:
@@ -354,7 +367,7 @@ def _run_blocks(call: _Call, compute: Callable[..., None], blocks: Sequence[tupl
                         block = pending.popleft()
                     except IndexError:  # another thread took the last one
                         return
-                    compute(call, *block, scratch)
+                    compute(*block, scratch)
         finally:
             np.setbufsize(buffer_size)
 
@@ -455,7 +468,7 @@ class _Taps:
         everything = _Block(slice(0, p.N), slice(0, p.groups), slice(0, p.C_out_g), *_positions(p))
         _run_blocks(call, self._compute_phase, list(self._cut(p, everything)), workers)
 
-    def compute(self, call: _Call, block: _Block, scratch: _Scratch) -> None:
+    def compute(self, call: _Call, block: _Block, scratch: Scratch) -> None:
         """Compute a part of an output whose rest another form computes."""
         for phase, part in self._cut(call.p, block):
             self._compute_phase(call, phase, part, scratch)
@@ -463,13 +476,13 @@ class _Taps:
     def _cut(self, p: ConvProblem, block: _Block) -> Iterator[tuple[_Phase, _Block]]:
         for phase in _phases(p):
             low, high, _ = _outputs(p, phase.phase, block.start, block.stop)
-            for n in _slices(block.samples.start, block.samples.stop, self.samples):
-                for g in _slices(block.groups.start, block.groups.stop, self.groups):
-                    for m in _slices(block.rows.start, block.rows.stop, self.rows):
-                        for at in _slices(low, high, self.length):
+            for n in slices(block.samples.start, block.samples.stop, self.samples):
+                for g in slices(block.groups.start, block.groups.stop, self.groups):
+                    for m in slices(block.rows.start, block.rows.stop, self.rows):
+                        for at in slices(low, high, self.length):
                             yield phase, _Block(n, g, m, at.start, at.stop)
 
-    def _compute_phase(self, call: _Call, phase: _Phase, block: _Block, scratch: _Scratch) -> None:
+    def _compute_phase(self, call: _Call, phase: _Phase, block: _Block, scratch: Scratch) -> None:
         p, (samples, groups, rows, start, stop) = call.p, block
         at = _outputs(p, phase.phase, start, stop)[2]
         y = call.y[samples, groups, rows, at]
@@ -494,7 +507,7 @@ class _Taps:
                 staged = scratch.take("input", *x.shape[:3], high - low)
                 staged[...] = x[..., low:high]
                 x, origin = staged, low
-        for c in _slices(0, p.C_in_g, self.channels):
+        for c in slices(0, p.C_in_g, self.channels):
             for fed, k, read in terms:
                 x_tap = x[:, :, c, read.start - origin : read.stop - origin : phase.step]
                 w_tap = call.w[groups, rows, c, k]
@@ -513,11 +526,11 @@ class _Taps:
             y[...] = sums
 
 
-def _multiply_tap(w_tap: Array, x_tap: Array, product: Array, scratch: _Scratch) -> None:
+def _multiply_tap(w_tap: Array, x_tap: Array, product: Array, scratch: Scratch) -> None:
     """``product[n, g] = w_tap[g] @ x_tap[n, g]``, both operands first brought into the form that BLAS takes."""
     w_packed = scratch.take("tap", *w_tap.shape)
     w_packed[...] = w_tap
-    if not _is_direct(x_tap, product.dtype):
+    if not is_direct(x_tap, product.dtype):
         x_packed = scratch.take("shifted", *x_tap.shape)
         x_packed[...] = x_tap
         x_tap = x_packed
@@ -546,8 +559,8 @@ class _Blocking(NamedTuple):
         self,
         call: _Call,
         weight: Array | None,
-        pack: Callable[[Array, _Scratch], Array],
-        compute: Callable[[_Call, Array, _Block, _Scratch], None],
+        pack: Callable[[Array, Scratch], Array],
+        compute: Callable[[_Call, Array, _Block, Scratch], None],
         workers: int,
     ) -> None:
         """Compute all blocks from the weight (groups, rows*n, depth) for some n, or, if it is None, from packed parts.
@@ -556,25 +569,23 @@ class _Blocking(NamedTuple):
         """
         p = call.p
         per_groups, per_rows = (self.weight_groups, self.weight_rows) if weight is None else (p.groups, p.C_out_g)
-        packed = _Scratch(call.dtype)
+        packed = Scratch(call.dtype)
         first, last = _positions(p)
         if (p.N, p.groups, p.C_out_g, last - first) == self[:4] and (p.groups, p.C_out_g) == (per_groups, per_rows):
             # A small problem is one block, and its time is mostly that of the interpreter.
             matrix = pack(call.w, packed) if weight is None else weight
             block = _Block(slice(0, p.N), slice(0, p.groups), slice(0, p.C_out_g), first, last)
             with np.errstate(all="ignore"):
-                compute(call, matrix, block, _Scratch(call.dtype))
+                compute(call, matrix, block, Scratch(call.dtype))
             return
-        columns = [
-            (samples, at) for samples in _slices(0, p.N, self.samples) for at in _slices(first, last, self.length)
-        ]
-        for g in _slices(0, p.groups, per_groups):
-            for m in _slices(0, p.C_out_g, per_rows):
+        columns = [(samples, at) for samples in slices(0, p.N, self.samples) for at in slices(first, last, self.length)]
+        for g in slices(0, p.groups, per_groups):
+            for m in slices(0, p.C_out_g, per_rows):
                 matrix = pack(call.w[g, m], packed) if weight is None else weight
                 per_row = matrix.shape[1] // (m.stop - m.start)
                 blocks = []
-                for groups in _slices(g.start, g.stop, self.groups):
-                    for rows in _slices(m.start, m.stop, self.rows):
+                for groups in slices(g.start, g.stop, self.groups):
+                    for rows in slices(m.start, m.stop, self.rows):
                         part = matrix[
                             groups.start - g.start : groups.stop - g.start,
                             (rows.start - m.start) * per_row : (rows.stop - m.start) * per_row,
@@ -612,7 +623,12 @@ def _parts(p: ConvProblem) -> int:
 
 
 def _small_product(p: ConvProblem) -> int:
-    return _SMALL_PRODUCT_AVX512 if _has_avx512() and not p.is_complex else _SMALL_PRODUCT
+    return small_product(p.is_complex)
+
+
+def small_product(is_complex: bool) -> int:
+    """The largest product, in multiply-adds, that BLAS computes on the calling thread."""
+    return _SMALL_PRODUCT_AVX512 if _has_avx512() and not is_complex else _SMALL_PRODUCT
 
 
 @lru_cache(maxsize=1)
@@ -741,7 +757,7 @@ class _Panels:
         weight = w.reshape(p.groups, p.C_out_g, -1) if in_place else None
         self.blocking.run(call, weight, self._pack, self._compute, workers)
 
-    def _pack(self, w: Array, scratch: _Scratch) -> Array:
+    def _pack(self, w: Array, scratch: Scratch) -> Array:
         """Weight (groups, rows, C_in_g, K) as (groups, rows*phases, C_in_g*tap_groups), zeros for the absent taps."""
         G, M, C, K = w.shape
         J, R, interleave = self.geometry.tap_groups, self.geometry.phases, self.geometry.interleave
@@ -755,7 +771,7 @@ class _Panels:
                 packed[:, :, taps:, :, j] = 0
         return packed.reshape(G, M * R, C * J)
 
-    def _compute(self, call: _Call, weight: Array, block: _Block, scratch: _Scratch) -> None:
+    def _compute(self, call: _Call, weight: Array, block: _Block, scratch: Scratch) -> None:
         p, geometry, blocking = call.p, self.geometry, self.blocking
         N, T, (G, rows, _) = block.samples.stop - block.samples.start, block.stop - block.start, weight.shape
         R, J = geometry.phases, geometry.tap_groups
@@ -775,8 +791,8 @@ class _Panels:
         source = self._read(call, block, *everything, block.start, block.stop, scratch)
         windows = [None if source is None else self._windows(source, *everything, *run[1:]) for run in runs]
         into = sums
-        for c in _slices(0, p.C_in_g, self.channels):
-            for j in _slices(0, J, self.taps):
+        for c in slices(0, p.C_in_g, self.channels):
+            for j in slices(0, J, self.taps):
                 depth = slice(c.start * J + j.start, (c.stop - 1) * J + j.stop)
                 for (columns, start, tiles, tile), view in zip(runs, windows, strict=True):
                     panel = self._panel(call, block, view, c, j, start, tiles, tile, scratch)
@@ -787,7 +803,7 @@ class _Panels:
                     into = scratch.take("product", *sums.shape)
         low, high = geometry.window(block.start, block.stop, slice(0, J))
         absent_taps = R > 1 and J * R > p.K
-        if (low < 0 or high > p.L_in or absent_taps) and not _is_finite(sums):
+        if (low < 0 or high > p.L_in or absent_taps) and not is_finite(sums):
             self.safe.compute(call, block, scratch)
             return
         bias = call.bias(block.groups, block.rows)
@@ -808,7 +824,7 @@ class _Panels:
         start: int,
         tiles: int,
         tile: int,
-        scratch: _Scratch,
+        scratch: Scratch,
     ) -> Array:
         """The windows from position `start` as (samples, groups, tiles, channels*taps, tile), next to each other.
 
@@ -832,7 +848,7 @@ class _Panels:
         return panel.reshape(1, G, 1, C * J, N * tile) if self.merged else panel.reshape(N, G, tiles, C * J, tile)
 
     def _read(
-        self, call: _Call, block: _Block, channels: slice, taps: slice, start: int, stop: int, scratch: _Scratch
+        self, call: _Call, block: _Block, channels: slice, taps: slice, start: int, stop: int, scratch: Scratch
     ) -> tuple[Array, int] | None:
         """What the positions start to stop read, and where it begins; None where it is too large to be staged."""
         low, high = self.geometry.window(start, stop, taps)
@@ -924,14 +940,14 @@ class _ShiftAdd:
         weight = w.reshape(p.groups, p.C_out_g * p.K, p.C_in_g) if in_place else None
         self.blocking.run(call, weight, self._pack, self._compute, workers)
 
-    def _pack(self, w: Array, scratch: _Scratch) -> Array:
+    def _pack(self, w: Array, scratch: Scratch) -> Array:
         """Weight (groups, rows, C_in_g, K) as (groups, rows*K, C_in_g)."""
         G, M, C, K = w.shape
         packed = scratch.take("weight", G, M, K, C)
         packed[...] = w.swapaxes(2, 3)
         return packed.reshape(G, M * K, C)
 
-    def _compute(self, call: _Call, weight: Array, block: _Block, scratch: _Scratch) -> None:
+    def _compute(self, call: _Call, weight: Array, block: _Block, scratch: Scratch) -> None:
         p, geometry, (samples, groups, rows, start, stop) = call.p, self.geometry, block
         N, G, M = samples.stop - samples.start, groups.stop - groups.start, rows.stop - rows.start
         R, J = geometry.phases, geometry.tap_groups
@@ -1011,16 +1027,16 @@ class _Toeplitz:
         return 0, _either(buffers, safe)
 
     def run(self, call: _Call, workers: int) -> None:
-        _run_blocks(call, self._compute, [(g,) for g in _slices(0, call.p.groups, self.groups)], workers)
+        _run_blocks(call, self._compute, [(g,) for g in slices(0, call.p.groups, self.groups)], workers)
 
-    def _compute(self, call: _Call, groups: slice, scratch: _Scratch) -> None:
+    def _compute(self, call: _Call, groups: slice, scratch: Scratch) -> None:
         band = self._band(call, groups, scratch)
-        for samples in _slices(0, call.p.N, self.samples):
-            for at in _slices(*_positions(call.p), self.windows * self.tile):
+        for samples in slices(0, call.p.N, self.samples):
+            for at in slices(*_positions(call.p), self.windows * self.tile):
                 block = _Block(samples, groups, slice(0, call.p.C_out_g), at.start, at.stop)
                 self._compute_block(call, band, block, scratch)
 
-    def _band(self, call: _Call, groups: slice, scratch: _Scratch) -> Array:
+    def _band(self, call: _Call, groups: slice, scratch: Scratch) -> Array:
         """(groups, C_in_g, window, C_out_g, tile): what each input of a window contributes to each of its outputs."""
         geometry, p = self.geometry, call.p
         G, C, M, U = groups.stop - groups.start, p.C_in_g, p.C_out_g, _window_length(geometry, self.tile)
@@ -1036,7 +1052,7 @@ class _Toeplitz:
         diagonals[...] = call.w[groups, ..., None]
         return band
 
-    def _compute_block(self, call: _Call, band: Array, block: _Block, scratch: _Scratch) -> None:
+    def _compute_block(self, call: _Call, band: Array, block: _Block, scratch: Scratch) -> None:
         p, geometry, (samples, groups, _, start, stop) = call.p, self.geometry, block
         G, C, U, M, tile = band.shape
         N, windows, step = samples.stop - samples.start, -(-(stop - start) // tile), tile * geometry.stride
@@ -1075,7 +1091,7 @@ class _Toeplitz:
             sums = scratch.take("sums", G, N * windows, M * tile)
             np.matmul(panel.reshape(G, N * windows, -1), band, out=sums)
             sums = sums.reshape(G, N, windows, M, tile).transpose(1, 0, 3, 2, 4)
-        if not _is_finite(sums):
+        if not is_finite(sums):
             self.safe.compute(call, block, scratch)
             return
         bias = call.bias(groups, slice(0, M))
