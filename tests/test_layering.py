@@ -22,7 +22,7 @@ PACKAGE = Path(cases.__file__).resolve().parent
 LAYERS = (
     ("problem", "device"),
     ("reference", "cpu", "source"),
-    ("families.base",),
+    ("cpu_gradients", "families.base"),
     ("families.tiles", "families.depthwise", "families.sliding"),
     ("families.*",),
     ("families",),
