@@ -3,13 +3,11 @@
 //   packed[product, r, row] = the weight of term r = c_in * taps + tap of that row, in the accumulator's type; zero for
 //   rows, terms and taps that do not exist.
 //
-// IS_TRANSPOSED = 0: product = g, row = c_out of the group, tap = k: weight[g*C_out_g + row, c_in, k].
-// IS_TRANSPOSED = 1, PHASES_IN_ROWS = 1: product = g, row = c_out*stride + phase, k = phase + tap*stride.
-// IS_TRANSPOSED = 1, PHASES_IN_ROWS = 0: product = g*stride + phase, row = c_out, k = k_first + tap*tap_step with the k_first
-// of conv_transpose1d_gather.cu. In both, weight[g*C_in_g + c_in, c_out, k].
+// Products, rows and taps by IS_TRANSPOSED and PHASES_IN_ROWS: see weight_source.cuh.
 //
 // Grid x: blocks of BLOCK_SIZE consecutive elements of packed; where the grid is shorter, threads go round again. Grid y
 // and z: 1. No shared memory.
+// Uses: weight_source.cuh
 // Needs nothing: weights of any strides, in elements.
 
 struct Params {
@@ -36,27 +34,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK_SIZE, 2) pack_weight(
         const index_t c_in = r / p.taps;
         const index_t tap = r - c_in * p.taps;
 
-        index_t g = product, c_out = row, k = tap;
-        bool exists = row < p.rows && c_in < p.C_in_g;
-        if (IS_TRANSPOSED) {
-            if (PHASES_IN_ROWS) {
-                c_out = row / p.stride;
-                k = row - c_out * p.stride + tap * p.stride;
-            } else {
-                g = product / p.stride;
-                const index_t phase = product - g * p.stride;
-                const index_t quotient = phase / p.phase_gcd;
-                exists = exists && quotient * p.phase_gcd == phase;
-                k = quotient % p.tap_step * p.phase_inverse % p.tap_step + tap * p.tap_step;
-            }
-            exists = exists && k < p.K;
-        }
-        const index_t outer = IS_TRANSPOSED ? c_out : g * p.C_out_g + c_out;
-        const index_t inner = IS_TRANSPOSED ? g * p.C_in_g + c_in : c_in;
-        packed[i] = scalar::zero();
-        if (exists) {
-            const index_t offset = outer * p.weight_stride_out + inner * p.weight_stride_in + k * p.weight_stride_k;
-            packed[i] = scalar::load(weight[offset]);
-        }
+        index_t offset;
+        packed[i] = find_weight(p, product, row, tap, c_in, &offset) ? scalar::load(weight[offset]) : scalar::zero();
     }
 }

@@ -104,6 +104,9 @@ __device__ __forceinline__ void copy_async_wait_group() {
 
 // Below, every lane of a warp calls together. g = lane/4 and t = lane%4.
 
+// Whether any lane's condition holds.
+__device__ __forceinline__ bool any_lane(bool condition) { return __any_sync(0xffffffffu, condition); }
+
 // Four 8x8 matrices of 16-bit elements (or 8x4 of 32-bit ones) from shared memory. Lane i gives the address of row i%8 of
 // matrix i/8, 16 bytes, aligned. fragment[j]: elements 2t and 2t+1 of row g of matrix j (the 32-bit element t of that row).
 __device__ __forceinline__ void load_matrix_x4(unsigned (&fragment)[4], const void* shared_row) {

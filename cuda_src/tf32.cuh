@@ -8,3 +8,21 @@ __device__ __forceinline__ float round_to_tf32(float x) {
     // In integers the carry of an all-ones fraction goes into the exponent, as it should.
     return uint_as_float(x == x ? (bits + 0x1000u) & 0xffffe000u : bits | 0x00400000u);
 }
+
+// The same, except that finite values stay finite: those past the largest TF32 number become it.
+__device__ __forceinline__ float round_to_finite_tf32(float x) {
+    const unsigned bits = float_as_uint(x), last = 0x7f7fe000u;
+    const bool rounds_up = (bits & 0x7fffffffu) > last && (bits & 0x7f800000u) != 0x7f800000u;
+    return rounds_up ? uint_as_float((bits & 0x80000000u) | last) : round_to_tf32(x);
+}
+
+// x = *hi + *lo, where *hi is a TF32 number and |*lo| <= 2^-11 |x|. From 2^-102 on the last bit of x is a normal number, so
+// that the difference is exact even where subnormals are flushed, and below 2^127 rounding up cannot overflow. Other
+// values, zero apart, give a NaN for *hi.
+__device__ __forceinline__ void split_tf32(float x, float* hi, float* lo) {
+    const unsigned bits = float_as_uint(x), magnitude = bits & 0x7fffffffu;
+    const unsigned smallest = 25u << 23, end = 254u << 23;
+    const unsigned rounded = (bits + 0x1000u) & 0xffffe000u;
+    *lo = x - uint_as_float(rounded);
+    *hi = uint_as_float(magnitude - smallest < end - smallest || magnitude == 0 ? rounded : 0x7fffffffu);
+}

@@ -13,7 +13,7 @@ import numpy as np
 from . import cpu, dispatch, runtime
 from .calls import check_kinds
 from .device import Device
-from .problem import ArrayLike, ArraySpec, ConvProblem, Op, check_int, check_mode
+from .problem import ArrayLike, ArraySpec, ConvProblem, Op, check_int, check_padding_mode
 
 SETTINGS: Mapping[Op, tuple[str, ...]] = {
     "conv1d": ("stride", "padding", "dilation", "groups", "padding_mode", "precision"),
@@ -183,8 +183,8 @@ def explain(
             _check_extents(op, name, array)
     target = _device_of(op, given) if device is None else _parse_device(device)
 
-    modes = {name: settings.pop(name) for name in ("padding_mode", "precision") if name in settings}
-    check_mode(op, **modes)
+    if "padding_mode" in settings:
+        check_padding_mode(op, settings.pop("padding_mode"))
     construct = ConvProblem.conv_transpose1d if op == "conv_transpose1d" else ConvProblem.conv1d
     problem = construct(input, weight, bias, **settings)
     if target is None:

@@ -8,7 +8,7 @@ import numpy as np
 
 from . import cpu, runtime
 from .calls import Function, check_kinds
-from .problem import ConvProblem, Op, Padding, Setting, check_mode
+from .problem import ConvProblem, Op, Padding, Setting, check_padding_mode
 
 ArrayT = TypeVar("ArrayT")
 
@@ -46,8 +46,9 @@ def conv1d(
         dilation: distance between taps, in samples.
         groups: input and output channels are cut into this many groups that do not mix.
         padding_mode: "zeros", the only one supported today.
-        precision: "float32", the only one supported today: full precision of the dtype. float16 and bfloat16 data
-            are summed in float32 and rounded once.
+        precision: "float32", the full precision of the dtype, or "tf32" for float32 data: operands may be rounded to
+            TF32, 11 significant bits, where the GPU's tensor cores then serve the layer. Either way float16, bfloat16
+            and float32 data are summed in float32 and rounded once.
         out: an array of the output's shape, dtype and device to write to, which must not overlap the inputs.
 
     Returns:
@@ -66,8 +67,10 @@ def conv1d(
         >>> gpuconv.conv1d(x, np.ones((1, 1, 3)), padding="same")
         array([[[1., 3., 6., 9., 7.]]])
     """
-    settings = (stride, padding, dilation, groups)
-    return cast(ArrayT, _convolve("conv1d", input, weight, bias, settings, padding_mode, precision, out))
+    if padding_mode != "zeros":
+        check_padding_mode("conv1d", padding_mode)
+    settings = (stride, padding, dilation, groups, precision)
+    return cast(ArrayT, _convolve("conv1d", input, weight, bias, settings, out))
 
 
 def conv_transpose1d(
@@ -104,8 +107,9 @@ def conv_transpose1d(
         groups: input and output channels are cut into this many groups that do not mix.
         dilation: distance between taps, in output samples.
         output_size: the wanted L_out, in place of output_padding.
-        precision: "float32", the only one supported today: full precision of the dtype. float16 and bfloat16 data
-            are summed in float32 and rounded once.
+        precision: "float32", the full precision of the dtype, or "tf32" for float32 data: operands may be rounded to
+            TF32, 11 significant bits, where the GPU's tensor cores then serve the layer. Either way float16, bfloat16
+            and float32 data are summed in float32 and rounded once.
         out: an array of the output's shape, dtype and device to write to, which must not overlap the inputs.
 
     Returns:
@@ -124,8 +128,8 @@ def conv_transpose1d(
         >>> gpuconv.conv_transpose1d(x, np.array([[[1.0, 1.0, 1.0]]]), stride=2)
         array([[[1., 1., 3., 2., 2.]]])
     """
-    settings = (stride, padding, output_padding, groups, dilation, output_size)
-    return cast(ArrayT, _convolve("conv_transpose1d", input, weight, bias, settings, "zeros", precision, out))
+    settings = (stride, padding, output_padding, groups, dilation, output_size, precision)
+    return cast(ArrayT, _convolve("conv_transpose1d", input, weight, bias, settings, out))
 
 
 def prepare(weight: ArrayT) -> runtime.PreparedWeight:
@@ -181,12 +185,8 @@ def _convolve(
     weight: Any,
     bias: Any | None,
     settings: tuple[Any, ...],
-    padding_mode: str,
-    precision: str,
     out: Any | None,
 ) -> Any:
-    if padding_mode != "zeros" or precision != "float32":
-        check_mode(op, padding_mode=padding_mode, precision=precision)
     prepared = weight if isinstance(weight, runtime.PreparedWeight) else None
     if prepared is not None:
         weight = prepared.array

@@ -20,7 +20,7 @@ from .problem import (
     Settings,
     check_groups,
     check_int,
-    check_mode,
+    check_padding_mode,
     check_setting,
     check_size,
     dtype_name,
@@ -72,7 +72,7 @@ class _Layer:
         check_groups(caller, settings.groups, C_in, C_out)
         if not isinstance(bias, bool | np.bool_):
             raise TypeError(f"{caller}: bias must be True or False, got {type(bias).__name__} {bias!r}")
-        check_mode(caller, padding_mode=padding_mode)
+        check_padding_mode(caller, padding_mode)
 
         self.in_channels = C_in
         self.out_channels = C_out

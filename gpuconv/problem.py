@@ -22,7 +22,7 @@ T = TypeVar("T")
 DTYPES = ("float16", "bfloat16", "float32", "float64", "complex64", "complex128")
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8, "complex64": 8, "complex128": 16}
 PADDING_MODES = ("zeros",)
-PRECISIONS = ("float32",)
+PRECISIONS = ("float32", "tf32")
 
 # The largest extent and the largest number of bytes of one array: offsets are signed 64-bit integers.
 MAX_EXTENT = 2**63 - 1
@@ -92,6 +92,7 @@ class ConvProblem:
     dtype: str = "float32"
     has_bias: bool = False
     batched: bool = True
+    precision: str = "float32"
     L_out: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -136,6 +137,7 @@ class ConvProblem:
         padding: Padding = 0,
         dilation: Setting = 1,
         groups: SupportsIndex = 1,
+        precision: str = "float32",
     ) -> ConvProblem:
         """Validate the arguments of `gpuconv.conv1d`; only `.shape` and `.dtype` of the arrays are read.
 
@@ -163,7 +165,8 @@ class ConvProblem:
         else:
             left, right = sides
         return cls(
-            op, x.N, x.C_in, C_out, x.L_in, K, s, left, right, d, g, 0, x.dtype, bias is not None, x.batched
+            op, x.N, x.C_in, C_out, x.L_in, K, s, left, right, d, g, 0, x.dtype, bias is not None, x.batched,
+            check_precision(op, precision, x.dtype),
         )  # fmt: skip
 
     @classmethod
@@ -178,6 +181,7 @@ class ConvProblem:
         groups: SupportsIndex = 1,
         dilation: Setting = 1,
         output_size: Setting | None = None,
+        precision: str = "float32",
     ) -> ConvProblem:
         """Validate the arguments of `gpuconv.conv_transpose1d`; only `.shape` and `.dtype` of the arrays are read.
 
@@ -224,7 +228,8 @@ class ConvProblem:
                 )
             extra = wanted - shortest
         return cls(
-            op, x.N, x.C_in, C_out, x.L_in, K, s, left, right, d, g, extra, x.dtype, bias is not None, x.batched
+            op, x.N, x.C_in, C_out, x.L_in, K, s, left, right, d, g, extra, x.dtype, bias is not None, x.batched,
+            check_precision(op, precision, x.dtype),
         )  # fmt: skip
 
     # -- derived values ----------------------------------------------------------------------------------------------
@@ -323,6 +328,8 @@ class ConvProblem:
         parts.append(self.dtype)
         if self.has_bias:
             parts.append("bias")
+        if self.precision != "float32":
+            parts.append(self.precision)
         return " ".join(parts)
 
 
@@ -560,8 +567,8 @@ def check_size(caller: str, name: str, shape: Sequence[int], dtype: str) -> None
         )
 
 
-def check_mode(op: str, *, padding_mode: str = "zeros", precision: str = "float32") -> None:
-    """Refuse the keyword values that are reserved but not supported yet.
+def check_padding_mode(op: str, padding_mode: str) -> None:
+    """Refuse the values of padding_mode that are reserved but not supported yet.
 
     Raises:
         ValueError: naming what is supported today.
@@ -570,10 +577,19 @@ def check_mode(op: str, *, padding_mode: str = "zeros", precision: str = "float3
         raise ValueError(
             f"{op}: padding_mode must be {_listing(PADDING_MODES)} (the only one supported today), got {padding_mode!r}"
         )
+
+
+def check_precision(op: str, precision: str, dtype: str) -> str:
+    """The precision, once it is known to be one and to fit the dtype.
+
+    Raises:
+        ValueError: it is not one of `PRECISIONS`, or asks to round what is no float32 to TF32.
+    """
     if precision not in PRECISIONS:
-        raise ValueError(
-            f"{op}: precision must be {_listing(PRECISIONS)} (the only one supported today), got {precision!r}"
-        )
+        raise ValueError(f"{op}: precision must be one of {_listing(PRECISIONS)}, got {precision!r}")
+    if precision == "tf32" and dtype != "float32":
+        raise ValueError(f'{op}: precision "tf32" rounds float32 data; expected "float32" for {dtype}, got "tf32"')
+    return precision
 
 
 def dtype_name(dtype: Any) -> str | None:

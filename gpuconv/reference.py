@@ -19,6 +19,7 @@ Array = npt.NDArray[Any]
 
 # Unit roundoff u = 2**-(bits of the significand, the hidden one included).
 _UNIT_ROUNDOFF = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24, "float64": 2.0**-53}
+_TF32_ROUNDOFF = 2.0**-11
 _LARGEST = {
     "float16": 65504.0,
     "bfloat16": float.fromhex("0x1.fep127"),
@@ -26,6 +27,23 @@ _LARGEST = {
     "float64": float.fromhex("0x1.fffffffffffffp1023"),
 }
 _SMALLEST_NORMAL = {"float16": 2.0**-14, "bfloat16": 2.0**-126, "float32": 2.0**-126, "float64": 2.0**-1022}
+
+# float32 by split TF32 (see cuda_src/mma.cuh): x = x_hi + x_lo and w = w_hi + w_lo with |x_lo| <= 2**-11 |x|, so that
+#
+#     w*x = w_hi*x_hi + (w_hi*x_lo + w_lo*x_hi) + w_lo*x_lo.
+#
+# In units of u = 2**-24 times the magnitude (the sum of |w|*|x|), the error of a sum of n products is at most
+#     4           for w_lo*x_lo, which is left out: 2**-22;
+#     4           for x_lo, rounded to TF32: 2**-11 of 2**-11;
+#     8           for w_lo, cut off to TF32 by the hardware: 2**-10 of 2**-11;
+#     n/400       for the sums of the small products, 2n of them and each at most 2**-11 of its large one;
+#     20          for the sums of the large products, by blocks of at least 4 (see `Sums.error_bound`): 5/4 of SPLIT_TERMS. Each
+#                 sum is of SPLIT_TERMS products alone, so these errors do not grow with n;
+#     n/16 + 2    for adding those sums to a total, to nearest, and the small products' sum and the bias to that.
+# That is within the n + 2 of the bound from n = 39 on. With one sum for all large products, in the place of 20 there would
+# be 5n/4, which alone is more than the bound for n > 8. MIN_SPLIT_TERMS leaves a margin.
+SPLIT_TERMS = 16
+MIN_SPLIT_TERMS = 64
 
 
 def compute(problem: ConvProblem, input: Array, weight: Array, bias: Array | None = None) -> Array:
@@ -82,6 +100,7 @@ class Sums:
         left, right: the arrays whose elements are multiplied.
         addend: the array whose elements are added to the sums, or None.
         evaluate: (left, right, addend) -> the result, in the dtype of its arguments.
+        precision: of the problem: "tf32" allows for operands rounded to TF32.
     """
 
     dtype: str
@@ -91,6 +110,7 @@ class Sums:
     right: Array
     addend: Array | None
     evaluate: Callable[[Array, Array, Array | None], Array]
+    precision: str = "float32"
 
     def exact(self) -> Array:
         """The result in float64, or complex128 for complex data."""
@@ -111,7 +131,15 @@ class Sums:
         whose real and imaginary parts each sum two products a term. `tiny` covers underflow: an operand, a product or
         a sum below the smallest normal number may become zero. The reference's own float64 rounding is added.
 
-        Source: N. J. Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., section 3.1 and 2.8 (underflow).
+        float16 and bfloat16 data, and float32 data in TF32, may be summed by tensor cores, which do not round as IEEE
+        arithmetic does; for them n + 2 becomes 5n/4 + 2. An instruction adds b products to a sum: it cuts all of them
+        off 24 bits below the leading bit of the largest, which loses less than u of it each, and rounds the result
+        toward zero, which loses at most u more as the sum is one of the terms cut off (25 bits, and less, on sm_90). So b
+        products cost b + 1 units, and b is 4 at least. In TF32 each operand moves by up to 2**-11 of itself, which
+        adds (2**-10 + 2**-22) times the magnitude.
+
+        Source: N. J. Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., section 3.1 and 2.8 (underflow);
+        M. Fasi et al., Numerical behavior of NVIDIA tensor cores, PeerJ Computer Science 7, 2021 (alignment, blocks).
 
         Args:
             exact: what the method of this name gives, where the caller has it.
@@ -158,7 +186,11 @@ class Sums:
         """The error bound, and the sum of |left| * |right| + |addend| over the finite data alone."""
         real, accumulator = self._real_dtypes
         n = self.terms * self.products
-        gamma = _gamma(n + 2, _UNIT_ROUNDOFF[accumulator]) + _gamma(n + 2, _UNIT_ROUNDOFF["float64"])
+        on_tensor_cores = self.dtype in ("float16", "bfloat16") or self.precision == "tf32"
+        roundings = n + (-(-n // 4) if on_tensor_cores else 0) + 2
+        gamma = _gamma(roundings, _UNIT_ROUNDOFF[accumulator]) + _gamma(n + 2, _UNIT_ROUNDOFF["float64"])
+        if self.precision == "tf32":
+            gamma += (1 + gamma) * (2 * _TF32_ROUNDOFF + _TF32_ROUNDOFF**2)
         left, right = self._magnitudes(self.left), self._magnitudes(self.right)
         tiny: Any = _SMALLEST_NORMAL[accumulator] * (2 * n + 2) + _SMALLEST_NORMAL[real] * _UNIT_ROUNDOFF[real]
         with np.errstate(invalid="ignore", over="ignore"):
@@ -234,7 +266,7 @@ def _gamma(m: int, u: float) -> float:
 def convolution(problem: ConvProblem, input: Array, weight: Array, bias: Array | None = None) -> Sums:
     """The output of a problem; `compute` has the formula."""
     p = problem
-    return Sums(p.dtype, p.terms, _products(p), input, weight, bias, partial(_convolve, p))
+    return Sums(p.dtype, p.terms, _products(p), input, weight, bias, partial(_convolve, p), p.precision)
 
 
 def _convolve(p: ConvProblem, input: Array, weight: Array, bias: Array | None) -> Array:
@@ -273,7 +305,7 @@ def input_gradient(problem: ConvProblem, weight: Array, grad_output: Array) -> S
     """
     p = problem
     terms = p.adjoint().terms if p.L_in else 0
-    return Sums(p.dtype, terms, _products(p), weight, grad_output, None, partial(_input_gradient, p))
+    return Sums(p.dtype, terms, _products(p), weight, grad_output, None, partial(_input_gradient, p), p.precision)
 
 
 def _input_gradient(p: ConvProblem, weight: Array, grad_output: Array, _: Array | None) -> Array:

@@ -19,7 +19,8 @@ from gpuconv.problem import (
     ArraySpec,
     ConvProblem,
     Settings,
-    check_mode,
+    check_padding_mode,
+    check_precision,
     dtype_name,
     numpy_dtype,
 )
@@ -348,12 +349,20 @@ def test_sizes_are_limited_in_bytes(dtype: str) -> None:
         ConvProblem("conv1d", 1, 1, 1, longest + 1, 1, dtype=dtype)
 
 
-def test_reserved_modes_name_what_is_supported() -> None:
-    check_mode("conv1d", padding_mode="zeros", precision="float32")
+def test_reserved_padding_modes_name_what_is_supported() -> None:
+    check_padding_mode("conv1d", "zeros")
     with pytest.raises(ValueError, match=r'^conv1d: padding_mode must be "zeros" .*, got \'reflect\'$'):
-        check_mode("conv1d", padding_mode="reflect")
-    with pytest.raises(ValueError, match=r'^conv1d: precision must be "float32" .*, got \'tf32\'$'):
-        check_mode("conv1d", precision="tf32")
+        check_padding_mode("conv1d", "reflect")
+
+
+def test_precisions_name_what_is_supported() -> None:
+    for dtype in DTYPES:
+        assert check_precision("conv1d", "float32", dtype) == "float32"
+    assert check_precision("conv1d", "tf32", "float32") == "tf32"
+    with pytest.raises(ValueError, match=r'^conv1d: precision must be one of "float32" and "tf32", got \'bf16\'$'):
+        check_precision("conv1d", "bf16", "float32")
+    with pytest.raises(ValueError, match=r'^conv1d: precision "tf32" rounds float32 data; .* for float64, got "tf32"$'):
+        check_precision("conv1d", "tf32", "float64")
 
 
 # -- how settings may be written --------------------------------------------------------------------------------------

@@ -46,6 +46,7 @@ void hostcuda_copy_async_commit();
 void hostcuda_copy_async_wait(unsigned pending_groups);
 void hostcuda_copy_async_wait_all();
 void hostcuda_read_matrix_row(const void* shared_row, unsigned short (&row)[8]);
+void hostcuda_count_matrix_load(const void* const* rows, unsigned num_matrices);
 void hostcuda_multiply_matrices(int kind, hostcuda::MatrixProduct* const (&lanes)[hostcuda::kWarpSize]);
 [[noreturn]] void hostcuda_fault(int kind, const void* address, const char* format, ...)
     __attribute__((format(printf, 3, 4)));
@@ -122,6 +123,18 @@ T shuffle(unsigned mask, T value, unsigned source, const char* name, const char*
     warp_collective(mask, record, name, file, line);
     return record.result;
 }
+
+struct Vote {
+    bool condition, result;
+
+    static void combine(Vote* const (&lanes)[kWarpSize]) {
+        bool any = false;
+        for (const Vote* vote : lanes) any = any || (vote != nullptr && vote->condition);
+        for (Vote* vote : lanes) {
+            if (vote != nullptr) vote->result = any;
+        }
+    }
+};
 
 inline unsigned lane() { return threadIdx.x % kWarpSize; }
 
@@ -221,6 +234,12 @@ inline unsigned short float_to_half_bits_rn(float value) {
 
 __forceinline__ unsigned block_index_again() { return blockIdx.x; }
 
+inline bool any_lane(bool condition, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+    hostcuda::Vote record = {condition, false};
+    hostcuda::warp_collective(0xffffffffu, record, "any_lane", file, line);
+    return record.result;
+}
+
 // To nearest even on the bits. A NaN keeps the top of its payload, by which poison is recognised, and becomes quiet: rounding
 // it could carry into infinity. A GPU makes every bfloat16 NaN 0x7fff.
 inline unsigned short float_to_bfloat_bits_rn(float value) {
@@ -256,10 +275,14 @@ namespace hostcuda {
 // lanes, so a row that another lane has stored without a barrier in between may come too early.
 template <unsigned n, bool transposed>
 struct LoadMatrix {
+    const void* address;
     unsigned short row[8];
     unsigned fragment[n];
 
     static void combine(LoadMatrix* const (&lanes)[kWarpSize]) {
+        const void* addresses[8 * n];
+        for (unsigned lane = 0; lane < 8 * n; ++lane) addresses[lane] = lanes[lane]->address;
+        hostcuda_count_matrix_load(addresses, n);
         for (unsigned lane = 0; lane < kWarpSize; ++lane)
             for (unsigned matrix = 0; matrix < n; ++matrix) {
                 LoadMatrix* const* const rows = &lanes[8 * matrix];
@@ -274,6 +297,7 @@ struct LoadMatrix {
 template <unsigned n, bool transposed>
 void load_matrix(unsigned (&fragment)[n], const void* shared_row, const char* name, const char* file, int line) {
     LoadMatrix<n, transposed> record;
+    record.address = shared_row;
     hostcuda_read_matrix_row(shared_row, record.row);
     warp_collective(0xffffffffu, record, name, file, line);
     for (unsigned j = 0; j < n; ++j) fragment[j] = record.fragment[j];

@@ -1,0 +1,78 @@
+// conv1d_mma: forward convolution of dense and grouped layers on tensor cores.
+//
+//   output[n, c_out, l_out] = bias[c_out]
+//       + sum over c_in < C_in_g, k < K of weight[c_out, c_in, k] * input[n, g*C_in_g + c_in, l_in],
+//   g = c_out / C_out_g,   l_in = l_out*stride - padding_left + k*dilation,   taps outside [0, L_in) left out.
+//
+// The product of mma.cuh with rows = c_out of the group, taps = k, columns = (n, l_out).
+// Grid x: blocks of BLOCK_M output channels (fastest, so that blocks which read one window run together), then of
+// block_positions positions, then of block_samples samples, then groups. Grid y and z: 1. Dynamic shared memory: see mma.cuh.
+// Before it pack_mma_weight.cu packs the weights.
+// Uses: tf32.cuh
+// Uses: mma.cuh
+// Needs float16, bfloat16 (sm_80) or float32 (sm_80) arrays of any strides, in elements. Chosen for at least 8 input and
+// output channels a group; see gpuconv/families/mma.py.
+
+struct Params {
+    index_t N, L_in, L_out, K;
+    index_t C_in_g, C_out_g;
+    index_t row_tiles, column_tiles, sample_tiles;
+    index_t stride, padding_left, dilation;
+    index_t input_stride_n, input_stride_c, input_stride_l;
+    index_t bias_stride;
+    index_t output_stride_n, output_stride_c, output_stride_l;
+    index_t has_vector_stores;
+    index_t weight_stride_product;  // of the packed weights, from group to group, in vectors
+    // See Window in mma.cuh.
+    index_t units, chunks, pairs, padded_rows;
+    index_t block_samples, block_positions;
+    index_t planes, plane_rows, window_rows, tap_rows_first, tap_rows_step, window_shift, plane_step;
+};
+static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/conv1d_mma.py");
+
+extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) conv1d_mma(
+    const storage_t* __restrict__ input,  // [N, C_in, L_in]
+    const Vector* __restrict__ weight,    // packed: see pack_mma_weight.cu
+    const storage_t* __restrict__ bias,   // [C_out], or null
+    storage_t* __restrict__ output,       // [N, C_out, L_out]
+    const Params p) {
+    const auto tile_of = [&](index_t block) {
+        const index_t row_tile = next_index(block, p.row_tiles);
+        const index_t column_tile = next_index(block, p.column_tiles);
+        const index_t n = next_index(block, p.sample_tiles) * p.block_samples;
+        const index_t g = block;
+
+        Tile tile;
+        tile.input = input + (n * p.input_stride_n + g * p.C_in_g * p.input_stride_c);
+        tile.weight = weight + g * p.weight_stride_product;
+        tile.output = output + (n * p.output_stride_n + g * p.C_out_g * p.output_stride_c);
+        tile.group = g;
+        tile.row_begin = row_tile * BLOCK_M;
+        tile.rows = p.C_out_g;
+        tile.samples = p.N - n;
+        tile.position_begin = column_tile * p.block_positions;
+        tile.positions = p.L_out;
+        tile.C_in_g = p.C_in_g;
+        tile.taps = tile.row_taps = p.K;
+        tile.L_in = p.L_in;
+        tile.L_out = p.L_out;
+        tile.column_step = p.stride;
+        tile.first = -p.padding_left;
+        tile.tap_step = p.dilation;
+        tile.output_step = 1;
+        tile.output_first = 0;
+        tile.input_stride_n = p.input_stride_n;
+        tile.input_stride_c = p.input_stride_c;
+        tile.input_stride_l = p.input_stride_l;
+        tile.output_stride_n = p.output_stride_n;
+        tile.output_stride_l = p.output_stride_l;
+        tile.has_vector_stores = p.has_vector_stores != 0;
+        return tile;
+    };
+    const Window window = {
+        p.units, p.chunks, p.pairs, p.padded_rows, p.block_samples, p.block_positions,
+        p.planes, p.plane_rows, p.window_rows, p.tap_rows_first, p.tap_rows_step, p.window_shift, p.plane_step};
+    multiply_tile(tile_of, window, bias, [&](const Tile& tile, index_t row) {
+        return Row{p.K, row * p.output_stride_c, 0, (tile.group * p.C_out_g + row) * p.bias_stride};
+    });
+}

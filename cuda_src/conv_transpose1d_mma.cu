@@ -1,0 +1,106 @@
+// conv_transpose1d_mma: transposed convolution of dense and grouped layers on tensor cores, phase by phase.
+//
+//   output[n, c_out, l_out] = bias[c_out]
+//       + sum over c_in < C_in_g, k < K of weight[g*C_in_g + c_in, c_out % C_out_g, k] * input[n, g*C_in_g + c_in, l_in],
+//   g = c_out / C_out_g,   l_in*stride = l_out + padding_left - k*dilation,   taps without such an l_in left out.
+//
+// The products of conv_transpose1d_phases.cu by mma.cuh: columns (n, q) with l_out + padding_left = q*stride + phase; one
+// product with rows (c_out, phase), phase inner, where dilation is 1 (PHASES_IN_ROWS = 1), else one for each phase.
+//
+// Grid x: blocks of BLOCK_M rows (fastest), of block_positions positions, of block_samples samples, products. Grid y and
+// z: 1. Dynamic shared memory: see mma.cuh.
+// Before it pack_mma_weight.cu packs the weights, with zeros for the taps that a phase lacks.
+// Uses: tf32.cuh
+// Uses: mma.cuh
+// Needs float16, bfloat16 (sm_80) or float32 (sm_80) arrays of any strides, in elements. Chosen for at least 8 input
+// channels and 8 output channels (times stride where dilation is 1) a group; see gpuconv/families/mma.py.
+
+struct Params {
+    index_t N, L_in, L_out, K;
+    index_t C_in_g, C_out_g;
+    index_t row_tiles, column_tiles, sample_tiles;
+    index_t positions;  // of q in one sample
+    index_t q_begin;    // the first of them
+    index_t phase_gcd, tap_step, position_step, phase_inverse;  // as in conv_transpose1d_gather.cu
+    index_t taps;                                               // of the phase with the most
+    index_t stride, padding_left, dilation;
+    index_t input_stride_n, input_stride_c, input_stride_l;
+    index_t bias_stride;
+    index_t output_stride_n, output_stride_c, output_stride_l;
+    index_t has_vector_stores;
+    index_t weight_stride_product;  // of the packed weights, from product to product, in vectors
+    // See Window in mma.cuh.
+    index_t units, chunks, pairs, padded_rows;
+    index_t block_samples, block_positions;
+    index_t planes, plane_rows, window_rows, tap_rows_first, tap_rows_step, window_shift, plane_step;
+};
+static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/conv_transpose1d_mma.py");
+
+extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) conv_transpose1d_mma(
+    const storage_t* __restrict__ input,  // [N, C_in, L_in]
+    const Vector* __restrict__ weight,    // packed: see pack_mma_weight.cu
+    const storage_t* __restrict__ bias,   // [C_out], or null
+    storage_t* __restrict__ output,       // [N, C_out, L_out]
+    const Params p) {
+    const auto tile_of = [&](index_t block) {
+        const index_t row_tile = next_index(block, p.row_tiles);
+        const index_t column_tile = next_index(block, p.column_tiles);
+        const index_t n = next_index(block, p.sample_tiles) * p.block_samples;
+        const index_t product = block;
+        const index_t g = PHASES_IN_ROWS ? product : product / p.stride;
+        const index_t phase = PHASES_IN_ROWS ? 0 : product - g * p.stride;
+
+        // The phase of this block, if it has one: see conv_transpose1d_gather.cu.
+        index_t l_shift = 0, taps = p.taps;
+        if (!PHASES_IN_ROWS) {
+            const index_t phase_quotient = phase / p.phase_gcd;
+            taps = 0;
+            if (phase_quotient * p.phase_gcd == phase) {
+                const index_t k_first = phase_quotient % p.tap_step * p.phase_inverse % p.tap_step;
+                l_shift = (phase - k_first * p.dilation) / p.stride;  // exact, perhaps negative
+                if (k_first < p.K) taps = ceil_div(p.K - k_first, p.tap_step);
+            }
+        }
+
+        Tile tile;
+        tile.input = input + (n * p.input_stride_n + g * p.C_in_g * p.input_stride_c);
+        tile.weight = weight + product * p.weight_stride_product;
+        tile.output = output + (n * p.output_stride_n + g * p.C_out_g * p.output_stride_c);
+        tile.group = g;
+        tile.row_begin = row_tile * BLOCK_M;
+        tile.rows = PHASES_IN_ROWS ? p.C_out_g * p.stride : p.C_out_g;
+        tile.samples = p.N - n;
+        tile.position_begin = column_tile * p.block_positions;
+        tile.positions = p.positions;
+        tile.C_in_g = p.C_in_g;
+        tile.taps = p.taps;
+        tile.row_taps = taps;
+        tile.L_in = p.L_in;
+        tile.L_out = p.L_out;
+        tile.column_step = 1;
+        tile.first = p.q_begin + l_shift;
+        tile.tap_step = -p.position_step;
+        tile.output_step = p.stride;
+        tile.output_first = p.q_begin * p.stride + phase - p.padding_left;
+        tile.input_stride_n = p.input_stride_n;
+        tile.input_stride_c = p.input_stride_c;
+        tile.input_stride_l = p.input_stride_l;
+        tile.output_stride_n = p.output_stride_n;
+        tile.output_stride_l = p.output_stride_l;
+        tile.has_vector_stores = p.has_vector_stores != 0;
+        return tile;
+    };
+    const Window window = {
+        p.units, p.chunks, p.pairs, p.padded_rows, p.block_samples, p.block_positions,
+        p.planes, p.plane_rows, p.window_rows, p.tap_rows_first, p.tap_rows_step, p.window_shift, p.plane_step};
+    multiply_tile(tile_of, window, bias, [&](const Tile& tile, index_t row) {
+        const index_t c_out = PHASES_IN_ROWS ? row / p.stride : row;
+        const index_t row_phase = PHASES_IN_ROWS ? row - c_out * p.stride : 0;
+        Row info;
+        info.taps = PHASES_IN_ROWS ? (row_phase < p.K ? ceil_div(p.K - row_phase, p.stride) : 0) : tile.row_taps;
+        info.output_offset = c_out * p.output_stride_c;
+        info.shift = row_phase;
+        info.bias_offset = (tile.group * p.C_out_g + c_out) * p.bias_stride;
+        return info;
+    });
+}

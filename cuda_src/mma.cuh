@@ -1,0 +1,507 @@
+// The tensor-core engine behind conv1d_mma and conv_transpose1d_mma.
+//
+// Per group, both operations are a product of a weight matrix [rows, R] and an input matrix [R, columns] that is never
+// formed; a column is a position q of a sample n, and the term (c_in, tap) of column (n, q) is
+// input[n, c_in, q*column_step + first + tap*tap_step]. A block computes BLOCK_M rows by BLOCK_N columns.
+//
+// Channels are taken in chunks of `units` units of kUnit channels, 16 bytes each. The window of input that the taps of a
+// block's columns read is staged once per chunk in shared memory, transposed: window[unit][row], one row of 16 bytes for
+// each position. Every tap reads that window at an address of its own, always aligned, whatever padding and dilation
+// are: so one binary serves all layers. The window consists of planes: row j of plane v holds position
+// (q0 + j)*column_step + first + shift + v*plane_step, so that neighbouring columns always read neighbouring rows, whatever the
+// stride, and ldmatrix meets no bank conflict; see Window in gpuconv/families/mma.py.
+//
+// The reduction runs over chunks, in a chunk over pairs (tap, unit) with the unit inner, two pairs per mma (a k-step). The
+// packed weights (pack_mma_weight.cu) have that order; pairs that only fill up the last stage have zero weights. The
+// order depends on the layer alone, so the bits of a result do not depend on the tile, the batch or the position.
+//
+// IS_SPLIT = 1 is float32 by TF32 products: with x = x_hi + x_lo and w = w_hi + w_lo, each part a TF32 number, a product is
+// w_hi*x_hi + (w_hi*x_lo + w_lo*x_hi). The small products have sums of their own; the sum of the large ones is added to a
+// total in float32, rounded to nearest, after every stage of kStageTerms terms. Why that keeps the error bound is
+// derived in reference.py beside the rule that gives a layer this arithmetic.
+//
+// Values that this cannot split without loss (infinities, NaN, values so small or so large that a part would underflow or
+// overflow) get a NaN for x_hi or w_hi; and sums that are not finite, of any arithmetic, are formed again by the thread
+// that meets them, in the canonical order with fused multiply-adds, leaving out the terms that do not exist. So results
+// follow IEEE arithmetic there, and whether that happens depends on the terms of that result alone.
+//
+// Macros read: BLOCK_M, BLOCK_N, WARPS_M, WARPS_N, NUM_STAGES, STAGE_STEPS, PREFETCH_TASKS, IS_SPLIT, PHASES_IN_ROWS, MULTIPLY_MATRICES, and
+// those of common.cuh. Dynamic shared memory: NUM_STAGES stages of weights, the windows of two chunks (of one, where there is
+// one chunk), and tables; or the slices through which results pass in the end.
+
+constexpr int kUnit = 16 / int(sizeof(storage_t));
+constexpr int kParts = IS_SPLIT ? 2 : 1;
+constexpr int kThreads = 32 * WARPS_M * WARPS_N;
+constexpr int kWarpM = BLOCK_M / WARPS_M, kWarpN = BLOCK_N / WARPS_N;
+constexpr int kTilesM = kWarpM / 16, kTilesN = kWarpN / 8;
+constexpr int kStagePairs = 2 * STAGE_STEPS;
+constexpr int kStageTerms = kStagePairs * kUnit;
+constexpr int kStageVectors = kStagePairs * kParts * BLOCK_M;  // of 16 bytes
+constexpr int kPasses = kTilesM % 2 == 0 && sizeof(storage_t) == 4 ? 2 : 1;
+constexpr int kSliceRows = kWarpM / kPasses;  // rows of a warp that pass through shared memory at a time in the end
+constexpr int kSlicePitch = kWarpN + 8;       // keeps the lanes of a fragment on different banks
+constexpr index_t kMissing = index_t(1ull << (INDEX_BITS - 1));  // no offset: the smallest index_t
+
+static_assert(sizeof(acc_t) == 4, "float32 accumulators: gpuconv/families/mma.py");
+static_assert(kWarpM % 16 == 0 && kWarpN % 16 == 0, "warps own whole fragments: gpuconv/families/mma.py");
+static_assert(IS_SPLIT == 0 || kStageTerms == SPLIT_TERMS, "SPLIT_TERMS differs from gpuconv/reference.py");
+
+struct alignas(16) Vector {
+    storage_t element[kUnit];
+};
+
+// One block's share. Offsets and strides are in elements.
+struct Tile {
+    const storage_t* input;  // input[n0, first channel of the group, 0]
+    const Vector* weight;    // packed weights of row 0, first chunk
+    storage_t* output;       // output[n0, first channel of the group, 0]
+    index_t group;
+    index_t row_begin, rows;  // the block's first row, and the rows of the product
+    index_t samples;          // from n0 on
+    index_t position_begin, positions;
+    index_t C_in_g, taps, L_in, L_out;
+    index_t row_taps;                      // of taps, those that every row of the block has, where rows do not differ
+    index_t column_step, first, tap_step;  // l_in = q*column_step + first + tap*tap_step
+    index_t output_step, output_first;     // l_out = q*output_step + output_first + Row::shift
+    index_t input_stride_n, input_stride_c, input_stride_l;
+    index_t output_stride_n, output_stride_l;
+    bool has_vector_stores;  // rows of output start at multiples of 16 bytes and are contiguous
+};
+
+// How the window of a block lies in shared memory, and the order of the packed weights.
+struct Window {
+    index_t units, chunks, pairs;              // units of a chunk; pairs of a chunk, whole stages
+    index_t padded_rows;                       // of the packed weights
+    index_t block_samples, block_positions;    // a block's columns are the positions of one or more samples
+    index_t planes, plane_rows, window_rows;   // rows of a plane; rows of all planes of all samples of the block
+    index_t tap_rows_first, tap_rows_step;     // a tap's first row: .. + tap / planes * .. + tap % planes * plane_rows
+    index_t shift, plane_step;                 // position of q = 0, row 0 from Tile::first on; from plane to plane
+};
+
+// The part of a mixed-radix block index that counts to `extent`, which is taken off it.
+__device__ __forceinline__ index_t next_index(index_t& block, index_t extent) {
+    const index_t rest = block / extent;
+    const index_t index = block - rest * extent;
+    block = rest;
+    return index;
+}
+
+// What a kernel knows of a row of the product; row_of(tile, row) returns it.
+struct Row {
+    index_t taps;           // of Tile::taps, those that the row has
+    index_t output_offset;  // of its channel, from Tile::output
+    index_t shift;          // see Tile::output_first
+    index_t bias_offset;
+};
+
+__device__ __forceinline__ bool is_finite(float x) { return (float_as_uint(x) & 0x7f800000u) != 0x7f800000u; }
+
+// -- staging of input: kUnit channels of one position become one row of each part ------------------------------------
+
+__device__ __forceinline__ void stage_vector(const Vector& x, Vector* row, index_t part_rows) {
+    if (IS_SPLIT) {
+        Vector hi, lo;
+#pragma unroll
+        for (int e = 0; e < kUnit; ++e) {
+            float h, l;
+            split_tf32(float(x.element[e]), &h, &l);
+            hi.element[e] = storage_t(h);
+            lo.element[e] = storage_t(round_to_tf32(l));
+        }
+        row[0] = hi;
+        row[part_rows] = lo;
+    } else if (sizeof(storage_t) == 4) {
+        Vector rounded;
+#pragma unroll
+        for (int e = 0; e < kUnit; ++e) rounded.element[e] = storage_t(round_to_tf32(float(x.element[e])));
+        row[0] = rounded;
+    } else {
+        row[0] = x;
+    }
+}
+
+// A row of the window of a chunk that a thread stages: rows of all units are dealt out to the threads one after the other.
+struct Task {
+    index_t unit, row;
+
+    __device__ __forceinline__ void start(index_t window_rows) {
+        unit = index_t(threadIdx.x) / window_rows;
+        row = index_t(threadIdx.x) - unit * window_rows;
+    }
+    __device__ __forceinline__ void advance(index_t window_rows) {
+        row += kThreads;
+        while (row >= window_rows) {
+            row -= window_rows;
+            ++unit;
+        }
+    }
+};
+
+// -- the result of one row and column in the canonical order ----------------------------------------------------------
+
+__device__ __forceinline__ acc_t canonical_sum(
+    const Tile& tile, const Window& window, index_t row, index_t row_taps, index_t sample, index_t q) {
+    const storage_t* const x = tile.input + sample * tile.input_stride_n;
+    acc_t sum = 0.0f;
+    for (index_t c_in = 0; c_in < tile.C_in_g; ++c_in) {
+        const index_t unit = c_in / kUnit, chunk = unit / window.units;
+        for (index_t tap = 0; tap < row_taps; ++tap) {
+            const index_t l_in = q * tile.column_step + tile.first + tap * tile.tap_step;
+            if (l_in < 0 || l_in >= tile.L_in) continue;
+            const index_t pair = chunk * window.pairs + tap * window.units + (unit - chunk * window.units);
+            const Vector* const packed = tile.weight + (pair * kParts * window.padded_rows + row);
+            acc_t w = scalar::load(packed->element[c_in % kUnit]);
+            // Where w_hi is a NaN, w_lo holds the weight itself.
+            if (IS_SPLIT) {
+                const acc_t low = scalar::load(packed[window.padded_rows].element[c_in % kUnit]);
+                w = is_nan(w) ? low : w + low;
+            }
+            sum = multiply_add(w, scalar::load(x[c_in * tile.input_stride_c + l_in * tile.input_stride_l]), sum);
+        }
+    }
+    return sum;
+}
+
+// -- the way out: sums of a warp pass through shared memory, so that rows are stored in long pieces --------------------
+
+// Where the rows of one channel lie in a warp's slice: phases of a channel are interleaved as they are in the output.
+struct Segment {
+    int first, count;  // rows of the slice
+
+    __device__ __forceinline__ void find(int row, index_t row_begin, index_t phases) {
+        first = row;
+        count = 1;
+        if (PHASES_IN_ROWS) {
+            const int phase = int((row_begin + row) % phases);
+            first = row - phase > 0 ? row - phase : 0;
+            count = int(min_index(row - phase + phases, kSliceRows)) - first;
+        }
+    }
+    __device__ __forceinline__ int position(int row, int column) const {
+        return first * kSlicePitch + column * count + (row - first);
+    }
+};
+
+template <typename RowOf>
+__device__ __forceinline__ void store_slice(
+    const Tile& tile, const Window& window, const storage_t* bias, const RowOf& row_of, storage_t* slice,
+    index_t row_begin, index_t column_begin, bool met_special) {
+    const int lane = threadIdx.x % 32;
+    const index_t phases = PHASES_IN_ROWS ? tile.output_step : 1;
+    const int rows = int(min_index(kSliceRows, tile.rows - row_begin));
+    const auto sample_of = [&](index_t column) { return column / window.block_positions; };
+
+    // -- the rare way out: sums that are not finite are formed again ---------------------------------------------------
+    if (met_special) {
+#pragma unroll 1
+        for (int e = lane; e < rows * kWarpN; e += 32) {
+            const int row = e / kWarpN, column = e % kWarpN;
+            Segment segment;
+            segment.find(row, row_begin, phases);
+            storage_t* const value = slice + segment.position(row, column);
+            const index_t sample = sample_of(column_begin + column);
+            const index_t q = tile.position_begin + (column_begin + column - sample * window.block_positions);
+            if (is_finite(scalar::load(*value)) || sample >= window.block_samples || sample >= tile.samples) continue;
+            if (q >= tile.positions) continue;
+            const Row info = row_of(tile, row_begin + row);
+            const acc_t sum = canonical_sum(tile, window, row_begin + row, info.taps, sample, q);
+            *value = scalar::round(add(sum, bias_or_zero(bias, info.bias_offset)));
+        }
+        __syncwarp();
+    }
+
+    // Lanes in groups, one channel of the slice each.
+    constexpr int kLanes = kWarpN / kUnit < 32 ? kWarpN / kUnit : 32;
+    const int columns = int(min_index(kWarpN, tile.positions - tile.position_begin - column_begin));
+    const bool one_sample = window.block_samples == 1;
+    int row = 0;
+    for (int group = 0; row < rows; ++group) {
+        Segment segment;
+        segment.find(row, row_begin, phases);
+        row = segment.first + segment.count;
+        if (group % (32 / kLanes) != lane / kLanes) continue;
+        const Row info = row_of(tile, row_begin + segment.first);
+        storage_t* const y = tile.output + info.output_offset;
+        const storage_t* const x = slice + segment.first * kSlicePitch;
+        const index_t l_first =
+            (tile.position_begin + column_begin) * tile.output_step + tile.output_first + info.shift;
+        if (one_sample && tile.has_vector_stores && segment.count == tile.output_step) {
+            // The slice holds l_first and what follows. Vectors start at multiples of 16 bytes of the output.
+            const index_t l_end = min_index(l_first + columns * tile.output_step, tile.L_out);
+            const index_t l_begin = max_index(l_first, 0);
+            const bool is_aligned = l_first % kUnit == 0;  // of the slice, too
+#pragma unroll 1
+            for (index_t l = l_begin / kUnit * kUnit + lane % kLanes * kUnit; l < l_end; l += kLanes * kUnit) {
+                const storage_t* const from = x + (l - l_first);
+                if (l >= l_begin && l + kUnit <= l_end) {
+                    Vector vector;
+                    if (is_aligned) {
+                        vector = *reinterpret_cast<const Vector*>(from);
+                    } else {
+#pragma unroll
+                        for (int e = 0; e < kUnit; ++e) vector.element[e] = from[e];
+                    }
+                    *reinterpret_cast<Vector*>(y + l) = vector;
+                } else {
+#pragma unroll 1
+                    for (int e = 0; e < kUnit; ++e) {
+                        if (l + e >= l_begin && l + e < l_end) y[l + e] = from[e];
+                    }
+                }
+            }
+        } else {
+#pragma unroll 1
+            for (int e = lane % kLanes; e < kWarpN * segment.count; e += kLanes) {
+                const int column = e / segment.count, phase = e - column * segment.count;
+                const index_t sample = sample_of(column_begin + column);
+                const index_t q = tile.position_begin + (column_begin + column - sample * window.block_positions);
+                const index_t l = q * tile.output_step + tile.output_first + info.shift + phase;
+                if (sample >= window.block_samples || sample >= tile.samples || q >= tile.positions) continue;
+                if (l >= 0 && l < tile.L_out) y[sample * tile.output_stride_n + l * tile.output_stride_l] = x[e];
+            }
+        }
+    }
+}
+
+template <typename RowOf>
+__device__ __forceinline__ void store_tile(
+    const Tile& tile, const Window& window, const storage_t* bias, const RowOf& row_of,
+    const acc_t (&acc)[kTilesM][kTilesN][4]) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    storage_t* const slice = reinterpret_cast<storage_t*>(dynamic_shared_memory()) + warp * kSliceRows * kSlicePitch;
+    const index_t column_begin = warp % WARPS_N * kWarpN;
+#pragma unroll
+    for (int pass = 0; pass < kPasses; ++pass) {
+        const index_t row_begin = tile.row_begin + warp / WARPS_N * kWarpM + pass * kSliceRows;
+        bool met_special = false;
+#pragma unroll
+        for (int i = 0; i < kTilesM / kPasses; ++i) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const int row = i * 16 + half * 8 + lane / 4;
+                Segment segment;
+                segment.find(row, row_begin, PHASES_IN_ROWS ? tile.output_step : 1);
+                storage_t* const mine = slice + segment.position(row, lane % 4 * 2);
+                acc_t offset = 0.0f;
+                if (row_begin + row < tile.rows) {
+                    offset = bias_or_zero(bias, row_of(tile, row_begin + row).bias_offset);
+                }
+#pragma unroll
+                for (int j = 0; j < kTilesN; ++j) {
+#pragma unroll
+                    for (int e = 0; e < 2; ++e) {
+                        const acc_t value = add(acc[pass * (kTilesM / kPasses) + i][j][half * 2 + e], offset);
+                        const storage_t rounded = scalar::round(value);
+                        met_special = met_special || !is_finite(scalar::load(rounded));
+                        mine[(j * 8 + e) * segment.count] = rounded;
+                    }
+                }
+            }
+        }
+        met_special = any_lane(met_special);
+        __syncwarp();
+        if (row_begin < tile.rows) {
+            store_slice(tile, window, bias, row_of, slice, row_begin, column_begin, met_special);
+        }
+        __syncwarp();
+    }
+}
+
+// -- the product ---------------------------------------------------------------------------------------------------------
+
+template <typename TileOf, typename RowOf>
+__device__ __forceinline__ void multiply_tile(
+    const TileOf& tile_of, const Window& window, const storage_t* bias, const RowOf& row_of) {
+    const Tile tile = tile_of(blockIdx.x);
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const index_t part_rows = window.units * window.window_rows;
+
+    // Shared memory: stages of weights, windows, tables.
+    Vector* const stages = reinterpret_cast<Vector*>(dynamic_shared_memory());
+    Vector* const windows = stages + NUM_STAGES * kStageVectors;
+    const index_t window_vectors = kParts * part_rows;
+    index_t* const row_offset =
+        reinterpret_cast<index_t*>(windows + (window.chunks > 1 ? 2 : 1) * window_vectors);  // of rows, from Tile::input
+    int* const pair_offset = reinterpret_cast<int*>(row_offset + window.window_rows);      // of pairs, in a window, in bytes
+
+    // -- tables ----------------------------------------------------------------------------------------------------------
+    const index_t sample_rows = window.planes * window.plane_rows;
+#pragma unroll 1
+    for (index_t row = threadIdx.x; row < window.window_rows; row += kThreads) {
+        const index_t sample = row / sample_rows, plane = (row - sample * sample_rows) / window.plane_rows;
+        const index_t j = row - sample * sample_rows - plane * window.plane_rows;
+        const index_t l_in = (tile.position_begin + j) * tile.column_step + tile.first + window.shift +
+            plane * window.plane_step;
+        const bool exists = sample < tile.samples && l_in >= 0 && l_in < tile.L_in;
+        row_offset[row] = exists ? sample * tile.input_stride_n + l_in * tile.input_stride_l : kMissing;
+    }
+#pragma unroll 1
+    for (index_t pair = threadIdx.x; pair < window.pairs; pair += kThreads) {
+        const index_t tap = pair / window.units, unit = pair - tap * window.units;
+        const index_t round = tap / window.planes;
+        const index_t row = window.tap_rows_first + round * window.tap_rows_step +
+            (tap - round * window.planes) * window.plane_rows + unit * window.window_rows;
+        pair_offset[pair] = tap < tile.taps ? int(row) * 16 : 0;
+    }
+
+    // -- loading ---------------------------------------------------------------------------------------------------------
+    const auto load_vector = [&](index_t chunk, const Task& task) {
+        const index_t offset = row_offset[task.row], c_in = (chunk * window.units + task.unit) * kUnit;
+        const storage_t* const x = tile.input + (c_in * tile.input_stride_c + offset);
+        const int channels = offset == kMissing ? 0 : int(min_index(tile.C_in_g - c_in, kUnit));
+        Vector vector;
+#pragma unroll
+        for (int e = 0; e < kUnit; ++e) {
+            vector.element[e] = e < channels ? x[e * tile.input_stride_c] : scalar::storage_zero();
+        }
+        return vector;
+    };
+    const auto store_vector = [&](index_t chunk, const Task& task, const Vector& vector) {
+        stage_vector(
+            vector, windows + (chunk & 1) * window_vectors + (task.unit * window.window_rows + task.row), part_rows);
+    };
+    const Vector* weight = tile.weight + tile.row_begin;
+    const index_t num_stages = window.chunks * (window.pairs / kStagePairs);
+    const auto load_weights = [&](index_t stage) {
+        if (stage < num_stages) {
+            Vector* const slot = stages + int(stage % NUM_STAGES) * kStageVectors;
+#pragma unroll
+            for (int first = 0; first < kStageVectors; first += kThreads) {
+                const int vector = first + threadIdx.x;
+                if (kStageVectors % kThreads != 0 && vector >= kStageVectors) break;
+                copy_async(slot + vector, weight + ((vector / BLOCK_M) * window.padded_rows + vector % BLOCK_M));
+            }
+            weight += kStagePairs * kParts * window.padded_rows;
+        }
+        copy_async_commit();
+    };
+
+#pragma unroll
+    for (int stage = 0; stage < NUM_STAGES - 1; ++stage) load_weights(stage);
+    __syncthreads();  // the tables
+    Task task;
+    for (task.start(window.window_rows); task.unit < window.units; task.advance(window.window_rows)) {
+        store_vector(0, task, load_vector(0, task));
+    }
+
+    // -- this lane's rows of the operands: ldmatrix takes one address from each lane -----------------------------------------
+    const Vector* const my_weight = stages + (lane / 16) * kParts * BLOCK_M + warp / WARPS_N * kWarpM + lane % 16;
+    int column_offset[kTilesN / 2];  // in bytes, in a window
+#pragma unroll
+    for (int j = 0; j < kTilesN / 2; ++j) {
+        const index_t column = warp % WARPS_N * kWarpN + j * 16 + lane / 16 * 8 + lane % 8;
+        const index_t sample = column / window.block_positions;
+        const index_t row = sample * sample_rows + (column - sample * window.block_positions);
+        column_offset[j] = sample < window.block_samples ? int(row) * 16 : 0;
+    }
+    const int* const my_pair = pair_offset + lane / 8 % 2;
+
+    acc_t acc[kTilesM][kTilesN][4];
+    acc_t low[IS_SPLIT ? kTilesM : 1][IS_SPLIT ? kTilesN : 1][4];    // sums of the small products
+    acc_t total[IS_SPLIT ? kTilesM : 1][IS_SPLIT ? kTilesN : 1][4];  // of the large ones
+#pragma unroll
+    for (int i = 0; i < kTilesM; ++i) {
+#pragma unroll
+        for (int j = 0; j < kTilesN; ++j) {
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                acc[i][j][e] = 0.0f;
+                if (IS_SPLIT) low[i][j][e] = total[i][j][e] = 0.0f;
+            }
+        }
+    }
+
+    index_t stage = 0;
+#pragma unroll 1
+    for (index_t chunk = 0; chunk < window.chunks; ++chunk) {
+        // The next chunk's input is on its way while this one is multiplied.
+        Vector ahead[PREFETCH_TASKS];
+        Task next;
+        next.start(window.window_rows);
+        if (chunk + 1 < window.chunks) {
+            Task loading = next;
+#pragma unroll
+            for (int i = 0; i < PREFETCH_TASKS; ++i) {
+                if (loading.unit < window.units) ahead[i] = load_vector(chunk + 1, loading);
+                loading.advance(window.window_rows);
+            }
+        }
+        const unsigned char* const x =
+            reinterpret_cast<const unsigned char*>(windows + (chunk & 1) * window_vectors);
+#pragma unroll 1
+        for (index_t pair = 0; pair < window.pairs; pair += kStagePairs, ++stage) {
+            copy_async_wait_group<NUM_STAGES - 2>();
+            __syncthreads();
+            load_weights(stage + NUM_STAGES - 1);
+            const Vector* const w = my_weight + int(stage % NUM_STAGES) * kStageVectors;
+#pragma unroll
+            for (int step = 0; step < STAGE_STEPS; ++step) {
+                const unsigned char* const x_pair = x + my_pair[pair + 2 * step];
+                unsigned a[kParts][kTilesM][4], b[kParts][kTilesN][2];
+#pragma unroll
+                for (int part = 0; part < kParts; ++part) {
+#pragma unroll
+                    for (int i = 0; i < kTilesM; ++i) {
+                        load_matrix_x4(a[part][i], w + (2 * step * kParts + part) * BLOCK_M + i * 16);
+                    }
+#pragma unroll
+                    for (int j = 0; j < kTilesN / 2; ++j) {
+                        unsigned both[4];
+                        load_matrix_x4(both, x_pair + (column_offset[j] + part * int(part_rows) * 16));
+                        b[part][2 * j][0] = both[0];
+                        b[part][2 * j][1] = both[1];
+                        b[part][2 * j + 1][0] = both[2];
+                        b[part][2 * j + 1][1] = both[3];
+                    }
+                }
+#pragma unroll
+                for (int i = 0; i < kTilesM; ++i) {
+#pragma unroll
+                    for (int j = 0; j < kTilesN; ++j) {
+                        if (IS_SPLIT) {
+                            MULTIPLY_MATRICES(low[i][j], a[kParts - 1][i], b[0][j]);
+                            MULTIPLY_MATRICES(low[i][j], a[0][i], b[kParts - 1][j]);
+                        }
+                        MULTIPLY_MATRICES(acc[i][j], a[0][i], b[0][j]);
+                    }
+                }
+            }
+            if (IS_SPLIT) {
+#pragma unroll
+                for (int i = 0; i < kTilesM; ++i) {
+#pragma unroll
+                    for (int j = 0; j < kTilesN; ++j) {
+#pragma unroll
+                        for (int e = 0; e < 4; ++e) {
+                            total[i][j][e] += acc[i][j][e];
+                            acc[i][j][e] = 0.0f;
+                        }
+                    }
+                }
+            }
+        }
+        if (chunk + 1 < window.chunks) {
+#pragma unroll
+            for (int i = 0; i < PREFETCH_TASKS; ++i) {
+                if (next.unit < window.units) store_vector(chunk + 1, next, ahead[i]);
+                next.advance(window.window_rows);
+            }
+            for (; next.unit < window.units; next.advance(window.window_rows)) {
+                store_vector(chunk + 1, next, load_vector(chunk + 1, next));
+            }
+        }
+    }
+    if (IS_SPLIT) {
+#pragma unroll
+        for (int i = 0; i < kTilesM; ++i) {
+#pragma unroll
+            for (int j = 0; j < kTilesN; ++j) {
+#pragma unroll
+                for (int e = 0; e < 4; ++e) acc[i][j][e] = total[i][j][e] + low[i][j][e];
+            }
+        }
+    }
+    copy_async_wait_group<0>();
+    __syncthreads();
+    store_tile(tile_of(block_index_again()), window, bias, row_of, acc);
+}

@@ -1,0 +1,115 @@
+"""conv1d_mma: dense and grouped layers on tensor cores.
+
+Contract: cuda_src/conv1d_mma.cu.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ..device import Device
+from ..problem import ConvProblem
+from . import mma
+from .base import Config, Family, Launch, Layout, Pack, index_bits, stride_params
+
+
+class Conv1dMma(Family):
+    """Tensor-core tiles over c_out by (n, l_out)."""
+
+    name = "conv1d_mma"
+    op = "conv1d"
+
+    def refuse(self, problem: ConvProblem, layout: Layout, device: Device) -> str | None:
+        reason = mma.refuse_layer(problem, problem.C_out_g, device)
+        if reason is not None:
+            return reason
+        if not mma.smallest_fits(_product(problem, device), _arithmetic(problem, device), device):
+            return "needs the window of 16 outputs in shared memory"
+        return None
+
+    def configure(self, problem: ConvProblem, layout: Layout, device: Device) -> tuple[Config, Launch]:
+        p = problem
+        tiling, product, arithmetic = self._tilings(p, layout, device)[0], _product(p, device), _arithmetic(p, device)
+        strides = stride_params(layout, ("out", "in"))
+        params = {
+            "N": p.N,
+            "L_in": p.L_in,
+            "L_out": p.L_out,
+            "K": p.K,
+            "C_in_g": p.C_in_g,
+            "C_out_g": p.C_out_g,
+            "row_tiles": tiling.row_tiles,
+            "column_tiles": tiling.column_tiles,
+            "sample_tiles": tiling.sample_tiles,
+            "stride": p.stride,
+            "padding_left": p.padding_left,
+            "dilation": p.dilation,
+            **{name: stride for name, stride in strides.items() if not name.startswith("weight")},
+            "has_vector_stores": int(mma.has_vector_stores(p, layout)),
+            **mma.packed_params(product, tiling.tile, arithmetic),
+            **tiling.window.params(),
+        }
+        bits = self._index_bits(p, layout, device)
+        config = mma.kernel_config(self.name, p, tiling.tile, bits, phases_in_rows=False)
+        return config, Launch(tiling.blocks, tiling.tile.threads, tiling.shared_bytes, bits, tuple(params.items()))
+
+    def pack(self, problem: ConvProblem, layout: Layout, device: Device) -> Pack:
+        tile = self._tilings(problem, layout, device)[0].tile
+        arithmetic = _arithmetic(problem, device)
+        return mma.make_pack(
+            problem, layout, _product(problem, device), tile, arithmetic, phases_in_rows=False
+        )
+
+    def figures(self, problem: ConvProblem, layout: Layout, device: Device) -> tuple[tuple[str, float], ...]:
+        return mma.tiling_figures(self._tilings(problem, layout, device))
+
+    def configs(self, device: Device) -> Iterator[Config]:
+        yield from mma.kernel_configs(self.name, device, (False,), transposed=False)
+
+    def _tilings(self, problem: ConvProblem, layout: Layout, device: Device) -> tuple[mma.Tiling, ...]:
+        bits = self._index_bits(problem, layout, device)
+        return mma.compare_tilings(_product(problem, device), _arithmetic(problem, device), bits, device)
+
+    def _index_bits(self, problem: ConvProblem, layout: Layout, device: Device) -> int:
+        # Beyond the arrays the kernel forms positions and offsets of what hangs over the last position, sample and
+        # channel.
+        p = problem
+        strides = stride_params(layout, ("out", "in"))
+        arithmetic, product = _arithmetic(p, device), _product(p, device)
+        hanging = p.L_out + mma.MAX_BLOCK_N
+        span = hanging * p.stride + p.padding_left + p.dilation * p.K
+        samples = p.N + mma.MAX_BLOCK_N
+        vectors = max(mma.weight_vectors(product, tile)[1] for tile in mma.tiles(arithmetic))
+        return index_bits(
+            p,
+            layout,
+            span + p.L_in,
+            hanging * samples,
+            samples * abs(strides["output_stride_n"])
+            + (p.C_out + mma.MAX_BLOCK_M) * abs(strides["output_stride_c"])
+            + hanging * abs(strides["output_stride_l"]),
+            samples * abs(strides["input_stride_n"])
+            + (p.C_in + mma.MAX_UNITS * arithmetic.channels) * abs(strides["input_stride_c"])
+            + span * abs(strides["input_stride_l"]),
+            (p.C_out + mma.MAX_BLOCK_M) * abs(strides["bias_stride"]),
+            vectors * product.products * arithmetic.parts,
+        )
+
+
+def _arithmetic(problem: ConvProblem, device: Device) -> mma.Arithmetic:
+    arithmetic = mma.arithmetic_of(problem, device)
+    assert arithmetic is not None
+    return arithmetic
+
+
+def _product(problem: ConvProblem, device: Device) -> mma.Product:
+    p = problem
+    return mma.Product(
+        products=p.groups,
+        rows=p.C_out_g,
+        samples=p.N,
+        positions=p.L_out,
+        column_step=p.stride,
+        tap_step=p.dilation,
+        reduction=mma.Reduction.of(p.C_in_g, p.K, _arithmetic(p, device)),
+    )

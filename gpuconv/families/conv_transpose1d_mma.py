@@ -1,0 +1,168 @@
+"""conv_transpose1d_mma: dense and grouped transposed layers on tensor cores, each phase a stride-1 convolution.
+
+Contract: cuda_src/conv_transpose1d_mma.cu.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ..device import Device
+from ..problem import ConvProblem
+from . import mma
+from .base import Config, Family, Launch, Layout, Pack, index_bits, stride_params
+
+# Taps that a phase lacks are packed as zeros, and multiplied; see also conv_transpose1d_phases.
+MAX_PACKING = 4
+
+
+@dataclass(frozen=True, slots=True)
+class _Phases:
+    """The matrix products of a problem: see conv_transpose1d_phases.cu."""
+
+    problem: ConvProblem
+    in_rows: bool
+    rows: int
+    taps: int
+    gcd: int
+    tap_step: int
+    position_step: int
+    q_begin: int
+    positions: int
+
+    @classmethod
+    def of(cls, p: ConvProblem) -> _Phases:
+        gcd = math.gcd(p.stride, p.dilation)
+        in_rows = p.dilation == 1
+        q_begin = p.padding_left // p.stride
+        return cls(
+            problem=p,
+            in_rows=in_rows,
+            rows=p.C_out_g * (p.stride if in_rows else 1),
+            taps=-(-p.K // (p.stride // gcd)),
+            gcd=gcd,
+            tap_step=p.stride // gcd,
+            position_step=p.dilation // gcd,
+            # q of the first output position, and how many there are to the last, whatever their phase.
+            q_begin=q_begin,
+            positions=(p.L_out - 1 + p.padding_left) // p.stride - q_begin + 1,
+        )
+
+    def product(self, arithmetic: mma.Arithmetic) -> mma.Product:
+        p = self.problem
+        return mma.Product(
+            products=p.groups * (1 if self.in_rows else p.stride),
+            rows=self.rows,
+            samples=p.N,
+            positions=self.positions,
+            column_step=1,
+            tap_step=-self.position_step,
+            reduction=mma.Reduction.of(p.C_in_g, self.taps, arithmetic),
+        )
+
+
+class ConvTranspose1dMma(Family):
+    """Tensor-core tiles over (c_out, phase) by (n, q)."""
+
+    name = "conv_transpose1d_mma"
+    op = "conv_transpose1d"
+
+    def refuse(self, problem: ConvProblem, layout: Layout, device: Device) -> str | None:
+        phases = _Phases.of(problem)
+        reason = mma.refuse_layer(problem, phases.rows, device)
+        if reason is not None:
+            return reason
+        if problem.stride * phases.taps > MAX_PACKING * problem.K:
+            return f"needs stride * taps of a phase <= {MAX_PACKING} * K"
+        arithmetic = _arithmetic(problem, device)
+        if not mma.smallest_fits(phases.product(arithmetic), arithmetic, device):
+            return "needs the window of 16 positions in shared memory"
+        return None
+
+    def configure(self, problem: ConvProblem, layout: Layout, device: Device) -> tuple[Config, Launch]:
+        p = problem
+        phases, arithmetic, bits = _Phases.of(p), _arithmetic(p, device), self._index_bits(p, layout, device)
+        tiling = self._tilings(p, layout, device)[0]
+        strides = stride_params(layout, ("in", "out"))
+        params = {
+            "N": p.N,
+            "L_in": p.L_in,
+            "L_out": p.L_out,
+            "K": p.K,
+            "C_in_g": p.C_in_g,
+            "C_out_g": p.C_out_g,
+            "row_tiles": tiling.row_tiles,
+            "column_tiles": tiling.column_tiles,
+            "sample_tiles": tiling.sample_tiles,
+            "positions": phases.positions,
+            "q_begin": phases.q_begin,
+            "phase_gcd": phases.gcd,
+            "tap_step": phases.tap_step,
+            "position_step": phases.position_step,
+            "phase_inverse": pow(phases.position_step, -1, phases.tap_step),
+            "taps": phases.taps,
+            "stride": p.stride,
+            "padding_left": p.padding_left,
+            "dilation": p.dilation,
+            **{name: stride for name, stride in strides.items() if not name.startswith("weight")},
+            "has_vector_stores": int(mma.has_vector_stores(p, layout)),
+            **mma.packed_params(phases.product(arithmetic), tiling.tile, arithmetic),
+            **tiling.window.params(),
+        }
+        config = mma.kernel_config(self.name, p, tiling.tile, bits, phases_in_rows=phases.in_rows)
+        return config, Launch(tiling.blocks, tiling.tile.threads, tiling.shared_bytes, bits, tuple(params.items()))
+
+    def pack(self, problem: ConvProblem, layout: Layout, device: Device) -> Pack:
+        phases, arithmetic = _Phases.of(problem), _arithmetic(problem, device)
+        tile = self._tilings(problem, layout, device)[0].tile
+        product = phases.product(arithmetic)
+        return mma.make_pack(problem, layout, product, tile, arithmetic, phases_in_rows=phases.in_rows)
+
+    def figures(self, problem: ConvProblem, layout: Layout, device: Device) -> tuple[tuple[str, float], ...]:
+        return mma.tiling_figures(self._tilings(problem, layout, device))
+
+    def configs(self, device: Device) -> Iterator[Config]:
+        yield from mma.kernel_configs(self.name, device, (False, True), transposed=True)
+
+    def _tilings(self, problem: ConvProblem, layout: Layout, device: Device) -> tuple[mma.Tiling, ...]:
+        arithmetic, bits = _arithmetic(problem, device), self._index_bits(problem, layout, device)
+        return mma.compare_tilings(_Phases.of(problem).product(arithmetic), arithmetic, bits, device)
+
+    def _index_bits(self, problem: ConvProblem, layout: Layout, device: Device) -> int:
+        # As in conv1d_mma; and the products of residues of tap_step.
+        p = problem
+        phases, arithmetic = _Phases.of(p), _arithmetic(p, device)
+        product = phases.product(arithmetic)
+        strides = stride_params(layout, ("in", "out"))
+        hanging = phases.q_begin + phases.positions + mma.MAX_BLOCK_N + 1
+        span = hanging + p.dilation * p.K
+        samples = p.N + mma.MAX_BLOCK_N
+        channels = p.C_out + mma.MAX_BLOCK_M
+        vectors = max(mma.weight_vectors(product, tile)[1] for tile in mma.tiles(arithmetic))
+        return index_bits(
+            p,
+            layout,
+            hanging * p.stride + p.padding_left + p.L_out,
+            span + p.L_in,
+            phases.positions * samples,
+            phases.tap_step * phases.tap_step,
+            phases.tap_step * p.dilation,
+            (phases.taps + 1) * p.stride,
+            channels * p.stride,
+            samples * abs(strides["output_stride_n"])
+            + channels * abs(strides["output_stride_c"])
+            + hanging * p.stride * abs(strides["output_stride_l"]),
+            samples * abs(strides["input_stride_n"])
+            + (p.C_in + mma.MAX_UNITS * arithmetic.channels) * abs(strides["input_stride_c"])
+            + span * abs(strides["input_stride_l"]),
+            channels * abs(strides["bias_stride"]),
+            vectors * product.products * arithmetic.parts,
+        )
+
+
+def _arithmetic(problem: ConvProblem, device: Device) -> mma.Arithmetic:
+    arithmetic = mma.arithmetic_of(problem, device)
+    assert arithmetic is not None
+    return arithmetic

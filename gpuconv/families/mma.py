@@ -1,0 +1,497 @@
+"""The tensor-core engine of cuda_src/mma.cuh: arithmetics, tiles, staged windows, and the cost model that chooses tiles.
+
+Which layers run on tensor cores, and in which order they are summed, follows from the layer and the architecture alone;
+N and the lengths decide only how the work is cut into tiles, which changes no bit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+from ..device import Device
+from ..problem import ConvProblem
+from ..reference import MIN_SPLIT_TERMS, SPLIT_TERMS
+from ..source import params_fields
+from .base import MAX_GRID, Config, Launch, Layout, Pack, index_bits, stride_params
+
+WARP = 32
+PAIRS_PER_STEP = 2  # (tap, unit) pairs of one mma
+STAGE_STEPS = 2
+STAGE_PAIRS = PAIRS_PER_STEP * STAGE_STEPS
+PACK_BLOCK_SIZE = 128
+UNIT_BYTES = 16
+
+# Fewer channels than a unit of 16-bit elements are the business of the families for stems and tails.
+MIN_CHANNELS = 8
+MIN_ROWS = 8
+# Units of a chunk at most: with 8 rows of each fragment side by side, four units are two k-steps for every tap.
+MAX_UNITS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Arithmetic:
+    """How products are formed.
+
+    Attributes:
+        instruction: the wrapper in ptx.cuh of one mma.
+        channels: of a unit, 16 bytes.
+        parts: numbers that stand for one operand.
+        min_arch: the first architecture that has the instruction.
+        rate: multiply-adds a cycle of a multiprocessor.
+    """
+
+    instruction: str
+    channels: int
+    parts: int
+    min_arch: int
+    rate: float
+
+
+# Rates of an H200 through mma.sync, which reaches 63 % of the dense peak (Luo et al., arXiv 2402.13499): 2 * 2135 operations
+# a cycle in 16 bits, half of that in TF32. A split product is three.
+_FLOAT16 = Arithmetic("multiply_matrices_f16", 8, 1, 75, 1340.0)
+_BFLOAT16 = Arithmetic("multiply_matrices_bf16", 8, 1, 80, 1340.0)
+_TF32 = Arithmetic("multiply_matrices_tf32", 4, 1, 80, 670.0)
+_SPLIT_TF32 = Arithmetic("multiply_matrices_tf32", 4, 2, 80, 670.0 / 3)
+
+# By dtype and precision.
+ARITHMETICS = {
+    ("float16", "float32"): _FLOAT16,
+    ("bfloat16", "float32"): _BFLOAT16,
+    ("float32", "tf32"): _TF32,
+    ("float32", "float32"): _SPLIT_TF32,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """A block's share of the product: block_m rows by block_n columns on warps_m by warps_n warps.
+
+    Attributes:
+        min_blocks: blocks that a multiprocessor must be able to hold, which caps the registers of a thread.
+        prefetch: vectors of input that a thread loads ahead.
+    """
+
+    block_m: int
+    block_n: int
+    warps_m: int
+    warps_n: int
+    min_blocks: int
+    prefetch: int
+    num_stages: int = 3
+
+    @property
+    def warps(self) -> int:
+        return self.warps_m * self.warps_n
+
+    @property
+    def threads(self) -> int:
+        return WARP * self.warps
+
+    def slice_bytes(self, itemsize: int) -> int:
+        """Shared memory through which results pass in the end."""
+        warp_m, warp_n = self.block_m // self.warps_m, self.block_n // self.warps_n
+        passes = 2 if itemsize == 4 and warp_m % 32 == 0 else 1
+        return self.warps * (warp_m // passes) * (warp_n + 8) * itemsize
+
+    def stage_bytes(self, parts: int) -> int:
+        return STAGE_PAIRS * parts * self.block_m * UNIT_BYTES
+
+
+# Warp tiles of 64x64 need 62 % of the bandwidth of shared memory at the rate of mma.sync in 16 bits; of 64x32, 92 %. The
+# three sets of sums of a split product leave registers for 64x32. Tiles of 48 rows are for groups of 48 channels; those of
+# 16 and 32 columns for streams, where little more than the weights is read.
+_TILES = (
+    Tile(128, 128, 2, 2, 2, 4),
+    Tile(64, 128, 2, 2, 3, 4),
+    Tile(64, 64, 2, 2, 4, 4),
+    Tile(32, 256, 1, 4, 3, 4),
+    Tile(48, 128, 1, 4, 3, 4),
+    Tile(32, 64, 1, 4, 4, 4),
+    Tile(16, 128, 1, 4, 4, 4),
+    Tile(128, 16, 4, 1, 3, 2),
+)
+_SPLIT_TILES = (
+    Tile(128, 128, 2, 4, 1, 2),
+    Tile(64, 128, 2, 2, 2, 4),
+    Tile(64, 64, 2, 2, 2, 4),
+    Tile(32, 128, 1, 4, 3, 4),
+    Tile(48, 128, 1, 4, 2, 4),
+    Tile(32, 64, 1, 4, 4, 4),
+    Tile(16, 128, 1, 4, 4, 4),
+    Tile(128, 16, 4, 1, 3, 2),
+)
+MAX_BLOCK_N = 256
+MAX_BLOCK_M = 128
+# The tiles for 64-bit offsets: arrays that need them fill any tile.
+_WIDE_TILES = slice(2, None, 5)
+
+# Figures of the cost model, for an H200: bytes a cycle to and from memory and bytes of weights and input a cycle from L2, per
+# multiprocessor; bytes a cycle of shared memory; cycles of a wave that are neither.
+_BYTES_PER_CYCLE = 18.0
+_L2_BYTES_PER_CYCLE = 40.0
+_SHARED_BYTES_PER_CYCLE = 128.0
+_LATENCY_CYCLES = 2500.0
+_STAGE_CYCLES = 60.0  # the barrier of a stage, and its wait for weights, of a block alone
+
+
+def tiles(arithmetic: Arithmetic) -> tuple[Tile, ...]:
+    return _SPLIT_TILES if arithmetic.parts == 2 else _TILES
+
+
+def arithmetic_of(problem: ConvProblem, device: Device) -> Arithmetic | None:
+    """The arithmetic that a layer gets on tensor cores, or None where CUDA cores serve it."""
+    arithmetic = ARITHMETICS.get((problem.dtype, problem.precision))
+    return None if arithmetic is None or device.arch < arithmetic.min_arch else arithmetic
+
+
+def refuse_layer(problem: ConvProblem, rows: int, device: Device) -> str | None:
+    """Why tensor cores do not take a layer, by the layer and the architecture alone; `rows` of its product."""
+    p = problem
+    arithmetic = arithmetic_of(p, device)
+    if arithmetic is None:
+        return "needs float16 (sm_75), bfloat16 or float32 (sm_80)"
+    if p.C_in_g < MIN_CHANNELS:
+        return f"needs C_in/groups >= {MIN_CHANNELS}"
+    if rows < MIN_ROWS:
+        return f"needs C_out/groups (times stride for phases) >= {MIN_ROWS}"
+    if arithmetic.parts == 2 and p.terms < MIN_SPLIT_TERMS:
+        return f"needs {MIN_SPLIT_TERMS} products a sum for float32 by split TF32"
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class Reduction:
+    """The order of summation of a layer.
+
+    Attributes:
+        units: of 16 bytes of channels, in a chunk.
+        chunks: of the channels of a group.
+        taps: of the product.
+    """
+
+    units: int
+    chunks: int
+    taps: int
+
+    @classmethod
+    def of(cls, channels: int, taps: int, arithmetic: Arithmetic) -> Reduction:
+        units = -(-channels // arithmetic.channels)
+        chunks = -(-units // MAX_UNITS)
+        return cls(-(-units // chunks), chunks, taps)
+
+    @property
+    def pairs(self) -> int:
+        """(tap, unit) pairs of a chunk, filled up to whole stages."""
+        return -(-self.taps * self.units // STAGE_PAIRS) * STAGE_PAIRS
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """The matrix products of a problem: rows by (sample, position).
+
+    Attributes:
+        products: independent ones, of groups and perhaps phases.
+        column_step: from one position's input to the next.
+        tap_step: from one tap's input to the next.
+        reduction: the order of summation.
+    """
+
+    products: int
+    rows: int
+    samples: int
+    positions: int
+    column_step: int
+    tap_step: int
+    reduction: Reduction
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """How the input that a block reads lies in shared memory: see mma.cuh.
+
+    Neighbouring columns read positions column_step apart, so a plane holds every column_step-th position. Taps whose
+    distance is a multiple of column_step share a plane, shifted: there are column_step/gcd(column_step, tap_step)
+    planes, or one per tap where that takes fewer rows (taps that are far apart).
+    """
+
+    block_samples: int
+    block_positions: int
+    planes: int
+    plane_rows: int
+    tap_rows_first: int
+    tap_rows_step: int
+    shift: int
+    plane_step: int
+
+    @classmethod
+    def of(cls, product: Product, block_samples: int, block_positions: int) -> Window:
+        taps, step = product.reduction.taps, product.tap_step
+        gcd = math.gcd(product.column_step, step)
+        shared = min(product.column_step // gcd, taps)
+        rounds = (taps - 1) // shared  # how often taps come back to the first plane
+        shared_rows = block_positions + rounds * (abs(step) // gcd)
+        if shared * shared_rows >= taps * block_positions:
+            return cls(block_samples, block_positions, taps, block_positions, 0, 0, 0, step)
+        if step > 0:
+            return cls(block_samples, block_positions, shared, shared_rows, 0, step // gcd, 0, step)
+        # Taps go backwards, one position at a time where column_step is 1.
+        assert product.column_step == 1
+        return cls(block_samples, block_positions, 1, shared_rows, -rounds * step, step, rounds * step, step)
+
+    @property
+    def rows(self) -> int:
+        return self.block_samples * self.planes * self.plane_rows
+
+    def params(self) -> dict[str, int]:
+        """The fields of Params, in order."""
+        return {
+            "block_samples": self.block_samples,
+            "block_positions": self.block_positions,
+            "planes": self.planes,
+            "plane_rows": self.plane_rows,
+            "window_rows": self.rows,
+            "tap_rows_first": self.tap_rows_first,
+            "tap_rows_step": self.tap_rows_step,
+            "window_shift": self.shift,
+            "plane_step": self.plane_step,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """A product cut into tiles."""
+
+    tile: Tile
+    window: Window
+    row_tiles: int
+    column_tiles: int
+    sample_tiles: int
+    blocks: int
+    shared_bytes: int
+    cycles: float
+
+
+def shared_bytes(tile: Tile, window: Window, reduction: Reduction, arithmetic: Arithmetic, bits: int) -> int:
+    itemsize = UNIT_BYTES // arithmetic.channels
+    windows = min(reduction.chunks, 2) * arithmetic.parts * reduction.units * window.rows * UNIT_BYTES
+    tables = window.rows * bits // 8 + reduction.pairs * 4
+    return max(
+        tile.num_stages * tile.stage_bytes(arithmetic.parts) + windows + tables,
+        tile.slice_bytes(itemsize),
+    )
+
+
+@lru_cache(maxsize=4096)
+def compare_tilings(product: Product, arithmetic: Arithmetic, bits: int, device: Device) -> tuple[Tiling, ...]:
+    """The tilings of a product that fit the device, the cheapest first."""
+    found = []
+    for tile in tiles(arithmetic) if bits == 32 else tiles(arithmetic)[_WIDE_TILES]:
+        row_tiles = -(-product.rows // tile.block_m)
+        shapes = [(1, tile.block_n)]
+        if product.positions <= tile.block_n // 2 and product.samples > 1:
+            shapes.append((min(tile.block_n // product.positions, product.samples), product.positions))
+        for block_samples, block_positions in shapes:
+            window = Window.of(product, block_samples, block_positions)
+            needed = shared_bytes(tile, window, product.reduction, arithmetic, bits)
+            column_tiles = -(-product.positions // block_positions)
+            sample_tiles = -(-product.samples // block_samples)
+            blocks = row_tiles * column_tiles * sample_tiles * product.products
+            if needed > device.shared_per_block or blocks > MAX_GRID:
+                continue
+            cycles = _cost(tile, window, product.reduction, arithmetic, blocks, needed, device)
+            found.append(Tiling(tile, window, row_tiles, column_tiles, sample_tiles, blocks, needed, cycles))
+    return tuple(sorted(found, key=lambda tiling: tiling.cycles))
+
+
+def _cost(
+    tile: Tile,
+    window: Window,
+    reduction: Reduction,
+    arithmetic: Arithmetic,
+    blocks: int,
+    shared: int,
+    device: Device,
+) -> float:
+    """Predicted cycles of a launch.
+
+    A block takes the longest of its products, its traffic with shared memory, and its traffic with L2 and memory, and
+    blocks of a multiprocessor share these; the barriers of a block alone are hidden by the others.
+    """
+    itemsize = UNIT_BYTES // arithmetic.channels
+    terms = reduction.pairs * arithmetic.channels * reduction.chunks
+    warp_m, warp_n = tile.block_m // tile.warps_m, tile.block_n // tile.warps_n
+    multiply = tile.block_m * tile.block_n * terms / arithmetic.rate
+    operands = tile.warps * (warp_m + warp_n) * terms * itemsize * arithmetic.parts
+    staged = reduction.chunks * reduction.units * window.rows * UNIT_BYTES
+    # A lane loads one element of a window at a time.
+    fetch = staged / itemsize / WARP + (tile.block_m * terms * itemsize * arithmetic.parts) / _L2_BYTES_PER_CYCLE
+    local = (operands + 2 * arithmetic.parts * staged) / _SHARED_BYTES_PER_CYCLE
+    stores = tile.block_m * tile.block_n * itemsize / _BYTES_PER_CYCLE
+    stages = reduction.chunks * reduction.pairs / STAGE_PAIRS
+    resident = min(tile.min_blocks, max(1, device.shared_per_sm // (shared + 1024)))
+    block = max(multiply, local, fetch) + stores + stages * _STAGE_CYCLES / resident
+    waves, rest = divmod(blocks, device.num_sms * resident)
+    last = -(-rest // device.num_sms)
+    # A multiprocessor's last blocks run alone: a warp's chain of dependent products then sets the pace.
+    alone = stages * (_STAGE_CYCLES + 35.0 * STAGE_STEPS)
+    tail = max(block * last, alone + stores) if rest else 0.0
+    return waves * max(block * resident, alone + stores) + tail + _LATENCY_CYCLES * (waves + (1 if rest else 0))
+
+
+def tiling_figures(tilings: tuple[Tiling, ...]) -> tuple[tuple[str, float], ...]:
+    """What `explain` shows of the comparison."""
+
+    def name(t: Tiling) -> str:
+        samples = t.window.block_samples
+        return f"{t.tile.block_m}x{t.tile.block_n}" + (f" of {samples} samples" if samples > 1 else "")
+
+    return tuple((name(t), t.cycles) for t in tilings)
+
+
+def smallest_fits(product: Product, arithmetic: Arithmetic, device: Device) -> bool:
+    """Whether the tile with the fewest columns fits the device, which does not depend on N or a length."""
+    tile = tiles(arithmetic)[-1]
+    window = Window.of(product, 1, tile.block_n)
+    return shared_bytes(tile, window, product.reduction, arithmetic, 64) <= device.shared_per_block
+
+
+def kernel_config(kernel: str, problem: ConvProblem, tile: Tile, bits: int, *, phases_in_rows: bool) -> Config:
+    return _kernel_config(kernel, problem.dtype, problem.precision, tile, bits, phases_in_rows=phases_in_rows)
+
+
+def _kernel_config(kernel: str, dtype: str, precision: str, tile: Tile, bits: int, *, phases_in_rows: bool) -> Config:
+    arithmetic = ARITHMETICS[dtype, precision]
+    macros: dict[str, str | int] = {
+        "DTYPE": dtype,
+        "INDEX_BITS": bits,
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "WARPS_M": tile.warps_m,
+        "WARPS_N": tile.warps_n,
+        "NUM_STAGES": tile.num_stages,
+        "STAGE_STEPS": STAGE_STEPS,
+        "PREFETCH_TASKS": tile.prefetch,
+        "MIN_BLOCKS": tile.min_blocks if bits == 32 else 1,
+        "IS_SPLIT": int(arithmetic.parts == 2),
+        "SPLIT_TERMS": SPLIT_TERMS,
+        "MULTIPLY_MATRICES": arithmetic.instruction,
+        "PHASES_IN_ROWS": int(phases_in_rows),
+        "PARAMS_BYTES": len(params_fields(kernel)) * bits // 8,
+    }
+    return Config.of(kernel, macros)
+
+
+def kernel_configs(kernel: str, device: Device, phases: tuple[bool, ...], *, transposed: bool) -> Iterator[Config]:
+    """Every specialisation of a kernel and of its packing on a device."""
+    for (dtype, precision), arithmetic in ARITHMETICS.items():
+        if device.arch < arithmetic.min_arch:
+            continue
+        for phases_in_rows in phases:
+            for tile in tiles(arithmetic):
+                yield _kernel_config(kernel, dtype, precision, tile, 32, phases_in_rows=phases_in_rows)
+            for tile in tiles(arithmetic)[_WIDE_TILES]:
+                yield _kernel_config(kernel, dtype, precision, tile, 64, phases_in_rows=phases_in_rows)
+            for bits in (32, 64):
+                yield _pack_config(dtype, precision, bits, transposed=transposed, phases_in_rows=phases_in_rows)
+
+
+def weight_vectors(product: Product, tile: Tile) -> tuple[int, int]:
+    """(padded rows, vectors of one part of one product) of the packed weights."""
+    rows = -(-product.rows // tile.block_m) * tile.block_m
+    return rows, product.reduction.chunks * product.reduction.pairs * rows
+
+
+def packed_params(product: Product, tile: Tile, arithmetic: Arithmetic) -> dict[str, int]:
+    """The fields of Params that describe the packed weights, in order."""
+    rows, vectors = weight_vectors(product, tile)
+    return {
+        "weight_stride_product": vectors * arithmetic.parts,
+        "units": product.reduction.units,
+        "chunks": product.reduction.chunks,
+        "pairs": product.reduction.pairs,
+        "padded_rows": rows,
+    }
+
+
+def has_vector_stores(problem: ConvProblem, layout: Layout) -> bool:
+    """Whether every row of the output is contiguous and starts at a multiple of 16 bytes."""
+    stride_n, stride_c, stride_l = (stride * problem.itemsize for stride in layout.output.strides)
+    aligned = layout.output.alignment >= UNIT_BYTES
+    rows = stride_c % UNIT_BYTES == 0 or problem.C_out == 1
+    samples = stride_n % UNIT_BYTES == 0 or problem.N == 1
+    return aligned and rows and samples and stride_l == problem.itemsize
+
+
+def make_pack(
+    problem: ConvProblem,
+    layout: Layout,
+    product: Product,
+    tile: Tile,
+    arithmetic: Arithmetic,
+    *,
+    phases_in_rows: bool,
+) -> Pack:
+    """The launch of pack_mma_weight for a tensor-core kernel."""
+    p = problem
+    rows, vectors = weight_vectors(product, tile)
+    num_vectors = vectors * product.products
+    grid = min(-(-num_vectors // PACK_BLOCK_SIZE), MAX_GRID)
+    gcd = math.gcd(p.stride, p.dilation)
+    tap_step = p.stride // gcd
+    strides = stride_params(layout, ("in", "out") if p.transposed else ("out", "in"))
+    params = {
+        "num_vectors": num_vectors,
+        "chunks": product.reduction.chunks,
+        "units": product.reduction.units,
+        "pairs": product.reduction.pairs,
+        "padded_rows": rows,
+        "rows": product.rows,
+        "taps": product.reduction.taps,
+        "K": p.K,
+        "C_in_g": p.C_in_g,
+        "C_out_g": p.C_out_g,
+        "stride": p.stride,
+        "phase_gcd": gcd,
+        "tap_step": tap_step,
+        "phase_inverse": pow(p.dilation // gcd, -1, tap_step),
+        **{name: strides[name] for name in ("weight_stride_out", "weight_stride_in", "weight_stride_k")},
+    }
+    # Offsets of weights are formed before it is known whether they exist.
+    reduction = product.reduction
+    hanging = (
+        (product.products * rows + rows) * abs(strides["weight_stride_out"])
+        + (p.C_in + reduction.units * arithmetic.channels) * abs(strides["weight_stride_in"])
+        + ((reduction.taps + STAGE_PAIRS) * max(p.stride, tap_step) + p.K) * abs(strides["weight_stride_k"])
+    )
+    bits = index_bits(
+        p,
+        layout,
+        num_vectors * arithmetic.parts + grid * PACK_BLOCK_SIZE,
+        tap_step * tap_step,
+        (reduction.taps + STAGE_PAIRS) * p.stride,
+        hanging,
+        *(abs(value) for value in params.values()),
+    )
+    config = _pack_config(p.dtype, p.precision, bits, transposed=p.transposed, phases_in_rows=phases_in_rows)
+    launch = Launch(grid, PACK_BLOCK_SIZE, 0, bits, tuple(params.items()))
+    return Pack(config, launch, num_vectors * arithmetic.parts * UNIT_BYTES)
+
+
+def _pack_config(dtype: str, precision: str, bits: int, *, transposed: bool, phases_in_rows: bool) -> Config:
+    kernel = "pack_mma_weight"
+    return Config.of(
+        kernel,
+        {
+            "DTYPE": dtype,
+            "INDEX_BITS": bits,
+            "BLOCK_SIZE": PACK_BLOCK_SIZE,
+            "IS_SPLIT": int(ARITHMETICS[dtype, precision].parts == 2),
+            "IS_TRANSPOSED": int(transposed),
+            "PHASES_IN_ROWS": int(phases_in_rows),
+            "PARAMS_BYTES": len(params_fields(kernel)) * bits // 8,
+        },
+    )
