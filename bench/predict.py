@@ -89,6 +89,8 @@ class _Work:
 
 def _work(problem: ConvProblem, launch: Launch, report: KernelReport) -> _Work:
     loop, around = report.loop, report.around
+    if report.config.kernel == "conv1d_skinny":
+        return _skinny_work(problem, launch, report)
     fma = problem.flops() / 2 * _tile_waste(problem, launch, report)
     if not loop.fma:
         raise ValueError(f"{report.config.kernel}: no multiply-add found in its machine code")
@@ -110,6 +112,24 @@ def _work(problem: ConvProblem, launch: Launch, report: KernelReport) -> _Work:
     chain = FMA_LATENCY_CYCLES * (main * loop.chain + rest * around.chain / unroll_around)
     serial = steps * LOAD_LATENCY_CYCLES + chain
     return _Work(fma, rounds * instructions, rounds * wavefronts, rounds * serial, _re_read_bytes(problem))
+
+
+def _skinny_work(problem: ConvProblem, launch: Launch, report: KernelReport) -> _Work:
+    """Of the warps that multiply: their lanes may be few, and a chain of multiply-adds hides the loads that feed it."""
+    loop, params = report.loop, dict(launch.params)
+    macros = dict(report.config.macros)
+    terms = loop.useful / int(macros["THREAD_N"]) / (4 if problem.is_complex else 1)  # of one pass
+    passes = problem.C_in_g * problem.K / terms
+    computing = launch.grid * params["compute_warps"]
+    warps = launch.grid * math.ceil(launch.block / 32)
+    input_bytes = launch.grid * problem.C_in_g * problem.K * int(macros["BLOCK_N"]) * problem.itemsize
+    return _Work(
+        fma=computing * passes * loop.fma,
+        instructions=computing * passes * loop.instructions,
+        wavefronts=computing * passes * loop.wavefronts,
+        serial_cycles=warps * passes * FMA_LATENCY_CYCLES * loop.chain,
+        l2_bytes=problem.bytes() + input_bytes,
+    )
 
 
 def _tile_waste(problem: ConvProblem, launch: Launch, report: KernelReport) -> float:

@@ -58,7 +58,11 @@ TAILS = (
     layer("conv_transpose1d_tail", 2, 17, 1, 70, 5, stride=3, padding_left=2),
     layer("conv_transpose1d_tail", 5, 9, 2, 133, 7, stride=5),  # several blocks of rows
 )
-LAYERS = (*DEPTHWISE, *STEMS, *TAILS)
+SKINNY = (
+    layer("conv1d_skinny", 1, 40, 20, 24, 16, stride=8),  # two results a thread
+    layer("conv1d_skinny", 2, 150, 70, 21, 17, padding_left=1, dtype="float16"),  # more chunks than buffers
+)
+LAYERS = (*DEPTHWISE, *STEMS, *TAILS, *SKINNY)
 
 
 def without_way_out(config: Config) -> Program:
@@ -97,6 +101,7 @@ def test_the_layers_go_every_way_through_the_kernels() -> None:
         assert any(p["block_rows"] > 1 for _, p in ways)
     assert any(p["repeats"] > 1 and p["C_in_g"] * p["K"] <= p["chunk_terms"] for _, p in stems)
     assert any(p["repeats"] > 1 and p["C_in_g"] * p["K"] > p["chunk_terms"] for _, p in stems)
+    assert any(p["C_in_g"] * p["K"] > 4 * p["chunk_terms"] for _, p in launches("conv1d_skinny"))
     for name in ("conv1d_tail", "conv_transpose1d_tail"):
         assert all(p["C_in_g"] > p["chunk_channels"] for _, p in launches(name))
     assert {m["THREAD_C"] for m, _ in launches("conv1d_tail")} == {"1", "2", "4"}

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from .base import ArrayLayout, Config, Family, Launch, Layout, Pack
+from typing import Any
+
+from .base import ArrayLayout, Config, Family, GradientFamily, GradientLayout, Launch, Layout, Pack
+from .bias_gradient_rows import BiasGradientRows
 from .conv1d_depthwise import Conv1dDepthwise
 from .conv1d_direct import Conv1dDirect
+from .conv1d_skinny import Conv1dSkinny
 from .conv1d_stem import Conv1dStem
 from .conv1d_tail import Conv1dTail
 from .conv1d_tiled import Conv1dTiled
@@ -12,9 +16,13 @@ from .conv_transpose1d_depthwise import ConvTranspose1dDepthwise
 from .conv_transpose1d_gather import ConvTranspose1dGather
 from .conv_transpose1d_phases import ConvTranspose1dPhases
 from .conv_transpose1d_tail import ConvTranspose1dTail
+from .weight_gradient_direct import WeightGradientDirect
+from .weight_gradient_pairs import WeightGradientPairs
+from .weight_gradient_tiled import WeightGradientTiled
 
 FAMILIES: tuple[Family, ...] = (
     Conv1dDepthwise(),
+    Conv1dSkinny(),
     Conv1dStem(),
     Conv1dTail(),
     Conv1dTiled(),
@@ -25,4 +33,22 @@ FAMILIES: tuple[Family, ...] = (
     ConvTranspose1dGather(),
 )
 
-__all__ = ["FAMILIES", "ArrayLayout", "Config", "Family", "Launch", "Layout", "Pack"]
+GRADIENT_FAMILIES: tuple[GradientFamily[Any], ...] = (
+    WeightGradientPairs(),
+    WeightGradientTiled(),
+    WeightGradientDirect(),
+    BiasGradientRows(),
+)
+
+__all__ = [
+    "FAMILIES",
+    "GRADIENT_FAMILIES",
+    "ArrayLayout",
+    "Config",
+    "Family",
+    "GradientFamily",
+    "GradientLayout",
+    "Launch",
+    "Layout",
+    "Pack",
+]

@@ -1,0 +1,222 @@
+"""conv1d_skinny: few columns (n, l_out), weights that stream past them.
+
+Contract: cuda_src/conv1d_skinny.cu.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+from ..device import Device
+from ..problem import DTYPES, ITEMSIZE, ConvProblem
+from ..source import params_fields
+from .base import MAX_GRID, Config, Family, Launch, Layout, index_bits, stride_params
+
+WARP = 32
+# Columns of a block and of one of its threads, which multiplies each weight that it reads with all of its own. Two
+# chains of multiply-adds and the loads that feed them still fit in the four cycles that one step of a chain takes.
+COLUMNS = {1: 1, 2: 2, 4: 2, 8: 2, 16: 4}
+MAX_COLUMNS = max(COLUMNS)
+# Buffers, each with a warp that fills it.
+NUM_STAGES = 4
+ROWS = (1, 2, 4, 8, 16, 32)
+CHUNKS = (16, 32, 64, 128, 256, 512)  # terms of a buffer
+
+# Figures of the cost model, in clock cycles of a multiprocessor: from one multiply-add to the next of its chain;
+# threads that issue an instruction in a cycle; real multiply-adds a cycle by the size of a real accumulator; bytes a
+# cycle from memory, an H200's 4.3 TB/s over 132 multiprocessors at 1.8 GHz, and from L2; cycles from a load to its data
+# where memory is busy; what a chunk costs for its barrier and its first fetch; cycles until a block has started and
+# ended.
+_CHAIN_CYCLES = 4.0
+_ISSUE_RATE = 128.0
+_MULTIPLY_ADD_RATE = {4: 128.0, 8: 64.0}
+_BYTES_PER_CYCLE = 18.0
+_L2_BYTES_PER_CYCLE = 24.0
+_MEMORY_CYCLES = 1000.0
+_CHUNK_CYCLES = 80.0
+_LATENCY_CYCLES = 2000.0
+# Threads that a multiprocessor holds at 128 registers each.
+_RESIDENT_THREADS = 512
+# Instructions of a lane to find a term, and to load one of its positions.
+_TERM_SLOTS, _POSITION_SLOTS = 8.0, 7.0
+# What the limits that do not decide add to the one that does, since they overlap with it only in part.
+_OVERLAP_LOSS = 0.125
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A problem cut into blocks of rows.
+
+    Attributes:
+        block_n: columns of a block, BLOCK_N.
+        block_rows: rows of a block.
+        chunk_terms: terms of a buffer.
+        compute_warps: warps that multiply.
+        blocks: of all groups.
+        shared_bytes: dynamic shared memory of a block.
+        cycles: predicted for the whole launch.
+    """
+
+    block_n: int
+    block_rows: int
+    chunk_terms: int
+    compute_warps: int
+    blocks: int
+    shared_bytes: int
+    cycles: float
+
+    @property
+    def threads(self) -> int:
+        return WARP * (self.compute_warps + NUM_STAGES)
+
+    @classmethod
+    def of(cls, p: ConvProblem, device: Device, block_n: int, block_rows: int, chunk_terms: int) -> Plan | None:
+        """None where the buffers do not fit in shared memory."""
+        size = max(4, ITEMSIZE[p.dtype])
+        thread_n = COLUMNS[block_n]
+        terms = p.C_in_g * p.K
+        stage_bytes = block_rows * (chunk_terms * p.itemsize + 16) + block_n * (chunk_terms * size + 16)
+        shared = NUM_STAGES * stage_bytes
+        if shared > device.shared_per_block:
+            return None
+
+        warps = -(-block_rows * (block_n // thread_n) // WARP)
+        blocks = -(-p.C_out_g // block_rows) * p.groups
+        each = -(-blocks // device.num_sms)
+        threads = WARP * (warps + NUM_STAGES)
+        resident = max(1, min(each, _RESIDENT_THREADS // threads, device.shared_per_sm // (shared + 1024)))
+        waves = -(-each // resident)
+
+        multiply_adds = thread_n * (4 if p.is_complex else 1)
+        fetches = p.itemsize / 16 + thread_n * size / 16
+        loads = _TERM_SLOTS + _POSITION_SLOTS * block_n + 2 * block_rows * p.itemsize / 16
+        limits = (
+            _CHAIN_CYCLES * (2 if p.is_complex else 1),
+            resident * (WARP * warps * (multiply_adds + fetches) + loads) / _ISSUE_RATE,
+            resident * WARP * warps * multiply_adds / _MULTIPLY_ADD_RATE[size // 2 if p.is_complex else size],
+            resident * warps * 4 * fetches,  # a warp's 16-byte fetch is four passes through the load/store unit
+            resident * block_rows * p.itemsize / _BYTES_PER_CYCLE,
+            resident * (block_rows + block_n) * p.itemsize / _L2_BYTES_PER_CYCLE,
+            _MEMORY_CYCLES / ((NUM_STAGES - 1) * chunk_terms),
+        )
+        term_cycles = max(limits) + _OVERLAP_LOSS * (sum(limits) - max(limits))
+        first_chunk = resident * stage_bytes / _BYTES_PER_CYCLE
+        wave_cycles = terms * term_cycles + -(-terms // chunk_terms) * _CHUNK_CYCLES + first_chunk + _LATENCY_CYCLES
+        return cls(block_n, block_rows, chunk_terms, warps, blocks, shared, waves * wave_cycles)
+
+
+@lru_cache(maxsize=1024)
+def _compare_plans(problem: ConvProblem, device: Device, block_n: int) -> tuple[Plan, ...]:
+    """The possible plans, best first."""
+    p = problem
+    largest = next((rows for rows in ROWS if rows >= p.C_out_g), ROWS[-1])
+    longest = next((chunk for chunk in CHUNKS if chunk >= p.C_in_g * p.K), CHUNKS[-1])
+    plans = [
+        Plan.of(p, device, block_n, rows, chunk)
+        for rows in ROWS
+        for chunk in CHUNKS
+        if rows <= largest and chunk <= longest
+    ]
+    return tuple(sorted((plan for plan in plans if plan is not None), key=lambda plan: plan.cycles))
+
+
+class Conv1dSkinny(Family):
+    """Few rows a block, so that every multiprocessor reads weights all the time."""
+
+    name = "conv1d_skinny"
+    op = "conv1d"
+
+    def refuse(self, problem: ConvProblem, layout: Layout, device: Device) -> str | None:
+        if problem.N * problem.L_out > MAX_COLUMNS:
+            return f"needs N * L_out <= {MAX_COLUMNS}"
+        if self._index_bits(problem, layout) == 64:
+            return "needs offsets below 2**31"
+        plans = self._plans(problem, device)
+        if not plans:
+            return f"needs buffers that fit in {device.shared_per_block} bytes of shared memory"
+        if plans[0].blocks > MAX_GRID:
+            return f"needs at most {MAX_GRID} blocks"
+        return None
+
+    def configure(self, problem: ConvProblem, layout: Layout, device: Device) -> tuple[Config, Launch]:
+        p = problem
+        plan = self._plans(p, device)[0]
+        params = {
+            "columns": p.N * p.L_out,
+            "L_in": p.L_in,
+            "L_out": p.L_out,
+            "K": p.K,
+            "C_in_g": p.C_in_g,
+            "C_out_g": p.C_out_g,
+            "stride": p.stride,
+            "padding_left": p.padding_left,
+            "dilation": p.dilation,
+            **stride_params(layout, ("out", "in")),
+            "row_blocks": plan.blocks // p.groups,
+            "block_rows": plan.block_rows,
+            "compute_warps": plan.compute_warps,
+            "chunk_terms": plan.chunk_terms,
+            "vector_weights": int(self._has_vector_weights(p, layout)),
+        }
+        config = self._config(plan.block_n, p.dtype)
+        return config, Launch(plan.blocks, plan.threads, plan.shared_bytes, 32, tuple(params.items()))
+
+    def figures(self, problem: ConvProblem, layout: Layout, device: Device) -> tuple[tuple[str, float], ...]:
+        return tuple(
+            (f"{plan.block_rows} rows by {plan.block_n} columns, {plan.chunk_terms} terms at a time", plan.cycles)
+            for plan in self._plans(problem, device)
+        )
+
+    def configs(self, device: Device) -> Iterator[Config]:
+        for dtype in DTYPES:
+            for block_n in COLUMNS:
+                yield self._config(block_n, dtype)
+
+    def _plans(self, problem: ConvProblem, device: Device) -> tuple[Plan, ...]:
+        columns = problem.N * problem.L_out
+        return _compare_plans(problem, device, next(block_n for block_n in COLUMNS if block_n >= columns))
+
+    def _has_vector_weights(self, problem: ConvProblem, layout: Layout) -> bool:
+        p, weight = problem, layout.weight
+        vec = 16 // p.itemsize
+        is_contiguous = weight.strides[1:] == (p.K, 1)
+        return is_contiguous and weight.alignment == 16 and p.C_in_g * p.K % vec == 0 and weight.strides[0] % vec == 0
+
+    def _index_bits(self, problem: ConvProblem, layout: Layout) -> int:
+        # Beyond the arrays the kernel forms terms of a chunk that hangs over the last one, and their addresses.
+        p = problem
+        strides = stride_params(layout, ("out", "in"))
+        hanging = MAX_COLUMNS * WARP + 1
+        span = p.L_out * p.stride + p.padding_left + p.dilation * p.K
+        return index_bits(
+            p,
+            layout,
+            p.C_in_g * p.K + (NUM_STAGES + 1) * CHUNKS[-1],
+            span + p.L_in,
+            (p.C_in + hanging) * abs(strides["input_stride_c"])
+            + p.N * abs(strides["input_stride_n"])
+            + span * abs(strides["input_stride_l"]),
+            (p.C_in_g + hanging) * abs(strides["weight_stride_in"]) + p.K * abs(strides["weight_stride_k"]),
+            p.C_out + ROWS[-1],
+            (p.C_out + ROWS[-1]) * abs(strides["weight_stride_out"]),
+            (p.C_out + ROWS[-1]) * abs(strides["bias_stride"]),
+        )
+
+    def _config(self, block_n: int, dtype: str) -> Config:
+        return Config.of(
+            self.name,
+            {
+                "DTYPE": dtype,
+                "INDEX_BITS": 32,
+                "BLOCK_N": block_n,
+                "THREAD_N": COLUMNS[block_n],
+                "NUM_STAGES": NUM_STAGES,
+                "DTYPE_BYTES": ITEMSIZE[dtype],
+                "MAX_THREADS": WARP * (block_n // COLUMNS[block_n] * ROWS[-1] // WARP + NUM_STAGES),
+                # Caps the registers of a thread where they suffice.
+                "MIN_BLOCKS": 1 if dtype == "complex128" or block_n == MAX_COLUMNS else 2,
+                "PARAMS_BYTES": len(params_fields(self.name)) * 4,
+            },
+        )
