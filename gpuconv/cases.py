@@ -182,6 +182,8 @@ CASES: tuple[Case, ...] = (
     _conv("stft", 1, 1, 65, 640, 128, "model", stride=64, bias=False),
     _conv("resample", 2, 1, 16, 450, 48, "model", stride=44, bias=False),
     _conv("bpnet_head", 1, 34, 2, 60, 75, "model", padding=37),
+    _conv("mimi_stream", 1, 36, 20, 24, 16, "model", stride=8),
+    _conv("diffusion_policy_mid", 1, 60, 24, 4, 5, "model", padding=2),
     _conv("htdemucs_stem", 2, 2, 48, 160, 8, "model", stride=4, padding=2),
     # -- transposed ----------------------------------------------------------------------------------------------------
     _transposed("up_k1", 2, 8, 12, 37, 1, "kernel"),
