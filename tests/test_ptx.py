@@ -361,6 +361,16 @@ def test_product_of_matrices(machine: Machine, name: str, operands: Generate) ->
         check_product(machine, product, operands)
 
 
+def test_launches_count_their_products() -> None:
+    """One of each warp, however many schedules run it."""
+    counts = hostcuda.Counts()
+    zeros = {name: np.zeros((7, WARP, size), np.uint32) for name, size in (("a_in", 4), ("b_in", 2))}
+    arrays = {**zeros, "c": np.zeros((7, WARP, 4), np.float32), "output": np.empty((7, WARP, 4), np.float32)}
+    launch = Launch(7, WARP, 0, 32, (("n", 0),))
+    hostcuda.run(PRODUCT_KERNELS["multiply_matrices_f16"], launch, arrays, schedule="every", counts=counts)
+    assert (counts.products, counts.loads, counts.wavefronts) == (7, 0, 0)
+
+
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_product_of_matrices_by_other_tensor_cores(name: str) -> None:
     """Shorter blocks and fewer bits give other sums, and the ones that the model says."""

@@ -12,12 +12,13 @@ specialisations in one go.
 
 from .build import Program, prebuild
 from .errors import HostCudaError
-from .launch import AMPERE, EVERY, HOPPER, Schedule, TensorCores, array_layout, convolve, run
+from .launch import AMPERE, EVERY, HOPPER, Counts, Schedule, TensorCores, array_layout, convolve, run
 
 __all__ = [
     "AMPERE",
     "EVERY",
     "HOPPER",
+    "Counts",
     "HostCudaError",
     "Program",
     "Schedule",

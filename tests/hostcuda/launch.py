@@ -112,6 +112,21 @@ class _Fault(ctypes.Structure):
     )
 
 
+class Counts(ctypes.Structure):
+    """What the warps of a launch have executed; `struct Counts` of runtime.cpp.
+
+    Attributes:
+        products: of matrices, each one mma.sync.
+        loads: of 8x8 matrices from shared memory, up to four by one ldmatrix.
+        wavefronts: in which these loads read shared memory: as many as loads where no two rows meet in a bank.
+    """
+
+    products: int
+    loads: int
+    wavefronts: int
+    _fields_ = (("products", ctypes.c_uint64), ("loads", ctypes.c_uint64), ("wavefronts", ctypes.c_uint64))
+
+
 # enum FaultKind of hostcuda.h
 _NO_FAULT, _MEMORY, _MISALIGNED = 0, 1, 2
 _ERRORS: dict[int, type[HostCudaError]] = {
@@ -134,6 +149,7 @@ def run(
     placement: Placement = "end",
     seconds: float = 60.0,
     tensor_cores: TensorCores | None = None,
+    counts: Counts | None = None,
 ) -> Array:
     """Launch a kernel.
 
@@ -150,6 +166,7 @@ def run(
         placement: which side of each array touches a guard page.
         seconds: the processor time after which the kernel is stopped.
         tensor_cores: the arithmetic of matrix products; the device's by default, and Hopper's without a device.
+        counts: is filled in, for one run.
 
     Returns:
         The first of `outputs`.
@@ -168,8 +185,11 @@ def run(
     tensor_cores = tensor_cores or (TensorCores.of(device) if device else HOPPER)
     runs = EVERY if schedule == "every" else ((schedule, placement),)
     bits: dict[str, Array] = {}
+    counts = counts or Counts()
     for order, side in runs:
-        results = _run_once(program, binary, launch, arrays, outputs, layouts or {}, order, side, seconds, tensor_cores)
+        results = _run_once(
+            program, binary, launch, arrays, outputs, layouts or {}, order, side, seconds, tensor_cores, counts
+        )
         for name, result in results.items():
             if name in bits:
                 _check_same(program, name, bits[name], result, order)
@@ -194,6 +214,7 @@ def convolve(
     family: str | None = None,
     schedule: Schedule = "forward",
     placement: Placement = "end",
+    counts: Counts | None = None,
 ) -> Array:
     """Evaluate a problem with the kernel and launch that dispatch chooses.
 
@@ -207,6 +228,7 @@ def convolve(
         family: the kernel family to take instead of the one that dispatch prefers.
         schedule: see `run`.
         placement: see `run`.
+        counts: see `run`; of the convolution's own kernel.
 
     Returns:
         `problem.output_shape`, C-contiguous, of the dtype of `input`.
@@ -249,7 +271,7 @@ def convolve(
         )
         arrays["weight"] = words
         del layouts["weight"]
-    run(choice, None, arrays, layouts=layouts, device=device, schedule=schedule, placement=placement)
+    run(choice, None, arrays, layouts=layouts, device=device, schedule=schedule, placement=placement, counts=counts)
     return output
 
 
@@ -306,6 +328,7 @@ def _run_once(
     placement: Placement,
     seconds: float,
     tensor_cores: TensorCores,
+    counts: Counts,
 ) -> dict[str, Array]:
     guarded: dict[str, GuardedArray] = {}
     try:
@@ -325,7 +348,7 @@ def _run_once(
         )
         guarded[shared.name] = shared
 
-        fault = _launch(program, binary, launch, arrays, guarded, schedule, seconds, tensor_cores)
+        fault = _launch(program, binary, launch, arrays, guarded, schedule, seconds, tensor_cores, counts)
         if fault.kind != _NO_FAULT:
             raise _error(program, fault, guarded, outputs)
         _check_gaps(program, shared)
@@ -344,6 +367,7 @@ def _launch(
     schedule: Schedule,
     seconds: float,
     tensor_cores: TensorCores,
+    counts: Counts,
 ) -> _Fault:
     params = pack_params(dict(launch.params), launch.index_bits)
     addresses = [guarded[name].address if name in guarded else None for name in arrays]
@@ -371,7 +395,8 @@ def _launch(
     )
     fault = _Fault()
     with _running:
-        if _runtime().hostcuda_launch(ctypes.byref(what), ctypes.byref(fault), SHARED_POISON) != 0:
+        structures = (ctypes.byref(structure) for structure in (what, fault, counts))
+        if _runtime().hostcuda_launch(*structures, SHARED_POISON) != 0:
             raise MemoryError("hostcuda: no address space for the stacks of a block")
     return fault
 
@@ -379,7 +404,7 @@ def _launch(
 @lru_cache(maxsize=1)
 def _runtime() -> ctypes.CDLL:
     library = build.runtime()
-    library.hostcuda_launch.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint16]
+    library.hostcuda_launch.argtypes = [*[ctypes.c_void_p] * 3, ctypes.c_uint16]
     return library
 
 

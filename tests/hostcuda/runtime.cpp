@@ -196,6 +196,13 @@ struct Fault {
     char message[512];
 };
 
+// What the warps of a launch have executed.
+struct Counts {
+    uint64_t products;      // mma.sync
+    uint64_t loads;         // matrices of ldmatrix
+    uint64_t wavefronts;    // of those loads: one a matrix where no two of its rows meet in a bank
+};
+
 struct Fiber {
     Context context;
     unsigned char* stack;
@@ -226,6 +233,7 @@ struct Thread {
 
 const Launch* launch;
 Fault* fault;
+Counts* counts;
 uint16_t shared_poison;  // what shared memory holds before it is written
 Context scheduler;
 volatile bool in_fiber;  // set and cleared by fibers themselves, so that a signal never finds it set mid-switch
@@ -666,6 +674,26 @@ void hostcuda_read_matrix_row(const void* shared_row, unsigned short (&row)[8]) 
     memcpy(row, shared_row, sizeof row);
 }
 
+// The rows of a matrix are read together. Each takes four of the 32 banks, so that the banks make eight columns of 16
+// bytes; different rows in one column take turns.
+void hostcuda_count_matrix_load(const void* const* rows, unsigned num_matrices) {
+    for (unsigned matrix = 0; matrix < num_matrices; ++matrix) {
+        uintptr_t found[8][8];
+        unsigned in_column[8] = {}, most = 0;
+        for (unsigned i = 0; i < 8; ++i) {
+            const uintptr_t row = reinterpret_cast<uintptr_t>(rows[8 * matrix + i]) / 16;
+            unsigned& turns = in_column[row % 8];
+            unsigned j = 0;
+            while (j < turns && found[row % 8][j] != row) ++j;
+            if (j < turns) continue;
+            found[row % 8][turns++] = row;
+            most = turns > most ? turns : most;
+        }
+        ++counts->loads;
+        counts->wavefronts += most;
+    }
+}
+
 // -- the tensor cores -------------------------------------------------------------------------------------------------
 
 namespace {
@@ -858,6 +886,7 @@ void multiply_fragments(MatrixProduct* const (&lanes)[kWarpSize]) {
 }  // namespace
 
 void hostcuda_multiply_matrices(int kind, MatrixProduct* const (&lanes)[kWarpSize]) {
+    ++counts->products;
     switch (kind) {
         case kF16K16: return multiply_fragments<kF16K16>(lanes);
         case kBf16K16: return multiply_fragments<kBf16K16>(lanes);
@@ -869,7 +898,7 @@ void hostcuda_multiply_matrices(int kind, MatrixProduct* const (&lanes)[kWarpSiz
 // -- called by Python -------------------------------------------------------------------------------------------------
 
 // Runs a launch; `result->kind` says how it ended. Returns nonzero if the harness itself has no memory.
-extern "C" int hostcuda_launch(const Launch* what, Fault* result, uint16_t poison_pattern) {
+extern "C" int hostcuda_launch(const Launch* what, Fault* result, Counts* executed, uint16_t poison_pattern) {
     if (stacks == nullptr) {
         void* const memory =
             mmap(nullptr, kMaxThreads * kStackSlot, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -878,7 +907,9 @@ extern "C" int hostcuda_launch(const Launch* what, Fault* result, uint16_t poiso
     }
     launch = what;
     fault = result;
+    counts = executed;
     shared_poison = poison_pattern;
+    memset(counts, 0, sizeof *counts);
     memset(fault, 0, sizeof *fault);
     launch_thread = pthread_self();
     random_state = what->seed;
