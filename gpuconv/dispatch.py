@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from .device import Device
-from .families import FAMILIES, ArrayLayout, Config, Launch, Layout, Pack
-from .problem import ConvProblem
+from .families import FAMILIES, GRADIENT_FAMILIES, ArrayLayout, Config, GradientLayout, Launch, Layout, Pack
+from .families.base import gradient_shapes
+from .families.slices import Slices, sum_launch
+from .problem import BiasGradientProblem, ConvProblem, WeightGradientProblem
+
+GradientProblem: TypeAlias = WeightGradientProblem | BiasGradientProblem
 
 
 class Place(NamedTuple):
@@ -40,6 +44,31 @@ class Choice:
     figures: tuple[tuple[str, float], ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class GradientChoice:
+    """What a GPU call for the gradient of weights or of a bias runs.
+
+    Attributes:
+        family: the name of the kernel family.
+        config: its specialisation.
+        launch: its grid, block, shared memory and parameters.
+        refusals: (family, reason) of every preferred family that refused.
+        slices: how the sum over samples and positions is cut.
+        sum: the kernel that adds the slices and its launch; None where there is one slice.
+        partial_bytes: the buffer of the slices' sums; 0 where there is one slice.
+        figures: (configuration, predicted cycles) of those that the family's cost model compared, the chosen one first.
+    """
+
+    family: str
+    config: Config
+    launch: Launch
+    refusals: tuple[tuple[str, str], ...]
+    slices: Slices
+    sum: tuple[Config, Launch] | None
+    partial_bytes: int
+    figures: tuple[tuple[str, float], ...] = ()
+
+
 def lay_out(problem: ConvProblem, places: Mapping[str, Place | None]) -> tuple[Layout, tuple[str, ...]]:
     """The layout that kernels see, and the names of the arrays that must be copied because kernels cannot read them.
 
@@ -52,15 +81,10 @@ def lay_out(problem: ConvProblem, places: Mapping[str, Place | None]) -> tuple[L
     copies: list[str] = []
 
     def place(name: str, default: ArrayLayout, shape: tuple[int, ...]) -> ArrayLayout:
-        given = places.get(name)
-        if given is None:
-            return default
-        strides = given.strides if len(given.strides) == len(shape) else (0, *given.strides)  # (C, L) is (1, C, L)
-        found = ArrayLayout.of(shape, strides, given.address, p.itemsize)
+        found = _array_layout(places.get(name), default, shape, p.itemsize)
         if found is None:
             copies.append(name)
-            return default
-        return found
+        return found or default
 
     layout = Layout(
         input=place("input", fresh.input, (p.N, p.C_in, p.L_in)),
@@ -69,6 +93,37 @@ def lay_out(problem: ConvProblem, places: Mapping[str, Place | None]) -> tuple[L
         output=place("output", fresh.output, (p.N, p.C_out, p.L_out)),
     )
     return layout, tuple(copies)
+
+
+def _array_layout(
+    given: Place | None, default: ArrayLayout, shape: tuple[int, ...], itemsize: int
+) -> ArrayLayout | None:
+    """The layout of an array; None where kernels cannot read it."""
+    if given is None:
+        return default
+    strides = given.strides if len(given.strides) == len(shape) else (0, *given.strides)  # (C, L) is (1, C, L)
+    return ArrayLayout.of(shape, strides, given.address, itemsize)
+
+
+def lay_out_gradient(
+    problem: GradientProblem, inputs: Sequence[Place | None], result: Place | None
+) -> tuple[GradientLayout, tuple[int, ...]]:
+    """`lay_out` for a gradient: of coarse and fine or of grad_output, and of the result.
+
+    Returns:
+        The layout, and the places, in the order of `inputs` and then `result`, of those that must be copied.
+    """
+    fresh = GradientLayout.contiguous(problem)
+    input_shapes, result_shape = gradient_shapes(problem)
+    found = [
+        _array_layout(place, default, shape, problem.itemsize)
+        for place, default, shape in zip(
+            (*inputs, result), (*fresh.inputs, fresh.result), (*input_shapes, result_shape), strict=True
+        )
+    ]
+    usable = [layout or default for layout, default in zip(found, (*fresh.inputs, fresh.result), strict=True)]
+    copies = tuple(i for i, layout in enumerate(found) if layout is None)
+    return GradientLayout(tuple(usable[:-1]), usable[-1]), copies
 
 
 @lru_cache(maxsize=4096)
@@ -89,5 +144,29 @@ def choose(problem: ConvProblem, layout: Layout, device: Device) -> Choice | Non
             pack = family.pack(problem, layout, device)
             figures = family.figures(problem, layout, device)
             return Choice(family.name, config, launch, tuple(refusals), pack, figures)
+        refusals.append((family.name, reason))
+    raise AssertionError(f"every family refused {problem}: {refusals}")
+
+
+@lru_cache(maxsize=4096)
+def choose_gradient(problem: GradientProblem, layout: GradientLayout, device: Device) -> GradientChoice:
+    """The family, specialisation and launches of a gradient none of whose arrays is empty.
+
+    The choice is a pure function of its arguments and never depends on a timing. The bits of the result depend on
+    neither the choice nor the layout nor the device.
+    """
+    op = "weight_gradient" if isinstance(problem, WeightGradientProblem) else "bias_gradient"
+    refusals: list[tuple[str, str]] = []
+    for family in GRADIENT_FAMILIES:
+        if family.op != op:
+            continue
+        reason = family.refuse(problem, layout, device)
+        if reason is None:
+            config, launch = family.configure(problem, layout, device)
+            figures = family.figures(problem, layout, device)
+            slices = Slices.of(problem)
+            total = sum_launch(problem, layout) if slices.count > 1 else None
+            partial_bytes = slices.partial_bytes(problem)
+            return GradientChoice(family.name, config, launch, tuple(refusals), slices, total, partial_bytes, figures)
         refusals.append((family.name, reason))
     raise AssertionError(f"every family refused {problem}: {refusals}")

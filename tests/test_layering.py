@@ -23,7 +23,7 @@ LAYERS = (
     ("problem", "device"),
     ("reference", "cpu", "source"),
     ("cpu_gradients", "families.base"),
-    ("families.tiles", "families.depthwise", "families.sliding"),
+    ("families.tiles", "families.depthwise", "families.sliding", "families.slices"),
     ("families.*",),
     ("families",),
     ("dispatch",),

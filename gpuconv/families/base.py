@@ -5,11 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Generic, TypeVar
 
 from ..device import Device
-from ..problem import ConvProblem, Op
+from ..problem import BiasGradientProblem, ConvProblem, Op, WeightGradientProblem
 from ..source import params_fields
+
+GradientT = TypeVar("GradientT", WeightGradientProblem, BiasGradientProblem)
 
 INT32_MAX = 2**31 - 1
 MAX_GRID = 2**31 - 1  # blocks along grid x, on every architecture since sm_30
@@ -66,6 +68,22 @@ class Layout:
             weight=ArrayLayout(contiguous_strides(p.weight_shape)),
             bias=ArrayLayout((1,)) if p.has_bias else None,
             output=ArrayLayout(contiguous_strides((p.N, p.C_out, p.L_out))),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class GradientLayout:
+    """The layouts of the arrays of a gradient: coarse and fine, or grad_output, and the result. All axes are there."""
+
+    inputs: tuple[ArrayLayout, ...]
+    result: ArrayLayout
+
+    @classmethod
+    def contiguous(cls, problem: WeightGradientProblem | BiasGradientProblem) -> GradientLayout:
+        """C-contiguous arrays that start at 16-byte boundaries, as fresh allocations do."""
+        inputs, result = gradient_shapes(problem)
+        return cls(
+            tuple(ArrayLayout(contiguous_strides(shape)) for shape in inputs), ArrayLayout(contiguous_strides(result))
         )
 
 
@@ -147,6 +165,43 @@ class Family(ABC):
         """Every specialisation that `configure` and `pack` can return on a device: what the compile tests build."""
 
 
+class GradientFamily(ABC, Generic[GradientT]):
+    """A kernel family for the gradient of weights or of a bias, like `Family`.
+
+    Its kernels sum the slices of `gpuconv.families.slices`. Their arguments are the inputs, the partial sums (null
+    where there is one slice), the result (null where there are several) and Params.
+    """
+
+    name: ClassVar[str]
+    op: ClassVar[str]
+    """The gradient that it computes: "weight_gradient" or "bias_gradient"."""
+
+    @abstractmethod
+    def refuse(self, problem: GradientT, layout: GradientLayout, device: Device) -> str | None:
+        """Why this family does not take the problem, or None if it does. No array of the problem is empty."""
+
+    @abstractmethod
+    def configure(self, problem: GradientT, layout: GradientLayout, device: Device) -> tuple[Config, Launch]:
+        """The kernel's specialisation and launch for a problem that the family does not refuse."""
+
+    def figures(self, problem: GradientT, layout: GradientLayout, device: Device) -> tuple[tuple[str, float], ...]:
+        """(configuration, predicted cycles) of those that `configure` compared, the chosen one first."""
+        return ()
+
+    @abstractmethod
+    def configs(self, device: Device) -> Iterator[Config]:
+        """Every specialisation that `configure` can return on a device."""
+
+
+def gradient_shapes(
+    problem: WeightGradientProblem | BiasGradientProblem,
+) -> tuple[tuple[tuple[int, ...], ...], tuple[int, ...]]:
+    """The shapes of the inputs and of the result."""
+    if isinstance(problem, WeightGradientProblem):
+        return (problem.coarse_shape, problem.fine_shape), problem.weight_shape
+    return (problem.grad_output_shape,), problem.bias_shape
+
+
 def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     """The strides, in elements, of a C-contiguous array."""
     strides = [1] * len(shape)
@@ -175,6 +230,17 @@ def index_bits(problem: ConvProblem, layout: Layout, *extra: int) -> int:
         *(abs(stride) for array in placed for stride in array.strides),
         *extra,
     )
+    return 32 if largest <= INT32_MAX else 64
+
+
+def gradient_index_bits(
+    problem: WeightGradientProblem | BiasGradientProblem, layout: GradientLayout, *extra: int
+) -> int:
+    """32 where every index and offset of a launch fits a signed 32-bit integer, else 64; see `index_bits`."""
+    inputs, result = gradient_shapes(problem)
+    reach = [array.reach(shape) for array, shape in zip(layout.inputs, inputs, strict=True)]
+    strides = [abs(stride) for array in (*layout.inputs, layout.result) for stride in array.strides]
+    largest = max(*reach, layout.result.reach(result), *strides, *extra)
     return 32 if largest <= INT32_MAX else 64
 
 

@@ -42,10 +42,13 @@ class Tile:
     def threads(self) -> int:
         return WARP * self.warps
 
-    def shared_bytes(self, accumulator_bytes: int) -> int:
-        """Shared memory: two buffers of a chunk, or the slices that results pass through in the end."""
+    def shared_bytes(self, accumulator_bytes: int, padding: int = 0) -> int:
+        """Shared memory: two buffers of a chunk, or the slices that results pass through in the end.
+
+        `padding` are the operands that lie unused behind those of the rows, and of the columns, of one term.
+        """
         vec = max(1, 16 // accumulator_bytes)
-        buffers = 2 * self.block_r * (self.block_m + self.block_n)
+        buffers = 2 * self.block_r * (self.block_m + self.block_n + 2 * padding)
         slices = self.warps * self.lanes_m * vec * self.block_n
         return max(buffers, slices) * accumulator_bytes
 
@@ -80,21 +83,23 @@ _CHUNK_INSTRUCTIONS = 60
 _IRREGULAR_COST = 1.04
 
 
-def _term_cycles(tile: Tile, dtype: str) -> float:
+def _term_cycles(tile: Tile, dtype: str, gathers_rows: bool) -> float:
     """Cycles in which a multiprocessor adds one term to all sums of a block, by issue slots or multiply-add units."""
     size = accumulator_bytes(dtype)
     vec = max(1, 16 // size)
     is_complex = dtype.startswith("complex")
     multiply_adds = tile.thread_m * tile.thread_n * (4 if is_complex else 1)
     fetches = (tile.thread_m + tile.thread_n) / vec
-    loads = (tile.block_m / vec + tile.block_n) / tile.threads
+    loads = (tile.block_m / (1 if gathers_rows else vec) + tile.block_n) / tile.threads
     instructions = multiply_adds + fetches + loads + _CHUNK_INSTRUCTIONS / tile.block_r
     rate = _MULTIPLY_ADD_RATE[size // 2 if is_complex else size]
     return tile.threads * max(instructions / _ISSUE_RATE, multiply_adds / rate)
 
 
-def cost(tile: Tile, blocks: int, terms: int, dtype: str, device: Device) -> float:
+def cost(tile: Tile, blocks: int, terms: int, dtype: str, device: Device, *, gathers_rows: bool = False) -> float:
     """Predicted cycles of a launch of `blocks` tiles that sum `terms` products each.
+
+    `gathers_rows` says that the operands of rows are loaded one by one, not in vectors.
 
     A block takes the longer of its arithmetic and its stores; blocks of one multiprocessor share its rates, so a wave
     takes as long as its blocks one after the other, and latency is paid once a wave.
@@ -104,7 +109,7 @@ def cost(tile: Tile, blocks: int, terms: int, dtype: str, device: Device) -> flo
     resident = min(tile.min_blocks, max(1, device.shared_per_sm // shared))
     waves, rest = divmod(blocks, device.num_sms * resident)
     last = -(-rest // device.num_sms)
-    block_cycles = max(terms * _term_cycles(tile, dtype), stores)
+    block_cycles = max(terms * _term_cycles(tile, dtype, gathers_rows), stores)
     return block_cycles * (waves * resident + last) + _LATENCY_CYCLES * (waves + (1 if rest else 0))
 
 

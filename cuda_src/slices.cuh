@@ -1,0 +1,91 @@
+// What the gradients of weights share: slices of the sum over positions, the sum itself term by term, and where sums go.
+//
+// The sum over the samples n and the positions l of coarse is cut into slices, by a rule on the problem's shape alone
+// (gpuconv/families/slices.py). A slice is slice_positions neighbouring positions of one sample or slice_samples whole
+// samples. Each slice is summed in one order, n outer and l inner, by multiply_add_conjugate, and sum_slices.cu adds the
+// slices. So the bits depend on neither the kernel, nor its tiles, nor the GPU.
+//
+// Of complex data it is always fine that is conjugated; where it has to be coarse, the conjugate of the result is stored,
+// which is the same to the bit.
+//
+// P stands for a kernel's Params; the fields read here have the same names in all of them.
+
+struct Slice {
+    index_t n_begin, n_end;  // samples
+    index_t l_begin, l_end;  // positions of each of them
+};
+
+template <typename P>
+__device__ __forceinline__ Slice find_slice(index_t slice, const P& p) {
+    const index_t sample_group = slice / p.slice_pieces;
+    const index_t piece = slice - sample_group * p.slice_pieces;
+    Slice s;
+    s.n_begin = sample_group * p.slice_samples;
+    s.n_end = min_index(s.n_begin + p.slice_samples, p.N);
+    s.l_begin = piece * p.slice_positions;
+    s.l_end = min_index(s.l_begin + p.slice_positions, p.L_coarse);
+    return s;
+}
+
+// a * conj(b) + acc.
+__device__ __forceinline__ float multiply_add_conjugate(float a, float b, float acc) { return fma_rn(a, b, acc); }
+__device__ __forceinline__ double multiply_add_conjugate(double a, double b, double acc) { return fma_rn(a, b, acc); }
+
+template <typename real_t>
+__device__ __forceinline__ Complex<real_t> multiply_add_conjugate(
+    Complex<real_t> a, Complex<real_t> b, Complex<real_t> acc) {
+    acc.re = fma_rn(a.re, b.re, acc.re);
+    acc.re = fma_rn(a.im, b.im, acc.re);
+    acc.im = fma_rn(-a.re, b.im, acc.im);
+    acc.im = fma_rn(a.im, b.re, acc.im);
+    return acc;
+}
+
+__device__ __forceinline__ float conjugate(float value) { return value; }
+__device__ __forceinline__ double conjugate(double value) { return value; }
+
+template <typename real_t>
+__device__ __forceinline__ Complex<real_t> conjugate(Complex<real_t> value) {
+    return Complex<real_t>{value.re, -value.im};
+}
+
+// The last step of every gradient: like the sums of convolutions (bias_or_zero in common.cuh) a zero comes out as +0.
+__device__ __forceinline__ storage_t finish(acc_t sum, bool is_conjugated) {
+    return scalar::round(add(is_conjugated ? conjugate(sum) : sum, scalar::zero()));
+}
+
+// The sum of one slice for tap k, without the terms that do not exist; coarse and fine begin with the channels r and c,
+// sample 0, position 0.
+template <typename P>
+__device__ __forceinline__ acc_t sum_existing_terms(
+    const storage_t* coarse, const storage_t* fine, index_t k, const Slice& s, const P& p) {
+    const index_t offset = k * p.dilation - p.padding_left;  // position of fine that l = 0 meets
+    const index_t l_begin = max_index(s.l_begin, offset < 0 ? ceil_div(-offset, p.stride) : 0);
+    const index_t l_end = min_index(s.l_end, offset < p.L_fine ? ceil_div(p.L_fine - offset, p.stride) : 0);
+    acc_t acc = scalar::zero();
+#pragma unroll 1
+    for (index_t n = s.n_begin; n < s.n_end; ++n) {
+        const storage_t* const a = coarse + n * p.coarse_stride_n;
+        const storage_t* const b = fine + n * p.fine_stride_n;
+#pragma unroll 4
+        for (index_t l = l_begin; l < l_end; ++l) {
+            const index_t l_fine = l * p.stride + offset;
+            acc = multiply_add_conjugate(
+                scalar::load(a[l * p.coarse_stride_l]), scalar::load(b[l_fine * p.fine_stride_l]), acc);
+        }
+    }
+    return acc;
+}
+
+// Stores the sum of a slice for row r and column c*K + k: among the partial sums, or as the result where there is only
+// one slice and no array of partial sums.
+template <typename P>
+__device__ __forceinline__ void store_sum(
+    acc_t sum, index_t slice, index_t r, index_t column, acc_t* partial, storage_t* grad_weight, const P& p) {
+    if (partial != nullptr) {
+        partial[(slice * p.C_coarse + r) * (p.C_fine_g * p.K) + column] = sum;
+    } else {
+        const index_t c = column / p.K, k = column - c * p.K;
+        grad_weight[r * p.weight_stride_r + c * p.weight_stride_c + k * p.weight_stride_k] = finish(sum, p.is_conjugated);
+    }
+}

@@ -1,0 +1,253 @@
+// weight_gradient_pairs: gradient of the weights of depthwise layers and of others with few channels on one side of a
+// group, which read much and multiply little.
+//
+//   grad_weight[r, c, k] = sum over n < N, l < L_coarse of coarse[n, r, l] * conj(fine[n, g*C_fine_g + c, l_fine]),
+//   g = r / C_coarse_g,   l_fine = l*stride - padding_left + k*dilation,   terms outside [0, L_fine) left out;
+//   the conjugate of that where is_conjugated.
+//
+// A pair is (slice, r, c): a row of coarse and a row of fine. A thread sums THREAD_K neighbouring taps of one pair.
+// A block takes block_pairs neighbouring pairs, a multiple of 32, by tap_threads threads each; a warp has 32 pairs and the
+// same taps of each. Pieces of `chunk` positions of the rows pass through two buffers of shared memory as they are stored:
+// the next is loaded while one is summed, eight threads along a row. Rows are an odd number of vectors (SLIDES = 1) or of
+// 4-byte words (SLIDES = 0) apart, so that the pairs of a warp read from different banks.
+//
+// SLIDES = 1: stride and dilation 1. Of each row of fine a thread reads a vector for as many positions, and keeps those
+// that further positions use in registers. The window of fine begins `lead` positions early, where copies of fine_copy
+// elements are aligned; the taps then begin with as many that do not exist.
+// SLIDES = 0: any stride and dilation, one read for each position and tap.
+// Terms outside fine are multiplied as zeros, which tiled.cuh explains; sums that are NaN are formed again without them.
+//
+// Grid x: blocks of pairs (fastest), then tiles of tap_threads*THREAD_K taps. Grid y and z: 1. Dynamic shared memory: a
+// Row for each pair, then two buffers of block_pairs rows of coarse and as many of fine.
+// With several slices their sums go to partial and sum_slices.cu follows; with one partial is null.
+// Uses: slices.cuh
+// Needs nothing: arrays of any strides, in elements.
+
+struct Params {
+    index_t N, L_coarse, L_fine, K;
+    index_t C_coarse, C_coarse_g, C_fine_g;
+    index_t pairs, pair_blocks, block_pairs, tap_threads;
+    index_t stride, padding_left, dilation;
+    index_t slice_samples, slice_positions, slice_pieces;
+    index_t is_conjugated;
+    index_t chunk, chunks;               // positions of a chunk, and chunks of one sample of a slice
+    index_t coarse_copy, fine_copy;      // elements that one copy takes
+    index_t lead, window;                // positions of fine that lie early; positions of a chunk's window
+    index_t coarse_pitch, fine_pitch;    // elements from one row in shared memory to the next
+    index_t coarse_stride_n, coarse_stride_c, coarse_stride_l;
+    index_t fine_stride_n, fine_stride_c, fine_stride_l;
+    index_t weight_stride_r, weight_stride_c, weight_stride_k;
+};
+static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/weight_gradient_pairs.py");
+
+constexpr int kVec = 16 / int(sizeof(storage_t));
+constexpr int kHeld = (THREAD_K + kVec - 2) / kVec + 1;  // vectors of fine that kVec positions and THREAD_K taps meet
+constexpr int kRowThreads = 8;                           // threads that load one row
+static_assert(THREAD_K % kVec == 0, "threads begin at whole vectors: gpuconv/families/weight_gradient_pairs.py");
+
+struct alignas(16) Vector {
+    storage_t element[kVec];
+};
+
+// Of one pair: coarse[0, r, 0], fine[0, c, 0] as offsets, and its slice.
+struct alignas(8) Row {
+    index_t coarse, fine;
+    Slice slice;
+};
+
+// Copies the positions begin to begin + length of a row to shared memory, as T of several elements each; those outside
+// [0, L) become zeros. No T lies across 0 or L.
+template <typename T>
+__device__ __forceinline__ void copy_row(
+    storage_t* shared, const storage_t* row, index_t begin, int length, index_t L, T zero) {
+    const int count = sizeof(T) / sizeof(storage_t);
+    for (int i = int(threadIdx.x) % kRowThreads * count; i < length; i += kRowThreads * count) {
+        const index_t position = begin + i;
+        if (position >= 0 && position < L) {
+            copy_async(reinterpret_cast<T*>(shared + i), reinterpret_cast<const T*>(row + position));
+        } else {
+            *reinterpret_cast<T*>(shared + i) = zero;
+        }
+    }
+}
+
+__device__ __forceinline__ void copy_row(
+    storage_t* shared, const storage_t* row, index_t stride, index_t begin, int length, index_t L, index_t copy) {
+    const int copy_bytes = stride == 1 ? int(copy) * int(sizeof(storage_t)) : 0;
+    if (copy_bytes == 16) {
+        copy_row(shared, row, begin, length, L, make_uint4(0, 0, 0, 0));
+    } else if (copy_bytes == 8) {
+        copy_row(shared, row, begin, length, L, make_uint2(0, 0));
+    } else if (copy_bytes == 4) {
+        copy_row(shared, row, begin, length, L, 0u);
+    } else {
+#pragma unroll 4
+        for (int i = int(threadIdx.x) % kRowThreads; i < length; i += kRowThreads) {
+            const index_t position = begin + i;
+            const bool exists = position >= 0 && position < L;
+            shared[i] = exists ? row[position * stride] : scalar::storage_zero();
+        }
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS) weight_gradient_pairs(
+    const storage_t* __restrict__ coarse,  // [N, C_coarse, L_coarse]
+    const storage_t* __restrict__ fine,    // [N, C_fine, L_fine]
+    acc_t* __restrict__ partial,           // [slices, C_coarse, C_fine_g, K], or null
+    storage_t* __restrict__ grad_weight,   // [C_coarse, C_fine_g, K], or null
+    const Params p) {
+    const int block_pairs = int(p.block_pairs), coarse_pitch = int(p.coarse_pitch), fine_pitch = int(p.fine_pitch);
+    Row* const smem_rows = reinterpret_cast<Row*>(dynamic_shared_memory());         // [block_pairs]
+    storage_t* const buffers = reinterpret_cast<storage_t*>(smem_rows + block_pairs);
+    const int buffer_size = block_pairs * (coarse_pitch + fine_pitch);
+
+    const index_t tap_tile = index_t(blockIdx.x) / p.pair_blocks;
+    const index_t pair_begin = (index_t(blockIdx.x) - tap_tile * p.pair_blocks) * block_pairs;
+    const int block_rows = int(min_index(block_pairs, p.pairs - pair_begin));
+    const int tap_thread = int(threadIdx.x) / block_pairs, in_block = int(threadIdx.x) - tap_thread * block_pairs;
+    const index_t tile_tap = tap_tile * p.tap_threads * THREAD_K;  // the first of the tile, `lead` of them not existing
+
+    const auto row_of = [&](index_t pair) {
+        const index_t channels = pair / p.C_fine_g, c = pair - channels * p.C_fine_g;
+        const index_t slice = channels / p.C_coarse, r = channels - slice * p.C_coarse;
+        const index_t g = r / p.C_coarse_g;
+        return Row{r * p.coarse_stride_c, (g * p.C_fine_g + c) * p.fine_stride_c, find_slice(slice, p)};
+    };
+    for (int row = threadIdx.x; row < block_rows; row += blockDim.x) smem_rows[row] = row_of(pair_begin + row);
+    __syncthreads();
+
+    const auto load_chunk = [&](int buffer, index_t sample, index_t l_first) {
+        storage_t* const smem_coarse = buffers + buffer * buffer_size;
+        storage_t* const smem_fine = smem_coarse + block_pairs * coarse_pitch;
+#pragma unroll 1
+        for (int i = int(threadIdx.x) / kRowThreads; i < block_rows; i += int(blockDim.x) / kRowThreads) {
+            const Row row = smem_rows[i];
+            const index_t n = row.slice.n_begin + sample, l = row.slice.l_begin + l_first;
+            if (n >= row.slice.n_end || l >= row.slice.l_end) continue;
+            copy_row(
+                smem_coarse + i * coarse_pitch, coarse + (row.coarse + n * p.coarse_stride_n), p.coarse_stride_l, l,
+                int(min_index(p.chunk, row.slice.l_end - l)), p.L_coarse, p.coarse_copy);
+            copy_row(
+                smem_fine + i * fine_pitch, fine + (row.fine + n * p.fine_stride_n), p.fine_stride_l,
+                l * p.stride - p.padding_left + (SLIDES ? tile_tap : tile_tap * p.dilation) - p.lead, int(p.window),
+                p.L_fine, p.fine_copy);
+        }
+    };
+
+    acc_t acc[THREAD_K];
+#pragma unroll
+    for (int j = 0; j < THREAD_K; ++j) acc[j] = scalar::zero();
+
+    // From the first tap of the tile, or of the thread where that slides. A tap behind the last repeats it: its sum is not
+    // stored.
+    int tap_offset[THREAD_K];
+#pragma unroll
+    for (int j = 0; j < THREAD_K; ++j) {
+        const index_t tap = min_index(tap_thread * THREAD_K + j, p.K - 1 - tile_tap);
+        tap_offset[j] = SLIDES ? j : int(tap * p.dilation);
+    }
+
+    // Sums `count` positions of a row of coarse with a window of fine.
+    const auto sum_positions = [&](const storage_t* a, const storage_t* b, int count) {
+#if SLIDES
+        const Vector* const a_vectors = reinterpret_cast<const Vector*>(a);
+        const Vector* const b_vectors = reinterpret_cast<const Vector*>(b);
+        acc_t held[kHeld][kVec];
+        const auto hold = [&](int slot, int vector) {
+            const Vector next = b_vectors[vector];
+#pragma unroll
+            for (int e = 0; e < kVec; ++e) held[slot][e] = scalar::load(next.element[e]);
+        };
+        const int vectors = count / kVec;
+        if (vectors > 0) {
+#pragma unroll
+            for (int v = 0; v < kHeld - 1; ++v) hold(v, v);
+        }
+#pragma unroll 1
+        for (int first = 0; first < vectors; first += kHeld) {
+#pragma unroll
+            for (int v = 0; v < kHeld; ++v) {
+                if (first + v >= vectors) break;
+                hold((v + kHeld - 1) % kHeld, first + v + kHeld - 1);
+                const Vector x = a_vectors[first + v];
+#pragma unroll
+                for (int e = 0; e < kVec; ++e) {
+                    const acc_t value = scalar::load(x.element[e]);
+#pragma unroll
+                    for (int j = 0; j < THREAD_K; ++j) {
+                        acc[j] = multiply_add_conjugate(value, held[(v + (e + j) / kVec) % kHeld][(e + j) % kVec], acc[j]);
+                    }
+                }
+            }
+        }
+        int l = vectors * kVec;
+        const int step = 1;
+#else
+        int l = 0;
+        const int step = int(p.stride);
+#endif
+#pragma unroll 1
+        for (; l < count; ++l) {
+            const acc_t value = scalar::load(a[l]);
+#pragma unroll
+            for (int j = 0; j < THREAD_K; ++j) {
+                acc[j] = multiply_add_conjugate(value, scalar::load(b[l * step + tap_offset[j]]), acc[j]);
+            }
+        }
+    };
+
+    // The first time round only loads. Chunk i of sample n precedes chunk i + 1, and the last of a sample the next sample.
+    const bool has_pair = in_block < block_rows;
+    index_t next_sample = 0, next_chunk = 0, sample = -1, piece = 0;
+    int buffer = 1;
+    for (; sample < p.slice_samples; buffer ^= 1) {
+        copy_async_wait();
+        __syncthreads();
+        if (next_sample < p.slice_samples) load_chunk(buffer ^ 1, next_sample, next_chunk * p.chunk);
+        if (sample >= 0 && has_pair) {
+            const Slice s = smem_rows[in_block].slice;
+            const index_t l = s.l_begin + piece * p.chunk;
+            if (s.n_begin + sample < s.n_end && l < s.l_end) {
+                const storage_t* const a = buffers + buffer * buffer_size + in_block * coarse_pitch;
+                const storage_t* const b = buffers + buffer * buffer_size + block_pairs * coarse_pitch +
+                                           in_block * fine_pitch + (SLIDES ? tap_thread * THREAD_K : int(p.lead));
+                sum_positions(a, b, int(min_index(p.chunk, s.l_end - l)));
+            }
+        }
+        sample = next_sample;
+        piece = next_chunk;
+        if (++next_chunk == p.chunks) {
+            next_chunk = 0;
+            ++next_sample;
+        }
+    }
+    if (!has_pair) return;
+
+    const index_t pair = pair_begin + in_block;
+    const index_t channels = pair / p.C_fine_g, r = channels % p.C_coarse;
+    const index_t first_tap = tile_tap + tap_thread * THREAD_K - (SLIDES ? p.lead : 0);
+    acc_t* const partial_pair = partial + pair * p.K;  // [slice, r, c, 0]
+    storage_t* const result_pair =
+        grad_weight + (r * p.weight_stride_r + (pair - channels * p.C_fine_g) * p.weight_stride_c);
+    const auto store = [&](acc_t sum, index_t k) {
+        if (partial != nullptr) {
+            partial_pair[k] = sum;
+        } else {
+            result_pair[k * p.weight_stride_k] = finish(sum, p.is_conjugated);
+        }
+    };
+    bool met_nan = false;
+#pragma unroll
+    for (int j = 0; j < THREAD_K; ++j) {
+        if (first_tap + j >= 0 && first_tap + j < p.K) {
+            store(acc[j], first_tap + j);
+            met_nan = met_nan || is_nan(acc[j]);
+        }
+    }
+    if (!met_nan) return;
+    const Row row = row_of(pair);
+#pragma unroll 1
+    for (index_t k = max_index(first_tap, 0); k < min_index(first_tap + THREAD_K, p.K); ++k) {
+        store(sum_existing_terms(coarse + row.coarse, fine + row.fine, k, row.slice, p), k);
+    }
+}

@@ -1,0 +1,64 @@
+"""bias_gradient_rows: the bias gradient, sums of rows.
+
+Contract: cuda_src/bias_gradient_rows.cu.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ..device import Device
+from ..problem import DTYPES, BiasGradientProblem
+from .base import MAX_GRID, Config, GradientFamily, GradientLayout, Launch, base_config, gradient_index_bits
+from .slices import Slices, accumulator_bytes
+
+# Threads of a block; a part of the order of summation.
+BLOCK_SIZE = 128
+
+
+class BiasGradientRows(GradientFamily[BiasGradientProblem]):
+    """A block per channel and slice, any strides; refuses nothing."""
+
+    name = "bias_gradient_rows"
+    op = "bias_gradient"
+
+    def refuse(self, problem: BiasGradientProblem, layout: GradientLayout, device: Device) -> str | None:
+        return None
+
+    def configure(self, problem: BiasGradientProblem, layout: GradientLayout, device: Device) -> tuple[Config, Launch]:
+        p = problem
+        slices = Slices.of(p)
+        num_sums = slices.count * p.C
+        stride_n, stride_c, stride_l = layout.inputs[0].strides
+        step_n, step_l = divmod(BLOCK_SIZE, p.L)
+        params = {
+            "num_sums": num_sums,
+            "N": p.N,
+            "C": p.C,
+            "L_coarse": p.L,
+            **slices.params(),
+            "step_l": step_l,
+            "advance": step_n * stride_n + step_l * stride_l,
+            "carry": stride_n - p.L * stride_l,
+            "grad_output_stride_n": stride_n,
+            "grad_output_stride_c": stride_c,
+            "grad_output_stride_l": stride_l,
+            "grad_bias_stride": layout.result.strides[0],
+        }
+        grid = min(num_sums, MAX_GRID)
+        hanging = p.N + 1 + BLOCK_SIZE // p.L  # samples that a thread's address may reach behind the last term
+        bits = gradient_index_bits(
+            p,
+            layout,
+            num_sums + grid,
+            slices.samples * slices.positions + BLOCK_SIZE,
+            hanging * abs(stride_n) + p.C * abs(stride_c) + (p.L + BLOCK_SIZE) * abs(stride_l),
+        )
+        config = base_config(self.name, p.dtype, bits, BLOCK_SIZE)
+        shared = BLOCK_SIZE * accumulator_bytes(p.dtype)
+        return config, Launch(grid, BLOCK_SIZE, shared, bits, tuple(params.items()))
+
+    def configs(self, device: Device) -> Iterator[Config]:
+        for dtype in DTYPES:
+            for bits in (32, 64):
+                yield base_config(self.name, dtype, bits, BLOCK_SIZE)

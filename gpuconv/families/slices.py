@@ -1,0 +1,150 @@
+"""What the gradient families share: how the sum over samples and positions is cut into slices, and how they are added.
+
+Contract: cuda_src/slices.cuh, cuda_src/sum_slices.cu.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from ..problem import ITEMSIZE, BiasGradientProblem, WeightGradientProblem
+from ..source import params_fields
+from .base import Config, GradientLayout, Launch, base_config, gradient_index_bits, gradient_shapes
+
+SUM_BLOCK_SIZE = 256
+
+# The most bytes of the partial sums of a call.
+MAX_PARTIAL_BYTES = 64 * 2**20
+# Terms of a slice, where that leaves enough sums: a partial sum costs a write and a read for as many multiply-adds.
+_SLICE_TERMS = 512
+# Fewer are not worth a partial sum.
+_FEWEST_TERMS = 64
+# Partial sums of which a GPU has enough to do: kernels for many channels hold 64 of them in a thread, others 8.
+_ENOUGH_SUMS, _ENOUGH_SUMS_OF_FEW_CHANNELS = 2**22, 2**20
+_FEW_CHANNELS = 4
+# Positions of a channel that a block of the bias gradient adds.
+_BIAS_SLICE_TERMS = 4096
+# Slices begin at a multiple of these positions, so that rows that begin aligned stay so.
+_ALIGNED_POSITIONS = 32
+# Slices that one thread adds at least, before several share them.
+_SLICES_OF_A_WAY = 8
+_MOST_WAYS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Slices:
+    """How N samples of L positions are cut: into pieces of each sample, or groups of whole samples.
+
+    The cut depends on the problem's shape and dtype alone, so that the order of summation does.
+
+    Attributes:
+        count: slices.
+        samples: samples of a slice; 1 where samples are cut.
+        positions: positions of each of them.
+        pieces: slices along one sample.
+    """
+
+    count: int
+    samples: int
+    positions: int
+    pieces: int
+
+    @classmethod
+    def of(cls, problem: WeightGradientProblem | BiasGradientProblem) -> Slices:
+        p = problem
+        sums = math.prod(gradient_shapes(p)[1])
+        if isinstance(p, WeightGradientProblem):
+            is_narrow = min(p.C_coarse_g, p.C_fine_g) <= _FEW_CHANNELS
+            enough = -(-(_ENOUGH_SUMS_OF_FEW_CHANNELS if is_narrow else _ENOUGH_SUMS) // sums)
+            length = p.L_coarse
+            wanted = min(max(enough, -(-p.N * length // _SLICE_TERMS)), -(-p.N * length // _FEWEST_TERMS))
+        else:
+            length = p.L
+            wanted = -(-p.N * length // _BIAS_SLICE_TERMS)
+        most = max(1, MAX_PARTIAL_BYTES // (sums * accumulator_bytes(p.dtype)))
+        wanted = max(1, min(wanted, most))
+        if wanted <= p.N:
+            samples = p.N // wanted
+            if -(-p.N // samples) > most:
+                samples = -(-p.N // most)
+            return cls(-(-p.N // samples), samples, length, 1)
+        pieces = min(-(-wanted // p.N), most // p.N)
+        positions = _round_up(-(-length // pieces), _ALIGNED_POSITIONS)
+        if positions >= length:
+            return cls(p.N, 1, length, 1)
+        pieces = -(-length // positions)
+        return cls(p.N * pieces, 1, positions, pieces)
+
+    def partial_bytes(self, problem: WeightGradientProblem | BiasGradientProblem) -> int:
+        """The memory of the partial sums; none where there is one slice."""
+        if self.count == 1:
+            return 0
+        return self.count * math.prod(gradient_shapes(problem)[1]) * accumulator_bytes(problem.dtype)
+
+    def params(self) -> dict[str, int]:
+        """The fields of Params that `find_slice` of slices.cuh reads."""
+        return {"slice_samples": self.samples, "slice_positions": self.positions, "slice_pieces": self.pieces}
+
+
+def accumulator_bytes(dtype: str) -> int:
+    return max(4, ITEMSIZE[dtype])
+
+
+def stride_params(layout: GradientLayout) -> dict[str, int]:
+    """The stride fields of a weight gradient's Params."""
+    names = ("coarse_stride_n", "coarse_stride_c", "coarse_stride_l", "fine_stride_n", "fine_stride_c", "fine_stride_l")
+    strides = (*layout.inputs[0].strides, *layout.inputs[1].strides, *layout.result.strides)
+    return dict(zip((*names, "weight_stride_r", "weight_stride_c", "weight_stride_k"), strides, strict=True))
+
+
+def weight_index_bits(problem: WeightGradientProblem, layout: GradientLayout, *extra: int) -> int:
+    """`gradient_index_bits` with the positions that every kernel of a weight gradient forms before it clips them."""
+    p = problem
+    span = p.padding_left + p.dilation * p.K
+    positions = (p.L_coarse + _ALIGNED_POSITIONS) * p.stride + p.L_fine + span
+    sums = Slices.of(p).count * math.prod(p.weight_shape)
+    fine = p.N * abs(layout.inputs[1].strides[0]) + positions * abs(layout.inputs[1].strides[2])
+    return gradient_index_bits(p, layout, positions, sums, fine, *extra)
+
+
+def sum_launch(problem: WeightGradientProblem | BiasGradientProblem, layout: GradientLayout) -> tuple[Config, Launch]:
+    """The specialisation and the launch of sum_slices."""
+    slices = Slices.of(problem)
+    _, shape = gradient_shapes(problem)
+    num_results = math.prod(shape)
+    ways = 1
+    while ways < _MOST_WAYS and slices.count >= 2 * ways * _SLICES_OF_A_WAY:
+        ways *= 2
+    extents = (*shape, 1, 1)
+    strides = (*layout.result.strides, 0, 0)
+    conjugated = isinstance(problem, WeightGradientProblem) and problem.conjugate_coarse
+    params = {
+        "num_results": num_results,
+        "slices": slices.count,
+        "ways": ways,
+        "extent_1": extents[1],
+        "extent_2": extents[2],
+        "is_conjugated": int(conjugated),
+        "result_stride_0": strides[0],
+        "result_stride_1": strides[1],
+        "result_stride_2": strides[2],
+    }
+    bits = gradient_index_bits(problem, layout, (slices.count + ways) * num_results + SUM_BLOCK_SIZE)
+    grid = -(-num_results * ways // SUM_BLOCK_SIZE)
+    shared = SUM_BLOCK_SIZE * accumulator_bytes(problem.dtype) if ways > 1 else 0
+    return sum_config(problem.dtype, bits), Launch(grid, SUM_BLOCK_SIZE, shared, bits, tuple(params.items()))
+
+
+def sum_config(dtype: str, bits: int) -> Config:
+    return base_config("sum_slices", dtype, bits, SUM_BLOCK_SIZE)
+
+
+def gradient_config(kernel: str, dtype: str, bits: int, macros: dict[str, int]) -> Config:
+    """The specialisation of a gradient kernel with these macros besides those that all have."""
+    fields = len(params_fields(kernel))
+    return Config.of(kernel, {"DTYPE": dtype, "INDEX_BITS": bits, **macros, "PARAMS_BYTES": fields * bits // 8})
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

@@ -1,0 +1,60 @@
+"""weight_gradient_direct: the weight gradient that refuses nothing.
+
+Contract: cuda_src/weight_gradient_direct.cu.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from ..device import Device
+from ..problem import DTYPES, WeightGradientProblem
+from .base import MAX_GRID, Config, GradientFamily, GradientLayout, Launch, base_config
+from .slices import Slices, stride_params, sum_config, weight_index_bits
+
+# As in conv1d_direct.
+BLOCK_SIZE = 256
+
+
+class WeightGradientDirect(GradientFamily[WeightGradientProblem]):
+    """One thread per result and slice, any strides."""
+
+    name = "weight_gradient_direct"
+    op = "weight_gradient"
+
+    def refuse(self, problem: WeightGradientProblem, layout: GradientLayout, device: Device) -> str | None:
+        return None
+
+    def configure(
+        self, problem: WeightGradientProblem, layout: GradientLayout, device: Device
+    ) -> tuple[Config, Launch]:
+        p = problem
+        slices = Slices.of(p)
+        num_sums = slices.count * math.prod(p.weight_shape)
+        grid = min(-(-num_sums // BLOCK_SIZE), MAX_GRID)
+        bits = weight_index_bits(p, layout, num_sums + grid * BLOCK_SIZE)
+        params = {
+            "num_sums": num_sums,
+            "N": p.N,
+            "L_coarse": p.L_coarse,
+            "L_fine": p.L_fine,
+            "K": p.K,
+            "C_coarse": p.C_coarse,
+            "C_coarse_g": p.C_coarse_g,
+            "C_fine_g": p.C_fine_g,
+            "stride": p.stride,
+            "padding_left": p.padding_left,
+            "dilation": p.dilation,
+            **slices.params(),
+            "is_conjugated": int(p.conjugate_coarse),
+            **stride_params(layout),
+        }
+        config = base_config(self.name, p.dtype, bits, BLOCK_SIZE)
+        return config, Launch(grid, BLOCK_SIZE, 0, bits, tuple(params.items()))
+
+    def configs(self, device: Device) -> Iterator[Config]:
+        for dtype in DTYPES:
+            for bits in (32, 64):
+                yield base_config(self.name, dtype, bits, BLOCK_SIZE)
+                yield sum_config(dtype, bits)

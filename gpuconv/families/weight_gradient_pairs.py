@@ -1,0 +1,215 @@
+"""weight_gradient_pairs: weight gradients of depthwise layers and of groups with few channels on one side.
+
+Contract: cuda_src/weight_gradient_pairs.cu.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+from ..device import Device
+from ..problem import DTYPES, ITEMSIZE, WeightGradientProblem
+from .base import MAX_GRID, ArrayLayout, Config, GradientFamily, GradientLayout, Launch
+from .slices import Slices, gradient_config, stride_params, weight_index_bits
+
+WARP = 32
+THREAD_K = 8
+MAX_THREADS = 256
+# Registers of a thread: 64 leave float32 sums and what slides past them room.
+MIN_BLOCKS = {32: 4, 64: 2}
+# Each pair reads both of its rows, so pairs are for layers that have few; the tiled family reads a row once for many.
+MAX_CHANNELS = 4
+# From so many channels on the other side, taps and steps on, reading rows of fine again for each pair costs more than a
+# tile that is mostly full.
+MANY_CHANNELS = 16
+MANY_COLUMNS = 8
+# Bytes of shared memory of a block, from which several share a multiprocessor.
+_SHARED_BYTES = 56 * 1024
+_CHUNKS = (64, 32, 16, 8)  # positions, in whole vectors
+
+
+class WeightGradientPairs(GradientFamily[WeightGradientProblem]):
+    """A thread per pair of rows and eight taps."""
+
+    name = "weight_gradient_pairs"
+    op = "weight_gradient"
+
+    def refuse(self, problem: WeightGradientProblem, layout: GradientLayout, device: Device) -> str | None:
+        p = problem
+        if min(p.C_coarse_g, p.C_fine_g) > MAX_CHANNELS:
+            return f"needs at most {MAX_CHANNELS} channels a group on one side"
+        if p.C_coarse_g >= MANY_CHANNELS and p.C_fine_g * p.K >= MANY_COLUMNS and p.stride > 1:
+            return f"needs stride 1 where a group has {MANY_CHANNELS} channels or more on the coarse side"
+        shape = _shape(p, layout, device)
+        if shape is None:
+            return f"needs two windows of 32 pairs in {device.shared_per_block} bytes of shared memory"
+        if shape.grid > MAX_GRID:
+            return f"needs at most {MAX_GRID} blocks"
+        return None
+
+    def configure(
+        self, problem: WeightGradientProblem, layout: GradientLayout, device: Device
+    ) -> tuple[Config, Launch]:
+        p = problem
+        shape = _shape(p, layout, device)
+        assert shape is not None, f"{self.name} refuses {p}"
+        slices = Slices.of(p)
+        params = {
+            "N": p.N,
+            "L_coarse": p.L_coarse,
+            "L_fine": p.L_fine,
+            "K": p.K,
+            "C_coarse": p.C_coarse,
+            "C_coarse_g": p.C_coarse_g,
+            "C_fine_g": p.C_fine_g,
+            "pairs": shape.pairs,
+            "pair_blocks": shape.pair_blocks,
+            "block_pairs": shape.block_pairs,
+            "tap_threads": shape.tap_threads,
+            "stride": p.stride,
+            "padding_left": p.padding_left,
+            "dilation": p.dilation,
+            **slices.params(),
+            "is_conjugated": int(p.conjugate_coarse),
+            "chunk": shape.chunk,
+            "chunks": -(-slices.positions // shape.chunk),
+            "coarse_copy": shape.coarse_copy,
+            "fine_copy": shape.fine_copy,
+            "lead": shape.lead,
+            "window": shape.window,
+            "coarse_pitch": shape.coarse_pitch,
+            "fine_pitch": shape.fine_pitch,
+            **stride_params(layout),
+        }
+        launch = Launch(
+            shape.grid, shape.block_pairs * shape.tap_threads, shape.shared_bytes, shape.bits, tuple(params.items())
+        )
+        return self._config(shape.slides, p.dtype, shape.bits), launch
+
+    def configs(self, device: Device) -> Iterator[Config]:
+        for dtype in DTYPES:
+            for slides in (True, False):
+                for bits in (32, 64):
+                    yield self._config(slides, dtype, bits)
+
+    def _config(self, slides: bool, dtype: str, bits: int) -> Config:
+        macros = {
+            "SLIDES": int(slides),
+            "THREAD_K": THREAD_K,
+            "MAX_THREADS": MAX_THREADS,
+            "MIN_BLOCKS": 2 if ITEMSIZE[dtype] > 4 else MIN_BLOCKS[bits],
+        }
+        return gradient_config(self.name, dtype, bits, macros)
+
+
+@dataclass(frozen=True, slots=True)
+class _Shape:
+    """How a block takes its pairs: the fields of Params that the host chooses.
+
+    Attributes:
+        slides: SLIDES of the .cu file.
+        bits: of indices.
+        grid: blocks.
+        shared_bytes: dynamic shared memory of a block.
+    """
+
+    slides: bool
+    bits: int
+    pairs: int
+    pair_blocks: int
+    block_pairs: int
+    tap_threads: int
+    chunk: int
+    coarse_copy: int
+    fine_copy: int
+    lead: int
+    window: int
+    coarse_pitch: int
+    fine_pitch: int
+    grid: int
+    shared_bytes: int
+
+
+@lru_cache(maxsize=4096)
+def _shape(p: WeightGradientProblem, layout: GradientLayout, device: Device) -> _Shape | None:
+    """None where not even the shortest chunk fits in shared memory."""
+    slides = p.stride == 1 and p.dilation == 1
+    vec = 16 // p.itemsize
+    coarse, fine = layout.inputs
+    # Windows that do not slide are read element by element, for which rows lie an odd number of words apart.
+    widest = vec if slides else max(1, 4 // p.itemsize)
+    coarse_copy = _copy_elements(coarse, p.L_coarse, widest, p.itemsize)
+    fine_copy = _copy_elements(fine, p.L_fine, widest, p.itemsize)
+    while fine_copy > 1 and slides and _tap_groups(p, -p.padding_left % fine_copy) > _tap_groups(p, 0):
+        fine_copy //= 2  # a lead would cost further taps
+    if fine_copy * p.itemsize < 4:
+        fine_copy = 1
+    lead = -p.padding_left % fine_copy
+
+    groups = _tap_groups(p, lead if slides else 0)
+    tap_tiles = -(-groups * WARP // MAX_THREADS)
+    tap_threads = -(-groups // tap_tiles)
+    tap_tiles = -(-groups // tap_threads)
+    pairs = Slices.of(p).count * p.C_coarse * p.C_fine_g
+    block_pairs = WARP * min(max(1, 2 // tap_threads), -(-pairs // WARP))
+    pair_blocks = -(-pairs // block_pairs)
+
+    # Positions behind the last that chunks and taps reach.
+    reach = (p.L_coarse + _CHUNKS[0]) * p.stride + p.padding_left + (p.K + tap_threads * THREAD_K) * p.dilation
+    fine_n, fine_c, fine_l = map(abs, fine.strides)
+    coarse_l = abs(coarse.strides[2])
+    bits = weight_index_bits(
+        p,
+        layout,
+        pair_blocks * tap_tiles,
+        pairs + block_pairs,
+        p.N * fine_n + p.C_fine * fine_c + reach * fine_l,
+        p.N * abs(coarse.strides[0]) + p.C_coarse * abs(coarse.strides[1]) + (p.L_coarse + _CHUNKS[0]) * coarse_l,
+    )
+
+    def shape(chunk: int) -> _Shape:
+        taps = tap_threads * THREAD_K
+        if slides:
+            window = chunk + taps
+            coarse_pitch, fine_pitch = (vec * _odd(-(-length // vec)) for length in (chunk, window))
+        else:
+            window = lead + (chunk - 1) * p.stride + (min(taps, p.K) - 1) * p.dilation + 1
+            window += -window % fine_copy
+            word = max(1, 4 // p.itemsize)
+            coarse_pitch, fine_pitch = (word * _odd(-(-length // word)) for length in (chunk, window))
+        row_bytes = 6 * bits // 8
+        shared = block_pairs * (row_bytes + 2 * (coarse_pitch + fine_pitch) * p.itemsize)
+        return _Shape(
+            slides, bits, pairs, pair_blocks, block_pairs, tap_threads, chunk, coarse_copy, fine_copy, lead, window,
+            coarse_pitch, fine_pitch, pair_blocks * tap_tiles, shared,
+        )  # fmt: skip
+
+    # A longer chunk reads less of a window again, but one that is longer than the slice is of no use.
+    shapes = [shape(chunk) for chunk in _CHUNKS if chunk <= max(_CHUNKS[-1], 2 * Slices.of(p).positions)]
+    fitting = [s for s in shapes if s.shared_bytes <= min(_SHARED_BYTES, device.shared_per_block)]
+    fitting += [s for s in reversed(shapes) if s.shared_bytes <= device.shared_per_block]
+    return fitting[0] if fitting else None
+
+
+def _tap_groups(p: WeightGradientProblem, lead: int) -> int:
+    return -(-(p.K + lead) // THREAD_K)
+
+
+def _copy_elements(array: ArrayLayout, length: int, widest: int, itemsize: int) -> int:
+    """The most elements up to `widest` at whose multiples every multiple of their number in a row lies."""
+    elements = widest
+    while elements > 1 and not (
+        elements * itemsize >= 4
+        and array.strides[2] == 1
+        and array.alignment % (elements * itemsize) == 0
+        and length % elements == 0
+        and all(stride % elements == 0 for stride in array.strides[:2])
+    ):
+        elements //= 2
+    return elements
+
+
+def _odd(value: int) -> int:
+    return value + 1 - value % 2

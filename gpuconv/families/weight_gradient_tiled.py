@@ -1,0 +1,144 @@
+"""weight_gradient_tiled: weight gradients of dense and grouped layers by register tiles.
+
+Contract: cuda_src/weight_gradient_tiled.cu.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import NamedTuple
+
+from ..device import Device
+from ..problem import DTYPES, WeightGradientProblem
+from .base import MAX_GRID, Config, GradientFamily, GradientLayout, Launch
+from .slices import Slices, accumulator_bytes, gradient_config, stride_params, weight_index_bits
+from .tiles import Tile, cost
+
+# By the size of the accumulator, as in tiles.py; low and wide, or high and narrow ones for groups of few channels.
+TILES: dict[int, tuple[Tile, ...]] = {
+    4: (Tile(128, 128, 8, 8, 8, 2), Tile(64, 64, 8, 8, 8, 6), Tile(16, 64, 8, 4, 8, 16), Tile(128, 16, 8, 8, 4, 8)),
+    8: (Tile(64, 64, 8, 4, 8, 3), Tile(16, 64, 8, 4, 4, 8), Tile(64, 16, 8, 4, 4, 6)),
+    16: (Tile(32, 64, 8, 4, 4, 2), Tile(16, 16, 8, 2, 4, 8)),
+}
+_LARGEST = 128  # extent of a tile
+_LOAD_POSITIONS = 8  # kLoadPositions of the .cu file
+# Fewer rows or columns leave most of every tile empty.
+MIN_CHANNELS = 4
+
+
+class WeightGradientTiled(GradientFamily[WeightGradientProblem]):
+    """Register tiles over the channels of coarse by (channels of fine, taps)."""
+
+    name = "weight_gradient_tiled"
+    op = "weight_gradient"
+
+    def refuse(self, problem: WeightGradientProblem, layout: GradientLayout, device: Device) -> str | None:
+        p = problem
+        if p.C_coarse_g < MIN_CHANNELS:
+            return f"needs at least {MIN_CHANNELS} channels a group on the coarse side"
+        if p.C_fine_g * p.K < MIN_CHANNELS:
+            return f"needs at least {MIN_CHANNELS} taps of all channels of a group"
+        if _tilings(p, device)[0].blocks > MAX_GRID:
+            return f"needs at most {MAX_GRID} blocks"
+        return None
+
+    def configure(
+        self, problem: WeightGradientProblem, layout: GradientLayout, device: Device
+    ) -> tuple[Config, Launch]:
+        p = problem
+        tiling = _tilings(p, device)[0]
+        tile = tiling.tile
+        strides = stride_params(layout)
+        step_n, step_l = divmod(_LOAD_POSITIONS, p.L_coarse)
+        fine_step = p.stride * strides["fine_stride_l"]
+        params = {
+            "N": p.N,
+            "L_coarse": p.L_coarse,
+            "L_fine": p.L_fine,
+            "K": p.K,
+            "C_coarse": p.C_coarse,
+            "C_coarse_g": p.C_coarse_g,
+            "C_fine_g": p.C_fine_g,
+            "row_tiles": tiling.row_tiles,
+            "column_tiles": tiling.column_tiles,
+            "groups": p.groups,
+            "stride": p.stride,
+            "padding_left": p.padding_left,
+            "dilation": p.dilation,
+            **Slices.of(p).params(),
+            "is_conjugated": int(p.conjugate_coarse),
+            "step_l": step_l,
+            "coarse_advance": step_n * strides["coarse_stride_n"] + step_l * strides["coarse_stride_l"],
+            "coarse_carry": strides["coarse_stride_n"] - p.L_coarse * strides["coarse_stride_l"],
+            "fine_advance": step_n * strides["fine_stride_n"] + step_l * fine_step,
+            "fine_carry": strides["fine_stride_n"] - p.L_coarse * fine_step,
+            **strides,
+        }
+        # Samples and positions behind the last, which a thread's addresses reach; rows and columns behind the last.
+        hanging = p.N + 1 + _LOAD_POSITIONS // p.L_coarse
+        coarse_n, coarse_l = abs(strides["coarse_stride_n"]), abs(strides["coarse_stride_l"])
+        fine_n, fine_l = abs(strides["fine_stride_n"]), abs(strides["fine_stride_l"])
+        positions = (p.L_coarse + _LARGEST) * p.stride + p.padding_left + p.dilation * p.K
+        bits = weight_index_bits(
+            p,
+            layout,
+            tiling.blocks,
+            Slices.of(p).samples * p.L_coarse + _LARGEST,
+            hanging * coarse_n + (p.L_coarse + _LARGEST) * coarse_l + p.C_coarse * abs(strides["coarse_stride_c"]),
+            hanging * fine_n + positions * fine_l + p.C_fine * abs(strides["fine_stride_c"]),
+            p.C_fine_g * p.K + _LARGEST,
+            p.C_coarse + _LARGEST,
+        )
+        config = self._config(tile, p.dtype, bits)
+        return config, Launch(tiling.blocks, tile.threads, _shared_bytes(tile, p.dtype), bits, tuple(params.items()))
+
+    def figures(
+        self, problem: WeightGradientProblem, layout: GradientLayout, device: Device
+    ) -> tuple[tuple[str, float], ...]:
+        return tuple((f"{t.tile.block_m}x{t.tile.block_n}", t.cycles) for t in _tilings(problem, device))
+
+    def configs(self, device: Device) -> Iterator[Config]:
+        for dtype in DTYPES:
+            for tile in TILES[accumulator_bytes(dtype)]:
+                for bits in (32, 64):
+                    yield self._config(tile, dtype, bits)
+
+    def _config(self, tile: Tile, dtype: str, bits: int) -> Config:
+        macros = {
+            "BLOCK_M": tile.block_m,
+            "BLOCK_N": tile.block_n,
+            "BLOCK_R": tile.block_r,
+            "THREAD_M": tile.thread_m,
+            "THREAD_N": tile.thread_n,
+            "MIN_BLOCKS": tile.min_blocks if bits == 32 else 1,
+            "SHARED_BYTES": _shared_bytes(tile, dtype),
+        }
+        return gradient_config(self.name, dtype, bits, macros)
+
+
+class _Tiling(NamedTuple):
+    """A tile, how often it lies along rows and columns, blocks of all groups and slices, predicted cycles."""
+
+    tile: Tile
+    row_tiles: int
+    column_tiles: int
+    blocks: int
+    cycles: float
+
+
+@lru_cache(maxsize=4096)
+def _tilings(p: WeightGradientProblem, device: Device) -> tuple[_Tiling, ...]:
+    """The cheapest first."""
+    slices = Slices.of(p)
+    found = []
+    for tile in TILES[accumulator_bytes(p.dtype)]:
+        row_tiles, column_tiles = -(-p.C_coarse_g // tile.block_m), -(-p.C_fine_g * p.K // tile.block_n)
+        blocks = row_tiles * column_tiles * p.groups * slices.count
+        cycles = cost(tile, blocks, slices.samples * slices.positions, p.dtype, device, gathers_rows=True)
+        found.append(_Tiling(tile, row_tiles, column_tiles, blocks, cycles))
+    return tuple(sorted(found, key=lambda tiling: tiling.cycles))
+
+
+def _shared_bytes(tile: Tile, dtype: str) -> int:
+    return tile.shared_bytes(accumulator_bytes(dtype), padding=max(1, 16 // accumulator_bytes(dtype)))
