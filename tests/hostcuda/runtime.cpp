@@ -242,6 +242,7 @@ pthread_t launch_thread;
 Thread threads[kMaxThreads];
 unsigned current, num_exited, num_at_barrier;
 unsigned ready_in_warp[kMaxWarps];  // fresh or ready threads
+unsigned meeting_in_warp[kMaxWarps];  // threads that wait for others of their warp
 
 unsigned char* stacks;  // kMaxThreads slots, each a guard and a stack
 Fiber fibers[kMaxThreads];
@@ -403,9 +404,16 @@ int next_in_pass() {
     return -1;
 }
 
+// Leaves the fiber for that of the pass's next lane, or for the scheduler if that lane has none or there is no such lane.
 void pause(Fiber* fiber) {
+    const int next = next_in_pass();
+    const bool has_fiber = next >= 0 && threads[next].state == kReady;
     in_fiber = false;
-    switch_context(&fiber->context, &scheduler);
+    if (has_fiber) {
+        ++pass.position;
+        begin(unsigned(next));
+    }
+    switch_context(&fiber->context, has_fiber ? &threads[next].fiber->context : &scheduler);
     in_fiber = true;
 }
 
@@ -471,6 +479,7 @@ void wait(State state, const char* name, const char* file, int line) {
 }
 
 void make_ready(unsigned t) {
+    if (threads[t].state == kInWarp) --meeting_in_warp[t / kWarpSize];
     threads[t].state = kReady;
     ++ready_in_warp[t / kWarpSize];
 }
@@ -503,7 +512,9 @@ void start_pass(unsigned warp) {
     }
 }
 
-bool same_place(const Thread& a, const Thread& b) { return a.line == b.line && strcmp(a.file, b.file) == 0; }
+bool same_place(const Thread& a, const Thread& b) {
+    return a.line == b.line && (a.file == b.file || strcmp(a.file, b.file) == 0);
+}
 
 // No thread can run and some wait: release the barrier if all of them are at the same one, else report.
 bool release_barrier() {
@@ -556,6 +567,7 @@ bool run_block() {
     }
     for (unsigned warp = 0; warp < num_warps(); ++warp)
         ready_in_warp[warp] = block - warp * kWarpSize < kWarpSize ? block - warp * kWarpSize : kWarpSize;
+    memset(meeting_in_warp, 0, sizeof meeting_in_warp);
 
     while (num_exited < block) {
         const int warp = choose_warp();
@@ -614,19 +626,21 @@ void hostcuda_warp_meet(
     self.combine = combine;
     self.file = file;
     self.line = line;
-    void* records[kWarpSize] = {};
-    bool complete = true;
+    unsigned& meeting = meeting_in_warp[first / kWarpSize];
+    bool complete = meeting + 1 >= unsigned(__builtin_popcount(mask));  // else it is early for a closer look
     for (unsigned i = 0; i < kWarpSize && complete; ++i) {
-        if (!(mask >> i & 1u)) continue;
         const Thread& other = threads[first + i];
-        records[i] = other.record;
-        complete = i == lane || (other.state == kInWarp && other.mask == mask && other.combine == combine &&
-                                 same_place(other, self));
+        complete = !(mask >> i & 1u) || i == lane ||
+                   (other.state == kInWarp && other.mask == mask && other.combine == combine && same_place(other, self));
     }
     if (complete) {
+        void* records[kWarpSize];
+        for (unsigned i = 0; i < kWarpSize; ++i) records[i] = mask >> i & 1u ? threads[first + i].record : nullptr;
         combine(records);
         for (unsigned i = 0; i < kWarpSize; ++i)
             if (mask >> i & 1u) make_ready(first + i);
+    } else {
+        ++meeting;
     }
     wait(complete ? kReady : kInWarp, name, file, line);
 }
