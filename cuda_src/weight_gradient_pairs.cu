@@ -49,43 +49,25 @@ struct alignas(16) Vector {
     storage_t element[kVec];
 };
 
-// Of one pair: coarse[0, r, 0], fine[0, c, 0] as offsets, and its slice.
-struct alignas(8) Row {
+// Of one pair: where its first chunk begins in coarse, and the window of that in fine, as offsets; how many samples its
+// slice has, and its positions of each of them.
+struct Row {
     index_t coarse, fine;
-    Slice slice;
+    index_t samples, l_begin, l_end;
 };
 
-// Copies the positions begin to begin + length of a row to shared memory, as T of several elements each; those outside
-// [0, L) become zeros. No T lies across 0 or L.
+// Copies the positions begin to begin + length of a row, which `source` points to, to shared memory, as T of several
+// elements each; those outside [0, L) become zeros. No T lies across 0 or L.
 template <typename T>
 __device__ __forceinline__ void copy_row(
-    storage_t* shared, const storage_t* row, index_t begin, int length, index_t L, T zero) {
+    storage_t* shared, const storage_t* source, index_t begin, int length, index_t L, T zero) {
     const int count = sizeof(T) / sizeof(storage_t);
+#pragma unroll 1
     for (int i = int(threadIdx.x) % kRowThreads * count; i < length; i += kRowThreads * count) {
-        const index_t position = begin + i;
-        if (position >= 0 && position < L) {
-            copy_async(reinterpret_cast<T*>(shared + i), reinterpret_cast<const T*>(row + position));
+        if (begin + i >= 0 && begin + i < L) {
+            copy_async(reinterpret_cast<T*>(shared + i), reinterpret_cast<const T*>(source + i));
         } else {
             *reinterpret_cast<T*>(shared + i) = zero;
-        }
-    }
-}
-
-__device__ __forceinline__ void copy_row(
-    storage_t* shared, const storage_t* row, index_t stride, index_t begin, int length, index_t L, index_t copy) {
-    const int copy_bytes = stride == 1 ? int(copy) * int(sizeof(storage_t)) : 0;
-    if (copy_bytes == 16) {
-        copy_row(shared, row, begin, length, L, make_uint4(0, 0, 0, 0));
-    } else if (copy_bytes == 8) {
-        copy_row(shared, row, begin, length, L, make_uint2(0, 0));
-    } else if (copy_bytes == 4) {
-        copy_row(shared, row, begin, length, L, 0u);
-    } else {
-#pragma unroll 4
-        for (int i = int(threadIdx.x) % kRowThreads; i < length; i += kRowThreads) {
-            const index_t position = begin + i;
-            const bool exists = position >= 0 && position < L;
-            shared[i] = exists ? row[position * stride] : scalar::storage_zero();
         }
     }
 }
@@ -107,30 +89,67 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS) weight_gra
     const int tap_thread = int(threadIdx.x) / block_pairs, in_block = int(threadIdx.x) - tap_thread * block_pairs;
     const index_t tile_tap = tap_tile * p.tap_threads * THREAD_K;  // the first of the tile, `lead` of them not existing
 
-    const auto row_of = [&](index_t pair) {
-        const index_t channels = pair / p.C_fine_g, c = pair - channels * p.C_fine_g;
-        const index_t slice = channels / p.C_coarse, r = channels - slice * p.C_coarse;
-        const index_t g = r / p.C_coarse_g;
-        return Row{r * p.coarse_stride_c, (g * p.C_fine_g + c) * p.fine_stride_c, find_slice(slice, p)};
+    const auto channels_of = [&](index_t pair, index_t* slice, index_t* r, index_t* c) {
+        const index_t slice_and_r = pair / p.C_fine_g;
+        *c = pair - slice_and_r * p.C_fine_g;
+        *slice = slice_and_r / p.C_coarse;
+        *r = slice_and_r - *slice * p.C_coarse;
     };
-    for (int row = threadIdx.x; row < block_rows; row += blockDim.x) smem_rows[row] = row_of(pair_begin + row);
+    const index_t window_first = (SLIDES ? tile_tap : tile_tap * p.dilation) - p.padding_left - p.lead;  // where l = 0
+    for (int i = threadIdx.x; i < block_rows; i += blockDim.x) {
+        index_t slice, r, c;
+        channels_of(pair_begin + i, &slice, &r, &c);
+        const Slice s = find_slice(slice, p);
+        Row row;
+        row.coarse = r * p.coarse_stride_c + s.n_begin * p.coarse_stride_n + s.l_begin * p.coarse_stride_l;
+        row.fine = (r / p.C_coarse_g * p.C_fine_g + c) * p.fine_stride_c + s.n_begin * p.fine_stride_n +
+                   (s.l_begin * p.stride + window_first) * p.fine_stride_l;
+        row.samples = s.n_end - s.n_begin;
+        row.l_begin = s.l_begin;
+        row.l_end = s.l_end;
+        smem_rows[i] = row;
+    }
     __syncthreads();
 
     const auto load_chunk = [&](int buffer, index_t sample, index_t l_first) {
         storage_t* const smem_coarse = buffers + buffer * buffer_size;
         storage_t* const smem_fine = smem_coarse + block_pairs * coarse_pitch;
+        const storage_t* const a = coarse + (sample * p.coarse_stride_n + l_first * p.coarse_stride_l);
+        const storage_t* const b = fine + (sample * p.fine_stride_n + l_first * p.stride * p.fine_stride_l);
 #pragma unroll 1
         for (int i = int(threadIdx.x) / kRowThreads; i < block_rows; i += int(blockDim.x) / kRowThreads) {
             const Row row = smem_rows[i];
-            const index_t n = row.slice.n_begin + sample, l = row.slice.l_begin + l_first;
-            if (n >= row.slice.n_end || l >= row.slice.l_end) continue;
-            copy_row(
-                smem_coarse + i * coarse_pitch, coarse + (row.coarse + n * p.coarse_stride_n), p.coarse_stride_l, l,
-                int(min_index(p.chunk, row.slice.l_end - l)), p.L_coarse, p.coarse_copy);
-            copy_row(
-                smem_fine + i * fine_pitch, fine + (row.fine + n * p.fine_stride_n), p.fine_stride_l,
-                l * p.stride - p.padding_left + (SLIDES ? tile_tap : tile_tap * p.dilation) - p.lead, int(p.window),
-                p.L_fine, p.fine_copy);
+            const index_t l = row.l_begin + l_first;
+            if (sample >= row.samples || l >= row.l_end) continue;
+            storage_t* shared = smem_coarse + i * coarse_pitch;
+            const storage_t* source = a + row.coarse;
+            index_t begin = l, L = p.L_coarse, stride = p.coarse_stride_l;
+            int length = int(min_index(p.chunk, row.l_end - l)), copy = int(p.coarse_copy);
+            // Both rows in one loop, which halves the code.
+#pragma unroll 1
+            for (int side = 0; side < 2; ++side) {
+                const int copy_bytes = stride == 1 ? copy * int(sizeof(storage_t)) : 0;
+                if (copy_bytes == 16) {
+                    copy_row(shared, source, begin, length, L, make_uint4(0, 0, 0, 0));
+                } else if (copy_bytes == 8) {
+                    copy_row(shared, source, begin, length, L, make_uint2(0, 0));
+                } else if (copy_bytes == 4) {
+                    copy_row(shared, source, begin, length, L, 0u);
+                } else {
+#pragma unroll 2
+                    for (int e = int(threadIdx.x) % kRowThreads; e < length; e += kRowThreads) {
+                        const bool exists = begin + e >= 0 && begin + e < L;
+                        shared[e] = exists ? source[e * stride] : scalar::storage_zero();
+                    }
+                }
+                shared = smem_fine + i * fine_pitch;
+                source = b + row.fine;
+                begin = l * p.stride + window_first;
+                L = p.L_fine;
+                stride = p.fine_stride_l;
+                length = int(p.window);
+                copy = int(p.fine_copy);
+            }
         }
     };
 
@@ -205,13 +224,13 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS) weight_gra
         __syncthreads();
         if (next_sample < p.slice_samples) load_chunk(buffer ^ 1, next_sample, next_chunk * p.chunk);
         if (sample >= 0 && has_pair) {
-            const Slice s = smem_rows[in_block].slice;
-            const index_t l = s.l_begin + piece * p.chunk;
-            if (s.n_begin + sample < s.n_end && l < s.l_end) {
+            const Row row = smem_rows[in_block];
+            const index_t l = row.l_begin + piece * p.chunk;
+            if (sample < row.samples && l < row.l_end) {
                 const storage_t* const a = buffers + buffer * buffer_size + in_block * coarse_pitch;
                 const storage_t* const b = buffers + buffer * buffer_size + block_pairs * coarse_pitch +
                                            in_block * fine_pitch + (SLIDES ? tap_thread * THREAD_K : int(p.lead));
-                sum_positions(a, b, int(min_index(p.chunk, s.l_end - l)));
+                sum_positions(a, b, int(min_index(p.chunk, row.l_end - l)));
             }
         }
         sample = next_sample;
@@ -224,11 +243,12 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS) weight_gra
     if (!has_pair) return;
 
     const index_t pair = pair_begin + in_block;
-    const index_t channels = pair / p.C_fine_g, r = channels % p.C_coarse;
+    index_t slice, r, c;
+    channels_of(pair, &slice, &r, &c);
     const index_t first_tap = tile_tap + tap_thread * THREAD_K - (SLIDES ? p.lead : 0);
     acc_t* const partial_pair = partial + pair * p.K;  // [slice, r, c, 0]
     storage_t* const result_pair =
-        grad_weight + (r * p.weight_stride_r + (pair - channels * p.C_fine_g) * p.weight_stride_c);
+        grad_weight + (r * p.weight_stride_r + c * p.weight_stride_c);
     const auto store = [&](acc_t sum, index_t k) {
         if (partial != nullptr) {
             partial_pair[k] = sum;
@@ -245,9 +265,11 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS) weight_gra
         }
     }
     if (!met_nan) return;
-    const Row row = row_of(pair);
+    coarse += r * p.coarse_stride_c;
+    fine += (r / p.C_coarse_g * p.C_fine_g + c) * p.fine_stride_c;
+    const Slice s = find_slice(slice, p);
 #pragma unroll 1
     for (index_t k = max_index(first_tap, 0); k < min_index(first_tap + THREAD_K, p.K); ++k) {
-        store(sum_existing_terms(coarse + row.coarse, fine + row.fine, k, row.slice, p), k);
+        store(sum_existing_terms(coarse, fine, k, s, p), k);
     }
 }

@@ -5,14 +5,16 @@ from __future__ import annotations
 import importlib
 import sys
 import threading
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from types import ModuleType
 from typing import Any
 
 from . import dispatch, source
 from .device import Device
 from .families import Config, Launch, Pack
-from .problem import ConvProblem
+from .families.base import gradient_shapes
+from .problem import BiasGradientProblem, ConvProblem, WeightGradientProblem
 
 # Dynamic shared memory that a kernel may use without asking, in bytes, on every architecture.
 DEFAULT_SHARED_BYTES = 48 * 1024
@@ -198,7 +200,8 @@ class Plan:
         `prepared` holds the packed forms of `weight`, where the caller has one.
         """
         if self.copies:
-            self._call_with_copies(input, weight, bias, output, prepared)
+            copies = [name in self.copies for name in ("input", "weight", "bias", "output")]
+            _run_with_copies(partial(self._run, prepared=prepared), (input, weight, bias, output), copies)
         else:
             self._run(input, weight, bias, output, prepared)
 
@@ -213,18 +216,70 @@ class Plan:
             weights = prepared.packed(self._pack)
         self._kernel.launch(input.data, weights, None if bias is None else bias.data, output.data)
 
-    def _call_with_copies(
-        self, input: Any, weight: Any, bias: Any | None, output: Any, prepared: PreparedWeight | None
+
+class GradientPlan:
+    """Everything that a repeated call for the gradient of weights or of a bias needs.
+
+    Call it with arrays of the very shapes, strides, dtype, device and pointer alignment that it was made for; it checks
+    none of that.
+
+    Attributes:
+        choice: what is launched; None where an array is empty.
+        copies: which of the arrays of a call are copied, because kernels cannot read or write them where they lie.
+    """
+
+    __slots__ = ("_kernel", "_order", "_sum", "choice", "copies", "output_shape")
+
+    def __init__(
+        self,
+        problem: dispatch.GradientProblem,
+        choice: dispatch.GradientChoice | None,
+        copies: tuple[bool, ...],
+        order: tuple[int, ...],
     ) -> None:
-        cupy = cupy_module()
-        given = {"input": input, "weight": weight, "bias": bias}
-        usable = {name: array.copy(order="C") if name in self.copies else array for name, array in given.items()}
-        target = cupy.empty(output.shape, output.dtype) if "output" in self.copies else output
-        self._run(usable["input"], usable["weight"], usable["bias"], target, prepared)
-        if target is not output:
-            output[...] = target
-        if cupy.cuda.get_current_stream().is_capturing():
-            _CAPTURED.extend([*usable.values(), target])
+        """`order` are the places of the kernel's inputs among the arrays of a call."""
+        self.output_shape = gradient_shapes(problem)[1]
+        self.choice = choice
+        self.copies = copies
+        self._order = order
+        self._kernel = None if choice is None else _Kernel(choice.config, choice.launch)
+        self._sum = None if choice is None or choice.sum is None else _Kernel(*choice.sum)
+
+    def __call__(self, *arrays: Any) -> None:
+        """Launch on the current device and CuPy's current stream; writes all of the last array, the result."""
+        if any(self.copies):
+            _run_with_copies(self._run, arrays, self.copies)
+        else:
+            self._run(*arrays)
+
+    def _run(self, *arrays: Any) -> None:
+        *given, output = arrays
+        inputs = [given[place].data for place in self._order]
+        if self._kernel is None or self.choice is None:
+            output.fill(0)  # the sum of nothing
+        elif self._sum is None:
+            self._kernel.launch(*inputs, None, output.data)
+        else:
+            cuda = cupy_module().cuda
+            sums = cuda.alloc(self.choice.partial_bytes)
+            self._kernel.launch(*inputs, sums, None)
+            self._sum.launch(sums, output.data)
+            # Like packed weights, the buffer goes back to the pool for the work that this stream queues next.
+            if cuda.get_current_stream().is_capturing():
+                _CAPTURED.append(sums)
+
+
+def _run_with_copies(run: Callable[..., None], arrays: Sequence[Any], copies: Sequence[bool]) -> None:
+    """`run` on the arrays, the last of which it writes, with contiguous copies in place of those marked."""
+    cupy = cupy_module()
+    *inputs, output = arrays
+    usable = [array.copy(order="C") if copy else array for array, copy in zip(inputs, copies[:-1], strict=True)]
+    target = cupy.empty(output.shape, output.dtype) if copies[-1] else output
+    run(*usable, target)
+    if target is not output:
+        output[...] = target
+    if cupy.cuda.get_current_stream().is_capturing():
+        _CAPTURED.extend([*usable, target])
 
 
 def make_plan(problem: ConvProblem, input: Any, weight: Any, bias: Any | None, output: Any | None) -> Plan:
@@ -236,3 +291,33 @@ def make_plan(problem: ConvProblem, input: Any, weight: Any, bias: Any | None, o
     )
     index = int(cupy_module().cuda.runtime.getDevice())
     return Plan(problem, dispatch.choose(problem, layout, device(index)), copies)
+
+
+def make_weight_gradient_plan(
+    problem: WeightGradientProblem, input: Any, grad_output: Any, output: Any | None
+) -> GradientPlan:
+    """`make_plan` for the gradient of weights. The plan is called with input, grad_output and the result."""
+    order = (0, 1) if problem.transposed else (1, 0)  # the input is coarse where the operation is transposed
+    return _make_gradient_plan(problem, (input, grad_output), output, order)
+
+
+def make_bias_gradient_plan(problem: BiasGradientProblem, grad_output: Any, output: Any | None) -> GradientPlan:
+    """`make_plan` for the gradient of a bias. The plan is called with grad_output and the result."""
+    return _make_gradient_plan(problem, (grad_output,), output, (0,))
+
+
+def _make_gradient_plan(
+    problem: dispatch.GradientProblem, inputs: Sequence[Any], output: Any | None, order: tuple[int, ...]
+) -> GradientPlan:
+    def place(array: Any) -> dispatch.Place:
+        return dispatch.Place(array.strides, array.data.ptr)
+
+    input_shapes, shape = gradient_shapes(problem)
+    if 0 in shape or any(0 in input_shape for input_shape in input_shapes):
+        return GradientPlan(problem, None, (False,) * (len(inputs) + 1), order)
+    layout, copies = dispatch.lay_out_gradient(
+        problem, [place(inputs[i]) for i in order], None if output is None else place(output)
+    )
+    index = int(cupy_module().cuda.runtime.getDevice())
+    copied = tuple(i in copies for i in (*(order.index(i) for i in range(len(inputs))), len(inputs)))
+    return GradientPlan(problem, dispatch.choose_gradient(problem, layout, device(index)), copied, order)

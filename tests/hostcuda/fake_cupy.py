@@ -135,6 +135,9 @@ class ndarray:  # noqa: N801
         values: Array = self._array.copy()
         return values
 
+    def fill(self, value: float) -> None:
+        self._array[...] = value
+
     def __getitem__(self, key: Any) -> ndarray:
         return ndarray(self._array[key], self.data.device_id)
 
@@ -201,7 +204,7 @@ class RawKernel:
             name: None if pointer is None else pointer.array
             for (name, _), pointer in zip(self._parameters, pointers, strict=True)
         }
-        outputs = [name for name, is_output in self._parameters if is_output]
+        outputs = [name for name, is_output in self._parameters if is_output and arrays[name] is not None]
         launches.append((self._program.kernel, launch))
         run(self._program, launch, arrays, outputs=outputs, device=GPU, schedule=schedule)
 
