@@ -528,30 +528,86 @@ def test_groups_of_copies_arrive_in_order(machine: Machine) -> None:
 ROUND = kernel(
     "round",
     "const float* __restrict__ input, float* __restrict__ output",
-    f"const int i = blockIdx.x * {WARP} + lane; output[i] = round_to_tf32(input[i]);",
+    f"""
+    const int i = blockIdx.x * {WARP} + lane;
+    output[2 * i] = round_to_tf32(input[i]);
+    output[2 * i + 1] = round_to_finite_tf32(input[i]);
+    """,
+)
+SPLIT = kernel(
+    "split",
+    "const float* __restrict__ input, float2* __restrict__ output",
+    f"const int i = blockIdx.x * {WARP} + lane; split_tf32(input[i], &output[i].x, &output[i].y);",
 )
 
 
-def test_rounding_to_tf32(machine: Machine) -> None:
+def floats_of_all_kinds() -> Array:
+    """Random patterns, numbers around the ties of rounding and around the ends of ranges, infinities and NaNs."""
     rng = np.random.default_rng(0)
     bits = rng.integers(0, 2**32, 8192, np.uint32)
-    bits[:1024] = bits[:1024] & 0xFFFFE000 | rng.choice([0, 0x0FFF, 0x1000, 0x1001, 0x1FFF], 1024)  # around ties
-    bits[1024:1040] = [
+    ends = rng.choice([0x00000000, 0x0C800000, 0x7F000000, 0x7F7FE000, 0x7F800000], 1024)
+    bits[:1024] = ends + rng.integers(-0x2000, 0x2000, 1024) & 0xFFFFFFFF
+    bits[1024:2048] = bits[1024:2048] & 0xFFFFE000 | rng.choice([0, 0x0FFF, 0x1000, 0x1001, 0x1FFF], 1024)
+    bits[2048:2064] = [
         *(0x00000000, 0x80000000, 0x00000001, 0x00000FFF, 0x00001000, 0x807FFFFF, 0x7F7FEFFF, 0x7F7FF000),
         *(0xFF7FFFFF, 0x7F800000, 0xFF800000, 0x7F800001, 0xFF801000, 0x7FFFFFFF, 0xFFFFFFFF, 0x7FC00000),
     ]
-    x = bits.view(np.float32)
-    y = machine.run(ROUND, {"input": x}, np.empty_like(x), grid=len(x) // WARP)
+    return bits.view(np.float32)
+
+
+def seen_by_tensor_cores(x: Array) -> Array:
+    return (x.view(np.uint32) & 0xFFFFE000).view(np.float32)
+
+
+def test_rounding_to_tf32(machine: Machine) -> None:
+    x = floats_of_all_kinds()
+    both = machine.run(ROUND, {"input": x}, np.empty((len(x), 2), np.float32), grid=len(x) // WARP)
 
     finite = np.isfinite(x)
     exact = x[finite].astype(np.float64)
     last_place = 2.0 ** (np.maximum(np.frexp(exact)[1] - 1, -126) - 10)
+    rounded = np.copysign(np.floor(abs(exact) / last_place + 0.5), exact) * last_place
+    largest = float(np.uint32(0x7F7FE000).view(np.float32))
     with np.errstate(over="ignore"):
-        expected = (np.copysign(np.floor(abs(exact) / last_place + 0.5), exact) * last_place).astype(np.float32)
-    np.testing.assert_array_equal(y[finite].view(np.uint32), expected.view(np.uint32))
-    np.testing.assert_array_equal(y[np.isinf(x)], x[np.isinf(x)])
-    seen_by_tensor_cores = (y.view(np.uint32) & 0xFFFFE000).view(np.float32)
-    np.testing.assert_array_equal(np.isnan(seen_by_tensor_cores), np.isnan(x))
+        unbounded = rounded.astype(np.float32)
+    bounded = np.clip(rounded, -largest, largest).astype(np.float32)
+    assert (unbounded != bounded).any()
+    for y, expected in zip(both.T, (unbounded, bounded), strict=True):
+        np.testing.assert_array_equal(y[finite].view(np.uint32), expected.view(np.uint32))
+        np.testing.assert_array_equal(y[np.isinf(x)], x[np.isinf(x)])
+        np.testing.assert_array_equal(np.isnan(seen_by_tensor_cores(y)), np.isnan(x))
+
+
+def test_splitting_into_tf32(machine: Machine) -> None:
+    """Exact although subnormals are flushed; refused where it could not be."""
+    x = floats_of_all_kinds()
+    hi, lo = machine.run(SPLIT, {"input": x}, np.empty((len(x), 2), np.float32), grid=len(x) // WARP).T
+    is_split = (abs(x) >= 2.0**-102) & (abs(x) < 2.0**127) | (x == 0)
+    assert 100 < np.count_nonzero(~is_split) < len(x) - 100
+    np.testing.assert_array_equal(np.isnan(seen_by_tensor_cores(hi)), ~is_split)
+
+    x, hi, lo = (values[is_split].astype(np.float64) for values in (x, hi, lo))
+    np.testing.assert_array_equal(hi + lo, x)
+    assert (abs(lo) <= 2.0**-11 * abs(x)).all()
+    np.testing.assert_array_equal(seen_by_tensor_cores(hi.astype(np.float32)), hi)
+    assert ((lo == 0) | (abs(lo) >= np.finfo(np.float32).tiny)).all()
+
+
+# -- votes -------------------------------------------------------------------------------------------------------------
+
+VOTE = kernel(
+    "vote",
+    "const int* __restrict__ input, int* __restrict__ output",
+    f"const int i = blockIdx.x * {WARP} + lane; output[i] = any_lane(input[i] != 0) ? 1 : 0;",
+)
+
+
+def test_whether_any_lane_votes_for_it(machine: Machine) -> None:
+    votes = np.zeros((5, WARP), np.int32)
+    votes[1, 0] = votes[2, 31] = votes[3, 17] = 1
+    votes[4] = 1
+    result = machine.run(VOTE, {"input": votes}, np.empty_like(votes), grid=len(votes))
+    np.testing.assert_array_equal(result, np.broadcast_to([[0], [1], [1], [1], [1]], votes.shape))
 
 
 # -- misuse ------------------------------------------------------------------------------------------------------------
@@ -698,10 +754,8 @@ FAULTS = {
 
 @pytest.fixture(scope="module", autouse=True)
 def _built() -> None:
-    faults = [fault.program for fault in FAULTS.values()]
-    hostcuda.prebuild(
-        [*PRODUCT_KERNELS.values(), *LOAD_KERNELS.values(), *COPY_KERNELS.values(), GROUPS_IN_ORDER, ROUND, *faults]
-    )
+    others = (GROUPS_IN_ORDER, ROUND, SPLIT, VOTE, *(fault.program for fault in FAULTS.values()))
+    hostcuda.prebuild([*PRODUCT_KERNELS.values(), *LOAD_KERNELS.values(), *COPY_KERNELS.values(), *others])
 
 
 @pytest.mark.parametrize("name", FAULTS)

@@ -779,7 +779,7 @@ float add_special(const uint32_t* a, const uint32_t* b, unsigned b_step, unsigne
 
 // sum * 2**exponent, rounded toward zero; what needs an exponent above float32's becomes an infinity.
 inline float round_toward_zero(int64_t sum, int exponent) {
-    if (sum == 0) return 0.0f;
+    if (sum == 0) return 0.0f;  // the sign of the hardware's zero is not published
     const uint32_t sign = sum < 0 ? 0x80000000u : 0;
     const uint64_t magnitude = uint64_t(sum < 0 ? -sum : sum);
     const int top = 63 - __builtin_clzll(magnitude), result = exponent + top;
