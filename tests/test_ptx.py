@@ -323,12 +323,17 @@ def overflowing(product: Product, rng: np.random.Generator) -> Operands:
 
 
 def infinities_and_nans(product: Product, rng: np.random.Generator) -> Operands:
-    """One special value in some of the rows, columns and accumulators; zeros to make NaNs of infinities."""
+    """One special value in some of the rows, columns and accumulators; zeros to make NaNs of infinities.
+
+    Among them a NaN that the tensor cores take for an infinity, when the low bits of a TF32 operand go.
+    """
     a, b, c = (rng.integers(-2, 3, shape).astype(np.float32) for shape in shapes(product, 6))
     for array in (a, b, c):
         where = rng.random(array.shape) < (0.03 if array is not c else 0.1)
-        array[where] = rng.choice([np.inf, -np.inf, np.nan], array.shape)[where]
-    return a.astype(product.dtype), b.astype(product.dtype), c
+        special = rng.choice([0x7F800000, 0xFF800000, 0x7FC00000, 0x7F800001], array.shape).astype(np.uint32)
+        array[where] = special.view(np.float32)[where]
+    with np.errstate(invalid="ignore"):
+        return a.astype(product.dtype), b.astype(product.dtype), c
 
 
 def random_bits(product: Product, rng: np.random.Generator) -> Operands:

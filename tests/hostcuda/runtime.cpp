@@ -727,29 +727,39 @@ constexpr Format kFormats[] = {{5, 10, 0, 16, true}, {8, 7, 0, 16, true}, {5, 10
 constexpr int kNoExponent = -512;  // of a zero: below that of every product
 constexpr int kLeastExponent = -126;  // of float32
 
-struct Number {
-    uint32_t magnitude;
-    int32_t exponent, sign;
-    bool is_special;  // an infinity or a NaN; counts as zero then
+// Eight numbers.
+struct Numbers {
+    Words magnitude;
+    Ints exponent, sign;
+    Ints is_special;  // -1 for an infinity or a NaN, which counts as zero in what is above
 };
 
 template <int kind>
-inline __attribute__((always_inline)) Number decode(uint32_t bits) {
+inline __attribute__((always_inline)) Numbers decode(const uint32_t* from) {
     constexpr Format format = kFormats[kind];
     constexpr int32_t top = (1 << format.exponent_bits) - 1, bias = top / 2;
+    Words bits;
+    memcpy(&bits, from, sizeof bits);
     bits >>= format.ignored_bits;
-    const uint32_t fraction = bits & ((1u << format.fraction_bits) - 1);
-    const int32_t exponent = int32_t(bits >> format.fraction_bits) & top;
-    const int32_t sign = -int32_t(bits >> (format.fraction_bits + format.exponent_bits));
-    if (exponent == top) return Number{0, kNoExponent, sign, true};
-    if (exponent == 0) return Number{fraction, fraction == 0 ? kNoExponent : 1 - bias, sign, false};
-    return Number{fraction | 1u << format.fraction_bits, exponent - bias, sign, false};
+    const Words fraction = bits & ((1u << format.fraction_bits) - 1);
+    const Ints exponent = Ints(bits >> format.fraction_bits) & top;
+    const Ints is_special = exponent == top, is_normal = exponent > 0;
+    const Words magnitude = (fraction | (Words(is_normal) & 1u << format.fraction_bits)) & ~Words(is_special);
+    return Numbers{
+        magnitude, magnitude == 0 ? kNoExponent + Ints{} : exponent - bias + 1 + is_normal,
+        -Ints(bits >> (format.fraction_bits + format.exponent_bits)), is_special};
+}
+
+inline __attribute__((always_inline)) bool any(const Ints& condition) {
+    int32_t found = 0;
+    for (unsigned i = 0; i < 8; ++i) found |= condition[i];
+    return found != 0;
 }
 
 // A number of an operand as a float32, whose NaN keeps the top of its payload.
 template <int kind>
 float widen(uint32_t bits) {
-    if (kind == kTf32K8) return uint_as_float((bits & 0x7fffffffu) > 0x7f800000u ? bits : bits & 0xffffe000u);
+    if (kind == kTf32K8) return uint_as_float((bits & 0x7fffe000u) > 0x7f800000u ? bits : bits & 0xffffe000u);
     return kind == kBf16K16 ? uint_as_float(bits << 16) : half_bits_to_float((unsigned short)bits);
 }
 
@@ -805,23 +815,23 @@ void multiply(const uint32_t (&a)[16][16], const uint32_t (&b)[16][8], float (&d
     const int fraction_bits = int(launch->fraction_bits);
     const unsigned up = fraction_bits - 2 * kFormats[kind].fraction_bits, acc_up = fraction_bits - 23;
 
-    Words b_magnitude[depth];
-    Ints b_exponent[depth], b_sign[depth];
-    bool b_special = false;
-    for (unsigned k = 0; k < depth; ++k)
-        for (unsigned j = 0; j < 8; ++j) {
-            const Number number = decode<kind>(b[k][j]);
-            b_magnitude[k][j] = number.magnitude;
-            b_exponent[k][j] = number.exponent;
-            b_sign[k][j] = number.sign;
-            b_special |= number.is_special;
-        }
+    Numbers columns[depth];  // of each row of b
+    Ints specials = {};
+    for (unsigned k = 0; k < depth; ++k) {
+        columns[k] = decode<kind>(b[k]);
+        specials |= columns[k].is_special;
+    }
+    const bool b_special = any(specials);
     for (unsigned i = 0; i < 16; ++i) {
-        Number row[depth];
+        uint32_t magnitudes[depth];
+        int32_t exponents[depth], signs[depth];
         bool row_special = b_special;
-        for (unsigned k = 0; k < depth; ++k) {
-            row[k] = decode<kind>(a[i][k]);
-            row_special |= row[k].is_special;
+        for (unsigned k = 0; k < depth; k += 8) {
+            const Numbers row = decode<kind>(&a[i][k]);
+            memcpy(&magnitudes[k], &row.magnitude, sizeof row.magnitude);
+            memcpy(&exponents[k], &row.exponent, sizeof row.exponent);
+            memcpy(&signs[k], &row.sign, sizeof row.sign);
+            row_special |= any(row.is_special);
         }
         for (unsigned first = 0; first < depth; first += block) {
             Ints acc_exponent;
@@ -835,15 +845,15 @@ void multiply(const uint32_t (&a)[16][16], const uint32_t (&b)[16][8], float (&d
             }
             Ints largest = acc_exponent;
             for (unsigned k = first; k < first + block; ++k) {
-                const Ints exponent = b_exponent[k] + row[k].exponent;
+                const Ints exponent = columns[k].exponent + exponents[k];
                 largest = exponent > largest ? exponent : largest;
             }
             Ints sum = {};  // of 16 magnitudes below 2**27 - 2**16: no overflow
             for (unsigned k = first; k < first + block; ++k) {
-                Ints shift = largest - b_exponent[k] - row[k].exponent;
+                Ints shift = largest - columns[k].exponent - exponents[k];
                 shift = shift > 31 ? 31 : shift;
-                const Ints magnitude = Ints((b_magnitude[k] * row[k].magnitude << up) >> Words(shift));
-                const Ints sign = b_sign[k] ^ row[k].sign;
+                const Ints magnitude = Ints((columns[k].magnitude * magnitudes[k] << up) >> Words(shift));
+                const Ints sign = columns[k].sign ^ signs[k];
                 sum += (magnitude ^ sign) - sign;
             }
             for (unsigned j = 0; j < 8; ++j) {
@@ -857,7 +867,7 @@ void multiply(const uint32_t (&a)[16][16], const uint32_t (&b)[16][8], float (&d
             for (unsigned j = 0; j < 8; ++j) {
                 bool found = is_special(acc[j]);
                 for (unsigned k = first; k < first + block; ++k)
-                    found |= row[k].is_special || decode<kind>(b[k][j]).is_special;
+                    found |= is_special(widen<kind>(a[i][k])) || is_special(widen<kind>(b[k][j]));
                 if (found) d[i][j] = add_special<kind>(&a[i][first], &b[first][j], 8, block, acc[j]);
             }
         }
