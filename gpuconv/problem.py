@@ -306,6 +306,7 @@ class ConvProblem:
         return ConvProblem(
             "conv1d" if p.transposed else "conv_transpose1d", p.N, p.C_out, p.C_in, p.L_out, p.K, p.stride,
             p.padding_left, p.padding_right - p.output_padding, p.dilation, p.groups, rest, p.dtype, False, p.batched,
+            p.precision,
         )  # fmt: skip
 
     def flops(self) -> int:
@@ -540,6 +541,76 @@ class Settings(NamedTuple):
         return cls(s, p, d, g, extra)
 
 
+def gradient_problem(
+    caller: str,
+    op: Op,
+    input: ArrayLike,
+    weight: ArrayLike,
+    grad_output: ArrayLike,
+    settings: Sequence[Any],
+) -> ConvProblem:
+    """The forward problem that a gradient belongs to, once it and `grad_output` are known to fit.
+
+    Args:
+        caller: opens the messages.
+        op: the forward operation.
+        input: an array, or a specification where its gradient is wanted.
+        weight: likewise.
+        grad_output: the gradient of the output.
+        settings: those of `ConvProblem.conv1d` or `ConvProblem.conv_transpose1d`, in order.
+
+    Raises:
+        ValueError: a shape or a value is out of range.
+        TypeError: a setting is of the wrong kind, or a dtype is not supported.
+    """
+    for name, array in (("input", input), ("weight", weight)):
+        if not isinstance(array, ArraySpec):  # whose dtype was taken from the other
+            _check_dtype(caller, name, array)
+    construct = ConvProblem.conv_transpose1d if op == "conv_transpose1d" else ConvProblem.conv1d
+    try:
+        problem = construct(input, weight, None, *settings)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{caller}{str(error).removeprefix(op)}") from None
+    found = _check_dtype(caller, "grad_output", grad_output)
+    if found != problem.dtype:
+        other = "weight" if isinstance(input, ArraySpec) else "input"
+        raise TypeError(
+            f"{caller}: {other} and grad_output must share one dtype, got {other} {problem.dtype}, grad_output {found}"
+        )
+    if tuple(grad_output.shape) != problem.output_shape:
+        raise ValueError(
+            f"{caller}: grad_output must have the output's shape {problem.output_shape}, got {tuple(grad_output.shape)}"
+        )
+    return problem
+
+
+def bias_gradient_problem(caller: str, grad_output: ArrayLike) -> BiasGradientProblem:
+    """The problem of a bias gradient; `caller` opens the messages.
+
+    Raises:
+        ValueError: grad_output has another number of axes than 2 or 3.
+        TypeError: its dtype is not supported.
+    """
+    _check_rank(caller, "grad_output", grad_output.shape, "(N, C_out, L_out) or (C_out, L_out)", (2, 3))
+    dtype = _check_dtype(caller, "grad_output", grad_output)
+    N, C, L = grad_output.shape if len(grad_output.shape) == 3 else (1, *grad_output.shape)
+    return BiasGradientProblem(N, C, L, dtype)
+
+
+def check_shape(caller: str, op: Op, name: str, shape: Sequence[SupportsIndex]) -> tuple[int, ...]:
+    """The argument input_size or weight_size as a tuple of ints.
+
+    Raises:
+        ValueError: it has another number of extents, or one is negative.
+        TypeError: it is not a sequence of integers.
+    """
+    layout = _LAYOUTS[op][name.removesuffix("_size")]
+    if not isinstance(shape, list | tuple):
+        raise TypeError(f"{caller}: {name} must be the extents {layout}, got {type(shape).__name__} {shape!r}")
+    _check_rank(caller, name, shape, layout, (2, 3) if name == "input_size" else (3,))
+    return tuple(check_int(caller, name, extent, f"the extents {layout}", 0) for extent in shape)
+
+
 def check_groups(caller: str, groups: int, C_in: int, C_out: int) -> None:
     """Refuse groups that do not divide both channel counts.
 
@@ -635,19 +706,12 @@ class _Arrays(NamedTuple):
                 if name == "bias":
                     continue
                 raise TypeError(f"{op}: {name} must be an array of shape {_LAYOUTS[op][name]}, got None")
-            if len(array.shape) not in ranks:
-                raise ValueError(
-                    f"{op}: {name} must have shape {_LAYOUTS[op][name]}, got {len(array.shape)} dimension"
-                    f"{'' if len(array.shape) == 1 else 's'}: {tuple(array.shape)}"
-                )
+            _check_rank(op, name, array.shape, _LAYOUTS[op][name], ranks)
         names = {}
         for name, array in (("input", input), ("weight", weight), ("bias", bias)):
             if array is None:
                 continue
-            found = dtype_name(array.dtype)
-            if found is None:
-                raise TypeError(f"{op}: {name} must have one of the dtypes {_listing(DTYPES)}, got {array.dtype}")
-            names[name] = found
+            names[name] = _check_dtype(op, name, array)
         if len(set(names.values())) > 1:
             got = ", ".join(f"{name} {dtype}" for name, dtype in names.items())
             raise TypeError(f"{op}: {_listing(tuple(names), quote=False)} must share one dtype, got {got}")
@@ -656,6 +720,21 @@ class _Arrays(NamedTuple):
         batched = len(input.shape) == 3
         N, C_in, L_in = input.shape if batched else (1, *input.shape)
         return cls(N, C_in, L_in, names["input"], batched)
+
+
+def _check_rank(caller: str, name: str, shape: Sequence[Any], layout: str, ranks: tuple[int, ...]) -> None:
+    if len(shape) not in ranks:
+        raise ValueError(
+            f"{caller}: {name} must have shape {layout}, got {len(shape)} dimension"
+            f"{'' if len(shape) == 1 else 's'}: {tuple(shape)}"
+        )
+
+
+def _check_dtype(caller: str, name: str, array: ArrayLike) -> str:
+    found = dtype_name(array.dtype)
+    if found is None:
+        raise TypeError(f"{caller}: {name} must have one of the dtypes {_listing(DTYPES)}, got {array.dtype}")
+    return found
 
 
 def check_int(

@@ -183,12 +183,21 @@ class Plan:
     none of that.
     """
 
-    __slots__ = ("_kernel", "_pack", "choice", "copies", "output_shape")
+    __slots__ = ("_conjugate_weight", "_kernel", "_pack", "choice", "copies", "output_shape")
 
-    def __init__(self, problem: ConvProblem, choice: dispatch.Choice | None, copies: tuple[str, ...]) -> None:
-        self.output_shape = problem.output_shape
+    def __init__(
+        self,
+        output_shape: tuple[int, ...],
+        choice: dispatch.Choice | None,
+        copies: tuple[str, ...],
+        *,
+        conjugate_weight: bool = False,
+    ) -> None:
+        """`choice` is None where nothing is launched. Only a weight among `copies` can be conjugated."""
+        self.output_shape = output_shape
         self.choice = choice
         self.copies = copies
+        self._conjugate_weight = conjugate_weight
         self._kernel = None if choice is None else _Kernel(choice.config, choice.launch)
         self._pack = None if choice is None or choice.pack is None else _Packer(choice.pack)
 
@@ -208,6 +217,8 @@ class Plan:
     def _run(self, input: Any, weight: Any, bias: Any | None, output: Any, prepared: PreparedWeight | None) -> None:
         if self._kernel is None:
             return
+        if self._conjugate_weight:
+            cupy_module().conjugate(weight, weight)  # a copy of this call's own
         if self._pack is None:
             weights = weight.data
         elif prepared is None:
@@ -282,15 +293,29 @@ def _run_with_copies(run: Callable[..., None], arrays: Sequence[Any], copies: Se
         _CAPTURED.extend([*usable, target])
 
 
-def make_plan(problem: ConvProblem, input: Any, weight: Any, bias: Any | None, output: Any | None) -> Plan:
-    """Plan a validated problem for CuPy arrays on the current device; `output=None` means a fresh allocation."""
-    arrays = {"input": input, "weight": weight, "bias": bias, "output": output}
+def make_plan(
+    problem: ConvProblem,
+    input: Any,
+    weight: Any,
+    bias: Any | None,
+    output: Any | None,
+    *,
+    conjugate_weight: bool = False,
+) -> Plan:
+    """Plan a validated problem for CuPy arrays on the current device; `output=None` means a fresh allocation.
+
+    Where `conjugate_weight`, the plan computes with the conjugates of the weights, of which it makes a copy.
+    """
+    arrays = {"input": input, "weight": None if conjugate_weight else weight, "bias": bias, "output": output}
     layout, copies = dispatch.lay_out(
         problem,
         {name: None if a is None else dispatch.Place(a.strides, a.data.ptr) for name, a in arrays.items()},
     )
+    if conjugate_weight:
+        copies = (*copies, "weight")
     index = int(cupy_module().cuda.runtime.getDevice())
-    return Plan(problem, dispatch.choose(problem, layout, device(index)), copies)
+    choice = dispatch.choose(problem, layout, device(index))
+    return Plan(problem.output_shape, choice, copies, conjugate_weight=conjugate_weight)
 
 
 def make_weight_gradient_plan(

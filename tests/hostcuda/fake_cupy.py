@@ -170,6 +170,10 @@ def asarray(array: Any, dtype: Any = None) -> ndarray:
     return result
 
 
+def conjugate(array: ndarray, out: ndarray) -> None:
+    np.conjugate(array._array, out=out._array)
+
+
 def asnumpy(array: ndarray) -> Array:
     return array.get()
 
