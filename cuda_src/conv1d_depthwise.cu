@@ -4,11 +4,13 @@
 //   l_in = l_out*stride - padding_left + k*dilation,   taps outside [0, L_in) left out.
 //
 // Grid x: tiles of one row (n, c_out) fastest, then groups of block_rows rows. Grid y and z: 1. Dynamic shared memory: the
-// taps of the block's rows, then the windows of the input that they meet.
+// taps of the block's rows and the windows of the input that they meet; with IS_SKIPPING in front of these the results of
+// a warp, which pass through.
 //
 // SLIDE_STRIDE = 1 or 2: that stride, dilation 1, input and output contiguous along l. Sliding threads: a step takes kVec
 // taps of either phase of the stride, one 16-byte load of window and one of taps for THREAD_L*kVec multiply-adds.
-// SLIDE_STRIDE = 0: any stride and dilation, arrays of any strides. A thread holds THREAD_L results row_threads apart, so
+// IS_SKIPPING = 1, SLIDE_STRIDE = 0: stride 1, any dilation, input and output contiguous along l. Skipping threads.
+// Neither: any stride and dilation, arrays of any strides. A thread holds THREAD_L results row_threads apart, so
 // that neighbouring threads store neighbouring elements; the window lies in shared memory by its position modulo the
 // stride, so that neighbouring threads read neighbouring words whatever the stride.
 //
@@ -24,8 +26,8 @@ struct Params {
     index_t block_rows, repeats;
     index_t C_out_magic, C_out_shift;
     index_t taps_pitch;    // accumulators from one row's taps to the next row's
-    index_t window;        // of one tile: 16-byte vectors (SLIDE_STRIDE > 0) or positions
-    index_t window_pitch;  // from one row's window to the next: vectors of a plane, or accumulators
+    index_t window;        // of one tile: 16-byte vectors, or positions where threads neither slide nor skip
+    index_t window_pitch;  // from one row's window to the next: vectors (of a plane), or accumulators
     index_t plane_pitch;   // from one plane to the next, or from one phase of a window to the next, likewise
     index_t input_stride_n, input_stride_c, input_stride_l;
     index_t weight_stride_out, weight_stride_in, weight_stride_k;
@@ -199,6 +201,13 @@ __device__ __forceinline__ void convolve_rows(
     }
 }
 
+#elif IS_SKIPPING
+
+__device__ __forceinline__ void convolve_rows(
+    const storage_t* input, const storage_t* weight, const storage_t* bias, storage_t* output, const Params& p) {
+    convolve_skipping(input, weight, bias, output, -p.padding_left, int(p.dilation), p);
+}
+
 #else
 
 __device__ __forceinline__ void convolve_rows(
@@ -285,7 +294,7 @@ __device__ __forceinline__ void convolve_rows(
 
 #endif
 
-extern "C" __global__ void __launch_bounds__(BLOCK_SIZE, MIN_BLOCKS) conv1d_depthwise(
+extern "C" __global__ void __launch_bounds__(BLOCK_SIZE, kMinBlocks) conv1d_depthwise(
     const storage_t* __restrict__ input,   // [N, C_in, L_in]
     const storage_t* __restrict__ weight,  // [C_out, 1, K]
     const storage_t* __restrict__ bias,    // [C_out], or null

@@ -11,7 +11,9 @@
 // thread's results are THREAD_L/stride values of q in every phase; a step takes kVec taps of every phase, one 16-byte
 // load of window and one of taps of each phase for THREAD_L*kVec multiply-adds. Dynamic shared memory: the taps of the
 // block's rows, then the windows of the input that they meet.
-// SLIDE_STRIDE = 0: any stride and dilation, arrays of any strides. A thread sums THREAD_L results row_threads apart, one
+// IS_SKIPPING = 1, SLIDE_STRIDE = 0: stride 1, any dilation, input and output contiguous along l. Skipping threads, the
+// same shared memory and in front of it the results of a warp, which pass through.
+// Neither: any stride and dilation, arrays of any strides. A thread sums THREAD_L results row_threads apart, one
 // after the other, visits only the taps of their phases (conv_transpose1d_gather.cu) and reads through the cache, which
 // serves the stride results that meet the same input.
 //
@@ -180,6 +182,13 @@ __device__ __forceinline__ void convolve_rows(
     }
 }
 
+#elif IS_SKIPPING
+
+__device__ __forceinline__ void convolve_rows(
+    const storage_t* input, const storage_t* weight, const storage_t* bias, storage_t* output, const Params& p) {
+    convolve_skipping(input, weight, bias, output, p.padding_left, -int(p.dilation), p);
+}
+
 #else
 
 __device__ __forceinline__ void convolve_rows(
@@ -200,7 +209,7 @@ __device__ __forceinline__ void convolve_rows(
 
 #endif
 
-extern "C" __global__ void __launch_bounds__(BLOCK_SIZE, MIN_BLOCKS) conv_transpose1d_depthwise(
+extern "C" __global__ void __launch_bounds__(BLOCK_SIZE, kMinBlocks) conv_transpose1d_depthwise(
     const storage_t* __restrict__ input,   // [N, C_in, L_in]
     const storage_t* __restrict__ weight,  // [C_in, C_out_g, K]
     const storage_t* __restrict__ bias,    // [C_out], or null

@@ -13,7 +13,11 @@
 // Products with those zeros change no bit (see bias_or_zero in common.cuh) unless the other factor is infinite or NaN; so
 // a thread that meets a NaN computes its results again, without them.
 //
-// Macros read: SLIDE_STRIDE, THREAD_L, DTYPE_BYTES, and those of common.cuh.
+// A skipping thread, of a layer with stride 1 and a dilation, finds its window and taps staged likewise, without `lead`: a
+// warp holds 32*THREAD_L neighbouring results, a thread every 32nd of them, so that whatever the dilation a warp reads
+// neighbouring words. In the end the results pass through shared memory, so that each thread stores neighbouring ones.
+//
+// Macros read: SLIDE_STRIDE, IS_SKIPPING, THREAD_L, DTYPE_BYTES, BLOCK_SIZE, MIN_BLOCKS, and those of common.cuh.
 
 constexpr int kVec = sizeof(acc_t) < 16 ? 16 / int(sizeof(acc_t)) : 1;  // accumulators of a 16-byte access
 constexpr int kStorageVec = 16 / int(sizeof(storage_t));               // elements of a 16-byte access
@@ -25,8 +29,15 @@ constexpr int kFewSteps = 2;                 // up to these a sliding thread tak
 static_assert(kParts == 1 || kParts == 2, "a vector of elements becomes one or two vectors of accumulators");
 static_assert(sizeof(storage_t) == DTYPE_BYTES, "DTYPE_BYTES differs from gpuconv/families/depthwise.py");
 static_assert(
-    SLIDE_STRIDE == 0 || (THREAD_L == 2 * kVec && THREAD_L % kStorageVec == 0),
-    "a sliding thread holds two vectors of accumulators: gpuconv/families/depthwise.py");
+    (SLIDE_STRIDE == 0 && !IS_SKIPPING) || (THREAD_L == 2 * kVec && THREAD_L % kStorageVec == 0),
+    "a thread holds two vectors of accumulators: gpuconv/families/depthwise.py");
+
+// Blocks that a multiprocessor must be able to hold; one of sm_75 has 1024 threads.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr int kMinBlocks = MIN_BLOCKS * BLOCK_SIZE > 1024 ? 1024 / BLOCK_SIZE : MIN_BLOCKS;
+#else
+constexpr int kMinBlocks = MIN_BLOCKS;
+#endif
 
 struct alignas(16) Vector {
     acc_t element[kVec];
@@ -84,7 +95,7 @@ __device__ __forceinline__ Place find_place(const ParamsT& p, unsigned block) {
     return at;
 }
 
-#if SLIDE_STRIDE > 0
+#if SLIDE_STRIDE > 0 || IS_SKIPPING
 
 // taps[k + lead] = weight of tap k, zeros before and behind, `count` in all.
 __device__ __forceinline__ void stage_taps(
@@ -191,6 +202,75 @@ __device__ __forceinline__ void store_results(
                 if (l >= 0 && l < L_out) y[l] = result.get(e);
             }
         }
+    }
+}
+
+#endif
+
+#if IS_SKIPPING
+
+// The kernel of skipping threads. From one tap to the next a result's position moves by `step` = dilation or -dilation;
+// first_position is that of tap 0 for l_out = 0. input_row, weight_row and sum_existing_terms are the kernel's own.
+template <typename ParamsT>
+__device__ __forceinline__ void convolve_skipping(
+    const storage_t* input, const storage_t* weight, const storage_t* bias, storage_t* output, index_t first_position,
+    int step, const ParamsT& p) {
+    const Place at = find_place(p, blockIdx.x);
+    const int row_threads = int(p.row_threads), lane = threadIdx.x % 32;
+    const int reach = (int(p.K) - 1) * step;  // of the last tap from the first
+    storage_t* const y = output + at.n * p.output_stride_n + at.c_out * p.output_stride_c;  // output[n, c_out, 0]
+    acc_t* const shared = reinterpret_cast<acc_t*>(dynamic_shared_memory());
+    acc_t* const slice = shared + threadIdx.x / 32 * (32 * THREAD_L);
+    acc_t* const windows = shared + blockDim.x * THREAD_L;
+    Vector* const window = reinterpret_cast<Vector*>(windows) + (at.row_in_block * p.window_pitch + 1);
+    acc_t* const taps = windows + p.block_rows * p.window_pitch * kVec + at.row_in_block * p.taps_pitch;
+    index_t l_begin = 0;  // of the tile
+    int begin = 0;        // in the window, of tap 0 of the tile's first result
+
+    if (at.has_row) {
+        const storage_t* const x = input_row(input, at, p);
+        l_begin = at.tile * row_threads * p.repeats * THREAD_L - elements_past_boundary(y);
+        const index_t lowest = l_begin + first_position + (reach < 0 ? reach : 0);
+        const int lead = int(lowest + elements_past_boundary(x)) & (kVec - 1);
+        begin = lead - (reach < 0 ? reach : 0);
+        stage_taps(taps, weight_row(weight, at, p), p.weight_stride_k, p.K, 0, int(p.K), at.place, row_threads);
+        const int ahead = elements_ahead(x, lowest - lead);
+        stage_window(
+            x, p.L_in, lowest - lead, ahead, int(p.window), at.place, row_threads,
+            WindowTarget<1>(window, 0, ahead));
+    }
+    __syncthreads();
+    if (!at.has_row) return;
+
+    const acc_t offset = bias_or_zero(bias, at.c_out * p.bias_stride);
+#pragma unroll 1
+    for (int place = at.place - lane; place < row_threads * int(p.repeats); place += row_threads) {
+        const index_t l_out = l_begin + place * THREAD_L;  // the warp's first
+        if (l_out >= p.L_out) return;
+        acc_t acc[THREAD_L];
+#pragma unroll
+        for (int j = 0; j < THREAD_L; ++j) acc[j] = scalar::zero();
+        const acc_t* position = window->element + (begin + place * THREAD_L + lane);
+#pragma unroll 4
+        for (int k = 0; k < p.K; ++k, position += step) {
+            const acc_t tap = taps[k];
+#pragma unroll
+            for (int j = 0; j < THREAD_L; ++j) acc[j] = multiply_add(tap, position[32 * j], acc[j]);
+        }
+#pragma unroll
+        for (int j = 0; j < THREAD_L; ++j) slice[32 * j + lane] = acc[j];
+        __syncwarp();
+#pragma unroll
+        for (int v = 0; v < THREAD_L / kVec; ++v) {
+            const Vector vector = reinterpret_cast<const Vector*>(slice)[lane * (THREAD_L / kVec) + v];
+#pragma unroll
+            for (int e = 0; e < kVec; ++e) acc[v * kVec + e] = vector.element[e];
+        }
+        __syncwarp();
+        store_results(y, l_out + lane * THREAD_L, p.L_out, acc, offset, [&](index_t l) {
+            const Place again = find_place(p, block_index_again());  // rather than pointers held for the rare case
+            return sum_existing_terms(input_row(input, again, p), weight_row(weight, again, p), l, p);
+        });
     }
 }
 

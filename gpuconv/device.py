@@ -29,6 +29,11 @@ class Device:
     def arch_name(self) -> str:
         return f"sm_{self.arch}"
 
+    @property
+    def threads_per_sm(self) -> int:
+        """Threads that a multiprocessor holds at most (the guide's table, as below)."""
+        return {75: 1024, 86: 1536, 87: 1536, 89: 1536, 120: 1536, 121: 1536}.get(self.arch, 2048)
+
     @classmethod
     def from_arch(cls, arch: str) -> Device:
         """A typical GPU of an architecture, for planning without that GPU.

@@ -58,15 +58,18 @@ def kernels() -> None:
 @pytest.mark.parametrize("family", DEPTHWISE, **by_name)
 def test_the_kernel_follows_from_the_layer(family: Family) -> None:
     base = depthwise(family.op, 8, 400, 9)
-    for problem, slide in (
-        (base, "1"),
-        (replace(base, stride=2), "2"),
-        (replace(base, stride=3), "0"),
-        (replace(base, dilation=2), "0"),
-        (replace(base, N=7, L_in=123), "1"),
-        (replace(base, K=301, padding_left=150, padding_right=150), "1"),
+    for problem, slide, skips in (
+        (base, "1", "0"),
+        (replace(base, stride=2), "2", "0"),
+        (replace(base, stride=3), "0", "0"),
+        (replace(base, dilation=2), "0", "1"),
+        (replace(base, dilation=2, stride=2), "0", "0"),
+        (replace(base, dilation=2, L_in=90), "0", "0"),
+        (replace(base, N=7, L_in=123), "1", "0"),
+        (replace(base, K=301, padding_left=150, padding_right=150), "1", "0"),
     ):
-        assert macros(family, problem)["SLIDE_STRIDE"] == slide, str(problem)
+        chosen = macros(family, problem)
+        assert (chosen["SLIDE_STRIDE"], chosen["IS_SKIPPING"]) == (slide, skips), str(problem)
 
 
 @pytest.mark.parametrize("family", DEPTHWISE, **by_name)
@@ -95,6 +98,7 @@ def test_launches_keep_the_limits_of_each_gpu(family: Family, arch: str) -> None
     for dtype in DTYPES:
         for L, K, stride, dilation in (
             (24, 51, 1, 1), (1024, 1024, 1, 1), (16_000, 401, 160, 1), (90_000, 3, 1, 5000), (480_267, 12, 2, 1),
+            (4001, 3, 1, 128), (56_448, 7, 1, 9), (128, 2, 1, 2),
         ):  # fmt: skip
             p = depthwise(
                 family.op, 512, L, K, stride=stride, dilation=dilation, dtype=dtype, padding_left=dilation * (K - 1)
@@ -106,6 +110,7 @@ def test_launches_keep_the_limits_of_each_gpu(family: Family, arch: str) -> None
             assert config in set(family.configs(device))
             assert launch.block % 32 == 0
             assert launch.block <= BLOCK_SIZE
+            assert params["row_threads"] % 32 == 0 or dict(config.macros)["IS_SKIPPING"] == "0"
             assert launch.shared_bytes <= device.shared_per_block
             assert params["row_threads"] * params["block_rows"] <= launch.block
             covered = params["row_threads"] * params["repeats"] * params["tiles"] * int(dict(config.macros)["THREAD_L"])
@@ -154,6 +159,39 @@ def test_rows_of_every_alignment(family: Family, stride: int, dtype: str) -> Non
             layout = placed(p, (first % vec, (vec - first) % vec), gaps)
             assert macros(family, p, layout)["SLIDE_STRIDE"] == str(stride if stride < 3 else 0)
             assert_bits_of_the_base(family, p, layout)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", DEPTHWISE, **by_name)
+def test_dilated_rows_of_every_alignment(family: Family, dtype: str) -> None:
+    """Every remainder of dilation and padding modulo a vector; rows that end in or behind the last result of a warp."""
+    vec = 16 // ITEMSIZE[dtype]
+    for shift in range(vec):
+        first = 1 << shift.bit_length() >> 1
+        dilation = 2 + shift
+        for L_out, gaps in ((255 + shift, (shift, vec - shift)), (128, (vec - shift, 0)), (600, (0, 0))):
+            L_in = L_out + dilation * 4 - 2 * shift if family.name == FORWARD else L_out - dilation * 4 + 2 * shift
+            p = depthwise(
+                family.op, 3, L_in, 5, dilation=dilation, dtype=dtype, padding_left=shift, padding_right=shift,
+                has_bias=True, multiplier=1 + shift % 2,
+            )  # fmt: skip
+            assert p.L_out == L_out
+            layout = placed(p, (first % vec, (vec - first) % vec), gaps)
+            assert macros(family, p, layout)["IS_SKIPPING"] == "1"
+            assert_bits_of_the_base(family, p, layout)
+
+
+@pytest.mark.parametrize("family", DEPTHWISE, **by_name)
+def test_dilated_rows_of_several_tiles(family: Family) -> None:
+    """A GPU of one multiprocessor, whose threads compute several results one after the other."""
+    small = replace(DEVICE, num_sms=1)
+    for L, K, dilation in ((9000, 3, 128), (5000, 7, 9), (2300, 40, 2)):
+        p = depthwise(family.op, 1, L, K, N=1, dilation=dilation, padding_left=dilation * (K // 2))
+        launch = family.configure(p, Layout.contiguous(p), small)[1]
+        assert dict(launch.params)["tiles"] * dict(launch.params)["repeats"] > 1
+        data = cases.random_data(p, 36)
+        output = hostcuda.convolve(p, *data, family=family.name, device=small, schedule="every")
+        assert same_bits(output, hostcuda.convolve(p, *data, family=BASE[family.name], device=DEVICE)).all()
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "complex64"])
@@ -222,12 +260,15 @@ def test_kernels_longer_than_the_sequence(family: Family, stride: int, dtype: st
                 assert_bits_of_the_base(family, p)
 
 
-@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize(("stride", "dilation"), [(1, 1), (2, 1), (3, 1), (1, 5)])
 @pytest.mark.parametrize("family", DEPTHWISE, **by_name)
-def test_nothing_comes_of_an_infinite_weight_in_the_padding(family: Family, stride: int) -> None:
+def test_nothing_comes_of_an_infinite_weight_in_the_padding(family: Family, stride: int, dilation: int) -> None:
     """Infinite and NaN taps spoil the results that they belong to, and no other."""
-    padding = 0 if family.name == TRANSPOSED else 6  # so that the first and the last results miss taps
-    p = depthwise(family.op, 4, 30, 7, stride=stride, padding_left=padding, padding_right=padding, N=1)
+    padding = 0 if family.name == TRANSPOSED else 6 * dilation  # so that the first and the last results miss taps
+    L = 30 if dilation == 1 else 140
+    p = depthwise(
+        family.op, 4, L, 7, stride=stride, dilation=dilation, padding_left=padding, padding_right=padding, N=1
+    )
     data = cases.random_data(p, 34)
     weight = data.weight.copy()
     weight[:2, :, 0], weight[2:, :, 6] = np.inf, np.nan

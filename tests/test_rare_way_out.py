@@ -38,6 +38,8 @@ DEPTHWISE = tuple(
         ("conv1d", 333, 9, {"stride": 2}),
         ("conv1d", 333, 5, {"stride": 3, "dilation": 2}),
         ("conv1d", 300, 5, {"stride": 9}),
+        ("conv1d", 4500, 5, {"dilation": 33}),
+        ("conv_transpose1d", 4500, 3, {"dilation": 7, "dtype": "float16"}),
         ("conv_transpose1d", 333, 9, {}),
         ("conv_transpose1d", 340, 9, {"dtype": "float16"}),
         ("conv_transpose1d", 333, 17, {"stride": 2}),
@@ -95,8 +97,9 @@ def test_the_layers_go_every_way_through_the_kernels() -> None:
 
     forward, stems = launches("conv1d_depthwise"), launches("conv1d_stem")
     assert {(m["SLIDE_STRIDE"], m["THREAD_L"]) for m, _ in forward} >= {("1", "8"), ("2", "8"), ("0", "4"), ("0", "1")}
-    assert {m["SLIDE_STRIDE"] for m, _ in launches("conv_transpose1d_depthwise")} == {"1", "2"}
+    assert {m["SLIDE_STRIDE"] for m, _ in launches("conv_transpose1d_depthwise")} == {"0", "1", "2"}
     for ways in (forward, launches("conv_transpose1d_depthwise")):
+        assert any(m["IS_SKIPPING"] == "1" and p["repeats"] > 1 for m, p in ways)
         assert any(p["repeats"] > 1 for _, p in ways)
         assert any(p["block_rows"] > 1 for _, p in ways)
     assert any(p["repeats"] > 1 and p["C_in_g"] * p["K"] <= p["chunk_terms"] for _, p in stems)

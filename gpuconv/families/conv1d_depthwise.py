@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import ClassVar
 
 from ..device import Device
 from ..problem import DTYPES, ITEMSIZE, ConvProblem
@@ -16,10 +17,13 @@ from .base import MAX_GRID, Config, Family, Launch, Layout, index_bits, stride_p
 from .depthwise import (
     BLOCK_SIZE,
     MANY_OUTPUTS,
+    MIN_BLOCKS,
     SLIDE_STRIDES,
     Deal,
+    Skip,
     Work,
     accumulator_bytes,
+    can_skip,
     can_slide,
     choose_deal,
     round_up,
@@ -28,7 +32,8 @@ from .depthwise import (
     vector_length,
 )
 
-# Results of a thread that does not slide: several share the loads of taps; one, where threads are few for their window.
+# Results of a thread that neither slides nor skips: several share the loads of taps; one, where threads are few for
+# their window.
 MANY_L, ONE_L = 4, 1
 # From this stride on most threads' work is staging.
 LONG_STRIDE = 8
@@ -76,7 +81,7 @@ class Conv1dDepthwise(Family):
             "plane_pitch": shape.plane_pitch(deal.places, deal.block_rows),
             **stride_params(layout, ("out", "in")),
         }
-        config = self._config(shape.slide_stride, shape.thread_l, p.dtype, plan.bits)
+        config = self._config(shape.slide_stride, shape.is_skipping, shape.thread_l, p.dtype, plan.bits)
         return config, Launch(deal.grid, deal.block, deal.shared_bytes, plan.bits, tuple(params.items()))
 
     def figures(self, problem: ConvProblem, layout: Layout, device: Device) -> tuple[tuple[str, float], ...]:
@@ -86,12 +91,14 @@ class Conv1dDepthwise(Family):
     def configs(self, device: Device) -> Iterator[Config]:
         for dtype in DTYPES:
             for stride in SLIDE_STRIDES:
-                yield self._config(stride, slide_outputs(dtype), dtype, 32)
+                yield self._config(stride, False, slide_outputs(dtype), dtype, 32)
+            yield self._config(0, True, slide_outputs(dtype), dtype, 32)
             for thread_l in (MANY_L, ONE_L):
-                yield self._config(0, thread_l, dtype, 32)
-            yield self._config(0, MANY_L, dtype, 64)
+                yield self._config(0, False, thread_l, dtype, 32)
+            yield self._config(0, False, MANY_L, dtype, 64)
 
-    def _config(self, slide_stride: int, thread_l: int, dtype: str, bits: int) -> Config:
+    def _config(self, slide_stride: int, is_skipping: bool, thread_l: int, dtype: str, bits: int) -> Config:
+        min_blocks = 3 if dtype == "complex128" or slide_stride == 2 else 4 if bits == 64 else MIN_BLOCKS
         return Config.of(
             self.name,
             {
@@ -99,8 +106,9 @@ class Conv1dDepthwise(Family):
                 "INDEX_BITS": bits,
                 "BLOCK_SIZE": BLOCK_SIZE,
                 # Caps the registers of a thread: as many blocks as leave all its values in registers.
-                "MIN_BLOCKS": 3 if dtype == "complex128" or slide_stride == 2 else 4 if bits == 64 else 5,
+                "MIN_BLOCKS": min_blocks,
                 "SLIDE_STRIDE": slide_stride,
+                "IS_SKIPPING": int(is_skipping),
                 "DTYPE_BYTES": ITEMSIZE[dtype],
                 "THREAD_L": thread_l,
                 "PARAMS_BYTES": len(params_fields(self.name)) * bits // 8,
@@ -120,6 +128,7 @@ class _Shape:
     problem: ConvProblem
     slide_stride: int
     thread_l: int
+    is_skipping: ClassVar[bool] = False
 
     @property
     def steps(self) -> int:
@@ -184,7 +193,7 @@ class _Shape:
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    shape: _Shape
+    shape: _Shape | Skip
     deal: Deal
     bits: int
 
@@ -193,7 +202,11 @@ class _Plan:
 def _plan(problem: ConvProblem, layout: Layout, device: Device) -> _Plan | None:
     p = problem
     bits = _index_bits(p, layout)
-    shapes = [_Shape(p, p.stride, slide_outputs(p.dtype))] if can_slide(p, layout, bits) else []
+    shapes: list[_Shape | Skip] = []
+    if can_slide(p, layout, bits):
+        shapes.append(_Shape(p, p.stride, slide_outputs(p.dtype)))
+    if can_skip(p, layout, bits):
+        shapes.append(Skip(p))
     one = bits == 32 and (p.stride >= LONG_STRIDE or p.L_out <= SHORT_L)
     shapes.append(_Shape(p, 0, ONE_L if one else MANY_L))
     for shape in shapes:

@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import ClassVar
 
 from ..device import Device
 from ..problem import DTYPES, ITEMSIZE, ConvProblem
@@ -17,11 +18,14 @@ from .base import MAX_GRID, Config, Family, Launch, Layout, index_bits, stride_p
 from .depthwise import (
     BLOCK_SIZE,
     MANY_OUTPUTS,
+    MIN_BLOCKS,
     SLIDE_STRIDES,
     Deal,
     Divisor,
+    Skip,
     Work,
     accumulator_bytes,
+    can_skip,
     can_slide,
     choose_deal,
     round_up,
@@ -30,7 +34,7 @@ from .depthwise import (
     vector_length,
 )
 
-# Results of a thread that does not slide, among which the work on its row is shared.
+# Results of a thread that neither slides nor skips, among which the work on its row is shared.
 MANY_L = 4
 
 
@@ -55,7 +59,7 @@ class ConvTranspose1dDepthwise(Family):
         deal, shape = plan.deal, plan.shape
         gcd = math.gcd(p.stride, p.dilation)
         tap_step, position_step = p.stride // gcd, p.dilation // gcd
-        slides = shape.slide_stride > 0
+        has_window = shape.slide_stride > 0 or shape.is_skipping
         params = {
             "N": p.N,
             "C_out": p.C_out,
@@ -72,14 +76,14 @@ class ConvTranspose1dDepthwise(Family):
             "position_step": position_step,
             "phase_inverse": pow(position_step, -1, tap_step),
             **deal.params(p),
-            "taps_pitch": shape.taps_pitch if slides else 0,
-            "window": shape.window(deal.places) if slides else 0,
-            "window_below": shape.window_below if slides else 0,
-            "window_pitch": shape.window_pitch(deal.places) if slides else 0,
-            "plane_pitch": shape.plane_pitch(deal.places, deal.block_rows) if slides else 0,
+            "taps_pitch": shape.taps_pitch if has_window else 0,
+            "window": shape.window(deal.places) if has_window else 0,
+            "window_below": shape.window_below if has_window else 0,
+            "window_pitch": shape.window_pitch(deal.places) if has_window else 0,
+            "plane_pitch": shape.plane_pitch(deal.places, deal.block_rows) if has_window else 0,
             **stride_params(layout, ("in", "out")),
         }
-        config = self._config(shape.slide_stride, shape.thread_l, p.dtype, plan.bits)
+        config = self._config(shape.slide_stride, shape.is_skipping, shape.thread_l, p.dtype, plan.bits)
         return config, Launch(deal.grid, deal.block, deal.shared_bytes, plan.bits, tuple(params.items()))
 
     def figures(self, problem: ConvProblem, layout: Layout, device: Device) -> tuple[tuple[str, float], ...]:
@@ -88,11 +92,13 @@ class ConvTranspose1dDepthwise(Family):
     def configs(self, device: Device) -> Iterator[Config]:
         for dtype in DTYPES:
             for stride in SLIDE_STRIDES:
-                yield self._config(stride, slide_outputs(dtype), dtype, 32)
+                yield self._config(stride, False, slide_outputs(dtype), dtype, 32)
+            yield self._config(0, True, slide_outputs(dtype), dtype, 32)
             for bits in (32, 64):
-                yield self._config(0, MANY_L, dtype, bits)
+                yield self._config(0, False, MANY_L, dtype, bits)
 
-    def _config(self, slide_stride: int, thread_l: int, dtype: str, bits: int) -> Config:
+    def _config(self, slide_stride: int, is_skipping: bool, thread_l: int, dtype: str, bits: int) -> Config:
+        min_blocks = 4 if bits == 64 or dtype == "complex128" else MIN_BLOCKS
         return Config.of(
             self.name,
             {
@@ -100,8 +106,9 @@ class ConvTranspose1dDepthwise(Family):
                 "INDEX_BITS": bits,
                 "BLOCK_SIZE": BLOCK_SIZE,
                 # Caps the registers of a thread: as many blocks as leave all its values in registers.
-                "MIN_BLOCKS": 4 if bits == 64 or dtype == "complex128" else 5,
+                "MIN_BLOCKS": min_blocks,
                 "SLIDE_STRIDE": slide_stride,
+                "IS_SKIPPING": int(is_skipping),
                 "DTYPE_BYTES": ITEMSIZE[dtype],
                 "THREAD_L": thread_l,
                 "PARAMS_BYTES": len(params_fields(self.name)) * bits // 8,
@@ -121,6 +128,7 @@ class _Shape:
     problem: ConvProblem
     slide_stride: int
     thread_l: int
+    is_skipping: ClassVar[bool] = False
 
     @property
     def steps(self) -> int:
@@ -181,7 +189,7 @@ class _Shape:
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    shape: _Shape
+    shape: _Shape | Skip
     deal: Deal
     bits: int
 
@@ -190,15 +198,17 @@ class _Plan:
 def _plan(problem: ConvProblem, layout: Layout, device: Device) -> _Plan:
     p = problem
     bits = _index_bits(p, layout)
+    shapes: list[_Shape | Skip] = []
     if can_slide(p, layout, bits):
-        shape = _Shape(p, p.stride, slide_outputs(p.dtype))
+        shapes.append(_Shape(p, p.stride, slide_outputs(p.dtype)))
+    if can_skip(p, layout, bits):
+        shapes.append(Skip(p))
+    shapes.append(_Shape(p, 0, MANY_L))
+    for shape in shapes:
         deal = choose_deal(shape.work(layout), device)
         if deal is not None:
             return _Plan(shape, deal, bits)
-    shape = _Shape(p, 0, MANY_L)
-    deal = choose_deal(shape.work(layout), device)
-    assert deal is not None, "a block without shared memory fits"
-    return _Plan(shape, deal, bits)
+    raise AssertionError("a block without shared memory fits")
 
 
 def _index_bits(problem: ConvProblem, layout: Layout) -> int:

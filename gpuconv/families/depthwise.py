@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from ..device import Device
 from ..problem import ITEMSIZE, ConvProblem
@@ -15,9 +15,12 @@ from .base import Layout
 
 WARP = 32
 BLOCK_SIZE = 256  # the most threads of a block
+MIN_BLOCKS = 5  # of these that a multiprocessor holds at 48 registers a thread, where it has so many threads
 # From here on the families for many output channels load a position of the input once for several of them.
 MANY_OUTPUTS = 8
 SLIDE_STRIDES = (1, 2)
+# Rows shorter than this leave most lanes of a warp of skipping threads idle.
+SHORTEST_SKIP = 128
 
 
 def accumulator_bytes(dtype: str) -> int:
@@ -45,6 +48,12 @@ def row_skew(problem: ConvProblem, layout: Layout) -> int:
     vec = 16 // problem.itemsize
     aligned = layout.output.alignment == 16 and all(stride % vec == 0 for stride in layout.output.strides[:2])
     return 0 if aligned else vec - 1
+
+
+def can_skip(problem: ConvProblem, layout: Layout, bits: int) -> bool:
+    """Whether the layer has a kernel of skipping threads: stride 1 and a dilation, else as for sliding ones."""
+    regular = layout.input.strides[2] == 1 and layout.output.strides[2] == 1 and bits == 32
+    return regular and problem.stride == 1 and problem.dilation > 1 and problem.L_out >= SHORTEST_SKIP
 
 
 class Divisor(NamedTuple):
@@ -88,6 +97,8 @@ class Work:
         window_positions: positions of a row's window, for a number of places: threads of a row times repeats.
         row_bytes: bytes that one row's tile moves to and from memory, likewise.
         shared_bytes: shared memory of a block, for (places, block_rows).
+        thread_bytes: shared memory of each of its threads besides.
+        whole_warps: whether a warp works on one row alone.
     """
 
     rows: int
@@ -99,6 +110,62 @@ class Work:
     window_positions: Callable[[int], int]
     row_bytes: Callable[[int], float]
     shared_bytes: Callable[[int, int], int]
+    thread_bytes: int = 0
+    whole_warps: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Skip:
+    """What the kernel of skipping threads keeps in shared memory."""
+
+    problem: ConvProblem
+    slide_stride: ClassVar[int] = 0
+    is_skipping: ClassVar[bool] = True
+    window_below: ClassVar[int] = 0
+
+    @property
+    def thread_l(self) -> int:
+        return slide_outputs(self.problem.dtype)
+
+    @property
+    def taps_pitch(self) -> int:
+        return self.problem.K
+
+    def window(self, places: int) -> int:
+        vec = vector_length(self.problem.dtype)
+        reach = self.problem.dilation * (self.problem.K - 1)
+        return -(-(vec - 1 + places * self.thread_l + reach) // vec)
+
+    def window_pitch(self, places: int) -> int:
+        return self.window(places) + 2
+
+    def plane_pitch(self, places: int, block_rows: int) -> int:
+        return 0
+
+    def shared_bytes(self, places: int, block_rows: int) -> int:
+        vec = vector_length(self.problem.dtype)
+        return block_rows * (self.window_pitch(places) * vec + self.taps_pitch) * accumulator_bytes(self.problem.dtype)
+
+    def work(self, layout: Layout) -> Work:
+        p = self.problem
+        vec = vector_length(p.dtype)
+        size = accumulator_bytes(p.dtype)
+        multiply_adds = self.thread_l * (4 if p.is_complex else 1)
+        # Of a tap, its load and step and those of the positions that it meets; of a result, its way through shared
+        # memory; the rest as in a sliding thread.
+        return Work(
+            rows=p.N * p.C_out,
+            thread_outputs=self.thread_l,
+            row_outputs=p.L_out + row_skew(p, layout),
+            thread_slots=165.0,
+            result_slots=p.K * (multiply_adds + self.thread_l + 5.0) + 45 + 7 * self.thread_l,
+            position_slots=5.0,
+            window_positions=lambda places: self.window(places) * vec,
+            row_bytes=lambda places: (places * self.thread_l + min(p.L_in, self.window(places) * vec)) * p.itemsize,
+            shared_bytes=self.shared_bytes,
+            thread_bytes=self.thread_l * size,
+            whole_warps=True,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,8 +228,6 @@ _BYTES_PER_CYCLE = 18.0
 _LATENCY_CYCLES = 2000.0
 # Instructions of a block besides those of its threads, for its start, its barrier and its end: an estimate.
 _BLOCK_SLOTS = 100.0
-# Threads that a multiprocessor holds at 48 registers each.
-_RESIDENT_THREADS = 1280
 # Warps of a multiprocessor that keep its rates up; blocks that overlap loads and arithmetic as well as more would.
 _ENOUGH_WARPS = 24
 _ENOUGH_BLOCKS = 8
@@ -176,11 +241,14 @@ def choose_deal(work: Work, device: Device) -> Deal | None:
     """
     best: Deal | None = None
     groups = -(-work.row_outputs // work.thread_outputs)
+    resident_threads = min(MIN_BLOCKS, device.threads_per_sm // BLOCK_SIZE) * BLOCK_SIZE
     for row_threads, repeats in _candidates(groups):
+        if work.whole_warps and row_threads % WARP:
+            continue
         places = row_threads * repeats
         tiles = -(-groups // places)
         for block_rows in range(1, min(work.rows, BLOCK_SIZE // row_threads) + 1):
-            shared = work.shared_bytes(places, block_rows)
+            shared = work.shared_bytes(places, block_rows) + work.thread_bytes * row_threads * block_rows
             if shared > device.shared_per_block:
                 break
             row_groups = -(-work.rows // block_rows)
@@ -189,7 +257,7 @@ def choose_deal(work: Work, device: Device) -> Deal | None:
             issue = (_BLOCK_SLOTS + warps * (work.thread_slots + repeats * work.result_slots) + staging) / _ISSUE
             traffic = block_rows * work.row_bytes(places) / _BYTES_PER_CYCLE
             blocks = tiles * row_groups
-            resident = min(32, _RESIDENT_THREADS // (warps * WARP), device.shared_per_sm // (shared + 1024))
+            resident = min(32, resident_threads // (warps * WARP), device.shared_per_sm // (shared + 1024))
             resident = max(1, min(resident, -(-blocks // device.num_sms)))
             busy = min(1.0, resident * warps / _ENOUGH_WARPS)
             cycles = (max(issue, traffic) + min(issue, traffic) / min(resident, _ENOUGH_BLOCKS)) / busy
@@ -206,7 +274,7 @@ def _candidates(groups: int) -> Iterator[tuple[int, int]]:
         needed = -(-groups // repeats)
         fewest_tiles = -(-needed // BLOCK_SIZE)
         even = {-(-needed // tiles) for tiles in range(fewest_tiles, fewest_tiles + 5)}
-        parts = {size for size in (256, 128, 64, 32, 8, 1) if size <= needed}
+        parts = {size for size in (256, 128, 64, 32, 8, 1) if size <= needed or size == WARP}
         yield from ((row_threads, repeats) for row_threads in sorted(even | parts, reverse=True))
         if needed == 1:
             return
