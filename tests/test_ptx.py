@@ -528,6 +528,26 @@ def test_groups_of_copies_arrive_in_order(machine: Machine) -> None:
     np.testing.assert_array_equal(y, x[:, ::-1])
 
 
+COPIES_COME_ONCE = group_kernel(
+    "copies_come_once",
+    f"""
+    copy_async_wait_group<0>();
+    stored[lane] = -1;
+    copy_async(stored + {WARP} + lane, input + {2 * WARP} + lane);
+    copy_async_commit();
+    copy_async_wait_group<0>();
+    for (int k = 0; k < 3; ++k) output[{WARP} * k + lane] = stored[{WARP} * k + lane];
+    """,
+)
+
+
+def test_copies_come_once(machine: Machine) -> None:
+    """What is stored after a copy has arrived stays."""
+    x = np.random.default_rng(0).standard_normal((3, WARP)).astype(np.float32)
+    y = machine.run(COPIES_COME_ONCE, {"input": x}, np.empty_like(x), shared_bytes=x.nbytes)
+    np.testing.assert_array_equal(y, [np.full(WARP, -1), x[2], x[2]])
+
+
 # -- rounding to TF32 --------------------------------------------------------------------------------------------------
 
 ROUND = kernel(
@@ -759,7 +779,7 @@ FAULTS = {
 
 @pytest.fixture(scope="module", autouse=True)
 def _built() -> None:
-    others = (GROUPS_IN_ORDER, ROUND, SPLIT, VOTE, *(fault.program for fault in FAULTS.values()))
+    others = (GROUPS_IN_ORDER, COPIES_COME_ONCE, ROUND, SPLIT, VOTE, *(fault.program for fault in FAULTS.values()))
     hostcuda.prebuild([*PRODUCT_KERNELS.values(), *LOAD_KERNELS.values(), *COPY_KERNELS.values(), *others])
 
 

@@ -731,7 +731,7 @@ constexpr int kLeastExponent = -126;  // of float32
 struct Numbers {
     Words magnitude;
     Ints exponent, sign;
-    Ints is_special;  // -1 for an infinity or a NaN, which counts as zero in what is above
+    Ints is_special;  // -1 for an infinity or a NaN, of which what is above means nothing
 };
 
 template <int kind>
@@ -744,7 +744,7 @@ inline __attribute__((always_inline)) Numbers decode(const uint32_t* from) {
     const Words fraction = bits & ((1u << format.fraction_bits) - 1);
     const Ints exponent = Ints(bits >> format.fraction_bits) & top;
     const Ints is_special = exponent == top, is_normal = exponent > 0;
-    const Words magnitude = (fraction | (Words(is_normal) & 1u << format.fraction_bits)) & ~Words(is_special);
+    const Words magnitude = fraction | (Words(is_normal) & 1u << format.fraction_bits);
     return Numbers{
         magnitude, magnitude == 0 ? kNoExponent + Ints{} : exponent - bias + 1 + is_normal,
         -Ints(bits >> (format.fraction_bits + format.exponent_bits)), is_special};
