@@ -8,13 +8,13 @@
 // A pair is (slice, r, c): a row of coarse and a row of fine. A thread sums THREAD_K neighbouring taps of one pair.
 // A block takes block_pairs neighbouring pairs, a multiple of 32, by tap_threads threads each; a warp has 32 pairs and the
 // same taps of each. Pieces of `chunk` positions of the rows pass through two buffers of shared memory as they are stored:
-// the next is loaded while one is summed, eight threads along a row. Rows are an odd number of vectors (SLIDES = 1) or of
-// 4-byte words (SLIDES = 0) apart, so that the pairs of a warp read from different banks.
+// the next is loaded while one is summed, eight threads along a row. Rows are an odd number of vectors (IS_SLIDING = 1) or of
+// 4-byte words (IS_SLIDING = 0) apart, so that the pairs of a warp read from different banks.
 //
-// SLIDES = 1: stride and dilation 1. Of each row of fine a thread reads a vector for as many positions, and keeps those
+// IS_SLIDING = 1: stride and dilation 1. Of each row of fine a thread reads a vector for as many positions, and keeps those
 // that further positions use in registers. The window of fine begins `lead` positions early, where copies of fine_copy
 // elements are aligned; the taps then begin with as many that do not exist.
-// SLIDES = 0: any stride and dilation, one read for each position and tap.
+// IS_SLIDING = 0: any stride and dilation, one read for each position and tap.
 // Terms outside fine are multiplied as zeros, which tiled.cuh explains; sums that are NaN are formed again without them.
 //
 // Grid x: blocks of pairs (fastest), then tiles of tap_threads*THREAD_K taps. Grid y and z: 1. Dynamic shared memory: a
@@ -95,7 +95,7 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS) weight_gra
         *slice = slice_and_r / p.C_coarse;
         *r = slice_and_r - *slice * p.C_coarse;
     };
-    const index_t window_first = (SLIDES ? tile_tap : tile_tap * p.dilation) - p.padding_left - p.lead;  // where l = 0
+    const index_t window_first = (IS_SLIDING ? tile_tap : tile_tap * p.dilation) - p.padding_left - p.lead;  // where l = 0
     for (int i = threadIdx.x; i < block_rows; i += blockDim.x) {
         index_t slice, r, c;
         channels_of(pair_begin + i, &slice, &r, &c);
@@ -163,12 +163,12 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS) weight_gra
 #pragma unroll
     for (int j = 0; j < THREAD_K; ++j) {
         const index_t tap = min_index(tap_thread * THREAD_K + j, p.K - 1 - tile_tap);
-        tap_offset[j] = SLIDES ? j : int(tap * p.dilation);
+        tap_offset[j] = IS_SLIDING ? j : int(tap * p.dilation);
     }
 
     // Sums `count` positions of a row of coarse with a window of fine.
     const auto sum_positions = [&](const storage_t* a, const storage_t* b, int count) {
-#if SLIDES
+#if IS_SLIDING
         const Vector* const a_vectors = reinterpret_cast<const Vector*>(a);
         const Vector* const b_vectors = reinterpret_cast<const Vector*>(b);
         acc_t held[kHeld][kVec];
@@ -229,7 +229,7 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS) weight_gra
             if (sample < row.samples && l < row.l_end) {
                 const storage_t* const a = buffers + buffer * buffer_size + in_block * coarse_pitch;
                 const storage_t* const b = buffers + buffer * buffer_size + block_pairs * coarse_pitch +
-                                           in_block * fine_pitch + (SLIDES ? tap_thread * THREAD_K : int(p.lead));
+                                           in_block * fine_pitch + (IS_SLIDING ? tap_thread * THREAD_K : int(p.lead));
                 sum_positions(a, b, int(min_index(p.chunk, row.l_end - l)));
             }
         }
@@ -245,7 +245,7 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS) weight_gra
     const index_t pair = pair_begin + in_block;
     index_t slice, r, c;
     channels_of(pair, &slice, &r, &c);
-    const index_t first_tap = tile_tap + tap_thread * THREAD_K - (SLIDES ? p.lead : 0);
+    const index_t first_tap = tile_tap + tap_thread * THREAD_K - (IS_SLIDING ? p.lead : 0);
     acc_t* const partial_pair = partial + pair * p.K;  // [slice, r, c, 0]
     storage_t* const result_pair =
         grad_weight + (r * p.weight_stride_r + c * p.weight_stride_c);

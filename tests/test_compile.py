@@ -1,8 +1,8 @@
 """NVRTC compiles every kernel for every architecture, without a GPU: no local memory, no spills.
 
-A family of few specialisations is compiled in all of them for all architectures. One of many deals them out: each is
-compiled for one architecture, and neighbours in the family's list for different ones; with GPUCONV_COMPILE_ALL=1 in the
-environment they too are compiled in all of them for all.
+A family of few specialisations is compiled in all of them for all architectures. One of many deals them out, as does
+one for gradients: each is compiled for one architecture, and neighbours in the family's list for different ones; with
+GPUCONV_COMPILE_ALL=1 in the environment they too are compiled in all of them for all.
 """
 
 from __future__ import annotations
@@ -10,16 +10,19 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import pytest
 from cupy_backends.cuda.libs import nvrtc
 
 from gpuconv.device import ARCHITECTURES, Device
-from gpuconv.families import FAMILIES, Config, Family
+from gpuconv.families import FAMILIES, GRADIENT_FAMILIES, Config, Family, GradientFamily
 from gpuconv.source import assemble, params_fields
 
 ARCHS = tuple(ARCHITECTURES)
 FEW = 24
+AnyFamily: TypeAlias = Family | GradientFamily[Any]
+EVERY_FAMILY: tuple[AnyFamily, ...] = (*FAMILIES, *GRADIENT_FAMILIES)
 MAX_REGISTERS = 255  # of one thread, on every architecture
 
 # CuPy adds -ftz=true to every kernel and leaves the language level to NVRTC, whose oldest supported is C++14.
@@ -72,22 +75,23 @@ def compile_config(config: Config, arch: str) -> tuple[bytes, Usage]:
     return compile_text(assemble(config.kernel, dict(config.macros)), config.kernel, arch)
 
 
-def configs_for(family: Family, arch: str) -> list[Config]:
+def configs_for(family: AnyFamily, arch: str) -> list[Config]:
     """The specialisations to compile for an architecture."""
     configs = list(family.configs(Device.from_arch(arch)))
-    if len(configs) <= FEW or os.environ.get("GPUCONV_COMPILE_ALL") == "1":
+    has_few = len(configs) <= FEW and isinstance(family, Family)
+    if has_few or os.environ.get("GPUCONV_COMPILE_ALL") == "1":
         return configs
     return configs[ARCHS.index(arch) :: len(ARCHS)]
 
 
-def first_config(family: Family) -> Config:
+def first_config(family: AnyFamily) -> Config:
     """A specialisation of the family's own kernel; its list may hold others too."""
     return next(c for c in family.configs(Device.from_arch("sm_90")) if c.kernel == family.name)
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
-def test_kernels_compile_without_local_memory(family: Family, arch: str) -> None:
+@pytest.mark.parametrize("family", EVERY_FAMILY, ids=lambda family: family.name)
+def test_kernels_compile_without_local_memory(family: AnyFamily, arch: str) -> None:
     configs = configs_for(family, arch)
     assert configs
     offenders = []
@@ -101,14 +105,14 @@ def test_kernels_compile_without_local_memory(family: Family, arch: str) -> None
     assert not offenders, f"{len(offenders)} of {len(configs)} use local memory:\n" + "\n".join(offenders)
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
-def test_every_specialisation_is_compiled_somewhere(family: Family) -> None:
+@pytest.mark.parametrize("family", EVERY_FAMILY, ids=lambda family: family.name)
+def test_every_specialisation_is_compiled_somewhere(family: AnyFamily) -> None:
     every = {config for arch in ARCHS for config in family.configs(Device.from_arch(arch))}
     assert {config for arch in ARCHS for config in configs_for(family, arch)} == every
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
-def test_params_size_is_asserted_on_both_sides(family: Family) -> None:
+@pytest.mark.parametrize("family", EVERY_FAMILY, ids=lambda family: family.name)
+def test_params_size_is_asserted_on_both_sides(family: AnyFamily) -> None:
     for config in family.configs(Device.from_arch("sm_90")):
         macros = dict(config.macros)
         assert int(macros["PARAMS_BYTES"]) == len(params_fields(config.kernel)) * int(macros["INDEX_BITS"]) // 8
@@ -119,8 +123,8 @@ def test_params_size_is_asserted_on_both_sides(family: Family) -> None:
         compile_text(assemble(config.kernel, wrong), config.kernel, "sm_90")
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
-def test_messages_point_at_the_real_file(family: Family) -> None:
+@pytest.mark.parametrize("family", EVERY_FAMILY, ids=lambda family: family.name)
+def test_messages_point_at_the_real_file(family: AnyFamily) -> None:
     config = first_config(family)
     text = assemble(config.kernel, dict(config.macros))
     lines = text[text.index(f'#line 1 "{family.name}.cu"') :].count("\n")

@@ -7,14 +7,16 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from gpuconv import cases
 from gpuconv.device import ARCHITECTURES, Device
-from gpuconv.families import FAMILIES, Family, Layout
-from gpuconv.problem import DTYPES, ConvProblem
-from gpuconv.source import assemble, directory, params_fields
+from gpuconv.families import FAMILIES, GRADIENT_FAMILIES, Family, GradientFamily, GradientLayout, Layout
+from gpuconv.families.base import gradient_shapes
+from gpuconv.problem import DTYPES, BiasGradientProblem, ConvProblem, WeightGradientProblem
+from gpuconv.source import assemble, directory, pack_params, params_fields
 
 PACKAGE = Path(cases.__file__).resolve().parent
 
@@ -156,6 +158,8 @@ def test_kernels_are_made_by_the_runtime_alone() -> None:
 # -- families and their kernels ----------------------------------------------------------------------------------------
 
 CUDA_FILES = sorted(directory().glob("*.cu*"))
+HELPERS = {"pack_weight", "sum_slices"}  # kernels that run before or after those of families
+EVERY_FAMILY: tuple[Family | GradientFamily[Any], ...] = (*FAMILIES, *GRADIENT_FAMILIES)
 
 
 def code(text: str) -> str:
@@ -179,8 +183,8 @@ def test_instructions_are_wrapped_in_one_place(path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
-def test_a_family_has_one_name(family: Family) -> None:
+@pytest.mark.parametrize("family", EVERY_FAMILY, ids=lambda family: family.name)
+def test_a_family_has_one_name(family: Family | GradientFamily[Any]) -> None:
     """The file, the kernel's file and the kernel function are called like the family."""
     module = f"families.{family.name}"
     assert type(family).__module__ == f"gpuconv.{module}"
@@ -195,20 +199,20 @@ def test_a_family_has_one_name(family: Family) -> None:
     assert functions == [family.name]
     assert re.fullmatch(rf"{family.op}_[a-z]+(_[a-z]+)*", family.name)
     kernels = {config.kernel for config in family.configs(Device.from_arch("sm_90"))}
-    assert kernels - {"pack_weight"} == {family.name}
+    assert kernels - HELPERS == {family.name}
 
 
 def test_every_family_file_and_every_kernel_file_is_in_the_list() -> None:
-    names = [family.name for family in FAMILIES]
+    names = [family.name for family in EVERY_FAMILY]
     assert len(names) == len(set(names))
     shared = {name for row in LAYERS for name in row}
     files = {name.removeprefix("families.") for name in MODULES if name.startswith("families.") and name not in shared}
     assert files == set(names)
-    assert {path.stem for path in CUDA_FILES if path.suffix == ".cu"} == {*names, "pack_weight"}
+    assert {path.stem for path in CUDA_FILES if path.suffix == ".cu"} == {*names, *HELPERS}
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
-def test_a_kernel_reads_the_macros_that_its_family_gives(family: Family) -> None:
+@pytest.mark.parametrize("family", EVERY_FAMILY, ids=lambda family: family.name)
+def test_a_kernel_reads_the_macros_that_its_family_gives(family: Family | GradientFamily[Any]) -> None:
     for config in {config for arch in ARCHITECTURES for config in family.configs(Device.from_arch(arch))}:
         text = code(assemble(config.kernel, {}))
         read = set(re.findall(r"\b[A-Z][A-Z0-9]*_[A-Z0-9_]*[A-Z0-9]\b|\bDTYPE\b|\bVEC\b", text))
@@ -237,3 +241,22 @@ def test_the_last_family_of_each_operation_refuses_nothing(op: str) -> None:
             config, launch = last.configure(problem, layout, device)
             assert config in set(last.configs(device))
             assert tuple(name for name, _ in launch.params) == params_fields(last.name)
+
+
+@pytest.mark.parametrize("op", ["weight_gradient", "bias_gradient"])
+def test_the_last_family_of_each_gradient_refuses_nothing(op: str) -> None:
+    last = [family for family in GRADIENT_FAMILIES if family.op == op][-1]
+    for forward in (*problems("conv1d"), *problems("conv_transpose1d")):
+        bias = BiasGradientProblem(forward.N, forward.C_out, forward.L_out, forward.dtype)
+        problem = WeightGradientProblem.of(forward) if op == "weight_gradient" else bias
+        inputs, result = gradient_shapes(problem)
+        if any(0 in shape for shape in (*inputs, result)):
+            continue
+        layout = GradientLayout.contiguous(problem)
+        for device in map(Device.from_arch, ARCHITECTURES):
+            assert last.refuse(problem, layout, device) is None, str(problem)
+            config, launch = last.configure(problem, layout, device)
+            assert config in set(last.configs(device))
+            assert tuple(name for name, _ in launch.params) == params_fields(last.name)
+            assert launch.grid <= 2**31 - 1
+            pack_params(dict(launch.params), launch.index_bits)

@@ -96,7 +96,7 @@ class WeightGradientPairs(GradientFamily[WeightGradientProblem]):
 
     def _config(self, slides: bool, dtype: str, bits: int) -> Config:
         macros = {
-            "SLIDES": int(slides),
+            "IS_SLIDING": int(slides),
             "THREAD_K": THREAD_K,
             "MAX_THREADS": MAX_THREADS,
             "MIN_BLOCKS": 2 if ITEMSIZE[dtype] > 4 else MIN_BLOCKS[bits],
@@ -109,7 +109,7 @@ class _Shape:
     """How a block takes its pairs: the fields of Params that the host chooses.
 
     Attributes:
-        slides: SLIDES of the .cu file.
+        slides: IS_SLIDING of the .cu file.
         bits: of indices.
         grid: blocks.
         shared_bytes: dynamic shared memory of a block.

@@ -17,9 +17,9 @@ from .tiles import Tile, cost
 
 # By the size of the accumulator, as in tiles.py; low and wide, or high and narrow ones for groups of few channels.
 TILES: dict[int, tuple[Tile, ...]] = {
-    4: (Tile(128, 128, 8, 8, 8, 2), Tile(64, 64, 8, 8, 8, 6), Tile(16, 64, 8, 4, 8, 16), Tile(128, 16, 8, 8, 4, 8)),
-    8: (Tile(64, 64, 8, 4, 8, 3), Tile(16, 64, 8, 4, 4, 8), Tile(64, 16, 8, 4, 4, 6)),
-    16: (Tile(32, 64, 8, 4, 4, 2), Tile(16, 16, 8, 2, 4, 8)),
+    4: (Tile(128, 128, 8, 8, 8, 2), Tile(16, 64, 8, 4, 8, 16), Tile(128, 16, 8, 8, 4, 8), Tile(64, 64, 8, 8, 8, 6)),
+    8: (Tile(16, 64, 8, 4, 4, 8), Tile(64, 16, 8, 4, 4, 6), Tile(64, 64, 8, 4, 8, 3)),
+    16: (Tile(16, 16, 8, 2, 4, 8), Tile(32, 64, 8, 4, 4, 2)),
 }
 _LARGEST = 128  # extent of a tile
 _LOAD_POSITIONS = 8  # kLoadPositions of the .cu file
@@ -39,7 +39,7 @@ class WeightGradientTiled(GradientFamily[WeightGradientProblem]):
             return f"needs at least {MIN_CHANNELS} channels a group on the coarse side"
         if p.C_fine_g * p.K < MIN_CHANNELS:
             return f"needs at least {MIN_CHANNELS} taps of all channels of a group"
-        if _tilings(p, device)[0].blocks > MAX_GRID:
+        if _tilings(p, device, self._index_bits(p, layout))[0].blocks > MAX_GRID:
             return f"needs at most {MAX_GRID} blocks"
         return None
 
@@ -47,7 +47,8 @@ class WeightGradientTiled(GradientFamily[WeightGradientProblem]):
         self, problem: WeightGradientProblem, layout: GradientLayout, device: Device
     ) -> tuple[Config, Launch]:
         p = problem
-        tiling = _tilings(p, device)[0]
+        bits = self._index_bits(p, layout)
+        tiling = _tilings(p, device, bits)[0]
         tile = tiling.tile
         strides = stride_params(layout)
         step_n, step_l = divmod(_LOAD_POSITIONS, p.L_coarse)
@@ -75,34 +76,37 @@ class WeightGradientTiled(GradientFamily[WeightGradientProblem]):
             "fine_carry": strides["fine_stride_n"] - p.L_coarse * fine_step,
             **strides,
         }
-        # Samples and positions behind the last, which a thread's addresses reach; rows and columns behind the last.
-        hanging = p.N + 1 + _LOAD_POSITIONS // p.L_coarse
-        coarse_n, coarse_l = abs(strides["coarse_stride_n"]), abs(strides["coarse_stride_l"])
-        fine_n, fine_l = abs(strides["fine_stride_n"]), abs(strides["fine_stride_l"])
-        positions = (p.L_coarse + _LARGEST) * p.stride + p.padding_left + p.dilation * p.K
-        bits = weight_index_bits(
-            p,
-            layout,
-            tiling.blocks,
-            Slices.of(p).samples * p.L_coarse + _LARGEST,
-            hanging * coarse_n + (p.L_coarse + _LARGEST) * coarse_l + p.C_coarse * abs(strides["coarse_stride_c"]),
-            hanging * fine_n + positions * fine_l + p.C_fine * abs(strides["fine_stride_c"]),
-            p.C_fine_g * p.K + _LARGEST,
-            p.C_coarse + _LARGEST,
-        )
         config = self._config(tile, p.dtype, bits)
         return config, Launch(tiling.blocks, tile.threads, _shared_bytes(tile, p.dtype), bits, tuple(params.items()))
 
     def figures(
         self, problem: WeightGradientProblem, layout: GradientLayout, device: Device
     ) -> tuple[tuple[str, float], ...]:
-        return tuple((f"{t.tile.block_m}x{t.tile.block_n}", t.cycles) for t in _tilings(problem, device))
+        tilings = _tilings(problem, device, self._index_bits(problem, layout))
+        return tuple((f"{t.tile.block_m}x{t.tile.block_n}", t.cycles) for t in tilings)
 
     def configs(self, device: Device) -> Iterator[Config]:
         for dtype in DTYPES:
-            for tile in TILES[accumulator_bytes(dtype)]:
-                for bits in (32, 64):
+            for bits in (32, 64):
+                for tile in _tiles(dtype, bits):
                     yield self._config(tile, dtype, bits)
+
+    def _index_bits(self, problem: WeightGradientProblem, layout: GradientLayout) -> int:
+        p = problem
+        coarse_n, coarse_c, coarse_l = map(abs, layout.inputs[0].strides)
+        fine_n, fine_c, fine_l = map(abs, layout.inputs[1].strides)
+        # Samples and positions behind the last, which a thread's addresses reach; rows and columns behind the last.
+        hanging = p.N + 1 + _LOAD_POSITIONS // p.L_coarse
+        positions = (p.L_coarse + _LARGEST) * p.stride + p.padding_left + p.dilation * p.K
+        return weight_index_bits(
+            p,
+            layout,
+            Slices.of(p).samples * p.L_coarse + _LARGEST,
+            hanging * coarse_n + (p.L_coarse + _LARGEST) * coarse_l + p.C_coarse * coarse_c,
+            hanging * fine_n + positions * fine_l + p.C_fine * fine_c,
+            p.C_fine_g * p.K + _LARGEST,
+            p.C_coarse + _LARGEST,
+        )
 
     def _config(self, tile: Tile, dtype: str, bits: int) -> Config:
         macros = {
@@ -127,12 +131,17 @@ class _Tiling(NamedTuple):
     cycles: float
 
 
+def _tiles(dtype: str, bits: int) -> tuple[Tile, ...]:
+    tiles = TILES[accumulator_bytes(dtype)]
+    return tiles if bits == 32 else tiles[-1:]  # one will do for arrays that need wide offsets
+
+
 @lru_cache(maxsize=4096)
-def _tilings(p: WeightGradientProblem, device: Device) -> tuple[_Tiling, ...]:
+def _tilings(p: WeightGradientProblem, device: Device, bits: int) -> tuple[_Tiling, ...]:
     """The cheapest first."""
     slices = Slices.of(p)
     found = []
-    for tile in TILES[accumulator_bytes(p.dtype)]:
+    for tile in _tiles(p.dtype, bits):
         row_tiles, column_tiles = -(-p.C_coarse_g // tile.block_m), -(-p.C_fine_g * p.K // tile.block_n)
         blocks = row_tiles * column_tiles * p.groups * slices.count
         cycles = cost(tile, blocks, slices.samples * slices.positions, p.dtype, device, gathers_rows=True)

@@ -1,0 +1,517 @@
+"""The kernels of the weight and bias gradients, executed on the CPU (tests/hostcuda): values, order of sums, bits."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import zlib
+from collections.abc import Iterator
+from ctypes.util import find_library
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from gpuconv import dispatch, reference, runtime
+from gpuconv.cases import CASES
+from gpuconv.device import ARCHITECTURES, Device
+from gpuconv.families import GRADIENT_FAMILIES, ArrayLayout, Config, GradientFamily, GradientLayout, slices
+from gpuconv.families import weight_gradient_tiled as tiled
+from gpuconv.families.base import contiguous_strides
+from gpuconv.families.slices import Slices
+from gpuconv.problem import DTYPES, BiasGradientProblem, WeightGradientProblem, numpy_dtype
+from gpuconv.source import params_fields
+from gpuconv.verify import same_bits
+from tests import hostcuda
+from tests.hostcuda import Program, fake_cupy
+from tests.hostcuda.gradient import gradient
+
+Array = npt.NDArray[Any]
+
+DEVICE = Device.from_arch("sm_90")
+ONE_SM = replace(DEVICE, name="small", num_sms=1, shared_per_block=48 * 1024, shared_per_sm=64 * 1024)
+BASE = "weight_gradient_direct"
+FAMILIES = tuple(family for family in GRADIENT_FAMILIES if family.op == "weight_gradient")
+FAST = tuple(family for family in FAMILIES if family.name != BASE)
+GROUPS = tuple(dict.fromkeys(case.tags[0] for case in CASES))
+
+by_name = {"ids": lambda value: getattr(value, "name", str(value))}
+
+
+def takes(family: GradientFamily[Any], problem: WeightGradientProblem) -> bool:
+    return family.refuse(problem, GradientLayout.contiguous(problem), DEVICE) is None
+
+
+def problems(dtype: str, group: str | None = None) -> dict[str, WeightGradientProblem]:
+    """The case table as weight gradients, without empty arrays, which never reach a kernel."""
+    named = {
+        case.name: WeightGradientProblem.of(case.at(dtype)) for case in CASES if group is None or case.tags[0] == group
+    }
+    return {name: p for name, p in named.items() if 0 not in (*p.coarse_shape, *p.fine_shape, *p.weight_shape)}
+
+
+def items(families: tuple[GradientFamily[Any], ...]) -> list[tuple[GradientFamily[Any], str, str]]:
+    """The (family, dtype, group) of which the family takes at least one case."""
+    return [
+        (family, dtype, group)
+        for family in families
+        for dtype in DTYPES
+        for group in GROUPS
+        if any(takes(family, p) for p in problems(dtype, group).values())
+    ]
+
+
+def generator(problem: Any) -> np.random.Generator:
+    return np.random.default_rng(zlib.crc32(repr(problem).encode()))
+
+
+def as_dtype(problem: Any, draw: Any, *shapes: tuple[int, ...]) -> tuple[Array, ...]:
+    parts = [draw(shape) + 1j * draw(shape) if problem.is_complex else draw(shape) for shape in shapes]
+    return tuple(part.astype(numpy_dtype(problem.dtype)) for part in parts)
+
+
+def integers(problem: WeightGradientProblem) -> tuple[Array, Array]:
+    """Small integers of which every sum is exact in the dtype; most of coarse is zero where that needs it."""
+    p = problem
+    rng = generator(p)
+    limit = {"float16": 2**11, "bfloat16": 2**8}.get(p.dtype, 2**20)
+    coarse, fine = as_dtype(p, lambda shape: rng.integers(-2, 3, shape) + 0.0, p.coarse_shape, p.fine_shape)
+    most = limit // (8 if p.is_complex else 4)
+    row = coarse.swapaxes(0, 1).reshape(p.C_coarse, -1)
+    for r in range(p.C_coarse):
+        row[r, rng.permutation(row.shape[1])[most:]] = 0
+    return np.ascontiguousarray(row.reshape(p.C_coarse, p.N, p.L_coarse).swapaxes(0, 1)), fine
+
+
+def normal(problem: WeightGradientProblem, nonfinite: bool = False) -> tuple[Array, Array]:
+    rng = generator(problem)
+    arrays = as_dtype(problem, rng.standard_normal, problem.coarse_shape, problem.fine_shape)
+    if nonfinite:
+        for array, values in zip(arrays, ((np.inf, np.nan), (-np.inf,)), strict=True):
+            places = rng.permutation(array.size)[: len(values)]
+            array.reshape(-1)[places] = values[: len(places)]
+    return arrays[0], arrays[1]
+
+
+def exact_result(problem: WeightGradientProblem, coarse: Array, fine: Array) -> Array:
+    return reference.weight_gradient(problem, coarse, fine).exact().astype(coarse.dtype)
+
+
+def assert_same_bits(output: Array, expected: Array, what: object) -> None:
+    good = same_bits(output, expected)
+    if not good.all():
+        index = tuple(int(i) for i in np.argwhere(~good)[0])
+        pytest.fail(f"{what}: {(~good).sum()} elements differ, first {index}: {output[index]} != {expected[index]}")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kernels() -> None:
+    """What the table needs, compiled together, which takes less than one by one."""
+    chosen = {
+        family.configure(p, GradientLayout.contiguous(p), DEVICE)[0]
+        for family in FAMILIES
+        for dtype in DTYPES
+        for p in problems(dtype).values()
+        if takes(family, p)
+    }
+    sums = {slices.sum_config(dtype, 32) for dtype in DTYPES}
+    hostcuda.prebuild([*chosen, *sums])
+
+
+# -- the table -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES, **by_name)
+def test_the_table_reaches_the_family(family: GradientFamily[Any]) -> None:
+    table = problems("float32").values()
+    assert sum(takes(family, p) for p in table) >= 20
+    chosen = [dispatch.choose_gradient(p, GradientLayout.contiguous(p), DEVICE) for p in table]
+    cuts = [choice.slices for choice in chosen]
+    assert any(cut.count == 1 for cut in cuts)
+    assert any(cut.pieces > 1 for cut in cuts)
+    assert any(cut.samples > 1 for cut in cuts)
+    if family in FAST:
+        assert sum(choice.family == family.name for choice in chosen) >= 10
+
+
+@pytest.mark.parametrize(("family", "dtype", "group"), items(FAMILIES), **by_name)
+def test_exact(family: GradientFamily[Any], dtype: str, group: str) -> None:
+    """Small integers: the definition bit for bit, whatever the order of the threads."""
+    for name, p in problems(dtype, group).items():
+        if takes(family, p):
+            arrays = integers(p)
+            output = gradient(p, *arrays, family=family.name, schedule="every")
+            assert_same_bits(output, exact_result(p, *arrays), name)
+
+
+@pytest.mark.parametrize(("family", "dtype", "group"), items(FAST), **by_name)
+def test_rounding(family: GradientFamily[Any], dtype: str, group: str) -> None:
+    """Within the error bound, and the bits of the base family; values that are no numbers stay where they belong."""
+    taken = [(name, p) for name, p in problems(dtype, group).items() if takes(family, p)]
+    for i, (name, p) in enumerate(taken):
+        is_nonfinite = i % 2 == 1
+        arrays = normal(p, is_nonfinite)
+        output = gradient(p, *arrays, family=family.name)
+        base = gradient(p, *arrays, family=BASE)
+        for result in (output, base):
+            assert reference.weight_gradient(p, *arrays).within_bound(result).all(), name
+        if not is_nonfinite:  # NaNs have more than one encoding
+            assert_same_bits(output, base, name)
+
+
+# -- order of summation ----------------------------------------------------------------------------------------------
+
+
+def in_order(problem: WeightGradientProblem, coarse: Array, fine: Array) -> Array:
+    """Every element by the C library's fma: slice by slice, n outer and l inner, then the slices."""
+    p, cut = problem, Slices.of(problem)
+    libm = ctypes.CDLL(find_library("m"))
+    fma, real, accumulator = (
+        (libm.fma, ctypes.c_double, np.float64) if p.dtype == "float64" else (libm.fmaf, ctypes.c_float, np.float32)
+    )
+    fma.argtypes, fma.restype = [real] * 3, real
+    ways = dict(slices.sum_launch(p, GradientLayout.contiguous(p))[1].params)["ways"]
+    output = np.empty(p.weight_shape, coarse.dtype)
+    for r, c, k in np.ndindex(*p.weight_shape):
+        c_fine = r // p.C_coarse_g * p.C_fine_g + c
+        of_slice = []
+        for s in range(cut.count):
+            group, piece = divmod(s, cut.pieces)
+            acc = 0.0
+            for n in range(group * cut.samples, min((group + 1) * cut.samples, p.N)):
+                for l_coarse in range(piece * cut.positions, min((piece + 1) * cut.positions, p.L_coarse)):
+                    l_fine = l_coarse * p.stride - p.padding_left + k * p.dilation
+                    if 0 <= l_fine < p.L_fine:
+                        acc = fma(float(coarse[n, r, l_coarse]), float(fine[n, c_fine, l_fine]), acc)
+            of_slice.append(accumulator(acc))
+        total = accumulator(0)
+        for way in range(ways):
+            of_way = accumulator(0)
+            for s in range(way, cut.count, ways):
+                of_way += of_slice[s]
+            total = of_way if way == 0 else total + of_way
+        output[r, c, k] = total
+    return output
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize(
+    "problem",
+    [
+        WeightGradientProblem("conv1d", 3, 2, 2, 700, 703, 2, 1, 1, 3),  # pieces of samples, added in several ways
+        WeightGradientProblem("conv_transpose1d", 37, 4, 2, 9, 20, 3, 2, 1, 1, 2),  # several samples a slice
+        WeightGradientProblem("conv1d", 1, 2, 3, 40, 41, 2),  # one slice
+    ],
+    **by_name,
+)
+def test_sums_are_formed_in_one_order(problem: WeightGradientProblem, dtype: str) -> None:
+    p = replace(problem, dtype=dtype)
+    arrays = normal(p)
+    expected = in_order(p, *arrays)
+    for family in FAMILIES:
+        if takes(family, p):
+            assert_same_bits(gradient(p, *arrays, family=family.name), expected, family.name)
+
+
+@pytest.mark.parametrize("tile", [tile for tiles in tiled.TILES.values() for tile in tiles], ids=str)
+def test_bits_do_not_depend_on_the_tile(tile: tiled.Tile, monkeypatch: pytest.MonkeyPatch) -> None:
+    (size,) = (size for size, tiles in tiled.TILES.items() if tile in tiles)
+    dtype = {4: "float32", 8: "complex64", 16: "complex128"}[size]
+    p = WeightGradientProblem("conv1d", 2, 21, 19, 75, 160, 7, 2, 5, 2, dtype=dtype)
+    arrays = normal(p)
+    monkeypatch.setattr(tiled, "TILES", {size: (tile,)})
+    tiled._tilings.cache_clear()
+    output = gradient(p, *arrays, family="weight_gradient_tiled", schedule="every")
+    tiled._tilings.cache_clear()
+    assert_same_bits(output, gradient(p, *arrays, family=BASE), tile)
+
+
+def test_bits_do_not_depend_on_the_device() -> None:
+    p = WeightGradientProblem("conv1d", 2, 40, 40, 300, 330, 31, groups=40)
+    arrays = normal(p)
+    expected = gradient(p, *arrays)
+    for device in (ONE_SM, Device.from_arch("sm_75")):
+        assert_same_bits(gradient(p, *arrays, device=device), expected, device.name)
+
+
+# -- slices ----------------------------------------------------------------------------------------------------------
+
+
+def shapes() -> Iterator[WeightGradientProblem | BiasGradientProblem]:
+    rng = np.random.default_rng(5)
+    for _ in range(300):
+        N, L = (int(2 ** rng.uniform(0, top)) for top in (10, 16))
+        C, C_g, K = (int(2 ** rng.uniform(0, top)) for top in (10, 10, 6))
+        dtype = DTYPES[int(rng.integers(len(DTYPES)))]
+        yield WeightGradientProblem("conv1d", N, C, C_g, L, L + K, K, dtype=dtype)
+        yield BiasGradientProblem(N, C, L, dtype)
+
+
+def test_slices_cover_every_position_once() -> None:
+    for p in shapes():
+        cut = Slices.of(p)
+        N, L = p.N, p.L if isinstance(p, BiasGradientProblem) else p.L_coarse
+        assert cut.samples == 1 or (cut.pieces == 1 and cut.positions == L), p
+        assert cut.pieces == -(-L // cut.positions), p
+        assert cut.count == -(-N // cut.samples) * cut.pieces, p
+        assert cut.pieces == 1 or cut.positions % 32 == 0, p  # rows stay aligned
+        assert cut.count == 1 or cut.partial_bytes(p) <= slices.MAX_PARTIAL_BYTES, p
+
+
+def test_slices_give_a_gpu_enough_to_do() -> None:
+    depthwise = WeightGradientProblem("conv1d", 32, 512, 512, 1500, 1530, 31, groups=512)
+    assert Slices.of(depthwise).count * 512 * 31 >= 2**20
+    assert Slices.of(depthwise).partial_bytes(depthwise) <= 8 * 2**20
+    dense = WeightGradientProblem("conv1d", 8, 512, 512, 3000, 3002, 3)
+    assert Slices.of(dense).count * 512 * 512 * 3 >= 2**23
+    huge = WeightGradientProblem("conv1d", 64, 4096, 4096, 3000, 3004, 5)
+    assert Slices.of(huge) == Slices(1, 64, 3000, 1)
+
+
+# -- edges, layouts, indices -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", FAST, **by_name)
+def test_edge_lengths(family: GradientFamily[Any], dtype: str) -> None:
+    """Lengths around vectors, chunks and tiles, in few and many samples."""
+    pairs = family.name == "weight_gradient_pairs"
+    channels = {"C_coarse": 3, "C_fine": 3, "groups": 3} if pairs else {"C_coarse": 9, "C_fine": 5, "groups": 1}
+    for length in (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129):
+        for N, K, stride in ((1, 9, 1), (7, 3, 2)):
+            p = WeightGradientProblem(
+                "conv1d", N, **channels, L_coarse=length, L_fine=length * stride, K=K, stride=stride, padding_left=2,
+                dtype=dtype,
+            )  # fmt: skip
+            assert takes(family, p), p
+            arrays = integers(p)
+            output = gradient(p, *arrays, family=family.name, schedule="reverse", placement="start")
+            assert_same_bits(output, exact_result(p, *arrays), p)
+
+
+@pytest.mark.parametrize("K", [1, 5, 8, 9, 64, 70, 150])
+@pytest.mark.parametrize("padding_left", [0, 3])
+def test_taps_of_pairs(K: int, padding_left: int) -> None:
+    """One thread's taps, several threads' and several tiles of taps, with and without an unaligned window."""
+    for stride, dilation, dtype in ((1, 1, "float32"), (1, 1, "float16"), (2, 1, "float32"), (1, 3, "float64")):
+        L_fine = 128 + 40 * stride
+        p = WeightGradientProblem(
+            "conv1d", 2, 2, 4, 80, L_fine, K, stride, padding_left, dilation, groups=2, dtype=dtype
+        )
+        arrays = integers(p)
+        output = gradient(p, *arrays, family="weight_gradient_pairs", schedule="every")
+        assert_same_bits(output, exact_result(p, *arrays), p)
+
+
+def scattered(array: Array) -> Array:
+    """The array as every third element, last axis reversed, of a buffer of NaN."""
+    buffer = np.full((*array.shape[:-1], 3 * array.shape[-1]), np.nan, array.dtype)
+    buffer[..., ::-3] = array
+    return buffer[..., ::-3]
+
+
+def channels_last(array: Array) -> Array:
+    return np.ascontiguousarray(array.swapaxes(-1, -2)).swapaxes(-1, -2)
+
+
+def unaligned(array: Array) -> Array:
+    buffer = np.empty(array.size + 1, array.dtype)[1:].reshape(array.shape)
+    buffer[...] = array
+    return buffer
+
+
+def one_sample_repeated(array: Array) -> Array:
+    return np.broadcast_to(array[:1], array.shape)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "complex128"])
+@pytest.mark.parametrize("family", FAMILIES, **by_name)
+def test_layouts(family: GradientFamily[Any], dtype: str) -> None:
+    """Arrays of any strides and alignment are read and written in place, with the same bits."""
+    for p in (
+        WeightGradientProblem("conv1d", 3, 8, 8, 44, 48, 5, dtype=dtype, groups=8),
+        WeightGradientProblem("conv_transpose1d", 3, 8, 6, 44, 91, 4, 2, dtype=dtype),
+        WeightGradientProblem("conv1d", 1, 8, 8, 44, 48, 5, dtype=dtype, groups=2),  # one slice
+    ):
+        if not takes(family, p):
+            continue
+        coarse, fine = normal(p)
+        R, C, K = p.weight_shape
+        for a, b, strides in (
+            (scattered(coarse), channels_last(fine), (2 * C * K, 2 * K, 2)),
+            (channels_last(coarse), scattered(fine), (1, R, R * C)),
+            (unaligned(coarse), unaligned(fine), (-C * K, -K, -1)),
+            (one_sample_repeated(coarse), fine, (C * K + 3, K, 1)),
+        ):
+            layout = GradientLayout(
+                (hostcuda.array_layout(a), hostcuda.array_layout(b)), ArrayLayout(strides, p.itemsize)
+            )
+            output = gradient(p, a, b, layout=layout, family=family.name, schedule="every")
+            expected = gradient(p, np.ascontiguousarray(a), np.ascontiguousarray(b), family=BASE)
+            assert_same_bits(output, expected, (p, strides))
+
+
+@pytest.mark.parametrize("family", FAMILIES, **by_name)
+def test_offsets_beyond_32_bits(family: GradientFamily[Any]) -> None:
+    """Samples more than 2**31 elements apart, in both inputs; and a result as far apart."""
+    far = 2**31 + 8
+    p = WeightGradientProblem("conv1d", 3, 4, 4, 70, 72, 3, groups=1, dtype="float16")
+    assert takes(family, p)
+    inputs = tuple(ArrayLayout((far, *contiguous_strides(shape)[1:])) for shape in (p.coarse_shape, p.fine_shape))
+    layout = GradientLayout(inputs, ArrayLayout((far, 3, 1), 2))
+    arrays = integers(p)
+    config, launch = family.configure(p, layout, DEVICE)
+    assert launch.index_bits == 64
+    assert config in set(family.configs(DEVICE))
+    assert_same_bits(gradient(p, *arrays, layout=layout, family=family.name), exact_result(p, *arrays), family.name)
+
+
+def test_every_launch_keeps_the_contract() -> None:
+    """Params in the order of the .cu file, configurations that the compile tests know, on every architecture."""
+    for arch in ARCHITECTURES:
+        device = Device.from_arch(arch)
+        known = {config for family in GRADIENT_FAMILIES for config in family.configs(device)}
+        for p in (*problems("float32").values(), *list(shapes())[::7]):
+            layout = GradientLayout.contiguous(p)
+            choice = dispatch.choose_gradient(p, layout, device)
+            launches = [(choice.config, choice.launch), *([choice.sum] if choice.sum else [])]
+            for config, launch in launches:
+                assert config in known, (p, arch)
+                assert tuple(name for name, _ in launch.params) == params_fields(config.kernel)
+                assert launch.shared_bytes <= device.shared_per_block
+                assert max(abs(value) for _, value in launch.params) < 2 ** (launch.index_bits - 1)
+
+
+# -- shared memory ---------------------------------------------------------------------------------------------------
+
+
+def without_way_out(config: Config) -> Program:
+    program = Program.of(config)
+    text, count = re.subn(r"\bif \(!met_nan\)", "if (true)", program.text)
+    assert count == program.text.count("bool met_nan = false;") == 1
+    return replace(program, text=text)
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("weight_gradient_pairs", WeightGradientProblem("conv1d", 3, 6, 6, 300, 300, 40, 1, 20, groups=6)),
+        ("weight_gradient_pairs", WeightGradientProblem("conv1d", 3, 6, 6, 150, 299, 12, 2, 5, groups=6)),
+        ("weight_gradient_pairs", WeightGradientProblem("conv1d", 40, 2, 2, 9, 9, 3, 1, 1, dtype="float16")),
+        ("weight_gradient_tiled", WeightGradientProblem("conv1d", 3, 20, 12, 200, 200, 5, 1, 2)),
+        ("weight_gradient_tiled", WeightGradientProblem("conv1d", 30, 20, 12, 11, 11, 5, 1, 2, dtype="complex64")),
+    ],
+    **by_name,
+)
+def test_no_result_needs_the_rare_way_out(name: str, problem: WeightGradientProblem) -> None:
+    # Shared memory that is read too early holds NaNs under hostcuda, and summing NaNs again would repair what a GPU
+    # leaves wrong.
+    (family,) = (family for family in FAMILIES if family.name == name)
+    layout = GradientLayout.contiguous(problem)
+    config, launch = family.configure(problem, layout, DEVICE)
+    cut = Slices.of(problem)
+    assert cut.count > 1
+    coarse, fine = normal(problem)
+    partial_dtype = np.float32 if problem.itemsize < 4 else coarse.dtype
+    shape = (cut.count, *problem.weight_shape)
+    sums = [np.empty(shape, partial_dtype) for _ in range(2)]
+    base, base_launch = FAMILIES[-1].configure(problem, layout, DEVICE)
+    for partial, kernel, how in zip(
+        sums, (without_way_out(config), Program.of(base)), (launch, base_launch), strict=True
+    ):
+        arrays = {"coarse": coarse, "fine": fine, "partial": partial, "grad_weight": None}
+        hostcuda.run(kernel, how, arrays, outputs=["partial"], schedule="every", device=DEVICE)
+    # A zero's sign may differ before the slices are added to +0.
+    np.testing.assert_array_equal(*sums)
+
+
+# -- bias ------------------------------------------------------------------------------------------------------------
+
+BIASES = (
+    BiasGradientProblem(2, 5, 37),
+    BiasGradientProblem(1, 1, 1),
+    BiasGradientProblem(300, 3, 7),
+    BiasGradientProblem(700, 2, 13),  # several slices of whole samples
+    BiasGradientProblem(2, 3, 9001),  # pieces of samples
+    BiasGradientProblem(70, 2, 1000),
+)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("problem", BIASES, ids=str)
+def test_bias(problem: BiasGradientProblem, dtype: str) -> None:
+    p = replace(problem, dtype=dtype)
+    rng = generator(p)
+    (dy,) = as_dtype(p, lambda shape: np.where(rng.random(shape) < 100 / p.terms, 1.0, 0.0), p.grad_output_shape)
+    expected = reference.bias_gradient(p, dy).exact().astype(dy.dtype)
+    output = gradient(p, dy, schedule="every" if p.terms < 5000 else "reverse")
+    assert_same_bits(output, expected, p)
+    (dy,) = as_dtype(p, rng.standard_normal, p.grad_output_shape)
+    assert reference.bias_gradient(p, dy).within_bound(gradient(p, dy)).all()
+
+
+def test_bias_of_any_layout() -> None:
+    p = BiasGradientProblem(3, 4, 300)
+    (dy,) = as_dtype(p, generator(p).standard_normal, p.grad_output_shape)
+    expected = gradient(p, dy)
+    for given, stride in ((scattered(dy), 2), (channels_last(dy), -1), (unaligned(dy), 1)):
+        layout = GradientLayout((hostcuda.array_layout(given),), ArrayLayout((stride,), 4))
+        assert_same_bits(gradient(p, given, layout=layout), expected, stride)
+    far = GradientLayout((ArrayLayout((2**31 + 8, 300, 1)),), ArrayLayout((1,)))
+    assert dispatch.choose_gradient(p, far, DEVICE).launch.index_bits == 64
+    assert_same_bits(gradient(p, dy, layout=far), expected, "64 bits")
+
+
+# -- plans -----------------------------------------------------------------------------------------------------------
+
+
+def test_plans_launch_two_kernels_and_the_same_ones_again() -> None:
+    p = WeightGradientProblem("conv_transpose1d", 2, 6, 5, 90, 183, 5, 2, dtype="complex64")
+    coarse, fine = normal(p)
+    expected = gradient(p, coarse, fine)
+    with fake_cupy.installed():
+        x, dy = fake_cupy.asarray(coarse), fake_cupy.asarray(fine)
+        plan = runtime.make_weight_gradient_plan(p, x, dy, None)
+        for _ in range(2):
+            output = fake_cupy.empty(plan.output_shape, coarse.dtype)
+            plan(x, dy, output)
+            assert_same_bits(output.get(), expected, p)
+        kernels = [kernel for kernel, _ in fake_cupy.launches]
+        assert kernels == ["weight_gradient_tiled", "sum_slices"] * 2
+
+
+def test_plans_copy_what_kernels_cannot_read() -> None:
+    p = WeightGradientProblem("conv1d", 2, 3, 2, 8, 10, 3, dtype="complex64")
+    coarse, fine = normal(p)
+
+    def askew(array: Array) -> Any:
+        """At half an element's distance from its alignment."""
+        memory = np.empty(array.nbytes + 4, np.uint8)
+        view = np.ndarray(array.shape, array.dtype, memory.data, 4)
+        view[...] = array
+        return fake_cupy.ndarray(view, 0)
+
+    with fake_cupy.installed():
+        x, dy, output = askew(fine), fake_cupy.asarray(coarse), askew(np.zeros(p.weight_shape, coarse.dtype))
+        plan = runtime.make_weight_gradient_plan(p, x, dy, output)
+        assert plan.copies == (True, False, True)
+        plan(x, dy, output)
+        assert_same_bits(output.get(), gradient(p, coarse, fine), p)
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 5), (2, 4, 0), (2, 0, 5)], ids=str)
+def test_plans_of_empty_arrays_give_zeros(shape: tuple[int, int, int]) -> None:
+    N, C, L = shape
+    p = WeightGradientProblem("conv1d", N, 3, C, 5, L, 2)
+    with fake_cupy.installed():
+        x, dy = fake_cupy.empty(p.fine_shape, np.float32), fake_cupy.empty(p.coarse_shape, np.float32)
+        output = fake_cupy.empty(p.weight_shape, np.float32)
+        runtime.make_weight_gradient_plan(p, x, dy, None)(x, dy, output)
+        np.testing.assert_array_equal(output.get(), np.zeros(p.weight_shape))
+        bias = BiasGradientProblem(N, C, L)
+        output = fake_cupy.empty(bias.bias_shape, np.float32)
+        runtime.make_bias_gradient_plan(bias, x, None)(x, output)
+        np.testing.assert_array_equal(output.get(), np.zeros(C))
+        assert fake_cupy.launches == []
