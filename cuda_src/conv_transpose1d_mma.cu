@@ -28,11 +28,10 @@ struct Params {
     index_t bias_stride;
     index_t output_stride_n, output_stride_c, output_stride_l;
     index_t has_vector_stores;
-    index_t weight_stride_product;  // of the packed weights, from product to product, in vectors
     // See Window in mma.cuh.
-    index_t units, chunks, pairs, padded_rows;
+    index_t units, chunks, pairs;
     index_t block_samples, block_positions;
-    index_t planes, plane_rows, window_rows, tap_rows_first, tap_rows_step, window_shift, plane_step;
+    index_t planes, plane_rows, window_rows, task_units, task_rows, tap_rows_first, tap_rows_step, window_shift, plane_step;
 };
 static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/conv_transpose1d_mma.py");
 
@@ -64,7 +63,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) conv_transpos
 
         Tile tile;
         tile.input = input + (n * p.input_stride_n + g * p.C_in_g * p.input_stride_c);
-        tile.weight = weight + product * p.weight_stride_product;
+        tile.weight = weight + (product * p.row_tiles + row_tile) * (p.chunks * p.pairs * (kParts * BLOCK_M));
         tile.output = output + (n * p.output_stride_n + g * p.C_out_g * p.output_stride_c);
         tile.group = g;
         tile.row_begin = row_tile * BLOCK_M;
@@ -91,7 +90,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) conv_transpos
         return tile;
     };
     const Window window = {
-        p.units, p.chunks, p.pairs, p.padded_rows, p.block_samples, p.block_positions,
+        p.units, p.chunks, p.pairs, p.task_units, p.task_rows, p.block_samples, p.block_positions,
         p.planes, p.plane_rows, p.window_rows, p.tap_rows_first, p.tap_rows_step, p.window_shift, p.plane_step};
     multiply_tile(tile_of, window, bias, [&](const Tile& tile, index_t row) {
         const index_t c_out = PHASES_IN_ROWS ? row / p.stride : row;

@@ -25,8 +25,8 @@
 // that meets them, in the canonical order with fused multiply-adds, leaving out the terms that do not exist. So results
 // follow IEEE arithmetic there, and whether that happens depends on the terms of that result alone.
 //
-// Macros read: BLOCK_M, BLOCK_N, WARPS_M, WARPS_N, NUM_STAGES, STAGE_STEPS, PREFETCH_TASKS, IS_SPLIT, PHASES_IN_ROWS, MULTIPLY_MATRICES, and
-// those of common.cuh. Dynamic shared memory: NUM_STAGES stages of weights, the windows of two chunks (of one, where there is
+// Macros read: BLOCK_M, BLOCK_N, WARPS_M, WARPS_N, NUM_STAGES, STAGE_STEPS, PREFETCH_TASKS, HAS_SAMPLES, IS_SPLIT,
+// SPLIT_TERMS, PHASES_IN_ROWS, MULTIPLY_MATRICES, and those of common.cuh. Dynamic shared memory: NUM_STAGES stages of weights, the windows of two chunks (of one, where there is
 // one chunk), and tables; or the slices through which results pass in the end.
 
 constexpr int kUnit = 16 / int(sizeof(storage_t));
@@ -37,11 +37,11 @@ constexpr int kTilesM = kWarpM / 16, kTilesN = kWarpN / 8;
 constexpr int kStagePairs = 2 * STAGE_STEPS;
 constexpr int kStageTerms = kStagePairs * kUnit;
 constexpr int kStageVectors = kStagePairs * kParts * BLOCK_M;  // of 16 bytes
-constexpr int kPasses = kTilesM % 2 == 0 && sizeof(storage_t) == 4 ? 2 : 1;
-constexpr int kSliceRows = kWarpM / kPasses;  // rows of a warp that pass through shared memory at a time in the end
-constexpr int kSlicePitch = kWarpN + 8;       // keeps the lanes of a fragment on different banks
+constexpr int kSliceRows = 16;           // rows of a warp that pass through shared memory at a time in the end
+constexpr int kSlicePitch = kWarpN + 8;  // keeps the lanes of a fragment on different banks
 constexpr index_t kMissing = index_t(1ull << (INDEX_BITS - 1));  // no offset: the smallest index_t
 
+static_assert((NUM_STAGES & (NUM_STAGES - 1)) == 0, "slots are masked: gpuconv/families/mma.py");
 static_assert(sizeof(acc_t) == 4, "float32 accumulators: gpuconv/families/mma.py");
 static_assert(kWarpM % 16 == 0 && kWarpN % 16 == 0, "warps own whole fragments: gpuconv/families/mma.py");
 static_assert(IS_SPLIT == 0 || kStageTerms == SPLIT_TERMS, "SPLIT_TERMS differs from gpuconv/reference.py");
@@ -50,10 +50,15 @@ struct alignas(16) Vector {
     storage_t element[kUnit];
 };
 
+// What the k-steps of a stage add to a lane's address in the window.
+struct alignas(4 * STAGE_STEPS) StepOffsets {
+    int bytes[STAGE_STEPS];
+};
+
 // One block's share. Offsets and strides are in elements.
 struct Tile {
     const storage_t* input;  // input[n0, first channel of the group, 0]
-    const Vector* weight;    // packed weights of row 0, first chunk
+    const Vector* weight;    // packed weights of the block's rows
     storage_t* output;       // output[n0, first channel of the group, 0]
     index_t group;
     index_t row_begin, rows;  // the block's first row, and the rows of the product
@@ -71,7 +76,7 @@ struct Tile {
 // How the window of a block lies in shared memory, and the order of the packed weights.
 struct Window {
     index_t units, chunks, pairs;              // units of a chunk; pairs of a chunk, whole stages
-    index_t padded_rows;                       // of the packed weights
+    index_t task_units, task_rows;             // kThreads / window_rows and the rest
     index_t block_samples, block_positions;    // a block's columns are the positions of one or more samples
     index_t planes, plane_rows, window_rows;   // rows of a plane; rows of all planes of all samples of the block
     index_t tap_rows_first, tap_rows_step;     // a tap's first row: .. + tap / planes * .. + tap % planes * plane_rows
@@ -95,6 +100,22 @@ struct Row {
 };
 
 __device__ __forceinline__ bool is_finite(float x) { return (float_as_uint(x) & 0x7f800000u) != 0x7f800000u; }
+
+// A thread's share of a stage of weights, from vector kFirst on. `from` runs kThreads ahead, so that one address serves two
+// copies by the small offsets that the instruction has.
+template <int kFirst, bool kEnd = (kFirst >= kStageVectors)>
+struct StageCopy {
+    static __device__ __forceinline__ void run(Vector* to, const Vector* from) {
+        if (kFirst + kThreads <= kStageVectors || kFirst + threadIdx.x < kStageVectors) {
+            copy_async_at<kFirst, (kFirst / kThreads % 2 - 1) * kThreads>(to, from);
+        }
+        StageCopy<kFirst + kThreads>::run(to, kFirst / kThreads % 2 == 1 ? from + 2 * kThreads : from);
+    }
+};
+template <int kFirst>
+struct StageCopy<kFirst, true> {
+    static __device__ __forceinline__ void run(Vector*, const Vector*) {}
+};
 
 // -- staging of input: kUnit channels of one position become one row of each part ------------------------------------
 
@@ -124,14 +145,15 @@ __device__ __forceinline__ void stage_vector(const Vector& x, Vector* row, index
 struct Task {
     index_t unit, row;
 
-    __device__ __forceinline__ void start(index_t window_rows) {
-        unit = index_t(threadIdx.x) / window_rows;
-        row = index_t(threadIdx.x) - unit * window_rows;
+    __device__ __forceinline__ void start(const Window& window) {
+        unit = index_t(threadIdx.x) / window.window_rows;
+        row = index_t(threadIdx.x) - unit * window.window_rows;
     }
-    __device__ __forceinline__ void advance(index_t window_rows) {
-        row += kThreads;
-        while (row >= window_rows) {
-            row -= window_rows;
+    __device__ __forceinline__ void advance(const Window& window) {
+        unit += window.task_units;
+        row += window.task_rows;
+        if (row >= window.window_rows) {
+            row -= window.window_rows;
             ++unit;
         }
     }
@@ -149,11 +171,11 @@ __device__ __forceinline__ acc_t canonical_sum(
             const index_t l_in = q * tile.column_step + tile.first + tap * tile.tap_step;
             if (l_in < 0 || l_in >= tile.L_in) continue;
             const index_t pair = chunk * window.pairs + tap * window.units + (unit - chunk * window.units);
-            const Vector* const packed = tile.weight + (pair * kParts * window.padded_rows + row);
+            const Vector* const packed = tile.weight + (pair * (kParts * BLOCK_M) + (row - tile.row_begin));
             acc_t w = scalar::load(packed->element[c_in % kUnit]);
             // Where w_hi is a NaN, w_lo holds the weight itself.
             if (IS_SPLIT) {
-                const acc_t low = scalar::load(packed[window.padded_rows].element[c_in % kUnit]);
+                const acc_t low = scalar::load(packed[BLOCK_M].element[c_in % kUnit]);
                 w = is_nan(w) ? low : w + low;
             }
             sum = multiply_add(w, scalar::load(x[c_in * tile.input_stride_c + l_in * tile.input_stride_l]), sum);
@@ -191,7 +213,7 @@ __device__ __forceinline__ void store_slice(
     const int rows = int(min_index(kSliceRows, tile.rows - row_begin));
     const auto sample_of = [&](index_t column) { return column / window.block_positions; };
 
-    // -- the rare way out: sums that are not finite are formed again ---------------------------------------------------
+    // -- the rare way out: sums that are marked by a NaN are formed again ---------------------------------------------------
     if (met_special) {
 #pragma unroll 1
         for (int e = lane; e < rows * kWarpN; e += 32) {
@@ -201,7 +223,7 @@ __device__ __forceinline__ void store_slice(
             storage_t* const value = slice + segment.position(row, column);
             const index_t sample = sample_of(column_begin + column);
             const index_t q = tile.position_begin + (column_begin + column - sample * window.block_positions);
-            if (is_finite(scalar::load(*value)) || sample >= window.block_samples || sample >= tile.samples) continue;
+            if (!is_nan(scalar::load(*value)) || sample >= window.block_samples || sample >= tile.samples) continue;
             if (q >= tile.positions) continue;
             const Row info = row_of(tile, row_begin + row);
             const acc_t sum = canonical_sum(tile, window, row_begin + row, info.taps, sample, q);
@@ -263,47 +285,49 @@ __device__ __forceinline__ void store_slice(
     }
 }
 
+// Rows of a warp's sums, 16 at a time: what is left of `acc` moves up after each, so that one loop body serves all.
 template <typename RowOf>
 __device__ __forceinline__ void store_tile(
     const Tile& tile, const Window& window, const storage_t* bias, const RowOf& row_of,
-    const acc_t (&acc)[kTilesM][kTilesN][4]) {
+    acc_t (&acc)[kTilesM][kTilesN][4]) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     storage_t* const slice = reinterpret_cast<storage_t*>(dynamic_shared_memory()) + warp * kSliceRows * kSlicePitch;
     const index_t column_begin = warp % WARPS_N * kWarpN;
-#pragma unroll
-    for (int pass = 0; pass < kPasses; ++pass) {
-        const index_t row_begin = tile.row_begin + warp / WARPS_N * kWarpM + pass * kSliceRows;
+    index_t row_begin = tile.row_begin + warp / WARPS_N * kWarpM;
+#pragma unroll 1
+    for (int i = 0; i < kTilesM && row_begin < tile.rows; ++i, row_begin += kSliceRows) {
         bool met_special = false;
 #pragma unroll
-        for (int i = 0; i < kTilesM / kPasses; ++i) {
+        for (int half = 0; half < 2; ++half) {
+            const int row = half * 8 + lane / 4;
+            Segment segment;
+            segment.find(row, row_begin, PHASES_IN_ROWS ? tile.output_step : 1);
+            storage_t* const mine = slice + segment.position(row, lane % 4 * 2);
+            const bool exists = row_begin + row < tile.rows;
+            const acc_t offset = bias_or_zero(exists ? bias : nullptr, row_of(tile, row_begin + row).bias_offset);
 #pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const int row = i * 16 + half * 8 + lane / 4;
-                Segment segment;
-                segment.find(row, row_begin, PHASES_IN_ROWS ? tile.output_step : 1);
-                storage_t* const mine = slice + segment.position(row, lane % 4 * 2);
-                acc_t offset = 0.0f;
-                if (row_begin + row < tile.rows) {
-                    offset = bias_or_zero(bias, row_of(tile, row_begin + row).bias_offset);
-                }
+            for (int j = 0; j < kTilesN; ++j) {
 #pragma unroll
-                for (int j = 0; j < kTilesN; ++j) {
-#pragma unroll
-                    for (int e = 0; e < 2; ++e) {
-                        const acc_t value = add(acc[pass * (kTilesM / kPasses) + i][j][half * 2 + e], offset);
-                        const storage_t rounded = scalar::round(value);
-                        met_special = met_special || !is_finite(scalar::load(rounded));
-                        mine[(j * 8 + e) * segment.count] = rounded;
-                    }
+                for (int e = 0; e < 2; ++e) {
+                    const acc_t value = add(acc[0][j][half * 2 + e], offset);
+                    const acc_t marked = fma_rn(0.0f, value, value);  // a NaN where value is not finite
+                    met_special = met_special || is_nan(marked);
+                    mine[(j * 8 + e) * segment.count] = scalar::round(marked);
                 }
             }
         }
         met_special = any_lane(met_special);
         __syncwarp();
-        if (row_begin < tile.rows) {
-            store_slice(tile, window, bias, row_of, slice, row_begin, column_begin, met_special);
-        }
+        store_slice(tile, window, bias, row_of, slice, row_begin, column_begin, met_special);
         __syncwarp();
+#pragma unroll
+        for (int next = 1; next < kTilesM; ++next) {
+#pragma unroll
+            for (int j = 0; j < kTilesN; ++j) {
+#pragma unroll
+                for (int e = 0; e < 4; ++e) acc[next - 1][j][e] = acc[next][j][e];
+            }
+        }
     }
 }
 
@@ -320,9 +344,9 @@ __device__ __forceinline__ void multiply_tile(
     Vector* const stages = reinterpret_cast<Vector*>(dynamic_shared_memory());
     Vector* const windows = stages + NUM_STAGES * kStageVectors;
     const index_t window_vectors = kParts * part_rows;
-    index_t* const row_offset =
-        reinterpret_cast<index_t*>(windows + (window.chunks > 1 ? 2 : 1) * window_vectors);  // of rows, from Tile::input
-    int* const pair_offset = reinterpret_cast<int*>(row_offset + window.window_rows);      // of pairs, in a window, in bytes
+    int* const pair_offset =
+        reinterpret_cast<int*>(windows + (window.chunks > 1 ? 2 : 1) * window_vectors);      // of pairs, in a window, in bytes
+    index_t* const row_offset = reinterpret_cast<index_t*>(pair_offset + window.pairs);  // of rows, from Tile::input
 
     // -- tables ----------------------------------------------------------------------------------------------------------
     const index_t sample_rows = window.planes * window.plane_rows;
@@ -341,7 +365,9 @@ __device__ __forceinline__ void multiply_tile(
         const index_t round = tap / window.planes;
         const index_t row = window.tap_rows_first + round * window.tap_rows_step +
             (tap - round * window.planes) * window.plane_rows + unit * window.window_rows;
-        pair_offset[pair] = tap < tile.taps ? int(row) * 16 : 0;
+        // A lane reads the pairs of its half of every k-step: those of a stage lie side by side.
+        const index_t in_stage = pair % kStagePairs;
+        pair_offset[pair - in_stage + in_stage % 2 * STAGE_STEPS + in_stage / 2] = tap < tile.taps ? int(row) * 16 : 0;
     }
 
     // -- loading ---------------------------------------------------------------------------------------------------------
@@ -360,41 +386,38 @@ __device__ __forceinline__ void multiply_tile(
         stage_vector(
             vector, windows + (chunk & 1) * window_vectors + (task.unit * window.window_rows + task.row), part_rows);
     };
-    const Vector* weight = tile.weight + tile.row_begin;
-    const index_t num_stages = window.chunks * (window.pairs / kStagePairs);
-    const auto load_weights = [&](index_t stage) {
-        if (stage < num_stages) {
-            Vector* const slot = stages + int(stage % NUM_STAGES) * kStageVectors;
-#pragma unroll
-            for (int first = 0; first < kStageVectors; first += kThreads) {
-                const int vector = first + threadIdx.x;
-                if (kStageVectors % kThreads != 0 && vector >= kStageVectors) break;
-                copy_async(slot + vector, weight + ((vector / BLOCK_M) * window.padded_rows + vector % BLOCK_M));
-            }
-            weight += kStagePairs * kParts * window.padded_rows;
+    // Stages go round a ring: stage i is read from slot i % NUM_STAGES while stage i + NUM_STAGES - 1 is written.
+    const Vector* weight = keep_in_register(tile.weight + threadIdx.x + kThreads);
+    Vector* const my_stage = keep_in_register(stages + threadIdx.x);
+    int stages_left = int(window.chunks * (window.pairs / kStagePairs));
+    int slot = 0;
+    const auto load_weights = [&](int to) {
+        if (stages_left > 0) {
+            StageCopy<0>::run(my_stage + to * kStageVectors, weight);
+            weight += kStageVectors;
         }
+        --stages_left;
         copy_async_commit();
     };
-
 #pragma unroll
     for (int stage = 0; stage < NUM_STAGES - 1; ++stage) load_weights(stage);
     __syncthreads();  // the tables
-    Task task;
-    for (task.start(window.window_rows); task.unit < window.units; task.advance(window.window_rows)) {
-        store_vector(0, task, load_vector(0, task));
-    }
 
     // -- this lane's rows of the operands: ldmatrix takes one address from each lane -----------------------------------------
-    const Vector* const my_weight = stages + (lane / 16) * kParts * BLOCK_M + warp / WARPS_N * kWarpM + lane % 16;
-    int column_offset[kTilesN / 2];  // in bytes, in a window
+    const Vector* const my_weight =
+        keep_in_register(stages + (lane / 16) * kParts * BLOCK_M + warp / WARPS_N * kWarpM + lane % 16);
+    // Bytes, in a window. Neighbouring columns of one sample are neighbouring rows, so one address serves them all.
+    int column_offset[HAS_SAMPLES ? kTilesN / 2 : 1];
 #pragma unroll
-    for (int j = 0; j < kTilesN / 2; ++j) {
+    for (int j = 0; j < (HAS_SAMPLES ? kTilesN / 2 : 1); ++j) {
         const index_t column = warp % WARPS_N * kWarpN + j * 16 + lane / 16 * 8 + lane % 8;
-        const index_t sample = column / window.block_positions;
+        const index_t sample = HAS_SAMPLES ? column / window.block_positions : 0;
         const index_t row = sample * sample_rows + (column - sample * window.block_positions);
         column_offset[j] = sample < window.block_samples ? int(row) * 16 : 0;
     }
-    const int* const my_pair = pair_offset + lane / 8 % 2;
+    const unsigned char* const my_window =
+        keep_in_register(reinterpret_cast<const unsigned char*>(windows) + (HAS_SAMPLES ? 0 : column_offset[0]));
+    const StepOffsets* const my_pairs = reinterpret_cast<const StepOffsets*>(pair_offset) + lane / 8 % 2;
 
     acc_t acc[kTilesM][kTilesN][4];
     acc_t low[IS_SPLIT ? kTilesM : 1][IS_SPLIT ? kTilesN : 1][4];    // sums of the small products
@@ -411,32 +434,33 @@ __device__ __forceinline__ void multiply_tile(
         }
     }
 
-    index_t stage = 0;
 #pragma unroll 1
-    for (index_t chunk = 0; chunk < window.chunks; ++chunk) {
+    for (index_t chunk = -1; chunk < window.chunks; ++chunk) {
         // The next chunk's input is on its way while this one is multiplied.
         Vector ahead[PREFETCH_TASKS];
         Task next;
-        next.start(window.window_rows);
-        if (chunk + 1 < window.chunks) {
-            Task loading = next;
+        next.start(window);
+        if (chunk + 1 == window.chunks) next.unit = window.units;
+        Task loading = next;
 #pragma unroll
-            for (int i = 0; i < PREFETCH_TASKS; ++i) {
-                if (loading.unit < window.units) ahead[i] = load_vector(chunk + 1, loading);
-                loading.advance(window.window_rows);
-            }
+        for (int i = 0; i < PREFETCH_TASKS; ++i) {
+            if (loading.unit < window.units) ahead[i] = load_vector(chunk + 1, loading);
+            loading.advance(window);
         }
-        const unsigned char* const x =
-            reinterpret_cast<const unsigned char*>(windows + (chunk & 1) * window_vectors);
+        const unsigned char* const x = keep_in_register(my_window + int((chunk & 1) * window_vectors) * 16);
+        const StepOffsets* pairs_of_stage = my_pairs;
 #pragma unroll 1
-        for (index_t pair = 0; pair < window.pairs; pair += kStagePairs, ++stage) {
+        for (index_t pair = 0; chunk >= 0 && pair < window.pairs; pair += kStagePairs) {
             copy_async_wait_group<NUM_STAGES - 2>();
             __syncthreads();
-            load_weights(stage + NUM_STAGES - 1);
-            const Vector* const w = my_weight + int(stage % NUM_STAGES) * kStageVectors;
+            const Vector* const w = my_weight + slot * kStageVectors;
+            load_weights((slot + NUM_STAGES - 1) & (NUM_STAGES - 1));
+            slot = (slot + 1) & (NUM_STAGES - 1);
+            const StepOffsets pairs = *pairs_of_stage;
+            pairs_of_stage += 2;  // those of both halves
 #pragma unroll
             for (int step = 0; step < STAGE_STEPS; ++step) {
-                const unsigned char* const x_pair = x + my_pair[pair + 2 * step];
+                const unsigned char* const x_pair = x + pairs.bytes[step];
                 unsigned a[kParts][kTilesM][4], b[kParts][kTilesN][2];
 #pragma unroll
                 for (int part = 0; part < kParts; ++part) {
@@ -447,7 +471,8 @@ __device__ __forceinline__ void multiply_tile(
 #pragma unroll
                     for (int j = 0; j < kTilesN / 2; ++j) {
                         unsigned both[4];
-                        load_matrix_x4(both, x_pair + (column_offset[j] + part * int(part_rows) * 16));
+                        load_matrix_x4(
+                            both, x_pair + ((HAS_SAMPLES ? column_offset[j] : j * 256) + part * int(part_rows) * 16));
                         b[part][2 * j][0] = both[0];
                         b[part][2 * j][1] = both[1];
                         b[part][2 * j + 1][0] = both[2];
@@ -480,15 +505,14 @@ __device__ __forceinline__ void multiply_tile(
                 }
             }
         }
-        if (chunk + 1 < window.chunks) {
 #pragma unroll
-            for (int i = 0; i < PREFETCH_TASKS; ++i) {
-                if (next.unit < window.units) store_vector(chunk + 1, next, ahead[i]);
-                next.advance(window.window_rows);
-            }
-            for (; next.unit < window.units; next.advance(window.window_rows)) {
-                store_vector(chunk + 1, next, load_vector(chunk + 1, next));
-            }
+        for (int i = 0; i < PREFETCH_TASKS; ++i) {
+            if (next.unit < window.units) store_vector(chunk + 1, next, ahead[i]);
+            next.advance(window);
+        }
+#pragma unroll 1
+        for (; next.unit < window.units; next.advance(window)) {
+            store_vector(chunk + 1, next, load_vector(chunk + 1, next));
         }
     }
     if (IS_SPLIT) {

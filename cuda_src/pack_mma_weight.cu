@@ -1,7 +1,8 @@
 // pack_mma_weight: lays out a layer's weights in the order in which the tensor-core families read them.
 //
-//   packed[product, chunk, pair, part, row] = 16 bytes: the weights of that row at tap = pair / units for the kUnit channels
-//   c_in = (chunk*units + pair % units)*kUnit ...; zeros for rows, channels and taps that do not exist.
+//   packed[product, row_tile, chunk, pair, part, i] = 16 bytes: the weights of row = row_tile*block_rows + i at
+//   tap = pair / units for the kUnit channels c_in = (chunk*units + pair % units)*kUnit ...; zeros for rows, channels and taps
+//   that do not exist.
 //
 // float16 and bfloat16 as they are; float32 rounded to TF32, or as two parts (IS_SPLIT = 1): w_hi, and w_lo = w - w_hi. A
 // weight that split_tf32 refuses has a NaN in w_hi and itself in w_lo.
@@ -15,8 +16,8 @@
 // Needs nothing: weights of any strides, in elements.
 
 struct Params {
-    index_t num_vectors;  // products * chunks * pairs * padded_rows
-    index_t chunks, units, pairs, padded_rows;
+    index_t num_vectors;  // products * row_tiles * chunks * pairs * block_rows
+    index_t row_tiles, block_rows, chunks, units, pairs;
     index_t rows, taps, K;
     index_t C_in_g, C_out_g;
     index_t stride;
@@ -34,18 +35,20 @@ struct alignas(16) Vector {
 
 extern "C" __global__ void __launch_bounds__(BLOCK_SIZE, 2) pack_mma_weight(
     const storage_t* __restrict__ weight,  // [C_out, C_in_g, K], or [C_in, C_out_g, K] where IS_TRANSPOSED
-    Vector* __restrict__ packed,           // [products, chunks, pairs, parts, padded_rows]
+    Vector* __restrict__ packed,           // [products, row_tiles, chunks, pairs, parts, block_rows]
     const Params p) {
     const index_t grid_size = index_t(gridDim.x) * BLOCK_SIZE;
     for (index_t i = index_t(blockIdx.x) * BLOCK_SIZE + threadIdx.x; i < p.num_vectors; i += grid_size) {
-        const index_t pairs_before = i / p.padded_rows;
-        const index_t row = i - pairs_before * p.padded_rows;
+        const index_t pairs_before = i / p.block_rows;
+        const index_t in_block = i - pairs_before * p.block_rows;
         const index_t chunks_before = pairs_before / p.pairs;
         const index_t pair = pairs_before - chunks_before * p.pairs;
-        const index_t product = chunks_before / p.chunks;
+        const index_t tiles_before = chunks_before / p.chunks;
+        const index_t product = tiles_before / p.row_tiles;
+        const index_t row = (tiles_before - product * p.row_tiles) * p.block_rows + in_block;
         const index_t tap = pair / p.units;
-        const index_t unit = (chunks_before - product * p.chunks) * p.units + (pair - tap * p.units);
-        Vector* const to = packed + (pairs_before * kParts * p.padded_rows + row);
+        const index_t unit = (chunks_before - tiles_before * p.chunks) * p.units + (pair - tap * p.units);
+        Vector* const to = packed + (pairs_before * kParts * p.block_rows + in_block);
 
         Vector first, second;
 #pragma unroll
@@ -64,6 +67,6 @@ extern "C" __global__ void __launch_bounds__(BLOCK_SIZE, 2) pack_mma_weight(
             }
         }
         to[0] = first;
-        if (IS_SPLIT) to[p.padded_rows] = second;
+        if (IS_SPLIT) to[p.block_rows] = second;
     }
 }

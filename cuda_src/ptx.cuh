@@ -46,6 +46,14 @@ __device__ __forceinline__ unsigned block_index_again() {
     return index;
 }
 
+// The same value, of which the compiler no longer knows where it comes from: it stays in registers instead of being computed
+// again wherever it is used.
+template <typename T>
+__device__ __forceinline__ T* keep_in_register(T* pointer) {
+    asm("" : "+l"(pointer));
+    return pointer;
+}
+
 // The upper half of the 64-bit product.
 __device__ __forceinline__ unsigned multiply_high(unsigned a, unsigned b) { return __umulhi(a, b); }
 
@@ -64,6 +72,19 @@ __device__ __forceinline__ void copy_async(T* shared, const T* global) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(address), "l"(global), "n"(sizeof(T)) : "memory");
 #else
     *shared = *global;
+#endif
+}
+// The same of the elements at offsets of the pointers, which become part of the instruction (from -2048 to 2047 bytes in
+// global memory).
+template <int kShared, int kGlobal, typename T>
+__device__ __forceinline__ void copy_async_at(T* shared, const T* global) {
+#if __CUDA_ARCH__ >= 800
+    const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+    asm volatile("cp.async.ca.shared.global [%0 + %3], [%1 + %4], %2;"
+        ::"r"(address), "l"(global), "n"(sizeof(T)), "n"(kShared * int(sizeof(T))), "n"(kGlobal * int(sizeof(T)))
+        : "memory");
+#else
+    shared[kShared] = global[kGlobal];
 #endif
 }
 __device__ __forceinline__ void copy_async_wait() {

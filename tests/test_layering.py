@@ -25,7 +25,7 @@ LAYERS = (
     ("problem", "device"),
     ("reference", "cpu", "source"),
     ("cpu_gradients", "families.base"),
-    ("families.tiles", "families.depthwise", "families.sliding", "families.slices"),
+    ("families.tiles", "families.depthwise", "families.sliding", "families.skinny", "families.mma", "families.slices"),
     ("families.*",),
     ("families",),
     ("dispatch",),
@@ -158,7 +158,7 @@ def test_kernels_are_made_by_the_runtime_alone() -> None:
 # -- families and their kernels ----------------------------------------------------------------------------------------
 
 CUDA_FILES = sorted(directory().glob("*.cu*"))
-HELPERS = {"pack_weight", "sum_slices"}  # kernels that run before or after those of families
+HELPERS = {"pack_weight", "pack_mma_weight", "sum_slices"}  # kernels that run before or after those of families
 EVERY_FAMILY: tuple[Family | GradientFamily[Any], ...] = (*FAMILIES, *GRADIENT_FAMILIES)
 
 

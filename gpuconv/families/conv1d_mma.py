@@ -29,7 +29,7 @@ class Conv1dMma(Family):
 
     def configure(self, problem: ConvProblem, layout: Layout, device: Device) -> tuple[Config, Launch]:
         p = problem
-        tiling, product, arithmetic = self._tilings(p, layout, device)[0], _product(p, device), _arithmetic(p, device)
+        tiling, product = self._tilings(p, layout, device)[0], _product(p, device)
         strides = stride_params(layout, ("out", "in"))
         params = {
             "N": p.N,
@@ -46,8 +46,8 @@ class Conv1dMma(Family):
             "dilation": p.dilation,
             **{name: stride for name, stride in strides.items() if not name.startswith("weight")},
             "has_vector_stores": int(mma.has_vector_stores(p, layout)),
-            **mma.packed_params(product, tiling.tile, arithmetic),
-            **tiling.window.params(),
+            **mma.reduction_params(product),
+            **tiling.window.params(tiling.tile),
         }
         bits = self._index_bits(p, layout, device)
         config = mma.kernel_config(self.name, p, tiling.tile, bits, phases_in_rows=False)
@@ -79,7 +79,7 @@ class Conv1dMma(Family):
         hanging = p.L_out + mma.MAX_BLOCK_N
         span = hanging * p.stride + p.padding_left + p.dilation * p.K
         samples = p.N + mma.MAX_BLOCK_N
-        vectors = max(mma.weight_vectors(product, tile)[1] for tile in mma.tiles(arithmetic))
+        vectors = max(mma.weight_vectors(product, tile) for tile in mma.tiles(arithmetic))
         return index_bits(
             p,
             layout,
@@ -92,7 +92,7 @@ class Conv1dMma(Family):
             + (p.C_in + mma.MAX_UNITS * arithmetic.channels) * abs(strides["input_stride_c"])
             + span * abs(strides["input_stride_l"]),
             (p.C_out + mma.MAX_BLOCK_M) * abs(strides["bias_stride"]),
-            vectors * product.products * arithmetic.parts,
+            vectors * arithmetic.parts,
         )
 
 

@@ -108,8 +108,8 @@ class ConvTranspose1dMma(Family):
             "dilation": p.dilation,
             **{name: stride for name, stride in strides.items() if not name.startswith("weight")},
             "has_vector_stores": int(mma.has_vector_stores(p, layout)),
-            **mma.packed_params(phases.product(arithmetic), tiling.tile, arithmetic),
-            **tiling.window.params(),
+            **mma.reduction_params(phases.product(arithmetic)),
+            **tiling.window.params(tiling.tile),
         }
         config = mma.kernel_config(self.name, p, tiling.tile, bits, phases_in_rows=phases.in_rows)
         return config, Launch(tiling.blocks, tiling.tile.threads, tiling.shared_bytes, bits, tuple(params.items()))
@@ -140,7 +140,7 @@ class ConvTranspose1dMma(Family):
         span = hanging + p.dilation * p.K
         samples = p.N + mma.MAX_BLOCK_N
         channels = p.C_out + mma.MAX_BLOCK_M
-        vectors = max(mma.weight_vectors(product, tile)[1] for tile in mma.tiles(arithmetic))
+        vectors = max(mma.weight_vectors(product, tile) for tile in mma.tiles(arithmetic))
         return index_bits(
             p,
             layout,
@@ -158,7 +158,7 @@ class ConvTranspose1dMma(Family):
             + (p.C_in + mma.MAX_UNITS * arithmetic.channels) * abs(strides["input_stride_c"])
             + span * abs(strides["input_stride_l"]),
             channels * abs(strides["bias_stride"]),
-            vectors * product.products * arithmetic.parts,
+            vectors * arithmetic.parts,
         )
 
 

@@ -20,6 +20,7 @@ from .base import MAX_GRID, Config, Launch, Layout, Pack, index_bits, stride_par
 WARP = 32
 PAIRS_PER_STEP = 2  # (tap, unit) pairs of one mma
 STAGE_STEPS = 2
+NUM_STAGES = 4  # of weights in shared memory, a power of two
 STAGE_PAIRS = PAIRS_PER_STEP * STAGE_STEPS
 PACK_BLOCK_SIZE = 128
 UNIT_BYTES = 16
@@ -27,6 +28,10 @@ UNIT_BYTES = 16
 # Fewer channels than a unit of 16-bit elements are the business of the families for stems and tails.
 MIN_CHANNELS = 8
 MIN_ROWS = 8
+# Half a fragment of 16 rows stays empty below this: three products for one then cost more than fused multiply-adds.
+MIN_SPLIT_ROWS = 16
+# Layers with so few output channels read more than they multiply: the families for tails.
+MAX_TAIL_CHANNELS = 4
 # Units of a chunk at most: with 8 rows of each fragment side by side, four units are two k-steps for every tap.
 MAX_UNITS = 4
 
@@ -73,6 +78,7 @@ class Tile:
     Attributes:
         min_blocks: blocks that a multiprocessor must be able to hold, which caps the registers of a thread.
         prefetch: vectors of input that a thread loads ahead.
+        has_samples: a block may take the positions of several samples, at the cost of an address for each fragment.
     """
 
     block_m: int
@@ -81,7 +87,7 @@ class Tile:
     warps_n: int
     min_blocks: int
     prefetch: int
-    num_stages: int = 3
+    has_samples: bool = False
 
     @property
     def warps(self) -> int:
@@ -93,9 +99,7 @@ class Tile:
 
     def slice_bytes(self, itemsize: int) -> int:
         """Shared memory through which results pass in the end."""
-        warp_m, warp_n = self.block_m // self.warps_m, self.block_n // self.warps_n
-        passes = 2 if itemsize == 4 and warp_m % 32 == 0 else 1
-        return self.warps * (warp_m // passes) * (warp_n + 8) * itemsize
+        return self.warps * 16 * (self.block_n // self.warps_n + 8) * itemsize
 
     def stage_bytes(self, parts: int) -> int:
         return STAGE_PAIRS * parts * self.block_m * UNIT_BYTES
@@ -112,6 +116,8 @@ _TILES = (
     Tile(48, 128, 1, 4, 3, 4),
     Tile(32, 64, 1, 4, 4, 4),
     Tile(16, 128, 1, 4, 4, 4),
+    Tile(128, 128, 2, 2, 2, 4, has_samples=True),
+    Tile(64, 64, 2, 2, 4, 4, has_samples=True),
     Tile(128, 16, 4, 1, 3, 2),
 )
 _SPLIT_TILES = (
@@ -122,12 +128,14 @@ _SPLIT_TILES = (
     Tile(48, 128, 1, 4, 2, 4),
     Tile(32, 64, 1, 4, 4, 4),
     Tile(16, 128, 1, 4, 4, 4),
+    Tile(128, 128, 2, 4, 1, 2, has_samples=True),
+    Tile(64, 64, 2, 2, 2, 4, has_samples=True),
     Tile(128, 16, 4, 1, 3, 2),
 )
 MAX_BLOCK_N = 256
 MAX_BLOCK_M = 128
 # The tiles for 64-bit offsets: arrays that need them fill any tile.
-_WIDE_TILES = slice(2, None, 5)
+_WIDE_TILES = slice(2, None, 7)
 
 # Figures of the cost model, for an H200: bytes a cycle to and from memory and bytes of weights and input a cycle from L2, per
 # multiprocessor; bytes a cycle of shared memory; cycles of a wave that are neither.
@@ -156,10 +164,13 @@ def refuse_layer(problem: ConvProblem, rows: int, device: Device) -> str | None:
         return "needs float16 (sm_75), bfloat16 or float32 (sm_80)"
     if p.C_in_g < MIN_CHANNELS:
         return f"needs C_in/groups >= {MIN_CHANNELS}"
-    if rows < MIN_ROWS:
-        return f"needs C_out/groups (times stride for phases) >= {MIN_ROWS}"
-    if arithmetic.parts == 2 and p.terms < MIN_SPLIT_TERMS:
-        return f"needs {MIN_SPLIT_TERMS} products a sum for float32 by split TF32"
+    if p.C_out_g <= MAX_TAIL_CHANNELS:
+        return f"needs C_out/groups > {MAX_TAIL_CHANNELS}"
+    is_split = arithmetic.parts == 2
+    if rows < (MIN_SPLIT_ROWS if is_split else MIN_ROWS):
+        return f"needs C_out/groups (times stride for phases) >= {MIN_SPLIT_ROWS if is_split else MIN_ROWS}"
+    if is_split and p.terms < MIN_SPLIT_TERMS:
+        return f"needs C_in/groups * taps >= {MIN_SPLIT_TERMS} for float32 by split TF32"
     return None
 
 
@@ -246,7 +257,7 @@ class Window:
     def rows(self) -> int:
         return self.block_samples * self.planes * self.plane_rows
 
-    def params(self) -> dict[str, int]:
+    def params(self, tile: Tile) -> dict[str, int]:
         """The fields of Params, in order."""
         return {
             "block_samples": self.block_samples,
@@ -254,6 +265,8 @@ class Window:
             "planes": self.planes,
             "plane_rows": self.plane_rows,
             "window_rows": self.rows,
+            "task_units": tile.threads // self.rows,
+            "task_rows": tile.threads % self.rows,
             "tap_rows_first": self.tap_rows_first,
             "tap_rows_step": self.tap_rows_step,
             "window_shift": self.shift,
@@ -280,7 +293,7 @@ def shared_bytes(tile: Tile, window: Window, reduction: Reduction, arithmetic: A
     windows = min(reduction.chunks, 2) * arithmetic.parts * reduction.units * window.rows * UNIT_BYTES
     tables = window.rows * bits // 8 + reduction.pairs * 4
     return max(
-        tile.num_stages * tile.stage_bytes(arithmetic.parts) + windows + tables,
+        NUM_STAGES * tile.stage_bytes(arithmetic.parts) + windows + tables,
         tile.slice_bytes(itemsize),
     )
 
@@ -291,19 +304,20 @@ def compare_tilings(product: Product, arithmetic: Arithmetic, bits: int, device:
     found = []
     for tile in tiles(arithmetic) if bits == 32 else tiles(arithmetic)[_WIDE_TILES]:
         row_tiles = -(-product.rows // tile.block_m)
-        shapes = [(1, tile.block_n)]
-        if product.positions <= tile.block_n // 2 and product.samples > 1:
-            shapes.append((min(tile.block_n // product.positions, product.samples), product.positions))
-        for block_samples, block_positions in shapes:
-            window = Window.of(product, block_samples, block_positions)
-            needed = shared_bytes(tile, window, product.reduction, arithmetic, bits)
-            column_tiles = -(-product.positions // block_positions)
-            sample_tiles = -(-product.samples // block_samples)
-            blocks = row_tiles * column_tiles * sample_tiles * product.products
-            if needed > device.shared_per_block or blocks > MAX_GRID:
+        block_samples, block_positions = 1, tile.block_n
+        if tile.has_samples:
+            block_samples, block_positions = min(tile.block_n // product.positions, product.samples), product.positions
+            if block_samples < 2:
                 continue
-            cycles = _cost(tile, window, product.reduction, arithmetic, blocks, needed, device)
-            found.append(Tiling(tile, window, row_tiles, column_tiles, sample_tiles, blocks, needed, cycles))
+        window = Window.of(product, block_samples, block_positions)
+        needed = shared_bytes(tile, window, product.reduction, arithmetic, bits)
+        column_tiles = -(-product.positions // block_positions)
+        sample_tiles = -(-product.samples // block_samples)
+        blocks = row_tiles * column_tiles * sample_tiles * product.products
+        if needed > device.shared_per_block or blocks > MAX_GRID:
+            continue
+        cycles = _cost(tile, window, product.reduction, arithmetic, blocks, needed, device)
+        found.append(Tiling(tile, window, row_tiles, column_tiles, sample_tiles, blocks, needed, cycles))
     return tuple(sorted(found, key=lambda tiling: tiling.cycles))
 
 
@@ -372,9 +386,10 @@ def _kernel_config(kernel: str, dtype: str, precision: str, tile: Tile, bits: in
         "BLOCK_N": tile.block_n,
         "WARPS_M": tile.warps_m,
         "WARPS_N": tile.warps_n,
-        "NUM_STAGES": tile.num_stages,
+        "NUM_STAGES": NUM_STAGES,
         "STAGE_STEPS": STAGE_STEPS,
         "PREFETCH_TASKS": tile.prefetch,
+        "HAS_SAMPLES": int(tile.has_samples),
         "MIN_BLOCKS": tile.min_blocks if bits == 32 else 1,
         "IS_SPLIT": int(arithmetic.parts == 2),
         "SPLIT_TERMS": SPLIT_TERMS,
@@ -399,22 +414,16 @@ def kernel_configs(kernel: str, device: Device, phases: tuple[bool, ...], *, tra
                 yield _pack_config(dtype, precision, bits, transposed=transposed, phases_in_rows=phases_in_rows)
 
 
-def weight_vectors(product: Product, tile: Tile) -> tuple[int, int]:
-    """(padded rows, vectors of one part of one product) of the packed weights."""
+def weight_vectors(product: Product, tile: Tile) -> int:
+    """Vectors of one part of the packed weights."""
     rows = -(-product.rows // tile.block_m) * tile.block_m
-    return rows, product.reduction.chunks * product.reduction.pairs * rows
+    return product.products * product.reduction.chunks * product.reduction.pairs * rows
 
 
-def packed_params(product: Product, tile: Tile, arithmetic: Arithmetic) -> dict[str, int]:
-    """The fields of Params that describe the packed weights, in order."""
-    rows, vectors = weight_vectors(product, tile)
-    return {
-        "weight_stride_product": vectors * arithmetic.parts,
-        "units": product.reduction.units,
-        "chunks": product.reduction.chunks,
-        "pairs": product.reduction.pairs,
-        "padded_rows": rows,
-    }
+def reduction_params(product: Product) -> dict[str, int]:
+    """The fields of Params that describe the order of summation, in order."""
+    reduction = product.reduction
+    return {"units": reduction.units, "chunks": reduction.chunks, "pairs": reduction.pairs}
 
 
 def has_vector_stores(problem: ConvProblem, layout: Layout) -> bool:
@@ -437,18 +446,19 @@ def make_pack(
 ) -> Pack:
     """The launch of pack_mma_weight for a tensor-core kernel."""
     p = problem
-    rows, vectors = weight_vectors(product, tile)
-    num_vectors = vectors * product.products
+    num_vectors = weight_vectors(product, tile)
+    row_tiles = -(-product.rows // tile.block_m)
     grid = min(-(-num_vectors // PACK_BLOCK_SIZE), MAX_GRID)
     gcd = math.gcd(p.stride, p.dilation)
     tap_step = p.stride // gcd
     strides = stride_params(layout, ("in", "out") if p.transposed else ("out", "in"))
     params = {
         "num_vectors": num_vectors,
+        "row_tiles": row_tiles,
+        "block_rows": tile.block_m,
         "chunks": product.reduction.chunks,
         "units": product.reduction.units,
         "pairs": product.reduction.pairs,
-        "padded_rows": rows,
         "rows": product.rows,
         "taps": product.reduction.taps,
         "K": p.K,
@@ -463,7 +473,7 @@ def make_pack(
     # Offsets of weights are formed before it is known whether they exist.
     reduction = product.reduction
     hanging = (
-        (product.products * rows + rows) * abs(strides["weight_stride_out"])
+        (product.products + 1) * row_tiles * tile.block_m * abs(strides["weight_stride_out"])
         + (p.C_in + reduction.units * arithmetic.channels) * abs(strides["weight_stride_in"])
         + ((reduction.taps + STAGE_PAIRS) * max(p.stride, tap_step) + p.K) * abs(strides["weight_stride_k"])
     )

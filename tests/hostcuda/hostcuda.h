@@ -234,6 +234,11 @@ inline unsigned short float_to_half_bits_rn(float value) {
 
 __forceinline__ unsigned block_index_again() { return blockIdx.x; }
 
+template <typename T>
+__forceinline__ T* keep_in_register(T* pointer) {
+    return pointer;
+}
+
 inline bool any_lane(bool condition, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
     hostcuda::Vote record = {condition, false};
     hostcuda::warp_collective(0xffffffffu, record, "any_lane", file, line);
@@ -254,6 +259,10 @@ template <typename T>
 void copy_async(T* shared, const T* global) {
     static_assert(sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16, "cp.async copies 4, 8 or 16 bytes");
     hostcuda_copy_async(shared, global, sizeof(T), true);
+}
+template <int kShared, int kGlobal, typename T>
+void copy_async_at(T* shared, const T* global) {
+    copy_async(shared + kShared, global + kGlobal);
 }
 inline void copy_async_wait() { hostcuda_copy_async_wait_all(); }
 
