@@ -274,7 +274,7 @@ def exact_data(problem: ConvProblem, seed: int, *, adjoint_too: bool = False) ->
     Args:
         problem: extents, settings and dtype.
         seed: any integer.
-        adjoint_too: the same holds for `adjoint(problem)` with this weight.
+        adjoint_too: the same holds for `problem.adjoint()` with this weight.
     """
     p = problem
     rng = _generator(p, seed)
@@ -282,7 +282,7 @@ def exact_data(problem: ConvProblem, seed: int, *, adjoint_too: bool = False) ->
     bias_limit = limit // 8
     budget = limit - 2 * bias_limit
     parts = 2 if p.is_complex else 1  # products in the real part of one term
-    problems = [p, adjoint(p)] if adjoint_too else [p]
+    problems = [p, p.adjoint()] if adjoint_too else [p]
     terms = parts * max(1, *(q.terms for q in problems))
     input_limit = max(1, min(16, math.isqrt(budget // terms)))
     weight_limit = max(1, min(16, budget // (terms * input_limit)))
@@ -296,6 +296,29 @@ def exact_data(problem: ConvProblem, seed: int, *, adjoint_too: bool = False) ->
     x = _integers(rng, p.input_shape, input_limit, p.dtype)
     bias = _integers(rng, (p.C_out,), bias_limit, p.dtype) if p.has_bias else None
     return _as_dtype(p, x, weight, bias)
+
+
+def exact_grad_output(problem: ConvProblem, seed: int, input: Array) -> Array:
+    """Small integers of the output's shape for which the gradients of weight and bias are exact, as for `exact_data`.
+
+    Where `problem.dtype` is narrow, most of them are zero.
+
+    Args:
+        problem: extents, settings and dtype.
+        seed: any integer.
+        input: that of `exact_data`.
+    """
+    p = problem
+    rng = _generator(p, seed + 1)
+    limit = _EXACT_LIMIT.get(p.dtype, _WIDE_EXACT_LIMIT)
+    wide = input.astype(np.complex128)
+    largest = max(1, int(max(np.abs(wide.real).max(initial=0), np.abs(wide.imag).max(initial=0))))
+    budget = limit // ((2 if p.is_complex else 1) * largest)
+    values = _integers(rng, (p.N, p.C_out, p.L_out), max(1, min(4, budget // max(1, p.N * p.L_out))), p.dtype)
+    if p.N * p.L_out > budget:  # a channel of the output meets each element of its weights once a position
+        order = rng.random((p.C_out, p.N * p.L_out)).argsort(axis=1).reshape(p.C_out, p.N, p.L_out)
+        values = np.where(order.swapaxes(0, 1) < budget, values, 0)
+    return np.asarray(values.reshape(p.output_shape).astype(numpy_dtype(p.dtype)))
 
 
 def random_data(problem: ConvProblem, seed: int, kind: RandomKind = "normal") -> Data:
@@ -324,6 +347,12 @@ def random_data(problem: ConvProblem, seed: int, kind: RandomKind = "normal") ->
             places = rng.permutation(array.size)[: len(values)]
             array.reshape(-1)[places] = values[: len(places)]
     return _as_dtype(p, x, _as_weight(p, taps), bias if p.has_bias else None)
+
+
+def random_grad_output(problem: ConvProblem, seed: int) -> Array:
+    """Standard normal data of the output's shape."""
+    values = _normal(problem, _generator(problem, seed + 1), problem.output_shape)
+    return np.asarray(values.astype(numpy_dtype(problem.dtype)))
 
 
 def impulse_data(problem: ConvProblem, seed: int) -> Data:
@@ -453,26 +482,6 @@ def chunk(problem: ConvProblem, start: int, stop: int) -> tuple[ConvProblem, sli
     right, extra = max(surplus, 0), max(-surplus, 0)
     piece = replace(p, L_in=last - first, padding_left=left, padding_right=right, output_padding=extra)
     return piece, slice(first, last)
-
-
-def adjoint(problem: ConvProblem) -> ConvProblem:
-    """The operation A' with ``<A x, u> == <x, A' u>``, for the same weight and without bias.
-
-    Its input is u, of the output's shape; its output begins with the input's L_in positions. (It is longer where an
-    output padding of a stride or more was added.) Needs L_in >= 1.
-    """
-    p = problem
-    span = p.dilation * (p.K - 1) + 1
-    rest = 0 if p.transposed else (p.L_in + p.padding_left + p.padding_right - span) % p.stride
-    return replace(
-        p,
-        op="conv1d" if p.transposed else "conv_transpose1d",
-        C_in=p.C_out,
-        C_out=p.C_in,
-        L_in=p.L_out,
-        output_padding=rest,
-        has_bias=False,
-    )
 
 
 def one_group(problem: ConvProblem, g: int) -> tuple[ConvProblem, slice, slice]:

@@ -171,8 +171,9 @@ def _function(op: Op) -> Function[ConvProblem]:
         ("input", "weight", "bias"),
         problem=lambda arrays, settings: construct(*arrays, *settings),
         shape=lambda problem: problem.output_shape,
-        compute=cpu.convolve,
-        plan=lambda *arguments: runtime.make_plan(*arguments),  # noqa: PLW0108, looked up when it is called
+        # Both are looked up when they are called.
+        compute=lambda *arguments: cpu.convolve(*arguments),  # noqa: PLW0108
+        plan=lambda *arguments: runtime.make_plan(*arguments),  # noqa: PLW0108
     )
 
 

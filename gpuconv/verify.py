@@ -17,12 +17,13 @@ from xml.etree import ElementTree
 import numpy as np
 import numpy.typing as npt
 
-from . import cases, functional, reference, runtime
+from . import cases, functional, grad, reference, runtime
 from .cases import Case, Data
-from .problem import DTYPES, ConvProblem, numpy_dtype
+from .problem import DTYPES, BiasGradientProblem, ConvProblem, WeightGradientProblem, numpy_dtype
 
 Array: TypeAlias = npt.NDArray[Any]
 DeviceName: TypeAlias = Literal["auto", "gpu", "cpu"]
+Argument: TypeAlias = Literal["input", "weight", "bias"]
 Progress: TypeAlias = Callable[[int, int, str], None]
 
 MAX_TAPS = 8  # of a failing element, in a report
@@ -60,7 +61,7 @@ class Failure:
         bound: the permitted distance of got from expected, of the real and of the imaginary part each; None where the
             values must be equal.
         taps: the first `MAX_TAPS` products that feed the element.
-        num_taps: how many there are.
+        num_taps: how many there are; None for an element of a gradient, whose terms are not listed.
     """
 
     case: str
@@ -75,7 +76,7 @@ class Failure:
     expected: complex | None = None
     bound: float | None = None
     taps: tuple[Tap, ...] = ()
-    num_taps: int = 0
+    num_taps: int | None = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON values: complex numbers as [real, imaginary], NaN and infinities as strings."""
@@ -104,7 +105,7 @@ class Failure:
             place = "" if self.index is None else f" at {self.index}, the first of {self.bad} wrong elements"
             bound = "" if self.bound is None else f", bound {self.bound:.3g}"
             lines.append(f"  got {self.got!r}, expected {self.expected!r}{bound}{place}")
-        if self.index is not None:
+        if self.index is not None and self.num_taps is not None:
             lines.append(f"  fed by {self.num_taps} tap(s)" + (":" if self.taps else ""))
             lines += [
                 f"    weight[c_in={tap.c_in}, k={tap.k}] = {tap.weight!r}, input[l_in={tap.l_in}] = {tap.input!r}"
@@ -252,17 +253,19 @@ def verify(
     cancelling  the same where the terms of an element nearly cancel
     nonfinite   a NaN and infinities stay in the windows that contain them
     impulse     a unit impulse gives the weights, unrounded
-    adjoint     <conv1d(x, w), u> == <x, conv_transpose1d(u, w)>, exactly, on integers
+    adjoint     <A(x, w), u> equals <x, gradient in x> and <w, gradient in w>, exactly, on integers
     groups      each group equals a convolution of its own, on integers
     bias        the bias adds to the result without one, on integers
     batch       a sample's result does not depend on the batch: N = 1 against N = 5
     chunks      a long input cut into chunks gives the result of the whole
     repeat      two calls give the same bits, with and without `out`
+    gradients   in input, weight and bias: exact on integers, within the bound on normal data, the same bits twice
     ==========  ====================================================================================================
 
-    On a GPU `exact`, `layout`, `groups`, `bias`, `batch`, `chunks` and `repeat` compare bits. On the CPU only `repeat`
-    does: the BLAS library picks the order of the sums by the extents of a call, so `batch` and `chunks` are held to the
-    error bound, and it may give a zero either sign, so the others compare values.
+    On a GPU `exact`, `layout`, `groups`, `bias`, `batch`, `chunks`, `repeat` and `gradients` compare bits. On the CPU
+    only `repeat` and the last part of `gradients` do: the BLAS library picks the order of the sums by the extents of a
+    call, so `batch` and `chunks` are held to the error bound, and it may give a zero either sign, so the others compare
+    values.
 
     Args:
         device: "gpu": CuPy's current device. "cpu": the NumPy path. "auto": the GPU if one answers, else the CPU.
@@ -376,6 +379,18 @@ class _Target:
         keywords = cases.call_settings(problem) if settings is None else settings
         return function(input, weight, bias, **keywords, out=out)
 
+    def gradient(
+        self, argument: Argument, problem: ConvProblem, arrays: Sequence[Array], settings: dict[str, Any]
+    ) -> Array:
+        """The public function of the gradient in an argument on arrays of this device, into an output of NaN."""
+        shapes = {"input": problem.input_shape, "weight": problem.weight_shape, "bias": (problem.C_out,)}
+        out = self.put(np.full(shapes[argument], np.nan, numpy_dtype(problem.dtype)))
+        given: list[Any] = [self.put(array) for array in arrays]
+        if argument != "bias":
+            given.insert(0 if argument == "input" else 1, shapes[argument])
+        function = getattr(grad, f"{problem.op}_{argument}")
+        return self.get(function(*given, **({} if argument == "bias" else settings), out=out))
+
     def _put_if_given(self, array: Array | None) -> Any:
         return None if array is None else self.put(array)
 
@@ -419,6 +434,13 @@ class _Subject:
             return self.target.convolve(self.problem, data, dict(self.case.settings))
         return self.target.convolve(problem, data)
 
+    def gradient(self, argument: Argument, *arrays: Array) -> Array:
+        """The gradient in an argument, with the case's settings as its author wrote them.
+
+        `arrays` are weight and grad_output, input and grad_output, or grad_output alone.
+        """
+        return self.target.gradient(argument, self.problem, arrays, dict(self.case.settings))
+
     def equal(self, output: Array, expected: Array) -> npt.NDArray[np.bool_]:
         """Elementwise: bits on a GPU, values on the CPU, whose BLAS may give a zero either sign.
 
@@ -428,9 +450,9 @@ class _Subject:
         return np.asarray(same & np.isfinite(output))
 
     def expect_equal(
-        self, output: Array, expected: Array, message: str, data: Data, problem: ConvProblem | None = None
+        self, output: Array, expected: Array, message: str, data: Data | None, problem: ConvProblem | None = None
     ) -> Failure | None:
-        """What no rounding can excuse."""
+        """What no rounding can excuse. Without `data` a failure tells no taps."""
         if self.target.on_gpu:
             message += ", bit for bit"
         good = self.equal(output, expected)
@@ -461,7 +483,7 @@ class _Subject:
         output: Array,
         expected: Array,
         message: str,
-        data: Data,
+        data: Data | None,
         problem: ConvProblem,
         bound: Array | None = None,
     ) -> Failure | None:
@@ -469,7 +491,7 @@ class _Subject:
             return None
         bad = np.argwhere(~good)
         index = tuple(int(i) for i in bad[0])
-        taps = list(_taps(problem, data, index))
+        taps = [] if data is None else list(_taps(problem, data, index))
         return Failure(
             self.case.name,
             problem.dtype,
@@ -482,7 +504,7 @@ class _Subject:
             expected=_number(expected[index]),
             bound=None if bound is None else float(bound[index]),
             taps=tuple(taps[:MAX_TAPS]),
-            num_taps=len(taps),
+            num_taps=None if data is None else len(taps),
         )
 
 
@@ -526,16 +548,19 @@ def _check_impulse(s: _Subject) -> Failure | None:
 
 def _check_adjoint(s: _Subject) -> Failure | None:
     p = replace(s.problem, has_bias=False)
-    q = cases.adjoint(p)
-    x, weight, _ = cases.exact_data(p, s.seed, adjoint_too=True)
-    u = cases.exact_data(q, s.seed, adjoint_too=True).input
-    y = s.run(Data(x, weight, None), p)
-    back = s.run(Data(u, weight, None), q)[..., : p.L_in]
-    left, right = _inner_product(y, u), _inner_product(x, back)
-    if left == right:
-        return None
-    message = f"<A x, u> must equal <x, A' u>, with A' = {q}"
-    return Failure(s.case.name, p.dtype, s.check, str(p), message, bad=1, got=left, expected=right)
+    x, weight, _ = cases.exact_data(p, s.seed, adjoint_too=p.L_in > 0)
+    y = s.target.convolve(p, Data(x, weight, None), dict(s.case.settings))
+    u = cases.exact_grad_output(p, s.seed, x)
+    identities: list[tuple[Argument, Array, Array, Array]] = [("weight", u, weight, s.gradient("weight", x, u))]
+    if p.L_in:
+        u = cases.exact_data(p.adjoint(), s.seed, adjoint_too=True).input
+        identities.append(("input", u, x, s.gradient("input", weight, u)))
+    for argument, u, array, gradient in identities:
+        left, right = _inner_product(y, u), _inner_product(array, gradient)
+        if left != right:
+            message = f"<A(input, weight), u> must equal <{argument}, its gradient>"
+            return Failure(s.case.name, p.dtype, s.check, str(p), message, bad=1, got=left, expected=right)
+    return None
 
 
 def _check_groups(s: _Subject) -> Failure | None:
@@ -598,6 +623,40 @@ def _check_repeat(s: _Subject) -> Failure | None:
     return s._judge(good, output, expected, "a second call must give the same bits", data, p)
 
 
+def _check_gradients(s: _Subject) -> Failure | None:
+    p, q = s.problem, WeightGradientProblem.of(s.problem)
+    r = BiasGradientProblem(p.N, p.C_out, p.L_out, p.dtype)
+    x, weight, _ = cases.exact_data(p, s.seed, adjoint_too=p.L_in > 0)
+    sparse = cases.exact_grad_output(p, s.seed, x)
+    u = cases.exact_data(p.adjoint(), s.seed, adjoint_too=True).input if p.L_in else sparse
+    data, v = cases.random_data(p, s.seed), cases.random_grad_output(p, s.seed)
+    on_integers: dict[Argument, tuple[Array, ...]] = {"input": (weight, u), "weight": (x, sparse), "bias": (sparse,)}
+    normal: dict[Argument, tuple[Array, ...]] = {"input": (data.weight, v), "weight": (data.input, v), "bias": (v,)}
+    expected: dict[Argument, Callable[..., reference.Sums]] = {
+        "input": lambda *arrays: reference.input_gradient(p, *arrays),
+        "weight": lambda *arrays: reference.weight_gradient(q, *q.sides(*arrays)),
+        "bias": lambda *arrays: reference.bias_gradient(r, *arrays),
+    }
+    for argument, sums_of in expected.items():
+        exact = sums_of(*on_integers[argument]).exact().astype(numpy_dtype(p.dtype))
+        output = s.gradient(argument, *on_integers[argument])
+        failure = s.expect_equal(output, exact, f"the gradient in {argument} must equal the reference", None)
+        if failure is not None:
+            return failure
+        output, sums = s.gradient(argument, *normal[argument]), sums_of(*normal[argument])
+        message = f"the gradient in {argument} must lie within the error bound of the reference"
+        good = sums.within_bound(output)
+        failure = s._judge(good, output, sums.exact(), message, None, p, None if good.all() else sums.error_bound())
+        if failure is not None:
+            return failure
+        again = s.gradient(argument, *normal[argument])
+        message = f"a second call must give the same bits of the gradient in {argument}"
+        failure = s._judge(same_bits(again, output), again, output, message, None, p)
+        if failure is not None:
+            return failure
+    return None
+
+
 class Check(NamedTuple):
     """A row of the table of checks. `applies` tells the problems that it can be asked of; None: of all."""
 
@@ -611,12 +670,13 @@ CHECKS: tuple[Check, ...] = (
     Check("layout", _check_layout),
     *(Check(kind, _check_random(kind)) for kind in cases.RANDOM_KINDS),
     Check("impulse", _check_impulse),
-    Check("adjoint", _check_adjoint, lambda p: p.L_in >= 1),
+    Check("adjoint", _check_adjoint),
     Check("groups", _check_groups, lambda p: p.groups > 1),
     Check("bias", _check_bias),
     Check("batch", _check_batch),
     Check("chunks", _check_chunks, lambda p: p.L_in >= 1 and p.L_out >= 3),
     Check("repeat", _check_repeat),
+    Check("gradients", _check_gradients),
 )
 
 
@@ -671,9 +731,9 @@ def _swapped_axes(target: _Target, array: Array) -> Any:
 
 
 def _inner_product(a: Array, b: Array) -> complex:
-    """The bilinear product of arrays of small integers, exact in float64."""
+    """The inner product of arrays of small integers, exact in float64."""
     wide = np.complex128 if a.dtype.kind == "c" else np.float64
-    return _number(np.sum(a.astype(wide) * b.astype(wide)))
+    return _number(np.sum(a.astype(wide) * b.astype(wide).conj()))
 
 
 def _taps(problem: ConvProblem, data: Data, index: tuple[int, ...]) -> Iterator[Tap]:

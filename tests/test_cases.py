@@ -11,7 +11,7 @@ import pytest
 
 from gpuconv import cases, reference
 from gpuconv.cases import CASES, Case
-from gpuconv.problem import DTYPES, ArraySpec, ConvProblem
+from gpuconv.problem import DTYPES, ArraySpec, ConvProblem, WeightGradientProblem
 
 SIGNIFICAND_BITS = {"float16": 11, "bfloat16": 8, "float32": 24, "float64": 53, "complex64": 24, "complex128": 53}
 
@@ -207,9 +207,25 @@ def test_exact_data_stays_below_the_limit_everywhere(dtype: str, adjoint_too: bo
         assert reference.compute(real, *magnitudes).max(initial=0) <= limit, case.name
         assert data.input.size == 0 or np.abs(parts_sum(data.input)).min() > 0
         if adjoint_too:
-            q = cases.adjoint(real)
-            u = parts_sum(cases.exact_data(cases.adjoint(p), seed=2, adjoint_too=True).input)
+            q = real.adjoint()
+            u = parts_sum(cases.exact_data(p.adjoint(), seed=2, adjoint_too=True).input)
             assert reference.compute(q, u, magnitudes[1]).max(initial=0) <= limit, case.name
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_exact_gradients_stay_below_the_limit_everywhere(dtype: str) -> None:
+    """The sum of the absolute values of the terms of weight and bias gradients; both depend on all of the output."""
+    limit = 2 ** SIGNIFICAND_BITS[dtype]
+    for case in CASES:
+        p = case.at(dtype)
+        x = cases.exact_data(p, seed=2).input
+        u = cases.exact_grad_output(p, 2, x)
+        assert u.shape == p.output_shape
+        assert u.dtype == x.dtype
+        real = WeightGradientProblem.of(replace(p, dtype="float64"))
+        assert reference.weight_gradient(real, *real.sides(parts_sum(x), parts_sum(u))).exact().max(initial=0) <= limit
+        assert parts_sum(u).reshape(p.N, p.C_out, p.L_out).sum(axis=(0, 2)).max(initial=0) <= limit
+        assert (u != 0).any(axis=-1).sum() > 0 or u.size == 0
 
 
 def parts_sum(array: np.ndarray) -> np.ndarray:
@@ -307,13 +323,13 @@ def test_chunk(case: Case) -> None:
 @pytest.mark.parametrize("case", [case for case in CASES if case.problem.L_in], ids=lambda case: case.name)
 def test_adjoint(case: Case) -> None:
     p = replace(case.at("float64"), has_bias=False)
-    q = cases.adjoint(p)
+    q = p.adjoint()
     assert q.weight_shape == p.weight_shape
-    assert q.L_out >= p.L_in
+    assert q.input_shape == p.output_shape
+    assert q.output_shape == p.input_shape
     x, w, _ = cases.exact_data(p, 0)
     u = cases.exact_data(q, 0).input
-    back = reference.compute(q, u, w)[..., : p.L_in]
-    assert np.sum(reference.compute(p, x, w) * u) == np.sum(x * back)
+    assert np.sum(reference.compute(p, x, w) * u) == np.sum(x * reference.compute(q, u, w))
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.problem.groups > 1], ids=lambda case: case.name)

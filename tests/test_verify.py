@@ -15,9 +15,9 @@ import numpy.typing as npt
 import pytest
 
 import gpuconv
-from gpuconv import cases, cpu, reference, runtime
+from gpuconv import cases, cpu, cpu_gradients, reference, runtime
 from gpuconv.device import Device
-from gpuconv.problem import DTYPES, ConvProblem
+from gpuconv.problem import DTYPES, ConvProblem, WeightGradientProblem
 from gpuconv.verify import CHECKS, MAX_TAPS, GpuUnavailableError, missing_gpu, same_bits, verify
 from tests import hostcuda
 
@@ -181,6 +181,62 @@ def test_a_fault_is_found(kernel: Kernel, name: str, checks: set[str], plant: Ca
     assert checks <= {failure.check for failure in report.failures if failure.case == name}
     assert {failure.dtype for failure in report.failures} == {"float32"}
     assert "FAILED" in str(report)
+
+
+Gradient = Callable[[WeightGradientProblem, Array, Array, Array], None]
+
+
+def unconjugated(p: WeightGradientProblem, coarse: Array, fine: Array, out: Array) -> None:
+    coarse, fine = (coarse.conj(), fine) if p.transposed else (coarse, fine.conj())
+    out[...] = reference.weight_gradient(p, coarse, fine).exact()
+
+
+def without_the_last_position(p: WeightGradientProblem, coarse: Array, fine: Array, out: Array) -> None:
+    cut = coarse.copy()
+    cut[..., -1] = 0
+    out[...] = reference.weight_gradient(p, cut, fine).exact()
+
+
+def rounded_to_half(p: WeightGradientProblem, coarse: Array, fine: Array, out: Array) -> None:
+    out[...] = reference.weight_gradient(p, coarse, fine).exact()
+    out.real[...] = out.real.astype(np.float16)
+
+
+class EveryOtherGradientRoundsUp:
+    """The last bit of the result depends on the run."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, p: WeightGradientProblem, coarse: Array, fine: Array, out: Array) -> None:
+        out[...] = reference.weight_gradient(p, coarse, fine).exact()
+        self.calls += 1
+        if self.calls % 3 == 0:
+            out.real[...] = np.nextafter(out.real, np.float32(np.inf))
+
+
+@pytest.mark.parametrize(
+    ("fault", "name", "checks", "says"),
+    [
+        (unconjugated, "up_groups2", {"adjoint", "gradients"}, "the gradient in weight must equal the reference"),
+        (unconjugated, "groups2", {"adjoint", "gradients"}, "the gradient in weight must equal the reference"),
+        (without_the_last_position, "k3", {"adjoint", "gradients"}, "the gradient in weight must equal the reference"),
+        (rounded_to_half, "stft", {"gradients"}, "the gradient in weight must lie within the error bound"),
+        (EveryOtherGradientRoundsUp(), "k31", {"gradients"}, "must give the same bits of the gradient in weight"),
+    ],
+    ids=["unconjugated, transposed", "unconjugated", "last position", "half", "run"],
+)
+def test_a_fault_of_a_weight_gradient_is_found(
+    fault: Gradient, name: str, checks: set[str], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu_gradients, "weight_gradient", fault)
+    failures = [f for f in verify("cpu", filter=name, dtypes=["complex64"]).failures if f.case == name]
+    assert {failure.check for failure in failures} == checks
+    (failure,) = (failure for failure in failures if failure.check == "gradients")
+    assert says in failure.message
+    assert failure.num_taps is None
+    assert "fed by" not in str(failure)
+    json.dumps(failure.to_dict())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
