@@ -1,8 +1,8 @@
 // Rounding to TF32: float32 with the 10 leading bits of the fraction.
 
-// To nearest, ties away from zero; the 13 low bits of the result are zero. A value that rounds past the largest TF32 number
-// becomes an infinity, infinities and subnormals are values like any other, and a NaN stays one for the tensor cores too,
-// which ignore the low bits: it becomes quiet.
+// To nearest, ties away from zero; the 13 low bits of the result are zero. A value that rounds past the largest TF32
+// number becomes an infinity, infinities and subnormals are values like any other, and a NaN becomes quiet, so that it is
+// one for the tensor cores too, which ignore the low bits.
 __device__ __forceinline__ float round_to_tf32(float x) {
     const unsigned bits = float_as_uint(x);
     // In integers the carry of an all-ones fraction goes into the exponent, as it should.

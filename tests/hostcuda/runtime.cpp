@@ -184,7 +184,7 @@ struct Launch {
     int flush_subnormals;
     uint64_t seed;
     double seconds;  // the processor time a launch may take
-    // How tensor cores add: products of so many bytes of an operand at a time, with so many bits behind the leading one.
+    // How tensor cores add: products of so many bytes of an operand at a time, with so many bits behind the point.
     unsigned block_bytes, fraction_bits;
 };
 
@@ -198,9 +198,9 @@ struct Fault {
 
 // What the warps of a launch have executed.
 struct Counts {
-    uint64_t products;      // mma.sync
-    uint64_t loads;         // matrices of ldmatrix
-    uint64_t wavefronts;    // of those loads: one a matrix where no two of its rows meet in a bank
+    uint64_t products;    // mma.sync
+    uint64_t loads;       // matrices of ldmatrix
+    uint64_t wavefronts;  // of those loads: one a matrix where no two of its rows meet in a bank
 };
 
 struct Fiber {
@@ -404,7 +404,7 @@ int next_in_pass() {
     return -1;
 }
 
-// Leaves the fiber for that of the pass's next lane, or for the scheduler if that lane has none or there is no such lane.
+// Leaves the fiber for that of the pass's next lane; without a next lane, or where it has no fiber, for the scheduler.
 void pause(Fiber* fiber) {
     const int next = next_in_pass();
     const bool has_fiber = next >= 0 && threads[next].state == kReady;
@@ -800,10 +800,10 @@ inline float round_toward_zero(int64_t sum, int exponent) {
     return uint_as_float(result < kLeastExponent ? sign | bits : (sign | uint32_t(result + 126) << 23) + bits);
 }
 
-// d = a*b + d, from matrices of bits. The published rule, found by experiment on the hardware: of each block of products,
-// and the accumulator, the terms are exact; each is shifted to the largest exponent among them, where an exponent is the
-// sum of the operands' (the significand of a product may reach 4), and cut off `fraction_bits` behind the point; the sum is
-// exact, and rounded toward zero. Subnormals are numbers like any other; the least exponent is float32's.
+// d = a*b + d, from matrices of bits. The published rule, found by experiment on the hardware: of each block of products
+// and the accumulator the terms are exact; each is shifted to the largest exponent among them, where that of a product is
+// the sum of its operands' (its significand may reach 4), and cut off `fraction_bits` behind the point; the sum is exact,
+// and rounded toward zero. Subnormals are numbers like any other; the least exponent is float32's.
 template <int kind>
 #if defined(__x86_64__) && !defined(__clang__)
 __attribute__((target_clones("avx2", "default")))
