@@ -24,7 +24,7 @@ import numpy as np
 
 from . import __version__, files, functional, runtime
 from .device import ARCHITECTURES
-from .explain import SETTINGS, explain
+from .explain import DIRECTIONS, SETTINGS, explain
 from .families import FAMILIES, Config
 from .problem import DTYPES, ArraySpec, ConvProblem
 from .verify import GpuUnavailableError, missing_gpu, verify
@@ -162,6 +162,13 @@ def _add_explain(commands: Any) -> None:
         choices=tuple(ARCHITECTURES),
         metavar="ARCH",
         help=f"for a GPU that need not be there: {', '.join(ARCHITECTURES)}",
+    )
+    parser.add_argument(
+        "--direction",
+        choices=DIRECTIONS,
+        default="forward",
+        metavar="D",
+        help=f"what to explain: {', '.join(DIRECTIONS)} (default: %(default)s)",
     )
     parser.add_argument("--json", action="store_true", help="print a JSON object instead of text")
     parser.set_defaults(run=_explain)
@@ -434,7 +441,8 @@ def _explain(args: argparse.Namespace) -> int:
     if device is None:
         device = runtime.device(_current_device()) if _use_gpu(args.device) else "cpu"
     try:
-        explanation = explain(args.op, *_specs(args, args.dtype), device=device, **_given_settings(args))
+        specs = _specs(args, args.dtype)
+        explanation = explain(args.op, *specs, direction=args.direction, device=device, **_given_settings(args))
     except (ValueError, TypeError) as error:
         raise CommandError(str(error)) from error
     print(json.dumps(explanation.to_dict(), indent=2) if args.json else explanation)

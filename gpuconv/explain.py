@@ -6,14 +6,28 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeAlias, overload
 
 import numpy as np
 
-from . import cpu, dispatch, runtime
+from . import cpu, cpu_gradients, dispatch, runtime
 from .calls import check_kinds
 from .device import Device
-from .problem import ArrayLike, ArraySpec, ConvProblem, Op, check_int, check_padding_mode
+from .families import Config, Launch
+from .families.base import gradient_shapes
+from .problem import (
+    ArrayLike,
+    ArraySpec,
+    BiasGradientProblem,
+    ConvProblem,
+    Op,
+    WeightGradientProblem,
+    check_int,
+    check_padding_mode,
+)
+
+Direction: TypeAlias = Literal["forward", "grad_input", "grad_weight", "grad_bias"]
+DIRECTIONS: tuple[Direction, ...] = ("forward", "grad_input", "grad_weight", "grad_bias")
 
 SETTINGS: Mapping[Op, tuple[str, ...]] = {
     "conv1d": ("stride", "padding", "dilation", "groups", "padding_mode", "precision"),
@@ -66,30 +80,10 @@ class Explanation:
     def to_dict(self) -> dict[str, Any]:
         """The same facts as plain values that `json.dumps` takes."""
         p, choice = self.problem, self.choice
-        result: dict[str, Any] = {
-            "problem": {
-                **dataclasses.asdict(p),
-                **{f"{name}_shape": list(shape) for name, shape in _shapes(p).items()},
-            },
-            "device": {"name": "CPU"} if self.device is None else dataclasses.asdict(self.device),
-            "flops": self.flops,
-            "bytes": self.bytes,
-            "intensity": self.intensity,
-            "copies": list(self.copies),
-            "copy_bytes": self.copy_bytes,
-            "method": None if self.method is None else dataclasses.asdict(self.method),
-            "kernel": None,
-        }
+        result = _common_dict(self, _shapes(p))
         if choice is not None:
-            launch = dataclasses.asdict(choice.launch)
-            result["kernel"] = {
-                "family": choice.family,
-                "macros": dict(choice.config.macros),
-                "launch": {**launch, "params": dict(choice.launch.params)},
-                "refusals": [{"family": family, "reason": reason} for family, reason in choice.refusals],
-                "pack_bytes": 0 if choice.pack is None else choice.pack.num_bytes,
-                "figures": [{"configuration": name, "cycles": cycles} for name, cycles in choice.figures],
-            }
+            packing = {"pack_bytes": 0 if choice.pack is None else choice.pack.num_bytes}
+            result["kernel"] = {**_choice_dict(choice), **packing}
         return result
 
     def __str__(self) -> str:
@@ -97,42 +91,219 @@ class Explanation:
         rows = [(name, f"{shape} {p.dtype}" if name == "input" else str(shape)) for name, shape in _shapes(p).items()]
         settings = f"stride {p.stride}, padding {p.padding}, dilation {p.dilation}, groups {p.groups}"
         rows.append(("settings", settings + (f", output_padding {p.output_padding}" if p.output_padding else "")))
-        if self.method is not None:
-            where = "the CPU, through NumPy"
-            rows.append(("method", f"{self.method.name}: {self.method.reason}"))
-            rows.append(("workspace", _quantity(self.method.workspace_bytes, "B")))
-        else:
-            where = f"{self.device.name} ({self.device.arch_name})" if self.device else ""
-            rows += self._kernel_rows()
-        work = f"{_quantity(self.flops, 'FLOP')}, at least {_quantity(self.bytes, 'B')} moved"
-        rows.append(("work", f"{work}, {self.intensity:.3g} FLOP/B"))
-        copies = f"{', '.join(self.copies)} ({_quantity(self.copy_bytes, 'B')})" if self.copies else "none"
-        rows.append(("copies", copies))
-        width = max(len(name) for name, _ in rows)
-        return "\n".join([f"{p.op} on {where}", *(f"  {name:<{width}}  {text}" for name, text in rows)])
+        return _page(p.op, self, rows, self._kernel_rows())
 
     def _kernel_rows(self) -> list[tuple[str, str]]:
         if self.choice is None:
             return [("kernel", "none: the output is empty, so nothing is launched")]
-        config, launch = self.choice.config, self.choice.launch
-        macros = ", ".join(f"{name}={value}" for name, value in config.macros)
-        figures = ", ".join(f"{name} {cycles:.3g}" for name, cycles in self.choice.figures)
-        pack = self.choice.pack
-        return [
-            *(("refused", f"{family}: {reason}") for family, reason in self.choice.refusals),
-            ("kernel", f"{self.choice.family} with {macros}"),
-            (
-                "launch",
-                f"{launch.grid} {'block' if launch.grid == 1 else 'blocks'} of {launch.block} threads, "
-                f"{launch.shared_bytes} B of shared memory, {launch.index_bits}-bit offsets",
-            ),
-            *([("model", f"predicted cycles: {figures}")] if figures else []),
-            *(
-                [("packing", f"weights are packed first into a buffer of {_quantity(pack.num_bytes, 'B')}")]
-                if pack
-                else []
-            ),
-        ]
+        rows = _choice_rows(self.choice)
+        if self.choice.pack:
+            size = _quantity(self.choice.pack.num_bytes, "B")
+            rows.append(("packing", f"weights are packed first into a buffer of {size}"))
+        return rows
+
+
+@dataclass(frozen=True, slots=True)
+class GradientExplanation:
+    """What one call for the gradient of weights or of a bias does. `str` and `to_dict` as in `Explanation`.
+
+    Attributes:
+        problem: the call with every setting resolved.
+        device: the GPU that runs it; None on the CPU path.
+        choice: the kernel family, its specialisation, launch, the slices of its sum and the buffer of their sums; None
+            on the CPU path, and where an array is empty and nothing is launched.
+        method: how the CPU path computes it; None on a GPU, and for a bias.
+        copies: the arrays that are copied first, because the kernels (or BLAS) cannot read them where they lie.
+    """
+
+    problem: WeightGradientProblem | BiasGradientProblem
+    device: Device | None
+    choice: dispatch.GradientChoice | None
+    method: cpu.Method | None
+    copies: tuple[str, ...]
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations, a multiply-add counted as two (as eight for complex data), padding included."""
+        return self.problem.flops()
+
+    @property
+    def bytes(self) -> int:
+        """The fewest bytes that must move: both arrays read once, the result written once."""
+        return self.problem.bytes()
+
+    @property
+    def intensity(self) -> float:
+        """Arithmetic intensity: `flops` per byte of `bytes`; 0 where nothing moves."""
+        return self.flops / self.bytes if self.bytes else 0.0
+
+    @property
+    def partial_bytes(self) -> int:
+        """The buffer of the slices' sums, in bytes; 0 where the sum is not cut, and on the CPU path."""
+        return 0 if self.choice is None else self.choice.partial_bytes
+
+    @property
+    def copy_bytes(self) -> int:
+        """The memory that the copies take, in bytes."""
+        shapes = self._shapes()
+        return sum(math.prod(shapes[name]) for name in self.copies) * self.problem.itemsize
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same facts as plain values that `json.dumps` takes."""
+        result = _common_dict(self, self._shapes())
+        if self.choice is not None:
+            total = self.choice.sum
+            result["kernel"] = {
+                **_choice_dict(self.choice),
+                "slices": dataclasses.asdict(self.choice.slices),
+                "partial_bytes": self.partial_bytes,
+                "sum": None if total is None else _launch_dict(*total),
+            }
+        return result
+
+    def __str__(self) -> str:
+        p = self.problem
+        rows = [(name, f"{shape} {p.dtype}") for name, shape in self._shapes().items()]
+        if isinstance(p, BiasGradientProblem):
+            return _page("gradient of the bias", self, rows, self._kernel_rows())
+        padding = f"{p.padding_left} on the left"
+        rows.append(("settings", f"stride {p.stride}, padding {padding}, dilation {p.dilation}, groups {p.groups}"))
+        return _page(f"gradient of {p.op}'s weight", self, rows, self._kernel_rows())
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        p = self.problem
+        if isinstance(p, BiasGradientProblem):
+            return {"grad_output": p.grad_output_shape, "grad_bias": p.bias_shape}
+        first, second = ("input", "grad_output") if p.transposed else ("grad_output", "input")
+        return {first: p.coarse_shape, second: p.fine_shape, "grad_weight": p.weight_shape}
+
+    def _kernel_rows(self) -> list[tuple[str, str]]:
+        if self.choice is None:
+            return [("kernel", "none: an array is empty, so the gradient is zero")]
+        cut, rows = self.choice.slices, _choice_rows(self.choice)
+        if self.choice.sum is None:
+            return [*rows, ("slices", "1: all samples in one sum")]
+        part = f"{cut.positions} positions" if cut.pieces > 1 else f"{cut.samples} whole samples"
+        size = _quantity(self.partial_bytes, "B")
+        rows.append(("slices", f"{cut.count} of {part}, whose sums take a buffer of {size}"))
+        launch = self.choice.sum[1]
+        ways = dict(launch.params)["ways"]
+        rows.append(("sum", f"sum_slices adds them in {ways} way{'s' * (ways > 1)}: {_launch_words(launch)}"))
+        return rows
+
+
+def _common_dict(explanation: Explanation | GradientExplanation, shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+    e = explanation
+    return {
+        "problem": {
+            **dataclasses.asdict(e.problem),
+            **{f"{name}_shape": list(shape) for name, shape in shapes.items()},
+        },
+        "device": {"name": "CPU"} if e.device is None else dataclasses.asdict(e.device),
+        "flops": e.flops,
+        "bytes": e.bytes,
+        "intensity": e.intensity,
+        "copies": list(e.copies),
+        "copy_bytes": e.copy_bytes,
+        "method": None if e.method is None else dataclasses.asdict(e.method),
+        "kernel": None,
+    }
+
+
+def _launch_dict(config: Config, launch: Launch) -> dict[str, Any]:
+    return {
+        "macros": dict(config.macros),
+        "launch": {**dataclasses.asdict(launch), "params": dict(launch.params)},
+    }
+
+
+def _choice_dict(choice: dispatch.Choice | dispatch.GradientChoice) -> dict[str, Any]:
+    return {
+        "family": choice.family,
+        **_launch_dict(choice.config, choice.launch),
+        "refusals": [{"family": family, "reason": reason} for family, reason in choice.refusals],
+        "figures": [{"configuration": name, "cycles": cycles} for name, cycles in choice.figures],
+    }
+
+
+def _page(
+    title: str,
+    explanation: Explanation | GradientExplanation,
+    rows: list[tuple[str, str]],
+    kernel_rows: list[tuple[str, str]],
+) -> str:
+    e = explanation
+    if e.device is None:
+        where = "the CPU, through NumPy"
+        if e.method is not None:
+            rows.append(("method", f"{e.method.name}: {e.method.reason}"))
+            rows.append(("workspace", _quantity(e.method.workspace_bytes, "B")))
+    else:
+        where = f"{e.device.name} ({e.device.arch_name})"
+        rows += kernel_rows
+    work = f"{_quantity(e.flops, 'FLOP')}, at least {_quantity(e.bytes, 'B')} moved"
+    rows.append(("work", f"{work}, {e.intensity:.3g} FLOP/B"))
+    copies = f"{', '.join(e.copies)} ({_quantity(e.copy_bytes, 'B')})" if e.copies else "none"
+    rows.append(("copies", copies))
+    width = max(len(name) for name, _ in rows)
+    return "\n".join([f"{title} on {where}", *(f"  {name:<{width}}  {text}" for name, text in rows)])
+
+
+def _choice_rows(choice: dispatch.Choice | dispatch.GradientChoice) -> list[tuple[str, str]]:
+    macros = ", ".join(f"{name}={value}" for name, value in choice.config.macros)
+    figures = ", ".join(f"{name} {cycles:.3g}" for name, cycles in choice.figures)
+    return [
+        *(("refused", f"{family}: {reason}") for family, reason in choice.refusals),
+        ("kernel", f"{choice.family} with {macros}"),
+        ("launch", _launch_words(choice.launch)),
+        *([("model", f"predicted cycles: {figures}")] if figures else []),
+    ]
+
+
+def _launch_words(launch: Launch) -> str:
+    return (
+        f"{launch.grid} {'block' if launch.grid == 1 else 'blocks'} of {launch.block} threads, "
+        f"{launch.shared_bytes} B of shared memory, {launch.index_bits}-bit offsets"
+    )
+
+
+@overload
+def explain(
+    op: Op,
+    input: ArrayLike,
+    weight: ArrayLike,
+    bias: ArrayLike | None = None,
+    *,
+    direction: Literal["forward", "grad_input"] = "forward",
+    device: Device | str | None = None,
+    **settings: Any,
+) -> Explanation: ...
+
+
+@overload
+def explain(
+    op: Op,
+    input: ArrayLike,
+    weight: ArrayLike,
+    bias: ArrayLike | None = None,
+    *,
+    direction: Literal["grad_weight", "grad_bias"],
+    device: Device | str | None = None,
+    **settings: Any,
+) -> GradientExplanation: ...
+
+
+@overload
+def explain(
+    op: Op,
+    input: ArrayLike,
+    weight: ArrayLike,
+    bias: ArrayLike | None = None,
+    *,
+    direction: Direction,
+    device: Device | str | None = None,
+    **settings: Any,
+) -> Explanation | GradientExplanation: ...
 
 
 def explain(
@@ -141,9 +312,10 @@ def explain(
     weight: ArrayLike,
     bias: ArrayLike | None = None,
     *,
+    direction: Direction = "forward",
     device: Device | str | None = None,
     **settings: Any,
-) -> Explanation:
+) -> Explanation | GradientExplanation:
     """Tell what `gpuconv.conv1d` or `gpuconv.conv_transpose1d` does with these arguments, without computing anything.
 
     Args:
@@ -152,16 +324,19 @@ def explain(
             need not exist and is taken to be freshly allocated.
         weight: (C_out, C_in/groups, K), for conv_transpose1d (C_in, C_out/groups, K).
         bias: (C_out,), or None.
+        direction: "forward", or which gradient of this call to explain: "grad_input", "grad_weight" or "grad_bias",
+            given a gradient of the output that is freshly allocated, as is the result.
         device: None for where the arrays are (NumPy: the CPU path; CuPy: their GPU), "cpu", an architecture such as
             "sm_90" for a typical GPU of it, or a `gpuconv.device.Device`. A GPU need not be there: NumPy arrays then
             stand for GPU arrays with the same strides and the same alignment.
         **settings: the settings of the operation by name: stride, padding, dilation, groups and so on.
 
     Returns:
-        An `Explanation`; `print` it.
+        An `Explanation`, for "grad_weight" and "grad_bias" a `GradientExplanation`; `print` it.
 
     Raises:
-        ValueError: what the call itself would refuse; an unknown op or device; ArraySpecs without a device.
+        ValueError: what the call itself would refuse; an unknown op, direction or device; ArraySpecs without a device;
+            the gradient of an input without positions.
         TypeError: what the call itself would refuse; a setting that the operation does not have.
         RuntimeError: the arrays are CuPy arrays but no GPU answers.
 
@@ -174,6 +349,8 @@ def explain(
     """
     if op not in SETTINGS:
         raise ValueError(f'explain: op must be one of "conv1d" and "conv_transpose1d", got {op!r}')
+    if direction not in DIRECTIONS:
+        raise ValueError(f"explain: direction must be one of {', '.join(DIRECTIONS)}, got {direction!r}")
     if unknown := settings.keys() - set(SETTINGS[op]):
         raise TypeError(f"explain: {op} has the settings {', '.join(SETTINGS[op])}, got {', '.join(sorted(unknown))}")
     arrays = {"input": input, "weight": weight, "bias": bias}
@@ -187,12 +364,48 @@ def explain(
         check_padding_mode(op, settings.pop("padding_mode"))
     construct = ConvProblem.conv_transpose1d if op == "conv_transpose1d" else ConvProblem.conv1d
     problem = construct(input, weight, bias, **settings)
+    swapped = tuple(name for name, array in given.items() if not getattr(array.dtype, "isnative", True))
+    places = {name: _place(array) for name, array in given.items()}
+    if direction == "grad_weight":
+        return _explain_weight_gradient(problem, target, places["input"], "input" in swapped)
+    if direction == "grad_bias":
+        bias_problem = BiasGradientProblem(problem.N, problem.C_out, problem.L_out, problem.dtype)
+        return GradientExplanation(bias_problem, target, _choose_gradient(bias_problem, [None], target)[0], None, ())
+    if direction == "grad_input":
+        if problem.L_in == 0:
+            raise ValueError("explain: input has no positions, so it has no gradient")
+        problem = problem.adjoint()
+        if problem.is_complex:  # the conjugates of the weights are a copy
+            swapped, places = ("weight",), {}
+        else:
+            swapped, places = tuple(name for name in swapped if name == "weight"), {"weight": places["weight"]}
     if target is None:
-        swapped = (name for name, array in given.items() if not getattr(array.dtype, "isnative", True))
-        return Explanation(problem, None, None, cpu.method(problem), tuple(swapped))
-    layout, copies = dispatch.lay_out(problem, {name: _place(array) for name, array in given.items()})
+        return Explanation(problem, None, None, cpu.method(problem), swapped)
+    layout, copies = dispatch.lay_out(problem, places)
+    if direction == "grad_input" and problem.is_complex:
+        copies = ("weight",)
     choice = dispatch.choose(problem, layout, target)
     return Explanation(problem, target, choice, None, copies if choice is not None else ())
+
+
+def _explain_weight_gradient(
+    problem: ConvProblem, target: Device | None, input: dispatch.Place | None, is_swapped: bool
+) -> GradientExplanation:
+    p = WeightGradientProblem.of(problem)
+    if target is None:
+        return GradientExplanation(p, None, None, cpu_gradients.method(p), ("input",) if is_swapped else ())
+    choice, copies = _choose_gradient(p, [input, None] if p.transposed else [None, input], target)
+    return GradientExplanation(p, target, choice, None, ("input",) if copies else ())
+
+
+def _choose_gradient(
+    problem: dispatch.GradientProblem, places: list[dispatch.Place | None], target: Device | None
+) -> tuple[dispatch.GradientChoice | None, tuple[int, ...]]:
+    inputs, result = gradient_shapes(problem)
+    if target is None or any(0 in shape for shape in (*inputs, result)):
+        return None, ()
+    layout, copies = dispatch.lay_out_gradient(problem, places, None)
+    return dispatch.choose_gradient(problem, layout, target), copies
 
 
 def _check_extents(op: Op, name: str, spec: ArraySpec) -> None:

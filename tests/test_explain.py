@@ -14,7 +14,7 @@ import pytest
 import gpuconv
 from gpuconv import cases, cpu, dispatch, runtime
 from gpuconv.device import ARCHITECTURES, Device
-from gpuconv.explain import SETTINGS, Explanation, explain
+from gpuconv.explain import SETTINGS, Explanation, GradientExplanation, explain
 from gpuconv.families import FAMILIES, Config, Family, Launch, Layout
 from gpuconv.problem import ArraySpec, ConvProblem
 
@@ -311,3 +311,80 @@ def test_bad_arguments(
 ) -> None:
     with pytest.raises(error, match=message):
         explain(*arguments, **settings)
+
+
+# -- gradients ---------------------------------------------------------------------------------------------------------
+
+
+def test_gradient_of_weights() -> None:
+    x, w = ArraySpec((32, 512, 1500), "float32"), ArraySpec((512, 1, 31), "float32")
+    e = gpuconv.explain("conv1d", x, w, padding=15, groups=512, direction="grad_weight", device="sm_90")
+    assert isinstance(e, GradientExplanation)
+    assert e.choice is not None
+    assert e.choice.family == "weight_gradient_pairs"
+    assert e.partial_bytes == 96 * 512 * 31 * 4
+    page = str(e)
+    assert page.startswith("gradient of conv1d's weight on H200")
+    for part in ("grad_output  (32, 512, 1500)", "96 of 512 positions", "6.09 MB", "sum_slices", "copies       none"):
+        assert part in page
+    kernel = json.loads(json.dumps(e.to_dict()))["kernel"]
+    assert kernel["slices"] == {"count": 96, "samples": 1, "positions": 512, "pieces": 3}
+    assert kernel["partial_bytes"] == e.partial_bytes
+    assert kernel["sum"]["launch"]["params"]["slices"] == 96
+
+
+def test_gradient_of_weights_in_one_slice() -> None:
+    x, w = ArraySpec((1, 4, 50), "float64"), ArraySpec((4, 6, 3), "float64")
+    e = gpuconv.explain("conv_transpose1d", x, w, stride=2, direction="grad_weight", device="sm_80")
+    assert e.partial_bytes == 0
+    assert e.to_dict()["kernel"]["sum"] is None
+    assert "1: all samples in one sum" in str(e)
+    assert "input        (1, 4, 50)" in str(e).splitlines()[1]
+
+
+def test_gradients_of_arrays_that_must_be_copied_and_of_empty_ones() -> None:
+    x = np.ndarray((2, 3, 20), np.complex64, np.empty(2 * 3 * 20 * 8 + 4, np.uint8).data, 4)
+    w = np.ones((5, 3, 3), np.complex64)
+    e = gpuconv.explain("conv1d", x, w, direction="grad_weight", device="sm_90")
+    assert e.copies == ("input",)
+    assert e.copy_bytes == x.nbytes
+    e = gpuconv.explain("conv1d", x[:0], w, direction="grad_weight", device="sm_90")
+    assert e.choice is None
+    assert "the gradient is zero" in str(e)
+
+
+def test_gradient_of_weights_on_the_cpu() -> None:
+    x, w = np.ones((2, 3, 20), ">f4"), np.ones((5, 3, 3), ">f4")
+    e = gpuconv.explain("conv1d", x, w, direction="grad_weight")
+    assert e.method is not None
+    assert e.copies == ("input",)
+    assert "through NumPy" in str(e)
+
+
+def test_gradient_of_a_bias() -> None:
+    x, w, b = (ArraySpec(shape, "bfloat16") for shape in ((8, 64, 3000), (32, 64, 3), (32,)))
+    e = gpuconv.explain("conv1d", x, w, b, direction="grad_bias", device="sm_90")
+    assert e.choice is not None
+    assert e.choice.family == "bias_gradient_rows"
+    assert "grad_output  (8, 32, 2998) bfloat16" in str(e)
+    assert gpuconv.explain("conv1d", x, w, b, direction="grad_bias", device="cpu").choice is None
+
+
+def test_gradient_of_an_input_is_the_other_operation() -> None:
+    x, w = ArraySpec((8, 64, 301), "float32"), ArraySpec((32, 64, 4), "float32")
+    e = gpuconv.explain("conv1d", x, w, stride=2, direction="grad_input", device="sm_90")
+    assert isinstance(e, Explanation)
+    assert e.problem.op == "conv_transpose1d"
+    assert e.problem.output_shape == x.shape
+    assert e.copies == ()
+    x, w = x._replace(dtype="complex64"), w._replace(dtype="complex64")
+    e = gpuconv.explain("conv1d", x, w, stride=2, direction="grad_input", device="sm_90")
+    assert e.copies == ("weight",)  # its conjugate
+    with pytest.raises(ValueError, match="no positions"):
+        gpuconv.explain("conv1d", x._replace(shape=(8, 64, 0)), w, padding=4, direction="grad_input", device="sm_90")
+
+
+def test_unknown_direction() -> None:
+    x, w = ArraySpec((8, 64, 301), "float32"), ArraySpec((32, 64, 4), "float32")
+    with pytest.raises(ValueError, match="direction must be one of forward, grad_input, grad_weight, grad_bias"):
+        gpuconv.explain("conv1d", x, w, direction="backward", device="sm_90")  # type: ignore[call-overload]
