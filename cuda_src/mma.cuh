@@ -165,20 +165,30 @@ __device__ __forceinline__ acc_t canonical_sum(
     const Tile& tile, const Window& window, index_t row, index_t row_taps, index_t sample, index_t q) {
     const storage_t* const x = tile.input + sample * tile.input_stride_n;
     acc_t sum = 0.0f;
+    index_t chunk_pair = 0, unit = 0;
+    int e = 0;
+#pragma unroll 1
     for (index_t c_in = 0; c_in < tile.C_in_g; ++c_in) {
-        const index_t unit = c_in / kUnit, chunk = unit / window.units;
+#pragma unroll 1
         for (index_t tap = 0; tap < row_taps; ++tap) {
             const index_t l_in = q * tile.column_step + tile.first + tap * tile.tap_step;
             if (l_in < 0 || l_in >= tile.L_in) continue;
-            const index_t pair = chunk * window.pairs + tap * window.units + (unit - chunk * window.units);
+            const index_t pair = chunk_pair + tap * window.units + unit;
             const Vector* const packed = tile.weight + (pair * (kParts * BLOCK_M) + (row - tile.row_begin));
-            acc_t w = scalar::load(packed->element[c_in % kUnit]);
+            acc_t w = scalar::load(packed->element[e]);
             // Where w_hi is a NaN, w_lo holds the weight itself.
             if (IS_SPLIT) {
-                const acc_t low = scalar::load(packed[BLOCK_M].element[c_in % kUnit]);
+                const acc_t low = scalar::load(packed[BLOCK_M].element[e]);
                 w = is_nan(w) ? low : w + low;
             }
             sum = multiply_add(w, scalar::load(x[c_in * tile.input_stride_c + l_in * tile.input_stride_l]), sum);
+        }
+        if (++e == kUnit) {
+            e = 0;
+            if (++unit == window.units) {
+                unit = 0;
+                chunk_pair += window.pairs;
+            }
         }
     }
     return sum;
@@ -211,7 +221,7 @@ __device__ __forceinline__ void store_slice(
     const int lane = threadIdx.x % 32;
     const index_t phases = PHASES_IN_ROWS ? tile.output_step : 1;
     const int rows = int(min_index(kSliceRows, tile.rows - row_begin));
-    const auto sample_of = [&](index_t column) { return column / window.block_positions; };
+    const auto sample_of = [&](index_t column) { return HAS_SAMPLES ? column / window.block_positions : 0; };
 
     // -- the rare way out: sums that are marked by a NaN are formed again ---------------------------------------------------
     if (met_special) {
@@ -227,7 +237,8 @@ __device__ __forceinline__ void store_slice(
             if (q >= tile.positions) continue;
             const Row info = row_of(tile, row_begin + row);
             const acc_t sum = canonical_sum(tile, window, row_begin + row, info.taps, sample, q);
-            *value = scalar::round(add(sum, bias_or_zero(bias, info.bias_offset)));
+            // The compiler must not make two loops of this one, with and without bias.
+            *value = scalar::round(add(sum, bias_or_zero(keep_in_register(bias), info.bias_offset)));
         }
         __syncwarp();
     }
@@ -235,7 +246,6 @@ __device__ __forceinline__ void store_slice(
     // Lanes in groups, one channel of the slice each.
     constexpr int kLanes = kWarpN / kUnit < 32 ? kWarpN / kUnit : 32;
     const int columns = int(min_index(kWarpN, tile.positions - tile.position_begin - column_begin));
-    const bool one_sample = window.block_samples == 1;
     int row = 0;
     for (int group = 0; row < rows; ++group) {
         Segment segment;
@@ -247,7 +257,7 @@ __device__ __forceinline__ void store_slice(
         const storage_t* const x = slice + segment.first * kSlicePitch;
         const index_t l_first =
             (tile.position_begin + column_begin) * tile.output_step + tile.output_first + info.shift;
-        if (one_sample && tile.has_vector_stores && segment.count == tile.output_step) {
+        if (!HAS_SAMPLES && tile.has_vector_stores && segment.count == tile.output_step) {
             // The slice holds l_first and what follows. Vectors start at multiples of 16 bytes of the output.
             const index_t l_end = min_index(l_first + columns * tile.output_step, tile.L_out);
             const index_t l_begin = max_index(l_first, 0);
