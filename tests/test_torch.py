@@ -36,31 +36,34 @@ def laid_out(array: Array | None, layout: str) -> Array | None:
 
 
 def in_torch(call: Call, x: Array, w: Array, b: Array | None) -> Array:
-    """PyTorch's result in float64 or complex128.
+    """PyTorch's result in float64 or complex128."""
+    return forward(call, *(None if a is None else as_tensor(a) for a in (x, w, b))).numpy()  # type: ignore[arg-type]
+
+
+def as_tensor(array: Array) -> torch.Tensor:
+    """A copy in float64 or complex128."""
+    return torch.from_numpy(np.array(array, np.complex128 if np.iscomplexobj(array) else np.float64, order="C"))
+
+
+def forward(call: Call, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None) -> torch.Tensor:
+    """The call in PyTorch.
 
     Its own padding arguments are used where it has them; else the input is padded, or the output cut, beforehand.
     """
-    wide = np.complex128 if np.iscomplexobj(x) else np.float64
-    x_t, w_t = (torch.from_numpy(np.array(a, wide, order="C")) for a in (x, w))
-    b_t = None if b is None else torch.from_numpy(np.array(b, wide))
     s, d, groups = (call.settings[name] for name in ("stride", "dilation", "groups"))
     left, right, extra = (call.resolved[name] for name in ("padding_left", "padding_right", "output_padding"))
     padding = call.settings["padding"]
     if call.op == "conv1d":
         if padding == "valid" or (padding == "same" and s == 1):
-            y = functional.conv1d(x_t, w_t, b_t, s, padding, d, groups)
-        elif left == right:
-            y = functional.conv1d(x_t, w_t, b_t, s, left, d, groups)
-        else:
-            y = functional.conv1d(functional.pad(x_t, (left, right)), w_t, b_t, s, 0, d, groups)
-    elif left == right:
-        y = functional.conv_transpose1d(x_t, w_t, b_t, s, left, extra, groups, d)
-    else:
-        y = functional.pad(functional.conv_transpose1d(x_t, w_t, None, s, 0, 0, groups, d), (0, extra))
-        y = y[..., left : y.shape[-1] - right]
-        if b_t is not None:
-            y = y + b_t[:, None]
-    return y.numpy()
+            return functional.conv1d(x, w, b, s, padding, d, groups)
+        if left == right:
+            return functional.conv1d(x, w, b, s, left, d, groups)
+        return functional.conv1d(functional.pad(x, (left, right)), w, b, s, 0, d, groups)
+    if left == right:
+        return functional.conv_transpose1d(x, w, b, s, left, extra, groups, d)
+    y = functional.pad(functional.conv_transpose1d(x, w, None, s, 0, 0, groups, d), (0, extra))
+    y = y[..., left : y.shape[-1] - right]
+    return y if b is None else y + b[:, None]
 
 
 def largest_ratio(error: Array, bound: Array) -> float:
