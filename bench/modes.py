@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gpuconv.device import Device
 from gpuconv.problem import PRECISIONS, ConvProblem
@@ -56,7 +56,7 @@ class Mode:
 
     def problem(self, layer: Layer, batch: int | None = None) -> ConvProblem:
         """The layer as a problem in this format, with its own batch unless another is given."""
-        return layer.problem(self.dtype, batch)
+        return replace(layer.problem(self.dtype, batch), precision=self.precision)
 
 
 MODES = (

@@ -9,9 +9,9 @@ import math
 from dataclasses import dataclass
 
 from gpuconv.device import Device
-from gpuconv.dispatch import Choice
+from gpuconv.dispatch import Choice, GradientChoice
 from gpuconv.families import Launch
-from gpuconv.problem import ConvProblem
+from gpuconv.problem import ConvProblem, WeightGradientProblem
 
 from .rates import DRAM_EFFICIENCY, ISSUE_SLOTS_PER_SM, Rates, rates_of
 from .sass import KernelReport, blocks_per_sm
@@ -21,6 +21,11 @@ LAUNCH_US = 2.0
 LOAD_LATENCY_CYCLES = 250
 FMA_LATENCY_CYCLES = 4
 L2_BYTES_PER_SM_CYCLE = 24
+# Of mma.sync: the share of the dense rate that it reaches (sm_90: Luo et al., arXiv 2402.13499), cycles of a dependent one, and
+# instructions for each element of a staged window.
+MMA_EFFICIENCY = {"sm_90": 0.63}
+MMA_LATENCY_CYCLES = 33
+STAGING_INSTRUCTIONS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +33,8 @@ class Prediction:
     """The predicted time of one call and its parts, in microseconds.
 
     Attributes:
-        us: the launches, the packing of the weights where there is any, and the largest of the parts.
+        us: the launches, the packing of the weights or the addition of slices where there is any, and the largest of
+            the parts.
         parts: "dram", "l2", "issue", "math", "load/store" and "latency" of the main kernel.
         limit: the name of the largest part.
         blocks_per_sm: blocks that share a multiprocessor.
@@ -48,6 +54,38 @@ def predict(problem: ConvProblem, choice: Choice, report: KernelReport, device: 
     Raises:
         ValueError: not even one block fits a multiprocessor, or the architecture's rates are unknown.
     """
+    more_us = _pass_us(choice.pack.num_bytes, device) if choice.pack else 0.0
+    return _predict(problem, choice, report, device, _work(problem, choice.launch, report), more_us)
+
+
+def predict_gradient(
+    problem: WeightGradientProblem, choice: GradientChoice, report: KernelReport, device: Device
+) -> Prediction:
+    """`predict` for the gradient of weights: the sums of the slices are written, and read by a second kernel."""
+    loop = report.loop
+    fma = problem.flops() / 2 * _gradient_waste(choice)
+    passes = fma / loop.fma
+    serial = passes * (_load_latency(loop.wavefronts) + FMA_LATENCY_CYCLES * loop.chain)
+    work = _Work(
+        fma, passes * loop.instructions, passes * loop.wavefronts, serial, problem.bytes() + choice.partial_bytes
+    )
+    more_us = _pass_us(choice.partial_bytes, device) if choice.sum else 0.0
+    return _predict(problem, choice, report, device, work, more_us)
+
+
+def _pass_us(num_bytes: int, device: Device) -> float:
+    """A further kernel that writes or reads a buffer which another one reads or wrote."""
+    return LAUNCH_US + 2 * num_bytes / (1e3 * rates_of(device).dram_gbps * DRAM_EFFICIENCY)
+
+
+def _predict(
+    problem: ConvProblem | WeightGradientProblem,
+    choice: Choice | GradientChoice,
+    report: KernelReport,
+    device: Device,
+    work: _Work,
+    more_us: float,
+) -> Prediction:
     rates, launch = rates_of(device), choice.launch
     shared = launch.shared_bytes + report.resources.static_shared_bytes
     per_sm = blocks_per_sm(report.resources.registers, launch.block, shared, device)
@@ -57,7 +95,6 @@ def predict(problem: ConvProblem, choice: Choice, report: KernelReport, device: 
     waves = math.ceil(launch.grid / (device.num_sms * per_sm))
     cycles_per_us = 1e3 * rates.clock_ghz
 
-    work = _work(problem, launch, report)
     # The multiprocessor with the most blocks decides.
     imbalance = blocks_busiest_sm * device.num_sms / launch.grid
     sm_cycles = device.num_sms / imbalance * cycles_per_us
@@ -71,9 +108,7 @@ def predict(problem: ConvProblem, choice: Choice, report: KernelReport, device: 
         "latency": waves * work.serial_cycles / warps / cycles_per_us,
     }
     limit = max(parts, key=lambda name: parts[name])
-    dram_bytes_per_us = 1e3 * rates.dram_gbps * DRAM_EFFICIENCY
-    packing = LAUNCH_US + 2 * choice.pack.num_bytes / dram_bytes_per_us if choice.pack else 0.0
-    return Prediction(LAUNCH_US + packing + parts[limit], parts, limit, per_sm, waves)
+    return Prediction(LAUNCH_US + more_us + parts[limit], parts, limit, per_sm, waves)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +126,8 @@ def _work(problem: ConvProblem, launch: Launch, report: KernelReport) -> _Work:
     loop, around = report.loop, report.around
     if report.config.kernel == "conv1d_skinny":
         return _skinny_work(problem, launch, report)
+    if report.config.kernel.endswith("_mma"):
+        return _mma_work(problem, launch, report)
     fma = problem.flops() / 2 * _tile_waste(problem, launch, report)
     if not loop.fma:
         raise ValueError(f"{report.config.kernel}: no multiply-add found in its machine code")
@@ -132,6 +169,26 @@ def _skinny_work(problem: ConvProblem, launch: Launch, report: KernelReport) -> 
     )
 
 
+def _mma_work(problem: ConvProblem, launch: Launch, report: KernelReport) -> _Work:
+    """Tensor cores: a pass of the loop is a stage of weights, and every chunk of channels stages a window around it."""
+    loop, params, macros = report.loop, dict(launch.params), dict(report.config.macros)
+    stages = params["chunks"] * params["pairs"] / (2 * int(macros["STAGE_STEPS"]))
+    warps = launch.grid * launch.block / 32
+    unit = 16 // problem.itemsize
+    parts = 1 + int(macros["IS_SPLIT"])
+    window_vectors = launch.grid * params["chunks"] * params["units"] * params["window_rows"]
+    weight_bytes = launch.grid * params["chunks"] * params["pairs"] * parts * int(macros["BLOCK_M"]) * 16
+    # Of each vector of the window a lane loads its elements one by one and stores its parts.
+    staging = window_vectors / 32 * (unit + 4 * parts)
+    return _Work(
+        fma=warps * stages * loop.fma,
+        instructions=warps * stages * loop.instructions + window_vectors / 32 * STAGING_INSTRUCTIONS * unit,
+        wavefronts=warps * stages * loop.wavefronts + staging,
+        serial_cycles=warps * stages * (LOAD_LATENCY_CYCLES / 4 + MMA_LATENCY_CYCLES * loop.chain),
+        l2_bytes=weight_bytes + window_vectors * 16 + problem.bytes(),
+    )
+
+
 def _tile_waste(problem: ConvProblem, launch: Launch, report: KernelReport) -> float:
     """Outputs that the tiles cover over outputs that there are; 1 for kernels whose macros name no tile."""
     macros = dict(report.config.macros)
@@ -139,6 +196,18 @@ def _tile_waste(problem: ConvProblem, launch: Launch, report: KernelReport) -> f
         return 1.0
     covered = launch.grid * int(macros["BLOCK_M"]) * int(macros["BLOCK_N"])
     return max(1.0, covered / (problem.N * problem.C_out * problem.L_out))
+
+
+def _gradient_waste(choice: GradientChoice) -> float:
+    """Sums that the threads of a weight gradient hold over sums that there are."""
+    macros, params = dict(choice.config.macros), dict(choice.launch.params)
+    if "BLOCK_M" in macros:
+        held = choice.launch.grid * int(macros["BLOCK_M"]) * int(macros["BLOCK_N"])
+    elif "THREAD_K" in macros:
+        held = choice.launch.grid * choice.launch.block * int(macros["THREAD_K"])
+    else:
+        return 1.0
+    return held / (choice.slices.count * params["C_coarse"] * params["C_fine_g"] * params["K"])
 
 
 def _taps_per_pass(problem: ConvProblem, report: KernelReport) -> int | None:
@@ -164,7 +233,8 @@ def _load_latency(wavefronts: int) -> int:
     return LOAD_LATENCY_CYCLES if wavefronts else 0
 
 
-def _fma_per_cycle(problem: ConvProblem, report: KernelReport, rates: Rates) -> float:
+def _fma_per_cycle(problem: ConvProblem | WeightGradientProblem, report: KernelReport, rates: Rates) -> float:
     if report.loop.mix.get("tensor"):
-        return rates.tensor16 if problem.itemsize == 2 else rates.tensor16 / 2
+        rate = rates.tensor16 if problem.itemsize == 2 else rates.tensor16 / 2
+        return rate * MMA_EFFICIENCY.get(report.arch, 1.0)
     return rates.fp64 if problem.dtype in ("float64", "complex128") else rates.fp32

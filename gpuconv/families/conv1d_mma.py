@@ -18,6 +18,7 @@ class Conv1dMma(Family):
 
     name = "conv1d_mma"
     op = "conv1d"
+    canonical_order = False
 
     def refuse(self, problem: ConvProblem, layout: Layout, device: Device) -> str | None:
         reason = mma.refuse_layer(problem, problem.C_out_g, device)
@@ -78,7 +79,7 @@ class Conv1dMma(Family):
         arithmetic, product = _arithmetic(p, device), _product(p, device)
         hanging = p.L_out + mma.MAX_BLOCK_N
         span = hanging * p.stride + p.padding_left + p.dilation * p.K
-        samples = p.N + mma.MAX_BLOCK_N
+        samples = p.N + mma.MAX_BLOCK_N // p.L_out  # a block takes several where they are short
         vectors = max(mma.weight_vectors(product, tile) for tile in mma.tiles(arithmetic))
         return index_bits(
             p,

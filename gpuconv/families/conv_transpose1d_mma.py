@@ -68,6 +68,7 @@ class ConvTranspose1dMma(Family):
 
     name = "conv_transpose1d_mma"
     op = "conv_transpose1d"
+    canonical_order = False
 
     def refuse(self, problem: ConvProblem, layout: Layout, device: Device) -> str | None:
         phases = _Phases.of(problem)
@@ -138,7 +139,7 @@ class ConvTranspose1dMma(Family):
         strides = stride_params(layout, ("in", "out"))
         hanging = phases.q_begin + phases.positions + mma.MAX_BLOCK_N + 1
         span = hanging + p.dilation * p.K
-        samples = p.N + mma.MAX_BLOCK_N
+        samples = p.N + mma.MAX_BLOCK_N // phases.positions  # a block takes several where they are short
         channels = p.C_out + mma.MAX_BLOCK_M
         vectors = max(mma.weight_vectors(product, tile) for tile in mma.tiles(arithmetic))
         return index_bits(

@@ -105,11 +105,13 @@ class Tile:
         return STAGE_PAIRS * parts * self.block_m * UNIT_BYTES
 
 
+# The wide tile of 128x256 halves the weights that come through L2, which otherwise limits 16-bit layers of few taps.
 # Warp tiles of 64x64 need 62 % of the bandwidth of shared memory at the rate of mma.sync in 16 bits; of 64x32, 92 %. The
 # three sets of sums of a split product leave registers for 64x32. Tiles of 48 rows are for groups of 48 channels; those of
 # 16 and 32 columns for streams, where little more than the weights is read.
 _TILES = (
     Tile(128, 128, 2, 2, 2, 4),
+    Tile(128, 256, 2, 4, 1, 4),
     Tile(64, 128, 2, 2, 3, 4),
     Tile(64, 64, 2, 2, 4, 4),
     Tile(32, 256, 1, 4, 3, 4),
@@ -134,20 +136,20 @@ _SPLIT_TILES = (
 )
 MAX_BLOCK_N = 256
 MAX_BLOCK_M = 128
-# The tiles for 64-bit offsets: arrays that need them fill any tile.
-_WIDE_TILES = slice(2, None, 7)
 
-# Figures of the cost model, for an H200: bytes a cycle to and from memory and bytes of weights and input a cycle from L2, per
-# multiprocessor; bytes a cycle of shared memory; cycles of a wave that are neither.
+# Figures of the cost model, for an H200 and a multiprocessor: bytes a cycle to and from memory, from L2 (an assumption that
+# bench.predict shares) and of shared memory; cycles until a wave's first data arrive and its last are gone.
 _BYTES_PER_CYCLE = 18.0
-_L2_BYTES_PER_CYCLE = 40.0
+_L2_BYTES_PER_CYCLE = 24.0
 _SHARED_BYTES_PER_CYCLE = 128.0
 _LATENCY_CYCLES = 2500.0
 _STAGE_CYCLES = 60.0  # the barrier of a stage, and its wait for weights, of a block alone
 
 
-def tiles(arithmetic: Arithmetic) -> tuple[Tile, ...]:
-    return _SPLIT_TILES if arithmetic.parts == 2 else _TILES
+def tiles(arithmetic: Arithmetic, bits: int = 32) -> tuple[Tile, ...]:
+    """The tiles of an arithmetic; few for 64-bit offsets, since arrays that need them fill any tile."""
+    every = _SPLIT_TILES if arithmetic.parts == 2 else _TILES
+    return every if bits == 32 else tuple(tile for tile in every if not tile.has_samples and tile.block_n in (16, 64))
 
 
 def arithmetic_of(problem: ConvProblem, device: Device) -> Arithmetic | None:
@@ -302,7 +304,7 @@ def shared_bytes(tile: Tile, window: Window, reduction: Reduction, arithmetic: A
 def compare_tilings(product: Product, arithmetic: Arithmetic, bits: int, device: Device) -> tuple[Tiling, ...]:
     """The tilings of a product that fit the device, the cheapest first."""
     found = []
-    for tile in tiles(arithmetic) if bits == 32 else tiles(arithmetic)[_WIDE_TILES]:
+    for tile in tiles(arithmetic, bits):
         row_tiles = -(-product.rows // tile.block_m)
         block_samples, block_positions = 1, tile.block_n
         if tile.has_samples:
@@ -341,13 +343,13 @@ def _cost(
     multiply = tile.block_m * tile.block_n * terms / arithmetic.rate
     operands = tile.warps * (warp_m + warp_n) * terms * itemsize * arithmetic.parts
     staged = reduction.chunks * reduction.units * window.rows * UNIT_BYTES
-    # A lane loads one element of a window at a time.
-    fetch = staged / itemsize / WARP + (tile.block_m * terms * itemsize * arithmetic.parts) / _L2_BYTES_PER_CYCLE
-    local = (operands + 2 * arithmetic.parts * staged) / _SHARED_BYTES_PER_CYCLE
+    l2 = (staged + tile.block_m * terms * itemsize * arithmetic.parts) / _L2_BYTES_PER_CYCLE
+    # A lane loads one element of a window at a time and stores 16 bytes of each part.
+    local = (operands + staged * arithmetic.parts) / _SHARED_BYTES_PER_CYCLE + staged / itemsize / WARP
     stores = tile.block_m * tile.block_n * itemsize / _BYTES_PER_CYCLE
     stages = reduction.chunks * reduction.pairs / STAGE_PAIRS
     resident = min(tile.min_blocks, max(1, device.shared_per_sm // (shared + 1024)))
-    block = max(multiply, local, fetch) + stores + stages * _STAGE_CYCLES / resident
+    block = max(multiply, local, l2) + stores + stages * _STAGE_CYCLES / resident
     waves, rest = divmod(blocks, device.num_sms * resident)
     last = -(-rest // device.num_sms)
     # A multiprocessor's last blocks run alone: a warp's chain of dependent products then sets the pace.
@@ -406,11 +408,9 @@ def kernel_configs(kernel: str, device: Device, phases: tuple[bool, ...], *, tra
         if device.arch < arithmetic.min_arch:
             continue
         for phases_in_rows in phases:
-            for tile in tiles(arithmetic):
-                yield _kernel_config(kernel, dtype, precision, tile, 32, phases_in_rows=phases_in_rows)
-            for tile in tiles(arithmetic)[_WIDE_TILES]:
-                yield _kernel_config(kernel, dtype, precision, tile, 64, phases_in_rows=phases_in_rows)
             for bits in (32, 64):
+                for tile in tiles(arithmetic, bits):
+                    yield _kernel_config(kernel, dtype, precision, tile, bits, phases_in_rows=phases_in_rows)
                 yield _pack_config(dtype, precision, bits, transposed=transposed, phases_in_rows=phases_in_rows)
 
 
