@@ -5,6 +5,7 @@ From the root of a checkout:
     python -m bench.static --arch sm_90            # table of kernels, table of predicted times
     python -m bench.static --arch sm_90 --check    # compare with static_baseline.json; exit code 1 on a regression
     python -m bench.static --arch sm_90 --update   # rewrite static_baseline.json, predictions.json, PREDICTIONS.md
+    python -m bench.static --directions grad_weight  # the gradients of the weights
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +27,14 @@ from rich.table import Table
 
 from gpuconv import dispatch
 from gpuconv.device import ARCHITECTURES, Device
-from gpuconv.families import FAMILIES, Config, Launch, Layout
-from gpuconv.problem import ConvProblem
+from gpuconv.families import FAMILIES, Config, GradientLayout, Launch, Layout
+from gpuconv.problem import ConvProblem, WeightGradientProblem
 
+from .directions import DIRECTIONS, Direction, directions_of, of_forward, prediction_key
 from .layers import Layer, load
 from .marks import replace_between
 from .modes import MODES, Mode, modes_of
-from .predict import Prediction, predict
+from .predict import Prediction, predict, predict_gradient
 from .rates import products
 from .results import versions, write_json
 from .sass import KernelReport, ToolMissingError, blocks_per_sm, report
@@ -51,27 +54,43 @@ class Planned:
 
     layer: Layer
     mode: Mode
-    choice: dispatch.Choice
+    direction: Direction
+    choice: dispatch.Choice | dispatch.GradientChoice
 
 
-def plan(layers: Iterable[Layer], modes: Iterable[Mode], device: Device) -> list[Planned]:
-    """Every layer in every mode that the device has, as dispatch places it for contiguous arrays."""
+def plan(
+    layers: Iterable[Layer], modes: Iterable[Mode], device: Device, directions: Iterable[Direction] = ("forward",)
+) -> list[Planned]:
+    """Every pass of every layer in every mode that the device has, as dispatch places it for contiguous arrays."""
     planned = []
     for mode in modes:
         if not (mode.supported and mode.runs_on(device)):
             continue
-        for layer in filter(mode.includes, layers):
-            problem = mode.problem(layer)
-            choice = dispatch.choose(problem, Layout.contiguous(problem), device)
+        # Tensor cores compute no weight gradients yet, so these have no TF32.
+        passes = [d for d in directions if d != "grad_weight" or mode.precision == "float32"]
+        for layer, direction in product(filter(mode.includes, layers), passes):
+            choice = choose(of_forward(mode.problem(layer), direction), device)
             if choice is not None:
-                planned.append(Planned(layer, mode, choice))
+                planned.append(Planned(layer, mode, direction, choice))
     return planned
 
 
-def launches_of(choice: dispatch.Choice) -> Iterator[tuple[Config, Launch]]:
+def choose(
+    problem: ConvProblem | WeightGradientProblem, device: Device
+) -> dispatch.Choice | dispatch.GradientChoice | None:
+    """What dispatch chooses for contiguous arrays."""
+    if isinstance(problem, WeightGradientProblem):
+        return dispatch.choose_gradient(problem, GradientLayout.contiguous(problem), device)
+    return dispatch.choose(problem, Layout.contiguous(problem), device)
+
+
+def launches_of(choice: dispatch.Choice | dispatch.GradientChoice) -> Iterator[tuple[Config, Launch]]:
     """The kernels that a choice runs."""
     yield choice.config, choice.launch
-    if choice.pack is not None:
+    if isinstance(choice, dispatch.GradientChoice):
+        if choice.sum is not None:
+            yield choice.sum
+    elif choice.pack is not None:
         yield choice.pack.config, choice.pack.launch
 
 
@@ -212,13 +231,21 @@ def prediction_rows(planned: Sequence[Planned], reports: Mapping[Config, KernelR
     """The predicted time of every planned layer."""
     rows = []
     for p in planned:
-        prediction = predict(p.mode.problem(p.layer), p.choice, reports[p.choice.config], device)
-        rows.append(Row(p.layer.name, p.mode.name, p.choice.family, prediction))
+        problem, kernel = of_forward(p.mode.problem(p.layer), p.direction), reports[p.choice.config]
+        if isinstance(problem, WeightGradientProblem):
+            assert isinstance(p.choice, dispatch.GradientChoice)
+            prediction = predict_gradient(problem, p.choice, kernel, device)
+        else:
+            assert isinstance(p.choice, dispatch.Choice)
+            prediction = predict(problem, p.choice, kernel, device)
+        rows.append(Row(p.layer.name, prediction_key(p.mode.name, p.direction), p.choice.family, prediction))
     return rows
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
+    """A predicted time; `mode` is that of `prediction_key`."""
+
     layer: str
     mode: str
     family: str
@@ -269,6 +296,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench.static", description=__doc__.partition("\n")[0])
     parser.add_argument("--arch", default="sm_90", choices=sorted(ARCHITECTURES, key=lambda a: int(a[3:])))
     parser.add_argument("--modes", default="float32,bfloat16", help="comma-separated, or all (default: %(default)s)")
+    parser.add_argument(
+        "--directions",
+        default="forward",
+        metavar="LIST",
+        help=f"comma-separated passes: {', '.join(DIRECTIONS)}, or all (default: %(default)s)",
+    )
     parser.add_argument("--filter", default="", metavar="REGEX", help="only layers whose name matches")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report here")
     parser.add_argument("--check", action="store_true", help="compare with the baseline; exit code 1 on a regression")
@@ -284,7 +317,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = Device.from_arch(args.arch)
     modes = MODES if args.update or args.modes == "all" else modes_of(args.modes, parser)
     layers = [layer for layer in load() if re.search(args.filter, layer.name)]
-    planned = plan(layers, modes, device)
+    directions = DIRECTIONS if args.update else directions_of(args.directions, parser)
+    planned = plan(layers, modes, device, directions)
     if not planned:
         parser.error(f"no layer matches {args.filter!r} in these modes")
     try:
@@ -314,8 +348,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print(prediction_table(rows, device))
     if args.update:
         by_product = {
-            product.name: nested_predictions(prediction_rows(planned, reports, product))
-            for product in products(args.arch)
+            one.name: nested_predictions(prediction_rows(planned, reports, one)) for one in products(args.arch)
         }
         update(document, rows, by_product, device)
         console.print(f"Wrote {BASELINE.name}, {PREDICTIONS.name} and {PREDICTIONS_PAGE.name}.")

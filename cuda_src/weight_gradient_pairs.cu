@@ -166,6 +166,14 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS) weight_gra
         tap_offset[j] = IS_SLIDING ? j : int(tap * p.dilation);
     }
 
+    const auto sum_position = [&](storage_t coarse_value, const storage_t* b) {
+        const acc_t value = scalar::load(coarse_value);
+#pragma unroll
+        for (int j = 0; j < THREAD_K; ++j) {
+            acc[j] = multiply_add_conjugate(value, scalar::load(b[tap_offset[j]]), acc[j]);
+        }
+    };
+
     // Sums `count` positions of a row of coarse with a window of fine.
     const auto sum_positions = [&](const storage_t* a, const storage_t* b, int count) {
 #if IS_SLIDING
@@ -199,20 +207,12 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS) weight_gra
                 }
             }
         }
-        int l = vectors * kVec;
-        const int step = 1;
-#else
-        int l = 0;
-        const int step = int(p.stride);
-#endif
 #pragma unroll 1
-        for (; l < count; ++l) {
-            const acc_t value = scalar::load(a[l]);
-#pragma unroll
-            for (int j = 0; j < THREAD_K; ++j) {
-                acc[j] = multiply_add_conjugate(value, scalar::load(b[l * step + tap_offset[j]]), acc[j]);
-            }
-        }
+        for (int l = vectors * kVec; l < count; ++l) sum_position(a[l], b + l);
+#else
+#pragma unroll 4
+        for (int l = 0; l < count; ++l) sum_position(a[l], b + l * int(p.stride));
+#endif
     };
 
     // The first time round only loads. Chunk i of sample n precedes chunk i + 1, and the last of a sample the next sample.

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from bench import micro, sass, static
-from bench.predict import LAUNCH_US, predict
+from bench.directions import DIRECTIONS
+from bench.layers import load
+from bench.predict import LAUNCH_US, predict, predict_gradient
 from bench.rates import RATES, products, published_ceilings, rates_of
 from bench.sass import Instruction, KernelReport, Resources
 from gpuconv import dispatch
 from gpuconv.device import ARCHITECTURES, Device
-from gpuconv.families import Config, Launch, Layout
-from gpuconv.problem import ConvProblem
+from gpuconv.families import FAMILIES, Config, GradientLayout, Launch, Layout
+from gpuconv.problem import ConvProblem, WeightGradientProblem
 
 LOG = """\
 ptxas info    : 12 bytes gmem
@@ -216,6 +219,39 @@ def test_published_ceilings_of_the_h200() -> None:
     assert ceilings.flops_per_second["tf32"] == ceilings.flops_per_second["bfloat16"] / 2
 
 
+def test_a_chunk_of_a_register_tile_is_one_loop() -> None:
+    inner = sass.Loop(2, 50, {"fma": 40, "control": 1}, {"shared load 16 B": 4}, 40 * 32, 40, 4, 16)
+    outer = sass.Loop(1, 20, {"asynchronous copy": 2, "control": 3}, {"asynchronous copy 4 B": 2}, 0, 0, 0, 2)
+    tiled = Config.of("tile", {"BLOCK_R": 16, "UNROLL_R": 8})
+    chunk, around = sass.whole_chunk(tiled, inner, outer)
+    assert around is None
+    assert chunk == sass.Loop(
+        1, 120, {"fma": 80, "control": 5, "asynchronous copy": 2}, {"shared load 16 B": 8, "asynchronous copy 4 B": 2},
+        80 * 32, 80, 8, 34,
+    )  # fmt: skip
+    assert sass.whole_chunk(tiled, inner, None) == (inner, None)
+    assert sass.whole_chunk(Config("other", ()), inner, outer) == (inner, outer)
+
+
+def test_dense_tiles_keep_their_targets() -> None:
+    """float32, 128 by 128 on sm_90: two blocks of 256 threads fit, and 88 of 100 instructions of a chunk multiply."""
+    for family, problem in (
+        ("conv1d_tiled", ConvProblem("conv1d", 8, 256, 256, 4096, 3, padding_left=1, padding_right=1)),
+        ("conv1d_tiled", ConvProblem("conv1d", 8, 256, 256, 4096, 3, 2)),
+        ("conv_transpose1d_phases", ConvProblem("conv_transpose1d", 8, 256, 256, 4096, 16, 8, 4, 4)),
+    ):
+        (tiled,) = (f for f in FAMILIES if f.name == family)
+        config, _ = tiled.configure(problem, Layout.contiguous(problem), H200)
+        macros = dict(config.macros)
+        assert (macros["BLOCK_M"], macros["BLOCK_N"]) == ("128", "128")
+        assert int(macros["COLUMN_STEP"]) > 0
+        report = sass.report(config, "sm_90")
+        assert report.resources.registers <= 128
+        assert not report.uses_local_memory
+        assert report.loop.useful == 8 * 8 * int(macros["BLOCK_R"])
+        assert report.loop.useful_share >= 0.88
+
+
 # -- the model --------------------------------------------------------------------------------------------------------
 
 
@@ -400,3 +436,36 @@ def test_planned_layers_are_placed_by_dispatch() -> None:
     (planned,) = static.plan(layers, [static.MODES[0]], H200)
     problem = layers[0].problem("float32")
     assert planned.choice == dispatch.choose(problem, Layout.contiguous(problem), H200)
+
+
+# -- gradients ---------------------------------------------------------------------------------------------------------
+
+
+def test_gradients_are_reported_like_the_forward_pass(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "static.json"
+    options = ["--modes", "float32", "--filter", "mamba_2p8b", "--directions", "grad_input,grad_weight"]
+    assert static.main([*options, "--json", str(path)]) == 0
+    document = json.loads(path.read_text(encoding="utf-8"))
+    assert set(document["predictions_us"]) == {"float32 grad_input", "float32 grad_weight"}
+    kernels = {kernel["kernel"] for kernel in document["kernels"].values()}
+    assert kernels == {"conv_transpose1d_depthwise", "weight_gradient_pairs", "sum_slices"}
+    with pytest.raises(SystemExit):
+        static.main(["--directions", "backward"])
+    assert "unknown pass backward" in capsys.readouterr().err
+
+
+def test_a_gradient_also_writes_and_reads_the_sums_of_its_slices() -> None:
+    problem = WeightGradientProblem("conv1d", 32, 512, 512, 1500, 1530, 31, groups=512)
+    choice = dispatch.choose_gradient(problem, GradientLayout.contiguous(problem), H200)
+    p = predict_gradient(problem, choice, tile_report(fma=96 * 32), H200)
+    alone = predict_gradient(problem, replace(choice, sum=None), tile_report(fma=96 * 32), H200)
+    assert alone.us == pytest.approx(LAUNCH_US + alone.parts[alone.limit])
+    assert p.us - alone.us == pytest.approx(LAUNCH_US + 2 * choice.partial_bytes / (4800e3 * 0.9))
+    # 31 taps are 32 of the threads' four times eight.
+    assert p.parts["math"] == pytest.approx(1e6 * problem.flops() / 2 * 32 / 31 / (132 * 128 * 1.98e9), rel=0.05)
+
+
+def test_tf32_has_no_weight_gradient() -> None:
+    layers = [layer for layer in load() if layer.name.startswith("mamba_2p8b")]
+    tf32 = [mode for mode in static.MODES if mode.name == "tf32"]
+    assert [p.direction for p in static.plan(layers, tf32, H200, DIRECTIONS)] in ([], ["forward", "grad_input"])

@@ -12,6 +12,9 @@ from .base import MAX_GRID, Config, Launch, Layout, Pack, base_config, index_bit
 
 WARP = 32
 PACK_BLOCK_SIZE = 256
+# Threads that read neighbours of a row: 4 bytes each, they fill a sector of 32 bytes.
+MIN_TERM_LANES = 8
+MAX_WIDE_BLOCK_N = 128  # with 64-bit indices
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +45,15 @@ class Tile:
     def threads(self) -> int:
         return WARP * self.warps
 
+    def term_lanes(self, column_step: int) -> int:
+        """Threads that load one term of a chunk. Columns of one sample need one address, whatever their number: so few
+        threads that each has one term to follow. Others need an address each: a warp, to keep them few."""
+        return max(MIN_TERM_LANES, self.threads // self.block_r) if column_step else WARP
+
+    def unroll(self, dtype: str) -> int:
+        """Terms that are multiplied in straight-line code: about 512 multiply-adds."""
+        return min(self.block_r, 512 // (self.thread_m * self.thread_n * (4 if dtype.startswith("complex") else 1)))
+
     def shared_bytes(self, accumulator_bytes: int, padding: int = 0) -> int:
         """Shared memory: two buffers of a chunk, or the slices that results pass through in the end.
 
@@ -60,10 +72,17 @@ def accumulator_bytes(dtype: str) -> int:
 # Shapes by the size of the accumulator. 8 by 8 float32 results a thread cost 4 vector loads for 64 multiply-adds; 64
 # registers of sums leave room for the rest under the cap of 128 at which two blocks of 256 threads fit.
 TILES: dict[int, tuple[Tile, ...]] = {
-    4: (Tile(128, 128, 16, 8, 8, 2), Tile(64, 64, 8, 8, 8, 6), Tile(32, 256, 8, 8, 8, 3), Tile(32, 64, 8, 4, 8, 8)),
+    4: (Tile(128, 128, 16, 8, 8, 2), Tile(64, 64, 8, 8, 8, 8), Tile(32, 256, 8, 8, 8, 3), Tile(32, 64, 8, 4, 8, 8)),
     8: (Tile(64, 64, 8, 4, 8, 3), Tile(16, 128, 8, 4, 8, 6)),
     16: (Tile(32, 64, 8, 4, 4, 2), Tile(8, 64, 8, 4, 4, 8)),
 }
+
+
+def tiles_for(dtype: str, bits: int) -> tuple[Tile, ...]:
+    """The tiles that have kernels with indices of `bits` bits: addresses of 64 bits are too much code for wide ones."""
+    tiles = TILES[accumulator_bytes(dtype)]
+    return tiles if bits == 32 else tuple(tile for tile in tiles if tile.block_n <= MAX_WIDE_BLOCK_N)
+
 
 # Of any tile, for bounds on what kernels compute behind the last row, column and term.
 MAX_BLOCK_M = max(tile.block_m for tiles in TILES.values() for tile in tiles)
@@ -77,29 +96,54 @@ _ISSUE_RATE = 128
 _MULTIPLY_ADD_RATE = {4: 128, 8: 64}
 _BYTES_PER_CYCLE = 18.0
 _LATENCY_CYCLES = 1500.0
-# Instructions of a thread for each chunk that are no loads, stores or multiply-adds: bench.static on sm_90.
-_CHUNK_INSTRUCTIONS = 60
-# Irregular columns need an address each: instructions of the inner loop of the float32 128x128 kernel (bench.static).
-_IRREGULAR_COST = 1.04
+# Instructions of a thread, read from the machine code for sm_90: to load an input of regular and of irregular columns (the
+# copy, the check that it exists, and for the latter an address of its own), more for 16-bit data, which pass through a
+# register; and for each chunk 34 to 48 that are no loads and no multiply-adds.
+_INPUT_INSTRUCTIONS = (3, 6)
+_CONVERSION_INSTRUCTIONS = 3
+_CHUNK_INSTRUCTIONS = 40
+# Operands that are loaded one by one, eight neighbours of four rows a warp: instructions each and for a chunk
+# (bench.static, sm_90), and lines of 128 bytes that a warp's load touches, one a cycle; likewise for vectors from shared
+# memory.
+_GATHER_INSTRUCTIONS = 2.5
+_GATHER_CHUNK_INSTRUCTIONS = 60
+_GATHER_WAVEFRONTS = 4.0
+_FETCH_WAVEFRONTS = 2.0
 
 
-def _term_cycles(tile: Tile, dtype: str, gathers_rows: bool) -> float:
+def _term_cycles(tile: Tile, dtype: str, column_step: int, gathers_rows: bool) -> float:
     """Cycles in which a multiprocessor adds one term to all sums of a block, by issue slots or multiply-add units."""
     size = accumulator_bytes(dtype)
     vec = max(1, 16 // size)
     is_complex = dtype.startswith("complex")
     multiply_adds = tile.thread_m * tile.thread_n * (4 if is_complex else 1)
     fetches = (tile.thread_m + tile.thread_n) / vec
-    loads = (tile.block_m / (1 if gathers_rows else vec) + tile.block_n) / tile.threads
-    instructions = multiply_adds + fetches + loads + _CHUNK_INSTRUCTIONS / tile.block_r
     rate = _MULTIPLY_ADD_RATE[size // 2 if is_complex else size]
+    if gathers_rows:
+        loads = (tile.block_m + tile.block_n) / tile.threads
+        instructions = multiply_adds + fetches + _GATHER_INSTRUCTIONS * loads + _GATHER_CHUNK_INSTRUCTIONS / tile.block_r
+        wavefronts = _FETCH_WAVEFRONTS * fetches + _GATHER_WAVEFRONTS * loads
+        return tile.threads * max(instructions / _ISSUE_RATE, multiply_adds / rate, wavefronts / WARP)
+    for_column = _INPUT_INSTRUCTIONS[column_step == 0] + (_CONVERSION_INSTRUCTIONS if ITEMSIZE[dtype] == 2 else 0)
+    loads = (tile.block_m / vec + tile.block_n * for_column) / tile.threads
+    instructions = multiply_adds + fetches + loads + _CHUNK_INSTRUCTIONS / tile.block_r
     return tile.threads * max(instructions / _ISSUE_RATE, multiply_adds / rate)
 
 
-def cost(tile: Tile, blocks: int, terms: int, dtype: str, device: Device, *, gathers_rows: bool = False) -> float:
+def cost(
+    tile: Tile,
+    blocks: int,
+    terms: int,
+    dtype: str,
+    device: Device,
+    *,
+    column_step: int = 1,
+    gathers_rows: bool = False,
+) -> float:
     """Predicted cycles of a launch of `blocks` tiles that sum `terms` products each.
 
-    `gathers_rows` says that the operands of rows are loaded one by one, not in vectors.
+    `column_step` is that of compare_tilings. `gathers_rows` says that the operands of rows are loaded one by one, not in
+    vectors, as for gradients of weights.
 
     A block takes the longer of its arithmetic and its stores; blocks of one multiprocessor share its rates, so a wave
     takes as long as its blocks one after the other, and latency is paid once a wave.
@@ -109,7 +153,7 @@ def cost(tile: Tile, blocks: int, terms: int, dtype: str, device: Device, *, gat
     resident = min(tile.min_blocks, max(1, device.shared_per_sm // shared))
     waves, rest = divmod(blocks, device.num_sms * resident)
     last = -(-rest // device.num_sms)
-    block_cycles = max(terms * _term_cycles(tile, dtype, gathers_rows), stores)
+    block_cycles = max(terms * _term_cycles(tile, dtype, column_step, gathers_rows), stores)
     return block_cycles * (waves * resident + last) + _LATENCY_CYCLES * (waves + (1 if rest else 0))
 
 
@@ -141,22 +185,23 @@ def compare_tilings(
     products: int,
     terms: int,
     column_step: int,
+    bits: int,
     dtype: str,
     device: Device,
 ) -> tuple[Tiling, ...]:
     """The tilings of `products` independent products of rows by (samples, positions), the cheapest first.
 
     `terms` are summed each. `column_step` is the step from one column's input to the next, or 0 where columns are not
-    regular.
+    regular. `bits` are those of an index.
     """
     candidates = []
-    for tile in TILES[accumulator_bytes(dtype)]:
+    for tile in tiles_for(dtype, bits):
         row_tiles = -(-rows // tile.block_m)
         for step in sorted({column_step, 0}, reverse=True):
             all_columns = positions if step else samples * positions
             column_tiles = -(-all_columns // tile.block_n)
             blocks = row_tiles * column_tiles * products * (samples if step else 1)
-            cycles = cost(tile, blocks, terms, dtype, device) * (1.0 if step else _IRREGULAR_COST)
+            cycles = cost(tile, blocks, terms, dtype, device, column_step=step)
             candidates.append(Tiling(tile, step, row_tiles, column_tiles, blocks, cycles))
     return tuple(sorted(candidates, key=lambda tiling: tiling.cycles))
 
@@ -181,21 +226,19 @@ def tiling_macros(tile: Tile, column_step: int, dtype: str, bits: int) -> dict[s
         # 64-bit offsets take registers that only a lower occupancy has.
         "MIN_BLOCKS": tile.min_blocks if bits == 32 else 1,
         "COLUMN_STEP": column_step,
+        "TERM_LANES": tile.term_lanes(column_step),
+        "UNROLL_R": tile.unroll(dtype),
         "SHARED_BYTES": tile.shared_bytes(accumulator_bytes(dtype)),
     }
 
 
-def hanging_samples(samples: int, positions: int) -> int:
-    """The largest sample that a block derives from a column, which may lie behind the last of all samples."""
-    return (samples * positions + MAX_BLOCK_N) // positions
-
-
-def walk_params(tile: Tile, taps: int, channel_stride: int, tap_stride: int) -> dict[str, int]:
-    """The fields of Params that move a thread's input address on: see Tile in tiled.cuh.
+def walk_params(tiling: Tiling, taps: int, channel_stride: int, tap_stride: int) -> dict[str, int]:
+    """The fields of Params that move a thread's input offset on: see Tile in tiled.cuh.
 
     The strides are those from one channel and from one tap to the next.
     """
-    channels, rest = divmod(tile.warps, taps)
+    tile = tiling.tile
+    channels, rest = divmod(tile.threads // tile.term_lanes(tiling.column_step), taps)
     return {
         "taps_advance": rest,
         "input_advance": channels * channel_stride + rest * tap_stride,
@@ -205,28 +248,34 @@ def walk_params(tile: Tile, taps: int, channel_stride: int, tap_stride: int) -> 
 
 @dataclass(frozen=True, slots=True)
 class PackedWeight:
-    """The shape of packed weights: (products, padded_terms, padded_rows), see pack_weight.cu."""
+    """The shape of packed weights: (products, row_tiles, padded_terms, block_rows), see pack_weight.cu."""
 
     products: int
+    row_tiles: int
     padded_terms: int
-    padded_rows: int
+    block_rows: int
 
     @classmethod
     def of(cls, tile: Tile, products: int, terms: int, rows: int) -> PackedWeight:
-        return cls(products, round_up(terms, tile.block_r), round_up(rows, tile.block_m))
+        return cls(products, -(-rows // tile.block_m), round_up(terms, tile.block_r), tile.block_m)
 
-    @classmethod
-    def largest(cls, products: int, terms: int, rows: int) -> PackedWeight:
+    @staticmethod
+    def most_elements(products: int, terms: int, rows: int) -> int:
         """An upper bound over all tiles."""
-        return cls(products, terms + MAX_BLOCK_R, rows + MAX_BLOCK_M)
+        return products * (terms + MAX_BLOCK_R) * (rows + MAX_BLOCK_M)
 
     @property
     def num_elements(self) -> int:
-        return self.products * self.padded_terms * self.padded_rows
+        return self.products * self.row_tiles * self.stride_tile
+
+    @property
+    def stride_tile(self) -> int:
+        """Elements from one block of rows to the next."""
+        return self.padded_terms * self.block_rows
 
     def params(self) -> dict[str, int]:
         """The fields of a tiled kernel's Params."""
-        return {"weight_pitch": self.padded_rows, "weight_stride_product": self.padded_terms * self.padded_rows}
+        return {"weight_stride_tile": self.stride_tile}
 
 
 def make_pack(
@@ -241,7 +290,8 @@ def make_pack(
     params = {
         "num_elements": packed.num_elements,
         "padded_terms": packed.padded_terms,
-        "padded_rows": packed.padded_rows,
+        "block_rows": packed.block_rows,
+        "row_tiles": packed.row_tiles,
         "rows": rows,
         "taps": taps,
         "K": p.K,
