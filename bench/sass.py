@@ -370,6 +370,32 @@ def disassemble(cubin: bytes) -> str:
     return result.stdout
 
 
+def whole_chunk(config: Config, loop: Loop, around: Loop | None) -> tuple[Loop, Loop | None]:
+    """The loops of `main_loop`, but where BLOCK_R // UNROLL_R passes of the inner one, and the code around it, take a
+    register tile through one chunk of terms, all of that as one loop: nothing that each chunk costs is left out.
+    """
+    macros = dict(config.macros)
+    if around is None or not {"BLOCK_R", "UNROLL_R"} <= macros.keys():
+        return loop, around
+    passes = int(macros["BLOCK_R"]) // int(macros["UNROLL_R"])
+
+    def total(inner: dict[str, int], outer: dict[str, int]) -> dict[str, int]:
+        counts = Counter({name: passes * count for name, count in inner.items()})
+        return dict((counts + Counter(outer)).most_common())
+
+    chunk = Loop(
+        depth=around.depth,
+        instructions=passes * loop.instructions + around.instructions,
+        mix=total(loop.mix, around.mix),
+        accesses=total(loop.accesses, around.accesses),
+        fma=passes * loop.fma + around.fma,
+        useful=passes * loop.useful + around.useful,
+        chain=passes * loop.chain + around.chain,
+        wavefronts=passes * loop.wavefronts + around.wavefronts,
+    )
+    return chunk, None
+
+
 @cache
 def report(config: Config, arch: str) -> KernelReport:
     """Compile one specialisation and read it; each is compiled once.
@@ -381,7 +407,7 @@ def report(config: Config, arch: str) -> KernelReport:
     text = source.assemble(config.kernel, dict(config.macros))
     cubin, log, milliseconds = compile_cubin(text, config.kernel, arch)
     instructions = parse_disassembly(disassemble(cubin), config.kernel)
-    loop, around = main_loop(instructions)
+    loop, around = whole_chunk(config, *main_loop(instructions))
     return KernelReport(
         config=config,
         arch=arch,

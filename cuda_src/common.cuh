@@ -4,8 +4,10 @@
 
 #if INDEX_BITS == 64
 typedef long long index_t;
+typedef unsigned long long uindex_t;
 #else
 typedef int index_t;
+typedef unsigned uindex_t;
 static_assert(INDEX_BITS == 32, "INDEX_BITS is 32 or 64: see index_bits in gpuconv/families/base.py");
 #endif
 
@@ -28,6 +30,9 @@ struct Real {
     static __device__ __forceinline__ void copy_to_shared(acc_t* shared, const storage_t* global) {
         copy_async(shared, global);
     }
+    static __device__ __forceinline__ void copy_to_shared(acc_t* shared, const storage_t* global, bool exists) {
+        copy_async_or_zero(shared, global, exists);
+    }
     static __device__ __forceinline__ storage_t storage_zero() { return real_t(0); }
     static __device__ __forceinline__ acc_t zero() { return real_t(0); }
     static __device__ __forceinline__ acc_t load(storage_t value) { return value; }
@@ -41,6 +46,9 @@ struct ComplexPair {
     static __device__ __forceinline__ void copy_to_shared(acc_t* shared, const storage_t* global) {
         copy_async(shared, global);
     }
+    static __device__ __forceinline__ void copy_to_shared(acc_t* shared, const storage_t* global, bool exists) {
+        copy_async_or_zero(shared, global, exists);
+    }
     static __device__ __forceinline__ storage_t storage_zero() { return storage_t{real_t(0), real_t(0)}; }
     static __device__ __forceinline__ acc_t zero() { return acc_t{real_t(0), real_t(0)}; }
     static __device__ __forceinline__ acc_t load(storage_t value) { return value; }
@@ -53,6 +61,9 @@ struct float16 {
     static __device__ __forceinline__ void copy_to_shared(acc_t* shared, const storage_t* global) {
         *shared = load(*global);
     }
+    static __device__ __forceinline__ void copy_to_shared(acc_t* shared, const storage_t* global, bool exists) {
+        *shared = exists ? load(*global) : zero();
+    }
     static __device__ __forceinline__ storage_t storage_zero() { return 0; }
     static __device__ __forceinline__ acc_t zero() { return 0.0f; }
     static __device__ __forceinline__ acc_t load(storage_t bits) { return half_bits_to_float(bits); }
@@ -64,6 +75,9 @@ struct bfloat16 {
     typedef float acc_t;
     static __device__ __forceinline__ void copy_to_shared(acc_t* shared, const storage_t* global) {
         *shared = load(*global);
+    }
+    static __device__ __forceinline__ void copy_to_shared(acc_t* shared, const storage_t* global, bool exists) {
+        *shared = exists ? load(*global) : zero();
     }
     static __device__ __forceinline__ storage_t storage_zero() { return 0; }
     static __device__ __forceinline__ acc_t zero() { return 0.0f; }
@@ -127,3 +141,6 @@ __device__ __forceinline__ index_t ceil_div(index_t a, index_t b) { return a / b
 
 __device__ __forceinline__ index_t min_index(index_t a, index_t b) { return a < b ? a : b; }
 __device__ __forceinline__ index_t max_index(index_t a, index_t b) { return a > b ? a : b; }
+
+// 0 <= i < extent, in one comparison.
+__device__ __forceinline__ bool is_index(index_t i, index_t extent) { return uindex_t(i) < uindex_t(extent); }

@@ -21,7 +21,7 @@ struct Params {
     index_t input_stride_n, input_stride_c, input_stride_l;
     index_t bias_stride;
     index_t output_stride_n, output_stride_c, output_stride_l;
-    index_t weight_pitch, weight_stride_product;        // of the packed weights: from term to term, group to group
+    index_t weight_stride_tile;  // of the packed weights, from block to block of rows
     index_t taps_advance, input_advance, input_carry;  // see Tile in tiled.cuh
 };
 static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/conv1d_tiled.py");
@@ -32,19 +32,21 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) conv1d_tiled(
     const storage_t* __restrict__ bias,    // [C_out], or null
     storage_t* __restrict__ output,        // [N, C_out, L_out]
     const Params p) {
-    const auto tile_of = [&](index_t block) {
-        const index_t column_block = block / p.row_tiles;
-        const index_t group_block = column_block / p.column_tiles;
-        const index_t g = kOneSample ? group_block / p.N : group_block;
-        const index_t n = kOneSample ? group_block - g * p.N : 0;
+    // The grid is short enough for 32 bits, and so are the extents that divide it.
+    const auto tile_of = [&](unsigned block) {
+        const unsigned row_tile = next_index(block, p.row_tiles);
+        const unsigned column_tile = next_index(block, p.column_tiles);
+        const index_t n = kOneSample ? next_index(block, p.N) : 0;
+        const index_t g = block;
 
         Tile tile;
-        tile.input = input + (n * p.input_stride_n + g * p.C_in_g * p.input_stride_c);
-        tile.weight = weight + g * p.weight_stride_product;
+        tile.input = input;
+        tile.input_begin = n * p.input_stride_n + g * p.C_in_g * p.input_stride_c;
+        tile.weight = weight + (g * p.row_tiles + row_tile) * p.weight_stride_tile;
         tile.output = output + (n * p.output_stride_n + g * p.C_out_g * p.output_stride_c);
-        tile.row_begin = (block - column_block * p.row_tiles) * BLOCK_M;
+        tile.row_begin = index_t(row_tile) * BLOCK_M;
         tile.rows = p.C_out_g;
-        tile.column_begin = (column_block - group_block * p.column_tiles) * BLOCK_N;
+        tile.column_begin = index_t(column_tile) * BLOCK_N;
         tile.columns = kOneSample ? p.L_out : p.N * p.L_out;
         tile.positions = p.L_out;
         tile.C_in_g = p.C_in_g;
@@ -59,13 +61,13 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) conv1d_tiled(
         tile.input_stride_n = p.input_stride_n;
         tile.input_stride_l = kOneSample ? 1 : p.input_stride_l;
         tile.input_stride_c = p.input_stride_c;
-        tile.weight_pitch = p.weight_pitch;
         tile.taps_advance = p.taps_advance;
         tile.input_advance = p.input_advance;
         tile.input_carry = p.input_carry;
         tile.output_stride_n = p.output_stride_n;
         tile.output_stride_l = p.output_stride_l;
         tile.group = g;
+        tile.find_samples();
         return tile;
     };
     multiply_tile(tile_of, bias, [&](const Tile& tile, index_t row) {

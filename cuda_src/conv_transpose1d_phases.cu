@@ -12,7 +12,8 @@
 // phase is a product of its own with rows c_out, and each block derives its l_shift; a phase may have no tap at all and
 // then writes the bias.
 //
-// Grid x: blocks of BLOCK_M rows (fastest), of BLOCK_N columns, samples where COLUMN_STEP > 0, products. Grid y and z: 1. Dynamic shared memory: SHARED_BYTES.
+// Grid x: blocks of BLOCK_M rows (fastest), of BLOCK_N columns, samples where COLUMN_STEP > 0, products. Grid y and z: 1.
+// Dynamic shared memory: SHARED_BYTES.
 // Before it pack_weight.cu packs the weights, with zeros for the taps that a phase lacks.
 // Uses: register_tile.cuh
 // Uses: tiled.cuh
@@ -30,7 +31,7 @@ struct Params {
     index_t input_stride_n, input_stride_c, input_stride_l;
     index_t bias_stride;
     index_t output_stride_n, output_stride_c, output_stride_l;
-    index_t weight_pitch, weight_stride_product;        // of the packed weights: from term to term, product to product
+    index_t weight_stride_tile;  // of the packed weights, from block to block of rows
     index_t taps_advance, input_advance, input_carry;  // see Tile in tiled.cuh
 };
 static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/conv_transpose1d_phases.py");
@@ -41,19 +42,14 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) conv_transpos
     const storage_t* __restrict__ bias,    // [C_out], or null
     storage_t* __restrict__ output,        // [N, C_out, L_out]
     const Params p) {
-    const auto tile_of = [&](index_t block) {
-        const auto next_index = [&](index_t extent) {
-            const index_t rest = block / extent;
-            const index_t index = block - rest * extent;
-            block = rest;
-            return index;
-        };
-        const index_t row_tile = next_index(p.row_tiles);
-        const index_t column_tile = next_index(p.column_tiles);
-        const index_t n = kOneSample ? next_index(p.N) : 0;
+    // The grid is short enough for 32 bits, and so are the extents that divide it.
+    const auto tile_of = [&](unsigned block) {
+        const unsigned row_tile = next_index(block, p.row_tiles);
+        const unsigned column_tile = next_index(block, p.column_tiles);
+        const index_t n = kOneSample ? next_index(block, p.N) : 0;
         const index_t product = block;
-        const index_t g = PHASES_IN_ROWS ? product : product / p.stride;
-        const index_t phase = PHASES_IN_ROWS ? 0 : product - g * p.stride;
+        const index_t phase = PHASES_IN_ROWS ? 0 : next_index(block, p.stride);
+        const index_t g = block;
 
         // The phase of this block, if it has one: see conv_transpose1d_gather.cu.
         index_t l_shift = 0, taps = p.taps;
@@ -68,12 +64,13 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) conv_transpos
         }
 
         Tile tile;
-        tile.input = input + (n * p.input_stride_n + g * p.C_in_g * p.input_stride_c);
-        tile.weight = weight + product * p.weight_stride_product;
+        tile.input = input;
+        tile.input_begin = n * p.input_stride_n + g * p.C_in_g * p.input_stride_c;
+        tile.weight = weight + (product * p.row_tiles + row_tile) * p.weight_stride_tile;
         tile.output = output + (n * p.output_stride_n + g * p.C_out_g * p.output_stride_c);
-        tile.row_begin = row_tile * BLOCK_M;
+        tile.row_begin = index_t(row_tile) * BLOCK_M;
         tile.rows = PHASES_IN_ROWS ? p.C_out_g * p.stride : p.C_out_g;
-        tile.column_begin = column_tile * BLOCK_N;
+        tile.column_begin = index_t(column_tile) * BLOCK_N;
         tile.columns = kOneSample ? p.positions : p.N * p.positions;
         tile.positions = p.positions;
         tile.C_in_g = taps > 0 ? p.C_in_g : 0;
@@ -82,7 +79,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) conv_transpos
         tile.L_out = p.L_out;
         tile.column_step = 1;
         tile.first = p.q_begin + l_shift;
-        tile.tap_step = -p.position_step;
+        tile.tap_step = PHASES_IN_ROWS ? -1 : -p.position_step;
         tile.output_step = p.stride;
         tile.output_first = p.q_begin * p.stride + phase - p.padding_left;
         tile.input_stride_n = p.input_stride_n;
@@ -90,12 +87,12 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) conv_transpos
         tile.output_stride_n = p.output_stride_n;
         tile.output_stride_l = p.output_stride_l;
         tile.input_stride_c = p.input_stride_c;
-        tile.weight_pitch = p.weight_pitch;
         tile.taps_advance = p.taps_advance;
         tile.input_advance = p.input_advance;
         tile.input_carry = p.input_carry;
         tile.group = g;
         tile.row_taps = taps;
+        tile.find_samples();
         return tile;
     };
     multiply_tile(tile_of, bias, [&](const Tile& tile, index_t row) {

@@ -47,11 +47,17 @@ __device__ __forceinline__ unsigned block_index_again() {
 }
 
 // The same value, of which the compiler no longer knows where it comes from: it stays in registers instead of being computed
-// again wherever it is used.
+// again wherever it is used. The latter is for pointers to shared memory, 32 bits wide.
 template <typename T>
 __device__ __forceinline__ T* keep_in_register(T* pointer) {
     asm("" : "+l"(pointer));
     return pointer;
+}
+template <typename T>
+__device__ __forceinline__ T* keep_in_register_shared(T* pointer) {
+    unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(pointer));
+    asm("" : "+r"(address));
+    return static_cast<T*>(__cvta_shared_to_generic(address));
 }
 
 // The upper half of the 64-bit product.

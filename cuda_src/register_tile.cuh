@@ -24,6 +24,32 @@ struct alignas(sizeof(acc_t) * kVec) Vector {
     acc_t element[kVec];
 };
 
+__device__ __forceinline__ void clear(acc_t (&acc)[THREAD_M][THREAD_N]) {
+#pragma unroll
+    for (int i = 0; i < THREAD_M; ++i) {
+#pragma unroll
+        for (int j = 0; j < THREAD_N; ++j) acc[i][j] = scalar::zero();
+    }
+}
+
+// Adds one term: acc = multiply(row's operand, column's operand, acc). w and x are the thread's first operands of it.
+template <typename Multiply>
+__device__ __forceinline__ void multiply_term(
+    const Vector* w, const Vector* x, const Multiply& multiply, acc_t (&acc)[THREAD_M][THREAD_N]) {
+    Vector w_term[THREAD_M / kVec], x_term[THREAD_N / kVec];
+#pragma unroll
+    for (int i = 0; i < THREAD_M / kVec; ++i) w_term[i] = w[i * kLanesM];
+#pragma unroll
+    for (int j = 0; j < THREAD_N / kVec; ++j) x_term[j] = x[j * kLanesN];
+#pragma unroll
+    for (int i = 0; i < THREAD_M; ++i) {
+#pragma unroll
+        for (int j = 0; j < THREAD_N; ++j) {
+            acc[i][j] = multiply(w_term[i / kVec].element[i % kVec], x_term[j / kVec].element[j % kVec], acc[i][j]);
+        }
+    }
+}
+
 // Sums R terms into acc, which starts at zero, one after the other: acc = multiply(row's operand, column's operand, acc).
 // load_chunk(buffer, r) begins to load the terms from r on into a buffer: BLOCK_R rows of kPitchM operands of the block's
 // rows, then BLOCK_R rows of kPitchN operands of its columns.
@@ -32,26 +58,11 @@ __device__ __forceinline__ void multiply_chunks(
     index_t R, const LoadChunk& load_chunk, const Multiply& multiply, acc_t (&acc)[THREAD_M][THREAD_N]) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int lane_m = lane / kLanesN, lane_n = lane % kLanesN;
-#pragma unroll
-    for (int i = 0; i < THREAD_M; ++i) {
-#pragma unroll
-        for (int j = 0; j < THREAD_N; ++j) acc[i][j] = scalar::zero();
-    }
-    const auto multiply_term = [&](const acc_t* buffer, int term) {
-        const Vector* const w = reinterpret_cast<const Vector*>(buffer + term * kPitchM + warp * kWarpRows) + lane_m;
-        const Vector* const x = reinterpret_cast<const Vector*>(buffer + BLOCK_R * kPitchM + term * kPitchN) + lane_n;
-        Vector w_term[THREAD_M / kVec], x_term[THREAD_N / kVec];
-#pragma unroll
-        for (int i = 0; i < THREAD_M / kVec; ++i) w_term[i] = w[i * kLanesM];
-#pragma unroll
-        for (int j = 0; j < THREAD_N / kVec; ++j) x_term[j] = x[j * kLanesN];
-#pragma unroll
-        for (int i = 0; i < THREAD_M; ++i) {
-#pragma unroll
-            for (int j = 0; j < THREAD_N; ++j) {
-                acc[i][j] = multiply(w_term[i / kVec].element[i % kVec], x_term[j / kVec].element[j % kVec], acc[i][j]);
-            }
-        }
+    clear(acc);
+    const auto multiply_one = [&](const acc_t* buffer, int term) {
+        multiply_term(
+            reinterpret_cast<const Vector*>(buffer + term * kPitchM + warp * kWarpRows) + lane_m,
+            reinterpret_cast<const Vector*>(buffer + BLOCK_R * kPitchM + term * kPitchN) + lane_n, multiply, acc);
     };
 
     acc_t* buffer = reinterpret_cast<acc_t*>(dynamic_shared_memory());
@@ -63,7 +74,7 @@ __device__ __forceinline__ void multiply_chunks(
     for (; r + BLOCK_R < R; r += BLOCK_R) {
         load_chunk(other, r + BLOCK_R);
 #pragma unroll
-        for (int term = 0; term < BLOCK_R; ++term) multiply_term(buffer, term);
+        for (int term = 0; term < BLOCK_R; ++term) multiply_one(buffer, term);
         copy_async_wait();
         __syncthreads();
         acc_t* const next = other;
@@ -71,33 +82,39 @@ __device__ __forceinline__ void multiply_chunks(
         buffer = next;
     }
 #pragma unroll 1
-    for (int term = 0; term < R - r; ++term) multiply_term(buffer, term);
+    for (int term = 0; term < R - r; ++term) multiply_one(buffer, term);
     __syncthreads();
 }
 
 // Each warp passes its rows through shared memory, so that its lanes store neighbouring columns. Calls store_row(row,
-// values of all columns) with all lanes of the warp for each row from row_begin, the block's first, to rows.
+// values of all columns) with all lanes of the warp for each row from row_begin, the block's first, to rows. acc is lost.
 template <typename StoreRow>
 __device__ __forceinline__ void store_rows(
-    const acc_t (&acc)[THREAD_M][THREAD_N], index_t row_begin, index_t rows, const StoreRow& store_row) {
+    acc_t (&acc)[THREAD_M][THREAD_N], index_t row_begin, index_t rows, const StoreRow& store_row) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int lane_m = lane / kLanesN, lane_n = lane % kLanesN;
     acc_t* const slice = reinterpret_cast<acc_t*>(dynamic_shared_memory()) + warp * kSlice;
-#pragma unroll
-    for (int group = 0; group < THREAD_M / kVec; ++group) {
-        Vector* const mine = reinterpret_cast<Vector*>(slice + lane_m * kVec * BLOCK_N) + lane_n;
+    Vector* const mine = reinterpret_cast<Vector*>(slice + lane_m * kVec * BLOCK_N) + lane_n;
+    const index_t warp_begin = row_begin + warp * kWarpRows;
+#pragma unroll 1
+    for (index_t first = warp_begin; first < warp_begin + kWarpRows; first += kSliceRows) {
 #pragma unroll
         for (int i = 0; i < kVec; ++i) {
 #pragma unroll
             for (int j = 0; j < THREAD_N / kVec; ++j) {
                 Vector vector;
 #pragma unroll
-                for (int v = 0; v < kVec; ++v) vector.element[v] = acc[group * kVec + i][j * kVec + v];
+                for (int v = 0; v < kVec; ++v) vector.element[v] = acc[i][j * kVec + v];
                 mine[(i * BLOCK_N) / kVec + j * kLanesN] = vector;
             }
         }
+        // The next slice's rows take their place, so that one text serves all slices.
+#pragma unroll
+        for (int i = 0; i + kVec < THREAD_M; ++i) {
+#pragma unroll
+            for (int j = 0; j < THREAD_N; ++j) acc[i][j] = acc[i + kVec][j];
+        }
         __syncwarp();
-        const index_t first = row_begin + warp * kWarpRows + group * kSliceRows;
 #pragma unroll 1
         for (int i = 0; i < kSliceRows && first + i < rows; ++i) store_row(first + i, slice + i * BLOCK_N);
         __syncwarp();

@@ -106,11 +106,7 @@ __device__ __forceinline__ void slide_sums(
             const int tap = block * kVec + i - slide.lead;
             const storage_t* source = nullptr;
             if (tap >= 0 && tap < slide.taps) source = weight_at(row, c_begin + c, tap);
-            if (source == nullptr) {
-                w[e] = scalar::zero();
-            } else {
-                scalar::copy_to_shared(w + e, source);
-            }
+            scalar::copy_to_shared(w + e, source, source != nullptr);
         }
     };
 

@@ -3,8 +3,9 @@
 // Per group, both operations are a product of a weight matrix [rows, R] and an input matrix [R, columns] that is never
 // formed: R = (c_in, tap) with the tap inner, which is the canonical order of summation; a column is one position q of
 // one sample, and element (c_in, tap) of column (n, q) is input[n, c_in, q*column_step + first + tap*tap_step]. A block
-// computes BLOCK_M rows by BLOCK_N columns (register_tile.cuh). The weights come packed (pack_weight.cu), in the order in
-// which blocks read them and with zeros behind the last row and term.
+// computes BLOCK_M rows by BLOCK_N columns (register_tile.cuh). Chunks of BLOCK_R terms pass through two buffers of
+// shared memory: the next chunk is loaded while one is multiplied. The weights come packed (pack_weight.cu), in the
+// order in which blocks read them and with zeros behind the last row and term.
 //
 // Terms outside the input are multiplied as zeros. For finite weights this changes no bit (see bias_or_zero in
 // common.cuh); an infinite or NaN weight times such a zero makes a NaN out of nothing, so a thread that meets a NaN
@@ -14,37 +15,59 @@
 // column_step has this value, so that one address serves a thread's columns. COLUMN_STEP = 0 says nothing: columns run
 // through the samples, which fills blocks where samples are short.
 //
-// Macros read: COLUMN_STEP, SHARED_BYTES, and those of register_tile.cuh.
+// Macros read: COLUMN_STEP, TERM_LANES, UNROLL_R, SHARED_BYTES, and those of register_tile.cuh.
 
-constexpr int kColumns = BLOCK_N / 32;         // columns that a lane loads and stores: lane, lane + 32, ...
-constexpr int kInputTerms = BLOCK_R / kWarps;  // terms of a chunk that a warp loads for all columns
+constexpr bool kOneSample = COLUMN_STEP > 0;
+// TERM_LANES threads load a term of a chunk, each the columns that lie TERM_LANES apart.
+constexpr int kLoadColumns = BLOCK_N / TERM_LANES;
+constexpr int kTermsAtOnce = kThreads / TERM_LANES;
 constexpr int kWeightVectors = BLOCK_M * BLOCK_R / kVec;  // of a chunk
+// A thread loads kMyVectors of them, kVectorStep apart: offsets that fit into an instruction.
+constexpr int kMyVectors = kWeightVectors < kThreads ? 1 : kWeightVectors / kThreads;
+constexpr int kVectorStep = kThreads < 64 ? kThreads : 64;
+constexpr int kColumns = BLOCK_N / 32;  // columns that a lane stores: lane, lane + 32, ...
 constexpr int kBuffer = BLOCK_R * (BLOCK_M + BLOCK_N);
 constexpr int kShared = 2 * kBuffer > kWarps * kSlice ? 2 * kBuffer : kWarps * kSlice;
-constexpr bool kOneSample = COLUMN_STEP > 0;
 
-static_assert(BLOCK_R % kWarps == 0, "warps load whole terms of a chunk: gpuconv/families/tiles.py");
+static_assert(BLOCK_N % TERM_LANES == 0 && BLOCK_R % kTermsAtOnce == 0, "threads share a chunk: gpuconv/families/tiles.py");
+static_assert(kWeightVectors <= kThreads || kWeightVectors % kThreads == 0, "threads share the weights");
+static_assert(BLOCK_R % UNROLL_R == 0, "a chunk is a whole number of steps: gpuconv/families/tiles.py");
 static_assert(kShared * sizeof(acc_t) == SHARED_BYTES, "SHARED_BYTES differs from gpuconv/families/tiles.py");
 
 // One block's share of the product. Offsets and strides are in elements.
 struct Tile {
-    const storage_t* input;   // input[n0, first channel of the group, 0], n0 = 0 unless kOneSample
-    const acc_t* weight;      // packed weights of row 0, term 0
+    const storage_t* input;
+    index_t input_begin;      // offset of input[n0, first channel of the group, 0], n0 = 0 unless kOneSample
+    const acc_t* weight;      // packed weights of the block's rows: [term][BLOCK_M]
     storage_t* output;        // output[n0, first channel of the group, 0]
     index_t group;
     index_t row_begin, rows;  // the block's first row, and the rows of the whole product
     index_t column_begin, columns;  // the block's first column, and the columns of sample n0 or of all samples
     index_t positions;              // columns of one sample
+    index_t n_begin, q_begin;       // of the block's first column, where columns run through the samples
     index_t C_in_g, taps, L_in, L_out;
     index_t row_taps;  // of taps, those that every row of the block has, where rows do not differ
     index_t column_step, first, tap_step;  // l_in = q*column_step + first + tap*tap_step
     index_t output_step, output_first;     // l_out = q*output_step + output_first + Row::shift
     index_t input_stride_n, input_stride_c, input_stride_l;
-    index_t weight_pitch;  // from one term to the next
-    // How the tap and the input's address move when r grows by kWarps; input_carry more where the tap passes the last.
+    // How the tap and the input's offset move when r grows by kTermsAtOnce; input_carry more where the tap passes the
+    // last.
     index_t taps_advance, input_advance, input_carry;
     index_t output_stride_n, output_stride_l;
+
+    __device__ __forceinline__ void find_samples() {
+        n_begin = kOneSample ? 0 : column_begin / positions;
+        q_begin = column_begin - n_begin * positions;
+    }
 };
+
+// The index along the fastest of a grid's dimensions, `extent` long; `block` becomes the index along the others.
+__device__ __forceinline__ unsigned next_index(unsigned& block, index_t extent) {
+    const unsigned others = block / unsigned(extent);
+    const unsigned index = block - others * unsigned(extent);
+    block = others;
+    return index;
+}
 
 // What a kernel knows of a row of the product; row_of(tile, row) returns it.
 struct Row {
@@ -54,22 +77,28 @@ struct Row {
     index_t bias_offset;
 };
 
-// A term (c_in, tap) of R that moves on by kWarps terms, and the input's address for it.
-struct Walk {
-    index_t tap;
-    const storage_t* address;
+// The sample and the position in it of a column.
+struct Column {
+    index_t n, q;
 
-    __device__ __forceinline__ void start(index_t r, const storage_t* base, const Tile& tile) {
-        const index_t c_in = r / tile.taps;
-        tap = r - c_in * tile.taps;
-        address = base + (c_in * tile.input_stride_c + tap * tile.tap_step * tile.input_stride_l);
-    }
-    __device__ __forceinline__ void advance(const Tile& tile) {
-        tap += tile.taps_advance;
-        address += tile.input_advance;
-        if (tap >= tile.taps) {
-            tap -= tile.taps;
-            address += tile.input_carry;
+    // Of the block's column `at`; a column behind the last repeats it.
+    __device__ __forceinline__ void find(const Tile& tile, int at) {
+        if (kOneSample) {
+            n = 0;
+            q = tile.column_begin + at;
+            return;
+        }
+        n = tile.n_begin;
+        q = tile.q_begin + min_index(at, tile.columns - 1 - tile.column_begin);
+        if (tile.positions > BLOCK_N) {
+            if (q >= tile.positions) {
+                q -= tile.positions;
+                ++n;
+            }
+        } else {
+            const unsigned samples = unsigned(q) / unsigned(tile.positions);  // q < positions + BLOCK_N
+            q -= samples * tile.positions;
+            n += samples;
         }
     }
 };
@@ -77,17 +106,17 @@ struct Walk {
 // Stores the sums of a block.
 template <typename RowOf>
 __device__ __forceinline__ void store_tile(
-    const Tile& tile, const storage_t* bias, const RowOf& row_of, const acc_t (&acc)[THREAD_M][THREAD_N]) {
+    const Tile& tile, const storage_t* bias, const RowOf& row_of, acc_t (&acc)[THREAD_M][THREAD_N]) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     index_t l_out[kColumns];          // of shift 0, and L_out behind the last column: shifts only go up
     index_t output_offset[kColumns];  // of that position, from Tile::output
 #pragma unroll
     for (int j = 0; j < kColumns; ++j) {
-        const index_t column = tile.column_begin + lane + 32 * j;
-        const index_t n = kOneSample ? 0 : column / tile.positions;
-        l_out[j] = (column - n * tile.positions) * tile.output_step + tile.output_first;
-        output_offset[j] = n * tile.output_stride_n + l_out[j] * tile.output_stride_l;
-        if (column >= tile.columns) l_out[j] = tile.L_out;
+        Column column;
+        column.find(tile, lane + 32 * j);
+        l_out[j] = column.q * tile.output_step + tile.output_first;
+        output_offset[j] = column.n * tile.output_stride_n + l_out[j] * tile.output_stride_l;
+        if (tile.column_begin + lane + 32 * j >= tile.columns) l_out[j] = tile.L_out;
     }
     bool met_nan = false;
     store_rows(acc, tile.row_begin, tile.rows, [&](index_t row, const acc_t* values) {
@@ -97,37 +126,37 @@ __device__ __forceinline__ void store_tile(
 #pragma unroll
         for (int j = 0; j < kColumns; ++j) {
             const acc_t value = values[lane + 32 * j];
-            const index_t l = l_out[j] + info.shift;
-            if (l >= 0 && l < tile.L_out) {
-                y[output_offset[j]] = scalar::round(add(value, offset));
-                met_nan = met_nan || is_nan(value);
-            }
+            met_nan = met_nan || is_nan(value);
+            if (is_index(l_out[j] + info.shift, tile.L_out)) y[output_offset[j]] = scalar::round(add(value, offset));
         }
     });
     if (!met_nan) return;
 
-    // -- the rare way out: all results of this lane's columns are summed again, without the terms that are missing -----
+    // -- the rare way out: all results of this lane's columns are summed again, without the terms that are missing
+    // -----
 #pragma unroll 1
     for (int e = 0; e < kWarpRows * kColumns; ++e) {
-        const index_t row = tile.row_begin + warp * kWarpRows + e / kColumns;
-        const index_t column = tile.column_begin + lane + 32 * (e % kColumns);
-        if (row >= tile.rows || column >= tile.columns) continue;
-        const Row info = row_of(tile, row);
-        const index_t n = kOneSample ? 0 : column / tile.positions, q = column - n * tile.positions;
-        const index_t l = q * tile.output_step + tile.output_first + info.shift;
-        if (l < 0 || l >= tile.L_out) continue;
-        const storage_t* const x = tile.input + n * tile.input_stride_n;
+        const int row = warp * kWarpRows + e / kColumns, at = lane + 32 * (e % kColumns);
+        if (tile.row_begin + row >= tile.rows || tile.column_begin + at >= tile.columns) continue;
+        const Row info = row_of(tile, tile.row_begin + row);
+        Column column;
+        column.find(tile, at);
+        const index_t l = column.q * tile.output_step + tile.output_first + info.shift;
+        if (!is_index(l, tile.L_out)) continue;
+        const storage_t* const x = tile.input + (tile.input_begin + column.n * tile.input_stride_n);
         const acc_t* w = tile.weight + row;
         acc_t sum = scalar::zero();
+#pragma unroll 1
         for (index_t c_in = 0; c_in < tile.C_in_g; ++c_in) {
-            for (index_t tap = 0; tap < tile.taps; ++tap, w += tile.weight_pitch) {
-                const index_t l_in = q * tile.column_step + tile.first + tap * tile.tap_step;
-                if (tap >= info.taps || l_in < 0 || l_in >= tile.L_in) continue;
+#pragma unroll 1
+            for (index_t tap = 0; tap < tile.taps; ++tap, w += BLOCK_M) {
+                const index_t l_in = column.q * tile.column_step + tile.first + tap * tile.tap_step;
+                if (tap >= info.taps || !is_index(l_in, tile.L_in)) continue;
                 const storage_t value = x[c_in * tile.input_stride_c + l_in * tile.input_stride_l];
                 sum = multiply_add(*w, scalar::load(value), sum);
             }
         }
-        tile.output[info.output_offset + n * tile.output_stride_n + l * tile.output_stride_l] =
+        tile.output[info.output_offset + column.n * tile.output_stride_n + l * tile.output_stride_l] =
             scalar::round(add(sum, bias_or_zero(bias, info.bias_offset)));
     }
 }
@@ -136,71 +165,104 @@ __device__ __forceinline__ void store_tile(
 template <typename TileOf, typename RowOf>
 __device__ __forceinline__ void multiply_tile(const TileOf& tile_of, const storage_t* bias, const RowOf& row_of) {
     const Tile tile = tile_of(blockIdx.x);
+    acc_t* const shared = reinterpret_cast<acc_t*>(dynamic_shared_memory());
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const index_t R = tile.C_in_g * tile.taps;
+    const int lane_m = lane / kLanesN, lane_n = lane % kLanesN;
 
-    // -- what this thread loads of a chunk: kInputTerms terms of kColumns columns, and vectors of weights ------------
-    index_t position[kOneSample ? 1 : kColumns];         // l_in of tap 0
-    index_t position_offset[kOneSample ? 1 : kColumns];  // of that position, from Tile::input
-    const auto position_of = [&](int j) { return kOneSample ? position[0] + j * 32 * COLUMN_STEP : position[j]; };
-    bool inside = true;  // all terms of all these columns exist
+    // -- what this thread loads of a chunk: terms first_term, first_term + kTermsAtOnce, ... of kLoadColumns columns,
+    // and vectors of weights
+    // ------------------------------------------------------------------------------------------------
+    const int first_term = threadIdx.x / TERM_LANES, first_column = threadIdx.x % TERM_LANES;
+    index_t position[kOneSample ? 1 : kLoadColumns];         // l_in of tap 0
+    index_t position_offset[kOneSample ? 1 : kLoadColumns];  // of that position, from input_begin
 #pragma unroll
-    for (int j = 0; j < kColumns; ++j) {
-        if (j == 0 || !kOneSample) {
-            // A column behind the last one repeats it: its loads are valid and its results are not stored.
-            const index_t column = min_index(tile.column_begin + lane + 32 * j, tile.columns - 1);
-            const index_t n = kOneSample ? 0 : column / tile.positions;
-            position[j] = (column - n * tile.positions) * tile.column_step + tile.first;
-            position_offset[j] = n * tile.input_stride_n + position[j] * tile.input_stride_l;
-        }
-        const index_t last = position_of(j) + (tile.taps - 1) * tile.tap_step;
-        inside = inside && min_index(position_of(j), last) >= 0 && max_index(position_of(j), last) < tile.L_in;
+    for (int j = 0; j < (kOneSample ? 1 : kLoadColumns); ++j) {
+        Column column;
+        column.find(tile, first_column + j * TERM_LANES);
+        position[j] = column.q * tile.column_step + tile.first;
+        position_offset[j] = column.n * tile.input_stride_n + position[j] * tile.input_stride_l;
     }
-    const storage_t* const input_base = tile.input + (kOneSample ? position_offset[0] : 0);
-    Walk input_walk;
-    input_walk.start(warp, input_base, tile);
-    const acc_t* weight = tile.weight + tile.row_begin;
+    // The term (c_in, tap) that is loaded next, and the offset of its input, in column 0 or where l is 0.
+    const index_t c_in = first_term / tile.taps;
+    index_t tap = first_term - c_in * tile.taps;
+    index_t offset = tile.input_begin + (kOneSample ? position_offset[0] : 0) + c_in * tile.input_stride_c +
+                     tap * tile.tap_step * tile.input_stride_l;
 
-    // Terms behind the last are not loaded: they are never multiplied.
-    const auto load_chunk = [&](acc_t* buffer, index_t r) {
+    const index_t R = tile.C_in_g * tile.taps;
+    const int first_vector = threadIdx.x / kVectorStep * kVectorStep * kMyVectors + threadIdx.x % kVectorStep;
+    // Behind the last term: from there the terms that rest count backwards.
+    const Vector* const weight_end = keep_in_register(
+        reinterpret_cast<const Vector*>(tile.weight + (R - first_term) * BLOCK_M) + first_vector);
+    Vector* weight_to = keep_in_register_shared(reinterpret_cast<Vector*>(shared) + first_vector);
+    acc_t* input_to = keep_in_register_shared(shared + (BLOCK_R * BLOCK_M + first_term * BLOCK_N + first_column));
+    index_t my_rest = R - first_term;  // from this thread's first term to the last that is to be loaded
+
+    const auto load_chunk = [&]() {
 #pragma unroll
-        for (int i = 0; i < kInputTerms; ++i) {
-            if (r + warp + i * kWarps >= R) break;
-            const storage_t* const x = input_walk.address;
-            acc_t* const row = buffer + BLOCK_R * BLOCK_M + (warp + i * kWarps) * BLOCK_N + lane;
-            if (inside) {
+        for (int i = 0; i < BLOCK_R; i += kTermsAtOnce) {
+            const index_t shift = tap * tile.tap_step;
+            const storage_t* const x = tile.input + offset;
 #pragma unroll
-                for (int j = 0; j < kColumns; ++j) {
-                    scalar::copy_to_shared(row + 32 * j, x + (kOneSample ? j * 32 * COLUMN_STEP : position_offset[j]));
-                }
-            } else {
-                const index_t shift = input_walk.tap * tile.tap_step;
-#pragma unroll
-                for (int j = 0; j < kColumns; ++j) {
-                    const index_t l_in = position_of(j) + shift;
-                    acc_t value = scalar::zero();
-                    if (l_in >= 0 && l_in < tile.L_in) {
-                        value = scalar::load(x[kOneSample ? j * 32 * COLUMN_STEP : position_offset[j]]);
-                    }
-                    row[32 * j] = value;
-                }
+            for (int j = 0; j < kLoadColumns; ++j) {
+                const int step = j * TERM_LANES * COLUMN_STEP;
+                const index_t l_in = (kOneSample ? position[0] + step : position[j]) + shift;
+                scalar::copy_to_shared(
+                    input_to + (i * BLOCK_N + j * TERM_LANES),
+                    kOneSample ? x + step : tile.input + (offset + position_offset[j]),
+                    my_rest > i && is_index(l_in, tile.L_in));
             }
-            input_walk.advance(tile);
+            tap += tile.taps_advance;
+            offset += tile.input_advance;
+            if (tap >= tile.taps) {
+                tap -= tile.taps;
+                offset += tile.input_carry;
+            }
         }
+        const Vector* const weight = weight_end - my_rest * (BLOCK_M / kVec);
+        if (kWeightVectors >= kThreads || threadIdx.x < kWeightVectors) {
 #pragma unroll
-        for (int first = 0; first < kWeightVectors; first += kThreads) {
-            const int vector = first + threadIdx.x;
-            if (kWeightVectors % kThreads != 0 && vector >= kWeightVectors) break;
-            const int term = vector / (BLOCK_M / kVec), row = vector % (BLOCK_M / kVec) * kVec;
-            copy_async(
-                reinterpret_cast<Vector*>(buffer + term * BLOCK_M + row),
-                reinterpret_cast<const Vector*>(weight + term * tile.weight_pitch + row));
+            for (int v = 0; v < kMyVectors; ++v) copy_async(weight_to + v * kVectorStep, weight + v * kVectorStep);
         }
-        weight += BLOCK_R * tile.weight_pitch;
     };
 
     acc_t acc[THREAD_M][THREAD_N];
-    multiply_chunks<BLOCK_M, BLOCK_N>(
-        R, load_chunk, [](acc_t w, acc_t x, acc_t sum) { return multiply_add(w, x, sum); }, acc);
+    clear(acc);
+    // Each round loads a chunk into one buffer and multiplies the one before, in the other; the first only loads, the
+    // last only multiplies. A chunk is multiplied UNROLL_R terms at a time: what it has of them behind the last term is
+    // zeros.
+    const int chunk_m = BLOCK_R * BLOCK_M / kVec, chunk_n = BLOCK_R * BLOCK_N / kVec;
+    int other = kBuffer / kVec;  // from the buffer that is loaded to the other
+    // These end a round behind the chunk.
+    const Vector* w = keep_in_register_shared(
+        reinterpret_cast<const Vector*>(shared + kBuffer + warp * kWarpRows) + lane_m + chunk_m);
+    const Vector* x =
+        keep_in_register_shared(reinterpret_cast<const Vector*>(shared + kBuffer) + chunk_m + lane_n + chunk_n);
+    int terms = 0;  // that are ready in the other buffer
+    for (index_t rest = R;; rest -= BLOCK_R) {
+        if (rest > 0) load_chunk();
+#pragma unroll 1
+        for (; terms > 0; terms -= UNROLL_R) {
+#pragma unroll
+            for (int i = 0; i < UNROLL_R; ++i) {
+                multiply_term(
+                    w + i * (BLOCK_M / kVec), x + i * (BLOCK_N / kVec),
+                    [](acc_t weight, acc_t input, acc_t sum) { return multiply_add(weight, input, sum); }, acc);
+            }
+            w += UNROLL_R * (BLOCK_M / kVec);
+            x += UNROLL_R * (BLOCK_N / kVec);
+        }
+        if (rest <= 0) break;
+        copy_async_wait();
+        __syncthreads();
+        terms = int(min_index(BLOCK_R, rest));
+        my_rest -= BLOCK_R;
+        input_to += other * kVec;
+        weight_to += other;
+        w += -other - chunk_m;
+        x += -other - chunk_n;
+        other = -other;
+    }
+    __syncthreads();
+
     store_tile(tile_of(block_index_again()), bias, row_of, acc);
 }

@@ -153,6 +153,31 @@ def test_extents_around_those_of_every_tile(op: Op, dtype: str, only_tile: Calla
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "complex64", "complex128"])
+def test_chunks_that_end_in_every_step(dtype: str, only_tile: Callable[[str, Tile], None]) -> None:
+    for tile in tiles.TILES[tiles.accumulator_bytes(dtype)]:
+        only_tile(dtype, tile)
+        for terms in (max(8, tile.unroll(dtype) + 1), tile.block_r + tile.unroll(dtype), 2 * tile.block_r - 1):
+            p = ConvProblem("conv1d", 1, 1, tile.block_m, tile.block_n, terms, 1, 3, terms, dtype=dtype)
+            assert_base_bits(p, *arrays(p), every=True)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("op", TILED)
+def test_blocks_that_begin_in_one_sample_and_end_in_another(
+    op: Op, dtype: str, only_tile: Callable[[str, Tile], None]
+) -> None:
+    """Columns that run through samples as long as a block, a little shorter, longer, and much shorter."""
+    for tile in tiles.TILES[tiles.accumulator_bytes(dtype)]:
+        only_tile(dtype, tile)
+        for length in (tile.block_n - 1, tile.block_n, tile.block_n + 1, tile.block_n * 3 // 2, 7):
+            if op == "conv1d":
+                p = ConvProblem(op, 3, 3, 8, 3 * length, 3, 3, dtype=dtype)
+            else:  # phase by phase
+                p = ConvProblem(op, 3, 4, 8, length, 3, 2, 1, 2, 2, dtype=dtype)
+            assert_base_bits(p, *arrays(p))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "complex64", "complex128"])
 @pytest.mark.parametrize("op", TILED)
 def test_rows_columns_and_terms_that_fill_no_tile(op: str, dtype: str) -> None:
     settings = {"stride": 3, "padding_left": 1, "padding_right": 2, "groups": 2, "dtype": dtype, "has_bias": True}
@@ -260,6 +285,29 @@ def test_columns_behind_the_last_sample_overflow_no_offset(problem: ConvProblem)
     x, w = np.ones(problem.input_shape, "f4"), np.ones(problem.weight_shape, "f4")
     y = hostcuda.convolve(problem, x, w, layout=far_apart, family=TILED[problem.op])
     np.testing.assert_array_equal(y, np.full(problem.output_shape, 8, "f4"))
+
+
+@pytest.mark.parametrize("name", ["padded", "strided", "phases differ", "phase by phase"])
+def test_offsets_beyond_32_bits(name: str, only_tile: Callable[[str, Tile], None]) -> None:
+    """Samples more than 2**31 elements apart, in input and output, with every tile that has 64-bit indices."""
+    p = replace(PROBLEMS[name], N=3, dtype="float16")
+    far = 2**31 + 7
+    fresh = Layout.contiguous(p)
+    layout = replace(
+        fresh,
+        input=ArrayLayout((far, *fresh.input.strides[1:]), 2),
+        output=ArrayLayout((-far, *fresh.output.strides[1:]), 2),
+    )
+    x, w, _ = arrays(p)
+    base = hostcuda.convolve(p, x, w, family=BASE[p.op])
+    wide = tiles.tiles_for("float16", 64)
+    assert set(wide) < set(tiles.tiles_for("float16", 32))
+    family = next(f for f in FAMILIES if f.name == TILED[p.op])
+    for tile in wide:
+        only_tile("float16", tile)
+        assert family.configure(p, layout, H200)[1].index_bits == 64
+        y = hostcuda.convolve(p, x, w, layout=layout, family=TILED[p.op], schedule="every")
+        assert y.tobytes() == base.tobytes()
 
 
 @pytest.mark.parametrize(

@@ -14,22 +14,21 @@ from .base import MAX_GRID, Config, Family, Launch, Layout, Pack, index_bits, st
 from .tiles import (
     MAX_BLOCK_N,
     MAX_BLOCK_R,
-    TILES,
     PackedWeight,
     Tile,
     Tiling,
     accumulator_bytes,
     compare_tilings,
-    hanging_samples,
     make_pack,
     pack_config,
+    tiles_for,
     tiling_figures,
     tiling_macros,
     walk_params,
 )
 
-# Strides that get a kernel of their own, in which one address serves a thread's columns: 4 % fewer instructions in the
-# inner loop of the float32 kernel (bench.static on sm_90), worth it for the strides that most layers have.
+# Strides that get a kernel of their own, in which one address serves a thread's columns: 2 % (128x128) to 10 % (32x64)
+# fewer instructions for a chunk of float32 (bench.static on sm_90), worth it for the strides that most layers have.
 COLUMN_STEPS = (1, 2)
 # Below these a tile is mostly empty, and the families for few channels or the base family do as well.
 MIN_ROWS = 5
@@ -75,7 +74,7 @@ class Conv1dTiled(Family):
             "dilation": p.dilation,
             **{name: stride for name, stride in strides.items() if not name.startswith("weight")},
             **self._packed(p, tile).params(),
-            **walk_params(tile, p.K, strides["input_stride_c"], p.dilation * strides["input_stride_l"]),
+            **walk_params(tiling, p.K, strides["input_stride_c"], p.dilation * strides["input_stride_l"]),
         }
         bits = self._index_bits(p, layout)
         return self._config(tile, tiling.column_step, p.dtype, bits), Launch(
@@ -91,8 +90,9 @@ class Conv1dTiled(Family):
 
     def configs(self, device: Device) -> Iterator[Config]:
         for dtype in DTYPES:
-            for tile in TILES[accumulator_bytes(dtype)]:
+            for tile in tiles_for(dtype, 64):
                 yield self._config(tile, 0, dtype, 64)
+            for tile in tiles_for(dtype, 32):
                 for column_step in (0, *COLUMN_STEPS):
                     yield self._config(tile, column_step, dtype, 32)
             for bits in (32, 64):
@@ -100,7 +100,8 @@ class Conv1dTiled(Family):
 
     def _tilings(self, problem: ConvProblem, layout: Layout, device: Device) -> tuple[Tiling, ...]:
         p = problem
-        regular = layout.input.strides[2] == 1 and p.stride in COLUMN_STEPS and self._index_bits(p, layout) == 32
+        bits = self._index_bits(p, layout)
+        regular = layout.input.strides[2] == 1 and p.stride in COLUMN_STEPS and bits == 32
         return compare_tilings(
             rows=p.C_out_g,
             samples=p.N,
@@ -108,6 +109,7 @@ class Conv1dTiled(Family):
             products=p.groups,
             terms=p.C_in_g * p.K,
             column_step=p.stride if regular else 0,
+            bits=bits,
             dtype=p.dtype,
             device=device,
         )
@@ -124,11 +126,11 @@ class Conv1dTiled(Family):
             layout,
             (p.N * p.L_out + MAX_BLOCK_N) * p.groups,
             span + p.L_in,
-            hanging_samples(p.N, p.L_out) * abs(strides["output_stride_n"]) + hanging * abs(strides["output_stride_l"]),
-            (p.N + 1) * abs(strides["input_stride_n"])
-            + MAX_BLOCK_R * abs(strides["input_stride_c"])
+            p.N * abs(strides["output_stride_n"]) + hanging * abs(strides["output_stride_l"]),
+            p.N * abs(strides["input_stride_n"])
+            + (p.C_in + 2 * MAX_BLOCK_R) * abs(strides["input_stride_c"])
             + span * abs(strides["input_stride_l"]),
-            PackedWeight.largest(p.groups, p.C_in_g * p.K, p.C_out_g).num_elements,
+            PackedWeight.most_elements(p.groups, p.C_in_g * p.K, p.C_out_g),
         )
 
     def _packed(self, problem: ConvProblem, tile: Tile) -> PackedWeight:

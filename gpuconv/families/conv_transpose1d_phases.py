@@ -16,15 +16,14 @@ from .base import MAX_GRID, Config, Family, Launch, Layout, Pack, index_bits, st
 from .tiles import (
     MAX_BLOCK_N,
     MAX_BLOCK_R,
-    TILES,
     PackedWeight,
     Tile,
     Tiling,
     accumulator_bytes,
     compare_tilings,
-    hanging_samples,
     make_pack,
     pack_config,
+    tiles_for,
     tiling_figures,
     tiling_macros,
     walk_params,
@@ -73,7 +72,8 @@ class _Product:
         )
 
     def tilings(self, layout: Layout, device: Device) -> tuple[Tiling, ...]:
-        regular = self.phases_in_rows and layout.input.strides[2] == 1 and self.index_bits(layout) == 32
+        bits = self.index_bits(layout)
+        regular = self.phases_in_rows and layout.input.strides[2] == 1 and bits == 32
         return compare_tilings(
             rows=self.rows,
             samples=self.problem.N,
@@ -81,6 +81,7 @@ class _Product:
             products=self.products,
             terms=self.problem.C_in_g * self.taps,
             column_step=1 if regular else 0,
+            bits=bits,
             dtype=self.problem.dtype,
             device=device,
         )
@@ -99,12 +100,11 @@ class _Product:
             self.tap_step * self.tap_step,
             self.tap_step * p.dilation,
             (self.taps + 1) * p.stride,
-            hanging_samples(p.N, self.positions) * abs(strides["output_stride_n"])
-            + hanging * p.stride * abs(strides["output_stride_l"]),
-            (p.N + 1) * abs(strides["input_stride_n"])
-            + MAX_BLOCK_R * abs(strides["input_stride_c"])
+            p.N * abs(strides["output_stride_n"]) + hanging * p.stride * abs(strides["output_stride_l"]),
+            p.N * abs(strides["input_stride_n"])
+            + (p.C_in + 2 * MAX_BLOCK_R) * abs(strides["input_stride_c"])
             + span * abs(strides["input_stride_l"]),
-            PackedWeight.largest(self.products, p.C_in_g * self.taps, self.rows).num_elements,
+            PackedWeight.most_elements(self.products, p.C_in_g * self.taps, self.rows),
         )
 
     def packed(self, tile: Tile) -> PackedWeight:
@@ -157,7 +157,7 @@ class ConvTranspose1dPhases(Family):
             **{name: stride for name, stride in strides.items() if not name.startswith("weight")},
             **product.packed(tile).params(),
             **walk_params(
-                tile,
+                tiling,
                 product.taps,
                 strides["input_stride_c"],
                 -product.position_step * strides["input_stride_l"],
@@ -184,9 +184,10 @@ class ConvTranspose1dPhases(Family):
 
     def configs(self, device: Device) -> Iterator[Config]:
         for dtype in DTYPES:
-            for tile in TILES[accumulator_bytes(dtype)]:
+            for tile in tiles_for(dtype, 32):
                 yield self._config(tile, 1, dtype, 32, phases_in_rows=True)
-                for bits in (32, 64):
+            for bits in (32, 64):
+                for tile in tiles_for(dtype, bits):
                     for phases_in_rows in (False, True):
                         yield self._config(tile, 0, dtype, bits, phases_in_rows)
             for bits in (32, 64):
@@ -195,7 +196,5 @@ class ConvTranspose1dPhases(Family):
 
     def _config(self, tile: Tile, column_step: int, dtype: str, bits: int, phases_in_rows: bool) -> Config:
         macros = tiling_macros(tile, column_step, dtype, bits)
-        if not (phases_in_rows and column_step):  # more addresses or the phase: registers of a lower occupancy
-            macros["MIN_BLOCKS"] = 1
         macros["PHASES_IN_ROWS"] = int(phases_in_rows)
         return Config.of(self.name, {**macros, "PARAMS_BYTES": len(params_fields(self.name)) * bits // 8})

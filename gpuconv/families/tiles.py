@@ -47,7 +47,8 @@ class Tile:
 
     def term_lanes(self, column_step: int) -> int:
         """Threads that load one term of a chunk. Columns of one sample need one address, whatever their number: so few
-        threads that each has one term to follow. Others need an address each: a warp, to keep them few."""
+        threads that each has one term to follow. Others need an address each: a warp, to keep them few.
+        """
         return max(MIN_TERM_LANES, self.threads // self.block_r) if column_step else WARP
 
     def unroll(self, dtype: str) -> int:
@@ -96,15 +97,15 @@ _ISSUE_RATE = 128
 _MULTIPLY_ADD_RATE = {4: 128, 8: 64}
 _BYTES_PER_CYCLE = 18.0
 _LATENCY_CYCLES = 1500.0
-# Instructions of a thread, read from the machine code for sm_90: to load an input of regular and of irregular columns (the
-# copy, the check that it exists, and for the latter an address of its own), more for 16-bit data, which pass through a
-# register; and for each chunk 34 to 48 that are no loads and no multiply-adds.
+# Instructions of a thread, read from the machine code for sm_90: to load an input of regular and of irregular columns
+# (the copy, the check that it exists, and for the latter an address of its own), more for 16-bit data, which pass
+# through a register; and for each chunk 34 to 48 that are no loads and no multiply-adds.
 _INPUT_INSTRUCTIONS = (3, 6)
 _CONVERSION_INSTRUCTIONS = 3
 _CHUNK_INSTRUCTIONS = 40
 # Operands that are loaded one by one, eight neighbours of four rows a warp: instructions each and for a chunk
-# (bench.static, sm_90), and lines of 128 bytes that a warp's load touches, one a cycle; likewise for vectors from shared
-# memory.
+# (bench.static, sm_90), and lines of 128 bytes that a warp's load touches, one a cycle; likewise for vectors from
+# shared memory.
 _GATHER_INSTRUCTIONS = 2.5
 _GATHER_CHUNK_INSTRUCTIONS = 60
 _GATHER_WAVEFRONTS = 4.0
@@ -121,7 +122,8 @@ def _term_cycles(tile: Tile, dtype: str, column_step: int, gathers_rows: bool) -
     rate = _MULTIPLY_ADD_RATE[size // 2 if is_complex else size]
     if gathers_rows:
         loads = (tile.block_m + tile.block_n) / tile.threads
-        instructions = multiply_adds + fetches + _GATHER_INSTRUCTIONS * loads + _GATHER_CHUNK_INSTRUCTIONS / tile.block_r
+        others = _GATHER_INSTRUCTIONS * loads + _GATHER_CHUNK_INSTRUCTIONS / tile.block_r
+        instructions = multiply_adds + fetches + others
         wavefronts = _FETCH_WAVEFRONTS * fetches + _GATHER_WAVEFRONTS * loads
         return tile.threads * max(instructions / _ISSUE_RATE, multiply_adds / rate, wavefronts / WARP)
     for_column = _INPUT_INSTRUCTIONS[column_step == 0] + (_CONVERSION_INSTRUCTIONS if ITEMSIZE[dtype] == 2 else 0)
@@ -142,8 +144,8 @@ def cost(
 ) -> float:
     """Predicted cycles of a launch of `blocks` tiles that sum `terms` products each.
 
-    `column_step` is that of compare_tilings. `gathers_rows` says that the operands of rows are loaded one by one, not in
-    vectors, as for gradients of weights.
+    `column_step` is that of compare_tilings. `gathers_rows` says that the operands of rows are loaded one by one, not
+    in vectors, as for gradients of weights.
 
     A block takes the longer of its arithmetic and its stores; blocks of one multiprocessor share its rates, so a wave
     takes as long as its blocks one after the other, and latency is paid once a wave.

@@ -232,6 +232,11 @@ inline unsigned short float_to_half_bits_rn(float value) {
     return (unsigned short)(sign | (kept + (rest > half || (rest == half && (kept & 1u)))));
 }
 
+template <typename T>
+__forceinline__ T* keep_in_register_shared(T* pointer) {
+    return pointer;
+}
+
 __forceinline__ unsigned block_index_again() { return blockIdx.x; }
 
 template <typename T>
