@@ -192,6 +192,8 @@ def _mma_work(problem: ConvProblem, launch: Launch, report: KernelReport) -> _Wo
 def _tile_waste(problem: ConvProblem, launch: Launch, report: KernelReport) -> float:
     """Outputs that the tiles cover over outputs that there are; 1 for kernels whose macros name no tile."""
     macros = dict(report.config.macros)
+    if report.config.kernel == "conv1d_narrow":
+        return int(macros["THREAD_C"]) / problem.C_out_g
     if not {"BLOCK_M", "BLOCK_N"} <= macros.keys():
         return 1.0
     covered = launch.grid * int(macros["BLOCK_M"]) * int(macros["BLOCK_N"])

@@ -9,6 +9,7 @@ from .bias_gradient_rows import BiasGradientRows
 from .conv1d_depthwise import Conv1dDepthwise
 from .conv1d_direct import Conv1dDirect
 from .conv1d_mma import Conv1dMma
+from .conv1d_narrow import Conv1dNarrow
 from .conv1d_skinny import Conv1dSkinny
 from .conv1d_stem import Conv1dStem
 from .conv1d_tail import Conv1dTail
@@ -31,6 +32,7 @@ FAMILIES: tuple[Family, ...] = (
     Conv1dSkinny(),
     Conv1dStem(),
     Conv1dTail(),
+    Conv1dNarrow(),
     Conv1dTiled(),
     ConvTranspose1dDepthwise(),
     ConvTranspose1dTail(),

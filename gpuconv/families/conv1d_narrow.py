@@ -1,0 +1,163 @@
+"""conv1d_narrow: few output channels a group, any stride and dilation, the input through the cache.
+
+Contract: cuda_src/conv1d_narrow.cu.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+from ..device import Device
+from ..problem import DTYPES, ITEMSIZE, ConvProblem
+from ..source import params_fields
+from .base import MAX_GRID, Config, Family, Launch, Layout, index_bits, stride_params
+
+WARP = 32
+BLOCK_SIZE = 128
+# Output channels that a kernel computes; others take the next.
+ROWS = (2, 4, 6, 8)
+# Columns of a thread by the size of the accumulator: as many as leave registers for loads on their way, for the layers
+# that can have several; or one, where more would leave multiprocessors idle.
+THREAD_L = {4: (4, 1), 8: (2, 1), 16: (1,)}
+# Shared memory that a chunk of weights may take.
+_CHUNK_BYTES = 16 * 1024
+# Figures of the cost model, in clock cycles of a multiprocessor: warp instructions issued in a cycle; instructions of a
+# term besides its multiply-adds, and of each of its columns (bench.static on sm_90); cycles from loads that the cache
+# serves to their data, over the terms that are loaded together; cycles of a block besides.
+_ISSUE = 4.0
+_TERM_SLOTS, _COLUMN_SLOTS = 7.0, 1.0
+_TERM_LATENCY = {1: 12.0, 2: 20.0, 4: 30.0}
+_BLOCK_CYCLES = 2000.0
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A number of columns a thread, and the cycles that the launch should take."""
+
+    thread_l: int
+    blocks: int
+    cycles: float
+
+
+@lru_cache(maxsize=1024)
+def _compare_plans(problem: ConvProblem, device: Device, *, has_several: bool) -> tuple[Plan, ...]:
+    """The possible plans, best first; with several columns a thread or not."""
+    p = problem
+    rows = _rows(p)
+    size = max(4, p.itemsize)
+    plans = []
+    for thread_l in THREAD_L[size] if has_several else (1,):
+        samples, columns = (p.N, p.L_out) if thread_l > 1 else (1, p.N * p.L_out)
+        blocks = -(-columns // (BLOCK_SIZE * thread_l)) * samples * p.groups
+        real_size = size // 2 if p.is_complex else size
+        multiply_adds = rows * thread_l * (4 if p.is_complex else 1) * (2 if real_size == 8 else 1)
+        slots = multiply_adds + rows * size / 16 + _COLUMN_SLOTS * thread_l + _TERM_SLOTS
+        each = -(-blocks // device.num_sms)
+        waves = -(-each // _min_blocks(p.dtype, rows, 32))
+        issue = each * BLOCK_SIZE / WARP * slots / _ISSUE
+        term_cycles = max(issue, waves * _TERM_LATENCY[thread_l])
+        plans.append(Plan(thread_l, blocks, p.C_in_g * p.K * term_cycles + waves * _BLOCK_CYCLES))
+    return tuple(sorted(plans, key=lambda plan: plan.cycles))
+
+
+def _rows(problem: ConvProblem) -> int:
+    return next(rows for rows in ROWS if rows >= problem.C_out_g)
+
+
+def _min_blocks(dtype: str, rows: int, bits: int) -> int:
+    """Blocks of a multiprocessor, which caps the registers of a thread where these suffice."""
+    return 4 if rows > 4 or bits == 64 or dtype == "complex128" else 6
+
+
+class Conv1dNarrow(Family):
+    """All output channels of a group in one thread, each position read once for all of them."""
+
+    name = "conv1d_narrow"
+    op = "conv1d"
+
+    def refuse(self, problem: ConvProblem, layout: Layout, device: Device) -> str | None:
+        if problem.C_out_g > ROWS[-1]:
+            return f"needs C_out/groups <= {ROWS[-1]}"
+        if self._plans(problem, layout, device)[0].blocks > MAX_GRID:
+            return f"needs at most {MAX_GRID} blocks"
+        return None
+
+    def configure(self, problem: ConvProblem, layout: Layout, device: Device) -> tuple[Config, Launch]:
+        p = problem
+        bits = self._index_bits(p, layout)
+        plan = self._plans(p, layout, device)[0]
+        rows = _rows(p) if bits == 32 else ROWS[-1]
+        row_bytes = rows * max(4, p.itemsize)
+        chunk_terms = max(1, min(p.C_in_g * p.K, _CHUNK_BYTES // row_bytes))
+        strides = stride_params(layout, ("out", "in"))
+        tap_step = p.dilation * strides["input_stride_l"]
+        params = {
+            "N": p.N,
+            "L_in": p.L_in,
+            "L_out": p.L_out,
+            "K": p.K,
+            "C_in_g": p.C_in_g,
+            "C_out_g": p.C_out_g,
+            "stride": p.stride,
+            "padding_left": p.padding_left,
+            "dilation": p.dilation,
+            **strides,
+            "column_blocks": plan.blocks // (p.groups * (p.N if plan.thread_l > 1 else 1)),
+            "chunk_terms": chunk_terms,
+            "tap_step": tap_step,
+            "channel_step": strides["input_stride_c"] - (p.K - 1) * tap_step,
+        }
+        config = self._config(rows, plan.thread_l, p.dtype, bits)
+        return config, Launch(plan.blocks, BLOCK_SIZE, chunk_terms * row_bytes, bits, tuple(params.items()))
+
+    def figures(self, problem: ConvProblem, layout: Layout, device: Device) -> tuple[tuple[str, float], ...]:
+        return tuple(
+            (f"{_rows(problem)} channels by {plan.thread_l} columns a thread", plan.cycles)
+            for plan in self._plans(problem, layout, device)
+        )
+
+    def configs(self, device: Device) -> Iterator[Config]:
+        for dtype in DTYPES:
+            for rows in ROWS:
+                for thread_l in THREAD_L[max(4, ITEMSIZE[dtype])]:
+                    yield self._config(rows, thread_l, dtype, 32)
+            yield self._config(ROWS[-1], 1, dtype, 64)
+
+    def _plans(self, problem: ConvProblem, layout: Layout, device: Device) -> tuple[Plan, ...]:
+        is_regular = problem.stride == 1 and layout.input.strides[2] == 1
+        return _compare_plans(problem, device, has_several=is_regular and self._index_bits(problem, layout) == 32)
+
+    def _index_bits(self, problem: ConvProblem, layout: Layout) -> int:
+        # Beyond the arrays the kernel forms columns behind the last, positions of taps outside the input and their
+        # offsets, and in the end the term behind the last.
+        p = problem
+        strides = stride_params(layout, ("out", "in"))
+        span = (p.L_out + 4 * BLOCK_SIZE) * p.stride + p.padding_left + p.dilation * p.K + p.L_in
+        taps = p.K * p.dilation * abs(strides["input_stride_l"])
+        return index_bits(
+            p,
+            layout,
+            span,
+            span * abs(strides["input_stride_l"]) + p.N * abs(strides["input_stride_n"]),
+            (p.C_in_g + 1) * abs(strides["input_stride_c"]) + 2 * taps,
+            (p.N * p.L_out + 4 * BLOCK_SIZE) * p.groups,
+            (p.L_out + 4 * BLOCK_SIZE) * max(1, abs(strides["output_stride_l"])),
+            p.C_in_g * p.K + 2 * _CHUNK_BYTES,
+            (p.C_out + ROWS[-1]) * abs(strides["bias_stride"]),
+        )
+
+    def _config(self, rows: int, thread_l: int, dtype: str, bits: int) -> Config:
+        return Config.of(
+            self.name,
+            {
+                "DTYPE": dtype,
+                "INDEX_BITS": bits,
+                "BLOCK_SIZE": BLOCK_SIZE,
+                "THREAD_C": rows,
+                "THREAD_L": thread_l,
+                "MIN_BLOCKS": _min_blocks(dtype, rows, bits),
+                "PARAMS_BYTES": len(params_fields(self.name)) * bits // 8,
+            },
+        )
