@@ -5,11 +5,14 @@ each tap. The positions are cut into tiles, and each tile adds to the sums in on
 
 - dots: b is a single channel per group, a has few. A view of b as all of its windows is multiplied by a, in vector
   products whose operands stay in the cache.
-- panels: the windows of b are copied one below the other into a panel, for one matrix product with a. Where the stride
-  is one the roles can be swapped, and the array with fewer channels becomes b.
-- taps: one product per tap of what exists of its window. Both other forms multiply a by zeros where a window leaves
-  the array. A zero is harmless until it meets an infinity or a NaN, so sums that are not finite are computed again in
-  this form, which multiplies by nothing that is not there.
+- taps: b has several channels. It is copied with its channels next to each other, so that each tap is a matrix product
+  of a with a view of that copy.
+- panels: b has few channels, or few positions. Its windows are copied one below the other into a panel, for one matrix
+  product with a.
+
+Where the stride is one the roles can be swapped, and the array with fewer channels becomes b. All forms multiply a by
+zeros where a window leaves the array. A zero is harmless until it meets an infinity or a NaN, so sums that are not
+finite are computed again from what exists of each window alone.
 
 Which tiles make up a sum depends on the problem alone. So do the slices into which the positions are cut for several
 threads; their sums are added in one order.
@@ -19,9 +22,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -50,6 +53,14 @@ _ROWS = 512
 _WINDOWS = 512
 _POSITIONS = 2048
 _FEWEST_POSITIONS = 256
+
+# Channels and positions that taps pay for; rows and channels of a small product of theirs, the most rows that are cut
+# into small products, and the multiply-adds of a NumPy call of several products.
+_TAPS_CHANNELS = 8
+_TAPS_POSITIONS = 64
+_SMALL_TILE = 64
+_SMALL_ROWS = 256
+_CALL = 4_000_000
 
 # Multiply-adds from which a second thread pays, and elements that are worth a thread's time to sum.
 _WORTH_THREADS = 20_000_000
@@ -178,19 +189,23 @@ class _Form:
     """Block sizes: of the sums (`groups`, `rows`, `channels`, `taps`) and of a tile (`samples`, `positions`).
 
     Attributes:
-        dots: the form is dots, not panels.
+        name: of the form.
+        depth: the positions of one product; a tile of taps can have several.
+        tile_rows: the rows of one product.
         slices: the parts into which the tiles are cut, each with sums of its own.
     """
 
     roles: _Correlation
-    dots: bool
+    name: Literal["dots", "taps", "panels"]
     groups: int
     rows: int
     channels: int
     taps: int
     samples: int
     positions: int
-    slices: int
+    depth: int
+    tile_rows: int
+    slices: int = 1
 
     def blocks(self) -> list[_Block]:
         r = self.roles
@@ -218,15 +233,27 @@ class _Form:
         sums = self.groups * self.rows * self.channels * self.taps
         columns = self.groups * self.samples * self.positions
         low, high = self.roles.window(0, self.positions, slice(0, self.taps))
+        window = self.groups * self.samples * self.channels * (high - low)
         buffers = {
             "sums": sums,
-            "product": sums * self.samples if self.dots else sums,
+            "product": sums,
             "a": columns * self.rows,
-            "b": self.groups * self.samples * (high - low) if self.dots else columns * self.channels * self.taps,
+            "b": columns * self.channels * self.taps if self.name == "panels" else window,
         }
-        # The form of taps needs of b one window at a time.
+        if self.name == "dots":
+            buffers["product"] = sums * self.samples
+        if self.name == "taps":
+            buffers["product"] = sums * max(1, self.positions // self.depth)
+        # The exact form needs of b one window at a time.
         buffers["b"] = max(buffers["b"], self.groups * self.positions * self.channels)
         return buffers
+
+    def is_small(self, p: WeightGradientProblem) -> bool:
+        """Whether BLAS computes the products on the calling thread, so that several threads can."""
+        if self.name == "dots":
+            return True
+        windows = self.channels * (self.taps if self.name == "panels" else 1)
+        return self.tile_rows * windows * self.depth <= small_product(p.is_complex)
 
 
 class _Plan(NamedTuple):
@@ -235,44 +262,73 @@ class _Plan(NamedTuple):
     workers: int
 
 
+_REASONS = {
+    "dots": "one channel against few: vector products of windows in place",
+    "taps": "several channels: a matrix product for each tap",
+    "panels": "few channels or positions: windows side by side, for matrix products",
+}
+
+
 @lru_cache(maxsize=4096)
 def _plan(p: WeightGradientProblem) -> _Plan:
     if 0 in p.weight_shape or p.terms == 0:
         return _Plan(Method("nothing", "every sum is empty, or there are none", 0), None, 1)
-    form = _dots(p) or _panels(p)
-    size = accumulator(p.dtype).itemsize
-    buffers = form.memory()
-    # The sums are also compared with infinity, one byte per element, and those of dots are summed over the samples.
-    each = (sum(buffers.values()) + buffers["sums"]) * size + buffers["sums"]
-    shared = form.slices * math.prod(p.weight_shape) * size if form.slices > 1 else 0
-    items = len(form.blocks()) * form.slices
-    workers = min(_MAX_WORKERS, items) if _is_concurrent(p, form) else 1
-    if form.dots:
-        name, reason = "dots", "one channel against few: vector products of windows in place"
-    else:
-        name, reason = "panels", "windows side by side in a panel, for matrix products"
-    return _Plan(Method(name, reason, shared + workers * each), form, workers)
-
-
-def _dots(p: WeightGradientProblem) -> _Form | None:
-    """None where there are too many channels."""
     roles, size = _Correlation.of(p), accumulator(p.dtype).itemsize
-    if roles.C > 1 or roles.R > _DOT_ROWS:
-        return None
-    row = _DOT_ROW // size
-    positions = min(roles.L_a, row)
+    if roles.C == 1 and roles.R <= _DOT_ROWS:
+        form = _dots(p, roles)
+    elif roles.C >= _TAPS_CHANNELS and roles.L_a >= _TAPS_POSITIONS:
+        form = _taps(p, roles)
+    else:
+        form = _panels(p, roles)
+    concurrent = form.is_small(p) and p.terms * math.prod(p.weight_shape) > _WORTH_THREADS
+    if concurrent:
+        # Slices for several threads, as far as their sums are small.
+        wanted = -(-_MAX_WORKERS // len(form.blocks()))
+        number = min(wanted, form.num_tiles, _PARTIAL_SUMS // (math.prod(p.weight_shape) * size))
+        form = replace(form, slices=max(1, number))
+    buffers = form.memory()
+    # The sums are also compared with infinity, one byte per element.
+    each = sum(buffers.values()) * size + buffers["sums"]
+    shared = form.slices * math.prod(p.weight_shape) * size if form.slices > 1 else 0
+    workers = min(_MAX_WORKERS, len(form.blocks()) * form.slices) if concurrent else 1
+    return _Plan(Method(form.name, _REASONS[form.name], shared + workers * each), form, workers)
+
+
+def _dots(p: WeightGradientProblem, roles: _Correlation) -> _Form:
+    size = accumulator(p.dtype).itemsize
+    row, budget = _DOT_ROW // size, _CONCURRENT_PANEL // size
     # A large stride or dilation: the window must not grow with it.
-    positions = max(1, min(positions, _CONCURRENT_PANEL // size // roles.stride))
-    taps = min(roles.K, max(1, _CONCURRENT_PANEL // size // roles.dilation))
+    positions = max(1, min(roles.L_a, row, budget // roles.stride))
+    taps = min(roles.K, max(1, budget // roles.dilation))
     low, high = roles.window(0, positions, slice(0, taps))
     samples = min(roles.N, max(1, row // roles.L_a))
-    budget = _CONCURRENT_PANEL // size
     groups = max(1, min(roles.G, budget // (samples * max(high - low, positions * roles.R, taps * roles.R))))
-    return _sliced(p, _Form(roles, True, groups, roles.R, 1, taps, samples, positions, 1))
+    return _Form(roles, "dots", groups, roles.R, 1, taps, samples, positions, positions, roles.R)
 
 
-def _panels(p: WeightGradientProblem) -> _Form:
-    roles, size = _Correlation.of(p), accumulator(p.dtype).itemsize
+def _taps(p: WeightGradientProblem, roles: _Correlation) -> _Form:
+    size, small = accumulator(p.dtype).itemsize, small_product(p.is_complex)
+    rows = min(roles.R, _ROWS)
+    large_work = p.terms * math.prod(p.weight_shape) > _WORTH_THREADS * 10
+    if roles.R <= _SMALL_TILE or (large_work and roles.R <= _SMALL_ROWS):
+        tile_rows, channels, budget = min(rows, _SMALL_TILE), min(roles.C, _SMALL_TILE), _CONCURRENT_PANEL // size
+        depth = min(_POSITIONS, small // (tile_rows * channels))
+    else:
+        tile_rows, channels, budget = rows, min(roles.C, _ROWS), _PANEL // size
+        depth = _POSITIONS
+    depth = max(1, min(roles.L_a, depth, budget // (channels * roles.stride)))
+    taps = max(1, min(roles.K, _SUMS // size // (rows * channels), budget // (channels * roles.dilation)))
+    work = taps * rows * channels * depth
+    products = min(-(-_CALL // work), roles.L_a // depth, budget // (channels * roles.stride * depth))
+    products = max(1, min(products, 2 * _SUMS // size // (taps * rows * channels)))
+    positions = depth * products
+    low, high = roles.window(0, positions, slice(0, taps))
+    groups = min(roles.G, budget // (max(channels * (high - low), rows * positions)), -(-_CALL // (work * products)))
+    return _Form(roles, "taps", max(1, groups), rows, channels, taps, 1, positions, depth, tile_rows)
+
+
+def _panels(p: WeightGradientProblem, roles: _Correlation) -> _Form:
+    size = accumulator(p.dtype).itemsize
     rows = min(roles.R, _ROWS)
     taps = min(roles.K, _WINDOWS)
     channels = min(roles.C, max(1, _WINDOWS // taps))
@@ -284,32 +340,10 @@ def _panels(p: WeightGradientProblem) -> _Form:
     positions = max(1, min(positions, panel // max(channels * taps, rows)))
     samples = max(1, min(roles.N, positions // roles.L_a))
     positions = min(positions, roles.L_a)
-    sums = _SUMS // size
     columns = samples * positions
+    sums = _SUMS // size
     groups = max(1, min(roles.G, panel // (columns * max(channels * taps, rows)), sums // (rows * channels * taps)))
-    return _sliced(p, _Form(roles, False, groups, rows, channels, taps, samples, positions, 1))
-
-
-def _is_small(p: WeightGradientProblem, form: _Form) -> bool:
-    """Whether BLAS computes the products on the calling thread, so that several threads can."""
-    depth = form.samples * form.positions
-    return form.dots or form.rows * form.channels * form.taps * depth <= small_product(p.is_complex)
-
-
-def _is_concurrent(p: WeightGradientProblem, form: _Form) -> bool:
-    return _is_small(p, form) and p.terms * math.prod(p.weight_shape) > _WORTH_THREADS
-
-
-def _sliced(p: WeightGradientProblem, form: _Form) -> _Form:
-    """The form with enough slices for several threads, as far as their sums are small."""
-    if not _is_concurrent(p, form):
-        return form
-    wanted = -(-_MAX_WORKERS // len(form.blocks()))
-    sums = math.prod(p.weight_shape) * accumulator(p.dtype).itemsize
-    number = max(1, min(wanted, form.num_tiles, _PARTIAL_SUMS // sums))
-    return _Form(
-        form.roles, form.dots, form.groups, form.rows, form.channels, form.taps, form.samples, form.positions, number
-    )  # fmt: skip
+    return _Form(roles, "panels", groups, rows, channels, taps, samples, positions, columns, rows)
 
 
 # -- the forms ---------------------------------------------------------------------------------------------------------
@@ -356,20 +390,22 @@ class _Call:
 
     def _compute(self, block: _Block, index: int, part: Array, scratch: Scratch) -> None:
         """The sums of a block over a slice."""
-        sums = scratch.take("sums", *block.shape)
+        add = {"dots": self._add_dots, "taps": self._add_taps, "panels": self._add_panel}[self.form.name]
+        if self.form.name == "taps":  # each tap is a matrix
+            G, R, C, K = block.shape
+            sums = scratch.take("sums", G, K, R, C).transpose(0, 2, 3, 1)
+        else:
+            sums = scratch.take("sums", *block.shape)
         sums[...] = 0
         within = True
         for samples, positions in self.form.tiles(index):
             low, high = self.roles.window(positions.start, positions.stop, block.taps)
             within &= low >= 0 and high <= self.roles.L_b
-            if self.form.dots:
-                self._add_dots(sums, block, samples, positions, scratch)
-            else:
-                self._add_panel(sums, block, samples, positions, scratch)
+            add(sums, block, samples, positions, scratch)
         if not within and not is_finite(sums):
             sums[...] = 0
             for samples, positions in self.form.tiles(index):
-                self._add_taps(sums, block, samples, positions, scratch)
+                self._add_exactly(sums, block, samples, positions, scratch)
         part[block.groups, block.rows, block.channels, block.taps] = sums
 
     def _add_dots(self, sums: Array, block: _Block, samples: slice, at: slice, scratch: Scratch) -> None:
@@ -433,6 +469,44 @@ class _Call:
         np.add(sums, product.reshape(sums.shape), out=sums)
 
     def _add_taps(self, sums: Array, block: _Block, samples: slice, at: slice, scratch: Scratch) -> None:
+        form, roles, (G, R, C, K) = self.form, self.roles, block.shape
+        low, high = roles.window(at.start, at.stop, block.taps)
+        first = min(max(low, 0), high)
+        last = max(min(high, roles.L_b), first)
+        staged = scratch.take("b", G, high - low, C)
+        staged[:, : first - low] = 0
+        staged[:, first - low : last - low] = self.b[samples.start, block.groups, block.channels, first:last].swapaxes(
+            1, 2
+        )
+        staged[:, last - low :] = 0
+        if roles.conjugate_b:
+            np.conjugate(staged, out=staged)
+        s_g, s_l, s_c = staged.strides
+        a = self._read_a(block, samples, at, scratch)[0]
+        by_tap = sums.transpose(0, 3, 1, 2)
+        whole = (at.stop - at.start) // form.depth * form.depth
+        for start, stop in ((0, whole), (whole, at.stop - at.start)):
+            if start == stop:
+                continue
+            depth = min(form.depth, stop - start)
+            products = (stop - start) // depth
+            windows = as_strided(
+                staged[:, start * roles.stride :],
+                (G, products, K, 1, depth, C),
+                (s_g, s_l * roles.stride * depth, s_l * roles.dilation, 0, s_l * roles.stride, s_c),
+            )
+            product = scratch.take("product", G, products, K, R, C)
+            whole_rows = R // form.tile_rows * form.tile_rows
+            for begin, end in ((0, whole_rows), (whole_rows, R)):
+                if begin < end:
+                    rows = min(form.tile_rows, end - begin)
+                    tiles = a[:, begin:end, start:stop].reshape(G, -1, rows, products, depth).transpose(0, 3, 1, 2, 4)
+                    part = product[..., begin:end, :]
+                    np.matmul(tiles[:, :, None], windows, out=part.reshape(*part.shape[:3], -1, rows, C))
+            for index in range(products):
+                np.add(by_tap, product[:, index], out=by_tap)
+
+    def _add_exactly(self, sums: Array, block: _Block, samples: slice, at: slice, scratch: Scratch) -> None:
         roles, (G, R, C, K) = self.roles, block.shape
         for n in range(samples.start, samples.stop):
             for k in range(K):
