@@ -149,6 +149,10 @@ CASES: tuple[Case, ...] = (
     _conv("channels_66_48", 1, 66, 48, 18, 3, "channels", padding=1),
     _conv("channels_64_128", 1, 64, 128, 40, 3, "channels", padding=1),
     _conv("channels_129_5", 1, 129, 5, 40, 3, "channels", padding=1),
+    # Channels and terms enough for tensor cores in every arithmetic.
+    _conv("dense_stride3", 2, 20, 36, 50, 7, "dense", stride=3, padding=(9, 4)),
+    _conv("dense_dilation5", 2, 36, 20, 41, 3, "dense", dilation=5, padding=(11, 3)),
+    _conv("dense_groups3", 1, 51, 63, 47, 5, "dense", groups=3, stride=2, dilation=3, padding=6, bias=False),
     # Lengths.
     _conv("length1", 4, 5, 6, 1, 1, "length"),
     _conv("length1_padded", 2, 5, 6, 1, 3, "length", padding=1),
@@ -218,6 +222,10 @@ CASES: tuple[Case, ...] = (
     _transposed("up_one_output_channel", 2, 48, 1, 30, 6, "channels", stride=3, padding=1),
     _transposed("up_channels_64_64", 1, 64, 64, 40, 4, "channels", stride=2, padding=1),
     _transposed("up_channels_17_66", 1, 17, 66, 15, 3, "channels", stride=2),
+    _transposed("up_dense_stride3", 2, 24, 12, 19, 7, "dense", stride=3, padding=(2, 5)),
+    _transposed("up_dense_dilation3", 1, 36, 20, 22, 3, "dense", dilation=3, padding=4),
+    _transposed("up_dense_dilation6_stride4", 1, 36, 18, 11, 5, "dense", dilation=6, stride=4, padding=(1, 7)),
+    _transposed("up_dense_groups2", 1, 64, 40, 13, 5, "dense", groups=2, stride=2, padding=2, output_padding=1),
     _transposed("up_length1", 2, 5, 6, 1, 4, "length", stride=2, padding=1),
     _transposed("up_length127", 1, 3, 4, 64, 1, "length", stride=2),
     _transposed("up_length128", 1, 3, 4, 64, 4, "length", stride=2, padding=1),

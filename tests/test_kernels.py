@@ -20,7 +20,7 @@ from gpuconv.cases import CASES, Case, Data
 from gpuconv.device import Device
 from gpuconv.families import FAMILIES, ArrayLayout, Config, Family, Launch, Layout
 from gpuconv.families.base import contiguous_strides
-from gpuconv.problem import DTYPES, ConvProblem, numpy_dtype
+from gpuconv.problem import DTYPES, ConvProblem
 from gpuconv.verify import chunk_bounds, same_bits
 from tests import hostcuda
 from tests.conftest import BACKENDS
@@ -32,6 +32,8 @@ BASE = {"conv1d": "conv1d_direct", "conv_transpose1d": "conv_transpose1d_gather"
 BASE_FAMILIES = tuple(family for family in FAMILIES if family.name in BASE.values())
 FAST_FAMILIES = tuple(family for family in FAMILIES if family not in BASE_FAMILIES)
 GROUPS = tuple(dict.fromkeys(case.tags[0] for case in CASES))
+MODES = (*DTYPES, "tf32")  # of data, and float32 with precision="tf32"
+TENSOR_MODES = ("float16", "bfloat16", "float32", "tf32")
 LAYERS_FILE = Path(__file__).resolve().parent.parent / "bench" / "layers.json"
 
 by_name = {"ids": lambda value: getattr(value, "name", value)}
@@ -44,18 +46,27 @@ def takes(family: Family, problem: ConvProblem, layout: Layout | None = None) ->
     return family.refuse(problem, layout or Layout.contiguous(problem), DEVICE) is None
 
 
-def taken_cases(family: Family, dtype: str, group: str) -> list[Case]:
-    return [case for case in CASES if case.tags[0] == group and takes(family, case.at(dtype))]
+def at(case: Case, mode: str) -> ConvProblem:
+    return replace(case.at("float32"), precision="tf32") if mode == "tf32" else case.at(mode)
+
+
+def modes(family: Family) -> tuple[str, ...]:
+    """Those in which a family's kernels differ: CUDA cores have no TF32 and compute as they do in float32."""
+    return DTYPES if family.canonical_order else MODES
+
+
+def taken_cases(family: Family, mode: str, group: str) -> list[Case]:
+    return [case for case in CASES if case.tags[0] == group and takes(family, at(case, mode))]
 
 
 def items(families: tuple[Family, ...]) -> list[tuple[Family, str, str]]:
-    """The (family, dtype, group) of which the family takes at least one case."""
+    """The (family, mode, group) of which the family takes at least one case."""
     return [
-        (family, dtype, group)
+        (family, mode, group)
         for family in families
-        for dtype in DTYPES
+        for mode in modes(family)
         for group in GROUPS
-        if taken_cases(family, dtype, group)
+        if taken_cases(family, mode, group)
     ]
 
 
@@ -98,9 +109,9 @@ def kernels() -> None:
     chosen = {
         family.configure(problem, Layout.contiguous(problem), DEVICE)[0]
         for family in FAMILIES
-        for dtype in DTYPES
+        for mode in modes(family)
         for case in CASES
-        for problem in variants(case.at(dtype))
+        for problem in variants(at(case, mode))
         if takes(family, problem)
     }
     hostcuda.prebuild([*chosen, *(with_64_bits(config) for config in chosen if config.kernel in BASE.values())])
@@ -114,33 +125,34 @@ def test_the_table_reaches_the_family(family: Family) -> None:
     assert sum(takes(family, case.problem) for case in CASES) >= 5
 
 
-@pytest.mark.parametrize(("family", "dtype", "group"), items(FAMILIES), **by_name)
-def test_exact(family: Family, dtype: str, group: str) -> None:
+@pytest.mark.parametrize(("family", "mode", "group"), items(FAMILIES), **by_name)
+def test_exact(family: Family, mode: str, group: str) -> None:
     """Small integers: the reference bit for bit, whatever the order of the threads."""
-    for case in taken_cases(family, dtype, group):
-        p = case.at(dtype)
+    for case in taken_cases(family, mode, group):
+        p = at(case, mode)
         data = cases.exact_data(p, seed=11)
         assert_same_bits(run(family, p, data, "every"), exact_result(p, data), case.name)
 
 
-@pytest.mark.parametrize(("family", "dtype", "group"), items(FAMILIES), **by_name)
-def test_rounding(family: Family, dtype: str, group: str) -> None:
-    """Within the error bound, the same bits whatever the order of the threads, and the bits of the base family."""
-    for case in taken_cases(family, dtype, group):
-        p = case.at(dtype)
+@pytest.mark.parametrize(("family", "mode", "group"), items(FAMILIES), **by_name)
+def test_rounding(family: Family, mode: str, group: str) -> None:
+    """Within the error bound, the same bits whatever the order of the threads, and those of the base family."""
+    for case in taken_cases(family, mode, group):
+        p = at(case, mode)
         for kind in cases.RANDOM_KINDS:
             data = cases.random_data(p, 12, kind)
             output = run(family, p, data, "every" if kind == "normal" else "forward")
             assert_within_bound(p, output, data)
-            if family in FAST_FAMILIES and kind != "nonfinite":  # NaNs have more than one encoding
+            # NaNs have more than one encoding.
+            if family in FAST_FAMILIES and family.canonical_order and kind != "nonfinite":
                 base = hostcuda.convolve(p, *data, family=BASE[p.op], device=DEVICE)
                 assert_same_bits(output, base, (case.name, kind))
 
 
-@pytest.mark.parametrize(("family", "dtype", "group"), items(FAMILIES), **by_name)
-def test_bits_do_not_depend_on_the_batch(family: Family, dtype: str, group: str) -> None:
-    for case in taken_cases(family, dtype, group):
-        p = cases.with_batch(case.at(dtype), 5)
+@pytest.mark.parametrize(("family", "mode", "group"), items(FAMILIES), **by_name)
+def test_bits_do_not_depend_on_the_batch(family: Family, mode: str, group: str) -> None:
+    for case in taken_cases(family, mode, group):
+        p = cases.with_batch(at(case, mode), 5)
         one = cases.with_batch(p, 1)
         data = cases.random_data(p, 13)
         whole = run(family, p, data)
@@ -149,10 +161,10 @@ def test_bits_do_not_depend_on_the_batch(family: Family, dtype: str, group: str)
             assert_same_bits(alone, whole[n : n + 1], (case.name, n))
 
 
-@pytest.mark.parametrize(("family", "dtype", "group"), items(FAMILIES), **by_name)
-def test_bits_do_not_depend_on_the_chunk(family: Family, dtype: str, group: str) -> None:
-    for case in taken_cases(family, dtype, group):
-        p = case.at(dtype)
+@pytest.mark.parametrize(("family", "mode", "group"), items(FAMILIES), **by_name)
+def test_bits_do_not_depend_on_the_chunk(family: Family, mode: str, group: str) -> None:
+    for case in taken_cases(family, mode, group):
+        p = at(case, mode)
         if p.L_in == 0 or p.L_out < 3:  # nothing to cut
             continue
         data = cases.random_data(p, 14)
@@ -184,19 +196,23 @@ def edges(config: Config) -> list[int]:
     return sorted({factor * tile + step for tile in tiles for factor in (1, 2) for step in (-1, 0, 1)} - {0})
 
 
-def edge_templates(family: Family, dtype: str) -> list[ConvProblem]:
+def edge_templates(family: Family, mode: str) -> list[ConvProblem]:
     """One sample of the first cases of some groups that the family takes, and a layer with one output channel."""
-    found = [taken_cases(family, dtype, group)[:1] for group in ("kernel", "stride", "dilation", "groups")]
-    narrow = [case for case in taken_cases(family, dtype, "channels") if case.problem.C_out == 1][:1]
-    return [cases.with_batch(case.at(dtype), 1) for few in (*found, narrow) for case in few]
+    found = [taken_cases(family, mode, group)[:1] for group in ("kernel", "stride", "dilation", "groups")]
+    narrow = [case for case in taken_cases(family, mode, "channels") if case.problem.C_out == 1][:1]
+    dense = [] if family.canonical_order else taken_cases(family, mode, "dense")
+    return [cases.with_batch(at(case, mode), 1) for few in (*found, narrow, dense) for case in few]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("family", FAMILIES, **by_name)
-def test_edge_lengths(family: Family, dtype: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "mode"),
+    [(family, mode) for family in FAMILIES for mode in modes(family) if edge_templates(family, mode)],
+    **by_name,
+)
+def test_edge_lengths(family: Family, mode: str) -> None:
     """Lengths around every tile size: each position written once, none beyond the end."""
     checked = 0
-    for template in edge_templates(family, dtype):
+    for template in edge_templates(family, mode):
         config, _ = family.configure(template, Layout.contiguous(template), DEVICE)
         for length in edges(config):
             p = with_output_length(template, length)
@@ -288,13 +304,13 @@ def output_strides(problem: ConvProblem, name: str) -> tuple[int, int, int]:
     }[name]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mode", DTYPES)
 @pytest.mark.parametrize("family", BASE_FAMILIES, **by_name)
-def test_layouts(family: Family, dtype: str) -> None:
+def test_layouts(family: Family, mode: str) -> None:
     """Strided, reversed, permuted, broadcast and packed arrays are read and written in place, with the same bits."""
     for group in GROUPS:
-        for case in taken_cases(family, dtype, group)[:2]:
-            p = case.at(dtype)
+        for case in taken_cases(family, mode, group)[:2]:
+            p = at(case, mode)
             if not p.batched:
                 continue
             data = cases.random_data(p, 16)
@@ -324,11 +340,11 @@ def with_64_bits(config: Config) -> Config:
     return Config.of(config.kernel, {**macros, "INDEX_BITS": 64, "PARAMS_BYTES": 8 * fields})
 
 
-@pytest.mark.parametrize(("family", "dtype", "group"), items(BASE_FAMILIES), **by_name)
-def test_64_bit_indices(family: Family, dtype: str, group: str) -> None:
+@pytest.mark.parametrize(("family", "mode", "group"), items(BASE_FAMILIES), **by_name)
+def test_64_bit_indices(family: Family, mode: str, group: str) -> None:
     """The 64-bit specialisation, which only huge arrays get, gives the bits of the 32-bit one."""
-    for case in taken_cases(family, dtype, group):
-        p = case.at(dtype)
+    for case in taken_cases(family, mode, group):
+        p = at(case, mode)
         data = cases.random_data(p, 17)
         config, launch = family.configure(p, Layout.contiguous(p), DEVICE)
         assert launch.index_bits == 32
@@ -368,11 +384,11 @@ def layers() -> list[dict[str, Any]]:
     return found
 
 
-def shrunk(layer: dict[str, Any], dtype: str) -> ConvProblem:
+def shrunk(layer: dict[str, Any], mode: str, channels: int = 4) -> ConvProblem:
     """A benchmark layer on an input just long enough for every tap to meet data, as far as `LAYER_FLOPS` allows.
 
-    N and L shrink first, then output channels of each group, then the number of groups; K, stride, dilation, padding
-    and the input channels of a group stay.
+    N and L shrink first, then output channels of each group down to `channels`, then the number of groups; K, stride,
+    dilation, padding and the input channels of a group stay.
     """
     span = layer["dilation"] * (layer["kernel_size"] - 1) + 1
     is_transposed = layer["op"] == "conv_transpose1d"
@@ -392,16 +408,18 @@ def shrunk(layer: dict[str, Any], dtype: str) -> ConvProblem:
             dilation=layer["dilation"],
             groups=groups,
             output_padding=layer["output_padding"],
-            dtype=dtype,
+            dtype="float32" if mode == "tf32" else mode,
             has_bias=layer["bias"],
+            precision="tf32" if mode == "tf32" else "float32",
         )
 
-    shortest = max(1, span - layer["pad_left"] - layer["pad_right"])
+    trimmed = layer["pad_left"] + layer["pad_right"]
+    shortest = max(1, -(-(trimmed + 1 - span) // layer["stride"]) + 1 if is_transposed else span - trimmed)
     L_in = min(layer["length"], max(longest, shortest, 8))
     C_out_g, groups = layer["out_channels"] // layer["groups"], layer["groups"]
-    real = 4 if dtype.startswith("complex") else 1
+    real = 4 if mode.startswith("complex") else 1
     while problem(L_in, C_out_g, groups).flops() > LAYER_FLOPS * real:
-        if C_out_g > 4:
+        if C_out_g > channels:
             C_out_g //= 2
         elif groups > 2:
             groups //= 2
@@ -412,19 +430,26 @@ def shrunk(layer: dict[str, Any], dtype: str) -> ConvProblem:
     return problem(L_in, C_out_g, groups)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "complex64"])
-@pytest.mark.parametrize("family", FAMILIES, **by_name)
-def test_benchmark_layers(family: Family, dtype: str) -> None:
-    """The layers that we measure on: the base families within the bound, every other with the bits of its base."""
+@pytest.mark.parametrize(
+    ("family", "mode"),
+    [
+        (family, mode)
+        for family in FAMILIES
+        for mode in (("float32", "bfloat16", "complex64") if family.canonical_order else TENSOR_MODES)
+    ],
+    **by_name,
+)
+def test_benchmark_layers(family: Family, mode: str) -> None:
+    """The layers that we measure on: the bits of the base families, and within the bound what has other bits."""
     assert len(layers()) == 81
     checked = 0
     for layer in layers():
-        p = shrunk(layer, dtype)
+        p = shrunk(layer, mode, 4 if family.canonical_order else 32)
         if not takes(family, p):
             continue
         data = cases.random_data(p, 19)
         output = run(family, p, data)
-        if family in BASE_FAMILIES:
+        if family in BASE_FAMILIES or not family.canonical_order:
             assert_within_bound(p, output, data)
         else:
             assert_same_bits(output, hostcuda.convolve(p, *data, family=BASE[p.op], device=DEVICE), layer["name"])
@@ -453,17 +478,20 @@ def only(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Family], None]]:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("family", "dtype", "group"), items(FAMILIES), **by_name)
-def test_gpu_gives_the_bits_of_hostcuda(family: Family, dtype: str, group: str, only: Callable[[Family], None]) -> None:
-    """The public function on CuPy arrays against the same kernel text on the CPU."""
+@pytest.mark.parametrize(("family", "mode", "group"), items(FAMILIES), **by_name)
+def test_gpu_gives_the_bits_of_hostcuda(family: Family, mode: str, group: str, only: Callable[[Family], None]) -> None:
+    """The public function on CuPy arrays against the same kernel text on the CPU.
+
+    The bits of sums on tensor cores are those of the GPU at hand.
+    """
     only(family)
-    for case in taken_cases(family, dtype, group):
-        p = case.at(dtype)
+    for case in taken_cases(family, mode, group):
+        p = at(case, mode)
         for kind in cases.RANDOM_KINDS:
             data = cases.random_data(p, 20, kind)
             output = BACKENDS["gpu"].convolve(p, *data)
-            assert output.dtype == numpy_dtype(dtype)
-            if kind == "nonfinite":  # NaNs have more than one encoding
+            assert output.dtype == data.input.dtype
+            if kind == "nonfinite" or not family.canonical_order:  # NaNs have more than one encoding
                 assert_within_bound(p, output, data)
             else:
                 assert_same_bits(output, run(family, p, data), (case.name, kind))

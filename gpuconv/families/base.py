@@ -130,6 +130,18 @@ class Pack:
     num_bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class SecondPass:
+    """A kernel that runs after a family's own and makes the output of the partial sums that it left in a buffer.
+
+    Both take the buffer behind their other arrays.
+    """
+
+    config: Config
+    launch: Launch
+    num_bytes: int
+
+
 class Family(ABC):
     """A kernel family: one `.cu` file and the pure functions that decide when and how it runs.
 
@@ -140,6 +152,9 @@ class Family(ABC):
     """The one word for the file, the kernel function, the family and the test id: ``<op>_<algorithm>``."""
 
     op: ClassVar[Op]
+
+    canonical_order: ClassVar[bool] = True
+    """Whether it sums as the base families do, c_in outer and k inner: the families that do agree in every bit."""
 
     @abstractmethod
     def refuse(self, problem: ConvProblem, layout: Layout, device: Device) -> str | None:
@@ -154,6 +169,10 @@ class Family(ABC):
 
     def pack(self, problem: ConvProblem, layout: Layout, device: Device) -> Pack | None:
         """How the weights are packed for `configure`'s kernel, or None where it reads them as they are."""
+        return None
+
+    def second_pass(self, problem: ConvProblem, layout: Layout, device: Device) -> SecondPass | None:
+        """The kernel that finishes what `configure`'s began, or None where that writes the output."""
         return None
 
     def figures(self, problem: ConvProblem, layout: Layout, device: Device) -> tuple[tuple[str, float], ...]:
