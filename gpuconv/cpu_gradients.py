@@ -37,6 +37,9 @@ Array = npt.NDArray[Any]
 
 _MIB = 1024 * 1024
 
+# The memory that a call may take, or a quarter of its arrays where that is more. It limits the number of threads.
+_WORKSPACE = 28 * _MIB
+
 # Bytes of a panel, where there is one thread and where there are several, of a block of sums, of the sums of all slices
 # but the first, and of the rows that dots work on: a and a window of b stay in the first- or second-level cache.
 _PANEL = 4 * _MIB
@@ -290,7 +293,9 @@ def _plan(p: WeightGradientProblem) -> _Plan:
     # The sums are also compared with infinity, one byte per element.
     each = sum(buffers.values()) * size + buffers["sums"]
     shared = form.slices * math.prod(p.weight_shape) * size if form.slices > 1 else 0
-    workers = min(_MAX_WORKERS, len(form.blocks()) * form.slices) if concurrent else 1
+    allowed = max(_WORKSPACE, (math.prod(p.coarse_shape) + math.prod(p.fine_shape)) * p.itemsize // 4)
+    workers = min(_MAX_WORKERS, len(form.blocks()) * form.slices, (allowed - shared) // each) if concurrent else 1
+    workers = max(1, workers)
     return _Plan(Method(form.name, _REASONS[form.name], shared + workers * each), form, workers)
 
 
