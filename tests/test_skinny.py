@@ -206,13 +206,22 @@ def test_streams_get_few_columns_and_every_multiprocessor_gets_rows() -> None:
     mimi = ConvProblem("conv1d", 1, 512, 1024, 24, 16, 8, has_bias=True)
     policy = ConvProblem("conv1d", 1, 2048, 2048, 4, 5, 1, 2, 2, has_bias=True)
     for p, block_n in ((mimi, 2), (policy, 4)):
-        choice = dispatch.choose(p, Layout.contiguous(p), DEVICE)
+        config, launch = SKINNY.configure(p, Layout.contiguous(p), DEVICE)
+        figures = SKINNY.figures(p, Layout.contiguous(p), DEVICE)
+        assert dict(config.macros)["BLOCK_N"] == str(block_n)
+        assert 0.9 * DEVICE.num_sms <= launch.grid <= DEVICE.num_sms
+        assert figures[0][1] == min(cycles for _, cycles in figures)
+        assert figures[0][1] >= 4 * p.C_in_g * p.K  # a chain of multiply-adds, four cycles each
+
+
+def test_it_serves_what_tensor_cores_leave() -> None:
+    """A layer of tensor cores keeps them for a step of a stream too: its bits must not depend on the length."""
+    mimi = ConvProblem("conv1d", 1, 512, 1024, 24, 16, 8, has_bias=True)
+    frame = ConvProblem("conv1d", 1, 1, 1025, 2048, 2048, 512)
+    for p, arch in ((mimi, "sm_75"), (replace(mimi, dtype="float64"), "sm_90"), (frame, "sm_90")):
+        choice = dispatch.choose(p, Layout.contiguous(p), Device.from_arch(arch))
         assert choice is not None
-        assert choice.family == "conv1d_skinny"
-        assert dict(choice.config.macros)["BLOCK_N"] == str(block_n)
-        assert 0.9 * DEVICE.num_sms <= choice.launch.grid <= DEVICE.num_sms
-        assert choice.figures[0][1] == min(cycles for _, cycles in choice.figures)
-        assert choice.figures[0][1] >= 4 * p.C_in_g * p.K  # a chain of multiply-adds, four cycles each
+        assert choice.family == "conv1d_skinny", (str(p), arch)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
