@@ -99,7 +99,7 @@ def data(p: ConvProblem, dtype: str) -> tuple[ConvProblem, Array, Array, Array]:
 @pytest.mark.parametrize("dtype", UNIT_ROUNDOFF)
 def test_the_bounds_are_the_documented_formula(op: str, dtype: str) -> None:
     p, x, w, u = data(LAYERS[op], dtype)
-    # An input feeds C_out_g = 3 channels: those of conv1d at ceil(K/stride) = 3 positions, of conv_transpose1d at K = 5.
+    # An input feeds C_out_g = 3 channels: at ceil(K/stride) = 3 positions in conv1d, at K = 5 in conv_transpose1d.
     terms = {
         "input": 3 * 3 if op == "conv1d" else 3 * 5,
         "weight": 3 * (20 if op == "conv1d" else 40),
