@@ -6,7 +6,8 @@
 //
 // The product of mma.cuh with rows = c_out of the group, taps = k, columns = (n, l_out).
 // Grid x: blocks of BLOCK_M output channels (fastest, so that blocks which read one window run together), then of
-// block_positions positions, then of block_samples samples, then groups. Grid y and z: 1. Dynamic shared memory: see mma.cuh.
+// block_positions positions, then of block_samples samples, then groups, then segments
+// where SEGMENT_MODE is 2. Grid y and z: 1. Dynamic shared memory: see mma.cuh.
 // Before it pack_mma_weight.cu packs the weights.
 // Uses: tf32.cuh
 // Uses: mma.cuh
@@ -23,7 +24,7 @@ struct Params {
     index_t output_stride_n, output_stride_c, output_stride_l;
     index_t has_vector_stores;
     // See Window in mma.cuh.
-    index_t units, chunks, pairs;
+    index_t units, chunks, pairs, segments, segment_chunks, num_tiles;
     index_t block_samples, block_positions;
     index_t planes, plane_rows, window_rows, task_units, task_rows, tap_rows_first, tap_rows_step, window_shift, plane_step;
 };
@@ -34,7 +35,13 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) conv1d_mma(
     const Vector* __restrict__ weight,    // packed: see pack_mma_weight.cu
     const storage_t* __restrict__ bias,   // [C_out], or null
     storage_t* __restrict__ output,       // [N, C_out, L_out]
+#if SEGMENT_MODE >= 2
+    float4* __restrict__ partial,         // sums of segments: see mma.cuh
+#endif
     const Params p) {
+#if SEGMENT_MODE < 2
+    float4* const partial = nullptr;
+#endif
     const auto tile_of = [&](index_t block) {
         const index_t row_tile = next_index(block, p.row_tiles);
         const index_t column_tile = next_index(block, p.column_tiles);
@@ -69,9 +76,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) conv1d_mma(
         return tile;
     };
     const Window window = {
-        p.units, p.chunks, p.pairs, p.task_units, p.task_rows, p.block_samples, p.block_positions,
+        p.units, p.chunks, p.pairs, p.segments, p.segment_chunks, p.num_tiles, p.task_units, p.task_rows, p.block_samples, p.block_positions,
         p.planes, p.plane_rows, p.window_rows, p.tap_rows_first, p.tap_rows_step, p.window_shift, p.plane_step};
-    multiply_tile(tile_of, window, bias, [&](const Tile& tile, index_t row) {
+    run_block(tile_of, window, bias, [&](const Tile& tile, index_t row) {
         return Row{p.K, row * p.output_stride_c, 0, (tile.group * p.C_out_g + row) * p.bias_stride};
-    });
+    }, partial);
 }

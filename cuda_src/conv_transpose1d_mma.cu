@@ -7,8 +7,8 @@
 // The products of conv_transpose1d_phases.cu by mma.cuh: columns (n, q) with l_out + padding_left = q*stride + phase; one
 // product with rows (c_out, phase), phase inner, where dilation is 1 (PHASES_IN_ROWS = 1), else one for each phase.
 //
-// Grid x: blocks of BLOCK_M rows (fastest), of block_positions positions, of block_samples samples, products. Grid y and
-// z: 1. Dynamic shared memory: see mma.cuh.
+// Grid x: blocks of BLOCK_M rows (fastest), of block_positions positions, of block_samples samples, products, and
+// segments where SEGMENT_MODE is 2. Grid y and z: 1. Dynamic shared memory: see mma.cuh.
 // Before it pack_mma_weight.cu packs the weights, with zeros for the taps that a phase lacks.
 // Uses: tf32.cuh
 // Uses: mma.cuh
@@ -29,7 +29,7 @@ struct Params {
     index_t output_stride_n, output_stride_c, output_stride_l;
     index_t has_vector_stores;
     // See Window in mma.cuh.
-    index_t units, chunks, pairs;
+    index_t units, chunks, pairs, segments, segment_chunks, num_tiles;
     index_t block_samples, block_positions;
     index_t planes, plane_rows, window_rows, task_units, task_rows, tap_rows_first, tap_rows_step, window_shift, plane_step;
 };
@@ -40,7 +40,13 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) conv_transpos
     const Vector* __restrict__ weight,    // packed: see pack_mma_weight.cu
     const storage_t* __restrict__ bias,   // [C_out], or null
     storage_t* __restrict__ output,       // [N, C_out, L_out]
+#if SEGMENT_MODE >= 2
+    float4* __restrict__ partial,         // sums of segments: see mma.cuh
+#endif
     const Params p) {
+#if SEGMENT_MODE < 2
+    float4* const partial = nullptr;
+#endif
     const auto tile_of = [&](index_t block) {
         const index_t row_tile = next_index(block, p.row_tiles);
         const index_t column_tile = next_index(block, p.column_tiles);
@@ -90,9 +96,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) conv_transpos
         return tile;
     };
     const Window window = {
-        p.units, p.chunks, p.pairs, p.task_units, p.task_rows, p.block_samples, p.block_positions,
+        p.units, p.chunks, p.pairs, p.segments, p.segment_chunks, p.num_tiles, p.task_units, p.task_rows, p.block_samples, p.block_positions,
         p.planes, p.plane_rows, p.window_rows, p.tap_rows_first, p.tap_rows_step, p.window_shift, p.plane_step};
-    multiply_tile(tile_of, window, bias, [&](const Tile& tile, index_t row) {
+    run_block(tile_of, window, bias, [&](const Tile& tile, index_t row) {
         const index_t c_out = PHASES_IN_ROWS ? row / p.stride : row;
         const index_t row_phase = PHASES_IN_ROWS ? row - c_out * p.stride : 0;
         Row info;
@@ -101,5 +107,5 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) conv_transpos
         info.shift = row_phase;
         info.bias_offset = (tile.group * p.C_out_g + c_out) * p.bias_stride;
         return info;
-    });
+    }, partial);
 }

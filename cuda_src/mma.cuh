@@ -20,13 +20,18 @@
 // total in float32, rounded to nearest, after every stage of kStageTerms terms. Why that keeps the error bound is
 // derived in reference.py beside the rule that gives a layer this arithmetic.
 //
+// A long reduction is cut into segments of segment_chunks chunks, by a rule on the layer alone. Each is summed for itself and
+// the sums are added in order: SEGMENT_MODE = 1 does both in one block; where blocks are too few to fill the GPU,
+// SEGMENT_MODE = 2 computes the segments in blocks of their own and leaves their sums in `partial`, and a second launch with
+// SEGMENT_MODE = 3 adds them and stores the results. The bits are the same. SEGMENT_MODE = 0: there is one segment.
+//
 // Values that this cannot split without loss (infinities, NaN, values so small or so large that a part would underflow or
 // overflow) get a NaN for x_hi or w_hi; and sums that are not finite, of any arithmetic, are formed again by the thread
 // that meets them, in the canonical order with fused multiply-adds, leaving out the terms that do not exist. So results
 // follow IEEE arithmetic there, and whether that happens depends on the terms of that result alone.
 //
 // Macros read: BLOCK_M, BLOCK_N, WARPS_M, WARPS_N, NUM_STAGES, STAGE_STEPS, PREFETCH_TASKS, HAS_SAMPLES, IS_SPLIT,
-// SPLIT_TERMS, PHASES_IN_ROWS, MULTIPLY_MATRICES, and those of common.cuh. Dynamic shared memory: NUM_STAGES stages of weights, the windows of two chunks (of one, where there is
+// SPLIT_TERMS, SEGMENT_MODE, PHASES_IN_ROWS, MULTIPLY_MATRICES, and those of common.cuh. Dynamic shared memory: NUM_STAGES stages of weights, the windows of two chunks (of one, where there is
 // one chunk), and tables; or the slices through which results pass in the end.
 
 constexpr int kUnit = 16 / int(sizeof(storage_t));
@@ -76,6 +81,8 @@ struct Tile {
 // How the window of a block lies in shared memory, and the order of the packed weights.
 struct Window {
     index_t units, chunks, pairs;              // units of a chunk; pairs of a chunk, whole stages
+    index_t segments, segment_chunks;
+    index_t num_tiles;                         // of the launch, in one segment
     index_t task_units, task_rows;             // kThreads / window_rows and the rest
     index_t block_samples, block_positions;    // a block's columns are the positions of one or more samples
     index_t planes, plane_rows, window_rows;   // rows of a plane; rows of all planes of all samples of the block
@@ -100,6 +107,26 @@ struct Row {
 };
 
 __device__ __forceinline__ bool is_finite(float x) { return (float_as_uint(x) & 0x7f800000u) != 0x7f800000u; }
+
+// What a thread holds of the block's sums: fragments of 16 rows by 8 columns.
+typedef acc_t Sums[kTilesM][kTilesN][4];
+
+template <typename Function>
+__device__ __forceinline__ void for_each_sum(const Function& function) {
+#pragma unroll
+    for (int i = 0; i < kTilesM; ++i) {
+#pragma unroll
+        for (int j = 0; j < kTilesN; ++j) {
+#pragma unroll
+            for (int e = 0; e < 4; ++e) function(i, j, e);
+        }
+    }
+}
+
+// Where a thread keeps four of its sums of a segment in `partial`: those of a warp lie side by side.
+__device__ __forceinline__ index_t partial_offset(const Window& window, index_t segment, index_t tile, int i, int j) {
+    return (((segment * window.num_tiles + tile) * kTilesM + i) * kTilesN + j) * kThreads + threadIdx.x;
+}
 
 // A thread's share of a stage of weights, from vector kFirst on. `from` runs kThreads ahead, so that one address serves two
 // copies by the small offsets that the instruction has.
@@ -298,8 +325,7 @@ __device__ __forceinline__ void store_slice(
 // Rows of a warp's sums, 16 at a time: what is left of `acc` moves up after each, so that one loop body serves all.
 template <typename RowOf>
 __device__ __forceinline__ void store_tile(
-    const Tile& tile, const Window& window, const storage_t* bias, const RowOf& row_of,
-    acc_t (&acc)[kTilesM][kTilesN][4]) {
+    const Tile& tile, const Window& window, const storage_t* bias, const RowOf& row_of, Sums& acc) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     storage_t* const slice = reinterpret_cast<storage_t*>(dynamic_shared_memory()) + warp * kSliceRows * kSlicePitch;
     const index_t column_begin = warp % WARPS_N * kWarpN;
@@ -343,10 +369,9 @@ __device__ __forceinline__ void store_tile(
 
 // -- the product ---------------------------------------------------------------------------------------------------------
 
-template <typename TileOf, typename RowOf>
+// The sums of one tile over chunks chunk_begin to chunk_end - 1.
 __device__ __forceinline__ void multiply_tile(
-    const TileOf& tile_of, const Window& window, const storage_t* bias, const RowOf& row_of) {
-    const Tile tile = tile_of(blockIdx.x);
+    const Tile& tile, const Window& window, index_t chunk_begin, index_t chunk_end, Sums& acc) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const index_t part_rows = window.units * window.window_rows;
 
@@ -377,14 +402,15 @@ __device__ __forceinline__ void multiply_tile(
             (tap - round * window.planes) * window.plane_rows + unit * window.window_rows;
         // A lane reads the pairs of its half of every k-step: those of a stage lie side by side.
         const index_t in_stage = pair % kStagePairs;
-        pair_offset[pair - in_stage + in_stage % 2 * STAGE_STEPS + in_stage / 2] = tap < tile.taps ? int(row) * 16 : 0;
+        pair_offset[pair - in_stage + in_stage % 2 * STAGE_STEPS + in_stage / 2] = int(tap < tile.row_taps ? row : window.tap_rows_first) * 16;
     }
 
     // -- loading ---------------------------------------------------------------------------------------------------------
     const auto load_vector = [&](index_t chunk, const Task& task) {
         const index_t offset = row_offset[task.row], c_in = (chunk * window.units + task.unit) * kUnit;
-        const storage_t* const x = tile.input + (c_in * tile.input_stride_c + offset);
-        const int channels = offset == kMissing ? 0 : int(min_index(tile.C_in_g - c_in, kUnit));
+        const bool exists = offset != kMissing;
+        const storage_t* const x = tile.input + (exists ? c_in * tile.input_stride_c + offset : 0);
+        const int channels = exists ? int(min_index(tile.C_in_g - c_in, kUnit)) : 0;
         Vector vector;
 #pragma unroll
         for (int e = 0; e < kUnit; ++e) {
@@ -397,9 +423,10 @@ __device__ __forceinline__ void multiply_tile(
             vector, windows + (chunk & 1) * window_vectors + (task.unit * window.window_rows + task.row), part_rows);
     };
     // Stages go round a ring: stage i is read from slot i % NUM_STAGES while stage i + NUM_STAGES - 1 is written.
-    const Vector* weight = keep_in_register(tile.weight + threadIdx.x + kThreads);
+    const Vector* weight = keep_in_register(
+        tile.weight + chunk_begin * window.pairs * (kParts * BLOCK_M) + threadIdx.x + kThreads);
     Vector* const my_stage = keep_in_register(stages + threadIdx.x);
-    int stages_left = int(window.chunks * (window.pairs / kStagePairs));
+    int stages_left = int((chunk_end - chunk_begin) * (window.pairs / kStagePairs));
     int slot = 0;
     const auto load_weights = [&](int to) {
         if (stages_left > 0) {
@@ -429,28 +456,22 @@ __device__ __forceinline__ void multiply_tile(
         keep_in_register(reinterpret_cast<const unsigned char*>(windows) + (HAS_SAMPLES ? 0 : column_offset[0]));
     const StepOffsets* const my_pairs = reinterpret_cast<const StepOffsets*>(pair_offset) + lane / 8 % 2;
 
-    acc_t acc[kTilesM][kTilesN][4];
-    acc_t low[IS_SPLIT ? kTilesM : 1][IS_SPLIT ? kTilesN : 1][4];    // sums of the small products
-    acc_t total[IS_SPLIT ? kTilesM : 1][IS_SPLIT ? kTilesN : 1][4];  // of the large ones
-#pragma unroll
-    for (int i = 0; i < kTilesM; ++i) {
-#pragma unroll
-        for (int j = 0; j < kTilesN; ++j) {
-#pragma unroll
-            for (int e = 0; e < 4; ++e) {
-                acc[i][j][e] = 0.0f;
-                if (IS_SPLIT) low[i][j][e] = total[i][j][e] = 0.0f;
-            }
-        }
-    }
+    Sums low, part;  // where IS_SPLIT: the small products, and the large ones of the stages before
+    Sums total;      // where SEGMENT_MODE is 1: the segments before
+    for_each_sum([&](int i, int j, int e) {
+        acc[i][j][e] = 0.0f;
+        if (IS_SPLIT) low[i][j][e] = part[i][j][e] = 0.0f;
+        if (SEGMENT_MODE == 1) total[i][j][e] = 0.0f;
+    });
+    index_t segment_left = window.segment_chunks;
 
 #pragma unroll 1
-    for (index_t chunk = -1; chunk < window.chunks; ++chunk) {
+    for (index_t chunk = chunk_begin - 1; chunk < chunk_end; ++chunk) {
         // The next chunk's input is on its way while this one is multiplied.
         Vector ahead[PREFETCH_TASKS];
         Task next;
         next.start(window);
-        if (chunk + 1 == window.chunks) next.unit = window.units;
+        if (chunk + 1 == chunk_end) next.unit = window.units;
         Task loading = next;
 #pragma unroll
         for (int i = 0; i < PREFETCH_TASKS; ++i) {
@@ -460,7 +481,7 @@ __device__ __forceinline__ void multiply_tile(
         const unsigned char* const x = keep_in_register(my_window + int((chunk & 1) * window_vectors) * 16);
         const StepOffsets* pairs_of_stage = my_pairs;
 #pragma unroll 1
-        for (index_t pair = 0; chunk >= 0 && pair < window.pairs; pair += kStagePairs) {
+        for (index_t pair = 0; chunk >= chunk_begin && pair < window.pairs; pair += kStagePairs) {
             copy_async_wait_group<NUM_STAGES - 2>();
             __syncthreads();
             const Vector* const w = my_weight + slot * kStageVectors;
@@ -502,18 +523,19 @@ __device__ __forceinline__ void multiply_tile(
                 }
             }
             if (IS_SPLIT) {
-#pragma unroll
-                for (int i = 0; i < kTilesM; ++i) {
-#pragma unroll
-                    for (int j = 0; j < kTilesN; ++j) {
-#pragma unroll
-                        for (int e = 0; e < 4; ++e) {
-                            total[i][j][e] += acc[i][j][e];
-                            acc[i][j][e] = 0.0f;
-                        }
-                    }
-                }
+                for_each_sum([&](int i, int j, int e) {
+                    part[i][j][e] += acc[i][j][e];
+                    acc[i][j][e] = 0.0f;
+                });
             }
+        }
+        if (SEGMENT_MODE == 1 && chunk >= chunk_begin && (--segment_left == 0 || chunk + 1 == chunk_end)) {
+            segment_left = window.segment_chunks;
+            for_each_sum([&](int i, int j, int e) {
+                total[i][j][e] += IS_SPLIT ? part[i][j][e] + low[i][j][e] : acc[i][j][e];
+                acc[i][j][e] = 0.0f;
+                if (IS_SPLIT) low[i][j][e] = part[i][j][e] = 0.0f;
+            });
         }
 #pragma unroll
         for (int i = 0; i < PREFETCH_TASKS; ++i) {
@@ -525,17 +547,54 @@ __device__ __forceinline__ void multiply_tile(
             store_vector(chunk + 1, next, load_vector(chunk + 1, next));
         }
     }
-    if (IS_SPLIT) {
-#pragma unroll
-        for (int i = 0; i < kTilesM; ++i) {
-#pragma unroll
-            for (int j = 0; j < kTilesN; ++j) {
-#pragma unroll
-                for (int e = 0; e < 4; ++e) acc[i][j][e] = total[i][j][e] + low[i][j][e];
-            }
-        }
+    if (SEGMENT_MODE == 1 || IS_SPLIT) {
+        for_each_sum([&](int i, int j, int e) {
+            acc[i][j][e] = SEGMENT_MODE == 1 ? total[i][j][e] : part[i][j][e] + low[i][j][e];
+        });
     }
     copy_async_wait_group<0>();
     __syncthreads();
+}
+
+// tile_of(tile index) is the kernel's reading of its grid.
+template <typename TileOf, typename RowOf>
+__device__ __forceinline__ void run_block(
+    const TileOf& tile_of, const Window& window, const storage_t* bias, const RowOf& row_of, float4* partial) {
+    Sums acc;
+    if (SEGMENT_MODE == 3) {
+        for_each_sum([&](int i, int j, int e) { acc[i][j][e] = 0.0f; });
+#pragma unroll 1
+        for (index_t segment = 0; segment < window.segments; ++segment) {
+#pragma unroll
+            for (int i = 0; i < kTilesM; ++i) {
+#pragma unroll
+                for (int j = 0; j < kTilesN; ++j) {
+                    const float4 sums = partial[partial_offset(window, segment, blockIdx.x, i, j)];
+                    acc[i][j][0] += sums.x;
+                    acc[i][j][1] += sums.y;
+                    acc[i][j][2] += sums.z;
+                    acc[i][j][3] += sums.w;
+                }
+            }
+        }
+    } else {
+        const index_t segment = SEGMENT_MODE == 2 ? index_t(blockIdx.x) / window.num_tiles : 0;
+        const index_t tile = index_t(blockIdx.x) - segment * window.num_tiles;
+        const index_t chunk_begin = segment * window.segment_chunks;
+        const index_t chunk_end =
+            SEGMENT_MODE == 2 ? min_index(chunk_begin + window.segment_chunks, window.chunks) : window.chunks;
+        multiply_tile(tile_of(tile), window, chunk_begin, chunk_end, acc);
+        if (SEGMENT_MODE == 2) {
+#pragma unroll
+            for (int i = 0; i < kTilesM; ++i) {
+#pragma unroll
+                for (int j = 0; j < kTilesN; ++j) {
+                    partial[partial_offset(window, segment, tile, i, j)] =
+                        make_float4(acc[i][j][0], acc[i][j][1], acc[i][j][2], acc[i][j][3]);
+                }
+            }
+            return;
+        }
+    }
     store_tile(tile_of(block_index_again()), window, bias, row_of, acc);
 }

@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import NamedTuple, TypeAlias
 
 from .device import Device
-from .families import FAMILIES, GRADIENT_FAMILIES, ArrayLayout, Config, GradientLayout, Launch, Layout, Pack
+from .families import FAMILIES, GRADIENT_FAMILIES, ArrayLayout, Config, GradientLayout, Launch, Layout, Pack, SecondPass
 from .families.base import gradient_shapes
 from .families.slices import Slices, sum_launch
 from .problem import BiasGradientProblem, ConvProblem, WeightGradientProblem
@@ -34,6 +34,7 @@ class Choice:
         refusals: (family, reason) of every preferred family that refused.
         pack: the kernel that runs before it and lays out the weights, where the family wants another layout.
         figures: (configuration, predicted cycles) of those that the family's cost model compared, the chosen one first.
+        second_pass: the kernel that runs after it and makes the output, where it leaves partial sums.
     """
 
     family: str
@@ -42,6 +43,7 @@ class Choice:
     refusals: tuple[tuple[str, str], ...]
     pack: Pack | None = None
     figures: tuple[tuple[str, float], ...] = ()
+    second_pass: SecondPass | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +145,8 @@ def choose(problem: ConvProblem, layout: Layout, device: Device) -> Choice | Non
             config, launch = family.configure(problem, layout, device)
             pack = family.pack(problem, layout, device)
             figures = family.figures(problem, layout, device)
-            return Choice(family.name, config, launch, tuple(refusals), pack, figures)
+            second_pass = family.second_pass(problem, layout, device)
+            return Choice(family.name, config, launch, tuple(refusals), pack, figures, second_pass)
         refusals.append((family.name, reason))
     raise AssertionError(f"every family refused {problem}: {refusals}")
 

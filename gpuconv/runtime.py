@@ -183,7 +183,7 @@ class Plan:
     none of that.
     """
 
-    __slots__ = ("_conjugate_weight", "_kernel", "_pack", "choice", "copies", "output_shape")
+    __slots__ = ("_conjugate_weight", "_kernel", "_pack", "_second", "choice", "copies", "output_shape")
 
     def __init__(
         self,
@@ -200,6 +200,8 @@ class Plan:
         self._conjugate_weight = conjugate_weight
         self._kernel = None if choice is None else _Kernel(choice.config, choice.launch)
         self._pack = None if choice is None or choice.pack is None else _Packer(choice.pack)
+        second = None if choice is None else choice.second_pass
+        self._second = None if second is None else (_Kernel(second.config, second.launch), second.num_bytes)
 
     def __call__(
         self, input: Any, weight: Any, bias: Any | None, output: Any, prepared: PreparedWeight | None = None
@@ -225,7 +227,17 @@ class Plan:
             weights = self._pack(weight)
         else:
             weights = prepared.packed(self._pack)
-        self._kernel.launch(input.data, weights, None if bias is None else bias.data, output.data)
+        pointers = (input.data, weights, None if bias is None else bias.data, output.data)
+        if self._second is None:
+            self._kernel.launch(*pointers)
+            return
+        second, num_bytes = self._second
+        cuda = cupy_module().cuda
+        sums = cuda.alloc(num_bytes)  # goes back to the pool like packed weights
+        self._kernel.launch(*pointers, sums)
+        second.launch(*pointers, sums)
+        if cuda.get_current_stream().is_capturing():
+            _CAPTURED.append(sums)
 
 
 class GradientPlan:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .base import ArrayLayout, Config, Family, GradientFamily, GradientLayout, Launch, Layout, Pack
+from .base import ArrayLayout, Config, Family, GradientFamily, GradientLayout, Launch, Layout, Pack, SecondPass
 from .bias_gradient_rows import BiasGradientRows
 from .conv1d_depthwise import Conv1dDepthwise
 from .conv1d_direct import Conv1dDirect
@@ -59,4 +59,5 @@ __all__ = [
     "Launch",
     "Layout",
     "Pack",
+    "SecondPass",
 ]

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from ..device import Device
 from ..problem import ConvProblem
 from . import mma
-from .base import Config, Family, Launch, Layout, Pack, index_bits, stride_params
+from .base import Config, Family, Launch, Layout, Pack, SecondPass, index_bits, stride_params
 
 
 class Conv1dMma(Family):
@@ -47,12 +47,18 @@ class Conv1dMma(Family):
             "dilation": p.dilation,
             **{name: stride for name, stride in strides.items() if not name.startswith("weight")},
             "has_vector_stores": int(mma.has_vector_stores(p, layout)),
-            **mma.reduction_params(product),
-            **tiling.window.params(tiling.tile),
+            **mma.tiling_params(product, tiling),
         }
         bits = self._index_bits(p, layout, device)
-        config = mma.kernel_config(self.name, p, tiling.tile, bits, phases_in_rows=False)
-        return config, Launch(tiling.blocks, tiling.tile.threads, tiling.shared_bytes, bits, tuple(params.items()))
+        mode = tiling.tile.segment_mode
+        config = mma.kernel_config(
+            self.name, p.dtype, p.precision, tiling.tile, bits, phases_in_rows=False, segment_mode=mode
+        )
+        return config, mma.launch(tiling, product, bits, params)
+
+    def second_pass(self, problem: ConvProblem, layout: Layout, device: Device) -> SecondPass | None:
+        tiling, product = self._tilings(problem, layout, device)[0], _product(problem, device)
+        return mma.second_pass(*self.configure(problem, layout, device), product, tiling, problem.itemsize)
 
     def pack(self, problem: ConvProblem, layout: Layout, device: Device) -> Pack:
         tile = self._tilings(problem, layout, device)[0].tile
@@ -80,7 +86,7 @@ class Conv1dMma(Family):
         hanging = p.L_out + mma.MAX_BLOCK_N
         span = hanging * p.stride + p.padding_left + p.dilation * p.K
         samples = p.N + mma.MAX_BLOCK_N // p.L_out  # a block takes several where they are short
-        vectors = max(mma.weight_vectors(product, tile) for tile in mma.tiles(arithmetic))
+        vectors = mma.most_weight_vectors(product)
         return index_bits(
             p,
             layout,

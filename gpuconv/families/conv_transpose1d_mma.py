@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from ..device import Device
 from ..problem import ConvProblem
 from . import mma
-from .base import Config, Family, Launch, Layout, Pack, index_bits, stride_params
+from .base import Config, Family, Launch, Layout, Pack, SecondPass, index_bits, stride_params
 
 # Taps that a phase lacks are packed as zeros, and multiplied; see also conv_transpose1d_phases.
 MAX_PACKING = 4
@@ -85,7 +85,7 @@ class ConvTranspose1dMma(Family):
     def configure(self, problem: ConvProblem, layout: Layout, device: Device) -> tuple[Config, Launch]:
         p = problem
         phases, arithmetic, bits = _Phases.of(p), _arithmetic(p, device), self._index_bits(p, layout, device)
-        tiling = self._tilings(p, layout, device)[0]
+        tiling, product = self._tilings(p, layout, device)[0], phases.product(arithmetic)
         strides = stride_params(layout, ("in", "out"))
         params = {
             "N": p.N,
@@ -109,11 +109,18 @@ class ConvTranspose1dMma(Family):
             "dilation": p.dilation,
             **{name: stride for name, stride in strides.items() if not name.startswith("weight")},
             "has_vector_stores": int(mma.has_vector_stores(p, layout)),
-            **mma.reduction_params(phases.product(arithmetic)),
-            **tiling.window.params(tiling.tile),
+            **mma.tiling_params(product, tiling),
         }
-        config = mma.kernel_config(self.name, p, tiling.tile, bits, phases_in_rows=phases.in_rows)
-        return config, Launch(tiling.blocks, tiling.tile.threads, tiling.shared_bytes, bits, tuple(params.items()))
+        mode = tiling.tile.segment_mode
+        config = mma.kernel_config(
+            self.name, p.dtype, p.precision, tiling.tile, bits, phases_in_rows=phases.in_rows, segment_mode=mode
+        )
+        return config, mma.launch(tiling, product, bits, params)
+
+    def second_pass(self, problem: ConvProblem, layout: Layout, device: Device) -> SecondPass | None:
+        tiling = self._tilings(problem, layout, device)[0]
+        product = _Phases.of(problem).product(_arithmetic(problem, device))
+        return mma.second_pass(*self.configure(problem, layout, device), product, tiling, problem.itemsize)
 
     def pack(self, problem: ConvProblem, layout: Layout, device: Device) -> Pack:
         phases, arithmetic = _Phases.of(problem), _arithmetic(problem, device)
@@ -141,7 +148,7 @@ class ConvTranspose1dMma(Family):
         span = hanging + p.dilation * p.K
         samples = p.N + mma.MAX_BLOCK_N // phases.positions  # a block takes several where they are short
         channels = p.C_out + mma.MAX_BLOCK_M
-        vectors = max(mma.weight_vectors(product, tile) for tile in mma.tiles(arithmetic))
+        vectors = mma.most_weight_vectors(product)
         return index_bits(
             p,
             layout,

@@ -15,7 +15,7 @@ from ..device import Device
 from ..problem import ConvProblem
 from ..reference import MIN_SPLIT_TERMS, SPLIT_TERMS
 from ..source import params_fields
-from .base import MAX_GRID, Config, Launch, Layout, Pack, index_bits, stride_params
+from .base import MAX_GRID, Config, Launch, Layout, Pack, SecondPass, index_bits, stride_params
 
 WARP = 32
 PAIRS_PER_STEP = 2  # (tap, unit) pairs of one mma
@@ -34,6 +34,10 @@ MIN_SPLIT_ROWS = 16
 MAX_TAIL_CHANNELS = 4
 # Units of a chunk at most: with 8 rows of each fragment side by side, four units are two k-steps for every tap.
 MAX_UNITS = 4
+# A block alone takes about 100 cycles for a stage, so that this many are some 3 microseconds. Reductions of twice as many are
+# cut into segments, which blocks of their own can form where the rest of the problem does not fill the GPU.
+SEGMENT_STAGES = 64
+MAX_SEGMENTS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +83,7 @@ class Tile:
         min_blocks: blocks that a multiprocessor must be able to hold, which caps the registers of a thread.
         prefetch: vectors of input that a thread loads ahead.
         has_samples: a block may take the positions of several samples, at the cost of an address for each fragment.
+        segment_mode: SEGMENT_MODE of mma.cuh; 2 stands for both launches.
     """
 
     block_m: int
@@ -88,6 +93,7 @@ class Tile:
     min_blocks: int
     prefetch: int
     has_samples: bool = False
+    segment_mode: int = 0
 
     @property
     def warps(self) -> int:
@@ -134,6 +140,27 @@ _SPLIT_TILES = (
     Tile(64, 64, 2, 2, 2, 4, has_samples=True),
     Tile(128, 16, 4, 1, 3, 2),
 )
+# For reductions in segments. The sums of segments take registers, so that warp tiles are half as large.
+_SEGMENT_TILES = (
+    Tile(128, 128, 2, 4, 1, 2, segment_mode=1),
+    Tile(64, 64, 2, 2, 3, 4, segment_mode=1),
+    Tile(48, 128, 1, 4, 2, 4, segment_mode=1),
+    Tile(64, 64, 2, 2, 3, 4, has_samples=True, segment_mode=1),
+    Tile(64, 64, 2, 2, 4, 4, segment_mode=2),
+    Tile(32, 64, 1, 4, 4, 4, segment_mode=2),
+    Tile(128, 16, 4, 1, 3, 2, segment_mode=1),
+)
+_SPLIT_SEGMENT_TILES = (
+    Tile(64, 128, 2, 4, 1, 2, segment_mode=1),
+    Tile(64, 64, 2, 2, 2, 4, segment_mode=1),
+    Tile(48, 64, 1, 4, 2, 4, segment_mode=1),
+    Tile(64, 64, 2, 2, 2, 4, has_samples=True, segment_mode=1),
+    Tile(64, 64, 2, 2, 2, 4, segment_mode=2),
+    Tile(32, 64, 1, 4, 4, 4, segment_mode=2),
+    Tile(128, 16, 4, 1, 3, 2, segment_mode=1),
+)
+# Of the buffer of partial sums: segments in blocks of their own are for problems that are small otherwise.
+MAX_PARTIAL_BYTES = 64 * 2**20
 MAX_BLOCK_N = 256
 MAX_BLOCK_M = 128
 
@@ -143,13 +170,20 @@ _BYTES_PER_CYCLE = 18.0
 _L2_BYTES_PER_CYCLE = 24.0
 _SHARED_BYTES_PER_CYCLE = 128.0
 _LATENCY_CYCLES = 2500.0
+_SECOND_PASS_CYCLES = 5000.0  # of a launch that reads what another has just written
 _STAGE_CYCLES = 60.0  # the barrier of a stage, and its wait for weights, of a block alone
 
 
-def tiles(arithmetic: Arithmetic, bits: int = 32) -> tuple[Tile, ...]:
+def tiles(arithmetic: Arithmetic, bits: int = 32, *, segments: bool = False) -> tuple[Tile, ...]:
     """The tiles of an arithmetic; few for 64-bit offsets, since arrays that need them fill any tile."""
-    every = _SPLIT_TILES if arithmetic.parts == 2 else _TILES
-    return every if bits == 32 else tuple(tile for tile in every if not tile.has_samples and tile.block_n in (16, 64))
+    is_split = arithmetic.parts == 2
+    if segments:
+        every = _SPLIT_SEGMENT_TILES if is_split else _SEGMENT_TILES
+    else:
+        every = _SPLIT_TILES if is_split else _TILES
+    if bits == 32:
+        return every
+    return tuple(t for t in every if not t.has_samples and t.segment_mode < 2 and t.block_n in (16, 64))
 
 
 def arithmetic_of(problem: ConvProblem, device: Device) -> Arithmetic | None:
@@ -184,22 +218,31 @@ class Reduction:
         units: of 16 bytes of channels, in a chunk.
         chunks: of the channels of a group.
         taps: of the product.
+        segment_chunks: chunks of a segment, whose sums are formed by themselves.
     """
 
     units: int
     chunks: int
     taps: int
+    segment_chunks: int
 
     @classmethod
     def of(cls, channels: int, taps: int, arithmetic: Arithmetic) -> Reduction:
         units = -(-channels // arithmetic.channels)
         chunks = -(-units // MAX_UNITS)
-        return cls(-(-units // chunks), chunks, taps)
+        units = -(-units // chunks)
+        stages = chunks * -(-taps * units // STAGE_PAIRS)
+        segments = max(1, min(stages // SEGMENT_STAGES, MAX_SEGMENTS))
+        return cls(units, chunks, taps, -(-chunks // segments))
 
     @property
     def pairs(self) -> int:
         """(tap, unit) pairs of a chunk, filled up to whole stages."""
         return -(-self.taps * self.units // STAGE_PAIRS) * STAGE_PAIRS
+
+    @property
+    def segments(self) -> int:
+        return -(-self.chunks // self.segment_chunks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -304,7 +347,7 @@ def shared_bytes(tile: Tile, window: Window, reduction: Reduction, arithmetic: A
 def compare_tilings(product: Product, arithmetic: Arithmetic, bits: int, device: Device) -> tuple[Tiling, ...]:
     """The tilings of a product that fit the device, the cheapest first."""
     found = []
-    for tile in tiles(arithmetic, bits):
+    for tile in tiles(arithmetic, bits, segments=product.reduction.segments > 1):
         row_tiles = -(-product.rows // tile.block_m)
         block_samples, block_positions = 1, tile.block_n
         if tile.has_samples:
@@ -316,7 +359,9 @@ def compare_tilings(product: Product, arithmetic: Arithmetic, bits: int, device:
         column_tiles = -(-product.positions // block_positions)
         sample_tiles = -(-product.samples // block_samples)
         blocks = row_tiles * column_tiles * sample_tiles * product.products
-        if needed > device.shared_per_block or blocks > MAX_GRID:
+        if needed > device.shared_per_block or blocks * product.reduction.segments > MAX_GRID:
+            continue
+        if blocks * product.reduction.segments * tile.block_m * tile.block_n * 4 > MAX_PARTIAL_BYTES and tile.segment_mode == 2:
             continue
         cycles = _cost(tile, window, product.reduction, arithmetic, blocks, needed, device)
         found.append(Tiling(tile, window, row_tiles, column_tiles, sample_tiles, blocks, needed, cycles))
@@ -338,16 +383,22 @@ def _cost(
     blocks of a multiprocessor share these; the barriers of a block alone are hidden by the others.
     """
     itemsize = UNIT_BYTES // arithmetic.channels
-    terms = reduction.pairs * arithmetic.channels * reduction.chunks
+    chunks, second_pass = reduction.chunks, 0.0
+    if tile.segment_mode == 2:
+        chunks = reduction.segment_chunks
+        traffic = blocks * reduction.segments * tile.block_m * tile.block_n * 8
+        second_pass = _SECOND_PASS_CYCLES + traffic / (_BYTES_PER_CYCLE * device.num_sms)
+        blocks *= reduction.segments
+    terms = reduction.pairs * arithmetic.channels * chunks
     warp_m, warp_n = tile.block_m // tile.warps_m, tile.block_n // tile.warps_n
     multiply = tile.block_m * tile.block_n * terms / arithmetic.rate
     operands = tile.warps * (warp_m + warp_n) * terms * itemsize * arithmetic.parts
-    staged = reduction.chunks * reduction.units * window.rows * UNIT_BYTES
+    staged = chunks * reduction.units * window.rows * UNIT_BYTES
     l2 = (staged + tile.block_m * terms * itemsize * arithmetic.parts) / _L2_BYTES_PER_CYCLE
     # A lane loads one element of a window at a time and stores 16 bytes of each part.
     local = (operands + staged * arithmetic.parts) / _SHARED_BYTES_PER_CYCLE + staged / itemsize / WARP
     stores = tile.block_m * tile.block_n * itemsize / _BYTES_PER_CYCLE
-    stages = reduction.chunks * reduction.pairs / STAGE_PAIRS
+    stages = chunks * reduction.pairs / STAGE_PAIRS
     resident = min(tile.min_blocks, max(1, device.shared_per_sm // (shared + 1024)))
     block = max(multiply, local, l2) + stores + stages * _STAGE_CYCLES / resident
     waves, rest = divmod(blocks, device.num_sms * resident)
@@ -355,7 +406,8 @@ def _cost(
     # A multiprocessor's last blocks run alone: a warp's chain of dependent products then sets the pace.
     alone = stages * (_STAGE_CYCLES + 35.0 * STAGE_STEPS)
     tail = max(block * last, alone + stores) if rest else 0.0
-    return waves * max(block * resident, alone + stores) + tail + _LATENCY_CYCLES * (waves + (1 if rest else 0))
+    launch = waves * max(block * resident, alone + stores) + tail + _LATENCY_CYCLES * (waves + (1 if rest else 0))
+    return launch + second_pass
 
 
 def tiling_figures(tilings: tuple[Tiling, ...]) -> tuple[tuple[str, float], ...]:
@@ -363,23 +415,22 @@ def tiling_figures(tilings: tuple[Tiling, ...]) -> tuple[tuple[str, float], ...]
 
     def name(t: Tiling) -> str:
         samples = t.window.block_samples
-        return f"{t.tile.block_m}x{t.tile.block_n}" + (f" of {samples} samples" if samples > 1 else "")
+        cut = " by segments" if t.tile.segment_mode == 2 else ""
+        return f"{t.tile.block_m}x{t.tile.block_n}" + (f" of {samples} samples" if samples > 1 else "") + cut
 
     return tuple((name(t), t.cycles) for t in tilings)
 
 
 def smallest_fits(product: Product, arithmetic: Arithmetic, device: Device) -> bool:
     """Whether the tile with the fewest columns fits the device, which does not depend on N or a length."""
-    tile = tiles(arithmetic)[-1]
+    tile = tiles(arithmetic, segments=product.reduction.segments > 1)[-1]
     window = Window.of(product, 1, tile.block_n)
     return shared_bytes(tile, window, product.reduction, arithmetic, 64) <= device.shared_per_block
 
 
-def kernel_config(kernel: str, problem: ConvProblem, tile: Tile, bits: int, *, phases_in_rows: bool) -> Config:
-    return _kernel_config(kernel, problem.dtype, problem.precision, tile, bits, phases_in_rows=phases_in_rows)
-
-
-def _kernel_config(kernel: str, dtype: str, precision: str, tile: Tile, bits: int, *, phases_in_rows: bool) -> Config:
+def kernel_config(
+    kernel: str, dtype: str, precision: str, tile: Tile, bits: int, *, phases_in_rows: bool, segment_mode: int
+) -> Config:
     arithmetic = ARITHMETICS[dtype, precision]
     macros: dict[str, str | int] = {
         "DTYPE": dtype,
@@ -395,6 +446,7 @@ def _kernel_config(kernel: str, dtype: str, precision: str, tile: Tile, bits: in
         "MIN_BLOCKS": tile.min_blocks if bits == 32 else 1,
         "IS_SPLIT": int(arithmetic.parts == 2),
         "SPLIT_TERMS": SPLIT_TERMS,
+        "SEGMENT_MODE": segment_mode,
         "MULTIPLY_MATRICES": arithmetic.instruction,
         "PHASES_IN_ROWS": int(phases_in_rows),
         "PARAMS_BYTES": len(params_fields(kernel)) * bits // 8,
@@ -409,8 +461,11 @@ def kernel_configs(kernel: str, device: Device, phases: tuple[bool, ...], *, tra
             continue
         for phases_in_rows in phases:
             for bits in (32, 64):
-                for tile in tiles(arithmetic, bits):
-                    yield _kernel_config(kernel, dtype, precision, tile, bits, phases_in_rows=phases_in_rows)
+                for tile in (*tiles(arithmetic, bits), *tiles(arithmetic, bits, segments=True)):
+                    for mode in (2, 3) if tile.segment_mode == 2 else (tile.segment_mode,):
+                        yield kernel_config(
+                            kernel, dtype, precision, tile, bits, phases_in_rows=phases_in_rows, segment_mode=mode
+                        )
                 yield _pack_config(dtype, precision, bits, transposed=transposed, phases_in_rows=phases_in_rows)
 
 
@@ -420,10 +475,40 @@ def weight_vectors(product: Product, tile: Tile) -> int:
     return product.products * product.reduction.chunks * product.reduction.pairs * rows
 
 
-def reduction_params(product: Product) -> dict[str, int]:
-    """The fields of Params that describe the order of summation, in order."""
+def most_weight_vectors(product: Product) -> int:
+    """An upper bound of `weight_vectors` over all tiles."""
+    return product.products * product.reduction.chunks * product.reduction.pairs * (product.rows + MAX_BLOCK_M)
+
+
+def tiling_params(product: Product, tiling: Tiling) -> dict[str, int]:
+    """The fields of Params that describe the order of summation and the tiles, in order."""
     reduction = product.reduction
-    return {"units": reduction.units, "chunks": reduction.chunks, "pairs": reduction.pairs}
+    return {
+        "units": reduction.units,
+        "chunks": reduction.chunks,
+        "pairs": reduction.pairs,
+        "segments": reduction.segments,
+        "segment_chunks": reduction.segment_chunks,
+        "num_tiles": tiling.blocks,
+        **tiling.window.params(tiling.tile),
+    }
+
+
+def launch(tiling: Tiling, product: Product, bits: int, params: dict[str, int]) -> Launch:
+    """The launch of a kernel, the first of two where segments have blocks of their own."""
+    segments = product.reduction.segments if tiling.tile.segment_mode == 2 else 1
+    return Launch(tiling.blocks * segments, tiling.tile.threads, tiling.shared_bytes, bits, tuple(params.items()))
+
+
+def second_pass(config: Config, first: Launch, product: Product, tiling: Tiling, itemsize: int) -> SecondPass | None:
+    """What adds the sums of segments; `config` and `first` are those of the kernel that forms them."""
+    if tiling.tile.segment_mode < 2:
+        return None
+    macros = {**dict(config.macros), "SEGMENT_MODE": 3}
+    tile = tiling.tile
+    adds = Launch(tiling.blocks, tile.threads, tile.slice_bytes(itemsize), first.index_bits, first.params)
+    sums = tiling.blocks * product.reduction.segments * tile.block_m * tile.block_n
+    return SecondPass(Config.of(config.kernel, macros), adds, sums * 4)
 
 
 def has_vector_stores(problem: ConvProblem, layout: Layout) -> bool:

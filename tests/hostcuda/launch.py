@@ -7,7 +7,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
@@ -271,7 +271,14 @@ def convolve(
         )
         arrays["weight"] = words
         del layouts["weight"]
-    run(choice, None, arrays, layouts=layouts, device=device, schedule=schedule, placement=placement, counts=counts)
+    settings: dict[str, Any] = {"layouts": layouts, "device": device, "schedule": schedule, "placement": placement}
+    if choice.second_pass is None:
+        run(choice, None, arrays, **settings, counts=counts)
+        return output
+    partial = np.empty(choice.second_pass.num_bytes // 4, np.float32)
+    arrays |= {"partial": partial}
+    run(choice, None, arrays, outputs=["partial"], **settings, counts=counts)
+    run(choice.second_pass.config, choice.second_pass.launch, arrays, **settings)
     return output
 
 
@@ -297,7 +304,8 @@ def _choose_family(problem: ConvProblem, layout: Layout, device: Device, name: s
     if reason is not None:
         raise ValueError(f"hostcuda: {name} refuses {problem}: {reason}")
     config, launch = family.configure(problem, layout, device)
-    return Choice(name, config, launch, (), family.pack(problem, layout, device))
+    pack, second = family.pack(problem, layout, device), family.second_pass(problem, layout, device)
+    return Choice(name, config, launch, (), pack, (), second)
 
 
 def _check_launch(
