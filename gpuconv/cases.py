@@ -366,7 +366,8 @@ def random_grad_output(problem: ConvProblem, seed: int) -> Array:
 def impulse_data(problem: ConvProblem, seed: int) -> Data:
     """An input of one unit impulse per sample and group, at random places: the output consists of weights, unrounded.
 
-    The weight is normal, the bias zero.
+    The weight is normal, the bias zero. float32 weights have two bits less than they could, and those of TF32 what TF32
+    keeps: tensor cores take a float32 number as TF32 numbers of 11 bits, at most two.
     """
     p = problem
     rng = _generator(p, seed)
@@ -376,6 +377,10 @@ def impulse_data(problem: ConvProblem, seed: int) -> Data:
         shape = (p.N, p.groups)
         x[n, g, rng.integers(p.C_in_g, size=shape), rng.integers(p.L_in, size=shape)] = 1
     weight = _normal(p, rng, p.weight_shape)
+    if p.dtype == "float32":
+        bits = 11 if p.precision == "tf32" else 22
+        significand, exponent = np.frexp(weight)
+        weight = np.ldexp(np.round(np.ldexp(significand, bits)), exponent - bits)
     return _as_dtype(p, x.reshape(p.input_shape), weight, np.zeros(p.C_out) if p.has_bias else None)
 
 

@@ -289,6 +289,15 @@ def test_impulse_data_gives_weights() -> None:
     assert (y != 0).any()
 
 
+@pytest.mark.parametrize(("precision", "bits"), [("float32", 22), ("tf32", 11)])
+def test_impulses_give_what_tensor_cores_keep_of_weights(precision: str, bits: int) -> None:
+    weight = cases.impulse_data(replace(CASES[0].at("float32"), precision=precision), 0).weight
+    significand, _ = np.frexp(weight)
+    scaled = np.ldexp(significand, bits)
+    assert (scaled == np.round(scaled)).all()
+    assert (np.ldexp(significand, bits - 1) % 1 != 0).any()
+
+
 def test_data_is_a_function_of_problem_and_seed() -> None:
     (p,) = (case.problem for case in CASES if case.name == "up_groups2")
     for make in (cases.exact_data, cases.random_data, cases.impulse_data):

@@ -296,7 +296,7 @@ def test_the_settings_are_those_of_the_functions() -> None:
             "conv1d has the settings stride, .* got kernel, output_size$",
         ),
         (("conv1d", X, W), {"device": "cpu", "stride": 0}, ValueError, "conv1d: stride must be at least 1"),
-        (("conv1d", X, W), {"device": "cpu", "precision": "tf32"}, ValueError, "precision must be"),
+        (("conv1d", X, W), {"device": "cpu", "precision": "bf16"}, ValueError, "precision must be"),
         (("conv1d", X, W), {"device": "cpu", "padding_mode": "wrap"}, ValueError, "padding_mode must be"),
         (("conv1d", spec(2, -3, 8), W), {"device": "cpu"}, ValueError, "each extent of input must be at least 0"),
         (("conv1d", ArraySpec((2, 3.5, 8), "float32"), W), {"device": "cpu"}, TypeError, "extent of input must be"),

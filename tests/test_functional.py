@@ -459,12 +459,14 @@ def test_dtypes_are_not_promoted(op: str) -> None:
 
 
 def test_reserved_modes_are_refused() -> None:
-    x, weight = draw((2, 4, 10)), draw((6, 4, 3))
+    x, weight, square = draw((2, 4, 10)), draw((6, 4, 3)), draw((4, 4, 10))
     with pytest.raises(ValueError, match=r'^conv1d: padding_mode must be "zeros" .*, got \'circular\'$'):
         gpuconv.conv1d(x, weight, padding_mode="circular")
     for function in (gpuconv.conv1d, gpuconv.conv_transpose1d):
-        with pytest.raises(ValueError, match=r': precision must be "float32" .*, got \'tf32\'$'):
-            function(x, x, precision="tf32")
+        with pytest.raises(ValueError, match=r': precision must be one of "float32" and "tf32", got \'float16\'$'):
+            function(square, square, precision="float16")
+        with pytest.raises(ValueError, match=r': precision "tf32" rounds float32 data; .* for float64, got "tf32"$'):
+            function(square.astype("f8"), square.astype("f8"), precision="tf32")
 
 
 # -- concurrency and imports -------------------------------------------------------------------------------------------

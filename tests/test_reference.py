@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -122,7 +123,9 @@ def test_bound_is_the_documented_formula(op: Op) -> None:
         u = Fraction(UNIT_ROUNDOFF["float64" if call.dtype == "float64" else "float32"])
         u_out, u_reference = Fraction(UNIT_ROUNDOFF[call.dtype]), Fraction(UNIT_ROUNDOFF["float64"])
         n = problem.terms
-        gamma, gamma_reference = ((n + 2) * v / (1 - (n + 2) * v) for v in (u, u_reference))
+        roundings = n + (-(-n // 4) if call.dtype in ("float16", "bfloat16") else 0) + 2
+        gamma = roundings * u / (1 - roundings * u)
+        gamma_reference = (n + 2) * u_reference / (1 - (n + 2) * u_reference)
         error = abs(as_fractions(three_axes(reference.compute(problem, x, w, b))) - exact)
         assert (error <= gamma_reference * magnitude).all()
 
@@ -135,6 +138,19 @@ def test_bound_is_the_documented_formula(op: Op) -> None:
         assert (bound <= expected * (1 + Fraction(2) ** -40) + underflow).all()
 
     check()
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_bound_of_tf32_allows_for_rounded_operands(op: Op) -> None:
+    p, x, w, b = long_problem("float32", op)
+    n = p.terms
+    roundings = n + -(-n // 4) + 2
+    gamma = roundings * 2.0**-24 + (n + 2) * 2.0**-53
+    expected = (gamma + 2.0**-10 + 2.0**-22) * reference.compute(p, abs(x), abs(w), abs(b))
+    expected += 2.0**-24 * abs(reference.compute(p, x, w, b))
+    bound = reference.error_bound(replace(p, precision="tf32"), x, w, b)
+    np.testing.assert_allclose(bound, expected, rtol=4 * roundings * 2.0**-24)
+    assert (bound > reference.error_bound(p, x, w, b)).all()
 
 
 @pytest.mark.parametrize("op", OPS)
