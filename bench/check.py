@@ -16,7 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from gpuconv import cases, reference
-from gpuconv.problem import ConvProblem
+from gpuconv.problem import ConvProblem, WeightGradientProblem
+
+from .directions import Direction
 
 Array = npt.NDArray[Any]
 Fetch = Callable[[tuple[slice, ...]], Array]
@@ -25,6 +27,7 @@ Fetch = Callable[[tuple[slice, ...]], Array]
 _PRODUCTS = 1_000_000
 _CHANNELS = 4
 _LONGEST = 64
+_GRADIENT_PRODUCTS = 50_000_000
 _RANDOM_WINDOWS = 6
 
 # norm(y - y*)/norm(y*) that a peer may show. Peers give no bound; these are some ten times what correct
@@ -133,7 +136,7 @@ class Oracle:
             if bounded and not wrong:
                 right = reference.within_bound(window.problem, y, x, w, b)
                 if not right.all():
-                    wrong = _describe(window, right, wide, exact)
+                    wrong = _describe(window.output, right, wide, exact)
         error = float(np.sqrt(squares[0] / squares[1])) if squares[1] else 0.0
         tolerance = PEER_TOLERANCE[mode]
         if not bounded and not error <= tolerance:
@@ -150,9 +153,79 @@ class Oracle:
         return self._cut
 
 
-def _describe(window: Window, right: npt.NDArray[np.bool_], got: Array, exact: Array) -> str:
+@dataclass(slots=True)
+class WeightOracle:
+    """`Oracle` for the gradient of a weight: windows are a few channels of one group on either side and a few taps.
+
+    Args:
+        problem: the gradient.
+        coarse, fine: return the given part of the array as a NumPy array.
+    """
+
+    problem: WeightGradientProblem
+    coarse: Fetch
+    fine: Fetch
+    _cut: list[tuple[tuple[slice, ...], reference.Sums, Array]] | None = None
+
+    def judge(self, output: Fetch, *, mode: str, all_finite: bool, bounded: bool) -> Verdict:
+        """As `Oracle.judge`."""
+        if not all_finite:
+            return Verdict(False, float("inf"), "not every element is written and finite")
+        squares = np.zeros(2)
+        wrong = ""
+        for part, sums, exact in self._reference():
+            y = np.asarray(output(part))
+            wide = y.astype(exact.dtype)
+            squares += np.sum(np.abs(wide - exact) ** 2), np.sum(np.abs(exact) ** 2)
+            if bounded and not wrong and not (right := sums.within_bound(y)).all():
+                wrong = _describe(part, right, wide, exact)
+        error = float(np.sqrt(squares[0] / squares[1])) if squares[1] else 0.0
+        tolerance = PEER_TOLERANCE[mode]
+        if not bounded and not error <= tolerance:
+            wrong = f"relative error {error:.1e}, expected at most {tolerance:.0e}"
+        return Verdict(not wrong, error, wrong)
+
+    def _reference(self) -> Sequence[tuple[tuple[slice, ...], reference.Sums, Array]]:
+        if self._cut is None:
+            self._cut = []
+            p = self.problem
+            products = max(1, p.N * p.L_coarse)
+            rows, columns = min(p.C_coarse_g, 2), min(p.C_fine_g, 2)
+            taps = max(1, min(p.K, _GRADIENT_PRODUCTS // (products * rows * columns)))
+            rng = np.random.default_rng(0)
+            last = (p.groups - 1, p.C_coarse_g - rows, p.C_fine_g - columns, p.K - taps)
+            scattered = [tuple(int(rng.integers(0, limit + 1)) for limit in last) for _ in range(2)]
+            for g, r, c, k in dict.fromkeys([(0, 0, 0, 0), last, *scattered]):
+                of_coarse = slice(g * p.C_coarse_g + r, g * p.C_coarse_g + r + rows)
+                of_fine = slice(g * p.C_fine_g + c, g * p.C_fine_g + c + columns)
+                window = replace(
+                    p, C_coarse=rows, C_fine=columns, K=taps, groups=1, padding_left=p.padding_left - k * p.dilation
+                )
+                everything = slice(None)
+                sums = reference.weight_gradient(
+                    window, self.coarse((everything, of_coarse)), self.fine((everything, of_fine))
+                )
+                self._cut.append(((of_coarse, slice(c, c + columns), slice(k, k + taps)), sums, sums.exact()))
+        return self._cut
+
+
+def oracle_of(
+    problem: ConvProblem, direction: Direction, input: Fetch, weight: Fetch, third: Fetch | None
+) -> Oracle | WeightOracle:
+    """The oracle of a pass; `third` returns parts of the bias, or of grad_output."""
+    if direction == "forward":
+        return Oracle(problem, input, weight, third)
+    assert third is not None, "a gradient is one of an output"
+    if direction == "grad_input":
+        conjugate: Fetch = (lambda part: weight(part).conj()) if problem.is_complex else weight
+        return Oracle(problem.adjoint(), third, conjugate, None)
+    p = WeightGradientProblem.of(problem)
+    return WeightOracle(p, input, third) if p.transposed else WeightOracle(p, third, input)
+
+
+def _describe(part: tuple[slice, ...], right: npt.NDArray[np.bool_], got: Array, exact: Array) -> str:
     first = tuple(int(i) for i in np.argwhere(~right)[0])
-    place = tuple(part.start + i for part, i in zip(window.output, first, strict=True))
+    place = tuple(axis.start + i for axis, i in zip(part, first, strict=True))
     return (
         f"output{list(place)} is {got[first]:.7g}, expected {exact[first]:.7g}: outside the error bound "
         f"({int((~right).sum())} of {right.size} elements of this window)"

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-import gpuconv
-from gpuconv import cases, cpu
-from gpuconv.problem import ConvProblem, numpy_dtype
+from gpuconv import cpu, cpu_gradients
+from gpuconv.problem import ConvProblem, WeightGradientProblem, numpy_dtype
 
 from . import peers
-from .check import Oracle, Verdict
+from .check import Oracle, Verdict, WeightOracle, oracle_of
+from .directions import Direction, of_forward, our_function
 from .layers import Ceilings
 from .measure import Absent, Buffers, Case, Refused
 from .modes import Mode
@@ -58,7 +58,9 @@ class CpuEngine:
         work()
         return (time.perf_counter_ns() - start) / 1e3
 
-    def family(self, problem: ConvProblem) -> str:
+    def family(self, problem: ConvProblem | WeightGradientProblem) -> str:
+        if isinstance(problem, WeightGradientProblem):
+            return f"numpy {cpu_gradients.method(problem).name}"
         return f"numpy {cpu.method(problem).name}"
 
     def estimate_seconds(self, case: Case, repeats: int) -> float:
@@ -70,15 +72,16 @@ class CpuEngine:
     def open(self, case: Case) -> Iterator[Buffers]:
         problem = case.problem
         rng = np.random.default_rng(0)
-        data = [random_arrays(problem, rng) for _ in range(SETS)]
+        data = [random_arrays(problem, rng, case.direction) for _ in range(SETS)]
+        build = peers.conv_by_trimming
+        if case.direction != "forward":
+            build = partial(peers.backward, direction=case.direction)
         subjects: list[_Subject] = [
-            _Subject("gpuconv", partial(_prepare_ours, case.mode, problem, data)),
-            _Subject("PyTorch", partial(_prepare_torch, case.mode, problem, data, peers.conv_by_trimming)),
+            _Subject("gpuconv", partial(_prepare_ours, case, data)),
+            _Subject("PyTorch", partial(_prepare_torch, case, data, build)),
         ]
-        if not (problem.transposed or peers.is_symmetric(problem)):
-            subjects.append(
-                _Subject("PyTorch, F.pad", partial(_prepare_torch, case.mode, problem, data, peers.conv_by_padding))
-            )
+        if case.direction == "forward" and not (problem.transposed or peers.is_symmetric(problem)):
+            subjects.append(_Subject("PyTorch, F.pad", partial(_prepare_torch, case, data, peers.conv_by_padding)))
         yield Buffers(SETS, SETS * problem.bytes(), subjects)
 
 
@@ -98,7 +101,7 @@ class _Runner:
     mode: Mode
     function: Callable[..., Any]
     arguments: Sequence[Sequence[Any]]
-    oracle: Oracle
+    oracle: Oracle | WeightOracle
     to_numpy: Callable[[Any], Array]
     bounded: bool
     disagreement: Callable[[Array], str] | None = None
@@ -136,8 +139,10 @@ class _TorchRunner(_Runner):
         return torch.inference_mode()
 
 
-def random_arrays(problem: ConvProblem, rng: np.random.Generator) -> tuple[Array, Array, Array | None]:
-    """Normal input, weight scaled so that outputs have variance 1, and bias."""
+def random_arrays(
+    problem: ConvProblem, rng: np.random.Generator, direction: Direction = "forward"
+) -> tuple[Array, Array, Array | None]:
+    """Normal input, weight, and bias or grad_output, scaled so that results have variance 1."""
 
     def draw(shape: Sequence[int], scale: float) -> Array:
         values = rng.standard_normal(shape, dtype=np.float32)
@@ -145,40 +150,46 @@ def random_arrays(problem: ConvProblem, rng: np.random.Generator) -> tuple[Array
             values = values + 1j * rng.standard_normal(shape, dtype=np.float32)
         return np.asarray((values * np.float32(scale)).astype(numpy_dtype(problem.dtype)))
 
+    scale = 1 / math.sqrt(max(of_forward(problem, direction).terms, 1))
+    if direction != "forward":
+        return draw(problem.input_shape, 1.0), draw(problem.weight_shape, 1.0), draw(problem.output_shape, scale)
     bias = draw((problem.C_out,), 1.0) if problem.has_bias else None
-    return draw(problem.input_shape, 1.0), draw(problem.weight_shape, 1 / math.sqrt(max(problem.terms, 1))), bias
+    return draw(problem.input_shape, 1.0), draw(problem.weight_shape, scale), bias
 
 
-def _oracle(problem: ConvProblem, data: Sequence[tuple[Array, Array, Array | None]]) -> Oracle:
-    x, w, b = data[0]
-    return Oracle(problem, lambda part: x[part], lambda part: w[part], None if b is None else (lambda part: b[part]))
+def _oracle(case: Case, data: Sequence[tuple[Array, Array, Array | None]]) -> Oracle | WeightOracle:
+    x, w, third = data[0]
+    fetch = None if third is None else (lambda part: third[part])
+    return oracle_of(case.problem, case.direction, lambda part: x[part], lambda part: w[part], fetch)
 
 
-def _prepare_ours(mode: Mode, problem: ConvProblem, data: Sequence[tuple[Array, Array, Array | None]]) -> _Runner:
+def _prepare_ours(case: Case, data: Sequence[tuple[Array, Array, Array | None]]) -> _Runner:
+    mode, problem, direction = case.mode, case.problem, case.direction
     if not mode.supported:
         raise Refused(f"precision {mode.precision!r} is not supported today")
-    settings = cases.call_settings(problem)
-    function = gpuconv.conv_transpose1d if problem.transposed else gpuconv.conv1d
-    ours = partial(function, **settings, precision=mode.precision)
+    ours = our_function(problem, direction, mode.precision)
 
     def disagreement(output: Array) -> str:
+        if direction == "grad_weight" and problem.transposed:
+            return ""  # PyTorch's CPU build is wrong for some of these in float32, so the reference must do
         try:
-            peer = _prepare_torch(mode, problem, data, peers.conv_by_trimming)
+            build = peers.conv_by_trimming if direction == "forward" else partial(peers.backward, direction=direction)
+            peer = _prepare_torch(case, data, build)
         except (Absent, Refused):
             return ""  # the windows of the reference must do
         with peer.context():
             peer.call(0)
             return disagreement_between(output, peer.to_numpy(peer.outputs[0]), mode.name)
 
-    return _Runner(problem, mode, ours, data, _oracle(problem, data), np.asarray, True, disagreement)
+    return _Runner(problem, mode, ours, data, _oracle(case, data), np.asarray, True, disagreement)
 
 
 def _prepare_torch(
-    mode: Mode,
-    problem: ConvProblem,
+    case: Case,
     data: Sequence[tuple[Array, Array, Array | None]],
     build: Callable[[ConvProblem], peers.Function],
 ) -> _TorchRunner:
+    mode, problem = case.mode, case.problem
     torch = peers.optional_module("torch")
     if torch is None:
         raise Absent("PyTorch is not installed")
@@ -198,7 +209,7 @@ def _prepare_torch(
         return np.asarray(result.numpy())
 
     arguments = [[tensor(a) for a in buffers] for buffers in data]
-    return _TorchRunner(problem, mode, build(problem), arguments, _oracle(problem, data), array, False)
+    return _TorchRunner(problem, mode, build(problem), arguments, _oracle(case, data), array, False)
 
 
 def disagreement_between(ours: Array, theirs: Array, mode: str) -> str:

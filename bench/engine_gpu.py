@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-import gpuconv
-from gpuconv import calls, cases, dispatch, runtime
-from gpuconv.families import Layout
-from gpuconv.problem import ConvProblem, numpy_dtype
+from gpuconv import calls, dispatch, runtime
+from gpuconv.families import GradientLayout, Layout
+from gpuconv.problem import ConvProblem, WeightGradientProblem, numpy_dtype
 
 from . import peers
-from .check import PEER_TOLERANCE, Oracle, Verdict
+from .check import PEER_TOLERANCE, Verdict, oracle_of
+from .directions import Direction, array_shapes, of_forward, our_function, result_shape
 from .layers import Ceilings
 from .measure import Absent, Buffers, Case, Refused, sets_for
 from .micro import Micro
@@ -82,7 +82,9 @@ class GpuEngine:
         self._stop.synchronize()
         return float(1e3 * self.cupy.cuda.get_elapsed_time(self._start, self._stop))
 
-    def family(self, problem: ConvProblem) -> str:
+    def family(self, problem: ConvProblem | WeightGradientProblem) -> str:
+        if isinstance(problem, WeightGradientProblem):
+            return dispatch.choose_gradient(problem, GradientLayout.contiguous(problem), self.device).family
         choice = dispatch.choose(problem, Layout.contiguous(problem), self.device)
         return "none" if choice is None else choice.family
 
@@ -100,7 +102,7 @@ class GpuEngine:
         problem = case.problem
         sets = sets_for(problem, self.device.l2_bytes)
         with self._on_stream():
-            data = _Data(self, problem, sets)
+            data = _Data(self, problem, sets, case.direction)
             self._scratch = self.cupy.ones(2 * self.device.l2_bytes // 4, np.float32)
             self._sum = self.cupy.empty((), np.float32)
             try:
@@ -116,8 +118,20 @@ class GpuEngine:
         problem, mode = case.problem, case.mode
         tf32 = peers.CudnnSettings(allow_tf32=mode.name == "tf32")
         torch = partial(self._prepare_torch, mode, problem, data)
+        plain = _torch_build(problem, case.direction)
         yield _Subject("gpuconv", partial(self._prepare_ours, mode, problem, data))
-        yield _Subject("PyTorch", partial(torch, partial(peers.conv_by_trimming, problem), tf32))
+        yield _Subject("PyTorch", partial(torch, plain, tf32))
+        if case.direction != "forward":
+            if mode.name == "float32":
+                yield _Subject(
+                    "PyTorch, TF32 allowed",
+                    partial(torch, plain, peers.CudnnSettings(allow_tf32=True), "tf32"),
+                    comparable=False,
+                    note="rounds its operands to TF32",
+                )
+            deterministic = peers.CudnnSettings(allow_tf32=tf32.allow_tf32, deterministic=True)
+            yield _Subject("PyTorch deterministic", partial(torch, plain, deterministic))
+            return
         if not (problem.transposed or peers.is_symmetric(problem)):
             yield _Subject("PyTorch, F.pad", partial(torch, partial(peers.conv_by_padding, problem), tf32))
         if mode.name == "float32":
@@ -154,13 +168,11 @@ class GpuEngine:
     def _prepare_ours(self, mode: Mode, problem: ConvProblem, data: _Data) -> _OurRunner:
         if not mode.supported:
             raise Refused(f"precision {mode.precision!r} is not supported today")
-        settings = cases.call_settings(problem)
-        function = gpuconv.conv_transpose1d if problem.transposed else gpuconv.conv1d
-        ours = partial(function, **settings, precision=mode.precision)
+        ours = our_function(problem, data.direction, mode.precision)
 
         def disagreement(output: Any) -> str:
             try:
-                build = partial(peers.conv_by_trimming, problem)
+                build = _torch_build(problem, data.direction)
                 peer = self._prepare_torch(mode, problem, data, build, peers.CudnnSettings(mode.name == "tf32"))
                 with peer.context():
                     peer.call(0)
@@ -217,16 +229,19 @@ class _Subject:
 
 
 class _Data:
-    """The buffer sets of a case: CuPy arrays (input, weight, bias or None), normal, outputs of variance about 1."""
+    """The buffer sets of a case: CuPy arrays (input, weight, bias or None or grad_output).
 
-    def __init__(self, engine: GpuEngine, problem: ConvProblem, sets: int) -> None:
-        self.engine, self.problem = engine, problem
+    Normal numbers, scaled so that results have variance about 1.
+    """
+
+    def __init__(self, engine: GpuEngine, problem: ConvProblem, sets: int, direction: Direction = "forward") -> None:
+        self.engine, self.problem, self.direction = engine, problem, direction
         rng = np.random.default_rng(0)
         dtype = numpy_dtype(problem.dtype)
         host = rng.standard_normal(_POOL, dtype=np.float32)
         if problem.is_complex:
             host = (host + 1j * rng.permutation(host)).astype(np.complex64)
-        scale = np.float32(1 / math.sqrt(max(problem.terms, 1)))
+        scale = np.float32(1 / math.sqrt(max(of_forward(problem, direction).terms, 1)))
         cupy = engine.cupy
         plain, scaled = (
             cupy.asarray(values.astype(dtype).view(np.uint8)) for values in (host, host * scale)
@@ -243,21 +258,15 @@ class _Data:
                 filled += length
             return raw.view(dtype).reshape(shape)
 
+        # The weight carries the scale of a forward pass, grad_output that of a gradient.
+        pools = (plain, scaled, plain) if direction == "forward" else (plain, plain, scaled)
+        shapes = array_shapes(problem, direction)
         self.sets = [
-            (
-                draw(plain, problem.input_shape),
-                draw(scaled, problem.weight_shape),
-                draw(plain, (problem.C_out,)) if problem.has_bias else None,
-            )
+            tuple(draw(pool, shape) for pool, shape in zip(pools, shapes, strict=False)) + (None,) * (3 - len(shapes))
             for _ in range(sets)
         ]
-        x, w, b = self.sets[0]
-        self.oracle = Oracle(
-            problem,
-            partial(_fetch, cupy, x),
-            partial(_fetch, cupy, w),
-            None if b is None else partial(_fetch, cupy, b),
-        )
+        fetches = [None if array is None else partial(_fetch, cupy, array) for array in self.sets[0]]
+        self.oracle = oracle_of(problem, direction, *fetches)
         self._tensors: list[tuple[Any, Any, Any]] | None = None
 
     def tensors(self, torch: Any) -> list[tuple[Any, Any, Any]]:
@@ -342,8 +351,9 @@ class _OurRunner:
         """An output of NaNs: in every format all bits set is one."""
         cupy = self.engine.cupy
         dtype = numpy_dtype(self.problem.dtype)
-        raw = cupy.full(math.prod(self.problem.output_shape) * dtype.itemsize, 0xFF, np.uint8)
-        return raw.view(dtype).reshape(self.problem.output_shape)
+        shape = result_shape(self.problem, self.data.direction)
+        raw = cupy.full(math.prod(shape) * dtype.itemsize, 0xFF, np.uint8)
+        return raw.view(dtype).reshape(shape)
 
 
 @dataclass(slots=True)
@@ -415,6 +425,12 @@ class _TorchRunner:
         if tensor.dtype == torch.bfloat16:
             tensor = tensor.to(torch.float32)
         return np.asarray(tensor.cpu().numpy())
+
+
+def _torch_build(problem: ConvProblem, direction: Direction) -> Callable[[], peers.Function]:
+    if direction == "forward":
+        return partial(peers.conv_by_trimming, problem)
+    return partial(peers.backward, problem, direction)
 
 
 def _torch_with_cuda() -> Any:

@@ -12,9 +12,10 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
-from gpuconv.problem import ConvProblem
+from gpuconv.problem import ConvProblem, WeightGradientProblem
 
 from .check import Verdict
+from .directions import Direction, of_forward, prediction_key, without_bias
 from .layers import Ceilings, Layer, valid_flops
 from .modes import Mode
 from .results import Kind, Measurement, Outcome, Timing
@@ -42,20 +43,25 @@ class Refused(Exception):  # noqa: N818 - not an error: the reason is reported
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One layer in one mode, with its own batch or a smaller one."""
+    """One pass of one layer in one mode, with its own batch or a smaller one.
+
+    Attributes:
+        problem: the forward problem, whatever the pass.
+    """
 
     layer: Layer
     mode: Mode
     batch: int
+    direction: Direction = "forward"
 
     @property
     def problem(self) -> ConvProblem:
-        return self.mode.problem(self.layer, self.batch)
+        return without_bias(self.mode.problem(self.layer, self.batch), self.direction)
 
     @property
     def name(self) -> str:
         reduced = "" if self.batch == self.layer.batch else f" (batch {self.batch} of {self.layer.batch})"
-        return f"{self.layer.name}{reduced} {self.mode.name}"
+        return f"{self.layer.name}{reduced} {prediction_key(self.mode.name, self.direction)}"
 
 
 class Deadlines(NamedTuple):
@@ -116,7 +122,7 @@ class Engine(Protocol):
     def elapsed(self, work: Callable[[], None]) -> float:
         """Run the work on an idle device and return its microseconds."""
 
-    def family(self, problem: ConvProblem) -> str:
+    def family(self, problem: ConvProblem | WeightGradientProblem) -> str:
         """The kernel family or method that gpuconv takes."""
 
 
@@ -167,7 +173,7 @@ def measure(
     predicted_us: float | None = None,
 ) -> Measurement:
     """Measure one case; an implementation that fails, is wrong or absent is reported and stops no other."""
-    problem = case.problem
+    problem = of_forward(case.problem, case.direction)
     with engine.open(case) as buffers:
         outcomes: dict[str, Outcome] = {}
         entrants: list[_Entrant] = []
@@ -194,10 +200,10 @@ def measure(
         layer=case.layer.name,
         kind=case.layer.family,
         mode=case.mode.name,
-        direction="forward",
+        direction=case.direction,
         problem=str(problem),
         family=engine.family(problem),
-        flops=valid_flops(problem),
+        flops=valid_flops(case.problem),
         bytes=problem.bytes(),
         floor_us=1e6 * floor,
         floor_limit="memory" if memory >= floor else "arithmetic",

@@ -11,6 +11,7 @@ from typing import Any
 
 from gpuconv.problem import ConvProblem
 
+from .directions import Direction
 from .measure import Absent, Refused
 
 Function = Callable[[Any, Any, Any], Any]
@@ -58,6 +59,38 @@ def conv_by_trimming(problem: ConvProblem) -> Function:
     if is_symmetric(p):
         return function
     return lambda x, w, b: function(x, w, b)[..., first : first + p.L_out]
+
+
+def backward(problem: ConvProblem, direction: Direction) -> Function:
+    """The gradient of the input or the weight as autograd computes it: (input, weight, grad_output) -> gradient.
+
+    Where the padding of conv1d differs between the sides, that of torch.nn.functional.pad and a convolution without.
+
+    Raises:
+        Refused: the padding of conv_transpose1d differs between the sides, or the data are complex.
+    """
+    import torch
+    from torch.nn import functional
+
+    p = problem
+    if p.is_complex:
+        raise Refused("autograd composes complex gradients of real ones")
+    if p.transposed and not is_symmetric(p):
+        raise Refused("the padding differs between the sides")
+    padding = p.padding_left if is_symmetric(p) else 0
+    wanted = [direction == "grad_input", direction == "grad_weight", False]
+
+    def function(x: Any, w: Any, dy: Any) -> Any:
+        given = x if is_symmetric(p) else functional.pad(x, p.padding)
+        gradients = torch.ops.aten.convolution_backward(
+            dy, given, w, None, [p.stride], [padding], [p.dilation], p.transposed, [p.output_padding], p.groups, wanted
+        )
+        gradient = gradients[wanted.index(True)]
+        if given is x or direction == "grad_weight":
+            return gradient
+        return gradient[..., p.padding_left : p.padding_left + p.L_in]
+
+    return function
 
 
 def conv_by_padding(problem: ConvProblem) -> Function:

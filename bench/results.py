@@ -76,7 +76,7 @@ class Measurement:
 
     Attributes:
         layer, kind: the layer and its kind in layers.json.
-        mode, direction: the number format; "forward".
+        mode, direction: the number format; "forward", "grad_input" or "grad_weight".
         problem: the problem in words.
         family: gpuconv's kernel family (its method on the CPU).
         flops, bytes: work, the padding left out, and the least traffic.

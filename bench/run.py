@@ -28,6 +28,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from gpuconv.verify import missing_gpu
 
 from . import tables
+from .directions import DIRECTIONS, Direction, prediction_key
 from .layers import Layer, load
 from .measure import Case, Engine, Method, measure
 from .modes import Mode, modes_of
@@ -50,7 +51,12 @@ class MeasuringEngine(Engine, Protocol):
 
 
 def select(
-    layers: Sequence[Layer], modes: Sequence[Mode], pattern: str, max_bytes: int, max_flops: int
+    layers: Sequence[Layer],
+    modes: Sequence[Mode],
+    pattern: str,
+    max_bytes: int,
+    max_flops: int,
+    direction: Direction = "forward",
 ) -> tuple[list[Case], list[Unmeasured]]:
     """The cases of a run, by information, with batches reduced to the limits; and what no batch fits."""
     cases, left_out = [], []
@@ -62,7 +68,7 @@ def select(
             if batch is None:
                 left_out.append(Unmeasured(layer.name, mode.name, "too large for this device, even one sample"))
             else:
-                cases.append(Case(layer, mode, batch))
+                cases.append(Case(layer, mode, batch, direction))
     return by_information(cases, modes), left_out
 
 
@@ -90,7 +96,8 @@ def run_cases(
             start = budget.clock()
             # Predictions are made for the layer's own batch.
             whole = case.batch == case.layer.batch
-            predicted = predictions.get(case.mode.name, {}).get(case.layer.name) if whole else None
+            key = prediction_key(case.mode.name, case.direction)
+            predicted = predictions.get(key, {}).get(case.layer.name) if whole else None
             try:
                 measured = measure(case, engine, method, budget.clock, budget.deadlines(), predicted)
                 result = result.with_measurement(measured)
@@ -122,6 +129,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="python -m bench.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", choices=("gpu", "cpu"), default="gpu")
+    parser.add_argument("--direction", choices=DIRECTIONS, default="forward", help="the pass (default: %(default)s)")
     parser.add_argument("--modes", help="comma-separated, or all (default: all on the GPU, float32 on the CPU)")
     parser.add_argument("--filter", default="", metavar="REGEX", help="only layers whose name matches")
     parser.add_argument("--quick", action="store_true", help="a few layers of every kind, in under two minutes")
@@ -170,7 +178,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # A CPU needs minutes for what a GPU does in a millisecond.
     max_gib = args.max_gib or (16.0 if on_gpu else 2.0)
     max_gflop = args.max_gflop or (1e9 if on_gpu else (1.0 if args.quick else 20.0))
-    cases, left_out = select(load(), modes, args.filter, int(max_gib * 2**30), int(max_gflop * 1e9))
+    limits = int(max_gib * 2**30), int(max_gflop * 1e9)
+    cases, left_out = select(load(), modes, args.filter, *limits, args.direction)
     if args.quick:
         cases = quick(cases)
     if not cases and not left_out:
@@ -188,8 +197,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     result = RunResult(
         environment=environment(device),
         settings={
-            "modes": [mode.name for mode in modes], "filter": args.filter, "quick": args.quick, "minutes": args.minutes,
-            "repeats": args.repeats, "max_gib": max_gib, "max_gflop": max_gflop,
+            "direction": args.direction, "modes": [mode.name for mode in modes], "filter": args.filter,
+            "quick": args.quick, "minutes": args.minutes, "repeats": args.repeats, "max_gib": max_gib, "max_gflop": max_gflop,
         },
         ceilings={
             "copy": engine.ceilings.bytes_per_second / 1e9,

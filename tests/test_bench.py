@@ -32,7 +32,8 @@ from bench import (
     sanitize,
     tables,
 )
-from bench.check import Oracle, Verdict
+from bench.check import Oracle, Verdict, oracle_of
+from bench.directions import our_function, result_shape
 from bench.gpu_report import Part, PartResult
 from bench.layers import Ceilings, Layer, load
 from bench.marks import replace_between
@@ -1123,3 +1124,86 @@ def test_settings_of_a_case_are_those_of_its_layer() -> None:
         b = types.SimpleNamespace(shape=(problem.C_out,), dtype=np.dtype("float32")) if problem.has_bias else None
         construct = ConvProblem.conv_transpose1d if problem.transposed else ConvProblem.conv1d
         assert construct(x, w, b, **cases.call_settings(problem)) == problem
+
+
+# -- gradients ---------------------------------------------------------------------------------------------------------
+
+GRADIENTS = ("grad_input", "grad_weight")
+SMALL_LAYERS = ("tacotron2.location_conv_k31_b1", "phasenet.up3_k7s4", "inceptiontime.k40_same")
+
+
+@pytest.mark.parametrize("direction", GRADIENTS)
+@pytest.mark.parametrize("name", SMALL_LAYERS)
+@pytest.mark.parametrize("mode", [FLOAT32, BFLOAT16, MODES[-1]], ids=lambda mode: mode.name)
+def test_gpu_engine_measures_gradients(
+    stand_in_engine: engine_gpu.GpuEngine, mode: Mode, name: str, direction: Any
+) -> None:
+    case = replace(case_of(name, mode), direction=direction)
+    m = measure(case, stand_in_engine, Method(3, 100.0), time.monotonic)
+    assert m.ours.status == "measured", m.ours.note
+    assert m.direction == direction
+    assert m.bytes == case.problem.bytes()  # the same three arrays as the forward pass without a bias
+    assert case.name.endswith(f"{mode.name} {direction}")
+    assert ("weight_gradient" in m.family) == (direction == "grad_weight")
+    outcomes = {o.subject: o for o in m.outcomes}
+    assert ("PyTorch, TF32 allowed" in outcomes) == (mode is FLOAT32)
+    if mode is MODES[-1]:
+        assert outcomes["PyTorch"].status == "refused"
+    elif name != "phasenet.up3_k7s4":  # whose weight gradient PyTorch's CPU build may compute wrongly
+        assert outcomes["PyTorch"].status == "measured"
+
+
+@pytest.mark.parametrize("direction", GRADIENTS)
+def test_cpu_engine_measures_gradients(direction: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_cpu, "measure_ceilings", lambda: FAKE_CEILINGS)
+    for name in SMALL_LAYERS:
+        case = replace(case_of(name), direction=direction)
+        m = measure(case, engine_cpu.CpuEngine(), Method(2, 1.0, ("eager",)), time.monotonic)
+        assert m.ours.status == "measured", m.ours.note
+        assert m.ours.error is not None
+        assert m.ours.error < 1e-5
+        assert all(o.status in ("measured", "wrong") for o in m.outcomes[1:])
+        assert m.family.startswith("numpy ")
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("direction", GRADIENTS)
+def test_a_wrong_gradient_is_found(direction: Any, transposed: bool) -> None:
+    problem = ConvProblem("conv_transpose1d" if transposed else "conv1d", 2, 6, 4, 50, 5, 2, 1, 2, 1, 2)
+    x, w, dy = engine_cpu.random_arrays(problem, np.random.default_rng(3), direction)
+    oracle = oracle_of(problem, direction, x.__getitem__, w.__getitem__, dy.__getitem__)
+    good = our_function(problem, direction, "float32")(x, w, dy)
+    assert good.shape == result_shape(problem, direction)
+
+    def judge(result: Any) -> Any:
+        return oracle.judge(lambda part: result[part], mode="float32", all_finite=True, bounded=True)
+
+    assert judge(good).ok
+    bad = good.copy()
+    bad.flat[0] *= 1.001
+    assert "outside the error bound" in judge(bad).note
+    assert not judge(np.roll(good, 1, axis=-1)).ok
+
+
+def test_weight_windows_begin_at_any_tap() -> None:
+    """Of a long kernel few taps are judged, each at its own offset."""
+    problem = ConvProblem("conv1d", 1, 2, 2, 3_000_000, 40, 1, 20, 19, groups=2)
+    x, w, dy = engine_cpu.random_arrays(problem, np.random.default_rng(4), "grad_weight")
+    oracle = oracle_of(problem, "grad_weight", x.__getitem__, w.__getitem__, dy.__getitem__)
+    result = our_function(problem, "grad_weight", "float32")(x, w, dy)
+    seen = []
+    verdict = oracle.judge(
+        lambda part: (seen.append(part), result[part])[1], mode="float32", all_finite=True, bounded=True
+    )
+    assert verdict.ok, verdict.note
+    assert {part[2].start for part in seen} >= {0, 40 - 16}
+
+
+def test_one_run_measures_one_direction(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_cpu, "measure_ceilings", lambda: FAKE_CEILINGS)
+    path = tmp_path / "run.json"
+    options = ["--direction", "grad_weight", "--filter", "vocos", "--repeats", "2", "--out", str(path)]
+    assert run.main(["--device", "cpu", *options]) == 0
+    document = json.loads(path.read_text(encoding="utf-8"))
+    assert document["settings"]["direction"] == "grad_weight"
+    assert [m["direction"] for m in document["measurements"]] == ["grad_weight"]
