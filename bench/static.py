@@ -90,8 +90,11 @@ def launches_of(choice: dispatch.Choice | dispatch.GradientChoice) -> Iterator[t
     if isinstance(choice, dispatch.GradientChoice):
         if choice.sum is not None:
             yield choice.sum
-    elif choice.pack is not None:
+        return
+    if choice.pack is not None:
         yield choice.pack.config, choice.pack.launch
+    if choice.second_pass is not None:
+        yield choice.second_pass.config, choice.second_pass.launch
 
 
 def base_choice(problem: ConvProblem, device: Device) -> dispatch.Choice:

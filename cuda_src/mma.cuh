@@ -391,7 +391,9 @@ __device__ __forceinline__ void multiply_tile(
         const index_t j = row - sample * sample_rows - plane * window.plane_rows;
         const index_t l_in = (tile.position_begin + j) * tile.column_step + tile.first + window.shift +
             plane * window.plane_step;
-        const bool exists = sample < tile.samples && l_in >= 0 && l_in < tile.L_in;
+        // Rows that only columns behind the last would read are not loaded.
+        const index_t end = tile.positions - tile.position_begin + (window.plane_rows - window.block_positions);
+        const bool exists = sample < tile.samples && j < end && l_in >= 0 && l_in < tile.L_in;
         row_offset[row] = exists ? sample * tile.input_stride_n + l_in * tile.input_stride_l : kMissing;
     }
 #pragma unroll 1

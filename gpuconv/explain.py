@@ -82,15 +82,22 @@ class Explanation:
         p, choice = self.problem, self.choice
         result = _common_dict(self, _shapes(p))
         if choice is not None:
-            packing = {"pack_bytes": 0 if choice.pack is None else choice.pack.num_bytes}
-            result["kernel"] = {**_choice_dict(choice), **packing}
+            second = choice.second_pass
+            result["kernel"] = {
+                **_choice_dict(choice),
+                "pack_bytes": 0 if choice.pack is None else choice.pack.num_bytes,
+                "partial_bytes": 0 if second is None else second.num_bytes,
+                "second_pass": None if second is None else _launch_dict(second.config, second.launch),
+            }
         return result
 
     def __str__(self) -> str:
         p = self.problem
         rows = [(name, f"{shape} {p.dtype}" if name == "input" else str(shape)) for name, shape in _shapes(p).items()]
         settings = f"stride {p.stride}, padding {p.padding}, dilation {p.dilation}, groups {p.groups}"
-        rows.append(("settings", settings + (f", output_padding {p.output_padding}" if p.output_padding else "")))
+        settings += f", output_padding {p.output_padding}" if p.output_padding else ""
+        settings += f", precision {p.precision}" if p.precision != "float32" else ""
+        rows.append(("settings", settings))
         return _page(p.op, self, rows, self._kernel_rows())
 
     def _kernel_rows(self) -> list[tuple[str, str]]:
@@ -100,6 +107,10 @@ class Explanation:
         if self.choice.pack:
             size = _quantity(self.choice.pack.num_bytes, "B")
             rows.append(("packing", f"weights are packed first into a buffer of {size}"))
+        if self.choice.second_pass:
+            size = _quantity(self.choice.second_pass.num_bytes, "B")
+            segments = dict(self.choice.launch.params)["segments"]
+            rows.append(("second launch", f"adds the sums of {segments} segments of the channels from a buffer of {size}"))
         return rows
 
 

@@ -147,7 +147,7 @@ _SEGMENT_TILES = (
     Tile(48, 128, 1, 4, 2, 4, segment_mode=1),
     Tile(64, 64, 2, 2, 3, 4, has_samples=True, segment_mode=1),
     Tile(64, 64, 2, 2, 4, 4, segment_mode=2),
-    Tile(32, 64, 1, 4, 4, 4, segment_mode=2),
+    Tile(64, 16, 4, 1, 4, 2, segment_mode=2),
     Tile(128, 16, 4, 1, 3, 2, segment_mode=1),
 )
 _SPLIT_SEGMENT_TILES = (
@@ -156,7 +156,7 @@ _SPLIT_SEGMENT_TILES = (
     Tile(48, 64, 1, 4, 2, 4, segment_mode=1),
     Tile(64, 64, 2, 2, 2, 4, has_samples=True, segment_mode=1),
     Tile(64, 64, 2, 2, 2, 4, segment_mode=2),
-    Tile(32, 64, 1, 4, 4, 4, segment_mode=2),
+    Tile(64, 16, 4, 1, 4, 2, segment_mode=2),
     Tile(128, 16, 4, 1, 3, 2, segment_mode=1),
 )
 # Of the buffer of partial sums: segments in blocks of their own are for problems that are small otherwise.
@@ -176,11 +176,8 @@ _STAGE_CYCLES = 60.0  # the barrier of a stage, and its wait for weights, of a b
 
 def tiles(arithmetic: Arithmetic, bits: int = 32, *, segments: bool = False) -> tuple[Tile, ...]:
     """The tiles of an arithmetic; few for 64-bit offsets, since arrays that need them fill any tile."""
-    is_split = arithmetic.parts == 2
-    if segments:
-        every = _SPLIT_SEGMENT_TILES if is_split else _SEGMENT_TILES
-    else:
-        every = _SPLIT_TILES if is_split else _TILES
+    whole, cut = (_SPLIT_TILES, _SPLIT_SEGMENT_TILES) if arithmetic.parts == 2 else (_TILES, _SEGMENT_TILES)
+    every: tuple[Tile, ...] = cut if segments else whole
     if bits == 32:
         return every
     return tuple(t for t in every if not t.has_samples and t.segment_mode < 2 and t.block_n in (16, 64))
@@ -504,7 +501,7 @@ def second_pass(config: Config, first: Launch, product: Product, tiling: Tiling,
     """What adds the sums of segments; `config` and `first` are those of the kernel that forms them."""
     if tiling.tile.segment_mode < 2:
         return None
-    macros = {**dict(config.macros), "SEGMENT_MODE": 3}
+    macros: dict[str, str | int] = {**dict(config.macros), "SEGMENT_MODE": 3}
     tile = tiling.tile
     adds = Launch(tiling.blocks, tile.threads, tile.slice_bytes(itemsize), first.index_bits, first.params)
     sums = tiling.blocks * product.reduction.segments * tile.block_m * tile.block_n
