@@ -17,8 +17,10 @@ from gpuconv.problem import (
     ITEMSIZE,
     MAX_EXTENT,
     ArraySpec,
+    BiasGradientProblem,
     ConvProblem,
     Settings,
+    WeightGradientProblem,
     check_padding_mode,
     check_precision,
     dtype_name,
@@ -567,6 +569,60 @@ def test_problems_print_in_one_line() -> None:
     assert str(forward) == "conv1d N2 C4->6 L10->4 K3 s2 p1,0 d2 g2 float32 bias"
     transposed = construct("conv_transpose1d", (4, 10), (4, 3, 3), stride=2, output_padding=1, dtype="complex64")
     assert str(transposed) == "conv_transpose1d N1 C4->3 L10->22 K3 s2 p0,0 d1 g1 op1 complex64"
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_the_problem_of_a_weight_gradient(op: str) -> None:
+    forward = construct(op, **VALID[op], stride=2, dtype="complex64")
+    problem = WeightGradientProblem.of(forward)
+    assert len({problem, WeightGradientProblem.of(replace(forward, has_bias=False)), replace(problem, K=4)}) == 2
+    with pytest.raises(FrozenInstanceError):
+        problem.stride = 3  # type: ignore[misc]
+    coarse, fine = problem.sides(forward.input_shape, forward.output_shape)
+    assert (problem.coarse_shape, problem.fine_shape) == (coarse, fine)
+    assert problem.weight_shape == forward.weight_shape
+    assert (problem.C_coarse_g * 2, problem.C_fine_g) == forward.weight_shape[:2]
+    assert (problem.conjugate_coarse, problem.conjugate_fine) == (op == "conv_transpose1d", op == "conv1d")
+    assert problem.flops() == forward.flops()
+    assert problem.bytes() == replace(forward, has_bias=False).bytes()
+    real = WeightGradientProblem.of(replace(forward, dtype="float32"))
+    assert not real.conjugate_coarse
+    assert not real.conjugate_fine
+
+
+def test_gradient_problems_print_in_one_line() -> None:
+    forward = construct("conv1d", **VALID["conv1d"], stride=2, padding=(1, 0), dilation=2)
+    assert str(WeightGradientProblem.of(forward)) == "conv1d weight gradient N2 C6,4 L4,10 K3 s2 p1 d2 g2 float32"
+    transposed = construct("conv_transpose1d", (4, 10), (4, 3, 3), stride=2)
+    text = "conv_transpose1d weight gradient N1 C4,3 L10,21 K3 s2 p0 d1 g1 float32"
+    assert str(WeightGradientProblem.of(transposed)) == text
+    assert str(BiasGradientProblem(2, 6, 8, "float16")) == "bias gradient N2 C6 L8 float16"
+
+
+def test_the_problem_of_a_bias_gradient() -> None:
+    problem = BiasGradientProblem(2, 6, 8, "complex128")
+    assert (problem.grad_output_shape, problem.bias_shape, problem.terms) == ((2, 6, 8), (6,), 16)
+    assert (problem.flops(), problem.bytes()) == (2 * 96, 16 * (96 + 6))
+    assert replace(problem, dtype="float32").flops() == 96
+
+
+@repeatable
+@given(K=taps, stride=steps, dilation=steps, left=st.integers(0, 9), right=st.integers(0, 9), extra=st.integers(0, 5))
+def test_the_adjoint_leads_back_to_the_input(
+    K: int, stride: int, dilation: int, left: int, right: int, extra: int
+) -> None:
+    forward = construct("conv1d", (4, 30), (6, 2, K), None, groups=2, stride=stride, dilation=dilation, padding=left)
+    transposed = replace(
+        forward, op="conv_transpose1d", padding_right=right, output_padding=min(extra, max(stride, dilation) - 1)
+    )
+    for problem in (forward, replace(forward, padding_right=right, precision="tf32"), transposed):
+        back = problem.adjoint()
+        assert back.op != problem.op
+        assert (back.input_shape, back.output_shape) == (problem.output_shape, problem.input_shape)
+        assert back.weight_shape == problem.weight_shape
+        assert (back.precision, back.has_bias) == (problem.precision, False)
+        assert back.adjoint().output_shape == problem.output_shape
+        assert 0 <= back.output_padding < stride
 
 
 @repeatable
