@@ -17,10 +17,10 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
-from gpuconv import cases, dispatch, functional, reference, runtime
+from gpuconv import cases, dispatch, functional, grad, reference, runtime
 from gpuconv.device import Device
-from gpuconv.families import Layout
-from gpuconv.problem import ConvProblem
+from gpuconv.families import GradientLayout, Layout
+from gpuconv.problem import BiasGradientProblem, ConvProblem, WeightGradientProblem
 
 from .layers import load
 
@@ -52,6 +52,21 @@ def selection(device: Device, max_flops: int = 200_000_000) -> Iterator[tuple[st
     yield from smallest.values()
 
 
+def gradient_selection(device: Device, max_flops: int = 200_000_000) -> Iterator[tuple[str, ConvProblem]]:
+    """The same for the kernels of weight gradients."""
+    smallest: dict[object, tuple[str, ConvProblem]] = {}
+    for dtype, positions, layer in itertools.product(DTYPES, LENGTHS, load()):
+        problem = shrunk(layer.problem(dtype), positions)
+        gradient = WeightGradientProblem.of(problem)
+        choice = dispatch.choose_gradient(gradient, GradientLayout.contiguous(gradient), device)
+        if problem.flops() > max_flops:
+            continue
+        key = (choice.config, choice.sum is not None)
+        if key not in smallest or problem.flops() < smallest[key][1].flops():
+            smallest[key] = (layer.name, problem)
+    yield from smallest.values()
+
+
 def run(problems: Iterable[tuple[str, ConvProblem]], seconds: float) -> tuple[int, int]:
     """Compute problems on the GPU and check them, until the time is up: (how many, how many wrong)."""
     cupy = runtime.cupy_module()
@@ -72,6 +87,30 @@ def run(problems: Iterable[tuple[str, ConvProblem]], seconds: float) -> tuple[in
     return done, wrong
 
 
+def run_gradients(problems: Iterable[tuple[str, ConvProblem]], seconds: float) -> tuple[int, int]:
+    """`run` for the gradients of the weights and of the bias."""
+    cupy = runtime.cupy_module()
+    start = time.monotonic()
+    done = wrong = 0
+    for name, problem in problems:
+        if time.monotonic() - start > seconds:
+            break
+        x = cases.random_data(problem, seed=0).input
+        dy = cases.random_data(problem.adjoint(), seed=1).input
+        given, grad_output = cupy.asarray(x), cupy.asarray(dy)
+        p = WeightGradientProblem.of(problem)
+        of_weight = grad.conv_transpose1d_weight if problem.transposed else grad.conv1d_weight
+        dw = cupy.asnumpy(of_weight(given, problem.weight_shape, grad_output, **cases.call_settings(problem)))
+        db = cupy.asnumpy(grad.conv1d_bias(grad_output))
+        bias = BiasGradientProblem(problem.N, problem.C_out, problem.L_out, problem.dtype)
+        right = reference.weight_gradient(p, *p.sides(x, dy)).within_bound(dw).all()
+        done += 1
+        if not right or not reference.bias_gradient(bias, dy).within_bound(db).all():
+            wrong += 1
+            print(f"WRONG {name}: {p}")
+    return done, wrong
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes: 0 all right, 1 a wrong result, 2 bad usage, 3 no GPU; compute-sanitizer has its own."""
     from gpuconv.verify import missing_gpu
@@ -83,7 +122,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(missing)
         return 3
     device = runtime.device(int(runtime.cupy_module().cuda.runtime.getDevice()))
-    done, wrong = run(selection(device), args.seconds)
+    done, wrong = run(selection(device), args.seconds / 2)
+    of_gradients = run_gradients(gradient_selection(device), args.seconds / 2)
+    done, wrong = done + of_gradients[0], wrong + of_gradients[1]
     print(f"{done} problems computed, {wrong} wrong")
     return 1 if wrong else 0
 

@@ -53,8 +53,9 @@ from bench.results import Measurement, Outcome, RunResult, Timing, Unmeasured
 from bench.schedule import Budget, by_information, quick
 from gpuconv import cases, cpu, dispatch, reference
 from gpuconv.device import Device
-from gpuconv.families import Layout
-from gpuconv.problem import ConvProblem
+from gpuconv.families import GradientLayout, Layout
+from gpuconv.problem import ConvProblem, WeightGradientProblem
+from tests.hostcuda import fake_cupy
 
 LAYERS = {layer.name: layer for layer in load()}
 FLOAT32, BFLOAT16, TF32 = MODES[0], MODES[1], MODES[2]
@@ -1207,3 +1208,15 @@ def test_one_run_measures_one_direction(tmp_path: Path, monkeypatch: pytest.Monk
     document = json.loads(path.read_text(encoding="utf-8"))
     assert document["settings"]["direction"] == "grad_weight"
     assert [m["direction"] for m in document["measurements"]] == ["grad_weight"]
+
+
+def test_sanitizer_runs_gradient_kernels() -> None:
+    device = Device.from_arch("sm_90")
+    whole = list(sanitize.gradient_selection(device))
+    gradients = [WeightGradientProblem.of(problem) for _, problem in whole]
+    chosen = {dispatch.choose_gradient(p, GradientLayout.contiguous(p), device).family for p in gradients}
+    assert chosen == {"weight_gradient_pairs", "weight_gradient_tiled", "weight_gradient_direct"}
+    small = list(sanitize.gradient_selection(device, max_flops=300_000))
+    assert len(small) >= 4
+    with fake_cupy.installed():
+        assert sanitize.run_gradients(small, math.inf) == (len(small), 0)

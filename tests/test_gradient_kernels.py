@@ -515,3 +515,41 @@ def test_plans_of_empty_arrays_give_zeros(shape: tuple[int, int, int]) -> None:
         runtime.make_bias_gradient_plan(bias, x, None)(x, output)
         np.testing.assert_array_equal(output.get(), np.zeros(C))
         assert fake_cupy.launches == []
+
+
+# -- on a GPU --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("family", "dtype", "group"), items(FAMILIES), **by_name)
+def test_gpu_gives_the_bits_of_hostcuda(
+    family: GradientFamily[Any], dtype: str, group: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cupy = runtime.cupy_module()
+    monkeypatch.setattr(dispatch, "GRADIENT_FAMILIES", (family,))
+    dispatch.choose_gradient.cache_clear()
+    try:
+        for name, p in problems(dtype, group).items():
+            if not takes(family, p):
+                continue
+            coarse, fine = normal(p)
+            given = [cupy.asarray(array) for array in ((coarse, fine) if p.transposed else (fine, coarse))]
+            plan = runtime.make_weight_gradient_plan(p, *given, None)
+            output = cupy.empty(plan.output_shape, coarse.dtype)
+            plan(*given, output)
+            assert_same_bits(cupy.asnumpy(output), gradient(p, coarse, fine, family=family.name), name)
+    finally:
+        dispatch.choose_gradient.cache_clear()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gpu_gives_the_bits_of_hostcuda_for_a_bias(dtype: str) -> None:
+    cupy = runtime.cupy_module()
+    for problem in BIASES:
+        p = replace(problem, dtype=dtype)
+        (dy,) = as_dtype(p, generator(p).standard_normal, p.grad_output_shape)
+        given = cupy.asarray(dy)
+        output = cupy.empty(p.bias_shape, dy.dtype)
+        runtime.make_bias_gradient_plan(p, given, None)(given, output)
+        assert_same_bits(cupy.asnumpy(output), gradient(p, dy), p)
