@@ -8,7 +8,18 @@ from functools import lru_cache
 from typing import NamedTuple, TypeAlias
 
 from .device import Device
-from .families import FAMILIES, GRADIENT_FAMILIES, ArrayLayout, Config, GradientLayout, Launch, Layout, Pack, SecondPass
+from .families import (
+    FAMILIES,
+    GRADIENT_FAMILIES,
+    ArrayLayout,
+    Config,
+    Family,
+    GradientLayout,
+    Launch,
+    Layout,
+    Pack,
+    SecondPass,
+)
 from .families.base import gradient_shapes
 from .families.slices import Slices, sum_launch
 from .problem import BiasGradientProblem, ConvProblem, WeightGradientProblem
@@ -128,6 +139,36 @@ def lay_out_gradient(
     return GradientLayout(tuple(usable[:-1]), usable[-1]), copies
 
 
+def choose_family(problem: ConvProblem, layout: Layout, device: Device, name: str) -> Choice:
+    """What the named family would run, whatever `choose` prefers.
+
+    Raises:
+        ValueError: there is no such family for the operation, or it refuses the problem.
+    """
+    for family in FAMILIES:
+        if family.name == name and family.op == problem.op:
+            reason = family.refuse(problem, layout, device)
+            if reason is not None:
+                raise ValueError(f"{name} refuses {problem}: {reason}")
+            return _place(family, problem, layout, device, ())
+    raise ValueError(f"no family {name} computes {problem}")
+
+
+def _place(
+    family: Family, problem: ConvProblem, layout: Layout, device: Device, refusals: tuple[tuple[str, str], ...]
+) -> Choice:
+    config, launch = family.configure(problem, layout, device)
+    return Choice(
+        family.name,
+        config,
+        launch,
+        refusals,
+        pack=family.pack(problem, layout, device),
+        figures=family.figures(problem, layout, device),
+        second_pass=family.second_pass(problem, layout, device),
+    )
+
+
 @lru_cache(maxsize=4096)
 def choose(problem: ConvProblem, layout: Layout, device: Device) -> Choice | None:
     """The family, specialisation and launch of a problem; None where the output is empty and nothing is launched.
@@ -142,11 +183,7 @@ def choose(problem: ConvProblem, layout: Layout, device: Device) -> Choice | Non
             continue
         reason = family.refuse(problem, layout, device)
         if reason is None:
-            config, launch = family.configure(problem, layout, device)
-            pack = family.pack(problem, layout, device)
-            figures = family.figures(problem, layout, device)
-            second_pass = family.second_pass(problem, layout, device)
-            return Choice(family.name, config, launch, tuple(refusals), pack, figures, second_pass)
+            return _place(family, problem, layout, device, tuple(refusals))
         refusals.append((family.name, reason))
     raise AssertionError(f"every family refused {problem}: {refusals}")
 
@@ -155,8 +192,8 @@ def choose(problem: ConvProblem, layout: Layout, device: Device) -> Choice | Non
 def choose_gradient(problem: GradientProblem, layout: GradientLayout, device: Device) -> GradientChoice:
     """The family, specialisation and launches of a gradient none of whose arrays is empty.
 
-    The choice is a pure function of its arguments and never depends on a timing. The bits of the result depend on
-    neither the choice nor the layout nor the device.
+    The choice is a pure function of its arguments and never depends on a timing. The bits of the result depend on the
+    problem and the architecture alone.
     """
     op = "weight_gradient" if isinstance(problem, WeightGradientProblem) else "bias_gradient"
     refusals: list[tuple[str, str]] = []
@@ -167,8 +204,8 @@ def choose_gradient(problem: GradientProblem, layout: GradientLayout, device: De
         if reason is None:
             config, launch = family.configure(problem, layout, device)
             figures = family.figures(problem, layout, device)
-            slices = Slices.of(problem)
-            total = sum_launch(problem, layout) if slices.count > 1 else None
+            slices = Slices.of(problem, on_tensor_cores=family.on_tensor_cores)
+            total = sum_launch(problem, layout, slices) if slices.count > 1 else None
             partial_bytes = slices.partial_bytes(problem)
             return GradientChoice(family.name, config, launch, tuple(refusals), slices, total, partial_bytes, figures)
         refusals.append((family.name, reason))

@@ -63,9 +63,7 @@ class Conv1dMma(Family):
     def pack(self, problem: ConvProblem, layout: Layout, device: Device) -> Pack:
         tile = self._tilings(problem, layout, device)[0].tile
         arithmetic = _arithmetic(problem, device)
-        return mma.make_pack(
-            problem, layout, _product(problem, device), tile, arithmetic, phases_in_rows=False
-        )
+        return mma.make_pack(problem, layout, _product(problem, device), tile, arithmetic, phases_in_rows=False)
 
     def figures(self, problem: ConvProblem, layout: Layout, device: Device) -> tuple[tuple[str, float], ...]:
         return mma.tiling_figures(self._tilings(problem, layout, device))

@@ -358,7 +358,10 @@ def compare_tilings(product: Product, arithmetic: Arithmetic, bits: int, device:
         blocks = row_tiles * column_tiles * sample_tiles * product.products
         if needed > device.shared_per_block or blocks * product.reduction.segments > MAX_GRID:
             continue
-        if blocks * product.reduction.segments * tile.block_m * tile.block_n * 4 > MAX_PARTIAL_BYTES and tile.segment_mode == 2:
+        if (
+            blocks * product.reduction.segments * tile.block_m * tile.block_n * 4 > MAX_PARTIAL_BYTES
+            and tile.segment_mode == 2
+        ):
             continue
         cycles = _cost(tile, window, product.reduction, arithmetic, blocks, needed, device)
         found.append(Tiling(tile, window, row_tiles, column_tiles, sample_tiles, blocks, needed, cycles))

@@ -12,8 +12,8 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 from gpuconv.device import Device
-from gpuconv.dispatch import Choice, Place, choose, lay_out
-from gpuconv.families import FAMILIES, ArrayLayout, Config, Launch, Layout
+from gpuconv.dispatch import Choice, Place, choose, choose_family, lay_out
+from gpuconv.families import ArrayLayout, Config, Launch, Layout
 from gpuconv.problem import ConvProblem
 from gpuconv.source import pack_params
 
@@ -251,7 +251,8 @@ def convolve(
         layout, _ = lay_out(
             p, {name: None if a is None else Place(a.strides, _address(a)) for name, a in given.items()}
         )
-    choice = choose(p, layout, device) if family is None else _choose_family(p, layout, device, family)
+    nothing = p.N == 0 or p.C_out == 0
+    choice = choose(p, layout, device) if family is None or nothing else choose_family(p, layout, device, family)
     if choice is None:
         return output
     layouts = {"input": layout.input, "weight": layout.weight, "output": layout.output}
@@ -292,20 +293,6 @@ def array_layout(array: Array) -> ArrayLayout:
 
 def _address(array: Array) -> int:
     return int(array.__array_interface__["data"][0])
-
-
-def _choose_family(problem: ConvProblem, layout: Layout, device: Device, name: str) -> Choice | None:
-    if problem.N == 0 or problem.C_out == 0:
-        return None
-    (family,) = (family for family in FAMILIES if family.name == name)
-    if family.op != problem.op:
-        raise ValueError(f"hostcuda: {name} computes {family.op}, the problem is {problem}")
-    reason = family.refuse(problem, layout, device)
-    if reason is not None:
-        raise ValueError(f"hostcuda: {name} refuses {problem}: {reason}")
-    config, launch = family.configure(problem, layout, device)
-    pack, second = family.pack(problem, layout, device), family.second_pass(problem, layout, device)
-    return Choice(name, config, launch, (), pack, (), second)
 
 
 def _check_launch(
