@@ -10,7 +10,10 @@
 // SLIDE_STRIDE = 1 or 2: that stride, dilation 1, input and output contiguous along l. Sliding threads: a step takes kVec
 // taps of either phase of the stride, one 16-byte load of window and one of taps for THREAD_L*kVec multiply-adds.
 // IS_SKIPPING = 1, SLIDE_STRIDE = 0: stride 1, any dilation, input and output contiguous along l. Skipping threads.
-// Neither: any stride and dilation, arrays of any strides. A thread holds THREAD_L results row_threads apart, so
+// IS_STRIDING = 1: a stride of whole 16-byte vectors, dilation 1, input contiguous along l. A thread holds one result and
+// reads its window vector by vector; the window lies in shared memory as it does in global memory, but that the first
+// positions of neighbouring results are an odd number of vectors apart, so that neighbouring threads read different banks.
+// None of these: any stride and dilation, arrays of any strides. A thread holds THREAD_L results row_threads apart, so
 // that neighbouring threads store neighbouring elements; the window lies in shared memory by its position modulo the
 // stride, so that neighbouring threads read neighbouring words whatever the stride.
 //
@@ -28,7 +31,7 @@ struct Params {
     index_t taps_pitch;    // accumulators from one row's taps to the next row's
     index_t window;        // of one tile: 16-byte vectors, or positions where threads neither slide nor skip
     index_t window_pitch;  // from one row's window to the next: vectors (of a plane), or accumulators
-    index_t plane_pitch;   // from one plane to the next, or from one phase of a window to the next, likewise
+    index_t plane_pitch;   // from one plane, one result (IS_STRIDING) or one phase of a window to the next, likewise
     index_t input_stride_n, input_stride_c, input_stride_l;
     index_t weight_stride_out, weight_stride_in, weight_stride_k;
     index_t bias_stride;
@@ -206,6 +209,92 @@ __device__ __forceinline__ void convolve_rows(
 __device__ __forceinline__ void convolve_rows(
     const storage_t* input, const storage_t* weight, const storage_t* bias, storage_t* output, const Params& p) {
     convolve_skipping(input, weight, bias, output, -p.padding_left, int(p.dilation), p);
+}
+
+#elif IS_STRIDING
+
+__device__ __forceinline__ void convolve_rows(
+    const storage_t* input, const storage_t* weight, const storage_t* bias, storage_t* output, const Params& p) {
+    const Place at = find_place(p, blockIdx.x);
+    const int row_threads = int(p.row_threads), pitch = int(p.plane_pitch);
+    const int stride_vectors = int(p.stride) / kStorageVec;
+    acc_t* const shared = reinterpret_cast<acc_t*>(dynamic_shared_memory());
+    acc_t* const taps = shared + at.row_in_block * p.taps_pitch;
+    StorageVector* const window =
+        reinterpret_cast<StorageVector*>(shared + p.block_rows * p.taps_pitch) + at.row_in_block * p.window_pitch;
+    const index_t l_begin = at.tile * row_threads * p.repeats;
+    int steps = 0;
+
+    if (at.has_row) {
+        const storage_t* const x = input_row(input, at, p);
+        const index_t l_first = l_begin * p.stride - p.padding_left;
+        const int lead = int(l_first + elements_past_boundary(x)) & (kStorageVec - 1);
+        steps = int(ceil_div(p.K + lead, kStorageVec));
+        stage_taps(
+            taps, weight_row(weight, at, p), p.weight_stride_k, p.K, lead, steps * kStorageVec, at.place, row_threads);
+        const int result_step = row_threads / stride_vectors, vector_step = row_threads - result_step * stride_vectors;
+        int result = at.place / stride_vectors, vector = at.place - result * stride_vectors;
+#pragma unroll 2
+        for (int v = at.place; v < p.window; v += row_threads) {
+            const index_t l_in = l_first - lead + v * kStorageVec;
+            StorageVector* const target = window + (result * pitch + vector);
+            if (l_in >= 0 && l_in + kStorageVec <= p.L_in) {
+                copy_async(target, reinterpret_cast<const StorageVector*>(x + l_in));
+            } else {
+                StorageVector value;
+#pragma unroll
+                for (int e = 0; e < kStorageVec; ++e) {
+                    const bool exists = l_in + e >= 0 && l_in + e < p.L_in;
+                    value.set(e, exists ? x[l_in + e] : scalar::storage_zero());
+                }
+                *target = value;
+            }
+            result += result_step;
+            vector += vector_step;
+            if (vector >= stride_vectors) {
+                vector -= stride_vectors;
+                ++result;
+            }
+        }
+    }
+    copy_async_wait();
+    __syncthreads();
+    if (!at.has_row) return;
+
+    const acc_t offset = bias_or_zero(bias, at.c_out * p.bias_stride);
+    storage_t* const y = output + at.n * p.output_stride_n + at.c_out * p.output_stride_c;  // output[n, c_out, 0]
+#pragma unroll 1
+    for (int place = at.place; place < row_threads * int(p.repeats); place += row_threads) {
+        const index_t l_out = l_begin + place;
+        if (l_out >= p.L_out) return;
+        acc_t acc = scalar::zero();
+        const StorageVector* next = window + place * pitch;
+        const Vector* tap = reinterpret_cast<const Vector*>(taps);
+        int left = stride_vectors;  // vectors before the next result's first
+#pragma unroll (4 / kParts)
+        for (int step = 0; step < steps; ++step) {
+            const StorageVector positions = *next;
+#pragma unroll
+            for (int part = 0; part < kParts; ++part) {
+                const Vector term = *tap++;
+#pragma unroll
+                for (int e = 0; e < kVec; ++e) {
+                    acc = multiply_add(term.element[e], scalar::load(positions.get(part * kVec + e)), acc);
+                }
+            }
+            ++next;
+            if (--left == 0) {
+                left = stride_vectors;
+                next += pitch - stride_vectors;
+            }
+        }
+        const bool met_nan = is_nan(acc);
+        if (met_nan) {
+            const Place again = find_place(p, block_index_again());  // rather than pointers held for the rare case
+            acc = sum_existing_terms(input_row(input, again, p), weight_row(weight, again, p), l_out, p);
+        }
+        y[l_out * p.output_stride_l] = scalar::round(add(acc, offset));
+    }
 }
 
 #else

@@ -95,8 +95,6 @@ __device__ __forceinline__ Place find_place(const ParamsT& p, unsigned block) {
     return at;
 }
 
-#if SLIDE_STRIDE > 0 || IS_SKIPPING
-
 // taps[k + lead] = weight of tap k, zeros before and behind, `count` in all.
 __device__ __forceinline__ void stage_taps(
     acc_t* taps, const storage_t* w, index_t weight_stride_k, index_t K, int lead, int count, int place, int row_threads) {
@@ -106,6 +104,8 @@ __device__ __forceinline__ void stage_taps(
         taps[i] = exists ? scalar::load(w[(i - lead) * weight_stride_k]) : scalar::zero();
     }
 }
+
+#if SLIDE_STRIDE > 0 || IS_SKIPPING
 
 // Where stage_window puts its vectors: vector v of the window lies in plane v % kPlanes. One vector in front of each plane
 // and one behind it are written too, where the 16 bytes of elements at either end stick out.

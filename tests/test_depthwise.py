@@ -72,6 +72,22 @@ def test_the_kernel_follows_from_the_layer(family: Family) -> None:
         assert (chosen["SLIDE_STRIDE"], chosen["IS_SKIPPING"]) == (slide, skips), str(problem)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_strides_of_whole_vectors_are_copied_as_they_lie(dtype: str) -> None:
+    """LEAF and its like; unless most of the input meets no tap."""
+    family = next(family for family in DEPTHWISE if family.name == FORWARD)
+    vec = 16 // ITEMSIZE[dtype]
+    leaf = depthwise(family.op, 40, 4000, 401, stride=160, padding_left=200, padding_right=200, dtype=dtype)
+    for problem, strides in (
+        (leaf, "1"),
+        (replace(leaf, stride=8 * vec, K=4 * vec), "1"),
+        (replace(leaf, stride=161), "1" if vec == 1 else "0"),
+        (replace(leaf, K=79), "0"),
+        (replace(leaf, dilation=2), "0"),
+    ):
+        assert macros(family, problem)["IS_STRIDING"] == strides, str(problem)
+
+
 @pytest.mark.parametrize("family", DEPTHWISE, **by_name)
 def test_refusals_name_the_reason(family: Family) -> None:
     layer = depthwise(family.op, 8, 400, 9)
@@ -181,6 +197,24 @@ def test_dilated_rows_of_every_alignment(family: Family, dtype: str) -> None:
             assert_bits_of_the_base(family, p, layout)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_long_strides_of_every_alignment(dtype: str) -> None:
+    """Windows and rows at every distance from a boundary, taps that end in every vector of a stride."""
+    family = next(family for family in DEPTHWISE if family.name == FORWARD)
+    vec = 16 // ITEMSIZE[dtype]
+    for shift in range(vec):
+        first = 1 << shift.bit_length() >> 1
+        for stride, K in ((3 * vec if vec < 3 else 2 * vec, 2 * vec + shift), (5 * vec, 11 * vec - shift)):
+            p = depthwise(
+                family.op, 3, 40 * stride + shift, K, stride=stride, dtype=dtype, padding_left=K // 2 + shift,
+                padding_right=K, has_bias=True, multiplier=1 + shift % 2,
+            )  # fmt: skip
+            for gaps in ((shift, vec - shift), (0, 0)):
+                layout = placed(p, (first % vec, (vec - first) % vec), gaps)
+                assert macros(family, p, layout)["IS_STRIDING"] == "1"
+                assert_bits_of_the_base(family, p, layout)
+
+
 @pytest.mark.parametrize("family", DEPTHWISE, **by_name)
 def test_dilated_rows_of_several_tiles(family: Family) -> None:
     """A GPU of one multiprocessor, whose threads compute several results one after the other."""
@@ -260,7 +294,7 @@ def test_kernels_longer_than_the_sequence(family: Family, stride: int, dtype: st
                 assert_bits_of_the_base(family, p)
 
 
-@pytest.mark.parametrize(("stride", "dilation"), [(1, 1), (2, 1), (3, 1), (1, 5)])
+@pytest.mark.parametrize(("stride", "dilation"), [(1, 1), (2, 1), (3, 1), (4, 1), (1, 5)])
 @pytest.mark.parametrize("family", DEPTHWISE, **by_name)
 def test_nothing_comes_of_an_infinite_weight_in_the_padding(family: Family, stride: int, dilation: int) -> None:
     """Infinite and NaN taps spoil the results that they belong to, and no other."""

@@ -32,8 +32,8 @@ from .depthwise import (
     vector_length,
 )
 
-# Results of a thread that neither slides nor skips: several share the loads of taps; one, where threads are few for
-# their window.
+# Results of a thread that neither slides, skips nor strides: several share the loads of taps; one, where threads are
+# few for their window.
 MANY_L, ONE_L = 4, 1
 # From this stride on most threads' work is staging.
 LONG_STRIDE = 8
@@ -81,7 +81,9 @@ class Conv1dDepthwise(Family):
             "plane_pitch": shape.plane_pitch(deal.places, deal.block_rows),
             **stride_params(layout, ("out", "in")),
         }
-        config = self._config(shape.slide_stride, shape.is_skipping, shape.thread_l, p.dtype, plan.bits)
+        config = self._config(
+            shape.slide_stride, shape.is_skipping, isinstance(shape, _Stride), shape.thread_l, p.dtype, plan.bits
+        )
         return config, Launch(deal.grid, deal.block, deal.shared_bytes, plan.bits, tuple(params.items()))
 
     def figures(self, problem: ConvProblem, layout: Layout, device: Device) -> tuple[tuple[str, float], ...]:
@@ -91,13 +93,16 @@ class Conv1dDepthwise(Family):
     def configs(self, device: Device) -> Iterator[Config]:
         for dtype in DTYPES:
             for stride in SLIDE_STRIDES:
-                yield self._config(stride, False, slide_outputs(dtype), dtype, 32)
-            yield self._config(0, True, slide_outputs(dtype), dtype, 32)
+                yield self._config(stride, False, False, slide_outputs(dtype), dtype, 32)
+            yield self._config(0, True, False, slide_outputs(dtype), dtype, 32)
+            yield self._config(0, False, True, 1, dtype, 32)
             for thread_l in (MANY_L, ONE_L):
-                yield self._config(0, False, thread_l, dtype, 32)
-            yield self._config(0, False, MANY_L, dtype, 64)
+                yield self._config(0, False, False, thread_l, dtype, 32)
+            yield self._config(0, False, False, MANY_L, dtype, 64)
 
-    def _config(self, slide_stride: int, is_skipping: bool, thread_l: int, dtype: str, bits: int) -> Config:
+    def _config(
+        self, slide_stride: int, is_skipping: bool, is_striding: bool, thread_l: int, dtype: str, bits: int
+    ) -> Config:
         min_blocks = 3 if dtype == "complex128" or slide_stride == 2 else 4 if bits == 64 else MIN_BLOCKS
         return Config.of(
             self.name,
@@ -109,6 +114,7 @@ class Conv1dDepthwise(Family):
                 "MIN_BLOCKS": min_blocks,
                 "SLIDE_STRIDE": slide_stride,
                 "IS_SKIPPING": int(is_skipping),
+                "IS_STRIDING": int(is_striding),
                 "DTYPE_BYTES": ITEMSIZE[dtype],
                 "THREAD_L": thread_l,
                 "PARAMS_BYTES": len(params_fields(self.name)) * bits // 8,
@@ -192,8 +198,71 @@ class _Shape:
 
 
 @dataclass(frozen=True, slots=True)
+class _Stride:
+    """What the kernel of striding threads keeps in shared memory; windows in vectors of elements as they are stored."""
+
+    problem: ConvProblem
+    slide_stride: ClassVar[int] = 0
+    is_skipping: ClassVar[bool] = False
+    thread_l: ClassVar[int] = 1
+
+    @property
+    def vec(self) -> int:
+        return 16 // self.problem.itemsize
+
+    @property
+    def steps(self) -> int:
+        """Vectors of a result, with the zeros that may lead the taps."""
+        return -(-(self.problem.K + self.vec - 1) // self.vec)
+
+    @property
+    def taps_pitch(self) -> int:
+        return self.steps * self.vec
+
+    def window(self, places: int) -> int:
+        return (places - 1) * (self.problem.stride // self.vec) + self.steps
+
+    def window_pitch(self, places: int) -> int:
+        results, vectors = divmod(self.window(places) - 1, self.problem.stride // self.vec)
+        return results * self.plane_pitch(places, 1) + vectors + 1
+
+    def plane_pitch(self, places: int, block_rows: int) -> int:
+        return round_up(self.problem.stride // self.vec, 2, 1)
+
+    def shared_bytes(self, places: int, block_rows: int) -> int:
+        taps_bytes = self.taps_pitch * accumulator_bytes(self.problem.dtype)
+        return block_rows * (taps_bytes + 16 * self.window_pitch(places))
+
+    def work(self, layout: Layout) -> Work:
+        p = self.problem
+        # Of a vector: its multiply-adds and conversions, its load and step, the loads of its taps. Of a result and of a
+        # thread the rest, as in a thread that slides; of a staged vector a copy and its place.
+        conversions = self.vec if p.itemsize == 2 else 0
+        loads = 4 + self.vec * accumulator_bytes(p.dtype) / 16
+        return Work(
+            rows=p.N * p.C_out,
+            thread_outputs=1,
+            row_outputs=p.L_out,
+            thread_slots=165.0,
+            result_slots=self.steps * (self.vec * (4 if p.is_complex else 1) + conversions + loads) + 45,
+            position_slots=24.0 / self.vec,
+            window_positions=lambda places: self.window(places) * self.vec,
+            row_bytes=lambda places: (places + min(p.L_in, self.window(places) * self.vec)) * p.itemsize,
+            shared_bytes=self.shared_bytes,
+            enough_warps=8,  # copies are asynchronous: whole windows are on their way
+        )
+
+
+def _can_stride(problem: ConvProblem, layout: Layout, bits: int) -> bool:
+    """Whether results begin whole vectors apart, and their taps meet most of what lies between."""
+    p = problem
+    is_whole = p.stride > SLIDE_STRIDES[-1] and p.stride % (16 // p.itemsize) == 0 and p.dilation == 1
+    return is_whole and p.stride <= 2 * p.K and layout.input.strides[2] == 1 and bits == 32
+
+
+@dataclass(frozen=True, slots=True)
 class _Plan:
-    shape: _Shape | Skip
+    shape: _Shape | Skip | _Stride
     deal: Deal
     bits: int
 
@@ -202,11 +271,13 @@ class _Plan:
 def _plan(problem: ConvProblem, layout: Layout, device: Device) -> _Plan | None:
     p = problem
     bits = _index_bits(p, layout)
-    shapes: list[_Shape | Skip] = []
+    shapes: list[_Shape | Skip | _Stride] = []
     if can_slide(p, layout, bits):
         shapes.append(_Shape(p, p.stride, slide_outputs(p.dtype)))
     if can_skip(p, layout, bits):
         shapes.append(Skip(p))
+    if _can_stride(p, layout, bits):
+        shapes.append(_Stride(p))
     one = bits == 32 and (p.stride >= LONG_STRIDE or p.L_out <= SHORT_L)
     shapes.append(_Shape(p, 0, ONE_L if one else MANY_L))
     for shape in shapes:

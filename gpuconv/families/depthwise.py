@@ -99,6 +99,7 @@ class Work:
         shared_bytes: shared memory of a block, for (places, block_rows).
         thread_bytes: shared memory of each of its threads besides.
         whole_warps: whether a warp works on one row alone.
+        enough_warps: of a multiprocessor, to keep its rates up.
     """
 
     rows: int
@@ -112,6 +113,7 @@ class Work:
     shared_bytes: Callable[[int, int], int]
     thread_bytes: int = 0
     whole_warps: bool = False
+    enough_warps: int = 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,8 +230,7 @@ _BYTES_PER_CYCLE = 18.0
 _LATENCY_CYCLES = 2000.0
 # Instructions of a block besides those of its threads, for its start, its barrier and its end: an estimate.
 _BLOCK_SLOTS = 100.0
-# Warps of a multiprocessor that keep its rates up; blocks that overlap loads and arithmetic as well as more would.
-_ENOUGH_WARPS = 24
+# Blocks of a multiprocessor that overlap loads and arithmetic as well as more would.
 _ENOUGH_BLOCKS = 8
 
 
@@ -259,7 +260,7 @@ def choose_deal(work: Work, device: Device) -> Deal | None:
             blocks = tiles * row_groups
             resident = min(32, resident_threads // (warps * WARP), device.shared_per_sm // (shared + 1024))
             resident = max(1, min(resident, -(-blocks // device.num_sms)))
-            busy = min(1.0, resident * warps / _ENOUGH_WARPS)
+            busy = min(1.0, resident * warps / work.enough_warps)
             cycles = (max(issue, traffic) + min(issue, traffic) / min(resident, _ENOUGH_BLOCKS)) / busy
             cycles = max(cycles, _LATENCY_CYCLES / resident)
             total = cycles * max(1.0, blocks / device.num_sms) + _LATENCY_CYCLES
