@@ -117,7 +117,8 @@ class ConvProblem:
             detail = "floor((L_in + padding_left + padding_right - dilation*(K - 1) - 1)/stride) + 1"
         if L_out < 1:
             raise ValueError(f"{self.op}: the output length must be at least 1, got {L_out} = {detail}")
-        if max(full, span, self.stride) > MAX_EXTENT:
+        # Symbols, which stand for extents while PyTorch traces a program, are limited when numbers take their places.
+        if any(isinstance(extent, int) and extent > MAX_EXTENT for extent in (full, span, self.stride)):
             raise ValueError(
                 f"{self.op}: extents must fit in 64 bits: the padded length is {full}, the kernel spans {span}"
             )
@@ -629,6 +630,8 @@ def check_size(caller: str, name: str, shape: Sequence[int], dtype: str) -> None
     Raises:
         ValueError: naming the array and the bytes it needs.
     """
+    if not all(isinstance(extent, int) for extent in shape):
+        return  # symbols
     # A zero extent hides nothing: the strides of the other axes must be representable too.
     size = math.prod(max(extent, 1) for extent in shape) * ITEMSIZE[dtype]
     if size > MAX_EXTENT:
