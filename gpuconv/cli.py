@@ -26,7 +26,7 @@ from . import __version__, files, functional, runtime
 from .device import ARCHITECTURES
 from .explain import DIRECTIONS, SETTINGS, explain
 from .families import FAMILIES, Config
-from .problem import DTYPES, ArraySpec, ConvProblem
+from .problem import DTYPES, PRECISIONS, ArraySpec, ConvProblem
 from .verify import GpuUnavailableError, missing_gpu, verify
 
 EXIT_MISMATCH = 1
@@ -244,6 +244,9 @@ def _add_settings(parser: Any, ops: tuple[str, ...]) -> None:
     parser.add_argument("--padding", type=_padding, metavar="P", help=f"N, LEFT,RIGHT, {words} (default: 0)")
     parser.add_argument("--dilation", type=int, metavar="N", help="distance between taps (default: 1)")
     parser.add_argument("--groups", type=int, metavar="N", help="groups of channels (default: 1)")
+    parser.add_argument(
+        "--precision", choices=PRECISIONS, metavar="P", help=f"of float32 data: {_one_of(PRECISIONS, 'float32')}"
+    )
     if "conv_transpose1d" in ops:
         parser.add_argument(
             "--output-padding", type=int, metavar="N", help=f"{note}more output on the right (default: 0)"

@@ -21,6 +21,7 @@ from .problem import (
     check_groups,
     check_int,
     check_padding_mode,
+    check_precision,
     check_setting,
     check_size,
     dtype_name,
@@ -63,6 +64,7 @@ class _Layer:
         device: str | None,
         dtype: Any,
         rng: int | np.random.Generator | None,
+        precision: str,
     ) -> None:
         caller = type(self).__name__
         C_in = check_int(caller, "in_channels", in_channels, "an int", 0)
@@ -87,6 +89,7 @@ class _Layer:
         first, second = (C_in, C_out) if self.transposed else (C_out, C_in)
         shape = (first, second // self.groups, K)
         name = "float32" if dtype is None else _supported_dtype(caller, dtype)
+        self.precision = check_precision(caller, precision, name)
         check_size(caller, "weight", shape, name)
         index = _gpu_index(caller, device)
         generator = _generator(caller, rng)
@@ -185,6 +188,8 @@ class _Layer:
             parts.append(f"groups={self.groups}")
         if self.bias is None:
             parts.append("bias=False")
+        if self.precision != "float32":
+            parts.append(f"precision={self.precision}")
         return f"{type(self).__name__}({', '.join(parts)})"
 
 
@@ -208,6 +213,7 @@ class Conv1d(_Layer):
         dtype: one of float16, bfloat16, float32 (the default), float64, complex64 and complex128: a name or a NumPy
             dtype. The input must have it too.
         rng: a seed or a `numpy.random.Generator` for the initial parameters.
+        precision: as in the function: "float32", or "tf32" for float32 layers.
 
     Attributes:
         weight: (C_out, C_in/groups, K), drawn like PyTorch's from the uniform distribution between -b and b, where
@@ -216,6 +222,7 @@ class Conv1d(_Layer):
         bias: (C_out,), drawn from the same distribution after the weight, or None.
         in_channels, out_channels, kernel_size, stride, padding, dilation, output_padding, groups, padding_mode,
             transposed: as in PyTorch, where per-axis settings are tuples.
+        precision: as given.
 
     Raises:
         ValueError: a value is out of range; the message names the argument, what was expected and what came.
@@ -250,15 +257,19 @@ class Conv1d(_Layer):
         dtype: Any = None,
         *,
         rng: int | np.random.Generator | None = None,
+        precision: str = "float32",
     ) -> None:
         super().__init__(
             in_channels, out_channels, kernel_size, stride, padding, 0, dilation, groups, bias, padding_mode, device,
-            dtype, rng,
+            dtype, rng, precision,
         )  # fmt: skip
 
     def forward(self, input: ArrayT) -> ArrayT:
         """Convolve: (N, C_in, L_in) to (N, C_out, L_out), or the same without N. Raises as `gpuconv.conv1d` does."""
-        output = conv1d(input, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+        output = conv1d(
+            input, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups,
+            precision=self.precision,
+        )  # fmt: skip
         return cast(ArrayT, output)
 
     def __call__(self, input: ArrayT) -> ArrayT:
@@ -288,6 +299,7 @@ class ConvTranspose1d(_Layer):
         dtype: one of float16, bfloat16, float32 (the default), float64, complex64 and complex128: a name or a NumPy
             dtype. The input must have it too.
         rng: a seed or a `numpy.random.Generator` for the initial parameters.
+        precision: as in the function: "float32", or "tf32" for float32 layers.
 
     Attributes:
         weight: (C_in, C_out/groups, K), drawn like PyTorch's from the uniform distribution between -b and b, where
@@ -296,6 +308,7 @@ class ConvTranspose1d(_Layer):
         bias: (C_out,), drawn from the same distribution after the weight, or None.
         in_channels, out_channels, kernel_size, stride, padding, dilation, output_padding, groups, padding_mode,
             transposed: as in PyTorch, where per-axis settings are tuples.
+        precision: as given.
 
     Raises:
         ValueError: a value is out of range; the message names the argument, what was expected and what came.
@@ -331,10 +344,11 @@ class ConvTranspose1d(_Layer):
         dtype: Any = None,
         *,
         rng: int | np.random.Generator | None = None,
+        precision: str = "float32",
     ) -> None:
         super().__init__(
             in_channels, out_channels, kernel_size, stride, padding, output_padding, dilation, groups, bias,
-            padding_mode, device, dtype, rng,
+            padding_mode, device, dtype, rng, precision,
         )  # fmt: skip
 
     def forward(self, input: ArrayT, output_size: Setting | Sequence[SupportsIndex] | None = None) -> ArrayT:
@@ -360,6 +374,7 @@ class ConvTranspose1d(_Layer):
             self.groups,
             self.dilation,
             output_size=output_size,
+            precision=self.precision,
         )
         return cast(ArrayT, output)
 

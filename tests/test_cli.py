@@ -344,6 +344,17 @@ def test_explain_prints_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(capsys.readouterr().out) == expected.to_dict()
 
 
+def test_explain_in_tf32(capsys: pytest.CaptureFixture[str]) -> None:
+    options = "--input 8,512,3000 --weight 512,512,3 --precision tf32 --arch sm_90"
+    assert main(["explain", "conv1d", *options.split()]) == 0
+    arrays = [ArraySpec(shape, "float32") for shape in ((8, 512, 3000), (512, 512, 3))]
+    expected = gpuconv.explain("conv1d", *arrays, precision="tf32", device="sm_90")
+    assert capsys.readouterr().out == f"{expected}\n"
+    assert "precision tf32" in str(expected)
+    assert expected.choice is not None
+    assert dict(expected.choice.config.macros)["IS_SPLIT"] == "0"
+
+
 def test_explain_on_the_cpu_and_with_transposed_groups(capsys: pytest.CaptureFixture[str], no_gpu: str) -> None:
     options = "--input 6,50 --weight 6,4,5 --groups 2 --stride 3 --output-size 153 --bias"
     arrays = [ArraySpec(shape, "float32") for shape in ((6, 50), (6, 4, 5), (8,))]

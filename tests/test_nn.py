@@ -75,6 +75,15 @@ def test_the_example_of_the_documentation() -> None:
     assert gpuconv.nn is nn
 
 
+@pytest.mark.parametrize("name", ["Conv1d", "ConvTranspose1d"])
+def test_precision(name: str) -> None:
+    m = getattr(nn, name)(4, 6, 3, precision="tf32")
+    assert "precision=tf32" in repr(m)
+    assert m(np.ones((1, 4, 8), np.float32)).dtype == np.float32
+    with pytest.raises(ValueError, match=rf'^{name}: precision "tf32" rounds float32 data; .* for float64'):
+        getattr(nn, name)(4, 6, 3, dtype="float64", precision="tf32")
+
+
 # -- as torch.nn -------------------------------------------------------------------------------------------------------
 
 
@@ -82,10 +91,11 @@ def test_the_example_of_the_documentation() -> None:
 def test_constructor_arguments_and_defaults_are_pytorchs(name: str) -> None:
     ours = inspect.signature(getattr(nn, name)).parameters
     theirs = inspect.signature(getattr(torch.nn, name)).parameters
-    assert [(p.name, p.default, p.kind) for p in ours.values() if p.name != "rng"] == [
+    own = ("rng", "precision")
+    assert [(p.name, p.default, p.kind) for p in ours.values() if p.name not in own] == [
         (p.name, p.default, p.kind) for p in theirs.values()
     ]
-    assert ours["rng"].kind is inspect.Parameter.KEYWORD_ONLY
+    assert all(ours[name].kind is inspect.Parameter.KEYWORD_ONLY for name in own)
 
 
 @pytest.mark.parametrize(("name", "args", "kwargs"), SHARED_CALLS)
