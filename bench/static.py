@@ -44,6 +44,10 @@ BASELINE = HERE / "static_baseline.json"
 PREDICTIONS = HERE / "predictions.json"
 PREDICTIONS_PAGE = HERE / "PREDICTIONS.md"
 
+# What the page shows: the architectures, and the number formats beside float32.
+PAGE_ARCHITECTURES = ("sm_90", "sm_80")
+OTHER_MODES = ("bfloat16", "tf32", "float32 grad_input", "float32 grad_weight")
+
 # The share of useful instructions in the main loop may fall by this many percentage points before it is a regression.
 SHARE_TOLERANCE = 3.0
 
@@ -272,22 +276,28 @@ def prediction_table(rows: Sequence[Row], device: Device) -> Table:
 
 
 def predictions_markdown(rows: Sequence[Row], device: Device) -> str:
-    """The table of bench/PREDICTIONS.md: the kernels that dispatch chooses beside those of last resort, float32."""
+    """A table of bench/PREDICTIONS.md: the kernels that dispatch chooses beside those of last resort, in float32.
+
+    `OTHER_MODES` are shown by their times alone.
+    """
     lines = [
-        f"Predicted for {device.name} ({device.arch_name}), float32, CUDA graph replay, cold caches. Base: the same "
-        "layer by the family of last resort, `conv1d_direct` or `conv_transpose1d_gather`.",
+        f"Predicted for {device.name} ({device.arch_name}), CUDA graph replay, cold caches; float32 where a column does "
+        "not say otherwise. Base: the same layer by the family of last resort, `conv1d_direct` or "
+        "`conv_transpose1d_gather`.",
         "",
-        "| layer | family | predicted us | limit | blocks per SM | waves | base, predicted us | limit |",
-        "| --- | --- | ---: | --- | ---: | ---: | ---: | --- |",
+        f"| layer | family | us | limit | blocks per SM | waves | base, us | limit | {' us | '.join(OTHER_MODES)} us |",
+        "| --- | --- | ---: | --- | ---: | ---: | ---: | --- |" + " ---: |" * len(OTHER_MODES),
     ]
     problems = {layer.name: layer.problem("float32") for layer in load()}
-    for row in rows:
+    times = {(row.layer, row.mode): f"{row.prediction.us:,.1f}" for row in rows}
+    for row in (row for row in rows if row.mode == "float32"):
         p, problem = row.prediction, problems[row.layer]
+        others = " | ".join(times.get((row.layer, mode), "") for mode in OTHER_MODES)
         choice = base_choice(problem, device)
         base = predict(problem, choice, report(choice.config, device.arch_name), device)
         lines.append(
             f"| {row.layer} | {row.family} | {p.us:,.1f} | {p.limit} | {p.blocks_per_sm} | {p.waves} "
-            f"| {base.us:,.1f} | {base.limit} |"
+            f"| {base.us:,.1f} | {base.limit} | {others} |"
         )
     return "\n".join(lines)
 
@@ -402,10 +412,10 @@ def update(document: Mapping[str, Any], rows: Sequence[Row], by_product: Mapping
     predictions = json.loads(PREDICTIONS.read_text(encoding="utf-8")) if PREDICTIONS.exists() else {}
     predictions[arch] = by_product
     write_json(PREDICTIONS, predictions)
-    if arch == "sm_90":
+    if arch in PAGE_ARCHITECTURES:
         page = PREDICTIONS_PAGE.read_text(encoding="utf-8")
-        table = predictions_markdown([row for row in rows if row.mode == "float32"], device)
-        PREDICTIONS_PAGE.write_text(replace_between(page, "predictions", table), encoding="utf-8")
+        table = predictions_markdown(rows, device)
+        PREDICTIONS_PAGE.write_text(replace_between(page, f"predictions {arch}", table), encoding="utf-8")
 
 
 if __name__ == "__main__":
