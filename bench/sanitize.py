@@ -24,7 +24,8 @@ from gpuconv.problem import BiasGradientProblem, ConvProblem, WeightGradientProb
 
 from .layers import load
 
-DTYPES = ("float32", "bfloat16", "complex64")
+# (dtype, precision)
+MODES = (("float32", "float32"), ("float32", "tf32"), ("bfloat16", "float32"), ("complex64", "float32"))
 
 # Input lengths: tiles are chosen by size, so short inputs alone would leave the large tiles out.
 LENGTHS = (70, 1500)
@@ -41,8 +42,8 @@ def shrunk(problem: ConvProblem, positions: int) -> ConvProblem:
 def selection(device: Device, max_flops: int = 200_000_000) -> Iterator[tuple[str, ConvProblem]]:
     """For every specialisation that the benchmark layers need, the smallest shrunken layer that takes it."""
     smallest: dict[tuple[object, ...], tuple[str, ConvProblem]] = {}
-    for dtype, positions, layer in itertools.product(DTYPES, LENGTHS, load()):
-        problem = shrunk(layer.problem(dtype), positions)
+    for (dtype, precision), positions, layer in itertools.product(MODES, LENGTHS, load()):
+        problem = replace(shrunk(layer.problem(dtype), positions), precision=precision)
         choice = dispatch.choose(problem, Layout.contiguous(problem), device)
         if choice is None or problem.flops() > max_flops:
             continue
@@ -55,8 +56,8 @@ def selection(device: Device, max_flops: int = 200_000_000) -> Iterator[tuple[st
 def gradient_selection(device: Device, max_flops: int = 200_000_000) -> Iterator[tuple[str, ConvProblem]]:
     """The same for the kernels of weight gradients."""
     smallest: dict[object, tuple[str, ConvProblem]] = {}
-    for dtype, positions, layer in itertools.product(DTYPES, LENGTHS, load()):
-        problem = shrunk(layer.problem(dtype), positions)
+    for (dtype, precision), positions, layer in itertools.product(MODES, LENGTHS, load()):
+        problem = replace(shrunk(layer.problem(dtype), positions), precision=precision)
         gradient = WeightGradientProblem.of(problem)
         choice = dispatch.choose_gradient(gradient, GradientLayout.contiguous(gradient), device)
         if problem.flops() > max_flops:

@@ -464,6 +464,8 @@ def call_settings(problem: ConvProblem) -> dict[str, Any]:
     }  # fmt: skip
     if p.transposed:
         settings["output_padding"] = p.output_padding
+    if p.precision != "float32":
+        settings["precision"] = p.precision
     return settings
 
 
