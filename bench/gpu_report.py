@@ -114,7 +114,7 @@ def parts_for(gpu_missing: str | None) -> list[Part]:
     parts += [
         Part("overhead", (python, "-m", "bench.overhead", "--json", "{json}"), 0.05),
         Part("micro", (python, "-m", "bench.micro", "--json", "{json}"), 0.08, gpu),
-        Part("accuracy", (python, "-m", "bench.accuracy", "--json", "{json}"), 0.04),
+        Part("accuracy", (python, "-m", "bench.accuracy", "--json", "{json}"), 0.04, gpu),
         Part("run", (python, "-m", "bench.run", "--minutes", "{minutes}", "--out", "{json}"), 1.0, gpu),
     ]
     return parts
