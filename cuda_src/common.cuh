@@ -126,10 +126,10 @@ __device__ __forceinline__ Complex<real_t> add(Complex<real_t> a, Complex<real_t
     return Complex<real_t>{a.re + b.re, a.im + b.im};
 }
 
-// The last step of every family: output = round(acc + offset), where offset is the bias or, without one, +0. The bias is
-// itself added to +0 first. So a sum of zero comes out as +0, whatever signs of zero came up on the way, and a family may
-// add products with zeros in place of taps that do not exist without changing a bit. (A negative sum too small for the
-// output's dtype still rounds to -0.)
+// The last step of every family: output = round(acc + offset), where offset is the bias or, without one, +0. The bias
+// is itself added to +0 first. So a sum of zero comes out as +0, whatever signs of zero came up on the way, and a
+// family may add products with zeros in place of taps that do not exist without changing a bit. (A negative sum too
+// small for the output's dtype still rounds to -0.)
 __device__ __forceinline__ acc_t bias_or_zero(const storage_t* bias, index_t offset) {
     return bias == nullptr ? scalar::zero() : add(scalar::load(bias[offset]), scalar::zero());
 }
@@ -144,3 +144,12 @@ __device__ __forceinline__ index_t max_index(index_t a, index_t b) { return a > 
 
 // 0 <= i < extent, in one comparison.
 __device__ __forceinline__ bool is_index(index_t i, index_t extent) { return uindex_t(i) < uindex_t(extent); }
+
+// The index along the fastest of a grid's dimensions, `extent` long; `block` becomes the index along the others. A grid
+// has fewer than 2**31 blocks, and so have its dimensions.
+__device__ __forceinline__ unsigned next_index(unsigned& block, index_t extent) {
+    const unsigned others = block / unsigned(extent);
+    const unsigned index = block - others * unsigned(extent);
+    block = others;
+    return index;
+}

@@ -82,10 +82,10 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS) conv1d_ste
     const unsigned char* const lane_entries = reinterpret_cast<const unsigned char*>(entries + lane);
     const WeightVector* const weights = smem_weight + warp_c * chunk_terms * (THREAD_C / kVec);  // of its channels
 
-    const index_t rest = index_t(blockIdx.x) / p.channel_blocks;
-    const index_t g = rest / p.tile_blocks;
-    const index_t channel_begin = (index_t(blockIdx.x) - rest * p.channel_blocks) * (warps_c * THREAD_C);
-    const index_t tile_begin = (rest - g * p.tile_blocks) * p.repeats * warps_l + warp_l;
+    unsigned block = blockIdx.x;
+    const index_t channel_begin = index_t(next_index(block, p.channel_blocks)) * (warps_c * THREAD_C);
+    const index_t tile_begin = index_t(next_index(block, p.tile_blocks)) * p.repeats * warps_l + warp_l;
+    const index_t g = block;
     const index_t c_begin = channel_begin + warp_c * THREAD_C;  // of the group, like every channel below
 
     weight += g * p.C_out_g * p.weight_stride_out;                                          // weight[g*C_out_g, 0, 0]
@@ -95,6 +95,7 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS) conv1d_ste
     // Terms r_begin to r_end; eight lanes read neighbouring terms of one channel. A channel behind the last repeats it: its
     // results are not stored.
     const auto load_weights = [&](int r_begin, int r_end) {
+#pragma unroll 1
         for (int r = r_begin + lane % 8; r < r_end; r += 8) {
             const int c_in = r / K, k = r - c_in * K;
             const storage_t* const w = weight + (c_in * p.weight_stride_in + k * p.weight_stride_k);
@@ -105,12 +106,14 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS) conv1d_ste
                     scalar::load(w[min_index(channel_begin + c, p.C_out_g - 1) * p.weight_stride_out]);
             }
         }
+#pragma unroll 1
         for (int r = r_begin + int(threadIdx.x); r < r_end; r += blockDim.x) {
             const int c_in = r / K, k = r - c_in * K, m = k / row_taps;
             const int entry = (c_in * row_taps + (k - m * row_taps)) * row_pitch + m * int(p.row_advance);
             smem_offset[r - r_begin] = entry * int(sizeof(Entry));
         }
     };
+#pragma unroll 1
     for (int c = threadIdx.x; c < warps_c * THREAD_C; c += blockDim.x) {
         smem_bias[c] = bias_or_zero(bias, (g * p.C_out_g + min_index(channel_begin + c, p.C_out_g - 1)) * p.bias_stride);
     }
@@ -162,7 +165,7 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS) conv1d_ste
                         for (int j = 0; j < THREAD_L; ++j) {
                             const index_t l_in = row_first + (i + j * p.step_l) * p.stride;
                             entry.element[j] = scalar::zero();
-                            if (l_in >= 0 && l_in < p.L_in && n_begin + j * p.step_n < p.N) {
+                            if (is_index(l_in, p.L_in) && n_begin + j * p.step_n < p.N) {
                                 entry.element[j] = scalar::load(
                                     x[j * p.step_n * p.input_stride_n + l_in * p.input_stride_l]);
                             }
@@ -247,10 +250,12 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS) conv1d_ste
             const storage_t* const x = input + n * p.input_stride_n;
             const storage_t* const w = weight + (c_begin + c) * p.weight_stride_out;
             acc_t sum = scalar::zero();
+#pragma unroll 1
             for (index_t c_in = 0; c_in < p.C_in_g; ++c_in) {
+#pragma unroll 1
                 for (index_t k = 0; k < p.K; ++k) {
                     const index_t l_in = l_out * p.stride - p.padding_left + k * p.dilation;
-                    if (l_in < 0 || l_in >= p.L_in) continue;
+                    if (!is_index(l_in, p.L_in)) continue;
                     sum = multiply_add(
                         scalar::load(w[c_in * p.weight_stride_in + k * p.weight_stride_k]),
                         scalar::load(x[c_in * p.input_stride_c + l_in * p.input_stride_l]), sum);

@@ -33,16 +33,17 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads, MIN_BLOCKS) conv1d_tai
     const storage_t* __restrict__ bias,    // [C_out], or null
     storage_t* __restrict__ output,        // [N, C_out, L_out]
     const Params p) {
-    const index_t rest = index_t(blockIdx.x) / p.column_blocks;
-    const index_t g = rest / p.N;
-    const index_t n = rest - g * p.N;
+    unsigned block = blockIdx.x;
+    const index_t column_block = next_index(block, p.column_blocks);
+    const index_t n = next_index(block, p.N);
+    const index_t g = block;
 
     Slide slide;
     slide.input = input + (n * p.input_stride_n + g * p.C_in_g * p.input_stride_c);
     slide.C_in_g = p.C_in_g;
     slide.L_in = p.L_in;
     slide.taps = p.K;
-    slide.column_begin = (index_t(blockIdx.x) - rest * p.column_blocks) * (index_t(blockDim.x) * kVec);
+    slide.column_begin = column_block * (index_t(blockDim.x) * kVec);
     slide.columns = p.L_out;
     slide.first = -p.padding_left;
     slide.input_stride_c = p.input_stride_c;

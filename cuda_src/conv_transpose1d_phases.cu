@@ -48,17 +48,19 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) conv_transpos
         const unsigned column_tile = next_index(block, p.column_tiles);
         const index_t n = kOneSample ? next_index(block, p.N) : 0;
         const index_t product = block;
-        const index_t phase = PHASES_IN_ROWS ? 0 : next_index(block, p.stride);
+        const unsigned phase = PHASES_IN_ROWS ? 0 : next_index(block, p.stride);
         const index_t g = block;
 
         // The phase of this block, if it has one: see conv_transpose1d_gather.cu.
         index_t l_shift = 0, taps = p.taps;
         if (!PHASES_IN_ROWS) {
-            const index_t phase_quotient = phase / p.phase_gcd;
+            // Phases are blocks' indices: they, and what divides them, have 32 bits.
+            const unsigned phase_gcd = unsigned(p.phase_gcd), tap_step = unsigned(p.tap_step);
+            const unsigned phase_quotient = phase / phase_gcd;
             taps = 0;
-            if (phase_quotient * p.phase_gcd == phase) {
-                const index_t k_first = phase_quotient % p.tap_step * p.phase_inverse % p.tap_step;
-                l_shift = (phase - k_first * p.dilation) / p.stride;  // exact, perhaps negative
+            if (phase_quotient * phase_gcd == phase) {
+                const index_t k_first = uindex_t(phase_quotient % tap_step) * uindex_t(p.phase_inverse) % tap_step;
+                l_shift = (index_t(phase) - k_first * p.dilation) / p.stride;  // exact, perhaps negative
                 if (k_first < p.K) taps = ceil_div(p.K - k_first, p.tap_step);
             }
         }
@@ -81,7 +83,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) conv_transpos
         tile.first = p.q_begin + l_shift;
         tile.tap_step = PHASES_IN_ROWS ? -1 : -p.position_step;
         tile.output_step = p.stride;
-        tile.output_first = p.q_begin * p.stride + phase - p.padding_left;
+        tile.output_first = p.q_begin * p.stride + index_t(phase) - p.padding_left;
         tile.input_stride_n = p.input_stride_n;
         tile.input_stride_l = kOneSample ? 1 : p.input_stride_l;
         tile.output_stride_n = p.output_stride_n;

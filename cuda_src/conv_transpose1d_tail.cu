@@ -32,18 +32,19 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads, MIN_BLOCKS) conv_trans
     const storage_t* __restrict__ bias,    // [C_out], or null
     storage_t* __restrict__ output,        // [N, C_out, L_out]
     const Params p) {
-    const index_t column_block = index_t(blockIdx.x) / p.row_blocks;
-    const index_t sample = column_block / p.column_blocks;
-    const index_t g = sample / p.N;
-    const index_t n = sample - g * p.N;
-    const index_t row_begin = (index_t(blockIdx.x) - column_block * p.row_blocks) * THREAD_C;
+    unsigned block = blockIdx.x;
+    const int row_begin = int(next_index(block, p.row_blocks)) * THREAD_C;
+    const index_t column_block = next_index(block, p.column_blocks);
+    const index_t n = next_index(block, p.N);
+    const index_t g = block;
+    const int stride = int(p.stride), rows = int(p.C_out_g) * stride;  // few, or the family refuses
 
     Slide slide;
     slide.input = input + (n * p.input_stride_n + g * p.C_in_g * p.input_stride_c);
     slide.C_in_g = p.C_in_g;
     slide.L_in = p.L_in;
     slide.taps = p.taps;
-    slide.column_begin = (column_block - sample * p.column_blocks) * (index_t(blockDim.x) * kVec);
+    slide.column_begin = column_block * (index_t(blockDim.x) * kVec);
     slide.columns = p.columns;
     slide.first = p.q_begin;
     slide.input_stride_c = p.input_stride_c;
@@ -56,22 +57,23 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads, MIN_BLOCKS) conv_trans
     output += n * p.output_stride_n + g * p.C_out_g * p.output_stride_c;  // output[n, g*C_out_g, 0]
 
     const auto weight_at = [&](int row, index_t c_in, index_t tap) -> const storage_t* {
-        const index_t c_out = (row_begin + row) / p.stride;
-        const index_t k = row_begin + row - c_out * p.stride + tap * p.stride;
-        if (c_out >= p.C_out_g || k >= p.K) return nullptr;
+        const int c_out = (row_begin + row) / stride;
+        const index_t k = row_begin + row - c_out * stride + tap * stride;
+        if (row_begin + row >= rows || k >= p.K) return nullptr;
         return weight + (c_in * p.weight_stride_in + c_out * p.weight_stride_out + k * p.weight_stride_k);
     };
     // Of one row, count columns from `column` on.
     const auto store_some = [&](int row, index_t column, const acc_t* sums, int count) {
-        const index_t c_out = (row_begin + row) / p.stride;
-        if (c_out >= p.C_out_g) return;
-        const index_t phase = row_begin + row - c_out * p.stride;
+        if (row_begin + row >= rows) return;
+        const int c_out = (row_begin + row) / stride, phase = row_begin + row - c_out * stride;
         const acc_t last = bias_or_zero(bias, (g * p.C_out_g + c_out) * p.bias_stride);
-        index_t l_out = (p.q_begin + column) * p.stride + phase - p.padding_left;
-        storage_t* const y = output + c_out * p.output_stride_c;
+        index_t l_out = (p.q_begin + column) * stride + phase - p.padding_left;
+        index_t offset = c_out * p.output_stride_c + l_out * p.output_stride_l;
 #pragma unroll
-        for (int j = 0; j < count; ++j, l_out += p.stride) {
-            if (l_out >= 0 && l_out < p.L_out) y[l_out * p.output_stride_l] = scalar::round(add(sums[j], last));
+        for (int j = 0; j < count; ++j) {
+            if (is_index(l_out, p.L_out)) output[offset] = scalar::round(add(sums[j], last));
+            l_out += stride;
+            offset += stride * p.output_stride_l;
         }
     };
     const auto store = [&](int row, index_t column, const acc_t(&sums)[kVec]) { store_some(row, column, sums, kVec); };

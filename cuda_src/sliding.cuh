@@ -2,16 +2,18 @@
 //
 // Column q of a sample has THREAD_C results, rows of weights over the same input: row, c_in and tap multiply
 // input[n, c_in, q + first + tap], or where IS_REVERSED = 1 input[n, c_in, q + first - tap]. A thread computes kVec
-// neighbouring columns, as many as 16 bytes of storage hold, and a block up to BLOCK_L of them. A thread takes the taps kVec at a time: these meet two neighbouring
-// vectors of input, of which the next taps use one again, so that each tap block costs one load of input.
+// neighbouring columns, as many as 16 bytes of storage hold, and a block up to BLOCK_L of them. A thread takes the taps
+// kVec at a time: these meet two neighbouring vectors of input, of which the next taps use one again, so that each tap
+// block costs one load of input.
 //
-// Rows of input pass through two buffers of shared memory, chunk_channels channels at a time, as they are stored, and with
-// them their weights, in the accumulator's type and in the order of use: [channel][tap block][THREAD_C][kVec], or for 4
-// rows and more, whose weights of one tap fill vectors, [channel][tap block][kVec][THREAD_C]. Of a row of
-// input the block's window begins `lead` positions early, where a copy of copy_elements elements is aligned; the weights
-// begin with as many zeros, and end with zeros that fill up the last tap block. Positions outside the input are zeros too.
-// tiled.cuh explains why these zeros change no bit, and what happens where they meet values that are no numbers. Kernels with
-// IS_REVERSED = 1, whose taps are few and whose rows are many, stop at the last tap instead of multiplying zeros behind it.
+// Rows of input pass through two buffers of shared memory, chunk_channels channels at a time, as they are stored, and
+// with them their weights, in the accumulator's type and in the order of use: [channel][tap block][THREAD_C][kVec], or
+// for 4 rows and more, whose weights of one tap fill vectors, [channel][tap block][kVec][THREAD_C]. Of a row of input
+// the block's window begins `lead` positions early, where a copy of copy_elements elements is aligned; the weights
+// begin with as many zeros, and end with zeros that fill up the last tap block. Positions outside the input are zeros
+// too. tiled.cuh explains why these zeros change no bit, and what happens where they meet values that are no numbers.
+// Kernels with IS_REVERSED = 1, whose taps are few and whose rows are many, stop at the last tap instead of multiplying
+// zeros behind it.
 //
 // Macros read: BLOCK_L, THREAD_C, IS_REVERSED, and those of common.cuh.
 
@@ -20,6 +22,7 @@ constexpr int kMaxThreads = BLOCK_L / kVec;
 constexpr int kWeightVec = sizeof(acc_t) < 16 ? 16 / int(sizeof(acc_t)) : 1;
 constexpr bool kRowsInVectors = THREAD_C >= 4;
 constexpr int kTapBlock = THREAD_C * kVec;  // weights of a channel's tap block
+constexpr int kStoredRows = THREAD_C < 8 || INDEX_BITS == 64 ? 1 : 2;  // that are stored at a time
 static_assert(kMaxThreads * kVec == BLOCK_L && kMaxThreads % 32 == 0, "whole warps own BLOCK_L: gpuconv/families/sliding.py");
 
 struct alignas(16) InputVector {
@@ -40,24 +43,21 @@ struct Slide {
     int tap_blocks, lead, chunk_channels, copy_elements;
 };
 
-// Copies a block's window of some channels, `length` elements from position `start`, as T of several elements each: these
-// lie inside the input or outside, never across its ends.
+// Copies a block's window of some channels, `length` elements from position `start`, as T of several elements each:
+// these lie inside the input or outside, never across its ends.
 template <typename T>
 __device__ __forceinline__ void copy_windows(
-    storage_t* shared, const storage_t* input, int channels, index_t start, int length, const Slide& slide, T zero) {
+    storage_t* shared, const storage_t* input, int channels, index_t start, int length, const Slide& slide) {
     const int count = sizeof(T) / sizeof(storage_t);
+#pragma unroll 1
     for (int i = int(threadIdx.x) * count; i < length; i += int(blockDim.x) * count) {
         storage_t* target = shared + i;
         const index_t position = start + i;
-        if (position >= 0 && position < slide.L_in) {
-            const storage_t* source = input + position;
-#pragma unroll 4
-            for (int c = 0; c < channels; ++c, target += length, source += slide.input_stride_c) {
-                copy_async(reinterpret_cast<T*>(target), reinterpret_cast<const T*>(source));
-            }
-        } else {
+        const bool exists = is_index(position, slide.L_in);
+        const storage_t* source = input + (exists ? position : 0);
 #pragma unroll 1
-            for (int c = 0; c < channels; ++c, target += length) *reinterpret_cast<T*>(target) = zero;
+        for (int c = 0; c < channels; ++c, target += length, source += slide.input_stride_c) {
+            copy_async_or_zero(reinterpret_cast<T*>(target), reinterpret_cast<const T*>(source), exists);
         }
     }
 }
@@ -81,15 +81,16 @@ __device__ __forceinline__ void slide_sums(
         const storage_t* const x = slide.input + c_begin * slide.input_stride_c;
         const int copy_bytes = slide.input_stride_l == 1 ? slide.copy_elements * int(sizeof(storage_t)) : 0;
         if (copy_bytes == 16) {
-            copy_windows(windows, x, channels, start, window, slide, make_uint4(0, 0, 0, 0));
+            copy_windows<uint4>(windows, x, channels, start, window, slide);
         } else if (copy_bytes == 8) {
-            copy_windows(windows, x, channels, start, window, slide, make_uint2(0, 0));
+            copy_windows<uint2>(windows, x, channels, start, window, slide);
         } else if (copy_bytes == 4) {
-            copy_windows(windows, x, channels, start, window, slide, 0u);
+            copy_windows<unsigned>(windows, x, channels, start, window, slide);
         } else {
+#pragma unroll 1
             for (int i = threadIdx.x; i < window; i += blockDim.x) {
                 const index_t position = start + i;
-                const bool in_bounds = position >= 0 && position < slide.L_in;
+                const bool in_bounds = is_index(position, slide.L_in);
                 const storage_t* source = x + (in_bounds ? position * slide.input_stride_l : 0);
 #pragma unroll 4
                 for (int c = 0; c < channels; ++c, source += slide.input_stride_c) {
@@ -98,6 +99,7 @@ __device__ __forceinline__ void slide_sums(
             }
         }
         acc_t* const w = smem_weight + buffer * slide.chunk_channels * channel_weights;
+#pragma unroll 1
         for (int e = threadIdx.x; e < channels * channel_weights; e += blockDim.x) {
             const int c = e / channel_weights, in_channel = e - c * channel_weights;
             const int block = in_channel / kTapBlock, in_block = in_channel % kTapBlock;
@@ -196,11 +198,20 @@ __device__ __forceinline__ void slide_sums(
     if (!warp_has_columns) return;
 
     bool met_nan = false;
+#pragma unroll 1
+    for (int row = 0; row < THREAD_C; row += kStoredRows) {
 #pragma unroll
-    for (int row = 0; row < THREAD_C; ++row) {
-        store(row, column, acc[row]);
+        for (int i = 0; i < kStoredRows; ++i) {
+            store(row + i, column, acc[i]);
 #pragma unroll
-        for (int j = 0; j < kVec; ++j) met_nan = met_nan || is_nan(acc[row][j]);
+            for (int j = 0; j < kVec; ++j) met_nan = met_nan || is_nan(acc[i][j]);
+        }
+        // The next rows take their place, so that one text stores all rows.
+#pragma unroll
+        for (int i = 0; i + kStoredRows < THREAD_C; ++i) {
+#pragma unroll
+            for (int j = 0; j < kVec; ++j) acc[i][j] = acc[i + kStoredRows][j];
+        }
     }
     if (!met_nan) return;
 #pragma unroll 1
@@ -209,11 +220,13 @@ __device__ __forceinline__ void slide_sums(
         const index_t q = column + e % kVec;
         if (q >= slide.columns) continue;
         acc_t sum = scalar::zero();
+#pragma unroll 1
         for (index_t c_in = 0; c_in < slide.C_in_g; ++c_in) {
+#pragma unroll 1
             for (index_t tap = 0; tap < slide.taps; ++tap) {
                 const index_t position = q + slide.first + (IS_REVERSED ? -tap : tap);
                 const storage_t* const w = weight_at(row, c_in, tap);
-                if (w == nullptr || position < 0 || position >= slide.L_in) continue;
+                if (w == nullptr || !is_index(position, slide.L_in)) continue;
                 const storage_t value = slide.input[c_in * slide.input_stride_c + position * slide.input_stride_l];
                 sum = multiply_add(scalar::load(*w), scalar::load(value), sum);
             }

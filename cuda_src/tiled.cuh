@@ -29,7 +29,8 @@ constexpr int kColumns = BLOCK_N / 32;  // columns that a lane stores: lane, lan
 constexpr int kBuffer = BLOCK_R * (BLOCK_M + BLOCK_N);
 constexpr int kShared = 2 * kBuffer > kWarps * kSlice ? 2 * kBuffer : kWarps * kSlice;
 
-static_assert(BLOCK_N % TERM_LANES == 0 && BLOCK_R % kTermsAtOnce == 0, "threads share a chunk: gpuconv/families/tiles.py");
+static_assert(BLOCK_N % TERM_LANES == 0, "threads share a term: gpuconv/families/tiles.py");
+static_assert(BLOCK_R % kTermsAtOnce == 0, "threads share a chunk: gpuconv/families/tiles.py");
 static_assert(kWeightVectors <= kThreads || kWeightVectors % kThreads == 0, "threads share the weights");
 static_assert(BLOCK_R % UNROLL_R == 0, "a chunk is a whole number of steps: gpuconv/families/tiles.py");
 static_assert(kShared * sizeof(acc_t) == SHARED_BYTES, "SHARED_BYTES differs from gpuconv/families/tiles.py");
@@ -60,14 +61,6 @@ struct Tile {
         q_begin = column_begin - n_begin * positions;
     }
 };
-
-// The index along the fastest of a grid's dimensions, `extent` long; `block` becomes the index along the others.
-__device__ __forceinline__ unsigned next_index(unsigned& block, index_t extent) {
-    const unsigned others = block / unsigned(extent);
-    const unsigned index = block - others * unsigned(extent);
-    block = others;
-    return index;
-}
 
 // What a kernel knows of a row of the product; row_of(tile, row) returns it.
 struct Row {
@@ -183,7 +176,7 @@ __device__ __forceinline__ void multiply_tile(const TileOf& tile_of, const stora
         position_offset[j] = column.n * tile.input_stride_n + position[j] * tile.input_stride_l;
     }
     // The term (c_in, tap) that is loaded next, and the offset of its input, in column 0 or where l is 0.
-    const index_t c_in = first_term / tile.taps;
+    const int c_in = tile.taps > kTermsAtOnce ? 0 : unsigned(first_term) / unsigned(tile.taps);
     index_t tap = first_term - c_in * tile.taps;
     index_t offset = tile.input_begin + (kOneSample ? position_offset[0] : 0) + c_in * tile.input_stride_c +
                      tap * tile.tap_step * tile.input_stride_l;

@@ -52,15 +52,21 @@ STEMS = (
     layer("conv1d_stem", 3, 16, 64, 300, 40, padding_left=20, groups=8),  # several chunks of weights
     layer("conv1d_stem", 3, 1, 300, 700, 3, padding_left=1),
     layer("conv1d_stem", 9, 4, 5, 40, 9, stride=4, padding_left=3),  # short samples
+    layer("conv1d_stem", 2, 1, 20, 300, 7, stride=3, padding_left=2, dtype="bfloat16"),
+    layer("conv1d_stem", 3, 4, 24, 300, 2, stride=5, dtype="float64"),  # no taps share a row
 )
 TAILS = (
     layer("conv1d_tail", 2, 20, 1, 300, 5, padding_left=2),  # several chunks of channels
     layer("conv1d_tail", 2, 9, 2, 303, 5, padding_left=1),
     layer("conv1d_tail", 2, 17, 4, 300, 9, padding_left=3),
     layer("conv1d_tail", 2, 20, 1, 304, 9, padding_left=3, dtype="float16"),
+    layer("conv1d_tail", 2, 9, 3, 303, 5, padding_left=1, dtype="bfloat16"),
+    layer("conv1d_tail", 2, 9, 2, 300, 9, padding_left=3, dtype="float64"),
     layer("conv_transpose1d_tail", 2, 20, 1, 130, 16, stride=8),
     layer("conv_transpose1d_tail", 2, 17, 1, 70, 5, stride=3, padding_left=2),
     layer("conv_transpose1d_tail", 5, 9, 2, 133, 7, stride=5),  # several blocks of rows
+    layer("conv_transpose1d_tail", 2, 17, 1, 70, 5, stride=3, padding_left=2, dtype="bfloat16"),
+    layer("conv_transpose1d_tail", 5, 9, 2, 133, 7, stride=5, dtype="float64"),
 )
 SKINNY = (
     layer("conv1d_skinny", 1, 40, 20, 24, 16, stride=8),  # two results a thread

@@ -18,7 +18,6 @@ from gpuconv.families.conv1d_tail import Conv1dTail
 from gpuconv.families.conv_transpose1d_tail import ConvTranspose1dTail
 from gpuconv.problem import DTYPES, ConvProblem
 from tests import hostcuda
-from tests.hostcuda.build import Program
 from tests.test_kernels import (
     BASE,
     DEVICE,
@@ -117,24 +116,6 @@ def test_a_weight_that_is_no_number_meets_only_what_exists(family: Family) -> No
         assert_same_bits(output, base, problem)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
-@pytest.mark.parametrize("family", FEW, **by_name)
-def test_finite_data_need_no_second_sum(family: Family, dtype: str) -> None:
-    """Without the way out for NaNs the bits stay: it hides no read of shared memory that was never written."""
-    for problem in PROBLEMS[family]:
-        p = replace(problem, dtype=dtype)
-        config, launch = family.configure(p, Layout.contiguous(p), DEVICE)
-        program = Program.of(config)
-        for way_out, end in (("if (!met_nan) continue;", "continue;"), ("if (!met_nan) return;", "return;")):
-            program = replace(program, text=program.text.replace(way_out, end))
-        assert program != Program.of(config)
-        data = cases.random_data(p, 35)
-        output = np.empty(p.output_shape, data.input.dtype)
-        arrays = {"input": data.input, "weight": data.weight, "bias": data.bias, "output": output}
-        hostcuda.run(program, launch, arrays, device=DEVICE, schedule="every")
-        assert_same_bits(output, hostcuda.convolve(p, *data, family=BASE[p.op], device=DEVICE), p)
-
-
 def test_stems_of_a_small_gpu_load_their_weights_once() -> None:
     """Blocks that go through several rows of tiles, the last of which is not full."""
     device = replace(DEVICE, num_sms=1)
@@ -218,6 +199,15 @@ def test_copies_stay_inside_rows_with_gaps(family: Family) -> None:
     layout = replace(Layout.contiguous(p), input=ArrayLayout((3 * 72, 72, 1)))
     assert dict(family.configure(p, layout, DEVICE)[1].params)["copy_elements"] == 1
     assert_base_bits(family, p, layout)
+
+
+def test_strides_that_lead_far_behind_a_short_input() -> None:
+    """Offsets from a lane's first column to its others pass 32 bits, where the input ends before these."""
+    p = ConvProblem("conv1d", 1, 1, 8, 3, 1, stride=1000)
+    layout = replace(Layout.contiguous(p), input=ArrayLayout((1, 1, 2**20)))
+    _, launch = STEM.configure(p, layout, DEVICE)
+    assert launch.index_bits == 64
+    assert_base_bits(STEM, p, layout)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
