@@ -109,7 +109,6 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS) weight_gra
         row.l_end = s.l_end;
         smem_rows[i] = row;
     }
-    __syncthreads();
 
     const auto load_chunk = [&](int buffer, index_t sample, index_t l_first) {
         storage_t* const smem_coarse = buffers + buffer * buffer_size;

@@ -21,8 +21,8 @@ MAX_THREADS = 256
 MIN_BLOCKS = {32: 4, 64: 2}
 # Each pair reads both of its rows, so pairs are for layers that have few; the tiled family reads a row once for many.
 MAX_CHANNELS = 4
-# From so many channels on the other side, taps and steps on, reading rows of fine again for each pair costs more than a
-# tile that is mostly full.
+# From so many channels on the coarse side and columns (channels by taps) on the fine side on, loading both rows of
+# each pair costs more instructions than a register tile wastes: some 25 a position (bench.static).
 MANY_CHANNELS = 16
 MANY_COLUMNS = 8
 # Bytes of shared memory of a block, from which several share a multiprocessor.
@@ -40,8 +40,11 @@ class WeightGradientPairs(GradientFamily[WeightGradientProblem]):
         p = problem
         if min(p.C_coarse_g, p.C_fine_g) > MAX_CHANNELS:
             return f"needs at most {MAX_CHANNELS} channels a group on one side"
-        if p.C_coarse_g >= MANY_CHANNELS and p.C_fine_g * p.K >= MANY_COLUMNS and p.stride > 1:
-            return f"needs stride 1 where a group has {MANY_CHANNELS} channels or more on the coarse side"
+        if p.C_coarse_g >= MANY_CHANNELS and p.C_fine_g * p.K >= MANY_COLUMNS:
+            return (
+                f"needs fewer than {MANY_CHANNELS} channels a group on the coarse side, or fewer than {MANY_COLUMNS} "
+                "taps of all channels on the fine side"
+            )
         shape = _shape(p, layout, device)
         if shape is None:
             return f"needs two windows of 32 pairs in {device.shared_per_block} bytes of shared memory"
