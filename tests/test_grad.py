@@ -36,7 +36,7 @@ from .test_torch import LAYOUTS, as_tensor, forward, laid_out, largest_ratio
 Array = npt.NDArray[Any]
 OPS: tuple[Op, ...] = ("conv1d", "conv_transpose1d")
 ARGUMENTS = ("input", "weight", "bias")
-PROBLEMS = 175  # random calls per operation; some come up twice
+PROBLEMS = 190  # random calls per operation; some come up twice
 
 
 def gradient(argument: str, p: ConvProblem, x: Any, w: Any, u: Any, **settings: Any) -> Any:
