@@ -31,12 +31,12 @@ struct Params {
     index_t bias_stride;
     index_t output_stride_n, output_stride_c, output_stride_l;
     index_t row_blocks, block_rows, compute_warps;
-    index_t chunk_terms;     // a multiple of 32 vectors of weights
+    index_t chunk_terms;  // a multiple of kFetch
     index_t vector_weights;
 };
 static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/conv1d_skinny.py");
 
-constexpr int kVec = 16 / int(sizeof(storage_t));                         // weights of a 16-byte access
+constexpr int kVec = 16 / int(sizeof(storage_t));                            // weights of a 16-byte access
 constexpr int kInputVec = sizeof(acc_t) < 16 ? 16 / int(sizeof(acc_t)) : 1;  // positions of a 16-byte access
 // Terms that a thread fetches at once: enough multiply-adds to hide the next fetch behind.
 constexpr int kFetch = (THREAD_N > 2 ? 32 : 64) / int(sizeof(acc_t));
@@ -208,7 +208,7 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS) conv1d_ski
     const index_t R = p.C_in_g * p.K;
     const index_t chunks = ceil_div(R, p.chunk_terms);
 
-    // Of a warp that loads: its buffer, which it owns. `loader` is negative in warps that multiply.
+    // Of a warp that loads: the buffer that it owns, negative in warps that multiply, and its way through input and terms.
     const int loader = int(threadIdx.x) / 32 - int(p.compute_warps);
     const Columns columns(input, p);
     const Walk walk(p);
