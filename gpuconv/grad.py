@@ -93,6 +93,7 @@ def conv1d_weight(
     dilation: Setting = 1,
     groups: SupportsIndex = 1,
     *,
+    precision: str = "float32",
     out: ArrayT | None = None,
 ) -> ArrayT:
     """The gradient of `gpuconv.conv1d` in its weight.
@@ -114,6 +115,7 @@ def conv1d_weight(
         padding: of the forward call.
         dilation: of the forward call.
         groups: of the forward call.
+        precision: "float32", the full precision of the dtype, or "tf32", as in the forward call.
         out: an array of shape `weight_size`, of the dtype and device of `input`, to write to, which must not overlap
             the arguments.
 
@@ -131,7 +133,7 @@ def conv1d_weight(
         >>> grad.conv1d_weight(np.arange(6.0).reshape(1, 1, 6), (1, 1, 2), np.array([[[1.0, 10.0]]]), stride=3)
         array([[[30., 41.]]])
     """
-    settings = (weight_size, stride, padding, dilation, groups)
+    settings = (weight_size, stride, padding, dilation, groups, precision)
     return cast(ArrayT, _CONV1D_WEIGHT((input, grad_output), settings, out))
 
 
@@ -227,6 +229,7 @@ def conv_transpose1d_weight(
     dilation: Setting = 1,
     *,
     output_size: Setting | None = None,
+    precision: str = "float32",
     out: ArrayT | None = None,
 ) -> ArrayT:
     """The gradient of `gpuconv.conv_transpose1d` in its weight.
@@ -250,6 +253,7 @@ def conv_transpose1d_weight(
         groups: of the forward call.
         dilation: of the forward call.
         output_size: of the forward call.
+        precision: "float32", the full precision of the dtype, or "tf32", as in the forward call.
         out: an array of shape `weight_size`, of the dtype and device of `input`, to write to, which must not overlap
             the arguments.
 
@@ -268,7 +272,7 @@ def conv_transpose1d_weight(
         >>> grad.conv_transpose1d_weight(x, (1, 1, 2), grad_y, stride=3)
         array([[[30., 41.]]])
     """
-    settings = (weight_size, stride, padding, output_padding, groups, dilation, output_size)
+    settings = (weight_size, stride, padding, output_padding, groups, dilation, output_size, precision)
     return cast(ArrayT, _CONV_TRANSPOSE1D_WEIGHT((input, grad_output), settings, out))
 
 

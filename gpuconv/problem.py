@@ -370,13 +370,14 @@ class WeightGradientProblem:
     dilation: int = 1
     groups: int = 1
     dtype: str = "float32"
+    precision: str = "float32"
 
     @classmethod
     def of(cls, problem: ConvProblem) -> WeightGradientProblem:
         """That of a forward problem. A single sample is a batch of one; the bias has no part in it."""
         p = problem
         sides = (p.C_in, p.C_out, p.L_in, p.L_out) if p.transposed else (p.C_out, p.C_in, p.L_out, p.L_in)
-        return cls(p.op, p.N, *sides, p.K, p.stride, p.padding_left, p.dilation, p.groups, p.dtype)
+        return cls(p.op, p.N, *sides, p.K, p.stride, p.padding_left, p.dilation, p.groups, p.dtype, p.precision)
 
     def sides(self, input: T, grad_output: T) -> tuple[T, T]:
         """The two arrays as (coarse, fine)."""
@@ -446,6 +447,7 @@ class WeightGradientProblem:
         return (
             f"{self.op} weight gradient N{self.N} C{self.C_coarse},{self.C_fine} L{self.L_coarse},{self.L_fine} "
             f"K{self.K} s{self.stride} p{self.padding_left} d{self.dilation} g{self.groups} {self.dtype}"
+            + (f" {self.precision}" if self.precision != "float32" else "")
         )
 
 

@@ -334,7 +334,7 @@ def weight_gradient(problem: WeightGradientProblem, coarse: Array, fine: Array) 
         Sums of the shape `problem.weight_shape`.
     """
     p = problem
-    return Sums(p.dtype, p.terms, _products(p), coarse, fine, None, partial(_weight_gradient, p))
+    return Sums(p.dtype, p.terms, _products(p), coarse, fine, None, partial(_weight_gradient, p), p.precision)
 
 
 def _weight_gradient(p: WeightGradientProblem, coarse: Array, fine: Array, _: Array | None) -> Array:

@@ -20,6 +20,7 @@ from .conv_transpose1d_mma import ConvTranspose1dMma
 from .conv_transpose1d_phases import ConvTranspose1dPhases
 from .conv_transpose1d_tail import ConvTranspose1dTail
 from .weight_gradient_direct import WeightGradientDirect
+from .weight_gradient_mma import WeightGradientMma
 from .weight_gradient_pairs import WeightGradientPairs
 from .weight_gradient_tiled import WeightGradientTiled
 
@@ -42,6 +43,7 @@ FAMILIES: tuple[Family, ...] = (
 )
 
 GRADIENT_FAMILIES: tuple[GradientFamily[Any], ...] = (
+    WeightGradientMma(),
     WeightGradientPairs(),
     WeightGradientTiled(),
     WeightGradientDirect(),

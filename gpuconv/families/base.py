@@ -195,6 +195,9 @@ class GradientFamily(ABC, Generic[GradientT]):
     op: ClassVar[str]
     """The gradient that it computes: "weight_gradient" or "bias_gradient"."""
 
+    on_tensor_cores: ClassVar[bool] = False
+    """Whether tensor cores form its sums: then slices are longer, and the bits differ from those of other families."""
+
     @abstractmethod
     def refuse(self, problem: GradientT, layout: GradientLayout, device: Device) -> str | None:
         """Why this family does not take the problem, or None if it does. No array of the problem is empty."""

@@ -6,6 +6,7 @@ Contract: cuda_src/slices.cuh, cuda_src/sum_slices.cu.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..problem import ITEMSIZE, BiasGradientProblem, WeightGradientProblem
@@ -22,6 +23,8 @@ _SLICE_TERMS = 512
 _FEWEST_TERMS = 64
 # Partial sums of which a GPU has enough to do: kernels for many channels hold 64 of them in a thread, others 8.
 _ENOUGH_SUMS, _ENOUGH_SUMS_OF_FEW_CHANNELS = 2**22, 2**20
+# The same for tensor cores: two rounds of blocks with as many sums in registers as an H200 holds.
+_ENOUGH_SUMS_OF_TENSOR_CORES = 2**23
 _FEW_CHANNELS = 4
 # Positions of a channel that a block of the bias gradient adds.
 _BIAS_SLICE_TERMS = 4096
@@ -51,17 +54,21 @@ class Slices:
     pieces: int
 
     @classmethod
-    def of(cls, problem: WeightGradientProblem | BiasGradientProblem) -> Slices:
+    def of(cls, problem: WeightGradientProblem | BiasGradientProblem, *, on_tensor_cores: bool = False) -> Slices:
+        """The cut for CUDA cores, or for tensor cores, of which a partial sum must stand for more terms."""
         p = problem
         sums = math.prod(gradient_shapes(p)[1])
-        if isinstance(p, WeightGradientProblem):
+        if not isinstance(p, WeightGradientProblem):
+            length = p.L
+            wanted = -(-p.N * length // _BIAS_SLICE_TERMS)
+        elif on_tensor_cores:
+            length = p.L_coarse
+            wanted = min(-(-_ENOUGH_SUMS_OF_TENSOR_CORES // sums), -(-p.N * length // _SLICE_TERMS))
+        else:
             is_narrow = min(p.C_coarse_g, p.C_fine_g) <= _FEW_CHANNELS
             enough = -(-(_ENOUGH_SUMS_OF_FEW_CHANNELS if is_narrow else _ENOUGH_SUMS) // sums)
             length = p.L_coarse
             wanted = min(max(enough, -(-p.N * length // _SLICE_TERMS)), -(-p.N * length // _FEWEST_TERMS))
-        else:
-            length = p.L
-            wanted = -(-p.N * length // _BIAS_SLICE_TERMS)
         most = max(1, MAX_PARTIAL_BYTES // (sums * accumulator_bytes(p.dtype)))
         wanted = max(1, min(wanted, most))
         if wanted <= p.N:
@@ -98,19 +105,24 @@ def stride_params(layout: GradientLayout) -> dict[str, int]:
     return dict(zip((*names, "weight_stride_r", "weight_stride_c", "weight_stride_k"), strides, strict=True))
 
 
-def weight_index_bits(problem: WeightGradientProblem, layout: GradientLayout, *extra: int) -> int:
+def weight_index_bits(
+    problem: WeightGradientProblem, layout: GradientLayout, *extra: int, slices: Slices | None = None
+) -> int:
     """`gradient_index_bits` with the positions that every kernel of a weight gradient forms before it clips them."""
     p = problem
+    slices = slices or Slices.of(p)
     span = p.padding_left + p.dilation * p.K
     positions = (p.L_coarse + _ALIGNED_POSITIONS) * p.stride + p.L_fine + span
-    sums = Slices.of(p).count * math.prod(p.weight_shape)
+    sums = slices.count * math.prod(p.weight_shape)
     fine = p.N * abs(layout.inputs[1].strides[0]) + positions * abs(layout.inputs[1].strides[2])
     return gradient_index_bits(p, layout, positions, sums, fine, *extra)
 
 
-def sum_launch(problem: WeightGradientProblem | BiasGradientProblem, layout: GradientLayout) -> tuple[Config, Launch]:
-    """The specialisation and the launch of sum_slices."""
-    slices = Slices.of(problem)
+def sum_launch(
+    problem: WeightGradientProblem | BiasGradientProblem, layout: GradientLayout, slices: Slices | None = None
+) -> tuple[Config, Launch]:
+    """The specialisation and the launch of sum_slices, for `Slices.of` the problem unless others are given."""
+    slices = slices or Slices.of(problem)
     _, shape = gradient_shapes(problem)
     num_results = math.prod(shape)
     ways = 1
@@ -140,7 +152,7 @@ def sum_config(dtype: str, bits: int) -> Config:
     return base_config("sum_slices", dtype, bits, SUM_BLOCK_SIZE)
 
 
-def gradient_config(kernel: str, dtype: str, bits: int, macros: dict[str, int]) -> Config:
+def gradient_config(kernel: str, dtype: str, bits: int, macros: Mapping[str, str | int]) -> Config:
     """The specialisation of a gradient kernel with these macros besides those that all have."""
     fields = len(params_fields(kernel))
     return Config.of(kernel, {"DTYPE": dtype, "INDEX_BITS": bits, **macros, "PARAMS_BYTES": fields * bits // 8})

@@ -78,6 +78,6 @@ def _choose_gradient(problem: GradientProblem, layout: GradientLayout, device: D
     if reason is not None:
         raise ValueError(f"hostcuda: {name} refuses {problem}: {reason}")
     config, launch = family.configure(problem, layout, device)
-    slices = Slices.of(problem)
-    total = sum_launch(problem, layout) if slices.count > 1 else None
+    slices = Slices.of(problem, on_tensor_cores=family.on_tensor_cores)
+    total = sum_launch(problem, layout, slices) if slices.count > 1 else None
     return GradientChoice(name, config, launch, (), slices, total, slices.partial_bytes(problem))

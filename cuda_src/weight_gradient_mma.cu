@@ -1,0 +1,506 @@
+// weight_gradient_mma: gradient of the weights of dense and grouped layers by tensor cores.
+//
+//   grad_weight[r, c, k] = sum over n < N, l < L_coarse of coarse[n, r, l] * fine[n, g*C_fine_g + c, l_fine],
+//   g = r / C_coarse_g,   l_fine = l*stride - padding_left + k*dilation,   terms outside [0, L_fine) left out.
+//
+// Per group and slice (slices.cuh) a product of a matrix [r, (n, l)] and one [(n, l), (c, k)]. A block computes BLOCK_M
+// rows by BLOCK_N/8 pairs of a tap k and an octet, eight neighbouring channels c: block_octets octets, with block_taps
+// taps of each. Positions are taken in chunks of CHUNK_ROWS: that many of one sample, or those of chunk_samples samples,
+// sample_rows each. What a chunk needs of both arrays is staged once in shared memory, transposed: one row of 16 bytes for
+// each position and unit of kUnit channels. Of fine that is a window, which every tap reads at an address of its own,
+// always aligned; it consists of planes, so that neighbouring l meet neighbouring rows whatever the stride. Row j of plane
+// v holds position (l + j)*stride - padding_left + (the block's first tap)*dilation + v*dilation: see Window in
+// gpuconv/families/weight_gradient_mma.py.
+//
+// The reduction runs over samples, and in a sample over steps of 16 positions, of which those behind the last count as
+// zeros. So its order depends on the problem and the slices alone, and the bits on neither the tile nor the chunks.
+//
+// IS_SPLIT = 1 is float32 by TF32 products, as in mma.cuh: the small products have sums of their own, and the sum of the
+// large ones of each step is added to a total in float32. Values that cannot be split become NaN. Sums that are not finite
+// are formed again term by term (sum_existing_terms), so that they follow IEEE arithmetic.
+//
+// Grid x: blocks of BLOCK_M rows (fastest, so that blocks which read one window of fine run together), then of taps, then
+// of octets, then groups, then slices. Grid y and z: 1. Dynamic shared memory: two buffers of both operands, and a table of
+// the window's rows; or the sums on their way out.
+// With several slices their sums go to partial and sum_slices.cu follows; with one partial is null.
+// Uses: tf32.cuh
+// Uses: slices.cuh
+// Needs: for COARSE_WIDTH and FINE_WIDTH > 1, contiguous positions, as many as a multiple of the width, in rows that begin
+// aligned to that many; for FINE_WIDTH also stride 1. Otherwise nothing: arrays of any strides, in elements.
+
+struct Params {
+    index_t N, L_coarse, L_fine, K;
+    index_t C_coarse, C_coarse_g, C_fine_g;
+    index_t row_tiles, tap_tiles, octet_tiles, groups;
+    index_t block_octets, block_taps;
+    index_t stride, padding_left, dilation;
+    index_t slice_samples, slice_positions, slice_pieces;
+    index_t chunk_samples, sample_rows;
+    index_t planes, plane_rows, tap_rows_step;
+    index_t window_rows;                // of all samples of a chunk
+    index_t window_half, window_pitch;  // from unit to unit of an octet, and from octet to octet
+    index_t task_units;                 // the window's units, filled up to whole eights from eight on
+    index_t coarse_stride_n, coarse_stride_c, coarse_stride_l;
+    index_t fine_stride_n, fine_stride_c, fine_stride_l;
+    index_t weight_stride_r, weight_stride_c, weight_stride_k;
+    static constexpr bool is_conjugated = false;  // for slices.cuh
+};
+static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/weight_gradient_mma.py");
+
+constexpr int kUnit = 16 / int(sizeof(storage_t));
+constexpr int kOctetUnits = 8 / kUnit;
+constexpr int kParts = IS_SPLIT ? 2 : 1;
+constexpr int kThreads = 32 * WARPS_M * WARPS_N;
+constexpr int kWarpM = BLOCK_M / WARPS_M, kWarpN = BLOCK_N / WARPS_N;
+constexpr int kTilesM = kWarpM / 16, kTilesN = kWarpN / 8;
+constexpr int kStepRows = 16;                  // positions of a step
+constexpr int kDepth = 2 * kUnit;              // and of one product of matrices
+constexpr int kUnitsM = BLOCK_M / kUnit;
+// Rows from unit to unit of an octet, and from octet to octet: fragments of 32-bit operands read both units of an octet at
+// once, and stores go to eight units.
+constexpr int kHalfM = CHUNK_ROWS + (kUnit == 8 ? 0 : 4);
+constexpr int kPitchM = kOctetUnits * kHalfM + 1;
+constexpr int kCoarsePart = BLOCK_M / 8 * kPitchM;  // vectors
+constexpr int kCoarseTasks = kUnitsM * CHUNK_ROWS / COARSE_WIDTH;
+constexpr int kAheadCoarse = (kCoarseTasks + kThreads - 1) / kThreads * COARSE_WIDTH < AHEAD_COARSE
+    ? (kCoarseTasks + kThreads - 1) / kThreads : AHEAD_COARSE / COARSE_WIDTH;
+constexpr int kAheadFine = AHEAD_FINE / FINE_WIDTH;
+constexpr int kOutPitch = BLOCK_N + 4;          // of sums on their way out
+constexpr int kOutColumns = BLOCK_N / 32;       // that a lane stores of a row
+static_assert(sizeof(acc_t) == 4, "float32 accumulators: gpuconv/families/weight_gradient_mma.py");
+static_assert(CHUNK_ROWS % kStepRows == 0, "chunks are whole steps: gpuconv/families/weight_gradient_mma.py");
+static_assert(AHEAD_COARSE % COARSE_WIDTH == 0 && AHEAD_FINE % FINE_WIDTH == 0,
+              "whole tasks are loaded ahead: gpuconv/families/weight_gradient_mma.py");
+static_assert(kWarpM % 16 == 0 && kWarpN % 16 == 0, "warps own whole fragments: gpuconv/families/weight_gradient_mma.py");
+static_assert(kStepRows == SPLIT_TERMS, "SPLIT_TERMS differs from gpuconv/reference.py");
+
+struct alignas(16) Vector {
+    storage_t element[kUnit];
+};
+
+// Where a row of the window lies, from the chunk's first sample and the position that its first l meets.
+struct Place {
+    index_t n, l;
+};
+
+// What a block computes. Rows and octets are those of the group.
+struct Tile {
+    index_t slice, channel, fine_channel;  // the first channels of the group
+    index_t row_begin, octet_begin, tap_begin;
+    index_t rows, channels, taps;  // that exist
+};
+
+__device__ __forceinline__ index_t next_index(index_t& block, index_t extent) {
+    const index_t rest = block / extent, index = block - rest * extent;
+    block = rest;
+    return index;
+}
+
+__device__ __forceinline__ Tile find_tile(index_t block, const Params& p) {
+    Tile tile;
+    tile.row_begin = next_index(block, p.row_tiles) * BLOCK_M;
+    tile.tap_begin = next_index(block, p.tap_tiles) * p.block_taps;
+    tile.octet_begin = next_index(block, p.octet_tiles) * p.block_octets;
+    const index_t group = next_index(block, p.groups);
+    tile.slice = block;
+    tile.channel = group * p.C_coarse_g;
+    tile.fine_channel = group * p.C_fine_g;
+    tile.rows = min_index(p.C_coarse_g - tile.row_begin, BLOCK_M);
+    tile.channels = min_index(p.C_fine_g - tile.octet_begin * 8, p.block_octets * 8);
+    tile.taps = min_index(p.K - tile.tap_begin, p.block_taps);
+    return tile;
+}
+
+__device__ __forceinline__ bool is_finite(float x) { return (float_as_uint(x) & 0x7f800000u) != 0x7f800000u; }
+
+// A thread's task in staging: kWidth neighbouring positions of a unit. Neighbouring lanes take the units of up to eight.
+struct Task {
+    int unit, row;
+
+    __device__ __forceinline__ static Task of(int index, int units, int runs, int width) {
+        const int low = units < 8 ? units : 8;
+        const int rest = index / low, block = rest / runs;
+        return Task{block * low + (index - rest * low), (rest - block * runs) * width};
+    }
+};
+
+template <int kWidth>
+struct alignas(kWidth * sizeof(storage_t)) Run {
+    storage_t element[kWidth];
+};
+
+// kWidth neighbouring positions of `channels` of kUnit channels, the rest zeros: transposed, one vector each.
+template <int kWidth>
+__device__ __forceinline__ void load_vectors(
+    Vector (&vectors)[kWidth], const storage_t* from, index_t channel_stride, index_t channels) {
+#pragma unroll
+    for (int e = 0; e < kUnit; ++e) {
+        Run<kWidth> run;
+        if (e < channels) {
+            run = *reinterpret_cast<const Run<kWidth>*>(from + e * channel_stride);
+        } else {
+#pragma unroll
+            for (int v = 0; v < kWidth; ++v) run.element[v] = scalar::storage_zero();
+        }
+#pragma unroll
+        for (int v = 0; v < kWidth; ++v) vectors[v].element[e] = run.element[v];
+    }
+}
+
+// Both parts of a vector, part_rows apart.
+__device__ __forceinline__ void stage_vector(const Vector& x, Vector* row, index_t part_rows) {
+    if (sizeof(storage_t) < 4) {
+        row[0] = x;
+        return;
+    }
+    Vector hi, lo;
+#pragma unroll
+    for (int e = 0; e < kUnit; ++e) {
+        const float value = float(x.element[e]);
+        float h = round_to_tf32(value), l = 0.0f;
+        if (IS_SPLIT) split_tf32(value, &h, &l);
+        hi.element[e] = storage_t(h);
+        lo.element[e] = storage_t(round_to_tf32(l));
+    }
+    row[0] = hi;
+    if (IS_SPLIT) row[part_rows] = lo;
+}
+
+// -- fragments of one product of matrices, from this lane's address of each operand: see ptx.cuh ----------------------
+// 16-bit operands lie the wrong way round and are transposed as they are loaded; 32-bit ones are read one by one.
+
+// Bytes from an operand's start to what this lane reads of two octets of rows, the first of which begins at row `row`, or of
+// a pair.
+__device__ __forceinline__ int rows_address(int row, int lane) {
+    if (kUnit == 8) return (row + lane / 8 % 2 * kPitchM + lane / 16 * 8 + lane % 8) * 16;
+    return (row + lane / 16 * kHalfM + lane % 4) * 16 + lane / 4 % 4 * 4;
+}
+__device__ __forceinline__ int pair_address(int row, int half, int lane) {
+    if (kUnit == 8) return (row + lane / 8 % 2 * 8 + lane % 8) * 16;
+    return (row + lane / 16 * half + lane % 4) * 16 + lane / 4 % 4 * 4;
+}
+
+__device__ __forceinline__ unsigned word(const unsigned char* address) {
+    return *reinterpret_cast<const unsigned*>(address);
+}
+
+__device__ __forceinline__ void load_rows(unsigned (&a)[4], const unsigned char* from) {
+    if (kUnit == 8) {
+        load_matrix_x4_transposed(a, from);
+    } else {
+        a[0] = word(from);
+        a[1] = word(from + kPitchM * 16);
+        a[2] = word(from + 4 * 16);
+        a[3] = word(from + kPitchM * 16 + 4 * 16);
+    }
+}
+
+// -- the product of a slice --------------------------------------------------------------------------------------------
+
+typedef acc_t Sums[kTilesM][kTilesN][4];
+
+__device__ __forceinline__ void multiply_slice(
+    const storage_t* coarse, const storage_t* fine, const Tile& tile, const Params& p, Sums& acc) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const Slice s = find_slice(tile.slice, p);
+    const int window_half = int(p.window_half), window_pitch = int(p.window_pitch), block_taps = int(p.block_taps);
+    const int window_units = int(p.block_octets) * kOctetUnits;
+    const int fine_part = int(p.block_octets) * window_pitch;
+    const int planes = int(p.planes), plane_rows = int(p.plane_rows);
+
+    Vector* const coarse_buffers = reinterpret_cast<Vector*>(dynamic_shared_memory());
+    Vector* const fine_buffers = coarse_buffers + 2 * kParts * kCoarsePart;
+    Place* const places = reinterpret_cast<Place*>(fine_buffers + 2 * kParts * fine_part);
+    const int sample_window_rows = planes * plane_rows;
+    // Planes begin at a multiple of FINE_WIDTH, so that their first rows may be ones that no tap needs.
+    const index_t first = tile.tap_begin * p.dilation - p.padding_left;
+    const auto skew_of = [&](int plane) { return int(first + plane * p.dilation) & (FINE_WIDTH - 1); };
+    for (int row = threadIdx.x; row < p.window_rows; row += kThreads) {
+        const int sample = row / sample_window_rows, in_sample = row - sample * sample_window_rows;
+        const int plane = in_sample / plane_rows;
+        places[row] = Place{
+            sample, (in_sample - plane * plane_rows) * p.stride + first + plane * p.dilation - skew_of(plane)};
+    }
+
+    // -- loading -----------------------------------------------------------------------------------------------------------
+    coarse += (tile.channel + tile.row_begin) * p.coarse_stride_c;
+    fine += (tile.fine_channel + tile.octet_begin * 8) * p.fine_stride_c;
+    index_t n = s.n_begin, l = s.l_begin;  // the chunk to load
+    const int sample_rows = int(p.sample_rows), fine_runs = int(p.window_rows) / FINE_WIDTH;
+    const int fine_tasks = fine_runs * int(p.task_units);
+
+    const auto coarse_task = [&](int i) {
+        return Task::of(i * kThreads + int(threadIdx.x), kUnitsM, CHUNK_ROWS / COARSE_WIDTH, COARSE_WIDTH);
+    };
+    const auto fine_task = [&](int i) {
+        return Task::of(i * kThreads + int(threadIdx.x), window_units, fine_runs, FINE_WIDTH);
+    };
+    const auto load_coarse = [&](Vector (&vectors)[COARSE_WIDTH], const Task& task) {
+        const int sample = task.row / sample_rows;
+        const index_t l_coarse = l + (task.row - sample * sample_rows), c = task.unit * kUnit;
+        const bool exists = n + sample < s.n_end && l_coarse < s.l_end;
+        load_vectors<COARSE_WIDTH>(
+            vectors,
+            coarse + ((n + sample) * p.coarse_stride_n + l_coarse * p.coarse_stride_l + c * p.coarse_stride_c),
+            p.coarse_stride_c, exists ? tile.rows - c : 0);
+    };
+    const auto load_fine = [&](Vector (&vectors)[FINE_WIDTH], const Task& task) {
+        const Place place = places[task.row];
+        const index_t l_fine = l * p.stride + place.l, c = task.unit * kUnit;
+        const bool exists = n + place.n < s.n_end && is_index(l_fine, p.L_fine);
+        load_vectors<FINE_WIDTH>(
+            vectors, fine + ((n + place.n) * p.fine_stride_n + l_fine * p.fine_stride_l + c * p.fine_stride_c),
+            p.fine_stride_c, exists ? tile.channels - c : 0);
+    };
+    const auto store_coarse = [&](int buffer, const Vector (&vectors)[COARSE_WIDTH], const Task& task) {
+        Vector* const to = coarse_buffers + buffer * kParts * kCoarsePart + task.unit / kOctetUnits * kPitchM +
+            task.unit % kOctetUnits * kHalfM + task.row;
+#pragma unroll
+        for (int v = 0; v < COARSE_WIDTH; ++v) stage_vector(vectors[v], to + v, kCoarsePart);
+    };
+    const auto store_fine = [&](int buffer, const Vector (&vectors)[FINE_WIDTH], const Task& task) {
+        Vector* const to = fine_buffers + buffer * kParts * fine_part + task.unit / kOctetUnits * window_pitch +
+            task.unit % kOctetUnits * window_half + task.row;
+#pragma unroll
+        for (int v = 0; v < FINE_WIDTH; ++v) stage_vector(vectors[v], to + v, fine_part);
+    };
+    __syncthreads();  // the table
+
+    // -- this lane's addresses ---------------------------------------------------------------------------------------------
+    const int a_address = rows_address(warp / WARPS_N * (kWarpM / 8) * kPitchM, lane);
+    // 16-bit pairs are loaded two by two, the second by the upper half of the lanes.
+    constexpr int kLoads = kUnit == 8 ? kTilesN / 2 : kTilesN;
+    const int pair_begin = warp % WARPS_N * kTilesN;
+    const int pairs = int(p.block_octets) * block_taps;
+    int b_address[kLoads];
+#pragma unroll
+    for (int j = 0; j < kLoads; ++j) {
+        const int pair = pair_begin + (kUnit == 8 ? 2 * j + lane / 16 : j);
+        const int octet = pair / block_taps, tap = pair - octet * block_taps;
+        const int round = tap / planes, plane = tap - round * planes;
+        const int row = octet * window_pitch + round * int(p.tap_rows_step) + plane * plane_rows + skew_of(plane);
+        b_address[j] = pair_address(pair < pairs ? row : 0, window_half, lane);
+    }
+    const int sample_steps = sample_rows / kStepRows;
+    const int sample_skip = (sample_window_rows - sample_rows) * 16;
+
+    acc_t low[IS_SPLIT ? kTilesM : 1][IS_SPLIT ? kTilesN : 1][4];    // sums of the small products
+    acc_t total[IS_SPLIT ? kTilesM : 1][IS_SPLIT ? kTilesN : 1][4];  // of the large ones
+#pragma unroll
+    for (int i = 0; i < kTilesM; ++i) {
+#pragma unroll
+        for (int j = 0; j < kTilesN; ++j) {
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                acc[i][j][e] = 0.0f;
+                if (IS_SPLIT) low[i][j][e] = total[i][j][e] = 0.0f;
+            }
+        }
+    }
+
+    int buffer = 0, steps = 0;  // of the chunk that lies in shared memory
+#pragma unroll 1
+    for (;;) {
+        // The next chunk is on its way while this one is multiplied.
+        const bool has_next = n < s.n_end;
+        Vector ahead_coarse[kAheadCoarse][COARSE_WIDTH], ahead_fine[kAheadFine][FINE_WIDTH];
+#pragma unroll
+        for (int i = 0; i < kAheadCoarse; ++i) {
+            const Task task = coarse_task(i);
+            if (has_next && task.unit < kUnitsM) load_coarse(ahead_coarse[i], task);
+        }
+#pragma unroll
+        for (int i = 0; i < kAheadFine; ++i) {
+            const Task task = fine_task(i);
+            if (has_next && task.unit < window_units) load_fine(ahead_fine[i], task);
+        }
+
+        const unsigned char* a =
+            reinterpret_cast<const unsigned char*>(coarse_buffers + buffer * kParts * kCoarsePart) + a_address;
+        const unsigned char* b = reinterpret_cast<const unsigned char*>(fine_buffers + buffer * kParts * fine_part);
+        int steps_of_sample = sample_steps;
+#pragma unroll 1
+        for (int step = pair_begin < pairs ? steps : 0; step > 0; --step) {
+#pragma unroll 1
+            for (int depth = 0; depth < kStepRows; depth += kDepth) {
+                unsigned a_fragment[kParts][kTilesM][4], b_fragment[kParts][kTilesN][2];
+#pragma unroll
+                for (int part = 0; part < kParts; ++part) {
+#pragma unroll
+                    for (int i = 0; i < kTilesM; ++i) {
+                        load_rows(a_fragment[part][i], a + (part * kCoarsePart + i * 2 * kPitchM) * 16);
+                    }
+#pragma unroll
+                    for (int j = 0; j < kLoads; ++j) {
+                        const unsigned char* const from = b + part * fine_part * 16 + b_address[j];
+                        if (kUnit == 8) {
+                            unsigned both[4];
+                            load_matrix_x4_transposed(both, from);
+#pragma unroll
+                            for (int e = 0; e < 4; ++e) b_fragment[part][(2 * j + e / 2) % kTilesN][e % 2] = both[e];
+                        } else {
+                            b_fragment[part][j][0] = word(from);
+                            b_fragment[part][j][1] = word(from + 4 * 16);
+                        }
+                    }
+                }
+#pragma unroll
+                for (int i = 0; i < kTilesM; ++i) {
+#pragma unroll
+                    for (int j = 0; j < kTilesN; ++j) {
+                        if (IS_SPLIT) {
+                            MULTIPLY_MATRICES(low[i][j], a_fragment[kParts - 1][i], b_fragment[0][j]);
+                            MULTIPLY_MATRICES(low[i][j], a_fragment[0][i], b_fragment[kParts - 1][j]);
+                        }
+                        MULTIPLY_MATRICES(acc[i][j], a_fragment[0][i], b_fragment[0][j]);
+                    }
+                }
+                a += kDepth * 16;
+                b += kDepth * 16;
+            }
+            if (IS_SPLIT) {
+#pragma unroll
+                for (int i = 0; i < kTilesM; ++i) {
+#pragma unroll
+                    for (int j = 0; j < kTilesN; ++j) {
+#pragma unroll
+                        for (int e = 0; e < 4; ++e) {
+                            total[i][j][e] += acc[i][j][e];
+                            acc[i][j][e] = 0.0f;
+                        }
+                    }
+                }
+            }
+            if (--steps_of_sample == 0) {
+                steps_of_sample = sample_steps;
+                b += sample_skip;
+            }
+        }
+        if (!has_next) break;
+
+        buffer ^= 1;
+#pragma unroll
+        for (int i = 0; i < kAheadCoarse; ++i) {
+            const Task task = coarse_task(i);
+            if (task.unit < kUnitsM) store_coarse(buffer, ahead_coarse[i], task);
+        }
+#pragma unroll
+        for (int i = 0; i < kAheadFine; ++i) {
+            const Task task = fine_task(i);
+            if (task.unit < window_units) store_fine(buffer, ahead_fine[i], task);
+        }
+#pragma unroll 1
+        for (int i = kAheadCoarse; i * kThreads < kCoarseTasks; ++i) {
+            const Task task = coarse_task(i);
+            if (task.unit >= kUnitsM) break;
+            load_coarse(ahead_coarse[0], task);
+            store_coarse(buffer, ahead_coarse[0], task);
+        }
+#pragma unroll 1
+        for (int i = kAheadFine; i * kThreads < fine_tasks; ++i) {
+            const Task task = fine_task(i);
+            if (task.unit >= window_units) continue;
+            load_fine(ahead_fine[0], task);
+            store_fine(buffer, ahead_fine[0], task);
+        }
+        const index_t positions =
+            p.chunk_samples > 1 ? min_index(p.chunk_samples, s.n_end - n) * p.sample_rows : s.l_end - l;
+        steps = (int(min_index(positions, CHUNK_ROWS)) + kStepRows - 1) / kStepRows;
+        l += p.sample_rows;
+        if (l >= s.l_end) {
+            l = s.l_begin;
+            n += p.chunk_samples;
+        }
+        __syncthreads();
+    }
+    if (IS_SPLIT) {
+#pragma unroll
+        for (int i = 0; i < kTilesM; ++i) {
+#pragma unroll
+            for (int j = 0; j < kTilesN; ++j) {
+#pragma unroll
+                for (int e = 0; e < 4; ++e) acc[i][j][e] = total[i][j][e] + low[i][j][e];
+            }
+        }
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) weight_gradient_mma(
+    const storage_t* __restrict__ coarse,  // [N, C_coarse, L_coarse]
+    const storage_t* __restrict__ fine,    // [N, C_fine, L_fine]
+    acc_t* __restrict__ partial,           // [slices, C_coarse, C_fine_g, K], or null
+    storage_t* __restrict__ grad_weight,   // [C_coarse, C_fine_g, K], or null
+    const Params p) {
+    Sums acc;
+    multiply_slice(coarse, fine, find_tile(blockIdx.x, p), p, acc);
+
+    // -- the way out: 16 rows of each warp at a time pass through shared memory, to be stored in the order of (c, k) --------
+    // What is left of acc moves up after each, so that one text serves all.
+    const Tile tile = find_tile(block_index_again(), p);
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    acc_t* const out = reinterpret_cast<acc_t*>(dynamic_shared_memory());  // [WARPS_M * 16][kOutPitch]
+    acc_t* const mine = out + (warp / WARPS_N * 16 + lane / 4) * kOutPitch + warp % WARPS_N * kWarpN + lane % 4 * 2;
+    // A lane stores the m-th of these of every row.
+    int from[kOutColumns];
+    index_t to[kOutColumns];
+    const index_t to_c = partial != nullptr ? p.K : p.weight_stride_c;
+    const index_t to_k = partial != nullptr ? 1 : p.weight_stride_k;
+#pragma unroll
+    for (int m = 0; m < kOutColumns; ++m) {
+        const int e = m * 32 + lane, c = e / int(tile.taps), tap = e - c * int(tile.taps);
+        from[m] = c < tile.channels ? (c / 8 * int(p.block_taps) + tap) * 8 + c % 8 : -1;
+        to[m] = (tile.octet_begin * 8 + c) * to_c + (tile.tap_begin + tap) * to_k;
+    }
+    __syncthreads();
+#pragma unroll 1
+    for (int i = 0; i < kTilesM && i * 16 < tile.rows; ++i) {
+#pragma unroll
+        for (int j = 0; j < kTilesN; ++j) {
+#pragma unroll
+            for (int e = 0; e < 4; ++e) mine[e / 2 * 8 * kOutPitch + j * 8 + e % 2] = acc[0][j][e];
+        }
+        __syncthreads();
+        bool met_special = false;
+        const auto row_of = [&](int row) { return row / 16 * kWarpM + i * 16 + row % 16; };
+#pragma unroll 1
+        for (int row = warp; row < WARPS_M * 16; row += kThreads / 32) {
+            if (row_of(row) >= tile.rows) continue;
+            const index_t r = tile.channel + tile.row_begin + row_of(row);
+#pragma unroll
+            for (int m = 0; m < kOutColumns; ++m) {
+                if (from[m] < 0) continue;
+                const acc_t sum = out[row * kOutPitch + from[m]];
+                met_special = met_special || !is_finite(sum);
+                if (partial != nullptr) {
+                    partial[(tile.slice * p.C_coarse + r) * (p.C_fine_g * p.K) + to[m]] = sum;
+                } else {
+                    grad_weight[r * p.weight_stride_r + to[m]] = finish(sum, false);
+                }
+            }
+        }
+        if (met_special) {
+            const Slice s = find_slice(tile.slice, p);
+#pragma unroll 1
+            for (int task = 0; task < WARPS_M * 16 * kOutColumns; ++task) {
+                const int row = task / kOutColumns, e = task % kOutColumns * 32 + lane;
+                const int c = e / int(tile.taps), tap = e - c * int(tile.taps);
+                if (row % (kThreads / 32) != warp || row_of(row) >= tile.rows || c >= tile.channels) continue;
+                if (is_finite(out[row * kOutPitch + (c / 8 * int(p.block_taps) + tap) * 8 + c % 8])) continue;
+                const index_t r = tile.channel + tile.row_begin + row_of(row), k = tile.tap_begin + tap;
+                const index_t c_of_group = tile.octet_begin * 8 + c;
+                const acc_t sum = sum_existing_terms(
+                    coarse + r * p.coarse_stride_c, fine + (tile.fine_channel + c_of_group) * p.fine_stride_c, k, s, p);
+                store_sum(sum, tile.slice, r, c_of_group * p.K + k, partial, grad_weight, p);
+            }
+        }
+        __syncthreads();
+#pragma unroll
+        for (int next = 1; next < kTilesM; ++next) {
+#pragma unroll
+            for (int j = 0; j < kTilesN; ++j) {
+#pragma unroll
+                for (int e = 0; e < 4; ++e) acc[next - 1][j][e] = acc[next][j][e];
+            }
+        }
+    }
+}

@@ -1,0 +1,380 @@
+"""weight_gradient_mma: weight gradients of dense and grouped layers by tensor cores.
+
+Contract: cuda_src/weight_gradient_mma.cu. Which problems it takes, and in which order their sums are formed, follows
+from the problem and the architecture alone; the layout and the GPU decide only how the work is cut into tiles.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import NamedTuple
+
+from ..device import Device
+from ..problem import WeightGradientProblem
+from ..reference import MIN_SPLIT_TERMS, SPLIT_TERMS
+from .base import MAX_GRID, Config, GradientFamily, GradientLayout, Launch
+from .mma import ARITHMETICS, MIN_CHANNELS, MIN_SPLIT_ROWS, UNIT_BYTES, WARP, Arithmetic
+from .slices import Slices, gradient_config, stride_params, weight_index_bits
+
+STEP = SPLIT_TERMS  # positions of a step: one product of 16-bit matrices along the reduction, or two
+OCTET = 8  # columns of one product
+_PRODUCT_ROWS = 16  # rows of one product
+# Positions that one access loads, of coarse and of fine.
+WIDTH = 4
+WIDTHS = ((WIDTH, WIDTH), (WIDTH, 1), (1, 1))
+_LANE_UNITS = 8  # units that neighbouring lanes stage at most
+
+
+class Tile(NamedTuple):
+    """A block's share: block_m rows by block_n / 8 pairs of tap and octet, on warps_m by warps_n warps.
+
+    min_blocks caps the registers of a thread; ahead_coarse and ahead_fine are the vectors that it loads ahead at most,
+    of chunks of chunk_rows positions.
+    """
+
+    block_m: int
+    block_n: int
+    warps_m: int
+    warps_n: int
+    min_blocks: int
+    chunk_rows: int
+    ahead_coarse: int
+    ahead_fine: int
+
+    @property
+    def warps(self) -> int:
+        return self.warps_m * self.warps_n
+
+    @property
+    def threads(self) -> int:
+        return WARP * self.warps
+
+
+# By the parts of an operand; the last one is for arrays that need wide offsets, too. Three sets of sums leave a split
+# product registers for warps of 32x32.
+TILES: dict[int, tuple[Tile, ...]] = {
+    1: (
+        Tile(128, 256, 2, 4, 1, 32, 4, 4),
+        Tile(128, 128, 2, 2, 2, 32, 4, 4),
+        Tile(32, 128, 1, 4, 4, 32, 4, 4),
+        Tile(16, 128, 1, 4, 4, 32, 4, 4),
+        Tile(64, 64, 2, 2, 4, 32, 4, 4),
+    ),
+    2: (
+        Tile(64, 128, 2, 4, 1, 32, 4, 4),
+        Tile(32, 128, 1, 4, 2, 32, 4, 4),
+        Tile(16, 128, 1, 4, 4, 32, 4, 4),
+        Tile(64, 64, 2, 2, 2, 32, 4, 4),
+    ),
+}
+_LARGEST_M, _LARGEST_N, _LARGEST_CHUNK = 128, 256, 64
+
+# Figures of the cost model, as in mma.py.
+_L2_BYTES_PER_CYCLE = 24.0
+_SHARED_BYTES_PER_CYCLE = 128.0
+_LATENCY_CYCLES = 2500.0
+_CHUNK_CYCLES = 150.0  # the barrier of a chunk, and what its loads leave uncovered, of a block alone
+_LOAD_INSTRUCTIONS = 8.0  # of one load, with its address and its part in storing the vectors
+_STORE_CYCLES = 8.0  # of a warp, for one sum of each lane on its way out
+
+
+class Window(NamedTuple):
+    """How the fine side of a chunk lies in shared memory: `positions` of each of some samples, shifted by the taps.
+
+    A plane holds every stride-th position. Taps whose distance is a multiple of the stride share a plane, shifted:
+    there are stride / gcd(stride, dilation) planes, or one per tap where that takes fewer rows (taps far apart).
+    """
+
+    samples: int
+    positions: int
+    planes: int
+    plane_rows: int
+    tap_rows_step: int
+
+    @classmethod
+    def of(cls, p: WeightGradientProblem, taps: int, samples: int, positions: int, width: int) -> Window:
+        """`width`: positions of an aligned access, at a multiple of which planes begin and end."""
+        gcd = math.gcd(p.stride, p.dilation)
+        planes = min(p.stride // gcd, taps)
+        plane_rows = _round_up(positions + (taps - 1) // planes * (p.dilation // gcd) + width - 1, width)
+        tap_rows = _round_up(positions + width - 1, width)
+        if planes * plane_rows >= taps * tap_rows:
+            return cls(samples, positions, taps, tap_rows, 0)
+        return cls(samples, positions, planes, plane_rows, p.dilation // gcd)
+
+    @property
+    def rows(self) -> int:
+        return self.samples * self.planes * self.plane_rows
+
+
+class WeightGradientMma(GradientFamily[WeightGradientProblem]):
+    """Tensor cores over the channels of coarse by the channels of fine and the taps."""
+
+    name = "weight_gradient_mma"
+    op = "weight_gradient"
+    on_tensor_cores = True
+
+    def refuse(self, problem: WeightGradientProblem, layout: GradientLayout, device: Device) -> str | None:
+        p = problem
+        arithmetic = ARITHMETICS.get((p.dtype, p.precision))
+        if arithmetic is None or device.arch < arithmetic.min_arch:
+            return "needs float16 (sm_75), bfloat16 or float32 (sm_80)"
+        if min(p.C_coarse_g, p.C_fine_g) < MIN_CHANNELS:
+            return f"needs at least {MIN_CHANNELS} channels a group on both sides"
+        if arithmetic.parts == 2 and p.C_coarse_g < MIN_SPLIT_ROWS:
+            return f"needs at least {MIN_SPLIT_ROWS} channels a group on the coarse side for float32 by split TF32"
+        if arithmetic.parts == 2 and p.terms < MIN_SPLIT_TERMS:
+            return f"needs sums of at least {MIN_SPLIT_TERMS} terms for float32 by split TF32"
+        if not _keeps_bound(p, arithmetic):
+            return "needs longer samples to keep the error bound"
+        bits = self._index_bits(p, layout)
+        if _tilings(p, _widths(p, layout, bits), device, bits)[0].blocks > MAX_GRID:
+            return f"needs at most {MAX_GRID} blocks"
+        return None
+
+    def configure(
+        self, problem: WeightGradientProblem, layout: GradientLayout, device: Device
+    ) -> tuple[Config, Launch]:
+        p = problem
+        bits = self._index_bits(p, layout)
+        arithmetic, widths = ARITHMETICS[p.dtype, p.precision], _widths(p, layout, bits)
+        tiling = _tilings(p, widths, device, bits)[0]
+        tile, window = tiling.tile, tiling.window
+        half, pitch = _pitches(window.rows, arithmetic)
+        units = OCTET // arithmetic.channels * tiling.octets
+        params = {
+            "N": p.N,
+            "L_coarse": p.L_coarse,
+            "L_fine": p.L_fine,
+            "K": p.K,
+            "C_coarse": p.C_coarse,
+            "C_coarse_g": p.C_coarse_g,
+            "C_fine_g": p.C_fine_g,
+            "row_tiles": tiling.row_tiles,
+            "tap_tiles": tiling.tap_tiles,
+            "octet_tiles": tiling.octet_tiles,
+            "groups": p.groups,
+            "block_octets": tiling.octets,
+            "block_taps": tiling.taps,
+            "stride": p.stride,
+            "padding_left": p.padding_left,
+            "dilation": p.dilation,
+            **_slices(p).params(),
+            "chunk_samples": window.samples,
+            "sample_rows": window.positions,
+            "planes": window.planes,
+            "plane_rows": window.plane_rows,
+            "tap_rows_step": window.tap_rows_step,
+            "window_rows": window.rows,
+            "window_half": half,
+            "window_pitch": pitch,
+            "task_units": units if units < _LANE_UNITS else _round_up(units, _LANE_UNITS),
+            **stride_params(layout),
+        }
+        config = self._config(tile, p.dtype, p.precision, widths, bits)
+        return config, Launch(tiling.blocks, tile.threads, tiling.shared_bytes, bits, tuple(params.items()))
+
+    def figures(
+        self, problem: WeightGradientProblem, layout: GradientLayout, device: Device
+    ) -> tuple[tuple[str, float], ...]:
+        bits = self._index_bits(problem, layout)
+        tilings = _tilings(problem, _widths(problem, layout, bits), device, bits)
+        return tuple((f"{t.tile.block_m}x{t.tile.block_n} of {t.taps} taps", t.cycles) for t in tilings)
+
+    def configs(self, device: Device) -> Iterator[Config]:
+        for (dtype, precision), arithmetic in ARITHMETICS.items():
+            if device.arch >= arithmetic.min_arch:
+                for bits in (32, 64):
+                    for tile in _tiles(arithmetic, bits):
+                        for widths in WIDTHS if bits == 32 else WIDTHS[-1:]:
+                            yield self._config(tile, dtype, precision, widths, bits)
+
+    def _index_bits(self, problem: WeightGradientProblem, layout: GradientLayout) -> int:
+        p = problem
+        coarse_n, coarse_c, coarse_l = map(abs, layout.inputs[0].strides)
+        fine_n, fine_c, fine_l = map(abs, layout.inputs[1].strides)
+        # Samples, positions and channels behind the last, of which addresses are formed.
+        chunk = _LARGEST_CHUNK
+        samples = p.N + chunk
+        positions = (p.L_coarse + 2 * chunk) * p.stride + p.padding_left + 2 * (p.K + _LARGEST_N) * p.dilation
+        return weight_index_bits(
+            p,
+            layout,
+            samples * coarse_n + (p.L_coarse + 2 * chunk) * coarse_l + (p.C_coarse + _LARGEST_M) * coarse_c,
+            samples * fine_n + positions * fine_l + (p.C_fine + _LARGEST_N) * fine_c,
+            positions,
+            (p.C_fine_g + _LARGEST_N) * (p.K + _LARGEST_N),
+            p.C_coarse + _LARGEST_M,
+            slices=_slices(p),
+        )
+
+    def _config(self, tile: Tile, dtype: str, precision: str, widths: tuple[int, int], bits: int) -> Config:
+        arithmetic = ARITHMETICS[dtype, precision]
+        macros: dict[str, str | int] = {
+            "BLOCK_M": tile.block_m,
+            "BLOCK_N": tile.block_n,
+            "WARPS_M": tile.warps_m,
+            "WARPS_N": tile.warps_n,
+            "CHUNK_ROWS": tile.chunk_rows,
+            "AHEAD_COARSE": tile.ahead_coarse,
+            "AHEAD_FINE": tile.ahead_fine,
+            "COARSE_WIDTH": widths[0],
+            "FINE_WIDTH": widths[1],
+            "MIN_BLOCKS": tile.min_blocks if bits == 32 else 1,
+            "IS_SPLIT": int(arithmetic.parts == 2),
+            "SPLIT_TERMS": SPLIT_TERMS,
+            "MULTIPLY_MATRICES": arithmetic.instruction,
+        }
+        return gradient_config(self.name, dtype, bits, macros)
+
+
+class _Tiling(NamedTuple):
+    """A tile with the octets and taps of its columns, how often it lies along each axis, blocks, predicted cycles."""
+
+    tile: Tile
+    octets: int
+    taps: int
+    window: Window
+    row_tiles: int
+    octet_tiles: int
+    tap_tiles: int
+    blocks: int
+    shared_bytes: int
+    cycles: float
+
+
+def _slices(p: WeightGradientProblem) -> Slices:
+    return Slices.of(p, on_tensor_cores=True)
+
+
+def _tiles(arithmetic: Arithmetic, bits: int) -> tuple[Tile, ...]:
+    tiles = TILES[arithmetic.parts]
+    return tiles if bits == 32 else tiles[-1:]
+
+
+def _widths(p: WeightGradientProblem, layout: GradientLayout, bits: int) -> tuple[int, int]:
+    """Neighbouring positions of coarse and of fine that one access loads, as the layout allows."""
+    extents = ((p.N, p.C_coarse, p.L_coarse), (p.N, p.C_fine, p.L_fine))
+    wide = []
+    for array, (N, C, L) in zip(layout.inputs, extents, strict=True):
+        stride_n, stride_c, stride_l = array.strides
+        rows = (stride_n % WIDTH == 0 or N == 1) and (stride_c % WIDTH == 0 or C == 1) and L % WIDTH == 0
+        wide.append(rows and stride_l == 1 and array.alignment >= WIDTH * p.itemsize)
+    if bits != 32 or not wide[0]:
+        return 1, 1
+    return WIDTH, WIDTH if wide[1] and p.stride == 1 else 1
+
+
+def _pitches(rows: int, arithmetic: Arithmetic) -> tuple[int, int]:
+    """Rows of shared memory from unit to unit of an octet, and from octet to octet.
+
+    The two units of an octet of 32-bit data, which a fragment reads at once, lie on different banks; so do eight
+    neighbouring units, to which a store goes.
+    """
+    if arithmetic.channels == OCTET:
+        return rows, rows + (1 - rows) % 8
+    half = rows + (4 - rows) % 8
+    return half, 2 * half + 1
+
+
+def _keeps_bound(p: WeightGradientProblem, arithmetic: Arithmetic) -> bool:
+    """Whether the sums are within `reference.Sums.error_bound`, counted as there, in units of u times the magnitude.
+
+    Steps begin anew with every sample, and few terms of a step may exist. So there may be more blocks of products, of
+    which each costs one unit besides those of its products, than the bound's quarter of the terms. That a slice is
+    shorter than the whole sum pays for it, except where samples are short and slices few. Blocks are of 16 bytes at
+    least.
+    """
+    slices = _slices(p)
+    run = min(p.terms // p.N, slices.positions)  # terms of one sample in a slice, at most
+
+    def pieces(length: int) -> int:
+        """How many neighbouring pieces of a length the run meets, in all samples."""
+        return slices.samples * min(-(-slices.positions // length), (run + length - 2) // length + 1)
+
+    if arithmetic.parts == 1:
+        units = slices.samples * run + pieces(arithmetic.channels) + slices.count - 1
+        return 4 * units <= 5 * p.terms + 8
+    # The parts left out and cut off, the sum of a step, the small products; then the totals.
+    return 4 + 4 + 8 + 20 + p.terms / 400 + pieces(STEP) + slices.count <= p.terms + 2
+
+
+@lru_cache(maxsize=4096)
+def _tilings(p: WeightGradientProblem, widths: tuple[int, int], device: Device, bits: int) -> tuple[_Tiling, ...]:
+    """The tilings that fit the device, the cheapest first; of each tile the one with the best octets and taps."""
+    arithmetic = ARITHMETICS[p.dtype, p.precision]
+    slices = _slices(p)
+    octets_of_group = -(-p.C_fine_g // OCTET)
+    found = []
+    for tile in _tiles(arithmetic, bits):
+        pairs = tile.block_n // OCTET
+        samples, rows = _chunk(slices, tile.chunk_rows)
+        row_tiles = -(-p.C_coarse_g // tile.block_m)
+        best: _Tiling | None = None
+        for taps in {-(-p.K // -(-p.K // most)) for most in range(1, pairs + 1)}:
+            octets = min(pairs // taps, octets_of_group)
+            octet_tiles, tap_tiles = -(-octets_of_group // octets), -(-p.K // taps)
+            window = Window.of(p, taps, samples, rows, widths[1])
+            shared = _shared_bytes(tile, window, octets, arithmetic, bits)
+            if shared > device.shared_per_block:
+                continue
+            blocks = row_tiles * octet_tiles * tap_tiles * p.groups * slices.count
+            cycles = _cost(tile, window, octets, widths, arithmetic, blocks, shared, slices, device)
+            if best is None or (cycles, -taps) < (best.cycles, -best.taps):
+                best = _Tiling(tile, octets, taps, window, row_tiles, octet_tiles, tap_tiles, blocks, shared, cycles)
+        if best is not None:
+            found.append(best)
+    return tuple(sorted(found, key=lambda tiling: tiling.cycles))
+
+
+def _chunk(slices: Slices, rows: int) -> tuple[int, int]:
+    """Samples of a chunk, and the positions of each of them: short samples are filled up to whole steps."""
+    length = STEP
+    while length < slices.positions:
+        length *= 2
+    return (rows // length, length) if length < rows else (1, rows)
+
+
+def _shared_bytes(tile: Tile, window: Window, octets: int, arithmetic: Arithmetic, bits: int) -> int:
+    rows = octets * _pitches(window.rows, arithmetic)[1]
+    rows += tile.block_m // OCTET * _pitches(tile.chunk_rows, arithmetic)[1]
+    operands = 2 * arithmetic.parts * rows * UNIT_BYTES + window.rows * 2 * bits // 8
+    return max(operands, tile.warps_m * _PRODUCT_ROWS * (tile.block_n + 4) * 4)
+
+
+def _cost(
+    tile: Tile,
+    window: Window,
+    octets: int,
+    widths: tuple[int, int],
+    arithmetic: Arithmetic,
+    blocks: int,
+    shared: int,
+    slices: Slices,
+    device: Device,
+) -> float:
+    """Predicted cycles of a launch; blocks of a multiprocessor share what they take the longest of."""
+    itemsize = UNIT_BYTES // arithmetic.channels
+    chunk_terms = window.samples * window.positions
+    chunks = -(-slices.samples // window.samples) * -(-slices.positions // window.positions)
+    terms = chunks * min(chunk_terms, window.samples * (-(-slices.positions // STEP) * STEP))
+    warp_m, warp_n = tile.block_m // tile.warps_m, tile.block_n // tile.warps_n
+    multiply = tile.block_m * tile.block_n * terms / arithmetic.rate
+    operands = tile.warps * (warp_m + warp_n) * terms * itemsize * arithmetic.parts
+    staged = chunks * itemsize * (tile.block_m * chunk_terms + octets * OCTET * window.rows)
+    # A lane loads as many positions of a channel as the width says and stores 16 bytes of each part.
+    loads = chunks * (tile.block_m * chunk_terms / widths[0] + octets * OCTET * window.rows / widths[1])
+    local = (operands + staged * arithmetic.parts) / _SHARED_BYTES_PER_CYCLE + loads / WARP
+    resident = min(tile.min_blocks, max(1, device.shared_per_sm // (shared + 1024)))
+    issue = loads * _LOAD_INSTRUCTIONS / WARP / 4
+    out = tile.block_m * tile.block_n / WARP * _STORE_CYCLES
+    block = max(multiply + issue, local, staged / _L2_BYTES_PER_CYCLE) + out + chunks * _CHUNK_CYCLES / resident
+    waves, rest = divmod(blocks, device.num_sms * resident)
+    tail = block * -(-rest // device.num_sms)
+    return waves * block * resident + tail + _LATENCY_CYCLES * (waves + (1 if rest else 0))
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
