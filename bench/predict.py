@@ -172,12 +172,13 @@ def _skinny_work(problem: ConvProblem, launch: Launch, report: KernelReport) -> 
 def _mma_work(problem: ConvProblem, launch: Launch, report: KernelReport) -> _Work:
     """Tensor cores: a pass of the loop is a stage of weights, and every chunk of channels stages a window around it."""
     loop, params, macros = report.loop, dict(launch.params), dict(report.config.macros)
-    stages = params["chunks"] * params["pairs"] / (2 * int(macros["STAGE_STEPS"]))
+    chunks = params["segment_chunks"] if macros["SEGMENT_MODE"] == "2" else params["chunks"]
+    stages = chunks * params["pairs"] / (2 * int(macros["STAGE_STEPS"]))
     warps = launch.grid * launch.block / 32
     unit = 16 // problem.itemsize
     parts = 1 + int(macros["IS_SPLIT"])
-    window_vectors = launch.grid * params["chunks"] * params["units"] * params["window_rows"]
-    weight_bytes = launch.grid * params["chunks"] * params["pairs"] * parts * int(macros["BLOCK_M"]) * 16
+    window_vectors = launch.grid * chunks * params["units"] * params["window_rows"]
+    weight_bytes = launch.grid * chunks * params["pairs"] * parts * int(macros["BLOCK_M"]) * 16
     # Of each vector of the window a lane loads its elements one by one and stores its parts.
     staging = window_vectors / 32 * (unit + 4 * parts)
     return _Work(

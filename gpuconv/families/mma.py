@@ -34,9 +34,11 @@ MIN_SPLIT_ROWS = 16
 MAX_TAIL_CHANNELS = 4
 # Units of a chunk at most: with 8 rows of each fragment side by side, four units are two k-steps for every tap.
 MAX_UNITS = 4
-# A block alone takes about 100 cycles for a stage, so that this many are some 3 microseconds. Reductions of twice as many are
-# cut into segments, which blocks of their own can form where the rest of the problem does not fill the GPU.
+# A block alone takes about 100 cycles for a stage, so that 64 are some 3 microseconds. Reductions of four times as many are
+# cut into segments, which blocks of their own can form where the rest of the problem does not fill the GPU; where it
+# does, the segments' own sums cost the smaller warp tiles below, 20 % by bench.predict.
 SEGMENT_STAGES = 64
+MIN_SEGMENTED_STAGES = 256
 MAX_SEGMENTS = 8
 
 
@@ -175,12 +177,12 @@ _STAGE_CYCLES = 60.0  # the barrier of a stage, and its wait for weights, of a b
 
 
 def tiles(arithmetic: Arithmetic, bits: int = 32, *, segments: bool = False) -> tuple[Tile, ...]:
-    """The tiles of an arithmetic; few for 64-bit offsets, since arrays that need them fill any tile."""
+    """The tiles of an arithmetic; few for 64-bit offsets, since arrays that need them fill any of the same kind."""
     whole, cut = (_SPLIT_TILES, _SPLIT_SEGMENT_TILES) if arithmetic.parts == 2 else (_TILES, _SEGMENT_TILES)
     every: tuple[Tile, ...] = cut if segments else whole
     if bits == 32:
         return every
-    return tuple(t for t in every if not t.has_samples and t.segment_mode < 2 and t.block_n in (16, 64))
+    return tuple(t for t in every if t.segment_mode < 2 and t.block_n in (16, 64))
 
 
 def arithmetic_of(problem: ConvProblem, device: Device) -> Arithmetic | None:
@@ -229,7 +231,7 @@ class Reduction:
         chunks = -(-units // MAX_UNITS)
         units = -(-units // chunks)
         stages = chunks * -(-taps * units // STAGE_PAIRS)
-        segments = max(1, min(stages // SEGMENT_STAGES, MAX_SEGMENTS))
+        segments = min(stages // SEGMENT_STAGES, MAX_SEGMENTS) if stages >= MIN_SEGMENTED_STAGES else 1
         return cls(units, chunks, taps, -(-chunks // segments))
 
     @property
