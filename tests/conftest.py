@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy.typing as npt
 import pytest
+import torch
 
 import gpuconv
 from gpuconv import cases, runtime
@@ -61,6 +62,15 @@ BACKENDS = {
 def backend(request: pytest.FixtureRequest) -> Backend:
     """Each way to compute a convolution in turn."""
     return BACKENDS[request.param]
+
+
+@pytest.fixture
+def one_torch_thread() -> Iterator[None]:
+    """PyTorch on one thread: in small problems several spend most of their time waiting for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -106,6 +106,7 @@ def check(call: Call, layouts: tuple[str, str, str]) -> None:
         assert largest_ratio(y.astype(from_torch.numpy().dtype) - from_torch.numpy(), bound) <= 1
 
 
+@pytest.mark.usefixtures("one_torch_thread")
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 @pytest.mark.parametrize("op", OPS)
 def test_random_problems_against_autograd(op: Op) -> None:

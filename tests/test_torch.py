@@ -101,6 +101,7 @@ def check(call: Call, layouts: tuple[str, str, str] = ("contiguous",) * 3) -> No
     assert largest_ratio(y.astype(wide) - expected, bound) <= 1
 
 
+@pytest.mark.usefixtures("one_torch_thread")
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 @pytest.mark.parametrize("op", OPS)
 def test_random_problems(op: Op) -> None:
