@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import gpuconv
 from gpuconv import cases, dispatch, reference, source
 from gpuconv.cases import Data
 from gpuconv.device import ARCHITECTURES, Device
@@ -23,7 +24,7 @@ from gpuconv.problem import ConvProblem, Op
 from gpuconv.verify import same_bits
 
 from . import hostcuda
-from .hostcuda import AMPERE, HOPPER, Counts, Program, TensorCores
+from .hostcuda import AMPERE, HOPPER, Counts, Program, TensorCores, fake_cupy
 
 Array = npt.NDArray[Any]
 
@@ -525,3 +526,23 @@ def test_without_the_flush_the_bound_would_break(monkeypatch: pytest.MonkeyPatch
         assert not reference.within_bound(p, broken, *data).any()
         error = np.abs(broken - reference.compute(p, *data))
         assert (error > 1.2 * p.terms * 2.0**-24).all()
+
+
+# -- the public function -----------------------------------------------------------------------------------------------
+
+
+def test_two_launches_through_the_public_function() -> None:
+    """The sums of segments go to a buffer of the call's, whether the weight was prepared or not."""
+    p = replace(LONG["conv1d"], N=1, has_bias=False)
+    data = cases.random_data(p, 10)
+    choice = dispatch.choose(p, Layout.contiguous(p), H200)
+    assert choice is not None
+    assert choice.second_pass is not None
+    with fake_cupy.installed():
+        x, w = fake_cupy.asarray(data.input), fake_cupy.asarray(data.weight)
+        fake_cupy.launches.clear()
+        for weight in (w, gpuconv.prepare(w)):
+            y = gpuconv.conv1d(x, weight, **cases.call_settings(p)).get()
+            assert_same_bits(y, run(p, data), str(p))
+        names = [name for name, _ in fake_cupy.launches]
+    assert names == ["pack_mma_weight", "conv1d_mma", "conv1d_mma"] * 2

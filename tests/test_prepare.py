@@ -14,7 +14,9 @@ from gpuconv.runtime import PreparedWeight
 from .hostcuda import fake_cupy
 
 LAYERS = {
-    # op, input, weight, settings; the first two are packed by their families, the others are not.
+    # op, input, weight, settings; the first four are packed by their families, the others are not.
+    "mma": ("conv1d", (2, 24, 40), (20, 24, 3), {"padding": 1}),
+    "mma phases": ("conv_transpose1d", (2, 40, 20), (40, 12, 4), {"stride": 2}),
     "tiled": ("conv1d", (2, 5, 40), (12, 5, 3), {"padding": 1}),
     "phases": ("conv_transpose1d", (2, 5, 20), (5, 12, 4), {"stride": 2}),
     "direct": ("conv1d", (2, 2, 9), (5, 2, 2), {}),
@@ -36,7 +38,7 @@ def arrays(name: str) -> tuple[str, np.ndarray, np.ndarray, dict[str, int]]:
 
 
 def packs() -> int:
-    return sum(kernel == "pack_weight" for kernel, _ in fake_cupy.launches)
+    return sum(kernel in ("pack_weight", "pack_mma_weight") for kernel, _ in fake_cupy.launches)
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -50,7 +52,7 @@ def test_the_bits_are_those_of_the_plain_weight(name: str) -> None:
         assert function(x_gpu, prepared, **settings).get().tobytes() == expected.tobytes()
 
 
-@pytest.mark.parametrize("name", ["tiled", "phases"])
+@pytest.mark.parametrize("name", ["mma", "mma phases", "tiled", "phases"])
 def test_a_prepared_weight_is_packed_once(name: str) -> None:
     op, x, w, settings = arrays(name)
     function = getattr(gpuconv, op)
@@ -64,6 +66,18 @@ def test_a_prepared_weight_is_packed_once(name: str) -> None:
     for samples in (2, 1, 2):
         function(x_gpu[:samples], prepared, **settings)
     assert packs() == 1
+
+
+def test_each_precision_has_a_packed_weight_of_its_own() -> None:
+    _, x, w, settings = arrays("mma")
+    x_gpu, w_gpu = fake_cupy.asarray(x), fake_cupy.asarray(w)
+    prepared = gpuconv.prepare(w_gpu)
+    found = {}
+    for precision in ("tf32", "float32", "tf32"):
+        y = gpuconv.conv1d(x_gpu, prepared, precision=precision, **settings).get()
+        assert y.tobytes() == gpuconv.conv1d(x_gpu, w_gpu, precision=precision, **settings).get().tobytes()
+        found[precision] = y
+    assert 2.0**-16 < np.abs(found["tf32"] - found["float32"]).max() < 2.0**-5
 
 
 def test_later_changes_of_the_array_are_not_followed() -> None:

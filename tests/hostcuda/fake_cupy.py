@@ -187,6 +187,10 @@ class RawKernel:
         self._program = Program.from_text(name, code)
         self._index_bits = int(_macro(code, "INDEX_BITS"))
         self._params_bytes = int(_macro(code, "PARAMS_BYTES"))
+        # Of the kernels of mma.cuh, whose text has one parameter more where there are two launches.
+        self._segment_mode = int(_macro(code, "SEGMENT_MODE")) if "#define SEGMENT_MODE " in code else 0
+        kept = r"\1" if self._segment_mode >= 2 else ""
+        code = re.sub(r"^#if SEGMENT_MODE >= 2\n(.*?)^#endif", kept, code, flags=re.MULTILINE | re.DOTALL)
         self._parameters = _pointer_parameters(code, name)
 
     @property
@@ -209,6 +213,8 @@ class RawKernel:
             for (name, _), pointer in zip(self._parameters, pointers, strict=True)
         }
         outputs = [name for name, is_output in self._parameters if is_output and arrays[name] is not None]
+        if self._segment_mode >= 2:
+            outputs = ["partial" if self._segment_mode == 2 else "output"]
         launches.append((self._program.kernel, launch))
         run(self._program, launch, arrays, outputs=outputs, device=GPU, schedule=schedule)
 
