@@ -59,7 +59,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) conv1d_mma(
         tile.position_begin = column_tile * p.block_positions;
         tile.positions = p.L_out;
         tile.C_in_g = p.C_in_g;
-        tile.taps = tile.row_taps = p.K;
+        tile.row_taps = p.K;
         tile.L_in = p.L_in;
         tile.L_out = p.L_out;
         tile.column_step = p.stride;

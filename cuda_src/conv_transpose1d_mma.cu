@@ -78,7 +78,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) conv_transpos
         tile.position_begin = column_tile * p.block_positions;
         tile.positions = p.positions;
         tile.C_in_g = p.C_in_g;
-        tile.taps = p.taps;
         tile.row_taps = taps;
         tile.L_in = p.L_in;
         tile.L_out = p.L_out;

@@ -28,7 +28,8 @@
 // Values that this cannot split without loss (infinities, NaN, values so small or so large that a part would underflow or
 // overflow) get a NaN for x_hi or w_hi; and sums that are not finite, of any arithmetic, are formed again by the thread
 // that meets them, in the canonical order with fused multiply-adds, leaving out the terms that do not exist. So results
-// follow IEEE arithmetic there, and whether that happens depends on the terms of that result alone.
+// follow IEEE arithmetic there, and whether that happens depends on the terms of that result alone; or, where the rows of a
+// block differ in their taps, on the positions that others of its column read, too.
 //
 // Macros read: BLOCK_M, BLOCK_N, WARPS_M, WARPS_N, NUM_STAGES, STAGE_STEPS, PREFETCH_TASKS, HAS_SAMPLES, IS_SPLIT,
 // SPLIT_TERMS, SEGMENT_MODE, PHASES_IN_ROWS, MULTIPLY_MATRICES, and those of common.cuh. Dynamic shared memory: NUM_STAGES stages of weights, the windows of two chunks (of one, where there is
@@ -69,8 +70,8 @@ struct Tile {
     index_t row_begin, rows;  // the block's first row, and the rows of the product
     index_t samples;          // from n0 on
     index_t position_begin, positions;
-    index_t C_in_g, taps, L_in, L_out;
-    index_t row_taps;                      // of taps, those that every row of the block has, where rows do not differ
+    index_t C_in_g, L_in, L_out;
+    index_t row_taps;                      // the taps of the block's rows: of those with the most, where rows differ
     index_t column_step, first, tap_step;  // l_in = q*column_step + first + tap*tap_step
     index_t output_step, output_first;     // l_out = q*output_step + output_first + Row::shift
     index_t input_stride_n, input_stride_c, input_stride_l;
@@ -100,7 +101,7 @@ __device__ __forceinline__ index_t next_index(index_t& block, index_t extent) {
 
 // What a kernel knows of a row of the product; row_of(tile, row) returns it.
 struct Row {
-    index_t taps;           // of Tile::taps, those that the row has
+    index_t taps;           // of Tile::row_taps, those that the row has
     index_t output_offset;  // of its channel, from Tile::output
     index_t shift;          // see Tile::output_first
     index_t bias_offset;
