@@ -55,8 +55,8 @@ __device__ __forceinline__ storage_t finish(acc_t sum, bool is_conjugated) {
 }
 
 // The sum of one slice for tap k, without the terms that do not exist; coarse and fine begin with the channels r and c,
-// sample 0, position 0.
-template <typename P>
+// sample 0, position 0. Unrolled kUnroll times, which only pays where this is the rule.
+template <int kUnroll = 1, typename P>
 __device__ __forceinline__ acc_t sum_existing_terms(
     const storage_t* coarse, const storage_t* fine, index_t k, const Slice& s, const P& p) {
     const index_t offset = k * p.dilation - p.padding_left;  // position of fine that l = 0 meets
@@ -67,7 +67,7 @@ __device__ __forceinline__ acc_t sum_existing_terms(
     for (index_t n = s.n_begin; n < s.n_end; ++n) {
         const storage_t* const a = coarse + n * p.coarse_stride_n;
         const storage_t* const b = fine + n * p.fine_stride_n;
-#pragma unroll 4
+#pragma unroll kUnroll
         for (index_t l = l_begin; l < l_end; ++l) {
             const index_t l_fine = l * p.stride + offset;
             acc = multiply_add_conjugate(

@@ -39,11 +39,13 @@ constexpr int kLoadPositions = 8;
 constexpr int kLoadRows = kThreads / kLoadPositions;  // rows or columns that the block loads at a time
 constexpr int kMyRows = BLOCK_M / kLoadRows, kMyColumns = BLOCK_N / kLoadRows;
 constexpr int kBuffers = 2 * BLOCK_R * (kPitchM + kPitchN);
-constexpr int kShared = kBuffers > kWarps * kSlice ? kBuffers : kWarps * kSlice;
+constexpr int kSums = kBuffers > kWarps * kSlice ? kBuffers : kWarps * kSlice;
 static_assert(BLOCK_R % kLoadPositions == 0, "chunks are whole loads: gpuconv/families/weight_gradient_tiled.py");
 static_assert(kMyRows * kLoadRows == BLOCK_M && kMyColumns * kLoadRows == BLOCK_N,
               "tiles are whole loads: gpuconv/families/weight_gradient_tiled.py");
-static_assert(kShared * sizeof(acc_t) == SHARED_BYTES, "SHARED_BYTES differs from gpuconv/families/weight_gradient_tiled.py");
+static_assert(
+    kSums * sizeof(acc_t) + BLOCK_N * sizeof(index_t) == SHARED_BYTES,
+    "SHARED_BYTES differs from gpuconv/families/weight_gradient_tiled.py");
 
 // What a block computes. Rows and columns are those of the group.
 struct Tile {
@@ -85,14 +87,19 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) weight_gradie
             const index_t row = min_index(tile.row_begin + load_row + i * kLoadRows, p.C_coarse_g - 1);
             row_offset[i] = row * p.coarse_stride_c;
         }
-        index_t column_offset[kMyColumns], column_shift[kMyColumns];
+        // How far the tap of a column lies behind position l*stride - padding_left waits in shared memory: few need it.
+        index_t* const smem_shift =
+            reinterpret_cast<index_t*>(reinterpret_cast<acc_t*>(dynamic_shared_memory()) + kSums) + load_row;
+        index_t column_offset[kMyColumns];
 #pragma unroll
         for (int i = 0; i < kMyColumns; ++i) {
             const index_t column = min_index(tile.column_begin + load_row + i * kLoadRows, columns - 1);
             const index_t c = column / p.K;
-            column_shift[i] = (column - c * p.K) * p.dilation;
-            column_offset[i] = c * p.fine_stride_c + column_shift[i] * p.fine_stride_l;
+            const index_t shift = (column - c * p.K) * p.dilation;
+            column_offset[i] = c * p.fine_stride_c + shift * p.fine_stride_l;
+            if (load_position == 0) smem_shift[i * kLoadRows] = shift;
         }
+        __syncthreads();
         const index_t n_first = load_position / p.L_coarse;
         index_t l = s.l_begin + load_position - n_first * p.L_coarse;
         const storage_t* a = coarse + (tile.channel * p.coarse_stride_c + (s.n_begin + n_first) * p.coarse_stride_n +
@@ -119,7 +126,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) weight_gradie
                 } else {
 #pragma unroll
                     for (int i = 0; i < kMyColumns; ++i) {
-                        const index_t l_fine = position + column_shift[i];
+                        const index_t l_fine = position + smem_shift[i * kLoadRows];
                         acc_t value = scalar::zero();
                         if (l_fine >= 0 && l_fine < p.L_fine) value = scalar::load(b[column_offset[i]]);
                         columns_of_term[i * kLoadRows] = value;

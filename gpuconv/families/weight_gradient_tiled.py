@@ -77,7 +77,9 @@ class WeightGradientTiled(GradientFamily[WeightGradientProblem]):
             **strides,
         }
         config = self._config(tile, p.dtype, bits)
-        return config, Launch(tiling.blocks, tile.threads, _shared_bytes(tile, p.dtype), bits, tuple(params.items()))
+        return config, Launch(
+            tiling.blocks, tile.threads, _shared_bytes(tile, p.dtype, bits), bits, tuple(params.items())
+        )
 
     def figures(
         self, problem: WeightGradientProblem, layout: GradientLayout, device: Device
@@ -116,7 +118,7 @@ class WeightGradientTiled(GradientFamily[WeightGradientProblem]):
             "THREAD_M": tile.thread_m,
             "THREAD_N": tile.thread_n,
             "MIN_BLOCKS": tile.min_blocks if bits == 32 else 1,
-            "SHARED_BYTES": _shared_bytes(tile, dtype),
+            "SHARED_BYTES": _shared_bytes(tile, dtype, bits),
         }
         return gradient_config(self.name, dtype, bits, macros)
 
@@ -149,5 +151,7 @@ def _tilings(p: WeightGradientProblem, device: Device, bits: int) -> tuple[_Tili
     return tuple(sorted(found, key=lambda tiling: tiling.cycles))
 
 
-def _shared_bytes(tile: Tile, dtype: str) -> int:
-    return tile.shared_bytes(accumulator_bytes(dtype), padding=max(1, 16 // accumulator_bytes(dtype)))
+def _shared_bytes(tile: Tile, dtype: str, bits: int) -> int:
+    """Buffers of operands, and an index for each column."""
+    padding = max(1, 16 // accumulator_bytes(dtype))
+    return tile.shared_bytes(accumulator_bytes(dtype), padding=padding) + tile.block_n * bits // 8
