@@ -33,7 +33,7 @@ LAYERS = (
     ("calls",),
     ("functional",),
     ("nn", "grad", "cases", "explain", "files"),
-    ("verify",),
+    ("verify", "torch"),
     ("cli",),
     ("__main__",),
 )
@@ -115,8 +115,9 @@ def test_the_layers_name_no_module_twice() -> None:
     assert len(names) == len(set(names))
 
 
-@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("module", [name for name in MODULES if name != "torch"])
 def test_only_numpy_is_needed_at_import(module: str) -> None:
+    """Everything else is imported inside functions. gpuconv.torch, which nothing imports, is all about PyTorch."""
     tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
     functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
     inside = {node.lineno for f in functions for node in ast.walk(f) if isinstance(node, ast.Import | ast.ImportFrom)}
@@ -126,6 +127,16 @@ def test_only_numpy_is_needed_at_import(module: str) -> None:
         if not own and line not in inside and name.split(".")[0] not in {*sys.stdlib_module_names, "numpy"}
     }
     assert foreign == set()
+
+
+def test_pytorch_is_imported_by_its_bridge_alone() -> None:
+    """Inside functions, too; and no module of gpuconv imports the bridge."""
+    for module in MODULES:
+        found = {(name.split(".")[0], own) for _, name, own in imports(module)}
+        assert (("torch", False) in found) == (module == "torch"), module
+        assert ("torch", True) not in found, module
+    foreign = {name.split(".")[0] for _, name, own in imports("torch") if not own}
+    assert foreign - set(sys.stdlib_module_names) == {"numpy", "torch"}
 
 
 def test_cupy_is_imported_by_the_runtime_alone() -> None:

@@ -20,7 +20,7 @@ from pathspec import GitIgnoreSpec
 import gpuconv
 
 CHECKOUT = Path(__file__).resolve().parent.parent
-EXTRAS = {"audio", "bench", "bf16", "cli", "cuda12", "cuda13", "dev", "test", "test-cpu"}
+EXTRAS = {"audio", "bench", "bf16", "cli", "cuda12", "cuda13", "dev", "test", "test-cpu", "torch"}
 
 # Runs inside the fresh environment, away from the checkout.
 PROBE = """
@@ -181,6 +181,7 @@ def test_metadata(wheel: Path, tmp_path: Path) -> None:
     assert named_by("bf16") == {"ml-dtypes"}
     assert named_by("audio") == {"soundfile"}
     assert named_by("cli") == {"rich"}
+    assert named_by("torch") == {"torch"}
     assert {"pytest", "pytest-xdist", "hypothesis", *("soundfile", "ml-dtypes", "rich")} <= named_by("test-cpu")
     assert {"cupy-cuda13x[ctk]", "nvidia-cuda-nvdisasm"} | named_by("test-cpu") == named_by("test")
     assert {"matplotlib", *("ml-dtypes", "rich")} <= named_by("bench")
