@@ -196,15 +196,15 @@ class WeightGradientMma(GradientFamily[WeightGradientProblem]):
         coarse_n, coarse_c, coarse_l = map(abs, layout.inputs[0].strides)
         fine_n, fine_c, fine_l = map(abs, layout.inputs[1].strides)
         # Samples, positions and channels behind the last, of which addresses are formed.
-        chunk = _LARGEST_CHUNK
-        samples = p.N + chunk
-        positions = (p.L_coarse + 2 * chunk) * p.stride + p.padding_left + 2 * (p.K + _LARGEST_N) * p.dilation
+        samples = p.N - 1 + max(_chunk(_slices(p), tile.chunk_rows)[0] for tiles in TILES.values() for tile in tiles)
+        l_coarse = p.L_coarse + 2 * _LARGEST_CHUNK
+        l_fine = l_coarse * p.stride + p.padding_left + 2 * (p.K + _LARGEST_N) * p.dilation
         return weight_index_bits(
             p,
             layout,
-            samples * coarse_n + (p.L_coarse + 2 * chunk) * coarse_l + (p.C_coarse + _LARGEST_M) * coarse_c,
-            samples * fine_n + positions * fine_l + (p.C_fine + _LARGEST_N) * fine_c,
-            positions,
+            samples * coarse_n + l_coarse * coarse_l + (p.C_coarse + _LARGEST_M) * coarse_c,
+            samples * fine_n + l_fine * fine_l + (p.C_fine + _LARGEST_N) * fine_c,
+            l_fine,
             (p.C_fine_g + _LARGEST_N) * (p.K + _LARGEST_N),
             p.C_coarse + _LARGEST_M,
             slices=_slices(p),
