@@ -160,17 +160,15 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS) conv1d_ste
                 } else {
 #pragma unroll 1
                     for (int i = lane; i < row_pitch; i += 32) {
-                        Entry entry;
-#pragma unroll
+#pragma unroll 1
                         for (int j = 0; j < THREAD_L; ++j) {
                             const index_t l_in = row_first + (i + j * p.step_l) * p.stride;
-                            entry.element[j] = scalar::zero();
+                            acc_t value = scalar::zero();
                             if (is_index(l_in, p.L_in) && n_begin + j * p.step_n < p.N) {
-                                entry.element[j] = scalar::load(
-                                    x[j * p.step_n * p.input_stride_n + l_in * p.input_stride_l]);
+                                value = scalar::load(x[j * p.step_n * p.input_stride_n + l_in * p.input_stride_l]);
                             }
+                            row_entries[i].element[j] = value;
                         }
-                        row_entries[i] = entry;
                     }
                 }
             }

@@ -156,7 +156,7 @@ def test_extents_around_those_of_every_tile(op: Op, dtype: str, only_tile: Calla
 def test_chunks_that_end_in_every_step(dtype: str, only_tile: Callable[[str, Tile], None]) -> None:
     for tile in tiles.TILES[tiles.accumulator_bytes(dtype)]:
         only_tile(dtype, tile)
-        for terms in (max(8, tile.unroll(dtype) + 1), tile.block_r + tile.unroll(dtype), 2 * tile.block_r - 1):
+        for terms in (max(8, tile.unroll(dtype, 32) + 1), tile.block_r + tile.unroll(dtype, 32), 2 * tile.block_r - 1):
             p = ConvProblem("conv1d", 1, 1, tile.block_m, tile.block_n, terms, 1, 3, terms, dtype=dtype)
             assert_base_bits(p, *arrays(p), every=True)
 

@@ -51,9 +51,12 @@ class Tile:
         """
         return max(MIN_TERM_LANES, self.threads // self.block_r) if column_step else WARP
 
-    def unroll(self, dtype: str) -> int:
-        """Terms that are multiplied in straight-line code: about 512 multiply-adds."""
-        return min(self.block_r, 512 // (self.thread_m * self.thread_n * (4 if dtype.startswith("complex") else 1)))
+    def unroll(self, dtype: str, bits: int) -> int:
+        """Terms that are multiplied in straight-line code: about 512 multiply-adds, which the innermost instruction
+        cache holds; half as many in kernels with 64-bit indices, whose other code takes long enough to compile.
+        """
+        multiply_adds = self.thread_m * self.thread_n * (4 if dtype.startswith("complex") else 1)
+        return min(self.block_r, (512 if bits == 32 else 256) // multiply_adds)
 
     def shared_bytes(self, accumulator_bytes: int, padding: int = 0) -> int:
         """Shared memory: two buffers of a chunk, or the slices that results pass through in the end.
@@ -229,7 +232,7 @@ def tiling_macros(tile: Tile, column_step: int, dtype: str, bits: int) -> dict[s
         "MIN_BLOCKS": tile.min_blocks if bits == 32 else 1,
         "COLUMN_STEP": column_step,
         "TERM_LANES": tile.term_lanes(column_step),
-        "UNROLL_R": tile.unroll(dtype),
+        "UNROLL_R": tile.unroll(dtype, bits),
         "SHARED_BYTES": tile.shared_bytes(accumulator_bytes(dtype)),
     }
 
