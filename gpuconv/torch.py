@@ -2,7 +2,7 @@
 
 They are custom operators of the namespace `gpuconv`. Tensors on the CPU are read and written as NumPy arrays, CUDA
 tensors as CuPy arrays on PyTorch's current stream, both in place. Derivatives of every order, `torch.compile` and
-`torch.export` work; forward-mode derivatives and vmap do not.
+`torch.export` work; forward-mode derivatives and `torch.func.grad` do not, and say so.
 
 Each operation is linear in its input and in its weight. So there are three operators to an operation, itself and the
 gradients in the two, and the derivatives of each are the other two::
@@ -25,6 +25,7 @@ from typing import Any, SupportsIndex, TypeAlias, cast
 import numpy as np
 import torch
 import torch.nn.functional
+from torch.autograd import forward_ad
 from torch.library import custom_op
 
 from . import functional, grad, runtime
@@ -67,6 +68,7 @@ def conv1d(
         ValueError: a shape or a value does not fit; the message names the argument, what was expected and what came.
         TypeError: an argument is of the wrong kind, on another device, or a dtype is not one of float16, bfloat16,
             float32, float64, complex64 and complex128.
+        NotImplementedError: a forward-mode derivative is asked for.
         ImportError: CuPy is needed for a CUDA tensor, or ml_dtypes for bfloat16, and is not installed.
 
     Example:
@@ -121,6 +123,7 @@ def conv_transpose1d(
         ValueError: a shape or a value does not fit; the message names the argument, what was expected and what came.
         TypeError: an argument is of the wrong kind, on another device, or a dtype is not one of float16, bfloat16,
             float32, float64, complex64 and complex128.
+        NotImplementedError: a forward-mode derivative is asked for.
         ImportError: CuPy is needed for a CUDA tensor, or ml_dtypes for bfloat16, and is not installed.
 
     Example:
@@ -153,8 +156,8 @@ def patch(*, precision: str = "float32") -> Iterator[None]:
 
     Contexts may be nested; the innermost decides. The functions belong to the process: other threads see the exchange,
     and where contexts of several threads overlap, the one opened last decides until it is closed. Calls of
-    `torch.conv1d`, functions imported by name beforehand, scripted and exported models are not reached.
-    `torch.compile` traces what the functions are when it compiles: compile, or first call, in the context.
+    `torch.conv1d`, functions imported by name beforehand, scripted and exported models are not reached. What
+    `torch.compile` made is compiled anew when it is first called inside, or outside.
 
     Args:
         precision: of all calls: "float32", or "tf32", with which everything but float32 tensors is refused.
@@ -210,6 +213,9 @@ def _tensors(
             raise TypeError(
                 f"{op}: all tensors must be on one device, got input on {input.device} and {name} on {tensor.device}"
             )
+        # PyTorch itself would give zeros without a word.
+        if forward_ad.unpack_dual(tensor).tangent is not None:  # type: ignore[no-untyped-call]
+            raise NotImplementedError(f"{op}: forward-mode derivatives are not supported, but {name} has a tangent")
     kind = input.device.type
     x, w, b = input, weight, bias
     if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind):

@@ -292,6 +292,18 @@ def test_third_derivatives() -> None:
 
 
 @pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("argument", ["input", "weight", "bias"])
+def test_forward_mode_derivatives_are_refused(op: str, argument: str) -> None:
+    given = dict(zip(("input", "weight", "bias"), drawn(((2, 3, 8), (3, 3, 3), (3,)), torch.float32), strict=True))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(given[argument], given[argument])
+        with pytest.raises(NotImplementedError, match=rf"^{op}: forward-mode .*, but {argument} has a tangent"):
+            getattr(bridge, op)(**{**given, argument: dual})
+    with pytest.raises(NotImplementedError, match="has a tangent"):
+        torch.func.jvp(lambda t: getattr(bridge, op)(**{**given, argument: t}), (given[argument],), (given[argument],))
+
+
+@pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("wanted", ["input", "weight", "bias", "input weight", "input weight bias"])
 def test_only_wanted_gradients_are_computed(op: str, wanted: str) -> None:
     """And only what they need is kept."""
@@ -470,6 +482,25 @@ def test_patch_runs_a_model_on_gpuconv() -> None:
     for ours, theirs in zip(sum(results[:2], ()), sum(results[2:], ()), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
     assert in_place_now() == PYTORCH
+
+
+def test_compiled_models_follow_patch(compiler: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[torch.Tensor] = []
+    write = bridge._write
+
+    def recording(result: torch.Tensor, *arguments: Any, **keywords: Any) -> torch.Tensor:
+        written.append(result)
+        return write(result, *arguments, **keywords)
+
+    monkeypatch.setattr(bridge, "_write", recording)
+    compiled = compiler(nn.Conv1d(2, 3, 3), backend="eager")
+    for _ in range(2):
+        compiled(torch.randn(1, 2, 8))
+        assert len(written) == 0
+        with bridge.patch():
+            compiled(torch.randn(1, 2, 8))
+        assert len(written) == 1
+        written.clear()
 
 
 def test_backward_passes_behind_the_context_stay_on_gpuconv() -> None:
