@@ -50,7 +50,7 @@ def our_function(problem: ConvProblem, direction: Direction, precision: str) -> 
         of_input = grad.conv_transpose1d_input if problem.transposed else grad.conv1d_input
         return lambda x, w, dy, out=None: of_input(x.shape, w, dy, **settings, precision=precision, out=out)
     of_weight = grad.conv_transpose1d_weight if problem.transposed else grad.conv1d_weight
-    return lambda x, w, dy, out=None: of_weight(x, w.shape, dy, **settings, out=out)
+    return lambda x, w, dy, out=None: of_weight(x, w.shape, dy, **settings, precision=precision, out=out)
 
 
 def prediction_key(mode: str, direction: Direction) -> str:

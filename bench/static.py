@@ -70,9 +70,7 @@ def plan(
     for mode in modes:
         if not (mode.supported and mode.runs_on(device)):
             continue
-        # Tensor cores compute no weight gradients yet, so these have no TF32.
-        passes = [d for d in directions if d != "grad_weight" or mode.precision == "float32"]
-        for layer, direction in product(filter(mode.includes, layers), passes):
+        for layer, direction in product(filter(mode.includes, layers), directions):
             choice = choose(of_forward(mode.problem(layer), direction), device)
             if choice is not None:
                 planned.append(Planned(layer, mode, direction, choice))

@@ -1215,7 +1215,7 @@ def test_sanitizer_runs_gradient_kernels() -> None:
     whole = list(sanitize.gradient_selection(device))
     gradients = [WeightGradientProblem.of(problem) for _, problem in whole]
     chosen = {dispatch.choose_gradient(p, GradientLayout.contiguous(p), device).family for p in gradients}
-    assert chosen == {"weight_gradient_pairs", "weight_gradient_tiled", "weight_gradient_direct"}
+    assert chosen >= {"weight_gradient_pairs", "weight_gradient_tiled", "weight_gradient_direct"}
     small = list(sanitize.gradient_selection(device, max_flops=300_000))
     assert len(small) >= 4
     with fake_cupy.installed():
