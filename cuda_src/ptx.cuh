@@ -80,8 +80,7 @@ __device__ __forceinline__ void copy_async(T* shared, const T* global) {
     *shared = *global;
 #endif
 }
-// The same of the elements at offsets of the pointers, which become part of the instruction (from -2048 to 2047 bytes in
-// global memory).
+// The same of the elements at offsets of the pointers, which become part of the instruction where they are small.
 template <int kShared, int kGlobal, typename T>
 __device__ __forceinline__ void copy_async_at(T* shared, const T* global) {
 #if __CUDA_ARCH__ >= 800

@@ -17,12 +17,13 @@ __device__ __forceinline__ float round_to_finite_tf32(float x) {
 }
 
 // x = *hi + *lo, where *hi is a TF32 number and |*lo| <= 2^-11 |x|. From 2^-102 on the last bit of x is a normal number, so
-// that the difference is exact even where subnormals are flushed, and below 2^127 rounding up cannot overflow. Other
-// values, zero apart, give a NaN for *hi.
+// that the difference is exact even where subnormals are flushed, and below 2^127 rounding up cannot overflow. Subnormals
+// are flushed to zero. Other values give a NaN for *hi.
 __device__ __forceinline__ void split_tf32(float x, float* hi, float* lo) {
     const unsigned bits = float_as_uint(x), magnitude = bits & 0x7fffffffu;
+    const bool is_zero = magnitude < 1u << 23;
     const unsigned smallest = 25u << 23, end = 254u << 23;
-    const unsigned rounded = (bits + 0x1000u) & 0xffffe000u;
-    *lo = x - uint_as_float(rounded);
-    *hi = uint_as_float(magnitude - smallest < end - smallest || magnitude == 0 ? rounded : 0x7fffffffu);
+    const unsigned rounded = is_zero ? 0 : (bits + 0x1000u) & 0xffffe000u;
+    *lo = is_zero ? 0.0f : x - uint_as_float(rounded);
+    *hi = uint_as_float(is_zero || magnitude - smallest < end - smallest ? rounded : 0x7fffffffu);
 }

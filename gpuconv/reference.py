@@ -39,8 +39,9 @@ _SMALLEST_NORMAL = {"float16": 2.0**-14, "bfloat16": 2.0**-126, "float32": 2.0**
 #     n/400       for the sums of the small products, 2n of them and each at most 2**-11 of its large one;
 #     20          for the sums of the large products, by blocks of at least 4 (see `Sums.error_bound`): 5/4 of SPLIT_TERMS. Each
 #                 sum is of SPLIT_TERMS products alone, so these errors do not grow with n;
-#     n/16 + 2    for adding those sums to a total, to nearest, and the small products' sum and the bias to that.
-# That is within the n + 2 of the bound from n = 39 on. With one sum for all large products, in the place of 20 there would
+#     n/10 + 2    for adding those sums to a total, to nearest, and the small products' sum and the bias to that; sums of fewer
+#                 than SPLIT_TERMS products, at the end of channels, included.
+# That is within the n + 2 of the bound from n = 41 on. With one sum for all large products, in the place of 20 there would
 # be 5n/4, which alone is more than the bound for n > 8. MIN_SPLIT_TERMS leaves a margin.
 SPLIT_TERMS = 16
 MIN_SPLIT_TERMS = 64
@@ -132,10 +133,11 @@ class Sums:
         a sum below the smallest normal number may become zero. The reference's own float64 rounding is added.
 
         float16 and bfloat16 data, and float32 data in TF32, may be summed by tensor cores, which do not round as IEEE
-        arithmetic does; for them n + 2 becomes 5n/4 + 2. An instruction adds b products to a sum: it cuts all of them
+        arithmetic does; for them n + 2 becomes 4n/3 + 2. An instruction adds b products to a sum: it cuts all of them
         off 24 bits below the leading bit of the largest, which loses less than u of it each, and rounds the result
         toward zero, which loses at most u more as the sum is one of the terms cut off (25 bits, and less, on sm_90). So b
-        products cost b + 1 units, and b is 4 at least. In TF32 each operand moves by up to 2**-11 of itself, which
+        products cost b + 1 units, and b is 4 at least: a third more in all where the channels do not fill the last block,
+        as with nine. In TF32 each operand moves by up to 2**-11 of itself, which
         adds (2**-10 + 2**-22) times the magnitude.
 
         Source: N. J. Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., section 3.1 and 2.8 (underflow);
@@ -187,7 +189,7 @@ class Sums:
         real, accumulator = self._real_dtypes
         n = self.terms * self.products
         on_tensor_cores = self.dtype in ("float16", "bfloat16") or self.precision == "tf32"
-        roundings = n + (-(-n // 4) if on_tensor_cores else 0) + 2
+        roundings = n + (-(-n // 3) if on_tensor_cores else 0) + 2
         gamma = _gamma(roundings, _UNIT_ROUNDOFF[accumulator]) + _gamma(n + 2, _UNIT_ROUNDOFF["float64"])
         if self.precision == "tf32":
             gamma += (1 + gamma) * (2 * _TF32_ROUNDOFF + _TF32_ROUNDOFF**2)

@@ -123,7 +123,7 @@ def test_bound_is_the_documented_formula(op: Op) -> None:
         u = Fraction(UNIT_ROUNDOFF["float64" if call.dtype == "float64" else "float32"])
         u_out, u_reference = Fraction(UNIT_ROUNDOFF[call.dtype]), Fraction(UNIT_ROUNDOFF["float64"])
         n = problem.terms
-        roundings = n + (-(-n // 4) if call.dtype in ("float16", "bfloat16") else 0) + 2
+        roundings = n + (-(-n // 3) if call.dtype in ("float16", "bfloat16") else 0) + 2
         gamma = roundings * u / (1 - roundings * u)
         gamma_reference = (n + 2) * u_reference / (1 - (n + 2) * u_reference)
         error = abs(as_fractions(three_axes(reference.compute(problem, x, w, b))) - exact)
@@ -144,7 +144,7 @@ def test_bound_is_the_documented_formula(op: Op) -> None:
 def test_bound_of_tf32_allows_for_rounded_operands(op: Op) -> None:
     p, x, w, b = long_problem("float32", op)
     n = p.terms
-    roundings = n + -(-n // 4) + 2
+    roundings = n + -(-n // 3) + 2
     gamma = roundings * 2.0**-24 + (n + 2) * 2.0**-53
     expected = (gamma + 2.0**-10 + 2.0**-22) * reference.compute(p, abs(x), abs(w), abs(b))
     expected += 2.0**-24 * abs(reference.compute(p, x, w, b))

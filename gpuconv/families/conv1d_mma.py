@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from ..device import Device
 from ..problem import ConvProblem
 from . import mma
-from .base import Config, Family, Launch, Layout, Pack, SecondPass, index_bits, stride_params
+from .base import MAX_GRID, Config, Family, Launch, Layout, Pack, SecondPass, index_bits, stride_params
 
 
 class Conv1dMma(Family):
@@ -26,6 +26,8 @@ class Conv1dMma(Family):
             return reason
         if not mma.smallest_fits(_product(problem, device), _arithmetic(problem, device), device):
             return "needs the window of 16 outputs in shared memory"
+        if not self._tilings(problem, layout, device):
+            return f"needs at most {MAX_GRID} blocks"
         return None
 
     def configure(self, problem: ConvProblem, layout: Layout, device: Device) -> tuple[Config, Launch]:

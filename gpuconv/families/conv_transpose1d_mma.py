@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from ..device import Device
 from ..problem import ConvProblem
 from . import mma
-from .base import Config, Family, Launch, Layout, Pack, SecondPass, index_bits, stride_params
+from .base import MAX_GRID, Config, Family, Launch, Layout, Pack, SecondPass, index_bits, stride_params
 
 # Taps that a phase lacks are packed as zeros, and multiplied; see also conv_transpose1d_phases.
 MAX_PACKING = 4
@@ -80,6 +80,8 @@ class ConvTranspose1dMma(Family):
         arithmetic = _arithmetic(problem, device)
         if not mma.smallest_fits(phases.product(arithmetic), arithmetic, device):
             return "needs the window of 16 positions in shared memory"
+        if not self._tilings(problem, layout, device):
+            return f"needs at most {MAX_GRID} blocks"
         return None
 
     def configure(self, problem: ConvProblem, layout: Layout, device: Device) -> tuple[Config, Launch]:
