@@ -289,23 +289,21 @@ def _on_gpu(tensor: Tensor) -> bool:
     return tensor.is_cuda
 
 
+# Pending conjugations and negations are no concern here: PyTorch carries them out before it calls an operator.
+
+
 def _numpy_array(tensor: Tensor) -> np.ndarray[Any, Any]:
-    plain = _plain(tensor)
+    plain = tensor.detach()
     if plain.dtype != torch.bfloat16:
         return plain.numpy()
     return plain.view(torch.int16).numpy().view(numpy_dtype("bfloat16"))
 
 
 def _cupy_array(cupy: Any, tensor: Tensor) -> Any:
-    plain = _plain(tensor)
+    plain = tensor.detach()
     if plain.dtype != torch.bfloat16:
         return cupy.from_dlpack(plain)
     return cupy.from_dlpack(plain.view(torch.int16)).view(numpy_dtype("bfloat16"))
-
-
-def _plain(tensor: Tensor) -> Tensor:
-    """The tensor without its place in a graph, in the same memory; a copy where a conjugation or sign is pending."""
-    return tensor.detach().resolve_conj().resolve_neg()
 
 
 # -- operators ---------------------------------------------------------------------------------------------------------
