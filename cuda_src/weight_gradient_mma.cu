@@ -6,7 +6,7 @@
 // Per group and slice (slices.cuh) a product of a matrix [r, (n, l)] and one [(n, l), (c, k)]. A block computes BLOCK_M
 // rows by BLOCK_N/8 pairs of a tap k and an octet, eight neighbouring channels c: block_octets octets, with block_taps
 // taps of each. Positions are taken in chunks of CHUNK_ROWS: that many of one sample, or those of chunk_samples samples,
-// sample_rows each. What a chunk needs of both arrays is staged once in shared memory, transposed: one row of 16 bytes for
+// 1 << sample_shift each. What a chunk needs of both arrays is staged once in shared memory, transposed: one row of 16 bytes for
 // each position and unit of kUnit channels. Of fine that is a window, which every tap reads at an address of its own,
 // always aligned; it consists of planes, so that neighbouring l meet neighbouring rows whatever the stride. Row j of plane
 // v holds position (l + j)*stride - padding_left + (the block's first tap)*dilation + v*dilation: see Window in
@@ -20,8 +20,8 @@
 // are formed again term by term (sum_existing_terms), so that they follow IEEE arithmetic.
 //
 // Grid x: blocks of BLOCK_M rows (fastest, so that blocks which read one window of fine run together), then of taps, then
-// of octets, then groups, then slices. Grid y and z: 1. Dynamic shared memory: two buffers of both operands, and a table of
-// the window's rows; or the sums on their way out.
+// of octets, then groups, then slices. Grid y and z: 1. Dynamic shared memory: two buffers of both operands, and tables
+// of the window's rows and of the tasks of staging it; or the sums on their way out.
 // With several slices their sums go to partial and sum_slices.cu follows; with one partial is null.
 // Uses: tf32.cuh
 // Uses: slices.cuh
@@ -35,7 +35,7 @@ struct Params {
     index_t block_octets, block_taps;
     index_t stride, padding_left, dilation;
     index_t slice_samples, slice_positions, slice_pieces;
-    index_t chunk_samples, sample_rows;
+    index_t chunk_samples, sample_shift;  // 1 << sample_shift rows of each
     index_t planes, plane_rows, tap_rows_step;
     index_t window_rows;                // of all samples of a chunk
     index_t window_half, window_pitch;  // from unit to unit of an octet, and from octet to octet
@@ -75,7 +75,7 @@ static_assert(kWarpM % 16 == 0 && kWarpN % 16 == 0, "warps own whole fragments: 
 static_assert(kStepRows == SPLIT_TERMS, "SPLIT_TERMS differs from gpuconv/reference.py");
 
 struct alignas(16) Vector {
-    storage_t element[kUnit];
+    unsigned word[4];
 };
 
 // Where a row of the window lies, from the chunk's first sample and the position that its first l meets.
@@ -124,46 +124,88 @@ struct Task {
     }
 };
 
+// kWidth neighbouring positions of one channel as they lie in memory, in words.
 template <int kWidth>
 struct alignas(kWidth * sizeof(storage_t)) Run {
-    storage_t element[kWidth];
+    static constexpr int kWords = kWidth * int(sizeof(storage_t)) / 4;
+    unsigned word[kWords];
+
+    static __device__ __forceinline__ Run load(const storage_t* from) { return *reinterpret_cast<const Run*>(from); }
+};
+template <int kBytes>
+struct HalfWord {
+    static constexpr int kWords = 1;
+    unsigned word[1];
+
+    static __device__ __forceinline__ HalfWord load(const storage_t* from) {
+        return HalfWord{unsigned(*reinterpret_cast<const unsigned short*>(from))};
+    }
+};
+template <int kWidth, bool kIsHalfWord = (kWidth * sizeof(storage_t) == 2)>
+struct RunOf {
+    typedef Run<kWidth> type;
+};
+template <int kWidth>
+struct RunOf<kWidth, true> {
+    typedef HalfWord<2> type;
 };
 
-// kWidth neighbouring positions of `channels` of kUnit channels, the rest zeros: transposed, one vector each.
+// kWidth neighbouring positions of a unit. Of its channels, those from `channels` on are zeros.
 template <int kWidth>
-__device__ __forceinline__ void load_vectors(
-    Vector (&vectors)[kWidth], const storage_t* from, index_t channel_stride, index_t channels) {
-#pragma unroll
-    for (int e = 0; e < kUnit; ++e) {
-        Run<kWidth> run;
-        if (e < channels) {
-            run = *reinterpret_cast<const Run<kWidth>*>(from + e * channel_stride);
-        } else {
-#pragma unroll
-            for (int v = 0; v < kWidth; ++v) run.element[v] = scalar::storage_zero();
-        }
-#pragma unroll
-        for (int v = 0; v < kWidth; ++v) vectors[v].element[e] = run.element[v];
-    }
-}
+struct Block {
+    typename RunOf<kWidth>::type run[kUnit];
 
-// Both parts of a vector, part_rows apart.
-__device__ __forceinline__ void stage_vector(const Vector& x, Vector* row, index_t part_rows) {
-    if (sizeof(storage_t) < 4) {
-        row[0] = x;
-        return;
-    }
-    Vector hi, lo;
+    __device__ __forceinline__ void load(const storage_t* from, index_t channel_stride, index_t channels) {
 #pragma unroll
-    for (int e = 0; e < kUnit; ++e) {
-        const float value = float(x.element[e]);
-        float h = round_to_tf32(value), l = 0.0f;
-        if (IS_SPLIT) split_tf32(value, &h, &l);
-        hi.element[e] = storage_t(h);
-        lo.element[e] = storage_t(round_to_tf32(l));
+        for (int e = 0; e < kUnit; ++e) {
+            if (e < channels) {
+                // A product of 64 bits is one instruction with the addition.
+                run[e] = RunOf<kWidth>::type::load(from + (long long)channel_stride * e);
+            } else {
+#pragma unroll
+                for (int i = 0; i < RunOf<kWidth>::type::kWords; ++i) run[e].word[i] = 0;
+            }
+        }
     }
-    row[0] = hi;
-    if (IS_SPLIT) row[part_rows] = lo;
+
+    // All channels of position v side by side.
+    __device__ __forceinline__ Vector vector(int v) const {
+        Vector x;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            if (kUnit == 8) {
+                const unsigned a = run[2 * i % kUnit].word[v / 2], b = run[(2 * i + 1) % kUnit].word[v / 2];
+                x.word[i] = v % 2 == 0 ? (a & 0xffffu) | b << 16 : a >> 16 | (b & 0xffff0000u);
+            } else {
+                x.word[i] = run[i % kUnit].word[v];
+            }
+        }
+        return x;
+    }
+};
+
+// Stores the vectors of a block in neighbouring rows; where an operand has two parts, part_rows apart.
+template <int kWidth>
+__device__ __forceinline__ void stage(const Block<kWidth>& block, Vector* rows, index_t part_rows) {
+#pragma unroll
+    for (int v = 0; v < kWidth; ++v) {
+        const Vector x = block.vector(v);
+        if (kUnit == 8) {
+            rows[v] = x;
+            continue;
+        }
+        Vector hi, lo;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const float value = uint_as_float(x.word[i]);
+            float h = round_to_tf32(value), l = 0.0f;
+            if (IS_SPLIT) split_tf32(value, &h, &l);
+            hi.word[i] = float_as_uint(h);
+            lo.word[i] = float_as_uint(round_to_tf32(l));
+        }
+        rows[v] = hi;
+        if (IS_SPLIT) rows[v + part_rows] = lo;
+    }
 }
 
 // -- fragments of one product of matrices, from this lane's address of each operand: see ptx.cuh ----------------------
@@ -211,10 +253,13 @@ __device__ __forceinline__ void multiply_slice(
     Vector* const coarse_buffers = reinterpret_cast<Vector*>(dynamic_shared_memory());
     Vector* const fine_buffers = coarse_buffers + 2 * kParts * kCoarsePart;
     Place* const places = reinterpret_cast<Place*>(fine_buffers + 2 * kParts * fine_part);
+    Task* const tasks = reinterpret_cast<Task*>(places + p.window_rows);
+    const int fine_runs = int(p.window_rows) / FINE_WIDTH, fine_tasks = fine_runs * int(p.task_units);
     const int sample_window_rows = planes * plane_rows;
     // Planes begin at a multiple of FINE_WIDTH, so that their first rows may be ones that no tap needs.
     const index_t first = tile.tap_begin * p.dilation - p.padding_left;
     const auto skew_of = [&](int plane) { return int(first + plane * p.dilation) & (FINE_WIDTH - 1); };
+#pragma unroll 1
     for (int row = threadIdx.x; row < p.window_rows; row += kThreads) {
         const int sample = row / sample_window_rows, in_sample = row - sample * sample_window_rows;
         const int plane = in_sample / plane_rows;
@@ -222,49 +267,55 @@ __device__ __forceinline__ void multiply_slice(
             sample, (in_sample - plane * plane_rows) * p.stride + first + plane * p.dilation - skew_of(plane)};
     }
 
+#pragma unroll 1
+    for (int i = threadIdx.x; i < fine_tasks; i += kThreads) {
+        tasks[i] = Task::of(i, window_units, fine_runs, FINE_WIDTH);
+    }
+
     // -- loading -----------------------------------------------------------------------------------------------------------
     coarse += (tile.channel + tile.row_begin) * p.coarse_stride_c;
     fine += (tile.fine_channel + tile.octet_begin * 8) * p.fine_stride_c;
     index_t n = s.n_begin, l = s.l_begin;  // the chunk to load
-    const int sample_rows = int(p.sample_rows), fine_runs = int(p.window_rows) / FINE_WIDTH;
-    const int fine_tasks = fine_runs * int(p.task_units);
+    const int sample_shift = int(p.sample_shift), sample_rows = 1 << sample_shift;
 
     const auto coarse_task = [&](int i) {
         return Task::of(i * kThreads + int(threadIdx.x), kUnitsM, CHUNK_ROWS / COARSE_WIDTH, COARSE_WIDTH);
     };
     const auto fine_task = [&](int i) {
-        return Task::of(i * kThreads + int(threadIdx.x), window_units, fine_runs, FINE_WIDTH);
+        const int index = i * kThreads + int(threadIdx.x);
+        return index < fine_tasks ? tasks[index] : Task{window_units, 0};
     };
-    const auto load_coarse = [&](Vector (&vectors)[COARSE_WIDTH], const Task& task) {
-        const int sample = task.row / sample_rows;
-        const index_t l_coarse = l + (task.row - sample * sample_rows), c = task.unit * kUnit;
+    const auto load_coarse = [&](Block<COARSE_WIDTH>& block, const Task& task) {
+        const int sample = task.row >> sample_shift;
+        const index_t l_coarse = l + (task.row - (sample << sample_shift)), c = task.unit * kUnit;
         const bool exists = n + sample < s.n_end && l_coarse < s.l_end;
-        load_vectors<COARSE_WIDTH>(
-            vectors,
+        block.load(
             coarse + ((n + sample) * p.coarse_stride_n + l_coarse * p.coarse_stride_l + c * p.coarse_stride_c),
             p.coarse_stride_c, exists ? tile.rows - c : 0);
     };
-    const auto load_fine = [&](Vector (&vectors)[FINE_WIDTH], const Task& task) {
+    const auto load_fine = [&](Block<FINE_WIDTH>& block, const Task& task) {
         const Place place = places[task.row];
         const index_t l_fine = l * p.stride + place.l, c = task.unit * kUnit;
         const bool exists = n + place.n < s.n_end && is_index(l_fine, p.L_fine);
-        load_vectors<FINE_WIDTH>(
-            vectors, fine + ((n + place.n) * p.fine_stride_n + l_fine * p.fine_stride_l + c * p.fine_stride_c),
+        block.load(
+            fine + ((n + place.n) * p.fine_stride_n + l_fine * p.fine_stride_l + c * p.fine_stride_c),
             p.fine_stride_c, exists ? tile.channels - c : 0);
     };
-    const auto store_coarse = [&](int buffer, const Vector (&vectors)[COARSE_WIDTH], const Task& task) {
-        Vector* const to = coarse_buffers + buffer * kParts * kCoarsePart + task.unit / kOctetUnits * kPitchM +
-            task.unit % kOctetUnits * kHalfM + task.row;
-#pragma unroll
-        for (int v = 0; v < COARSE_WIDTH; ++v) stage_vector(vectors[v], to + v, kCoarsePart);
+    const auto store_coarse = [&](int buffer, const Block<COARSE_WIDTH>& block, const Task& task) {
+        stage(
+            block,
+            coarse_buffers + buffer * kParts * kCoarsePart + task.unit / kOctetUnits * kPitchM +
+                task.unit % kOctetUnits * kHalfM + task.row,
+            kCoarsePart);
     };
-    const auto store_fine = [&](int buffer, const Vector (&vectors)[FINE_WIDTH], const Task& task) {
-        Vector* const to = fine_buffers + buffer * kParts * fine_part + task.unit / kOctetUnits * window_pitch +
-            task.unit % kOctetUnits * window_half + task.row;
-#pragma unroll
-        for (int v = 0; v < FINE_WIDTH; ++v) stage_vector(vectors[v], to + v, fine_part);
+    const auto store_fine = [&](int buffer, const Block<FINE_WIDTH>& block, const Task& task) {
+        stage(
+            block,
+            fine_buffers + buffer * kParts * fine_part + task.unit / kOctetUnits * window_pitch +
+                task.unit % kOctetUnits * window_half + task.row,
+            fine_part);
     };
-    __syncthreads();  // the table
+    __syncthreads();  // the tables
 
     // -- this lane's addresses ---------------------------------------------------------------------------------------------
     const int a_address = rows_address(warp / WARPS_N * (kWarpM / 8) * kPitchM, lane);
@@ -303,7 +354,8 @@ __device__ __forceinline__ void multiply_slice(
     for (;;) {
         // The next chunk is on its way while this one is multiplied.
         const bool has_next = n < s.n_end;
-        Vector ahead_coarse[kAheadCoarse][COARSE_WIDTH], ahead_fine[kAheadFine][FINE_WIDTH];
+        Block<COARSE_WIDTH> ahead_coarse[kAheadCoarse];
+        Block<FINE_WIDTH> ahead_fine[kAheadFine];
 #pragma unroll
         for (int i = 0; i < kAheadCoarse; ++i) {
             const Task task = coarse_task(i);
@@ -404,9 +456,9 @@ __device__ __forceinline__ void multiply_slice(
             store_fine(buffer, ahead_fine[0], task);
         }
         const index_t positions =
-            p.chunk_samples > 1 ? min_index(p.chunk_samples, s.n_end - n) * p.sample_rows : s.l_end - l;
+            p.chunk_samples > 1 ? min_index(p.chunk_samples, s.n_end - n) * sample_rows : s.l_end - l;
         steps = (int(min_index(positions, CHUNK_ROWS)) + kStepRows - 1) / kStepRows;
-        l += p.sample_rows;
+        l += sample_rows;
         if (l >= s.l_end) {
             l = s.l_begin;
             n += p.chunk_samples;
@@ -445,11 +497,18 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) weight_gradie
     index_t to[kOutColumns];
     const index_t to_c = partial != nullptr ? p.K : p.weight_stride_c;
     const index_t to_k = partial != nullptr ? 1 : p.weight_stride_k;
+    const int taps = int(tile.taps), step_c = 32 / taps, step_tap = 32 - step_c * taps;
+    int c = lane / taps, tap = lane - c * taps;
 #pragma unroll
     for (int m = 0; m < kOutColumns; ++m) {
-        const int e = m * 32 + lane, c = e / int(tile.taps), tap = e - c * int(tile.taps);
         from[m] = c < tile.channels ? (c / 8 * int(p.block_taps) + tap) * 8 + c % 8 : -1;
         to[m] = (tile.octet_begin * 8 + c) * to_c + (tile.tap_begin + tap) * to_k;
+        c += step_c;
+        tap += step_tap;
+        if (tap >= taps) {
+            tap -= taps;
+            ++c;
+        }
     }
     __syncthreads();
 #pragma unroll 1
@@ -483,7 +542,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) weight_gradie
 #pragma unroll 1
             for (int task = 0; task < WARPS_M * 16 * kOutColumns; ++task) {
                 const int row = task / kOutColumns, e = task % kOutColumns * 32 + lane;
-                const int c = e / int(tile.taps), tap = e - c * int(tile.taps);
+                const int c = e / taps, tap = e - c * taps;
                 if (row % (kThreads / 32) != warp || row_of(row) >= tile.rows || c >= tile.channels) continue;
                 if (is_finite(out[row * kOutPitch + (c / 8 * int(p.block_taps) + tap) * 8 + c % 8])) continue;
                 const index_t r = tile.channel + tile.row_begin + row_of(row), k = tile.tap_begin + tap;

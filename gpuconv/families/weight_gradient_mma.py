@@ -143,7 +143,6 @@ class WeightGradientMma(GradientFamily[WeightGradientProblem]):
         tiling = _tilings(p, widths, device, bits)[0]
         tile, window = tiling.tile, tiling.window
         half, pitch = _pitches(window.rows, arithmetic)
-        units = OCTET // arithmetic.channels * tiling.octets
         params = {
             "N": p.N,
             "L_coarse": p.L_coarse,
@@ -163,14 +162,14 @@ class WeightGradientMma(GradientFamily[WeightGradientProblem]):
             "dilation": p.dilation,
             **_slices(p).params(),
             "chunk_samples": window.samples,
-            "sample_rows": window.positions,
+            "sample_shift": window.positions.bit_length() - 1,
             "planes": window.planes,
             "plane_rows": window.plane_rows,
             "tap_rows_step": window.tap_rows_step,
             "window_rows": window.rows,
             "window_half": half,
             "window_pitch": pitch,
-            "task_units": units if units < _LANE_UNITS else _round_up(units, _LANE_UNITS),
+            "task_units": _task_units(tiling.octets, arithmetic),
             **stride_params(layout),
         }
         config = self._config(tile, p.dtype, p.precision, widths, bits)
@@ -317,7 +316,7 @@ def _tilings(p: WeightGradientProblem, widths: tuple[int, int], device: Device, 
             octets = min(pairs // taps, octets_of_group)
             octet_tiles, tap_tiles = -(-octets_of_group // octets), -(-p.K // taps)
             window = Window.of(p, taps, samples, rows, widths[1])
-            shared = _shared_bytes(tile, window, octets, arithmetic, bits)
+            shared = _shared_bytes(tile, window, octets, widths, arithmetic, bits)
             if shared > device.shared_per_block:
                 continue
             blocks = row_tiles * octet_tiles * tap_tiles * p.groups * slices.count
@@ -337,10 +336,19 @@ def _chunk(slices: Slices, rows: int) -> tuple[int, int]:
     return (rows // length, length) if length < rows else (1, rows)
 
 
-def _shared_bytes(tile: Tile, window: Window, octets: int, arithmetic: Arithmetic, bits: int) -> int:
+def _task_units(octets: int, arithmetic: Arithmetic) -> int:
+    """Units of a window as its tasks are counted: whole eights from eight on."""
+    units = OCTET // arithmetic.channels * octets
+    return units if units < _LANE_UNITS else _round_up(units, _LANE_UNITS)
+
+
+def _shared_bytes(
+    tile: Tile, window: Window, octets: int, widths: tuple[int, int], arithmetic: Arithmetic, bits: int
+) -> int:
     rows = octets * _pitches(window.rows, arithmetic)[1]
     rows += tile.block_m // OCTET * _pitches(tile.chunk_rows, arithmetic)[1]
-    operands = 2 * arithmetic.parts * rows * UNIT_BYTES + window.rows * 2 * bits // 8
+    tasks = _task_units(octets, arithmetic) * window.rows // widths[1]
+    operands = 2 * arithmetic.parts * rows * UNIT_BYTES + window.rows * 2 * bits // 8 + tasks * 8
     return max(operands, tile.warps_m * _PRODUCT_ROWS * (tile.block_n + 4) * 4)
 
 
