@@ -42,15 +42,15 @@ def result_shape(problem: ConvProblem, direction: Direction) -> tuple[int, ...]:
 
 def our_function(problem: ConvProblem, direction: Direction, precision: str) -> Callable[..., Any]:
     """The function of gpuconv for a pass, of (input, weight, bias or grad_output) and `out`."""
-    settings = cases.call_settings(problem)
+    settings = cases.call_settings(problem) | {"precision": precision}
     if direction == "forward":
         forward = gpuconv.conv_transpose1d if problem.transposed else gpuconv.conv1d
-        return partial(forward, **settings, precision=precision)
+        return partial(forward, **settings)
     if direction == "grad_input":
         of_input = grad.conv_transpose1d_input if problem.transposed else grad.conv1d_input
-        return lambda x, w, dy, out=None: of_input(x.shape, w, dy, **settings, precision=precision, out=out)
+        return lambda x, w, dy, out=None: of_input(x.shape, w, dy, **settings, out=out)
     of_weight = grad.conv_transpose1d_weight if problem.transposed else grad.conv1d_weight
-    return lambda x, w, dy, out=None: of_weight(x, w.shape, dy, **settings, precision=precision, out=out)
+    return lambda x, w, dy, out=None: of_weight(x, w.shape, dy, **settings, out=out)
 
 
 def prediction_key(mode: str, direction: Direction) -> str:
