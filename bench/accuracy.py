@@ -4,11 +4,11 @@ From the root of a checkout:
 
     python -m bench.accuracy [--json FILE]
 
-Each arithmetic computes layers of growing reductions on three kinds of data: normal; cancelling (the terms of a sum nearly
-cancel, so that errors of the terms are all that is left); skewed (positive data of many magnitudes, so that rounding
-always errs to one side of a large sum). The distance of every element from a float64 result is divided by two things: the
-error bound of gpuconv.reference, which no element may exceed, and the largest term-by-term magnitude, in units of the
-accumulator's roundoff, which compares arithmetics with each other.
+Each arithmetic computes layers of growing reductions on three kinds of data: normal; cancelling (the terms of a sum
+nearly cancel, so that errors of the terms are all that is left); skewed (positive data of many magnitudes, so that
+rounding always errs to one side of a large sum). The distance of every element from a float64 result is divided by two
+things: the error bound of gpuconv.reference, which no element may exceed, and the largest term-by-term magnitude, in
+units of the accumulator's roundoff, which compares arithmetics with each other.
 
 On a GPU the kernels run there, and PyTorch beside them. Without one they run on the CPU under tests/hostcuda, whose
 matrix products follow the published arithmetic of Hopper's tensor cores, and PyTorch's CPU path stands beside them.

@@ -198,7 +198,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         environment=environment(device),
         settings={
             "direction": args.direction, "modes": [mode.name for mode in modes], "filter": args.filter,
-            "quick": args.quick, "minutes": args.minutes, "repeats": args.repeats, "max_gib": max_gib, "max_gflop": max_gflop,
+            "quick": args.quick, "minutes": args.minutes, "repeats": args.repeats, "max_gib": max_gib,
+            "max_gflop": max_gflop,
         },
         ceilings={
             "copy": engine.ceilings.bytes_per_second / 1e9,

@@ -279,8 +279,8 @@ def predictions_markdown(rows: Sequence[Row], device: Device) -> str:
     `OTHER_MODES` are shown by their times alone.
     """
     lines = [
-        f"Predicted for {device.name} ({device.arch_name}), CUDA graph replay, cold caches; float32 where a column does "
-        "not say otherwise. Base: the same layer by the family of last resort, `conv1d_direct` or "
+        f"Predicted for {device.name} ({device.arch_name}), CUDA graph replay, cold caches; float32 where a column "
+        "does not say otherwise. Base: the same layer by the family of last resort, `conv1d_direct` or "
         "`conv_transpose1d_gather`.",
         "",
         f"| layer | family | us | limit | blocks per SM | waves | base, us | limit | {' us | '.join(OTHER_MODES)} us |",

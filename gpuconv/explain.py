@@ -110,7 +110,9 @@ class Explanation:
         if self.choice.second_pass:
             size = _quantity(self.choice.second_pass.num_bytes, "B")
             segments = dict(self.choice.launch.params)["segments"]
-            rows.append(("second launch", f"adds the sums of {segments} segments of the channels from a buffer of {size}"))
+            rows.append(
+                ("second launch", f"adds the sums of {segments} segments of the channels from a buffer of {size}")
+            )
         return rows
 
 

@@ -37,12 +37,12 @@ _SMALLEST_NORMAL = {"float16": 2.0**-14, "bfloat16": 2.0**-126, "float32": 2.0**
 #     4           for x_lo, rounded to TF32: 2**-11 of 2**-11;
 #     8           for w_lo, cut off to TF32 by the hardware: 2**-10 of 2**-11;
 #     n/400       for the sums of the small products, 2n of them and each at most 2**-11 of its large one;
-#     20          for the sums of the large products, by blocks of at least 4 (see `Sums.error_bound`): 5/4 of SPLIT_TERMS. Each
-#                 sum is of SPLIT_TERMS products alone, so these errors do not grow with n;
-#     n/10 + 2    for adding those sums to a total, to nearest, and the small products' sum and the bias to that; sums of fewer
-#                 than SPLIT_TERMS products, at the end of channels, included.
-# That is within the n + 2 of the bound from n = 41 on. With one sum for all large products, in the place of 20 there would
-# be 5n/4, which alone is more than the bound for n > 8. MIN_SPLIT_TERMS leaves a margin.
+#     20          for the sums of the large products, by blocks of at least 4 (see `Sums.error_bound`): 5/4 of
+#                 SPLIT_TERMS. Each sum is of SPLIT_TERMS products alone, so these errors do not grow with n;
+#     n/10 + 2    for adding those sums to a total, to nearest, and the small products' sum and the bias to that; sums
+#                 of fewer than SPLIT_TERMS products, at the end of channels, included.
+# That is within the n + 2 of the bound from n = 41 on. With one sum for all large products, in the place of 20 there
+# would be 5n/4, which alone is more than the bound for n > 8. MIN_SPLIT_TERMS leaves a margin.
 SPLIT_TERMS = 16
 MIN_SPLIT_TERMS = 64
 
@@ -135,9 +135,9 @@ class Sums:
         float16 and bfloat16 data, and float32 data in TF32, may be summed by tensor cores, which do not round as IEEE
         arithmetic does; for them n + 2 becomes 4n/3 + 2. An instruction adds b products to a sum: it cuts all of them
         off 24 bits below the leading bit of the largest, which loses less than u of it each, and rounds the result
-        toward zero, which loses at most u more as the sum is one of the terms cut off (25 bits, and less, on sm_90). So b
-        products cost b + 1 units, and b is 4 at least: a third more in all where the channels do not fill the last block,
-        as with nine. In TF32 each operand moves by up to 2**-11 of itself, which
+        toward zero, which loses at most u more as the sum is one of the terms cut off (25 bits, and less, on sm_90). So
+        b products cost b + 1 units, and b is 4 at least: a third more in all where the channels do not fill the last
+        block, as with nine. In TF32 each operand moves by up to 2**-11 of itself, which
         adds (2**-10 + 2**-22) times the magnitude.
 
         Source: N. J. Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., section 3.1 and 2.8 (underflow);

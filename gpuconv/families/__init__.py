@@ -24,8 +24,8 @@ from .weight_gradient_mma import WeightGradientMma
 from .weight_gradient_pairs import WeightGradientPairs
 from .weight_gradient_tiled import WeightGradientTiled
 
-# Tensor cores first: which layers they take must not depend on whether a CUDA-core family takes a batch or a length. Those
-# agree in their bits, so among them it may.
+# Tensor cores first: which layers they take must not depend on whether a CUDA-core family takes a batch or a length.
+# Those agree in their bits, so among them it may.
 FAMILIES: tuple[Family, ...] = (
     Conv1dMma(),
     ConvTranspose1dMma(),

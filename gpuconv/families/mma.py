@@ -1,4 +1,4 @@
-"""The tensor-core engine of cuda_src/mma.cuh: arithmetics, tiles, staged windows, and the cost model that chooses tiles.
+"""The tensor-core engine of cuda_src/mma.cuh: arithmetics, tiles, staged windows, and the cost model.
 
 Which layers run on tensor cores, and in which order they are summed, follows from the layer and the architecture alone;
 N and the lengths decide only how the work is cut into tiles, which changes no bit.
@@ -34,9 +34,9 @@ MIN_SPLIT_ROWS = 16
 MAX_TAIL_CHANNELS = 4
 # Units of a chunk at most: with 8 rows of each fragment side by side, four units are two k-steps for every tap.
 MAX_UNITS = 4
-# A block alone takes about 100 cycles for a stage, so that 64 are some 3 microseconds. Reductions of four times as many are
-# cut into segments, which blocks of their own can form where the rest of the problem does not fill the GPU; where it
-# does, the segments' own sums cost the smaller warp tiles below, 20 % by bench.predict.
+# A block alone takes about 100 cycles for a stage, so that 64 are some 3 microseconds. Reductions of four times as many
+# are cut into segments, which blocks of their own can form where the rest of the problem does not fill the GPU; where
+# it does, the segments' own sums cost the smaller warp tiles below, 20 % by bench.predict.
 SEGMENT_STAGES = 64
 MIN_SEGMENTED_STAGES = 256
 MAX_SEGMENTS = 8
@@ -61,8 +61,8 @@ class Arithmetic:
     rate: float
 
 
-# Rates of an H200 through mma.sync, which reaches 63 % of the dense peak (Luo et al., arXiv 2402.13499): 2 * 2135 operations
-# a cycle in 16 bits, half of that in TF32. A split product is three.
+# Rates of an H200 through mma.sync, which reaches 63 % of the dense peak (Luo et al., arXiv 2402.13499): 2 * 2135
+# operations a cycle in 16 bits, half of that in TF32. A split product is three.
 _FLOAT16 = Arithmetic("multiply_matrices_f16", 8, 1, 75, 1340.0)
 _BFLOAT16 = Arithmetic("multiply_matrices_bf16", 8, 1, 80, 1340.0)
 _TF32 = Arithmetic("multiply_matrices_tf32", 4, 1, 80, 670.0)
@@ -114,9 +114,9 @@ class Tile:
 
 
 # The wide tile of 128x256 halves the weights that come through L2, which otherwise limits 16-bit layers of few taps.
-# Warp tiles of 64x64 need 62 % of the bandwidth of shared memory at the rate of mma.sync in 16 bits; of 64x32, 92 %. The
-# three sets of sums of a split product leave registers for 64x32. Tiles of 48 rows are for groups of 48 channels; those of
-# 16 and 32 columns for streams, where little more than the weights is read.
+# Warp tiles of 64x64 need 62 % of the bandwidth of shared memory at the rate of mma.sync in 16 bits; of 64x32, 92 %.
+# The three sets of sums of a split product leave registers for 64x32. Tiles of 48 rows are for groups of 48 channels;
+# those of 16 and 32 columns for streams, where little more than the weights is read.
 _TILES = (
     Tile(128, 128, 2, 2, 2, 4),
     Tile(128, 256, 2, 4, 1, 4),
@@ -166,8 +166,8 @@ MAX_PARTIAL_BYTES = 64 * 2**20
 MAX_BLOCK_N = 256
 MAX_BLOCK_M = 128
 
-# Figures of the cost model, for an H200 and a multiprocessor: bytes a cycle to and from memory, from L2 (an assumption that
-# bench.predict shares) and of shared memory; cycles until a wave's first data arrive and its last are gone.
+# Figures of the cost model, for an H200 and a multiprocessor: bytes a cycle to and from memory, from L2 (an assumption
+# that bench.predict shares) and of shared memory; cycles until a wave's first data arrive and its last are gone.
 _BYTES_PER_CYCLE = 18.0
 _L2_BYTES_PER_CYCLE = 24.0
 _SHARED_BYTES_PER_CYCLE = 128.0
