@@ -32,8 +32,9 @@
 // block differ in their taps, on the positions that others of its column read, too.
 //
 // Macros read: BLOCK_M, BLOCK_N, WARPS_M, WARPS_N, NUM_STAGES, STAGE_STEPS, PREFETCH_TASKS, HAS_SAMPLES, IS_SPLIT,
-// SPLIT_TERMS, SEGMENT_MODE, PHASES_IN_ROWS, MULTIPLY_MATRICES, and those of common.cuh. Dynamic shared memory: NUM_STAGES stages of weights, the windows of two chunks (of one, where there is
-// one chunk), and tables; or the slices through which results pass in the end.
+// SPLIT_TERMS, SEGMENT_MODE, PHASES_IN_ROWS, MULTIPLY_MATRICES, and those of common.cuh. Dynamic shared memory: NUM_STAGES
+// stages of weights, the windows of two chunks (of one, where there is one chunk), and tables; or the slices through which
+// results pass in the end.
 
 constexpr int kUnit = 16 / int(sizeof(storage_t));
 constexpr int kParts = IS_SPLIT ? 2 : 1;
@@ -405,7 +406,8 @@ __device__ __forceinline__ void multiply_tile(
             (tap - round * window.planes) * window.plane_rows + unit * window.window_rows;
         // A lane reads the pairs of its half of every k-step: those of a stage lie side by side.
         const index_t in_stage = pair % kStagePairs;
-        pair_offset[pair - in_stage + in_stage % 2 * STAGE_STEPS + in_stage / 2] = int(tap < tile.row_taps ? row : window.tap_rows_first) * 16;
+        int* const offset = pair_offset + (pair - in_stage + in_stage % 2 * STAGE_STEPS + in_stage / 2);
+        *offset = int(tap < tile.row_taps ? row : window.tap_rows_first) * 16;
     }
 
     // -- loading ---------------------------------------------------------------------------------------------------------
