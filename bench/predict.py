@@ -21,8 +21,8 @@ LAUNCH_US = 2.0
 LOAD_LATENCY_CYCLES = 250
 FMA_LATENCY_CYCLES = 4
 L2_BYTES_PER_SM_CYCLE = 24
-# Of mma.sync: the share of the dense rate that it reaches (sm_90: Luo et al., arXiv 2402.13499), cycles of a dependent one, and
-# instructions for each element of a staged window.
+# Of mma.sync: the share of the dense rate that it reaches (sm_90: Luo et al., arXiv 2402.13499), cycles of a dependent
+# one, and instructions for each element of a staged window.
 MMA_EFFICIENCY = {"sm_90": 0.63}
 MMA_LATENCY_CYCLES = 33
 STAGING_INSTRUCTIONS = 5
@@ -63,7 +63,8 @@ def predict_gradient(
 ) -> Prediction:
     """`predict` for the gradient of weights: the sums of the slices are written, and read by a second kernel."""
     loop = report.loop
-    fma = problem.flops() / 2 * _gradient_waste(choice)
+    products = 3 if dict(choice.config.macros).get("IS_SPLIT") == "1" else 1  # of a multiply-add
+    fma = products * problem.flops() / 2 * _gradient_waste(choice)
     passes = fma / loop.fma
     serial = passes * (_load_latency(loop.wavefronts) + FMA_LATENCY_CYCLES * loop.chain)
     work = _Work(

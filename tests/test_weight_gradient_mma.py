@@ -14,7 +14,7 @@ import pytest
 from gpuconv import dispatch, grad, reference
 from gpuconv.cases import CASES
 from gpuconv.device import ARCHITECTURES, Device
-from gpuconv.families import ArrayLayout, GradientLayout
+from gpuconv.families import ArrayLayout, GradientLayout, slices
 from gpuconv.families import weight_gradient_mma as mma
 from gpuconv.families.base import contiguous_strides
 from gpuconv.families.mma import ARITHMETICS
@@ -31,6 +31,7 @@ from tests.test_gradient_kernels import (
     integers,
     normal,
     scattered,
+    shapes,
     unaligned,
 )
 
@@ -174,6 +175,18 @@ def test_edges(mode: tuple[str, str]) -> None:
     expect_exact(problem(16, 8, 90, 3, mode, L_fine=60, padding_left=20))
     expect_exact(problem(16, 8, 64, 2, mode, L_fine=40, padding_left=0, dilation=200))  # a tap that meets nothing
     expect_exact(problem(16, 8, 68, 40, mode, padding_left=7))  # several blocks of taps
+
+
+def test_slices_cover_every_position_once() -> None:
+    for p in shapes():
+        if isinstance(p, WeightGradientProblem):
+            cut = Slices.of(p, on_tensor_cores=True)
+            assert cut.samples == 1 or (cut.pieces == 1 and cut.positions == p.L_coarse), p
+            assert cut.pieces == -(-p.L_coarse // cut.positions), p
+            assert cut.count == -(-p.N // cut.samples) * cut.pieces, p
+            assert cut.pieces == 1 or cut.positions % mma.STEP == 0, p
+            assert cut.count == 1 or cut.partial_bytes(p) <= slices.MAX_PARTIAL_BYTES, p
+            assert cut.count <= Slices.of(p).count or cut.count == 1, p
 
 
 def test_short_samples_of_16_bits() -> None:
