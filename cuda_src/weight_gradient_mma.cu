@@ -39,7 +39,7 @@ struct Params {
     index_t planes, plane_rows, tap_rows_step;
     index_t window_rows;                // of all samples of a chunk
     index_t window_half, window_pitch;  // from unit to unit of an octet, and from octet to octet
-    index_t task_units;                 // the window's units, filled up to whole eights from eight on
+    index_t task_units;                 // the window's units, where lanes take several filled up to whole eights
     index_t coarse_stride_n, coarse_stride_c, coarse_stride_l;
     index_t fine_stride_n, fine_stride_c, fine_stride_l;
     index_t weight_stride_r, weight_stride_c, weight_stride_k;
@@ -113,12 +113,13 @@ __device__ __forceinline__ Tile find_tile(index_t block, const Params& p) {
 
 __device__ __forceinline__ bool is_finite(float x) { return (float_as_uint(x) & 0x7f800000u) != 0x7f800000u; }
 
-// A thread's task in staging: kWidth neighbouring positions of a unit. Neighbouring lanes take the units of up to eight.
+// A thread's task in staging: `width` neighbouring positions of a unit. Neighbouring lanes take neighbouring positions of
+// one unit or, where those are several each, which would meet on the same banks, one of up to eight units each.
 struct Task {
     int unit, row;
 
     __device__ __forceinline__ static Task of(int index, int units, int runs, int width) {
-        const int low = units < 8 ? units : 8;
+        const int low = width == 1 ? 1 : units < 8 ? units : 8;
         const int rest = index / low, block = rest / runs;
         return Task{block * low + (index - rest * low), (rest - block * runs) * width};
     }

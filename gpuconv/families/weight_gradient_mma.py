@@ -169,7 +169,7 @@ class WeightGradientMma(GradientFamily[WeightGradientProblem]):
             "window_rows": window.rows,
             "window_half": half,
             "window_pitch": pitch,
-            "task_units": _task_units(tiling.octets, arithmetic),
+            "task_units": _task_units(tiling.octets, widths[1], arithmetic),
             **stride_params(layout),
         }
         config = self._config(tile, p.dtype, p.precision, widths, bits)
@@ -336,10 +336,10 @@ def _chunk(slices: Slices, rows: int) -> tuple[int, int]:
     return (rows // length, length) if length < rows else (1, rows)
 
 
-def _task_units(octets: int, arithmetic: Arithmetic) -> int:
-    """Units of a window as its tasks are counted: whole eights from eight on."""
+def _task_units(octets: int, width: int, arithmetic: Arithmetic) -> int:
+    """Units of a window as its tasks are counted: whole eights from eight on, where neighbouring lanes take eight."""
     units = OCTET // arithmetic.channels * octets
-    return units if units < _LANE_UNITS else _round_up(units, _LANE_UNITS)
+    return units if width == 1 or units < _LANE_UNITS else _round_up(units, _LANE_UNITS)
 
 
 def _shared_bytes(
@@ -347,7 +347,7 @@ def _shared_bytes(
 ) -> int:
     rows = octets * _pitches(window.rows, arithmetic)[1]
     rows += tile.block_m // OCTET * _pitches(tile.chunk_rows, arithmetic)[1]
-    tasks = _task_units(octets, arithmetic) * window.rows // widths[1]
+    tasks = _task_units(octets, widths[1], arithmetic) * window.rows // widths[1]
     operands = 2 * arithmetic.parts * rows * UNIT_BYTES + window.rows * 2 * bits // 8 + tasks * 8
     return max(operands, tile.warps_m * _PRODUCT_ROWS * (tile.block_n + 4) * 4)
 
