@@ -76,7 +76,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) conv1d_mma(
         return tile;
     };
     const Window window = {
-        p.units, p.chunks, p.pairs, p.segments, p.segment_chunks, p.num_tiles, p.task_units, p.task_rows, p.block_samples, p.block_positions,
+        p.units, p.chunks, p.pairs, p.segments, p.segment_chunks, p.num_tiles, p.task_units, p.task_rows,
+        p.block_samples, p.block_positions,
         p.planes, p.plane_rows, p.window_rows, p.tap_rows_first, p.tap_rows_step, p.window_shift, p.plane_step};
     run_block(tile_of, window, bias, [&](const Tile& tile, index_t row) {
         return Row{p.K, row * p.output_stride_c, 0, (tile.group * p.C_out_g + row) * p.bias_stride};

@@ -5,8 +5,8 @@
 //       + sum over c_in < C_in_g, k < K of weight[c_out, c_in, k] * input[n, g*C_in_g + c_in, l_in],
 //   g = c_out / C_out_g,   l_in = l_out*stride - padding_left + k*dilation,   taps outside [0, L_in) left out.
 //
-// A warp computes THREAD_C output channels of a tile of BLOCK_L = 32*THREAD_L columns, a lane THREAD_L of these columns: positions
-// l_begin + lane + j*step_l of samples n_begin + j*step_n, j < THREAD_L. Either step_l is 32 and step_n is 0 (a tile is a
+// A warp computes THREAD_C output channels of a tile of BLOCK_L = 32*THREAD_L columns, a lane THREAD_L of these columns:
+// positions l_begin + lane + j*step_l of samples n_begin + j*step_n, j < THREAD_L. Either step_l is 32 and step_n is 0 (a tile is a
 // piece of one sample) or step_l is 0 and step_n is 1 (a tile is 32 positions of THREAD_L samples, for short samples). So
 // a warp stores 32 neighbours at a time, whatever the alignment of the row. IS_CONTIGUOUS = 1 says that the steps are the
 // former and that the output is contiguous along l, so that one address serves the stores of a row.

@@ -25,7 +25,8 @@ constexpr int kPhases = SLIDE_STRIDE > 0 ? SLIDE_STRIDE : 1;
 constexpr int kTaps = kPhases * kVec;  // of one step of a sliding thread
 constexpr int kParts = kStorageVec / kVec;  // vectors of accumulators from one vector of elements
 constexpr int kBatch = kParts == 2 ? 2 : 4;  // times 16 bytes that a thread loads before it stores the first
-constexpr int kFewSteps = 2;                 // up to these a sliding thread takes every step: finding those to leave out costs as much
+// Up to these a sliding thread takes every step: finding those to leave out costs as much.
+constexpr int kFewSteps = 2;
 static_assert(kParts == 1 || kParts == 2, "a vector of elements becomes one or two vectors of accumulators");
 static_assert(sizeof(storage_t) == DTYPE_BYTES, "DTYPE_BYTES differs from gpuconv/families/depthwise.py");
 static_assert(

@@ -6,8 +6,8 @@
 // Per group and slice (slices.cuh) a product of a matrix [r, (n, l)] and one [(n, l), (c, k)]. A block computes BLOCK_M
 // rows by BLOCK_N/8 pairs of a tap k and an octet, eight neighbouring channels c: block_octets octets, with block_taps
 // taps of each. Positions are taken in chunks of CHUNK_ROWS: that many of one sample, or those of chunk_samples samples,
-// 1 << sample_shift each. What a chunk needs of both arrays is staged once in shared memory, transposed: one row of 16 bytes for
-// each position and unit of kUnit channels. Of fine that is a window, which every tap reads at an address of its own,
+// 1 << sample_shift each. What a chunk needs of both arrays is staged once in shared memory, transposed: one row of 16 bytes
+// for each position and unit of kUnit channels. Of fine that is a window, which every tap reads at an address of its own,
 // always aligned; it consists of planes, so that neighbouring l meet neighbouring rows whatever the stride. Row j of plane
 // v holds position (l + j)*stride - padding_left + (the block's first tap)*dilation + v*dilation: see Window in
 // gpuconv/families/weight_gradient_mma.py.
