@@ -25,7 +25,7 @@ LAYERS = (
     ("problem", "device"),
     ("reference", "cpu", "source"),
     ("cpu_gradients", "families.base"),
-    ("families.tiles", "families.depthwise", "families.sliding", "families.mma", "families.slices"),
+    ("families.tiles", "families.depthwise", "families.sliding", "families.mma", "families.phases", "families.slices"),
     ("families.*",),
     ("families",),
     ("dispatch",),

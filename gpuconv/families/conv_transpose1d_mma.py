@@ -5,62 +5,16 @@ Contract: cuda_src/conv_transpose1d_mma.cu.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from ..device import Device
 from ..problem import ConvProblem
 from . import mma
 from .base import MAX_GRID, Config, Family, Launch, Layout, Pack, SecondPass, index_bits, stride_params
+from .phases import Phases
 
 # Taps that a phase lacks are packed as zeros, and multiplied; see also conv_transpose1d_phases.
 MAX_PACKING = 4
-
-
-@dataclass(frozen=True, slots=True)
-class _Phases:
-    """The matrix products of a problem: see conv_transpose1d_phases.cu."""
-
-    problem: ConvProblem
-    in_rows: bool
-    rows: int
-    taps: int
-    gcd: int
-    tap_step: int
-    position_step: int
-    q_begin: int
-    positions: int
-
-    @classmethod
-    def of(cls, p: ConvProblem) -> _Phases:
-        gcd = math.gcd(p.stride, p.dilation)
-        in_rows = p.dilation == 1
-        q_begin = p.padding_left // p.stride
-        return cls(
-            problem=p,
-            in_rows=in_rows,
-            rows=p.C_out_g * (p.stride if in_rows else 1),
-            taps=-(-p.K // (p.stride // gcd)),
-            gcd=gcd,
-            tap_step=p.stride // gcd,
-            position_step=p.dilation // gcd,
-            # q of the first output position, and how many there are to the last, whatever their phase.
-            q_begin=q_begin,
-            positions=(p.L_out - 1 + p.padding_left) // p.stride - q_begin + 1,
-        )
-
-    def product(self, arithmetic: mma.Arithmetic) -> mma.Product:
-        p = self.problem
-        return mma.Product(
-            products=p.groups * (1 if self.in_rows else p.stride),
-            rows=self.rows,
-            samples=p.N,
-            positions=self.positions,
-            column_step=1,
-            tap_step=-self.position_step,
-            reduction=mma.Reduction.of(p.C_in_g, self.taps, arithmetic),
-        )
 
 
 class ConvTranspose1dMma(Family):
@@ -71,14 +25,14 @@ class ConvTranspose1dMma(Family):
     canonical_order = False
 
     def refuse(self, problem: ConvProblem, layout: Layout, device: Device) -> str | None:
-        phases = _Phases.of(problem)
+        phases = Phases.of(problem)
         reason = mma.refuse_layer(problem, phases.rows, device)
         if reason is not None:
             return reason
         if problem.stride * phases.taps > MAX_PACKING * problem.K:
             return f"needs stride * taps of a phase <= {MAX_PACKING} * K"
         arithmetic = _arithmetic(problem, device)
-        if not mma.smallest_fits(phases.product(arithmetic), arithmetic, device):
+        if not mma.smallest_fits(_product(phases, arithmetic), arithmetic, device):
             return "needs the window of 16 positions in shared memory"
         if not self._tilings(problem, layout, device):
             return f"needs at most {MAX_GRID} blocks"
@@ -86,8 +40,8 @@ class ConvTranspose1dMma(Family):
 
     def configure(self, problem: ConvProblem, layout: Layout, device: Device) -> tuple[Config, Launch]:
         p = problem
-        phases, arithmetic, bits = _Phases.of(p), _arithmetic(p, device), self._index_bits(p, layout, device)
-        tiling, product = self._tilings(p, layout, device)[0], phases.product(arithmetic)
+        phases, arithmetic, bits = Phases.of(p), _arithmetic(p, device), self._index_bits(p, layout, device)
+        tiling, product = self._tilings(p, layout, device)[0], _product(phases, arithmetic)
         strides = stride_params(layout, ("in", "out"))
         params = {
             "N": p.N,
@@ -104,7 +58,7 @@ class ConvTranspose1dMma(Family):
             "phase_gcd": phases.gcd,
             "tap_step": phases.tap_step,
             "position_step": phases.position_step,
-            "phase_inverse": pow(phases.position_step, -1, phases.tap_step),
+            "phase_inverse": phases.inverse,
             "taps": phases.taps,
             "stride": p.stride,
             "padding_left": p.padding_left,
@@ -121,13 +75,13 @@ class ConvTranspose1dMma(Family):
 
     def second_pass(self, problem: ConvProblem, layout: Layout, device: Device) -> SecondPass | None:
         tiling = self._tilings(problem, layout, device)[0]
-        product = _Phases.of(problem).product(_arithmetic(problem, device))
+        product = _product(Phases.of(problem), _arithmetic(problem, device))
         return mma.second_pass(*self.configure(problem, layout, device), product, tiling, problem.itemsize)
 
     def pack(self, problem: ConvProblem, layout: Layout, device: Device) -> Pack:
-        phases, arithmetic = _Phases.of(problem), _arithmetic(problem, device)
+        phases, arithmetic = Phases.of(problem), _arithmetic(problem, device)
         tile = self._tilings(problem, layout, device)[0].tile
-        product = phases.product(arithmetic)
+        product = _product(phases, arithmetic)
         return mma.make_pack(problem, layout, product, tile, arithmetic, phases_in_rows=phases.in_rows)
 
     def figures(self, problem: ConvProblem, layout: Layout, device: Device) -> tuple[tuple[str, float], ...]:
@@ -138,13 +92,13 @@ class ConvTranspose1dMma(Family):
 
     def _tilings(self, problem: ConvProblem, layout: Layout, device: Device) -> tuple[mma.Tiling, ...]:
         arithmetic, bits = _arithmetic(problem, device), self._index_bits(problem, layout, device)
-        return mma.compare_tilings(_Phases.of(problem).product(arithmetic), arithmetic, bits, device)
+        return mma.compare_tilings(_product(Phases.of(problem), arithmetic), arithmetic, bits, device)
 
     def _index_bits(self, problem: ConvProblem, layout: Layout, device: Device) -> int:
         # As in conv1d_mma; and the products of residues of tap_step.
         p = problem
-        phases, arithmetic = _Phases.of(p), _arithmetic(p, device)
-        product = phases.product(arithmetic)
+        phases, arithmetic = Phases.of(p), _arithmetic(p, device)
+        product = _product(phases, arithmetic)
         strides = stride_params(layout, ("in", "out"))
         hanging = phases.q_begin + phases.positions + mma.MAX_BLOCK_N + 1
         span = hanging + p.dilation * p.K
@@ -176,3 +130,15 @@ def _arithmetic(problem: ConvProblem, device: Device) -> mma.Arithmetic:
     arithmetic = mma.arithmetic_of(problem, device)
     assert arithmetic is not None
     return arithmetic
+
+
+def _product(phases: Phases, arithmetic: mma.Arithmetic) -> mma.Product:
+    return mma.Product(
+        products=phases.products,
+        rows=phases.rows,
+        samples=phases.problem.N,
+        positions=phases.positions,
+        column_step=1,
+        tap_step=-phases.position_step,
+        reduction=mma.Reduction.of(phases.problem.C_in_g, phases.taps, arithmetic),
+    )

@@ -5,14 +5,13 @@ Contract: cuda_src/conv_transpose1d_phases.cu.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from ..device import Device
 from ..problem import DTYPES, ConvProblem
 from ..source import params_fields
 from .base import MAX_GRID, Config, Family, Launch, Layout, Pack, index_bits, stride_params
+from .phases import Phases
 from .tiles import (
     MAX_BLOCK_N,
     MAX_BLOCK_R,
@@ -37,80 +36,6 @@ MIN_TERMS = 8
 MAX_PACKING = 16
 
 
-@dataclass(frozen=True, slots=True)
-class _Product:
-    """The matrix products of a problem: see the .cu file."""
-
-    problem: ConvProblem
-    phases_in_rows: bool
-    products: int
-    rows: int
-    taps: int
-    gcd: int
-    tap_step: int
-    position_step: int
-    q_begin: int
-    positions: int
-
-    @classmethod
-    def of(cls, p: ConvProblem) -> _Product:
-        gcd = math.gcd(p.stride, p.dilation)
-        phases_in_rows = p.dilation == 1
-        q_begin = p.padding_left // p.stride
-        return cls(
-            problem=p,
-            phases_in_rows=phases_in_rows,
-            products=p.groups * (1 if phases_in_rows else p.stride),
-            rows=p.C_out_g * (p.stride if phases_in_rows else 1),
-            taps=-(-p.K // (p.stride // gcd)),
-            gcd=gcd,
-            tap_step=p.stride // gcd,
-            position_step=p.dilation // gcd,
-            # q of the first output position, and how many there are to the last, whatever their phase.
-            q_begin=q_begin,
-            positions=(p.L_out - 1 + p.padding_left) // p.stride - q_begin + 1,
-        )
-
-    def tilings(self, layout: Layout, device: Device) -> tuple[Tiling, ...]:
-        bits = self.index_bits(layout)
-        regular = self.phases_in_rows and layout.input.strides[2] == 1 and bits == 32
-        return compare_tilings(
-            rows=self.rows,
-            samples=self.problem.N,
-            positions=self.positions,
-            products=self.products,
-            terms=self.problem.C_in_g * self.taps,
-            column_step=1 if regular else 0,
-            bits=bits,
-            dtype=self.problem.dtype,
-            device=device,
-        )
-
-    def index_bits(self, layout: Layout) -> int:
-        # As in conv1d_tiled; and the products of residues of tap_step.
-        p = self.problem
-        strides = stride_params(layout, ("in", "out"))
-        hanging = self.q_begin + self.positions + MAX_BLOCK_N + 1
-        span = hanging + p.dilation * p.K
-        return index_bits(
-            p,
-            layout,
-            (p.N * self.positions + MAX_BLOCK_N) * self.products,
-            hanging * p.stride + p.padding_left + p.L_out,
-            self.tap_step * self.tap_step,
-            self.tap_step * p.dilation,
-            (self.taps + 1) * p.stride,
-            p.N * abs(strides["output_stride_n"]) + hanging * p.stride * abs(strides["output_stride_l"]),
-            p.N * abs(strides["input_stride_n"])
-            + (p.C_in + 2 * MAX_BLOCK_R) * abs(strides["input_stride_c"])
-            + span * abs(strides["input_stride_l"]),
-            PackedWeight.most_elements(self.products, p.C_in_g * self.taps, self.rows),
-        )
-
-    def packed(self, tile: Tile) -> PackedWeight:
-        return PackedWeight.of(tile, self.products, self.problem.C_in_g * self.taps, self.rows)
-
-
 class ConvTranspose1dPhases(Family):
     """Register tiles over (c_out, phase) by (n, q)."""
 
@@ -118,21 +43,21 @@ class ConvTranspose1dPhases(Family):
     op = "conv_transpose1d"
 
     def refuse(self, problem: ConvProblem, layout: Layout, device: Device) -> str | None:
-        product = _Product.of(problem)
-        if product.rows < MIN_ROWS:
+        phases = Phases.of(problem)
+        if phases.rows < MIN_ROWS:
             return f"needs C_out/groups (times stride where dilation is 1) >= {MIN_ROWS}"
         if problem.terms < MIN_TERMS:
             return f"needs C_in/groups * taps of a phase >= {MIN_TERMS}"
-        if problem.stride * product.taps > MAX_PACKING * problem.K:
+        if problem.stride * phases.taps > MAX_PACKING * problem.K:
             return f"needs stride * taps of a phase <= {MAX_PACKING} * K"
-        if product.tilings(layout, device)[0].blocks > MAX_GRID:
+        if _tilings(phases, layout, device)[0].blocks > MAX_GRID:
             return f"needs at most {MAX_GRID} blocks"
         return None
 
     def configure(self, problem: ConvProblem, layout: Layout, device: Device) -> tuple[Config, Launch]:
         p = problem
-        product = _Product.of(p)
-        tiling = product.tilings(layout, device)[0]
+        phases = Phases.of(p)
+        tiling = _tilings(phases, layout, device)[0]
         tile = tiling.tile
         strides = stride_params(layout, ("in", "out"))
         params = {
@@ -144,43 +69,43 @@ class ConvTranspose1dPhases(Family):
             "C_out_g": p.C_out_g,
             "row_tiles": tiling.row_tiles,
             "column_tiles": tiling.column_tiles,
-            "positions": product.positions,
-            "q_begin": product.q_begin,
+            "positions": phases.positions,
+            "q_begin": phases.q_begin,
             "stride": p.stride,
             "padding_left": p.padding_left,
             "dilation": p.dilation,
-            "phase_gcd": product.gcd,
-            "tap_step": product.tap_step,
-            "position_step": product.position_step,
-            "phase_inverse": pow(product.position_step, -1, product.tap_step),
-            "taps": product.taps,
+            "phase_gcd": phases.gcd,
+            "tap_step": phases.tap_step,
+            "position_step": phases.position_step,
+            "phase_inverse": phases.inverse,
+            "taps": phases.taps,
             **{name: stride for name, stride in strides.items() if not name.startswith("weight")},
-            **product.packed(tile).params(),
+            **_packed(phases, tile).params(),
             **walk_params(
                 tiling,
-                product.taps,
+                phases.taps,
                 strides["input_stride_c"],
-                -product.position_step * strides["input_stride_l"],
+                -phases.position_step * strides["input_stride_l"],
             ),
         }
-        bits = product.index_bits(layout)
-        return self._config(tile, tiling.column_step, p.dtype, bits, product.phases_in_rows), Launch(
+        bits = _index_bits(phases, layout)
+        return self._config(tile, tiling.column_step, p.dtype, bits, phases.in_rows), Launch(
             tiling.blocks, tile.threads, tile.shared_bytes(accumulator_bytes(p.dtype)), bits, tuple(params.items())
         )
 
     def pack(self, problem: ConvProblem, layout: Layout, device: Device) -> Pack:
-        product = _Product.of(problem)
+        phases = Phases.of(problem)
         return make_pack(
             problem,
             layout,
-            product.packed(product.tilings(layout, device)[0].tile),
-            rows=product.rows,
-            taps=product.taps,
-            phases_in_rows=product.phases_in_rows,
+            _packed(phases, _tilings(phases, layout, device)[0].tile),
+            rows=phases.rows,
+            taps=phases.taps,
+            phases_in_rows=phases.in_rows,
         )
 
     def figures(self, problem: ConvProblem, layout: Layout, device: Device) -> tuple[tuple[str, float], ...]:
-        return tiling_figures(_Product.of(problem).tilings(layout, device))
+        return tiling_figures(_tilings(Phases.of(problem), layout, device))
 
     def configs(self, device: Device) -> Iterator[Config]:
         for dtype in DTYPES:
@@ -198,3 +123,45 @@ class ConvTranspose1dPhases(Family):
         macros = tiling_macros(tile, column_step, dtype, bits)
         macros["PHASES_IN_ROWS"] = int(phases_in_rows)
         return Config.of(self.name, {**macros, "PARAMS_BYTES": len(params_fields(self.name)) * bits // 8})
+
+
+def _tilings(phases: Phases, layout: Layout, device: Device) -> tuple[Tiling, ...]:
+    bits = _index_bits(phases, layout)
+    regular = phases.in_rows and layout.input.strides[2] == 1 and bits == 32
+    return compare_tilings(
+        rows=phases.rows,
+        samples=phases.problem.N,
+        positions=phases.positions,
+        products=phases.products,
+        terms=phases.problem.C_in_g * phases.taps,
+        column_step=1 if regular else 0,
+        bits=bits,
+        dtype=phases.problem.dtype,
+        device=device,
+    )
+
+
+def _index_bits(phases: Phases, layout: Layout) -> int:
+    # As in conv1d_tiled; and the products of residues of tap_step.
+    p = phases.problem
+    strides = stride_params(layout, ("in", "out"))
+    hanging = phases.q_begin + phases.positions + MAX_BLOCK_N + 1
+    span = hanging + p.dilation * p.K
+    return index_bits(
+        p,
+        layout,
+        (p.N * phases.positions + MAX_BLOCK_N) * phases.products,
+        hanging * p.stride + p.padding_left + p.L_out,
+        phases.tap_step * phases.tap_step,
+        phases.tap_step * p.dilation,
+        (phases.taps + 1) * p.stride,
+        p.N * abs(strides["output_stride_n"]) + hanging * p.stride * abs(strides["output_stride_l"]),
+        p.N * abs(strides["input_stride_n"])
+        + (p.C_in + 2 * MAX_BLOCK_R) * abs(strides["input_stride_c"])
+        + span * abs(strides["input_stride_l"]),
+        PackedWeight.most_elements(phases.products, p.C_in_g * phases.taps, phases.rows),
+    )
+
+
+def _packed(phases: Phases, tile: Tile) -> PackedWeight:
+    return PackedWeight.of(tile, phases.products, phases.problem.C_in_g * phases.taps, phases.rows)
