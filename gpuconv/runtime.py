@@ -107,6 +107,19 @@ class _Kernel:
 _CAPTURED: list[Any] = []
 
 
+def _temporary(num_bytes: int) -> Any:
+    """A buffer for the kernels that are launched next on the current stream.
+
+    When the caller lets go of it, it goes back to CuPy's pool, which hands it out again to the same stream only, behind
+    the kernels queued until then.
+    """
+    cuda = cupy_module().cuda
+    buffer = cuda.alloc(num_bytes)
+    if cuda.get_current_stream().is_capturing():
+        _CAPTURED.append(buffer)
+    return buffer
+
+
 class _Packer:
     """The kernel that packs the weights of a plan."""
 
@@ -118,16 +131,9 @@ class _Packer:
         self._num_bytes = pack.num_bytes
 
     def __call__(self, weight: Any) -> Any:
-        """The packed weights, once the work queued on the current stream has run.
-
-        When the caller lets go of the buffer it goes back to CuPy's pool, which hands it out again to the same stream
-        only, behind the kernels queued until then.
-        """
-        cuda = cupy_module().cuda
-        packed = cuda.alloc(self._num_bytes)
+        """The packed weights, once the work queued on the current stream has run."""
+        packed = _temporary(self._num_bytes)
         self._kernel.launch(weight.data, packed)
-        if cuda.get_current_stream().is_capturing():
-            _CAPTURED.append(packed)
         return packed
 
 
@@ -232,12 +238,9 @@ class Plan:
             self._kernel.launch(*pointers)
             return
         second, num_bytes = self._second
-        cuda = cupy_module().cuda
-        sums = cuda.alloc(num_bytes)  # goes back to the pool like packed weights
+        sums = _temporary(num_bytes)
         self._kernel.launch(*pointers, sums)
         second.launch(*pointers, sums)
-        if cuda.get_current_stream().is_capturing():
-            _CAPTURED.append(sums)
 
 
 class GradientPlan:
@@ -283,13 +286,9 @@ class GradientPlan:
         elif self._sum is None:
             self._kernel.launch(*inputs, None, output.data)
         else:
-            cuda = cupy_module().cuda
-            sums = cuda.alloc(self.choice.partial_bytes)
+            sums = _temporary(self.choice.partial_bytes)
             self._kernel.launch(*inputs, sums, None)
             self._sum.launch(sums, output.data)
-            # Like packed weights, the buffer goes back to the pool for the work that this stream queues next.
-            if cuda.get_current_stream().is_capturing():
-                _CAPTURED.append(sums)
 
 
 def _run_with_copies(run: Callable[..., None], arrays: Sequence[Any], copies: Sequence[bool]) -> None:
