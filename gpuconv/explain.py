@@ -37,8 +37,40 @@ SETTINGS: Mapping[Op, tuple[str, ...]] = {
 }  # fmt: skip
 
 
+class _Costs:
+    """What both kinds of explanation say of the work."""
+
+    __slots__ = ()
+    problem: ConvProblem | WeightGradientProblem | BiasGradientProblem
+    copies: tuple[str, ...]
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations, a multiply-add counted as two (as eight for complex data), padding included."""
+        return self.problem.flops()
+
+    @property
+    def bytes(self) -> int:
+        """The fewest bytes that must move: every input read once, the result written once."""
+        return self.problem.bytes()
+
+    @property
+    def intensity(self) -> float:
+        """Arithmetic intensity: `flops` per byte of `bytes`; 0 where nothing moves."""
+        return self.flops / self.bytes if self.bytes else 0.0
+
+    @property
+    def copy_bytes(self) -> int:
+        """The memory that the copies take, in bytes."""
+        shapes = self._shapes()
+        return sum(math.prod(shapes[name]) for name in self.copies) * self.problem.itemsize
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        raise NotImplementedError
+
+
 @dataclass(frozen=True, slots=True)
-class Explanation:
+class Explanation(_Costs):
     """What one call does and what it costs. `str` gives a short page, `to_dict` the same for JSON.
 
     Attributes:
@@ -56,31 +88,10 @@ class Explanation:
     method: cpu.Method | None
     copies: tuple[str, ...]
 
-    @property
-    def flops(self) -> int:
-        """Floating-point operations, a multiply-add counted as two (as eight for complex data), padding included."""
-        return self.problem.flops()
-
-    @property
-    def bytes(self) -> int:
-        """The fewest bytes that must move: input, weight and bias read once, the output written once."""
-        return self.problem.bytes()
-
-    @property
-    def intensity(self) -> float:
-        """Arithmetic intensity: `flops` per byte of `bytes`; 0 where nothing moves."""
-        return self.flops / self.bytes if self.bytes else 0.0
-
-    @property
-    def copy_bytes(self) -> int:
-        """The memory that the copies take, in bytes."""
-        shapes = _shapes(self.problem)
-        return sum(math.prod(shapes[name]) for name in self.copies) * self.problem.itemsize
-
     def to_dict(self) -> dict[str, Any]:
         """The same facts as plain values that `json.dumps` takes."""
-        p, choice = self.problem, self.choice
-        result = _common_dict(self, _shapes(p))
+        choice = self.choice
+        result = _common_dict(self, self._shapes())
         if choice is not None:
             second = choice.second_pass
             result["kernel"] = {
@@ -93,12 +104,19 @@ class Explanation:
 
     def __str__(self) -> str:
         p = self.problem
-        rows = [(name, f"{shape} {p.dtype}" if name == "input" else str(shape)) for name, shape in _shapes(p).items()]
+        rows = [
+            (name, f"{shape} {p.dtype}" if name == "input" else str(shape)) for name, shape in self._shapes().items()
+        ]
         settings = f"stride {p.stride}, padding {p.padding}, dilation {p.dilation}, groups {p.groups}"
         settings += f", output_padding {p.output_padding}" if p.output_padding else ""
         settings += f", precision {p.precision}" if p.precision != "float32" else ""
         rows.append(("settings", settings))
         return _page(p.op, self, rows, self._kernel_rows())
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        p = self.problem
+        shapes = {"input": p.input_shape, "weight": p.weight_shape, "bias": p.bias_shape, "output": p.output_shape}
+        return {name: shape for name, shape in shapes.items() if shape is not None}
 
     def _kernel_rows(self) -> list[tuple[str, str]]:
         if self.choice is None:
@@ -117,7 +135,7 @@ class Explanation:
 
 
 @dataclass(frozen=True, slots=True)
-class GradientExplanation:
+class GradientExplanation(_Costs):
     """What one call for the gradient of weights or of a bias does. `str` and `to_dict` as in `Explanation`.
 
     Attributes:
@@ -136,30 +154,9 @@ class GradientExplanation:
     copies: tuple[str, ...]
 
     @property
-    def flops(self) -> int:
-        """Floating-point operations, a multiply-add counted as two (as eight for complex data), padding included."""
-        return self.problem.flops()
-
-    @property
-    def bytes(self) -> int:
-        """The fewest bytes that must move: both arrays read once, the result written once."""
-        return self.problem.bytes()
-
-    @property
-    def intensity(self) -> float:
-        """Arithmetic intensity: `flops` per byte of `bytes`; 0 where nothing moves."""
-        return self.flops / self.bytes if self.bytes else 0.0
-
-    @property
     def partial_bytes(self) -> int:
         """The buffer of the slices' sums, in bytes; 0 where the sum is not cut, and on the CPU path."""
         return 0 if self.choice is None else self.choice.partial_bytes
-
-    @property
-    def copy_bytes(self) -> int:
-        """The memory that the copies take, in bytes."""
-        shapes = self._shapes()
-        return sum(math.prod(shapes[name]) for name in self.copies) * self.problem.itemsize
 
     def to_dict(self) -> dict[str, Any]:
         """The same facts as plain values that `json.dumps` takes."""
@@ -452,11 +449,6 @@ def _place(array: Any) -> dispatch.Place | None:
         return None
     address = array.__array_interface__["data"][0] if isinstance(array, np.ndarray) else array.data.ptr
     return dispatch.Place(tuple(array.strides), int(address))
-
-
-def _shapes(p: ConvProblem) -> dict[str, tuple[int, ...]]:
-    shapes = {"input": p.input_shape, "weight": p.weight_shape, "bias": p.bias_shape, "output": p.output_shape}
-    return {name: shape for name, shape in shapes.items() if shape is not None}
 
 
 def _quantity(value: float, unit: str) -> str:
