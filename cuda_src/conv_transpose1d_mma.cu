@@ -47,10 +47,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) conv_transpos
 #if SEGMENT_MODE < 2
     float4* const partial = nullptr;
 #endif
-    const auto tile_of = [&](index_t block) {
+    const auto tile_of = [&](unsigned block) {
         const index_t row_tile = next_index(block, p.row_tiles);
         const index_t column_tile = next_index(block, p.column_tiles);
-        const index_t n = next_index(block, p.sample_tiles) * p.block_samples;
+        const index_t n = index_t(next_index(block, p.sample_tiles)) * p.block_samples;
         const index_t product = block;
         const index_t g = PHASES_IN_ROWS ? product : product / p.stride;
         const index_t phase = PHASES_IN_ROWS ? 0 : product - g * p.stride;

@@ -92,14 +92,6 @@ struct Window {
     index_t shift, plane_step;                 // position of q = 0, row 0 from Tile::first on; from plane to plane
 };
 
-// The part of a mixed-radix block index that counts to `extent`, which is taken off it.
-__device__ __forceinline__ index_t next_index(index_t& block, index_t extent) {
-    const index_t rest = block / extent;
-    const index_t index = block - rest * extent;
-    block = rest;
-    return index;
-}
-
 // What a kernel knows of a row of the product; row_of(tile, row) returns it.
 struct Row {
     index_t taps;           // of Tile::row_taps, those that the row has
@@ -107,8 +99,6 @@ struct Row {
     index_t shift;          // see Tile::output_first
     index_t bias_offset;
 };
-
-__device__ __forceinline__ bool is_finite(float x) { return (float_as_uint(x) & 0x7f800000u) != 0x7f800000u; }
 
 // What a thread holds of the block's sums: fragments of 16 rows by 8 columns.
 typedef acc_t Sums[kTilesM][kTilesN][4];

@@ -90,17 +90,11 @@ struct Tile {
     index_t rows, channels, taps;  // that exist
 };
 
-__device__ __forceinline__ index_t next_index(index_t& block, index_t extent) {
-    const index_t rest = block / extent, index = block - rest * extent;
-    block = rest;
-    return index;
-}
-
-__device__ __forceinline__ Tile find_tile(index_t block, const Params& p) {
+__device__ __forceinline__ Tile find_tile(unsigned block, const Params& p) {
     Tile tile;
-    tile.row_begin = next_index(block, p.row_tiles) * BLOCK_M;
-    tile.tap_begin = next_index(block, p.tap_tiles) * p.block_taps;
-    tile.octet_begin = next_index(block, p.octet_tiles) * p.block_octets;
+    tile.row_begin = index_t(next_index(block, p.row_tiles)) * BLOCK_M;
+    tile.tap_begin = index_t(next_index(block, p.tap_tiles)) * p.block_taps;
+    tile.octet_begin = index_t(next_index(block, p.octet_tiles)) * p.block_octets;
     const index_t group = next_index(block, p.groups);
     tile.slice = block;
     tile.channel = group * p.C_coarse_g;

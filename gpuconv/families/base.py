@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -224,6 +225,11 @@ def gradient_shapes(
     return (problem.grad_output_shape,), problem.bias_shape
 
 
+def round_up(value: int, multiple: int, rest: int = 0) -> int:
+    """The smallest integer from `value` on that leaves `rest` when divided by `multiple`."""
+    return value + (rest - value) % multiple
+
+
 def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     """The strides, in elements, of a C-contiguous array."""
     strides = [1] * len(shape)
@@ -274,6 +280,24 @@ def stride_params(layout: Layout, weight_axes: tuple[str, str]) -> dict[str, int
     fields["bias_stride"] = layout.bias.strides[0] if layout.bias else 0
     fields.update(zip(("output_stride_n", "output_stride_c", "output_stride_l"), layout.output.strides, strict=True))
     return fields
+
+
+def weight_source_params(problem: ConvProblem, layout: Layout) -> dict[str, int]:
+    """The fields of Params by which weight_source.cuh finds a weight, from K on, in order."""
+    p = problem
+    gcd = math.gcd(p.stride, p.dilation)
+    tap_step = p.stride // gcd
+    strides = stride_params(layout, ("in", "out") if p.transposed else ("out", "in"))
+    return {
+        "K": p.K,
+        "C_in_g": p.C_in_g,
+        "C_out_g": p.C_out_g,
+        "stride": p.stride,
+        "phase_gcd": gcd,
+        "tap_step": tap_step,
+        "phase_inverse": pow(p.dilation // gcd, -1, tap_step),
+        **{name: strides[name] for name in ("weight_stride_out", "weight_stride_in", "weight_stride_k")},
+    }
 
 
 def base_config(kernel: str, dtype: str, bits: int, block_size: int) -> Config:

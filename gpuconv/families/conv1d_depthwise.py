@@ -13,7 +13,7 @@ from typing import ClassVar
 from ..device import Device
 from ..problem import DTYPES, ITEMSIZE, ConvProblem
 from ..source import params_fields
-from .base import MAX_GRID, Config, Family, Launch, Layout, index_bits, stride_params
+from .base import MAX_GRID, Config, Family, Launch, Layout, index_bits, round_up, stride_params
 from .depthwise import (
     BLOCK_SIZE,
     MANY_OUTPUTS,
@@ -26,7 +26,6 @@ from .depthwise import (
     can_skip,
     can_slide,
     choose_deal,
-    round_up,
     row_skew,
     slide_outputs,
     vector_length,

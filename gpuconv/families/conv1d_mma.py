@@ -24,7 +24,7 @@ class Conv1dMma(Family):
         reason = mma.refuse_layer(problem, problem.C_out_g, device)
         if reason is not None:
             return reason
-        if not mma.smallest_fits(_product(problem, device), _arithmetic(problem, device), device):
+        if not mma.smallest_fits(_product(problem), mma.ARITHMETICS[problem.dtype, problem.precision], device):
             return "needs the window of 16 outputs in shared memory"
         if not self._tilings(problem, layout, device):
             return f"needs at most {MAX_GRID} blocks"
@@ -32,7 +32,7 @@ class Conv1dMma(Family):
 
     def configure(self, problem: ConvProblem, layout: Layout, device: Device) -> tuple[Config, Launch]:
         p = problem
-        tiling, product = self._tilings(p, layout, device)[0], _product(p, device)
+        tiling, product = self._tilings(p, layout, device)[0], _product(p)
         strides = stride_params(layout, ("out", "in"))
         params = {
             "N": p.N,
@@ -51,7 +51,7 @@ class Conv1dMma(Family):
             "has_vector_stores": int(mma.has_vector_stores(p, layout)),
             **mma.tiling_params(product, tiling),
         }
-        bits = self._index_bits(p, layout, device)
+        bits = self._index_bits(p, layout)
         mode = tiling.tile.segment_mode
         config = mma.kernel_config(
             self.name, p.dtype, p.precision, tiling.tile, bits, phases_in_rows=False, segment_mode=mode
@@ -59,13 +59,15 @@ class Conv1dMma(Family):
         return config, mma.launch(tiling, product, bits, params)
 
     def second_pass(self, problem: ConvProblem, layout: Layout, device: Device) -> SecondPass | None:
-        tiling, product = self._tilings(problem, layout, device)[0], _product(problem, device)
+        tiling, product = self._tilings(problem, layout, device)[0], _product(problem)
+        if tiling.tile.segment_mode < 2:
+            return None
         return mma.second_pass(*self.configure(problem, layout, device), product, tiling, problem.itemsize)
 
     def pack(self, problem: ConvProblem, layout: Layout, device: Device) -> Pack:
         tile = self._tilings(problem, layout, device)[0].tile
-        arithmetic = _arithmetic(problem, device)
-        return mma.make_pack(problem, layout, _product(problem, device), tile, arithmetic, phases_in_rows=False)
+        arithmetic = mma.ARITHMETICS[problem.dtype, problem.precision]
+        return mma.make_pack(problem, layout, _product(problem), tile, arithmetic, phases_in_rows=False)
 
     def figures(self, problem: ConvProblem, layout: Layout, device: Device) -> tuple[tuple[str, float], ...]:
         return mma.tiling_figures(self._tilings(problem, layout, device))
@@ -74,15 +76,15 @@ class Conv1dMma(Family):
         yield from mma.kernel_configs(self.name, device, (False,), transposed=False)
 
     def _tilings(self, problem: ConvProblem, layout: Layout, device: Device) -> tuple[mma.Tiling, ...]:
-        bits = self._index_bits(problem, layout, device)
-        return mma.compare_tilings(_product(problem, device), _arithmetic(problem, device), bits, device)
+        bits = self._index_bits(problem, layout)
+        return mma.compare_tilings(_product(problem), mma.ARITHMETICS[problem.dtype, problem.precision], bits, device)
 
-    def _index_bits(self, problem: ConvProblem, layout: Layout, device: Device) -> int:
+    def _index_bits(self, problem: ConvProblem, layout: Layout) -> int:
         # Beyond the arrays the kernel forms positions and offsets of what hangs over the last position, sample and
         # channel.
         p = problem
         strides = stride_params(layout, ("out", "in"))
-        arithmetic, product = _arithmetic(p, device), _product(p, device)
+        arithmetic, product = mma.ARITHMETICS[p.dtype, p.precision], _product(p)
         hanging = p.L_out + mma.MAX_BLOCK_N
         span = hanging * p.stride + p.padding_left + p.dilation * p.K
         samples = p.N + mma.MAX_BLOCK_N // p.L_out  # a block takes several where they are short
@@ -103,13 +105,7 @@ class Conv1dMma(Family):
         )
 
 
-def _arithmetic(problem: ConvProblem, device: Device) -> mma.Arithmetic:
-    arithmetic = mma.arithmetic_of(problem, device)
-    assert arithmetic is not None
-    return arithmetic
-
-
-def _product(problem: ConvProblem, device: Device) -> mma.Product:
+def _product(problem: ConvProblem) -> mma.Product:
     p = problem
     return mma.Product(
         products=p.groups,
@@ -118,5 +114,5 @@ def _product(problem: ConvProblem, device: Device) -> mma.Product:
         positions=p.L_out,
         column_step=p.stride,
         tap_step=p.dilation,
-        reduction=mma.Reduction.of(p.C_in_g, p.K, _arithmetic(p, device)),
+        reduction=mma.Reduction.of(p.C_in_g, p.K, mma.ARITHMETICS[p.dtype, p.precision]),
     )

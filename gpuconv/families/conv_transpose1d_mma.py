@@ -31,7 +31,7 @@ class ConvTranspose1dMma(Family):
             return reason
         if problem.stride * phases.taps > MAX_PACKING * problem.K:
             return f"needs stride * taps of a phase <= {MAX_PACKING} * K"
-        arithmetic = _arithmetic(problem, device)
+        arithmetic = mma.ARITHMETICS[problem.dtype, problem.precision]
         if not mma.smallest_fits(_product(phases, arithmetic), arithmetic, device):
             return "needs the window of 16 positions in shared memory"
         if not self._tilings(problem, layout, device):
@@ -40,7 +40,7 @@ class ConvTranspose1dMma(Family):
 
     def configure(self, problem: ConvProblem, layout: Layout, device: Device) -> tuple[Config, Launch]:
         p = problem
-        phases, arithmetic, bits = Phases.of(p), _arithmetic(p, device), self._index_bits(p, layout, device)
+        phases, arithmetic, bits = Phases.of(p), mma.ARITHMETICS[p.dtype, p.precision], self._index_bits(p, layout)
         tiling, product = self._tilings(p, layout, device)[0], _product(phases, arithmetic)
         strides = stride_params(layout, ("in", "out"))
         params = {
@@ -75,11 +75,13 @@ class ConvTranspose1dMma(Family):
 
     def second_pass(self, problem: ConvProblem, layout: Layout, device: Device) -> SecondPass | None:
         tiling = self._tilings(problem, layout, device)[0]
-        product = _product(Phases.of(problem), _arithmetic(problem, device))
+        if tiling.tile.segment_mode < 2:
+            return None
+        product = _product(Phases.of(problem), mma.ARITHMETICS[problem.dtype, problem.precision])
         return mma.second_pass(*self.configure(problem, layout, device), product, tiling, problem.itemsize)
 
     def pack(self, problem: ConvProblem, layout: Layout, device: Device) -> Pack:
-        phases, arithmetic = Phases.of(problem), _arithmetic(problem, device)
+        phases, arithmetic = Phases.of(problem), mma.ARITHMETICS[problem.dtype, problem.precision]
         tile = self._tilings(problem, layout, device)[0].tile
         product = _product(phases, arithmetic)
         return mma.make_pack(problem, layout, product, tile, arithmetic, phases_in_rows=phases.in_rows)
@@ -91,13 +93,13 @@ class ConvTranspose1dMma(Family):
         yield from mma.kernel_configs(self.name, device, (False, True), transposed=True)
 
     def _tilings(self, problem: ConvProblem, layout: Layout, device: Device) -> tuple[mma.Tiling, ...]:
-        arithmetic, bits = _arithmetic(problem, device), self._index_bits(problem, layout, device)
+        arithmetic, bits = mma.ARITHMETICS[problem.dtype, problem.precision], self._index_bits(problem, layout)
         return mma.compare_tilings(_product(Phases.of(problem), arithmetic), arithmetic, bits, device)
 
-    def _index_bits(self, problem: ConvProblem, layout: Layout, device: Device) -> int:
+    def _index_bits(self, problem: ConvProblem, layout: Layout) -> int:
         # As in conv1d_mma; and the products of residues of tap_step.
         p = problem
-        phases, arithmetic = Phases.of(p), _arithmetic(p, device)
+        phases, arithmetic = Phases.of(p), mma.ARITHMETICS[p.dtype, p.precision]
         product = _product(phases, arithmetic)
         strides = stride_params(layout, ("in", "out"))
         hanging = phases.q_begin + phases.positions + mma.MAX_BLOCK_N + 1
@@ -124,12 +126,6 @@ class ConvTranspose1dMma(Family):
             channels * abs(strides["bias_stride"]),
             vectors * arithmetic.parts,
         )
-
-
-def _arithmetic(problem: ConvProblem, device: Device) -> mma.Arithmetic:
-    arithmetic = mma.arithmetic_of(problem, device)
-    assert arithmetic is not None
-    return arithmetic
 
 
 def _product(phases: Phases, arithmetic: mma.Arithmetic) -> mma.Product:

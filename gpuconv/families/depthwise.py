@@ -11,7 +11,7 @@ from typing import ClassVar, NamedTuple
 
 from ..device import Device
 from ..problem import ITEMSIZE, ConvProblem
-from .base import Layout
+from .base import Layout, round_up
 
 WARP = 32
 BLOCK_SIZE = 256  # the most threads of a block
@@ -279,8 +279,3 @@ def _candidates(groups: int) -> Iterator[tuple[int, int]]:
         yield from ((row_threads, repeats) for row_threads in sorted(even | parts, reverse=True))
         if needed == 1:
             return
-
-
-def round_up(value: int, multiple: int, rest: int = 0) -> int:
-    """The least number not below `value` that is `rest` modulo `multiple`."""
-    return value + (rest - value) % multiple

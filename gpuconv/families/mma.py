@@ -15,7 +15,7 @@ from ..device import Device
 from ..problem import ConvProblem
 from ..reference import MIN_SPLIT_TERMS, SPLIT_TERMS
 from ..source import params_fields
-from .base import MAX_GRID, Config, Launch, Layout, Pack, SecondPass, index_bits, stride_params
+from .base import MAX_GRID, Config, Launch, Layout, Pack, SecondPass, index_bits, weight_source_params
 
 WARP = 32
 PAIRS_PER_STEP = 2  # (tap, unit) pairs of one mma
@@ -116,7 +116,7 @@ class Tile:
 # The wide tile of 128x256 halves the weights that come through L2, which otherwise limits 16-bit layers of few taps.
 # Warp tiles of 64x64 need 62 % of the bandwidth of shared memory at the rate of mma.sync in 16 bits; of 64x32, 92 %.
 # The three sets of sums of a split product leave registers for 64x32. Tiles of 48 rows are for groups of 48 channels;
-# those of 16 and 32 columns for streams, where little more than the weights is read.
+# those of 16 columns for streams, where little more than the weights is read.
 _TILES = (
     Tile(128, 128, 2, 2, 2, 4),
     Tile(128, 256, 2, 4, 1, 4),
@@ -169,9 +169,9 @@ MAX_BLOCK_M = 128
 # Figures of the cost model, for an H200 and a multiprocessor: bytes a cycle to and from memory, from L2 (an assumption
 # that bench.predict shares) and of shared memory; cycles until a wave's first data arrive and its last are gone.
 _BYTES_PER_CYCLE = 18.0
-_L2_BYTES_PER_CYCLE = 24.0
-_SHARED_BYTES_PER_CYCLE = 128.0
-_LATENCY_CYCLES = 2500.0
+L2_BYTES_PER_CYCLE = 24.0
+SHARED_BYTES_PER_CYCLE = 128.0
+LATENCY_CYCLES = 2500.0
 _SECOND_PASS_CYCLES = 5000.0  # of a launch that reads what another has just written
 _STAGE_CYCLES = 60.0  # the barrier of a stage, and its wait for weights, of a block alone
 
@@ -185,17 +185,11 @@ def tiles(arithmetic: Arithmetic, bits: int = 32, *, segments: bool = False) -> 
     return tuple(t for t in every if t.segment_mode < 2 and t.block_n in (16, 64))
 
 
-def arithmetic_of(problem: ConvProblem, device: Device) -> Arithmetic | None:
-    """The arithmetic that a layer gets on tensor cores, or None where CUDA cores serve it."""
-    arithmetic = ARITHMETICS.get((problem.dtype, problem.precision))
-    return None if arithmetic is None or device.arch < arithmetic.min_arch else arithmetic
-
-
 def refuse_layer(problem: ConvProblem, rows: int, device: Device) -> str | None:
     """Why tensor cores do not take a layer, by the layer and the architecture alone; `rows` of its product."""
     p = problem
-    arithmetic = arithmetic_of(p, device)
-    if arithmetic is None:
+    arithmetic = ARITHMETICS.get((p.dtype, p.precision))
+    if arithmetic is None or device.arch < arithmetic.min_arch:
         return "needs float16 (sm_75), bfloat16 or float32 (sm_80)"
     if p.C_in_g < MIN_CHANNELS:
         return f"needs C_in/groups >= {MIN_CHANNELS}"
@@ -396,9 +390,9 @@ def _cost(
     multiply = tile.block_m * tile.block_n * terms / arithmetic.rate
     operands = tile.warps * (warp_m + warp_n) * terms * itemsize * arithmetic.parts
     staged = chunks * reduction.units * window.rows * UNIT_BYTES
-    l2 = (staged + tile.block_m * terms * itemsize * arithmetic.parts) / _L2_BYTES_PER_CYCLE
+    l2 = (staged + tile.block_m * terms * itemsize * arithmetic.parts) / L2_BYTES_PER_CYCLE
     # A lane loads one element of a window at a time and stores 16 bytes of each part.
-    local = (operands + staged * arithmetic.parts) / _SHARED_BYTES_PER_CYCLE + staged / itemsize / WARP
+    local = (operands + staged * arithmetic.parts) / SHARED_BYTES_PER_CYCLE + staged / itemsize / WARP
     stores = tile.block_m * tile.block_n * itemsize / _BYTES_PER_CYCLE
     stages = chunks * reduction.pairs / STAGE_PAIRS
     resident = min(tile.min_blocks, max(1, device.shared_per_sm // (shared + 1024)))
@@ -408,7 +402,7 @@ def _cost(
     # A multiprocessor's last blocks run alone: a warp's chain of dependent products then sets the pace.
     alone = stages * (_STAGE_CYCLES + 35.0 * STAGE_STEPS)
     tail = max(block * last, alone + stores) if rest else 0.0
-    launch = waves * max(block * resident, alone + stores) + tail + _LATENCY_CYCLES * (waves + (1 if rest else 0))
+    launch = waves * max(block * resident, alone + stores) + tail + LATENCY_CYCLES * (waves + (1 if rest else 0))
     return launch + second_pass
 
 
@@ -502,10 +496,8 @@ def launch(tiling: Tiling, product: Product, bits: int, params: dict[str, int]) 
     return Launch(tiling.blocks * segments, tiling.tile.threads, tiling.shared_bytes, bits, tuple(params.items()))
 
 
-def second_pass(config: Config, first: Launch, product: Product, tiling: Tiling, itemsize: int) -> SecondPass | None:
+def second_pass(config: Config, first: Launch, product: Product, tiling: Tiling, itemsize: int) -> SecondPass:
     """What adds the sums of segments; `config` and `first` are those of the kernel that forms them."""
-    if tiling.tile.segment_mode < 2:
-        return None
     macros: dict[str, str | int] = {**dict(config.macros), "SEGMENT_MODE": 3}
     tile = tiling.tile
     adds = Launch(tiling.blocks, tile.threads, tile.slice_bytes(itemsize), first.index_bits, first.params)
@@ -536,9 +528,8 @@ def make_pack(
     num_vectors = weight_vectors(product, tile)
     row_tiles = -(-product.rows // tile.block_m)
     grid = min(-(-num_vectors // PACK_BLOCK_SIZE), MAX_GRID)
-    gcd = math.gcd(p.stride, p.dilation)
-    tap_step = p.stride // gcd
-    strides = stride_params(layout, ("in", "out") if p.transposed else ("out", "in"))
+    source = weight_source_params(p, layout)
+    tap_step = source["tap_step"]
     params = {
         "num_vectors": num_vectors,
         "row_tiles": row_tiles,
@@ -548,21 +539,14 @@ def make_pack(
         "pairs": product.reduction.pairs,
         "rows": product.rows,
         "taps": product.reduction.taps,
-        "K": p.K,
-        "C_in_g": p.C_in_g,
-        "C_out_g": p.C_out_g,
-        "stride": p.stride,
-        "phase_gcd": gcd,
-        "tap_step": tap_step,
-        "phase_inverse": pow(p.dilation // gcd, -1, tap_step),
-        **{name: strides[name] for name in ("weight_stride_out", "weight_stride_in", "weight_stride_k")},
+        **source,
     }
     # Offsets of weights are formed before it is known whether they exist.
     reduction = product.reduction
     hanging = (
-        (product.products + 1) * row_tiles * tile.block_m * abs(strides["weight_stride_out"])
-        + (p.C_in + reduction.units * arithmetic.channels) * abs(strides["weight_stride_in"])
-        + ((reduction.taps + STAGE_PAIRS) * max(p.stride, tap_step) + p.K) * abs(strides["weight_stride_k"])
+        (product.products + 1) * row_tiles * tile.block_m * abs(source["weight_stride_out"])
+        + (p.C_in + reduction.units * arithmetic.channels) * abs(source["weight_stride_in"])
+        + ((reduction.taps + STAGE_PAIRS) * max(p.stride, tap_step) + p.K) * abs(source["weight_stride_k"])
     )
     bits = index_bits(
         p,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from ..problem import ITEMSIZE, BiasGradientProblem, WeightGradientProblem
 from ..source import params_fields
-from .base import Config, GradientLayout, Launch, base_config, gradient_index_bits, gradient_shapes
+from .base import Config, GradientLayout, Launch, base_config, gradient_index_bits, gradient_shapes, round_up
 
 SUM_BLOCK_SIZE = 256
 
@@ -77,7 +77,7 @@ class Slices:
                 samples = -(-p.N // most)
             return cls(-(-p.N // samples), samples, length, 1)
         pieces = min(-(-wanted // p.N), most // p.N)
-        positions = _round_up(-(-length // pieces), _ALIGNED_POSITIONS)
+        positions = round_up(-(-length // pieces), _ALIGNED_POSITIONS)
         if positions >= length:
             return cls(p.N, 1, length, 1)
         pieces = -(-length // positions)
@@ -156,7 +156,3 @@ def gradient_config(kernel: str, dtype: str, bits: int, macros: Mapping[str, str
     """The specialisation of a gradient kernel with these macros besides those that all have."""
     fields = len(params_fields(kernel))
     return Config.of(kernel, {"DTYPE": dtype, "INDEX_BITS": bits, **macros, "PARAMS_BYTES": fields * bits // 8})
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple

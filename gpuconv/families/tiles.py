@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import lru_cache
 
 from ..device import Device
 from ..problem import ITEMSIZE, ConvProblem
-from .base import MAX_GRID, Config, Launch, Layout, Pack, base_config, index_bits, stride_params
+from .base import MAX_GRID, Config, Launch, Layout, Pack, base_config, index_bits, round_up, weight_source_params
 
 WARP = 32
 PACK_BLOCK_SIZE = 256
@@ -289,9 +288,7 @@ def make_pack(
     """The launch of pack_weight for a tiled kernel."""
     p = problem
     grid = min(-(-packed.num_elements // PACK_BLOCK_SIZE), MAX_GRID)
-    gcd = math.gcd(p.stride, p.dilation)
-    tap_step = p.stride // gcd
-    strides = stride_params(layout, ("in", "out") if p.transposed else ("out", "in"))
+    source = weight_source_params(p, layout)
     params = {
         "num_elements": packed.num_elements,
         "padded_terms": packed.padded_terms,
@@ -299,20 +296,13 @@ def make_pack(
         "row_tiles": packed.row_tiles,
         "rows": rows,
         "taps": taps,
-        "K": p.K,
-        "C_in_g": p.C_in_g,
-        "C_out_g": p.C_out_g,
-        "stride": p.stride,
-        "phase_gcd": gcd,
-        "tap_step": tap_step,
-        "phase_inverse": pow(p.dilation // gcd, -1, tap_step),
-        **{name: strides[name] for name in ("weight_stride_out", "weight_stride_in", "weight_stride_k")},
+        **source,
     }
     bits = index_bits(
         p,
         layout,
         packed.num_elements + grid * PACK_BLOCK_SIZE,
-        tap_step * tap_step,
+        source["tap_step"] ** 2,
         (taps + 1) * p.stride,
         *(abs(value) for value in params.values()),
     )
@@ -325,7 +315,3 @@ def pack_config(dtype: str, bits: int, *, transposed: bool, phases_in_rows: bool
     base = base_config("pack_weight", dtype, bits, PACK_BLOCK_SIZE)
     macros = {"IS_TRANSPOSED": int(transposed), "PHASES_IN_ROWS": int(phases_in_rows)}
     return Config.of(base.kernel, {**dict(base.macros), **macros})
-
-
-def round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple

@@ -14,8 +14,18 @@ from typing import NamedTuple
 from ..device import Device
 from ..problem import WeightGradientProblem
 from ..reference import MIN_SPLIT_TERMS, SPLIT_TERMS
-from .base import MAX_GRID, Config, GradientFamily, GradientLayout, Launch
-from .mma import ARITHMETICS, MIN_CHANNELS, MIN_SPLIT_ROWS, UNIT_BYTES, WARP, Arithmetic
+from .base import MAX_GRID, Config, GradientFamily, GradientLayout, Launch, round_up
+from .mma import (
+    ARITHMETICS,
+    L2_BYTES_PER_CYCLE,
+    LATENCY_CYCLES,
+    MIN_CHANNELS,
+    MIN_SPLIT_ROWS,
+    SHARED_BYTES_PER_CYCLE,
+    UNIT_BYTES,
+    WARP,
+    Arithmetic,
+)
 from .slices import Slices, gradient_config, stride_params, weight_index_bits
 
 STEP = SPLIT_TERMS  # positions of a step: one product of 16-bit matrices along the reduction, or two
@@ -71,10 +81,7 @@ TILES: dict[int, tuple[Tile, ...]] = {
 }
 _LARGEST_M, _LARGEST_N, _LARGEST_CHUNK = 128, 256, 64
 
-# Figures of the cost model, as in mma.py.
-_L2_BYTES_PER_CYCLE = 24.0
-_SHARED_BYTES_PER_CYCLE = 128.0
-_LATENCY_CYCLES = 2500.0
+# Figures of the cost model, beside those of mma.py.
 _CHUNK_CYCLES = 150.0  # the barrier of a chunk, and what its loads leave uncovered, of a block alone
 _LOAD_INSTRUCTIONS = 8.0  # of one load, with its address and its part in storing the vectors
 _STORE_CYCLES = 8.0  # of a warp, for one sum of each lane on its way out
@@ -98,8 +105,8 @@ class Window(NamedTuple):
         """`width`: positions of an aligned access, at a multiple of which planes begin and end."""
         gcd = math.gcd(p.stride, p.dilation)
         planes = min(p.stride // gcd, taps)
-        plane_rows = _round_up(positions + (taps - 1) // planes * (p.dilation // gcd) + width - 1, width)
-        tap_rows = _round_up(positions + width - 1, width)
+        plane_rows = round_up(positions + (taps - 1) // planes * (p.dilation // gcd) + width - 1, width)
+        tap_rows = round_up(positions + width - 1, width)
         if planes * plane_rows >= taps * tap_rows:
             return cls(samples, positions, taps, tap_rows, 0)
         return cls(samples, positions, planes, plane_rows, p.dilation // gcd)
@@ -282,9 +289,9 @@ def _keeps_bound(p: WeightGradientProblem, arithmetic: Arithmetic) -> bool:
     """Whether the sums are within `reference.Sums.error_bound`, counted as there, in units of u times the magnitude.
 
     Steps begin anew with every sample, and few terms of a step may exist. So there may be more blocks of products, of
-    which each costs one unit besides those of its products, than the bound's quarter of the terms. That a slice is
-    shorter than the whole sum pays for it, except where samples are short and slices few. Blocks are of 16 bytes at
-    least.
+    which each costs one unit besides those of its products, than a quarter of the terms (the bound has a third). That a
+    slice is shorter than the whole sum pays for it, except where samples are short and slices few. Blocks are of 16
+    bytes at least.
     """
     slices = _slices(p)
     run = min(p.terms // p.N, slices.positions)  # terms of one sample in a slice, at most
@@ -339,7 +346,7 @@ def _chunk(slices: Slices, rows: int) -> tuple[int, int]:
 def _task_units(octets: int, width: int, arithmetic: Arithmetic) -> int:
     """Units of a window as its tasks are counted: whole eights from eight on, where neighbouring lanes take eight."""
     units = OCTET // arithmetic.channels * octets
-    return units if width == 1 or units < _LANE_UNITS else _round_up(units, _LANE_UNITS)
+    return units if width == 1 or units < _LANE_UNITS else round_up(units, _LANE_UNITS)
 
 
 def _shared_bytes(
@@ -374,15 +381,11 @@ def _cost(
     staged = chunks * itemsize * (tile.block_m * chunk_terms + octets * OCTET * window.rows)
     # A lane loads as many positions of a channel as the width says and stores 16 bytes of each part.
     loads = chunks * (tile.block_m * chunk_terms / widths[0] + octets * OCTET * window.rows / widths[1])
-    local = (operands + staged * arithmetic.parts) / _SHARED_BYTES_PER_CYCLE + loads / WARP
+    local = (operands + staged * arithmetic.parts) / SHARED_BYTES_PER_CYCLE + loads / WARP
     resident = min(tile.min_blocks, max(1, device.shared_per_sm // (shared + 1024)))
     issue = loads * _LOAD_INSTRUCTIONS / WARP / 4
     out = tile.block_m * tile.block_n / WARP * _STORE_CYCLES
-    block = max(multiply + issue, local, staged / _L2_BYTES_PER_CYCLE) + out + chunks * _CHUNK_CYCLES / resident
+    block = max(multiply + issue, local, staged / L2_BYTES_PER_CYCLE) + out + chunks * _CHUNK_CYCLES / resident
     waves, rest = divmod(blocks, device.num_sms * resident)
     tail = block * -(-rest // device.num_sms)
-    return waves * block * resident + tail + _LATENCY_CYCLES * (waves + (1 if rest else 0))
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
+    return waves * block * resident + tail + LATENCY_CYCLES * (waves + (1 if rest else 0))
