@@ -24,9 +24,10 @@ struct Params {
     index_t output_stride_n, output_stride_c, output_stride_l;
     index_t has_vector_stores;
     // See Window in mma.cuh.
-    index_t units, chunks, pairs, segments, segment_chunks, num_tiles;
+    index_t units, chunks, pairs, segments, segment_chunks, num_tiles, round_stages;
     index_t block_samples, block_positions;
-    index_t planes, plane_rows, window_rows, task_units, task_rows, tap_rows_first, tap_rows_step, window_shift, plane_step;
+    index_t planes, plane_rows, sample_rows, window_rows, rows_reciprocal;
+    index_t tap_rows_first, tap_rows_step, window_shift, plane_step;
 };
 static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/conv1d_mma.py");
 
@@ -76,9 +77,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) conv1d_mma(
         return tile;
     };
     const Window window = {
-        p.units, p.chunks, p.pairs, p.segments, p.segment_chunks, p.num_tiles, p.task_units, p.task_rows,
+        p.units, p.chunks, p.pairs, p.segments, p.segment_chunks, p.num_tiles, p.round_stages,
         p.block_samples, p.block_positions,
-        p.planes, p.plane_rows, p.window_rows, p.tap_rows_first, p.tap_rows_step, p.window_shift, p.plane_step};
+        p.planes, p.plane_rows, p.sample_rows, p.window_rows, p.rows_reciprocal,
+        p.tap_rows_first, p.tap_rows_step, p.window_shift, p.plane_step};
     run_block(tile_of, window, bias, [&](const Tile& tile, index_t row) {
         return Row{p.K, row * p.output_stride_c, 0, (tile.group * p.C_out_g + row) * p.bias_stride};
     }, partial);

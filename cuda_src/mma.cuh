@@ -43,12 +43,14 @@ constexpr int kWarpM = BLOCK_M / WARPS_M, kWarpN = BLOCK_N / WARPS_N;
 constexpr int kTilesM = kWarpM / 16, kTilesN = kWarpN / 8;
 constexpr int kStagePairs = 2 * STAGE_STEPS;
 constexpr int kStageTerms = kStagePairs * kUnit;
-constexpr int kStageVectors = kStagePairs * kParts * BLOCK_M;  // of 16 bytes
+constexpr int kStageVectors = kStagePairs * kParts * BLOCK_M;           // of 16 bytes
+constexpr int kStageCopies = (kStageVectors + kThreads - 1) / kThreads;  // of a thread, if its warp takes part
 constexpr int kSliceRows = 16;           // rows of a warp that pass through shared memory at a time in the end
 constexpr int kSlicePitch = kWarpN + 8;  // keeps the lanes of a fragment on different banks
 constexpr index_t kMissing = index_t(1ull << (INDEX_BITS - 1));  // no offset: the smallest index_t
 
 static_assert((NUM_STAGES & (NUM_STAGES - 1)) == 0, "slots are masked: gpuconv/families/mma.py");
+static_assert(kStageVectors % (32 * kStageCopies) == 0, "warps copy equal shares: gpuconv/families/mma.py");
 static_assert(sizeof(acc_t) == 4, "float32 accumulators: gpuconv/families/mma.py");
 static_assert(kWarpM % 16 == 0 && kWarpN % 16 == 0, "warps own whole fragments: gpuconv/families/mma.py");
 static_assert(IS_SPLIT == 0 || kStageTerms == SPLIT_TERMS, "SPLIT_TERMS differs from gpuconv/reference.py");
@@ -85,9 +87,10 @@ struct Window {
     index_t units, chunks, pairs;              // units of a chunk; pairs of a chunk, whole stages
     index_t segments, segment_chunks;
     index_t num_tiles;                         // of the launch, in one segment
-    index_t task_units, task_rows;             // kThreads / window_rows and the rest
+    index_t round_stages;                      // stages in which a batch of the next chunk's input arrives
     index_t block_samples, block_positions;    // a block's columns are the positions of one or more samples
-    index_t planes, plane_rows, window_rows;   // rows of a plane; rows of all planes of all samples of the block
+    index_t planes, plane_rows, sample_rows;   // rows of a plane, and of all planes of a sample or some more
+    index_t window_rows, rows_reciprocal;      // rows of all samples of the block; 2^32 / window_rows, rounded up
     index_t tap_rows_first, tap_rows_step;     // a tap's first row: .. + tap / planes * .. + tap % planes * plane_rows
     index_t shift, plane_step;                 // position of q = 0, row 0 from Tile::first on; from plane to plane
 };
@@ -120,15 +123,13 @@ __device__ __forceinline__ index_t partial_offset(const Window& window, index_t 
     return (((segment * window.num_tiles + tile) * kTilesM + i) * kTilesN + j) * kThreads + threadIdx.x;
 }
 
-// A thread's share of a stage of weights, from vector kFirst on. `from` runs kThreads ahead, so that one address serves two
-// copies by the small offsets that the instruction has.
-template <int kFirst, bool kEnd = (kFirst >= kStageVectors)>
+// A thread's share of a stage of weights, from copy kFirst on. A warp copies neighbouring vectors, so that one pair of addresses
+// serves all of them by the small offsets that the instruction has: `from` points into the middle.
+template <int kFirst = 0, bool kEnd = (kFirst == kStageCopies)>
 struct StageCopy {
     static __device__ __forceinline__ void run(Vector* to, const Vector* from) {
-        if (kFirst + kThreads <= kStageVectors || kFirst + threadIdx.x < kStageVectors) {
-            copy_async_at<kFirst, (kFirst / kThreads % 2 - 1) * kThreads>(to, from);
-        }
-        StageCopy<kFirst + kThreads>::run(to, kFirst / kThreads % 2 == 1 ? from + 2 * kThreads : from);
+        copy_async_at<kFirst * 32, (kFirst - kStageCopies / 2) * 32>(to, from);
+        StageCopy<kFirst + 1>::run(to, from);
     }
 };
 template <int kFirst>
@@ -159,24 +160,6 @@ __device__ __forceinline__ void stage_vector(const Vector& x, Vector* row, index
         row[0] = x;
     }
 }
-
-// A row of the window of a chunk that a thread stages: rows of all units are dealt out to the threads one after the other.
-struct Task {
-    index_t unit, row;
-
-    __device__ __forceinline__ void start(const Window& window) {
-        unit = index_t(threadIdx.x) / window.window_rows;
-        row = index_t(threadIdx.x) - unit * window.window_rows;
-    }
-    __device__ __forceinline__ void advance(const Window& window) {
-        unit += window.task_units;
-        row += window.task_rows;
-        if (row >= window.window_rows) {
-            row -= window.window_rows;
-            ++unit;
-        }
-    }
-};
 
 // -- the result of one row and column in the canonical order ----------------------------------------------------------
 
@@ -376,16 +359,16 @@ __device__ __forceinline__ void multiply_tile(
     index_t* const row_offset = reinterpret_cast<index_t*>(pair_offset + window.pairs);  // of rows, from Tile::input
 
     // -- tables ----------------------------------------------------------------------------------------------------------
-    const index_t sample_rows = window.planes * window.plane_rows;
 #pragma unroll 1
     for (index_t row = threadIdx.x; row < window.window_rows; row += kThreads) {
-        const index_t sample = row / sample_rows, plane = (row - sample * sample_rows) / window.plane_rows;
-        const index_t j = row - sample * sample_rows - plane * window.plane_rows;
+        const index_t sample = row / window.sample_rows, row_of_sample = row - sample * window.sample_rows;
+        const index_t plane = row_of_sample / window.plane_rows, j = row_of_sample - plane * window.plane_rows;
         const index_t l_in = (tile.position_begin + j) * tile.column_step + tile.first + window.shift +
             plane * window.plane_step;
-        // Rows that only columns behind the last would read are not loaded.
+        // Rows that only columns behind the last would read, or none, are not loaded.
         const index_t end = tile.positions - tile.position_begin + (window.plane_rows - window.block_positions);
-        const bool exists = sample < tile.samples && j < end && l_in >= 0 && l_in < tile.L_in;
+        const bool is_read = sample < tile.samples && plane < window.planes && j < end;
+        const bool exists = is_read && l_in >= 0 && l_in < tile.L_in;
         row_offset[row] = exists ? sample * tile.input_stride_n + l_in * tile.input_stride_l : kMissing;
     }
 #pragma unroll 1
@@ -401,8 +384,11 @@ __device__ __forceinline__ void multiply_tile(
     }
 
     // -- loading ---------------------------------------------------------------------------------------------------------
-    const auto load_vector = [&](index_t chunk, const Task& task) {
-        const index_t offset = row_offset[task.row], c_in = (chunk * window.units + task.unit) * kUnit;
+    // The window of a chunk is dealt out to the threads row by row: `task` counts the rows of all units.
+    const auto load_vector = [&](index_t chunk, int task) {
+        const index_t unit = multiply_high(unsigned(task), unsigned(window.rows_reciprocal));
+        const index_t offset = row_offset[task - unit * window.window_rows];
+        const index_t c_in = (chunk * window.units + unit) * kUnit;
         const bool exists = offset != kMissing;
         const storage_t* const x = tile.input + (exists ? c_in * tile.input_stride_c + offset : 0);
         const int channels = exists ? int(min_index(tile.C_in_g - c_in, kUnit)) : 0;
@@ -413,26 +399,28 @@ __device__ __forceinline__ void multiply_tile(
         }
         return vector;
     };
-    const auto store_vector = [&](index_t chunk, const Task& task, const Vector& vector) {
-        stage_vector(
-            vector, windows + (chunk & 1) * window_vectors + (task.unit * window.window_rows + task.row), part_rows);
+    const auto store_vector = [&](index_t chunk, int task, const Vector& vector) {
+        stage_vector(vector, windows + (chunk & 1) * window_vectors + task, part_rows);
     };
-    // Stages go round a ring: stage i is read from slot i % NUM_STAGES while stage i + NUM_STAGES - 1 is written.
+    // Stages go round a ring: stage i is read from slot i % NUM_STAGES while stage i + NUM_STAGES - 1 is written, to the
+    // slot that was read last.
+    const int first_copy = warp * (32 * kStageCopies);
+    const int chunk_stages = int(window.pairs / kStagePairs);
+    // No copies are left from this stage on.
+    const int copies_end =
+        first_copy < kStageVectors ? int(chunk_end - chunk_begin) * chunk_stages - (NUM_STAGES - 1) : -NUM_STAGES;
     const Vector* weight = keep_in_register(
-        tile.weight + chunk_begin * window.pairs * (kParts * BLOCK_M) + threadIdx.x + kThreads);
-    Vector* const my_stage = keep_in_register(stages + threadIdx.x);
-    int stages_left = int((chunk_end - chunk_begin) * (window.pairs / kStagePairs));
-    int slot = 0;
-    const auto load_weights = [&](int to) {
-        if (stages_left > 0) {
-            StageCopy<0>::run(my_stage + to * kStageVectors, weight);
-            weight += kStageVectors;
-        }
-        --stages_left;
+        tile.weight + chunk_begin * window.pairs * (kParts * BLOCK_M) + (first_copy + lane + kStageCopies / 2 * 32));
+    Vector* const my_stage = keep_in_register(stages + (first_copy + lane));
+    int slot = NUM_STAGES - 1;  // read last
+    int stage = 0;              // read next
+    const auto load_weights = [&](int to, int at_stage) {
+        if (at_stage < copies_end) StageCopy<>::run(my_stage + to * kStageVectors, weight);
+        weight += kStageVectors;
         copy_async_commit();
     };
 #pragma unroll
-    for (int stage = 0; stage < NUM_STAGES - 1; ++stage) load_weights(stage);
+    for (int i = 0; i < NUM_STAGES - 1; ++i) load_weights(i, i - (NUM_STAGES - 1));
     __syncthreads();  // the tables
 
     // -- this lane's rows of the operands: ldmatrix takes one address from each lane -----------------------------------------
@@ -444,8 +432,12 @@ __device__ __forceinline__ void multiply_tile(
     for (int j = 0; j < (HAS_SAMPLES ? kTilesN / 2 : 1); ++j) {
         const index_t column = warp % WARPS_N * kWarpN + j * 16 + lane / 16 * 8 + lane % 8;
         const index_t sample = HAS_SAMPLES ? column / window.block_positions : 0;
-        const index_t row = sample * sample_rows + (column - sample * window.block_positions);
-        column_offset[j] = sample < window.block_samples ? int(row) * 16 : 0;
+        // Every sample's rows begin at a multiple of 8 behind its columns, so that eight neighbouring columns are in
+        // different banks. Columns behind the last sample read a row of their own bank, too, or one that others read.
+        const index_t row = sample < window.block_samples
+            ? sample * window.sample_rows + (column - sample * window.block_positions)
+            : column % 8;
+        column_offset[j] = int(row) * 16;
     }
     const unsigned char* const my_window =
         keep_in_register(reinterpret_cast<const unsigned char*>(windows) + (HAS_SAMPLES ? 0 : column_offset[0]));
@@ -462,66 +454,75 @@ __device__ __forceinline__ void multiply_tile(
 
 #pragma unroll 1
     for (index_t chunk = chunk_begin - 1; chunk < chunk_end; ++chunk) {
-        // The next chunk's input is on its way while this one is multiplied.
-        Vector ahead[PREFETCH_TASKS];
-        Task next;
-        next.start(window);
-        if (chunk + 1 == chunk_end) next.unit = window.units;
-        Task loading = next;
-#pragma unroll
-        for (int i = 0; i < PREFETCH_TASKS; ++i) {
-            if (loading.unit < window.units) ahead[i] = load_vector(chunk + 1, loading);
-            loading.advance(window);
-        }
+        // The next chunk's input arrives while this one is multiplied, in batches of what the registers hold: a batch is
+        // loaded, a round of stages is multiplied, the batch is stored.
+        const int tasks = chunk + 1 < chunk_end ? int(part_rows) : 0;
+        const int stages_end = chunk < chunk_begin ? stage : stage + chunk_stages;
         const unsigned char* const x = keep_in_register(my_window + int((chunk & 1) * window_vectors) * 16);
         const StepOffsets* pairs_of_stage = my_pairs;
 #pragma unroll 1
-        for (index_t pair = 0; chunk >= chunk_begin && pair < window.pairs; pair += kStagePairs) {
-            copy_async_wait_group<NUM_STAGES - 2>();
-            __syncthreads();
-            const Vector* const w = my_weight + slot * kStageVectors;
-            load_weights((slot + NUM_STAGES - 1) & (NUM_STAGES - 1));
-            slot = (slot + 1) & (NUM_STAGES - 1);
-            const StepOffsets pairs = *pairs_of_stage;
-            pairs_of_stage += 2;  // those of both halves
+        for (int batch = 0; batch < tasks || stage < stages_end; batch += PREFETCH_TASKS * kThreads) {
+            Vector ahead[PREFETCH_TASKS];
 #pragma unroll
-            for (int step = 0; step < STAGE_STEPS; ++step) {
-                const unsigned char* const x_pair = x + pairs.bytes[step];
-                unsigned a[kParts][kTilesM][4], b[kParts][kTilesN][2];
+            for (int i = 0; i < PREFETCH_TASKS; ++i) {
+                const int task = batch + i * kThreads + threadIdx.x;
+                if (task < tasks) ahead[i] = load_vector(chunk + 1, task);
+            }
+            const int round_end = stage + int(min_index(window.round_stages, stages_end - stage));
+#pragma unroll 1
+            while (stage < round_end) {
+                copy_async_wait_group<NUM_STAGES - 2>();
+                __syncthreads();
+                load_weights(slot, stage);
+                slot = keep_in_register(stage & (NUM_STAGES - 1));
+                ++stage;
+                const Vector* const w = my_weight + slot * kStageVectors;
+                const StepOffsets pairs = *pairs_of_stage;
+                pairs_of_stage += 2;  // those of both halves
 #pragma unroll
-                for (int part = 0; part < kParts; ++part) {
+                for (int step = 0; step < STAGE_STEPS; ++step) {
+                    const unsigned char* const x_pair = x + pairs.bytes[step];
+                    unsigned a[kParts][kTilesM][4], b[kParts][kTilesN][2];
+#pragma unroll
+                    for (int part = 0; part < kParts; ++part) {
+#pragma unroll
+                        for (int i = 0; i < kTilesM; ++i) {
+                            load_matrix_x4(a[part][i], w + (2 * step * kParts + part) * BLOCK_M + i * 16);
+                        }
+#pragma unroll
+                        for (int j = 0; j < kTilesN / 2; ++j) {
+                            unsigned both[4];
+                            load_matrix_x4(
+                                both, x_pair + ((HAS_SAMPLES ? column_offset[j] : j * 256) + part * int(part_rows) * 16));
+                            b[part][2 * j][0] = both[0];
+                            b[part][2 * j][1] = both[1];
+                            b[part][2 * j + 1][0] = both[2];
+                            b[part][2 * j + 1][1] = both[3];
+                        }
+                    }
 #pragma unroll
                     for (int i = 0; i < kTilesM; ++i) {
-                        load_matrix_x4(a[part][i], w + (2 * step * kParts + part) * BLOCK_M + i * 16);
-                    }
 #pragma unroll
-                    for (int j = 0; j < kTilesN / 2; ++j) {
-                        unsigned both[4];
-                        load_matrix_x4(
-                            both, x_pair + ((HAS_SAMPLES ? column_offset[j] : j * 256) + part * int(part_rows) * 16));
-                        b[part][2 * j][0] = both[0];
-                        b[part][2 * j][1] = both[1];
-                        b[part][2 * j + 1][0] = both[2];
-                        b[part][2 * j + 1][1] = both[3];
+                        for (int j = 0; j < kTilesN; ++j) {
+                            if (IS_SPLIT) {
+                                MULTIPLY_MATRICES(low[i][j], a[kParts - 1][i], b[0][j]);
+                                MULTIPLY_MATRICES(low[i][j], a[0][i], b[kParts - 1][j]);
+                            }
+                            MULTIPLY_MATRICES(acc[i][j], a[0][i], b[0][j]);
+                        }
                     }
                 }
-#pragma unroll
-                for (int i = 0; i < kTilesM; ++i) {
-#pragma unroll
-                    for (int j = 0; j < kTilesN; ++j) {
-                        if (IS_SPLIT) {
-                            MULTIPLY_MATRICES(low[i][j], a[kParts - 1][i], b[0][j]);
-                            MULTIPLY_MATRICES(low[i][j], a[0][i], b[kParts - 1][j]);
-                        }
-                        MULTIPLY_MATRICES(acc[i][j], a[0][i], b[0][j]);
-                    }
+                if (IS_SPLIT) {
+                    for_each_sum([&](int i, int j, int e) {
+                        part[i][j][e] += acc[i][j][e];
+                        acc[i][j][e] = 0.0f;
+                    });
                 }
             }
-            if (IS_SPLIT) {
-                for_each_sum([&](int i, int j, int e) {
-                    part[i][j][e] += acc[i][j][e];
-                    acc[i][j][e] = 0.0f;
-                });
+#pragma unroll
+            for (int i = 0; i < PREFETCH_TASKS; ++i) {
+                const int task = batch + i * kThreads + threadIdx.x;
+                if (task < tasks) store_vector(chunk + 1, task, ahead[i]);
             }
         }
         if (SEGMENT_MODE == 1 && chunk >= chunk_begin && (--segment_left == 0 || chunk + 1 == chunk_end)) {
@@ -531,15 +532,6 @@ __device__ __forceinline__ void multiply_tile(
                 acc[i][j][e] = 0.0f;
                 if (IS_SPLIT) low[i][j][e] = part[i][j][e] = 0.0f;
             });
-        }
-#pragma unroll
-        for (int i = 0; i < PREFETCH_TASKS; ++i) {
-            if (next.unit < window.units) store_vector(chunk + 1, next, ahead[i]);
-            next.advance(window);
-        }
-#pragma unroll 1
-        for (; next.unit < window.units; next.advance(window)) {
-            store_vector(chunk + 1, next, load_vector(chunk + 1, next));
         }
     }
     if (SEGMENT_MODE == 1 || IS_SPLIT) {

@@ -53,6 +53,10 @@ __device__ __forceinline__ T* keep_in_register(T* pointer) {
     asm("" : "+l"(pointer));
     return pointer;
 }
+__device__ __forceinline__ int keep_in_register(int value) {
+    asm("" : "+r"(value));
+    return value;
+}
 template <typename T>
 __device__ __forceinline__ T* keep_in_register_shared(T* pointer) {
     unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(pointer));

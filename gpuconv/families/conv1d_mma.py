@@ -54,7 +54,7 @@ class Conv1dMma(Family):
         bits = self._index_bits(p, layout)
         mode = tiling.tile.segment_mode
         config = mma.kernel_config(
-            self.name, p.dtype, p.precision, tiling.tile, bits, phases_in_rows=False, segment_mode=mode
+            self.name, p.dtype, p.precision, tiling.tile, bits, device, phases_in_rows=False, segment_mode=mode
         )
         return config, mma.launch(tiling, product, bits, params)
 

@@ -69,7 +69,7 @@ class ConvTranspose1dMma(Family):
         }
         mode = tiling.tile.segment_mode
         config = mma.kernel_config(
-            self.name, p.dtype, p.precision, tiling.tile, bits, phases_in_rows=phases.in_rows, segment_mode=mode
+            self.name, p.dtype, p.precision, tiling.tile, bits, device, phases_in_rows=phases.in_rows, segment_mode=mode
         )
         return config, mma.launch(tiling, product, bits, params)
 

@@ -24,6 +24,7 @@ NUM_STAGES = 4  # of weights in shared memory, a power of two
 STAGE_PAIRS = PAIRS_PER_STEP * STAGE_STEPS
 PACK_BLOCK_SIZE = 128
 UNIT_BYTES = 16
+BANK_ROWS = 8  # of 16 bytes, in all banks of shared memory
 
 # Fewer channels than a unit of 16-bit elements are the business of the families for stems and tails.
 MIN_CHANNELS = 8
@@ -83,7 +84,7 @@ class Tile:
 
     Attributes:
         min_blocks: blocks that a multiprocessor must be able to hold, which caps the registers of a thread.
-        prefetch: vectors of input that a thread loads ahead.
+        prefetch: vectors of input that a thread has on their way at a time.
         has_samples: a block may take the positions of several samples, at the cost of an address for each fragment.
         segment_mode: SEGMENT_MODE of mma.cuh; 2 stands for both launches.
     """
@@ -120,9 +121,9 @@ class Tile:
 _TILES = (
     Tile(128, 128, 2, 2, 2, 4),
     Tile(128, 256, 2, 4, 1, 4),
-    Tile(64, 128, 2, 2, 3, 3),
+    Tile(64, 128, 2, 2, 3, 4),
     Tile(64, 64, 2, 2, 4, 4),
-    Tile(32, 256, 1, 4, 3, 3),
+    Tile(32, 256, 1, 4, 3, 4),
     Tile(48, 128, 1, 4, 3, 4),
     Tile(32, 64, 1, 4, 4, 4),
     Tile(16, 128, 1, 4, 4, 4),
@@ -173,6 +174,7 @@ L2_BYTES_PER_CYCLE = 24.0
 SHARED_BYTES_PER_CYCLE = 128.0
 LATENCY_CYCLES = 2500.0
 _SECOND_PASS_CYCLES = 5000.0  # of a launch that reads what another has just written
+_LOAD_CYCLES = 600.0  # from a load to its data, mostly from L2 (an assumption)
 _STAGE_CYCLES = 60.0  # the barrier of a stage, and its wait for weights, of a block alone
 
 
@@ -231,7 +233,12 @@ class Reduction:
     @property
     def pairs(self) -> int:
         """(tap, unit) pairs of a chunk, filled up to whole stages."""
-        return -(-self.taps * self.units // STAGE_PAIRS) * STAGE_PAIRS
+        return self.stages * STAGE_PAIRS
+
+    @property
+    def stages(self) -> int:
+        """Of a chunk."""
+        return -(-self.taps * self.units // STAGE_PAIRS)
 
     @property
     def segments(self) -> int:
@@ -292,19 +299,29 @@ class Window:
         return cls(block_samples, block_positions, 1, shared_rows, -rounds * step, step, rounds * step, step)
 
     @property
-    def rows(self) -> int:
-        return self.block_samples * self.planes * self.plane_rows
+    def sample_rows(self) -> int:
+        """Of one sample.
 
-    def params(self, tile: Tile) -> dict[str, int]:
+        Several samples lie at such distances that eight neighbouring columns read rows which differ modulo 8, so that
+        ldmatrix meets no bank conflict where they are of different samples.
+        """
+        rows = self.planes * self.plane_rows
+        return rows if self.block_samples == 1 else rows + (self.block_positions - rows) % BANK_ROWS
+
+    @property
+    def rows(self) -> int:
+        return max(self.block_samples * self.sample_rows, BANK_ROWS)
+
+    def params(self) -> dict[str, int]:
         """The fields of Params, in order."""
         return {
             "block_samples": self.block_samples,
             "block_positions": self.block_positions,
             "planes": self.planes,
             "plane_rows": self.plane_rows,
+            "sample_rows": self.sample_rows,
             "window_rows": self.rows,
-            "task_units": tile.threads // self.rows,
-            "task_rows": tile.threads % self.rows,
+            "rows_reciprocal": -(-(2**32) // self.rows),
             "tap_rows_first": self.tap_rows_first,
             "tap_rows_step": self.tap_rows_step,
             "window_shift": self.shift,
@@ -334,6 +351,11 @@ def shared_bytes(tile: Tile, window: Window, reduction: Reduction, arithmetic: A
         NUM_STAGES * tile.stage_bytes(arithmetic.parts) + windows + tables,
         tile.slice_bytes(itemsize),
     )
+
+
+def input_batches(tile: Tile, window: Window, reduction: Reduction) -> int:
+    """Batches in which the threads of a block load the window of a chunk: see mma.cuh."""
+    return -(-reduction.units * window.rows // (tile.threads * tile.prefetch))
 
 
 @lru_cache(maxsize=4096)
@@ -394,13 +416,15 @@ def _cost(
     # A lane loads one element of a window at a time and stores 16 bytes of each part.
     local = (operands + staged * arithmetic.parts) / SHARED_BYTES_PER_CYCLE + staged / itemsize / WARP
     stores = tile.block_m * tile.block_n * itemsize / _BYTES_PER_CYCLE
-    stages = chunks * reduction.pairs / STAGE_PAIRS
+    stages = chunks * reduction.stages
+    # Batches of a chunk's input for which no stages are left to multiply meanwhile.
+    waits = chunks * max(0, input_batches(tile, window, reduction) - reduction.stages)
     resident = min(tile.min_blocks, max(1, device.shared_per_sm // (shared + 1024)))
-    block = max(multiply, local, l2) + stores + stages * _STAGE_CYCLES / resident
+    block = max(multiply, local, l2) + stores + (stages * _STAGE_CYCLES + waits * _LOAD_CYCLES) / resident
     waves, rest = divmod(blocks, device.num_sms * resident)
     last = -(-rest // device.num_sms)
     # A multiprocessor's last blocks run alone: a warp's chain of dependent products then sets the pace.
-    alone = stages * (_STAGE_CYCLES + 35.0 * STAGE_STEPS)
+    alone = stages * (_STAGE_CYCLES + 35.0 * STAGE_STEPS) + waits * _LOAD_CYCLES
     tail = max(block * last, alone + stores) if rest else 0.0
     launch = waves * max(block * resident, alone + stores) + tail + LATENCY_CYCLES * (waves + (1 if rest else 0))
     return launch + second_pass
@@ -425,9 +449,19 @@ def smallest_fits(product: Product, arithmetic: Arithmetic, device: Device) -> b
 
 
 def kernel_config(
-    kernel: str, dtype: str, precision: str, tile: Tile, bits: int, *, phases_in_rows: bool, segment_mode: int
+    kernel: str,
+    dtype: str,
+    precision: str,
+    tile: Tile,
+    bits: int,
+    device: Device,
+    *,
+    phases_in_rows: bool,
+    segment_mode: int,
 ) -> Config:
     arithmetic = ARITHMETICS[dtype, precision]
+    # The shared memory of Turing holds one block, seldom two; 64-bit offsets take twice the registers.
+    caps_registers = bits == 32 and device.arch >= 80
     macros: dict[str, str | int] = {
         "DTYPE": dtype,
         "INDEX_BITS": bits,
@@ -439,7 +473,7 @@ def kernel_config(
         "STAGE_STEPS": STAGE_STEPS,
         "PREFETCH_TASKS": tile.prefetch,
         "HAS_SAMPLES": int(tile.has_samples),
-        "MIN_BLOCKS": tile.min_blocks if bits == 32 else 1,
+        "MIN_BLOCKS": tile.min_blocks if caps_registers else 1,
         "IS_SPLIT": int(arithmetic.parts == 2),
         "SPLIT_TERMS": SPLIT_TERMS,
         "SEGMENT_MODE": segment_mode,
@@ -460,7 +494,14 @@ def kernel_configs(kernel: str, device: Device, phases: tuple[bool, ...], *, tra
                 for tile in (*tiles(arithmetic, bits), *tiles(arithmetic, bits, segments=True)):
                     for mode in (2, 3) if tile.segment_mode == 2 else (tile.segment_mode,):
                         yield kernel_config(
-                            kernel, dtype, precision, tile, bits, phases_in_rows=phases_in_rows, segment_mode=mode
+                            kernel,
+                            dtype,
+                            precision,
+                            tile,
+                            bits,
+                            device,
+                            phases_in_rows=phases_in_rows,
+                            segment_mode=mode,
                         )
                 yield _pack_config(dtype, precision, bits, transposed=transposed, phases_in_rows=phases_in_rows)
 
@@ -479,6 +520,7 @@ def most_weight_vectors(product: Product) -> int:
 def tiling_params(product: Product, tiling: Tiling) -> dict[str, int]:
     """The fields of Params that describe the order of summation and the tiles, in order."""
     reduction = product.reduction
+    batches = input_batches(tiling.tile, tiling.window, reduction)
     return {
         "units": reduction.units,
         "chunks": reduction.chunks,
@@ -486,7 +528,8 @@ def tiling_params(product: Product, tiling: Tiling) -> dict[str, int]:
         "segments": reduction.segments,
         "segment_chunks": reduction.segment_chunks,
         "num_tiles": tiling.blocks,
-        **tiling.window.params(tiling.tile),
+        "round_stages": max(1, reduction.stages // batches),
+        **tiling.window.params(),
     }
 
 

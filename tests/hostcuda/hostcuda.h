@@ -243,6 +243,7 @@ template <typename T>
 __forceinline__ T* keep_in_register(T* pointer) {
     return pointer;
 }
+__forceinline__ int keep_in_register(int value) { return value; }
 
 inline bool any_lane(bool condition, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
     hostcuda::Vote record = {condition, false};
