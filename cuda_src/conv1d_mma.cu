@@ -22,7 +22,6 @@ struct Params {
     index_t input_stride_n, input_stride_c, input_stride_l;
     index_t bias_stride;
     index_t output_stride_n, output_stride_c, output_stride_l;
-    index_t has_vector_stores;
     // See Window in mma.cuh.
     index_t units, chunks, pairs, segments, segment_chunks, num_tiles, round_stages;
     index_t block_samples, block_positions;
@@ -73,7 +72,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) conv1d_mma(
         tile.input_stride_l = p.input_stride_l;
         tile.output_stride_n = p.output_stride_n;
         tile.output_stride_l = p.output_stride_l;
-        tile.has_vector_stores = p.has_vector_stores != 0;
         return tile;
     };
     const Window window = {

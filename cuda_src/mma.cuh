@@ -79,7 +79,6 @@ struct Tile {
     index_t output_step, output_first;     // l_out = q*output_step + output_first + Row::shift
     index_t input_stride_n, input_stride_c, input_stride_l;
     index_t output_stride_n, output_stride_l;
-    bool has_vector_stores;  // rows of output start at multiples of 16 bytes and are contiguous
 };
 
 // How the window of a block lies in shared memory, and the order of the packed weights.
@@ -123,8 +122,8 @@ __device__ __forceinline__ index_t partial_offset(const Window& window, index_t 
     return (((segment * window.num_tiles + tile) * kTilesM + i) * kTilesN + j) * kThreads + threadIdx.x;
 }
 
-// A thread's share of a stage of weights, from copy kFirst on. A warp copies neighbouring vectors, so that one pair of addresses
-// serves all of them by the small offsets that the instruction has: `from` points into the middle.
+// A thread's share of a stage of weights, from copy kFirst on. A warp copies neighbouring vectors, so that one pair of
+// addresses serves all of them by the small offsets that the instruction has: `from` points into the middle.
 template <int kFirst = 0, bool kEnd = (kFirst == kStageCopies)>
 struct StageCopy {
     static __device__ __forceinline__ void run(Vector* to, const Vector* from) {
@@ -259,13 +258,14 @@ __device__ __forceinline__ void store_slice(
         const storage_t* const x = slice + segment.first * kSlicePitch;
         const index_t l_first =
             (tile.position_begin + column_begin) * tile.output_step + tile.output_first + info.shift;
-        if (!HAS_SAMPLES && tile.has_vector_stores && segment.count == tile.output_step) {
-            // The slice holds l_first and what follows. Vectors start at multiples of 16 bytes of the output.
+        if (!HAS_SAMPLES && tile.output_stride_l == 1 && segment.count == tile.output_step) {
+            // The slice holds l_first and what follows. Vectors lie at multiples of 16 bytes, wherever the row begins.
+            const index_t skew = index_t(reinterpret_cast<unsigned long long>(y) / sizeof(storage_t) % kUnit);
             const index_t l_end = min_index(l_first + columns * tile.output_step, tile.L_out);
             const index_t l_begin = max_index(l_first, 0);
-            const bool is_aligned = l_first % kUnit == 0;  // of the slice, too
+            const bool is_aligned = (l_first + skew) % kUnit == 0;  // of the slice, too
 #pragma unroll 1
-            for (index_t l = l_begin / kUnit * kUnit + lane % kLanes * kUnit; l < l_end; l += kLanes * kUnit) {
+            for (index_t l = l_begin - (l_begin + skew) % kUnit + lane % kLanes * kUnit; l < l_end; l += kLanes * kUnit) {
                 const storage_t* const from = x + (l - l_first);
                 if (l >= l_begin && l + kUnit <= l_end) {
                     Vector vector;

@@ -48,7 +48,6 @@ class Conv1dMma(Family):
             "padding_left": p.padding_left,
             "dilation": p.dilation,
             **{name: stride for name, stride in strides.items() if not name.startswith("weight")},
-            "has_vector_stores": int(mma.has_vector_stores(p, layout)),
             **mma.tiling_params(product, tiling),
         }
         bits = self._index_bits(p, layout)

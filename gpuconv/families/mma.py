@@ -548,15 +548,6 @@ def second_pass(config: Config, first: Launch, product: Product, tiling: Tiling,
     return SecondPass(Config.of(config.kernel, macros), adds, sums * 4)
 
 
-def has_vector_stores(problem: ConvProblem, layout: Layout) -> bool:
-    """Whether every row of the output is contiguous and starts at a multiple of 16 bytes."""
-    stride_n, stride_c, stride_l = (stride * problem.itemsize for stride in layout.output.strides)
-    aligned = layout.output.alignment >= UNIT_BYTES
-    rows = stride_c % UNIT_BYTES == 0 or problem.C_out == 1
-    samples = stride_n % UNIT_BYTES == 0 or problem.N == 1
-    return aligned and rows and samples and stride_l == problem.itemsize
-
-
 def make_pack(
     problem: ConvProblem,
     layout: Layout,
