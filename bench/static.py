@@ -15,7 +15,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -27,7 +27,7 @@ from rich.table import Table
 
 from gpuconv import dispatch
 from gpuconv.device import ARCHITECTURES, Device
-from gpuconv.families import FAMILIES, Config, GradientLayout, Launch, Layout
+from gpuconv.families import FAMILIES, Config, GradientLayout, Layout
 from gpuconv.problem import ConvProblem, WeightGradientProblem
 
 from .directions import DIRECTIONS, Direction, directions_of, of_forward, prediction_key
@@ -84,19 +84,6 @@ def choose(
     if isinstance(problem, WeightGradientProblem):
         return dispatch.choose_gradient(problem, GradientLayout.contiguous(problem), device)
     return dispatch.choose(problem, Layout.contiguous(problem), device)
-
-
-def launches_of(choice: dispatch.Choice | dispatch.GradientChoice) -> Iterator[tuple[Config, Launch]]:
-    """The kernels that a choice runs."""
-    yield choice.config, choice.launch
-    if isinstance(choice, dispatch.GradientChoice):
-        if choice.sum is not None:
-            yield choice.sum
-        return
-    if choice.pack is not None:
-        yield choice.pack.config, choice.pack.launch
-    if choice.second_pass is not None:
-        yield choice.second_pass.config, choice.second_pass.launch
 
 
 def base_choice(problem: ConvProblem, device: Device) -> dispatch.Choice:
@@ -333,7 +320,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not planned:
         parser.error(f"no layer matches {args.filter!r} in these modes")
     try:
-        launches = dict(launch for p in planned for launch in launches_of(p.choice))
+        launches = dict(launch for p in planned for launch in p.choice.kernels)
         reports = compile_all(launches, args.arch, console)
     except ToolMissingError as error:
         console.print(f"[red]{error}[/red]")

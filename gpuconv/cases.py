@@ -15,10 +15,13 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from .problem import ArraySpec, ConvProblem, Op, numpy_dtype
+from .problem import DTYPES, ArraySpec, ConvProblem, Op, numpy_dtype
 
 Array: TypeAlias = npt.NDArray[Any]
 RandomKind: TypeAlias = Literal["normal", "ill_scaled", "cancelling", "nonfinite"]
+
+# Number formats: dtypes, and float32 with precision="tf32".
+FORMATS: tuple[str, ...] = (*DTYPES, "tf32")
 
 RANDOM_KINDS: tuple[RandomKind, ...] = ("normal", "ill_scaled", "cancelling", "nonfinite")
 
@@ -37,7 +40,7 @@ class Case:
 
     Attributes:
         name: unique in the table.
-        problem: float32; `at` gives it another dtype.
+        problem: float32; `at` gives it another number format.
         settings: the keyword arguments of the public function, as a user would write them ("same", output_size, ...).
         tags: what the case is there for; the first one is its group.
     """
@@ -47,9 +50,11 @@ class Case:
     settings: tuple[tuple[str, Any], ...]
     tags: tuple[str, ...]
 
-    def at(self, dtype: str) -> ConvProblem:
-        """The case's problem with another dtype."""
-        return replace(self.problem, dtype=dtype)
+    def at(self, number_format: str) -> ConvProblem:
+        """The case's problem in another number format, one of `FORMATS`."""
+        if number_format == "tf32":
+            return replace(self.problem, dtype="float32", precision="tf32")
+        return replace(self.problem, dtype=number_format)
 
 
 def _conv(

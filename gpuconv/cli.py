@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from . import __version__, files, functional, runtime
+from .cases import FORMATS
 from .device import ARCHITECTURES
 from .explain import DIRECTIONS, SETTINGS, explain
 from .families import FAMILIES, Config
@@ -132,7 +133,7 @@ def _add_verify(commands: Any) -> None:
         epilog="exit codes: 0 all good, 1 a mismatch, 2 bad usage, 3 no GPU for --device gpu",
     )
     _add_device(parser)
-    parser.add_argument("--dtype", type=_dtypes, metavar="D[,D]", help=f"only these dtypes, of {', '.join(DTYPES)}")
+    parser.add_argument("--dtype", type=_some_of(FORMATS), metavar="D[,D]", help=f"only these, of {', '.join(FORMATS)}")
     parser.add_argument(
         "--filter", metavar="TEXT", help="only the cases with TEXT in their name, or this tag or operation"
     )
@@ -233,7 +234,9 @@ def _add_shapes(parser: Any, *, required: bool) -> None:
     if required:
         parser.add_argument("--dtype", choices=DTYPES, default="float32", metavar="D", help=_one_of(DTYPES, "float32"))
     else:
-        parser.add_argument("--dtype", type=_dtypes, metavar="D[,D]", help=f"{', '.join(DTYPES)} (default: all)")
+        parser.add_argument(
+            "--dtype", type=_some_of(DTYPES), metavar="D[,D]", help=f"{', '.join(DTYPES)} (default: all)"
+        )
     _add_settings(parser, tuple(SETTINGS))
 
 
@@ -286,12 +289,15 @@ def _padding(text: str) -> int | tuple[int, ...] | str:
     return sides[0] if len(sides) == 1 else sides
 
 
-def _dtypes(text: str) -> tuple[str, ...]:
-    names = tuple(text.split(","))
-    for name in names:
-        if name not in DTYPES:
-            raise argparse.ArgumentTypeError(f"expected some of {', '.join(DTYPES)}, got {name!r}")
-    return names
+def _some_of(choices: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
+    def parse(text: str) -> tuple[str, ...]:
+        names = tuple(text.split(","))
+        for name in names:
+            if name not in choices:
+                raise argparse.ArgumentTypeError(f"expected some of {', '.join(choices)}, got {name!r}")
+        return names
+
+    return parse
 
 
 def _at_least(minimum: int) -> Callable[[str], int]:
@@ -533,7 +539,7 @@ def _warmup(args: argparse.Namespace) -> int:
             except (ValueError, TypeError) as error:
                 raise CommandError(str(error)) from error
             if explanation.choice is not None:
-                configs[explanation.choice.config] = None
+                configs.update((config, None) for config, _ in explanation.choice.kernels)
     start = time.perf_counter()
     with _progress("compiling") as progress:
         for done, config in enumerate(configs):

@@ -56,6 +56,12 @@ class Choice:
     figures: tuple[tuple[str, float], ...] = ()
     second_pass: SecondPass | None = None
 
+    @property
+    def kernels(self) -> tuple[tuple[Config, Launch], ...]:
+        """The specialisations that the call runs, with their launches; the family's own first."""
+        others = (other for other in (self.pack, self.second_pass) if other is not None)
+        return ((self.config, self.launch), *((other.config, other.launch) for other in others))
+
 
 @dataclass(frozen=True, slots=True)
 class GradientChoice:
@@ -80,6 +86,11 @@ class GradientChoice:
     sum: tuple[Config, Launch] | None
     partial_bytes: int
     figures: tuple[tuple[str, float], ...] = ()
+
+    @property
+    def kernels(self) -> tuple[tuple[Config, Launch], ...]:
+        """The specialisations that the call runs, with their launches; the family's own first."""
+        return ((self.config, self.launch), *(() if self.sum is None else (self.sum,)))
 
 
 def lay_out(problem: ConvProblem, places: Mapping[str, Place | None]) -> tuple[Layout, tuple[str, ...]]:

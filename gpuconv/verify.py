@@ -18,8 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from . import cases, functional, grad, reference, runtime
-from .cases import Case, Data
-from .problem import DTYPES, BiasGradientProblem, ConvProblem, WeightGradientProblem, numpy_dtype
+from .cases import FORMATS, Case, Data
+from .problem import BiasGradientProblem, ConvProblem, WeightGradientProblem, numpy_dtype
 
 Array: TypeAlias = npt.NDArray[Any]
 DeviceName: TypeAlias = Literal["auto", "gpu", "cpu"]
@@ -51,7 +51,7 @@ class Failure:
     """A check that did not hold.
 
     Attributes:
-        case, dtype, check: where.
+        case, dtype, check: where; `dtype` is one of `gpuconv.cases.FORMATS`.
         problem: what was computed; the case's own problem or one derived from it.
         message: what was expected, or what was raised, in one line.
         traceback: where the call raised.
@@ -118,7 +118,7 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """One check of one case at one dtype; it passed where `failure` is None. `seconds` is its wall time."""
+    """One check of one case in one number format; it passed where `failure` is None. `seconds` is its wall time."""
 
     case: str
     dtype: str
@@ -271,8 +271,9 @@ def verify(
         device: "gpu": CuPy's current device. "cpu": the NumPy path. "auto": the GPU if one answers, else the CPU.
         filter: part of a case name, a tag, or an operation; see `gpuconv.cases.select`.
         seed: of all data.
-        dtypes: names in `gpuconv.problem.DTYPES`; by default all that this machine has (bfloat16 needs ml_dtypes, and
-            on a GPU CuPy 14).
+        dtypes: names in `gpuconv.cases.FORMATS`: dtypes, and "tf32" for float32 with ``precision="tf32"``. By default
+            all that this machine has: bfloat16 needs ml_dtypes, and on a GPU CuPy 14; the NumPy path computes "tf32" as
+            float32, so there it is run only by name.
         progress: called as progress(done, total, label) before the first case and after each.
 
     Raises:
@@ -283,9 +284,9 @@ def verify(
     started = time.perf_counter()
     if device not in ("auto", "gpu", "cpu"):
         raise ValueError(f'device must be "auto", "gpu" or "cpu", got {device!r}')
-    unknown = [dtype for dtype in dtypes or () if dtype not in DTYPES]
+    unknown = [dtype for dtype in dtypes or () if dtype not in FORMATS]
     if unknown:
-        raise ValueError(f"dtypes must be among {', '.join(DTYPES)}, got {', '.join(map(repr, unknown))}")
+        raise ValueError(f"dtypes must be among {', '.join(FORMATS)}, got {', '.join(map(repr, unknown))}")
     selected = cases.select(filter)
     missing = None if device == "cpu" else missing_gpu()
     if device == "gpu" and missing is not None:
@@ -293,11 +294,12 @@ def verify(
     target = _Target(on_gpu=device != "cpu" and missing is None)
     skipped: dict[str, str] = {}
     if dtypes is None:
-        skipped = {dtype: reason for dtype in DTYPES if (reason := target.lacks(dtype)) is not None}
-        dtypes = [dtype for dtype in DTYPES if dtype not in skipped]
+        own = [name for name in FORMATS if target.on_gpu or name != "tf32"]
+        skipped = {name: reason for name in own if (reason := target.lacks(name)) is not None}
+        dtypes = [name for name in own if name not in skipped]
     else:
-        for dtype in dtypes:
-            numpy_dtype(dtype)
+        for name in dtypes:
+            _array_dtype(name)
 
     results: list[Result] = []
     total = len(dtypes) * len(selected)
@@ -351,10 +353,10 @@ class _Target:
     def get(self, array: Any) -> Array:
         return np.asarray(runtime.cupy_module().asnumpy(array) if self.on_gpu else array)
 
-    def lacks(self, dtype: str) -> str | None:
+    def lacks(self, number_format: str) -> str | None:
         """Why this machine has no such arrays; None where it does."""
         try:
-            self.put(np.zeros(1, numpy_dtype(dtype)))
+            self.put(np.zeros(1, _array_dtype(number_format)))
         except (ImportError, TypeError, ValueError) as error:
             return str(error)
         return None
@@ -420,18 +422,30 @@ class _Target:
 
 @dataclass(frozen=True, slots=True)
 class _Subject:
-    """One case at one dtype on one device, as the checks see it."""
+    """One case in one number format on one device, as the checks see it."""
 
     case: Case
-    problem: ConvProblem
+    number_format: str
     target: _Target
     seed: int
     check: str = ""
 
+    @property
+    def problem(self) -> ConvProblem:
+        return self.case.at(self.number_format)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The keyword arguments of the call, as the case's author wrote them."""
+        settings = dict(self.case.settings)
+        if self.problem.precision != "float32":
+            settings["precision"] = self.problem.precision
+        return settings
+
     def run(self, data: Data, problem: ConvProblem | None = None) -> Array:
         """The case called as its author wrote it, or a problem derived from it."""
         if problem is None:
-            return self.target.convolve(self.problem, data, dict(self.case.settings))
+            return self.target.convolve(self.problem, data, self.settings)
         return self.target.convolve(problem, data)
 
     def gradient(self, argument: Argument, *arrays: Array) -> Array:
@@ -439,7 +453,7 @@ class _Subject:
 
         `arrays` are weight and grad_output, input and grad_output, or grad_output alone.
         """
-        return self.target.gradient(argument, self.problem, arrays, dict(self.case.settings))
+        return self.target.gradient(argument, self.problem, arrays, self.settings)
 
     def equal(self, output: Array, expected: Array) -> npt.NDArray[np.bool_]:
         """Elementwise: bits on a GPU, values on the CPU, whose BLAS may give a zero either sign.
@@ -494,7 +508,7 @@ class _Subject:
         taps = [] if data is None else list(_taps(problem, data, index))
         return Failure(
             self.case.name,
-            problem.dtype,
+            self.number_format,
             self.check,
             str(problem),
             message,
@@ -520,7 +534,7 @@ def _check_layout(s: _Subject) -> Failure | None:
     out = _every_other(s.target, np.full(p.output_shape, np.nan, dtype))
     weight = _swapped_axes(s.target, data.weight)
     bias = None if data.bias is None else _every_other(s.target, data.bias)
-    settings = dict(s.case.settings)
+    settings = s.settings
     for arrange in (_every_other, _swapped_axes):
         out[...] = np.nan
         s.target.convolve_into(out, p, arrange(s.target, data.input), weight, bias, settings=settings)
@@ -549,7 +563,7 @@ def _check_impulse(s: _Subject) -> Failure | None:
 def _check_adjoint(s: _Subject) -> Failure | None:
     p = replace(s.problem, has_bias=False)
     x, weight, _ = cases.exact_data(p, s.seed, adjoint_too=p.L_in > 0)
-    y = s.target.convolve(p, Data(x, weight, None), dict(s.case.settings))
+    y = s.target.convolve(p, Data(x, weight, None), s.settings)
     u = cases.exact_grad_output(p, s.seed, x)
     identities: list[tuple[Argument, Array, Array, Array]] = [("weight", u, weight, s.gradient("weight", x, u))]
     if p.L_in:
@@ -559,7 +573,7 @@ def _check_adjoint(s: _Subject) -> Failure | None:
         left, right = _inner_product(y, u), _inner_product(array, gradient)
         if left != right:
             message = f"<A(input, weight), u> must equal <{argument}, its gradient>"
-            return Failure(s.case.name, p.dtype, s.check, str(p), message, bad=1, got=left, expected=right)
+            return Failure(s.case.name, s.number_format, s.check, str(p), message, bad=1, got=left, expected=right)
     return None
 
 
@@ -617,7 +631,7 @@ def _check_repeat(s: _Subject) -> Failure | None:
     p = s.problem
     data = cases.random_data(p, s.seed)
     arrays = [None if array is None else s.target.put(array) for array in data]
-    fresh = s.target.convolve_into(None, p, *arrays, settings=dict(s.case.settings))
+    fresh = s.target.convolve_into(None, p, *arrays, settings=s.settings)
     output, expected = s.target.get(fresh), s.run(data)
     good = same_bits(output, expected) & np.isfinite(output)
     return s._judge(good, output, expected, "a second call must give the same bits", data, p)
@@ -680,8 +694,8 @@ CHECKS: tuple[Check, ...] = (
 )
 
 
-def _run_checks(case: Case, dtype: str, target: _Target, seed: int) -> Iterator[Result]:
-    subject = _Subject(case, case.at(dtype), target, seed)
+def _run_checks(case: Case, number_format: str, target: _Target, seed: int) -> Iterator[Result]:
+    subject = _Subject(case, number_format, target, seed)
     for check in CHECKS:
         if check.applies is not None and not check.applies(subject.problem):
             continue
@@ -690,12 +704,16 @@ def _run_checks(case: Case, dtype: str, target: _Target, seed: int) -> Iterator[
             failure = check.run(replace(subject, check=check.name))
         except Exception as error:  # one case that raises must not hide the results of the others
             failure = Failure(
-                case.name, dtype, check.name, str(subject.problem), f"raised {error!r}", traceback.format_exc()
+                case.name, number_format, check.name, str(subject.problem), f"raised {error!r}", traceback.format_exc()
             )
-        yield Result(case.name, dtype, check.name, time.perf_counter() - started, failure)
+        yield Result(case.name, number_format, check.name, time.perf_counter() - started, failure)
 
 
 # -- pieces ----------------------------------------------------------------------------------------------------------
+
+
+def _array_dtype(number_format: str) -> np.dtype[Any]:
+    return numpy_dtype("float32" if number_format == "tf32" else number_format)
 
 
 def same_bits(a: Array, b: Array) -> npt.NDArray[np.bool_]:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import pytest
 
 from gpuconv import calls, cases, dispatch, reference, source
-from gpuconv.cases import CASES, Case, Data
+from gpuconv.cases import CASES, FORMATS, Case, Data
 from gpuconv.device import Device
 from gpuconv.families import FAMILIES, ArrayLayout, Config, Family, Launch, Layout
 from gpuconv.families.base import contiguous_strides
@@ -32,7 +32,6 @@ BASE = {"conv1d": "conv1d_direct", "conv_transpose1d": "conv_transpose1d_gather"
 BASE_FAMILIES = tuple(family for family in FAMILIES if family.name in BASE.values())
 FAST_FAMILIES = tuple(family for family in FAMILIES if family not in BASE_FAMILIES)
 GROUPS = tuple(dict.fromkeys(case.tags[0] for case in CASES))
-MODES = (*DTYPES, "tf32")  # of data, and float32 with precision="tf32"
 TENSOR_MODES = ("float16", "bfloat16", "float32", "tf32")
 LAYERS_FILE = Path(__file__).resolve().parent.parent / "bench" / "layers.json"
 
@@ -46,17 +45,13 @@ def takes(family: Family, problem: ConvProblem, layout: Layout | None = None) ->
     return family.refuse(problem, layout or Layout.contiguous(problem), DEVICE) is None
 
 
-def at(case: Case, mode: str) -> ConvProblem:
-    return replace(case.at("float32"), precision="tf32") if mode == "tf32" else case.at(mode)
-
-
 def modes(family: Family) -> tuple[str, ...]:
     """Those in which a family's kernels differ: CUDA cores have no TF32 and compute as they do in float32."""
-    return DTYPES if family.canonical_order else MODES
+    return DTYPES if family.canonical_order else FORMATS
 
 
 def taken_cases(family: Family, mode: str, group: str) -> list[Case]:
-    return [case for case in CASES if case.tags[0] == group and takes(family, at(case, mode))]
+    return [case for case in CASES if case.tags[0] == group and takes(family, case.at(mode))]
 
 
 def items(families: tuple[Family, ...]) -> list[tuple[Family, str, str]]:
@@ -111,7 +106,7 @@ def kernels() -> None:
         for family in FAMILIES
         for mode in modes(family)
         for case in CASES
-        for problem in variants(at(case, mode))
+        for problem in variants(case.at(mode))
         if takes(family, problem)
     }
     hostcuda.prebuild([*chosen, *(with_64_bits(config) for config in chosen if config.kernel in BASE.values())])
@@ -129,7 +124,7 @@ def test_the_table_reaches_the_family(family: Family) -> None:
 def test_exact(family: Family, mode: str, group: str) -> None:
     """Small integers: the reference bit for bit, whatever the order of the threads."""
     for case in taken_cases(family, mode, group):
-        p = at(case, mode)
+        p = case.at(mode)
         data = cases.exact_data(p, seed=11)
         assert_same_bits(run(family, p, data, "every"), exact_result(p, data), case.name)
 
@@ -138,7 +133,7 @@ def test_exact(family: Family, mode: str, group: str) -> None:
 def test_rounding(family: Family, mode: str, group: str) -> None:
     """Within the error bound, the same bits whatever the order of the threads, and those of the base family."""
     for case in taken_cases(family, mode, group):
-        p = at(case, mode)
+        p = case.at(mode)
         for kind in cases.RANDOM_KINDS:
             data = cases.random_data(p, 12, kind)
             output = run(family, p, data, "every" if kind == "normal" else "forward")
@@ -152,7 +147,7 @@ def test_rounding(family: Family, mode: str, group: str) -> None:
 @pytest.mark.parametrize(("family", "mode", "group"), items(FAMILIES), **by_name)
 def test_bits_do_not_depend_on_the_batch(family: Family, mode: str, group: str) -> None:
     for case in taken_cases(family, mode, group):
-        p = cases.with_batch(at(case, mode), 5)
+        p = cases.with_batch(case.at(mode), 5)
         one = cases.with_batch(p, 1)
         data = cases.random_data(p, 13)
         whole = run(family, p, data)
@@ -164,7 +159,7 @@ def test_bits_do_not_depend_on_the_batch(family: Family, mode: str, group: str) 
 @pytest.mark.parametrize(("family", "mode", "group"), items(FAMILIES), **by_name)
 def test_bits_do_not_depend_on_the_chunk(family: Family, mode: str, group: str) -> None:
     for case in taken_cases(family, mode, group):
-        p = at(case, mode)
+        p = case.at(mode)
         if p.L_in == 0 or p.L_out < 3:  # nothing to cut
             continue
         data = cases.random_data(p, 14)
@@ -201,7 +196,7 @@ def edge_templates(family: Family, mode: str) -> list[ConvProblem]:
     found = [taken_cases(family, mode, group)[:1] for group in ("kernel", "stride", "dilation", "groups")]
     narrow = [case for case in taken_cases(family, mode, "channels") if case.problem.C_out == 1][:1]
     dense = [] if family.canonical_order else taken_cases(family, mode, "dense")
-    return [cases.with_batch(at(case, mode), 1) for few in (*found, narrow, dense) for case in few]
+    return [cases.with_batch(case.at(mode), 1) for few in (*found, narrow, dense) for case in few]
 
 
 @pytest.mark.parametrize(
@@ -310,7 +305,7 @@ def test_layouts(family: Family, mode: str) -> None:
     """Strided, reversed, permuted, broadcast and packed arrays are read and written in place, with the same bits."""
     for group in GROUPS:
         for case in taken_cases(family, mode, group)[:2]:
-            p = at(case, mode)
+            p = case.at(mode)
             if not p.batched:
                 continue
             data = cases.random_data(p, 16)
@@ -344,7 +339,7 @@ def with_64_bits(config: Config) -> Config:
 def test_64_bit_indices(family: Family, mode: str, group: str) -> None:
     """The 64-bit specialisation, which only huge arrays get, gives the bits of the 32-bit one."""
     for case in taken_cases(family, mode, group):
-        p = at(case, mode)
+        p = case.at(mode)
         data = cases.random_data(p, 17)
         config, launch = family.configure(p, Layout.contiguous(p), DEVICE)
         assert launch.index_bits == 32
@@ -486,7 +481,7 @@ def test_gpu_gives_the_bits_of_hostcuda(family: Family, mode: str, group: str, o
     """
     only(family)
     for case in taken_cases(family, mode, group):
-        p = at(case, mode)
+        p = case.at(mode)
         for kind in cases.RANDOM_KINDS:
             data = cases.random_data(p, 20, kind)
             output = BACKENDS["gpu"].convolve(p, *data)

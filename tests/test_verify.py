@@ -16,6 +16,7 @@ import pytest
 
 import gpuconv
 from gpuconv import cases, cpu, cpu_gradients, reference, runtime
+from gpuconv.cases import FORMATS
 from gpuconv.device import Device
 from gpuconv.problem import DTYPES, ConvProblem, WeightGradientProblem
 from gpuconv.verify import CHECKS, MAX_TAPS, GpuUnavailableError, missing_gpu, same_bits, verify
@@ -74,7 +75,7 @@ def run_on_hostcuda(p: ConvProblem, x: Array, w: Array, b: Array | None, out: Ar
 
 
 @pytest.mark.usefixtures("fake_gpu")
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", FORMATS)
 def test_the_kernels_pass_bit_for_bit(dtype: str, plant: Callable[[Kernel], None]) -> None:
     """The mode for GPUs, which compares bits across batches and chunks, with the kernels executed on the CPU."""
     plant(run_on_hostcuda)
@@ -83,6 +84,27 @@ def test_the_kernels_pass_bit_for_bit(dtype: str, plant: Callable[[Kernel], None
         assert report.ok, str(report)
     assert report.device == "GPU 0: H200 (sm_90, 132 multiprocessors)"
     assert report.versions["cupy"] == "14.2.0"
+
+
+@pytest.mark.usefixtures("fake_gpu")
+def test_tf32_is_run_where_there_is_one_or_by_name(plant: Callable[[Kernel], None]) -> None:
+    called: list[ConvProblem] = []
+
+    def kernel(p: ConvProblem, x: Array, w: Array, b: Array | None, out: Array) -> None:
+        called.append(p)
+        correct(p, x, w, b, out)
+
+    plant(kernel)
+    assert {r.dtype for r in verify("gpu", filter="hifigan_resblock").results} == set(FORMATS)
+    assert any(p.precision == "tf32" for p in called)
+    assert {r.dtype for r in verify("cpu", filter="hifigan_resblock").results} == set(DTYPES)
+    called.clear()
+    report = verify("cpu", filter="hifigan_resblock", dtypes=["tf32"])
+    assert report.ok
+    assert {r.dtype for r in report.results} == {"tf32"}
+    assert {(p.dtype, p.precision) for p in called} == {("float32", "tf32")}
+    plant(without_the_last_tap)
+    assert {f.dtype for f in verify("cpu", filter="k3", dtypes=["tf32"]).failures} == {"tf32"}
 
 
 @pytest.mark.gpu
