@@ -537,7 +537,9 @@ def test_warmup_compiles_every_kernel_of_the_dtypes(capsys: pytest.CaptureFixtur
 def test_warmup_compiles_the_kernels_of_a_problem(capsys: pytest.CaptureFixture[str]) -> None:
     options = "conv1d --input 2,8,100 --weight 16,8,3 --bias --stride 2 --dtype float16,float64"
     assert main(["warmup", *options.split()]) == 0
-    arrays = {dtype: [ArraySpec(s, dtype) for s in ((2, 8, 100), (16, 8, 3), (16,))] for dtype in ("float16", "float64")}
+    arrays = {
+        dtype: [ArraySpec(s, dtype) for s in ((2, 8, 100), (16, 8, 3), (16,))] for dtype in ("float16", "float64")
+    }
     choices = [gpuconv.explain("conv1d", *a, stride=2, device="sm_90").choice for a in arrays.values()]
     kernels = [config.kernel for choice in choices if choice is not None for config, _ in choice.kernels]
     assert [name for name, _ in _Kernel.compiled] == kernels
