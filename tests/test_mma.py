@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gpuconv
+from bench import sass
 from gpuconv import cases, dispatch, reference, source
 from gpuconv.cases import Data
 from gpuconv.device import ARCHITECTURES, Device
@@ -319,6 +320,19 @@ def test_input_arrives_in_batches(
     monkeypatch.setattr(Program, "of", without_way_out)
     data = cases.random_data(p, 11)
     assert_right(p, run(p, data, schedule="every"), data)
+
+
+def test_products_fill_the_main_loop_of_the_square_tile() -> None:
+    """In 16 bits for sm_90; none of its sums is in local memory."""
+    tile = mma.tiles(mma.ARITHMETICS["float16", "float32"])[0]
+    assert (tile.block_m, tile.block_n) == (128, 128)
+    config = mma.kernel_config(
+        "conv1d_mma", "float16", "float32", tile, 32, H200, phases_in_rows=False, segment_mode=tile.segment_mode
+    )
+    found = sass.report(config, "sm_90")
+    assert not found.uses_local_memory
+    assert found.loop.mix["tensor"] == 64
+    assert found.loop.useful_share >= 0.6
 
 
 # -- promise 3 ---------------------------------------------------------------------------------------------------------
