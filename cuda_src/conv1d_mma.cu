@@ -48,7 +48,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) conv1d_mma(
         const index_t n = index_t(next_index(block, p.sample_tiles)) * p.block_samples;
         const index_t g = block;
 
-        Tile tile;
+        Tile tile = tile_with_layout(p);
         tile.input = input + (n * p.input_stride_n + g * p.C_in_g * p.input_stride_c);
         tile.weight = weight + (g * p.row_tiles + row_tile) * (p.chunks * p.pairs * (kParts * BLOCK_M));
         tile.output = output + (n * p.output_stride_n + g * p.C_out_g * p.output_stride_c);
@@ -58,28 +58,15 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) conv1d_mma(
         tile.samples = p.N - n;
         tile.position_begin = column_tile * p.block_positions;
         tile.positions = p.L_out;
-        tile.C_in_g = p.C_in_g;
         tile.row_taps = p.K;
-        tile.L_in = p.L_in;
-        tile.L_out = p.L_out;
         tile.column_step = p.stride;
         tile.first = -p.padding_left;
         tile.tap_step = p.dilation;
         tile.output_step = 1;
         tile.output_first = 0;
-        tile.input_stride_n = p.input_stride_n;
-        tile.input_stride_c = p.input_stride_c;
-        tile.input_stride_l = p.input_stride_l;
-        tile.output_stride_n = p.output_stride_n;
-        tile.output_stride_l = p.output_stride_l;
         return tile;
     };
-    const Window window = {
-        p.units, p.chunks, p.pairs, p.segments, p.segment_chunks, p.num_tiles, p.round_stages,
-        p.block_samples, p.block_positions,
-        p.planes, p.plane_rows, p.sample_rows, p.window_rows, p.rows_reciprocal,
-        p.tap_rows_first, p.tap_rows_step, p.window_shift, p.plane_step};
-    run_block(tile_of, window, bias, [&](const Tile& tile, index_t row) {
+    run_block(tile_of, window_of(p), bias, [&](const Tile& tile, index_t row) {
         return Row{p.K, row * p.output_stride_c, 0, (tile.group * p.C_out_g + row) * p.bias_stride};
     }, partial);
 }

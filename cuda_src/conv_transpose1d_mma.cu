@@ -67,7 +67,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) conv_transpos
             }
         }
 
-        Tile tile;
+        Tile tile = tile_with_layout(p);
         tile.input = input + (n * p.input_stride_n + g * p.C_in_g * p.input_stride_c);
         tile.weight = weight + (product * p.row_tiles + row_tile) * (p.chunks * p.pairs * (kParts * BLOCK_M));
         tile.output = output + (n * p.output_stride_n + g * p.C_out_g * p.output_stride_c);
@@ -77,28 +77,15 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) conv_transpos
         tile.samples = p.N - n;
         tile.position_begin = column_tile * p.block_positions;
         tile.positions = p.positions;
-        tile.C_in_g = p.C_in_g;
         tile.row_taps = taps;
-        tile.L_in = p.L_in;
-        tile.L_out = p.L_out;
         tile.column_step = 1;
         tile.first = p.q_begin + l_shift;
         tile.tap_step = -p.position_step;
         tile.output_step = p.stride;
         tile.output_first = p.q_begin * p.stride + phase - p.padding_left;
-        tile.input_stride_n = p.input_stride_n;
-        tile.input_stride_c = p.input_stride_c;
-        tile.input_stride_l = p.input_stride_l;
-        tile.output_stride_n = p.output_stride_n;
-        tile.output_stride_l = p.output_stride_l;
         return tile;
     };
-    const Window window = {
-        p.units, p.chunks, p.pairs, p.segments, p.segment_chunks, p.num_tiles, p.round_stages,
-        p.block_samples, p.block_positions,
-        p.planes, p.plane_rows, p.sample_rows, p.window_rows, p.rows_reciprocal,
-        p.tap_rows_first, p.tap_rows_step, p.window_shift, p.plane_step};
-    run_block(tile_of, window, bias, [&](const Tile& tile, index_t row) {
+    run_block(tile_of, window_of(p), bias, [&](const Tile& tile, index_t row) {
         const index_t c_out = PHASES_IN_ROWS ? row / p.stride : row;
         const index_t row_phase = PHASES_IN_ROWS ? row - c_out * p.stride : 0;
         Row info;

@@ -94,6 +94,29 @@ struct Window {
     index_t shift, plane_step;                 // position of q = 0, row 0 from Tile::first on; from plane to plane
 };
 
+// What Params of all kernels have in common, in Tile and Window.
+template <typename P>
+__device__ __forceinline__ Tile tile_with_layout(const P& p) {
+    Tile tile;
+    tile.C_in_g = p.C_in_g;
+    tile.L_in = p.L_in;
+    tile.L_out = p.L_out;
+    tile.input_stride_n = p.input_stride_n;
+    tile.input_stride_c = p.input_stride_c;
+    tile.input_stride_l = p.input_stride_l;
+    tile.output_stride_n = p.output_stride_n;
+    tile.output_stride_l = p.output_stride_l;
+    return tile;
+}
+template <typename P>
+__device__ __forceinline__ Window window_of(const P& p) {
+    return Window{
+        p.units, p.chunks, p.pairs, p.segments, p.segment_chunks, p.num_tiles, p.round_stages,
+        p.block_samples, p.block_positions,
+        p.planes, p.plane_rows, p.sample_rows, p.window_rows, p.rows_reciprocal,
+        p.tap_rows_first, p.tap_rows_step, p.window_shift, p.plane_step};
+}
+
 // What a kernel knows of a row of the product; row_of(tile, row) returns it.
 struct Row {
     index_t taps;           // of Tile::row_taps, those that the row has
