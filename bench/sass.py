@@ -237,8 +237,8 @@ class Loop:
 def main_loop(instructions: Sequence[Instruction]) -> tuple[Loop, Loop | None]:
     """The loop that does the work, and the smallest loop around it.
 
-    The work is where the useful instructions are, each loop's own weighed by `NESTING_WEIGHT` for every level of
-    nesting; the whole kernel where no loop has any.
+    The work is where the multiply-adds are, each loop's own weighed by `NESTING_WEIGHT` for every level of nesting; the
+    whole kernel where no loop has any.
     """
     spans = find_loops(instructions)
     whole = Span(0, len(instructions) - 1, 0)
@@ -252,8 +252,7 @@ def main_loop(instructions: Sequence[Instruction]) -> tuple[Loop, Loop | None]:
         ]  # fmt: skip
 
     def weight(span: Span) -> tuple[float, int]:
-        useful = sum(i.fma > 0 for i in own(span))
-        return useful * NESTING_WEIGHT**span.depth, span.depth
+        return sum(i.fma for i in own(span)) * NESTING_WEIGHT**span.depth, span.depth
 
     best = max([whole, *spans], key=weight)
     around = min((s for s in spans if s.contains(best)), key=lambda s: s.last - s.first, default=None)
