@@ -385,7 +385,9 @@ __device__ __forceinline__ void multiply_tile(
 #pragma unroll 1
     for (index_t row = threadIdx.x; row < window.window_rows; row += kThreads) {
         const index_t sample = row / window.sample_rows, row_of_sample = row - sample * window.sample_rows;
-        const index_t plane = row_of_sample / window.plane_rows, j = row_of_sample - plane * window.plane_rows;
+        // Rows between samples belong to no plane.
+        const index_t plane = min_index(row_of_sample / window.plane_rows, window.planes);
+        const index_t j = row_of_sample - plane * window.plane_rows;
         const index_t l_in = (tile.position_begin + j) * tile.column_step + tile.first + window.shift +
             plane * window.plane_step;
         // Rows that only columns behind the last would read, or none, are not loaded.
@@ -455,8 +457,8 @@ __device__ __forceinline__ void multiply_tile(
     for (int j = 0; j < (HAS_SAMPLES ? kTilesN / 2 : 1); ++j) {
         const index_t column = warp % WARPS_N * kWarpN + j * 16 + lane / 16 * 8 + lane % 8;
         const index_t sample = HAS_SAMPLES ? column / window.block_positions : 0;
-        // Every sample's rows begin at a multiple of 8 behind its columns, so that eight neighbouring columns are in
-        // different banks. Columns behind the last sample read a row of their own bank, too, or one that others read.
+        // Samples lie at such distances that eight neighbouring columns are in different banks (Window.sample_rows in
+        // gpuconv/families/mma.py). Columns behind the last sample read a row of their own bank, too.
         const index_t row = sample < window.block_samples
             ? sample * window.sample_rows + (column - sample * window.block_positions)
             : column % 8;

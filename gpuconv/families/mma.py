@@ -300,13 +300,15 @@ class Window:
 
     @property
     def sample_rows(self) -> int:
-        """Of one sample.
+        """From one sample to the next.
 
-        Several samples lie at such distances that eight neighbouring columns read rows which differ modulo 8, so that
-        ldmatrix meets no bank conflict where they are of different samples.
+        Where eight columns that ldmatrix reads together are of different samples, these lie at such distances that the
+        rows differ modulo 8: then it meets no bank conflict.
         """
         rows = self.planes * self.plane_rows
-        return rows if self.block_samples == 1 else rows + (self.block_positions - rows) % BANK_ROWS
+        if self.block_samples == 1 or self.block_positions % BANK_ROWS == 0:
+            return rows
+        return rows + (self.block_positions - rows) % BANK_ROWS
 
     @property
     def rows(self) -> int:
@@ -412,13 +414,16 @@ def _cost(
     multiply = tile.block_m * tile.block_n * terms / arithmetic.rate
     operands = tile.warps * (warp_m + warp_n) * terms * itemsize * arithmetic.parts
     staged = chunks * reduction.units * window.rows * UNIT_BYTES
-    l2 = (staged + tile.block_m * terms * itemsize * arithmetic.parts) / L2_BYTES_PER_CYCLE
+    loaded = chunks * reduction.units * window.block_samples * window.planes * window.plane_rows * UNIT_BYTES
+    l2 = (loaded + tile.block_m * terms * itemsize * arithmetic.parts) / L2_BYTES_PER_CYCLE
     # A lane loads one element of a window at a time and stores 16 bytes of each part.
-    local = (operands + staged * arithmetic.parts) / SHARED_BYTES_PER_CYCLE + staged / itemsize / WARP
+    local = (operands + staged * arithmetic.parts) / SHARED_BYTES_PER_CYCLE + loaded / itemsize / WARP
     stores = tile.block_m * tile.block_n * itemsize / _BYTES_PER_CYCLE
     stages = chunks * reduction.stages
-    # Batches of a chunk's input for which no stages are left to multiply meanwhile.
-    waits = chunks * max(0, input_batches(tile, window, reduction) - reduction.stages)
+    # Batches of input that come when no stages are left to multiply meanwhile, or before the first; LATENCY_CYCLES has
+    # one of those.
+    batches = input_batches(tile, window, reduction)
+    waits = batches - 1 + (chunks - 1) * max(0, batches - reduction.stages)
     resident = min(tile.min_blocks, max(1, device.shared_per_sm // (shared + 1024)))
     block = max(multiply, local, l2) + stores + (stages * _STAGE_CYCLES + waits * _LOAD_CYCLES) / resident
     waves, rest = divmod(blocks, device.num_sms * resident)
