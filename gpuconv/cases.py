@@ -31,6 +31,17 @@ _EXACT_LIMIT = {"float16": 2**11, "bfloat16": 2**8}
 _WIDE_EXACT_LIMIT = 2**20
 
 
+def dtype_of(number_format: str) -> str:
+    """The dtype of arrays in a number format."""
+    return "float32" if number_format == "tf32" else number_format
+
+
+def in_format(problem: ConvProblem, number_format: str) -> ConvProblem:
+    """The problem in another number format, one of `FORMATS`."""
+    precision = "tf32" if number_format == "tf32" else "float32"
+    return replace(problem, dtype=dtype_of(number_format), precision=precision)
+
+
 # -- cases -----------------------------------------------------------------------------------------------------------
 
 
@@ -52,9 +63,7 @@ class Case:
 
     def at(self, number_format: str) -> ConvProblem:
         """The case's problem in another number format, one of `FORMATS`."""
-        if number_format == "tf32":
-            return replace(self.problem, dtype="float32", precision="tf32")
-        return replace(self.problem, dtype=number_format)
+        return in_format(self.problem, number_format)
 
 
 def _conv(

@@ -299,7 +299,7 @@ def verify(
         dtypes = [name for name in own if name not in skipped]
     else:
         for name in dtypes:
-            _array_dtype(name)
+            numpy_dtype(cases.dtype_of(name))
 
     results: list[Result] = []
     total = len(dtypes) * len(selected)
@@ -356,7 +356,7 @@ class _Target:
     def lacks(self, number_format: str) -> str | None:
         """Why this machine has no such arrays; None where it does."""
         try:
-            self.put(np.zeros(1, _array_dtype(number_format)))
+            self.put(np.zeros(1, numpy_dtype(cases.dtype_of(number_format))))
         except (ImportError, TypeError, ValueError) as error:
             return str(error)
         return None
@@ -426,13 +426,10 @@ class _Subject:
 
     case: Case
     number_format: str
+    problem: ConvProblem
     target: _Target
     seed: int
     check: str = ""
-
-    @property
-    def problem(self) -> ConvProblem:
-        return self.case.at(self.number_format)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -695,7 +692,7 @@ CHECKS: tuple[Check, ...] = (
 
 
 def _run_checks(case: Case, number_format: str, target: _Target, seed: int) -> Iterator[Result]:
-    subject = _Subject(case, number_format, target, seed)
+    subject = _Subject(case, number_format, case.at(number_format), target, seed)
     for check in CHECKS:
         if check.applies is not None and not check.applies(subject.problem):
             continue
@@ -710,10 +707,6 @@ def _run_checks(case: Case, number_format: str, target: _Target, seed: int) -> I
 
 
 # -- pieces ----------------------------------------------------------------------------------------------------------
-
-
-def _array_dtype(number_format: str) -> np.dtype[Any]:
-    return numpy_dtype("float32" if number_format == "tf32" else number_format)
 
 
 def same_bits(a: Array, b: Array) -> npt.NDArray[np.bool_]:

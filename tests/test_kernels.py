@@ -390,7 +390,7 @@ def shrunk(layer: dict[str, Any], mode: str, channels: int = 4) -> ConvProblem:
     longest = -(-span // layer["stride"]) + 3 if is_transposed else span + 3 * layer["stride"]
 
     def problem(L_in: int, C_out_g: int, groups: int) -> ConvProblem:
-        return ConvProblem(
+        found = ConvProblem(
             layer["op"],
             N=min(2, layer["batch"]),
             C_in=layer["in_channels"] // layer["groups"] * groups,
@@ -403,10 +403,9 @@ def shrunk(layer: dict[str, Any], mode: str, channels: int = 4) -> ConvProblem:
             dilation=layer["dilation"],
             groups=groups,
             output_padding=layer["output_padding"],
-            dtype="float32" if mode == "tf32" else mode,
             has_bias=layer["bias"],
-            precision="tf32" if mode == "tf32" else "float32",
         )
+        return cases.in_format(found, mode)
 
     trimmed = layer["pad_left"] + layer["pad_right"]
     shortest = max(1, -(-(trimmed + 1 - span) // layer["stride"]) + 1 if is_transposed else span - trimmed)

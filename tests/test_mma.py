@@ -51,8 +51,7 @@ every_problem = pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLE
 
 
 def at(problem: ConvProblem, mode: str) -> ConvProblem:
-    tf32 = mode == "tf32"
-    return replace(problem, dtype="float32" if tf32 else mode, precision="tf32" if tf32 else "float32")
+    return cases.in_format(problem, mode)
 
 
 def takes(problem: ConvProblem, device: Device = H200, layout: Layout | None = None) -> bool:
@@ -212,6 +211,7 @@ def test_every_tap_of_every_column_reads_its_position(
     """The kernel's formulas for the row that a tap reads and for the position that a row holds, put together."""
     window, taps = Window.of(product, block_samples, block_positions), product.reduction.taps
     used_rows, sample_rows = window.planes * window.plane_rows, window.sample_rows
+    assert window.used_rows == used_rows
     assert used_rows <= taps * block_positions  # never more than one row for each tap and column
     assert used_rows <= sample_rows < used_rows + 8
     assert window.rows == max(block_samples * sample_rows, 8)

@@ -299,16 +299,20 @@ class Window:
         return cls(block_samples, block_positions, 1, shared_rows, -rounds * step, step, rounds * step, step)
 
     @property
+    def used_rows(self) -> int:
+        """Of one sample, those that hold input."""
+        return self.planes * self.plane_rows
+
+    @property
     def sample_rows(self) -> int:
         """From one sample to the next.
 
         Where eight columns that ldmatrix reads together are of different samples, these lie at such distances that the
         rows differ modulo 8: then it meets no bank conflict.
         """
-        rows = self.planes * self.plane_rows
         if self.block_samples == 1 or self.block_positions % BANK_ROWS == 0:
-            return rows
-        return rows + (self.block_positions - rows) % BANK_ROWS
+            return self.used_rows
+        return self.used_rows + (self.block_positions - self.used_rows) % BANK_ROWS
 
     @property
     def rows(self) -> int:
@@ -414,7 +418,7 @@ def _cost(
     multiply = tile.block_m * tile.block_n * terms / arithmetic.rate
     operands = tile.warps * (warp_m + warp_n) * terms * itemsize * arithmetic.parts
     staged = chunks * reduction.units * window.rows * UNIT_BYTES
-    loaded = chunks * reduction.units * window.block_samples * window.planes * window.plane_rows * UNIT_BYTES
+    loaded = chunks * reduction.units * window.block_samples * window.used_rows * UNIT_BYTES
     l2 = (loaded + tile.block_m * terms * itemsize * arithmetic.parts) / L2_BYTES_PER_CYCLE
     # A lane loads one element of a window at a time and stores 16 bytes of each part.
     local = (operands + staged * arithmetic.parts) / SHARED_BYTES_PER_CYCLE + loaded / itemsize / WARP
