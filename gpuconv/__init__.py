@@ -1,10 +1,46 @@
 """1-D convolution and transposed convolution for CuPy and NumPy arrays, with PyTorch's semantics."""
 
-from . import grad, nn
-from .explain import explain
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
 from .functional import conv1d, conv_transpose1d, prepare
-from .verify import verify
+
+if TYPE_CHECKING:
+    from . import grad, nn, reference
+    from .explain import explain
+    from .verify import verify
 
 __version__ = "0.1.0"
 
-__all__ = ["conv1d", "conv_transpose1d", "explain", "grad", "nn", "prepare", "verify"]
+__all__ = ["conv1d", "conv_transpose1d", "explain", "grad", "nn", "prepare", "reference", "verify"]
+
+# These are loaded when they are first used, so that `import gpuconv` takes little longer than `import numpy`.
+_LAZY_MODULES = ("grad", "nn", "reference")
+_LAZY_FUNCTIONS = ("explain", "verify")  # each lies in the module of its own name
+
+
+class _Package(ModuleType):
+    """The class of this module. It keeps `gpuconv.verify` a function."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Python sets the attribute to the module whenever somebody imports gpuconv.verify or gpuconv.explain.
+        if name in _LAZY_FUNCTIONS and isinstance(value, ModuleType):
+            value = getattr(value, name)
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
+
+if not TYPE_CHECKING:  # a type checker that saw this function would accept every name
+
+    def __getattr__(name: str) -> Any:
+        if name not in (*_LAZY_MODULES, *_LAZY_FUNCTIONS):
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        module = importlib.import_module(f"{__name__}.{name}")
+        return getattr(module, name) if name in _LAZY_FUNCTIONS else module
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

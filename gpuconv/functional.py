@@ -6,7 +6,7 @@ from typing import Any, SupportsIndex, TypeVar, cast
 
 import numpy as np
 
-from . import cpu, runtime
+from . import runtime
 from .calls import Function, check_kinds
 from .problem import ConvProblem, Op, Padding, Setting, check_padding_mode
 
@@ -171,10 +171,15 @@ def _function(op: Op) -> Function[ConvProblem]:
         ("input", "weight", "bias"),
         problem=lambda arrays, settings: construct(*arrays, *settings),
         shape=lambda problem: problem.output_shape,
-        # Both are looked up when they are called.
-        compute=lambda *arguments: cpu.convolve(*arguments),  # noqa: PLW0108
-        plan=lambda *arguments: runtime.make_plan(*arguments),  # noqa: PLW0108
+        compute=_compute,
+        plan=lambda *arguments: runtime.make_plan(*arguments),  # noqa: PLW0108 - looked up when it is called
     )
+
+
+def _compute(*arguments: Any) -> None:
+    from . import cpu  # loaded by the first call on the CPU, since calls on a GPU do not need it
+
+    cpu.convolve(*arguments)
 
 
 _FUNCTIONS: dict[Op, Function[ConvProblem]] = {op: _function(op) for op in ("conv1d", "conv_transpose1d")}

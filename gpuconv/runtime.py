@@ -8,13 +8,14 @@ import threading
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from . import dispatch, source
-from .device import Device
-from .families import Config, Launch, Pack
-from .families.base import gradient_shapes
-from .problem import BiasGradientProblem, ConvProblem, WeightGradientProblem
+# What only a GPU needs is imported where it is first used: `import gpuconv` imports this file and loads no families.
+if TYPE_CHECKING:
+    from . import dispatch
+    from .device import Device
+    from .families import Config, Launch, Pack
+    from .problem import BiasGradientProblem, ConvProblem, WeightGradientProblem
 
 # Dynamic shared memory that a kernel may use without asking, in bytes, on every architecture.
 DEFAULT_SHARED_BYTES = 48 * 1024
@@ -58,6 +59,8 @@ def cuda_versions() -> tuple[int, int]:
 @cache
 def device(index: int) -> Device:
     """The GPU with CuPy's index."""
+    from .device import Device
+
     properties = cupy_module().cuda.runtime.getDeviceProperties(index)
     name = properties["name"]
     return Device(
@@ -76,6 +79,8 @@ def build(config: Config) -> Any:
 
     The first build of a source on a machine compiles it; later processes find it in CuPy's disk cache.
     """
+    from . import source
+
     text = source.assemble(config.kernel, dict(config.macros))
     return cupy_module().RawKernel(text, config.kernel)
 
@@ -86,6 +91,8 @@ class _Kernel:
     __slots__ = ("_block", "_function", "_grid", "_params", "_params_pointer", "_shared_bytes")
 
     def __init__(self, config: Config, launch: Launch) -> None:
+        from . import source
+
         kernel = build(config)
         # More than the default must be asked for. The kernel remembers the last size: another plan may need the larger.
         if launch.shared_bytes > DEFAULT_SHARED_BYTES and launch.shared_bytes > kernel.max_dynamic_shared_size_bytes:
@@ -264,6 +271,8 @@ class GradientPlan:
         order: tuple[int, ...],
     ) -> None:
         """`order` are the places of the kernel's inputs among the arrays of a call."""
+        from .families.base import gradient_shapes
+
         self.output_shape = gradient_shapes(problem)[1]
         self.choice = choice
         self.copies = copies
@@ -317,6 +326,8 @@ def make_plan(
 
     Where `conjugate_weight`, the plan computes with the conjugates of the weights, of which it makes a copy.
     """
+    from . import dispatch
+
     arrays = {"input": input, "weight": None if conjugate_weight else weight, "bias": bias, "output": output}
     layout, copies = dispatch.lay_out(
         problem,
@@ -345,6 +356,9 @@ def make_bias_gradient_plan(problem: BiasGradientProblem, grad_output: Any, outp
 def _make_gradient_plan(
     problem: dispatch.GradientProblem, inputs: Sequence[Any], output: Any | None, order: tuple[int, ...]
 ) -> GradientPlan:
+    from . import dispatch
+    from .families.base import gradient_shapes
+
     def place(array: Any) -> dispatch.Place:
         return dispatch.Place(array.strides, array.data.ptr)
 
