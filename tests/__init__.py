@@ -1,0 +1,3 @@
+"""The tests. Those marked `torch` compare with PyTorch and are skipped where it is absent, all for this reason."""
+
+NO_TORCH = "PyTorch is not installed: pip install -e '.[test-torch]'"

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy.typing as npt
 import pytest
-import torch
 
 import gpuconv
 from gpuconv import cases, runtime
 from gpuconv.problem import ConvProblem
 from gpuconv.verify import missing_gpu
-from tests import hostcuda
+from tests import NO_TORCH, hostcuda
 
 Array = npt.NDArray[Any]
 
@@ -67,6 +67,8 @@ def backend(request: pytest.FixtureRequest) -> Backend:
 @pytest.fixture
 def one_torch_thread() -> Iterator[None]:
     """PyTorch on one thread: in small problems several spend most of their time waiting for each other."""
+    import torch
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -74,9 +76,13 @@ def one_torch_thread() -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip the tests marked `gpu` where no GPU answers, and only those."""
+    """Skip what is marked `gpu` where no GPU answers, and what is marked `torch` where PyTorch is absent."""
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
     reason = missing_gpu() if gpu_items else None
     if reason is not None:
         for item in gpu_items:
             item.add_marker(pytest.mark.skip(reason=reason))
+    if importlib.util.find_spec("torch") is None:
+        for item in items:
+            if item.get_closest_marker("torch"):
+                item.add_marker(pytest.mark.skip(reason=NO_TORCH))

@@ -591,6 +591,7 @@ def test_numpy_settings_are_restored() -> None:
 # -- the benchmark -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.torch
 def test_the_benchmark_gives_no_figure_for_a_wrong_result(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = next(layer for layer in load() if layer.name == "tacotron2.location_conv_k31_b1")
     right = cpu.convolve

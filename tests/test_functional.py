@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-import torch
 
 import gpuconv
 from gpuconv import calls, functional, nn, reference, runtime
@@ -82,8 +81,11 @@ def test_every_dtype_gives_a_fresh_array_of_its_own(op: str, dtype: str) -> None
     assert output.base is None
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("op", OPS)
 def test_arguments_stand_in_pytorchs_order(op: str) -> None:
+    import torch
+
     given = arrays(op, "float64")
     positional = (2, 1, 2, 2) if op == "conv1d" else (2, 1, 1, 2, 2)
     expected = getattr(torch.nn.functional, op)(*map(torch.from_numpy, given.values()), *positional).numpy()
@@ -432,12 +434,25 @@ def test_what_is_no_array_is_refused(op: str, name: str) -> None:
     given = arrays(op)
     value = given.get(name, np.zeros(3, np.float32))
     for thing in (
-        value.tolist(), tuple(value), torch.from_numpy(value), np.ma.asarray(value), memoryview(value), 1.5, "x",
+        value.tolist(), tuple(value), np.ma.asarray(value), memoryview(value), 1.5, "x",
         np.float32(1), {}, object(),
     ):  # fmt: skip
         with pytest.raises(TypeError) as caught:
             call(op, **{**given, name: thing})
         assert str(caught.value) == f"{op}: {name} must be a NumPy or CuPy array, got {type(thing).__name__}"
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("name", ["input", "weight", "bias", "out"])
+def test_a_tensor_is_refused(op: str, name: str) -> None:
+    import torch
+
+    given = arrays(op)
+    tensor = torch.from_numpy(given.get(name, np.zeros(3, np.float32)))
+    with pytest.raises(TypeError) as caught:
+        call(op, **{**given, name: tensor})
+    assert str(caught.value) == f"{op}: {name} must be a NumPy or CuPy array, got Tensor"
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -1,4 +1,7 @@
-"""`gpuconv.grad`: the six functions end to end, against the definitions, PyTorch's autograd and the identities."""
+"""`gpuconv.grad`: the six functions end to end, against the definitions and the identities.
+
+test_torch.py compares them with PyTorch's autograd.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-import torch
-from hypothesis import given, settings
 
 import gpuconv
 from gpuconv import cases, grad, reference, runtime
@@ -26,17 +27,14 @@ from gpuconv.problem import (
     WeightGradientProblem,
     numpy_dtype,
 )
-from tests.strategies import Call, calls
 
 from .hostcuda import fake_cupy
 from .test_functional import MAKES, SETTINGS, Touchy, draw, swapped, unaligned
 from .test_problem import BAD_CALLS, VALID
-from .test_torch import LAYOUTS, as_tensor, forward, laid_out, largest_ratio
 
 Array = npt.NDArray[Any]
 OPS: tuple[Op, ...] = ("conv1d", "conv_transpose1d")
 ARGUMENTS = ("input", "weight", "bias")
-PROBLEMS = 190  # random calls per operation; some come up twice
 
 
 def gradient(argument: str, p: ConvProblem, x: Any, w: Any, u: Any, **settings: Any) -> Any:
@@ -75,64 +73,6 @@ def integers(p: ConvProblem, seed: int = 0) -> tuple[Array, Array, Array]:
     """input, weight and grad_output of integers from -2 to 2."""
     shapes = (p.input_shape, p.weight_shape, p.output_shape)
     return tuple(draw(shape, p.dtype, seed + i) for i, shape in enumerate(shapes))  # type: ignore[return-value]
-
-
-# -- against PyTorch ---------------------------------------------------------------------------------------------------
-
-
-def check(call: Call, layouts: tuple[str, str, str]) -> None:
-    """All gradients agree with PyTorch's autograd in float64 as well as rounding permits."""
-    p = call.problem()
-    x, w, _ = call.arrays()
-    assert x is not None
-    assert w is not None
-    rng = np.random.default_rng(call.seed + 1)
-    u = rng.standard_normal(p.output_shape)
-    if p.is_complex:
-        u = u + 1j * rng.standard_normal(p.output_shape)
-    x, w, u = (laid_out(a, layout) for a, layout in zip((x, w, u.astype(x.dtype)), layouts, strict=True))
-
-    leaves = [as_tensor(a).requires_grad_() for a in (x, w, np.zeros(p.C_out, x.dtype))]
-    torch_gradients = torch.autograd.grad(forward(call, *leaves), leaves, as_tensor(u))
-    for argument, from_torch in zip(ARGUMENTS, torch_gradients, strict=True):
-        sums = expected(argument, p, x, w, u)
-        y = gradient(argument, p, x, w, u, **call.settings)
-        assert y.dtype == x.dtype
-        assert y.shape == shape_of(argument, p)
-        bound = sums.error_bound(from_torch.numpy())
-        if p.is_complex:  # PyTorch makes three real products of a complex one, with sums of the parts as factors
-            magnitude = sums.evaluate(abs(sums.left), abs(sums.right), None).real
-            bound = bound + 3 * (2 * sums.terms + 4) * 2.0**-53 * magnitude
-        assert largest_ratio(y.astype(from_torch.numpy().dtype) - from_torch.numpy(), bound) <= 1
-
-
-@pytest.mark.usefixtures("one_torch_thread")
-@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
-@pytest.mark.parametrize("op", OPS)
-def test_random_problems_against_autograd(op: Op) -> None:
-    seen: set[ConvProblem] = set()
-
-    @settings(max_examples=PROBLEMS, derandomize=True, deadline=None, database=None)
-    @given(call=calls(op))
-    def run(call: Call) -> None:
-        chosen = np.random.default_rng(call.seed).choice(LAYOUTS, 3)
-        check(call, tuple(map(str, chosen)))  # type: ignore[arg-type]
-        seen.add(call.problem())
-
-    run()
-    assert len(seen) >= 150
-
-
-def test_the_names_of_torch_nn_grad() -> None:
-    """Where PyTorch has these functions their arguments stand in its order."""
-    x, w, u = (a.astype(np.float64) for a in integers(problem_of("conv1d", stride=2, padding=1, dilation=2)))
-    for ours, theirs, first, second in (
-        (grad.conv1d_input, torch.nn.grad.conv1d_input, x.shape, w),
-        (grad.conv1d_weight, torch.nn.grad.conv1d_weight, x, w.shape),
-    ):
-        in_torch = (torch.from_numpy(a) if isinstance(a, np.ndarray) else a for a in (first, second, u))
-        result = ours(first, second, u, 2, 1, 2, 2)  # type: ignore[operator]
-        np.testing.assert_array_equal(result, theirs(*in_torch, 2, 1, 2, 2).numpy())
 
 
 # -- identities --------------------------------------------------------------------------------------------------------

@@ -15,6 +15,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+
+from . import NO_TORCH
+
+pytest.importorskip("torch", reason=NO_TORCH)
+
 import pywt
 import torch
 from hypothesis import given, settings
@@ -36,7 +41,7 @@ Array = npt.NDArray[Any]
 OPS: tuple[Op, ...] = ("conv1d", "conv_transpose1d")
 ops = torch.ops.gpuconv
 
-pytestmark = pytest.mark.usefixtures("one_torch_thread")
+pytestmark = [pytest.mark.torch, pytest.mark.usefixtures("one_torch_thread")]
 
 
 def tensor(array: Array) -> torch.Tensor:
