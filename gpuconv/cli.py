@@ -27,8 +27,9 @@ from .cases import FORMATS
 from .device import ARCHITECTURES
 from .explain import DIRECTIONS, SETTINGS, explain
 from .families import FAMILIES, Config
+from .gpus import GpuUnavailableError, missing_gpu
 from .problem import DTYPES, PRECISIONS, ArraySpec, ConvProblem
-from .verify import GpuUnavailableError, missing_gpu, verify
+from .verify import verify
 
 EXIT_MISMATCH = 1
 EXIT_ERROR = 2

@@ -19,12 +19,12 @@ import pywt
 import soundfile
 
 import gpuconv
-from gpuconv import cli, files, runtime
+from gpuconv import checks, cli, files, runtime
 from gpuconv.cli import main
 from gpuconv.device import ARCHITECTURES
 from gpuconv.families import FAMILIES
+from gpuconv.gpus import missing_gpu
 from gpuconv.problem import ArraySpec, numpy_dtype
-from gpuconv.verify import missing_gpu
 
 Array = np.ndarray[Any, Any]
 
@@ -405,14 +405,14 @@ def test_verify_reports_in_every_form(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_verify_tells_a_mismatch(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    real = verify_module.functional.conv1d
+    real = checks.functional.conv1d
 
     def wrong(*arguments: Any, **settings: Any) -> Any:
         out = real(*arguments, **settings)
         out[..., 0] += 1
         return out
 
-    monkeypatch.setattr(verify_module.functional, "conv1d", wrong)
+    monkeypatch.setattr(checks.functional, "conv1d", wrong)
     argv = ["verify", "--device", "cpu", "--filter", "docs_example", "--dtype", "float32"]
     assert main(argv) == 1
     assert "checks FAILED" in capsys.readouterr().out

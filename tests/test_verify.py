@@ -17,9 +17,11 @@ import pytest
 import gpuconv
 from gpuconv import cases, cpu, cpu_gradients, reference, runtime
 from gpuconv.cases import FORMATS
+from gpuconv.checks import CHECKS, MAX_TAPS, same_bits
 from gpuconv.device import Device
+from gpuconv.gpus import GpuUnavailableError, missing_gpu
 from gpuconv.problem import DTYPES, ConvProblem, WeightGradientProblem
-from gpuconv.verify import CHECKS, MAX_TAPS, GpuUnavailableError, missing_gpu, same_bits, verify
+from gpuconv.verify import verify
 from tests import hostcuda
 
 Array = npt.NDArray[Any]
