@@ -8,7 +8,7 @@ import platform
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
@@ -117,6 +117,8 @@ class Subject:
     target: Target
     seed: int
     check: str = ""
+    fractions: list[float] = field(default_factory=list)
+    """The largest distance from the exact value as a fraction of the bound, of each comparison that was made."""
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -154,18 +156,13 @@ class Subject:
         if self.target.on_gpu:
             message += ", bit for bit"
         good = self.equal(output, expected)
-        return self._judge(good, output, expected, message, data, problem or self.problem)
+        return self.judge(good, output, expected, message, data, problem or self.problem)
 
     def expect_bound(
         self, output: Array, message: str, data: Data, problem: ConvProblem | None = None
     ) -> Failure | None:
         p = problem or self.problem
-        good = reference.within_bound(p, output, *data)
-        if good.all():
-            return None
-        exact = reference.compute(p, *data)
-        bound = reference.error_bound(p, *data, exact)
-        return self._judge(good, output, exact, message, data, p, bound)
+        return self.judge_comparison(reference.convolution(p, *data).compare(output), message, data, p)
 
     def expect_invariance(
         self, output: Array, whole: Array, message: str, data: Data, problem: ConvProblem
@@ -175,7 +172,14 @@ class Subject:
             return self.expect_equal(output, whole, message, data, problem)
         return self.expect_bound(output, f"{message}, within the bound", data, problem)
 
-    def _judge(
+    def judge_comparison(
+        self, found: reference.Comparison, message: str, data: Data | None, problem: ConvProblem
+    ) -> Failure | None:
+        """Every element within the error bound."""
+        self.fractions.append(found.worst)
+        return self.judge(found.right, found.output, found.exact, message, data, problem, found.bound)
+
+    def judge(
         self,
         good: npt.NDArray[np.bool_],
         output: Array,
@@ -241,7 +245,7 @@ def _check_impulse(s: Subject) -> Failure | None:
     data = cases.impulse_data(s.problem, s.seed)
     output, expected = s.run(data), _exact_result(s.problem, data)
     # By value: the sign of a zero depends on the signs of weights that meet no impulse.
-    return s._judge(output == expected, output, expected, "an impulse must give the weights", data, s.problem)
+    return s.judge(output == expected, output, expected, "an impulse must give the weights", data, s.problem)
 
 
 def _check_adjoint(s: Subject) -> Failure | None:
@@ -277,7 +281,7 @@ def _check_groups(s: Subject) -> Failure | None:
         expected[..., channels_out, :] = s.run(part, alone)
     compared = np.isin(np.arange(p.C_out) // p.C_out_g, chosen)[:, np.newaxis]
     good = s.equal(output, expected) | ~compared
-    return s._judge(good, output, expected, "must equal the convolution of its group alone", data, p)
+    return s.judge(good, output, expected, "must equal the convolution of its group alone", data, p)
 
 
 def _check_bias(s: Subject) -> Failure | None:
@@ -318,7 +322,7 @@ def _check_repeat(s: Subject) -> Failure | None:
     fresh = s.target.convolve_into(None, p, *arrays, settings=s.settings)
     output, expected = s.target.get(fresh), s.run(data)
     good = same_bits(output, expected) & np.isfinite(output)
-    return s._judge(good, output, expected, "a second call must give the same bits", data, p)
+    return s.judge(good, output, expected, "a second call must give the same bits", data, p)
 
 
 def _check_gradients(s: Subject) -> Failure | None:
@@ -341,15 +345,14 @@ def _check_gradients(s: Subject) -> Failure | None:
         failure = s.expect_equal(output, exact, f"the gradient in {argument} must equal the reference", None)
         if failure is not None:
             return failure
-        output, sums = s.gradient(argument, *normal[argument]), sums_of(*normal[argument])
+        output = s.gradient(argument, *normal[argument])
         message = f"the gradient in {argument} must lie within the error bound of the reference"
-        good = sums.within_bound(output)
-        failure = s._judge(good, output, sums.exact(), message, None, p, None if good.all() else sums.error_bound())
+        failure = s.judge_comparison(sums_of(*normal[argument]).compare(output), message, None, p)
         if failure is not None:
             return failure
         again = s.gradient(argument, *normal[argument])
         message = f"a second call must give the same bits of the gradient in {argument}"
-        failure = s._judge(same_bits(again, output), again, output, message, None, p)
+        failure = s.judge(same_bits(again, output), again, output, message, None, p)
         if failure is not None:
             return failure
     return None
@@ -379,18 +382,19 @@ CHECKS: tuple[Check, ...] = (
 
 
 def run_checks(case: Case, number_format: str, target: Target, seed: int) -> Iterator[Result]:
-    subject = Subject(case, number_format, case.at(number_format), target, seed)
     for check in CHECKS:
+        subject = Subject(case, number_format, case.at(number_format), target, seed, check.name)
         if check.applies is not None and not check.applies(subject.problem):
             continue
         started = time.perf_counter()
         try:
-            failure = check.run(replace(subject, check=check.name))
+            failure = check.run(subject)
         except Exception as error:  # one case that raises must not hide the results of the others
             failure = Failure(
                 case.name, number_format, check.name, str(subject.problem), f"raised {error!r}", traceback.format_exc()
             )
-        yield Result(case.name, number_format, check.name, time.perf_counter() - started, failure)
+        seconds = time.perf_counter() - started
+        yield Result(case.name, number_format, check.name, seconds, max(subject.fractions, default=None), failure)
 
 
 # -- pieces ----------------------------------------------------------------------------------------------------------

@@ -82,7 +82,7 @@ class Failure:
             bound = "" if self.bound is None else f", bound {self.bound:.3g}"
             lines.append(f"  got {self.got!r}, expected {self.expected!r}{bound}{place}")
         if self.index is not None and self.num_taps is not None:
-            lines.append(f"  fed by {self.num_taps} tap(s)" + (":" if self.taps else ""))
+            lines.append(f"  fed by {_counted(self.num_taps, 'tap')}" + (":" if self.taps else ""))
             lines += [
                 f"    weight[c_in={tap.c_in}, k={tap.k}] = {tap.weight!r}, input[l_in={tap.l_in}] = {tap.input!r}"
                 for tap in self.taps
@@ -94,12 +94,21 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """One check of one case in one number format; it passed where `failure` is None. `seconds` is its wall time."""
+    """One check of one case in one number format.
+
+    Attributes:
+        case, dtype, check: what was run.
+        seconds: its wall time.
+        worst: the largest distance of an element from its exact value as a fraction of its error bound; None where
+            elements must be equal.
+        failure: None where it passed.
+    """
 
     case: str
     dtype: str
     check: str
     seconds: float
+    worst: float | None
     failure: Failure | None
 
 
@@ -114,6 +123,7 @@ class Report:
         versions: of everything that computes.
         seed: of the data.
         skipped: dtypes that were not run although none were asked for by name, with the reason.
+        total: the pairs of case and dtype that there were to choose from.
         elapsed: wall time in seconds.
     """
 
@@ -123,7 +133,19 @@ class Report:
     versions: dict[str, str]
     seed: int
     skipped: dict[str, str]
+    total: int
     elapsed: float
+
+    @property
+    def pairs(self) -> int:
+        """The pairs of case and dtype that were run."""
+        return len({(result.case, result.dtype) for result in self.results})
+
+    @property
+    def worst(self) -> Result | None:
+        """The result with the element that comes nearest to its error bound, or goes farthest beyond it."""
+        bounded = [result for result in self.results if result.worst is not None]
+        return max(bounded, key=lambda result: result.worst or 0.0, default=None)
 
     @property
     def failures(self) -> tuple[Failure, ...]:
@@ -151,10 +173,20 @@ class Report:
             "seed": self.seed,
             "elapsed_s": self.elapsed,
             "cases": len({result.case for result in self.results}),
+            "pairs": self.pairs,
+            "total_pairs": self.total,
             "dtypes": list(dict.fromkeys(result.dtype for result in self.results)),
             "skipped": self.skipped,
             "checks": len(self.results),
             "counts": self.counts,
+            "worst": None
+            if self.worst is None
+            else {
+                "case": self.worst.case,
+                "dtype": self.worst.dtype,
+                "check": self.worst.check,
+                "fraction_of_bound": _json_number(self.worst.worst),
+            },
             "failures": [failure.to_dict() for failure in self.failures],
         }
 
@@ -196,9 +228,11 @@ class Report:
     def __str__(self) -> str:
         dtypes = dict.fromkeys(result.dtype for result in self.results)
         num_cases = len({result.case for result in self.results})
+        partial = self.pairs < self.total
         lines = [
             f"gpuconv {self.versions['gpuconv']} on {self.device}",
-            f"{num_cases} cases, {', '.join(dtypes)}; seed {self.seed}; {self.elapsed:.1f} s",
+            f"{_counted(num_cases, 'case')}, {', '.join(dtypes)}; seed {self.seed}; {self.elapsed:.1f} s",
+            *([f"a selection: {self.pairs} of {self.total} pairs of case and dtype; --all runs them all"] * partial),
             *(f"not run: {dtype}: {reason}" for dtype, reason in self.skipped.items()),
             "",
             f"{'check':<12}{'passed':>8}{'failed':>8}",
@@ -208,9 +242,17 @@ class Report:
         for failure in shown:
             lines += ["", str(failure)]
         if len(self.failures) > len(shown):
-            lines += ["", f"... and {len(self.failures) - len(shown)} more failures"]
-        lines += ["", "all checks passed" if self.ok else f"{len(self.failures)} of {len(self.results)} checks FAILED"]
+            lines += ["", f"... and {_counted(len(self.failures) - len(shown), 'more failure')}"]
+        if self.worst is not None and self.worst.worst is not None:
+            where = f"{self.worst.case} [{self.worst.dtype}] {self.worst.check}"
+            lines += ["", f"worst element: {self.worst.worst:.3g} of its error bound, in {where}"]
+        failed = f"{len(self.failures)} of {_counted(len(self.results), 'check')} FAILED"
+        lines += ["", "all checks passed" if self.ok else failed]
         return "\n".join(lines)
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _json_number(value: complex | None) -> Any:
