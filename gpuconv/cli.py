@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from . import __version__, cases, files, functional, runtime
+from . import __version__, cases, dispatch, files, functional, runtime
 from .cases import FORMATS
 from .device import ARCHITECTURES
 from .explain import DIRECTIONS, SETTINGS, explain
@@ -254,6 +254,13 @@ def _add_settings(parser: Any, ops: tuple[str, ...]) -> None:
     parser.add_argument("--groups", type=int, metavar="N", help="groups of channels (default: 1)")
     parser.add_argument(
         "--precision", choices=PRECISIONS, metavar="P", help=f"of float32 data: {_one_of(PRECISIONS, 'float32')}"
+    )
+    names = dict.fromkeys(name for op in SETTINGS if op in ops for name in dispatch.algorithms(op))
+    parser.add_argument(
+        "--algorithm",
+        choices=tuple(names),
+        metavar="A",
+        help="base, or the kernel family that a GPU runs (default: the fastest)",
     )
     if "conv_transpose1d" in ops:
         parser.add_argument(
@@ -512,6 +519,7 @@ def _convolve(args: argparse.Namespace) -> int:
     weight = files.read(args.weight, args.dtype, suffixes=(".npy",)).array
     bias = files.read(args.bias, args.dtype, suffixes=(".npy",)).array if args.bias else None
     settings = _given_settings(args)
+    algorithm = settings.pop("algorithm", None)
     construct = ConvProblem.conv1d if args.op == "conv1d" else ConvProblem.conv_transpose1d
     try:
         problem = construct(x, weight, bias, **settings)
@@ -533,7 +541,10 @@ def _convolve(args: argparse.Namespace) -> int:
             on_device = [None if array is None else cupy.asarray(array) for array in (x, weight, bias)]
         except (TypeError, ValueError) as error:  # bfloat16 before CuPy 14
             raise CommandError(f"CuPy {cupy.__version__} has no {problem.dtype} arrays: {error}") from error
-        output = cupy.asnumpy(function(*on_device, **settings))
+        try:
+            output = cupy.asnumpy(function(*on_device, **settings, algorithm=algorithm))
+        except dispatch.AlgorithmError as error:
+            raise CommandError(str(error)) from error
         where = f"on {runtime.device(_current_device()).name}"
     else:
         output = function(x, weight, bias, **settings)

@@ -30,9 +30,9 @@ Direction: TypeAlias = Literal["forward", "grad_input", "grad_weight", "grad_bia
 DIRECTIONS: tuple[Direction, ...] = ("forward", "grad_input", "grad_weight", "grad_bias")
 
 SETTINGS: Mapping[Op, tuple[str, ...]] = {
-    "conv1d": ("stride", "padding", "dilation", "groups", "padding_mode", "precision"),
+    "conv1d": ("stride", "padding", "dilation", "groups", "padding_mode", "precision", "algorithm"),
     "conv_transpose1d": (
-        "stride", "padding", "output_padding", "groups", "dilation", "output_size", "precision",
+        "stride", "padding", "output_padding", "groups", "dilation", "output_size", "precision", "algorithm",
     ),
 }  # fmt: skip
 
@@ -339,7 +339,7 @@ def explain(
         device: None for where the arrays are (NumPy: the CPU path; CuPy: their GPU), "cpu", an architecture such as
             "sm_90" for a typical GPU of it, or a `gpuconv.device.Device`. A GPU need not be there: NumPy arrays then
             stand for GPU arrays with the same strides and the same alignment.
-        **settings: the settings of the operation by name: stride, padding, dilation, groups and so on.
+        **settings: the settings of the operation by name: stride, padding, dilation, groups, algorithm and so on.
 
     Returns:
         An `Explanation`, for "grad_weight" and "grad_bias" a `GradientExplanation`; `print` it.
@@ -376,6 +376,12 @@ def explain(
 
     if "padding_mode" in settings:
         check_padding_mode(op, settings.pop("padding_mode"))
+    algorithm = settings.pop("algorithm", None)
+    dispatch.check_algorithm(op, op, algorithm)
+    if algorithm is not None and direction != "forward":
+        raise ValueError(
+            f'explain: algorithm is of direction "forward"; expected None for {direction}, got {algorithm!r}'
+        )
     construct = ConvProblem.conv_transpose1d if op == "conv_transpose1d" else ConvProblem.conv1d
     problem = construct(input, weight, bias, **settings)
     swapped = tuple(name for name, array in given.items() if not getattr(array.dtype, "isnative", True))
@@ -398,7 +404,7 @@ def explain(
     layout, copies = dispatch.lay_out(problem, places)
     if direction == "grad_input" and problem.is_complex:
         copies = ("weight",)
-    choice = dispatch.choose(problem, layout, target)
+    choice = dispatch.choose(problem, layout, target, algorithm)
     return Explanation(problem, target, choice, None, copies if choice is not None else ())
 
 

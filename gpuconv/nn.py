@@ -10,7 +10,7 @@ from typing import Any, ClassVar, NamedTuple, SupportsIndex, TypeVar, cast
 
 import numpy as np
 
-from . import runtime
+from . import dispatch, runtime
 from .functional import ArrayT, conv1d, conv_transpose1d
 from .problem import (
     DTYPES,
@@ -67,6 +67,7 @@ class _Layer:
         dtype: Any,
         rng: int | np.random.Generator | None,
         precision: str,
+        algorithm: str | None,
     ) -> None:
         caller = type(self).__name__
         C_in = check_int(caller, "in_channels", in_channels, "an int", 0)
@@ -77,6 +78,7 @@ class _Layer:
         if not isinstance(bias, bool | np.bool_):
             raise TypeError(f"{caller}: bias must be True or False, got {type(bias).__name__} {bias!r}")
         check_padding_mode(caller, padding_mode)
+        dispatch.check_algorithm(caller, self.op, algorithm)
 
         self.in_channels = C_in
         self.out_channels = C_out
@@ -87,6 +89,7 @@ class _Layer:
         self.output_padding = (settings.output_padding,)
         self.groups = settings.groups
         self.padding_mode = padding_mode
+        self.algorithm = algorithm
 
         first, second = (C_in, C_out) if self.transposed else (C_out, C_in)
         shape = (first, second // self.groups, K)
@@ -206,6 +209,8 @@ class _Layer:
             parts.append("bias=False")
         if self.precision != "float32":
             parts.append(f"precision={self.precision}")
+        if self.algorithm is not None:
+            parts.append(f"algorithm={self.algorithm}")
         return f"{type(self).__name__}({', '.join(parts)})"
 
 
@@ -230,6 +235,7 @@ class Conv1d(_Layer):
             dtype. The input must have it too.
         rng: a seed or a `numpy.random.Generator` for the initial parameters.
         precision: as in the function: "float32", or "tf32" for float32 layers.
+        algorithm: as in the function: None, "base" or the name of a kernel family.
 
     Attributes:
         weight: (C_out, C_in/groups, K), drawn like PyTorch's from the uniform distribution between -b and b, where
@@ -238,7 +244,7 @@ class Conv1d(_Layer):
         bias: (C_out,), drawn from the same distribution after the weight, or None.
         in_channels, out_channels, kernel_size, stride, padding, dilation, output_padding, groups, padding_mode,
             transposed: as in PyTorch, where per-axis settings are tuples.
-        precision: as given.
+        precision, algorithm: as given.
 
     Raises:
         ValueError: a value is out of range; the message names the argument, what was expected and what came.
@@ -274,17 +280,18 @@ class Conv1d(_Layer):
         *,
         rng: int | np.random.Generator | None = None,
         precision: str = "float32",
+        algorithm: str | None = None,
     ) -> None:
         super().__init__(
             in_channels, out_channels, kernel_size, stride, padding, 0, dilation, groups, bias, padding_mode, device,
-            dtype, rng, precision,
+            dtype, rng, precision, algorithm,
         )  # fmt: skip
 
     def forward(self, input: ArrayT) -> ArrayT:
         """Convolve: (N, C_in, L_in) to (N, C_out, L_out), or the same without N. Raises as `gpuconv.conv1d` does."""
         output = conv1d(
             input, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups,
-            precision=self.precision,
+            precision=self.precision, algorithm=self.algorithm,
         )  # fmt: skip
         return cast(ArrayT, output)
 
@@ -316,6 +323,7 @@ class ConvTranspose1d(_Layer):
             dtype. The input must have it too.
         rng: a seed or a `numpy.random.Generator` for the initial parameters.
         precision: as in the function: "float32", or "tf32" for float32 layers.
+        algorithm: as in the function: None, "base" or the name of a kernel family.
 
     Attributes:
         weight: (C_in, C_out/groups, K), drawn like PyTorch's from the uniform distribution between -b and b, where
@@ -324,7 +332,7 @@ class ConvTranspose1d(_Layer):
         bias: (C_out,), drawn from the same distribution after the weight, or None.
         in_channels, out_channels, kernel_size, stride, padding, dilation, output_padding, groups, padding_mode,
             transposed: as in PyTorch, where per-axis settings are tuples.
-        precision: as given.
+        precision, algorithm: as given.
 
     Raises:
         ValueError: a value is out of range; the message names the argument, what was expected and what came.
@@ -361,10 +369,11 @@ class ConvTranspose1d(_Layer):
         *,
         rng: int | np.random.Generator | None = None,
         precision: str = "float32",
+        algorithm: str | None = None,
     ) -> None:
         super().__init__(
             in_channels, out_channels, kernel_size, stride, padding, output_padding, dilation, groups, bias,
-            padding_mode, device, dtype, rng, precision,
+            padding_mode, device, dtype, rng, precision, algorithm,
         )  # fmt: skip
 
     def forward(self, input: ArrayT, output_size: Setting | Sequence[SupportsIndex] | None = None) -> ArrayT:
@@ -391,6 +400,7 @@ class ConvTranspose1d(_Layer):
             self.dilation,
             output_size=output_size,
             precision=self.precision,
+            algorithm=self.algorithm,
         )
         return cast(ArrayT, output)
 

@@ -386,6 +386,23 @@ def test_explain_refuses(capsys: pytest.CaptureFixture[str], options: str, messa
     ).startswith(message)
 
 
+def test_algorithm_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    shapes = ["--input", "2,64,100", "--weight", "64,64,3", "--arch", "sm_90"]
+    assert main(["explain", "conv1d", *shapes, "--algorithm", "base"]) == 0
+    assert "conv1d_direct with" in capsys.readouterr().out
+    assert "does not take" in refusal(capsys, "explain", "conv1d", *shapes, "--algorithm", "conv1d_depthwise")
+    assert "got 'conv_transpose1d_gather'" in refusal(
+        capsys, "explain", "conv1d", *shapes, "--algorithm", "conv_transpose1d_gather"
+    )
+    save("x.npy", normal(1, 20))
+    save("w.npy", normal(1, 1, 3))
+    assert main(["conv1d", "x.npy", "w.npy", "y.npy", "--device", "cpu", "--algorithm", "base"]) == 0
+    assert main(["conv1d", "x.npy", "w.npy", "z.npy", "--device", "cpu"]) == 0
+    assert Path("y.npy").read_bytes() == Path("z.npy").read_bytes()
+    capsys.readouterr()
+    assert "--algorithm" in refusal(capsys, "conv1d", "x.npy", "w.npy", "y.npy", "--algorithm", "fast")
+
+
 # -- verify ----------------------------------------------------------------------------------------------------------
 
 

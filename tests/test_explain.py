@@ -402,3 +402,17 @@ def test_unknown_direction() -> None:
     x, w = ArraySpec((8, 64, 301), "float32"), ArraySpec((32, 64, 4), "float32")
     with pytest.raises(ValueError, match="direction must be one of forward, grad_input, grad_weight, grad_bias"):
         gpuconv.explain("conv1d", x, w, direction="backward", device="sm_90")  # type: ignore[call-overload]
+
+
+def test_an_algorithm_is_explained() -> None:
+    x, w = spec(2, 64, 100), spec(64, 64, 3)
+    assert explain("conv1d", x, w, device="sm_90").choice.family == "conv1d_mma"
+    found = explain("conv1d", x, w, device="sm_90", algorithm="base")
+    assert (found.choice.family, found.choice.refusals) == ("conv1d_direct", ())
+    assert "conv1d_direct" in str(found)
+    assert explain("conv1d", x, w, device="sm_90", algorithm="conv1d_tiled").choice.family == "conv1d_tiled"
+    assert explain("conv1d", x, w, device="cpu", algorithm="base").method is not None
+    with pytest.raises(ValueError, match=r"^conv1d: algorithm 'conv1d_depthwise' does not take conv1d N2 .*: needs"):
+        explain("conv1d", x, w, device="sm_90", algorithm="conv1d_depthwise")
+    with pytest.raises(ValueError, match=r'^explain: algorithm is of direction "forward"; .* for grad_weight, got'):
+        explain("conv1d", x, w, device="sm_90", direction="grad_weight", algorithm="base")

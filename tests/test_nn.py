@@ -93,7 +93,7 @@ def test_precision(name: str) -> None:
 def test_constructor_arguments_and_defaults_are_pytorchs(name: str) -> None:
     ours = inspect.signature(getattr(nn, name)).parameters
     theirs = inspect.signature(getattr(torch.nn, name)).parameters
-    own = ("rng", "precision")
+    own = ("rng", "precision", "algorithm")
     assert [(p.name, p.default, p.kind) for p in ours.values() if p.name not in own] == [
         (p.name, p.default, p.kind) for p in theirs.values()
     ]
@@ -701,3 +701,19 @@ def test_a_tf32_layer_stays_float32() -> None:
     assert m.to(dtype="float32") is m
     m.precision = "float32"
     assert m.to(dtype="float16").weight.dtype == np.float16
+
+
+@pytest.mark.parametrize(
+    ("name", "kernel"), [("Conv1d", "conv1d_direct"), ("ConvTranspose1d", "conv_transpose1d_gather")]
+)
+def test_a_layer_has_an_algorithm(name: str, kernel: str) -> None:
+    m = getattr(nn, name)(64, 64, 3, algorithm="base", bias=False)
+    assert m.algorithm == "base"
+    assert "algorithm=base" in repr(m)
+    assert "algorithm" not in repr(getattr(nn, name)(4, 6, 3))
+    with fake_cupy.installed():
+        m.to("cuda")
+        m(fake_cupy.asarray(np.ones((1, 64, 20), np.float32)))
+        assert [launched for launched, _ in fake_cupy.launches] == [kernel]
+    with pytest.raises(ValueError, match=rf"^{name}: algorithm must be None or one of base, .*, got 'fast'"):
+        getattr(nn, name)(4, 6, 3, algorithm="fast")
