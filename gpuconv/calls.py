@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from threading import Lock
@@ -40,7 +41,7 @@ class Function(Generic[P]):
         problem: (arrays, settings) -> the validated problem.
         shape: problem -> the shape of the result.
         compute: (problem, *arrays, output): the result on the CPU, of arrays in native byte order.
-        plan: (problem, *arrays, output or None for a fresh array) -> the plan on the current GPU.
+        plan: (problem, *arrays, output or None for a fresh array, algorithm=None) -> the plan on the current GPU.
     """
 
     name: str
@@ -50,10 +51,20 @@ class Function(Generic[P]):
     compute: Callable[..., None]
     plan: Callable[..., Plan]
 
-    def __call__(self, arrays: tuple[Any, ...], settings: tuple[Any, ...], out: Any | None, *extra: Any) -> Any:
-        """Compute on the device of the arrays; returns `out`, or a fresh array. `extra` is what plans take besides."""
+    def __call__(
+        self,
+        arrays: tuple[Any, ...],
+        settings: tuple[Any, ...],
+        out: Any | None,
+        *extra: Any,
+        algorithm: str | None = None,
+    ) -> Any:
+        """Compute on the device of the arrays; returns `out`, or a fresh array.
+
+        `extra` is what plans take besides. `algorithm` names the kernel family on a GPU; None leaves the choice open.
+        """
         if runtime.is_cupy_array(arrays[0]):
-            return self._run_on_gpu(arrays, settings, out, extra)
+            return self._run_on_gpu(arrays, settings, out, extra, algorithm)
         return self._run_on_cpu(arrays, settings, out)
 
     def _run_on_cpu(self, arrays: tuple[Any, ...], settings: tuple[Any, ...], out: Any | None) -> Any:
@@ -71,7 +82,12 @@ class Function(Generic[P]):
         return out
 
     def _run_on_gpu(
-        self, arrays: tuple[Any, ...], settings: tuple[Any, ...], out: Any | None, extra: tuple[Any, ...]
+        self,
+        arrays: tuple[Any, ...],
+        settings: tuple[Any, ...],
+        out: Any | None,
+        extra: tuple[Any, ...],
+        algorithm: str | None,
     ) -> Any:
         cupy = runtime.cupy_module()
         device_index = arrays[0].data.device_id
@@ -81,16 +97,16 @@ class Function(Generic[P]):
             raise RuntimeError(f"{self.name}: {self.arrays[0]} is a CuPy array, but no GPU answers: {error}") from error
         if current != device_index:
             with cupy.cuda.Device(device_index):
-                return self._run_on_gpu(arrays, settings, out, extra)
+                return self._run_on_gpu(arrays, settings, out, extra, algorithm)
 
         plan, key = None, None
         names = _as_key(settings)
         if names is not None:
-            key = (self.name, names, *map(_identity, arrays), _identity(out))
+            key = (self.name, algorithm, names, *map(_identity, arrays), _identity(out))
             plan = _PLANS.get(key)
         if plan is None:
             problem = self._check(arrays, settings, out)
-            plan = self.plan(problem, *arrays, out)
+            plan = self.plan(problem, *arrays, out, algorithm=algorithm)
             if key is not None:
                 with _PLANS_LOCK:
                     while len(_PLANS) >= _MAX_PLANS:
@@ -180,7 +196,7 @@ def check_kinds(op: str, arrays: dict[str, Any]) -> None:
         elif isinstance(array, np.ndarray) and not isinstance(array, np.ma.MaskedArray):
             kinds[name] = "NumPy array"
         else:
-            raise TypeError(f"{op}: {name} must be a NumPy or CuPy array, got {type(array).__name__}")
+            raise TypeError(f"{op}: {name} must be a NumPy or CuPy array, got {type(array).__name__}{_hint(op, array)}")
     first, kind_of_first = next(iter(kinds.items()))
     for name, kind in kinds.items():
         if kind != kind_of_first:
@@ -188,6 +204,16 @@ def check_kinds(op: str, arrays: dict[str, Any]) -> None:
                 f"{op}: all arrays must be of one kind and on one device, got {first} as a {kind_of_first} "
                 f"and {name} as a {kind}"
             )
+
+
+def _hint(op: str, array: object) -> str:
+    """Where to go with a PyTorch tensor. PyTorch is not imported: no tensor exists before somebody else did."""
+    torch = sys.modules.get("torch")
+    if torch is None or not isinstance(array, torch.Tensor):
+        return ""
+    if op in ("conv1d", "conv_transpose1d"):
+        return f"; for PyTorch tensors there is gpuconv.torch.{op}"
+    return "; the functions of gpuconv.torch take PyTorch tensors"
 
 
 def check_overlap(op: str, out: Any, inputs: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ from .families import (
 )
 from .families.base import gradient_shapes
 from .families.slices import Slices, sum_launch
-from .problem import BiasGradientProblem, ConvProblem, WeightGradientProblem
+from .problem import BiasGradientProblem, ConvProblem, Op, WeightGradientProblem
 
 GradientProblem: TypeAlias = WeightGradientProblem | BiasGradientProblem
 
@@ -150,19 +150,42 @@ def lay_out_gradient(
     return GradientLayout(tuple(usable[:-1]), usable[-1]), copies
 
 
-def choose_family(problem: ConvProblem, layout: Layout, device: Device, name: str) -> Choice:
-    """What the named family would run, whatever `choose` prefers.
+class AlgorithmError(ValueError):
+    """There is no algorithm of this name, or it does not take the problem."""
+
+
+def algorithms(op: Op) -> tuple[str, ...]:
+    """What the argument algorithm of an operation can name: "base", and its kernel families by preference."""
+    return ("base", *(family.name for family in FAMILIES if family.op == op))
+
+
+def check_algorithm(caller: str, op: Op, algorithm: str | None) -> None:
+    """Refuse what names no algorithm of the operation; `caller` opens the message.
 
     Raises:
-        ValueError: there is no such family for the operation, or it refuses the problem.
+        AlgorithmError: there is no algorithm of that name.
+        TypeError: it is neither None nor a str.
     """
-    for family in FAMILIES:
-        if family.name == name and family.op == problem.op:
-            reason = family.refuse(problem, layout, device)
-            if reason is not None:
-                raise ValueError(f"{name} refuses {problem}: {reason}")
-            return _place(family, problem, layout, device, ())
-    raise ValueError(f"no family {name} computes {problem}")
+    expected = f"None or one of {', '.join(algorithms(op))}"
+    if algorithm is not None and not isinstance(algorithm, str):
+        raise TypeError(f"{caller}: algorithm must be {expected}, got {type(algorithm).__name__} {algorithm!r}")
+    if algorithm is not None and algorithm not in algorithms(op):
+        raise AlgorithmError(f"{caller}: algorithm must be {expected}, got {algorithm!r}")
+
+
+def choose_family(problem: ConvProblem, layout: Layout, device: Device, name: str) -> Choice:
+    """What the named family would run, or with "base" the last one, which refuses nothing.
+
+    Raises:
+        AlgorithmError: there is no such family for the operation, or it refuses the problem.
+    """
+    check_algorithm(problem.op, problem.op, name)
+    own = [family for family in FAMILIES if family.op == problem.op]
+    (family,) = own[-1:] if name == "base" else (family for family in own if family.name == name)
+    reason = family.refuse(problem, layout, device)
+    if reason is not None:
+        raise AlgorithmError(f"{problem.op}: algorithm {name!r} does not take {problem}: {reason}")
+    return _place(family, problem, layout, device, ())
 
 
 def _place(
@@ -181,13 +204,19 @@ def _place(
 
 
 @lru_cache(maxsize=4096)
-def choose(problem: ConvProblem, layout: Layout, device: Device) -> Choice | None:
+def choose(problem: ConvProblem, layout: Layout, device: Device, algorithm: str | None = None) -> Choice | None:
     """The family, specialisation and launch of a problem; None where the output is empty and nothing is launched.
 
-    The choice is a pure function of its arguments and never depends on a timing.
+    The choice is a pure function of its arguments and never depends on a timing. `algorithm` is None for the family
+    that is preferred, "base" or the name of a family.
+
+    Raises:
+        AlgorithmError: that family refuses the problem.
     """
     if problem.N == 0 or problem.C_out == 0:
         return None
+    if algorithm is not None:
+        return choose_family(problem, layout, device, algorithm)
     refusals: list[tuple[str, str]] = []
     for family in FAMILIES:
         if family.op != problem.op:
@@ -200,16 +229,21 @@ def choose(problem: ConvProblem, layout: Layout, device: Device) -> Choice | Non
 
 
 @lru_cache(maxsize=4096)
-def choose_gradient(problem: GradientProblem, layout: GradientLayout, device: Device) -> GradientChoice:
+def choose_gradient(
+    problem: GradientProblem, layout: GradientLayout, device: Device, algorithm: str | None = None
+) -> GradientChoice:
     """The family, specialisation and launches of a gradient none of whose arrays is empty.
 
     The choice is a pure function of its arguments and never depends on a timing. The bits of the result depend on the
-    problem and the architecture alone.
+    problem and the architecture alone. `algorithm` names a family; None is for the one that is preferred.
+
+    Raises:
+        AlgorithmError: that family refuses the problem, or there is none of that name.
     """
     op = "weight_gradient" if isinstance(problem, WeightGradientProblem) else "bias_gradient"
     refusals: list[tuple[str, str]] = []
     for family in GRADIENT_FAMILIES:
-        if family.op != op:
+        if family.op != op or algorithm not in (None, family.name):
             continue
         reason = family.refuse(problem, layout, device)
         if reason is None:
@@ -220,4 +254,7 @@ def choose_gradient(problem: GradientProblem, layout: GradientLayout, device: De
             partial_bytes = slices.partial_bytes(problem)
             return GradientChoice(family.name, config, launch, tuple(refusals), slices, total, partial_bytes, figures)
         refusals.append((family.name, reason))
+    if algorithm is not None:
+        told = "; ".join(reason for _, reason in refusals) or "there is no such family"
+        raise AlgorithmError(f"algorithm {algorithm!r} does not take {problem}: {told}")
     raise AssertionError(f"every family refused {problem}: {refusals}")

@@ -12,7 +12,7 @@ import numpy as np
 
 from . import cpu, cpu_gradients, dispatch, runtime
 from .calls import check_kinds
-from .device import Device
+from .device import ARCHITECTURES, Device
 from .families import Config, Launch
 from .families.base import gradient_shapes
 from .problem import (
@@ -30,9 +30,9 @@ Direction: TypeAlias = Literal["forward", "grad_input", "grad_weight", "grad_bia
 DIRECTIONS: tuple[Direction, ...] = ("forward", "grad_input", "grad_weight", "grad_bias")
 
 SETTINGS: Mapping[Op, tuple[str, ...]] = {
-    "conv1d": ("stride", "padding", "dilation", "groups", "padding_mode", "precision"),
+    "conv1d": ("stride", "padding", "dilation", "groups", "padding_mode", "precision", "algorithm"),
     "conv_transpose1d": (
-        "stride", "padding", "output_padding", "groups", "dilation", "output_size", "precision",
+        "stride", "padding", "output_padding", "groups", "dilation", "output_size", "precision", "algorithm",
     ),
 }  # fmt: skip
 
@@ -339,7 +339,7 @@ def explain(
         device: None for where the arrays are (NumPy: the CPU path; CuPy: their GPU), "cpu", an architecture such as
             "sm_90" for a typical GPU of it, or a `gpuconv.device.Device`. A GPU need not be there: NumPy arrays then
             stand for GPU arrays with the same strides and the same alignment.
-        **settings: the settings of the operation by name: stride, padding, dilation, groups and so on.
+        **settings: the settings of the operation by name: stride, padding, dilation, groups, algorithm and so on.
 
     Returns:
         An `Explanation`, for "grad_weight" and "grad_bias" a `GradientExplanation`; `print` it.
@@ -368,10 +368,20 @@ def explain(
     for name, array in given.items():
         if isinstance(array, ArraySpec):
             _check_extents(op, name, array)
+        elif isinstance(array, list | tuple):
+            is_shape = all(isinstance(extent, int) for extent in array)
+            hint = f'; a shape becomes gpuconv.problem.ArraySpec({tuple(array)!r}, "float32")' if is_shape else ""
+            raise TypeError(f"explain: {name} must be an array or an ArraySpec, got {type(array).__name__}{hint}")
     target = _device_of(op, given) if device is None else _parse_device(device)
 
     if "padding_mode" in settings:
         check_padding_mode(op, settings.pop("padding_mode"))
+    algorithm = settings.pop("algorithm", None)
+    dispatch.check_algorithm(op, op, algorithm)
+    if algorithm is not None and direction != "forward":
+        raise ValueError(
+            f'explain: algorithm is of direction "forward"; expected None for {direction}, got {algorithm!r}'
+        )
     construct = ConvProblem.conv_transpose1d if op == "conv_transpose1d" else ConvProblem.conv1d
     problem = construct(input, weight, bias, **settings)
     swapped = tuple(name for name, array in given.items() if not getattr(array.dtype, "isnative", True))
@@ -394,7 +404,7 @@ def explain(
     layout, copies = dispatch.lay_out(problem, places)
     if direction == "grad_input" and problem.is_complex:
         copies = ("weight",)
-    choice = dispatch.choose(problem, layout, target)
+    choice = dispatch.choose(problem, layout, target, algorithm)
     return Explanation(problem, target, choice, None, copies if choice is not None else ())
 
 
@@ -441,6 +451,11 @@ def _parse_device(device: Device | str) -> Device | None:
         return device
     if not isinstance(device, str):
         raise TypeError(f'explain: device must be None, "cpu", "sm_90", ... or a Device, got {type(device).__name__}')
+    if device != "cpu" and device not in ARCHITECTURES:
+        raise ValueError(
+            f'explain: device must be "cpu", one of {", ".join(ARCHITECTURES)}, or a Device, got {device!r}; without '
+            "device the arrays tell it"
+        )
     return None if device == "cpu" else Device.from_arch(device)
 
 

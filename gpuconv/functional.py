@@ -24,6 +24,7 @@ def conv1d(
     *,
     padding_mode: str = "zeros",
     precision: str = "float32",
+    algorithm: str | None = None,
     out: ArrayT | None = None,
 ) -> ArrayT:
     """1-D convolution (cross-correlation: the kernel is not flipped, as in every deep-learning framework).
@@ -49,6 +50,9 @@ def conv1d(
         precision: "float32", the full precision of the dtype, or "tf32" for float32 data: operands may be rounded to
             TF32, 11 significant bits, where the GPU's tensor cores then serve the layer. Either way float16, bfloat16
             and float32 data are summed in float32 and rounded once.
+        algorithm: how a GPU computes it. None: the fastest kernel family that takes the problem and sums directly.
+            "base": `conv1d_direct`, one thread per output element, which takes every problem. Or a family's name; see
+            `gpuconv.explain`. On NumPy arrays the name is checked and has no effect.
         out: an array of the output's shape, dtype and device to write to, which must not overlap the inputs.
 
     Returns:
@@ -57,6 +61,7 @@ def conv1d(
 
     Raises:
         ValueError: a shape or a value does not fit; the message names the argument, what was expected and what came.
+            The kernel family that `algorithm` names does not take the problem.
         TypeError: an argument is of the wrong kind, or a dtype is not one of float16, bfloat16, float32, float64,
             complex64 and complex128.
         RuntimeError: a CuPy array was given but no GPU answers.
@@ -70,7 +75,7 @@ def conv1d(
     if padding_mode != "zeros":
         check_padding_mode("conv1d", padding_mode)
     settings = (stride, padding, dilation, groups, precision)
-    return cast(ArrayT, _convolve("conv1d", input, weight, bias, settings, out))
+    return cast(ArrayT, _convolve("conv1d", input, weight, bias, settings, algorithm, out))
 
 
 def conv_transpose1d(
@@ -85,6 +90,7 @@ def conv_transpose1d(
     *,
     output_size: Setting | None = None,
     precision: str = "float32",
+    algorithm: str | None = None,
     out: ArrayT | None = None,
 ) -> ArrayT:
     """Transposed 1-D convolution: the adjoint of `conv1d` in its input, which upsamples by `stride`.
@@ -110,6 +116,9 @@ def conv_transpose1d(
         precision: "float32", the full precision of the dtype, or "tf32" for float32 data: operands may be rounded to
             TF32, 11 significant bits, where the GPU's tensor cores then serve the layer. Either way float16, bfloat16
             and float32 data are summed in float32 and rounded once.
+        algorithm: how a GPU computes it. None: the fastest kernel family that takes the problem and sums directly.
+            "base": `conv_transpose1d_gather`, one thread per output element, which takes every problem. Or a family's
+            name; see `gpuconv.explain`. On NumPy arrays the name is checked and has no effect.
         out: an array of the output's shape, dtype and device to write to, which must not overlap the inputs.
 
     Returns:
@@ -118,6 +127,7 @@ def conv_transpose1d(
 
     Raises:
         ValueError: a shape or a value does not fit; the message names the argument, what was expected and what came.
+            The kernel family that `algorithm` names does not take the problem.
         TypeError: an argument is of the wrong kind, or a dtype is not one of float16, bfloat16, float32, float64,
             complex64 and complex128.
         RuntimeError: a CuPy array was given but no GPU answers.
@@ -129,7 +139,7 @@ def conv_transpose1d(
         array([[[1., 1., 3., 2., 2.]]])
     """
     settings = (stride, padding, output_padding, groups, dilation, output_size, precision)
-    return cast(ArrayT, _convolve("conv_transpose1d", input, weight, bias, settings, out))
+    return cast(ArrayT, _convolve("conv_transpose1d", input, weight, bias, settings, algorithm, out))
 
 
 def prepare(weight: ArrayT) -> runtime.PreparedWeight:
@@ -172,7 +182,7 @@ def _function(op: Op) -> Function[ConvProblem]:
         problem=lambda arrays, settings: construct(*arrays, *settings),
         shape=lambda problem: problem.output_shape,
         compute=_compute,
-        plan=lambda *arguments: runtime.make_plan(*arguments),  # noqa: PLW0108 - looked up when it is called
+        plan=lambda *arguments, **options: runtime.make_plan(*arguments, **options),  # noqa: PLW0108 - looked up late
     )
 
 
@@ -191,9 +201,14 @@ def _convolve(
     weight: Any,
     bias: Any | None,
     settings: tuple[Any, ...],
+    algorithm: str | None,
     out: Any | None,
 ) -> Any:
+    if algorithm is not None:
+        from . import dispatch  # with all kernel families, which most calls on the CPU do not need
+
+        dispatch.check_algorithm(op, op, algorithm)
     prepared = weight if isinstance(weight, runtime.PreparedWeight) else None
     if prepared is not None:
         weight = prepared.array
-    return _FUNCTIONS[op]((input, weight, bias), settings, out, prepared)
+    return _FUNCTIONS[op]((input, weight, bias), settings, out, prepared, algorithm=algorithm)

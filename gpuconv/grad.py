@@ -313,10 +313,13 @@ def _input_function(op: Op) -> Function[ConvProblem]:
         if p.L_in:
             cpu.convolve(p.adjoint(), grad_output, weight.conj() if p.is_complex else weight, None, output)
 
-    def plan(p: ConvProblem, grad_output: Any, weight: Any, _: None, output: Any | None) -> runtime.Plan:
+    def plan(
+        p: ConvProblem, grad_output: Any, weight: Any, _: None, output: Any | None, algorithm: str | None
+    ) -> runtime.Plan:
         if not p.L_in:
             return runtime.Plan(p.input_shape, None, ())
-        return runtime.make_plan(p.adjoint(), grad_output, weight, None, output, conjugate_weight=p.is_complex)
+        arrays = (grad_output, weight, None, output)
+        return runtime.make_plan(p.adjoint(), *arrays, conjugate_weight=p.is_complex, algorithm=algorithm)
 
     # In the order of the operation that computes it. It has no bias.
     return Function(name, ("grad_output", "weight", "bias"), problem, lambda p: p.input_shape, compute, plan)
@@ -334,8 +337,11 @@ def _weight_function(op: Op) -> Function[ConvProblem]:
         q = WeightGradientProblem.of(p)
         cpu_gradients.weight_gradient(q, *q.sides(input, grad_output), output)
 
-    def plan(p: ConvProblem, input: Any, grad_output: Any, output: Any | None) -> runtime.GradientPlan:
-        return runtime.make_weight_gradient_plan(WeightGradientProblem.of(p), input, grad_output, output)
+    def plan(
+        p: ConvProblem, input: Any, grad_output: Any, output: Any | None, algorithm: str | None
+    ) -> runtime.GradientPlan:
+        q = WeightGradientProblem.of(p)
+        return runtime.make_weight_gradient_plan(q, input, grad_output, output, algorithm=algorithm)
 
     return Function(name, ("input", "grad_output"), problem, lambda p: p.weight_shape, compute, plan)
 

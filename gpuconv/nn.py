@@ -10,7 +10,7 @@ from typing import Any, ClassVar, NamedTuple, SupportsIndex, TypeVar, cast
 
 import numpy as np
 
-from . import runtime
+from . import dispatch, runtime
 from .functional import ArrayT, conv1d, conv_transpose1d
 from .problem import (
     DTYPES,
@@ -31,6 +31,8 @@ from .problem import (
 __all__ = ["Conv1d", "ConvTranspose1d", "IncompatibleKeys"]
 
 LayerT = TypeVar("LayerT", bound="_Layer")
+
+_DRAWN_AT_ONCE = 1 << 15  # initial values, in float64
 
 
 class IncompatibleKeys(NamedTuple):
@@ -65,6 +67,7 @@ class _Layer:
         dtype: Any,
         rng: int | np.random.Generator | None,
         precision: str,
+        algorithm: str | None,
     ) -> None:
         caller = type(self).__name__
         C_in = check_int(caller, "in_channels", in_channels, "an int", 0)
@@ -75,6 +78,7 @@ class _Layer:
         if not isinstance(bias, bool | np.bool_):
             raise TypeError(f"{caller}: bias must be True or False, got {type(bias).__name__} {bias!r}")
         check_padding_mode(caller, padding_mode)
+        dispatch.check_algorithm(caller, self.op, algorithm)
 
         self.in_channels = C_in
         self.out_channels = C_out
@@ -85,6 +89,7 @@ class _Layer:
         self.output_padding = (settings.output_padding,)
         self.groups = settings.groups
         self.padding_mode = padding_mode
+        self.algorithm = algorithm
 
         first, second = (C_in, C_out) if self.transposed else (C_out, C_in)
         shape = (first, second // self.groups, K)
@@ -111,12 +116,17 @@ class _Layer:
 
         Raises:
             TypeError: the dtype is not supported, or would drop the imaginary part of complex parameters.
-            ValueError: there is no such device.
+            ValueError: there is no such device, or the layer's precision is "tf32" and the dtype is not float32.
             RuntimeError: a GPU is asked for but none answers.
             ModuleNotFoundError: CuPy, or for bfloat16 ml_dtypes, is not installed.
         """
         caller = f"{type(self).__name__}.to"
         name = None if dtype is None else _supported_dtype(caller, dtype)
+        if self.precision == "tf32" and name not in (None, "float32"):
+            raise ValueError(
+                f'{caller}: dtype must be float32 for a layer with precision "tf32", got {name}; set the layer\'s '
+                'precision to "float32" first'
+            )
         index = None if device is None else _gpu_index(caller, device)
         parameters = self.state_dict()
         for key, array in parameters.items():
@@ -127,12 +137,13 @@ class _Layer:
             key: _place(array, _home(array) if device is None else index, array.dtype if target is None else target)
             for key, array in parameters.items()
         }
-        vars(self).update(placed)
+        self._replace_parameters(placed)
         return self
 
     def state_dict(self) -> dict[str, Any]:
         """The parameters by name, "weight" and then "bias" if there is one: the layer's own arrays, not copies."""
-        state = {"weight": self.weight}
+        is_prepared = isinstance(self.weight, runtime.PreparedWeight)
+        state = {"weight": self.weight.array if is_prepared else self.weight}
         if self.bias is not None:
             state["bias"] = self.bias
         return state
@@ -170,10 +181,18 @@ class _Layer:
                     problems.append(str(error))
         if problems:
             raise ValueError(f"{caller}: the state does not fit {self}: {'; '.join(problems)}")
-        vars(self).update(
+        self._replace_parameters(
             {key: _place(array, _home(own[key]), own[key].dtype, copy=True) for key, array in loaded.items()}
         )
         return IncompatibleKeys(missing, unexpected)
+
+    def _replace_parameters(self, parameters: dict[str, Any]) -> None:
+        """Take these arrays for parameters; a weight that `gpuconv.prepare` made stays a prepared one."""
+        if isinstance(self.weight, runtime.PreparedWeight) and "weight" in parameters:
+            array = parameters["weight"]
+            kept = self.weight if array is self.weight.array else runtime.PreparedWeight(array)
+            parameters = {**parameters, "weight": kept}
+        vars(self).update(parameters)
 
     def __repr__(self) -> str:
         parts = [str(self.in_channels), str(self.out_channels)]
@@ -190,6 +209,8 @@ class _Layer:
             parts.append("bias=False")
         if self.precision != "float32":
             parts.append(f"precision={self.precision}")
+        if self.algorithm is not None:
+            parts.append(f"algorithm={self.algorithm}")
         return f"{type(self).__name__}({', '.join(parts)})"
 
 
@@ -214,6 +235,7 @@ class Conv1d(_Layer):
             dtype. The input must have it too.
         rng: a seed or a `numpy.random.Generator` for the initial parameters.
         precision: as in the function: "float32", or "tf32" for float32 layers.
+        algorithm: as in the function: None, "base" or the name of a kernel family.
 
     Attributes:
         weight: (C_out, C_in/groups, K), drawn like PyTorch's from the uniform distribution between -b and b, where
@@ -222,7 +244,7 @@ class Conv1d(_Layer):
         bias: (C_out,), drawn from the same distribution after the weight, or None.
         in_channels, out_channels, kernel_size, stride, padding, dilation, output_padding, groups, padding_mode,
             transposed: as in PyTorch, where per-axis settings are tuples.
-        precision: as given.
+        precision, algorithm: as given.
 
     Raises:
         ValueError: a value is out of range; the message names the argument, what was expected and what came.
@@ -258,17 +280,18 @@ class Conv1d(_Layer):
         *,
         rng: int | np.random.Generator | None = None,
         precision: str = "float32",
+        algorithm: str | None = None,
     ) -> None:
         super().__init__(
             in_channels, out_channels, kernel_size, stride, padding, 0, dilation, groups, bias, padding_mode, device,
-            dtype, rng, precision,
+            dtype, rng, precision, algorithm,
         )  # fmt: skip
 
     def forward(self, input: ArrayT) -> ArrayT:
         """Convolve: (N, C_in, L_in) to (N, C_out, L_out), or the same without N. Raises as `gpuconv.conv1d` does."""
         output = conv1d(
             input, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups,
-            precision=self.precision,
+            precision=self.precision, algorithm=self.algorithm,
         )  # fmt: skip
         return cast(ArrayT, output)
 
@@ -300,6 +323,7 @@ class ConvTranspose1d(_Layer):
             dtype. The input must have it too.
         rng: a seed or a `numpy.random.Generator` for the initial parameters.
         precision: as in the function: "float32", or "tf32" for float32 layers.
+        algorithm: as in the function: None, "base" or the name of a kernel family.
 
     Attributes:
         weight: (C_in, C_out/groups, K), drawn like PyTorch's from the uniform distribution between -b and b, where
@@ -308,7 +332,7 @@ class ConvTranspose1d(_Layer):
         bias: (C_out,), drawn from the same distribution after the weight, or None.
         in_channels, out_channels, kernel_size, stride, padding, dilation, output_padding, groups, padding_mode,
             transposed: as in PyTorch, where per-axis settings are tuples.
-        precision: as given.
+        precision, algorithm: as given.
 
     Raises:
         ValueError: a value is out of range; the message names the argument, what was expected and what came.
@@ -345,10 +369,11 @@ class ConvTranspose1d(_Layer):
         *,
         rng: int | np.random.Generator | None = None,
         precision: str = "float32",
+        algorithm: str | None = None,
     ) -> None:
         super().__init__(
             in_channels, out_channels, kernel_size, stride, padding, output_padding, dilation, groups, bias,
-            padding_mode, device, dtype, rng, precision,
+            padding_mode, device, dtype, rng, precision, algorithm,
         )  # fmt: skip
 
     def forward(self, input: ArrayT, output_size: Setting | Sequence[SupportsIndex] | None = None) -> ArrayT:
@@ -375,6 +400,7 @@ class ConvTranspose1d(_Layer):
             self.dilation,
             output_size=output_size,
             precision=self.precision,
+            algorithm=self.algorithm,
         )
         return cast(ArrayT, output)
 
@@ -423,7 +449,8 @@ def _gpu_index(caller: str, device: str | None) -> int | None:
         raise TypeError(f"{caller}: device must be {expected}, got {type(device).__name__} {device!r}")
     match = re.fullmatch(r"cuda(?::([0-9]+))?", device)
     if match is None:
-        raise ValueError(f'{caller}: device must be {expected}, got "{device}"')
+        hint = '; CuPy\'s current GPU is "cuda"' if device.lower().startswith("gpu") else ""
+        raise ValueError(f'{caller}: device must be {expected}, got "{device}"{hint}')
     try:
         count = runtime.device_count()
     except ModuleNotFoundError as error:
@@ -448,10 +475,19 @@ def _generator(caller: str, rng: int | np.random.Generator | None) -> np.random.
 def _uniform(
     generator: np.random.Generator, bound: float, shape: tuple[int, ...], dtype: np.dtype[Any]
 ) -> np.ndarray[Any, Any]:
-    """Values between -bound and bound, drawn in float64, so that one seed means the same values in every dtype."""
-    if dtype.kind == "c":
-        return generator.uniform(-bound, bound, (*shape, 2)).view(np.complex128)[..., 0]
-    return generator.uniform(-bound, bound, shape)
+    """Values between -bound and bound, drawn in float64, so that one seed means the same values in every dtype.
+
+    They are drawn and rounded a block at a time: an array in float64 would take up to four times the memory.
+    """
+    values = np.empty(shape, dtype)
+    flat = values.reshape(-1)
+    for start in range(0, flat.size, _DRAWN_AT_ONCE):
+        block = flat[start : start + _DRAWN_AT_ONCE]
+        if dtype.kind == "c":
+            block[...] = generator.uniform(-bound, bound, (block.size, 2)).view(np.complex128)[:, 0]
+        else:
+            block[...] = generator.uniform(-bound, bound, block.size)
+    return values
 
 
 def _home(array: Any) -> int | None:

@@ -185,6 +185,10 @@ class PreparedWeight:
                 self._packed[id(packer.pack)] = found
         return found
 
+    def __reduce__(self) -> tuple[type[PreparedWeight], tuple[Any]]:
+        """Pickles and copies hold the weights alone; packed forms are made again where calls need them."""
+        return PreparedWeight, (self.array,)
+
     def __repr__(self) -> str:
         return f"PreparedWeight(shape={self.shape}, dtype={self.dtype})"
 
@@ -321,10 +325,12 @@ def make_plan(
     output: Any | None,
     *,
     conjugate_weight: bool = False,
+    algorithm: str | None = None,
 ) -> Plan:
     """Plan a validated problem for CuPy arrays on the current device; `output=None` means a fresh allocation.
 
-    Where `conjugate_weight`, the plan computes with the conjugates of the weights, of which it makes a copy.
+    `algorithm` is that of `dispatch.choose`. Where `conjugate_weight`, the plan computes with the conjugates of the
+    weights, of which it makes a copy.
     """
     from . import dispatch
 
@@ -336,25 +342,36 @@ def make_plan(
     if conjugate_weight:
         copies = (*copies, "weight")
     index = int(cupy_module().cuda.runtime.getDevice())
-    choice = dispatch.choose(problem, layout, device(index))
+    choice = dispatch.choose(problem, layout, device(index), algorithm)
     return Plan(problem.output_shape, choice, copies, conjugate_weight=conjugate_weight)
 
 
 def make_weight_gradient_plan(
-    problem: WeightGradientProblem, input: Any, grad_output: Any, output: Any | None
+    problem: WeightGradientProblem,
+    input: Any,
+    grad_output: Any,
+    output: Any | None,
+    *,
+    algorithm: str | None = None,
 ) -> GradientPlan:
     """`make_plan` for the gradient of weights. The plan is called with input, grad_output and the result."""
     order = (0, 1) if problem.transposed else (1, 0)  # the input is coarse where the operation is transposed
-    return _make_gradient_plan(problem, (input, grad_output), output, order)
+    return _make_gradient_plan(problem, (input, grad_output), output, order, algorithm)
 
 
-def make_bias_gradient_plan(problem: BiasGradientProblem, grad_output: Any, output: Any | None) -> GradientPlan:
+def make_bias_gradient_plan(
+    problem: BiasGradientProblem, grad_output: Any, output: Any | None, *, algorithm: str | None = None
+) -> GradientPlan:
     """`make_plan` for the gradient of a bias. The plan is called with grad_output and the result."""
-    return _make_gradient_plan(problem, (grad_output,), output, (0,))
+    return _make_gradient_plan(problem, (grad_output,), output, (0,), algorithm)
 
 
 def _make_gradient_plan(
-    problem: dispatch.GradientProblem, inputs: Sequence[Any], output: Any | None, order: tuple[int, ...]
+    problem: dispatch.GradientProblem,
+    inputs: Sequence[Any],
+    output: Any | None,
+    order: tuple[int, ...],
+    algorithm: str | None,
 ) -> GradientPlan:
     from . import dispatch
     from .families.base import gradient_shapes
@@ -370,4 +387,5 @@ def _make_gradient_plan(
     )
     index = int(cupy_module().cuda.runtime.getDevice())
     copied = tuple(i in copies for i in (*(order.index(i) for i in range(len(inputs))), len(inputs)))
-    return GradientPlan(problem, dispatch.choose_gradient(problem, layout, device(index)), copied, order)
+    choice = dispatch.choose_gradient(problem, layout, device(index), algorithm)
+    return GradientPlan(problem, choice, copied, order)

@@ -12,8 +12,8 @@ import pytest
 
 import gpuconv
 from gpuconv import cases, runtime
+from gpuconv.gpus import missing_gpu
 from gpuconv.problem import ConvProblem
-from gpuconv.verify import missing_gpu
 from tests import NO_TORCH, hostcuda
 
 Array = npt.NDArray[Any]

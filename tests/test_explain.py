@@ -287,7 +287,21 @@ def test_the_settings_are_those_of_the_functions() -> None:
     [
         (("conv2d", X, W), {"device": "cpu"}, ValueError, 'op must be one of "conv1d" and "conv_transpose1d"'),
         (("conv1d", X, W), {}, ValueError, "device must be given .* got input as an ArraySpec"),
-        (("conv1d", X, W), {"device": "sm_42"}, ValueError, "arch must be one of sm_75"),
+        (
+            ("conv1d", X, W),
+            {"device": "sm_42"},
+            ValueError,
+            'device must be "cpu", one of sm_75, .*, got .sm_42.',
+        ),
+        (("conv1d", X, W), {"device": "gpu"}, ValueError, "got 'gpu'; without device the arrays tell it"),
+        (
+            ("conv1d", (1, 4, 9), W),
+            {"device": "cpu"},
+            TypeError,
+            r"explain: input must be an array or an ArraySpec, got tuple; a shape becomes "
+            r'gpuconv.problem.ArraySpec\(\(1, 4, 9\), "float32"\)',
+        ),
+        (("conv1d", X, [2, 4, 3]), {"device": "cpu"}, TypeError, "weight must be an array or an ArraySpec, got list"),
         (("conv1d", X, W), {"device": 90}, TypeError, "device must be None, .* got int"),
         (
             ("conv1d", X, W),
@@ -302,7 +316,7 @@ def test_the_settings_are_those_of_the_functions() -> None:
         (("conv1d", ArraySpec((2, 3.5, 8), "float32"), W), {"device": "cpu"}, TypeError, "extent of input must be"),
         (("conv1d", X, spec(512, 51, 3)), {"device": "cpu"}, ValueError, "expects C_in = 51"),
         (("conv1d", X, W, spec(511)), {"device": "sm_90"}, ValueError, "bias must have shape"),
-        (("conv1d", np.zeros((2, 8)), [[[1.0]]]), {}, TypeError, "weight must be a NumPy or CuPy array, got list"),
+        (("conv1d", np.zeros((2, 8)), [[[1.0]]]), {}, TypeError, "weight must be an array or an ArraySpec, got list$"),
         (("conv1d", X, None), {"device": "cpu"}, TypeError, "weight must be an array"),
     ],
 )
@@ -388,3 +402,17 @@ def test_unknown_direction() -> None:
     x, w = ArraySpec((8, 64, 301), "float32"), ArraySpec((32, 64, 4), "float32")
     with pytest.raises(ValueError, match="direction must be one of forward, grad_input, grad_weight, grad_bias"):
         gpuconv.explain("conv1d", x, w, direction="backward", device="sm_90")  # type: ignore[call-overload]
+
+
+def test_an_algorithm_is_explained() -> None:
+    x, w = spec(2, 64, 100), spec(64, 64, 3)
+    assert explain("conv1d", x, w, device="sm_90").choice.family == "conv1d_mma"
+    found = explain("conv1d", x, w, device="sm_90", algorithm="base")
+    assert (found.choice.family, found.choice.refusals) == ("conv1d_direct", ())
+    assert "conv1d_direct" in str(found)
+    assert explain("conv1d", x, w, device="sm_90", algorithm="conv1d_tiled").choice.family == "conv1d_tiled"
+    assert explain("conv1d", x, w, device="cpu", algorithm="base").method is not None
+    with pytest.raises(ValueError, match=r"^conv1d: algorithm 'conv1d_depthwise' does not take conv1d N2 .*: needs"):
+        explain("conv1d", x, w, device="sm_90", algorithm="conv1d_depthwise")
+    with pytest.raises(ValueError, match=r'^explain: algorithm is of direction "forward"; .* for grad_weight, got'):
+        explain("conv1d", x, w, device="sm_90", direction="grad_weight", algorithm="base")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import importlib
 import re
 import subprocess
 import sys
@@ -439,7 +440,8 @@ def test_what_is_no_array_is_refused(op: str, name: str) -> None:
     ):  # fmt: skip
         with pytest.raises(TypeError) as caught:
             call(op, **{**given, name: thing})
-        assert str(caught.value) == f"{op}: {name} must be a NumPy or CuPy array, got {type(thing).__name__}"
+        hint = f"; for PyTorch tensors there is gpuconv.torch.{op}" if isinstance(thing, torch.Tensor) else ""
+        assert str(caught.value) == f"{op}: {name} must be a NumPy or CuPy array, got {type(thing).__name__}{hint}"
 
 
 @pytest.mark.torch
@@ -562,9 +564,9 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> list[ConvProblem]:
     made = []
     make_plan = runtime.make_plan
 
-    def recording(problem: ConvProblem, *args: Any) -> runtime.Plan:
+    def recording(problem: ConvProblem, *args: Any, **options: Any) -> runtime.Plan:
         made.append(problem)
-        return make_plan(problem, *args)
+        return make_plan(problem, *args, **options)
 
     monkeypatch.setattr(runtime, "make_plan", recording)
     return made
@@ -911,3 +913,53 @@ def test_errors_are_the_same_on_both_devices(
             call(op, **{name: place(real_array(shape)) for name, shape in shapes.items()}, **arguments)
         messages.append(str(caught.value))
     assert messages[0] == messages[1]
+
+
+@pytest.mark.parametrize("op", ["conv1d", "conv_transpose1d"])
+def test_pytorch_tensors_are_told_of_the_bridge(op: str) -> None:
+    x, w = torch.zeros(1, 2, 9), torch.zeros(2, 2, 3)
+    message = f"{op}: input must be a NumPy or CuPy array, got Tensor; for PyTorch tensors there is gpuconv.torch.{op}"
+    with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
+        getattr(gpuconv, op)(x, w)
+    with pytest.raises(TypeError, match=rf"^{op}: weight .*, got Parameter; for PyTorch tensors there is"):
+        getattr(gpuconv, op)(x.numpy(), torch.nn.Parameter(w))
+    assert callable(getattr(importlib.import_module("gpuconv.torch"), op))
+    with pytest.raises(TypeError, match=r"^prepare: .* got Tensor; the functions of gpuconv\.torch take"):
+        gpuconv.prepare(w)
+
+
+BASE = {"conv1d": "conv1d_direct", "conv_transpose1d": "conv_transpose1d_gather"}
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_an_algorithm_is_launched_by_its_name(op: str) -> None:
+    """And a plan that is kept for one algorithm does not serve another."""
+    x = np.random.default_rng(0).standard_normal((2, 64, 50)).astype(np.float32)
+    w = np.random.default_rng(1).standard_normal((64, 64, 3)).astype(np.float32)
+    function = getattr(gpuconv, op)
+    with fake_cupy.installed():
+        x_gpu, w_gpu = fake_cupy.asarray(x), fake_cupy.asarray(w)
+        families = {"base": BASE[op], BASE[op]: BASE[op], f"{op}_mma": f"{op}_mma"}
+        kept = {}
+        for algorithm, family in [*families.items(), (None, f"{op}_mma"), *families.items()]:
+            fake_cupy.launches.clear()
+            kept[algorithm] = function(x_gpu, w_gpu, algorithm=algorithm).get()
+            assert fake_cupy.launches[-1][0] == family
+        assert kept["base"].tobytes() == kept[BASE[op]].tobytes()
+        assert kept[None].tobytes() == kept[f"{op}_mma"].tobytes() != kept["base"].tobytes()
+        refused = rf"^{op}: algorithm '{op}_depthwise' does not take {op} N2 C64->64 .*: needs "
+        with pytest.raises(ValueError, match=refused):
+            function(x_gpu, w_gpu, algorithm=f"{op}_depthwise")
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_algorithms_are_checked_on_numpy_arrays_and_have_no_effect(op: str) -> None:
+    given = {**arrays(op), "groups": 2}
+    plain = call(op, **given)
+    for algorithm in (None, "base", BASE[op], f"{op}_depthwise"):
+        assert call(op, **given, algorithm=algorithm).tobytes() == plain.tobytes()
+    other = BASE[OPS[1 - OPS.index(op)]]
+    with pytest.raises(ValueError, match=f"^{op}: algorithm must be None or one of base, {op}_.*, got '{other}'$"):
+        call(op, **given, algorithm=other)
+    with pytest.raises(TypeError, match=f"^{op}: algorithm must be None or one of base, .*, got int 1$"):
+        call(op, **given, algorithm=1)
