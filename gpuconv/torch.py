@@ -16,6 +16,7 @@ This is the only module of gpuconv that imports PyTorch; `import gpuconv` does n
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache, partial
@@ -26,7 +27,8 @@ import numpy as np
 import torch
 import torch.nn.functional
 from torch.autograd import forward_ad
-from torch.library import custom_op
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
 from . import functional, grad, runtime
 from .problem import ArraySpec, ConvProblem, Op, Padding, Setting, Settings, check_precision, numpy_dtype
@@ -214,8 +216,8 @@ def _tensors(
                 f"{op}: all tensors must be on one device, got input on {input.device} and {name} on {tensor.device}"
             )
         # PyTorch itself would give zeros without a word.
-        if forward_ad.unpack_dual(tensor).tangent is not None:  # type: ignore[no-untyped-call]
-            raise NotImplementedError(f"{op}: forward-mode derivatives are not supported, but {name} has a tangent")
+        if forward_ad._current_level >= 0 and _has_tangent(tensor):
+            raise NotImplementedError(f"{op}: {_NO_TANGENTS}, but {name} has a tangent")
     kind = input.device.type
     x, w, b = input, weight, bias
     if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind):
@@ -223,6 +225,13 @@ def _tensors(
         x, w, b = _autocast(x, dtype), _autocast(w, dtype), None if b is None else _autocast(b, dtype)
     check_precision(op, precision, _name(x.dtype))
     return x, w, b
+
+
+_NO_TANGENTS = "forward-mode derivatives are not supported"
+
+
+def _has_tangent(tensor: Tensor) -> bool:
+    return forward_ad.unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]
 
 
 def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -316,10 +325,82 @@ _SETTINGS: dict[Op, str] = {
         "str precision"
     ),
 }
+_GROUPS = 4  # the place of `groups` among the settings of either
+
+# Operators are defined here and not by `torch.library.custom_op`: its first call imports the whole of torch.compile, and
+# the derivatives that it registers do not work under torch.func.
+_LIBRARY = torch.library.Library("gpuconv", "FRAGMENT")
+
+# What is left to dispatch on, behind the derivatives, of plain tensors in no mode.
+_ON_CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+_ON_CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+
+
+def _define(
+    schema: str,
+    compute: Callable[..., Tensor],
+    fake: Callable[..., Tensor],
+    keep: Callable[..., None],
+    backward: Callable[..., tuple[Any, ...]],
+    batch: Callable[..., tuple[Tensor, int]],
+) -> Any:
+    """Register an operator.
+
+    Args:
+        schema: its name, arguments and result.
+        compute: carries it out.
+        fake: makes the tensor for the result where extents may be symbols.
+        keep: (ctx, needed, *arguments) stores what `backward` needs; `needed` says of each argument whether its
+            gradient is wanted.
+        backward: (ctx, needed, gradient of the result) -> the gradients of the arguments.
+        batch: the rule of `torch.library.register_vmap`.
+    """
+    name = schema.partition("(")[0]
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    operator = getattr(torch.ops.gpuconv, name).default
+    untraced = lru_cache(maxsize=1)(lambda: torch.compiler.disable(compute))
+
+    def run(*inputs: Any) -> Tensor:
+        # Once there is a torch.compile, it must not look into what an operator does.
+        return cast(Tensor, (untraced() if "torch._dynamo" in sys.modules else compute)(*inputs))
+
+    def below_autograd(keys: Any, inputs: tuple[Any, ...]) -> Tensor:
+        rest = keys & torch._C._after_autograd_keyset
+        if rest == _ON_CPU or rest == _ON_CUDA:  # noqa: PLR1714 - sets of keys have no hash
+            return run(*inputs)  # where the dispatcher would lead, too
+        with torch._C._AutoDispatchBelowAutograd():
+            return cast(Tensor, operator.redispatch(rest, *inputs))
+
+    # `differentiable` is called once for each level of torch.func, so the function is one of a single level.
+    class Differentiable(torch.autograd.function._SingleLevelFunction):
+        @staticmethod
+        def forward(ctx: Any, keys: Any, *inputs: Any) -> Tensor:
+            keep(ctx, ctx.needs_input_grad[1:], *inputs)
+            return below_autograd(keys, inputs)
+
+        @staticmethod
+        def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+            return None, *backward(ctx, ctx.needs_input_grad[1:], g)
+
+    Differentiable.__name__ = Differentiable.__qualname__ = f"gpuconv_{name}"  # what `grad_fn` is called
+
+    def differentiable(keys: Any, *inputs: Any) -> Tensor:
+        if forward_ad._current_level >= 0 and any(isinstance(t, torch.Tensor) and _has_tangent(t) for t in inputs):
+            raise NotImplementedError(f"gpuconv::{name}: {_NO_TANGENTS}")
+        if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs)):
+            return below_autograd(keys, inputs)
+        with enable_single_level_autograd_function():
+            return cast(Tensor, Differentiable.apply(keys, *inputs))
+
+    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, differentiable, "Autograd", with_keyset=True)
+    torch.library.register_fake(operator, fake, lib=_LIBRARY)
+    torch.library.register_vmap(operator, batch, lib=_LIBRARY)
+    return operator
 
 
 def _register(op: Op) -> None:
-    """Register an operation and the gradients in its input and its weight, with their derivatives."""
+    """Register an operation and the gradients in its input and its weight."""
 
     def define(
         name: str,
@@ -327,6 +408,7 @@ def _register(op: Op) -> None:
         function: Callable[..., Any],
         empty: Callable[..., Tensor],
         fake: Callable[..., Tensor],
+        *rules: Callable[..., Any],
     ) -> Any:
         """An operator that calls a function of arrays.
 
@@ -336,10 +418,7 @@ def _register(op: Op) -> None:
         def compute(*given: Any) -> Tensor:
             return _write(empty(*given), function, *given[:3], **_keywords(op, given[3:]))
 
-        schema = f"({arguments}, {_SETTINGS[op]}) -> Tensor"
-        operator = custom_op(f"gpuconv::{name}", compute, mutates_args=(), schema=schema)
-        operator.register_fake(fake)
-        return operator
+        return _define(f"{name}({arguments}, {_SETTINGS[op]}) -> Tensor", compute, fake, *rules)
 
     def output_of(
         shape: Callable[..., tuple[int, ...]], x: Tensor, w: Tensor, b: Tensor | None, *settings: Any
@@ -354,41 +433,19 @@ def _register(op: Op) -> None:
     def weight_of(x: Tensor, size: Sequence[int], *_: Any) -> Tensor:
         return x.new_empty(size)
 
-    forward = define(
-        op,
-        "Tensor input, Tensor weight, Tensor? bias",
-        getattr(functional, op),
-        partial(output_of, lru_cache(maxsize=4096)(_output_shape)),
-        partial(output_of, _output_shape),
-    )
-    input_gradient = define(
-        f"{op}_input",
-        "SymInt[] input_size, Tensor weight, Tensor grad_output",
-        getattr(grad, f"{op}_input"),
-        input_of,
-        input_of,
-    )
-    weight_gradient = define(
-        f"{op}_weight",
-        "Tensor input, SymInt[] weight_size, Tensor grad_output",
-        getattr(grad, f"{op}_weight"),
-        weight_of,
-        weight_of,
-    )
-
-    def keep(places: tuple[int, int], ctx: Any, inputs: tuple[Any, ...], **_: Any) -> None:
+    def keep(places: tuple[int, int], ctx: Any, needed: tuple[bool, ...], *inputs: Any) -> None:
         """Keep each of the two factors, found in these places, only where the derivative in the other is wanted."""
         a, b = (inputs[place] for place in places)
-        needs_a, needs_b = (ctx.needs_input_grad[place] for place in places)
+        needs_a, needs_b = (needed[place] for place in places)
         ctx.save_for_backward(a if needs_b else None, b if needs_a else None)
         ctx.sizes = a.shape, b.shape
         ctx.settings = inputs[3:]
 
     # In these, g is the gradient of what the operator returned. No conjugation shows: the operators conjugate.
 
-    def forward_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    def forward_backward(ctx: Any, needed: tuple[bool, ...], g: Tensor) -> tuple[Tensor | None, ...]:
         (x, w), (x_size, w_size), settings = ctx.saved_tensors, ctx.sizes, ctx.settings
-        needs_x, needs_w, needs_b = ctx.needs_input_grad[:3]
+        needs_x, needs_w, needs_b = needed[:3]
         return (
             input_gradient(x_size, w, g, *settings) if needs_x else None,
             weight_gradient(x, w_size, g, *settings) if needs_w else None,
@@ -396,9 +453,9 @@ def _register(op: Op) -> None:
             *[None] * len(settings),
         )
 
-    def input_gradient_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    def input_gradient_backward(ctx: Any, needed: tuple[bool, ...], g: Tensor) -> tuple[Tensor | None, ...]:
         (w, grad_output), (w_size, _), settings = ctx.saved_tensors, ctx.sizes, ctx.settings
-        _, needs_w, needs_grad_output = ctx.needs_input_grad[:3]
+        _, needs_w, needs_grad_output = needed[:3]
         return (
             None,
             weight_gradient(g, w_size, grad_output, *settings) if needs_w else None,
@@ -406,9 +463,9 @@ def _register(op: Op) -> None:
             *[None] * len(settings),
         )
 
-    def weight_gradient_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    def weight_gradient_backward(ctx: Any, needed: tuple[bool, ...], g: Tensor) -> tuple[Tensor | None, ...]:
         (x, grad_output), (x_size, _), settings = ctx.saved_tensors, ctx.sizes, ctx.settings
-        needs_x, _, needs_grad_output = ctx.needs_input_grad[:3]
+        needs_x, _, needs_grad_output = needed[:3]
         return (
             input_gradient(x_size, g, grad_output, *settings) if needs_x else None,
             None,
@@ -416,9 +473,124 @@ def _register(op: Op) -> None:
             *[None] * len(settings),
         )
 
-    forward.register_autograd(forward_backward, setup_context=partial(keep, (0, 1)))
-    input_gradient.register_autograd(input_gradient_backward, setup_context=partial(keep, (1, 2)))
-    weight_gradient.register_autograd(weight_gradient_backward, setup_context=partial(keep, (0, 2)))
+    # In these, B calls become one. Where all have one weight, their samples become one batch. Else each gets groups of
+    # its own: channels of different groups do not mix.
+
+    def forward_batch(info: Any, dims: tuple[Any, ...], x: Tensor, w: Tensor, b: Any, *settings: Any) -> Any:
+        B = info.batch_size
+        if dims[1] is None and dims[2] is None:
+            return _from_samples(forward(_to_samples(x, dims[0]), w, b, *settings), B, x.dim() == 4)
+        rows = None if b is None else _to_rows(b, dims[2], B)
+        y = forward(_to_channels(x, dims[0], B), _to_rows(w, dims[1], B), rows, *_grouped(settings, B))
+        return _from_channels(y, B)
+
+    def input_gradient_batch(
+        info: Any, dims: tuple[Any, ...], size: Sequence[int], w: Tensor, g: Tensor, *settings: Any
+    ) -> Any:
+        B, (*N, C, L) = info.batch_size, size
+        if dims[1] is None:
+            samples = [B * n for n in N] or [B]
+            return _from_samples(input_gradient([*samples, C, L], w, _to_samples(g, dims[2]), *settings), B, bool(N))
+        rows, channels = _to_rows(w, dims[1], B), _to_channels(g, dims[2], B)
+        return _from_channels(input_gradient([*N, B * C, L], rows, channels, *_grouped(settings, B)), B)
+
+    def weight_gradient_batch(
+        info: Any, dims: tuple[Any, ...], x: Tensor, size: Sequence[int], g: Tensor, *settings: Any
+    ) -> Any:
+        B, (rows, *rest) = info.batch_size, size
+        x, g = _to_channels(x, dims[0], B), _to_channels(g, dims[2], B)
+        return weight_gradient(x, [B * rows, *rest], g, *_grouped(settings, B)).unflatten(0, (B, rows)), 0
+
+    forward = define(
+        op,
+        "Tensor input, Tensor weight, Tensor? bias",
+        getattr(functional, op),
+        partial(output_of, lru_cache(maxsize=4096)(_output_shape)),
+        partial(output_of, _output_shape),
+        partial(keep, (0, 1)),
+        forward_backward,
+        forward_batch,
+    )
+    input_gradient = define(
+        f"{op}_input",
+        "SymInt[] input_size, Tensor weight, Tensor grad_output",
+        getattr(grad, f"{op}_input"),
+        input_of,
+        input_of,
+        partial(keep, (1, 2)),
+        input_gradient_backward,
+        input_gradient_batch,
+    )
+    weight_gradient = define(
+        f"{op}_weight",
+        "Tensor input, SymInt[] weight_size, Tensor grad_output",
+        getattr(grad, f"{op}_weight"),
+        weight_of,
+        weight_of,
+        partial(keep, (0, 2)),
+        weight_gradient_backward,
+        weight_gradient_batch,
+    )
+
+    # Counted as PyTorch counts those of its own convolutions.
+
+    transposed = op == "conv_transpose1d"
+
+    def forward_flops(x: Any, w: Any, *_: Any, out_shape: Any, **__: Any) -> int:
+        return conv_flop_count(_batched(x), w, _batched(out_shape), transposed=transposed)
+
+    def input_gradient_flops(size: Any, w: Any, g: Any, *_: Any, **__: Any) -> int:
+        return conv_flop_count(_batched(g), w, _batched(size), transposed=not transposed)
+
+    def weight_gradient_flops(x: Any, size: Any, g: Any, *_: Any, **__: Any) -> int:
+        sides = [[C, N, L] for N, C, L in (_batched(x), _batched(g))]
+        a, b = sides[::-1] if transposed else sides
+        return conv_flop_count(a, b, [size[1], size[0], size[2]])
+
+    for operator, formula in (
+        (forward, forward_flops),
+        (input_gradient, input_gradient_flops),
+        (weight_gradient, weight_gradient_flops),
+    ):
+        register_flop_formula(operator.overloadpacket)(formula)
+
+
+def _batched(shape: Sequence[int]) -> list[int]:
+    return [*shape] if len(shape) == 3 else [1, *shape]
+
+
+def _grouped(settings: Sequence[Any], B: int) -> list[Any]:
+    """The settings with B times the groups."""
+    return [value * B if place == _GROUPS else value for place, value in enumerate(settings)]
+
+
+# An axis of B calls, which lies at `dim` or is missing where all share the tensor, as a part of another axis, and back:
+# (result, where the axis lies in it).
+
+
+def _front(tensor: Tensor, dim: int | None, B: int) -> Tensor:
+    return tensor.expand(B, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+
+
+def _to_rows(tensor: Tensor, dim: int | None, B: int) -> Tensor:
+    return _front(tensor, dim, B).flatten(0, 1)
+
+
+def _to_channels(tensor: Tensor, dim: int | None, B: int) -> Tensor:
+    return _front(tensor, dim, B).movedim(0, -3).flatten(-3, -2)
+
+
+def _from_channels(tensor: Tensor, B: int) -> tuple[Tensor, int]:
+    return tensor.unflatten(-2, (B, tensor.shape[-2] // B)), tensor.dim() - 2
+
+
+def _to_samples(tensor: Tensor, dim: int) -> Tensor:
+    moved = tensor.movedim(dim, 0)
+    return moved.flatten(0, 1) if moved.dim() == 4 else moved
+
+
+def _from_samples(tensor: Tensor, B: int, batched: bool) -> tuple[Tensor, int]:
+    return (tensor.unflatten(0, (B, tensor.shape[0] // B)) if batched else tensor), 0
 
 
 def _register_bias_gradient() -> Any:
@@ -430,15 +602,18 @@ def _register_bias_gradient() -> Any:
     def compute(grad_output: Tensor) -> Tensor:
         return _write(bias_of(grad_output), grad.conv1d_bias, grad_output)
 
-    def keep(ctx: Any, inputs: tuple[Tensor], **_: Any) -> None:
-        ctx.size = inputs[0].shape
+    def keep(ctx: Any, needed: tuple[bool, ...], grad_output: Tensor) -> None:
+        ctx.size = grad_output.shape
 
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        return g[:, None].expand(ctx.size)
+    def backward(ctx: Any, needed: tuple[bool, ...], g: Tensor) -> tuple[Tensor]:
+        return (g[:, None].expand(ctx.size),)
 
-    operator = custom_op("gpuconv::conv_bias", compute, mutates_args=(), schema="(Tensor grad_output) -> Tensor")
-    operator.register_fake(bias_of)
-    operator.register_autograd(backward, setup_context=keep)
+    def batch(info: Any, dims: tuple[Any, ...], grad_output: Tensor) -> tuple[Tensor, int]:
+        B = info.batch_size
+        result = operator(_to_channels(grad_output, dims[0], B))
+        return result.unflatten(0, (B, result.shape[0] // B)), 0
+
+    operator = _define("conv_bias(Tensor grad_output) -> Tensor", compute, bias_of, keep, backward, batch)
     return operator
 
 
