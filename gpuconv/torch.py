@@ -14,24 +14,37 @@ gradients in the two, and the derivatives of each are the other two::
 This is the only module of gpuconv that imports PyTorch; `import gpuconv` does not import it.
 """
 
+# Much of PyTorch has no types.
+# mypy: disable-error-code="no-untyped-call"
+
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache, partial
 from threading import Lock
-from typing import Any, SupportsIndex, TypeAlias, cast
+from typing import Any, NamedTuple, SupportsIndex, TypeAlias, cast
 
 import numpy as np
 import torch
 import torch.nn.functional
-from torch.autograd import forward_ad
+import torch.utils.checkpoint
 from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
+from torch.jit._builtins import _register_builtin
+from torch.overrides import (
+    TorchFunctionMode,
+    _get_current_function_mode,
+    _get_current_function_mode_stack,
+    handle_torch_function,
+    has_torch_function_variadic,
+)
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
 from . import functional, grad, runtime
-from .problem import ArraySpec, ConvProblem, Op, Padding, Setting, Settings, check_precision, numpy_dtype
+from .problem import PRECISIONS, ArraySpec, ConvProblem, Op, Padding, Setting, Settings, check_precision, numpy_dtype
 
 Tensor: TypeAlias = torch.Tensor
 
@@ -82,8 +95,13 @@ def conv1d(
         >>> torch.autograd.grad(y.sum(), x)
         (tensor([[[2., 3., 3., 3., 2.]]]),)
     """
+    if has_torch_function_variadic(input, weight, bias):
+        settings = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+        return _overridden(conv1d, input, weight, bias, precision=precision, **settings)
     checked = Settings.check("conv1d", "conv1d", stride, padding, dilation, groups)
     tensors = _tensors("conv1d", precision, input, weight, bias)
+    if _exports_onnx():
+        return _as_pytorch("conv1d", checked, *tensors)
     sides, word = _split(checked.padding)
     result = torch.ops.gpuconv.conv1d.default(
         *tensors, checked.stride, sides, word, checked.dilation, checked.groups, precision
@@ -101,6 +119,7 @@ def conv_transpose1d(
     groups: SupportsIndex = 1,
     dilation: Setting = 1,
     *,
+    output_size: Setting | None = None,
     precision: str = "float32",
 ) -> Tensor:
     """`gpuconv.conv_transpose1d` of tensors, with the arguments of `torch.nn.functional.conv_transpose1d`.
@@ -115,6 +134,7 @@ def conv_transpose1d(
         output_padding: output samples added on the right, below max(stride, dilation).
         groups: input and output channels are cut into this many groups that do not mix.
         dilation: distance between taps, in output samples.
+        output_size: the wanted L_out, in place of output_padding.
         precision: "float32", or "tf32" where float32 operands may be rounded to TF32, in the gradients as well.
 
     Returns:
@@ -134,8 +154,20 @@ def conv_transpose1d(
         tensor([[[1., 1., 3., 2., 2.]]])
     """
     op: Op = "conv_transpose1d"
+    if has_torch_function_variadic(input, weight, bias):
+        settings: dict[str, Any] = {"stride": stride, "padding": padding, "output_padding": output_padding}
+        settings |= {"groups": groups, "dilation": dilation, "output_size": output_size}
+        return _overridden(conv_transpose1d, input, weight, bias, precision=precision, **settings)
     checked = Settings.check(op, op, stride, padding, dilation, groups, output_padding)
     tensors = _tensors(op, precision, input, weight, bias)
+    if output_size is not None:
+        x, w, b = _specs(*tensors)
+        problem = ConvProblem.conv_transpose1d(
+            x, w, b, stride, padding, output_padding, groups, dilation, output_size, precision
+        )
+        checked = checked._replace(padding=problem.padding, output_padding=problem.output_padding)
+    if _exports_onnx():
+        return _as_pytorch(op, checked, *tensors)
     sides, word = _split(checked.padding)
     result = torch.ops.gpuconv.conv_transpose1d.default(
         *tensors, checked.stride, sides, word, checked.output_padding, checked.groups, checked.dilation, precision
@@ -143,29 +175,32 @@ def conv_transpose1d(
     return cast(Tensor, result)
 
 
-# What `torch.nn.functional` holds, then what each open `patch` put in its place, the latest last.
-_PATCHES: list[Mapping[str, Callable[..., Tensor]]] = []
-_PATCHES_LOCK = Lock()
+def patch(*, precision: str = "float32", strict: bool = False) -> AbstractContextManager[None]:
+    """In the context, PyTorch's `conv1d` and `conv_transpose1d` are those of this module.
 
+    So `torch.nn.Conv1d` and `torch.nn.ConvTranspose1d` run on gpuconv, and so does a model made of them or of calls of
+    the functions, under whatever name it imported them. What gpuconv does not take is an error there, never a call of
+    PyTorch's own. Backward passes use gpuconv where the forward pass did, in the context or behind it, also where
+    `torch.utils.checkpoint` computes the forward pass again.
 
-@contextmanager
-def patch(*, precision: str = "float32") -> Iterator[None]:
-    """In the context, `torch.nn.functional.conv1d` and `conv_transpose1d` are those of this module.
-
-    So `torch.nn.Conv1d` and `torch.nn.ConvTranspose1d`, which call them by these names, run on gpuconv, and so does a
-    model made of them. What gpuconv does not take is an error there, never a call of PyTorch's own. Backward passes use
-    gpuconv where the forward pass did, in the context or behind it.
-
-    Contexts may be nested; the innermost decides. The functions belong to the process: other threads see the exchange,
-    and where contexts of several threads overlap, the one opened last decides until it is closed. Calls of
-    `torch.conv1d`, functions imported by name beforehand, scripted and exported models are not reached. What
-    `torch.compile` made is compiled anew when it is first called inside, or outside.
+    Contexts may be nested; the innermost decides. `torch.nn.functional` belongs to the process: other threads see the
+    exchange there, and where contexts of several threads overlap, the one opened last decides until it is closed. Under
+    other names the functions are reached in the thread that opened the context. What `torch.compile` made is compiled
+    anew when it is first called inside, or outside; a context may also be opened within what is compiled.
+    `torch.onnx.export` writes the convolutions as ONNX has them. Exported programs and TorchScript stay what they are,
+    and `torch.jit.script` takes PyTorch's own convolutions in the context as well.
 
     Args:
         precision: of all calls: "float32", or "tf32", with which everything but float32 tensors is refused.
+        strict: whether the context ends with an error where PyTorch itself carried out convolutions along one axis in
+            this thread, such as those of TorchScript modules. It names the callers, and slows every operator down.
+
+    Returns:
+        A context manager, which also decorates functions.
 
     Raises:
         ValueError: precision is neither of the two.
+        RuntimeError: at the end of the context, as `strict` says.
 
     Example:
         >>> import torch, gpuconv.torch
@@ -176,25 +211,157 @@ def patch(*, precision: str = "float32") -> Iterator[None]:
         torch.Size([2, 1, 96])
     """
     check_precision("patch", precision, "float32")
-    ours = {function.__name__: partial(function, precision=precision) for function in (conv1d, conv_transpose1d)}
+    if not torch.compiler.is_dynamo_compiling():
+        return _patched(precision, strict, everywhere=True)
+    if strict:
+        raise NotImplementedError("patch: gpuconv cannot be strict within what torch.compile compiles")
+    return _Redirection(precision, strict=False)
+
+
+class _Redirection(TorchFunctionMode):
+    """While open, calls of PyTorch's functions in this thread are those of this module, whatever name they go by."""
+
+    def __init__(self, precision: str, strict: bool) -> None:
+        super().__init__()
+        self.precision, self.strict, self.open = precision, strict, True
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.open and func is torch.conv1d:
+            func = _REPLACEMENTS[self.precision]["conv1d"]
+        elif self.open and func is torch.conv_transpose1d:
+            func = _REPLACEMENTS[self.precision]["conv_transpose1d"]
+        return func(*args, **(kwargs or {}))
+
+
+class _Strictness(TorchDispatchMode):
+    """While open, notes the convolutions along one axis that PyTorch itself carries out in this thread.
+
+    They are no errors at once: one that goes through TorchScript loses its words there, or ends the process.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open = True
+        self.found: dict[str, None] = {}  # in their order
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.open and func.namespace != "gpuconv" and "conv" in func._opname and "backward" not in func._opname:
+            weight = args[1] if len(args) > 1 else None
+            if isinstance(weight, torch.Tensor) and weight.dim() == 3:
+                self.found[f"{func.name()} of {_caller()}"] = None
+        return func(*args, **(kwargs or {}))
+
+
+def _caller() -> str:
+    """The TorchScript module, if any, and the line outside of PyTorch that the calls at hand come from."""
+    script, frame = "", sys._getframe(2)
+    while frame.f_back and (
+        frame.f_globals.get("__name__", "").startswith(("torch.", "gpuconv.torch"))
+        or frame.f_code.co_filename.startswith("<")  # generated, as exported programs are
+    ):
+        module = frame.f_locals.get("self")
+        if isinstance(module, torch.jit.ScriptModule):
+            script = f"the TorchScript module {module.original_name}, at "
+        frame = frame.f_back
+    return f"{script}{frame.f_code.co_filename}:{frame.f_lineno}"
+
+
+class _Patch(NamedTuple):
+    """An open context: `everywhere` it is one for all threads, else for the modes' own."""
+
+    redirection: _Redirection
+    everywhere: bool
+
+
+# What stood in the places that `patch` exchanges, and the open contexts, the latest last. They belong to the process.
+_ORIGINALS: dict[tuple[Any, str], Any] = {}
+_PATCHES: list[_Patch] = []
+_PATCHES_LOCK = Lock()
+
+_REPLACEMENTS = {
+    precision: {function.__name__: partial(function, precision=precision) for function in (conv1d, conv_transpose1d)}
+    for precision in PRECISIONS
+}
+for _functions in _REPLACEMENTS.values():
+    for _name_of_op, _function in _functions.items():
+        # TorchScript takes them for PyTorch's own. It would fail to compile them, and then to compile their callers
+        # for good.
+        _register_builtin(_function, f"aten::{_name_of_op}")
+
+
+@contextmanager
+def _patched(precision: str, strict: bool, everywhere: bool) -> Iterator[None]:
+    redirection, strictness = _Redirection(precision, strict), _Strictness() if strict else None
+    modes: list[Any] = [redirection] if strictness is None else [redirection, strictness]
+    mine = _Patch(redirection, everywhere)
     with _PATCHES_LOCK:
-        if not _PATCHES:
-            _PATCHES.append({name: getattr(torch.nn.functional, name) for name in ours})
-        _PATCHES.append(ours)
+        _PATCHES.append(mine)
         _exchange()
+    for mode in modes:
+        mode.__enter__()
     try:
         yield
+        if strictness is not None and strictness.found:
+            raise RuntimeError(f"patch: gpuconv did not reach {', '.join(strictness.found)}")
     finally:
+        for mode in modes:
+            mode.open = False
+        # Modes form a stack for each thread. Where contexts end in another order or in another thread than they began
+        # in, a closed one stays, without any effect, until it comes to the top.
+        for get_top in (_get_current_function_mode, _get_current_dispatch_mode):
+            while isinstance(top := get_top(), _Redirection | _Strictness) and not top.open:
+                top.__exit__(None, None, None)
         with _PATCHES_LOCK:
-            del _PATCHES[next(i for i, functions in enumerate(_PATCHES) if functions is ours)]
+            del _PATCHES[next(i for i, patch in enumerate(_PATCHES) if patch is mine)]
             _exchange()
-            if len(_PATCHES) == 1:
-                _PATCHES.clear()
 
 
 def _exchange() -> None:
-    for name, function in _PATCHES[-1].items():
-        setattr(torch.nn.functional, name, function)
+    """Put in place what the open contexts ask for."""
+    latest = next((patch.redirection.precision for patch in reversed(_PATCHES) if patch.everywhere), None)
+    places: dict[tuple[Any, str], Any] = {
+        (torch.nn.functional, name): None if latest is None else _REPLACEMENTS[latest][name]
+        for name in ("conv1d", "conv_transpose1d")
+    }
+    # `checkpoint` itself may have been imported under any name. It looks these two up.
+    places[torch.utils.checkpoint.CheckpointFunction, "forward"] = staticmethod(_reentrant) if _PATCHES else None
+    places[torch.utils.checkpoint, "_checkpoint_without_reentrant_generator"] = _without_reentrant if _PATCHES else None
+    for place, replacement in places.items():
+        holder, name = place
+        if replacement is not None:
+            _ORIGINALS.setdefault(place, vars(holder)[name])
+            setattr(holder, name, replacement)
+        elif place in _ORIGINALS:
+            setattr(holder, name, _ORIGINALS.pop(place))
+
+
+# What `torch.utils.checkpoint` runs again in the backward pass runs in a context like that of the forward pass, but for
+# the thread of the backward pass alone.
+
+
+def _reentrant(ctx: Any, function: Callable[..., Any], *args: Any) -> Any:
+    original = _ORIGINALS[torch.utils.checkpoint.CheckpointFunction, "forward"].__func__
+    return original(ctx, _remembering(function), *args)
+
+
+def _without_reentrant(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    original = _ORIGINALS[torch.utils.checkpoint, "_checkpoint_without_reentrant_generator"]
+    return original(_remembering(function), *args, **kwargs)
+
+
+def _remembering(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function in the context that now holds for this thread."""
+    own = [mode for mode in _get_current_function_mode_stack() if isinstance(mode, _Redirection) and mode.open]
+    shared = [patch.redirection for patch in list(_PATCHES) if patch.everywhere]
+    if not own and not shared:
+        return function  # a backward pass of another thread has opened the only context
+    precision, strict = (own[-1].precision, own[-1].strict) if own else (shared[-1].precision, False)
+
+    def again(*args: Any, **kwargs: Any) -> Any:
+        with _patched(precision, strict, everywhere=any(patch.everywhere for patch in list(_PATCHES))):
+            return function(*args, **kwargs)
+
+    return again
 
 
 # -- arguments ---------------------------------------------------------------------------------------------------------
@@ -231,12 +398,42 @@ _NO_TANGENTS = "forward-mode derivatives are not supported"
 
 
 def _has_tangent(tensor: Tensor) -> bool:
-    return forward_ad.unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]
+    return forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """What PyTorch's own convolutions make of an argument: float64 and complex numbers stay as they are."""
     return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
+
+
+def _specs(*tensors: Tensor | None) -> tuple[Any, ...]:
+    return tuple(None if t is None else ArraySpec(tuple(t.shape), _name(t.dtype)) for t in tensors)
+
+
+def _overridden(function: Callable[..., Tensor], *tensors: Tensor | None, **settings: Any) -> Tensor:
+    """What a mode, or a class of the tensors, such as the proxies of torch.fx, makes of a call."""
+    result: Tensor = handle_torch_function(function, tensors, *tensors, **settings)
+    return result
+
+
+def _exports_onnx() -> bool:
+    return (torch.compiler.is_compiling() or torch._C._is_tracing()) and torch.onnx.is_in_onnx_export()
+
+
+def _as_pytorch(op: Op, settings: Settings, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+    """The same made of PyTorch's own functions, which exporters to other formats know."""
+    s, padding, d, groups, extra = settings
+    x_spec, w_spec, b_spec = _specs(x, w, b)
+    if op == "conv1d":
+        left, right = ConvProblem.conv1d(x_spec, w_spec, b_spec, s, padding, d, groups).padding
+        if left == right:
+            return torch.conv1d(x, w, b, s, left, d, groups)
+        return torch.conv1d(torch.nn.functional.pad(x, (left, right)), w, b, s, 0, d, groups)
+    problem = ConvProblem.conv_transpose1d(x_spec, w_spec, b_spec, s, padding, extra, groups, d)
+    left, right = problem.padding
+    both = min(left, right)
+    y = torch.conv_transpose1d(x, w, b, s, both, problem.output_padding, groups, d)
+    return y if left == right else y[..., left - both : y.shape[-1] - (right - both)]
 
 
 def _split(padding: tuple[int, int] | str) -> tuple[list[int], str]:
@@ -327,8 +524,8 @@ _SETTINGS: dict[Op, str] = {
 }
 _GROUPS = 4  # the place of `groups` among the settings of either
 
-# Operators are defined here and not by `torch.library.custom_op`: its first call imports the whole of torch.compile, and
-# the derivatives that it registers do not work under torch.func.
+# Operators are defined here and not by `torch.library.custom_op`: its first call imports the whole of torch.compile,
+# and the derivatives that it registers do not work under torch.func.
 _LIBRARY = torch.library.Library("gpuconv", "FRAGMENT")
 
 # What is left to dispatch on, behind the derivatives, of plain tensors in no mode.
@@ -366,7 +563,7 @@ def _define(
 
     def below_autograd(keys: Any, inputs: tuple[Any, ...]) -> Tensor:
         rest = keys & torch._C._after_autograd_keyset
-        if rest == _ON_CPU or rest == _ON_CUDA:  # noqa: PLR1714 - sets of keys have no hash
+        if rest in (_ON_CPU, _ON_CUDA):
             return run(*inputs)  # where the dispatcher would lead, too
         with torch._C._AutoDispatchBelowAutograd():
             return cast(Tensor, operator.redispatch(rest, *inputs))
@@ -376,7 +573,9 @@ def _define(
         @staticmethod
         def forward(ctx: Any, keys: Any, *inputs: Any) -> Tensor:
             keep(ctx, ctx.needs_input_grad[1:], *inputs)
-            return below_autograd(keys, inputs)
+            # PyTorch turns derivatives off here, those of the levels below as well.
+            with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+                return below_autograd(keys, inputs)
 
         @staticmethod
         def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
@@ -390,7 +589,7 @@ def _define(
         if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs)):
             return below_autograd(keys, inputs)
         with enable_single_level_autograd_function():
-            return cast(Tensor, Differentiable.apply(keys, *inputs))
+            return cast(Tensor, Differentiable.apply(keys, *inputs))  # type: ignore[attr-defined]
 
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     _LIBRARY.impl(name, differentiable, "Autograd", with_keyset=True)
@@ -424,8 +623,7 @@ def _register(op: Op) -> None:
         shape: Callable[..., tuple[int, ...]], x: Tensor, w: Tensor, b: Tensor | None, *settings: Any
     ) -> Tensor:
         plain = tuple(tuple(value) if isinstance(value, list) else value for value in settings)
-        specs = tuple(None if t is None else ArraySpec(tuple(t.shape), _name(t.dtype)) for t in (x, w, b))
-        return x.new_empty(shape(op, specs, plain))
+        return x.new_empty(shape(op, _specs(x, w, b), plain))
 
     def input_of(size: Sequence[int], w: Tensor, *_: Any) -> Tensor:
         return w.new_empty(size)
@@ -602,10 +800,10 @@ def _register_bias_gradient() -> Any:
     def compute(grad_output: Tensor) -> Tensor:
         return _write(bias_of(grad_output), grad.conv1d_bias, grad_output)
 
-    def keep(ctx: Any, needed: tuple[bool, ...], grad_output: Tensor) -> None:
+    def keep(ctx: Any, _: tuple[bool, ...], grad_output: Tensor) -> None:
         ctx.size = grad_output.shape
 
-    def backward(ctx: Any, needed: tuple[bool, ...], g: Tensor) -> tuple[Tensor]:
+    def backward(ctx: Any, _: tuple[bool, ...], g: Tensor) -> tuple[Tensor]:
         return (g[:, None].expand(ctx.size),)
 
     def batch(info: Any, dims: tuple[Any, ...], grad_output: Tensor) -> tuple[Tensor, int]:
