@@ -22,7 +22,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from functools import lru_cache, partial
+from functools import lru_cache, partial, reduce
 from threading import Lock
 from typing import Any, NamedTuple, SupportsIndex, TypeAlias, cast
 
@@ -103,10 +103,7 @@ def conv1d(
     if _exports_onnx():
         return _as_pytorch("conv1d", checked, *tensors)
     sides, word = _split(checked.padding)
-    result = torch.ops.gpuconv.conv1d.default(
-        *tensors, checked.stride, sides, word, checked.dilation, checked.groups, precision
-    )
-    return cast(Tensor, result)
+    return _conv1d(*tensors, checked.stride, sides, word, checked.dilation, checked.groups, precision)
 
 
 def conv_transpose1d(
@@ -169,10 +166,9 @@ def conv_transpose1d(
     if _exports_onnx():
         return _as_pytorch(op, checked, *tensors)
     sides, word = _split(checked.padding)
-    result = torch.ops.gpuconv.conv_transpose1d.default(
+    return _conv_transpose1d(
         *tensors, checked.stride, sides, word, checked.output_padding, checked.groups, checked.dilation, precision
     )
-    return cast(Tensor, result)
 
 
 def patch(*, precision: str = "float32", strict: bool = False) -> AbstractContextManager[None]:
@@ -499,7 +495,7 @@ def _on_gpu(tensor: Tensor) -> bool:
 
 
 def _numpy_array(tensor: Tensor) -> np.ndarray[Any, Any]:
-    plain = tensor.detach()
+    plain = tensor.detach() if tensor.requires_grad else tensor
     if plain.dtype != torch.bfloat16:
         return plain.numpy()
     return plain.view(torch.int16).numpy().view(numpy_dtype("bfloat16"))
@@ -528,9 +524,33 @@ _GROUPS = 4  # the place of `groups` among the settings of either
 # and the derivatives that it registers do not work under torch.func.
 _LIBRARY = torch.library.Library("gpuconv", "FRAGMENT")
 
-# What is left to dispatch on, behind the derivatives, of plain tensors in no mode.
-_ON_CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
-_ON_CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+_Key = torch._C.DispatchKey
+
+
+def _keys(first: Any, *others: Any) -> Any:
+    return reduce(lambda keys, key: keys.add(key), others, torch._C.DispatchKeySet(first))
+
+
+# Of plain tensors in no mode: their keys, those that lead to the derivatives, and what is left behind these.
+_ON_CPU = _keys(_Key.CPU, _Key.AutogradCPU, _Key.ADInplaceOrView, _Key.AutocastCPU)
+_ON_CUDA = _keys(_Key.CUDA, _Key.AutogradCUDA, _Key.ADInplaceOrView, _Key.AutocastCUDA)
+_CPU_DERIVATIVES, _CUDA_DERIVATIVES = _keys(_Key.CPU, _Key.AutogradCPU), _keys(_Key.CUDA, _Key.AutogradCUDA)
+_BEHIND_DERIVATIVES = (_keys(_Key.CPU), _keys(_Key.CUDA))
+_NO_MODE = _keys(_Key.BackendSelect, _Key.ADInplaceOrView)
+
+
+def _known_way(inputs: tuple[Any, ...]) -> Any | None:
+    """The keys with which the dispatcher would call for the derivatives of plain tensors in no mode; else None."""
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._dispatch_tls_local_include_set() != _NO_MODE
+        or torch._C._dispatch_tls_local_exclude_set().has(_Key.AutogradOther)
+        or torch._C._autograd._profiler_enabled()
+    ):
+        return None
+    tensors = [value for value in inputs[:3] if isinstance(value, torch.Tensor)]
+    expected, keys = (_ON_CUDA, _CUDA_DERIVATIVES) if tensors[0].is_cuda else (_ON_CPU, _CPU_DERIVATIVES)
+    return keys if all(torch._C._dispatch_keys(tensor) == expected for tensor in tensors) else None
 
 
 def _define(
@@ -563,8 +583,8 @@ def _define(
 
     def below_autograd(keys: Any, inputs: tuple[Any, ...]) -> Tensor:
         rest = keys & torch._C._after_autograd_keyset
-        if rest in (_ON_CPU, _ON_CUDA):
-            return run(*inputs)  # where the dispatcher would lead, too
+        if rest in _BEHIND_DERIVATIVES:
+            return run(*inputs)
         with torch._C._AutoDispatchBelowAutograd():
             return cast(Tensor, operator.redispatch(rest, *inputs))
 
@@ -573,6 +593,8 @@ def _define(
         @staticmethod
         def forward(ctx: Any, keys: Any, *inputs: Any) -> Tensor:
             keep(ctx, ctx.needs_input_grad[1:], *inputs)
+            if not torch._C._are_functorch_transforms_active():
+                return below_autograd(keys, inputs)
             # PyTorch turns derivatives off here, those of the levels below as well.
             with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
                 return below_autograd(keys, inputs)
@@ -588,18 +610,25 @@ def _define(
             raise NotImplementedError(f"gpuconv::{name}: {_NO_TANGENTS}")
         if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs)):
             return below_autograd(keys, inputs)
+        apply: Callable[..., Tensor] = Differentiable.apply  # type: ignore[attr-defined]
+        if not torch._C._are_functorch_transforms_active():
+            return apply(keys, *inputs)
         with enable_single_level_autograd_function():
-            return cast(Tensor, Differentiable.apply(keys, *inputs))  # type: ignore[attr-defined]
+            return apply(keys, *inputs)
+
+    def call(*inputs: Any) -> Tensor:
+        keys = _known_way(inputs)
+        return cast(Tensor, operator(*inputs)) if keys is None else differentiable(keys, *inputs)
 
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     _LIBRARY.impl(name, differentiable, "Autograd", with_keyset=True)
     torch.library.register_fake(operator, fake, lib=_LIBRARY)
     torch.library.register_vmap(operator, batch, lib=_LIBRARY)
-    return operator
+    return call
 
 
-def _register(op: Op) -> None:
-    """Register an operation and the gradients in its input and its weight."""
+def _register(op: Op) -> Callable[..., Tensor]:
+    """Register an operation and the gradients in its input and its weight; returns the former."""
 
     def define(
         name: str,
@@ -615,15 +644,17 @@ def _register(op: Op) -> None:
         """
 
         def compute(*given: Any) -> Tensor:
-            return _write(empty(*given), function, *given[:3], **_keywords(op, given[3:]))
+            settings = tuple(tuple(value) if isinstance(value, list) else value for value in given[3:])
+            return _write(empty(*given[:3], *settings), function, *given[:3], **keywords(op, settings))
+
+        keywords = lru_cache(maxsize=4096)(_keywords)
 
         return _define(f"{name}({arguments}, {_SETTINGS[op]}) -> Tensor", compute, fake, *rules)
 
     def output_of(
         shape: Callable[..., tuple[int, ...]], x: Tensor, w: Tensor, b: Tensor | None, *settings: Any
     ) -> Tensor:
-        plain = tuple(tuple(value) if isinstance(value, list) else value for value in settings)
-        return x.new_empty(shape(op, _specs(x, w, b), plain))
+        return x.new_empty(shape(op, _specs(x, w, b), settings))
 
     def input_of(size: Sequence[int], w: Tensor, *_: Any) -> Tensor:
         return w.new_empty(size)
@@ -745,12 +776,13 @@ def _register(op: Op) -> None:
         a, b = sides[::-1] if transposed else sides
         return conv_flop_count(a, b, [size[1], size[0], size[2]])
 
-    for operator, formula in (
-        (forward, forward_flops),
-        (input_gradient, input_gradient_flops),
-        (weight_gradient, weight_gradient_flops),
+    for name, formula in (
+        (op, forward_flops),
+        (f"{op}_input", input_gradient_flops),
+        (f"{op}_weight", weight_gradient_flops),
     ):
-        register_flop_formula(operator.overloadpacket)(formula)
+        register_flop_formula(getattr(torch.ops.gpuconv, name))(formula)
+    return cast(Callable[..., Tensor], forward)
 
 
 def _batched(shape: Sequence[int]) -> list[int]:
@@ -816,5 +848,4 @@ def _register_bias_gradient() -> Any:
 
 
 _bias_gradient = _register_bias_gradient()
-_register("conv1d")
-_register("conv_transpose1d")
+_conv1d, _conv_transpose1d = _register("conv1d"), _register("conv_transpose1d")
