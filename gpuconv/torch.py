@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache, partial, reduce
 from threading import Lock
-from typing import Any, NamedTuple, SupportsIndex, TypeAlias, cast
+from typing import Any, NamedTuple, SupportsIndex, TypeAlias, TypeVar, cast
 
 import numpy as np
 import torch
@@ -47,6 +47,7 @@ from . import functional, grad, runtime
 from .problem import PRECISIONS, ArraySpec, ConvProblem, Op, Padding, Setting, Settings, check_precision, numpy_dtype
 
 Tensor: TypeAlias = torch.Tensor
+T = TypeVar("T")
 
 __all__ = ["conv1d", "conv_transpose1d", "patch"]
 
@@ -189,7 +190,8 @@ def patch(*, precision: str = "float32", strict: bool = False) -> AbstractContex
     Args:
         precision: of all calls: "float32", or "tf32", with which everything but float32 tensors is refused.
         strict: whether the context ends with an error where PyTorch itself carried out convolutions along one axis in
-            this thread, such as those of TorchScript modules. It names the callers, and slows every operator down.
+            this thread, such as those of TorchScript modules. It names the callers, slows every operator down and keeps
+            torch.compile from compiling.
 
     Returns:
         A context manager, which also decorates functions.
@@ -207,11 +209,7 @@ def patch(*, precision: str = "float32", strict: bool = False) -> AbstractContex
         torch.Size([2, 1, 96])
     """
     check_precision("patch", precision, "float32")
-    if not torch.compiler.is_dynamo_compiling():
-        return _patched(precision, strict, everywhere=True)
-    if strict:
-        raise NotImplementedError("patch: gpuconv cannot be strict within what torch.compile compiles")
-    return _Redirection(precision, strict=False)
+    return _patched(precision, strict, everywhere=True)
 
 
 class _Redirection(TorchFunctionMode):
@@ -285,31 +283,62 @@ for _functions in _REPLACEMENTS.values():
         _register_builtin(_function, f"aten::{_name_of_op}")
 
 
+def _untraced(function: Callable[..., T]) -> Callable[..., T]:
+    """The function as one that torch.compile, once it is imported, does not look into; this imports nothing."""
+    disabled: list[Callable[..., T]] = []
+
+    def run(*args: Any) -> T:
+        if "torch._dynamo" not in sys.modules:
+            return function(*args)
+        if not disabled:
+            disabled.append(torch.compiler.disable(function))
+        return disabled[0](*args)
+
+    return run
+
+
 @contextmanager
 def _patched(precision: str, strict: bool, everywhere: bool) -> Iterator[None]:
     redirection, strictness = _Redirection(precision, strict), _Strictness() if strict else None
-    modes: list[Any] = [redirection] if strictness is None else [redirection, strictness]
+    modes = [redirection] if strictness is None else [redirection, strictness]
     mine = _Patch(redirection, everywhere)
-    with _PATCHES_LOCK:
-        _PATCHES.append(mine)
-        _exchange()
-    for mode in modes:
-        mode.__enter__()
+    if torch.compiler.is_dynamo_compiling():
+        # Nothing but this thread runs what is compiled, and it is not the time to exchange anything.
+        if strictness is not None:
+            raise NotImplementedError("patch: gpuconv cannot be strict within what torch.compile compiles")
+        with redirection:
+            yield
+        return
     try:
+        _open(mine, modes)
         yield
         if strictness is not None and strictness.found:
             raise RuntimeError(f"patch: gpuconv did not reach {', '.join(strictness.found)}")
     finally:
-        for mode in modes:
-            mode.open = False
-        # Modes form a stack for each thread. Where contexts end in another order or in another thread than they began
-        # in, a closed one stays, without any effect, until it comes to the top.
-        for get_top in (_get_current_function_mode, _get_current_dispatch_mode):
-            while isinstance(top := get_top(), _Redirection | _Strictness) and not top.open:
-                top.__exit__(None, None, None)
-        with _PATCHES_LOCK:
-            del _PATCHES[next(i for i, patch in enumerate(_PATCHES) if patch is mine)]
-            _exchange()
+        _close(mine, modes)
+
+
+@_untraced
+def _open(patch: _Patch, modes: list[Any]) -> None:
+    with _PATCHES_LOCK:
+        _PATCHES.append(patch)
+        _exchange()
+    for mode in modes:
+        mode.__enter__()
+
+
+@_untraced
+def _close(patch: _Patch, modes: list[Any]) -> None:
+    for mode in modes:
+        mode.open = False
+    # Modes form a stack for each thread. Where contexts end in another order or in another thread than they began in,
+    # a closed one stays, without any effect, until it comes to the top.
+    for get_top in (_get_current_function_mode, _get_current_dispatch_mode):
+        while isinstance(top := get_top(), _Redirection | _Strictness) and not top.open:
+            top.__exit__(None, None, None)
+    with _PATCHES_LOCK:
+        _PATCHES[:] = [other for other in _PATCHES if other is not patch]
+        _exchange()
 
 
 def _exchange() -> None:
@@ -575,11 +604,7 @@ def _define(
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     operator = getattr(torch.ops.gpuconv, name).default
-    untraced = lru_cache(maxsize=1)(lambda: torch.compiler.disable(compute))
-
-    def run(*inputs: Any) -> Tensor:
-        # Once there is a torch.compile, it must not look into what an operator does.
-        return cast(Tensor, (untraced() if "torch._dynamo" in sys.modules else compute)(*inputs))
+    run = _untraced(compute)
 
     def below_autograd(keys: Any, inputs: tuple[Any, ...]) -> Tensor:
         rest = keys & torch._C._after_autograd_keyset

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import io
@@ -77,7 +78,6 @@ class Block(nn.Module):
         super().__init__()
         self.first = nn.Conv1d(3, 3, 3, padding="same").double()
         self.weight = nn.Parameter(data(3, 3, 3))
-        self.strict = True
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = functional.gelu(self.first(x))
@@ -120,17 +120,15 @@ def test_recomputed_forward_passes_have_the_precision_of_the_first(
 
     monkeypatch.setattr(bridge, "_write", recording)
     layer = nn.Conv1d(3, 4, 3)
-    for open_now in (lambda: bridge.patch(), lambda: bridge.patch(precision="tf32"), None):
+    for open_now in (bridge.patch, functools.partial(bridge.patch, precision="tf32"), contextlib.nullcontext):
         x = X.float().requires_grad_()
         with bridge.patch(precision="tf32"):
             y = checkpoint(layer, x, use_reentrant=reentrant)
         del seen[:]
-        if open_now is None:
+        with open_now():
+            before = in_place_now()
             y.sum().backward()
-        else:
-            with open_now():
-                y.sum().backward()
-                assert functional.conv1d is not PYTORCH[0]
+            assert in_place_now() == before
         assert ("conv1d", "tf32") in seen
         assert {precision for name, precision in seen if name != "conv1d_bias"} == {"tf32"}
 
@@ -156,7 +154,8 @@ def test_recomputing_is_of_the_thread_that_does_it() -> None:
         y = checkpoint(function, x, use_reentrant=False)
     backward = True
     assert names_of(y.sum().backward) == ["conv1d", "conv1d_input"]
-    assert elsewhere == ["aten::convolution", "aten::convolution", "aten::convolution_backward"]
+    assert elsewhere
+    assert all(name.startswith("aten::") for name in elsewhere)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -219,9 +218,9 @@ def test_other_modes_and_classes_see_the_calls() -> None:
                 self.names.append(func.__name__)
             return func(*args, **(kwargs or {}))
 
-    for call in (functional.conv1d, lambda *a: functional.conv1d(*a)):
+    for function in (lambda: imported_conv1d(X, W), lambda: functional.conv1d(X, W)):
         with Seeing() as around, bridge.patch(), Seeing() as within:
-            assert names_of(call, X, W) == OURS
+            assert names_of(function) == OURS
         assert around.names == within.names == ["conv1d"]
 
     class Named(torch.Tensor):
@@ -280,10 +279,9 @@ def test_strict_names_scripted_modules() -> None:
     with bridge.patch():
         assert names_of(model, X) == ["conv1d", "aten::convolution"]
     message = rf"^patch: gpuconv did not reach aten::convolution of the TorchScript module Detector, at {__file__}:\d+$"
-    with pytest.raises(RuntimeError, match=message), bridge.patch(strict=True):
-        for _ in range(2):
-            model(X)
-    model(X)
+    twice = bridge.patch(strict=True)(lambda: [model(X) for _ in range(2)])
+    with pytest.raises(RuntimeError, match=message):
+        twice()
 
 
 @pytest.mark.parametrize("kind", ["traced", "frozen", "optimized", "function", "exported"])
@@ -298,9 +296,9 @@ def test_strict_names_the_callers_of_everything_compiled_before(kind: str) -> No
         "exported": lambda: torch.export.export(model, (X,)).module(),
     }
     call = calls[kind]()
-    with pytest.raises(RuntimeError, match=rf"^patch: gpuconv did not reach aten::_?conv.* of .*{__file__}:\d+$"):
-        with bridge.patch(strict=True):
-            call(X)
+    message = rf"^patch: gpuconv did not reach aten::_?conv.* of .*{__file__}:\d+$"
+    with pytest.raises(RuntimeError, match=message), bridge.patch(strict=True):
+        call(X)
 
 
 @torch.jit.script
@@ -314,21 +312,20 @@ def test_strict_lets_everything_else_pass() -> None:
     x = X.clone().requires_grad_()
     theirs = model(x)
     with bridge.patch(strict=True):
-        functional.conv2d(X[None], W[:, :, None].expand(-1, 2, -1, -1).transpose(1, 2)[:, :2])
+        functional.conv2d(X[None], data(1, 2, 3, 3))
         model(x).sum().backward()
         theirs.sum().backward()
         checkpoint(model, x, use_reentrant=False).sum().backward()
-    with pytest.raises(KeyError, match="mine"), bridge.patch(strict=True):
+    with pytest.raises(RuntimeError, match="did not reach aten::convolution"), bridge.patch(strict=True):
+        scripted_function(X, W)
+
+    @bridge.patch(strict=True)
+    def fails() -> None:
         scripted_function(X, W)
         raise KeyError("mine")
 
-    @bridge.patch(strict=True)
-    def decorated() -> None:
-        scripted_function(X, W)
-
-    for _ in range(2):
-        with pytest.raises(RuntimeError, match="did not reach aten::convolution"):
-            decorated()
+    with pytest.raises(KeyError, match="mine"):
+        fails()
 
 
 # -- other ways to take a model ----------------------------------------------------------------------------------------
@@ -338,7 +335,7 @@ def test_symbolic_traces_record_calls() -> None:
     class Model(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             y = functional.conv1d(x, W, None, 2, "same" if self.same else 1)
-            return bridge.conv_transpose1d(y, W[:, :2], stride=2, output_size=40 if self.same else None)
+            return bridge.conv_transpose1d(y, W[:, :2], stride=2, output_size=22 if self.same else None)
 
         same = False
 
@@ -379,8 +376,35 @@ def test_contexts_opened_in_what_is_compiled(compiler: Callable[..., Any]) -> No
     torch.compiler.reset()
     assert torch.equal(compiler(model, backend=backend)(X), expected)
     assert [name.startswith("gpuconv.") for name in seen] == [True, True, False]
-    with pytest.raises(Exception, match="gpuconv cannot be strict within what torch.compile compiles"):
-        compiler(lambda x: [bridge.patch(strict=True), x], backend="eager")(X)
+    decorated = compiler(bridge.patch()(functional.conv1d), backend="eager")
+    assert torch.equal(decorated(X, W), bridge.conv1d(X, W))
+    with pytest.raises(Exception, match="gpuconv cannot be strict within what torch"):
+        compiler(bridge.patch(strict=True)(functional.conv1d), backend="eager")(X, W)
+
+
+@pytest.mark.usefixtures("compiler")
+def test_contexts_that_torch_compile_cannot_read() -> None:
+    """They run as they are, between two graphs."""
+    context = bridge.patch()
+
+    def model(x: torch.Tensor) -> torch.Tensor:
+        with context:
+            y = functional.conv1d(x, W)
+        return y + functional.conv1d(x, W)
+
+    expected = bridge.conv1d(X, W) + functional.conv1d(X, W)
+    assert torch.equal(torch.compile(model, backend="eager")(X), expected)
+    assert in_place_now() == PYTORCH
+
+
+def test_contexts_do_not_compile_anew(compiler: Callable[..., Any]) -> None:
+    """What was compiled for one serves all."""
+    compiled = compiler(nn.Conv1d(3, 4, 3).double(), backend="eager")
+    for _ in range(12):
+        with bridge.patch():
+            compiled(X)
+        compiled(X)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
 
 
 @pytest.mark.parametrize("layer", [nn.Conv1d(3, 4, 3), nn.ConvTranspose1d(3, 4, 3), nn.Conv1d(3, 4, 3, padding="same")])
@@ -442,11 +466,10 @@ def test_exporters_to_onnx_see_pytorchs_functions(
     expected = model(X)
     monkeypatch.setattr(_flags, "_is_onnx_exporting", True)
     assert torch.equal(model(X), expected), "only what traces is told"
-    for strict in (False, True):
-        program = torch.export.export(model, (X,), strict=strict)
-        assert "gpuconv" not in program.graph_module.code
-        assert f"aten.{op}" in program.graph_module.code
-        torch.testing.assert_close(program.module()(X), expected, rtol=1e-12, atol=1e-12)
+    program = torch.export.export(model, (X,))
+    assert "gpuconv" not in program.graph_module.code
+    assert f"aten.{op}" in program.graph_module.code
+    torch.testing.assert_close(program.module()(X), expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("dynamo", [True, False])
@@ -485,10 +508,11 @@ def test_sharded_tensors_are_refused(two_processes: Any) -> None:
     w = distribute_tensor(W, two_processes, [Replicate()])
     assert functional.conv1d(x, w).shape == (2, 4, 18)
     for tensors in ((x, w), (x.requires_grad_(), w.requires_grad_())):
-        with bridge.patch(), pytest.raises(TypeError, match=r"^conv1d: gpuconv takes no sharded tensors, .* DTensor$"):
+        with (
+            bridge.patch(),
+            pytest.raises(NotImplementedError, match=r"^Operator gpuconv\.conv1d.* sharding strategy.*$"),
+        ):
             functional.conv1d(*tensors)
-        with pytest.raises(TypeError, match=r"^conv_transpose1d: gpuconv takes no sharded tensors, .* weight"):
-            bridge.conv_transpose1d(X, w[:3])
     assert functional.conv1d(x, w).shape == (2, 4, 18)
 
 
@@ -580,7 +604,7 @@ def test_contexts_in_recursion_and_with_errors_inside() -> None:
 
 
 def test_models_are_copied_and_stored_in_the_context() -> None:
-    model = Models.build("wav2vec2")
+    model = build("wav2vec2")
     with bridge.patch():
         copied, loaded = copy.deepcopy(model), pickle.loads(pickle.dumps(model.state_dict()))
         stored = pickle.dumps(nn.Conv1d(3, 4, 3))
@@ -646,23 +670,20 @@ class HiFiGAN(nn.Module):
         return torch.tanh(x)
 
 
-class Models:
-    """The models above by name, in float64."""
-
-    CLASSES = {"wav2vec2": Wav2Vec2, "mamba": Mamba, "hifigan": HiFiGAN}
-
-    @classmethod
-    def build(cls, name: str) -> nn.Module:
-        torch.manual_seed(5)
-        return cls.CLASSES[name]().double()
+MODELS: dict[str, type[nn.Module]] = {"wav2vec2": Wav2Vec2, "mamba": Mamba, "hifigan": HiFiGAN}
 
 
-@pytest.mark.parametrize("name", Models.CLASSES)
+def build(name: str) -> nn.Module:
+    torch.manual_seed(5)
+    return MODELS[name]().double()
+
+
+@pytest.mark.parametrize("name", MODELS)
 def test_models_and_their_gradients(name: str) -> None:
     """The backward pass runs behind the context; no convolution of PyTorch's own takes part in either."""
     results = []
     for context in (bridge.patch(strict=True), torch.enable_grad()):
-        model = Models.build(name)
+        model = build(name)
         x = data(2, 1, 400)[..., :: 1 if name == "wav2vec2" else 10].requires_grad_()
         with Recorder() as recorder:
             with context:
