@@ -491,17 +491,24 @@ def _output_shape(op: Op, specs: tuple[ArraySpec | None, ...], settings: tuple[A
 # -- tensors as arrays -------------------------------------------------------------------------------------------------
 
 
-def _write(result: Tensor, function: Callable[..., Any], *arguments: Any, **keywords: Any) -> Tensor:
-    """Call a function of arrays with those that share the memory of the tensors among its arguments, and `out`."""
-    if not _on_gpu(result):
-        arrays = [_numpy_array(a) if isinstance(a, torch.Tensor) else a for a in arguments]
-        function(*arrays, **keywords, out=_numpy_array(result))
-        return result
+def _write(empty: Callable[[], Tensor], function: Callable[..., Any], *arguments: Any, **keywords: Any) -> Tensor:
+    """Call a function of arrays with those that share the memory of the tensors among its arguments.
+
+    Returns its result as a tensor; on a GPU it is written to what `empty` makes.
+    """
+    if not _on_gpu(next(a for a in arguments if isinstance(a, torch.Tensor))):
+        try:
+            arrays = [_numpy_array(a) if isinstance(a, torch.Tensor) else a for a in arguments]
+        except TypeError:  # a dtype that NumPy has not: what gives the result its shape names the argument
+            empty()
+            raise
+        return _from_numpy(function(*arrays, **keywords))
     try:
         cupy = runtime.cupy_module()
     except ImportError as error:
         raise ImportError(f'CUDA tensors need CuPy: pip install "gpuconv[cuda13]" ({error})') from error
     # The kernels join the work that PyTorch has queued. Its allocator reuses memory in the order of the same stream.
+    result = empty()
     with torch.cuda.device(result.device):
         current = torch.cuda.current_stream()
         if hasattr(cupy.cuda.Stream, "from_external"):  # from CuPy 14
@@ -528,6 +535,12 @@ def _numpy_array(tensor: Tensor) -> np.ndarray[Any, Any]:
     if plain.dtype != torch.bfloat16:
         return plain.numpy()
     return plain.view(torch.int16).numpy().view(numpy_dtype("bfloat16"))
+
+
+def _from_numpy(array: np.ndarray[Any, Any]) -> Tensor:
+    if array.dtype.kind in "fc":  # NumPy's own
+        return torch.from_numpy(array)
+    return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
 
 
 def _cupy_array(cupy: Any, tensor: Tensor) -> Any:
@@ -670,7 +683,7 @@ def _register(op: Op) -> Callable[..., Tensor]:
 
         def compute(*given: Any) -> Tensor:
             settings = tuple(tuple(value) if isinstance(value, list) else value for value in given[3:])
-            return _write(empty(*given[:3], *settings), function, *given[:3], **keywords(op, settings))
+            return _write(lambda: empty(*given[:3], *settings), function, *given[:3], **keywords(op, settings))
 
         keywords = lru_cache(maxsize=4096)(_keywords)
 
@@ -855,7 +868,7 @@ def _register_bias_gradient() -> Any:
         return grad_output.new_empty(grad_output.shape[-2])
 
     def compute(grad_output: Tensor) -> Tensor:
-        return _write(bias_of(grad_output), grad.conv1d_bias, grad_output)
+        return _write(lambda: bias_of(grad_output), grad.conv1d_bias, grad_output)
 
     def keep(ctx: Any, _: tuple[bool, ...], grad_output: Tensor) -> None:
         ctx.size = grad_output.shape
