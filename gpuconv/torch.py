@@ -1,8 +1,8 @@
 """gpuconv in PyTorch: `conv1d` and `conv_transpose1d` of tensors with autograd, and `patch` for models as they are.
 
 They are custom operators of the namespace `gpuconv`. Tensors on the CPU are read and written as NumPy arrays, CUDA
-tensors as CuPy arrays on PyTorch's current stream, both in place. Derivatives of every order, `torch.compile` and
-`torch.export` work; forward-mode derivatives and `torch.func.grad` do not, and say so.
+tensors as CuPy arrays on PyTorch's current stream, both in place. Derivatives of every order, torch.func, torch.compile
+and torch.export work; forward-mode derivatives do not, and say so.
 
 Each operation is linear in its input and in its weight. So there are three operators to an operation, itself and the
 gradients in the two, and the derivatives of each are the other two::
