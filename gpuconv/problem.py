@@ -635,7 +635,7 @@ def check_size(caller: str, name: str, shape: Sequence[int], dtype: str) -> None
     if not all(isinstance(extent, int) for extent in shape):
         return  # symbols
     # A zero extent hides nothing: the strides of the other axes must be representable too.
-    size = math.prod(max(extent, 1) for extent in shape) * ITEMSIZE[dtype]
+    size = math.prod([max(extent, 1) for extent in shape]) * ITEMSIZE[dtype]  # a list, which torch.compile reads
     if size > MAX_EXTENT:
         raise ValueError(
             f"{caller}: {name} of shape {tuple(shape)} and dtype {dtype} needs {size} bytes, more than 64-bit offsets "
