@@ -31,6 +31,7 @@ from bench import (
     run,
     sanitize,
     tables,
+    tiles,
 )
 from bench.check import Oracle, Verdict, oracle_of
 from bench.directions import our_function, result_shape
@@ -907,6 +908,7 @@ def stand_in_engine(monkeypatch: pytest.MonkeyPatch) -> engine_gpu.GpuEngine:
     engine.cupy, engine.index, engine.torch = cupy, 0, torch
     engine.device = replace(Device.from_arch("sm_90"), l2_bytes=4096)
     engine.stream, engine._start, engine._stop = StandInStream(), StandInEvent(), StandInEvent()
+    engine._read = np.sum
     engine.ceilings = rates.published_ceilings(engine.device)
     return engine
 
@@ -937,16 +939,15 @@ def test_gpu_engine_measures_every_implementation(stand_in_engine: engine_gpu.Gp
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64", "complex64"])
 def test_poison_is_not_finite_in_any_format(stand_in_engine: engine_gpu.GpuEngine, dtype: str) -> None:
     problem = replace(SHRUNK["conformer_l.dw_k31"], dtype=dtype)
-    data = engine_gpu._Data(stand_in_engine, problem, 2)
+    data = engine_gpu.Data(stand_in_engine.cupy, problem, 2)
     x, w, _ = data.sets[0]
     assert (x.shape, w.shape, x.dtype.name) == (problem.input_shape, problem.weight_shape, dtype)
     assert 0.9 < x.astype(np.complex64).real.std() < 1.1
-    assert engine_gpu._all_finite(stand_in_engine.cupy, x)
+    assert engine_gpu.all_finite(stand_in_engine.cupy, x)
     assert not np.array_equal(x, data.sets[1][0])
-    runner = engine_gpu._OurRunner(stand_in_engine, problem, FLOAT32, data, np.add, lambda _: "")
-    poisoned = runner._poisoned()
+    poisoned = data.poisoned()
     assert poisoned.shape == problem.output_shape
-    assert not engine_gpu._all_finite(stand_in_engine.cupy, poisoned)
+    assert not engine_gpu.all_finite(stand_in_engine.cupy, poisoned)
     assert np.isnan(poisoned.astype(np.complex64)).all()
     (tensor, _, _), *_ = data.tensors(torch)
     assert tensor.data_ptr() == x.ctypes.data
@@ -1220,3 +1221,14 @@ def test_sanitizer_runs_gradient_kernels() -> None:
     assert len(small) >= 4
     with fake_cupy.installed():
         assert sanitize.run_gradients(small, math.inf) == (len(small), 0)
+
+
+# -- the tiles on tensor cores ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compare", [pytest.param(piece, id=key) for key, piece in tiles.work(rehearse=True)])
+def test_every_tile_gives_the_same_bits_on_a_gpu(compare: Callable[[], dict[str, Any]]) -> None:
+    found = compare()
+    assert found["ok"], found
+    assert len(found["tiles"]) >= 4
