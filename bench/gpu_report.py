@@ -52,6 +52,9 @@ MOST_RESTARTS = 20  # of a process that has lost the GPU
 MOST_FILE_BYTES = 4 << 20  # of a file in the archive: of a longer one the beginning and the end
 MAX_SUMMARY_LINES = 60
 
+# Set for everything that a run starts.
+INSIDE_VARIABLE = "GPUCONV_GPU_REPORT"
+
 
 @dataclass(frozen=True, slots=True)
 class Step:
@@ -228,7 +231,7 @@ class Run:
             command += [word for file in self._done(step) for word in ("--done", str(file))]
             command += ["--rehearse"] * self.rehearse
         search = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-        env = {**os.environ, "PYTHONPATH": search, "PYTHONUNBUFFERED": "1", "COLUMNS": "160"}
+        env = {**os.environ, "PYTHONPATH": search, "PYTHONUNBUFFERED": "1", "COLUMNS": "160", INSIDE_VARIABLE: "1"}
         if count > 1:  # or each process would start a thread for every processor
             threads = str(max(1, (os.cpu_count() or 1) // count))
             env |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), threads)

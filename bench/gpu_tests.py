@@ -20,7 +20,7 @@ from . import records
 from .results import ROOT
 
 # What a file with tests marked `gpu` has in it: the mark, or the fixture of tests/conftest.py that brings it.
-_HAS_GPU_TESTS = re.compile(r"\bmark\.gpu\b|\bbackend\b")
+_HAS_GPU_TESTS = re.compile(r"\bmark\.gpu\b|\bbackend: Backend\b")
 
 
 def files_with_gpu_tests(tests: Path = ROOT / "tests") -> list[Path]:
