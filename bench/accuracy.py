@@ -133,6 +133,8 @@ def measure(arithmetic: Arithmetic, channels: int, kind: str, run: Callable[[Con
 def runners(on_gpu: bool) -> Callable[[Arithmetic], Callable[[ConvProblem, Data], Array] | None]:
     """What computes an arithmetic on this machine; None for what is not installed."""
     torch = optional_module("torch")
+    if on_gpu and torch is not None and not torch.cuda.is_available():
+        torch = None
 
     def by_torch(problem: ConvProblem, data: Data) -> Array:
         device = "cuda" if on_gpu else "cpu"

@@ -38,33 +38,33 @@ _POOL = 1 << 22
 class GpuEngine:
     """CuPy's current device.
 
+    Args:
+        rehearse: pretend a tiny L2, and measure ceilings that say nothing: see `Micro`.
+
     Raises:
         RuntimeError: no GPU answers.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, rehearse: bool = False) -> None:
         import cupy
 
         self.cupy = cupy
         self.index = int(cupy.cuda.runtime.getDevice())
         self.device = runtime.device(self.index)
+        if rehearse:
+            self.device = replace(self.device, l2_bytes=4096)
         self.stream = cupy.cuda.Stream(non_blocking=True)
         self.torch = _torch_with_cuda()
         self._start, self._stop = cupy.cuda.Event(), cupy.cuda.Event()
-        self.ceilings, self._measured = measure_ceilings(Micro(), self.device.name)
+        micro = Micro(rehearse=rehearse)
+        self._read = micro.read
+        self.ceilings, self._measured = measure_ceilings(micro, self.device.name)
         self._release_memory()
 
     def describe(self) -> dict[str, Any]:
-        driver = self.cupy.cuda.runtime.driverGetVersion()
         torch = self.torch
         return {
-            "kind": "gpu",
-            "name": self.device.name,
-            "arch": self.device.arch_name,
-            "sms": self.device.num_sms,
-            "l2_bytes": self.device.l2_bytes,
-            "driver": _driver_release(),
-            "driver_cuda": f"{driver // 1000}.{driver % 1000 // 10}",
+            **describe(),
             "cudnn": torch.backends.cudnn.version() if torch else None,
             "torch_cuda": torch.version.cuda if torch else None,
             "ceilings_from": self._measured,
@@ -72,7 +72,7 @@ class GpuEngine:
 
     def settle(self) -> None:
         """Fill the L2 with clean lines of a buffer that nobody uses, and wait."""
-        self._scratch.sum(out=self._sum)
+        self._read(self._scratch)
         self.stream.synchronize()
 
     def elapsed(self, work: Callable[[], None]) -> float:
@@ -102,9 +102,8 @@ class GpuEngine:
         problem = case.problem
         sets = sets_for(problem, self.device.l2_bytes)
         with self._on_stream():
-            data = _Data(self, problem, sets, case.direction)
+            data = Data(self.cupy, problem, sets, case.direction)
             self._scratch = self.cupy.ones(2 * self.device.l2_bytes // 4, np.float32)
-            self._sum = self.cupy.empty((), np.float32)
             try:
                 yield Buffers(sets, sets * problem.bytes(), list(self._subjects(case, data)))
             finally:
@@ -114,7 +113,7 @@ class GpuEngine:
                 calls._PLANS.clear()
                 self._release_memory()
 
-    def _subjects(self, case: Case, data: _Data) -> Iterator[_Subject]:
+    def _subjects(self, case: Case, data: Data) -> Iterator[_Subject]:
         problem, mode = case.problem, case.mode
         tf32 = peers.CudnnSettings(allow_tf32=mode.name == "tf32")
         torch = partial(self._prepare_torch, mode, problem, data)
@@ -165,7 +164,7 @@ class GpuEngine:
 
     # -- preparing -----------------------------------------------------------------------------------------------------
 
-    def _prepare_ours(self, mode: Mode, problem: ConvProblem, data: _Data) -> _OurRunner:
+    def _prepare_ours(self, mode: Mode, problem: ConvProblem, data: Data) -> _OurRunner:
         if not mode.supported:
             raise Refused(f"precision {mode.precision!r} is not supported today")
         ours = our_function(problem, data.direction, mode.precision)
@@ -186,7 +185,7 @@ class GpuEngine:
         self,
         mode: Mode,
         problem: ConvProblem,
-        data: _Data,
+        data: Data,
         build: Callable[[], peers.Function],
         settings: peers.CudnnSettings,
         tolerance_mode: str | None = None,
@@ -228,21 +227,20 @@ class _Subject:
     note: str = ""
 
 
-class _Data:
+class Data:
     """The buffer sets of a case: CuPy arrays (input, weight, bias or None or grad_output).
 
     Normal numbers, scaled so that results have variance about 1.
     """
 
-    def __init__(self, engine: GpuEngine, problem: ConvProblem, sets: int, direction: Direction = "forward") -> None:
-        self.engine, self.problem, self.direction = engine, problem, direction
+    def __init__(self, cupy: Any, problem: ConvProblem, sets: int, direction: Direction = "forward") -> None:
+        self.cupy, self.problem, self.direction = cupy, problem, direction
         rng = np.random.default_rng(0)
         dtype = numpy_dtype(problem.dtype)
         host = rng.standard_normal(_POOL, dtype=np.float32)
         if problem.is_complex:
             host = (host + 1j * rng.permutation(host)).astype(np.complex64)
         scale = np.float32(1 / math.sqrt(max(of_forward(problem, direction).terms, 1)))
-        cupy = engine.cupy
         plain, scaled = (
             cupy.asarray(values.astype(dtype).view(np.uint8)) for values in (host, host * scale)
         )  # bytes: no conversion kernel has to know the dtype
@@ -265,7 +263,7 @@ class _Data:
             tuple(draw(pool, shape) for pool, shape in zip(pools, shapes, strict=False)) + (None,) * (3 - len(shapes))
             for _ in range(sets)
         ]
-        fetches = [None if array is None else partial(_fetch, cupy, array) for array in self.sets[0]]
+        fetches = [None if array is None else partial(fetch, cupy, array) for array in self.sets[0]]
         self.oracle = oracle_of(problem, direction, *fetches)
         self._tensors: list[tuple[Any, Any, Any]] | None = None
 
@@ -285,6 +283,21 @@ class _Data:
             self._tensors = [(share(x), share(w), share(b)) for x, w, b in self.sets]
         return self._tensors
 
+    def poisoned(self) -> Any:
+        """An array for results, of NaNs: in every format all bits set is one."""
+        dtype = numpy_dtype(self.problem.dtype)
+        shape = result_shape(self.problem, self.direction)
+        return self.cupy.full(math.prod(shape) * dtype.itemsize, 0xFF, np.uint8).view(dtype).reshape(shape)
+
+    def judge(self, output: Any, mode: Mode) -> Verdict:
+        """Judge gpuconv's result for the first set, by the computed error bound where the mode keeps it."""
+        return self.oracle.judge(
+            partial(fetch, self.cupy, output),
+            mode=mode.name,
+            all_finite=all_finite(self.cupy, output),
+            bounded=mode.precision == "float32",
+        )
+
 
 @dataclass(slots=True)
 class _OurRunner:
@@ -293,7 +306,7 @@ class _OurRunner:
     engine: GpuEngine
     problem: ConvProblem
     mode: Mode
-    data: _Data
+    data: Data
     function: Callable[..., Any]
     disagreement: Callable[[Any], str]
     outputs: dict[int, Any] = field(default_factory=dict)
@@ -308,7 +321,7 @@ class _OurRunner:
         self.outputs.clear()
         for index in indices:
             if index not in self.targets:
-                self.targets[index] = self._poisoned()
+                self.targets[index] = self.data.poisoned()
         if self.pool is None:
             self.pool = cupy.cuda.MemoryPool()
         # What a call allocates for itself belongs to the graph for as long as it lives: it comes from a pool that
@@ -326,15 +339,9 @@ class _OurRunner:
         return lambda: graph.launch(stream)
 
     def verdict(self) -> Verdict:
-        cupy = self.engine.cupy
-        output = self.targets.setdefault(0, self._poisoned())
+        output = self.targets.setdefault(0, self.data.poisoned())
         self.function(*self.data.sets[0], out=output)
-        verdict = self.data.oracle.judge(
-            partial(_fetch, cupy, output),
-            mode=self.mode.name,
-            all_finite=_all_finite(cupy, output),
-            bounded=self.mode.precision == "float32",
-        )
+        verdict = self.data.judge(output, self.mode)
         if verdict.ok and (note := self.disagreement(output)):
             return Verdict(False, verdict.error, note)
         return verdict
@@ -347,14 +354,6 @@ class _OurRunner:
         self.outputs.clear()
         self.targets.clear()
 
-    def _poisoned(self) -> Any:
-        """An output of NaNs: in every format all bits set is one."""
-        cupy = self.engine.cupy
-        dtype = numpy_dtype(self.problem.dtype)
-        shape = result_shape(self.problem, self.data.direction)
-        raw = cupy.full(math.prod(shape) * dtype.itemsize, 0xFF, np.uint8)
-        return raw.view(dtype).reshape(shape)
-
 
 @dataclass(slots=True)
 class _TorchRunner:
@@ -363,7 +362,7 @@ class _TorchRunner:
     engine: GpuEngine
     problem: ConvProblem
     tolerance_mode: str
-    data: _Data
+    data: Data
     function: peers.Function
     arguments: list[tuple[Any, Any, Any]]
     settings: peers.CudnnSettings
@@ -427,6 +426,21 @@ class _TorchRunner:
         return np.asarray(tensor.cpu().numpy())
 
 
+def describe() -> dict[str, Any]:
+    """CuPy's current device and its driver, as result files name them."""
+    cuda = runtime.cupy_module().cuda.runtime
+    device, driver = runtime.device(int(cuda.getDevice())), int(cuda.driverGetVersion())
+    return {
+        "kind": "gpu",
+        "name": device.name,
+        "arch": device.arch_name,
+        "sms": device.num_sms,
+        "l2_bytes": device.l2_bytes,
+        "driver": _driver_release(),
+        "driver_cuda": f"{driver // 1000}.{driver % 1000 // 10}",
+    }
+
+
 def _torch_build(problem: ConvProblem, direction: Direction) -> Callable[[], peers.Function]:
     if direction == "forward":
         return partial(peers.conv_by_trimming, problem)
@@ -448,14 +462,14 @@ def _driver_release() -> str | None:
     return next((word for word in words if word.count(".") >= 1 and word.replace(".", "").isdigit()), None)
 
 
-def _fetch(cupy: Any, array: Any, part: tuple[slice, ...]) -> Array:
+def fetch(cupy: Any, array: Any, part: tuple[slice, ...]) -> Array:
     """A part of a CuPy array on the host; 16-bit formats travel as integers, which every version of CuPy can copy."""
     if array.dtype.itemsize != 2:
         return np.asarray(cupy.asnumpy(array[part]))
     return np.asarray(np.ascontiguousarray(cupy.asnumpy(array.view(np.uint16)[part])).view(array.dtype))
 
 
-def _all_finite(cupy: Any, array: Any) -> bool:
+def all_finite(cupy: Any, array: Any) -> bool:
     """Whether all elements are finite, read off the bits: exponents of all ones are infinities and NaNs."""
     name = array.dtype.name
     word, exponent = {
@@ -468,7 +482,9 @@ def _all_finite(cupy: Any, array: Any) -> bool:
     }[name]
     mask = word(exponent)
     bits = array.reshape(-1).view(word)
-    return all(not bool(((part & mask) == mask).any()) for part in cupy.array_split(bits, -(-bits.size // (1 << 26))))
+    parts = cupy.array_split(bits, -(-bits.size // (1 << 26)))
+    # The host looks through the answers: CuPy would compile its reductions anew for every size of array.
+    return not any(cupy.asnumpy((part & mask) == mask).any() for part in parts)
 
 
 def measure_ceilings(micro: Micro, name: str) -> tuple[Ceilings, dict[str, str]]:

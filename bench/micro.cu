@@ -19,6 +19,23 @@ extern "C" __global__ void __launch_bounds__(256) copy_2_bytes(
     for (long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x; i < count; i += step) output[i] = input[i];
 }
 
+// Reads input[i] for i < count, `rounds` times over, from L2: loads with .cg leave out the caches of the multiprocessors.
+extern "C" __global__ void __launch_bounds__(256) read_l2(
+    const uint4* __restrict__ input,  // [count]
+    unsigned* __restrict__ sink,      // [1], never written in practice
+    const int count, const int rounds) {
+    unsigned sum = 0;
+    for (int round = 0; round < rounds; ++round) {
+#pragma unroll 6
+        for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < count; i += gridDim.x * blockDim.x) {
+            const uint4 vector = __ldcg(&input[i]);
+            sum += vector.x ^ vector.y ^ vector.z ^ vector.w;
+        }
+        sum = sum * 3 + round;
+    }
+    if (sum == 12345678u) *sink = sum;  // keeps the work alive
+}
+
 // Does nothing: its time is that of a launch.
 extern "C" __global__ void nothing() {}
 

@@ -1,9 +1,10 @@
 """Micro-experiments on a GPU: the rates on which the predictions and the floors rest.
 
-    python -m bench.micro [--json FILE]
+    python -m bench.micro [--records FILE]
 
-Copy bandwidth with accesses of 16 and of 2 bytes, the rate of float32 fused multiply-adds, of mma.sync on bfloat16 and
-TF32 data, of PyTorch's matrix product in every precision, and the cost of a launch by itself and within a CUDA graph.
+Copy bandwidth with accesses of 16 and of 2 bytes, the rate of reads from L2, of float32 fused multiply-adds, of
+mma.sync on bfloat16 and TF32 data, of wgmma on a shifted window (wgmma.py), of PyTorch's matrix product in every
+precision, and the cost of a launch by itself and within a CUDA graph.
 """
 
 from __future__ import annotations
@@ -12,17 +13,16 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from gpuconv.gpus import missing_gpu
 
+from . import records, wgmma
 from .peers import optional_module
-from .results import environment, write_json
 
 SOURCE = Path(__file__).with_name("micro.cu")
 
@@ -31,15 +31,22 @@ FMA_PER_ROUND = 16 * 8
 TILES = 8
 
 _BLOCK = 256
-_COPY_BYTES = 1 << 30
-_MATRIX = 8192
 
 
 class Micro:
-    """The experiments on CuPy's current device; every one returns its figure in the unit of its name."""
+    """The experiments on CuPy's current device; every one returns its figure in the unit of its name.
 
-    def __init__(self) -> None:
+    Args:
+        rehearse: with sizes that say nothing about rates but run anywhere in no time.
+    """
+
+    def __init__(self, *, rehearse: bool = False) -> None:
         import cupy
+
+        self.copy_bytes, self.matrix, self.rounds, self.launches = (
+            (1 << 16, 64, 2, 5) if rehearse else (1 << 30, 8192, 4096, 500)
+        )
+        self.rehearse = rehearse
 
         self.cupy = cupy
         index = int(cupy.cuda.runtime.getDevice())
@@ -48,6 +55,7 @@ class Micro:
         self.arch = 10 * int(properties["major"]) + int(properties["minor"])
         self.stream = cupy.cuda.Stream(non_blocking=True)
         self.module = cupy.RawModule(code=SOURCE.read_text(encoding="utf-8"))
+        self._sink = cupy.zeros(1, np.uint32)
 
     def seconds(self, work: Callable[[], None], repeats: int = 10) -> float:
         """The shortest of several runs, warm: the question is what the hardware can do."""
@@ -64,25 +72,40 @@ class Micro:
 
     def copy_gbps(self, width: int) -> float:
         """Bytes read plus bytes written, in GB/s."""
-        count = _COPY_BYTES // width
+        count = self.copy_bytes // width
         with self.stream:
-            source = self._random_bytes(_COPY_BYTES)
+            source = self._random_bytes(self.copy_bytes)
             target = self.cupy.empty_like(source)
             kernel = self.module.get_function(f"copy_{width}_bytes")
             arguments = (source, target, np.int64(count))
             grid = (16 * self.num_sms,)
-        return 2 * _COPY_BYTES / self.seconds(lambda: kernel(grid, (_BLOCK,), arguments)) / 1e9
+        return 2 * self.copy_bytes / self.seconds(lambda: kernel(grid, (_BLOCK,), arguments)) / 1e9
 
     def driver_copy_gbps(self) -> float:
         """The same of the driver's own copy."""
         with self.stream:
-            source = self._random_bytes(_COPY_BYTES)
+            source = self._random_bytes(self.copy_bytes)
             target = self.cupy.empty_like(source)
         copy = target.data.copy_from_device_async
-        return 2 * _COPY_BYTES / self.seconds(lambda: copy(source.data, _COPY_BYTES, self.stream)) / 1e9
+        return 2 * self.copy_bytes / self.seconds(lambda: copy(source.data, self.copy_bytes, self.stream)) / 1e9
+
+    def read(self, buffer: Any) -> None:
+        """Queue a kernel on CuPy's current stream that reads a buffer, in whole vectors of 16 bytes, into L2."""
+        kernel = self.module.get_function("read_l2")
+        kernel((4 * self.num_sms,), (_BLOCK,), (buffer, self._sink, np.int32(buffer.nbytes // 16), np.int32(1)))
+
+    def l2_read_gbps(self) -> float:
+        """Bytes that all multiprocessors together read from L2, past their own caches."""
+        blocks, rounds = (1 if self.rehearse else 8) * self.num_sms, self.rounds // 64 + 1
+        count = 6 * blocks * _BLOCK  # vectors of 16 bytes: every thread reads six of them in a round
+        kernel = self.module.get_function("read_l2")
+        with self.stream:
+            source = self._random_bytes(16 * count)
+        arguments = (source, self._sink, np.int32(count), np.int32(rounds))
+        return 16 * count * rounds / self.seconds(lambda: kernel((blocks,), (_BLOCK,), arguments)) / 1e9
 
     def fma_tflops(self) -> float:
-        rounds, blocks = 4096, 8 * self.num_sms
+        rounds, blocks = self.rounds, (1 if self.rehearse else 8) * self.num_sms
         kernel = self.module.get_function("fma_rate")
         sink = self.cupy.zeros(1, np.float32)
         arguments = (sink, np.int32(rounds), np.float32(0.999), np.float32(0.37))
@@ -91,7 +114,7 @@ class Micro:
 
     def mma_tflops(self, name: str) -> float:
         """mma.sync on "bf16" (m16n8k16) or "tf32" (m16n8k8) data."""
-        rounds, blocks = 8192, 2 * self.num_sms
+        rounds, blocks = 2 * self.rounds, (1 if self.rehearse else 2) * self.num_sms
         kernel = self.module.get_function(f"mma_{name}_rate")
         sink = self.cupy.zeros(1, np.float32)
         operations = 2 * 16 * 8 * (16 if name == "bf16" else 8) * TILES * rounds * blocks * _BLOCK // 32
@@ -106,7 +129,7 @@ class Micro:
         torch = optional_module("torch")
         if torch is None or not torch.cuda.is_available():
             raise ModuleNotFoundError("PyTorch with CUDA is not installed")
-        n = _MATRIX // 2 if precision in ("float32", "float64", "complex64") else _MATRIX
+        n = self.matrix // 2 if precision in ("float32", "float64", "complex64") else self.matrix
         dtype = torch.float32 if precision == "tf32" else getattr(torch, precision)
         a, b = (torch.randn(n, n, device="cuda", dtype=dtype) for _ in range(2))
         out = torch.empty_like(a)
@@ -127,15 +150,15 @@ class Micro:
         with self.stream:
             for _ in range(20):
                 start = time.perf_counter()
-                for _ in range(100):
+                for _ in range(self.launches // 5):
                     kernel((1, 1, 1), (32, 1, 1), (), 0)
                 best = min(best, time.perf_counter() - start)
                 self.stream.synchronize()
-        return 1e6 * best / 100
+        return 1e6 * best / (self.launches // 5)
 
     def graph_launch_us(self) -> float:
         """The time from one empty kernel to the next within a CUDA graph."""
-        kernel, count = self.module.get_function("nothing"), 500
+        kernel, count = self.module.get_function("nothing"), self.launches
         with self.stream:
             kernel((1,), (32,), ())
             self.stream.synchronize()
@@ -150,12 +173,13 @@ class Micro:
         return self.cupy.tile(self.cupy.asarray(block), -(-count // block.size))[:count].copy()
 
 
-def experiments(micro: Micro) -> dict[str, Callable[[], float]]:
+def experiments(micro: Micro) -> dict[str, Callable[[], float | dict[str, Any]]]:
     """All experiments by name; the unit is the last part of the name."""
-    named: dict[str, Callable[[], float]] = {
+    named: dict[str, Callable[[], float | dict[str, Any]]] = {
         "copy_driver_GB/s": micro.driver_copy_gbps,
         "copy_16_bytes_GB/s": lambda: micro.copy_gbps(16),
         "copy_2_bytes_GB/s": lambda: micro.copy_gbps(2),
+        "read_l2_GB/s": micro.l2_read_gbps,
         "fma_float32_TFLOP/s": micro.fma_tflops,
         "launch_us": micro.launch_us,
         "launch_in_graph_us": micro.graph_launch_us,
@@ -163,34 +187,33 @@ def experiments(micro: Micro) -> dict[str, Callable[[], float]]:
     if micro.arch >= 80:
         named["mma_bf16_TFLOP/s"] = lambda: micro.mma_tflops("bf16")
         named["mma_tf32_TFLOP/s"] = lambda: micro.mma_tflops("tf32")
+    for dilation in wgmma.DILATIONS:
+        named[f"wgmma dilation {dilation}"] = partial(wgmma.probe, micro, dilation)
     for precision in ("bfloat16", "float16", "tf32", "float32", "float64", "complex64"):
-        named[f"matmul_{precision}_TFLOP/s"] = lambda precision=precision: micro.matmul_tflops(precision)  # type: ignore[misc]
+        named[f"matmul_{precision}_TFLOP/s"] = partial(micro.matmul_tflops, precision)
     return named
 
 
+def record(experiment: Callable[[], float | dict[str, Any]]) -> dict[str, Any]:
+    """The record of an experiment: its figure, or several by name, or why it cannot be run here."""
+    try:
+        figure = experiment()
+    except ModuleNotFoundError as error:
+        return {"absent": str(error)}
+    return figure if isinstance(figure, dict) else {"figure": round(figure, 3)}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit codes: 0 done, 2 bad usage, 3 no GPU."""
+    """Exit codes: those of bench.records, and 3 without a GPU."""
     parser = argparse.ArgumentParser(prog="python -m bench.micro", description=__doc__.partition("\n")[0])
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here, after every experiment")
+    records.add_arguments(parser)
     args = parser.parse_args(argv)
-    console = Console()
     if missing := missing_gpu():
-        console.print(f"[red]{missing}[/red]", highlight=False)
+        print(missing)
         return 3
-    micro = Micro()
-    figures: dict[str, float | str] = {}
-    where = environment({"kind": "gpu", "sms": micro.num_sms, "arch": f"sm_{micro.arch}"})
-    table = Table("experiment", "figure")
-    for name, experiment in experiments(micro).items():
-        try:
-            figures[name] = round(experiment(), 3)
-        except Exception as error:
-            figures[name] = f"{type(error).__name__}: {error}"
-        table.add_row(name.replace("_", " "), str(figures[name]))
-        if args.json:
-            write_json(args.json, {"environment": where, "figures": figures})
-    console.print(table)
-    return 0
+    micro = Micro(rehearse=args.rehearse)
+    work = experiments(micro).items()
+    return records.open_records(args).run((name, partial(record, experiment)) for name, experiment in work)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,9 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 SCHEMA = 1
 
+# Names the commit where the checkout has come without its history.
+COMMIT_VARIABLE = "GPUCONV_COMMIT"
+
 Status = Literal["measured", "wrong", "absent", "refused", "failed"]
 Kind = Literal["replay", "eager"]
 
@@ -282,7 +285,7 @@ def environment(device: dict[str, Any]) -> dict[str, Any]:
             "system": platform.platform(),
             "python": platform.python_version(),
         },
-        "versions": versions("gpuconv", "numpy", "cupy", "nvrtc", "torch", "causal-conv1d"),
+        "versions": versions("gpuconv", "numpy", "cupy", "nvrtc", "torch", "nvidia-cudnn-cu13", "causal-conv1d"),
         **_commit(),
     }
 
@@ -305,4 +308,5 @@ def _commit() -> dict[str, Any]:
         return result.stdout.strip() if result.returncode == 0 else None
 
     changed = git("status", "--porcelain", "--untracked-files=no")
-    return {"commit": git("rev-parse", "HEAD"), "commit_modified": None if changed is None else bool(changed)}
+    commit = git("rev-parse", "HEAD") or os.environ.get(COMMIT_VARIABLE)
+    return {"commit": commit, "commit_modified": None if changed is None else bool(changed)}

@@ -2,7 +2,7 @@
 
 From the root of a checkout, on a machine with a GPU:
 
-    compute-sanitizer --tool memcheck python -m bench.sanitize
+    compute-sanitizer --tool memcheck --error-exitcode 9 python -m bench.sanitize [--families REGEX]
 
 CuPy's memory pool would hide accesses outside of an array, which fall into a neighbour in the same pool; here every
 array is an allocation of the driver's own.
@@ -12,16 +12,19 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import re
 import sys
-import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 from gpuconv import cases, dispatch, functional, grad, reference, runtime
 from gpuconv.device import Device
 from gpuconv.families import GradientLayout, Layout
 from gpuconv.problem import BiasGradientProblem, ConvProblem, WeightGradientProblem
 
+from . import records
 from .layers import load
 
 # (dtype, precision)
@@ -39,13 +42,16 @@ def shrunk(problem: ConvProblem, positions: int) -> ConvProblem:
     return replace(p, N=min(p.N, 2), L_in=min(p.L_in, max(needed + 2 * p.stride, positions)))
 
 
-def selection(device: Device, max_flops: int = 200_000_000) -> Iterator[tuple[str, ConvProblem]]:
-    """For every specialisation that the benchmark layers need, the smallest shrunken layer that takes it."""
+def selection(device: Device, max_flops: int = 200_000_000, families: str = "") -> Iterator[tuple[str, ConvProblem]]:
+    """For every specialisation that the benchmark layers need, the smallest shrunken layer that takes it.
+
+    `families` is a regular expression of which the kernel family must have a match.
+    """
     smallest: dict[tuple[object, ...], tuple[str, ConvProblem]] = {}
     for (dtype, precision), positions, layer in itertools.product(MODES, LENGTHS, load()):
         problem = replace(shrunk(layer.problem(dtype), positions), precision=precision)
         choice = dispatch.choose(problem, Layout.contiguous(problem), device)
-        if choice is None or problem.flops() > max_flops:
+        if choice is None or problem.flops() > max_flops or not re.search(families, choice.family):
             continue
         key = (choice.config, choice.pack is not None)
         if key not in smallest or problem.flops() < smallest[key][1].flops():
@@ -53,14 +59,16 @@ def selection(device: Device, max_flops: int = 200_000_000) -> Iterator[tuple[st
     yield from smallest.values()
 
 
-def gradient_selection(device: Device, max_flops: int = 200_000_000) -> Iterator[tuple[str, ConvProblem]]:
+def gradient_selection(
+    device: Device, max_flops: int = 200_000_000, families: str = ""
+) -> Iterator[tuple[str, ConvProblem]]:
     """The same for the kernels of weight gradients."""
     smallest: dict[object, tuple[str, ConvProblem]] = {}
     for (dtype, precision), positions, layer in itertools.product(MODES, LENGTHS, load()):
         problem = replace(shrunk(layer.problem(dtype), positions), precision=precision)
         gradient = WeightGradientProblem.of(problem)
         choice = dispatch.choose_gradient(gradient, GradientLayout.contiguous(gradient), device)
-        if problem.flops() > max_flops:
+        if problem.flops() > max_flops or not re.search(families, choice.family):
             continue
         key = (choice.config, choice.sum is not None)
         if key not in smallest or problem.flops() < smallest[key][1].flops():
@@ -68,66 +76,53 @@ def gradient_selection(device: Device, max_flops: int = 200_000_000) -> Iterator
     yield from smallest.values()
 
 
-def run(problems: Iterable[tuple[str, ConvProblem]], seconds: float) -> tuple[int, int]:
-    """Compute problems on the GPU and check them, until the time is up: (how many, how many wrong)."""
+def check(problem: ConvProblem) -> dict[str, Any]:
+    """Compute a problem on the GPU; the record says whether every element is within the bound."""
     cupy = runtime.cupy_module()
-    cupy.cuda.set_allocator(None)
-    start = time.monotonic()
-    done = wrong = 0
-    for name, problem in problems:
-        if time.monotonic() - start > seconds:
-            break
-        data = cases.random_data(problem, seed=0)
-        x, w, b = (None if a is None else cupy.asarray(a) for a in (data.input, data.weight, data.bias))
-        function = functional.conv_transpose1d if problem.transposed else functional.conv1d
-        output = cupy.asnumpy(function(x, w, b, **cases.call_settings(problem)))
-        done += 1
-        if not reference.within_bound(problem, output, data.input, data.weight, data.bias).all():
-            wrong += 1
-            print(f"WRONG {name}: {problem}")
-    return done, wrong
+    data = cases.random_data(problem, seed=0)
+    x, w, b = (None if a is None else cupy.asarray(a) for a in (data.input, data.weight, data.bias))
+    function = functional.conv_transpose1d if problem.transposed else functional.conv1d
+    output = cupy.asnumpy(function(x, w, b, **cases.call_settings(problem)))
+    right = reference.within_bound(problem, output, data.input, data.weight, data.bias).all()
+    return {"ok": bool(right), "problem": str(problem)}
 
 
-def run_gradients(problems: Iterable[tuple[str, ConvProblem]], seconds: float) -> tuple[int, int]:
-    """`run` for the gradients of the weights and of the bias."""
+def check_gradients(problem: ConvProblem) -> dict[str, Any]:
+    """`check` for the gradients of the weights and of the bias."""
     cupy = runtime.cupy_module()
-    start = time.monotonic()
-    done = wrong = 0
-    for name, problem in problems:
-        if time.monotonic() - start > seconds:
-            break
-        x = cases.random_data(problem, seed=0).input
-        dy = cases.random_data(problem.adjoint(), seed=1).input
-        given, grad_output = cupy.asarray(x), cupy.asarray(dy)
-        p = WeightGradientProblem.of(problem)
-        of_weight = grad.conv_transpose1d_weight if problem.transposed else grad.conv1d_weight
-        dw = cupy.asnumpy(of_weight(given, problem.weight_shape, grad_output, **cases.call_settings(problem)))
-        db = cupy.asnumpy(grad.conv1d_bias(grad_output))
-        bias = BiasGradientProblem(problem.N, problem.C_out, problem.L_out, problem.dtype)
-        right = reference.weight_gradient(p, *p.sides(x, dy)).within_bound(dw).all()
-        done += 1
-        if not right or not reference.bias_gradient(bias, dy).within_bound(db).all():
-            wrong += 1
-            print(f"WRONG {name}: {p}")
-    return done, wrong
+    x = cases.random_data(problem, seed=0).input
+    dy = cases.random_data(problem.adjoint(), seed=1).input
+    given, grad_output = cupy.asarray(x), cupy.asarray(dy)
+    p = WeightGradientProblem.of(problem)
+    of_weight = grad.conv_transpose1d_weight if problem.transposed else grad.conv1d_weight
+    dw = cupy.asnumpy(of_weight(given, problem.weight_shape, grad_output, **cases.call_settings(problem)))
+    db = cupy.asnumpy(grad.conv1d_bias(grad_output))
+    bias = BiasGradientProblem(problem.N, problem.C_out, problem.L_out, problem.dtype)
+    right = reference.weight_gradient(p, *p.sides(x, dy)).within_bound(dw).all()
+    right = right and reference.bias_gradient(bias, dy).within_bound(db).all()
+    return {"ok": bool(right), "problem": str(p)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit codes: 0 all right, 1 a wrong result, 2 bad usage, 3 no GPU; compute-sanitizer has its own."""
+    """Exit codes: those of bench.records, and 3 without a GPU; compute-sanitizer has its own."""
     from gpuconv.gpus import missing_gpu
 
     parser = argparse.ArgumentParser(prog="python -m bench.sanitize", description=__doc__.partition("\n")[0])
-    parser.add_argument("--seconds", type=float, default=30.0, help="start no further problem after this time")
+    parser.add_argument("--families", default="", metavar="REGEX", help="only kernel families whose name matches")
+    records.add_arguments(parser)
     args = parser.parse_args(argv)
     if missing := missing_gpu():
         print(missing)
         return 3
-    device = runtime.device(int(runtime.cupy_module().cuda.runtime.getDevice()))
-    done, wrong = run(selection(device), args.seconds / 2)
-    of_gradients = run_gradients(gradient_selection(device), args.seconds / 2)
-    done, wrong = done + of_gradients[0], wrong + of_gradients[1]
-    print(f"{done} problems computed, {wrong} wrong")
-    return 1 if wrong else 0
+    cupy = runtime.cupy_module()
+    cupy.cuda.set_allocator(None)
+    device = runtime.device(int(cupy.cuda.runtime.getDevice()))
+    max_flops = 2_000_000 if args.rehearse else 200_000_000
+    found = [(check, *pair) for pair in selection(device, max_flops, args.families)]
+    found += [(check_gradients, *pair) for pair in gradient_selection(device, max_flops, args.families)]
+    found.sort(key=lambda item: item[2].flops())  # under racecheck the largest take minutes
+    work = [(f"{function.__name__} {name} {problem}", partial(function, problem)) for function, name, problem in found]
+    return records.open_records(args).run(work[:2] if args.rehearse else work)
 
 
 if __name__ == "__main__":

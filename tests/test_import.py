@@ -65,7 +65,7 @@ print(json.dumps([middle - start, time.process_time() - middle]))
     [
         "import gpuconv",
         "import gpuconv.verify, gpuconv.explain",
-        "from gpuconv.verify import missing_gpu; from gpuconv.explain import DIRECTIONS; import gpuconv",
+        "from gpuconv.verify import CHECKS; from gpuconv.explain import DIRECTIONS; import gpuconv",
         "import gpuconv; gpuconv.verify, gpuconv.explain; import gpuconv.verify, gpuconv.explain",
         "import gpuconv, importlib; importlib.reload(importlib.import_module('gpuconv.verify'))",
         "import gpuconv.cli",

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from gpuconv.verify import missing_gpu
+from gpuconv.gpus import missing_gpu
 
 from . import NO_TORCH
 

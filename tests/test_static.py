@@ -7,9 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from bench import micro, sass, static
+from bench import micro, sass, static, wgmma
 from bench.directions import DIRECTIONS
 from bench.layers import load
 from bench.predict import LAUNCH_US, MMA_EFFICIENCY, predict, predict_gradient
@@ -417,7 +418,7 @@ def test_predictions_page_states_that_nothing_was_measured() -> None:
 @pytest.mark.parametrize("arch", ["sm_75", "sm_80", "sm_90", "sm_120"])
 def test_micro_kernels_compile(arch: str) -> None:
     cubin, log, _ = sass.compile_cubin(micro.SOURCE.read_text(encoding="utf-8"), "micro", arch)
-    names = ["copy_16_bytes", "copy_2_bytes", "nothing", "fma_rate"]
+    names = ["copy_16_bytes", "copy_2_bytes", "read_l2", "nothing", "fma_rate"]
     names += ["mma_bf16_rate", "mma_tf32_rate"] if arch != "sm_75" else []
     for name in names:
         assert sass.parse_log(log, name).stack_bytes == 0
@@ -430,6 +431,22 @@ def test_micro_kernels_compile(arch: str) -> None:
             loop, _ = sass.main_loop(sass.parse_disassembly(text, name))
             assert loop.mix["tensor"] % micro.TILES == 0
             assert loop.fma == fma * loop.mix["tensor"]
+
+
+def test_wgmma_probe_runs_on_wgmma_alone() -> None:
+    """One product after the other, without a wait between them, sums in registers, and the right numbers to expect."""
+    code, log = wgmma.build()
+    resources = sass.parse_log(log, wgmma.KERNEL)
+    assert resources.stack_bytes == 0
+    assert "serializ" not in log
+    loop, _ = sass.main_loop(sass.parse_disassembly(sass.disassemble(code), wgmma.KERNEL))
+    assert loop.mix["tensor"] == wgmma.TAPS * wgmma.CHANNELS // 16
+    weight, window = wgmma.data()
+    by_definition = sum(weight[k, 7] @ window[:, 200 + 5 * k] for k in range(wgmma.TAPS))
+    assert wgmma.expected(weight, window, 5, 2)[7, 200] == 2 * by_definition
+    given = wgmma.units(window)
+    assert given.shape == (wgmma.CHANNELS // 8, wgmma.WINDOW, 8)
+    assert given[3, 11, 5] == np.float32(window[29, 11]).view(np.uint32) >> 16
 
 
 def test_planned_layers_are_placed_by_dispatch() -> None:

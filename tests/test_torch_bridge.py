@@ -20,7 +20,6 @@ from . import NO_TORCH
 
 pytest.importorskip("torch", reason=NO_TORCH)
 
-import pywt
 import torch
 from hypothesis import given, settings
 from torch import nn
@@ -635,6 +634,8 @@ STEPS = 20
 
 def train(make: Callable[[], nn.Module], dtype: torch.dtype) -> Array:
     """The losses of a model that reproduces the recording."""
+    import pywt  # not at the top: the tests on a GPU run where it is not installed
+
     torch.manual_seed(3)
     model = make().to(dtype)
     recording = torch.from_numpy(pywt.data.ecg() / 200.0).to(dtype)
