@@ -23,8 +23,8 @@ import numpy as np
 
 from gpuconv import dispatch, runtime
 from gpuconv.families import GradientLayout, Layout, mma, weight_gradient_mma
-from gpuconv.problem import ConvProblem, WeightGradientProblem
 from gpuconv.gpus import missing_gpu
+from gpuconv.problem import ConvProblem, WeightGradientProblem
 
 from . import records
 from .directions import Direction, without_bias
