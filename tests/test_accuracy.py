@@ -39,6 +39,7 @@ def test_a_result_outside_the_bound_is_refused() -> None:
         accuracy.measure(SPLIT, 64, "normal", run)
 
 
+@pytest.mark.torch  # it is among the arithmetics
 def test_report(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(accuracy, "CHANNELS", (32,))
     monkeypatch.setattr(accuracy, "missing_gpu", lambda: "none here")

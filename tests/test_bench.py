@@ -1183,7 +1183,8 @@ def test_cpu_engine_measures_gradients(direction: Any, monkeypatch: pytest.Monke
         assert m.ours.status == "measured", m.ours.note
         assert m.ours.error is not None
         assert m.ours.error < 1e-5
-        assert all(o.status in ("measured", "wrong") for o in m.outcomes[1:])
+        peer = ("measured", "wrong") if peers.optional_module("torch") else ("absent",)
+        assert all(o.status in peer for o in m.outcomes[1:])
         assert m.family.startswith("numpy ")
 
 
