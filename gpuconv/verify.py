@@ -74,7 +74,7 @@ def verify(
     Raises:
         GpuUnavailableError: `device` is "gpu" and none answers.
         ValueError: `device` or a dtype is not one of those named above, `filter` matches no case, or `family`
-            is none of the GPU's.
+            is none of the GPU's, or takes no case.
         ModuleNotFoundError: bfloat16 was asked for by name, and ml_dtypes is not installed.
     """
     started = time.perf_counter()
@@ -112,6 +112,8 @@ def verify(
         pairs += _pairs_for(has if filter is None else (), every, pairs, gpu)
         if family is not None:
             pairs = [(dtype, case) for dtype, case in pairs if family in families_that_take(case.at(dtype), gpu)]
+            if not pairs:
+                raise ValueError(f"no case of this filter and these dtypes reaches the kernel family {family}")
     results: list[Result] = []
     if progress is not None:
         progress(0, len(pairs), "")

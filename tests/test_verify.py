@@ -447,6 +447,8 @@ def test_one_family_alone() -> None:
     assert {result.case for result in report.results} == taken
     with pytest.raises(ValueError, match=r"^family must name a kernel family .*, got 'fast'; this GPU has conv1d"):
         verify("gpu", family="fast")
+    with pytest.raises(ValueError, match=r"^no case of this filter and these dtypes reaches .* conv1d_depthwise$"):
+        verify("gpu", family="conv1d_depthwise", filter="up_k1")
     with pytest.raises(ValueError, match=r"got 'conv1d_direct'; there is none on the CPU$"):
         verify("cpu", family="conv1d_direct")
 
