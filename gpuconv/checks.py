@@ -9,6 +9,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
@@ -16,6 +17,9 @@ import numpy.typing as npt
 
 from . import cases, functional, grad, reference, runtime
 from .cases import Case, Data
+from .device import Device
+from .families import FAMILIES, GRADIENT_FAMILIES, Family, GradientFamily, GradientLayout, Layout
+from .families.base import gradient_shapes
 from .problem import BiasGradientProblem, ConvProblem, WeightGradientProblem, numpy_dtype
 from .report import Failure, Result, Tap
 
@@ -80,14 +84,23 @@ class Target:
         function = getattr(grad, f"{problem.op}_{argument}")
         return self.get(function(*given, **({} if argument == "bias" else settings), out=out))
 
+    def device(self) -> Device | None:
+        """The GPU; None for the CPU."""
+        return runtime.device(int(runtime.cupy_module().cuda.runtime.getDevice())) if self.on_gpu else None
+
+    def weight_gradient(self, problem: ConvProblem, input: Array, grad_output: Array, family: str) -> Array:
+        """The gradient of the weight by a kernel family, into an output of NaN."""
+        out = self.put(np.full(problem.weight_shape, np.nan, numpy_dtype(problem.dtype)))
+        return self.get(grad.weight_by_family(problem, self.put(input), self.put(grad_output), out, family))
+
     def _put_if_given(self, array: Array | None) -> Any:
         return None if array is None else self.put(array)
 
     def description(self) -> str:
-        if not self.on_gpu:
+        gpu = self.device()
+        if gpu is None:
             return f"CPU ({platform.processor() or platform.machine()}, {os.cpu_count()} cores)"
         index = int(runtime.cupy_module().cuda.runtime.getDevice())
-        gpu = runtime.device(index)
         return f"GPU {index}: {gpu.name} ({gpu.arch_name}, {gpu.num_sms} multiprocessors)"
 
     def versions(self) -> dict[str, str]:
@@ -224,7 +237,7 @@ def _check_layout(s: Subject) -> Failure | None:
     bias = None if data.bias is None else _every_other(s.target, data.bias)
     settings = s.settings
     for arrange in (_every_other, _swapped_axes):
-        out[...] = np.nan
+        out.fill(np.nan)
         s.target.convolve_into(out, p, arrange(s.target, data.input), weight, bias, settings=settings)
         message = "strided arrays must give the reference"
         failure = s.expect_equal(s.target.get(out), _exact_result(p, data), message, data)
@@ -386,15 +399,124 @@ def run_checks(case: Case, number_format: str, target: Target, seed: int) -> Ite
         subject = Subject(case, number_format, case.at(number_format), target, seed, check.name)
         if check.applies is not None and not check.applies(subject.problem):
             continue
-        started = time.perf_counter()
-        try:
-            failure = check.run(subject)
-        except Exception as error:  # one case that raises must not hide the results of the others
-            failure = Failure(
-                case.name, number_format, check.name, str(subject.problem), f"raised {error!r}", traceback.format_exc()
-            )
-        seconds = time.perf_counter() - started
-        yield Result(case.name, number_format, check.name, seconds, max(subject.fractions, default=None), failure)
+        yield _result(subject, check.run)
+
+
+def _result(subject: Subject, run: Callable[[Subject], Failure | None], family: str | None = None) -> Result:
+    """What a check of a subject finds."""
+    s = subject
+    started = time.perf_counter()
+    try:
+        failure = run(s)
+    except Exception as error:  # one case that raises must not hide the results of the others
+        raised = f"{'' if family is None else family + ' '}raised {error!r}"
+        failure = Failure(s.case.name, s.number_format, s.check, str(s.problem), raised, traceback.format_exc())
+    seconds = time.perf_counter() - started
+    worst = max(s.fractions, default=None)
+    return Result(s.case.name, s.number_format, s.check, seconds, worst, failure, family)
+
+
+# -- the kernel families ---------------------------------------------------------------------------------------------
+
+# Of the checks by family. It is a check of every case like the others, but makes a result for each family.
+BY_FAMILY = "families"
+
+
+def families_of(device: Device) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The kernel families that a GPU has, and those that its architecture lacks."""
+    families: tuple[Family | GradientFamily[Any], ...] = (*FAMILIES, *GRADIENT_FAMILIES)
+    has = {family.name: next(iter(family.configs(device)), None) is not None for family in families}
+    return tuple(n for n, there in has.items() if there), tuple(n for n, there in has.items() if not there)
+
+
+def families_that_take(problem: ConvProblem, device: Device) -> tuple[str, ...]:
+    """The kernel families that compute a problem, or its gradient in weight or bias, of contiguous arrays.
+
+    The base family comes first. None is there for an output, or a gradient's operand, without elements.
+    """
+    p = problem
+    found: list[str] = []
+    if p.N and p.C_out:
+        layout = Layout.contiguous(p)
+        own = [f for f in FAMILIES if f.op == p.op]
+        found += [f.name for f in (own[-1], *own[:-1]) if f.refuse(p, layout, device) is None]
+    for op, gradient in (
+        ("weight_gradient", WeightGradientProblem.of(p)),
+        ("bias_gradient", BiasGradientProblem(p.N, p.C_out, p.L_out, p.dtype)),
+    ):
+        inputs, result = gradient_shapes(gradient)
+        if not any(0 in shape for shape in (*inputs, result)):
+            at = GradientLayout.contiguous(gradient)
+            rest = [f for f in GRADIENT_FAMILIES if f.op == op]
+            found += [f.name for f in (rest[-1], *rest[:-1]) if f.refuse(gradient, at, device) is None]
+    return tuple(found)
+
+
+def run_families(
+    case: Case, number_format: str, target: Target, seed: int, device: Device, only: str | None = None
+) -> Iterator[Result]:
+    """The case through every kernel family that takes it, or through one alone."""
+    problem = case.at(number_format)
+    for family in families_that_take(problem, device):
+        if only in (None, family):
+            subject = Subject(case, number_format, problem, target, seed, BY_FAMILY)
+            yield _result(subject, partial(_check_family, name=family), family)
+
+
+def _check_family(s: Subject, name: str) -> Failure | None:
+    by_name = {f.name: f for f in FAMILIES}
+    if name in by_name:
+        return _check_forward_family(s, by_name[name])
+    gradients = {f.name: f for f in GRADIENT_FAMILIES}
+    return _check_gradient_family(s, gradients[name])
+
+
+def _check_forward_family(s: Subject, family: Family) -> Failure | None:
+    p = s.problem
+    settings = {**s.settings, "algorithm": family.name}
+    data = cases.exact_data(p, s.seed)
+    output = s.target.convolve(p, data, settings)
+    failure = s.expect_equal(output, _exact_result(p, data), f"{family.name} must equal the reference", data)
+    for kind in ("normal", "ill_scaled", "nonfinite"):
+        if failure is None:
+            data = cases.random_data(p, s.seed, kind)
+            output = s.target.convolve(p, data, settings)
+            message = f"{family.name} must lie within the error bound of the reference, on {kind} data"
+            failure = s.expect_bound(output, message, data)
+        if failure is None and family.canonical_order and kind != "nonfinite":
+            base = s.target.convolve(p, data, {**settings, "algorithm": "base"})
+            good = same_bits(output, base)
+            failure = s.judge(good, output, base, f"{family.name} must equal the base family, bit for bit", data, p)
+    return failure
+
+
+def _check_gradient_family(s: Subject, family: GradientFamily[Any]) -> Failure | None:
+    p, name = s.problem, family.name
+    x = cases.exact_data(p, s.seed, adjoint_too=p.L_in > 0).input
+    sparse, v = cases.exact_grad_output(p, s.seed, x), cases.random_grad_output(p, s.seed)
+    y = cases.random_data(p, s.seed).input
+    if family.op == "bias_gradient":
+        r = BiasGradientProblem(p.N, p.C_out, p.L_out, p.dtype)
+        exact = reference.bias_gradient(r, sparse).exact()
+        output = s.gradient("bias", sparse)
+    else:
+        q = WeightGradientProblem.of(p)
+        exact = reference.weight_gradient(q, *q.sides(x, sparse)).exact()
+        output = s.target.weight_gradient(p, x, sparse, name)
+    expected = exact.astype(numpy_dtype(p.dtype))
+    failure = s.expect_equal(output, expected, f"{name} must equal the reference", None)
+    if failure is not None:
+        return failure
+    message = f"{name} must lie within the error bound of the reference"
+    if family.op == "bias_gradient":
+        return s.judge_comparison(reference.bias_gradient(r, v).compare(s.gradient("bias", v)), message, None, p)
+    output = s.target.weight_gradient(p, y, v, name)
+    failure = s.judge_comparison(reference.weight_gradient(q, *q.sides(y, v)).compare(output), message, None, p)
+    if failure is None and not family.on_tensor_cores:
+        base = s.target.weight_gradient(p, y, v, "weight_gradient_direct")
+        message = f"{name} must equal the base family, bit for bit"
+        failure = s.judge(same_bits(output, base), output, base, message, None, p)
+    return failure
 
 
 # -- pieces ----------------------------------------------------------------------------------------------------------

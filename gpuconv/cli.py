@@ -141,6 +141,7 @@ def _add_verify(commands: Any) -> None:
         "--filter", metavar="TEXT", help="only the cases with TEXT in their name, or this tag or operation"
     )
     parser.add_argument("--all", action="store_true", help="every case in every dtype, not a selection")
+    parser.add_argument("--family", metavar="NAME", help="only this kernel family, by the cases that it takes (GPU)")
     parser.add_argument("--list", action="store_true", help="print the names that --filter takes, and run nothing")
     parser.add_argument(
         "--seed", type=_at_least(0), default=0, metavar="N", help="seed of the random data (default: 0)"
@@ -451,6 +452,7 @@ def _verify(args: argparse.Namespace) -> int:
                 seed=args.seed,
                 dtypes=args.dtype,
                 quick=not args.all,
+                family=args.family,
                 progress=progress,
             )
     except GpuUnavailableError as error:

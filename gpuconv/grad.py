@@ -361,3 +361,12 @@ def _bias_function(op: Op) -> Function[BiasGradientProblem]:
 _CONV1D_INPUT, _CONV_TRANSPOSE1D_INPUT = _input_function("conv1d"), _input_function("conv_transpose1d")
 _CONV1D_WEIGHT, _CONV_TRANSPOSE1D_WEIGHT = _weight_function("conv1d"), _weight_function("conv_transpose1d")
 _CONV1D_BIAS, _CONV_TRANSPOSE1D_BIAS = _bias_function("conv1d"), _bias_function("conv_transpose1d")
+
+
+def weight_by_family(p: ConvProblem, input: Any, grad_output: Any, out: Any, family: str) -> Any:
+    """The gradient of the weight of a problem into `out`, on a GPU by the kernel family of that name."""
+    if p.transposed:
+        more = (p.stride, p.padding, p.output_padding, p.groups, p.dilation, None, p.precision)
+        return _CONV_TRANSPOSE1D_WEIGHT((input, grad_output), (p.weight_shape, *more), out, algorithm=family)
+    settings = (p.weight_shape, p.stride, p.padding, p.dilation, p.groups, p.precision)
+    return _CONV1D_WEIGHT((input, grad_output), settings, out, algorithm=family)

@@ -102,6 +102,7 @@ class Result:
         worst: the largest distance of an element from its exact value as a fraction of its error bound; None where
             elements must be equal.
         failure: None where it passed.
+        family: the kernel family that was run by its name; None where the choice was open.
     """
 
     case: str
@@ -110,6 +111,7 @@ class Result:
     seconds: float
     worst: float | None
     failure: Failure | None
+    family: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +127,9 @@ class Report:
         skipped: dtypes that were not run although none were asked for by name, with the reason.
         total: the pairs of case and dtype that there were to choose from.
         elapsed: wall time in seconds.
+        families: on a GPU, the kernel families that its architecture has.
+        lacking: those that it lacks.
+        restricted: whether cases, dtypes or a family were chosen by name; else each of `families` must be reached.
     """
 
     results: tuple[Result, ...]
@@ -135,6 +140,9 @@ class Report:
     skipped: dict[str, str]
     total: int
     elapsed: float
+    families: tuple[str, ...] = ()
+    lacking: tuple[str, ...] = ()
+    restricted: bool = False
 
     @property
     def pairs(self) -> int:
@@ -152,9 +160,20 @@ class Report:
         return tuple(result.failure for result in self.results if result.failure is not None)
 
     @property
+    def family_runs(self) -> dict[str, int]:
+        """How many cases were run through each of `families` by its name."""
+        found = Counter(result.family for result in self.results)
+        return {name: found[name] for name in self.families}
+
+    @property
+    def unreached(self) -> tuple[str, ...]:
+        """Those of `families` that no case reached."""
+        return tuple(name for name, runs in self.family_runs.items() if not runs)
+
+    @property
     def ok(self) -> bool:
-        """Whether every check passed."""
-        return not self.failures
+        """Whether every check passed and, unless the run was restricted, every kernel family was reached."""
+        return not self.failures and (self.restricted or not self.unreached)
 
     @property
     def counts(self) -> dict[str, dict[str, int]]:
@@ -179,6 +198,9 @@ class Report:
             "skipped": self.skipped,
             "checks": len(self.results),
             "counts": self.counts,
+            "family_runs": self.family_runs,
+            "unreached_families": list(self.unreached),
+            "lacking_families": list(self.lacking),
             "worst": None
             if self.worst is None
             else {
@@ -238,6 +260,11 @@ class Report:
             f"{'check':<12}{'passed':>8}{'failed':>8}",
         ]
         lines += [f"{name:<12}{count['passed']:>8}{count['failed']:>8}" for name, count in self.counts.items()]
+        if self.families:
+            lines += ["", f"{'kernel family':<28}{'runs':>6}"]
+            lines += [f"{name:<28}{runs:>6}" for name, runs in self.family_runs.items() if runs]
+        lines += [f"{name:<28}  not on this architecture" for name in self.lacking]
+        lines += [f"{name:<28}  NOT REACHED by any case" for name in self.unreached if not self.restricted]
         shown = self.failures[:5]
         for failure in shown:
             lines += ["", str(failure)]
@@ -247,7 +274,12 @@ class Report:
             where = f"{self.worst.case} [{self.worst.dtype}] {self.worst.check}"
             lines += ["", f"worst element: {self.worst.worst:.3g} of its error bound, in {where}"]
         failed = f"{len(self.failures)} of {_counted(len(self.results), 'check')} FAILED"
-        lines += ["", "all checks passed" if self.ok else failed]
+        if self.failures:
+            lines += ["", failed]
+        elif self.ok:
+            lines += ["", "all checks passed"]
+        else:
+            lines += ["", f"FAILED: no case reaches {', '.join(self.unreached)}"]
         return "\n".join(lines)
 
 

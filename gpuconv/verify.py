@@ -7,14 +7,16 @@ from collections.abc import Callable, Sequence
 from typing import Literal, TypeAlias
 
 from . import cases
-from .cases import FORMATS
-from .checks import CHECKS, Target, run_checks
+from .cases import FORMATS, Case
+from .checks import BY_FAMILY, CHECKS, Target, families_of, families_that_take, run_checks, run_families
+from .device import Device
 from .gpus import GpuUnavailableError, missing_gpu
 from .problem import numpy_dtype
 from .report import Report, Result
 
 DeviceName: TypeAlias = Literal["auto", "gpu", "cpu"]
 Progress: TypeAlias = Callable[[int, int, str], None]
+Pair: TypeAlias = tuple[str, Case]  # a case in a number format
 
 
 def verify(
@@ -24,6 +26,7 @@ def verify(
     seed: int = 0,
     dtypes: str | Sequence[str] | None = None,
     quick: bool = True,
+    family: str | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Run the case table on a device and check what gpuconv promises. Every output array starts as NaN.
@@ -43,7 +46,11 @@ def verify(
     chunks      a long input cut into chunks gives the result of the whole
     repeat      two calls give the same bits, with and without `out`
     gradients   in input, weight and bias: exact on integers, within the bound on normal data, the same bits twice
+    families    on a GPU, each kernel family that takes the case, by name: exact, bounded, bits as below
     ==========  ====================================================================================================
+
+    Of the kernel families, those that sum on CUDA cores give the bits of the base family, `conv1d_direct` or
+    `conv_transpose1d_gather`, which runs every case; a family that no case reaches fails a run of all cases and dtypes.
 
     On a GPU `exact`, `layout`, `groups`, `bias`, `batch`, `chunks`, `repeat` and `gradients` compare bits. On the CPU
     only `repeat` and the last part of `gradients` do: the BLAS library picks the order of the sums by the extents of a
@@ -59,17 +66,21 @@ def verify(
             the NumPy path computes "tf32" as float32, so there it is run only by name.
         quick: run the selection of `gpuconv.cases.quick_pairs`: every case in one dtype at least, and every kind of
             case in every dtype. False runs every case in every dtype, which takes some five times as long. The cases
-            that `filter` names are run in every dtype, and of a single dtype every case is.
+            that `filter` names are run in every dtype, and of a single dtype every case is. On a GPU, cases that reach
+            the remaining kernel families are added.
+        family: the name of a kernel family: run the cases that it takes through it, and no other check. Needs a GPU.
         progress: called as progress(done, total, label) before the first case and after each.
 
     Raises:
         GpuUnavailableError: `device` is "gpu" and none answers.
-        ValueError: `device` or a dtype is not one of those named above, or `filter` matches no case.
+        ValueError: `device` or a dtype is not one of those named above, `filter` matches no case, or `family`
+            is none of the GPU's, or takes no case.
         ModuleNotFoundError: bfloat16 was asked for by name, and ml_dtypes is not installed.
     """
     started = time.perf_counter()
     if device not in ("auto", "gpu", "cpu"):
         raise ValueError(f'device must be "auto", "gpu" or "cpu", got {device!r}')
+    restricted = filter is not None or dtypes is not None or family is not None
     if isinstance(dtypes, str):
         dtypes = [dtypes]
     unknown = [dtype for dtype in dtypes or () if dtype not in FORMATS]
@@ -89,16 +100,53 @@ def verify(
         for name in dtypes:
             numpy_dtype(cases.dtype_of(name))
 
-    total = len(dtypes) * len(selected)
-    everything = not quick or filter is not None
-    pairs = [(dtype, case) for dtype in dtypes for case in selected] if everything else cases.quick_pairs(dtypes)
+    gpu = target.device()
+    has, lacking = ((), ()) if gpu is None else families_of(gpu)
+    if family is not None and family not in has:
+        where = "there is none on the CPU" if gpu is None else f"this GPU has {', '.join(has)}"
+        raise ValueError(f"family must name a kernel family of the GPU, got {family!r}; {where}")
+
+    every = [(dtype, case) for dtype in dtypes for case in selected]
+    pairs = list(cases.quick_pairs(dtypes)) if quick and filter is None else every
+    if gpu is not None:
+        pairs += _pairs_for(has if filter is None else (), every, pairs, gpu)
+        if family is not None:
+            pairs = [(dtype, case) for dtype, case in pairs if family in families_that_take(case.at(dtype), gpu)]
+            if not pairs:
+                raise ValueError(f"no case of this filter and these dtypes reaches the kernel family {family}")
     results: list[Result] = []
     if progress is not None:
         progress(0, len(pairs), "")
     for done, (dtype, case) in enumerate(pairs, start=1):
-        results += run_checks(case, dtype, target, seed)
+        if family is None:
+            results += run_checks(case, dtype, target, seed)
+        if gpu is not None:
+            results += run_families(case, dtype, target, seed, gpu, family)
         if progress is not None:
             progress(done, len(pairs), f"{case.name} {dtype}")
-    elapsed = time.perf_counter() - started
-    names = tuple(check.name for check in CHECKS)
-    return Report(tuple(results), names, target.description(), target.versions(), seed, skipped, total, elapsed)
+    return Report(
+        tuple(results),
+        (*(check.name for check in CHECKS), *([BY_FAMILY] if gpu is not None else [])),
+        target.description(),
+        target.versions(),
+        seed,
+        skipped,
+        total=len(every),
+        elapsed=time.perf_counter() - started,
+        families=has,
+        lacking=lacking,
+        restricted=restricted,
+    )
+
+
+def _pairs_for(families: Sequence[str], every: Sequence[Pair], chosen: Sequence[Pair], gpu: Device) -> list[Pair]:
+    """The first of all pairs for each kernel family that no chosen pair reaches."""
+    reached = {name for dtype, case in chosen for name in families_that_take(case.at(dtype), gpu)}
+    added: list[Pair] = []
+    for family in families:
+        if family not in reached:
+            takes = (pair for pair in every if family in families_that_take(pair[1].at(pair[0]), gpu))
+            for dtype, case in list(takes)[:1]:
+                added.append((dtype, case))
+                reached.update(families_that_take(case.at(dtype), gpu))
+    return added

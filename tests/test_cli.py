@@ -446,6 +446,7 @@ def test_verify_refuses(capsys: pytest.CaptureFixture[str], no_gpu: str) -> None
     assert refusal(capsys, "verify", "--seed", "-1").startswith("argument --seed: must be at least 0, got -1")
     assert refusal(capsys, "verify", "--seed", "x").startswith("argument --seed: must be a whole number, got 'x'")
     assert "no_such_case" in refusal(capsys, "verify", "--list", "--filter", "no_such_case")
+    assert "there is none on the CPU" in refusal(capsys, "verify", "--device", "cpu", "--family", "conv1d_direct")
     # A report that could not be written is found out before the run, not after it.
     assert "folder" in refusal(capsys, "verify", "--device", "gpu", "--junit", "none/report.xml")
 

@@ -15,14 +15,16 @@ import numpy.typing as npt
 import pytest
 
 import gpuconv
-from gpuconv import cases, cpu, cpu_gradients, reference, runtime
+from gpuconv import cases, cpu, cpu_gradients, dispatch, reference, runtime, source
 from gpuconv.cases import FORMATS
-from gpuconv.checks import CHECKS, MAX_TAPS, same_bits
-from gpuconv.device import Device
+from gpuconv.checks import BY_FAMILY, CHECKS, MAX_TAPS, families_of, families_that_take, same_bits
+from gpuconv.device import ARCHITECTURES, Device
+from gpuconv.families import FAMILIES, GRADIENT_FAMILIES, Layout
 from gpuconv.gpus import GpuUnavailableError, missing_gpu
 from gpuconv.problem import DTYPES, ConvProblem, WeightGradientProblem
 from gpuconv.verify import verify
 from tests import hostcuda
+from tests.hostcuda import fake_cupy
 
 Array = npt.NDArray[Any]
 Kernel = Callable[[ConvProblem, Array, Array, Array | None, Array], None]
@@ -317,6 +319,140 @@ def test_the_sign_of_a_zero_counts_on_a_gpu_alone(plant: Callable[[Kernel], None
     assert all("bit for bit" in failure.message for failure in failures)
 
 
+# -- kernel families -------------------------------------------------------------------------------------------------
+
+NAMES = tuple(family.name for family in (*FAMILIES, *GRADIENT_FAMILIES))
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_the_quick_run_reaches_every_family(arch: str) -> None:
+    device = Device.from_arch(arch)
+    has, lacking = families_of(device)
+    assert {*has, *lacking} == set(NAMES)
+    reached = {
+        name for dtype, case in cases.quick_pairs(FORMATS) for name in families_that_take(case.at(dtype), device)
+    }
+    assert reached == set(has)
+
+
+def test_the_base_family_takes_every_case_and_comes_first() -> None:
+    device = Device.from_arch("sm_90")
+    for case in cases.CASES:
+        p = case.problem
+        names = families_that_take(p, device)
+        if p.N and p.C_out:
+            assert names[0] == {"conv1d": "conv1d_direct", "conv_transpose1d": "conv_transpose1d_gather"}[p.op]
+            assert dispatch.choose(p, Layout.contiguous(p), device).family in names
+        if 0 not in (p.N, p.C_in, p.C_out, p.L_in):
+            assert {"weight_gradient_direct", "bias_gradient_rows"} <= set(names)
+
+
+def test_families_run_on_the_kernels_themselves() -> None:
+    """Through runtime.py and hostcuda: each family by its name, counted."""
+    with fake_cupy.installed():
+        report = verify("gpu", filter="hifigan_resblock", dtypes="float32")
+        assert report.ok, str(report)
+        launched = {kernel for kernel, _ in fake_cupy.launches}
+    runs = {name: count for name, count in report.family_runs.items() if count}
+    assert set(runs) == set(families_that_take(cases.select("hifigan_resblock")[0].problem, Device.from_arch("sm_90")))
+    assert {"conv1d_direct", "conv1d_mma", "weight_gradient_direct"} <= set(runs) <= launched
+    assert set(runs.values()) == {1}
+    assert f"{'conv1d_direct':<28}{1:>6}" in str(report).splitlines()
+    assert report.to_dict()["family_runs"]["conv1d_direct"] == 1
+    assert "conv1d_depthwise" in report.to_dict()["unreached_families"]  # which a filter may leave out
+
+
+# family: (text of its kernel, what stands there instead, part of the message)
+PLANTED = {
+    "dropped tap": (
+        "conv1d_direct", "k < k_end; ++k", "k + 1 < k_end; ++k", "conv1d_direct must equal the reference"
+    ),
+    "no bias": (
+        "conv1d_direct", "acc = add(acc, bias_or_zero(bias, c_out * p.bias_stride));", "",
+        "conv1d_direct must equal the reference",
+    ),
+    "wrong edge": (
+        "conv1d_direct", "ceil_div(p.L_in - l_first,", "ceil_div(p.L_in - 1 - l_first,",
+        "conv1d_direct must equal the reference",
+    ),
+    "another order": (
+        "conv1d_direct", "index_t k = k_begin; k < k_end; ++k", "index_t k = k_end - 1; k >= k_begin; --k",
+        "conv1d_tiled must equal the base family, bit for bit",
+    ),
+    "no bias, transposed": (
+        "conv_transpose1d_gather", "acc = add(acc, bias_or_zero(bias, c_out * p.bias_stride));", "",
+        "conv_transpose1d_gather must equal the reference",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", PLANTED)
+def test_a_fault_in_a_base_kernel_is_found(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dispatch prefers other families for these cases: only a run by name meets the fault."""
+    family, right, wrong, message = PLANTED[fault]
+    assemble = source.assemble
+
+    def spoilt(kernel: str, macros: dict[str, str]) -> str:
+        text = assemble(kernel, macros)
+        if kernel == family:
+            assert text.count(right) == 1
+            return text.replace(right, wrong)
+        return text
+
+    monkeypatch.setattr(source, "assemble", spoilt)
+    name = "hifigan_resblock" if family == "conv1d_direct" else "hifigan_up"
+    with fake_cupy.installed():
+        report = verify("gpu", filter=name, dtypes="float32")
+    assert not report.ok
+    assert {failure.check for failure in report.failures} == {"families"}
+    assert any(failure.message.startswith(message) for failure in report.failures)
+    assert "FAILED" in str(report)
+
+
+@pytest.mark.usefixtures("fake_gpu")
+def test_a_family_that_no_case_reaches_fails_the_run(
+    plant: Callable[[Kernel], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant(correct)
+    monkeypatch.setattr(cases, "CASES", cases.select("up_k1"))
+    report = verify("gpu")
+    assert report.failures == ()
+    assert not report.ok
+    assert "conv1d_mma" in report.unreached
+    assert str(report).splitlines()[-1].startswith("FAILED: no case reaches conv1d_mma, ")
+    assert f"{'conv1d_mma':<28}  NOT REACHED by any case" in str(report).splitlines()
+    assert report.to_dict()["ok"] is False
+    for restriction in ({"filter": "up_k1"}, {"dtypes": "float32"}, {"family": "conv_transpose1d_gather"}):
+        assert verify("gpu", **restriction).ok
+
+
+@pytest.mark.usefixtures("fake_gpu")
+def test_what_an_architecture_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    (mma,) = (family for family in FAMILIES if family.name == "conv1d_mma")
+    monkeypatch.setattr(type(mma), "configs", lambda *_: iter(()))
+    report = verify("gpu", filter="up_k1", dtypes="float32")
+    assert report.lacking == ("conv1d_mma",)
+    assert "conv1d_mma" not in report.family_runs
+    assert f"{'conv1d_mma':<28}  not on this architecture" in str(report).splitlines()
+
+
+@pytest.mark.usefixtures("fake_gpu")
+def test_one_family_alone() -> None:
+    report = verify("gpu", family="conv1d_depthwise", dtypes="float32")
+    assert report.ok
+    assert {result.check for result in report.results} == {"families"}
+    assert {result.family for result in report.results} == {"conv1d_depthwise"}
+    device = Device.from_arch("sm_90")
+    taken = {case.name for case in cases.CASES if "conv1d_depthwise" in families_that_take(case.problem, device)}
+    assert {result.case for result in report.results} == taken
+    with pytest.raises(ValueError, match=r"^family must name a kernel family .*, got 'fast'; this GPU has conv1d"):
+        verify("gpu", family="fast")
+    with pytest.raises(ValueError, match=r"^no case of this filter and these dtypes reaches .* conv1d_depthwise$"):
+        verify("gpu", family="conv1d_depthwise", filter="up_k1")
+    with pytest.raises(ValueError, match=r"got 'conv1d_direct'; there is none on the CPU$"):
+        verify("cpu", family="conv1d_direct")
+
+
 # -- what a failure says ---------------------------------------------------------------------------------------------
 
 
@@ -491,7 +627,10 @@ def test_the_worst_element_is_told(plant: Callable[[Kernel], None]) -> None:
 def test_every_check_is_documented() -> None:
     assert verify.__doc__ is not None
     table = verify.__doc__.split("=\n")
-    assert [line.split()[0] for line in table[1].splitlines() if line.strip("= ")] == [check.name for check in CHECKS]
+    assert [line.split()[0] for line in table[1].splitlines() if line.strip("= ")] == [
+        *(check.name for check in CHECKS),
+        BY_FAMILY,
+    ]
 
 
 # -- arguments -------------------------------------------------------------------------------------------------------

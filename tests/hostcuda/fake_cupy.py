@@ -113,6 +113,9 @@ class ndarray:  # noqa: N801
     def transpose(self, *axes: int) -> ndarray:
         return ndarray(self._array.transpose(*axes), self.data.device_id)
 
+    def swapaxes(self, first: int, second: int) -> ndarray:
+        return ndarray(self._array.swapaxes(first, second), self.data.device_id)
+
     def reshape(self, *shape: int) -> ndarray:
         return ndarray(self._array.reshape(*shape), self.data.device_id)
 
@@ -282,6 +285,8 @@ cuda = SimpleNamespace(
     get_current_stream=lambda: SimpleNamespace(ptr=0, is_capturing=lambda: False, synchronize=lambda: None),
     is_available=lambda: True,
     runtime=SimpleNamespace(
+        driverGetVersion=lambda: 13000,
+        runtimeGetVersion=lambda: 13000,
         getDevice=lambda: _current_device,
         getDeviceCount=lambda: NUM_DEVICES,
         getDeviceProperties=_device_properties,
