@@ -1390,3 +1390,18 @@ def test_every_tile_gives_the_same_bits_on_a_gpu(compare: Callable[[], dict[str,
     found = compare()
     assert found["ok"], found
     assert len(found["tiles"]) >= 4
+
+
+@pytest.mark.gpu
+def test_tile_with_other_bits_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    every = tiles.plans
+
+    def spoiled(*given: Any) -> Iterator[tuple[str, Any]]:
+        (name, first), (_, second) = list(every(*given))[:2]
+        yield name, first
+        yield "spoiled", lambda *arrays: (second(*arrays), arrays[-1].__setitem__((0, 7, 3), 0))
+
+    monkeypatch.setattr(tiles, "plans", spoiled)
+    found = next(piece for _, piece in tiles.work(rehearse=True))()
+    assert not found["ok"]
+    assert 1 <= found["differing_bytes"]["spoiled"] <= 2  # of a bfloat16
