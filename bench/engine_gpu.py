@@ -8,10 +8,12 @@ set, so that writing them is rotated through the cache as well.
 from __future__ import annotations
 
 import math
+import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -453,12 +455,16 @@ def _torch_with_cuda() -> Any:
 
 
 def _driver_release() -> str | None:
-    """The driver's release, such as 580.65.06, where the system says it."""
+    """The driver's release, such as 580.65.06, where the system or nvidia-smi says it."""
     try:
-        with open("/proc/driver/nvidia/version", encoding="utf-8") as file:
-            words = file.readline().split()
+        words = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8").partition("\n")[0].split()
     except OSError:
-        return None
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        try:
+            said = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False).stdout
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        words = said.split()
     return next((word for word in words if word.count(".") >= 1 and word.replace(".", "").isdigit()), None)
 
 

@@ -67,7 +67,6 @@ class Step:
         seconds: its limit.
         processes: how many share its work.
         prefix: a tool that runs the interpreter.
-        done: steps whose records count as done.
         absent: why it cannot run here, or empty.
         has_records: whether it takes those arguments.
     """
@@ -77,7 +76,6 @@ class Step:
     seconds: float
     processes: int = 1
     prefix: tuple[str, ...] = ()
-    done: tuple[str, ...] = ()
     absent: str = ""
     has_records: bool = True
 
@@ -107,7 +105,14 @@ def first_steps() -> list[Step]:
         Step("micro", _module("micro"), 35),
         Step("tiles", _module("tiles"), 30),
         Step("verify", _module("gpu_steps", "verify"), 45, processes=8),
-        Step("tests", _module("gpu_tests"), 60, processes=8, done=("ptx",), absent=no_pytest),
+        # The GPU test of verify is the step of that name once more, in one process.
+        Step(
+            "tests",
+            _module("gpu_tests", "--without", "test_ptx.py", "--without", "test_verify.py"),
+            60,
+            processes=8,
+            absent=no_pytest,
+        ),
         _sanitizer_step("memcheck", 30, *dense),
         _sanitizer_step("racecheck", 30, *dense),
         _ncu_step("conv2", 17),
@@ -228,7 +233,8 @@ class Run:
             left = end - time.monotonic()
             command += ["--records", str(self.folder / f"{step.name}.jsonl"), "--worker", f"{place}/{count}"]
             command += ["--seconds", f"{left - max(3.0, 0.1 * left):.1f}"]
-            command += [word for file in self._done(step) for word in ("--done", str(file))]
+            if self.earlier is not None:
+                command += ["--done", str(self.earlier / f"{step.name}.jsonl")]
             command += ["--rehearse"] * self.rehearse
         search = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         env = {**os.environ, "PYTHONPATH": search, "PYTHONUNBUFFERED": "1", "COLUMNS": "160", INSIDE_VARIABLE: "1"}
@@ -240,12 +246,6 @@ class Run:
             command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
             preexec_fn=_own_group,  # noqa: PLW1509 - this process has one thread
         )  # fmt: skip
-
-    def _done(self, step: Step) -> list[Path]:
-        files = [self.folder / f"{name}.jsonl" for name in step.done]
-        if self.earlier is not None:
-            files += [self.earlier / f"{name}.jsonl" for name in (step.name, *step.done)]
-        return [file for file in files if file.exists()]
 
     def _judge(self, step: Step, codes: Sequence[int | None]) -> tuple[Status, str]:
         found = {record["key"]: record for record in records.read(self.folder / f"{step.name}.jsonl")}

@@ -67,10 +67,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes: those of bench.records, and 1 where pytest itself fails."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_tests", description=__doc__.partition("\n")[0])
     parser.add_argument("files", nargs="*", help="default: all that have such tests")
+    parser.add_argument("--without", action="append", default=[], metavar="NAME", help="of a file to leave out")
     records.add_arguments(parser)
     args = parser.parse_args(argv)
     recorder = Recorder(records.open_records(args), 4 if args.rehearse else None)
-    chosen = args.files or [str(file) for file in files_with_gpu_tests()]
+    chosen = args.files or [str(file) for file in files_with_gpu_tests() if file.name not in args.without]
     options = ["-q", "-m", "gpu", "-p", "no:cacheprovider", "--continue-on-collection-errors", f"--rootdir={ROOT}"]
     code = pytest.main([*options, *chosen], plugins=[recorder])
     if recorder.code:

@@ -12,7 +12,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ class Records:
 
     Args:
         path: of the records; what it holds already counts as done.
-        done: further files whose records count as done.
+        done: another file whose records count as done.
         seconds: no piece is started after this time.
         worker: (i, n): of every n pieces, the process does the one in place i.
     """
@@ -37,12 +37,12 @@ class Records:
     def __init__(
         self,
         path: Path | None = None,
-        done: Sequence[Path] = (),
+        done: Path | None = None,
         seconds: float = float("inf"),
         worker: tuple[int, int] = (0, 1),
     ) -> None:
         self._file = None if path is None else os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        self._done = {record["key"]: record for p in (*done, path) if p is not None for record in read(p)}
+        self._done = {record["key"]: record for p in (done, path) if p is not None for record in read(p)}
         self._end = time.monotonic() + seconds
         self.worker = worker
 
@@ -120,7 +120,7 @@ def context_is_lost() -> bool:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of every step."""
     parser.add_argument("--records", type=Path, metavar="FILE", help="default: standard output")
-    parser.add_argument("--done", type=Path, action="append", default=[], metavar="FILE", help="records not made again")
+    parser.add_argument("--done", type=Path, metavar="FILE", help="records that are not made again")
     parser.add_argument(
         "--seconds", type=float, default=float("inf"), metavar="S", help="start nothing after S seconds"
     )
