@@ -30,6 +30,7 @@ from torch.library import custom_op
 
 from . import functional, grad, runtime
 from .problem import ArraySpec, ConvProblem, Op, Padding, Setting, Settings, check_precision, numpy_dtype
+from .text import install_hint
 
 Tensor: TypeAlias = torch.Tensor
 
@@ -269,7 +270,7 @@ def _write(result: Tensor, function: Callable[..., Any], *arguments: Any, **keyw
     try:
         cupy = runtime.cupy_module()
     except ImportError as error:
-        raise ImportError(f'CUDA tensors need CuPy: pip install "gpuconv[cuda13]" ({error})') from error
+        raise ImportError(f"CUDA tensors need CuPy: {install_hint('cuda13', 'cuda12')} ({error})") from error
     # The kernels join the work that PyTorch has queued. Its allocator reuses memory in the order of the same stream.
     with torch.cuda.device(result.device):
         current = torch.cuda.current_stream()

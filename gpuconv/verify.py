@@ -20,6 +20,7 @@ import numpy.typing as npt
 from . import cases, functional, grad, reference, runtime
 from .cases import FORMATS, Case, Data
 from .problem import BiasGradientProblem, ConvProblem, WeightGradientProblem, numpy_dtype
+from .text import install_hint
 
 Array: TypeAlias = npt.NDArray[Any]
 DeviceName: TypeAlias = Literal["auto", "gpu", "cpu"]
@@ -317,8 +318,10 @@ def missing_gpu() -> str | None:
     """What keeps this process from a GPU, CuPy, the driver or the device; None where a GPU answers."""
     try:
         count = runtime.device_count()
+    except ModuleNotFoundError:
+        return f"no GPU: CuPy is missing: {install_hint('cuda13', 'cuda12')}"
     except ImportError as error:
-        return f'no GPU: CuPy is missing ({error}); pip install "gpuconv[cuda13]", or "gpuconv[cuda12]" for CUDA 12'
+        return f"no GPU: {error}"
     except RuntimeError as error:
         driver, needed = runtime.cuda_versions()
         if driver == 0:
