@@ -474,7 +474,7 @@ def _convolve(args: argparse.Namespace) -> int:
     sources = {"input": args.input, "weight": args.weight, **({"bias": args.bias} if args.bias else {})}
     files.check_output(args.output, sources, force=args.force)
     on_gpu = _use_gpu(args.device)
-    x, rate = files.read(args.input, args.dtype)
+    x, rate, _ = files.read(args.input, args.dtype)
     weight = files.read(args.weight, args.dtype, suffixes=(".npy",)).array
     bias = files.read(args.bias, args.dtype, suffixes=(".npy",)).array if args.bias else None
     settings = _given_settings(args)

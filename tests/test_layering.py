@@ -22,7 +22,7 @@ PACKAGE = Path(cases.__file__).resolve().parent
 
 # From the ground up: a module imports only from earlier rows, and modules in one row do not import each other.
 LAYERS = (
-    ("text",),
+    ("text", "wav"),
     ("problem", "device"),
     ("reference", "cpu", "source"),
     ("cpu_gradients", "families.base"),
