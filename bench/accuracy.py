@@ -32,8 +32,8 @@ from gpuconv import cases, dispatch, reference, runtime
 from gpuconv.cases import Data
 from gpuconv.device import Device
 from gpuconv.families import Layout
+from gpuconv.gpus import missing_gpu
 from gpuconv.problem import ConvProblem
-from gpuconv.verify import missing_gpu
 
 from .peers import optional_module
 from .results import environment, write_json

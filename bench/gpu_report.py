@@ -315,7 +315,7 @@ def look_for_gpu() -> tuple[str | None, dict[str, Any]]:
     """
     code = (
         "import json, sys\n"
-        "from gpuconv.verify import missing_gpu\n"
+        "from gpuconv.gpus import missing_gpu\n"
         "missing = missing_gpu()\n"
         "device = {'kind': 'none'}\n"
         "if missing is None:\n"

@@ -19,7 +19,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from gpuconv.verify import missing_gpu
+from gpuconv.gpus import missing_gpu
 
 from .peers import optional_module
 from .results import environment, write_json

@@ -28,8 +28,8 @@ from rich.table import Table
 
 import gpuconv
 from gpuconv import calls, runtime
+from gpuconv.gpus import missing_gpu
 from gpuconv.problem import ConvProblem
-from gpuconv.verify import missing_gpu
 
 from .peers import optional_module
 from .results import environment, write_json

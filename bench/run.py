@@ -25,7 +25,7 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from gpuconv.verify import missing_gpu
+from gpuconv.gpus import missing_gpu
 
 from . import tables
 from .directions import DIRECTIONS, Direction, prediction_key

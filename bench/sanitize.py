@@ -114,7 +114,7 @@ def run_gradients(problems: Iterable[tuple[str, ConvProblem]], seconds: float) -
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes: 0 all right, 1 a wrong result, 2 bad usage, 3 no GPU; compute-sanitizer has its own."""
-    from gpuconv.verify import missing_gpu
+    from gpuconv.gpus import missing_gpu
 
     parser = argparse.ArgumentParser(prog="python -m bench.sanitize", description=__doc__.partition("\n")[0])
     parser.add_argument("--seconds", type=float, default=30.0, help="start no further problem after this time")

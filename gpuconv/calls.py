@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from threading import Lock
@@ -180,7 +181,7 @@ def check_kinds(op: str, arrays: dict[str, Any]) -> None:
         elif isinstance(array, np.ndarray) and not isinstance(array, np.ma.MaskedArray):
             kinds[name] = "NumPy array"
         else:
-            raise TypeError(f"{op}: {name} must be a NumPy or CuPy array, got {type(array).__name__}")
+            raise TypeError(f"{op}: {name} must be a NumPy or CuPy array, got {type(array).__name__}{_hint(op, array)}")
     first, kind_of_first = next(iter(kinds.items()))
     for name, kind in kinds.items():
         if kind != kind_of_first:
@@ -188,6 +189,16 @@ def check_kinds(op: str, arrays: dict[str, Any]) -> None:
                 f"{op}: all arrays must be of one kind and on one device, got {first} as a {kind_of_first} "
                 f"and {name} as a {kind}"
             )
+
+
+def _hint(op: str, array: object) -> str:
+    """Where to go with a PyTorch tensor. PyTorch is not imported: no tensor exists before somebody else did."""
+    torch = sys.modules.get("torch")
+    if torch is None or not isinstance(array, torch.Tensor):
+        return ""
+    if op in ("conv1d", "conv_transpose1d"):
+        return f"; for PyTorch tensors there is gpuconv.torch.{op}"
+    return "; the functions of gpuconv.torch take PyTorch tensors"
 
 
 def check_overlap(op: str, out: Any, inputs: dict[str, Any]) -> None:

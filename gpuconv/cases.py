@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -273,6 +273,24 @@ def select(filter: str | None = None) -> tuple[Case, ...]:
     if not chosen:
         raise ValueError(f"filter {filter!r} matches no case: neither part of a name, nor a tag, nor an operation")
     return chosen
+
+
+def quick_pairs(formats: Sequence[str]) -> tuple[tuple[str, Case], ...]:
+    """A selection of (number format, case), in the order of formats and table, that leaves out no kind of either.
+
+    A kind is an operation and a group: (conv1d, "padding"), say. Along each kind the formats take turns, until each of
+    its cases has had one and each format has had a case of it. So every case runs, every kind runs in every format, and
+    of one format all cases do. Of six formats a fifth of all pairs are chosen.
+    """
+    kinds: dict[tuple[Op, str], list[Case]] = {}
+    for case in CASES:
+        kinds.setdefault((case.problem.op, case.tags[0]), []).append(case)
+    chosen = {
+        (formats[(shift + i) % len(formats)], cases[i % len(cases)].name)
+        for shift, cases in enumerate(kinds.values())  # else the first cases of all kinds would share a format
+        for i in range(max(len(cases), len(formats)))
+    }
+    return tuple((name, case) for name in formats for case in CASES if (name, case.name) in chosen)
 
 
 # -- data ------------------------------------------------------------------------------------------------------------

@@ -13,8 +13,10 @@ import io
 import json
 import os
 import platform
+import shutil
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,13 +24,14 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from . import __version__, files, functional, runtime
+from . import __version__, cases, files, functional, runtime
 from .cases import FORMATS
 from .device import ARCHITECTURES
 from .explain import DIRECTIONS, SETTINGS, explain
 from .families import FAMILIES, Config
+from .gpus import GpuUnavailableError, missing_gpu
 from .problem import DTYPES, PRECISIONS, ArraySpec, ConvProblem
-from .verify import GpuUnavailableError, missing_gpu, verify
+from .verify import verify
 
 EXIT_MISMATCH = 1
 EXIT_ERROR = 2
@@ -137,6 +140,8 @@ def _add_verify(commands: Any) -> None:
     parser.add_argument(
         "--filter", metavar="TEXT", help="only the cases with TEXT in their name, or this tag or operation"
     )
+    parser.add_argument("--all", action="store_true", help="every case in every dtype, not a selection")
+    parser.add_argument("--list", action="store_true", help="print the names that --filter takes, and run nothing")
     parser.add_argument(
         "--seed", type=_at_least(0), default=0, metavar="N", help="seed of the random data (default: 0)"
     )
@@ -427,11 +432,20 @@ def _version(module: str) -> str | None:
 
 
 def _verify(args: argparse.Namespace) -> int:
+    if args.list:
+        return _list_cases(args.filter)
     if args.junit is not None:
         files.check_output(args.junit, {}, force=True, suffixes=None)
     try:
         with _progress("verifying") as progress:
-            report = verify(args.device, filter=args.filter, seed=args.seed, dtypes=args.dtype, progress=progress)
+            report = verify(
+                args.device,
+                filter=args.filter,
+                seed=args.seed,
+                dtypes=args.dtype,
+                quick=not args.all,
+                progress=progress,
+            )
     except GpuUnavailableError as error:
         raise CommandError(str(error), EXIT_NO_GPU) from error
     except (ValueError, ModuleNotFoundError) as error:
@@ -440,6 +454,26 @@ def _verify(args: argparse.Namespace) -> int:
         files.write_text(args.junit, report.to_junit())
     print(json.dumps(report.to_dict(), indent=2) if args.json else report)
     return 0 if report.ok else EXIT_MISMATCH
+
+
+def _list_cases(filter: str | None) -> int:
+    """Operations and tags with the number of their cases, then the cases with their tags."""
+    try:
+        selected = cases.select(filter)
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+    width = max(len(case.name) for case in selected)
+    for title, names in (
+        ("operations", [case.problem.op for case in selected]),
+        ("tags", [tag for case in selected for tag in case.tags]),
+    ):
+        print(f"{title}:")
+        for name, count in Counter(names).items():
+            print(f"  {name:<{width}}  {count} {'case' if count == 1 else 'cases'}")
+    print("cases:")
+    for case in selected:
+        print(f"  {case.name:<{width}}  {', '.join(case.tags)}")
+    return 0
 
 
 # -- explain ---------------------------------------------------------------------------------------------------------
@@ -554,24 +588,43 @@ def _warmup(args: argparse.Namespace) -> int:
 # -- progress --------------------------------------------------------------------------------------------------------
 
 
+PROGRESS_SECONDS = 10.0  # between two lines where stderr is no terminal
+
+
 @contextmanager
 def _progress(title: str) -> Iterator[Callable[[int, int, str], None]]:
-    """A progress display on stderr, driven by calls with (done, total, label); silent where stderr is no terminal."""
+    """Progress on stderr, driven by calls with (done, total, label).
+
+    A terminal shows a bar, or a counter without the package rich, which is gone at the end. A pipe or a file gets a
+    line every `PROGRESS_SECONDS`.
+    """
     if not sys.stderr.isatty():
-        yield lambda *_: None
+        last = time.monotonic()
+
+        def tell(done: int, total: int, label: str) -> None:
+            nonlocal last
+            if time.monotonic() - last >= PROGRESS_SECONDS:
+                last = time.monotonic()
+                print(f"{title} {done}/{total} {label}", file=sys.stderr, flush=True)
+
+        yield tell
         return
     try:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
     except ImportError:
+        width = 0
 
         def count(done: int, total: int, label: str) -> None:
-            print(f"\r{title} {done}/{total} {label[:40]:<40}", end="", file=sys.stderr, flush=True)
+            nonlocal width
+            line = f"{title} {done}/{total} {label}"[: shutil.get_terminal_size().columns - 1]
+            print(f"\r{line:<{width}}", end="", file=sys.stderr, flush=True)
+            width = len(line)
 
         try:
             yield count
         finally:
-            print(file=sys.stderr)
+            print(f"\r{'':<{width}}\r", end="", file=sys.stderr, flush=True)
         return
     columns = (
         TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[label]}"),

@@ -12,7 +12,7 @@ import numpy as np
 
 from . import cpu, cpu_gradients, dispatch, runtime
 from .calls import check_kinds
-from .device import Device
+from .device import ARCHITECTURES, Device
 from .families import Config, Launch
 from .families.base import gradient_shapes
 from .problem import (
@@ -407,6 +407,10 @@ def explain(
     for name, array in given.items():
         if isinstance(array, ArraySpec):
             _check_extents(op, name, array)
+        elif isinstance(array, list | tuple):
+            is_shape = all(isinstance(extent, int) for extent in array)
+            hint = f'; a shape becomes gpuconv.problem.ArraySpec({tuple(array)!r}, "float32")' if is_shape else ""
+            raise TypeError(f"explain: {name} must be an array or an ArraySpec, got {type(array).__name__}{hint}")
     target = _device_of(op, given) if device is None else _parse_device(device)
 
     if "padding_mode" in settings:
@@ -480,6 +484,11 @@ def _parse_device(device: Device | str) -> Device | None:
         return device
     if not isinstance(device, str):
         raise TypeError(f'explain: device must be None, "cpu", "sm_90", ... or a Device, got {type(device).__name__}')
+    if device != "cpu" and device not in ARCHITECTURES:
+        raise ValueError(
+            f'explain: device must be "cpu", one of {", ".join(ARCHITECTURES)}, or a Device, got {device!r}; without '
+            "device the arrays tell it"
+        )
     return None if device == "cpu" else Device.from_arch(device)
 
 

@@ -33,6 +33,8 @@ __all__ = ["Conv1d", "ConvTranspose1d", "IncompatibleKeys"]
 
 LayerT = TypeVar("LayerT", bound="_Layer")
 
+_DRAWN_AT_ONCE = 1 << 15  # initial values, in float64
+
 
 class IncompatibleKeys(NamedTuple):
     """The keys that `load_state_dict(state, strict=False)` passed over."""
@@ -112,12 +114,17 @@ class _Layer:
 
         Raises:
             TypeError: the dtype is not supported, or would drop the imaginary part of complex parameters.
-            ValueError: there is no such device.
+            ValueError: there is no such device, or the layer's precision is "tf32" and the dtype is not float32.
             RuntimeError: a GPU is asked for but none answers.
             ModuleNotFoundError: CuPy, or for bfloat16 ml_dtypes, is not installed.
         """
         caller = f"{type(self).__name__}.to"
         name = None if dtype is None else _supported_dtype(caller, dtype)
+        if self.precision == "tf32" and name not in (None, "float32"):
+            raise ValueError(
+                f'{caller}: dtype must be float32 for a layer with precision "tf32", got {name}; set the layer\'s '
+                'precision to "float32" first'
+            )
         index = None if device is None else _gpu_index(caller, device)
         parameters = self.state_dict()
         for key, array in parameters.items():
@@ -128,12 +135,13 @@ class _Layer:
             key: _place(array, _home(array) if device is None else index, array.dtype if target is None else target)
             for key, array in parameters.items()
         }
-        vars(self).update(placed)
+        self._replace_parameters(placed)
         return self
 
     def state_dict(self) -> dict[str, Any]:
         """The parameters by name, "weight" and then "bias" if there is one: the layer's own arrays, not copies."""
-        state = {"weight": self.weight}
+        is_prepared = isinstance(self.weight, runtime.PreparedWeight)
+        state = {"weight": self.weight.array if is_prepared else self.weight}
         if self.bias is not None:
             state["bias"] = self.bias
         return state
@@ -171,10 +179,18 @@ class _Layer:
                     problems.append(str(error))
         if problems:
             raise ValueError(f"{caller}: the state does not fit {self}: {'; '.join(problems)}")
-        vars(self).update(
+        self._replace_parameters(
             {key: _place(array, _home(own[key]), own[key].dtype, copy=True) for key, array in loaded.items()}
         )
         return IncompatibleKeys(missing, unexpected)
+
+    def _replace_parameters(self, parameters: dict[str, Any]) -> None:
+        """Take these arrays for parameters; a weight that `gpuconv.prepare` made stays a prepared one."""
+        if isinstance(self.weight, runtime.PreparedWeight) and "weight" in parameters:
+            array = parameters["weight"]
+            kept = self.weight if array is self.weight.array else runtime.PreparedWeight(array)
+            parameters = {**parameters, "weight": kept}
+        vars(self).update(parameters)
 
     def __repr__(self) -> str:
         parts = [str(self.in_channels), str(self.out_channels)]
@@ -424,7 +440,8 @@ def _gpu_index(caller: str, device: str | None) -> int | None:
         raise TypeError(f"{caller}: device must be {expected}, got {type(device).__name__} {device!r}")
     match = re.fullmatch(r"cuda(?::([0-9]+))?", device)
     if match is None:
-        raise ValueError(f'{caller}: device must be {expected}, got "{device}"')
+        hint = '; CuPy\'s current GPU is "cuda"' if device.lower().startswith("gpu") else ""
+        raise ValueError(f'{caller}: device must be {expected}, got "{device}"{hint}')
     try:
         count = runtime.device_count()
     except ModuleNotFoundError as error:
@@ -449,10 +466,19 @@ def _generator(caller: str, rng: int | np.random.Generator | None) -> np.random.
 def _uniform(
     generator: np.random.Generator, bound: float, shape: tuple[int, ...], dtype: np.dtype[Any]
 ) -> np.ndarray[Any, Any]:
-    """Values between -bound and bound, drawn in float64, so that one seed means the same values in every dtype."""
-    if dtype.kind == "c":
-        return generator.uniform(-bound, bound, (*shape, 2)).view(np.complex128)[..., 0]
-    return generator.uniform(-bound, bound, shape)
+    """Values between -bound and bound, drawn in float64, so that one seed means the same values in every dtype.
+
+    They are drawn and rounded a block at a time: an array in float64 would take up to four times the memory.
+    """
+    values = np.empty(shape, dtype)
+    flat = values.reshape(-1)
+    for start in range(0, flat.size, _DRAWN_AT_ONCE):
+        block = flat[start : start + _DRAWN_AT_ONCE]
+        if dtype.kind == "c":
+            block[...] = generator.uniform(-bound, bound, (block.size, 2)).view(np.complex128)[:, 0]
+        else:
+            block[...] = generator.uniform(-bound, bound, block.size)
+    return values
 
 
 def _home(array: Any) -> int | None:

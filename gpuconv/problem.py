@@ -156,7 +156,7 @@ class ConvProblem:
         if C_in_g * g != x.C_in:
             raise ValueError(
                 f"{op}: input has C_in = {x.C_in} channels, but weight {tuple(weight.shape)} with groups = {g} expects "
-                f"C_in = {C_in_g}*{g} = {C_in_g * g}"
+                f"C_in = {C_in_g}*{g} = {C_in_g * g}{_channels_last_hint(x, C_in_g * g, weight.shape[2] * g)}"
             )
         _check_bias_length(op, bias, C_out)
         span = d * (K - 1) + 1
@@ -201,7 +201,7 @@ class ConvProblem:
         if weight_C_in != x.C_in:
             raise ValueError(
                 f"{op}: input has C_in = {x.C_in} channels, but weight {tuple(weight.shape)} expects "
-                f"C_in = {weight_C_in}"
+                f"C_in = {weight_C_in}{_channels_last_hint(x, weight_C_in)}"
             )
         _check_bias_length(op, bias, C_out)
         span = d * (K - 1) + 1
@@ -729,10 +729,23 @@ class _Arrays(NamedTuple):
 
 def _check_rank(caller: str, name: str, shape: Sequence[Any], layout: str, ranks: tuple[int, ...]) -> None:
     if len(shape) not in ranks:
+        hints = {
+            "input": "; one channel of samples becomes input.reshape(1, -1)",
+            "weight": "; the taps of a single channel become weight.reshape(1, 1, -1)",
+        }
         raise ValueError(
             f"{caller}: {name} must have shape {layout}, got {len(shape)} dimension"
-            f"{'' if len(shape) == 1 else 's'}: {tuple(shape)}"
+            f"{'' if len(shape) == 1 else 's'}: {tuple(shape)}{hints.get(name, '') if len(shape) == 1 else ''}"
         )
+
+
+def _channels_last_hint(x: _Arrays, expected: int, last_of_weight: int | None = None) -> str:
+    """How to swap axes where the channels of the input, or of conv1d's weight, seem to come last."""
+    if x.L_in == expected:
+        return "; the channels of input seem to come last: pass input.swapaxes(-1, -2)"
+    if last_of_weight == x.C_in:
+        return "; the input channels of weight seem to come last: pass weight.swapaxes(-1, -2)"
+    return ""
 
 
 def _check_dtype(caller: str, name: str, array: ArrayLike) -> str:
@@ -786,7 +799,9 @@ def _padding(caller: str, value: Padding, words: tuple[str, ...]) -> tuple[int, 
     expected = f"an int, a pair (left, right) or one of {_listing(words)}"
     if isinstance(value, str):
         if value not in words:
-            raise ValueError(f"{caller}: padding must be {expected}, got {value!r}")
+            full = "dilation*(K - 1) on both sides" if "causal" in words else "padding 0 of the transposed convolution"
+            hint = f'; SciPy\'s mode "full" is {full}' if value == "full" else ""
+            raise ValueError(f"{caller}: padding must be {expected}, got {value!r}{hint}")
         return (0, 0) if value == "valid" else cast(Literal["same", "causal"], str(value))
     values: Sequence[object] = value if isinstance(value, list | tuple) else (value,)
     if len(values) not in (1, 2):

@@ -91,6 +91,34 @@ def within_bound(
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Comparison:
+    """A computed result beside what it should be, element by element.
+
+    Attributes:
+        right: which elements are right: see `Sums.within_bound`.
+        exact: what `Sums.exact` gives.
+        bound: what `Sums.error_bound` gives.
+        output: the computed result, in the dtype of `exact`.
+    """
+
+    right: npt.NDArray[np.bool_]
+    exact: Array
+    bound: Array
+    output: Array
+
+    @property
+    def worst(self) -> float:
+        """The largest distance from `exact` as a fraction of the bound, of the real and of the imaginary part each.
+
+        0 where there is no element whose distance and bound are finite.
+        """
+        with np.errstate(invalid="ignore", over="ignore"):
+            distance = self.output - self.exact
+            fraction = np.maximum(np.abs(distance.real), np.abs(distance.imag)) / self.bound
+        return float(fraction.max(initial=0.0, where=np.isfinite(fraction)))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Sums:
     """A result by its definition, each element a sum of products, and how far from it a computed one may be.
 
@@ -165,9 +193,16 @@ class Sums:
         Returns:
             The shape of the result, bool.
         """
+        return self.compare(output).right
+
+    def compare(self, output: Array) -> Comparison:
+        """`output` beside what it should be."""
         exact = self.exact()
         bound, magnitude = self._bound_and_magnitude(exact)
         y = self._as_wide(output)
+        return Comparison(self._within(y, exact, bound, magnitude), exact, bound, y)
+
+    def _within(self, y: Array, exact: Array, bound: Array, magnitude: Array) -> npt.NDArray[np.bool_]:
         if self._is_complex:
             right = self._part_within(y.real, exact.real, bound, magnitude)
             right &= self._part_within(y.imag, exact.imag, bound, magnitude)

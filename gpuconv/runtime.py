@@ -184,6 +184,10 @@ class PreparedWeight:
                 self._packed[id(packer.pack)] = found
         return found
 
+    def __reduce__(self) -> tuple[type[PreparedWeight], tuple[Any]]:
+        """Pickles and copies hold the weights alone; packed forms are made again where calls need them."""
+        return PreparedWeight, (self.array,)
+
     def __repr__(self) -> str:
         return f"PreparedWeight(shape={self.shape}, dtype={self.dtype})"
 

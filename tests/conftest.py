@@ -12,8 +12,8 @@ import torch
 
 import gpuconv
 from gpuconv import cases, runtime
+from gpuconv.gpus import missing_gpu
 from gpuconv.problem import ConvProblem
-from gpuconv.verify import missing_gpu
 from tests import hostcuda
 
 Array = npt.NDArray[Any]

@@ -138,6 +138,21 @@ def test_select() -> None:
         cases.select("nothing")
 
 
+@pytest.mark.parametrize("formats", [cases.FORMATS, DTYPES, ("float32", "complex64"), ("bfloat16",)])
+def test_the_quick_selection_leaves_out_no_kind(formats: tuple[str, ...]) -> None:
+    pairs = cases.quick_pairs(formats)
+    names = [(number_format, case.name) for number_format, case in pairs]
+    assert len(set(names)) == len(names)
+    assert {case.name for _, case in pairs} == {case.name for case in CASES}
+    kinds = {(case.problem.op, tag) for case in CASES for tag in case.tags[:1]}
+    assert {(f, case.problem.op, case.tags[0]) for f, case in pairs} == {(f, *kind) for f in formats for kind in kinds}
+    assert len(pairs) <= 1.4 * len(CASES)
+    for number_format in formats:  # so every check has something to do in it
+        problems = [case.problem for f, case in pairs if f == number_format]
+        assert any(p.groups > 1 for p in problems)
+        assert sum(p.L_in >= 1 and p.L_out >= 3 for p in problems) > 10
+
+
 # -- data ------------------------------------------------------------------------------------------------------------
 
 

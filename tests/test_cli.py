@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, ClassVar
@@ -19,12 +20,12 @@ import pywt
 import soundfile
 
 import gpuconv
-from gpuconv import cli, files, runtime
+from gpuconv import cases, checks, cli, files, runtime
 from gpuconv.cli import main
 from gpuconv.device import ARCHITECTURES
 from gpuconv.families import FAMILIES
+from gpuconv.gpus import missing_gpu
 from gpuconv.problem import ArraySpec, numpy_dtype
-from gpuconv.verify import missing_gpu
 
 Array = np.ndarray[Any, Any]
 
@@ -405,14 +406,14 @@ def test_verify_reports_in_every_form(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_verify_tells_a_mismatch(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    real = verify_module.functional.conv1d
+    real = checks.functional.conv1d
 
     def wrong(*arguments: Any, **settings: Any) -> Any:
         out = real(*arguments, **settings)
         out[..., 0] += 1
         return out
 
-    monkeypatch.setattr(verify_module.functional, "conv1d", wrong)
+    monkeypatch.setattr(checks.functional, "conv1d", wrong)
     argv = ["verify", "--device", "cpu", "--filter", "docs_example", "--dtype", "float32"]
     assert main(argv) == 1
     assert "checks FAILED" in capsys.readouterr().out
@@ -427,8 +428,33 @@ def test_verify_refuses(capsys: pytest.CaptureFixture[str], no_gpu: str) -> None
     assert refusal(capsys, "verify", "--dtype", "float32,int8").startswith("argument --dtype: expected some of float16")
     assert refusal(capsys, "verify", "--seed", "-1").startswith("argument --seed: must be at least 0, got -1")
     assert refusal(capsys, "verify", "--seed", "x").startswith("argument --seed: must be a whole number, got 'x'")
+    assert "no_such_case" in refusal(capsys, "verify", "--list", "--filter", "no_such_case")
     # A report that could not be written is found out before the run, not after it.
     assert "folder" in refusal(capsys, "verify", "--device", "gpu", "--junit", "none/report.xml")
+
+
+def test_verify_lists_what_filter_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", "--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    at = {title: lines.index(f"{title}:") for title in ("operations", "tags", "cases")}
+    names = [line.split()[0] for line in lines if line.startswith(" ")]
+    assert names[:2] == ["conv1d", "conv_transpose1d"]
+    assert names[-len(cases.CASES) :] == [case.name for case in cases.CASES]
+    for name in names:
+        assert cases.select(name)
+    assert lines[at["tags"] + 1].split() == ["kernel", "12", "cases"]
+    assert max(map(len, lines)) <= 60
+    assert main(["verify", "--list", "--filter", "sincnet"]) == 0
+    assert "  sincnet  model" in capsys.readouterr().out.splitlines()
+
+
+def test_verify_runs_a_selection_or_all(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cases, "CASES", cases.CASES[:4])
+    argv = ["verify", "--device", "cpu", "--dtype", "float32,float64"]
+    assert main(argv) == 0
+    assert "4 of 8 pairs of case and dtype; --all runs them all" in capsys.readouterr().out
+    assert main([*argv, "--all"]) == 0
+    assert "selection" not in capsys.readouterr().out
 
 
 # -- info ------------------------------------------------------------------------------------------------------------
@@ -755,7 +781,34 @@ def test_progress_is_shown_on_a_terminal(monkeypatch: pytest.MonkeyPatch, with_r
     assert "1/1" in terminal.text
     if not with_rich:
         assert terminal.text.startswith("\rverifying 0/1 ")
-        assert terminal.text.endswith("\n")
+        assert terminal.text.endswith(" \r")
+
+
+def test_progress_leaves_no_line_behind_an_interrupt(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = _Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    with suppress(KeyboardInterrupt), cli._progress("verifying") as progress:
+        progress(1, 20, "some case")
+        raise KeyboardInterrupt
+    shown = ""
+    for part in terminal.text.split("\r"):
+        shown = part + shown[len(part) :]
+    assert "verifying 1/20 some case" in terminal.text
+    assert shown.strip() == ""
+
+
+def test_progress_in_a_pipe_is_a_line_every_ten_seconds(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(cli.time, "monotonic", lambda: now)
+    with cli._progress("verifying") as progress:
+        for done in range(50):
+            progress(done, 50, f"case {done}")
+            now += 0.7
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ["verifying 15/50 case 15", "verifying 30/50 case 30", "verifying 45/50 case 45"]
 
 
 def test_files_are_private_to_nobody() -> None:

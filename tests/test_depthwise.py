@@ -10,12 +10,12 @@ import numpy.typing as npt
 import pytest
 
 from gpuconv import cases
+from gpuconv.checks import same_bits
 from gpuconv.device import ARCHITECTURES, Device
 from gpuconv.families import FAMILIES, ArrayLayout, Family, Layout
 from gpuconv.families.base import contiguous_strides
 from gpuconv.families.depthwise import BLOCK_SIZE, Divisor
 from gpuconv.problem import DTYPES, ITEMSIZE, ConvProblem
-from gpuconv.verify import same_bits
 from tests import hostcuda
 
 Array = npt.NDArray[Any]

@@ -353,7 +353,21 @@ def test_the_settings_are_those_of_the_functions() -> None:
     [
         (("conv2d", X, W), {"device": "cpu"}, ValueError, 'op must be one of "conv1d" and "conv_transpose1d"'),
         (("conv1d", X, W), {}, ValueError, "device must be given .* got input as an ArraySpec"),
-        (("conv1d", X, W), {"device": "sm_42"}, ValueError, "arch must be one of sm_75"),
+        (
+            ("conv1d", X, W),
+            {"device": "sm_42"},
+            ValueError,
+            'device must be "cpu", one of sm_75, .*, got .sm_42.',
+        ),
+        (("conv1d", X, W), {"device": "gpu"}, ValueError, "got 'gpu'; without device the arrays tell it"),
+        (
+            ("conv1d", (1, 4, 9), W),
+            {"device": "cpu"},
+            TypeError,
+            r"explain: input must be an array or an ArraySpec, got tuple; a shape becomes "
+            r'gpuconv.problem.ArraySpec\(\(1, 4, 9\), "float32"\)',
+        ),
+        (("conv1d", X, [2, 4, 3]), {"device": "cpu"}, TypeError, "weight must be an array or an ArraySpec, got list"),
         (("conv1d", X, W), {"device": 90}, TypeError, "device must be None, .* got int"),
         (
             ("conv1d", X, W),
@@ -368,7 +382,7 @@ def test_the_settings_are_those_of_the_functions() -> None:
         (("conv1d", ArraySpec((2, 3.5, 8), "float32"), W), {"device": "cpu"}, TypeError, "extent of input must be"),
         (("conv1d", X, spec(512, 51, 3)), {"device": "cpu"}, ValueError, "expects C_in = 51"),
         (("conv1d", X, W, spec(511)), {"device": "sm_90"}, ValueError, "bias must have shape"),
-        (("conv1d", np.zeros((2, 8)), [[[1.0]]]), {}, TypeError, "weight must be a NumPy or CuPy array, got list"),
+        (("conv1d", np.zeros((2, 8)), [[[1.0]]]), {}, TypeError, "weight must be an array or an ArraySpec, got list$"),
         (("conv1d", X, None), {"device": "cpu"}, TypeError, "weight must be an array"),
     ],
 )

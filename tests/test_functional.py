@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import importlib
 import re
 import subprocess
 import sys
@@ -437,7 +438,8 @@ def test_what_is_no_array_is_refused(op: str, name: str) -> None:
     ):  # fmt: skip
         with pytest.raises(TypeError) as caught:
             call(op, **{**given, name: thing})
-        assert str(caught.value) == f"{op}: {name} must be a NumPy or CuPy array, got {type(thing).__name__}"
+        hint = f"; for PyTorch tensors there is gpuconv.torch.{op}" if isinstance(thing, torch.Tensor) else ""
+        assert str(caught.value) == f"{op}: {name} must be a NumPy or CuPy array, got {type(thing).__name__}{hint}"
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -896,3 +898,16 @@ def test_errors_are_the_same_on_both_devices(
             call(op, **{name: place(real_array(shape)) for name, shape in shapes.items()}, **arguments)
         messages.append(str(caught.value))
     assert messages[0] == messages[1]
+
+
+@pytest.mark.parametrize("op", ["conv1d", "conv_transpose1d"])
+def test_pytorch_tensors_are_told_of_the_bridge(op: str) -> None:
+    x, w = torch.zeros(1, 2, 9), torch.zeros(2, 2, 3)
+    message = f"{op}: input must be a NumPy or CuPy array, got Tensor; for PyTorch tensors there is gpuconv.torch.{op}"
+    with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
+        getattr(gpuconv, op)(x, w)
+    with pytest.raises(TypeError, match=rf"^{op}: weight .*, got Parameter; for PyTorch tensors there is"):
+        getattr(gpuconv, op)(x.numpy(), torch.nn.Parameter(w))
+    assert callable(getattr(importlib.import_module("gpuconv.torch"), op))
+    with pytest.raises(TypeError, match=r"^prepare: .* got Tensor; the functions of gpuconv\.torch take"):
+        gpuconv.prepare(w)

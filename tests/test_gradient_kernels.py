@@ -16,6 +16,7 @@ import pytest
 
 from gpuconv import dispatch, reference, runtime
 from gpuconv.cases import CASES
+from gpuconv.checks import same_bits
 from gpuconv.device import ARCHITECTURES, Device
 from gpuconv.families import GRADIENT_FAMILIES, ArrayLayout, Config, GradientFamily, GradientLayout, slices
 from gpuconv.families import weight_gradient_tiled as tiled
@@ -23,7 +24,6 @@ from gpuconv.families.base import contiguous_strides
 from gpuconv.families.slices import Slices
 from gpuconv.problem import DTYPES, BiasGradientProblem, WeightGradientProblem, numpy_dtype
 from gpuconv.source import params_fields
-from gpuconv.verify import same_bits
 from tests import hostcuda
 from tests.hostcuda import Program, fake_cupy
 from tests.hostcuda.gradient import gradient

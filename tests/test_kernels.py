@@ -17,11 +17,11 @@ import pytest
 
 from gpuconv import calls, cases, dispatch, reference, source
 from gpuconv.cases import CASES, FORMATS, Case, Data
+from gpuconv.checks import chunk_bounds, same_bits
 from gpuconv.device import Device
 from gpuconv.families import FAMILIES, ArrayLayout, Config, Family, Launch, Layout
 from gpuconv.families.base import contiguous_strides
 from gpuconv.problem import DTYPES, ConvProblem
-from gpuconv.verify import chunk_bounds, same_bits
 from tests import hostcuda
 from tests.conftest import BACKENDS
 

@@ -33,8 +33,9 @@ LAYERS = (
     ("runtime",),
     ("calls",),
     ("functional",),
-    ("nn", "grad", "cases", "explain", "files"),
-    ("verify", "torch"),
+    ("nn", "grad", "cases", "explain", "files", "gpus", "report"),
+    ("checks", "torch"),
+    ("verify",),
     ("cli",),
     ("__main__",),
 )

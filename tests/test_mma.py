@@ -18,12 +18,12 @@ import gpuconv
 from bench import sass
 from gpuconv import cases, dispatch, reference, source
 from gpuconv.cases import Data
+from gpuconv.checks import same_bits
 from gpuconv.device import ARCHITECTURES, Device
 from gpuconv.families import FAMILIES, ArrayLayout, Config, Family, Layout, mma
 from gpuconv.families.base import contiguous_strides
 from gpuconv.families.mma import Product, Reduction, Tile, Window
 from gpuconv.problem import ConvProblem, Op, numpy_dtype
-from gpuconv.verify import same_bits
 
 from . import hostcuda
 from .hostcuda import AMPERE, HOPPER, Counts, Program, TensorCores, fake_cupy

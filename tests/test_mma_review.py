@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from gpuconv import cases
+from gpuconv.checks import same_bits
 from gpuconv.device import ARCHITECTURES, Device
 from gpuconv.families import FAMILIES, Layout
 from gpuconv.problem import ConvProblem, Op
-from gpuconv.verify import same_bits
 
 from . import hostcuda
 

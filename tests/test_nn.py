@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+import re
 import subprocess
 import sys
+import tracemalloc
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
@@ -399,6 +401,7 @@ def test_to_does_not_drop_imaginary_parts() -> None:
 def test_bfloat16_without_ml_dtypes_says_what_to_install() -> None:
     script = """
 import sys
+import tracemalloc
 sys.modules["ml_dtypes"] = None
 from gpuconv import nn
 try:
@@ -421,6 +424,7 @@ except ModuleNotFoundError as error:
 def test_a_gpu_without_cupy_says_what_to_install() -> None:
     script = """
 import sys
+import tracemalloc
 sys.modules["cupy"] = None
 from gpuconv import nn
 for make in (lambda: nn.Conv1d(1, 1, 1, device="cuda"), lambda: nn.Conv1d(1, 1, 1).to("cuda:1")):
@@ -655,3 +659,48 @@ def test_a_gpu_that_is_not_there_is_refused(cupy: Any, monkeypatch: pytest.Monke
     with pytest.raises(RuntimeError, match=r'^Conv1d.to: device "cuda" was asked for, but no GPU answers: cudaError'):
         layer.to("cuda")
     assert type(layer.weight) is np.ndarray
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64", "complex64", "complex128"])
+def test_initial_values_take_no_more_memory_than_the_weight(dtype: str) -> None:
+    nn.Conv1d(2, 2, 3, dtype=dtype)
+    tracemalloc.start()
+    m = nn.Conv1d(256, 1024, 16, dtype=dtype, bias=False)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak <= 1.3 * m.weight.nbytes
+
+
+@pytest.mark.parametrize("dtype", ["float32", "complex64"])
+def test_initial_values_are_those_of_one_draw_in_float64(dtype: str) -> None:
+    m = nn.Conv1d(64, 700, 3, dtype=dtype, rng=5)
+    rng, b = np.random.default_rng(5), 1 / math.sqrt(64 * 3)
+    for array in (m.weight, m.bias):
+        if dtype == "complex64":
+            expected = rng.uniform(-b, b, (*array.shape, 2)).view(np.complex128)[..., 0]
+        else:
+            expected = rng.uniform(-b, b, array.shape)
+        assert np.array_equal(array, expected.astype(dtype))
+
+
+@pytest.mark.parametrize("device", ["gpu", "GPU", "gpu:0"])
+def test_a_gpu_is_called_cuda(device: str) -> None:
+    message = (
+        f'Conv1d: device must be "cpu", "cuda" or "cuda:" and an index, got "{device}"; CuPy\'s current GPU is "cuda"'
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        nn.Conv1d(1, 1, 1, device=device)
+
+
+def test_a_tf32_layer_stays_float32() -> None:
+    m = nn.Conv1d(4, 6, 3, precision="tf32")
+    message = (
+        'Conv1d.to: dtype must be float32 for a layer with precision "tf32", got float16; set the layer\'s precision '
+        'to "float32" first'
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        m.to(dtype="float16")
+    assert m.weight.dtype == np.float32
+    assert m.to(dtype="float32") is m
+    m.precision = "float32"
+    assert m.to(dtype="float16").weight.dtype == np.float16

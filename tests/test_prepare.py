@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+import pickle
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -117,3 +120,40 @@ def test_errors_are_those_of_the_weight() -> None:
 def test_layers_take_plain_weights_only() -> None:
     layer = nn.Conv1d(2, 3, 1)
     assert not isinstance(layer.weight, PreparedWeight)
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, lambda p: pickle.loads(pickle.dumps(p))])
+def test_prepared_weights_and_layers_that_hold_one_are_copied_and_pickled(
+    duplicate: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fake_cupy.ndarray, "__reduce__", lambda self: (fake_cupy.asarray, (self.get(),)), raising=False)
+    _, x, w, settings = arrays("mma")
+    x_gpu = fake_cupy.asarray(x)
+    prepared = gpuconv.prepare(fake_cupy.asarray(w))
+    expected = gpuconv.conv1d(x_gpu, prepared, **settings).get()  # from here on it holds a packed form
+    found = duplicate(prepared)
+    assert isinstance(found, PreparedWeight)
+    assert (found.shape, found.dtype) == (prepared.shape, prepared.dtype)
+    assert np.array_equal(gpuconv.conv1d(x_gpu, found, **settings).get(), expected)
+
+    layer = nn.Conv1d(24, 20, 3, padding=1, bias=False)
+    layer.weight = gpuconv.prepare(w)
+    found = duplicate(layer)
+    assert isinstance(found.weight, PreparedWeight)
+    assert np.array_equal(found(x), layer(x))
+
+
+def test_a_layer_keeps_its_prepared_weight_up_to_date() -> None:
+    _, x, w, _ = arrays("mma")
+    layer = nn.Conv1d(24, 20, 3, bias=False)
+    layer.weight = gpuconv.prepare(w)
+    assert np.array_equal(layer.state_dict()["weight"], w)
+    kept = layer.weight
+    assert layer.to(dtype="float32").weight is kept
+    layer.to(dtype="float64")
+    assert isinstance(layer.weight, PreparedWeight)
+    assert layer(x.astype(np.float64)).dtype == np.float64
+    layer.load_state_dict({"weight": 2 * w})
+    assert isinstance(layer.weight, PreparedWeight)
+    wide = x.astype(np.float64)
+    assert np.array_equal(layer(wide), gpuconv.conv1d(wide, 2 * w.astype(np.float64)))

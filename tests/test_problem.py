@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from dataclasses import FrozenInstanceError, replace
 from typing import Any
 
@@ -659,3 +660,60 @@ def test_dtypes_and_names_correspond(name: str) -> None:
 def test_other_names_are_no_dtypes() -> None:
     for dtype in (np.dtype("int32"), np.dtype(np.longdouble), "float8_e4m3fn", "complex32", float, None):
         assert dtype_name(dtype) is None
+
+
+@pytest.mark.parametrize(
+    ("op", "input", "weight", "settings", "message"),
+    [
+        (
+            "conv1d", (2, 100, 16), (8, 16, 3), {},
+            "conv1d: input has C_in = 100 channels, but weight (8, 16, 3) with groups = 1 expects C_in = 16*1 = 16; "
+            "the channels of input seem to come last: pass input.swapaxes(-1, -2)",
+        ),
+        (
+            "conv1d", (100, 16), (8, 4, 3), {"groups": 4},
+            "conv1d: input has C_in = 100 channels, but weight (8, 4, 3) with groups = 4 expects C_in = 4*4 = 16; "
+            "the channels of input seem to come last: pass input.swapaxes(-1, -2)",
+        ),
+        (
+            "conv1d", (2, 16, 100), (8, 3, 16), {},
+            "conv1d: input has C_in = 16 channels, but weight (8, 3, 16) with groups = 1 expects C_in = 3*1 = 3; "
+            "the input channels of weight seem to come last: pass weight.swapaxes(-1, -2)",
+        ),
+        (
+            "conv1d", (2, 16, 100), (8, 5, 3), {},
+            "conv1d: input has C_in = 16 channels, but weight (8, 5, 3) with groups = 1 expects C_in = 5*1 = 5",
+        ),
+        (
+            "conv_transpose1d", (2, 100, 16), (16, 8, 3), {},
+            "conv_transpose1d: input has C_in = 100 channels, but weight (16, 8, 3) expects C_in = 16; "
+            "the channels of input seem to come last: pass input.swapaxes(-1, -2)",
+        ),
+        (
+            "conv1d", (1, 1, 9), (1, 1, 3), {"padding": "full"},
+            'conv1d: padding must be an int, a pair (left, right) or one of "valid", "same" and "causal", got '
+            "'full'; SciPy's mode \"full\" is dilation*(K - 1) on both sides",
+        ),
+        (
+            "conv_transpose1d", (1, 1, 9), (1, 1, 3), {"padding": "full"},
+            'conv_transpose1d: padding must be an int, a pair (left, right) or one of "valid" and "same", got '
+            "'full'; SciPy's mode \"full\" is padding 0 of the transposed convolution",
+        ),
+        (
+            "conv1d", (1, 1, 9), (3,), {},
+            "conv1d: weight must have shape (C_out, C_in/groups, K), got 1 dimension: (3,); the taps of a single "
+            "channel become weight.reshape(1, 1, -1)",
+        ),
+        (
+            "conv1d", (9,), (1, 1, 3), {},
+            "conv1d: input must have shape (N, C_in, L_in) or (C_in, L_in), got 1 dimension: (9,); one channel of "
+            "samples becomes input.reshape(1, -1)",
+        ),
+    ],
+)  # fmt: skip
+def test_what_was_probably_meant_is_told(
+    op: str, input: tuple[int, ...], weight: tuple[int, ...], settings: dict[str, Any], message: str
+) -> None:
+    arrays = ArraySpec(input, "float32"), ArraySpec(weight, "float32")
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        getattr(ConvProblem, op)(*arrays, **settings)

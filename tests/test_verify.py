@@ -17,9 +17,11 @@ import pytest
 import gpuconv
 from gpuconv import cases, cpu, cpu_gradients, reference, runtime
 from gpuconv.cases import FORMATS
+from gpuconv.checks import CHECKS, MAX_TAPS, same_bits
 from gpuconv.device import Device
+from gpuconv.gpus import GpuUnavailableError, missing_gpu
 from gpuconv.problem import DTYPES, ConvProblem, WeightGradientProblem
-from gpuconv.verify import CHECKS, MAX_TAPS, GpuUnavailableError, missing_gpu, same_bits, verify
+from gpuconv.verify import verify
 from tests import hostcuda
 
 Array = npt.NDArray[Any]
@@ -433,8 +435,12 @@ def test_report_as_junit(plant: Callable[[Kernel], None]) -> None:
 
 
 def test_report_of_success() -> None:
-    report = verify("cpu", filter="unbatched", dtypes=["float32"])
+    report = verify("cpu", filter="unbatched", dtypes="float32")
     lines = str(report).splitlines()
+    assert lines[1].startswith("3 cases, float32; seed 0; ")
+    assert "selection" not in str(report)
+    one = str(verify("cpu", filter="docs_example", dtypes="float32"))
+    assert one.splitlines()[1].startswith("1 case, float32; ")
     assert len(lines) < 25
     assert lines[0].startswith(f"gpuconv {gpuconv.__version__} on CPU")
     assert lines[-1] == "all checks passed"
@@ -442,6 +448,44 @@ def test_report_of_success() -> None:
     (suite,) = ElementTree.fromstring(report.to_junit())
     assert suite.get("failures") == "0"
     assert suite.find("testcase/failure") is None
+
+
+def test_the_quick_run_is_a_selection() -> None:
+    report = verify("cpu", dtypes=["float32", "complex64"])
+    assert report.ok, str(report)
+    chosen = {(case.name, dtype) for dtype, case in cases.quick_pairs(["float32", "complex64"])}
+    assert {(result.case, result.dtype) for result in report.results} == chosen
+    assert all(count["passed"] > 0 for count in report.counts.values())
+    told = f"a selection: {len(chosen)} of {2 * len(cases.CASES)} pairs of case and dtype; --all runs them all"
+    assert told in str(report).splitlines()
+    found = report.to_dict()
+    assert (found["pairs"], found["total_pairs"]) == (len(chosen), 2 * len(cases.CASES))
+
+
+def test_quick_false_runs_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cases, "CASES", cases.CASES[:4])
+    report = verify("cpu", dtypes=["float32", "float64"], quick=False)
+    assert report.pairs == report.total == 8
+    assert verify("cpu", dtypes=["float32", "float64"]).pairs == 4
+
+
+def test_the_worst_element_is_told(plant: Callable[[Kernel], None]) -> None:
+    def kernel(p: ConvProblem, x: Array, w: Array, b: Array | None, out: Array) -> None:
+        exact = reference.compute(p, x, w, b)
+        out[...] = exact
+        with np.errstate(invalid="ignore"):
+            out[..., -1] += 0.75 * reference.error_bound(p, x, w, b, exact)[..., -1]
+
+    plant(kernel)
+    report = verify("cpu", filter="sincnet", dtypes="float32")
+    worst = report.worst
+    assert worst is not None
+    assert worst.check in (*cases.RANDOM_KINDS, "batch", "chunks", "gradients")
+    assert worst.worst == pytest.approx(0.75, rel=0.05)
+    where = f"sincnet [float32] {worst.check}"
+    assert f"worst element: {worst.worst:.3g} of its error bound, in {where}" in str(report).splitlines()
+    assert report.to_dict()["worst"]["fraction_of_bound"] == worst.worst
+    assert all(result.worst is None for result in report.results if result.check == "exact")
 
 
 def test_every_check_is_documented() -> None:

@@ -1,0 +1,462 @@
+"""The checks that `gpuconv.verify` makes of a case, on the CPU or on a GPU."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import platform
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from . import cases, functional, grad, reference, runtime
+from .cases import Case, Data
+from .problem import BiasGradientProblem, ConvProblem, WeightGradientProblem, numpy_dtype
+from .report import Failure, Result, Tap
+
+Array: TypeAlias = npt.NDArray[Any]
+Argument: TypeAlias = Literal["input", "weight", "bias"]
+
+MAX_TAPS = 8  # of a failing element, in a report
+
+
+# -- where the arrays live -------------------------------------------------------------------------------------------
+
+
+class Target:
+    """The CPU or CuPy's current GPU."""
+
+    def __init__(self, *, on_gpu: bool) -> None:
+        self.on_gpu = on_gpu
+
+    def put(self, array: Array) -> Any:
+        return runtime.cupy_module().asarray(array) if self.on_gpu else array
+
+    def get(self, array: Any) -> Array:
+        return np.asarray(runtime.cupy_module().asnumpy(array) if self.on_gpu else array)
+
+    def lacks(self, number_format: str) -> str | None:
+        """Why this machine has no such arrays; None where it does."""
+        try:
+            self.put(np.zeros(1, numpy_dtype(cases.dtype_of(number_format))))
+        except (ImportError, TypeError, ValueError) as error:
+            return str(error)
+        return None
+
+    def convolve(self, problem: ConvProblem, data: Data, settings: dict[str, Any] | None = None) -> Array:
+        """The public function on arrays of this device, into an output of NaN."""
+        out = self.put(np.full(problem.output_shape, np.nan, numpy_dtype(problem.dtype)))
+        return self.get(self.convolve_into(out, problem, *map(self._put_if_given, data), settings=settings))
+
+    def convolve_into(
+        self,
+        out: Any,
+        problem: ConvProblem,
+        input: Any,
+        weight: Any,
+        bias: Any,
+        *,
+        settings: dict[str, Any] | None = None,
+    ) -> Any:
+        """The public function on arrays that are there already; `out` is None for a fresh array."""
+        function = functional.conv_transpose1d if problem.transposed else functional.conv1d
+        keywords = cases.call_settings(problem) if settings is None else settings
+        return function(input, weight, bias, **keywords, out=out)
+
+    def gradient(
+        self, argument: Argument, problem: ConvProblem, arrays: Sequence[Array], settings: dict[str, Any]
+    ) -> Array:
+        """The public function of the gradient in an argument on arrays of this device, into an output of NaN."""
+        shapes = {"input": problem.input_shape, "weight": problem.weight_shape, "bias": (problem.C_out,)}
+        out = self.put(np.full(shapes[argument], np.nan, numpy_dtype(problem.dtype)))
+        given: list[Any] = [self.put(array) for array in arrays]
+        if argument != "bias":
+            given.insert(0 if argument == "input" else 1, shapes[argument])
+        function = getattr(grad, f"{problem.op}_{argument}")
+        return self.get(function(*given, **({} if argument == "bias" else settings), out=out))
+
+    def _put_if_given(self, array: Array | None) -> Any:
+        return None if array is None else self.put(array)
+
+    def description(self) -> str:
+        if not self.on_gpu:
+            return f"CPU ({platform.processor() or platform.machine()}, {os.cpu_count()} cores)"
+        index = int(runtime.cupy_module().cuda.runtime.getDevice())
+        gpu = runtime.device(index)
+        return f"GPU {index}: {gpu.name} ({gpu.arch_name}, {gpu.num_sms} multiprocessors)"
+
+    def versions(self) -> dict[str, str]:
+        found = {
+            "gpuconv": str(importlib.import_module(__package__).__version__),
+            "python": platform.python_version(),
+            "numpy": np.__version__,
+        }
+        if self.on_gpu:
+            cupy = runtime.cupy_module()
+            found["cupy"] = str(cupy.__version__)
+            found["cuda_runtime"] = str(cupy.cuda.runtime.runtimeGetVersion())
+            found["cuda_driver"] = str(cupy.cuda.runtime.driverGetVersion())
+        return found
+
+
+# -- the checks ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """One case in one number format on one device, as the checks see it."""
+
+    case: Case
+    number_format: str
+    problem: ConvProblem
+    target: Target
+    seed: int
+    check: str = ""
+    fractions: list[float] = field(default_factory=list)
+    """The largest distance from the exact value as a fraction of the bound, of each comparison that was made."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The keyword arguments of the call, as the case's author wrote them."""
+        settings = dict(self.case.settings)
+        if self.problem.precision != "float32":
+            settings["precision"] = self.problem.precision
+        return settings
+
+    def run(self, data: Data, problem: ConvProblem | None = None) -> Array:
+        """The case called as its author wrote it, or a problem derived from it."""
+        if problem is None:
+            return self.target.convolve(self.problem, data, self.settings)
+        return self.target.convolve(problem, data)
+
+    def gradient(self, argument: Argument, *arrays: Array) -> Array:
+        """The gradient in an argument, with the case's settings as its author wrote them.
+
+        `arrays` are weight and grad_output, input and grad_output, or grad_output alone.
+        """
+        return self.target.gradient(argument, self.problem, arrays, self.settings)
+
+    def equal(self, output: Array, expected: Array) -> npt.NDArray[np.bool_]:
+        """Elementwise: bits on a GPU, values on the CPU, whose BLAS may give a zero either sign.
+
+        On finite data a NaN is wrong even where the kernel that made `expected` made one too.
+        """
+        same = same_bits(output, expected) if self.target.on_gpu else output == expected
+        return np.asarray(same & np.isfinite(output))
+
+    def expect_equal(
+        self, output: Array, expected: Array, message: str, data: Data | None, problem: ConvProblem | None = None
+    ) -> Failure | None:
+        """What no rounding can excuse. Without `data` a failure tells no taps."""
+        if self.target.on_gpu:
+            message += ", bit for bit"
+        good = self.equal(output, expected)
+        return self.judge(good, output, expected, message, data, problem or self.problem)
+
+    def expect_bound(
+        self, output: Array, message: str, data: Data, problem: ConvProblem | None = None
+    ) -> Failure | None:
+        p = problem or self.problem
+        return self.judge_comparison(reference.convolution(p, *data).compare(output), message, data, p)
+
+    def expect_invariance(
+        self, output: Array, whole: Array, message: str, data: Data, problem: ConvProblem
+    ) -> Failure | None:
+        """Equal bits on a GPU; on the CPU, whose BLAS reorders sums, the bound."""
+        if self.target.on_gpu:
+            return self.expect_equal(output, whole, message, data, problem)
+        return self.expect_bound(output, f"{message}, within the bound", data, problem)
+
+    def judge_comparison(
+        self, found: reference.Comparison, message: str, data: Data | None, problem: ConvProblem
+    ) -> Failure | None:
+        """Every element within the error bound."""
+        self.fractions.append(found.worst)
+        return self.judge(found.right, found.output, found.exact, message, data, problem, found.bound)
+
+    def judge(
+        self,
+        good: npt.NDArray[np.bool_],
+        output: Array,
+        expected: Array,
+        message: str,
+        data: Data | None,
+        problem: ConvProblem,
+        bound: Array | None = None,
+    ) -> Failure | None:
+        if good.all():
+            return None
+        bad = np.argwhere(~good)
+        index = tuple(int(i) for i in bad[0])
+        taps = [] if data is None else list(_taps(problem, data, index))
+        return Failure(
+            self.case.name,
+            self.number_format,
+            self.check,
+            str(problem),
+            message,
+            bad=len(bad),
+            index=index,
+            got=_number(output[index]),
+            expected=_number(expected[index]),
+            bound=None if bound is None else float(bound[index]),
+            taps=tuple(taps[:MAX_TAPS]),
+            num_taps=None if data is None else len(taps),
+        )
+
+
+def _check_exact(s: Subject) -> Failure | None:
+    data = cases.exact_data(s.problem, s.seed)
+    return s.expect_equal(s.run(data), _exact_result(s.problem, data), "must equal the reference", data)
+
+
+def _check_layout(s: Subject) -> Failure | None:
+    p = s.problem
+    data = cases.exact_data(p, s.seed)
+    dtype = numpy_dtype(p.dtype)
+    out = _every_other(s.target, np.full(p.output_shape, np.nan, dtype))
+    weight = _swapped_axes(s.target, data.weight)
+    bias = None if data.bias is None else _every_other(s.target, data.bias)
+    settings = s.settings
+    for arrange in (_every_other, _swapped_axes):
+        out[...] = np.nan
+        s.target.convolve_into(out, p, arrange(s.target, data.input), weight, bias, settings=settings)
+        message = "strided arrays must give the reference"
+        failure = s.expect_equal(s.target.get(out), _exact_result(p, data), message, data)
+        if failure is not None:
+            return failure
+    return None
+
+
+def _check_random(kind: cases.RandomKind) -> Callable[[Subject], Failure | None]:
+    def check(s: Subject) -> Failure | None:
+        data = cases.random_data(s.problem, s.seed, kind)
+        return s.expect_bound(s.run(data), "must lie within the error bound of the reference", data)
+
+    return check
+
+
+def _check_impulse(s: Subject) -> Failure | None:
+    data = cases.impulse_data(s.problem, s.seed)
+    output, expected = s.run(data), _exact_result(s.problem, data)
+    # By value: the sign of a zero depends on the signs of weights that meet no impulse.
+    return s.judge(output == expected, output, expected, "an impulse must give the weights", data, s.problem)
+
+
+def _check_adjoint(s: Subject) -> Failure | None:
+    p = replace(s.problem, has_bias=False)
+    x, weight, _ = cases.exact_data(p, s.seed, adjoint_too=p.L_in > 0)
+    y = s.target.convolve(p, Data(x, weight, None), s.settings)
+    u = cases.exact_grad_output(p, s.seed, x)
+    identities: list[tuple[Argument, Array, Array, Array]] = [("weight", u, weight, s.gradient("weight", x, u))]
+    if p.L_in:
+        u = cases.exact_data(p.adjoint(), s.seed, adjoint_too=True).input
+        identities.append(("input", u, x, s.gradient("input", weight, u)))
+    for argument, u, array, gradient in identities:
+        left, right = _inner_product(y, u), _inner_product(array, gradient)
+        if left != right:
+            message = f"<A(input, weight), u> must equal <{argument}, its gradient>"
+            return Failure(s.case.name, s.number_format, s.check, str(p), message, bad=1, got=left, expected=right)
+    return None
+
+
+def _check_groups(s: Subject) -> Failure | None:
+    p = s.problem
+    data = cases.exact_data(p, s.seed)
+    output = s.run(data)
+    expected = np.full_like(output, np.nan)
+    chosen = sorted({0, p.groups // 2, p.groups - 1})
+    for g in chosen:
+        alone, channels_in, channels_out = cases.one_group(p, g)
+        part = Data(
+            data.input[..., channels_in, :],
+            data.weight[channels_in if p.transposed else channels_out],
+            None if data.bias is None else data.bias[channels_out],
+        )
+        expected[..., channels_out, :] = s.run(part, alone)
+    compared = np.isin(np.arange(p.C_out) // p.C_out_g, chosen)[:, np.newaxis]
+    good = s.equal(output, expected) | ~compared
+    return s.judge(good, output, expected, "must equal the convolution of its group alone", data, p)
+
+
+def _check_bias(s: Subject) -> Failure | None:
+    p = replace(s.problem, has_bias=True)
+    data = cases.exact_data(p, s.seed)
+    assert data.bias is not None
+    wide = np.complex128 if p.is_complex else np.float64
+    without = s.run(data._replace(bias=None), replace(p, has_bias=False)).astype(wide)
+    expected = (without + data.bias.astype(wide)[:, np.newaxis]).astype(data.bias.dtype)
+    return s.expect_equal(s.run(data, p), expected, "must equal the result without bias, plus the bias", data, p)
+
+
+def _check_batch(s: Subject) -> Failure | None:
+    p = cases.with_batch(s.problem, 5)
+    data = cases.random_data(p, s.seed)
+    whole = s.run(data, p)
+    output = whole.copy()
+    for n in (0, p.N - 1):
+        output[n] = s.run(data._replace(input=data.input[n : n + 1]), cases.with_batch(p, 1))[0]
+    return s.expect_invariance(output, whole, "each sample alone must give what it gives in the batch", data, p)
+
+
+def _check_chunks(s: Subject) -> Failure | None:
+    p = s.problem
+    data = cases.random_data(p, s.seed)
+    pieces = []
+    for start, stop in chunk_bounds(p.L_out):
+        piece, positions = cases.chunk(p, start, stop)
+        pieces.append(s.run(data._replace(input=data.input[..., positions]), piece))
+    message = "the input in chunks must give what the whole gives"
+    return s.expect_invariance(np.concatenate(pieces, axis=-1), s.run(data), message, data, p)
+
+
+def _check_repeat(s: Subject) -> Failure | None:
+    p = s.problem
+    data = cases.random_data(p, s.seed)
+    arrays = [None if array is None else s.target.put(array) for array in data]
+    fresh = s.target.convolve_into(None, p, *arrays, settings=s.settings)
+    output, expected = s.target.get(fresh), s.run(data)
+    good = same_bits(output, expected) & np.isfinite(output)
+    return s.judge(good, output, expected, "a second call must give the same bits", data, p)
+
+
+def _check_gradients(s: Subject) -> Failure | None:
+    p, q = s.problem, WeightGradientProblem.of(s.problem)
+    r = BiasGradientProblem(p.N, p.C_out, p.L_out, p.dtype)
+    x, weight, _ = cases.exact_data(p, s.seed, adjoint_too=p.L_in > 0)
+    sparse = cases.exact_grad_output(p, s.seed, x)
+    u = cases.exact_data(p.adjoint(), s.seed, adjoint_too=True).input if p.L_in else sparse
+    data, v = cases.random_data(p, s.seed), cases.random_grad_output(p, s.seed)
+    on_integers: dict[Argument, tuple[Array, ...]] = {"input": (weight, u), "weight": (x, sparse), "bias": (sparse,)}
+    normal: dict[Argument, tuple[Array, ...]] = {"input": (data.weight, v), "weight": (data.input, v), "bias": (v,)}
+    expected: dict[Argument, Callable[..., reference.Sums]] = {
+        "input": lambda *arrays: reference.input_gradient(p, *arrays),
+        "weight": lambda *arrays: reference.weight_gradient(q, *q.sides(*arrays)),
+        "bias": lambda *arrays: reference.bias_gradient(r, *arrays),
+    }
+    for argument, sums_of in expected.items():
+        exact = sums_of(*on_integers[argument]).exact().astype(numpy_dtype(p.dtype))
+        output = s.gradient(argument, *on_integers[argument])
+        failure = s.expect_equal(output, exact, f"the gradient in {argument} must equal the reference", None)
+        if failure is not None:
+            return failure
+        output = s.gradient(argument, *normal[argument])
+        message = f"the gradient in {argument} must lie within the error bound of the reference"
+        failure = s.judge_comparison(sums_of(*normal[argument]).compare(output), message, None, p)
+        if failure is not None:
+            return failure
+        again = s.gradient(argument, *normal[argument])
+        message = f"a second call must give the same bits of the gradient in {argument}"
+        failure = s.judge(same_bits(again, output), again, output, message, None, p)
+        if failure is not None:
+            return failure
+    return None
+
+
+class Check(NamedTuple):
+    """A row of the table of checks. `applies` tells the problems that it can be asked of; None: of all."""
+
+    name: str
+    run: Callable[[Subject], Failure | None]
+    applies: Callable[[ConvProblem], bool] | None = None
+
+
+CHECKS: tuple[Check, ...] = (
+    Check("exact", _check_exact),
+    Check("layout", _check_layout),
+    *(Check(kind, _check_random(kind)) for kind in cases.RANDOM_KINDS),
+    Check("impulse", _check_impulse),
+    Check("adjoint", _check_adjoint),
+    Check("groups", _check_groups, lambda p: p.groups > 1),
+    Check("bias", _check_bias),
+    Check("batch", _check_batch),
+    Check("chunks", _check_chunks, lambda p: p.L_in >= 1 and p.L_out >= 3),
+    Check("repeat", _check_repeat),
+    Check("gradients", _check_gradients),
+)
+
+
+def run_checks(case: Case, number_format: str, target: Target, seed: int) -> Iterator[Result]:
+    for check in CHECKS:
+        subject = Subject(case, number_format, case.at(number_format), target, seed, check.name)
+        if check.applies is not None and not check.applies(subject.problem):
+            continue
+        started = time.perf_counter()
+        try:
+            failure = check.run(subject)
+        except Exception as error:  # one case that raises must not hide the results of the others
+            failure = Failure(
+                case.name, number_format, check.name, str(subject.problem), f"raised {error!r}", traceback.format_exc()
+            )
+        seconds = time.perf_counter() - started
+        yield Result(case.name, number_format, check.name, seconds, max(subject.fractions, default=None), failure)
+
+
+# -- pieces ----------------------------------------------------------------------------------------------------------
+
+
+def same_bits(a: Array, b: Array) -> npt.NDArray[np.bool_]:
+    """Elementwise: do two arrays of one shape and dtype hold the same bytes?"""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        raise ValueError(f"expected {b.dtype} of shape {b.shape}, got {a.dtype} of shape {a.shape}")
+    bytes_a, bytes_b = (
+        np.ascontiguousarray(array).reshape(-1).view(np.uint8).reshape(*array.shape, array.itemsize) for array in (a, b)
+    )
+    return np.asarray((bytes_a == bytes_b).all(axis=-1))
+
+
+def chunk_bounds(L_out: int) -> Iterable[tuple[int, int]]:
+    """Three uneven pieces of ``0 <= l_out < L_out``, for L_out >= 3."""
+    first, second = max(1, L_out // 3), max(2, 2 * L_out // 3 + L_out % 2)
+    return ((0, first), (first, second), (second, L_out))
+
+
+def _exact_result(problem: ConvProblem, data: Data) -> Array:
+    return reference.compute(problem, *data).astype(numpy_dtype(problem.dtype))
+
+
+def _every_other(target: Target, array: Array) -> Any:
+    """The array as every second element of a buffer, last axis reversed."""
+    buffer = np.full((*array.shape[:-1], 2 * array.shape[-1]), np.nan, array.dtype)
+    buffer[..., ::-2] = array
+    return target.put(buffer)[..., ::-2]
+
+
+def _swapped_axes(target: Target, array: Array) -> Any:
+    """The array with its last two axes swapped in memory."""
+    return target.put(np.ascontiguousarray(array.swapaxes(-1, -2))).swapaxes(-1, -2)
+
+
+def _inner_product(a: Array, b: Array) -> complex:
+    """The inner product of arrays of small integers, exact in float64."""
+    wide = np.complex128 if a.dtype.kind == "c" else np.float64
+    return _number(np.sum(a.astype(wide) * b.astype(wide).conj()))
+
+
+def _taps(problem: ConvProblem, data: Data, index: tuple[int, ...]) -> Iterator[Tap]:
+    """The products that feed one output element, in the canonical order: c_in outer, k inner."""
+    p = problem
+    *batch, c_out, l_out = index
+    g, c_out_g = divmod(c_out, p.C_out_g)
+    sample = data.input[tuple(batch)]
+    for c_in in range(p.C_in_g):
+        c = g * p.C_in_g + c_in
+        for k in range(p.K):
+            if p.transposed:
+                l_in, rest = divmod(l_out + p.padding_left - k * p.dilation, p.stride)
+                weight = data.weight[c, c_out_g, k]
+            else:
+                l_in, rest = l_out * p.stride - p.padding_left + k * p.dilation, 0
+                weight = data.weight[c_out, c_in, k]
+            if rest == 0 and 0 <= l_in < p.L_in:
+                yield Tap(c_in, k, l_in, _number(weight), _number(sample[c, l_in]))
+
+
+def _number(value: Any) -> complex:
+    """A NumPy scalar of any supported dtype as a Python number."""
+    return complex(value) if np.iscomplexobj(value) else float(value)

@@ -1,0 +1,39 @@
+"""Is there a GPU to compute on, and if not, what is missing?"""
+
+from __future__ import annotations
+
+import os
+
+from . import runtime
+from .text import install_hint
+
+
+class GpuUnavailableError(RuntimeError):
+    """A GPU was asked for and none answers; the message names what is missing."""
+
+
+def missing_gpu() -> str | None:
+    """What keeps this process from a GPU, CuPy, the driver or the device; None where a GPU answers."""
+    try:
+        count = runtime.device_count()
+    except ModuleNotFoundError:
+        return f"no GPU: CuPy is missing: {install_hint('cuda13', 'cuda12')}"
+    except ImportError as error:
+        return f"no GPU: {error}"
+    except RuntimeError as error:
+        driver, needed = runtime.cuda_versions()
+        if driver == 0:
+            return "no GPU: no NVIDIA driver is loaded here; in a container, start it with --gpus all"
+        if driver // 1000 < needed // 1000:
+            have, want = (f"{version // 1000}.{version % 1000 // 10}" for version in (driver, needed))
+            return f"no GPU: the NVIDIA driver supports CUDA {have}, CuPy was built for CUDA {want}"
+        if "cudaErrorNoDevice" in str(error):
+            count = 0
+        else:
+            return f"no GPU: the NVIDIA driver does not answer ({error})"
+    if count:
+        return None
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return "no GPU: the NVIDIA driver sees no device" + (
+        "" if visible is None else f"; CUDA_VISIBLE_DEVICES is {visible!r}"
+    )
