@@ -24,7 +24,7 @@ PACKAGE = Path(cases.__file__).resolve().parent
 LAYERS = (
     ("text", "wav"),
     ("problem", "device"),
-    ("reference", "cpu", "source"),
+    ("reference", "cpu", "source", "arguments"),
     ("cpu_gradients", "families.base"),
     ("families.tiles", "families.depthwise", "families.sliding", "families.mma", "families.phases", "families.slices"),
     ("families.*",),
