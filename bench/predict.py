@@ -94,7 +94,7 @@ def _predict(
         raise ValueError(f"a block of {report.config.kernel} does not fit {device.name}")
     blocks_busiest_sm = math.ceil(launch.grid / device.num_sms)
     waves = math.ceil(launch.grid / (device.num_sms * per_sm))
-    cycles_per_us = 1e3 * rates.clock_ghz
+    cycles_per_us = 1e3 * device.clock_ghz
 
     # The multiprocessor with the most blocks decides.
     imbalance = blocks_busiest_sm * device.num_sms / launch.grid

@@ -17,7 +17,6 @@ class Rates:
     """The rates and limits of one GPU.
 
     Attributes:
-        clock_ghz: boost clock, in cycles per nanosecond.
         dram_gbps: bandwidth of the memory on the data sheet, in GB/s, reads and writes together.
         fp32: float32 fused multiply-adds per multiprocessor and cycle.
         fp64: the same for float64.
@@ -28,7 +27,6 @@ class Rates:
         reserved_shared: bytes of shared memory that the system takes from every block.
     """
 
-    clock_ghz: float
     dram_gbps: float
     fp32: int
     fp64: int
@@ -45,16 +43,16 @@ ISSUE_SLOTS_PER_SM = 4
 DRAM_EFFICIENCY = 0.9
 
 # Limits per multiprocessor: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability" and
-# "Arithmetic Instructions". Clocks, bandwidths and tensor rates: NVIDIA's data sheets of the products in
+# "Arithmetic Instructions". Bandwidths and tensor rates: NVIDIA's data sheets of the products in
 # gpuconv.device.ARCHITECTURES.
 RATES = {
-    "sm_75": Rates(1.590, 320, 64, 2, 0, 32, 16, 0),
-    "sm_80": Rates(1.410, 2039, 64, 32, 1024, 64, 32, 1024),
-    "sm_86": Rates(1.695, 936, 128, 2, 256, 48, 16, 1024),
-    "sm_89": Rates(2.520, 1008, 128, 2, 256, 48, 24, 1024),
-    "sm_90": Rates(1.980, 4800, 128, 64, 2048, 64, 32, 1024),
-    "sm_100": Rates(1.850, 8000, 128, 64, 4096, 64, 32, 1024),
-    "sm_120": Rates(2.407, 1792, 128, 2, 256, 48, 24, 1024),
+    "sm_75": Rates(320, 64, 2, 0, 32, 16, 0),
+    "sm_80": Rates(2039, 64, 32, 1024, 64, 32, 1024),
+    "sm_86": Rates(936, 128, 2, 256, 48, 16, 1024),
+    "sm_89": Rates(1008, 128, 2, 256, 48, 24, 1024),
+    "sm_90": Rates(4800, 128, 64, 2048, 64, 32, 1024),
+    "sm_100": Rates(8000, 128, 64, 4096, 64, 32, 1024),
+    "sm_120": Rates(1792, 128, 2, 256, 48, 24, 1024),
 }
 
 
@@ -85,7 +83,7 @@ def rates_of(device: Device) -> Rates:
 def published_ceilings(device: Device) -> Ceilings:
     """The ceilings of a device from the table above, for floors where nothing was measured."""
     rates = rates_of(device)
-    per_fma = 2e9 * device.num_sms * rates.clock_ghz  # operations per second of one fused multiply-add per cycle
+    per_fma = 2e9 * device.num_sms * device.clock_ghz  # operations per second of one fused multiply-add per cycle
     flops = {"float32": rates.fp32, "float64": rates.fp64}
     if rates.tensor16:
         flops |= {"float16": rates.tensor16, "bfloat16": rates.tensor16, "tf32": rates.tensor16 // 2}

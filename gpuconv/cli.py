@@ -14,8 +14,11 @@ import json
 import os
 import platform
 import shutil
+import signal
 import sys
+import threading
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -25,12 +28,14 @@ from typing import Any, NoReturn
 import numpy as np
 
 from . import __version__, cases, dispatch, files, functional, runtime
+from .arguments import Parser, UsageError
 from .cases import FORMATS
 from .device import ARCHITECTURES
 from .explain import DIRECTIONS, SETTINGS, explain
 from .families import FAMILIES, Config
 from .gpus import GpuUnavailableError, missing_gpu
 from .problem import DTYPES, PRECISIONS, ArraySpec, ConvProblem
+from .text import WIDTH, count, install_hint, shorten, wrap, wrap_rows
 from .verify import verify
 
 EXIT_MISMATCH = 1
@@ -48,35 +53,93 @@ class CommandError(Exception):
         self.code = code
 
 
+class _Terminated(BaseException):
+    """A signal asked the process to end. Raised where it arrived, so that what was begun is cleaned up."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signum)
+        self.signum = signum
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
+
+    Nothing is raised: what goes wrong is one line on stderr. An error that nobody foresaw is told with its place; with
+    GPUCONV_TRACEBACK=1 in the environment its traceback comes before that line.
 
     Args:
         argv: the arguments after the program's name; None for those of the process.
 
     Returns:
-        The exit code: 0 success; 1 `verify` found a mismatch; 2 bad usage, a file that cannot be read or written, or
-        not enough memory; 3 no GPU where one is needed; 130 interrupted; 141 stdout was closed by its reader.
+        The exit code: 0 success; 1 `verify` found a mismatch, and nothing else; 2 bad usage, a file that cannot be read
+        or written, not enough memory, or an error that nobody foresaw; 3 no GPU where one is needed; 130 interrupted;
+        141 stdout was closed by its reader; 143 terminated.
     """
+    if sys.stderr is None:  # closed; whatever is told is told to nobody
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    if sys.stdout is None:
+        return _fail("standard output is closed", EXIT_ERROR)
     if isinstance(sys.stdout, io.TextIOWrapper):  # file names need not be printable in the terminal's encoding
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        code = _run(argv)
-        sys.stdout.flush()
-        return code
-    except (CommandError, files.FileError) as error:
+        with _termination_raised():
+            code = _run(sys.argv[1:] if argv is None else list(argv))
+            sys.stdout.flush()
+            return code
+    except (CommandError, UsageError, files.FileError) as error:
         return _fail(str(error), error.code if isinstance(error, CommandError) else EXIT_ERROR)
     except MemoryError as error:
         return _fail(f"not enough memory: {error}" if str(error) else "not enough memory", EXIT_ERROR)
     except KeyboardInterrupt:
         return _fail("interrupted", EXIT_INTERRUPTED)
+    except _Terminated as stop:
+        return _fail("terminated", 128 + stop.signum)
     except BrokenPipeError:
-        with suppress(OSError, ValueError):  # Python flushes stdout once more when it exits
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard(sys.stdout)
         return EXIT_BROKEN_PIPE
+    except OSError as error:  # files have FileErrors, so that this is stdout, or a file of a library
+        _discard(sys.stdout)
+        what = "standard output: cannot be written" if error.filename is None else error.filename
+        return _fail(f"{what}: {error.strerror or error}", EXIT_ERROR)
+    except Exception as error:
+        if os.environ.get("GPUCONV_TRACEBACK"):
+            traceback.print_exc()
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{Path(place.filename).name}, line {place.lineno}"
+        text = f"unexpected {type(error).__name__} in {where}: {error}"
+        return _fail(f"{text} (GPUCONV_TRACEBACK=1 shows how it came about)", EXIT_ERROR)
 
 
-def _run(argv: Sequence[str] | None) -> int:
+@contextmanager
+def _termination_raised() -> Iterator[None]:
+    """Raise `_Terminated` on the signals that ask a process to end, unless somebody else has a use for them."""
+
+    def terminate(signum: int, _: Any) -> NoReturn:
+        raise _Terminated(signum)
+
+    names = ("SIGTERM", "SIGHUP") if threading.current_thread() is threading.main_thread() else ()
+    signals = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    taken = [signum for signum in signals if signal.getsignal(signum) is signal.SIG_DFL]
+    for signum in taken:
+        signal.signal(signum, terminate)
+    try:
+        yield
+    finally:
+        for signum in taken:
+            signal.signal(signum, signal.SIG_DFL)
+
+
+def _discard(stream: Any) -> None:
+    """Send what a broken stream still holds nowhere: Python flushes it once more when it exits."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _run(argv: list[str]) -> int:
+    if not argv:
+        argv = ["--help"]
+    elif argv[0] == "help":
+        argv = [*argv[1:], "--help"]
     try:
         args = _parser().parse_args(argv)
     except SystemExit as stop:  # --help and --version
@@ -86,27 +149,34 @@ def _run(argv: Sequence[str] | None) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    print("gpuconv: error:", " ".join(message.split()), file=sys.stderr)
+    _tell("error", message)
     return code
+
+
+def _tell(kind: str, message: str) -> None:
+    """One line on stderr; on a terminal as many as it takes, broken between words."""
+    text = f"gpuconv: {kind}: {shorten(message)}"
+    try:
+        lines = wrap(text, _width(), rest="  ") if sys.stderr.isatty() else [text]
+        print("\n".join(lines), file=sys.stderr, flush=True)
+    except (OSError, ValueError):
+        _discard(sys.stderr)
+
+
+def _width() -> int:
+    """The columns of the terminal, or $COLUMNS; 80 where stdout is no terminal."""
+    return shutil.get_terminal_size((WIDTH, 24)).columns
 
 
 # -- arguments -------------------------------------------------------------------------------------------------------
 
 
-class _Parser(argparse.ArgumentParser):
-    def __init__(self, **options: Any) -> None:
-        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
-
-    def error(self, message: str) -> NoReturn:
-        raise CommandError(f"{message} (see {self.prog} --help)")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="gpuconv",
         description="1-D convolution and transposed convolution for CuPy and NumPy arrays.",
         epilog="exit codes: 0 success, 1 verify found a mismatch, 2 bad usage or bad input,\n"
-        "            3 a GPU is needed and none answers",
+        "3 a GPU is needed and none answers",
     )
     parser.add_argument("--version", action="version", version=f"gpuconv {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -116,6 +186,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_convolve(commands, "conv1d")
     _add_convolve(commands, "conv_transpose1d")
     _add_warmup(commands)
+    commands.add_parser("help", help="show this, or with a command's name its help")
     return parser
 
 
@@ -191,9 +262,11 @@ def _add_convolve(commands: Any, op: str) -> None:
         description=f"Apply a 1-D {name} to a file"
         + (".\n" if transposed else "; the kernel is not flipped.\n")
         + "A .npy file holds (N, C_in, L_in) or (C_in, L_in), a .wav file (channels,\n"
-        "samples) as float32. The output is written as a whole or not at all.",
+        "samples) as float32. The output is written as a whole or not at all. The name -\n"
+        "stands for standard input or output, which is a .wav file if the input is one or\n"
+        "--rate is given, else a .npy file.",
         epilog=f"example:\n  gpuconv {op} speech.wav filter.npy out.wav"
-        + (" --stride 2 --rate 32000" if transposed else " --padding same"),
+        + (" --stride 2" if transposed else " --padding same"),
     )
     parser.add_argument("input", metavar="IN", help="input, .npy or .wav")
     parser.add_argument("weight", metavar="WEIGHT", help=f"weight {shape}, .npy")
@@ -206,9 +279,13 @@ def _add_convolve(commands: Any, op: str) -> None:
         "--rate",
         type=_at_least(1),
         metavar="HZ",
-        help="sample rate of a .wav output (default: that of a .wav input, whatever the stride)",
+        help="sample rate of a .wav output (default: that of a .wav input "
+        + ("times the stride)" if transposed else "over the stride)"),
     )
     parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
+    parser.add_argument(
+        "--allow-truncated", action="store_true", help="read what is there of a .wav file that is cut or damaged"
+    )
     parser.set_defaults(run=_convolve, op=op)
 
 
@@ -249,10 +326,10 @@ def _add_shapes(parser: Any, *, required: bool) -> None:
 def _add_settings(parser: Any, ops: tuple[str, ...]) -> None:
     note = "conv_transpose1d: " if len(ops) > 1 else ""
     words = "valid, same or causal" if "conv1d" in ops else "valid or same"
-    parser.add_argument("--stride", type=int, metavar="N", help="step of the window (default: 1)")
+    parser.add_argument("--stride", type=_whole_number, metavar="N", help="step of the window (default: 1)")
     parser.add_argument("--padding", type=_padding, metavar="P", help=f"N, LEFT,RIGHT, {words} (default: 0)")
-    parser.add_argument("--dilation", type=int, metavar="N", help="distance between taps (default: 1)")
-    parser.add_argument("--groups", type=int, metavar="N", help="groups of channels (default: 1)")
+    parser.add_argument("--dilation", type=_whole_number, metavar="N", help="distance between taps (default: 1)")
+    parser.add_argument("--groups", type=_whole_number, metavar="N", help="groups of channels (default: 1)")
     parser.add_argument(
         "--precision", choices=PRECISIONS, metavar="P", help=f"of float32 data: {_one_of(PRECISIONS, 'float32')}"
     )
@@ -265,9 +342,9 @@ def _add_settings(parser: Any, ops: tuple[str, ...]) -> None:
     )
     if "conv_transpose1d" in ops:
         parser.add_argument(
-            "--output-padding", type=int, metavar="N", help=f"{note}more output on the right (default: 0)"
+            "--output-padding", type=_whole_number, metavar="N", help=f"{note}more output on the right (default: 0)"
         )
-        parser.add_argument("--output-size", type=int, metavar="N", help=f"{note}the wanted L_out, instead")
+        parser.add_argument("--output-size", type=_whole_number, metavar="N", help=f"{note}the wanted L_out, instead")
 
 
 def _add_device(parser: Any) -> None:
@@ -290,7 +367,7 @@ def _shape(text: str) -> tuple[int, ...]:
     except ValueError:
         extents = (-1,)
     if min(extents) < 0:
-        raise argparse.ArgumentTypeError(f"expected extents such as 8,512,3000, got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be extents such as 8,512,3000, got {text!r}")
     return extents
 
 
@@ -307,18 +384,22 @@ def _some_of(choices: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
         names = tuple(text.split(","))
         for name in names:
             if name not in choices:
-                raise argparse.ArgumentTypeError(f"expected some of {', '.join(choices)}, got {name!r}")
+                raise argparse.ArgumentTypeError(f"must be some of {', '.join(choices)}, got {name!r}")
         return names
 
     return parse
 
 
+def _whole_number(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}") from None
+
+
 def _at_least(minimum: int) -> Callable[[str], int]:
     def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}") from None
+        value = _whole_number(text)
         if value < minimum:
             raise argparse.ArgumentTypeError(f"must be at least {minimum}, got {value}")
         return value
@@ -358,7 +439,7 @@ def _cuda_version(number: int) -> str:
 
 
 def _kernel_cache() -> str:
-    return os.environ.get("CUPY_CACHE_DIR") or str(Path.home() / ".cupy" / "kernel_cache")
+    return os.environ.get("CUPY_CACHE_DIR") or os.path.expanduser("~/.cupy/kernel_cache")
 
 
 # -- info ------------------------------------------------------------------------------------------------------------
@@ -369,18 +450,19 @@ def _info(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(facts, indent=2))
         return 0
-    rows = [(name, value or "not there") for name, value in facts["versions"].items()]
+    rows = [(name, value or "not available") for name, value in facts["versions"].items()]
+    width = _width()
     for gpu in facts["devices"]:
         text = f"{gpu['name']} (sm_{gpu['arch']}), {gpu['num_sms']} multiprocessors, {gpu['l2_bytes'] >> 20} MiB L2"
         rows.append((f"GPU {gpu['index']}", text))
     rows.append(("kernel cache", facts["kernel_cache"]))
-    width = max(len(name) for name, _ in rows)
-    for name, text in rows:
-        print(f"{name:<{width}}  {text}")
+    lines = wrap_rows(rows, width)
     if facts["missing"]:
-        print("\nMissing:")
+        lines += ["", "Missing:"]
         for gap in facts["missing"]:
-            print(f"- {gap['what']}\n  {gap['meaning']}")
+            lines += wrap(shorten(gap["what"]), width, first="- ", rest="  ")
+            lines += wrap(gap["meaning"], width, first="  ", rest="  ")
+    print("\n".join(lines))
     return 0
 
 
@@ -422,15 +504,26 @@ def _facts() -> dict[str, Any]:
         ("rich", "cli", "Progress is a plain counter instead of a bar."),
     ):
         if versions[module] is None:
-            missing.append({"what": f"{module}: pip install 'gpuconv[{extra}]'", "meaning": meaning})
+            missing.append({"what": f"{module}: {_trouble(module) or install_hint(extra)}", "meaning": meaning})
     return {"versions": versions, "devices": devices, "kernel_cache": _kernel_cache(), "missing": missing}
+
+
+def _trouble(module: str) -> str | None:
+    """Why an optional package cannot be imported though it is there, or None."""
+    try:
+        importlib.import_module(module)
+    except ModuleNotFoundError:
+        return None
+    except Exception as error:  # broken installations fail in many ways, and a report on what is there survives them
+        return f"cannot be loaded: {type(error).__name__}: {error}"
+    return None
 
 
 def _version(module: str) -> str | None:
     """The version of an optional package, or None where it cannot be imported."""
     try:
-        imported = importlib.import_module(module)
-    except Exception:  # broken installations fail in many ways, and a report on what is there must survive them
+        imported = runtime.cupy_module() if module == "cupy" else importlib.import_module(module)
+    except Exception:  # as above
         return None
     version = getattr(imported, "__version__", None)
     return str(version or importlib.metadata.version(module))
@@ -477,8 +570,8 @@ def _list_cases(filter: str | None) -> int:
         ("tags", [tag for case in selected for tag in case.tags]),
     ):
         print(f"{title}:")
-        for name, count in Counter(names).items():
-            print(f"  {name:<{width}}  {count} {'case' if count == 1 else 'cases'}")
+        for name, number in Counter(names).items():
+            print(f"  {name:<{width}}  {count(number, 'case')}")
     print("cases:")
     for case in selected:
         print(f"  {case.name:<{width}}  {', '.join(case.tags)}")
@@ -497,7 +590,7 @@ def _explain(args: argparse.Namespace) -> int:
         explanation = explain(args.op, *specs, direction=args.direction, device=device, **_given_settings(args))
     except (ValueError, TypeError) as error:
         raise CommandError(str(error)) from error
-    print(json.dumps(explanation.to_dict(), indent=2) if args.json else explanation)
+    print(json.dumps(explanation.to_dict(), indent=2) if args.json else explanation.page(_width()))
     return 0
 
 
@@ -515,9 +608,11 @@ def _specs(args: argparse.Namespace, dtype: str) -> tuple[ArraySpec, ArraySpec, 
 
 def _convolve(args: argparse.Namespace) -> int:
     sources = {"input": args.input, "weight": args.weight, **({"bias": args.bias} if args.bias else {})}
+    if list(sources.values()).count(files.STANDARD) > 1:
+        raise CommandError("standard input, -, can be only one of IN, WEIGHT and --bias")
     files.check_output(args.output, sources, force=args.force)
     on_gpu = _use_gpu(args.device)
-    x, rate = files.read(args.input, args.dtype)
+    x, rate, notes = files.read(args.input, args.dtype, allow_truncated=args.allow_truncated)
     weight = files.read(args.weight, args.dtype, suffixes=(".npy",)).array
     bias = files.read(args.bias, args.dtype, suffixes=(".npy",)).array if args.bias else None
     settings = _given_settings(args)
@@ -529,12 +624,18 @@ def _convolve(args: argparse.Namespace) -> int:
         dtypes = {array.dtype for array in (x, weight, bias) if array is not None}
         hint = "; give --dtype to convert" if isinstance(error, TypeError) and len(dtypes) > 1 else ""
         raise CommandError(f"{error}{hint}") from error
-    is_wav = args.output.lower().endswith(".wav")
+    to_stdout = args.output == files.STANDARD
+    is_wav = args.output.lower().endswith(".wav") or (to_stdout and (rate or args.rate) is not None)
     if is_wav:
-        rate = args.rate or rate
+        rate, note = (args.rate, None) if args.rate else _rate_behind(problem, rate)
+        notes += () if note is None else (f"{args.output}: {note}",)
         files.check_wav(args.output, problem.output_shape, problem.dtype, rate)
     elif args.rate:
         raise CommandError(f"{args.output}: --rate is for a .wav output; a .npy file holds no sample rate")
+    else:
+        rate = None
+    for note in notes:
+        _tell("warning", note)
 
     function: Callable[..., Any] = functional.conv1d if args.op == "conv1d" else functional.conv_transpose1d
     if on_gpu:
@@ -553,8 +654,20 @@ def _convolve(args: argparse.Namespace) -> int:
         where = "on the CPU"
     files.write(args.output, output, rate, force=args.force)
     form = f"{tuple(output.shape)} {problem.dtype}" + (f", {rate} Hz" if is_wav else "")
-    print(f"{args.output}: {form}, computed {where}")
+    if not to_stdout:
+        print(f"{args.output}: {form}, computed {where}")
     return 0
+
+
+def _rate_behind(problem: ConvProblem, rate: int | None) -> tuple[int | None, str | None]:
+    """The sample rate of the output for that of the input, and a warning where it is not whole."""
+    if rate is None or problem.transposed:
+        return (None if rate is None else rate * problem.stride), None
+    nearest = max(1, round(rate / problem.stride))
+    if nearest * problem.stride == rate:
+        return nearest, None
+    exact = f"{rate} Hz over the stride {problem.stride} is no whole number"
+    return nearest, f"{exact}: written as {nearest} Hz; --rate gives another"
 
 
 # -- warmup ----------------------------------------------------------------------------------------------------------
@@ -594,7 +707,8 @@ def _warmup(args: argparse.Namespace) -> int:
             runtime.build(config).compile()
         progress(len(configs), len(configs), "")
     seconds = time.perf_counter() - start
-    print(f"{len(configs)} kernels for {device.name} ({device.arch_name}) ready in {seconds:.1f} s: {_kernel_cache()}")
+    ready = f"{count(len(configs), 'kernel')} for {device.name} ({device.arch_name}) ready in {seconds:.1f} s"
+    print(f"{ready}: {_kernel_cache()}")
     return 0
 
 
@@ -628,14 +742,14 @@ def _progress(title: str) -> Iterator[Callable[[int, int, str], None]]:
     except ImportError:
         width = 0
 
-        def count(done: int, total: int, label: str) -> None:
+        def show(done: int, total: int, label: str) -> None:
             nonlocal width
             line = f"{title} {done}/{total} {label}"[: shutil.get_terminal_size().columns - 1]
             print(f"\r{line:<{width}}", end="", file=sys.stderr, flush=True)
             width = len(line)
 
         try:
-            yield count
+            yield show
         finally:
             print(f"\r{'':<{width}}\r", end="", file=sys.stderr, flush=True)
         return

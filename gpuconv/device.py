@@ -34,6 +34,13 @@ class Device:
         """Threads that a multiprocessor holds at most (the guide's table, as below)."""
         return {75: 1024, 86: 1536, 87: 1536, 89: 1536, 120: 1536, 121: 1536}.get(self.arch, 2048)
 
+    @property
+    def clock_ghz(self) -> float:
+        """Boost clock in cycles per nanosecond: that of the product below (NVIDIA's data sheets), else a guess."""
+        return {
+            75: 1.590, 80: 1.410, 86: 1.695, 89: 2.520, 90: 1.980, 100: 1.850, 120: 2.407,
+        }.get(self.arch, 1.8)  # fmt: skip
+
     @classmethod
     def from_arch(cls, arch: str) -> Device:
         """A typical GPU of an architecture, for planning without that GPU.

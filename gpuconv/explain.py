@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, overload
 
@@ -25,6 +25,7 @@ from .problem import (
     check_int,
     check_padding_mode,
 )
+from .text import WIDTH, count, wrap, wrap_rows
 
 Direction: TypeAlias = Literal["forward", "grad_input", "grad_weight", "grad_bias"]
 DIRECTIONS: tuple[Direction, ...] = ("forward", "grad_input", "grad_weight", "grad_bias")
@@ -35,6 +36,10 @@ SETTINGS: Mapping[Op, tuple[str, ...]] = {
         "stride", "padding", "output_padding", "groups", "dilation", "output_size", "precision", "algorithm",
     ),
 }  # fmt: skip
+
+
+MAX_FIGURES = 8  # configurations that a page shows of those that a cost model compared
+_BAR = 12  # columns
 
 
 class _Costs:
@@ -65,13 +70,19 @@ class _Costs:
         shapes = self._shapes()
         return sum(math.prod(shapes[name]) for name in self.copies) * self.problem.itemsize
 
+    def page(self, width: int = WIDTH) -> str:
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        return self.page()
+
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         raise NotImplementedError
 
 
 @dataclass(frozen=True, slots=True)
 class Explanation(_Costs):
-    """What one call does and what it costs. `str` gives a short page, `to_dict` the same for JSON.
+    """What one call does and what it costs. `str` and `page` give a short page, `to_dict` the same for JSON.
 
     Attributes:
         problem: the call with every setting resolved: extents, both paddings, L_out.
@@ -89,20 +100,21 @@ class Explanation(_Costs):
     copies: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """The same facts as plain values that `json.dumps` takes."""
+        """The same facts as plain values that `json.dumps` takes. Times of the cost model are predicted."""
         choice = self.choice
         result = _common_dict(self, self._shapes())
         if choice is not None:
             second = choice.second_pass
             result["kernel"] = {
-                **_choice_dict(choice),
+                **_choice_dict(self, choice),
                 "pack_bytes": 0 if choice.pack is None else choice.pack.num_bytes,
                 "partial_bytes": 0 if second is None else second.num_bytes,
                 "second_pass": None if second is None else _launch_dict(second.config, second.launch),
             }
         return result
 
-    def __str__(self) -> str:
+    def page(self, width: int = WIDTH) -> str:
+        """The facts as text, in lines of at most `width` columns."""
         p = self.problem
         rows = [
             (name, f"{shape} {p.dtype}" if name == "input" else str(shape)) for name, shape in self._shapes().items()
@@ -111,7 +123,7 @@ class Explanation(_Costs):
         settings += f", output_padding {p.output_padding}" if p.output_padding else ""
         settings += f", precision {p.precision}" if p.precision != "float32" else ""
         rows.append(("settings", settings))
-        return _page(p.op, self, rows, self._kernel_rows())
+        return _page(p.op, self, rows, self._kernel_rows(), width)
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         p = self.problem
@@ -121,22 +133,21 @@ class Explanation(_Costs):
     def _kernel_rows(self) -> list[tuple[str, str]]:
         if self.choice is None:
             return [("kernel", "none: the output is empty, so nothing is launched")]
-        rows = _choice_rows(self.choice)
+        rows = _choice_rows(self, self.choice)
         if self.choice.pack:
             size = _quantity(self.choice.pack.num_bytes, "B")
             rows.append(("packing", f"weights are packed first into a buffer of {size}"))
         if self.choice.second_pass:
             size = _quantity(self.choice.second_pass.num_bytes, "B")
             segments = dict(self.choice.launch.params)["segments"]
-            rows.append(
-                ("second launch", f"adds the sums of {segments} segments of the channels from a buffer of {size}")
-            )
+            sums = f"the sums of {count(segments, 'segment')} of the channels"
+            rows.append(("second launch", f"adds {sums} from a buffer of {size}"))
         return rows
 
 
 @dataclass(frozen=True, slots=True)
 class GradientExplanation(_Costs):
-    """What one call for the gradient of weights or of a bias does. `str` and `to_dict` as in `Explanation`.
+    """What one call for the gradient of weights or of a bias does. `str`, `page` and `to_dict` as in `Explanation`.
 
     Attributes:
         problem: the call with every setting resolved.
@@ -164,21 +175,22 @@ class GradientExplanation(_Costs):
         if self.choice is not None:
             total = self.choice.sum
             result["kernel"] = {
-                **_choice_dict(self.choice),
+                **_choice_dict(self, self.choice),
                 "slices": dataclasses.asdict(self.choice.slices),
                 "partial_bytes": self.partial_bytes,
                 "sum": None if total is None else _launch_dict(*total),
             }
         return result
 
-    def __str__(self) -> str:
+    def page(self, width: int = WIDTH) -> str:
+        """The facts as text, in lines of at most `width` columns."""
         p = self.problem
         rows = [(name, f"{shape} {p.dtype}") for name, shape in self._shapes().items()]
         if isinstance(p, BiasGradientProblem):
-            return _page("gradient of the bias", self, rows, self._kernel_rows())
+            return _page("gradient of the bias", self, rows, self._kernel_rows(), width)
         padding = f"{p.padding_left} on the left"
         rows.append(("settings", f"stride {p.stride}, padding {padding}, dilation {p.dilation}, groups {p.groups}"))
-        return _page(f"gradient of {p.op}'s weight", self, rows, self._kernel_rows())
+        return _page(f"gradient of {p.op}'s weight", self, rows, self._kernel_rows(), width)
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         p = self.problem
@@ -190,15 +202,15 @@ class GradientExplanation(_Costs):
     def _kernel_rows(self) -> list[tuple[str, str]]:
         if self.choice is None:
             return [("kernel", "none: an array is empty, so the gradient is zero")]
-        cut, rows = self.choice.slices, _choice_rows(self.choice)
+        cut, rows = self.choice.slices, _choice_rows(self, self.choice)
         if self.choice.sum is None:
             return [*rows, ("slices", "1: all samples in one sum")]
-        part = f"{cut.positions} positions" if cut.pieces > 1 else f"{cut.samples} whole samples"
+        part = count(cut.positions, "position") if cut.pieces > 1 else count(cut.samples, "whole sample")
         size = _quantity(self.partial_bytes, "B")
         rows.append(("slices", f"{cut.count} of {part}, whose sums take a buffer of {size}"))
         launch = self.choice.sum[1]
         ways = dict(launch.params)["ways"]
-        rows.append(("sum", f"sum_slices adds them in {ways} way{'s' * (ways > 1)}: {_launch_words(launch)}"))
+        rows.append(("sum", f"sum_slices adds them in {count(ways, 'way')}: {_launch_words(launch)}"))
         return rows
 
 
@@ -227,12 +239,17 @@ def _launch_dict(config: Config, launch: Launch) -> dict[str, Any]:
     }
 
 
-def _choice_dict(choice: dispatch.Choice | dispatch.GradientChoice) -> dict[str, Any]:
+def _choice_dict(
+    explanation: Explanation | GradientExplanation, choice: dispatch.Choice | dispatch.GradientChoice
+) -> dict[str, Any]:
     return {
         "family": choice.family,
         **_launch_dict(choice.config, choice.launch),
         "refusals": [{"family": family, "reason": reason} for family, reason in choice.refusals],
-        "figures": [{"configuration": name, "cycles": cycles} for name, cycles in choice.figures],
+        "figures": [
+            {"configuration": name, "cycles": cycles, "microseconds": _microseconds(explanation, cycles)}
+            for name, cycles in choice.figures
+        ],
     }
 
 
@@ -241,6 +258,7 @@ def _page(
     explanation: Explanation | GradientExplanation,
     rows: list[tuple[str, str]],
     kernel_rows: list[tuple[str, str]],
+    width: int,
 ) -> str:
     e = explanation
     if e.device is None:
@@ -255,24 +273,45 @@ def _page(
     rows.append(("work", f"{work}, {e.intensity:.3g} FLOP/B"))
     copies = f"{', '.join(e.copies)} ({_quantity(e.copy_bytes, 'B')})" if e.copies else "none"
     rows.append(("copies", copies))
-    width = max(len(name) for name, _ in rows)
-    return "\n".join([f"{title} on {where}", *(f"  {name:<{width}}  {text}" for name, text in rows)])
+    return "\n".join([*wrap(f"{title} on {where}", width), *wrap_rows(rows, width, indent="  ")])
 
 
-def _choice_rows(choice: dispatch.Choice | dispatch.GradientChoice) -> list[tuple[str, str]]:
+def _choice_rows(
+    explanation: Explanation | GradientExplanation, choice: dispatch.Choice | dispatch.GradientChoice
+) -> list[tuple[str, str]]:
     macros = ", ".join(f"{name}={value}" for name, value in choice.config.macros)
-    figures = ", ".join(f"{name} {cycles:.3g}" for name, cycles in choice.figures)
     return [
         *(("refused", f"{family}: {reason}") for family, reason in choice.refusals),
         ("kernel", f"{choice.family} with {macros}"),
         ("launch", _launch_words(choice.launch)),
-        *([("model", f"predicted cycles: {figures}")] if figures else []),
+        *([("model", _figures_text(explanation, choice.figures))] if choice.figures else []),
     ]
+
+
+def _figures_text(explanation: Explanation | GradientExplanation, figures: Sequence[tuple[str, float]]) -> str:
+    """The configurations that the cost model compared, each with its predicted time and a bar that grows with it."""
+    assert explanation.device is not None
+    longest = max(cycles for _, cycles in figures[:MAX_FIGURES])
+    lines = [f"predicted, not measured, at {explanation.device.clock_ghz:.3g} GHz:"]
+    for name, cycles in figures[:MAX_FIGURES]:
+        us = _microseconds(explanation, cycles)
+        bar = "#" * max(1, round(_BAR * cycles / longest))
+        # A tab ends what a long name is indented by.
+        lines.append(f"{f'{us:.0f}' if us >= 100 else f'{us:.3g}':>7} us  {bar:<{_BAR}}  \t{name}")
+    if len(figures) > MAX_FIGURES:
+        lines.append(f"and {count(len(figures) - MAX_FIGURES, 'slower one')}")
+    lines[1] += " (chosen)"
+    return "\n".join(lines)
+
+
+def _microseconds(explanation: Explanation | GradientExplanation, cycles: float) -> float:
+    assert explanation.device is not None
+    return cycles / (1e3 * explanation.device.clock_ghz)
 
 
 def _launch_words(launch: Launch) -> str:
     return (
-        f"{launch.grid} {'block' if launch.grid == 1 else 'blocks'} of {launch.block} threads, "
+        f"{count(launch.grid, 'block')} of {count(launch.block, 'thread')}, "
         f"{launch.shared_bytes} B of shared memory, {launch.index_bits}-bit offsets"
     )
 

@@ -1,4 +1,4 @@
-"""Arrays from and to files: `.npy`, and `.wav` through the soundfile package. Writing is atomic.
+"""Arrays from and to files and pipes: `.npy`, and `.wav`, which soundfile decodes. Writing a file is atomic.
 
 Every refusal is a `FileError`, whose text is one line for the user that names the file.
 """
@@ -10,6 +10,7 @@ import math
 import os
 import secrets
 import stat
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,14 +20,23 @@ from typing import IO, Any, BinaryIO, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from . import wav
 from .problem import DTYPES, dtype_name, numpy_dtype
+from .text import install_hint
 
 Array: TypeAlias = npt.NDArray[Any]
 StrPath: TypeAlias = str | os.PathLike[str]
 
 SUFFIXES = (".npy", ".wav")
+STANDARD = "-"  # the name of standard input and of standard output
 _NPY_MAGIC = b"\x93NUMPY"
 _MAX_WAV_BYTES = 2**32 - 4096  # the sizes inside a WAV file are unsigned 32-bit numbers; the rest is for its header
+_MAX_AXES = 32  # that every NumPy has
+_BLOCK = 2**18  # values that are converted at a time
+_SAMPLE_BYTES = {  # of the encodings that give every sample the same number of bytes, by libsndfile's names
+    "PCM_S8": 1, "PCM_U8": 1, "PCM_16": 2, "PCM_24": 3, "PCM_32": 4, "FLOAT": 4, "DOUBLE": 8, "ULAW": 1, "ALAW": 1,
+}  # fmt: skip
+_MAX_SAMPLES_PER_BYTE = 64  # of any other encoding
 
 
 class FileError(Exception):
@@ -34,28 +44,39 @@ class FileError(Exception):
 
 
 class Signal(NamedTuple):
-    """What a file holds: an array, and the sample rate in Hz where the file knows it (.wav)."""
+    """What a file holds: an array, the sample rate in Hz where the file knows it (.wav), and warnings for the user."""
 
     array: Array
     rate: int | None
+    notes: tuple[str, ...] = ()
 
 
-def read(path: StrPath, dtype: str | None = None, *, suffixes: tuple[str, ...] = SUFFIXES) -> Signal:
-    """Read a `.npy` or `.wav` file.
+def read(
+    path: StrPath, dtype: str | None = None, *, suffixes: tuple[str, ...] = SUFFIXES, allow_truncated: bool = False
+) -> Signal:
+    """Read a `.npy` or `.wav` file, or either from standard input.
+
+    A file named `.wav` may be a WAV, RF64, W64 or AIFF file of any encoding that libsndfile decodes.
 
     Args:
-        path: the file. A WAV file gives an array (channels, samples), float32, integer samples scaled to [-1, 1).
+        path: the file; "-" for standard input, whose first bytes tell the format. A WAV file gives an array (channels,
+            samples), float32, integer samples scaled to [-1, 1).
         dtype: one of `gpuconv.problem.DTYPES` to convert to; None keeps the file's own (float32 for WAV), which must
             be one of them. bfloat16 is read from the 2-byte raw values as which NumPy writes it.
         suffixes: the formats to accept.
+        allow_truncated: read what is there of a WAV file that is shorter than its header says, or contradicts it.
 
     Returns:
-        The array in native byte order, and the sample rate of a WAV file.
+        The array in native byte order; the sample rate of a WAV file; what was odd about the file.
 
     Raises:
         FileError: the file is missing, unreadable, empty, damaged, of another format or dtype; or a package that is
             needed to read it is not installed.
     """
+    if path == STANDARD:
+        data = _standard_input()
+        suffix = ".wav" if data.startswith(wav.MAGICS) and ".wav" in suffixes else ".npy"
+        return _read("standard input", io.BytesIO(data), len(data), suffix, dtype, allow_truncated)
     suffix = _suffix(path, suffixes)
     try:
         status = os.stat(path)
@@ -63,17 +84,31 @@ def read(path: StrPath, dtype: str | None = None, *, suffixes: tuple[str, ...] =
             raise FileError(f"{path}: is a directory")
         if not stat.S_ISREG(status.st_mode):
             raise FileError(f"{path}: is not a regular file")
-        if status.st_size == 0:
-            raise FileError(f"{path}: is empty")
         with open(path, "rb") as file:
-            if suffix == ".npy":
-                return Signal(_convert(path, _read_npy(path, file, status.st_size), dtype), None)
-            array, rate = _read_wav(path, file, status.st_size, wide=dtype in ("float64", "complex128"))
-            return Signal(_convert(path, array, dtype), rate)
+            return _read(path, file, status.st_size, suffix, dtype, allow_truncated)
     except FileNotFoundError:
         raise FileError(f"{path}: does not exist") from None
     except OSError as error:
         raise FileError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def _standard_input() -> bytes:
+    if sys.stdin is None or sys.stdin.closed:
+        raise FileError("standard input: is closed")
+    if sys.stdin.isatty():
+        raise FileError("standard input: is a terminal, expected a file or a pipe")
+    try:
+        return sys.stdin.buffer.read()
+    except OSError as error:
+        raise FileError(f"standard input: cannot be read: {error.strerror or error}") from error
+
+
+def _read(path: StrPath, file: BinaryIO, size: int, suffix: str, dtype: str | None, allow_truncated: bool) -> Signal:
+    if size == 0:
+        raise FileError(f"{path}: is empty")
+    if suffix == ".npy":
+        return Signal(_convert(path, _read_npy(path, file, size), dtype), None)
+    return _read_wav(path, file, size, dtype, allow_truncated)
 
 
 def check_output(
@@ -82,7 +117,7 @@ def check_output(
     """Refuse an output path before any work is done for it.
 
     Args:
-        path: where the output will be written.
+        path: where the output will be written; "-" for standard output, where `suffixes` are given.
         sources: the input files by their names for the user; one of them may be replaced only by force.
         force: whether an existing file may be replaced.
         suffixes: the formats to accept; None for any name.
@@ -90,6 +125,10 @@ def check_output(
     Raises:
         FileError: an unknown extension, a missing or unwritable folder, not a regular file, or a file that exists.
     """
+    if path == STANDARD and suffixes is not None:
+        if sys.stdout.isatty():
+            raise FileError("standard output: is a terminal, expected a file or a pipe")
+        return
     if suffixes is not None:
         _suffix(path, suffixes)
     target = Path(os.path.realpath(path))  # through links, as every writer does
@@ -113,10 +152,13 @@ def check_output(
 
 
 def write(path: StrPath, array: Array, rate: int | None = None, *, force: bool = False) -> None:
-    """Write an array to a `.npy` or `.wav` file: the whole file or nothing, with the permissions of any new file.
+    """Write an array to a `.npy` or `.wav` file, or either to standard output.
+
+    A file is written as a whole or not at all. It has the permissions of the file that it replaces, else those of any
+    new file. Beside the array it takes 1 MiB.
 
     Args:
-        path: the file.
+        path: the file; "-" for standard output, as a WAV file where `rate` is given.
         array: for `.npy` any; for `.wav` (channels, samples) or (1, channels, samples), real. WAV files hold 32-bit
             floats, so that nothing is clipped.
         rate: samples per second, for `.wav`.
@@ -124,15 +166,38 @@ def write(path: StrPath, array: Array, rate: int | None = None, *, force: bool =
 
     Raises:
         FileError: see `check_output`; an array or a rate that a WAV file cannot hold; a full disk.
+        BrokenPipeError: nobody reads standard output any more.
     """
-    suffix = _suffix(path, SUFFIXES)
+    is_standard = path == STANDARD
+    suffix = (".npy" if rate is None else ".wav") if is_standard else _suffix(path, SUFFIXES)
     if suffix == ".wav":
         check_wav(path, array.shape, str(array.dtype), rate)
+    if is_standard:
+        try:
+            sys.stdout.flush()
+            _write(_Sink(sys.stdout.buffer), suffix, array, rate)
+            sys.stdout.buffer.flush()
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise FileError(f"standard output: cannot be written: {error.strerror or error}") from error
+        return
     with _new_file(path, force=force) as file:
-        if suffix == ".npy":
-            np.lib.format.write_array(file, np.asarray(array), allow_pickle=False)
-        else:
-            file.write(_encode_wav(path, array.reshape(array.shape[-2:]), rate))
+        _write(file, suffix, array, rate)
+
+
+def _write(file: Any, suffix: str, array: Array, rate: int | None) -> None:
+    if suffix == ".npy" or rate is None:
+        np.lib.format.write_array(file, np.asarray(array), allow_pickle=False)
+    else:
+        wav.write_floats(file, array.reshape(array.shape[-2:]), rate, _BLOCK)
+
+
+class _Sink:
+    """Only the `write` of a stream: NumPy would ask a pipe that looks like a file for its position."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self.write = stream.write
 
 
 def write_text(path: StrPath, text: str) -> None:
@@ -164,7 +229,6 @@ def check_wav(path: StrPath, shape: tuple[int, ...], dtype: str, rate: int | Non
         raise FileError(f"{path}: a .wav file holds 1 to 1024 channels, the output has {channels}; write a .npy file")
     if 4 * channels * samples > _MAX_WAV_BYTES:
         raise FileError(f"{path}: a .wav file ends at 4 GiB, the output is larger: {shape}; write a .npy file")
-    _soundfile(path)
 
 
 def _suffix(path: StrPath, suffixes: tuple[str, ...]) -> str:
@@ -178,10 +242,11 @@ def _read_npy(path: StrPath, file: BinaryIO, size: int) -> Array:
     if file.read(len(_NPY_MAGIC)) != _NPY_MAGIC:
         raise FileError(f"{path}: is not a .npy file")
     file.seek(0)
-    # Version 3.0 exists for the names of structured dtypes alone.
+    # Version 3.0 differs from 2.0 only in the encoding of the names in structured dtypes, which are refused below.
     read_header = {
         (1, 0): np.lib.format.read_array_header_1_0,
         (2, 0): np.lib.format.read_array_header_2_0,
+        (3, 0): np.lib.format.read_array_header_2_0,
     }
     try:
         version = np.lib.format.read_magic(file)
@@ -194,48 +259,67 @@ def _read_npy(path: StrPath, file: BinaryIO, size: int) -> Array:
     shape, _, dtype = header
     if dtype.hasobject:
         raise FileError(f"{path}: holds pickled Python objects, which are never loaded")
-    if any(extent < 0 for extent in shape):
+    if dtype.subdtype is not None:
+        raise FileError(f"{path}: has dtype {dtype}, expected one of {', '.join(DTYPES)}")
+    if any(extent < 0 or isinstance(extent, bool) for extent in shape) or len(shape) > _MAX_AXES:
         raise FileError(f"{path}: is damaged: its header declares the shape {shape}")
     expected, found = math.prod(shape) * dtype.itemsize, size - file.tell()
     if found < expected:
         raise FileError(f"{path}: is truncated: {expected} bytes of data expected for shape {shape}, {found} found")
     file.seek(0)
-    return np.asarray(np.lib.format.read_array(file, allow_pickle=False))
-
-
-def _read_wav(path: StrPath, file: BinaryIO, size: int, *, wide: bool) -> tuple[Array, int]:
-    soundfile = _soundfile(path)
-    header = file.read(12)
-    if header[:4] == b"RIFF":  # libsndfile gives what is left of a cut file without a word
-        declared = int.from_bytes(header[4:8], "little") + 8
-        if size < declared < 2**32 + 7:  # programs that write to a pipe leave 2**32 - 1 in place of the length
-            raise FileError(f"{path}: is truncated: its header declares {declared} bytes, {size} found")
-    file.seek(0)
     try:
-        samples, rate = soundfile.read(file, dtype="float64" if wide else "float32", always_2d=True)
-    except soundfile.LibsndfileError as error:
-        raise FileError(f"{path}: is not a .wav file that libsndfile can read: {error.error_string}") from error
-    return np.ascontiguousarray(samples.T), int(rate)
+        return np.asarray(np.lib.format.read_array(file, allow_pickle=False))
+    except (ValueError, OverflowError) as error:  # more elements of no bytes than NumPy counts
+        raise FileError(f"{path}: is damaged: its header declares the shape {shape}") from error
 
 
-def _encode_wav(path: StrPath, array: Array, rate: int | None) -> memoryview:
-    """The bytes of a WAV file, made in memory: errors of libsndfile's own file access would go unreported."""
+def _read_wav(path: StrPath, file: BinaryIO, size: int, dtype: str | None, allow_truncated: bool) -> Signal:
     soundfile = _soundfile(path)
-    buffer = io.BytesIO()
-    with np.errstate(over="ignore"):  # float64 beyond the range of float32 becomes infinity
-        samples = array.T.astype(np.float32)
+    layout = wav.read_layout(file, size)
     try:
-        soundfile.write(buffer, samples, rate, format="WAV", subtype="FLOAT")
-    except soundfile.LibsndfileError as error:
-        raise FileError(f"{path}: libsndfile cannot write it: {error.error_string}") from error
-    return buffer.getbuffer()
+        sound = soundfile.SoundFile(wav.Part(file, 0, size))
+    except (soundfile.LibsndfileError, TypeError) as error:  # TypeError: what looks like samples without a header
+        reason = getattr(error, "error_string", "format not recognised")
+        raise FileError(f"{path}: is not a .wav file that libsndfile can read: {reason}") from error
+    with sound:
+        if layout is None:
+            raise FileError(f"{path}: holds {sound.format}, expected WAV, RF64, W64 or AIFF")
+        width = _SAMPLE_BYTES.get(sound.subtype)
+        found = wav.find_samples(file, layout, width and width * sound.channels)
+        if found.trouble is not None and not allow_truncated:
+            raise FileError(f"{path}: {found.trouble}; --allow-truncated reads what is there")
+        frames = sound.frames if width is None else found.num_bytes // (width * sound.channels)
+        if width is None and frames * sound.channels > _MAX_SAMPLES_PER_BYTE * found.num_bytes:
+            raise FileError(f"{path}: is damaged: {found.num_bytes} bytes cannot hold the {frames} samples it declares")
+        source = sound
+        if frames != sound.frames:  # libsndfile believes a wrong length
+            part = wav.Part(file, found.offset, frames * width * sound.channels)
+            is_big = layout.chunks.order == "big" and sound.endian != "LITTLE"
+            source = soundfile.SoundFile(
+                part, "r", sound.samplerate, sound.channels, sound.subtype, "BIG" if is_big else "LITTLE", "RAW"
+            )
+        target = np.dtype(np.float32) if dtype is None else _target(path, dtype)
+        wide = target in (np.float64, np.complex128)
+        array = np.empty((sound.channels, frames), target)
+        step, done = max(1, _BLOCK // sound.channels), 0
+        with np.errstate(over="ignore"):
+            while done < frames:
+                try:
+                    block = source.read(min(step, frames - done), "float64" if wide else "float32", always_2d=True)
+                except soundfile.LibsndfileError as error:
+                    raise FileError(f"{path}: libsndfile cannot decode it: {error.error_string}") from error
+                if not len(block):
+                    break
+                array[:, done : done + len(block)] = block.T
+                done += len(block)
+        if done < frames and not allow_truncated:
+            raise FileError(f"{path}: is damaged: {done} of {frames} samples could be decoded")
+    notes = [note for note in (found.trouble, found.note) if note is not None]
+    return Signal(array[:, :done], int(sound.samplerate), tuple(f"{path}: {note}" for note in notes))
 
 
 def _convert(path: StrPath, array: Array, dtype: str | None) -> Array:
-    try:
-        target = None if dtype is None else numpy_dtype(dtype)
-    except ModuleNotFoundError as error:
-        raise FileError(f"{path}: {error}") from error
+    target = None if dtype is None else _target(path, dtype)
     if array.dtype.kind == "V" and array.dtype.names is None and array.dtype.itemsize == 2:
         if dtype != "bfloat16" or target is None:
             raise FileError(f"{path}: holds raw 2-byte values; if they are bfloat16, give --dtype bfloat16")
@@ -253,11 +337,20 @@ def _convert(path: StrPath, array: Array, dtype: str | None) -> Array:
         return array.astype(target, copy=False)
 
 
+def _target(path: StrPath, dtype: str) -> np.dtype[Any]:
+    try:
+        return numpy_dtype(dtype)
+    except ModuleNotFoundError as error:
+        raise FileError(f"{path}: {error}") from error
+
+
 def _soundfile(path: StrPath) -> ModuleType:
     try:
         import soundfile
-    except (ImportError, OSError) as error:  # OSError: the package is there, libsndfile is not
-        raise FileError(f"{path}: .wav files need the soundfile package: pip install 'gpuconv[audio]'") from error
+    except ModuleNotFoundError as error:
+        raise FileError(f"{path}: .wav files need the soundfile package: {install_hint('audio')}") from error
+    except (ImportError, OSError) as error:  # the package is there, libsndfile is not
+        raise FileError(f"{path}: .wav files need the soundfile package, which cannot be loaded: {error}") from error
     return soundfile  # type: ignore[no-any-return]
 
 
@@ -270,6 +363,9 @@ def _new_file(path: StrPath, *, force: bool) -> Iterator[IO[bytes]]:
     try:
         # Mode 0666 less the process's umask, as `open` gives; the tempfile module would make the file private.
         with open(os.open(part, flags, 0o666), "w+b") as file:
+            if force:
+                with suppress(FileNotFoundError):
+                    os.chmod(part, stat.S_IMODE(os.stat(target).st_mode))
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from . import runtime
+from .text import install_hint
 
 
 class GpuUnavailableError(RuntimeError):
@@ -15,8 +16,10 @@ def missing_gpu() -> str | None:
     """What keeps this process from a GPU, CuPy, the driver or the device; None where a GPU answers."""
     try:
         count = runtime.device_count()
+    except ModuleNotFoundError:
+        return f"no GPU: CuPy is missing: {install_hint('cuda13', 'cuda12')}"
     except ImportError as error:
-        return f'no GPU: CuPy is missing ({error}); pip install "gpuconv[cuda13]", or "gpuconv[cuda12]" for CUDA 12'
+        return f"no GPU: {error}"
     except RuntimeError as error:
         driver, needed = runtime.cuda_versions()
         if driver == 0:

@@ -27,6 +27,7 @@ from .problem import (
     dtype_name,
     numpy_dtype,
 )
+from .text import install_hint
 
 __all__ = ["Conv1d", "ConvTranspose1d", "IncompatibleKeys"]
 
@@ -455,7 +456,7 @@ def _gpu_index(caller: str, device: str | None) -> int | None:
         count = runtime.device_count()
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f'{caller}: device "{device}" needs the package CuPy: pip install "gpuconv[cuda13]"'
+            f'{caller}: device "{device}" needs the package CuPy: {install_hint("cuda13", "cuda12")}'
         ) from error
     except RuntimeError as error:
         raise RuntimeError(f'{caller}: device "{device}" was asked for, but no GPU answers: {error}') from error

@@ -14,6 +14,8 @@ from typing import Any, Literal, NamedTuple, Protocol, SupportsIndex, TypeAlias,
 
 import numpy as np
 
+from .text import install_hint
+
 Op: TypeAlias = Literal["conv1d", "conv_transpose1d"]
 Setting: TypeAlias = SupportsIndex | Sequence[SupportsIndex]
 Padding: TypeAlias = Setting | str
@@ -685,9 +687,7 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
     try:
         import ml_dtypes
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            'dtype "bfloat16" needs the package ml_dtypes: pip install "gpuconv[bf16]"'
-        ) from error
+        raise ModuleNotFoundError(f'dtype "bfloat16" needs the package ml_dtypes: {install_hint("bf16")}') from error
     bfloat16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
     return bfloat16
 

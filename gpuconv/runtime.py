@@ -25,9 +25,15 @@ def cupy_module() -> ModuleType:
     """CuPy, imported on first use.
 
     Raises:
-        ImportError: CuPy is not installed.
+        ImportError: CuPy is not installed (a ModuleNotFoundError), or cannot be loaded.
     """
-    return sys.modules.get("cupy") or importlib.import_module("cupy")
+    try:
+        return sys.modules.get("cupy") or importlib.import_module("cupy")
+    except Exception as error:  # it also makes its cache folder and loads libraries, which fail in many ways
+        if isinstance(error, ModuleNotFoundError) and error.name == "cupy":
+            raise
+        cause = error.__cause__ or error  # CuPy wraps some in a page of advice
+        raise ImportError(f"CuPy cannot be loaded: {type(cause).__name__}: {cause}") from error
 
 
 def is_cupy_array(array: object) -> bool:

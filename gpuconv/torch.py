@@ -45,6 +45,7 @@ from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
 from . import functional, grad, runtime
 from .problem import PRECISIONS, ArraySpec, ConvProblem, Op, Padding, Setting, Settings, check_precision, numpy_dtype
+from .text import install_hint
 
 Tensor: TypeAlias = torch.Tensor
 T = TypeVar("T")
@@ -506,7 +507,7 @@ def _write(empty: Callable[[], Tensor], function: Callable[..., Any], *arguments
     try:
         cupy = runtime.cupy_module()
     except ImportError as error:
-        raise ImportError(f'CUDA tensors need CuPy: pip install "gpuconv[cuda13]" ({error})') from error
+        raise ImportError(f"CUDA tensors need CuPy: {install_hint('cuda13', 'cuda12')} ({error})") from error
     # The kernels join the work that PyTorch has queued. Its allocator reuses memory in the order of the same stream.
     result = empty()
     with torch.cuda.device(result.device):

@@ -14,7 +14,7 @@ import pytest
 import gpuconv
 from gpuconv import cases, cpu, dispatch, runtime
 from gpuconv.device import ARCHITECTURES, Device
-from gpuconv.explain import SETTINGS, Explanation, GradientExplanation, explain
+from gpuconv.explain import MAX_FIGURES, SETTINGS, Explanation, GradientExplanation, explain
 from gpuconv.families import FAMILIES, Config, Family, Launch, Layout
 from gpuconv.problem import ArraySpec, ConvProblem
 
@@ -62,9 +62,13 @@ def test_the_text() -> None:
     choice = found.choice
     assert choice is not None
     macros = ", ".join(f"{name}={value}" for name, value in choice.config.macros)
-    figures = ", ".join(f"{name} {cycles:.3g}" for name, cycles in choice.figures)
     kilobytes = f"{choice.pack.num_bytes / 1000:.3g}" if choice.pack else ""
-    assert str(found).splitlines() == [
+    lines = found.page(width=500).splitlines()
+    model = next((i for i, line in enumerate(lines) if line.startswith("  model ")), None)
+    if model is not None:
+        shown = min(len(choice.figures), MAX_FIGURES)
+        del lines[model : model + shown + 1 + (len(choice.figures) > shown)]
+    assert lines == [
         "conv_transpose1d on A100 (sm_80)",
         "  input     (16, 50) float32",
         "  weight    (16, 33, 3)",
@@ -74,11 +78,73 @@ def test_the_text() -> None:
         f"  kernel    {choice.family} with {macros}",
         f"  launch    {choice.launch.grid} blocks of {choice.launch.block} threads, "
         f"{choice.launch.shared_bytes} B of shared memory, {choice.launch.index_bits}-bit offsets",
-        *([f"  model     predicted cycles: {figures}"] if figures else []),
         *([f"  packing   weights are packed first into a buffer of {kilobytes} kB"] if choice.pack else []),
         "  work      158 kFLOP, at least 23 kB moved, 6.89 FLOP/B",
         "  copies    none",
     ]
+
+
+PAGES: dict[str, tuple[str, tuple[ArraySpec, ...], str, dict[str, Any]]] = {
+    "mma": ("conv1d", (X, W, B), "sm_90", {"stride": 2}),
+    "stem": ("conv1d", (spec(8, 2, 300_000), spec(100, 2, 3)), "sm_90", {}),
+    "refused": ("conv1d", (spec(1, 300, 16), spec(1000, 300, 3)), "sm_75", {}),
+    "depthwise": ("conv1d", (spec(8, 300, 3000), spec(300, 1, 3)), "sm_80", {"groups": 300}),
+    "transposed": ("conv_transpose1d", (X, spec(512, 256, 4)), "sm_75", {"stride": 2, "output_padding": 1}),
+    "grad_input": ("conv1d", (X, W), "sm_90", {"stride": 2, "direction": "grad_input"}),
+    "grad_weight": ("conv1d", (spec(8, 1, 3000), spec(1, 1, 3)), "sm_90", {"direction": "grad_weight"}),
+    "grad_bias": ("conv1d", (X, W, B), "sm_90", {"direction": "grad_bias"}),
+    "cpu": ("conv1d", (X, W), "cpu", {}),
+    "empty": ("conv1d", (spec(0, 3, 20), spec(4, 3, 3)), "sm_90", {}),
+}
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_fits_its_width_and_loses_no_word(name: str, width: int) -> None:
+    op, arrays, device, settings = PAGES[name]
+    found = explain(op, *arrays, device=device, **settings)  # type: ignore[call-overload]
+    lines = found.page(width).splitlines()
+    assert max(map(len, lines)) <= width
+    assert " ".join(lines).split() == found.page(10**6).split()
+    column = lines[1].index("(")
+    for line in lines[1:]:
+        assert line[:2] == line[column - 2 : column] == "  "
+    assert str(found) == found.page(80)
+
+
+def test_the_model_is_told_in_microseconds() -> None:
+    found = explain("conv1d", X, W, B, stride=2, device="sm_90")
+    assert found.choice is not None
+    lines = str(found).splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("  model "))
+    assert lines[start].endswith("predicted, not measured, at 1.98 GHz:")
+    rows = [line.split() for line in lines[start + 1 : start + 1 + len(found.choice.figures)]]
+    assert rows[0][-1] == "(chosen)"
+    for row, (name, cycles) in zip(rows, found.choice.figures, strict=True):
+        assert float(row[0]) == pytest.approx(cycles / 1980, rel=0.01)
+        assert row[1] == "us"
+        assert row[3] == name
+    bars = [len(row[2]) for row in rows]
+    assert bars == sorted(bars)
+    assert {character for row in rows for character in row[2]} == {"#"}
+    assert bars[0] / bars[-1] == pytest.approx(found.choice.figures[0][1] / found.choice.figures[-1][1], abs=0.1)
+    kernel = found.to_dict()["kernel"]
+    for figure in kernel["figures"]:
+        assert figure["microseconds"] == pytest.approx(figure["cycles"] / 1980)
+
+
+def test_of_many_configurations_the_fastest_are_shown() -> None:
+    op, arrays, device, settings = PAGES["refused"]
+    found = explain(op, *arrays, device=device, **settings)  # type: ignore[call-overload]
+    assert found.choice is not None
+    assert len(found.choice.figures) > MAX_FIGURES + 1
+    assert str(found).count(" us ") == MAX_FIGURES
+    assert f" and {len(found.choice.figures) - MAX_FIGURES} slower ones\n" in str(found)
+
+
+def test_one_thing_is_singular() -> None:
+    op, arrays, device, settings = PAGES["depthwise"]
+    assert " 1 row by " in str(explain(op, *arrays, device=device, **settings))  # type: ignore[call-overload]
 
 
 def test_the_dict_survives_json() -> None:
@@ -231,7 +297,7 @@ def test_numpy_arrays_are_explained_for_the_cpu() -> None:
     assert found.choice is None
     method = cpu.method(found.problem)
     assert found.method == method
-    text = str(found)
+    text = found.page(width=500)
     assert text.startswith("conv1d on the CPU, through NumPy\n")
     assert f"  method     {method.name}: {method.reason}\n" in text
     assert "  workspace  " in text

@@ -22,8 +22,9 @@ PACKAGE = Path(cases.__file__).resolve().parent
 
 # From the ground up: a module imports only from earlier rows, and modules in one row do not import each other.
 LAYERS = (
+    ("text", "wav"),
     ("problem", "device"),
-    ("reference", "cpu", "source"),
+    ("reference", "cpu", "source", "arguments"),
     ("cpu_gradients", "families.base"),
     ("families.tiles", "families.depthwise", "families.sliding", "families.mma", "families.phases", "families.slices"),
     ("families.*",),

@@ -21,6 +21,7 @@ from scipy import stats
 import gpuconv
 from gpuconv import nn, reference
 from gpuconv.problem import DTYPES, ConvProblem, numpy_dtype
+from gpuconv.text import install_hint
 
 from .hostcuda import fake_cupy
 
@@ -456,7 +457,9 @@ except ModuleNotFoundError as error:
         check=True,
         cwd=Path(gpuconv.__file__).parents[1],
     )
-    assert result.stdout == 'dtype "bfloat16" needs the package ml_dtypes: pip install "gpuconv[bf16]"\n'
+    assert result.stdout == (
+        "dtype \"bfloat16\" needs the package ml_dtypes: pip install -e '.[bf16]' in a checkout of gpuconv\n"
+    )
 
 
 def test_a_gpu_without_cupy_says_what_to_install() -> None:
@@ -479,8 +482,8 @@ for make in (lambda: nn.Conv1d(1, 1, 1, device="cuda"), lambda: nn.Conv1d(1, 1, 
         cwd=Path(gpuconv.__file__).parents[1],
     )
     assert result.stdout == (
-        'Conv1d: device "cuda" needs the package CuPy: pip install "gpuconv[cuda13]"\n'
-        'Conv1d.to: device "cuda:1" needs the package CuPy: pip install "gpuconv[cuda13]"\n'
+        f'Conv1d: device "cuda" needs the package CuPy: {install_hint("cuda13", "cuda12")}\n'
+        f'Conv1d.to: device "cuda:1" needs the package CuPy: {install_hint("cuda13", "cuda12")}\n'
     )
 
 

@@ -12,6 +12,7 @@ from functools import lru_cache
 from ..device import Device
 from ..problem import DTYPES, ITEMSIZE, ConvProblem
 from ..source import params_fields
+from ..text import count
 from .base import MAX_GRID, Config, Family, Launch, Layout, index_bits, stride_params
 
 WARP = 32
@@ -114,7 +115,7 @@ class Conv1dNarrow(Family):
 
     def figures(self, problem: ConvProblem, layout: Layout, device: Device) -> tuple[tuple[str, float], ...]:
         return tuple(
-            (f"{_rows(problem)} channels by {plan.thread_l} columns a thread", plan.cycles)
+            (f"{count(_rows(problem), 'channel')} by {count(plan.thread_l, 'column')} a thread", plan.cycles)
             for plan in self._plans(problem, layout, device)
         )
 

@@ -12,6 +12,7 @@ from functools import lru_cache
 from ..device import Device
 from ..problem import DTYPES, ITEMSIZE, ConvProblem
 from ..source import params_fields
+from ..text import count
 from .base import MAX_GRID, Config, Family, Launch, Layout, index_bits, stride_params
 
 WARP = 32
@@ -165,7 +166,11 @@ class Conv1dSkinny(Family):
 
     def figures(self, problem: ConvProblem, layout: Layout, device: Device) -> tuple[tuple[str, float], ...]:
         return tuple(
-            (f"{plan.block_rows} rows by {plan.block_n} columns, {plan.chunk_terms} terms at a time", plan.cycles)
+            (
+                f"{count(plan.block_rows, 'row')} by {count(plan.block_n, 'column')}, "
+                f"{count(plan.chunk_terms, 'term')} at a time",
+                plan.cycles,
+            )
             for plan in self._plans(problem, device)
         )
 

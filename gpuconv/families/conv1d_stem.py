@@ -13,6 +13,7 @@ from functools import lru_cache
 from ..device import Device
 from ..problem import DTYPES, ITEMSIZE, ConvProblem
 from ..source import params_fields
+from ..text import count
 from .base import MAX_GRID, Config, Family, Launch, Layout, index_bits, stride_params
 
 WARP = 32
@@ -215,8 +216,8 @@ class Conv1dStem(Family):
     def figures(self, problem: ConvProblem, layout: Layout, device: Device) -> tuple[tuple[str, float], ...]:
         return tuple(
             (
-                f"{plan.tile.thread_c} channels by {plan.tile.thread_l} columns a thread, "
-                f"{plan.samples} samples a tile",
+                f"{count(plan.tile.thread_c, 'channel')} by {count(plan.tile.thread_l, 'column')} a thread, "
+                f"{count(plan.samples, 'sample')} a tile",
                 plan.slots,
             )
             for plan in self._plans(problem, layout, device)

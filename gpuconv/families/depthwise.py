@@ -11,6 +11,7 @@ from typing import ClassVar, NamedTuple
 
 from ..device import Device
 from ..problem import ITEMSIZE, ConvProblem
+from ..text import count
 from .base import Layout, round_up
 
 WARP = 32
@@ -219,7 +220,8 @@ class Deal:
         }
 
     def figures(self) -> tuple[tuple[str, float], ...]:
-        return ((f"{self.block_rows} rows by {self.row_threads} threads, {self.repeats} times", self.cycles),)
+        shape = f"{count(self.block_rows, 'row')} by {count(self.row_threads, 'thread')}"
+        return ((f"{shape}, {count(self.repeats, 'time')}", self.cycles),)
 
 
 # Figures of the cost model: warp instructions that a multiprocessor issues in a cycle; bytes a cycle to and from

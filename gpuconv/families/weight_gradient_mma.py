@@ -14,6 +14,7 @@ from typing import NamedTuple
 from ..device import Device
 from ..problem import WeightGradientProblem
 from ..reference import MIN_SPLIT_TERMS, SPLIT_TERMS
+from ..text import count
 from .base import MAX_GRID, Config, GradientFamily, GradientLayout, Launch, round_up
 from .mma import (
     ARITHMETICS,
@@ -187,7 +188,7 @@ class WeightGradientMma(GradientFamily[WeightGradientProblem]):
     ) -> tuple[tuple[str, float], ...]:
         bits = self._index_bits(problem, layout)
         tilings = _tilings(problem, _widths(problem, layout, bits), device, bits)
-        return tuple((f"{t.tile.block_m}x{t.tile.block_n} of {t.taps} taps", t.cycles) for t in tilings)
+        return tuple((f"{t.tile.block_m}x{t.tile.block_n} of {count(t.taps, 'tap')}", t.cycles) for t in tilings)
 
     def configs(self, device: Device) -> Iterator[Config]:
         for (dtype, precision), arithmetic in ARITHMETICS.items():

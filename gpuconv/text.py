@@ -1,0 +1,68 @@
+"""How gpuconv writes for people: lines that fit a terminal, plurals, long values, how to install what is missing."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections.abc import Iterable
+
+WIDTH = 80  # columns of a page that goes to no terminal
+_NARROWEST = 16  # columns of text beside an indent, however narrow the terminal is
+_LONGEST_WORD, _LONGEST_MESSAGE = 200, 2000  # characters
+
+
+def wrap(text: str, width: int, *, first: str = "", rest: str = "") -> list[str]:
+    """The lines of one paragraph, broken between words only.
+
+    Args:
+        text: the paragraph; its line breaks count as spaces.
+        width: columns that a line may take, its indent included. A longer word gets a line of its own, unbroken.
+        first: what the first line begins with.
+        rest: what the other lines begin with.
+    """
+    width = max(width, len(rest) + _NARROWEST)
+    lines = textwrap.wrap(
+        text, width, initial_indent=first, subsequent_indent=rest, break_long_words=False, break_on_hyphens=False
+    )
+    return lines or [first.rstrip()]
+
+
+def wrap_rows(rows: Iterable[tuple[str, str]], width: int, *, indent: str = "") -> list[str]:
+    """The lines of rows (name, text) in two columns. A row whose text has several lines keeps them.
+
+    A line that is too long goes on under its beginning, or under what follows a tab in it.
+    """
+    rows = list(rows)
+    column = max(len(name) for name, _ in rows)
+    rest = " " * (len(indent) + column + 2)
+    lines = []
+    for name, text in rows:
+        first = f"{indent}{name:<{column}}  "
+        for line in text.split("\n"):
+            head, _, tail = line.rpartition("\t")
+            lines += wrap(tail, width, first=first + head, rest=rest + " " * len(head))
+            first = rest
+    return lines
+
+
+def count(number: int, noun: str) -> str:
+    """A number of things: 1, "kernel" gives "1 kernel"; 2, "kernel" gives "2 kernels"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def shorten(message: str) -> str:
+    """A message on one line, without the middle of overlong words (a number of 5,000 digits) and of overlong texts."""
+    line = re.sub(rf"\S{{{_LONGEST_WORD + 1},}}", lambda word: _without_middle(word[0], 40), " ".join(message.split()))
+    return _without_middle(line, _LONGEST_MESSAGE // 2 - 50) if len(line) > _LONGEST_MESSAGE else line
+
+
+def _without_middle(text: str, ends: int) -> str:
+    return f"{text[:ends]}...{text[-ends:]} ({len(text)} characters)"
+
+
+def install_hint(*extras: str) -> str:
+    """How to install an extra of gpuconv; of several, any one.
+
+    gpuconv is on no package index, so that only a checkout can be installed from.
+    """
+    return " or ".join(f"pip install -e '.[{extra}]'" for extra in extras) + " in a checkout of gpuconv"
