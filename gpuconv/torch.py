@@ -637,33 +637,31 @@ def _define(
         with torch._C._AutoDispatchBelowAutograd():
             return cast(Tensor, operator.redispatch(rest, *inputs))
 
+    def forward(ctx: Any, keys: Any, *inputs: Any) -> Tensor:
+        keep(ctx, ctx.needs_input_grad[1:], *inputs)
+        if not torch._C._are_functorch_transforms_active():
+            return below_autograd(keys, inputs)
+        # PyTorch turns derivatives off here, those of the levels below as well.
+        with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+            return below_autograd(keys, inputs)
+
+    def gradients(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+        return None, *backward(ctx, ctx.needs_input_grad[1:], g)
+
     # `differentiable` is called once for each level of torch.func, so the function is one of a single level.
-    class Differentiable(torch.autograd.function._SingleLevelFunction):
-        @staticmethod
-        def forward(ctx: Any, keys: Any, *inputs: Any) -> Tensor:
-            keep(ctx, ctx.needs_input_grad[1:], *inputs)
-            if not torch._C._are_functorch_transforms_active():
-                return below_autograd(keys, inputs)
-            # PyTorch turns derivatives off here, those of the levels below as well.
-            with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
-                return below_autograd(keys, inputs)
-
-        @staticmethod
-        def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-            return None, *backward(ctx, ctx.needs_input_grad[1:], g)
-
-    Differentiable.__name__ = Differentiable.__qualname__ = f"gpuconv_{name}"  # what `grad_fn` is called
+    base: Any = torch.autograd.function._SingleLevelFunction
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(gradients)}
+    node: Any = type(base)(f"gpuconv_{name}", (base,), methods)
 
     def differentiable(keys: Any, *inputs: Any) -> Tensor:
         if forward_ad._current_level >= 0 and any(isinstance(t, torch.Tensor) and _has_tangent(t) for t in inputs):
             raise NotImplementedError(f"gpuconv::{name}: {_NO_TANGENTS}")
         if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs)):
             return below_autograd(keys, inputs)
-        apply: Callable[..., Tensor] = Differentiable.apply  # type: ignore[attr-defined]
         if not torch._C._are_functorch_transforms_active():
-            return apply(keys, *inputs)
+            return cast(Tensor, node.apply(keys, *inputs))
         with enable_single_level_autograd_function():
-            return apply(keys, *inputs)
+            return cast(Tensor, node.apply(keys, *inputs))
 
     def call(*inputs: Any) -> Tensor:
         keys = _known_way(inputs)
