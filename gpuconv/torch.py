@@ -231,7 +231,7 @@ class _Redirection(TorchFunctionMode):
 class _Strictness(TorchDispatchMode):
     """While open, notes the convolutions along one axis that PyTorch itself carries out in this thread.
 
-    They are no errors at once: one that goes through TorchScript loses its words there, or ends the process.
+    They are no errors at once: an error that passes through TorchScript loses its message, or ends the process.
     """
 
     def __init__(self) -> None:
@@ -262,7 +262,12 @@ def _caller() -> str:
 
 
 class _Patch(NamedTuple):
-    """An open context: `everywhere` it is one for all threads, else for the modes' own."""
+    """An open context.
+
+    Attributes:
+        redirection: its mode, of the thread that opened it.
+        everywhere: whether the functions are exchanged for the other threads, too.
+    """
 
     redirection: _Redirection
     everywhere: bool
@@ -304,7 +309,7 @@ def _patched(precision: str, strict: bool, everywhere: bool) -> Iterator[None]:
     modes = [redirection] if strictness is None else [redirection, strictness]
     mine = _Patch(redirection, everywhere)
     if torch.compiler.is_dynamo_compiling():
-        # Nothing but this thread runs what is compiled, and it is not the time to exchange anything.
+        # What is compiled runs later. Of all that a context does, the mode alone can be a part of it.
         if strictness is not None:
             raise NotImplementedError("patch: gpuconv cannot be strict within what torch.compile compiles")
         with redirection:
@@ -358,25 +363,31 @@ def _exchange() -> None:
             _ORIGINALS.setdefault(place, vars(holder)[name])
             setattr(holder, name, replacement)
         elif place in _ORIGINALS:
-            setattr(holder, name, _ORIGINALS.pop(place))
+            setattr(holder, name, _ORIGINALS[place])
+            del _ORIGINALS[place]
 
 
-# What `torch.utils.checkpoint` runs again in the backward pass runs in a context like that of the forward pass, but for
-# the thread of the backward pass alone.
+def _original(holder: Any, name: str) -> Any:
+    """What `patch` has exchanged; another thread may have put it back since it was to be called."""
+    return _ORIGINALS.get((holder, name), vars(holder)[name])
+
+
+# What `torch.utils.checkpoint` runs again in the backward pass runs in a context like that of the forward pass. Other
+# threads do not see it, unless the functions are exchanged anyway.
 
 
 def _reentrant(ctx: Any, function: Callable[..., Any], *args: Any) -> Any:
-    original = _ORIGINALS[torch.utils.checkpoint.CheckpointFunction, "forward"].__func__
+    original = _original(torch.utils.checkpoint.CheckpointFunction, "forward").__func__
     return original(ctx, _remembering(function), *args)
 
 
 def _without_reentrant(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    original = _ORIGINALS[torch.utils.checkpoint, "_checkpoint_without_reentrant_generator"]
+    original = _original(torch.utils.checkpoint, "_checkpoint_without_reentrant_generator")
     return original(_remembering(function), *args, **kwargs)
 
 
 def _remembering(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function in the context that now holds for this thread."""
+    """The function in a context like the one that holds for this thread now."""
     own = [mode for mode in _get_current_function_mode_stack() if isinstance(mode, _Redirection) and mode.open]
     shared = [patch.redirection for patch in list(_PATCHES) if patch.everywhere]
     if not own and not shared:
@@ -627,33 +638,31 @@ def _define(
         with torch._C._AutoDispatchBelowAutograd():
             return cast(Tensor, operator.redispatch(rest, *inputs))
 
+    def forward(ctx: Any, keys: Any, *inputs: Any) -> Tensor:
+        keep(ctx, ctx.needs_input_grad[1:], *inputs)
+        if not torch._C._are_functorch_transforms_active():
+            return below_autograd(keys, inputs)
+        # PyTorch turns derivatives off here, those of the levels below as well.
+        with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+            return below_autograd(keys, inputs)
+
+    def gradients(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+        return None, *backward(ctx, ctx.needs_input_grad[1:], g)
+
     # `differentiable` is called once for each level of torch.func, so the function is one of a single level.
-    class Differentiable(torch.autograd.function._SingleLevelFunction):
-        @staticmethod
-        def forward(ctx: Any, keys: Any, *inputs: Any) -> Tensor:
-            keep(ctx, ctx.needs_input_grad[1:], *inputs)
-            if not torch._C._are_functorch_transforms_active():
-                return below_autograd(keys, inputs)
-            # PyTorch turns derivatives off here, those of the levels below as well.
-            with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
-                return below_autograd(keys, inputs)
-
-        @staticmethod
-        def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-            return None, *backward(ctx, ctx.needs_input_grad[1:], g)
-
-    Differentiable.__name__ = Differentiable.__qualname__ = f"gpuconv_{name}"  # what `grad_fn` is called
+    base: Any = torch.autograd.function._SingleLevelFunction
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(gradients)}
+    node: Any = type(base)(f"gpuconv_{name}", (base,), methods)
 
     def differentiable(keys: Any, *inputs: Any) -> Tensor:
         if forward_ad._current_level >= 0 and any(isinstance(t, torch.Tensor) and _has_tangent(t) for t in inputs):
             raise NotImplementedError(f"gpuconv::{name}: {_NO_TANGENTS}")
         if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs)):
             return below_autograd(keys, inputs)
-        apply: Callable[..., Tensor] = Differentiable.apply  # type: ignore[attr-defined]
         if not torch._C._are_functorch_transforms_active():
-            return apply(keys, *inputs)
+            return cast(Tensor, node.apply(keys, *inputs))
         with enable_single_level_autograd_function():
-            return apply(keys, *inputs)
+            return cast(Tensor, node.apply(keys, *inputs))
 
     def call(*inputs: Any) -> Tensor:
         keys = _known_way(inputs)

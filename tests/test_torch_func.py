@@ -204,6 +204,14 @@ print(time.process_time() - started, len(set(sys.modules) - before), "torch._dyn
     assert float(seconds) < 0.2
 
 
+def test_nodes_of_the_graph_name_their_operator() -> None:
+    x, w = (torch.randn(shape, requires_grad=True) for shape in ((1, 2, 9), (3, 2, 3)))
+    y = bridge.conv1d(x, w)
+    (gradient,) = torch.autograd.grad(y.sum(), w, create_graph=True)
+    names = [node.name() for t in (y, gradient) if (node := t.grad_fn) is not None]
+    assert names == ["gpuconv_conv1dBackward", "gpuconv_conv1d_weightBackward"]
+
+
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_plain_tensors_need_no_dispatcher(requires_grad: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody else would see the call; whoever would, a mode or a profiler, sees it."""

@@ -158,6 +158,20 @@ def test_recomputing_is_of_the_thread_that_does_it() -> None:
     assert all(name.startswith("aten::") for name in elsewhere)
 
 
+def test_checkpoints_that_a_closing_context_overtakes() -> None:
+    """Another thread may look the function up before the context of the first is closed, and call it afterwards."""
+    with bridge.patch():
+        forward = vars(torch.utils.checkpoint.CheckpointFunction)["forward"]
+        start = torch.utils.checkpoint._checkpoint_without_reentrant_generator  # type: ignore[attr-defined]
+    layer = nn.Conv1d(3, 4, 3).double()
+    late = type("Late", (torch.utils.checkpoint.CheckpointFunction,), {"forward": forward})
+    y = late.apply(layer, True, X.clone().requires_grad_())  # type: ignore[attr-defined]
+    assert "conv1d" not in names_of(y.sum().backward)
+    steps = start(layer, True)
+    next(steps)
+    assert list(steps) == []
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_what_ran_on_pytorch_is_recomputed_there(reentrant: bool) -> None:
     x = X.clone().requires_grad_()
