@@ -48,6 +48,7 @@ CLOSING_SECONDS = 8.0
 ENDING_SECONDS = 2.0
 LEAST_SECONDS = 5.0  # no step is started with less
 REFRESH_SECONDS = 4.0
+REHEARSAL_FACTOR = 8  # on all limits: machines that emulate a GPU are slow
 MOST_RESTARTS = 20  # of a process that has lost the GPU
 MOST_FILE_BYTES = 4 << 20  # of a file in the archive: of a longer one the beginning and the end
 MAX_SUMMARY_LINES = 60
@@ -184,7 +185,8 @@ class Run:
     def step(self, step: Step) -> Ended:
         """Run one step, and record how it ended."""
         start = time.monotonic()
-        seconds = min(step.seconds * (4 if self.rehearse else 1), self.end - start - CLOSING_SECONDS)
+        limit = step.seconds * (REHEARSAL_FACTOR if self.rehearse else 1)
+        seconds = min(limit, self.end - start - CLOSING_SECONDS)
         codes: list[int | None] = []
         if step.absent:
             status, note = "absent", step.absent
@@ -383,6 +385,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     started = time.monotonic()
     seconds = args.seconds or (FIRST_SECONDS if args.first else SECOND_SECONDS)
+    seconds *= REHEARSAL_FACTOR if args.rehearse else 1
     if args.commit:
         os.environ[COMMIT_VARIABLE] = args.commit
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what is running is ended, too
