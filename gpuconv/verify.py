@@ -317,8 +317,10 @@ def missing_gpu() -> str | None:
     """What keeps this process from a GPU, CuPy, the driver or the device; None where a GPU answers."""
     try:
         count = runtime.device_count()
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         return f'no GPU: CuPy is missing ({error}); pip install "gpuconv[cuda13]", or "gpuconv[cuda12]" for CUDA 12'
+    except ImportError as error:
+        return f"no GPU: {error}"
     except RuntimeError as error:
         driver, needed = runtime.cuda_versions()
         if driver == 0:
@@ -348,7 +350,10 @@ class _Target:
         self.on_gpu = on_gpu
 
     def put(self, array: Array) -> Any:
-        return runtime.cupy_module().asarray(array) if self.on_gpu else array
+        if not self.on_gpu:
+            return array
+        runtime.check_dtype(array.dtype)
+        return runtime.cupy_module().asarray(array)
 
     def get(self, array: Any) -> Array:
         return np.asarray(runtime.cupy_module().asnumpy(array) if self.on_gpu else array)
