@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gpuconv import calls, dispatch, runtime
+from gpuconv import dispatch, runtime
 from gpuconv.families import GradientLayout, Layout
 from gpuconv.problem import ConvProblem, WeightGradientProblem, numpy_dtype
 
@@ -111,8 +111,6 @@ class GpuEngine:
             finally:
                 self.stream.synchronize()
                 data.sets.clear()
-                # Plans keep what their captured calls packed; the graphs of this case are gone.
-                calls._PLANS.clear()
                 self._release_memory()
 
     def _subjects(self, case: Case, data: Data) -> Iterator[_Subject]:
@@ -313,30 +311,26 @@ class _OurRunner:
     disagreement: Callable[[Any], str]
     outputs: dict[int, Any] = field(default_factory=dict)
     targets: dict[int, Any] = field(default_factory=dict)
-    pool: Any = None
 
     def call(self, index: int) -> None:
         self.outputs[index] = self.function(*self.data.sets[index])
 
     def capture(self, indices: Sequence[int]) -> Callable[[], None]:
-        cupy, stream = self.engine.cupy, self.engine.stream
+        stream = self.engine.stream
         self.outputs.clear()
         for index in indices:
             if index not in self.targets:
                 self.targets[index] = self.data.poisoned()
-        if self.pool is None:
-            self.pool = cupy.cuda.MemoryPool()
-        # What a call allocates for itself belongs to the graph for as long as it lives: it comes from a pool that
-        # nobody else uses. The first call outside of the capture makes the plan and loads the kernel.
-        with cupy.cuda.using_allocator(self.pool.malloc):
-            self.function(*self.data.sets[indices[0]], out=self.targets[indices[0]])
-            stream.synchronize()
-            stream.begin_capture()
-            try:
-                for index in indices:
-                    self.function(*self.data.sets[index], out=self.targets[index])
-            finally:
-                graph = stream.end_capture()
+        # The first call outside of the capture makes the plan and loads the kernels. What a captured call allocates for
+        # itself belongs to the graph.
+        self.function(*self.data.sets[indices[0]], out=self.targets[indices[0]])
+        stream.synchronize()
+        stream.begin_capture()
+        try:
+            for index in indices:
+                self.function(*self.data.sets[index], out=self.targets[index])
+        finally:
+            graph = stream.end_capture()
         graph.upload(stream)
         return lambda: graph.launch(stream)
 

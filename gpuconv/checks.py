@@ -39,7 +39,10 @@ class Target:
         self.on_gpu = on_gpu
 
     def put(self, array: Array) -> Any:
-        return runtime.cupy_module().asarray(array) if self.on_gpu else array
+        if not self.on_gpu:
+            return array
+        runtime.check_dtype(array.dtype)
+        return runtime.cupy_module().asarray(array)
 
     def get(self, array: Any) -> Array:
         return np.asarray(runtime.cupy_module().asnumpy(array) if self.on_gpu else array)

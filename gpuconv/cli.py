@@ -481,8 +481,11 @@ def _facts() -> dict[str, Any]:
     }
     missing: list[dict[str, str]] = []
     devices: list[dict[str, Any]] = []
-    if versions["CuPy"] is not None:
-        cuda = runtime.cupy_module().cuda
+    try:
+        cuda: Any = None if versions["CuPy"] is None else runtime.cupy_module().cuda
+    except ImportError:  # too old, which `missing_gpu` reports below
+        cuda = None
+    if cuda is not None:
         versions["CUDA runtime"] = _cuda_version(cuda.runtime.runtimeGetVersion())
         if driver := cuda.runtime.driverGetVersion():
             versions["NVIDIA driver"] = f"supports CUDA {_cuda_version(driver)}"
@@ -641,8 +644,9 @@ def _convolve(args: argparse.Namespace) -> int:
     if on_gpu:
         cupy = runtime.cupy_module()
         try:
+            runtime.check_dtype(x.dtype)
             on_device = [None if array is None else cupy.asarray(array) for array in (x, weight, bias)]
-        except (TypeError, ValueError) as error:  # bfloat16 before CuPy 14
+        except (TypeError, ValueError) as error:
             raise CommandError(f"CuPy {cupy.__version__} has no {problem.dtype} arrays: {error}") from error
         try:
             output = cupy.asnumpy(function(*on_device, **settings, algorithm=algorithm))

@@ -57,7 +57,9 @@ def conv1d(
 
     Returns:
         (N, C_out, L_out), or (C_out, L_out) for a single sample: an array of the kind, device and dtype of `input`;
-        `out` where it was given. CuPy work is queued on CuPy's current stream.
+        `out` where it was given. CuPy work is queued on CuPy's current stream, and can be captured into a CUDA graph:
+        call once before the capture, which compiles the kernels. What a captured call allocates for itself belongs to
+        the graph; arrays, prepared weights and `out` must live as long as the graph is used.
 
     Raises:
         ValueError: a shape or a value does not fit; the message names the argument, what was expected and what came.
@@ -65,6 +67,7 @@ def conv1d(
         TypeError: an argument is of the wrong kind, or a dtype is not one of float16, bfloat16, float32, float64,
             complex64 and complex128.
         RuntimeError: a CuPy array was given but no GPU answers.
+        ImportError: a CuPy array was given and CuPy is older than version 14.
 
     Example:
         >>> import numpy as np, gpuconv
@@ -123,7 +126,9 @@ def conv_transpose1d(
 
     Returns:
         (N, C_out, L_out), or (C_out, L_out) for a single sample: an array of the kind, device and dtype of `input`;
-        `out` where it was given. CuPy work is queued on CuPy's current stream.
+        `out` where it was given. CuPy work is queued on CuPy's current stream, and can be captured into a CUDA graph:
+        call once before the capture, which compiles the kernels. What a captured call allocates for itself belongs to
+        the graph; arrays, prepared weights and `out` must live as long as the graph is used.
 
     Raises:
         ValueError: a shape or a value does not fit; the message names the argument, what was expected and what came.
@@ -131,6 +136,7 @@ def conv_transpose1d(
         TypeError: an argument is of the wrong kind, or a dtype is not one of float16, bfloat16, float32, float64,
             complex64 and complex128.
         RuntimeError: a CuPy array was given but no GPU answers.
+        ImportError: a CuPy array was given and CuPy is older than version 14.
 
     Example:
         >>> import numpy as np, gpuconv
@@ -148,7 +154,8 @@ def prepare(weight: ArrayT) -> runtime.PreparedWeight:
     Some kernel families read the weights in another order and pack them at each call, with a small kernel of its own
     (`gpuconv.explain` shows it). A prepared weight keeps what they packed; `conv1d` and `conv_transpose1d` take it in
     place of the weight, with the same results to the bit. It is made from a copy: later changes of `weight` are not
-    followed, so prepare again after them. The first call with each problem packs and waits for it to finish.
+    followed, so prepare again after them. The copy is complete on every stream; the first call with each problem packs
+    and waits for it to finish.
 
     Args:
         weight: (C_out, C_in/groups, K), or (C_in, C_out/groups, K) for conv_transpose1d; NumPy or CuPy. NumPy weights
@@ -159,6 +166,8 @@ def prepare(weight: ArrayT) -> runtime.PreparedWeight:
 
     Raises:
         TypeError: `weight` is not a NumPy or CuPy array.
+        RuntimeError: `weight` is a CuPy array and the current stream is being captured into a CUDA graph.
+        ImportError: `weight` is a CuPy array and CuPy is older than version 14.
 
     Example:
         >>> import numpy as np, gpuconv
@@ -168,10 +177,7 @@ def prepare(weight: ArrayT) -> runtime.PreparedWeight:
     """
     check_kinds("prepare", {"weight": weight})
     array: Any = weight
-    if not runtime.is_cupy_array(array):
-        return runtime.PreparedWeight(np.array(array))
-    with runtime.cupy_module().cuda.Device(array.data.device_id):
-        return runtime.PreparedWeight(array.copy(order="C"))
+    return runtime.prepare(array) if runtime.is_cupy_array(array) else runtime.PreparedWeight(np.array(array))
 
 
 def _function(op: Op) -> Function[ConvProblem]:

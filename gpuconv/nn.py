@@ -498,10 +498,13 @@ def _home(array: Any) -> int | None:
 
 def _place(array: Any, index: int | None, dtype: np.dtype[Any], *, copy: bool = False) -> Any:
     """A NumPy or CuPy array as a C-contiguous one on a GPU, or on the CPU where `index` is None."""
+    if runtime.is_cupy_array(array):
+        array = runtime.aligned(array)
     if index is None:
         host = runtime.cupy_module().asnumpy(array) if runtime.is_cupy_array(array) else np.asarray(array)
         return host.astype(dtype, order="C", copy=copy)
     cupy = runtime.cupy_module()
+    runtime.check_dtype(dtype)
     with cupy.cuda.Device(index):
         return cupy.asarray(array).astype(dtype, order="C", copy=copy)
 

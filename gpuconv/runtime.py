@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 import threading
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 # What only a GPU needs is imported where it is first used: `import gpuconv` imports this file and loads no families.
 if TYPE_CHECKING:
@@ -20,33 +21,59 @@ if TYPE_CHECKING:
 # Dynamic shared memory that a kernel may use without asking, in bytes, on every architecture.
 DEFAULT_SHARED_BYTES = 48 * 1024
 
+# The oldest major version of CuPy that is supported. Before it, a kernel argument that is None arrives as garbage.
+OLDEST_CUPY = 14
+
 
 def cupy_module() -> ModuleType:
     """CuPy, imported on first use.
 
     Raises:
-        ImportError: CuPy is not installed (a ModuleNotFoundError), or cannot be loaded.
+        ImportError: CuPy is not installed (a ModuleNotFoundError), cannot be loaded, or is older than version 14.
     """
     try:
-        return sys.modules.get("cupy") or importlib.import_module("cupy")
+        import cupy  # waits for a thread that is importing CuPy, whose entry in sys.modules is half made until then
     except Exception as error:  # it also makes its cache folder and loads libraries, which fail in many ways
         if isinstance(error, ModuleNotFoundError) and error.name == "cupy":
             raise
         cause = error.__cause__ or error  # CuPy wraps some in a page of advice
         raise ImportError(f"CuPy cannot be loaded: {type(cause).__name__}: {cause}") from error
+    return _supported(cupy)
+
+
+@cache
+def _supported(cupy: ModuleType) -> ModuleType:
+    from .text import install_hint
+
+    if int(cupy.__version__.partition(".")[0]) < OLDEST_CUPY:
+        raise ImportError(
+            f"gpuconv needs CuPy {OLDEST_CUPY}.0 or newer and found CuPy {cupy.__version__}; "
+            f"{install_hint('cuda13', 'cuda12')}"
+        )
+    return cupy
+
+
+def check_dtype(dtype: np.dtype[Any]) -> None:
+    """Refuse a dtype of which CuPy has no arrays here.
+
+    Raises:
+        TypeError: bfloat16 with a NumPy before 2.1.2, whose promotion of types crashes on it; CuPy leaves it out then.
+    """
+    if dtype.name == "bfloat16" and np.lib.NumpyVersion(np.__version__) < "2.1.2":
+        raise TypeError(f"bfloat16 on a GPU needs NumPy 2.1.2 or newer, found NumPy {np.__version__}")
 
 
 def is_cupy_array(array: object) -> bool:
     """Whether an object is a CuPy array, without importing CuPy: no such array exists before somebody else did."""
-    cupy = sys.modules.get("cupy")
-    return cupy is not None and isinstance(array, cupy.ndarray)
+    # The module is there before its class is, while another thread imports CuPy.
+    return isinstance(array, getattr(sys.modules.get("cupy"), "ndarray", ()))
 
 
 def device_count() -> int:
     """The number of GPUs that CuPy reaches.
 
     Raises:
-        ImportError: CuPy is not installed.
+        ImportError: CuPy is not installed, or it is older than version 14.
         RuntimeError: there is no driver, or it is too old.
     """
     return int(cupy_module().cuda.runtime.getDeviceCount())
@@ -56,7 +83,7 @@ def cuda_versions() -> tuple[int, int]:
     """The CUDA versions that the driver supports (0 without a driver) and that CuPy was built for, as 13020 for 13.2.
 
     Raises:
-        ImportError: CuPy is not installed.
+        ImportError: CuPy is not installed, or it is older than version 14.
     """
     runtime = cupy_module().cuda.runtime
     return int(runtime.driverGetVersion()), int(runtime.runtimeGetVersion())
@@ -94,43 +121,44 @@ def build(config: Config) -> Any:
 class _Kernel:
     """A compiled kernel with its launch and its packed parameters."""
 
-    __slots__ = ("_block", "_function", "_grid", "_params", "_params_pointer", "_shared_bytes")
+    __slots__ = ("_block", "_function", "_grid", "_params", "_shared_bytes")
 
     def __init__(self, config: Config, launch: Launch) -> None:
         from . import source
 
-        kernel = build(config)
-        # More than the default must be asked for. The kernel remembers the last size: another plan may need the larger.
-        if launch.shared_bytes > DEFAULT_SHARED_BYTES and launch.shared_bytes > kernel.max_dynamic_shared_size_bytes:
-            kernel.max_dynamic_shared_size_bytes = launch.shared_bytes
+        cupy, kernel = cupy_module(), build(config)
+        # More than the default must be allowed first. All plans of a kernel share the limit, in all threads, so each
+        # sets the same one: the most that a block can have. The driver wants a current context for that, which a new
+        # thread does not have, and CuPy sees to that only where it loads and launches.
+        if launch.shared_bytes > DEFAULT_SHARED_BYTES:
+            gpu = cupy.cuda.Device()
+            gpu.use()
+            kernel.max_dynamic_shared_size_bytes = device(gpu.id).shared_per_block
         self._function = kernel.kernel
         self._grid = (launch.grid, 1, 1)
         self._block = (launch.block, 1, 1)
         self._shared_bytes = launch.shared_bytes
         # The struct is passed by value: the driver copies it out of this buffer at each launch.
-        self._params = source.pack_params(dict(launch.params), launch.index_bits)
-        self._params_pointer = cupy_module().cuda.function.CPointer(self._params.ctypes.data)
+        self._params = cupy.cuda.function.CNumpyArray(source.pack_params(dict(launch.params), launch.index_bits))
 
     def launch(self, *pointers: Any) -> None:
         """Launch on the current device and CuPy's current stream. The only place in gpuconv that launches a kernel."""
-        self._function(self._grid, self._block, (*pointers, self._params_pointer), self._shared_bytes)
-
-
-# Temporary buffers that captured CUDA graphs use whenever they run again, so they are never given back.
-_CAPTURED: list[Any] = []
+        self._function(self._grid, self._block, (*pointers, self._params), self._shared_bytes)
 
 
 def _temporary(num_bytes: int) -> Any:
     """A buffer for the kernels that are launched next on the current stream.
 
     When the caller lets go of it, it goes back to CuPy's pool, which hands it out again to the same stream only, behind
-    the kernels queued until then.
+    the kernels queued until then. While the stream is being captured, it is part of the CUDA graph instead: allocating
+    and freeing it become nodes of the graph, which have the memory ready whenever the graph runs, on any stream, and
+    nothing of it is left when the graph is gone.
+
+    Raises:
+        RuntimeError: the stream is being captured, and the GPU or its driver has no stream-ordered allocator.
     """
     cuda = cupy_module().cuda
-    buffer = cuda.alloc(num_bytes)
-    if cuda.get_current_stream().is_capturing():
-        _CAPTURED.append(buffer)
-    return buffer
+    return cuda.malloc_async(num_bytes) if cuda.get_current_stream().is_capturing() else cuda.alloc(num_bytes)
 
 
 class _Packer:
@@ -150,17 +178,19 @@ class _Packer:
         return packed
 
 
-@cache
+_PACKS: dict[Pack, Pack] = {}
+
+
 def _interned(pack: Pack) -> Pack:
-    """One object for all equal values, so that a look-up compares identities."""
-    return pack
+    """One object for all equal values, kept for good, so that a look-up compares identities."""
+    return _PACKS.setdefault(pack, pack)
 
 
 class PreparedWeight:
     """Weights that are packed once and kept; `gpuconv.prepare` makes them.
 
     Attributes:
-        array: a private copy of the weights.
+        array: a private copy of the weights, complete on every stream.
     """
 
     __slots__ = ("_lock", "_packed", "array")
@@ -186,9 +216,11 @@ class PreparedWeight:
             if stream.is_capturing():  # nothing can be waited for here, so this one belongs to the graph
                 return packer(self.array)
             with self._lock:
-                found = packer(self.array)
-                stream.synchronize()
-                self._packed[id(packer.pack)] = found
+                found = self._packed.get(id(packer.pack))  # another thread may have been faster
+                if found is None:
+                    found = packer(self.array)
+                    stream.synchronize()
+                    self._packed[id(packer.pack)] = found
         return found
 
     def __reduce__(self) -> tuple[type[PreparedWeight], tuple[Any]]:
@@ -197,6 +229,23 @@ class PreparedWeight:
 
     def __repr__(self) -> str:
         return f"PreparedWeight(shape={self.shape}, dtype={self.dtype})"
+
+
+def prepare(weight: Any) -> PreparedWeight:
+    """`gpuconv.prepare` for a CuPy array.
+
+    Raises:
+        RuntimeError: the current stream is being captured.
+    """
+    cupy = cupy_module()
+    with cupy.cuda.Device(weight.data.device_id):
+        stream = cupy.cuda.get_current_stream()
+        if stream.is_capturing():
+            raise RuntimeError("prepare: weights cannot be prepared while the current stream is being captured")
+        array = cupy.empty(weight.shape, weight.dtype)
+        _assign(array, weight)
+        stream.synchronize()
+        return PreparedWeight(array)
 
 
 class Plan:
@@ -301,7 +350,7 @@ class GradientPlan:
         *given, output = arrays
         inputs = [given[place].data for place in self._order]
         if self._kernel is None or self.choice is None:
-            output.fill(0)  # the sum of nothing
+            _as_bytes(output).fill(0)  # the sum of nothing
         elif self._sum is None:
             self._kernel.launch(*inputs, None, output.data)
         else:
@@ -312,15 +361,54 @@ class GradientPlan:
 
 def _run_with_copies(run: Callable[..., None], arrays: Sequence[Any], copies: Sequence[bool]) -> None:
     """`run` on the arrays, the last of which it writes, with contiguous copies in place of those marked."""
-    cupy = cupy_module()
     *inputs, output = arrays
-    usable = [array.copy(order="C") if copy else array for array, copy in zip(inputs, copies[:-1], strict=True)]
-    target = cupy.empty(output.shape, output.dtype) if copies[-1] else output
+    usable = [_copy(array) if copy else array for array, copy in zip(inputs, copies[:-1], strict=True)]
+    target = _contiguous(output) if copies[-1] else output
     run(*usable, target)
     if target is not output:
-        output[...] = target
-    if cupy.cuda.get_current_stream().is_capturing():
-        _CAPTURED.extend([*usable, target])
+        _assign(output, target)
+
+
+def _copy(array: Any) -> Any:
+    copy = _contiguous(array)
+    _assign(copy, array)
+    return copy
+
+
+def _contiguous(like: Any) -> Any:
+    """A contiguous array of the shape and dtype of another, in a temporary buffer that nothing is written to."""
+    return cupy_module().ndarray(like.shape, like.dtype, _temporary(like.nbytes))
+
+
+def aligned(array: Any) -> Any:
+    """A CuPy array that CuPy can read: itself, or a copy where its elements are not at multiples of their size."""
+    if _is_aligned(array):
+        return array
+    cupy = cupy_module()
+    with cupy.cuda.Device(array.data.device_id):
+        copy = cupy.empty(array.shape, array.dtype)
+        _assign(copy, array)
+        return copy
+
+
+def _assign(target: Any, values: Any) -> None:
+    """`target[...] = values` for arrays of one shape and dtype, at any addresses.
+
+    CuPy's own kernels read and write whole elements, and a GPU faults on those that are not at multiples of their size.
+    """
+    if not (_is_aligned(target) and _is_aligned(values)):
+        target, values = _as_bytes(target), _as_bytes(values)
+    target[...] = values
+
+
+def _is_aligned(array: Any) -> bool:
+    return not any(place % array.dtype.itemsize for place in (array.data.ptr, *array.strides))
+
+
+def _as_bytes(array: Any) -> Any:
+    """A view of the bytes of an array, with those of an element along one more axis."""
+    itemsize = array.dtype.itemsize
+    return cupy_module().ndarray((*array.shape, itemsize), np.uint8, array.data, (*array.strides, 1))
 
 
 def make_plan(

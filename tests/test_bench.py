@@ -898,8 +898,6 @@ def stand_in_engine(monkeypatch: pytest.MonkeyPatch) -> engine_gpu.GpuEngine:
         Stream=StandInStream,
         Event=StandInEvent,
         get_elapsed_time=lambda start, stop: 1e3 * (stop.time - start.time),
-        MemoryPool=lambda: types.SimpleNamespace(malloc=None),
-        using_allocator=lambda _: contextlib.nullcontext(),
     )
     cupy = types.SimpleNamespace(
         cuda=cuda,

@@ -27,8 +27,8 @@ AnyFamily: TypeAlias = Family | GradientFamily[Any]
 EVERY_FAMILY: tuple[AnyFamily, ...] = (*FAMILIES, *GRADIENT_FAMILIES)
 MAX_REGISTERS = 255  # of one thread, on every architecture
 
-# CuPy adds -ftz=true to every kernel and leaves the language level to NVRTC, whose oldest supported is C++14.
-OPTIONS = ("-ftz=true", "-std=c++14", "--ptxas-options=-v")
+# The first two are those with which CuPy compiles every kernel.
+OPTIONS = ("-ftz=true", "-std=c++17", "--ptxas-options=-v")
 
 
 @dataclass(frozen=True)

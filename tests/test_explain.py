@@ -247,13 +247,14 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         "sharedMemPerMultiprocessor": 102400, "l2CacheSize": 1 << 20,
     }  # fmt: skip
     fake: Any = ModuleType("cupy")
+    fake.__version__ = "14.0"
     fake.ndarray = _FakeArray
     fake.cuda = SimpleNamespace(
         runtime=SimpleNamespace(
             getDevice=lambda: 1,
             getDeviceProperties=lambda index: {**properties, "name": f"GPU number {index}".encode()},
         ),
-        function=SimpleNamespace(CPointer=lambda address: address),
+        function=SimpleNamespace(CNumpyArray=lambda array: array),
     )
     fake.RawKernel = lambda text, name: SimpleNamespace(kernel=(text, name))
     monkeypatch.setitem(sys.modules, "cupy", fake)

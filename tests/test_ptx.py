@@ -551,7 +551,7 @@ def test_copies_come_once(machine: Machine) -> None:
 # -- rounding to TF32 --------------------------------------------------------------------------------------------------
 
 ROUND = kernel(
-    "round",
+    "round_values",
     "const float* __restrict__ input, float* __restrict__ output",
     f"""
     const int i = blockIdx.x * {WARP} + lane;
@@ -560,7 +560,7 @@ ROUND = kernel(
     """,
 )
 SPLIT = kernel(
-    "split",
+    "split_values",
     "const float* __restrict__ input, float2* __restrict__ output",
     f"const int i = blockIdx.x * {WARP} + lane; split_tf32(input[i], &output[i].x, &output[i].y);",
 )

@@ -691,7 +691,7 @@ def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("answer", "driver", "message"),
     [
-        (ImportError("No module named 'cupy'"), 13000, "CuPy is missing"),
+        (ModuleNotFoundError("No module named 'cupy'"), 13000, "CuPy is missing"),
         (RuntimeError("cudaErrorInsufficientDriver: insufficient"), 0, "no NVIDIA driver is loaded here"),
         (
             RuntimeError("cudaErrorInsufficientDriver: insufficient"),

@@ -33,7 +33,7 @@ _COMMON_FLAGS = ("-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fno-exceptio
 _RUNTIME_FLAGS = (*_COMMON_FLAGS, "-std=c++17", "-O3")
 _KERNEL_FLAGS = (
     *_COMMON_FLAGS,
-    "-std=c++14",
+    "-std=c++17",  # as CuPy compiles them
     "-O2",
     "-fno-strict-aliasing",  # kernels reinterpret bytes of shared memory
     "-fvisibility=hidden",

@@ -24,7 +24,7 @@ from .build import Program
 from .launch import Schedule, run
 from .memory import Array
 
-__version__ = "0 (hostcuda)"
+__version__ = "14.0 (hostcuda)"
 
 GPU = GpuModel.from_arch("sm_90")
 NUM_DEVICES = 2
@@ -68,11 +68,20 @@ class MemoryPointer:
 
 
 class ndarray:  # noqa: N801
-    """An array that NumPy cannot read by accident, like one in a GPU's memory."""
+    """An array that NumPy cannot read by accident, like one in a GPU's memory.
 
-    def __init__(self, array: Array, device_id: int) -> None:
-        self._array = array
-        self.data = MemoryPointer(array, device_id)
+    Made as CuPy's, of a shape, a dtype, a `MemoryPointer` and strides; or of a NumPy array and the device that it poses
+    to be on.
+    """
+
+    def __init__(self, shape: Any, dtype: Any, memptr: Any = None, strides: tuple[int, ...] | None = None) -> None:
+        if isinstance(shape, np.ndarray):
+            self._array: Array = shape
+            self.data = MemoryPointer(shape, dtype)
+            return
+        self._array = _array_at(memptr.ptr, tuple(shape), np.dtype(dtype), strides)
+        self._keeps_alive = memptr
+        self.data = MemoryPointer(self._array, memptr.device_id)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -156,6 +165,15 @@ def empty(shape: int | tuple[int, ...], dtype: Any = np.float64) -> ndarray:
     return ndarray(_allocate(int(np.prod(shape)) * wanted.itemsize).view(wanted).reshape(shape), _current_device)
 
 
+def _array_at(address: int, shape: tuple[int, ...], dtype: np.dtype[Any], strides: tuple[int, ...] | None) -> Array:
+    if strides is None:
+        strides = np.empty(shape, dtype).strides
+    spans = [(extent - 1) * stride for extent, stride in zip(shape, strides, strict=True)] if 0 not in shape else []
+    below = -sum(min(span, 0) for span in spans)
+    num_bytes = below + sum(max(span, 0) for span in spans) + dtype.itemsize
+    return np.ndarray(shape, dtype, (ctypes.c_char * num_bytes).from_address(address - below), below, strides)
+
+
 def _allocate(num_bytes: int) -> Array:
     memory = np.full(num_bytes + _ALIGNMENT, 0xFF, np.uint8)  # whoever reads it finds NaN
     begin = -memory.__array_interface__["data"][0] % _ALIGNMENT
@@ -208,7 +226,7 @@ class RawKernel:
             raise RuntimeError(f"{self._program.kernel}: {shared_mem} bytes of shared memory were not asked for")
         *pointers, params = args
         assert len(pointers) == len(self._parameters), (pointers, self._parameters)
-        values = np.frombuffer(ctypes.string_at(params.address, self._params_bytes), f"i{self._index_bits // 8}")
+        values = np.frombuffer(ctypes.string_at(params.ctypes.data, self._params_bytes), f"i{self._index_bits // 8}")
         fields = tuple((str(i), int(value)) for i, value in enumerate(values))
         launch = Launch(grid[0], block[0], shared_mem, self._index_bits, fields)
         arrays = {
@@ -281,7 +299,7 @@ def _alloc(num_bytes: int) -> MemoryPointer:
 cuda = SimpleNamespace(
     Device=Device,
     alloc=_alloc,
-    function=SimpleNamespace(CPointer=lambda address: SimpleNamespace(address=address)),
+    function=SimpleNamespace(CNumpyArray=lambda array: array),
     get_current_stream=lambda: SimpleNamespace(ptr=0, is_capturing=lambda: False, synchronize=lambda: None),
     is_available=lambda: True,
     runtime=SimpleNamespace(
