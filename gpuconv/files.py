@@ -201,7 +201,7 @@ class _Sink:
 
     def write(self, data: bytes) -> None:
         rest = memoryview(data)
-        while len(rest):  # without a buffer (PYTHONUNBUFFERED) a pipe may take only a part
+        while rest:  # without a buffer (PYTHONUNBUFFERED) a pipe may take only a part
             rest = rest[self._stream.write(rest) :]
 
 
