@@ -197,7 +197,12 @@ class _Sink:
     """Only the `write` of a stream: NumPy would ask a pipe that looks like a file for its position."""
 
     def __init__(self, stream: BinaryIO) -> None:
-        self.write = stream.write
+        self._stream = stream
+
+    def write(self, data: bytes) -> None:
+        rest = memoryview(data)
+        while rest:  # without a buffer (PYTHONUNBUFFERED) a pipe may take only a part
+            rest = rest[self._stream.write(rest) :]
 
 
 def write_text(path: StrPath, text: str) -> None:

@@ -184,9 +184,11 @@ def test_sound_goes_through_pipes() -> None:
     assert soundfile.info("z.wav").samplerate == 11025
 
 
-def test_a_reader_that_leaves_is_no_error() -> None:
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_leaves_is_no_error(unbuffered: str) -> None:
     save("x.npy", normal(1, 500_000))
-    done = shell("$gpuconv conv1d x.npy w.npy - --device cpu | head -c 10; exit ${PIPESTATUS[0]}")
+    script = "$gpuconv conv1d x.npy w.npy - --device cpu | (sleep 3; head -c 10); exit ${PIPESTATUS[0]}"
+    done = shell(script, PYTHONUNBUFFERED=unbuffered)
     assert (done.returncode, done.stderr) == (141, b"")
 
 
