@@ -20,9 +20,10 @@ import pytest
 
 import gpuconv
 from gpuconv import calls, cli, dispatch, grad, nn, runtime
+from gpuconv.checks import Target
 from gpuconv.families import Layout
+from gpuconv.gpus import missing_gpu
 from gpuconv.problem import ArraySpec, ConvProblem
-from gpuconv.verify import _Target, missing_gpu
 
 from .hostcuda import fake_cupy
 
@@ -92,7 +93,7 @@ def test_bfloat16_needs_a_newer_numpy(
     needs = "bfloat16 on a GPU needs NumPy 2.1.2 or newer, found NumPy 2.1.1"
     with pytest.raises(TypeError, match=f"^{needs}$"):
         nn.Conv1d(1, 1, 3, dtype="bfloat16", device="cuda")
-    assert _Target(on_gpu=True).lacks("bfloat16") == needs
+    assert Target(on_gpu=True).lacks("bfloat16") == needs
     np.save(tmp_path / "x.npy", np.ones((1, 9), np.float32))
     np.save(tmp_path / "w.npy", np.ones((1, 1, 3), np.float32))
     files = [str(tmp_path / name) for name in ("x.npy", "w.npy", "y.npy")]
