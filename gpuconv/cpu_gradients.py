@@ -30,7 +30,9 @@ import numpy as np
 import numpy.typing as npt
 from numpy.lib.stride_tricks import as_strided
 
-from .cpu import Method, Scratch, accumulator, is_direct, is_finite, run_blocks, slices, small_product
+from .cpu.arrays import Scratch, accumulator, is_direct, is_finite, run_blocks, slices
+from .cpu.choice import Method
+from .cpu.limits import small_product
 from .problem import BiasGradientProblem, WeightGradientProblem
 
 Array = npt.NDArray[Any]
