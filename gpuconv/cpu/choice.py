@@ -117,14 +117,10 @@ def candidates(p: ConvProblem) -> list[tuple[ConvProblem, list[Form]]]:
         return [(p, [Fill("nothing", "the output is empty")])]
     if 0 in p.input_shape:
         return [(p, [Fill("bias", "the input is empty, so every sum is")])]
-    first, last = Geometry.of(p).positions(p)
-    if first >= last:
+    problems = [p, exchange(p)] if p.transposed and p.L_in < p.K else [p]
+    if any(first >= last for first, last in (Geometry.of(q).positions(q) for q in problems)):
         return [(p, [Fill("bias", "no output has a tap")])]
-    found = [(p, _forms(p))]
-    if p.transposed and p.L_in < p.K:
-        other = exchange(p)
-        found.append((other, _forms(other)))
-    return found
+    return [(q, _forms(q)) for q in problems]
 
 
 def _forms(p: ConvProblem) -> list[Form]:

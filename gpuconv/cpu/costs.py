@@ -14,12 +14,13 @@ from .arrays import accumulator
 CALL = 2_000.0
 BLOCK = 25_000.0
 
-# A run of NumPy's inner loop, and its elements (4 bytes): a copy, one with a stride, one that transposes, an addition
-# or a product. Operands are in the cache.
+# A run of NumPy's inner loop, and its elements (4 bytes): a copy, one with a stride, one that transposes, one to the
+# diagonals of a band, an addition or a product. Operands are in the cache.
 ROW = 14.0
 COPY = 0.1
 STRIDED_COPY = 0.35
 TRANSPOSING_COPY = 0.8
+DIAGONAL = 2.0
 ELEMENTWISE = 0.12
 STRIDED_ELEMENTWISE = 0.45
 
@@ -27,10 +28,12 @@ STRIDED_ELEMENTWISE = 0.45
 CONVERT = {"float16": 2.2, "bfloat16": 0.3}
 
 # A product in a stack of products; an operation and an element of the result of a product; an element that BLAS packs
-# for a large one, and the time for its threads to meet.
+# for a large one, and the time for its
+# threads to meet. OUTER is an element of a product of depth 1.
 PRODUCT = 40.0
-FLOP = 0.0105
-RESULT = 0.09
+FLOP = 0.0095
+RESULT = 0.06
+OUTER = 1.2
 PACK = 0.25
 MEETING = 15_000.0
 
@@ -51,8 +54,10 @@ def rows(count: float, length: float, element: float) -> float:
 
 def products(p: ConvProblem, count: float, M: float, depth: float, columns: float, small: bool) -> float:
     """So many products (M, depth) @ (depth, columns) of a problem's accumulators."""
-    vector = 16 if columns > 4 else 8
-    operations = 2 * max(M, 2) * depth * (-(-columns // vector) * vector) * (4 if p.is_complex else 1)
+    if depth == 1:  # which NumPy computes in a loop of its own
+        return count * (PRODUCT + M * columns * OUTER * scale(p))
+    width = -(-columns // 16) * 16 if columns > 4 else min(columns + 2, 6)
+    operations = 2 * max(M, 2) * depth * width * (2 if p.is_complex else 1)
     one = PRODUCT + (operations * FLOP + M * columns * RESULT) * scale(p)
     if not small:
         one = one * LARGE_PRODUCT + MEETING + PACK * scale(p) * (M * depth + depth * columns)

@@ -145,6 +145,8 @@ class Panels:
         depth, rows = p.C_in_g * J, p.C_out_g * R
         columns = p.N * p.groups * Q
         run = Q if self.merged else min(blocking.tile, Q)
+        if run == 1:  # NumPy then copies along another axis
+            run = max(8, J)
         copy = costs.COPY if geometry.stride == 1 else costs.STRIDED_COPY
         panel = reread * costs.rows(columns * depth / run, run, copy * size)
         elements = columns * rows

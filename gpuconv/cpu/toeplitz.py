@@ -92,11 +92,14 @@ class Toeplitz:
         kept = min(U, p.L_in) if self.whole else U
         window, count = p.C_in_g * kept, p.N * p.groups * per_row  # of all windows
         bands = p.groups * (1 if passes == 1 else -(-p.N // self.samples) * -(-per_row // self.windows) * passes)
-        filling = bands * (p.C_in_g * U * outputs * 0.1 * size + p.C_in_g * p.C_out_g * self.taps * self.tile * 1.2)
+        diagonals = p.C_in_g * p.C_out_g * self.taps * self.tile
+        filling = bands * size * (costs.DIAGONAL * diagonals + costs.COPY * p.C_in_g * U * outputs)
+        if self.whole:
+            filling += bands * size * costs.STRIDED_COPY * window * outputs
         filling += bands / min(self.groups, p.groups) * costs.CALL * (3 + (_phases(p) if p.transposed else 0))
         lines = min(self.lines, p.N * per_row)
         product = costs.products(p, passes * count / lines, lines, window, outputs, self.concurrent)
-        copy = 0.0
+        copy = costs.ROW * (2 * count if p.groups > 1 else 0)  # lines of a group lie far from each other
         if not self.whole or p.dtype in costs.CONVERT:
             copy += passes * costs.rows(count * p.C_in_g, kept, costs.COPY * size)
         each = costs.ELEMENTWISE * (1 + 2 * (passes - 1)) * size
