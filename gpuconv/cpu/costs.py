@@ -14,11 +14,12 @@ from .arrays import accumulator
 CALL = 2_000.0
 BLOCK = 25_000.0
 
-# A run of NumPy's inner loop, and its elements (4 bytes): a copy, one with a stride, one that transposes, one to the
+# A run of NumPy's inner loop, of one that copies, and its elements (4 bytes): a copy, one with a stride, one that transposes, one to the
 # diagonals of a band, an addition or a product. Operands are in the cache.
 ROW = 14.0
+COPY_ROW = 5.0
 COPY = 0.1
-STRIDED_COPY = 0.35
+STRIDED_COPY = 0.6
 TRANSPOSING_COPY = 0.8
 DIAGONAL = 2.0
 ELEMENTWISE = 0.12
@@ -48,8 +49,13 @@ def scale(p: ConvProblem) -> float:
 
 
 def rows(count: float, length: float, element: float) -> float:
-    """So many runs of an inner loop."""
+    """So many runs of an inner loop that computes."""
     return count * (ROW + length * element)
+
+
+def copies(count: float, length: float, element: float) -> float:
+    """So many runs of an inner loop that copies."""
+    return count * (COPY_ROW + length * element)
 
 
 def products(p: ConvProblem, count: float, M: float, depth: float, columns: float, small: bool) -> float:

@@ -144,7 +144,8 @@ class Call:
             return
         N, _, M = self.b.shape
         b = self.b[block.samples if N > 1 else slice(1), block.groups, block.rows if M > 1 else slice(1)]
-        np.add(sums, b.reshape(*b.shape, *(1,) * (sums.ndim - 3)), out=sums, dtype=self.dtype)
+        b = b.astype(self.dtype, copy=False)
+        np.add(sums, b.reshape(*b.shape, *(1,) * (sums.ndim - 3)), out=sums)
 
     def read(self, samples: slice, groups: slice, channels: slice, low: int, high: int, scratch: Scratch) -> Array:
         """The input from position low to high as (samples, groups, channels, high - low), zeros outside of it.

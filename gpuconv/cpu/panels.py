@@ -148,13 +148,13 @@ class Panels:
         if run == 1:  # NumPy then copies along another axis
             run = max(8, J)
         copy = costs.COPY if geometry.stride == 1 else costs.STRIDED_COPY
-        panel = reread * costs.rows(columns * depth / run, run, copy * size)
+        panel = reread * costs.copies(columns * depth / run, run, copy * size)
         elements = columns * rows
         # The product itself, the check that it is finite, and the additions of the passes behind the first.
         each = costs.ELEMENTWISE * (1 + 2 * (passes - 1)) * size
         if self.merged or geometry.out_stride > 1 or p.dtype in costs.CONVERT:
             store = costs.STRIDED_COPY if geometry.out_stride == 1 else costs.TRANSPOSING_COPY
-            each += store * size + costs.ROW / run + costs.CONVERT.get(p.dtype, 0.0)
+            each += store * size + costs.COPY_ROW / run + costs.CONVERT.get(p.dtype, 0.0)
         if p.dtype in costs.CONVERT:
             panel += costs.CONVERT[p.dtype] * columns * p.C_in_g * geometry.stride
         packing = 0.0

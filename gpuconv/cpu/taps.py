@@ -152,7 +152,8 @@ class Taps:
                 w_tap = call.w[groups, rows, c, k]
                 product = sums if fresh else scratch.take("product", *sums.shape[:3], fed.stop - fed.start)
                 if p.C_in_g == 1:
-                    np.multiply(x_tap, w_tap, out=product, dtype=call.dtype)
+                    # A factor of another dtype would send both through NumPy's buffer.
+                    np.multiply(x_tap, w_tap.astype(call.dtype, copy=False), out=product, dtype=call.dtype)
                 else:
                     _multiply_tap(w_tap, x_tap, product, scratch)
                 if not fresh:

@@ -101,14 +101,14 @@ class Toeplitz:
         product = costs.products(p, passes * count / lines, lines, window, outputs, self.concurrent)
         copy = costs.ROW * (2 * count if p.groups > 1 else 0)  # lines of a group lie far from each other
         if not self.whole or p.dtype in costs.CONVERT:
-            copy += passes * costs.rows(count * p.C_in_g, kept, costs.COPY * size)
+            copy += passes * costs.copies(count * p.C_in_g, kept, costs.COPY * size)
         each = costs.ELEMENTWISE * (1 + 2 * (passes - 1)) * size
         if p.dtype in costs.CONVERT:
-            copy += costs.CONVERT[p.dtype] * count * window
+            copy += costs.CONVERT[p.dtype] * min(count * window, p.N * p.C_in * p.L_in)
             each += costs.CONVERT[p.dtype]
         result = count * outputs * each
         if not self.whole or p.dtype in costs.CONVERT:
-            result += costs.rows(count * p.C_out_g, self.tile * per_step, costs.COPY * size)
+            result += costs.copies(count * p.C_out_g, self.tile * per_step, costs.COPY * size)
         calls = blocks * (costs.BLOCK + passes * 6 * costs.CALL)
         return product + costs.serial(self.concurrent, product, copy + filling + result + calls)
 
