@@ -23,7 +23,13 @@ PACKAGE = Path(cases.__file__).resolve().parent
 # From the ground up: a module imports only from earlier rows, and modules in one row do not import each other.
 LAYERS = (
     ("problem", "device"),
-    ("reference", "cpu", "source"),
+    ("reference", "cpu.limits", "cpu.arrays", "source"),
+    ("cpu.geometry", "cpu.costs"),
+    ("cpu.blocking",),
+    ("cpu.taps",),
+    ("cpu.*",),
+    ("cpu.choice",),
+    ("cpu",),
     ("cpu_gradients", "families.base"),
     ("families.tiles", "families.depthwise", "families.sliding", "families.mma", "families.phases", "families.slices"),
     ("families.*",),
