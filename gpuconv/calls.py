@@ -14,8 +14,8 @@ from .problem import dtype_name
 
 P = TypeVar("P")
 
-# Plans of GPU calls and checked problems of CPU calls, by everything that they depend on; the oldest goes when a cache is
-# full, which bounds what a stream of ever new lengths can hold.
+# Plans of GPU calls and checked problems of CPU calls, by everything that they depend on; the oldest goes when a cache
+# is full, which bounds what a stream of ever new lengths can hold.
 _PLANS: dict[tuple[Any, ...], Plan] = {}
 _PROBLEMS: dict[tuple[Any, ...], Any] = {}
 _MAX_PLANS = 4096

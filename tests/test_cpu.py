@@ -34,19 +34,17 @@ conv_transpose1d = partial(ConvProblem, "conv_transpose1d")
 # Problems by the method that computes them: N, C_in, C_out, L_in, K, stride, padding (2), dilation, groups, ...
 METHODS: dict[str, list[ConvProblem]] = {
     "taps": [
-        conv1d(2, 6, 6, 3000, 3, 1, 1, 1, 2, 6, has_bias=True),
-        conv1d(1, 4, 4, 2000, 2, 1, 2, 0, 7, 4),
-        conv_transpose1d(1, 1, 1, 4000, 3, 2, 1, 1, 3),
+        conv1d(1, 4, 4, 20000, 2, 4, 2, 0, 7, 4, has_bias=True),
+        conv1d(8, 64, 64, 2000, 2, 2, 1, 1, 1, 64),
     ],
     "toeplitz": [
+        conv_transpose1d(3, 1, 10, 700, 64, 32, 5, 3),
         conv1d(2, 8, 8, 2000, 131, 1, 15, 15, 1, 8, has_bias=True),
         conv1d(64, 30, 30, 24, 51, 1, 25, 25, 1, 30),
-        conv1d(300, 8, 8, 16, 5, 1, 2, 2),
         conv1d(1, 1, 1, 9000, 5000, has_bias=True),
         conv_transpose1d(2, 8, 8, 2000, 120, 1, 3, 10, 1, 8),
         conv_transpose1d(1, 1, 1, 100, 9000, has_bias=True),
         conv_transpose1d(300, 4, 6, 8, 5, 3, 2, 1, 2, 2, 1, has_bias=True),
-        conv_transpose1d(2, 4, 4, 50, 6, 2, 1, 1, 3, 4, 1),
     ],
     "panels": [
         conv1d(2, 20, 30, 700, 3, 1, 1, 1, has_bias=True),
@@ -57,14 +55,18 @@ METHODS: dict[str, list[ConvProblem]] = {
         conv1d(40, 64, 128, 40, 3, 1, 1, 1, has_bias=True),
         conv_transpose1d(2, 4, 16, 400, 8, 4, 2, 2, has_bias=True),
         conv_transpose1d(2, 8, 6, 400, 5, 3, 2, 1, 2, 2, 1, has_bias=True),
+        conv1d(2, 6, 6, 3000, 3, 1, 1, 1, 2, 6, has_bias=True),
+        conv1d(300, 8, 8, 16, 5, 1, 2, 2),
+        conv_transpose1d(2, 4, 4, 50, 6, 2, 1, 1, 3, 4, 1),
+        conv_transpose1d(2, 64, 16, 300, 5, 3, 2, 1, 2, has_bias=True),
+        conv_transpose1d(1, 1, 1, 4000, 3, 2, 1, 1, 3),
         conv_transpose1d(1, 3, 5, 300, 4, 4, 0, 2, 6),
-        conv_transpose1d(3, 1, 10, 700, 64, 32, 5, 3),
     ],
     "shift_add": [
         conv1d(2, 48, 2, 400, 7, 1, 3, 3, has_bias=True),
         conv_transpose1d(2, 64, 1, 200, 8, 4, 2, 2),
         conv_transpose1d(1, 256, 64, 9, 10, 5, 0, 0, has_bias=True),
-        conv_transpose1d(2, 64, 16, 300, 5, 3, 2, 1, 2, has_bias=True),
+        conv_transpose1d(2, 64, 4, 300, 5, 3, 2, 1, 2, has_bias=True),
     ],
 }
 ALL = [problem for problems in METHODS.values() for problem in problems]

@@ -64,8 +64,10 @@ def strided(array: Array, offset: int, shape: tuple[int, ...], strides: tuple[in
     contiguous array.
     """
     if array.flags.c_contiguous:
-        return np.ndarray(shape, array.dtype, array, offset * array.itemsize, strides)
-    return as_strided(array[..., offset:], shape, strides)
+        view: Array = np.ndarray(shape, array.dtype, array, offset * array.itemsize, strides)
+    else:
+        view = as_strided(array[..., offset:], shape, strides)
+    return view
 
 
 def is_finite(block: Array) -> bool:

@@ -28,7 +28,7 @@ class Blocking(NamedTuple):
     weight_groups: int
     weight_rows: int
 
-    def count(self, p: ConvProblem, positions: int) -> tuple[int, int]:
+    def num_blocks(self, p: ConvProblem, positions: int) -> tuple[int, int]:
         """The number of blocks of a problem, and how often their columns are read again for other rows."""
         rows = -(-p.C_out_g // min(self.rows, self.weight_rows))
         groups = -(-p.groups // min(self.groups, self.weight_groups))

@@ -14,8 +14,8 @@ from .arrays import accumulator
 CALL = 2_000.0
 BLOCK = 25_000.0
 
-# A run of NumPy's inner loop, of one that copies, and its elements (4 bytes): a copy, one with a stride, one that transposes, one to the
-# diagonals of a band, an addition or a product. Operands are in the cache.
+# A run of NumPy's inner loop, of one that copies, and its elements (4 bytes, operands in the cache): a copy, one with a
+# stride, one that transposes, one to the diagonals of a band, an addition or a product.
 ROW = 14.0
 COPY_ROW = 5.0
 COPY = 0.1

@@ -1,4 +1,4 @@
-"""The sizes of blocks and buffers on the CPU, in one place. `method` and the forms read them when a problem is planned."""
+"""The sizes of blocks and buffers on the CPU, read when a problem is planned."""
 
 from __future__ import annotations
 

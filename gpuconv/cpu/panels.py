@@ -49,7 +49,7 @@ class Panels:
         row = p.N * Q if merged else Q  # the columns that lie next to each other
         tile_rows = min(M * R, limits.SMALL_TILE)
         # Where one product takes all rows, each part of a panel is read once, wherever it lies.
-        deepest = min(limits.SMALL_DEPTH, small // limits.SMALL_TILE**2) if M * R > tile_rows else small // 1024
+        deepest = min(limits.SMALL_DEPTH, small // limits.SMALL_TILE**2) if tile_rows < M * R else small // 1024
         deepest = max(1, min(deepest, small // (tile_rows * limits.SMALL_TILE)))
         taps = min(J, deepest)
         channels = min(p.C_in_g, deepest // taps)
@@ -140,7 +140,7 @@ class Panels:
         geometry, blocking, size = self.geometry, self.blocking, costs.scale(p)
         first, last = geometry.positions(p)
         Q, R, J = last - first, geometry.phases, geometry.tap_groups
-        blocks, reread = blocking.count(p, Q)
+        blocks, reread = blocking.num_blocks(p, Q)
         passes = -(-p.C_in_g // self.channels) * -(-J // self.taps)
         depth, rows = p.C_in_g * J, p.C_out_g * R
         columns = p.N * p.groups * Q
@@ -342,5 +342,3 @@ class Panels:
                 if first < last:
                     panel[:, :, index, :, j, first - begin : last - begin] = x[..., read]
                 panel[:, :, index, :, j, last - begin :] = 0
-
-

@@ -68,7 +68,7 @@ class ShiftAdd:
         geometry, blocking, size = self.geometry, self.blocking, costs.scale(p)
         first, last = geometry.positions(p)
         Q = last - first
-        blocks, reread = blocking.count(p, Q)
+        blocks, reread = blocking.num_blocks(p, Q)
         lines = p.N * p.groups * -(-Q // blocking.length)  # of each input channel, reread for each part of the rows
         span = min(self.span, p.L_in)
         tile = min(blocking.tile, span)

@@ -63,10 +63,7 @@ class Toeplitz:
         most = max(1, budget // max(window, outputs))
         windows = min(-(-(last - first) // tile), most)
         samples = max(1, min(p.N, most // windows))
-        if concurrent:
-            lines = min(lines, samples * windows)
-        else:
-            lines = samples * windows
+        lines = min(lines, samples * windows) if concurrent else samples * windows
         groups = max(1, min(p.groups, budget // (max(window, outputs) * max(windows * samples, outputs))))
         if concurrent and p.N * p.C_out * p.L_out > 2 * limits.WORTH_A_BLOCK:
             groups = min(groups, -(-p.groups // 16))
@@ -260,9 +257,7 @@ class Toeplitz:
         for begin, end in ((0, inside), (inside, outside), (outside, W)):
             if begin < end:
                 at = first + begin * step
-                x = call.read(
-                    block.samples, block.groups, slice(0, C), at, at + (end - begin - 1) * step + U, scratch
-                )
+                x = call.read(block.samples, block.groups, slice(0, C), at, at + (end - begin - 1) * step + U, scratch)
                 s_n, s_g, s_c, s_l = x.strides
                 part = panel[:, :, begin:end]
                 np.copyto(part, as_strided(x, part.shape, (s_g, s_n, s_l * step, s_c, s_l)))
@@ -280,9 +275,7 @@ class Toeplitz:
             if low < high:
                 lines = min(self.lines, high - low)
                 a, c = panel[:, 0, low:high], sums[:, low:high]
-                np.matmul(
-                    a.reshape(G, -1, lines, depth), band[:, None], out=c.reshape(G, -1, lines, outputs)
-                )
+                np.matmul(a.reshape(G, -1, lines, depth), band[:, None], out=c.reshape(G, -1, lines, outputs))
 
 
 def _outputs_per_step(p: ConvProblem) -> int:
@@ -313,8 +306,10 @@ def tiles(p: ConvProblem) -> list[int]:
 def _first_input(p: ConvProblem, step: int, taps: slice) -> int:
     """The first input position that these taps read for a step."""
     if not p.transposed:
-        return step * p.stride - p.padding_left + taps.start * p.dilation
-    return step - (taps.stop - 1) * p.dilation // p.stride
+        offset: int = taps.start * p.dilation - p.padding_left
+        return step * p.stride + offset
+    behind: int = (taps.stop - 1) * p.dilation // p.stride
+    return step - behind
 
 
 def _window_length(p: ConvProblem, tile: int, taps: int) -> int:
