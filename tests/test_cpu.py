@@ -39,11 +39,11 @@ METHODS: dict[str, list[ConvProblem]] = {
     ],
     "toeplitz": [
         conv_transpose1d(3, 1, 10, 700, 64, 32, 5, 3),
-        conv1d(2, 8, 8, 2000, 131, 1, 15, 15, 1, 8, has_bias=True),
+        conv1d(2, 8, 8, 700, 131, 1, 15, 15, 1, 8, has_bias=True),
         conv1d(64, 30, 30, 24, 51, 1, 25, 25, 1, 30),
-        conv1d(1, 1, 1, 9000, 5000, has_bias=True),
-        conv_transpose1d(2, 8, 8, 2000, 120, 1, 3, 10, 1, 8),
-        conv_transpose1d(1, 1, 1, 100, 9000, has_bias=True),
+        conv1d(1, 1, 1, 1500, 600, has_bias=True),
+        conv_transpose1d(2, 8, 8, 500, 120, 1, 3, 10, 1, 8),
+        conv_transpose1d(1, 1, 1, 20, 700, has_bias=True),
         conv_transpose1d(300, 4, 6, 8, 5, 3, 2, 1, 2, 2, 1, has_bias=True),
     ],
     "panels": [
