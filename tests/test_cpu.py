@@ -43,10 +43,10 @@ METHODS: dict[str, list[ConvProblem]] = {
         conv1d(64, 30, 30, 24, 51, 1, 25, 25, 1, 30),
         conv1d(1, 1, 1, 1500, 600, has_bias=True),
         conv_transpose1d(2, 8, 8, 500, 120, 1, 3, 10, 1, 8),
-        conv_transpose1d(1, 1, 1, 20, 700, has_bias=True),
         conv_transpose1d(300, 4, 6, 8, 5, 3, 2, 1, 2, 2, 1, has_bias=True),
     ],
     "panels": [
+        conv_transpose1d(1, 1, 1, 20, 700, has_bias=True),
         conv1d(2, 20, 30, 700, 3, 1, 1, 1, has_bias=True),
         conv1d(2, 20, 150, 700, 3, 2, 2, 0, 3, 2),
         conv1d(4, 64, 96, 1500, 11, 1, 25, 25, 5),
