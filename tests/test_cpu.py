@@ -409,6 +409,20 @@ def test_a_non_finite_weight_does_not_meet_the_padding(problem: ConvProblem, val
         np.testing.assert_array_equal(np.isfinite(y), ~hit)
 
 
+def test_a_sum_of_zero_is_positive() -> None:
+    for p in [
+        *ALL,
+        conv1d(2, 4, 4, 50, 1, groups=4),
+        conv1d(1, 2, 3, 50, 3, 1, 1, 1),
+        conv_transpose1d(1, 1, 2, 5, 9, 2),
+    ]:
+        for plan in plans(p):
+            y = poisoned(p)
+            x, w = np.full(p.input_shape, -1, np.float32), np.zeros(p.weight_shape, np.float32)
+            plan.run(Call.of(p, x, w, None, y))
+            assert not np.signbit(y).any(), plan.form
+
+
 def test_overflow_is_an_infinity_and_no_warning() -> None:
     for problem in ALL:
         x, w, b = arrays(problem)

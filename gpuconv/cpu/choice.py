@@ -90,10 +90,18 @@ class Plan(NamedTuple):
 
 @lru_cache(maxsize=4096)
 def plan(p: ConvProblem) -> Plan:
-    cost, form, exchanged = min(
-        ((form.cost(q), form, q) for q, forms in candidates(p) for form in forms), key=lambda candidate: candidate[0]
-    )
-    return plan_of(p, exchanged, form, cost)
+    options = [(form.cost(q), form, q) for q, forms in candidates(p) for form in forms]
+    options.sort(key=lambda option: option[0])
+    for cost, form, q in options:
+        found = plan_of(p, q, form, cost)
+        if found.method.workspace_bytes <= _allowed(p):
+            return found
+    return plan_of(p, p, Taps.of(p), 0.0)
+
+
+def _allowed(p: ConvProblem) -> int:
+    """The memory that a call may take beyond its arrays."""
+    return max(limits.WORKSPACE, (math.prod(p.input_shape) + math.prod(p.output_shape)) * p.itemsize // 4)
 
 
 def plan_of(p: ConvProblem, q: ConvProblem, form: Form, cost: float) -> Plan:
@@ -105,8 +113,7 @@ def plan_of(p: ConvProblem, q: ConvProblem, form: Form, cost: float) -> Plan:
     each = sum(buffers.values()) * size + max(buffers.values(), default=0)
     workers = 1
     if form.concurrent and cost > limits.WORTH_THREADS:
-        allowed = max(limits.WORKSPACE, (math.prod(p.input_shape) + math.prod(p.output_shape)) * p.itemsize // 4)
-        workers = max(1, min(limits.MAX_WORKERS, (allowed - shared) // each))
+        workers = max(1, min(limits.MAX_WORKERS, (_allowed(p) - shared) // each))
     reason = form.reason if q is p else f"few inputs, many taps: their roles exchanged; {form.reason}"
     return Plan(Method(form.name, reason, shared + workers * each), form, workers, None if q is p else q)
 

@@ -159,7 +159,10 @@ class Taps:
                 if not fresh:
                     np.add(sums[..., fed], product, out=sums[..., fed])
                 fresh = False
-        call.add_bias(block, sums)
+        if call.b is None:
+            np.add(sums, 0, out=sums)  # products of zero can be -0, their sum is +0
+        else:
+            call.add_bias(block, sums)
         if not direct:
             y[...] = sums
 

@@ -60,11 +60,15 @@ class Toeplitz:
         concurrent = lines >= 16
         if concurrent:
             budget = max(limits.CONCURRENT_BUFFER // size, window * max(outputs, 16))
-        most = max(1, budget // max(window, outputs))
+        # What a window takes at most: its copy, its outputs, and the input from it to the next one.
+        unit = max(window, outputs, p.C_in_g * tile * (1 if p.transposed else p.stride))
+        if unit > budget:
+            return None
+        most = max(1, budget // unit)
         windows = min(-(-(last - first) // tile), most)
         samples = max(1, min(p.N, most // windows))
         lines = min(lines, samples * windows) if concurrent else samples * windows
-        groups = max(1, min(p.groups, budget // (max(window, outputs) * max(windows * samples, outputs))))
+        groups = max(1, min(p.groups, budget // (unit * windows * samples), budget // (window * outputs)))
         if concurrent and p.N * p.C_out * p.L_out > 2 * limits.WORTH_A_BLOCK:
             groups = min(groups, -(-p.groups // 16))
         return cls(Taps.of(p), samples, groups, windows, lines, tile, taps, whole, concurrent)
