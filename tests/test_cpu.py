@@ -515,7 +515,7 @@ def test_planned_memory_of_extreme_problems() -> None:
 
 
 LARGE = {
-    "taps": conv1d(4, 512, 512, 2000, 3, 1, 1, 1, 1, 512),
+    "taps": conv1d(4, 512, 512, 6000, 3, 4, 1, 1, 1, 512),
     "toeplitz": conv1d(4, 512, 512, 1000, 131, 1, 65, 65, 1, 512, has_bias=True),
     "panels": conv1d(2, 200, 200, 6000, 5, 1, 2, 2, has_bias=True),
     "shift_add": conv1d(2, 256, 2, 20000, 7, 1, 3, 3),
