@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -21,8 +22,9 @@ import pywt
 import soundfile
 
 import gpuconv
-from gpuconv import cases, checks, cli, files, runtime
-from gpuconv.cli import main
+from gpuconv import cases, checks, files, functional, runtime
+from gpuconv.cli import gpu, info, main, warmup
+from gpuconv.cli.terminal import show_progress
 from gpuconv.device import ARCHITECTURES
 from gpuconv.families import FAMILIES
 from gpuconv.gpus import missing_gpu
@@ -48,8 +50,8 @@ def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> str:
     """A machine without a GPU, wherever the tests run; the line that says so."""
     line = "no GPU: the NVIDIA driver sees no device"
-    monkeypatch.setattr(cli, "missing_gpu", lambda: line)
-    monkeypatch.setattr(verify_module, "missing_gpu", lambda: line)
+    for module in (gpu, info, warmup, verify_module):
+        monkeypatch.setattr(module, "missing_gpu", lambda: line)
     return line
 
 
@@ -254,7 +256,7 @@ def test_bad_outputs_are_refused_before_anything_is_computed(
     save("cx.npy", normal(2, 20, dtype="complex64"))
     save("cw.npy", normal(1, 2, 3, dtype="complex64"))
     Path("link.npy").symlink_to("x.npy")
-    monkeypatch.setattr(cli.functional, "conv1d", lambda *_, **__: pytest.fail("computed"))
+    monkeypatch.setattr(functional, "conv1d", lambda *_, **__: pytest.fail("computed"))
 
     def refused(y: str, *options: str, x: str = "x.npy", w: str = "w.npy") -> str:
         return refusal(capsys, "conv1d", x, w, y, *options, "--device", "cpu")
@@ -319,7 +321,7 @@ def test_without_memory_there_is_one_line(capsys: pytest.CaptureFixture[str], mo
     def too_large(*_: Any, **__: Any) -> None:
         raise MemoryError("Unable to allocate 8.00 GiB")
 
-    monkeypatch.setattr(cli.functional, "conv_transpose1d", too_large)
+    monkeypatch.setattr(functional, "conv_transpose1d", too_large)
     assert refusal(capsys, *argv) == "not enough memory: Unable to allocate 8.00 GiB"
 
 
@@ -723,10 +725,10 @@ def test_a_closed_pipe_is_no_error() -> None:
 
 def test_an_interrupt_ends_with_130_and_one_line() -> None:
     program = (
-        "import os, signal, sys, time\nfrom gpuconv import cli\n"
+        "import os, signal, sys, time\nfrom gpuconv.cli import main, verify\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # which a shell's background jobs ignore
-        "cli.verify = lambda *_, **__: (os.kill(os.getpid(), signal.SIGINT), time.sleep(60))\n"
-        "sys.exit(cli.main(['verify']))"
+        "verify.verify = lambda *_, **__: (os.kill(os.getpid(), signal.SIGINT), time.sleep(60))\n"
+        "sys.exit(main(['verify']))"
     )
     done = run("-c", program)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "gpuconv: error: interrupted\n")
@@ -855,7 +857,7 @@ def test_progress_leaves_no_line_behind_an_interrupt(monkeypatch: pytest.MonkeyP
     terminal = _Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setitem(sys.modules, "rich.console", None)
-    with suppress(KeyboardInterrupt), cli._progress("verifying") as progress:
+    with suppress(KeyboardInterrupt), show_progress("verifying") as progress:
         progress(1, 20, "some case")
         raise KeyboardInterrupt
     shown = ""
@@ -869,8 +871,8 @@ def test_progress_in_a_pipe_is_a_line_every_ten_seconds(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 0.0
-    monkeypatch.setattr(cli.time, "monotonic", lambda: now)
-    with cli._progress("verifying") as progress:
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    with show_progress("verifying") as progress:
         for done in range(50):
             progress(done, 50, f"case {done}")
             now += 0.7

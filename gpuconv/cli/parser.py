@@ -7,7 +7,7 @@ import re
 import sys
 from typing import Any, NoReturn
 
-from .text import wrap
+from ..text import wrap
 
 # What argparse says, and what gpuconv says in its place.
 _WORDS = (
