@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeAlias, overload
 import numpy as np
 
 from . import cpu, cpu_gradients, dispatch, runtime
+from .arguments import check_int, check_padding_mode
 from .calls import check_kinds
 from .device import ARCHITECTURES, Device
 from .families import Config, Launch
@@ -22,8 +23,6 @@ from .problem import (
     ConvProblem,
     Op,
     WeightGradientProblem,
-    check_int,
-    check_padding_mode,
 )
 from .text import WIDTH, count, wrap, wrap_rows
 

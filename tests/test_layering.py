@@ -23,7 +23,9 @@ PACKAGE = Path(cases.__file__).resolve().parent
 # From the ground up: a module imports only from earlier rows, and modules in one row do not import each other.
 LAYERS = (
     ("text", "wav"),
-    ("problem", "device"),
+    ("dtypes", "device"),
+    ("arguments",),
+    ("problem",),
     ("reference", "cpu", "source"),
     ("cpu_gradients", "families.base"),
     ("families.tiles", "families.depthwise", "families.sliding", "families.mma", "families.phases", "families.slices"),

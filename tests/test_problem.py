@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gpuconv.arguments import check_padding_mode, check_precision
 from gpuconv.problem import (
     DTYPES,
     ITEMSIZE,
@@ -22,8 +23,6 @@ from gpuconv.problem import (
     ConvProblem,
     Settings,
     WeightGradientProblem,
-    check_padding_mode,
-    check_precision,
     dtype_name,
     numpy_dtype,
 )
