@@ -150,12 +150,14 @@ def check_rank(caller: str, name: str, shape: Sequence[Any], layout: str, ranks:
         )
 
 
-def channels_last_hint(x: Arrays, expected: int, last_of_weight: int | None = None) -> str:
-    """How to swap axes where the channels of the input, or of conv1d's weight, seem to come last."""
+def channels_hint(x: Arrays, weight: ArrayLike, expected: int, last_of_weight: int | None = None) -> str:
+    """What was probably meant where the channels of the input are not those that the weight expects."""
     if x.L_in == expected:
         return "; the channels of input seem to come last: pass input.swapaxes(-1, -2)"
     if last_of_weight == x.C_in:
         return "; the input channels of weight seem to come last: pass weight.swapaxes(-1, -2)"
+    if tuple(weight.shape[:2]) == (1, 1):
+        return f"; one filter for every channel is weight.repeat({x.C_in}, axis=0) with groups = {x.C_in}"
     return ""
 
 

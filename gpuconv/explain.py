@@ -418,7 +418,7 @@ def explain(
     dispatch.check_algorithm(op, op, algorithm)
     if algorithm is not None and direction != "forward":
         raise ValueError(
-            f'explain: algorithm is of direction "forward"; expected None for {direction}, got {algorithm!r}'
+            f'explain: algorithm is of direction "forward"; there is no choice for {direction}, got {algorithm!r}'
         )
     construct = ConvProblem.conv_transpose1d if op == "conv_transpose1d" else ConvProblem.conv1d
     problem = construct(input, weight, bias, **settings)

@@ -20,7 +20,7 @@ from .arguments import (
     Padding,
     Setting,
     Settings,
-    channels_last_hint,
+    channels_hint,
     check_bias_length,
     check_dtype,
     check_groups,
@@ -148,7 +148,7 @@ class ConvProblem:
         if C_in_g * g != x.C_in:
             raise ValueError(
                 f"{op}: input has C_in = {x.C_in} channels, but weight {tuple(weight.shape)} with groups = {g} expects "
-                f"C_in = {C_in_g}*{g} = {C_in_g * g}{channels_last_hint(x, C_in_g * g, weight.shape[2] * g)}"
+                f"C_in = {C_in_g}*{g} = {C_in_g * g}{channels_hint(x, weight, C_in_g * g, weight.shape[2] * g)}"
             )
         check_bias_length(op, bias, C_out)
         span = d * (K - 1) + 1
@@ -193,7 +193,7 @@ class ConvProblem:
         if weight_C_in != x.C_in:
             raise ValueError(
                 f"{op}: input has C_in = {x.C_in} channels, but weight {tuple(weight.shape)} expects "
-                f"C_in = {weight_C_in}{channels_last_hint(x, weight_C_in)}"
+                f"C_in = {weight_C_in}{channels_hint(x, weight, weight_C_in)}"
             )
         check_bias_length(op, bias, C_out)
         span = d * (K - 1) + 1

@@ -288,6 +288,7 @@ def test_bad_outputs_are_refused_before_anything_is_computed(
         ("--dilation -2", "conv1d: dilation must be at least 1, got -2"),
         ("--groups 3", "conv1d: groups must divide the input channels, got groups = 3 and C_in = 1"),
         ("--output-padding 1", "unknown argument: --output-padding 1"),
+        ("--bias", "--bias needs a value (see gpuconv conv1d --help)"),
         (
             "--dtype int8",
             "--dtype must be one of float16, bfloat16, float32, float64, complex64, complex128, got 'int8'",
@@ -753,6 +754,24 @@ def test_usage_errors(capsys: pytest.CaptureFixture[str]) -> None:
     assert refusal(capsys, "info", "more").startswith("unknown argument: more")
     assert refusal(capsys, "info", "--json=1").startswith("--json takes no value, got '1'")
     assert refusal(capsys, "conv1d", "a.npy").startswith("WEIGHT, OUT are missing")
+    assert refusal(capsys, "--verison") == "unknown argument: --verison (see gpuconv --help)"
+    assert refusal(capsys, "-v") == "unknown argument: -v (see gpuconv --help)"
+    shapes = ("explain", "conv1d", "--weight", "1,1,3", "--input")
+    assert refusal(capsys, *shapes, "8", "1", "9") == "unknown argument: 1 9 (see gpuconv explain --help)"
+    assert (
+        refusal(capsys, *shapes[:4], "--inptu", "1,9") == "unknown argument: --inptu 1,9 (see gpuconv explain --help)"
+    )
+    assert refusal(capsys, *shapes, "1,9", "--arch") == "--arch needs a value (see gpuconv explain --help)"
+
+
+def test_an_example_keeps_options_and_their_values_together(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    assert main(["help", "explain"]) == 0
+    assert capsys.readouterr().out.endswith(
+        "  gpuconv explain conv1d --input 8,512,3000 \\\n    --weight 512,512,3 --arch sm_90\n"
+    )
 
 
 @pytest.mark.parametrize("argv", [(), ("help",), *(("help", command) for command in COMMANDS)])

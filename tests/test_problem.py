@@ -689,6 +689,16 @@ def test_other_names_are_no_dtypes() -> None:
             "the channels of input seem to come last: pass input.swapaxes(-1, -2)",
         ),
         (
+            "conv1d", (2, 100), (1, 1, 3), {},
+            "conv1d: input has C_in = 2 channels, but weight (1, 1, 3) with groups = 1 expects C_in = 1*1 = 1; one "
+            "filter for every channel is weight.repeat(2, axis=0) with groups = 2",
+        ),
+        (
+            "conv_transpose1d", (4, 2, 100), (1, 1, 3), {"stride": 2},
+            "conv_transpose1d: input has C_in = 2 channels, but weight (1, 1, 3) expects C_in = 1; one filter for "
+            "every channel is weight.repeat(2, axis=0) with groups = 2",
+        ),
+        (
             "conv1d", (1, 1, 9), (1, 1, 3), {"padding": "full"},
             'conv1d: padding must be an int, a pair (left, right) or one of "valid", "same" and "causal", got '
             "'full'; SciPy's mode \"full\" is dilation*(K - 1) on both sides",

@@ -70,13 +70,14 @@ def run(args: argparse.Namespace) -> int:
         hint = "; give --dtype to convert" if isinstance(error, TypeError) and len(dtypes) > 1 else ""
         raise CommandError(f"{error}{hint}") from error
     to_stdout = args.output == files.STANDARD
+    name = "standard output" if to_stdout else args.output
     is_wav = args.output.lower().endswith(".wav") or (to_stdout and (rate or args.rate) is not None)
     if is_wav:
         rate, note = (args.rate, None) if args.rate else _rate_behind(problem, rate)
-        notes += () if note is None else (f"{args.output}: {note}",)
-        files.check_wav(args.output, problem.output_shape, problem.dtype, rate)
+        notes += () if note is None else (f"{name}: {note}",)
+        files.check_wav(name, problem.output_shape, problem.dtype, rate)
     elif args.rate:
-        raise CommandError(f"{args.output}: --rate is for a .wav output; a .npy file holds no sample rate")
+        raise CommandError(f"{name}: --rate is for a .wav output; a .npy file holds no sample rate")
     else:
         rate = None
     for note in notes:
@@ -99,9 +100,9 @@ def run(args: argparse.Namespace) -> int:
         output = function(x, weight, bias, **settings)
         where = "on the CPU"
     files.write(args.output, output, rate, force=args.force)
-    form = f"{tuple(output.shape)} {problem.dtype}" + (f", {rate} Hz" if is_wav else "")
+    form = f"{tuple(output.shape)} " + (f"float32, {rate} Hz" if is_wav else problem.dtype)
     if not to_stdout:
-        print(f"{args.output}: {form}, computed {where}")
+        print(f"{name}: {form}, computed {where}")
     return 0
 
 

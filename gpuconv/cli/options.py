@@ -62,7 +62,12 @@ def add_settings(parser: Any, ops: tuple[str, ...]) -> None:
         parser.add_argument(
             "--output-padding", type=_whole_number, metavar="N", help=f"{note}more output on the right (default: 0)"
         )
-        parser.add_argument("--output-size", type=_whole_number, metavar="N", help=f"{note}the wanted L_out, instead")
+        parser.add_argument(
+            "--output-size",
+            type=_whole_number,
+            metavar="N",
+            help=f"{note}the wanted L_out, in place of --output-padding",
+        )
 
 
 def _one_of(words: Sequence[str], default: str) -> str:
