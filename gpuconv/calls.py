@@ -206,7 +206,7 @@ def _identity(array: Any) -> tuple[Any, ...] | None:
     return (array.shape, array.strides, array.dtype, data.device_id, data.ptr & 15)
 
 
-# -- checks that need the arrays themselves; everything about shapes, dtypes and settings is in problem.py ------------
+# -- checks that need the arrays themselves; everything about shapes, dtypes and settings is in arguments.py ----------
 
 
 def check_kinds(op: str, arrays: dict[str, Any]) -> None:

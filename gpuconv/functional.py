@@ -7,8 +7,9 @@ from typing import Any, SupportsIndex, TypeVar, cast
 import numpy as np
 
 from . import runtime
+from .arguments import check_padding_mode
 from .calls import Function, check_kinds
-from .problem import ConvProblem, Op, Padding, Setting, check_padding_mode
+from .problem import ConvProblem, Op, Padding, Setting
 
 ArrayT = TypeVar("ArrayT")
 

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, NamedTuple, SupportsIndex, TypeVar, cast
 import numpy as np
 
 from . import dispatch, runtime
+from .arguments import check_groups, check_int, check_padding_mode, check_precision, check_setting, check_size
 from .functional import ArrayT, conv1d, conv_transpose1d
 from .problem import (
     DTYPES,
@@ -18,12 +19,6 @@ from .problem import (
     Padding,
     Setting,
     Settings,
-    check_groups,
-    check_int,
-    check_padding_mode,
-    check_precision,
-    check_setting,
-    check_size,
     dtype_name,
     numpy_dtype,
 )

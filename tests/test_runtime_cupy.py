@@ -21,6 +21,7 @@ import pytest
 import gpuconv
 from gpuconv import calls, cli, dispatch, grad, nn, runtime
 from gpuconv.checks import Target
+from gpuconv.cli.errors import EXIT_NO_GPU
 from gpuconv.families import Layout
 from gpuconv.gpus import missing_gpu
 from gpuconv.problem import ArraySpec, ConvProblem
@@ -75,7 +76,7 @@ def test_an_older_cupy_is_refused_in_one_line(
     for command in (["verify", "--device", "gpu"], ["warmup"]):
         with pytest.raises(SystemExit) as exit_:
             raise SystemExit(cli.main(command))
-        assert exit_.value.code == cli.EXIT_NO_GPU
+        assert exit_.value.code == EXIT_NO_GPU
         assert capsys.readouterr().err.startswith(f"gpuconv: error: no GPU: {needs}")
     assert cli.main(["info"]) == 0
     assert needs in capsys.readouterr().out
