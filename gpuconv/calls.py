@@ -184,7 +184,7 @@ def _identity(array: Any) -> tuple[Any, ...] | None:
 
 
 def check_kinds(op: str, arrays: dict[str, Any]) -> None:
-    """Refuse what is no array, and arrays of different kinds or devices.
+    """Refuse what is no array, arrays of different kinds or devices, and a foreign byte order on a GPU.
 
     Raises:
         TypeError: naming the argument.
@@ -192,6 +192,8 @@ def check_kinds(op: str, arrays: dict[str, Any]) -> None:
     kinds: dict[str, str] = {}
     for name, array in arrays.items():
         if runtime.is_cupy_array(array):
+            if not array.dtype.isnative:  # CuPy makes views of such, and computes with none
+                raise TypeError(f"{op}: {name} must have native byte order on a GPU, got {array.dtype.str}")
             kinds[name] = f"CuPy array on device {array.data.device_id}"
         elif isinstance(array, np.ndarray) and not isinstance(array, np.ma.MaskedArray):
             kinds[name] = "NumPy array"

@@ -528,6 +528,8 @@ def _read(key: str, value: Any, own: Any) -> Any:
             array = np.asarray(value)
     except (TypeError, ValueError, RuntimeError, ImportError) as error:
         raise _UnfitError(f'"{key}" cannot be read as an array: {error}') from error
+    if runtime.is_cupy_array(array) and not array.dtype.isnative:
+        raise _UnfitError(f'"{key}" must have native byte order on a GPU, got {array.dtype.str}')
     if tuple(array.shape) != tuple(own.shape):
         raise _UnfitError(f'"{key}" must have shape {tuple(own.shape)}, got {tuple(array.shape)}')
     if not _converts(array.dtype, str(own.dtype.name)):

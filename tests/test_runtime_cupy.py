@@ -304,6 +304,27 @@ def test_arrays_of_no_axes_are_refused(cupy: Any) -> None:
         gpuconv.conv1d(cupy.ones((), np.float32), cupy.ones((1, 1, 3), np.float32))
 
 
+@pytest.mark.gpu
+def test_a_foreign_byte_order_is_refused(cupy: Any) -> None:
+    """CuPy makes such views, and its own functions refuse them. The kernels would take the bytes as they lie."""
+    x, w = cupy.ones((2, 2, 9), np.float32), cupy.ones((2, 2, 3), np.float32)
+    y = gpuconv.conv1d(x, w)
+    layer = nn.Conv1d(2, 2, 3, device="cuda")
+    for name, call in (
+        ("conv1d: input", lambda: gpuconv.conv1d(x.view(">f4"), w, out=y)),
+        ("conv1d: weight", lambda: gpuconv.conv1d(x, w.view(">f4"))),
+        ("conv1d: out", lambda: gpuconv.conv1d(x, w, out=y.view(">f4"))),
+        ("conv1d_bias: grad_output", lambda: grad.conv1d_bias(y.view(">f4"), out=cupy.ones(2, np.float32))),
+        ("prepare: weight", lambda: gpuconv.prepare(w.view(">f4"))),
+        ("conv1d: input", lambda: gpuconv.explain("conv1d", x.view(">f4"), w)),
+    ):
+        with pytest.raises(TypeError, match=f"^{name} must have native byte order on a GPU, got >f4$"):
+            call()
+    with pytest.raises(ValueError, match=r'"weight" must have native byte order on a GPU, got >f4$'):
+        layer.load_state_dict({"weight": w.view(">f4")}, strict=False)
+    assert cupy.asnumpy(y).tolist() == [[[6.0] * 7] * 2] * 2
+
+
 # -- threads -----------------------------------------------------------------------------------------------------------
 
 
