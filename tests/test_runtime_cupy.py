@@ -5,6 +5,7 @@ Marked `gpu`, these tests run on any CuPy that reaches a GPU. Those without the 
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
@@ -423,6 +424,27 @@ def test_prepared_weights_are_complete_on_every_stream(no_gpu_needed: Any, monke
     monkeypatch.setattr(no_gpu_needed.ndarray, "__setitem__", lambda *a: events.append("copy") or assign(*a))
     gpuconv.prepare(no_gpu_needed.asarray(np.ones((1, 1, 3), np.float32)))
     assert events == ["copy", "wait"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("how", ["load_state_dict", "deepcopy"])
+def test_prepared_weights_are_complete_whoever_made_them(cupy: Any, how: str) -> None:
+    _, x, w = PACKED
+    expected = gpuconv.conv1d(x, w)
+    layer = nn.Conv1d(5, 12, 3, bias=False, device="cuda")
+    layer.weight = gpuconv.prepare(layer.weight)
+    x, w = cupy.asarray(x), cupy.asarray(w)
+    prepared = gpuconv.prepare(w)
+    first, second = (cupy.cuda.Stream(non_blocking=True) for _ in range(2))
+    cupy.cuda.Device().synchronize()
+    with first:
+        if how == "load_state_dict":
+            layer.load_state_dict({"weight": w})
+            prepared = layer.weight
+        else:
+            prepared = copy.deepcopy(prepared)
+    with second:
+        np.testing.assert_array_equal(cupy.asnumpy(gpuconv.conv1d(x, prepared)), expected)
 
 
 @pytest.mark.gpu
