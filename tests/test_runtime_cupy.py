@@ -605,6 +605,38 @@ def test_arrays_on_another_device_than_the_current_one(cupy: Any, name: str) -> 
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("target", ["cpu", "cuda:0"])
+def test_layers_move_behind_the_work_queued_on_the_other_gpu(cupy: Any, target: str) -> None:
+    if runtime.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    layer = nn.Conv1d(512, 512, 3, device="cuda:1")
+    with cupy.cuda.Device(1), cupy.cuda.Stream(non_blocking=True):
+        cupy.cuda.Device(1).synchronize()
+        layer.weight[...] = 7
+        with cupy.cuda.Device(0), cupy.cuda.Stream(non_blocking=True):  # which is no stream of the other GPU
+            moved = layer.to(target).weight
+            assert cupy.cuda.runtime.getDevice() == 0
+            assert (cupy.asnumpy(moved) == 7).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("target", ["cpu", "cuda:0", "cuda:1"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_layers_load_arrays_of_any_strides_from_another_gpu(cupy: Any, dtype: str, target: str) -> None:
+    if runtime.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    weight, bias = integers((4, 2, 6))[::-1, :, ::2], integers((8,))[::2]
+    with cupy.cuda.Device(1):
+        state = {"weight": cupy.asarray(integers((4, 2, 6)))[::-1, :, ::2], "bias": cupy.asarray(integers((8,)))[::2]}
+    layer = nn.Conv1d(2, 4, 3, dtype=dtype, device=target)
+    layer.load_state_dict(state)
+    for loaded, expected in ((layer.weight, weight), (layer.bias, bias)):
+        assert loaded.dtype == dtype
+        assert nn._home(loaded) == {"cpu": None, "cuda:0": 0, "cuda:1": 1}[target]
+        np.testing.assert_array_equal(cupy.asnumpy(loaded), expected)
+
+
+@pytest.mark.gpu
 def test_cupys_profiler(cupy: Any) -> None:
     profiler = pytest.importorskip("cupyx.profiler")
     _, x, w = PACKED
