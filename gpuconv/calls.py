@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from threading import Lock
+from threading import RLock
 from typing import Any, Generic, Protocol, TypeVar, cast
 
 import numpy as np
@@ -19,7 +19,7 @@ P = TypeVar("P")
 # ever new lengths can hold.
 _PLANS: dict[tuple[Any, ...], Plan] = {}
 _MAX_PLANS = 4096
-_PLANS_LOCK = Lock()  # for changes; look-ups need none
+_PLANS_LOCK = RLock()  # for changes; look-ups need none. A finalizer may call while its own thread holds it
 
 
 class Plan(Protocol):

@@ -203,7 +203,7 @@ class PreparedWeight:
                 cuda.get_current_stream().synchronize()
         self.array = array
         self._packed: dict[int, Any] = {}  # by the identity of the interned Pack
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a finalizer may call while its own thread packs
 
     @property
     def shape(self) -> tuple[int, ...]:

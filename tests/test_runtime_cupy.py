@@ -410,6 +410,42 @@ def test_two_threads_pack_a_prepared_weight_once() -> None:
     assert len(packed) == 1
 
 
+@pytest.mark.usefixtures("no_gpu_needed")
+def test_a_finalizer_may_call_while_its_thread_changes_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Garbage is collected at any allocation, and whatever dies then may call gpuconv."""
+
+    class Packer:
+        pack = object()
+
+        def __call__(self, array: Any) -> Any:
+            if not nested:
+                nested.append(True)
+                prepared.packed(self)
+            return array
+
+    class Plans(dict[Any, Any]):
+        def __setitem__(self, key: Any, plan: Any) -> None:
+            if not self:
+                super().__setitem__(key, plan)
+                call(2)
+            super().__setitem__(key, plan)
+
+    def call(length: int) -> Any:
+        x, w = (fake_cupy.asarray(np.ones(shape, np.float32)) for shape in ((1, 1, length), (1, 1, 1)))
+        return gpuconv.conv1d(x, w).get().tolist()
+
+    nested: list[bool] = []
+    prepared = runtime.PreparedWeight(np.ones(3))
+    monkeypatch.setattr(calls, "_PLANS", Plans())
+    for work in (lambda: prepared.packed(Packer()), lambda: call(3)):
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        thread.join(30)
+        assert not thread.is_alive()
+    assert nested
+    assert len(calls._PLANS) == 2
+
+
 # -- streams and prepared weights --------------------------------------------------------------------------------------
 
 PACKED = ("conv1d", integers((2, 5, 40)), integers((12, 5, 3)))  # by a kernel family that packs the weights
