@@ -519,6 +519,15 @@ def _place(array: Any, index: int | None, dtype: np.dtype[Any], *, copy: bool = 
         return placed
 
 
+def _as_cupy_array(value: Any) -> Any:
+    """What offers `__cuda_array_interface__`, on the GPU where it lies; `asarray` alone moves it to the current one."""
+    cupy = runtime.cupy_module()
+    address = value.__cuda_array_interface__["data"][0]
+    home = cupy.cuda.runtime.pointerGetAttributes(address).device if address else -1
+    with cupy.cuda.Device(home if home >= 0 else None):
+        return cupy.asarray(value)
+
+
 def _read(key: str, value: Any, own: Any) -> Any:
     """An entry of a state dictionary as a NumPy or CuPy array that fits a parameter.
 
@@ -533,7 +542,7 @@ def _read(key: str, value: Any, own: Any) -> Any:
         if runtime.is_cupy_array(value):
             array = value
         elif hasattr(value, "__cuda_array_interface__"):
-            array = runtime.cupy_module().asarray(value)
+            array = _as_cupy_array(value)
         else:
             array = np.asarray(value)
     except (TypeError, ValueError, RuntimeError, ImportError) as error:

@@ -664,12 +664,14 @@ def test_layers_load_arrays_of_any_strides_from_another_gpu(cupy: Any, dtype: st
     weight, bias = integers((4, 2, 6))[::-1, :, ::2], integers((8,))[::2]
     with cupy.cuda.Device(1):
         state = {"weight": cupy.asarray(integers((4, 2, 6)))[::-1, :, ::2], "bias": cupy.asarray(integers((8,)))[::2]}
-    layer = nn.Conv1d(2, 4, 3, dtype=dtype, device=target)
-    layer.load_state_dict(state)
-    for loaded, expected in ((layer.weight, weight), (layer.bias, bias)):
-        assert loaded.dtype == dtype
-        assert nn._home(loaded) == {"cpu": None, "cuda:0": 0, "cuda:1": 1}[target]
-        np.testing.assert_array_equal(cupy.asnumpy(loaded), expected)
+    foreign = {key: SimpleNamespace(__cuda_array_interface__=a.__cuda_array_interface__) for key, a in state.items()}
+    for given in (state, foreign):
+        layer = nn.Conv1d(2, 4, 3, dtype=dtype, device=target)
+        layer.load_state_dict(given)
+        for loaded, expected in ((layer.weight, weight), (layer.bias, bias)):
+            assert loaded.dtype == dtype
+            assert nn._home(loaded) == {"cpu": None, "cuda:0": 0, "cuda:1": 1}[target]
+            np.testing.assert_array_equal(cupy.asnumpy(loaded), expected)
 
 
 @pytest.mark.gpu
