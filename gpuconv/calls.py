@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from threading import Lock
+from threading import RLock
 from typing import Any, Generic, Protocol, TypeVar, cast
 
 import numpy as np
@@ -20,7 +20,7 @@ P = TypeVar("P")
 _PLANS: dict[tuple[Any, ...], Plan] = {}
 _PROBLEMS: dict[tuple[Any, ...], Any] = {}
 _MAX_PLANS = 4096
-_PLANS_LOCK = Lock()  # for changes; look-ups need none
+_PLANS_LOCK = RLock()  # for changes; look-ups need none. A finalizer may call while its own thread holds it
 
 
 class Plan(Protocol):
@@ -210,7 +210,7 @@ def _identity(array: Any) -> tuple[Any, ...] | None:
 
 
 def check_kinds(op: str, arrays: dict[str, Any]) -> None:
-    """Refuse what is no array, and arrays of different kinds or devices.
+    """Refuse what is no array, arrays of different kinds or devices, and a foreign byte order on a GPU.
 
     Raises:
         TypeError: naming the argument.
@@ -218,6 +218,8 @@ def check_kinds(op: str, arrays: dict[str, Any]) -> None:
     kinds: dict[str, str] = {}
     for name, array in arrays.items():
         if runtime.is_cupy_array(array):
+            if not array.dtype.isnative:  # CuPy makes views of such, and computes with none
+                raise TypeError(f"{op}: {name} must have native byte order on a GPU, got {array.dtype.str}")
             kinds[name] = f"CuPy array on device {array.data.device_id}"
         elif isinstance(array, np.ndarray) and not isinstance(array, np.ma.MaskedArray):
             kinds[name] = "NumPy array"
