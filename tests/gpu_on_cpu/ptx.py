@@ -477,9 +477,9 @@ def _bits(i: Instruction) -> str:
 @_emits("setp")
 def _compare(i: Instruction) -> str:
     kind = i.type()
-    comparisons = ("eq", "ne", "lt", "le", "gt", "ge", "lo", "ls", "hi", "hs")
-    unordered = ("equ", "neu", "ltu", "leu", "gtu", "geu", "num", "nan")
-    comparison = i.take(*comparisons, *(unordered if kind in ("f32", "f64") else ()))
+    of_unsigned = ("lo", "ls", "hi", "hs") if kind[0] == "u" else ()
+    of_floats = ("equ", "neu", "ltu", "leu", "gtu", "geu", "num", "nan") if kind in ("f32", "f64") else ()
+    comparison = i.take("eq", "ne", "lt", "le", "gt", "ge", *of_unsigned, *of_floats)
     combine = i.take("and", "or", "xor", default="none")
     # On the bits for NaN; the processor compares subnormal numbers as they are unless it flushes.
     flush = i.has("ftz") and not i.kernel.flushes
