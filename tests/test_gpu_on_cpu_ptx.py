@@ -91,7 +91,8 @@ def operands(kind: str) -> tuple[Any, ...]:
             positive += [2.0**64, 6.1e-5, 2.0**-24 * 1.5]
         if kind == "f64":
             positive += [1 + 2.0**-11 + 2.0**-40, 1 + 3 * 2.0**-11 - 2.0**-40, 1 + 2.0**-8 - 2.0**-50, 1 + 2.0**-24]
-        values = np.array([*positive, *(-x for x in positive), math.nan]).astype(DTYPES[kind])
+        with np.errstate(over="ignore"):
+            values = np.array([*positive, *(-x for x in positive), math.nan]).astype(DTYPES[kind])
         return tuple(values.tolist() if kind != "bf16" else values.astype(np.float64).tolist())
     bits = bits_of(kind)
     values = [0, 1, 2, 3, 7, 31, 32, 33, 63, 64, 65, 255, 0x12345678, 0x80, 1 << (bits - 1), (1 << (bits - 1)) - 1]
@@ -149,6 +150,8 @@ def remainder(a: int, b: int, kind: str) -> int:
 
 
 def fused(a: float, b: float, c: float, kind: str) -> float:
+    if math.isinf(c) and math.isfinite(a) and math.isfinite(b):
+        return c
     if not all(map(math.isfinite, (a, b, c))):
         with np.errstate(invalid="ignore"):
             return float(np.float64(a) * np.float64(b) + np.float64(c))
@@ -301,7 +304,8 @@ def cases() -> list[Case]:
                 add(f"{name}{ftz}.{k} d, a, b", kinds, lambda a, b, e=evaluate, f=flush: f(e(f(a), f(b))))
             add(f"fma.rn{ftz}.{k} d, a, b, c", f"{kinds} {k}",
                 lambda a, b, c, k=k, f=flush: f(fused(f(a), f(b), f(c), k)))  # fmt: skip
-            add(f"sqrt.rn{ftz}.{k} d, a", f"{k} {k}", lambda a, e=with_numpy(np.sqrt, k), f=flush: f(e(f(a))))
+            root = with_numpy(np.sqrt, k)
+            add(f"sqrt.rn{ftz}.{k} d, a", f"{k} {k}", lambda a, e=root, f=flush: f(e(f(a))))
             reciprocal = with_numpy(lambda a, k=k: DTYPES[k].type(1) / a, k)
             add(f"rcp.rn{ftz}.{k} d, a", f"{k} {k}", lambda a, e=reciprocal, f=flush: f(e(f(a))))
             add(f"neg{ftz}.{k} d, a", f"{k} {k}", lambda a, f=flush: f(-a))
@@ -309,8 +313,9 @@ def cases() -> list[Case]:
             add(f"min{ftz}.{k} d, a, b", kinds, lambda a, b, f=flush: least(f(a), f(b)))
             add(f"max{ftz}.{k} d, a, b", kinds, lambda a, b, f=flush: greatest(f(a), f(b)))
             for name in (*COMPARISONS, *(f"{name}u" for name in COMPARISONS), "num", "nan"):
+                compare = comparison(name)
                 add(f"setp.{name}{ftz}.{k} p, a, b", f"pred {k} {k}",
-                    lambda a, b, e=comparison(name), f=flush: e(f(a), f(b)))  # fmt: skip
+                    lambda a, b, e=compare, f=flush: e(f(a), f(b)))  # fmt: skip
     saturated = with_numpy(np.add, "f32")
     add("add.sat.f32 d, a, b", "f32 f32 f32",
         lambda a, b: 0.0 if math.isnan(s := saturated(a, b)) else min(max(s, 0.0), 1.0) or 0.0)  # fmt: skip
@@ -352,7 +357,7 @@ def register_kind(kind: str) -> str:
 
 
 def entry(case: Case) -> str:
-    """A kernel that does the instruction in each thread, on that thread's operands."""
+    """A kernel whose block i, of one thread, does the instruction on the operands i."""
     names = "abce"[: len(case.types) - 1]
     lines, declared = [], []
     for i, kind in enumerate(case.types):
@@ -376,7 +381,7 @@ def entry(case: Case) -> str:
         lines.append(f"st.global.{'b16' if kind in ('f16', 'bf16') else kind} [%at0], %d;")
     parameters = ", ".join(f".param .u64 p{i}" for i in range(len(case.types)))
     registers = ".reg .b64 %at<6>; .reg .b32 %i; .reg .pred %q; " + " ".join(declared)
-    thread = ".reg .b32 %t<3>; mov.u32 %t0, %ctaid.x; mov.u32 %t1, %ntid.x; mov.u32 %t2, %tid.x; mad.lo.u32 %i, %t0, %t1, %t2;"
+    thread = "mov.u32 %i, %ctaid.x;"
     return f".visible .entry {case.name}({parameters})\n{{\n{registers} {thread}\n" + "\n".join(lines) + "\nret;\n}\n"
 
 
@@ -388,7 +393,7 @@ def module(flushing: bool) -> modules.Module:
 
 
 def execute(function: modules.Function, count: int, *arrays: np.ndarray[Any, Any]) -> None:
-    """Run a kernel on host arrays, one thread an element."""
+    """Run a kernel on host arrays, one block an element."""
     addresses = np.array([array.ctypes.data for array in arrays], np.uint64)
     modules.run(
         function, count, 1, 0, addresses.tobytes(), bounds=(0, 1 << 62), cores=HOPPER, schedule="forward", seed=0,

@@ -101,7 +101,7 @@ class _Handles:
     def get(self, handle: int, kind: type[Any]) -> Any:
         value = self._objects.get(handle)
         if not isinstance(value, kind):
-            raise CudaError(Code.cudaErrorInvalidResourceHandle, f"{handle:#x} is no {kind.__name__.lower()}")
+            raise CudaError(Code.InvalidResourceHandle, f"{handle:#x} is no {kind.__name__.lower()}")
         return value
 
     def remove(self, handle: int, kind: type[Any]) -> Any:
@@ -133,7 +133,7 @@ def _context() -> Device:
         CudaError: no context is current.
     """
     if _THREAD.context is None:
-        raise CudaError(Code.cudaErrorDeviceUninitialized, "no context is current in this thread")
+        raise CudaError(Code.DeviceUninitialized, "no context is current in this thread")
     _raise_error(_THREAD.context)
     return _THREAD.context
 
@@ -167,9 +167,7 @@ def _new_stream(device: Device, *, blocking: bool, priority: int = 0) -> streams
 def _own_stream(handle: int) -> streams.Stream:
     stream = _stream(handle)
     if stream.owner is not _THREAD.context:
-        raise CudaError(
-            Code.cudaErrorInvalidResourceHandle, "the stream belongs to another device than the current one"
-        )
+        raise CudaError(Code.InvalidResourceHandle, "the stream belongs to another device than the current one")
     return stream
 
 
@@ -191,7 +189,7 @@ def _find_arena(address: int) -> memory.Arena | None:
 
 
 def _invalid(message: str) -> CudaError:
-    return CudaError(Code.cudaErrorInvalidValue, message)
+    return CudaError(Code.InvalidValue, message)
 
 
 # -- calls from C ------------------------------------------------------------------------------------------------------
@@ -214,7 +212,7 @@ def _callback(function: Callable[..., None], kinds: tuple[Any, ...]) -> Any:
                 code, message = int(error.code), error.message
             except BaseException as error:
                 traceback.print_exc()
-                code, message = int(Code.cudaErrorUnknown), f"gpu_on_cpu itself failed: {error!r}"
+                code, message = int(Code.Unknown), f"gpu_on_cpu itself failed: {error!r}"
             finally:
                 if collecting:
                     gc.enable()
@@ -225,17 +223,21 @@ def _callback(function: Callable[..., None], kinds: tuple[Any, ...]) -> Any:
     return ctypes.CFUNCTYPE(_INT, *kinds)(call)
 
 
-def _runtime(name: str, *kinds: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def _runtime(*kinds: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A function of CUDA's runtime, under its own name."""
+
     def register(function: Callable[..., None]) -> Callable[..., None]:
-        RUNTIME[name] = _callback(function, kinds)
+        RUNTIME[function.__name__] = _callback(function, kinds)
         return function
 
     return register
 
 
-def _driver(name: str, *kinds: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def _driver(*kinds: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A function of CUDA's driver, under its own name."""
+
     def register(function: Callable[..., None]) -> Callable[..., None]:
-        DRIVER[name] = _callback(function, kinds)
+        DRIVER[function.__name__] = _callback(function, kinds)
         return function
 
     return register
@@ -247,7 +249,7 @@ def refusal(name: str) -> Any:
     def refuse() -> None:
         REFUSED.append(name)
         print(f"gpu_on_cpu: {name} is not implemented", file=sys.stderr)
-        raise CudaError(Code.cudaErrorNotSupported, f"gpu_on_cpu does not implement {name}")
+        raise CudaError(Code.NotSupported, f"gpu_on_cpu does not implement {name}")
 
     return _callback(refuse, ())
 
@@ -263,7 +265,7 @@ def _c_string(text: str) -> int:
 
 
 def _error_name(code: int) -> str:
-    return Code(code).name if code in Code.__members__.values() else f"error {code}"
+    return f"cudaError{Code(code).name}" if code in Code.__members__.values() else f"error {code}"
 
 
 def _error_string(code: int) -> str:
@@ -280,13 +282,13 @@ RUNTIME["cudaGetErrorString"] = ctypes.CFUNCTYPE(_POINTER, _INT)(lambda code: _c
 RUNTIME["cudaGetLastError"] = ctypes.CFUNCTYPE(_INT)(_take_last_error)
 
 
-@_driver("cuGetErrorName", _INT, _POINTER)
-def _(code: int, out: int) -> None:
+@_driver(_INT, _POINTER)
+def cuGetErrorName(code: int, out: int) -> None:
     _store(out, _POINTER, _c_string(_error_name(code)))
 
 
-@_driver("cuGetErrorString", _INT, _POINTER)
-def _(code: int, out: int) -> None:
+@_driver(_INT, _POINTER)
+def cuGetErrorString(code: int, out: int) -> None:
     _store(out, _POINTER, _c_string(_error_string(code)))
 
 
@@ -295,28 +297,30 @@ def _(code: int, out: int) -> None:
 
 def _device(index: int) -> Device:
     if not 0 <= index < NUM_DEVICES:
-        raise CudaError(Code.cudaErrorInvalidDevice, f"there is no device {index}")
+        raise CudaError(Code.InvalidDevice, f"there is no device {index}")
     return DEVICES[index]
 
 
-@_runtime("cudaDriverGetVersion", _POINTER)
-@_runtime("cudaRuntimeGetVersion", _POINTER)
-def _(out: int) -> None:
+@_runtime(_POINTER)
+def cudaRuntimeGetVersion(out: int) -> None:
     _store(out, _INT, VERSION)
 
 
-@_runtime("cudaGetDeviceCount", _POINTER)
-def _(out: int) -> None:
+RUNTIME["cudaDriverGetVersion"] = RUNTIME["cudaRuntimeGetVersion"]
+
+
+@_runtime(_POINTER)
+def cudaGetDeviceCount(out: int) -> None:
     _store(out, _INT, NUM_DEVICES)
 
 
-@_runtime("cudaGetDevice", _POINTER)
-def _(out: int) -> None:
+@_runtime(_POINTER)
+def cudaGetDevice(out: int) -> None:
     _store(out, _INT, _THREAD.device if _THREAD.context is None else _THREAD.context.index)
 
 
-@_runtime("cudaSetDevice", _INT)
-def _(index: int) -> None:
+@_runtime(_INT)
+def cudaSetDevice(index: int) -> None:
     device = _device(index)
     _THREAD.device, _THREAD.context = index, device
     _raise_error(device)
@@ -358,11 +362,11 @@ _ATTRIBUTES = {  # cudaDeviceAttr
 }
 
 
-@_runtime("cudaDeviceGetAttribute", _POINTER, _INT, _INT)
-def _(out: int, attribute: int, index: int) -> None:
+@_runtime(_POINTER, _INT, _INT)
+def cudaDeviceGetAttribute(out: int, attribute: int, index: int) -> None:
     _device(index)
     if attribute not in _ATTRIBUTES:
-        raise CudaError(Code.cudaErrorNotSupported, f"gpu_on_cpu does not know the device attribute {attribute}")
+        raise CudaError(Code.NotSupported, f"gpu_on_cpu does not know the device attribute {attribute}")
     _store(out, _INT, _ATTRIBUTES[attribute])
 
 
@@ -428,8 +432,8 @@ class DeviceProperties(ctypes.Structure):
     )
 
 
-@_runtime("cudaGetDeviceProperties", _POINTER, _INT)
-def _(out: int, index: int) -> None:
+@_runtime(_POINTER, _INT)
+def cudaGetDeviceProperties(out: int, index: int) -> None:
     _device(index)
     properties = DeviceProperties(
         name=f"CPU posing as {MODEL.name}".encode(),
@@ -461,20 +465,20 @@ def _(out: int, index: int) -> None:
     ctypes.memmove(out, ctypes.addressof(properties), ctypes.sizeof(properties))
 
 
-@_runtime("cudaDeviceGetPCIBusId", _POINTER, _INT, _INT)
-def _(out: int, length: int, index: int) -> None:
+@_runtime(_POINTER, _INT, _INT)
+def cudaDeviceGetPCIBusId(out: int, length: int, index: int) -> None:
     text = f"0000:{_device(index).index + 1:02x}:00.0".encode()[: length - 1] + b"\0"
     ctypes.memmove(out, text, len(text))
 
 
-@_runtime("cudaDeviceCanAccessPeer", _POINTER, _INT, _INT)
-def _(out: int, index: int, other: int) -> None:
+@_runtime(_POINTER, _INT, _INT)
+def cudaDeviceCanAccessPeer(out: int, index: int, other: int) -> None:
     _device(index), _device(other)
     _store(out, _INT, 0)
 
 
-@_runtime("cudaDeviceSynchronize")
-def _() -> None:
+@_runtime()
+def cudaDeviceSynchronize() -> None:
     device = _enter()
     for stream in device.streams:
         stream.forbid_capture("the device is waited for while a stream captures")
@@ -482,28 +486,28 @@ def _() -> None:
     _raise_error(device)
 
 
-@_driver("cuCtxGetCurrent", _POINTER)
-def _(out: int) -> None:
+@_driver(_POINTER)
+def cuCtxGetCurrent(out: int) -> None:
     _store(out, _POINTER, 0 if _THREAD.context is None else _CONTEXTS[_THREAD.context])
 
 
-@_driver("cuCtxSetCurrent", _POINTER)
-def _(handle: int) -> None:
+@_driver(_POINTER)
+def cuCtxSetCurrent(handle: int) -> None:
     _THREAD.context = _HANDLES.get(handle, Device) if handle else None
 
 
-@_driver("cuCtxGetDevice", _POINTER)
-def _(out: int) -> None:
+@_driver(_POINTER)
+def cuCtxGetDevice(out: int) -> None:
     _store(out, _INT, _context().index)
 
 
-@_driver("cuDevicePrimaryCtxRelease_v2", _INT)
-def _(index: int) -> None:
+@_driver(_INT)
+def cuDevicePrimaryCtxRelease_v2(index: int) -> None:
     _device(index)
 
 
-@_driver("cuStreamGetCtx", _POINTER, _POINTER)
-def _(handle: int, out: int) -> None:
+@_driver(_POINTER, _POINTER)
+def cuStreamGetCtx(handle: int, out: int) -> None:
     owner = _stream(handle).owner
     assert isinstance(owner, Device)
     _store(out, _POINTER, _CONTEXTS[owner])
@@ -529,39 +533,43 @@ def _free(address: int) -> None:
     arena.free(found)
 
 
-@_runtime("cudaMalloc", _POINTER, _SIZE)
-def _(out: int, size: int) -> None:
+@_runtime(_POINTER, _SIZE)
+def cudaMalloc(out: int, size: int) -> None:
     device = _enter()
     _unsafe("cudaMalloc")
     _allocate(out, size, device.arena)
 
 
-@_runtime("cudaMallocManaged", _POINTER, _SIZE, _UINT)
-@_runtime("cudaHostAlloc", _POINTER, _SIZE, _UINT)
-def _(out: int, size: int, flags: int) -> None:
+@_runtime(_POINTER, _SIZE, _UINT)
+def cudaHostAlloc(out: int, size: int, _flags: int) -> None:
     _enter()
     _unsafe("an allocation")
     _allocate(out, size, _SHARED)
 
 
-@_runtime("cudaFree", _POINTER)
-@_runtime("cudaFreeHost", _POINTER)
-def _(address: int) -> None:
+RUNTIME["cudaMallocManaged"] = RUNTIME["cudaHostAlloc"]
+
+
+@_runtime(_POINTER)
+def cudaFreeHost(address: int) -> None:
     _enter()
     _unsafe("cudaFree")
     _free(address)
 
 
-@_runtime("cudaMallocAsync", _POINTER, _SIZE, _POINTER)
-def _(out: int, size: int, handle: int) -> None:
+RUNTIME["cudaFree"] = RUNTIME["cudaFreeHost"]
+
+
+@_runtime(_POINTER, _SIZE, _POINTER)
+def cudaMallocAsync(out: int, size: int, handle: int) -> None:
     stream = _own_stream(handle)
     if stream.capture is not None:
-        raise CudaError(Code.cudaErrorNotSupported, "gpu_on_cpu: cudaMallocAsync during a capture")
+        raise CudaError(Code.NotSupported, "gpu_on_cpu: cudaMallocAsync during a capture")
     _allocate(out, size, _enter().arena)
 
 
-@_runtime("cudaFreeAsync", _POINTER, _POINTER)
-def _(address: int, handle: int) -> None:
+@_runtime(_POINTER, _POINTER)
+def cudaFreeAsync(address: int, handle: int) -> None:
     arena = _find_arena(address)
     found = arena.find(address) if arena else None
     if arena is None or found is None:
@@ -569,8 +577,8 @@ def _(address: int, handle: int) -> None:
     _own_stream(handle).queue(lambda: arena.free(found))
 
 
-@_runtime("cudaMemGetInfo", _POINTER, _POINTER)
-def _(free: int, total: int) -> None:
+@_runtime(_POINTER, _POINTER)
+def cudaMemGetInfo(free: int, total: int) -> None:
     arena = _enter().arena
     _store(free, _SIZE, arena.capacity - arena.used)
     _store(total, _SIZE, arena.capacity)
@@ -588,8 +596,8 @@ class PointerAttributes(ctypes.Structure):
     )
 
 
-@_runtime("cudaPointerGetAttributes", _POINTER, _POINTER)
-def _(out: int, address: int) -> None:
+@_runtime(_POINTER, _POINTER)
+def cudaPointerGetAttributes(out: int, address: int) -> None:
     _enter()
     arena = _find_arena(address)
     attributes = PointerAttributes(type=0, device=-2, hostPointer=address)  # not known to CUDA
@@ -648,13 +656,13 @@ def _copy_and_wait(target: int, source: int, size: int) -> None:
     _raise_error(device)
 
 
-@_runtime("cudaMemcpy", _POINTER, _POINTER, _SIZE, _INT)
-def _(target: int, source: int, size: int, kind: int) -> None:
+@_runtime(_POINTER, _POINTER, _SIZE, _INT)
+def cudaMemcpy(target: int, source: int, size: int, _kind: int) -> None:
     _copy_and_wait(target, source, size)
 
 
-@_runtime("cudaMemcpyPeer", _POINTER, _INT, _POINTER, _INT, _SIZE)
-def _(target: int, target_device: int, source: int, source_device: int, size: int) -> None:
+@_runtime(_POINTER, _INT, _POINTER, _INT, _SIZE)
+def cudaMemcpyPeer(target: int, target_device: int, source: int, source_device: int, size: int) -> None:
     for index in (target_device, source_device):  # a copy between devices waits for both
         streams.QUEUE.run_all(_device(index))
     _copy_and_wait(target, source, size)
@@ -666,13 +674,15 @@ def _copy_in_stream(target: int, source: int, size: int, handle: int) -> None:
     _raise_error(_enter())
 
 
-@_runtime("cudaMemcpyAsync", _POINTER, _POINTER, _SIZE, _INT, _POINTER)
-def _(target: int, source: int, size: int, kind: int, handle: int) -> None:
+@_runtime(_POINTER, _POINTER, _SIZE, _INT, _POINTER)
+def cudaMemcpyAsync(target: int, source: int, size: int, _kind: int, handle: int) -> None:
     _copy_in_stream(target, source, size, handle)
 
 
-@_runtime("cudaMemcpyPeerAsync", _POINTER, _INT, _POINTER, _INT, _SIZE, _POINTER)
-def _(target: int, target_device: int, source: int, source_device: int, size: int, handle: int) -> None:
+@_runtime(_POINTER, _INT, _POINTER, _INT, _SIZE, _POINTER)
+def cudaMemcpyPeerAsync(
+    target: int, target_device: int, source: int, source_device: int, size: int, handle: int
+) -> None:
     _device(target_device), _device(source_device)
     _copy_in_stream(target, source, size, handle)
 
@@ -688,15 +698,15 @@ def _set(address: int, value: int, size: int, stream: streams.Stream) -> None:
     stream.queue(run)
 
 
-@_runtime("cudaMemset", _POINTER, _INT, _SIZE)
-def _(address: int, value: int, size: int) -> None:
+@_runtime(_POINTER, _INT, _SIZE)
+def cudaMemset(address: int, value: int, size: int) -> None:
     device = _enter()
     _unsafe("cudaMemset")
     _set(address, value, size, device.legacy)
 
 
-@_runtime("cudaMemsetAsync", _POINTER, _INT, _SIZE, _POINTER)
-def _(address: int, value: int, size: int, handle: int) -> None:
+@_runtime(_POINTER, _INT, _SIZE, _POINTER)
+def cudaMemsetAsync(address: int, value: int, size: int, handle: int) -> None:
     _set(address, value, size, _own_stream(handle))
 
 
@@ -708,106 +718,104 @@ def _create_stream(out: int, flags: int = 0, priority: int = 0) -> None:
     _store(out, _POINTER, _HANDLES.add(stream))
 
 
-_runtime("cudaStreamCreate", _POINTER)(_create_stream)
-_runtime("cudaStreamCreateWithFlags", _POINTER, _UINT)(_create_stream)
-_runtime("cudaStreamCreateWithPriority", _POINTER, _UINT, _INT)(_create_stream)
+RUNTIME["cudaStreamCreate"] = _callback(_create_stream, (_POINTER,))
+RUNTIME["cudaStreamCreateWithFlags"] = _callback(_create_stream, (_POINTER, _UINT))
+RUNTIME["cudaStreamCreateWithPriority"] = _callback(_create_stream, (_POINTER, _UINT, _INT))
 
 
-@_runtime("cudaStreamDestroy", _POINTER)
-def _(handle: int) -> None:
+@_runtime(_POINTER)
+def cudaStreamDestroy(handle: int) -> None:
     stream = _HANDLES.remove(handle, streams.Stream)
     stream.owner.streams.discard(stream)  # its work still runs when its turn comes
 
 
-@_runtime("cudaStreamSynchronize", _POINTER)
-def _(handle: int) -> None:
+@_runtime(_POINTER)
+def cudaStreamSynchronize(handle: int) -> None:
     stream = _stream(handle)
     stream.wait()
     assert isinstance(stream.owner, Device)
     _raise_error(stream.owner)
 
 
-@_runtime("cudaStreamQuery", _POINTER)
-def _(handle: int) -> None:
+@_runtime(_POINTER)
+def cudaStreamQuery(handle: int) -> None:
     stream = _stream(handle)
     stream.forbid_capture("a stream that captures is asked")
     if stream.tail is not None and not stream.tail.done:
         streams.QUEUE.step()  # so that asking again ends
-        raise CudaError(Code.cudaErrorNotReady, "the stream has work")
+        raise CudaError(Code.NotReady, "the stream has work")
     _enter()
 
 
-@_runtime("cudaStreamWaitEvent", _POINTER, _POINTER, _UINT)
-def _(handle: int, event: int, flags: int) -> None:
+@_runtime(_POINTER, _POINTER, _UINT)
+def cudaStreamWaitEvent(handle: int, event: int, _flags: int) -> None:
     _HANDLES.get(event, streams.Event).make_wait(_stream(handle))
 
 
-@_runtime("cudaStreamGetFlags", _POINTER, _POINTER)
-def _(handle: int, out: int) -> None:
+@_runtime(_POINTER, _POINTER)
+def cudaStreamGetFlags(handle: int, out: int) -> None:
     _store(out, _UINT, not _stream(handle).blocking)
 
 
-@_runtime("cudaStreamGetPriority", _POINTER, _POINTER)
-def _(handle: int, out: int) -> None:
+@_runtime(_POINTER, _POINTER)
+def cudaStreamGetPriority(handle: int, out: int) -> None:
     _store(out, _INT, _stream(handle).priority)
 
 
-@_runtime("cudaStreamIsCapturing", _POINTER, _POINTER)
-def _(handle: int, out: int) -> None:
+@_runtime(_POINTER, _POINTER)
+def cudaStreamIsCapturing(handle: int, out: int) -> None:
     stream = _stream(handle)
     if stream is stream.owner.legacy and any(other.capture for other in stream.owner.blocking_streams()):
-        raise CudaError(
-            Code.cudaErrorStreamCaptureImplicit, "the legacy default stream is asked while a stream captures"
-        )
+        raise CudaError(Code.StreamCaptureImplicit, "the legacy default stream is asked while a stream captures")
     _store(out, _INT, 0 if stream.capture is None else 1 if stream.capture.is_valid else 2)
 
 
-@_runtime("cudaStreamBeginCapture", _POINTER, _INT)
-def _(handle: int, mode: int) -> None:
+@_runtime(_POINTER, _INT)
+def cudaStreamBeginCapture(handle: int, mode: int) -> None:
     stream = _stream(handle)
     if stream.capture is not None:
-        raise CudaError(Code.cudaErrorIllegalState, "the stream captures already")
+        raise CudaError(Code.IllegalState, "the stream captures already")
     if stream is stream.owner.legacy:
-        raise CudaError(Code.cudaErrorStreamCaptureUnsupported, "the legacy default stream cannot capture")
+        raise CudaError(Code.StreamCaptureUnsupported, "the legacy default stream cannot capture")
     streams.Capture(stream, mode)
 
 
-@_runtime("cudaStreamEndCapture", _POINTER, _POINTER)
-def _(handle: int, out: int) -> None:
+@_runtime(_POINTER, _POINTER)
+def cudaStreamEndCapture(handle: int, out: int) -> None:
     stream = _stream(handle)
     _store(out, _POINTER, 0)
     if stream.capture is None:
-        raise CudaError(Code.cudaErrorIllegalState, "the stream does not capture")
+        raise CudaError(Code.IllegalState, "the stream does not capture")
     if stream.capture.origin is not stream:
-        raise CudaError(Code.cudaErrorStreamCaptureUnmatched, "another stream began the capture")
+        raise CudaError(Code.StreamCaptureUnmatched, "another stream began the capture")
     if stream.capture.mode != streams.RELAXED and stream.capture.thread != threading.get_ident():
-        raise CudaError(Code.cudaErrorStreamCaptureWrongThread, "another thread began the capture")
+        raise CudaError(Code.StreamCaptureWrongThread, "another thread began the capture")
     _store(out, _POINTER, _HANDLES.add(stream.capture.end()))
 
 
-@_runtime("cudaGraphInstantiate", _POINTER, _POINTER, _ULONGLONG)
-def _(out: int, graph: int, flags: int) -> None:
+@_runtime(_POINTER, _POINTER, _ULONGLONG)
+def cudaGraphInstantiate(out: int, graph: int, _flags: int) -> None:
     _store(out, _POINTER, _HANDLES.add(tuple(_HANDLES.get(graph, list))))
 
 
-@_runtime("cudaGraphUpload", _POINTER, _POINTER)
-def _(executable: int, handle: int) -> None:
+@_runtime(_POINTER, _POINTER)
+def cudaGraphUpload(executable: int, handle: int) -> None:
     _HANDLES.get(executable, tuple)
     _stream(handle)
 
 
-@_runtime("cudaGraphLaunch", _POINTER, _POINTER)
-def _(executable: int, handle: int) -> None:
+@_runtime(_POINTER, _POINTER)
+def cudaGraphLaunch(executable: int, handle: int) -> None:
     streams.launch_graph(list(_HANDLES.get(executable, tuple)), _stream(handle))
 
 
-@_runtime("cudaGraphDestroy", _POINTER)
-def _(graph: int) -> None:
+@_runtime(_POINTER)
+def cudaGraphDestroy(graph: int) -> None:
     _HANDLES.remove(graph, list)
 
 
-@_runtime("cudaGraphExecDestroy", _POINTER)
-def _(executable: int) -> None:
+@_runtime(_POINTER)
+def cudaGraphExecDestroy(executable: int) -> None:
     _HANDLES.remove(executable, tuple)
 
 
@@ -816,88 +824,90 @@ def _create_event(out: int, flags: int = 0) -> None:
     _store(out, _POINTER, _HANDLES.add(streams.Event(timed=not flags & 2)))
 
 
-_runtime("cudaEventCreate", _POINTER)(_create_event)
-_runtime("cudaEventCreateWithFlags", _POINTER, _UINT)(_create_event)
+RUNTIME["cudaEventCreate"] = _callback(_create_event, (_POINTER,))
+RUNTIME["cudaEventCreateWithFlags"] = _callback(_create_event, (_POINTER, _UINT))
 
 
-@_runtime("cudaEventDestroy", _POINTER)
-def _(handle: int) -> None:
+@_runtime(_POINTER)
+def cudaEventDestroy(handle: int) -> None:
     _HANDLES.remove(handle, streams.Event)
 
 
-@_runtime("cudaEventRecord", _POINTER, _POINTER)
-def _(event: int, handle: int) -> None:
+@_runtime(_POINTER, _POINTER)
+def cudaEventRecord(event: int, handle: int) -> None:
     _HANDLES.get(event, streams.Event).record(_stream(handle))
 
 
-@_runtime("cudaEventSynchronize", _POINTER)
-def _(handle: int) -> None:
+@_runtime(_POINTER)
+def cudaEventSynchronize(handle: int) -> None:
     event = _HANDLES.get(handle, streams.Event)
     event.forbid_capture()
     streams.QUEUE.run_until([event.work])
     _enter()
 
 
-@_runtime("cudaEventQuery", _POINTER)
-def _(handle: int) -> None:
+@_runtime(_POINTER)
+def cudaEventQuery(handle: int) -> None:
     event = _HANDLES.get(handle, streams.Event)
     event.forbid_capture()
     if event.work is not None and not event.work.done:
         streams.QUEUE.step()  # so that asking again ends
-        raise CudaError(Code.cudaErrorNotReady, "the event has not been reached")
+        raise CudaError(Code.NotReady, "the event has not been reached")
     _enter()
 
 
-@_runtime("cudaEventElapsedTime", _POINTER, _POINTER, _POINTER)
-def _(out: int, first: int, last: int) -> None:
+@_runtime(_POINTER, _POINTER, _POINTER)
+def cudaEventElapsedTime(out: int, first: int, last: int) -> None:
     begin, end = (_HANDLES.get(handle, streams.Event) for handle in (first, last))
     for event in (begin, end):
         if event.work is None or not event.timed:
-            raise CudaError(Code.cudaErrorInvalidResourceHandle, "an event without a time")
+            raise CudaError(Code.InvalidResourceHandle, "an event without a time")
         if not event.work.done:
-            raise CudaError(Code.cudaErrorNotReady, "the event has not been reached")
+            raise CudaError(Code.NotReady, "the event has not been reached")
     _store(out, _FLOAT, 1e3 * (end.seconds - begin.seconds))
 
 
-@_runtime("cudaProfilerStart")
-@_runtime("cudaProfilerStop")
-def _() -> None:
+@_runtime()
+def cudaProfilerStop() -> None:
     _enter()
+
+
+RUNTIME["cudaProfilerStart"] = RUNTIME["cudaProfilerStop"]
 
 
 # -- modules and launches ----------------------------------------------------------------------------------------------
 
 
-@_driver("cuModuleLoadData", _POINTER, _POINTER)
-def _(out: int, image: int) -> None:
+@_driver(_POINTER, _POINTER)
+def cuModuleLoadData(out: int, image: int) -> None:
     device = _context()
     _unsafe("cuModuleLoadData")
     _store(out, _POINTER, _HANDLES.add(modules.Module(ctypes.string_at(image), device.index)))
 
 
-@_driver("cuModuleLoad", _POINTER, ctypes.c_char_p)
-def _(out: int, path: bytes) -> None:
+@_driver(_POINTER, ctypes.c_char_p)
+def cuModuleLoad(out: int, path: bytes) -> None:
     device = _context()
     _unsafe("cuModuleLoad")
     with open(path, "rb") as file:
         _store(out, _POINTER, _HANDLES.add(modules.Module(file.read().rstrip(b"\0"), device.index)))
 
 
-@_driver("cuModuleUnload", _POINTER)
-def _(module: int) -> None:
+@_driver(_POINTER)
+def cuModuleUnload(module: int) -> None:
     _HANDLES.remove(module, modules.Module)
 
 
-@_driver("cuModuleGetFunction", _POINTER, _POINTER, ctypes.c_char_p)
-def _(out: int, module: int, name: bytes) -> None:
+@_driver(_POINTER, _POINTER, ctypes.c_char_p)
+def cuModuleGetFunction(out: int, module: int, name: bytes) -> None:
     _store(out, _POINTER, _HANDLES.add(_HANDLES.get(module, modules.Module).function(name.decode())))
 
 
 _MAX_THREADS_ATTRIBUTE, _STATIC_SHARED_ATTRIBUTE, _DYNAMIC_SHARED_ATTRIBUTE = 0, 1, 8  # CUfunction_attribute
 
 
-@_driver("cuFuncGetAttribute", _POINTER, _INT, _POINTER)
-def _(out: int, attribute: int, handle: int) -> None:
+@_driver(_POINTER, _INT, _POINTER)
+def cuFuncGetAttribute(out: int, attribute: int, handle: int) -> None:
     _context()
     function: modules.Function = _HANDLES.get(handle, modules.Function)
     values = {
@@ -906,23 +916,23 @@ def _(out: int, attribute: int, handle: int) -> None:
         _DYNAMIC_SHARED_ATTRIBUTE: function.max_dynamic_shared,
     }
     if attribute not in values:
-        raise CudaError(Code.cudaErrorNotSupported, f"gpu_on_cpu does not know the function attribute {attribute}")
+        raise CudaError(Code.NotSupported, f"gpu_on_cpu does not know the function attribute {attribute}")
     _store(out, _INT, values[attribute])
 
 
-@_driver("cuFuncSetAttribute", _POINTER, _INT, _INT)
-def _(handle: int, attribute: int, value: int) -> None:
+@_driver(_POINTER, _INT, _INT)
+def cuFuncSetAttribute(handle: int, attribute: int, value: int) -> None:
     _context()
     function: modules.Function = _HANDLES.get(handle, modules.Function)
     if attribute != _DYNAMIC_SHARED_ATTRIBUTE:
-        raise CudaError(Code.cudaErrorNotSupported, f"gpu_on_cpu does not know the function attribute {attribute}")
+        raise CudaError(Code.NotSupported, f"gpu_on_cpu does not know the function attribute {attribute}")
     if not 0 <= value <= MODEL.shared_per_block - function.entry.shared_bytes:
         raise _invalid(f"{function.entry.name}: {value} bytes of dynamic shared memory are more than {ARCH} has")
     function.max_dynamic_shared = value
 
 
-@_driver("cuLaunchKernel", _POINTER, *[_UINT] * 7, _POINTER, _POINTER, _POINTER)
-def _(
+@_driver(_POINTER, *[_UINT] * 7, _POINTER, _POINTER, _POINTER)
+def cuLaunchKernel(
     handle: int, grid: int, grid_y: int, grid_z: int, block: int, block_y: int, block_z: int, shared: int,
     stream_handle: int, parameters: int, extra: int,
 ) -> None:  # fmt: skip
@@ -931,9 +941,9 @@ def _(
     entry = function.entry
     stream = _own_stream(stream_handle)
     if function.device != device.index:
-        raise CudaError(Code.cudaErrorInvalidResourceHandle, f"{entry.name} was loaded on another device")
+        raise CudaError(Code.InvalidResourceHandle, f"{entry.name} was loaded on another device")
     if (grid_y, grid_z, block_y, block_z) != (1, 1, 1, 1):
-        raise CudaError(Code.cudaErrorNotSupported, f"gpu_on_cpu: {entry.name} is launched in two dimensions")
+        raise CudaError(Code.NotSupported, f"gpu_on_cpu: {entry.name} is launched in two dimensions")
     for what, value, most in (
         ("blocks", grid, _MAX_GRID[0]),
         ("threads", block, entry.max_threads),
@@ -942,7 +952,7 @@ def _(
         if value > most or (value == 0 and "bytes" not in what):
             raise _invalid(f"{entry.name} is launched with {value} {what}, of at most {most}")
     if extra:
-        raise CudaError(Code.cudaErrorNotSupported, "gpu_on_cpu: cuLaunchKernel with `extra`")
+        raise CudaError(Code.NotSupported, "gpu_on_cpu: cuLaunchKernel with `extra`")
     values = bytearray(sum(entry.parameters[-1]) if entry.parameters else 0)
     for i, (offset, size) in enumerate(entry.parameters):
         address = _POINTER.from_address(parameters + 8 * i).value

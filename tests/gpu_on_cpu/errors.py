@@ -6,37 +6,36 @@ import enum
 
 
 class Code(enum.IntEnum):
-    """`cudaError_t`, with the names of driver_types.h; the driver's CUresult has the same numbers."""
+    """`cudaError_t`, by the names of driver_types.h without their "cudaError"; CUresult has the same numbers."""
 
-    cudaSuccess = 0
-    cudaErrorInvalidValue = 1
-    cudaErrorMemoryAllocation = 2
-    cudaErrorInitializationError = 3
-    cudaErrorInvalidDevice = 101
-    cudaErrorInvalidKernelImage = 200
-    cudaErrorDeviceUninitialized = 201
-    cudaErrorNoKernelImageForDevice = 209
-    cudaErrorInvalidPtx = 218
-    cudaErrorInvalidResourceHandle = 400
-    cudaErrorIllegalState = 401
-    cudaErrorSymbolNotFound = 500
-    cudaErrorNotReady = 600
-    cudaErrorIllegalAddress = 700
-    cudaErrorLaunchTimeout = 702
-    cudaErrorPeerAccessUnsupported = 217
-    cudaErrorMisalignedAddress = 716
-    cudaErrorLaunchFailure = 719
-    cudaErrorNotSupported = 801
-    cudaErrorStreamCaptureUnsupported = 900
-    cudaErrorStreamCaptureInvalidated = 901
-    cudaErrorStreamCaptureMerge = 902
-    cudaErrorStreamCaptureUnmatched = 903
-    cudaErrorStreamCaptureUnjoined = 904
-    cudaErrorStreamCaptureIsolation = 905
-    cudaErrorStreamCaptureImplicit = 906
-    cudaErrorCapturedEvent = 907
-    cudaErrorStreamCaptureWrongThread = 908
-    cudaErrorUnknown = 999
+    InvalidValue = 1
+    MemoryAllocation = 2
+    InitializationError = 3
+    InvalidDevice = 101
+    InvalidKernelImage = 200
+    DeviceUninitialized = 201
+    NoKernelImageForDevice = 209
+    InvalidPtx = 218
+    InvalidResourceHandle = 400
+    IllegalState = 401
+    SymbolNotFound = 500
+    NotReady = 600
+    IllegalAddress = 700
+    LaunchTimeout = 702
+    PeerAccessUnsupported = 217
+    MisalignedAddress = 716
+    LaunchFailure = 719
+    NotSupported = 801
+    StreamCaptureUnsupported = 900
+    StreamCaptureInvalidated = 901
+    StreamCaptureMerge = 902
+    StreamCaptureUnmatched = 903
+    StreamCaptureUnjoined = 904
+    StreamCaptureIsolation = 905
+    StreamCaptureImplicit = 906
+    CapturedEvent = 907
+    StreamCaptureWrongThread = 908
+    Unknown = 999
 
 
 class CudaError(Exception):

@@ -55,7 +55,7 @@ def reserve(num_bytes: int) -> int:
 def open_pages(address: int, num_bytes: int) -> None:
     """Let pages of reserved address space be read and written."""
     if _libc.mprotect(address, num_bytes, mmap.PROT_READ | mmap.PROT_WRITE) != 0:
-        raise CudaError(Code.cudaErrorMemoryAllocation, f"the host has no {num_bytes} bytes left")
+        raise CudaError(Code.MemoryAllocation, f"the host has no {num_bytes} bytes left")
 
 
 def fill_with_poison(address: int, num_bytes: int) -> None:
@@ -93,7 +93,7 @@ class Arena:
         """
         if self.used + size > self.capacity:
             raise CudaError(
-                Code.cudaErrorMemoryAllocation, f"out of memory: {size} bytes, {self.used} of {self.capacity} in use"
+                Code.MemoryAllocation, f"out of memory: {size} bytes, {self.used} of {self.capacity} in use"
             )
         rounded = -(-max(size, 1) // ALIGNMENT) * ALIGNMENT
         length = -(-rounded // _PAGE) * _PAGE
@@ -125,7 +125,7 @@ class Arena:
         if changed.any():
             offset = int(changed.argmax()) - before
             raise CudaError(
-                Code.cudaErrorIllegalAddress,
+                Code.IllegalAddress,
                 f"something wrote beside an allocation of {size} bytes, at its byte {offset}",
             )
 
@@ -144,7 +144,7 @@ class Arena:
         found = self.find(address)
         if found is None or address + num_bytes > found.address + found.size:
             raise CudaError(
-                Code.cudaErrorInvalidValue, f"{num_bytes} bytes at {address:#x} are no memory: {self.describe(address)}"
+                Code.InvalidValue, f"{num_bytes} bytes at {address:#x} are no memory: {self.describe(address)}"
             )
 
     def describe(self, address: int) -> str:

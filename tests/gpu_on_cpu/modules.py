@@ -37,9 +37,9 @@ _DEFAULT_SHARED = 48 * 1024  # bytes of dynamic shared memory that a kernel gets
 
 # enum FaultKind of hostcuda.h
 _CODES = {
-    1: Code.cudaErrorIllegalAddress,
-    2: Code.cudaErrorMisalignedAddress,
-    5: Code.cudaErrorLaunchTimeout,
+    1: Code.IllegalAddress,
+    2: Code.MisalignedAddress,
+    5: Code.LaunchTimeout,
 }
 _SCHEDULES = {"forward": 0, "reverse": 1, "random": 2}
 
@@ -89,7 +89,7 @@ class Module:
     def __init__(self, image: bytes, device: int) -> None:
         if image.startswith(b"\x7fELF"):
             raise CudaError(
-                Code.cudaErrorNoKernelImageForDevice,
+                Code.NoKernelImageForDevice,
                 "gpu_on_cpu runs PTX, not machine code: CUPY_COMPILE_WITH_PTX=1 must be set before CuPy is imported",
             )
         library, entries = _compiled(image)
@@ -105,7 +105,7 @@ class Module:
         try:
             return self.functions[name]
         except KeyError:
-            raise CudaError(Code.cudaErrorSymbolNotFound, f"the module has no kernel {name}") from None
+            raise CudaError(Code.SymbolNotFound, f"the module has no kernel {name}") from None
 
 
 @cache
@@ -128,7 +128,7 @@ def _compile(image: bytes, library: str, description: Path, runtime: str) -> Non
     try:
         module = ptx.translate(image.decode())
     except ptx.UnknownPtxError as error:
-        raise CudaError(Code.cudaErrorInvalidPtx, f"gpu_on_cpu does not know this PTX: {error}") from None
+        raise CudaError(Code.InvalidPtx, f"gpu_on_cpu does not know this PTX: {error}") from None
     flags = (*_FLAGS, *build.machine_flags(), f"-I{_HERE}")
     build.compile_shared(library, module.code, flags, [runtime, "-Wl,-rpath,$ORIGIN"])
     partial = description.with_suffix(f".{library}.new")
@@ -169,7 +169,8 @@ def run(
 
     Args:
         function: the kernel.
-        grid, block: one-dimensional.
+        grid: blocks, in one dimension.
+        block: threads of a block, in one dimension.
         dynamic_shared: in bytes.
         parameters: the kernel's parameters, each at its offset.
         bounds: the addresses that are the device's memory.
@@ -199,6 +200,6 @@ def run(
     place = arena.describe(fault.address) if arena else f"address {fault.address:#x}" if fault.address else ""
     message = fault.message.decode(errors="replace")
     raise CudaError(
-        _CODES.get(fault.kind, Code.cudaErrorLaunchFailure),
+        _CODES.get(fault.kind, Code.LaunchFailure),
         f"{function.entry.name}, block {fault.block}, thread {fault.thread}: {message}{access}{place}",
     )

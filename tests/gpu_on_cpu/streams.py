@@ -157,7 +157,7 @@ class Stream:
             for stream in self.owner.blocking_streams():
                 if stream.capture is not None:
                     stream.capture.invalidate(
-                        Code.cudaErrorStreamCaptureImplicit, "the legacy default stream is used while a stream captures"
+                        Code.StreamCaptureImplicit, "the legacy default stream is used while a stream captures"
                     )
                 after.append(stream.tail)
         elif self.blocking:
@@ -184,7 +184,7 @@ class Stream:
             CudaError: it does.
         """
         if self.capture is not None:
-            self.capture.invalidate(Code.cudaErrorStreamCaptureUnsupported, what)
+            self.capture.invalidate(Code.StreamCaptureUnsupported, what)
 
 
 def _nothing() -> None:
@@ -229,19 +229,19 @@ class Event:
             CudaError: it was.
         """
         if self.capture is not None:
-            self.capture.invalidate(Code.cudaErrorCapturedEvent, "an event of a capture is waited for or asked")
+            self.capture.invalidate(Code.CapturedEvent, "an event of a capture is waited for or asked")
 
     def make_wait(self, stream: Stream) -> None:
-        """cudaStreamWaitEvent. A stream that waits for an event of a capture joins the capture."""
+        """CudaStreamWaitEvent. A stream that waits for an event of a capture joins the capture."""
         if self.capture is not None:
             if stream.capture is None:
                 self.capture.join(stream)
             elif stream.capture is not self.capture:
-                self.capture.invalidate(Code.cudaErrorStreamCaptureMerge, "one capture waits for another")
+                self.capture.invalidate(Code.StreamCaptureMerge, "one capture waits for another")
             stream.captured = list(dict.fromkeys([*stream.captured, *self.nodes]))
         elif stream.capture is not None:
             stream.capture.invalidate(
-                Code.cudaErrorStreamCaptureIsolation, "a stream that captures waits for an event from outside"
+                Code.StreamCaptureIsolation, "a stream that captures waits for an event from outside"
             )
         else:
             stream.queue(_nothing, self.work)
@@ -286,7 +286,7 @@ class Capture:
 
     def join(self, stream: Stream) -> None:
         if stream is stream.owner.legacy:
-            raise CudaError(Code.cudaErrorStreamCaptureImplicit, "the legacy default stream cannot capture")
+            raise CudaError(Code.StreamCaptureImplicit, "the legacy default stream cannot capture")
         stream.capture = self
         stream.captured = []
         self.streams.append(stream)
@@ -298,7 +298,7 @@ class Capture:
             CudaError: it is.
         """
         if not self.is_valid:
-            raise CudaError(Code.cudaErrorStreamCaptureInvalidated, "the capture was invalidated by an earlier error")
+            raise CudaError(Code.StreamCaptureInvalidated, "the capture was invalidated by an earlier error")
 
     def invalidate(self, code: Code, message: str) -> None:
         """Lose the capture.
@@ -327,7 +327,7 @@ class Capture:
             stream.capture = None
         self.check()
         if any(id(node) not in reached for node in self.graph):
-            raise CudaError(Code.cudaErrorStreamCaptureUnjoined, "a stream that joined the capture was not waited for")
+            raise CudaError(Code.StreamCaptureUnjoined, "a stream that joined the capture was not waited for")
         return self.graph
 
 
@@ -341,13 +341,13 @@ def forbid_during_capture(what: str, mode: int) -> None:
         own = capture.thread == threading.get_ident()
         forbidding = capture.mode != RELAXED if own else capture.mode == GLOBAL and mode == GLOBAL
         if forbidding and mode != RELAXED:
-            capture.invalidate(Code.cudaErrorStreamCaptureUnsupported, f"{what} during a capture")
+            capture.invalidate(Code.StreamCaptureUnsupported, f"{what} during a capture")
 
 
 def launch_graph(graph: Graph, stream: Stream) -> None:
     """Queue a graph: its nodes keep their own order, between what is queued before and after."""
     if stream.capture is not None:
-        raise CudaError(Code.cudaErrorNotSupported, "gpu_on_cpu: a graph inside a graph")
+        raise CudaError(Code.NotSupported, "gpu_on_cpu: a graph inside a graph")
     begin = stream.queue(_nothing)
     works: dict[int, Work] = {}
     for node in graph:
