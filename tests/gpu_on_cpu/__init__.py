@@ -10,7 +10,7 @@ CuPy's wheel and gpuconv's runtime.py run unchanged. Under them lie
     python -m tests.gpu_on_cpu python -m pytest -m gpu
     python -m tests.gpu_on_cpu --arch sm_75 python -m gpuconv verify --device gpu
 
-What it proves: that gpuconv uses CuPy as CuPy is, and that what NVRTC makes of the kernels computes what it should, with
-the launches, streams, events, graphs and devices of the real runtime.py. What it cannot show: what ptxas makes of PTX,
+What it proves: that gpuconv uses CuPy as CuPy is, and that what NVRTC makes of the kernels computes what it should,
+with the launches, streams, events, graphs and devices of the real runtime.py. What it cannot show: what ptxas makes of
 speed, threads that truly run at once, the order of memory accesses between them, PyTorch on CUDA.
 """

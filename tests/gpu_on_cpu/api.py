@@ -432,36 +432,37 @@ class DeviceProperties(ctypes.Structure):
     )
 
 
+_PROPERTIES: dict[str, Any] = {
+    "name": f"CPU posing as {MODEL.name}".encode(),
+    "totalGlobalMem": DEVICE_BYTES,
+    "sharedMemPerBlock": 48 * 1024,
+    "regsPerBlock": 64 * 1024,
+    "warpSize": 32,
+    "maxThreadsPerBlock": 1024,
+    "maxThreadsDim": _MAX_BLOCK,
+    "maxGridSize": _MAX_GRID,
+    "totalConstMem": 64 * 1024,
+    "major": MODEL.arch // 10,
+    "minor": MODEL.arch % 10,
+    "multiProcessorCount": MODEL.num_sms,
+    "concurrentKernels": 1,
+    "asyncEngineCount": 1,
+    "unifiedAddressing": 1,
+    "l2CacheSize": MODEL.l2_bytes,
+    "maxThreadsPerMultiProcessor": MODEL.threads_per_sm,
+    "streamPrioritiesSupported": 1,
+    "sharedMemPerMultiprocessor": MODEL.shared_per_sm,
+    "regsPerMultiprocessor": 64 * 1024,
+    "managedMemory": 1,
+    "sharedMemPerBlockOptin": MODEL.shared_per_block,
+    "maxBlocksPerMultiProcessor": 32,
+}
+
+
 @_runtime(_POINTER, _INT)
 def cudaGetDeviceProperties(out: int, index: int) -> None:
     _device(index)
-    properties = DeviceProperties(
-        name=f"CPU posing as {MODEL.name}".encode(),
-        uuid=bytes([index + 1]),
-        totalGlobalMem=DEVICE_BYTES,
-        sharedMemPerBlock=48 * 1024,
-        regsPerBlock=64 * 1024,
-        warpSize=32,
-        maxThreadsPerBlock=1024,
-        maxThreadsDim=_MAX_BLOCK,
-        maxGridSize=_MAX_GRID,
-        totalConstMem=64 * 1024,
-        major=MODEL.arch // 10,
-        minor=MODEL.arch % 10,
-        multiProcessorCount=MODEL.num_sms,
-        concurrentKernels=1,
-        pciBusID=index + 1,
-        asyncEngineCount=1,
-        unifiedAddressing=1,
-        l2CacheSize=MODEL.l2_bytes,
-        maxThreadsPerMultiProcessor=MODEL.threads_per_sm,
-        streamPrioritiesSupported=1,
-        sharedMemPerMultiprocessor=MODEL.shared_per_sm,
-        regsPerMultiprocessor=64 * 1024,
-        managedMemory=1,
-        sharedMemPerBlockOptin=MODEL.shared_per_block,
-        maxBlocksPerMultiProcessor=32,
-    )
+    properties = DeviceProperties(**{"uuid": bytes([index + 1]), "pciBusID": index + 1} | _PROPERTIES)
     ctypes.memmove(out, ctypes.addressof(properties), ctypes.sizeof(properties))
 
 

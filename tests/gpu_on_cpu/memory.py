@@ -19,7 +19,8 @@ from .errors import Code, CudaError
 
 POISON = 0x7FF4  # hostcuda has other patterns for other memory
 ALIGNMENT = 256  # of what cudaMalloc returns
-ARENA_BYTES = 1 << 40  # address space of one arena; it costs no memory
+ARENA_BYTES = 1 << 42  # address space of one arena; it costs no memory
+GUARD_BYTES = 1 << 22  # between two allocations
 
 _PAGE = mmap.PAGESIZE
 _MAP_FIXED, _MAP_NORESERVE, _PROT_NONE = 0x10, 0x4000, 0
@@ -97,7 +98,7 @@ class Arena:
             )
         rounded = -(-max(size, 1) // ALIGNMENT) * ALIGNMENT
         length = -(-rounded // _PAGE) * _PAGE
-        first = self._next + _PAGE
+        first = self._next + GUARD_BYTES
         self._next = first + length
         open_pages(first, length)
         fill_with_poison(first, length)
