@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from gpuconv import cases, runtime
 from gpuconv.problem import ConvProblem
 from gpuconv.verify import missing_gpu
 from tests import hostcuda
+from tests.gpu_on_cpu.limits import skip_what_cannot_run
 
 Array = npt.NDArray[Any]
 
@@ -73,8 +75,11 @@ def one_torch_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip the tests marked `gpu` where no GPU answers, and only those."""
+@pytest.hookimpl(tryfirst=True)  # before tests are deselected
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip the tests marked `gpu` where no GPU answers or gpu_on_cpu answers and cannot run them, and only those."""
+    if "GPU_ON_CPU" in os.environ:
+        skip_what_cannot_run(items, everything=config.args == config.getini("testpaths"))
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
     reason = missing_gpu() if gpu_items else None
     if reason is not None:
