@@ -8,6 +8,7 @@ from . import memory, streams
 from .errors import Code, CudaError
 from .machine import (
     DEVICES,
+    HANDLES,
     INT,
     POINTER,
     RUNTIME,
@@ -71,12 +72,15 @@ def cudaFreeHost(address: int) -> None:
 RUNTIME["cudaFree"] = RUNTIME["cudaFreeHost"]
 
 
+def _allocate_in_stream(out: int, size: int, handle: int, arena: memory.Arena) -> None:
+    if own_stream(handle).capture is not None:
+        raise CudaError(Code.NotSupported, "gpu_on_cpu: cudaMallocAsync during a capture")
+    _allocate(out, size, arena)
+
+
 @runtime(POINTER, SIZE, POINTER)
 def cudaMallocAsync(out: int, size: int, handle: int) -> None:
-    stream = own_stream(handle)
-    if stream.capture is not None:
-        raise CudaError(Code.NotSupported, "gpu_on_cpu: cudaMallocAsync during a capture")
-    _allocate(out, size, enter().arena)
+    _allocate_in_stream(out, size, handle, enter().arena)
 
 
 @runtime(POINTER, POINTER)
@@ -86,6 +90,54 @@ def cudaFreeAsync(address: int, handle: int) -> None:
     if arena is None or found is None:
         raise invalid(f"{address:#x} is no allocation")
     own_stream(handle).queue(lambda: arena.free(found))
+
+
+# A device has one memory pool, its default one, which keeps nothing that is freed.
+
+_POOLS = {device: HANDLES.add(device.arena) for device in DEVICES}
+_thresholds: dict[int, int] = {}
+_RELEASE_THRESHOLD, _RESERVED_NOW, _USED_NOW = 4, 5, 7  # cudaMemPoolAttr
+
+
+@runtime(POINTER, INT)
+def cudaDeviceGetMemPool(out: int, index: int) -> None:
+    store(out, POINTER, _POOLS[device_of(index)])
+
+
+RUNTIME["cudaDeviceGetDefaultMemPool"] = RUNTIME["cudaDeviceGetMemPool"]
+
+
+@runtime(INT, POINTER)
+def cudaDeviceSetMemPool(index: int, pool: int) -> None:
+    if pool != _POOLS[device_of(index)]:
+        raise CudaError(Code.NotSupported, "gpu_on_cpu: another memory pool than the default one")
+
+
+@runtime(POINTER, SIZE, POINTER, POINTER)
+def cudaMallocFromPoolAsync(out: int, size: int, pool: int, handle: int) -> None:
+    _allocate_in_stream(out, size, handle, HANDLES.get(pool, memory.Arena))
+
+
+@runtime(POINTER, INT, POINTER)
+def cudaMemPoolGetAttribute(pool: int, attribute: int, out: int) -> None:
+    used = HANDLES.get(pool, memory.Arena).used
+    values = {_RELEASE_THRESHOLD: _thresholds.get(pool, 0), _RESERVED_NOW: used, _USED_NOW: used}
+    if attribute not in values:
+        raise CudaError(Code.NotSupported, f"gpu_on_cpu does not know the attribute {attribute} of a memory pool")
+    store(out, SIZE, values[attribute])
+
+
+@runtime(POINTER, INT, POINTER)
+def cudaMemPoolSetAttribute(pool: int, attribute: int, value: int) -> None:
+    HANDLES.get(pool, memory.Arena)
+    if attribute != _RELEASE_THRESHOLD:
+        raise CudaError(Code.NotSupported, f"gpu_on_cpu does not know the attribute {attribute} of a memory pool")
+    _thresholds[pool] = SIZE.from_address(value).value
+
+
+@runtime(POINTER, SIZE)
+def cudaMemPoolTrimTo(pool: int, _size: int) -> None:
+    HANDLES.get(pool, memory.Arena)
 
 
 @runtime(POINTER, POINTER)
@@ -154,7 +206,16 @@ def _copy(target: int, source: int, size: int, stream: streams.Stream) -> None:
                 check_range(address, size)
             ctypes.memmove(target, source, size)
 
-    stream.queue(run)
+    arenas = (find_arena(target), find_arena(source))
+    others = [device for device in DEVICES if device.arena in arenas and device is not stream.owner]
+    if stream is stream.owner.legacy and others:
+        # In the default stream, a copy between two devices waits for all work of both, and they wait for it.
+        waited = [other.tail for device in (*others, stream.owner) for other in (device.legacy, *device.streams)]
+        work = stream.queue(run, *waited)
+        for device in others:
+            device.legacy.tail = work
+    else:
+        stream.queue(run)
     if pageable_target and stream.capture is None:
         stream.wait()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 
 from . import streams
@@ -57,6 +58,12 @@ def cudaStreamQuery(handle: int) -> None:
         streams.QUEUE.step()  # so that asking again ends
         raise CudaError(Code.NotReady, "the stream has work")
     enter()
+
+
+@runtime(POINTER, POINTER, POINTER)
+def cudaLaunchHostFunc(handle: int, function: int, argument: int) -> None:
+    call = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(function)
+    stream_of(handle).queue(lambda: call(argument))
 
 
 @runtime(POINTER, POINTER, UINT)

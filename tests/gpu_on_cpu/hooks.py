@@ -186,12 +186,23 @@ def _answer(code: int) -> None:
 _kept: list[mmap.mmap] = []
 
 
+def _end() -> None:
+    """At its end, the interpreter cannot run callbacks any more, and CuPy still frees what it has."""
+    _answer(0)
+    if _hooked:
+        from .machine import REFUSED
+
+        if REFUSED:
+            print(f"gpu_on_cpu: the process called what is not implemented: {', '.join(REFUSED)}", file=sys.stderr)
+            sys.stdout.flush()
+            os._exit(70)
+
+
 def install() -> None:
     """Let CuPy, when it is imported, find GPUs that are this machine's processor."""
     os.environ.setdefault("CUPY_COMPILE_WITH_PTX", "1")
     os.environ.setdefault("CUPY_ACCELERATORS", "")  # CUB's kernels are machine code
     sys.meta_path.insert(0, Finder())
-    # At its end, the interpreter cannot run callbacks any more, and CuPy still frees what it has.
-    atexit.register(_answer, 0)
+    atexit.register(_end)
     # A child of a process that used CUDA cannot use it: cudaErrorInitializationError.
     os.register_at_fork(after_in_child=lambda: _answer(3) if _hooked else None)
