@@ -66,6 +66,19 @@ def backend(request: pytest.FixtureRequest) -> Backend:
     return BACKENDS[request.param]
 
 
+@pytest.fixture(autouse=True)
+def gpu_on_cpu(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Under gpu_on_cpu: CuPy's pool poisons what it takes back, and no test calls what is not there."""
+    if "GPU_ON_CPU" not in os.environ or not request.node.get_closest_marker("gpu"):
+        yield
+        return
+    from tests.gpu_on_cpu import machine, pool
+
+    with pool.poisoned_pool():
+        yield
+    assert machine.REFUSED == []
+
+
 @pytest.fixture
 def one_torch_thread() -> Iterator[None]:
     """PyTorch on one thread: in small problems several spend most of their time waiting for each other."""

@@ -426,3 +426,42 @@ def test_swapped_pointers_are_caught(cupy: Any, monkeypatch: pytest.MonkeyPatch,
 
     monkeypatch.setattr(runtime._Kernel, "launch", launch)
     assert is_caught(cupy)
+
+
+@pytest.mark.usefixtures("no_plans")
+def test_a_temporary_given_back_too_early_is_caught(cupy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, w = np.ones((1, 64, 200), np.float16), np.ones((64, 64, 3), np.float16)
+    expected = gpuconv.conv1d(x, w)
+    arrays = cupy.asarray(x), cupy.asarray(w)
+    assert np.array_equal(gpuconv.conv1d(*arrays).get(), expected)
+    pack = runtime._Packer.__call__
+    packed_sizes = []
+
+    def pack_and_let_go(packer: Any, weight: Any) -> Any:
+        packed = pack(packer, weight)
+        packed_sizes.append(packed.mem.size)
+        return cupy.cuda.MemoryPointer(cupy.cuda.UnownedMemory(packed.ptr, packed.mem.size, None), 0)
+
+    monkeypatch.setattr(runtime._Packer, "__call__", pack_and_let_go)
+    assert not np.array_equal(gpuconv.conv1d(*arrays).get(), expected)
+    assert packed_sizes, "the problem packs no weights"
+
+
+@pytest.mark.usefixtures("no_plans", "lazy")
+def test_work_on_another_stream_without_a_wait_is_caught(cupy: Any) -> None:
+    """The weights are written on one stream and used on another, with and without a wait in between."""
+    x, w = np.ones((1, 4, 50), np.float32), np.full((6, 4, 3), 2, np.float32)
+    expected = gpuconv.conv1d(x, w)
+    given = cupy.asarray(x)
+    cupy.cuda.Device().synchronize()
+    for waits in (False, True):
+        writer, reader = (cupy.cuda.Stream(non_blocking=True) for _ in range(2))
+        with writer:
+            weight = cupy.full(w.shape, 2, np.float32)
+            written = writer.record()
+        with reader:
+            if waits:
+                reader.wait_event(written)
+            result = gpuconv.conv1d(given, weight).get()
+        assert np.array_equal(result, expected) == waits
+        writer.synchronize()

@@ -82,7 +82,7 @@ class _Thread(threading.local):
 
 
 THREAD = _Thread()
-_LOCK = threading.RLock()
+LOCK = threading.RLock()
 
 
 class _Handles:
@@ -97,8 +97,17 @@ class _Handles:
         self._objects[self._next] = value
         return self._next
 
+    def find(self, handle: int) -> Any:
+        """The object, or None."""
+        return self._objects.get(handle)
+
     def get(self, handle: int, kind: type[Any]) -> Any:
-        value = self._objects.get(handle)
+        """The object, which must be of a kind.
+
+        Raises:
+            CudaError: it is not.
+        """
+        value = self.find(handle)
         if not isinstance(value, kind):
             raise CudaError(Code.InvalidResourceHandle, f"{handle:#x} is no {kind.__name__.lower()}")
         return value
@@ -207,7 +216,7 @@ REFUSED: list[str] = []
 
 def callback(function: Callable[..., None], kinds: tuple[Any, ...]) -> Any:
     def call(*arguments: Any) -> int:
-        with _LOCK:
+        with LOCK:
             collecting = gc.isenabled()
             gc.disable()  # a finalizer of CuPy's would call here again in the midst of this call
             try:
