@@ -18,6 +18,7 @@ import pytest
 
 import gpuconv
 from gpuconv import runtime, source
+from gpuconv.cli import main
 
 pytestmark = [
     pytest.mark.gpu,
@@ -132,7 +133,7 @@ def test_a_write_out_of_bounds_is_a_fault_of_the_device(cupy: Any, first: int) -
     message = error_of(cupy, go)
     assert "cudaErrorIllegalAddress" in message
     assert "fill, block" in message
-    assert first < 0 or re.search(r"byte (\d+) of memory of device 0, allocated with 256 bytes", message)
+    assert first < 0 or re.search(r"write to byte (\d+) of memory of device 0, allocated with 256 bytes", message)
     assert "cudaErrorIllegalAddress" in error_of(cupy, lambda: cupy.cuda.runtime.malloc(8))  # the device is lost
 
 
@@ -172,8 +173,12 @@ def test_memory_of_another_device_cannot_be_used(cupy: Any) -> None:
         array = cupy.zeros(64, np.float32)
         pointer = array.data.ptr
     kernel = cupy.RawModule(code=FILL).get_function("fill")
-    kernel((2,), (32,), (np.uint64(pointer), np.int32(64), np.int32(0), np.float32(1)))
-    assert "is not of this device's memory" in error_of(cupy, cupy.cuda.Device().synchronize)
+
+    def go() -> None:
+        kernel((2,), (32,), (np.uint64(pointer), np.int32(64), np.int32(0), np.float32(1)))
+        cupy.cuda.Device().synchronize()
+
+    assert "is not of this device's memory" in error_of(cupy, go)
 
 
 def test_fresh_memory_is_poisoned(cupy: Any) -> None:
@@ -187,8 +192,12 @@ def test_too_little_shared_memory_is_a_fault(cupy: Any) -> None:
     out = cupy.zeros(64, np.float32)
     kernel((1,), (64,), (out,), shared_mem=256)
     assert np.array_equal(out.get(), np.arange(64)[::-1])
-    kernel((1,), (64,), (out,), shared_mem=240)
-    assert "cudaErrorIllegalAddress" in error_of(cupy, cupy.cuda.Device().synchronize)
+
+    def go() -> None:
+        kernel((1,), (64,), (out,), shared_mem=240)
+        cupy.cuda.Device().synchronize()
+
+    assert "cudaErrorIllegalAddress" in error_of(cupy, go)
 
 
 def test_shared_memory_must_be_asked_for_and_ends_at_the_architectures_limit(machine: Any, cupy: Any) -> None:
@@ -368,6 +377,26 @@ def test_a_stream_that_joined_a_capture_must_come_back(cupy: Any) -> None:
             assert "StreamCaptureUnjoined" in error_of(cupy, origin.end_capture)
     origin.synchronize()
     assert (array.get() == 7).all()
+
+
+# -- the command line -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["info"], "GPU 1          CPU posing as"),
+        (["explain", "conv1d", "--input", "1,64,200", "--weight", "64,64,3"], "conv1d on CPU posing as"),
+        (["verify", "--device", "gpu", "--filter", "hifigan_resblock", "--dtype", "float32"], "GPU 0"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_the_command_line_finds_the_gpus(
+    machine: Any, capsys: pytest.CaptureFixture[str], arguments: list[str], expected: str
+) -> None:
+    assert main(arguments) == 0
+    assert expected in capsys.readouterr().out
+    assert machine.DEVICES[0].error is None
 
 
 # -- faults planted in gpuconv's use of CuPy ---------------------------------------------------------------------------
