@@ -8,6 +8,8 @@ from __future__ import annotations
 import ctypes
 import os
 import re
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -93,6 +95,32 @@ def test_a_function_that_is_not_there_fails_with_its_name(machine: Any, cupy: An
     message = error_of(cupy, lambda: cupy.cuda.runtime.deviceGetLimit(0))
     assert "gpu_on_cpu does not implement cudaDeviceGetLimit" in message
     assert machine.REFUSED.pop() == "cudaDeviceGetLimit"
+
+
+def python(code: str) -> subprocess.CompletedProcess[str]:
+    """A Python process of its own on the stand-in."""
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
+
+
+def test_a_process_ends_quietly_with_everything_alive() -> None:
+    done = python("import cupy; x = cupy.ones(3); s = cupy.cuda.Stream(); e = s.record(); print(x.get(), flush=True)")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "[1. 1. 1.]\n", "")
+
+
+def test_a_process_that_called_what_is_not_there_fails() -> None:
+    done = python(
+        "import cupy\ntry:\n    cupy.cuda.runtime.deviceGetLimit(0)\nexcept cupy.cuda.runtime.CUDARuntimeError: pass"
+    )
+    assert done.returncode == 70
+    assert "the process called what is not implemented: cudaDeviceGetLimit" in done.stderr
+
+
+def test_a_forked_child_cannot_use_the_gpu() -> None:
+    done = python(
+        "import os, cupy\ncupy.ones(3)\nif os.fork() == 0:\n    try:\n        cupy.ones(3)\n"
+        "    except Exception as error:\n        print(error, flush=True)\n    os._exit(0)\nos.wait()"
+    )
+    assert "cudaErrorInitializationError" in done.stdout
 
 
 # -- kernels that go wrong ---------------------------------------------------------------------------------------------
