@@ -26,14 +26,14 @@ pytestmark = [
 
 
 @pytest.fixture
-def api() -> Iterator[Any]:
+def machine() -> Iterator[Any]:
     """The stand-in, whose devices forget their faults after the test, as no real device would."""
-    from .gpu_on_cpu import api, streams
+    from .gpu_on_cpu import machine, streams
 
     order = streams.QUEUE.random.getstate()
-    yield api
+    yield machine
     streams.QUEUE.random.setstate(order)
-    for device in api.DEVICES:
+    for device in machine.DEVICES:
         streams.QUEUE.run_all(device)
         device.error = None
     for capture in list(streams.Capture.active):
@@ -43,7 +43,7 @@ def api() -> Iterator[Any]:
 
 
 @pytest.fixture
-def cupy(api: Any) -> Any:  # noqa: ARG001 - devices forget their faults
+def cupy(machine: Any) -> Any:  # noqa: ARG001 - devices forget their faults
     """CuPy on the stand-in."""
     return runtime.cupy_module()
 
@@ -68,11 +68,13 @@ def error_of(cupy: Any, call: Callable[[], Any]) -> str:
 # -- what CuPy reads of it ---------------------------------------------------------------------------------------------
 
 
-def test_cupy_reads_the_device_properties_where_they_are(api: Any, cupy: Any) -> None:
+def test_cupy_reads_the_device_properties_where_they_are(cupy: Any) -> None:
     """Every field that is named in our struct, by CuPy's own declaration of the struct."""
-    fields = [name for name, kind in api.DeviceProperties._fields_ if kind in (ctypes.c_int, ctypes.c_size_t)]
+    from .gpu_on_cpu import cuda_devices
+
+    fields = [name for name, kind in cuda_devices.DeviceProperties._fields_ if kind in (ctypes.c_int, ctypes.c_size_t)]
     numbers = {name: 1000 + i for i, name in enumerate(fields)}
-    with mock.patch.object(api, "_PROPERTIES", numbers):
+    with mock.patch.object(cuda_devices, "_PROPERTIES", numbers):
         found = cupy.cuda.runtime.getDeviceProperties(0)
     shared = [name for name in fields if name in found]
     assert len(shared) > 40
@@ -86,10 +88,10 @@ def test_devices_pose_as_the_architecture(cupy: Any) -> None:
     assert cupy.cuda.Device(1).pci_bus_id == "0000:02:00.0"
 
 
-def test_a_function_that_is_not_there_fails_with_its_name(api: Any, cupy: Any) -> None:
+def test_a_function_that_is_not_there_fails_with_its_name(machine: Any, cupy: Any) -> None:
     message = error_of(cupy, lambda: cupy.cuda.runtime.deviceGetLimit(0))
     assert "gpu_on_cpu does not implement cudaDeviceGetLimit" in message
-    assert api.REFUSED.pop() == "cudaDeviceGetLimit"
+    assert machine.REFUSED.pop() == "cudaDeviceGetLimit"
 
 
 # -- kernels that go wrong ---------------------------------------------------------------------------------------------
@@ -189,12 +191,12 @@ def test_too_little_shared_memory_is_a_fault(cupy: Any) -> None:
     assert "cudaErrorIllegalAddress" in error_of(cupy, cupy.cuda.Device().synchronize)
 
 
-def test_shared_memory_must_be_asked_for_and_ends_at_the_architectures_limit(api: Any, cupy: Any) -> None:
+def test_shared_memory_must_be_asked_for_and_ends_at_the_architectures_limit(machine: Any, cupy: Any) -> None:
     kernel = cupy.RawModule(code=FILL).get_function("through_shared")
     out = cupy.zeros(64, np.float32)
     too_much = 48 * 1024 + 16
     assert "bytes of dynamic shared memory" in error_of(cupy, lambda: kernel((1,), (64,), (out,), shared_mem=too_much))
-    limit = api.MODEL.shared_per_block
+    limit = machine.MODEL.shared_per_block
 
     def ask(size: int) -> None:
         kernel.max_dynamic_shared_size_bytes = size
@@ -274,9 +276,9 @@ def test_a_seeded_order_runs_other_work_too(cupy: Any) -> None:
 
 
 def _works(events: list[Any]) -> list[Any]:
-    from .gpu_on_cpu import api, streams
+    from .gpu_on_cpu import machine, streams
 
-    return [api._HANDLES.get(event.ptr, streams.Event) for event in events]
+    return [machine.HANDLES.get(event.ptr, streams.Event) for event in events]
 
 
 # -- captures and graphs -----------------------------------------------------------------------------------------------
@@ -424,3 +426,42 @@ def test_swapped_pointers_are_caught(cupy: Any, monkeypatch: pytest.MonkeyPatch,
 
     monkeypatch.setattr(runtime._Kernel, "launch", launch)
     assert is_caught(cupy)
+
+
+@pytest.mark.usefixtures("no_plans")
+def test_a_temporary_given_back_too_early_is_caught(cupy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, w = np.ones((1, 64, 200), np.float16), np.ones((64, 64, 3), np.float16)
+    expected = gpuconv.conv1d(x, w)
+    arrays = cupy.asarray(x), cupy.asarray(w)
+    assert np.array_equal(gpuconv.conv1d(*arrays).get(), expected)
+    pack = runtime._Packer.__call__
+    packed_sizes = []
+
+    def pack_and_let_go(packer: Any, weight: Any) -> Any:
+        packed = pack(packer, weight)
+        packed_sizes.append(packed.mem.size)
+        return cupy.cuda.MemoryPointer(cupy.cuda.UnownedMemory(packed.ptr, packed.mem.size, None), 0)
+
+    monkeypatch.setattr(runtime._Packer, "__call__", pack_and_let_go)
+    assert not np.array_equal(gpuconv.conv1d(*arrays).get(), expected)
+    assert packed_sizes, "the problem packs no weights"
+
+
+@pytest.mark.usefixtures("no_plans", "lazy")
+def test_work_on_another_stream_without_a_wait_is_caught(cupy: Any) -> None:
+    """The weights are written on one stream and used on another, with and without a wait in between."""
+    x, w = np.ones((1, 4, 50), np.float32), np.full((6, 4, 3), 2, np.float32)
+    expected = gpuconv.conv1d(x, w)
+    given = cupy.asarray(x)
+    cupy.cuda.Device().synchronize()
+    for waits in (False, True):
+        writer, reader = (cupy.cuda.Stream(non_blocking=True) for _ in range(2))
+        with writer:
+            weight = cupy.full(w.shape, 2, np.float32)
+            written = writer.record()
+        with reader:
+            if waits:
+                reader.wait_event(written)
+            result = gpuconv.conv1d(given, weight).get()
+        assert np.array_equal(result, expected) == waits
+        writer.synchronize()

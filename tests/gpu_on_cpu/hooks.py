@@ -37,7 +37,7 @@ EXTENSIONS = (
 )
 _DRIVER_EXTENSION = "cupy_backends.cuda.api.driver"
 
-# What CuPy's driver extension asks for besides the functions of `api.DRIVER`.
+# What CuPy's driver extension asks for besides the functions of `machine.DRIVER`.
 _REFUSED_DRIVER_FUNCTIONS = (
     "cuCtxCreate_v2",
     "cuCtxDestroy_v2",
@@ -80,7 +80,7 @@ class _Loader(ExtensionFileLoader):
 
 def _hook(path: Path) -> None:
     """Make every cuda* function of a loaded extension jump to ours."""
-    from . import api
+    from . import cuda_devices, cuda_memory, cuda_streams, machine  # noqa: F401 - they fill the table
 
     if platform.machine() != "x86_64":
         raise RuntimeError("gpu_on_cpu knows the machine code of x86-64 only")
@@ -91,9 +91,9 @@ def _hook(path: Path) -> None:
     if len(functions) != NUM_FUNCTIONS:
         raise RuntimeError(f"gpu_on_cpu: {path.name} has {len(functions)} functions cuda*, expected {NUM_FUNCTIONS}")
     for name, offset in functions:
-        callback = api.RUNTIME.get(name)
+        callback = machine.RUNTIME.get(name)
         if callback is None:
-            callback = api.RUNTIME[name] = api.refusal(name)
+            callback = machine.RUNTIME[name] = machine.refusal(name)
         _write_jump(base + offset, _address(callback))
         _hooked.append(base + offset)
 
@@ -148,11 +148,11 @@ def _write_code(address: int, code: bytes) -> None:
 def _load_driver() -> None:
     """Load a `libcuda.so.1` whose functions jump to ours."""
     global _driver_table  # noqa: PLW0603 - there is one driver in a process
-    from . import api
+    from . import cuda_driver, machine  # noqa: F401 - it fills the table
 
     for name in _REFUSED_DRIVER_FUNCTIONS:
-        api.DRIVER[name] = api.refusal(name)
-    names = sorted(api.DRIVER)
+        machine.DRIVER[name] = machine.refusal(name)
+    names = sorted(machine.DRIVER)
     code = "".join(
         f'asm(".globl {name}\\n.type {name}, @function\\n{name}: jmp *gpu_on_cpu_table + {8 * i}(%rip)");'
         for i, name in enumerate(names)
@@ -164,7 +164,7 @@ def _load_driver() -> None:
     loaded = build.load(library)
     _driver_table = (ctypes.c_void_p * len(names)).in_dll(loaded, "gpu_on_cpu_table")
     for i, name in enumerate(names):
-        _driver_table[i] = _address(api.DRIVER[name])
+        _driver_table[i] = _address(machine.DRIVER[name])
 
 
 # -- the end -----------------------------------------------------------------------------------------------------------
@@ -186,12 +186,23 @@ def _answer(code: int) -> None:
 _kept: list[mmap.mmap] = []
 
 
+def _end() -> None:
+    """At its end, the interpreter cannot run callbacks any more, and CuPy still frees what it has."""
+    _answer(0)
+    if _hooked:
+        from .machine import REFUSED
+
+        if REFUSED:
+            print(f"gpu_on_cpu: the process called what is not implemented: {', '.join(REFUSED)}", file=sys.stderr)
+            sys.stdout.flush()
+            os._exit(70)
+
+
 def install() -> None:
     """Let CuPy, when it is imported, find GPUs that are this machine's processor."""
     os.environ.setdefault("CUPY_COMPILE_WITH_PTX", "1")
     os.environ.setdefault("CUPY_ACCELERATORS", "")  # CUB's kernels are machine code
     sys.meta_path.insert(0, Finder())
-    # At its end, the interpreter cannot run callbacks any more, and CuPy still frees what it has.
-    atexit.register(_answer, 0)
+    atexit.register(_end)
     # A child of a process that used CUDA cannot use it: cudaErrorInitializationError.
     os.register_at_fork(after_in_child=lambda: _answer(3) if _hooked else None)

@@ -1,16 +1,14 @@
 """Modules: PTX translated, compiled and loaded, and its kernels launched on hostcuda's fibers.
 
-Shared objects lie in hostcuda's cache, by a hash of the PTX and of all that makes C++ of it, each with a text file that
-says what its kernels need.
+Shared objects lie in hostcuda's cache, by a hash of the C++ and of all that it includes.
 """
 
 from __future__ import annotations
 
 import ctypes
 import fcntl
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -52,27 +50,20 @@ class Function:
         device: the device's index.
         entry: what the kernel needs.
         max_dynamic_shared: the bytes of dynamic shared memory that a launch may ask for.
+        module: its module's C++.
     """
 
     device: int
     entry: ptx.Entry
-    address: int
-    bounds: ctypes.Array[ctypes.c_uint64]
     max_dynamic_shared: int
+    module: ptx.Module
 
-    def launch_record(
-        self, grid: int, block: int, parameters: ctypes.Array[ctypes.c_char], slots: ctypes.Array[ctypes.c_void_p]
-    ) -> launch.LaunchRecord:
-        """The launch, but for its shared memory and its order."""
-        slots[0] = ctypes.addressof(parameters)
-        return launch.LaunchRecord(
-            entry=self.address,
-            slots=ctypes.addressof(slots),
-            grid=grid,
-            block=block,
-            flush_subnormals=self.entry.flush_subnormals,
-            seconds=_SECONDS,
-        )
+    def load(self) -> tuple[int, ctypes.Array[ctypes.c_uint64]]:
+        """The kernel's address and the bounds of memory that it reads, compiled when it is first launched."""
+        library = _library(self.module)
+        address = ctypes.cast(getattr(library, f"ptx_entry_{self.entry.name}"), ctypes.c_void_p).value
+        assert address is not None
+        return address, (ctypes.c_uint64 * 2).in_dll(library, "ptx_memory")
 
 
 class Module:
@@ -92,14 +83,14 @@ class Module:
                 Code.NoKernelImageForDevice,
                 "gpu_on_cpu runs PTX, not machine code: CUPY_COMPILE_WITH_PTX=1 must be set before CuPy is imported",
             )
-        library, entries = _compiled(image)
-        bounds = (ctypes.c_uint64 * 2).in_dll(library, "ptx_memory")
-        self.functions: dict[str, Function] = {}
-        for entry in entries:
-            address = ctypes.cast(getattr(library, f"ptx_entry_{entry.name}"), ctypes.c_void_p).value
-            assert address is not None
-            free = max(_DEFAULT_SHARED - entry.shared_bytes, 0)
-            self.functions[entry.name] = Function(device, entry, address, bounds, free)
+        try:
+            module = _translated(image)
+        except ptx.UnknownPtxError as error:
+            raise CudaError(Code.InvalidPtx, f"gpu_on_cpu does not know this PTX: {error}") from None
+        self.functions = {
+            entry.name: Function(device, entry, max(_DEFAULT_SHARED - entry.shared_bytes, 0), module)
+            for entry in module.entries
+        }
 
     def function(self, name: str) -> Function:
         try:
@@ -109,36 +100,27 @@ class Module:
 
 
 @cache
-def _compiled(image: bytes) -> tuple[ctypes.CDLL, tuple[ptx.Entry, ...]]:
-    key = build.digest(_sources(), *_FLAGS, image.decode())
-    library, description = f"ptx-{key}.so", build.cache_folder() / f"ptx-{key}.json"
-    if not description.exists():
-        runtime = build.runtime()
-        with (build.cache_folder() / f"ptx-{key[:2]}.lock").open("w") as lock:  # others compile other modules meanwhile
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not description.exists():
-                _compile(image, library, description, runtime._name)
-    entries = json.loads(description.read_text())
-    return build.load(library), tuple(
-        ptx.Entry(**{**entry, "parameters": tuple(map(tuple, entry["parameters"]))}) for entry in entries
-    )
-
-
-def _compile(image: bytes, library: str, description: Path, runtime: str) -> None:
-    try:
-        module = ptx.translate(image.decode())
-    except ptx.UnknownPtxError as error:
-        raise CudaError(Code.InvalidPtx, f"gpu_on_cpu does not know this PTX: {error}") from None
-    flags = (*_FLAGS, *build.machine_flags(), f"-I{_HERE}")
-    build.compile_shared(library, module.code, flags, [runtime, "-Wl,-rpath,$ORIGIN"])
-    partial = description.with_suffix(f".{library}.new")
-    partial.write_text(json.dumps([asdict(entry) for entry in module.entries]))
-    partial.replace(description)
+def _translated(image: bytes) -> ptx.Module:
+    return ptx.translate(image.decode())
 
 
 @cache
-def _sources() -> str:
-    return "".join((_HERE / name).read_text() for name in ("ptx.h", "ptx.py", "modules.py"))
+def _library(module: ptx.Module) -> ctypes.CDLL:
+    key = build.digest(_semantics(), *_FLAGS, module.code)
+    name = f"ptx-{key}.so"
+    if not (build.cache_folder() / name).exists():
+        runtime = build.runtime()
+        with (build.cache_folder() / f"ptx-{key[:2]}.lock").open("w") as lock:  # others compile other modules meanwhile
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (build.cache_folder() / name).exists():
+                flags = (*_FLAGS, *build.machine_flags(), f"-I{_HERE}")
+                build.compile_shared(name, module.code, flags, [runtime._name, "-Wl,-rpath,$ORIGIN"])
+    return build.load(name)
+
+
+@cache
+def _semantics() -> str:
+    return (_HERE / "ptx.h").read_text()
 
 
 # -- launches ----------------------------------------------------------------------------------------------------------
@@ -183,15 +165,24 @@ def run(
         CudaError: the kernel went wrong.
     """
     shared_bytes = function.entry.shared_bytes + dynamic_shared
-    slots = (ctypes.c_void_p * 1)()
+    address, memory_bounds = function.load()
+    memory_bounds[0], memory_bounds[1] = bounds
     buffer = ctypes.create_string_buffer(parameters, max(len(parameters), 1))
-    record = function.launch_record(grid, block, buffer, slots)
-    record.shared = _shared_memory_end() - -(-shared_bytes // 16) * 16
-    record.shared_bytes = shared_bytes
-    record.schedule = _SCHEDULES[schedule]
-    record.seed = seed
-    record.block_bytes, record.fraction_bits = cores.block_bytes, cores.fraction_bits
-    function.bounds[0], function.bounds[1] = bounds
+    slots = (ctypes.c_void_p * 1)(ctypes.addressof(buffer))
+    record = launch.LaunchRecord(
+        entry=address,
+        slots=ctypes.addressof(slots),
+        grid=grid,
+        block=block,
+        shared=_shared_memory_end() - -(-shared_bytes // 16) * 16,
+        shared_bytes=shared_bytes,
+        schedule=_SCHEDULES[schedule],
+        flush_subnormals=function.entry.flush_subnormals,
+        seed=seed,
+        seconds=_SECONDS,
+        block_bytes=cores.block_bytes,
+        fraction_bits=cores.fraction_bits,
+    )
     fault = launch.execute(record, launch.Counts())
     if fault.kind == 0:
         return
