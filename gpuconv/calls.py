@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from threading import RLock
+from threading import Lock
 from typing import Any, Generic, Protocol, TypeVar, cast
 
 import numpy as np
@@ -20,7 +20,7 @@ P = TypeVar("P")
 _PLANS: dict[tuple[Any, ...], Plan] = {}
 _PROBLEMS: dict[tuple[Any, ...], Any] = {}
 _MAX_PLANS = 4096
-_PLANS_LOCK = RLock()  # for changes; look-ups need none. A finalizer may call while its own thread holds it
+_PLANS_LOCK = Lock()  # for changes; look-ups need none
 
 
 class Plan(Protocol):
@@ -144,10 +144,18 @@ class Function(Generic[P]):
 
 
 def _keep(cache: dict[tuple[Any, ...], Any], key: tuple[Any, ...], value: Any) -> None:
-    with _PLANS_LOCK:
-        while len(cache) >= _MAX_PLANS:
-            del cache[next(iter(cache))]
-        cache[key] = value
+    """Keep a value for the next call, unless somebody is at it: then the next call makes it again.
+
+    Nobody waits for the lock: a finalizer may call while its own thread holds it, and a forked process inherits it as
+    it is.
+    """
+    if _PLANS_LOCK.acquire(blocking=False):
+        try:
+            while len(cache) >= _MAX_PLANS:
+                del cache[next(iter(cache))]
+            cache[key] = value
+        finally:
+            _PLANS_LOCK.release()
 
 
 def _cpu_key(name: str, arrays: tuple[Any, ...], settings: tuple[Any, ...]) -> tuple[Any, ...] | None:

@@ -444,7 +444,33 @@ def test_a_finalizer_may_call_while_its_thread_changes_what_is_kept(monkeypatch:
         thread.join(30)
         assert not thread.is_alive()
     assert nested
-    assert len(calls._PLANS) == 2
+    assert calls._PLANS
+
+
+def test_a_forked_process_computes_whatever_another_thread_was_at() -> None:
+    """It inherits the lock, and no thread that would release it."""
+    run_python("""
+import os, signal, threading, warnings, numpy, gpuconv
+from gpuconv import calls
+warnings.simplefilter("ignore", DeprecationWarning)
+x, w = numpy.ones((1, 1, 9)), numpy.ones((1, 1, 3))
+held, forked = threading.Event(), threading.Event()
+
+def hold():
+    with calls._PLANS_LOCK:
+        held.set()
+        forked.wait()
+
+other = threading.Thread(target=hold)
+other.start()
+held.wait()
+child = os.fork()
+if child == 0:
+    signal.alarm(20)
+    os._exit(0 if gpuconv.conv1d(x, w).tolist() == [[[3.0] * 7]] else 1)
+forked.set()
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+""")
 
 
 # -- streams and prepared weights --------------------------------------------------------------------------------------
