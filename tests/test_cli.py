@@ -849,6 +849,19 @@ class _Terminal:
         return True
 
 
+def test_the_report_of_verify_fits_the_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert main(["verify", "--device", "cpu", "--filter", "docs_example"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 60
+    assert lines[1] == "1 case, float16, bfloat16, float32, float64, complex64,"
+    assert lines[2].startswith("  complex128; seed 0; ")
+    assert "exact              6       0" in lines
+
+
 @pytest.mark.parametrize("with_rich", [True, False])
 def test_progress_is_shown_on_a_terminal(monkeypatch: pytest.MonkeyPatch, with_rich: bool) -> None:
     terminal = _Terminal()
@@ -897,6 +910,14 @@ def test_progress_in_a_pipe_is_a_line_every_ten_seconds(
             now += 0.7
     lines = capsys.readouterr().err.splitlines()
     assert lines == ["verifying 15/50 case 15", "verifying 30/50 case 30", "verifying 45/50 case 45"]
+
+
+def test_a_wav_output_is_told_as_it_is_written(capsys: pytest.CaptureFixture[str]) -> None:
+    soundfile.write("x.wav", normal(100), 8000)
+    save("w.npy", normal(1, 1, 3, dtype="float64"))
+    assert main(["conv1d", "x.wav", "w.npy", "y.wav", "--dtype", "float64", "--device", "cpu"]) == 0
+    assert capsys.readouterr().out == "y.wav: (1, 98) float32, 8000 Hz, computed on the CPU\n"
+    assert soundfile.info("y.wav").subtype == "FLOAT"
 
 
 def test_files_are_private_to_nobody() -> None:

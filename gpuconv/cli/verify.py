@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections import Counter
 from typing import Any
 
 from .. import cases, files
 from ..cases import FORMATS
 from ..gpus import GpuUnavailableError
-from ..text import count
+from ..text import count, wrap
 from ..verify import verify
 from .errors import EXIT_MISMATCH, EXIT_NO_GPU, CommandError
 from .options import add_device, at_least, some_of
-from .terminal import show_progress
+from .terminal import show_progress, terminal_width
 
 
 def add_to(commands: Any) -> None:
@@ -62,8 +63,20 @@ def run(args: argparse.Namespace) -> int:
         raise CommandError(str(error)) from error
     if args.junit is not None:
         files.write_text(args.junit, report.to_junit())
-    print(json.dumps(report.to_dict(), indent=2) if args.json else report)
+    print(json.dumps(report.to_dict(), indent=2) if args.json else _page(str(report)))
     return 0 if report.ok else EXIT_MISMATCH
+
+
+def _page(report: str) -> str:
+    """The report; for a terminal with its long lines broken between words."""
+    if not sys.stdout.isatty():
+        return report
+    width = terminal_width()
+    lines: list[str] = []
+    for line in report.split("\n"):
+        indent = line[: len(line) - len(line.lstrip())]
+        lines += [line] if len(line) <= width else wrap(line.strip(), width, first=indent, rest=indent + "  ")
+    return "\n".join(lines)
 
 
 def _list_cases(filter: str | None) -> int:
