@@ -154,7 +154,7 @@ def fused(a: float, b: float, c: float, kind: str) -> float:
     if math.isinf(c) and math.isfinite(a) and math.isfinite(b):
         return c
     if not all(map(math.isfinite, (a, b, c))):
-        with np.errstate(invalid="ignore"):
+        with np.errstate(invalid="ignore", over="ignore"):
             return float(np.float64(a) * np.float64(b) + np.float64(c))
     exact = Fraction(a) * Fraction(b) + Fraction(c)
     if exact == 0:
@@ -206,6 +206,12 @@ def extracted(a: int, position: int, length: int, kind: str) -> int:
     sign = 0 if kind[0] == "u" or length == 0 else a >> min(position + length - 1, msb) & 1
     bits = [(a >> position + i & 1) if i < length and position + i <= msb else sign for i in range(msb + 1)]
     return wrap(sum(bit << i for i, bit in enumerate(bits)), kind)
+
+
+def dotted(a: int, b: int, c: int, kinds: tuple[str, str], part: str) -> int:
+    words = [wrap(a >> shift, f"{kinds[0][0]}16") for shift in (0, 16)]
+    data = [wrap(b >> shift, f"{kinds[1][0]}8") for shift in ((0, 8) if part == "lo" else (16, 24))]
+    return wrap(c + words[0] * data[0] + words[1] * data[1], "u32")
 
 
 def integral(x: float, mode: str) -> float:
@@ -292,6 +298,9 @@ def cases() -> list[Case]:
         add(f"brev.{k} d, a", f"{k} {k}", lambda a, k=k: int(f"{a:0{bits_of(k)}b}"[::-1], 2))
         add(f"bfi.{k} d, a, b, c, e", f"{k} {k} {k} u32 u32", lambda a, b, n, m, k=k: inserted(a, b, n, m, k))
     add("prmt.b32 d, a, b, c", "b32 b32 b32 b32", permuted)
+    for a_type, b_type, part in itertools.product(("u32", "s32"), ("u32", "s32"), ("lo", "hi")):
+        add(f"dp2a.{part}.{a_type}.{b_type} d, a, b, c", f"b32 {a_type} {b_type} u32",
+            lambda a, b, c, kinds=(a_type, b_type), part=part: dotted(a, b, c, kinds, part))  # fmt: skip
     add("mov.b64 d, {{a, b}}", "b64 b32 b32", lambda a, b: a | b << 32)
     add("mov.b32 d, {{a, b}}", "b32 b16 b16", lambda a, b: a | b << 16)
     add("mov.b64 {{_, d}}, a", "b32 b64", lambda a: a >> 32)

@@ -315,6 +315,14 @@ PTX_INLINE b32 prmt(b32 a, b32 b, b32 selector) {
     return result;
 }
 
+// The dot product of two 16-bit and two 8-bit numbers, the low or the high ones of four, each signed or not.
+template <typename A, typename B, unsigned first>
+PTX_INLINE s32 dp2a(A a, B b, s32 c) {
+    const s64 low = s64(A(a << 16) >> 16) * (B(b << (24 - 8 * first)) >> 24);
+    const s64 high = s64(a >> 16) * (B(b << (16 - 8 * first)) >> 24);
+    return s32(u32(c) + u32(low) + u32(high));
+}
+
 // -- comparisons ------------------------------------------------------------------------------------------------------
 
 #define PTX_COMPARE(name, ordered, expression)                                              \
