@@ -254,6 +254,9 @@ def comparison(name: str) -> Callable[[float, float], bool]:
     return evaluate
 
 
+M32 = (1 << 32) - 1
+
+
 def cases() -> list[Case]:
     found = []
 
@@ -298,6 +301,13 @@ def cases() -> list[Case]:
         add(f"brev.{k} d, a", f"{k} {k}", lambda a, k=k: int(f"{a:0{bits_of(k)}b}"[::-1], 2))
         add(f"bfi.{k} d, a, b, c, e", f"{k} {k} {k} u32 u32", lambda a, b, n, m, k=k: inserted(a, b, n, m, k))
     add("prmt.b32 d, a, b, c", "b32 b32 b32 b32", permuted)
+    for mode, amount in (("wrap", lambda n: n & 31), ("clamp", lambda n: min(n, 32))):
+        add(
+            f"shf.l.{mode}.b32 d, a, b, c",
+            "b32 b32 b32 u32",
+            lambda a, b, n, f=amount: (b << 32 | a) << f(n) >> 32 & M32,
+        )
+        add(f"shf.r.{mode}.b32 d, a, b, c", "b32 b32 b32 u32", lambda a, b, n, f=amount: (b << 32 | a) >> f(n) & M32)
     for a_type, b_type, part in itertools.product(("u32", "s32"), ("u32", "s32"), ("lo", "hi")):
         add(f"dp2a.{part}.{a_type}.{b_type} d, a, b, c", f"b32 {a_type} {b_type} u32",
             lambda a, b, c, kinds=(a_type, b_type), part=part: dotted(a, b, c, kinds, part))  # fmt: skip
@@ -314,6 +324,8 @@ def cases() -> list[Case]:
                 add(f"{name}{ftz}.{k} d, a, b", kinds, lambda a, b, e=evaluate, f=flush: f(e(f(a), f(b))))
             add(f"fma.rn{ftz}.{k} d, a, b, c", f"{kinds} {k}",
                 lambda a, b, c, k=k, f=flush: f(fused(f(a), f(b), f(c), k)))  # fmt: skip
+            if not ftz:
+                add(f"copysign.{k} d, a, b", kinds, lambda a, b: math.copysign(b, a))
             root = with_numpy(np.sqrt, k)
             add(f"sqrt.rn{ftz}.{k} d, a", f"{k} {k}", lambda a, e=root, f=flush: f(e(f(a))))
             reciprocal = with_numpy(lambda a, k=k: DTYPES[k].type(1) / a, k)

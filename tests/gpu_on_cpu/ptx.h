@@ -243,6 +243,10 @@ PTX_INLINE T max(T a, T b) {
     }
 }
 
+// The second number with the sign of the first.
+PTX_INLINE f32 copysign(f32 a, f32 b) { return __builtin_copysignf(b, a); }
+PTX_INLINE f64 copysign(f64 a, f64 b) { return __builtin_copysign(b, a); }
+
 PTX_INLINE f32 sqrt(f32 a) { return __builtin_sqrtf(a); }
 PTX_INLINE f64 sqrt(f64 a) { return __builtin_sqrt(a); }
 template <typename T>
@@ -260,6 +264,18 @@ PTX_INLINE T shl(T a, u32 n) {
 template <typename T>
 PTX_INLINE T shr(T a, u32 n) {
     return n >= width<T> ? T(is_signed<T> && a < 0 ? -1 : 0) : T(a >> n);
+}
+
+// Funnel shifts: the upper word of (b, a) shifted left, the lower word of (b, a) shifted right.
+template <bool wraps>
+PTX_INLINE b32 shf_l(b32 a, b32 b, u32 n) {
+    n = wraps ? n & 31 : n < 32 ? n : 32;
+    return b32(((u64(b) << 32 | a) << n) >> 32);
+}
+template <bool wraps>
+PTX_INLINE b32 shf_r(b32 a, b32 b, u32 n) {
+    n = wraps ? n & 31 : n < 32 ? n : 32;
+    return b32((u64(b) << 32 | a) >> n);
 }
 
 template <typename T>
