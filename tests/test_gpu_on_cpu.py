@@ -259,6 +259,18 @@ def test_shared_memory_must_be_asked_for_and_ends_at_the_architectures_limit(mac
     cupy.cuda.Device().synchronize()
 
 
+def test_a_function_belongs_to_the_device_that_it_was_loaded_on(cupy: Any) -> None:
+    function = cupy.RawModule(code=FILL).get_function("fill").kernel
+    arguments = [np.array(value) for value in (np.uint64(0), np.int32(0), np.int32(0), np.float32(0))]
+    table = (ctypes.c_void_p * 4)(*(argument.ctypes.data for argument in arguments))
+    with cupy.cuda.Device(1):
+        message = error_of(
+            cupy,
+            lambda: cupy.cuda.driver.launchKernel(function.ptr, 1, 1, 1, 32, 1, 1, 0, 0, ctypes.addressof(table), 0),
+        )
+    assert "fill was loaded on another device" in message
+
+
 def test_a_null_parameter_is_refused(cupy: Any) -> None:
     function = cupy.RawModule(code=FILL).get_function("fill").kernel
     table = (ctypes.c_void_p * 4)()
