@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -95,6 +96,20 @@ def test_a_function_that_is_not_there_fails_with_its_name(machine: Any, cupy: An
     message = error_of(cupy, lambda: cupy.cuda.runtime.deviceGetLimit(0))
     assert "gpu_on_cpu does not implement cudaDeviceGetLimit" in message
     assert machine.REFUSED.pop() == "cudaDeviceGetLimit"
+
+
+@pytest.mark.usefixtures("cupy")
+def test_another_cuda_runtime_in_cupy_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from cupy_backends.cuda.api import runtime as extension
+
+    from .gpu_on_cpu import hooks
+
+    monkeypatch.setattr(hooks, "NUM_FUNCTIONS", hooks.NUM_FUNCTIONS - 1)
+    with pytest.raises(RuntimeError, match=r"has 437 functions cuda\*, expected 436$"):
+        hooks._hook(Path(extension.__file__))
+    monkeypatch.setattr(hooks, "CUPY_VERSION", "14.2.1")
+    with pytest.raises(RuntimeError, match=r"needs cupy-cuda13x 14\.2\.1, found 14\.2\.0$"):
+        hooks._hook(Path(extension.__file__))
 
 
 def python(code: str) -> subprocess.CompletedProcess[str]:
@@ -242,6 +257,18 @@ def test_shared_memory_must_be_asked_for_and_ends_at_the_architectures_limit(mac
     ask(limit)
     kernel((1,), (64,), (out,), shared_mem=too_much)
     cupy.cuda.Device().synchronize()
+
+
+def test_a_function_belongs_to_the_device_that_it_was_loaded_on(cupy: Any) -> None:
+    function = cupy.RawModule(code=FILL).get_function("fill").kernel
+    arguments = [np.array(value) for value in (np.uint64(0), np.int32(0), np.int32(0), np.float32(0))]
+    table = (ctypes.c_void_p * 4)(*(argument.ctypes.data for argument in arguments))
+    with cupy.cuda.Device(1):
+        message = error_of(
+            cupy,
+            lambda: cupy.cuda.driver.launchKernel(function.ptr, 1, 1, 1, 32, 1, 1, 0, 0, ctypes.addressof(table), 0),
+        )
+    assert "fill was loaded on another device" in message
 
 
 def test_a_null_parameter_is_refused(cupy: Any) -> None:

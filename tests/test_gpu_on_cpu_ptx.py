@@ -154,7 +154,7 @@ def fused(a: float, b: float, c: float, kind: str) -> float:
     if math.isinf(c) and math.isfinite(a) and math.isfinite(b):
         return c
     if not all(map(math.isfinite, (a, b, c))):
-        with np.errstate(invalid="ignore"):
+        with np.errstate(invalid="ignore", over="ignore"):
             return float(np.float64(a) * np.float64(b) + np.float64(c))
     exact = Fraction(a) * Fraction(b) + Fraction(c)
     if exact == 0:
@@ -208,6 +208,12 @@ def extracted(a: int, position: int, length: int, kind: str) -> int:
     return wrap(sum(bit << i for i, bit in enumerate(bits)), kind)
 
 
+def dotted(a: int, b: int, c: int, kinds: tuple[str, str], part: str) -> int:
+    words = [wrap(a >> shift, f"{kinds[0][0]}16") for shift in (0, 16)]
+    data = [wrap(b >> shift, f"{kinds[1][0]}8") for shift in ((0, 8) if part == "lo" else (16, 24))]
+    return wrap(c + words[0] * data[0] + words[1] * data[1], "u32")
+
+
 def integral(x: float, mode: str) -> float:
     if not math.isfinite(x):
         return x
@@ -246,6 +252,9 @@ def comparison(name: str) -> Callable[[float, float], bool]:
         return name.endswith("u") and len(name) == 3 if unordered else COMPARISONS[name[:2]](a, b)
 
     return evaluate
+
+
+M32 = (1 << 32) - 1
 
 
 def cases() -> list[Case]:
@@ -292,6 +301,16 @@ def cases() -> list[Case]:
         add(f"brev.{k} d, a", f"{k} {k}", lambda a, k=k: int(f"{a:0{bits_of(k)}b}"[::-1], 2))
         add(f"bfi.{k} d, a, b, c, e", f"{k} {k} {k} u32 u32", lambda a, b, n, m, k=k: inserted(a, b, n, m, k))
     add("prmt.b32 d, a, b, c", "b32 b32 b32 b32", permuted)
+    for mode, amount in (("wrap", lambda n: n & 31), ("clamp", lambda n: min(n, 32))):
+        add(
+            f"shf.l.{mode}.b32 d, a, b, c",
+            "b32 b32 b32 u32",
+            lambda a, b, n, f=amount: (b << 32 | a) << f(n) >> 32 & M32,
+        )
+        add(f"shf.r.{mode}.b32 d, a, b, c", "b32 b32 b32 u32", lambda a, b, n, f=amount: (b << 32 | a) >> f(n) & M32)
+    for a_type, b_type, part in itertools.product(("u32", "s32"), ("u32", "s32"), ("lo", "hi")):
+        add(f"dp2a.{part}.{a_type}.{b_type} d, a, b, c", f"b32 {a_type} {b_type} u32",
+            lambda a, b, c, kinds=(a_type, b_type), part=part: dotted(a, b, c, kinds, part))  # fmt: skip
     add("mov.b64 d, {{a, b}}", "b64 b32 b32", lambda a, b: a | b << 32)
     add("mov.b32 d, {{a, b}}", "b32 b16 b16", lambda a, b: a | b << 16)
     add("mov.b64 {{_, d}}, a", "b32 b64", lambda a: a >> 32)
@@ -305,6 +324,8 @@ def cases() -> list[Case]:
                 add(f"{name}{ftz}.{k} d, a, b", kinds, lambda a, b, e=evaluate, f=flush: f(e(f(a), f(b))))
             add(f"fma.rn{ftz}.{k} d, a, b, c", f"{kinds} {k}",
                 lambda a, b, c, k=k, f=flush: f(fused(f(a), f(b), f(c), k)))  # fmt: skip
+            if not ftz:
+                add(f"copysign.{k} d, a, b", kinds, lambda a, b: math.copysign(b, a))
             root = with_numpy(np.sqrt, k)
             add(f"sqrt.rn{ftz}.{k} d, a", f"{k} {k}", lambda a, e=root, f=flush: f(e(f(a))))
             reciprocal = with_numpy(lambda a, k=k: DTYPES[k].type(1) / a, k)

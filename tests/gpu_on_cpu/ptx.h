@@ -243,6 +243,10 @@ PTX_INLINE T max(T a, T b) {
     }
 }
 
+// The second number with the sign of the first.
+PTX_INLINE f32 copysign(f32 a, f32 b) { return __builtin_copysignf(b, a); }
+PTX_INLINE f64 copysign(f64 a, f64 b) { return __builtin_copysign(b, a); }
+
 PTX_INLINE f32 sqrt(f32 a) { return __builtin_sqrtf(a); }
 PTX_INLINE f64 sqrt(f64 a) { return __builtin_sqrt(a); }
 template <typename T>
@@ -260,6 +264,18 @@ PTX_INLINE T shl(T a, u32 n) {
 template <typename T>
 PTX_INLINE T shr(T a, u32 n) {
     return n >= width<T> ? T(is_signed<T> && a < 0 ? -1 : 0) : T(a >> n);
+}
+
+// Funnel shifts: the upper word of (b, a) shifted left, the lower word of (b, a) shifted right.
+template <bool wraps>
+PTX_INLINE b32 shf_l(b32 a, b32 b, u32 n) {
+    n = wraps ? n & 31 : n < 32 ? n : 32;
+    return b32(((u64(b) << 32 | a) << n) >> 32);
+}
+template <bool wraps>
+PTX_INLINE b32 shf_r(b32 a, b32 b, u32 n) {
+    n = wraps ? n & 31 : n < 32 ? n : 32;
+    return b32((u64(b) << 32 | a) >> n);
 }
 
 template <typename T>
@@ -313,6 +329,14 @@ PTX_INLINE b32 prmt(b32 a, b32 b, b32 selector) {
         result |= (nibble & 8 ? (byte & 0x80 ? 0xffu : 0u) : byte) << (8 * i);
     }
     return result;
+}
+
+// The dot product of two 16-bit and two 8-bit numbers, the low or the high ones of four, each signed or not.
+template <typename A, typename B, unsigned first>
+PTX_INLINE s32 dp2a(A a, B b, s32 c) {
+    const s64 low = s64(A(a << 16) >> 16) * (B(b << (24 - 8 * first)) >> 24);
+    const s64 high = s64(a >> 16) * (B(b << (16 - 8 * first)) >> 24);
+    return s32(u32(c) + u32(low) + u32(high));
 }
 
 // -- comparisons ------------------------------------------------------------------------------------------------------

@@ -430,7 +430,16 @@ def _integer_arithmetic(i: Instruction, kind: str) -> str:
     return i.call(i.base, [kind] * 3)
 
 
-@_emits("neg", "abs", "min", "max")
+@_emits("dp2a")
+def _dot_product(i: Instruction) -> str:
+    b, a = i.type(), i.type()
+    first = 2 if i.take("lo", "hi") == "hi" else 0
+    if not {a, b} <= {"u32", "s32"}:
+        raise i.unknown()
+    return i.call(f"dp2a<{a}, {b}, {first}>", ["s32", a, b, "s32"])
+
+
+@_emits("neg", "abs", "min", "max", "copysign")
 def _sign(i: Instruction) -> str:
     kind = i.type()
     if kind in ("f16", "bf16", "pred") or kind[0] == "b":
@@ -458,6 +467,13 @@ def _logic(i: Instruction) -> str:
 def _shift(i: Instruction) -> str:
     kind = i.type()
     return i.call(f"{i.base}<{kind}>", [kind, kind, "u32"])
+
+
+@_emits("shf")
+def _funnel_shift(i: Instruction) -> str:
+    i.take("b32")
+    direction, wraps = i.take("l", "r"), i.take("wrap", "clamp") == "wrap"
+    return i.call(f"shf_{direction}<{str(wraps).lower()}>", ["b32", "b32", "b32", "u32"])
 
 
 @_emits("popc", "clz", "brev", "bfe", "bfi", "prmt")
