@@ -44,7 +44,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
 from . import functional, grad, runtime
-from .problem import PRECISIONS, ArraySpec, ConvProblem, Op, Padding, Setting, Settings, check_precision, numpy_dtype
+from .arguments import check_precision
+from .problem import PRECISIONS, ArraySpec, ConvProblem, Op, Padding, Setting, Settings, numpy_dtype
 from .text import install_hint
 
 Tensor: TypeAlias = torch.Tensor

@@ -8,6 +8,8 @@ from __future__ import annotations
 import ctypes
 import os
 import re
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,6 +20,7 @@ import pytest
 
 import gpuconv
 from gpuconv import runtime, source
+from gpuconv.cli import main
 
 pytestmark = [
     pytest.mark.gpu,
@@ -94,6 +97,32 @@ def test_a_function_that_is_not_there_fails_with_its_name(machine: Any, cupy: An
     assert machine.REFUSED.pop() == "cudaDeviceGetLimit"
 
 
+def python(code: str) -> subprocess.CompletedProcess[str]:
+    """A Python process of its own on the stand-in."""
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
+
+
+def test_a_process_ends_quietly_with_everything_alive() -> None:
+    done = python("import cupy; x = cupy.ones(3); s = cupy.cuda.Stream(); e = s.record(); print(x.get(), flush=True)")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "[1. 1. 1.]\n", "")
+
+
+def test_a_process_that_called_what_is_not_there_fails() -> None:
+    done = python(
+        "import cupy\ntry:\n    cupy.cuda.runtime.deviceGetLimit(0)\nexcept cupy.cuda.runtime.CUDARuntimeError: pass"
+    )
+    assert done.returncode == 70
+    assert "the process called what is not implemented: cudaDeviceGetLimit" in done.stderr
+
+
+def test_a_forked_child_cannot_use_the_gpu() -> None:
+    done = python(
+        "import os, cupy\ncupy.ones(3)\nif os.fork() == 0:\n    try:\n        cupy.ones(3)\n"
+        "    except Exception as error:\n        print(error, flush=True)\n    os._exit(0)\nos.wait()"
+    )
+    assert "cudaErrorInitializationError" in done.stdout
+
+
 # -- kernels that go wrong ---------------------------------------------------------------------------------------------
 
 FILL = r"""
@@ -132,7 +161,7 @@ def test_a_write_out_of_bounds_is_a_fault_of_the_device(cupy: Any, first: int) -
     message = error_of(cupy, go)
     assert "cudaErrorIllegalAddress" in message
     assert "fill, block" in message
-    assert first < 0 or re.search(r"byte (\d+) of memory of device 0, allocated with 256 bytes", message)
+    assert first < 0 or re.search(r"write to byte (\d+) of memory of device 0, allocated with 256 bytes", message)
     assert "cudaErrorIllegalAddress" in error_of(cupy, lambda: cupy.cuda.runtime.malloc(8))  # the device is lost
 
 
@@ -172,8 +201,12 @@ def test_memory_of_another_device_cannot_be_used(cupy: Any) -> None:
         array = cupy.zeros(64, np.float32)
         pointer = array.data.ptr
     kernel = cupy.RawModule(code=FILL).get_function("fill")
-    kernel((2,), (32,), (np.uint64(pointer), np.int32(64), np.int32(0), np.float32(1)))
-    assert "is not of this device's memory" in error_of(cupy, cupy.cuda.Device().synchronize)
+
+    def go() -> None:
+        kernel((2,), (32,), (np.uint64(pointer), np.int32(64), np.int32(0), np.float32(1)))
+        cupy.cuda.Device().synchronize()
+
+    assert "is not of this device's memory" in error_of(cupy, go)
 
 
 def test_fresh_memory_is_poisoned(cupy: Any) -> None:
@@ -187,8 +220,12 @@ def test_too_little_shared_memory_is_a_fault(cupy: Any) -> None:
     out = cupy.zeros(64, np.float32)
     kernel((1,), (64,), (out,), shared_mem=256)
     assert np.array_equal(out.get(), np.arange(64)[::-1])
-    kernel((1,), (64,), (out,), shared_mem=240)
-    assert "cudaErrorIllegalAddress" in error_of(cupy, cupy.cuda.Device().synchronize)
+
+    def go() -> None:
+        kernel((1,), (64,), (out,), shared_mem=240)
+        cupy.cuda.Device().synchronize()
+
+    assert "cudaErrorIllegalAddress" in error_of(cupy, go)
 
 
 def test_shared_memory_must_be_asked_for_and_ends_at_the_architectures_limit(machine: Any, cupy: Any) -> None:
@@ -368,6 +405,26 @@ def test_a_stream_that_joined_a_capture_must_come_back(cupy: Any) -> None:
             assert "StreamCaptureUnjoined" in error_of(cupy, origin.end_capture)
     origin.synchronize()
     assert (array.get() == 7).all()
+
+
+# -- the command line -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["info"], "GPU 1          CPU posing as"),
+        (["explain", "conv1d", "--input", "1,64,200", "--weight", "64,64,3"], "conv1d on CPU posing as"),
+        (["verify", "--device", "gpu", "--filter", "hifigan_resblock", "--dtype", "float32"], "GPU 0"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_the_command_line_finds_the_gpus(
+    machine: Any, capsys: pytest.CaptureFixture[str], arguments: list[str], expected: str
+) -> None:
+    assert main(arguments) == 0
+    assert expected in capsys.readouterr().out
+    assert machine.DEVICES[0].error is None
 
 
 # -- faults planted in gpuconv's use of CuPy ---------------------------------------------------------------------------

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 
 from .gpu_on_cpu import modules, ptx
+from .gpu_on_cpu.errors import Code, CudaError
 from .hostcuda import HOPPER
 
 DTYPES: dict[str, Any] = {
@@ -392,13 +393,24 @@ def module(flushing: bool) -> modules.Module:
     return modules.Module(text.encode(), 0)
 
 
-def execute(function: modules.Function, count: int, *arrays: np.ndarray[Any, Any]) -> None:
-    """Run a kernel on host arrays, one block an element."""
+def execute(
+    function: modules.Function, count: int, *arrays: np.ndarray[Any, Any], block: int = 1,
+    bounds: tuple[int, int] = (0, 1 << 62),
+) -> None:  # fmt: skip
+    """Run a kernel on host arrays, in so many blocks."""
     addresses = np.array([array.ctypes.data for array in arrays], np.uint64)
     modules.run(
-        function, count, 1, 0, addresses.tobytes(), bounds=(0, 1 << 62), cores=HOPPER, schedule="forward", seed=0,
+        function,
+        count,
+        block,
+        0,
+        addresses.tobytes(),
+        bounds=bounds,
+        cores=HOPPER,
+        schedule="forward",
+        seed=0,
         arenas=(),
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -452,3 +464,129 @@ def test_what_is_not_known_is_refused_by_its_text(code: str) -> None:
     text = f".visible .entry k()\n{{\n{registers}\n{opcode} {rest}\nret;\n}}\n"
     with pytest.raises(ptx.UnknownPtxError, match=re.escape(opcode)):
         ptx.translate(text)
+
+
+# -- warps, memory, special registers ----------------------------------------------------------------------------------
+
+
+def run_text(body: str, output: np.ndarray[Any, Any], *inputs: np.ndarray[Any, Any], block: int = 32) -> None:
+    """Run PTX statements in which %out, %in0, ... are addresses and %lane is the thread's index."""
+    names = ["%out", *(f"%in{i}" for i in range(len(inputs)))]
+    parameters = ", ".join(f".param .u64 p{i}" for i in range(len(names)))
+    loads = "".join(f".reg .b64 {name}; ld.param.u64 {name}, [p{i}];\n" for i, name in enumerate(names))
+    text = f".visible .entry k({parameters})\n{{\n.reg .b32 %lane; mov.u32 %lane, %tid.x;\n{loads}{body}\nret;\n}}\n"
+    function = modules.Module(text.encode(), 0).function("k")
+    execute(function, 1, output, *inputs, block=block)
+
+
+def element(pointer: str, number: int) -> str:
+    """PTX that makes a pointer one to the lane's element of four bytes; `number` keeps registers apart."""
+    return f".reg .b64 %o{number}; mul.wide.u32 %o{number}, %lane, 4; add.s64 {pointer}, {pointer}, %o{number};"
+
+
+@pytest.mark.parametrize("mode", ["up", "down", "bfly", "idx"])
+@pytest.mark.parametrize("width", [32, 8])
+@pytest.mark.parametrize("offset", [0, 1, 3, 7, 31])
+def test_shuffles(mode: str, width: int, offset: int) -> None:
+    """The ISA's pseudocode of shfl, for the clamp and the segments that __shfl_sync makes of a width."""
+    segments = (32 - width) & 31
+    clamp = 0 if mode == "up" else 31
+    found = np.zeros((32, 2), np.uint32)
+    run_text(
+        f"""
+        .reg .pred %p; .reg .b32 %v, %w, %x;
+        .reg .b64 %at; mul.wide.u32 %at, %lane, 8; add.s64 %out, %out, %at;
+        add.u32 %v, %lane, 100;
+        shfl.sync.{mode}.b32 %w|%p, %v, {offset}, {segments << 8 | clamp}, -1;
+        selp.u32 %x, 1, 0, %p;
+        st.global.v2.u32 [%out], {{%w, %x}};""",
+        found,
+    )
+    for lane in range(32):
+        last, first = lane & segments | clamp & ~segments, lane & segments
+        source, inside = {
+            "up": (lane - offset, lane - offset >= last),
+            "down": (lane + offset, lane + offset <= last),
+            "bfly": (lane ^ offset, lane ^ offset <= last),
+            "idx": (first | offset & ~segments, first | offset & ~segments <= last),
+        }[mode]
+        assert found[lane].tolist() == [100 + (source if inside else lane), inside]
+
+
+@pytest.mark.parametrize("votes", [0, 1, 0x80000000, 0xFFFFFFFF, 0x7FFFFFFF])
+def test_votes(votes: int) -> None:
+    found = np.zeros((32, 4), np.uint32)
+    run_text(
+        f"""
+        .reg .pred %p, %any, %all; .reg .b32 %v, %w, %x, %y;
+        .reg .b64 %at; mul.wide.u32 %at, %lane, 16; add.s64 %out, %out, %at;
+        shr.u32 %v, {votes}, %lane; and.b32 %v, %v, 1; setp.ne.u32 %p, %v, 0;
+        vote.sync.any.pred %any, %p, -1;
+        vote.sync.all.pred %all, %p, -1;
+        vote.sync.ballot.b32 %y, %p, -1;
+        selp.u32 %w, 1, 0, %any; selp.u32 %x, 1, 0, %all;
+        st.global.v4.u32 [%out], {{%w, %x, %y, %lane}};""",
+        found,
+    )
+    assert (found == [[votes != 0, votes == 0xFFFFFFFF, votes, lane] for lane in range(32)]).all()
+
+
+def test_shared_and_local_memory_barriers_and_branches() -> None:
+    """Lanes of two warps swap numbers through static shared memory; each keeps its own in local memory."""
+    found = np.zeros(64, np.uint32)
+    run_text(
+        element("%out", 0)
+        + """
+        .shared .align 4 .b8 first[4];
+        .shared .align 4 .b8 swapped[256];
+        .local .align 8 .b8 depot[8];
+        .reg .b64 %local; .reg .b32 %at, %v, %w; .reg .pred %p;
+        mov.u64 %local, depot; cvta.local.u64 %local, %local; st.u32 [%local+4], %lane;
+        shl.b32 %at, %lane, 2; mov.u32 %v, swapped; add.u32 %v, %v, %at; st.shared.u32 [%v], %lane;
+        bar.sync 0;
+        mov.u32 %w, swapped; sub.u32 %w, %w, %at; ld.shared.u32 %v, [%w+252];
+        setp.lt.u32 %p, %lane, 32;
+        @%p bra upper;
+        bra.uni done;
+    upper:
+        add.u32 %v, %v, 1000;
+    done:
+        ld.u32 %w, [%local+4]; mad.lo.u32 %v, %w, 10000, %v; st.global.u32 [%out], %v;""",
+        found,
+        block=64,
+    )
+    assert found.tolist() == [lane * 10000 + 63 - lane + (1000 if lane < 32 else 0) for lane in range(64)]
+
+
+def test_loads_extend_by_their_type() -> None:
+    given = np.array([-1, -2, 127, -128, 0, 1, 2, 3], np.int8)
+    found = np.zeros(4, np.int64)
+    run_text(
+        """
+        .reg .b64 %a, %b; .reg .b32 %c; .reg .b16 %d;
+        ld.global.s8 %a, [%in0]; ld.global.u8 %b, [%in0+1]; ld.global.s8 %c, [%in0+3]; ld.global.u16 %d, [%in0];
+        st.global.u64 [%out], %a; st.global.u64 [%out+8], %b;
+        cvt.s64.s32 %a, %c; st.global.u64 [%out+16], %a; cvt.u64.u16 %a, %d; st.global.u64 [%out+24], %a;""",
+        found,
+        given,
+        block=1,
+    )
+    assert found.tolist() == [-1, 254, -128, 0xFEFF]
+
+
+@pytest.mark.parametrize("code", ["ld.global.u32 %v, [%in0+2];", "st.global.v2.u32 [%out+4], {%v, %v};"])
+def test_a_misaligned_access_is_a_fault(code: str) -> None:
+    with pytest.raises(CudaError, match="must have an address divisible by") as raised:
+        run_text(f".reg .b32 %v; {code}", np.zeros(4, np.uint64), np.zeros(4, np.uint64), block=1)
+    assert raised.value.code == Code.MisalignedAddress
+
+
+def test_global_pointers_must_be_of_the_device() -> None:
+    array = np.zeros(4, np.uint32)
+    text = (
+        ".visible .entry k(.param .u64 p)\n{\n.reg .b64 %a; ld.param.u64 %a, [p]; cvta.to.global.u64 %a, %a;\nret;\n}\n"
+    )
+    function = modules.Module(text.encode(), 0).function("k")
+    execute(function, 1, array)
+    with pytest.raises(CudaError, match="is not of this device's memory"):
+        execute(function, 1, array, bounds=(0, 4096))

@@ -52,7 +52,7 @@ _REFUSED_DRIVER_FUNCTIONS = (
     "cuOccupancyMaxPotentialBlockSize",
 )
 
-_hooked: list[int] = []  # addresses of functions that jump to ours
+_hooked: list[int] = []  # addresses of functions that jump to ours and return an error code
 _driver_table: Any = None
 
 
@@ -95,7 +95,8 @@ def _hook(path: Path) -> None:
         if callback is None:
             callback = machine.RUNTIME[name] = machine.refusal(name)
         _write_jump(base + offset, _address(callback))
-        _hooked.append(base + offset)
+        if name not in ("cudaGetErrorName", "cudaGetErrorString"):
+            _hooked.append(base + offset)
 
 
 def _functions(image: bytes) -> Iterator[tuple[str, int]]:
@@ -179,8 +180,11 @@ def _answer(code: int) -> None:
     for function in _hooked:
         _write_jump(function, address)
     if _driver_table is not None:
-        for i in range(len(_driver_table)):
-            _driver_table[i] = address
+        from .machine import DRIVER
+
+        for i, name in enumerate(sorted(DRIVER)):
+            if not name.startswith("cuGetError"):
+                _driver_table[i] = address
 
 
 _kept: list[mmap.mmap] = []

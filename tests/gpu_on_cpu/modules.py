@@ -186,11 +186,12 @@ def run(
     fault = launch.execute(record, launch.Counts())
     if fault.kind == 0:
         return
-    access = {1: "write to ", 0: "read of "}.get(fault.is_write, "")
-    arena = next((arena for arena in arenas if fault.address in arena), None)
-    place = arena.describe(fault.address) if arena else f"address {fault.address:#x}" if fault.address else ""
-    message = fault.message.decode(errors="replace")
+    parts = [fault.message.decode(errors="replace")]
+    if fault.address:
+        access = {1: "write to ", 0: "read of "}.get(fault.is_write, "at ")
+        arena = next((arena for arena in arenas if fault.address in arena), None)
+        parts.append(access + (arena.describe(fault.address) if arena else f"address {fault.address:#x}"))
     raise CudaError(
         _CODES.get(fault.kind, Code.LaunchFailure),
-        f"{function.entry.name}, block {fault.block}, thread {fault.thread}: {message}{access}{place}",
+        f"{function.entry.name}, block {fault.block}, thread {fault.thread}: {'; '.join(filter(None, parts))}",
     )

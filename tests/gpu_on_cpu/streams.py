@@ -23,6 +23,10 @@ from .errors import Code, CudaError
 Run = Callable[[], None]
 
 
+def _nothing() -> None:
+    """What a mark in a stream does when its turn comes."""
+
+
 class Work:
     """Something queued.
 
@@ -79,20 +83,25 @@ class Queue:
     def run_until(self, targets: Iterable[Work | None]) -> None:
         """Run until all of these have run."""
         wanted = [work for work in targets if work is not None and not work.done]
-        needed: dict[Work, None] = {}
+        followers: dict[Work, list[Work]] = {}
+        ready: list[Work] = []
         while wanted:
             work = wanted.pop()
-            if work not in needed:
-                needed[work] = None
+            if work not in followers:
+                followers[work] = []
                 wanted.extend(other for other in work.after if not other.done)
-        while needed:
-            ready = [work for work in needed if self._is_ready(work)]
-            work = self.random.choice(ready)
-            del needed[work]
-            self._run(work)
-            if self._runs_others and self.random.random() < 0.3:
-                self.step()
-            needed = {work: None for work in needed if not work.done}
+        for work in followers:
+            if self._is_ready(work):
+                ready.append(work)
+            for other in work.after:
+                followers[other].append(work)
+        while ready:
+            work = ready.pop(self.random.randrange(len(ready)))
+            if not work.done:
+                self._run(work)
+                if self._runs_others and self.random.random() < 0.3:
+                    self.step()
+            ready.extend(follower for follower in followers.pop(work, []) if self._is_ready(follower))
 
     def step(self) -> None:
         """Run one work that may run, if there is one."""
@@ -117,6 +126,7 @@ class Queue:
             work.owner.error = error
         finally:
             work.done = True
+            work.run = _nothing  # whatever it held may go
 
 
 QUEUE = Queue()
@@ -185,10 +195,6 @@ class Stream:
         """
         if self.capture is not None:
             self.capture.invalidate(Code.StreamCaptureUnsupported, what)
-
-
-def _nothing() -> None:
-    """What an event's record and a wait do when their turn comes."""
 
 
 # -- events ------------------------------------------------------------------------------------------------------------
