@@ -58,6 +58,8 @@ class Fault:
         return verify("gpu", family=self.family, filter=self.case, dtypes=self.dtype)
 
 
+BIAS_OF_BASE = "acc = add(acc, bias_or_zero(bias, c_out * p.bias_stride));"
+
 FAULTS: Mapping[str, Fault] = {
     # -- a tap, a position or a slice is left out
     "conv1d_direct drops the last tap": Fault(
@@ -104,6 +106,13 @@ FAULTS: Mapping[str, Fault] = {
         "groups_to_one_each",
     ),
     # -- a wrong offset at an edge
+    "conv1d_direct takes the last position for padding": Fault(
+        "conv1d_direct",
+        "ceil_div(p.L_in - l_first,",
+        "ceil_div(p.L_in - 1 - l_first,",
+        "conv1d_direct",
+        "dilation_spans_input",
+    ),
     "conv1d_skinny takes the last position for padding": Fault(
         "conv1d_skinny", "unsigned(p.L_in) : 0", "unsigned(p.L_in) - 1 : 0", "conv1d_skinny", "length1_padded"
     ),
@@ -129,6 +138,12 @@ FAULTS: Mapping[str, Fault] = {
         "padding_exceeds_input",
     ),
     # -- no bias
+    "conv1d_direct adds no bias": Fault(
+        "conv1d_direct", BIAS_OF_BASE, "", "conv1d_direct", "dilation_spans_input"
+    ),
+    "conv_transpose1d_gather adds no bias": Fault(
+        "conv_transpose1d_gather", BIAS_OF_BASE, "", "conv_transpose1d_gather", "up_dilation4_stride6"
+    ),
     "conv1d_narrow adds no bias": Fault(
         "conv1d_narrow",
         "scalar::round(add(acc[row][j], offset))",
@@ -306,3 +321,15 @@ def test_verify_catches(name: str, plant: Callable[[Fault], None]) -> None:
     assert "FAILED" in told
     assert f"{fault.case} [{fault.dtype}]" in told
     assert f"{fault.family} {fault.says}" in told
+
+
+@pytest.mark.gpu
+def test_a_run_of_all_families_meets_a_fault_in_the_base_kernel(plant: Callable[[Fault], None]) -> None:
+    """Fails if only the family that dispatch prefers is run, which here is another."""
+    fault = FAULTS["conv1d_direct drops the last tap"]
+    plant(fault)
+    report = verify("gpu", filter=fault.case, dtypes=fault.dtype)
+    assert {failure.check for failure in report.failures} == {BY_FAMILY}
+    assert f"conv1d_direct {EQUAL}" in [failure.message for failure in report.failures]
+    assert report.family_runs["conv1d_direct"] == 1
+    assert sum(report.family_runs.values()) > 1
