@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import weakref
 
 from . import memory, streams
 from .errors import Code, CudaError
@@ -72,10 +73,35 @@ def cudaFreeHost(address: int) -> None:
 RUNTIME["cudaFree"] = RUNTIME["cudaFreeHost"]
 
 
+class _GraphMemory:
+    """The node that allocates memory in a graph; the memory has one address and lives as long as the node.
+
+    Where the node runs and where the memory is freed in the graph, it is poisoned: nothing may be left there from one
+    launch to the next.
+    """
+
+    def __init__(self, arena: memory.Arena, size: int, capture: streams.Capture) -> None:
+        self.allocation = arena.allocate(size)
+        self.capture = capture
+        self.is_freed = False
+        weakref.finalize(self, arena.free, self.allocation)
+
+    def __call__(self) -> None:
+        memory.fill_with_poison(self.allocation.address, self.allocation.size)
+
+
+_graph_memory: weakref.WeakValueDictionary[int, _GraphMemory] = weakref.WeakValueDictionary()  # by address
+
+
 def _allocate_in_stream(out: int, size: int, handle: int, arena: memory.Arena) -> None:
-    if own_stream(handle).capture is not None:
-        raise CudaError(Code.NotSupported, "gpu_on_cpu: cudaMallocAsync during a capture")
-    _allocate(out, size, arena)
+    stream = own_stream(handle)
+    if stream.capture is None:
+        _allocate(out, size, arena)
+        return
+    node = _GraphMemory(arena, size, stream.capture)
+    stream.queue(node)
+    _graph_memory[node.allocation.address] = node
+    store(out, POINTER, node.allocation.address)
 
 
 @runtime(POINTER, SIZE, POINTER)
@@ -89,7 +115,14 @@ def cudaFreeAsync(address: int, handle: int) -> None:
     found = arena.find(address) if arena else None
     if arena is None or found is None:
         raise invalid(f"{address:#x} is no allocation")
-    own_stream(handle).queue(lambda: arena.free(found))
+    stream, node = own_stream(handle), _graph_memory.get(address)
+    if node is None and stream.capture is not None:
+        raise invalid(f"memory from outside of the graph is freed in it: {arena.describe(address)}")
+    if node is not None:
+        if node.capture is not stream.capture or node.is_freed:
+            raise invalid(f"memory of a graph is freed outside of its capture, or twice: {arena.describe(address)}")
+        node.is_freed = True
+    stream.queue(node or (lambda: arena.free(found)))
 
 
 # A device has one memory pool, its default one, which keeps nothing that is freed.
