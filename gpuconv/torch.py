@@ -63,6 +63,7 @@ def conv1d(
     groups: SupportsIndex = 1,
     *,
     precision: str = "float32",
+    algorithm: str | None = None,
 ) -> Tensor:
     """`gpuconv.conv1d` of tensors, with the arguments of `torch.nn.functional.conv1d`.
 
@@ -76,6 +77,9 @@ def conv1d(
         dilation: distance between taps, in samples.
         groups: input and output channels are cut into this many groups that do not mix.
         precision: "float32", or "tf32" where float32 operands may be rounded to TF32, in the gradients as well.
+        algorithm: how a GPU computes the output, as in `gpuconv.conv1d`: None, "base" or the name of a kernel
+            family. Under `torch.func.vmap` it is that of the one call which the whole batch becomes. Gradients, and
+            tensors on the CPU, are computed as without it.
 
     Returns:
         (N, C_out, L_out), or (C_out, L_out) for a single sample: a contiguous tensor. In a region of `torch.autocast`
@@ -83,6 +87,7 @@ def conv1d(
 
     Raises:
         ValueError: a shape or a value does not fit; the message names the argument, what was expected and what came.
+            The kernel family that `algorithm` names does not take the problem.
         TypeError: an argument is of the wrong kind, on another device, or a dtype is not one of float16, bfloat16,
             float32, float64, complex64 and complex128.
         NotImplementedError: a forward-mode derivative is asked for.
@@ -98,14 +103,17 @@ def conv1d(
         (tensor([[[2., 3., 3., 3., 2.]]]),)
     """
     if has_torch_function_variadic(input, weight, bias):
-        settings = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
-        return _overridden(conv1d, input, weight, bias, precision=precision, **settings)
+        settings: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+        settings |= {"precision": precision, "algorithm": algorithm}
+        return _overridden(conv1d, input, weight, bias, **settings)
+    if algorithm is not None:
+        _check_algorithm("conv1d", algorithm)
     checked = Settings.check("conv1d", "conv1d", stride, padding, dilation, groups)
     tensors = _tensors("conv1d", precision, input, weight, bias)
     if _exports_onnx():
         return _as_pytorch("conv1d", checked, *tensors)
     sides, word = _split(checked.padding)
-    return _conv1d(*tensors, checked.stride, sides, word, checked.dilation, checked.groups, precision)
+    return _conv1d(*tensors, checked.stride, sides, word, checked.dilation, checked.groups, precision, algorithm)
 
 
 def conv_transpose1d(
@@ -120,6 +128,7 @@ def conv_transpose1d(
     *,
     output_size: Setting | None = None,
     precision: str = "float32",
+    algorithm: str | None = None,
 ) -> Tensor:
     """`gpuconv.conv_transpose1d` of tensors, with the arguments of `torch.nn.functional.conv_transpose1d`.
 
@@ -135,6 +144,9 @@ def conv_transpose1d(
         dilation: distance between taps, in output samples.
         output_size: the wanted L_out, in place of output_padding.
         precision: "float32", or "tf32" where float32 operands may be rounded to TF32, in the gradients as well.
+        algorithm: how a GPU computes the output, as in `gpuconv.conv_transpose1d`: None, "base" or the name of a kernel
+            family. Under `torch.func.vmap` it is that of the one call which the whole batch becomes. Gradients, and
+            tensors on the CPU, are computed as without it.
 
     Returns:
         (N, C_out, L_out), or (C_out, L_out) for a single sample: a contiguous tensor. In a region of `torch.autocast`
@@ -142,6 +154,7 @@ def conv_transpose1d(
 
     Raises:
         ValueError: a shape or a value does not fit; the message names the argument, what was expected and what came.
+            The kernel family that `algorithm` names does not take the problem.
         TypeError: an argument is of the wrong kind, on another device, or a dtype is not one of float16, bfloat16,
             float32, float64, complex64 and complex128.
         NotImplementedError: a forward-mode derivative is asked for.
@@ -156,7 +169,10 @@ def conv_transpose1d(
     if has_torch_function_variadic(input, weight, bias):
         settings: dict[str, Any] = {"stride": stride, "padding": padding, "output_padding": output_padding}
         settings |= {"groups": groups, "dilation": dilation, "output_size": output_size}
-        return _overridden(conv_transpose1d, input, weight, bias, precision=precision, **settings)
+        settings |= {"precision": precision, "algorithm": algorithm}
+        return _overridden(conv_transpose1d, input, weight, bias, **settings)
+    if algorithm is not None:
+        _check_algorithm(op, algorithm)
     checked = Settings.check(op, op, stride, padding, dilation, groups, output_padding)
     tensors = _tensors(op, precision, input, weight, bias)
     if output_size is not None:
@@ -168,9 +184,8 @@ def conv_transpose1d(
     if _exports_onnx():
         return _as_pytorch(op, checked, *tensors)
     sides, word = _split(checked.padding)
-    return _conv_transpose1d(
-        *tensors, checked.stride, sides, word, checked.output_padding, checked.groups, checked.dilation, precision
-    )
+    others = (checked.output_padding, checked.groups, checked.dilation, precision, algorithm)
+    return _conv_transpose1d(*tensors, checked.stride, sides, word, *others)
 
 
 def patch(*, precision: str = "float32", strict: bool = False) -> AbstractContextManager[None]:
@@ -431,6 +446,12 @@ def _tensors(
     return x, w, b
 
 
+def _check_algorithm(op: Op, algorithm: str) -> None:
+    from . import dispatch  # with all kernel families, which most calls on the CPU do not need
+
+    dispatch.check_algorithm(op, op, algorithm)
+
+
 _NO_TANGENTS = "forward-mode derivatives are not supported"
 
 
@@ -483,13 +504,13 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _keywords(op: Op, settings: Sequence[Any]) -> dict[str, Any]:
-    """The settings of an operator as those of the functions of arrays."""
+    """The settings of an operator as those of the functions of arrays; its algorithm may be left out."""
     stride, sides, word, *others = settings
     names = ("dilation", "groups") if op == "conv1d" else ("output_padding", "groups", "dilation")
     return {
         "stride": stride,
         "padding": word or tuple(sides),
-        **dict(zip((*names, "precision"), others, strict=True)),
+        **dict(zip((*names, "precision", "algorithm"), others, strict=False)),
     }
 
 
@@ -573,6 +594,7 @@ _SETTINGS: dict[Op, str] = {
     ),
 }
 _GROUPS = 4  # the place of `groups` among the settings of either
+_SETTINGS_COUNT: dict[Op, int] = {"conv1d": 6, "conv_transpose1d": 7}
 
 # Operators are defined here and not by `torch.library.custom_op`: its first call imports the whole of torch.compile,
 # and the derivatives that it registers do not work under torch.func.
@@ -697,12 +719,16 @@ def _register(op: Op) -> Callable[..., Tensor]:
 
         keywords = lru_cache(maxsize=4096)(_keywords)
 
-        return _define(f"{name}({arguments}, {_SETTINGS[op]}) -> Tensor", compute, fake, *rules)
+        algorithm = ", str? algorithm=None" if name == op else ""
+        return _define(f"{name}({arguments}, {_SETTINGS[op]}{algorithm}) -> Tensor", compute, fake, *rules)
+
+    # An algorithm may follow the settings of the operation. Neither the shapes nor the gradients depend on it.
+    count = _SETTINGS_COUNT[op]
 
     def output_of(
         shape: Callable[..., tuple[int, ...]], x: Tensor, w: Tensor, b: Tensor | None, *settings: Any
     ) -> Tensor:
-        return x.new_empty(shape(op, _specs(x, w, b), settings))
+        return x.new_empty(shape(op, _specs(x, w, b), settings[:count]))
 
     def input_of(size: Sequence[int], w: Tensor, *_: Any) -> Tensor:
         return w.new_empty(size)
@@ -721,13 +747,13 @@ def _register(op: Op) -> Callable[..., Tensor]:
     # In these, g is the gradient of what the operator returned. No conjugation shows: the operators conjugate.
 
     def forward_backward(ctx: Any, needed: tuple[bool, ...], g: Tensor) -> tuple[Tensor | None, ...]:
-        (x, w), (x_size, w_size), settings = ctx.saved_tensors, ctx.sizes, ctx.settings
+        (x, w), (x_size, w_size), settings = ctx.saved_tensors, ctx.sizes, ctx.settings[:count]
         needs_x, needs_w, needs_b = needed[:3]
         return (
             input_gradient(x_size, w, g, *settings) if needs_x else None,
             weight_gradient(x, w_size, g, *settings) if needs_w else None,
             _bias_gradient(g) if needs_b else None,
-            *[None] * len(settings),
+            *[None] * len(ctx.settings),
         )
 
     def input_gradient_backward(ctx: Any, needed: tuple[bool, ...], g: Tensor) -> tuple[Tensor | None, ...]:

@@ -31,6 +31,7 @@ import gpuconv
 from gpuconv import grad, runtime
 from gpuconv import torch as bridge
 from gpuconv.problem import DTYPES, ConvProblem, Op, numpy_dtype
+from gpuconv.text import install_hint
 from tests.strategies import Call, calls
 
 from .hostcuda import fake_cupy
@@ -740,7 +741,7 @@ def test_kernels_read_and_write_tensors_in_place(op: str, dtype: str, pretended_
 def test_cuda_tensors_need_cupy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bridge, "_on_gpu", lambda _: True)
     monkeypatch.setitem(sys.modules, "cupy", None)
-    with pytest.raises(ImportError, match=r'^CUDA tensors need CuPy: pip install "gpuconv\[cuda13\]"'):
+    with pytest.raises(ImportError, match=rf"^CUDA tensors need CuPy: {re.escape(install_hint('cuda13', 'cuda12'))} "):
         bridge.conv1d(X, W)
 
 
