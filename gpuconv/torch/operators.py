@@ -66,26 +66,27 @@ def _keys(first: Any, *others: Any) -> Any:
     return reduce(lambda keys, key: keys.add(key), others, torch._C.DispatchKeySet(first))
 
 
-# Of plain tensors in no mode: their keys, those that lead to the derivatives, and what is left behind these.
+# The keys of plain tensors, and those that every call has while no mode is on.
 _ON_CPU = _keys(_Key.CPU, _Key.AutogradCPU, _Key.ADInplaceOrView, _Key.AutocastCPU)
 _ON_CUDA = _keys(_Key.CUDA, _Key.AutogradCUDA, _Key.ADInplaceOrView, _Key.AutocastCUDA)
-_CPU_DERIVATIVES, _CUDA_DERIVATIVES = _keys(_Key.CPU, _Key.AutogradCPU), _keys(_Key.CUDA, _Key.AutogradCUDA)
-_BEHIND_DERIVATIVES = (_keys(_Key.CPU), _keys(_Key.CUDA))
 _NO_MODE = _keys(_Key.BackendSelect, _Key.ADInplaceOrView)
 
 
-def _known_way(inputs: tuple[Any, ...]) -> Any | None:
-    """The keys with which the dispatcher would call for the derivatives of plain tensors in no mode; else None."""
+def _known_way(inputs: tuple[Any, ...]) -> bool:
+    """Whether the dispatcher would call for the derivatives and then compute, as for plain tensors in no mode."""
     if (
         torch.compiler.is_compiling()
         or torch._C._dispatch_tls_local_include_set() != _NO_MODE
         or torch._C._dispatch_tls_local_exclude_set().has(_Key.AutogradOther)
         or torch._C._autograd._profiler_enabled()
     ):
-        return None
-    given = [value for value in inputs[:3] if isinstance(value, torch.Tensor)]
-    expected, keys = (_ON_CUDA, _CUDA_DERIVATIVES) if given[0].is_cuda else (_ON_CPU, _CPU_DERIVATIVES)
-    return keys if all(torch._C._dispatch_keys(tensor) == expected for tensor in given) else None
+        return False
+    first = inputs[0] if isinstance(inputs[0], torch.Tensor) else inputs[1]
+    expected = _ON_CUDA if first.is_cuda else _ON_CPU
+    for value in inputs[:3]:
+        if isinstance(value, torch.Tensor) and torch._C._dispatch_keys(value) != expected:
+            return False
+    return True
 
 
 def _define(
@@ -112,16 +113,17 @@ def _define(
     operator = getattr(torch.ops.gpuconv, name).default
     run = untraced(compute)
 
-    def below_autograd(keys: Any, inputs: tuple[Any, ...]) -> Tensor:
-        rest = keys & torch._C._after_autograd_keyset
-        if rest in _BEHIND_DERIVATIVES:
+    # In these, `keys` are those that the dispatcher called with, or None where it was left out: see `_known_way`.
+
+    def below_autograd(keys: Any | None, inputs: tuple[Any, ...]) -> Tensor:
+        if keys is None:
             return run(*inputs)
         with torch._C._AutoDispatchBelowAutograd():
-            return cast(Tensor, operator.redispatch(rest, *inputs))
+            return cast(Tensor, operator.redispatch(keys & torch._C._after_autograd_keyset, *inputs))
 
-    def forward(ctx: Any, keys: Any, *inputs: Any) -> Tensor:
+    def forward(ctx: Any, keys: Any | None, *inputs: Any) -> Tensor:
         keep(ctx, ctx.needs_input_grad[1:], *inputs)
-        if not torch._C._are_functorch_transforms_active():
+        if keys is None or not torch._C._are_functorch_transforms_active():
             return below_autograd(keys, inputs)
         # PyTorch turns derivatives off here, those of the levels below as well.
         with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
@@ -135,19 +137,18 @@ def _define(
     methods = {"forward": staticmethod(forward), "backward": staticmethod(gradients)}
     node: Any = type(base)(f"gpuconv_{name}", (base,), methods)
 
-    def differentiable(keys: Any, *inputs: Any) -> Tensor:
+    def differentiable(keys: Any | None, *inputs: Any) -> Tensor:
         if forward_ad._current_level >= 0 and any(isinstance(t, torch.Tensor) and has_tangent(t) for t in inputs):
             raise NotImplementedError(f"gpuconv::{name}: {NO_TANGENTS}")
         if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs)):
             return below_autograd(keys, inputs)
-        if not torch._C._are_functorch_transforms_active():
+        if keys is None or not torch._C._are_functorch_transforms_active():
             return cast(Tensor, node.apply(keys, *inputs))
         with enable_single_level_autograd_function():
             return cast(Tensor, node.apply(keys, *inputs))
 
     def call(*inputs: Any) -> Tensor:
-        keys = _known_way(inputs)
-        return cast(Tensor, operator(*inputs)) if keys is None else differentiable(keys, *inputs)
+        return differentiable(None, *inputs) if _known_way(inputs) else cast(Tensor, operator(*inputs))
 
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     _LIBRARY.impl(name, differentiable, "Autograd", with_keyset=True)
@@ -191,7 +192,7 @@ def _register(op: Op) -> Callable[..., Tensor]:
         """
 
         def compute(*given: Any) -> Tensor:
-            settings = tuple(tuple(value) if isinstance(value, list) else value for value in given[3:])
+            settings = (given[3], tuple(given[4]), *given[5:])
             return tensors.write(lambda: empty(*given[:3], *settings), function, *given[:3], **keywords(op, settings))
 
         keywords = lru_cache(maxsize=4096)(_keywords)
@@ -218,7 +219,7 @@ def _register(op: Op) -> Callable[..., Tensor]:
         a, b = (inputs[place] for place in places)
         needs_a, needs_b = (needed[place] for place in places)
         ctx.save_for_backward(a if needs_b else None, b if needs_a else None)
-        ctx.sizes = a.shape, b.shape
+        ctx.sizes = tuple(a.shape), tuple(b.shape)  # plain tuples are looked up fastest
         ctx.settings = inputs[3:]
 
     # In these, g is the gradient of what the operator returned. No conjugation shows: the operators conjugate.

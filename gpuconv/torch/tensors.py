@@ -38,7 +38,7 @@ def write(empty: Callable[[], Tensor], function: Callable[..., Any], *arguments:
 
     Returns its result as a tensor; on a GPU it is written to what `empty` makes.
     """
-    if not on_gpu(next(a for a in arguments if isinstance(a, torch.Tensor))):
+    if not on_gpu(arguments[0] if isinstance(arguments[0], torch.Tensor) else arguments[1]):
         try:
             arrays = [numpy_array(a) if isinstance(a, torch.Tensor) else a for a in arguments]
         except TypeError:  # a dtype that NumPy has not: what gives the result its shape names the argument
