@@ -495,8 +495,9 @@ def test_exporters_to_onnx_see_pytorchs_functions(
 @pytest.mark.parametrize("dynamo", [True, False])
 @pytest.mark.filterwarnings("ignore")
 def test_onnx_files_hold_convolutions(dynamo: bool, tmp_path: Any) -> None:
-    onnx = pytest.importorskip("onnx", reason="PyTorch exports to ONNX only where onnx and onnxscript are installed")
-    pytest.importorskip("onnxscript", reason="PyTorch exports to ONNX only where onnx and onnxscript are installed")
+    reason = "PyTorch exports to ONNX with onnx and onnxscript: pip install -e '.[test-torch]'"
+    onnx = pytest.importorskip("onnx", reason=reason)
+    pytest.importorskip("onnxscript", reason=reason)
     from onnx.reference import ReferenceEvaluator
 
     model = nn.Sequential(nn.Conv1d(3, 4, 3, padding="same"), nn.ReLU(), nn.ConvTranspose1d(4, 2, 4, 2, 1)).eval()
