@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -160,17 +161,44 @@ def interleave(calls: Sequence[Callable[[], Any]], repeats: int, pause: float) -
     return least
 
 
+# Classes of shapes that no layer has: short rows, many groups, strides with dilation, many taps, small calls.
+SHAPES: dict[str, ConvProblem] = {
+    "short rows 4096x16x8": ConvProblem("conv1d", 4096, 16, 16, 8, 3, 1, 1, 1),
+    "short rows 10000x8x16": ConvProblem("conv1d", 10_000, 8, 8, 16, 5, 1, 2, 2),
+    "short rows 1024x64x4": ConvProblem("conv1d", 1024, 64, 64, 4, 3, 1, 1, 1),
+    "short rows 20000x16x6 to 1": ConvProblem("conv1d", 20_000, 16, 1, 6, 2),
+    "transposed short rows": ConvProblem("conv_transpose1d", 4096, 16, 16, 8, 3, 1, 1, 1),
+    "groups of 2": ConvProblem("conv1d", 4, 2048, 2048, 100, 3, 1, 1, 1, 1, 1024),
+    "groups of 4": ConvProblem("conv1d", 8, 128, 128, 200, 3, 1, 1, 1, 1, 32),
+    "groups of 8": ConvProblem("conv1d", 8, 64, 64, 1000, 3, 1, 1, 1, 1, 8),
+    "groups of 128": ConvProblem("conv1d", 8, 256, 256, 500, 3, 1, 1, 1, 1, 2),
+    "transposed groups of 3 to 2": ConvProblem("conv_transpose1d", 300, 1536, 1024, 5, 3, 1, 0, 0, 1, 512),
+    "transposed stride 3 dilation 2": ConvProblem("conv_transpose1d", 8, 64, 32, 200, 4, 3, 0, 0, 2),
+    "transposed stride 2": ConvProblem("conv_transpose1d", 8, 128, 64, 512, 3, 2, 1, 1, 1, 1, 1),
+    "depthwise stride 4": ConvProblem("conv1d", 8, 256, 256, 4000, 5, 4, 2, 2, 1, 256),
+    "one channel K 65536": ConvProblem("conv1d", 1, 1, 1, 131_072, 65_536),
+    "one dot product": ConvProblem("conv1d", 1, 1, 1, 2**20 + 1, 2**20 + 1),
+    "five channels K 400000": ConvProblem("conv1d", 1, 5, 1, 400_500, 400_000, 10),
+    "transposed K 20001 dilation 17": ConvProblem("conv_transpose1d", 1, 1, 1, 10, 20_001, 1, 0, 0, 17),
+    "transposed K 96000": ConvProblem("conv_transpose1d", 1, 1, 1, 200, 96_000),
+    "small call 1x16x100": ConvProblem("conv1d", 1, 16, 16, 100, 3),
+}
+
+
 def measure(layer: Layer, batch: int, repeats: int, pause: float) -> Row:
-    problem = layer.problem("float32", batch)
+    return measure_problem(layer.name, layer.problem("float32", batch), layer.batch, repeats, pause)
+
+
+def measure_problem(name: str, problem: ConvProblem, full_batch: int, repeats: int, pause: float) -> Row:
     x, w, b = arrays(problem, seed=0)
     y = np.full(problem.output_shape, np.nan, np.float32)
     cpu.convolve(problem, x, w, b, y)
-    name = cpu.method(problem).name
+    method = cpu.method(problem).name
     if not is_right(problem, x, w, b, y, seed=1):
-        return Row(layer.name, batch, layer.batch, name, None, None)
+        return Row(name, problem.N, full_batch, method, None, None)
     del y
     ours_ms, torch_ms = interleave([ours(problem, x, w, b), pytorch(problem, x, w, b)], repeats, pause)
-    return Row(layer.name, batch, layer.batch, name, ours_ms, torch_ms)
+    return Row(name, problem.N, full_batch, method, ours_ms, torch_ms)
 
 
 def geometric_mean(ratios: Sequence[float]) -> float:
@@ -207,7 +235,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--filter", default="", metavar="REGEX", help="only layers whose name matches")
     parser.add_argument("--quick", action="store_true", help="only layers of up to 64 MiB and 1 GFLOP, 3 repeats")
     parser.add_argument("--repeats", type=int, metavar="N", help="turns of each library per layer (default: 7, or 3)")
-    parser.add_argument("--threads", type=int, default=2, metavar="N", help="for each library (default: %(default)s)")
+    parser.add_argument(
+        "--shapes", action="store_true", help="classes of shapes that no layer has, in place of the layers"
+    )
+    parser.add_argument("--threads", default="2", metavar="N[,N...]", help="of each library (default: %(default)s)")
     parser.add_argument(
         "--pause",
         type=float,
@@ -218,45 +249,62 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result there")
     args = parser.parse_args(argv)
     repeats = args.repeats or (3 if args.quick else 7)
-    if min(repeats, args.threads) < 1:
+    try:
+        numbers = [int(number) for number in args.threads.split(",")]
+    except ValueError:
+        parser.error(f"--threads must be numbers, got {args.threads!r}")
+    if min(repeats, *numbers) < 1:
         parser.error("--repeats and --threads must be at least 1")
 
+    limits = (QUICK_BYTES, QUICK_FLOPS) if args.quick else (MAX_BYTES, MAX_FLOPS)
+    chosen = [] if args.shapes else [layer for layer in load() if re.search(args.filter, layer.name)]
+    sized = [(layer, layer.batch_within(*limits)) for layer in chosen]
+    work = [partial(measure, layer, batch, repeats, args.pause) for layer, batch in sized if batch is not None]
+    if args.shapes:
+        shapes = [(name, p) for name, p in SHAPES.items() if re.search(args.filter, name)]
+        work = [partial(measure_problem, name, p, p.N, repeats, args.pause) for name, p in shapes]
+    if not work:
+        parser.error(f"nothing of this size matches {args.filter!r}")
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    left_out = [layer.name for layer, batch in sized if batch is None]
+    results = []
+    for threads in numbers:
+        rows, machine = run(work, threads)
+        console.print(machine)
+        report(rows, left_out, console)
+        right = [row.ratio for row in rows if row.ours_ms is not None]
+        results.append(
+            {
+                "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+                "machine": f"{platform.processor() or platform.machine()}, {machine}",
+                "repeats": repeats,
+                "rows": [asdict(row) for row in rows],
+                "geometric_mean": geometric_mean(right) if right else None,
+            }
+        )
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    return 1 if any(row["ours_ms"] is None for result in results for row in result["rows"]) else 0
+
+
+def run(work: Sequence[Callable[[], Row]], threads: int) -> tuple[list[Row], str]:
+    """The rows with so many threads of each library, and what ran."""
     import torch
     from threadpoolctl import threadpool_info, threadpool_limits
 
-    limits = (QUICK_BYTES, QUICK_FLOPS) if args.quick else (MAX_BYTES, MAX_FLOPS)
-    chosen = [layer for layer in load() if re.search(args.filter, layer.name)]
-    sized = [(layer, layer.batch_within(*limits)) for layer in chosen]
-    fitting = [(layer, batch) for layer, batch in sized if batch is not None]
-    if not fitting:
-        parser.error(f"no layer of this size matches {args.filter!r}")
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
-    torch.set_num_threads(args.threads)
-    rows = []
-    with threadpool_limits(args.threads, user_api="blas"):
-        blas = [f"{lib['internal_api']} {lib['version']} ({lib.get('architecture')})" for lib in threadpool_info()]
-        blas = [name for name in blas if not name.startswith("openmp")]
-        machine = f"{args.threads} threads; NumPy {np.__version__}, {', '.join(blas)}; PyTorch {torch.__version__}"
-        with Progress(console=Console(stderr=True)) as progress:
-            task = progress.add_task("", total=len(fitting))
-            for layer, batch in fitting:
-                progress.update(task, description=layer.name)
-                rows.append(measure(layer, batch, repeats, args.pause))
-                progress.advance(task)
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    console.print(machine)
-    report(rows, [layer.name for layer, batch in sized if batch is None], console)
-    if args.json:
-        result = {
-            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            "machine": f"{platform.processor() or platform.machine()}, {machine}",
-            "repeats": repeats,
-            "rows": [asdict(row) for row in rows],
-            "geometric_mean": geometric_mean([row.ratio for row in rows if row.ours_ms is not None]),
-        }
-        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    return 1 if any(row.ours_ms is None for row in rows) else 0
+    torch.set_num_threads(threads)
+    usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+    if usable is not None:
+        os.sched_setaffinity(0, sorted(usable)[:threads])
+    try:
+        with threadpool_limits(threads, user_api="blas"), Progress(console=Console(stderr=True)) as progress:
+            blas = [f"{lib['internal_api']} {lib['version']} ({lib.get('architecture')})" for lib in threadpool_info()]
+            blas = [name for name in blas if not name.startswith("openmp")]
+            machine = f"{threads} threads; NumPy {np.__version__}, {', '.join(blas)}; PyTorch {torch.__version__}"
+            return [measure() for measure in progress.track(work)], machine
+    finally:
+        if usable is not None:
+            os.sched_setaffinity(0, usable)
 
 
 if __name__ == "__main__":

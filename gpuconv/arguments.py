@@ -1,67 +1,296 @@
-"""The parser of the command line: its errors in gpuconv's words, its help in lines that fit the terminal."""
+"""The checks of arguments: shapes, dtypes and settings, and what the messages of their errors say.
+
+Only `.shape` and `.dtype` of arrays are read, so NumPy and CuPy arrays are accepted and refused alike.
+"""
 
 from __future__ import annotations
 
-import argparse
-import re
-import sys
-from typing import Any, NoReturn
+import math
+import operator
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, Protocol, SupportsIndex, TypeAlias, cast
 
-from .text import wrap
+import numpy as np
 
-# What argparse says, and what gpuconv says in its place.
-_WORDS = (
-    (r"argument ([^:]+): expected one argument", r"\1 needs a value; one that begins with - is given as \1=-1"),
-    (r"argument ([^:]+): not allowed with argument (.+)", r"\1 cannot be given together with \2"),
-    (r"argument ([^:]+): ignored explicit argument (.+)", r"\1 takes no value, got \2"),
-    (r"argument ([^:]+): (must .*)", r"\1 \2"),
-    (r"the following arguments are required: (.*, .*)", r"\1 are missing"),
-    (r"the following arguments are required: (.*)", r"\1 is missing"),
-    (r"unrecognized arguments: (.*)", r"unknown argument: \1"),
-)
+from .dtypes import DTYPES, ITEMSIZE, PRECISIONS, dtype_name
+
+Op: TypeAlias = Literal["conv1d", "conv_transpose1d"]
+Setting: TypeAlias = SupportsIndex | Sequence[SupportsIndex]
+Padding: TypeAlias = Setting | str
+
+PADDING_MODES = ("zeros",)
+
+# The largest extent and the largest number of bytes of one array: offsets are signed 64-bit integers.
+MAX_EXTENT = 2**63 - 1
+
+# The largest stride and dilation: kernels multiply two of them in 64 bits.
+MAX_STEP = 2**31 - 1
+
+_LAYOUTS = {
+    "conv1d": {
+        "input": "(N, C_in, L_in) or (C_in, L_in)",
+        "weight": "(C_out, C_in/groups, K)",
+        "bias": "(C_out,)",
+    },
+    "conv_transpose1d": {
+        "input": "(N, C_in, L_in) or (C_in, L_in)",
+        "weight": "(C_in, C_out/groups, K)",
+        "bias": "(C_out,)",
+    },
+}
 
 
-class UsageError(Exception):
-    """The command line cannot be understood; the text says why on one line."""
+class ArrayLike(Protocol):
+    """What validation reads of an array: its shape and its dtype."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> Any: ...
 
 
-class Parser(argparse.ArgumentParser):
-    """An `argparse.ArgumentParser` whose errors are raised as `UsageError`.
+class ArraySpec(NamedTuple):
+    """The shape and dtype of an array that need not exist (for `explain`, tests and benchmarks)."""
 
-    In a description and an epilog, lines with two leading spaces are commands; the others form paragraphs.
+    shape: tuple[int, ...]
+    dtype: Any
+
+
+class Arrays(NamedTuple):
+    """What the checks of ranks and dtypes yield."""
+
+    N: int
+    C_in: int
+    L_in: int
+    dtype: str
+    batched: bool
+
+    @classmethod
+    def check(cls, op: Op, input: ArrayLike, weight: ArrayLike, bias: ArrayLike | None) -> Arrays:
+        for name, array, ranks in (("input", input, (2, 3)), ("weight", weight, (3,)), ("bias", bias, (1,))):
+            if array is None:
+                if name == "bias":
+                    continue
+                raise TypeError(f"{op}: {name} must be an array of shape {_LAYOUTS[op][name]}, got None")
+            check_rank(op, name, array.shape, _LAYOUTS[op][name], ranks)
+        names = {}
+        for name, array in (("input", input), ("weight", weight), ("bias", bias)):
+            if array is None:
+                continue
+            names[name] = check_dtype(op, name, array)
+        if len(set(names.values())) > 1:
+            got = ", ".join(f"{name} {dtype}" for name, dtype in names.items())
+            raise TypeError(f"{op}: {_listing(tuple(names), quote=False)} must share one dtype, got {got}")
+        if weight.shape[2] < 1:
+            raise ValueError(f"{op}: weight must have at least one tap (K >= 1), got shape {tuple(weight.shape)}")
+        batched = len(input.shape) == 3
+        N, C_in, L_in = input.shape if batched else (1, *input.shape)
+        return cls(N, C_in, L_in, names["input"], batched)
+
+
+class Settings(NamedTuple):
+    """The settings of a layer, checked as far as that needs no array.
+
+    Attributes:
+        padding: (left, right), or "same" or "causal", which depend on the extents.
     """
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(allow_abbrev=False, formatter_class=_Help, **options)
+    stride: int
+    padding: tuple[int, int] | Literal["same", "causal"]
+    dilation: int
+    groups: int
+    output_padding: int
 
-    def error(self, message: str) -> NoReturn:
-        for theirs, ours in _WORDS:
-            if found := re.fullmatch(theirs, message, re.DOTALL):
-                message = found.expand(ours)
-                break
-        raise UsageError(f"{message} (see {self.prog} --help)")
+    @classmethod
+    def check(
+        cls,
+        caller: str,
+        op: Op,
+        stride: Setting,
+        padding: Padding,
+        dilation: Setting,
+        groups: SupportsIndex,
+        output_padding: Setting = 0,
+    ) -> Settings:
+        """Validate settings; `caller` opens the messages.
 
-    def _print_message(self, message: str, file: Any = None) -> None:
-        print(message, end="", file=file or sys.stderr)  # argparse's own hides that it could not be written
+        Raises:
+            ValueError: a value is out of range.
+            TypeError: a value is of the wrong kind.
+        """
+        s = check_setting(caller, "stride", stride, 1, MAX_STEP)
+        d = check_setting(caller, "dilation", dilation, 1, MAX_STEP)
+        g = check_int(caller, "groups", groups, "an int", 1)
+        p = _padding(caller, padding, ("valid", "same", "causal") if op == "conv1d" else ("valid", "same"))
+        extra = check_setting(caller, "output_padding", output_padding, 0)
+        if extra >= max(s, d):
+            raise ValueError(f"{caller}: output_padding must be below max(stride, dilation) = {max(s, d)}, got {extra}")
+        if extra and p == "same":
+            raise ValueError(f'{caller}: padding "same" chooses output_padding itself; expected 0, got {extra}')
+        return cls(s, p, d, g, extra)
 
-    def _check_value(self, action: argparse.Action, value: Any) -> None:
-        if action.choices is not None and value not in action.choices:
-            choices = ", ".join(map(str, action.choices))
-            raise argparse.ArgumentError(action, f"must be one of {choices}, got {value!r}")
+
+def check_dtype(caller: str, name: str, array: ArrayLike) -> str:
+    found = dtype_name(array.dtype)
+    if found is None:
+        raise TypeError(f"{caller}: {name} must have one of the dtypes {_listing(DTYPES)}, got {array.dtype}")
+    return found
 
 
-class _Help(argparse.HelpFormatter):
-    def _fill_text(self, text: str, width: int, indent: str) -> str:
-        lines: list[str] = []
-        paragraph: list[str] = []
-        for line in [*text.splitlines(), ""]:
-            if line and not line.startswith("  "):
-                paragraph.append(line)
-                continue
-            if paragraph:
-                lines += wrap(" ".join(paragraph), width, first=indent, rest=indent)
-                paragraph = []
-            if line:  # goes on behind a backslash, so that it can be pasted as it is
-                command = wrap(line.strip(), width - 2, first=indent + "  ", rest=indent + "    ")
-                lines.append(" \\\n".join(command))
-        return "\n".join(lines)
+def check_rank(caller: str, name: str, shape: Sequence[Any], layout: str, ranks: tuple[int, ...]) -> None:
+    if len(shape) not in ranks:
+        hints = {
+            "input": "; one channel of samples becomes input.reshape(1, -1)",
+            "weight": "; the taps of a single channel become weight.reshape(1, 1, -1)",
+        }
+        raise ValueError(
+            f"{caller}: {name} must have shape {layout}, got {len(shape)} dimension"
+            f"{'' if len(shape) == 1 else 's'}: {tuple(shape)}{hints.get(name, '') if len(shape) == 1 else ''}"
+        )
+
+
+def channels_hint(x: Arrays, weight: ArrayLike, expected: int, last_of_weight: int | None = None) -> str:
+    """What was probably meant where the channels of the input are not those that the weight expects."""
+    if x.L_in == expected:
+        return "; the channels of input seem to come last: pass input.swapaxes(-1, -2)"
+    if last_of_weight == x.C_in:
+        return "; the input channels of weight seem to come last: pass weight.swapaxes(-1, -2)"
+    if tuple(weight.shape[:2]) == (1, 1):
+        return f"; one filter for every channel is weight.repeat({x.C_in}, axis=0) with groups = {x.C_in}"
+    return ""
+
+
+def check_bias_length(op: str, bias: ArrayLike | None, C_out: int) -> None:
+    if bias is not None and bias.shape[0] != C_out:
+        raise ValueError(f"{op}: bias must have shape (C_out,) = ({C_out},), got {tuple(bias.shape)}")
+
+
+def check_shape(caller: str, op: Op, name: str, shape: Sequence[SupportsIndex]) -> tuple[int, ...]:
+    """The argument input_size or weight_size as a tuple of ints.
+
+    Raises:
+        ValueError: it has another number of extents, or one is negative.
+        TypeError: it is not a sequence of integers.
+    """
+    layout = _LAYOUTS[op][name.removesuffix("_size")]
+    if not isinstance(shape, list | tuple):
+        raise TypeError(f"{caller}: {name} must be the extents {layout}, got {type(shape).__name__} {shape!r}")
+    check_rank(caller, name, shape, layout, (2, 3) if name == "input_size" else (3,))
+    return tuple(check_int(caller, name, extent, f"the extents {layout}", 0) for extent in shape)
+
+
+def check_size(caller: str, name: str, shape: Sequence[int], dtype: str) -> None:
+    """Refuse an array that 64-bit offsets cannot address, before anybody tries to allocate it.
+
+    Raises:
+        ValueError: naming the array and the bytes it needs.
+    """
+    if not all(isinstance(extent, int) for extent in shape):
+        return  # symbols
+    # A zero extent hides nothing: the strides of the other axes must be representable too.
+    size = math.prod([max(extent, 1) for extent in shape]) * ITEMSIZE[dtype]  # a list, which torch.compile reads
+    if size > MAX_EXTENT:
+        raise ValueError(
+            f"{caller}: {name} of shape {tuple(shape)} and dtype {dtype} needs {size} bytes, more than 64-bit offsets "
+            f"reach ({MAX_EXTENT})"
+        )
+
+
+def check_groups(caller: str, groups: int, C_in: int, C_out: int) -> None:
+    """Refuse groups that do not divide both channel counts.
+
+    Raises:
+        ValueError: naming the channels that are not divided.
+    """
+    if C_in % groups:
+        raise ValueError(f"{caller}: groups must divide the input channels, got groups = {groups} and C_in = {C_in}")
+    if C_out % groups:
+        raise ValueError(f"{caller}: groups must divide the output channels, got groups = {groups} and C_out = {C_out}")
+
+
+def check_padding_mode(op: str, padding_mode: str) -> None:
+    """Refuse the values of padding_mode that are reserved but not supported yet.
+
+    Raises:
+        ValueError: naming what is supported today.
+    """
+    if padding_mode not in PADDING_MODES:
+        raise ValueError(
+            f"{op}: padding_mode must be {_listing(PADDING_MODES)} (the only one supported today), got {padding_mode!r}"
+        )
+
+
+def check_precision(op: str, precision: str, dtype: str) -> str:
+    """The precision, once it is known to be one and to fit the dtype.
+
+    Raises:
+        ValueError: it is not one of `PRECISIONS`, or asks to round what is no float32 to TF32.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"{op}: precision must be one of {_listing(PRECISIONS)}, got {precision!r}")
+    if precision == "tf32" and dtype != "float32":
+        raise ValueError(f'{op}: precision "tf32" rounds float32 data; expected "float32" for {dtype}, got "tf32"')
+    return precision
+
+
+def check_int(
+    caller: str, name: str, value: object, expected: str, at_least: int | None = None, at_most: int | None = None
+) -> int:
+    """An integer argument (an int or a NumPy integer, never a bool) as an int, within its limits.
+
+    Raises:
+        ValueError: it is out of range.
+        TypeError: it is not an integer.
+    """
+    if isinstance(value, bool | np.bool_):
+        raise TypeError(f"{caller}: {name} must be {expected}, got the bool {value}")
+    try:
+        result = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"{caller}: {name} must be {expected}, got {type(value).__name__} {value!r}") from None
+    if at_least is not None and result < at_least:
+        raise ValueError(f"{caller}: {name} must be at least {at_least}, got {result}")
+    if at_most is not None and result > at_most:
+        raise ValueError(f"{caller}: {name} must be at most {at_most}, got {result}")
+    return result
+
+
+def check_setting(
+    caller: str, name: str, value: Setting, at_least: int | None = None, at_most: int | None = None
+) -> int:
+    """A setting along the only axis (an integer, or a list or tuple of one) as an int, within its limits.
+
+    Raises:
+        ValueError: it is out of range, or a sequence of another length.
+        TypeError: it is not an integer.
+    """
+    expected = "an int or a sequence of one int"
+    if isinstance(value, list | tuple):
+        if len(value) != 1:
+            raise ValueError(f"{caller}: {name} must be {expected}, got {len(value)} values: {value!r}")
+        value = value[0]
+    return check_int(caller, name, value, expected, at_least, at_most)
+
+
+def _padding(caller: str, value: Padding, words: tuple[str, ...]) -> tuple[int, int] | Literal["same", "causal"]:
+    """Resolve a padding argument, of which `words` are the allowed strings, as far as that needs no extents."""
+    expected = f"an int, a pair (left, right) or one of {_listing(words)}"
+    if isinstance(value, str):
+        if value not in words:
+            full = "dilation*(K - 1) on both sides" if "causal" in words else "padding 0 of the transposed convolution"
+            hint = f'; SciPy\'s mode "full" is {full}' if value == "full" else ""
+            raise ValueError(f"{caller}: padding must be {expected}, got {value!r}{hint}")
+        return (0, 0) if value == "valid" else cast(Literal["same", "causal"], str(value))
+    values: Sequence[object] = value if isinstance(value, list | tuple) else (value,)
+    if len(values) not in (1, 2):
+        raise ValueError(f"{caller}: padding must be {expected}, got {len(values)} values: {value!r}")
+    sides = [check_int(caller, "padding", v, expected) for v in values]
+    if min(sides) < 0:
+        raise ValueError(f"{caller}: padding must be at least 0, got {value!r}")
+    return sides[0], sides[-1]
+
+
+def _listing(names: Sequence[str], *, quote: bool = True) -> str:
+    words = [f'"{name}"' if quote else name for name in names]
+    return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1]

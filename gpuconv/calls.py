@@ -15,9 +15,10 @@ from .problem import dtype_name
 
 P = TypeVar("P")
 
-# Plans by everything that they depend on; the oldest goes when the cache is full, which bounds what a stream of
-# ever new lengths can hold.
+# Plans of GPU calls and checked problems of CPU calls, by everything that they depend on; the oldest goes when a cache
+# is full, which bounds what a stream of ever new lengths can hold.
 _PLANS: dict[tuple[Any, ...], Plan] = {}
+_PROBLEMS: dict[tuple[Any, ...], Any] = {}
 _MAX_PLANS = 4096
 _PLANS_LOCK = Lock()  # for changes; look-ups need none
 
@@ -68,7 +69,12 @@ class Function(Generic[P]):
         return self._run_on_cpu(arrays, settings, out)
 
     def _run_on_cpu(self, arrays: tuple[Any, ...], settings: tuple[Any, ...], out: Any | None) -> Any:
-        problem = self._check(arrays, settings, out)
+        key = _cpu_key(self.name, arrays, settings) if out is None else None
+        problem = None if key is None else cast("P | None", _PROBLEMS.get(key))
+        if problem is None:
+            problem = self._check(arrays, settings, out)
+            if key is not None:
+                _keep(_PROBLEMS, key, problem)
         plain = [None if array is None else _native(array) for array in arrays]
         dtype = cast(Any, plain[0]).dtype
         if out is None:
@@ -108,10 +114,7 @@ class Function(Generic[P]):
             problem = self._check(arrays, settings, out)
             plan = self.plan(problem, *arrays, out, algorithm=algorithm)
             if key is not None:
-                with _PLANS_LOCK:
-                    while len(_PLANS) >= _MAX_PLANS:
-                        del _PLANS[next(iter(_PLANS))]
-                    _PLANS[key] = plan
+                _keep(_PLANS, key, plan)
         elif out is not None:
             check_overlap(self.name, out, dict(zip(self.arrays, arrays, strict=True)))
         if out is None:
@@ -138,6 +141,37 @@ class Function(Generic[P]):
                 raise ValueError(f"{self.name}: out must be writeable, got a read-only array")
             check_overlap(self.name, out, given)
         return problem
+
+
+def _keep(cache: dict[tuple[Any, ...], Any], key: tuple[Any, ...], value: Any) -> None:
+    """Keep a value for the next call, unless somebody is at it: then the next call makes it again.
+
+    Nobody waits for the lock: a finalizer may call while its own thread holds it, and a forked process inherits it as
+    it is.
+    """
+    if _PLANS_LOCK.acquire(blocking=False):
+        try:
+            while len(cache) >= _MAX_PLANS:
+                del cache[next(iter(cache))]
+            cache[key] = value
+        finally:
+            _PLANS_LOCK.release()
+
+
+def _cpu_key(name: str, arrays: tuple[Any, ...], settings: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """What the problem of a CPU call depends on, or None where it must be checked anew."""
+    names = _as_key(settings)
+    if names is None:
+        return None
+    key: list[Any] = [name, names]
+    for array in arrays:
+        if type(array) is np.ndarray:
+            key += (array.shape, array.dtype)
+        elif array is None:
+            key.append(None)
+        else:
+            return None
+    return tuple(key)
 
 
 _PLAIN_TYPES = frozenset((int, str, type(None)))
@@ -180,11 +214,11 @@ def _identity(array: Any) -> tuple[Any, ...] | None:
     return (array.shape, array.strides, array.dtype, data.device_id, data.ptr & 15)
 
 
-# -- checks that need the arrays themselves; everything about shapes, dtypes and settings is in problem.py ------------
+# -- checks that need the arrays themselves; everything about shapes, dtypes and settings is in arguments.py ----------
 
 
 def check_kinds(op: str, arrays: dict[str, Any]) -> None:
-    """Refuse what is no array, and arrays of different kinds or devices.
+    """Refuse what is no array, arrays of different kinds or devices, and a foreign byte order on a GPU.
 
     Raises:
         TypeError: naming the argument.
@@ -192,6 +226,8 @@ def check_kinds(op: str, arrays: dict[str, Any]) -> None:
     kinds: dict[str, str] = {}
     for name, array in arrays.items():
         if runtime.is_cupy_array(array):
+            if not array.dtype.isnative:  # CuPy makes views of such, and computes with none
+                raise TypeError(f"{op}: {name} must have native byte order on a GPU, got {array.dtype.str}")
             kinds[name] = f"CuPy array on device {array.data.device_id}"
         elif isinstance(array, np.ndarray) and not isinstance(array, np.ma.MaskedArray):
             kinds[name] = "NumPy array"

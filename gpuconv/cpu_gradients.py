@@ -30,7 +30,9 @@ import numpy as np
 import numpy.typing as npt
 from numpy.lib.stride_tricks import as_strided
 
-from .cpu import Method, Scratch, accumulator, is_direct, is_finite, run_blocks, slices, small_product
+from .cpu.arrays import Scratch, accumulator, is_direct, is_finite, run_blocks, slices
+from .cpu.choice import Method
+from .cpu.limits import small_product
 from .problem import BiasGradientProblem, WeightGradientProblem
 
 Array = npt.NDArray[Any]
@@ -50,6 +52,9 @@ _DOT_ROW = 16 * 1024
 
 # Rows of a that dots pay for: each is read again for every tap.
 _DOT_ROWS = 4
+
+# Positions that dots pay for where there are several samples: each sample, channel and tap is a product of its own.
+_DOT_POSITIONS = 48
 
 # Rows of a, windows of b and positions of a large product; the fewest positions of a small one.
 _ROWS = 512
@@ -277,7 +282,7 @@ def _plan(p: WeightGradientProblem) -> _Plan:
     if 0 in p.weight_shape or p.terms == 0:
         return _Plan(Method("nothing", "every sum is empty, or there are none", 0), None, 1)
     roles, size = _Correlation.of(p), accumulator(p.dtype).itemsize
-    if roles.C == 1 and roles.R <= _DOT_ROWS:
+    if roles.C == 1 and roles.R <= _DOT_ROWS and (roles.N == 1 or roles.L_a >= _DOT_POSITIONS):
         form = _dots(p, roles)
     elif roles.C >= _TAPS_CHANNELS and roles.L_a >= _TAPS_POSITIONS:
         form = _taps(p, roles)

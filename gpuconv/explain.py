@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeAlias, overload
 import numpy as np
 
 from . import cpu, cpu_gradients, dispatch, runtime
+from .arguments import check_int, check_padding_mode
 from .calls import check_kinds
 from .device import ARCHITECTURES, Device
 from .families import Config, Launch
@@ -22,8 +23,6 @@ from .problem import (
     ConvProblem,
     Op,
     WeightGradientProblem,
-    check_int,
-    check_padding_mode,
 )
 from .text import WIDTH, count, wrap, wrap_rows
 
@@ -419,7 +418,7 @@ def explain(
     dispatch.check_algorithm(op, op, algorithm)
     if algorithm is not None and direction != "forward":
         raise ValueError(
-            f'explain: algorithm is of direction "forward"; expected None for {direction}, got {algorithm!r}'
+            f'explain: algorithm is of direction "forward"; there is no choice for {direction}, got {algorithm!r}'
         )
     construct = ConvProblem.conv_transpose1d if op == "conv_transpose1d" else ConvProblem.conv1d
     problem = construct(input, weight, bias, **settings)

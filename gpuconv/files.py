@@ -11,6 +11,7 @@ import os
 import secrets
 import stat
 import sys
+import tokenize
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -257,7 +258,8 @@ def _read_npy(path: StrPath, file: BinaryIO, size: int) -> Array:
         version = np.lib.format.read_magic(file)
         header = read_header[version](file) if version in read_header else None
     except Exception as error:  # what NumPy's parser raises for a damaged header is not limited to ValueError
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        text = error.args[0] if isinstance(error, tokenize.TokenError) else str(error)  # without the place
+        reason = text.splitlines()[0] if text else type(error).__name__
         raise FileError(f"{path}: is damaged: its header cannot be read ({reason})") from error
     if header is None:
         raise FileError(f"{path}: is a .npy file of version {version[0]}.{version[1]}, which holds no plain array")

@@ -7,8 +7,9 @@ from typing import Any, SupportsIndex, TypeVar, cast
 import numpy as np
 
 from . import runtime
+from .arguments import check_padding_mode
 from .calls import Function, check_kinds
-from .problem import ConvProblem, Op, Padding, Setting, check_padding_mode
+from .problem import ConvProblem, Op, Padding, Setting
 
 ArrayT = TypeVar("ArrayT")
 
@@ -155,7 +156,8 @@ def prepare(weight: ArrayT) -> runtime.PreparedWeight:
     (`gpuconv.explain` shows it). A prepared weight keeps what they packed; `conv1d` and `conv_transpose1d` take it in
     place of the weight, with the same results to the bit. It is made from a copy: later changes of `weight` are not
     followed, so prepare again after them. The copy is complete on every stream; the first call with each problem packs
-    and waits for it to finish.
+    and waits for it to finish. Where calls are on several streams, keep the handle until all of them have run: its
+    memory is used again when it is gone. Where all are on one stream, it may go at any time.
 
     Args:
         weight: (C_out, C_in/groups, K), or (C_in, C_out/groups, K) for conv_transpose1d; NumPy or CuPy. NumPy weights

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any, SupportsIndex, TypeVar, cast
 
 from . import cpu, cpu_gradients, runtime
+from .arguments import check_shape
 from .calls import Function
 from .problem import (
     ArraySpec,
@@ -24,7 +25,6 @@ from .problem import (
     Setting,
     WeightGradientProblem,
     bias_gradient_problem,
-    check_shape,
     gradient_problem,
 )
 

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, NamedTuple, SupportsIndex, TypeVar, cast
 import numpy as np
 
 from . import dispatch, runtime
+from .arguments import check_groups, check_int, check_padding_mode, check_precision, check_setting, check_size
 from .functional import ArrayT, conv1d, conv_transpose1d
 from .problem import (
     DTYPES,
@@ -18,12 +19,6 @@ from .problem import (
     Padding,
     Setting,
     Settings,
-    check_groups,
-    check_int,
-    check_padding_mode,
-    check_precision,
-    check_setting,
-    check_size,
     dtype_name,
     numpy_dtype,
 )
@@ -498,15 +493,34 @@ def _home(array: Any) -> int | None:
 
 def _place(array: Any, index: int | None, dtype: np.dtype[Any], *, copy: bool = False) -> Any:
     """A NumPy or CuPy array as a C-contiguous one on a GPU, or on the CPU where `index` is None."""
-    if runtime.is_cupy_array(array):
+    home = _home(array)
+    leaves = home is not None and home != index
+    if home is not None:
         array = runtime.aligned(array)
+    if leaves:
+        # CuPy copies from another GPU only what is contiguous, and does not wait for the work queued there.
+        cupy = runtime.cupy_module()
+        with cupy.cuda.Device(home):
+            array = cupy.asnumpy(array) if index is None else array.astype(array.dtype, order="C", copy=False)
+            cupy.cuda.get_current_stream().synchronize()
     if index is None:
-        host = runtime.cupy_module().asnumpy(array) if runtime.is_cupy_array(array) else np.asarray(array)
-        return host.astype(dtype, order="C", copy=copy)
+        return np.asarray(array).astype(dtype, order="C", copy=copy)
     cupy = runtime.cupy_module()
     runtime.check_dtype(dtype)
     with cupy.cuda.Device(index):
-        return cupy.asarray(array).astype(dtype, order="C", copy=copy)
+        placed = cupy.asarray(array).astype(dtype, order="C", copy=copy)
+        if leaves:  # the array must not be freed, and its memory used again, before it is read
+            cupy.cuda.get_current_stream().synchronize()
+        return placed
+
+
+def _as_cupy_array(value: Any) -> Any:
+    """What offers `__cuda_array_interface__`, on the GPU where it lies; `asarray` alone moves it to the current one."""
+    cupy = runtime.cupy_module()
+    address = value.__cuda_array_interface__["data"][0]
+    home = cupy.cuda.runtime.pointerGetAttributes(address).device if address else -1
+    with cupy.cuda.Device(home if home >= 0 else None):
+        return cupy.asarray(value)
 
 
 def _read(key: str, value: Any, own: Any) -> Any:
@@ -523,11 +537,13 @@ def _read(key: str, value: Any, own: Any) -> Any:
         if runtime.is_cupy_array(value):
             array = value
         elif hasattr(value, "__cuda_array_interface__"):
-            array = runtime.cupy_module().asarray(value)
+            array = _as_cupy_array(value)
         else:
             array = np.asarray(value)
     except (TypeError, ValueError, RuntimeError, ImportError) as error:
         raise _UnfitError(f'"{key}" cannot be read as an array: {error}') from error
+    if runtime.is_cupy_array(array) and not array.dtype.isnative:
+        raise _UnfitError(f'"{key}" must have native byte order on a GPU, got {array.dtype.str}')
     if tuple(array.shape) != tuple(own.shape):
         raise _UnfitError(f'"{key}" must have shape {tuple(own.shape)}, got {tuple(array.shape)}')
     if not _converts(array.dtype, str(own.dtype.name)):

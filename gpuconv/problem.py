@@ -1,66 +1,58 @@
 """The convolution problem: one validated, hashable value that every layer of gpuconv works on, and its gradients'.
 
-All argument checking of shapes, dtypes and settings lives here, so NumPy and CuPy arrays are accepted and refused
-alike. The two length formulas exist once, in `ConvProblem.__post_init__`.
+The arguments are checked by the functions of `gpuconv.arguments`. The two length formulas exist once, in
+`ConvProblem.__post_init__`.
 """
 
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, Protocol, SupportsIndex, TypeAlias, TypeVar, cast
+from typing import Any, SupportsIndex, TypeVar
 
-import numpy as np
+from .arguments import (
+    MAX_EXTENT,
+    ArrayLike,
+    Arrays,
+    ArraySpec,
+    Op,
+    Padding,
+    Setting,
+    Settings,
+    channels_hint,
+    check_bias_length,
+    check_dtype,
+    check_groups,
+    check_precision,
+    check_rank,
+    check_setting,
+    check_size,
+)
+from .dtypes import DTYPES, ITEMSIZE, PRECISIONS, dtype_name, numpy_dtype
 
-from .text import install_hint
+# With the problems come the words that describe them, so that their users need one import.
+__all__ = [
+    "DTYPES",
+    "ITEMSIZE",
+    "MAX_EXTENT",
+    "PRECISIONS",
+    "ArrayLike",
+    "ArraySpec",
+    "BiasGradientProblem",
+    "ConvProblem",
+    "Op",
+    "Padding",
+    "Setting",
+    "Settings",
+    "WeightGradientProblem",
+    "bias_gradient_problem",
+    "dtype_name",
+    "gradient_problem",
+    "numpy_dtype",
+]
 
-Op: TypeAlias = Literal["conv1d", "conv_transpose1d"]
-Setting: TypeAlias = SupportsIndex | Sequence[SupportsIndex]
-Padding: TypeAlias = Setting | str
 T = TypeVar("T")
-
-DTYPES = ("float16", "bfloat16", "float32", "float64", "complex64", "complex128")
-ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8, "complex64": 8, "complex128": 16}
-PADDING_MODES = ("zeros",)
-PRECISIONS = ("float32", "tf32")
-
-# The largest extent and the largest number of bytes of one array: offsets are signed 64-bit integers.
-MAX_EXTENT = 2**63 - 1
-
-# The largest stride and dilation: kernels multiply two of them in 64 bits.
-MAX_STEP = 2**31 - 1
-
-_LAYOUTS = {
-    "conv1d": {
-        "input": "(N, C_in, L_in) or (C_in, L_in)",
-        "weight": "(C_out, C_in/groups, K)",
-        "bias": "(C_out,)",
-    },
-    "conv_transpose1d": {
-        "input": "(N, C_in, L_in) or (C_in, L_in)",
-        "weight": "(C_in, C_out/groups, K)",
-        "bias": "(C_out,)",
-    },
-}
-
-
-class ArrayLike(Protocol):
-    """What validation reads of an array: its shape and its dtype."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-    @property
-    def dtype(self) -> Any: ...
-
-
-class ArraySpec(NamedTuple):
-    """The shape and dtype of an array that need not exist (for `explain`, tests and benchmarks)."""
-
-    shape: tuple[int, ...]
-    dtype: Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,16 +141,16 @@ class ConvProblem:
             TypeError: a setting is of the wrong kind, or a dtype is not supported.
         """
         op: Op = "conv1d"
-        x = _Arrays.check(op, input, weight, bias)
+        x = Arrays.check(op, input, weight, bias)
         s, sides, d, g, _ = Settings.check(op, op, stride, padding, dilation, groups)
         C_out, C_in_g, K = weight.shape
         check_groups(op, g, x.C_in, C_out)
         if C_in_g * g != x.C_in:
             raise ValueError(
                 f"{op}: input has C_in = {x.C_in} channels, but weight {tuple(weight.shape)} with groups = {g} expects "
-                f"C_in = {C_in_g}*{g} = {C_in_g * g}{_channels_last_hint(x, C_in_g * g, weight.shape[2] * g)}"
+                f"C_in = {C_in_g}*{g} = {C_in_g * g}{channels_hint(x, weight, C_in_g * g, weight.shape[2] * g)}"
             )
-        _check_bias_length(op, bias, C_out)
+        check_bias_length(op, bias, C_out)
         span = d * (K - 1) + 1
         if sides == "same":
             L_out = -(-x.L_in // s)
@@ -193,7 +185,7 @@ class ConvProblem:
             TypeError: a setting is of the wrong kind, or a dtype is not supported.
         """
         op: Op = "conv_transpose1d"
-        x = _Arrays.check(op, input, weight, bias)
+        x = Arrays.check(op, input, weight, bias)
         s, sides, d, g, given = Settings.check(op, op, stride, padding, dilation, groups, output_padding)
         weight_C_in, C_out_g, K = weight.shape
         C_out = C_out_g * g
@@ -201,9 +193,9 @@ class ConvProblem:
         if weight_C_in != x.C_in:
             raise ValueError(
                 f"{op}: input has C_in = {x.C_in} channels, but weight {tuple(weight.shape)} expects "
-                f"C_in = {weight_C_in}{_channels_last_hint(x, weight_C_in)}"
+                f"C_in = {weight_C_in}{channels_hint(x, weight, weight_C_in)}"
             )
-        _check_bias_length(op, bias, C_out)
+        check_bias_length(op, bias, C_out)
         span = d * (K - 1) + 1
         if isinstance(sides, str):
             # "same", so L_out = L_in*stride: where the kernel is shorter than the stride there is nothing to trim, and
@@ -504,48 +496,6 @@ class BiasGradientProblem:
         return f"bias gradient N{self.N} C{self.C} L{self.L} {self.dtype}"
 
 
-class Settings(NamedTuple):
-    """The settings of a layer, checked as far as that needs no array.
-
-    Attributes:
-        padding: (left, right), or "same" or "causal", which depend on the extents.
-    """
-
-    stride: int
-    padding: tuple[int, int] | Literal["same", "causal"]
-    dilation: int
-    groups: int
-    output_padding: int
-
-    @classmethod
-    def check(
-        cls,
-        caller: str,
-        op: Op,
-        stride: Setting,
-        padding: Padding,
-        dilation: Setting,
-        groups: SupportsIndex,
-        output_padding: Setting = 0,
-    ) -> Settings:
-        """Validate settings; `caller` opens the messages.
-
-        Raises:
-            ValueError: a value is out of range.
-            TypeError: a value is of the wrong kind.
-        """
-        s = check_setting(caller, "stride", stride, 1, MAX_STEP)
-        d = check_setting(caller, "dilation", dilation, 1, MAX_STEP)
-        g = check_int(caller, "groups", groups, "an int", 1)
-        p = _padding(caller, padding, ("valid", "same", "causal") if op == "conv1d" else ("valid", "same"))
-        extra = check_setting(caller, "output_padding", output_padding, 0)
-        if extra >= max(s, d):
-            raise ValueError(f"{caller}: output_padding must be below max(stride, dilation) = {max(s, d)}, got {extra}")
-        if extra and p == "same":
-            raise ValueError(f'{caller}: padding "same" chooses output_padding itself; expected 0, got {extra}')
-        return cls(s, p, d, g, extra)
-
-
 def gradient_problem(
     caller: str,
     op: Op,
@@ -570,13 +520,13 @@ def gradient_problem(
     """
     for name, array in (("input", input), ("weight", weight)):
         if not isinstance(array, ArraySpec):  # whose dtype was taken from the other
-            _check_dtype(caller, name, array)
+            check_dtype(caller, name, array)
     construct = ConvProblem.conv_transpose1d if op == "conv_transpose1d" else ConvProblem.conv1d
     try:
         problem = construct(input, weight, None, *settings)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{caller}{str(error).removeprefix(op)}") from None
-    found = _check_dtype(caller, "grad_output", grad_output)
+    found = check_dtype(caller, "grad_output", grad_output)
     if found != problem.dtype:
         other = "weight" if isinstance(input, ArraySpec) else "input"
         raise TypeError(
@@ -596,232 +546,12 @@ def bias_gradient_problem(caller: str, grad_output: ArrayLike) -> BiasGradientPr
         ValueError: grad_output has another number of axes than 2 or 3.
         TypeError: its dtype is not supported.
     """
-    _check_rank(caller, "grad_output", grad_output.shape, "(N, C_out, L_out) or (C_out, L_out)", (2, 3))
-    dtype = _check_dtype(caller, "grad_output", grad_output)
+    check_rank(caller, "grad_output", grad_output.shape, "(N, C_out, L_out) or (C_out, L_out)", (2, 3))
+    dtype = check_dtype(caller, "grad_output", grad_output)
     N, C, L = grad_output.shape if len(grad_output.shape) == 3 else (1, *grad_output.shape)
     return BiasGradientProblem(N, C, L, dtype)
-
-
-def check_shape(caller: str, op: Op, name: str, shape: Sequence[SupportsIndex]) -> tuple[int, ...]:
-    """The argument input_size or weight_size as a tuple of ints.
-
-    Raises:
-        ValueError: it has another number of extents, or one is negative.
-        TypeError: it is not a sequence of integers.
-    """
-    layout = _LAYOUTS[op][name.removesuffix("_size")]
-    if not isinstance(shape, list | tuple):
-        raise TypeError(f"{caller}: {name} must be the extents {layout}, got {type(shape).__name__} {shape!r}")
-    _check_rank(caller, name, shape, layout, (2, 3) if name == "input_size" else (3,))
-    return tuple(check_int(caller, name, extent, f"the extents {layout}", 0) for extent in shape)
-
-
-def check_groups(caller: str, groups: int, C_in: int, C_out: int) -> None:
-    """Refuse groups that do not divide both channel counts.
-
-    Raises:
-        ValueError: naming the channels that are not divided.
-    """
-    if C_in % groups:
-        raise ValueError(f"{caller}: groups must divide the input channels, got groups = {groups} and C_in = {C_in}")
-    if C_out % groups:
-        raise ValueError(f"{caller}: groups must divide the output channels, got groups = {groups} and C_out = {C_out}")
-
-
-def check_size(caller: str, name: str, shape: Sequence[int], dtype: str) -> None:
-    """Refuse an array that 64-bit offsets cannot address, before anybody tries to allocate it.
-
-    Raises:
-        ValueError: naming the array and the bytes it needs.
-    """
-    if not all(isinstance(extent, int) for extent in shape):
-        return  # symbols
-    # A zero extent hides nothing: the strides of the other axes must be representable too.
-    size = math.prod([max(extent, 1) for extent in shape]) * ITEMSIZE[dtype]  # a list, which torch.compile reads
-    if size > MAX_EXTENT:
-        raise ValueError(
-            f"{caller}: {name} of shape {tuple(shape)} and dtype {dtype} needs {size} bytes, more than 64-bit offsets "
-            f"reach ({MAX_EXTENT})"
-        )
-
-
-def check_padding_mode(op: str, padding_mode: str) -> None:
-    """Refuse the values of padding_mode that are reserved but not supported yet.
-
-    Raises:
-        ValueError: naming what is supported today.
-    """
-    if padding_mode not in PADDING_MODES:
-        raise ValueError(
-            f"{op}: padding_mode must be {_listing(PADDING_MODES)} (the only one supported today), got {padding_mode!r}"
-        )
-
-
-def check_precision(op: str, precision: str, dtype: str) -> str:
-    """The precision, once it is known to be one and to fit the dtype.
-
-    Raises:
-        ValueError: it is not one of `PRECISIONS`, or asks to round what is no float32 to TF32.
-    """
-    if precision not in PRECISIONS:
-        raise ValueError(f"{op}: precision must be one of {_listing(PRECISIONS)}, got {precision!r}")
-    if precision == "tf32" and dtype != "float32":
-        raise ValueError(f'{op}: precision "tf32" rounds float32 data; expected "float32" for {dtype}, got "tf32"')
-    return precision
-
-
-def dtype_name(dtype: Any) -> str | None:
-    """The name of a supported dtype in `DTYPES`, whatever its byte order; None for every other dtype."""
-    name = str(getattr(dtype, "name", dtype))
-    return name if name in ITEMSIZE else None
-
-
-def numpy_dtype(name: str) -> np.dtype[Any]:
-    """The NumPy dtype of a name in `DTYPES`.
-
-    Raises:
-        ModuleNotFoundError: "bfloat16" without ml_dtypes installed.
-    """
-    if name != "bfloat16":
-        return np.dtype(name)
-    try:
-        import ml_dtypes
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f'dtype "bfloat16" needs the package ml_dtypes: {install_hint("bf16")}') from error
-    bfloat16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
-    return bfloat16
-
-
-# -- the pieces of validation ----------------------------------------------------------------------------------------
-
-
-class _Arrays(NamedTuple):
-    """What the checks of ranks and dtypes yield."""
-
-    N: int
-    C_in: int
-    L_in: int
-    dtype: str
-    batched: bool
-
-    @classmethod
-    def check(cls, op: Op, input: ArrayLike, weight: ArrayLike, bias: ArrayLike | None) -> _Arrays:
-        for name, array, ranks in (("input", input, (2, 3)), ("weight", weight, (3,)), ("bias", bias, (1,))):
-            if array is None:
-                if name == "bias":
-                    continue
-                raise TypeError(f"{op}: {name} must be an array of shape {_LAYOUTS[op][name]}, got None")
-            _check_rank(op, name, array.shape, _LAYOUTS[op][name], ranks)
-        names = {}
-        for name, array in (("input", input), ("weight", weight), ("bias", bias)):
-            if array is None:
-                continue
-            names[name] = _check_dtype(op, name, array)
-        if len(set(names.values())) > 1:
-            got = ", ".join(f"{name} {dtype}" for name, dtype in names.items())
-            raise TypeError(f"{op}: {_listing(tuple(names), quote=False)} must share one dtype, got {got}")
-        if weight.shape[2] < 1:
-            raise ValueError(f"{op}: weight must have at least one tap (K >= 1), got shape {tuple(weight.shape)}")
-        batched = len(input.shape) == 3
-        N, C_in, L_in = input.shape if batched else (1, *input.shape)
-        return cls(N, C_in, L_in, names["input"], batched)
-
-
-def _check_rank(caller: str, name: str, shape: Sequence[Any], layout: str, ranks: tuple[int, ...]) -> None:
-    if len(shape) not in ranks:
-        hints = {
-            "input": "; one channel of samples becomes input.reshape(1, -1)",
-            "weight": "; the taps of a single channel become weight.reshape(1, 1, -1)",
-        }
-        raise ValueError(
-            f"{caller}: {name} must have shape {layout}, got {len(shape)} dimension"
-            f"{'' if len(shape) == 1 else 's'}: {tuple(shape)}{hints.get(name, '') if len(shape) == 1 else ''}"
-        )
-
-
-def _channels_last_hint(x: _Arrays, expected: int, last_of_weight: int | None = None) -> str:
-    """How to swap axes where the channels of the input, or of conv1d's weight, seem to come last."""
-    if x.L_in == expected:
-        return "; the channels of input seem to come last: pass input.swapaxes(-1, -2)"
-    if last_of_weight == x.C_in:
-        return "; the input channels of weight seem to come last: pass weight.swapaxes(-1, -2)"
-    return ""
-
-
-def _check_dtype(caller: str, name: str, array: ArrayLike) -> str:
-    found = dtype_name(array.dtype)
-    if found is None:
-        raise TypeError(f"{caller}: {name} must have one of the dtypes {_listing(DTYPES)}, got {array.dtype}")
-    return found
-
-
-def check_int(
-    caller: str, name: str, value: object, expected: str, at_least: int | None = None, at_most: int | None = None
-) -> int:
-    """An integer argument (an int or a NumPy integer, never a bool) as an int, within its limits.
-
-    Raises:
-        ValueError: it is out of range.
-        TypeError: it is not an integer.
-    """
-    if isinstance(value, bool | np.bool_):
-        raise TypeError(f"{caller}: {name} must be {expected}, got the bool {value}")
-    try:
-        result = operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        raise TypeError(f"{caller}: {name} must be {expected}, got {type(value).__name__} {value!r}") from None
-    if at_least is not None and result < at_least:
-        raise ValueError(f"{caller}: {name} must be at least {at_least}, got {result}")
-    if at_most is not None and result > at_most:
-        raise ValueError(f"{caller}: {name} must be at most {at_most}, got {result}")
-    return result
-
-
-def check_setting(
-    caller: str, name: str, value: Setting, at_least: int | None = None, at_most: int | None = None
-) -> int:
-    """A setting along the only axis (an integer, or a list or tuple of one) as an int, within its limits.
-
-    Raises:
-        ValueError: it is out of range, or a sequence of another length.
-        TypeError: it is not an integer.
-    """
-    expected = "an int or a sequence of one int"
-    if isinstance(value, list | tuple):
-        if len(value) != 1:
-            raise ValueError(f"{caller}: {name} must be {expected}, got {len(value)} values: {value!r}")
-        value = value[0]
-    return check_int(caller, name, value, expected, at_least, at_most)
-
-
-def _padding(caller: str, value: Padding, words: tuple[str, ...]) -> tuple[int, int] | Literal["same", "causal"]:
-    """Resolve a padding argument, of which `words` are the allowed strings, as far as that needs no extents."""
-    expected = f"an int, a pair (left, right) or one of {_listing(words)}"
-    if isinstance(value, str):
-        if value not in words:
-            full = "dilation*(K - 1) on both sides" if "causal" in words else "padding 0 of the transposed convolution"
-            hint = f'; SciPy\'s mode "full" is {full}' if value == "full" else ""
-            raise ValueError(f"{caller}: padding must be {expected}, got {value!r}{hint}")
-        return (0, 0) if value == "valid" else cast(Literal["same", "causal"], str(value))
-    values: Sequence[object] = value if isinstance(value, list | tuple) else (value,)
-    if len(values) not in (1, 2):
-        raise ValueError(f"{caller}: padding must be {expected}, got {len(values)} values: {value!r}")
-    sides = [check_int(caller, "padding", v, expected) for v in values]
-    if min(sides) < 0:
-        raise ValueError(f"{caller}: padding must be at least 0, got {value!r}")
-    return sides[0], sides[-1]
-
-
-def _check_bias_length(op: str, bias: ArrayLike | None, C_out: int) -> None:
-    if bias is not None and bias.shape[0] != C_out:
-        raise ValueError(f"{op}: bias must have shape (C_out,) = ({C_out},), got {tuple(bias.shape)}")
 
 
 def _halves(total: int) -> tuple[int, int]:
     """Split a total padding over both sides; the odd one goes to the right."""
     return total // 2, total - total // 2
-
-
-def _listing(names: Sequence[str], *, quote: bool = True) -> str:
-    words = [f'"{name}"' if quote else name for name in names]
-    return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1]

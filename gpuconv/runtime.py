@@ -196,9 +196,14 @@ class PreparedWeight:
     __slots__ = ("_lock", "_packed", "array")
 
     def __init__(self, array: Any) -> None:
+        """`array` belongs to the handle. Where it is on a GPU, this waits for the work queued on its current stream."""
+        if is_cupy_array(array):
+            cuda = cupy_module().cuda
+            with cuda.Device(array.data.device_id):
+                cuda.get_current_stream().synchronize()
         self.array = array
         self._packed: dict[int, Any] = {}  # by the identity of the interned Pack
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a finalizer may call while its own thread packs
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -239,12 +244,10 @@ def prepare(weight: Any) -> PreparedWeight:
     """
     cupy = cupy_module()
     with cupy.cuda.Device(weight.data.device_id):
-        stream = cupy.cuda.get_current_stream()
-        if stream.is_capturing():
+        if cupy.cuda.get_current_stream().is_capturing():
             raise RuntimeError("prepare: weights cannot be prepared while the current stream is being captured")
         array = cupy.empty(weight.shape, weight.dtype)
         _assign(array, weight)
-        stream.synchronize()
         return PreparedWeight(array)
 
 

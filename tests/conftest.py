@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from gpuconv import cases, runtime
 from gpuconv.gpus import missing_gpu
 from gpuconv.problem import ConvProblem
 from tests import NO_TORCH, hostcuda
+from tests.gpu_on_cpu.limits import skip_what_cannot_run
 
 Array = npt.NDArray[Any]
 
@@ -64,6 +66,19 @@ def backend(request: pytest.FixtureRequest) -> Backend:
     return BACKENDS[request.param]
 
 
+@pytest.fixture(autouse=True)
+def gpu_on_cpu(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Under gpu_on_cpu: CuPy's pool poisons what it takes back, and no test calls what is not there."""
+    if "GPU_ON_CPU" not in os.environ or not request.node.get_closest_marker("gpu"):
+        yield
+        return
+    from tests.gpu_on_cpu import machine, pool
+
+    with pool.poisoned_pool():
+        yield
+    assert machine.REFUSED == []
+
+
 @pytest.fixture
 def one_torch_thread() -> Iterator[None]:
     """PyTorch on one thread: in small problems several spend most of their time waiting for each other."""
@@ -75,8 +90,11 @@ def one_torch_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what is marked `gpu` where no GPU answers, and what is marked `torch` where PyTorch is absent."""
+@pytest.hookimpl(tryfirst=True)  # before tests are deselected
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip what is marked `gpu` where no GPU answers, what gpu_on_cpu cannot run, and `torch` without PyTorch."""
+    if "GPU_ON_CPU" in os.environ:
+        skip_what_cannot_run(items, everything=config.args == config.getini("testpaths"))
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
     reason = missing_gpu() if gpu_items else None
     if reason is not None:

@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -21,8 +22,9 @@ import pywt
 import soundfile
 
 import gpuconv
-from gpuconv import cases, checks, cli, files, runtime
-from gpuconv.cli import main
+from gpuconv import cases, checks, files, functional, runtime
+from gpuconv.cli import gpu, info, main, warmup
+from gpuconv.cli.terminal import show_progress
 from gpuconv.device import ARCHITECTURES
 from gpuconv.families import FAMILIES
 from gpuconv.gpus import missing_gpu
@@ -48,8 +50,8 @@ def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> str:
     """A machine without a GPU, wherever the tests run; the line that says so."""
     line = "no GPU: the NVIDIA driver sees no device"
-    monkeypatch.setattr(cli, "missing_gpu", lambda: line)
-    monkeypatch.setattr(verify_module, "missing_gpu", lambda: line)
+    for module in (gpu, info, warmup, verify_module):
+        monkeypatch.setattr(module, "missing_gpu", lambda: line)
     return line
 
 
@@ -254,7 +256,7 @@ def test_bad_outputs_are_refused_before_anything_is_computed(
     save("cx.npy", normal(2, 20, dtype="complex64"))
     save("cw.npy", normal(1, 2, 3, dtype="complex64"))
     Path("link.npy").symlink_to("x.npy")
-    monkeypatch.setattr(cli.functional, "conv1d", lambda *_, **__: pytest.fail("computed"))
+    monkeypatch.setattr(functional, "conv1d", lambda *_, **__: pytest.fail("computed"))
 
     def refused(y: str, *options: str, x: str = "x.npy", w: str = "w.npy") -> str:
         return refusal(capsys, "conv1d", x, w, y, *options, "--device", "cpu")
@@ -286,6 +288,7 @@ def test_bad_outputs_are_refused_before_anything_is_computed(
         ("--dilation -2", "conv1d: dilation must be at least 1, got -2"),
         ("--groups 3", "conv1d: groups must divide the input channels, got groups = 3 and C_in = 1"),
         ("--output-padding 1", "unknown argument: --output-padding 1"),
+        ("--bias", "--bias needs a value (see gpuconv conv1d --help)"),
         (
             "--dtype int8",
             "--dtype must be one of float16, bfloat16, float32, float64, complex64, complex128, got 'int8'",
@@ -319,7 +322,7 @@ def test_without_memory_there_is_one_line(capsys: pytest.CaptureFixture[str], mo
     def too_large(*_: Any, **__: Any) -> None:
         raise MemoryError("Unable to allocate 8.00 GiB")
 
-    monkeypatch.setattr(cli.functional, "conv_transpose1d", too_large)
+    monkeypatch.setattr(functional, "conv_transpose1d", too_large)
     assert refusal(capsys, *argv) == "not enough memory: Unable to allocate 8.00 GiB"
 
 
@@ -723,10 +726,10 @@ def test_a_closed_pipe_is_no_error() -> None:
 
 def test_an_interrupt_ends_with_130_and_one_line() -> None:
     program = (
-        "import os, signal, sys, time\nfrom gpuconv import cli\n"
+        "import os, signal, sys, time\nfrom gpuconv.cli import main, verify\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # which a shell's background jobs ignore
-        "cli.verify = lambda *_, **__: (os.kill(os.getpid(), signal.SIGINT), time.sleep(60))\n"
-        "sys.exit(cli.main(['verify']))"
+        "verify.verify = lambda *_, **__: (os.kill(os.getpid(), signal.SIGINT), time.sleep(60))\n"
+        "sys.exit(main(['verify']))"
     )
     done = run("-c", program)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "gpuconv: error: interrupted\n")
@@ -751,6 +754,24 @@ def test_usage_errors(capsys: pytest.CaptureFixture[str]) -> None:
     assert refusal(capsys, "info", "more").startswith("unknown argument: more")
     assert refusal(capsys, "info", "--json=1").startswith("--json takes no value, got '1'")
     assert refusal(capsys, "conv1d", "a.npy").startswith("WEIGHT, OUT are missing")
+    assert refusal(capsys, "--verison") == "unknown argument: --verison (see gpuconv --help)"
+    assert refusal(capsys, "-v") == "unknown argument: -v (see gpuconv --help)"
+    shapes = ("explain", "conv1d", "--weight", "1,1,3", "--input")
+    assert refusal(capsys, *shapes, "8", "1", "9") == "unknown argument: 1 9 (see gpuconv explain --help)"
+    assert (
+        refusal(capsys, *shapes[:4], "--inptu", "1,9") == "unknown argument: --inptu 1,9 (see gpuconv explain --help)"
+    )
+    assert refusal(capsys, *shapes, "1,9", "--arch") == "--arch needs a value (see gpuconv explain --help)"
+
+
+def test_an_example_keeps_options_and_their_values_together(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    assert main(["help", "explain"]) == 0
+    assert capsys.readouterr().out.endswith(
+        "  gpuconv explain conv1d --input 8,512,3000 \\\n    --weight 512,512,3 --arch sm_90\n"
+    )
 
 
 @pytest.mark.parametrize("argv", [(), ("help",), *(("help", command) for command in COMMANDS)])
@@ -828,6 +849,19 @@ class _Terminal:
         return True
 
 
+def test_the_report_of_verify_fits_the_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert main(["verify", "--device", "cpu", "--filter", "docs_example"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 60
+    assert lines[1] == "1 case, float16, bfloat16, float32, float64, complex64,"
+    assert lines[2].startswith("  complex128; seed 0; ")
+    assert "exact              6       0" in lines
+
+
 @pytest.mark.parametrize("with_rich", [True, False])
 def test_progress_is_shown_on_a_terminal(monkeypatch: pytest.MonkeyPatch, with_rich: bool) -> None:
     terminal = _Terminal()
@@ -855,7 +889,7 @@ def test_progress_leaves_no_line_behind_an_interrupt(monkeypatch: pytest.MonkeyP
     terminal = _Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setitem(sys.modules, "rich.console", None)
-    with suppress(KeyboardInterrupt), cli._progress("verifying") as progress:
+    with suppress(KeyboardInterrupt), show_progress("verifying") as progress:
         progress(1, 20, "some case")
         raise KeyboardInterrupt
     shown = ""
@@ -869,13 +903,21 @@ def test_progress_in_a_pipe_is_a_line_every_ten_seconds(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 0.0
-    monkeypatch.setattr(cli.time, "monotonic", lambda: now)
-    with cli._progress("verifying") as progress:
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    with show_progress("verifying") as progress:
         for done in range(50):
             progress(done, 50, f"case {done}")
             now += 0.7
     lines = capsys.readouterr().err.splitlines()
     assert lines == ["verifying 15/50 case 15", "verifying 30/50 case 30", "verifying 45/50 case 45"]
+
+
+def test_a_wav_output_is_told_as_it_is_written(capsys: pytest.CaptureFixture[str]) -> None:
+    soundfile.write("x.wav", normal(100), 8000)
+    save("w.npy", normal(1, 1, 3, dtype="float64"))
+    assert main(["conv1d", "x.wav", "w.npy", "y.wav", "--dtype", "float64", "--device", "cpu"]) == 0
+    assert capsys.readouterr().out == "y.wav: (1, 98) float32, 8000 Hz, computed on the CPU\n"
+    assert soundfile.info("y.wav").subtype == "FLOAT"
 
 
 def test_files_are_private_to_nobody() -> None:

@@ -180,6 +180,10 @@ def test_sound_goes_through_pipes() -> None:
     assert rate == 8000
     assert np.array_equal(found, gpuconv.conv1d(sound, w)[0])
     save("x.npy", sound)
+    save("batch.npy", np.ones((2, 1, 9), np.float32))
+    done = shell("$gpuconv conv1d batch.npy w.npy - --rate 11025 --device cpu | cat; exit ${PIPESTATUS[0]}")
+    assert done.returncode == 2
+    assert done.stderr.startswith(b"gpuconv: error: standard output: a .wav file holds (channels, samples)")
     assert shell("$gpuconv conv1d x.npy w.npy - --rate 11025 --device cpu > z.wav").returncode == 0
     assert soundfile.info("z.wav").samplerate == 11025
 

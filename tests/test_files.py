@@ -149,6 +149,11 @@ BAD_FILES = {
     "magic_alone": ("a.npy", b"\x93NUMPY", "is damaged: its header cannot be read"),
     "header_cut": ("a.npy", npy_bytes(np.ones(3))[:40], "is damaged: its header cannot be read"),
     "header_garbled": ("a.npy", npy_with_header("{'descr': '<f4', 'shape'"), "is damaged: its header cannot be read"),
+    "header_open": (
+        "a.npy",
+        npy_with_header("{'descr': '<f4', 'shape': (1,"),
+        "is damaged: its header cannot be read (",
+    ),
     "header_not_a_literal": ("a.npy", npy_with_header("{'descr': open('x')}"), "is damaged: its header cannot be read"),
     "version_9": ("a.npy", b"\x93NUMPY\x09\x00" + b"\0" * 100, "is a .npy file of version 9.0"),
     "negative_shape": (
@@ -185,6 +190,7 @@ def test_a_bad_file_is_refused(tmp_path: Path, name: str) -> None:
     assert text.startswith(f"{tmp_path / file}: ")
     assert message in text
     assert "\n" not in text
+    assert "((" not in text  # the tuple of a tokenizer's error
 
 
 def test_only_numbers_are_advised_to_convert(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gpuconv.arguments import check_padding_mode, check_precision
 from gpuconv.problem import (
     DTYPES,
     ITEMSIZE,
@@ -22,8 +23,6 @@ from gpuconv.problem import (
     ConvProblem,
     Settings,
     WeightGradientProblem,
-    check_padding_mode,
-    check_precision,
     dtype_name,
     numpy_dtype,
 )
@@ -688,6 +687,16 @@ def test_other_names_are_no_dtypes() -> None:
             "conv_transpose1d", (2, 100, 16), (16, 8, 3), {},
             "conv_transpose1d: input has C_in = 100 channels, but weight (16, 8, 3) expects C_in = 16; "
             "the channels of input seem to come last: pass input.swapaxes(-1, -2)",
+        ),
+        (
+            "conv1d", (2, 100), (1, 1, 3), {},
+            "conv1d: input has C_in = 2 channels, but weight (1, 1, 3) with groups = 1 expects C_in = 1*1 = 1; one "
+            "filter for every channel is weight.repeat(2, axis=0) with groups = 2",
+        ),
+        (
+            "conv_transpose1d", (4, 2, 100), (1, 1, 3), {"stride": 2},
+            "conv_transpose1d: input has C_in = 2 channels, but weight (1, 1, 3) expects C_in = 1; one filter for "
+            "every channel is weight.repeat(2, axis=0) with groups = 2",
         ),
         (
             "conv1d", (1, 1, 9), (1, 1, 3), {"padding": "full"},

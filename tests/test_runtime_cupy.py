@@ -5,6 +5,7 @@ Marked `gpu`, these tests run on any CuPy that reaches a GPU. Those without the 
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import pytest
 import gpuconv
 from gpuconv import calls, cli, dispatch, grad, nn, runtime
 from gpuconv.checks import Target
+from gpuconv.cli.errors import EXIT_NO_GPU
 from gpuconv.families import Layout
 from gpuconv.gpus import missing_gpu
 from gpuconv.problem import ArraySpec, ConvProblem
@@ -75,7 +77,7 @@ def test_an_older_cupy_is_refused_in_one_line(
     for command in (["verify", "--device", "gpu"], ["warmup"]):
         with pytest.raises(SystemExit) as exit_:
             raise SystemExit(cli.main(command))
-        assert exit_.value.code == cli.EXIT_NO_GPU
+        assert exit_.value.code == EXIT_NO_GPU
         assert capsys.readouterr().err.startswith(f"gpuconv: error: no GPU: {needs}")
     assert cli.main(["info"]) == 0
     assert needs in capsys.readouterr().out
@@ -304,6 +306,27 @@ def test_arrays_of_no_axes_are_refused(cupy: Any) -> None:
         gpuconv.conv1d(cupy.ones((), np.float32), cupy.ones((1, 1, 3), np.float32))
 
 
+@pytest.mark.gpu
+def test_a_foreign_byte_order_is_refused(cupy: Any) -> None:
+    """CuPy makes such views, and its own functions refuse them. The kernels would take the bytes as they lie."""
+    x, w = cupy.ones((2, 2, 9), np.float32), cupy.ones((2, 2, 3), np.float32)
+    y = gpuconv.conv1d(x, w)
+    layer = nn.Conv1d(2, 2, 3, device="cuda")
+    for name, call in (
+        ("conv1d: input", lambda: gpuconv.conv1d(x.view(">f4"), w, out=y)),
+        ("conv1d: weight", lambda: gpuconv.conv1d(x, w.view(">f4"))),
+        ("conv1d: out", lambda: gpuconv.conv1d(x, w, out=y.view(">f4"))),
+        ("conv1d_bias: grad_output", lambda: grad.conv1d_bias(y.view(">f4"), out=cupy.ones(2, np.float32))),
+        ("prepare: weight", lambda: gpuconv.prepare(w.view(">f4"))),
+        ("conv1d: input", lambda: gpuconv.explain("conv1d", x.view(">f4"), w)),
+    ):
+        with pytest.raises(TypeError, match=f"^{name} must have native byte order on a GPU, got >f4$"):
+            call()
+    with pytest.raises(ValueError, match=r'"weight" must have native byte order on a GPU, got >f4$'):
+        layer.load_state_dict({"weight": w.view(">f4")}, strict=False)
+    assert cupy.asnumpy(y).tolist() == [[[6.0] * 7] * 2] * 2
+
+
 # -- threads -----------------------------------------------------------------------------------------------------------
 
 
@@ -388,6 +411,68 @@ def test_two_threads_pack_a_prepared_weight_once() -> None:
     assert len(packed) == 1
 
 
+@pytest.mark.usefixtures("no_gpu_needed")
+def test_a_finalizer_may_call_while_its_thread_changes_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Garbage is collected at any allocation, and whatever dies then may call gpuconv."""
+
+    class Packer:
+        pack = object()
+
+        def __call__(self, array: Any) -> Any:
+            if not nested:
+                nested.append(True)
+                prepared.packed(self)
+            return array
+
+    class Plans(dict[Any, Any]):
+        def __setitem__(self, key: Any, plan: Any) -> None:
+            if not self:
+                super().__setitem__(key, plan)
+                call(2)
+            super().__setitem__(key, plan)
+
+    def call(length: int) -> Any:
+        x, w = (fake_cupy.asarray(np.ones(shape, np.float32)) for shape in ((1, 1, length), (1, 1, 1)))
+        return gpuconv.conv1d(x, w).get().tolist()
+
+    nested: list[bool] = []
+    prepared = runtime.PreparedWeight(np.ones(3))
+    monkeypatch.setattr(calls, "_PLANS", Plans())
+    for work in (lambda: prepared.packed(Packer()), lambda: call(3)):
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        thread.join(30)
+        assert not thread.is_alive()
+    assert nested
+    assert calls._PLANS
+
+
+def test_a_forked_process_computes_whatever_another_thread_was_at() -> None:
+    """It inherits the lock, and no thread that would release it."""
+    run_python("""
+import os, signal, threading, warnings, numpy, gpuconv
+from gpuconv import calls
+warnings.simplefilter("ignore", DeprecationWarning)
+x, w = numpy.ones((1, 1, 9)), numpy.ones((1, 1, 3))
+held, forked = threading.Event(), threading.Event()
+
+def hold():
+    with calls._PLANS_LOCK:
+        held.set()
+        forked.wait()
+
+other = threading.Thread(target=hold)
+other.start()
+held.wait()
+child = os.fork()
+if child == 0:
+    signal.alarm(20)
+    os._exit(0 if gpuconv.conv1d(x, w).tolist() == [[[3.0] * 7]] else 1)
+forked.set()
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+""")
+
+
 # -- streams and prepared weights --------------------------------------------------------------------------------------
 
 PACKED = ("conv1d", integers((2, 5, 40)), integers((12, 5, 3)))  # by a kernel family that packs the weights
@@ -402,6 +487,27 @@ def test_prepared_weights_are_complete_on_every_stream(no_gpu_needed: Any, monke
     monkeypatch.setattr(no_gpu_needed.ndarray, "__setitem__", lambda *a: events.append("copy") or assign(*a))
     gpuconv.prepare(no_gpu_needed.asarray(np.ones((1, 1, 3), np.float32)))
     assert events == ["copy", "wait"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("how", ["load_state_dict", "deepcopy"])
+def test_prepared_weights_are_complete_whoever_made_them(cupy: Any, how: str) -> None:
+    _, x, w = PACKED
+    expected = gpuconv.conv1d(x, w)
+    layer = nn.Conv1d(5, 12, 3, bias=False, device="cuda")
+    layer.weight = gpuconv.prepare(layer.weight)
+    x, w = cupy.asarray(x), cupy.asarray(w)
+    prepared = gpuconv.prepare(w)
+    first, second = (cupy.cuda.Stream(non_blocking=True) for _ in range(2))
+    cupy.cuda.Device().synchronize()
+    with first:
+        if how == "load_state_dict":
+            layer.load_state_dict({"weight": w})
+            prepared = layer.weight
+        else:
+            prepared = copy.deepcopy(prepared)
+    with second:
+        np.testing.assert_array_equal(cupy.asnumpy(gpuconv.conv1d(x, prepared)), expected)
 
 
 @pytest.mark.gpu
@@ -559,6 +665,40 @@ def test_arrays_on_another_device_than_the_current_one(cupy: Any, name: str) -> 
             assert cupy.cuda.runtime.getDevice() == current
         with cupy.cuda.Device(home):
             np.testing.assert_array_equal(cupy.asnumpy(out), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("target", ["cpu", "cuda:0"])
+def test_layers_move_behind_the_work_queued_on_the_other_gpu(cupy: Any, target: str) -> None:
+    if runtime.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    layer = nn.Conv1d(512, 512, 3, device="cuda:1")
+    with cupy.cuda.Device(1), cupy.cuda.Stream(non_blocking=True):
+        cupy.cuda.Device(1).synchronize()
+        layer.weight[...] = 7
+        with cupy.cuda.Device(0), cupy.cuda.Stream(non_blocking=True):  # which is no stream of the other GPU
+            moved = layer.to(target).weight
+            assert cupy.cuda.runtime.getDevice() == 0
+            assert (cupy.asnumpy(moved) == 7).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("target", ["cpu", "cuda:0", "cuda:1"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_layers_load_arrays_of_any_strides_from_another_gpu(cupy: Any, dtype: str, target: str) -> None:
+    if runtime.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    weight, bias = integers((4, 2, 6))[::-1, :, ::2], integers((8,))[::2]
+    with cupy.cuda.Device(1):
+        state = {"weight": cupy.asarray(integers((4, 2, 6)))[::-1, :, ::2], "bias": cupy.asarray(integers((8,)))[::2]}
+    foreign = {key: SimpleNamespace(__cuda_array_interface__=a.__cuda_array_interface__) for key, a in state.items()}
+    for given in (state, foreign):
+        layer = nn.Conv1d(2, 4, 3, dtype=dtype, device=target)
+        layer.load_state_dict(given)
+        for loaded, expected in ((layer.weight, weight), (layer.bias, bias)):
+            assert loaded.dtype == dtype
+            assert nn._home(loaded) == {"cpu": None, "cuda:0": 0, "cuda:1": 1}[target]
+            np.testing.assert_array_equal(cupy.asnumpy(loaded), expected)
 
 
 @pytest.mark.gpu

@@ -13,6 +13,15 @@ def test_lines_break_between_words() -> None:
     assert wrap("", 30, first="- ") == ["-"]
 
 
+def test_commands_are_not_broken() -> None:
+    lines = wrap(f"missing: {install_hint('cuda13', 'cuda12')}", 40, rest="  ")
+    assert lines == [
+        "missing: pip install -e '.[cuda13]' or",
+        "  pip install -e '.[cuda12]' in a",
+        "  checkout of gpuconv",
+    ]
+
+
 def test_rows_hang() -> None:
     rows = [("a", "alpha beta gamma delta epsilon"), ("long", "first\n  1 \tone two three four five six")]
     assert wrap_rows(rows, 31, indent=" ") == [

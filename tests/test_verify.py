@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pytest
 
 import gpuconv
-from gpuconv import cases, cpu, cpu_gradients, dispatch, reference, runtime, source
+from gpuconv import cases, cpu, cpu_gradients, dispatch, reference, runtime
 from gpuconv.cases import FORMATS
 from gpuconv.checks import BY_FAMILY, CHECKS, MAX_TAPS, families_of, families_that_take, same_bits
 from gpuconv.device import ARCHITECTURES, Device
@@ -360,53 +360,6 @@ def test_families_run_on_the_kernels_themselves() -> None:
     assert f"{'conv1d_direct':<28}{1:>6}" in str(report).splitlines()
     assert report.to_dict()["family_runs"]["conv1d_direct"] == 1
     assert "conv1d_depthwise" in report.to_dict()["unreached_families"]  # which a filter may leave out
-
-
-# family: (text of its kernel, what stands there instead, part of the message)
-PLANTED = {
-    "dropped tap": (
-        "conv1d_direct", "k < k_end; ++k", "k + 1 < k_end; ++k", "conv1d_direct must equal the reference"
-    ),
-    "no bias": (
-        "conv1d_direct", "acc = add(acc, bias_or_zero(bias, c_out * p.bias_stride));", "",
-        "conv1d_direct must equal the reference",
-    ),
-    "wrong edge": (
-        "conv1d_direct", "ceil_div(p.L_in - l_first,", "ceil_div(p.L_in - 1 - l_first,",
-        "conv1d_direct must equal the reference",
-    ),
-    "another order": (
-        "conv1d_direct", "index_t k = k_begin; k < k_end; ++k", "index_t k = k_end - 1; k >= k_begin; --k",
-        "conv1d_tiled must equal the base family, bit for bit",
-    ),
-    "no bias, transposed": (
-        "conv_transpose1d_gather", "acc = add(acc, bias_or_zero(bias, c_out * p.bias_stride));", "",
-        "conv_transpose1d_gather must equal the reference",
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("fault", PLANTED)
-def test_a_fault_in_a_base_kernel_is_found(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Dispatch prefers other families for these cases: only a run by name meets the fault."""
-    family, right, wrong, message = PLANTED[fault]
-    assemble = source.assemble
-
-    def spoilt(kernel: str, macros: dict[str, str]) -> str:
-        text = assemble(kernel, macros)
-        if kernel == family:
-            assert text.count(right) == 1
-            return text.replace(right, wrong)
-        return text
-
-    monkeypatch.setattr(source, "assemble", spoilt)
-    name = "hifigan_resblock" if family == "conv1d_direct" else "hifigan_up"
-    with fake_cupy.installed():
-        report = verify("gpu", filter=name, dtypes="float32")
-    assert not report.ok
-    assert {failure.check for failure in report.failures} == {"families"}
-    assert any(failure.message.startswith(message) for failure in report.failures)
-    assert "FAILED" in str(report)
 
 
 @pytest.mark.usefixtures("fake_gpu")

@@ -13,7 +13,8 @@ import torch.nn.functional
 from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from ..problem import ConvProblem, Op, Padding, Setting, Settings, check_precision
+from ..arguments import check_precision
+from ..problem import ConvProblem, Op, Padding, Setting, Settings
 from . import operators
 from .tensors import NO_TANGENTS, Tensor, dtype_name, has_tangent, specs
 

@@ -19,7 +19,8 @@ from torch.jit._builtins import _register_builtin
 from torch.overrides import TorchFunctionMode, _get_current_function_mode, _get_current_function_mode_stack
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
-from ..problem import PRECISIONS, check_precision
+from ..arguments import check_precision
+from ..problem import PRECISIONS
 from .functions import conv1d, conv_transpose1d
 from .operators import untraced
 

@@ -88,7 +88,7 @@ def binary(program: Program) -> Binary:
     """The compiled kernel, from the cache or compiled now."""
     prebuild([program])
     key = _key(program)
-    library = _load(_index(key).read_text())
+    library = load(_index(key).read_text())
     return Binary(
         entry=_address(library, f"hostcuda_entry_{key}"),
         num_parameters=ctypes.c_uint.in_dll(library, f"hostcuda_parameters_{key}").value,
@@ -107,7 +107,7 @@ def prebuild(programs: Iterable[Program | Config]) -> int:
         return 0
     with _lock():
         missing = [program for key, program in wanted.items() if not _index(key).exists()]
-        runtime = _build_runtime()
+        runtime = build_runtime()
         pieces = [missing[i : i + _PER_OBJECT] for i in range(0, len(missing), _PER_OBJECT)]
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
             list(pool.map(lambda piece: _build_kernels(piece, runtime), pieces))
@@ -117,13 +117,14 @@ def prebuild(programs: Iterable[Program | Config]) -> int:
 def runtime() -> ctypes.CDLL:
     """The scheduler, loaded."""
     name = _runtime_name()
-    if not (_cache() / name).exists():
+    if not (cache_folder() / name).exists():
         with _lock():
-            _build_runtime()
-    return _load(name)
+            build_runtime()
+    return load(name)
 
 
-def _cache() -> Path:
+def cache_folder() -> Path:
+    """Where everything that is compiled is kept; made on first use."""
     folder = os.environ.get("GPUCONV_HOSTCUDA_CACHE")
     path = Path(folder) if folder else _HERE.parent.parent / ".hostcuda_cache"
     path.mkdir(parents=True, exist_ok=True)
@@ -133,7 +134,7 @@ def _cache() -> Path:
 @contextmanager
 def _lock() -> Iterator[None]:
     """Only one process compiles, so that parallel test runners do not repeat each other's work."""
-    with (_cache() / "lock").open("w") as file:
+    with (cache_folder() / "lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -144,7 +145,8 @@ def _compiler() -> str:
 
 
 @lru_cache(maxsize=1)
-def _machine_flags() -> tuple[str, ...]:
+def machine_flags() -> tuple[str, ...]:
+    """The compiler's options for this processor."""
     # A fused multiply-add in one instruction; without it the C library computes the same bits.
     try:
         has_fma = " fma " in Path("/proc/cpuinfo").read_text()
@@ -161,38 +163,42 @@ def _toolchain() -> str:
     except (OSError, subprocess.CalledProcessError) as error:
         raise BuildError(f"hostcuda needs a host C++ compiler; {_compiler()} did not answer: {error}") from None
     files = "".join((_HERE / name).read_text() for name in ("hostcuda.h", "runtime.cpp", "build.py"))
-    return "\n".join([version, *_RUNTIME_FLAGS, *_KERNEL_FLAGS, *_machine_flags(), files])
+    return "\n".join([version, *_RUNTIME_FLAGS, *_KERNEL_FLAGS, *machine_flags(), files])
 
 
-def _digest(*texts: str) -> str:
+def digest(*texts: str) -> str:
+    """A name for what is made from these texts with today's compiler and sources."""
     return hashlib.sha256("\0".join((_toolchain(), *texts)).encode()).hexdigest()[:24]
 
 
 @lru_cache(maxsize=4096)
 def _key(program: Program) -> str:
-    return _digest(program.kernel, program.text)
+    return digest(program.kernel, program.text)
 
 
 def _index(key: str) -> Path:
-    return _cache() / f"{key}.in"
+    return cache_folder() / f"{key}.in"
 
 
 def _runtime_name() -> str:
-    return f"runtime-{_digest()}.so"
+    return f"runtime-{digest()}.so"
 
 
-def _build_runtime() -> str:
+def build_runtime() -> str:
+    """Compile runtime.cpp unless the cache has it; its name in the cache."""
     name = _runtime_name()
-    if not (_cache() / name).exists():
-        _compile(name, (_HERE / "runtime.cpp").read_text(), _RUNTIME_FLAGS, ["-lpthread", "-lrt"])
+    if not (cache_folder() / name).exists():
+        compile_shared(name, (_HERE / "runtime.cpp").read_text(), _RUNTIME_FLAGS, ["-lpthread", "-lrt"])
     return name
 
 
 def _build_kernels(programs: Sequence[Program], runtime: str) -> None:
     keys = [_key(program) for program in programs]
-    name = f"kernels-{_digest(*keys)}.so"
+    name = f"kernels-{digest(*keys)}.so"
     text = '#include "hostcuda.h"\n' + "".join(map(_wrap, programs, keys))
-    _compile(name, text, (*_KERNEL_FLAGS, *_machine_flags()), [str(_cache() / runtime), "-Wl,-rpath,$ORIGIN"])
+    compile_shared(
+        name, text, (*_KERNEL_FLAGS, *machine_flags()), [str(cache_folder() / runtime), "-Wl,-rpath,$ORIGIN"]
+    )
     for key in keys:
         _write(_index(key), name)
 
@@ -218,15 +224,15 @@ def _wrap(program: Program, key: str) -> str:
     )
 
 
-def _compile(name: str, text: str, flags: Sequence[str], libraries: Sequence[str]) -> None:
+def compile_shared(name: str, text: str, flags: Sequence[str], libraries: Sequence[str]) -> None:
     """Compile and link `text` into the cache; the file appears under its name only when it is whole."""
-    with tempfile.TemporaryDirectory(dir=_cache()) as folder:
+    with tempfile.TemporaryDirectory(dir=cache_folder()) as folder:
         unit, objects, shared = Path(folder) / "unit.cpp", Path(folder) / "unit.o", Path(folder) / name
         unit.write_text(text)
         # Two steps: a link that sees -fsanitize would ask for libubsan, whose part runtime.cpp plays.
         _call([_compiler(), *flags, f"-I{_HERE}", "-c", str(unit), "-o", str(objects)])
         _call([_compiler(), "-shared", "-Wl,-z,defs", str(objects), "-o", str(shared), *libraries])
-        shared.replace(_cache() / name)
+        shared.replace(cache_folder() / name)
 
 
 def _call(command: Sequence[str]) -> None:
@@ -244,8 +250,9 @@ def _write(path: Path, text: str) -> None:
 
 
 @cache
-def _load(name: str) -> ctypes.CDLL:
-    return ctypes.CDLL(str(_cache() / name))
+def load(name: str) -> ctypes.CDLL:
+    """A shared object of the cache."""
+    return ctypes.CDLL(str(cache_folder() / name))
 
 
 def _address(library: ctypes.CDLL, symbol: str) -> int:

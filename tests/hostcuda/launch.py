@@ -79,7 +79,7 @@ HOPPER = TensorCores(block_bytes=32, fraction_bits=25)
 _running = threading.Lock()  # the runtime has one launch at a time
 
 
-class _Launch(ctypes.Structure):
+class LaunchRecord(ctypes.Structure):
     """`struct Launch` of runtime.cpp."""
 
     _fields_ = (
@@ -99,7 +99,7 @@ class _Launch(ctypes.Structure):
     )
 
 
-class _Fault(ctypes.Structure):
+class Fault(ctypes.Structure):
     """`struct Fault` of runtime.cpp."""
 
     _fields_ = (
@@ -201,6 +201,20 @@ def run(
     first = arrays[outputs[0]]
     assert first is not None
     return first
+
+
+def execute(what: LaunchRecord, counts: Counts) -> Fault:
+    """Run a launch as it stands; how it ended. Only one runs at a time in a process.
+
+    Raises:
+        MemoryError: there is no address space for the threads' stacks.
+    """
+    fault = Fault()
+    with _running:
+        structures = (ctypes.byref(structure) for structure in (what, fault, counts))
+        if _runtime().hostcuda_launch(*structures, SHARED_POISON) != 0:
+            raise MemoryError("hostcuda: no address space for the stacks of a block")
+    return fault
 
 
 def convolve(
@@ -363,7 +377,7 @@ def _launch(
     seconds: float,
     tensor_cores: TensorCores,
     counts: Counts,
-) -> _Fault:
+) -> Fault:
     params = pack_params(dict(launch.params), launch.index_bits)
     addresses = [guarded[name].address if name in guarded else None for name in arrays]
     slots = (ctypes.c_void_p * (len(arrays) + 1))(*addresses, params.ctypes.data)
@@ -373,7 +387,7 @@ def _launch(
         block_order = np.arange(launch.grid, dtype=np.uint32)[::-1].copy()
     elif schedule != "forward":
         block_order = np.random.default_rng(seed).permutation(launch.grid).astype(np.uint32)
-    what = _Launch(
+    what = LaunchRecord(
         entry=binary.entry,
         slots=ctypes.addressof(slots),
         grid=launch.grid,
@@ -388,12 +402,7 @@ def _launch(
         block_bytes=tensor_cores.block_bytes,
         fraction_bits=tensor_cores.fraction_bits,
     )
-    fault = _Fault()
-    with _running:
-        structures = (ctypes.byref(structure) for structure in (what, fault, counts))
-        if _runtime().hostcuda_launch(*structures, SHARED_POISON) != 0:
-            raise MemoryError("hostcuda: no address space for the stacks of a block")
-    return fault
+    return execute(what, counts)
 
 
 @lru_cache(maxsize=1)
@@ -404,7 +413,7 @@ def _runtime() -> ctypes.CDLL:
 
 
 def _error(
-    program: build.Program, fault: _Fault, guarded: Mapping[str, GuardedArray], outputs: Sequence[str]
+    program: build.Program, fault: Fault, guarded: Mapping[str, GuardedArray], outputs: Sequence[str]
 ) -> HostCudaError:
     where = f"{program.kernel}, block {fault.block}, thread {fault.thread}"
     message = fault.message.decode(errors="replace")

@@ -1,0 +1,137 @@
+"""The command line: `gpuconv info | verify | explain | conv1d | conv_transpose1d | warmup`.
+
+Errors of the user end in one line on stderr and an exit code, never in a traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+from .. import __version__, files
+from . import convolve, explain, info, verify, warmup
+from .errors import EXIT_BROKEN_PIPE, EXIT_ERROR, EXIT_INTERRUPTED, CommandError
+from .parser import Parser, UsageError
+from .terminal import discard, tell
+
+
+class _Terminated(BaseException):
+    """A signal asked the process to end. Raised where it arrived, so that what was begun is cleaned up."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signum)
+        self.signum = signum
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Nothing is raised: what goes wrong is one line on stderr. An error that nobody foresaw is told with its place; with
+    GPUCONV_TRACEBACK=1 in the environment its traceback comes before that line.
+
+    Args:
+        argv: the arguments after the program's name; None for those of the process.
+
+    Returns:
+        The exit code: 0 success; 1 `verify` found a mismatch, and nothing else; 2 bad usage, a file that cannot be read
+        or written, not enough memory, or an error that nobody foresaw; 3 no GPU where one is needed; 130 interrupted;
+        141 stdout was closed by its reader; 143 terminated.
+    """
+    if sys.stderr is None:  # closed; whatever is told is told to nobody
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    if sys.stdout is None:
+        return _fail("standard output is closed", EXIT_ERROR)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # file names need not be printable in the terminal's encoding
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        with _termination_raised():
+            code = _run(sys.argv[1:] if argv is None else list(argv))
+            sys.stdout.flush()
+            return code
+    except (CommandError, UsageError, files.FileError) as error:
+        return _fail(str(error), error.code if isinstance(error, CommandError) else EXIT_ERROR)
+    except MemoryError as error:
+        return _fail(f"not enough memory: {error}" if str(error) else "not enough memory", EXIT_ERROR)
+    except KeyboardInterrupt:
+        return _fail("interrupted", EXIT_INTERRUPTED)
+    except _Terminated as stop:
+        return _fail("terminated", 128 + stop.signum)
+    except BrokenPipeError:
+        discard(sys.stdout)
+        return EXIT_BROKEN_PIPE
+    except OSError as error:  # files have FileErrors, so that this is stdout, or a file of a library
+        discard(sys.stdout)
+        what = "standard output: cannot be written" if error.filename is None else error.filename
+        return _fail(f"{what}: {error.strerror or error}", EXIT_ERROR)
+    except Exception as error:
+        if os.environ.get("GPUCONV_TRACEBACK"):
+            traceback.print_exc()
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{Path(place.filename).name}, line {place.lineno}"
+        text = f"unexpected {type(error).__name__} in {where}: {error}"
+        return _fail(f"{text} (GPUCONV_TRACEBACK=1 shows how it came about)", EXIT_ERROR)
+
+
+@contextmanager
+def _termination_raised() -> Iterator[None]:
+    """Raise `_Terminated` on the signals that ask a process to end, unless somebody else has a use for them."""
+
+    def terminate(signum: int, _: Any) -> NoReturn:
+        raise _Terminated(signum)
+
+    names = ("SIGTERM", "SIGHUP") if threading.current_thread() is threading.main_thread() else ()
+    signals = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    taken = [signum for signum in signals if signal.getsignal(signum) is signal.SIG_DFL]
+    for signum in taken:
+        signal.signal(signum, terminate)
+    try:
+        yield
+    finally:
+        for signum in taken:
+            signal.signal(signum, signal.SIG_DFL)
+
+
+def _run(argv: list[str]) -> int:
+    if not argv:
+        argv = ["--help"]
+    elif argv[0] == "help":
+        argv = [*argv[1:], "--help"]
+    try:
+        args = _parser().parse_args(argv)
+    except SystemExit as stop:  # --help and --version
+        return int(stop.code or 0)
+    command: Callable[[argparse.Namespace], int] = args.run
+    return command(args)
+
+
+def _fail(message: str, code: int) -> int:
+    tell("error", message)
+    return code
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="gpuconv",
+        description="1-D convolution and transposed convolution for CuPy and NumPy arrays.",
+        epilog="exit codes: 0 success, 1 verify found a mismatch, 2 bad usage or bad input,\n"
+        "3 a GPU is needed and none answers",
+    )
+    parser.add_argument("--version", action="version", version=f"gpuconv {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    info.add_to(commands)
+    verify.add_to(commands)
+    explain.add_to(commands)
+    convolve.add_to(commands, "conv1d")
+    convolve.add_to(commands, "conv_transpose1d")
+    warmup.add_to(commands)
+    commands.add_parser("help", help="show this, or with a command's name its help")
+    return parser

@@ -1,0 +1,117 @@
+"""`gpuconv conv1d` and `gpuconv conv_transpose1d`: convolve a file."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+from .. import dispatch, files, functional, runtime
+from ..problem import DTYPES, ConvProblem
+from .errors import CommandError
+from .gpu import current_device, use_gpu
+from .options import add_device, add_settings, at_least, given_settings
+from .terminal import tell
+
+
+def add_to(commands: Any, op: str) -> None:
+    transposed = op == "conv_transpose1d"
+    shape = "(C_in, C_out/groups, K)" if transposed else "(C_out, C_in/groups, K)"
+    name = "transposed convolution" if transposed else "convolution"
+    parser = commands.add_parser(
+        op,
+        help=f"apply a 1-D {name} to a .npy or .wav file",
+        description=f"Apply a 1-D {name} to a file"
+        + (".\n" if transposed else "; the kernel is not flipped.\n")
+        + "A .npy file holds (N, C_in, L_in) or (C_in, L_in), a .wav file (channels,\n"
+        "samples) as float32. The output is written as a whole or not at all. The name -\n"
+        "stands for standard input or output, which is a .wav file if the input is one or\n"
+        "--rate is given, else a .npy file.",
+        epilog=f"example:\n  gpuconv {op} speech.wav filter.npy out.wav"
+        + (" --stride 2" if transposed else " --padding same"),
+    )
+    parser.add_argument("input", metavar="IN", help="input, .npy or .wav")
+    parser.add_argument("weight", metavar="WEIGHT", help=f"weight {shape}, .npy")
+    parser.add_argument("output", metavar="OUT", help="output, .npy or .wav (32-bit float, so nothing is clipped)")
+    parser.add_argument("--bias", metavar="B", help="bias (C_out,), .npy")
+    add_settings(parser, (op,))
+    add_device(parser)
+    parser.add_argument("--dtype", choices=DTYPES, metavar="D", help=f"convert the files first, to {', '.join(DTYPES)}")
+    parser.add_argument(
+        "--rate",
+        type=at_least(1),
+        metavar="HZ",
+        help="sample rate of a .wav output (default: that of a .wav input "
+        + ("times the stride)" if transposed else "over the stride)"),
+    )
+    parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
+    parser.add_argument(
+        "--allow-truncated", action="store_true", help="read what is there of a .wav file that is cut or damaged"
+    )
+    parser.set_defaults(run=run, op=op)
+
+
+def run(args: argparse.Namespace) -> int:
+    sources = {"input": args.input, "weight": args.weight, **({"bias": args.bias} if args.bias else {})}
+    if list(sources.values()).count(files.STANDARD) > 1:
+        raise CommandError("standard input, -, can be only one of IN, WEIGHT and --bias")
+    files.check_output(args.output, sources, force=args.force)
+    on_gpu = use_gpu(args.device)
+    x, rate, notes = files.read(args.input, args.dtype, allow_truncated=args.allow_truncated)
+    weight = files.read(args.weight, args.dtype, suffixes=(".npy",)).array
+    bias = files.read(args.bias, args.dtype, suffixes=(".npy",)).array if args.bias else None
+    settings = given_settings(args)
+    algorithm = settings.pop("algorithm", None)
+    construct = ConvProblem.conv1d if args.op == "conv1d" else ConvProblem.conv_transpose1d
+    try:
+        problem = construct(x, weight, bias, **settings)
+    except (ValueError, TypeError) as error:
+        dtypes = {array.dtype for array in (x, weight, bias) if array is not None}
+        hint = "; give --dtype to convert" if isinstance(error, TypeError) and len(dtypes) > 1 else ""
+        raise CommandError(f"{error}{hint}") from error
+    to_stdout = args.output == files.STANDARD
+    name = "standard output" if to_stdout else args.output
+    is_wav = args.output.lower().endswith(".wav") or (to_stdout and (rate or args.rate) is not None)
+    if is_wav:
+        rate, note = (args.rate, None) if args.rate else _rate_behind(problem, rate)
+        notes += () if note is None else (f"{name}: {note}",)
+        files.check_wav(name, problem.output_shape, problem.dtype, rate)
+    elif args.rate:
+        raise CommandError(f"{name}: --rate is for a .wav output; a .npy file holds no sample rate")
+    else:
+        rate = None
+    for note in notes:
+        tell("warning", note)
+
+    function: Callable[..., Any] = functional.conv1d if args.op == "conv1d" else functional.conv_transpose1d
+    if on_gpu:
+        cupy = runtime.cupy_module()
+        try:
+            runtime.check_dtype(x.dtype)
+            on_device = [None if array is None else cupy.asarray(array) for array in (x, weight, bias)]
+        except (TypeError, ValueError) as error:
+            raise CommandError(f"CuPy {cupy.__version__} has no {problem.dtype} arrays: {error}") from error
+        try:
+            output = cupy.asnumpy(function(*on_device, **settings, algorithm=algorithm))
+        except dispatch.AlgorithmError as error:
+            raise CommandError(str(error)) from error
+        where = f"on {runtime.device(current_device()).name}"
+    else:
+        output = function(x, weight, bias, **settings)
+        where = "on the CPU"
+    files.write(args.output, output, rate, force=args.force)
+    form = f"{tuple(output.shape)} " + (f"float32, {rate} Hz" if is_wav else problem.dtype)
+    if not to_stdout:
+        print(f"{name}: {form}, computed {where}")
+    return 0
+
+
+def _rate_behind(problem: ConvProblem, rate: int | None) -> tuple[int | None, str | None]:
+    """The sample rate of the output for that of the input, and a warning where it is not whole."""
+    if rate is None or problem.transposed:
+        return (None if rate is None else rate * problem.stride), None
+    nearest = max(1, round(rate / problem.stride))
+    if nearest * problem.stride == rate:
+        return nearest, None
+    exact = f"{rate} Hz over the stride {problem.stride} is no whole number"
+    return nearest, f"{exact}: written as {nearest} Hz; --rate gives another"

@@ -1,0 +1,17 @@
+"""How commands fail: exit codes, and the error that ends a command with one line."""
+
+from __future__ import annotations
+
+EXIT_MISMATCH = 1
+EXIT_ERROR = 2
+EXIT_NO_GPU = 3
+EXIT_INTERRUPTED = 130  # what a shell reports for a process that SIGINT ended, and below for SIGPIPE
+EXIT_BROKEN_PIPE = 141
+
+
+class CommandError(Exception):
+    """Ends a command with one line on stderr and an exit code."""
+
+    def __init__(self, message: str, code: int = EXIT_ERROR) -> None:
+        super().__init__(message)
+        self.code = code

@@ -1,0 +1,58 @@
+"""`gpuconv explain`: show which kernel a problem gets, and why."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from .. import runtime
+from ..device import ARCHITECTURES
+from ..explain import DIRECTIONS, SETTINGS, explain
+from .errors import CommandError
+from .gpu import current_device, use_gpu
+from .options import add_device, add_shapes, given_settings, specs
+from .terminal import terminal_width
+
+
+def add_to(commands: Any) -> None:
+    parser = commands.add_parser(
+        "explain",
+        help="show which kernel a problem gets, and why",
+        description="Show what a call would do, from the shapes of its arrays alone: the kernel\n"
+        "family with its launch on a GPU, or the method on the CPU, with bytes,\n"
+        "operations and copies. Nothing is computed.",
+        epilog="example:\n  gpuconv explain conv1d --input 8,512,3000 --weight 512,512,3 --arch sm_90",
+    )
+    parser.add_argument("op", choices=tuple(SETTINGS), metavar="OP", help="conv1d or conv_transpose1d")
+    add_shapes(parser, required=True)
+    where = parser.add_mutually_exclusive_group()
+    add_device(where)
+    where.add_argument(
+        "--arch",
+        choices=tuple(ARCHITECTURES),
+        metavar="ARCH",
+        help=f"for a GPU that need not be there: {', '.join(ARCHITECTURES)}",
+    )
+    parser.add_argument(
+        "--direction",
+        choices=DIRECTIONS,
+        default="forward",
+        metavar="D",
+        help=f"what to explain: {', '.join(DIRECTIONS)} (default: %(default)s)",
+    )
+    parser.add_argument("--json", action="store_true", help="print a JSON object instead of text")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    device = args.arch
+    if device is None:
+        device = runtime.device(current_device()) if use_gpu(args.device) else "cpu"
+    try:
+        arrays = specs(args, args.dtype)
+        explanation = explain(args.op, *arrays, direction=args.direction, device=device, **given_settings(args))
+    except (ValueError, TypeError) as error:
+        raise CommandError(str(error)) from error
+    print(json.dumps(explanation.to_dict(), indent=2) if args.json else explanation.page(terminal_width()))
+    return 0

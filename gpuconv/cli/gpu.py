@@ -1,0 +1,31 @@
+"""The GPU that a command uses."""
+
+from __future__ import annotations
+
+import os
+
+from .. import runtime
+from ..gpus import missing_gpu
+from .errors import EXIT_NO_GPU, CommandError
+
+
+def use_gpu(choice: str) -> bool:
+    """Whether `--device auto|cpu|gpu` means the GPU.
+
+    Raises:
+        CommandError: "gpu" and none answers.
+    """
+    if choice == "cpu":
+        return False
+    missing = missing_gpu()
+    if missing is not None and choice == "gpu":
+        raise CommandError(missing, EXIT_NO_GPU)
+    return missing is None
+
+
+def current_device() -> int:
+    return int(runtime.cupy_module().cuda.runtime.getDevice())
+
+
+def kernel_cache() -> str:
+    return os.environ.get("CUPY_CACHE_DIR") or os.path.expanduser("~/.cupy/kernel_cache")

@@ -1,0 +1,117 @@
+"""`gpuconv info`: versions, GPUs and what is missing."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import importlib.metadata
+import json
+import platform
+from typing import Any
+
+import numpy as np
+
+from .. import __version__, runtime
+from ..gpus import missing_gpu
+from ..text import install_hint, shorten, wrap, wrap_rows
+from .gpu import kernel_cache
+from .terminal import terminal_width
+
+
+def add_to(commands: Any) -> None:
+    text = "Print versions, GPUs, the kernel cache, and what is missing for what."
+    parser = commands.add_parser("info", help="versions, GPUs and what is missing", description=text)
+    parser.add_argument("--json", action="store_true", help="print a JSON object instead of text")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    facts = _facts()
+    if args.json:
+        print(json.dumps(facts, indent=2))
+        return 0
+    rows = [(name, value or "not available") for name, value in facts["versions"].items()]
+    width = terminal_width()
+    for gpu in facts["devices"]:
+        text = f"{gpu['name']} (sm_{gpu['arch']}), {gpu['num_sms']} multiprocessors, {gpu['l2_bytes'] >> 20} MiB L2"
+        rows.append((f"GPU {gpu['index']}", text))
+    rows.append(("kernel cache", facts["kernel_cache"]))
+    lines = wrap_rows(rows, width)
+    if facts["missing"]:
+        lines += ["", "Missing:"]
+        for gap in facts["missing"]:
+            lines += wrap(shorten(gap["what"]), width, first="- ", rest="  ")
+            lines += wrap(gap["meaning"], width, first="  ", rest="  ")
+    print("\n".join(lines))
+    return 0
+
+
+def _facts() -> dict[str, Any]:
+    versions: dict[str, str | None] = {
+        "gpuconv": __version__,
+        "Python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
+        "NumPy": np.__version__,
+        "CuPy": _version("cupy"),
+        "CUDA runtime": None,
+        "NVRTC": None,
+        "NVIDIA driver": None,
+        "ml_dtypes": _version("ml_dtypes"),
+        "soundfile": _version("soundfile"),
+        "rich": _version("rich"),
+    }
+    missing: list[dict[str, str]] = []
+    devices: list[dict[str, Any]] = []
+    try:
+        cuda: Any = None if versions["CuPy"] is None else runtime.cupy_module().cuda
+    except ImportError:  # too old, which `missing_gpu` reports below
+        cuda = None
+    if cuda is not None:
+        versions["CUDA runtime"] = _cuda_version(cuda.runtime.runtimeGetVersion())
+        if driver := cuda.runtime.driverGetVersion():
+            versions["NVIDIA driver"] = f"supports CUDA {_cuda_version(driver)}"
+        try:
+            versions["NVRTC"] = ".".join(map(str, cuda.nvrtc.getVersion()))
+        except Exception:  # CuPy loads the library at the first call and reports its absence in many ways
+            what = "NVRTC, CUDA's run-time compiler: install the CUDA toolkit, or CuPy with its extra [ctk]"
+            missing.append({"what": what, "meaning": "Kernels that are not in the kernel cache cannot be compiled."})
+    gap = missing_gpu()
+    if gap is None:
+        for index in range(runtime.device_count()):
+            devices.append({"index": index, **dataclasses.asdict(runtime.device(index))})
+    else:
+        meaning = "NumPy arrays are convolved on the CPU; CuPy arrays cannot be."
+        missing.append({"what": gap, "meaning": meaning})
+    for module, extra, meaning in (
+        ("ml_dtypes", "bf16", "There is no bfloat16; the other dtypes work."),
+        ("soundfile", "audio", "The command line reads and writes .npy files, but no .wav files."),
+        ("rich", "cli", "Progress is a plain counter instead of a bar."),
+    ):
+        if versions[module] is None:
+            missing.append({"what": f"{module}: {_trouble(module) or install_hint(extra)}", "meaning": meaning})
+    return {"versions": versions, "devices": devices, "kernel_cache": kernel_cache(), "missing": missing}
+
+
+def _trouble(module: str) -> str | None:
+    """Why an optional package cannot be imported though it is there, or None."""
+    try:
+        importlib.import_module(module)
+    except ModuleNotFoundError:
+        return None
+    except Exception as error:  # broken installations fail in many ways, and a report on what is there survives them
+        return f"cannot be loaded: {type(error).__name__}: {error}"
+    return None
+
+
+def _version(module: str) -> str | None:
+    """The version of an optional package, or None where it cannot be imported."""
+    try:
+        imported = runtime.cupy_module() if module == "cupy" else importlib.import_module(module)
+    except Exception:  # as above
+        return None
+    version = getattr(imported, "__version__", None)
+    return str(version or importlib.metadata.version(module))
+
+
+def _cuda_version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"

@@ -1,0 +1,135 @@
+"""The options that several commands share: how they are declared, and what their values mean."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from .. import dispatch
+from ..explain import SETTINGS
+from ..problem import DTYPES, PRECISIONS, ArraySpec
+
+
+def add_device(parser: Any) -> None:
+    parser.add_argument(
+        "--device",
+        choices=("auto", "cpu", "gpu"),
+        default="auto",
+        metavar="WHERE",
+        help="auto, cpu or gpu (default: auto, the GPU if one answers)",
+    )
+
+
+def add_shapes(parser: Any, *, required: bool) -> None:
+    """The options that describe a problem without its arrays."""
+    parser.add_argument("--input", type=_shape, required=required, metavar="SHAPE", help="N,C_in,L_in or C_in,L_in")
+    parser.add_argument(
+        "--weight",
+        type=_shape,
+        required=required,
+        metavar="SHAPE",
+        help="C_out,C_in/groups,K; for conv_transpose1d C_in,C_out/groups,K",
+    )
+    parser.add_argument("--bias", action="store_true", help="with a bias")
+    if required:
+        parser.add_argument("--dtype", choices=DTYPES, default="float32", metavar="D", help=_one_of(DTYPES, "float32"))
+    else:
+        parser.add_argument(
+            "--dtype", type=some_of(DTYPES), metavar="D[,D]", help=f"{', '.join(DTYPES)} (default: all)"
+        )
+    add_settings(parser, tuple(SETTINGS))
+
+
+def add_settings(parser: Any, ops: tuple[str, ...]) -> None:
+    note = "conv_transpose1d: " if len(ops) > 1 else ""
+    words = "valid, same or causal" if "conv1d" in ops else "valid or same"
+    parser.add_argument("--stride", type=_whole_number, metavar="N", help="step of the window (default: 1)")
+    parser.add_argument("--padding", type=_padding, metavar="P", help=f"N, LEFT,RIGHT, {words} (default: 0)")
+    parser.add_argument("--dilation", type=_whole_number, metavar="N", help="distance between taps (default: 1)")
+    parser.add_argument("--groups", type=_whole_number, metavar="N", help="groups of channels (default: 1)")
+    parser.add_argument(
+        "--precision", choices=PRECISIONS, metavar="P", help=f"of float32 data: {_one_of(PRECISIONS, 'float32')}"
+    )
+    names = dict.fromkeys(name for op in SETTINGS if op in ops for name in dispatch.algorithms(op))
+    parser.add_argument(
+        "--algorithm",
+        choices=tuple(names),
+        metavar="A",
+        help="base, or the kernel family that a GPU runs (default: the fastest)",
+    )
+    if "conv_transpose1d" in ops:
+        parser.add_argument(
+            "--output-padding", type=_whole_number, metavar="N", help=f"{note}more output on the right (default: 0)"
+        )
+        parser.add_argument(
+            "--output-size",
+            type=_whole_number,
+            metavar="N",
+            help=f"{note}the wanted L_out, in place of --output-padding",
+        )
+
+
+def _one_of(words: Sequence[str], default: str) -> str:
+    return f"{', '.join(words)} (default: {default})"
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    try:
+        extents = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        extents = (-1,)
+    if min(extents) < 0:
+        raise argparse.ArgumentTypeError(f"must be extents such as 8,512,3000, got {text!r}")
+    return extents
+
+
+def _padding(text: str) -> int | tuple[int, ...] | str:
+    try:
+        sides = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        return text  # a word; the problem knows which there are
+    return sides[0] if len(sides) == 1 else sides
+
+
+def some_of(choices: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
+    def parse(text: str) -> tuple[str, ...]:
+        names = tuple(text.split(","))
+        for name in names:
+            if name not in choices:
+                raise argparse.ArgumentTypeError(f"must be some of {', '.join(choices)}, got {name!r}")
+        return names
+
+    return parse
+
+
+def _whole_number(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}") from None
+
+
+def at_least(minimum: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        value = _whole_number(text)
+        if value < minimum:
+            raise argparse.ArgumentTypeError(f"must be at least {minimum}, got {value}")
+        return value
+
+    return parse
+
+
+def given_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings on the command line; the others keep the defaults of the operation."""
+    names = dict.fromkeys(name for settings in SETTINGS.values() for name in settings)
+    return {name: value for name in names if (value := getattr(args, name, None)) is not None}
+
+
+def specs(args: argparse.Namespace, dtype: str) -> tuple[ArraySpec, ArraySpec, ArraySpec | None]:
+    """The arrays that `--input`, `--weight` and `--bias` describe."""
+    bias = None
+    if args.bias and len(args.weight) == 3:
+        per_group = args.weight[1] * (args.groups or 1)
+        bias = ArraySpec((args.weight[0] if args.op == "conv1d" else per_group,), dtype)
+    return ArraySpec(args.input, dtype), ArraySpec(args.weight, dtype), bias

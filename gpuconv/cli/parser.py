@@ -1,0 +1,87 @@
+"""The parser of the command line: its errors in gpuconv's words, its help in lines that fit the terminal."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from ..text import wrap
+
+# What argparse says, and what gpuconv says in its place.
+_WORDS = (
+    (r"argument ([^:]+): expected one argument", r"\1 needs a value"),
+    (r"argument ([^:]+): not allowed with argument (.+)", r"\1 cannot be given together with \2"),
+    (r"argument ([^:]+): ignored explicit argument (.+)", r"\1 takes no value, got \2"),
+    (r"argument ([^:]+): (must .*)", r"\1 \2"),
+    (r"the following arguments are required: (.*, .*)", r"\1 are missing"),
+    (r"the following arguments are required: (.*)", r"\1 is missing"),
+    (r"unrecognized arguments: (.*)", r"unknown argument: \1"),
+)
+
+
+class UsageError(Exception):
+    """The command line cannot be understood; the text says why on one line."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An `argparse.ArgumentParser` whose errors are raised as `UsageError`.
+
+    In a description and an epilog, lines with two leading spaces are commands; the others form paragraphs.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=_Help, **options)
+
+    def error(self, message: str) -> NoReturn:
+        for theirs, ours in _WORDS:
+            if found := re.fullmatch(theirs, message, re.DOTALL):
+                message = found.expand(ours)
+                break
+        name = message.removesuffix(" needs a value")
+        if name != message and self._option_string_actions[name.split("/")[-1]].type is not None:
+            message += f"; one that begins with - is given as {name}=-1"
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """Parse; an option that nobody knows is told before one that is missing, which it may be meant for."""
+        words = [*(args or ()), "-"]
+        for word, following in itertools.pairwise(words):
+            if word == "--" or (self._subparsers is not None and not word.startswith("-")):
+                break
+            if re.match(r"--?[A-Za-z]", word) and word.partition("=")[0] not in self._option_string_actions:
+                value = "" if following.startswith("-") else f" {following}"
+                self.error(f"unrecognized arguments: {word}{value}")
+        namespace, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return namespace, unknown
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        print(message, end="", file=file or sys.stderr)  # argparse's own hides that it could not be written
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            choices = ", ".join(map(str, action.choices))
+            raise argparse.ArgumentError(action, f"must be one of {choices}, got {value!r}")
+
+
+class _Help(argparse.HelpFormatter):
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        lines: list[str] = []
+        paragraph: list[str] = []
+        for line in [*text.splitlines(), ""]:
+            if line and not line.startswith("  "):
+                paragraph.append(line)
+                continue
+            if paragraph:
+                lines += wrap(" ".join(paragraph), width, first=indent, rest=indent)
+                paragraph = []
+            if line:  # goes on behind a backslash, so that it can be pasted as it is
+                words = re.sub(r" (--\S+) (?!-)", " \\1\xa0", line.strip())  # an option stays with its value
+                command = wrap(words, width - 2, first=indent + "  ", rest=indent + "    ")
+                lines.append(" \\\n".join(command).replace("\xa0", " "))
+        return "\n".join(lines)

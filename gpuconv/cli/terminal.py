@@ -1,0 +1,83 @@
+"""What the commands write on a terminal, a pipe or a file: width, warnings and progress."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from ..text import WIDTH, shorten, wrap
+
+PROGRESS_SECONDS = 10.0  # between two lines where stderr is no terminal
+
+
+def terminal_width() -> int:
+    """The columns of the terminal, or $COLUMNS; 80 where stdout is no terminal."""
+    return shutil.get_terminal_size((WIDTH, 24)).columns
+
+
+def tell(kind: str, message: str) -> None:
+    """One line on stderr; on a terminal as many as it takes, broken between words."""
+    text = f"gpuconv: {kind}: {shorten(message)}"
+    try:
+        lines = wrap(text, terminal_width(), rest="  ") if sys.stderr.isatty() else [text]
+        print("\n".join(lines), file=sys.stderr, flush=True)
+    except (OSError, ValueError):
+        discard(sys.stderr)
+
+
+def discard(stream: Any) -> None:
+    """Send what a broken stream still holds nowhere: Python flushes it once more when it exits."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+@contextmanager
+def show_progress(title: str) -> Iterator[Callable[[int, int, str], None]]:
+    """Progress on stderr, driven by calls with (done, total, label).
+
+    A terminal shows a bar, or a counter without the package rich, which is gone at the end. A pipe or a file gets a
+    line every `PROGRESS_SECONDS`.
+    """
+    if not sys.stderr.isatty():
+        last = time.monotonic()
+
+        def write_line(done: int, total: int, label: str) -> None:
+            nonlocal last
+            if time.monotonic() - last >= PROGRESS_SECONDS:
+                last = time.monotonic()
+                print(f"{title} {done}/{total} {label}", file=sys.stderr, flush=True)
+
+        yield write_line
+        return
+    try:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    except ImportError:
+        width = 0
+
+        def show(done: int, total: int, label: str) -> None:
+            nonlocal width
+            line = f"{title} {done}/{total} {label}"[: shutil.get_terminal_size().columns - 1]
+            print(f"\r{line:<{width}}", end="", file=sys.stderr, flush=True)
+            width = len(line)
+
+        try:
+            yield show
+        finally:
+            print(f"\r{'':<{width}}\r", end="", file=sys.stderr, flush=True)
+        return
+    columns = (
+        TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[label]}"),
+    )  # fmt: skip
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(title, total=None, label="")
+
+        def update(done: int, total: int, label: str) -> None:
+            bar.update(task, completed=done, total=total, label=label)
+
+        yield update

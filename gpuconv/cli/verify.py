@@ -1,0 +1,99 @@
+"""`gpuconv verify`: check the results of this machine against the reference."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import Counter
+from typing import Any
+
+from .. import cases, files
+from ..cases import FORMATS
+from ..gpus import GpuUnavailableError
+from ..text import count, wrap
+from ..verify import verify
+from .errors import EXIT_MISMATCH, EXIT_NO_GPU, CommandError
+from .options import add_device, at_least, some_of
+from .terminal import show_progress, terminal_width
+
+
+def add_to(commands: Any) -> None:
+    parser = commands.add_parser(
+        "verify",
+        help="check the results of this machine against the reference",
+        description="Run the table of test problems on the chosen device and check every result:\n"
+        "exact where the data is small integers, inside the computed error bound\n"
+        "elsewhere. The bound follows from the problem; there is no tolerance to set.",
+        epilog="exit codes: 0 all good, 1 a mismatch, 2 bad usage, 3 no GPU for --device gpu",
+    )
+    add_device(parser)
+    parser.add_argument("--dtype", type=some_of(FORMATS), metavar="D[,D]", help=f"only these, of {', '.join(FORMATS)}")
+    parser.add_argument(
+        "--filter", metavar="TEXT", help="only the cases with TEXT in their name, or this tag or operation"
+    )
+    parser.add_argument("--all", action="store_true", help="every case in every dtype, not a selection")
+    parser.add_argument("--family", metavar="NAME", help="only this kernel family, by the cases that it takes (GPU)")
+    parser.add_argument("--list", action="store_true", help="print the names that --filter takes, and run nothing")
+    parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="seed of the random data (default: 0)")
+    parser.add_argument("--json", action="store_true", help="print the report as a JSON object")
+    parser.add_argument("--junit", metavar="FILE", help="also write the report to FILE as JUnit XML, for CI")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.list:
+        return _list_cases(args.filter)
+    if args.junit is not None:
+        files.check_output(args.junit, {}, force=True, suffixes=None)
+    try:
+        with show_progress("verifying") as progress:
+            report = verify(
+                args.device,
+                filter=args.filter,
+                seed=args.seed,
+                dtypes=args.dtype,
+                quick=not args.all,
+                family=args.family,
+                progress=progress,
+            )
+    except GpuUnavailableError as error:
+        raise CommandError(str(error), EXIT_NO_GPU) from error
+    except (ValueError, ModuleNotFoundError) as error:
+        raise CommandError(str(error)) from error
+    if args.junit is not None:
+        files.write_text(args.junit, report.to_junit())
+    print(json.dumps(report.to_dict(), indent=2) if args.json else _page(str(report)))
+    return 0 if report.ok else EXIT_MISMATCH
+
+
+def _page(report: str) -> str:
+    """The report; for a terminal with its long lines broken between words."""
+    if not sys.stdout.isatty():
+        return report
+    width = terminal_width()
+    lines: list[str] = []
+    for line in report.split("\n"):
+        indent = line[: len(line) - len(line.lstrip())]
+        lines += [line] if len(line) <= width else wrap(line.strip(), width, first=indent, rest=indent + "  ")
+    return "\n".join(lines)
+
+
+def _list_cases(filter: str | None) -> int:
+    """Operations and tags with the number of their cases, then the cases with their tags."""
+    try:
+        selected = cases.select(filter)
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+    width = max(len(case.name) for case in selected)
+    for title, names in (
+        ("operations", [case.problem.op for case in selected]),
+        ("tags", [tag for case in selected for tag in case.tags]),
+    ):
+        print(f"{title}:")
+        for name, number in Counter(names).items():
+            print(f"  {name:<{width}}  {count(number, 'case')}")
+    print("cases:")
+    for case in selected:
+        print(f"  {case.name:<{width}}  {', '.join(case.tags)}")
+    return 0

@@ -1,0 +1,71 @@
+"""`gpuconv warmup`: compile kernels into the disk cache."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from typing import Any
+
+from .. import runtime
+from ..explain import SETTINGS, explain
+from ..families import FAMILIES, Config
+from ..gpus import missing_gpu
+from ..problem import DTYPES
+from ..text import count
+from .errors import EXIT_NO_GPU, CommandError
+from .gpu import current_device, kernel_cache
+from .options import add_shapes, given_settings, specs
+from .terminal import show_progress
+
+
+def add_to(commands: Any) -> None:
+    parser = commands.add_parser(
+        "warmup",
+        help="compile kernels into the disk cache",
+        description="Compile kernels on the present GPU into CuPy's disk cache, so that no later\n"
+        "process waits for the compiler: those of one problem, or, without shapes,\n"
+        "every kernel of the given dtypes.",
+        epilog="example:\n  gpuconv warmup conv1d --input 8,512,3000 --weight 512,512,3 --dtype float16",
+    )
+    parser.add_argument("op", nargs="?", choices=tuple(SETTINGS), metavar="OP", help="conv1d or conv_transpose1d")
+    add_shapes(parser, required=False)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    if (args.input is None) != (args.weight is None):
+        raise CommandError("warmup needs --input and --weight together, or neither")
+    if args.input is not None and args.op is None:
+        raise CommandError("warmup needs conv1d or conv_transpose1d in front of the shapes")
+    settings = given_settings(args)
+    if args.input is None and (settings or args.bias):
+        raise CommandError("warmup takes settings only together with --input and --weight")
+    missing = missing_gpu()
+    if missing is not None:
+        raise CommandError(missing, EXIT_NO_GPU)
+
+    device = runtime.device(current_device())
+    dtypes = args.dtype or DTYPES
+    configs: dict[Config, None] = {}  # in order, each once
+    if args.input is None:
+        for family in FAMILIES:
+            if args.op in (None, family.op):
+                configs.update((c, None) for c in family.configs(device) if dict(c.macros).get("DTYPE") in dtypes)
+    else:
+        for dtype in dtypes:
+            try:
+                explanation = explain(args.op, *specs(args, dtype), device=device, **settings)
+            except (ValueError, TypeError) as error:
+                raise CommandError(str(error)) from error
+            if explanation.choice is not None:
+                configs.update((config, None) for config, _ in explanation.choice.kernels)
+    start = time.perf_counter()
+    with show_progress("compiling") as progress:
+        for done, config in enumerate(configs):
+            progress(done, len(configs), config.kernel)
+            runtime.build(config).compile()
+        progress(len(configs), len(configs), "")
+    seconds = time.perf_counter() - start
+    ready = f"{count(len(configs), 'kernel')} for {device.name} ({device.arch_name}) ready in {seconds:.1f} s"
+    print(f"{ready}: {kernel_cache()}")
+    return 0

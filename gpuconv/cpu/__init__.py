@@ -1,0 +1,50 @@
+"""The NumPy path: both operations on the CPU, through BLAS as NumPy offers it, with bounded extra memory.
+
+The output is cut into blocks, and `method` chooses, from the problem alone, how a block is computed:
+
+- panels: the windows of a block are copied side by side into a panel, for one product with the weight as it lies.
+- shift_add: one product of all taps with the input as it lies, whose rows are then shifted and summed.
+- toeplitz: neighbouring outputs of one group together, as the product of their common window with a banded matrix.
+- taps: elementwise products, one per tap, where a group has one input channel.
+
+A transposed problem is seen as a convolution that yields several outputs at each position (`geometry`), or with its
+input and its weight exchanged, where the weight is the longer one. `choice` adds up what the parts of each form cost
+(`costs`) and takes the cheapest.
+
+Panels and toeplitz multiply zeros: padding, absent taps, the rest of the band. A zero is harmless until it meets an
+infinity or a NaN; the element it spoils is then not finite either. So each block that could be spoilt is checked while
+it is in the cache, and one that is not finite is computed again by taps, which leave out what does not exist.
+
+The result is deterministic and within the bound of `gpuconv.reference`. Its bits depend on the problem, and, since BLAS
+sums in an order of its own, on the layout of the arrays in memory and on the number of BLAS's threads as well.
+"""
+
+from __future__ import annotations
+
+from ..problem import ConvProblem
+from .arrays import Array
+from .choice import Method, plan
+from .geometry import Call
+
+__all__ = ["Method", "convolve", "method"]
+
+
+def method(problem: ConvProblem) -> Method:
+    """The form that `convolve` uses for a problem: a pure function of the problem."""
+    return plan(problem).method
+
+
+def convolve(problem: ConvProblem, input: Array, weight: Array, bias: Array | None, output: Array) -> None:
+    """Compute a problem into `output`, every element of it.
+
+    float16 and bfloat16 are summed in float32, the bias included, and rounded once. A NaN or an infinity reaches only
+    the outputs whose windows contain it.
+
+    Args:
+        problem: extents and settings; the arrays agree with it.
+        input: `problem.input_shape`, native byte order, any strides.
+        weight: `problem.weight_shape`, likewise.
+        bias: `problem.bias_shape` or None, likewise.
+        output: `problem.output_shape`, any strides; it overlaps no other argument.
+    """
+    plan(problem).run(Call.of(problem, input, weight, bias, output))

@@ -1,0 +1,102 @@
+"""Blocks of the forms that multiply by the weight as a matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from ..problem import ConvProblem
+from . import limits
+from .arrays import Array, Scratch, run_blocks, slices
+from .geometry import Block, Call
+
+
+class Blocking(NamedTuple):
+    """Block sizes. Of a weight that BLAS cannot read as it lies, `weight_rows` of `weight_groups` are packed at a time.
+
+    Products have at most `tile_rows` rows and `tile` columns.
+    """
+
+    samples: int
+    groups: int
+    rows: int
+    length: int
+    tile_rows: int
+    tile: int
+    weight_groups: int
+    weight_rows: int
+
+    def num_blocks(self, p: ConvProblem, positions: int) -> tuple[int, int]:
+        """The number of blocks of a problem, and how often their columns are read again for other rows."""
+        rows = -(-p.C_out_g // min(self.rows, self.weight_rows))
+        groups = -(-p.groups // min(self.groups, self.weight_groups))
+        return rows * groups * -(-p.N // self.samples) * -(-positions // self.length), rows
+
+    def run(
+        self,
+        call: Call,
+        positions: tuple[int, int],
+        weight: Array | None,
+        pack: Callable[[Array, Scratch], Array],
+        compute: Callable[[Call, Array, Block, Scratch], None],
+        workers: int,
+    ) -> None:
+        """Compute all blocks from the weight (groups, rows*n, depth) for some n, or, if it is None, from packed parts.
+
+        `pack` takes a part (groups, rows, C_in_g, K) of the weight and returns (groups, rows*n, depth).
+        """
+        p = call.p
+        per_groups, per_rows = (self.weight_groups, self.weight_rows) if weight is None else (p.groups, p.C_out_g)
+        packed = Scratch(call.dtype)
+        first, last = positions
+        if (p.N, p.groups, p.C_out_g, last - first) == self[:4] and (p.groups, p.C_out_g) == (per_groups, per_rows):
+            # A small problem is one block, and its time is mostly that of the interpreter.
+            matrix = pack(call.w, packed) if weight is None else weight
+            block = Block(slice(0, p.N), slice(0, p.groups), slice(0, p.C_out_g), first, last)
+            with np.errstate(all="ignore"):
+                compute(call, matrix, block, Scratch(call.dtype))
+            return
+        columns = [(samples, at) for samples in slices(0, p.N, self.samples) for at in slices(first, last, self.length)]
+        for g in slices(0, p.groups, per_groups):
+            for m in slices(0, p.C_out_g, per_rows):
+                matrix = pack(call.w[g, m], packed) if weight is None else weight
+                per_row = matrix.shape[1] // (m.stop - m.start)
+                blocks = []
+                for groups in slices(g.start, g.stop, self.groups):
+                    for rows in slices(m.start, m.stop, self.rows):
+                        part = matrix[
+                            groups.start - g.start : groups.stop - g.start,
+                            (rows.start - m.start) * per_row : (rows.stop - m.start) * per_row,
+                        ]
+                        blocks += [(call, part, Block(n, groups, rows, at.start, at.stop)) for n, at in columns]
+                run_blocks(compute, blocks, workers, call.dtype, p.L_out)
+
+    def multiply(self, weight: Array, columns: Array, product: Array) -> None:
+        """``product[n, g, tile] = weight[g] @ columns[n, g, tile]``, at most `tile_rows` rows at a time."""
+        G, R, depth = weight.shape
+        whole = R - R % self.tile_rows
+        for low, high in ((0, whole), (whole, R)):
+            if low < high:
+                rows = min(self.tile_rows, high - low)
+                w = weight[:, low:high].reshape(G, 1, (high - low) // rows, rows, depth)
+                part = product[:, :, :, low:high]
+                np.matmul(w, columns[:, :, :, None], out=part.reshape(*part.shape[:3], -1, rows, part.shape[4]))
+
+    def tiles(self, columns: int) -> list[tuple[int, int, int]]:
+        """Cut a number of columns into runs of equal tiles: (from, to, columns of a tile)."""
+        whole = columns - columns % self.tile
+        runs = ((0, whole, self.tile), (whole, columns, columns - whole))
+        return [run for run in runs if run[0] < run[1]]
+
+
+def tiled(matrix: Array, tile: int) -> Array:
+    """A view of (..., rows, columns) as (..., tiles, rows, tile)."""
+    tiles: Array = matrix.reshape(*matrix.shape[:-1], -1, tile).swapaxes(-3, -2)
+    return tiles
+
+
+def parts(p: ConvProblem) -> int:
+    """Into how many blocks at least to cut a problem that several threads share."""
+    return max(1, min(16, p.N * p.C_out * p.L_out // limits.WORTH_A_BLOCK))

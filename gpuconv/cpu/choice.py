@@ -1,0 +1,144 @@
+"""Which form computes a problem: the one that costs least by `costs`, among all that take it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple, Protocol
+
+from ..problem import ConvProblem
+from . import limits
+from .arrays import accumulator
+from .geometry import Call, Geometry, exchange
+from .panels import Panels
+from .shift_add import ShiftAdd
+from .taps import Taps
+from .toeplitz import Toeplitz, tiles
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """How a problem is computed on the CPU.
+
+    Attributes:
+        name: the form.
+        reason: why it is chosen.
+        workspace_bytes: a bound on the memory used beyond input, weight, bias and output.
+    """
+
+    name: str
+    reason: str
+    workspace_bytes: int
+
+
+class Form(Protocol):
+    """A way to compute a problem, with its block sizes."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def reason(self) -> str:
+        """When it is the best one."""
+
+    @property
+    def concurrent(self) -> bool:
+        """Whether blocks are computed on several threads; elsewhere the threads are left to BLAS."""
+
+    def cost(self, p: ConvProblem) -> float:
+        """A guess at the nanoseconds on one core."""
+
+    def memory(self, p: ConvProblem) -> tuple[int, dict[str, int]]:
+        """Bounds on the elements of the scratch buffers: what all threads share, and what each has by name."""
+
+    def run(self, call: Call, workers: int) -> None:
+        """Compute the call on at most so many threads."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fill:
+    """The bias, or zeros: every sum is empty, or there is no output."""
+
+    name: str
+    reason: str
+    concurrent: bool = False
+
+    def cost(self, p: ConvProblem) -> float:
+        return 0.0
+
+    def memory(self, p: ConvProblem) -> tuple[int, dict[str, int]]:
+        return 0, {}
+
+    def run(self, call: Call, workers: int) -> None:
+        call.fill_with_bias()
+
+
+class Plan(NamedTuple):
+    """Attributes:
+    exchanged: the problem in which input and weight have changed places, where that is the one which is computed.
+    """
+
+    method: Method
+    form: Form
+    workers: int
+    exchanged: ConvProblem | None
+
+    def run(self, call: Call) -> None:
+        self.form.run(call if self.exchanged is None else call.exchanged(self.exchanged), self.workers)
+
+
+@lru_cache(maxsize=4096)
+def plan(p: ConvProblem) -> Plan:
+    options = [(form.cost(q), form, q) for q, forms in candidates(p) for form in forms]
+    options.sort(key=lambda option: option[0])
+    for cost, form, q in options:
+        found = plan_of(p, q, form, cost)
+        if found.method.workspace_bytes <= _allowed(p):
+            return found
+    return plan_of(p, p, Taps.of(p), 0.0)
+
+
+def _allowed(p: ConvProblem) -> int:
+    """The memory that a call may take beyond its arrays."""
+    return max(limits.WORKSPACE, (math.prod(p.input_shape) + math.prod(p.output_shape)) * p.itemsize // 4)
+
+
+def plan_of(p: ConvProblem, q: ConvProblem, form: Form, cost: float) -> Plan:
+    """The plan that computes a problem by a form of it or of its exchange."""
+    shared, buffers = form.memory(q)
+    size = accumulator(p.dtype).itemsize
+    shared *= size
+    # The largest buffer is also compared with infinity, one byte per element.
+    each = sum(buffers.values()) * size + max(buffers.values(), default=0)
+    workers = 1
+    if form.concurrent and cost > limits.WORTH_THREADS:
+        workers = max(1, min(limits.MAX_WORKERS, (_allowed(p) - shared) // each))
+    reason = form.reason if q is p else f"few inputs, many taps: their roles exchanged; {form.reason}"
+    return Plan(Method(form.name, reason, shared + workers * each), form, workers, None if q is p else q)
+
+
+def candidates(p: ConvProblem) -> list[tuple[ConvProblem, list[Form]]]:
+    """All forms that take a problem, and those that take it with input and weight exchanged."""
+    if 0 in p.output_shape:
+        return [(p, [Fill("nothing", "the output is empty")])]
+    if 0 in p.input_shape:
+        return [(p, [Fill("bias", "the input is empty, so every sum is")])]
+    problems = [p, exchange(p)] if p.transposed and p.L_in < p.K else [p]
+    if any(first >= last for first, last in (Geometry.of(q).positions(q) for q in problems)):
+        return [(p, [Fill("bias", "no output has a tap")])]
+    return [(q, _forms(q)) for q in problems]
+
+
+def _forms(p: ConvProblem) -> list[Form]:
+    forms: list[Form] = [*Panels.candidates(p)]
+    shift_add = ShiftAdd.of(p)
+    if p.C_in_g == 1:
+        forms.append(Taps.of(p))
+    elif shift_add is not None:
+        forms.append(shift_add)
+    for tile in tiles(p):
+        toeplitz = Toeplitz.of(p, tile)
+        if toeplitz is not None:
+            forms.append(toeplitz)
+    return forms

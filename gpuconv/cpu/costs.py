@@ -1,0 +1,75 @@
+"""What the parts of a computation cost, in nanoseconds on one core; only the order of sums of them matters.
+
+Measured with NumPy 2.4 and OpenBLAS 0.3.31 on an EPYC with AVX-512: the slopes and offsets of single NumPy calls over
+their extents.
+"""
+
+from __future__ import annotations
+
+from ..problem import ConvProblem
+from . import limits
+from .arrays import accumulator
+
+# The interpreter's time for a NumPy call, views and arguments included, and for a block of a form beside its calls.
+CALL = 2_000.0
+BLOCK = 25_000.0
+
+# A run of NumPy's inner loop, of one that copies, and its elements (4 bytes, operands in the cache): a copy, one with a
+# stride, one that transposes, one to the diagonals of a band, an addition or a product.
+ROW = 14.0
+COPY_ROW = 5.0
+COPY = 0.1
+STRIDED_COPY = 0.6
+TRANSPOSING_COPY = 0.8
+DIAGONAL = 2.0
+ELEMENTWISE = 0.12
+STRIDED_ELEMENTWISE = 0.45
+
+# An element of a conversion from or to a narrow dtype.
+CONVERT = {"float16": 2.2, "bfloat16": 0.3}
+
+# A product in a stack of products; an operation and an element of the result of a product; an element that BLAS packs
+# for a large one, and the time for its
+# threads to meet. OUTER is an element of a product of depth 1.
+PRODUCT = 40.0
+FLOP = 0.0095
+RESULT = 0.06
+OUTER = 1.2
+PACK = 0.25
+MEETING = 15_000.0
+
+# A form that leaves the threads to BLAS computes the rest on one, and waits for the slower thread after each product.
+LARGE_PRODUCT = 1.15
+SERIAL = 2.0
+
+
+def scale(p: ConvProblem) -> float:
+    """The bytes of an accumulator over those of a float32."""
+    return accumulator(p.dtype).itemsize / 4
+
+
+def rows(count: float, length: float, element: float) -> float:
+    """So many runs of an inner loop that computes."""
+    return count * (ROW + length * element)
+
+
+def copies(count: float, length: float, element: float) -> float:
+    """So many runs of an inner loop that copies."""
+    return count * (COPY_ROW + length * element)
+
+
+def products(p: ConvProblem, count: float, M: float, depth: float, columns: float, small: bool) -> float:
+    """So many products (M, depth) @ (depth, columns) of a problem's accumulators."""
+    if depth == 1:  # which NumPy computes in a loop of its own
+        return count * (PRODUCT + M * columns * OUTER * scale(p))
+    width = -(-columns // 16) * 16 if columns > 4 else min(columns + 2, 6)
+    operations = 2 * max(M, 2) * depth * width * (2 if p.is_complex else 1)
+    one = PRODUCT + (operations * FLOP + M * columns * RESULT) * scale(p)
+    if not small:
+        one = one * LARGE_PRODUCT + MEETING + PACK * scale(p) * (M * depth + depth * columns)
+    return count * one
+
+
+def serial(concurrent: bool, product: float, rest: float) -> float:
+    """What a form computes beside its products, where other threads would wait for it."""
+    return rest if concurrent or product + rest < limits.WORTH_THREADS else SERIAL * rest

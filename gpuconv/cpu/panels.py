@@ -1,0 +1,344 @@
+"""panels: the windows of a block are copied side by side into a panel, for one product with the weight as it lies."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..problem import ConvProblem
+from . import costs, limits
+from .arrays import Array, Scratch, accumulator, is_finite, slices, strided
+from .blocking import Blocking, parts, tiled
+from .geometry import Block, Call, Geometry
+from .taps import Taps
+
+
+@dataclass(frozen=True, slots=True)
+class Panels:
+    """Panels of windows times the weight, each product over `channels` input channels and `taps` tap groups.
+
+    Attributes:
+        merged: the positions of all samples of a block are the columns of one product.
+        packed: a weight that BLAS cannot read is packed before the blocks are computed; else for each product.
+        concurrent: BLAS computes each product on the calling thread.
+    """
+
+    geometry: Geometry
+    blocking: Blocking
+    safe: Taps
+    channels: int
+    taps: int
+    merged: bool
+    packed: bool
+    concurrent: bool
+
+    @classmethod
+    def candidates(cls, p: ConvProblem) -> list[Panels]:
+        """Small and large products, of single samples and of merged ones."""
+        geometry = Geometry.of(p)
+        first, last = geometry.positions(p)
+        merging = [False, True] if p.N > 1 and last - first < limits.SHORT_ROW else [False]
+        return [make(p, geometry, last - first, merged) for merged in merging for make in (cls._small, cls._large)]
+
+    @classmethod
+    def _small(cls, p: ConvProblem, geometry: Geometry, Q: int, merged: bool) -> Panels:
+        """Products on one thread each, which run at the same time; what each of them reads stays in a first cache."""
+        J, R, M = geometry.tap_groups, geometry.phases, p.C_out_g
+        size, small = accumulator(p.dtype).itemsize, limits.small_product(p.is_complex)
+        row = p.N * Q if merged else Q  # the columns that lie next to each other
+        tile_rows = min(M * R, limits.SMALL_TILE)
+        # Where one product takes all rows, each part of a panel is read once, wherever it lies.
+        deepest = min(limits.SMALL_DEPTH, small // limits.SMALL_TILE**2) if tile_rows < M * R else small // 1024
+        deepest = max(1, min(deepest, small // (tile_rows * limits.SMALL_TILE)))
+        taps = min(J, deepest)
+        channels = min(p.C_in_g, deepest // taps)
+        channels = -(-p.C_in_g // -(-p.C_in_g // channels))
+        depth = channels * taps
+        widest = small // (tile_rows * depth)
+        if M * R > limits.SMALL_TILE:
+            widest = min(widest, limits.SMALL_TILE * limits.SMALL_DEPTH // depth)
+        tile = min(row, max(limits.SMALL_TILE // 2, min(widest, 512) // 32 * 32))
+        rows = min(M, max(1, 512 // R))
+        columns = max(1, min(limits.CONCURRENT_BUFFER // size // depth, limits.SUMS // size // (rows * R)))
+        samples, groups, length = 1, 1, Q
+        if merged:
+            columns = max(columns, Q)
+            samples = min(p.N, max(1, min(max(tile, columns // p.groups), columns) // Q))
+        else:
+            tiles = max(1, min(-(-Q // tile), columns // tile))
+            # Some blocks for each of several threads, if need be smaller ones.
+            while p.N * p.groups * -(-Q // (tiles * tile)) * -(-M // rows) < parts(p):
+                if tiles > 1 and (tiles * tile > 256 or rows * R < 4 * limits.SMALL_TILE):
+                    tiles = -(-tiles // 2)
+                elif rows * R >= 4 * limits.SMALL_TILE:
+                    rows = -(-rows // 2)
+                else:
+                    break
+            length = min(Q, tiles * tile)
+        if length == Q and rows == M:
+            most = max(1, p.N * p.groups // parts(p))
+            groups = max(1, min(p.groups, columns // (Q * samples), most))
+            if groups == p.groups and not merged:
+                samples = max(1, min(p.N, columns // (Q * groups), most // groups))
+        return cls._of(p, geometry, (samples, groups, rows, length, tile_rows, tile), channels, taps, merged, True)
+
+    @classmethod
+    def _large(cls, p: ConvProblem, geometry: Geometry, Q: int, merged: bool) -> Panels:
+        """Products of all rows and of all the depth, as far as they fit, each on all threads of BLAS."""
+        R, M, budget = geometry.phases, p.C_out_g, limits.BUFFER // accumulator(p.dtype).itemsize
+        deepest = min(limits.LARGE_DEPTH, budget)
+        taps = min(geometry.tap_groups, deepest)
+        channels = min(p.C_in_g, deepest // taps)
+        depth = channels * taps
+        length = max(1, min(Q, budget // depth))
+        rows = max(1, min(M, budget // (length * R)))
+        samples = groups = 1
+        if length == Q:
+            fitting = budget // (max(depth, rows * R) * Q)
+            samples = max(1, min(p.N, 1024 // Q, fitting)) if merged else 1
+            if rows == M:
+                groups = max(1, min(p.groups, budget // (max(depth, M * R) * Q * samples)))
+                if not merged and groups == p.groups:
+                    samples = max(1, min(p.N, fitting // groups))
+        columns = length * samples if merged else length
+        concurrent = rows * R * depth * columns <= limits.small_product(p.is_complex)
+        return cls._of(
+            p, geometry, (samples, groups, rows, length, rows * R, columns), channels, taps, merged, concurrent
+        )
+
+    @classmethod
+    def _of(
+        cls,
+        p: ConvProblem,
+        geometry: Geometry,
+        sizes: tuple[int, int, int, int, int, int],
+        channels: int,
+        taps: int,
+        merged: bool,
+        concurrent: bool,
+    ) -> Panels:
+        """With as much of the weight packed at a time as fits."""
+        per_row = p.C_in_g * geometry.tap_groups * geometry.phases
+        budget = limits.PACKED_WEIGHT // accumulator(p.dtype).itemsize
+        packed = per_row <= budget
+        packing = limits.fit(budget // per_row, p.C_out_g, p.groups)[::-1] if packed else [p.groups, p.C_out_g]
+        blocking = Blocking(*sizes, *packing)
+        return cls(geometry, blocking, Taps.of(p), channels, taps, merged, packed, concurrent)
+
+    @property
+    def name(self) -> str:
+        return "panels"
+
+    @property
+    def reason(self) -> str:
+        if self.merged:
+            return "short rows: the windows of many samples side by side, times the weight"
+        return "windows side by side, times the weight"
+
+    def cost(self, p: ConvProblem) -> float:
+        geometry, blocking, size = self.geometry, self.blocking, costs.scale(p)
+        first, last = geometry.positions(p)
+        Q, R, J = last - first, geometry.phases, geometry.tap_groups
+        blocks, reread = blocking.num_blocks(p, Q)
+        passes = -(-p.C_in_g // self.channels) * -(-J // self.taps)
+        depth, rows = p.C_in_g * J, p.C_out_g * R
+        columns = p.N * p.groups * Q
+        run = Q if self.merged else min(blocking.tile, Q)
+        if run == 1:  # NumPy then copies along another axis
+            run = max(8, J)
+        copy = costs.COPY if geometry.stride == 1 else costs.STRIDED_COPY
+        panel = reread * costs.copies(columns * depth / run, run, copy * size)
+        elements = columns * rows
+        # The product itself, the check that it is finite, and the additions of the passes behind the first.
+        each = costs.ELEMENTWISE * (1 + 2 * (passes - 1)) * size
+        if self.merged or geometry.out_stride > 1 or p.dtype in costs.CONVERT:
+            store = costs.STRIDED_COPY if geometry.out_stride == 1 else costs.TRANSPOSING_COPY
+            each += store * size + costs.COPY_ROW / run + costs.CONVERT.get(p.dtype, 0.0)
+        if p.dtype in costs.CONVERT:
+            panel += costs.CONVERT[p.dtype] * columns * p.C_in_g * geometry.stride
+        packing = 0.0
+        if p.transposed or not self.packed or p.dtype in costs.CONVERT:
+            packing = costs.TRANSPOSING_COPY * size * p.groups * rows * depth * (1 if self.packed else blocks)
+        tile = min(blocking.tile, Q * blocking.samples if self.merged else min(Q, blocking.length))
+        tile_rows = min(blocking.tile_rows, rows)
+        count = columns / tile * -(-rows // tile_rows) * passes
+        product = costs.products(p, count, tile_rows, depth / passes, tile, self.concurrent)
+        calls = blocks * (costs.BLOCK + passes * 3.5 * costs.CALL)
+        return product + costs.serial(self.concurrent, product, panel + each * elements + packing + calls)
+
+    @property
+    def _staged(self) -> int:
+        """The bytes that the staged input may take."""
+        return limits.STAGED_INPUT if self.concurrent else limits.BUFFER
+
+    def memory(self, p: ConvProblem) -> tuple[int, dict[str, int]]:
+        """Bounds on the elements of the scratch buffers: what all threads share, and what each has by name."""
+        blocking, depth, R = self.blocking, self.channels * self.taps, self.geometry.phases
+        columns = blocking.samples * blocking.groups * blocking.length
+        sums = columns * blocking.rows * R
+        buffers = {"panel": columns * depth, "sums": sums, "input": self._staged // accumulator(p.dtype).itemsize}
+        if depth < p.C_in_g * self.geometry.tap_groups:
+            buffers["product"] = sums
+        packed = blocking.weight_groups * blocking.weight_rows * R * p.C_in_g * self.geometry.tap_groups
+        if not self.packed:
+            packed, buffers["weight"] = 0, blocking.groups * blocking.rows * R * depth
+        safe = self.safe.block_memory(p, blocking.samples, blocking.groups, blocking.rows, blocking.length)
+        return packed, buffers | {name: max(buffers.get(name, 0), count) for name, count in safe.items()}
+
+    def run(self, call: Call, workers: int) -> None:
+        p, geometry, w = call.p, self.geometry, call.w
+        if not geometry.writes_everything():
+            call.fill_with_bias()
+        in_place = not p.transposed and w.dtype == call.dtype and w.flags.c_contiguous and w.flags.aligned
+        if in_place or self.packed:
+            weight = w.reshape(p.groups, p.C_out_g, -1) if in_place else None
+            self.blocking.run(call, geometry.positions(p), weight, self._pack, self._compute, workers)
+        else:
+            self.blocking.run(call, geometry.positions(p), w, self._pack, self._compute, workers)
+
+    def _pack(self, w: Array, scratch: Scratch) -> Array:
+        """Weight (groups, rows, C_in_g, K) as (groups, rows*phases, C_in_g*tap_groups), zeros for the absent taps."""
+        G, M, C, K = w.shape
+        R, interleave = self.geometry.phases, self.geometry.interleave
+        J = -(-K // interleave)
+        packed = scratch.take("weight", G, M, R, C, J)
+        if R == 1:
+            packed[:, :, 0] = w[..., ::interleave]
+        elif J < R:
+            for j in range(J):
+                taps = min(R, K - j * interleave)
+                packed[:, :, :taps, :, j] = w[..., j * interleave : j * interleave + taps].transpose(0, 1, 3, 2)
+                packed[:, :, taps:, :, j] = 0
+        else:
+            for r in range(R):
+                tap_groups = -(-(K - r) // interleave)
+                packed[:, :, r, :, :tap_groups] = w[..., r::interleave]
+                packed[:, :, r, :, tap_groups:] = 0
+        return packed.reshape(G, M * R, C * J)
+
+    def _weight(self, weight: Array, channels: slice, taps: slice, scratch: Scratch) -> Array:
+        """The part of the weight that one product needs, as (groups, rows*phases, channels*taps).
+
+        `weight` is (groups, rows*phases, C_in_g*tap_groups), or (groups, rows, C_in_g, K) where it is not packed.
+        """
+        if weight.ndim == 3:
+            J = self.geometry.tap_groups  # either all taps or a single channel
+            return weight[..., channels.start * J + taps.start : (channels.stop - 1) * J + taps.stop]
+        interleave = self.geometry.interleave
+        return self._pack(weight[:, :, channels, taps.start * interleave : taps.stop * interleave], scratch)
+
+    def _compute(self, call: Call, weight: Array, block: Block, scratch: Scratch) -> None:
+        p, geometry, blocking = call.p, self.geometry, self.blocking
+        N, G, M = (part.stop - part.start for part in block[:3])
+        T, R, J = block.stop - block.start, geometry.phases, geometry.tap_groups
+        direct = call.y_direct and geometry.out_stride == 1 and not self.merged
+        if direct:
+            sums = call.y[block.samples, block.groups, block.rows, geometry.place(0, block.start, block.stop)]
+        else:
+            sums = scratch.take("sums", *((1, G, M * R, N * T) if self.merged else (N, G, M * R, T)))
+        # (columns of the sums, position of the first one, tiles, columns of a tile); a merged block is one panel.
+        runs = [(low, high, block.start + low, (high - low) // tile, tile) for low, high, tile in blocking.tiles(T)]
+        if self.merged:
+            runs = [(0, N * T, block.start, 1, T)]
+        everything = slice(0, p.C_in_g), slice(0, J)
+        source = self._read(call, block, *everything, block.start, block.stop, scratch)
+        windows = [None if source is None else self._windows(source, *everything, *run[2:]) for run in runs]
+        into = sums
+        for c in slices(0, p.C_in_g, self.channels):
+            for j in slices(0, J, self.taps):
+                w = self._weight(weight, c, j, scratch)
+                for (low, high, start, tiles, tile), view in zip(runs, windows, strict=True):
+                    panel = self._panel(call, block, view, c, j, start, tiles, tile, scratch)
+                    cuts = blocking.tiles(high - low) if self.merged else [(0, high - low, tile)]
+                    for begin, end, width in cuts:
+                        columns = tiled(panel[..., begin:end], width) if self.merged else panel
+                        blocking.multiply(w, columns, tiled(into[..., low + begin : low + end], width))
+                if into is not sums:
+                    np.add(sums, into, out=sums)
+                elif c.stop < p.C_in_g or j.stop < J:
+                    into = scratch.take("product", *sums.shape)
+        low, high = geometry.window(block.start, block.stop, slice(0, J))
+        absent_taps = R > 1 and J * geometry.interleave > p.K
+        if (low < 0 or high > p.L_in or absent_taps) and not is_finite(sums):
+            self.safe.compute(call, block, scratch)
+            return
+        if self.merged:
+            sums = sums.reshape(G, M, R, N, T).transpose(3, 0, 1, 2, 4)
+        elif not direct:
+            sums = sums.reshape(N, G, M, R, T)
+        call.add_bias(block, sums)
+        if not direct:
+            call.store(geometry, block, sums)
+
+    def _panel(
+        self,
+        call: Call,
+        block: Block,
+        windows: Array | None,
+        channels: slice,
+        taps: slice,
+        start: int,
+        tiles: int,
+        tile: int,
+        scratch: Scratch,
+    ) -> Array:
+        """The windows from position `start` as (samples, groups, tiles, channels*taps, tile), next to each other.
+
+        Of a merged block as (1, groups, channels*taps, samples*tile). `windows` is a view of all of them, or None.
+        """
+        N, G = block.samples.stop - block.samples.start, block.groups.stop - block.groups.start
+        C, J = channels.stop - channels.start, taps.stop - taps.start
+        if self.merged:
+            panel = scratch.take("panel", G, C, J, N, tile)
+            target = panel.transpose(3, 0, 1, 2, 4)[:, :, None]
+        else:
+            panel = target = scratch.take("panel", N, G, tiles, C, J, tile)
+        if windows is not None:
+            np.copyto(target, windows[:, :, :, channels, taps])
+        else:
+            source = self._read(call, block, channels, taps, start, start + tiles * tile, scratch)
+            if source is not None:
+                np.copyto(target, self._windows(source, channels, taps, start, tiles, tile))
+            else:
+                self._copy_by_taps(call, block, channels, taps, start, target)
+        return panel.reshape(1, G, C * J, N * tile) if self.merged else panel.reshape(N, G, tiles, C * J, tile)
+
+    def _read(
+        self, call: Call, block: Block, channels: slice, taps: slice, start: int, stop: int, scratch: Scratch
+    ) -> tuple[Array, int] | None:
+        """What the positions start to stop read, and where it begins; None where it is too large to be staged."""
+        low, high = self.geometry.window(start, stop, taps)
+        rows = (block.samples.stop - block.samples.start) * (block.groups.stop - block.groups.start)
+        rows *= channels.stop - channels.start
+        inside = call.x_direct and low >= 0 and high <= call.p.L_in
+        if not inside and rows * (high - low) * call.dtype.itemsize > self._staged:
+            return None
+        return call.read(block.samples, block.groups, channels, low, high, scratch), low
+
+    def _windows(
+        self, source: tuple[Array, int], channels: slice, taps: slice, start: int, tiles: int, tile: int
+    ) -> Array:
+        """A view of what `_read` returned as (samples, groups, tiles, channels, taps, tile)."""
+        geometry, (x, low) = self.geometry, source
+        s_n, s_g, s_c, s_l = x.strides
+        origin = start * geometry.stride + geometry.offset + taps.start * geometry.dilation - low
+        return strided(
+            x,
+            origin,
+            (*x.shape[:2], tiles, channels.stop - channels.start, taps.stop - taps.start, tile),
+            (s_n, s_g, s_l * geometry.stride * tile, s_c, s_l * geometry.dilation, s_l * geometry.stride),
+        )
+
+    def _copy_by_taps(self, call: Call, block: Block, channels: slice, taps: slice, start: int, panel: Array) -> None:
+        """Fill a panel (samples, groups, tiles, channels, taps, tile) whose windows are too long to be staged."""
+        geometry, tile = self.geometry, panel.shape[5]
+        x = call.x[block.samples, block.groups, channels]
+        for index in range(panel.shape[2]):
+            begin = start + index * tile
+            for j in range(panel.shape[4]):
+                first, last, read = geometry.reading(taps.start + j, begin, begin + tile, 0, call.p.L_in)
+                panel[:, :, index, :, j, : first - begin] = 0
+                if first < last:
+                    panel[:, :, index, :, j, first - begin : last - begin] = x[..., read]
+                panel[:, :, index, :, j, last - begin :] = 0

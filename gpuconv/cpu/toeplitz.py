@@ -1,0 +1,330 @@
+"""toeplitz: neighbouring outputs of a group together, as the product of their common window with a banded matrix.
+
+A row is cut into windows, each of which makes a tile of outputs. Where one window holds a whole short row, the samples
+are the rows of one product, and neither input nor output is copied. The band of many taps is cut.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.lib.stride_tricks import as_strided
+
+from ..problem import ConvProblem
+from . import costs, limits
+from .arrays import Array, Scratch, accumulator, is_finite, run_blocks, slices
+from .geometry import Block, Call
+from .taps import Taps
+
+
+@dataclass(frozen=True, slots=True)
+class Toeplitz:
+    """Windows of `tile` steps times banded matrices, of which each holds at most `taps` taps.
+
+    Step q is the output q of conv1d, or the outputs from ``q*stride - padding_left`` to the next step's of
+    conv_transpose1d.
+
+    Attributes:
+        safe: the form that computes a block again.
+        samples, groups, windows: of a block.
+        lines: windows of one product.
+        whole: one window holds a row; its band has only the inputs and outputs that exist.
+        concurrent: BLAS computes each product on the calling thread.
+    """
+
+    safe: Taps
+    samples: int
+    groups: int
+    windows: int
+    lines: int
+    tile: int
+    taps: int
+    whole: bool
+    concurrent: bool
+
+    @classmethod
+    def of(cls, p: ConvProblem, tile: int) -> Toeplitz | None:
+        """None where even the smallest band or block is too large."""
+        size, small = accumulator(p.dtype).itemsize, limits.small_product(p.is_complex)
+        first, last = _steps(p)
+        whole = tile == last - first
+        outputs, budget = p.C_out_g * tile * _outputs_per_step(p), limits.BUFFER // size
+        depth = min(limits.BAND_DEPTH, budget // max(outputs, 16)) // p.C_in_g
+        taps = _taps_within(p, tile, depth)
+        if taps < min(p.K, max(1, tile // 4)):
+            return None
+        window = p.C_in_g * _window_length(p, tile, taps)
+        lines = min(small // (window * outputs), 512)
+        concurrent = lines >= 16
+        if concurrent:
+            budget = max(limits.CONCURRENT_BUFFER // size, window * max(outputs, 16))
+        # What a window takes at most: its copy, its outputs, and the input from it to the next one.
+        unit = max(window, outputs, p.C_in_g * tile * (1 if p.transposed else p.stride))
+        if unit > budget:
+            return None
+        most = max(1, budget // unit)
+        windows = min(-(-(last - first) // tile), most)
+        samples = max(1, min(p.N, most // windows))
+        lines = min(lines, samples * windows) if concurrent else samples * windows
+        groups = max(1, min(p.groups, budget // (unit * windows * samples), budget // (window * outputs)))
+        if concurrent and p.N * p.C_out * p.L_out > 2 * limits.WORTH_A_BLOCK:
+            groups = min(groups, -(-p.groups // 16))
+        return cls(Taps.of(p), samples, groups, windows, lines, tile, taps, whole, concurrent)
+
+    @property
+    def name(self) -> str:
+        return "toeplitz"
+
+    @property
+    def reason(self) -> str:
+        if self.whole:
+            return "short rows: each sample is a line of one product with a banded matrix"
+        return "few channels per group, or many taps: banded matrices use each window for several outputs"
+
+    def cost(self, p: ConvProblem) -> float:
+        size, per_step = costs.scale(p), _outputs_per_step(p)
+        first, last = _steps(p)
+        per_row = -(-(last - first) // self.tile)
+        passes = -(-p.K // self.taps)
+        blocks = -(-p.N // self.samples) * -(-p.groups // self.groups) * -(-per_row // self.windows)
+        U, outputs = _window_length(p, self.tile, self.taps), p.C_out_g * self.tile * per_step
+        kept = min(U, p.L_in) if self.whole else U
+        window, count = p.C_in_g * kept, p.N * p.groups * per_row  # of all windows
+        bands = p.groups * (1 if passes == 1 else -(-p.N // self.samples) * -(-per_row // self.windows) * passes)
+        diagonals = p.C_in_g * p.C_out_g * self.taps * self.tile
+        filling = bands * size * (costs.DIAGONAL * diagonals + costs.COPY * p.C_in_g * U * outputs)
+        if self.whole:
+            filling += bands * size * costs.STRIDED_COPY * window * outputs
+        filling += bands / min(self.groups, p.groups) * costs.CALL * (3 + (_phases(p) if p.transposed else 0))
+        lines = min(self.lines, p.N * per_row)
+        product = costs.products(p, passes * count / lines, lines, window, outputs, self.concurrent)
+        copy = costs.ROW * (2 * count if p.groups > 1 else 0)  # lines of a group lie far from each other
+        if not self.whole or p.dtype in costs.CONVERT:
+            copy += passes * costs.copies(count * p.C_in_g, kept, costs.COPY * size)
+        each = costs.ELEMENTWISE * (1 + 2 * (passes - 1)) * size
+        if p.dtype in costs.CONVERT:
+            copy += costs.CONVERT[p.dtype] * min(count * window, p.N * p.C_in * p.L_in)
+            each += costs.CONVERT[p.dtype]
+        result = count * outputs * each
+        if not self.whole or p.dtype in costs.CONVERT:
+            result += costs.copies(count * p.C_out_g, self.tile * per_step, costs.COPY * size)
+        calls = blocks * (costs.BLOCK + passes * 6 * costs.CALL)
+        return product + costs.serial(self.concurrent, product, copy + filling + result + calls)
+
+    def memory(self, p: ConvProblem) -> tuple[int, dict[str, int]]:
+        """Bounds on the elements of the scratch buffers: what all threads share, and what each has by name."""
+        U, per_step = _window_length(p, self.tile, self.taps), _outputs_per_step(p)
+        window, outputs = p.C_in_g * U, p.C_out_g * self.tile * per_step
+        lines = self.groups * self.samples * self.windows
+        span = self.windows * self.tile * (1 if p.transposed else p.stride) + U
+        buffers = {
+            "band": self.groups * window * outputs,
+            "panel": lines * window,
+            "sums": lines * outputs,
+            "input": self.groups * self.samples * p.C_in_g * span,
+        }
+        if self.whole:
+            buffers["full band"] = buffers["band"]
+        if self.taps < p.K:
+            buffers["product"] = buffers["sums"]
+        safe = self.safe.block_memory(p, self.samples, self.groups, p.C_out_g, self.windows * self.tile)
+        return 0, buffers | {name: max(buffers.get(name, 0), count) for name, count in safe.items()}
+
+    def run(self, call: Call, workers: int) -> None:
+        p = call.p
+        blocks = [
+            (call, Block(samples, groups, slice(0, p.C_out_g), at.start, at.stop))
+            for groups in slices(0, p.groups, self.groups)
+            for samples in slices(0, p.N, self.samples)
+            for at in slices(*_steps(p), self.windows * self.tile)
+        ]
+        run_blocks(self._compute, blocks, workers, call.dtype, p.L_out)
+
+    def _compute(self, call: Call, block: Block, scratch: Scratch) -> None:
+        p = call.p
+        N, G, M = (part.stop - part.start for part in block[:3])
+        W, length = -(-(block.stop - block.start) // self.tile), self.tile * _outputs_per_step(p)
+        y = call.y[block.samples, block.groups]
+        # The outputs of the block, of which the first and the last may not exist.
+        at = block.start * _outputs_per_step(p) - (p.padding_left if p.transposed else 0)
+        low, high = max(0, at), min(p.L_out, at + W * length)
+        size = call.dtype.itemsize
+        direct = self.whole and call.y_direct and (M == 1 or y.strides[2] == p.L_out * size)
+        if direct:
+            sums = as_strided(y, (G, N, M * p.L_out), (y.strides[1], y.strides[0], size))
+        else:
+            sums = scratch.take("sums", G, N * W, M * (high - low if self.whole else length))
+        into = sums
+        for taps in slices(0, p.K, self.taps):
+            band, first, last = self._band(call, block, taps, scratch)
+            panel = self._panel(call, block, W, first, last, scratch)
+            self._multiply(panel, band, into)
+            if into is not sums:
+                np.add(sums, into, out=sums)
+            elif taps.stop < p.K:
+                into = scratch.take("product", *sums.shape)
+        if not is_finite(sums):
+            self.safe.compute_outputs(call, block._replace(start=low, stop=high), scratch)
+            return
+        if self.whole:
+            by_sample = sums.reshape(G, N, M, high - low).swapaxes(0, 1)
+            call.add_bias(block, y if direct else by_sample)
+            if not direct:
+                y[...] = by_sample
+            return
+        by_sample = sums.reshape(G, N, W, M, length).transpose(1, 0, 3, 2, 4)
+        call.add_bias(block, by_sample)
+        begin, end = -(-(low - at) // length), (high - at) // length  # the windows of which all outputs exist
+        if begin < end:
+            part = y[..., at + begin * length : at + end * length]
+            part.reshape(*part.shape[:3], end - begin, length)[...] = by_sample[..., begin:end, :]
+        for window in {0, W - 1} - set(range(begin, end)):
+            start = at + window * length
+            from_, to = max(low, start), min(high, start + length)
+            y[..., from_:to] = by_sample[..., window, from_ - start : to - start]
+
+    def _band(self, call: Call, block: Block, taps: slice, scratch: Scratch) -> tuple[Array, int, int]:
+        """What each input of a window contributes to each of its outputs, as (groups, C_in_g*inputs, C_out_g*outputs).
+
+        Also the input positions of the first window: first, and behind the last.
+        """
+        p, groups = call.p, block.groups
+        G, C, M, T = groups.stop - groups.start, p.C_in_g, p.C_out_g, self.tile
+        per_step, U = _outputs_per_step(p), _window_length(p, T, taps.stop - taps.start)
+        low = _first_input(p, block.start, taps)
+        first, last = 0, U
+        at = block.start * per_step - (p.padding_left if p.transposed else 0)
+        begin, end = 0, T * per_step
+        if self.whole:
+            first = min(max(0, -low), U - 1)
+            last = max(min(U, p.L_in - low), first + 1)
+            begin, end = max(0, -at), min(end, p.L_out - at)
+        shape = (G, C, last - first, M, end - begin)
+        matrix = (G, C * (last - first), M * (end - begin))
+        made_of = groups.start, taps.start
+        if scratch.band == made_of:
+            return scratch.take("band", *shape).reshape(matrix), low + first, low + last
+        scratch.band = made_of
+        cut = (last - first, end - begin) != (U, T * per_step)
+        full = scratch.take("full band" if cut else "band", G, C, U, M, T * per_step)
+        full[...] = 0
+        s_g, s_c, s_u, s_m, s_o = full.strides
+        w = call.w[groups, ..., taps]
+        if not p.transposed:
+            diagonals = as_strided(
+                full, (G, M, C, w.shape[3], T), (s_g, s_m, s_c, s_u * p.dilation, s_u * p.stride + s_o)
+            )
+            diagonals[...] = w[..., None]
+        else:
+            # Tap k of input l makes the output l*stride + k*dilation; l and the output count from the first step.
+            common = math.gcd(p.stride, p.dilation)
+            interleave = p.stride // common
+            for k in range(taps.start, min(taps.start + interleave, taps.stop)):
+                behind, output = divmod(k * p.dilation, p.stride)
+                of_phase = w[..., k - taps.start :: interleave]
+                diagonals = as_strided(
+                    full[:, :, block.start - behind - low :, :, output:],
+                    (G, M, C, of_phase.shape[3], T),
+                    (s_g, s_m, s_c, -s_u * (p.dilation // common), s_u + s_o * p.stride),
+                )
+                diagonals[...] = of_phase[..., None]
+        if not cut:
+            return full.reshape(matrix), low, low + U
+        band = scratch.take("band", *shape)
+        band[...] = full[:, :, first:last, :, begin:end]
+        return band.reshape(matrix), low + first, low + last
+
+    def _panel(self, call: Call, block: Block, W: int, first: int, last: int, scratch: Scratch) -> Array:
+        """The windows of a block as (groups, samples, windows, C_in_g*inputs) or (groups, 1, samples*windows, ...)."""
+        p, step = call.p, self.tile * (1 if call.p.transposed else call.p.stride)
+        N, G, C, U = (
+            block.samples.stop - block.samples.start,
+            block.groups.stop - block.groups.start,
+            p.C_in_g,
+            last - first,
+        )
+        behind = first + (W - 1) * step + U
+        if call.x_direct and first >= 0 and behind <= p.L_in:
+            x = call.x[block.samples, block.groups]
+            s_n, s_g, s_c, s_l = x.strides
+            joined = C == 1 or s_c == U * s_l
+            if W == 1 and joined and s_n >= C * U * s_l:
+                return as_strided(x[..., first:], (G, 1, N, C * U), (s_g, s_n, s_n, s_l))
+            if C == 1 and step >= U and W >= 32:
+                return as_strided(x[..., first:], (G, N, W, U), (s_g, s_n, s_l * step, s_l))
+        panel = scratch.take("panel", G, N, W, C, U)
+        # The windows that lie within the input are copied from where it lies, the others from a padded copy.
+        inside = min(max(0, -(first // step)), W)
+        outside = max(min(W, (p.L_in - last) // step + 1), inside)
+        for begin, end in ((0, inside), (inside, outside), (outside, W)):
+            if begin < end:
+                at = first + begin * step
+                x = call.read(block.samples, block.groups, slice(0, C), at, at + (end - begin - 1) * step + U, scratch)
+                s_n, s_g, s_c, s_l = x.strides
+                part = panel[:, :, begin:end]
+                np.copyto(part, as_strided(x, part.shape, (s_g, s_n, s_l * step, s_c, s_l)))
+        return panel.reshape(G, 1, N * W, C * U)
+
+    def _multiply(self, panel: Array, band: Array, sums: Array) -> None:
+        """``sums[g] = panel[g] @ band[g]`` of sums (groups, windows of all samples, outputs)."""
+        G, parts, rows, depth = panel.shape
+        outputs = sums.shape[2]
+        if parts > 1:
+            np.matmul(panel, band[:, None], out=sums.reshape(G, parts, rows, outputs))
+            return
+        whole = rows // self.lines * self.lines
+        for low, high in ((0, whole), (whole, rows)):
+            if low < high:
+                lines = min(self.lines, high - low)
+                a, c = panel[:, 0, low:high], sums[:, low:high]
+                np.matmul(a.reshape(G, -1, lines, depth), band[:, None], out=c.reshape(G, -1, lines, outputs))
+
+
+def _outputs_per_step(p: ConvProblem) -> int:
+    return p.stride if p.transposed else 1
+
+
+def _phases(p: ConvProblem) -> int:
+    return min(p.stride // math.gcd(p.stride, p.dilation), p.K)
+
+
+def _steps(p: ConvProblem) -> tuple[int, int]:
+    """The range of the steps that have outputs."""
+    if not p.transposed:
+        return 0, p.L_out
+    return p.padding_left // p.stride, -(-(p.L_out + p.padding_left) // p.stride)
+
+
+def tiles(p: ConvProblem) -> list[int]:
+    """The numbers of steps that a window may serve."""
+    first, last = _steps(p)
+    count = last - first
+    chosen = {min(tile, count) for tile in (1, 4, 8, 16, 32, 64)}
+    if count <= limits.SHORT_ROW:
+        chosen.add(count)
+    return sorted(chosen)
+
+
+def _first_input(p: ConvProblem, step: int, taps: slice) -> int:
+    """The first input position that these taps read for a step."""
+    if not p.transposed:
+        offset: int = taps.start * p.dilation - p.padding_left
+        return step * p.stride + offset
+    behind: int = (taps.stop - 1) * p.dilation // p.stride
+    return step - behind
+
+
+def _window_length(p: ConvProblem, tile: int, taps: int) -> int:
+    """The input positions that so many taps read at most for a tile."""
+    reach = (taps - 1) * p.dilation
+    if not p.transposed:
+        return (tile - 1) * p.stride + reach + 1
+    return tile + -(-reach // p.stride)
+
+
+def _taps_within(p: ConvProblem, tile: int, longest: int) -> int:
+    """As many taps as a window of this length holds."""
+    room = longest - ((tile - 1) * p.stride + 1) if not p.transposed else (longest - tile) * p.stride
+    return 0 if room < 0 else min(p.K, room // p.dilation + 1)

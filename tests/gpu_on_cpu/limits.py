@@ -1,0 +1,41 @@
+"""The tests marked `gpu` that cannot run on the stand-in, by name and number, with the reason."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import pytest
+
+_TORCH = "needs PyTorch on CUDA"
+
+CANNOT_RUN = {
+    "tests/test_torch_bridge.py::test_cupy_arrays_share_the_memory_of_cuda_tensors": (6, _TORCH),
+    "tests/test_torch_bridge.py::test_cuda_tensors_give_the_same_as_cpu_tensors": (12, _TORCH),
+    "tests/test_torch_bridge.py::test_work_is_queued_on_pytorchs_current_stream": (1, _TORCH),
+    "tests/test_torch_bridge.py::test_mixed_devices_are_refused": (1, _TORCH),
+    "tests/test_torch_bridge.py::test_a_compiled_model_runs_on_the_gpu": (1, _TORCH),
+    "tests/test_bench.py::test_gpu_engine_on_a_gpu": (1, "measures speed"),
+}
+"""(how many, why) by test function."""
+
+
+def skip_what_cannot_run(items: Sequence[pytest.Item], *, everything: bool) -> None:
+    """Skip these tests, and no others.
+
+    Args:
+        items: the tests collected.
+        everything: whether all tests were collected, so that their number must be right.
+
+    Raises:
+        pytest.UsageError: there are more or fewer of them.
+    """
+    found: Counter[str] = Counter()
+    for item in items:
+        name = item.nodeid.partition("[")[0]
+        if name in CANNOT_RUN:
+            found[name] += 1
+            item.add_marker(pytest.mark.skip(reason=f"gpu_on_cpu: {CANNOT_RUN[name][1]}"))
+    expected = {name: count for name, (count, _) in CANNOT_RUN.items()}
+    if everything and found != expected:
+        raise pytest.UsageError(f"tests/gpu_on_cpu/limits.py lists {expected}, collected were {dict(found)}")

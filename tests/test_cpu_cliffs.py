@@ -1,0 +1,188 @@
+"""No problem is sent to a form far slower than another that takes it, and none costs Python time per small product."""
+
+from __future__ import annotations
+
+import math
+import random
+import sys
+import threading
+import time
+from functools import partial
+
+import numpy as np
+import pytest
+
+from gpuconv import conv1d as public_conv1d
+from gpuconv import cpu
+from gpuconv.cpu import arrays as cpu_arrays
+from gpuconv.cpu import choice
+from gpuconv.cpu.geometry import Call
+from gpuconv.problem import ConvProblem, numpy_dtype
+
+conv1d = partial(ConvProblem, "conv1d")
+conv_transpose1d = partial(ConvProblem, "conv_transpose1d")
+
+# N, C_in, C_out, L_in, K, stride, padding (2), dilation, groups, output_padding, dtype; and the interpreter's calls
+# that it may take, which are few where samples, groups and taps are merged into few products.
+CLIFFS: list[tuple[ConvProblem, int]] = [
+    (conv1d(4096, 16, 16, 8, 3, 1, 1, 1), 800),
+    (conv1d(10000, 8, 8, 16, 5, 1, 2, 2), 2000),
+    (conv1d(1000, 16, 16, 8, 3, 1, 1, 1), 800),
+    (conv1d(1024, 64, 64, 4, 3, 1, 1, 1), 800),
+    (conv1d(4, 2048, 2048, 100, 3, 1, 1, 1, 1, 1024), 2000),
+    (conv1d(8, 128, 128, 200, 3, 1, 1, 1, 1, 32), 800),
+    (conv_transpose1d(4096, 16, 16, 8, 3, 1, 1, 1), 800),
+    (conv_transpose1d(8, 64, 32, 200, 4, 3, 0, 0, 2), 800),
+    (conv_transpose1d(8, 128, 64, 512, 3, 2, 1, 1, 1, 1, 1), 2000),
+    (conv1d(8, 256, 256, 4000, 5, 4, 2, 2, 1, 256), 5000),
+    (conv1d(8, 64, 64, 1000, 3, 1, 1, 1, 1, 8), 800),
+    (conv1d(8, 128, 128, 1000, 3, 1, 1, 1, 1, 32), 1200),
+    (conv1d(8, 256, 256, 500, 3, 1, 1, 1, 1, 2), 2000),
+    (conv1d(1, 1, 1, 131_072, 65_400), 12000),
+    (conv1d(1, 1, 1, 131_072, 65_536), 12000),
+    (conv1d(1, 1, 1, 65_600, 32_800, dtype="float64"), 8000),
+    (conv1d(1, 1, 1, 2**20, 2**20), 40_000),
+    (conv1d(1, 1, 1, 2**20 + 1, 2**20 + 1), 40000),
+    (conv1d(4, 256, 256, 1000, 1, dtype="float64"), 2000),
+    (conv1d(8, 256, 256, 2000, 3, 1, 1, 1, 1, 256, dtype="bfloat16"), 8000),
+    (conv1d(1, 5, 1, 400_500, 400_000, 10), 80000),
+    (conv_transpose1d(1, 1, 1, 10, 20_001, 1, 0, 0, 17), 2000),
+    (conv_transpose1d(1, 1, 1, 200, 96_000), 2000),
+    (conv_transpose1d(300, 1536, 1024, 5, 3, 1, 0, 0, 1, 512), 5000),
+    (conv1d(20_000, 16, 1, 6, 2), 2000),
+]
+
+
+def call_of(p: ConvProblem) -> Call:
+    rng = np.random.default_rng(0)
+    x, w = (
+        rng.standard_normal(shape, dtype=np.float32).astype(numpy_dtype(p.dtype))
+        for shape in (p.input_shape, p.weight_shape)
+    )
+    return Call.of(p, x, w, None, np.empty(p.output_shape, x.dtype))
+
+
+@pytest.mark.parametrize(("p", "most"), CLIFFS, ids=str)
+def test_the_interpreter_takes_few_steps(p: ConvProblem, most: int) -> None:
+    plan, call, calls = choice.plan(p), call_of(p), 0
+
+    def count(*_: object) -> None:
+        nonlocal calls
+        calls += 1
+
+    plan = plan._replace(workers=1)
+    sys.setprofile(count)
+    try:
+        plan.run(call)
+    finally:
+        sys.setprofile(None)
+    assert calls <= most
+
+
+def random_problem(rng: random.Random) -> ConvProblem:
+    """Of all kinds of shapes, and of some milliseconds."""
+    while True:
+        groups, dilation = rng.choice([1, 1, 2, 8, 32, 256]), rng.choice([1, 1, 2, 5, 30])
+        K = rng.choice([1, 2, 3, 5, 9, 31, 128, 2000])
+        padding = rng.choice([0, dilation * (K - 1) // 2])
+        try:
+            p = ConvProblem(
+                rng.choice(["conv1d", "conv1d", "conv_transpose1d"]),
+                rng.choice([1, 2, 8, 64, 1000]),
+                groups * rng.choice([1, 2, 8, 32]),
+                groups * rng.choice([1, 2, 8, 32]),
+                rng.choice([4, 8, 16, 50, 200, 1000, 8000]),
+                K, rng.choice([1, 1, 1, 2, 4, 10]), padding, padding, dilation, groups,
+                dtype=rng.choice(["float32", "float32", "float64", "bfloat16"]),
+            )  # fmt: skip
+        except ValueError:
+            continue
+        # Where most taps lie in the padding, the model, which counts them all, says little.
+        if 10**7 < p.flops() < 10**8 and p.bytes() < 2**25 and (K - 1) * dilation < 2 * p.L_in:
+            return p
+
+
+def seconds(plan: choice.Plan, call: Call, repeats: int) -> float:
+    """The processor's time, which other processes lengthen least: on one thread, with BLAS's own."""
+    plan, least = plan._replace(workers=1), math.inf
+    for _ in range(repeats):
+        start = time.process_time()
+        plan.run(call)
+        least = min(least, time.process_time() - start)
+    return least
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_the_chosen_form_is_nearly_the_best(seed: int) -> None:
+    """At most twice the time of any other form that takes the problem; those that seem ten times worse are left out."""
+    p = random_problem(random.Random(seed))
+    call, chosen = call_of(p), choice.plan(p)
+    options = sorted(
+        ((form.cost(q), q, form) for q, forms in choice.candidates(p) for form in forms), key=lambda o: o[0]
+    )
+    others = [choice.plan_of(p, q, form, 0.0) for cost, q, form in options if cost < 10 * options[0][0]]
+    for repeats in (2, 4, 8):  # again before it fails: a busy machine
+        ours = seconds(chosen, call, repeats)
+        best = min(seconds(other, call, repeats) for other in others)
+        if ours <= max(2 * best, 200e-6):
+            return
+    pytest.fail(f"{p}: {chosen.form} takes {ours * 1e6:.0f} us, the best form {best * 1e6:.0f}")
+
+
+def test_a_repeated_small_call_is_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, w = np.ones((1, 3, 8), np.float32), np.ones((2, 3, 3), np.float32)
+    expected = public_conv1d(x, w, padding=1)
+    monkeypatch.setattr(ConvProblem, "conv1d", None)  # whatever validates
+    np.testing.assert_array_equal(public_conv1d(x, w, padding=1), expected)
+
+
+def test_an_interrupt_stops_all_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_arrays, "usable_cpus", lambda: 3)
+    started: list[int] = []
+    main = threading.get_ident()
+
+    def compute(block: int, _: object) -> None:
+        started.append(block)
+        time.sleep(0.02)
+        if threading.get_ident() == main:
+            raise KeyboardInterrupt
+
+    start = time.perf_counter()
+    with pytest.raises(KeyboardInterrupt):
+        cpu_arrays.run_blocks(compute, [(index,) for index in range(1000)], 3, np.dtype("float32"), 8)
+    assert time.perf_counter() - start < 2  # 1000 blocks take ten seconds on two threads
+    assert len(started) <= 9
+
+
+def test_an_error_of_a_worker_stops_all_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_arrays, "usable_cpus", lambda: 3)
+    started: list[int] = []
+    main = threading.get_ident()
+
+    def compute(block: int, _: object) -> None:
+        started.append(block)
+        time.sleep(0.02)
+        if threading.get_ident() != main:
+            raise MemoryError
+
+    with pytest.raises(MemoryError):
+        cpu_arrays.run_blocks(compute, [(index,) for index in range(1000)], 3, np.dtype("float32"), 8)
+    assert len(started) <= 9
+
+
+def test_an_exchange_is_the_same_problem() -> None:
+    """Input and weight of a transposed problem trade places where the weight is the longer one, on views."""
+    p = conv_transpose1d(3, 4, 6, 5, 40, 2, 1, 2, 3, 2, 1, has_bias=True)
+    assert any(q is not p for q, _ in choice.candidates(p))
+    rng = np.random.default_rng(0)
+    x, w, b = (rng.integers(-3, 4, shape).astype(np.float32) for shape in (p.input_shape, p.weight_shape, (p.C_out,)))
+    results = []
+    for q, forms in choice.candidates(p):
+        for form in forms:
+            y = np.full(p.output_shape, np.nan, np.float32)
+            choice.plan_of(p, q, form, 0.0).run(Call.of(p, x, w, b, y))
+            results.append(y)
+    y = np.empty(p.output_shape, np.float32)
+    cpu.convolve(p, x, w, b, y)
+    for result in results:
+        np.testing.assert_array_equal(result, y)

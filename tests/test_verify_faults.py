@@ -1,0 +1,335 @@
+"""One fault in the text of each kernel, and `verify` on a GPU, which must catch it and say which family has it.
+
+The tests that run kernels need a GPU, or `python -m tests.gpu_on_cpu python -m pytest -m gpu` in front of this file's
+name. No fault reads or writes outside an array, so a GPU survives them all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from gpuconv import calls, cases, runtime, source
+from gpuconv.cases import Case
+from gpuconv.checks import BY_FAMILY, families_of, families_that_take
+from gpuconv.device import ARCHITECTURES, Device
+from gpuconv.families import FAMILIES, GRADIENT_FAMILIES
+from gpuconv.report import Report
+from gpuconv.verify import verify
+
+EQUAL = "must equal the reference, bit for bit"
+BOUND = "must lie within the error bound of the reference"
+SAME = "must equal the base family, bit for bit"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A fault in the text of a kernel, and the run that meets it.
+
+    Attributes:
+        kernel: whose assembled text has `right`, once.
+        right: what the text says.
+        wrong: what it says instead.
+        family: the kernel family that is run.
+        case: the name of the case that it is run on.
+        dtype: the number format.
+        says: what the failure says behind the family's name.
+        leaves_nan: an element keeps the NaN with which every output starts.
+    """
+
+    kernel: str
+    right: str
+    wrong: str
+    family: str
+    case: str
+    dtype: str = "float32"
+    says: str = EQUAL
+    leaves_nan: bool = False
+
+    @property
+    def the_case(self) -> Case:
+        (case,) = cases.select(self.case)
+        return case
+
+    def run(self) -> Report:
+        return verify("gpu", family=self.family, filter=self.case, dtypes=self.dtype)
+
+
+BIAS_OF_BASE = "acc = add(acc, bias_or_zero(bias, c_out * p.bias_stride));"
+
+FAULTS: Mapping[str, Fault] = {
+    # -- a tap, a position or a slice is left out
+    "conv1d_direct drops the last tap": Fault(
+        "conv1d_direct", "k < k_end; ++k", "k + 1 < k_end; ++k", "conv1d_direct", "dilation_spans_input"
+    ),
+    "conv1d_tail drops the last tap": Fault(
+        "conv1d_tail",
+        "if (tap >= 0 && tap < slide.taps)",
+        "if (tap >= 0 && tap + 1 < slide.taps)",
+        "conv1d_tail",
+        "one_channel",
+    ),
+    "pack_weight drops the last tap": Fault(
+        "pack_weight",
+        "packed[i] = find_weight(",
+        "packed[i] = tap + 1 < p.taps && find_weight(",
+        "conv1d_tiled",
+        "padding_same_strided_even",
+    ),
+    "pack_mma_weight drops the first tap": Fault(
+        "pack_mma_weight", "exists = find_weight(", "exists = tap > 0 && find_weight(",
+        "conv1d_mma", "mimi_stream", "float16",
+    ),
+    "weight_gradient_mma drops the last position": Fault(
+        "weight_gradient_mma",
+        "n + sample < s.n_end && l_coarse < s.l_end;",
+        "n + sample < s.n_end && l_coarse + 1 < s.l_end;",
+        "weight_gradient_mma",
+        "mimi_stream",
+        "float16",
+    ),
+    "bias_gradient_rows drops the last position": Fault(
+        "bias_gradient_rows",
+        "q < terms; q += BLOCK_SIZE",
+        "q + 1 < terms; q += BLOCK_SIZE",
+        "bias_gradient_rows",
+        "dilation_spans_input",
+    ),
+    "sum_slices drops the last slice": Fault(
+        "sum_slices",
+        "s < p.slices; s += p.ways",
+        "s + 1 < p.slices; s += p.ways",
+        "weight_gradient_direct",
+        "groups_to_one_each",
+    ),
+    # -- a wrong offset at an edge
+    "conv1d_direct takes the last position for padding": Fault(
+        "conv1d_direct",
+        "ceil_div(p.L_in - l_first,",
+        "ceil_div(p.L_in - 1 - l_first,",
+        "conv1d_direct",
+        "dilation_spans_input",
+    ),
+    "conv1d_skinny takes the last position for padding": Fault(
+        "conv1d_skinny", "unsigned(p.L_in) : 0", "unsigned(p.L_in) - 1 : 0", "conv1d_skinny", "length1_padded"
+    ),
+    "conv1d_stem takes the first position for padding": Fault(
+        "conv1d_stem",
+        "if (is_index(l_in, p.L_in) && n_begin",
+        "if (l_in > 0 && is_index(l_in, p.L_in) && n_begin",
+        "conv1d_stem",
+        "padding_exceeds_input",
+    ),
+    "weight_gradient_direct begins a position late": Fault(
+        "weight_gradient_direct",
+        "offset < 0 ? ceil_div(-offset, p.stride) : 0",
+        "offset < 0 ? ceil_div(-offset, p.stride) : 1",
+        "weight_gradient_direct",
+        "dilation_spans_input",
+    ),
+    "weight_gradient_tiled takes the first position for padding": Fault(
+        "weight_gradient_tiled",
+        "if (l_fine >= 0 && l_fine < p.L_fine) value",
+        "if (l_fine > 0 && l_fine < p.L_fine) value",
+        "weight_gradient_tiled",
+        "padding_exceeds_input",
+    ),
+    # -- no bias
+    "conv1d_direct adds no bias": Fault(
+        "conv1d_direct", BIAS_OF_BASE, "", "conv1d_direct", "dilation_spans_input"
+    ),
+    "conv_transpose1d_gather adds no bias": Fault(
+        "conv_transpose1d_gather", BIAS_OF_BASE, "", "conv_transpose1d_gather", "up_dilation4_stride6"
+    ),
+    "conv1d_narrow adds no bias": Fault(
+        "conv1d_narrow",
+        "scalar::round(add(acc[row][j], offset))",
+        "scalar::round(add(acc[row][j], scalar::zero()))",
+        "conv1d_narrow",
+        "dilation_spans_input",
+    ),
+    "conv1d_mma adds no bias": Fault(
+        "conv1d_mma",
+        "bias_or_zero(exists ? bias : nullptr,",
+        "bias_or_zero(nullptr,",
+        "conv1d_mma",
+        "mimi_stream",
+        "float16",
+    ),
+    # -- an element is never written
+    "conv1d_tiled leaves the last column": Fault(
+        "conv1d_tiled",
+        "lane + 32 * j >= tile.columns) l_out[j]",
+        "lane + 32 * j >= tile.columns - 1) l_out[j]",
+        "conv1d_tiled",
+        "padding_same_strided_even",
+        leaves_nan=True,
+    ),
+    "conv1d_depthwise leaves the last position": Fault(
+        "conv1d_depthwise",
+        "if (l_out < p.L_out) y[",
+        "if (l_out + 1 < p.L_out) y[",
+        "conv1d_depthwise",
+        "depthwise_strided_dilated",
+        leaves_nan=True,
+    ),
+    "conv_transpose1d_tail leaves the last position": Fault(
+        "conv_transpose1d_tail",
+        "if (is_index(l_out, p.L_out)) output[",
+        "if (is_index(l_out, p.L_out - 1)) output[",
+        "conv_transpose1d_tail",
+        "up_length127",
+        leaves_nan=True,
+    ),
+    "weight_gradient_pairs leaves the last tap": Fault(
+        "weight_gradient_pairs",
+        "if (first_tap + j >= 0 && first_tap + j < p.K)",
+        "if (first_tap + j >= 0 && first_tap + j < p.K - 1)",
+        "weight_gradient_pairs",
+        "padding_exceeds_input",
+        leaves_nan=True,
+    ),
+    # -- a wrong phase
+    "conv_transpose1d_gather takes another phase's taps": Fault(
+        "conv_transpose1d_gather",
+        "k_first = t_gcd % p.tap_step * p.phase_inverse % p.tap_step;",
+        "k_first = t_gcd % p.tap_step;",
+        "conv_transpose1d_gather",
+        "up_dilation4_stride6",
+    ),
+    "conv_transpose1d_phases takes another phase's input": Fault(
+        "conv_transpose1d_phases",
+        "uindex_t(phase_quotient % tap_step) * uindex_t(p.phase_inverse) % tap_step;",
+        "phase_quotient % tap_step;",
+        "conv_transpose1d_phases",
+        "up_dilation4_stride6",
+    ),
+    "conv_transpose1d_depthwise takes another phase's taps": Fault(
+        "conv_transpose1d_depthwise",
+        "k = t_gcd % p.tap_step * p.phase_inverse",
+        "k = (t_gcd + 1) % p.tap_step * p.phase_inverse",
+        "conv_transpose1d_depthwise",
+        "up_depthwise_dilated",
+    ),
+    "conv_transpose1d_mma stores the phases in reverse": Fault(
+        "conv_transpose1d_mma",
+        "info.shift = row_phase;",
+        "info.shift = p.stride - 1 - row_phase;",
+        "conv_transpose1d_mma",
+        "up_stride2_k4",
+        "float16",
+    ),
+    "pack_weight takes another phase's taps": Fault(
+        "pack_weight",
+        "k = quotient % p.tap_step * p.phase_inverse % p.tap_step + tap",
+        "k = quotient % p.tap_step + tap",
+        "conv_transpose1d_phases",
+        "up_dilation4_stride6",
+    ),
+    # -- right on integers
+    "conv1d_direct sums from the last tap to the first": Fault(
+        "conv1d_direct",
+        "index_t k = k_begin; k < k_end; ++k",
+        "index_t k = k_end - 1; k >= k_begin; --k",
+        "conv1d_tiled",
+        "padding_same_strided_even",
+        says=SAME,
+    ),
+    "pack_mma_weight loses the low bits": Fault(
+        "pack_mma_weight",
+        "hi == hi ? storage_t(lo) : w;",
+        "hi == hi ? storage_t(0.0f) : w;",
+        "conv1d_mma",
+        "mimi_stream",
+        says=BOUND,
+    ),
+}  # fmt: skip
+
+
+def test_every_kernel_and_every_family_has_a_fault() -> None:
+    kernels = {path.stem for path in source.directory().glob("*.cu")}
+    assert {fault.kernel for fault in FAULTS.values()} == kernels
+    assert {fault.family for fault in FAULTS.values()} == {f.name for f in (*FAMILIES, *GRADIENT_FAMILIES)}
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_every_architecture_takes_the_cases(arch: str) -> None:
+    """So that each of these tests can run on any GPU, but for what its tensor cores lack."""
+    device = Device.from_arch(arch)
+    refused = [
+        name
+        for name, fault in FAULTS.items()
+        if fault.family not in families_that_take(fault.the_case.at(fault.dtype), device)
+    ]
+    assert refused == (["pack_mma_weight loses the low bits"] if arch == "sm_75" else [])
+    assert families_of(device)[1] == ()
+
+
+@pytest.fixture
+def plant(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Fault], None]]:
+    """Puts a fault into its kernel until the test ends. The process forgets its kernels and plans before and after."""
+    assemble = source.assemble
+
+    def spoil(fault: Fault) -> None:
+        def spoilt(kernel: str, macros: Mapping[str, str]) -> str:
+            text = assemble(kernel, macros)
+            if kernel != fault.kernel:
+                return text
+            assert text.count(fault.right) == 1
+            return text.replace(fault.right, fault.wrong)
+
+        monkeypatch.setattr(source, "assemble", spoilt)
+        forget()
+
+    yield spoil
+    monkeypatch.undo()
+    forget()
+
+
+def forget() -> None:
+    """Let go of the kernels and of the plans that hold them."""
+    runtime.build.cache_clear()
+    with calls._PLANS_LOCK:
+        calls._PLANS.clear()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", FAULTS)
+def test_verify_catches(name: str, plant: Callable[[Fault], None]) -> None:
+    fault = FAULTS[name]
+    index = runtime.cupy_module().cuda.runtime.getDevice()
+    if fault.family not in families_that_take(fault.the_case.at(fault.dtype), runtime.device(index)):
+        with pytest.raises(ValueError, match=f"reaches the kernel family {fault.family}$"):
+            fault.run()
+        return
+    report = fault.run()
+    assert report.ok, str(report)
+    assert report.family_runs[fault.family] == len(report.results) == 1
+
+    plant(fault)
+    report = fault.run()
+    assert not report.ok
+    (failure,) = report.failures
+    assert (failure.case, failure.dtype, failure.check) == (fault.case, fault.dtype, BY_FAMILY)
+    assert failure.message.startswith(f"{fault.family} {fault.says}")
+    assert failure.got is not None
+    assert np.isnan(failure.got) == fault.leaves_nan
+    told = str(report)
+    assert "FAILED" in told
+    assert f"{fault.case} [{fault.dtype}]" in told
+    assert f"{fault.family} {fault.says}" in told
+
+
+@pytest.mark.gpu
+def test_a_run_of_all_families_meets_a_fault_in_the_base_kernel(plant: Callable[[Fault], None]) -> None:
+    """Fails if only the family that dispatch prefers is run, which here is another."""
+    fault = FAULTS["conv1d_direct drops the last tap"]
+    plant(fault)
+    report = verify("gpu", filter=fault.case, dtypes=fault.dtype)
+    assert {failure.check for failure in report.failures} == {BY_FAMILY}
+    assert f"conv1d_direct {EQUAL}" in [failure.message for failure in report.failures]
+    assert report.family_runs["conv1d_direct"] == 1
+    assert sum(report.family_runs.values()) > 1
