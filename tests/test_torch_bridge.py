@@ -31,6 +31,8 @@ import gpuconv
 from gpuconv import grad, runtime
 from gpuconv import torch as bridge
 from gpuconv.problem import DTYPES, ConvProblem, Op, numpy_dtype
+from gpuconv.text import install_hint
+from gpuconv.torch import functions, patching, tensors
 from tests.strategies import Call, calls
 
 from .hostcuda import fake_cupy
@@ -172,7 +174,7 @@ def test_zero_sizes(op: str, x_shape: tuple[int, ...], w_shape: tuple[int, ...])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_arrays_share_the_memory_of_tensors(dtype: str) -> None:
     for t in (tensor(draw((4, 6), dtype)), tensor(draw((4, 6), dtype)).T[1::2].requires_grad_()):
-        array = bridge._numpy_array(t)
+        array = tensors.numpy_array(t)
         assert array.dtype == numpy_dtype(dtype)
         assert array.__array_interface__["data"][0] == t.data_ptr()
         assert tuple(s // array.itemsize for s in array.strides) == t.stride()
@@ -226,9 +228,9 @@ def test_bad_arguments_are_named(
 
 
 def test_the_examples_in_the_docstrings() -> None:
-    result = doctest.testmod(bridge)
-    assert result.attempted >= 9
-    assert result.failed == 0
+    results = [doctest.testmod(module) for module in (functions, patching)]
+    assert sum(result.attempted for result in results) >= 9
+    assert [result.failed for result in results] == [0, 0]
 
 
 def test_the_example_in_the_readme() -> None:
@@ -337,13 +339,13 @@ def test_only_wanted_gradients_are_computed(op: str, wanted: str) -> None:
 
 def test_gradients_are_taken_in_the_precision_of_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    write = bridge._write
+    write = tensors.write
 
     def recording(result: torch.Tensor, function: Any, *arguments: Any, **keywords: Any) -> torch.Tensor:
         seen.append((function.__name__, keywords.get("precision")))
         return write(result, function, *arguments, **keywords)
 
-    monkeypatch.setattr(bridge, "_write", recording)
+    monkeypatch.setattr(tensors, "write", recording)
     x, w = drawn(((1, 2, 5), (2, 2, 3)), torch.float32)
     gradients = torch.autograd.grad(bridge.conv1d(x, w, precision="tf32").sum(), (x, w), create_graph=True)
     torch.autograd.grad(gradients[1].sum(), x)
@@ -490,13 +492,13 @@ def test_patch_runs_a_model_on_gpuconv() -> None:
 
 def test_compiled_models_follow_patch(compiler: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[torch.Tensor] = []
-    write = bridge._write
+    write = tensors.write
 
     def recording(result: torch.Tensor, *arguments: Any, **keywords: Any) -> torch.Tensor:
         written.append(result)
         return write(result, *arguments, **keywords)
 
-    monkeypatch.setattr(bridge, "_write", recording)
+    monkeypatch.setattr(tensors, "write", recording)
     compiled = compiler(nn.Conv1d(2, 3, 3), backend="eager")
     for _ in range(2):
         compiled(torch.randn(1, 2, 8))
@@ -703,7 +705,7 @@ def pretended_cuda(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(fake_cupy, "from_dlpack", from_dlpack, raising=False)
     monkeypatch.setattr(torch.cuda, "device", device)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=77))
-    monkeypatch.setattr(bridge, "_on_gpu", lambda _: True)
+    monkeypatch.setattr(tensors, "on_gpu", lambda _: True)
     with fake_cupy.installed():
         yield events
 
@@ -738,9 +740,9 @@ def test_kernels_read_and_write_tensors_in_place(op: str, dtype: str, pretended_
 
 
 def test_cuda_tensors_need_cupy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bridge, "_on_gpu", lambda _: True)
+    monkeypatch.setattr(tensors, "on_gpu", lambda _: True)
     monkeypatch.setitem(sys.modules, "cupy", None)
-    with pytest.raises(ImportError, match=r'^CUDA tensors need CuPy: pip install "gpuconv\[cuda13\]"'):
+    with pytest.raises(ImportError, match=rf"^CUDA tensors need CuPy: {re.escape(install_hint('cuda13', 'cuda12'))} "):
         bridge.conv1d(X, W)
 
 
@@ -749,7 +751,7 @@ def test_cuda_tensors_need_cupy(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_cupy_arrays_share_the_memory_of_cuda_tensors(dtype: str) -> None:
     cupy = runtime.cupy_module()
     for t in (tensor(draw((4, 6), dtype)).cuda(), tensor(draw((4, 6), dtype)).cuda().T[1::2].requires_grad_()):
-        array = bridge._cupy_array(cupy, t)
+        array = tensors.cupy_array(cupy, t)
         assert array.dtype == numpy_dtype(dtype)
         assert array.data.ptr == t.data_ptr()
         assert tuple(s // array.itemsize for s in array.strides) == t.stride()

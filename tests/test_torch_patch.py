@@ -13,6 +13,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+
+from . import NO_TORCH
+
+pytest.importorskip("torch", reason=NO_TORCH)
+
 import torch
 from torch import nn
 from torch.nn import functional
@@ -24,6 +29,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils.checkpoint import checkpoint
 
 from gpuconv import torch as bridge
+from gpuconv.torch import patching, tensors
 
 from .test_torch_bridge import PYTORCH, Recorder, compiler, in_place_now
 
@@ -48,8 +54,8 @@ def nothing_left() -> Iterator[None]:
     yield
     assert in_place_now() == PYTORCH
     assert [vars(place)[name] for place, name in zip(places, names, strict=True)] == before
-    assert bridge._PATCHES == []
-    assert bridge._ORIGINALS == {}
+    assert patching._PATCHES == []
+    assert patching._ORIGINALS == {}
     assert _get_current_function_mode_stack() == []
     assert _get_current_dispatch_mode_stack() == []
 
@@ -112,13 +118,13 @@ def test_recomputed_forward_passes_have_the_precision_of_the_first(
 ) -> None:
     """Whichever context the backward pass runs in."""
     seen: list[tuple[str, str]] = []
-    write = bridge._write
+    write = tensors.write
 
     def recording(result: torch.Tensor, function: Any, *arguments: Any, **keywords: Any) -> torch.Tensor:
         seen.append((function.__name__, keywords.get("precision", "")))
         return write(result, function, *arguments, **keywords)
 
-    monkeypatch.setattr(bridge, "_write", recording)
+    monkeypatch.setattr(tensors, "write", recording)
     layer = nn.Conv1d(3, 4, 3)
     for open_now in (bridge.patch, functools.partial(bridge.patch, precision="tf32"), contextlib.nullcontext):
         x = X.float().requires_grad_()
@@ -489,8 +495,9 @@ def test_exporters_to_onnx_see_pytorchs_functions(
 @pytest.mark.parametrize("dynamo", [True, False])
 @pytest.mark.filterwarnings("ignore")
 def test_onnx_files_hold_convolutions(dynamo: bool, tmp_path: Any) -> None:
-    onnx = pytest.importorskip("onnx", reason="PyTorch exports to ONNX only where onnx and onnxscript are installed")
-    pytest.importorskip("onnxscript", reason="PyTorch exports to ONNX only where onnx and onnxscript are installed")
+    reason = "PyTorch exports to ONNX with onnx and onnxscript: pip install -e '.[test-torch]'"
+    onnx = pytest.importorskip("onnx", reason=reason)
+    pytest.importorskip("onnxscript", reason=reason)
     from onnx.reference import ReferenceEvaluator
 
     model = nn.Sequential(nn.Conv1d(3, 4, 3, padding="same"), nn.ReLU(), nn.ConvTranspose1d(4, 2, 4, 2, 1)).eval()
@@ -521,12 +528,12 @@ def test_sharded_tensors_are_refused(two_processes: Any) -> None:
     x = distribute_tensor(X, two_processes, [Shard(0)])
     w = distribute_tensor(W, two_processes, [Replicate()])
     assert functional.conv1d(x, w).shape == (2, 4, 18)
-    for tensors in ((x, w), (x.requires_grad_(), w.requires_grad_())):
+    for given in ((x, w), (x.requires_grad_(), w.requires_grad_())):
         with (
             bridge.patch(),
             pytest.raises(NotImplementedError, match=r"^Operator gpuconv\.conv1d.* sharding strategy.*$"),
         ):
-            functional.conv1d(*tensors)
+            functional.conv1d(*given)
     assert functional.conv1d(x, w).shape == (2, 4, 18)
 
 

@@ -1,0 +1,239 @@
+"""PyTorch's own functions exchanged for gpuconv's: `patch`."""
+
+# Much of PyTorch has no types.
+# mypy: disable-error-code="no-untyped-call"
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from threading import Lock
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional
+import torch.utils.checkpoint
+from torch.jit._builtins import _register_builtin
+from torch.overrides import TorchFunctionMode, _get_current_function_mode, _get_current_function_mode_stack
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
+
+from ..arguments import check_precision
+from ..problem import PRECISIONS
+from .functions import conv1d, conv_transpose1d
+from .operators import untraced
+
+
+def patch(*, precision: str = "float32", strict: bool = False) -> AbstractContextManager[None]:
+    """In the context, PyTorch's `conv1d` and `conv_transpose1d` are those of this module.
+
+    So `torch.nn.Conv1d` and `torch.nn.ConvTranspose1d` run on gpuconv, and so does a model made of them or of calls of
+    the functions, under whatever name it imported them. What gpuconv does not take is an error there, never a call of
+    PyTorch's own. Backward passes use gpuconv where the forward pass did, in the context or behind it, also where
+    `torch.utils.checkpoint` computes the forward pass again.
+
+    Contexts may be nested; the innermost decides. `torch.nn.functional` belongs to the process: other threads see the
+    exchange there, and where contexts of several threads overlap, the one opened last decides until it is closed. Under
+    other names the functions are reached in the thread that opened the context. What `torch.compile` made is compiled
+    anew when it is first called inside, or outside; a context may also be opened within what is compiled.
+    `torch.onnx.export` writes the convolutions as ONNX has them. Exported programs and TorchScript stay what they are,
+    and `torch.jit.script` takes PyTorch's own convolutions in the context as well.
+
+    Args:
+        precision: of all calls: "float32", or "tf32", with which everything but float32 tensors is refused.
+        strict: whether the context ends with an error where PyTorch itself carried out convolutions along one axis in
+            this thread, such as those of TorchScript modules. It names the callers, slows every operator down and keeps
+            torch.compile from compiling.
+
+    Returns:
+        A context manager, which also decorates functions.
+
+    Raises:
+        ValueError: precision is neither of the two.
+        RuntimeError: at the end of the context, as `strict` says.
+
+    Example:
+        >>> import torch, gpuconv.torch
+        >>> model = torch.nn.Sequential(torch.nn.Conv1d(1, 8, 5, padding=2), torch.nn.ReLU(), torch.nn.Conv1d(8, 1, 5))
+        >>> with gpuconv.torch.patch():
+        ...     y = model(torch.randn(2, 1, 100))
+        >>> y.shape
+        torch.Size([2, 1, 96])
+    """
+    check_precision("patch", precision, "float32")
+    return _patched(precision, strict, everywhere=True)
+
+
+class _Redirection(TorchFunctionMode):
+    """While open, calls of PyTorch's functions in this thread are those of this module, whatever name they go by."""
+
+    def __init__(self, precision: str, strict: bool) -> None:
+        super().__init__()
+        self.precision, self.strict, self.open = precision, strict, True
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.open and func is torch.conv1d:
+            func = _REPLACEMENTS[self.precision]["conv1d"]
+        elif self.open and func is torch.conv_transpose1d:
+            func = _REPLACEMENTS[self.precision]["conv_transpose1d"]
+        return func(*args, **(kwargs or {}))
+
+
+class _Strictness(TorchDispatchMode):
+    """While open, notes the convolutions along one axis that PyTorch itself carries out in this thread.
+
+    They are no errors at once: an error that passes through TorchScript loses its message, or ends the process.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open = True
+        self.found: dict[str, None] = {}  # in their order
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.open and func.namespace != "gpuconv" and "conv" in func._opname and "backward" not in func._opname:
+            weight = args[1] if len(args) > 1 else None
+            if isinstance(weight, torch.Tensor) and weight.dim() == 3:
+                self.found[f"{func.name()} of {_caller()}"] = None
+        return func(*args, **(kwargs or {}))
+
+
+def _caller() -> str:
+    """The TorchScript module, if any, and the line outside of PyTorch that the calls at hand come from."""
+    script, frame = "", sys._getframe(2)
+    while frame.f_back and (
+        frame.f_globals.get("__name__", "").startswith(("torch.", "gpuconv.torch"))
+        or frame.f_code.co_filename.startswith("<")  # generated, as exported programs are
+    ):
+        module = frame.f_locals.get("self")
+        if isinstance(module, torch.jit.ScriptModule):
+            script = f"the TorchScript module {module.original_name}, at "
+        frame = frame.f_back
+    return f"{script}{frame.f_code.co_filename}:{frame.f_lineno}"
+
+
+class _Patch(NamedTuple):
+    """An open context.
+
+    Attributes:
+        redirection: its mode, of the thread that opened it.
+        everywhere: whether the functions are exchanged for the other threads, too.
+    """
+
+    redirection: _Redirection
+    everywhere: bool
+
+
+# What stood in the places that `patch` exchanges, and the open contexts, the latest last. They belong to the process.
+_ORIGINALS: dict[tuple[Any, str], Any] = {}
+_PATCHES: list[_Patch] = []
+_PATCHES_LOCK = Lock()
+
+_REPLACEMENTS = {
+    precision: {function.__name__: partial(function, precision=precision) for function in (conv1d, conv_transpose1d)}
+    for precision in PRECISIONS
+}
+for _functions in _REPLACEMENTS.values():
+    for _name_of_op, _function in _functions.items():
+        # TorchScript takes them for PyTorch's own. It would fail to compile them, and then to compile their callers
+        # for good.
+        _register_builtin(_function, f"aten::{_name_of_op}")
+
+
+@contextmanager
+def _patched(precision: str, strict: bool, everywhere: bool) -> Iterator[None]:
+    redirection, strictness = _Redirection(precision, strict), _Strictness() if strict else None
+    modes = [redirection] if strictness is None else [redirection, strictness]
+    mine = _Patch(redirection, everywhere)
+    if torch.compiler.is_dynamo_compiling():
+        # What is compiled runs later. Of all that a context does, the mode alone can be a part of it.
+        if strictness is not None:
+            raise NotImplementedError("patch: gpuconv cannot be strict within what torch.compile compiles")
+        with redirection:
+            yield
+        return
+    try:
+        _open(mine, modes)
+        yield
+        if strictness is not None and strictness.found:
+            raise RuntimeError(f"patch: gpuconv did not reach {', '.join(strictness.found)}")
+    finally:
+        _close(mine, modes)
+
+
+@untraced
+def _open(patch: _Patch, modes: list[Any]) -> None:
+    with _PATCHES_LOCK:
+        _PATCHES.append(patch)
+        _exchange()
+    for mode in modes:
+        mode.__enter__()
+
+
+@untraced
+def _close(patch: _Patch, modes: list[Any]) -> None:
+    for mode in modes:
+        mode.open = False
+    # Modes form a stack for each thread. Where contexts end in another order or in another thread than they began in,
+    # a closed one stays, without any effect, until it comes to the top.
+    for get_top in (_get_current_function_mode, _get_current_dispatch_mode):
+        while isinstance(top := get_top(), _Redirection | _Strictness) and not top.open:
+            top.__exit__(None, None, None)
+    with _PATCHES_LOCK:
+        _PATCHES[:] = [other for other in _PATCHES if other is not patch]
+        _exchange()
+
+
+def _exchange() -> None:
+    """Put in place what the open contexts ask for."""
+    latest = next((patch.redirection.precision for patch in reversed(_PATCHES) if patch.everywhere), None)
+    places: dict[tuple[Any, str], Any] = {
+        (torch.nn.functional, name): None if latest is None else _REPLACEMENTS[latest][name]
+        for name in ("conv1d", "conv_transpose1d")
+    }
+    # `checkpoint` itself may have been imported under any name. It looks these two up.
+    places[torch.utils.checkpoint.CheckpointFunction, "forward"] = staticmethod(_reentrant) if _PATCHES else None
+    places[torch.utils.checkpoint, "_checkpoint_without_reentrant_generator"] = _without_reentrant if _PATCHES else None
+    for place, replacement in places.items():
+        holder, name = place
+        if replacement is not None:
+            _ORIGINALS.setdefault(place, vars(holder)[name])
+            setattr(holder, name, replacement)
+        elif place in _ORIGINALS:
+            setattr(holder, name, _ORIGINALS[place])
+            del _ORIGINALS[place]
+
+
+def _original(holder: Any, name: str) -> Any:
+    """What `patch` has exchanged; another thread may have put it back since it was to be called."""
+    return _ORIGINALS.get((holder, name), vars(holder)[name])
+
+
+# What `torch.utils.checkpoint` runs again in the backward pass runs in a context like that of the forward pass. Other
+# threads do not see it, unless the functions are exchanged anyway.
+
+
+def _reentrant(ctx: Any, function: Callable[..., Any], *args: Any) -> Any:
+    original = _original(torch.utils.checkpoint.CheckpointFunction, "forward").__func__
+    return original(ctx, _remembering(function), *args)
+
+
+def _without_reentrant(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    original = _original(torch.utils.checkpoint, "_checkpoint_without_reentrant_generator")
+    return original(_remembering(function), *args, **kwargs)
+
+
+def _remembering(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function in a context like the one that holds for this thread now."""
+    own = [mode for mode in _get_current_function_mode_stack() if isinstance(mode, _Redirection) and mode.open]
+    shared = [patch.redirection for patch in list(_PATCHES) if patch.everywhere]
+    if not own and not shared:
+        return function  # a backward pass of another thread has opened the only context
+    precision, strict = (own[-1].precision, own[-1].strict) if own else (shared[-1].precision, False)
+
+    def again(*args: Any, **kwargs: Any) -> Any:
+        with _patched(precision, strict, everywhere=any(patch.everywhere for patch in list(_PATCHES))):
+            return function(*args, **kwargs)
+
+    return again

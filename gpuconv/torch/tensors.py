@@ -1,0 +1,92 @@
+"""Tensors as the arrays that share their memory, and what gpuconv must know of a tensor."""
+
+# Much of PyTorch has no types.
+# mypy: disable-error-code="no-untyped-call"
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch.autograd import forward_ad
+
+from .. import runtime
+from ..problem import ArraySpec, numpy_dtype
+from ..text import install_hint
+
+Tensor: TypeAlias = torch.Tensor
+
+NO_TANGENTS = "forward-mode derivatives are not supported"
+
+
+def has_tangent(tensor: Tensor) -> bool:
+    return forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def specs(*tensors: Tensor | None) -> tuple[Any, ...]:
+    return tuple(None if t is None else ArraySpec(tuple(t.shape), dtype_name(t.dtype)) for t in tensors)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def write(empty: Callable[[], Tensor], function: Callable[..., Any], *arguments: Any, **keywords: Any) -> Tensor:
+    """Call a function of arrays with those that share the memory of the tensors among its arguments.
+
+    Returns its result as a tensor; on a GPU it is written to what `empty` makes.
+    """
+    if not on_gpu(arguments[0] if isinstance(arguments[0], torch.Tensor) else arguments[1]):
+        try:
+            arrays = [numpy_array(a) if isinstance(a, torch.Tensor) else a for a in arguments]
+        except TypeError:  # a dtype that NumPy has not: what gives the result its shape names the argument
+            empty()
+            raise
+        return tensor_of(function(*arrays, **keywords))
+    try:
+        cupy = runtime.cupy_module()
+    except ImportError as error:
+        raise ImportError(f"CUDA tensors need CuPy: {install_hint('cuda13', 'cuda12')} ({error})") from error
+    # The kernels join the work that PyTorch has queued. Its allocator reuses memory in the order of the same stream.
+    result = empty()
+    with torch.cuda.device(result.device):
+        current = torch.cuda.current_stream()
+        if hasattr(cupy.cuda.Stream, "from_external"):  # from CuPy 14
+            stream = cupy.cuda.Stream.from_external(current)
+        else:
+            stream = cupy.cuda.ExternalStream(current.cuda_stream)
+        with stream:
+            arrays = [cupy_array(cupy, a) if isinstance(a, torch.Tensor) else a for a in arguments]
+            function(*arrays, **keywords, out=cupy_array(cupy, result))
+    return result
+
+
+def on_gpu(tensor: Tensor) -> bool:
+    if tensor.device.type not in ("cpu", "cuda"):
+        raise TypeError(f"gpuconv: tensors must be on the CPU or a CUDA device, got one on {tensor.device}")
+    return tensor.is_cuda
+
+
+# Pending conjugations and negations are no concern here: PyTorch carries them out before it calls an operator.
+
+
+def numpy_array(tensor: Tensor) -> np.ndarray[Any, Any]:
+    plain = tensor.detach() if tensor.requires_grad else tensor
+    if plain.dtype != torch.bfloat16:
+        return plain.numpy()
+    return plain.view(torch.int16).numpy().view(numpy_dtype("bfloat16"))
+
+
+def tensor_of(array: np.ndarray[Any, Any]) -> Tensor:
+    if array.dtype.kind in "fc":  # NumPy's own
+        return torch.from_numpy(array)
+    return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+
+
+def cupy_array(cupy: Any, tensor: Tensor) -> Any:
+    plain = tensor.detach()
+    if plain.dtype != torch.bfloat16:
+        return cupy.from_dlpack(plain)
+    return cupy.from_dlpack(plain.view(torch.int16)).view(numpy_dtype("bfloat16"))
