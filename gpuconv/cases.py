@@ -19,6 +19,7 @@ from .problem import DTYPES, ArraySpec, ConvProblem, Op, numpy_dtype
 
 Array: TypeAlias = npt.NDArray[Any]
 RandomKind: TypeAlias = Literal["normal", "ill_scaled", "cancelling", "nonfinite"]
+GradOutputKind: TypeAlias = Literal["normal", "nonfinite"]
 
 # Number formats: dtypes, and float32 with precision="tf32".
 FORMATS: tuple[str, ...] = (*DTYPES, "tf32")
@@ -389,10 +390,18 @@ def random_data(problem: ConvProblem, seed: int, kind: RandomKind = "normal") ->
     return _as_dtype(p, x, _as_weight(p, taps), bias if p.has_bias else None)
 
 
-def random_grad_output(problem: ConvProblem, seed: int) -> Array:
-    """Standard normal data of the output's shape."""
-    values = _normal(problem, _generator(problem, seed + 1), problem.output_shape)
-    return np.asarray(values.astype(numpy_dtype(problem.dtype)))
+def random_grad_output(problem: ConvProblem, seed: int, kind: GradOutputKind = "normal") -> Array:
+    """Standard normal data of the output's shape.
+
+    "nonfinite" puts an infinity at the first position of a row: windows that begin in the padding meet it, and no
+    product of it with what the padding stands for may enter a sum.
+    """
+    p = problem
+    rng = _generator(p, seed + 1)
+    values = _normal(p, rng, (p.N, p.C_out, p.L_out))
+    if kind == "nonfinite" and values.size:
+        values[rng.integers(p.N), rng.integers(p.C_out), 0] = -np.inf
+    return np.asarray(values.reshape(p.output_shape).astype(numpy_dtype(p.dtype)))
 
 
 def impulse_data(problem: ConvProblem, seed: int) -> Data:
