@@ -1039,6 +1039,7 @@ def test_sanitizer_runs_every_family_that_the_layers_take() -> None:
 # -- the layers that say most ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.torch
 def test_important_layers_are_measured_as_records(stand_in_engine: engine_gpu.GpuEngine, tmp_path: Path) -> None:
     wanted = list(important.cases(("forward", "grad_weight"), rehearse=True))
     stand_in_engine.describe = lambda: {"name": "stand-in", "arch": "sm_90"}  # type: ignore[method-assign]

@@ -113,10 +113,11 @@ STREAMS = {
 }
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize("command", STREAMS)
-def test_a_broken_stream_is_one_line_and_exit_code_2(command: str) -> None:
+def test_a_broken_stream_is_one_line_and_exit_code_2(command: str, unbuffered: str) -> None:
     soundfile.write("tone.wav", normal(20), 8000)
-    done = shell(f"$gpuconv {command}")
+    done = shell(f"$gpuconv {command}", PYTHONUNBUFFERED=unbuffered)
     assert (done.returncode, done.stdout) == (2, b"")
     assert done.stderr.decode() == f"gpuconv: error: {STREAMS[command]}\n"
     assert not Path("y.npy").exists()

@@ -27,7 +27,7 @@ pytestmark = [
     pytest.mark.gpu,
     # Arrays of a device that a test has lost cannot be freed, as CuPy says when it tries.
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-    pytest.mark.skipif("GPU_ON_CPU" not in os.environ, reason="tests of tests/gpu_on_cpu, which does not run here"),
+    pytest.mark.skipif("GPU_ON_CPU" not in os.environ, reason="gpu_on_cpu: it does not run here"),
 ]
 
 

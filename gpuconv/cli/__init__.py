@@ -114,6 +114,11 @@ def _run(argv: list[str]) -> int:
 
 
 def _fail(message: str, code: int) -> int:
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except (OSError, ValueError):
+        discard(sys.stdout)
     tell("error", message)
     return code
 
