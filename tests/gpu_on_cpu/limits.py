@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import pytest
 
 _TORCH = "needs PyTorch on CUDA"
+_RANDOM = "needs CuPy's random numbers, whose kernels are not translated"
 
 CANNOT_RUN = {
     "tests/test_torch_bridge.py::test_cupy_arrays_share_the_memory_of_cuda_tensors": (6, _TORCH),
@@ -16,8 +17,10 @@ CANNOT_RUN = {
     "tests/test_torch_bridge.py::test_mixed_devices_are_refused": (1, _TORCH),
     "tests/test_torch_bridge.py::test_a_compiled_model_runs_on_the_gpu": (1, _TORCH),
     "tests/test_bench.py::test_gpu_engine_on_a_gpu": (1, "measures speed"),
+    "tests/test_readme.py::test_a_block_runs_by_itself[0-gpu]": (1, _RANDOM),
+    "tests/test_readme.py::test_the_shapes_in_the_comments_are_right[0-gpu]": (1, _RANDOM),
 }
-"""(how many, why) by test function."""
+"""(how many, why) by test function, or by test."""
 
 
 def skip_what_cannot_run(items: Sequence[pytest.Item], *, everything: bool) -> None:
@@ -32,7 +35,7 @@ def skip_what_cannot_run(items: Sequence[pytest.Item], *, everything: bool) -> N
     """
     found: Counter[str] = Counter()
     for item in items:
-        name = item.nodeid.partition("[")[0]
+        name = item.nodeid if item.nodeid in CANNOT_RUN else item.nodeid.partition("[")[0]
         if name in CANNOT_RUN:
             found[name] += 1
             item.add_marker(pytest.mark.skip(reason=f"gpu_on_cpu: {CANNOT_RUN[name][1]}"))
