@@ -32,22 +32,17 @@ from numpy.lib.stride_tricks import as_strided
 
 from .cpu.arrays import Scratch, accumulator, is_direct, is_finite, run_blocks, slices
 from .cpu.choice import Method
-from .cpu.limits import small_product
+from .cpu.limits import MIB, WORKSPACE, small_product
 from .problem import BiasGradientProblem, WeightGradientProblem
 
 Array = npt.NDArray[Any]
 
-_MIB = 1024 * 1024
-
-# The memory that a call may take, or a quarter of its arrays where that is more. It limits the number of threads.
-_WORKSPACE = 28 * _MIB
-
 # Bytes of a panel, where there is one thread and where there are several, of a block of sums, of the sums of all slices
 # but the first, and of the rows that dots work on: a and a window of b stay in the first- or second-level cache.
-_PANEL = 4 * _MIB
-_CONCURRENT_PANEL = 1 * _MIB
-_SUMS = 1 * _MIB
-_PARTIAL_SUMS = 4 * _MIB
+_PANEL = 4 * MIB
+_CONCURRENT_PANEL = 1 * MIB
+_SUMS = 1 * MIB
+_PARTIAL_SUMS = 4 * MIB
 _DOT_ROW = 16 * 1024
 
 # Rows of a that dots pay for: each is read again for every tap.
@@ -298,7 +293,7 @@ def _plan(p: WeightGradientProblem) -> _Plan:
     # The sums are also compared with infinity, one byte per element.
     each = sum(buffers.values()) * size + buffers["sums"]
     shared = form.slices * math.prod(p.weight_shape) * size if form.slices > 1 else 0
-    allowed = max(_WORKSPACE, (math.prod(p.coarse_shape) + math.prod(p.fine_shape)) * p.itemsize // 4)
+    allowed = max(WORKSPACE, (math.prod(p.coarse_shape) + math.prod(p.fine_shape)) * p.itemsize // 4)
     workers = min(_MAX_WORKERS, len(form.blocks()) * form.slices, (allowed - shared) // each) if concurrent else 1
     workers = max(1, workers)
     return _Plan(Method(form.name, _REASONS[form.name], shared + workers * each), form, workers)
