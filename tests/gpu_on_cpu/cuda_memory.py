@@ -77,12 +77,12 @@ class _GraphMemory:
     """The node that allocates memory in a graph; the memory has one address and lives as long as the node.
 
     Where the node runs and where the memory is freed in the graph, it is poisoned: nothing may be left there from one
-    launch to the next.
+    launch to the next. The capture holds the node, so the node refers to it weakly, to die with its graph at once.
     """
 
     def __init__(self, arena: memory.Arena, size: int, capture: streams.Capture) -> None:
         self.allocation = arena.allocate(size)
-        self.capture = capture
+        self.capture = weakref.ref(capture)
         self.is_freed = False
         weakref.finalize(self, arena.free, self.allocation)
 
@@ -119,7 +119,7 @@ def cudaFreeAsync(address: int, handle: int) -> None:
     if node is None and stream.capture is not None:
         raise invalid(f"memory from outside of the graph is freed in it: {arena.describe(address)}")
     if node is not None:
-        if node.capture is not stream.capture or node.is_freed:
+        if stream.capture is None or node.capture() is not stream.capture or node.is_freed:
             raise invalid(f"memory of a graph is freed outside of its capture, or twice: {arena.describe(address)}")
         node.is_freed = True
     stream.queue(node or (lambda: arena.free(found)))
