@@ -13,7 +13,20 @@ from typing import ClassVar
 from ..device import Device
 from ..problem import DTYPES, ITEMSIZE, ConvProblem
 from ..source import params_fields
-from .base import MAX_GRID, Config, Family, Launch, Layout, index_bits, round_up, stride_params
+from .base import (
+    MAX_GRID,
+    Config,
+    Family,
+    Launch,
+    Layout,
+    Plan,
+    Refusal,
+    Step,
+    conv_arrays,
+    index_bits,
+    round_up,
+    stride_params,
+)
 from .depthwise import (
     BLOCK_SIZE,
     MANY_OUTPUTS,
@@ -40,29 +53,25 @@ LONG_STRIDE = 8
 SHORT_L = 64
 
 
-class Conv1dDepthwise(Family):
+class Conv1dDepthwise(Family[ConvProblem]):
     """One input channel a group, few outputs each."""
 
     name = "conv1d_depthwise"
-    op = "conv1d"
+    kind = "conv1d"
 
-    def refuse(self, problem: ConvProblem, layout: Layout, device: Device) -> str | None:
-        if problem.C_in_g != 1:
-            return "needs C_in/groups == 1"
-        if problem.C_out_g >= MANY_OUTPUTS:
-            return f"needs C_out/groups < {MANY_OUTPUTS}"
-        plan = _plan(problem, layout, device)
-        if plan is None:
-            return f"needs the taps and the window of one result in {device.shared_per_block} bytes of shared memory"
-        if plan.deal.grid > MAX_GRID:
-            return f"needs at most {MAX_GRID} blocks"
-        return None
-
-    def configure(self, problem: ConvProblem, layout: Layout, device: Device) -> tuple[Config, Launch]:
+    def plan(self, problem: ConvProblem, layout: Layout, device: Device) -> Plan | Refusal:
         p = problem
-        plan = _plan(p, layout, device)
-        assert plan is not None, f"{self.name} refuses {p}"
-        deal, shape = plan.deal, plan.shape
+        if p.C_in_g != 1:
+            return Refusal("needs C_in/groups == 1")
+        if p.C_out_g >= MANY_OUTPUTS:
+            return Refusal(f"needs C_out/groups < {MANY_OUTPUTS}")
+        tiling = _tiling(p, layout, device)
+        if tiling is None:
+            reason = f"needs the taps and the window of one result in {device.shared_per_block} bytes of shared memory"
+            return Refusal(reason)
+        if tiling.deal.grid > MAX_GRID:
+            return Refusal(f"needs at most {MAX_GRID} blocks")
+        deal, shape, bits = tiling.deal, tiling.shape, tiling.bits
         params = {
             "N": p.N,
             "C_out": p.C_out,
@@ -81,13 +90,10 @@ class Conv1dDepthwise(Family):
             **stride_params(layout, ("out", "in")),
         }
         config = self._config(
-            shape.slide_stride, shape.is_skipping, isinstance(shape, _Stride), shape.thread_l, p.dtype, plan.bits
+            shape.slide_stride, shape.is_skipping, isinstance(shape, _Stride), shape.thread_l, p.dtype, bits
         )
-        return config, Launch(deal.grid, deal.block, deal.shared_bytes, plan.bits, tuple(params.items()))
-
-    def figures(self, problem: ConvProblem, layout: Layout, device: Device) -> tuple[tuple[str, float], ...]:
-        plan = _plan(problem, layout, device)
-        return () if plan is None else plan.deal.figures()
+        launch = Launch(deal.grid, deal.block, deal.shared_bytes, bits, tuple(params.items()))
+        return Plan((Step(config, launch, conv_arrays(p)),), candidates=deal.figures())
 
     def configs(self, device: Device) -> Iterator[Config]:
         for dtype in DTYPES:
@@ -256,18 +262,18 @@ def _can_stride(problem: ConvProblem, layout: Layout, bits: int) -> bool:
     """Whether results begin whole vectors apart, and their taps meet most of what lies between."""
     p = problem
     is_whole = p.stride > SLIDE_STRIDES[-1] and p.stride % (16 // p.itemsize) == 0 and p.dilation == 1
-    return is_whole and p.stride <= 2 * p.K and layout.input.strides[2] == 1 and bits == 32
+    return is_whole and p.stride <= 2 * p.K and layout["input"].strides[2] == 1 and bits == 32
 
 
 @dataclass(frozen=True, slots=True)
-class _Plan:
+class _Tiling:
     shape: _Shape | Skip | _Stride
     deal: Deal
     bits: int
 
 
 @lru_cache(maxsize=4096)
-def _plan(problem: ConvProblem, layout: Layout, device: Device) -> _Plan | None:
+def _tiling(problem: ConvProblem, layout: Layout, device: Device) -> _Tiling | None:
     p = problem
     bits = _index_bits(p, layout)
     shapes: list[_Shape | Skip | _Stride] = []
@@ -282,7 +288,7 @@ def _plan(problem: ConvProblem, layout: Layout, device: Device) -> _Plan | None:
     for shape in shapes:
         deal = choose_deal(shape.work(layout), device)
         if deal is not None:
-            return _Plan(shape, deal, bits)
+            return _Tiling(shape, deal, bits)
     return None
 
 
@@ -293,5 +299,5 @@ def _index_bits(problem: ConvProblem, layout: Layout) -> int:
     hanging = p.L_out + (8 * BLOCK_SIZE + 1) * max(MANY_L, slide_outputs(p.dtype))
     span = p.L_in + hanging * p.stride + p.padding_left + p.dilation * p.K + 2**17
     samples = p.N + -(-BLOCK_SIZE // p.C_out)
-    farthest = samples * max(abs(layout.input.strides[0]), abs(layout.output.strides[0]))
+    farthest = samples * max(abs(layout["input"].strides[0]), abs(layout["output"].strides[0]))
     return index_bits(p, layout, span, farthest, p.N * p.C_out + BLOCK_SIZE)

@@ -9,22 +9,31 @@ from collections.abc import Iterator
 
 from ..device import Device
 from ..problem import DTYPES, ConvProblem
-from .base import MAX_GRID, Config, Family, Launch, Layout, base_config, index_bits, stride_params
+from .base import (
+    MAX_GRID,
+    Config,
+    Family,
+    Launch,
+    Layout,
+    Plan,
+    Step,
+    base_config,
+    conv_arrays,
+    index_bits,
+    stride_params,
+)
 
 # The kernel's launch bounds leave a thread 128 registers, so that two blocks of this size share a multiprocessor.
 BLOCK_SIZE = 256
 
 
-class Conv1dDirect(Family):
+class Conv1dDirect(Family[ConvProblem]):
     """One thread per output element, any strides."""
 
     name = "conv1d_direct"
-    op = "conv1d"
+    kind = "conv1d"
 
-    def refuse(self, problem: ConvProblem, layout: Layout, device: Device) -> str | None:
-        return None
-
-    def configure(self, problem: ConvProblem, layout: Layout, device: Device) -> tuple[Config, Launch]:
+    def plan(self, problem: ConvProblem, layout: Layout, device: Device) -> Plan:
         p = problem
         num_outputs = p.N * p.C_out * p.L_out
         grid = min(-(-num_outputs // BLOCK_SIZE), MAX_GRID)
@@ -43,9 +52,8 @@ class Conv1dDirect(Family):
             "dilation": p.dilation,
             **stride_params(layout, ("out", "in")),
         }
-        return base_config(self.name, p.dtype, bits, BLOCK_SIZE), Launch(
-            grid, BLOCK_SIZE, 0, bits, tuple(params.items())
-        )
+        launch = Launch(grid, BLOCK_SIZE, 0, bits, tuple(params.items()))
+        return Plan((Step(base_config(self.name, p.dtype, bits, BLOCK_SIZE), launch, conv_arrays(p)),))
 
     def configs(self, device: Device) -> Iterator[Config]:
         for dtype in DTYPES:

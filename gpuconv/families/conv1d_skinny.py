@@ -13,7 +13,7 @@ from ..device import Device
 from ..problem import DTYPES, ITEMSIZE, ConvProblem
 from ..source import params_fields
 from ..text import count
-from .base import MAX_GRID, Config, Family, Launch, Layout, index_bits, stride_params
+from .base import MAX_GRID, Config, Family, Launch, Layout, Plan, Refusal, Step, conv_arrays, index_bits, stride_params
 
 WARP = 32
 # Columns of a block and of one of its threads, which multiplies each weight that it reads with all of its own. Two
@@ -47,7 +47,7 @@ _OVERLAP_LOSS = 0.125
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class Tiling:
     """A problem cut into blocks of rows.
 
     Attributes:
@@ -73,7 +73,7 @@ class Plan:
         return WARP * (self.compute_warps + NUM_STAGES)
 
     @classmethod
-    def of(cls, p: ConvProblem, device: Device, block_n: int, block_rows: int, chunk_terms: int) -> Plan | None:
+    def of(cls, p: ConvProblem, device: Device, block_n: int, block_rows: int, chunk_terms: int) -> Tiling | None:
         """None where the buffers do not fit in shared memory."""
         size = max(4, ITEMSIZE[p.dtype])
         thread_n = COLUMNS[block_n]
@@ -109,43 +109,41 @@ class Plan:
 
 
 @lru_cache(maxsize=1024)
-def _compare_plans(problem: ConvProblem, device: Device, block_n: int) -> tuple[Plan, ...]:
-    """The possible plans, best first."""
+def _compare_tilings(problem: ConvProblem, device: Device, block_n: int) -> tuple[Tiling, ...]:
+    """The possible tilings, best first."""
     p = problem
     largest = next((rows for rows in ROWS if rows >= p.C_out_g), ROWS[-1])
     longest = next((chunk for chunk in CHUNKS if chunk >= p.C_in_g * p.K), CHUNKS[-1])
-    plans = [
-        Plan.of(p, device, block_n, rows, chunk)
+    tilings = [
+        Tiling.of(p, device, block_n, rows, chunk)
         for rows in ROWS
         for chunk in CHUNKS
         if rows <= largest and chunk <= longest
     ]
-    return tuple(sorted((plan for plan in plans if plan is not None), key=lambda plan: plan.cycles))
+    return tuple(sorted((tiling for tiling in tilings if tiling is not None), key=lambda tiling: tiling.cycles))
 
 
-class Conv1dSkinny(Family):
+class Conv1dSkinny(Family[ConvProblem]):
     """Few rows a block, so that every multiprocessor reads weights all the time."""
 
     name = "conv1d_skinny"
-    op = "conv1d"
+    kind = "conv1d"
 
-    def refuse(self, problem: ConvProblem, layout: Layout, device: Device) -> str | None:
-        if problem.N * problem.L_out > MAX_COLUMNS:
-            return f"needs N * L_out <= {MAX_COLUMNS}"
-        if self._index_bits(problem, layout) == 64:
-            return "needs offsets below 2**31"
-        plans = self._plans(problem, device)
-        if not plans:
-            return f"needs buffers that fit in {device.shared_per_block} bytes of shared memory"
-        if plans[0].blocks > MAX_GRID:
-            return f"needs at most {MAX_GRID} blocks"
-        return None
-
-    def configure(self, problem: ConvProblem, layout: Layout, device: Device) -> tuple[Config, Launch]:
+    def plan(self, problem: ConvProblem, layout: Layout, device: Device) -> Plan | Refusal:
         p = problem
-        plan = self._plans(p, device)[0]
+        columns = p.N * p.L_out
+        if columns > MAX_COLUMNS:
+            return Refusal(f"needs N * L_out <= {MAX_COLUMNS}")
+        if self._index_bits(p, layout) == 64:
+            return Refusal("needs offsets below 2**31")
+        tilings = _compare_tilings(p, device, next(block_n for block_n in COLUMNS if block_n >= columns))
+        if not tilings:
+            return Refusal(f"needs buffers that fit in {device.shared_per_block} bytes of shared memory")
+        tiling = tilings[0]
+        if tiling.blocks > MAX_GRID:
+            return Refusal(f"needs at most {MAX_GRID} blocks")
         params = {
-            "columns": p.N * p.L_out,
+            "columns": columns,
             "L_in": p.L_in,
             "L_out": p.L_out,
             "K": p.K,
@@ -155,36 +153,30 @@ class Conv1dSkinny(Family):
             "padding_left": p.padding_left,
             "dilation": p.dilation,
             **stride_params(layout, ("out", "in")),
-            "row_blocks": plan.blocks // p.groups,
-            "block_rows": plan.block_rows,
-            "compute_warps": plan.compute_warps,
-            "chunk_terms": plan.chunk_terms,
+            "row_blocks": tiling.blocks // p.groups,
+            "block_rows": tiling.block_rows,
+            "compute_warps": tiling.compute_warps,
+            "chunk_terms": tiling.chunk_terms,
             "vector_weights": int(self._has_vector_weights(p, layout)),
         }
-        config = self._config(plan.block_n, p.dtype)
-        return config, Launch(plan.blocks, plan.threads, plan.shared_bytes, 32, tuple(params.items()))
-
-    def figures(self, problem: ConvProblem, layout: Layout, device: Device) -> tuple[tuple[str, float], ...]:
-        return tuple(
+        launch = Launch(tiling.blocks, tiling.threads, tiling.shared_bytes, 32, tuple(params.items()))
+        candidates = tuple(
             (
-                f"{count(plan.block_rows, 'row')} by {count(plan.block_n, 'column')}, "
-                f"{count(plan.chunk_terms, 'term')} at a time",
-                plan.cycles,
+                f"{count(t.block_rows, 'row')} by {count(t.block_n, 'column')}, "
+                f"{count(t.chunk_terms, 'term')} at a time",
+                t.cycles,
             )
-            for plan in self._plans(problem, device)
+            for t in tilings
         )
+        return Plan((Step(self._config(tiling.block_n, p.dtype), launch, conv_arrays(p)),), candidates=candidates)
 
     def configs(self, device: Device) -> Iterator[Config]:
         for dtype in DTYPES:
             for block_n in COLUMNS:
                 yield self._config(block_n, dtype)
 
-    def _plans(self, problem: ConvProblem, device: Device) -> tuple[Plan, ...]:
-        columns = problem.N * problem.L_out
-        return _compare_plans(problem, device, next(block_n for block_n in COLUMNS if block_n >= columns))
-
     def _has_vector_weights(self, problem: ConvProblem, layout: Layout) -> bool:
-        p, weight = problem, layout.weight
+        p, weight = problem, layout["weight"]
         vec = 16 // p.itemsize
         is_contiguous = weight.strides[1:] == (p.K, 1)
         return is_contiguous and weight.alignment == 16 and p.C_in_g * p.K % vec == 0 and weight.strides[0] % vec == 0

@@ -14,7 +14,20 @@ from typing import ClassVar
 from ..device import Device
 from ..problem import DTYPES, ITEMSIZE, ConvProblem
 from ..source import params_fields
-from .base import MAX_GRID, Config, Family, Launch, Layout, index_bits, round_up, stride_params
+from .base import (
+    MAX_GRID,
+    Config,
+    Family,
+    Launch,
+    Layout,
+    Plan,
+    Refusal,
+    Step,
+    conv_arrays,
+    index_bits,
+    round_up,
+    stride_params,
+)
 from .depthwise import (
     BLOCK_SIZE,
     MANY_OUTPUTS,
@@ -37,25 +50,22 @@ from .depthwise import (
 MANY_L = 4
 
 
-class ConvTranspose1dDepthwise(Family):
+class ConvTranspose1dDepthwise(Family[ConvProblem]):
     """One input channel a group, few outputs each."""
 
     name = "conv_transpose1d_depthwise"
-    op = "conv_transpose1d"
+    kind = "conv_transpose1d"
 
-    def refuse(self, problem: ConvProblem, layout: Layout, device: Device) -> str | None:
-        if problem.C_in_g != 1:
-            return "needs C_in/groups == 1"
-        if problem.C_out_g >= MANY_OUTPUTS:
-            return f"needs C_out/groups < {MANY_OUTPUTS}"
-        if _plan(problem, layout, device).deal.grid > MAX_GRID:
-            return f"needs at most {MAX_GRID} blocks"
-        return None
-
-    def configure(self, problem: ConvProblem, layout: Layout, device: Device) -> tuple[Config, Launch]:
+    def plan(self, problem: ConvProblem, layout: Layout, device: Device) -> Plan | Refusal:
         p = problem
-        plan = _plan(p, layout, device)
-        deal, shape = plan.deal, plan.shape
+        if p.C_in_g != 1:
+            return Refusal("needs C_in/groups == 1")
+        if p.C_out_g >= MANY_OUTPUTS:
+            return Refusal(f"needs C_out/groups < {MANY_OUTPUTS}")
+        tiling = _tiling(p, layout, device)
+        if tiling.deal.grid > MAX_GRID:
+            return Refusal(f"needs at most {MAX_GRID} blocks")
+        deal, shape, bits = tiling.deal, tiling.shape, tiling.bits
         gcd = math.gcd(p.stride, p.dilation)
         tap_step, position_step = p.stride // gcd, p.dilation // gcd
         has_window = shape.slide_stride > 0 or shape.is_skipping
@@ -82,11 +92,9 @@ class ConvTranspose1dDepthwise(Family):
             "plane_pitch": shape.plane_pitch(deal.places, deal.block_rows) if has_window else 0,
             **stride_params(layout, ("in", "out")),
         }
-        config = self._config(shape.slide_stride, shape.is_skipping, shape.thread_l, p.dtype, plan.bits)
-        return config, Launch(deal.grid, deal.block, deal.shared_bytes, plan.bits, tuple(params.items()))
-
-    def figures(self, problem: ConvProblem, layout: Layout, device: Device) -> tuple[tuple[str, float], ...]:
-        return _plan(problem, layout, device).deal.figures()
+        config = self._config(shape.slide_stride, shape.is_skipping, shape.thread_l, p.dtype, bits)
+        launch = Launch(deal.grid, deal.block, deal.shared_bytes, bits, tuple(params.items()))
+        return Plan((Step(config, launch, conv_arrays(p)),), candidates=deal.figures())
 
     def configs(self, device: Device) -> Iterator[Config]:
         for dtype in DTYPES:
@@ -187,14 +195,14 @@ class _Shape:
 
 
 @dataclass(frozen=True, slots=True)
-class _Plan:
+class _Tiling:
     shape: _Shape | Skip
     deal: Deal
     bits: int
 
 
 @lru_cache(maxsize=4096)
-def _plan(problem: ConvProblem, layout: Layout, device: Device) -> _Plan:
+def _tiling(problem: ConvProblem, layout: Layout, device: Device) -> _Tiling:
     p = problem
     bits = _index_bits(p, layout)
     shapes: list[_Shape | Skip] = []
@@ -206,7 +214,7 @@ def _plan(problem: ConvProblem, layout: Layout, device: Device) -> _Plan:
     for shape in shapes:
         deal = choose_deal(shape.work(layout), device)
         if deal is not None:
-            return _Plan(shape, deal, bits)
+            return _Tiling(shape, deal, bits)
     raise AssertionError("a block without shared memory fits")
 
 
@@ -220,8 +228,8 @@ def _index_bits(problem: ConvProblem, layout: Layout) -> int:
         p,
         layout,
         hanging + p.L_in,
-        hanging * max(1, abs(layout.output.strides[2])),
-        (p.N + -(-BLOCK_SIZE // p.C_out)) * max(abs(layout.input.strides[0]), abs(layout.output.strides[0])),
+        hanging * max(1, abs(layout["output"].strides[2])),
+        (p.N + -(-BLOCK_SIZE // p.C_out)) * max(abs(layout["input"].strides[0]), abs(layout["output"].strides[0])),
         p.N * p.C_out + BLOCK_SIZE,
         p.K + tap_step,
         tap_step * tap_step,

@@ -10,22 +10,31 @@ from collections.abc import Iterator
 
 from ..device import Device
 from ..problem import DTYPES, ConvProblem
-from .base import MAX_GRID, Config, Family, Launch, Layout, base_config, index_bits, stride_params
+from .base import (
+    MAX_GRID,
+    Config,
+    Family,
+    Launch,
+    Layout,
+    Plan,
+    Step,
+    base_config,
+    conv_arrays,
+    index_bits,
+    stride_params,
+)
 
 # The kernel's launch bounds leave a thread 128 registers, so that two blocks of this size share a multiprocessor.
 BLOCK_SIZE = 256
 
 
-class ConvTranspose1dGather(Family):
+class ConvTranspose1dGather(Family[ConvProblem]):
     """One thread per output element, any strides, only the taps of the output's phase."""
 
     name = "conv_transpose1d_gather"
-    op = "conv_transpose1d"
+    kind = "conv_transpose1d"
 
-    def refuse(self, problem: ConvProblem, layout: Layout, device: Device) -> str | None:
-        return None
-
-    def configure(self, problem: ConvProblem, layout: Layout, device: Device) -> tuple[Config, Launch]:
+    def plan(self, problem: ConvProblem, layout: Layout, device: Device) -> Plan:
         p = problem
         num_outputs = p.N * p.C_out * p.L_out
         grid = min(-(-num_outputs // BLOCK_SIZE), MAX_GRID)
@@ -51,9 +60,8 @@ class ConvTranspose1dGather(Family):
             "phase_inverse": pow(position_step, -1, tap_step),
             **stride_params(layout, ("in", "out")),
         }
-        return base_config(self.name, p.dtype, bits, BLOCK_SIZE), Launch(
-            grid, BLOCK_SIZE, 0, bits, tuple(params.items())
-        )
+        launch = Launch(grid, BLOCK_SIZE, 0, bits, tuple(params.items()))
+        return Plan((Step(base_config(self.name, p.dtype, bits, BLOCK_SIZE), launch, conv_arrays(p)),))
 
     def configs(self, device: Device) -> Iterator[Config]:
         for dtype in DTYPES:

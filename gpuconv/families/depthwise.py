@@ -40,20 +40,20 @@ def slide_outputs(dtype: str) -> int:
 
 def can_slide(problem: ConvProblem, layout: Layout, bits: int) -> bool:
     """Whether the layer has a sliding kernel: the inner axes contiguous, no dilation, a stride that has one."""
-    regular = layout.input.strides[2] == 1 and layout.output.strides[2] == 1
+    regular = layout["input"].strides[2] == 1 and layout["output"].strides[2] == 1
     return regular and problem.dilation == 1 and problem.stride in SLIDE_STRIDES and bits == 32
 
 
 def row_skew(problem: ConvProblem, layout: Layout) -> int:
     """How many positions before a row its first tile may begin, at a 16-byte boundary of the output."""
     vec = 16 // problem.itemsize
-    aligned = layout.output.alignment == 16 and all(stride % vec == 0 for stride in layout.output.strides[:2])
+    aligned = layout["output"].alignment == 16 and all(stride % vec == 0 for stride in layout["output"].strides[:2])
     return 0 if aligned else vec - 1
 
 
 def can_skip(problem: ConvProblem, layout: Layout, bits: int) -> bool:
     """Whether the layer has a kernel of skipping threads: stride 1 and a dilation, else as for sliding ones."""
-    regular = layout.input.strides[2] == 1 and layout.output.strides[2] == 1 and bits == 32
+    regular = layout["input"].strides[2] == 1 and layout["output"].strides[2] == 1 and bits == 32
     return regular and problem.stride == 1 and problem.dilation > 1 and problem.L_out >= SHORTEST_SKIP
 
 

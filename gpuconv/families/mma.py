@@ -15,7 +15,19 @@ from ..device import Device
 from ..problem import ConvProblem
 from ..reference import MIN_SPLIT_TERMS, SPLIT_TERMS
 from ..source import params_fields
-from .base import MAX_GRID, Config, Launch, Layout, Pack, SecondPass, index_bits, weight_source_params
+from .base import (
+    MAX_GRID,
+    PACKED,
+    PARTIAL,
+    Config,
+    Launch,
+    Layout,
+    Plan,
+    Step,
+    conv_arrays,
+    index_bits,
+    weight_source_params,
+)
 
 WARP = 32
 PAIRS_PER_STEP = 2  # (tap, unit) pairs of one mma
@@ -439,7 +451,7 @@ def _cost(
     return launch + second_pass
 
 
-def tiling_figures(tilings: tuple[Tiling, ...]) -> tuple[tuple[str, float], ...]:
+def _candidates(tilings: tuple[Tiling, ...]) -> tuple[tuple[str, float], ...]:
     """What `explain` shows of the comparison."""
 
     def name(t: Tiling) -> str:
@@ -526,7 +538,7 @@ def most_weight_vectors(product: Product) -> int:
     return product.products * product.reduction.chunks * product.reduction.pairs * (product.rows + MAX_BLOCK_M)
 
 
-def tiling_params(product: Product, tiling: Tiling) -> dict[str, int]:
+def _tiling_params(product: Product, tiling: Tiling) -> dict[str, int]:
     """The fields of Params that describe the order of summation and the tiles, in order."""
     reduction = product.reduction
     batches = input_batches(tiling.tile, tiling.window, reduction)
@@ -542,32 +554,51 @@ def tiling_params(product: Product, tiling: Tiling) -> dict[str, int]:
     }
 
 
-def launch(tiling: Tiling, product: Product, bits: int, params: dict[str, int]) -> Launch:
-    """The launch of a kernel, the first of two where segments have blocks of their own."""
-    segments = product.reduction.segments if tiling.tile.segment_mode == 2 else 1
-    return Launch(tiling.blocks * segments, tiling.tile.threads, tiling.shared_bytes, bits, tuple(params.items()))
-
-
-def second_pass(config: Config, first: Launch, product: Product, tiling: Tiling, itemsize: int) -> SecondPass:
-    """What adds the sums of segments; `config` and `first` are those of the kernel that forms them."""
-    macros: dict[str, str | int] = {**dict(config.macros), "SEGMENT_MODE": 3}
-    tile = tiling.tile
-    adds = Launch(tiling.blocks, tile.threads, tile.slice_bytes(itemsize), first.index_bits, first.params)
-    sums = tiling.blocks * product.reduction.segments * tile.block_m * tile.block_n
-    return SecondPass(Config.of(config.kernel, macros), adds, sums * 4)
-
-
-def make_pack(
+def make_plan(
     problem: ConvProblem,
     layout: Layout,
+    device: Device,
     product: Product,
-    tile: Tile,
-    arithmetic: Arithmetic,
+    tilings: tuple[Tiling, ...],
+    kernel: str,
+    bits: int,
+    params: dict[str, int],
     *,
     phases_in_rows: bool,
-) -> Pack:
-    """The launch of pack_mma_weight for a tensor-core kernel."""
-    p = problem
+) -> Plan:
+    """The weights packed, then a tensor-core kernel; where segments have blocks of their own, their sums added.
+
+    `params` are the fields of the kernel's Params in front of those that this module knows.
+    """
+    p, tiling = problem, tilings[0]
+    tile, segments = tiling.tile, product.reduction.segments
+    fields = tuple({**params, **_tiling_params(product, tiling)}.items())
+
+    def step(mode: int, grid: int, shared: int, *more: str) -> Step:
+        config = kernel_config(
+            kernel, p.dtype, p.precision, tile, bits, device, phases_in_rows=phases_in_rows, segment_mode=mode
+        )
+        return Step(config, Launch(grid, tile.threads, shared, bits, fields), (*conv_arrays(p, PACKED), *more))
+
+    pack, packed_bytes = _pack(p, layout, product, tile, phases_in_rows=phases_in_rows)
+    scratch = [(PACKED, packed_bytes)]
+    if tile.segment_mode < 2:
+        steps = [pack, step(tile.segment_mode, tiling.blocks, tiling.shared_bytes)]
+    else:
+        steps = [
+            pack,
+            step(2, tiling.blocks * segments, tiling.shared_bytes, PARTIAL),
+            step(3, tiling.blocks, tile.slice_bytes(p.itemsize), PARTIAL),
+        ]
+        scratch.append((PARTIAL, tiling.blocks * segments * tile.block_m * tile.block_n * 4))
+    return Plan(tuple(steps), tuple(scratch), _candidates(tilings))
+
+
+def _pack(
+    problem: ConvProblem, layout: Layout, product: Product, tile: Tile, *, phases_in_rows: bool
+) -> tuple[Step, int]:
+    """The launch of pack_mma_weight, and the bytes that it writes."""
+    p, arithmetic = problem, ARITHMETICS[problem.dtype, problem.precision]
     num_vectors = weight_vectors(product, tile)
     row_tiles = -(-product.rows // tile.block_m)
     grid = min(-(-num_vectors // PACK_BLOCK_SIZE), MAX_GRID)
@@ -602,7 +633,7 @@ def make_pack(
     )
     config = _pack_config(p.dtype, p.precision, bits, transposed=p.transposed, phases_in_rows=phases_in_rows)
     launch = Launch(grid, PACK_BLOCK_SIZE, 0, bits, tuple(params.items()))
-    return Pack(config, launch, num_vectors * arithmetic.parts * UNIT_BYTES)
+    return Step(config, launch, ("weight", PACKED)), num_vectors * arithmetic.parts * UNIT_BYTES
 
 
 def _pack_config(dtype: str, precision: str, bits: int, *, transposed: bool, phases_in_rows: bool) -> Config:

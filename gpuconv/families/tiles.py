@@ -7,7 +7,20 @@ from functools import lru_cache
 
 from ..device import Device
 from ..problem import ITEMSIZE, ConvProblem
-from .base import MAX_GRID, Config, Launch, Layout, Pack, base_config, index_bits, round_up, weight_source_params
+from .base import (
+    MAX_GRID,
+    PACKED,
+    Config,
+    Launch,
+    Layout,
+    Plan,
+    Step,
+    base_config,
+    conv_arrays,
+    index_bits,
+    round_up,
+    weight_source_params,
+)
 
 WARP = 32
 PACK_BLOCK_SIZE = 256
@@ -282,10 +295,19 @@ class PackedWeight:
         return {"weight_stride_tile": self.stride_tile}
 
 
-def make_pack(
-    problem: ConvProblem, layout: Layout, packed: PackedWeight, *, rows: int, taps: int, phases_in_rows: bool
-) -> Pack:
-    """The launch of pack_weight for a tiled kernel."""
+def packed_plan(
+    problem: ConvProblem,
+    layout: Layout,
+    packed: PackedWeight,
+    tilings: tuple[Tiling, ...],
+    config: Config,
+    launch: Launch,
+    *,
+    rows: int,
+    taps: int,
+    phases_in_rows: bool,
+) -> Plan:
+    """pack_weight, then the tiled kernel with its configuration and launch."""
     p = problem
     grid = min(-(-packed.num_elements // PACK_BLOCK_SIZE), MAX_GRID)
     source = weight_source_params(p, layout)
@@ -306,9 +328,13 @@ def make_pack(
         (taps + 1) * p.stride,
         *(abs(value) for value in params.values()),
     )
-    config = pack_config(p.dtype, bits, transposed=p.transposed, phases_in_rows=phases_in_rows)
-    launch = Launch(grid, PACK_BLOCK_SIZE, 0, bits, tuple(params.items()))
-    return Pack(config, launch, packed.num_elements * accumulator_bytes(p.dtype))
+    pack = pack_config(p.dtype, bits, transposed=p.transposed, phases_in_rows=phases_in_rows)
+    pack_launch = Launch(grid, PACK_BLOCK_SIZE, 0, bits, tuple(params.items()))
+    return Plan(
+        (Step(pack, pack_launch, ("weight", PACKED)), Step(config, launch, conv_arrays(p, PACKED))),
+        ((PACKED, packed.num_elements * accumulator_bytes(p.dtype)),),
+        tiling_figures(tilings),
+    )
 
 
 def pack_config(dtype: str, bits: int, *, transposed: bool, phases_in_rows: bool) -> Config:

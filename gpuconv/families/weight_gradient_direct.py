@@ -10,25 +10,20 @@ from collections.abc import Iterator
 
 from ..device import Device
 from ..problem import DTYPES, WeightGradientProblem
-from .base import MAX_GRID, Config, GradientFamily, GradientLayout, Launch, base_config
-from .slices import Slices, stride_params, sum_config, weight_index_bits
+from .base import MAX_GRID, Config, Family, Launch, Layout, Plan, base_config
+from .slices import Slices, sliced_plan, stride_params, sum_config, weight_index_bits
 
 # As in conv1d_direct.
 BLOCK_SIZE = 256
 
 
-class WeightGradientDirect(GradientFamily[WeightGradientProblem]):
+class WeightGradientDirect(Family[WeightGradientProblem]):
     """One thread per result and slice, any strides."""
 
     name = "weight_gradient_direct"
-    op = "weight_gradient"
+    kind = "weight_gradient"
 
-    def refuse(self, problem: WeightGradientProblem, layout: GradientLayout, device: Device) -> str | None:
-        return None
-
-    def configure(
-        self, problem: WeightGradientProblem, layout: GradientLayout, device: Device
-    ) -> tuple[Config, Launch]:
+    def plan(self, problem: WeightGradientProblem, layout: Layout, device: Device) -> Plan:
         p = problem
         slices = Slices.of(p)
         num_sums = slices.count * math.prod(p.weight_shape)
@@ -51,7 +46,8 @@ class WeightGradientDirect(GradientFamily[WeightGradientProblem]):
             **stride_params(layout),
         }
         config = base_config(self.name, p.dtype, bits, BLOCK_SIZE)
-        return config, Launch(grid, BLOCK_SIZE, 0, bits, tuple(params.items()))
+        launch = Launch(grid, BLOCK_SIZE, 0, bits, tuple(params.items()))
+        return sliced_plan(p, layout, slices, config, launch)
 
     def configs(self, device: Device) -> Iterator[Config]:
         for dtype in DTYPES:

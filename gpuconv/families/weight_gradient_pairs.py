@@ -11,8 +11,8 @@ from functools import lru_cache
 
 from ..device import Device
 from ..problem import DTYPES, ITEMSIZE, WeightGradientProblem
-from .base import MAX_GRID, ArrayLayout, Config, GradientFamily, GradientLayout, Launch
-from .slices import Slices, gradient_config, stride_params, weight_index_bits
+from .base import MAX_GRID, ArrayLayout, Config, Family, Launch, Layout, Plan, Refusal
+from .slices import Slices, gradient_config, sliced_plan, stride_params, weight_index_bits
 
 WARP = 32
 THREAD_K = 8
@@ -30,34 +30,26 @@ _SHARED_BYTES = 56 * 1024
 _CHUNKS = (64, 32, 16, 8)  # positions, in whole vectors
 
 
-class WeightGradientPairs(GradientFamily[WeightGradientProblem]):
+class WeightGradientPairs(Family[WeightGradientProblem]):
     """A thread per pair of rows and eight taps."""
 
     name = "weight_gradient_pairs"
-    op = "weight_gradient"
+    kind = "weight_gradient"
 
-    def refuse(self, problem: WeightGradientProblem, layout: GradientLayout, device: Device) -> str | None:
+    def plan(self, problem: WeightGradientProblem, layout: Layout, device: Device) -> Plan | Refusal:
         p = problem
         if min(p.C_coarse_g, p.C_fine_g) > MAX_CHANNELS:
-            return f"needs at most {MAX_CHANNELS} channels a group on one side"
+            return Refusal(f"needs at most {MAX_CHANNELS} channels a group on one side")
         if p.C_coarse_g >= MANY_CHANNELS and p.C_fine_g * p.K >= MANY_COLUMNS:
-            return (
+            return Refusal(
                 f"needs fewer than {MANY_CHANNELS} channels a group on the coarse side, or fewer than {MANY_COLUMNS} "
                 "taps of all channels on the fine side"
             )
         shape = _shape(p, layout, device)
         if shape is None:
-            return f"needs two windows of 32 pairs in {device.shared_per_block} bytes of shared memory"
+            return Refusal(f"needs two windows of 32 pairs in {device.shared_per_block} bytes of shared memory")
         if shape.grid > MAX_GRID:
-            return f"needs at most {MAX_GRID} blocks"
-        return None
-
-    def configure(
-        self, problem: WeightGradientProblem, layout: GradientLayout, device: Device
-    ) -> tuple[Config, Launch]:
-        p = problem
-        shape = _shape(p, layout, device)
-        assert shape is not None, f"{self.name} refuses {p}"
+            return Refusal(f"needs at most {MAX_GRID} blocks")
         slices = Slices.of(p)
         params = {
             "N": p.N,
@@ -89,7 +81,7 @@ class WeightGradientPairs(GradientFamily[WeightGradientProblem]):
         launch = Launch(
             shape.grid, shape.block_pairs * shape.tap_threads, shape.shared_bytes, shape.bits, tuple(params.items())
         )
-        return self._config(shape.slides, p.dtype, shape.bits), launch
+        return sliced_plan(p, layout, slices, self._config(shape.slides, p.dtype, shape.bits), launch)
 
     def configs(self, device: Device) -> Iterator[Config]:
         for dtype in DTYPES:
@@ -136,11 +128,11 @@ class _Shape:
 
 
 @lru_cache(maxsize=4096)
-def _shape(p: WeightGradientProblem, layout: GradientLayout, device: Device) -> _Shape | None:
+def _shape(p: WeightGradientProblem, layout: Layout, device: Device) -> _Shape | None:
     """None where not even the shortest chunk fits in shared memory."""
     slides = p.stride == 1 and p.dilation == 1
     vec = 16 // p.itemsize
-    coarse, fine = layout.inputs
+    coarse, fine = layout["coarse"], layout["fine"]
     # Windows that do not slide are read element by element, for which rows lie an odd number of words apart.
     widest = vec if slides else max(1, 4 // p.itemsize)
     coarse_copy = _copy_elements(coarse, p.L_coarse, widest, p.itemsize)
