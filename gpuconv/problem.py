@@ -68,6 +68,8 @@ class Problem(Protocol):
         is_empty: whether nothing is launched: the result has no elements, or is zero since every sum is empty.
     """
 
+    def __hash__(self) -> int: ...
+
     @property
     def kind(self) -> Kind: ...
 
