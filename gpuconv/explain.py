@@ -167,8 +167,9 @@ class Explanation:
     def _kernel_rows(self) -> list[tuple[str, str]]:
         choice = self.choice
         if choice is None:
-            result = "output is empty" if isinstance(self.problem, ConvProblem) else "gradient is empty or zero"
-            return [("kernel", f"none: the {result}, so nothing is launched")]
+            if isinstance(self.problem, ConvProblem):
+                return [("kernel", "none: the output is empty, so nothing is launched")]
+            return [("kernel", "none: an array is empty, so the gradient is zero")]
         macros = ", ".join(f"{name}={value}" for name, value in choice.config.macros)
         rows = [
             *(("refused", f"{family}: {reason}") for family, reason in choice.refusals),

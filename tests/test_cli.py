@@ -26,10 +26,10 @@ from gpuconv import cases, checks, files, functional, runtime
 from gpuconv.cli import gpu, info, main, warmup
 from gpuconv.cli.terminal import show_progress
 from gpuconv.device import ARCHITECTURES
-from gpuconv.families import FAMILIES
 from gpuconv.gpus import missing_gpu
 from gpuconv.problem import ArraySpec, numpy_dtype
 from gpuconv.text import install_hint
+from tests.plans import FORWARD_FAMILIES
 
 Array = np.ndarray[Any, Any]
 
@@ -578,7 +578,7 @@ def played_gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_warmup_compiles_every_kernel_of_the_dtypes(capsys: pytest.CaptureFixture[str]) -> None:
     device = ARCHITECTURES["sm_90"]
     assert main(["warmup", "--dtype", "float32,float16"]) == 0
-    every = [c for family in FAMILIES for c in family.configs(device)]
+    every = [c for family in FORWARD_FAMILIES for c in family.configs(device)]
     wanted = [c for c in every if dict(c.macros)["DTYPE"] in ("float32", "float16")]
     assert [name for name, _ in _Kernel.compiled] == [c.kernel for c in dict.fromkeys(wanted)]
     assert len(set(_Kernel.compiled)) == len(_Kernel.compiled)
@@ -587,7 +587,7 @@ def test_warmup_compiles_every_kernel_of_the_dtypes(capsys: pytest.CaptureFixtur
     _Kernel.compiled.clear()
     runtime.build.cache_clear()
     assert main(["warmup", "conv1d"]) == 0
-    forward = {c.kernel for family in FAMILIES if family.op == "conv1d" for c in family.configs(device)}
+    forward = {c.kernel for family in FORWARD_FAMILIES if family.kind == "conv1d" for c in family.configs(device)}
     assert {name for name, _ in _Kernel.compiled} == forward
 
 

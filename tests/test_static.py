@@ -18,8 +18,9 @@ from bench.rates import RATES, products, published_ceilings, rates_of
 from bench.sass import Instruction, KernelReport, Resources
 from gpuconv import dispatch
 from gpuconv.device import ARCHITECTURES, Device
-from gpuconv.families import FAMILIES, Config, GradientLayout, Launch, Layout
+from gpuconv.families import Config, Launch, Layout
 from gpuconv.problem import ConvProblem, WeightGradientProblem
+from tests.plans import FORWARD_FAMILIES, kernel_of
 
 LOG = """\
 ptxas info    : 12 bytes gmem
@@ -241,8 +242,8 @@ def test_dense_tiles_keep_their_targets() -> None:
         ("conv1d_tiled", ConvProblem("conv1d", 8, 256, 256, 4096, 3, 2)),
         ("conv_transpose1d_phases", ConvProblem("conv_transpose1d", 8, 256, 256, 4096, 16, 8, 4, 4)),
     ):
-        (tiled,) = (f for f in FAMILIES if f.name == family)
-        config, _ = tiled.configure(problem, Layout.contiguous(problem), H200)
+        (tiled,) = (f for f in FORWARD_FAMILIES if f.name == family)
+        config, _ = kernel_of(tiled, problem, Layout.contiguous(problem), H200)
         macros = dict(config.macros)
         assert (macros["BLOCK_M"], macros["BLOCK_N"]) == ("128", "128")
         assert int(macros["COLUMN_STEP"]) > 0
@@ -474,7 +475,7 @@ def test_gradients_are_reported_like_the_forward_pass(tmp_path: Path, capsys: py
 
 def test_a_gradient_also_writes_and_reads_the_sums_of_its_slices() -> None:
     problem = WeightGradientProblem("conv1d", 32, 512, 512, 1500, 1530, 31, groups=512)
-    choice = dispatch.choose_gradient(problem, GradientLayout.contiguous(problem), H200)
+    choice = dispatch.choose(problem, Layout.contiguous(problem), H200)
     p = predict_gradient(problem, choice, tile_report(fma=96 * 32), H200)
     alone = predict_gradient(problem, replace(choice, sum=None), tile_report(fma=96 * 32), H200)
     assert alone.us == pytest.approx(LAUNCH_US + alone.parts[alone.limit])

@@ -63,6 +63,11 @@ class Layout:
     def __contains__(self, name: str) -> bool:
         return any(found == name for found, _ in self.arrays)
 
+    @classmethod
+    def of(cls, **arrays: ArrayLayout) -> Layout:
+        """The layouts of arrays given by name."""
+        return cls(tuple(arrays.items()))
+
     def replaced(self, **arrays: ArrayLayout) -> Layout:
         """The same with other layouts for some of the arrays."""
         return Layout(tuple((name, arrays.get(name, layout)) for name, layout in self.arrays))
