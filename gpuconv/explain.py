@@ -283,7 +283,7 @@ def explain(
         check_padding_mode(op, settings.pop("padding_mode"))
     algorithm = settings.pop("algorithm", None)
     function = op if direction == "forward" else f"{op}_{direction.removeprefix('grad_')}"
-    dispatch.check_algorithm(op, SIGNATURES[function].kind, algorithm)
+    dispatch.check_algorithm("explain", SIGNATURES[function].kind, algorithm)
     construct = ConvProblem.conv_transpose1d if op == "conv_transpose1d" else ConvProblem.conv1d
     p = construct(input, weight, bias, **settings)
     problem: ConvProblem | WeightGradientProblem | BiasGradientProblem = p

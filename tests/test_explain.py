@@ -487,5 +487,9 @@ def test_an_algorithm_is_explained() -> None:
     assert explain("conv1d", x, w, device="cpu", algorithm="base").method is not None
     with pytest.raises(ValueError, match=r"^conv1d: algorithm 'conv1d_depthwise' does not take conv1d N2 .*: needs"):
         explain("conv1d", x, w, device="sm_90", algorithm="conv1d_depthwise")
-    with pytest.raises(ValueError, match=r'^explain: algorithm is of direction "forward"; .* for grad_weight, got'):
-        explain("conv1d", x, w, device="sm_90", direction="grad_weight", algorithm="base")
+    found = explain("conv1d", x, w, device="sm_90", direction="grad_weight", algorithm="base")
+    assert found.choice.family == "weight_gradient_direct"
+    found = explain("conv1d", x, w, device="sm_90", direction="grad_input", algorithm="conv_transpose1d_phases")
+    assert found.choice.family == "conv_transpose1d_phases"
+    with pytest.raises(ValueError, match=r"^explain: algorithm must be None or one of base, weight_gradient_mma, "):
+        explain("conv1d", x, w, device="sm_90", direction="grad_weight", algorithm="conv1d_direct")

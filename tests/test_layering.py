@@ -39,6 +39,7 @@ LAYERS = (
     ("families",),
     ("dispatch",),
     ("runtime",),
+    ("memory", "tasks"),
     ("calls",),
     ("functional",),
     ("nn", "grad", "cases", "explain", "files", "gpus", "report"),
