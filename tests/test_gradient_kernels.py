@@ -400,8 +400,8 @@ def test_every_launch_keeps_the_contract() -> None:
         for p in (*problems("float32").values(), *list(shapes())[::7]):
             layout = Layout.contiguous(p)
             choice = dispatch.choose(p, layout, device)
-            launches = [(choice.config, choice.launch), *([choice.sum] if choice.sum else [])]
-            for config, launch in launches:
+            assert choice is not None
+            for config, launch in ((step.config, step.launch) for step in choice.plan.steps):
                 assert config in known, (p, arch)
                 assert tuple(name for name, _ in launch.params) == params_fields(config.kernel)
                 assert launch.shared_bytes <= device.shared_per_block
