@@ -29,18 +29,19 @@ from .arguments import (
     check_setting,
     check_size,
 )
-from .dtypes import DTYPES, ITEMSIZE, PRECISIONS, dtype_name, numpy_dtype
+from .dtypes import DTYPES, FORMATS, PRECISIONS, Format, dtype_name, numpy_dtype
 
 # With the problems come the words that describe them, so that their users need one import.
 __all__ = [
     "DTYPES",
-    "ITEMSIZE",
+    "FORMATS",
     "MAX_EXTENT",
     "PRECISIONS",
     "ArrayLike",
     "ArraySpec",
     "BiasGradientProblem",
     "ConvProblem",
+    "Format",
     "Kind",
     "Op",
     "Padding",
@@ -75,6 +76,9 @@ class Problem(Protocol):
 
     @property
     def dtype(self) -> str: ...
+
+    @property
+    def format(self) -> Format: ...
 
     @property
     def itemsize(self) -> int: ...
@@ -300,13 +304,18 @@ class ConvProblem:
         return self.C_out // self.groups
 
     @property
+    def format(self) -> Format:
+        """The numbers of the arrays and of the sums."""
+        return FORMATS[self.dtype]
+
+    @property
     def itemsize(self) -> int:
         """Bytes of one element."""
-        return ITEMSIZE[self.dtype]
+        return self.format.itemsize
 
     @property
     def is_complex(self) -> bool:
-        return self.dtype.startswith("complex")
+        return self.format.is_complex
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -463,13 +472,18 @@ class WeightGradientProblem:
         return self.C_fine // self.groups
 
     @property
+    def format(self) -> Format:
+        """The numbers of the arrays and of the sums."""
+        return FORMATS[self.dtype]
+
+    @property
     def itemsize(self) -> int:
         """Bytes of one element."""
-        return ITEMSIZE[self.dtype]
+        return self.format.itemsize
 
     @property
     def is_complex(self) -> bool:
-        return self.dtype.startswith("complex")
+        return self.format.is_complex
 
     @property
     def conjugate_coarse(self) -> bool:
@@ -551,13 +565,18 @@ class BiasGradientProblem:
         return any(0 in shape for shape in self.shapes.values())
 
     @property
+    def format(self) -> Format:
+        """The numbers of the arrays and of the sums."""
+        return FORMATS[self.dtype]
+
+    @property
     def itemsize(self) -> int:
         """Bytes of one element."""
-        return ITEMSIZE[self.dtype]
+        return self.format.itemsize
 
     @property
     def is_complex(self) -> bool:
-        return self.dtype.startswith("complex")
+        return self.format.is_complex
 
     @property
     def grad_output_shape(self) -> tuple[int, int, int]:

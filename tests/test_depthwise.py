@@ -15,7 +15,7 @@ from gpuconv.device import ARCHITECTURES, Device
 from gpuconv.families import ArrayLayout, Family, Layout
 from gpuconv.families.base import contiguous_strides
 from gpuconv.families.depthwise import BLOCK_SIZE, Divisor
-from gpuconv.problem import DTYPES, ITEMSIZE, ConvProblem
+from gpuconv.problem import DTYPES, FORMATS, ConvProblem
 from tests import hostcuda
 from tests.plans import FORWARD_FAMILIES, kernel_of, refusal_of
 
@@ -77,7 +77,7 @@ def test_the_kernel_follows_from_the_layer(family: Family[Any]) -> None:
 def test_strides_of_whole_vectors_are_copied_as_they_lie(dtype: str) -> None:
     """LEAF and its like; unless most of the input meets no tap."""
     family = next(family for family in DEPTHWISE if family.name == FORWARD)
-    vec = 16 // ITEMSIZE[dtype]
+    vec = 16 // FORMATS[dtype].itemsize
     leaf = depthwise(family.kind, 40, 4000, 401, stride=160, padding_left=200, padding_right=200, dtype=dtype)
     for problem, strides in (
         (leaf, "1"),
@@ -167,7 +167,7 @@ def placed(problem: ConvProblem, first: tuple[int, int], gaps: tuple[int, int]) 
 @pytest.mark.parametrize("family", DEPTHWISE, **by_name)
 def test_rows_of_every_alignment(family: Family[Any], stride: int, dtype: str) -> None:
     """Input and output rows at every distance from a 16-byte boundary, the paddings of every remainder."""
-    vec = 16 // ITEMSIZE[dtype]
+    vec = 16 // FORMATS[dtype].itemsize
     for shift in range(vec):
         first = 1 << shift.bit_length() >> 1  # what an alignment can say: a power of two
         p = depthwise(family.kind, 5, 61 + shift, 6, stride=stride, dtype=dtype, padding_left=shift % 6, has_bias=True)
@@ -181,7 +181,7 @@ def test_rows_of_every_alignment(family: Family[Any], stride: int, dtype: str) -
 @pytest.mark.parametrize("family", DEPTHWISE, **by_name)
 def test_dilated_rows_of_every_alignment(family: Family[Any], dtype: str) -> None:
     """Every remainder of dilation and padding modulo a vector; rows that end in or behind the last result of a warp."""
-    vec = 16 // ITEMSIZE[dtype]
+    vec = 16 // FORMATS[dtype].itemsize
     for shift in range(vec):
         first = 1 << shift.bit_length() >> 1
         dilation = 2 + shift
@@ -201,7 +201,7 @@ def test_dilated_rows_of_every_alignment(family: Family[Any], dtype: str) -> Non
 def test_long_strides_of_every_alignment(dtype: str) -> None:
     """Windows and rows at every distance from a boundary, taps that end in every vector of a stride."""
     family = next(family for family in DEPTHWISE if family.name == FORWARD)
-    vec = 16 // ITEMSIZE[dtype]
+    vec = 16 // FORMATS[dtype].itemsize
     for shift in range(vec):
         first = 1 << shift.bit_length() >> 1
         for stride, K in ((3 * vec if vec < 3 else 2 * vec, 2 * vec + shift), (5 * vec, 11 * vec - shift)):

@@ -169,8 +169,8 @@ def test_architectures(arch: str, modes: set[str]) -> None:
 
 
 def test_float32_needs_terms_enough_for_its_bound_and_others_do_not() -> None:
-    few = ConvProblem("conv1d", 2, 9, 16, 40, reference.MIN_SPLIT_TERMS // 9)
-    assert few.terms < reference.MIN_SPLIT_TERMS
+    few = ConvProblem("conv1d", 2, 9, 16, 40, mma.MIN_SPLIT_TERMS // 9)
+    assert few.terms < mma.MIN_SPLIT_TERMS
     assert [mode for mode in MODES if takes(at(few, mode))] == ["float16", "bfloat16", "tf32"]
     assert takes(replace(few, K=few.K + 1))
 
@@ -588,7 +588,7 @@ def test_without_the_flush_the_bound_would_break(monkeypatch: pytest.MonkeyPatch
     has become three units larger is rounded down by one.
     """
     monkeypatch.setattr(TensorCores, "of", staticmethod(lambda _: AMPERE))
-    for C_in, sign in ((reference.MIN_SPLIT_TERMS, 1), (512, 1), (512, -1)):
+    for C_in, sign in ((mma.MIN_SPLIT_TERMS, 1), (512, 1), (512, -1)):
         p = at(ConvProblem("conv1d", 1, C_in, 16, 16, 1), "float32")
         almost = 2 - 2.0**-10
         w = np.full(p.weight_shape, almost * 2.0**-24, np.float32)

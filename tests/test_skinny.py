@@ -14,7 +14,7 @@ from gpuconv.device import ARCHITECTURES, Device
 from gpuconv.families import ArrayLayout, Layout
 from gpuconv.families.base import contiguous_strides
 from gpuconv.families.conv1d_skinny import COLUMNS, MAX_COLUMNS, NUM_STAGES, ROWS, Conv1dSkinny
-from gpuconv.problem import DTYPES, ITEMSIZE, ConvProblem
+from gpuconv.problem import DTYPES, FORMATS, ConvProblem
 from tests import hostcuda
 from tests.plans import kernel_of, plan_of, refusal_of
 from tests.test_kernels import (
@@ -161,12 +161,12 @@ def test_layouts(dtype: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_weights_of_every_alignment(dtype: str) -> None:
     """Rows that are whole vectors or not, that begin at a boundary or not, with gaps between them."""
-    vec = 16 // ITEMSIZE[dtype]
+    vec = 16 // FORMATS[dtype].itemsize
     ways = set()
     for C_in, K, gap, alignment in (
         (8, 6, 0, 16),
         (8, 6, vec, 16),
-        (8, 6, 0, ITEMSIZE[dtype]),
+        (8, 6, 0, FORMATS[dtype].itemsize),
         (8, 6, 1, 16),
         (7, 3, 0, 16),
         (7, 3, vec - 21 % vec, 16),

@@ -14,7 +14,7 @@ from gpuconv import dispatch
 from gpuconv.device import Device
 from gpuconv.families import ArrayLayout, Config, Layout, tiles
 from gpuconv.families.tiles import Tile
-from gpuconv.problem import ConvProblem, Op, numpy_dtype
+from gpuconv.problem import FORMATS, ConvProblem, Op, numpy_dtype
 from gpuconv.source import pack_params
 from tests.plans import FORWARD_FAMILIES, kernel_of, plan_of, refusal_of
 
@@ -135,7 +135,7 @@ def only_tile(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, Tile],
     """Leaves the cost model one tile to choose for a dtype."""
 
     def leave(dtype: str, tile: Tile) -> None:
-        monkeypatch.setitem(tiles.TILES, tiles.accumulator_bytes(dtype), (tile,))
+        monkeypatch.setitem(tiles.TILES, FORMATS[dtype].accumulator_bytes, (tile,))
         tiles.compare_tilings.cache_clear()
 
     yield leave
@@ -145,7 +145,7 @@ def only_tile(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, Tile],
 @pytest.mark.parametrize("dtype", ["float32", "float64", "complex128"])
 @pytest.mark.parametrize("op", TILED)
 def test_extents_around_those_of_every_tile(op: Op, dtype: str, only_tile: Callable[[str, Tile], None]) -> None:
-    for tile in tiles.TILES[tiles.accumulator_bytes(dtype)]:
+    for tile in tiles.TILES[FORMATS[dtype].accumulator_bytes]:
         only_tile(dtype, tile)
         for off in (-1, 0, 1):
             terms, rows, columns = tile.block_r + off, max(8, tile.block_m + off), tile.block_n + off
@@ -155,7 +155,7 @@ def test_extents_around_those_of_every_tile(op: Op, dtype: str, only_tile: Calla
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "complex64", "complex128"])
 def test_chunks_that_end_in_every_step(dtype: str, only_tile: Callable[[str, Tile], None]) -> None:
-    for tile in tiles.TILES[tiles.accumulator_bytes(dtype)]:
+    for tile in tiles.TILES[FORMATS[dtype].accumulator_bytes]:
         only_tile(dtype, tile)
         for terms in (max(8, tile.unroll(dtype, 32) + 1), tile.block_r + tile.unroll(dtype, 32), 2 * tile.block_r - 1):
             p = ConvProblem("conv1d", 1, 1, tile.block_m, tile.block_n, terms, 1, 3, terms, dtype=dtype)
@@ -168,7 +168,7 @@ def test_blocks_that_begin_in_one_sample_and_end_in_another(
     op: Op, dtype: str, only_tile: Callable[[str, Tile], None]
 ) -> None:
     """Columns that run through samples as long as a block, a little shorter, longer, and much shorter."""
-    for tile in tiles.TILES[tiles.accumulator_bytes(dtype)]:
+    for tile in tiles.TILES[FORMATS[dtype].accumulator_bytes]:
         only_tile(dtype, tile)
         for length in (tile.block_n - 1, tile.block_n, tile.block_n + 1, tile.block_n * 3 // 2, 7):
             if op == "conv1d":

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from ..device import Device
 from ..problem import DTYPES, BiasGradientProblem
 from .base import MAX_GRID, Config, Family, Launch, Layout, Plan, base_config, index_bits
-from .slices import Slices, accumulator_bytes, sliced_plan
+from .slices import Slices, sliced_plan
 
 # Threads of a block; a part of the order of summation.
 BLOCK_SIZE = 128
@@ -52,7 +52,7 @@ class BiasGradientRows(Family[BiasGradientProblem]):
             hanging * abs(stride_n) + p.C * abs(stride_c) + (p.L + BLOCK_SIZE) * abs(stride_l),
         )
         config = base_config(self.name, p.dtype, bits, BLOCK_SIZE)
-        shared = BLOCK_SIZE * accumulator_bytes(p.dtype)
+        shared = BLOCK_SIZE * p.format.accumulator_bytes
         launch = Launch(grid, BLOCK_SIZE, shared, bits, tuple(params.items()))
         return sliced_plan(p, layout, slices, config, launch)
 

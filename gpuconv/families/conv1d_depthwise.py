@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import ClassVar
 
 from ..device import Device
-from ..problem import DTYPES, ITEMSIZE, ConvProblem
+from ..problem import DTYPES, FORMATS, ConvProblem
 from ..source import params_fields
 from .base import (
     MAX_GRID,
@@ -35,7 +35,6 @@ from .depthwise import (
     Deal,
     Skip,
     Work,
-    accumulator_bytes,
     can_skip,
     can_slide,
     choose_deal,
@@ -120,7 +119,7 @@ class Conv1dDepthwise(Family[ConvProblem]):
                 "SLIDE_STRIDE": slide_stride,
                 "IS_SKIPPING": int(is_skipping),
                 "IS_STRIDING": int(is_striding),
-                "DTYPE_BYTES": ITEMSIZE[dtype],
+                "DTYPE_BYTES": FORMATS[dtype].itemsize,
                 "THREAD_L": thread_l,
                 "PARAMS_BYTES": len(params_fields(self.name)) * bits // 8,
             },
@@ -180,11 +179,11 @@ class _Shape:
             windows = vectors * vector_length(self.problem.dtype)
         else:
             windows = block_rows * self.window_pitch(places)
-        return (block_rows * self.taps_pitch + windows) * accumulator_bytes(self.problem.dtype)
+        return (block_rows * self.taps_pitch + windows) * self.problem.format.accumulator_bytes
 
     def work(self, layout: Layout) -> Work:
         p = self.problem
-        multiply_adds = p.K * self.thread_l * (4 if p.is_complex else 1)
+        multiply_adds = p.K * self.thread_l * p.format.multiply_adds
         slides = self.slide_stride > 0
         vec = vector_length(p.dtype) if slides else 1
         # Instructions in the machine code for sm_90 (bench.static): of a multiply-add and the loads that feed it; of a
@@ -235,7 +234,7 @@ class _Stride:
         return round_up(self.problem.stride // self.vec, 2, 1)
 
     def shared_bytes(self, places: int, block_rows: int) -> int:
-        taps_bytes = self.taps_pitch * accumulator_bytes(self.problem.dtype)
+        taps_bytes = self.taps_pitch * self.problem.format.accumulator_bytes
         return block_rows * (taps_bytes + 16 * self.window_pitch(places))
 
     def work(self, layout: Layout) -> Work:
@@ -243,13 +242,13 @@ class _Stride:
         # Of a vector: its multiply-adds and conversions, its load and step, the loads of its taps. Of a result and of a
         # thread the rest, as in a thread that slides; of a staged vector a copy and its place.
         conversions = self.vec if p.itemsize == 2 else 0
-        loads = 4 + self.vec * accumulator_bytes(p.dtype) / 16
+        loads = 4 + self.vec * p.format.accumulator_bytes / 16
         return Work(
             rows=p.N * p.C_out,
             thread_outputs=1,
             row_outputs=p.L_out,
             thread_slots=165.0,
-            result_slots=self.steps * (self.vec * (4 if p.is_complex else 1) + conversions + loads) + 45,
+            result_slots=self.steps * (self.vec * p.format.multiply_adds + conversions + loads) + 45,
             position_slots=24.0 / self.vec,
             window_positions=lambda places: self.window(places) * self.vec,
             row_bytes=lambda places: (places + min(p.L_in, self.window(places) * self.vec)) * p.itemsize,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from ..device import Device
-from ..problem import DTYPES, ITEMSIZE, ConvProblem
+from ..problem import DTYPES, FORMATS, ConvProblem
 from ..source import params_fields
 from ..text import count
 from .base import MAX_GRID, Config, Family, Launch, Layout, Plan, Refusal, Step, conv_arrays, index_bits, stride_params
@@ -47,13 +47,13 @@ def _compare_tilings(problem: ConvProblem, device: Device, *, has_several: bool)
     """The possible tilings, best first; with several columns a thread or not."""
     p = problem
     rows = _rows(p)
-    size = max(4, p.itemsize)
+    size = p.format.accumulator_bytes
     tilings = []
     for thread_l in THREAD_L[size] if has_several else (1,):
         samples, columns = (p.N, p.L_out) if thread_l > 1 else (1, p.N * p.L_out)
         blocks = -(-columns // (BLOCK_SIZE * thread_l)) * samples * p.groups
         real_size = size // 2 if p.is_complex else size
-        multiply_adds = rows * thread_l * (4 if p.is_complex else 1) * (2 if real_size == 8 else 1)
+        multiply_adds = rows * thread_l * p.format.multiply_adds * (2 if real_size == 8 else 1)
         slots = multiply_adds + rows * size / 16 + _COLUMN_SLOTS * thread_l + _TERM_SLOTS
         each = -(-blocks // device.num_sms)
         waves = -(-each // _min_blocks(p.dtype, rows, 32))
@@ -90,7 +90,7 @@ class Conv1dNarrow(Family[ConvProblem]):
         if tiling.blocks > MAX_GRID:
             return Refusal(f"needs at most {MAX_GRID} blocks")
         rows = _rows(p) if bits == 32 else ROWS[-1]
-        row_bytes = rows * max(4, p.itemsize)
+        row_bytes = rows * p.format.accumulator_bytes
         chunk_terms = max(1, min(p.C_in_g * p.K, _CHUNK_BYTES // row_bytes))
         strides = stride_params(layout, ("out", "in"))
         tap_step = p.dilation * strides["input_stride_l"]
@@ -120,7 +120,7 @@ class Conv1dNarrow(Family[ConvProblem]):
     def configs(self, device: Device) -> Iterator[Config]:
         for dtype in DTYPES:
             for rows in ROWS:
-                for thread_l in THREAD_L[max(4, ITEMSIZE[dtype])]:
+                for thread_l in THREAD_L[FORMATS[dtype].accumulator_bytes]:
                     yield self._config(rows, thread_l, dtype, 32)
             yield self._config(ROWS[-1], 1, dtype, 64)
 

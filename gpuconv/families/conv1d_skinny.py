@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from ..device import Device
-from ..problem import DTYPES, ITEMSIZE, ConvProblem
+from ..problem import DTYPES, FORMATS, ConvProblem
 from ..source import params_fields
 from ..text import count
 from .base import MAX_GRID, Config, Family, Launch, Layout, Plan, Refusal, Step, conv_arrays, index_bits, stride_params
@@ -75,7 +75,7 @@ class Tiling:
     @classmethod
     def of(cls, p: ConvProblem, device: Device, block_n: int, block_rows: int, chunk_terms: int) -> Tiling | None:
         """None where the buffers do not fit in shared memory."""
-        size = max(4, ITEMSIZE[p.dtype])
+        size = p.format.accumulator_bytes
         thread_n = COLUMNS[block_n]
         terms = p.C_in_g * p.K
         stage_bytes = block_rows * (chunk_terms * p.itemsize + 16) + block_n * (chunk_terms * size + 16)
@@ -90,7 +90,7 @@ class Tiling:
         resident = max(1, min(each, _RESIDENT_THREADS // threads, device.shared_per_sm // (shared + 1024)))
         waves = -(-each // resident)
 
-        multiply_adds = thread_n * (4 if p.is_complex else 1)
+        multiply_adds = thread_n * p.format.multiply_adds
         fetches = p.itemsize / 16 + thread_n * size / 16
         loads = _TERM_SLOTS + _POSITION_SLOTS * block_n + 2 * block_rows * p.itemsize / 16
         limits = (
@@ -210,7 +210,7 @@ class Conv1dSkinny(Family[ConvProblem]):
                 "BLOCK_N": block_n,
                 "THREAD_N": COLUMNS[block_n],
                 "NUM_STAGES": NUM_STAGES,
-                "DTYPE_BYTES": ITEMSIZE[dtype],
+                "DTYPE_BYTES": FORMATS[dtype].itemsize,
                 "MAX_THREADS": WARP * (block_n // COLUMNS[block_n] * ROWS[-1] // WARP + NUM_STAGES),
                 # Caps the registers of a thread where they suffice.
                 "MIN_BLOCKS": 1 if dtype == "complex128" or block_n == MAX_COLUMNS else 2,

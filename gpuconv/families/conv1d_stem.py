@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from ..device import Device
-from ..problem import DTYPES, ITEMSIZE, ConvProblem
+from ..problem import DTYPES, FORMATS, ConvProblem
 from ..source import params_fields
 from ..text import count
 from .base import MAX_GRID, Config, Family, Launch, Layout, Plan, Refusal, Step, conv_arrays, index_bits, stride_params
@@ -88,7 +88,7 @@ class Tiling:
     @classmethod
     def of(cls, p: ConvProblem, device: Device, tile: Tile, samples: int) -> Tiling | None:
         """None where the input of one tile does not fit in shared memory beside a few terms of weights."""
-        size = max(4, ITEMSIZE[p.dtype])
+        size = p.format.accumulator_bytes
         terms = p.C_in_g * p.K
         tiles_of_sample = -(-p.L_out // (WARP * tile.thread_l // samples))
         tiles = tiles_of_sample * -(-p.N // samples)
@@ -119,7 +119,7 @@ class Tiling:
         repeats = max(1, min(MAX_REPEATS, blocks // (_BLOCKS_EACH * device.num_sms)))
 
         # A complex term is four multiply-adds, float64 runs at half the rate.
-        fma_slots = (4 if p.is_complex else 1) * (2 if p.dtype in ("float64", "complex128") else 1)
+        fma_slots = p.format.multiply_adds * (2 if p.dtype in ("float64", "complex128") else 1)
         results = tile.thread_l * tile.thread_c
         operand_loads = (tile.thread_l + tile.thread_c) * size / 16
         slots = terms * (results * fma_slots + operand_loads + _TERM_SLOTS)
@@ -148,7 +148,7 @@ class Tiling:
 @lru_cache(maxsize=1024)
 def _compare_tilings(problem: ConvProblem, device: Device, *, is_wide: bool, is_contiguous: bool) -> tuple[Tiling, ...]:
     """The possible tilings, best first, for 64-bit indices and for outputs that are contiguous along l."""
-    large, *others = TILES[max(4, ITEMSIZE[problem.dtype])]
+    large, *others = TILES[problem.format.accumulator_bytes]
     shapes = [(large, 1)] if is_contiguous and not is_wide else []
     for tile in others[:1] if is_wide else others:
         shapes += [(tile, samples) for samples in dict.fromkeys((1, tile.thread_l))]
@@ -200,7 +200,7 @@ class Conv1dStem(Family[ConvProblem]):
             "row_pitch": tiling.row_pitch,
             "chunk_terms": tiling.chunk_terms,
         }
-        is_large = tiling.tile == TILES[max(4, ITEMSIZE[p.dtype])][0]
+        is_large = tiling.tile == TILES[p.format.accumulator_bytes][0]
         config = self._config(tiling.tile, is_large, p.dtype, bits)
         threads = WARP * tiling.warps_c * tiling.warps_l
         launch = Launch(blocks, threads, tiling.shared_bytes, bits, tuple(params.items()))
@@ -216,7 +216,7 @@ class Conv1dStem(Family[ConvProblem]):
 
     def configs(self, device: Device) -> Iterator[Config]:
         for dtype in DTYPES:
-            large, *others = TILES[max(4, ITEMSIZE[dtype])]
+            large, *others = TILES[FORMATS[dtype].accumulator_bytes]
             yield self._config(large, True, dtype, 32)
             for tile in others:
                 yield self._config(tile, False, dtype, 32)

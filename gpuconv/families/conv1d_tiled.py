@@ -16,7 +16,6 @@ from .tiles import (
     MAX_BLOCK_R,
     PackedWeight,
     Tile,
-    accumulator_bytes,
     compare_tilings,
     pack_config,
     packed_plan,
@@ -85,7 +84,7 @@ class Conv1dTiled(Family[ConvProblem]):
             **walk_params(tiling, p.K, strides["input_stride_c"], p.dilation * strides["input_stride_l"]),
         }
         config = self._config(tile, tiling.column_step, p.dtype, bits)
-        shared_bytes = tile.shared_bytes(accumulator_bytes(p.dtype))
+        shared_bytes = tile.shared_bytes(p.format.accumulator_bytes)
         launch = Launch(tiling.blocks, tile.threads, shared_bytes, bits, tuple(params.items()))
         return packed_plan(p, layout, packed, tilings, config, launch, rows=p.C_out_g, taps=p.K, phases_in_rows=False)
 

@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import ClassVar
 
 from ..device import Device
-from ..problem import DTYPES, ITEMSIZE, ConvProblem
+from ..problem import DTYPES, FORMATS, ConvProblem
 from ..source import params_fields
 from .base import (
     MAX_GRID,
@@ -37,7 +37,6 @@ from .depthwise import (
     Divisor,
     Skip,
     Work,
-    accumulator_bytes,
     can_skip,
     can_slide,
     choose_deal,
@@ -116,7 +115,7 @@ class ConvTranspose1dDepthwise(Family[ConvProblem]):
                 "MIN_BLOCKS": min_blocks,
                 "SLIDE_STRIDE": slide_stride,
                 "IS_SKIPPING": int(is_skipping),
-                "DTYPE_BYTES": ITEMSIZE[dtype],
+                "DTYPE_BYTES": FORMATS[dtype].itemsize,
                 "THREAD_L": thread_l,
                 "PARAMS_BYTES": len(params_fields(self.name)) * bits // 8,
             },
@@ -172,11 +171,11 @@ class _Shape:
         if self.slide_stride == 0:
             return 0
         windows = self.thread_vectors * self.plane_pitch(places, block_rows) * vector_length(self.problem.dtype)
-        return (block_rows * self.taps_pitch + windows) * accumulator_bytes(self.problem.dtype)
+        return (block_rows * self.taps_pitch + windows) * self.problem.format.accumulator_bytes
 
     def work(self, layout: Layout) -> Work:
         p = self.problem
-        multiply_adds = p.terms * self.thread_l * (4 if p.is_complex else 1)
+        multiply_adds = p.terms * self.thread_l * p.format.multiply_adds
         slides = self.slide_stride > 0
         vec = vector_length(p.dtype)
         # Instructions in the machine code for sm_90 (bench.static): of a multiply-add and the loads that feed it; of a

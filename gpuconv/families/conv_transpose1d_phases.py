@@ -17,7 +17,6 @@ from .tiles import (
     MAX_BLOCK_R,
     PackedWeight,
     Tile,
-    accumulator_bytes,
     compare_tilings,
     pack_config,
     packed_plan,
@@ -94,7 +93,7 @@ class ConvTranspose1dPhases(Family[ConvProblem]):
             ),
         }
         config = self._config(tile, tiling.column_step, p.dtype, bits, phases.in_rows)
-        shared_bytes = tile.shared_bytes(accumulator_bytes(p.dtype))
+        shared_bytes = tile.shared_bytes(p.format.accumulator_bytes)
         launch = Launch(tiling.blocks, tile.threads, shared_bytes, bits, tuple(params.items()))
         return packed_plan(
             p,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 from ..device import Device
-from ..problem import ITEMSIZE, ConvProblem
+from ..problem import FORMATS, ConvProblem
 from ..text import count
 from .base import Layout, round_up
 
@@ -24,13 +24,9 @@ SLIDE_STRIDES = (1, 2)
 SHORTEST_SKIP = 128
 
 
-def accumulator_bytes(dtype: str) -> int:
-    return max(4, ITEMSIZE[dtype])
-
-
 def vector_length(dtype: str) -> int:
     """Accumulators of a 16-byte access."""
-    return max(1, 16 // accumulator_bytes(dtype))
+    return max(1, 16 // FORMATS[dtype].accumulator_bytes)
 
 
 def slide_outputs(dtype: str) -> int:
@@ -147,13 +143,13 @@ class Skip:
 
     def shared_bytes(self, places: int, block_rows: int) -> int:
         vec = vector_length(self.problem.dtype)
-        return block_rows * (self.window_pitch(places) * vec + self.taps_pitch) * accumulator_bytes(self.problem.dtype)
+        return block_rows * (self.window_pitch(places) * vec + self.taps_pitch) * self.problem.format.accumulator_bytes
 
     def work(self, layout: Layout) -> Work:
         p = self.problem
         vec = vector_length(p.dtype)
-        size = accumulator_bytes(p.dtype)
-        multiply_adds = self.thread_l * (4 if p.is_complex else 1)
+        size = p.format.accumulator_bytes
+        multiply_adds = self.thread_l * p.format.multiply_adds
         # Of a tap, its load and step and those of the positions that it meets; of a result, its way through shared
         # memory; the rest as in a sliding thread.
         return Work(

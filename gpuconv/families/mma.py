@@ -13,7 +13,6 @@ from functools import lru_cache
 
 from ..device import Device
 from ..problem import ConvProblem
-from ..reference import MIN_SPLIT_TERMS, SPLIT_TERMS
 from ..source import params_fields
 from .base import (
     MAX_GRID,
@@ -37,6 +36,25 @@ STAGE_PAIRS = PAIRS_PER_STEP * STAGE_STEPS
 PACK_BLOCK_SIZE = 128
 UNIT_BYTES = 16
 BANK_ROWS = 8  # of 16 bytes, in all banks of shared memory
+
+# float32 by split TF32 (see cuda_src/mma.cuh): x = x_hi + x_lo and w = w_hi + w_lo with |x_lo| <= 2**-11 |x|, so that
+#
+#     w*x = w_hi*x_hi + (w_hi*x_lo + w_lo*x_hi) + w_lo*x_lo.
+#
+# In units of u = 2**-24 times the magnitude (the sum of |w|*|x|), the error of a sum of n products is at most
+#     4           for w_lo*x_lo, which is left out: 2**-22;
+#     4           for x_lo, rounded to TF32: 2**-11 of 2**-11;
+#     8           for w_lo, cut off to TF32 by the hardware: 2**-10 of 2**-11;
+#     n/400       for the sums of the small products, 2n of them and each at most 2**-11 of its large one;
+#     20          for the sums of the large products, by blocks of at least 4: 5/4 of SPLIT_TERMS (see
+#                 `gpuconv.reference.Sums.error_bound`). Each sum is of SPLIT_TERMS products alone, so these errors do
+#                 not grow with n;
+#     n/10 + 2    for adding those sums to a total, to nearest, and the small products' sum and the bias to that; sums
+#                 of fewer than SPLIT_TERMS products, at the end of channels, included.
+# That is within the n + 2 of the bound from n = 41 on. With one sum for all large products, in the place of 20 there
+# would be 5n/4, which alone is more than the bound for n > 8. MIN_SPLIT_TERMS leaves a margin.
+SPLIT_TERMS = 16
+MIN_SPLIT_TERMS = 64
 
 # Fewer channels than a unit of 16-bit elements are the business of the families for stems and tails.
 MIN_CHANNELS = 8

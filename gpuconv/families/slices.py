@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..problem import ITEMSIZE, BiasGradientProblem, WeightGradientProblem
+from ..problem import BiasGradientProblem, WeightGradientProblem
 from ..source import params_fields
 from .base import PARTIAL, Config, Launch, Layout, Plan, Step, base_config, index_bits, round_up
 
@@ -69,7 +69,7 @@ class Slices:
             enough = -(-(_ENOUGH_SUMS_OF_FEW_CHANNELS if is_narrow else _ENOUGH_SUMS) // sums)
             length = p.L_coarse
             wanted = min(max(enough, -(-p.N * length // _SLICE_TERMS)), -(-p.N * length // _FEWEST_TERMS))
-        most = max(1, MAX_PARTIAL_BYTES // (sums * accumulator_bytes(p.dtype)))
+        most = max(1, MAX_PARTIAL_BYTES // (sums * p.format.accumulator_bytes))
         wanted = max(1, min(wanted, most))
         if wanted <= p.N:
             samples = p.N // wanted
@@ -87,7 +87,7 @@ class Slices:
         """The memory of the partial sums; none where there is one slice."""
         if self.count == 1:
             return 0
-        return self.count * _num_results(problem) * accumulator_bytes(problem.dtype)
+        return self.count * _num_results(problem) * problem.format.accumulator_bytes
 
     def params(self) -> dict[str, int]:
         """The fields of Params that `find_slice` of slices.cuh reads."""
@@ -96,10 +96,6 @@ class Slices:
 
 def _num_results(problem: WeightGradientProblem | BiasGradientProblem) -> int:
     return math.prod(list(problem.shapes.values())[-1])
-
-
-def accumulator_bytes(dtype: str) -> int:
-    return max(4, ITEMSIZE[dtype])
 
 
 def stride_params(layout: Layout) -> dict[str, int]:
@@ -168,7 +164,7 @@ def sum_launch(
     }
     bits = index_bits(problem, layout, (slices.count + ways) * num_results + SUM_BLOCK_SIZE)
     grid = -(-num_results * ways // SUM_BLOCK_SIZE)
-    shared = SUM_BLOCK_SIZE * accumulator_bytes(problem.dtype) if ways > 1 else 0
+    shared = SUM_BLOCK_SIZE * problem.format.accumulator_bytes if ways > 1 else 0
     return sum_config(problem.dtype, bits), Launch(grid, SUM_BLOCK_SIZE, shared, bits, tuple(params.items()))
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from ..device import Device
-from ..problem import ITEMSIZE, ConvProblem
+from ..problem import FORMATS, ConvProblem
 from .base import (
     MAX_GRID,
     PACKED,
@@ -67,7 +67,7 @@ class Tile:
         """Terms that are multiplied in straight-line code: about 512 multiply-adds, which the innermost instruction
         cache holds; half as many in kernels with 64-bit indices, whose other code takes long enough to compile.
         """
-        multiply_adds = self.thread_m * self.thread_n * (4 if dtype.startswith("complex") else 1)
+        multiply_adds = self.thread_m * self.thread_n * FORMATS[dtype].multiply_adds
         return min(self.block_r, (512 if bits == 32 else 256) // multiply_adds)
 
     def shared_bytes(self, accumulator_bytes: int, padding: int = 0) -> int:
@@ -81,10 +81,6 @@ class Tile:
         return max(buffers, slices) * accumulator_bytes
 
 
-def accumulator_bytes(dtype: str) -> int:
-    return max(4, ITEMSIZE[dtype])
-
-
 # Shapes by the size of the accumulator. 8 by 8 float32 results a thread cost 4 vector loads for 64 multiply-adds; 64
 # registers of sums leave room for the rest under the cap of 128 at which two blocks of 256 threads fit.
 TILES: dict[int, tuple[Tile, ...]] = {
@@ -96,7 +92,7 @@ TILES: dict[int, tuple[Tile, ...]] = {
 
 def tiles_for(dtype: str, bits: int) -> tuple[Tile, ...]:
     """The tiles that have kernels with indices of `bits` bits: addresses of 64 bits are too much code for wide ones."""
-    tiles = TILES[accumulator_bytes(dtype)]
+    tiles = TILES[FORMATS[dtype].accumulator_bytes]
     return tiles if bits == 32 else tuple(tile for tile in tiles if tile.block_n <= MAX_WIDE_BLOCK_N)
 
 
@@ -129,10 +125,10 @@ _FETCH_WAVEFRONTS = 2.0
 
 def _term_cycles(tile: Tile, dtype: str, column_step: int, gathers_rows: bool) -> float:
     """Cycles in which a multiprocessor adds one term to all sums of a block, by issue slots or multiply-add units."""
-    size = accumulator_bytes(dtype)
+    size = FORMATS[dtype].accumulator_bytes
     vec = max(1, 16 // size)
-    is_complex = dtype.startswith("complex")
-    multiply_adds = tile.thread_m * tile.thread_n * (4 if is_complex else 1)
+    is_complex = FORMATS[dtype].is_complex
+    multiply_adds = tile.thread_m * tile.thread_n * FORMATS[dtype].multiply_adds
     fetches = (tile.thread_m + tile.thread_n) / vec
     rate = _MULTIPLY_ADD_RATE[size // 2 if is_complex else size]
     if gathers_rows:
@@ -141,7 +137,8 @@ def _term_cycles(tile: Tile, dtype: str, column_step: int, gathers_rows: bool) -
         instructions = multiply_adds + fetches + others
         wavefronts = _FETCH_WAVEFRONTS * fetches + _GATHER_WAVEFRONTS * loads
         return tile.threads * max(instructions / _ISSUE_RATE, multiply_adds / rate, wavefronts / WARP)
-    for_column = _INPUT_INSTRUCTIONS[column_step == 0] + (_CONVERSION_INSTRUCTIONS if ITEMSIZE[dtype] == 2 else 0)
+    conversion = _CONVERSION_INSTRUCTIONS if FORMATS[dtype].itemsize == 2 else 0
+    for_column = _INPUT_INSTRUCTIONS[column_step == 0] + conversion
     loads = (tile.block_m / vec + tile.block_n * for_column) / tile.threads
     instructions = multiply_adds + fetches + loads + _CHUNK_INSTRUCTIONS / tile.block_r
     return tile.threads * max(instructions / _ISSUE_RATE, multiply_adds / rate)
@@ -165,8 +162,8 @@ def cost(
     A block takes the longer of its arithmetic and its stores; blocks of one multiprocessor share its rates, so a wave
     takes as long as its blocks one after the other, and latency is paid once a wave.
     """
-    stores = tile.block_m * tile.block_n * ITEMSIZE[dtype] / _BYTES_PER_CYCLE
-    shared = tile.shared_bytes(accumulator_bytes(dtype)) + 1024  # which the system takes of each block
+    stores = tile.block_m * tile.block_n * FORMATS[dtype].itemsize / _BYTES_PER_CYCLE
+    shared = tile.shared_bytes(FORMATS[dtype].accumulator_bytes) + 1024  # which the system takes of each block
     resident = min(tile.min_blocks, max(1, device.shared_per_sm // shared))
     waves, rest = divmod(blocks, device.num_sms * resident)
     last = -(-rest // device.num_sms)
@@ -245,7 +242,7 @@ def tiling_macros(tile: Tile, column_step: int, dtype: str, bits: int) -> dict[s
         "COLUMN_STEP": column_step,
         "TERM_LANES": tile.term_lanes(column_step),
         "UNROLL_R": tile.unroll(dtype, bits),
-        "SHARED_BYTES": tile.shared_bytes(accumulator_bytes(dtype)),
+        "SHARED_BYTES": tile.shared_bytes(FORMATS[dtype].accumulator_bytes),
     }
 
 
@@ -332,7 +329,7 @@ def packed_plan(
     pack_launch = Launch(grid, PACK_BLOCK_SIZE, 0, bits, tuple(params.items()))
     return Plan(
         (Step(pack, pack_launch, ("weight", PACKED)), Step(config, launch, conv_arrays(p, PACKED))),
-        ((PACKED, packed.num_elements * accumulator_bytes(p.dtype)),),
+        ((PACKED, packed.num_elements * p.format.accumulator_bytes),),
         tiling_figures(tilings),
     )
 

@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 from ..device import Device
 from ..problem import WeightGradientProblem
-from ..reference import MIN_SPLIT_TERMS, SPLIT_TERMS
 from ..text import count
 from .base import MAX_GRID, Config, Family, Launch, Layout, Plan, Refusal, round_up
 from .mma import (
@@ -22,7 +21,9 @@ from .mma import (
     LATENCY_CYCLES,
     MIN_CHANNELS,
     MIN_SPLIT_ROWS,
+    MIN_SPLIT_TERMS,
     SHARED_BYTES_PER_CYCLE,
+    SPLIT_TERMS,
     UNIT_BYTES,
     WARP,
     Arithmetic,

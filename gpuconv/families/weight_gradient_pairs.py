@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from ..device import Device
-from ..problem import DTYPES, ITEMSIZE, WeightGradientProblem
+from ..problem import DTYPES, FORMATS, WeightGradientProblem
 from .base import MAX_GRID, ArrayLayout, Config, Family, Launch, Layout, Plan, Refusal
 from .slices import Slices, gradient_config, sliced_plan, stride_params, weight_index_bits
 
@@ -94,7 +94,7 @@ class WeightGradientPairs(Family[WeightGradientProblem]):
             "IS_SLIDING": int(slides),
             "THREAD_K": THREAD_K,
             "MAX_THREADS": MAX_THREADS,
-            "MIN_BLOCKS": 2 if ITEMSIZE[dtype] > 4 else MIN_BLOCKS[bits],
+            "MIN_BLOCKS": 2 if FORMATS[dtype].itemsize > 4 else MIN_BLOCKS[bits],
         }
         return gradient_config(self.name, dtype, bits, macros)
 

@@ -10,9 +10,9 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from ..device import Device
-from ..problem import DTYPES, WeightGradientProblem
+from ..problem import DTYPES, FORMATS, WeightGradientProblem
 from .base import MAX_GRID, Config, Family, Launch, Layout, Plan, Refusal
-from .slices import Slices, accumulator_bytes, gradient_config, sliced_plan, stride_params, weight_index_bits
+from .slices import Slices, gradient_config, sliced_plan, stride_params, weight_index_bits
 from .tiles import Tile, cost
 
 # By the size of the accumulator, as in tiles.py; low and wide, or high and narrow ones for groups of few channels.
@@ -124,7 +124,7 @@ class _Tiling(NamedTuple):
 
 
 def _tiles(dtype: str, bits: int) -> tuple[Tile, ...]:
-    tiles = TILES[accumulator_bytes(dtype)]
+    tiles = TILES[FORMATS[dtype].accumulator_bytes]
     return tiles if bits == 32 else tiles[-1:]  # one will do for arrays that need wide offsets
 
 
@@ -143,5 +143,5 @@ def _tilings(p: WeightGradientProblem, device: Device, bits: int) -> tuple[_Tili
 
 def _shared_bytes(tile: Tile, dtype: str, bits: int) -> int:
     """Buffers of operands, and an index for each column."""
-    padding = max(1, 16 // accumulator_bytes(dtype))
-    return tile.shared_bytes(accumulator_bytes(dtype), padding=padding) + tile.block_n * bits // 8
+    padding = max(1, 16 // FORMATS[dtype].accumulator_bytes)
+    return tile.shared_bytes(FORMATS[dtype].accumulator_bytes, padding=padding) + tile.block_n * bits // 8
