@@ -210,37 +210,45 @@ def index_bits(problem: Problem, layout: Layout, *extra: int) -> int:
     return 32 if max(values) <= INT32_MAX else 64
 
 
-def stride_params(layout: Layout, weight_axes: tuple[str, str]) -> dict[str, int]:
-    """The stride fields of Params; `weight_axes` names the first two axes of weight ("out", "in" or the reverse)."""
-    fields = dict(zip(("input_stride_n", "input_stride_c", "input_stride_l"), layout["input"].strides, strict=True))
-    names = (*(f"weight_stride_{axis}" for axis in weight_axes), "weight_stride_k")
-    fields.update(zip(names, layout["weight"].strides, strict=True))
-    fields["bias_stride"] = layout["bias"].strides[0] if "bias" in layout else 0
-    fields.update(zip(("output_stride_n", "output_stride_c", "output_stride_l"), layout["output"].strides, strict=True))
+def conv_fields(problem: ConvProblem, layout: Layout) -> dict[str, int]:
+    """The values that the Params of an operation's kernels may have, by name."""
+    p = problem
+    gcd = math.gcd(p.stride, p.dilation)
+    tap_step, position_step = p.stride // gcd, p.dilation // gcd
+    fields = {
+        "N": p.N,
+        "C_out": p.C_out,
+        "L_in": p.L_in,
+        "L_out": p.L_out,
+        "K": p.K,
+        "C_in_g": p.C_in_g,
+        "C_out_g": p.C_out_g,
+        "stride": p.stride,
+        "padding_left": p.padding_left,
+        "dilation": p.dilation,
+        # A phase of a transposed convolution: its taps are tap_step apart, their inputs position_step.
+        "phase_gcd": gcd,
+        "tap_step": tap_step,
+        "position_step": position_step,
+        "phase_inverse": pow(position_step, -1, tap_step),
+        "bias_stride": layout["bias"].strides[0] if "bias" in layout else 0,
+    }
+    axes = ("in", "out", "k") if p.transposed else ("out", "in", "k")
+    for array, names in (("input", ("n", "c", "l")), ("weight", axes), ("output", ("n", "c", "l"))):
+        fields.update(zip((f"{array}_stride_{name}" for name in names), layout[array].strides, strict=True))
     return fields
+
+
+def params_of(kernel: str, fields: Mapping[str, int], **own: int) -> tuple[tuple[str, int], ...]:
+    """The fields of a kernel's Params in the order of its .cu file, from those that many kernels have and its own."""
+    names = params_fields(kernel)
+    assert own.keys() <= set(names), f"{kernel}.cu has no {', '.join(own.keys() - set(names))}"
+    return tuple((name, own[name] if name in own else fields[name]) for name in names)
 
 
 def conv_arrays(problem: ConvProblem, weight: str = "weight") -> tuple[str | None, ...]:
     """The pointers of a kernel of an operation; `weight` is `PACKED` where it reads the weights in another order."""
     return ("input", weight, "bias" if problem.has_bias else None, "output")
-
-
-def weight_source_params(problem: ConvProblem, layout: Layout) -> dict[str, int]:
-    """The fields of Params by which weight_source.cuh finds a weight, from K on, in order."""
-    p = problem
-    gcd = math.gcd(p.stride, p.dilation)
-    tap_step = p.stride // gcd
-    strides = stride_params(layout, ("in", "out") if p.transposed else ("out", "in"))
-    return {
-        "K": p.K,
-        "C_in_g": p.C_in_g,
-        "C_out_g": p.C_out_g,
-        "stride": p.stride,
-        "phase_gcd": gcd,
-        "tap_step": tap_step,
-        "phase_inverse": pow(p.dilation // gcd, -1, tap_step),
-        **{name: strides[name] for name in ("weight_stride_out", "weight_stride_in", "weight_stride_k")},
-    }
 
 
 def base_config(kernel: str, dtype: str, bits: int, block_size: int) -> Config:

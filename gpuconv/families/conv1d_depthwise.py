@@ -23,9 +23,10 @@ from .base import (
     Refusal,
     Step,
     conv_arrays,
+    conv_fields,
     index_bits,
+    params_of,
     round_up,
-    stride_params,
 )
 from .depthwise import (
     BLOCK_SIZE,
@@ -71,27 +72,19 @@ class Conv1dDepthwise(Family[ConvProblem]):
         if tiling.deal.grid > MAX_GRID:
             return Refusal(f"needs at most {MAX_GRID} blocks")
         deal, shape, bits = tiling.deal, tiling.shape, tiling.bits
-        params = {
-            "N": p.N,
-            "C_out": p.C_out,
-            "L_in": p.L_in,
-            "L_out": p.L_out,
-            "K": p.K,
-            "C_out_g": p.C_out_g,
-            "stride": p.stride,
-            "padding_left": p.padding_left,
-            "dilation": p.dilation,
+        params = params_of(
+            self.name,
+            conv_fields(p, layout),
             **deal.params(p),
-            "taps_pitch": shape.taps_pitch,
-            "window": shape.window(deal.places),
-            "window_pitch": shape.window_pitch(deal.places),
-            "plane_pitch": shape.plane_pitch(deal.places, deal.block_rows),
-            **stride_params(layout, ("out", "in")),
-        }
+            taps_pitch=shape.taps_pitch,
+            window=shape.window(deal.places),
+            window_pitch=shape.window_pitch(deal.places),
+            plane_pitch=shape.plane_pitch(deal.places, deal.block_rows),
+        )
         config = self._config(
             shape.slide_stride, shape.is_skipping, isinstance(shape, _Stride), shape.thread_l, p.dtype, bits
         )
-        launch = Launch(deal.grid, deal.block, deal.shared_bytes, bits, tuple(params.items()))
+        launch = Launch(deal.grid, deal.block, deal.shared_bytes, bits, params)
         return Plan((Step(config, launch, conv_arrays(p)),), candidates=deal.figures())
 
     def configs(self, device: Device) -> Iterator[Config]:

@@ -19,8 +19,9 @@ from .base import (
     Step,
     base_config,
     conv_arrays,
+    conv_fields,
     index_bits,
-    stride_params,
+    params_of,
 )
 
 # The kernel's launch bounds leave a thread 128 registers, so that two blocks of this size share a multiprocessor.
@@ -39,20 +40,12 @@ class Conv1dDirect(Family[ConvProblem]):
         grid = min(-(-num_outputs // BLOCK_SIZE), MAX_GRID)
         # The loop over the grid leaves with an index of up to num_outputs + grid*BLOCK_SIZE.
         bits = index_bits(p, layout, num_outputs + grid * BLOCK_SIZE)
-        params = {
-            "num_outputs": num_outputs,
-            "C_out": p.C_out,
-            "L_in": p.L_in,
-            "L_out": p.L_out,
-            "K": p.K,
-            "C_in_g": p.C_in_g,
-            "C_out_g": p.C_out_g,
-            "stride": p.stride,
-            "padding_left": p.padding_left,
-            "dilation": p.dilation,
-            **stride_params(layout, ("out", "in")),
-        }
-        launch = Launch(grid, BLOCK_SIZE, 0, bits, tuple(params.items()))
+        params = params_of(
+            self.name,
+            conv_fields(p, layout),
+            num_outputs=num_outputs,
+        )
+        launch = Launch(grid, BLOCK_SIZE, 0, bits, params)
         return Plan((Step(base_config(self.name, p.dtype, bits, BLOCK_SIZE), launch, conv_arrays(p)),))
 
     def configs(self, device: Device) -> Iterator[Config]:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from ..device import Device
 from ..problem import ConvProblem
 from . import mma
-from .base import MAX_GRID, Config, Family, Layout, Plan, Refusal, index_bits, stride_params
+from .base import MAX_GRID, Config, Family, Layout, Plan, Refusal, conv_fields, index_bits
 
 
 class Conv1dMma(Family[ConvProblem]):
@@ -28,35 +28,19 @@ class Conv1dMma(Family[ConvProblem]):
         arithmetic, product = mma.ARITHMETICS[p.dtype, p.precision], _product(p)
         if not mma.smallest_fits(product, arithmetic, device):
             return Refusal("needs the window of 16 outputs in shared memory")
-        strides = stride_params(layout, ("out", "in"))
-        bits = _index_bits(p, layout, strides, product, arithmetic)
+        fields = conv_fields(p, layout)
+        bits = _index_bits(p, layout, fields, product, arithmetic)
         tilings = mma.compare_tilings(product, arithmetic, bits, device)
         if not tilings:
             return Refusal(f"needs at most {MAX_GRID} blocks")
-        tiling = tilings[0]
-        params = {
-            "N": p.N,
-            "L_in": p.L_in,
-            "L_out": p.L_out,
-            "K": p.K,
-            "C_in_g": p.C_in_g,
-            "C_out_g": p.C_out_g,
-            "row_tiles": tiling.row_tiles,
-            "column_tiles": tiling.column_tiles,
-            "sample_tiles": tiling.sample_tiles,
-            "stride": p.stride,
-            "padding_left": p.padding_left,
-            "dilation": p.dilation,
-            **{name: stride for name, stride in strides.items() if not name.startswith("weight")},
-        }
-        return mma.make_plan(p, layout, device, product, tilings, self.name, bits, params, phases_in_rows=False)
+        return mma.make_plan(p, layout, device, product, tilings, self.name, bits, phases_in_rows=False)
 
     def configs(self, device: Device) -> Iterator[Config]:
         yield from mma.kernel_configs(self.name, device, (False,), transposed=False)
 
 
 def _index_bits(
-    p: ConvProblem, layout: Layout, strides: dict[str, int], product: mma.Product, arithmetic: mma.Arithmetic
+    p: ConvProblem, layout: Layout, fields: dict[str, int], product: mma.Product, arithmetic: mma.Arithmetic
 ) -> int:
     # Beyond the arrays the kernel forms positions and offsets of what hangs over the last position, sample and channel.
     hanging = p.L_out + mma.MAX_BLOCK_N
@@ -67,13 +51,13 @@ def _index_bits(
         layout,
         span + p.L_in,
         hanging * samples,
-        samples * abs(strides["output_stride_n"])
-        + (p.C_out + mma.MAX_BLOCK_M) * abs(strides["output_stride_c"])
-        + hanging * abs(strides["output_stride_l"]),
-        samples * abs(strides["input_stride_n"])
-        + (p.C_in + mma.MAX_UNITS * arithmetic.channels) * abs(strides["input_stride_c"])
-        + span * abs(strides["input_stride_l"]),
-        (p.C_out + mma.MAX_BLOCK_M) * abs(strides["bias_stride"]),
+        samples * abs(fields["output_stride_n"])
+        + (p.C_out + mma.MAX_BLOCK_M) * abs(fields["output_stride_c"])
+        + hanging * abs(fields["output_stride_l"]),
+        samples * abs(fields["input_stride_n"])
+        + (p.C_in + mma.MAX_UNITS * arithmetic.channels) * abs(fields["input_stride_c"])
+        + span * abs(fields["input_stride_l"]),
+        (p.C_out + mma.MAX_BLOCK_M) * abs(fields["bias_stride"]),
         mma.most_weight_vectors(product) * arithmetic.parts,
     )
 

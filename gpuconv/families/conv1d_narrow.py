@@ -13,7 +13,20 @@ from ..device import Device
 from ..problem import DTYPES, FORMATS, ConvProblem
 from ..source import params_fields
 from ..text import count
-from .base import MAX_GRID, Config, Family, Launch, Layout, Plan, Refusal, Step, conv_arrays, index_bits, stride_params
+from .base import (
+    MAX_GRID,
+    Config,
+    Family,
+    Launch,
+    Layout,
+    Plan,
+    Refusal,
+    Step,
+    conv_arrays,
+    conv_fields,
+    index_bits,
+    params_of,
+)
 
 WARP = 32
 BLOCK_SIZE = 128
@@ -92,26 +105,18 @@ class Conv1dNarrow(Family[ConvProblem]):
         rows = _rows(p) if bits == 32 else ROWS[-1]
         row_bytes = rows * p.format.accumulator_bytes
         chunk_terms = max(1, min(p.C_in_g * p.K, _CHUNK_BYTES // row_bytes))
-        strides = stride_params(layout, ("out", "in"))
-        tap_step = p.dilation * strides["input_stride_l"]
-        params = {
-            "N": p.N,
-            "L_in": p.L_in,
-            "L_out": p.L_out,
-            "K": p.K,
-            "C_in_g": p.C_in_g,
-            "C_out_g": p.C_out_g,
-            "stride": p.stride,
-            "padding_left": p.padding_left,
-            "dilation": p.dilation,
-            **strides,
-            "column_blocks": tiling.blocks // (p.groups * (p.N if tiling.thread_l > 1 else 1)),
-            "chunk_terms": chunk_terms,
-            "tap_step": tap_step,
-            "channel_step": strides["input_stride_c"] - (p.K - 1) * tap_step,
-        }
+        fields = conv_fields(p, layout)
+        tap_step = p.dilation * fields["input_stride_l"]
+        params = params_of(
+            self.name,
+            fields,
+            column_blocks=tiling.blocks // (p.groups * (p.N if tiling.thread_l > 1 else 1)),
+            chunk_terms=chunk_terms,
+            tap_step=tap_step,
+            channel_step=fields["input_stride_c"] - (p.K - 1) * tap_step,
+        )
         config = self._config(rows, tiling.thread_l, p.dtype, bits)
-        launch = Launch(tiling.blocks, BLOCK_SIZE, chunk_terms * row_bytes, bits, tuple(params.items()))
+        launch = Launch(tiling.blocks, BLOCK_SIZE, chunk_terms * row_bytes, bits, params)
         candidates = tuple(
             (f"{count(_rows(p), 'channel')} by {count(t.thread_l, 'column')} a thread", t.cycles) for t in tilings
         )
@@ -128,19 +133,19 @@ class Conv1dNarrow(Family[ConvProblem]):
         # Beyond the arrays the kernel forms columns behind the last, positions of taps outside the input and their
         # offsets, and in the end the term behind the last.
         p = problem
-        strides = stride_params(layout, ("out", "in"))
+        fields = conv_fields(p, layout)
         span = (p.L_out + 4 * BLOCK_SIZE) * p.stride + p.padding_left + p.dilation * p.K + p.L_in
-        taps = p.K * p.dilation * abs(strides["input_stride_l"])
+        taps = p.K * p.dilation * abs(fields["input_stride_l"])
         return index_bits(
             p,
             layout,
             span,
-            span * abs(strides["input_stride_l"]) + p.N * abs(strides["input_stride_n"]),
-            (p.C_in_g + 1) * abs(strides["input_stride_c"]) + 2 * taps,
+            span * abs(fields["input_stride_l"]) + p.N * abs(fields["input_stride_n"]),
+            (p.C_in_g + 1) * abs(fields["input_stride_c"]) + 2 * taps,
             (p.N * p.L_out + 4 * BLOCK_SIZE) * p.groups,
-            (p.L_out + 4 * BLOCK_SIZE) * max(1, abs(strides["output_stride_l"])),
+            (p.L_out + 4 * BLOCK_SIZE) * max(1, abs(fields["output_stride_l"])),
             p.C_in_g * p.K + 2 * _CHUNK_BYTES,
-            (p.C_out + ROWS[-1]) * abs(strides["bias_stride"]),
+            (p.C_out + ROWS[-1]) * abs(fields["bias_stride"]),
         )
 
     def _config(self, rows: int, thread_l: int, dtype: str, bits: int) -> Config:

@@ -13,7 +13,20 @@ from ..device import Device
 from ..problem import DTYPES, FORMATS, ConvProblem
 from ..source import params_fields
 from ..text import count
-from .base import MAX_GRID, Config, Family, Launch, Layout, Plan, Refusal, Step, conv_arrays, index_bits, stride_params
+from .base import (
+    MAX_GRID,
+    Config,
+    Family,
+    Launch,
+    Layout,
+    Plan,
+    Refusal,
+    Step,
+    conv_arrays,
+    conv_fields,
+    index_bits,
+    params_of,
+)
 
 WARP = 32
 # Columns of a block and of one of its threads, which multiplies each weight that it reads with all of its own. Two
@@ -142,24 +155,17 @@ class Conv1dSkinny(Family[ConvProblem]):
         tiling = tilings[0]
         if tiling.blocks > MAX_GRID:
             return Refusal(f"needs at most {MAX_GRID} blocks")
-        params = {
-            "columns": columns,
-            "L_in": p.L_in,
-            "L_out": p.L_out,
-            "K": p.K,
-            "C_in_g": p.C_in_g,
-            "C_out_g": p.C_out_g,
-            "stride": p.stride,
-            "padding_left": p.padding_left,
-            "dilation": p.dilation,
-            **stride_params(layout, ("out", "in")),
-            "row_blocks": tiling.blocks // p.groups,
-            "block_rows": tiling.block_rows,
-            "compute_warps": tiling.compute_warps,
-            "chunk_terms": tiling.chunk_terms,
-            "vector_weights": int(self._has_vector_weights(p, layout)),
-        }
-        launch = Launch(tiling.blocks, tiling.threads, tiling.shared_bytes, 32, tuple(params.items()))
+        params = params_of(
+            self.name,
+            conv_fields(p, layout),
+            columns=columns,
+            row_blocks=tiling.blocks // p.groups,
+            block_rows=tiling.block_rows,
+            compute_warps=tiling.compute_warps,
+            chunk_terms=tiling.chunk_terms,
+            vector_weights=int(self._has_vector_weights(p, layout)),
+        )
+        launch = Launch(tiling.blocks, tiling.threads, tiling.shared_bytes, 32, params)
         candidates = tuple(
             (
                 f"{count(t.block_rows, 'row')} by {count(t.block_n, 'column')}, "
@@ -184,7 +190,7 @@ class Conv1dSkinny(Family[ConvProblem]):
     def _index_bits(self, problem: ConvProblem, layout: Layout) -> int:
         # Beyond the arrays the kernel forms terms of a chunk that hangs over the last one, and their addresses.
         p = problem
-        strides = stride_params(layout, ("out", "in"))
+        fields = conv_fields(p, layout)
         hanging = MAX_COLUMNS * WARP + 1
         span = p.L_out * p.stride + p.padding_left + p.dilation * p.K
         return index_bits(
@@ -192,13 +198,13 @@ class Conv1dSkinny(Family[ConvProblem]):
             layout,
             p.C_in_g * p.K + (NUM_STAGES + 1) * CHUNKS[-1],
             span + p.L_in,
-            (p.C_in + hanging) * abs(strides["input_stride_c"])
-            + p.N * abs(strides["input_stride_n"])
-            + span * abs(strides["input_stride_l"]),
-            (p.C_in_g + hanging) * abs(strides["weight_stride_in"]) + p.K * abs(strides["weight_stride_k"]),
+            (p.C_in + hanging) * abs(fields["input_stride_c"])
+            + p.N * abs(fields["input_stride_n"])
+            + span * abs(fields["input_stride_l"]),
+            (p.C_in_g + hanging) * abs(fields["weight_stride_in"]) + p.K * abs(fields["weight_stride_k"]),
             p.C_out + ROWS[-1],
-            (p.C_out + ROWS[-1]) * abs(strides["weight_stride_out"]),
-            (p.C_out + ROWS[-1]) * abs(strides["bias_stride"]),
+            (p.C_out + ROWS[-1]) * abs(fields["weight_stride_out"]),
+            (p.C_out + ROWS[-1]) * abs(fields["bias_stride"]),
         )
 
     def _config(self, block_n: int, dtype: str) -> Config:

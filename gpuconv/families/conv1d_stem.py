@@ -14,7 +14,20 @@ from ..device import Device
 from ..problem import DTYPES, FORMATS, ConvProblem
 from ..source import params_fields
 from ..text import count
-from .base import MAX_GRID, Config, Family, Launch, Layout, Plan, Refusal, Step, conv_arrays, index_bits, stride_params
+from .base import (
+    MAX_GRID,
+    Config,
+    Family,
+    Launch,
+    Layout,
+    Plan,
+    Refusal,
+    Step,
+    conv_arrays,
+    conv_fields,
+    index_bits,
+    params_of,
+)
 
 WARP = 32
 MAX_C_IN_G = 4
@@ -176,34 +189,26 @@ class Conv1dStem(Family[ConvProblem]):
         blocks = tiling.channel_blocks * tiling.tile_blocks * p.groups
         if blocks > MAX_GRID:
             return Refusal(f"needs at most {MAX_GRID} blocks")
-        params = {
-            "N": p.N,
-            "L_in": p.L_in,
-            "L_out": p.L_out,
-            "K": p.K,
-            "C_in_g": p.C_in_g,
-            "C_out_g": p.C_out_g,
-            "stride": p.stride,
-            "padding_left": p.padding_left,
-            "dilation": p.dilation,
-            **stride_params(layout, ("out", "in")),
-            "channel_blocks": tiling.channel_blocks,
-            "tile_blocks": tiling.tile_blocks,
-            "tiles": tiling.tiles,
-            "tiles_of_sample": tiling.tiles_of_sample,
-            "repeats": tiling.repeats,
-            "warps_c": tiling.warps_c,
-            "step_n": 0 if tiling.samples == 1 else 1,
-            "step_l": WARP if tiling.samples == 1 else 0,
-            "row_taps": tiling.row_taps,
-            "row_advance": tiling.row_advance,
-            "row_pitch": tiling.row_pitch,
-            "chunk_terms": tiling.chunk_terms,
-        }
+        params = params_of(
+            self.name,
+            conv_fields(p, layout),
+            channel_blocks=tiling.channel_blocks,
+            tile_blocks=tiling.tile_blocks,
+            tiles=tiling.tiles,
+            tiles_of_sample=tiling.tiles_of_sample,
+            repeats=tiling.repeats,
+            warps_c=tiling.warps_c,
+            step_n=0 if tiling.samples == 1 else 1,
+            step_l=WARP if tiling.samples == 1 else 0,
+            row_taps=tiling.row_taps,
+            row_advance=tiling.row_advance,
+            row_pitch=tiling.row_pitch,
+            chunk_terms=tiling.chunk_terms,
+        )
         is_large = tiling.tile == TILES[p.format.accumulator_bytes][0]
         config = self._config(tiling.tile, is_large, p.dtype, bits)
         threads = WARP * tiling.warps_c * tiling.warps_l
-        launch = Launch(blocks, threads, tiling.shared_bytes, bits, tuple(params.items()))
+        launch = Launch(blocks, threads, tiling.shared_bytes, bits, params)
         candidates = tuple(
             (
                 f"{count(t.tile.thread_c, 'channel')} by {count(t.tile.thread_l, 'column')} a thread, "
@@ -227,7 +232,7 @@ class Conv1dStem(Family[ConvProblem]):
         # numbers of tiles of blocks that hang over the last, and channels and samples behind the last; and offsets from
         # a lane's first column to its others, even where the input ends before these.
         p = problem
-        strides = stride_params(layout, ("out", "in"))
+        fields = conv_fields(p, layout)
         hanging = p.L_out + WARP * 4
         span = (hanging + WARP + p.dilation * p.K) * p.stride + p.padding_left + p.dilation * (p.K + WARP)
         largest_block = MAX_REPEATS * MAX_THREADS
@@ -237,12 +242,12 @@ class Conv1dStem(Family[ConvProblem]):
             span,
             (-(-p.L_out // WARP) + 1) * p.N * -(-p.C_out_g // 4) * p.groups,
             (-(-p.L_out // WARP) + 1) * p.N + 2 * largest_block,
-            (p.C_out + 2 * MAX_THREADS) * abs(strides["output_stride_c"])
-            + (p.N + 4) * abs(strides["output_stride_n"])
-            + hanging * abs(strides["output_stride_l"]),
-            (p.N + 4) * abs(strides["input_stride_n"]) + p.L_in * abs(strides["input_stride_l"]),
-            4 * WARP * p.stride * abs(strides["input_stride_l"]),
-            (p.C_out + 2 * MAX_THREADS) * max(1, abs(strides["bias_stride"])),
+            (p.C_out + 2 * MAX_THREADS) * abs(fields["output_stride_c"])
+            + (p.N + 4) * abs(fields["output_stride_n"])
+            + hanging * abs(fields["output_stride_l"]),
+            (p.N + 4) * abs(fields["input_stride_n"]) + p.L_in * abs(fields["input_stride_l"]),
+            4 * WARP * p.stride * abs(fields["input_stride_l"]),
+            (p.C_out + 2 * MAX_THREADS) * max(1, abs(fields["bias_stride"])),
         )
 
     def _config(self, tile: Tile, is_contiguous: bool, dtype: str, bits: int) -> Config:

@@ -9,7 +9,20 @@ from collections.abc import Iterator
 
 from ..device import Device
 from ..problem import DTYPES, ConvProblem
-from .base import MAX_GRID, Config, Family, Launch, Layout, Plan, Refusal, Step, conv_arrays, index_bits, stride_params
+from .base import (
+    MAX_GRID,
+    Config,
+    Family,
+    Launch,
+    Layout,
+    Plan,
+    Refusal,
+    Step,
+    conv_arrays,
+    conv_fields,
+    index_bits,
+    params_of,
+)
 from .sliding import (
     MAX_CHUNK_CHANNELS,
     Slide,
@@ -62,28 +75,22 @@ class Conv1dTail(Family[ConvProblem]):
         if grid > MAX_GRID:
             return Refusal(f"needs at most {MAX_GRID} blocks")
         vec = vector(p.dtype)
-        strides = stride_params(layout, ("out", "in"))
+        fields = conv_fields(p, layout)
         vector_stores = (
             layout["output"].alignment == 16
-            and strides["output_stride_l"] == 1
-            and (p.N == 1 or strides["output_stride_n"] % vec == 0)
-            and (p.C_out == 1 or strides["output_stride_c"] % vec == 0)
+            and fields["output_stride_l"] == 1
+            and (p.N == 1 or fields["output_stride_n"] % vec == 0)
+            and (p.C_out == 1 or fields["output_stride_c"] % vec == 0)
         )
-        params = {
-            "N": p.N,
-            "L_in": p.L_in,
-            "L_out": p.L_out,
-            "K": p.K,
-            "C_in_g": p.C_in_g,
-            "C_out_g": p.C_out_g,
-            "padding_left": p.padding_left,
-            **strides,
-            "column_blocks": blocks_of_sample,
+        params = params_of(
+            self.name,
+            fields,
+            column_blocks=blocks_of_sample,
             **slide.params(),
-            "vector_stores": int(vector_stores),
-        }
+            vector_stores=int(vector_stores),
+        )
         config = sliding_config(self.name, p.dtype, bits, rows, is_reversed=False)
-        launch = Launch(grid, threads, slide.shared_bytes, bits, tuple(params.items()))
+        launch = Launch(grid, threads, slide.shared_bytes, bits, params)
         return Plan((Step(config, launch, conv_arrays(p)),))
 
     def configs(self, device: Device) -> Iterator[Config]:

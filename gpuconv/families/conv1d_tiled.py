@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from ..device import Device
 from ..problem import DTYPES, ConvProblem
 from ..source import params_fields
-from .base import MAX_GRID, Config, Family, Launch, Layout, Plan, Refusal, index_bits, stride_params
+from .base import MAX_GRID, Config, Family, Launch, Layout, Plan, Refusal, conv_fields, index_bits, params_of
 from .tiles import (
     MAX_BLOCK_N,
     MAX_BLOCK_R,
@@ -66,26 +66,18 @@ class Conv1dTiled(Family[ConvProblem]):
         if tiling.blocks > MAX_GRID:
             return Refusal(f"needs at most {MAX_GRID} blocks")
         packed = PackedWeight.of(tile, p.groups, p.C_in_g * p.K, p.C_out_g)
-        strides = stride_params(layout, ("out", "in"))
-        params = {
-            "N": p.N,
-            "L_in": p.L_in,
-            "L_out": p.L_out,
-            "K": p.K,
-            "C_in_g": p.C_in_g,
-            "C_out_g": p.C_out_g,
-            "row_tiles": tiling.row_tiles,
-            "column_tiles": tiling.column_tiles,
-            "stride": p.stride,
-            "padding_left": p.padding_left,
-            "dilation": p.dilation,
-            **{name: stride for name, stride in strides.items() if not name.startswith("weight")},
+        fields = conv_fields(p, layout)
+        params = params_of(
+            self.name,
+            fields,
+            row_tiles=tiling.row_tiles,
+            column_tiles=tiling.column_tiles,
             **packed.params(),
-            **walk_params(tiling, p.K, strides["input_stride_c"], p.dilation * strides["input_stride_l"]),
-        }
+            **walk_params(tiling, p.K, fields["input_stride_c"], p.dilation * fields["input_stride_l"]),
+        )
         config = self._config(tile, tiling.column_step, p.dtype, bits)
         shared_bytes = tile.shared_bytes(p.format.accumulator_bytes)
-        launch = Launch(tiling.blocks, tile.threads, shared_bytes, bits, tuple(params.items()))
+        launch = Launch(tiling.blocks, tile.threads, shared_bytes, bits, params)
         return packed_plan(p, layout, packed, tilings, config, launch, rows=p.C_out_g, taps=p.K, phases_in_rows=False)
 
     def configs(self, device: Device) -> Iterator[Config]:
@@ -102,7 +94,7 @@ class Conv1dTiled(Family[ConvProblem]):
         # Beyond the arrays the kernel forms positions and offsets of columns of a block that hangs over the last
         # sample, terms of a chunk that hangs over the last term, and the steps of its walks.
         p = problem
-        strides = stride_params(layout, ("out", "in"))
+        fields = conv_fields(p, layout)
         hanging = p.L_out + MAX_BLOCK_N
         span = hanging * p.stride + p.padding_left + p.dilation * p.K
         return index_bits(
@@ -110,10 +102,10 @@ class Conv1dTiled(Family[ConvProblem]):
             layout,
             (p.N * p.L_out + MAX_BLOCK_N) * p.groups,
             span + p.L_in,
-            p.N * abs(strides["output_stride_n"]) + hanging * abs(strides["output_stride_l"]),
-            p.N * abs(strides["input_stride_n"])
-            + (p.C_in + 2 * MAX_BLOCK_R) * abs(strides["input_stride_c"])
-            + span * abs(strides["input_stride_l"]),
+            p.N * abs(fields["output_stride_n"]) + hanging * abs(fields["output_stride_l"]),
+            p.N * abs(fields["input_stride_n"])
+            + (p.C_in + 2 * MAX_BLOCK_R) * abs(fields["input_stride_c"])
+            + span * abs(fields["input_stride_l"]),
             PackedWeight.most_elements(p.groups, p.C_in_g * p.K, p.C_out_g),
         )
 

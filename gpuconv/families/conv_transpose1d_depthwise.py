@@ -24,9 +24,10 @@ from .base import (
     Refusal,
     Step,
     conv_arrays,
+    conv_fields,
     index_bits,
+    params_of,
     round_up,
-    stride_params,
 )
 from .depthwise import (
     BLOCK_SIZE,
@@ -65,34 +66,20 @@ class ConvTranspose1dDepthwise(Family[ConvProblem]):
         if tiling.deal.grid > MAX_GRID:
             return Refusal(f"needs at most {MAX_GRID} blocks")
         deal, shape, bits = tiling.deal, tiling.shape, tiling.bits
-        gcd = math.gcd(p.stride, p.dilation)
-        tap_step, position_step = p.stride // gcd, p.dilation // gcd
         has_window = shape.slide_stride > 0 or shape.is_skipping
-        params = {
-            "N": p.N,
-            "C_out": p.C_out,
-            "L_in": p.L_in,
-            "L_out": p.L_out,
-            "K": p.K,
-            "C_out_g": p.C_out_g,
-            "stride": p.stride,
+        params = params_of(
+            self.name,
+            conv_fields(p, layout),
             **Divisor.params(stride=p.stride),
-            "padding_left": p.padding_left,
-            "dilation": p.dilation,
-            "phase_gcd": gcd,
-            "tap_step": tap_step,
-            "position_step": position_step,
-            "phase_inverse": pow(position_step, -1, tap_step),
             **deal.params(p),
-            "taps_pitch": shape.taps_pitch if has_window else 0,
-            "window": shape.window(deal.places) if has_window else 0,
-            "window_below": shape.window_below if has_window else 0,
-            "window_pitch": shape.window_pitch(deal.places) if has_window else 0,
-            "plane_pitch": shape.plane_pitch(deal.places, deal.block_rows) if has_window else 0,
-            **stride_params(layout, ("in", "out")),
-        }
+            taps_pitch=shape.taps_pitch if has_window else 0,
+            window=shape.window(deal.places) if has_window else 0,
+            window_below=shape.window_below if has_window else 0,
+            window_pitch=shape.window_pitch(deal.places) if has_window else 0,
+            plane_pitch=shape.plane_pitch(deal.places, deal.block_rows) if has_window else 0,
+        )
         config = self._config(shape.slide_stride, shape.is_skipping, shape.thread_l, p.dtype, bits)
-        launch = Launch(deal.grid, deal.block, deal.shared_bytes, bits, tuple(params.items()))
+        launch = Launch(deal.grid, deal.block, deal.shared_bytes, bits, params)
         return Plan((Step(config, launch, conv_arrays(p)),), candidates=deal.figures())
 
     def configs(self, device: Device) -> Iterator[Config]:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from ..device import Device
 from ..problem import ConvProblem
 from . import mma
-from .base import MAX_GRID, Config, Family, Layout, Plan, Refusal, index_bits, stride_params
+from .base import MAX_GRID, Config, Family, Layout, Plan, Refusal, conv_fields, index_bits
 from .phases import Phases
 
 # Taps that a phase lacks are packed as zeros, and multiplied; see also conv_transpose1d_phases.
@@ -35,36 +35,23 @@ class ConvTranspose1dMma(Family[ConvProblem]):
         product = _product(phases, arithmetic)
         if not mma.smallest_fits(product, arithmetic, device):
             return Refusal("needs the window of 16 positions in shared memory")
-        strides = stride_params(layout, ("in", "out"))
-        bits = _index_bits(phases, layout, strides, product, arithmetic)
+        fields = conv_fields(p, layout)
+        bits = _index_bits(phases, layout, fields, product, arithmetic)
         tilings = mma.compare_tilings(product, arithmetic, bits, device)
         if not tilings:
             return Refusal(f"needs at most {MAX_GRID} blocks")
-        tiling = tilings[0]
-        params = {
-            "N": p.N,
-            "L_in": p.L_in,
-            "L_out": p.L_out,
-            "K": p.K,
-            "C_in_g": p.C_in_g,
-            "C_out_g": p.C_out_g,
-            "row_tiles": tiling.row_tiles,
-            "column_tiles": tiling.column_tiles,
-            "sample_tiles": tiling.sample_tiles,
-            "positions": phases.positions,
-            "q_begin": phases.q_begin,
-            "phase_gcd": phases.gcd,
-            "tap_step": phases.tap_step,
-            "position_step": phases.position_step,
-            "phase_inverse": phases.inverse,
-            "taps": phases.taps,
-            "stride": p.stride,
-            "padding_left": p.padding_left,
-            "dilation": p.dilation,
-            **{name: stride for name, stride in strides.items() if not name.startswith("weight")},
-        }
         return mma.make_plan(
-            p, layout, device, product, tilings, self.name, bits, params, phases_in_rows=phases.in_rows
+            p,
+            layout,
+            device,
+            product,
+            tilings,
+            self.name,
+            bits,
+            phases_in_rows=phases.in_rows,
+            positions=phases.positions,
+            q_begin=phases.q_begin,
+            taps=phases.taps,
         )
 
     def configs(self, device: Device) -> Iterator[Config]:
@@ -72,7 +59,7 @@ class ConvTranspose1dMma(Family[ConvProblem]):
 
 
 def _index_bits(
-    phases: Phases, layout: Layout, strides: dict[str, int], product: mma.Product, arithmetic: mma.Arithmetic
+    phases: Phases, layout: Layout, fields: dict[str, int], product: mma.Product, arithmetic: mma.Arithmetic
 ) -> int:
     # As in conv1d_mma; and the products of residues of tap_step.
     p = phases.problem
@@ -90,13 +77,13 @@ def _index_bits(
         phases.tap_step * p.dilation,
         (phases.taps + 1) * p.stride,
         channels * p.stride,
-        samples * abs(strides["output_stride_n"])
-        + channels * abs(strides["output_stride_c"])
-        + hanging * p.stride * abs(strides["output_stride_l"]),
-        samples * abs(strides["input_stride_n"])
-        + (p.C_in + mma.MAX_UNITS * arithmetic.channels) * abs(strides["input_stride_c"])
-        + span * abs(strides["input_stride_l"]),
-        channels * abs(strides["bias_stride"]),
+        samples * abs(fields["output_stride_n"])
+        + channels * abs(fields["output_stride_c"])
+        + hanging * p.stride * abs(fields["output_stride_l"]),
+        samples * abs(fields["input_stride_n"])
+        + (p.C_in + mma.MAX_UNITS * arithmetic.channels) * abs(fields["input_stride_c"])
+        + span * abs(fields["input_stride_l"]),
+        channels * abs(fields["bias_stride"]),
         mma.most_weight_vectors(product) * arithmetic.parts,
     )
 

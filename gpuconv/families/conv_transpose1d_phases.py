@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from ..device import Device
 from ..problem import DTYPES, ConvProblem
 from ..source import params_fields
-from .base import MAX_GRID, Config, Family, Launch, Layout, Plan, Refusal, index_bits, stride_params
+from .base import MAX_GRID, Config, Family, Launch, Layout, Plan, Refusal, conv_fields, index_bits, params_of
 from .phases import Phases
 from .tiles import (
     MAX_BLOCK_N,
@@ -63,38 +63,26 @@ class ConvTranspose1dPhases(Family[ConvProblem]):
         if tiling.blocks > MAX_GRID:
             return Refusal(f"needs at most {MAX_GRID} blocks")
         packed = PackedWeight.of(tile, phases.products, p.C_in_g * phases.taps, phases.rows)
-        strides = stride_params(layout, ("in", "out"))
-        params = {
-            "N": p.N,
-            "L_in": p.L_in,
-            "L_out": p.L_out,
-            "K": p.K,
-            "C_in_g": p.C_in_g,
-            "C_out_g": p.C_out_g,
-            "row_tiles": tiling.row_tiles,
-            "column_tiles": tiling.column_tiles,
-            "positions": phases.positions,
-            "q_begin": phases.q_begin,
-            "stride": p.stride,
-            "padding_left": p.padding_left,
-            "dilation": p.dilation,
-            "phase_gcd": phases.gcd,
-            "tap_step": phases.tap_step,
-            "position_step": phases.position_step,
-            "phase_inverse": phases.inverse,
-            "taps": phases.taps,
-            **{name: stride for name, stride in strides.items() if not name.startswith("weight")},
+        fields = conv_fields(p, layout)
+        params = params_of(
+            self.name,
+            fields,
+            row_tiles=tiling.row_tiles,
+            column_tiles=tiling.column_tiles,
+            positions=phases.positions,
+            q_begin=phases.q_begin,
+            taps=phases.taps,
             **packed.params(),
             **walk_params(
                 tiling,
                 phases.taps,
-                strides["input_stride_c"],
-                -phases.position_step * strides["input_stride_l"],
+                fields["input_stride_c"],
+                -phases.position_step * fields["input_stride_l"],
             ),
-        }
+        )
         config = self._config(tile, tiling.column_step, p.dtype, bits, phases.in_rows)
         shared_bytes = tile.shared_bytes(p.format.accumulator_bytes)
-        launch = Launch(tiling.blocks, tile.threads, shared_bytes, bits, tuple(params.items()))
+        launch = Launch(tiling.blocks, tile.threads, shared_bytes, bits, params)
         return packed_plan(
             p,
             layout,
@@ -128,7 +116,7 @@ class ConvTranspose1dPhases(Family[ConvProblem]):
 def _index_bits(phases: Phases, layout: Layout) -> int:
     # As in conv1d_tiled; and the products of residues of tap_step.
     p = phases.problem
-    strides = stride_params(layout, ("in", "out"))
+    fields = conv_fields(p, layout)
     hanging = phases.q_begin + phases.positions + MAX_BLOCK_N + 1
     span = hanging + p.dilation * p.K
     return index_bits(
@@ -139,9 +127,9 @@ def _index_bits(phases: Phases, layout: Layout) -> int:
         phases.tap_step * phases.tap_step,
         phases.tap_step * p.dilation,
         (phases.taps + 1) * p.stride,
-        p.N * abs(strides["output_stride_n"]) + hanging * p.stride * abs(strides["output_stride_l"]),
-        p.N * abs(strides["input_stride_n"])
-        + (p.C_in + 2 * MAX_BLOCK_R) * abs(strides["input_stride_c"])
-        + span * abs(strides["input_stride_l"]),
+        p.N * abs(fields["output_stride_n"]) + hanging * p.stride * abs(fields["output_stride_l"]),
+        p.N * abs(fields["input_stride_n"])
+        + (p.C_in + 2 * MAX_BLOCK_R) * abs(fields["input_stride_c"])
+        + span * abs(fields["input_stride_l"]),
         PackedWeight.most_elements(phases.products, p.C_in_g * phases.taps, phases.rows),
     )

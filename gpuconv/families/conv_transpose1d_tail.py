@@ -9,7 +9,20 @@ from collections.abc import Iterator
 
 from ..device import Device
 from ..problem import DTYPES, ConvProblem
-from .base import MAX_GRID, Config, Family, Launch, Layout, Plan, Refusal, Step, conv_arrays, index_bits, stride_params
+from .base import (
+    MAX_GRID,
+    Config,
+    Family,
+    Launch,
+    Layout,
+    Plan,
+    Refusal,
+    Step,
+    conv_arrays,
+    conv_fields,
+    index_bits,
+    params_of,
+)
 from .sliding import (
     MAX_CHUNK_CHANNELS,
     Slide,
@@ -62,25 +75,18 @@ class ConvTranspose1dTail(Family[ConvProblem]):
         grid = row_blocks * blocks_of_row * p.N * p.groups
         if grid > MAX_GRID:
             return Refusal(f"needs at most {MAX_GRID} blocks")
-        params = {
-            "N": p.N,
-            "L_in": p.L_in,
-            "L_out": p.L_out,
-            "K": p.K,
-            "C_in_g": p.C_in_g,
-            "C_out_g": p.C_out_g,
-            "stride": p.stride,
-            "padding_left": p.padding_left,
-            **stride_params(layout, ("in", "out")),
-            "row_blocks": row_blocks,
-            "column_blocks": blocks_of_row,
-            "columns": columns,
-            "q_begin": q_begin,
-            "taps": taps,
+        params = params_of(
+            self.name,
+            conv_fields(p, layout),
+            row_blocks=row_blocks,
+            column_blocks=blocks_of_row,
+            columns=columns,
+            q_begin=q_begin,
+            taps=taps,
             **slide.params(),
-        }
+        )
         config = sliding_config(self.name, p.dtype, bits, rows, is_reversed=True)
-        launch = Launch(grid, threads, slide.shared_bytes, bits, tuple(params.items()))
+        launch = Launch(grid, threads, slide.shared_bytes, bits, params)
         return Plan((Step(config, launch, conv_arrays(p)),))
 
     def configs(self, device: Device) -> Iterator[Config]:

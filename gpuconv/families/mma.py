@@ -24,8 +24,9 @@ from .base import (
     Plan,
     Step,
     conv_arrays,
+    conv_fields,
     index_bits,
-    weight_source_params,
+    params_of,
 )
 
 WARP = 32
@@ -557,10 +558,13 @@ def most_weight_vectors(product: Product) -> int:
 
 
 def _tiling_params(product: Product, tiling: Tiling) -> dict[str, int]:
-    """The fields of Params that describe the order of summation and the tiles, in order."""
+    """The fields of Params that describe the order of summation and the tiles."""
     reduction = product.reduction
     batches = input_batches(tiling.tile, tiling.window, reduction)
     return {
+        "row_tiles": tiling.row_tiles,
+        "column_tiles": tiling.column_tiles,
+        "sample_tiles": tiling.sample_tiles,
         "units": reduction.units,
         "chunks": reduction.chunks,
         "pairs": reduction.pairs,
@@ -580,23 +584,23 @@ def make_plan(
     tilings: tuple[Tiling, ...],
     kernel: str,
     bits: int,
-    params: dict[str, int],
     *,
     phases_in_rows: bool,
+    **own: int,
 ) -> Plan:
     """The weights packed, then a tensor-core kernel; where segments have blocks of their own, their sums added.
 
-    `params` are the fields of the kernel's Params in front of those that this module knows.
+    `own` are the fields of the kernel's Params that this module does not know.
     """
     p, tiling = problem, tilings[0]
     tile, segments = tiling.tile, product.reduction.segments
-    fields = tuple({**params, **_tiling_params(product, tiling)}.items())
+    params = params_of(kernel, conv_fields(p, layout), **own, **_tiling_params(product, tiling))
 
     def step(mode: int, grid: int, shared: int, *more: str) -> Step:
         config = kernel_config(
             kernel, p.dtype, p.precision, tile, bits, device, phases_in_rows=phases_in_rows, segment_mode=mode
         )
-        return Step(config, Launch(grid, tile.threads, shared, bits, fields), (*conv_arrays(p, PACKED), *more))
+        return Step(config, Launch(grid, tile.threads, shared, bits, params), (*conv_arrays(p, PACKED), *more))
 
     pack, packed_bytes = _pack(p, layout, product, tile, phases_in_rows=phases_in_rows)
     scratch = [(PACKED, packed_bytes)]
@@ -620,25 +624,25 @@ def _pack(
     num_vectors = weight_vectors(product, tile)
     row_tiles = -(-product.rows // tile.block_m)
     grid = min(-(-num_vectors // PACK_BLOCK_SIZE), MAX_GRID)
-    source = weight_source_params(p, layout)
-    tap_step = source["tap_step"]
-    params = {
-        "num_vectors": num_vectors,
-        "row_tiles": row_tiles,
-        "block_rows": tile.block_m,
-        "chunks": product.reduction.chunks,
-        "units": product.reduction.units,
-        "pairs": product.reduction.pairs,
-        "rows": product.rows,
-        "taps": product.reduction.taps,
-        **source,
-    }
+    fields = conv_fields(p, layout)
+    params = params_of(
+        "pack_mma_weight",
+        fields,
+        num_vectors=num_vectors,
+        row_tiles=row_tiles,
+        block_rows=tile.block_m,
+        chunks=product.reduction.chunks,
+        units=product.reduction.units,
+        pairs=product.reduction.pairs,
+        rows=product.rows,
+        taps=product.reduction.taps,
+    )
     # Offsets of weights are formed before it is known whether they exist.
-    reduction = product.reduction
+    reduction, tap_step = product.reduction, fields["tap_step"]
     hanging = (
-        (product.products + 1) * row_tiles * tile.block_m * abs(source["weight_stride_out"])
-        + (p.C_in + reduction.units * arithmetic.channels) * abs(source["weight_stride_in"])
-        + ((reduction.taps + STAGE_PAIRS) * max(p.stride, tap_step) + p.K) * abs(source["weight_stride_k"])
+        (product.products + 1) * row_tiles * tile.block_m * abs(fields["weight_stride_out"])
+        + (p.C_in + reduction.units * arithmetic.channels) * abs(fields["weight_stride_in"])
+        + ((reduction.taps + STAGE_PAIRS) * max(p.stride, tap_step) + p.K) * abs(fields["weight_stride_k"])
     )
     bits = index_bits(
         p,
@@ -647,10 +651,10 @@ def _pack(
         tap_step * tap_step,
         (reduction.taps + STAGE_PAIRS) * p.stride,
         hanging,
-        *(abs(value) for value in params.values()),
+        *(abs(value) for _, value in params),
     )
     config = _pack_config(p.dtype, p.precision, bits, transposed=p.transposed, phases_in_rows=phases_in_rows)
-    launch = Launch(grid, PACK_BLOCK_SIZE, 0, bits, tuple(params.items()))
+    launch = Launch(grid, PACK_BLOCK_SIZE, 0, bits, params)
     return Step(config, launch, ("weight", PACKED)), num_vectors * arithmetic.parts * UNIT_BYTES
 
 

@@ -98,11 +98,27 @@ def _num_results(problem: WeightGradientProblem | BiasGradientProblem) -> int:
     return math.prod(list(problem.shapes.values())[-1])
 
 
-def stride_params(layout: Layout) -> dict[str, int]:
-    """The stride fields of a weight gradient's Params."""
-    names = ("coarse_stride_n", "coarse_stride_c", "coarse_stride_l", "fine_stride_n", "fine_stride_c", "fine_stride_l")
-    strides = (stride for name in ("coarse", "fine", "grad_weight") for stride in layout[name].strides)
-    return dict(zip((*names, "weight_stride_r", "weight_stride_c", "weight_stride_k"), strides, strict=True))
+def weight_fields(problem: WeightGradientProblem, layout: Layout, slices: Slices) -> dict[str, int]:
+    """The values that the Params of a weight gradient's kernels may have, by name."""
+    p = problem
+    fields = {
+        "N": p.N,
+        "L_coarse": p.L_coarse,
+        "L_fine": p.L_fine,
+        "K": p.K,
+        "C_coarse": p.C_coarse,
+        "C_coarse_g": p.C_coarse_g,
+        "C_fine_g": p.C_fine_g,
+        "groups": p.groups,
+        "stride": p.stride,
+        "padding_left": p.padding_left,
+        "dilation": p.dilation,
+        "is_conjugated": int(p.conjugate_coarse),
+        **slices.params(),
+    }
+    for name, array, axes in (("coarse", "coarse", "ncl"), ("fine", "fine", "ncl"), ("weight", "grad_weight", "rck")):
+        fields.update(zip((f"{name}_stride_{axis}" for axis in axes), layout[array].strides, strict=True))
+    return fields
 
 
 def weight_index_bits(problem: WeightGradientProblem, layout: Layout, *extra: int, slices: Slices | None = None) -> int:

@@ -17,9 +17,10 @@ from .base import (
     Step,
     base_config,
     conv_arrays,
+    conv_fields,
     index_bits,
+    params_of,
     round_up,
-    weight_source_params,
 )
 
 WARP = 32
@@ -307,26 +308,26 @@ def packed_plan(
     """pack_weight, then the tiled kernel with its configuration and launch."""
     p = problem
     grid = min(-(-packed.num_elements // PACK_BLOCK_SIZE), MAX_GRID)
-    source = weight_source_params(p, layout)
-    params = {
-        "num_elements": packed.num_elements,
-        "padded_terms": packed.padded_terms,
-        "block_rows": packed.block_rows,
-        "row_tiles": packed.row_tiles,
-        "rows": rows,
-        "taps": taps,
-        **source,
-    }
+    params = params_of(
+        "pack_weight",
+        conv_fields(p, layout),
+        num_elements=packed.num_elements,
+        padded_terms=packed.padded_terms,
+        block_rows=packed.block_rows,
+        row_tiles=packed.row_tiles,
+        rows=rows,
+        taps=taps,
+    )
     bits = index_bits(
         p,
         layout,
         packed.num_elements + grid * PACK_BLOCK_SIZE,
-        source["tap_step"] ** 2,
+        dict(params)["tap_step"] ** 2,
         (taps + 1) * p.stride,
-        *(abs(value) for value in params.values()),
+        *(abs(value) for _, value in params),
     )
     pack = pack_config(p.dtype, bits, transposed=p.transposed, phases_in_rows=phases_in_rows)
-    pack_launch = Launch(grid, PACK_BLOCK_SIZE, 0, bits, tuple(params.items()))
+    pack_launch = Launch(grid, PACK_BLOCK_SIZE, 0, bits, params)
     return Plan(
         (Step(pack, pack_launch, ("weight", PACKED)), Step(config, launch, conv_arrays(p, PACKED))),
         ((PACKED, packed.num_elements * p.format.accumulator_bytes),),

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from ..device import Device
 from ..problem import WeightGradientProblem
 from ..text import count
-from .base import MAX_GRID, Config, Family, Launch, Layout, Plan, Refusal, round_up
+from .base import MAX_GRID, Config, Family, Launch, Layout, Plan, Refusal, params_of, round_up
 from .mma import (
     ARITHMETICS,
     L2_BYTES_PER_CYCLE,
@@ -28,7 +28,7 @@ from .mma import (
     WARP,
     Arithmetic,
 )
-from .slices import Slices, gradient_config, sliced_plan, stride_params, weight_index_bits
+from .slices import Slices, gradient_config, sliced_plan, weight_fields, weight_index_bits
 
 STEP = SPLIT_TERMS  # positions of a step: one product of 16-bit matrices along the reduction, or two
 OCTET = 8  # columns of one product
@@ -148,37 +148,26 @@ class WeightGradientMma(Family[WeightGradientProblem]):
             return Refusal(f"needs at most {MAX_GRID} blocks")
         slices = _slices(p)
         half, pitch = _pitches(window.rows, arithmetic)
-        params = {
-            "N": p.N,
-            "L_coarse": p.L_coarse,
-            "L_fine": p.L_fine,
-            "K": p.K,
-            "C_coarse": p.C_coarse,
-            "C_coarse_g": p.C_coarse_g,
-            "C_fine_g": p.C_fine_g,
-            "row_tiles": tiling.row_tiles,
-            "tap_tiles": tiling.tap_tiles,
-            "octet_tiles": tiling.octet_tiles,
-            "groups": p.groups,
-            "block_octets": tiling.octets,
-            "block_taps": tiling.taps,
-            "stride": p.stride,
-            "padding_left": p.padding_left,
-            "dilation": p.dilation,
-            **slices.params(),
-            "chunk_samples": window.samples,
-            "sample_shift": window.positions.bit_length() - 1,
-            "planes": window.planes,
-            "plane_rows": window.plane_rows,
-            "tap_rows_step": window.tap_rows_step,
-            "window_rows": window.rows,
-            "window_half": half,
-            "window_pitch": pitch,
-            "task_units": _task_units(tiling.octets, widths[1], arithmetic),
-            **stride_params(layout),
-        }
+        params = params_of(
+            self.name,
+            weight_fields(p, layout, slices),
+            row_tiles=tiling.row_tiles,
+            tap_tiles=tiling.tap_tiles,
+            octet_tiles=tiling.octet_tiles,
+            block_octets=tiling.octets,
+            block_taps=tiling.taps,
+            chunk_samples=window.samples,
+            sample_shift=window.positions.bit_length() - 1,
+            planes=window.planes,
+            plane_rows=window.plane_rows,
+            tap_rows_step=window.tap_rows_step,
+            window_rows=window.rows,
+            window_half=half,
+            window_pitch=pitch,
+            task_units=_task_units(tiling.octets, widths[1], arithmetic),
+        )
         config = self._config(tile, p.dtype, p.precision, widths, bits)
-        launch = Launch(tiling.blocks, tile.threads, tiling.shared_bytes, bits, tuple(params.items()))
+        launch = Launch(tiling.blocks, tile.threads, tiling.shared_bytes, bits, params)
         candidates = tuple((f"{t.tile.block_m}x{t.tile.block_n} of {count(t.taps, 'tap')}", t.cycles) for t in tilings)
         return sliced_plan(p, layout, slices, config, launch, candidates)
 

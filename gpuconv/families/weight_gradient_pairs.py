@@ -11,8 +11,8 @@ from functools import lru_cache
 
 from ..device import Device
 from ..problem import DTYPES, FORMATS, WeightGradientProblem
-from .base import MAX_GRID, ArrayLayout, Config, Family, Launch, Layout, Plan, Refusal
-from .slices import Slices, gradient_config, sliced_plan, stride_params, weight_index_bits
+from .base import MAX_GRID, ArrayLayout, Config, Family, Launch, Layout, Plan, Refusal, params_of
+from .slices import Slices, gradient_config, sliced_plan, weight_fields, weight_index_bits
 
 WARP = 32
 THREAD_K = 8
@@ -51,36 +51,23 @@ class WeightGradientPairs(Family[WeightGradientProblem]):
         if shape.grid > MAX_GRID:
             return Refusal(f"needs at most {MAX_GRID} blocks")
         slices = Slices.of(p)
-        params = {
-            "N": p.N,
-            "L_coarse": p.L_coarse,
-            "L_fine": p.L_fine,
-            "K": p.K,
-            "C_coarse": p.C_coarse,
-            "C_coarse_g": p.C_coarse_g,
-            "C_fine_g": p.C_fine_g,
-            "pairs": shape.pairs,
-            "pair_blocks": shape.pair_blocks,
-            "block_pairs": shape.block_pairs,
-            "tap_threads": shape.tap_threads,
-            "stride": p.stride,
-            "padding_left": p.padding_left,
-            "dilation": p.dilation,
-            **slices.params(),
-            "is_conjugated": int(p.conjugate_coarse),
-            "chunk": shape.chunk,
-            "chunks": -(-slices.positions // shape.chunk),
-            "coarse_copy": shape.coarse_copy,
-            "fine_copy": shape.fine_copy,
-            "lead": shape.lead,
-            "window": shape.window,
-            "coarse_pitch": shape.coarse_pitch,
-            "fine_pitch": shape.fine_pitch,
-            **stride_params(layout),
-        }
-        launch = Launch(
-            shape.grid, shape.block_pairs * shape.tap_threads, shape.shared_bytes, shape.bits, tuple(params.items())
+        params = params_of(
+            self.name,
+            weight_fields(p, layout, slices),
+            pairs=shape.pairs,
+            pair_blocks=shape.pair_blocks,
+            block_pairs=shape.block_pairs,
+            tap_threads=shape.tap_threads,
+            chunk=shape.chunk,
+            chunks=-(-slices.positions // shape.chunk),
+            coarse_copy=shape.coarse_copy,
+            fine_copy=shape.fine_copy,
+            lead=shape.lead,
+            window=shape.window,
+            coarse_pitch=shape.coarse_pitch,
+            fine_pitch=shape.fine_pitch,
         )
+        launch = Launch(shape.grid, shape.block_pairs * shape.tap_threads, shape.shared_bytes, shape.bits, params)
         return sliced_plan(p, layout, slices, self._config(shape.slides, p.dtype, shape.bits), launch)
 
     def configs(self, device: Device) -> Iterator[Config]:

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 from ..device import Device
 from ..problem import DTYPES, FORMATS, WeightGradientProblem
-from .base import MAX_GRID, Config, Family, Launch, Layout, Plan, Refusal
-from .slices import Slices, gradient_config, sliced_plan, stride_params, weight_index_bits
+from .base import MAX_GRID, Config, Family, Launch, Layout, Plan, Refusal, params_of
+from .slices import Slices, gradient_config, sliced_plan, weight_fields, weight_index_bits
 from .tiles import Tile, cost
 
 # By the size of the accumulator, as in tiles.py; low and wide, or high and narrow ones for groups of few channels.
@@ -45,35 +45,23 @@ class WeightGradientTiled(Family[WeightGradientProblem]):
         if tiling.blocks > MAX_GRID:
             return Refusal(f"needs at most {MAX_GRID} blocks")
         slices = Slices.of(p)
-        strides = stride_params(layout)
+        fields = weight_fields(p, layout, slices)
         step_n, step_l = divmod(_LOAD_POSITIONS, p.L_coarse)
-        fine_step = p.stride * strides["fine_stride_l"]
-        params = {
-            "N": p.N,
-            "L_coarse": p.L_coarse,
-            "L_fine": p.L_fine,
-            "K": p.K,
-            "C_coarse": p.C_coarse,
-            "C_coarse_g": p.C_coarse_g,
-            "C_fine_g": p.C_fine_g,
-            "row_tiles": tiling.row_tiles,
-            "column_tiles": tiling.column_tiles,
-            "groups": p.groups,
-            "stride": p.stride,
-            "padding_left": p.padding_left,
-            "dilation": p.dilation,
-            **slices.params(),
-            "is_conjugated": int(p.conjugate_coarse),
-            "step_l": step_l,
-            "coarse_advance": step_n * strides["coarse_stride_n"] + step_l * strides["coarse_stride_l"],
-            "coarse_carry": strides["coarse_stride_n"] - p.L_coarse * strides["coarse_stride_l"],
-            "fine_advance": step_n * strides["fine_stride_n"] + step_l * fine_step,
-            "fine_carry": strides["fine_stride_n"] - p.L_coarse * fine_step,
-            **strides,
-        }
+        fine_step = p.stride * fields["fine_stride_l"]
+        params = params_of(
+            self.name,
+            fields,
+            row_tiles=tiling.row_tiles,
+            column_tiles=tiling.column_tiles,
+            step_l=step_l,
+            coarse_advance=step_n * fields["coarse_stride_n"] + step_l * fields["coarse_stride_l"],
+            coarse_carry=fields["coarse_stride_n"] - p.L_coarse * fields["coarse_stride_l"],
+            fine_advance=step_n * fields["fine_stride_n"] + step_l * fine_step,
+            fine_carry=fields["fine_stride_n"] - p.L_coarse * fine_step,
+        )
         config = self._config(tile, p.dtype, bits)
         shared_bytes = _shared_bytes(tile, p.dtype, bits)
-        launch = Launch(tiling.blocks, tile.threads, shared_bytes, bits, tuple(params.items()))
+        launch = Launch(tiling.blocks, tile.threads, shared_bytes, bits, params)
         candidates = tuple((f"{t.tile.block_m}x{t.tile.block_n}", t.cycles) for t in tilings)
         return sliced_plan(p, layout, slices, config, launch, candidates)
 
