@@ -42,6 +42,7 @@ PROBE = """
 import importlib.metadata, json, pathlib, sys
 import gpuconv
 from gpuconv import source
+from gpuconv.families import FAMILIES
 
 import numpy as np
 x, w = np.arange(6.0).reshape(1, 1, 6), np.ones((1, 1, 3))
@@ -50,7 +51,7 @@ print(json.dumps({
     "sources": str(source.directory()),
     "version": gpuconv.__version__,
     "metadata_version": importlib.metadata.version("gpuconv"),
-    "text_lengths": {f.name: len(source.read(f"{f.name}.cu")) for f in FORWARD_FAMILIES},
+    "text_lengths": {f.name: len(source.read(f"{f.name}.cu")) for f in FAMILIES},
     "typed": (pathlib.Path(gpuconv.__file__).parent / "py.typed").is_file(),
     "result": gpuconv.conv1d(x, w).ravel().tolist(),
     "distributions": sorted(d.metadata["Name"] for d in importlib.metadata.distributions()),

@@ -27,7 +27,7 @@ BASE = {"conv1d": "conv1d_direct", "conv_transpose1d": "conv_transpose1d_gather"
 
 
 def layer(family: str, N: int, C_in: int, C_out: int, L_in: int, K: int, **settings: Any) -> tuple[Family, ConvProblem]:
-    return FAMILY[family], ConvProblem(FAMILY[family].op, N, C_in, C_out, L_in, K, has_bias=True, **settings)
+    return FAMILY[family], ConvProblem(FAMILY[family].kind, N, C_in, C_out, L_in, K, has_bias=True, **settings)
 
 
 DEPTHWISE = tuple(
