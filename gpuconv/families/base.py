@@ -14,7 +14,6 @@ from ..source import params_fields
 
 ProblemT = TypeVar("ProblemT", bound=Problem)
 
-INT32_MAX = 2**31 - 1
 MAX_GRID = 2**31 - 1  # blocks along grid x, on every architecture since sm_30
 
 
@@ -190,24 +189,6 @@ def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     for axis in range(len(shape) - 2, -1, -1):
         strides[axis] = strides[axis + 1] * shape[axis + 1]
     return tuple(strides)
-
-
-def index_bits(problem: Problem, layout: Layout, *extra: int) -> int:
-    """32 where every index and offset of a launch fits a signed 32-bit integer, else 64.
-
-    `extra` are further values that a kernel forms, such as the padded size of its grid.
-    """
-    values = list(extra)
-    for name, shape in problem.shapes.items():
-        array = layout[name]
-        # Params holds the strides of axes of extent 1, too, which no offset uses.
-        values += (array.reach(shape), *map(abs, array.strides))
-    if isinstance(problem, ConvProblem):
-        # Positions before they are clipped to the array, on the fine side of the stride.
-        p = problem
-        span = p.dilation * (p.K - 1) + 1
-        values += (L + p.padding_left + p.padding_right + span + p.stride for L in (p.L_in, p.L_out))
-    return 32 if max(values) <= INT32_MAX else 64
 
 
 def conv_fields(problem: ConvProblem, layout: Layout) -> dict[str, int]:

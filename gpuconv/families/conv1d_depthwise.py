@@ -24,7 +24,6 @@ from .base import (
     Step,
     conv_arrays,
     conv_fields,
-    index_bits,
     params_of,
     round_up,
 )
@@ -39,6 +38,7 @@ from .depthwise import (
     can_skip,
     can_slide,
     choose_deal,
+    depthwise_index_bits,
     row_skew,
     slide_outputs,
     vector_length,
@@ -267,7 +267,7 @@ class _Tiling:
 @lru_cache(maxsize=4096)
 def _tiling(problem: ConvProblem, layout: Layout, device: Device) -> _Tiling | None:
     p = problem
-    bits = _index_bits(p, layout)
+    bits = depthwise_index_bits(p, layout, max(MANY_L, slide_outputs(p.dtype)))
     shapes: list[_Shape | Skip | _Stride] = []
     if can_slide(p, layout, bits):
         shapes.append(_Shape(p, p.stride, slide_outputs(p.dtype)))
@@ -282,14 +282,3 @@ def _tiling(problem: ConvProblem, layout: Layout, device: Device) -> _Tiling | N
         if deal is not None:
             return _Tiling(shape, deal, bits)
     return None
-
-
-def _index_bits(problem: ConvProblem, layout: Layout) -> int:
-    # Beyond the arrays the kernel forms positions of the last tile, which may hang over by a block, and rows of the
-    # last block. Windows are short: they fit in shared memory.
-    p = problem
-    hanging = p.L_out + (8 * BLOCK_SIZE + 1) * max(MANY_L, slide_outputs(p.dtype))
-    span = p.L_in + hanging * p.stride + p.padding_left + p.dilation * p.K + 2**17
-    samples = p.N + -(-BLOCK_SIZE // p.C_out)
-    farthest = samples * max(abs(layout["input"].strides[0]), abs(layout["output"].strides[0]))
-    return index_bits(p, layout, span, farthest, p.N * p.C_out + BLOCK_SIZE)

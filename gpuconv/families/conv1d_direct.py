@@ -20,9 +20,9 @@ from .base import (
     base_config,
     conv_arrays,
     conv_fields,
-    index_bits,
     params_of,
 )
+from .offsets import Overhang, index_bits
 
 # The kernel's launch bounds leave a thread 128 registers, so that two blocks of this size share a multiprocessor.
 BLOCK_SIZE = 256
@@ -39,7 +39,7 @@ class Conv1dDirect(Family[ConvProblem]):
         num_outputs = p.N * p.C_out * p.L_out
         grid = min(-(-num_outputs // BLOCK_SIZE), MAX_GRID)
         # The loop over the grid leaves with an index of up to num_outputs + grid*BLOCK_SIZE.
-        bits = index_bits(p, layout, num_outputs + grid * BLOCK_SIZE)
+        bits = index_bits(p, layout, Overhang(), num_outputs + grid * BLOCK_SIZE)
         params = params_of(
             self.name,
             conv_fields(p, layout),

@@ -24,9 +24,9 @@ from .base import (
     Step,
     conv_arrays,
     conv_fields,
-    index_bits,
     params_of,
 )
+from .offsets import Overhang, index_bits
 
 WARP = 32
 BLOCK_SIZE = 128
@@ -95,7 +95,10 @@ class Conv1dNarrow(Family[ConvProblem]):
         p = problem
         if p.C_out_g > ROWS[-1]:
             return Refusal(f"needs C_out/groups <= {ROWS[-1]}")
-        bits = self._index_bits(p, layout)
+        # Columns behind the last, and in the end the term behind the last.
+        overhang = Overhang(rows=ROWS[-1], channels=1, positions=4 * BLOCK_SIZE, taps=p.K)
+        columns = (p.N * p.L_out + 4 * BLOCK_SIZE) * p.groups
+        bits = index_bits(p, layout, overhang, columns, p.C_in_g * p.K + 2 * _CHUNK_BYTES)
         tilings = _compare_tilings(
             p, device, has_several=p.stride == 1 and layout["input"].strides[2] == 1 and bits == 32
         )
@@ -128,25 +131,6 @@ class Conv1dNarrow(Family[ConvProblem]):
                 for thread_l in THREAD_L[FORMATS[dtype].accumulator_bytes]:
                     yield self._config(rows, thread_l, dtype, 32)
             yield self._config(ROWS[-1], 1, dtype, 64)
-
-    def _index_bits(self, problem: ConvProblem, layout: Layout) -> int:
-        # Beyond the arrays the kernel forms columns behind the last, positions of taps outside the input and their
-        # offsets, and in the end the term behind the last.
-        p = problem
-        fields = conv_fields(p, layout)
-        span = (p.L_out + 4 * BLOCK_SIZE) * p.stride + p.padding_left + p.dilation * p.K + p.L_in
-        taps = p.K * p.dilation * abs(fields["input_stride_l"])
-        return index_bits(
-            p,
-            layout,
-            span,
-            span * abs(fields["input_stride_l"]) + p.N * abs(fields["input_stride_n"]),
-            (p.C_in_g + 1) * abs(fields["input_stride_c"]) + 2 * taps,
-            (p.N * p.L_out + 4 * BLOCK_SIZE) * p.groups,
-            (p.L_out + 4 * BLOCK_SIZE) * max(1, abs(fields["output_stride_l"])),
-            p.C_in_g * p.K + 2 * _CHUNK_BYTES,
-            (p.C_out + ROWS[-1]) * abs(fields["bias_stride"]),
-        )
 
     def _config(self, rows: int, thread_l: int, dtype: str, bits: int) -> Config:
         return Config.of(

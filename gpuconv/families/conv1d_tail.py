@@ -20,9 +20,9 @@ from .base import (
     Step,
     conv_arrays,
     conv_fields,
-    index_bits,
     params_of,
 )
+from .offsets import Overhang, index_bits
 from .sliding import (
     MAX_CHUNK_CHANNELS,
     Slide,
@@ -54,7 +54,10 @@ class Conv1dTail(Family[ConvProblem]):
             return Refusal("needs C_in/groups > 1 or groups = 1")
         if p.stride != 1 or p.dilation != 1:
             return Refusal("needs stride 1 and dilation 1")
-        bits = self._index_bits(p, layout)
+        # Positions around the windows of blocks that hang over the last column.
+        around = block_columns(p.dtype) + p.K + 4 * vector(p.dtype)
+        overhang = Overhang(rows=ROWS[-1], channels=MAX_CHUNK_CHANNELS, positions=around)
+        bits = index_bits(p, layout, overhang, column_blocks(p.L_out, WARP, p.dtype) * p.N * p.groups)
         # Only the kernel for the most output channels has 64-bit indices.
         rows = ROWS[-1] if bits == 64 else next(rows for rows in ROWS if rows >= p.C_out_g)
         threads = choose_threads(p.L_out, p.N * p.groups, p.dtype, device)
@@ -98,15 +101,3 @@ class Conv1dTail(Family[ConvProblem]):
             for rows in ROWS:
                 yield sliding_config(self.name, dtype, 32, rows, is_reversed=False)
             yield sliding_config(self.name, dtype, 64, ROWS[-1], is_reversed=False)
-
-    def _index_bits(self, p: ConvProblem, layout: Layout) -> int:
-        # Beyond the arrays the kernel forms positions around the windows of blocks that hang over the last column.
-        around = block_columns(p.dtype) + p.K + 4 * vector(p.dtype)
-        return index_bits(
-            p,
-            layout,
-            column_blocks(p.L_out, WARP, p.dtype) * p.N * p.groups,
-            p.L_out + p.L_in + p.padding_left + around,
-            layout["output"].reach((p.N, p.C_out + ROWS[-1], p.L_out + around)),
-            layout["input"].reach((p.N, p.C_in + MAX_CHUNK_CHANNELS, p.L_in)),
-        )

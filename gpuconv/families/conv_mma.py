@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from ..device import Device
 from ..problem import ConvProblem
 from . import mma
-from .base import MAX_GRID, Config, Family, Layout, Plan, Refusal, conv_fields, index_bits
+from .base import MAX_GRID, Config, Family, Layout, Plan, Refusal
+from .offsets import Overhang, index_bits
 from .product import Product
 
 # Taps that a phase lacks are packed as zeros, and multiplied; see also conv_transpose1d_phases.
@@ -57,37 +58,12 @@ class ConvTranspose1dMma(_ConvMma):
 
 
 def _index_bits(product: Product, layout: Layout, arithmetic: mma.Arithmetic) -> int:
-    p, fields = product.problem, conv_fields(product.problem, layout)
-    # Beyond the arrays a kernel forms positions and offsets of what hangs over the last position, sample and channel.
-    hanging = product.first + product.positions + mma.MAX_BLOCK_N + (1 if p.transposed else 0)
-    outputs = hanging * product.phases
-    span = hanging * product.column_step + (0 if p.transposed else p.padding_left) + p.dilation * p.K
-    samples = p.N + mma.MAX_BLOCK_N // product.positions  # a block takes several where they are short
-    channels = p.C_out + mma.MAX_BLOCK_M
-    reduction = mma.Reduction.of(product, arithmetic)
-    tap_step = fields["tap_step"]
-    return index_bits(
-        p,
-        layout,
-        span + p.L_in,
-        *(
-            (
-                outputs + p.padding_left + p.L_out,
-                product.positions * samples,
-                tap_step * tap_step,
-                tap_step * p.dilation,
-                (product.taps + 1) * p.stride,
-                channels * p.stride,
-            )
-            if p.transposed
-            else (hanging * samples,)
-        ),
-        samples * abs(fields["output_stride_n"])
-        + channels * abs(fields["output_stride_c"])
-        + outputs * abs(fields["output_stride_l"]),
-        samples * abs(fields["input_stride_n"])
-        + (p.C_in + mma.MAX_UNITS * arithmetic.channels) * abs(fields["input_stride_c"])
-        + span * abs(fields["input_stride_l"]),
-        channels * abs(fields["bias_stride"]),
-        product.products * reduction.chunks * reduction.pairs * (product.rows + mma.MAX_BLOCK_M) * arithmetic.parts,
+    p, reduction = product.problem, mma.Reduction.of(product, arithmetic)
+    # What hangs over the last position, sample and channel; a block takes several samples where they are short.
+    samples = mma.MAX_BLOCK_N // product.positions
+    overhang = Overhang(
+        samples + 1, rows=mma.MAX_BLOCK_M, channels=mma.MAX_UNITS * arithmetic.channels, positions=mma.MAX_BLOCK_N
     )
+    columns = (product.positions + mma.MAX_BLOCK_N) * (p.N + samples)
+    vectors = product.products * reduction.chunks * reduction.pairs * (product.rows + mma.MAX_BLOCK_M)
+    return index_bits(p, layout, overhang, columns, vectors * arithmetic.parts, (p.C_out + mma.MAX_BLOCK_M) * p.stride)

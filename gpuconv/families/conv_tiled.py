@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from ..device import Device
 from ..problem import DTYPES, ConvProblem
 from ..source import params_fields
-from .base import MAX_GRID, Config, Family, Launch, Layout, Plan, Refusal, conv_fields, index_bits, params_of
+from .base import MAX_GRID, Config, Family, Launch, Layout, Plan, Refusal, conv_fields, params_of
+from .offsets import Overhang, index_bits
 from .product import Product
 from .tiles import (
     MAX_BLOCK_N,
@@ -138,26 +139,8 @@ class ConvTranspose1dPhases(_Tiled):
 
 
 def _index_bits(product: Product, layout: Layout) -> int:
-    p, q, fields = product.problem, product, conv_fields(product.problem, layout)
-    # Beyond the arrays the kernel forms positions and offsets of columns of a block that hangs over the last sample,
-    # terms of a chunk that hangs over the last term, and the steps of its walks.
-    hanging = q.first + q.positions + MAX_BLOCK_N + (1 if p.transposed else 0)
-    span = hanging * q.column_step + (0 if p.transposed else p.padding_left) + p.dilation * p.K
-    tap_step = fields["tap_step"]
-    of_phases = (
-        hanging * p.stride + p.padding_left + p.L_out,
-        tap_step * tap_step,
-        tap_step * p.dilation,
-        (q.taps + 1) * p.stride,
-    )
-    return index_bits(
-        p,
-        layout,
-        (p.N * q.positions + MAX_BLOCK_N) * q.products,
-        *(of_phases if p.transposed else (span + p.L_in,)),
-        p.N * abs(fields["output_stride_n"]) + hanging * q.phases * abs(fields["output_stride_l"]),
-        p.N * abs(fields["input_stride_n"])
-        + (p.C_in + 2 * MAX_BLOCK_R) * abs(fields["input_stride_c"])
-        + span * abs(fields["input_stride_l"]),
-        PackedWeight.most_elements(q.products, q.terms, q.rows),
-    )
+    p, q = product.problem, product
+    # Columns of a block that hangs over the last sample, terms of a chunk that hangs over the last term.
+    overhang = Overhang(samples=1, channels=2 * MAX_BLOCK_R, positions=MAX_BLOCK_N)
+    columns = (p.N * q.positions + MAX_BLOCK_N) * q.products
+    return index_bits(p, layout, overhang, columns, PackedWeight.most_elements(q.products, q.terms, q.rows))

@@ -5,7 +5,6 @@ Contract: cuda_src/conv_transpose1d_depthwise.cu.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -25,7 +24,6 @@ from .base import (
     Step,
     conv_arrays,
     conv_fields,
-    index_bits,
     params_of,
     round_up,
 )
@@ -41,6 +39,7 @@ from .depthwise import (
     can_skip,
     can_slide,
     choose_deal,
+    depthwise_index_bits,
     row_skew,
     slide_outputs,
     vector_length,
@@ -190,7 +189,7 @@ class _Tiling:
 @lru_cache(maxsize=4096)
 def _tiling(problem: ConvProblem, layout: Layout, device: Device) -> _Tiling:
     p = problem
-    bits = _index_bits(p, layout)
+    bits = depthwise_index_bits(p, layout, max(MANY_L, slide_outputs(p.dtype)))
     shapes: list[_Shape | Skip] = []
     if can_slide(p, layout, bits):
         shapes.append(_Shape(p, p.stride, slide_outputs(p.dtype)))
@@ -202,22 +201,3 @@ def _tiling(problem: ConvProblem, layout: Layout, device: Device) -> _Tiling:
         if deal is not None:
             return _Tiling(shape, deal, bits)
     raise AssertionError("a block without shared memory fits")
-
-
-def _index_bits(problem: ConvProblem, layout: Layout) -> int:
-    # Beyond the arrays the kernel forms positions of the last tile, which may hang over by a block, rows of the last
-    # block, a tap behind the last, and the products that find the first tap of a phase.
-    p = problem
-    tap_step = p.stride // math.gcd(p.stride, p.dilation)
-    hanging = p.L_out + (8 * BLOCK_SIZE + 1) * max(MANY_L, slide_outputs(p.dtype)) + p.padding_left + 2**17
-    return index_bits(
-        p,
-        layout,
-        hanging + p.L_in,
-        hanging * max(1, abs(layout["output"].strides[2])),
-        (p.N + -(-BLOCK_SIZE // p.C_out)) * max(abs(layout["input"].strides[0]), abs(layout["output"].strides[0])),
-        p.N * p.C_out + BLOCK_SIZE,
-        p.K + tap_step,
-        tap_step * tap_step,
-        tap_step * p.dilation,
-    )

@@ -20,9 +20,9 @@ from .base import (
     base_config,
     conv_arrays,
     conv_fields,
-    index_bits,
     params_of,
 )
+from .offsets import Overhang, index_bits
 
 # The kernel's launch bounds leave a thread 128 registers, so that two blocks of this size share a multiprocessor.
 BLOCK_SIZE = 256
@@ -38,14 +38,11 @@ class ConvTranspose1dGather(Family[ConvProblem]):
         p = problem
         num_outputs = p.N * p.C_out * p.L_out
         grid = min(-(-num_outputs // BLOCK_SIZE), MAX_GRID)
-        fields = conv_fields(p, layout)
-        tap_step = fields["tap_step"]
-        # The kernel multiplies two residues of tap_step, and k_first < tap_step by dilation; the loop over the grid
-        # leaves with an index of up to num_outputs + grid*BLOCK_SIZE.
-        bits = index_bits(p, layout, num_outputs + grid * BLOCK_SIZE, tap_step * tap_step, tap_step * p.dilation)
+        # The loop over the grid leaves with an index of up to num_outputs + grid*BLOCK_SIZE.
+        bits = index_bits(p, layout, Overhang(), num_outputs + grid * BLOCK_SIZE)
         params = params_of(
             self.name,
-            fields,
+            conv_fields(p, layout),
             num_outputs=num_outputs,
         )
         launch = Launch(grid, BLOCK_SIZE, 0, bits, params)

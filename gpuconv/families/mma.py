@@ -25,9 +25,9 @@ from .base import (
     Step,
     conv_arrays,
     conv_fields,
-    index_bits,
     params_of,
 )
+from .offsets import Overhang, index_bits
 from .product import Product
 
 WARP = 32
@@ -582,10 +582,9 @@ def _pack(problem: ConvProblem, layout: Layout, product: Product, reduction: Red
     row_tiles = -(-product.rows // tile.block_m)
     num_vectors = product.products * reduction.chunks * reduction.pairs * row_tiles * tile.block_m  # of one part
     grid = min(-(-num_vectors // PACK_BLOCK_SIZE), MAX_GRID)
-    fields = conv_fields(p, layout)
     params = params_of(
         "pack_mma_weight",
-        fields,
+        conv_fields(p, layout),
         num_vectors=num_vectors,
         row_tiles=row_tiles,
         block_rows=tile.block_m,
@@ -595,22 +594,16 @@ def _pack(problem: ConvProblem, layout: Layout, product: Product, reduction: Red
         rows=product.rows,
         taps=product.taps,
     )
-    # Offsets of weights are formed before it is known whether they exist.
-    tap_step = fields["tap_step"]
-    hanging = (
-        (product.products + 1) * row_tiles * tile.block_m * abs(fields["weight_stride_out"])
-        + (p.C_in + reduction.units * arithmetic.channels) * abs(fields["weight_stride_in"])
-        + ((product.taps + STAGE_PAIRS) * max(p.stride, tap_step) + p.K) * abs(fields["weight_stride_k"])
+    # Offsets of weights are formed before it is known whether they exist: of whole tiles of rows of all products, whole
+    # units of channels, and the taps of whole stages, of any phase.
+    overhang = Overhang(
+        rows=(product.products + 1) * row_tiles * tile.block_m - (p.C_out_g if p.transposed else p.C_out),
+        channels=reduction.units * arithmetic.channels,
+        taps=(product.taps + STAGE_PAIRS) * p.stride,
+        arrays=("weight",),
     )
-    bits = index_bits(
-        p,
-        layout,
-        num_vectors * arithmetic.parts + grid * PACK_BLOCK_SIZE,
-        tap_step * tap_step,
-        (product.taps + STAGE_PAIRS) * p.stride,
-        hanging,
-        *(abs(value) for _, value in params),
-    )
+    values = (abs(value) for _, value in params)
+    bits = index_bits(p, layout, overhang, num_vectors * arithmetic.parts + grid * PACK_BLOCK_SIZE, *values)
     config = _pack_config(p.dtype, p.precision, bits, transposed=p.transposed, phases_in_rows=product.phases_in_rows)
     launch = Launch(grid, PACK_BLOCK_SIZE, 0, bits, params)
     return Step(config, launch, ("weight", PACKED)), num_vectors * arithmetic.parts * UNIT_BYTES

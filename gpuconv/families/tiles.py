@@ -18,10 +18,10 @@ from .base import (
     base_config,
     conv_arrays,
     conv_fields,
-    index_bits,
     params_of,
     round_up,
 )
+from .offsets import Overhang, index_bits
 from .product import Product
 
 WARP = 32
@@ -304,13 +304,9 @@ def packed_plan(
         rows=product.rows,
         taps=product.taps,
     )
+    values = (abs(value) for _, value in params)
     bits = index_bits(
-        p,
-        layout,
-        packed.num_elements + grid * PACK_BLOCK_SIZE,
-        dict(params)["tap_step"] ** 2,
-        (product.taps + 1) * p.stride,
-        *(abs(value) for _, value in params),
+        p, layout, Overhang(taps=1, arrays=("weight",)), packed.num_elements + grid * PACK_BLOCK_SIZE, *values
     )
     pack = pack_config(p.dtype, bits, transposed=p.transposed, phases_in_rows=product.phases_in_rows)
     pack_launch = Launch(grid, PACK_BLOCK_SIZE, 0, bits, params)
