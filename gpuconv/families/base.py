@@ -220,7 +220,7 @@ def conv_fields(problem: ConvProblem, layout: Layout) -> dict[str, int]:
     return fields
 
 
-def params_of(kernel: str, fields: Mapping[str, int], **own: int) -> tuple[tuple[str, int], ...]:
+def params_of(kernel: str, fields: Mapping[str, int], own: Mapping[str, int]) -> tuple[tuple[str, int], ...]:
     """The fields of a kernel's Params in the order of its .cu file, from those that many kernels have and its own."""
     names = params_fields(kernel)
     assert own.keys() <= set(names), f"{kernel}.cu has no {', '.join(own.keys() - set(names))}"
@@ -230,6 +230,24 @@ def params_of(kernel: str, fields: Mapping[str, int], **own: int) -> tuple[tuple
 def conv_arrays(problem: ConvProblem, weight: str = "weight") -> tuple[str | None, ...]:
     """The pointers of a kernel of an operation; `weight` is `PACKED` where it reads the weights in another order."""
     return ("input", weight, "bias" if problem.has_bias else None, "output")
+
+
+def conv_plan(
+    config: Config,
+    problem: ConvProblem,
+    layout: Layout,
+    index_bits: int,
+    *,
+    grid: int,
+    block: int,
+    own: Mapping[str, int],
+    shared_bytes: int = 0,
+    candidates: tuple[tuple[str, float], ...] = (),
+) -> Plan:
+    """The plan of an operation that is one launch; `own` are the fields of Params that `conv_fields` lacks."""
+    params = params_of(config.kernel, conv_fields(problem, layout), own)
+    launch = Launch(grid, block, shared_bytes, index_bits, params)
+    return Plan((Step(config, launch, conv_arrays(problem)),), candidates=candidates)
 
 
 def base_config(kernel: str, dtype: str, bits: int, block_size: int) -> Config:

@@ -13,20 +13,7 @@ from typing import ClassVar
 from ..device import Device
 from ..problem import DTYPES, FORMATS, ConvProblem
 from ..source import params_fields
-from .base import (
-    MAX_GRID,
-    Config,
-    Family,
-    Launch,
-    Layout,
-    Plan,
-    Refusal,
-    Step,
-    conv_arrays,
-    conv_fields,
-    params_of,
-    round_up,
-)
+from .base import MAX_GRID, Config, Family, Layout, Plan, Refusal, conv_plan, round_up
 from .depthwise import (
     BLOCK_SIZE,
     MANY_OUTPUTS,
@@ -72,20 +59,26 @@ class Conv1dDepthwise(Family[ConvProblem]):
         if tiling.deal.grid > MAX_GRID:
             return Refusal(f"needs at most {MAX_GRID} blocks")
         deal, shape, bits = tiling.deal, tiling.shape, tiling.bits
-        params = params_of(
-            self.name,
-            conv_fields(p, layout),
-            **deal.params(p),
-            taps_pitch=shape.taps_pitch,
-            window=shape.window(deal.places),
-            window_pitch=shape.window_pitch(deal.places),
-            plane_pitch=shape.plane_pitch(deal.places, deal.block_rows),
-        )
         config = self._config(
             shape.slide_stride, shape.is_skipping, isinstance(shape, _Stride), shape.thread_l, p.dtype, bits
         )
-        launch = Launch(deal.grid, deal.block, deal.shared_bytes, bits, params)
-        return Plan((Step(config, launch, conv_arrays(p)),), candidates=deal.figures())
+        return conv_plan(
+            config,
+            p,
+            layout,
+            bits,
+            grid=deal.grid,
+            block=deal.block,
+            shared_bytes=deal.shared_bytes,
+            candidates=deal.figures(),
+            own={
+                **deal.params(p),
+                "taps_pitch": shape.taps_pitch,
+                "window": shape.window(deal.places),
+                "window_pitch": shape.window_pitch(deal.places),
+                "plane_pitch": shape.plane_pitch(deal.places, deal.block_rows),
+            },
+        )
 
     def configs(self, device: Device) -> Iterator[Config]:
         for dtype in DTYPES:

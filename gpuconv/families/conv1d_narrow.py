@@ -13,19 +13,7 @@ from ..device import Device
 from ..problem import DTYPES, FORMATS, ConvProblem
 from ..source import params_fields
 from ..text import count
-from .base import (
-    MAX_GRID,
-    Config,
-    Family,
-    Launch,
-    Layout,
-    Plan,
-    Refusal,
-    Step,
-    conv_arrays,
-    conv_fields,
-    params_of,
-)
+from .base import MAX_GRID, Config, Family, Layout, Plan, Refusal, conv_fields, conv_plan
 from .offsets import Overhang, index_bits
 
 WARP = 32
@@ -110,20 +98,26 @@ class Conv1dNarrow(Family[ConvProblem]):
         chunk_terms = max(1, min(p.C_in_g * p.K, _CHUNK_BYTES // row_bytes))
         fields = conv_fields(p, layout)
         tap_step = p.dilation * fields["input_stride_l"]
-        params = params_of(
-            self.name,
-            fields,
-            column_blocks=tiling.blocks // (p.groups * (p.N if tiling.thread_l > 1 else 1)),
-            chunk_terms=chunk_terms,
-            tap_step=tap_step,
-            channel_step=fields["input_stride_c"] - (p.K - 1) * tap_step,
-        )
-        config = self._config(rows, tiling.thread_l, p.dtype, bits)
-        launch = Launch(tiling.blocks, BLOCK_SIZE, chunk_terms * row_bytes, bits, params)
         candidates = tuple(
             (f"{count(_rows(p), 'channel')} by {count(t.thread_l, 'column')} a thread", t.cycles) for t in tilings
         )
-        return Plan((Step(config, launch, conv_arrays(p)),), candidates=candidates)
+        config = self._config(rows, tiling.thread_l, p.dtype, bits)
+        return conv_plan(
+            config,
+            p,
+            layout,
+            bits,
+            grid=tiling.blocks,
+            block=BLOCK_SIZE,
+            shared_bytes=chunk_terms * row_bytes,
+            candidates=candidates,
+            own={
+                "column_blocks": tiling.blocks // (p.groups * (p.N if tiling.thread_l > 1 else 1)),
+                "chunk_terms": chunk_terms,
+                "tap_step": tap_step,
+                "channel_step": fields["input_stride_c"] - (p.K - 1) * tap_step,
+            },
+        )
 
     def configs(self, device: Device) -> Iterator[Config]:
         for dtype in DTYPES:

@@ -13,19 +13,7 @@ from ..device import Device
 from ..problem import DTYPES, FORMATS, ConvProblem
 from ..source import params_fields
 from ..text import count
-from .base import (
-    MAX_GRID,
-    Config,
-    Family,
-    Launch,
-    Layout,
-    Plan,
-    Refusal,
-    Step,
-    conv_arrays,
-    conv_fields,
-    params_of,
-)
+from .base import MAX_GRID, Config, Family, Layout, Plan, Refusal, conv_plan
 from .offsets import Overhang, index_bits
 
 WARP = 32
@@ -157,17 +145,6 @@ class Conv1dSkinny(Family[ConvProblem]):
         tiling = tilings[0]
         if tiling.blocks > MAX_GRID:
             return Refusal(f"needs at most {MAX_GRID} blocks")
-        params = params_of(
-            self.name,
-            conv_fields(p, layout),
-            columns=columns,
-            row_blocks=tiling.blocks // p.groups,
-            block_rows=tiling.block_rows,
-            compute_warps=tiling.compute_warps,
-            chunk_terms=tiling.chunk_terms,
-            vector_weights=int(self._has_vector_weights(p, layout)),
-        )
-        launch = Launch(tiling.blocks, tiling.threads, tiling.shared_bytes, 32, params)
         candidates = tuple(
             (
                 f"{count(t.block_rows, 'row')} by {count(t.block_n, 'column')}, "
@@ -176,7 +153,24 @@ class Conv1dSkinny(Family[ConvProblem]):
             )
             for t in tilings
         )
-        return Plan((Step(self._config(tiling.block_n, p.dtype), launch, conv_arrays(p)),), candidates=candidates)
+        return conv_plan(
+            self._config(tiling.block_n, p.dtype),
+            p,
+            layout,
+            32,
+            grid=tiling.blocks,
+            block=tiling.threads,
+            shared_bytes=tiling.shared_bytes,
+            candidates=candidates,
+            own={
+                "columns": columns,
+                "row_blocks": tiling.blocks // p.groups,
+                "block_rows": tiling.block_rows,
+                "compute_warps": tiling.compute_warps,
+                "chunk_terms": tiling.chunk_terms,
+                "vector_weights": int(self._has_vector_weights(p, layout)),
+            },
+        )
 
     def configs(self, device: Device) -> Iterator[Config]:
         for dtype in DTYPES:

@@ -14,19 +14,7 @@ from ..device import Device
 from ..problem import DTYPES, FORMATS, ConvProblem
 from ..source import params_fields
 from ..text import count
-from .base import (
-    MAX_GRID,
-    Config,
-    Family,
-    Launch,
-    Layout,
-    Plan,
-    Refusal,
-    Step,
-    conv_arrays,
-    conv_fields,
-    params_of,
-)
+from .base import MAX_GRID, Config, Family, Layout, Plan, Refusal, conv_plan
 from .offsets import Overhang, index_bits
 
 WARP = 32
@@ -189,26 +177,7 @@ class Conv1dStem(Family[ConvProblem]):
         blocks = tiling.channel_blocks * tiling.tile_blocks * p.groups
         if blocks > MAX_GRID:
             return Refusal(f"needs at most {MAX_GRID} blocks")
-        params = params_of(
-            self.name,
-            conv_fields(p, layout),
-            channel_blocks=tiling.channel_blocks,
-            tile_blocks=tiling.tile_blocks,
-            tiles=tiling.tiles,
-            tiles_of_sample=tiling.tiles_of_sample,
-            repeats=tiling.repeats,
-            warps_c=tiling.warps_c,
-            step_n=0 if tiling.samples == 1 else 1,
-            step_l=WARP if tiling.samples == 1 else 0,
-            row_taps=tiling.row_taps,
-            row_advance=tiling.row_advance,
-            row_pitch=tiling.row_pitch,
-            chunk_terms=tiling.chunk_terms,
-        )
         is_large = tiling.tile == TILES[p.format.accumulator_bytes][0]
-        config = self._config(tiling.tile, is_large, p.dtype, bits)
-        threads = WARP * tiling.warps_c * tiling.warps_l
-        launch = Launch(blocks, threads, tiling.shared_bytes, bits, params)
         candidates = tuple(
             (
                 f"{count(t.tile.thread_c, 'channel')} by {count(t.tile.thread_l, 'column')} a thread, "
@@ -217,7 +186,30 @@ class Conv1dStem(Family[ConvProblem]):
             )
             for t in tilings
         )
-        return Plan((Step(config, launch, conv_arrays(p)),), candidates=candidates)
+        return conv_plan(
+            self._config(tiling.tile, is_large, p.dtype, bits),
+            p,
+            layout,
+            bits,
+            grid=blocks,
+            block=WARP * tiling.warps_c * tiling.warps_l,
+            shared_bytes=tiling.shared_bytes,
+            candidates=candidates,
+            own={
+                "channel_blocks": tiling.channel_blocks,
+                "tile_blocks": tiling.tile_blocks,
+                "tiles": tiling.tiles,
+                "tiles_of_sample": tiling.tiles_of_sample,
+                "repeats": tiling.repeats,
+                "warps_c": tiling.warps_c,
+                "step_n": 0 if tiling.samples == 1 else 1,
+                "step_l": WARP if tiling.samples == 1 else 0,
+                "row_taps": tiling.row_taps,
+                "row_advance": tiling.row_advance,
+                "row_pitch": tiling.row_pitch,
+                "chunk_terms": tiling.chunk_terms,
+            },
+        )
 
     def configs(self, device: Device) -> Iterator[Config]:
         for dtype in DTYPES:

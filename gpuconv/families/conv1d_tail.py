@@ -9,19 +9,7 @@ from collections.abc import Iterator
 
 from ..device import Device
 from ..problem import DTYPES, ConvProblem
-from .base import (
-    MAX_GRID,
-    Config,
-    Family,
-    Launch,
-    Layout,
-    Plan,
-    Refusal,
-    Step,
-    conv_arrays,
-    conv_fields,
-    params_of,
-)
+from .base import MAX_GRID, Config, Family, Layout, Plan, Refusal, conv_fields, conv_plan
 from .offsets import Overhang, index_bits
 from .sliding import (
     MAX_CHUNK_CHANNELS,
@@ -85,16 +73,17 @@ class Conv1dTail(Family[ConvProblem]):
             and (p.N == 1 or fields["output_stride_n"] % vec == 0)
             and (p.C_out == 1 or fields["output_stride_c"] % vec == 0)
         )
-        params = params_of(
-            self.name,
-            fields,
-            column_blocks=blocks_of_sample,
-            **slide.params(),
-            vector_stores=int(vector_stores),
-        )
         config = sliding_config(self.name, p.dtype, bits, rows, is_reversed=False)
-        launch = Launch(grid, threads, slide.shared_bytes, bits, params)
-        return Plan((Step(config, launch, conv_arrays(p)),))
+        return conv_plan(
+            config,
+            p,
+            layout,
+            bits,
+            grid=grid,
+            block=threads,
+            shared_bytes=slide.shared_bytes,
+            own={"column_blocks": blocks_of_sample, **slide.params(), "vector_stores": int(vector_stores)},
+        )
 
     def configs(self, device: Device) -> Iterator[Config]:
         for dtype in DTYPES:

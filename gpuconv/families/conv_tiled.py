@@ -64,11 +64,13 @@ class _Tiled(Family[ConvProblem]):
         params = params_of(
             self.name,
             fields,
-            **q.params(),
-            row_tiles=tiling.row_tiles,
-            column_tiles=tiling.column_tiles,
-            weight_stride_tile=packed.stride_tile,
-            **walk_params(tiling, q.taps, fields["input_stride_c"], q.tap_step * fields["input_stride_l"]),
+            {
+                **q.params(),
+                "row_tiles": tiling.row_tiles,
+                "column_tiles": tiling.column_tiles,
+                "weight_stride_tile": packed.stride_tile,
+                **walk_params(tiling, q.taps, fields["input_stride_c"], q.tap_step * fields["input_stride_l"]),
+            },
         )
         config = self._config(tile, tiling.column_step, p.dtype, bits, phases_in_rows=q.phases_in_rows)
         shared_bytes = tile.shared_bytes(p.format.accumulator_bytes)

@@ -13,20 +13,7 @@ from typing import ClassVar
 from ..device import Device
 from ..problem import DTYPES, FORMATS, ConvProblem
 from ..source import params_fields
-from .base import (
-    MAX_GRID,
-    Config,
-    Family,
-    Launch,
-    Layout,
-    Plan,
-    Refusal,
-    Step,
-    conv_arrays,
-    conv_fields,
-    params_of,
-    round_up,
-)
+from .base import MAX_GRID, Config, Family, Layout, Plan, Refusal, conv_plan, round_up
 from .depthwise import (
     BLOCK_SIZE,
     MANY_OUTPUTS,
@@ -66,20 +53,26 @@ class ConvTranspose1dDepthwise(Family[ConvProblem]):
             return Refusal(f"needs at most {MAX_GRID} blocks")
         deal, shape, bits = tiling.deal, tiling.shape, tiling.bits
         has_window = shape.slide_stride > 0 or shape.is_skipping
-        params = params_of(
-            self.name,
-            conv_fields(p, layout),
-            **Divisor.params(stride=p.stride),
-            **deal.params(p),
-            taps_pitch=shape.taps_pitch if has_window else 0,
-            window=shape.window(deal.places) if has_window else 0,
-            window_below=shape.window_below if has_window else 0,
-            window_pitch=shape.window_pitch(deal.places) if has_window else 0,
-            plane_pitch=shape.plane_pitch(deal.places, deal.block_rows) if has_window else 0,
-        )
         config = self._config(shape.slide_stride, shape.is_skipping, shape.thread_l, p.dtype, bits)
-        launch = Launch(deal.grid, deal.block, deal.shared_bytes, bits, params)
-        return Plan((Step(config, launch, conv_arrays(p)),), candidates=deal.figures())
+        return conv_plan(
+            config,
+            p,
+            layout,
+            bits,
+            grid=deal.grid,
+            block=deal.block,
+            shared_bytes=deal.shared_bytes,
+            candidates=deal.figures(),
+            own={
+                **Divisor.params(stride=p.stride),
+                **deal.params(p),
+                "taps_pitch": shape.taps_pitch if has_window else 0,
+                "window": shape.window(deal.places) if has_window else 0,
+                "window_below": shape.window_below if has_window else 0,
+                "window_pitch": shape.window_pitch(deal.places) if has_window else 0,
+                "plane_pitch": shape.plane_pitch(deal.places, deal.block_rows) if has_window else 0,
+            },
+        )
 
     def configs(self, device: Device) -> Iterator[Config]:
         for dtype in DTYPES:

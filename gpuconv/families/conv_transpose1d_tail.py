@@ -9,19 +9,7 @@ from collections.abc import Iterator
 
 from ..device import Device
 from ..problem import DTYPES, ConvProblem
-from .base import (
-    MAX_GRID,
-    Config,
-    Family,
-    Launch,
-    Layout,
-    Plan,
-    Refusal,
-    Step,
-    conv_arrays,
-    conv_fields,
-    params_of,
-)
+from .base import MAX_GRID, Config, Family, Layout, Plan, Refusal, conv_plan
 from .offsets import Overhang, index_bits
 from .sliding import (
     MAX_CHUNK_CHANNELS,
@@ -79,19 +67,24 @@ class ConvTranspose1dTail(Family[ConvProblem]):
         grid = row_blocks * blocks_of_row * p.N * p.groups
         if grid > MAX_GRID:
             return Refusal(f"needs at most {MAX_GRID} blocks")
-        params = params_of(
-            self.name,
-            conv_fields(p, layout),
-            row_blocks=row_blocks,
-            column_blocks=blocks_of_row,
-            columns=columns,
-            q_begin=q_begin,
-            taps=taps,
-            **slide.params(),
-        )
         config = sliding_config(self.name, p.dtype, bits, rows, is_reversed=True)
-        launch = Launch(grid, threads, slide.shared_bytes, bits, params)
-        return Plan((Step(config, launch, conv_arrays(p)),))
+        return conv_plan(
+            config,
+            p,
+            layout,
+            bits,
+            grid=grid,
+            block=threads,
+            shared_bytes=slide.shared_bytes,
+            own={
+                "row_blocks": row_blocks,
+                "column_blocks": blocks_of_row,
+                "columns": columns,
+                "q_begin": q_begin,
+                "taps": taps,
+                **slide.params(),
+            },
+        )
 
     def configs(self, device: Device) -> Iterator[Config]:
         for dtype in DTYPES:

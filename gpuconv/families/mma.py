@@ -14,19 +14,7 @@ from functools import lru_cache
 from ..device import Device
 from ..problem import ConvProblem
 from ..source import params_fields
-from .base import (
-    MAX_GRID,
-    PACKED,
-    PARTIAL,
-    Config,
-    Launch,
-    Layout,
-    Plan,
-    Step,
-    conv_arrays,
-    conv_fields,
-    params_of,
-)
+from .base import MAX_GRID, PACKED, PARTIAL, Config, Launch, Layout, Plan, Step, conv_arrays, conv_fields, params_of
 from .offsets import Overhang, index_bits
 from .product import Product
 
@@ -553,7 +541,11 @@ def make_plan(
     p, tiling = problem, tilings[0]
     tile, bits = tiling.tile, tiling.index_bits
     reduction = Reduction.of(product, ARITHMETICS[p.dtype, p.precision])
-    params = params_of(kernel, conv_fields(p, layout), **product.params(), **_tiling_params(reduction, tiling))
+    params = params_of(
+        kernel,
+        conv_fields(p, layout),
+        {**product.params(), **_tiling_params(reduction, tiling)},
+    )
 
     def step(mode: int, grid: int, shared: int, *more: str) -> Step:
         config = kernel_config(
@@ -585,14 +577,16 @@ def _pack(problem: ConvProblem, layout: Layout, product: Product, reduction: Red
     params = params_of(
         "pack_mma_weight",
         conv_fields(p, layout),
-        num_vectors=num_vectors,
-        row_tiles=row_tiles,
-        block_rows=tile.block_m,
-        chunks=reduction.chunks,
-        units=reduction.units,
-        pairs=reduction.pairs,
-        rows=product.rows,
-        taps=product.taps,
+        {
+            "num_vectors": num_vectors,
+            "row_tiles": row_tiles,
+            "block_rows": tile.block_m,
+            "chunks": reduction.chunks,
+            "units": reduction.units,
+            "pairs": reduction.pairs,
+            "rows": product.rows,
+            "taps": product.taps,
+        },
     )
     # Offsets of weights are formed before it is known whether they exist: of whole tiles of rows of all products, whole
     # units of channels, and the taps of whole stages, of any phase.

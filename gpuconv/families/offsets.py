@@ -77,7 +77,7 @@ def _formed_extents(problem: Problem, overhang: Overhang) -> dict[str, tuple[int
         return {
             "coarse": (w.N + o.samples, w.C_coarse + o.rows, coarse),
             "fine": (w.N + o.samples, w.C_fine + o.channels, fine),
-            "grad_weight": w.weight_shape,
+            "grad_weight": (w.C_coarse + o.rows, w.C_fine_g + o.channels, w.K + o.taps),
         }
     (N, C, L), result = problem.shapes.values()
     return {"grad_output": (N + o.samples, C + o.rows, L + (o.positions or 0)), "grad_bias": result}

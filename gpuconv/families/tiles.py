@@ -297,12 +297,14 @@ def packed_plan(
     params = params_of(
         "pack_weight",
         conv_fields(p, layout),
-        num_elements=packed.num_elements,
-        padded_terms=packed.padded_terms,
-        block_rows=packed.block_rows,
-        row_tiles=packed.row_tiles,
-        rows=product.rows,
-        taps=product.taps,
+        {
+            "num_elements": packed.num_elements,
+            "padded_terms": packed.padded_terms,
+            "block_rows": packed.block_rows,
+            "row_tiles": packed.row_tiles,
+            "rows": product.rows,
+            "taps": product.taps,
+        },
     )
     values = (abs(value) for _, value in params)
     bits = index_bits(

@@ -33,7 +33,7 @@ class WeightGradientDirect(Family[WeightGradientProblem]):
         params = params_of(
             self.name,
             weight_fields(p, layout, slices),
-            num_sums=num_sums,
+            {"num_sums": num_sums},
         )
         config = base_config(self.name, p.dtype, bits, BLOCK_SIZE)
         launch = Launch(grid, BLOCK_SIZE, 0, bits, params)

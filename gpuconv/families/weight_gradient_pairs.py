@@ -55,18 +55,20 @@ class WeightGradientPairs(Family[WeightGradientProblem]):
         params = params_of(
             self.name,
             weight_fields(p, layout, slices),
-            pairs=shape.pairs,
-            pair_blocks=shape.pair_blocks,
-            block_pairs=shape.block_pairs,
-            tap_threads=shape.tap_threads,
-            chunk=shape.chunk,
-            chunks=-(-slices.positions // shape.chunk),
-            coarse_copy=shape.coarse_copy,
-            fine_copy=shape.fine_copy,
-            lead=shape.lead,
-            window=shape.window,
-            coarse_pitch=shape.coarse_pitch,
-            fine_pitch=shape.fine_pitch,
+            {
+                "pairs": shape.pairs,
+                "pair_blocks": shape.pair_blocks,
+                "block_pairs": shape.block_pairs,
+                "tap_threads": shape.tap_threads,
+                "chunk": shape.chunk,
+                "chunks": -(-slices.positions // shape.chunk),
+                "coarse_copy": shape.coarse_copy,
+                "fine_copy": shape.fine_copy,
+                "lead": shape.lead,
+                "window": shape.window,
+                "coarse_pitch": shape.coarse_pitch,
+                "fine_pitch": shape.fine_pitch,
+            },
         )
         launch = Launch(shape.grid, shape.block_pairs * shape.tap_threads, shape.shared_bytes, shape.bits, params)
         return sliced_plan(p, layout, slices, self._config(shape.slides, p.dtype, shape.bits), launch)

@@ -53,13 +53,15 @@ class WeightGradientTiled(Family[WeightGradientProblem]):
         params = params_of(
             self.name,
             fields,
-            row_tiles=tiling.row_tiles,
-            column_tiles=tiling.column_tiles,
-            step_l=step_l,
-            coarse_advance=step_n * fields["coarse_stride_n"] + step_l * fields["coarse_stride_l"],
-            coarse_carry=fields["coarse_stride_n"] - p.L_coarse * fields["coarse_stride_l"],
-            fine_advance=step_n * fields["fine_stride_n"] + step_l * fine_step,
-            fine_carry=fields["fine_stride_n"] - p.L_coarse * fine_step,
+            {
+                "row_tiles": tiling.row_tiles,
+                "column_tiles": tiling.column_tiles,
+                "step_l": step_l,
+                "coarse_advance": step_n * fields["coarse_stride_n"] + step_l * fields["coarse_stride_l"],
+                "coarse_carry": fields["coarse_stride_n"] - p.L_coarse * fields["coarse_stride_l"],
+                "fine_advance": step_n * fields["fine_stride_n"] + step_l * fine_step,
+                "fine_carry": fields["fine_stride_n"] - p.L_coarse * fine_step,
+            },
         )
         config = self._config(tile, p.dtype, bits)
         shared_bytes = _shared_bytes(tile, p.dtype, bits)
