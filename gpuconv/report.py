@@ -8,6 +8,10 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
+# The names of the checks that make a result for each kernel family, where the others make one for a case.
+BY_FAMILY = "families"
+FAR = "far"
+
 
 class Tap(NamedTuple):
     """One product that feeds an output element: weight at (c_in, k) times input at (c_in, l_in).
@@ -124,7 +128,7 @@ class Report:
         device: the device, in words.
         versions: of everything that computes.
         seed: of the data.
-        skipped: dtypes that were not run although none were asked for by name, with the reason.
+        skipped: what was not run although nothing asked to leave it out, with the reason: dtypes, checks of a dtype.
         total: the pairs of case and dtype that there were to choose from.
         elapsed: wall time in seconds.
         families: on a GPU, the kernel families that its architecture has.
@@ -162,7 +166,7 @@ class Report:
     @property
     def family_runs(self) -> dict[str, int]:
         """How many cases were run through each of `families` by its name."""
-        found = Counter(result.family for result in self.results)
+        found = Counter(result.family for result in self.results if result.check == BY_FAMILY)
         return {name: found[name] for name in self.families}
 
     @property
