@@ -82,7 +82,7 @@ def test_an_older_cupy_is_refused_in_one_line(
         assert exit_.value.code == EXIT_NO_GPU
         assert capsys.readouterr().err.startswith(f"gpuconv: error: no GPU: {needs}")
     assert cli.main(["info"]) == 0
-    assert needs in capsys.readouterr().out
+    assert needs in " ".join(capsys.readouterr().out.split())
     monkeypatch.setattr(no_gpu_needed, "__version__", "14.0.0rc1")
     runtime._supported.cache_clear()
     assert gpuconv.conv1d(x, w).get().tolist() == [[[3.0] * 7]]
@@ -312,6 +312,10 @@ def test_arrays_of_no_axes_are_refused(cupy: Any) -> None:
 def test_a_foreign_byte_order_is_refused(cupy: Any) -> None:
     """CuPy makes such views, and its own functions refuse them. The kernels would take the bytes as they lie."""
     x, w = cupy.ones((2, 2, 9), np.float32), cupy.ones((2, 2, 3), np.float32)
+    try:
+        x.view(">f4")
+    except ValueError:  # CuPy 14.0 makes none
+        return
     y = gpuconv.conv1d(x, w)
     layer = nn.Conv1d(2, 2, 3, device="cuda")
     for name, call in (
