@@ -44,9 +44,6 @@ def in_format(problem: ConvProblem, number_format: str) -> ConvProblem:
     return replace(problem, dtype=dtype_of(number_format), precision=precision)
 
 
-# -- cases -----------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True)
 class Case:
     """A named problem.
@@ -55,7 +52,7 @@ class Case:
         name: unique in the table.
         problem: float32; `at` gives it another number format.
         settings: the keyword arguments of the public function, as a user would write them ("same", output_size, ...).
-        tags: what the case is there for; the first one is its group.
+        tags: what the case tests; the first one is its group.
     """
 
     name: str
@@ -306,11 +303,11 @@ def select(filter: str | None = None) -> tuple[Case, ...]:
 
 
 def quick_pairs(formats: Sequence[str]) -> tuple[tuple[str, Case], ...]:
-    """A selection of (number format, case), in the order of formats and table, that leaves out no kind of either.
+    """A selection of (number format, case), in the order of formats and table: of six formats a fifth of all pairs.
 
-    A kind is an operation and a group: (conv1d, "padding"), say. Along each kind the formats take turns, until each of
-    its cases has had one and each format has had a case of it. So every case runs, every kind runs in every format, and
-    of one format all cases do. Of six formats a fifth of all pairs are chosen.
+    Every case is in it in at least one format, and every kind of case in every format; with a single format it is the
+    whole table. A kind is an operation with a group of cases, such as (conv1d, "padding"). The cases of a kind take the
+    formats in turn.
     """
     kinds: dict[tuple[Op, str], list[Case]] = {}
     every = select()
@@ -318,13 +315,12 @@ def quick_pairs(formats: Sequence[str]) -> tuple[tuple[str, Case], ...]:
         kinds.setdefault((case.problem.op, case.tags[0]), []).append(case)
     chosen = {
         (formats[(shift + i) % len(formats)], cases[i % len(cases)].name)
-        for shift, cases in enumerate(kinds.values())  # else the first cases of all kinds would share a format
+        for shift, cases in enumerate(
+            kinds.values()
+        )  # without the shift, the first cases of all kinds would share a format
         for i in range(max(len(cases), len(formats)))
     }
     return tuple((name, case) for name in formats for case in every if (name, case.name) in chosen)
-
-
-# -- data ------------------------------------------------------------------------------------------------------------
 
 
 class Data(NamedTuple):
@@ -336,7 +332,7 @@ class Data(NamedTuple):
 
 
 def exact_data(problem: ConvProblem, seed: int, *, adjoint_too: bool = False) -> Data:
-    """Nonzero small integers for which every correct computation gives one result, bit for bit.
+    """Nonzero small integers for which every correct computation gives the same result, bit for bit.
 
     The absolute values of the terms of any output element sum to at most an integer that the dtype holds exactly, so
     every partial sum in any order is exact in the accumulator and the result is exact in the dtype. Where that leaves
@@ -534,9 +530,6 @@ def _as_dtype(problem: ConvProblem, input: Array, weight: Array, bias: Array | N
         weight.astype(dtype, order="C"),
         None if bias is None else bias.astype(dtype),
     )
-
-
-# -- derived problems ------------------------------------------------------------------------------------------------
 
 
 def call_settings(problem: ConvProblem) -> dict[str, Any]:

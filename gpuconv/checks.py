@@ -26,9 +26,6 @@ Argument: TypeAlias = Literal["input", "weight", "bias"]
 MAX_TAPS = 8  # of a failing element, in a report
 
 
-# -- where the arrays live -------------------------------------------------------------------------------------------
-
-
 class Target:
     """The CPU or CuPy's current GPU."""
 
@@ -67,7 +64,7 @@ class Target:
         *,
         settings: dict[str, Any] | None = None,
     ) -> Any:
-        """The public function on arrays that are there already; `out` is None for a fresh array."""
+        """The public function on arrays of this device; `out` is None for a fresh array."""
         function = functional.conv_transpose1d if problem.transposed else functional.conv1d
         keywords = cases.call_settings(problem) if settings is None else settings
         return function(input, weight, bias, **keywords, out=out)
@@ -75,7 +72,7 @@ class Target:
     def gradient(
         self, argument: Argument, problem: ConvProblem, arrays: Sequence[Array], settings: dict[str, Any]
     ) -> Array:
-        """The public function of the gradient in an argument on arrays of this device, into an output of NaN."""
+        """The public gradient function of an argument, on arrays of this device, into an output of NaN."""
         shapes = {"input": problem.input_shape, "weight": problem.weight_shape, "bias": (problem.C_out,)}
         out = self.put(np.full(shapes[argument], np.nan, numpy_dtype(problem.dtype)))
         given: list[Any] = [self.put(array) for array in arrays]
@@ -112,12 +109,9 @@ class Target:
         return found
 
 
-# -- the checks ------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """One case in one number format on one device, as the checks see it."""
+    """What a check examines: one case in one number format on one device."""
 
     case: Case
     number_format: str
@@ -126,24 +120,24 @@ class Subject:
     seed: int
     check: str = ""
     fractions: list[float] = field(default_factory=list)
-    """The largest distance from the exact value as a fraction of the bound, of each comparison that was made."""
+    """For each comparison made so far, the largest distance from the exact value as a fraction of the bound."""
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The keyword arguments of the call, as the case's author wrote them."""
+        """The keyword arguments of the call, as they are written in the case."""
         settings = dict(self.case.settings)
         if self.problem.precision != "float32":
             settings["precision"] = self.problem.precision
         return settings
 
     def run(self, data: Data, problem: ConvProblem | None = None) -> Array:
-        """The case called as its author wrote it, or a problem derived from it."""
+        """Run the case with its own settings, or a problem derived from it."""
         if problem is None:
             return self.target.convolve(self.problem, data, self.settings)
         return self.target.convolve(problem, data)
 
     def gradient(self, argument: Argument, *arrays: Array) -> Array:
-        """The gradient in an argument, with the case's settings as its author wrote them.
+        """The gradient with respect to an argument, with the case's own settings.
 
         `arrays` are weight and grad_output, input and grad_output, or grad_output alone.
         """
@@ -160,7 +154,7 @@ class Subject:
     def expect_equal(
         self, output: Array, expected: Array, message: str, data: Data | None, problem: ConvProblem | None = None
     ) -> Failure | None:
-        """What no rounding can excuse. Without `data` a failure tells no taps."""
+        """Require equal elements, as `equal` defines them. Without `data` a failure lists no taps."""
         if self.target.on_gpu:
             message += ", bit for bit"
         good = self.equal(output, expected)
@@ -169,13 +163,14 @@ class Subject:
     def expect_bound(
         self, output: Array, message: str, data: Data, problem: ConvProblem | None = None
     ) -> Failure | None:
+        """Require every element to lie within the error bound of the reference."""
         p = problem or self.problem
         return self.judge_comparison(reference.convolution(p, *data).compare(output), message, data, p)
 
     def expect_invariance(
         self, output: Array, whole: Array, message: str, data: Data, problem: ConvProblem
     ) -> Failure | None:
-        """Equal bits on a GPU; on the CPU, whose BLAS reorders sums, the bound."""
+        """Require equal bits on a GPU; on the CPU, whose BLAS reorders sums, require the error bound."""
         if self.target.on_gpu:
             return self.expect_equal(output, whole, message, data, problem)
         return self.expect_bound(output, f"{message}, within the bound", data, problem)
@@ -183,7 +178,7 @@ class Subject:
     def judge_comparison(
         self, found: reference.Comparison, message: str, data: Data | None, problem: ConvProblem
     ) -> Failure | None:
-        """Every element within the error bound."""
+        """Require every element to lie within its error bound."""
         self.fractions.append(found.worst)
         return self.judge(found.right, found.output, found.exact, message, data, problem, found.bound)
 
@@ -197,6 +192,7 @@ class Subject:
         problem: ConvProblem,
         bound: Array | None = None,
     ) -> Failure | None:
+        """A failure that describes the first element that is not good; None where all are good."""
         if good.all():
             return None
         bad = np.argwhere(~good)
@@ -228,7 +224,7 @@ def _check_layout(s: Subject) -> Failure | None:
 
 
 def check_strided_arrays(s: Subject, settings: dict[str, Any], message: str) -> Failure | None:
-    """Arrays with gaps, reversed and with swapped axes are read and written where they lie."""
+    """Run the case on arrays with gaps, reversed arrays and arrays with swapped axes, none of which is contiguous."""
     p = s.problem
     data = cases.exact_data(p, s.seed)
     out = every_other(s.target, np.full(p.output_shape, np.nan, numpy_dtype(p.dtype)))
@@ -254,7 +250,7 @@ def _check_random(kind: cases.RandomKind) -> Callable[[Subject], Failure | None]
 def _check_impulse(s: Subject) -> Failure | None:
     data = cases.impulse_data(s.problem, s.seed)
     output, expected = s.run(data), exact_result(s.problem, data)
-    # By value: the sign of a zero depends on the signs of weights that meet no impulse.
+    # Compared by value: the sign of a zero depends on weights that are multiplied by the zeros of the input.
     return s.judge(output == expected, output, expected, "an impulse must give the weights", data, s.problem)
 
 
@@ -369,7 +365,7 @@ def _check_gradients(s: Subject) -> Failure | None:
 
 
 class Check(NamedTuple):
-    """A row of the table of checks. `applies` tells the problems that it can be asked of; None: of all."""
+    """A row of the table of checks. `applies` tells which problems it can check; None means all of them."""
 
     name: str
     run: Callable[[Subject], Failure | None]
@@ -400,7 +396,7 @@ def run_checks(case: Case, number_format: str, target: Target, seed: int) -> Ite
 
 
 def result_of(subject: Subject, run: Callable[[Subject], Failure | None], family: str | None = None) -> Result:
-    """What a check of a subject finds."""
+    """Run a check and time it. An exception that it raises becomes a failure."""
     s = subject
     started = time.perf_counter()
     try:
@@ -413,11 +409,8 @@ def result_of(subject: Subject, run: Callable[[Subject], Failure | None], family
     return Result(s.case.name, s.number_format, s.check, seconds, worst, failure, family)
 
 
-# -- pieces ----------------------------------------------------------------------------------------------------------
-
-
 def same_bits(a: Array, b: Array) -> npt.NDArray[np.bool_]:
-    """Elementwise: do two arrays of one shape and dtype hold the same bytes?"""
+    """Whether two arrays of one shape and dtype hold the same bytes, element by element."""
     if a.shape != b.shape or a.dtype != b.dtype:
         raise ValueError(f"expected {b.dtype} of shape {b.shape}, got {a.dtype} of shape {a.shape}")
     bytes_a, bytes_b = (

@@ -21,9 +21,6 @@ from .report import BY_FAMILY, FAR, Failure, Result
 Array = npt.NDArray[Any]
 
 
-# -- which families there are ----------------------------------------------------------------------------------------
-
-
 def families_of(device: Device) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The kernel families that a GPU has, and those that its architecture lacks."""
     families: tuple[Family | GradientFamily[Any], ...] = (*FAMILIES, *GRADIENT_FAMILIES)
@@ -53,9 +50,6 @@ def families_that_take(problem: ConvProblem, device: Device, *, far: bool = Fals
             rest = [f for f in GRADIENT_FAMILIES if f.op == op]
             found += [f.name for f in (rest[-1], *rest[:-1]) if f.refuse(gradient, at, device) is None]
     return tuple(found)
-
-
-# -- each case through each family -----------------------------------------------------------------------------------
 
 
 def run_families(
@@ -172,8 +166,6 @@ def _check_gradient_family(s: Subject, family: GradientFamily[Any]) -> Failure |
             failure = s.judge(same_bits(output, base), output, base, message, None, s.problem)
     return failure
 
-
-# -- arrays that reach beyond 2**31 elements -------------------------------------------------------------------------
 
 # How far the last row of an array lies from the first, in elements: one more than a signed 32-bit offset can say.
 FAR_ELEMENTS = 2**31

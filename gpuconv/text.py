@@ -1,4 +1,4 @@
-"""How gpuconv writes for people: lines that fit a terminal, plurals, long values, how to install what is missing."""
+"""Text for people: lines that fit a terminal, plurals, long values, and how to install what is missing."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 import textwrap
 from collections.abc import Iterable
 
-WIDTH = 80  # columns of a page that goes to no terminal
+WIDTH = 80  # columns of output that does not go to a terminal
 _NARROWEST = 16  # columns of text beside an indent, however narrow the terminal is
 _LONGEST_WORD, _LONGEST_MESSAGE = 200, 2000  # characters
 _COMMAND = re.compile(r"pip install -e '[^']*'")
@@ -66,6 +66,6 @@ def _without_middle(text: str, ends: int) -> str:
 def install_hint(*extras: str) -> str:
     """How to install an extra of gpuconv; of several, any one.
 
-    gpuconv is on no package index, so that only a checkout can be installed from.
+    gpuconv is on no package index, so it can be installed only from a checkout.
     """
     return " or ".join(f"pip install -e '.[{extra}]'" for extra in extras) + " in a checkout of gpuconv"
