@@ -53,8 +53,8 @@ def verify(
 
     Of the kernel families, those that sum on CUDA cores give the bits of the base family, `conv1d_direct` or
     `conv_transpose1d_gather`, which runs every case; a family that no case reaches fails a run of all cases and dtypes.
-    `far` needs free memory on the GPU, 4 GiB for float16 to 32 GiB for complex128; the report names the dtypes that lack
-    it. It is not run with a `filter`.
+    `far` needs free memory on the GPU, 4 GiB for float16 to 32 GiB for complex128; the report names the dtypes that
+    lack it. It is not run with a `filter`.
 
     On a GPU `exact`, `layout`, `groups`, `bias`, `batch`, `chunks`, `repeat` and `gradients` compare bits. On the CPU
     only `repeat` and the last part of `gradients` do: the BLAS library picks the order of the sums by the extents of a
