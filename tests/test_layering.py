@@ -46,6 +46,7 @@ LAYERS = (
     ("functional",),
     ("nn", "grad", "cases", "explain", "files", "gpus", "report"),
     ("checks", "torch.tensors"),
+    ("family_checks",),
     ("torch.operators",),
     ("torch.functions",),
     ("torch.patching",),
