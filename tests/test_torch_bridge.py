@@ -9,7 +9,6 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,14 +27,13 @@ from torch.nn.utils.parametrizations import weight_norm
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gpuconv
-from gpuconv import grad, runtime
+from gpuconv import grad
 from gpuconv import torch as bridge
 from gpuconv.problem import DTYPES, ConvProblem, Op, numpy_dtype
 from gpuconv.text import install_hint
 from gpuconv.torch import functions, patching, tensors
 from tests.strategies import Call, calls
 
-from .hostcuda import fake_cupy
 from .test_functional import draw
 
 Array = npt.NDArray[Any]
@@ -672,71 +670,7 @@ def test_training_follows_pytorch(make: Callable[[], nn.Module]) -> None:
         assert (abs(losses - expected) <= unit * terms * expected).all()
 
 
-# -- CUDA tensors, through a stand-in for CuPy that runs the kernels on the CPU ----------------------------------------
-
-
-@pytest.fixture(params=["from_external", "ExternalStream"])
-def pretended_cuda(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """CPU tensors go the way of CUDA tensors; gives what happens to devices and streams."""
-    events: list[str] = []
-
-    @contextlib.contextmanager
-    def device(which: torch.device) -> Iterator[None]:
-        events.append(f"enter {which}")
-        yield
-        events.append(f"leave {which}")
-
-    @contextlib.contextmanager
-    def external(stream: Any) -> Iterator[None]:
-        events.append(f"enter stream {stream}")
-        yield
-        events.append(f"leave stream {stream}")
-
-    def from_dlpack(t: torch.Tensor) -> Any:
-        t.__dlpack__()  # refuses what CuPy could not have
-        return fake_cupy.ndarray(t.numpy(), 0)
-
-    streams: Any = SimpleNamespace()
-    if request.param == "from_external":
-        streams.from_external = lambda stream: external(stream.cuda_stream)
-    else:  # before CuPy 14
-        monkeypatch.setattr(fake_cupy.cuda, "ExternalStream", external, raising=False)
-    monkeypatch.setattr(fake_cupy.cuda, "Stream", streams, raising=False)
-    monkeypatch.setattr(fake_cupy, "from_dlpack", from_dlpack, raising=False)
-    monkeypatch.setattr(torch.cuda, "device", device)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=77))
-    monkeypatch.setattr(tensors, "on_gpu", lambda _: True)
-    with fake_cupy.installed():
-        yield events
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "complex64"])
-@pytest.mark.parametrize("op", OPS)
-def test_kernels_read_and_write_tensors_in_place(op: str, dtype: str, pretended_cuda: list[str]) -> None:
-    """On the current stream; integers, so that the result is known to the bit."""
-    x, w, b, keywords = (
-        draw((2, 4, 9), dtype),
-        draw((4, 2, 3), dtype, 1),
-        draw((4,), dtype, 2),
-        {"groups": 2, "stride": 2},
-    )
-    leaves = [tensor(a).requires_grad_() for a in (x, w, b)]
-    y = getattr(bridge, op)(*leaves, **keywords)
-    assert pretended_cuda == ["enter cpu", "enter stream 77", "leave stream 77", "leave cpu"]
-    np.testing.assert_array_equal(values(y), getattr(gpuconv, op)(x, w, b, **keywords))
-    kernels = [kernel for kernel, _ in fake_cupy.launches]
-    assert any(kernel.startswith(op) for kernel in kernels)
-
-    u = draw(tuple(y.shape), dtype, 3)
-    gradients = torch.autograd.grad(y, leaves, tensor(u))
-    expected = (
-        getattr(grad, f"{op}_input")(x.shape, w, u, **keywords),
-        getattr(grad, f"{op}_weight")(x, w.shape, u, **keywords),
-        getattr(grad, f"{op}_bias")(u),
-    )
-    for from_bridge, from_arrays in zip(gradients, expected, strict=True):
-        np.testing.assert_array_equal(values(from_bridge), from_arrays)
-    assert len(pretended_cuda) == 16
+# -- CUDA tensors ------------------------------------------------------------------------------------------------------
 
 
 def test_cuda_tensors_need_cupy(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -744,67 +678,3 @@ def test_cuda_tensors_need_cupy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cupy", None)
     with pytest.raises(ImportError, match=rf"^CUDA tensors need CuPy: {re.escape(install_hint('cuda13', 'cuda12'))} "):
         bridge.conv1d(X, W)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_cupy_arrays_share_the_memory_of_cuda_tensors(dtype: str) -> None:
-    cupy = runtime.cupy_module()
-    for t in (tensor(draw((4, 6), dtype)).cuda(), tensor(draw((4, 6), dtype)).cuda().T[1::2].requires_grad_()):
-        array = tensors.cupy_array(cupy, t)
-        assert array.dtype == numpy_dtype(dtype)
-        assert array.data.ptr == t.data_ptr()
-        assert tuple(s // array.itemsize for s in array.strides) == t.stride()
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("op", OPS)
-def test_cuda_tensors_give_the_same_as_cpu_tensors(op: str, dtype: str) -> None:
-    """On integers, so bit for bit."""
-    arrays = (draw((2, 4, 9), dtype), draw((4, 2, 3), dtype, 1), draw((4,), dtype, 2))
-    results = []
-    for device in ("cpu", "cuda"):
-        leaves = [tensor(a).to(device).requires_grad_() for a in arrays]
-        y = getattr(bridge, op)(*leaves, groups=2, stride=2, padding=(1, 0))
-        u = tensor(draw(tuple(y.shape), dtype, 3)).to(device)
-        results.append([values(t) for t in (y, *torch.autograd.grad(y, leaves, u))])
-        assert y.device.type == device
-    for on_cpu, on_gpu in zip(*results, strict=True):
-        np.testing.assert_array_equal(on_gpu, on_cpu)
-    empty = getattr(bridge, op)(tensor(arrays[0]).cuda()[:0], tensor(arrays[1]).cuda(), groups=2)
-    assert empty.shape[0] == 0
-
-
-@pytest.mark.gpu
-def test_work_is_queued_on_pytorchs_current_stream() -> None:
-    """Behind what is queued there and before what comes next, whatever other streams do."""
-    w = torch.ones(1, 1, 3, device="cuda")
-    bridge.conv1d(torch.zeros(1, 1, 1000, device="cuda"), w)  # compiled
-    x = torch.zeros(1, 1, 1000, device="cuda")
-    torch.cuda.synchronize()
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        torch.cuda._sleep(200_000_000)
-        x.fill_(1)
-        y = bridge.conv1d(x, w)
-        x.fill_(5)
-        doubled = y * 2
-    assert not side.query(), "the other stream ended before it could be tested"
-    side.synchronize()
-    assert torch.equal(doubled, torch.full_like(doubled, 6))
-
-
-@pytest.mark.gpu
-def test_mixed_devices_are_refused() -> None:
-    with pytest.raises(
-        TypeError, match=r"^conv1d: all tensors must be on one device, got input on cuda:0 and weight on"
-    ):
-        bridge.conv1d(X.cuda(), W)
-
-
-@pytest.mark.gpu
-def test_a_compiled_model_runs_on_the_gpu(compiler: Callable[..., Any]) -> None:
-    leaves = [t.detach().cuda() for t in drawn(((2, 4, 20), (4,), *[(4, 2, 3)] * 3), torch.float64)]
-    compiled = compiler(up_and_down, backend="aot_eager")
-    torch.testing.assert_close(compiled(*leaves).cpu(), up_and_down(*(t.cpu() for t in leaves)), rtol=1e-12, atol=1e-12)
