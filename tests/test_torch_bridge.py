@@ -7,6 +7,7 @@ import doctest
 import functools
 import re
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ pytest.importorskip("torch", reason=NO_TORCH)
 import torch
 from hypothesis import given, settings
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn import functional
 from torch.nn.utils.parametrizations import weight_norm
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -194,7 +196,18 @@ X, W = torch.ones(2, 4, 9), torch.ones(4, 4, 3)
 
 # (arguments, keywords, error, message).
 BAD_CALLS: list[tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]] = [
-    ((np.ones((2, 4, 9)), W), {}, TypeError, "input must be a torch.Tensor, got ndarray"),
+    (
+        (np.ones((2, 4, 9)), W),
+        {},
+        TypeError,
+        "input must be a torch.Tensor, got ndarray; for NumPy and CuPy arrays the",
+    ),
+    (
+        (X, np.ones((4, 4, 3))),
+        {},
+        TypeError,
+        "weight must be a torch.Tensor, got ndarray; for NumPy .* there is gpuconv",
+    ),
     ((X, None), {}, TypeError, "weight must be a torch.Tensor, got NoneType"),
     ((X, W, 1.0), {}, TypeError, "bias must be a torch.Tensor, got float"),
     ((X, W.to("meta")), {}, TypeError, "all tensors must be on one device, got input on cpu and weight on meta"),
@@ -279,8 +292,8 @@ def test_first_and_second_derivatives(layer: str, dtype: torch.dtype) -> None:
         return result
 
     fast = dtype.is_complex  # along random directions, not along every axis
-    assert torch.autograd.gradcheck(function, leaves, fast_mode=fast)
-    assert torch.autograd.gradgradcheck(function, leaves, fast_mode=fast)
+    assert torch.autograd.gradcheck(function, leaves, fast_mode=fast, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(function, leaves, fast_mode=fast, check_fwd_over_rev=True)
 
 
 def test_third_derivatives() -> None:
@@ -295,16 +308,40 @@ def test_third_derivatives() -> None:
     assert torch.autograd.gradcheck(second, (x, w), fast_mode=True)
 
 
-@pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("argument", ["input", "weight", "bias"])
-def test_forward_mode_derivatives_are_refused(op: str, argument: str) -> None:
-    given = dict(zip(("input", "weight", "bias"), drawn(((2, 3, 8), (3, 3, 3), (3,)), torch.float32), strict=True))
-    with torch.autograd.forward_ad.dual_level():
-        dual = torch.autograd.forward_ad.make_dual(given[argument], given[argument])
-        with pytest.raises(NotImplementedError, match=rf"^{op}: forward-mode .*, but {argument} has a tangent"):
-            getattr(bridge, op)(**{**given, argument: dual})
-    with pytest.raises(NotImplementedError, match="has a tangent"):
-        torch.func.jvp(lambda t: getattr(bridge, op)(**{**given, argument: t}), (given[argument],), (given[argument],))
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("chosen", ["100", "010", "001", "101", "110", "111"])
+def test_derivatives_in_forward_mode(layer: str, chosen: str) -> None:
+    """Along every choice of arguments. They are what PyTorch makes of the derivatives in reverse."""
+    op, shapes, keywords = LAYERS[layer]
+    given = drawn(shapes, torch.float64, requires_grad=False)
+    varied = [i for i in range(3) if chosen[i] == "1" and given[i] is not None] or [0]
+
+    def function(*tensors: torch.Tensor) -> torch.Tensor:
+        call = list(given)
+        for i, t in zip(varied, tensors, strict=True):
+            call[i] = t
+        return getattr(bridge, op)(*call, **keywords)  # type: ignore[no-any-return]
+
+    primals = tuple(given[i] for i in varied)
+    tangents = tuple(torch.cos(t) for t in primals)
+    value, ours = torch.func.jvp(function, primals, tangents)
+    assert torch.equal(value, function(*primals))
+    _, expected = torch.autograd.functional.jvp(function, primals, tangents)
+    torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
+    with torch.no_grad(), forward_ad.dual_level():
+        duals = [forward_ad.make_dual(t, tangent) for t, tangent in zip(primals, tangents, strict=True)]
+        assert torch.equal(forward_ad.unpack_dual(function(*duals)).tangent, ours)
+
+
+def test_forward_mode_keeps_no_more_than_reverse_mode() -> None:
+    x, w = torch.randn(1, 2, 9), torch.randn(2, 2, 3, requires_grad=True)
+    other = torch.randn(2)
+    kept = weakref.ref(other)
+    with forward_ad.dual_level():
+        y = bridge.conv1d(x, w, other)
+        del other
+        assert kept() is None
+        assert y.requires_grad
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -16,7 +16,7 @@ pytest.importorskip("torch", reason=NO_TORCH)
 
 import torch
 from torch import nn
-from torch.func import functional_call, hessian, jacfwd, jacrev, vjp, vmap
+from torch.func import functional_call, jacfwd, jacrev, vjp, vmap
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -24,7 +24,7 @@ from gpuconv import torch as bridge
 from gpuconv.problem import Op
 from gpuconv.torch import operators
 
-from .test_torch_bridge import LAYERS, OPS, drawn, operator_calls
+from .test_torch_bridge import LAYERS, drawn, operator_calls
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
@@ -61,32 +61,38 @@ def test_gradients_of_torch_func_are_those_of_autograd(layer: str) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("outer", [jacrev, jacfwd])
+@pytest.mark.parametrize("inner", [jacrev, jacfwd])
 @pytest.mark.parametrize("layer", ["strided", "grouped", "up strided", "up dilated", "unbatched"])
-def test_second_derivatives_of_torch_func(layer: str) -> None:
-    """By batches of backward passes, in which every argument of every operator is batched in turn."""
+def test_second_derivatives_of_torch_func(layer: str, outer: Any, inner: Any) -> None:
+    """By batches of passes in either mode, in which every argument of every operator is batched in turn.
+
+    Forward within forward, PyTorch itself would give zeros for what depends on both levels.
+    """
     loss, given = loss_of(layer)
     everything = tuple(range(len(given)))
-    ours = jacrev(jacrev(loss, everything), everything)(*given)
+    ours = outer(inner(loss, everything), everything)(*given)
     theirs = torch.autograd.functional.hessian(loss, tuple(given))
     for row, expected_row in zip(ours, theirs, strict=True):
         for block, expected in zip(row, expected_row, strict=True):
             torch.testing.assert_close(block, expected, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("argument", ["input", "weight", "bias"])
-def test_forward_mode_below_other_levels_is_refused(op: Op, argument: str) -> None:
-    """PyTorch itself would give zeros."""
-    given = dict(zip(("input", "weight", "bias"), drawn(((2, 3, 8), (3, 3, 3), (3,)), torch.float64), strict=True))
+def test_derivatives_in_forward_mode_compile() -> None:
+    """There PyTorch opens the level of such derivatives without telling Python."""
+    x, w = (t.detach() for t in drawn(((2, 2, 9), (4, 2, 3)), torch.float64))
 
-    def loss(t: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = getattr(bridge, op)(**{**given, argument: t})
-        return result.pow(3).sum()
+    def along(x: torch.Tensor, w: torch.Tensor) -> Any:
+        return torch.func.jvp(bridge.conv1d, (x, w), (x.cos(), w.cos()))
 
-    with pytest.raises(NotImplementedError, match=r"^gpuconv::conv.*: forward-mode derivatives are not supported"):
-        hessian(loss)(given[argument])
-    with pytest.raises(NotImplementedError, match=rf"^{op}: forward-mode .*, but {argument} has a tangent"):
-        jacfwd(loss)(given[argument])
+    def second(x: torch.Tensor, w: torch.Tensor) -> Any:
+        return torch.func.hessian(lambda w: bridge.conv1d(x, w).pow(3).sum())(w)
+
+    for function in (along, second):
+        torch.compiler.reset()
+        compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x, w), function(x, w), rtol=1e-12, atol=1e-12)
+    torch.compiler.reset()
 
 
 def batched_operator_calls() -> Iterator[Any]:

@@ -10,19 +10,12 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from torch.autograd import forward_ad
 
 from .. import runtime
 from ..problem import ArraySpec, numpy_dtype
 from ..text import install_hint
 
 Tensor: TypeAlias = torch.Tensor
-
-NO_TANGENTS = "forward-mode derivatives are not supported"
-
-
-def has_tangent(tensor: Tensor) -> bool:
-    return forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def specs(*tensors: Tensor | None) -> tuple[Any, ...]:
