@@ -238,6 +238,24 @@ def test_bad_arguments_are_named(
         getattr(bridge, op)(*args, **kwargs)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_nested_tensors_are_refused(layout: torch.layout) -> None:
+    nested = torch.nested.nested_tensor([torch.ones(4, 9), torch.ones(4, 7)], layout=layout)
+    with pytest.raises(TypeError, match=r"^conv1d: input must be a dense tensor, got "):
+        bridge.conv1d(nested, W)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"stride": True}, {"stride": (True,)}, {"padding": (True, 1)}, {"groups": True}, {"dilation": 1.0}]
+)
+def test_what_equals_a_known_setting_is_refused(settings: dict[str, Any]) -> None:
+    bridge.conv1d(X, W, None, 1, 1, 1, 1)
+    bridge.conv1d(X, W, None, (1,), (1, 1), (1,), 1)
+    with pytest.raises(TypeError, match=f"^conv1d: {next(iter(settings))} must be "):
+        bridge.conv1d(X, W, **settings)
+
+
 def test_the_examples_in_the_docstrings() -> None:
     results = [doctest.testmod(module) for module in (functions, patching)]
     assert sum(result.attempted for result in results) >= 9
@@ -306,6 +324,22 @@ def test_third_derivatives() -> None:
         return torch.autograd.grad(sum(g.pow(2).sum() for g in first), (x, w), create_graph=True)
 
     assert torch.autograd.gradcheck(second, (x, w), fast_mode=True)
+
+
+def test_tensors_that_change_before_the_backward_pass() -> None:
+    """Those that it needs are watched, and the result may change."""
+    x, w = drawn(((2, 3, 8), (3, 3, 3)), torch.float64)
+    y = bridge.conv1d(x, w)
+    with torch.no_grad():
+        w.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+    results = []
+    for function in (bridge.conv1d, functional.conv1d):
+        y = function(x, w)
+        y[:, 1:].mul_(2)
+        results.append(torch.autograd.grad(functional.relu(y, inplace=True).sum(), (x, w)))
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("layer", LAYERS)

@@ -147,15 +147,12 @@ def conv_transpose1d(
 
 
 def _checked(op: Op, *settings: Any) -> Settings:
-    """`Settings.check`, whose results are kept.
-
-    Not where a setting is other than an int, a tuple of ints or a string: True equals 1, but must be refused.
-    """
+    """`Settings.check`, whose results are kept; not for True, which equals 1 but must be refused, and the like."""
+    is_known = not torch.compiler.is_compiling()
     for value in settings:
         kind = type(value)
-        if kind is not int and kind is not str and not (kind is tuple and {*map(type, value)} <= {int}):
-            return Settings.check(op, op, *settings)
-    return _check(op, op, *settings) if not torch.compiler.is_compiling() else Settings.check(op, op, *settings)
+        is_known = is_known and (kind is int or kind is str or (kind is tuple and {*map(type, value)} <= {int}))
+    return _check(op, op, *settings) if is_known else Settings.check(op, op, *settings)
 
 
 _check = lru_cache(maxsize=4096)(Settings.check)
@@ -171,8 +168,9 @@ def _tensors(
             is_array = isinstance(tensor, np.ndarray) or is_cupy_array(tensor)
             hint = f"; for NumPy and CuPy arrays there is gpuconv.{op}" if is_array else ""
             raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(tensor).__name__}{hint}")
-        if tensor.layout != torch.strided:
-            raise TypeError(f"{op}: {name} must be a dense tensor, got layout {tensor.layout}")
+        if tensor.layout != torch.strided or tensor.is_nested:
+            got = "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
+            raise TypeError(f"{op}: {name} must be a dense tensor, got {got}")
         if tensor.device != input.device:
             raise TypeError(
                 f"{op}: all tensors must be on one device, got input on {input.device} and {name} on {tensor.device}"
