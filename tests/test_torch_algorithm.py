@@ -43,8 +43,8 @@ def leaves(*, channels: int = 8) -> list[torch.Tensor]:
 @pytest.mark.parametrize("op", OPS)
 def test_an_algorithm_is_launched_by_its_name(op: Op, gpu: Gpu, launched: list[str]) -> None:
     """In the operation alone: derivatives of every order are computed by what is preferred for them."""
-    x, w = (gpu.put(t).requires_grad_() for t in leaves(channels=64))
-    u = gpu.put(torch.ones_like(getattr(functional, op)(*leaves(channels=64)))).requires_grad_()
+    given = [t.detach().half() for t in leaves(channels=64)]  # which tensor cores of every architecture multiply
+    x, w, u = (gpu.put(t).requires_grad_() for t in (*given, torch.ones_like(getattr(functional, op)(*given))))
     of_gradients = []
     for algorithm, family in (("base", BASE[op]), (None, f"{op}_mma"), (BASE[op], BASE[op]), (f"{op}_mma",) * 2):
         launched.clear()

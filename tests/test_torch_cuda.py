@@ -69,6 +69,13 @@ class Gpu:
             torch.cuda._sleep(20_000_000)
         t.fill_(value)
 
+    @contextlib.contextmanager
+    def captured(self) -> Iterator[Callable[[], None]]:
+        """What is queued becomes a CUDA graph; gives what runs it, behind the context."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            yield graph.replay
+
     def handed_out(self) -> int:
         """The bytes that PyTorch's allocator has handed out until now, whether they are free again or not."""
         return int(torch.cuda.memory_stats()["allocated_bytes.all.allocated"])
@@ -126,6 +133,15 @@ class PretendedGpu(Gpu):
         device = self._device_of(t)
         with self.cupy.cuda.Device(device), self.streams[device]:
             tensors.cupy_array(self.cupy, t).fill(value)
+
+    @contextlib.contextmanager
+    def captured(self) -> Iterator[Callable[[], None]]:
+        graphs: list[Any] = []
+        with self.side_stream():
+            stream = self.streams[0]
+            stream.begin_capture()
+            yield lambda: graphs[0].launch(stream)
+            graphs.append(stream.end_capture())
 
     def handed_out(self) -> int:
         return self.num_bytes
@@ -270,6 +286,19 @@ def test_temporary_memory_is_pytorchs(gpu: Gpu) -> None:
     assert pool.total_bytes() == before[0]
     assert gpu.handed_out() >= before[1] + y.nbytes + w.nbytes
     assert bool((gpu.get(y) == 32 * 7).all())
+
+
+def test_calls_in_cuda_graphs(gpu: Gpu) -> None:
+    """With weights that are packed, each time anew."""
+    x, w = gpu.put(torch.ones(1, 32, 40)), gpu.put(torch.ones(64, 32, 7))
+    gpu.get(bridge.conv1d(x, w))  # compiled
+    with gpu.captured() as replay:
+        y = bridge.conv1d(x, w)
+    for changed, value, factor in ((x, 2, 2), (w, 3, 6)):
+        gpu.fill(changed, value)
+        gpu.get(changed)  # the graph runs behind it
+        replay()
+        assert bool((gpu.get(y) == factor * 32 * 7).all())
 
 
 def test_cupys_per_thread_default_stream_has_no_effect() -> None:
