@@ -45,13 +45,13 @@ def conv1d(
             device, of one dtype and of any strides.
         weight: (C_out, C_in/groups, K).
         bias: (C_out,), or None.
-        stride: as the following, that of `gpuconv.conv1d`.
-        padding: an int, a pair (left, right), "valid", "same" or "causal".
-        dilation: distance between taps.
-        groups: input and output channels are cut into this many.
-        precision: that of the gradients, too.
-        algorithm: that of the output alone: gradients are computed as without it. Under `torch.func.vmap` it is that of
-            the one call which the whole batch becomes.
+        stride: see `gpuconv.conv1d`.
+        padding: likewise.
+        dilation: likewise.
+        groups: likewise.
+        precision: likewise; it holds for the gradients, too.
+        algorithm: likewise, for the output alone: gradients are computed as without it. Under `torch.func.vmap` it is
+            that of the one call which the whole batch becomes.
 
     Returns:
         (N, C_out, L_out), or (C_out, L_out) for a single sample: a contiguous tensor. In a region of `torch.autocast`
@@ -104,14 +104,14 @@ def conv_transpose1d(
         input: (N, C_in, L_in), or (C_in, L_in) for a single sample.
         weight: (C_in, C_out/groups, K).
         bias: (C_out,), or None.
-        stride: as the following, that of `gpuconv.conv_transpose1d`.
-        padding: an int, a pair (left, right), "valid" or "same".
-        output_padding: output samples added on the right.
-        groups: input and output channels are cut into this many.
-        dilation: distance between taps.
-        output_size: the wanted L_out, in place of output_padding.
-        precision: that of the gradients, too.
-        algorithm: that of the output alone.
+        stride: see `gpuconv.conv_transpose1d`.
+        padding: likewise.
+        output_padding: likewise.
+        groups: likewise.
+        dilation: likewise.
+        output_size: likewise.
+        precision: see `conv1d`.
+        algorithm: likewise.
 
     Returns:
         (N, C_out, L_out), or (C_out, L_out) for a single sample: a contiguous tensor.
