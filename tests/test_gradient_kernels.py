@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from gpuconv import dispatch, reference, runtime
+from gpuconv import dispatch, grad, reference, runtime
 from gpuconv.cases import CASES
 from gpuconv.checks import same_bits
 from gpuconv.device import ARCHITECTURES, Device
@@ -25,7 +25,7 @@ from gpuconv.families.slices import Slices
 from gpuconv.problem import DTYPES, BiasGradientProblem, WeightGradientProblem, numpy_dtype
 from gpuconv.source import params_fields
 from tests import hostcuda
-from tests.hostcuda import Program, fake_cupy
+from tests.hostcuda import Program
 from tests.hostcuda.gradient import gradient
 
 Array = npt.NDArray[Any]
@@ -483,60 +483,33 @@ def test_bias_of_any_layout() -> None:
     assert_same_bits(gradient(p, dy, layout=far), expected, "64 bits")
 
 
-# -- plans -----------------------------------------------------------------------------------------------------------
+# -- on a GPU --------------------------------------------------------------------------------------------------------
 
 
-def test_plans_launch_two_kernels_and_the_same_ones_again() -> None:
+@pytest.mark.gpu
+def test_two_kernels_are_launched_and_the_same_ones_again(cupy: Any, launched: list[str]) -> None:
     p = WeightGradientProblem("conv_transpose1d", 2, 6, 5, 90, 183, 5, 2, dtype="complex64")
     coarse, fine = normal(p)
     expected = gradient(p, coarse, fine)
-    with fake_cupy.installed():
-        x, dy = fake_cupy.asarray(coarse), fake_cupy.asarray(fine)
-        plan = runtime.make_weight_gradient_plan(p, x, dy, None)
-        for _ in range(2):
-            output = fake_cupy.empty(plan.output_shape, coarse.dtype)
-            plan(x, dy, output)
-            assert_same_bits(output.get(), expected, p)
-        kernels = [kernel for kernel, _ in fake_cupy.launches]
-        assert kernels == ["weight_gradient_tiled", "sum_slices"] * 2
+    x, dy = cupy.asarray(coarse), cupy.asarray(fine)
+    for _ in range(2):
+        assert_same_bits(grad.conv_transpose1d_weight(x, p.weight_shape, dy, stride=2).get(), expected, p)
+    assert launched == ["weight_gradient_tiled", "sum_slices"] * 2
 
 
-def test_plans_copy_what_kernels_cannot_read() -> None:
-    p = WeightGradientProblem("conv1d", 2, 3, 2, 8, 10, 3, dtype="complex64")
-    coarse, fine = normal(p)
-
-    def askew(array: Array) -> Any:
-        """At half an element's distance from its alignment."""
-        memory = np.empty(array.nbytes + 4, np.uint8)
-        view = np.ndarray(array.shape, array.dtype, memory.data, 4)
-        view[...] = array
-        return fake_cupy.ndarray(view, 0)
-
-    with fake_cupy.installed():
-        x, dy, output = askew(fine), fake_cupy.asarray(coarse), askew(np.zeros(p.weight_shape, coarse.dtype))
-        plan = runtime.make_weight_gradient_plan(p, x, dy, output)
-        assert plan.copies == (True, False, True)
-        plan(x, dy, output)
-        assert_same_bits(output.get(), gradient(p, coarse, fine), p)
-
-
+@pytest.mark.gpu
 @pytest.mark.parametrize("shape", [(0, 4, 5), (2, 4, 0), (2, 0, 5)], ids=str)
-def test_plans_of_empty_arrays_give_zeros(shape: tuple[int, int, int]) -> None:
+def test_empty_arrays_give_zeros(cupy: Any, launched: list[str], shape: tuple[int, int, int]) -> None:
     N, C, L = shape
-    p = WeightGradientProblem("conv1d", N, 3, C, 5, L, 2)
-    with fake_cupy.installed():
-        x, dy = fake_cupy.empty(p.fine_shape, np.float32), fake_cupy.empty(p.coarse_shape, np.float32)
-        output = fake_cupy.empty(p.weight_shape, np.float32)
-        runtime.make_weight_gradient_plan(p, x, dy, None)(x, dy, output)
-        np.testing.assert_array_equal(output.get(), np.zeros(p.weight_shape))
-        bias = BiasGradientProblem(N, C, L)
-        output = fake_cupy.empty(bias.bias_shape, np.float32)
-        runtime.make_bias_gradient_plan(bias, x, None)(x, output)
-        np.testing.assert_array_equal(output.get(), np.zeros(C))
-        assert fake_cupy.launches == []
-
-
-# -- on a GPU --------------------------------------------------------------------------------------------------------
+    x, dy = cupy.empty(shape, np.float32), cupy.empty((N, 3, L + 4), np.float32)
+    out = cupy.full((3, C, 3), 7, np.float32)
+    if L:
+        grad.conv1d_weight(x, out.shape, dy, padding=3, out=out)
+        np.testing.assert_array_equal(out.get(), np.zeros(out.shape))
+    out = cupy.full(C, 7, np.float32)
+    grad.conv1d_bias(x, out=out)
+    np.testing.assert_array_equal(out.get(), np.zeros(C))
+    assert launched == []
 
 
 @pytest.mark.gpu

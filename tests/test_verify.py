@@ -24,7 +24,6 @@ from gpuconv.gpus import GpuUnavailableError, missing_gpu
 from gpuconv.problem import DTYPES, ConvProblem, WeightGradientProblem
 from gpuconv.verify import verify
 from tests import hostcuda
-from tests.hostcuda import fake_cupy
 
 Array = npt.NDArray[Any]
 Kernel = Callable[[ConvProblem, Array, Array, Array | None, Array], None]
@@ -347,15 +346,15 @@ def test_the_base_family_takes_every_case_and_comes_first() -> None:
             assert {"weight_gradient_direct", "bias_gradient_rows"} <= set(names)
 
 
-def test_families_run_on_the_kernels_themselves() -> None:
-    """Through runtime.py and hostcuda: each family by its name, counted."""
-    with fake_cupy.installed():
-        report = verify("gpu", filter="hifigan_resblock", dtypes="float32")
-        assert report.ok, str(report)
-        launched = {kernel for kernel, _ in fake_cupy.launches}
+@pytest.mark.gpu
+def test_families_run_on_the_kernels_themselves(launched: list[str]) -> None:
+    """Each family by its name, counted."""
+    report = verify("gpu", filter="hifigan_resblock", dtypes="float32")
+    assert report.ok, str(report)
     runs = {name: count for name, count in report.family_runs.items() if count}
-    assert set(runs) == set(families_that_take(cases.select("hifigan_resblock")[0].problem, Device.from_arch("sm_90")))
-    assert {"conv1d_direct", "conv1d_mma", "weight_gradient_direct"} <= set(runs) <= launched
+    device = runtime.device(runtime.cupy_module().cuda.runtime.getDevice())
+    assert set(runs) == set(families_that_take(cases.select("hifigan_resblock")[0].problem, device))
+    assert {"conv1d_direct", "weight_gradient_direct"} <= set(runs) <= set(launched)
     assert set(runs.values()) == {1}
     assert f"{'conv1d_direct':<28}{1:>6}" in str(report).splitlines()
     assert report.to_dict()["family_runs"]["conv1d_direct"] == 1

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from gpuconv import dispatch, grad, reference
+from gpuconv import reference
 from gpuconv.cases import CASES
 from gpuconv.device import ARCHITECTURES, Device
 from gpuconv.families import ArrayLayout, GradientLayout, slices
@@ -21,7 +21,7 @@ from gpuconv.families.mma import ARITHMETICS
 from gpuconv.families.slices import Slices
 from gpuconv.problem import WeightGradientProblem
 from tests import hostcuda
-from tests.hostcuda import Counts, Program, fake_cupy
+from tests.hostcuda import Counts, Program
 from tests.hostcuda.banks import wavefronts
 from tests.hostcuda.gradient import gradient
 from tests.test_gradient_kernels import (
@@ -353,23 +353,6 @@ def test_costs_in_roundings_keep_the_bound(mode: tuple[str, str]) -> None:
         else:
             assert cost + 1 + 36 + p.terms / 400 <= p.terms + 2, p
     assert taken > 100
-
-
-def test_public_functions_reach_tensor_cores() -> None:
-    p = problem(16, 8, 160, 3, ("float32", "tf32"))
-    grad_output, x = normal(p)
-    expected = run(p, grad_output, x)
-    assert dispatch.choose_gradient(p, GradientLayout.contiguous(p), DEVICE).family == NAME
-    with fake_cupy.installed():
-        given = fake_cupy.asarray(x), p.weight_shape, fake_cupy.asarray(grad_output)
-        output = grad.conv1d_weight(*given, padding=1, precision="tf32")
-        kernels = [kernel for kernel, _ in fake_cupy.launches]
-        assert kernels[0] == NAME
-        assert_same_bits(output.get(), expected, p)
-        with pytest.raises(ValueError, match="precision must be one of"):
-            grad.conv1d_weight(*given, padding=1, precision="tf16")
-    on_cpu = grad.conv1d_weight(x, p.weight_shape, grad_output, padding=1, precision="tf32")
-    assert reference.weight_gradient(p, grad_output, x).within_bound(on_cpu).all()
 
 
 # -- shared memory -----------------------------------------------------------------------------------------------------
