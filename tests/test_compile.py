@@ -22,7 +22,7 @@ from gpuconv.families import FAMILIES, GRADIENT_FAMILIES, Config, Family, Gradie
 from gpuconv.source import assemble, params_fields
 
 ARCHS = tuple(ARCHITECTURES)
-FEW = 24
+FEW = 12  # a base family has so many
 AnyFamily: TypeAlias = Family | GradientFamily[Any]
 EVERY_FAMILY: tuple[AnyFamily, ...] = (*FAMILIES, *GRADIENT_FAMILIES)
 MAX_REGISTERS = 255  # of one thread, on every architecture
