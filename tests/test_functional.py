@@ -544,13 +544,13 @@ def test_the_examples_in_the_docstrings(module: Any) -> None:
 def planned(monkeypatch: pytest.MonkeyPatch) -> list[ConvProblem]:
     """The problems for which plans are made, in order: a call that adds nothing found its plan in the cache."""
     made = []
-    make_plan = runtime.make_plan
+    make_executor = runtime.make_executor
 
-    def recording(problem: ConvProblem, *args: Any, **options: Any) -> runtime.Plan:
+    def recording(problem: ConvProblem, *args: Any, **options: Any) -> runtime.Executor:
         made.append(problem)
-        return make_plan(problem, *args, **options)
+        return make_executor(problem, *args, **options)
 
-    monkeypatch.setattr(runtime, "make_plan", recording)
+    monkeypatch.setattr(runtime, "make_executor", recording)
     return made
 
 
@@ -677,12 +677,12 @@ def test_what_equals_a_cached_setting_is_still_refused(cupy: Any, name: str, bad
 def test_the_plan_cache_is_bounded(
     cupy: Any, planned: list[ConvProblem], monkeypatch: pytest.MonkeyPatch, op: str
 ) -> None:
-    monkeypatch.setattr(calls, "_MAX_PLANS", 3)
+    monkeypatch.setattr(calls, "_CACHE_SIZE", 3)
     weight = cupy.asarray(draw(VALID[op]["weight"]))
     inputs = [cupy.asarray(draw((1, 4, length))) for length in range(10, 16)]
     for x in inputs:
         call(op, x, weight, groups=2)
-        assert len(calls._PLANS) <= 3
+        assert len(calls._EXECUTORS) <= 3
     assert len(planned) == 6
     for x in inputs[3:]:
         call(op, x, weight, groups=2)
@@ -693,7 +693,7 @@ def test_the_plan_cache_is_bounded(
 
 @pytest.mark.gpu
 def test_concurrent_calls_share_a_small_plan_cache(cupy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calls, "_MAX_PLANS", 2)
+    monkeypatch.setattr(calls, "_CACHE_SIZE", 2)
     weight = draw((2, 2, 3))
     inputs = [draw((1, 2, length), seed=length) for length in range(4, 10)]
     expected = [gpuconv.conv1d(x, weight) for x in inputs]
@@ -706,7 +706,7 @@ def test_concurrent_calls_share_a_small_plan_cache(cupy: Any, monkeypatch: pytes
     with ThreadPoolExecutor(6) as pool:
         for future in [pool.submit(work, i) for i in range(60)]:
             future.result()
-    assert len(calls._PLANS) <= 2
+    assert len(calls._EXECUTORS) <= 2
 
 
 @pytest.mark.gpu

@@ -444,7 +444,7 @@ def test_a_finalizer_may_call_while_its_thread_changes_what_is_kept(
                     call(1)
                 super().__setitem__(key, plan)
 
-        monkeypatch.setattr(calls, "_PLANS", Plans())
+        monkeypatch.setattr(calls, "_EXECUTORS", Plans())
     thread = threading.Thread(target=call, args=(2,), daemon=True)
     thread.start()
     thread.join(30)
@@ -464,7 +464,7 @@ x, w = numpy.ones((1, 1, 9)), numpy.ones((1, 1, 3))
 held, forked = threading.Event(), threading.Event()
 
 def hold():
-    with calls._PLANS_LOCK:
+    with calls._CACHE_LOCK:
         held.set()
         forked.wait()
 
@@ -609,10 +609,10 @@ def no_garbage_collector() -> Iterator[None]:
 @pytest.mark.usefixtures("no_garbage_collector")
 def test_nothing_is_left_of_graphs_that_are_gone(cupy: Any) -> None:
     x, w = (cupy.zeros(shape, np.float16) for shape in ((1, 1024, 64), (1024, 1024, 3)))
-    plan = runtime.make_plan(ConvProblem.conv1d(x, w, None), x, w, None, None)
-    assert plan.choice is not None
-    assert plan.choice.pack is not None
-    assert plan.choice.pack.num_bytes >= 6 << 20
+    p = ConvProblem.conv1d(x, w, None)
+    choice = dispatch.choose(p, Layout.contiguous(p), runtime.device(0))
+    assert choice is not None
+    assert choice.plan.scratch_bytes("packed") >= 6 << 20
     out = cupy.empty((1, 1024, 62), np.float16)
     with cupy.cuda.Stream(non_blocking=True) as stream:
         free = []
