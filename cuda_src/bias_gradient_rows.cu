@@ -9,8 +9,10 @@
 // Grid x: blocks, one for each (slice, c), c fastest; where the grid is shorter, blocks go round again. Grid y and z: 1.
 // Dynamic shared memory: one sum for each thread.
 // With several slices their sums go to partial and sum_slices.cu follows; with one partial is null.
-// Uses: slices.cuh
 // Needs nothing: arrays of any strides, in elements.
+
+#include "common.cuh"
+#include "slices.cuh"
 
 struct Params {
     index_t num_sums;  // slices * C

@@ -2,6 +2,10 @@
 //
 // Macros read: INDEX_BITS (32 or 64) and DTYPE (float16, bfloat16, float32, float64, complex64 or complex128).
 
+#pragma once
+
+#include "ptx.cuh"
+
 #if INDEX_BITS == 64
 typedef long long index_t;
 typedef unsigned long long uindex_t;

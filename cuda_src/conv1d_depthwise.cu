@@ -17,8 +17,10 @@
 // that neighbouring threads store neighbouring elements; the window lies in shared memory by its position modulo the
 // stride, so that neighbouring threads read neighbouring words whatever the stride.
 //
-// Uses: depthwise.cuh
 // Chosen for fewer than 8 output channels a group.
+
+#include "common.cuh"
+#include "depthwise.cuh"
 
 struct Params {
     index_t N, C_out, L_in, L_out, K;

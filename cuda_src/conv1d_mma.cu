@@ -9,10 +9,12 @@
 // block_positions positions, then of block_samples samples, then groups, then segments
 // where SEGMENT_MODE is 2. Grid y and z: 1. Dynamic shared memory: see mma.cuh.
 // Before it pack_mma_weight.cu packs the weights.
-// Uses: tf32.cuh
-// Uses: mma.cuh
 // Needs float16, bfloat16 (sm_80) or float32 (sm_80) arrays of any strides, in elements. Chosen for at least 8 input and
 // output channels a group; see gpuconv/families/mma.py.
+
+#include "common.cuh"
+#include "mma.cuh"
+#include "tf32.cuh"
 
 struct Params {
     index_t N, L_in, L_out, K;

@@ -16,6 +16,8 @@
 // Macros read: BLOCK_SIZE, THREAD_C, THREAD_L, MIN_BLOCKS, and those of common.cuh.
 // Needs nothing: arrays of any strides, in elements. Chosen for at most 8 output channels a group.
 
+#include "common.cuh"
+
 struct Params {
     index_t N, L_in, L_out, K;
     index_t C_in_g, C_out_g;

@@ -21,6 +21,8 @@
 // Needs nothing: arrays of any strides, in elements; weights are copied 16 bytes at a time where vector_weights = 1 says
 // that a row's terms are contiguous, whole vectors and aligned. Chosen for at most 16 columns.
 
+#include "common.cuh"
+
 struct Params {
     index_t columns;  // N * L_out
     index_t L_in, L_out, K;

@@ -29,6 +29,8 @@
 //
 // Macros read: BLOCK_L, THREAD_C, THREAD_L, IS_CONTIGUOUS, MAX_THREADS, MIN_BLOCKS, and those of common.cuh.
 
+#include "common.cuh"
+
 struct Params {
     index_t N, L_in, L_out, K;
     index_t C_in_g, C_out_g;

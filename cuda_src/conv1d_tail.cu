@@ -9,9 +9,11 @@
 // vector_stores = 1 says that they are aligned.
 // Grid x: blocks of neighbouring columns (fastest), then samples, then groups. Grid y and z: 1. Dynamic shared memory: two
 // buffers of input and weights.
-// Uses: sliding.cuh
 // Macros read: MIN_BLOCKS, and those of sliding.cuh.
 // Needs nothing: arrays of any strides, in elements. Chosen for 1 to 4 output channels a group.
+
+#include "common.cuh"
+#include "sliding.cuh"
 
 struct Params {
     index_t N, L_in, L_out, K;

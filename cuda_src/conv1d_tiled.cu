@@ -9,9 +9,11 @@
 // BLOCK_N columns, then samples where COLUMN_STEP > 0, then groups. Grid y and z: 1. Dynamic shared memory:
 // SHARED_BYTES.
 // Before it pack_weight.cu packs the weights.
-// Uses: register_tile.cuh
-// Uses: tiled.cuh
 // Needs nothing: arrays of any strides, in elements. Chosen for at least 5 output channels a group.
+
+#include "common.cuh"
+#include "register_tile.cuh"
+#include "tiled.cuh"
 
 struct Params {
     index_t N, L_in, L_out, K;

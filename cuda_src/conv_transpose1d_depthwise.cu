@@ -17,8 +17,10 @@
 // after the other, visits only the taps of their phases (conv_transpose1d_gather.cu) and reads through the cache, which
 // serves the stride results that meet the same input.
 //
-// Uses: depthwise.cuh
 // Chosen for fewer than 8 output channels a group.
+
+#include "common.cuh"
+#include "depthwise.cuh"
 
 struct Params {
     index_t N, C_out, L_in, L_out, K;

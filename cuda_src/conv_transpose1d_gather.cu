@@ -14,6 +14,8 @@
 // grid is shorter than the output, threads go round again. Grid y and z: 1. No shared memory, no atomics.
 // Needs nothing: arrays of any strides, zero and negative included, in elements.
 
+#include "common.cuh"
+
 struct Params {
     index_t num_outputs;  // N * C_out * L_out
     index_t C_out, L_in, L_out, K;

@@ -10,10 +10,12 @@
 // Grid x: blocks of BLOCK_M rows (fastest), of block_positions positions, of block_samples samples, products, and
 // segments where SEGMENT_MODE is 2. Grid y and z: 1. Dynamic shared memory: see mma.cuh.
 // Before it pack_mma_weight.cu packs the weights, with zeros for the taps that a phase lacks.
-// Uses: tf32.cuh
-// Uses: mma.cuh
 // Needs float16, bfloat16 (sm_80) or float32 (sm_80) arrays of any strides, in elements. Chosen for at least 8 input
 // channels and 8 output channels (times stride where dilation is 1) a group; see gpuconv/families/mma.py.
+
+#include "common.cuh"
+#include "mma.cuh"
+#include "tf32.cuh"
 
 struct Params {
     index_t N, L_in, L_out, K;

@@ -9,9 +9,11 @@
 // sliding.cuh with rows = (c_out, phase), columns = q.
 // Grid x: blocks of THREAD_C rows (fastest, so that blocks which read one window run together), then of neighbouring columns,
 // then samples, then groups. Grid y and z: 1. Dynamic shared memory: two buffers of input and weights.
-// Uses: sliding.cuh
 // Macros read: MIN_BLOCKS, and those of sliding.cuh.
 // Needs nothing: arrays of any strides, in elements. Chosen for 1 to 4 output channels a group and few rows.
+
+#include "common.cuh"
+#include "sliding.cuh"
 
 struct Params {
     index_t N, L_in, L_out, K;

@@ -19,6 +19,10 @@
 //
 // Macros read: SLIDE_STRIDE, IS_SKIPPING, THREAD_L, DTYPE_BYTES, BLOCK_SIZE, MIN_BLOCKS, and those of common.cuh.
 
+#pragma once
+
+#include "common.cuh"
+
 constexpr int kVec = sizeof(acc_t) < 16 ? 16 / int(sizeof(acc_t)) : 1;  // accumulators of a 16-byte access
 constexpr int kStorageVec = 16 / int(sizeof(storage_t));               // elements of a 16-byte access
 constexpr int kPhases = SLIDE_STRIDE > 0 ? SLIDE_STRIDE : 1;

@@ -36,6 +36,11 @@
 // stages of weights, the windows of two chunks (of one, where there is one chunk), and tables; or the slices through which
 // results pass in the end.
 
+#pragma once
+
+#include "common.cuh"
+#include "tf32.cuh"
+
 constexpr int kUnit = 16 / int(sizeof(storage_t));
 constexpr int kParts = IS_SPLIT ? 2 : 1;
 constexpr int kThreads = 32 * WARPS_M * WARPS_N;

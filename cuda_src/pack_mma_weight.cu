@@ -11,9 +11,11 @@
 //
 // Grid x: blocks of BLOCK_SIZE consecutive rows of one part; where the grid is shorter, threads go round again. Grid y and z:
 // 1. No shared memory.
-// Uses: tf32.cuh
-// Uses: weight_source.cuh
 // Needs nothing: weights of any strides, in elements.
+
+#include "common.cuh"
+#include "tf32.cuh"
+#include "weight_source.cuh"
 
 struct Params {
     index_t num_vectors;  // products * row_tiles * chunks * pairs * block_rows

@@ -7,6 +7,10 @@
 //
 // Macros read: BLOCK_M, BLOCK_N, BLOCK_R, THREAD_M, THREAD_N, and those of common.cuh.
 
+#pragma once
+
+#include "common.cuh"
+
 constexpr int kVec = sizeof(acc_t) < 16 ? 16 / int(sizeof(acc_t)) : 1;  // elements of one 16-byte access
 constexpr int kLanesN = BLOCK_N / THREAD_N;
 constexpr int kLanesM = 32 / kLanesN;

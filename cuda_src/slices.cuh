@@ -10,6 +10,10 @@
 //
 // P stands for a kernel's Params; the fields read here have the same names in all of them.
 
+#pragma once
+
+#include "common.cuh"
+
 struct Slice {
     index_t n_begin, n_end;  // samples
     index_t l_begin, l_end;  // positions of each of them

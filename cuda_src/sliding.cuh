@@ -17,6 +17,10 @@
 //
 // Macros read: BLOCK_L, THREAD_C, IS_REVERSED, and those of common.cuh.
 
+#pragma once
+
+#include "common.cuh"
+
 constexpr int kVec = 16 / int(sizeof(storage_t));
 constexpr int kMaxThreads = BLOCK_L / kVec;
 constexpr int kWeightVec = sizeof(acc_t) < 16 ? 16 / int(sizeof(acc_t)) : 1;

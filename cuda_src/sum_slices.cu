@@ -7,7 +7,9 @@
 //
 // Grid x: blocks of BLOCK_SIZE/ways consecutive results, i2 fastest; a thread takes one way of one of them. Grid y and z:
 // 1. Dynamic shared memory: one sum for each thread where there are several ways.
-// Uses: slices.cuh
+
+#include "common.cuh"
+#include "slices.cuh"
 
 struct Params {
     index_t num_results;

@@ -17,6 +17,10 @@
 //
 // Macros read: COLUMN_STEP, TERM_LANES, UNROLL_R, SHARED_BYTES, and those of register_tile.cuh.
 
+#pragma once
+
+#include "register_tile.cuh"
+
 constexpr bool kOneSample = COLUMN_STEP > 0;
 // TERM_LANES threads load a term of a chunk, each the columns that lie TERM_LANES apart.
 constexpr int kLoadColumns = BLOCK_N / TERM_LANES;

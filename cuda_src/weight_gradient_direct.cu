@@ -8,8 +8,10 @@
 // Grid x: blocks of BLOCK_SIZE consecutive elements of (slice, r, c, k), k fastest; where the grid is shorter, threads go
 // round again. Grid y and z: 1. No shared memory.
 // With several slices their sums go to partial and sum_slices.cu follows; with one partial is null.
-// Uses: slices.cuh
 // Needs nothing: arrays of any strides, zero and negative included, in elements.
+
+#include "common.cuh"
+#include "slices.cuh"
 
 struct Params {
     index_t num_sums;  // slices * C_coarse * C_fine_g * K

@@ -23,10 +23,12 @@
 // of octets, then groups, then slices. Grid y and z: 1. Dynamic shared memory: two buffers of both operands, and tables
 // of the window's rows and of the tasks of staging it; or the sums on their way out.
 // With several slices their sums go to partial and sum_slices.cu follows; with one partial is null.
-// Uses: tf32.cuh
-// Uses: slices.cuh
 // Needs: for COARSE_WIDTH and FINE_WIDTH > 1, contiguous positions, as many as a multiple of the width, in rows that begin
 // aligned to that many; for FINE_WIDTH also stride 1. Otherwise nothing: arrays of any strides, in elements.
+
+#include "common.cuh"
+#include "slices.cuh"
+#include "tf32.cuh"
 
 struct Params {
     index_t N, L_coarse, L_fine, K;

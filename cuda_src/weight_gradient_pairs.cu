@@ -20,8 +20,10 @@
 // Grid x: blocks of pairs (fastest), then tiles of tap_threads*THREAD_K taps. Grid y and z: 1. Dynamic shared memory: a
 // Row for each pair, then two buffers of block_pairs rows of coarse and as many of fine.
 // With several slices their sums go to partial and sum_slices.cu follows; with one partial is null.
-// Uses: slices.cuh
 // Needs nothing: arrays of any strides, in elements.
+
+#include "common.cuh"
+#include "slices.cuh"
 
 struct Params {
     index_t N, L_coarse, L_fine, K;

@@ -14,9 +14,11 @@
 // Grid x: blocks of BLOCK_M rows (fastest, so that blocks which read one window of fine run together), then of BLOCK_N
 // columns, then groups, then slices. Grid y and z: 1. Dynamic shared memory: SHARED_BYTES.
 // With several slices their sums go to partial and sum_slices.cu follows; with one partial is null.
-// Uses: slices.cuh
-// Uses: register_tile.cuh
 // Needs nothing: arrays of any strides, in elements.
+
+#include "common.cuh"
+#include "register_tile.cuh"
+#include "slices.cuh"
 
 struct Params {
     index_t N, L_coarse, L_fine, K;

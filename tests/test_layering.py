@@ -206,8 +206,12 @@ def code(text: str) -> str:
 
 
 @pytest.mark.parametrize("path", CUDA_FILES, ids=lambda path: path.name)
-def test_cuda_sources_include_nothing(path: Path) -> None:
-    assert not re.search(r"#\s*include", code(path.read_text(encoding="utf-8")))
+def test_cuda_sources_include_each_other_alone(path: Path) -> None:
+    headers = {path.name for path in CUDA_FILES if path.suffix == ".cuh"}
+    text = path.read_text(encoding="utf-8")
+    includes = re.findall(r"^[ \t]*#[ \t]*include\b.*", text, re.MULTILINE)
+    assert set(includes) <= {f'#include "{name}"' for name in headers}
+    assert text.count("#pragma once") == (path.suffix == ".cuh")
 
 
 @pytest.mark.parametrize("path", [p for p in CUDA_FILES if p.name != "ptx.cuh"], ids=lambda path: path.name)
