@@ -65,7 +65,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK_SIZE, 8) bias_gradient_rows(
             if (partial != nullptr) {
                 partial[i] = smem_sums[0];
             } else {
-                grad_bias[c * p.grad_bias_stride] = finish(smem_sums[0], false);
+                grad_bias[c * p.grad_bias_stride] = finish_gradient(smem_sums[0], false);
             }
         }
         __syncthreads();

@@ -34,15 +34,15 @@ static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/famil
 
 extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) conv1d_mma(
     const storage_t* __restrict__ input,  // [N, C_in, L_in]
-    const Vector* __restrict__ weight,    // packed: see pack_mma_weight.cu
+    const StorageVector* __restrict__ weight,    // packed: see pack_mma_weight.cu
     const storage_t* __restrict__ bias,   // [C_out], or null
     storage_t* __restrict__ output,       // [N, C_out, L_out]
 #if SEGMENT_MODE >= 2
-    float4* __restrict__ partial,         // sums of segments: see mma.cuh
+    AccVector* __restrict__ partial,      // sums of segments: see mma.cuh
 #endif
     const Params p) {
 #if SEGMENT_MODE < 2
-    float4* const partial = nullptr;
+    AccVector* const partial = nullptr;
 #endif
     const auto tile_of = [&](unsigned block) {
         const index_t row_tile = next_index(block, p.row_tiles);

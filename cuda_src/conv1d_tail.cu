@@ -13,6 +13,7 @@
 // Needs nothing: arrays of any strides, in elements. Chosen for 1 to 4 output channels a group.
 
 #include "common.cuh"
+#include "finish.cuh"
 #include "sliding.cuh"
 
 struct Params {
@@ -62,21 +63,21 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads, MIN_BLOCKS) conv1d_tai
         return weight + (row * p.weight_stride_out + c_in * p.weight_stride_in + k * p.weight_stride_k);
     };
     const auto result = [&](int row, acc_t sum) {
-        return scalar::round(add(sum, bias_or_zero(bias, (g * p.C_out_g + row) * p.bias_stride)));
+        return finish(sum, bias_or_zero(bias, (g * p.C_out_g + row) * p.bias_stride));
     };
     const auto store = [&](int row, index_t l_out, const acc_t(&sums)[kVec]) {
         if (row >= p.C_out_g) return;
         storage_t* const y = output + (row * p.output_stride_c + l_out * p.output_stride_l);
-        InputVector vector;
+        StorageWords vector;
 #pragma unroll
-        for (int j = 0; j < kVec; ++j) vector.element[j] = result(row, sums[j]);
+        for (int j = 0; j < kVec; ++j) set_element(vector, j, result(row, sums[j]));
         if (p.vector_stores && l_out + kVec <= p.L_out) {
-            *reinterpret_cast<InputVector*>(y) = vector;
+            *reinterpret_cast<StorageWords*>(y) = vector;
             return;
         }
 #pragma unroll
         for (int j = 0; j < kVec; ++j) {
-            if (l_out + j < p.L_out) y[j * p.output_stride_l] = vector.element[j];
+            if (l_out + j < p.L_out) y[j * p.output_stride_l] = element_of(vector, j);
         }
     };
     const auto store_one = [&](int row, index_t l_out, acc_t sum) {

@@ -13,6 +13,7 @@
 // Needs nothing: arrays of any strides, in elements. Chosen for 1 to 4 output channels a group and few rows.
 
 #include "common.cuh"
+#include "finish.cuh"
 #include "sliding.cuh"
 
 struct Params {
@@ -68,12 +69,12 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads, MIN_BLOCKS) conv_trans
     const auto store_some = [&](int row, index_t column, const acc_t* sums, int count) {
         if (row_begin + row >= rows) return;
         const int c_out = (row_begin + row) / stride, phase = row_begin + row - c_out * stride;
-        const acc_t last = bias_or_zero(bias, (g * p.C_out_g + c_out) * p.bias_stride);
+        const acc_t channel_bias = bias_or_zero(bias, (g * p.C_out_g + c_out) * p.bias_stride);
         index_t l_out = (p.q_begin + column) * stride + phase - p.padding_left;
         index_t offset = c_out * p.output_stride_c + l_out * p.output_stride_l;
 #pragma unroll
         for (int j = 0; j < count; ++j) {
-            if (is_index(l_out, p.L_out)) output[offset] = scalar::round(add(sums[j], last));
+            if (is_index(l_out, p.L_out)) output[offset] = finish(sums[j], channel_bias);
             l_out += stride;
             offset += stride * p.output_stride_l;
         }

@@ -39,7 +39,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK_SIZE, 2) weight_gradient_dire
         const index_t slice = row / p.C_coarse, r = row - slice * p.C_coarse;
         const index_t c = column / p.K, k = column - c * p.K;
         const index_t g = r / p.C_coarse_g;
-        const acc_t sum = sum_existing_terms<4>(
+        const acc_t sum = canonical_slice_sum<4>(
             coarse + r * p.coarse_stride_c, fine + (g * p.C_fine_g + c) * p.fine_stride_c, k, find_slice(slice, p), p);
         store_sum(sum, slice, r, column, partial, grad_weight, p);
     }

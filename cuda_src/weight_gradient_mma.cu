@@ -17,7 +17,7 @@
 //
 // IS_SPLIT = 1 is float32 by TF32 products, as in mma.cuh: the small products have sums of their own, and the sum of the
 // large ones of each step is added to a total in float32. Values that cannot be split become NaN. Sums that are not finite
-// are formed again term by term (sum_existing_terms), so that they follow IEEE arithmetic.
+// are formed again term by term (canonical_slice_sum), so that they follow IEEE arithmetic.
 //
 // Grid x: blocks of BLOCK_M rows (fastest, so that blocks which read one window of fine run together), then of taps, then
 // of octets, then groups, then slices. Grid y and z: 1. Dynamic shared memory: two buffers of both operands, and tables
@@ -27,6 +27,7 @@
 // aligned to that many; for FINE_WIDTH also stride 1. Otherwise nothing: arrays of any strides, in elements.
 
 #include "common.cuh"
+#include "edge.cuh"
 #include "slices.cuh"
 #include "tf32.cuh"
 
@@ -49,7 +50,7 @@ struct Params {
 };
 static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/weight_gradient_mma.py");
 
-constexpr int kUnit = 16 / int(sizeof(storage_t));
+constexpr int kUnit = kStorageVec;
 constexpr int kOctetUnits = 8 / kUnit;
 constexpr int kParts = IS_SPLIT ? 2 : 1;
 constexpr int kThreads = 32 * WARPS_M * WARPS_N;
@@ -74,11 +75,9 @@ static_assert(CHUNK_ROWS % kStepRows == 0, "chunks are whole steps: gpuconv/fami
 static_assert(AHEAD_COARSE % COARSE_WIDTH == 0 && AHEAD_FINE % FINE_WIDTH == 0,
               "whole tasks are loaded ahead: gpuconv/families/weight_gradient_mma.py");
 static_assert(kWarpM % 16 == 0 && kWarpN % 16 == 0, "warps own whole fragments: gpuconv/families/weight_gradient_mma.py");
+static_assert(kIsEmptyOutside || FINE_WIDTH == 1,
+              "positions outside fine are loaded together: gpuconv/families/weight_gradient_mma.py");
 static_assert(kStepRows == SPLIT_TERMS, "SPLIT_TERMS differs from gpuconv/reference.py");
-
-struct alignas(16) Vector {
-    unsigned word[4];
-};
 
 // Where a row of the window lies, from the chunk's first sample and the position that its first l meets.
 struct Place {
@@ -166,15 +165,15 @@ struct Block {
     }
 
     // All channels of position v side by side.
-    __device__ __forceinline__ Vector vector(int v) const {
-        Vector x;
+    __device__ __forceinline__ Vector<unsigned> vector(int v) const {
+        Vector<unsigned> x;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             if (kUnit == 8) {
                 const unsigned a = run[2 * i % kUnit].word[v / 2], b = run[(2 * i + 1) % kUnit].word[v / 2];
-                x.word[i] = v % 2 == 0 ? (a & 0xffffu) | b << 16 : a >> 16 | (b & 0xffff0000u);
+                x.element[i] = v % 2 == 0 ? (a & 0xffffu) | b << 16 : a >> 16 | (b & 0xffff0000u);
             } else {
-                x.word[i] = run[i % kUnit].word[v];
+                x.element[i] = run[i % kUnit].word[v];
             }
         }
         return x;
@@ -183,22 +182,22 @@ struct Block {
 
 // Stores the vectors of a block in neighbouring rows; where an operand has two parts, part_rows apart.
 template <int kWidth>
-__device__ __forceinline__ void stage(const Block<kWidth>& block, Vector* rows, index_t part_rows) {
+__device__ __forceinline__ void stage(const Block<kWidth>& block, Vector<unsigned>* rows, index_t part_rows) {
 #pragma unroll
     for (int v = 0; v < kWidth; ++v) {
-        const Vector x = block.vector(v);
+        const Vector<unsigned> x = block.vector(v);
         if (kUnit == 8) {
             rows[v] = x;
             continue;
         }
-        Vector hi, lo;
+        Vector<unsigned> hi, lo;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            const float value = uint_as_float(x.word[i]);
+            const float value = uint_as_float(x.element[i]);
             float h = round_to_tf32(value), l = 0.0f;
             if (IS_SPLIT) split_tf32(value, &h, &l);
-            hi.word[i] = float_as_uint(h);
-            lo.word[i] = float_as_uint(round_to_tf32(l));
+            hi.element[i] = float_as_uint(h);
+            lo.element[i] = float_as_uint(round_to_tf32(l));
         }
         rows[v] = hi;
         if (IS_SPLIT) rows[v + part_rows] = lo;
@@ -247,8 +246,8 @@ __device__ __forceinline__ void multiply_slice(
     const int fine_part = int(p.block_octets) * window_pitch;
     const int planes = int(p.planes), plane_rows = int(p.plane_rows);
 
-    Vector* const coarse_buffers = reinterpret_cast<Vector*>(dynamic_shared_memory());
-    Vector* const fine_buffers = coarse_buffers + 2 * kParts * kCoarsePart;
+    Vector<unsigned>* const coarse_buffers = reinterpret_cast<Vector<unsigned>*>(dynamic_shared_memory());
+    Vector<unsigned>* const fine_buffers = coarse_buffers + 2 * kParts * kCoarsePart;
     Place* const places = reinterpret_cast<Place*>(fine_buffers + 2 * kParts * fine_part);
     Task* const tasks = reinterpret_cast<Task*>(places + p.window_rows);
     const int fine_runs = int(p.window_rows) / FINE_WIDTH, fine_tasks = fine_runs * int(p.task_units);
@@ -292,10 +291,11 @@ __device__ __forceinline__ void multiply_slice(
     };
     const auto load_fine = [&](Block<FINE_WIDTH>& block, const Task& task) {
         const Place place = places[task.row];
-        const index_t l_fine = l * p.stride + place.l, c = task.unit * kUnit;
-        const bool exists = n + place.n < s.n_end && is_index(l_fine, p.L_fine);
+        const index_t c = task.unit * kUnit;
+        const Source source = source_index(l * p.stride + place.l, p.L_fine);
+        const bool exists = n + place.n < s.n_end && source.exists;
         block.load(
-            fine + ((n + place.n) * p.fine_stride_n + l_fine * p.fine_stride_l + c * p.fine_stride_c),
+            fine + ((n + place.n) * p.fine_stride_n + source.index * p.fine_stride_l + c * p.fine_stride_c),
             p.fine_stride_c, exists ? tile.channels - c : 0);
     };
     const auto store_coarse = [&](int buffer, const Block<COARSE_WIDTH>& block, const Task& task) {
@@ -516,7 +516,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) weight_gradie
             for (int e = 0; e < 4; ++e) mine[e / 2 * 8 * kOutPitch + j * 8 + e % 2] = acc[0][j][e];
         }
         __syncthreads();
-        bool met_special = false;
+        bool sum_again = false;
         const auto row_of = [&](int row) { return row / 16 * kWarpM + i * 16 + row % 16; };
 #pragma unroll 1
         for (int row = warp; row < WARPS_M * 16; row += kThreads / 32) {
@@ -526,15 +526,15 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) weight_gradie
             for (int m = 0; m < kOutColumns; ++m) {
                 if (from[m] < 0) continue;
                 const acc_t sum = out[row * kOutPitch + from[m]];
-                met_special = met_special || !is_finite(sum);
+                sum_again = sum_again || (NAN_FALLBACK && !is_finite(sum));
                 if (partial != nullptr) {
                     partial[(tile.slice * p.C_coarse + r) * (p.C_fine_g * p.K) + to[m]] = sum;
                 } else {
-                    grad_weight[r * p.weight_stride_r + to[m]] = finish(sum, false);
+                    grad_weight[r * p.weight_stride_r + to[m]] = finish_gradient(sum, false);
                 }
             }
         }
-        if (met_special) {
+        if (sum_again) {
             const Slice s = find_slice(tile.slice, p);
 #pragma unroll 1
             for (int task = 0; task < WARPS_M * 16 * kOutColumns; ++task) {
@@ -544,7 +544,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) weight_gradie
                 if (is_finite(out[row * kOutPitch + (c / 8 * int(p.block_taps) + tap) * 8 + c % 8])) continue;
                 const index_t r = tile.channel + tile.row_begin + row_of(row), k = tile.tap_begin + tap;
                 const index_t c_of_group = tile.octet_begin * 8 + c;
-                const acc_t sum = sum_existing_terms(
+                const acc_t sum = canonical_slice_sum(
                     coarse + r * p.coarse_stride_c, fine + (tile.fine_channel + c_of_group) * p.fine_stride_c, k, s, p);
                 store_sum(sum, tile.slice, r, c_of_group * p.K + k, partial, grad_weight, p);
             }
