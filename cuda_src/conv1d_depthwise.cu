@@ -45,11 +45,7 @@ struct Params {
 };
 static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/conv1d_depthwise.py");
 
-// input[n, c_in, 0] and weight[c_out, 0, 0] of a thread's row.
-__device__ __forceinline__ const storage_t* input_row(const storage_t* input, const Place& at, const Params& p) {
-    const index_t c_in = p.C_out_g == 1 ? at.c_out : at.c_out / p.C_out_g;
-    return input + at.n * p.input_stride_n + c_in * p.input_stride_c;
-}
+// weight[c_out, 0, 0] of a thread's row.
 __device__ __forceinline__ const storage_t* weight_row(const storage_t* weight, const Place& at, const Params& p) {
     return weight + at.c_out * p.weight_stride_out;
 }
@@ -98,7 +94,7 @@ __device__ __forceinline__ void convolve_rows(
     const storage_t* input, const storage_t* weight, const storage_t* bias, storage_t* output, const Params& p) {
     const Place at = find_place(p, blockIdx.x);
     const int row_threads = int(p.row_threads), plane_pitch = int(p.plane_pitch);
-    storage_t* const y = output + at.n * p.output_stride_n + at.c_out * p.output_stride_c;  // output[n, c_out, 0]
+    storage_t* const y = output_row(output, at, p);
     acc_t* const shared = reinterpret_cast<acc_t*>(dynamic_shared_memory());
     acc_t* const taps = shared + at.row_in_block * p.taps_pitch;
     AccVector* const window =
@@ -255,7 +251,7 @@ __device__ __forceinline__ void convolve_rows(
     if (!at.has_row) return;
 
     const acc_t channel_bias = bias_or_zero(bias, at.c_out * p.bias_stride);
-    storage_t* const y = output + at.n * p.output_stride_n + at.c_out * p.output_stride_c;  // output[n, c_out, 0]
+    storage_t* const y = output_row(output, at, p);
 #pragma unroll 1
     for (int place = at.place; place < row_threads * int(p.repeats); place += row_threads) {
         const index_t l_out = l_begin + place;
@@ -334,7 +330,7 @@ __device__ __forceinline__ void convolve_rows(
     const int position_step = phase_step * plane_pitch + int(p.dilation / stride);
     const int position_wrap = 1 - stride * plane_pitch;
     const acc_t channel_bias = bias_or_zero(bias, at.c_out * p.bias_stride);
-    storage_t* const y = output + at.n * p.output_stride_n + at.c_out * p.output_stride_c;  // output[n, c_out, 0]
+    storage_t* const y = output_row(output, at, p);
     const int places = row_threads * THREAD_L * int(p.repeats);
 #pragma unroll 1
     for (int place = at.place; place < places; place += row_threads * THREAD_L) {

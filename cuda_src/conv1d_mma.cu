@@ -68,7 +68,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) conv1d_mma(
         tile.output_first = 0;
         return tile;
     };
-    run_block(tile_of, window_of(p), bias, [&](const Tile& tile, index_t row) {
-        return Row{p.K, row * p.output_stride_c, 0, (tile.group * p.C_out_g + row) * p.bias_stride};
-    }, partial);
+    run_block(
+        tile_of, window_of(p), bias, [&](const Tile& tile, index_t row) { return channel_row(tile, row, p); }, partial);
 }

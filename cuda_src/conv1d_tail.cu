@@ -41,20 +41,10 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads, MIN_BLOCKS) conv1d_tai
     const index_t n = next_index(block, p.N);
     const index_t g = block;
 
-    Slide slide;
-    slide.input = input + (n * p.input_stride_n + g * p.C_in_g * p.input_stride_c);
-    slide.C_in_g = p.C_in_g;
-    slide.L_in = p.L_in;
+    Slide slide = slide_with_layout(input, n, g, column_block, p);
     slide.taps = p.K;
-    slide.column_begin = column_block * (index_t(blockDim.x) * kVec);
     slide.columns = p.L_out;
     slide.first = -p.padding_left;
-    slide.input_stride_c = p.input_stride_c;
-    slide.input_stride_l = p.input_stride_l;
-    slide.tap_blocks = int(p.tap_blocks);
-    slide.lead = int(p.lead);
-    slide.chunk_channels = int(p.chunk_channels);
-    slide.copy_elements = int(p.copy_elements);
     weight += g * p.C_out_g * p.weight_stride_out;                            // weight[g*C_out_g, 0, 0]
     output += n * p.output_stride_n + g * p.C_out_g * p.output_stride_c;      // output[n, g*C_out_g, 0]
 

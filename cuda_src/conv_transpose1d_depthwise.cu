@@ -46,11 +46,7 @@ struct Params {
 };
 static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/conv_transpose1d_depthwise.py");
 
-// input[n, c_in, 0] and weight[c_in, c_out % C_out_g, 0] of a thread's row.
-__device__ __forceinline__ const storage_t* input_row(const storage_t* input, const Place& at, const Params& p) {
-    const index_t c_in = p.C_out_g == 1 ? at.c_out : at.c_out / p.C_out_g;
-    return input + at.n * p.input_stride_n + c_in * p.input_stride_c;
-}
+// weight[c_in, c_out % C_out_g, 0] of a thread's row.
 __device__ __forceinline__ const storage_t* weight_row(const storage_t* weight, const Place& at, const Params& p) {
     const index_t c_in = p.C_out_g == 1 ? at.c_out : at.c_out / p.C_out_g;
     return weight + c_in * p.weight_stride_in + (at.c_out - c_in * p.C_out_g) * p.weight_stride_out;
@@ -91,7 +87,7 @@ __device__ __forceinline__ void convolve_rows(
     const storage_t* input, const storage_t* weight, const storage_t* bias, storage_t* output, const Params& p) {
     const Place at = find_place(p, blockIdx.x);
     const int row_threads = int(p.row_threads), plane_pitch = int(p.plane_pitch);
-    storage_t* const y = output + at.n * p.output_stride_n + at.c_out * p.output_stride_c;  // output[n, c_out, 0]
+    storage_t* const y = output_row(output, at, p);
     acc_t* const shared = reinterpret_cast<acc_t*>(dynamic_shared_memory());
     acc_t* const taps = shared + at.row_in_block * p.taps_pitch;
     AccVector* const window =
@@ -203,7 +199,7 @@ __device__ __forceinline__ void convolve_rows(
     if (!at.has_row) return;
     const storage_t* const x = input_row(input, at, p);
     const storage_t* const w = weight_row(weight, at, p);
-    storage_t* const y = output + at.n * p.output_stride_n + at.c_out * p.output_stride_c;  // output[n, c_out, 0]
+    storage_t* const y = output_row(output, at, p);
     const acc_t channel_bias = bias_or_zero(bias, at.c_out * p.bias_stride);
     const int results = THREAD_L * int(p.repeats);
     index_t l_out = at.tile * p.row_threads * results + at.place;

@@ -42,20 +42,10 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads, MIN_BLOCKS) conv_trans
     const index_t g = block;
     const int stride = int(p.stride), rows = int(p.C_out_g) * stride;  // few, or the family refuses
 
-    Slide slide;
-    slide.input = input + (n * p.input_stride_n + g * p.C_in_g * p.input_stride_c);
-    slide.C_in_g = p.C_in_g;
-    slide.L_in = p.L_in;
+    Slide slide = slide_with_layout(input, n, g, column_block, p);
     slide.taps = p.taps;
-    slide.column_begin = column_block * (index_t(blockDim.x) * kVec);
     slide.columns = p.columns;
     slide.first = p.q_begin;
-    slide.input_stride_c = p.input_stride_c;
-    slide.input_stride_l = p.input_stride_l;
-    slide.tap_blocks = int(p.tap_blocks);
-    slide.lead = int(p.lead);
-    slide.chunk_channels = int(p.chunk_channels);
-    slide.copy_elements = int(p.copy_elements);
     weight += g * p.C_in_g * p.weight_stride_in;                          // weight[g*C_in_g, 0, 0]
     output += n * p.output_stride_n + g * p.C_out_g * p.output_stride_c;  // output[n, g*C_out_g, 0]
 

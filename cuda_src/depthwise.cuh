@@ -82,6 +82,17 @@ __device__ __forceinline__ Place find_place(const ParamsT& p, unsigned block) {
     return at;
 }
 
+// input[n, c_in, 0] and output[n, c_out, 0] of a thread's row.
+template <typename ParamsT>
+__device__ __forceinline__ const storage_t* input_row(const storage_t* input, const Place& at, const ParamsT& p) {
+    const index_t c_in = p.C_out_g == 1 ? at.c_out : at.c_out / p.C_out_g;
+    return input + at.n * p.input_stride_n + c_in * p.input_stride_c;
+}
+template <typename ParamsT>
+__device__ __forceinline__ storage_t* output_row(storage_t* output, const Place& at, const ParamsT& p) {
+    return output + at.n * p.output_stride_n + at.c_out * p.output_stride_c;
+}
+
 // taps[k + lead] = weight of tap k, zeros before and behind, `count` in all.
 __device__ __forceinline__ void stage_taps(
     acc_t* taps, const storage_t* w, index_t weight_stride_k, index_t K, int lead, int count, int place, int row_threads) {
@@ -203,7 +214,7 @@ __device__ __forceinline__ void store_results(
 #if IS_SKIPPING
 
 // The kernel of skipping threads. From one tap to the next a result's position moves by `step` = dilation or -dilation;
-// first_position is that of tap 0 for l_out = 0. input_row, weight_row and sum_existing_terms are the kernel's own.
+// first_position is that of tap 0 for l_out = 0. weight_row and sum_existing_terms are the kernel's own.
 template <typename ParamsT>
 __device__ __forceinline__ void convolve_skipping(
     const storage_t* input, const storage_t* weight, const storage_t* bias, storage_t* output, index_t first_position,
@@ -211,7 +222,7 @@ __device__ __forceinline__ void convolve_skipping(
     const Place at = find_place(p, blockIdx.x);
     const int row_threads = int(p.row_threads), lane = threadIdx.x % 32;
     const int reach = (int(p.K) - 1) * step;  // of the last tap from the first
-    storage_t* const y = output + at.n * p.output_stride_n + at.c_out * p.output_stride_c;  // output[n, c_out, 0]
+    storage_t* const y = output_row(output, at, p);
     acc_t* const shared = reinterpret_cast<acc_t*>(dynamic_shared_memory());
     acc_t* const slice = shared + threadIdx.x / 32 * (32 * THREAD_L);
     acc_t* const windows = shared + blockDim.x * THREAD_L;

@@ -42,13 +42,10 @@
 #include "common.cuh"
 #include "edge.cuh"
 #include "finish.cuh"
+#include "fragments.cuh"
+#include "row.cuh"
 #include "tf32.cuh"
 
-constexpr int kUnit = kStorageVec;
-constexpr int kParts = IS_SPLIT ? 2 : 1;
-constexpr int kThreads = 32 * WARPS_M * WARPS_N;
-constexpr int kWarpM = BLOCK_M / WARPS_M, kWarpN = BLOCK_N / WARPS_N;
-constexpr int kTilesM = kWarpM / 16, kTilesN = kWarpN / 8;
 constexpr int kStagePairs = 2 * STAGE_STEPS;
 constexpr int kStageTerms = kStagePairs * kUnit;
 constexpr int kStageVectors = kStagePairs * kParts * BLOCK_M;           // of 16 bytes
@@ -59,8 +56,6 @@ constexpr index_t kMissing = index_t(1ull << (INDEX_BITS - 1));  // no offset: t
 
 static_assert((NUM_STAGES & (NUM_STAGES - 1)) == 0, "slots are masked: gpuconv/families/mma.py");
 static_assert(kStageVectors % (32 * kStageCopies) == 0, "warps copy equal shares: gpuconv/families/mma.py");
-static_assert(sizeof(acc_t) == 4, "float32 accumulators: gpuconv/families/mma.py");
-static_assert(kWarpM % 16 == 0 && kWarpN % 16 == 0, "warps own whole fragments: gpuconv/families/mma.py");
 static_assert(IS_SPLIT == 0 || kStageTerms == SPLIT_TERMS, "SPLIT_TERMS differs from gpuconv/reference.py");
 
 // What the k-steps of a stage add to a lane's address in the window, in bytes.
@@ -117,29 +112,6 @@ __device__ __forceinline__ Window window_of(const P& p) {
         p.block_samples, p.block_positions,
         p.planes, p.plane_rows, p.sample_rows, p.window_rows, p.rows_reciprocal,
         p.tap_rows_first, p.tap_rows_step, p.window_shift, p.plane_step};
-}
-
-// What a kernel knows of a row of the product; row_of(tile, row) returns it.
-struct Row {
-    index_t taps;           // of Tile::row_taps, those that the row has
-    index_t output_offset;  // of its channel, from Tile::output
-    index_t shift;          // see Tile::output_first
-    index_t bias_offset;
-};
-
-// What a thread holds of the block's sums: fragments of 16 rows by 8 columns.
-typedef acc_t Sums[kTilesM][kTilesN][4];
-
-template <typename Function>
-__device__ __forceinline__ void for_each_sum(const Function& function) {
-#pragma unroll
-    for (int i = 0; i < kTilesM; ++i) {
-#pragma unroll
-        for (int j = 0; j < kTilesN; ++j) {
-#pragma unroll
-            for (int e = 0; e < 4; ++e) function(i, j, e);
-        }
-    }
 }
 
 // Where a thread keeps four of its sums of a segment in `partial`: those of a warp lie side by side.
@@ -314,7 +286,7 @@ __device__ __forceinline__ void store_slice(
     }
 }
 
-// Rows of a warp's sums, 16 at a time: what is left of `acc` moves up after each, so that one loop body serves all.
+// Stores the sums of a block; row_of(tile, row) is the kernel's Row. Rows of a warp's sums, 16 at a time: what is left of `acc` moves up after each, so that one loop body serves all.
 template <typename RowOf>
 __device__ __forceinline__ void store_tile(
     const Tile& tile, const Window& window, const storage_t* bias, const RowOf& row_of, Sums& acc) {
@@ -346,14 +318,7 @@ __device__ __forceinline__ void store_tile(
         __syncwarp();
         store_slice(tile, window, bias, row_of, slice, row_begin, column_begin, sum_again);
         __syncwarp();
-#pragma unroll
-        for (int next = 1; next < kTilesM; ++next) {
-#pragma unroll
-            for (int j = 0; j < kTilesN; ++j) {
-#pragma unroll
-                for (int e = 0; e < 4; ++e) acc[next - 1][j][e] = acc[next][j][e];
-            }
-        }
+        move_sums_up(acc);
     }
 }
 

@@ -41,6 +41,24 @@ struct Slide {
     int tap_blocks, lead, chunk_channels, copy_elements;
 };
 
+// What Params of both kernels have in common, for a block of columns of one sample's group.
+template <typename P>
+__device__ __forceinline__ Slide slide_with_layout(
+    const storage_t* input, index_t n, index_t g, index_t column_block, const P& p) {
+    Slide slide;
+    slide.input = input + (n * p.input_stride_n + g * p.C_in_g * p.input_stride_c);
+    slide.C_in_g = p.C_in_g;
+    slide.L_in = p.L_in;
+    slide.column_begin = column_block * (index_t(blockDim.x) * kVec);
+    slide.input_stride_c = p.input_stride_c;
+    slide.input_stride_l = p.input_stride_l;
+    slide.tap_blocks = int(p.tap_blocks);
+    slide.lead = int(p.lead);
+    slide.chunk_channels = int(p.chunk_channels);
+    slide.copy_elements = int(p.copy_elements);
+    return slide;
+}
+
 // Copies a block's window of some channels, `length` elements from position `start`, as T of several elements each: all of
 // these exist or none.
 template <typename T>

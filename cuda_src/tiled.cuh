@@ -23,6 +23,7 @@
 #include "edge.cuh"
 #include "finish.cuh"
 #include "register_tile.cuh"
+#include "row.cuh"
 
 constexpr bool kOneSample = COLUMN_STEP > 0;
 // TERM_LANES threads load a term of a chunk, each the columns that lie TERM_LANES apart.
@@ -69,13 +70,23 @@ struct Tile {
     }
 };
 
-// What a kernel knows of a row of the product; row_of(tile, row) returns it.
-struct Row {
-    index_t taps;           // of Tile::taps, those that the row has
-    index_t output_offset;  // of its channel, from Tile::output
-    index_t shift;          // see Tile::output_first
-    index_t bias_offset;
-};
+// What Params of all kernels have in common.
+template <typename P>
+__device__ __forceinline__ Tile tile_with_layout(const P& p) {
+    Tile tile;
+    tile.C_in_g = p.C_in_g;
+    tile.L_in = p.L_in;
+    tile.L_out = p.L_out;
+    tile.input_stride_n = p.input_stride_n;
+    tile.input_stride_c = p.input_stride_c;
+    tile.input_stride_l = kOneSample ? 1 : p.input_stride_l;
+    tile.taps_advance = p.taps_advance;
+    tile.input_advance = p.input_advance;
+    tile.input_carry = p.input_carry;
+    tile.output_stride_n = p.output_stride_n;
+    tile.output_stride_l = p.output_stride_l;
+    return tile;
+}
 
 // The sample and the position in it of a column.
 struct Column {
@@ -114,7 +125,7 @@ struct PackedWeights : EveryWeight {
     __device__ __forceinline__ void next_tap() { weight += BLOCK_M; }
 };
 
-// Stores the sums of a block.
+// Stores the sums of a block. row_of(tile, row) is the kernel's Row.
 template <typename RowOf>
 __device__ __forceinline__ void store_tile(
     const Tile& tile, const storage_t* bias, const RowOf& row_of, acc_t (&acc)[THREAD_M][THREAD_N]) {

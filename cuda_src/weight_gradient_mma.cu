@@ -28,6 +28,7 @@
 
 #include "common.cuh"
 #include "edge.cuh"
+#include "fragments.cuh"
 #include "slices.cuh"
 #include "tf32.cuh"
 
@@ -50,12 +51,7 @@ struct Params {
 };
 static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/weight_gradient_mma.py");
 
-constexpr int kUnit = kStorageVec;
 constexpr int kOctetUnits = 8 / kUnit;
-constexpr int kParts = IS_SPLIT ? 2 : 1;
-constexpr int kThreads = 32 * WARPS_M * WARPS_N;
-constexpr int kWarpM = BLOCK_M / WARPS_M, kWarpN = BLOCK_N / WARPS_N;
-constexpr int kTilesM = kWarpM / 16, kTilesN = kWarpN / 8;
 constexpr int kStepRows = 16;                  // positions of a step
 constexpr int kDepth = 2 * kUnit;              // and of one product of matrices
 constexpr int kUnitsM = BLOCK_M / kUnit;
@@ -70,11 +66,9 @@ constexpr int kAheadCoarse = (kCoarseTasks + kThreads - 1) / kThreads * COARSE_W
 constexpr int kAheadFine = AHEAD_FINE / FINE_WIDTH;
 constexpr int kOutPitch = BLOCK_N + 4;          // of sums on their way out
 constexpr int kOutColumns = BLOCK_N / 32;       // that a lane stores of a row
-static_assert(sizeof(acc_t) == 4, "float32 accumulators: gpuconv/families/weight_gradient_mma.py");
 static_assert(CHUNK_ROWS % kStepRows == 0, "chunks are whole steps: gpuconv/families/weight_gradient_mma.py");
 static_assert(AHEAD_COARSE % COARSE_WIDTH == 0 && AHEAD_FINE % FINE_WIDTH == 0,
               "whole tasks are loaded ahead: gpuconv/families/weight_gradient_mma.py");
-static_assert(kWarpM % 16 == 0 && kWarpN % 16 == 0, "warps own whole fragments: gpuconv/families/weight_gradient_mma.py");
 static_assert(kIsEmptyOutside || FINE_WIDTH == 1,
               "positions outside fine are loaded together: gpuconv/families/weight_gradient_mma.py");
 static_assert(kStepRows == SPLIT_TERMS, "SPLIT_TERMS differs from gpuconv/reference.py");
@@ -235,8 +229,6 @@ __device__ __forceinline__ void load_rows(unsigned (&a)[4], const unsigned char*
 
 // -- the product of a slice --------------------------------------------------------------------------------------------
 
-typedef acc_t Sums[kTilesM][kTilesN][4];
-
 __device__ __forceinline__ void multiply_slice(
     const storage_t* coarse, const storage_t* fine, const Tile& tile, const Params& p, Sums& acc) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -332,19 +324,12 @@ __device__ __forceinline__ void multiply_slice(
     const int sample_steps = sample_rows / kStepRows;
     const int sample_skip = (sample_window_rows - sample_rows) * 16;
 
-    acc_t low[IS_SPLIT ? kTilesM : 1][IS_SPLIT ? kTilesN : 1][4];    // sums of the small products
-    acc_t total[IS_SPLIT ? kTilesM : 1][IS_SPLIT ? kTilesN : 1][4];  // of the large ones
-#pragma unroll
-    for (int i = 0; i < kTilesM; ++i) {
-#pragma unroll
-        for (int j = 0; j < kTilesN; ++j) {
-#pragma unroll
-            for (int e = 0; e < 4; ++e) {
-                acc[i][j][e] = 0.0f;
-                if (IS_SPLIT) low[i][j][e] = total[i][j][e] = 0.0f;
-            }
-        }
-    }
+    Sums low;    // where IS_SPLIT: sums of the small products
+    Sums total;  // and of the large ones
+    for_each_sum([&](int i, int j, int e) {
+        acc[i][j][e] = 0.0f;
+        if (IS_SPLIT) low[i][j][e] = total[i][j][e] = 0.0f;
+    });
 
     int buffer = 0, steps = 0;  // of the chunk that lies in shared memory
 #pragma unroll 1
@@ -408,17 +393,10 @@ __device__ __forceinline__ void multiply_slice(
                 b += kDepth * 16;
             }
             if (IS_SPLIT) {
-#pragma unroll
-                for (int i = 0; i < kTilesM; ++i) {
-#pragma unroll
-                    for (int j = 0; j < kTilesN; ++j) {
-#pragma unroll
-                        for (int e = 0; e < 4; ++e) {
-                            total[i][j][e] += acc[i][j][e];
-                            acc[i][j][e] = 0.0f;
-                        }
-                    }
-                }
+                for_each_sum([&](int i, int j, int e) {
+                    total[i][j][e] += acc[i][j][e];
+                    acc[i][j][e] = 0.0f;
+                });
             }
             if (--steps_of_sample == 0) {
                 steps_of_sample = sample_steps;
@@ -462,16 +440,7 @@ __device__ __forceinline__ void multiply_slice(
         }
         __syncthreads();
     }
-    if (IS_SPLIT) {
-#pragma unroll
-        for (int i = 0; i < kTilesM; ++i) {
-#pragma unroll
-            for (int j = 0; j < kTilesN; ++j) {
-#pragma unroll
-                for (int e = 0; e < 4; ++e) acc[i][j][e] = total[i][j][e] + low[i][j][e];
-            }
-        }
-    }
+    if (IS_SPLIT) for_each_sum([&](int i, int j, int e) { acc[i][j][e] = total[i][j][e] + low[i][j][e]; });
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) weight_gradient_mma(
@@ -550,13 +519,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) weight_gradie
             }
         }
         __syncthreads();
-#pragma unroll
-        for (int next = 1; next < kTilesM; ++next) {
-#pragma unroll
-            for (int j = 0; j < kTilesN; ++j) {
-#pragma unroll
-                for (int e = 0; e < 4; ++e) acc[next - 1][j][e] = acc[next][j][e];
-            }
-        }
+        move_sums_up(acc);
     }
 }

@@ -43,9 +43,10 @@ struct Params {
 };
 static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/weight_gradient_pairs.py");
 
-constexpr int kHeld = (THREAD_K + kStorageVec - 2) / kStorageVec + 1;  // vectors of fine that kStorageVec positions and THREAD_K taps meet
+constexpr int kVec = kStorageVec;
+constexpr int kHeld = (THREAD_K + kVec - 2) / kVec + 1;  // vectors of fine that kVec positions and THREAD_K taps meet
 constexpr int kRowThreads = 8;                           // threads that load one row
-static_assert(THREAD_K % kStorageVec == 0, "threads begin at whole vectors: gpuconv/families/weight_gradient_pairs.py");
+static_assert(THREAD_K % kVec == 0, "threads begin at whole vectors: gpuconv/families/weight_gradient_pairs.py");
 
 // Of one pair: where its first chunk begins in coarse, and the window of that in fine, as offsets; how many samples its
 // slice has, and its positions of each of them.
@@ -176,13 +177,13 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS) weight_gra
 #if IS_SLIDING
         const StorageVector* const a_vectors = reinterpret_cast<const StorageVector*>(a);
         const StorageVector* const b_vectors = reinterpret_cast<const StorageVector*>(b);
-        acc_t held[kHeld][kStorageVec];
+        acc_t held[kHeld][kVec];
         const auto hold = [&](int slot, int vector) {
             const StorageVector next = b_vectors[vector];
 #pragma unroll
-            for (int e = 0; e < kStorageVec; ++e) held[slot][e] = scalar::load(next.element[e]);
+            for (int e = 0; e < kVec; ++e) held[slot][e] = scalar::load(next.element[e]);
         };
-        const int vectors = count / kStorageVec;
+        const int vectors = count / kVec;
         if (vectors > 0) {
 #pragma unroll
             for (int v = 0; v < kHeld - 1; ++v) hold(v, v);
@@ -195,17 +196,17 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS) weight_gra
                 hold((v + kHeld - 1) % kHeld, first + v + kHeld - 1);
                 const StorageVector x = a_vectors[first + v];
 #pragma unroll
-                for (int e = 0; e < kStorageVec; ++e) {
+                for (int e = 0; e < kVec; ++e) {
                     const acc_t value = scalar::load(x.element[e]);
 #pragma unroll
                     for (int j = 0; j < THREAD_K; ++j) {
-                        acc[j] = multiply_add_conjugate(value, held[(v + (e + j) / kStorageVec) % kHeld][(e + j) % kStorageVec], acc[j]);
+                        acc[j] = multiply_add_conjugate(value, held[(v + (e + j) / kVec) % kHeld][(e + j) % kVec], acc[j]);
                     }
                 }
             }
         }
 #pragma unroll 1
-        for (int l = vectors * kStorageVec; l < count; ++l) sum_position(a[l], b + l);
+        for (int l = vectors * kVec; l < count; ++l) sum_position(a[l], b + l);
 #else
 #pragma unroll 4
         for (int l = 0; l < count; ++l) sum_position(a[l], b + l * int(p.stride));

@@ -205,8 +205,8 @@ FAULTS: Mapping[str, Fault] = {
     ),
     "conv_transpose1d_phases takes another phase's input": Fault(
         "conv_transpose1d_phases",
-        "uindex_t(phase_quotient % tap_step) * uindex_t(p.phase_inverse) % tap_step;",
-        "phase_quotient % tap_step;",
+        "uindex_t(quotient % tap_step) * uindex_t(p.phase_inverse) % tap_step;",
+        "quotient % tap_step;",
         "conv_transpose1d_phases",
         "up_dilation4_stride6",
     ),
@@ -219,8 +219,8 @@ FAULTS: Mapping[str, Fault] = {
     ),
     "conv_transpose1d_mma stores the phases in reverse": Fault(
         "conv_transpose1d_mma",
-        "info.shift = row_phase;",
-        "info.shift = p.stride - 1 - row_phase;",
+        "found.shift = phase;",
+        "found.shift = p.stride - 1 - phase;",
         "conv_transpose1d_mma",
         "up_stride2_k4",
         "float16",
