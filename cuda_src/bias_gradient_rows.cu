@@ -6,10 +6,10 @@
 // thread t of a block adds the positions t, t + BLOCK_SIZE, ...; then halves of the threads are added until one is left. So
 // the order depends on the problem's shape alone.
 //
-// Grid x: blocks, one for each (slice, c), c fastest; where the grid is shorter, blocks go round again. Grid y and z: 1.
+// Grid x: blocks, one for each (slice, c), c fastest; where the grid is shorter, blocks take several. Grid y and z: 1.
 // Dynamic shared memory: one sum for each thread.
 // With several slices their sums go to partial and sum_slices.cu follows; with one partial is null.
-// Needs nothing: arrays of any strides, in elements.
+// Takes arrays of any strides, in elements.
 
 #include "common.cuh"
 #include "slices.cuh"

@@ -6,8 +6,8 @@
 //   g = c_out / C_out_g,   l_in = l_out*stride - padding_left + k*dilation,   taps outside [0, L_in) left out.
 //
 // Grid x: blocks of BLOCK_SIZE consecutive elements of the flattened output (n, c_out, l_out), l_out fastest; where the
-// grid is shorter than the output, threads go round again. Grid y and z: 1. No shared memory.
-// Needs nothing: arrays of any strides, zero and negative included, in elements.
+// grid is shorter than the output, threads take several. Grid y and z: 1. No shared memory.
+// Takes arrays of any strides, zero and negative ones too, in elements.
 
 #include "common.cuh"
 #include "edge.cuh"

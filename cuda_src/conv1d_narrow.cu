@@ -14,7 +14,7 @@
 // Grid x: blocks of BLOCK_SIZE*THREAD_L columns (fastest), then samples where THREAD_L > 1, then groups. Grid y and z: 1.
 // Dynamic shared memory: chunk_terms rows of THREAD_C weights.
 // Macros read: BLOCK_SIZE, THREAD_C, THREAD_L, MIN_BLOCKS, and those of common.cuh.
-// Needs nothing: arrays of any strides, in elements. Chosen for at most 8 output channels a group.
+// Takes arrays of any strides, in elements. Chosen for at most 8 output channels a group.
 
 #include "common.cuh"
 #include "edge.cuh"

@@ -17,7 +17,7 @@
 // NUM_STAGES buffers, each of block_rows rows of weights and BLOCK_N rows of input, 16 bytes between the rows.
 // Macros read: BLOCK_N (columns of a block, at least all there are), THREAD_N (of a thread), NUM_STAGES, DTYPE_BYTES,
 // MAX_THREADS, MIN_BLOCKS.
-// Needs nothing: arrays of any strides, in elements; weights are copied 16 bytes at a time where vector_weights = 1 says
+// Takes arrays of any strides, in elements; weights are copied 16 bytes at a time where vector_weights = 1 says
 // that a row's terms are contiguous, whole vectors and aligned. Chosen for at most 16 columns.
 
 #include "canonical_sum.cuh"

@@ -23,7 +23,7 @@
 // channels by any number along the tiles. A block goes through `repeats` rows of tiles, and loads its weights once where
 // they are one chunk. Dynamic shared memory: where the entries of a term begin, weights, biases, entries.
 // Terms outside the input are multiplied as zeros; canonical_sum.cuh explains what follows from that.
-// Needs nothing: arrays of any strides, in elements. Chosen for 1 to 4 input channels a group where the input of a tile
+// Takes arrays of any strides, in elements. Chosen for 1 to 4 input channels a group where the input of a tile
 // fits in shared memory and conv1d_tail does not do.
 //
 // Macros read: BLOCK_L, THREAD_C, THREAD_L, IS_CONTIGUOUS, MAX_THREADS, MIN_BLOCKS, and those of common.cuh.

@@ -10,7 +10,7 @@
 // Grid x: blocks of neighbouring columns (fastest), then samples, then groups. Grid y and z: 1. Dynamic shared memory: two
 // buffers of input and weights.
 // Macros read: MIN_BLOCKS, and those of sliding.cuh.
-// Needs nothing: arrays of any strides, in elements. Chosen for 1 to 4 output channels a group.
+// Takes arrays of any strides, in elements. Chosen for 1 to 4 output channels a group.
 
 #include "common.cuh"
 #include "finish.cuh"

@@ -9,7 +9,7 @@
 // BLOCK_N columns, then samples where COLUMN_STEP > 0, then groups. Grid y and z: 1. Dynamic shared memory:
 // SHARED_BYTES.
 // Before it pack_weight.cu packs the weights.
-// Needs nothing: arrays of any strides, in elements. Chosen for at least 5 output channels a group.
+// Takes arrays of any strides, in elements. Chosen for at least 5 output channels a group.
 
 #include "common.cuh"
 #include "register_tile.cuh"

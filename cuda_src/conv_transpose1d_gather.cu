@@ -11,8 +11,8 @@
 // dilation/gcd modulo tap_step. From one such tap to the next l_in falls by position_step = dilation/gcd.
 //
 // Grid x: blocks of BLOCK_SIZE consecutive elements of the flattened output (n, c_out, l_out), l_out fastest; where the
-// grid is shorter than the output, threads go round again. Grid y and z: 1. No shared memory, no atomics.
-// Needs nothing: arrays of any strides, zero and negative included, in elements.
+// grid is shorter than the output, threads take several. Grid y and z: 1. No shared memory, no atomics.
+// Takes arrays of any strides, zero and negative ones too, in elements.
 
 #include "common.cuh"
 #include "edge.cuh"

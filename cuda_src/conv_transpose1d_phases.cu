@@ -10,7 +10,7 @@
 // Grid x: blocks of BLOCK_M rows (fastest), of BLOCK_N columns, samples where COLUMN_STEP > 0, products. Grid y and z: 1.
 // Dynamic shared memory: SHARED_BYTES.
 // Before it pack_weight.cu packs the weights, with zeros for the taps that a phase lacks.
-// Needs nothing: arrays of any strides, in elements. Chosen for at least 5 rows.
+// Takes arrays of any strides, in elements. Chosen for at least 5 rows.
 
 #include "common.cuh"
 #include "phases.cuh"

@@ -10,7 +10,7 @@
 // Grid x: blocks of THREAD_C rows (fastest, so that blocks which read one window run together), then of neighbouring columns,
 // then samples, then groups. Grid y and z: 1. Dynamic shared memory: two buffers of input and weights.
 // Macros read: MIN_BLOCKS, and those of sliding.cuh.
-// Needs nothing: arrays of any strides, in elements. Chosen for 1 to 4 output channels a group and few rows.
+// Takes arrays of any strides, in elements. Chosen for 1 to 4 output channels a group and few rows.
 
 #include "common.cuh"
 #include "finish.cuh"

@@ -25,16 +25,15 @@
 // SEGMENT_MODE = 2 computes the segments in blocks of their own and leaves their sums in `partial`, and a second launch with
 // SEGMENT_MODE = 3 adds them and stores the results. The bits are the same. SEGMENT_MODE = 0: there is one segment.
 //
-// Values that this cannot split without loss (infinities, NaN, values so small or so large that a part would underflow or
-// overflow) get a NaN for x_hi or w_hi; and sums that are not finite, of any arithmetic, are formed again by the thread
-// that meets them, in the canonical order with fused multiply-adds, leaving out the terms that do not exist. So results
-// follow IEEE arithmetic there, and whether that happens depends on the terms of that result alone; or, where the rows of a
-// block differ in their taps, on the positions that others of its column read, too.
+// Values that cannot be split without loss (infinities, NaN, values so small or so large that a part would underflow or
+// overflow) get a NaN for x_hi or w_hi. Sums that are not finite, of any arithmetic, are formed again by canonical_sum. So
+// these results follow IEEE arithmetic. Whether a result is summed again depends on its own terms alone, or, where the rows
+// of a block differ in their taps, also on the positions that other rows of its column read.
 //
 // Macros read: BLOCK_M, BLOCK_N, WARPS_M, WARPS_N, NUM_STAGES, STAGE_STEPS, PREFETCH_TASKS, HAS_SAMPLES, IS_SPLIT,
 // SPLIT_TERMS, SEGMENT_MODE, PHASES_IN_ROWS, MULTIPLY_MATRICES, and those of common.cuh. Dynamic shared memory: NUM_STAGES
 // stages of weights, the windows of two chunks (of one, where there is one chunk), and tables; or the slices through which
-// results pass in the end.
+// the results pass.
 
 #pragma once
 
@@ -133,8 +132,7 @@ struct StageCopy<kFirst, true> {
     static __device__ __forceinline__ void run(StorageVector*, const StorageVector*) {}
 };
 
-// -- staging of input: kUnit channels of one position become one row of each part ------------------------------------
-
+// Stages kUnit channels of one position as one row of each part.
 __device__ __forceinline__ void stage_vector(const StorageVector& x, StorageVector* row, index_t part_rows) {
     if (IS_SPLIT) {
         StorageVector hi, lo;
@@ -182,7 +180,7 @@ struct PackedWeights : EveryWeight {
     }
 };
 
-// -- the way out: sums of a warp pass through shared memory, so that rows are stored in long pieces --------------------
+// The results of a warp pass through shared memory, so that rows are stored in long pieces.
 
 // Where the rows of one channel lie in a warp's slice: phases of a channel are interleaved as they are in the output.
 struct Segment {
@@ -322,8 +320,6 @@ __device__ __forceinline__ void store_tile(
     }
 }
 
-// -- the product ---------------------------------------------------------------------------------------------------------
-
 // The sums of one tile over chunks chunk_begin to chunk_end - 1.
 __device__ __forceinline__ void multiply_tile(
     const Tile& tile, const Window& window, index_t chunk_begin, index_t chunk_end, Sums& acc) {
@@ -338,7 +334,6 @@ __device__ __forceinline__ void multiply_tile(
         reinterpret_cast<int*>(windows + (window.chunks > 1 ? 2 : 1) * window_vectors);      // of pairs, in a window, in bytes
     index_t* const row_offset = reinterpret_cast<index_t*>(pair_offset + window.pairs);  // of rows, from Tile::input
 
-    // -- tables ----------------------------------------------------------------------------------------------------------
 #pragma unroll 1
     for (index_t row = threadIdx.x; row < window.window_rows; row += kThreads) {
         const index_t sample = row / window.sample_rows, row_of_sample = row - sample * window.sample_rows;
@@ -367,7 +362,6 @@ __device__ __forceinline__ void multiply_tile(
         *offset = int(tap < tile.row_taps ? row : window.tap_rows_first) * 16;
     }
 
-    // -- loading ---------------------------------------------------------------------------------------------------------
     // The window of a chunk is dealt out to the threads row by row: `task` counts the rows of all units.
     const auto load_vector = [&](index_t chunk, int task) {
         const index_t unit = multiply_high(unsigned(task), unsigned(window.rows_reciprocal));
@@ -407,7 +401,7 @@ __device__ __forceinline__ void multiply_tile(
     for (int i = 0; i < NUM_STAGES - 1; ++i) load_weights(i, i - (NUM_STAGES - 1));
     __syncthreads();  // the tables
 
-    // -- this lane's rows of the operands: ldmatrix takes one address from each lane -----------------------------------------
+    // This lane's rows of the operands: ldmatrix takes one address from each lane.
     const StorageVector* const my_weight =
         keep_in_register(stages + (lane / 16) * kParts * BLOCK_M + warp / WARPS_N * kWarpM + lane % 16);
     // Bytes, in a window. Neighbouring columns of one sample are neighbouring rows, so one address serves them all.

@@ -9,9 +9,9 @@
 //
 // Products, rows and taps by IS_TRANSPOSED and PHASES_IN_ROWS (weight_source.cuh).
 //
-// Grid x: blocks of BLOCK_SIZE consecutive rows of one part; where the grid is shorter, threads go round again. Grid y and z:
+// Grid x: blocks of BLOCK_SIZE consecutive rows of one part; where the grid is shorter, threads take several. Grid y and z:
 // 1. No shared memory.
-// Needs nothing: weights of any strides, in elements.
+// Takes weights of any strides, in elements.
 
 #include "common.cuh"
 #include "tf32.cuh"

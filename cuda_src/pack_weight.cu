@@ -5,9 +5,9 @@
 //
 // Products, rows and taps by IS_TRANSPOSED and PHASES_IN_ROWS: see weight_source.cuh.
 //
-// Grid x: blocks of BLOCK_SIZE consecutive elements of packed; where the grid is shorter, threads go round again. Grid y
+// Grid x: blocks of BLOCK_SIZE consecutive elements of packed; where the grid is shorter, threads take several. Grid y
 // and z: 1. No shared memory.
-// Needs nothing: weights of any strides, in elements.
+// Takes weights of any strides, in elements.
 
 #include "common.cuh"
 #include "weight_source.cuh"

@@ -107,7 +107,7 @@ __device__ __forceinline__ void store_rows(
                 mine[(i * BLOCK_N) / kAccVec + j * kLanesN] = vector;
             }
         }
-        // The next slice's rows take their place, so that one text serves all slices.
+        // The next slice's rows take their place, so that one loop body serves all slices.
 #pragma unroll
         for (int i = 0; i + kAccVec < THREAD_M; ++i) {
 #pragma unroll

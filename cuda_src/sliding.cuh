@@ -236,7 +236,7 @@ __device__ __forceinline__ void slide_sums(
 #pragma unroll
             for (int j = 0; j < kVec; ++j) sum_again = sum_again || needs_canonical_sum(acc[i][j]);
         }
-        // The next rows take their place, so that one text stores all rows.
+        // The next rows take their place, so that one loop body stores all rows.
 #pragma unroll
         for (int i = 0; i + kStoredRows < THREAD_C; ++i) {
 #pragma unroll

@@ -5,10 +5,10 @@
 //   g = r / C_coarse_g,   l_fine = l*stride - padding_left + k*dilation,   terms outside [0, L_fine) left out;
 //   the conjugate of that where is_conjugated.
 //
-// Grid x: blocks of BLOCK_SIZE consecutive elements of (slice, r, c, k), k fastest; where the grid is shorter, threads go
-// round again. Grid y and z: 1. No shared memory.
+// Grid x: blocks of BLOCK_SIZE consecutive elements of (slice, r, c, k), k fastest; where the grid is shorter, threads take
+// several. Grid y and z: 1. No shared memory.
 // With several slices their sums go to partial and sum_slices.cu follows; with one partial is null.
-// Needs nothing: arrays of any strides, zero and negative included, in elements.
+// Takes arrays of any strides, zero and negative ones too, in elements.
 
 #include "common.cuh"
 #include "slices.cuh"

@@ -21,10 +21,10 @@
 //
 // Grid x: blocks of BLOCK_M rows (fastest, so that blocks which read one window of fine run together), then of taps, then
 // of octets, then groups, then slices. Grid y and z: 1. Dynamic shared memory: two buffers of both operands, and tables
-// of the window's rows and of the tasks of staging it; or the sums on their way out.
+// of the window's rows and of the tasks of staging it; or the sums that are to be stored.
 // With several slices their sums go to partial and sum_slices.cu follows; with one partial is null.
-// Needs: for COARSE_WIDTH and FINE_WIDTH > 1, contiguous positions, as many as a multiple of the width, in rows that begin
-// aligned to that many; for FINE_WIDTH also stride 1. Otherwise nothing: arrays of any strides, in elements.
+// COARSE_WIDTH and FINE_WIDTH > 1 need contiguous positions, as many as a multiple of the width, in rows that begin
+// aligned to that many; FINE_WIDTH > 1 also needs stride 1. Takes other arrays of any strides, in elements.
 
 #include "common.cuh"
 #include "edge.cuh"
@@ -64,7 +64,7 @@ constexpr int kCoarseTasks = kUnitsM * CHUNK_ROWS / COARSE_WIDTH;
 constexpr int kAheadCoarse = (kCoarseTasks + kThreads - 1) / kThreads * COARSE_WIDTH < AHEAD_COARSE
     ? (kCoarseTasks + kThreads - 1) / kThreads : AHEAD_COARSE / COARSE_WIDTH;
 constexpr int kAheadFine = AHEAD_FINE / FINE_WIDTH;
-constexpr int kOutPitch = BLOCK_N + 4;          // of sums on their way out
+constexpr int kOutPitch = BLOCK_N + 4;          // of the sums that are to be stored
 constexpr int kOutColumns = BLOCK_N / 32;       // that a lane stores of a row
 static_assert(CHUNK_ROWS % kStepRows == 0, "chunks are whole steps: gpuconv/families/weight_gradient_mma.py");
 static_assert(AHEAD_COARSE % COARSE_WIDTH == 0 && AHEAD_FINE % FINE_WIDTH == 0,
@@ -198,8 +198,8 @@ __device__ __forceinline__ void stage(const Block<kWidth>& block, Vector<unsigne
     }
 }
 
-// -- fragments of one product of matrices, from this lane's address of each operand: see ptx.cuh ----------------------
-// 16-bit operands lie the wrong way round and are transposed as they are loaded; 32-bit ones are read one by one.
+// The fragments of one product of matrices are loaded from this lane's address of each operand: see ptx.cuh. 16-bit operands
+// are transposed as they are loaded; 32-bit ones are read one by one.
 
 // Bytes from an operand's start to what this lane reads of two octets of rows, the first of which begins at row `row`, or of
 // a pair.
@@ -227,8 +227,7 @@ __device__ __forceinline__ void load_rows(unsigned (&a)[4], const unsigned char*
     }
 }
 
-// -- the product of a slice --------------------------------------------------------------------------------------------
-
+// The sums of one slice.
 __device__ __forceinline__ void multiply_slice(
     const storage_t* coarse, const storage_t* fine, const Tile& tile, const Params& p, Sums& acc) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -260,7 +259,6 @@ __device__ __forceinline__ void multiply_slice(
         tasks[i] = Task::of(i, window_units, fine_runs, FINE_WIDTH);
     }
 
-    // -- loading -----------------------------------------------------------------------------------------------------------
     coarse += (tile.channel + tile.row_begin) * p.coarse_stride_c;
     fine += (tile.fine_channel + tile.octet_begin * 8) * p.fine_stride_c;
     index_t n = s.n_begin, l = s.l_begin;  // the chunk to load
@@ -306,7 +304,7 @@ __device__ __forceinline__ void multiply_slice(
     };
     __syncthreads();  // the tables
 
-    // -- this lane's addresses ---------------------------------------------------------------------------------------------
+    // Where this lane reads its operands.
     const int a_address = rows_address(warp / WARPS_N * (kWarpM / 8) * kPitchM, lane);
     // 16-bit pairs are loaded two by two, the second by the upper half of the lanes.
     constexpr int kLoads = kUnit == 8 ? kTilesN / 2 : kTilesN;
@@ -452,8 +450,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) weight_gradie
     Sums acc;
     multiply_slice(coarse, fine, find_tile(blockIdx.x, p), p, acc);
 
-    // -- the way out: 16 rows of each warp at a time pass through shared memory, to be stored in the order of (c, k) --------
-    // What is left of acc moves up after each, so that one text serves all.
+    // 16 rows of each warp at a time pass through shared memory, to be stored in the order of (c, k).
     const Tile tile = find_tile(block_index_again(), p);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     acc_t* const out = reinterpret_cast<acc_t*>(dynamic_shared_memory());  // [WARPS_M * 16][kOutPitch]

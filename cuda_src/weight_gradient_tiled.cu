@@ -14,7 +14,7 @@
 // Grid x: blocks of BLOCK_M rows (fastest, so that blocks which read one window of fine run together), then of BLOCK_N
 // columns, then groups, then slices. Grid y and z: 1. Dynamic shared memory: SHARED_BYTES.
 // With several slices their sums go to partial and sum_slices.cu follows; with one partial is null.
-// Needs nothing: arrays of any strides, in elements.
+// Takes arrays of any strides, in elements.
 
 #include "common.cuh"
 #include "edge.cuh"
@@ -82,8 +82,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) weight_gradie
         const index_t terms = (s.n_end - s.n_begin) * (s.l_end - s.l_begin);
         const int load_position = threadIdx.x % kLoadPositions, load_row = threadIdx.x / kLoadPositions;
 
-        // -- what this thread loads of each term of its own. A row or column behind the last repeats it: its loads are
-        // valid and its results are not stored.
+        // What this thread loads of each of its terms. A row or column behind the last repeats it: its loads are valid and
+        // its results are not stored.
         index_t row_offset[kMyRows];
 #pragma unroll
         for (int i = 0; i < kMyRows; ++i) {
