@@ -224,6 +224,20 @@ def test_instructions_are_wrapped_in_one_place(path: Path) -> None:
     )
 
 
+def files_with(pattern: str) -> set[str]:
+    return {path.name for path in CUDA_FILES if re.search(pattern, code(path.read_text(encoding="utf-8")))}
+
+
+def test_results_are_rounded_in_one_place_for_layers_and_in_one_for_gradients() -> None:
+    assert files_with(r"scalar::round\(") == {"finish.cuh", "slices.cuh"}
+
+
+def test_the_edge_of_the_input_is_known_in_one_place() -> None:
+    length = r"(\w+\.)?L_(in|fine)\b"
+    assert files_with(rf"[^<]<=?\s*{length}|{length}\s*[<>]|>=?\s*{length}|is_index\([^;]*{length}") == set()
+    assert "edge.cuh" in files_with(r"is_index\(position, L\)")
+
+
 @pytest.mark.parametrize("family", EVERY_FAMILY, ids=lambda family: family.name)
 def test_a_family_has_one_name(family: Family | GradientFamily[Any]) -> None:
     """The file, the kernel's file and the kernel function are called like the family."""
