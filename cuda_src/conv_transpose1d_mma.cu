@@ -14,7 +14,6 @@
 #include "common.cuh"
 #include "mma.cuh"
 #include "phases.cuh"
-#include "tf32.cuh"
 
 struct Params {
     index_t N, L_in, L_out, K;

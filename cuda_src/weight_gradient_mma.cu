@@ -25,6 +25,7 @@
 // With several slices their sums go to partial and sum_slices.cu follows; with one partial is null.
 // COARSE_WIDTH and FINE_WIDTH > 1 need contiguous positions, as many as a multiple of the width, in rows that begin
 // aligned to that many; FINE_WIDTH > 1 also needs stride 1. Takes other arrays of any strides, in elements.
+// Needs float16, bfloat16 (sm_80) or float32 (sm_80). Chosen for at least 8 channels a group on both sides.
 
 #include "common.cuh"
 #include "edge.cuh"

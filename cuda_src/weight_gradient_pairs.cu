@@ -20,7 +20,7 @@
 // Grid x: blocks of pairs (fastest), then tiles of tap_threads*THREAD_K taps. Grid y and z: 1. Dynamic shared memory: a
 // Row for each pair, then two buffers of block_pairs rows of coarse and as many of fine.
 // With several slices their sums go to partial and sum_slices.cu follows; with one partial is null.
-// Takes arrays of any strides, in elements.
+// Takes arrays of any strides, in elements. Chosen for at most 4 channels a group on one side.
 
 #include "common.cuh"
 #include "edge.cuh"

@@ -14,7 +14,7 @@
 // Grid x: blocks of BLOCK_M rows (fastest, so that blocks which read one window of fine run together), then of BLOCK_N
 // columns, then groups, then slices. Grid y and z: 1. Dynamic shared memory: SHARED_BYTES.
 // With several slices their sums go to partial and sum_slices.cu follows; with one partial is null.
-// Takes arrays of any strides, in elements.
+// Takes arrays of any strides, in elements. Chosen for at least 4 rows and 4 columns a group.
 
 #include "common.cuh"
 #include "edge.cuh"
