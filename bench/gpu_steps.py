@@ -14,7 +14,9 @@ from functools import partial
 from typing import Any
 
 from gpuconv import cases, runtime, source
-from gpuconv.families import FAMILIES, GRADIENT_FAMILIES, Config
+from gpuconv.checks import Target
+from gpuconv.families import FAMILIES, Config
+from gpuconv.family_checks import families_of, far_runs, run_far
 from gpuconv.gpus import missing_gpu
 from gpuconv.verify import verify
 
@@ -27,7 +29,7 @@ def build_work() -> Iterator[tuple[str, records.Work]]:
     Those with 32-bit indices first: few problems need the others.
     """
     device = runtime.device(int(runtime.cupy_module().cuda.runtime.getDevice()))
-    every = dict.fromkeys(config for family in (*FAMILIES, *GRADIENT_FAMILIES) for config in family.configs(device))
+    every = dict.fromkeys(config for family in FAMILIES for config in family.configs(device))
     for config in sorted(every, key=lambda config: dict(config.macros).get("INDEX_BITS", 32)):  # stable
         digest = hashlib.sha256(source.assemble(config.kernel, dict(config.macros)).encode()).hexdigest()
         yield f"{config.kernel} {digest[:12]}", partial(_build, config)
@@ -39,17 +41,18 @@ def _build(config: Config) -> dict[str, Any]:
 
 
 def verify_work() -> Iterator[tuple[str, records.Work]]:
-    """One piece for each case and number format."""
+    """One piece for each case and number format, and one for arrays that reach beyond 2**31 elements."""
     for number_format in (
         "float32",
         "bfloat16",
         *(name for name in cases.FORMATS if name not in ("float32", "bfloat16")),
     ):
         seen: set[str] = set()
-        for case in cases.CASES:
+        for case in cases.select():
             if case.name not in seen:  # the name of another case may be part of it, and has selected it, too
                 seen |= {chosen.name for chosen in cases.select(case.name)}
                 yield f"{number_format} {case.name}", partial(_verify, case.name, number_format)
+    yield "float16 far", partial(_verify_far, "float16")
 
 
 def _verify(name: str, number_format: str) -> dict[str, Any]:
@@ -57,6 +60,15 @@ def _verify(name: str, number_format: str) -> dict[str, Any]:
     failures = [str(failure) for failure in report.failures]
     checks = {check: sum(counts.values()) for check, counts in report.counts.items()}
     return {"ok": not failures, "checks": sum(checks.values()), "failures": failures}
+
+
+def _verify_far(number_format: str) -> dict[str, Any]:
+    target = Target(on_gpu=True)
+    device = runtime.device(int(runtime.cupy_module().cuda.runtime.getDevice()))
+    runs = far_runs(cases.select(), number_format, families_of(device)[0], device)
+    results = [run_far(case, number_format, target, 0, family) for _, case, family in runs]
+    failures = [str(result.failure) for result in results if result.failure is not None]
+    return {"ok": not failures, "checks": len(results), "failures": failures}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

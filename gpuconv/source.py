@@ -63,6 +63,7 @@ def _inlined_lines(file: str, included: set[str]) -> Iterator[str]:
             yield "" if include is not None or line == "#pragma once" else line
 
 
+@cache
 def params_fields(kernel: str) -> tuple[str, ...]:
     """The field names of the kernel's `struct Params`, in order, as `<kernel>.cu` declares them."""
     match = re.search(r"struct Params \{(.*?)\};", read(f"{kernel}.cu"), re.DOTALL)

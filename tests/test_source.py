@@ -12,12 +12,11 @@ from collections import Counter
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from gpuconv.device import Device
-from gpuconv.families import FAMILIES, GRADIENT_FAMILIES, Config
+from gpuconv.families import FAMILIES, Config
 from gpuconv.source import assemble, directory, inlined, read
 from tests import hostcuda
 
@@ -30,8 +29,7 @@ HOSTCUDA_H = Path(hostcuda.__file__).with_name("hostcuda.h")
 def configs() -> Mapping[str, Config]:
     """One specialisation of each kernel."""
     device = Device.from_arch("sm_90")
-    families: tuple[Any, ...] = (*FAMILIES, *GRADIENT_FAMILIES)
-    return {config.kernel: config for family in families for config in family.configs(device)}
+    return {config.kernel: config for family in FAMILIES for config in family.configs(device)}
 
 
 def includes(file: str) -> list[str]:

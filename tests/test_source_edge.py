@@ -17,7 +17,6 @@ from gpuconv.device import Device
 from gpuconv.families import FAMILIES, Layout
 from gpuconv.problem import ConvProblem, WeightGradientProblem
 from tests import hostcuda
-from tests.hostcuda.gradient import gradient
 
 H200 = Device.from_arch("sm_90")
 
@@ -95,7 +94,7 @@ LAYERS = (
 @pytest.mark.parametrize(("family", "p"), LAYERS, ids=str)
 def test_every_family_mirrors_its_input_and_activates_its_output(family: str, p: ConvProblem) -> None:
     data = cases.random_data(p, 3)
-    output = hostcuda.convolve(p, *data, layout=Layout.contiguous(p), family=family, device=H200)
+    output = hostcuda.compute(p, *data, layout=Layout.contiguous(p), family=family, device=H200)
     x, w, b = (array.astype(np.float64) for array in data)
     mirrored = np.pad(x, ((0, 0), (0, 0), (p.padding_left, p.padding_right)), mode="reflect")
     expected = np.maximum(conv1d(mirrored, w, b, stride=p.stride, dilation=p.dilation, groups=p.groups), 0)
@@ -104,7 +103,7 @@ def test_every_family_mirrors_its_input_and_activates_its_output(family: str, p:
 
 
 def test_every_forward_family_is_among_the_layers() -> None:
-    assert {family for family, _ in LAYERS} == {family.name for family in FAMILIES if family.op == "conv1d"}
+    assert {family for family, _ in LAYERS} == {family.name for family in FAMILIES if family.kind == "conv1d"}
 
 
 @pytest.mark.parametrize(
@@ -120,7 +119,7 @@ def test_every_forward_family_is_among_the_layers() -> None:
 def test_gradients_of_the_weights_mirror_the_input_too(family: str, p: WeightGradientProblem) -> None:
     rng = np.random.default_rng(4)
     coarse, fine = (rng.standard_normal(shape).astype(np.float32) for shape in (p.coarse_shape, p.fine_shape))
-    result = gradient(p, coarse, fine, family=family, device=H200)
+    result = hostcuda.compute(p, coarse, fine, family=family, device=H200)
     padded = np.pad(fine.astype(np.float64), ((0, 0), (0, 0), (p.padding_left, p.padding_left)), mode="reflect")
     windows = np.lib.stride_tricks.sliding_window_view(padded, p.K, axis=2)[:, :, :: p.stride][:, :, : p.L_coarse]
     shape = p.N, p.groups, -1, p.L_coarse

@@ -1,4 +1,4 @@
-"""The options that several commands share: how they are declared, and what their values mean."""
+"""The options that several commands share: their declarations, and how their values are read."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from .. import dispatch
 from ..explain import SETTINGS
-from ..problem import DTYPES, PRECISIONS, ArraySpec
+from ..problem import DTYPES, PRECISIONS, ArraySpec, Kind, Op
 
 
 def add_device(parser: Any) -> None:
@@ -41,7 +41,7 @@ def add_shapes(parser: Any, *, required: bool) -> None:
     add_settings(parser, tuple(SETTINGS))
 
 
-def add_settings(parser: Any, ops: tuple[str, ...]) -> None:
+def add_settings(parser: Any, ops: tuple[Op, ...]) -> None:
     note = "conv_transpose1d: " if len(ops) > 1 else ""
     words = "valid, same or causal" if "conv1d" in ops else "valid or same"
     parser.add_argument("--stride", type=_whole_number, metavar="N", help="step of the window (default: 1)")
@@ -51,7 +51,9 @@ def add_settings(parser: Any, ops: tuple[str, ...]) -> None:
     parser.add_argument(
         "--precision", choices=PRECISIONS, metavar="P", help=f"of float32 data: {_one_of(PRECISIONS, 'float32')}"
     )
-    names = dict.fromkeys(name for op in SETTINGS if op in ops for name in dispatch.algorithms(op))
+    # The commands that know both operations know their gradients, too.
+    kinds: tuple[Kind, ...] = (*ops, *(("weight_gradient", "bias_gradient") if len(ops) > 1 else ()))
+    names = dict.fromkeys(name for kind in kinds for name in dispatch.algorithms(kind))
     parser.add_argument(
         "--algorithm",
         choices=tuple(names),
@@ -88,7 +90,7 @@ def _padding(text: str) -> int | tuple[int, ...] | str:
     try:
         sides = tuple(int(part) for part in text.split(","))
     except ValueError:
-        return text  # a word; the problem knows which there are
+        return text  # a word, which the problem checks
     return sides[0] if len(sides) == 1 else sides
 
 
@@ -121,7 +123,7 @@ def at_least(minimum: int) -> Callable[[str], int]:
 
 
 def given_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """The settings on the command line; the others keep the defaults of the operation."""
+    """The settings that the command line gives; the operation has defaults for the others."""
     names = dict.fromkeys(name for settings in SETTINGS.values() for name in settings)
     return {name: value for name in names if (value := getattr(args, name, None)) is not None}
 

@@ -1,23 +1,21 @@
-"""The kernel families, by preference: dispatch takes the first that does not refuse."""
+"""The kernel families, by preference: of those for a kind of problem, dispatch takes the first that does not refuse."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from .base import ArrayLayout, Config, Family, GradientFamily, GradientLayout, Launch, Layout, Pack, SecondPass
+from .base import ArrayLayout, Config, Family, Launch, Layout, Plan, Refusal, Step
 from .bias_gradient_rows import BiasGradientRows
 from .conv1d_depthwise import Conv1dDepthwise
 from .conv1d_direct import Conv1dDirect
-from .conv1d_mma import Conv1dMma
 from .conv1d_narrow import Conv1dNarrow
 from .conv1d_skinny import Conv1dSkinny
 from .conv1d_stem import Conv1dStem
 from .conv1d_tail import Conv1dTail
-from .conv1d_tiled import Conv1dTiled
+from .conv_mma import Conv1dMma, ConvTranspose1dMma
+from .conv_tiled import Conv1dTiled, ConvTranspose1dPhases
 from .conv_transpose1d_depthwise import ConvTranspose1dDepthwise
 from .conv_transpose1d_gather import ConvTranspose1dGather
-from .conv_transpose1d_mma import ConvTranspose1dMma
-from .conv_transpose1d_phases import ConvTranspose1dPhases
 from .conv_transpose1d_tail import ConvTranspose1dTail
 from .weight_gradient_direct import WeightGradientDirect
 from .weight_gradient_mma import WeightGradientMma
@@ -26,7 +24,7 @@ from .weight_gradient_tiled import WeightGradientTiled
 
 # Tensor cores first: which layers they take must not depend on whether a CUDA-core family takes a batch or a length.
 # Those agree in their bits, so among them it may.
-FAMILIES: tuple[Family, ...] = (
+FAMILIES: tuple[Family[Any], ...] = (
     Conv1dMma(),
     ConvTranspose1dMma(),
     Conv1dDepthwise(),
@@ -40,9 +38,6 @@ FAMILIES: tuple[Family, ...] = (
     ConvTranspose1dPhases(),
     Conv1dDirect(),
     ConvTranspose1dGather(),
-)
-
-GRADIENT_FAMILIES: tuple[GradientFamily[Any], ...] = (
     WeightGradientMma(),
     WeightGradientPairs(),
     WeightGradientTiled(),
@@ -50,16 +45,4 @@ GRADIENT_FAMILIES: tuple[GradientFamily[Any], ...] = (
     BiasGradientRows(),
 )
 
-__all__ = [
-    "FAMILIES",
-    "GRADIENT_FAMILIES",
-    "ArrayLayout",
-    "Config",
-    "Family",
-    "GradientFamily",
-    "GradientLayout",
-    "Launch",
-    "Layout",
-    "Pack",
-    "SecondPass",
-]
+__all__ = ["FAMILIES", "ArrayLayout", "Config", "Family", "Launch", "Layout", "Plan", "Refusal", "Step"]
