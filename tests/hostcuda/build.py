@@ -63,6 +63,12 @@ class Program:
         return cls.from_text(config.kernel, source.assemble(config.kernel, dict(config.macros)))
 
     @classmethod
+    def without_nan_fallback(cls, config: Config) -> Program:
+        """The same, but results that need `canonical_sum` keep their NaNs."""
+        macros = {**dict(config.macros), "NAN_FALLBACK": "0"}
+        return cls.from_text(config.kernel, source.assemble(config.kernel, macros))
+
+    @classmethod
     def from_text(cls, kernel: str, text: str) -> Program:
         """A text of gpuconv's, which says by its macro DTYPE whether it computes in float32."""
         return cls(kernel, text, re.search(r"^#define DTYPE (float64|complex128)$", text, re.MULTILINE) is None)
