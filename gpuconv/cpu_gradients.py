@@ -30,9 +30,10 @@ import numpy as np
 import numpy.typing as npt
 from numpy.lib.stride_tricks import as_strided
 
-from .cpu.arrays import Scratch, accumulator, is_direct, is_finite, run_blocks, slices
+from .cpu.arrays import Scratch, accumulator, is_direct, is_finite, slices
 from .cpu.choice import Method
 from .cpu.limits import MIB, WORKSPACE, small_product
+from .cpu.threads import run_blocks
 from .problem import BiasGradientProblem, WeightGradientProblem
 
 Array = npt.NDArray[Any]

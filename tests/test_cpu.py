@@ -18,8 +18,7 @@ import pytest
 from bench import cpu as bench_cpu
 from bench.layers import load
 from gpuconv import cpu, reference
-from gpuconv.cpu import arrays as cpu_arrays
-from gpuconv.cpu import choice, limits
+from gpuconv.cpu import choice, limits, threads
 from gpuconv.cpu.geometry import Call
 from gpuconv.cpu.taps import Taps
 from gpuconv.problem import DTYPES, ConvProblem, numpy_dtype
@@ -526,7 +525,7 @@ LARGE_PRODUCTS = conv1d(1, 512, 1024, 1500, 3, 1, 1, 1)
 @pytest.mark.parametrize("case", ["plain", "strided", "float16", "complex64", "infinite weight"])
 @pytest.mark.parametrize(("name", "problem"), [*LARGE.items(), ("panels", LARGE_PRODUCTS)], ids=str)
 def test_measured_memory(name: str, problem: ConvProblem, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_arrays, "usable_cpus", lambda: 16)  # as many threads as any machine would start
+    monkeypatch.setattr(threads, "usable_cpus", lambda: 16)  # as many threads as any machine would start
     p = with_dtype(problem, case) if case in DTYPES else problem
     if case not in DTYPES:
         assert cpu.method(p).name == name
@@ -556,7 +555,7 @@ def test_bits_do_not_depend_on_threads(problem: ConvProblem, monkeypatch: pytest
     x, w, b = arrays(problem)
     results = []
     for cpus in (1, 2, 5, 1):
-        monkeypatch.setattr(cpu_arrays, "usable_cpus", lambda cpus=cpus: cpus)
+        monkeypatch.setattr(threads, "usable_cpus", lambda cpus=cpus: cpus)
         results.append(convolve(problem, x, w, b).tobytes())
     assert len(set(results)) == 1
 
@@ -571,7 +570,7 @@ def test_calls_from_several_threads() -> None:
 
 
 def test_an_error_in_a_thread_reaches_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_arrays, "usable_cpus", lambda: 2)
+    monkeypatch.setattr(threads, "usable_cpus", lambda: 2)
 
     def fail(*_: object) -> None:
         raise MemoryError("no scratch")

@@ -14,8 +14,7 @@ import pytest
 
 from gpuconv import conv1d as public_conv1d
 from gpuconv import cpu
-from gpuconv.cpu import arrays as cpu_arrays
-from gpuconv.cpu import choice
+from gpuconv.cpu import choice, threads
 from gpuconv.cpu.geometry import Call
 from gpuconv.problem import ConvProblem, numpy_dtype
 
@@ -137,7 +136,7 @@ def test_a_repeated_small_call_is_checked_once(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_an_interrupt_stops_all_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_arrays, "usable_cpus", lambda: 3)
+    monkeypatch.setattr(threads, "usable_cpus", lambda: 3)
     started: list[int] = []
     main = threading.get_ident()
 
@@ -149,13 +148,13 @@ def test_an_interrupt_stops_all_threads(monkeypatch: pytest.MonkeyPatch) -> None
 
     start = time.perf_counter()
     with pytest.raises(KeyboardInterrupt):
-        cpu_arrays.run_blocks(compute, [(index,) for index in range(1000)], 3, np.dtype("float32"), 8)
+        threads.run_blocks(compute, [(index,) for index in range(1000)], 3, np.dtype("float32"), 8)
     assert time.perf_counter() - start < 2  # 1000 blocks take ten seconds on two threads
     assert len(started) <= 9
 
 
 def test_an_error_of_a_worker_stops_all_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_arrays, "usable_cpus", lambda: 3)
+    monkeypatch.setattr(threads, "usable_cpus", lambda: 3)
     started: list[int] = []
     main = threading.get_ident()
 
@@ -166,7 +165,7 @@ def test_an_error_of_a_worker_stops_all_threads(monkeypatch: pytest.MonkeyPatch)
             raise MemoryError
 
     with pytest.raises(MemoryError):
-        cpu_arrays.run_blocks(compute, [(index,) for index in range(1000)], 3, np.dtype("float32"), 8)
+        threads.run_blocks(compute, [(index,) for index in range(1000)], 3, np.dtype("float32"), 8)
     assert len(started) <= 9
 
 

@@ -14,8 +14,7 @@ import numpy.typing as npt
 import pytest
 
 from gpuconv import cpu_gradients, reference
-from gpuconv.cpu import arrays as cpu_arrays
-from gpuconv.cpu import limits
+from gpuconv.cpu import limits, threads
 from gpuconv.problem import DTYPES, BiasGradientProblem, WeightGradientProblem, numpy_dtype
 
 Array = npt.NDArray[Any]
@@ -208,7 +207,7 @@ LARGE_PRODUCTS = problem("conv1d", 1, 700, 600, 3000, 3000, 3, 1, 1, 1, 1)
 @pytest.mark.parametrize("case", ["plain", "strided", "float16", "complex64", "infinity"])
 @pytest.mark.parametrize(("name", "p"), [*LARGE.items(), ("taps", LARGE_PRODUCTS)], ids=str)
 def test_measured_memory(name: str, p: WeightGradientProblem, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_arrays, "usable_cpus", lambda: 16)  # as many threads as any machine would start
+    monkeypatch.setattr(threads, "usable_cpus", lambda: 16)  # as many threads as any machine would start
     p = replace(p, dtype=case) if case in DTYPES else p
     coarse, fine = arrays(p)
     out = np.zeros(p.weight_shape, coarse.dtype)
@@ -250,7 +249,7 @@ def test_bits_do_not_depend_on_threads(p: WeightGradientProblem, monkeypatch: py
     coarse, fine = arrays(p)
     results = []
     for cpus in (1, 2, 5):
-        monkeypatch.setattr(cpu_arrays, "usable_cpus", lambda cpus=cpus: cpus)
+        monkeypatch.setattr(threads, "usable_cpus", lambda cpus=cpus: cpus)
         results.append(compute(p, coarse, fine).tobytes())
     assert len(set(results)) == 1
 
@@ -282,7 +281,7 @@ def test_bits_of_bias_gradients_do_not_depend_on_threads(monkeypatch: pytest.Mon
     u = draw(np.random.default_rng(0), p.grad_output_shape, "float32")
     results = []
     for cpus in (1, 5):
-        monkeypatch.setattr(cpu_arrays, "usable_cpus", lambda cpus=cpus: cpus)
+        monkeypatch.setattr(threads, "usable_cpus", lambda cpus=cpus: cpus)
         out = np.empty(p.bias_shape, np.float32)
         cpu_gradients.bias_gradient(p, u, out)
         results.append(out.tobytes())

@@ -8,9 +8,10 @@ from typing import NamedTuple
 import numpy as np
 
 from ..problem import ConvProblem
-from . import limits
-from .arrays import Array, Scratch, run_blocks, slices
+from . import costs, limits
+from .arrays import Array, Scratch, slices
 from .geometry import Block, Call
+from .threads import run_blocks
 
 
 class Blocking(NamedTuple):
@@ -98,5 +99,9 @@ def tiled(matrix: Array, tile: int) -> Array:
 
 
 def parts(p: ConvProblem) -> int:
-    """Into how many blocks at least to cut a problem that several threads share."""
-    return max(1, min(16, p.N * p.C_out * p.L_out // limits.WORTH_A_BLOCK))
+    """Into how many blocks at least to cut a problem that several threads share: a power of two, to share evenly."""
+    multiply_adds = p.flops() // 2
+    # The product, the panel that is copied for it, and what is done to each output.
+    work = multiply_adds * (2 * costs.FLOP + costs.COPY / p.C_out_g) + p.N * p.C_out * p.L_out
+    wanted = min(limits.MAX_WORKERS, int(work * costs.scale(p) / limits.WORTH_A_BLOCK))
+    return 1 << max(0, wanted.bit_length() - 1)

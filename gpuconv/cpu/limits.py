@@ -39,13 +39,14 @@ SHORT_ROW = 256
 # Phases from which an output is written position by position: NumPy's inner loop is then long enough.
 MANY_PHASES = 16
 
-# Nanoseconds of work from which a second thread pays.
-WORTH_THREADS = 2_000_000
+# Nanoseconds of work from which a second thread pays: it takes some 30 us to wake, and the interpreter's time for the
+# blocks does not shrink.
+WORTH_THREADS = 400_000
 
 MAX_WORKERS = 16
 
-# Outputs that are worth the interpreter's time for a block, some 50 us.
-WORTH_A_BLOCK = 256 * 1024
+# Nanoseconds of work that are worth the interpreter's time for a block, some 50 us.
+WORTH_A_BLOCK = 300_000
 
 # OpenBLAS computes a product of at most this many multiply-adds on the calling thread (interface/gemm.c); of real data
 # with AVX-512 larger ones too, without packing the operands (sgemm_small_kernel_permit_skylakex.c). Only such products

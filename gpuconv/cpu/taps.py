@@ -14,8 +14,9 @@ import numpy as np
 
 from ..problem import ConvProblem
 from . import costs, limits
-from .arrays import Array, Scratch, accumulator, is_direct, run_blocks, slices
+from .arrays import Array, Scratch, accumulator, is_direct, slices
 from .geometry import Block, Call, Geometry
+from .threads import run_blocks
 
 
 @dataclass(frozen=True, slots=True)

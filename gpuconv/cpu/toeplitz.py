@@ -14,9 +14,10 @@ from numpy.lib.stride_tricks import as_strided
 
 from ..problem import ConvProblem
 from . import costs, limits
-from .arrays import Array, Scratch, accumulator, is_finite, run_blocks, slices
+from .arrays import Array, Scratch, accumulator, is_finite, slices
 from .geometry import Block, Call
 from .taps import Taps
+from .threads import run_blocks
 
 
 @dataclass(frozen=True, slots=True)
