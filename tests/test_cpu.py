@@ -61,6 +61,12 @@ METHODS: dict[str, list[ConvProblem]] = {
         conv_transpose1d(1, 1, 1, 4000, 3, 2, 1, 1, 3),
         conv_transpose1d(1, 3, 5, 300, 4, 4, 0, 2, 6),
     ],
+    "windows": [
+        conv1d(2, 64, 64, 900, 7, 1, 3, 3, 1, 64, has_bias=True),
+        conv1d(1, 256, 256, 4000, 5, 4, 2, 2, 1, 256),
+        conv_transpose1d(8, 64, 64, 500, 3, 2, 1, 1, 1, 64, 1, has_bias=True),
+        conv1d(3, 1, 1, 5003, 40),
+    ],
     "shift_add": [
         conv1d(2, 48, 2, 400, 7, 1, 3, 3, has_bias=True),
         conv_transpose1d(2, 64, 1, 200, 8, 4, 2, 2),

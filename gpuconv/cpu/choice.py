@@ -15,6 +15,7 @@ from .panels import Panels
 from .shift_add import ShiftAdd
 from .taps import Taps
 from .toeplitz import Toeplitz, tiles
+from .windows import Windows
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +132,7 @@ def candidates(p: ConvProblem) -> list[tuple[ConvProblem, list[Form]]]:
 
 
 def _forms(p: ConvProblem) -> list[Form]:
-    forms: list[Form] = [*Panels.candidates(p)]
+    forms: list[Form] = [*Panels.candidates(p), *Windows.candidates(p)]
     shift_add = ShiftAdd.of(p)
     if p.C_in_g == 1:
         forms.append(Taps.of(p))

@@ -21,7 +21,7 @@ COPY_ROW = 5.0
 COPY = 0.1
 STRIDED_COPY = 0.6
 TRANSPOSING_COPY = 0.8
-DIAGONAL = 2.0
+DIAGONAL = 0.8
 ELEMENTWISE = 0.12
 STRIDED_ELEMENTWISE = 0.45
 
@@ -62,7 +62,7 @@ def products(p: ConvProblem, count: float, M: float, depth: float, columns: floa
     """So many products (M, depth) @ (depth, columns) of a problem's accumulators."""
     if depth == 1:  # which NumPy computes in a loop of its own
         return count * (PRODUCT + M * columns * OUTER * scale(p))
-    width = -(-columns // 16) * 16 if columns > 4 else min(columns + 2, 6)
+    width = -(-columns // 16) * 16 if columns > 1 else 5
     operations = 2 * max(M, 2) * depth * width * (2 if p.is_complex else 1)
     one = PRODUCT + (operations * FLOP + M * columns * RESULT) * scale(p)
     if not small:

@@ -33,6 +33,9 @@ LARGE_DEPTH = 16 * 1024
 # The depth of a banded matrix.
 BAND_DEPTH = 4096
 
+# Windows of a banded matrix that one product reads in place, at least; fewer are copied.
+WINDOWS_OF_A_SET = 8
+
 # Positions below which the samples of a block are merged into the columns of one product.
 SHORT_ROW = 256
 
