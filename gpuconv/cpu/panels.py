@@ -20,6 +20,7 @@ class Panels:
 
     Attributes:
         merged: the positions of all samples of a block are the columns of one product.
+        single: one block and one product of each sample and group.
         packed: a weight that BLAS cannot read is packed before the blocks are computed; else for each product.
         concurrent: BLAS computes each product on the calling thread.
     """
@@ -31,6 +32,7 @@ class Panels:
     taps: int
     merged: bool
     packed: bool
+    single: bool
     concurrent: bool
 
     @classmethod
@@ -126,7 +128,17 @@ class Panels:
         packed = per_row <= budget
         packing = limits.fit(budget // per_row, p.C_out_g, p.groups)[::-1] if packed else [p.groups, p.C_out_g]
         blocking = Blocking(*sizes, *packing)
-        return cls(geometry, blocking, Taps.of(p), channels, taps, merged, packed, concurrent)
+        single = (
+            not p.transposed
+            and not merged
+            and (channels, taps) == (p.C_in_g, p.K)
+            and sizes[:4] == (p.N, p.groups, p.C_out_g, p.L_out)
+            and sizes[4] == p.C_out_g
+            and sizes[5] == p.L_out
+            and p.N * p.C_in * (p.L_in + p.padding_left + p.padding_right) * accumulator(p.dtype).itemsize
+            <= limits.STAGED_INPUT
+        )
+        return cls(geometry, blocking, Taps.of(p), channels, taps, merged, packed, single, concurrent)
 
     @property
     def name(self) -> str:
@@ -193,11 +205,32 @@ class Panels:
         if not geometry.writes_everything():
             call.fill_with_bias()
         in_place = not p.transposed and w.dtype == call.dtype and w.flags.c_contiguous and w.flags.aligned
-        if in_place or self.packed:
+        if in_place and self.single and call.y_direct:
+            self._compute_single(call)
+        elif in_place or self.packed:
             weight = w.reshape(p.groups, p.C_out_g, -1) if in_place else None
             self.blocking.run(call, geometry.positions(p), weight, self._pack, self._compute, workers)
         else:
             self.blocking.run(call, geometry.positions(p), w, self._pack, self._compute, workers)
+
+    def _compute_single(self, call: Call) -> None:
+        """The whole problem as one product of each sample and group: `_compute` without what only blocks need."""
+        p, J, Q = call.p, self.taps, call.p.L_out
+        everything = Block(slice(0, p.N), slice(0, p.groups), slice(0, p.C_out_g), 0, Q)
+        scratch = Scratch(call.dtype)
+        low, high = self.geometry.window(0, Q, slice(0, J))
+        x = call.read(everything.samples, everything.groups, slice(0, p.C_in_g), low, high, scratch)
+        panel = np.empty((p.N, p.groups, p.C_in_g, J, Q), call.dtype)
+        step = x.strides[3]
+        strides = (*x.strides[:3], step * p.dilation, step * p.stride)
+        with np.errstate(all="ignore"):
+            np.copyto(panel, strided(x, self.geometry.offset - low, panel.shape, strides))
+            depth = p.C_in_g * J
+            np.matmul(call.w.reshape(p.groups, p.C_out_g, depth), panel.reshape(p.N, p.groups, depth, Q), out=call.y)
+            if (low < 0 or high > p.L_in) and not is_finite(call.y):
+                self.safe.compute(call, everything, scratch)
+            else:
+                call.add_bias(everything, call.y)
 
     def _pack(self, w: Array, scratch: Scratch) -> Array:
         """Weight (groups, rows, C_in_g, K) as (groups, rows*phases, C_in_g*tap_groups), zeros for the absent taps."""
