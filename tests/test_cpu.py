@@ -50,7 +50,7 @@ METHODS: dict[str, list[ConvProblem]] = {
         conv1d(2, 20, 150, 700, 3, 2, 2, 0, 3, 2),
         conv1d(4, 64, 96, 1500, 11, 1, 25, 25, 5),
         conv1d(2, 1, 24, 500, 10, 5, 0, 4, has_bias=True),
-        conv1d(4, 64, 200, 1000, 1),
+        conv1d(1, 128, 512, 3000, 1),
         conv1d(40, 64, 128, 40, 3, 1, 1, 1, has_bias=True),
         conv_transpose1d(2, 4, 16, 400, 8, 4, 2, 2, has_bias=True),
         conv_transpose1d(2, 8, 6, 400, 5, 3, 2, 1, 2, 2, 1, has_bias=True),
@@ -66,6 +66,12 @@ METHODS: dict[str, list[ConvProblem]] = {
         conv1d(1, 256, 256, 4000, 5, 4, 2, 2, 1, 256),
         conv_transpose1d(8, 64, 64, 500, 3, 2, 1, 1, 1, 64, 1, has_bias=True),
         conv1d(3, 1, 1, 5003, 40),
+    ],
+    "planes": [
+        conv1d(512, 64, 64, 8, 3, 1, 1, 1, 1, 64),
+        conv1d(64, 256, 256, 40, 2, 1, 0, 0, 2, 256, has_bias=True),
+        conv_transpose1d(64, 96, 96, 60, 2, 1, 0, 1, 3, 96, has_bias=True),
+        conv1d(32, 300, 300, 10, 4, 1, 12, 3, 4, 300),
     ],
     "shift_add": [
         conv1d(2, 48, 2, 400, 7, 1, 3, 3, has_bias=True),

@@ -105,3 +105,13 @@ def parts(p: ConvProblem) -> int:
     work = multiply_adds * (2 * costs.FLOP + costs.COPY / p.C_out_g) + p.N * p.C_out * p.L_out
     wanted = min(limits.MAX_WORKERS, int(work * costs.scale(p) / limits.WORTH_A_BLOCK))
     return 1 << max(0, wanted.bit_length() - 1)
+
+
+def share(wanted: int, *blocks: tuple[int, int]) -> list[int]:
+    """Block sizes of (extent, largest size), for at least so many blocks where possible; the first are cut first."""
+    sizes = []
+    for extent, largest in blocks:
+        size = max(1, min(largest, -(-extent // wanted)))
+        wanted = -(-wanted // -(-extent // size))
+        sizes.append(size)
+    return sizes

@@ -12,6 +12,7 @@ from . import limits
 from .arrays import accumulator
 from .geometry import Call, Geometry, exchange
 from .panels import Panels
+from .planes import Planes
 from .shift_add import ShiftAdd
 from .taps import Taps
 from .toeplitz import Toeplitz, tiles
@@ -134,6 +135,9 @@ def candidates(p: ConvProblem) -> list[tuple[ConvProblem, list[Form]]]:
 def _forms(p: ConvProblem) -> list[Form]:
     forms: list[Form] = [*Panels.candidates(p), *Windows.candidates(p)]
     shift_add = ShiftAdd.of(p)
+    planes = Planes.of(p)
+    if planes is not None:
+        forms.append(planes)
     if p.C_in_g == 1:
         forms.append(Taps.of(p))
     elif shift_add is not None:

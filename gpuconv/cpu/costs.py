@@ -26,7 +26,7 @@ ELEMENTWISE = 0.12
 STRIDED_ELEMENTWISE = 0.45
 
 # An element of a conversion from or to a narrow dtype.
-CONVERT = {"float16": 2.2, "bfloat16": 0.3}
+CONVERT = {"float16": 2.2, "bfloat16": 0.25}
 
 # A product in a stack of products; an operation and an element of the result of a product; an element that BLAS packs
 # for a large one, and the time for its

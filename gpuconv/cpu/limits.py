@@ -22,6 +22,11 @@ SUMS = 1 * MIB
 STAGED_INPUT = 1 * MIB
 ELEMENTWISE_BLOCK = 512 * 1024
 
+# Bytes of the plane of one tap and of a block of planes, and the most taps: planes stay in the second-level cache.
+PLANE = 64 * 1024
+PLANE_BLOCK = 512 * 1024
+PLANES = 64
+
 # Rows and columns of a small product, and its depth where its columns are multiplied by several tiles of rows: 32 KiB
 # of float32 columns stay in the first-level cache.
 SMALL_TILE = 64

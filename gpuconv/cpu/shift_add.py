@@ -9,7 +9,7 @@ import numpy as np
 from ..problem import ConvProblem
 from . import costs, limits
 from .arrays import Array, Scratch, accumulator
-from .blocking import Blocking, tiled
+from .blocking import Blocking, parts, share, tiled
 from .geometry import Block, Call, Geometry
 
 
@@ -36,7 +36,7 @@ class ShiftAdd:
             return None
         reach = (geometry.tap_groups - 1) * abs(geometry.dilation)
         tile = limits.small_product(p.is_complex) // (p.C_out_g * per_row) // 16 * 16
-        concurrent = tile >= 256
+        concurrent = tile >= 64
         # A block reads `span` input positions, staged at worst, and computes the product of some rows there.
         staged, product = (limits.CONCURRENT_BUFFER if concurrent else limits.BUFFER) // size, limits.SUMS // size
         span = min(staged // p.C_in_g, product // p.K)
@@ -52,6 +52,8 @@ class ShiftAdd:
             groups = min(p.groups, weight_groups, fitting)
             if groups == p.groups:
                 samples = min(p.N, fitting // groups)
+        if concurrent:
+            groups, samples = share(parts(p), (p.groups, groups), (p.N, samples))
         tile = min(tile, span) if concurrent else span
         blocking = Blocking(samples, groups, rows, length, rows * p.K, tile, weight_groups, weight_rows)
         return cls(geometry, blocking, span, concurrent)

@@ -15,6 +15,7 @@ from numpy.lib.stride_tricks import as_strided
 from ..problem import ConvProblem
 from . import costs, limits
 from .arrays import Array, Scratch, accumulator, is_finite, slices
+from .blocking import parts, share
 from .geometry import Block, Call
 from .taps import Taps
 from .threads import run_blocks
@@ -58,7 +59,7 @@ class Toeplitz:
             return None
         window = p.C_in_g * window_length(p, tile, taps)
         lines = min(small // (window * outputs), 512)
-        concurrent = lines >= 16
+        concurrent = lines >= 8
         if concurrent:
             budget = max(limits.CONCURRENT_BUFFER // size, window * max(outputs, 16))
         # What a window takes at most: its copy, its outputs, and the input from it to the next one.
@@ -68,10 +69,11 @@ class Toeplitz:
         most = max(1, budget // unit)
         windows = min(-(-(last - first) // tile), most)
         samples = max(1, min(p.N, most // windows))
-        lines = min(lines, samples * windows) if concurrent else samples * windows
         groups = max(1, min(p.groups, budget // (unit * windows * samples), budget // (window * outputs)))
-        if concurrent and p.N * p.C_out * p.L_out > 2 * limits.WORTH_A_BLOCK:
-            groups = min(groups, -(-p.groups // 16))
+        if concurrent:
+            per_row = -(-(last - first) // tile)
+            groups, samples, windows = share(parts(p), (p.groups, groups), (p.N, samples), (per_row, windows))
+        lines = min(lines, samples * windows) if concurrent else samples * windows
         return cls(Taps.of(p), samples, groups, windows, lines, tile, taps, whole, concurrent)
 
     @property
@@ -101,7 +103,8 @@ class Toeplitz:
         filling += bands / min(self.groups, p.groups) * costs.CALL * (3 + (_phases(p) if p.transposed else 0))
         lines = min(self.lines, p.N * per_row)
         product = costs.products(p, passes * count / lines, lines, window, outputs, self.concurrent)
-        copy = costs.ROW * (2 * count if p.groups > 1 else 0)  # lines of a group lie far from each other
+        # Rows of the same group, which are read and written one after the other, lie far from each other.
+        copy = 2 * costs.ROW * p.N * p.groups if p.groups > 1 and p.N > 1 else 0.0
         if not self.whole or p.dtype in costs.CONVERT:
             copy += passes * costs.copies(count * p.C_in_g, kept, costs.COPY * size)
         each = costs.ELEMENTWISE * (1 + 2 * (passes - 1)) * size

@@ -16,7 +16,7 @@ import numpy as np
 from ..problem import ConvProblem
 from . import costs, limits
 from .arrays import Scratch, accumulator, is_finite, slices, strided
-from .blocking import parts
+from .blocking import parts, share
 from .geometry import Block, Call
 from .taps import Taps
 from .threads import run_blocks
@@ -61,9 +61,10 @@ class Windows:
             length = min(last - first, longest)
             fitting = max(1, budget // (length * max(per_step, step_inputs(p))))
             groups = max(1, min(p.groups, fitting, budget // (window * outputs)))
-            # Some blocks for each of several threads.
-            groups = max(1, min(groups, p.groups * p.N * -(-(last - first) // length) // parts(p)))
             samples = max(1, min(p.N, fitting // groups))
+            groups, samples, length = share(parts(p), (p.groups, groups), (p.N, samples), (last - first, length))
+            if length < 2 * tile:
+                continue
             found.append(cls(Taps.of(p), samples, groups, length, tile, sets))
         return found
 
