@@ -44,6 +44,9 @@ WINDOWS_OF_A_SET = 8
 # Positions below which the samples of a block are merged into the columns of one product.
 SHORT_ROW = 256
 
+# Taps of a phase from which what is not finite is separated, rather than computed again tap by tap.
+LONG_KERNEL = 64
+
 # Phases from which an output is written position by position: NumPy's inner loop is then long enough.
 MANY_PHASES = 16
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from ..problem import ConvProblem
 from . import costs, limits
-from .arrays import Array, Scratch, accumulator, is_finite, slices, strided
+from .arrays import Array, Scratch, accumulator, slices, strided
 from .blocking import Blocking, parts, tiled
 from .geometry import Block, Call, Geometry
 from .taps import Taps
@@ -150,6 +150,12 @@ class Panels:
             return "short rows: the windows of many samples side by side, times the weight"
         return "windows side by side, times the weight"
 
+    def multiplies_zeros(self, p: ConvProblem) -> bool:
+        geometry = self.geometry
+        low, high = geometry.window(*geometry.positions(p), slice(0, geometry.tap_groups))
+        absent_taps = geometry.phases > 1 and geometry.tap_groups * geometry.interleave > p.K
+        return low < 0 or high > p.L_in or absent_taps
+
     def cost(self, p: ConvProblem) -> float:
         geometry, blocking, size = self.geometry, self.blocking, costs.scale(p)
         first, last = geometry.positions(p)
@@ -227,7 +233,7 @@ class Panels:
             np.copyto(panel, strided(x, self.geometry.offset - low, panel.shape, strides))
             depth = p.C_in_g * J
             np.matmul(call.w.reshape(p.groups, p.C_out_g, depth), panel.reshape(p.N, p.groups, depth, Q), out=call.y)
-            if (low < 0 or high > p.L_in) and not is_finite(call.y):
+            if (low < 0 or high > p.L_in) and call.is_spoilt(call.y):
                 self.safe.compute(call, everything, scratch)
             else:
                 call.add_bias(everything, call.y)
@@ -295,7 +301,7 @@ class Panels:
                     into = scratch.take("product", *sums.shape)
         low, high = geometry.window(block.start, block.stop, slice(0, J))
         absent_taps = R > 1 and J * geometry.interleave > p.K
-        if (low < 0 or high > p.L_in or absent_taps) and not is_finite(sums):
+        if (low < 0 or high > p.L_in or absent_taps) and call.is_spoilt(sums):
             self.safe.compute(call, block, scratch)
             return
         if self.merged:

@@ -14,7 +14,7 @@ import numpy as np
 
 from ..problem import ConvProblem
 from . import costs, limits
-from .arrays import Array, Scratch, accumulator, is_finite, slices
+from .arrays import Array, Scratch, accumulator, slices
 from .blocking import parts, share
 from .geometry import Block, Call, Geometry
 from .taps import Taps
@@ -64,6 +64,9 @@ class Planes:
 
     @property
     def concurrent(self) -> bool:
+        return True
+
+    def multiplies_zeros(self, p: ConvProblem) -> bool:
         return True
 
     def cost(self, p: ConvProblem) -> float:
@@ -124,7 +127,7 @@ class Planes:
             else:
                 np.multiply(x[:, read], plane[fed], out=product[:, fed])
                 np.add(sums[:, fed], product[:, fed], out=sums[:, fed])
-        if not is_finite(sums):
+        if call.is_spoilt(sums):
             self.safe.compute_outputs(call, block, scratch)
             return
         if call.b is None:

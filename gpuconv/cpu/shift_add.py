@@ -66,6 +66,9 @@ class ShiftAdd:
     def reason(self) -> str:
         return "few output channels or a stride: one product of all taps, then shifted sums"
 
+    def multiplies_zeros(self, p: ConvProblem) -> bool:
+        return False
+
     def cost(self, p: ConvProblem) -> float:
         geometry, blocking, size = self.geometry, self.blocking, costs.scale(p)
         first, last = geometry.positions(p)

@@ -57,6 +57,9 @@ class Taps:
     def concurrent(self) -> bool:
         return self.channels == 1
 
+    def multiplies_zeros(self, p: ConvProblem) -> bool:
+        return False
+
     def cost(self, p: ConvProblem) -> float:
         """Of the elementwise products, for problems with one channel per group."""
         geometry, size = self.geometry, costs.scale(p)

@@ -14,7 +14,7 @@ from numpy.lib.stride_tricks import as_strided
 
 from ..problem import ConvProblem
 from . import costs, limits
-from .arrays import Array, Scratch, accumulator, is_finite, slices
+from .arrays import Array, Scratch, accumulator, slices
 from .blocking import parts, share
 from .geometry import Block, Call
 from .taps import Taps
@@ -85,6 +85,9 @@ class Toeplitz:
         if self.whole:
             return "short rows: each sample is a line of one product with a banded matrix"
         return "few channels per group, or many taps: banded matrices use each window for several outputs"
+
+    def multiplies_zeros(self, p: ConvProblem) -> bool:
+        return True
 
     def cost(self, p: ConvProblem) -> float:
         size, per_step = costs.scale(p), outputs_per_step(p)
@@ -169,7 +172,7 @@ class Toeplitz:
                 np.add(sums, into, out=sums)
             elif taps.stop < p.K:
                 into = scratch.take("product", *sums.shape)
-        if not is_finite(sums):
+        if call.is_spoilt(sums):
             self.safe.compute_outputs(call, block._replace(start=low, stop=high), scratch)
             return
         if self.whole:

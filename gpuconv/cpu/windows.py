@@ -15,7 +15,7 @@ import numpy as np
 
 from ..problem import ConvProblem
 from . import costs, limits
-from .arrays import Scratch, accumulator, is_finite, slices, strided
+from .arrays import Scratch, accumulator, slices, strided
 from .blocking import parts, share
 from .geometry import Block, Call
 from .taps import Taps
@@ -78,6 +78,9 @@ class Windows:
 
     @property
     def concurrent(self) -> bool:
+        return True
+
+    def multiplies_zeros(self, p: ConvProblem) -> bool:
         return True
 
     def cost(self, p: ConvProblem) -> float:
@@ -162,7 +165,7 @@ class Windows:
                 (*sums.strides[:2], step * tile * per_step * size, size),
             )
             np.matmul(windows, band[:, 0], out=outputs)
-        if not is_finite(sums):
+        if call.is_spoilt(sums):
             self.safe.compute_outputs(call, block._replace(start=begin, stop=end), scratch)
             return
         call.add_bias(block, sums)
