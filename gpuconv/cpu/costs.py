@@ -15,9 +15,11 @@ CALL = 2_000.0
 BLOCK = 25_000.0
 
 # A run of NumPy's inner loop, of one that copies, and its elements (4 bytes, operands in the cache): a copy, one with a
-# stride, one that transposes, one to the diagonals of a band, an addition or a product.
+# stride, one that transposes, one to the diagonals of a band, an addition or a product. FAR_ROW is what a run costs
+# beyond that where its neighbours belong to another sample, each in a page of its own.
 ROW = 14.0
 COPY_ROW = 5.0
+FAR_ROW = 8.0
 COPY = 0.1
 STRIDED_COPY = 0.6
 TRANSPOSING_COPY = 0.8
@@ -40,7 +42,7 @@ MEETING = 15_000.0
 
 # A form that leaves the threads to BLAS computes the rest on one, and waits for the slower thread after each product.
 LARGE_PRODUCT = 1.15
-SERIAL = 2.0
+SERIAL = 1.6
 
 
 def scale(p: ConvProblem) -> float:

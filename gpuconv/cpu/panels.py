@@ -53,8 +53,8 @@ class Panels:
         row = p.N * Q if merged else Q  # the columns that lie next to each other
         tile_rows = min(M * R, limits.SMALL_TILE)
         # Where one product takes all rows, each part of a panel is read once, wherever it lies.
-        deepest = min(limits.SMALL_DEPTH, small // limits.SMALL_TILE**2) if tile_rows < M * R else small // 1024
-        deepest = max(1, min(deepest, small // (tile_rows * limits.SMALL_TILE)))
+        deepest = small // max(tile_rows * min(row, limits.SMALL_TILE), min(row * tile_rows, 1024))
+        deepest = max(1, min(deepest, limits.LARGE_DEPTH if tile_rows == M * R else limits.SMALL_DEPTH))
         taps = min(J, deepest)
         channels = min(p.C_in_g, deepest // taps)
         channels = -(-p.C_in_g // -(-p.C_in_g // channels))
@@ -164,11 +164,13 @@ class Panels:
         passes = -(-p.C_in_g // self.channels) * -(-J // self.taps)
         depth, rows = p.C_in_g * J, p.C_out_g * R
         columns = p.N * p.groups * Q
-        run = Q if self.merged else min(blocking.tile, Q)
+        run = run_of_sample = Q if self.merged else min(blocking.tile, Q)
         if run == 1:  # NumPy then copies along another axis
             run = max(8, J)
         copy = costs.COPY if geometry.stride == 1 else costs.STRIDED_COPY
         panel = reread * costs.copies(columns * depth / run, run, copy * size)
+        if self.merged and p.C_in * p.L_in * p.itemsize > 4096:
+            panel += reread * costs.FAR_ROW * columns * depth / run_of_sample
         elements = columns * rows
         # The product itself, the check that it is finite, and the additions of the passes behind the first.
         each = costs.ELEMENTWISE * (1 + 2 * (passes - 1)) * size
