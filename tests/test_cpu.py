@@ -420,6 +420,47 @@ def test_a_non_finite_weight_does_not_meet_the_padding(problem: ConvProblem, val
         np.testing.assert_array_equal(np.isfinite(y), ~hit)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64", "complex64"])
+@pytest.mark.parametrize(
+    "problem",
+    [
+        conv1d(2, 1, 2, 300, 200, 1, 120, 90, has_bias=True),
+        conv1d(1, 6, 6, 900, 130, 2, 64, 64, 1, 3),
+        conv_transpose1d(2, 1, 1, 400, 300, 1, 5, 0, 2, has_bias=True),
+    ],
+    ids=str,
+)
+def test_non_finite_values_with_a_long_kernel(problem: ConvProblem, dtype: str) -> None:
+    p = with_dtype(problem, dtype)
+    assert choice.plan(p).separate == (dtype != "complex64")
+    rng = random.Random(f"{p}")
+    for index in range(8):
+        x, w, b = arrays(p, index, integers=index % 2 == 0)  # some products of zeros and infinities
+        put_non_finite([x, w] if b is None else [x, w, b], rng)
+        assert_within_bound(p, convolve(p, x, w, b), x, w, b)
+    x, w, b = arrays(p)
+    x[...] = np.inf
+    w[...] = abs(w)
+    assert_within_bound(p, convolve(p, x, w, b), x, w, b)
+
+
+def test_taps_in_the_padding_are_left_out() -> None:
+    for p, K in (
+        (conv1d(2, 3, 4, 5, 40, 1, 20, 19, has_bias=True), 9),
+        (conv1d(1, 2, 2, 7, 9, 2, 18, 0, 3), 3),
+        (conv_transpose1d(2, 3, 4, 5, 40, 1, 20, 19, has_bias=True), 9),
+    ):
+        assert choice.candidates(p)[0][0].K == K, p
+        x, w, b = arrays(p)
+        w[..., 0] = np.nan  # of a tap that no output needs
+        assert_within_bound(p, convolve(p, x, w, b), x, w, b)
+        assert np.isfinite(convolve(p, x, w, b)).all()
+    p = conv1d(2, 3, 4, 1, 2, 1, 1, 2, 3, has_bias=True)  # L_out is 1, and its taps read -1 and 2
+    x, w, b = arrays(p)
+    assert cpu.method(p).name == "bias"
+    assert_within_bound(p, convolve(p, x, w, b), x, w, b)
+
+
 def test_a_sum_of_zero_is_positive() -> None:
     for p in [
         *ALL,

@@ -32,24 +32,60 @@ CLIFFS: list[tuple[ConvProblem, int]] = [
     (conv1d(8, 128, 128, 200, 3, 1, 1, 1, 1, 32), 800),
     (conv_transpose1d(4096, 16, 16, 8, 3, 1, 1, 1), 800),
     (conv_transpose1d(8, 64, 32, 200, 4, 3, 0, 0, 2), 800),
-    (conv_transpose1d(8, 128, 64, 512, 3, 2, 1, 1, 1, 1, 1), 2000),
+    (conv_transpose1d(8, 128, 64, 512, 3, 2, 1, 1, 1, 1, 1), 2500),
     (conv1d(8, 256, 256, 4000, 5, 4, 2, 2, 1, 256), 5000),
     (conv1d(8, 64, 64, 1000, 3, 1, 1, 1, 1, 8), 800),
     (conv1d(8, 128, 128, 1000, 3, 1, 1, 1, 1, 32), 1200),
-    (conv1d(8, 256, 256, 500, 3, 1, 1, 1, 1, 2), 2000),
-    (conv1d(1, 1, 1, 131_072, 65_400), 12000),
-    (conv1d(1, 1, 1, 131_072, 65_536), 12000),
-    (conv1d(1, 1, 1, 65_600, 32_800, dtype="float64"), 8000),
+    (conv1d(8, 256, 256, 500, 3, 1, 1, 1, 1, 2), 6000),
+    (conv1d(1, 1, 1, 131_072, 65_400), 60_000),
+    (conv1d(1, 1, 1, 131_072, 65_536), 60_000),
+    (conv1d(1, 1, 1, 65_600, 32_800, dtype="float64"), 35_000),
     (conv1d(1, 1, 1, 2**20, 2**20), 40_000),
     (conv1d(1, 1, 1, 2**20 + 1, 2**20 + 1), 40000),
-    (conv1d(4, 256, 256, 1000, 1, dtype="float64"), 2000),
+    (conv1d(4, 256, 256, 1000, 1, dtype="float64"), 3000),
     (conv1d(8, 256, 256, 2000, 3, 1, 1, 1, 1, 256, dtype="bfloat16"), 8000),
     (conv1d(1, 5, 1, 400_500, 400_000, 10), 80000),
     (conv_transpose1d(1, 1, 1, 10, 20_001, 1, 0, 0, 17), 2000),
     (conv_transpose1d(1, 1, 1, 200, 96_000), 2000),
     (conv_transpose1d(300, 1536, 1024, 5, 3, 1, 0, 0, 1, 512), 5000),
     (conv1d(20_000, 16, 1, 6, 2), 2000),
+    (conv1d(512, 64, 64, 8, 3, 1, 1, 1, 1, 64), 1000),
+    (conv1d(1, 512, 512, 938, 7, 1, 3, 3, 1, 512), 1000),
+    (conv1d(1, 512, 1024, 4, 2000, 1, 999, 999), 4000),
 ]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf], ids=str)
+@pytest.mark.parametrize(
+    "p",
+    [
+        conv1d(1, 1, 1, 16_384, 8192),
+        conv1d(1, 1, 2, 5000, 4000, 1, 1999, 2000),
+        conv_transpose1d(1, 1, 1, 200, 9600),
+    ],
+    ids=str,
+)
+def test_what_is_not_finite_costs_no_step_a_tap(p: ConvProblem, value: float) -> None:
+    plan, call = choice.plan(p), call_of(p)
+
+    def run() -> int:
+        steps = 0
+
+        def count(*_: object) -> None:
+            nonlocal steps
+            steps += 1
+
+        sys.setprofile(count)
+        try:
+            plan._replace(workers=1).run(call)
+        finally:
+            sys.setprofile(None)
+        return steps
+
+    finite = run()
+    call.x[..., p.L_in // 3] = value
+    call.w[..., 0] = value
+    assert run() <= 5 * finite + 1000
 
 
 def call_of(p: ConvProblem) -> Call:

@@ -38,6 +38,9 @@ LARGE_DEPTH = 16 * 1024
 # The depth of a banded matrix.
 BAND_DEPTH = 4096
 
+# Windows that are worth filling a band for.
+WORTH_A_BAND = 1024
+
 # Windows of a banded matrix that one product reads in place, at least; fewer are copied.
 WINDOWS_OF_A_SET = 8
 

@@ -72,7 +72,9 @@ class Toeplitz:
         groups = max(1, min(p.groups, budget // (unit * windows * samples), budget // (window * outputs)))
         if concurrent:
             per_row = -(-(last - first) // tile)
-            groups, samples, windows = share(parts(p), (p.groups, groups), (p.N, samples), (per_row, windows))
+            groups, samples, fewer = share(parts(p), (p.groups, groups), (p.N, samples), (per_row, windows))
+            # The bands of many taps are filled again for each block.
+            windows = fewer if taps == p.K else max(fewer, min(windows, limits.WORTH_A_BAND))
         lines = min(lines, samples * windows) if concurrent else samples * windows
         return cls(Taps.of(p), samples, groups, windows, lines, tile, taps, whole, concurrent)
 
