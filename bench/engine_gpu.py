@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gpuconv import dispatch, runtime
-from gpuconv.families import GradientLayout, Layout
+from gpuconv.families import Layout
 from gpuconv.problem import ConvProblem, WeightGradientProblem, numpy_dtype
 
 from . import peers
@@ -85,8 +85,6 @@ class GpuEngine:
         return float(1e3 * self.cupy.cuda.get_elapsed_time(self._start, self._stop))
 
     def family(self, problem: ConvProblem | WeightGradientProblem) -> str:
-        if isinstance(problem, WeightGradientProblem):
-            return dispatch.choose_gradient(problem, GradientLayout.contiguous(problem), self.device).family
         choice = dispatch.choose(problem, Layout.contiguous(problem), self.device)
         return "none" if choice is None else choice.family
 

@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 import gpuconv
-from gpuconv import calls, runtime
+from gpuconv import calls, memory, runtime
 from gpuconv.gpus import missing_gpu
 from gpuconv.problem import ConvProblem
 
@@ -65,7 +65,7 @@ def look_up_parts(x: Any, w: Any, b: Any, out: Any) -> dict[str, Callable[[], ob
 
     def key() -> tuple[Any, ...]:
         identities = (calls._identity(array) for array in (x, w, b, None))
-        return ("conv1d", calls._as_key(settings), *identities)
+        return ("conv1d", None, calls._as_key(settings), *identities)
 
     stored = {key(): None}
     made = key()
@@ -73,7 +73,7 @@ def look_up_parts(x: Any, w: Any, b: Any, out: Any) -> dict[str, Callable[[], ob
         "device of the call": cupy.cuda.runtime.getDevice,
         "key": key,
         "plan look-up": lambda: stored.get(made),
-        "overlap check of out=": lambda: calls.check_overlap("conv1d", out, {"input": x, "weight": w, "bias": b}),
+        "overlap check of out=": lambda: memory.check_overlap("conv1d", out, {"input": x, "weight": w, "bias": b}),
         "validation (first call only)": lambda: ConvProblem.conv1d(x, w, b, *settings),
     }
 
@@ -85,12 +85,10 @@ def call_with_out(x: Any, w: Any, b: Any, out: Any) -> Callable[[], object]:
 # -- without a GPU ----------------------------------------------------------------------------------------------------
 
 
-class _IdlePlan:
-    """A plan that launches nothing."""
+class _IdleExecutor:
+    """An executor that launches nothing."""
 
-    output_shape = PROBLEM.output_shape
-
-    def __call__(self, *_: Any) -> None:
+    def __call__(self, *_: Any, **__: Any) -> None:
         pass
 
 
@@ -113,8 +111,8 @@ def stand_ins() -> Iterator[tuple[Any, Any, Any, Any]]:
     )
     with (
         mock.patch.object(cupy.cuda.runtime, "getDevice", return_value=0),
-        mock.patch.object(runtime, "make_plan", return_value=_IdlePlan()),
-        mock.patch.object(calls, "_PLANS", {}),
+        mock.patch.object(runtime, "make_executor", return_value=_IdleExecutor()),
+        mock.patch.object(calls, "_EXECUTORS", {}),
     ):
         yield arrays
 
@@ -145,7 +143,7 @@ def measure_on_gpu() -> dict[str, float]:
     )
     out = cupy.empty(PROBLEM.output_shape, np.float32)
     settle = cupy.cuda.Device().synchronize
-    plan = runtime.make_plan(PROBLEM, x, w, b, out)
+    plan = runtime.make_executor(PROBLEM, ("input", "weight", "bias"), (x, w, b), out)
     work: dict[str, Callable[[], object]] = {
         "functional call": lambda: gpuconv.conv1d(x, w, b, 1, PROBLEM.padding),
         "functional call with out=": call_with_out(x, w, b, out),

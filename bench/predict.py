@@ -9,8 +9,9 @@ import math
 from dataclasses import dataclass
 
 from gpuconv.device import Device
-from gpuconv.dispatch import Choice, GradientChoice
+from gpuconv.dispatch import Choice
 from gpuconv.families import Launch
+from gpuconv.families.base import PACKED, PARTIAL
 from gpuconv.problem import ConvProblem, WeightGradientProblem
 
 from .rates import DRAM_EFFICIENCY, ISSUE_SLOTS_PER_SM, Rates, rates_of
@@ -54,23 +55,22 @@ def predict(problem: ConvProblem, choice: Choice, report: KernelReport, device: 
     Raises:
         ValueError: not even one block fits a multiprocessor, or the architecture's rates are unknown.
     """
-    more_us = _pass_us(choice.pack.num_bytes, device) if choice.pack else 0.0
+    packed = choice.plan.scratch_bytes(PACKED)
+    more_us = _pass_us(packed, device) if packed else 0.0
     return _predict(problem, choice, report, device, _work(problem, choice.launch, report), more_us)
 
 
 def predict_gradient(
-    problem: WeightGradientProblem, choice: GradientChoice, report: KernelReport, device: Device
+    problem: WeightGradientProblem, choice: Choice, report: KernelReport, device: Device
 ) -> Prediction:
     """`predict` for the gradient of weights: the sums of the slices are written, and read by a second kernel."""
-    loop = report.loop
+    loop, partial = report.loop, choice.plan.scratch_bytes(PARTIAL)
     products = 3 if dict(choice.config.macros).get("IS_SPLIT") == "1" else 1  # of a multiply-add
     fma = products * problem.flops() / 2 * _gradient_waste(choice)
     passes = fma / loop.fma
     serial = passes * (_load_latency(loop.wavefronts) + FMA_LATENCY_CYCLES * loop.chain)
-    work = _Work(
-        fma, passes * loop.instructions, passes * loop.wavefronts, serial, problem.bytes() + choice.partial_bytes
-    )
-    more_us = _pass_us(choice.partial_bytes, device) if choice.sum else 0.0
+    work = _Work(fma, passes * loop.instructions, passes * loop.wavefronts, serial, problem.bytes() + partial)
+    more_us = _pass_us(partial, device) if partial else 0.0
     return _predict(problem, choice, report, device, work, more_us)
 
 
@@ -81,7 +81,7 @@ def _pass_us(num_bytes: int, device: Device) -> float:
 
 def _predict(
     problem: ConvProblem | WeightGradientProblem,
-    choice: Choice | GradientChoice,
+    choice: Choice,
     report: KernelReport,
     device: Device,
     work: _Work,
@@ -202,7 +202,7 @@ def _tile_waste(problem: ConvProblem, launch: Launch, report: KernelReport) -> f
     return max(1.0, covered / (problem.N * problem.C_out * problem.L_out))
 
 
-def _gradient_waste(choice: GradientChoice) -> float:
+def _gradient_waste(choice: Choice) -> float:
     """Sums that the threads of a weight gradient hold over sums that there are."""
     macros, params = dict(choice.config.macros), dict(choice.launch.params)
     if "BLOCK_M" in macros:
@@ -211,7 +211,8 @@ def _gradient_waste(choice: GradientChoice) -> float:
         held = choice.launch.grid * choice.launch.block * int(macros["THREAD_K"])
     else:
         return 1.0
-    return held / (choice.slices.count * params["C_coarse"] * params["C_fine_g"] * params["K"])
+    slices = -(-params["N"] // params["slice_samples"]) * params["slice_pieces"]
+    return held / (slices * params["C_coarse"] * params["C_fine_g"] * params["K"])
 
 
 def _taps_per_pass(problem: ConvProblem, report: KernelReport) -> int | None:

@@ -21,7 +21,7 @@ from typing import Any
 
 from gpuconv import cases, dispatch, functional, grad, reference, runtime
 from gpuconv.device import Device
-from gpuconv.families import GradientLayout, Layout
+from gpuconv.families import Layout
 from gpuconv.problem import BiasGradientProblem, ConvProblem, WeightGradientProblem
 
 from . import records
@@ -53,7 +53,7 @@ def selection(device: Device, max_flops: int = 200_000_000, families: str = "") 
         choice = dispatch.choose(problem, Layout.contiguous(problem), device)
         if choice is None or problem.flops() > max_flops or not re.search(families, choice.family):
             continue
-        key = (choice.config, choice.pack is not None)
+        key = tuple(step.config.kernel for step in choice.plan.steps), choice.config
         if key not in smallest or problem.flops() < smallest[key][1].flops():
             smallest[key] = (layer.name, problem)
     yield from smallest.values()
@@ -63,14 +63,14 @@ def gradient_selection(
     device: Device, max_flops: int = 200_000_000, families: str = ""
 ) -> Iterator[tuple[str, ConvProblem]]:
     """The same for the kernels of weight gradients."""
-    smallest: dict[object, tuple[str, ConvProblem]] = {}
+    smallest: dict[tuple[object, ...], tuple[str, ConvProblem]] = {}
     for (dtype, precision), positions, layer in itertools.product(MODES, LENGTHS, load()):
         problem = replace(shrunk(layer.problem(dtype), positions), precision=precision)
         gradient = WeightGradientProblem.of(problem)
-        choice = dispatch.choose_gradient(gradient, GradientLayout.contiguous(gradient), device)
-        if problem.flops() > max_flops or not re.search(families, choice.family):
+        choice = dispatch.choose(gradient, Layout.contiguous(gradient), device)
+        if choice is None or problem.flops() > max_flops or not re.search(families, choice.family):
             continue
-        key = (choice.config, choice.sum is not None)
+        key = tuple(step.config.kernel for step in choice.plan.steps), choice.config
         if key not in smallest or problem.flops() < smallest[key][1].flops():
             smallest[key] = (layer.name, problem)
     yield from smallest.values()

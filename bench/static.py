@@ -27,7 +27,7 @@ from rich.table import Table
 
 from gpuconv import dispatch
 from gpuconv.device import ARCHITECTURES, Device
-from gpuconv.families import FAMILIES, Config, GradientLayout, Layout
+from gpuconv.families import Config, Layout
 from gpuconv.problem import ConvProblem, WeightGradientProblem
 
 from .directions import DIRECTIONS, Direction, directions_of, of_forward, prediction_key
@@ -59,7 +59,7 @@ class Planned:
     layer: Layer
     mode: Mode
     direction: Direction
-    choice: dispatch.Choice | dispatch.GradientChoice
+    choice: dispatch.Choice
 
 
 def plan(
@@ -77,21 +77,16 @@ def plan(
     return planned
 
 
-def choose(
-    problem: ConvProblem | WeightGradientProblem, device: Device
-) -> dispatch.Choice | dispatch.GradientChoice | None:
+def choose(problem: ConvProblem | WeightGradientProblem, device: Device) -> dispatch.Choice | None:
     """What dispatch chooses for contiguous arrays."""
-    if isinstance(problem, WeightGradientProblem):
-        return dispatch.choose_gradient(problem, GradientLayout.contiguous(problem), device)
     return dispatch.choose(problem, Layout.contiguous(problem), device)
 
 
 def base_choice(problem: ConvProblem, device: Device) -> dispatch.Choice:
     """What the family of last resort would run, whatever dispatch prefers."""
-    layout = Layout.contiguous(problem)
-    family = [family for family in FAMILIES if family.op == problem.op][-1]
-    config, launch = family.configure(problem, layout, device)
-    return dispatch.Choice(family.name, config, launch, ())
+    choice = dispatch.choose(problem, Layout.contiguous(problem), device, "base")
+    assert choice is not None
+    return choice
 
 
 def compile_all(configs: Iterable[Config], arch: str, console: Console) -> dict[Config, KernelReport]:
@@ -225,10 +220,8 @@ def prediction_rows(planned: Sequence[Planned], reports: Mapping[Config, KernelR
     for p in planned:
         problem, kernel = of_forward(p.mode.problem(p.layer), p.direction), reports[p.choice.config]
         if isinstance(problem, WeightGradientProblem):
-            assert isinstance(p.choice, dispatch.GradientChoice)
             prediction = predict_gradient(problem, p.choice, kernel, device)
         else:
-            assert isinstance(p.choice, dispatch.Choice)
             prediction = predict(problem, p.choice, kernel, device)
         rows.append(Row(p.layer.name, prediction_key(p.mode.name, p.direction), p.choice.family, prediction))
     return rows
@@ -320,7 +313,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not planned:
         parser.error(f"no layer matches {args.filter!r} in these modes")
     try:
-        launches = dict(launch for p in planned for launch in p.choice.kernels)
+        launches = {step.config: step.launch for p in planned for step in p.choice.plan.steps}
         reports = compile_all(launches, args.arch, console)
     except ToolMissingError as error:
         console.print(f"[red]{error}[/red]")

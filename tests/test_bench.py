@@ -51,7 +51,7 @@ from bench.results import Measurement, Outcome, RunResult, Timing, Unmeasured
 from bench.schedule import Budget, by_information, quick
 from gpuconv import cases, cpu, dispatch, reference
 from gpuconv.device import Device
-from gpuconv.families import GradientLayout, Layout
+from gpuconv.families import Layout
 from gpuconv.problem import ConvProblem, WeightGradientProblem
 from tests.hostcuda import fake_cupy
 
@@ -1152,7 +1152,7 @@ def test_sanitizer_runs_gradient_kernels() -> None:
     device = Device.from_arch("sm_90")
     whole = list(sanitize.gradient_selection(device))
     gradients = [WeightGradientProblem.of(problem) for _, problem in whole]
-    chosen = {dispatch.choose_gradient(p, GradientLayout.contiguous(p), device).family for p in gradients}
+    chosen = {dispatch.choose(p, Layout.contiguous(p), device).family for p in gradients}
     assert chosen >= {"weight_gradient_pairs", "weight_gradient_tiled", "weight_gradient_direct"}
     small = list(sanitize.gradient_selection(device, max_flops=300_000))
     assert len(small) >= 4
