@@ -66,6 +66,17 @@ def strided(array: Array, offset: int, shape: tuple[int, ...], strides: tuple[in
     return view
 
 
+def copy_padded(source: Array, low: int, high: int, out: Array) -> None:
+    """Copy the positions from low to high of the last axis into `out`, zeros where there are none."""
+    first = min(max(low, 0), high)
+    last = max(min(high, source.shape[-1]), first)
+    if low < first:
+        out[..., : first - low] = 0
+    out[..., first - low : last - low] = source[..., first:last]
+    if last < high:
+        out[..., last - low :] = 0
+
+
 def is_finite(block: Array) -> bool:
     return bool(np.isfinite(block).all())
 

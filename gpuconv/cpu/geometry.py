@@ -16,7 +16,7 @@ from numpy.lib.stride_tricks import as_strided
 
 from ..problem import ConvProblem
 from . import limits
-from .arrays import Array, Scratch, accumulator, is_direct, is_finite
+from .arrays import Array, Scratch, accumulator, copy_padded, is_direct, is_finite
 
 
 class Geometry(NamedTuple):
@@ -172,13 +172,7 @@ class Call:
         if self.x_direct and low >= 0 and high <= L:
             return x if high - low == L else x[..., low:high]
         staged = scratch.take("input", *x.shape[:3], high - low)
-        first = min(max(low, 0), high)
-        last = max(min(high, L), first)
-        if low < first:
-            staged[..., : first - low] = 0
-        staged[..., first - low : last - low] = x[..., first:last]
-        if last < high:
-            staged[..., last - low :] = 0
+        copy_padded(x, low, high, staged)
         return staged
 
     def store(self, geometry: Geometry, block: Block, sums: Array) -> None:
