@@ -1,7 +1,8 @@
 """taps: one product ``weight[:, :, k] * input[:, shifted]`` per tap, summed.
 
 Padding is left out rather than multiplied by, so this form serves every problem and every value: others fall back on it
-where a sum is not finite. It is chosen where a group has one input channel: there the product is elementwise.
+where a sum is not finite, which alone keeps it. It is chosen where a group has one input channel, mostly with a stride
+or a dilation longer than the windows of the other forms: there the product is elementwise.
 """
 
 from __future__ import annotations

@@ -2,6 +2,9 @@
 
 A row is cut into windows, each of which makes a tile of outputs. Where one window holds a whole short row, the samples
 are the rows of one product, and neither input nor output is copied. The band of many taps is cut.
+
+It stays for short rows, groups of few channels and long kernels: those for which it is chosen take 1.7 times as long in
+the next best form, the geometric mean over the benchmark layers, and up to 12 times.
 """
 
 from __future__ import annotations
