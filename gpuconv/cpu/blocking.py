@@ -98,13 +98,18 @@ def tiled(matrix: Array, tile: int) -> Array:
     return tiles
 
 
-def parts(p: ConvProblem) -> int:
-    """Into how many blocks at least to cut a problem that several threads share: a power of two, to share evenly."""
+def parts(p: ConvProblem, overhead: float = 0.0) -> int:
+    """Into how many blocks at least to cut a problem that several threads share: a power of two, to share evenly.
+
+    `overhead` is the interpreter's time for a block in nanoseconds, in which no other thread can use it.
+    """
     multiply_adds = p.flops() // 2
     # The product, the panel that is copied for it, and what is done to each output.
     work = multiply_adds * (2 * costs.FLOP + costs.COPY / p.C_out_g) + p.N * p.C_out * p.L_out
-    wanted = min(limits.MAX_WORKERS, int(work * costs.scale(p) / limits.WORTH_A_BLOCK))
-    return 1 << max(0, wanted.bit_length() - 1)
+    least = max(limits.WORTH_A_BLOCK, 8 * overhead)
+    wanted = min(limits.MAX_WORKERS, int(work * costs.scale(p) / least))
+    # Two blocks may be smaller: otherwise the second thread has nothing to do.
+    return 1 << wanted.bit_length() - 1 if wanted > 1 else 1 + (work * costs.scale(p) > least)
 
 
 def share(wanted: int, *blocks: tuple[int, int]) -> list[int]:

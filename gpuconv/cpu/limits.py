@@ -60,7 +60,7 @@ WORTH_THREADS = 400_000
 MAX_WORKERS = 16
 
 # Nanoseconds of work that are worth the interpreter's time for a block, some 50 us.
-WORTH_A_BLOCK = 300_000
+WORTH_A_BLOCK = 600_000
 
 # OpenBLAS computes a product of at most this many multiply-adds on the calling thread (interface/gemm.c); of real data
 # with AVX-512 larger ones too, without packing the operands (sgemm_small_kernel_permit_skylakex.c). Only such products

@@ -66,17 +66,21 @@ class Panels:
         widest = small // (tile_rows * depth)
         if M * R > limits.SMALL_TILE:
             widest = min(widest, limits.SMALL_TILE * limits.SMALL_DEPTH // depth)
-        tile = min(row, max(limits.SMALL_TILE // 2, min(widest, 1024) // 32 * 32))
+        tile = min(row, max(limits.SMALL_TILE // 2, min(widest, 4096 if tile_rows <= 2 else 1024) // 32 * 32))
         rows = min(M, max(1, 512 // R))
         columns = max(1, min(limits.CONCURRENT_BUFFER // size // depth, limits.SUMS // size // (rows * R)))
         samples, groups, length = 1, 1, Q
+        passes = -(-p.C_in_g // channels) * -(-J // taps)
+        wanted = parts(p, _overhead(passes))
         if merged:
             columns = max(columns, Q)
             samples = min(p.N, max(1, min(max(tile, columns // p.groups), columns) // Q))
+            while -(-p.N // samples) * p.groups * -(-M // rows) < wanted and rows * R >= 8 * limits.SMALL_TILE:
+                rows = -(-rows // 2)
         else:
             tiles = max(1, min(-(-Q // tile), columns // tile))
             # Some blocks for each of several threads, if need be smaller ones.
-            while p.N * p.groups * -(-Q // (tiles * tile)) * -(-M // rows) < parts(p):
+            while p.N * p.groups * -(-Q // (tiles * tile)) * -(-M // rows) < wanted:
                 if tiles > 1 and (tiles * tile > 256 or rows * R < 4 * limits.SMALL_TILE):
                     tiles = -(-tiles // 2)
                 elif rows * R >= 4 * limits.SMALL_TILE:
@@ -85,7 +89,7 @@ class Panels:
                     break
             length = min(Q, tiles * tile)
         if length == Q and rows == M:
-            most = max(1, p.N * p.groups // parts(p))
+            most = max(1, p.N * p.groups // wanted)
             groups = max(1, min(p.groups, columns // (Q * samples), most))
             if groups == p.groups and not merged:
                 samples = max(1, min(p.N, columns // (Q * groups), most // groups))
@@ -190,7 +194,7 @@ class Panels:
         tile_rows = min(blocking.tile_rows, rows)
         count = columns / tile * -(-rows // tile_rows) * passes
         product = costs.products(p, count, tile_rows, depth / passes, tile, self.concurrent)
-        calls = blocks * (costs.BLOCK + passes * 3.5 * costs.CALL)
+        calls = blocks * _overhead(passes)
         return product + costs.serial(self.concurrent, product, panel + each * elements + packing + calls)
 
     @property
@@ -389,3 +393,8 @@ class Panels:
                 if first < last:
                     panel[:, :, index, :, j, first - begin : last - begin] = x[..., read]
                 panel[:, :, index, :, j, last - begin :] = 0
+
+
+def _overhead(passes: int) -> float:
+    """The interpreter's time for a block, in nanoseconds."""
+    return costs.BLOCK + passes * 3.5 * costs.CALL

@@ -40,16 +40,18 @@ class ShiftAdd:
             return None
         reach = (geometry.tap_groups - 1) * abs(geometry.dilation)
         tile = limits.small_product(p.is_complex) // (p.C_out_g * per_row) // 16 * 16
-        concurrent = tile >= 64
-        # A block reads `span` input positions, staged at worst, and computes the product of some rows there.
-        staged, product = (limits.CONCURRENT_BUFFER if concurrent else limits.BUFFER) // size, limits.SUMS // size
-        span = min(staged // p.C_in_g, product // p.K)
-        length = min(last - first, (span - reach - 1) // geometry.stride + 1)
-        if length < min(last - first, 4 * reach // geometry.stride + 1):
+        # A block reads `span` input positions, staged at worst, and computes the product of some rows there: of all of
+        # them where several threads share the blocks.
+        for concurrent in [True, False] if tile >= 64 else [False]:
+            staged, product = (limits.CONCURRENT_BUFFER if concurrent else limits.BUFFER) // size, limits.SUMS // size
+            span = min(staged // p.C_in_g, product // (p.K * p.C_out_g if concurrent else p.K))
+            length = min(last - first, (span - reach - 1) // geometry.stride + 1)
+            if length >= min(last - first, 4 * reach // geometry.stride + 1):
+                break
+        else:
             return None
         span = (length - 1) * geometry.stride + reach + 1
         rows = max(1, min(p.C_out_g, product // (p.K * span)))
-        concurrent = concurrent and rows == p.C_out_g
         samples = groups = 1
         if rows == p.C_out_g and length == last - first:
             fitting = max(1, min(product // (rows * p.K * span), staged // (p.C_in_g * span)))
