@@ -211,7 +211,11 @@ def useful_taps(p: ConvProblem) -> slice:
     reach, behind = (p.L_in, p.L_out) if p.transposed else (p.L_out, p.L_in)
     # The others lie in the padding for all outputs, or make outputs that are cut away.
     first = max(0, -(((reach - 1) * p.stride - left) // d))
-    return slice(min(first, left // d), max(min(p.K, -(-(behind + left) // d)), p.K - right // d))
+    last = min(p.K, -(-(behind + left) // d))
+    if first >= last:
+        return slice(0, 0)
+    # What is cut off each side may not be more than the padding there.
+    return slice(min(first, left // d), max(last, p.K - right // d))
 
 
 def with_taps(p: ConvProblem, taps: slice) -> ConvProblem:
