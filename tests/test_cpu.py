@@ -455,6 +455,10 @@ def test_taps_in_the_padding_are_left_out() -> None:
         w[..., 0] = np.nan  # of a tap that no output needs
         assert_within_bound(p, convolve(p, x, w, b), x, w, b)
         assert np.isfinite(convolve(p, x, w, b)).all()
+    for p in (conv_transpose1d(2, 6, 5, 22, 2, 5, 0, 0, 1, 1, 3), conv_transpose1d(2, 4, 5, 20, 3, 2, 0, 0, 5, 1, 4)):
+        adjoint = p.adjoint()  # which crops its input
+        x, w, _ = arrays(adjoint)
+        assert_within_bound(adjoint, convolve(adjoint, x, w, None), x, w, None)
     p = conv1d(2, 3, 4, 1, 2, 1, 1, 2, 3, has_bias=True)  # L_out is 1, and its taps read -1 and 2
     x, w, b = arrays(p)
     assert cpu.method(p).name == "bias"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import random
+import subprocess
 import sys
 import threading
 import time
@@ -14,7 +16,7 @@ import pytest
 
 from gpuconv import conv1d as public_conv1d
 from gpuconv import cpu
-from gpuconv.cpu import choice, threads
+from gpuconv.cpu import choice, limits, threads
 from gpuconv.cpu.geometry import Call
 from gpuconv.problem import ConvProblem, numpy_dtype
 
@@ -202,6 +204,51 @@ def test_an_error_of_a_worker_stops_all_threads(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(MemoryError):
         threads.run_blocks(compute, [(index,) for index in range(1000)], 3, np.dtype("float32"), 8)
     assert len(started) <= 9
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
+def test_a_forked_process_starts_helpers_of_its_own() -> None:
+    code = """
+import os
+import numpy as np
+from gpuconv.cpu import threads
+threads.usable_cpus = lambda: 2
+def compute(block, scratch):
+    done.append(block)
+done = []
+threads.run_blocks(compute, [(index,) for index in range(100)], 2, np.dtype("float32"), 8)
+child = os.fork()
+if child == 0:
+    threads.run_blocks(compute, [(index,) for index in range(100)], 2, np.dtype("float32"), 8)
+    os._exit(0 if len(done) == 200 else 1)
+assert os.waitpid(child, 0)[1] == 0
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=60)
+
+
+def test_a_call_does_not_wait_for_helpers_that_others_keep_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "usable_cpus", lambda: limits.MAX_WORKERS)
+    release, busy = threading.Event(), threading.Event()
+    started = threading.Barrier(limits.MAX_WORKERS, busy.set)
+
+    def keep_busy(_: int, __: object) -> None:
+        started.wait(30)
+        release.wait(30)
+
+    def compute(block: int, _: object) -> None:
+        done.append(block)
+
+    done: list[int] = []
+    dtype, blocks = np.dtype("float32"), [(index,) for index in range(limits.MAX_WORKERS)]
+    other = threading.Thread(target=threads.run_blocks, args=(keep_busy, blocks, limits.MAX_WORKERS, dtype, 8))
+    other.start()
+    try:
+        assert busy.wait(30)
+        threads.run_blocks(compute, blocks, 4, dtype, 8)
+        assert sorted(done) == [index for (index,) in blocks]
+    finally:
+        release.set()
+        other.join()
 
 
 def test_an_exchange_is_the_same_problem() -> None:

@@ -214,8 +214,8 @@ def useful_taps(p: ConvProblem) -> slice:
     last = min(p.K, -(-(behind + left) // d))
     if first >= last:
         return slice(0, 0)
-    # What is cut off each side may not be more than the padding there.
-    return slice(min(first, left // d), max(last, p.K - right // d))
+    # What is cut off a side may not be more than the padding there, which is negative where the input is cropped.
+    return slice(min(first, max(0, left) // d), max(last, p.K - max(0, right) // d))
 
 
 def with_taps(p: ConvProblem, taps: slice) -> ConvProblem:
