@@ -16,7 +16,7 @@ import numpy.typing as npt
 import pytest
 
 import gpuconv
-from gpuconv import cases, cpu, cpu_gradients, dispatch, reference, runtime
+from gpuconv import cases, cpu, dispatch, reference, runtime
 from gpuconv.cases import FORMATS
 from gpuconv.checks import CHECKS, MAX_TAPS, same_bits
 from gpuconv.device import ARCHITECTURES, Device
@@ -269,7 +269,7 @@ class EveryOtherGradientRoundsUp:
 def test_a_fault_of_a_weight_gradient_is_found(
     fault: Gradient, name: str, checks: set[str], says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cpu_gradients, "weight_gradient", fault)
+    monkeypatch.setattr(cpu.weight_gradient, "compute", fault)
     failures = [f for f in verify("cpu", filter=name, dtypes=["complex64"]).failures if f.case == name]
     assert {failure.check for failure in failures} == checks
     (failure,) = (failure for failure in failures if failure.check == "gradients")
