@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gpuconv import cpu, cpu_gradients
+from gpuconv import cpu
 from gpuconv.problem import ConvProblem, WeightGradientProblem, numpy_dtype
 
 from . import peers
@@ -60,7 +60,7 @@ class CpuEngine:
 
     def family(self, problem: ConvProblem | WeightGradientProblem) -> str:
         if isinstance(problem, WeightGradientProblem):
-            return f"numpy {cpu_gradients.method(problem).name}"
+            return f"numpy {cpu.weight_gradient.method(problem).name}"
         return f"numpy {cpu.method(problem).name}"
 
     def estimate_seconds(self, case: Case, repeats: int) -> float:
