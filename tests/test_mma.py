@@ -22,7 +22,7 @@ from gpuconv.checks import same_bits
 from gpuconv.device import ARCHITECTURES, Device
 from gpuconv.families import ArrayLayout, Config, Family, Layout, mma
 from gpuconv.families.base import contiguous_strides
-from gpuconv.families.mma import Product, Reduction, Tile, Window
+from gpuconv.families.mma import Product, Tile, Window
 from gpuconv.problem import ConvProblem, Op, numpy_dtype
 from tests.plans import FORWARD_FAMILIES, kernel_of, plan_of, refusal_of
 
@@ -193,13 +193,15 @@ def products(draw: st.DrawFn) -> Product:
     tap_step = draw(st.one_of(st.integers(1, 24), st.integers(1, 600)))
     is_backward = column_step == 1 and draw(st.booleans())
     return Product(
+        problem=PROBLEMS["padded"],
         products=1,
         rows=16,
-        samples=1,
         positions=1,
+        first=0,
+        taps=draw(st.integers(1, 48)),
         column_step=column_step,
         tap_step=-tap_step if is_backward else tap_step,
-        reduction=Reduction.of(8, draw(st.integers(1, 48)), mma.ARITHMETICS["float16", "float32"]),
+        phases_in_rows=False,
     )
 
 
@@ -209,7 +211,7 @@ def test_every_tap_of_every_column_reads_its_position(
     product: Product, block_samples: int, block_positions: int
 ) -> None:
     """The kernel's formulas for the row that a tap reads and for the position that a row holds, put together."""
-    window, taps = Window.of(product, block_samples, block_positions), product.reduction.taps
+    window, taps = Window.of(product, block_samples, block_positions), product.taps
     used_rows, sample_rows = window.planes * window.plane_rows, window.sample_rows
     assert window.used_rows == used_rows
     assert used_rows <= taps * block_positions  # never more than one row for each tap and column

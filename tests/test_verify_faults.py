@@ -264,29 +264,29 @@ FAULTS: Mapping[str, Fault] = {
         says=NONFINITE,
     ),
     "conv1d_mma keeps a NaN": Fault(
-        "conv1d_mma", "if (met_special) {", "if (false) {", "conv1d_mma", "whisper_conv1", "float16", says=NONFINITE
+        "conv1d_mma", FALLBACK, NO_FALLBACK, "conv1d_mma", "whisper_conv1", "float16", says=NONFINITE
     ),
     "conv1d_tail keeps a NaN": Fault(
-        "conv1d_tail", "if (!met_nan) return;", "return;", "conv1d_tail", "one_channel", says=NONFINITE
+        "conv1d_tail", FALLBACK, NO_FALLBACK, "conv1d_tail", "one_channel", says=NONFINITE
     ),
     "conv1d_tiled keeps a NaN": Fault(
         "conv1d_tiled",
-        "if (!met_nan) return;",
-        "return;",
+        FALLBACK,
+        NO_FALLBACK,
         "conv1d_tiled",
         "padding_same_strided_even",
         says=NONFINITE,
     ),
     "conv_transpose1d_depthwise keeps a NaN": Fault(
         "conv_transpose1d_depthwise",
-        "if (met_nan) {",
-        "if (false) {",
+        FALLBACK,
+        NO_FALLBACK,
         "conv_transpose1d_depthwise",
         "styletts2_pool",
         says=NONFINITE,
     ),
     "conv1d_stem keeps a NaN": Fault(
-        "conv1d_stem", "if (!met_nan) continue;", "continue;", "conv1d_stem", "padding_exceeds_input", says=NONFINITE
+        "conv1d_stem", FALLBACK, NO_FALLBACK, "conv1d_stem", "padding_exceeds_input", says=NONFINITE
     ),
     # -- arrays that are not contiguous
     "conv1d_direct takes weights for contiguous": Fault(
