@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
+from rich.console import Console
 from rich.table import Table
 
 from .results import Kind, Measurement, RunResult, geometric_mean
@@ -70,9 +71,9 @@ def times(ratio: float | None) -> str:
 
 
 def spread(m: Measurement) -> str:
-    """Half the distance between the 10th and the 90th percentile, relative to the median."""
+    """Half the distance between the 10th and the 90th percentile, relative to the time."""
     timing = None if m.measure is None else m.ours.timing(m.measure)
-    return "" if timing is None else f"{50 * (timing.high_us - timing.low_us) / timing.median_us:.0f} %"
+    return "" if timing is None else f"{50 * (timing.high_us - timing.low_us) / timing.us:.0f} %"
 
 
 def rate(m: Measurement) -> str:
@@ -88,7 +89,7 @@ def flops_rate(teraflops: float) -> str:
 
 def _eager_ratio(m: Measurement) -> float | None:
     ours, peer = m.ours.eager, m.best_peer(kind="eager")
-    return None if ours is None or peer is None or peer.eager is None else peer.eager.median_us / ours.median_us
+    return None if ours is None or peer is None or peer.eager is None else peer.eager.us / ours.us
 
 
 def _other_layout_ratio(m: Measurement) -> float | None:
@@ -96,8 +97,19 @@ def _other_layout_ratio(m: Measurement) -> float | None:
     kind: Kind | None = m.measure
     if kind is None or m.our_us is None:
         return None
-    theirs = [t.median_us for o in m.outcomes[1:] if "channels_last data" in o.subject for t in (o.timing(kind),) if t]
+    theirs = [t.us for o in m.outcomes[1:] if "channels_last data" in o.subject for t in (o.timing(kind),) if t]
     return min(theirs) / m.our_us if theirs else None
+
+
+def groups(measurements: Sequence[Measurement]) -> Iterator[tuple[str, str, list[Measurement]]]:
+    """(mode, kernel family, what was measured of it), and for several families of a mode also "all"."""
+    for mode in dict.fromkeys(m.mode for m in measurements):
+        mine = [m for m in measurements if m.mode == mode and m.our_us is not None]
+        families = sorted({m.family for m in mine})
+        for family in families:
+            yield mode, family, [m for m in mine if m.family == family]
+        if len(families) > 1:
+            yield mode, "all", mine
 
 
 def means_table(measurements: Sequence[Measurement]) -> Table:
@@ -107,25 +119,20 @@ def means_table(measurements: Sequence[Measurement]) -> Table:
     table.add_column("family")
     for name in ("layers", "x best peer", "wins", "floor", "measured/predicted"):
         table.add_column(name, justify="right")
-    modes = list(dict.fromkeys(m.mode for m in measurements))
-    for mode in modes:
-        mine = [m for m in measurements if m.mode == mode and m.our_us is not None]
-        families = sorted({m.family for m in mine})
-        for family in [*families, "all"] if len(families) > 1 else families:
-            group = [m for m in mine if family in (m.family, "all")]
-            ratios = [r for m in group for r in (m.ratio(),) if r is not None]
-            misses = [m.our_us / m.predicted_us for m in group if m.our_us and m.predicted_us]
-            floor = geometric_mean(m.floor_fraction for m in group if m.floor_fraction)
-            table.add_row(
-                mode,
-                family,
-                str(len(group)),
-                times(geometric_mean(ratios)),
-                f"{sum(r >= 1 for r in ratios)} of {len(ratios)}",
-                "" if floor is None else f"{100 * floor:.0f} %",
-                times(geometric_mean(misses)),
-                style="bold" if family == "all" else "",
-            )
+    for mode, family, group in groups(measurements):
+        ratios = [r for m in group for r in (m.ratio(),) if r is not None]
+        misses = [m.our_us / m.predicted_us for m in group if m.our_us and m.predicted_us]
+        floor = geometric_mean(m.floor_fraction for m in group if m.floor_fraction)
+        table.add_row(
+            mode,
+            family,
+            str(len(group)),
+            times(geometric_mean(ratios)),
+            f"{sum(r >= 1 for r in ratios)} of {len(ratios)}",
+            "" if floor is None else f"{100 * floor:.0f} %",
+            times(geometric_mean(misses)),
+            style="bold" if family == "all" else "",
+        )
     return table
 
 
@@ -187,3 +194,21 @@ def peers_table(measurements: Sequence[Measurement]) -> Table:
         common = max(reasons, key=reasons.count, default="")
         table.add_row(name, str(len(outcomes) - len(rest)), str(len(rest)), common)
     return table
+
+
+def print_report(result: RunResult, console: Console) -> None:
+    """Everything a reader needs of a run; a result file prints the same as the run that wrote it."""
+    console.print(results_table(result.measurements))
+    console.print(means_table(result.measurements))
+    console.print(peers_table(result.measurements))
+    ceilings = ", ".join(
+        f"{name} {value:,.0f} GB/s" if name == "copy" else f"{name} {flops_rate(value)}"
+        for name, value in result.ceilings.items()
+    )
+    console.print(f"Ceilings of this run: {ceilings}", soft_wrap=True)
+    reasons: dict[str, list[str]] = {}
+    for u in result.unmeasured:
+        reasons.setdefault(u.reason.partition(":")[0], []).append(f"{u.layer} {u.mode}")
+    for reason, names in reasons.items():
+        shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        console.print(f"Not measured ({reason}): {shown}", soft_wrap=True)

@@ -21,10 +21,7 @@ from shutil import which
 from typing import Any
 
 from gpuconv import source
-from gpuconv.device import Device
 from gpuconv.families import Config
-
-from .rates import ISSUE_SLOTS_PER_SM, REGISTERS_PER_SM, rates_of
 
 INSTRUCTION_BYTES = 16
 
@@ -417,20 +414,3 @@ def report(config: Config, arch: str) -> KernelReport:
         loop=loop,
         around=around,
     )
-
-
-def blocks_per_sm(registers: int, threads: int, shared_bytes: int, device: Device) -> int:
-    """How many blocks one multiprocessor keeps at a time; 0 where not even one fits.
-
-    Registers come in units of 256 per warp out of a quarter of the multiprocessor's file; shared memory in units of
-    128 bytes, the system's share included.
-    """
-    rates = rates_of(device)
-    warps = -(-threads // 32)
-    per_warp = -(-registers * 32 // 256) * 256
-    warps_by_registers = REGISTERS_PER_SM // ISSUE_SLOTS_PER_SM // per_warp * ISSUE_SLOTS_PER_SM
-    shared = -(-(shared_bytes + rates.reserved_shared) // 128) * 128
-    limits = [rates.blocks_per_sm, rates.warps_per_sm // warps, warps_by_registers // warps]
-    if shared:
-        limits.append(device.shared_per_sm // shared)
-    return min(limits)

@@ -1,16 +1,11 @@
 """Measures the layers that say most, in the order of what they say, as records: what a short time on a GPU is for.
 
-From the root of a checkout, on a machine with a GPU:
-
-    python -m bench.important [--records FILE] [--directions grad_weight]
-
-Each layer stands for a kind of kernel or a known weakness. The method is that of bench.run, with fewer repeats, and
-`result` makes of the records what bench.run writes, for bench.run --compare and bench.plot.
+Each layer stands for a kind of kernel or a known weakness. The method is that of bench.speed, with fewer repeats, and
+`result` makes of the records what bench.speed writes, for bench.speed --compare and bench.speed.plot.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,15 +13,13 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-from gpuconv.gpus import missing_gpu
-
+from ..layers import load
+from ..modes import MODES, Direction, prediction_key
+from ..speed.gpu import GpuEngine
+from ..speed.measure import Case, Deadlines, Method, measure
+from ..speed.results import SCHEMA, RunResult, ceilings_of, environment
+from ..static import predictions
 from . import records
-from .directions import Direction, directions_of, prediction_key
-from .layers import load
-from .measure import Case, Deadlines, Method, measure
-from .modes import MODES
-from .results import RunResult, environment
-from .run import MeasuringEngine, load_predictions
 
 LAYERS = (
     "whisper_large_v3.conv2_b16",
@@ -64,26 +57,28 @@ def cases(directions: Sequence[Direction] = ("forward",), *, rehearse: bool = Fa
 
 
 def work(
-    engine: MeasuringEngine, wanted: Iterable[Case], method: Method, seconds: float
+    directions: Sequence[Direction], *, seconds: float, rehearse: bool, engine: GpuEngine | None = None
 ) -> Iterator[tuple[str, records.Work]]:
+    """Where it was measured, then one piece for each case; none takes samples after `seconds`."""
     end = time.monotonic() + seconds
+    engine = engine or GpuEngine(rehearse=rehearse)
+    method = Method(repeats=1, sample_us=1.0) if rehearse else Method(repeats=REPEATS)
     device = engine.describe()
-    predictions = load_predictions(device.get("arch"), device["name"])
+    predicted = predictions.read(device["name"])
 
     def where() -> dict[str, Any]:
-        flops = {name: rate / 1e12 for name, rate in engine.ceilings.flops_per_second.items()}
-        ceilings = {"copy": engine.ceilings.bytes_per_second / 1e9, **flops}
+        ceilings = ceilings_of(engine.ceilings)
         return {"environment": environment(device), "ceilings": ceilings, "settings": {"repeats": method.repeats}}
 
     def one(case: Case) -> dict[str, Any]:
         whole = case.batch == case.layer.batch  # what the predictions are made for
-        predicted = predictions.get(prediction_key(case.mode.name, case.direction), {}).get(case.layer.name)
+        us = predicted.get(prediction_key(case.mode.name, case.direction), {}).get(case.layer.name)
         deadlines = Deadlines(min(time.monotonic() + PER_CASE_SECONDS, end), end)
-        found = measure(case, engine, method, time.monotonic, deadlines, predicted if whole else None)
+        found = measure(case, engine, method, time.monotonic, deadlines, us if whole else None)
         return {"ok": found.ours.status not in ("wrong", "failed"), "measurement": asdict(found)}
 
     yield WHERE, where
-    for case in wanted:
+    for case in cases(directions, rehearse=rehearse):
         yield case.name, partial(one, case)
 
 
@@ -94,26 +89,4 @@ def result(found: Iterable[dict[str, Any]]) -> RunResult | None:
         return None
     document = {name: rows[WHERE][name] for name in ("environment", "settings", "ceilings")}
     measured = [row["measurement"] for row in rows.values() if "measurement" in row]
-    return RunResult.from_json({**document, "measurements": measured, "unmeasured": [], "schema": 1})
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit codes: those of bench.records, and 3 without a GPU."""
-    parser = argparse.ArgumentParser(prog="python -m bench.important", description=__doc__.partition("\n")[0])
-    parser.add_argument("--directions", default="forward", metavar="LIST", help="default: %(default)s")
-    records.add_arguments(parser)
-    args = parser.parse_args(argv)
-    directions = directions_of(args.directions, parser)
-    if missing := missing_gpu():
-        print(missing)
-        return 3
-    from .engine_gpu import GpuEngine
-
-    engine = GpuEngine(rehearse=args.rehearse)
-    method = Method(repeats=1, sample_us=1.0) if args.rehearse else Method(repeats=REPEATS)
-    file = records.open_records(args)
-    return file.run(work(engine, cases(directions, rehearse=args.rehearse), method, args.seconds))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return RunResult.from_json({**document, "measurements": measured, "unmeasured": [], "schema": SCHEMA})

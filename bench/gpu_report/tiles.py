@@ -1,9 +1,5 @@
 """Every tile of the tensor-core kernels on layers of real models: all must give the same bits, and what does each cost?
 
-From the root of a checkout, on a machine with a GPU:
-
-    python -m bench.tiles [--records FILE]
-
 Dispatch takes one tile of a layer; this takes each in turn. The result of the first is compared with the reference in
 places, and those of all others with the first, bit for bit. Times are those of warm caches, and of use for comparing
 tiles with each other: their order is what the families' cost model predicts.
@@ -11,8 +7,6 @@ tiles with each other: their order is what the families' cost model predicts.
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -23,14 +17,12 @@ import numpy as np
 
 from gpuconv import dispatch, runtime
 from gpuconv.families import GradientLayout, Layout, mma, weight_gradient_mma
-from gpuconv.gpus import missing_gpu
 from gpuconv.problem import ConvProblem, WeightGradientProblem
 
+from ..layers import load
+from ..modes import MODES, Direction, Mode, without_bias
+from ..speed.gpu import Data
 from . import records
-from .directions import Direction, without_bias
-from .engine_gpu import Data
-from .layers import load
-from .modes import MODES, Mode
 
 
 class Taken(NamedTuple):
@@ -128,19 +120,3 @@ def plans(problem: ConvProblem, direction: Direction) -> Iterator[tuple[str, Any
                 one = dispatch.choose_gradient.__wrapped__(gradient, gradient_layout, device)
                 plan = runtime.GradientPlan(gradient, one, (False,) * 3, (0, 1) if problem.transposed else (1, 0))
         yield one.figures[0][0], plan
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit codes: those of bench.records, and 3 without a GPU."""
-    parser = argparse.ArgumentParser(prog="python -m bench.tiles", description=__doc__.partition("\n")[0])
-    records.add_arguments(parser)
-    args = parser.parse_args(argv)
-    if missing := missing_gpu():
-        print(missing)
-        return 3
-    pieces = list(work(rehearse=args.rehearse))
-    return records.open_records(args).run(pieces[:2] if args.rehearse else pieces)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

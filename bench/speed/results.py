@@ -17,7 +17,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
+from ..layers import Ceilings
+
+ROOT = Path(__file__).resolve().parents[2]
 SCHEMA = 1
 
 # Names the commit where the checkout has come without its history.
@@ -29,17 +31,22 @@ Kind = Literal["replay", "eager"]
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """The time of one call, in microseconds: median, 10th and 90th percentile over `repeats` samples."""
+    """The time of one call, in microseconds, over `repeats` samples.
 
-    median_us: float
+    Attributes:
+        us: the median; of the CPU path the least, since other processes can only add to it.
+        low_us, high_us: the 10th and 90th percentile.
+    """
+
+    us: float
     low_us: float
     high_us: float
     repeats: int
 
     @classmethod
-    def of(cls, samples_us: Sequence[float]) -> Timing:
-        low, median, high = np.percentile(np.asarray(samples_us), (10, 50, 90))
-        return cls(float(median), float(low), float(high), len(samples_us))
+    def of(cls, samples_us: Sequence[float], *, least: bool = False) -> Timing:
+        low, us, high = np.percentile(np.asarray(samples_us), (10, 0 if least else 50, 90))
+        return cls(float(us), float(low), float(high), len(samples_us))
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +85,7 @@ class Measurement:
     """One layer in one mode.
 
     Attributes:
-        layer, kind: the layer and its kind in layers.json.
+        layer, kind: the layer and its kind in layers.csv.
         mode, direction: the number format; "forward", "grad_input" or "grad_weight".
         problem: the problem in words.
         family: gpuconv's kernel family (its method on the CPU).
@@ -129,13 +136,13 @@ class Measurement:
     def our_us(self) -> float | None:
         kind = self.measure
         timing = None if kind is None else self.ours.timing(kind)
-        return None if timing is None else timing.median_us
+        return None if timing is None else timing.us
 
     def best_peer(self, *, comparable: bool = True, kind: Kind | None = None) -> Outcome | None:
         """The fastest measured peer, by the same kind of time as ours; None where there is none."""
         kind = kind or self.measure or "replay"
         timed = [
-            (timing.median_us, outcome)
+            (timing.us, outcome)
             for outcome in self.outcomes[1:]
             for timing in (outcome.timing(kind),)
             if timing is not None and (outcome.comparable or not comparable)
@@ -146,7 +153,7 @@ class Measurement:
         """The best peer's time over ours: above 1 gpuconv is faster."""
         kind, ours, peer = self.measure, self.our_us, self.best_peer(comparable=comparable)
         timing = None if peer is None or kind is None else peer.timing(kind)
-        return None if timing is None or ours is None else timing.median_us / ours
+        return None if timing is None or ours is None else timing.us / ours
 
     @property
     def floor_fraction(self) -> float | None:
@@ -235,6 +242,12 @@ def write_json(path: Path, document: Any) -> None:
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     draft.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     draft.replace(path)
+
+
+def ceilings_of(ceilings: Ceilings) -> dict[str, float]:
+    """`RunResult.ceilings`."""
+    flops = {name: rate / 1e12 for name, rate in ceilings.flops_per_second.items()}
+    return {"copy": ceilings.bytes_per_second / 1e9, **flops}
 
 
 def geometric_mean(values: Iterable[float]) -> float | None:

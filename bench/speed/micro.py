@@ -1,27 +1,20 @@
 """Micro-experiments on a GPU: the rates on which the predictions and the floors rest.
 
-    python -m bench.micro [--records FILE]
-
 Copy bandwidth with accesses of 16 and of 2 bytes, the rate of reads from L2, of float32 fused multiply-adds, of
-mma.sync on bfloat16 and TF32 data, of wgmma on a shifted window (wgmma.py), of PyTorch's matrix product in every
-precision, and the cost of a launch by itself and within a CUDA graph.
+mma.sync on bfloat16 and TF32 data, of PyTorch's matrix product in every precision, and the cost of a launch by itself
+and within a CUDA graph.
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gpuconv.gpus import missing_gpu
-
-from . import records, wgmma
 from .peers import optional_module
 
 SOURCE = Path(__file__).with_name("micro.cu")
@@ -168,53 +161,24 @@ class Micro:
             graph = self.stream.end_capture()
         return 1e6 * self.seconds(lambda: graph.launch(self.stream)) / count
 
+    def experiments(self) -> dict[str, Callable[[], float]]:
+        """All of the above by name; the unit is the last part of the name."""
+        named: dict[str, Callable[[], float]] = {
+            "copy_driver_GB/s": self.driver_copy_gbps,
+            "copy_16_bytes_GB/s": partial(self.copy_gbps, 16),
+            "copy_2_bytes_GB/s": partial(self.copy_gbps, 2),
+            "read_l2_GB/s": self.l2_read_gbps,
+            "fma_float32_TFLOP/s": self.fma_tflops,
+            "launch_us": self.launch_us,
+            "launch_in_graph_us": self.graph_launch_us,
+        }
+        if self.arch >= 80:
+            named["mma_bf16_TFLOP/s"] = partial(self.mma_tflops, "bf16")
+            named["mma_tf32_TFLOP/s"] = partial(self.mma_tflops, "tf32")
+        for precision in ("bfloat16", "float16", "tf32", "float32", "float64", "complex64"):
+            named[f"matmul_{precision}_TFLOP/s"] = partial(self.matmul_tflops, precision)
+        return named
+
     def _random_bytes(self, count: int) -> Any:
         block = np.frombuffer(np.random.default_rng(0).bytes(1 << 24), np.uint8)
         return self.cupy.tile(self.cupy.asarray(block), -(-count // block.size))[:count].copy()
-
-
-def experiments(micro: Micro) -> dict[str, Callable[[], float | dict[str, Any]]]:
-    """All experiments by name; the unit is the last part of the name."""
-    named: dict[str, Callable[[], float | dict[str, Any]]] = {
-        "copy_driver_GB/s": micro.driver_copy_gbps,
-        "copy_16_bytes_GB/s": lambda: micro.copy_gbps(16),
-        "copy_2_bytes_GB/s": lambda: micro.copy_gbps(2),
-        "read_l2_GB/s": micro.l2_read_gbps,
-        "fma_float32_TFLOP/s": micro.fma_tflops,
-        "launch_us": micro.launch_us,
-        "launch_in_graph_us": micro.graph_launch_us,
-    }
-    if micro.arch >= 80:
-        named["mma_bf16_TFLOP/s"] = lambda: micro.mma_tflops("bf16")
-        named["mma_tf32_TFLOP/s"] = lambda: micro.mma_tflops("tf32")
-    for dilation in wgmma.DILATIONS:
-        named[f"wgmma dilation {dilation}"] = partial(wgmma.probe, micro, dilation)
-    for precision in ("bfloat16", "float16", "tf32", "float32", "float64", "complex64"):
-        named[f"matmul_{precision}_TFLOP/s"] = partial(micro.matmul_tflops, precision)
-    return named
-
-
-def record(experiment: Callable[[], float | dict[str, Any]]) -> dict[str, Any]:
-    """The record of an experiment: its figure, or several by name, or why it cannot be run here."""
-    try:
-        figure = experiment()
-    except ModuleNotFoundError as error:
-        return {"absent": str(error)}
-    return figure if isinstance(figure, dict) else {"figure": round(figure, 3)}
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit codes: those of bench.records, and 3 without a GPU."""
-    parser = argparse.ArgumentParser(prog="python -m bench.micro", description=__doc__.partition("\n")[0])
-    records.add_arguments(parser)
-    args = parser.parse_args(argv)
-    if missing := missing_gpu():
-        print(missing)
-        return 3
-    micro = Micro(rehearse=args.rehearse)
-    work = experiments(micro).items()
-    return records.open_records(args).run((name, partial(record, experiment)) for name, experiment in work)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

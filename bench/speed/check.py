@@ -8,7 +8,7 @@ accepts one) and be finite.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,10 +18,11 @@ import numpy.typing as npt
 from gpuconv import cases, reference
 from gpuconv.problem import ConvProblem, WeightGradientProblem
 
-from .directions import Direction
+from ..modes import Direction
 
 Array = npt.NDArray[Any]
-Fetch = Callable[[tuple[slice, ...]], Array]
+Part = tuple[slice, ...]
+Fetch = Callable[[Part], Array]
 
 # Products in one window: keeps the reference of a layer well under a second.
 _PRODUCTS = 1_000_000
@@ -62,10 +63,10 @@ class Window:
     """
 
     problem: ConvProblem
-    input: tuple[slice, ...]
-    weight: tuple[slice, ...]
-    bias: tuple[slice, ...]
-    output: tuple[slice, ...]
+    input: Part
+    weight: Part
+    bias: Part
+    output: Part
 
 
 def windows(problem: ConvProblem, seed: int = 0) -> list[Window]:
@@ -101,20 +102,16 @@ def _window(p: ConvProblem, n: int, g: int, c: int, channels: int, start: int, l
     )
 
 
-@dataclass(slots=True)
 class Oracle:
-    """The reference of one layer's first set of buffers, computed once for all implementations.
+    """The reference of one set of buffers, computed once for all implementations.
 
     Args:
-        problem: the layer.
-        input, weight, bias: return the given part of the array as a NumPy array; `bias` is None where there is none.
+        windows: yields parts of the result, each with its reference.
     """
 
-    problem: ConvProblem
-    input: Fetch
-    weight: Fetch
-    bias: Fetch | None
-    _cut: list[tuple[Window, Array, Array, Array | None, Array]] | None = None
+    def __init__(self, windows: Iterator[tuple[Part, reference.Sums]]) -> None:
+        self._windows = windows
+        self._known: list[tuple[Part, reference.Sums, Array]] | None = None
 
     def judge(self, output: Fetch, *, mode: str, all_finite: bool, bounded: bool) -> Verdict:
         """Judge a result.
@@ -127,53 +124,11 @@ class Oracle:
         """
         if not all_finite:
             return Verdict(False, float("inf"), "not every element is written and finite")
+        if self._known is None:
+            self._known = [(part, sums, sums.exact()) for part, sums in self._windows]
         squares = np.zeros(2)
         wrong = ""
-        for window, x, w, b, exact in self._reference():
-            y = np.asarray(output(window.output))
-            wide = y.astype(exact.dtype)
-            squares += np.sum(np.abs(wide - exact) ** 2), np.sum(np.abs(exact) ** 2)
-            if bounded and not wrong:
-                right = reference.within_bound(window.problem, y, x, w, b)
-                if not right.all():
-                    wrong = _describe(window.output, right, wide, exact)
-        error = float(np.sqrt(squares[0] / squares[1])) if squares[1] else 0.0
-        tolerance = PEER_TOLERANCE[mode]
-        if not bounded and not error <= tolerance:
-            wrong = f"relative error {error:.1e}, expected at most {tolerance:.0e}"
-        return Verdict(not wrong, error, wrong)
-
-    def _reference(self) -> Sequence[tuple[Window, Array, Array, Array | None, Array]]:
-        if self._cut is None:
-            self._cut = []
-            for window in windows(self.problem):
-                x, w = self.input(window.input), self.weight(window.weight)
-                b = None if self.bias is None else self.bias(window.bias)
-                self._cut.append((window, x, w, b, reference.compute(window.problem, x, w, b)))
-        return self._cut
-
-
-@dataclass(slots=True)
-class WeightOracle:
-    """`Oracle` for the gradient of a weight: windows are a few channels of one group on either side and a few taps.
-
-    Args:
-        problem: the gradient.
-        coarse, fine: return the given part of the array as a NumPy array.
-    """
-
-    problem: WeightGradientProblem
-    coarse: Fetch
-    fine: Fetch
-    _cut: list[tuple[tuple[slice, ...], reference.Sums, Array]] | None = None
-
-    def judge(self, output: Fetch, *, mode: str, all_finite: bool, bounded: bool) -> Verdict:
-        """As `Oracle.judge`."""
-        if not all_finite:
-            return Verdict(False, float("inf"), "not every element is written and finite")
-        squares = np.zeros(2)
-        wrong = ""
-        for part, sums, exact in self._reference():
+        for part, sums, exact in self._known:
             y = np.asarray(output(part))
             wide = y.astype(exact.dtype)
             squares += np.sum(np.abs(wide - exact) ** 2), np.sum(np.abs(exact) ** 2)
@@ -185,42 +140,53 @@ class WeightOracle:
             wrong = f"relative error {error:.1e}, expected at most {tolerance:.0e}"
         return Verdict(not wrong, error, wrong)
 
-    def _reference(self) -> Sequence[tuple[tuple[slice, ...], reference.Sums, Array]]:
-        if self._cut is None:
-            self._cut = []
-            p = self.problem
-            products = max(1, p.N * p.L_coarse)
-            rows, columns = min(p.C_coarse_g, 2), min(p.C_fine_g, 2)
-            taps = max(1, min(p.K, _GRADIENT_PRODUCTS // (products * rows * columns)))
-            rng = np.random.default_rng(0)
-            last = (p.groups - 1, p.C_coarse_g - rows, p.C_fine_g - columns, p.K - taps)
-            scattered = [tuple(int(rng.integers(0, limit + 1)) for limit in last) for _ in range(2)]
-            for g, r, c, k in dict.fromkeys([(0, 0, 0, 0), last, *scattered]):
-                of_coarse = slice(g * p.C_coarse_g + r, g * p.C_coarse_g + r + rows)
-                of_fine = slice(g * p.C_fine_g + c, g * p.C_fine_g + c + columns)
-                window = replace(
-                    p, C_coarse=rows, C_fine=columns, K=taps, groups=1, padding_left=p.padding_left - k * p.dilation
-                )
-                everything = slice(None)
-                sums = reference.weight_gradient(
-                    window, self.coarse((everything, of_coarse)), self.fine((everything, of_fine))
-                )
-                self._cut.append(((of_coarse, slice(c, c + columns), slice(k, k + taps)), sums, sums.exact()))
-        return self._cut
 
+def oracle_of(problem: ConvProblem, direction: Direction, arrays: Sequence[Fetch | None]) -> Oracle:
+    """The oracle of a pass.
 
-def oracle_of(
-    problem: ConvProblem, direction: Direction, input: Fetch, weight: Fetch, third: Fetch | None
-) -> Oracle | WeightOracle:
-    """The oracle of a pass; `third` returns parts of the bias, or of grad_output."""
+    Args:
+        problem: of the forward pass.
+        direction: the pass.
+        arrays: return the given part of the input, the weight, and the bias (None where there is none) or grad_output,
+            as a NumPy array.
+    """
+    x, w, third = arrays
+    assert x is not None
+    assert w is not None
     if direction == "forward":
-        return Oracle(problem, input, weight, third)
+        return Oracle(_of_output(problem, x, w, third))
     assert third is not None, "a gradient is one of an output"
     if direction == "grad_input":
-        conjugate: Fetch = (lambda part: weight(part).conj()) if problem.is_complex else weight
-        return Oracle(problem.adjoint(), third, conjugate, None)
+        conjugate: Fetch = (lambda part: w(part).conj()) if problem.is_complex else w
+        return Oracle(_of_output(problem.adjoint(), third, conjugate, None))
     p = WeightGradientProblem.of(problem)
-    return WeightOracle(p, input, third) if p.transposed else WeightOracle(p, third, input)
+    return Oracle(_of_weight(p, x, third) if p.transposed else _of_weight(p, third, x))
+
+
+def _of_output(
+    problem: ConvProblem, input: Fetch, weight: Fetch, bias: Fetch | None
+) -> Iterator[tuple[Part, reference.Sums]]:
+    for window in windows(problem):
+        b = None if bias is None else bias(window.bias)
+        yield window.output, reference.convolution(window.problem, input(window.input), weight(window.weight), b)
+
+
+def _of_weight(p: WeightGradientProblem, coarse: Fetch, fine: Fetch) -> Iterator[tuple[Part, reference.Sums]]:
+    """Windows of a weight gradient: a few channels of one group on either side and a few taps."""
+    rows, columns = min(p.C_coarse_g, 2), min(p.C_fine_g, 2)
+    taps = max(1, min(p.K, _GRADIENT_PRODUCTS // (max(1, p.N * p.L_coarse) * rows * columns)))
+    rng = np.random.default_rng(0)
+    last = (p.groups - 1, p.C_coarse_g - rows, p.C_fine_g - columns, p.K - taps)
+    scattered = [tuple(int(rng.integers(0, limit + 1)) for limit in last) for _ in range(2)]
+    everything = slice(None)
+    for g, r, c, k in dict.fromkeys([(0, 0, 0, 0), last, *scattered]):
+        of_coarse = slice(g * p.C_coarse_g + r, g * p.C_coarse_g + r + rows)
+        of_fine = slice(g * p.C_fine_g + c, g * p.C_fine_g + c + columns)
+        window = replace(
+            p, C_coarse=rows, C_fine=columns, K=taps, groups=1, padding_left=p.padding_left - k * p.dilation
+        )
+        sums = reference.weight_gradient(window, coarse((everything, of_coarse)), fine((everything, of_fine)))
+        yield (of_coarse, slice(c, c + columns), slice(k, k + taps)), sums
 
 
 def _describe(part: tuple[slice, ...], right: npt.NDArray[np.bool_], got: Array, exact: Array) -> str:

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from .sass import compile_cubin
-
-if TYPE_CHECKING:
-    from .micro import Micro
+from ..speed.micro import Micro
+from ..static.sass import compile_cubin
 
 SOURCE = Path(__file__).with_suffix(".cu")
 KERNEL = "wgmma_shifted"
@@ -65,16 +63,10 @@ def expected(weight: Array, window: Array, dilation: int, rounds: int) -> Array:
 
 
 def probe(micro: Micro, dilation: int) -> dict[str, Any]:
-    """Whether the numbers are right, and at which rate wgmma runs on windows that are shifted so.
-
-    Raises:
-        ModuleNotFoundError: this GPU has no wgmma.
-    """
+    """Whether the numbers are right, and at which rate wgmma runs on windows that are shifted so."""
     code, _ = build()
     if micro.rehearse or micro.arch != 90:
-        raise ModuleNotFoundError(
-            f"built ({len(code)} bytes), not run: needs a GPU of sm_90, and none that is emulated"
-        )
+        return {"absent": f"built ({len(code)} bytes), not run: needs a GPU of sm_90, and none that is emulated"}
     cupy = micro.cupy
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(code)

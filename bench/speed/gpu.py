@@ -20,16 +20,16 @@ import numpy as np
 import numpy.typing as npt
 
 from gpuconv import dispatch, runtime
+from gpuconv.device import ARCHITECTURES
 from gpuconv.families import GradientLayout, Layout
 from gpuconv.problem import ConvProblem, WeightGradientProblem, numpy_dtype
 
+from ..layers import Ceilings, published_ceilings
+from ..modes import Direction, Mode, array_shapes, of_forward, our_function, result_shape
 from . import peers
 from .check import PEER_TOLERANCE, Verdict, oracle_of
-from .directions import Direction, array_shapes, of_forward, our_function, result_shape
-from .layers import Ceilings
-from .measure import Absent, Buffers, Case, Refused, sets_for
+from .measure import Absent, Buffers, Case, Refused, Subject, sets_for
 from .micro import Micro
-from .modes import Mode
 
 Array = npt.NDArray[Any]
 
@@ -72,17 +72,18 @@ class GpuEngine:
             "ceilings_from": self._measured,
         }
 
-    def settle(self) -> None:
-        """Fill the L2 with clean lines of a buffer that nobody uses, and wait."""
-        self._read(self._scratch)
-        self.stream.synchronize()
-
     def elapsed(self, work: Callable[[], None]) -> float:
         self._start.record(self.stream)
         work()
         self._stop.record(self.stream)
         self._stop.synchronize()
         return float(1e3 * self.cupy.cuda.get_elapsed_time(self._start, self._stop))
+
+    def sample(self, work: Callable[[], None]) -> list[float]:
+        """After the L2 is filled with clean lines of a buffer that no implementation uses."""
+        self._read(self._scratch)
+        self.stream.synchronize()
+        return [self.elapsed(work)]
 
     def family(self, problem: ConvProblem | WeightGradientProblem) -> str:
         if isinstance(problem, WeightGradientProblem):
@@ -113,66 +114,49 @@ class GpuEngine:
                 data.sets.clear()
                 self._release_memory()
 
-    def _subjects(self, case: Case, data: Data) -> Iterator[_Subject]:
-        problem, mode = case.problem, case.mode
+    def _subjects(self, case: Case, data: Data) -> Iterator[Subject]:
+        problem, mode, is_forward = case.problem, case.mode, case.direction == "forward"
         tf32 = peers.CudnnSettings(allow_tf32=mode.name == "tf32")
         torch = partial(self._prepare_torch, mode, problem, data)
-        plain = _torch_build(problem, case.direction)
-        yield _Subject("gpuconv", partial(self._prepare_ours, mode, problem, data))
-        yield _Subject("PyTorch", partial(torch, plain, tf32))
-        if case.direction != "forward":
-            if mode.name == "float32":
-                yield _Subject(
-                    "PyTorch, TF32 allowed",
-                    partial(torch, plain, peers.CudnnSettings(allow_tf32=True), "tf32"),
-                    comparable=False,
-                    note="rounds its operands to TF32",
-                )
-            deterministic = peers.CudnnSettings(allow_tf32=tf32.allow_tf32, deterministic=True)
-            yield _Subject("PyTorch deterministic", partial(torch, plain, deterministic))
-            return
-        if not (problem.transposed or peers.is_symmetric(problem)):
-            yield _Subject("PyTorch, F.pad", partial(torch, partial(peers.conv_by_padding, problem), tf32))
+        plain = partial(peers.plain, problem, case.direction)
+        yield Subject("gpuconv", partial(self._prepare_ours, mode, problem, data))
+        yield Subject("PyTorch", partial(torch, plain, tf32))
+        if is_forward and not (problem.transposed or peers.is_symmetric(problem)):
+            yield Subject("PyTorch, F.pad", partial(torch, partial(peers.conv_by_padding, problem), tf32))
         if mode.name == "float32":
-            yield _Subject(
+            yield Subject(
                 "PyTorch, TF32 allowed",
-                partial(torch, partial(peers.conv_by_trimming, problem), peers.CudnnSettings(allow_tf32=True), "tf32"),
+                partial(torch, plain, peers.CudnnSettings(allow_tf32=True), "tf32"),
                 comparable=False,
                 note="rounds its operands to TF32",
             )
-        yield _Subject(
-            "PyTorch through channels_last",
-            partial(torch, partial(peers.conv_channels_last, problem, convert=True), tf32),
-            note="conversions included",
-        )
-        yield _Subject(
-            "PyTorch on channels_last data",
-            partial(self._prepare_torch, mode, problem, data, partial(peers.conv_channels_last, problem, convert=False),
-                    tf32, channels_last=True),
-            comparable=False,
-            note="data in channels_last before and after",
-        )  # fmt: skip
-        yield _Subject(
-            "PyTorch deterministic",
-            partial(
-                torch,
-                partial(peers.conv_by_trimming, problem),
-                peers.CudnnSettings(allow_tf32=tf32.allow_tf32, deterministic=True),
-            ),
-        )
-        yield _Subject("causal-conv1d", partial(torch, partial(peers.causal_conv, problem), tf32))
+        if is_forward:
+            yield Subject(
+                "PyTorch through channels_last",
+                partial(torch, partial(peers.conv_channels_last, problem, convert=True), tf32),
+                note="conversions included",
+            )
+            kept = partial(peers.conv_channels_last, problem, convert=False)
+            yield Subject(
+                "PyTorch on channels_last data",
+                partial(self._prepare_torch, mode, problem, data, kept, tf32, channels_last=True),
+                comparable=False,
+                note="data in channels_last before and after",
+            )
+        deterministic = peers.CudnnSettings(allow_tf32=tf32.allow_tf32, deterministic=True)
+        yield Subject("PyTorch deterministic", partial(torch, plain, deterministic))
+        if is_forward:
+            yield Subject("causal-conv1d", partial(torch, partial(peers.causal_conv, problem), tf32))
 
     # -- preparing -----------------------------------------------------------------------------------------------------
 
     def _prepare_ours(self, mode: Mode, problem: ConvProblem, data: Data) -> _OurRunner:
-        if not mode.supported:
-            raise Refused(f"precision {mode.precision!r} is not supported today")
         ours = our_function(problem, data.direction, mode.precision)
 
         def disagreement(output: Any) -> str:
             try:
-                build = _torch_build(problem, data.direction)
-                peer = self._prepare_torch(mode, problem, data, build, peers.CudnnSettings(mode.name == "tf32"))
+                plain = partial(peers.plain, problem, data.direction)
+                peer = self._prepare_torch(mode, problem, data, plain, peers.CudnnSettings(mode.name == "tf32"))
                 with peer.context():
                     peer.call(0)
                     return peer.disagreement(output)
@@ -219,14 +203,6 @@ class GpuEngine:
             self.torch.cuda.empty_cache()
 
 
-@dataclass(frozen=True, slots=True)
-class _Subject:
-    name: str
-    prepare: Callable[[], Any]
-    comparable: bool = True
-    note: str = ""
-
-
 class Data:
     """The buffer sets of a case: CuPy arrays (input, weight, bias or None or grad_output).
 
@@ -264,7 +240,7 @@ class Data:
             for _ in range(sets)
         ]
         fetches = [None if array is None else partial(fetch, cupy, array) for array in self.sets[0]]
-        self.oracle = oracle_of(problem, direction, *fetches)
+        self.oracle = oracle_of(problem, direction, fetches)
         self._tensors: list[tuple[Any, Any, Any]] | None = None
 
     def tensors(self, torch: Any) -> list[tuple[Any, Any, Any]]:
@@ -437,12 +413,6 @@ def describe() -> dict[str, Any]:
     }
 
 
-def _torch_build(problem: ConvProblem, direction: Direction) -> Callable[[], peers.Function]:
-    if direction == "forward":
-        return partial(peers.conv_by_trimming, problem)
-    return partial(peers.backward, problem, direction)
-
-
 def _torch_with_cuda() -> Any:
     torch = peers.optional_module("torch")
     return torch if torch is not None and torch.cuda.is_available() else None
@@ -493,10 +463,6 @@ def measure_ceilings(micro: Micro, name: str) -> tuple[Ceilings, dict[str, str]]
     Copies by the driver; float32 by the loop of multiply-adds; what remains by PyTorch's matrix product. Where that is
     not there, the published figures fill the gap.
     """
-    from gpuconv.device import ARCHITECTURES
-
-    from .rates import published_ceilings
-
     typical = ARCHITECTURES.get(f"sm_{micro.arch}")
     published = None if typical is None else published_ceilings(replace(typical, name=name, num_sms=micro.num_sms))
     flops = {"float32": 1e12 * micro.fma_tflops()}

@@ -1,6 +1,6 @@
 """Measures one layer: prepares every implementation, checks each result, then times all of them in turn.
 
-Nothing here knows CUDA, NumPy or PyTorch; an `Engine` does (engine_gpu.py, engine_cpu.py).
+Nothing here knows CUDA, NumPy or PyTorch; an `Engine` does (bench/speed/gpu.py, bench/cpu.py).
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ from typing import NamedTuple, Protocol
 
 from gpuconv.problem import ConvProblem, WeightGradientProblem
 
+from ..layers import Ceilings, Layer, valid_flops
+from ..modes import Direction, Mode, of_forward, prediction_key, without_bias
 from .check import Verdict
-from .directions import Direction, of_forward, prediction_key, without_bias
-from .layers import Ceilings, Layer, valid_flops
-from .modes import Mode
 from .results import Kind, Measurement, Outcome, Timing
 
 # Rounds that a case which takes too long still gets, unless the whole run is out of time; the JSON says how many.
@@ -90,21 +89,18 @@ class Runner(Protocol):
         """Give back graphs and outputs."""
 
 
-class Subject(Protocol):
-    """An implementation that can be measured; see `results.Outcome` for `comparable` and `note`."""
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """An implementation that can be measured; see `results.Outcome` for `comparable` and `note`.
 
-    @property
-    def name(self) -> str: ...
+    Attributes:
+        prepare: gets it ready for the case at hand; raises Absent or Refused where that cannot be.
+    """
 
-    @property
-    def comparable(self) -> bool: ...
-
-    @property
-    def note(self) -> str: ...
-
-    @property
-    def prepare(self) -> Callable[[], Runner]:
-        """What gets it ready for the case at hand; raises Absent or Refused where that cannot be."""
+    name: str
+    prepare: Callable[[], Runner]
+    comparable: bool = True
+    note: str = ""
 
 
 class Engine(Protocol):
@@ -116,11 +112,14 @@ class Engine(Protocol):
     def open(self, case: Case) -> AbstractContextManager[Buffers]:
         """Allocate and fill the buffers of a case."""
 
-    def settle(self) -> None:
-        """Undo what the sample before may have left to the next one: work in the queue, warm caches, busy threads."""
-
     def elapsed(self, work: Callable[[], None]) -> float:
         """Run the work on an idle device and return its microseconds."""
+
+    def sample(self, work: Callable[[], None]) -> list[float]:
+        """`elapsed`, once or several times, after undoing what the sample before may have left to the next one.
+
+        That is work in the queue, warm caches, busy threads.
+        """
 
     def family(self, problem: ConvProblem | WeightGradientProblem) -> str:
         """The kernel family or method that gpuconv takes."""
@@ -143,11 +142,13 @@ class Method:
         repeats: samples of every implementation and kind of time.
         sample_us: the length of one sample; shorter calls are repeated within it.
         kinds: "replay" where the engine has graphs, "eager".
+        least: the least time stands for the call, in place of the median.
     """
 
     repeats: int = 30
     sample_us: float = 1000.0
     kinds: tuple[Kind, ...] = ("replay", "eager")
+    least: bool = False
 
 
 def sets_for(problem: ConvProblem, cache_bytes: int, most: int = 4096) -> int:
@@ -198,7 +199,7 @@ def measure(
     memory = problem.bytes() / engine.ceilings.bytes_per_second
     return Measurement(
         layer=case.layer.name,
-        kind=case.layer.family,
+        kind=case.layer.kind,
         mode=case.mode.name,
         direction=case.direction,
         problem=str(problem),
@@ -248,8 +249,7 @@ def _time(
 ) -> Iterator[tuple[_Entrant, Timing]]:
     """Time every entrant that is still in; samples of all are taken in turn, so that drift meets all alike.
 
-    The engine settles before each sample, since the entrant before used the same inputs; each then goes on through the
-    rotation where it last stopped.
+    Each goes on through the rotation where it last stopped.
     """
     work: list[tuple[_Entrant, list[Callable[[], None]], int]] = []
     for entrant in [e for e in entrants if e.outcome.status == "measured"]:
@@ -275,10 +275,9 @@ def _time(
                 place = (turn + repeat) % len(work)
                 entrant, runs, calls = work[place]
                 with entrant.runner.context():
-                    engine.settle()
-                    samples[place].append(engine.elapsed(runs[repeat % len(runs)]) / calls)
+                    samples[place] += [us / calls for us in engine.sample(runs[repeat % len(runs)])]
     for (entrant, _, _), taken in zip(work, samples, strict=True):
-        yield entrant, Timing.of(taken)
+        yield entrant, Timing.of(taken, least=method.least)
 
 
 def _runs(

@@ -1,20 +1,10 @@
-"""A small selection of every kernel, to be run under NVIDIA's compute-sanitizer.
-
-From the root of a checkout, on a machine with a GPU:
-
-    compute-sanitizer --tool memcheck --error-exitcode 9 python -m bench.sanitize [--families REGEX]
-
-CuPy's memory pool would hide accesses outside of an array, which fall into a neighbour in the same pool; here every
-array is an allocation of the driver's own.
-"""
+"""A small selection of every kernel, to be run under NVIDIA's compute-sanitizer."""
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import re
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -24,8 +14,8 @@ from gpuconv.device import Device
 from gpuconv.families import GradientLayout, Layout
 from gpuconv.problem import BiasGradientProblem, ConvProblem, WeightGradientProblem
 
+from ..layers import load
 from . import records
-from .layers import load
 
 # (dtype, precision)
 MODES = (("float32", "float32"), ("float32", "tf32"), ("bfloat16", "float32"), ("complex64", "float32"))
@@ -103,27 +93,17 @@ def check_gradients(problem: ConvProblem) -> dict[str, Any]:
     return {"ok": bool(right), "problem": str(p)}
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit codes: those of bench.records, and 3 without a GPU; compute-sanitizer has its own."""
-    from gpuconv.gpus import missing_gpu
+def work(families: str = "", *, rehearse: bool = False) -> list[tuple[str, records.Work]]:
+    """One piece for each problem, the smallest first: under racecheck the largest take minutes.
 
-    parser = argparse.ArgumentParser(prog="python -m bench.sanitize", description=__doc__.partition("\n")[0])
-    parser.add_argument("--families", default="", metavar="REGEX", help="only kernel families whose name matches")
-    records.add_arguments(parser)
-    args = parser.parse_args(argv)
-    if missing := missing_gpu():
-        print(missing)
-        return 3
+    From here on every array is an allocation of the driver's own: CuPy's memory pool would hide accesses outside of an
+    array, which fall into a neighbour in the same pool.
+    """
     cupy = runtime.cupy_module()
     cupy.cuda.set_allocator(None)
     device = runtime.device(int(cupy.cuda.runtime.getDevice()))
-    max_flops = 2_000_000 if args.rehearse else 200_000_000
-    found = [(check, *pair) for pair in selection(device, max_flops, args.families)]
-    found += [(check_gradients, *pair) for pair in gradient_selection(device, max_flops, args.families)]
-    found.sort(key=lambda item: item[2].flops())  # under racecheck the largest take minutes
-    work = [(f"{function.__name__} {name} {problem}", partial(function, problem)) for function, name, problem in found]
-    return records.open_records(args).run(work[:2] if args.rehearse else work)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    max_flops = 2_000_000 if rehearse else 200_000_000
+    found = [(check, *pair) for pair in selection(device, max_flops, families)]
+    found += [(check_gradients, *pair) for pair in gradient_selection(device, max_flops, families)]
+    found.sort(key=lambda item: item[2].flops())
+    return [(f"{function.__name__} {name} {problem}", partial(function, problem)) for function, name, problem in found]

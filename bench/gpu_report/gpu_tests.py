@@ -1,6 +1,6 @@
 """Runs the tests marked `gpu` and records how each one ended; a step of bench.gpu_report.
 
-    python -m bench.gpu_tests [FILE ...] [--records FILE] [--worker I/N]
+    python -m bench.gpu_report.gpu_tests [FILE ...] [--records FILE] [--worker I/N]
 
 A test file that cannot be imported here, since something that its other tests need is not installed, is recorded and
 stops nothing.
@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from ..speed.results import ROOT
 from . import records
-from .results import ROOT
 
 # What a file with tests marked `gpu` has in it: the mark, or the fixture of tests/conftest.py that brings it.
 _HAS_GPU_TESTS = re.compile(r"\bmark\.gpu\b|\bbackend: Backend\b")
@@ -64,8 +64,10 @@ class Recorder:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit codes: those of bench.records, and 1 where pytest itself fails."""
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu_tests", description=__doc__.partition("\n")[0])
+    """Exit codes: those of bench.gpu_report.records, and 1 where pytest itself fails."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.gpu_report.gpu_tests", description=__doc__.partition("\n")[0]
+    )
     parser.add_argument("files", nargs="*", help="default: all that have such tests")
     parser.add_argument("--without", action="append", default=[], metavar="NAME", help="of a file to leave out")
     records.add_arguments(parser)

@@ -2,7 +2,7 @@
 
 From the root of a checkout:
 
-    python -m bench.plot bench/results/FILE.json [--mode float32] [--out DIR] [--update-readme]
+    python -m bench.speed.plot bench/results/FILE.json [--mode float32] [--out DIR] [--update-readme]
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .marks import replace_between
 from .results import ROOT, Measurement, RunResult, geometric_mean, read
+from .tables import groups
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -138,20 +138,30 @@ def readme_section(result: RunResult, modes: Sequence[str], pictures: Sequence[s
         "| mode | kernel family | layers | ratio, geometric mean | worst | best | of the floor |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for mode in modes:
-        measured = _measured(result, mode)
-        families = sorted({m.family for m in measured})
-        for family in [*families, "all"] if len(families) > 1 else families:
-            group = [m for m in measured if family in (m.family, "all")]
-            values = [r for m in group for r in (m.ratio(),) if r is not None]
-            mean = geometric_mean(values)
-            floor = geometric_mean(m.floor_fraction for m in group if m.floor_fraction)
-            cells = ["", "", ""] if mean is None else [f"{mean:.2f}", f"{min(values):.2f}", f"{max(values):.2f}"]
-            floor_cell = "" if floor is None else f"{100 * floor:.0f} %"
-            lines.append(f"| {mode} | {family} | {len(group)} | {' | '.join(cells)} | {floor_cell} |")
+    for mode, family, group in groups([m for m in result.measurements if m.mode in modes]):
+        values = [r for m in group for r in (m.ratio(),) if r is not None]
+        mean = geometric_mean(values)
+        floor = geometric_mean(m.floor_fraction for m in group if m.floor_fraction)
+        cells = ["", "", ""] if mean is None else [f"{mean:.2f}", f"{min(values):.2f}", f"{max(values):.2f}"]
+        floor_cell = "" if floor is None else f"{100 * floor:.0f} %"
+        lines.append(f"| {mode} | {family} | {len(group)} | {' | '.join(cells)} | {floor_cell} |")
     for picture in pictures:
         lines += ["", f"![{Path(picture).stem.replace('-', ' ')}]({picture})"]
     return "\n".join(lines)
+
+
+def replace_between(page: str, name: str, text: str) -> str:
+    """The page with everything between the marks `<!-- name:begin -->` and `<!-- name:end -->` replaced.
+
+    Raises:
+        ValueError: the page does not have each mark exactly once, in order.
+    """
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    if page.count(begin) != 1 or page.count(end) != 1 or page.index(begin) > page.index(end):
+        raise ValueError(f"the page must have {begin} and {end} once each, in this order")
+    head, _, rest = page.partition(begin)
+    _, _, tail = rest.partition(end)
+    return f"{head}{begin}\n{text.strip()}\n{end}{tail}"
 
 
 def _measured(result: RunResult, mode: str) -> list[Measurement]:
@@ -195,8 +205,8 @@ def _sign(figure: Figure, result: RunResult) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes: 0 done, 2 bad usage."""
-    parser = argparse.ArgumentParser(prog="python -m bench.plot", description=__doc__.partition("\n")[0])
-    parser.add_argument("result", type=Path, help="a result file of bench.run")
+    parser = argparse.ArgumentParser(prog="python -m bench.speed.plot", description=__doc__.partition("\n")[0])
+    parser.add_argument("result", type=Path, help="a result file of bench.speed")
     parser.add_argument("--mode", help="only this number format (default: every one in the file)")
     parser.add_argument("--out", type=Path, default=PICTURES, metavar="DIR", help="default: bench/pictures")
     parser.add_argument("--update-readme", action="store_true", help="rewrite the README's table and pictures")

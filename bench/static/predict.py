@@ -8,23 +8,26 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from gpuconv.costs import (
+    DRAM_EFFICIENCY,
+    FMA_LATENCY_CYCLES,
+    L2_BYTES_PER_CYCLE,
+    LAUNCH_US,
+    LOAD_LATENCY_CYCLES,
+    MMA_LATENCY_CYCLES,
+    WARP_ISSUES_PER_CYCLE,
+    Rates,
+    blocks_per_sm,
+    rates_of,
+)
 from gpuconv.device import Device
 from gpuconv.dispatch import Choice, GradientChoice
 from gpuconv.families import Launch
 from gpuconv.problem import ConvProblem, WeightGradientProblem
 
-from .rates import DRAM_EFFICIENCY, ISSUE_SLOTS_PER_SM, Rates, rates_of
-from .sass import KernelReport, blocks_per_sm
+from .sass import KernelReport
 
-# Assumptions of the model, to be corrected by measurements (bench/README.md says what each one stands for).
-LAUNCH_US = 2.0
-LOAD_LATENCY_CYCLES = 250
-FMA_LATENCY_CYCLES = 4
-L2_BYTES_PER_SM_CYCLE = 24
-# Of mma.sync: the share of the dense rate that it reaches (sm_90: Luo et al., arXiv 2402.13499), cycles of a dependent
-# one, and instructions for each element of a staged window.
-MMA_EFFICIENCY = {"sm_90": 0.63}
-MMA_LATENCY_CYCLES = 33
+# Instructions for each element of a window that tensor cores stage (an assumption).
 STAGING_INSTRUCTIONS = 5
 
 
@@ -102,8 +105,8 @@ def _predict(
     warps = launch.grid * math.ceil(launch.block / 32)
     parts = {
         "dram": problem.bytes() / (1e3 * rates.dram_gbps * DRAM_EFFICIENCY),
-        "l2": work.l2_bytes / (L2_BYTES_PER_SM_CYCLE * sm_cycles),
-        "issue": work.instructions / (ISSUE_SLOTS_PER_SM * sm_cycles),
+        "l2": work.l2_bytes / (L2_BYTES_PER_CYCLE * sm_cycles),
+        "issue": work.instructions / (WARP_ISSUES_PER_CYCLE * sm_cycles),
         "math": work.fma / (_fma_per_cycle(problem, report, rates) * sm_cycles),
         "load/store": work.wavefronts / sm_cycles,
         "latency": waves * work.serial_cycles / warps / cycles_per_us,
@@ -240,5 +243,5 @@ def _load_latency(wavefronts: int) -> int:
 def _fma_per_cycle(problem: ConvProblem | WeightGradientProblem, report: KernelReport, rates: Rates) -> float:
     if report.loop.mix.get("tensor"):
         rate = rates.tensor16 if problem.itemsize == 2 else rates.tensor16 / 2
-        return rate * MMA_EFFICIENCY.get(report.arch, 1.0)
+        return rate * rates.mma_share
     return rates.fp64 if problem.dtype in ("float64", "complex128") else rates.fp32

@@ -11,7 +11,7 @@ from typing import Any
 
 from gpuconv.problem import ConvProblem
 
-from .directions import Direction
+from ..modes import Direction
 from .measure import Absent, Refused
 
 Function = Callable[[Any, Any, Any], Any]
@@ -29,6 +29,15 @@ def optional_module(name: str) -> ModuleType | None:
 def is_symmetric(problem: ConvProblem) -> bool:
     """Whether torch.nn.functional takes the padding as one number."""
     return problem.padding_left == problem.padding_right
+
+
+def plain(problem: ConvProblem, direction: Direction) -> Function:
+    """PyTorch's own function of a pass, of (input, weight, bias or grad_output).
+
+    Raises:
+        Refused: there is none.
+    """
+    return conv_by_trimming(problem) if direction == "forward" else backward(problem, direction)
 
 
 def conv_by_trimming(problem: ConvProblem) -> Function:

@@ -1,27 +1,16 @@
-"""One pass of one layer under a profiler, and the names of the kernels that PyTorch runs for some layers.
-
-From the root of a checkout, on a machine with a GPU:
-
-    ncu --profile-from-start off --set full --clock-control none python -m bench.profile --work conv2
-    python -m bench.profile --peers [--records FILE]
-"""
+"""One pass of one layer under a profiler, and the names of the kernels that PyTorch runs for some layers."""
 
 from __future__ import annotations
 
-import argparse
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from gpuconv.gpus import missing_gpu
-
+from ..layers import load
+from ..modes import MODES, Direction, Mode, our_function, without_bias
+from ..speed.gpu import Data
+from ..speed.peers import CudnnSettings, conv_by_trimming, conv_channels_last, optional_module, to_channels_last
 from . import records
-from .directions import Direction, our_function, without_bias
-from .engine_gpu import Data
-from .layers import load
-from .modes import MODES, Mode
-from .peers import CudnnSettings, conv_by_trimming, conv_channels_last, optional_module, to_channels_last
 
 # (layer, mode, pass) under a short name. Forward passes on tensor cores pack the weights first; the last has the most
 # weights to pack.
@@ -40,6 +29,10 @@ PEER_LAYERS = (
     "mamba2_2p7b.conv_k4",
     "hifigan_v1.up1_k16s8_b1",
 )
+
+
+def work(name: str, *, rehearse: bool, **_: object) -> Iterator[tuple[str, records.Work]]:
+    yield name, partial(run, name, rehearse=rehearse)
 
 
 def run(name: str, *, rehearse: bool = False) -> dict[str, Any]:
@@ -64,8 +57,12 @@ def run(name: str, *, rehearse: bool = False) -> dict[str, Any]:
     return {"ok": verdict.ok, "note": verdict.note, "problem": str(problem)}
 
 
-def peer_work(torch: Any) -> Iterator[tuple[str, records.Work]]:
+def peer_work() -> Iterator[tuple[str, records.Work]]:
     """One piece for each of PEER_LAYERS, format and order of the data."""
+    torch = optional_module("torch")
+    if torch is None or not torch.cuda.is_available():
+        yield "PyTorch", lambda: {"absent": "PyTorch with CUDA is not installed"}
+        return
     layers = {layer.name: layer for layer in load()}
     for name in PEER_LAYERS:
         for mode in MODES[:2]:
@@ -96,27 +93,3 @@ def _kernels(torch: Any, layer: Any, mode: Mode, channels_last: bool) -> dict[st
             torch.cuda.synchronize()
     events = sorted((e for e in profile.events() if e.device_type.name == "CUDA"), key=lambda e: e.time_range.start)
     return {"kernels": [(event.name, event.time_range.elapsed_us()) for event in events]}
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit codes: those of bench.records, and 3 without a GPU."""
-    parser = argparse.ArgumentParser(prog="python -m bench.profile", description=__doc__.partition("\n")[0])
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--work", choices=tuple(WORK), help="one pass of gpuconv")
-    what.add_argument("--peers", action="store_true", help="the kernels of PyTorch")
-    records.add_arguments(parser)
-    args = parser.parse_args(argv)
-    if missing := missing_gpu():
-        print(missing)
-        return 3
-    file = records.open_records(args)
-    if args.work:
-        return file.run([(args.work, partial(run, args.work, rehearse=args.rehearse))])
-    torch = optional_module("torch")
-    if torch is None or not torch.cuda.is_available():
-        return file.run([("PyTorch", lambda: {"absent": "PyTorch with CUDA is not installed"})])
-    return file.run(peer_work(torch))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
