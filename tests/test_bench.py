@@ -132,9 +132,16 @@ EAGER = Method(kinds=("eager",))
 
 
 @pytest.fixture(autouse=True)
-def no_collection(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Collecting garbage before every sample would be most of what these tests do."""
+def quick_samples(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Collecting garbage before every sample, and idle threads that spin, would be most of what these tests do."""
     monkeypatch.setattr("bench.speed.measure.gc", types.SimpleNamespace(collect=int, disable=int, enable=int))
+    torch = peers.optional_module("torch")
+    threads = torch and torch.get_num_threads()
+    if torch:
+        torch.set_num_threads(1)
+    yield
+    if torch:
+        torch.set_num_threads(threads)
 
 
 def test_measured_times_are_those_of_the_clock() -> None:
@@ -725,6 +732,7 @@ def stand_in_engine(monkeypatch: pytest.MonkeyPatch) -> gpu.GpuEngine:
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(gpu, "sets_for", lambda *_: 3)
+    monkeypatch.setattr(gpu, "_POOL", 1 << 16)
     engine = object.__new__(gpu.GpuEngine)
     engine.cupy, engine.index, engine.torch = cupy, 0, torch
     engine.device = replace(Device.from_arch("sm_90"), l2_bytes=4096)
