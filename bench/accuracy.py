@@ -148,10 +148,10 @@ def runners(on_gpu: bool) -> Callable[[Arithmetic], Callable[[ConvProblem, Data]
         def run(problem: ConvProblem, data: Data) -> Array:
             cupy = runtime.cupy_module()
             device = runtime.device(0)
-            choice = dispatch.choose_family(problem, Layout.contiguous(problem), device, family)
+            choice = dispatch.choose(problem, Layout.contiguous(problem), device, family)
             x, w = (cupy.asarray(a) for a in data[:2])
             output = cupy.empty(problem.output_shape, x.dtype)
-            runtime.Plan(problem.output_shape, choice, ())(x, w, None, output)
+            runtime.Executor(choice, ("input", "weight", "output"))(x, w, output)
             return np.asarray(cupy.asnumpy(output))
 
         return run
@@ -160,7 +160,7 @@ def runners(on_gpu: bool) -> Callable[[Arithmetic], Callable[[ConvProblem, Data]
         from tests import hostcuda
 
         device = Device.from_arch("sm_90")
-        return lambda problem, data: hostcuda.convolve(problem, *data, family=family, device=device)
+        return lambda problem, data: hostcuda.compute(problem, *data, family=family, device=device)
 
     def choose(arithmetic: Arithmetic) -> Callable[[ConvProblem, Data], Array] | None:
         if arithmetic.family is None:

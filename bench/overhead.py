@@ -103,12 +103,10 @@ def _record(part: Callable[[], object], settle: Callable[[], object], batches: i
 # -- without a GPU ----------------------------------------------------------------------------------------------------
 
 
-class _IdlePlan:
-    """A plan that launches nothing."""
+class _IdleExecutor:
+    """An executor that launches nothing."""
 
-    output_shape = PROBLEM.output_shape
-
-    def __call__(self, *_: Any) -> None:
+    def __call__(self, *_: Any, **__: Any) -> None:
         pass
 
 
@@ -128,8 +126,8 @@ def stand_ins() -> Iterator[tuple[Any, ...]]:
 
     with (
         mock.patch.object(cupy.cuda.runtime, "getDevice", return_value=0),
-        mock.patch.object(runtime, "make_plan", return_value=_IdlePlan()),
-        mock.patch.object(calls, "_PLANS", {}),
+        mock.patch.object(runtime, "make_executor", return_value=_IdleExecutor()),
+        mock.patch.object(calls, "_EXECUTORS", {}),
     ):
         yield tuple(map(array, SHAPES))
 

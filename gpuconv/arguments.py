@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple, Protocol, SupportsIndex, TypeAlias,
 
 import numpy as np
 
-from .dtypes import DTYPES, ITEMSIZE, PRECISIONS, dtype_name
+from .dtypes import DTYPES, FORMATS, PRECISIONS, dtype_name
 
 Op: TypeAlias = Literal["conv1d", "conv_transpose1d"]
 Setting: TypeAlias = SupportsIndex | Sequence[SupportsIndex]
@@ -189,7 +189,8 @@ def check_size(caller: str, name: str, shape: Sequence[int], dtype: str) -> None
     if not all(isinstance(extent, int) for extent in shape):
         return  # symbols
     # A zero extent hides nothing: the strides of the other axes must be representable too.
-    size = math.prod([max(extent, 1) for extent in shape]) * ITEMSIZE[dtype]  # a list, which torch.compile reads
+    elements = math.prod([max(extent, 1) for extent in shape])  # a list, which torch.compile reads
+    size = elements * FORMATS[dtype].itemsize
     if size > MAX_EXTENT:
         raise ValueError(
             f"{caller}: {name} of shape {tuple(shape)} and dtype {dtype} needs {size} bytes, more than 64-bit offsets "

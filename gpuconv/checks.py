@@ -15,12 +15,11 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from . import cases, functional, grad, reference, runtime
+from . import cases, dispatch, functional, grad, reference, runtime
 from .cases import Case, Data
 from .device import Device
-from .families import FAMILIES, GRADIENT_FAMILIES, Family, GradientFamily, GradientLayout, Layout
-from .families.base import gradient_shapes
-from .problem import BiasGradientProblem, ConvProblem, WeightGradientProblem, numpy_dtype
+from .families import FAMILIES, Family, Layout, Refusal
+from .problem import BiasGradientProblem, ConvProblem, Problem, WeightGradientProblem, numpy_dtype
 from .report import Failure, Result, Tap
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -91,11 +90,6 @@ class Target:
         """The GPU; None for the CPU."""
         return runtime.device(int(runtime.cupy_module().cuda.runtime.getDevice())) if self.on_gpu else None
 
-    def weight_gradient(self, problem: ConvProblem, input: Array, grad_output: Array, family: str) -> Array:
-        """The gradient of the weight by a kernel family, into an output of NaN."""
-        out = self.put(np.full(problem.weight_shape, np.nan, numpy_dtype(problem.dtype)))
-        return self.get(grad.weight_by_family(problem, self.put(input), self.put(grad_output), out, family))
-
     def _put_if_given(self, array: Array | None) -> Any:
         return None if array is None else self.put(array)
 
@@ -150,12 +144,12 @@ class Subject:
             return self.target.convolve(self.problem, data, self.settings)
         return self.target.convolve(problem, data)
 
-    def gradient(self, argument: Argument, *arrays: Array) -> Array:
+    def gradient(self, argument: Argument, *arrays: Array, algorithm: str | None = None) -> Array:
         """The gradient in an argument, with the case's settings as its author wrote them.
 
         `arrays` are weight and grad_output, input and grad_output, or grad_output alone.
         """
-        return self.target.gradient(argument, self.problem, arrays, self.settings)
+        return self.target.gradient(argument, self.problem, arrays, {**self.settings, "algorithm": algorithm})
 
     def equal(self, output: Array, expected: Array) -> npt.NDArray[np.bool_]:
         """Elementwise: bits on a GPU, values on the CPU, whose BLAS may give a zero either sign.
@@ -343,7 +337,7 @@ def _check_repeat(s: Subject) -> Failure | None:
 
 def _check_gradients(s: Subject) -> Failure | None:
     p, q = s.problem, WeightGradientProblem.of(s.problem)
-    r = BiasGradientProblem(p.N, p.C_out, p.L_out, p.dtype)
+    r = BiasGradientProblem.of(p)
     x, weight, _ = cases.exact_data(p, s.seed, adjoint_too=p.L_in > 0)
     sparse = cases.exact_grad_output(p, s.seed, x)
     u = cases.exact_data(p.adjoint(), s.seed, adjoint_too=True).input if p.L_in else sparse
@@ -427,8 +421,7 @@ BY_FAMILY = "families"
 
 def families_of(device: Device) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The kernel families that a GPU has, and those that its architecture lacks."""
-    families: tuple[Family | GradientFamily[Any], ...] = (*FAMILIES, *GRADIENT_FAMILIES)
-    has = {family.name: next(iter(family.configs(device)), None) is not None for family in families}
+    has = {family.name: next(iter(family.configs(device)), None) is not None for family in FAMILIES}
     return tuple(n for n, there in has.items() if there), tuple(n for n, there in has.items() if not there)
 
 
@@ -437,21 +430,14 @@ def families_that_take(problem: ConvProblem, device: Device) -> tuple[str, ...]:
 
     The base family comes first. None is there for an output, or a gradient's operand, without elements.
     """
-    p = problem
     found: list[str] = []
-    if p.N and p.C_out:
+    problems: tuple[Problem, ...] = (problem, WeightGradientProblem.of(problem), BiasGradientProblem.of(problem))
+    for p in problems:
+        if p.is_empty:
+            continue
+        *others, base = dispatch.families(p.kind)
         layout = Layout.contiguous(p)
-        own = [f for f in FAMILIES if f.op == p.op]
-        found += [f.name for f in (own[-1], *own[:-1]) if f.refuse(p, layout, device) is None]
-    for op, gradient in (
-        ("weight_gradient", WeightGradientProblem.of(p)),
-        ("bias_gradient", BiasGradientProblem(p.N, p.C_out, p.L_out, p.dtype)),
-    ):
-        inputs, result = gradient_shapes(gradient)
-        if not any(0 in shape for shape in (*inputs, result)):
-            at = GradientLayout.contiguous(gradient)
-            rest = [f for f in GRADIENT_FAMILIES if f.op == op]
-            found += [f.name for f in (rest[-1], *rest[:-1]) if f.refuse(gradient, at, device) is None]
+        found += [f.name for f in (base, *others) if not isinstance(f.plan(p, layout, device), Refusal)]
     return tuple(found)
 
 
@@ -467,14 +453,13 @@ def run_families(
 
 
 def _check_family(s: Subject, name: str) -> Failure | None:
-    by_name = {f.name: f for f in FAMILIES}
-    if name in by_name:
-        return _check_forward_family(s, by_name[name])
-    gradients = {f.name: f for f in GRADIENT_FAMILIES}
-    return _check_gradient_family(s, gradients[name])
+    family = next(family for family in FAMILIES if family.name == name)
+    if family.kind in ("weight_gradient", "bias_gradient"):
+        return _check_gradient_family(s, family)
+    return _check_forward_family(s, family)
 
 
-def _check_forward_family(s: Subject, family: Family) -> Failure | None:
+def _check_forward_family(s: Subject, family: Family[Any]) -> Failure | None:
     p = s.problem
     settings = {**s.settings, "algorithm": family.name}
     data = cases.exact_data(p, s.seed)
@@ -493,15 +478,15 @@ def _check_forward_family(s: Subject, family: Family) -> Failure | None:
     return failure
 
 
-def _check_gradient_family(s: Subject, family: GradientFamily[Any]) -> Failure | None:
-    p, name, is_of_bias = s.problem, family.name, family.op == "bias_gradient"
-    q, r = WeightGradientProblem.of(p), BiasGradientProblem(p.N, p.C_out, p.L_out, p.dtype)
+def _check_gradient_family(s: Subject, family: Family[Any]) -> Failure | None:
+    p, name, is_of_bias = s.problem, family.name, family.kind == "bias_gradient"
+    q, r = WeightGradientProblem.of(p), BiasGradientProblem.of(p)
 
     def sums_of(x: Array, u: Array) -> reference.Sums:
         return reference.bias_gradient(r, u) if is_of_bias else reference.weight_gradient(q, *q.sides(x, u))
 
     def run(x: Array, u: Array, by: str = name) -> Array:
-        return s.gradient("bias", u) if is_of_bias else s.target.weight_gradient(p, x, u, by)
+        return s.gradient("bias", u) if is_of_bias else s.gradient("weight", x, u, algorithm=by)
 
     x = cases.exact_data(p, s.seed, adjoint_too=p.L_in > 0).input
     u = cases.exact_grad_output(p, s.seed, x)
@@ -518,8 +503,8 @@ def _check_gradient_family(s: Subject, family: GradientFamily[Any]) -> Failure |
         output = run(x, u)
         message = f"{name} must lie within the error bound of the reference, on {kind} data"
         failure = s.judge_comparison(sums_of(x, u).compare(output), message, None, p)
-        if failure is None and kind == "normal" and not (is_of_bias or family.on_tensor_cores):
-            base = run(x, u, "weight_gradient_direct")
+        if failure is None and kind == "normal" and family.canonical_order and not is_of_bias:
+            base = run(x, u, "base")
             message = f"{name} must equal the base family, bit for bit"
             failure = s.judge(same_bits(output, base), output, base, message, None, p)
     return failure

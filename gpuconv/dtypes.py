@@ -2,21 +2,68 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from .text import install_hint
 
-DTYPES = ("float16", "bfloat16", "float32", "float64", "complex64", "complex128")
-ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8, "complex64": 8, "complex128": 16}
-PRECISIONS = ("float32", "tf32")
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """The numbers of a dtype, and those in which they are summed.
+
+    Attributes:
+        itemsize: bytes of an element.
+        is_complex: whether an element has a real and an imaginary part.
+        real: the dtype of an element, or of its parts.
+        accumulator: the real dtype of sums.
+        roundoff: the unit roundoff of `real`, 2**-(bits of the significand, the hidden one included).
+        smallest_normal, largest: of `real`.
+    """
+
+    itemsize: int
+    is_complex: bool
+    real: str
+    accumulator: str
+    roundoff: float
+    smallest_normal: float
+    largest: float
+
+    @property
+    def accumulator_bytes(self) -> int:
+        """Bytes of a sum, with both parts of a complex one."""
+        return max(4, self.itemsize)
+
+    @property
+    def multiply_adds(self) -> int:
+        """Real multiply-adds of one product."""
+        return 4 if self.is_complex else 1
+
+
+_BFLOAT16_LARGEST, _SINGLE_LARGEST = float.fromhex("0x1.fep127"), float.fromhex("0x1.fffffep127")
+_DOUBLE_LARGEST = float.fromhex("0x1.fffffffffffffp1023")
+
+FORMATS = {
+    "float16": Format(2, False, "float16", "float32", 2.0**-11, 2.0**-14, 65504.0),
+    "bfloat16": Format(2, False, "bfloat16", "float32", 2.0**-8, 2.0**-126, _BFLOAT16_LARGEST),
+    "float32": Format(4, False, "float32", "float32", 2.0**-24, 2.0**-126, _SINGLE_LARGEST),
+    "float64": Format(8, False, "float64", "float64", 2.0**-53, 2.0**-1022, _DOUBLE_LARGEST),
+    "complex64": Format(8, True, "float32", "float32", 2.0**-24, 2.0**-126, _SINGLE_LARGEST),
+    "complex128": Format(16, True, "float64", "float64", 2.0**-53, 2.0**-1022, _DOUBLE_LARGEST),
+}
+DTYPES = tuple(FORMATS)
+
+# By precision: the unit roundoff to which tensor cores may round operands, 0 where they keep them.
+OPERAND_ROUNDOFF = {"float32": 0.0, "tf32": 2.0**-11}
+PRECISIONS = tuple(OPERAND_ROUNDOFF)
 
 
 def dtype_name(dtype: Any) -> str | None:
     """The name of a supported dtype in `DTYPES`, whatever its byte order; None for every other dtype."""
     name = str(getattr(dtype, "name", dtype))
-    return name if name in ITEMSIZE else None
+    return name if name in FORMATS else None
 
 
 def numpy_dtype(name: str) -> np.dtype[Any]:

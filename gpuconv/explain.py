@@ -6,16 +6,15 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, overload
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
 from . import cpu, cpu_gradients, dispatch, runtime
 from .arguments import check_int, check_padding_mode
-from .calls import check_kinds
 from .device import ARCHITECTURES, Device
-from .families import Config, Launch
-from .families.base import gradient_shapes
+from .families import Launch
+from .memory import check_kinds
 from .problem import (
     ArrayLike,
     ArraySpec,
@@ -24,6 +23,7 @@ from .problem import (
     Op,
     WeightGradientProblem,
 )
+from .tasks import SIGNATURES
 from .text import WIDTH, count, wrap, wrap_rows
 
 Direction: TypeAlias = Literal["forward", "grad_input", "grad_weight", "grad_bias"]
@@ -41,11 +41,24 @@ MAX_FIGURES = 8  # configurations that a page shows of those that a cost model c
 _BAR = 12  # columns
 
 
-class _Costs:
-    """What both kinds of explanation say of the work."""
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """What one call does and what it costs. `str` and `page` give a short page, `to_dict` the same for JSON.
 
-    __slots__ = ()
+    Attributes:
+        problem: the call with every setting resolved: extents, paddings, L_out. The gradient of the input is the other
+            operation, with the same weight.
+        device: the GPU that runs it; None on the CPU path.
+        choice: the kernel family, its launches and buffers, and the families that were asked before it; None on the CPU
+            path, and where the result is empty or zero and nothing is launched.
+        method: how the CPU path computes it; None on a GPU, and for a bias.
+        copies: the arrays that are copied first, because the kernels (or BLAS) cannot read them where they lie.
+    """
+
     problem: ConvProblem | WeightGradientProblem | BiasGradientProblem
+    device: Device | None
+    choice: dispatch.Choice | None
+    method: cpu.Method | None
     copies: tuple[str, ...]
 
     @property
@@ -64,248 +77,141 @@ class _Costs:
         return self.flops / self.bytes if self.bytes else 0.0
 
     @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the arrays of the call by name, the result last."""
+        p = self.problem
+        if isinstance(p, ConvProblem):
+            return {**p.shapes, "input": p.input_shape, "output": p.output_shape}
+        if isinstance(p, BiasGradientProblem):
+            return p.shapes
+        names = _names_of_operands(p)
+        return {names.get(operand, operand): shape for operand, shape in p.shapes.items()}
+
+    @property
     def copy_bytes(self) -> int:
         """The memory that the copies take, in bytes."""
-        shapes = self._shapes()
-        return sum(math.prod(shapes[name]) for name in self.copies) * self.problem.itemsize
+        return sum(math.prod(self.shapes[name]) for name in self.copies) * self.problem.itemsize
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same facts as plain values that `json.dumps` takes. Times of the cost model are predicted."""
+        problem: dict[str, Any] = dataclasses.asdict(self.problem)
+        problem.update((f"{name}_shape", list(shape)) for name, shape in self.shapes.items())
+        return {
+            "problem": problem,
+            "device": {"name": "CPU"} if self.device is None else dataclasses.asdict(self.device),
+            "flops": self.flops,
+            "bytes": self.bytes,
+            "intensity": self.intensity,
+            "copies": list(self.copies),
+            "copy_bytes": self.copy_bytes,
+            "method": None if self.method is None else dataclasses.asdict(self.method),
+            "kernel": None if self.choice is None else self._kernel_dict(self.choice),
+        }
+
+    def _kernel_dict(self, choice: dispatch.Choice) -> dict[str, Any]:
+        steps: list[dict[str, Any]] = [
+            {
+                "kernel": step.config.kernel,
+                "macros": dict(step.config.macros),
+                "launch": {**dataclasses.asdict(step.launch), "params": dict(step.launch.params)},
+                "arrays": list(step.arrays),
+            }
+            for step in choice.plan.steps
+        ]
+        own = steps[choice.plan.steps.index(choice.step)]
+        return {
+            "family": choice.family,
+            "macros": own["macros"],
+            "launch": own["launch"],
+            "refusals": [{"family": family, "reason": reason} for family, reason in choice.refusals],
+            "figures": [
+                {"configuration": name, "cycles": cycles, "microseconds": self._microseconds(cycles)}
+                for name, cycles in choice.plan.candidates
+            ],
+            "steps": steps,
+            "scratch": dict(choice.plan.scratch),
+        }
 
     def page(self, width: int = WIDTH) -> str:
-        raise NotImplementedError
+        """The facts as text, in lines of at most `width` columns."""
+        p = self.problem
+        rows = [(name, str(shape)) for name, shape in self.shapes.items()]
+        rows[0] = (rows[0][0], f"{rows[0][1]} {p.dtype}")
+        title = "gradient of the bias"
+        if not isinstance(p, BiasGradientProblem):
+            padding = str(p.padding) if isinstance(p, ConvProblem) else f"{p.padding_left} on the left"
+            settings = f"stride {p.stride}, padding {padding}, dilation {p.dilation}, groups {p.groups}"
+            if isinstance(p, ConvProblem) and p.output_padding:
+                settings += f", output_padding {p.output_padding}"
+            if p.precision != "float32":
+                settings += f", precision {p.precision}"
+            rows.append(("settings", settings))
+            title = p.op if isinstance(p, ConvProblem) else f"gradient of {p.op}'s weight"
+        if self.device is None:
+            where = "the CPU, through NumPy"
+            if self.method is not None:
+                rows.append(("method", f"{self.method.name}: {self.method.reason}"))
+                rows.append(("workspace", _quantity(self.method.workspace_bytes, "B")))
+        else:
+            where = f"{self.device.name} ({self.device.arch_name})"
+            rows += self._kernel_rows()
+        work = f"{_quantity(self.flops, 'FLOP')}, at least {_quantity(self.bytes, 'B')} moved"
+        rows.append(("work", f"{work}, {self.intensity:.3g} FLOP/B"))
+        copies = f"{', '.join(self.copies)} ({_quantity(self.copy_bytes, 'B')})" if self.copies else "none"
+        rows.append(("copies", copies))
+        return "\n".join([*wrap(f"{title} on {where}", width), *wrap_rows(rows, width, indent="  ")])
 
     def __str__(self) -> str:
         return self.page()
 
-    def _shapes(self) -> dict[str, tuple[int, ...]]:
-        raise NotImplementedError
-
-
-@dataclass(frozen=True, slots=True)
-class Explanation(_Costs):
-    """What one call does and what it costs. `str` and `page` give a short page, `to_dict` the same for JSON.
-
-    Attributes:
-        problem: the call with every setting resolved: extents, both paddings, L_out.
-        device: the GPU that runs it; None on the CPU path.
-        choice: the kernel family, its specialisation, launch and the families that were asked before it; None on the
-            CPU path, and where the output is empty and nothing is launched.
-        method: how the CPU path computes it; None on a GPU.
-        copies: the arrays that are copied first, because the kernels (or BLAS) cannot read them where they lie.
-    """
-
-    problem: ConvProblem
-    device: Device | None
-    choice: dispatch.Choice | None
-    method: cpu.Method | None
-    copies: tuple[str, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """The same facts as plain values that `json.dumps` takes. Times of the cost model are predicted."""
+    def _kernel_rows(self) -> list[tuple[str, str]]:
         choice = self.choice
-        result = _common_dict(self, self._shapes())
-        if choice is not None:
-            second = choice.second_pass
-            result["kernel"] = {
-                **_choice_dict(self, choice),
-                "pack_bytes": 0 if choice.pack is None else choice.pack.num_bytes,
-                "partial_bytes": 0 if second is None else second.num_bytes,
-                "second_pass": None if second is None else _launch_dict(second.config, second.launch),
-            }
-        return result
-
-    def page(self, width: int = WIDTH) -> str:
-        """The facts as text, in lines of at most `width` columns."""
-        p = self.problem
-        rows = [
-            (name, f"{shape} {p.dtype}" if name == "input" else str(shape)) for name, shape in self._shapes().items()
-        ]
-        settings = f"stride {p.stride}, padding {p.padding}, dilation {p.dilation}, groups {p.groups}"
-        settings += f", output_padding {p.output_padding}" if p.output_padding else ""
-        settings += f", precision {p.precision}" if p.precision != "float32" else ""
-        rows.append(("settings", settings))
-        return _page(p.op, self, rows, self._kernel_rows(), width)
-
-    def _shapes(self) -> dict[str, tuple[int, ...]]:
-        p = self.problem
-        shapes = {"input": p.input_shape, "weight": p.weight_shape, "bias": p.bias_shape, "output": p.output_shape}
-        return {name: shape for name, shape in shapes.items() if shape is not None}
-
-    def _kernel_rows(self) -> list[tuple[str, str]]:
-        if self.choice is None:
-            return [("kernel", "none: the output is empty, so nothing is launched")]
-        rows = _choice_rows(self, self.choice)
-        if self.choice.pack:
-            size = _quantity(self.choice.pack.num_bytes, "B")
-            rows.append(("packing", f"weights are packed first into a buffer of {size}"))
-        if self.choice.second_pass:
-            size = _quantity(self.choice.second_pass.num_bytes, "B")
-            segments = dict(self.choice.launch.params)["segments"]
-            sums = f"the sums of {count(segments, 'segment')} of the channels"
-            rows.append(("second launch", f"adds {sums} from a buffer of {size}"))
-        return rows
-
-
-@dataclass(frozen=True, slots=True)
-class GradientExplanation(_Costs):
-    """What one call for the gradient of weights or of a bias does. `str`, `page` and `to_dict` as in `Explanation`.
-
-    Attributes:
-        problem: the call with every setting resolved.
-        device: the GPU that runs it; None on the CPU path.
-        choice: the kernel family, its specialisation, launch, the slices of its sum and the buffer of their sums; None
-            on the CPU path, and where an array is empty and nothing is launched.
-        method: how the CPU path computes it; None on a GPU, and for a bias.
-        copies: the arrays that are copied first, because the kernels (or BLAS) cannot read them where they lie.
-    """
-
-    problem: WeightGradientProblem | BiasGradientProblem
-    device: Device | None
-    choice: dispatch.GradientChoice | None
-    method: cpu.Method | None
-    copies: tuple[str, ...]
-
-    @property
-    def partial_bytes(self) -> int:
-        """The buffer of the slices' sums, in bytes; 0 where the sum is not cut, and on the CPU path."""
-        return 0 if self.choice is None else self.choice.partial_bytes
-
-    def to_dict(self) -> dict[str, Any]:
-        """The same facts as plain values that `json.dumps` takes."""
-        result = _common_dict(self, self._shapes())
-        if self.choice is not None:
-            total = self.choice.sum
-            result["kernel"] = {
-                **_choice_dict(self, self.choice),
-                "slices": dataclasses.asdict(self.choice.slices),
-                "partial_bytes": self.partial_bytes,
-                "sum": None if total is None else _launch_dict(*total),
-            }
-        return result
-
-    def page(self, width: int = WIDTH) -> str:
-        """The facts as text, in lines of at most `width` columns."""
-        p = self.problem
-        rows = [(name, f"{shape} {p.dtype}") for name, shape in self._shapes().items()]
-        if isinstance(p, BiasGradientProblem):
-            return _page("gradient of the bias", self, rows, self._kernel_rows(), width)
-        padding = f"{p.padding_left} on the left"
-        rows.append(("settings", f"stride {p.stride}, padding {padding}, dilation {p.dilation}, groups {p.groups}"))
-        return _page(f"gradient of {p.op}'s weight", self, rows, self._kernel_rows(), width)
-
-    def _shapes(self) -> dict[str, tuple[int, ...]]:
-        p = self.problem
-        if isinstance(p, BiasGradientProblem):
-            return {"grad_output": p.grad_output_shape, "grad_bias": p.bias_shape}
-        first, second = ("input", "grad_output") if p.transposed else ("grad_output", "input")
-        return {first: p.coarse_shape, second: p.fine_shape, "grad_weight": p.weight_shape}
-
-    def _kernel_rows(self) -> list[tuple[str, str]]:
-        if self.choice is None:
+        if choice is None:
+            if isinstance(self.problem, ConvProblem):
+                return [("kernel", "none: the output is empty, so nothing is launched")]
             return [("kernel", "none: an array is empty, so the gradient is zero")]
-        cut, rows = self.choice.slices, _choice_rows(self, self.choice)
-        if self.choice.sum is None:
-            return [*rows, ("slices", "1: all samples in one sum")]
-        part = count(cut.positions, "position") if cut.pieces > 1 else count(cut.samples, "whole sample")
-        size = _quantity(self.partial_bytes, "B")
-        rows.append(("slices", f"{cut.count} of {part}, whose sums take a buffer of {size}"))
-        launch = self.choice.sum[1]
-        ways = dict(launch.params)["ways"]
-        rows.append(("sum", f"sum_slices adds them in {count(ways, 'way')}: {_launch_words(launch)}"))
+        macros = ", ".join(f"{name}={value}" for name, value in choice.config.macros)
+        rows = [
+            *(("refused", f"{family}: {reason}") for family, reason in choice.refusals),
+            ("kernel", f"{choice.family} with {macros}"),
+            ("launch", _launch_words(choice.launch)),
+        ]
+        own = choice.plan.steps.index(choice.step)
+        for place, step in enumerate(choice.plan.steps):
+            if place != own:
+                words = f"{step.config.kernel}: {_launch_words(step.launch)}"
+                rows.append(("before" if place < own else "after", words))
+        if choice.plan.scratch:
+            buffers = (f"{name} ({_quantity(num_bytes, 'B')})" for name, num_bytes in choice.plan.scratch)
+            rows.append(("buffers", ", ".join(buffers)))
+        if choice.plan.candidates:
+            rows.append(("model", self._candidates_text(choice.plan.candidates)))
         return rows
 
+    def _candidates_text(self, candidates: Sequence[tuple[str, float]]) -> str:
+        """The configurations that the cost model compared, each with its predicted time and a bar of that length."""
+        assert self.device is not None
+        longest = max(cycles for _, cycles in candidates[:MAX_FIGURES])
+        lines = [f"predicted, not measured, at {self.device.clock_ghz:.3g} GHz:"]
+        for name, cycles in candidates[:MAX_FIGURES]:
+            us = self._microseconds(cycles)
+            bar = "#" * max(1, round(_BAR * cycles / longest))
+            # A tab ends what a long name is indented by.
+            lines.append(f"{f'{us:.0f}' if us >= 100 else f'{us:.3g}':>7} us  {bar:<{_BAR}}  \t{name}")
+        if len(candidates) > MAX_FIGURES:
+            lines.append(f"and {count(len(candidates) - MAX_FIGURES, 'slower one')}")
+        lines[1] += " (chosen)"
+        return "\n".join(lines)
 
-def _common_dict(explanation: Explanation | GradientExplanation, shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
-    e = explanation
-    return {
-        "problem": {
-            **dataclasses.asdict(e.problem),
-            **{f"{name}_shape": list(shape) for name, shape in shapes.items()},
-        },
-        "device": {"name": "CPU"} if e.device is None else dataclasses.asdict(e.device),
-        "flops": e.flops,
-        "bytes": e.bytes,
-        "intensity": e.intensity,
-        "copies": list(e.copies),
-        "copy_bytes": e.copy_bytes,
-        "method": None if e.method is None else dataclasses.asdict(e.method),
-        "kernel": None,
-    }
-
-
-def _launch_dict(config: Config, launch: Launch) -> dict[str, Any]:
-    return {
-        "macros": dict(config.macros),
-        "launch": {**dataclasses.asdict(launch), "params": dict(launch.params)},
-    }
+    def _microseconds(self, cycles: float) -> float:
+        assert self.device is not None
+        return cycles / (1e3 * self.device.clock_ghz)
 
 
-def _choice_dict(
-    explanation: Explanation | GradientExplanation, choice: dispatch.Choice | dispatch.GradientChoice
-) -> dict[str, Any]:
-    return {
-        "family": choice.family,
-        **_launch_dict(choice.config, choice.launch),
-        "refusals": [{"family": family, "reason": reason} for family, reason in choice.refusals],
-        "figures": [
-            {"configuration": name, "cycles": cycles, "microseconds": _microseconds(explanation, cycles)}
-            for name, cycles in choice.figures
-        ],
-    }
-
-
-def _page(
-    title: str,
-    explanation: Explanation | GradientExplanation,
-    rows: list[tuple[str, str]],
-    kernel_rows: list[tuple[str, str]],
-    width: int,
-) -> str:
-    e = explanation
-    if e.device is None:
-        where = "the CPU, through NumPy"
-        if e.method is not None:
-            rows.append(("method", f"{e.method.name}: {e.method.reason}"))
-            rows.append(("workspace", _quantity(e.method.workspace_bytes, "B")))
-    else:
-        where = f"{e.device.name} ({e.device.arch_name})"
-        rows += kernel_rows
-    work = f"{_quantity(e.flops, 'FLOP')}, at least {_quantity(e.bytes, 'B')} moved"
-    rows.append(("work", f"{work}, {e.intensity:.3g} FLOP/B"))
-    copies = f"{', '.join(e.copies)} ({_quantity(e.copy_bytes, 'B')})" if e.copies else "none"
-    rows.append(("copies", copies))
-    return "\n".join([*wrap(f"{title} on {where}", width), *wrap_rows(rows, width, indent="  ")])
-
-
-def _choice_rows(
-    explanation: Explanation | GradientExplanation, choice: dispatch.Choice | dispatch.GradientChoice
-) -> list[tuple[str, str]]:
-    macros = ", ".join(f"{name}={value}" for name, value in choice.config.macros)
-    return [
-        *(("refused", f"{family}: {reason}") for family, reason in choice.refusals),
-        ("kernel", f"{choice.family} with {macros}"),
-        ("launch", _launch_words(choice.launch)),
-        *([("model", _figures_text(explanation, choice.figures))] if choice.figures else []),
-    ]
-
-
-def _figures_text(explanation: Explanation | GradientExplanation, figures: Sequence[tuple[str, float]]) -> str:
-    """The configurations that the cost model compared, each with its predicted time and a bar that grows with it."""
-    assert explanation.device is not None
-    longest = max(cycles for _, cycles in figures[:MAX_FIGURES])
-    lines = [f"predicted, not measured, at {explanation.device.clock_ghz:.3g} GHz:"]
-    for name, cycles in figures[:MAX_FIGURES]:
-        us = _microseconds(explanation, cycles)
-        bar = "#" * max(1, round(_BAR * cycles / longest))
-        # A tab ends what a long name is indented by.
-        lines.append(f"{f'{us:.0f}' if us >= 100 else f'{us:.3g}':>7} us  {bar:<{_BAR}}  \t{name}")
-    if len(figures) > MAX_FIGURES:
-        lines.append(f"and {count(len(figures) - MAX_FIGURES, 'slower one')}")
-    lines[1] += " (chosen)"
-    return "\n".join(lines)
-
-
-def _microseconds(explanation: Explanation | GradientExplanation, cycles: float) -> float:
-    assert explanation.device is not None
-    return cycles / (1e3 * explanation.device.clock_ghz)
+def _names_of_operands(problem: WeightGradientProblem) -> dict[str, str]:
+    """The names that users know the arrays of a weight gradient by."""
+    signature = SIGNATURES[f"{problem.op}_weight"]
+    return dict(zip(signature.operands, signature.arrays, strict=True))
 
 
 def _launch_words(launch: Launch) -> str:
@@ -313,45 +219,6 @@ def _launch_words(launch: Launch) -> str:
         f"{count(launch.grid, 'block')} of {count(launch.block, 'thread')}, "
         f"{launch.shared_bytes} B of shared memory, {launch.index_bits}-bit offsets"
     )
-
-
-@overload
-def explain(
-    op: Op,
-    input: ArrayLike,
-    weight: ArrayLike,
-    bias: ArrayLike | None = None,
-    *,
-    direction: Literal["forward", "grad_input"] = "forward",
-    device: Device | str | None = None,
-    **settings: Any,
-) -> Explanation: ...
-
-
-@overload
-def explain(
-    op: Op,
-    input: ArrayLike,
-    weight: ArrayLike,
-    bias: ArrayLike | None = None,
-    *,
-    direction: Literal["grad_weight", "grad_bias"],
-    device: Device | str | None = None,
-    **settings: Any,
-) -> GradientExplanation: ...
-
-
-@overload
-def explain(
-    op: Op,
-    input: ArrayLike,
-    weight: ArrayLike,
-    bias: ArrayLike | None = None,
-    *,
-    direction: Direction,
-    device: Device | str | None = None,
-    **settings: Any,
-) -> Explanation | GradientExplanation: ...
 
 
 def explain(
@@ -363,7 +230,7 @@ def explain(
     direction: Direction = "forward",
     device: Device | str | None = None,
     **settings: Any,
-) -> Explanation | GradientExplanation:
+) -> Explanation:
     """Tell what `gpuconv.conv1d` or `gpuconv.conv_transpose1d` does with these arguments, without computing anything.
 
     Args:
@@ -380,7 +247,7 @@ def explain(
         **settings: the settings of the operation by name: stride, padding, dilation, groups, algorithm and so on.
 
     Returns:
-        An `Explanation`, for "grad_weight" and "grad_bias" a `GradientExplanation`; `print` it.
+        An `Explanation`; `print` it.
 
     Raises:
         ValueError: what the call itself would refuse; an unknown op, direction or device; ArraySpecs without a device;
@@ -415,55 +282,38 @@ def explain(
     if "padding_mode" in settings:
         check_padding_mode(op, settings.pop("padding_mode"))
     algorithm = settings.pop("algorithm", None)
-    dispatch.check_algorithm(op, op, algorithm)
-    if algorithm is not None and direction != "forward":
-        raise ValueError(
-            f'explain: algorithm is of direction "forward"; there is no choice for {direction}, got {algorithm!r}'
-        )
+    function = op if direction == "forward" else f"{op}_{direction.removeprefix('grad_')}"
+    dispatch.check_algorithm("explain", SIGNATURES[function].kind, algorithm)
     construct = ConvProblem.conv_transpose1d if op == "conv_transpose1d" else ConvProblem.conv1d
-    problem = construct(input, weight, bias, **settings)
-    swapped = tuple(name for name, array in given.items() if not getattr(array.dtype, "isnative", True))
-    places = {name: _place(array) for name, array in given.items()}
-    if direction == "grad_weight":
-        return _explain_weight_gradient(problem, target, places["input"], "input" in swapped)
-    if direction == "grad_bias":
-        bias_problem = BiasGradientProblem(problem.N, problem.C_out, problem.L_out, problem.dtype)
-        return GradientExplanation(bias_problem, target, _choose_gradient(bias_problem, [None], target)[0], None, ())
+    p = construct(input, weight, bias, **settings)
+    problem: ConvProblem | WeightGradientProblem | BiasGradientProblem = p
     if direction == "grad_input":
-        if problem.L_in == 0:
+        if p.L_in == 0:
             raise ValueError("explain: input has no positions, so it has no gradient")
-        problem = problem.adjoint()
-        if problem.is_complex:  # the conjugates of the weights are a copy
-            swapped, places = ("weight",), {}
-        else:
-            swapped, places = tuple(name for name in swapped if name == "weight"), {"weight": places["weight"]}
+        problem = p.adjoint()
+    elif direction == "grad_weight":
+        problem = WeightGradientProblem.of(p)
+    elif direction == "grad_bias":
+        problem = BiasGradientProblem.of(p)
+    # Gradients of the output are freshly allocated, and so are conjugates of weights, which are a copy.
+    operands = dict(zip(SIGNATURES[function].arrays, SIGNATURES[function].operands, strict=True))
+    operands = {array: operand for array, operand in operands.items() if array in given}
+    conjugated = ("weight",) if direction == "grad_input" and p.is_complex else ()
     if target is None:
-        return Explanation(problem, None, None, cpu.method(problem), swapped)
+        swapped = [name for name in operands if not getattr(given[name].dtype, "isnative", True)]
+        method = None
+        if isinstance(problem, ConvProblem):
+            method = cpu.method(problem)
+        elif isinstance(problem, WeightGradientProblem):
+            method = cpu_gradients.method(problem)
+        return Explanation(problem, None, None, method, tuple(dict.fromkeys((*conjugated, *swapped))))
+    if problem.is_empty:
+        return Explanation(problem, target, None, None, ())
+    places = {operand: _place(given[array]) for array, operand in operands.items() if array not in conjugated}
     layout, copies = dispatch.lay_out(problem, places)
-    if direction == "grad_input" and problem.is_complex:
-        copies = ("weight",)
-    choice = dispatch.choose(problem, layout, target, algorithm)
-    return Explanation(problem, target, choice, None, copies if choice is not None else ())
-
-
-def _explain_weight_gradient(
-    problem: ConvProblem, target: Device | None, input: dispatch.Place | None, is_swapped: bool
-) -> GradientExplanation:
-    p = WeightGradientProblem.of(problem)
-    if target is None:
-        return GradientExplanation(p, None, None, cpu_gradients.method(p), ("input",) if is_swapped else ())
-    choice, copies = _choose_gradient(p, [input, None] if p.transposed else [None, input], target)
-    return GradientExplanation(p, target, choice, None, ("input",) if copies else ())
-
-
-def _choose_gradient(
-    problem: dispatch.GradientProblem, places: list[dispatch.Place | None], target: Device | None
-) -> tuple[dispatch.GradientChoice | None, tuple[int, ...]]:
-    inputs, result = gradient_shapes(problem)
-    if target is None or any(0 in shape for shape in (*inputs, result)):
-        return None, ()
-    layout, copies = dispatch.lay_out_gradient(problem, places, None)
-    return dispatch.choose_gradient(problem, layout, target), copies
+    arrays_of = {operand: array for array, operand in operands.items()}
+    copies = (*(arrays_of[operand] for operand in copies), *conjugated)
+    return Explanation(problem, target, dispatch.choose(problem, layout, target, algorithm), None, copies)
 
 
 def _check_extents(op: Op, name: str, spec: ArraySpec) -> None:

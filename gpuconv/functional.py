@@ -6,10 +6,10 @@ from typing import Any, SupportsIndex, TypeVar, cast
 
 import numpy as np
 
-from . import runtime
+from . import calls, runtime
 from .arguments import check_padding_mode
-from .calls import Function, check_kinds
-from .problem import ConvProblem, Op, Padding, Setting
+from .memory import check_kinds
+from .problem import Op, Padding, Setting
 
 ArrayT = TypeVar("ArrayT")
 
@@ -182,27 +182,6 @@ def prepare(weight: ArrayT) -> runtime.PreparedWeight:
     return runtime.prepare(array) if runtime.is_cupy_array(array) else runtime.PreparedWeight(np.array(array))
 
 
-def _function(op: Op) -> Function[ConvProblem]:
-    construct = ConvProblem.conv_transpose1d if op == "conv_transpose1d" else ConvProblem.conv1d
-    return Function(
-        op,
-        ("input", "weight", "bias"),
-        problem=lambda arrays, settings: construct(*arrays, *settings),
-        shape=lambda problem: problem.output_shape,
-        compute=_compute,
-        plan=lambda *arguments, **options: runtime.make_plan(*arguments, **options),  # noqa: PLW0108 - looked up late
-    )
-
-
-def _compute(*arguments: Any) -> None:
-    from . import cpu  # loaded by the first call on the CPU, since calls on a GPU do not need it
-
-    cpu.convolve(*arguments)
-
-
-_FUNCTIONS: dict[Op, Function[ConvProblem]] = {op: _function(op) for op in ("conv1d", "conv_transpose1d")}
-
-
 def _convolve(
     op: Op,
     input: Any,
@@ -212,11 +191,7 @@ def _convolve(
     algorithm: str | None,
     out: Any | None,
 ) -> Any:
-    if algorithm is not None:
-        from . import dispatch  # with all kernel families, which most calls on the CPU do not need
-
-        dispatch.check_algorithm(op, op, algorithm)
     prepared = weight if isinstance(weight, runtime.PreparedWeight) else None
     if prepared is not None:
         weight = prepared.array
-    return _FUNCTIONS[op]((input, weight, bias), settings, out, prepared, algorithm=algorithm)
+    return calls.run(op, (input, weight, bias), settings, out, algorithm=algorithm, prepared=prepared)

@@ -11,22 +11,10 @@ kernels. `gpuconv.reference` has the definitions and the error bounds.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, SupportsIndex, TypeVar, cast
+from typing import SupportsIndex, TypeVar, cast
 
-from . import cpu, cpu_gradients, runtime
-from .arguments import check_shape
-from .calls import Function
-from .problem import (
-    ArraySpec,
-    BiasGradientProblem,
-    ConvProblem,
-    Op,
-    Padding,
-    Setting,
-    WeightGradientProblem,
-    bias_gradient_problem,
-    gradient_problem,
-)
+from . import calls
+from .problem import Padding, Setting
 
 ArrayT = TypeVar("ArrayT")
 
@@ -41,6 +29,7 @@ def conv1d_input(
     groups: SupportsIndex = 1,
     *,
     precision: str = "float32",
+    algorithm: str | None = None,
     out: ArrayT | None = None,
 ) -> ArrayT:
     """The gradient of `gpuconv.conv1d` in its input.
@@ -63,6 +52,8 @@ def conv1d_input(
         dilation: of the forward call.
         groups: of the forward call.
         precision: "float32", the full precision of the dtype, or "tf32", as in the forward call.
+        algorithm: how a GPU computes it: None for the fastest kernel family, "base" for the one that takes every
+            problem, or the name of a `conv_transpose1d` family; see `gpuconv.explain`.
         out: an array of shape `input_size`, of the dtype and device of `weight`, to write to, which must not overlap
             the arguments.
 
@@ -71,6 +62,7 @@ def conv1d_input(
 
     Raises:
         ValueError: a shape or a value does not fit; the message names the argument, what was expected and what came.
+            The kernel family that `algorithm` names does not take the problem.
         TypeError: an argument is of the wrong kind, or a dtype is not supported.
         RuntimeError: a CuPy array was given but no GPU answers.
 
@@ -81,7 +73,7 @@ def conv1d_input(
         array([[[ 1.,  2.,  0., 10., 20.,  0.]]])
     """
     settings = (input_size, stride, padding, dilation, groups, precision)
-    return cast(ArrayT, _CONV1D_INPUT((grad_output, weight, None), settings, out))
+    return cast(ArrayT, calls.run("conv1d_input", (grad_output, weight), settings, out, algorithm=algorithm))
 
 
 def conv1d_weight(
@@ -94,6 +86,7 @@ def conv1d_weight(
     groups: SupportsIndex = 1,
     *,
     precision: str = "float32",
+    algorithm: str | None = None,
     out: ArrayT | None = None,
 ) -> ArrayT:
     """The gradient of `gpuconv.conv1d` in its weight.
@@ -116,6 +109,8 @@ def conv1d_weight(
         dilation: of the forward call.
         groups: of the forward call.
         precision: "float32", the full precision of the dtype, or "tf32", as in the forward call.
+        algorithm: how a GPU computes it: None for the fastest kernel family, "base" for the one that takes every
+            problem, or the name of a `weight_gradient` family; see `gpuconv.explain`.
         out: an array of shape `weight_size`, of the dtype and device of `input`, to write to, which must not overlap
             the arguments.
 
@@ -124,6 +119,7 @@ def conv1d_weight(
 
     Raises:
         ValueError: a shape or a value does not fit; the message names the argument, what was expected and what came.
+            The kernel family that `algorithm` names does not take the problem.
         TypeError: an argument is of the wrong kind, or a dtype is not supported.
         RuntimeError: a CuPy array was given but no GPU answers.
 
@@ -134,7 +130,7 @@ def conv1d_weight(
         array([[[30., 41.]]])
     """
     settings = (weight_size, stride, padding, dilation, groups, precision)
-    return cast(ArrayT, _CONV1D_WEIGHT((input, grad_output), settings, out))
+    return cast(ArrayT, calls.run("conv1d_weight", (input, grad_output), settings, out, algorithm=algorithm))
 
 
 def conv1d_bias(grad_output: ArrayT, *, out: ArrayT | None = None) -> ArrayT:
@@ -159,7 +155,7 @@ def conv1d_bias(grad_output: ArrayT, *, out: ArrayT | None = None) -> ArrayT:
         >>> grad.conv1d_bias(np.arange(6.0).reshape(1, 2, 3))
         array([ 3., 12.])
     """
-    return cast(ArrayT, _CONV1D_BIAS((grad_output,), (), out))
+    return cast(ArrayT, calls.run("conv1d_bias", (grad_output,), (), out))
 
 
 def conv_transpose1d_input(
@@ -174,6 +170,7 @@ def conv_transpose1d_input(
     *,
     output_size: Setting | None = None,
     precision: str = "float32",
+    algorithm: str | None = None,
     out: ArrayT | None = None,
 ) -> ArrayT:
     """The gradient of `gpuconv.conv_transpose1d` in its input.
@@ -197,6 +194,8 @@ def conv_transpose1d_input(
         dilation: of the forward call.
         output_size: of the forward call.
         precision: "float32", the full precision of the dtype, or "tf32", as in the forward call.
+        algorithm: how a GPU computes it: None for the fastest kernel family, "base" for the one that takes every
+            problem, or the name of a `conv1d` family; see `gpuconv.explain`.
         out: an array of shape `input_size`, of the dtype and device of `weight`, to write to, which must not overlap
             the arguments.
 
@@ -205,6 +204,7 @@ def conv_transpose1d_input(
 
     Raises:
         ValueError: a shape or a value does not fit; the message names the argument, what was expected and what came.
+            The kernel family that `algorithm` names does not take the problem.
         TypeError: an argument is of the wrong kind, or a dtype is not supported.
         RuntimeError: a CuPy array was given but no GPU answers.
 
@@ -215,7 +215,7 @@ def conv_transpose1d_input(
         array([[[ 2., 11.]]])
     """
     settings = (input_size, stride, padding, output_padding, groups, dilation, output_size, precision)
-    return cast(ArrayT, _CONV_TRANSPOSE1D_INPUT((grad_output, weight, None), settings, out))
+    return cast(ArrayT, calls.run("conv_transpose1d_input", (grad_output, weight), settings, out, algorithm=algorithm))
 
 
 def conv_transpose1d_weight(
@@ -230,6 +230,7 @@ def conv_transpose1d_weight(
     *,
     output_size: Setting | None = None,
     precision: str = "float32",
+    algorithm: str | None = None,
     out: ArrayT | None = None,
 ) -> ArrayT:
     """The gradient of `gpuconv.conv_transpose1d` in its weight.
@@ -254,6 +255,8 @@ def conv_transpose1d_weight(
         dilation: of the forward call.
         output_size: of the forward call.
         precision: "float32", the full precision of the dtype, or "tf32", as in the forward call.
+        algorithm: how a GPU computes it: None for the fastest kernel family, "base" for the one that takes every
+            problem, or the name of a `weight_gradient` family; see `gpuconv.explain`.
         out: an array of shape `weight_size`, of the dtype and device of `input`, to write to, which must not overlap
             the arguments.
 
@@ -262,6 +265,7 @@ def conv_transpose1d_weight(
 
     Raises:
         ValueError: a shape or a value does not fit; the message names the argument, what was expected and what came.
+            The kernel family that `algorithm` names does not take the problem.
         TypeError: an argument is of the wrong kind, or a dtype is not supported.
         RuntimeError: a CuPy array was given but no GPU answers.
 
@@ -273,7 +277,7 @@ def conv_transpose1d_weight(
         array([[[30., 41.]]])
     """
     settings = (weight_size, stride, padding, output_padding, groups, dilation, output_size, precision)
-    return cast(ArrayT, _CONV_TRANSPOSE1D_WEIGHT((input, grad_output), settings, out))
+    return cast(ArrayT, calls.run("conv_transpose1d_weight", (input, grad_output), settings, out, algorithm=algorithm))
 
 
 def conv_transpose1d_bias(grad_output: ArrayT, *, out: ArrayT | None = None) -> ArrayT:
@@ -298,75 +302,4 @@ def conv_transpose1d_bias(grad_output: ArrayT, *, out: ArrayT | None = None) -> 
         >>> grad.conv_transpose1d_bias(np.arange(6.0).reshape(1, 2, 3))
         array([ 3., 12.])
     """
-    return cast(ArrayT, _CONV_TRANSPOSE1D_BIAS((grad_output,), (), out))
-
-
-def _input_function(op: Op) -> Function[ConvProblem]:
-    name = f"{op}_input"
-
-    def problem(arrays: tuple[Any, ...], settings: tuple[Any, ...]) -> ConvProblem:
-        grad_output, weight, _ = arrays
-        x = ArraySpec(check_shape(name, op, "input_size", settings[0]), weight.dtype)
-        return gradient_problem(name, op, x, weight, grad_output, settings[1:])
-
-    def compute(p: ConvProblem, grad_output: Any, weight: Any, _: None, output: Any) -> None:
-        if p.L_in:
-            cpu.convolve(p.adjoint(), grad_output, weight.conj() if p.is_complex else weight, None, output)
-
-    def plan(
-        p: ConvProblem, grad_output: Any, weight: Any, _: None, output: Any | None, algorithm: str | None
-    ) -> runtime.Plan:
-        if not p.L_in:
-            return runtime.Plan(p.input_shape, None, ())
-        arrays = (grad_output, weight, None, output)
-        return runtime.make_plan(p.adjoint(), *arrays, conjugate_weight=p.is_complex, algorithm=algorithm)
-
-    # In the order of the operation that computes it. It has no bias.
-    return Function(name, ("grad_output", "weight", "bias"), problem, lambda p: p.input_shape, compute, plan)
-
-
-def _weight_function(op: Op) -> Function[ConvProblem]:
-    name = f"{op}_weight"
-
-    def problem(arrays: tuple[Any, ...], settings: tuple[Any, ...]) -> ConvProblem:
-        x, grad_output = arrays
-        weight = ArraySpec(check_shape(name, op, "weight_size", settings[0]), x.dtype)
-        return gradient_problem(name, op, x, weight, grad_output, settings[1:])
-
-    def compute(p: ConvProblem, input: Any, grad_output: Any, output: Any) -> None:
-        q = WeightGradientProblem.of(p)
-        cpu_gradients.weight_gradient(q, *q.sides(input, grad_output), output)
-
-    def plan(
-        p: ConvProblem, input: Any, grad_output: Any, output: Any | None, algorithm: str | None
-    ) -> runtime.GradientPlan:
-        q = WeightGradientProblem.of(p)
-        return runtime.make_weight_gradient_plan(q, input, grad_output, output, algorithm=algorithm)
-
-    return Function(name, ("input", "grad_output"), problem, lambda p: p.weight_shape, compute, plan)
-
-
-def _bias_function(op: Op) -> Function[BiasGradientProblem]:
-    name = f"{op}_bias"
-    return Function(
-        name,
-        ("grad_output",),
-        lambda arrays, _: bias_gradient_problem(name, *arrays),
-        lambda p: p.bias_shape,
-        cpu_gradients.bias_gradient,
-        runtime.make_bias_gradient_plan,
-    )
-
-
-_CONV1D_INPUT, _CONV_TRANSPOSE1D_INPUT = _input_function("conv1d"), _input_function("conv_transpose1d")
-_CONV1D_WEIGHT, _CONV_TRANSPOSE1D_WEIGHT = _weight_function("conv1d"), _weight_function("conv_transpose1d")
-_CONV1D_BIAS, _CONV_TRANSPOSE1D_BIAS = _bias_function("conv1d"), _bias_function("conv_transpose1d")
-
-
-def weight_by_family(p: ConvProblem, input: Any, grad_output: Any, out: Any, family: str) -> Any:
-    """The gradient of the weight of a problem into `out`, on a GPU by the kernel family of that name."""
-    if p.transposed:
-        more = (p.stride, p.padding, p.output_padding, p.groups, p.dilation, None, p.precision)
-        return _CONV_TRANSPOSE1D_WEIGHT((input, grad_output), (p.weight_shape, *more), out, algorithm=family)
-    settings = (p.weight_shape, p.stride, p.padding, p.dilation, p.groups, p.precision)
-    return _CONV1D_WEIGHT((input, grad_output), settings, out, algorithm=family)
+    return cast(ArrayT, calls.run("conv_transpose1d_bias", (grad_output,), (), out))

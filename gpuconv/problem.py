@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, SupportsIndex, TypeVar
+from typing import Any, Literal, Protocol, SupportsIndex, TypeAlias, TypeVar
 
 from .arguments import (
     MAX_EXTENT,
@@ -29,20 +29,23 @@ from .arguments import (
     check_setting,
     check_size,
 )
-from .dtypes import DTYPES, ITEMSIZE, PRECISIONS, dtype_name, numpy_dtype
+from .dtypes import DTYPES, FORMATS, PRECISIONS, Format, dtype_name, numpy_dtype
 
 # With the problems come the words that describe them, so that their users need one import.
 __all__ = [
     "DTYPES",
-    "ITEMSIZE",
+    "FORMATS",
     "MAX_EXTENT",
     "PRECISIONS",
     "ArrayLike",
     "ArraySpec",
     "BiasGradientProblem",
     "ConvProblem",
+    "Format",
+    "Kind",
     "Op",
     "Padding",
+    "Problem",
     "Setting",
     "Settings",
     "WeightGradientProblem",
@@ -53,6 +56,45 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+
+Kind: TypeAlias = Literal["conv1d", "conv_transpose1d", "weight_gradient", "bias_gradient"]
+
+
+class Problem(Protocol):
+    """What dispatch and runtime know of every kind of problem.
+
+    Attributes:
+        kind: which kernel families compute it.
+        shapes: of the arrays that its kernels take, by name, the result last; a single sample is a batch of one.
+        is_empty: whether nothing is launched: the result has no elements, or is zero since every sum is empty.
+    """
+
+    def __hash__(self) -> int: ...
+
+    @property
+    def kind(self) -> Kind: ...
+
+    @property
+    def dtype(self) -> str: ...
+
+    @property
+    def format(self) -> Format: ...
+
+    @property
+    def itemsize(self) -> int: ...
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]: ...
+
+    @property
+    def is_empty(self) -> bool: ...
+
+    @property
+    def terms(self) -> int: ...
+
+    def flops(self) -> int: ...
+
+    def bytes(self) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,6 +272,24 @@ class ConvProblem:
     # -- derived values ----------------------------------------------------------------------------------------------
 
     @property
+    def kind(self) -> Kind:
+        return self.op
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the arrays by name, the output last, with an axis for the samples even if there is none."""
+        shapes: dict[str, tuple[int, ...]] = {"input": (self.N, self.C_in, self.L_in), "weight": self.weight_shape}
+        if self.has_bias:
+            shapes["bias"] = (self.C_out,)
+        shapes["output"] = (self.N, self.C_out, self.L_out)
+        return shapes
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the output has no elements."""
+        return self.N == 0 or self.C_out == 0
+
+    @property
     def transposed(self) -> bool:
         return self.op == "conv_transpose1d"
 
@@ -244,13 +304,18 @@ class ConvProblem:
         return self.C_out // self.groups
 
     @property
+    def format(self) -> Format:
+        """The numbers of the arrays and of the sums."""
+        return FORMATS[self.dtype]
+
+    @property
     def itemsize(self) -> int:
         """Bytes of one element."""
-        return ITEMSIZE[self.dtype]
+        return self.format.itemsize
 
     @property
     def is_complex(self) -> bool:
-        return self.dtype.startswith("complex")
+        return self.format.is_complex
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -378,6 +443,20 @@ class WeightGradientProblem:
         return (input, grad_output) if self.transposed else (grad_output, input)
 
     @property
+    def kind(self) -> Kind:
+        return "weight_gradient"
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the arrays by name, the result last."""
+        return {"coarse": self.coarse_shape, "fine": self.fine_shape, "grad_weight": self.weight_shape}
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether an array has no elements, so that the gradient is zero."""
+        return any(0 in shape for shape in self.shapes.values())
+
+    @property
     def transposed(self) -> bool:
         """Whether the forward operation is conv_transpose1d, so that coarse is its input."""
         return self.op == "conv_transpose1d"
@@ -393,13 +472,18 @@ class WeightGradientProblem:
         return self.C_fine // self.groups
 
     @property
+    def format(self) -> Format:
+        """The numbers of the arrays and of the sums."""
+        return FORMATS[self.dtype]
+
+    @property
     def itemsize(self) -> int:
         """Bytes of one element."""
-        return ITEMSIZE[self.dtype]
+        return self.format.itemsize
 
     @property
     def is_complex(self) -> bool:
-        return self.dtype.startswith("complex")
+        return self.format.is_complex
 
     @property
     def conjugate_coarse(self) -> bool:
@@ -461,14 +545,38 @@ class BiasGradientProblem:
     L: int
     dtype: str = "float32"
 
+    @classmethod
+    def of(cls, problem: ConvProblem) -> BiasGradientProblem:
+        """That of a forward problem."""
+        return cls(problem.N, problem.C_out, problem.L_out, problem.dtype)
+
+    @property
+    def kind(self) -> Kind:
+        return "bias_gradient"
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the arrays by name, the result last."""
+        return {"grad_output": self.grad_output_shape, "grad_bias": self.bias_shape}
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether an array has no elements, so that the gradient is zero."""
+        return any(0 in shape for shape in self.shapes.values())
+
+    @property
+    def format(self) -> Format:
+        """The numbers of the arrays and of the sums."""
+        return FORMATS[self.dtype]
+
     @property
     def itemsize(self) -> int:
         """Bytes of one element."""
-        return ITEMSIZE[self.dtype]
+        return self.format.itemsize
 
     @property
     def is_complex(self) -> bool:
-        return self.dtype.startswith("complex")
+        return self.format.is_complex
 
     @property
     def grad_output_shape(self) -> tuple[int, int, int]:

@@ -13,38 +13,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from .dtypes import FORMATS, OPERAND_ROUNDOFF, Format
 from .problem import BiasGradientProblem, ConvProblem, WeightGradientProblem
 
 Array = npt.NDArray[Any]
-
-# Unit roundoff u = 2**-(bits of the significand, the hidden one included).
-_UNIT_ROUNDOFF = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24, "float64": 2.0**-53}
-_TF32_ROUNDOFF = 2.0**-11
-_LARGEST = {
-    "float16": 65504.0,
-    "bfloat16": float.fromhex("0x1.fep127"),
-    "float32": float.fromhex("0x1.fffffep127"),
-    "float64": float.fromhex("0x1.fffffffffffffp1023"),
-}
-_SMALLEST_NORMAL = {"float16": 2.0**-14, "bfloat16": 2.0**-126, "float32": 2.0**-126, "float64": 2.0**-1022}
-
-# float32 by split TF32 (see cuda_src/mma.cuh): x = x_hi + x_lo and w = w_hi + w_lo with |x_lo| <= 2**-11 |x|, so that
-#
-#     w*x = w_hi*x_hi + (w_hi*x_lo + w_lo*x_hi) + w_lo*x_lo.
-#
-# In units of u = 2**-24 times the magnitude (the sum of |w|*|x|), the error of a sum of n products is at most
-#     4           for w_lo*x_lo, which is left out: 2**-22;
-#     4           for x_lo, rounded to TF32: 2**-11 of 2**-11;
-#     8           for w_lo, cut off to TF32 by the hardware: 2**-10 of 2**-11;
-#     n/400       for the sums of the small products, 2n of them and each at most 2**-11 of its large one;
-#     20          for the sums of the large products, by blocks of at least 4 (see `Sums.error_bound`): 5/4 of
-#                 SPLIT_TERMS. Each sum is of SPLIT_TERMS products alone, so these errors do not grow with n;
-#     n/10 + 2    for adding those sums to a total, to nearest, and the small products' sum and the bias to that; sums
-#                 of fewer than SPLIT_TERMS products, at the end of channels, included.
-# That is within the n + 2 of the bound from n = 41 on. With one sum for all large products, in the place of 20 there
-# would be 5n/4, which alone is more than the bound for n > 8. MIN_SPLIT_TERMS leaves a margin.
-SPLIT_TERMS = 16
-MIN_SPLIT_TERMS = 64
 
 
 def compute(problem: ConvProblem, input: Array, weight: Array, bias: Array | None = None) -> Array:
@@ -221,33 +193,33 @@ class Sums:
 
     def _bound_and_magnitude(self, exact: Array) -> tuple[Array, Array]:
         """The error bound, and the sum of |left| * |right| + |addend| over the finite data alone."""
-        real, accumulator = self._real_dtypes
+        real, accumulator = self._formats
         n = self.terms * self.products
         on_tensor_cores = self.dtype in ("float16", "bfloat16") or self.precision == "tf32"
         roundings = n + (-(-n // 3) if on_tensor_cores else 0) + 2
-        gamma = _gamma(roundings, _UNIT_ROUNDOFF[accumulator]) + _gamma(n + 2, _UNIT_ROUNDOFF["float64"])
-        if self.precision == "tf32":
-            gamma += (1 + gamma) * (2 * _TF32_ROUNDOFF + _TF32_ROUNDOFF**2)
+        gamma = _gamma(roundings, accumulator.roundoff) + _gamma(n + 2, FORMATS["float64"].roundoff)
+        operand = OPERAND_ROUNDOFF[self.precision]
+        gamma += (1 + gamma) * (2 * operand + operand**2)
         left, right = self._magnitudes(self.left), self._magnitudes(self.right)
-        tiny: Any = _SMALLEST_NORMAL[accumulator] * (2 * n + 2) + _SMALLEST_NORMAL[real] * _UNIT_ROUNDOFF[real]
+        tiny: Any = accumulator.smallest_normal * (2 * n + 2) + real.smallest_normal * real.roundoff
         with np.errstate(invalid="ignore", over="ignore"):
             magnitude = self.evaluate(left, right, None if self.addend is None else self._magnitudes(self.addend))
             # A flushed operand takes its whole product with it, however large the other operand is.
             small_left, small_right = self._subnormal_parts(self.left), self._subnormal_parts(self.right)
             if small_left.any() or small_right.any():
                 tiny = tiny + self.evaluate(small_left, right, None) + self.evaluate(left, small_right, None)
-            return np.asarray(gamma * magnitude + _UNIT_ROUNDOFF[real] * np.abs(exact) + tiny), magnitude
+            return np.asarray(gamma * magnitude + real.roundoff * np.abs(exact) + tiny), magnitude
 
     def _part_within(self, y: Array, exact: Array, bound: Array, magnitude: Array) -> npt.NDArray[np.bool_]:
         """Which elements of a real, or of the real or imaginary part of a complex result are right, on finite data."""
-        real, accumulator = self._real_dtypes
+        real, accumulator = self._formats
         with np.errstate(invalid="ignore", over="ignore"):
             close = np.abs(y - exact) <= bound
             # The terms of one sign alone sum to (magnitude + exact)/2, or to (magnitude - exact)/2.
-            rises = magnitude / 2 + exact / 2 + bound > _LARGEST[accumulator]
-            falls = magnitude / 2 - exact / 2 + bound > _LARGEST[accumulator]
-            overflow = np.isposinf(y) & (rises | (exact + bound > _LARGEST[real]))
-            overflow |= np.isneginf(y) & (falls | (bound - exact > _LARGEST[real]))
+            rises = magnitude / 2 + exact / 2 + bound > accumulator.largest
+            falls = magnitude / 2 - exact / 2 + bound > accumulator.largest
+            overflow = np.isposinf(y) & (rises | (exact + bound > real.largest))
+            overflow |= np.isneginf(y) & (falls | (bound - exact > real.largest))
             overflow |= np.isnan(y) & rises & falls
         unknown = ~(np.isfinite(exact) & np.isfinite(bound))
         return np.asarray(unknown | close | overflow)
@@ -261,18 +233,18 @@ class Sums:
         infinite_left, infinite_right = (np.isinf(self._as_wide(a)).astype(np.float64) for a in (self.left, self.right))
         meets = self.evaluate(infinite_left, self._subnormal_parts(self.right), None)
         meets = meets + self.evaluate(self._subnormal_parts(self.left), infinite_right, None)
-        excused = (magnitude > _LARGEST[self._real_dtypes[1]]) | (meets > 0)
+        excused = (magnitude > self._formats[1].largest) | (meets > 0)
         return np.asarray(same | (excused & ~np.isfinite(y)))
 
     @property
     def _is_complex(self) -> bool:
-        return self.dtype.startswith("complex")
+        return FORMATS[self.dtype].is_complex
 
     @property
-    def _real_dtypes(self) -> tuple[str, str]:
-        """The dtype of the result's real part and that of the accumulator."""
-        real = {"complex64": "float32", "complex128": "float64"}.get(self.dtype, self.dtype)
-        return real, "float64" if real == "float64" else "float32"
+    def _formats(self) -> tuple[Format, Format]:
+        """Those of the result's real part and of the accumulator."""
+        found = FORMATS[self.dtype]
+        return found, FORMATS[found.accumulator]
 
     def _as_wide(self, array: Any) -> Array:
         return np.asarray(array).astype(np.complex128 if self._is_complex else np.float64)
@@ -285,7 +257,7 @@ class Sums:
 
     def _subnormal_parts(self, array: Array) -> Array:
         """The absolute values of what flushing the operands to zero takes away."""
-        smallest = _SMALLEST_NORMAL[self._real_dtypes[1]]
+        smallest = self._formats[1].smallest_normal
         wide = self._as_wide(array)
         parts = np.abs(np.stack((wide.real, wide.imag)))
         return np.asarray(np.sum(parts, axis=0, where=parts < smallest))

@@ -15,8 +15,8 @@ import numpy as np
 if TYPE_CHECKING:
     from . import dispatch
     from .device import Device
-    from .families import Config, Launch, Pack
-    from .problem import BiasGradientProblem, ConvProblem, WeightGradientProblem
+    from .families import Config, Launch, Step
+    from .problem import Problem
 
 # Dynamic shared memory that a kernel may use without asking, in bytes, on every architecture.
 DEFAULT_SHARED_BYTES = 48 * 1024
@@ -161,15 +161,19 @@ def _temporary(num_bytes: int) -> Any:
     return cuda.malloc_async(num_bytes) if cuda.get_current_stream().is_capturing() else cuda.alloc(num_bytes)
 
 
-class _Packer:
-    """The kernel that packs the weights of a plan."""
+class _Packing:
+    """The step of a plan that lays out the weights anew, which prepared weights keep.
 
-    __slots__ = ("_kernel", "_num_bytes", "pack")
+    Attributes:
+        key: equal for the plans whose packed weights are the same, and compared by identity.
+    """
 
-    def __init__(self, pack: Pack) -> None:
-        self.pack = _interned(pack)
-        self._kernel = _Kernel(pack.config, pack.launch)
-        self._num_bytes = pack.num_bytes
+    __slots__ = ("_kernel", "_num_bytes", "key")
+
+    def __init__(self, step: Step, num_bytes: int) -> None:
+        self.key = _KEYS.setdefault(step, step)
+        self._kernel = _Kernel(step.config, step.launch)
+        self._num_bytes = num_bytes
 
     def __call__(self, weight: Any) -> Any:
         """The packed weights, once the work queued on the current stream has run."""
@@ -178,12 +182,7 @@ class _Packer:
         return packed
 
 
-_PACKS: dict[Pack, Pack] = {}
-
-
-def _interned(pack: Pack) -> Pack:
-    """One object for all equal values, kept for good, so that a look-up compares identities."""
-    return _PACKS.setdefault(pack, pack)
+_KEYS: dict[Step, Step] = {}  # kept for good, so that an identity is never used again
 
 
 class PreparedWeight:
@@ -202,7 +201,7 @@ class PreparedWeight:
             with cuda.Device(array.data.device_id):
                 cuda.get_current_stream().synchronize()
         self.array = array
-        self._packed: dict[int, Any] = {}  # by the identity of the interned Pack
+        self._packed: dict[int, Any] = {}  # by the identity of a key of _Packing
         self._lock = threading.RLock()  # a finalizer may call while its own thread packs
 
     @property
@@ -213,19 +212,19 @@ class PreparedWeight:
     def dtype(self) -> Any:
         return self.array.dtype
 
-    def packed(self, packer: _Packer) -> Any:
+    def packed(self, packing: _Packing) -> Any:
         """The packed form for a plan; made on first use, and complete on every stream when it is kept."""
-        found = self._packed.get(id(packer.pack))
+        found = self._packed.get(id(packing.key))
         if found is None:
             stream = cupy_module().cuda.get_current_stream()
             if stream.is_capturing():  # nothing can be waited for here, so this one belongs to the graph
-                return packer(self.array)
+                return packing(self.array)
             with self._lock:
-                found = self._packed.get(id(packer.pack))  # another thread may have been faster
+                found = self._packed.get(id(packing.key))  # another thread may have been faster
                 if found is None:
-                    found = packer(self.array)
+                    found = packing(self.array)
                     stream.synchronize()
-                    self._packed[id(packer.pack)] = found
+                    self._packed[id(packing.key)] = found
         return found
 
     def __reduce__(self) -> tuple[type[PreparedWeight], tuple[Any]]:
@@ -251,115 +250,82 @@ def prepare(weight: Any) -> PreparedWeight:
         return PreparedWeight(array)
 
 
-class Plan:
-    """Everything that a repeated call needs: the kernels, their launches, their packed parameters.
-
-    Call it with arrays of the very shapes, strides, dtype, device and pointer alignment that it was made for; it checks
-    none of that.
-    """
-
-    __slots__ = ("_conjugate_weight", "_kernel", "_pack", "_second", "choice", "copies", "output_shape")
-
-    def __init__(
-        self,
-        output_shape: tuple[int, ...],
-        choice: dispatch.Choice | None,
-        copies: tuple[str, ...],
-        *,
-        conjugate_weight: bool = False,
-    ) -> None:
-        """`choice` is None where nothing is launched. Only a weight among `copies` can be conjugated."""
-        self.output_shape = output_shape
-        self.choice = choice
-        self.copies = copies
-        self._conjugate_weight = conjugate_weight
-        self._kernel = None if choice is None else _Kernel(choice.config, choice.launch)
-        self._pack = None if choice is None or choice.pack is None else _Packer(choice.pack)
-        second = None if choice is None else choice.second_pass
-        self._second = None if second is None else (_Kernel(second.config, second.launch), second.num_bytes)
-
-    def __call__(
-        self, input: Any, weight: Any, bias: Any | None, output: Any, prepared: PreparedWeight | None = None
-    ) -> None:
-        """Launch on the current device and CuPy's current stream; writes all of `output`.
-
-        `prepared` holds the packed forms of `weight`, where the caller has one.
-        """
-        if self.copies:
-            copies = [name in self.copies for name in ("input", "weight", "bias", "output")]
-            _run_with_copies(partial(self._run, prepared=prepared), (input, weight, bias, output), copies)
-        else:
-            self._run(input, weight, bias, output, prepared)
-
-    def _run(self, input: Any, weight: Any, bias: Any | None, output: Any, prepared: PreparedWeight | None) -> None:
-        if self._kernel is None:
-            return
-        if self._conjugate_weight:
-            cupy_module().conjugate(weight, weight)  # a copy of this call's own
-        if self._pack is None:
-            weights = weight.data
-        elif prepared is None:
-            weights = self._pack(weight)
-        else:
-            weights = prepared.packed(self._pack)
-        pointers = (input.data, weights, None if bias is None else bias.data, output.data)
-        if self._second is None:
-            self._kernel.launch(*pointers)
-            return
-        second, num_bytes = self._second
-        sums = _temporary(num_bytes)
-        self._kernel.launch(*pointers, sums)
-        second.launch(*pointers, sums)
-
-
-class GradientPlan:
-    """Everything that a repeated call for the gradient of weights or of a bias needs.
+class Executor:
+    """A plan with everything that a repeated call needs: loaded kernels and packed parameters.
 
     Call it with arrays of the very shapes, strides, dtype, device and pointer alignment that it was made for; it checks
     none of that.
 
     Attributes:
-        choice: what is launched; None where an array is empty.
-        copies: which of the arrays of a call are copied, because kernels cannot read or write them where they lie.
+        choice: what is launched; None where the result is empty or zero.
+        copies: the arrays that are copied, because kernels cannot read or write them where they lie.
     """
 
-    __slots__ = ("_kernel", "_order", "_sum", "choice", "copies", "output_shape")
+    __slots__ = ("_conjugate_weight", "_copied", "_packing", "_scratch", "_steps", "_weight", "choice", "copies")
 
     def __init__(
         self,
-        problem: dispatch.GradientProblem,
-        choice: dispatch.GradientChoice | None,
-        copies: tuple[bool, ...],
-        order: tuple[int, ...],
+        choice: dispatch.Choice | None,
+        operands: tuple[str, ...],
+        copies: tuple[str, ...] = (),
+        *,
+        conjugate_weight: bool = False,
     ) -> None:
-        """`order` are the places of the kernel's inputs among the arrays of a call."""
-        from .families.base import gradient_shapes
+        """`operands` are the problem's names of the arrays of a call, in order, the result last.
 
-        self.output_shape = gradient_shapes(problem)[1]
+        Only a weight among `copies` can be conjugated.
+        """
+        from .families.base import PACKED
+
         self.choice = choice
         self.copies = copies
-        self._order = order
-        self._kernel = None if choice is None else _Kernel(choice.config, choice.launch)
-        self._sum = None if choice is None or choice.sum is None else _Kernel(*choice.sum)
+        self._conjugate_weight = conjugate_weight
+        self._copied = [name in copies for name in operands] if copies else None
+        self._weight = operands.index("weight") if "weight" in operands else -1
+        self._packing: _Packing | None = None
+        self._scratch: list[int] = []  # bytes of the buffers of a call
+        self._steps: list[tuple[_Kernel, tuple[int, ...]]] = []  # with the places of the pointers, the null one last
+        if choice is None:
+            return
+        names, steps = [*operands], choice.plan.steps
+        if steps[0].arrays == ("weight", PACKED):
+            self._packing = _Packing(steps[0], choice.plan.scratch_bytes(PACKED))
+            names.append(PACKED)
+            steps = steps[1:]
+        for name, num_bytes in choice.plan.scratch:
+            if name != PACKED:
+                names.append(name)
+                self._scratch.append(num_bytes)
+        for step in steps:
+            places = tuple(-1 if name is None else names.index(name) for name in step.arrays)
+            self._steps.append((_Kernel(step.config, step.launch), places))
 
-    def __call__(self, *arrays: Any) -> None:
-        """Launch on the current device and CuPy's current stream; writes all of the last array, the result."""
-        if any(self.copies):
-            _run_with_copies(self._run, arrays, self.copies)
-        else:
-            self._run(*arrays)
+    def __call__(self, *arrays: Any, prepared: PreparedWeight | None = None) -> None:
+        """Launch on the current device and CuPy's current stream; writes all of the last array, the result.
 
-    def _run(self, *arrays: Any) -> None:
-        *given, output = arrays
-        inputs = [given[place].data for place in self._order]
-        if self._kernel is None or self.choice is None:
-            _as_bytes(output).fill(0)  # the sum of nothing
-        elif self._sum is None:
-            self._kernel.launch(*inputs, None, output.data)
+        `prepared` holds the packed forms of the weight, where the caller has one.
+        """
+        if self._copied is None:
+            self._run(*arrays, prepared=prepared)
         else:
-            sums = _temporary(self.choice.partial_bytes)
-            self._kernel.launch(*inputs, sums, None)
-            self._sum.launch(sums, output.data)
+            _run_with_copies(partial(self._run, prepared=prepared), arrays, self._copied)
+
+    def _run(self, *arrays: Any, prepared: PreparedWeight | None) -> None:
+        if self.choice is None:
+            if arrays[-1].size:
+                _as_bytes(arrays[-1]).fill(0)  # sums of nothing
+            return
+        if self._conjugate_weight:
+            weight = arrays[self._weight]
+            cupy_module().conjugate(weight, weight)  # a copy of this call's own
+        pointers = [None if array is None else array.data for array in arrays]
+        if self._packing is not None:
+            packing = self._packing
+            pointers.append(packing(arrays[self._weight]) if prepared is None else prepared.packed(packing))
+        pointers += map(_temporary, self._scratch)
+        pointers.append(None)
+        for kernel, places in self._steps:
+            kernel.launch(*(pointers[place] for place in places))
 
 
 def _run_with_copies(run: Callable[..., None], arrays: Sequence[Any], copies: Sequence[bool]) -> None:
@@ -414,75 +380,38 @@ def _as_bytes(array: Any) -> Any:
     return cupy_module().ndarray((*array.shape, itemsize), np.uint8, array.data, (*array.strides, 1))
 
 
-def make_plan(
-    problem: ConvProblem,
-    input: Any,
-    weight: Any,
-    bias: Any | None,
+def make_executor(
+    problem: Problem | None,
+    operands: Sequence[str],
+    arrays: Sequence[Any],
     output: Any | None,
     *,
     conjugate_weight: bool = False,
     algorithm: str | None = None,
-) -> Plan:
-    """Plan a validated problem for CuPy arrays on the current device; `output=None` means a fresh allocation.
+) -> Executor:
+    """Plan a validated problem for CuPy arrays on the current device.
 
-    `algorithm` is that of `dispatch.choose`. Where `conjugate_weight`, the plan computes with the conjugates of the
-    weights, of which it makes a copy.
+    Args:
+        problem: of any kind; None where the result has no elements.
+        operands: the problem's names of the arrays.
+        arrays: of a call, in its order; None for a bias that is not there.
+        output: the result; None stands for a fresh array.
+        conjugate_weight: whether to compute with the conjugates of the weights, of which each call makes a copy.
+        algorithm: that of `dispatch.choose`.
     """
+    if problem is None or problem.is_empty:
+        return Executor(None, (*operands, "output"))
     from . import dispatch
 
-    arrays = {"input": input, "weight": None if conjugate_weight else weight, "bias": bias, "output": output}
+    names = (*operands, list(problem.shapes)[-1])
+    given = dict(zip(names, (*arrays, output), strict=True))
+    if conjugate_weight:
+        given["weight"] = None
     layout, copies = dispatch.lay_out(
-        problem,
-        {name: None if a is None else dispatch.Place(a.strides, a.data.ptr) for name, a in arrays.items()},
+        problem, {name: None if a is None else dispatch.Place(a.strides, a.data.ptr) for name, a in given.items()}
     )
     if conjugate_weight:
         copies = (*copies, "weight")
     index = int(cupy_module().cuda.runtime.getDevice())
     choice = dispatch.choose(problem, layout, device(index), algorithm)
-    return Plan(problem.output_shape, choice, copies, conjugate_weight=conjugate_weight)
-
-
-def make_weight_gradient_plan(
-    problem: WeightGradientProblem,
-    input: Any,
-    grad_output: Any,
-    output: Any | None,
-    *,
-    algorithm: str | None = None,
-) -> GradientPlan:
-    """`make_plan` for the gradient of weights. The plan is called with input, grad_output and the result."""
-    order = (0, 1) if problem.transposed else (1, 0)  # the input is coarse where the operation is transposed
-    return _make_gradient_plan(problem, (input, grad_output), output, order, algorithm)
-
-
-def make_bias_gradient_plan(
-    problem: BiasGradientProblem, grad_output: Any, output: Any | None, *, algorithm: str | None = None
-) -> GradientPlan:
-    """`make_plan` for the gradient of a bias. The plan is called with grad_output and the result."""
-    return _make_gradient_plan(problem, (grad_output,), output, (0,), algorithm)
-
-
-def _make_gradient_plan(
-    problem: dispatch.GradientProblem,
-    inputs: Sequence[Any],
-    output: Any | None,
-    order: tuple[int, ...],
-    algorithm: str | None,
-) -> GradientPlan:
-    from . import dispatch
-    from .families.base import gradient_shapes
-
-    def place(array: Any) -> dispatch.Place:
-        return dispatch.Place(array.strides, array.data.ptr)
-
-    input_shapes, shape = gradient_shapes(problem)
-    if 0 in shape or any(0 in input_shape for input_shape in input_shapes):
-        return GradientPlan(problem, None, (False,) * (len(inputs) + 1), order)
-    layout, copies = dispatch.lay_out_gradient(
-        problem, [place(inputs[i]) for i in order], None if output is None else place(output)
-    )
-    index = int(cupy_module().cuda.runtime.getDevice())
-    copied = tuple(i in copies for i in (*(order.index(i) for i in range(len(inputs))), len(inputs)))
-    choice = dispatch.choose_gradient(problem, layout, device(index), algorithm)
-    return GradientPlan(problem, choice, copied, order)
+    return Executor(choice, names, copies, conjugate_weight=conjugate_weight)

@@ -48,6 +48,7 @@ def assemble(kernel: str, macros: Mapping[str, str]) -> str:
     return defines + "".join(f'#line 1 "{file}"\n{read(file)}' for file in files)
 
 
+@cache
 def params_fields(kernel: str) -> tuple[str, ...]:
     """The field names of the kernel's `struct Params`, in order, as `<kernel>.cu` declares them."""
     match = re.search(r"struct Params \{(.*?)\};", read(f"{kernel}.cu"), re.DOTALL)

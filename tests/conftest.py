@@ -55,7 +55,7 @@ def _on_gpu(problem: ConvProblem, input: Array, weight: Array, bias: Array | Non
 
 BACKENDS = {
     "numpy": Backend("numpy", _public),
-    "hostcuda": Backend("hostcuda", lambda p, x, w, b: hostcuda.convolve(p, x, w, b, schedule="every")),
+    "hostcuda": Backend("hostcuda", lambda p, x, w, b: hostcuda.compute(p, x, w, b, schedule="every")),
     "gpu": Backend("gpu", _on_gpu),
 }
 

@@ -14,7 +14,8 @@ import pytest
 import gpuconv
 from gpuconv import calls, cases, dispatch, runtime
 from gpuconv.device import Device
-from gpuconv.families import FAMILIES, Family, Layout
+from gpuconv.families import Family, Layout
+from tests.plans import FORWARD_FAMILIES, refusal_of
 
 pytestmark = pytest.mark.gpu
 
@@ -92,7 +93,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             super().launch(*pointers)
 
     monkeypatch.setattr(runtime, "_Kernel", Recorded)
-    monkeypatch.setattr(calls, "_PLANS", {})
+    monkeypatch.setattr(calls, "_EXECUTORS", {})
     return names
 
 
@@ -100,28 +101,31 @@ def this_gpu() -> Device:
     return runtime.device(runtime.cupy_module().cuda.runtime.getDevice())
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
-def test_a_familys_name_launches_it(family: Family, launched: list[str]) -> None:
+@pytest.mark.parametrize("family", FORWARD_FAMILIES, ids=lambda family: family.name)
+def test_a_familys_name_launches_it(family: Family[Any], launched: list[str]) -> None:
     """Fails if a name is ignored, or stands for another family than `explain` says."""
     call = Call(TAKEN[family.name], number_format(family.name))
-    choice = dispatch.choose_family(call.problem, Layout.contiguous(call.problem), this_gpu(), family.name)
-    expected = [config.kernel for config, _ in choice.kernels]
-    assert expected[0] == family.name
+    choice = dispatch.choose(call.problem, Layout.contiguous(call.problem), this_gpu(), family.name)
+    assert choice is not None
+    assert choice.config.kernel == family.name
+    expected = [step.config.kernel for step in choice.plan.steps]
     assert call.explain(family.name).choice.family == family.name
     result = call.run(family.name)
-    assert sorted(launched) == sorted(expected)
+    assert launched == expected
     base = call.run("base")
-    assert launched[-1] == BASE[family.op]
+    assert launched[-1] == BASE[family.kind]
     assert result.tobytes() == base.tobytes()
 
 
-@pytest.mark.parametrize("family", [f for f in FAMILIES if f.name != BASE[f.op]], ids=lambda family: family.name)
-def test_a_refusal_carries_the_familys_reason(family: Family, launched: list[str]) -> None:
+@pytest.mark.parametrize(
+    "family", [f for f in FORWARD_FAMILIES if f.name != BASE[f.kind]], ids=lambda family: family.name
+)
+def test_a_refusal_carries_the_familys_reason(family: Family[Any], launched: list[str]) -> None:
     """Fails if a name that is refused computes by another family, or if the reason is lost."""
     call = Call(REFUSED[family.name], number_format(family.name))
-    reason = family.refuse(call.problem, Layout.contiguous(call.problem), this_gpu())
+    reason = refusal_of(family, call.problem, Layout.contiguous(call.problem), this_gpu())
     assert reason is not None
-    told = re.escape(f"{family.op}: algorithm {family.name!r} does not take {call.problem}: {reason}")
+    told = re.escape(f"{family.kind}: algorithm {family.name!r} does not take {call.problem}: {reason}")
     for ask in (call.run, call.explain):
         with pytest.raises(dispatch.AlgorithmError, match=f"^{told}$"):
             ask(family.name)

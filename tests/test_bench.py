@@ -31,7 +31,7 @@ from bench.speed.schedule import Budget, by_information, quick
 from bench.static import predictions
 from gpuconv import cpu, dispatch, reference, runtime
 from gpuconv.device import Device
-from gpuconv.families import GradientLayout, Layout
+from gpuconv.families import Layout
 from gpuconv.problem import ConvProblem, WeightGradientProblem
 
 LAYERS = {layer.name: layer for layer in load()}
@@ -850,17 +850,18 @@ def test_a_repeated_call_validates_nothing(monkeypatch: pytest.MonkeyPatch) -> N
 def test_sanitizer_runs_every_family_that_the_layers_take(monkeypatch: pytest.MonkeyPatch) -> None:
     device = Device.from_arch("sm_90")
 
-    def family(problem: ConvProblem) -> str | None:
+    def family(problem: ConvProblem | WeightGradientProblem) -> str | None:
         choice = dispatch.choose(problem, Layout.contiguous(problem), device)
         return None if choice is None else choice.family
 
-    assert {family(p) for _, p in sanitize.selection(device)} >= {family(layer.problem()) for layer in load()}
-    gradients = [WeightGradientProblem.of(problem) for _, problem in sanitize.gradient_selection(device)]
-    chosen = {dispatch.choose_gradient(p, GradientLayout.contiguous(p), device).family for p in gradients}
-    assert chosen >= {"weight_gradient_pairs", "weight_gradient_tiled", "weight_gradient_direct"}
+    selected = list(sanitize.selection(device))
+    assert {family(problem) for direction, _, problem in selected if direction == "forward"} >= {
+        family(layer.problem()) for layer in load()
+    }
+    gradients = {family(WeightGradientProblem.of(problem)) for way, _, problem in selected if way == "grad_weight"}
+    assert gradients >= {"weight_gradient_pairs", "weight_gradient_tiled", "weight_gradient_direct"}
     # NumPy's arrays in place of CuPy's: what is checked, and how it is judged, is the same.
     monkeypatch.setattr(runtime, "cupy_module", lambda: types.SimpleNamespace(asarray=np.asarray, asnumpy=np.asarray))
-    small = list(sanitize.gradient_selection(device, max_flops=300_000))
+    small = [problem for _, _, problem in sanitize.selection(device, max_flops=300_000)]
     assert len(small) >= 4
-    assert all(sanitize.check_gradients(problem)["ok"] for _, problem in small)
-    assert all(sanitize.check(problem)["ok"] for _, problem in small)
+    assert all(check(problem)["ok"] for problem in small for check in (sanitize.check, sanitize.check_gradients))

@@ -26,7 +26,8 @@ from gpuconv import cases, checks, files, functional, runtime
 from gpuconv.cli import gpu, info, main, warmup
 from gpuconv.cli.terminal import show_progress
 from gpuconv.device import ARCHITECTURES
-from gpuconv.families import FAMILIES
+from gpuconv.explain import DIRECTIONS
+from gpuconv.families import FAMILIES, Config
 from gpuconv.gpus import missing_gpu
 from gpuconv.problem import ArraySpec, numpy_dtype
 from gpuconv.text import install_hint
@@ -587,8 +588,8 @@ def test_warmup_compiles_every_kernel_of_the_dtypes(capsys: pytest.CaptureFixtur
     _Kernel.compiled.clear()
     runtime.build.cache_clear()
     assert main(["warmup", "conv1d"]) == 0
-    forward = {c.kernel for family in FAMILIES if family.op == "conv1d" for c in family.configs(device)}
-    assert {name for name, _ in _Kernel.compiled} == forward
+    others = [family for family in FAMILIES if family.kind != "conv_transpose1d"]  # those of the gradients serve both
+    assert {name for name, _ in _Kernel.compiled} == {c.kernel for family in others for c in family.configs(device)}
 
 
 @pytest.mark.usefixtures("played_gpu")
@@ -598,10 +599,21 @@ def test_warmup_compiles_the_kernels_of_a_problem(capsys: pytest.CaptureFixture[
     arrays = {
         dtype: [ArraySpec(s, dtype) for s in ((2, 8, 100), (16, 8, 3), (16,))] for dtype in ("float16", "float64")
     }
-    choices = [gpuconv.explain("conv1d", *a, stride=2, device="sm_90").choice for a in arrays.values()]
-    own = [choice.config.kernel for choice in choices if choice is not None]
-    assert [name for name, _ in _Kernel.compiled] == [own[0], "pack_mma_weight", own[1], "pack_weight"]
-    assert capsys.readouterr().out.startswith("4 kernels for H200 (sm_90) ready in ")
+    wanted: dict[str, dict[Config, None]] = {direction: {} for direction in DIRECTIONS}
+    for specs in arrays.values():
+        for direction, configs in wanted.items():
+            found = gpuconv.explain("conv1d", *specs, stride=2, device="sm_90", direction=direction)  # type: ignore[arg-type]
+            assert found.choice is not None
+            configs.update((step.config, None) for step in found.choice.plan.steps)
+    every = {config for configs in wanted.values() for config in configs}
+    assert sorted(name for name, _ in _Kernel.compiled) == sorted(config.kernel for config in every)
+    assert capsys.readouterr().out.startswith(f"{len(every)} kernels for H200 (sm_90) ready in ")
+    for more, direction in (["--direction", "grad_weight"], "grad_weight"), (["--algorithm", "base"], "base"):
+        _Kernel.compiled.clear()
+        runtime.build.cache_clear()
+        assert main(["warmup", *options.split(), *more]) == 0
+        names = [config.kernel for config in wanted[direction]] if direction in wanted else ["conv1d_direct"] * 2
+        assert [name for name, _ in _Kernel.compiled] == names
 
 
 @pytest.mark.usefixtures("played_gpu")

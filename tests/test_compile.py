@@ -12,19 +12,18 @@ import os
 import re
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, TypeAlias
+from typing import Any
 
 import pytest
 from cupy_backends.cuda.libs import nvrtc
 
 from gpuconv.device import ARCHITECTURES, Device
-from gpuconv.families import FAMILIES, GRADIENT_FAMILIES, Config, Family, GradientFamily
+from gpuconv.families import FAMILIES, Config, Family
 from gpuconv.source import assemble, params_fields
 
 ARCHS = tuple(ARCHITECTURES)
 FEW = 24
-AnyFamily: TypeAlias = Family | GradientFamily[Any]
-EVERY_FAMILY: tuple[AnyFamily, ...] = (*FAMILIES, *GRADIENT_FAMILIES)
+EVERY_FAMILY: tuple[Family[Any], ...] = FAMILIES
 MAX_REGISTERS = 255  # of one thread, on every architecture
 
 # The first two are those with which CuPy compiles every kernel.
@@ -86,7 +85,7 @@ def alike(config: Config) -> Config:
 
 
 @cache
-def dealt(family: AnyFamily) -> dict[str, list[Config]]:
+def dealt(family: Family[Any]) -> dict[str, list[Config]]:
     """The specialisations by architecture, each for one that has it."""
     found: dict[Config, list[tuple[str, Config]]] = {}
     for arch in ARCHS:
@@ -99,7 +98,7 @@ def dealt(family: AnyFamily) -> dict[str, list[Config]]:
     return hands
 
 
-def configs_for(family: AnyFamily, arch: str) -> list[Config]:
+def configs_for(family: Family[Any], arch: str) -> list[Config]:
     """The specialisations to compile for an architecture."""
     configs = list(family.configs(Device.from_arch(arch)))
     has_few = len(configs) <= FEW and isinstance(family, Family)
@@ -108,14 +107,14 @@ def configs_for(family: AnyFamily, arch: str) -> list[Config]:
     return dealt(family)[arch]
 
 
-def first_config(family: AnyFamily) -> Config:
+def first_config(family: Family[Any]) -> Config:
     """A specialisation of the family's own kernel; its list may hold others too."""
     return next(c for c in family.configs(Device.from_arch("sm_90")) if c.kernel == family.name)
 
 
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("family", EVERY_FAMILY, ids=lambda family: family.name)
-def test_kernels_compile_without_local_memory(family: AnyFamily, arch: str) -> None:
+def test_kernels_compile_without_local_memory(family: Family[Any], arch: str) -> None:
     configs = configs_for(family, arch)
     assert configs
     offenders = []
@@ -130,7 +129,7 @@ def test_kernels_compile_without_local_memory(family: AnyFamily, arch: str) -> N
 
 
 @pytest.mark.parametrize("family", EVERY_FAMILY, ids=lambda family: family.name)
-def test_every_specialisation_is_compiled_somewhere(family: AnyFamily) -> None:
+def test_every_specialisation_is_compiled_somewhere(family: Family[Any]) -> None:
     every = {alike(config) for arch in ARCHS for config in family.configs(Device.from_arch(arch))}
     compiled = [config for arch in ARCHS for config in configs_for(family, arch)]
     assert {alike(config) for config in compiled} == every
@@ -139,7 +138,7 @@ def test_every_specialisation_is_compiled_somewhere(family: AnyFamily) -> None:
 
 
 @pytest.mark.parametrize("family", EVERY_FAMILY, ids=lambda family: family.name)
-def test_params_size_is_asserted_on_both_sides(family: AnyFamily) -> None:
+def test_params_size_is_asserted_on_both_sides(family: Family[Any]) -> None:
     for config in family.configs(Device.from_arch("sm_90")):
         macros = dict(config.macros)
         assert int(macros["PARAMS_BYTES"]) == len(params_fields(config.kernel)) * int(macros["INDEX_BITS"]) // 8
@@ -151,7 +150,7 @@ def test_params_size_is_asserted_on_both_sides(family: AnyFamily) -> None:
 
 
 @pytest.mark.parametrize("family", EVERY_FAMILY, ids=lambda family: family.name)
-def test_messages_point_at_the_real_file(family: AnyFamily) -> None:
+def test_messages_point_at_the_real_file(family: Family[Any]) -> None:
     config = first_config(family)
     text = assemble(config.kernel, dict(config.macros))
     lines = text[text.index(f'#line 1 "{family.name}.cu"') :].count("\n")

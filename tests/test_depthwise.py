@@ -12,18 +12,19 @@ import pytest
 from gpuconv import cases
 from gpuconv.checks import same_bits
 from gpuconv.device import ARCHITECTURES, Device
-from gpuconv.families import FAMILIES, ArrayLayout, Family, Layout
+from gpuconv.families import ArrayLayout, Family, Layout
 from gpuconv.families.base import contiguous_strides
 from gpuconv.families.depthwise import BLOCK_SIZE, Divisor
-from gpuconv.problem import DTYPES, ITEMSIZE, ConvProblem
+from gpuconv.problem import DTYPES, FORMATS, ConvProblem
 from tests import hostcuda
+from tests.plans import FORWARD_FAMILIES, kernel_of, refusal_of
 
 Array = npt.NDArray[Any]
 
 DEVICE = Device.from_arch("sm_90")
 FORWARD, TRANSPOSED = "conv1d_depthwise", "conv_transpose1d_depthwise"
 BASE = {FORWARD: "conv1d_direct", TRANSPOSED: "conv_transpose1d_gather"}
-DEPTHWISE: tuple[Family, ...] = tuple(family for family in FAMILIES if family.name in BASE)
+DEPTHWISE: tuple[Family, ...] = tuple(family for family in FORWARD_FAMILIES if family.name in BASE)
 
 by_name = {"ids": lambda value: getattr(value, "name", value)}
 
@@ -34,15 +35,15 @@ def depthwise(op: str, C: int, L: int, K: int, **settings: Any) -> ConvProblem:
     return ConvProblem(op, settings.pop("N", 2), C, C * multiplier, L, K, groups=C, **settings)  # type: ignore[arg-type]
 
 
-def macros(family: Family, problem: ConvProblem, layout: Layout | None = None) -> dict[str, str]:
-    return dict(family.configure(problem, layout or Layout.contiguous(problem), DEVICE)[0].macros)
+def macros(family: Family[Any], problem: ConvProblem, layout: Layout | None = None) -> dict[str, str]:
+    return dict(kernel_of(family, problem, layout or Layout.contiguous(problem), DEVICE)[0].macros)
 
 
-def assert_bits_of_the_base(family: Family, problem: ConvProblem, layout: Layout | None = None) -> None:
+def assert_bits_of_the_base(family: Family[Any], problem: ConvProblem, layout: Layout | None = None) -> None:
     """Normal data, three orders of the threads, both sides of every array guarded."""
     data = cases.random_data(problem, 31)
-    output = hostcuda.convolve(problem, *data, layout=layout, family=family.name, device=DEVICE, schedule="every")
-    expected = hostcuda.convolve(problem, *data, family=BASE[family.name], device=DEVICE)
+    output = hostcuda.compute(problem, *data, layout=layout, family=family.name, device=DEVICE, schedule="every")
+    expected = hostcuda.compute(problem, *data, family=BASE[family.name], device=DEVICE)
     good = same_bits(output, expected)
     assert good.all(), f"{problem}: {(~good).sum()} elements differ, the first at {np.argwhere(~good)[0]}"
 
@@ -56,8 +57,8 @@ def kernels() -> None:
 
 
 @pytest.mark.parametrize("family", DEPTHWISE, **by_name)
-def test_the_kernel_follows_from_the_layer(family: Family) -> None:
-    base = depthwise(family.op, 8, 400, 9)
+def test_the_kernel_follows_from_the_layer(family: Family[Any]) -> None:
+    base = depthwise(family.kind, 8, 400, 9)
     for problem, slide, skips in (
         (base, "1", "0"),
         (replace(base, stride=2), "2", "0"),
@@ -76,8 +77,8 @@ def test_the_kernel_follows_from_the_layer(family: Family) -> None:
 def test_strides_of_whole_vectors_are_copied_as_they_lie(dtype: str) -> None:
     """LEAF and its like; unless most of the input meets no tap."""
     family = next(family for family in DEPTHWISE if family.name == FORWARD)
-    vec = 16 // ITEMSIZE[dtype]
-    leaf = depthwise(family.op, 40, 4000, 401, stride=160, padding_left=200, padding_right=200, dtype=dtype)
+    vec = 16 // FORMATS[dtype].itemsize
+    leaf = depthwise(family.kind, 40, 4000, 401, stride=160, padding_left=200, padding_right=200, dtype=dtype)
     for problem, strides in (
         (leaf, "1"),
         (replace(leaf, stride=8 * vec, K=4 * vec), "1"),
@@ -89,26 +90,26 @@ def test_strides_of_whole_vectors_are_copied_as_they_lie(dtype: str) -> None:
 
 
 @pytest.mark.parametrize("family", DEPTHWISE, **by_name)
-def test_refusals_name_the_reason(family: Family) -> None:
-    layer = depthwise(family.op, 8, 400, 9)
+def test_refusals_name_the_reason(family: Family[Any]) -> None:
+    layer = depthwise(family.kind, 8, 400, 9)
     dense = replace(layer, groups=4)
-    wide = depthwise(family.op, 8, 400, 9, multiplier=8)
-    assert family.refuse(layer, Layout.contiguous(layer), DEVICE) is None
-    assert family.refuse(dense, Layout.contiguous(dense), DEVICE) == "needs C_in/groups == 1"
-    assert family.refuse(wide, Layout.contiguous(wide), DEVICE) == "needs C_out/groups < 8"
+    wide = depthwise(family.kind, 8, 400, 9, multiplier=8)
+    assert refusal_of(family, layer, Layout.contiguous(layer), DEVICE) is None
+    assert refusal_of(family, dense, Layout.contiguous(dense), DEVICE) == "needs C_in/groups == 1"
+    assert refusal_of(family, wide, Layout.contiguous(wide), DEVICE) == "needs C_out/groups < 8"
 
 
 def test_a_window_beyond_shared_memory_is_refused() -> None:
     family = next(family for family in DEPTHWISE if family.name == FORWARD)
     far = depthwise("conv1d", 2, 200_000, 2, dilation=100_000)
     near = replace(far, dilation=20_000)
-    assert family.refuse(near, Layout.contiguous(near), DEVICE) is None
-    assert "bytes of shared memory" in (family.refuse(far, Layout.contiguous(far), DEVICE) or "")
+    assert refusal_of(family, near, Layout.contiguous(near), DEVICE) is None
+    assert "bytes of shared memory" in (refusal_of(family, far, Layout.contiguous(far), DEVICE) or "")
 
 
 @pytest.mark.parametrize("family", DEPTHWISE, **by_name)
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_launches_keep_the_limits_of_each_gpu(family: Family, arch: str) -> None:
+def test_launches_keep_the_limits_of_each_gpu(family: Family[Any], arch: str) -> None:
     """Long taps, long strides, long and short rows, many channels: whole warps, shared memory that exists."""
     device = Device.from_arch(arch)
     for dtype in DTYPES:
@@ -117,11 +118,11 @@ def test_launches_keep_the_limits_of_each_gpu(family: Family, arch: str) -> None
             (4001, 3, 1, 128), (56_448, 7, 1, 9), (128, 2, 1, 2),
         ):  # fmt: skip
             p = depthwise(
-                family.op, 512, L, K, stride=stride, dilation=dilation, dtype=dtype, padding_left=dilation * (K - 1)
+                family.kind, 512, L, K, stride=stride, dilation=dilation, dtype=dtype, padding_left=dilation * (K - 1)
             )
-            if family.refuse(p, Layout.contiguous(p), device) is not None:
+            if refusal_of(family, p, Layout.contiguous(p), device) is not None:
                 continue
-            config, launch = family.configure(p, Layout.contiguous(p), device)
+            config, launch = kernel_of(family, p, Layout.contiguous(p), device)
             params = dict(launch.params)
             assert config in set(family.configs(device))
             assert launch.block % 32 == 0
@@ -135,11 +136,11 @@ def test_launches_keep_the_limits_of_each_gpu(family: Family, arch: str) -> None
 
 
 @pytest.mark.parametrize("family", DEPTHWISE, **by_name)
-def test_short_rows_fill_the_warps(family: Family) -> None:
+def test_short_rows_fill_the_warps(family: Family[Any]) -> None:
     """A warp at least three quarters full, however short the rows."""
     for L in (24, 31, 100, 200, 418):
-        p = depthwise(family.op, 448, L, 5, N=64, padding_left=2, padding_right=2)
-        _, launch = family.configure(p, Layout.contiguous(p), DEVICE)
+        p = depthwise(family.kind, 448, L, 5, N=64, padding_left=2, padding_right=2)
+        _, launch = kernel_of(family, p, Layout.contiguous(p), DEVICE)
         params = dict(launch.params)
         assert params["row_threads"] * params["block_rows"] >= 0.75 * launch.block, str(p)
 
@@ -155,8 +156,7 @@ def placed(problem: ConvProblem, first: tuple[int, int], gaps: tuple[int, int]) 
         address = 16 * 64 + shift * p.itemsize
         return ArrayLayout((C * (L + gap), L + gap, 1), min(address & -address, 16))
 
-    return replace(
-        Layout.contiguous(p),
+    return Layout.contiguous(p).replaced(
         input=array(p.C_in, p.L_in, first[0], gaps[0]),
         output=array(p.C_out, p.L_out, first[1], gaps[1]),
     )
@@ -165,12 +165,12 @@ def placed(problem: ConvProblem, first: tuple[int, int], gaps: tuple[int, int]) 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("stride", [1, 2, 3])
 @pytest.mark.parametrize("family", DEPTHWISE, **by_name)
-def test_rows_of_every_alignment(family: Family, stride: int, dtype: str) -> None:
+def test_rows_of_every_alignment(family: Family[Any], stride: int, dtype: str) -> None:
     """Input and output rows at every distance from a 16-byte boundary, the paddings of every remainder."""
-    vec = 16 // ITEMSIZE[dtype]
+    vec = 16 // FORMATS[dtype].itemsize
     for shift in range(vec):
         first = 1 << shift.bit_length() >> 1  # what an alignment can say: a power of two
-        p = depthwise(family.op, 5, 61 + shift, 6, stride=stride, dtype=dtype, padding_left=shift % 6, has_bias=True)
+        p = depthwise(family.kind, 5, 61 + shift, 6, stride=stride, dtype=dtype, padding_left=shift % 6, has_bias=True)
         for gaps in ((shift, vec - shift), (vec - shift, 0)):
             layout = placed(p, (first % vec, (vec - first) % vec), gaps)
             assert macros(family, p, layout)["SLIDE_STRIDE"] == str(stride if stride < 3 else 0)
@@ -179,16 +179,16 @@ def test_rows_of_every_alignment(family: Family, stride: int, dtype: str) -> Non
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("family", DEPTHWISE, **by_name)
-def test_dilated_rows_of_every_alignment(family: Family, dtype: str) -> None:
+def test_dilated_rows_of_every_alignment(family: Family[Any], dtype: str) -> None:
     """Every remainder of dilation and padding modulo a vector; rows that end in or behind the last result of a warp."""
-    vec = 16 // ITEMSIZE[dtype]
+    vec = 16 // FORMATS[dtype].itemsize
     for shift in range(vec):
         first = 1 << shift.bit_length() >> 1
         dilation = 2 + shift
         for L_out, gaps in ((255 + shift, (shift, vec - shift)), (128, (vec - shift, 0)), (600, (0, 0))):
             L_in = L_out + dilation * 4 - 2 * shift if family.name == FORWARD else L_out - dilation * 4 + 2 * shift
             p = depthwise(
-                family.op, 3, L_in, 5, dilation=dilation, dtype=dtype, padding_left=shift, padding_right=shift,
+                family.kind, 3, L_in, 5, dilation=dilation, dtype=dtype, padding_left=shift, padding_right=shift,
                 has_bias=True, multiplier=1 + shift % 2,
             )  # fmt: skip
             assert p.L_out == L_out
@@ -201,12 +201,12 @@ def test_dilated_rows_of_every_alignment(family: Family, dtype: str) -> None:
 def test_long_strides_of_every_alignment(dtype: str) -> None:
     """Windows and rows at every distance from a boundary, taps that end in every vector of a stride."""
     family = next(family for family in DEPTHWISE if family.name == FORWARD)
-    vec = 16 // ITEMSIZE[dtype]
+    vec = 16 // FORMATS[dtype].itemsize
     for shift in range(vec):
         first = 1 << shift.bit_length() >> 1
         for stride, K in ((3 * vec if vec < 3 else 2 * vec, 2 * vec + shift), (5 * vec, 11 * vec - shift)):
             p = depthwise(
-                family.op, 3, 40 * stride + shift, K, stride=stride, dtype=dtype, padding_left=K // 2 + shift,
+                family.kind, 3, 40 * stride + shift, K, stride=stride, dtype=dtype, padding_left=K // 2 + shift,
                 padding_right=K, has_bias=True, multiplier=1 + shift % 2,
             )  # fmt: skip
             for gaps in ((shift, vec - shift), (0, 0)):
@@ -216,50 +216,49 @@ def test_long_strides_of_every_alignment(dtype: str) -> None:
 
 
 @pytest.mark.parametrize("family", DEPTHWISE, **by_name)
-def test_dilated_rows_of_several_tiles(family: Family) -> None:
+def test_dilated_rows_of_several_tiles(family: Family[Any]) -> None:
     """A GPU of one multiprocessor, whose threads compute several results one after the other."""
     small = replace(DEVICE, num_sms=1)
     for L, K, dilation in ((9000, 3, 128), (5000, 7, 9), (2300, 40, 2)):
-        p = depthwise(family.op, 1, L, K, N=1, dilation=dilation, padding_left=dilation * (K // 2))
-        launch = family.configure(p, Layout.contiguous(p), small)[1]
+        p = depthwise(family.kind, 1, L, K, N=1, dilation=dilation, padding_left=dilation * (K // 2))
+        launch = kernel_of(family, p, Layout.contiguous(p), small)[1]
         assert dict(launch.params)["tiles"] * dict(launch.params)["repeats"] > 1
         data = cases.random_data(p, 36)
-        output = hostcuda.convolve(p, *data, family=family.name, device=small, schedule="every")
-        assert same_bits(output, hostcuda.convolve(p, *data, family=BASE[family.name], device=DEVICE)).all()
+        output = hostcuda.compute(p, *data, family=family.name, device=small, schedule="every")
+        assert same_bits(output, hostcuda.compute(p, *data, family=BASE[family.name], device=DEVICE)).all()
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "complex64"])
 @pytest.mark.parametrize("family", DEPTHWISE, **by_name)
-def test_arrays_of_any_strides(family: Family, dtype: str) -> None:
+def test_arrays_of_any_strides(family: Family[Any], dtype: str) -> None:
     """Channels last, reversed and repeated arrays are read and written in place, by the kernel that does not slide."""
-    p = depthwise(family.op, 6, 40, 5, stride=2, multiplier=2, N=3, dtype=dtype, padding_left=2, has_bias=True)
+    p = depthwise(family.kind, 6, 40, 5, stride=2, multiplier=2, N=3, dtype=dtype, padding_left=2, has_bias=True)
     data = cases.random_data(p, 33)
-    expected = hostcuda.convolve(p, *data, family=BASE[family.name], device=DEVICE)
+    expected = hostcuda.compute(p, *data, family=BASE[family.name], device=DEVICE)
     for array, strides in (
         (np.ascontiguousarray(data.input.swapaxes(1, 2)).swapaxes(1, 2), (p.C_out * p.L_out, 1, p.C_out)),
         (np.ascontiguousarray(data.input[::-1, :, ::-1])[::-1, :, ::-1], (-p.C_out * p.L_out, -p.L_out, -1)),
     ):
-        layout = replace(
-            Layout.contiguous(p), input=hostcuda.array_layout(array), output=ArrayLayout(strides, p.itemsize)
+        layout = Layout.contiguous(p).replaced(
+            input=hostcuda.array_layout(array), output=ArrayLayout(strides, p.itemsize)
         )
         assert macros(family, p, layout)["SLIDE_STRIDE"] == "0"
-        output = hostcuda.convolve(
+        output = hostcuda.compute(
             p, array, data.weight, data.bias, layout=layout, family=family.name, device=DEVICE, schedule="every"
         )
         assert same_bits(output, expected).all()
 
 
 @pytest.mark.parametrize("family", DEPTHWISE, **by_name)
-def test_offsets_beyond_32_bits(family: Family) -> None:
+def test_offsets_beyond_32_bits(family: Family[Any]) -> None:
     """Samples more than 2**31 elements apart."""
-    p = depthwise(family.op, 3, 50, 4, dtype="float16")
+    p = depthwise(family.kind, 3, 50, 4, dtype="float16")
     far = 2**31 + 7
-    layout = replace(
-        Layout.contiguous(p),
+    layout = Layout.contiguous(p).replaced(
         input=ArrayLayout((far, *contiguous_strides(p.input_shape)[1:]), 2),
         output=ArrayLayout((-far, *contiguous_strides(p.output_shape)[1:]), 2),
     )
-    assert family.configure(p, layout, DEVICE)[1].index_bits == 64
+    assert kernel_of(family, p, layout, DEVICE)[1].index_bits == 64
     assert_bits_of_the_base(family, p, layout)
 
 
@@ -269,12 +268,12 @@ def test_offsets_beyond_32_bits(family: Family) -> None:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64", "complex128"])
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("family", DEPTHWISE, **by_name)
-def test_every_number_of_taps(family: Family, stride: int, dtype: str) -> None:
+def test_every_number_of_taps(family: Family[Any], stride: int, dtype: str) -> None:
     """From one tap to two rounds of the unrolled loop, in every phase of it, causal and centred."""
     for K in (*range(1, 14), 23, 24, 25, 26, 47, 48, 49, 50, 51):
         for left, right in ((K - 1, 0), (K // 2, K // 2)):
             p = depthwise(
-                family.op, 3, 33 + K, K, stride=stride, N=1, dtype=dtype, padding_left=left, padding_right=right
+                family.kind, 3, 33 + K, K, stride=stride, N=1, dtype=dtype, padding_left=left, padding_right=right
             )
             if p.L_out >= 1:
                 assert_bits_of_the_base(family, p)
@@ -283,12 +282,12 @@ def test_every_number_of_taps(family: Family, stride: int, dtype: str) -> None:
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize("stride", [1, 2, 5])
 @pytest.mark.parametrize("family", DEPTHWISE, **by_name)
-def test_kernels_longer_than_the_sequence(family: Family, stride: int, dtype: str) -> None:
+def test_kernels_longer_than_the_sequence(family: Family[Any], stride: int, dtype: str) -> None:
     """Most taps of most results lie in the padding, on either side."""
     for L in (1, 2, 7, 24):
         for left, right in ((25, 25), (50, 0), (0, 50)):
             p = depthwise(
-                family.op, 4, L, 51, stride=stride, dtype=dtype, padding_left=left, padding_right=right, has_bias=True
+                family.kind, 4, L, 51, stride=stride, dtype=dtype, padding_left=left, padding_right=right, has_bias=True
             )
             if p.L_out >= 1:
                 assert_bits_of_the_base(family, p)
@@ -296,18 +295,18 @@ def test_kernels_longer_than_the_sequence(family: Family, stride: int, dtype: st
 
 @pytest.mark.parametrize(("stride", "dilation"), [(1, 1), (2, 1), (3, 1), (4, 1), (1, 5)])
 @pytest.mark.parametrize("family", DEPTHWISE, **by_name)
-def test_nothing_comes_of_an_infinite_weight_in_the_padding(family: Family, stride: int, dilation: int) -> None:
+def test_nothing_comes_of_an_infinite_weight_in_the_padding(family: Family[Any], stride: int, dilation: int) -> None:
     """Infinite and NaN taps spoil the results that they belong to, and no other."""
     padding = 0 if family.name == TRANSPOSED else 6 * dilation  # so that the first and the last results miss taps
     L = 30 if dilation == 1 else 140
     p = depthwise(
-        family.op, 4, L, 7, stride=stride, dilation=dilation, padding_left=padding, padding_right=padding, N=1
+        family.kind, 4, L, 7, stride=stride, dilation=dilation, padding_left=padding, padding_right=padding, N=1
     )
     data = cases.random_data(p, 34)
     weight = data.weight.copy()
     weight[:2, :, 0], weight[2:, :, 6] = np.inf, np.nan
-    output = hostcuda.convolve(p, data.input, weight, family=family.name, device=DEVICE, schedule="every")
-    expected = hostcuda.convolve(p, data.input, weight, family=BASE[family.name], device=DEVICE)
+    output = hostcuda.compute(p, data.input, weight, family=family.name, device=DEVICE, schedule="every")
+    expected = hostcuda.compute(p, data.input, weight, family=BASE[family.name], device=DEVICE)
     assert np.isfinite(expected).any()
     assert np.isnan(expected).any()
     np.testing.assert_array_equal(output, expected)

@@ -14,8 +14,8 @@ import pytest
 import gpuconv
 from gpuconv import cases, cpu, dispatch, runtime
 from gpuconv.device import ARCHITECTURES, Device
-from gpuconv.explain import MAX_FIGURES, SETTINGS, Explanation, GradientExplanation, explain
-from gpuconv.families import FAMILIES, Config, Family, Launch, Layout
+from gpuconv.explain import MAX_FIGURES, SETTINGS, Explanation, explain
+from gpuconv.families import FAMILIES, Config, Family, Layout, Refusal
 from gpuconv.problem import ArraySpec, ConvProblem
 
 
@@ -62,12 +62,12 @@ def test_the_text() -> None:
     choice = found.choice
     assert choice is not None
     macros = ", ".join(f"{name}={value}" for name, value in choice.config.macros)
-    kilobytes = f"{choice.pack.num_bytes / 1000:.3g}" if choice.pack else ""
     lines = found.page(width=500).splitlines()
-    model = next((i for i, line in enumerate(lines) if line.startswith("  model ")), None)
-    if model is not None:
-        shown = min(len(choice.figures), MAX_FIGURES)
-        del lines[model : model + shown + 1 + (len(choice.figures) > shown)]
+    model = next(i for i, line in enumerate(lines) if line.startswith("  model "))
+    shown = min(len(choice.plan.candidates), MAX_FIGURES)
+    del lines[model : model + shown + 1 + (len(choice.plan.candidates) > shown)]
+    pack, own = choice.plan.steps
+    assert own == choice.step
     assert lines == [
         "conv_transpose1d on A100 (sm_80)",
         "  input     (16, 50) float32",
@@ -78,7 +78,9 @@ def test_the_text() -> None:
         f"  kernel    {choice.family} with {macros}",
         f"  launch    {choice.launch.grid} blocks of {choice.launch.block} threads, "
         f"{choice.launch.shared_bytes} B of shared memory, {choice.launch.index_bits}-bit offsets",
-        *([f"  packing   weights are packed first into a buffer of {kilobytes} kB"] if choice.pack else []),
+        f"  before    {pack.config.kernel}: {pack.launch.grid} blocks of {pack.launch.block} threads, "
+        "0 B of shared memory, 32-bit offsets",
+        f"  buffers   packed ({choice.plan.scratch_bytes('packed') / 1000:.3g} kB)",
         "  work      158 kFLOP, at least 23 kB moved, 6.89 FLOP/B",
         "  copies    none",
     ]
@@ -92,6 +94,7 @@ PAGES: dict[str, tuple[str, tuple[ArraySpec, ...], str, dict[str, Any]]] = {
     "transposed": ("conv_transpose1d", (X, spec(512, 256, 4)), "sm_75", {"stride": 2, "output_padding": 1}),
     "grad_input": ("conv1d", (X, W), "sm_90", {"stride": 2, "direction": "grad_input"}),
     "grad_weight": ("conv1d", (spec(8, 1, 3000), spec(1, 1, 3)), "sm_90", {"direction": "grad_weight"}),
+    "tf32": ("conv1d", (X, W), "sm_90", {"direction": "grad_weight", "precision": "tf32"}),
     "grad_bias": ("conv1d", (X, W, B), "sm_90", {"direction": "grad_bias"}),
     "cpu": ("conv1d", (X, W), "cpu", {}),
     "empty": ("conv1d", (spec(0, 3, 20), spec(4, 3, 3)), "sm_90", {}),
@@ -118,16 +121,18 @@ def test_the_model_is_told_in_microseconds() -> None:
     lines = str(found).splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith("  model "))
     assert lines[start].endswith("predicted, not measured, at 1.98 GHz:")
-    rows = [line.split() for line in lines[start + 1 : start + 1 + len(found.choice.figures)]]
+    rows = [line.split() for line in lines[start + 1 : start + 1 + len(found.choice.plan.candidates)]]
     assert rows[0][-1] == "(chosen)"
-    for row, (name, cycles) in zip(rows, found.choice.figures, strict=True):
+    for row, (name, cycles) in zip(rows, found.choice.plan.candidates, strict=True):
         assert float(row[0]) == pytest.approx(cycles / 1980, rel=0.01)
         assert row[1] == "us"
         assert row[3] == name
     bars = [len(row[2]) for row in rows]
     assert bars == sorted(bars)
     assert {character for row in rows for character in row[2]} == {"#"}
-    assert bars[0] / bars[-1] == pytest.approx(found.choice.figures[0][1] / found.choice.figures[-1][1], abs=0.1)
+    assert bars[0] / bars[-1] == pytest.approx(
+        found.choice.plan.candidates[0][1] / found.choice.plan.candidates[-1][1], abs=0.1
+    )
     kernel = found.to_dict()["kernel"]
     for figure in kernel["figures"]:
         assert figure["microseconds"] == pytest.approx(figure["cycles"] / 1980)
@@ -137,9 +142,9 @@ def test_of_many_configurations_the_fastest_are_shown() -> None:
     op, arrays, device, settings = PAGES["refused"]
     found = explain(op, *arrays, device=device, **settings)  # type: ignore[call-overload]
     assert found.choice is not None
-    assert len(found.choice.figures) > MAX_FIGURES + 1
+    assert len(found.choice.plan.candidates) > MAX_FIGURES + 1
     assert str(found).count(" us ") == MAX_FIGURES
-    assert f" and {len(found.choice.figures) - MAX_FIGURES} slower ones\n" in str(found)
+    assert f" and {len(found.choice.plan.candidates) - MAX_FIGURES} slower ones\n" in str(found)
 
 
 def test_one_thing_is_singular() -> None:
@@ -177,17 +182,14 @@ def test_bfloat16_needs_no_package_to_be_explained(monkeypatch: pytest.MonkeyPat
     assert explain("conv1d", x, w, device="sm_90").bytes == 2 * (4 * 20 + 4 * 4 * 3 + 4 * 18)
 
 
-class _Picky(Family):
+class _Picky(Family[ConvProblem]):
     """Stands in front of the others and takes nothing."""
 
     name = "conv1d_picky"
-    op = "conv1d"
+    kind = "conv1d"
 
-    def refuse(self, problem: ConvProblem, layout: Layout, device: Device) -> str | None:
-        return f"needs C_in/groups >= 1000, got {problem.C_in_g}"
-
-    def configure(self, problem: ConvProblem, layout: Layout, device: Device) -> tuple[Config, Launch]:
-        raise AssertionError
+    def plan(self, problem: ConvProblem, layout: Layout, device: Device) -> Refusal:
+        return Refusal(f"needs C_in/groups >= 1000, got {problem.C_in_g}")
 
     def configs(self, device: Device) -> Iterator[Config]:
         return iter(())
@@ -273,7 +275,7 @@ def test_cupy_arrays_are_explained_as_the_runtime_plans_them(address: int, strid
     x = _FakeArray(shape, strides, address)
     w, b = _FakeArray((4, 8, 3), (96, 12, 4), 1024), _FakeArray((4,), (4,), 2050)
     found = explain("conv1d", x, w, b, padding="same")
-    plan = runtime.make_plan(found.problem, x, w, b, None)
+    plan = runtime.make_executor(found.problem, ("input", "weight", "bias"), (x, w, b), None)
     assert found.device is not None
     assert found.device.name == "GPU number 1"
     assert found.choice == plan.choice
@@ -400,26 +402,30 @@ def test_bad_arguments(
 def test_gradient_of_weights() -> None:
     x, w = ArraySpec((32, 512, 1500), "float32"), ArraySpec((512, 1, 31), "float32")
     e = gpuconv.explain("conv1d", x, w, padding=15, groups=512, direction="grad_weight", device="sm_90")
-    assert isinstance(e, GradientExplanation)
     assert e.choice is not None
     assert e.choice.family == "weight_gradient_pairs"
-    assert e.partial_bytes == 96 * 512 * 31 * 4
+    assert e.choice.plan.scratch_bytes("partial") == 96 * 512 * 31 * 4
     page = str(e)
     assert page.startswith("gradient of conv1d's weight on H200")
-    for part in ("grad_output  (32, 512, 1500)", "96 of 512 positions", "6.09 MB", "sum_slices", "copies       none"):
+    for part in ("grad_output  (32, 512, 1500)", "after        sum_slices: ", "partial (6.09 MB)", "copies       none"):
         assert part in page
     kernel = json.loads(json.dumps(e.to_dict()))["kernel"]
-    assert kernel["slices"] == {"count": 96, "samples": 1, "positions": 512, "pieces": 3}
-    assert kernel["partial_bytes"] == e.partial_bytes
-    assert kernel["sum"]["launch"]["params"]["slices"] == 96
+    params = kernel["launch"]["params"]
+    assert [params[f"slice_{name}"] for name in ("samples", "positions", "pieces")] == [1, 512, 3]
+    assert kernel["scratch"] == {"partial": 96 * 512 * 31 * 4}
+    own, total = kernel["steps"]
+    assert (own["kernel"], own["launch"]) == ("weight_gradient_pairs", kernel["launch"])
+    assert own["arrays"] == ["coarse", "fine", "partial", None]
+    assert total["arrays"] == ["partial", "grad_weight"]
+    assert total["launch"]["params"]["slices"] == 96
 
 
 def test_gradient_of_weights_in_one_slice() -> None:
     x, w = ArraySpec((1, 4, 50), "float64"), ArraySpec((4, 6, 3), "float64")
     e = gpuconv.explain("conv_transpose1d", x, w, stride=2, direction="grad_weight", device="sm_80")
-    assert e.partial_bytes == 0
-    assert e.to_dict()["kernel"]["sum"] is None
-    assert "1: all samples in one sum" in str(e)
+    assert e.to_dict()["kernel"]["scratch"] == {}
+    assert len(e.to_dict()["kernel"]["steps"]) == 1
+    assert "sum_slices" not in str(e)
     assert "input        (1, 4, 50)" in str(e).splitlines()[1]
 
 
@@ -454,7 +460,7 @@ def test_gradient_of_a_bias() -> None:
 def test_gradient_of_an_input_is_the_other_operation() -> None:
     x, w = ArraySpec((8, 64, 301), "float32"), ArraySpec((32, 64, 4), "float32")
     e = gpuconv.explain("conv1d", x, w, stride=2, direction="grad_input", device="sm_90")
-    assert isinstance(e, Explanation)
+    assert isinstance(e.problem, ConvProblem)
     assert e.problem.op == "conv_transpose1d"
     assert e.problem.output_shape == x.shape
     assert e.copies == ()
@@ -481,5 +487,9 @@ def test_an_algorithm_is_explained() -> None:
     assert explain("conv1d", x, w, device="cpu", algorithm="base").method is not None
     with pytest.raises(ValueError, match=r"^conv1d: algorithm 'conv1d_depthwise' does not take conv1d N2 .*: needs"):
         explain("conv1d", x, w, device="sm_90", algorithm="conv1d_depthwise")
-    with pytest.raises(ValueError, match=r'^explain: algorithm is of direction "forward"; .* for grad_weight, got'):
-        explain("conv1d", x, w, device="sm_90", direction="grad_weight", algorithm="base")
+    found = explain("conv1d", x, w, device="sm_90", direction="grad_weight", algorithm="base")
+    assert found.choice.family == "weight_gradient_direct"
+    found = explain("conv1d", x, w, device="sm_90", direction="grad_input", algorithm="conv_transpose1d_phases")
+    assert found.choice.family == "conv_transpose1d_phases"
+    with pytest.raises(ValueError, match=r"^explain: algorithm must be None or one of base, weight_gradient_mma, "):
+        explain("conv1d", x, w, device="sm_90", direction="grad_weight", algorithm="conv1d_direct")

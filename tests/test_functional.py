@@ -551,7 +551,7 @@ def cupy() -> Iterator[Any]:
 def any_cupy(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The stand-in, and on a machine with a GPU CuPy itself."""
     if request.param == "gpu":
-        monkeypatch.setattr(calls, "_PLANS", {})
+        monkeypatch.setattr(calls, "_EXECUTORS", {})
         yield runtime.cupy_module()
     else:
         with fake_cupy.installed():
@@ -562,13 +562,13 @@ def any_cupy(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 def planned(monkeypatch: pytest.MonkeyPatch) -> list[ConvProblem]:
     """The problems for which plans are made, in order: a call that adds nothing found its plan in the cache."""
     made = []
-    make_plan = runtime.make_plan
+    make_executor = runtime.make_executor
 
-    def recording(problem: ConvProblem, *args: Any, **options: Any) -> runtime.Plan:
+    def recording(problem: ConvProblem, *args: Any, **options: Any) -> runtime.Executor:
         made.append(problem)
-        return make_plan(problem, *args, **options)
+        return make_executor(problem, *args, **options)
 
-    monkeypatch.setattr(runtime, "make_plan", recording)
+    monkeypatch.setattr(runtime, "make_executor", recording)
     return made
 
 
@@ -675,12 +675,12 @@ def test_what_equals_a_cached_setting_is_still_refused(any_cupy: Any, name: str,
 def test_the_plan_cache_is_bounded(
     any_cupy: Any, planned: list[ConvProblem], monkeypatch: pytest.MonkeyPatch, op: str
 ) -> None:
-    monkeypatch.setattr(calls, "_MAX_PLANS", 3)
+    monkeypatch.setattr(calls, "_CACHE_SIZE", 3)
     weight = any_cupy.asarray(draw(VALID[op]["weight"]))
     inputs = [any_cupy.asarray(draw((1, 4, length))) for length in range(10, 16)]
     for x in inputs:
         call(op, x, weight, groups=2)
-        assert len(calls._PLANS) <= 3
+        assert len(calls._EXECUTORS) <= 3
     assert len(planned) == 6
     for x in inputs[3:]:
         call(op, x, weight, groups=2)
@@ -690,7 +690,7 @@ def test_the_plan_cache_is_bounded(
 
 
 def test_concurrent_calls_share_a_small_plan_cache(any_cupy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calls, "_MAX_PLANS", 2)
+    monkeypatch.setattr(calls, "_CACHE_SIZE", 2)
     weight = draw((2, 2, 3))
     inputs = [draw((1, 2, length), seed=length) for length in range(4, 10)]
     expected = [gpuconv.conv1d(x, weight) for x in inputs]
@@ -703,7 +703,7 @@ def test_concurrent_calls_share_a_small_plan_cache(any_cupy: Any, monkeypatch: p
     with ThreadPoolExecutor(6) as pool:
         for future in [pool.submit(work, i) for i in range(60)]:
             future.result()
-    assert len(calls._PLANS) <= 2
+    assert len(calls._EXECUTORS) <= 2
 
 
 @pytest.mark.parametrize("op", OPS)

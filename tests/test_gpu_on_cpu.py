@@ -473,9 +473,9 @@ def no_plans() -> Iterator[None]:
     """Plans are made afresh before and after the test."""
     from gpuconv import calls
 
-    calls._PLANS.clear()
+    calls._EXECUTORS.clear()
     yield
-    calls._PLANS.clear()
+    calls._EXECUTORS.clear()
 
 
 def is_caught(cupy: Any) -> bool:

@@ -53,7 +53,7 @@ def expected(argument: str, p: ConvProblem, x: Array, w: Array, u: Array) -> ref
     if argument == "weight":
         q = WeightGradientProblem.of(p)
         return reference.weight_gradient(q, *q.sides(x, u))
-    return reference.bias_gradient(BiasGradientProblem(p.N, p.C_out, p.L_out, p.dtype), u)
+    return reference.bias_gradient(BiasGradientProblem.of(p), u)
 
 
 def shape_of(argument: str, p: ConvProblem) -> tuple[int, ...]:

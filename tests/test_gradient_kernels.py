@@ -18,15 +18,16 @@ from gpuconv import dispatch, reference, runtime
 from gpuconv.cases import CASES
 from gpuconv.checks import same_bits
 from gpuconv.device import ARCHITECTURES, Device
-from gpuconv.families import GRADIENT_FAMILIES, ArrayLayout, Config, GradientFamily, GradientLayout, slices
+from gpuconv.families import ArrayLayout, Config, Family, Layout, slices
 from gpuconv.families import weight_gradient_tiled as tiled
 from gpuconv.families.base import contiguous_strides
 from gpuconv.families.slices import Slices
 from gpuconv.problem import DTYPES, BiasGradientProblem, WeightGradientProblem, numpy_dtype
 from gpuconv.source import params_fields
+from gpuconv.tasks import SIGNATURES
 from tests import hostcuda
 from tests.hostcuda import Program, fake_cupy
-from tests.hostcuda.gradient import gradient
+from tests.plans import GRADIENT_FAMILIES, kernel_of, refusal_of
 
 Array = npt.NDArray[Any]
 
@@ -34,15 +35,15 @@ DEVICE = Device.from_arch("sm_90")
 ONE_SM = replace(DEVICE, name="small", num_sms=1, shared_per_block=48 * 1024, shared_per_sm=64 * 1024)
 BASE = "weight_gradient_direct"
 # Those on CUDA cores, which agree in their bits.
-FAMILIES = tuple(f for f in GRADIENT_FAMILIES if f.op == "weight_gradient" and not f.name.endswith("_mma"))
+FAMILIES = tuple(f for f in GRADIENT_FAMILIES if f.kind == "weight_gradient" and not f.name.endswith("_mma"))
 FAST = tuple(family for family in FAMILIES if family.name != BASE)
 GROUPS = tuple(dict.fromkeys(case.tags[0] for case in CASES))
 
 by_name = {"ids": lambda value: getattr(value, "name", str(value))}
 
 
-def takes(family: GradientFamily[Any], problem: WeightGradientProblem) -> bool:
-    return family.refuse(problem, GradientLayout.contiguous(problem), DEVICE) is None
+def takes(family: Family[Any], problem: WeightGradientProblem) -> bool:
+    return refusal_of(family, problem, Layout.contiguous(problem), DEVICE) is None
 
 
 def problems(dtype: str, group: str | None = None) -> dict[str, WeightGradientProblem]:
@@ -53,7 +54,7 @@ def problems(dtype: str, group: str | None = None) -> dict[str, WeightGradientPr
     return {name: p for name, p in named.items() if 0 not in (*p.coarse_shape, *p.fine_shape, *p.weight_shape)}
 
 
-def items(families: tuple[GradientFamily[Any], ...]) -> list[tuple[GradientFamily[Any], str, str]]:
+def items(families: tuple[Family[Any], ...]) -> list[tuple[Family[Any], str, str]]:
     """The (family, dtype, group) of which the family takes at least one case."""
     return [
         (family, dtype, group)
@@ -111,7 +112,7 @@ def assert_same_bits(output: Array, expected: Array, what: object) -> None:
 def kernels() -> None:
     """What the table needs, compiled together, which takes less than one by one."""
     chosen = {
-        family.configure(p, GradientLayout.contiguous(p), DEVICE)[0]
+        kernel_of(family, p, Layout.contiguous(p), DEVICE)[0]
         for family in FAMILIES
         for dtype in DTYPES
         for p in problems(dtype).values()
@@ -125,37 +126,38 @@ def kernels() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES, **by_name)
-def test_the_table_reaches_the_family(family: GradientFamily[Any]) -> None:
+def test_the_table_reaches_the_family(family: Family[Any]) -> None:
     table = problems("float32").values()
     assert sum(takes(family, p) for p in table) >= 20
-    chosen = [dispatch.choose_gradient(p, GradientLayout.contiguous(p), DEVICE) for p in table]
-    cuts = [choice.slices for choice in chosen]
-    assert any(cut.count == 1 for cut in cuts)
-    assert any(cut.pieces > 1 for cut in cuts)
-    assert any(cut.samples > 1 for cut in cuts)
+    chosen = [dispatch.choose(p, Layout.contiguous(p), DEVICE) for p in table]
+    assert all(chosen)
+    cuts = [dict(choice.launch.params) for choice in chosen if choice is not None]
+    assert any(len(choice.plan.steps) == 1 for choice in chosen if choice is not None)
+    assert any(cut["slice_pieces"] > 1 for cut in cuts)
+    assert any(cut["slice_samples"] > 1 for cut in cuts)
     if family in FAST:
-        assert sum(choice.family == family.name for choice in chosen) >= 10
+        assert sum(choice is not None and choice.family == family.name for choice in chosen) >= 10
 
 
 @pytest.mark.parametrize(("family", "dtype", "group"), items(FAMILIES), **by_name)
-def test_exact(family: GradientFamily[Any], dtype: str, group: str) -> None:
+def test_exact(family: Family[Any], dtype: str, group: str) -> None:
     """Small integers: the definition bit for bit, whatever the order of the threads."""
     for name, p in problems(dtype, group).items():
         if takes(family, p):
             arrays = integers(p)
-            output = gradient(p, *arrays, family=family.name, schedule="every")
+            output = hostcuda.compute(p, *arrays, family=family.name, schedule="every")
             assert_same_bits(output, exact_result(p, *arrays), name)
 
 
 @pytest.mark.parametrize(("family", "dtype", "group"), items(FAST), **by_name)
-def test_rounding(family: GradientFamily[Any], dtype: str, group: str) -> None:
+def test_rounding(family: Family[Any], dtype: str, group: str) -> None:
     """Within the error bound, and the bits of the base family; values that are no numbers stay where they belong."""
     taken = [(name, p) for name, p in problems(dtype, group).items() if takes(family, p)]
     for i, (name, p) in enumerate(taken):
         is_nonfinite = i % 2 == 1
         arrays = normal(p, is_nonfinite)
-        output = gradient(p, *arrays, family=family.name)
-        base = gradient(p, *arrays, family=BASE)
+        output = hostcuda.compute(p, *arrays, family=family.name)
+        base = hostcuda.compute(p, *arrays, family=BASE)
         for result in (output, base):
             assert reference.weight_gradient(p, *arrays).within_bound(result).all(), name
         if not is_nonfinite:  # NaNs have more than one encoding
@@ -173,7 +175,7 @@ def in_order(problem: WeightGradientProblem, coarse: Array, fine: Array) -> Arra
         (libm.fma, ctypes.c_double, np.float64) if p.dtype == "float64" else (libm.fmaf, ctypes.c_float, np.float32)
     )
     fma.argtypes, fma.restype = [real] * 3, real
-    ways = dict(slices.sum_launch(p, GradientLayout.contiguous(p))[1].params)["ways"]
+    ways = dict(slices.sum_launch(p, Layout.contiguous(p))[1].params)["ways"]
     output = np.empty(p.weight_shape, coarse.dtype)
     for r, c, k in np.ndindex(*p.weight_shape):
         c_fine = r // p.C_coarse_g * p.C_fine_g + c
@@ -213,7 +215,7 @@ def test_sums_are_formed_in_one_order(problem: WeightGradientProblem, dtype: str
     expected = in_order(p, *arrays)
     for family in FAMILIES:
         if takes(family, p):
-            assert_same_bits(gradient(p, *arrays, family=family.name), expected, family.name)
+            assert_same_bits(hostcuda.compute(p, *arrays, family=family.name), expected, family.name)
 
 
 @pytest.mark.parametrize("tile", [tile for tiles in tiled.TILES.values() for tile in tiles], ids=str)
@@ -224,17 +226,17 @@ def test_bits_do_not_depend_on_the_tile(tile: tiled.Tile, monkeypatch: pytest.Mo
     arrays = normal(p)
     monkeypatch.setattr(tiled, "TILES", {size: (tile,)})
     tiled._tilings.cache_clear()
-    output = gradient(p, *arrays, family="weight_gradient_tiled", schedule="every")
+    output = hostcuda.compute(p, *arrays, family="weight_gradient_tiled", schedule="every")
     tiled._tilings.cache_clear()
-    assert_same_bits(output, gradient(p, *arrays, family=BASE), tile)
+    assert_same_bits(output, hostcuda.compute(p, *arrays, family=BASE), tile)
 
 
 def test_bits_do_not_depend_on_the_device() -> None:
     p = WeightGradientProblem("conv1d", 2, 40, 40, 300, 330, 31, groups=40)
     arrays = normal(p)
-    expected = gradient(p, *arrays)
+    expected = hostcuda.compute(p, *arrays)
     for device in (ONE_SM, Device.from_arch("sm_75")):
-        assert_same_bits(gradient(p, *arrays, device=device), expected, device.name)
+        assert_same_bits(hostcuda.compute(p, *arrays, device=device), expected, device.name)
 
 
 # -- slices ----------------------------------------------------------------------------------------------------------
@@ -276,7 +278,7 @@ def test_slices_give_a_gpu_enough_to_do() -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", FAST, **by_name)
-def test_edge_lengths(family: GradientFamily[Any], dtype: str) -> None:
+def test_edge_lengths(family: Family[Any], dtype: str) -> None:
     """Lengths around vectors, chunks and tiles, in few and many samples."""
     pairs = family.name == "weight_gradient_pairs"
     channels = {"C_coarse": 3, "C_fine": 3, "groups": 3} if pairs else {"C_coarse": 9, "C_fine": 5, "groups": 1}
@@ -288,7 +290,7 @@ def test_edge_lengths(family: GradientFamily[Any], dtype: str) -> None:
             )  # fmt: skip
             assert takes(family, p), p
             arrays = integers(p)
-            output = gradient(p, *arrays, family=family.name, schedule="reverse", placement="start")
+            output = hostcuda.compute(p, *arrays, family=family.name, schedule="reverse", placement="start")
             assert_same_bits(output, exact_result(p, *arrays), p)
 
 
@@ -302,7 +304,7 @@ def test_taps_of_pairs(K: int, padding_left: int) -> None:
             "conv1d", 2, 2, 4, 80, L_fine, K, stride, padding_left, dilation, groups=2, dtype=dtype
         )
         arrays = integers(p)
-        output = gradient(p, *arrays, family="weight_gradient_pairs", schedule="every")
+        output = hostcuda.compute(p, *arrays, family="weight_gradient_pairs", schedule="every")
         assert_same_bits(output, exact_result(p, *arrays), p)
 
 
@@ -329,7 +331,7 @@ def one_sample_repeated(array: Array) -> Array:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "complex128"])
 @pytest.mark.parametrize("family", FAMILIES, **by_name)
-def test_layouts(family: GradientFamily[Any], dtype: str) -> None:
+def test_layouts(family: Family[Any], dtype: str) -> None:
     """Arrays of any strides and alignment are read and written in place, with the same bits."""
     for p in (
         WeightGradientProblem("conv1d", 3, 8, 8, 44, 48, 5, dtype=dtype, groups=8),
@@ -346,27 +348,31 @@ def test_layouts(family: GradientFamily[Any], dtype: str) -> None:
             (unaligned(coarse), unaligned(fine), (-C * K, -K, -1)),
             (one_sample_repeated(coarse), fine, (C * K + 3, K, 1)),
         ):
-            layout = GradientLayout(
-                (hostcuda.array_layout(a), hostcuda.array_layout(b)), ArrayLayout(strides, p.itemsize)
+            layout = Layout.of(
+                coarse=hostcuda.array_layout(a),
+                fine=hostcuda.array_layout(b),
+                grad_weight=ArrayLayout(strides, p.itemsize),
             )
-            output = gradient(p, a, b, layout=layout, family=family.name, schedule="every")
-            expected = gradient(p, np.ascontiguousarray(a), np.ascontiguousarray(b), family=BASE)
+            output = hostcuda.compute(p, a, b, layout=layout, family=family.name, schedule="every")
+            expected = hostcuda.compute(p, np.ascontiguousarray(a), np.ascontiguousarray(b), family=BASE)
             assert_same_bits(output, expected, (p, strides))
 
 
 @pytest.mark.parametrize("family", FAMILIES, **by_name)
-def test_offsets_beyond_32_bits(family: GradientFamily[Any]) -> None:
+def test_offsets_beyond_32_bits(family: Family[Any]) -> None:
     """Samples more than 2**31 elements apart, in both inputs; and a result as far apart."""
     far = 2**31 + 8
     p = WeightGradientProblem("conv1d", 3, 4, 4, 70, 72, 3, groups=1, dtype="float16")
     assert takes(family, p)
-    inputs = tuple(ArrayLayout((far, *contiguous_strides(shape)[1:])) for shape in (p.coarse_shape, p.fine_shape))
-    layout = GradientLayout(inputs, ArrayLayout((far, 3, 1), 2))
+    coarse, fine = (ArrayLayout((far, *contiguous_strides(shape)[1:])) for shape in (p.coarse_shape, p.fine_shape))
+    layout = Layout.of(coarse=coarse, fine=fine, grad_weight=ArrayLayout((far, 3, 1), 2))
     arrays = integers(p)
-    config, launch = family.configure(p, layout, DEVICE)
+    config, launch = kernel_of(family, p, layout, DEVICE)
     assert launch.index_bits == 64
     assert config in set(family.configs(DEVICE))
-    assert_same_bits(gradient(p, *arrays, layout=layout, family=family.name), exact_result(p, *arrays), family.name)
+    assert_same_bits(
+        hostcuda.compute(p, *arrays, layout=layout, family=family.name), exact_result(p, *arrays), family.name
+    )
 
 
 @pytest.mark.parametrize("name", [BASE, "bias_gradient_rows"])
@@ -376,7 +382,7 @@ def test_blocks_that_go_round_again(name: str) -> None:
     p: Any = WeightGradientProblem("conv1d", 2, 6, 5, 150, 150, 9) if name == BASE else BiasGradientProblem(2, 7, 500)
     shapes = (p.coarse_shape, p.fine_shape) if name == BASE else (p.grad_output_shape,)
     inputs = as_dtype(p, generator(p).standard_normal, *shapes)
-    config, launch = family.configure(p, GradientLayout.contiguous(p), DEVICE)
+    config, launch = kernel_of(family, p, Layout.contiguous(p), DEVICE)
     assert launch.grid > 3
     sums = []
     for grid in (launch.grid, 3):
@@ -393,10 +399,10 @@ def test_every_launch_keeps_the_contract() -> None:
         device = Device.from_arch(arch)
         known = {config for family in GRADIENT_FAMILIES for config in family.configs(device)}
         for p in (*problems("float32").values(), *list(shapes())[::7]):
-            layout = GradientLayout.contiguous(p)
-            choice = dispatch.choose_gradient(p, layout, device)
-            launches = [(choice.config, choice.launch), *([choice.sum] if choice.sum else [])]
-            for config, launch in launches:
+            layout = Layout.contiguous(p)
+            choice = dispatch.choose(p, layout, device)
+            assert choice is not None
+            for config, launch in ((step.config, step.launch) for step in choice.plan.steps):
                 assert config in known, (p, arch)
                 assert tuple(name for name, _ in launch.params) == params_fields(config.kernel)
                 assert launch.shared_bytes <= device.shared_per_block
@@ -428,15 +434,15 @@ def test_no_result_needs_the_rare_way_out(name: str, problem: WeightGradientProb
     # Shared memory that is read too early holds NaNs under hostcuda, and summing NaNs again would repair what a GPU
     # leaves wrong.
     (family,) = (family for family in FAMILIES if family.name == name)
-    layout = GradientLayout.contiguous(problem)
-    config, launch = family.configure(problem, layout, DEVICE)
+    layout = Layout.contiguous(problem)
+    config, launch = kernel_of(family, problem, layout, DEVICE)
     cut = Slices.of(problem)
     assert cut.count > 1
     coarse, fine = normal(problem)
     partial_dtype = np.float32 if problem.itemsize < 4 else coarse.dtype
     shape = (cut.count, *problem.weight_shape)
     sums = [np.empty(shape, partial_dtype) for _ in range(2)]
-    base, base_launch = FAMILIES[-1].configure(problem, layout, DEVICE)
+    base, base_launch = kernel_of(FAMILIES[-1], problem, layout, DEVICE)
     for partial, kernel, how in zip(
         sums, (without_way_out(config), Program.of(base)), (launch, base_launch), strict=True
     ):
@@ -465,37 +471,47 @@ def test_bias(problem: BiasGradientProblem, dtype: str) -> None:
     rng = generator(p)
     (dy,) = as_dtype(p, lambda shape: np.where(rng.random(shape) < 100 / p.terms, 1.0, 0.0), p.grad_output_shape)
     expected = reference.bias_gradient(p, dy).exact().astype(dy.dtype)
-    output = gradient(p, dy, schedule="every" if p.terms < 5000 else "reverse")
+    output = hostcuda.compute(p, dy, schedule="every" if p.terms < 5000 else "reverse")
     assert_same_bits(output, expected, p)
     (dy,) = as_dtype(p, rng.standard_normal, p.grad_output_shape)
-    assert reference.bias_gradient(p, dy).within_bound(gradient(p, dy)).all()
+    assert reference.bias_gradient(p, dy).within_bound(hostcuda.compute(p, dy)).all()
 
 
 def test_bias_of_any_layout() -> None:
     p = BiasGradientProblem(3, 4, 300)
     (dy,) = as_dtype(p, generator(p).standard_normal, p.grad_output_shape)
-    expected = gradient(p, dy)
+    expected = hostcuda.compute(p, dy)
     for given, stride in ((scattered(dy), 2), (channels_last(dy), -1), (unaligned(dy), 1)):
-        layout = GradientLayout((hostcuda.array_layout(given),), ArrayLayout((stride,), 4))
-        assert_same_bits(gradient(p, given, layout=layout), expected, stride)
-    far = GradientLayout((ArrayLayout((2**31 + 8, 300, 1)),), ArrayLayout((1,)))
-    assert dispatch.choose_gradient(p, far, DEVICE).launch.index_bits == 64
-    assert_same_bits(gradient(p, dy, layout=far), expected, "64 bits")
+        layout = Layout.of(grad_output=hostcuda.array_layout(given), grad_bias=ArrayLayout((stride,), 4))
+        assert_same_bits(hostcuda.compute(p, given, layout=layout), expected, stride)
+    far = Layout.of(grad_output=ArrayLayout((2**31 + 8, 300, 1)), grad_bias=ArrayLayout((1,)))
+    choice = dispatch.choose(p, far, DEVICE)
+    assert choice is not None
+    assert choice.launch.index_bits == 64
+    assert_same_bits(hostcuda.compute(p, dy, layout=far), expected, "64 bits")
 
 
 # -- plans -----------------------------------------------------------------------------------------------------------
 
 
+def executor(
+    p: WeightGradientProblem | BiasGradientProblem, *arrays: Any, output: Any | None = None
+) -> runtime.Executor:
+    """That of a call with these arrays, in the order of the public functions."""
+    name = f"{p.op}_weight" if isinstance(p, WeightGradientProblem) else "conv1d_bias"
+    return runtime.make_executor(p, SIGNATURES[name].operands, arrays, output)
+
+
 def test_plans_launch_two_kernels_and_the_same_ones_again() -> None:
     p = WeightGradientProblem("conv_transpose1d", 2, 6, 5, 90, 183, 5, 2, dtype="complex64")
     coarse, fine = normal(p)
-    expected = gradient(p, coarse, fine)
+    expected = hostcuda.compute(p, coarse, fine)
     with fake_cupy.installed():
         x, dy = fake_cupy.asarray(coarse), fake_cupy.asarray(fine)
-        plan = runtime.make_weight_gradient_plan(p, x, dy, None)
+        execute = executor(p, x, dy)
         for _ in range(2):
-            output = fake_cupy.empty(plan.output_shape, coarse.dtype)
-            plan(x, dy, output)
+            output = fake_cupy.empty(p.weight_shape, coarse.dtype)
+            execute(x, dy, output)
             assert_same_bits(output.get(), expected, p)
         kernels = [kernel for kernel, _ in fake_cupy.launches]
         assert kernels == ["weight_gradient_tiled", "sum_slices"] * 2
@@ -514,10 +530,10 @@ def test_plans_copy_what_kernels_cannot_read() -> None:
 
     with fake_cupy.installed():
         x, dy, output = askew(fine), fake_cupy.asarray(coarse), askew(np.zeros(p.weight_shape, coarse.dtype))
-        plan = runtime.make_weight_gradient_plan(p, x, dy, output)
-        assert plan.copies == (True, False, True)
-        plan(x, dy, output)
-        assert_same_bits(output.get(), gradient(p, coarse, fine), p)
+        execute = executor(p, x, dy, output=output)
+        assert execute.copies == ("fine", "grad_weight")
+        execute(x, dy, output)
+        assert_same_bits(output.get(), hostcuda.compute(p, coarse, fine), p)
 
 
 @pytest.mark.parametrize("shape", [(0, 4, 5), (2, 4, 0), (2, 0, 5)], ids=str)
@@ -527,11 +543,11 @@ def test_plans_of_empty_arrays_give_zeros(shape: tuple[int, int, int]) -> None:
     with fake_cupy.installed():
         x, dy = fake_cupy.empty(p.fine_shape, np.float32), fake_cupy.empty(p.coarse_shape, np.float32)
         output = fake_cupy.empty(p.weight_shape, np.float32)
-        runtime.make_weight_gradient_plan(p, x, dy, None)(x, dy, output)
+        executor(p, x, dy)(x, dy, output)
         np.testing.assert_array_equal(output.get(), np.zeros(p.weight_shape))
         bias = BiasGradientProblem(N, C, L)
         output = fake_cupy.empty(bias.bias_shape, np.float32)
-        runtime.make_bias_gradient_plan(bias, x, None)(x, output)
+        executor(bias, x)(x, output)
         np.testing.assert_array_equal(output.get(), np.zeros(C))
         assert fake_cupy.launches == []
 
@@ -542,23 +558,22 @@ def test_plans_of_empty_arrays_give_zeros(shape: tuple[int, int, int]) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize(("family", "dtype", "group"), items(FAMILIES), **by_name)
 def test_gpu_gives_the_bits_of_hostcuda(
-    family: GradientFamily[Any], dtype: str, group: str, monkeypatch: pytest.MonkeyPatch
+    family: Family[Any], dtype: str, group: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cupy = runtime.cupy_module()
-    monkeypatch.setattr(dispatch, "GRADIENT_FAMILIES", (family,))
-    dispatch.choose_gradient.cache_clear()
+    monkeypatch.setattr(dispatch, "FAMILIES", (family,))
+    dispatch.choose.cache_clear()
     try:
         for name, p in problems(dtype, group).items():
             if not takes(family, p):
                 continue
             coarse, fine = normal(p)
             given = [cupy.asarray(array) for array in ((coarse, fine) if p.transposed else (fine, coarse))]
-            plan = runtime.make_weight_gradient_plan(p, *given, None)
-            output = cupy.empty(plan.output_shape, coarse.dtype)
-            plan(*given, output)
-            assert_same_bits(cupy.asnumpy(output), gradient(p, coarse, fine, family=family.name), name)
+            output = cupy.empty(p.weight_shape, coarse.dtype)
+            executor(p, *given)(*given, output)
+            assert_same_bits(cupy.asnumpy(output), hostcuda.compute(p, coarse, fine, family=family.name), name)
     finally:
-        dispatch.choose_gradient.cache_clear()
+        dispatch.choose.cache_clear()
 
 
 @pytest.mark.gpu
@@ -570,5 +585,5 @@ def test_gpu_gives_the_bits_of_hostcuda_for_a_bias(dtype: str) -> None:
         (dy,) = as_dtype(p, generator(p).standard_normal, p.grad_output_shape)
         given = cupy.asarray(dy)
         output = cupy.empty(p.bias_shape, dy.dtype)
-        runtime.make_bias_gradient_plan(p, given, None)(given, output)
-        assert_same_bits(cupy.asnumpy(output), gradient(p, dy), p)
+        executor(p, given)(given, output)
+        assert_same_bits(cupy.asnumpy(output), hostcuda.compute(p, dy), p)

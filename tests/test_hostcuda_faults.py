@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from gpuconv.device import Device
-from gpuconv.families import FAMILIES, ArrayLayout, Launch, Layout
+from gpuconv.families import ArrayLayout, Launch, Layout
 from gpuconv.problem import DTYPES, ConvProblem, numpy_dtype
+from tests.plans import FORWARD_FAMILIES, kernel_of
 
 from . import hostcuda
 from .hostcuda.errors import (
@@ -515,16 +516,16 @@ def test_wrong_launch_of_a_real_kernel_is_caught(name: str, dtype: str) -> None:
     change, error, message = WRONG_PARAMS[name]
     p = ConvProblem("conv1d", N=2, C_in=4, C_out=4, L_in=19, K=3, padding_right=1, dtype=dtype)
     contiguous = Layout.contiguous(p)
-    layout = replace(contiguous, input=ArrayLayout((1004, 101, 2)))
-    (family,) = (family for family in FAMILIES if family.name == "conv1d_direct")
-    config, correct = family.configure(p, layout, Device.from_arch("sm_90"))
+    layout = contiguous.replaced(input=ArrayLayout((1004, 101, 2)))
+    (family,) = (family for family in FORWARD_FAMILIES if family.name == "conv1d_direct")
+    config, correct = kernel_of(family, p, layout, Device.from_arch("sm_90"))
     arrays = {
         "input": np.ones(p.input_shape, numpy_dtype(dtype)),
         "weight": np.ones(p.weight_shape, numpy_dtype(dtype)),
         "bias": None,
         "output": np.empty(p.output_shape, numpy_dtype(dtype)),
     }
-    layouts = {"input": layout.input}
+    layouts = {"input": layout["input"]}
     output = hostcuda.run(config, correct, arrays, layouts=layouts, schedule="every")
     assert (output == np.array([12] * 17 + [8])).all()
     params = dict(correct.params)

@@ -13,15 +13,16 @@ import pytest
 import gpuconv
 from gpuconv import reference
 from gpuconv.device import Device
-from gpuconv.families import FAMILIES, ArrayLayout, Family, Layout
+from gpuconv.families import ArrayLayout, Family, Layout
 from gpuconv.problem import DTYPES, ConvProblem
+from tests.plans import FORWARD_FAMILIES, kernel_of
 
 from . import hostcuda
 from .hostcuda import fake_cupy
 
 Array = npt.NDArray[Any]
 
-BASE_FAMILIES = tuple(f for f in FAMILIES if f.name in ("conv1d_direct", "conv_transpose1d_gather"))
+BASE_FAMILIES = tuple(f for f in FORWARD_FAMILIES if f.name in ("conv1d_direct", "conv_transpose1d_gather"))
 EXTENTS = {"N": 2, "C_in": 4, "C_out": 6, "L_in": 19, "K": 3, "stride": 2, "padding_left": 2, "padding_right": 1}
 SETTINGS = {"dilation": 2, "groups": 2, "has_bias": True}
 
@@ -48,59 +49,57 @@ def arrays(p: ConvProblem) -> tuple[Array, Array, Array]:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("family", BASE_FAMILIES, ids=lambda family: family.name)
-def test_base_family_is_within_the_bound(family: Family, dtype: str) -> None:
-    p = ConvProblem(family.op, **EXTENTS, **SETTINGS, dtype=dtype)
+def test_base_family_is_within_the_bound(family: Family[Any], dtype: str) -> None:
+    p = ConvProblem(family.kind, **EXTENTS, **SETTINGS, dtype=dtype)
     x, w, b = arrays(p)
-    y = hostcuda.convolve(p, x, w, b, family=family.name, schedule="every")
+    y = hostcuda.compute(p, x, w, b, family=family.name, schedule="every")
     assert y.dtype == x.dtype
     assert reference.within_bound(p, y, x, w, b).all()
 
 
 @pytest.mark.parametrize("family", BASE_FAMILIES, ids=lambda family: family.name)
-def test_strided_arrays_are_read_and_written_in_place(family: Family) -> None:
-    p = ConvProblem(family.op, **EXTENTS, **SETTINGS)
+def test_strided_arrays_are_read_and_written_in_place(family: Family[Any]) -> None:
+    p = ConvProblem(family.kind, **EXTENTS, **SETTINGS)
     x, w, b = arrays(p)
-    expected = hostcuda.convolve(p, x, w, b, family=family.name)
+    expected = hostcuda.compute(p, x, w, b, family=family.name)
     reversed_x = np.ascontiguousarray(x[:, :, ::-1].transpose(2, 0, 1)).transpose(1, 2, 0)[:, :, ::-1]
     broadcast_b = np.broadcast_to(b[:1], b.shape)
-    layout = Layout(
-        hostcuda.array_layout(reversed_x),
-        ArrayLayout((-40, 9, 2), 4),
-        hostcuda.array_layout(broadcast_b),
-        ArrayLayout((1, 2 * p.N * p.L_out, -2 * p.N), 8),
+    layout = Layout.of(
+        input=hostcuda.array_layout(reversed_x),
+        weight=ArrayLayout((-40, 9, 2), 4),
+        bias=hostcuda.array_layout(broadcast_b),
+        output=ArrayLayout((1, 2 * p.N * p.L_out, -2 * p.N), 8),
     )
-    assert min(layout.input.strides) < 0
-    y = hostcuda.convolve(p, reversed_x, w, b, layout=None, family=family.name, schedule="every")
+    assert min(layout["input"].strides) < 0
+    y = hostcuda.compute(p, reversed_x, w, b, layout=None, family=family.name, schedule="every")
     np.testing.assert_array_equal(y, expected)
-    y = hostcuda.convolve(p, x, w, broadcast_b, layout=layout, family=family.name, schedule="every")
+    y = hostcuda.compute(p, x, w, broadcast_b, layout=layout, family=family.name, schedule="every")
     assert reference.within_bound(p, y, x, w, broadcast_b).all()
 
 
 @pytest.mark.parametrize("family", BASE_FAMILIES, ids=lambda family: family.name)
-def test_arrays_beyond_32_bits_get_64_bit_indices(family: Family) -> None:
+def test_arrays_beyond_32_bits_get_64_bit_indices(family: Family[Any]) -> None:
     """Samples 2**31 elements apart: dispatch chooses 64-bit indices, and the memory between is never touched."""
-    p = ConvProblem(family.op, **EXTENTS, **SETTINGS, dtype="float16")
+    p = ConvProblem(family.kind, **EXTENTS, **SETTINGS, dtype="float16")
     x, w, b = arrays(p)
     contiguous = Layout.contiguous(p)
-    layout = Layout(
-        ArrayLayout((2**31, *contiguous.input.strides[1:])),
-        contiguous.weight,
-        contiguous.bias,
-        ArrayLayout((-(2**31), *contiguous.output.strides[1:])),
+    layout = contiguous.replaced(
+        input=ArrayLayout((2**31, *contiguous["input"].strides[1:])),
+        output=ArrayLayout((-(2**31), *contiguous["output"].strides[1:])),
     )
-    _, launch = family.configure(p, layout, Device.from_arch("sm_90"))
+    _, launch = kernel_of(family, p, layout, Device.from_arch("sm_90"))
     assert launch.index_bits == 64
-    y = hostcuda.convolve(p, x, w, b, layout=layout, family=family.name, schedule="every")
-    np.testing.assert_array_equal(y, hostcuda.convolve(p, x, w, b, family=family.name))
+    y = hostcuda.compute(p, x, w, b, layout=layout, family=family.name, schedule="every")
+    np.testing.assert_array_equal(y, hostcuda.compute(p, x, w, b, family=family.name))
 
 
 def test_empty_outputs_are_not_launched_and_empty_sums_are_the_bias() -> None:
     empty = ConvProblem("conv1d", N=0, C_in=2, C_out=3, L_in=5, K=2)
     x, w = random(empty.input_shape, "float32", 0), random(empty.weight_shape, "float32", 1)
-    assert hostcuda.convolve(empty, x, w).shape == (0, 3, 4)
+    assert hostcuda.compute(empty, x, w).shape == (0, 3, 4)
     p = ConvProblem("conv1d", N=2, C_in=0, C_out=3, L_in=5, K=2, has_bias=True)
     x, w, b = arrays(p)
-    y = hostcuda.convolve(p, x, w, b, schedule="every")
+    y = hostcuda.compute(p, x, w, b, schedule="every")
     np.testing.assert_array_equal(y, np.broadcast_to(b[:, None], p.output_shape))
 
 
@@ -132,7 +131,7 @@ def test_public_functions_launch_what_dispatch_chooses(cupy: Any, op: str, dtype
     y = first.get()
     assert reference.within_bound(p, y, x, w, b).all()
     np.testing.assert_array_equal(y.view(np.uint8), second.get().view(np.uint8))
-    np.testing.assert_array_equal(y.view(np.uint8), hostcuda.convolve(p, x, w, b, device=cupy.GPU).view(np.uint8))
+    np.testing.assert_array_equal(y.view(np.uint8), hostcuda.compute(p, x, w, b, device=cupy.GPU).view(np.uint8))
     half = len(cupy.launches) // 2
     assert half > 0
     assert cupy.launches[:half] == cupy.launches[half:]

@@ -17,37 +17,38 @@ from gpuconv import calls, cases, dispatch, reference, source
 from gpuconv.cases import CASES, FORMATS, Case, Data
 from gpuconv.checks import chunk_bounds, same_bits
 from gpuconv.device import Device
-from gpuconv.families import FAMILIES, ArrayLayout, Config, Family, Launch, Layout
+from gpuconv.families import ArrayLayout, Config, Family, Launch, Layout
 from gpuconv.families.base import contiguous_strides
 from gpuconv.problem import DTYPES, ConvProblem
 from tests import hostcuda
 from tests.conftest import BACKENDS
+from tests.plans import FORWARD_FAMILIES, kernel_of, refusal_of
 
 Array = npt.NDArray[Any]
 
 DEVICE = Device.from_arch("sm_90")
 BASE = {"conv1d": "conv1d_direct", "conv_transpose1d": "conv_transpose1d_gather"}
-BASE_FAMILIES = tuple(family for family in FAMILIES if family.name in BASE.values())
-FAST_FAMILIES = tuple(family for family in FAMILIES if family not in BASE_FAMILIES)
+BASE_FAMILIES = tuple(family for family in FORWARD_FAMILIES if family.name in BASE.values())
+FAST_FAMILIES = tuple(family for family in FORWARD_FAMILIES if family not in BASE_FAMILIES)
 GROUPS = tuple(dict.fromkeys(case.tags[0] for case in CASES))
 TENSOR_MODES = ("float16", "bfloat16", "float32", "tf32")
 
 by_name = {"ids": lambda value: getattr(value, "name", value)}
 
 
-def takes(family: Family, problem: ConvProblem, layout: Layout | None = None) -> bool:
+def takes(family: Family[Any], problem: ConvProblem, layout: Layout | None = None) -> bool:
     """Whether a family runs a problem; a problem with an empty output never reaches one."""
-    if family.op != problem.op or problem.N == 0 or problem.C_out == 0:
+    if family.kind != problem.op or problem.N == 0 or problem.C_out == 0:
         return False
-    return family.refuse(problem, layout or Layout.contiguous(problem), DEVICE) is None
+    return refusal_of(family, problem, layout or Layout.contiguous(problem), DEVICE) is None
 
 
-def modes(family: Family) -> tuple[str, ...]:
+def modes(family: Family[Any]) -> tuple[str, ...]:
     """Those in which a family's kernels differ: CUDA cores have no TF32 and compute as they do in float32."""
     return DTYPES if family.canonical_order else FORMATS
 
 
-def taken_cases(family: Family, mode: str, group: str) -> list[Case]:
+def taken_cases(family: Family[Any], mode: str, group: str) -> list[Case]:
     return [case for case in CASES if case.tags[0] == group and takes(family, case.at(mode))]
 
 
@@ -62,10 +63,10 @@ def items(families: tuple[Family, ...]) -> list[tuple[Family, str, str]]:
     ]
 
 
-def run(family: Family, problem: ConvProblem, data: Data, schedule: hostcuda.Schedule = "forward") -> Array:
+def run(family: Family[Any], problem: ConvProblem, data: Data, schedule: hostcuda.Schedule = "forward") -> Array:
     """The family's result; the base family's where it refuses, as some chunks of a problem may be refused."""
     name = family.name if takes(family, problem) else BASE[problem.op]
-    return hostcuda.convolve(problem, *data, family=name, device=DEVICE, schedule=schedule)
+    return hostcuda.compute(problem, *data, family=name, device=DEVICE, schedule=schedule)
 
 
 def exact_result(problem: ConvProblem, data: Data) -> Array:
@@ -99,8 +100,8 @@ def variants(problem: ConvProblem) -> Iterator[ConvProblem]:
 def kernels() -> None:
     """What the table needs, compiled together, which takes less than one by one."""
     chosen = {
-        family.configure(problem, Layout.contiguous(problem), DEVICE)[0]
-        for family in FAMILIES
+        kernel_of(family, problem, Layout.contiguous(problem), DEVICE)[0]
+        for family in FORWARD_FAMILIES
         for mode in modes(family)
         for case in CASES
         for problem in variants(case.at(mode))
@@ -112,13 +113,13 @@ def kernels() -> None:
 # -- the table -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", FAMILIES, **by_name)
-def test_the_table_reaches_the_family(family: Family) -> None:
+@pytest.mark.parametrize("family", FORWARD_FAMILIES, **by_name)
+def test_the_table_reaches_the_family(family: Family[Any]) -> None:
     assert sum(takes(family, case.problem) for case in CASES) >= 5
 
 
-@pytest.mark.parametrize(("family", "mode", "group"), items(FAMILIES), **by_name)
-def test_exact(family: Family, mode: str, group: str) -> None:
+@pytest.mark.parametrize(("family", "mode", "group"), items(FORWARD_FAMILIES), **by_name)
+def test_exact(family: Family[Any], mode: str, group: str) -> None:
     """Small integers: the reference bit for bit, whatever the order of the threads."""
     for case in taken_cases(family, mode, group):
         p = case.at(mode)
@@ -126,8 +127,8 @@ def test_exact(family: Family, mode: str, group: str) -> None:
         assert_same_bits(run(family, p, data, "every"), exact_result(p, data), case.name)
 
 
-@pytest.mark.parametrize(("family", "mode", "group"), items(FAMILIES), **by_name)
-def test_rounding(family: Family, mode: str, group: str) -> None:
+@pytest.mark.parametrize(("family", "mode", "group"), items(FORWARD_FAMILIES), **by_name)
+def test_rounding(family: Family[Any], mode: str, group: str) -> None:
     """Within the error bound, the same bits whatever the order of the threads, and those of the base family."""
     for case in taken_cases(family, mode, group):
         p = case.at(mode)
@@ -137,12 +138,12 @@ def test_rounding(family: Family, mode: str, group: str) -> None:
             assert_within_bound(p, output, data)
             # NaNs have more than one encoding.
             if family in FAST_FAMILIES and family.canonical_order and kind != "nonfinite":
-                base = hostcuda.convolve(p, *data, family=BASE[p.op], device=DEVICE)
+                base = hostcuda.compute(p, *data, family=BASE[p.op], device=DEVICE)
                 assert_same_bits(output, base, (case.name, kind))
 
 
-@pytest.mark.parametrize(("family", "mode", "group"), items(FAMILIES), **by_name)
-def test_bits_do_not_depend_on_the_batch(family: Family, mode: str, group: str) -> None:
+@pytest.mark.parametrize(("family", "mode", "group"), items(FORWARD_FAMILIES), **by_name)
+def test_bits_do_not_depend_on_the_batch(family: Family[Any], mode: str, group: str) -> None:
     for case in taken_cases(family, mode, group):
         p = cases.with_batch(case.at(mode), 5)
         one = cases.with_batch(p, 1)
@@ -153,8 +154,8 @@ def test_bits_do_not_depend_on_the_batch(family: Family, mode: str, group: str) 
             assert_same_bits(alone, whole[n : n + 1], (case.name, n))
 
 
-@pytest.mark.parametrize(("family", "mode", "group"), items(FAMILIES), **by_name)
-def test_bits_do_not_depend_on_the_chunk(family: Family, mode: str, group: str) -> None:
+@pytest.mark.parametrize(("family", "mode", "group"), items(FORWARD_FAMILIES), **by_name)
+def test_bits_do_not_depend_on_the_chunk(family: Family[Any], mode: str, group: str) -> None:
     for case in taken_cases(family, mode, group):
         p = case.at(mode)
         if p.L_in == 0 or p.L_out < 3:  # nothing to cut
@@ -188,7 +189,7 @@ def edges(config: Config) -> list[int]:
     return sorted({factor * tile + step for tile in tiles for factor in (1, 2) for step in (-1, 0, 1)} - {0})
 
 
-def edge_templates(family: Family, mode: str) -> list[ConvProblem]:
+def edge_templates(family: Family[Any], mode: str) -> list[ConvProblem]:
     """One sample of the first cases of some groups that the family takes, and a layer with one output channel."""
     found = [taken_cases(family, mode, group)[:1] for group in ("kernel", "stride", "dilation", "groups")]
     narrow = [case for case in taken_cases(family, mode, "channels") if case.problem.C_out == 1][:1]
@@ -198,20 +199,20 @@ def edge_templates(family: Family, mode: str) -> list[ConvProblem]:
 
 @pytest.mark.parametrize(
     ("family", "mode"),
-    [(family, mode) for family in FAMILIES for mode in modes(family) if edge_templates(family, mode)],
+    [(family, mode) for family in FORWARD_FAMILIES for mode in modes(family) if edge_templates(family, mode)],
     **by_name,
 )
-def test_edge_lengths(family: Family, mode: str) -> None:
+def test_edge_lengths(family: Family[Any], mode: str) -> None:
     """Lengths around every tile size: each position written once, none beyond the end."""
     checked = 0
     for template in edge_templates(family, mode):
-        config, _ = family.configure(template, Layout.contiguous(template), DEVICE)
+        config, _ = kernel_of(family, template, Layout.contiguous(template), DEVICE)
         for length in edges(config):
             p = with_output_length(template, length)
             assert p.L_out == length
             if takes(family, p):
                 data = cases.exact_data(p, seed=15)
-                output = hostcuda.convolve(p, *data, family=family.name, device=DEVICE, schedule="every")
+                output = hostcuda.compute(p, *data, family=family.name, device=DEVICE, schedule="every")
                 assert_same_bits(output, exact_result(p, data), p)
                 checked += 1
     assert checked >= 6
@@ -258,7 +259,7 @@ def test_base_families_sum_in_the_canonical_order(name: str, dtype: str) -> None
     (case,) = (case for case in CASES if case.name == name)
     p = case.at(dtype)
     data = cases.random_data(p, 21)
-    output = hostcuda.convolve(p, *data, family=BASE[p.op], device=DEVICE)
+    output = hostcuda.compute(p, *data, family=BASE[p.op], device=DEVICE)
     assert_same_bits(output, in_canonical_order(p, data), case.name)
 
 
@@ -298,7 +299,7 @@ def output_strides(problem: ConvProblem, name: str) -> tuple[int, int, int]:
 
 @pytest.mark.parametrize("mode", DTYPES)
 @pytest.mark.parametrize("family", BASE_FAMILIES, **by_name)
-def test_layouts(family: Family, mode: str) -> None:
+def test_layouts(family: Family[Any], mode: str) -> None:
     """Strided, reversed, permuted, broadcast and packed arrays are read and written in place, with the same bits."""
     for group in GROUPS:
         for case in taken_cases(family, mode, group)[:2]:
@@ -312,15 +313,13 @@ def test_layouts(family: Family, mode: str) -> None:
                     channels_last(scattered(data.weight)),
                     None if data.bias is None else scattered(data.bias),
                 )
-                layout = Layout(
+                layout = Layout.of(
                     input=hostcuda.array_layout(given.input),
                     weight=hostcuda.array_layout(given.weight),
-                    bias=None if given.bias is None else hostcuda.array_layout(given.bias),
+                    **({} if given.bias is None else {"bias": hostcuda.array_layout(given.bias)}),
                     output=ArrayLayout(output_strides(p, name), p.itemsize),
                 )
-                output = hostcuda.convolve(
-                    p, *given, layout=layout, family=family.name, device=DEVICE, schedule="every"
-                )
+                output = hostcuda.compute(p, *given, layout=layout, family=family.name, device=DEVICE, schedule="every")
                 expected = run(family, p, Data(*(a if a is None else np.ascontiguousarray(a) for a in given)))
                 assert_same_bits(output, expected, (case.name, arrange.__name__, name))
 
@@ -333,12 +332,12 @@ def with_64_bits(config: Config) -> Config:
 
 
 @pytest.mark.parametrize(("family", "mode", "group"), items(BASE_FAMILIES), **by_name)
-def test_64_bit_indices(family: Family, mode: str, group: str) -> None:
+def test_64_bit_indices(family: Family[Any], mode: str, group: str) -> None:
     """The 64-bit specialisation, which only huge arrays get, gives the bits of the 32-bit one."""
     for case in taken_cases(family, mode, group):
         p = case.at(mode)
         data = cases.random_data(p, 17)
-        config, launch = family.configure(p, Layout.contiguous(p), DEVICE)
+        config, launch = kernel_of(family, p, Layout.contiguous(p), DEVICE)
         assert launch.index_bits == 32
         wide = Launch(launch.grid, launch.block, launch.shared_bytes, 64, launch.params)
         output = np.empty(p.output_shape, data.input.dtype)
@@ -348,20 +347,19 @@ def test_64_bit_indices(family: Family, mode: str, group: str) -> None:
 
 
 @pytest.mark.parametrize("family", BASE_FAMILIES, **by_name)
-def test_offsets_beyond_32_bits(family: Family) -> None:
+def test_offsets_beyond_32_bits(family: Family[Any]) -> None:
     """Samples more than 2**31 elements apart, in input and output."""
-    (case,) = (case for case in CASES if case.name == {"conv1d": "k3", "conv_transpose1d": "up_k3"}[family.op])
+    (case,) = (case for case in CASES if case.name == {"conv1d": "k3", "conv_transpose1d": "up_k3"}[family.kind])
     p = case.at("float16")
     data = cases.exact_data(p, seed=18)
     far = 2**31 + 7
-    layout = replace(
-        Layout.contiguous(p),
+    layout = Layout.contiguous(p).replaced(
         input=ArrayLayout((far, *contiguous_strides(p.input_shape)[1:]), 2),
         output=ArrayLayout((-far, *contiguous_strides(p.output_shape)[1:]), 2),
     )
-    _, launch = family.configure(p, layout, DEVICE)
+    _, launch = kernel_of(family, p, layout, DEVICE)
     assert launch.index_bits == 64
-    output = hostcuda.convolve(p, *data, layout=layout, family=family.name, device=DEVICE)
+    output = hostcuda.compute(p, *data, layout=layout, family=family.name, device=DEVICE)
     assert_same_bits(output, exact_result(p, data), p)
 
 
@@ -404,12 +402,12 @@ def shrunk(layer: ConvProblem, mode: str, channels: int = 4) -> ConvProblem:
     ("family", "mode"),
     [
         (family, mode)
-        for family in FAMILIES
+        for family in FORWARD_FAMILIES
         for mode in (("float32", "bfloat16", "complex64") if family.canonical_order else TENSOR_MODES)
     ],
     **by_name,
 )
-def test_benchmark_layers(family: Family, mode: str) -> None:
+def test_benchmark_layers(family: Family[Any], mode: str) -> None:
     """The layers that we measure on: the bits of the base families, and within the bound what has other bits."""
     assert len(load()) == 81
     checked = 0
@@ -422,7 +420,7 @@ def test_benchmark_layers(family: Family, mode: str) -> None:
         if family in BASE_FAMILIES or not family.canonical_order:
             assert_within_bound(p, output, data)
         else:
-            assert_same_bits(output, hostcuda.convolve(p, *data, family=BASE[p.op], device=DEVICE), layer.name)
+            assert_same_bits(output, hostcuda.compute(p, *data, family=BASE[p.op], device=DEVICE), layer.name)
         checked += 1
     assert checked > 0
 
@@ -436,9 +434,9 @@ def only(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Family], None]]:
 
     def forget() -> None:
         dispatch.choose.cache_clear()
-        calls._PLANS.clear()
+        calls._EXECUTORS.clear()
 
-    def restrict(family: Family) -> None:
+    def restrict(family: Family[Any]) -> None:
         monkeypatch.setattr(dispatch, "FAMILIES", (family,))
         forget()
 
@@ -448,8 +446,10 @@ def only(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Family], None]]:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("family", "mode", "group"), items(FAMILIES), **by_name)
-def test_gpu_gives_the_bits_of_hostcuda(family: Family, mode: str, group: str, only: Callable[[Family], None]) -> None:
+@pytest.mark.parametrize(("family", "mode", "group"), items(FORWARD_FAMILIES), **by_name)
+def test_gpu_gives_the_bits_of_hostcuda(
+    family: Family[Any], mode: str, group: str, only: Callable[[Family], None]
+) -> None:
     """The public function on CuPy arrays against the same kernel text on the CPU.
 
     The bits of sums on tensor cores are those of the GPU at hand.

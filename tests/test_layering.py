@@ -13,10 +13,10 @@ import pytest
 
 from gpuconv import cases
 from gpuconv.device import ARCHITECTURES, Device
-from gpuconv.families import FAMILIES, GRADIENT_FAMILIES, Family, GradientFamily, GradientLayout, Layout
-from gpuconv.families.base import gradient_shapes
+from gpuconv.families import FAMILIES, Family, Layout
 from gpuconv.problem import DTYPES, BiasGradientProblem, ConvProblem, WeightGradientProblem
 from gpuconv.source import assemble, directory, pack_params, params_fields
+from tests.plans import FORWARD_FAMILIES, GRADIENT_FAMILIES, kernel_of, refusal_of
 
 PACKAGE = Path(cases.__file__).resolve().parent
 
@@ -39,6 +39,7 @@ LAYERS = (
     ("families",),
     ("dispatch",),
     ("runtime",),
+    ("memory", "tasks"),
     ("calls",),
     ("functional",),
     ("nn", "grad", "cases", "explain", "files", "gpus", "report"),
@@ -196,7 +197,7 @@ def test_kernels_are_made_by_the_runtime_alone() -> None:
 
 CUDA_FILES = sorted(directory().glob("*.cu*"))
 HELPERS = {"pack_weight", "pack_mma_weight", "sum_slices"}  # kernels that run before or after those of families
-EVERY_FAMILY: tuple[Family | GradientFamily[Any], ...] = (*FAMILIES, *GRADIENT_FAMILIES)
+EVERY_FAMILY: tuple[Family[Any], ...] = FAMILIES
 
 
 def code(text: str) -> str:
@@ -221,7 +222,7 @@ def test_instructions_are_wrapped_in_one_place(path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", EVERY_FAMILY, ids=lambda family: family.name)
-def test_a_family_has_one_name(family: Family | GradientFamily[Any]) -> None:
+def test_a_family_has_one_name(family: Family[Any]) -> None:
     """The file, the kernel's file and the kernel function are called like the family."""
     module = f"families.{family.name}"
     assert type(family).__module__ == f"gpuconv.{module}"
@@ -234,7 +235,7 @@ def test_a_family_has_one_name(family: Family | GradientFamily[Any]) -> None:
         r"__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s+)?(\w+)\(", code(kernel.read_text(encoding="utf-8"))
     )
     assert functions == [family.name]
-    assert re.fullmatch(rf"{family.op}_[a-z]+(_[a-z]+)*", family.name)
+    assert re.fullmatch(rf"{family.kind}_[a-z]+(_[a-z]+)*", family.name)
     kernels = {config.kernel for config in family.configs(Device.from_arch("sm_90"))}
     assert kernels - HELPERS == {family.name}
 
@@ -249,7 +250,7 @@ def test_every_family_file_and_every_kernel_file_is_in_the_list() -> None:
 
 
 @pytest.mark.parametrize("family", EVERY_FAMILY, ids=lambda family: family.name)
-def test_a_kernel_reads_the_macros_that_its_family_gives(family: Family | GradientFamily[Any]) -> None:
+def test_a_kernel_reads_the_macros_that_its_family_gives(family: Family[Any]) -> None:
     for config in {config for arch in ARCHITECTURES for config in family.configs(Device.from_arch(arch))}:
         text = code(assemble(config.kernel, {}))
         read = set(re.findall(r"\b[A-Z][A-Z0-9]*_[A-Z0-9_]*[A-Z0-9]\b|\bDTYPE\b|\bVEC\b", text))
@@ -269,30 +270,29 @@ def problems(op: str) -> Iterator[ConvProblem]:
 
 @pytest.mark.parametrize("op", ["conv1d", "conv_transpose1d"])
 def test_the_last_family_of_each_operation_refuses_nothing(op: str) -> None:
-    last = [family for family in FAMILIES if family.op == op][-1]
+    last = [family for family in FORWARD_FAMILIES if family.kind == op][-1]
     devices = [Device.from_arch(arch) for arch in ARCHITECTURES]
     for problem in problems(op):
         for device in devices:
             layout = Layout.contiguous(problem)
-            assert last.refuse(problem, layout, device) is None, str(problem)
-            config, launch = last.configure(problem, layout, device)
+            assert refusal_of(last, problem, layout, device) is None, str(problem)
+            config, launch = kernel_of(last, problem, layout, device)
             assert config in set(last.configs(device))
             assert tuple(name for name, _ in launch.params) == params_fields(last.name)
 
 
 @pytest.mark.parametrize("op", ["weight_gradient", "bias_gradient"])
 def test_the_last_family_of_each_gradient_refuses_nothing(op: str) -> None:
-    last = [family for family in GRADIENT_FAMILIES if family.op == op][-1]
+    last = [family for family in GRADIENT_FAMILIES if family.kind == op][-1]
     for forward in (*problems("conv1d"), *problems("conv_transpose1d")):
-        bias = BiasGradientProblem(forward.N, forward.C_out, forward.L_out, forward.dtype)
+        bias = BiasGradientProblem.of(forward)
         problem = WeightGradientProblem.of(forward) if op == "weight_gradient" else bias
-        inputs, result = gradient_shapes(problem)
-        if any(0 in shape for shape in (*inputs, result)):
+        if problem.is_empty:
             continue
-        layout = GradientLayout.contiguous(problem)
+        layout = Layout.contiguous(problem)
         for device in map(Device.from_arch, ARCHITECTURES):
-            assert last.refuse(problem, layout, device) is None, str(problem)
-            config, launch = last.configure(problem, layout, device)
+            assert refusal_of(last, problem, layout, device) is None, str(problem)
+            config, launch = kernel_of(last, problem, layout, device)
             assert config in set(last.configs(device))
             assert tuple(name for name, _ in launch.params) == params_fields(last.name)
             assert launch.grid <= 2**31 - 1

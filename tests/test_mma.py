@@ -20,10 +20,11 @@ from gpuconv import cases, dispatch, reference, source
 from gpuconv.cases import Data
 from gpuconv.checks import same_bits
 from gpuconv.device import ARCHITECTURES, Device
-from gpuconv.families import FAMILIES, ArrayLayout, Config, Family, Layout, mma
+from gpuconv.families import ArrayLayout, Config, Family, Layout, mma
 from gpuconv.families.base import contiguous_strides
 from gpuconv.families.mma import Product, Reduction, Tile, Window
 from gpuconv.problem import ConvProblem, Op, numpy_dtype
+from tests.plans import FORWARD_FAMILIES, kernel_of, plan_of, refusal_of
 
 from . import hostcuda
 from .hostcuda import AMPERE, HOPPER, Counts, Program, TensorCores, fake_cupy
@@ -31,7 +32,7 @@ from .hostcuda import AMPERE, HOPPER, Counts, Program, TensorCores, fake_cupy
 Array = npt.NDArray[Any]
 
 H200 = Device.from_arch("sm_90")
-FAMILY: dict[str, Family] = {family.op: family for family in FAMILIES if not family.canonical_order}
+FAMILY: dict[str, Family] = {family.kind: family for family in FORWARD_FAMILIES if not family.canonical_order}
 BASE = {"conv1d": "conv1d_direct", "conv_transpose1d": "conv_transpose1d_gather"}
 MODES = ("float16", "bfloat16", "float32", "tf32")
 
@@ -55,15 +56,15 @@ def at(problem: ConvProblem, mode: str) -> ConvProblem:
 
 
 def takes(problem: ConvProblem, device: Device = H200, layout: Layout | None = None) -> bool:
-    return FAMILY[problem.op].refuse(problem, layout or Layout.contiguous(problem), device) is None
+    return refusal_of(FAMILY[problem.op], problem, layout or Layout.contiguous(problem), device) is None
 
 
 def run(problem: ConvProblem, data: Data, **settings: Any) -> Array:
-    return hostcuda.convolve(problem, *data, family=FAMILY[problem.op].name, **settings)
+    return hostcuda.compute(problem, *data, family=FAMILY[problem.op].name, **settings)
 
 
 def base(problem: ConvProblem, data: Data) -> Array:
-    return hostcuda.convolve(problem, *data, family=BASE[problem.op])
+    return hostcuda.compute(problem, *data, family=BASE[problem.op])
 
 
 def assert_same_bits(output: Array, expected: Array, what: object) -> None:
@@ -105,7 +106,7 @@ def layers(draw: st.DrawFn) -> ConvProblem:
         L_in=span + draw(st.integers(0, 50)),
         K=K,
         stride=stride,
-        padding_left=draw(st.integers(0, min(span, 40))),
+        padding_left=draw(st.integers(0, min(span - 1, 40))),  # an output remains
         padding_right=draw(st.integers(0, min(span, 40))) if op == "conv1d" else 0,
         dilation=dilation,
         groups=groups,
@@ -115,14 +116,13 @@ def layers(draw: st.DrawFn) -> ConvProblem:
 
 def reduction(problem: ConvProblem, device: Device) -> dict[str, int]:
     """The order of summation, as the kernel is told it."""
-    _, launch = FAMILY[problem.op].configure(problem, Layout.contiguous(problem), device)
+    _, launch = kernel_of(FAMILY[problem.op], problem, Layout.contiguous(problem), device)
     return {name: dict(launch.params)[name] for name in ("units", "chunks", "pairs", "segments", "segment_chunks")}
 
 
 def channels_last(problem: ConvProblem) -> Layout:
     p = problem
-    return replace(
-        Layout.contiguous(p),
+    return Layout.contiguous(p).replaced(
         input=ArrayLayout((p.C_in * p.L_in, 1, p.C_in), p.itemsize),
         output=ArrayLayout((-p.C_out * p.L_out, 1, p.C_out), p.itemsize),
     )
@@ -135,12 +135,12 @@ def test_the_layer_alone_decides_where_it_runs_and_in_which_order_it_is_summed(
 ) -> None:
     device, layer = Device.from_arch(arch), at(layer, mode)
     family = FAMILY[layer.op]
-    reason = family.refuse(layer, Layout.contiguous(layer), device)
+    reason = refusal_of(family, layer, Layout.contiguous(layer), device)
     order = None if reason else reduction(layer, device)
     for N, L_in in ((1, layer.L_in + 1), (7, layer.L_in), (3, 100_000), (200, layer.L_in + 17)):
         p = replace(layer, N=N, L_in=L_in)
         for layout in (Layout.contiguous(p), channels_last(p)):
-            assert family.refuse(p, layout, device) == reason
+            assert refusal_of(family, p, layout, device) == reason
         if reason is None:
             assert reduction(p, device) == order
             choice = dispatch.choose(p, channels_last(p), device)
@@ -169,8 +169,8 @@ def test_architectures(arch: str, modes: set[str]) -> None:
 
 
 def test_float32_needs_terms_enough_for_its_bound_and_others_do_not() -> None:
-    few = ConvProblem("conv1d", 2, 9, 16, 40, reference.MIN_SPLIT_TERMS // 9)
-    assert few.terms < reference.MIN_SPLIT_TERMS
+    few = ConvProblem("conv1d", 2, 9, 16, 40, mma.MIN_SPLIT_TERMS // 9)
+    assert few.terms < mma.MIN_SPLIT_TERMS
     assert [mode for mode in MODES if takes(at(few, mode))] == ["float16", "bfloat16", "tf32"]
     assert takes(replace(few, K=few.K + 1))
 
@@ -283,7 +283,7 @@ def test_blocks_of_several_samples_meet_no_bank_conflicts(mode: str, only_tile: 
     only_tile(next(t for t in mma.tiles(mma.ARITHMETICS[mode, "float32"]) if t.has_samples and t.block_m == 64))
     for problem in problems:
         p = at(problem, mode)
-        launch = FAMILY[p.op].configure(p, Layout.contiguous(p), H200)[1]
+        launch = kernel_of(FAMILY[p.op], p, Layout.contiguous(p), H200)[1]
         assert dict(launch.params)["block_samples"] > 1, str(p)
         assert_no_conflicts(p)
 
@@ -310,7 +310,7 @@ def test_input_arrives_in_batches(
     p = at(problem, mode)
     size = (64, 128) if mode == "float32" else (32, 256)
     only_tile(next(t for t in mma.tiles(mma.ARITHMETICS[mode, "float32"]) if (t.block_m, t.block_n) == size))
-    config, launch = FAMILY[p.op].configure(p, Layout.contiguous(p), H200)
+    config, launch = kernel_of(FAMILY[p.op], p, Layout.contiguous(p), H200)
     params, macros = dict(launch.params), dict(config.macros)
     batches = -(-params["units"] * params["window_rows"] // (launch.block * int(macros["PREFETCH_TASKS"])))
     rounds = -(-params["pairs"] // (mma.STAGE_PAIRS * params["round_stages"]))
@@ -388,7 +388,7 @@ def test_every_tile_gives_the_same_bits(
     only_tile(tile)
     monkeypatch.setattr(Program, "of", without_way_out)
     for p, bits in zip(found, expected, strict=True):
-        macros = dict(FAMILY[p.op].configure(p, Layout.contiguous(p), H200)[0].macros)
+        macros = dict(kernel_of(FAMILY[p.op], p, Layout.contiguous(p), H200)[0].macros)
         assert (macros["BLOCK_M"], macros["BLOCK_N"]) == (str(tile.block_m), str(tile.block_n))
         has_order = tile.segment_mode == 2 or (p is several and not tile.segment_mode)
         output = run(p, cases.random_data(p, 4), schedule="every" if has_order else "forward")
@@ -421,7 +421,7 @@ def test_views_change_no_bit(problem: ConvProblem, mode: str) -> None:
     strides = ((C * padded, padded, 1), (C * (padded + 1), padded + 1, 1), (-C * L, -L, -1), (C * L, 1, C))
     for i, output in enumerate(strides):
         view = Data(*views[i % len(views)])
-        layout = Layout(
+        layout = Layout.of(
             input=hostcuda.array_layout(view.input),
             weight=hostcuda.array_layout(view.weight),
             bias=hostcuda.array_layout(b if view.bias is None else view.bias),
@@ -438,16 +438,13 @@ def test_offsets_beyond_32_bits(name: str, mode: str) -> None:
     data = cases.random_data(p, 6)
     far, fresh = 2**31 + 7, Layout.contiguous(p)
     weight_strides = (2**31 // (p.weight_shape[0] - 1) + 1, *contiguous_strides(p.weight_shape)[1:])
-    layout = replace(
-        fresh,
+    layout = fresh.replaced(
         input=ArrayLayout((far, *contiguous_strides(p.input_shape)[1:]), p.itemsize),
         weight=ArrayLayout(weight_strides, p.itemsize),
         output=ArrayLayout((-far, *contiguous_strides(p.output_shape)[1:]), p.itemsize),
     )
     family = FAMILY[p.op]
-    pack = family.pack(p, layout, H200)
-    assert pack is not None
-    assert pack.launch.index_bits == family.configure(p, layout, H200)[1].index_bits == 64
+    assert {step.launch.index_bits for step in plan_of(family, p, layout, H200).steps} == {64}
     assert_same_bits(run(p, data, layout=layout), run(p, data), str(p))
 
 
@@ -591,7 +588,7 @@ def test_without_the_flush_the_bound_would_break(monkeypatch: pytest.MonkeyPatch
     has become three units larger is rounded down by one.
     """
     monkeypatch.setattr(TensorCores, "of", staticmethod(lambda _: AMPERE))
-    for C_in, sign in ((reference.MIN_SPLIT_TERMS, 1), (512, 1), (512, -1)):
+    for C_in, sign in ((mma.MIN_SPLIT_TERMS, 1), (512, 1), (512, -1)):
         p = at(ConvProblem("conv1d", 1, C_in, 16, 16, 1), "float32")
         almost = 2 - 2.0**-10
         w = np.full(p.weight_shape, almost * 2.0**-24, np.float32)
@@ -616,7 +613,7 @@ def test_two_launches_through_the_public_function() -> None:
     data = cases.random_data(p, 10)
     choice = dispatch.choose(p, Layout.contiguous(p), H200)
     assert choice is not None
-    assert choice.second_pass is not None
+    assert choice.plan.scratch_bytes("partial") > 0
     with fake_cupy.installed():
         x, w = fake_cupy.asarray(data.input), fake_cupy.asarray(data.weight)
         fake_cupy.launches.clear()

@@ -8,12 +8,13 @@ import pytest
 from gpuconv import cases
 from gpuconv.checks import same_bits
 from gpuconv.device import ARCHITECTURES, Device
-from gpuconv.families import FAMILIES, Layout
+from gpuconv.families import Layout
 from gpuconv.problem import ConvProblem, Op
+from tests.plans import FORWARD_FAMILIES, kernel_of
 
 from . import hostcuda
 
-FAMILY = {family.op: family for family in FAMILIES if not family.canonical_order}
+FAMILY = {family.kind: family for family in FORWARD_FAMILIES if not family.canonical_order}
 
 # Stages that are not full; planes; phases with fewer taps than others, whose missing taps read a row that they do have.
 PADDED = ConvProblem("conv1d", 1, 24, 16, 20, 3, 1, 2, 3)
@@ -35,9 +36,9 @@ def test_values_outside_the_window_change_no_bit(problem: ConvProblem, value: fl
     p = problem
     family = FAMILY[p.op].name
     x, w, b = cases.random_data(p, 3)
-    expected = hostcuda.convolve(p, x, w, b, family=family)
+    expected = hostcuda.compute(p, x, w, b, family=family)
     x[0, 3, 10] = value
-    output = hostcuda.convolve(p, x, w, b, family=family)
+    output = hostcuda.compute(p, x, w, b, family=family)
     outside = [l_out for l_out in range(p.L_out) if l_out not in positions(p, 10)]
     assert same_bits(output[..., outside], expected[..., outside]).all()
     assert not same_bits(output, expected).all()
@@ -48,8 +49,8 @@ def test_padding_beside_channels_in_reverse(op: Op) -> None:
     """Offsets of channels are negative, and are added to none where a position does not exist."""
     p = ConvProblem(op, 2, 40, 9, 13, 4, 1, 2, 3, dtype="float16")
     x, w, b = cases.exact_data(p, 5)
-    expected = hostcuda.convolve(p, x, w, b, family=FAMILY[op].name)
-    output = hostcuda.convolve(p, np.ascontiguousarray(x[:, ::-1])[:, ::-1], w, b, family=FAMILY[op].name)
+    expected = hostcuda.compute(p, x, w, b, family=FAMILY[op].name)
+    output = hostcuda.compute(p, np.ascontiguousarray(x[:, ::-1])[:, ::-1], w, b, family=FAMILY[op].name)
     assert same_bits(output, expected).all()
 
 
@@ -57,7 +58,7 @@ def test_padding_beside_channels_in_reverse(op: Op) -> None:
 def test_many_short_samples_share_blocks(arch: str) -> None:
     """Also where offsets need 64 bits: a block for each sample would be more than a grid holds."""
     p = ConvProblem("conv1d", 2**29, 32, 20, 1, 1, groups=4, dtype="float16")
-    _, launch = FAMILY["conv1d"].configure(p, Layout.contiguous(p), Device.from_arch(arch))
+    _, launch = kernel_of(FAMILY["conv1d"], p, Layout.contiguous(p), Device.from_arch(arch))
     assert launch.index_bits == 64
     assert launch.grid < p.N * p.groups // 32
     assert dict(launch.params)["block_samples"] == 64

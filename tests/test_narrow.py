@@ -16,6 +16,7 @@ from gpuconv.families.base import contiguous_strides
 from gpuconv.families.conv1d_narrow import BLOCK_SIZE, ROWS, Conv1dNarrow
 from gpuconv.problem import DTYPES, ConvProblem
 from tests import hostcuda
+from tests.plans import kernel_of, refusal_of
 from tests.test_kernels import (
     DEVICE,
     INPUT_LAYOUTS,
@@ -35,15 +36,15 @@ def layer(C_in: int, C_out: int, K: int, L_in: int, N: int = 1, **settings: Any)
 
 
 def thread_l(p: ConvProblem, layout: Layout | None = None, device: Device = DEVICE) -> int:
-    return int(dict(NARROW.configure(p, layout or Layout.contiguous(p), device)[0].macros)["THREAD_L"])
+    return int(dict(kernel_of(NARROW, p, layout or Layout.contiguous(p), device)[0].macros)["THREAD_L"])
 
 
 def assert_bits_of_the_base(
     p: ConvProblem, device: Device = DEVICE, layout: Layout | None = None, kind: cases.RandomKind = "normal"
 ) -> None:
     data = cases.random_data(p, 51, kind)
-    output = hostcuda.convolve(p, *data, layout=layout, family="conv1d_narrow", device=device, schedule="every")
-    expected = hostcuda.convolve(p, *data, family="conv1d_direct", device=DEVICE)
+    output = hostcuda.compute(p, *data, layout=layout, family="conv1d_narrow", device=device, schedule="every")
+    expected = hostcuda.compute(p, *data, family="conv1d_direct", device=DEVICE)
     assert_same_bits(output, expected, (p, kind))
 
 
@@ -83,7 +84,7 @@ def test_short_samples_side_by_side() -> None:
 def test_weights_in_several_chunks(dtype: str) -> None:
     for C_in, K, device, L in ((90, 31, DEVICE, 40), (300, 8, DEVICE, 20), (90, 31, ONE_SM, 1100)):
         p = layer(C_in, 8, K, L, dtype=dtype, padding_left=K // 2, padding_right=K // 2, dilation=1 + (K == 8))
-        launch = NARROW.configure(p, Layout.contiguous(p), device)[1]
+        launch = kernel_of(NARROW, p, Layout.contiguous(p), device)[1]
         assert dict(launch.params)["chunk_terms"] < C_in * K
         assert_bits_of_the_base(p, device)
 
@@ -95,17 +96,17 @@ def test_layouts(dtype: str) -> None:
         assert data.bias is not None
         for arrange, name in zip(INPUT_LAYOUTS, OUTPUT_LAYOUTS, strict=True):
             given = Data(arrange(data.input), channels_last(scattered(data.weight)), scattered(data.bias))
-            layout = Layout(
+            layout = Layout.of(
                 input=hostcuda.array_layout(given.input),
                 weight=hostcuda.array_layout(given.weight),
                 bias=hostcuda.array_layout(scattered(data.bias)),
                 output=ArrayLayout(output_strides(p, name), p.itemsize),
             )
             for device in (DEVICE, ONE_SM):
-                output = hostcuda.convolve(
+                output = hostcuda.compute(
                     p, *given, layout=layout, family="conv1d_narrow", device=device, schedule="every"
                 )
-                expected = hostcuda.convolve(
+                expected = hostcuda.compute(
                     p, np.ascontiguousarray(given.input), data.weight, data.bias, family="conv1d_direct", device=DEVICE
                 )
                 assert_same_bits(output, expected, (arrange.__name__, name))
@@ -114,21 +115,20 @@ def test_layouts(dtype: str) -> None:
 def test_offsets_beyond_32_bits() -> None:
     p = layer(3, 6, 3, 50, 2, dtype="float16", padding_left=1)
     far = 2**31 + 7
-    layout = replace(
-        Layout.contiguous(p),
+    layout = Layout.contiguous(p).replaced(
         input=ArrayLayout((far, *contiguous_strides(p.input_shape)[1:]), 2),
         output=ArrayLayout((-far, *contiguous_strides(p.output_shape)[1:]), 2),
     )
-    assert NARROW.configure(p, layout, ONE_SM)[1].index_bits == 64
+    assert kernel_of(NARROW, p, layout, ONE_SM)[1].index_bits == 64
     assert_bits_of_the_base(p, ONE_SM, layout)
 
 
 def test_which_layers_it_takes() -> None:
     few, many = layer(48, 6, 3, 100), layer(48, 9, 3, 100)
-    assert NARROW.refuse(few, Layout.contiguous(few), DEVICE) is None
-    assert NARROW.refuse(many, Layout.contiguous(many), DEVICE) == "needs C_out/groups <= 8"
+    assert refusal_of(NARROW, few, Layout.contiguous(few), DEVICE) is None
+    assert refusal_of(NARROW, many, Layout.contiguous(many), DEVICE) == "needs C_out/groups <= 8"
     long = replace(few, L_in=2**50)
-    assert NARROW.refuse(long, Layout.contiguous(long), DEVICE) == f"needs at most {2**31 - 1} blocks"
+    assert refusal_of(NARROW, long, Layout.contiguous(long), DEVICE) == f"needs at most {2**31 - 1} blocks"
     for p in (
         layer(48, 6, 3, 85_995, 4, dilation=2, padding_left=2, padding_right=2),  # HTDemucs, DConv
         layer(64, 1, 15, 4000, stride=4),
@@ -137,7 +137,7 @@ def test_which_layers_it_takes() -> None:
         choice = dispatch.choose(p, Layout.contiguous(p), DEVICE)
         assert choice is not None
         assert choice.family == "conv1d_narrow"
-        assert choice.figures[0][1] == min(cycles for _, cycles in choice.figures)
+        assert choice.plan.candidates[0][1] == min(cycles for _, cycles in choice.plan.candidates)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -152,7 +152,7 @@ def test_launches_keep_the_limits_of_each_gpu(arch: str) -> None:
             layer(10, 80, 5, 33, groups=10),
         ):
             q = replace(p, dtype=dtype)
-            config, launch = NARROW.configure(q, Layout.contiguous(q), device)
+            config, launch = kernel_of(NARROW, q, Layout.contiguous(q), device)
             assert config in configs
             assert launch.shared_bytes <= 16 * 1024
             assert launch.block == BLOCK_SIZE

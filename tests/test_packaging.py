@@ -43,6 +43,7 @@ import importlib.metadata, json, pathlib, sys
 import gpuconv
 from gpuconv import source
 from gpuconv.families import FAMILIES
+
 import numpy as np
 x, w = np.arange(6.0).reshape(1, 1, 6), np.ones((1, 1, 3))
 print(json.dumps({

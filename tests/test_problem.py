@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from gpuconv.arguments import check_padding_mode, check_precision
 from gpuconv.problem import (
     DTYPES,
-    ITEMSIZE,
+    FORMATS,
     MAX_EXTENT,
     ArraySpec,
     BiasGradientProblem,
@@ -344,7 +344,7 @@ def test_mixed_dtypes_are_refused(op: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_sizes_are_limited_in_bytes(dtype: str) -> None:
     itemsize = numpy_dtype(dtype).itemsize
-    assert ITEMSIZE[dtype] == itemsize
+    assert FORMATS[dtype].itemsize == itemsize
     longest = MAX_EXTENT // itemsize
     assert ConvProblem("conv1d", 1, 1, 1, longest, 1, dtype=dtype).L_out == longest
     with pytest.raises(ValueError, match=f"input of shape .*{longest + 1}.* and dtype {dtype} needs {2**63} bytes"):

@@ -15,18 +15,19 @@ import pytest
 
 from gpuconv import cases
 from gpuconv.device import Device
-from gpuconv.families import FAMILIES, Config, Family, Layout
+from gpuconv.families import Config, Family, Layout
 from gpuconv.problem import ConvProblem, numpy_dtype
 from tests import hostcuda
 from tests.hostcuda import Program
+from tests.plans import FORWARD_FAMILIES, kernel_of
 
 ONE_SM = replace(Device.from_arch("sm_90"), num_sms=1)  # which small problems fill, so that blocks take several tiles
-FAMILY = {family.name: family for family in FAMILIES}
+FAMILY = {family.name: family for family in FORWARD_FAMILIES}
 BASE = {"conv1d": "conv1d_direct", "conv_transpose1d": "conv_transpose1d_gather"}
 
 
 def layer(family: str, N: int, C_in: int, C_out: int, L_in: int, K: int, **settings: Any) -> tuple[Family, ConvProblem]:
-    return FAMILY[family], ConvProblem(FAMILY[family].op, N, C_in, C_out, L_in, K, has_bias=True, **settings)
+    return FAMILY[family], ConvProblem(FAMILY[family].kind, N, C_in, C_out, L_in, K, has_bias=True, **settings)
 
 
 DEPTHWISE = tuple(
@@ -84,23 +85,23 @@ def without_way_out(config: Config) -> Program:
 
 @pytest.fixture(scope="module", autouse=True)
 def kernels() -> None:
-    configs = {family.configure(p, Layout.contiguous(p), ONE_SM)[0] for family, p in LAYERS}
+    configs = {kernel_of(family, p, Layout.contiguous(p), ONE_SM)[0] for family, p in LAYERS}
     hostcuda.prebuild([without_way_out(config) for config in configs])
 
 
 @pytest.mark.parametrize(("family", "problem"), LAYERS, ids=lambda value: getattr(value, "name", str(value)))
-def test_no_result_needs_the_rare_way_out(family: Family, problem: ConvProblem) -> None:
-    config, launch = family.configure(problem, Layout.contiguous(problem), ONE_SM)
+def test_no_result_needs_the_rare_way_out(family: Family[Any], problem: ConvProblem) -> None:
+    config, launch = kernel_of(family, problem, Layout.contiguous(problem), ONE_SM)
     data = cases.random_data(problem, 35)
     output = np.empty(problem.output_shape, numpy_dtype(problem.dtype))
     arrays = {"input": data.input, "weight": data.weight, "bias": data.bias, "output": output}
     hostcuda.run(without_way_out(config), launch, arrays, schedule="every", device=ONE_SM)
-    assert output.tobytes() == hostcuda.convolve(problem, *data, family=BASE[problem.op]).tobytes()
+    assert output.tobytes() == hostcuda.compute(problem, *data, family=BASE[problem.op]).tobytes()
 
 
 def test_the_layers_go_every_way_through_the_kernels() -> None:
     def launches(name: str) -> list[tuple[dict[str, str], dict[str, int]]]:
-        chosen = [f.configure(p, Layout.contiguous(p), ONE_SM) for f, p in LAYERS if f.name == name]
+        chosen = [kernel_of(f, p, Layout.contiguous(p), ONE_SM) for f, p in LAYERS if f.name == name]
         return [(dict(config.macros), dict(launch.params)) for config, launch in chosen]
 
     forward, stems = launches("conv1d_depthwise"), launches("conv1d_stem")

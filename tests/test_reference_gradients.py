@@ -42,7 +42,7 @@ def sums(p: ConvProblem, x: Array, w: Array, u: Array) -> dict[str, reference.Su
     return {
         "input": reference.input_gradient(p, w, u),
         "weight": reference.weight_gradient(q, *q.sides(x, u)),
-        "bias": reference.bias_gradient(BiasGradientProblem(p.N, p.C_out, p.L_out, p.dtype), u),
+        "bias": reference.bias_gradient(BiasGradientProblem.of(p), u),
     }
 
 

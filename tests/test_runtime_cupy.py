@@ -38,7 +38,7 @@ Make = Callable[[Any, np.ndarray], Any]
 @pytest.fixture
 def cupy(monkeypatch: pytest.MonkeyPatch) -> Any:
     """CuPy, with no plans left from other tests."""
-    monkeypatch.setattr(calls, "_PLANS", {})
+    monkeypatch.setattr(calls, "_EXECUTORS", {})
     return runtime.cupy_module()
 
 
@@ -438,14 +438,14 @@ def test_a_finalizer_may_call_while_its_thread_changes_what_is_kept(monkeypatch:
 
     nested: list[bool] = []
     prepared = runtime.PreparedWeight(np.ones(3))
-    monkeypatch.setattr(calls, "_PLANS", Plans())
+    monkeypatch.setattr(calls, "_EXECUTORS", Plans())
     for work in (lambda: prepared.packed(Packer()), lambda: call(3)):
         thread = threading.Thread(target=work, daemon=True)
         thread.start()
         thread.join(30)
         assert not thread.is_alive()
     assert nested
-    assert calls._PLANS
+    assert calls._EXECUTORS
 
 
 def test_a_forked_process_computes_whatever_another_thread_was_at() -> None:
@@ -458,7 +458,7 @@ x, w = numpy.ones((1, 1, 9)), numpy.ones((1, 1, 3))
 held, forked = threading.Event(), threading.Event()
 
 def hold():
-    with calls._PLANS_LOCK:
+    with calls._CACHE_LOCK:
         held.set()
         forked.wait()
 
@@ -613,10 +613,10 @@ def no_garbage_collector() -> Iterator[None]:
 @pytest.mark.usefixtures("no_garbage_collector")
 def test_nothing_is_left_of_graphs_that_are_gone(cupy: Any) -> None:
     x, w = (cupy.zeros(shape, np.float16) for shape in ((1, 1024, 64), (1024, 1024, 3)))
-    plan = runtime.make_plan(ConvProblem.conv1d(x, w, None), x, w, None, None)
-    assert plan.choice is not None
-    assert plan.choice.pack is not None
-    assert plan.choice.pack.num_bytes >= 6 << 20
+    p = ConvProblem.conv1d(x, w, None)
+    choice = dispatch.choose(p, Layout.contiguous(p), runtime.device(0))
+    assert choice is not None
+    assert choice.plan.scratch_bytes("packed") >= 6 << 20
     out = cupy.empty((1, 1024, 62), np.float16)
     with cupy.cuda.Stream(non_blocking=True) as stream:
         free = []

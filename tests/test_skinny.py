@@ -14,8 +14,9 @@ from gpuconv.device import ARCHITECTURES, Device
 from gpuconv.families import ArrayLayout, Layout
 from gpuconv.families.base import contiguous_strides
 from gpuconv.families.conv1d_skinny import COLUMNS, MAX_COLUMNS, NUM_STAGES, ROWS, Conv1dSkinny
-from gpuconv.problem import DTYPES, ITEMSIZE, ConvProblem
+from gpuconv.problem import DTYPES, FORMATS, ConvProblem
 from tests import hostcuda
+from tests.plans import kernel_of, plan_of, refusal_of
 from tests.test_kernels import (
     DEVICE,
     INPUT_LAYOUTS,
@@ -37,14 +38,14 @@ def layer(C_in: int, C_out: int, K: int, N: int, L_out: int, **settings: Any) ->
 
 
 def configured(p: ConvProblem, device: Device = DEVICE) -> tuple[dict[str, str], dict[str, int]]:
-    config, launch = SKINNY.configure(p, Layout.contiguous(p), device)
+    config, launch = kernel_of(SKINNY, p, Layout.contiguous(p), device)
     return dict(config.macros), dict(launch.params)
 
 
 def assert_bits_of_the_base(p: ConvProblem, device: Device = DEVICE, kind: cases.RandomKind = "normal") -> None:
     data = cases.random_data(p, 41, kind)
-    output = hostcuda.convolve(p, *data, family="conv1d_skinny", device=device, schedule="every")
-    expected = hostcuda.convolve(p, *data, family="conv1d_direct", device=device)
+    output = hostcuda.compute(p, *data, family="conv1d_skinny", device=device, schedule="every")
+    expected = hostcuda.compute(p, *data, family="conv1d_direct", device=device)
     assert_same_bits(output, expected, (p, kind))
 
 
@@ -126,8 +127,8 @@ def test_a_weight_that_is_no_number_spoils_only_results_that_have_its_tap(value:
     p = layer(6, 5, 4, 1, 8, padding_left=3, padding_right=3)
     data = cases.random_data(p, 42)
     data.weight[1, 2, 0] = data.weight[3, 5, 3] = value
-    output = hostcuda.convolve(p, *data, family="conv1d_skinny", device=DEVICE, schedule="every")
-    expected = hostcuda.convolve(p, *data, family="conv1d_direct", device=DEVICE)
+    output = hostcuda.compute(p, *data, family="conv1d_skinny", device=DEVICE, schedule="every")
+    expected = hostcuda.compute(p, *data, family="conv1d_direct", device=DEVICE)
     assert not np.isfinite(expected).all(axis=2)[0, [1, 3]].any()
     assert np.isfinite(expected[0, [1, 3]]).any(axis=1).all()  # of the same channels, where the tap lies in the padding
     assert_same_bits(output, expected, p)
@@ -144,14 +145,14 @@ def test_layouts(dtype: str) -> None:
         bias = data.bias
         assert bias is not None
         given = Data(arrange(data.input), channels_last(scattered(data.weight)), scattered(bias))
-        layout = Layout(
+        layout = Layout.of(
             input=hostcuda.array_layout(given.input),
             weight=hostcuda.array_layout(given.weight),
             bias=hostcuda.array_layout(scattered(bias)),
             output=ArrayLayout(output_strides(p, name), p.itemsize),
         )
-        output = hostcuda.convolve(p, *given, layout=layout, family="conv1d_skinny", device=DEVICE, schedule="every")
-        expected = hostcuda.convolve(
+        output = hostcuda.compute(p, *given, layout=layout, family="conv1d_skinny", device=DEVICE, schedule="every")
+        expected = hostcuda.compute(
             p, np.ascontiguousarray(given.input), data.weight, bias, family="conv1d_direct", device=DEVICE
         )
         assert_same_bits(output, expected, (arrange.__name__, name))
@@ -160,25 +161,25 @@ def test_layouts(dtype: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_weights_of_every_alignment(dtype: str) -> None:
     """Rows that are whole vectors or not, that begin at a boundary or not, with gaps between them."""
-    vec = 16 // ITEMSIZE[dtype]
+    vec = 16 // FORMATS[dtype].itemsize
     ways = set()
     for C_in, K, gap, alignment in (
         (8, 6, 0, 16),
         (8, 6, vec, 16),
-        (8, 6, 0, ITEMSIZE[dtype]),
+        (8, 6, 0, FORMATS[dtype].itemsize),
         (8, 6, 1, 16),
         (7, 3, 0, 16),
         (7, 3, vec - 21 % vec, 16),
     ):
         p = layer(C_in, 9, K, 1, 2, dtype=dtype)
         strides = (C_in * K + gap, K, 1)
-        layout = replace(Layout.contiguous(p), weight=ArrayLayout(strides, alignment))
+        layout = Layout.contiguous(p).replaced(weight=ArrayLayout(strides, alignment))
         is_vector = C_in * K % vec == 0 and strides[0] % vec == 0 and alignment == 16
-        assert dict(SKINNY.configure(p, layout, DEVICE)[1].params)["vector_weights"] == is_vector
+        assert dict(kernel_of(SKINNY, p, layout, DEVICE)[1].params)["vector_weights"] == is_vector
         ways.add(is_vector)
         data = cases.random_data(p, 44)
-        output = hostcuda.convolve(p, *data, layout=layout, family="conv1d_skinny", device=DEVICE, schedule="every")
-        expected = hostcuda.convolve(p, *data, family="conv1d_direct", device=DEVICE)
+        output = hostcuda.compute(p, *data, layout=layout, family="conv1d_skinny", device=DEVICE, schedule="every")
+        expected = hostcuda.compute(p, *data, family="conv1d_direct", device=DEVICE)
         assert_same_bits(output, expected, strides)
     assert ways == ({True} if vec == 1 else {True, False})
 
@@ -188,17 +189,17 @@ def test_weights_of_every_alignment(dtype: str) -> None:
 
 def test_refusals_name_the_reason() -> None:
     few, many = layer(4, 4, 3, 1, MAX_COLUMNS), layer(4, 4, 3, 1, MAX_COLUMNS + 1)
-    assert SKINNY.refuse(few, Layout.contiguous(few), DEVICE) is None
-    assert SKINNY.refuse(many, Layout.contiguous(many), DEVICE) == "needs N * L_out <= 16"
-    far = replace(
-        Layout.contiguous(few),
+    assert refusal_of(SKINNY, few, Layout.contiguous(few), DEVICE) is None
+    assert refusal_of(SKINNY, many, Layout.contiguous(many), DEVICE) == "needs N * L_out <= 16"
+    far = Layout.contiguous(few).replaced(
         input=ArrayLayout((2**40, 2**30, 1), 4),
         output=ArrayLayout(contiguous_strides((1, 4, 16))),
     )
-    assert SKINNY.refuse(few, far, DEVICE) == "needs offsets below 2**31"
+    assert refusal_of(SKINNY, few, far, DEVICE) == "needs offsets below 2**31"
     cramped = replace(DEVICE, shared_per_block=1024)
     assert (
-        SKINNY.refuse(few, Layout.contiguous(few), cramped) == "needs buffers that fit in 1024 bytes of shared memory"
+        refusal_of(SKINNY, few, Layout.contiguous(few), cramped)
+        == "needs buffers that fit in 1024 bytes of shared memory"
     )
 
 
@@ -206,8 +207,8 @@ def test_streams_get_few_columns_and_every_multiprocessor_gets_rows() -> None:
     mimi = ConvProblem("conv1d", 1, 512, 1024, 24, 16, 8, has_bias=True)
     policy = ConvProblem("conv1d", 1, 2048, 2048, 4, 5, 1, 2, 2, has_bias=True)
     for p, block_n in ((mimi, 2), (policy, 4)):
-        config, launch = SKINNY.configure(p, Layout.contiguous(p), DEVICE)
-        figures = SKINNY.figures(p, Layout.contiguous(p), DEVICE)
+        config, launch = kernel_of(SKINNY, p, Layout.contiguous(p), DEVICE)
+        figures = plan_of(SKINNY, p, Layout.contiguous(p), DEVICE).candidates
         assert dict(config.macros)["BLOCK_N"] == str(block_n)
         assert 0.9 * DEVICE.num_sms <= launch.grid <= DEVICE.num_sms
         assert figures[0][1] == min(cycles for _, cycles in figures)
@@ -232,7 +233,7 @@ def test_launches_keep_the_limits_of_each_gpu(arch: str) -> None:
         for columns in (*COLUMNS, 3, 11):
             for C_in, C_out, K in ((1, 1, 1), (512, 1024, 16), (3, 70_000, 2), (4096, 33, 1)):
                 p = layer(C_in, C_out, K, 1, columns, dtype=dtype)
-                config, launch = SKINNY.configure(p, Layout.contiguous(p), device)
+                config, launch = kernel_of(SKINNY, p, Layout.contiguous(p), device)
                 params = dict(launch.params)
                 block_n, thread_n = (int(dict(config.macros)[name]) for name in ("BLOCK_N", "THREAD_N"))
                 assert config in configs

@@ -16,13 +16,14 @@ from bench.modes import DIRECTIONS, MODES
 from bench.speed import micro
 from bench.static import __main__ as static
 from bench.static import predictions, sass
-from bench.static.predict import predict, predict_gradient
+from bench.static.predict import predict
 from bench.static.sass import Instruction, KernelReport, Resources
 from gpuconv import dispatch
 from gpuconv.costs import LAUNCH_US, RATES, blocks_per_sm, rates_of
 from gpuconv.device import ARCHITECTURES, Device
-from gpuconv.families import FAMILIES, Config, GradientLayout, Launch, Layout
+from gpuconv.families import Config, Launch, Layout, Plan, Step
 from gpuconv.problem import ConvProblem, WeightGradientProblem
+from tests.plans import FORWARD_FAMILIES, kernel_of
 
 LOG = """\
 ptxas info    : 12 bytes gmem
@@ -243,8 +244,8 @@ def test_dense_tiles_keep_their_targets() -> None:
         ("conv1d_tiled", ConvProblem("conv1d", 8, 256, 256, 4096, 3, 2)),
         ("conv_transpose1d_phases", ConvProblem("conv_transpose1d", 8, 256, 256, 4096, 16, 8, 4, 4)),
     ):
-        (tiled,) = (f for f in FAMILIES if f.name == family)
-        config, _ = tiled.configure(problem, Layout.contiguous(problem), H200)
+        (tiled,) = (f for f in FORWARD_FAMILIES if f.name == family)
+        config, _ = kernel_of(tiled, problem, Layout.contiguous(problem), H200)
         macros = dict(config.macros)
         assert (macros["BLOCK_M"], macros["BLOCK_N"]) == ("128", "128")
         assert int(macros["COLUMN_STEP"]) > 0
@@ -266,8 +267,8 @@ def tile_report(**loop: Any) -> KernelReport:
     )
 
 
-def tile_choice(grid: int) -> dispatch.Choice:
-    return dispatch.Choice("tile", Config("tile", ()), Launch(grid, 256, 0, 32, ()), ())
+def tile_choice(grid: int, config: Config = Config("tile", ())) -> dispatch.Choice:  # noqa: B008 - a frozen value
+    return dispatch.Choice(config.kernel, Plan((Step(config, Launch(grid, 256, 0, 32, ()), ()),)))
 
 
 def test_issue_bound_prediction_by_hand() -> None:
@@ -309,8 +310,7 @@ def test_tensor_instructions_run_at_the_tensor_rate() -> None:
 def test_tiles_that_hang_over_cost_their_whole_size() -> None:
     problem = ConvProblem("conv1d", 1, 64, 100, 1000, 3)  # 100 * 998 outputs in 8 tiles of 128 * 128
     config = Config.of("tile", {"BLOCK_M": 128, "BLOCK_N": 128})
-    choice = dispatch.Choice("tile", config, Launch(8, 256, 0, 32, ()), ())
-    padded = predict(problem, choice, replace(tile_report(), config=config), H200)
+    padded = predict(problem, tile_choice(8, config), replace(tile_report(), config=config), H200)
     plain = predict(problem, tile_choice(8), tile_report(), H200)
     assert padded.parts["issue"] == pytest.approx(8 * 128 * 128 / (100 * 998) * plain.parts["issue"])
 
@@ -327,7 +327,7 @@ def test_base_kernels_are_predicted_from_their_taps() -> None:
     around = sass.Loop(2, 190, {"fma": 15}, {}, 15 * 32, 15, 15, 30)
     config = Config("conv1d_direct", ())
     report = replace(tile_report(), config=config, loop=loop, around=around)
-    choice = dispatch.Choice("conv1d_direct", config, Launch(132 * 640, 256, 0, 32, ()), ())
+    choice = tile_choice(132 * 640, config)
     short = ConvProblem("conv1d", 8, 64, 64, 4096, 3)
     per_tap = predict(short, choice, report, H200).parts["issue"] / (short.flops() / 2)
     assert per_tap == pytest.approx(190 / 15 / 32 / (132 * 4 * 1.98e3))
@@ -467,11 +467,12 @@ def test_gradients_are_reported_like_the_forward_pass(tmp_path: Path, capsys: py
 
 def test_a_gradient_also_writes_and_reads_the_sums_of_its_slices() -> None:
     problem = WeightGradientProblem("conv1d", 32, 512, 512, 1500, 1530, 31, groups=512)
-    choice = dispatch.choose_gradient(problem, GradientLayout.contiguous(problem), H200)
-    p = predict_gradient(problem, choice, tile_report(fma=96 * 32), H200)
-    alone = predict_gradient(problem, replace(choice, sum=None), tile_report(fma=96 * 32), H200)
+    choice = dispatch.choose(problem, Layout.contiguous(problem), H200)
+    assert choice is not None
+    p = predict(problem, choice, tile_report(fma=96 * 32), H200)
+    alone = predict(problem, replace(choice, plan=replace(choice.plan, scratch=())), tile_report(fma=96 * 32), H200)
     assert alone.us == pytest.approx(LAUNCH_US + alone.parts[alone.limit])
-    assert p.us - alone.us == pytest.approx(LAUNCH_US + 2 * choice.partial_bytes / (4800e3 * 0.9))
+    assert p.us - alone.us == pytest.approx(LAUNCH_US + 2 * choice.plan.scratch_bytes("partial") / (4800e3 * 0.9))
     # 31 taps are 32 of the threads' four times eight.
     assert p.parts["math"] == pytest.approx(1e6 * problem.flops() / 2 * 32 / 31 / (132 * 128 * 1.98e9), rel=0.05)
 

@@ -18,6 +18,7 @@ from gpuconv.families.conv1d_tail import Conv1dTail
 from gpuconv.families.conv_transpose1d_tail import ConvTranspose1dTail
 from gpuconv.problem import DTYPES, ConvProblem
 from tests import hostcuda
+from tests.plans import kernel_of, plan_of, refusal_of
 from tests.test_kernels import (
     BASE,
     DEVICE,
@@ -85,33 +86,33 @@ PROBLEMS: dict[Family, tuple[ConvProblem, ...]] = {
 ALL = [(family, problem) for family, problems in PROBLEMS.items() for problem in problems]
 
 
-def assert_base_bits(family: Family, p: ConvProblem, layout: Layout | None = None, kind: Any = "normal") -> None:
+def assert_base_bits(family: Family[Any], p: ConvProblem, layout: Layout | None = None, kind: Any = "normal") -> None:
     data = cases.random_data(p, 31, kind)
-    output = hostcuda.convolve(p, *data, layout=layout, family=family.name, device=DEVICE, schedule="every")
+    output = hostcuda.compute(p, *data, layout=layout, family=family.name, device=DEVICE, schedule="every")
     if kind == "nonfinite":  # NaNs have more than one encoding
         assert_within_bound(p, output, data)
         return
-    base = hostcuda.convolve(p, *data, layout=layout, family=BASE[p.op], device=DEVICE)
+    base = hostcuda.compute(p, *data, layout=layout, family=BASE[p.op], device=DEVICE)
     assert_same_bits(output, base, (p, layout))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("family", FEW, **by_name)
-def test_bits_of_the_base_family(family: Family, dtype: str) -> None:
+def test_bits_of_the_base_family(family: Family[Any], dtype: str) -> None:
     for problem in PROBLEMS[family]:
         for kind in ("normal", "nonfinite"):
             assert_base_bits(family, replace(problem, dtype=dtype), kind=kind)
 
 
 @pytest.mark.parametrize("family", FEW, **by_name)
-def test_a_weight_that_is_no_number_meets_only_what_exists(family: Family) -> None:
+def test_a_weight_that_is_no_number_meets_only_what_exists(family: Family[Any]) -> None:
     """Infinite weights at every tap, positive data: infinity where a tap meets data, never a NaN from the padding."""
     for problem in PROBLEMS[family]:
         data = cases.exact_data(problem, seed=32)
         weight = np.full_like(data.weight, np.inf)
         data = data._replace(input=np.abs(data.input) + 1, weight=weight)
-        output = hostcuda.convolve(problem, *data, family=family.name, device=DEVICE)
-        base = hostcuda.convolve(problem, *data, family=BASE[problem.op], device=DEVICE)
+        output = hostcuda.compute(problem, *data, family=family.name, device=DEVICE)
+        base = hostcuda.compute(problem, *data, family=BASE[problem.op], device=DEVICE)
         assert not np.isnan(output).any()
         assert_same_bits(output, base, problem)
 
@@ -124,56 +125,55 @@ def test_stems_of_a_small_gpu_load_their_weights_once() -> None:
         conv(1, 16, 90, 900, N=41, stride=2),
         conv(1, 8, 3, 30, N=901),
     ):
-        _, launch = STEM.configure(p, Layout.contiguous(p), device)
+        _, launch = kernel_of(STEM, p, Layout.contiguous(p), device)
         assert dict(launch.params)["repeats"] > 1
         data = cases.random_data(p, 36)
-        output = hostcuda.convolve(p, *data, family=STEM.name, device=device, schedule="every")
-        assert_same_bits(output, hostcuda.convolve(p, *data, family=BASE[p.op], device=DEVICE), p)
+        output = hostcuda.compute(p, *data, family=STEM.name, device=device, schedule="every")
+        assert_same_bits(output, hostcuda.compute(p, *data, family=BASE[p.op], device=DEVICE), p)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "complex128"])
 @pytest.mark.parametrize("family", FEW, **by_name)
-def test_layouts(family: Family, dtype: str) -> None:
+def test_layouts(family: Family[Any], dtype: str) -> None:
     for problem in PROBLEMS[family][:4]:
         p = replace(problem, dtype=dtype)
         data = cases.random_data(p, 33)
-        expected = hostcuda.convolve(p, *data, family=BASE[p.op], device=DEVICE)
+        expected = hostcuda.compute(p, *data, family=BASE[p.op], device=DEVICE)
         for arrange, name in zip(INPUT_LAYOUTS, OUTPUT_LAYOUTS, strict=True):
             given = data._replace(input=arrange(data.input), weight=channels_last(scattered(data.weight)))
-            layout = Layout(
+            layout = Layout.of(
                 input=hostcuda.array_layout(given.input),
                 weight=hostcuda.array_layout(given.weight),
                 bias=ArrayLayout((1,)),
                 output=ArrayLayout(output_strides(p, name), p.itemsize),
             )
-            output = hostcuda.convolve(p, *given, layout=layout, family=family.name, device=DEVICE, schedule="every")
+            output = hostcuda.compute(p, *given, layout=layout, family=family.name, device=DEVICE, schedule="every")
             if arrange is INPUT_LAYOUTS[-1]:
                 repeated = data._replace(input=np.ascontiguousarray(given.input))
-                expected = hostcuda.convolve(p, *repeated, family=BASE[p.op], device=DEVICE)
+                expected = hostcuda.compute(p, *repeated, family=BASE[p.op], device=DEVICE)
             assert_same_bits(output, expected, (p, arrange.__name__, name))
 
 
 @pytest.mark.parametrize("family", FEW, **by_name)
-def test_offsets_beyond_32_bits(family: Family) -> None:
+def test_offsets_beyond_32_bits(family: Family[Any]) -> None:
     """Samples more than 2**31 elements apart, in input and output."""
     far = 2**31 + 7
     for problem in PROBLEMS[family]:
         p = replace(problem, dtype="float16")
-        layout = replace(
-            Layout.contiguous(p),
+        layout = Layout.contiguous(p).replaced(
             input=ArrayLayout((far, *contiguous_strides(p.input_shape)[1:]), 2),
             output=ArrayLayout((-far, *contiguous_strides(p.output_shape)[1:]), 2),
         )
-        _, launch = family.configure(p, layout, DEVICE)
+        _, launch = kernel_of(family, p, layout, DEVICE)
         assert launch.index_bits == 64
         data = cases.random_data(p, 34)
-        output = hostcuda.convolve(p, *data, layout=layout, family=family.name, device=DEVICE)
-        assert_same_bits(output, hostcuda.convolve(p, *data, family=BASE[p.op], device=DEVICE), p)
+        output = hostcuda.compute(p, *data, layout=layout, family=family.name, device=DEVICE)
+        assert_same_bits(output, hostcuda.compute(p, *data, family=BASE[p.op], device=DEVICE), p)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
 @pytest.mark.parametrize("family", [TAIL, TRANSPOSED], **by_name)
-def test_copies_of_every_alignment(family: Family, dtype: str) -> None:
+def test_copies_of_every_alignment(family: Family[Any], dtype: str) -> None:
     """Paddings move the first tap through every alignment; widths of copies follow from lengths and addresses."""
     widths = set()
     for L_in in (64, 66, 68, 71):
@@ -185,27 +185,27 @@ def test_copies_of_every_alignment(family: Family, dtype: str) -> None:
             for alignment in {p.itemsize, 8, 16} if padding < 3 else {16}:
                 if alignment >= p.itemsize:
                     contiguous = Layout.contiguous(p)
-                    layout = replace(contiguous, input=replace(contiguous.input, alignment=alignment))
-                    _, launch = family.configure(p, layout, DEVICE)
+                    layout = contiguous.replaced(input=replace(contiguous["input"], alignment=alignment))
+                    _, launch = kernel_of(family, p, layout, DEVICE)
                     widths.add(dict(launch.params)["copy_elements"] * p.itemsize)
                     assert_base_bits(family, p, layout)
     assert widths >= {"bfloat16": {2, 4, 8}, "float32": {4, 8, 16}, "float64": {8, 16}}[dtype]
 
 
 @pytest.mark.parametrize("family", [TAIL, TRANSPOSED], **by_name)
-def test_copies_stay_inside_rows_with_gaps(family: Family) -> None:
+def test_copies_stay_inside_rows_with_gaps(family: Family[Any]) -> None:
     """Rows that begin at aligned addresses and end between two."""
     p = conv(3, 1, 8, 71, padding_left=4) if family is TAIL else transposed(3, 1, 8, 71, stride=2)
-    layout = replace(Layout.contiguous(p), input=ArrayLayout((3 * 72, 72, 1)))
-    assert dict(family.configure(p, layout, DEVICE)[1].params)["copy_elements"] == 1
+    layout = Layout.contiguous(p).replaced(input=ArrayLayout((3 * 72, 72, 1)))
+    assert dict(kernel_of(family, p, layout, DEVICE)[1].params)["copy_elements"] == 1
     assert_base_bits(family, p, layout)
 
 
 def test_strides_that_lead_far_behind_a_short_input() -> None:
     """Offsets from a lane's first column to its others pass 32 bits, where the input ends before these."""
     p = ConvProblem("conv1d", 1, 1, 8, 3, 1, stride=1000)
-    layout = replace(Layout.contiguous(p), input=ArrayLayout((1, 1, 2**20)))
-    _, launch = STEM.configure(p, layout, DEVICE)
+    layout = Layout.contiguous(p).replaced(input=ArrayLayout((1, 1, 2**20)))
+    _, launch = kernel_of(STEM, p, layout, DEVICE)
     assert launch.index_bits == 64
     assert_base_bits(STEM, p, layout)
 
@@ -214,23 +214,23 @@ def test_strides_that_lead_far_behind_a_short_input() -> None:
 def test_tails_store_16_bytes_where_rows_are_aligned(dtype: str) -> None:
     for length, expected in ((64, 1), (65, 0)):
         p = conv(3, 2, 3, length, dtype=dtype, padding_left=1, padding_right=1)
-        _, launch = TAIL.configure(p, Layout.contiguous(p), DEVICE)
+        _, launch = kernel_of(TAIL, p, Layout.contiguous(p), DEVICE)
         assert dict(launch.params)["vector_stores"] == expected
     p = conv(3, 2, 3, 64, dtype=dtype, padding_left=1, padding_right=1)
     contiguous = Layout.contiguous(p)
-    shifted = replace(contiguous, output=replace(contiguous.output, alignment=8))
-    assert dict(TAIL.configure(p, shifted, DEVICE)[1].params)["vector_stores"] == 0
+    shifted = contiguous.replaced(output=replace(contiguous["output"], alignment=8))
+    assert dict(kernel_of(TAIL, p, shifted, DEVICE)[1].params)["vector_stores"] == 0
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize(("family", "problem"), ALL, **by_name)
-def test_launches_keep_the_limits_of_every_gpu(family: Family, problem: ConvProblem, arch: str) -> None:
+def test_launches_keep_the_limits_of_every_gpu(family: Family[Any], problem: ConvProblem, arch: str) -> None:
     device = Device.from_arch(arch)
     configs = set(family.configs(device))
     for dtype in DTYPES:
         for N in (1, problem.N, 5000):
             p = replace(problem, dtype=dtype, N=N)
-            config, launch = family.configure(p, Layout.contiguous(p), device)
+            config, launch = kernel_of(family, p, Layout.contiguous(p), device)
             assert config in configs
             assert launch.shared_bytes <= device.shared_per_block
             assert 32 <= launch.block <= 256
@@ -256,8 +256,8 @@ def test_launches_keep_the_limits_of_every_gpu(family: Family, problem: ConvProb
     ],
     **by_name,
 )
-def test_refusals_say_why(family: Family, problem: ConvProblem, reason: str) -> None:
-    refusal = family.refuse(problem, Layout.contiguous(problem), DEVICE)
+def test_refusals_say_why(family: Family[Any], problem: ConvProblem, reason: str) -> None:
+    refusal = refusal_of(family, problem, Layout.contiguous(problem), DEVICE)
     assert refusal is not None
     assert re.search(reason, refusal), refusal
 
@@ -266,7 +266,7 @@ def test_stems_choose_by_shape() -> None:
     """Wide tiles for many outputs, small ones for few, tiles of several samples for short samples."""
 
     def params(p: ConvProblem, layout: Layout | None = None) -> tuple[dict[str, str], dict[str, int]]:
-        config, launch = STEM.configure(p, layout or Layout.contiguous(p), DEVICE)
+        config, launch = kernel_of(STEM, p, layout or Layout.contiguous(p), DEVICE)
         return dict(config.macros), dict(launch.params)
 
     wide, few = conv(1, 512, 10, 80_000, N=8, stride=5), conv(1, 16, 10, 400, N=1)
@@ -281,13 +281,13 @@ def test_stems_choose_by_shape() -> None:
     assert params(discriminator)[1]["step_n"] == 1
     # An output with gaps along l is for the kernel with an address for each store.
     gaps = Layout.contiguous(wide)
-    gaps = replace(gaps, output=ArrayLayout((2 * 512 * wide.L_out, 2 * wide.L_out, 2)))
+    gaps = gaps.replaced(output=ArrayLayout((2 * 512 * wide.L_out, 2 * wide.L_out, 2)))
     assert params(wide, gaps)[0]["IS_CONTIGUOUS"] == "0"
 
 
 def test_figures_put_the_chosen_tile_first() -> None:
     p = conv(1, 512, 10, 80_000, N=8, stride=5)
-    figures = STEM.figures(p, Layout.contiguous(p), DEVICE)
+    figures = plan_of(STEM, p, Layout.contiguous(p), DEVICE).candidates
     assert len(figures) >= 2
     assert [slots for _, slots in figures] == sorted(slots for _, slots in figures)
     assert figures[0][0].startswith("16 channels by 4 columns")

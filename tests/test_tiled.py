@@ -12,10 +12,11 @@ import pytest
 
 from gpuconv import dispatch
 from gpuconv.device import Device
-from gpuconv.families import FAMILIES, ArrayLayout, Config, Layout, tiles
+from gpuconv.families import ArrayLayout, Config, Layout, tiles
 from gpuconv.families.tiles import Tile
-from gpuconv.problem import ConvProblem, Op, numpy_dtype
+from gpuconv.problem import FORMATS, ConvProblem, Op, numpy_dtype
 from gpuconv.source import pack_params
+from tests.plans import FORWARD_FAMILIES, kernel_of, plan_of, refusal_of
 
 from . import hostcuda
 from .hostcuda import Program
@@ -53,8 +54,8 @@ def arrays(problem: ConvProblem, seed: int = 0) -> tuple[Array, Array, Array | N
 
 def assert_base_bits(problem: ConvProblem, x: Array, w: Array, b: Array | None = None, *, every: bool = False) -> Array:
     """The tiled result, once it has the bits of the base family; a NaN may be any NaN."""
-    tiled = hostcuda.convolve(problem, x, w, b, family=TILED[problem.op], schedule="every" if every else "forward")
-    base = hostcuda.convolve(problem, x, w, b, family=BASE[problem.op])
+    tiled = hostcuda.compute(problem, x, w, b, family=TILED[problem.op], schedule="every" if every else "forward")
+    base = hostcuda.compute(problem, x, w, b, family=BASE[problem.op])
     nan = [np.isnan(y.view(y.real.dtype)) for y in (tiled, base)]
     bits = [y.view(f"u{y.real.itemsize}") for y in (tiled, base)]
     np.testing.assert_array_equal(nan[0], nan[1])
@@ -134,7 +135,7 @@ def only_tile(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, Tile],
     """Leaves the cost model one tile to choose for a dtype."""
 
     def leave(dtype: str, tile: Tile) -> None:
-        monkeypatch.setitem(tiles.TILES, tiles.accumulator_bytes(dtype), (tile,))
+        monkeypatch.setitem(tiles.TILES, FORMATS[dtype].accumulator_bytes, (tile,))
         tiles.compare_tilings.cache_clear()
 
     yield leave
@@ -144,7 +145,7 @@ def only_tile(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, Tile],
 @pytest.mark.parametrize("dtype", ["float32", "float64", "complex128"])
 @pytest.mark.parametrize("op", TILED)
 def test_extents_around_those_of_every_tile(op: Op, dtype: str, only_tile: Callable[[str, Tile], None]) -> None:
-    for tile in tiles.TILES[tiles.accumulator_bytes(dtype)]:
+    for tile in tiles.TILES[FORMATS[dtype].accumulator_bytes]:
         only_tile(dtype, tile)
         for off in (-1, 0, 1):
             terms, rows, columns = tile.block_r + off, max(8, tile.block_m + off), tile.block_n + off
@@ -154,7 +155,7 @@ def test_extents_around_those_of_every_tile(op: Op, dtype: str, only_tile: Calla
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "complex64", "complex128"])
 def test_chunks_that_end_in_every_step(dtype: str, only_tile: Callable[[str, Tile], None]) -> None:
-    for tile in tiles.TILES[tiles.accumulator_bytes(dtype)]:
+    for tile in tiles.TILES[FORMATS[dtype].accumulator_bytes]:
         only_tile(dtype, tile)
         for terms in (max(8, tile.unroll(dtype, 32) + 1), tile.block_r + tile.unroll(dtype, 32), 2 * tile.block_r - 1):
             p = ConvProblem("conv1d", 1, 1, tile.block_m, tile.block_n, terms, 1, 3, terms, dtype=dtype)
@@ -167,7 +168,7 @@ def test_blocks_that_begin_in_one_sample_and_end_in_another(
     op: Op, dtype: str, only_tile: Callable[[str, Tile], None]
 ) -> None:
     """Columns that run through samples as long as a block, a little shorter, longer, and much shorter."""
-    for tile in tiles.TILES[tiles.accumulator_bytes(dtype)]:
+    for tile in tiles.TILES[FORMATS[dtype].accumulator_bytes]:
         only_tile(dtype, tile)
         for length in (tile.block_n - 1, tile.block_n, tile.block_n + 1, tile.block_n * 3 // 2, 7):
             if op == "conv1d":
@@ -186,7 +187,7 @@ def test_rows_columns_and_terms_that_fill_no_tile(op: str, dtype: str) -> None:
             L_in = L + K if op == "conv1d" else L
             p = ConvProblem(op, N, 2 * C_in_g, 2 * C_out_g, L_in, K, **settings)
             layout = Layout.contiguous(p)
-            if next(f for f in FAMILIES if f.name == TILED[op]).refuse(p, layout, H200) is None:
+            if refusal_of(next(f for f in FORWARD_FAMILIES if f.name == TILED[op]), p, layout, H200) is None:
                 assert_base_bits(p, *arrays(p), every=N == 5)
 
 
@@ -242,7 +243,7 @@ def test_views_of_any_strides_and_alignment(problem: ConvProblem) -> None:
         (np.asfortranarray(x), np.asfortranarray(w), b),
         (backwards, np.ascontiguousarray(w[:, :, ::-1])[:, :, ::-1], b),
     ):
-        y = hostcuda.convolve(p, x_view, w_view, b_view, family=TILED[p.op], schedule="every")
+        y = hostcuda.compute(p, x_view, w_view, b_view, family=TILED[p.op], schedule="every")
         assert y.tobytes() == expected.tobytes()
     assert_base_bits(
         p, np.broadcast_to(x[:1, :, :1], x.shape), np.broadcast_to(w[..., :1], w.shape), np.broadcast_to(b[:1], b.shape)
@@ -255,8 +256,8 @@ def test_asynchronous_copies_of_arrays_aligned_to_their_elements_only(op: str, d
     p = replace(PROBLEMS["padded" if op == "conv1d" else "phases differ"], dtype=dtype, L_in=40)
     x, w, _ = arrays(p)
     fresh = Layout.contiguous(p)
-    layout = replace(fresh, input=replace(fresh.input, alignment=alignment))
-    y = hostcuda.convolve(p, x, w, layout=layout, family=TILED[op], schedule="every")
+    layout = fresh.replaced(input=replace(fresh["input"], alignment=alignment))
+    y = hostcuda.compute(p, x, w, layout=layout, family=TILED[op], schedule="every")
     assert y.tobytes() == assert_base_bits(p, x, w).tobytes()
 
 
@@ -281,9 +282,9 @@ def test_arrays_aligned_to_half_an_element_are_copied() -> None:
 )
 def test_columns_behind_the_last_sample_overflow_no_offset(problem: ConvProblem) -> None:
     # A block's columns are samples here, dozens behind the last of a few; twenty strides pass 32 bits.
-    far_apart = replace(Layout.contiguous(problem), output=ArrayLayout((2**31 // 20, 1, 1)))
+    far_apart = Layout.contiguous(problem).replaced(output=ArrayLayout((2**31 // 20, 1, 1)))
     x, w = np.ones(problem.input_shape, "f4"), np.ones(problem.weight_shape, "f4")
-    y = hostcuda.convolve(problem, x, w, layout=far_apart, family=TILED[problem.op])
+    y = hostcuda.compute(problem, x, w, layout=far_apart, family=TILED[problem.op])
     np.testing.assert_array_equal(y, np.full(problem.output_shape, 8, "f4"))
 
 
@@ -293,20 +294,19 @@ def test_offsets_beyond_32_bits(name: str, only_tile: Callable[[str, Tile], None
     p = replace(PROBLEMS[name], N=3, dtype="float16")
     far = 2**31 + 7
     fresh = Layout.contiguous(p)
-    layout = replace(
-        fresh,
-        input=ArrayLayout((far, *fresh.input.strides[1:]), 2),
-        output=ArrayLayout((-far, *fresh.output.strides[1:]), 2),
+    layout = fresh.replaced(
+        input=ArrayLayout((far, *fresh["input"].strides[1:]), 2),
+        output=ArrayLayout((-far, *fresh["output"].strides[1:]), 2),
     )
     x, w, _ = arrays(p)
-    base = hostcuda.convolve(p, x, w, family=BASE[p.op])
+    base = hostcuda.compute(p, x, w, family=BASE[p.op])
     wide = tiles.tiles_for("float16", 64)
     assert set(wide) < set(tiles.tiles_for("float16", 32))
-    family = next(f for f in FAMILIES if f.name == TILED[p.op])
+    family = next(f for f in FORWARD_FAMILIES if f.name == TILED[p.op])
     for tile in wide:
         only_tile("float16", tile)
-        assert family.configure(p, layout, H200)[1].index_bits == 64
-        y = hostcuda.convolve(p, x, w, layout=layout, family=TILED[p.op], schedule="every")
+        assert kernel_of(family, p, layout, H200)[1].index_bits == 64
+        y = hostcuda.compute(p, x, w, layout=layout, family=TILED[p.op], schedule="every")
         assert y.tobytes() == base.tobytes()
 
 
@@ -323,14 +323,11 @@ def test_offsets_beyond_32_bits(name: str, only_tile: Callable[[str, Tile], None
 )
 def test_parameters_fit_where_an_array_ends_at_32_bits(problem: ConvProblem) -> None:
     layout = Layout.contiguous(problem)
-    for family in FAMILIES:
-        if family.op == problem.op and family.refuse(problem, layout, H200) is None:
-            launches = [family.configure(problem, layout, H200)[1]]
-            pack = family.pack(problem, layout, H200)
-            launches += [pack.launch] if pack else []
-            for launch in launches:
-                params = pack_params(dict(launch.params), launch.index_bits)
-                assert params.tolist() == [value for _, value in launch.params]
+    for family in FORWARD_FAMILIES:
+        if family.kind == problem.op and refusal_of(family, problem, layout, H200) is None:
+            for step in plan_of(family, problem, layout, H200).steps:
+                params = pack_params(dict(step.launch.params), step.launch.index_bits)
+                assert params.tolist() == [value for _, value in step.launch.params]
 
 
 @pytest.mark.parametrize(

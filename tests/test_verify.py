@@ -19,12 +19,13 @@ from gpuconv import cases, cpu, cpu_gradients, dispatch, reference, runtime
 from gpuconv.cases import FORMATS
 from gpuconv.checks import BY_FAMILY, CHECKS, MAX_TAPS, families_of, families_that_take, same_bits
 from gpuconv.device import ARCHITECTURES, Device
-from gpuconv.families import FAMILIES, GRADIENT_FAMILIES, Layout
+from gpuconv.families import FAMILIES, Layout
 from gpuconv.gpus import GpuUnavailableError, missing_gpu
 from gpuconv.problem import DTYPES, ConvProblem, WeightGradientProblem
 from gpuconv.verify import verify
 from tests import hostcuda
 from tests.hostcuda import fake_cupy
+from tests.plans import FORWARD_FAMILIES
 
 Array = npt.NDArray[Any]
 Kernel = Callable[[ConvProblem, Array, Array, Array | None, Array], None]
@@ -75,7 +76,7 @@ def test_the_cpu_path_passes(dtype: str, filter: str | None) -> None:
 
 
 def run_on_hostcuda(p: ConvProblem, x: Array, w: Array, b: Array | None, out: Array) -> None:
-    out[...] = hostcuda.convolve(p, x, w, b)
+    out[...] = hostcuda.compute(p, x, w, b)
 
 
 @pytest.mark.usefixtures("fake_gpu")
@@ -321,7 +322,7 @@ def test_the_sign_of_a_zero_counts_on_a_gpu_alone(plant: Callable[[Kernel], None
 
 # -- kernel families -------------------------------------------------------------------------------------------------
 
-NAMES = tuple(family.name for family in (*FAMILIES, *GRADIENT_FAMILIES))
+NAMES = tuple(family.name for family in FAMILIES)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -381,7 +382,7 @@ def test_a_family_that_no_case_reaches_fails_the_run(
 
 @pytest.mark.usefixtures("fake_gpu")
 def test_what_an_architecture_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    (mma,) = (family for family in FAMILIES if family.name == "conv1d_mma")
+    (mma,) = (family for family in FORWARD_FAMILIES if family.name == "conv1d_mma")
     monkeypatch.setattr(type(mma), "configs", lambda *_: iter(()))
     report = verify("gpu", filter="up_k1", dtypes="float32")
     assert report.lacking == ("conv1d_mma",)

@@ -16,7 +16,7 @@ from gpuconv import calls, cases, runtime, source
 from gpuconv.cases import Case
 from gpuconv.checks import BY_FAMILY, families_of, families_that_take
 from gpuconv.device import ARCHITECTURES, Device
-from gpuconv.families import FAMILIES, GRADIENT_FAMILIES
+from gpuconv.families import FAMILIES
 from gpuconv.report import Report
 from gpuconv.verify import verify
 
@@ -282,7 +282,7 @@ FAULTS: Mapping[str, Fault] = {
 def test_every_kernel_and_every_family_has_a_fault() -> None:
     kernels = {path.stem for path in source.directory().glob("*.cu")}
     assert {fault.kernel for fault in FAULTS.values()} == kernels
-    assert {fault.family for fault in FAULTS.values()} == {f.name for f in (*FAMILIES, *GRADIENT_FAMILIES)}
+    assert {fault.family for fault in FAULTS.values()} == {f.name for f in FAMILIES}
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -322,8 +322,8 @@ def plant(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Fault], None]]:
 def forget() -> None:
     """Let go of the kernels and of the plans that hold them."""
     runtime.build.cache_clear()
-    with calls._PLANS_LOCK:
-        calls._PLANS.clear()
+    with calls._CACHE_LOCK:
+        calls._EXECUTORS.clear()
 
 
 @pytest.mark.gpu

@@ -14,7 +14,7 @@ import pytest
 from gpuconv import dispatch, grad, reference
 from gpuconv.cases import CASES
 from gpuconv.device import ARCHITECTURES, Device
-from gpuconv.families import ArrayLayout, GradientLayout, slices
+from gpuconv.families import ArrayLayout, Layout, slices
 from gpuconv.families import weight_gradient_mma as mma
 from gpuconv.families.base import contiguous_strides
 from gpuconv.families.mma import ARITHMETICS
@@ -23,7 +23,7 @@ from gpuconv.problem import WeightGradientProblem
 from tests import hostcuda
 from tests.hostcuda import Counts, Program, fake_cupy
 from tests.hostcuda.banks import wavefronts
-from tests.hostcuda.gradient import gradient
+from tests.plans import kernel_of, refusal_of
 from tests.test_gradient_kernels import (
     assert_same_bits,
     channels_last,
@@ -62,7 +62,7 @@ def problem(
 
 
 def takes(p: WeightGradientProblem, device: Device = DEVICE) -> bool:
-    return FAMILY.refuse(p, GradientLayout.contiguous(p), device) is None
+    return refusal_of(FAMILY, p, Layout.contiguous(p), device) is None
 
 
 def table(mode: tuple[str, str]) -> Iterator[tuple[str, WeightGradientProblem]]:
@@ -74,7 +74,7 @@ def table(mode: tuple[str, str]) -> Iterator[tuple[str, WeightGradientProblem]]:
 
 
 def run(p: WeightGradientProblem, coarse: Array, fine: Array, **how: Any) -> Array:
-    return gradient(p, coarse, fine, family=NAME, **how)
+    return hostcuda.compute(p, coarse, fine, family=NAME, **how)
 
 
 def expect_exact(p: WeightGradientProblem, **how: Any) -> None:
@@ -86,7 +86,7 @@ def expect_exact(p: WeightGradientProblem, **how: Any) -> None:
 @pytest.fixture(scope="module", autouse=True)
 def kernels() -> None:
     """Most of what the tests need, compiled together, which takes less than one by one."""
-    of_table = {FAMILY.configure(p, GradientLayout.contiguous(p), DEVICE)[0] for mode in MODES for _, p in table(mode)}
+    of_table = {kernel_of(FAMILY, p, Layout.contiguous(p), DEVICE)[0] for mode in MODES for _, p in table(mode)}
     of_tiles = {FAMILY._config(tile, *mode, mma.WIDTHS[0], 32) for mode, tile in EVERY_TILE}
     hostcuda.prebuild([*of_table, *of_tiles])
 
@@ -135,8 +135,8 @@ def test_the_table(mode: tuple[str, str]) -> None:
 )
 def test_bits_depend_on_no_schedule_and_need_no_rare_way_out(p: WeightGradientProblem) -> None:
     """Shared memory that is read too early holds NaNs here, and the way out would repair what a GPU leaves wrong."""
-    layout = GradientLayout.contiguous(p)
-    config, launch = FAMILY.configure(p, layout, DEVICE)
+    layout = Layout.contiguous(p)
+    config, launch = kernel_of(FAMILY, p, layout, DEVICE)
     program = Program.of(config)
     assert program.text.count("if (met_special) {") == 1
     program = replace(program, text=program.text.replace("if (met_special) {", "if (false) {"))
@@ -156,7 +156,7 @@ def test_bits_depend_on_no_schedule_and_need_no_rare_way_out(p: WeightGradientPr
 
 def test_the_table_of_loads_covers_every_width() -> None:
     widths = {
-        mma._widths(p, GradientLayout.contiguous(p), 32)
+        mma._widths(p, Layout.contiguous(p), 32)
         for p in (problem(24, 20, 152, 5), problem(24, 20, 152, 4, stride=3, padding_left=1), problem(9, 10, 75, 3))
     }
     assert widths == set(mma.WIDTHS)
@@ -278,7 +278,9 @@ def test_layouts(mode: tuple[str, str]) -> None:
         (channels_last(coarse), scattered(fine), (1, R, R * C)),
         (unaligned(coarse), fine, (-C * K, -K, -1)),
     ):
-        layout = GradientLayout((hostcuda.array_layout(a), hostcuda.array_layout(b)), ArrayLayout(strides, p.itemsize))
+        layout = Layout.of(
+            coarse=hostcuda.array_layout(a), fine=hostcuda.array_layout(b), grad_weight=ArrayLayout(strides, p.itemsize)
+        )
         assert_same_bits(run(p, a, b, layout=layout, schedule="reverse", placement="start"), expected, strides)
 
 
@@ -286,9 +288,9 @@ def test_layouts(mode: tuple[str, str]) -> None:
 def test_offsets_beyond_32_bits(mode: tuple[str, str]) -> None:
     far = 2**31 + 8
     p = problem(16, 8, 72, 3, mode)
-    inputs = tuple(ArrayLayout((far, *contiguous_strides(shape)[1:])) for shape in (p.coarse_shape, p.fine_shape))
-    layout = GradientLayout(inputs, ArrayLayout((24, 3, 1)))
-    config, launch = FAMILY.configure(p, layout, DEVICE)
+    coarse, fine = (ArrayLayout((far, *contiguous_strides(shape)[1:])) for shape in (p.coarse_shape, p.fine_shape))
+    layout = Layout.of(coarse=coarse, fine=fine, grad_weight=ArrayLayout((24, 3, 1)))
+    config, launch = kernel_of(FAMILY, p, layout, DEVICE)
     assert launch.index_bits == 64
     assert config in set(FAMILY.configs(DEVICE))
     arrays = normal(p)
@@ -313,7 +315,7 @@ def test_offsets_beyond_32_bits(mode: tuple[str, str]) -> None:
 )
 def test_refusals(p: WeightGradientProblem, reason: str) -> None:
     for device in (DEVICE, replace(DEVICE, num_sms=1)):
-        refusal = FAMILY.refuse(p, GradientLayout.contiguous(p), device)
+        refusal = refusal_of(FAMILY, p, Layout.contiguous(p), device)
         assert refusal is not None
         assert reason in refusal
 
@@ -359,7 +361,7 @@ def test_public_functions_reach_tensor_cores() -> None:
     p = problem(16, 8, 160, 3, ("float32", "tf32"))
     grad_output, x = normal(p)
     expected = run(p, grad_output, x)
-    assert dispatch.choose_gradient(p, GradientLayout.contiguous(p), DEVICE).family == NAME
+    assert dispatch.choose(p, Layout.contiguous(p), DEVICE).family == NAME
     with fake_cupy.installed():
         given = fake_cupy.asarray(x), p.weight_shape, fake_cupy.asarray(grad_output)
         output = grad.conv1d_weight(*given, padding=1, precision="tf32")
@@ -379,7 +381,7 @@ def test_public_functions_reach_tensor_cores() -> None:
     "p", [problem(40, 40, 200, 5), problem(40, 40, 99, 4, stride=3, dilation=2), problem(16, 16, 20, 3, N=9)], ids=str
 )
 def test_matrix_loads_meet_no_bank_conflicts(p: WeightGradientProblem) -> None:
-    config, launch = FAMILY.configure(p, GradientLayout.contiguous(p), DEVICE)
+    config, launch = kernel_of(FAMILY, p, Layout.contiguous(p), DEVICE)
     coarse, fine = normal(p)
     cut, counts = Slices.of(p, on_tensor_cores=True), Counts()
     sums = np.empty(cut.count * math.prod(p.weight_shape), np.float32)

@@ -11,10 +11,11 @@ from typing import Any
 
 from gpuconv import cases, dispatch, functional, grad, reference, runtime
 from gpuconv.device import Device
-from gpuconv.families import GradientLayout, Layout
+from gpuconv.families import Layout
 from gpuconv.problem import BiasGradientProblem, ConvProblem, WeightGradientProblem
 
 from ..layers import load
+from ..modes import Direction, of_forward
 from . import records
 
 # (dtype, precision)
@@ -32,37 +33,25 @@ def shrunk(problem: ConvProblem, positions: int) -> ConvProblem:
     return replace(p, N=min(p.N, 2), L_in=min(p.L_in, max(needed + 2 * p.stride, positions)))
 
 
-def selection(device: Device, max_flops: int = 200_000_000, families: str = "") -> Iterator[tuple[str, ConvProblem]]:
+def selection(
+    device: Device, max_flops: int = 200_000_000, families: str = ""
+) -> Iterator[tuple[Direction, str, ConvProblem]]:
     """For every specialisation that the benchmark layers need, the smallest shrunken layer that takes it.
 
-    `families` is a regular expression of which the kernel family must have a match.
+    `families` is a regular expression of which the kernel family must have a match. The gradient of an input is a
+    forward pass, so of the gradients only those of weights are there.
     """
-    smallest: dict[tuple[object, ...], tuple[str, ConvProblem]] = {}
-    for (dtype, precision), positions, layer in itertools.product(MODES, LENGTHS, load()):
+    smallest: dict[tuple[object, ...], tuple[Direction, str, ConvProblem]] = {}
+    passes: tuple[Direction, ...] = ("forward", "grad_weight")
+    for direction, (dtype, precision), positions, layer in itertools.product(passes, MODES, LENGTHS, load()):
         problem = replace(shrunk(layer.problem(dtype), positions), precision=precision)
-        choice = dispatch.choose(problem, Layout.contiguous(problem), device)
+        computed = of_forward(problem, direction)
+        choice = dispatch.choose(computed, Layout.contiguous(computed), device)
         if choice is None or problem.flops() > max_flops or not re.search(families, choice.family):
             continue
-        key = (choice.config, choice.pack is not None)
-        if key not in smallest or problem.flops() < smallest[key][1].flops():
-            smallest[key] = (layer.name, problem)
-    yield from smallest.values()
-
-
-def gradient_selection(
-    device: Device, max_flops: int = 200_000_000, families: str = ""
-) -> Iterator[tuple[str, ConvProblem]]:
-    """The same for the kernels of weight gradients."""
-    smallest: dict[object, tuple[str, ConvProblem]] = {}
-    for (dtype, precision), positions, layer in itertools.product(MODES, LENGTHS, load()):
-        problem = replace(shrunk(layer.problem(dtype), positions), precision=precision)
-        gradient = WeightGradientProblem.of(problem)
-        choice = dispatch.choose_gradient(gradient, GradientLayout.contiguous(gradient), device)
-        if problem.flops() > max_flops or not re.search(families, choice.family):
-            continue
-        key = (choice.config, choice.sum is not None)
-        if key not in smallest or problem.flops() < smallest[key][1].flops():
-            smallest[key] = (layer.name, problem)
+        key = tuple(step.config.kernel for step in choice.plan.steps), choice.config
+        if key not in smallest or problem.flops() < smallest[key][2].flops():
+            smallest[key] = (direction, layer.name, problem)
     yield from smallest.values()
 
 
@@ -103,7 +92,8 @@ def work(families: str = "", *, rehearse: bool = False) -> list[tuple[str, recor
     cupy.cuda.set_allocator(None)
     device = runtime.device(int(cupy.cuda.runtime.getDevice()))
     max_flops = 2_000_000 if rehearse else 200_000_000
-    found = [(check, *pair) for pair in selection(device, max_flops, families)]
-    found += [(check_gradients, *pair) for pair in gradient_selection(device, max_flops, families)]
-    found.sort(key=lambda item: item[2].flops())
-    return [(f"{function.__name__} {name} {problem}", partial(function, problem)) for function, name, problem in found]
+    found = sorted(selection(device, max_flops, families), key=lambda chosen: chosen[2].flops())
+    checks = {"forward": check, "grad_weight": check_gradients}
+    return [
+        (f"{direction} {name} {problem}", partial(checks[direction], problem)) for direction, name, problem in found
+    ]

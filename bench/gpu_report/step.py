@@ -18,7 +18,7 @@ from itertools import islice
 from typing import Any, TypeAlias
 
 from gpuconv import cases, runtime, source
-from gpuconv.families import FAMILIES, GRADIENT_FAMILIES, Config
+from gpuconv.families import FAMILIES, Config
 from gpuconv.gpus import missing_gpu
 from gpuconv.verify import verify
 
@@ -35,7 +35,7 @@ def build_work() -> Iterator[tuple[str, records.Work]]:
     Those with 32-bit indices first: few problems need the others.
     """
     device = runtime.device(int(runtime.cupy_module().cuda.runtime.getDevice()))
-    every = dict.fromkeys(config for family in (*FAMILIES, *GRADIENT_FAMILIES) for config in family.configs(device))
+    every = dict.fromkeys(config for family in FAMILIES for config in family.configs(device))
     for config in sorted(every, key=lambda config: dict(config.macros).get("INDEX_BITS", 32)):  # stable
         digest = hashlib.sha256(source.assemble(config.kernel, dict(config.macros)).encode()).hexdigest()
         yield f"{config.kernel} {digest[:12]}", partial(_build, config)

@@ -10,14 +10,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from types import ModuleType
 from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
 
 from gpuconv import dispatch, runtime
-from gpuconv.families import GradientLayout, Layout, mma, weight_gradient_mma
-from gpuconv.problem import ConvProblem, WeightGradientProblem
+from gpuconv.families import Layout, mma, weight_gradient_mma
+from gpuconv.problem import ConvProblem, Problem, WeightGradientProblem
+from gpuconv.tasks import SIGNATURES
 
 from ..layers import load
 from ..modes import MODES, Direction, Mode, without_bias
@@ -99,24 +101,19 @@ def plans(problem: ConvProblem, direction: Direction) -> Iterator[tuple[str, Any
         ValueError: dispatch does not choose such a family.
     """
     device = runtime.device(int(runtime.cupy_module().cuda.runtime.getDevice()))
-    choice: dispatch.Choice | dispatch.GradientChoice | None
-    if direction == "forward":
-        layout = Layout.contiguous(problem)
-        choice, module, function = dispatch.choose(problem, layout, device), mma, "compare_tilings"
-    else:
-        gradient = WeightGradientProblem.of(problem)
-        gradient_layout = GradientLayout.contiguous(gradient)
-        choice = dispatch.choose_gradient(gradient, gradient_layout, device)
-        module, function = weight_gradient_mma, "_tilings"
+    module: ModuleType = mma
+    function, signature = "compare_tilings", SIGNATURES[problem.op]
+    chosen: Problem = problem
+    if direction != "forward":
+        module, function, signature = weight_gradient_mma, "_tilings", SIGNATURES[f"{problem.op}_weight"]
+        chosen = WeightGradientProblem.of(problem)
+    layout = Layout.contiguous(chosen)
+    choice = dispatch.choose(chosen, layout, device)
     if choice is None or not choice.family.endswith("_mma"):
         raise ValueError(f"{problem} does not run on tensor cores")
     every = getattr(module, function)
-    for place in range(len(choice.figures)):
+    for place in range(len(choice.plan.candidates)):
         with mock.patch.object(module, function, lambda *given, place=place: every(*given)[place : place + 1]):
-            if direction == "forward":
-                one = dispatch.choose_family(problem, layout, device, choice.family)
-                plan: Any = runtime.Plan(problem.output_shape, one, ())
-            else:
-                one = dispatch.choose_gradient.__wrapped__(gradient, gradient_layout, device)
-                plan = runtime.GradientPlan(gradient, one, (False,) * 3, (0, 1) if problem.transposed else (1, 0))
-        yield one.figures[0][0], plan
+            one = dispatch.choose.__wrapped__(chosen, layout, device)
+        assert one is not None
+        yield one.plan.candidates[0][0], runtime.Executor(one, (*signature.operands, list(chosen.shapes)[-1]))

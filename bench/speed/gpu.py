@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from gpuconv import dispatch, runtime
 from gpuconv.device import ARCHITECTURES
-from gpuconv.families import GradientLayout, Layout
+from gpuconv.families import Layout
 from gpuconv.problem import ConvProblem, WeightGradientProblem, numpy_dtype
 
 from ..layers import Ceilings, published_ceilings
@@ -86,8 +86,6 @@ class GpuEngine:
         return [self.elapsed(work)]
 
     def family(self, problem: ConvProblem | WeightGradientProblem) -> str:
-        if isinstance(problem, WeightGradientProblem):
-            return dispatch.choose_gradient(problem, GradientLayout.contiguous(problem), self.device).family
         choice = dispatch.choose(problem, Layout.contiguous(problem), self.device)
         return "none" if choice is None else choice.family
 

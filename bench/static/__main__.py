@@ -221,7 +221,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not planned:
         parser.error(f"no layer matches {args.filter!r} in these modes")
     try:
-        launches = dict(launch for p in planned for launch in p.choice.kernels)
+        launches = {step.config: step.launch for p in planned for step in p.choice.plan.steps}
         reports = compile_all(launches, args.arch, console)
         times = predictions.predicted(planned, reports, device)
         if args.predictions:

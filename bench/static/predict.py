@@ -21,9 +21,10 @@ from gpuconv.costs import (
     rates_of,
 )
 from gpuconv.device import Device
-from gpuconv.dispatch import Choice, GradientChoice
+from gpuconv.dispatch import Choice
 from gpuconv.families import Launch
-from gpuconv.problem import ConvProblem, WeightGradientProblem
+from gpuconv.families.base import PARTIAL
+from gpuconv.problem import ConvProblem, Problem, WeightGradientProblem
 
 from .sass import KernelReport
 
@@ -51,30 +52,28 @@ class Prediction:
     waves: int
 
 
-def predict(problem: ConvProblem, choice: Choice, report: KernelReport, device: Device) -> Prediction:
+def predict(problem: Problem, choice: Choice, report: KernelReport, device: Device) -> Prediction:
     """Predict one call under CUDA graph replay with cold caches; `report` is that of the chosen kernel.
 
     Raises:
         ValueError: not even one block fits a multiprocessor, or the architecture's rates are unknown.
     """
-    more_us = _pass_us(choice.pack.num_bytes, device) if choice.pack else 0.0
-    return _predict(problem, choice, report, device, _work(problem, choice.launch, report), more_us)
+    # Packed weights and partial sums are written by one kernel and read by another.
+    more_us = sum(_pass_us(num_bytes, device) for _, num_bytes in choice.plan.scratch)
+    if isinstance(problem, WeightGradientProblem):
+        work = _gradient_work(problem, choice, report)
+    else:
+        work = _work(problem, choice.launch, report)
+    return _predict(problem, choice, report, device, work, more_us)
 
 
-def predict_gradient(
-    problem: WeightGradientProblem, choice: GradientChoice, report: KernelReport, device: Device
-) -> Prediction:
-    """`predict` for the gradient of weights: the sums of the slices are written, and read by a second kernel."""
-    loop = report.loop
+def _gradient_work(problem: WeightGradientProblem, choice: Choice, report: KernelReport) -> _Work:
+    loop, partial = report.loop, choice.plan.scratch_bytes(PARTIAL)
     products = 3 if dict(choice.config.macros).get("IS_SPLIT") == "1" else 1  # of a multiply-add
     fma = products * problem.flops() / 2 * _gradient_waste(choice)
     passes = fma / loop.fma
     serial = passes * (_load_latency(loop.wavefronts) + FMA_LATENCY_CYCLES * loop.chain)
-    work = _Work(
-        fma, passes * loop.instructions, passes * loop.wavefronts, serial, problem.bytes() + choice.partial_bytes
-    )
-    more_us = _pass_us(choice.partial_bytes, device) if choice.sum else 0.0
-    return _predict(problem, choice, report, device, work, more_us)
+    return _Work(fma, passes * loop.instructions, passes * loop.wavefronts, serial, problem.bytes() + partial)
 
 
 def _pass_us(num_bytes: int, device: Device) -> float:
@@ -84,7 +83,7 @@ def _pass_us(num_bytes: int, device: Device) -> float:
 
 def _predict(
     problem: ConvProblem | WeightGradientProblem,
-    choice: Choice | GradientChoice,
+    choice: Choice,
     report: KernelReport,
     device: Device,
     work: _Work,
@@ -205,7 +204,7 @@ def _tile_waste(problem: ConvProblem, launch: Launch, report: KernelReport) -> f
     return max(1.0, covered / (problem.N * problem.C_out * problem.L_out))
 
 
-def _gradient_waste(choice: GradientChoice) -> float:
+def _gradient_waste(choice: Choice) -> float:
     """Sums that the threads of a weight gradient hold over sums that there are."""
     macros, params = dict(choice.config.macros), dict(choice.launch.params)
     if "BLOCK_M" in macros:
@@ -214,7 +213,8 @@ def _gradient_waste(choice: GradientChoice) -> float:
         held = choice.launch.grid * choice.launch.block * int(macros["THREAD_K"])
     else:
         return 1.0
-    return held / (choice.slices.count * params["C_coarse"] * params["C_fine_g"] * params["K"])
+    slices = -(-params["N"] // params["slice_samples"]) * params["slice_pieces"]
+    return held / (slices * params["C_coarse"] * params["C_fine_g"] * params["K"])
 
 
 def _taps_per_pass(problem: ConvProblem, report: KernelReport) -> int | None:

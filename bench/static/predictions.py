@@ -12,12 +12,12 @@ from rich.table import Table
 
 from gpuconv import dispatch
 from gpuconv.device import Device
-from gpuconv.families import FAMILIES, Config, GradientLayout, Layout
-from gpuconv.problem import ConvProblem, WeightGradientProblem
+from gpuconv.families import Config, Layout
+from gpuconv.problem import ConvProblem
 
 from ..layers import Layer
 from ..modes import Direction, Mode, of_forward, prediction_key
-from .predict import Prediction, predict, predict_gradient
+from .predict import Prediction, predict
 from .sass import KernelReport, report
 
 FILE = Path(__file__).with_name("predictions.csv")
@@ -32,7 +32,7 @@ class Planned:
     layer: Layer
     mode: Mode
     direction: Direction
-    choice: dispatch.Choice | dispatch.GradientChoice
+    choice: dispatch.Choice
 
     @property
     def key(self) -> str:
@@ -48,41 +48,26 @@ def plan(
         if not mode.runs_on(device):
             continue
         for layer, direction in product(filter(mode.includes, layers), directions):
-            choice = _choose(of_forward(mode.problem(layer), direction), device)
+            problem = of_forward(mode.problem(layer), direction)
+            choice = dispatch.choose(problem, Layout.contiguous(problem), device)
             if choice is not None:
                 planned.append(Planned(layer, mode, direction, choice))
     return planned
 
 
-def _choose(
-    problem: ConvProblem | WeightGradientProblem, device: Device
-) -> dispatch.Choice | dispatch.GradientChoice | None:
-    if isinstance(problem, WeightGradientProblem):
-        return dispatch.choose_gradient(problem, GradientLayout.contiguous(problem), device)
-    return dispatch.choose(problem, Layout.contiguous(problem), device)
-
-
 def predicted(planned: Sequence[Planned], reports: Mapping[Config, KernelReport], device: Device) -> list[Prediction]:
     """One prediction for each, by the machine code of the chosen kernel."""
-    found = []
-    for p in planned:
-        problem, kernel = of_forward(p.mode.problem(p.layer), p.direction), reports[p.choice.config]
-        if isinstance(problem, WeightGradientProblem):
-            assert isinstance(p.choice, dispatch.GradientChoice)
-            found.append(predict_gradient(problem, p.choice, kernel, device))
-        else:
-            assert isinstance(p.choice, dispatch.Choice)
-            found.append(predict(problem, p.choice, kernel, device))
-    return found
+    return [
+        predict(of_forward(p.mode.problem(p.layer), p.direction), p.choice, reports[p.choice.config], device)
+        for p in planned
+    ]
 
 
 def by_base_family(problem: ConvProblem, device: Device) -> Prediction:
     """What the family of last resort would take, whatever dispatch prefers."""
-    layout = Layout.contiguous(problem)
-    family = [family for family in FAMILIES if family.op == problem.op][-1]
-    config, launch = family.configure(problem, layout, device)
-    choice = dispatch.Choice(family.name, config, launch, ())
-    return predict(problem, choice, report(config, device.arch_name), device)
+    choice = dispatch.choose(problem, Layout.contiguous(problem), device, "base")
+    assert choice is not None
+    return predict(problem, choice, report(choice.config, device.arch_name), device)
 
 
 def by_layer(

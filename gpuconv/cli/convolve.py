@@ -7,14 +7,14 @@ from collections.abc import Callable
 from typing import Any
 
 from .. import dispatch, files, functional, runtime
-from ..problem import DTYPES, ConvProblem
+from ..problem import DTYPES, ConvProblem, Op
 from .errors import CommandError
 from .gpu import current_device, use_gpu
 from .options import add_device, add_settings, at_least, given_settings
 from .terminal import tell
 
 
-def add_to(commands: Any, op: str) -> None:
+def add_to(commands: Any, op: Op) -> None:
     transposed = op == "conv_transpose1d"
     shape = "(C_in, C_out/groups, K)" if transposed else "(C_out, C_in/groups, K)"
     name = "transposed convolution" if transposed else "convolution"

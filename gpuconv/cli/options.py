@@ -8,7 +8,7 @@ from typing import Any
 
 from .. import dispatch
 from ..explain import SETTINGS
-from ..problem import DTYPES, PRECISIONS, ArraySpec
+from ..problem import DTYPES, PRECISIONS, ArraySpec, Kind, Op
 
 
 def add_device(parser: Any) -> None:
@@ -41,7 +41,7 @@ def add_shapes(parser: Any, *, required: bool) -> None:
     add_settings(parser, tuple(SETTINGS))
 
 
-def add_settings(parser: Any, ops: tuple[str, ...]) -> None:
+def add_settings(parser: Any, ops: tuple[Op, ...]) -> None:
     note = "conv_transpose1d: " if len(ops) > 1 else ""
     words = "valid, same or causal" if "conv1d" in ops else "valid or same"
     parser.add_argument("--stride", type=_whole_number, metavar="N", help="step of the window (default: 1)")
@@ -51,7 +51,9 @@ def add_settings(parser: Any, ops: tuple[str, ...]) -> None:
     parser.add_argument(
         "--precision", choices=PRECISIONS, metavar="P", help=f"of float32 data: {_one_of(PRECISIONS, 'float32')}"
     )
-    names = dict.fromkeys(name for op in SETTINGS if op in ops for name in dispatch.algorithms(op))
+    # The commands that know both operations know their gradients, too.
+    kinds: tuple[Kind, ...] = (*ops, *(("weight_gradient", "bias_gradient") if len(ops) > 1 else ()))
+    names = dict.fromkeys(name for kind in kinds for name in dispatch.algorithms(kind))
     parser.add_argument(
         "--algorithm",
         choices=tuple(names),

@@ -13,14 +13,14 @@ import numpy as np
 import numpy.typing as npt
 from numpy.lib.stride_tricks import as_strided
 
-Array = npt.NDArray[Any]
+from ..dtypes import FORMATS
 
-_ACCUMULATOR = {"float16": "float32", "bfloat16": "float32"}
+Array = npt.NDArray[Any]
 
 
 def accumulator(dtype: str) -> np.dtype[Any]:
     """The dtype in which data of a dtype are summed."""
-    return np.dtype(_ACCUMULATOR.get(dtype, dtype))
+    return np.dtype(dtype if FORMATS[dtype].is_complex else FORMATS[dtype].accumulator)
 
 
 class Scratch:

@@ -1,10 +1,10 @@
-"""The kernel families, by preference: dispatch takes the first that does not refuse."""
+"""The kernel families, by preference: of those for a kind of problem, dispatch takes the first that does not refuse."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from .base import ArrayLayout, Config, Family, GradientFamily, GradientLayout, Launch, Layout, Pack, SecondPass
+from .base import ArrayLayout, Config, Family, Launch, Layout, Plan, Refusal, Step
 from .bias_gradient_rows import BiasGradientRows
 from .conv1d_depthwise import Conv1dDepthwise
 from .conv1d_direct import Conv1dDirect
@@ -26,7 +26,7 @@ from .weight_gradient_tiled import WeightGradientTiled
 
 # Tensor cores first: which layers they take must not depend on whether a CUDA-core family takes a batch or a length.
 # Those agree in their bits, so among them it may.
-FAMILIES: tuple[Family, ...] = (
+FAMILIES: tuple[Family[Any], ...] = (
     Conv1dMma(),
     ConvTranspose1dMma(),
     Conv1dDepthwise(),
@@ -40,9 +40,6 @@ FAMILIES: tuple[Family, ...] = (
     ConvTranspose1dPhases(),
     Conv1dDirect(),
     ConvTranspose1dGather(),
-)
-
-GRADIENT_FAMILIES: tuple[GradientFamily[Any], ...] = (
     WeightGradientMma(),
     WeightGradientPairs(),
     WeightGradientTiled(),
@@ -50,16 +47,4 @@ GRADIENT_FAMILIES: tuple[GradientFamily[Any], ...] = (
     BiasGradientRows(),
 )
 
-__all__ = [
-    "FAMILIES",
-    "GRADIENT_FAMILIES",
-    "ArrayLayout",
-    "Config",
-    "Family",
-    "GradientFamily",
-    "GradientLayout",
-    "Launch",
-    "Layout",
-    "Pack",
-    "SecondPass",
-]
+__all__ = ["FAMILIES", "ArrayLayout", "Config", "Family", "Launch", "Layout", "Plan", "Refusal", "Step"]

@@ -1,4 +1,4 @@
-"""The values that pass from a kernel family to the runtime: Layout in, Config and Launch out."""
+"""The values that pass between dispatch, kernel families and the runtime: Layout in, Plan or Refusal out."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import ClassVar, Generic, TypeVar
 
 from ..device import Device
-from ..problem import BiasGradientProblem, ConvProblem, Op, WeightGradientProblem
+from ..problem import ConvProblem, Kind, Problem
 from ..source import params_fields
 
-GradientT = TypeVar("GradientT", WeightGradientProblem, BiasGradientProblem)
+ProblemT = TypeVar("ProblemT", bound=Problem)
 
 INT32_MAX = 2**31 - 1
 MAX_GRID = 2**31 - 1  # blocks along grid x, on every architecture since sm_30
@@ -53,39 +53,29 @@ class ArrayLayout:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The layouts of a call's arrays. input and output always have three axes; bias is None when there is none."""
+    """The layouts of a problem's arrays, by the names that the problem gives them."""
 
-    input: ArrayLayout
-    weight: ArrayLayout
-    bias: ArrayLayout | None
-    output: ArrayLayout
+    arrays: tuple[tuple[str, ArrayLayout], ...]
 
-    @classmethod
-    def contiguous(cls, problem: ConvProblem) -> Layout:
-        """C-contiguous arrays that start at 16-byte boundaries, as fresh allocations do."""
-        p = problem
-        return cls(
-            input=ArrayLayout(contiguous_strides((p.N, p.C_in, p.L_in))),
-            weight=ArrayLayout(contiguous_strides(p.weight_shape)),
-            bias=ArrayLayout((1,)) if p.has_bias else None,
-            output=ArrayLayout(contiguous_strides((p.N, p.C_out, p.L_out))),
-        )
+    def __getitem__(self, name: str) -> ArrayLayout:
+        return next(layout for found, layout in self.arrays if found == name)
 
-
-@dataclass(frozen=True, slots=True)
-class GradientLayout:
-    """The layouts of the arrays of a gradient: coarse and fine, or grad_output, and the result. All axes are there."""
-
-    inputs: tuple[ArrayLayout, ...]
-    result: ArrayLayout
+    def __contains__(self, name: str) -> bool:
+        return any(found == name for found, _ in self.arrays)
 
     @classmethod
-    def contiguous(cls, problem: WeightGradientProblem | BiasGradientProblem) -> GradientLayout:
+    def of(cls, **arrays: ArrayLayout) -> Layout:
+        """The layouts of arrays given by name."""
+        return cls(tuple(arrays.items()))
+
+    def replaced(self, **arrays: ArrayLayout) -> Layout:
+        """The same with other layouts for some of the arrays."""
+        return Layout(tuple((name, arrays.get(name, layout)) for name, layout in self.arrays))
+
+    @classmethod
+    def contiguous(cls, problem: Problem) -> Layout:
         """C-contiguous arrays that start at 16-byte boundaries, as fresh allocations do."""
-        inputs, result = gradient_shapes(problem)
-        return cls(
-            tuple(ArrayLayout(contiguous_strides(shape)) for shape in inputs), ArrayLayout(contiguous_strides(result))
-        )
+        return cls(tuple((name, ArrayLayout(contiguous_strides(shape))) for name, shape in problem.shapes.items()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,30 +110,52 @@ class Launch:
 
 
 @dataclass(frozen=True, slots=True)
-class Pack:
-    """A kernel that runs before a family's own and lays out the weights anew, in a buffer that takes their place.
+class Step:
+    """One launch of a plan.
 
-    Its arguments are the weights, the buffer and Params.
+    Attributes:
+        config: the specialisation of the kernel.
+        launch: its grid, block, shared memory and parameters.
+        arrays: the kernel's pointers in order, by the names of the problem's arrays and of the plan's scratch buffers;
+            None is a null pointer. Params come behind them.
     """
 
     config: Config
     launch: Launch
-    num_bytes: int
+    arrays: tuple[str | None, ...]
+
+
+# Names of scratch buffers: weights in the order in which a kernel reads them, and sums that a later step adds.
+PACKED, PARTIAL = "packed", "partial"
 
 
 @dataclass(frozen=True, slots=True)
-class SecondPass:
-    """A kernel that runs after a family's own and makes the output of the partial sums that it left in a buffer.
+class Plan:
+    """How a family computes a problem: its launches, one after the other.
 
-    Both take the buffer behind their other arrays.
+    Attributes:
+        steps: in order.
+        scratch: (name, bytes) of the buffers through which steps hand results to each other.
+        candidates: (configuration, predicted cycles) of those that the cost model compared, the chosen one first.
     """
 
-    config: Config
-    launch: Launch
-    num_bytes: int
+    steps: tuple[Step, ...]
+    scratch: tuple[tuple[str, int], ...] = ()
+    candidates: tuple[tuple[str, float], ...] = ()
+
+    def scratch_bytes(self, name: str) -> int:
+        """The size of a scratch buffer; 0 where the plan has none of this name."""
+        return dict(self.scratch).get(name, 0)
 
 
-class Family(ABC):
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why a family does not take a problem: "needs C_in/groups >= 16"."""
+
+    reason: str
+
+
+class Family(ABC, Generic[ProblemT]):
     """A kernel family: one `.cu` file and the pure functions that decide when and how it runs.
 
     Families know neither CuPy nor each other.
@@ -152,77 +164,19 @@ class Family(ABC):
     name: ClassVar[str]
     """The one word for the file, the kernel function, the family and the test id: ``<op>_<algorithm>``."""
 
-    op: ClassVar[Op]
+    kind: ClassVar[Kind]
+    """The kind of problem that it computes."""
 
     canonical_order: ClassVar[bool] = True
-    """Whether it sums as the base families do, c_in outer and k inner: the families that do agree in every bit."""
+    """Whether it sums in the order of the base family of its kind: the families that do agree in every bit."""
 
     @abstractmethod
-    def refuse(self, problem: ConvProblem, layout: Layout, device: Device) -> str | None:
-        """Why this family does not take the problem ("needs C_in/groups >= 16"), or None if it does.
-
-        `problem.op` is the family's own and no array of the problem is empty.
-        """
-
-    @abstractmethod
-    def configure(self, problem: ConvProblem, layout: Layout, device: Device) -> tuple[Config, Launch]:
-        """The kernel's specialisation and launch for a problem that the family does not refuse."""
-
-    def pack(self, problem: ConvProblem, layout: Layout, device: Device) -> Pack | None:
-        """How the weights are packed for `configure`'s kernel, or None where it reads them as they are."""
-        return None
-
-    def second_pass(self, problem: ConvProblem, layout: Layout, device: Device) -> SecondPass | None:
-        """The kernel that finishes what `configure`'s began, or None where that writes the output."""
-        return None
-
-    def figures(self, problem: ConvProblem, layout: Layout, device: Device) -> tuple[tuple[str, float], ...]:
-        """(configuration, predicted cycles) of those that `configure` compared, the chosen one first."""
-        return ()
+    def plan(self, problem: ProblemT, layout: Layout, device: Device) -> Plan | Refusal:
+        """How the family computes a problem of its kind, or why it does not. `problem.is_empty` is False."""
 
     @abstractmethod
     def configs(self, device: Device) -> Iterator[Config]:
-        """Every specialisation that `configure` and `pack` can return on a device: what the compile tests build."""
-
-
-class GradientFamily(ABC, Generic[GradientT]):
-    """A kernel family for the gradient of weights or of a bias, like `Family`.
-
-    Its kernels sum the slices of `gpuconv.families.slices`. Their arguments are the inputs, the partial sums (null
-    where there is one slice), the result (null where there are several) and Params.
-    """
-
-    name: ClassVar[str]
-    op: ClassVar[str]
-    """The gradient that it computes: "weight_gradient" or "bias_gradient"."""
-
-    on_tensor_cores: ClassVar[bool] = False
-    """Whether tensor cores form its sums: then slices are longer, and the bits differ from those of other families."""
-
-    @abstractmethod
-    def refuse(self, problem: GradientT, layout: GradientLayout, device: Device) -> str | None:
-        """Why this family does not take the problem, or None if it does. No array of the problem is empty."""
-
-    @abstractmethod
-    def configure(self, problem: GradientT, layout: GradientLayout, device: Device) -> tuple[Config, Launch]:
-        """The kernel's specialisation and launch for a problem that the family does not refuse."""
-
-    def figures(self, problem: GradientT, layout: GradientLayout, device: Device) -> tuple[tuple[str, float], ...]:
-        """(configuration, predicted cycles) of those that `configure` compared, the chosen one first."""
-        return ()
-
-    @abstractmethod
-    def configs(self, device: Device) -> Iterator[Config]:
-        """Every specialisation that `configure` can return on a device."""
-
-
-def gradient_shapes(
-    problem: WeightGradientProblem | BiasGradientProblem,
-) -> tuple[tuple[tuple[int, ...], ...], tuple[int, ...]]:
-    """The shapes of the inputs and of the result."""
-    if isinstance(problem, WeightGradientProblem):
-        return (problem.coarse_shape, problem.fine_shape), problem.weight_shape
-    return (problem.grad_output_shape,), problem.bias_shape
+        """Every specialisation that a plan for a device can have: what the compile tests build."""
 
 
 def round_up(value: int, multiple: int, rest: int = 0) -> int:
@@ -238,66 +192,63 @@ def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(strides)
 
 
-def index_bits(problem: ConvProblem, layout: Layout, *extra: int) -> int:
+def index_bits(problem: Problem, layout: Layout, *extra: int) -> int:
     """32 where every index and offset of a launch fits a signed 32-bit integer, else 64.
 
     `extra` are further values that a kernel forms, such as the padded size of its grid.
     """
-    p = problem
-    span = p.dilation * (p.K - 1) + 1
-    placed = (layout.input, layout.weight, layout.output, *([layout.bias] if layout.bias else []))
-    largest = max(
-        layout.input.reach((p.N, p.C_in, p.L_in)),
-        layout.weight.reach(p.weight_shape),
-        layout.bias.reach((p.C_out,)) if layout.bias else 0,
-        layout.output.reach((p.N, p.C_out, p.L_out)),
-        # Positions before they are clipped to the array, on the fine side of the stride.
-        p.L_in + p.padding_left + p.padding_right + span + p.stride,
-        p.L_out + p.padding_left + p.padding_right + span + p.stride,
+    values = list(extra)
+    for name, shape in problem.shapes.items():
+        array = layout[name]
         # Params holds the strides of axes of extent 1, too, which no offset uses.
-        *(abs(stride) for array in placed for stride in array.strides),
-        *extra,
-    )
-    return 32 if largest <= INT32_MAX else 64
+        values += (array.reach(shape), *map(abs, array.strides))
+    if isinstance(problem, ConvProblem):
+        # Positions before they are clipped to the array, on the fine side of the stride.
+        p = problem
+        span = p.dilation * (p.K - 1) + 1
+        values += (L + p.padding_left + p.padding_right + span + p.stride for L in (p.L_in, p.L_out))
+    return 32 if max(values) <= INT32_MAX else 64
 
 
-def gradient_index_bits(
-    problem: WeightGradientProblem | BiasGradientProblem, layout: GradientLayout, *extra: int
-) -> int:
-    """32 where every index and offset of a launch fits a signed 32-bit integer, else 64; see `index_bits`."""
-    inputs, result = gradient_shapes(problem)
-    reach = [array.reach(shape) for array, shape in zip(layout.inputs, inputs, strict=True)]
-    strides = [abs(stride) for array in (*layout.inputs, layout.result) for stride in array.strides]
-    largest = max(*reach, layout.result.reach(result), *strides, *extra)
-    return 32 if largest <= INT32_MAX else 64
-
-
-def stride_params(layout: Layout, weight_axes: tuple[str, str]) -> dict[str, int]:
-    """The stride fields of Params; `weight_axes` names the first two axes of weight ("out", "in" or the reverse)."""
-    fields = dict(zip(("input_stride_n", "input_stride_c", "input_stride_l"), layout.input.strides, strict=True))
-    names = (*(f"weight_stride_{axis}" for axis in weight_axes), "weight_stride_k")
-    fields.update(zip(names, layout.weight.strides, strict=True))
-    fields["bias_stride"] = layout.bias.strides[0] if layout.bias else 0
-    fields.update(zip(("output_stride_n", "output_stride_c", "output_stride_l"), layout.output.strides, strict=True))
-    return fields
-
-
-def weight_source_params(problem: ConvProblem, layout: Layout) -> dict[str, int]:
-    """The fields of Params by which weight_source.cuh finds a weight, from K on, in order."""
+def conv_fields(problem: ConvProblem, layout: Layout) -> dict[str, int]:
+    """The values that the Params of an operation's kernels may have, by name."""
     p = problem
     gcd = math.gcd(p.stride, p.dilation)
-    tap_step = p.stride // gcd
-    strides = stride_params(layout, ("in", "out") if p.transposed else ("out", "in"))
-    return {
+    tap_step, position_step = p.stride // gcd, p.dilation // gcd
+    fields = {
+        "N": p.N,
+        "C_out": p.C_out,
+        "L_in": p.L_in,
+        "L_out": p.L_out,
         "K": p.K,
         "C_in_g": p.C_in_g,
         "C_out_g": p.C_out_g,
         "stride": p.stride,
+        "padding_left": p.padding_left,
+        "dilation": p.dilation,
+        # A phase of a transposed convolution: its taps are tap_step apart, their inputs position_step.
         "phase_gcd": gcd,
         "tap_step": tap_step,
-        "phase_inverse": pow(p.dilation // gcd, -1, tap_step),
-        **{name: strides[name] for name in ("weight_stride_out", "weight_stride_in", "weight_stride_k")},
+        "position_step": position_step,
+        "phase_inverse": pow(position_step, -1, tap_step),
+        "bias_stride": layout["bias"].strides[0] if "bias" in layout else 0,
     }
+    axes = ("in", "out", "k") if p.transposed else ("out", "in", "k")
+    for array, names in (("input", ("n", "c", "l")), ("weight", axes), ("output", ("n", "c", "l"))):
+        fields.update(zip((f"{array}_stride_{name}" for name in names), layout[array].strides, strict=True))
+    return fields
+
+
+def params_of(kernel: str, fields: Mapping[str, int], **own: int) -> tuple[tuple[str, int], ...]:
+    """The fields of a kernel's Params in the order of its .cu file, from those that many kernels have and its own."""
+    names = params_fields(kernel)
+    assert own.keys() <= set(names), f"{kernel}.cu has no {', '.join(own.keys() - set(names))}"
+    return tuple((name, own[name] if name in own else fields[name]) for name in names)
+
+
+def conv_arrays(problem: ConvProblem, weight: str = "weight") -> tuple[str | None, ...]:
+    """The pointers of a kernel of an operation; `weight` is `PACKED` where it reads the weights in another order."""
+    return ("input", weight, "bias" if problem.has_bias else None, "output")
 
 
 def base_config(kernel: str, dtype: str, bits: int, block_size: int) -> Config:

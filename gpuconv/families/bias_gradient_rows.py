@@ -9,27 +9,24 @@ from collections.abc import Iterator
 
 from ..device import Device
 from ..problem import DTYPES, BiasGradientProblem
-from .base import MAX_GRID, Config, GradientFamily, GradientLayout, Launch, base_config, gradient_index_bits
-from .slices import Slices, accumulator_bytes
+from .base import MAX_GRID, Config, Family, Launch, Layout, Plan, base_config, index_bits
+from .slices import Slices, sliced_plan
 
 # Threads of a block; a part of the order of summation.
 BLOCK_SIZE = 128
 
 
-class BiasGradientRows(GradientFamily[BiasGradientProblem]):
+class BiasGradientRows(Family[BiasGradientProblem]):
     """A block per channel and slice, any strides; refuses nothing."""
 
     name = "bias_gradient_rows"
-    op = "bias_gradient"
+    kind = "bias_gradient"
 
-    def refuse(self, problem: BiasGradientProblem, layout: GradientLayout, device: Device) -> str | None:
-        return None
-
-    def configure(self, problem: BiasGradientProblem, layout: GradientLayout, device: Device) -> tuple[Config, Launch]:
+    def plan(self, problem: BiasGradientProblem, layout: Layout, device: Device) -> Plan:
         p = problem
         slices = Slices.of(p)
         num_sums = slices.count * p.C
-        stride_n, stride_c, stride_l = layout.inputs[0].strides
+        stride_n, stride_c, stride_l = layout["grad_output"].strides
         step_n, step_l = divmod(BLOCK_SIZE, p.L)
         params = {
             "num_sums": num_sums,
@@ -43,11 +40,11 @@ class BiasGradientRows(GradientFamily[BiasGradientProblem]):
             "grad_output_stride_n": stride_n,
             "grad_output_stride_c": stride_c,
             "grad_output_stride_l": stride_l,
-            "grad_bias_stride": layout.result.strides[0],
+            "grad_bias_stride": layout["grad_bias"].strides[0],
         }
         grid = min(num_sums, MAX_GRID)
         hanging = p.N + 1 + BLOCK_SIZE // p.L  # samples that a thread's address may reach behind the last term
-        bits = gradient_index_bits(
+        bits = index_bits(
             p,
             layout,
             num_sums + grid,
@@ -55,8 +52,9 @@ class BiasGradientRows(GradientFamily[BiasGradientProblem]):
             hanging * abs(stride_n) + p.C * abs(stride_c) + (p.L + BLOCK_SIZE) * abs(stride_l),
         )
         config = base_config(self.name, p.dtype, bits, BLOCK_SIZE)
-        shared = BLOCK_SIZE * accumulator_bytes(p.dtype)
-        return config, Launch(grid, BLOCK_SIZE, shared, bits, tuple(params.items()))
+        shared = BLOCK_SIZE * p.format.accumulator_bytes
+        launch = Launch(grid, BLOCK_SIZE, shared, bits, tuple(params.items()))
+        return sliced_plan(p, layout, slices, config, launch)
 
     def configs(self, device: Device) -> Iterator[Config]:
         for dtype in DTYPES:

@@ -11,9 +11,23 @@ from functools import lru_cache
 from typing import ClassVar
 
 from ..device import Device
-from ..problem import DTYPES, ITEMSIZE, ConvProblem
+from ..problem import DTYPES, FORMATS, ConvProblem
 from ..source import params_fields
-from .base import MAX_GRID, Config, Family, Launch, Layout, index_bits, round_up, stride_params
+from .base import (
+    MAX_GRID,
+    Config,
+    Family,
+    Launch,
+    Layout,
+    Plan,
+    Refusal,
+    Step,
+    conv_arrays,
+    conv_fields,
+    index_bits,
+    params_of,
+    round_up,
+)
 from .depthwise import (
     BLOCK_SIZE,
     MANY_OUTPUTS,
@@ -22,7 +36,6 @@ from .depthwise import (
     Deal,
     Skip,
     Work,
-    accumulator_bytes,
     can_skip,
     can_slide,
     choose_deal,
@@ -40,54 +53,39 @@ LONG_STRIDE = 8
 SHORT_L = 64
 
 
-class Conv1dDepthwise(Family):
+class Conv1dDepthwise(Family[ConvProblem]):
     """One input channel a group, few outputs each."""
 
     name = "conv1d_depthwise"
-    op = "conv1d"
+    kind = "conv1d"
 
-    def refuse(self, problem: ConvProblem, layout: Layout, device: Device) -> str | None:
-        if problem.C_in_g != 1:
-            return "needs C_in/groups == 1"
-        if problem.C_out_g >= MANY_OUTPUTS:
-            return f"needs C_out/groups < {MANY_OUTPUTS}"
-        plan = _plan(problem, layout, device)
-        if plan is None:
-            return f"needs the taps and the window of one result in {device.shared_per_block} bytes of shared memory"
-        if plan.deal.grid > MAX_GRID:
-            return f"needs at most {MAX_GRID} blocks"
-        return None
-
-    def configure(self, problem: ConvProblem, layout: Layout, device: Device) -> tuple[Config, Launch]:
+    def plan(self, problem: ConvProblem, layout: Layout, device: Device) -> Plan | Refusal:
         p = problem
-        plan = _plan(p, layout, device)
-        assert plan is not None, f"{self.name} refuses {p}"
-        deal, shape = plan.deal, plan.shape
-        params = {
-            "N": p.N,
-            "C_out": p.C_out,
-            "L_in": p.L_in,
-            "L_out": p.L_out,
-            "K": p.K,
-            "C_out_g": p.C_out_g,
-            "stride": p.stride,
-            "padding_left": p.padding_left,
-            "dilation": p.dilation,
+        if p.C_in_g != 1:
+            return Refusal("needs C_in/groups == 1")
+        if p.C_out_g >= MANY_OUTPUTS:
+            return Refusal(f"needs C_out/groups < {MANY_OUTPUTS}")
+        tiling = _tiling(p, layout, device)
+        if tiling is None:
+            reason = f"needs the taps and the window of one result in {device.shared_per_block} bytes of shared memory"
+            return Refusal(reason)
+        if tiling.deal.grid > MAX_GRID:
+            return Refusal(f"needs at most {MAX_GRID} blocks")
+        deal, shape, bits = tiling.deal, tiling.shape, tiling.bits
+        params = params_of(
+            self.name,
+            conv_fields(p, layout),
             **deal.params(p),
-            "taps_pitch": shape.taps_pitch,
-            "window": shape.window(deal.places),
-            "window_pitch": shape.window_pitch(deal.places),
-            "plane_pitch": shape.plane_pitch(deal.places, deal.block_rows),
-            **stride_params(layout, ("out", "in")),
-        }
-        config = self._config(
-            shape.slide_stride, shape.is_skipping, isinstance(shape, _Stride), shape.thread_l, p.dtype, plan.bits
+            taps_pitch=shape.taps_pitch,
+            window=shape.window(deal.places),
+            window_pitch=shape.window_pitch(deal.places),
+            plane_pitch=shape.plane_pitch(deal.places, deal.block_rows),
         )
-        return config, Launch(deal.grid, deal.block, deal.shared_bytes, plan.bits, tuple(params.items()))
-
-    def figures(self, problem: ConvProblem, layout: Layout, device: Device) -> tuple[tuple[str, float], ...]:
-        plan = _plan(problem, layout, device)
-        return () if plan is None else plan.deal.figures()
+        config = self._config(
+            shape.slide_stride, shape.is_skipping, isinstance(shape, _Stride), shape.thread_l, p.dtype, bits
+        )
+        launch = Launch(deal.grid, deal.block, deal.shared_bytes, bits, params)
+        return Plan((Step(config, launch, conv_arrays(p)),), candidates=deal.figures())
 
     def configs(self, device: Device) -> Iterator[Config]:
         for dtype in DTYPES:
@@ -114,7 +112,7 @@ class Conv1dDepthwise(Family):
                 "SLIDE_STRIDE": slide_stride,
                 "IS_SKIPPING": int(is_skipping),
                 "IS_STRIDING": int(is_striding),
-                "DTYPE_BYTES": ITEMSIZE[dtype],
+                "DTYPE_BYTES": FORMATS[dtype].itemsize,
                 "THREAD_L": thread_l,
                 "PARAMS_BYTES": len(params_fields(self.name)) * bits // 8,
             },
@@ -174,11 +172,11 @@ class _Shape:
             windows = vectors * vector_length(self.problem.dtype)
         else:
             windows = block_rows * self.window_pitch(places)
-        return (block_rows * self.taps_pitch + windows) * accumulator_bytes(self.problem.dtype)
+        return (block_rows * self.taps_pitch + windows) * self.problem.format.accumulator_bytes
 
     def work(self, layout: Layout) -> Work:
         p = self.problem
-        multiply_adds = p.K * self.thread_l * (4 if p.is_complex else 1)
+        multiply_adds = p.K * self.thread_l * p.format.multiply_adds
         slides = self.slide_stride > 0
         vec = vector_length(p.dtype) if slides else 1
         # Instructions in the machine code for sm_90 (bench.static): of a multiply-add and the loads that feed it; of a
@@ -229,7 +227,7 @@ class _Stride:
         return round_up(self.problem.stride // self.vec, 2, 1)
 
     def shared_bytes(self, places: int, block_rows: int) -> int:
-        taps_bytes = self.taps_pitch * accumulator_bytes(self.problem.dtype)
+        taps_bytes = self.taps_pitch * self.problem.format.accumulator_bytes
         return block_rows * (taps_bytes + 16 * self.window_pitch(places))
 
     def work(self, layout: Layout) -> Work:
@@ -237,13 +235,13 @@ class _Stride:
         # Of a vector: its multiply-adds and conversions, its load and step, the loads of its taps. Of a result and of a
         # thread the rest, as in a thread that slides; of a staged vector a copy and its place.
         conversions = self.vec if p.itemsize == 2 else 0
-        loads = 4 + self.vec * accumulator_bytes(p.dtype) / 16
+        loads = 4 + self.vec * p.format.accumulator_bytes / 16
         return Work(
             rows=p.N * p.C_out,
             thread_outputs=1,
             row_outputs=p.L_out,
             thread_slots=165.0,
-            result_slots=self.steps * (self.vec * (4 if p.is_complex else 1) + conversions + loads) + 45,
+            result_slots=self.steps * (self.vec * p.format.multiply_adds + conversions + loads) + 45,
             position_slots=24.0 / self.vec,
             window_positions=lambda places: self.window(places) * self.vec,
             row_bytes=lambda places: (places + min(p.L_in, self.window(places) * self.vec)) * p.itemsize,
@@ -256,18 +254,18 @@ def _can_stride(problem: ConvProblem, layout: Layout, bits: int) -> bool:
     """Whether results begin whole vectors apart, and their taps meet most of what lies between."""
     p = problem
     is_whole = p.stride > SLIDE_STRIDES[-1] and p.stride % (16 // p.itemsize) == 0 and p.dilation == 1
-    return is_whole and p.stride <= 2 * p.K and layout.input.strides[2] == 1 and bits == 32
+    return is_whole and p.stride <= 2 * p.K and layout["input"].strides[2] == 1 and bits == 32
 
 
 @dataclass(frozen=True, slots=True)
-class _Plan:
+class _Tiling:
     shape: _Shape | Skip | _Stride
     deal: Deal
     bits: int
 
 
 @lru_cache(maxsize=4096)
-def _plan(problem: ConvProblem, layout: Layout, device: Device) -> _Plan | None:
+def _tiling(problem: ConvProblem, layout: Layout, device: Device) -> _Tiling | None:
     p = problem
     bits = _index_bits(p, layout)
     shapes: list[_Shape | Skip | _Stride] = []
@@ -282,7 +280,7 @@ def _plan(problem: ConvProblem, layout: Layout, device: Device) -> _Plan | None:
     for shape in shapes:
         deal = choose_deal(shape.work(layout), device)
         if deal is not None:
-            return _Plan(shape, deal, bits)
+            return _Tiling(shape, deal, bits)
     return None
 
 
@@ -293,5 +291,5 @@ def _index_bits(problem: ConvProblem, layout: Layout) -> int:
     hanging = p.L_out + (8 * BLOCK_SIZE + 1) * max(MANY_L, slide_outputs(p.dtype))
     span = p.L_in + hanging * p.stride + p.padding_left + p.dilation * p.K + 2**17
     samples = p.N + -(-BLOCK_SIZE // p.C_out)
-    farthest = samples * max(abs(layout.input.strides[0]), abs(layout.output.strides[0]))
+    farthest = samples * max(abs(layout["input"].strides[0]), abs(layout["output"].strides[0]))
     return index_bits(p, layout, span, farthest, p.N * p.C_out + BLOCK_SIZE)

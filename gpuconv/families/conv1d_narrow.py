@@ -10,10 +10,23 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from ..device import Device
-from ..problem import DTYPES, ITEMSIZE, ConvProblem
+from ..problem import DTYPES, FORMATS, ConvProblem
 from ..source import params_fields
 from ..text import count
-from .base import MAX_GRID, Config, Family, Launch, Layout, index_bits, stride_params
+from .base import (
+    MAX_GRID,
+    Config,
+    Family,
+    Launch,
+    Layout,
+    Plan,
+    Refusal,
+    Step,
+    conv_arrays,
+    conv_fields,
+    index_bits,
+    params_of,
+)
 
 WARP = 32
 BLOCK_SIZE = 128
@@ -34,7 +47,7 @@ _BLOCK_CYCLES = 2000.0
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class Tiling:
     """A number of columns a thread, and the cycles that the launch should take."""
 
     thread_l: int
@@ -43,24 +56,24 @@ class Plan:
 
 
 @lru_cache(maxsize=1024)
-def _compare_plans(problem: ConvProblem, device: Device, *, has_several: bool) -> tuple[Plan, ...]:
-    """The possible plans, best first; with several columns a thread or not."""
+def _compare_tilings(problem: ConvProblem, device: Device, *, has_several: bool) -> tuple[Tiling, ...]:
+    """The possible tilings, best first; with several columns a thread or not."""
     p = problem
     rows = _rows(p)
-    size = max(4, p.itemsize)
-    plans = []
+    size = p.format.accumulator_bytes
+    tilings = []
     for thread_l in THREAD_L[size] if has_several else (1,):
         samples, columns = (p.N, p.L_out) if thread_l > 1 else (1, p.N * p.L_out)
         blocks = -(-columns // (BLOCK_SIZE * thread_l)) * samples * p.groups
         real_size = size // 2 if p.is_complex else size
-        multiply_adds = rows * thread_l * (4 if p.is_complex else 1) * (2 if real_size == 8 else 1)
+        multiply_adds = rows * thread_l * p.format.multiply_adds * (2 if real_size == 8 else 1)
         slots = multiply_adds + rows * size / 16 + _COLUMN_SLOTS * thread_l + _TERM_SLOTS
         each = -(-blocks // device.num_sms)
         waves = -(-each // _min_blocks(p.dtype, rows, 32))
         issue = each * BLOCK_SIZE / WARP * slots / _ISSUE
         term_cycles = max(issue, waves * _TERM_LATENCY[thread_l])
-        plans.append(Plan(thread_l, blocks, p.C_in_g * p.K * term_cycles + waves * _BLOCK_CYCLES))
-    return tuple(sorted(plans, key=lambda plan: plan.cycles))
+        tilings.append(Tiling(thread_l, blocks, p.C_in_g * p.K * term_cycles + waves * _BLOCK_CYCLES))
+    return tuple(sorted(tilings, key=lambda tiling: tiling.cycles))
 
 
 def _rows(problem: ConvProblem) -> int:
@@ -72,81 +85,67 @@ def _min_blocks(dtype: str, rows: int, bits: int) -> int:
     return 4 if rows > 4 or bits == 64 or dtype == "complex128" else 6
 
 
-class Conv1dNarrow(Family):
+class Conv1dNarrow(Family[ConvProblem]):
     """All output channels of a group in one thread, each position read once for all of them."""
 
     name = "conv1d_narrow"
-    op = "conv1d"
+    kind = "conv1d"
 
-    def refuse(self, problem: ConvProblem, layout: Layout, device: Device) -> str | None:
-        if problem.C_out_g > ROWS[-1]:
-            return f"needs C_out/groups <= {ROWS[-1]}"
-        if self._plans(problem, layout, device)[0].blocks > MAX_GRID:
-            return f"needs at most {MAX_GRID} blocks"
-        return None
-
-    def configure(self, problem: ConvProblem, layout: Layout, device: Device) -> tuple[Config, Launch]:
+    def plan(self, problem: ConvProblem, layout: Layout, device: Device) -> Plan | Refusal:
         p = problem
+        if p.C_out_g > ROWS[-1]:
+            return Refusal(f"needs C_out/groups <= {ROWS[-1]}")
         bits = self._index_bits(p, layout)
-        plan = self._plans(p, layout, device)[0]
-        rows = _rows(p) if bits == 32 else ROWS[-1]
-        row_bytes = rows * max(4, p.itemsize)
-        chunk_terms = max(1, min(p.C_in_g * p.K, _CHUNK_BYTES // row_bytes))
-        strides = stride_params(layout, ("out", "in"))
-        tap_step = p.dilation * strides["input_stride_l"]
-        params = {
-            "N": p.N,
-            "L_in": p.L_in,
-            "L_out": p.L_out,
-            "K": p.K,
-            "C_in_g": p.C_in_g,
-            "C_out_g": p.C_out_g,
-            "stride": p.stride,
-            "padding_left": p.padding_left,
-            "dilation": p.dilation,
-            **strides,
-            "column_blocks": plan.blocks // (p.groups * (p.N if plan.thread_l > 1 else 1)),
-            "chunk_terms": chunk_terms,
-            "tap_step": tap_step,
-            "channel_step": strides["input_stride_c"] - (p.K - 1) * tap_step,
-        }
-        config = self._config(rows, plan.thread_l, p.dtype, bits)
-        return config, Launch(plan.blocks, BLOCK_SIZE, chunk_terms * row_bytes, bits, tuple(params.items()))
-
-    def figures(self, problem: ConvProblem, layout: Layout, device: Device) -> tuple[tuple[str, float], ...]:
-        return tuple(
-            (f"{count(_rows(problem), 'channel')} by {count(plan.thread_l, 'column')} a thread", plan.cycles)
-            for plan in self._plans(problem, layout, device)
+        tilings = _compare_tilings(
+            p, device, has_several=p.stride == 1 and layout["input"].strides[2] == 1 and bits == 32
         )
+        tiling = tilings[0]
+        if tiling.blocks > MAX_GRID:
+            return Refusal(f"needs at most {MAX_GRID} blocks")
+        rows = _rows(p) if bits == 32 else ROWS[-1]
+        row_bytes = rows * p.format.accumulator_bytes
+        chunk_terms = max(1, min(p.C_in_g * p.K, _CHUNK_BYTES // row_bytes))
+        fields = conv_fields(p, layout)
+        tap_step = p.dilation * fields["input_stride_l"]
+        params = params_of(
+            self.name,
+            fields,
+            column_blocks=tiling.blocks // (p.groups * (p.N if tiling.thread_l > 1 else 1)),
+            chunk_terms=chunk_terms,
+            tap_step=tap_step,
+            channel_step=fields["input_stride_c"] - (p.K - 1) * tap_step,
+        )
+        config = self._config(rows, tiling.thread_l, p.dtype, bits)
+        launch = Launch(tiling.blocks, BLOCK_SIZE, chunk_terms * row_bytes, bits, params)
+        candidates = tuple(
+            (f"{count(_rows(p), 'channel')} by {count(t.thread_l, 'column')} a thread", t.cycles) for t in tilings
+        )
+        return Plan((Step(config, launch, conv_arrays(p)),), candidates=candidates)
 
     def configs(self, device: Device) -> Iterator[Config]:
         for dtype in DTYPES:
             for rows in ROWS:
-                for thread_l in THREAD_L[max(4, ITEMSIZE[dtype])]:
+                for thread_l in THREAD_L[FORMATS[dtype].accumulator_bytes]:
                     yield self._config(rows, thread_l, dtype, 32)
             yield self._config(ROWS[-1], 1, dtype, 64)
-
-    def _plans(self, problem: ConvProblem, layout: Layout, device: Device) -> tuple[Plan, ...]:
-        is_regular = problem.stride == 1 and layout.input.strides[2] == 1
-        return _compare_plans(problem, device, has_several=is_regular and self._index_bits(problem, layout) == 32)
 
     def _index_bits(self, problem: ConvProblem, layout: Layout) -> int:
         # Beyond the arrays the kernel forms columns behind the last, positions of taps outside the input and their
         # offsets, and in the end the term behind the last.
         p = problem
-        strides = stride_params(layout, ("out", "in"))
+        fields = conv_fields(p, layout)
         span = (p.L_out + 4 * BLOCK_SIZE) * p.stride + p.padding_left + p.dilation * p.K + p.L_in
-        taps = p.K * p.dilation * abs(strides["input_stride_l"])
+        taps = p.K * p.dilation * abs(fields["input_stride_l"])
         return index_bits(
             p,
             layout,
             span,
-            span * abs(strides["input_stride_l"]) + p.N * abs(strides["input_stride_n"]),
-            (p.C_in_g + 1) * abs(strides["input_stride_c"]) + 2 * taps,
+            span * abs(fields["input_stride_l"]) + p.N * abs(fields["input_stride_n"]),
+            (p.C_in_g + 1) * abs(fields["input_stride_c"]) + 2 * taps,
             (p.N * p.L_out + 4 * BLOCK_SIZE) * p.groups,
-            (p.L_out + 4 * BLOCK_SIZE) * max(1, abs(strides["output_stride_l"])),
+            (p.L_out + 4 * BLOCK_SIZE) * max(1, abs(fields["output_stride_l"])),
             p.C_in_g * p.K + 2 * _CHUNK_BYTES,
-            (p.C_out + ROWS[-1]) * abs(strides["bias_stride"]),
+            (p.C_out + ROWS[-1]) * abs(fields["bias_stride"]),
         )
 
     def _config(self, rows: int, thread_l: int, dtype: str, bits: int) -> Config:

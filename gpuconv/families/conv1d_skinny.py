@@ -10,10 +10,23 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from ..device import Device
-from ..problem import DTYPES, ITEMSIZE, ConvProblem
+from ..problem import DTYPES, FORMATS, ConvProblem
 from ..source import params_fields
 from ..text import count
-from .base import MAX_GRID, Config, Family, Launch, Layout, index_bits, stride_params
+from .base import (
+    MAX_GRID,
+    Config,
+    Family,
+    Launch,
+    Layout,
+    Plan,
+    Refusal,
+    Step,
+    conv_arrays,
+    conv_fields,
+    index_bits,
+    params_of,
+)
 
 WARP = 32
 # Columns of a block and of one of its threads, which multiplies each weight that it reads with all of its own. Two
@@ -47,7 +60,7 @@ _OVERLAP_LOSS = 0.125
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class Tiling:
     """A problem cut into blocks of rows.
 
     Attributes:
@@ -73,9 +86,9 @@ class Plan:
         return WARP * (self.compute_warps + NUM_STAGES)
 
     @classmethod
-    def of(cls, p: ConvProblem, device: Device, block_n: int, block_rows: int, chunk_terms: int) -> Plan | None:
+    def of(cls, p: ConvProblem, device: Device, block_n: int, block_rows: int, chunk_terms: int) -> Tiling | None:
         """None where the buffers do not fit in shared memory."""
-        size = max(4, ITEMSIZE[p.dtype])
+        size = p.format.accumulator_bytes
         thread_n = COLUMNS[block_n]
         terms = p.C_in_g * p.K
         stage_bytes = block_rows * (chunk_terms * p.itemsize + 16) + block_n * (chunk_terms * size + 16)
@@ -90,7 +103,7 @@ class Plan:
         resident = max(1, min(each, _RESIDENT_THREADS // threads, device.shared_per_sm // (shared + 1024)))
         waves = -(-each // resident)
 
-        multiply_adds = thread_n * (4 if p.is_complex else 1)
+        multiply_adds = thread_n * p.format.multiply_adds
         fetches = p.itemsize / 16 + thread_n * size / 16
         loads = _TERM_SLOTS + _POSITION_SLOTS * block_n + 2 * block_rows * p.itemsize / 16
         limits = (
@@ -109,82 +122,67 @@ class Plan:
 
 
 @lru_cache(maxsize=1024)
-def _compare_plans(problem: ConvProblem, device: Device, block_n: int) -> tuple[Plan, ...]:
-    """The possible plans, best first."""
+def _compare_tilings(problem: ConvProblem, device: Device, block_n: int) -> tuple[Tiling, ...]:
+    """The possible tilings, best first."""
     p = problem
     largest = next((rows for rows in ROWS if rows >= p.C_out_g), ROWS[-1])
     longest = next((chunk for chunk in CHUNKS if chunk >= p.C_in_g * p.K), CHUNKS[-1])
-    plans = [
-        Plan.of(p, device, block_n, rows, chunk)
+    tilings = [
+        Tiling.of(p, device, block_n, rows, chunk)
         for rows in ROWS
         for chunk in CHUNKS
         if rows <= largest and chunk <= longest
     ]
-    return tuple(sorted((plan for plan in plans if plan is not None), key=lambda plan: plan.cycles))
+    return tuple(sorted((tiling for tiling in tilings if tiling is not None), key=lambda tiling: tiling.cycles))
 
 
-class Conv1dSkinny(Family):
+class Conv1dSkinny(Family[ConvProblem]):
     """Few rows a block, so that every multiprocessor reads weights all the time."""
 
     name = "conv1d_skinny"
-    op = "conv1d"
+    kind = "conv1d"
 
-    def refuse(self, problem: ConvProblem, layout: Layout, device: Device) -> str | None:
-        if problem.N * problem.L_out > MAX_COLUMNS:
-            return f"needs N * L_out <= {MAX_COLUMNS}"
-        if self._index_bits(problem, layout) == 64:
-            return "needs offsets below 2**31"
-        plans = self._plans(problem, device)
-        if not plans:
-            return f"needs buffers that fit in {device.shared_per_block} bytes of shared memory"
-        if plans[0].blocks > MAX_GRID:
-            return f"needs at most {MAX_GRID} blocks"
-        return None
-
-    def configure(self, problem: ConvProblem, layout: Layout, device: Device) -> tuple[Config, Launch]:
+    def plan(self, problem: ConvProblem, layout: Layout, device: Device) -> Plan | Refusal:
         p = problem
-        plan = self._plans(p, device)[0]
-        params = {
-            "columns": p.N * p.L_out,
-            "L_in": p.L_in,
-            "L_out": p.L_out,
-            "K": p.K,
-            "C_in_g": p.C_in_g,
-            "C_out_g": p.C_out_g,
-            "stride": p.stride,
-            "padding_left": p.padding_left,
-            "dilation": p.dilation,
-            **stride_params(layout, ("out", "in")),
-            "row_blocks": plan.blocks // p.groups,
-            "block_rows": plan.block_rows,
-            "compute_warps": plan.compute_warps,
-            "chunk_terms": plan.chunk_terms,
-            "vector_weights": int(self._has_vector_weights(p, layout)),
-        }
-        config = self._config(plan.block_n, p.dtype)
-        return config, Launch(plan.blocks, plan.threads, plan.shared_bytes, 32, tuple(params.items()))
-
-    def figures(self, problem: ConvProblem, layout: Layout, device: Device) -> tuple[tuple[str, float], ...]:
-        return tuple(
-            (
-                f"{count(plan.block_rows, 'row')} by {count(plan.block_n, 'column')}, "
-                f"{count(plan.chunk_terms, 'term')} at a time",
-                plan.cycles,
-            )
-            for plan in self._plans(problem, device)
+        columns = p.N * p.L_out
+        if columns > MAX_COLUMNS:
+            return Refusal(f"needs N * L_out <= {MAX_COLUMNS}")
+        if self._index_bits(p, layout) == 64:
+            return Refusal("needs offsets below 2**31")
+        tilings = _compare_tilings(p, device, next(block_n for block_n in COLUMNS if block_n >= columns))
+        if not tilings:
+            return Refusal(f"needs buffers that fit in {device.shared_per_block} bytes of shared memory")
+        tiling = tilings[0]
+        if tiling.blocks > MAX_GRID:
+            return Refusal(f"needs at most {MAX_GRID} blocks")
+        params = params_of(
+            self.name,
+            conv_fields(p, layout),
+            columns=columns,
+            row_blocks=tiling.blocks // p.groups,
+            block_rows=tiling.block_rows,
+            compute_warps=tiling.compute_warps,
+            chunk_terms=tiling.chunk_terms,
+            vector_weights=int(self._has_vector_weights(p, layout)),
         )
+        launch = Launch(tiling.blocks, tiling.threads, tiling.shared_bytes, 32, params)
+        candidates = tuple(
+            (
+                f"{count(t.block_rows, 'row')} by {count(t.block_n, 'column')}, "
+                f"{count(t.chunk_terms, 'term')} at a time",
+                t.cycles,
+            )
+            for t in tilings
+        )
+        return Plan((Step(self._config(tiling.block_n, p.dtype), launch, conv_arrays(p)),), candidates=candidates)
 
     def configs(self, device: Device) -> Iterator[Config]:
         for dtype in DTYPES:
             for block_n in COLUMNS:
                 yield self._config(block_n, dtype)
 
-    def _plans(self, problem: ConvProblem, device: Device) -> tuple[Plan, ...]:
-        columns = problem.N * problem.L_out
-        return _compare_plans(problem, device, next(block_n for block_n in COLUMNS if block_n >= columns))
-
     def _has_vector_weights(self, problem: ConvProblem, layout: Layout) -> bool:
-        p, weight = problem, layout.weight
+        p, weight = problem, layout["weight"]
         vec = 16 // p.itemsize
         is_contiguous = weight.strides[1:] == (p.K, 1)
         return is_contiguous and weight.alignment == 16 and p.C_in_g * p.K % vec == 0 and weight.strides[0] % vec == 0
@@ -192,7 +190,7 @@ class Conv1dSkinny(Family):
     def _index_bits(self, problem: ConvProblem, layout: Layout) -> int:
         # Beyond the arrays the kernel forms terms of a chunk that hangs over the last one, and their addresses.
         p = problem
-        strides = stride_params(layout, ("out", "in"))
+        fields = conv_fields(p, layout)
         hanging = MAX_COLUMNS * WARP + 1
         span = p.L_out * p.stride + p.padding_left + p.dilation * p.K
         return index_bits(
@@ -200,13 +198,13 @@ class Conv1dSkinny(Family):
             layout,
             p.C_in_g * p.K + (NUM_STAGES + 1) * CHUNKS[-1],
             span + p.L_in,
-            (p.C_in + hanging) * abs(strides["input_stride_c"])
-            + p.N * abs(strides["input_stride_n"])
-            + span * abs(strides["input_stride_l"]),
-            (p.C_in_g + hanging) * abs(strides["weight_stride_in"]) + p.K * abs(strides["weight_stride_k"]),
+            (p.C_in + hanging) * abs(fields["input_stride_c"])
+            + p.N * abs(fields["input_stride_n"])
+            + span * abs(fields["input_stride_l"]),
+            (p.C_in_g + hanging) * abs(fields["weight_stride_in"]) + p.K * abs(fields["weight_stride_k"]),
             p.C_out + ROWS[-1],
-            (p.C_out + ROWS[-1]) * abs(strides["weight_stride_out"]),
-            (p.C_out + ROWS[-1]) * abs(strides["bias_stride"]),
+            (p.C_out + ROWS[-1]) * abs(fields["weight_stride_out"]),
+            (p.C_out + ROWS[-1]) * abs(fields["bias_stride"]),
         )
 
     def _config(self, block_n: int, dtype: str) -> Config:
@@ -218,7 +216,7 @@ class Conv1dSkinny(Family):
                 "BLOCK_N": block_n,
                 "THREAD_N": COLUMNS[block_n],
                 "NUM_STAGES": NUM_STAGES,
-                "DTYPE_BYTES": ITEMSIZE[dtype],
+                "DTYPE_BYTES": FORMATS[dtype].itemsize,
                 "MAX_THREADS": WARP * (block_n // COLUMNS[block_n] * ROWS[-1] // WARP + NUM_STAGES),
                 # Caps the registers of a thread where they suffice.
                 "MIN_BLOCKS": 1 if dtype == "complex128" or block_n == MAX_COLUMNS else 2,

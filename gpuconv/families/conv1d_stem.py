@@ -11,10 +11,23 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from ..device import Device
-from ..problem import DTYPES, ITEMSIZE, ConvProblem
+from ..problem import DTYPES, FORMATS, ConvProblem
 from ..source import params_fields
 from ..text import count
-from .base import MAX_GRID, Config, Family, Launch, Layout, index_bits, stride_params
+from .base import (
+    MAX_GRID,
+    Config,
+    Family,
+    Launch,
+    Layout,
+    Plan,
+    Refusal,
+    Step,
+    conv_arrays,
+    conv_fields,
+    index_bits,
+    params_of,
+)
 
 WARP = 32
 MAX_C_IN_G = 4
@@ -58,7 +71,7 @@ _RESULT_SLOTS = 4.0
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class Tiling:
     """A problem cut into tiles of one shape: see the .cu file for the fields that Params repeats.
 
     Attributes:
@@ -86,9 +99,9 @@ class Plan:
         return -(-self.tiles // (self.warps_l * self.repeats))
 
     @classmethod
-    def of(cls, p: ConvProblem, device: Device, tile: Tile, samples: int) -> Plan | None:
+    def of(cls, p: ConvProblem, device: Device, tile: Tile, samples: int) -> Tiling | None:
         """None where the input of one tile does not fit in shared memory beside a few terms of weights."""
-        size = max(4, ITEMSIZE[p.dtype])
+        size = p.format.accumulator_bytes
         terms = p.C_in_g * p.K
         tiles_of_sample = -(-p.L_out // (WARP * tile.thread_l // samples))
         tiles = tiles_of_sample * -(-p.N // samples)
@@ -119,7 +132,7 @@ class Plan:
         repeats = max(1, min(MAX_REPEATS, blocks // (_BLOCKS_EACH * device.num_sms)))
 
         # A complex term is four multiply-adds, float64 runs at half the rate.
-        fma_slots = (4 if p.is_complex else 1) * (2 if p.dtype in ("float64", "complex128") else 1)
+        fma_slots = p.format.multiply_adds * (2 if p.dtype in ("float64", "complex128") else 1)
         results = tile.thread_l * tile.thread_c
         operand_loads = (tile.thread_l + tile.thread_c) * size / 16
         slots = terms * (results * fma_slots + operand_loads + _TERM_SLOTS)
@@ -146,105 +159,80 @@ class Plan:
 
 
 @lru_cache(maxsize=1024)
-def _compare_plans(problem: ConvProblem, device: Device, *, is_wide: bool, is_contiguous: bool) -> tuple[Plan, ...]:
-    """The possible plans, best first, for 64-bit indices and for outputs that are contiguous along l."""
-    large, *others = TILES[max(4, ITEMSIZE[problem.dtype])]
+def _compare_tilings(problem: ConvProblem, device: Device, *, is_wide: bool, is_contiguous: bool) -> tuple[Tiling, ...]:
+    """The possible tilings, best first, for 64-bit indices and for outputs that are contiguous along l."""
+    large, *others = TILES[problem.format.accumulator_bytes]
     shapes = [(large, 1)] if is_contiguous and not is_wide else []
     for tile in others[:1] if is_wide else others:
         shapes += [(tile, samples) for samples in dict.fromkeys((1, tile.thread_l))]
-    plans = (Plan.of(problem, device, tile, samples) for tile, samples in shapes)
-    return tuple(sorted((plan for plan in plans if plan is not None), key=lambda plan: plan.slots))
+    tilings = (Tiling.of(problem, device, tile, samples) for tile, samples in shapes)
+    return tuple(sorted((tiling for tiling in tilings if tiling is not None), key=lambda tiling: tiling.slots))
 
 
-class Conv1dStem(Family):
+class Conv1dStem(Family[ConvProblem]):
     """Tiles of many channels by positions, every input of a tile loaded once."""
 
     name = "conv1d_stem"
-    op = "conv1d"
+    kind = "conv1d"
 
-    def refuse(self, problem: ConvProblem, layout: Layout, device: Device) -> str | None:
+    def plan(self, problem: ConvProblem, layout: Layout, device: Device) -> Plan | Refusal:
         p = problem
         if not 1 <= p.C_in_g <= MAX_C_IN_G:
-            return f"needs C_in/groups from 1 to {MAX_C_IN_G}"
+            return Refusal(f"needs C_in/groups from 1 to {MAX_C_IN_G}")
         if p.C_out_g < MIN_C_OUT_G and (p.C_in_g == 1 or (p.stride == 1 and p.dilation == 1)):
-            return f"needs C_out/groups >= {MIN_C_OUT_G}, or C_in/groups > 1 and a stride or a dilation"
-        plans = self._plans(p, layout, device)
-        if not plans:
-            return "needs an input window, over min(K, stride) taps, that fits in shared memory"
-        plan = plans[0]
-        if plan.channel_blocks * plan.tile_blocks * p.groups > MAX_GRID:
-            return f"needs at most {MAX_GRID} blocks"
-        return None
-
-    def configure(self, problem: ConvProblem, layout: Layout, device: Device) -> tuple[Config, Launch]:
-        p = problem
+            return Refusal(f"needs C_out/groups >= {MIN_C_OUT_G}, or C_in/groups > 1 and a stride or a dilation")
         bits = self._index_bits(p, layout)
-        plan = self._plans(p, layout, device)[0]
-        params = {
-            "N": p.N,
-            "L_in": p.L_in,
-            "L_out": p.L_out,
-            "K": p.K,
-            "C_in_g": p.C_in_g,
-            "C_out_g": p.C_out_g,
-            "stride": p.stride,
-            "padding_left": p.padding_left,
-            "dilation": p.dilation,
-            **stride_params(layout, ("out", "in")),
-            "channel_blocks": plan.channel_blocks,
-            "tile_blocks": plan.tile_blocks,
-            "tiles": plan.tiles,
-            "tiles_of_sample": plan.tiles_of_sample,
-            "repeats": plan.repeats,
-            "warps_c": plan.warps_c,
-            "step_n": 0 if plan.samples == 1 else 1,
-            "step_l": WARP if plan.samples == 1 else 0,
-            "row_taps": plan.row_taps,
-            "row_advance": plan.row_advance,
-            "row_pitch": plan.row_pitch,
-            "chunk_terms": plan.chunk_terms,
-        }
-        is_large = plan.tile == TILES[max(4, ITEMSIZE[p.dtype])][0]
-        return self._config(plan.tile, is_large, p.dtype, bits), Launch(
-            plan.channel_blocks * plan.tile_blocks * p.groups,
-            WARP * plan.warps_c * plan.warps_l,
-            plan.shared_bytes,
-            bits,
-            tuple(params.items()),
+        tilings = _compare_tilings(p, device, is_wide=bits == 64, is_contiguous=layout["output"].strides[2] == 1)
+        if not tilings:
+            return Refusal("needs an input window, over min(K, stride) taps, that fits in shared memory")
+        tiling = tilings[0]
+        blocks = tiling.channel_blocks * tiling.tile_blocks * p.groups
+        if blocks > MAX_GRID:
+            return Refusal(f"needs at most {MAX_GRID} blocks")
+        params = params_of(
+            self.name,
+            conv_fields(p, layout),
+            channel_blocks=tiling.channel_blocks,
+            tile_blocks=tiling.tile_blocks,
+            tiles=tiling.tiles,
+            tiles_of_sample=tiling.tiles_of_sample,
+            repeats=tiling.repeats,
+            warps_c=tiling.warps_c,
+            step_n=0 if tiling.samples == 1 else 1,
+            step_l=WARP if tiling.samples == 1 else 0,
+            row_taps=tiling.row_taps,
+            row_advance=tiling.row_advance,
+            row_pitch=tiling.row_pitch,
+            chunk_terms=tiling.chunk_terms,
         )
-
-    def figures(self, problem: ConvProblem, layout: Layout, device: Device) -> tuple[tuple[str, float], ...]:
-        return tuple(
+        is_large = tiling.tile == TILES[p.format.accumulator_bytes][0]
+        config = self._config(tiling.tile, is_large, p.dtype, bits)
+        threads = WARP * tiling.warps_c * tiling.warps_l
+        launch = Launch(blocks, threads, tiling.shared_bytes, bits, params)
+        candidates = tuple(
             (
-                f"{count(plan.tile.thread_c, 'channel')} by {count(plan.tile.thread_l, 'column')} a thread, "
-                f"{count(plan.samples, 'sample')} a tile",
-                plan.slots,
+                f"{count(t.tile.thread_c, 'channel')} by {count(t.tile.thread_l, 'column')} a thread, "
+                f"{count(t.samples, 'sample')} a tile",
+                t.slots,
             )
-            for plan in self._plans(problem, layout, device)
+            for t in tilings
         )
+        return Plan((Step(config, launch, conv_arrays(p)),), candidates=candidates)
 
     def configs(self, device: Device) -> Iterator[Config]:
         for dtype in DTYPES:
-            large, *others = TILES[max(4, ITEMSIZE[dtype])]
+            large, *others = TILES[FORMATS[dtype].accumulator_bytes]
             yield self._config(large, True, dtype, 32)
             for tile in others:
                 yield self._config(tile, False, dtype, 32)
             yield self._config(others[0], False, dtype, 64)
-
-    def _plans(self, problem: ConvProblem, layout: Layout, device: Device) -> tuple[Plan, ...]:
-        return _compare_plans(
-            problem,
-            device,
-            is_wide=self._index_bits(problem, layout) == 64,
-            is_contiguous=layout.output.strides[2] == 1,
-        )
 
     def _index_bits(self, problem: ConvProblem, layout: Layout) -> int:
         # Beyond the arrays the kernel forms positions of the last tile's columns behind L_out and what they read, the
         # numbers of tiles of blocks that hang over the last, and channels and samples behind the last; and offsets from
         # a lane's first column to its others, even where the input ends before these.
         p = problem
-        strides = stride_params(layout, ("out", "in"))
+        fields = conv_fields(p, layout)
         hanging = p.L_out + WARP * 4
         span = (hanging + WARP + p.dilation * p.K) * p.stride + p.padding_left + p.dilation * (p.K + WARP)
         largest_block = MAX_REPEATS * MAX_THREADS
@@ -254,12 +242,12 @@ class Conv1dStem(Family):
             span,
             (-(-p.L_out // WARP) + 1) * p.N * -(-p.C_out_g // 4) * p.groups,
             (-(-p.L_out // WARP) + 1) * p.N + 2 * largest_block,
-            (p.C_out + 2 * MAX_THREADS) * abs(strides["output_stride_c"])
-            + (p.N + 4) * abs(strides["output_stride_n"])
-            + hanging * abs(strides["output_stride_l"]),
-            (p.N + 4) * abs(strides["input_stride_n"]) + p.L_in * abs(strides["input_stride_l"]),
-            4 * WARP * p.stride * abs(strides["input_stride_l"]),
-            (p.C_out + 2 * MAX_THREADS) * max(1, abs(strides["bias_stride"])),
+            (p.C_out + 2 * MAX_THREADS) * abs(fields["output_stride_c"])
+            + (p.N + 4) * abs(fields["output_stride_n"])
+            + hanging * abs(fields["output_stride_l"]),
+            (p.N + 4) * abs(fields["input_stride_n"]) + p.L_in * abs(fields["input_stride_l"]),
+            4 * WARP * p.stride * abs(fields["input_stride_l"]),
+            (p.C_out + 2 * MAX_THREADS) * max(1, abs(fields["bias_stride"])),
         )
 
     def _config(self, tile: Tile, is_contiguous: bool, dtype: str, bits: int) -> Config:

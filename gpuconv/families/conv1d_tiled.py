@@ -10,19 +10,16 @@ from collections.abc import Iterator
 from ..device import Device
 from ..problem import DTYPES, ConvProblem
 from ..source import params_fields
-from .base import MAX_GRID, Config, Family, Launch, Layout, Pack, index_bits, stride_params
+from .base import MAX_GRID, Config, Family, Launch, Layout, Plan, Refusal, conv_fields, index_bits, params_of
 from .tiles import (
     MAX_BLOCK_N,
     MAX_BLOCK_R,
     PackedWeight,
     Tile,
-    Tiling,
-    accumulator_bytes,
     compare_tilings,
-    make_pack,
     pack_config,
+    packed_plan,
     tiles_for,
-    tiling_figures,
     tiling_macros,
     walk_params,
 )
@@ -38,55 +35,50 @@ MIN_TERMS = 8
 MIN_COLUMNS = 4
 
 
-class Conv1dTiled(Family):
+class Conv1dTiled(Family[ConvProblem]):
     """Register tiles over c_out by (n, l_out)."""
 
     name = "conv1d_tiled"
-    op = "conv1d"
+    kind = "conv1d"
 
-    def refuse(self, problem: ConvProblem, layout: Layout, device: Device) -> str | None:
-        if problem.C_out_g < MIN_ROWS:
-            return f"needs C_out/groups >= {MIN_ROWS}"
-        if problem.C_in_g * problem.K < MIN_TERMS:
-            return f"needs C_in/groups * K >= {MIN_TERMS}"
-        if problem.N * problem.L_out < MIN_COLUMNS:
-            return f"needs N * L_out >= {MIN_COLUMNS}"
-        if self._tilings(problem, layout, device)[0].blocks > MAX_GRID:
-            return f"needs at most {MAX_GRID} blocks"
-        return None
-
-    def configure(self, problem: ConvProblem, layout: Layout, device: Device) -> tuple[Config, Launch]:
+    def plan(self, problem: ConvProblem, layout: Layout, device: Device) -> Plan | Refusal:
         p = problem
-        tiling = self._tilings(p, layout, device)[0]
-        tile = tiling.tile
-        strides = stride_params(layout, ("out", "in"))
-        params = {
-            "N": p.N,
-            "L_in": p.L_in,
-            "L_out": p.L_out,
-            "K": p.K,
-            "C_in_g": p.C_in_g,
-            "C_out_g": p.C_out_g,
-            "row_tiles": tiling.row_tiles,
-            "column_tiles": tiling.column_tiles,
-            "stride": p.stride,
-            "padding_left": p.padding_left,
-            "dilation": p.dilation,
-            **{name: stride for name, stride in strides.items() if not name.startswith("weight")},
-            **self._packed(p, tile).params(),
-            **walk_params(tiling, p.K, strides["input_stride_c"], p.dilation * strides["input_stride_l"]),
-        }
+        if p.C_out_g < MIN_ROWS:
+            return Refusal(f"needs C_out/groups >= {MIN_ROWS}")
+        if p.C_in_g * p.K < MIN_TERMS:
+            return Refusal(f"needs C_in/groups * K >= {MIN_TERMS}")
+        if p.N * p.L_out < MIN_COLUMNS:
+            return Refusal(f"needs N * L_out >= {MIN_COLUMNS}")
         bits = self._index_bits(p, layout)
-        return self._config(tile, tiling.column_step, p.dtype, bits), Launch(
-            tiling.blocks, tile.threads, tile.shared_bytes(accumulator_bytes(p.dtype)), bits, tuple(params.items())
+        regular = layout["input"].strides[2] == 1 and p.stride in COLUMN_STEPS and bits == 32
+        tilings = compare_tilings(
+            rows=p.C_out_g,
+            samples=p.N,
+            positions=p.L_out,
+            products=p.groups,
+            terms=p.C_in_g * p.K,
+            column_step=p.stride if regular else 0,
+            bits=bits,
+            dtype=p.dtype,
+            device=device,
         )
-
-    def pack(self, problem: ConvProblem, layout: Layout, device: Device) -> Pack:
-        packed = self._packed(problem, self._tilings(problem, layout, device)[0].tile)
-        return make_pack(problem, layout, packed, rows=problem.C_out_g, taps=problem.K, phases_in_rows=False)
-
-    def figures(self, problem: ConvProblem, layout: Layout, device: Device) -> tuple[tuple[str, float], ...]:
-        return tiling_figures(self._tilings(problem, layout, device))
+        tiling, tile = tilings[0], tilings[0].tile
+        if tiling.blocks > MAX_GRID:
+            return Refusal(f"needs at most {MAX_GRID} blocks")
+        packed = PackedWeight.of(tile, p.groups, p.C_in_g * p.K, p.C_out_g)
+        fields = conv_fields(p, layout)
+        params = params_of(
+            self.name,
+            fields,
+            row_tiles=tiling.row_tiles,
+            column_tiles=tiling.column_tiles,
+            **packed.params(),
+            **walk_params(tiling, p.K, fields["input_stride_c"], p.dilation * fields["input_stride_l"]),
+        )
+        config = self._config(tile, tiling.column_step, p.dtype, bits)
+        shared_bytes = tile.shared_bytes(p.format.accumulator_bytes)
+        launch = Launch(tiling.blocks, tile.threads, shared_bytes, bits, params)
+        return packed_plan(p, layout, packed, tilings, config, launch, rows=p.C_out_g, taps=p.K, phases_in_rows=False)
 
     def configs(self, device: Device) -> Iterator[Config]:
         for dtype in DTYPES:
@@ -98,27 +90,11 @@ class Conv1dTiled(Family):
             for bits in (32, 64):
                 yield pack_config(dtype, bits, transposed=False, phases_in_rows=False)
 
-    def _tilings(self, problem: ConvProblem, layout: Layout, device: Device) -> tuple[Tiling, ...]:
-        p = problem
-        bits = self._index_bits(p, layout)
-        regular = layout.input.strides[2] == 1 and p.stride in COLUMN_STEPS and bits == 32
-        return compare_tilings(
-            rows=p.C_out_g,
-            samples=p.N,
-            positions=p.L_out,
-            products=p.groups,
-            terms=p.C_in_g * p.K,
-            column_step=p.stride if regular else 0,
-            bits=bits,
-            dtype=p.dtype,
-            device=device,
-        )
-
     def _index_bits(self, problem: ConvProblem, layout: Layout) -> int:
         # Beyond the arrays the kernel forms positions and offsets of columns of a block that hangs over the last
         # sample, terms of a chunk that hangs over the last term, and the steps of its walks.
         p = problem
-        strides = stride_params(layout, ("out", "in"))
+        fields = conv_fields(p, layout)
         hanging = p.L_out + MAX_BLOCK_N
         span = hanging * p.stride + p.padding_left + p.dilation * p.K
         return index_bits(
@@ -126,15 +102,12 @@ class Conv1dTiled(Family):
             layout,
             (p.N * p.L_out + MAX_BLOCK_N) * p.groups,
             span + p.L_in,
-            p.N * abs(strides["output_stride_n"]) + hanging * abs(strides["output_stride_l"]),
-            p.N * abs(strides["input_stride_n"])
-            + (p.C_in + 2 * MAX_BLOCK_R) * abs(strides["input_stride_c"])
-            + span * abs(strides["input_stride_l"]),
+            p.N * abs(fields["output_stride_n"]) + hanging * abs(fields["output_stride_l"]),
+            p.N * abs(fields["input_stride_n"])
+            + (p.C_in + 2 * MAX_BLOCK_R) * abs(fields["input_stride_c"])
+            + span * abs(fields["input_stride_l"]),
             PackedWeight.most_elements(p.groups, p.C_in_g * p.K, p.C_out_g),
         )
-
-    def _packed(self, problem: ConvProblem, tile: Tile) -> PackedWeight:
-        return PackedWeight.of(tile, problem.groups, problem.C_in_g * problem.K, problem.C_out_g)
 
     def _config(self, tile: Tile, column_step: int, dtype: str, bits: int) -> Config:
         macros = tiling_macros(tile, column_step, dtype, bits)

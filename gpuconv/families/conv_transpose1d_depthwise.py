@@ -12,9 +12,23 @@ from functools import lru_cache
 from typing import ClassVar
 
 from ..device import Device
-from ..problem import DTYPES, ITEMSIZE, ConvProblem
+from ..problem import DTYPES, FORMATS, ConvProblem
 from ..source import params_fields
-from .base import MAX_GRID, Config, Family, Launch, Layout, index_bits, round_up, stride_params
+from .base import (
+    MAX_GRID,
+    Config,
+    Family,
+    Launch,
+    Layout,
+    Plan,
+    Refusal,
+    Step,
+    conv_arrays,
+    conv_fields,
+    index_bits,
+    params_of,
+    round_up,
+)
 from .depthwise import (
     BLOCK_SIZE,
     MANY_OUTPUTS,
@@ -24,7 +38,6 @@ from .depthwise import (
     Divisor,
     Skip,
     Work,
-    accumulator_bytes,
     can_skip,
     can_slide,
     choose_deal,
@@ -37,56 +50,37 @@ from .depthwise import (
 MANY_L = 4
 
 
-class ConvTranspose1dDepthwise(Family):
+class ConvTranspose1dDepthwise(Family[ConvProblem]):
     """One input channel a group, few outputs each."""
 
     name = "conv_transpose1d_depthwise"
-    op = "conv_transpose1d"
+    kind = "conv_transpose1d"
 
-    def refuse(self, problem: ConvProblem, layout: Layout, device: Device) -> str | None:
-        if problem.C_in_g != 1:
-            return "needs C_in/groups == 1"
-        if problem.C_out_g >= MANY_OUTPUTS:
-            return f"needs C_out/groups < {MANY_OUTPUTS}"
-        if _plan(problem, layout, device).deal.grid > MAX_GRID:
-            return f"needs at most {MAX_GRID} blocks"
-        return None
-
-    def configure(self, problem: ConvProblem, layout: Layout, device: Device) -> tuple[Config, Launch]:
+    def plan(self, problem: ConvProblem, layout: Layout, device: Device) -> Plan | Refusal:
         p = problem
-        plan = _plan(p, layout, device)
-        deal, shape = plan.deal, plan.shape
-        gcd = math.gcd(p.stride, p.dilation)
-        tap_step, position_step = p.stride // gcd, p.dilation // gcd
+        if p.C_in_g != 1:
+            return Refusal("needs C_in/groups == 1")
+        if p.C_out_g >= MANY_OUTPUTS:
+            return Refusal(f"needs C_out/groups < {MANY_OUTPUTS}")
+        tiling = _tiling(p, layout, device)
+        if tiling.deal.grid > MAX_GRID:
+            return Refusal(f"needs at most {MAX_GRID} blocks")
+        deal, shape, bits = tiling.deal, tiling.shape, tiling.bits
         has_window = shape.slide_stride > 0 or shape.is_skipping
-        params = {
-            "N": p.N,
-            "C_out": p.C_out,
-            "L_in": p.L_in,
-            "L_out": p.L_out,
-            "K": p.K,
-            "C_out_g": p.C_out_g,
-            "stride": p.stride,
+        params = params_of(
+            self.name,
+            conv_fields(p, layout),
             **Divisor.params(stride=p.stride),
-            "padding_left": p.padding_left,
-            "dilation": p.dilation,
-            "phase_gcd": gcd,
-            "tap_step": tap_step,
-            "position_step": position_step,
-            "phase_inverse": pow(position_step, -1, tap_step),
             **deal.params(p),
-            "taps_pitch": shape.taps_pitch if has_window else 0,
-            "window": shape.window(deal.places) if has_window else 0,
-            "window_below": shape.window_below if has_window else 0,
-            "window_pitch": shape.window_pitch(deal.places) if has_window else 0,
-            "plane_pitch": shape.plane_pitch(deal.places, deal.block_rows) if has_window else 0,
-            **stride_params(layout, ("in", "out")),
-        }
-        config = self._config(shape.slide_stride, shape.is_skipping, shape.thread_l, p.dtype, plan.bits)
-        return config, Launch(deal.grid, deal.block, deal.shared_bytes, plan.bits, tuple(params.items()))
-
-    def figures(self, problem: ConvProblem, layout: Layout, device: Device) -> tuple[tuple[str, float], ...]:
-        return _plan(problem, layout, device).deal.figures()
+            taps_pitch=shape.taps_pitch if has_window else 0,
+            window=shape.window(deal.places) if has_window else 0,
+            window_below=shape.window_below if has_window else 0,
+            window_pitch=shape.window_pitch(deal.places) if has_window else 0,
+            plane_pitch=shape.plane_pitch(deal.places, deal.block_rows) if has_window else 0,
+        )
+        config = self._config(shape.slide_stride, shape.is_skipping, shape.thread_l, p.dtype, bits)
+        launch = Launch(deal.grid, deal.block, deal.shared_bytes, bits, params)
+        return Plan((Step(config, launch, conv_arrays(p)),), candidates=deal.figures())
 
     def configs(self, device: Device) -> Iterator[Config]:
         for dtype in DTYPES:
@@ -108,7 +102,7 @@ class ConvTranspose1dDepthwise(Family):
                 "MIN_BLOCKS": min_blocks,
                 "SLIDE_STRIDE": slide_stride,
                 "IS_SKIPPING": int(is_skipping),
-                "DTYPE_BYTES": ITEMSIZE[dtype],
+                "DTYPE_BYTES": FORMATS[dtype].itemsize,
                 "THREAD_L": thread_l,
                 "PARAMS_BYTES": len(params_fields(self.name)) * bits // 8,
             },
@@ -164,11 +158,11 @@ class _Shape:
         if self.slide_stride == 0:
             return 0
         windows = self.thread_vectors * self.plane_pitch(places, block_rows) * vector_length(self.problem.dtype)
-        return (block_rows * self.taps_pitch + windows) * accumulator_bytes(self.problem.dtype)
+        return (block_rows * self.taps_pitch + windows) * self.problem.format.accumulator_bytes
 
     def work(self, layout: Layout) -> Work:
         p = self.problem
-        multiply_adds = p.terms * self.thread_l * (4 if p.is_complex else 1)
+        multiply_adds = p.terms * self.thread_l * p.format.multiply_adds
         slides = self.slide_stride > 0
         vec = vector_length(p.dtype)
         # Instructions in the machine code for sm_90 (bench.static): of a multiply-add and the loads that feed it; of a
@@ -187,14 +181,14 @@ class _Shape:
 
 
 @dataclass(frozen=True, slots=True)
-class _Plan:
+class _Tiling:
     shape: _Shape | Skip
     deal: Deal
     bits: int
 
 
 @lru_cache(maxsize=4096)
-def _plan(problem: ConvProblem, layout: Layout, device: Device) -> _Plan:
+def _tiling(problem: ConvProblem, layout: Layout, device: Device) -> _Tiling:
     p = problem
     bits = _index_bits(p, layout)
     shapes: list[_Shape | Skip] = []
@@ -206,7 +200,7 @@ def _plan(problem: ConvProblem, layout: Layout, device: Device) -> _Plan:
     for shape in shapes:
         deal = choose_deal(shape.work(layout), device)
         if deal is not None:
-            return _Plan(shape, deal, bits)
+            return _Tiling(shape, deal, bits)
     raise AssertionError("a block without shared memory fits")
 
 
@@ -220,8 +214,8 @@ def _index_bits(problem: ConvProblem, layout: Layout) -> int:
         p,
         layout,
         hanging + p.L_in,
-        hanging * max(1, abs(layout.output.strides[2])),
-        (p.N + -(-BLOCK_SIZE // p.C_out)) * max(abs(layout.input.strides[0]), abs(layout.output.strides[0])),
+        hanging * max(1, abs(layout["output"].strides[2])),
+        (p.N + -(-BLOCK_SIZE // p.C_out)) * max(abs(layout["input"].strides[0]), abs(layout["output"].strides[0])),
         p.N * p.C_out + BLOCK_SIZE,
         p.K + tap_step,
         tap_step * tap_step,

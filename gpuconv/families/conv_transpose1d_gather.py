@@ -5,55 +5,51 @@ Contract: cuda_src/conv_transpose1d_gather.cu.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 from ..device import Device
 from ..problem import DTYPES, ConvProblem
-from .base import MAX_GRID, Config, Family, Launch, Layout, base_config, index_bits, stride_params
+from .base import (
+    MAX_GRID,
+    Config,
+    Family,
+    Launch,
+    Layout,
+    Plan,
+    Step,
+    base_config,
+    conv_arrays,
+    conv_fields,
+    index_bits,
+    params_of,
+)
 
 # The kernel's launch bounds leave a thread 128 registers, so that two blocks of this size share a multiprocessor.
 BLOCK_SIZE = 256
 
 
-class ConvTranspose1dGather(Family):
+class ConvTranspose1dGather(Family[ConvProblem]):
     """One thread per output element, any strides, only the taps of the output's phase."""
 
     name = "conv_transpose1d_gather"
-    op = "conv_transpose1d"
+    kind = "conv_transpose1d"
 
-    def refuse(self, problem: ConvProblem, layout: Layout, device: Device) -> str | None:
-        return None
-
-    def configure(self, problem: ConvProblem, layout: Layout, device: Device) -> tuple[Config, Launch]:
+    def plan(self, problem: ConvProblem, layout: Layout, device: Device) -> Plan:
         p = problem
         num_outputs = p.N * p.C_out * p.L_out
         grid = min(-(-num_outputs // BLOCK_SIZE), MAX_GRID)
-        gcd = math.gcd(p.stride, p.dilation)
-        tap_step, position_step = p.stride // gcd, p.dilation // gcd
+        fields = conv_fields(p, layout)
+        tap_step = fields["tap_step"]
         # The kernel multiplies two residues of tap_step, and k_first < tap_step by dilation; the loop over the grid
         # leaves with an index of up to num_outputs + grid*BLOCK_SIZE.
         bits = index_bits(p, layout, num_outputs + grid * BLOCK_SIZE, tap_step * tap_step, tap_step * p.dilation)
-        params = {
-            "num_outputs": num_outputs,
-            "C_out": p.C_out,
-            "L_in": p.L_in,
-            "L_out": p.L_out,
-            "K": p.K,
-            "C_in_g": p.C_in_g,
-            "C_out_g": p.C_out_g,
-            "stride": p.stride,
-            "padding_left": p.padding_left,
-            "dilation": p.dilation,
-            "phase_gcd": gcd,
-            "tap_step": tap_step,
-            "position_step": position_step,
-            "phase_inverse": pow(position_step, -1, tap_step),
-            **stride_params(layout, ("in", "out")),
-        }
-        return base_config(self.name, p.dtype, bits, BLOCK_SIZE), Launch(
-            grid, BLOCK_SIZE, 0, bits, tuple(params.items())
+        params = params_of(
+            self.name,
+            fields,
+            num_outputs=num_outputs,
         )
+        launch = Launch(grid, BLOCK_SIZE, 0, bits, params)
+        return Plan((Step(base_config(self.name, p.dtype, bits, BLOCK_SIZE), launch, conv_arrays(p)),))
 
     def configs(self, device: Device) -> Iterator[Config]:
         for dtype in DTYPES:

@@ -10,20 +10,17 @@ from collections.abc import Iterator
 from ..device import Device
 from ..problem import DTYPES, ConvProblem
 from ..source import params_fields
-from .base import MAX_GRID, Config, Family, Launch, Layout, Pack, index_bits, stride_params
+from .base import MAX_GRID, Config, Family, Launch, Layout, Plan, Refusal, conv_fields, index_bits, params_of
 from .phases import Phases
 from .tiles import (
     MAX_BLOCK_N,
     MAX_BLOCK_R,
     PackedWeight,
     Tile,
-    Tiling,
-    accumulator_bytes,
     compare_tilings,
-    make_pack,
     pack_config,
+    packed_plan,
     tiles_for,
-    tiling_figures,
     tiling_macros,
     walk_params,
 )
@@ -36,76 +33,67 @@ MIN_TERMS = 8
 MAX_PACKING = 16
 
 
-class ConvTranspose1dPhases(Family):
+class ConvTranspose1dPhases(Family[ConvProblem]):
     """Register tiles over (c_out, phase) by (n, q)."""
 
     name = "conv_transpose1d_phases"
-    op = "conv_transpose1d"
+    kind = "conv_transpose1d"
 
-    def refuse(self, problem: ConvProblem, layout: Layout, device: Device) -> str | None:
-        phases = Phases.of(problem)
+    def plan(self, problem: ConvProblem, layout: Layout, device: Device) -> Plan | Refusal:
+        p, phases = problem, Phases.of(problem)
         if phases.rows < MIN_ROWS:
-            return f"needs C_out/groups (times stride where dilation is 1) >= {MIN_ROWS}"
-        if problem.terms < MIN_TERMS:
-            return f"needs C_in/groups * taps of a phase >= {MIN_TERMS}"
-        if problem.stride * phases.taps > MAX_PACKING * problem.K:
-            return f"needs stride * taps of a phase <= {MAX_PACKING} * K"
-        if _tilings(phases, layout, device)[0].blocks > MAX_GRID:
-            return f"needs at most {MAX_GRID} blocks"
-        return None
-
-    def configure(self, problem: ConvProblem, layout: Layout, device: Device) -> tuple[Config, Launch]:
-        p = problem
-        phases = Phases.of(p)
-        tiling = _tilings(phases, layout, device)[0]
-        tile = tiling.tile
-        strides = stride_params(layout, ("in", "out"))
-        params = {
-            "N": p.N,
-            "L_in": p.L_in,
-            "L_out": p.L_out,
-            "K": p.K,
-            "C_in_g": p.C_in_g,
-            "C_out_g": p.C_out_g,
-            "row_tiles": tiling.row_tiles,
-            "column_tiles": tiling.column_tiles,
-            "positions": phases.positions,
-            "q_begin": phases.q_begin,
-            "stride": p.stride,
-            "padding_left": p.padding_left,
-            "dilation": p.dilation,
-            "phase_gcd": phases.gcd,
-            "tap_step": phases.tap_step,
-            "position_step": phases.position_step,
-            "phase_inverse": phases.inverse,
-            "taps": phases.taps,
-            **{name: stride for name, stride in strides.items() if not name.startswith("weight")},
-            **_packed(phases, tile).params(),
+            return Refusal(f"needs C_out/groups (times stride where dilation is 1) >= {MIN_ROWS}")
+        if p.terms < MIN_TERMS:
+            return Refusal(f"needs C_in/groups * taps of a phase >= {MIN_TERMS}")
+        if p.stride * phases.taps > MAX_PACKING * p.K:
+            return Refusal(f"needs stride * taps of a phase <= {MAX_PACKING} * K")
+        bits = _index_bits(phases, layout)
+        tilings = compare_tilings(
+            rows=phases.rows,
+            samples=p.N,
+            positions=phases.positions,
+            products=phases.products,
+            terms=p.C_in_g * phases.taps,
+            column_step=1 if phases.in_rows and layout["input"].strides[2] == 1 and bits == 32 else 0,
+            bits=bits,
+            dtype=p.dtype,
+            device=device,
+        )
+        tiling, tile = tilings[0], tilings[0].tile
+        if tiling.blocks > MAX_GRID:
+            return Refusal(f"needs at most {MAX_GRID} blocks")
+        packed = PackedWeight.of(tile, phases.products, p.C_in_g * phases.taps, phases.rows)
+        fields = conv_fields(p, layout)
+        params = params_of(
+            self.name,
+            fields,
+            row_tiles=tiling.row_tiles,
+            column_tiles=tiling.column_tiles,
+            positions=phases.positions,
+            q_begin=phases.q_begin,
+            taps=phases.taps,
+            **packed.params(),
             **walk_params(
                 tiling,
                 phases.taps,
-                strides["input_stride_c"],
-                -phases.position_step * strides["input_stride_l"],
+                fields["input_stride_c"],
+                -phases.position_step * fields["input_stride_l"],
             ),
-        }
-        bits = _index_bits(phases, layout)
-        return self._config(tile, tiling.column_step, p.dtype, bits, phases.in_rows), Launch(
-            tiling.blocks, tile.threads, tile.shared_bytes(accumulator_bytes(p.dtype)), bits, tuple(params.items())
         )
-
-    def pack(self, problem: ConvProblem, layout: Layout, device: Device) -> Pack:
-        phases = Phases.of(problem)
-        return make_pack(
-            problem,
+        config = self._config(tile, tiling.column_step, p.dtype, bits, phases.in_rows)
+        shared_bytes = tile.shared_bytes(p.format.accumulator_bytes)
+        launch = Launch(tiling.blocks, tile.threads, shared_bytes, bits, params)
+        return packed_plan(
+            p,
             layout,
-            _packed(phases, _tilings(phases, layout, device)[0].tile),
+            packed,
+            tilings,
+            config,
+            launch,
             rows=phases.rows,
             taps=phases.taps,
             phases_in_rows=phases.in_rows,
         )
-
-    def figures(self, problem: ConvProblem, layout: Layout, device: Device) -> tuple[tuple[str, float], ...]:
-        return tiling_figures(_tilings(Phases.of(problem), layout, device))
 
     def configs(self, device: Device) -> Iterator[Config]:
         for dtype in DTYPES:
@@ -125,26 +113,10 @@ class ConvTranspose1dPhases(Family):
         return Config.of(self.name, {**macros, "PARAMS_BYTES": len(params_fields(self.name)) * bits // 8})
 
 
-def _tilings(phases: Phases, layout: Layout, device: Device) -> tuple[Tiling, ...]:
-    bits = _index_bits(phases, layout)
-    regular = phases.in_rows and layout.input.strides[2] == 1 and bits == 32
-    return compare_tilings(
-        rows=phases.rows,
-        samples=phases.problem.N,
-        positions=phases.positions,
-        products=phases.products,
-        terms=phases.problem.C_in_g * phases.taps,
-        column_step=1 if regular else 0,
-        bits=bits,
-        dtype=phases.problem.dtype,
-        device=device,
-    )
-
-
 def _index_bits(phases: Phases, layout: Layout) -> int:
     # As in conv1d_tiled; and the products of residues of tap_step.
     p = phases.problem
-    strides = stride_params(layout, ("in", "out"))
+    fields = conv_fields(p, layout)
     hanging = phases.q_begin + phases.positions + MAX_BLOCK_N + 1
     span = hanging + p.dilation * p.K
     return index_bits(
@@ -155,13 +127,9 @@ def _index_bits(phases: Phases, layout: Layout) -> int:
         phases.tap_step * phases.tap_step,
         phases.tap_step * p.dilation,
         (phases.taps + 1) * p.stride,
-        p.N * abs(strides["output_stride_n"]) + hanging * p.stride * abs(strides["output_stride_l"]),
-        p.N * abs(strides["input_stride_n"])
-        + (p.C_in + 2 * MAX_BLOCK_R) * abs(strides["input_stride_c"])
-        + span * abs(strides["input_stride_l"]),
+        p.N * abs(fields["output_stride_n"]) + hanging * p.stride * abs(fields["output_stride_l"]),
+        p.N * abs(fields["input_stride_n"])
+        + (p.C_in + 2 * MAX_BLOCK_R) * abs(fields["input_stride_c"])
+        + span * abs(fields["input_stride_l"]),
         PackedWeight.most_elements(phases.products, p.C_in_g * phases.taps, phases.rows),
     )
-
-
-def _packed(phases: Phases, tile: Tile) -> PackedWeight:
-    return PackedWeight.of(tile, phases.products, phases.problem.C_in_g * phases.taps, phases.rows)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 from ..device import Device
-from ..problem import ITEMSIZE, ConvProblem
+from ..problem import FORMATS, ConvProblem
 from ..text import count
 from .base import Layout, round_up
 
@@ -24,13 +24,9 @@ SLIDE_STRIDES = (1, 2)
 SHORTEST_SKIP = 128
 
 
-def accumulator_bytes(dtype: str) -> int:
-    return max(4, ITEMSIZE[dtype])
-
-
 def vector_length(dtype: str) -> int:
     """Accumulators of a 16-byte access."""
-    return max(1, 16 // accumulator_bytes(dtype))
+    return max(1, 16 // FORMATS[dtype].accumulator_bytes)
 
 
 def slide_outputs(dtype: str) -> int:
@@ -40,20 +36,20 @@ def slide_outputs(dtype: str) -> int:
 
 def can_slide(problem: ConvProblem, layout: Layout, bits: int) -> bool:
     """Whether the layer has a sliding kernel: the inner axes contiguous, no dilation, a stride that has one."""
-    regular = layout.input.strides[2] == 1 and layout.output.strides[2] == 1
+    regular = layout["input"].strides[2] == 1 and layout["output"].strides[2] == 1
     return regular and problem.dilation == 1 and problem.stride in SLIDE_STRIDES and bits == 32
 
 
 def row_skew(problem: ConvProblem, layout: Layout) -> int:
     """How many positions before a row its first tile may begin, at a 16-byte boundary of the output."""
     vec = 16 // problem.itemsize
-    aligned = layout.output.alignment == 16 and all(stride % vec == 0 for stride in layout.output.strides[:2])
+    aligned = layout["output"].alignment == 16 and all(stride % vec == 0 for stride in layout["output"].strides[:2])
     return 0 if aligned else vec - 1
 
 
 def can_skip(problem: ConvProblem, layout: Layout, bits: int) -> bool:
     """Whether the layer has a kernel of skipping threads: stride 1 and a dilation, else as for sliding ones."""
-    regular = layout.input.strides[2] == 1 and layout.output.strides[2] == 1 and bits == 32
+    regular = layout["input"].strides[2] == 1 and layout["output"].strides[2] == 1 and bits == 32
     return regular and problem.stride == 1 and problem.dilation > 1 and problem.L_out >= SHORTEST_SKIP
 
 
@@ -147,13 +143,13 @@ class Skip:
 
     def shared_bytes(self, places: int, block_rows: int) -> int:
         vec = vector_length(self.problem.dtype)
-        return block_rows * (self.window_pitch(places) * vec + self.taps_pitch) * accumulator_bytes(self.problem.dtype)
+        return block_rows * (self.window_pitch(places) * vec + self.taps_pitch) * self.problem.format.accumulator_bytes
 
     def work(self, layout: Layout) -> Work:
         p = self.problem
         vec = vector_length(p.dtype)
-        size = accumulator_bytes(p.dtype)
-        multiply_adds = self.thread_l * (4 if p.is_complex else 1)
+        size = p.format.accumulator_bytes
+        multiply_adds = self.thread_l * p.format.multiply_adds
         # Of a tap, its load and step and those of the positions that it meets; of a result, its way through shared
         # memory; the rest as in a sliding thread.
         return Work(

@@ -13,9 +13,21 @@ from functools import lru_cache
 
 from ..device import Device
 from ..problem import ConvProblem
-from ..reference import MIN_SPLIT_TERMS, SPLIT_TERMS
 from ..source import params_fields
-from .base import MAX_GRID, Config, Launch, Layout, Pack, SecondPass, index_bits, weight_source_params
+from .base import (
+    MAX_GRID,
+    PACKED,
+    PARTIAL,
+    Config,
+    Launch,
+    Layout,
+    Plan,
+    Step,
+    conv_arrays,
+    conv_fields,
+    index_bits,
+    params_of,
+)
 
 WARP = 32
 PAIRS_PER_STEP = 2  # (tap, unit) pairs of one mma
@@ -25,6 +37,25 @@ STAGE_PAIRS = PAIRS_PER_STEP * STAGE_STEPS
 PACK_BLOCK_SIZE = 128
 UNIT_BYTES = 16
 BANK_ROWS = 8  # of 16 bytes, in all banks of shared memory
+
+# float32 by split TF32 (see cuda_src/mma.cuh): x = x_hi + x_lo and w = w_hi + w_lo with |x_lo| <= 2**-11 |x|, so that
+#
+#     w*x = w_hi*x_hi + (w_hi*x_lo + w_lo*x_hi) + w_lo*x_lo.
+#
+# In units of u = 2**-24 times the magnitude (the sum of |w|*|x|), the error of a sum of n products is at most
+#     4           for w_lo*x_lo, which is left out: 2**-22;
+#     4           for x_lo, rounded to TF32: 2**-11 of 2**-11;
+#     8           for w_lo, cut off to TF32 by the hardware: 2**-10 of 2**-11;
+#     n/400       for the sums of the small products, 2n of them and each at most 2**-11 of its large one;
+#     20          for the sums of the large products, by blocks of at least 4: 5/4 of SPLIT_TERMS (see
+#                 `gpuconv.reference.Sums.error_bound`). Each sum is of SPLIT_TERMS products alone, so these errors do
+#                 not grow with n;
+#     n/10 + 2    for adding those sums to a total, to nearest, and the small products' sum and the bias to that; sums
+#                 of fewer than SPLIT_TERMS products, at the end of channels, included.
+# That is within the n + 2 of the bound from n = 41 on. With one sum for all large products, in the place of 20 there
+# would be 5n/4, which alone is more than the bound for n > 8. MIN_SPLIT_TERMS leaves a margin.
+SPLIT_TERMS = 16
+MIN_SPLIT_TERMS = 64
 
 # Fewer channels than a unit of 16-bit elements are the business of the families for stems and tails.
 MIN_CHANNELS = 8
@@ -439,7 +470,7 @@ def _cost(
     return launch + second_pass
 
 
-def tiling_figures(tilings: tuple[Tiling, ...]) -> tuple[tuple[str, float], ...]:
+def _candidates(tilings: tuple[Tiling, ...]) -> tuple[tuple[str, float], ...]:
     """What `explain` shows of the comparison."""
 
     def name(t: Tiling) -> str:
@@ -526,11 +557,14 @@ def most_weight_vectors(product: Product) -> int:
     return product.products * product.reduction.chunks * product.reduction.pairs * (product.rows + MAX_BLOCK_M)
 
 
-def tiling_params(product: Product, tiling: Tiling) -> dict[str, int]:
-    """The fields of Params that describe the order of summation and the tiles, in order."""
+def _tiling_params(product: Product, tiling: Tiling) -> dict[str, int]:
+    """The fields of Params that describe the order of summation and the tiles."""
     reduction = product.reduction
     batches = input_batches(tiling.tile, tiling.window, reduction)
     return {
+        "row_tiles": tiling.row_tiles,
+        "column_tiles": tiling.column_tiles,
+        "sample_tiles": tiling.sample_tiles,
         "units": reduction.units,
         "chunks": reduction.chunks,
         "pairs": reduction.pairs,
@@ -542,54 +576,73 @@ def tiling_params(product: Product, tiling: Tiling) -> dict[str, int]:
     }
 
 
-def launch(tiling: Tiling, product: Product, bits: int, params: dict[str, int]) -> Launch:
-    """The launch of a kernel, the first of two where segments have blocks of their own."""
-    segments = product.reduction.segments if tiling.tile.segment_mode == 2 else 1
-    return Launch(tiling.blocks * segments, tiling.tile.threads, tiling.shared_bytes, bits, tuple(params.items()))
-
-
-def second_pass(config: Config, first: Launch, product: Product, tiling: Tiling, itemsize: int) -> SecondPass:
-    """What adds the sums of segments; `config` and `first` are those of the kernel that forms them."""
-    macros: dict[str, str | int] = {**dict(config.macros), "SEGMENT_MODE": 3}
-    tile = tiling.tile
-    adds = Launch(tiling.blocks, tile.threads, tile.slice_bytes(itemsize), first.index_bits, first.params)
-    sums = tiling.blocks * product.reduction.segments * tile.block_m * tile.block_n
-    return SecondPass(Config.of(config.kernel, macros), adds, sums * 4)
-
-
-def make_pack(
+def make_plan(
     problem: ConvProblem,
     layout: Layout,
+    device: Device,
     product: Product,
-    tile: Tile,
-    arithmetic: Arithmetic,
+    tilings: tuple[Tiling, ...],
+    kernel: str,
+    bits: int,
     *,
     phases_in_rows: bool,
-) -> Pack:
-    """The launch of pack_mma_weight for a tensor-core kernel."""
-    p = problem
+    **own: int,
+) -> Plan:
+    """The weights packed, then a tensor-core kernel; where segments have blocks of their own, their sums added.
+
+    `own` are the fields of the kernel's Params that this module does not know.
+    """
+    p, tiling = problem, tilings[0]
+    tile, segments = tiling.tile, product.reduction.segments
+    params = params_of(kernel, conv_fields(p, layout), **own, **_tiling_params(product, tiling))
+
+    def step(mode: int, grid: int, shared: int, *more: str) -> Step:
+        config = kernel_config(
+            kernel, p.dtype, p.precision, tile, bits, device, phases_in_rows=phases_in_rows, segment_mode=mode
+        )
+        return Step(config, Launch(grid, tile.threads, shared, bits, params), (*conv_arrays(p, PACKED), *more))
+
+    pack, packed_bytes = _pack(p, layout, product, tile, phases_in_rows=phases_in_rows)
+    scratch = [(PACKED, packed_bytes)]
+    if tile.segment_mode < 2:
+        steps = [pack, step(tile.segment_mode, tiling.blocks, tiling.shared_bytes)]
+    else:
+        steps = [
+            pack,
+            step(2, tiling.blocks * segments, tiling.shared_bytes, PARTIAL),
+            step(3, tiling.blocks, tile.slice_bytes(p.itemsize), PARTIAL),
+        ]
+        scratch.append((PARTIAL, tiling.blocks * segments * tile.block_m * tile.block_n * 4))
+    return Plan(tuple(steps), tuple(scratch), _candidates(tilings))
+
+
+def _pack(
+    problem: ConvProblem, layout: Layout, product: Product, tile: Tile, *, phases_in_rows: bool
+) -> tuple[Step, int]:
+    """The launch of pack_mma_weight, and the bytes that it writes."""
+    p, arithmetic = problem, ARITHMETICS[problem.dtype, problem.precision]
     num_vectors = weight_vectors(product, tile)
     row_tiles = -(-product.rows // tile.block_m)
     grid = min(-(-num_vectors // PACK_BLOCK_SIZE), MAX_GRID)
-    source = weight_source_params(p, layout)
-    tap_step = source["tap_step"]
-    params = {
-        "num_vectors": num_vectors,
-        "row_tiles": row_tiles,
-        "block_rows": tile.block_m,
-        "chunks": product.reduction.chunks,
-        "units": product.reduction.units,
-        "pairs": product.reduction.pairs,
-        "rows": product.rows,
-        "taps": product.reduction.taps,
-        **source,
-    }
+    fields = conv_fields(p, layout)
+    params = params_of(
+        "pack_mma_weight",
+        fields,
+        num_vectors=num_vectors,
+        row_tiles=row_tiles,
+        block_rows=tile.block_m,
+        chunks=product.reduction.chunks,
+        units=product.reduction.units,
+        pairs=product.reduction.pairs,
+        rows=product.rows,
+        taps=product.reduction.taps,
+    )
     # Offsets of weights are formed before it is known whether they exist.
-    reduction = product.reduction
+    reduction, tap_step = product.reduction, fields["tap_step"]
     hanging = (
-        (product.products + 1) * row_tiles * tile.block_m * abs(source["weight_stride_out"])
-        + (p.C_in + reduction.units * arithmetic.channels) * abs(source["weight_stride_in"])
-        + ((reduction.taps + STAGE_PAIRS) * max(p.stride, tap_step) + p.K) * abs(source["weight_stride_k"])
+        (product.products + 1) * row_tiles * tile.block_m * abs(fields["weight_stride_out"])
+        + (p.C_in + reduction.units * arithmetic.channels) * abs(fields["weight_stride_in"])
+        + ((reduction.taps + STAGE_PAIRS) * max(p.stride, tap_step) + p.K) * abs(fields["weight_stride_k"])
     )
     bits = index_bits(
         p,
@@ -598,11 +651,11 @@ def make_pack(
         tap_step * tap_step,
         (reduction.taps + STAGE_PAIRS) * p.stride,
         hanging,
-        *(abs(value) for value in params.values()),
+        *(abs(value) for _, value in params),
     )
     config = _pack_config(p.dtype, p.precision, bits, transposed=p.transposed, phases_in_rows=phases_in_rows)
-    launch = Launch(grid, PACK_BLOCK_SIZE, 0, bits, tuple(params.items()))
-    return Pack(config, launch, num_vectors * arithmetic.parts * UNIT_BYTES)
+    launch = Launch(grid, PACK_BLOCK_SIZE, 0, bits, params)
+    return Step(config, launch, ("weight", PACKED)), num_vectors * arithmetic.parts * UNIT_BYTES
 
 
 def _pack_config(dtype: str, precision: str, bits: int, *, transposed: bool, phases_in_rows: bool) -> Config:

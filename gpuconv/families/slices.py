@@ -9,9 +9,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..problem import ITEMSIZE, BiasGradientProblem, WeightGradientProblem
+from ..problem import BiasGradientProblem, WeightGradientProblem
 from ..source import params_fields
-from .base import Config, GradientLayout, Launch, base_config, gradient_index_bits, gradient_shapes, round_up
+from .base import PARTIAL, Config, Launch, Layout, Plan, Step, base_config, index_bits, round_up
 
 SUM_BLOCK_SIZE = 256
 
@@ -57,7 +57,7 @@ class Slices:
     def of(cls, problem: WeightGradientProblem | BiasGradientProblem, *, on_tensor_cores: bool = False) -> Slices:
         """The cut for CUDA cores, or for tensor cores, of which a partial sum must stand for more terms."""
         p = problem
-        sums = math.prod(gradient_shapes(p)[1])
+        sums = _num_results(p)
         if not isinstance(p, WeightGradientProblem):
             length = p.L
             wanted = -(-p.N * length // _BIAS_SLICE_TERMS)
@@ -69,7 +69,7 @@ class Slices:
             enough = -(-(_ENOUGH_SUMS_OF_FEW_CHANNELS if is_narrow else _ENOUGH_SUMS) // sums)
             length = p.L_coarse
             wanted = min(max(enough, -(-p.N * length // _SLICE_TERMS)), -(-p.N * length // _FEWEST_TERMS))
-        most = max(1, MAX_PARTIAL_BYTES // (sums * accumulator_bytes(p.dtype)))
+        most = max(1, MAX_PARTIAL_BYTES // (sums * p.format.accumulator_bytes))
         wanted = max(1, min(wanted, most))
         if wanted <= p.N:
             samples = p.N // wanted
@@ -87,49 +87,85 @@ class Slices:
         """The memory of the partial sums; none where there is one slice."""
         if self.count == 1:
             return 0
-        return self.count * math.prod(gradient_shapes(problem)[1]) * accumulator_bytes(problem.dtype)
+        return self.count * _num_results(problem) * problem.format.accumulator_bytes
 
     def params(self) -> dict[str, int]:
         """The fields of Params that `find_slice` of slices.cuh reads."""
         return {"slice_samples": self.samples, "slice_positions": self.positions, "slice_pieces": self.pieces}
 
 
-def accumulator_bytes(dtype: str) -> int:
-    return max(4, ITEMSIZE[dtype])
+def _num_results(problem: WeightGradientProblem | BiasGradientProblem) -> int:
+    return math.prod(list(problem.shapes.values())[-1])
 
 
-def stride_params(layout: GradientLayout) -> dict[str, int]:
-    """The stride fields of a weight gradient's Params."""
-    names = ("coarse_stride_n", "coarse_stride_c", "coarse_stride_l", "fine_stride_n", "fine_stride_c", "fine_stride_l")
-    strides = (*layout.inputs[0].strides, *layout.inputs[1].strides, *layout.result.strides)
-    return dict(zip((*names, "weight_stride_r", "weight_stride_c", "weight_stride_k"), strides, strict=True))
+def weight_fields(problem: WeightGradientProblem, layout: Layout, slices: Slices) -> dict[str, int]:
+    """The values that the Params of a weight gradient's kernels may have, by name."""
+    p = problem
+    fields = {
+        "N": p.N,
+        "L_coarse": p.L_coarse,
+        "L_fine": p.L_fine,
+        "K": p.K,
+        "C_coarse": p.C_coarse,
+        "C_coarse_g": p.C_coarse_g,
+        "C_fine_g": p.C_fine_g,
+        "groups": p.groups,
+        "stride": p.stride,
+        "padding_left": p.padding_left,
+        "dilation": p.dilation,
+        "is_conjugated": int(p.conjugate_coarse),
+        **slices.params(),
+    }
+    for name, array, axes in (("coarse", "coarse", "ncl"), ("fine", "fine", "ncl"), ("weight", "grad_weight", "rck")):
+        fields.update(zip((f"{name}_stride_{axis}" for axis in axes), layout[array].strides, strict=True))
+    return fields
 
 
-def weight_index_bits(
-    problem: WeightGradientProblem, layout: GradientLayout, *extra: int, slices: Slices | None = None
-) -> int:
-    """`gradient_index_bits` with the positions that every kernel of a weight gradient forms before it clips them."""
+def weight_index_bits(problem: WeightGradientProblem, layout: Layout, *extra: int, slices: Slices | None = None) -> int:
+    """`index_bits` with the positions that every kernel of a weight gradient forms before it clips them."""
     p = problem
     slices = slices or Slices.of(p)
     span = p.padding_left + p.dilation * p.K
     positions = (p.L_coarse + _ALIGNED_POSITIONS) * p.stride + p.L_fine + span
     sums = slices.count * math.prod(p.weight_shape)
-    fine = p.N * abs(layout.inputs[1].strides[0]) + positions * abs(layout.inputs[1].strides[2])
-    return gradient_index_bits(p, layout, positions, sums, fine, *extra)
+    fine_stride_n, _, fine_stride_l = map(abs, layout["fine"].strides)
+    fine = p.N * fine_stride_n + positions * fine_stride_l
+    return index_bits(p, layout, positions, sums, fine, *extra)
+
+
+def sliced_plan(
+    problem: WeightGradientProblem | BiasGradientProblem,
+    layout: Layout,
+    slices: Slices,
+    config: Config,
+    launch: Launch,
+    candidates: tuple[tuple[str, float], ...] = (),
+) -> Plan:
+    """A gradient kernel, and the sum of its slices where there are several.
+
+    The kernel takes its inputs, the partial sums (null where there is one slice) and the result (null where there are
+    several).
+    """
+    *inputs, result = problem.shapes
+    if slices.count == 1:
+        return Plan((Step(config, launch, (*inputs, None, result)),), candidates=candidates)
+    total = Step(*sum_launch(problem, layout, slices), (PARTIAL, result))
+    scratch = ((PARTIAL, slices.partial_bytes(problem)),)
+    return Plan((Step(config, launch, (*inputs, PARTIAL, None)), total), scratch, candidates)
 
 
 def sum_launch(
-    problem: WeightGradientProblem | BiasGradientProblem, layout: GradientLayout, slices: Slices | None = None
+    problem: WeightGradientProblem | BiasGradientProblem, layout: Layout, slices: Slices | None = None
 ) -> tuple[Config, Launch]:
     """The specialisation and the launch of sum_slices, for `Slices.of` the problem unless others are given."""
     slices = slices or Slices.of(problem)
-    _, shape = gradient_shapes(problem)
+    name, shape = list(problem.shapes.items())[-1]
     num_results = math.prod(shape)
     ways = 1
     while ways < _MOST_WAYS and slices.count >= 2 * ways * _SLICES_OF_A_WAY:
         ways *= 2
     extents = (*shape, 1, 1)
-    strides = (*layout.result.strides, 0, 0)
+    strides = (*layout[name].strides, 0, 0)
     conjugated = isinstance(problem, WeightGradientProblem) and problem.conjugate_coarse
     params = {
         "num_results": num_results,
@@ -142,9 +178,9 @@ def sum_launch(
         "result_stride_1": strides[1],
         "result_stride_2": strides[2],
     }
-    bits = gradient_index_bits(problem, layout, (slices.count + ways) * num_results + SUM_BLOCK_SIZE)
+    bits = index_bits(problem, layout, (slices.count + ways) * num_results + SUM_BLOCK_SIZE)
     grid = -(-num_results * ways // SUM_BLOCK_SIZE)
-    shared = SUM_BLOCK_SIZE * accumulator_bytes(problem.dtype) if ways > 1 else 0
+    shared = SUM_BLOCK_SIZE * problem.format.accumulator_bytes if ways > 1 else 0
     return sum_config(problem.dtype, bits), Launch(grid, SUM_BLOCK_SIZE, shared, bits, tuple(params.items()))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..device import Device
-from ..problem import ITEMSIZE, ConvProblem
+from ..problem import FORMATS, ConvProblem
 from ..source import params_fields
 from .base import ArrayLayout, Config
 
@@ -19,7 +19,7 @@ MAX_CHUNK_CHANNELS = 8
 
 def vector(dtype: str) -> int:
     """Elements of 16 bytes: the columns of a thread, and the taps of a block."""
-    return 16 // ITEMSIZE[dtype]
+    return 16 // FORMATS[dtype].itemsize
 
 
 def block_columns(dtype: str) -> int:
@@ -96,16 +96,16 @@ class Slide:
                 tap_blocks = -(-(taps + lead) // vec)
                 # A vector of weights for each row and of input a tap block; a copy is asynchronous, or goes through a
                 # register and costs twice as much.
-                weights = rows * vec * max(4, p.itemsize) / 16
+                weights = rows * vec * p.format.accumulator_bytes / 16
                 copies = vec / copy * (3 if copy * p.itemsize >= 4 else 6)
                 multiplied = taps + lead if is_reversed else tap_blocks * vec
-                slots = multiplied * rows * vec * (4 if p.is_complex else 1) + tap_blocks * (weights + 1) + copies
+                slots = multiplied * rows * vec * p.format.multiply_adds + tap_blocks * (weights + 1) + copies
                 choices.append((slots, tap_blocks, lead, copy))
             copy //= 2
         slots, tap_blocks, lead, copy = min(choices)
 
         window_bytes = (threads + tap_blocks) * vec * p.itemsize
-        channel_bytes = 2 * (window_bytes + tap_blocks * rows * vec * max(4, p.itemsize))
+        channel_bytes = 2 * (window_bytes + tap_blocks * rows * vec * p.format.accumulator_bytes)
         shares = (
             min(device.shared_per_block, device.shared_per_sm // blocks - 1024) for blocks in (MIN_BLOCKS[32], 2, 1)
         )

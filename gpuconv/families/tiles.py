@@ -6,8 +6,22 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from ..device import Device
-from ..problem import ITEMSIZE, ConvProblem
-from .base import MAX_GRID, Config, Launch, Layout, Pack, base_config, index_bits, round_up, weight_source_params
+from ..problem import FORMATS, ConvProblem
+from .base import (
+    MAX_GRID,
+    PACKED,
+    Config,
+    Launch,
+    Layout,
+    Plan,
+    Step,
+    base_config,
+    conv_arrays,
+    conv_fields,
+    index_bits,
+    params_of,
+    round_up,
+)
 
 WARP = 32
 PACK_BLOCK_SIZE = 256
@@ -54,7 +68,7 @@ class Tile:
         """Terms that are multiplied in straight-line code: about 512 multiply-adds, which the innermost instruction
         cache holds; half as many in kernels with 64-bit indices, whose other code takes long enough to compile.
         """
-        multiply_adds = self.thread_m * self.thread_n * (4 if dtype.startswith("complex") else 1)
+        multiply_adds = self.thread_m * self.thread_n * FORMATS[dtype].multiply_adds
         return min(self.block_r, (512 if bits == 32 else 256) // multiply_adds)
 
     def shared_bytes(self, accumulator_bytes: int, padding: int = 0) -> int:
@@ -68,10 +82,6 @@ class Tile:
         return max(buffers, slices) * accumulator_bytes
 
 
-def accumulator_bytes(dtype: str) -> int:
-    return max(4, ITEMSIZE[dtype])
-
-
 # Shapes by the size of the accumulator. 8 by 8 float32 results a thread cost 4 vector loads for 64 multiply-adds; 64
 # registers of sums leave room for the rest under the cap of 128 at which two blocks of 256 threads fit.
 TILES: dict[int, tuple[Tile, ...]] = {
@@ -83,7 +93,7 @@ TILES: dict[int, tuple[Tile, ...]] = {
 
 def tiles_for(dtype: str, bits: int) -> tuple[Tile, ...]:
     """The tiles that have kernels with indices of `bits` bits: addresses of 64 bits are too much code for wide ones."""
-    tiles = TILES[accumulator_bytes(dtype)]
+    tiles = TILES[FORMATS[dtype].accumulator_bytes]
     return tiles if bits == 32 else tuple(tile for tile in tiles if tile.block_n <= MAX_WIDE_BLOCK_N)
 
 
@@ -116,10 +126,10 @@ _FETCH_WAVEFRONTS = 2.0
 
 def _term_cycles(tile: Tile, dtype: str, column_step: int, gathers_rows: bool) -> float:
     """Cycles in which a multiprocessor adds one term to all sums of a block, by issue slots or multiply-add units."""
-    size = accumulator_bytes(dtype)
+    size = FORMATS[dtype].accumulator_bytes
     vec = max(1, 16 // size)
-    is_complex = dtype.startswith("complex")
-    multiply_adds = tile.thread_m * tile.thread_n * (4 if is_complex else 1)
+    is_complex = FORMATS[dtype].is_complex
+    multiply_adds = tile.thread_m * tile.thread_n * FORMATS[dtype].multiply_adds
     fetches = (tile.thread_m + tile.thread_n) / vec
     rate = _MULTIPLY_ADD_RATE[size // 2 if is_complex else size]
     if gathers_rows:
@@ -128,7 +138,8 @@ def _term_cycles(tile: Tile, dtype: str, column_step: int, gathers_rows: bool) -
         instructions = multiply_adds + fetches + others
         wavefronts = _FETCH_WAVEFRONTS * fetches + _GATHER_WAVEFRONTS * loads
         return tile.threads * max(instructions / _ISSUE_RATE, multiply_adds / rate, wavefronts / WARP)
-    for_column = _INPUT_INSTRUCTIONS[column_step == 0] + (_CONVERSION_INSTRUCTIONS if ITEMSIZE[dtype] == 2 else 0)
+    conversion = _CONVERSION_INSTRUCTIONS if FORMATS[dtype].itemsize == 2 else 0
+    for_column = _INPUT_INSTRUCTIONS[column_step == 0] + conversion
     loads = (tile.block_m / vec + tile.block_n * for_column) / tile.threads
     instructions = multiply_adds + fetches + loads + _CHUNK_INSTRUCTIONS / tile.block_r
     return tile.threads * max(instructions / _ISSUE_RATE, multiply_adds / rate)
@@ -152,8 +163,8 @@ def cost(
     A block takes the longer of its arithmetic and its stores; blocks of one multiprocessor share its rates, so a wave
     takes as long as its blocks one after the other, and latency is paid once a wave.
     """
-    stores = tile.block_m * tile.block_n * ITEMSIZE[dtype] / _BYTES_PER_CYCLE
-    shared = tile.shared_bytes(accumulator_bytes(dtype)) + 1024  # which the system takes of each block
+    stores = tile.block_m * tile.block_n * FORMATS[dtype].itemsize / _BYTES_PER_CYCLE
+    shared = tile.shared_bytes(FORMATS[dtype].accumulator_bytes) + 1024  # which the system takes of each block
     resident = min(tile.min_blocks, max(1, device.shared_per_sm // shared))
     waves, rest = divmod(blocks, device.num_sms * resident)
     last = -(-rest // device.num_sms)
@@ -232,7 +243,7 @@ def tiling_macros(tile: Tile, column_step: int, dtype: str, bits: int) -> dict[s
         "COLUMN_STEP": column_step,
         "TERM_LANES": tile.term_lanes(column_step),
         "UNROLL_R": tile.unroll(dtype, bits),
-        "SHARED_BYTES": tile.shared_bytes(accumulator_bytes(dtype)),
+        "SHARED_BYTES": tile.shared_bytes(FORMATS[dtype].accumulator_bytes),
     }
 
 
@@ -282,33 +293,46 @@ class PackedWeight:
         return {"weight_stride_tile": self.stride_tile}
 
 
-def make_pack(
-    problem: ConvProblem, layout: Layout, packed: PackedWeight, *, rows: int, taps: int, phases_in_rows: bool
-) -> Pack:
-    """The launch of pack_weight for a tiled kernel."""
+def packed_plan(
+    problem: ConvProblem,
+    layout: Layout,
+    packed: PackedWeight,
+    tilings: tuple[Tiling, ...],
+    config: Config,
+    launch: Launch,
+    *,
+    rows: int,
+    taps: int,
+    phases_in_rows: bool,
+) -> Plan:
+    """pack_weight, then the tiled kernel with its configuration and launch."""
     p = problem
     grid = min(-(-packed.num_elements // PACK_BLOCK_SIZE), MAX_GRID)
-    source = weight_source_params(p, layout)
-    params = {
-        "num_elements": packed.num_elements,
-        "padded_terms": packed.padded_terms,
-        "block_rows": packed.block_rows,
-        "row_tiles": packed.row_tiles,
-        "rows": rows,
-        "taps": taps,
-        **source,
-    }
+    params = params_of(
+        "pack_weight",
+        conv_fields(p, layout),
+        num_elements=packed.num_elements,
+        padded_terms=packed.padded_terms,
+        block_rows=packed.block_rows,
+        row_tiles=packed.row_tiles,
+        rows=rows,
+        taps=taps,
+    )
     bits = index_bits(
         p,
         layout,
         packed.num_elements + grid * PACK_BLOCK_SIZE,
-        source["tap_step"] ** 2,
+        dict(params)["tap_step"] ** 2,
         (taps + 1) * p.stride,
-        *(abs(value) for value in params.values()),
+        *(abs(value) for _, value in params),
     )
-    config = pack_config(p.dtype, bits, transposed=p.transposed, phases_in_rows=phases_in_rows)
-    launch = Launch(grid, PACK_BLOCK_SIZE, 0, bits, tuple(params.items()))
-    return Pack(config, launch, packed.num_elements * accumulator_bytes(p.dtype))
+    pack = pack_config(p.dtype, bits, transposed=p.transposed, phases_in_rows=phases_in_rows)
+    pack_launch = Launch(grid, PACK_BLOCK_SIZE, 0, bits, params)
+    return Plan(
+        (Step(pack, pack_launch, ("weight", PACKED)), Step(config, launch, conv_arrays(p, PACKED))),
+        ((PACKED, packed.num_elements * p.format.accumulator_bytes),),
+        tiling_figures(tilings),
+    )
 
 
 def pack_config(dtype: str, bits: int, *, transposed: bool, phases_in_rows: bool) -> Config:

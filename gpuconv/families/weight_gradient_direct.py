@@ -10,48 +10,33 @@ from collections.abc import Iterator
 
 from ..device import Device
 from ..problem import DTYPES, WeightGradientProblem
-from .base import MAX_GRID, Config, GradientFamily, GradientLayout, Launch, base_config
-from .slices import Slices, stride_params, sum_config, weight_index_bits
+from .base import MAX_GRID, Config, Family, Launch, Layout, Plan, base_config, params_of
+from .slices import Slices, sliced_plan, sum_config, weight_fields, weight_index_bits
 
 # As in conv1d_direct.
 BLOCK_SIZE = 256
 
 
-class WeightGradientDirect(GradientFamily[WeightGradientProblem]):
+class WeightGradientDirect(Family[WeightGradientProblem]):
     """One thread per result and slice, any strides."""
 
     name = "weight_gradient_direct"
-    op = "weight_gradient"
+    kind = "weight_gradient"
 
-    def refuse(self, problem: WeightGradientProblem, layout: GradientLayout, device: Device) -> str | None:
-        return None
-
-    def configure(
-        self, problem: WeightGradientProblem, layout: GradientLayout, device: Device
-    ) -> tuple[Config, Launch]:
+    def plan(self, problem: WeightGradientProblem, layout: Layout, device: Device) -> Plan:
         p = problem
         slices = Slices.of(p)
         num_sums = slices.count * math.prod(p.weight_shape)
         grid = min(-(-num_sums // BLOCK_SIZE), MAX_GRID)
         bits = weight_index_bits(p, layout, num_sums + grid * BLOCK_SIZE)
-        params = {
-            "num_sums": num_sums,
-            "N": p.N,
-            "L_coarse": p.L_coarse,
-            "L_fine": p.L_fine,
-            "K": p.K,
-            "C_coarse": p.C_coarse,
-            "C_coarse_g": p.C_coarse_g,
-            "C_fine_g": p.C_fine_g,
-            "stride": p.stride,
-            "padding_left": p.padding_left,
-            "dilation": p.dilation,
-            **slices.params(),
-            "is_conjugated": int(p.conjugate_coarse),
-            **stride_params(layout),
-        }
+        params = params_of(
+            self.name,
+            weight_fields(p, layout, slices),
+            num_sums=num_sums,
+        )
         config = base_config(self.name, p.dtype, bits, BLOCK_SIZE)
-        return config, Launch(grid, BLOCK_SIZE, 0, bits, tuple(params.items()))
+        launch = Launch(grid, BLOCK_SIZE, 0, bits, params)
+        return sliced_plan(p, layout, slices, config, launch)
 
     def configs(self, device: Device) -> Iterator[Config]:
         for dtype in DTYPES:

@@ -13,21 +13,22 @@ from typing import NamedTuple
 
 from ..device import Device
 from ..problem import WeightGradientProblem
-from ..reference import MIN_SPLIT_TERMS, SPLIT_TERMS
 from ..text import count
-from .base import MAX_GRID, Config, GradientFamily, GradientLayout, Launch, round_up
+from .base import MAX_GRID, Config, Family, Launch, Layout, Plan, Refusal, params_of, round_up
 from .mma import (
     ARITHMETICS,
     L2_BYTES_PER_CYCLE,
     LATENCY_CYCLES,
     MIN_CHANNELS,
     MIN_SPLIT_ROWS,
+    MIN_SPLIT_TERMS,
     SHARED_BYTES_PER_CYCLE,
+    SPLIT_TERMS,
     UNIT_BYTES,
     WARP,
     Arithmetic,
 )
-from .slices import Slices, gradient_config, stride_params, weight_index_bits
+from .slices import Slices, gradient_config, sliced_plan, weight_fields, weight_index_bits
 
 STEP = SPLIT_TERMS  # positions of a step: one product of 16-bit matrices along the reduction, or two
 OCTET = 8  # columns of one product
@@ -117,78 +118,58 @@ class Window(NamedTuple):
         return self.samples * self.planes * self.plane_rows
 
 
-class WeightGradientMma(GradientFamily[WeightGradientProblem]):
+class WeightGradientMma(Family[WeightGradientProblem]):
     """Tensor cores over the channels of coarse by the channels of fine and the taps."""
 
     name = "weight_gradient_mma"
-    op = "weight_gradient"
-    on_tensor_cores = True
+    kind = "weight_gradient"
+    canonical_order = False
 
-    def refuse(self, problem: WeightGradientProblem, layout: GradientLayout, device: Device) -> str | None:
+    def plan(self, problem: WeightGradientProblem, layout: Layout, device: Device) -> Plan | Refusal:
         p = problem
         arithmetic = ARITHMETICS.get((p.dtype, p.precision))
         if arithmetic is None or device.arch < arithmetic.min_arch:
-            return "needs float16 (sm_75), bfloat16 or float32 (sm_80)"
+            return Refusal("needs float16 (sm_75), bfloat16 or float32 (sm_80)")
         if min(p.C_coarse_g, p.C_fine_g) < MIN_CHANNELS:
-            return f"needs at least {MIN_CHANNELS} channels a group on both sides"
+            return Refusal(f"needs at least {MIN_CHANNELS} channels a group on both sides")
         if arithmetic.parts == 2 and p.C_coarse_g < MIN_SPLIT_ROWS:
-            return f"needs at least {MIN_SPLIT_ROWS} channels a group on the coarse side for float32 by split TF32"
+            return Refusal(
+                f"needs at least {MIN_SPLIT_ROWS} channels a group on the coarse side for float32 by split TF32"
+            )
         if arithmetic.parts == 2 and p.terms < MIN_SPLIT_TERMS:
-            return f"needs sums of at least {MIN_SPLIT_TERMS} terms for float32 by split TF32"
+            return Refusal(f"needs sums of at least {MIN_SPLIT_TERMS} terms for float32 by split TF32")
         if not _keeps_bound(p, arithmetic):
-            return "needs longer samples to keep the error bound"
+            return Refusal("needs longer samples to keep the error bound")
         bits = self._index_bits(p, layout)
-        if _tilings(p, _widths(p, layout, bits), device, bits)[0].blocks > MAX_GRID:
-            return f"needs at most {MAX_GRID} blocks"
-        return None
-
-    def configure(
-        self, problem: WeightGradientProblem, layout: GradientLayout, device: Device
-    ) -> tuple[Config, Launch]:
-        p = problem
-        bits = self._index_bits(p, layout)
-        arithmetic, widths = ARITHMETICS[p.dtype, p.precision], _widths(p, layout, bits)
-        tiling = _tilings(p, widths, device, bits)[0]
-        tile, window = tiling.tile, tiling.window
+        widths = _widths(p, layout, bits)
+        tilings = _tilings(p, widths, device, bits)
+        tiling, tile, window = tilings[0], tilings[0].tile, tilings[0].window
+        if tiling.blocks > MAX_GRID:
+            return Refusal(f"needs at most {MAX_GRID} blocks")
+        slices = _slices(p)
         half, pitch = _pitches(window.rows, arithmetic)
-        params = {
-            "N": p.N,
-            "L_coarse": p.L_coarse,
-            "L_fine": p.L_fine,
-            "K": p.K,
-            "C_coarse": p.C_coarse,
-            "C_coarse_g": p.C_coarse_g,
-            "C_fine_g": p.C_fine_g,
-            "row_tiles": tiling.row_tiles,
-            "tap_tiles": tiling.tap_tiles,
-            "octet_tiles": tiling.octet_tiles,
-            "groups": p.groups,
-            "block_octets": tiling.octets,
-            "block_taps": tiling.taps,
-            "stride": p.stride,
-            "padding_left": p.padding_left,
-            "dilation": p.dilation,
-            **_slices(p).params(),
-            "chunk_samples": window.samples,
-            "sample_shift": window.positions.bit_length() - 1,
-            "planes": window.planes,
-            "plane_rows": window.plane_rows,
-            "tap_rows_step": window.tap_rows_step,
-            "window_rows": window.rows,
-            "window_half": half,
-            "window_pitch": pitch,
-            "task_units": _task_units(tiling.octets, widths[1], arithmetic),
-            **stride_params(layout),
-        }
+        params = params_of(
+            self.name,
+            weight_fields(p, layout, slices),
+            row_tiles=tiling.row_tiles,
+            tap_tiles=tiling.tap_tiles,
+            octet_tiles=tiling.octet_tiles,
+            block_octets=tiling.octets,
+            block_taps=tiling.taps,
+            chunk_samples=window.samples,
+            sample_shift=window.positions.bit_length() - 1,
+            planes=window.planes,
+            plane_rows=window.plane_rows,
+            tap_rows_step=window.tap_rows_step,
+            window_rows=window.rows,
+            window_half=half,
+            window_pitch=pitch,
+            task_units=_task_units(tiling.octets, widths[1], arithmetic),
+        )
         config = self._config(tile, p.dtype, p.precision, widths, bits)
-        return config, Launch(tiling.blocks, tile.threads, tiling.shared_bytes, bits, tuple(params.items()))
-
-    def figures(
-        self, problem: WeightGradientProblem, layout: GradientLayout, device: Device
-    ) -> tuple[tuple[str, float], ...]:
-        bits = self._index_bits(problem, layout)
-        tilings = _tilings(problem, _widths(problem, layout, bits), device, bits)
-        return tuple((f"{t.tile.block_m}x{t.tile.block_n} of {count(t.taps, 'tap')}", t.cycles) for t in tilings)
+        launch = Launch(tiling.blocks, tile.threads, tiling.shared_bytes, bits, params)
+        candidates = tuple((f"{t.tile.block_m}x{t.tile.block_n} of {count(t.taps, 'tap')}", t.cycles) for t in tilings)
+        return sliced_plan(p, layout, slices, config, launch, candidates)
 
     def configs(self, device: Device) -> Iterator[Config]:
         for (dtype, precision), arithmetic in ARITHMETICS.items():
@@ -198,10 +179,10 @@ class WeightGradientMma(GradientFamily[WeightGradientProblem]):
                         for widths in WIDTHS if bits == 32 else WIDTHS[-1:]:
                             yield self._config(tile, dtype, precision, widths, bits)
 
-    def _index_bits(self, problem: WeightGradientProblem, layout: GradientLayout) -> int:
+    def _index_bits(self, problem: WeightGradientProblem, layout: Layout) -> int:
         p = problem
-        coarse_n, coarse_c, coarse_l = map(abs, layout.inputs[0].strides)
-        fine_n, fine_c, fine_l = map(abs, layout.inputs[1].strides)
+        coarse_n, coarse_c, coarse_l = map(abs, layout["coarse"].strides)
+        fine_n, fine_c, fine_l = map(abs, layout["fine"].strides)
         # Samples, positions and channels behind the last, of which addresses are formed.
         samples = p.N - 1 + max(_chunk(_slices(p), tile.chunk_rows)[0] for tiles in TILES.values() for tile in tiles)
         l_coarse = p.L_coarse + 2 * _LARGEST_CHUNK
@@ -261,11 +242,11 @@ def _tiles(arithmetic: Arithmetic, bits: int) -> tuple[Tile, ...]:
     return tiles if bits == 32 else tiles[-1:]
 
 
-def _widths(p: WeightGradientProblem, layout: GradientLayout, bits: int) -> tuple[int, int]:
+def _widths(p: WeightGradientProblem, layout: Layout, bits: int) -> tuple[int, int]:
     """Neighbouring positions of coarse and of fine that one access loads, as the layout allows."""
     extents = ((p.N, p.C_coarse, p.L_coarse), (p.N, p.C_fine, p.L_fine))
     wide = []
-    for array, (N, C, L) in zip(layout.inputs, extents, strict=True):
+    for array, (N, C, L) in zip((layout["coarse"], layout["fine"]), extents, strict=True):
         stride_n, stride_c, stride_l = array.strides
         rows = (stride_n % WIDTH == 0 or N == 1) and (stride_c % WIDTH == 0 or C == 1) and L % WIDTH == 0
         wide.append(rows and stride_l == 1 and array.alignment >= WIDTH * p.itemsize)

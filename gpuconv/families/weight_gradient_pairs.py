@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from ..device import Device
-from ..problem import DTYPES, ITEMSIZE, WeightGradientProblem
-from .base import MAX_GRID, ArrayLayout, Config, GradientFamily, GradientLayout, Launch
-from .slices import Slices, gradient_config, stride_params, weight_index_bits
+from ..problem import DTYPES, FORMATS, WeightGradientProblem
+from .base import MAX_GRID, ArrayLayout, Config, Family, Launch, Layout, Plan, Refusal, params_of
+from .slices import Slices, gradient_config, sliced_plan, weight_fields, weight_index_bits
 
 WARP = 32
 THREAD_K = 8
@@ -30,66 +30,45 @@ _SHARED_BYTES = 56 * 1024
 _CHUNKS = (64, 32, 16, 8)  # positions, in whole vectors
 
 
-class WeightGradientPairs(GradientFamily[WeightGradientProblem]):
+class WeightGradientPairs(Family[WeightGradientProblem]):
     """A thread per pair of rows and eight taps."""
 
     name = "weight_gradient_pairs"
-    op = "weight_gradient"
+    kind = "weight_gradient"
 
-    def refuse(self, problem: WeightGradientProblem, layout: GradientLayout, device: Device) -> str | None:
+    def plan(self, problem: WeightGradientProblem, layout: Layout, device: Device) -> Plan | Refusal:
         p = problem
         if min(p.C_coarse_g, p.C_fine_g) > MAX_CHANNELS:
-            return f"needs at most {MAX_CHANNELS} channels a group on one side"
+            return Refusal(f"needs at most {MAX_CHANNELS} channels a group on one side")
         if p.C_coarse_g >= MANY_CHANNELS and p.C_fine_g * p.K >= MANY_COLUMNS:
-            return (
+            return Refusal(
                 f"needs fewer than {MANY_CHANNELS} channels a group on the coarse side, or fewer than {MANY_COLUMNS} "
                 "taps of all channels on the fine side"
             )
         shape = _shape(p, layout, device)
         if shape is None:
-            return f"needs two windows of 32 pairs in {device.shared_per_block} bytes of shared memory"
+            return Refusal(f"needs two windows of 32 pairs in {device.shared_per_block} bytes of shared memory")
         if shape.grid > MAX_GRID:
-            return f"needs at most {MAX_GRID} blocks"
-        return None
-
-    def configure(
-        self, problem: WeightGradientProblem, layout: GradientLayout, device: Device
-    ) -> tuple[Config, Launch]:
-        p = problem
-        shape = _shape(p, layout, device)
-        assert shape is not None, f"{self.name} refuses {p}"
+            return Refusal(f"needs at most {MAX_GRID} blocks")
         slices = Slices.of(p)
-        params = {
-            "N": p.N,
-            "L_coarse": p.L_coarse,
-            "L_fine": p.L_fine,
-            "K": p.K,
-            "C_coarse": p.C_coarse,
-            "C_coarse_g": p.C_coarse_g,
-            "C_fine_g": p.C_fine_g,
-            "pairs": shape.pairs,
-            "pair_blocks": shape.pair_blocks,
-            "block_pairs": shape.block_pairs,
-            "tap_threads": shape.tap_threads,
-            "stride": p.stride,
-            "padding_left": p.padding_left,
-            "dilation": p.dilation,
-            **slices.params(),
-            "is_conjugated": int(p.conjugate_coarse),
-            "chunk": shape.chunk,
-            "chunks": -(-slices.positions // shape.chunk),
-            "coarse_copy": shape.coarse_copy,
-            "fine_copy": shape.fine_copy,
-            "lead": shape.lead,
-            "window": shape.window,
-            "coarse_pitch": shape.coarse_pitch,
-            "fine_pitch": shape.fine_pitch,
-            **stride_params(layout),
-        }
-        launch = Launch(
-            shape.grid, shape.block_pairs * shape.tap_threads, shape.shared_bytes, shape.bits, tuple(params.items())
+        params = params_of(
+            self.name,
+            weight_fields(p, layout, slices),
+            pairs=shape.pairs,
+            pair_blocks=shape.pair_blocks,
+            block_pairs=shape.block_pairs,
+            tap_threads=shape.tap_threads,
+            chunk=shape.chunk,
+            chunks=-(-slices.positions // shape.chunk),
+            coarse_copy=shape.coarse_copy,
+            fine_copy=shape.fine_copy,
+            lead=shape.lead,
+            window=shape.window,
+            coarse_pitch=shape.coarse_pitch,
+            fine_pitch=shape.fine_pitch,
         )
-        return self._config(shape.slides, p.dtype, shape.bits), launch
+        launch = Launch(shape.grid, shape.block_pairs * shape.tap_threads, shape.shared_bytes, shape.bits, params)
+        return sliced_plan(p, layout, slices, self._config(shape.slides, p.dtype, shape.bits), launch)
 
     def configs(self, device: Device) -> Iterator[Config]:
         for dtype in DTYPES:
@@ -102,7 +81,7 @@ class WeightGradientPairs(GradientFamily[WeightGradientProblem]):
             "IS_SLIDING": int(slides),
             "THREAD_K": THREAD_K,
             "MAX_THREADS": MAX_THREADS,
-            "MIN_BLOCKS": 2 if ITEMSIZE[dtype] > 4 else MIN_BLOCKS[bits],
+            "MIN_BLOCKS": 2 if FORMATS[dtype].itemsize > 4 else MIN_BLOCKS[bits],
         }
         return gradient_config(self.name, dtype, bits, macros)
 
@@ -136,11 +115,11 @@ class _Shape:
 
 
 @lru_cache(maxsize=4096)
-def _shape(p: WeightGradientProblem, layout: GradientLayout, device: Device) -> _Shape | None:
+def _shape(p: WeightGradientProblem, layout: Layout, device: Device) -> _Shape | None:
     """None where not even the shortest chunk fits in shared memory."""
     slides = p.stride == 1 and p.dilation == 1
     vec = 16 // p.itemsize
-    coarse, fine = layout.inputs
+    coarse, fine = layout["coarse"], layout["fine"]
     # Windows that do not slide are read element by element, for which rows lie an odd number of words apart.
     widest = vec if slides else max(1, 4 // p.itemsize)
     coarse_copy = _copy_elements(coarse, p.L_coarse, widest, p.itemsize)

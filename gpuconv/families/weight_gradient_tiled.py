@@ -10,9 +10,9 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from ..device import Device
-from ..problem import DTYPES, WeightGradientProblem
-from .base import MAX_GRID, Config, GradientFamily, GradientLayout, Launch
-from .slices import Slices, accumulator_bytes, gradient_config, stride_params, weight_index_bits
+from ..problem import DTYPES, FORMATS, WeightGradientProblem
+from .base import MAX_GRID, Config, Family, Launch, Layout, Plan, Refusal, params_of
+from .slices import Slices, gradient_config, sliced_plan, weight_fields, weight_index_bits
 from .tiles import Tile, cost
 
 # By the size of the accumulator, as in tiles.py; low and wide, or high and narrow ones for groups of few channels.
@@ -27,65 +27,43 @@ _LOAD_POSITIONS = 8  # kLoadPositions of the .cu file
 MIN_CHANNELS = 4
 
 
-class WeightGradientTiled(GradientFamily[WeightGradientProblem]):
+class WeightGradientTiled(Family[WeightGradientProblem]):
     """Register tiles over the channels of coarse by (channels of fine, taps)."""
 
     name = "weight_gradient_tiled"
-    op = "weight_gradient"
+    kind = "weight_gradient"
 
-    def refuse(self, problem: WeightGradientProblem, layout: GradientLayout, device: Device) -> str | None:
+    def plan(self, problem: WeightGradientProblem, layout: Layout, device: Device) -> Plan | Refusal:
         p = problem
         if p.C_coarse_g < MIN_CHANNELS:
-            return f"needs at least {MIN_CHANNELS} channels a group on the coarse side"
+            return Refusal(f"needs at least {MIN_CHANNELS} channels a group on the coarse side")
         if p.C_fine_g * p.K < MIN_CHANNELS:
-            return f"needs at least {MIN_CHANNELS} taps of all channels of a group"
-        if _tilings(p, device, self._index_bits(p, layout))[0].blocks > MAX_GRID:
-            return f"needs at most {MAX_GRID} blocks"
-        return None
-
-    def configure(
-        self, problem: WeightGradientProblem, layout: GradientLayout, device: Device
-    ) -> tuple[Config, Launch]:
-        p = problem
+            return Refusal(f"needs at least {MIN_CHANNELS} taps of all channels of a group")
         bits = self._index_bits(p, layout)
-        tiling = _tilings(p, device, bits)[0]
-        tile = tiling.tile
-        strides = stride_params(layout)
+        tilings = _tilings(p, device, bits)
+        tiling, tile = tilings[0], tilings[0].tile
+        if tiling.blocks > MAX_GRID:
+            return Refusal(f"needs at most {MAX_GRID} blocks")
+        slices = Slices.of(p)
+        fields = weight_fields(p, layout, slices)
         step_n, step_l = divmod(_LOAD_POSITIONS, p.L_coarse)
-        fine_step = p.stride * strides["fine_stride_l"]
-        params = {
-            "N": p.N,
-            "L_coarse": p.L_coarse,
-            "L_fine": p.L_fine,
-            "K": p.K,
-            "C_coarse": p.C_coarse,
-            "C_coarse_g": p.C_coarse_g,
-            "C_fine_g": p.C_fine_g,
-            "row_tiles": tiling.row_tiles,
-            "column_tiles": tiling.column_tiles,
-            "groups": p.groups,
-            "stride": p.stride,
-            "padding_left": p.padding_left,
-            "dilation": p.dilation,
-            **Slices.of(p).params(),
-            "is_conjugated": int(p.conjugate_coarse),
-            "step_l": step_l,
-            "coarse_advance": step_n * strides["coarse_stride_n"] + step_l * strides["coarse_stride_l"],
-            "coarse_carry": strides["coarse_stride_n"] - p.L_coarse * strides["coarse_stride_l"],
-            "fine_advance": step_n * strides["fine_stride_n"] + step_l * fine_step,
-            "fine_carry": strides["fine_stride_n"] - p.L_coarse * fine_step,
-            **strides,
-        }
-        config = self._config(tile, p.dtype, bits)
-        return config, Launch(
-            tiling.blocks, tile.threads, _shared_bytes(tile, p.dtype, bits), bits, tuple(params.items())
+        fine_step = p.stride * fields["fine_stride_l"]
+        params = params_of(
+            self.name,
+            fields,
+            row_tiles=tiling.row_tiles,
+            column_tiles=tiling.column_tiles,
+            step_l=step_l,
+            coarse_advance=step_n * fields["coarse_stride_n"] + step_l * fields["coarse_stride_l"],
+            coarse_carry=fields["coarse_stride_n"] - p.L_coarse * fields["coarse_stride_l"],
+            fine_advance=step_n * fields["fine_stride_n"] + step_l * fine_step,
+            fine_carry=fields["fine_stride_n"] - p.L_coarse * fine_step,
         )
-
-    def figures(
-        self, problem: WeightGradientProblem, layout: GradientLayout, device: Device
-    ) -> tuple[tuple[str, float], ...]:
-        tilings = _tilings(problem, device, self._index_bits(problem, layout))
-        return tuple((f"{t.tile.block_m}x{t.tile.block_n}", t.cycles) for t in tilings)
+        config = self._config(tile, p.dtype, bits)
+        shared_bytes = _shared_bytes(tile, p.dtype, bits)
+        launch = Launch(tiling.blocks, tile.threads, shared_bytes, bits, params)
+        candidates = tuple((f"{t.tile.block_m}x{t.tile.block_n}", t.cycles) for t in tilings)
+        return sliced_plan(p, layout, slices, config, launch, candidates)
 
     def configs(self, device: Device) -> Iterator[Config]:
         for dtype in DTYPES:
@@ -93,10 +71,10 @@ class WeightGradientTiled(GradientFamily[WeightGradientProblem]):
                 for tile in _tiles(dtype, bits):
                     yield self._config(tile, dtype, bits)
 
-    def _index_bits(self, problem: WeightGradientProblem, layout: GradientLayout) -> int:
+    def _index_bits(self, problem: WeightGradientProblem, layout: Layout) -> int:
         p = problem
-        coarse_n, coarse_c, coarse_l = map(abs, layout.inputs[0].strides)
-        fine_n, fine_c, fine_l = map(abs, layout.inputs[1].strides)
+        coarse_n, coarse_c, coarse_l = map(abs, layout["coarse"].strides)
+        fine_n, fine_c, fine_l = map(abs, layout["fine"].strides)
         # Samples and positions behind the last, which a thread's addresses reach; rows and columns behind the last.
         hanging = p.N + 1 + _LOAD_POSITIONS // p.L_coarse
         positions = (p.L_coarse + _LARGEST) * p.stride + p.padding_left + p.dilation * p.K
@@ -134,7 +112,7 @@ class _Tiling(NamedTuple):
 
 
 def _tiles(dtype: str, bits: int) -> tuple[Tile, ...]:
-    tiles = TILES[accumulator_bytes(dtype)]
+    tiles = TILES[FORMATS[dtype].accumulator_bytes]
     return tiles if bits == 32 else tiles[-1:]  # one will do for arrays that need wide offsets
 
 
@@ -153,5 +131,5 @@ def _tilings(p: WeightGradientProblem, device: Device, bits: int) -> tuple[_Tili
 
 def _shared_bytes(tile: Tile, dtype: str, bits: int) -> int:
     """Buffers of operands, and an index for each column."""
-    padding = max(1, 16 // accumulator_bytes(dtype))
-    return tile.shared_bytes(accumulator_bytes(dtype), padding=padding) + tile.block_n * bits // 8
+    padding = max(1, 16 // FORMATS[dtype].accumulator_bytes)
+    return tile.shared_bytes(FORMATS[dtype].accumulator_bytes, padding=padding) + tile.block_n * bits // 8

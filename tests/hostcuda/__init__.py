@@ -4,7 +4,7 @@ The text that `gpuconv.source.assemble` gives to NVRTC is compiled by the host c
 thread is a fiber (runtime.cpp), every array lies between pages that may not be touched (memory.py), and whatever goes
 wrong is a `HostCudaError` (errors.py) that names the kernel, the block, the thread and the element.
 
-    output = hostcuda.convolve(problem, input, weight, bias, schedule="every")
+    output = hostcuda.compute(problem, input, weight, bias, schedule="every")
 
 compiles and launches what dispatch chooses for the problem. `run` launches any kernel, `prebuild` compiles many
 specialisations in one go.
@@ -12,7 +12,7 @@ specialisations in one go.
 
 from .build import Program, prebuild
 from .errors import HostCudaError
-from .launch import AMPERE, EVERY, HOPPER, Counts, Schedule, TensorCores, array_layout, convolve, run
+from .launch import AMPERE, EVERY, HOPPER, Counts, Schedule, TensorCores, array_layout, compute, run
 
 __all__ = [
     "AMPERE",
@@ -24,7 +24,7 @@ __all__ = [
     "Schedule",
     "TensorCores",
     "array_layout",
-    "convolve",
+    "compute",
     "prebuild",
     "run",
 ]

@@ -47,7 +47,7 @@ def installed() -> Iterator[None]:
     def forget() -> None:
         for cached in (runtime.device, runtime.build):
             cached.cache_clear()
-        calls._PLANS.clear()
+        calls._EXECUTORS.clear()
         launches.clear()
 
     forget()

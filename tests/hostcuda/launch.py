@@ -1,4 +1,4 @@
-"""Runs a launch, or a whole convolution as dispatch would launch it, on the CPU with every check on."""
+"""Runs a launch, or a whole problem as dispatch would launch it, on the CPU with every check on."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 
 from gpuconv.device import Device
-from gpuconv.dispatch import Choice, Place, choose, choose_family, lay_out
+from gpuconv.dispatch import Place, choose, lay_out
 from gpuconv.families import ArrayLayout, Config, Launch, Layout
-from gpuconv.problem import ConvProblem
+from gpuconv.families.base import PARTIAL
+from gpuconv.problem import ConvProblem, Problem, numpy_dtype
 from gpuconv.source import pack_params
 
 from . import build
@@ -138,8 +139,8 @@ _ERRORS: dict[int, type[HostCudaError]] = {
 
 
 def run(
-    kernel: Choice | Config | build.Program,
-    launch: Launch | None,
+    kernel: Config | build.Program,
+    launch: Launch,
     arrays: Mapping[str, Array | None],
     *,
     outputs: Sequence[str] = ("output",),
@@ -154,7 +155,7 @@ def run(
     """Launch a kernel.
 
     Args:
-        kernel: what to run; a `Choice` brings its own launch, then `launch` is None.
+        kernel: what to run.
         launch: grid, block, shared memory and parameters.
         arrays: the kernel's array arguments in order, None for a null pointer. Each is copied into guarded memory with
             its strides and the alignment of its first element.
@@ -174,11 +175,7 @@ def run(
     Raises:
         HostCudaError: see errors.py.
     """
-    config = kernel.config if isinstance(kernel, Choice) else kernel
-    launch = kernel.launch if isinstance(kernel, Choice) else launch
-    if launch is None:
-        raise TypeError("launch is needed unless kernel is a Choice")
-    program = build.Program.of(config) if isinstance(config, Config) else config
+    program = build.Program.of(kernel) if isinstance(kernel, Config) else kernel
     binary = build.binary(program)
     _check_launch(program, binary, launch, len(arrays) + 1, device)
 
@@ -217,12 +214,9 @@ def execute(what: LaunchRecord, counts: Counts) -> Fault:
     return fault
 
 
-def convolve(
-    problem: ConvProblem,
-    input: Array,
-    weight: Array,
-    bias: Array | None = None,
-    *,
+def compute(
+    problem: Problem,
+    *inputs: Array | None,
     layout: Layout | None = None,
     device: Device | None = None,
     family: str | None = None,
@@ -230,71 +224,55 @@ def convolve(
     placement: Placement = "end",
     counts: Counts | None = None,
 ) -> Array:
-    """Evaluate a problem with the kernel and launch that dispatch chooses.
+    """Evaluate a problem with the kernels and launches that dispatch chooses.
 
     Args:
         problem: extents and settings.
-        input: `problem.input_shape`.
-        weight: `problem.weight_shape`.
-        bias: `problem.bias_shape`, or None.
-        layout: strides and alignments of all arrays; by default those of the given arrays, and a contiguous output.
+        inputs: the arrays in the order of `problem.shapes`; a single sample may lack the axis of samples.
+        layout: strides and alignments of all arrays; by default those of the given arrays, and a contiguous result.
         device: the GPU to plan for, an H200 by default.
         family: the kernel family to take instead of the one that dispatch prefers.
         schedule: see `run`.
         placement: see `run`.
-        counts: see `run`; of the convolution's own kernel.
+        counts: see `run`; of the family's own kernel.
 
     Returns:
-        `problem.output_shape`, C-contiguous, of the dtype of `input`.
+        The result, C-contiguous, of the dtype of the inputs.
 
     Raises:
         HostCudaError: see errors.py.
         ValueError: the named family refuses the problem.
     """
-    p = problem
     device = device or Device.from_arch("sm_90")
-    output = np.empty(p.output_shape, input.dtype.newbyteorder("="))
-    arrays = {
-        "input": input if p.batched else input[None],
-        "weight": weight,
-        "bias": bias,
-        "output": output if p.batched else output[None],
-    }
+    given = {name: array for name, array in zip(problem.shapes, inputs, strict=False) if array is not None}
+    *_, (result, shape) = problem.shapes.items()
+    arrays = {n: a if a.ndim == len(problem.shapes[n]) else a[np.newaxis] for n, a in given.items()}
+    arrays[result] = np.empty(shape, next(iter(given.values())).dtype.newbyteorder("="))
     if layout is None:  # arrays whose elements kernels cannot read where they are come out as contiguous copies
-        given = {"input": input, "weight": weight, "bias": bias}
-        layout, _ = lay_out(
-            p, {name: None if a is None else Place(a.strides, _address(a)) for name, a in given.items()}
-        )
-    nothing = p.N == 0 or p.C_out == 0
-    choice = choose(p, layout, device) if family is None or nothing else choose_family(p, layout, device, family)
-    if choice is None:
-        return output
-    layouts = {"input": layout.input, "weight": layout.weight, "output": layout.output}
-    if layout.bias is not None:
-        layouts["bias"] = layout.bias
-    if choice.pack is not None:
-        words = np.empty(choice.pack.num_bytes // 4, np.uint32)  # of whatever type the kernels agree on
+        layout, _ = lay_out(problem, {name: Place(a.strides, _address(a)) for name, a in given.items()})
+    choice = choose(problem, layout, device, None if problem.is_empty else family)
+    steps = () if choice is None else choice.plan.steps
+    unwritten = dict(() if choice is None else choice.plan.scratch)
+    # Partial sums are of the accumulator's type, which recognises poison; only kernels know the type of packed weights.
+    sums = numpy_dtype(problem.dtype) if problem.itemsize >= 4 else np.dtype(np.float32)
+    for step in steps:
+        outputs = [name for name in step.arrays if name in unwritten] or [result]
+        for name in outputs:
+            if name in unwritten:
+                dtype = sums if name == PARTIAL else np.dtype(np.uint32)
+                arrays[name] = np.empty(unwritten.pop(name) // dtype.itemsize, dtype)
         run(
-            choice.pack.config,
-            choice.pack.launch,
-            {"weight": weight, "packed": words},
-            outputs=["packed"],
-            layouts={"weight": layout.weight},
+            step.config,
+            step.launch,
+            {name or f"null {place}": arrays[name] if name else None for place, name in enumerate(step.arrays)},
+            outputs=outputs,
+            layouts={name: layout[name] for name in step.arrays if name is not None and name in layout},
             device=device,
             schedule=schedule,
             placement=placement,
+            counts=counts if choice is not None and step is choice.step else None,
         )
-        arrays["weight"] = words
-        del layouts["weight"]
-    settings: dict[str, Any] = {"layouts": layouts, "device": device, "schedule": schedule, "placement": placement}
-    if choice.second_pass is None:
-        run(choice, None, arrays, **settings, counts=counts)
-        return output
-    partial = np.empty(choice.second_pass.num_bytes // 4, np.float32)
-    arrays |= {"partial": partial}
-    run(choice, None, arrays, outputs=["partial"], **settings, counts=counts)
-    run(choice.second_pass.config, choice.second_pass.launch, arrays, **settings)
-    return output
+    return arrays[result].reshape(problem.output_shape) if isinstance(problem, ConvProblem) else arrays[result]
 
 
 def array_layout(array: Array) -> ArrayLayout:

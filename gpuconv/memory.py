@@ -1,0 +1,118 @@
+"""Checks that need the arrays themselves: of what kind they are and on which device, and where they lie in memory.
+
+Everything about shapes, dtypes and settings is in `gpuconv.arguments`.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, cast
+
+import numpy as np
+
+from . import runtime
+
+
+def check_kinds(op: str, arrays: dict[str, Any]) -> None:
+    """Refuse what is no array, arrays of different kinds or devices, and a foreign byte order on a GPU.
+
+    Raises:
+        TypeError: naming the argument.
+    """
+    kinds: dict[str, str] = {}
+    for name, array in arrays.items():
+        if runtime.is_cupy_array(array):
+            if not array.dtype.isnative:  # CuPy makes views of such, and computes with none
+                raise TypeError(f"{op}: {name} must have native byte order on a GPU, got {array.dtype.str}")
+            kinds[name] = f"CuPy array on device {array.data.device_id}"
+        elif isinstance(array, np.ndarray) and not isinstance(array, np.ma.MaskedArray):
+            kinds[name] = "NumPy array"
+        else:
+            raise TypeError(f"{op}: {name} must be a NumPy or CuPy array, got {type(array).__name__}{_hint(op, array)}")
+    first, kind_of_first = next(iter(kinds.items()))
+    for name, kind in kinds.items():
+        if kind != kind_of_first:
+            raise TypeError(
+                f"{op}: all arrays must be of one kind and on one device, got {first} as a {kind_of_first} "
+                f"and {name} as a {kind}"
+            )
+
+
+def _hint(op: str, array: object) -> str:
+    """Where to go with a PyTorch tensor. PyTorch is not imported: no tensor exists before somebody else did."""
+    torch = sys.modules.get("torch")
+    if torch is None or not isinstance(array, torch.Tensor):
+        return ""
+    if op in ("conv1d", "conv_transpose1d"):
+        return f"; for PyTorch tensors there is gpuconv.torch.{op}"
+    return "; the functions of gpuconv.torch take PyTorch tensors"
+
+
+def check_overlap(op: str, out: Any, inputs: dict[str, Any]) -> None:
+    low, high = _byte_range(out)
+    for name, array in inputs.items():
+        if array is None:
+            continue
+        array_low, array_high = _byte_range(array)
+        if array_low < high and low < array_high and _share_memory(out, array):
+            raise ValueError(f"{op}: out must not overlap {name}, but they share memory")
+
+
+def _share_memory(a: Any, b: Any) -> bool:
+    """Whether two arrays whose byte ranges overlap have a byte in common."""
+    try:
+        return bool(np.shares_memory(_Ghost.of(a), _Ghost.of(b), max_work=cast(Any, 100_000)))
+    except np.exceptions.TooHardError:  # interleaved in a way too intricate to decide: treated as overlapping
+        return True
+
+
+def overlaps_itself(array: Any) -> bool:
+    """Whether some axis, from the shortest stride to the longest, steps by less than what the axes before it span.
+
+    Every view that slicing, transposing and reshaping can make of an ordinary array passes; hand-made strides that
+    interleave without touching do not.
+    """
+    if 0 in array.shape:
+        return False
+    reach = array.dtype.itemsize
+    for stride, extent in sorted((abs(s), e) for s, e in zip(array.strides, array.shape, strict=True)):
+        if extent > 1:
+            if stride < reach:
+                return True
+            reach += (extent - 1) * stride
+    return False
+
+
+def _address(array: Any) -> int:
+    return int(array.__array_interface__["data"][0] if isinstance(array, np.ndarray) else array.data.ptr)
+
+
+def _byte_range(array: Any) -> tuple[int, int]:
+    """The addresses from the first byte of an array to behind its last; empty for an empty array."""
+    low = high = _address(array)
+    if getattr(array, "_c_contiguous", False):  # CuPy's, without building a flags object: this is on the hot path
+        return low, low + array.nbytes
+    if 0 in array.shape:
+        return low, low
+    for extent, stride in zip(array.shape, array.strides, strict=True):
+        span = (extent - 1) * stride
+        low, high = (low + span, high) if span < 0 else (low, high + span)
+    return low, high + array.dtype.itemsize
+
+
+class _Ghost:
+    """The place of an array in memory as NumPy sees it, for address arithmetic alone: GPU memory is never read."""
+
+    def __init__(self, interface: dict[str, Any]) -> None:
+        self.__array_interface__ = interface
+
+    @classmethod
+    def of(cls, array: Any) -> np.ndarray[Any, Any]:
+        interface = {
+            "shape": tuple(array.shape),
+            "strides": tuple(array.strides),
+            "typestr": f"|V{array.dtype.itemsize}",
+            "data": (_address(array), True),
+            "version": 3,
+        }
+        return np.asarray(cls(interface))

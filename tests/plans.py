@@ -1,0 +1,32 @@
+"""What tests ask of the plans of kernel families."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gpuconv.device import Device
+from gpuconv.dispatch import Choice
+from gpuconv.families import FAMILIES, Config, Family, Launch, Layout, Plan, Refusal
+from gpuconv.problem import Problem
+
+FORWARD_FAMILIES = tuple(family for family in FAMILIES if family.kind in ("conv1d", "conv_transpose1d"))
+GRADIENT_FAMILIES = tuple(family for family in FAMILIES if family not in FORWARD_FAMILIES)
+
+
+def refusal_of(family: Family[Any], problem: Problem, layout: Layout, device: Device) -> str | None:
+    """Why a family does not take a problem; None where it does."""
+    plan = family.plan(problem, layout, device)
+    return plan.reason if isinstance(plan, Refusal) else None
+
+
+def plan_of(family: Family[Any], problem: Problem, layout: Layout, device: Device) -> Plan:
+    """The plan of a family for a problem that it takes."""
+    plan = family.plan(problem, layout, device)
+    assert isinstance(plan, Plan), f"{family.name} refuses {problem}: {plan.reason}"
+    return plan
+
+
+def kernel_of(family: Family[Any], problem: Problem, layout: Layout, device: Device) -> tuple[Config, Launch]:
+    """The specialisation and the launch of a family's own kernel, for a problem that the family takes."""
+    choice = Choice(family.name, plan_of(family, problem, layout, device))
+    return choice.config, choice.launch
