@@ -66,6 +66,28 @@ LOAD_LATENCY_CYCLES = 250
 LAUNCH_US = 2.0
 
 
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a family knows of the work of its kernel's launch, and the machine code does not tell.
+
+    Attributes:
+        multiply_adds: real ones of all lanes, those of idle lanes and of tiles that hang over the result included.
+        l2_bytes: read and written through L2.
+        warps: that multiply; None for all of the launch.
+        load_share: of the latency of a load, what each pass of the main loop waits for.
+        staging_instructions, staging_wavefronts: of all warps together, outside of the main loop.
+        taps: of one visit to a main loop that is unrolled over taps; None for other main loops.
+    """
+
+    multiply_adds: float
+    l2_bytes: float
+    warps: int | None = None
+    load_share: float = 1.0
+    staging_instructions: float = 0.0
+    staging_wavefronts: float = 0.0
+    taps: int | None = None
+
+
 def rates_of(device: Device) -> Rates:
     """The rates of a device's architecture, with the memory of the product where its name says which it is.
 

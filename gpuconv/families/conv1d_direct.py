@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from ..costs import Work
 from ..device import Device
 from ..problem import DTYPES, ConvProblem
 from .base import (
@@ -18,6 +19,7 @@ from .base import (
     Plan,
     Step,
     base_config,
+    base_work,
     conv_arrays,
     conv_fields,
     index_bits,
@@ -47,6 +49,9 @@ class Conv1dDirect(Family[ConvProblem]):
         )
         launch = Launch(grid, BLOCK_SIZE, 0, bits, params)
         return Plan((Step(base_config(self.name, p.dtype, bits, BLOCK_SIZE), launch, conv_arrays(p)),))
+
+    def work(self, problem: ConvProblem, step: Step) -> Work:
+        return base_work(problem, problem.K)
 
     def configs(self, device: Device) -> Iterator[Config]:
         for dtype in DTYPES:

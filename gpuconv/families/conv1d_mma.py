@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from ..costs import Work
 from ..device import Device
 from ..problem import ConvProblem
 from . import mma
-from .base import MAX_GRID, Config, Family, Layout, Plan, Refusal, conv_fields, index_bits
+from .base import MAX_GRID, Config, Family, Layout, Plan, Refusal, Step, conv_fields, index_bits
 
 
 class Conv1dMma(Family[ConvProblem]):
@@ -34,6 +35,9 @@ class Conv1dMma(Family[ConvProblem]):
         if not tilings:
             return Refusal(f"needs at most {MAX_GRID} blocks")
         return mma.make_plan(p, layout, device, product, tilings, self.name, bits, phases_in_rows=False)
+
+    def work(self, problem: ConvProblem, step: Step) -> Work:
+        return mma.work(problem, step)
 
     def configs(self, device: Device) -> Iterator[Config]:
         yield from mma.kernel_configs(self.name, device, (False,), transposed=False)

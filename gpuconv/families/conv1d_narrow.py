@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
+from ..costs import Work
 from ..device import Device
 from ..problem import DTYPES, FORMATS, ConvProblem
 from ..source import params_fields
@@ -121,6 +122,10 @@ class Conv1dNarrow(Family[ConvProblem]):
             (f"{count(_rows(p), 'channel')} by {count(t.thread_l, 'column')} a thread", t.cycles) for t in tilings
         )
         return Plan((Step(config, launch, conv_arrays(p)),), candidates=candidates)
+
+    def work(self, problem: ConvProblem, step: Step) -> Work:
+        rows = int(dict(step.config.macros)["THREAD_C"])
+        return Work(problem.flops() / 2 * rows / problem.C_out_g, problem.bytes())
 
     def configs(self, device: Device) -> Iterator[Config]:
         for dtype in DTYPES:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
+from ..costs import Work
 from ..device import Device
 from ..problem import DTYPES, FORMATS, ConvProblem
 from ..source import params_fields
@@ -175,6 +176,14 @@ class Conv1dSkinny(Family[ConvProblem]):
             for t in tilings
         )
         return Plan((Step(self._config(tiling.block_n, p.dtype), launch, conv_arrays(p)),), candidates=candidates)
+
+    def work(self, problem: ConvProblem, step: Step) -> Work:
+        # Few warps multiply, some lanes may be idle, and a chain of multiply-adds hides the loads that feed it.
+        p, launch, macros = problem, step.launch, dict(step.config.macros)
+        terms, warps = p.C_in_g * p.K, launch.grid * dict(launch.params)["compute_warps"]
+        lane_sums = int(macros["THREAD_N"]) * (4 if p.is_complex else 1)
+        input_bytes = launch.grid * terms * int(macros["BLOCK_N"]) * p.itemsize
+        return Work(WARP * warps * terms * lane_sums, p.bytes() + input_bytes, warps, load_share=0.0)
 
     def configs(self, device: Device) -> Iterator[Config]:
         for dtype in DTYPES:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from ..costs import Work
 from ..device import Device
 from ..problem import DTYPES, ConvProblem
 from .base import (
@@ -18,6 +19,7 @@ from .base import (
     Plan,
     Step,
     base_config,
+    base_work,
     conv_arrays,
     conv_fields,
     index_bits,
@@ -50,6 +52,9 @@ class ConvTranspose1dGather(Family[ConvProblem]):
         )
         launch = Launch(grid, BLOCK_SIZE, 0, bits, params)
         return Plan((Step(base_config(self.name, p.dtype, bits, BLOCK_SIZE), launch, conv_arrays(p)),))
+
+    def work(self, problem: ConvProblem, step: Step) -> Work:
+        return base_work(problem, -(-problem.K // dict(step.launch.params)["tap_step"]))
 
     def configs(self, device: Device) -> Iterator[Config]:
         for dtype in DTYPES:

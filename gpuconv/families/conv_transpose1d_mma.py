@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from ..costs import Work
 from ..device import Device
 from ..problem import ConvProblem
 from . import mma
-from .base import MAX_GRID, Config, Family, Layout, Plan, Refusal, conv_fields, index_bits
+from .base import MAX_GRID, Config, Family, Layout, Plan, Refusal, Step, conv_fields, index_bits
 from .phases import Phases
 
 # Taps that a phase lacks are packed as zeros, and multiplied; see also conv_transpose1d_phases.
@@ -53,6 +54,9 @@ class ConvTranspose1dMma(Family[ConvProblem]):
             q_begin=phases.q_begin,
             taps=phases.taps,
         )
+
+    def work(self, problem: ConvProblem, step: Step) -> Work:
+        return mma.work(problem, step)
 
     def configs(self, device: Device) -> Iterator[Config]:
         yield from mma.kernel_configs(self.name, device, (False, True), transposed=True)

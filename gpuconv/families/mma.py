@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
+from ..costs import Work
 from ..device import Device
 from ..problem import ConvProblem
 from ..source import params_fields
@@ -206,6 +207,7 @@ SHARED_BYTES_PER_CYCLE = 128.0
 LATENCY_CYCLES = 2500.0
 _SECOND_PASS_CYCLES = 5000.0  # of a launch that reads what another has just written
 _LOAD_CYCLES = 600.0  # from a load to its data, mostly from L2 (an assumption)
+_STAGING_INSTRUCTIONS = 5  # of an element of the window (an assumption)
 _STAGE_CYCLES = 60.0  # the barrier of a stage, and its wait for weights, of a block alone
 
 
@@ -479,6 +481,25 @@ def _candidates(tilings: tuple[Tiling, ...]) -> tuple[tuple[str, float], ...]:
         return f"{t.tile.block_m}x{t.tile.block_n}" + (f" of {samples} samples" if samples > 1 else "") + cut
 
     return tuple((name(t), t.cycles) for t in tilings)
+
+
+def work(problem: ConvProblem, step: Step) -> Work:
+    """The work of a launch of tiles: every chunk of channels stages a window of the input for all taps."""
+    params, macros, grid = dict(step.launch.params), dict(step.config.macros), step.launch.grid
+    chunks = params["segment_chunks"] if macros["SEGMENT_MODE"] == "2" else params["chunks"]
+    parts, products = (2, 3) if macros["IS_SPLIT"] == "1" else (1, 1)
+    channels = UNIT_BYTES // problem.itemsize  # of a unit
+    terms = chunks * params["pairs"] * channels
+    vectors = grid * chunks * params["units"] * params["window_rows"]
+    weight_bytes = grid * chunks * params["pairs"] * parts * int(macros["BLOCK_M"]) * UNIT_BYTES
+    return Work(
+        multiply_adds=products * grid * int(macros["BLOCK_M"]) * int(macros["BLOCK_N"]) * terms,
+        l2_bytes=weight_bytes + vectors * UNIT_BYTES + problem.bytes(),
+        load_share=0.25,
+        # Of each vector of the window a lane loads its elements one by one and stores its parts.
+        staging_instructions=vectors / WARP * _STAGING_INSTRUCTIONS * channels,
+        staging_wavefronts=vectors / WARP * (channels + 4 * parts),
+    )
 
 
 def smallest_fits(product: Product, arithmetic: Arithmetic, device: Device) -> bool:

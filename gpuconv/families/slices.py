@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ..costs import Work
 from ..problem import BiasGradientProblem, WeightGradientProblem
 from ..source import params_fields
 from .base import PARTIAL, Config, Launch, Layout, Plan, Step, base_config, index_bits, round_up
@@ -85,9 +86,7 @@ class Slices:
 
     def partial_bytes(self, problem: WeightGradientProblem | BiasGradientProblem) -> int:
         """The memory of the partial sums; none where there is one slice."""
-        if self.count == 1:
-            return 0
-        return self.count * _num_results(problem) * problem.format.accumulator_bytes
+        return _partial_bytes(problem, self.count)
 
     def params(self) -> dict[str, int]:
         """The fields of Params that `find_slice` of slices.cuh reads."""
@@ -96,6 +95,10 @@ class Slices:
 
 def _num_results(problem: WeightGradientProblem | BiasGradientProblem) -> int:
     return math.prod(list(problem.shapes.values())[-1])
+
+
+def _partial_bytes(problem: WeightGradientProblem | BiasGradientProblem, count: int) -> int:
+    return count * _num_results(problem) * problem.format.accumulator_bytes if count > 1 else 0
 
 
 def weight_fields(problem: WeightGradientProblem, layout: Layout, slices: Slices) -> dict[str, int]:
@@ -131,6 +134,14 @@ def weight_index_bits(problem: WeightGradientProblem, layout: Layout, *extra: in
     fine_stride_n, _, fine_stride_l = map(abs, layout["fine"].strides)
     fine = p.N * fine_stride_n + positions * fine_stride_l
     return index_bits(p, layout, positions, sums, fine, *extra)
+
+
+def sums_work(problem: WeightGradientProblem, step: Step, held: int, products: int = 1) -> Work:
+    """The work of a kernel whose threads hold so many sums, those that are none included, of `products` each."""
+    params = dict(step.launch.params)
+    count = -(-params["N"] // params["slice_samples"]) * params["slice_pieces"]
+    waste = held / (count * _num_results(problem))
+    return Work(products * problem.flops() / 2 * waste, problem.bytes() + _partial_bytes(problem, count))
 
 
 def sliced_plan(

@@ -11,10 +11,11 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
+from ..costs import Work
 from ..device import Device
 from ..problem import WeightGradientProblem
 from ..text import count
-from .base import MAX_GRID, Config, Family, Launch, Layout, Plan, Refusal, params_of, round_up
+from .base import MAX_GRID, Config, Family, Launch, Layout, Plan, Refusal, Step, params_of, round_up
 from .mma import (
     ARITHMETICS,
     L2_BYTES_PER_CYCLE,
@@ -28,7 +29,7 @@ from .mma import (
     WARP,
     Arithmetic,
 )
-from .slices import Slices, gradient_config, sliced_plan, weight_fields, weight_index_bits
+from .slices import Slices, gradient_config, sliced_plan, sums_work, weight_fields, weight_index_bits
 
 STEP = SPLIT_TERMS  # positions of a step: one product of 16-bit matrices along the reduction, or two
 OCTET = 8  # columns of one product
@@ -170,6 +171,11 @@ class WeightGradientMma(Family[WeightGradientProblem]):
         launch = Launch(tiling.blocks, tile.threads, tiling.shared_bytes, bits, params)
         candidates = tuple((f"{t.tile.block_m}x{t.tile.block_n} of {count(t.taps, 'tap')}", t.cycles) for t in tilings)
         return sliced_plan(p, layout, slices, config, launch, candidates)
+
+    def work(self, problem: WeightGradientProblem, step: Step) -> Work:
+        macros = dict(step.config.macros)
+        held = step.launch.grid * int(macros["BLOCK_M"]) * int(macros["BLOCK_N"])
+        return sums_work(problem, step, held, 3 if macros["IS_SPLIT"] == "1" else 1)
 
     def configs(self, device: Device) -> Iterator[Config]:
         for (dtype, precision), arithmetic in ARITHMETICS.items():
