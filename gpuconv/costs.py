@@ -34,28 +34,19 @@ class Rates:
     mma_share: float = 1.0
 
 
-# Limits per multiprocessor: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability" and
-# "Arithmetic Instructions". Bandwidths and tensor rates: NVIDIA's data sheets of the products in
-# gpuconv.device.ARCHITECTURES. mma.sync on sm_90: Luo et al., arXiv 2402.13499.
-RATES = {
-    "sm_75": Rates(320, 64, 2, 0, 16, 0),
-    "sm_80": Rates(2039, 64, 32, 1024, 32, 1024),
-    "sm_86": Rates(936, 128, 2, 256, 16, 1024),
-    "sm_89": Rates(1008, 128, 2, 256, 24, 1024),
-    "sm_90": Rates(4800, 128, 64, 2048, 32, 1024, 0.63),
-    "sm_100": Rates(8000, 128, 64, 4096, 32, 1024),
-    "sm_120": Rates(1792, 128, 2, 256, 24, 1024),
-}
-
-# Products that differ from their architecture's entry only in the bandwidth of their memory, in GB/s on the data sheet.
-SIBLINGS = {"sm_90": {"H100": 3350.0}}
-
-# Of every multiprocessor: 32-bit registers, and warp instructions issued in a cycle.
+# Of every multiprocessor: 32-bit registers; instructions issued in a cycle, of warps and of threads.
 REGISTERS_PER_SM = 65536
 WARP_ISSUES_PER_CYCLE = 4
+THREAD_ISSUES_PER_CYCLE = 32 * WARP_ISSUES_PER_CYCLE
 # Bytes of a multiprocessor's shared memory in a cycle, and of its share of L2 (an assumption).
 SHARED_BYTES_PER_CYCLE = 128
 L2_BYTES_PER_CYCLE = 24
+# What families compare their configurations by, whatever the GPU, are an H200's figures, of a multiprocessor and cycle:
+# bytes to and from memory, 4.3 TB/s over 132 multiprocessors at 1.8 GHz; real multiply-adds by the accumulator's size.
+MEMORY_BYTES_PER_CYCLE = 18.0
+MULTIPLY_ADDS_PER_CYCLE = {4: 128, 8: 64}
+# Bytes of shared memory that the system takes from every block from sm_80 on, and in those comparisons everywhere.
+RESERVED_SHARED_BYTES = 1024
 # Fraction of the data sheet's bandwidth that a large copy reaches; the usual result of copy benchmarks.
 DRAM_EFFICIENCY = 0.9
 # Cycles from a fused multiply-add, or from an mma.sync, to the next that needs its result.
@@ -64,6 +55,22 @@ MMA_LATENCY_CYCLES = 33
 # Cycles from a load to its data, and microseconds from one launch to the next in a CUDA graph (assumptions).
 LOAD_LATENCY_CYCLES = 250
 LAUNCH_US = 2.0
+
+# Limits per multiprocessor: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability" and
+# "Arithmetic Instructions". Bandwidths and tensor rates: NVIDIA's data sheets of the products in
+# gpuconv.device.ARCHITECTURES. mma.sync on sm_90: Luo et al., arXiv 2402.13499.
+RATES = {
+    "sm_75": Rates(320, 64, 2, 0, 16, 0),
+    "sm_80": Rates(2039, 64, 32, 1024, 32, RESERVED_SHARED_BYTES),
+    "sm_86": Rates(936, 128, 2, 256, 16, RESERVED_SHARED_BYTES),
+    "sm_89": Rates(1008, 128, 2, 256, 24, RESERVED_SHARED_BYTES),
+    "sm_90": Rates(4800, 128, 64, 2048, 32, RESERVED_SHARED_BYTES, 0.63),
+    "sm_100": Rates(8000, 128, 64, 4096, 32, RESERVED_SHARED_BYTES),
+    "sm_120": Rates(1792, 128, 2, 256, 24, RESERVED_SHARED_BYTES),
+}
+
+# Products that differ from their architecture's entry only in the bandwidth of their memory, in GB/s on the data sheet.
+SIBLINGS = {"sm_90": {"H100": 3350.0}}
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,19 +11,17 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
-from ..costs import Work
+from ..costs import L2_BYTES_PER_CYCLE, RESERVED_SHARED_BYTES, SHARED_BYTES_PER_CYCLE, Work
 from ..device import Device
 from ..problem import WeightGradientProblem
 from ..text import count
 from .base import MAX_GRID, Config, Family, Launch, Layout, Plan, Refusal, Step, params_of, round_up
 from .mma import (
     ARITHMETICS,
-    L2_BYTES_PER_CYCLE,
     LATENCY_CYCLES,
     MIN_CHANNELS,
     MIN_SPLIT_ROWS,
     MIN_SPLIT_TERMS,
-    SHARED_BYTES_PER_CYCLE,
     SPLIT_TERMS,
     UNIT_BYTES,
     WARP,
@@ -370,7 +368,7 @@ def _cost(
     # A lane loads as many positions of a channel as the width says and stores 16 bytes of each part.
     loads = chunks * (tile.block_m * chunk_terms / widths[0] + octets * OCTET * window.rows / widths[1])
     local = (operands + staged * arithmetic.parts) / SHARED_BYTES_PER_CYCLE + loads / WARP
-    resident = min(tile.min_blocks, max(1, device.shared_per_sm // (shared + 1024)))
+    resident = min(tile.min_blocks, max(1, device.shared_per_sm // (shared + RESERVED_SHARED_BYTES)))
     issue = loads * _LOAD_INSTRUCTIONS / WARP / 4
     out = tile.block_m * tile.block_n / WARP * _STORE_CYCLES
     block = max(multiply + issue, local, staged / L2_BYTES_PER_CYCLE) + out + chunks * _CHUNK_CYCLES / resident
