@@ -38,8 +38,8 @@ ROWS = (2, 4, 6, 8)
 THREAD_L = {4: (4, 1), 8: (2, 1), 16: (1,)}
 # Shared memory that a chunk of weights may take.
 _CHUNK_BYTES = 16 * 1024
-# Figures of the cost model: instructions of a term besides its multiply-adds, and of each of its columns (bench.static on
-# sm_90); cycles from loads that the cache serves to their data, over the terms that are loaded together; cycles of a
+# Figures of the cost model: instructions of a term besides its multiply-adds, and of each of its columns (bench.static
+# on sm_90); cycles from loads that the cache serves to their data, over the terms that are loaded together; cycles of a
 # block besides.
 _TERM_SLOTS, _COLUMN_SLOTS = 7.0, 1.0
 _TERM_LATENCY = {1: 12.0, 2: 20.0, 4: 30.0}
