@@ -6,6 +6,7 @@ bytes long on all architectures since sm_70, so instruction i lies at address 16
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import subprocess
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from shutil import which
-from typing import Any
+from typing import Any, NamedTuple
 
 from gpuconv import source
 from gpuconv.families import Config
@@ -302,6 +303,7 @@ class KernelReport:
     local_instructions: int
     loop: Loop
     around: Loop | None
+    digest: str = ""
 
     @property
     def uses_local_memory(self) -> bool:
@@ -392,25 +394,49 @@ def whole_chunk(config: Config, loop: Loop, around: Loop | None) -> tuple[Loop, 
     return chunk, None
 
 
+class Compiled(NamedTuple):
+    """What the compiler made of one specialisation: machine code, its log, and the milliseconds it took."""
+
+    cubin: bytes
+    log: str
+    milliseconds: float
+
+    @property
+    def digest(self) -> str:
+        """Of the machine code: what has the same has the same report."""
+        return hashlib.sha256(self.cubin).hexdigest()[:16]
+
+
+@cache
+def compiled(config: Config, arch: str) -> Compiled:
+    """Compile one specialisation; each is compiled once.
+
+    Raises:
+        ToolMissingError: CuPy or NVRTC is not installed.
+        RuntimeError: the kernel does not compile.
+    """
+    return Compiled(*compile_cubin(source.assemble(config.kernel, dict(config.macros)), config.kernel, arch))
+
+
 @cache
 def report(config: Config, arch: str) -> KernelReport:
-    """Compile one specialisation and read it; each is compiled once.
+    """Compile one specialisation and read it.
 
     Raises:
         ToolMissingError: CuPy, NVRTC or nvdisasm is not installed.
         RuntimeError: the kernel does not compile.
     """
-    text = source.assemble(config.kernel, dict(config.macros))
-    cubin, log, milliseconds = compile_cubin(text, config.kernel, arch)
-    instructions = parse_disassembly(disassemble(cubin), config.kernel)
+    code = compiled(config, arch)
+    instructions = parse_disassembly(disassemble(code.cubin), config.kernel)
     loop, around = whole_chunk(config, *main_loop(instructions))
     return KernelReport(
         config=config,
         arch=arch,
-        resources=parse_log(log, config.kernel),
-        compile_ms=milliseconds,
+        resources=parse_log(code.log, config.kernel),
+        compile_ms=code.milliseconds,
         instructions=len(instructions),
         local_instructions=sum(i.name in ("LDL", "STL") for i in instructions),
         loop=loop,
         around=around,
+        digest=code.digest,
     )
