@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from .arguments import MAX_STEP
 from .problem import DTYPES, ArraySpec, ConvProblem, Op, numpy_dtype
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -43,9 +44,6 @@ def in_format(problem: ConvProblem, number_format: str) -> ConvProblem:
     return replace(problem, dtype=dtype_of(number_format), precision=precision)
 
 
-# -- cases -----------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True)
 class Case:
     """A named problem.
@@ -54,7 +52,7 @@ class Case:
         name: unique in the table.
         problem: float32; `at` gives it another number format.
         settings: the keyword arguments of the public function, as a user would write them ("same", output_size, ...).
-        tags: what the case is there for; the first one is its group.
+        tags: what the case tests; the first one is its group.
     """
 
     name: str
@@ -155,6 +153,8 @@ CASES: tuple[Case, ...] = (
     _conv("depthwise", 2, 13, 13, 65, 3, "groups", "depthwise", groups=13, padding=1),
     _conv("depthwise_multiplier", 2, 6, 18, 50, 5, "groups", "depthwise", groups=6, padding=2),
     _conv("depthwise_strided_dilated", 2, 10, 10, 77, 4, "groups", "depthwise", groups=10, stride=2, dilation=2),
+    _conv("depthwise_long_dilated", 1, 6, 6, 141, 5, "groups", "depthwise", groups=6, dilation=3, padding=(4, 9)),
+    _conv("depthwise_stride8", 2, 6, 6, 90, 9, "groups", "depthwise", groups=6, stride=8, padding=(5, 3)),
     _conv("groups_to_one_each", 2, 12, 4, 40, 3, "groups", groups=4, bias=False),
     # Channel counts off the usual multiples.
     _conv("one_channel", 3, 1, 1, 71, 9, "channels", padding=4),
@@ -168,9 +168,12 @@ CASES: tuple[Case, ...] = (
     _conv("dense_stride3", 2, 20, 36, 50, 7, "dense", stride=3, padding=(9, 4)),
     _conv("dense_dilation5", 2, 36, 20, 41, 3, "dense", dilation=5, padding=(11, 3)),
     _conv("dense_groups3", 1, 51, 63, 47, 5, "dense", groups=3, stride=2, dilation=3, padding=6, bias=False),
+    # Terms enough that tensor cores sum them in segments, in blocks of their own, of which the last has fewer.
+    _conv("dense_long_sum", 1, 144, 17, 6, 52, "dense", padding=26),
     # Lengths.
     _conv("length1", 4, 5, 6, 1, 1, "length"),
     _conv("length1_padded", 2, 5, 6, 1, 3, "length", padding=1),
+    _conv("length1_output", 1, 12, 20, 7, 5, "length", padding=(0, 1), stride=4),
     _conv("length127", 1, 4, 6, 127, 3, "length", padding=1),
     _conv("length128", 1, 4, 6, 128, 3, "length", padding=1),
     _conv("length129", 1, 4, 6, 129, 3, "length", padding=1),
@@ -233,6 +236,7 @@ CASES: tuple[Case, ...] = (
     _transposed("up_depthwise_multiplier", 2, 5, 15, 30, 3, "groups", "depthwise", groups=5, stride=2),
     _transposed("up_depthwise_stride1", 2, 7, 7, 45, 9, "groups", "depthwise", groups=7, padding=4),
     _transposed("up_depthwise_dilated", 2, 6, 6, 31, 5, "groups", "depthwise", groups=6, stride=4, dilation=6),
+    _transposed("up_depthwise_long_dilated", 1, 6, 6, 130, 5, "groups", "depthwise", groups=6, dilation=3, padding=2),
     _transposed("up_one_input_channel", 2, 1, 33, 30, 6, "channels", stride=3, padding=1),
     _transposed("up_one_output_channel", 2, 48, 1, 30, 6, "channels", stride=3, padding=1),
     _transposed("up_channels_64_64", 1, 64, 64, 40, 4, "channels", stride=2, padding=1),
@@ -241,6 +245,7 @@ CASES: tuple[Case, ...] = (
     _transposed("up_dense_dilation3", 1, 36, 20, 22, 3, "dense", dilation=3, padding=4),
     _transposed("up_dense_dilation6_stride4", 1, 36, 18, 11, 5, "dense", dilation=6, stride=4, padding=(1, 7)),
     _transposed("up_dense_groups2", 1, 64, 40, 13, 5, "dense", groups=2, stride=2, padding=2, output_padding=1),
+    _transposed("up_dense_long_sum", 1, 144, 9, 5, 104, "dense", stride=2, padding=51),
     _transposed("up_length1", 2, 5, 6, 1, 4, "length", stride=2, padding=1),
     _transposed("up_length127", 1, 3, 4, 64, 1, "length", stride=2),
     _transposed("up_length128", 1, 3, 4, 64, 4, "length", stride=2, padding=1),
@@ -261,40 +266,61 @@ CASES: tuple[Case, ...] = (
     _transposed("istft", 1, 65, 1, 8, 128, "model", stride=64, bias=False),
 )  # fmt: skip
 
+_FAR = MAX_STEP  # twice it, taken for a signed 32-bit integer, is -2
+
+# Positions that do not fit 32 bits, on small arrays: GPUs compute these with 64-bit indices. All taps but one lie far
+# outside of the input; where a position loses its upper bits, some of them seem to lie two positions away.
+WIDE_CASES: tuple[Case, ...] = (
+    _conv("wide_dense", 2, 36, 20, 30, 5, "wide", dilation=_FAR, padding=2 * _FAR),
+    _conv("wide_stem", 2, 2, 40, 30, 5, "wide", dilation=_FAR, padding=2 * _FAR),
+    _conv("wide_narrow", 2, 12, 3, 30, 5, "wide", dilation=_FAR, padding=(2 * _FAR - 5, 2 * _FAR + 2)),
+    _conv("wide_stride", 2, 36, 20, 30, 3, "wide", stride=_FAR, padding=(2 * _FAR, 1)),
+    _conv("wide_depthwise", 2, 6, 12, 30, 3, "wide", "depthwise", groups=6, stride=_FAR, padding=(2 * _FAR, 1)),
+    _conv("wide_long_sum", 1, 144, 17, 30, 52, "wide", stride=_FAR, padding=(2 * _FAR, 25)),
+    _transposed("up_wide_long_sum", 1, 144, 17, 9, 52, "wide", dilation=_FAR, padding=(26 * _FAR, 25 * _FAR)),
+    _transposed("up_wide_dense", 2, 36, 20, 20, 5, "wide", dilation=_FAR, padding=2 * _FAR),
+    _transposed("up_wide_narrow", 2, 12, 3, 20, 5, "wide", dilation=_FAR, padding=2 * _FAR),
+    _transposed("up_wide_stride", 2, 36, 20, 3, 5, "wide", stride=_FAR, padding=(2 * _FAR - 4, 1)),
+    _transposed("up_wide_depthwise", 2, 6, 12, 20, 5, "wide", "depthwise", groups=6, dilation=_FAR, padding=2 * _FAR),
+)
+
 
 def select(filter: str | None = None) -> tuple[Case, ...]:
     """The cases whose name contains `filter`, or that carry it as a tag, or whose op it is; all of them for None.
 
+    They are chosen from `CASES` and `WIDE_CASES`.
+
     Raises:
         ValueError: there is no such case.
     """
+    every = (*CASES, *WIDE_CASES)
     if filter is None:
-        return CASES
-    chosen = tuple(case for case in CASES if filter in case.name or filter in case.tags or filter == case.problem.op)
+        return every
+    chosen = tuple(case for case in every if filter in case.name or filter in case.tags or filter == case.problem.op)
     if not chosen:
         raise ValueError(f"filter {filter!r} matches no case: neither part of a name, nor a tag, nor an operation")
     return chosen
 
 
 def quick_pairs(formats: Sequence[str]) -> tuple[tuple[str, Case], ...]:
-    """A selection of (number format, case), in the order of formats and table, that leaves out no kind of either.
+    """A selection of (number format, case), in the order of formats and table: of six formats a fifth of all pairs.
 
-    A kind is an operation and a group: (conv1d, "padding"), say. Along each kind the formats take turns, until each of
-    its cases has had one and each format has had a case of it. So every case runs, every kind runs in every format, and
-    of one format all cases do. Of six formats a fifth of all pairs are chosen.
+    Every case is in it in at least one format, and every kind of case in every format; with a single format it is the
+    whole table. A kind is an operation with a group of cases, such as (conv1d, "padding"). The cases of a kind take the
+    formats in turn.
     """
     kinds: dict[tuple[Op, str], list[Case]] = {}
-    for case in CASES:
+    every = select()
+    for case in every:
         kinds.setdefault((case.problem.op, case.tags[0]), []).append(case)
     chosen = {
         (formats[(shift + i) % len(formats)], cases[i % len(cases)].name)
-        for shift, cases in enumerate(kinds.values())  # else the first cases of all kinds would share a format
+        for shift, cases in enumerate(
+            kinds.values()
+        )  # without the shift, the first cases of all kinds would share a format
         for i in range(max(len(cases), len(formats)))
     }
-    return tuple((name, case) for name in formats for case in CASES if (name, case.name) in chosen)
-
-
-# -- data ------------------------------------------------------------------------------------------------------------
+    return tuple((name, case) for name in formats for case in every if (name, case.name) in chosen)
 
 
 class Data(NamedTuple):
@@ -306,7 +332,7 @@ class Data(NamedTuple):
 
 
 def exact_data(problem: ConvProblem, seed: int, *, adjoint_too: bool = False) -> Data:
-    """Nonzero small integers for which every correct computation gives one result, bit for bit.
+    """Nonzero small integers for which every correct computation gives the same result, bit for bit.
 
     The absolute values of the terms of any output element sum to at most an integer that the dtype holds exactly, so
     every partial sum in any order is exact in the accumulator and the result is exact in the dtype. Where that leaves
@@ -370,7 +396,9 @@ def random_data(problem: ConvProblem, seed: int, kind: RandomKind = "normal") ->
         seed: any integer.
         kind: "normal": standard normal. "ill_scaled": magnitudes from 2**-60 to 2**60, in float16 and for long sums
             fewer, so that no sum of absolute values overflows. "cancelling": the terms of an output element nearly
-            cancel. "nonfinite": normal, with a NaN and an infinity in the input and an infinity in the weight.
+            cancel. "nonfinite": normal, but for a NaN in the input, infinities at the first and the last position of
+            rows of the input, and infinities at the first and the last tap of rows of the weight. Outputs near the ends
+            lack these terms, in which a zero for the absent factor would make a NaN.
     """
     p = problem
     rng = _generator(p, seed)
@@ -384,23 +412,25 @@ def random_data(problem: ConvProblem, seed: int, kind: RandomKind = "normal") ->
                 part -= part.mean(axis=(1, 2), keepdims=True)
         bias = bias * 2.0**-6
     if kind == "nonfinite":
-        for array, values in ((x, (np.nan, np.inf)), (taps, (-np.inf,))):
-            places = rng.permutation(array.size)[: len(values)]
-            array.reshape(-1)[places] = values[: len(places)]
+        _set_ends(rng, x, np.inf)
+        _set_ends(rng, taps, -np.inf)
+        inner = x[..., 1:-1] if p.L_in > 2 else x
+        if inner.size:
+            inner[tuple(rng.integers(inner.shape))] = np.nan
     return _as_dtype(p, x, _as_weight(p, taps), bias if p.has_bias else None)
 
 
 def random_grad_output(problem: ConvProblem, seed: int, kind: GradOutputKind = "normal") -> Array:
     """Standard normal data of the output's shape.
 
-    "nonfinite" puts an infinity at the first position of a row: windows that begin in the padding meet it, and no
-    product of it with what the padding stands for may enter a sum.
+    "nonfinite" puts infinities at the first and the last position of rows: windows that reach into the padding meet
+    them, and no product of them with what the padding stands for may enter a sum.
     """
     p = problem
     rng = _generator(p, seed + 1)
     values = _normal(p, rng, (p.N, p.C_out, p.L_out))
-    if kind == "nonfinite" and values.size:
-        values[rng.integers(p.N), rng.integers(p.C_out), 0] = -np.inf
+    if kind == "nonfinite":
+        _set_ends(rng, values, -np.inf)
     return np.asarray(values.reshape(p.output_shape).astype(numpy_dtype(p.dtype)))
 
 
@@ -436,6 +466,14 @@ def _integers(rng: np.random.Generator, shape: tuple[int, ...], limit: int, dtyp
         return np.asarray(rng.integers(1, limit, size=shape, endpoint=True) * rng.choice((-1.0, 1.0), size=shape))
 
     return np.asarray(draw() + 1j * draw()) if dtype.startswith("complex") else draw()
+
+
+def _set_ends(rng: np.random.Generator, array: Array, value: float) -> None:
+    """Write a value to the first element of one row along the last axis and to the last of another, if there is one."""
+    rows = array.reshape(-1, array.shape[-1]) if array.size else array
+    if rows.size:
+        order = rng.permutation(len(rows))
+        rows[order[0], 0] = rows[order[-1], -1] = value
 
 
 def _normal(problem: ConvProblem, rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
@@ -494,9 +532,6 @@ def _as_dtype(problem: ConvProblem, input: Array, weight: Array, bias: Array | N
     )
 
 
-# -- derived problems ------------------------------------------------------------------------------------------------
-
-
 def call_settings(problem: ConvProblem) -> dict[str, Any]:
     """The keyword arguments with which the public function of `problem.op` arrives at this problem."""
     p = problem
@@ -549,3 +584,32 @@ def one_group(problem: ConvProblem, g: int) -> tuple[ConvProblem, slice, slice]:
     p = problem
     alone = replace(p, C_in=p.C_in_g, C_out=p.C_out_g, groups=1)
     return alone, slice(g * p.C_in_g, (g + 1) * p.C_in_g), slice(g * p.C_out_g, (g + 1) * p.C_out_g)
+
+
+class Term(NamedTuple):
+    """One product of an output element: the weight at an index of its array times the input at (channel, l_in).
+
+    `c_in` counts within the group.
+    """
+
+    c_in: int
+    k: int
+    l_in: int
+    channel: int
+    weight_index: tuple[int, int, int]
+
+
+def terms_of(problem: ConvProblem, c_out: int, l_out: int) -> Iterator[Term]:
+    """The products that an output element is the sum of, in the canonical order: c_in outer, k inner."""
+    p = problem
+    g, c_out_g = divmod(c_out, p.C_out_g)
+    for c_in in range(p.C_in_g):
+        channel = g * p.C_in_g + c_in
+        for k in range(p.K):
+            if p.transposed:
+                l_in, rest = divmod(l_out + p.padding_left - k * p.dilation, p.stride)
+            else:
+                l_in, rest = l_out * p.stride - p.padding_left + k * p.dilation, 0
+            if rest == 0 and 0 <= l_in < p.L_in:
+                index = (channel, c_out_g, k) if p.transposed else (c_out, c_in, k)
+                yield Term(c_in, k, l_in, channel, index)

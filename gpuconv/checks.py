@@ -9,26 +9,21 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from . import cases, dispatch, functional, grad, reference, runtime
+from . import cases, functional, grad, reference, runtime
 from .cases import Case, Data
 from .device import Device
-from .families import FAMILIES, Family, Layout, Refusal
-from .problem import BiasGradientProblem, ConvProblem, Problem, WeightGradientProblem, numpy_dtype
+from .problem import BiasGradientProblem, ConvProblem, WeightGradientProblem, numpy_dtype
 from .report import Failure, Result, Tap
 
 Array: TypeAlias = npt.NDArray[Any]
 Argument: TypeAlias = Literal["input", "weight", "bias"]
 
 MAX_TAPS = 8  # of a failing element, in a report
-
-
-# -- where the arrays live -------------------------------------------------------------------------------------------
 
 
 class Target:
@@ -69,7 +64,7 @@ class Target:
         *,
         settings: dict[str, Any] | None = None,
     ) -> Any:
-        """The public function on arrays that are there already; `out` is None for a fresh array."""
+        """The public function on arrays of this device; `out` is None for a fresh array."""
         function = functional.conv_transpose1d if problem.transposed else functional.conv1d
         keywords = cases.call_settings(problem) if settings is None else settings
         return function(input, weight, bias, **keywords, out=out)
@@ -77,7 +72,7 @@ class Target:
     def gradient(
         self, argument: Argument, problem: ConvProblem, arrays: Sequence[Array], settings: dict[str, Any]
     ) -> Array:
-        """The public function of the gradient in an argument on arrays of this device, into an output of NaN."""
+        """The public gradient function of an argument, on arrays of this device, into an output of NaN."""
         shapes = {"input": problem.input_shape, "weight": problem.weight_shape, "bias": (problem.C_out,)}
         out = self.put(np.full(shapes[argument], np.nan, numpy_dtype(problem.dtype)))
         given: list[Any] = [self.put(array) for array in arrays]
@@ -114,12 +109,9 @@ class Target:
         return found
 
 
-# -- the checks ------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """One case in one number format on one device, as the checks see it."""
+    """What a check examines: one case in one number format on one device."""
 
     case: Case
     number_format: str
@@ -128,28 +120,28 @@ class Subject:
     seed: int
     check: str = ""
     fractions: list[float] = field(default_factory=list)
-    """The largest distance from the exact value as a fraction of the bound, of each comparison that was made."""
+    """For each comparison made so far, the largest distance from the exact value as a fraction of the bound."""
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The keyword arguments of the call, as the case's author wrote them."""
+        """The keyword arguments of the call, as they are written in the case."""
         settings = dict(self.case.settings)
         if self.problem.precision != "float32":
             settings["precision"] = self.problem.precision
         return settings
 
     def run(self, data: Data, problem: ConvProblem | None = None) -> Array:
-        """The case called as its author wrote it, or a problem derived from it."""
+        """Run the case with its own settings, or a problem derived from it."""
         if problem is None:
             return self.target.convolve(self.problem, data, self.settings)
         return self.target.convolve(problem, data)
 
-    def gradient(self, argument: Argument, *arrays: Array, algorithm: str | None = None) -> Array:
-        """The gradient in an argument, with the case's settings as its author wrote them.
+    def gradient(self, argument: Argument, *arrays: Array) -> Array:
+        """The gradient with respect to an argument, with the case's own settings.
 
         `arrays` are weight and grad_output, input and grad_output, or grad_output alone.
         """
-        return self.target.gradient(argument, self.problem, arrays, {**self.settings, "algorithm": algorithm})
+        return self.target.gradient(argument, self.problem, arrays, self.settings)
 
     def equal(self, output: Array, expected: Array) -> npt.NDArray[np.bool_]:
         """Elementwise: bits on a GPU, values on the CPU, whose BLAS may give a zero either sign.
@@ -162,7 +154,7 @@ class Subject:
     def expect_equal(
         self, output: Array, expected: Array, message: str, data: Data | None, problem: ConvProblem | None = None
     ) -> Failure | None:
-        """What no rounding can excuse. Without `data` a failure tells no taps."""
+        """Require equal elements, as `equal` defines them. Without `data` a failure lists no taps."""
         if self.target.on_gpu:
             message += ", bit for bit"
         good = self.equal(output, expected)
@@ -171,13 +163,14 @@ class Subject:
     def expect_bound(
         self, output: Array, message: str, data: Data, problem: ConvProblem | None = None
     ) -> Failure | None:
+        """Require every element to lie within the error bound of the reference."""
         p = problem or self.problem
         return self.judge_comparison(reference.convolution(p, *data).compare(output), message, data, p)
 
     def expect_invariance(
         self, output: Array, whole: Array, message: str, data: Data, problem: ConvProblem
     ) -> Failure | None:
-        """Equal bits on a GPU; on the CPU, whose BLAS reorders sums, the bound."""
+        """Require equal bits on a GPU; on the CPU, whose BLAS reorders sums, require the error bound."""
         if self.target.on_gpu:
             return self.expect_equal(output, whole, message, data, problem)
         return self.expect_bound(output, f"{message}, within the bound", data, problem)
@@ -185,7 +178,7 @@ class Subject:
     def judge_comparison(
         self, found: reference.Comparison, message: str, data: Data | None, problem: ConvProblem
     ) -> Failure | None:
-        """Every element within the error bound."""
+        """Require every element to lie within its error bound."""
         self.fractions.append(found.worst)
         return self.judge(found.right, found.output, found.exact, message, data, problem, found.bound)
 
@@ -199,6 +192,7 @@ class Subject:
         problem: ConvProblem,
         bound: Array | None = None,
     ) -> Failure | None:
+        """A failure that describes the first element that is not good; None where all are good."""
         if good.all():
             return None
         bad = np.argwhere(~good)
@@ -222,22 +216,24 @@ class Subject:
 
 def _check_exact(s: Subject) -> Failure | None:
     data = cases.exact_data(s.problem, s.seed)
-    return s.expect_equal(s.run(data), _exact_result(s.problem, data), "must equal the reference", data)
+    return s.expect_equal(s.run(data), exact_result(s.problem, data), "must equal the reference", data)
 
 
 def _check_layout(s: Subject) -> Failure | None:
+    return check_strided_arrays(s, s.settings, "must equal the reference, on strided arrays")
+
+
+def check_strided_arrays(s: Subject, settings: dict[str, Any], message: str) -> Failure | None:
+    """Run the case on arrays with gaps, reversed arrays and arrays with swapped axes, none of which is contiguous."""
     p = s.problem
     data = cases.exact_data(p, s.seed)
-    dtype = numpy_dtype(p.dtype)
-    out = _every_other(s.target, np.full(p.output_shape, np.nan, dtype))
-    weight = _swapped_axes(s.target, data.weight)
-    bias = None if data.bias is None else _every_other(s.target, data.bias)
-    settings = s.settings
-    for arrange in (_every_other, _swapped_axes):
+    out = every_other(s.target, np.full(p.output_shape, np.nan, numpy_dtype(p.dtype)))
+    weight = swapped_axes(s.target, data.weight)
+    bias = None if data.bias is None else every_other(s.target, data.bias)
+    for arrange in (every_other, swapped_axes):
         out.fill(np.nan)
         s.target.convolve_into(out, p, arrange(s.target, data.input), weight, bias, settings=settings)
-        message = "strided arrays must give the reference"
-        failure = s.expect_equal(s.target.get(out), _exact_result(p, data), message, data)
+        failure = s.expect_equal(s.target.get(out), exact_result(p, data), message, data)
         if failure is not None:
             return failure
     return None
@@ -253,8 +249,8 @@ def _check_random(kind: cases.RandomKind) -> Callable[[Subject], Failure | None]
 
 def _check_impulse(s: Subject) -> Failure | None:
     data = cases.impulse_data(s.problem, s.seed)
-    output, expected = s.run(data), _exact_result(s.problem, data)
-    # By value: the sign of a zero depends on the signs of weights that meet no impulse.
+    output, expected = s.run(data), exact_result(s.problem, data)
+    # Compared by value: the sign of a zero depends on weights that are multiplied by the zeros of the input.
     return s.judge(output == expected, output, expected, "an impulse must give the weights", data, s.problem)
 
 
@@ -369,7 +365,7 @@ def _check_gradients(s: Subject) -> Failure | None:
 
 
 class Check(NamedTuple):
-    """A row of the table of checks. `applies` tells the problems that it can be asked of; None: of all."""
+    """A row of the table of checks. `applies` tells which problems it can check; None means all of them."""
 
     name: str
     run: Callable[[Subject], Failure | None]
@@ -396,11 +392,11 @@ def run_checks(case: Case, number_format: str, target: Target, seed: int) -> Ite
         subject = Subject(case, number_format, case.at(number_format), target, seed, check.name)
         if check.applies is not None and not check.applies(subject.problem):
             continue
-        yield _result(subject, check.run)
+        yield result_of(subject, check.run)
 
 
-def _result(subject: Subject, run: Callable[[Subject], Failure | None], family: str | None = None) -> Result:
-    """What a check of a subject finds."""
+def result_of(subject: Subject, run: Callable[[Subject], Failure | None], family: str | None = None) -> Result:
+    """Run a check and time it. An exception that it raises becomes a failure."""
     s = subject
     started = time.perf_counter()
     try:
@@ -413,108 +409,8 @@ def _result(subject: Subject, run: Callable[[Subject], Failure | None], family: 
     return Result(s.case.name, s.number_format, s.check, seconds, worst, failure, family)
 
 
-# -- the kernel families ---------------------------------------------------------------------------------------------
-
-# Of the checks by family. It is a check of every case like the others, but makes a result for each family.
-BY_FAMILY = "families"
-
-
-def families_of(device: Device) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The kernel families that a GPU has, and those that its architecture lacks."""
-    has = {family.name: next(iter(family.configs(device)), None) is not None for family in FAMILIES}
-    return tuple(n for n, there in has.items() if there), tuple(n for n, there in has.items() if not there)
-
-
-def families_that_take(problem: ConvProblem, device: Device) -> tuple[str, ...]:
-    """The kernel families that compute a problem, or its gradient in weight or bias, of contiguous arrays.
-
-    The base family comes first. None is there for an output, or a gradient's operand, without elements.
-    """
-    found: list[str] = []
-    problems: tuple[Problem, ...] = (problem, WeightGradientProblem.of(problem), BiasGradientProblem.of(problem))
-    for p in problems:
-        if p.is_empty:
-            continue
-        *others, base = dispatch.families(p.kind)
-        layout = Layout.contiguous(p)
-        found += [f.name for f in (base, *others) if not isinstance(f.plan(p, layout, device), Refusal)]
-    return tuple(found)
-
-
-def run_families(
-    case: Case, number_format: str, target: Target, seed: int, device: Device, only: str | None = None
-) -> Iterator[Result]:
-    """The case through every kernel family that takes it, or through one alone."""
-    problem = case.at(number_format)
-    for family in families_that_take(problem, device):
-        if only in (None, family):
-            subject = Subject(case, number_format, problem, target, seed, BY_FAMILY)
-            yield _result(subject, partial(_check_family, name=family), family)
-
-
-def _check_family(s: Subject, name: str) -> Failure | None:
-    family = next(family for family in FAMILIES if family.name == name)
-    if family.kind in ("weight_gradient", "bias_gradient"):
-        return _check_gradient_family(s, family)
-    return _check_forward_family(s, family)
-
-
-def _check_forward_family(s: Subject, family: Family[Any]) -> Failure | None:
-    p = s.problem
-    settings = {**s.settings, "algorithm": family.name}
-    data = cases.exact_data(p, s.seed)
-    output = s.target.convolve(p, data, settings)
-    failure = s.expect_equal(output, _exact_result(p, data), f"{family.name} must equal the reference", data)
-    for kind in ("normal", "ill_scaled", "nonfinite"):
-        if failure is None:
-            data = cases.random_data(p, s.seed, kind)
-            output = s.target.convolve(p, data, settings)
-            message = f"{family.name} must lie within the error bound of the reference, on {kind} data"
-            failure = s.expect_bound(output, message, data)
-        if failure is None and family.canonical_order and kind != "nonfinite":
-            base = s.target.convolve(p, data, {**settings, "algorithm": "base"})
-            good = same_bits(output, base)
-            failure = s.judge(good, output, base, f"{family.name} must equal the base family, bit for bit", data, p)
-    return failure
-
-
-def _check_gradient_family(s: Subject, family: Family[Any]) -> Failure | None:
-    p, name, is_of_bias = s.problem, family.name, family.kind == "bias_gradient"
-    q, r = WeightGradientProblem.of(p), BiasGradientProblem.of(p)
-
-    def sums_of(x: Array, u: Array) -> reference.Sums:
-        return reference.bias_gradient(r, u) if is_of_bias else reference.weight_gradient(q, *q.sides(x, u))
-
-    def run(x: Array, u: Array, by: str = name) -> Array:
-        return s.gradient("bias", u) if is_of_bias else s.gradient("weight", x, u, algorithm=by)
-
-    x = cases.exact_data(p, s.seed, adjoint_too=p.L_in > 0).input
-    u = cases.exact_grad_output(p, s.seed, x)
-    exact = sums_of(x, u).exact().astype(numpy_dtype(p.dtype))
-    failure = s.expect_equal(run(x, u), exact, f"{name} must equal the reference", None)
-    kinds: tuple[cases.GradOutputKind, ...] = ("normal", "nonfinite")
-    for kind in kinds:
-        if failure is not None:
-            return failure
-        # What is not finite lies in coarse, whose elements meet the padding. It is the input of transposed operations.
-        is_in_input = p.transposed and not is_of_bias
-        x = cases.random_data(p, s.seed, kind if is_in_input else "normal").input
-        u = cases.random_grad_output(p, s.seed, "normal" if is_in_input else kind)
-        output = run(x, u)
-        message = f"{name} must lie within the error bound of the reference, on {kind} data"
-        failure = s.judge_comparison(sums_of(x, u).compare(output), message, None, p)
-        if failure is None and kind == "normal" and family.canonical_order and not is_of_bias:
-            base = run(x, u, "base")
-            message = f"{name} must equal the base family, bit for bit"
-            failure = s.judge(same_bits(output, base), output, base, message, None, p)
-    return failure
-
-
-# -- pieces ----------------------------------------------------------------------------------------------------------
-
-
 def same_bits(a: Array, b: Array) -> npt.NDArray[np.bool_]:
-    """Elementwise: do two arrays of one shape and dtype hold the same bytes?"""
+    """Whether two arrays of one shape and dtype hold the same bytes, element by element."""
     if a.shape != b.shape or a.dtype != b.dtype:
         raise ValueError(f"expected {b.dtype} of shape {b.shape}, got {a.dtype} of shape {a.shape}")
     bytes_a, bytes_b = (
@@ -525,22 +421,22 @@ def same_bits(a: Array, b: Array) -> npt.NDArray[np.bool_]:
 
 def chunk_bounds(L_out: int) -> Iterable[tuple[int, int]]:
     """Three uneven pieces of ``0 <= l_out < L_out``, for L_out >= 3."""
-    first, second = max(1, L_out // 3), max(2, 2 * L_out // 3 + L_out % 2)
+    first, second = L_out // 3, min(2 * L_out // 3 + L_out % 2, L_out - 1)
     return ((0, first), (first, second), (second, L_out))
 
 
-def _exact_result(problem: ConvProblem, data: Data) -> Array:
+def exact_result(problem: ConvProblem, data: Data) -> Array:
     return reference.compute(problem, *data).astype(numpy_dtype(problem.dtype))
 
 
-def _every_other(target: Target, array: Array) -> Any:
+def every_other(target: Target, array: Array) -> Any:
     """The array as every second element of a buffer, last axis reversed."""
     buffer = np.full((*array.shape[:-1], 2 * array.shape[-1]), np.nan, array.dtype)
     buffer[..., ::-2] = array
     return target.put(buffer)[..., ::-2]
 
 
-def _swapped_axes(target: Target, array: Array) -> Any:
+def swapped_axes(target: Target, array: Array) -> Any:
     """The array with its last two axes swapped in memory."""
     return target.put(np.ascontiguousarray(array.swapaxes(-1, -2))).swapaxes(-1, -2)
 
@@ -552,22 +448,12 @@ def _inner_product(a: Array, b: Array) -> complex:
 
 
 def _taps(problem: ConvProblem, data: Data, index: tuple[int, ...]) -> Iterator[Tap]:
-    """The products that feed one output element, in the canonical order: c_in outer, k inner."""
-    p = problem
+    """The products that feed one output element, in the canonical order, with their factors."""
     *batch, c_out, l_out = index
-    g, c_out_g = divmod(c_out, p.C_out_g)
     sample = data.input[tuple(batch)]
-    for c_in in range(p.C_in_g):
-        c = g * p.C_in_g + c_in
-        for k in range(p.K):
-            if p.transposed:
-                l_in, rest = divmod(l_out + p.padding_left - k * p.dilation, p.stride)
-                weight = data.weight[c, c_out_g, k]
-            else:
-                l_in, rest = l_out * p.stride - p.padding_left + k * p.dilation, 0
-                weight = data.weight[c_out, c_in, k]
-            if rest == 0 and 0 <= l_in < p.L_in:
-                yield Tap(c_in, k, l_in, _number(weight), _number(sample[c, l_in]))
+    for term in cases.terms_of(problem, c_out, l_out):
+        weight, value = data.weight[term.weight_index], sample[term.channel, term.l_in]
+        yield Tap(term.c_in, term.k, term.l_in, _number(weight), _number(value))
 
 
 def _number(value: Any) -> complex:

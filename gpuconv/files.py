@@ -32,12 +32,12 @@ SUFFIXES = (".npy", ".wav")
 STANDARD = "-"  # the name of standard input and of standard output
 _NPY_MAGIC = b"\x93NUMPY"
 _MAX_WAV_BYTES = 2**32 - 4096  # the sizes inside a WAV file are unsigned 32-bit numbers; the rest is for its header
-_MAX_AXES = 32  # that every NumPy has
+_MAX_AXES = 32  # the limit of the oldest supported NumPy
 _BLOCK = 2**18  # values that are converted at a time
 _SAMPLE_BYTES = {  # of the encodings that give every sample the same number of bytes, by libsndfile's names
     "PCM_S8": 1, "PCM_U8": 1, "PCM_16": 2, "PCM_24": 3, "PCM_32": 4, "FLOAT": 4, "DOUBLE": 8, "ULAW": 1, "ALAW": 1,
 }  # fmt: skip
-_MAX_SAMPLES_PER_BYTE = 64  # of any other encoding
+_MAX_SAMPLES_PER_BYTE = 64  # of any other encoding; a header that declares more is damaged
 
 
 class FileError(Exception):
@@ -68,7 +68,7 @@ def read(
         allow_truncated: read what is there of a WAV file that is shorter than its header says, or contradicts it.
 
     Returns:
-        The array in native byte order; the sample rate of a WAV file; what was odd about the file.
+        The array in native byte order; the sample rate of a WAV file; warnings about the file.
 
     Raises:
         FileError: the file is missing, unreadable, empty, damaged, of another format or dtype; or a package that is
@@ -167,7 +167,7 @@ def write(path: StrPath, array: Array, rate: int | None = None, *, force: bool =
 
     Raises:
         FileError: see `check_output`; an array or a rate that a WAV file cannot hold; a full disk.
-        BrokenPipeError: nobody reads standard output any more.
+        BrokenPipeError: the reader of standard output has closed it.
     """
     is_standard = path == STANDARD
     suffix = (".npy" if rate is None else ".wav") if is_standard else _suffix(path, SUFFIXES)
@@ -195,7 +195,7 @@ def _write(file: Any, suffix: str, array: Array, rate: int | None) -> None:
 
 
 class _Sink:
-    """Only the `write` of a stream: NumPy would ask a pipe that looks like a file for its position."""
+    """A stream of which only `write` is visible: of a whole file object NumPy asks the position, which a pipe lacks."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
@@ -217,7 +217,7 @@ def write_text(path: StrPath, text: str) -> None:
 
 
 def check_wav(path: StrPath, shape: tuple[int, ...], dtype: str, rate: int | None) -> None:
-    """Refuse what a WAV file cannot hold.
+    """Check that a WAV file can hold an array.
 
     Raises:
         FileError: complex data, a batch of several, no sample rate, too many channels, or too many samples.
@@ -258,7 +258,7 @@ def _read_npy(path: StrPath, file: BinaryIO, size: int) -> Array:
         version = np.lib.format.read_magic(file)
         header = read_header[version](file) if version in read_header else None
     except Exception as error:  # what NumPy's parser raises for a damaged header is not limited to ValueError
-        text = error.args[0] if isinstance(error, tokenize.TokenError) else str(error)  # without the place
+        text = error.args[0] if isinstance(error, tokenize.TokenError) else str(error)  # without line numbers
         reason = text.splitlines()[0] if text else type(error).__name__
         raise FileError(f"{path}: is damaged: its header cannot be read ({reason})") from error
     if header is None:
@@ -276,7 +276,7 @@ def _read_npy(path: StrPath, file: BinaryIO, size: int) -> Array:
     file.seek(0)
     try:
         return np.asarray(np.lib.format.read_array(file, allow_pickle=False))
-    except (ValueError, OverflowError) as error:  # more elements of no bytes than NumPy counts
+    except (ValueError, OverflowError) as error:  # elements of no bytes, more than NumPy can count
         raise FileError(f"{path}: is damaged: its header declares the shape {shape}") from error
 
 
@@ -299,7 +299,7 @@ def _read_wav(path: StrPath, file: BinaryIO, size: int, dtype: str | None, allow
         if width is None and frames * sound.channels > _MAX_SAMPLES_PER_BYTE * found.num_bytes:
             raise FileError(f"{path}: is damaged: {found.num_bytes} bytes cannot hold the {frames} samples it declares")
         source = sound
-        if frames != sound.frames:  # libsndfile believes a wrong length
+        if frames != sound.frames:  # the header gives a wrong length, which libsndfile uses
             part = wav.Part(file, found.offset, frames * width * sound.channels)
             is_big = layout.chunks.order == "big" and sound.endian != "LITTLE"
             source = soundfile.SoundFile(

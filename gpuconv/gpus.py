@@ -9,11 +9,11 @@ from .text import install_hint
 
 
 class GpuUnavailableError(RuntimeError):
-    """A GPU was asked for and none answers; the message names what is missing."""
+    """A GPU is needed and none answers; the message names what is missing."""
 
 
 def missing_gpu() -> str | None:
-    """What keeps this process from a GPU, CuPy, the driver or the device; None where a GPU answers."""
+    """Why this process cannot use a GPU: CuPy, the driver or the device is missing. None where a GPU answers."""
     try:
         count = runtime.device_count()
     except ModuleNotFoundError:

@@ -113,7 +113,7 @@ class _Layer:
         Raises:
             TypeError: the dtype is not supported, or would drop the imaginary part of complex parameters.
             ValueError: there is no such device, or the layer's precision is "tf32" and the dtype is not float32.
-            RuntimeError: a GPU is asked for but none answers.
+            RuntimeError: a GPU is asked for but none answers; or its current stream is being captured.
             ModuleNotFoundError: CuPy, or for bfloat16 ml_dtypes, is not installed.
         """
         caller = f"{type(self).__name__}.to"
@@ -158,6 +158,7 @@ class _Layer:
         Raises:
             ValueError: naming all unknown, missing, misshaped and unreadable entries at once. The layer is unchanged.
             TypeError: `state` is not a mapping.
+            RuntimeError: the current stream of the parameters' GPU is being captured. The layer is unchanged.
         """
         caller = f"{type(self).__name__}.load_state_dict"
         if not isinstance(state, Mapping):
@@ -495,6 +496,9 @@ def _place(array: Any, index: int | None, dtype: np.dtype[Any], *, copy: bool = 
     """A NumPy or CuPy array as a C-contiguous one on a GPU, or on the CPU where `index` is None."""
     home = _home(array)
     leaves = home is not None and home != index
+    if home != index or copy or array.dtype != dtype:
+        for gpu in {home, index} - {None}:
+            runtime.refuse_during_capture("parameters cannot be copied", cast(int, gpu))
     if home is not None:
         array = runtime.aligned(array)
     if leaves:

@@ -8,6 +8,10 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
+# The names of the checks that make a result for each kernel family, where the others make one for a case.
+BY_FAMILY = "families"
+FAR = "far"
+
 
 class Tap(NamedTuple):
     """One product that feeds an output element: weight at (c_in, k) times input at (c_in, l_in).
@@ -31,9 +35,9 @@ class Failure:
         problem: what was computed; the case's own problem or one derived from it.
         message: what was expected, or what was raised, in one line.
         traceback: where the call raised.
-        bad: how many elements are wrong.
+        bad: the number of wrong elements.
         index: of the first wrong output element; None where the failure is not that of an element.
-        got, expected: its values.
+        got, expected: the value of that element, and what it should be.
         bound: the permitted distance of got from expected, of the real and of the imaginary part each; None where the
             values must be equal.
         taps: the first `MAX_TAPS` products that feed the element.
@@ -97,12 +101,12 @@ class Result:
     """One check of one case in one number format.
 
     Attributes:
-        case, dtype, check: what was run.
+        case, dtype, check: the check that was run.
         seconds: its wall time.
         worst: the largest distance of an element from its exact value as a fraction of its error bound; None where
             elements must be equal.
         failure: None where it passed.
-        family: the kernel family that was run by its name; None where the choice was open.
+        family: the kernel family that was named for the run; None where gpuconv chose it.
     """
 
     case: str
@@ -124,12 +128,12 @@ class Report:
         device: the device, in words.
         versions: of everything that computes.
         seed: of the data.
-        skipped: dtypes that were not run although none were asked for by name, with the reason.
-        total: the pairs of case and dtype that there were to choose from.
+        skipped: dtypes, and checks of a dtype, that could not be run, with the reason.
+        total: the number of pairs of case and dtype that a run of all of them has.
         elapsed: wall time in seconds.
-        families: on a GPU, the kernel families that its architecture has.
-        lacking: those that it lacks.
-        restricted: whether cases, dtypes or a family were chosen by name; else each of `families` must be reached.
+        families: the kernel families that the GPU's architecture has; none on the CPU.
+        lacking: the kernel families that it lacks.
+        restricted: whether cases, dtypes or a family were chosen by name. If not, a case must reach each of `families`.
     """
 
     results: tuple[Result, ...]
@@ -151,7 +155,7 @@ class Report:
 
     @property
     def worst(self) -> Result | None:
-        """The result with the element that comes nearest to its error bound, or goes farthest beyond it."""
+        """The result with the largest `worst`, whether within the error bound or beyond it."""
         bounded = [result for result in self.results if result.worst is not None]
         return max(bounded, key=lambda result: result.worst or 0.0, default=None)
 
@@ -161,8 +165,8 @@ class Report:
 
     @property
     def family_runs(self) -> dict[str, int]:
-        """How many cases were run through each of `families` by its name."""
-        found = Counter(result.family for result in self.results)
+        """For each of `families`, the number of runs of a case that named it."""
+        found = Counter(result.family for result in self.results if result.check == BY_FAMILY)
         return {name: found[name] for name in self.families}
 
     @property

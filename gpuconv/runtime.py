@@ -161,6 +161,18 @@ def _temporary(num_bytes: int) -> Any:
     return cuda.malloc_async(num_bytes) if cuda.get_current_stream().is_capturing() else cuda.alloc(num_bytes)
 
 
+def refuse_during_capture(what: str, device_index: int) -> None:
+    """Refuse what waits for a GPU, which would end the capture of its current stream.
+
+    Raises:
+        RuntimeError: `what` cannot be done while that stream is being captured.
+    """
+    cuda = cupy_module().cuda
+    with cuda.Device(device_index):
+        if cuda.get_current_stream().is_capturing():
+            raise RuntimeError(f"{what} while the current stream of GPU {device_index} is being captured")
+
+
 class _Packing:
     """The step of a plan that lays out the weights anew, which prepared weights keep.
 
@@ -198,6 +210,7 @@ class PreparedWeight:
         """`array` belongs to the handle. Where it is on a GPU, this waits for the work queued on its current stream."""
         if is_cupy_array(array):
             cuda = cupy_module().cuda
+            refuse_during_capture("weights cannot be prepared", array.data.device_id)
             with cuda.Device(array.data.device_id):
                 cuda.get_current_stream().synchronize()
         self.array = array
@@ -229,6 +242,8 @@ class PreparedWeight:
 
     def __reduce__(self) -> tuple[type[PreparedWeight], tuple[Any]]:
         """Pickles and copies hold the weights alone; packed forms are made again where calls need them."""
+        if is_cupy_array(self.array):
+            refuse_during_capture("a prepared weight cannot be copied", self.array.data.device_id)
         return PreparedWeight, (self.array,)
 
     def __repr__(self) -> str:
@@ -242,9 +257,8 @@ def prepare(weight: Any) -> PreparedWeight:
         RuntimeError: the current stream is being captured.
     """
     cupy = cupy_module()
+    refuse_during_capture("prepare: weights cannot be prepared", weight.data.device_id)
     with cupy.cuda.Device(weight.data.device_id):
-        if cupy.cuda.get_current_stream().is_capturing():
-            raise RuntimeError("prepare: weights cannot be prepared while the current stream is being captured")
         array = cupy.empty(weight.shape, weight.dtype)
         _assign(array, weight)
         return PreparedWeight(array)

@@ -1,4 +1,4 @@
-"""How gpuconv writes for people: lines that fit a terminal, plurals, long values, how to install what is missing."""
+"""Text for people: lines that fit a terminal, plurals, long values, and how to install what is missing."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import re
 import textwrap
 from collections.abc import Iterable
 
-WIDTH = 80  # columns of a page that goes to no terminal
+WIDTH = 80  # columns of output that does not go to a terminal
 _NARROWEST = 16  # columns of text beside an indent, however narrow the terminal is
 _LONGEST_WORD, _LONGEST_MESSAGE = 200, 2000  # characters
+_COMMAND = re.compile(r"pip install -e '[^']*'")
+_UNBREAKABLE = "\xa0"  # a space at which textwrap breaks no line
 
 
 def wrap(text: str, width: int, *, first: str = "", rest: str = "") -> list[str]:
-    """The lines of one paragraph, broken between words only.
+    """The lines of one paragraph, broken between words only, and not within an install command, which can be copied.
 
     Args:
         text: the paragraph; its line breaks count as spaces.
@@ -21,10 +23,11 @@ def wrap(text: str, width: int, *, first: str = "", rest: str = "") -> list[str]
         rest: what the other lines begin with.
     """
     width = max(width, len(rest) + _NARROWEST)
+    text = _COMMAND.sub(lambda command: command[0].replace(" ", _UNBREAKABLE), text)
     lines = textwrap.wrap(
         text, width, initial_indent=first, subsequent_indent=rest, break_long_words=False, break_on_hyphens=False
     )
-    return lines or [first.rstrip()]
+    return [line.replace(_UNBREAKABLE, " ") for line in lines] or [first.rstrip()]
 
 
 def wrap_rows(rows: Iterable[tuple[str, str]], width: int, *, indent: str = "") -> list[str]:
@@ -63,6 +66,6 @@ def _without_middle(text: str, ends: int) -> str:
 def install_hint(*extras: str) -> str:
     """How to install an extra of gpuconv; of several, any one.
 
-    gpuconv is on no package index, so that only a checkout can be installed from.
+    gpuconv is on no package index, so it can be installed only from a checkout.
     """
     return " or ".join(f"pip install -e '.[{extra}]'" for extra in extras) + " in a checkout of gpuconv"

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, TypeAlias
 
-from . import cases
+from . import cases, runtime
 from .cases import FORMATS, Case
-from .checks import BY_FAMILY, CHECKS, Target, families_of, families_that_take, run_checks, run_families
+from .checks import CHECKS, Target, run_checks
 from .device import Device
+from .family_checks import families_of, families_that_take, far_bytes, far_runs, run_families, run_far
 from .gpus import GpuUnavailableError, missing_gpu
 from .problem import numpy_dtype
-from .report import Report, Result
+from .report import BY_FAMILY, FAR, Report, Result
 
 DeviceName: TypeAlias = Literal["auto", "gpu", "cpu"]
 Progress: TypeAlias = Callable[[int, int, str], None]
@@ -46,11 +47,14 @@ def verify(
     chunks      a long input cut into chunks gives the result of the whole
     repeat      two calls give the same bits, with and without `out`
     gradients   in input, weight and bias: exact on integers, within the bound on normal data, the same bits twice
-    families    on a GPU, each kernel family that takes the case, by name: exact, bounded, bits as below
+    families    on a GPU, each kernel family that takes the case, by name: exact, strided, bounded, bits as below
+    far         on a GPU, each kernel family once, on arrays that reach beyond 2**31 elements, exact on integers
     ==========  ====================================================================================================
 
     Of the kernel families, those that sum on CUDA cores give the bits of the base family, `conv1d_direct` or
     `conv_transpose1d_gather`, which runs every case; a family that no case reaches fails a run of all cases and dtypes.
+    `far` needs free memory on the GPU, 4 GiB for float16 to 32 GiB for complex128; the report names the dtypes that
+    lack it. It is not run with a `filter`.
 
     On a GPU `exact`, `layout`, `groups`, `bias`, `batch`, `chunks`, `repeat` and `gradients` compare bits. On the CPU
     only `repeat` and the last part of `gradients` do: the BLAS library picks the order of the sums by the extents of a
@@ -67,7 +71,7 @@ def verify(
         quick: run the selection of `gpuconv.cases.quick_pairs`: every case in one dtype at least, and every kind of
             case in every dtype. False runs every case in every dtype, which takes some five times as long. The cases
             that `filter` names are run in every dtype, and of a single dtype every case is. On a GPU, cases that reach
-            the remaining kernel families are added.
+            the remaining kernel families are added, and `far` is run in the narrowest dtype alone.
         family: the name of a kernel family: run the cases that it takes through it, and no other check. Needs a GPU.
         progress: called as progress(done, total, label) before the first case and after each.
 
@@ -114,19 +118,39 @@ def verify(
             pairs = [(dtype, case) for dtype, case in pairs if family in families_that_take(case.at(dtype), gpu)]
             if not pairs:
                 raise ValueError(f"no case of this filter and these dtypes reaches the kernel family {family}")
+    far: list[tuple[str, Case, str]] = []
+    if gpu is not None and filter is None:
+        narrowest = min(dtypes, key=far_bytes)
+        for dtype in [narrowest] if quick else dtypes:
+            lack = _lack_of_memory(far_bytes(dtype))
+            if lack is None:
+                far += far_runs(selected, dtype, has if family is None else (family,), gpu)
+            else:
+                skipped[f"{FAR} {dtype}"] = lack
+
+    def runs() -> Iterator[tuple[str, Sequence[Result]]]:
+        for dtype, case in pairs:
+            found = list(run_checks(case, dtype, target, seed)) if family is None else []
+            if gpu is not None:
+                found += run_families(case, dtype, target, seed, gpu, family)
+            yield f"{case.name} {dtype}", found
+        for dtype, case, name in far:
+            yield f"{FAR} {name} {dtype}", [run_far(case, dtype, target, seed, name)]
+
     results: list[Result] = []
+    total = len(pairs) + len(far)
     if progress is not None:
-        progress(0, len(pairs), "")
-    for done, (dtype, case) in enumerate(pairs, start=1):
-        if family is None:
-            results += run_checks(case, dtype, target, seed)
-        if gpu is not None:
-            results += run_families(case, dtype, target, seed, gpu, family)
+        progress(0, total, "")
+    for done, (label, found) in enumerate(runs(), start=1):
+        results += found
         if progress is not None:
-            progress(done, len(pairs), f"{case.name} {dtype}")
+            progress(done, total, label)
+    checks = [check.name for check in CHECKS]
+    if gpu is not None:
+        checks += [BY_FAMILY] if filter is not None else [BY_FAMILY, FAR]
     return Report(
         tuple(results),
-        (*(check.name for check in CHECKS), *([BY_FAMILY] if gpu is not None else [])),
+        tuple(checks),
         target.description(),
         target.versions(),
         seed,
@@ -137,6 +161,14 @@ def verify(
         lacking=lacking,
         restricted=restricted,
     )
+
+
+def _lack_of_memory(num_bytes: int) -> str | None:
+    """Why the current GPU cannot hold a buffer of that size and some MiB; None where it can."""
+    free = int(runtime.cupy_module().cuda.runtime.memGetInfo()[0])
+    if free >= num_bytes + 2**27:
+        return None
+    return f"needs {num_bytes / 2**30:.0f} GiB of free memory on the GPU, {free / 2**30:.1f} GiB are free"
 
 
 def _pairs_for(families: Sequence[str], every: Sequence[Pair], chosen: Sequence[Pair], gpu: Device) -> list[Pair]:

@@ -1,7 +1,7 @@
 """Where the samples of a WAV, RF64, W64 or AIFF file lie, and whether all that its header declares are there.
 
-libsndfile decodes the samples, but it reads what is left of a cut file, and nothing behind a length that is too small,
-without a word. So the lengths are checked here, before it is asked.
+libsndfile decodes the samples, but it gives no warning where a file is cut short, or where a length in the header is
+too small and samples behind it are lost. So the lengths are checked here first.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _W64_RIFF = b"riff" + bytes.fromhex("2e91cf11a5d628db04c10000")
 _UNKNOWN = (0, 0x7F000000, 0x7FFFF000, 0x7FFFF024, 0x7FFFFFFF, 0x80000000, 0x80000024, 2**32 - 1)
 
 
-MAGICS = (b"RIFF", b"RIFX", b"RF64", b"riff", b"FORM")  # what a file that `read_layout` reads begins with
+MAGICS = (b"RIFF", b"RIFX", b"RF64", b"riff", b"FORM")  # the first bytes of the files that `read_layout` reads
 
 
 class Layout(NamedTuple):
@@ -50,8 +50,8 @@ class Samples(NamedTuple):
     Attributes:
         offset: of the first, in bytes.
         num_bytes: of them that are there.
-        trouble: why these may not be all, or not all samples; None where they are.
-        note: what else is worth a warning.
+        trouble: why samples may be missing, or bytes among them may not be samples; None where neither is so.
+        note: a warning about something else.
     """
 
     offset: int
@@ -106,7 +106,7 @@ class _Chunks(NamedTuple):
 
 
 def read_layout(file: BinaryIO, size: int) -> Layout | None:
-    """Read the chunks of a file of `size` bytes; None where it is no such file or holds no samples."""
+    """Read the chunks of a file of `size` bytes; None where it has another format or holds no samples."""
     file.seek(0)
     head = file.read(40)
     kind, form = head[:4], head[8:12]
@@ -210,7 +210,7 @@ class Part:
         self._file, self._start, self._length, self._position = file, start, length, 0
 
     def seek(self, offset: int, whence: int = 0) -> int:
-        # An error here would be printed and not raised; libsndfile seeks before the start of some damaged files.
+        # libsndfile seeks before the start of some damaged files. An exception here would be printed, not raised.
         self._position = max(0, offset + (0, self._position, self._length)[whence])
         return self._position
 

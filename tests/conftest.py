@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import pytest
 
@@ -92,7 +93,7 @@ def one_torch_thread() -> Iterator[None]:
 
 @pytest.hookimpl(tryfirst=True)  # before tests are deselected
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip what is marked `gpu` where no GPU answers, what gpu_on_cpu cannot run, and `torch` without PyTorch."""
+    """Skip `gpu` where no GPU answers, what gpu_on_cpu or an old NumPy cannot run, and `torch` without PyTorch."""
     if "GPU_ON_CPU" in os.environ:
         skip_what_cannot_run(items, everything=config.args == config.getini("testpaths"))
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
@@ -100,6 +101,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if reason is not None:
         for item in gpu_items:
             item.add_marker(pytest.mark.skip(reason=reason))
+    if np.lib.NumpyVersion(np.__version__) < "2.1.2":
+        for item in gpu_items:
+            if "bfloat16" in item.nodeid:
+                item.add_marker(pytest.mark.skip(reason="bfloat16 on a GPU needs NumPy 2.1.2 or newer"))
     if importlib.util.find_spec("torch") is None:
         for item in items:
             if item.get_closest_marker("torch"):

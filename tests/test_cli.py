@@ -472,7 +472,8 @@ def test_verify_lists_what_filter_takes(capsys: pytest.CaptureFixture[str]) -> N
     at = {title: lines.index(f"{title}:") for title in ("operations", "tags", "cases")}
     names = [line.split()[0] for line in lines if line.startswith(" ")]
     assert names[:2] == ["conv1d", "conv_transpose1d"]
-    assert names[-len(cases.CASES) :] == [case.name for case in cases.CASES]
+    every = [case.name for case in cases.select()]
+    assert names[-len(every) :] == every
     for name in names:
         assert cases.select(name)
     assert lines[at["tags"] + 1].split() == ["kernel", "12", "cases"]
@@ -483,6 +484,7 @@ def test_verify_lists_what_filter_takes(capsys: pytest.CaptureFixture[str]) -> N
 
 def test_verify_runs_a_selection_or_all(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cases, "CASES", cases.CASES[:4])
+    monkeypatch.setattr(cases, "WIDE_CASES", ())
     argv = ["verify", "--device", "cpu", "--dtype", "float32,float64"]
     assert main(argv) == 0
     assert "4 of 8 pairs of case and dtype; --all runs them all" in capsys.readouterr().out
@@ -643,7 +645,11 @@ def test_info_names_a_missing_compiler(capsys: pytest.CaptureFixture[str], playe
     assert "- NVRTC, CUDA's run-time compiler: install the CUDA toolkit" in text
 
 
-def test_a_dtype_that_cupy_does_not_have_is_one_line(capsys: pytest.CaptureFixture[str], played_gpu: Any) -> None:
+def test_a_dtype_that_cupy_does_not_have_is_one_line(
+    capsys: pytest.CaptureFixture[str], played_gpu: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runtime, "check_dtype", lambda _dtype: None)  # which refuses bfloat16 beside an older NumPy
+
     def refuse(array: Array) -> Array:
         raise ValueError(f"Unsupported dtype {array.dtype}")
 

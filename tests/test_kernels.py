@@ -231,19 +231,9 @@ def in_canonical_order(problem: ConvProblem, data: Data) -> Array:
     fma.argtypes, fma.restype = [real] * 3, real
     output = np.empty(p.output_shape, data.input.dtype)
     for n, c_out, l_out in np.ndindex(*p.output_shape):
-        g, c_out_g = divmod(c_out, p.C_out_g)
         acc = 0.0
-        for c_in in range(p.C_in_g):
-            c = g * p.C_in_g + c_in
-            for k in range(p.K):
-                if p.transposed:
-                    l_in, rest = divmod(l_out + p.padding_left - k * p.dilation, p.stride)
-                    w = data.weight[c, c_out_g, k]
-                else:
-                    l_in, rest = l_out * p.stride - p.padding_left + k * p.dilation, 0
-                    w = data.weight[c_out, c_in, k]
-                if rest == 0 and 0 <= l_in < p.L_in:
-                    acc = fma(float(w), float(data.input[n, c, l_in]), acc)
+        for term in cases.terms_of(p, c_out, l_out):
+            acc = fma(float(data.weight[term.weight_index]), float(data.input[n, term.channel, term.l_in]), acc)
         total = accumulator(acc)
         if data.bias is not None:
             total += accumulator(data.bias[c_out])

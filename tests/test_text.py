@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from gpuconv.text import count, install_hint, shorten, wrap, wrap_rows
 
 
@@ -11,6 +13,16 @@ def test_lines_break_between_words() -> None:
     assert wrap("x" * 50, 30) == ["x" * 50]
     assert wrap("well-known", 24, first="  ") == ["  well-known"]
     assert wrap("", 30, first="- ") == ["-"]
+
+
+@pytest.mark.parametrize("width", [20, 40, 60, 80])
+def test_an_install_command_stays_on_one_line(width: int) -> None:
+    text = f"no GPU: CuPy is missing: {install_hint('cuda13', 'cuda12')}"
+    lines = wrap(text, width, first="- ", rest="  ")
+    for extra in ("cuda13", "cuda12"):
+        assert any(f"pip install -e '.[{extra}]'" in line for line in lines)
+    assert all(len(line) <= max(width, len("  pip install -e '.[cuda13]'")) for line in lines)
+    assert " ".join(" ".join(lines).split()) == f"- {text}"
 
 
 def test_rows_hang() -> None:

@@ -14,15 +14,18 @@ pytest.importorskip("torch", reason=NO_TORCH)
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 import gpuconv
 from gpuconv import torch as bridge
 from gpuconv.problem import Op
+from gpuconv.torch import tensors
 
-from .hostcuda import fake_cupy
-from .test_torch_bridge import OPS, Recorder, compiler, pretended_cuda
+from .test_algorithm import launched
+from .test_torch_bridge import OPS, Recorder, compiler
+from .test_torch_cuda import Gpu, gpu
 
-__all__ = ["compiler", "pretended_cuda"]  # fixtures
+__all__ = ["compiler", "gpu", "launched"]  # fixtures
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
@@ -36,27 +39,22 @@ def leaves(*, channels: int = 8) -> list[torch.Tensor]:
     return [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
 
 
-def launched() -> list[str]:
-    """The kernels since the last call of this."""
-    kernels = [kernel for kernel, _ in fake_cupy.launches]
-    fake_cupy.launches.clear()
-    return kernels
-
-
+@pytest.mark.gpu
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.usefixtures("pretended_cuda")
-def test_an_algorithm_is_launched_by_its_name(op: Op) -> None:
+def test_an_algorithm_is_launched_by_its_name(op: Op, gpu: Gpu, launched: list[str]) -> None:
     """In the operation alone: derivatives of every order are computed by what is preferred for them."""
-    x, w = leaves(channels=64)
-    u = torch.randn_like(getattr(bridge, op)(x, w)).requires_grad_()
-    launched()
+    given = [t.detach().half() for t in leaves(channels=64)]  # which tensor cores of every architecture multiply
+    x, w, u = (gpu.put(t).requires_grad_() for t in (*given, torch.ones_like(getattr(functional, op)(*given))))
     of_gradients = []
     for algorithm, family in (("base", BASE[op]), (None, f"{op}_mma"), (BASE[op], BASE[op]), (f"{op}_mma",) * 2):
+        launched.clear()
         y = getattr(bridge, op)(x, w, algorithm=algorithm)
-        assert launched()[-1] == family
+        assert launched[-1] == family
+        launched.clear()
         gradients = torch.autograd.grad(y, (x, w), u, create_graph=True)
-        torch.autograd.grad([g.square().sum() for g in gradients], (x, w, u))
-        of_gradients.append(launched())
+        for gradient in gradients:
+            torch.autograd.grad(gradient, (x, w, u), gradient.detach(), retain_graph=True, allow_unused=True)
+        of_gradients.append(launched.copy())
     assert all(kernels == of_gradients[0] for kernels in of_gradients)
     assert f"{op}_mma" in of_gradients[0]
     with pytest.raises(ValueError, match=rf"^{op}: algorithm '{op}_depthwise' does not take {op} N2 C64->64 .*: needs"):
@@ -139,18 +137,21 @@ def test_traces_hold_the_algorithm(compiler: Callable[..., Any], tmp_path: Any) 
 
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("shared", [True, False])
-@pytest.mark.usefixtures("pretended_cuda")
-def test_batches_of_calls_are_one_call_with_the_algorithm(op: Op, shared: bool) -> None:
-    x, w = (torch.stack([t, -2 * t]) for t in leaves())
+def test_batches_of_calls_are_one_call_with_the_algorithm(
+    op: Op, shared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, w = (torch.stack([t, -2 * t]).detach() for t in leaves())
     w = w[0] if shared else w
+    seen = []
+    write = tensors.write
 
-    def one(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-        return getattr(bridge, op)(x, w, algorithm="base")  # type: ignore[no-any-return]
+    def recording(empty: Any, function: Any, *arguments: Any, **keywords: Any) -> torch.Tensor:
+        seen.append((function.__name__, keywords["algorithm"]))
+        return write(empty, function, *arguments, **keywords)
 
-    expected = torch.stack([one(x[i], w if shared else w[i]) for i in range(2)])
-    launched()
-    assert torch.equal(torch.vmap(one, in_dims=(0, None if shared else 0))(x, w), expected)
-    assert launched() == [BASE[op]]
+    monkeypatch.setattr(tensors, "write", recording)
+    torch.vmap(lambda x, w: getattr(bridge, op)(x, w, algorithm="base"), in_dims=(0, None if shared else 0))(x, w)
+    assert seen == [(op, "base")]
 
 
 def test_modes_see_the_algorithm() -> None:

@@ -15,15 +15,19 @@ from . import NO_TORCH
 pytest.importorskip("torch", reason=NO_TORCH)
 
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
-from torch.func import functional_call, hessian, jacfwd, jacrev, vjp, vmap
+from torch.func import functional_call, jacfwd, jacrev, jvp, vjp, vmap
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from gpuconv import torch as bridge
 from gpuconv.problem import Op
 from gpuconv.torch import operators
+from tests.strategies import Call, calls
 
+from .test_torch import forward
 from .test_torch_bridge import LAYERS, OPS, drawn, operator_calls
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
@@ -61,32 +65,97 @@ def test_gradients_of_torch_func_are_those_of_autograd(layer: str) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("outer", [jacrev, jacfwd])
+@pytest.mark.parametrize("inner", [jacrev, jacfwd])
 @pytest.mark.parametrize("layer", ["strided", "grouped", "up strided", "up dilated", "unbatched"])
-def test_second_derivatives_of_torch_func(layer: str) -> None:
-    """By batches of backward passes, in which every argument of every operator is batched in turn."""
+def test_second_derivatives_of_torch_func(layer: str, outer: Any, inner: Any) -> None:
+    """By batches of passes in either mode, in which every argument of every operator is batched in turn.
+
+    Forward within forward, PyTorch itself would give zeros for what depends on both levels.
+    """
     loss, given = loss_of(layer)
     everything = tuple(range(len(given)))
-    ours = jacrev(jacrev(loss, everything), everything)(*given)
+    ours = outer(inner(loss, everything), everything)(*given)
     theirs = torch.autograd.functional.hessian(loss, tuple(given))
     for row, expected_row in zip(ours, theirs, strict=True):
         for block, expected in zip(row, expected_row, strict=True):
             torch.testing.assert_close(block, expected, rtol=1e-10, atol=1e-10)
 
 
+def test_derivatives_in_forward_mode_compile() -> None:
+    """There PyTorch opens the level of such derivatives without telling Python."""
+    x, w = (t.detach() for t in drawn(((2, 2, 9), (4, 2, 3)), torch.float64))
+
+    def along(x: torch.Tensor, w: torch.Tensor) -> Any:
+        return torch.func.jvp(bridge.conv1d, (x, w), (x.cos(), w.cos()))
+
+    def second(x: torch.Tensor, w: torch.Tensor) -> Any:
+        return torch.func.hessian(lambda w: bridge.conv1d(x, w).pow(3).sum())(w)
+
+    for function in (along, second):
+        torch.compiler.reset()
+        compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x, w), function(x, w), rtol=1e-12, atol=1e-12)
+    torch.compiler.reset()
+
+
+# -- random problems ---------------------------------------------------------------------------------------------------
+
+PLACES_IN_MEMORY: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "contiguous": torch.clone,
+    "axes reversed": lambda t: t.permute(*reversed(range(t.dim()))).contiguous().permute(*reversed(range(t.dim()))),
+    "every second": lambda t: t.repeat_interleave(2, -1)[..., ::2],
+    "behind others": lambda t: torch.cat([t.flatten()[:1]] * 3 + [t.flatten()])[3:].view(t.shape),
+    "conjugation pending": lambda t: t.conj().resolve_conj().conj(),
+    "negation pending": lambda t: t if t.is_complex() else torch.complex(t, -t).conj().imag,
+}
+
+
+def in_every_transform(
+    function: Callable[..., torch.Tensor], given: list[torch.Tensor], varied: list[int]
+) -> list[torch.Tensor]:
+    """The result, and its derivatives to second order in the tensors that vary."""
+
+    def of(*chosen: torch.Tensor) -> torch.Tensor:
+        return function(*(dict(enumerate(given)) | dict(zip(varied, chosen, strict=True))).values())
+
+    leaves = [given[i].detach().requires_grad_() for i in varied]
+    tangents = tuple(torch.cos(leaf).detach() for leaf in leaves)
+    y = of(*leaves)
+    u = torch.cos(y).detach().requires_grad_()
+    first = torch.autograd.grad(y, leaves, u, create_graph=True)
+    (of_u,) = torch.autograd.grad(first, u, tangents, retain_graph=True)
+    squares = [g.abs().pow(2).sum() for g in first]
+    second = torch.autograd.grad(squares, [u, *leaves], materialize_grads=True)
+    along = jvp(of, tuple(t.detach() for t in leaves), tangents)
+    batch = vmap(of, -1, -1)(*(torch.stack([t.detach(), 2 * t.detach()], -1) for t in leaves))
+    return [y, *first, of_u, *second, *along, batch]
+
+
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("argument", ["input", "weight", "bias"])
-def test_forward_mode_below_other_levels_is_refused(op: Op, argument: str) -> None:
-    """PyTorch itself would give zeros."""
-    given = dict(zip(("input", "weight", "bias"), drawn(((2, 3, 8), (3, 3, 3), (3,)), torch.float64), strict=True))
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+def test_random_problems_in_every_transform(op: Op) -> None:
+    """Against PyTorch's own convolutions, on tensors that lie in memory in every way."""
 
-    def loss(t: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = getattr(bridge, op)(**{**given, argument: t})
-        return result.pow(3).sum()
+    @settings(max_examples=30, derandomize=True, deadline=None, database=None)
+    @given(call=calls(op, ("float64", "complex128"), max_length=4), subset=st.integers(1, 7), data=st.data())
+    def run(call: Call, subset: int, data: st.DataObject) -> None:
+        arrays = [a for a in call.arrays() if a is not None]
+        places = [data.draw(st.sampled_from([*PLACES_IN_MEMORY])) for _ in arrays]
+        plain = [torch.from_numpy(a) for a in arrays]
+        elsewhere = [PLACES_IN_MEMORY[place](t) for place, t in zip(places, plain, strict=True)]
+        varied = [i for i in range(len(plain)) if subset >> i & 1] or [0]
+        results = [
+            in_every_transform(lambda x, w, b=None: getattr(bridge, op)(x, w, b, **call.settings), elsewhere, varied),
+            in_every_transform(lambda x, w, b=None: forward(call, x, w, b), plain, varied),
+        ]
+        for ours, theirs in zip(*results, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
 
-    with pytest.raises(NotImplementedError, match=r"^gpuconv::conv.*: forward-mode derivatives are not supported"):
-        hessian(loss)(given[argument])
-    with pytest.raises(NotImplementedError, match=rf"^{op}: forward-mode .*, but {argument} has a tangent"):
-        jacfwd(loss)(given[argument])
+    run()
+
+
+# -- batches of calls --------------------------------------------------------------------------------------------------
 
 
 def batched_operator_calls() -> Iterator[Any]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import operator
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 from xml.etree import ElementTree
@@ -17,15 +18,23 @@ import pytest
 import gpuconv
 from gpuconv import cases, cpu, cpu_gradients, dispatch, reference, runtime
 from gpuconv.cases import FORMATS
-from gpuconv.checks import BY_FAMILY, CHECKS, MAX_TAPS, families_of, families_that_take, same_bits
+from gpuconv.checks import CHECKS, MAX_TAPS, same_bits
 from gpuconv.device import ARCHITECTURES, Device
-from gpuconv.families import FAMILIES, Layout
+from gpuconv.families import FAMILIES, Layout, Plan
+from gpuconv.family_checks import (
+    families_of,
+    families_that_take,
+    far_layout,
+    far_runs,
+    spread,
+)
 from gpuconv.gpus import GpuUnavailableError, missing_gpu
-from gpuconv.problem import DTYPES, ConvProblem, WeightGradientProblem
+from gpuconv.problem import DTYPES, BiasGradientProblem, ConvProblem, WeightGradientProblem
+from gpuconv.report import BY_FAMILY, FAR
 from gpuconv.verify import verify
 from tests import hostcuda
 from tests.hostcuda import fake_cupy
-from tests.plans import FORWARD_FAMILIES
+from tests.plans import FORWARD_FAMILIES, kernel_of
 
 Array = npt.NDArray[Any]
 Kernel = Callable[[ConvProblem, Array, Array, Array | None, Array], None]
@@ -45,7 +54,12 @@ def plant(monkeypatch: pytest.MonkeyPatch) -> Callable[[Kernel], None]:
 @pytest.fixture
 def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU that answers and whose arrays are NumPy arrays."""
-    versions = SimpleNamespace(getDevice=lambda: 0, runtimeGetVersion=lambda: 13000, driverGetVersion=lambda: 13010)
+    versions = SimpleNamespace(
+        getDevice=lambda: 0,
+        runtimeGetVersion=lambda: 13000,
+        driverGetVersion=lambda: 13010,
+        memGetInfo=lambda: (2**30, 2**31),
+    )
     module = SimpleNamespace(
         __version__="14.2.0", asarray=np.array, asnumpy=np.asarray, cuda=SimpleNamespace(runtime=versions)
     )
@@ -336,6 +350,73 @@ def test_the_quick_run_reaches_every_family(arch: str) -> None:
     assert reached == set(has)
 
 
+@pytest.mark.parametrize("number_format", FORMATS)
+def test_far_runs_every_family_with_64_bit_offsets(number_format: str) -> None:
+    device = Device.from_arch("sm_90")
+    runs = {name: case.at(number_format) for _, case, name in far_runs(cases.select(), number_format, NAMES, device)}
+    taken = {name for case in cases.CASES for name in families_that_take(case.at(number_format), device)}
+    assert set(runs) == taken - {"conv1d_skinny"}  # which refuses such arrays
+    for family in FAMILIES:
+        if family.name in runs:
+            p = runs[family.name]
+            of_gradient = WeightGradientProblem.of if family.kind == "weight_gradient" else BiasGradientProblem.of
+            problem = p if family.kind == p.kind else of_gradient(p)
+            assert kernel_of(family, problem, far_layout(problem), device)[1].index_bits == 64
+
+
+def test_arrays_far_apart_do_not_meet() -> None:
+    shapes = ((3, 4, 5), (7, 2, 3), (7,), (1, 9), (2, 3, 1))
+    where = spread(shapes)
+    taken: set[int] = set()
+    for shape, offset, strides in zip(shapes, where.offsets, where.strides, strict=True):
+        own = {offset + sum(map(operator.mul, index, strides)) for index in np.ndindex(*shape)}
+        assert len(own) == np.prod(shape)
+        assert taken.isdisjoint(own)
+        assert offset % 8 == strides[0] % 8 == 0
+        assert (shape[0] - 1) * strides[0] >= 2**31 or shape[0] == 1
+        taken |= own
+    assert min(taken) == 0
+    assert max(taken) < where.size < 2**31 + 2**12
+
+
+@pytest.mark.usefixtures("fake_gpu")
+def test_what_far_needs_is_told_where_it_is_missing(plant: Callable[[Kernel], None]) -> None:
+    plant(correct)
+    report = verify("gpu", dtypes=["float32", "complex64"], family="conv_transpose1d_gather")
+    assert report.skipped == {"far float32": "needs 8 GiB of free memory on the GPU, 1.0 GiB are free"}
+    assert "not run: far float32: needs 8 GiB" in str(report)
+    assert report.counts[FAR] == {"passed": 0, "failed": 0}
+    every = verify("gpu", dtypes=["float32", "complex64"], family="conv_transpose1d_gather", quick=False)
+    assert list(every.skipped) == ["far float32", "far complex64"]
+    assert FAR not in verify("gpu", dtypes="float32", filter="up_k1").counts
+
+
+@pytest.mark.parametrize(
+    ("kernel", "macro", "values"),
+    [
+        ("conv1d_mma", "SEGMENT_MODE", "0123"),
+        ("conv_transpose1d_mma", "SEGMENT_MODE", "0123"),
+        ("conv1d_depthwise", "IS_SKIPPING", "01"),
+        ("conv1d_depthwise", "IS_STRIDING", "01"),
+        ("conv_transpose1d_depthwise", "IS_SKIPPING", "01"),
+        ("conv1d_direct", "INDEX_BITS", ("32", "64")),
+        ("conv1d_mma", "INDEX_BITS", ("32", "64")),
+        ("pack_weight", "INDEX_BITS", ("32", "64")),
+        ("pack_mma_weight", "INDEX_BITS", ("32", "64")),
+    ],
+)
+def test_the_quick_run_reaches_every_mode(kernel: str, macro: str, values: Sequence[str]) -> None:
+    device = Device.from_arch("sm_90")
+    found = set()
+    for number_format, case in cases.quick_pairs(FORMATS):
+        p = case.at(number_format)
+        for family in FORWARD_FAMILIES:
+            plan = family.plan(p, Layout.contiguous(p), device) if family.kind == p.kind and not p.is_empty else None
+            steps = plan.steps if isinstance(plan, Plan) else ()
+            found |= {dict(step.config.macros)[macro] for step in steps if step.config.kernel == kernel}
+    assert found == set(values)
+
+
 def test_the_base_family_takes_every_case_and_comes_first() -> None:
     device = Device.from_arch("sm_90")
     for case in cases.CASES:
@@ -369,6 +450,7 @@ def test_a_family_that_no_case_reaches_fails_the_run(
 ) -> None:
     plant(correct)
     monkeypatch.setattr(cases, "CASES", cases.select("up_k1"))
+    monkeypatch.setattr(cases, "WIDE_CASES", ())
     report = verify("gpu")
     assert report.failures == ()
     assert not report.ok
@@ -397,7 +479,7 @@ def test_one_family_alone() -> None:
     assert {result.check for result in report.results} == {"families"}
     assert {result.family for result in report.results} == {"conv1d_depthwise"}
     device = Device.from_arch("sm_90")
-    taken = {case.name for case in cases.CASES if "conv1d_depthwise" in families_that_take(case.problem, device)}
+    taken = {case.name for case in cases.select() if "conv1d_depthwise" in families_that_take(case.problem, device)}
     assert {result.case for result in report.results} == taken
     with pytest.raises(ValueError, match=r"^family must name a kernel family .*, got 'fast'; this GPU has conv1d"):
         verify("gpu", family="fast")
@@ -546,14 +628,16 @@ def test_the_quick_run_is_a_selection() -> None:
     chosen = {(case.name, dtype) for dtype, case in cases.quick_pairs(["float32", "complex64"])}
     assert {(result.case, result.dtype) for result in report.results} == chosen
     assert all(count["passed"] > 0 for count in report.counts.values())
-    told = f"a selection: {len(chosen)} of {2 * len(cases.CASES)} pairs of case and dtype; --all runs them all"
+    total = 2 * len(cases.select())
+    told = f"a selection: {len(chosen)} of {total} pairs of case and dtype; --all runs them all"
     assert told in str(report).splitlines()
     found = report.to_dict()
-    assert (found["pairs"], found["total_pairs"]) == (len(chosen), 2 * len(cases.CASES))
+    assert (found["pairs"], found["total_pairs"]) == (len(chosen), total)
 
 
 def test_quick_false_runs_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cases, "CASES", cases.CASES[:4])
+    monkeypatch.setattr(cases, "WIDE_CASES", ())
     report = verify("cpu", dtypes=["float32", "float64"], quick=False)
     assert report.pairs == report.total == 8
     assert verify("cpu", dtypes=["float32", "float64"]).pairs == 4
@@ -584,6 +668,7 @@ def test_every_check_is_documented() -> None:
     assert [line.split()[0] for line in table[1].splitlines() if line.strip("= ")] == [
         *(check.name for check in CHECKS),
         BY_FAMILY,
+        FAR,
     ]
 
 

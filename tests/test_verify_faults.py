@@ -14,15 +14,17 @@ import pytest
 
 from gpuconv import calls, cases, runtime, source
 from gpuconv.cases import Case
-from gpuconv.checks import BY_FAMILY, families_of, families_that_take
+from gpuconv.checks import Target
 from gpuconv.device import ARCHITECTURES, Device
 from gpuconv.families import FAMILIES
-from gpuconv.report import Report
+from gpuconv.family_checks import families_of, families_that_take, far_runs, run_far
+from gpuconv.report import BY_FAMILY, Report
 from gpuconv.verify import verify
 
 EQUAL = "must equal the reference, bit for bit"
 BOUND = "must lie within the error bound of the reference"
 NONFINITE = f"{BOUND}, on nonfinite data"
+STRIDED = "must equal the reference, on strided arrays, bit for bit"
 SAME = "must equal the base family, bit for bit"
 
 
@@ -259,6 +261,57 @@ FAULTS: Mapping[str, Fault] = {
         "float16",
         says=NONFINITE,
     ),
+    "conv1d_mma keeps a NaN": Fault(
+        "conv1d_mma", "if (met_special) {", "if (false) {", "conv1d_mma", "whisper_conv1", "float16", says=NONFINITE
+    ),
+    "conv1d_tail keeps a NaN": Fault(
+        "conv1d_tail", "if (!met_nan) return;", "return;", "conv1d_tail", "one_channel", says=NONFINITE
+    ),
+    "conv1d_tiled keeps a NaN": Fault(
+        "conv1d_tiled",
+        "if (!met_nan) return;",
+        "return;",
+        "conv1d_tiled",
+        "padding_same_strided_even",
+        says=NONFINITE,
+    ),
+    "conv_transpose1d_depthwise keeps a NaN": Fault(
+        "conv_transpose1d_depthwise",
+        "if (met_nan) {",
+        "if (false) {",
+        "conv_transpose1d_depthwise",
+        "styletts2_pool",
+        says=NONFINITE,
+    ),
+    "conv1d_stem keeps a NaN": Fault(
+        "conv1d_stem", "if (!met_nan) continue;", "continue;", "conv1d_stem", "padding_exceeds_input", says=NONFINITE
+    ),
+    # -- arrays that are not contiguous
+    "conv1d_direct takes weights for contiguous": Fault(
+        "conv1d_direct",
+        "k * p.weight_stride_k",
+        "(p.weight_stride_k == 1 ? k : 0)",
+        "conv1d_direct",
+        "dilation_spans_input",
+        says=STRIDED,
+    ),
+    # -- right with 32-bit indices
+    "conv1d_direct loses the upper bits of a position": Fault(
+        "conv1d_direct",
+        "l_first = l_out * p.stride - p.padding_left;",
+        "l_first = int(l_out * p.stride - p.padding_left);",
+        "conv1d_direct",
+        "wide_stem",
+    ),
+    # -- right where the terms are not cut into segments
+    "conv_transpose1d_mma leaves out the last segment": Fault(
+        "conv_transpose1d_mma",
+        "segment < window.segments; ++segment",
+        "segment + 1 < window.segments; ++segment",
+        "conv_transpose1d_mma",
+        "up_dense_long_sum",
+        "float16",
+    ),
     # -- right on integers
     "conv1d_direct sums from the last tap to the first": Fault(
         "conv1d_direct",
@@ -351,6 +404,33 @@ def test_verify_catches(name: str, plant: Callable[[Fault], None]) -> None:
     assert "FAILED" in told
     assert f"{fault.case} [{fault.dtype}]" in told
     assert f"{fault.family} {fault.says}" in told
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("kernel", "offset", "family"),
+    [
+        ("conv1d_direct", "n * p.input_stride_n", "conv1d_direct"),
+        ("conv1d_direct", "c_out * p.weight_stride_out", "conv1d_direct"),
+        ("conv1d_direct", "n * p.output_stride_n", "conv1d_direct"),
+        ("sum_slices", "i0 * p.result_stride_0", "weight_gradient_direct"),
+    ],
+)
+def test_far_catches_an_offset_that_loses_its_upper_bits(
+    kernel: str, offset: str, family: str, plant: Callable[[Fault], None]
+) -> None:
+    """The faulty offsets lie in the same buffer, so nothing but the numbers is wrong."""
+    gpu = Target(on_gpu=True)
+    device = gpu.device()
+    assert device is not None
+    ((dtype, case, _),) = far_runs(cases.select(), "float16", (family,), device)
+    assert run_far(case, dtype, gpu, 0, family).failure is None
+    plant(Fault(kernel, offset, f"({offset} & 0x7fffffff)", family, case.name))
+    failure = run_far(case, dtype, gpu, 0, family).failure
+    assert failure is not None
+    assert (
+        failure.message == f"{family} must equal the reference, on arrays that reach beyond 2**31 elements, bit for bit"
+    )
 
 
 @pytest.mark.gpu

@@ -18,7 +18,9 @@ from itertools import islice
 from typing import Any, TypeAlias
 
 from gpuconv import cases, runtime, source
+from gpuconv.checks import Target
 from gpuconv.families import FAMILIES, Config
+from gpuconv.family_checks import families_of, far_runs, run_far
 from gpuconv.gpus import missing_gpu
 from gpuconv.verify import verify
 
@@ -47,14 +49,15 @@ def _build(config: Config) -> dict[str, Any]:
 
 
 def verify_work() -> Iterator[tuple[str, records.Work]]:
-    """One piece for each case and number format of `gpuconv verify`."""
+    """What `gpuconv verify` does: a piece for each case and number format, and one for arrays beyond 2**31 elements."""
     formats = dict.fromkeys(("float32", "bfloat16", *cases.FORMATS))
     for number_format in formats:
         seen: set[str] = set()
-        for case in cases.CASES:
+        for case in cases.select():
             if case.name not in seen:  # the name of another case may be part of it, and has selected it, too
                 seen |= {chosen.name for chosen in cases.select(case.name)}
                 yield f"{number_format} {case.name}", partial(_verify, case.name, number_format)
+    yield "float16 far", partial(_verify_far, "float16")
 
 
 def _verify(name: str, number_format: str) -> dict[str, Any]:
@@ -62,6 +65,15 @@ def _verify(name: str, number_format: str) -> dict[str, Any]:
     failures = [str(failure) for failure in report.failures]
     checks = {check: sum(counts.values()) for check, counts in report.counts.items()}
     return {"ok": not failures, "checks": sum(checks.values()), "failures": failures}
+
+
+def _verify_far(number_format: str) -> dict[str, Any]:
+    target = Target(on_gpu=True)
+    device = runtime.device(int(runtime.cupy_module().cuda.runtime.getDevice()))
+    runs = far_runs(cases.select(), number_format, families_of(device)[0], device)
+    results = [run_far(case, number_format, target, 0, family) for _, case, family in runs]
+    failures = [str(result.failure) for result in results if result.failure is not None]
+    return {"ok": not failures, "checks": len(results), "failures": failures}
 
 
 def micro_work(*, rehearse: bool) -> Iterator[tuple[str, records.Work]]:

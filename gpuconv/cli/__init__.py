@@ -25,7 +25,7 @@ from .terminal import discard, tell
 
 
 class _Terminated(BaseException):
-    """A signal asked the process to end. Raised where it arrived, so that what was begun is cleaned up."""
+    """A signal asked the process to end. It is raised as an exception so that unfinished files are removed."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(signum)
@@ -35,18 +35,18 @@ class _Terminated(BaseException):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
-    Nothing is raised: what goes wrong is one line on stderr. An error that nobody foresaw is told with its place; with
-    GPUCONV_TRACEBACK=1 in the environment its traceback comes before that line.
+    Nothing is raised: an error becomes one line on stderr. The line of an unexpected error names the file and the line
+    where it was raised; with GPUCONV_TRACEBACK=1 in the environment, its traceback is printed before.
 
     Args:
         argv: the arguments after the program's name; None for those of the process.
 
     Returns:
         The exit code: 0 success; 1 `verify` found a mismatch, and nothing else; 2 bad usage, a file that cannot be read
-        or written, not enough memory, or an error that nobody foresaw; 3 no GPU where one is needed; 130 interrupted;
-        141 stdout was closed by its reader; 143 terminated.
+        or written, not enough memory, or an unexpected error; 3 no GPU where one is needed; 130 interrupted; 141 stdout
+        was closed by its reader; 143 terminated.
     """
-    if sys.stderr is None:  # closed; whatever is told is told to nobody
+    if sys.stderr is None:  # it is closed, so messages are dropped
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     if sys.stdout is None:
         return _fail("standard output is closed", EXIT_ERROR)
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         discard(sys.stdout)
         return EXIT_BROKEN_PIPE
-    except OSError as error:  # files have FileErrors, so that this is stdout, or a file of a library
+    except OSError as error:  # for files a FileError is raised, so this is stdout, or a file of a library
         discard(sys.stdout)
         what = "standard output: cannot be written" if error.filename is None else error.filename
         return _fail(f"{what}: {error.strerror or error}", EXIT_ERROR)
@@ -78,12 +78,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         place = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{Path(place.filename).name}, line {place.lineno}"
         text = f"unexpected {type(error).__name__} in {where}: {error}"
-        return _fail(f"{text} (GPUCONV_TRACEBACK=1 shows how it came about)", EXIT_ERROR)
+        return _fail(f"{text} (GPUCONV_TRACEBACK=1 shows the traceback)", EXIT_ERROR)
 
 
 @contextmanager
 def _termination_raised() -> Iterator[None]:
-    """Raise `_Terminated` on the signals that ask a process to end, unless somebody else has a use for them."""
+    """Raise `_Terminated` on the signals that ask a process to end, unless another handler is installed for them."""
 
     def terminate(signum: int, _: Any) -> NoReturn:
         raise _Terminated(signum)

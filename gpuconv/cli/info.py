@@ -64,7 +64,7 @@ def _facts() -> dict[str, Any]:
     devices: list[dict[str, Any]] = []
     try:
         cuda: Any = None if versions["CuPy"] is None else runtime.cupy_module().cuda
-    except ImportError:  # too old, which `missing_gpu` reports below
+    except ImportError:  # CuPy is too old, which `missing_gpu` reports below
         cuda = None
     if cuda is not None:
         versions["CUDA runtime"] = _cuda_version(cuda.runtime.runtimeGetVersion())
@@ -98,7 +98,7 @@ def _trouble(module: str) -> str | None:
         importlib.import_module(module)
     except ModuleNotFoundError:
         return None
-    except Exception as error:  # broken installations fail in many ways, and a report on what is there survives them
+    except Exception as error:  # broken installations fail in many ways, and the report must not fail with them
         return f"cannot be loaded: {type(error).__name__}: {error}"
     return None
 

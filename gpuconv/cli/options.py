@@ -1,4 +1,4 @@
-"""The options that several commands share: how they are declared, and what their values mean."""
+"""The options that several commands share: their declarations, and how their values are read."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def _padding(text: str) -> int | tuple[int, ...] | str:
     try:
         sides = tuple(int(part) for part in text.split(","))
     except ValueError:
-        return text  # a word; the problem knows which there are
+        return text  # a word, which the problem checks
     return sides[0] if len(sides) == 1 else sides
 
 
@@ -123,7 +123,7 @@ def at_least(minimum: int) -> Callable[[str], int]:
 
 
 def given_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """The settings on the command line; the others keep the defaults of the operation."""
+    """The settings that the command line gives; the operation has defaults for the others."""
     names = dict.fromkeys(name for settings in SETTINGS.values() for name in settings)
     return {name: value for name in names if (value := getattr(args, name, None)) is not None}
 

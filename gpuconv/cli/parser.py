@@ -1,4 +1,4 @@
-"""The parser of the command line: its errors in gpuconv's words, its help in lines that fit the terminal."""
+"""The parser of the command line: error messages in gpuconv's style, and help in lines that fit the terminal."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from ..text import wrap
 
-# What argparse says, and what gpuconv says in its place.
+# Messages of argparse, and what gpuconv writes instead.
 _WORDS = (
     (r"argument ([^:]+): expected one argument", r"\1 needs a value"),
     (r"argument ([^:]+): not allowed with argument (.+)", r"\1 cannot be given together with \2"),
@@ -47,7 +47,7 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message} (see {self.prog} --help)")
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        """Parse; an option that nobody knows is told before one that is missing, which it may be meant for."""
+        """Parse. An unknown option is reported before a missing one, of which it may be a misspelling."""
         words = [*(args or ()), "-"]
         for word, following in itertools.pairwise(words):
             if word == "--" or (self._subparsers is not None and not word.startswith("-")):
@@ -61,7 +61,7 @@ class Parser(argparse.ArgumentParser):
         return namespace, unknown
 
     def _print_message(self, message: str, file: Any = None) -> None:
-        print(message, end="", file=file or sys.stderr)  # argparse's own hides that it could not be written
+        print(message, end="", file=file or sys.stderr)  # argparse's own method ignores errors of writing
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
@@ -80,7 +80,7 @@ class _Help(argparse.HelpFormatter):
             if paragraph:
                 lines += wrap(" ".join(paragraph), width, first=indent, rest=indent)
                 paragraph = []
-            if line:  # goes on behind a backslash, so that it can be pasted as it is
+            if line:  # its lines end with a backslash, so that they can be pasted as one command
                 words = re.sub(r" (--\S+) (?!-)", " \\1\xa0", line.strip())  # an option stays with its value
                 command = wrap(words, width - 2, first=indent + "  ", rest=indent + "    ")
                 lines.append(" \\\n".join(command).replace("\xa0", " "))

@@ -1,4 +1,4 @@
-"""What the commands write on a terminal, a pipe or a file: width, warnings and progress."""
+"""Output of the commands: the width of lines, messages and progress."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def terminal_width() -> int:
 
 
 def tell(kind: str, message: str) -> None:
-    """One line on stderr; on a terminal as many as it takes, broken between words."""
+    """Write a message to stderr: one line, which is broken between words to fit a terminal."""
     text = f"gpuconv: {kind}: {shorten(message)}"
     try:
         lines = wrap(text, terminal_width(), rest="  ") if sys.stderr.isatty() else [text]
@@ -31,7 +31,7 @@ def tell(kind: str, message: str) -> None:
 
 
 def discard(stream: Any) -> None:
-    """Send what a broken stream still holds nowhere: Python flushes it once more when it exits."""
+    """Discard what a broken stream has buffered. Python flushes it again at exit, which would fail again."""
     with suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
@@ -40,8 +40,8 @@ def discard(stream: Any) -> None:
 def show_progress(title: str) -> Iterator[Callable[[int, int, str], None]]:
     """Progress on stderr, driven by calls with (done, total, label).
 
-    A terminal shows a bar, or a counter without the package rich, which is gone at the end. A pipe or a file gets a
-    line every `PROGRESS_SECONDS`.
+    A terminal shows a bar, or a counter where the package rich is not installed, and both are erased at the end. A pipe
+    or a file gets a line every `PROGRESS_SECONDS`.
     """
     if not sys.stderr.isatty():
         last = time.monotonic()

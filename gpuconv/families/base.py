@@ -15,7 +15,6 @@ from ..source import params_fields
 
 ProblemT = TypeVar("ProblemT", bound=Problem)
 
-INT32_MAX = 2**31 - 1
 MAX_GRID = 2**31 - 1  # blocks along grid x, on every architecture since sm_30
 
 
@@ -203,24 +202,6 @@ def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(strides)
 
 
-def index_bits(problem: Problem, layout: Layout, *extra: int) -> int:
-    """32 where every index and offset of a launch fits a signed 32-bit integer, else 64.
-
-    `extra` are further values that a kernel forms, such as the padded size of its grid.
-    """
-    values = list(extra)
-    for name, shape in problem.shapes.items():
-        array = layout[name]
-        # Params holds the strides of axes of extent 1, too, which no offset uses.
-        values += (array.reach(shape), *map(abs, array.strides))
-    if isinstance(problem, ConvProblem):
-        # Positions before they are clipped to the array, on the fine side of the stride.
-        p = problem
-        span = p.dilation * (p.K - 1) + 1
-        values += (L + p.padding_left + p.padding_right + span + p.stride for L in (p.L_in, p.L_out))
-    return 32 if max(values) <= INT32_MAX else 64
-
-
 def conv_fields(problem: ConvProblem, layout: Layout) -> dict[str, int]:
     """The values that the Params of an operation's kernels may have, by name."""
     p = problem
@@ -250,7 +231,7 @@ def conv_fields(problem: ConvProblem, layout: Layout) -> dict[str, int]:
     return fields
 
 
-def params_of(kernel: str, fields: Mapping[str, int], **own: int) -> tuple[tuple[str, int], ...]:
+def params_of(kernel: str, fields: Mapping[str, int], own: Mapping[str, int]) -> tuple[tuple[str, int], ...]:
     """The fields of a kernel's Params in the order of its .cu file, from those that many kernels have and its own."""
     names = params_fields(kernel)
     assert own.keys() <= set(names), f"{kernel}.cu has no {', '.join(own.keys() - set(names))}"
@@ -260,6 +241,24 @@ def params_of(kernel: str, fields: Mapping[str, int], **own: int) -> tuple[tuple
 def conv_arrays(problem: ConvProblem, weight: str = "weight") -> tuple[str | None, ...]:
     """The pointers of a kernel of an operation; `weight` is `PACKED` where it reads the weights in another order."""
     return ("input", weight, "bias" if problem.has_bias else None, "output")
+
+
+def conv_plan(
+    config: Config,
+    problem: ConvProblem,
+    layout: Layout,
+    index_bits: int,
+    *,
+    grid: int,
+    block: int,
+    own: Mapping[str, int],
+    shared_bytes: int = 0,
+    candidates: tuple[tuple[str, float], ...] = (),
+) -> Plan:
+    """The plan of an operation that is one launch; `own` are the fields of Params that `conv_fields` lacks."""
+    params = params_of(config.kernel, conv_fields(problem, layout), own)
+    launch = Launch(grid, block, shared_bytes, index_bits, params)
+    return Plan((Step(config, launch, conv_arrays(problem)),), candidates=candidates)
 
 
 def base_config(kernel: str, dtype: str, bits: int, block_size: int) -> Config:

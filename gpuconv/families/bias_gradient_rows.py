@@ -9,7 +9,8 @@ from collections.abc import Iterator
 
 from ..device import Device
 from ..problem import DTYPES, BiasGradientProblem
-from .base import MAX_GRID, Config, Family, Launch, Layout, Plan, base_config, index_bits
+from .base import MAX_GRID, Config, Family, Launch, Layout, Plan, base_config
+from .offsets import Overhang, index_bits
 from .slices import Slices, sliced_plan
 
 # Threads of a block; a part of the order of summation.
@@ -43,14 +44,10 @@ class BiasGradientRows(Family[BiasGradientProblem]):
             "grad_bias_stride": layout["grad_bias"].strides[0],
         }
         grid = min(num_sums, MAX_GRID)
-        hanging = p.N + 1 + BLOCK_SIZE // p.L  # samples that a thread's address may reach behind the last term
-        bits = index_bits(
-            p,
-            layout,
-            num_sums + grid,
-            slices.samples * slices.positions + BLOCK_SIZE,
-            hanging * abs(stride_n) + p.C * abs(stride_c) + (p.L + BLOCK_SIZE) * abs(stride_l),
-        )
+        # A thread's address may reach behind the last term.
+        overhang = Overhang(samples=2 + BLOCK_SIZE // p.L, rows=1, positions=BLOCK_SIZE)
+        terms = slices.samples * slices.positions + BLOCK_SIZE
+        bits = index_bits(p, layout, overhang, num_sums + grid, terms)
         config = base_config(self.name, p.dtype, bits, BLOCK_SIZE)
         shared = BLOCK_SIZE * p.format.accumulator_bytes
         launch = Launch(grid, BLOCK_SIZE, shared, bits, tuple(params.items()))

@@ -13,21 +13,7 @@ from typing import ClassVar
 from ..device import Device
 from ..problem import DTYPES, FORMATS, ConvProblem
 from ..source import params_fields
-from .base import (
-    MAX_GRID,
-    Config,
-    Family,
-    Launch,
-    Layout,
-    Plan,
-    Refusal,
-    Step,
-    conv_arrays,
-    conv_fields,
-    index_bits,
-    params_of,
-    round_up,
-)
+from .base import MAX_GRID, Config, Family, Layout, Plan, Refusal, conv_plan, round_up
 from .depthwise import (
     BLOCK_SIZE,
     MANY_OUTPUTS,
@@ -39,6 +25,7 @@ from .depthwise import (
     can_skip,
     can_slide,
     choose_deal,
+    depthwise_index_bits,
     row_skew,
     slide_outputs,
     vector_length,
@@ -72,20 +59,26 @@ class Conv1dDepthwise(Family[ConvProblem]):
         if tiling.deal.grid > MAX_GRID:
             return Refusal(f"needs at most {MAX_GRID} blocks")
         deal, shape, bits = tiling.deal, tiling.shape, tiling.bits
-        params = params_of(
-            self.name,
-            conv_fields(p, layout),
-            **deal.params(p),
-            taps_pitch=shape.taps_pitch,
-            window=shape.window(deal.places),
-            window_pitch=shape.window_pitch(deal.places),
-            plane_pitch=shape.plane_pitch(deal.places, deal.block_rows),
-        )
         config = self._config(
             shape.slide_stride, shape.is_skipping, isinstance(shape, _Stride), shape.thread_l, p.dtype, bits
         )
-        launch = Launch(deal.grid, deal.block, deal.shared_bytes, bits, params)
-        return Plan((Step(config, launch, conv_arrays(p)),), candidates=deal.figures())
+        return conv_plan(
+            config,
+            p,
+            layout,
+            bits,
+            grid=deal.grid,
+            block=deal.block,
+            shared_bytes=deal.shared_bytes,
+            candidates=deal.figures(),
+            own={
+                **deal.params(p),
+                "taps_pitch": shape.taps_pitch,
+                "window": shape.window(deal.places),
+                "window_pitch": shape.window_pitch(deal.places),
+                "plane_pitch": shape.plane_pitch(deal.places, deal.block_rows),
+            },
+        )
 
     def configs(self, device: Device) -> Iterator[Config]:
         for dtype in DTYPES:
@@ -267,7 +260,7 @@ class _Tiling:
 @lru_cache(maxsize=4096)
 def _tiling(problem: ConvProblem, layout: Layout, device: Device) -> _Tiling | None:
     p = problem
-    bits = _index_bits(p, layout)
+    bits = depthwise_index_bits(p, layout, max(MANY_L, slide_outputs(p.dtype)))
     shapes: list[_Shape | Skip | _Stride] = []
     if can_slide(p, layout, bits):
         shapes.append(_Shape(p, p.stride, slide_outputs(p.dtype)))
@@ -282,14 +275,3 @@ def _tiling(problem: ConvProblem, layout: Layout, device: Device) -> _Tiling | N
         if deal is not None:
             return _Tiling(shape, deal, bits)
     return None
-
-
-def _index_bits(problem: ConvProblem, layout: Layout) -> int:
-    # Beyond the arrays the kernel forms positions of the last tile, which may hang over by a block, and rows of the
-    # last block. Windows are short: they fit in shared memory.
-    p = problem
-    hanging = p.L_out + (8 * BLOCK_SIZE + 1) * max(MANY_L, slide_outputs(p.dtype))
-    span = p.L_in + hanging * p.stride + p.padding_left + p.dilation * p.K + 2**17
-    samples = p.N + -(-BLOCK_SIZE // p.C_out)
-    farthest = samples * max(abs(layout["input"].strides[0]), abs(layout["output"].strides[0]))
-    return index_bits(p, layout, span, farthest, p.N * p.C_out + BLOCK_SIZE)

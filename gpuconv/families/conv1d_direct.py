@@ -10,21 +10,8 @@ from collections.abc import Iterator
 from ..costs import Work
 from ..device import Device
 from ..problem import DTYPES, ConvProblem
-from .base import (
-    MAX_GRID,
-    Config,
-    Family,
-    Launch,
-    Layout,
-    Plan,
-    Step,
-    base_config,
-    base_work,
-    conv_arrays,
-    conv_fields,
-    index_bits,
-    params_of,
-)
+from .base import MAX_GRID, Config, Family, Layout, Plan, Step, base_config, base_work, conv_plan
+from .offsets import Overhang, index_bits
 
 # The kernel's launch bounds leave a thread 128 registers, so that two blocks of this size share a multiprocessor.
 BLOCK_SIZE = 256
@@ -41,14 +28,9 @@ class Conv1dDirect(Family[ConvProblem]):
         num_outputs = p.N * p.C_out * p.L_out
         grid = min(-(-num_outputs // BLOCK_SIZE), MAX_GRID)
         # The loop over the grid leaves with an index of up to num_outputs + grid*BLOCK_SIZE.
-        bits = index_bits(p, layout, num_outputs + grid * BLOCK_SIZE)
-        params = params_of(
-            self.name,
-            conv_fields(p, layout),
-            num_outputs=num_outputs,
-        )
-        launch = Launch(grid, BLOCK_SIZE, 0, bits, params)
-        return Plan((Step(base_config(self.name, p.dtype, bits, BLOCK_SIZE), launch, conv_arrays(p)),))
+        bits = index_bits(p, layout, Overhang(), num_outputs + grid * BLOCK_SIZE)
+        config = base_config(self.name, p.dtype, bits, BLOCK_SIZE)
+        return conv_plan(config, p, layout, bits, grid=grid, block=BLOCK_SIZE, own={"num_outputs": num_outputs})
 
     def work(self, problem: ConvProblem, step: Step) -> Work:
         return base_work(problem, problem.K)

@@ -14,20 +14,8 @@ from ..device import Device
 from ..problem import DTYPES, FORMATS, ConvProblem
 from ..source import params_fields
 from ..text import count
-from .base import (
-    MAX_GRID,
-    Config,
-    Family,
-    Launch,
-    Layout,
-    Plan,
-    Refusal,
-    Step,
-    conv_arrays,
-    conv_fields,
-    index_bits,
-    params_of,
-)
+from .base import MAX_GRID, Config, Family, Layout, Plan, Refusal, Step, conv_fields, conv_plan
+from .offsets import Overhang, index_bits
 
 WARP = 32
 BLOCK_SIZE = 128
@@ -95,7 +83,10 @@ class Conv1dNarrow(Family[ConvProblem]):
         p = problem
         if p.C_out_g > ROWS[-1]:
             return Refusal(f"needs C_out/groups <= {ROWS[-1]}")
-        bits = self._index_bits(p, layout)
+        # Columns behind the last, and in the end the term behind the last.
+        overhang = Overhang(rows=ROWS[-1], channels=1, positions=4 * BLOCK_SIZE, taps=p.K)
+        columns = (p.N * p.L_out + 4 * BLOCK_SIZE) * p.groups
+        bits = index_bits(p, layout, overhang, columns, p.C_in_g * p.K + 2 * _CHUNK_BYTES)
         tilings = _compare_tilings(
             p, device, has_several=p.stride == 1 and layout["input"].strides[2] == 1 and bits == 32
         )
@@ -107,20 +98,26 @@ class Conv1dNarrow(Family[ConvProblem]):
         chunk_terms = max(1, min(p.C_in_g * p.K, _CHUNK_BYTES // row_bytes))
         fields = conv_fields(p, layout)
         tap_step = p.dilation * fields["input_stride_l"]
-        params = params_of(
-            self.name,
-            fields,
-            column_blocks=tiling.blocks // (p.groups * (p.N if tiling.thread_l > 1 else 1)),
-            chunk_terms=chunk_terms,
-            tap_step=tap_step,
-            channel_step=fields["input_stride_c"] - (p.K - 1) * tap_step,
-        )
-        config = self._config(rows, tiling.thread_l, p.dtype, bits)
-        launch = Launch(tiling.blocks, BLOCK_SIZE, chunk_terms * row_bytes, bits, params)
         candidates = tuple(
             (f"{count(_rows(p), 'channel')} by {count(t.thread_l, 'column')} a thread", t.cycles) for t in tilings
         )
-        return Plan((Step(config, launch, conv_arrays(p)),), candidates=candidates)
+        config = self._config(rows, tiling.thread_l, p.dtype, bits)
+        return conv_plan(
+            config,
+            p,
+            layout,
+            bits,
+            grid=tiling.blocks,
+            block=BLOCK_SIZE,
+            shared_bytes=chunk_terms * row_bytes,
+            candidates=candidates,
+            own={
+                "column_blocks": tiling.blocks // (p.groups * (p.N if tiling.thread_l > 1 else 1)),
+                "chunk_terms": chunk_terms,
+                "tap_step": tap_step,
+                "channel_step": fields["input_stride_c"] - (p.K - 1) * tap_step,
+            },
+        )
 
     def work(self, problem: ConvProblem, step: Step) -> Work:
         rows = int(dict(step.config.macros)["THREAD_C"])
@@ -132,25 +129,6 @@ class Conv1dNarrow(Family[ConvProblem]):
                 for thread_l in THREAD_L[FORMATS[dtype].accumulator_bytes]:
                     yield self._config(rows, thread_l, dtype, 32)
             yield self._config(ROWS[-1], 1, dtype, 64)
-
-    def _index_bits(self, problem: ConvProblem, layout: Layout) -> int:
-        # Beyond the arrays the kernel forms columns behind the last, positions of taps outside the input and their
-        # offsets, and in the end the term behind the last.
-        p = problem
-        fields = conv_fields(p, layout)
-        span = (p.L_out + 4 * BLOCK_SIZE) * p.stride + p.padding_left + p.dilation * p.K + p.L_in
-        taps = p.K * p.dilation * abs(fields["input_stride_l"])
-        return index_bits(
-            p,
-            layout,
-            span,
-            span * abs(fields["input_stride_l"]) + p.N * abs(fields["input_stride_n"]),
-            (p.C_in_g + 1) * abs(fields["input_stride_c"]) + 2 * taps,
-            (p.N * p.L_out + 4 * BLOCK_SIZE) * p.groups,
-            (p.L_out + 4 * BLOCK_SIZE) * max(1, abs(fields["output_stride_l"])),
-            p.C_in_g * p.K + 2 * _CHUNK_BYTES,
-            (p.C_out + ROWS[-1]) * abs(fields["bias_stride"]),
-        )
 
     def _config(self, rows: int, thread_l: int, dtype: str, bits: int) -> Config:
         return Config.of(

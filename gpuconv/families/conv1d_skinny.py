@@ -22,20 +22,8 @@ from ..device import Device
 from ..problem import DTYPES, FORMATS, ConvProblem
 from ..source import params_fields
 from ..text import count
-from .base import (
-    MAX_GRID,
-    Config,
-    Family,
-    Launch,
-    Layout,
-    Plan,
-    Refusal,
-    Step,
-    conv_arrays,
-    conv_fields,
-    index_bits,
-    params_of,
-)
+from .base import MAX_GRID, Config, Family, Layout, Plan, Refusal, Step, conv_plan
+from .offsets import Overhang, index_bits
 
 WARP = 32
 # Columns of a block and of one of its threads, which multiplies each weight that it reads with all of its own. Two
@@ -150,7 +138,9 @@ class Conv1dSkinny(Family[ConvProblem]):
         columns = p.N * p.L_out
         if columns > MAX_COLUMNS:
             return Refusal(f"needs N * L_out <= {MAX_COLUMNS}")
-        if self._index_bits(p, layout) == 64:
+        # Terms of a chunk that hangs over the last one.
+        overhang = Overhang(rows=ROWS[-1], channels=MAX_COLUMNS * WARP + 1)
+        if index_bits(p, layout, overhang, p.C_in_g * p.K + (NUM_STAGES + 1) * CHUNKS[-1]) == 64:
             return Refusal("needs offsets below 2**31")
         tilings = _compare_tilings(p, device, next(block_n for block_n in COLUMNS if block_n >= columns))
         if not tilings:
@@ -158,17 +148,6 @@ class Conv1dSkinny(Family[ConvProblem]):
         tiling = tilings[0]
         if tiling.blocks > MAX_GRID:
             return Refusal(f"needs at most {MAX_GRID} blocks")
-        params = params_of(
-            self.name,
-            conv_fields(p, layout),
-            columns=columns,
-            row_blocks=tiling.blocks // p.groups,
-            block_rows=tiling.block_rows,
-            compute_warps=tiling.compute_warps,
-            chunk_terms=tiling.chunk_terms,
-            vector_weights=int(self._has_vector_weights(p, layout)),
-        )
-        launch = Launch(tiling.blocks, tiling.threads, tiling.shared_bytes, 32, params)
         candidates = tuple(
             (
                 f"{count(t.block_rows, 'row')} by {count(t.block_n, 'column')}, "
@@ -177,7 +156,24 @@ class Conv1dSkinny(Family[ConvProblem]):
             )
             for t in tilings
         )
-        return Plan((Step(self._config(tiling.block_n, p.dtype), launch, conv_arrays(p)),), candidates=candidates)
+        return conv_plan(
+            self._config(tiling.block_n, p.dtype),
+            p,
+            layout,
+            32,
+            grid=tiling.blocks,
+            block=tiling.threads,
+            shared_bytes=tiling.shared_bytes,
+            candidates=candidates,
+            own={
+                "columns": columns,
+                "row_blocks": tiling.blocks // p.groups,
+                "block_rows": tiling.block_rows,
+                "compute_warps": tiling.compute_warps,
+                "chunk_terms": tiling.chunk_terms,
+                "vector_weights": int(self._has_vector_weights(p, layout)),
+            },
+        )
 
     def work(self, problem: ConvProblem, step: Step) -> Work:
         # Few warps multiply, some lanes may be idle, and a chain of multiply-adds hides the loads that feed it.
@@ -197,26 +193,6 @@ class Conv1dSkinny(Family[ConvProblem]):
         vec = 16 // p.itemsize
         is_contiguous = weight.strides[1:] == (p.K, 1)
         return is_contiguous and weight.alignment == 16 and p.C_in_g * p.K % vec == 0 and weight.strides[0] % vec == 0
-
-    def _index_bits(self, problem: ConvProblem, layout: Layout) -> int:
-        # Beyond the arrays the kernel forms terms of a chunk that hangs over the last one, and their addresses.
-        p = problem
-        fields = conv_fields(p, layout)
-        hanging = MAX_COLUMNS * WARP + 1
-        span = p.L_out * p.stride + p.padding_left + p.dilation * p.K
-        return index_bits(
-            p,
-            layout,
-            p.C_in_g * p.K + (NUM_STAGES + 1) * CHUNKS[-1],
-            span + p.L_in,
-            (p.C_in + hanging) * abs(fields["input_stride_c"])
-            + p.N * abs(fields["input_stride_n"])
-            + span * abs(fields["input_stride_l"]),
-            (p.C_in_g + hanging) * abs(fields["weight_stride_in"]) + p.K * abs(fields["weight_stride_k"]),
-            p.C_out + ROWS[-1],
-            (p.C_out + ROWS[-1]) * abs(fields["weight_stride_out"]),
-            (p.C_out + ROWS[-1]) * abs(fields["bias_stride"]),
-        )
 
     def _config(self, block_n: int, dtype: str) -> Config:
         return Config.of(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from ..costs import RESERVED_SHARED_BYTES
@@ -15,20 +15,8 @@ from ..device import Device
 from ..problem import DTYPES, FORMATS, ConvProblem
 from ..source import params_fields
 from ..text import count
-from .base import (
-    MAX_GRID,
-    Config,
-    Family,
-    Launch,
-    Layout,
-    Plan,
-    Refusal,
-    Step,
-    conv_arrays,
-    conv_fields,
-    index_bits,
-    params_of,
-)
+from .base import MAX_GRID, Config, Family, Layout, Plan, Refusal, conv_plan
+from .offsets import Overhang, index_bits
 
 WARP = 32
 MAX_C_IN_G = 4
@@ -186,7 +174,7 @@ class Conv1dStem(Family[ConvProblem]):
             return Refusal(f"needs C_in/groups from 1 to {MAX_C_IN_G}")
         if p.C_out_g < MIN_C_OUT_G and (p.C_in_g == 1 or (p.stride == 1 and p.dilation == 1)):
             return Refusal(f"needs C_out/groups >= {MIN_C_OUT_G}, or C_in/groups > 1 and a stride or a dilation")
-        bits = self._index_bits(p, layout)
+        bits = _index_bits(p, layout)
         tilings = _compare_tilings(p, device, is_wide=bits == 64, is_contiguous=layout["output"].strides[2] == 1)
         if not tilings:
             return Refusal("needs an input window, over min(K, stride) taps, that fits in shared memory")
@@ -194,26 +182,7 @@ class Conv1dStem(Family[ConvProblem]):
         blocks = tiling.channel_blocks * tiling.tile_blocks * p.groups
         if blocks > MAX_GRID:
             return Refusal(f"needs at most {MAX_GRID} blocks")
-        params = params_of(
-            self.name,
-            conv_fields(p, layout),
-            channel_blocks=tiling.channel_blocks,
-            tile_blocks=tiling.tile_blocks,
-            tiles=tiling.tiles,
-            tiles_of_sample=tiling.tiles_of_sample,
-            repeats=tiling.repeats,
-            warps_c=tiling.warps_c,
-            step_n=0 if tiling.samples == 1 else 1,
-            step_l=WARP if tiling.samples == 1 else 0,
-            row_taps=tiling.row_taps,
-            row_advance=tiling.row_advance,
-            row_pitch=tiling.row_pitch,
-            chunk_terms=tiling.chunk_terms,
-        )
         is_large = tiling.tile == TILES[p.format.accumulator_bytes][0]
-        config = self._config(tiling.tile, is_large, p.dtype, bits)
-        threads = WARP * tiling.warps_c * tiling.warps_l
-        launch = Launch(blocks, threads, tiling.shared_bytes, bits, params)
         candidates = tuple(
             (
                 f"{count(t.tile.thread_c, 'channel')} by {count(t.tile.thread_l, 'column')} a thread, "
@@ -222,7 +191,30 @@ class Conv1dStem(Family[ConvProblem]):
             )
             for t in tilings
         )
-        return Plan((Step(config, launch, conv_arrays(p)),), candidates=candidates)
+        return conv_plan(
+            self._config(tiling.tile, is_large, p.dtype, bits),
+            p,
+            layout,
+            bits,
+            grid=blocks,
+            block=WARP * tiling.warps_c * tiling.warps_l,
+            shared_bytes=tiling.shared_bytes,
+            candidates=candidates,
+            own={
+                "channel_blocks": tiling.channel_blocks,
+                "tile_blocks": tiling.tile_blocks,
+                "tiles": tiling.tiles,
+                "tiles_of_sample": tiling.tiles_of_sample,
+                "repeats": tiling.repeats,
+                "warps_c": tiling.warps_c,
+                "step_n": 0 if tiling.samples == 1 else 1,
+                "step_l": WARP if tiling.samples == 1 else 0,
+                "row_taps": tiling.row_taps,
+                "row_advance": tiling.row_advance,
+                "row_pitch": tiling.row_pitch,
+                "chunk_terms": tiling.chunk_terms,
+            },
+        )
 
     def configs(self, device: Device) -> Iterator[Config]:
         for dtype in DTYPES:
@@ -231,29 +223,6 @@ class Conv1dStem(Family[ConvProblem]):
             for tile in others:
                 yield self._config(tile, False, dtype, 32)
             yield self._config(others[0], False, dtype, 64)
-
-    def _index_bits(self, problem: ConvProblem, layout: Layout) -> int:
-        # Beyond the arrays the kernel forms positions of the last tile's columns behind L_out and what they read, the
-        # numbers of tiles of blocks that hang over the last, and channels and samples behind the last; and offsets from
-        # a lane's first column to its others, even where the input ends before these.
-        p = problem
-        fields = conv_fields(p, layout)
-        hanging = p.L_out + WARP * 4
-        span = (hanging + WARP + p.dilation * p.K) * p.stride + p.padding_left + p.dilation * (p.K + WARP)
-        largest_block = MAX_REPEATS * MAX_THREADS
-        return index_bits(
-            p,
-            layout,
-            span,
-            (-(-p.L_out // WARP) + 1) * p.N * -(-p.C_out_g // 4) * p.groups,
-            (-(-p.L_out // WARP) + 1) * p.N + 2 * largest_block,
-            (p.C_out + 2 * MAX_THREADS) * abs(fields["output_stride_c"])
-            + (p.N + 4) * abs(fields["output_stride_n"])
-            + hanging * abs(fields["output_stride_l"]),
-            (p.N + 4) * abs(fields["input_stride_n"]) + p.L_in * abs(fields["input_stride_l"]),
-            4 * WARP * p.stride * abs(fields["input_stride_l"]),
-            (p.C_out + 2 * MAX_THREADS) * max(1, abs(fields["bias_stride"])),
-        )
 
     def _config(self, tile: Tile, is_contiguous: bool, dtype: str, bits: int) -> Config:
         return Config.of(
@@ -271,3 +240,17 @@ class Conv1dStem(Family[ConvProblem]):
                 "PARAMS_BYTES": len(params_fields(self.name)) * bits // 8,
             },
         )
+
+
+def _index_bits(p: ConvProblem, layout: Layout) -> int:
+    # Blocks hang over the last channel, sample and tile; a tile hangs over the last output by its columns, and it reads
+    # as many taps behind the last as a row has lanes. Offsets from a lane's first column to its others are formed even
+    # where the input ends before these.
+    stride_l = abs(layout["input"].strides[2])
+    last_column = p.L_out + 5 * WARP + p.dilation * p.K
+    span = last_column * p.stride + p.padding_left + p.dilation * (p.K + WARP)
+    tiles = (-(-p.L_out // WARP) + 1) * p.N
+    counts = (span, tiles * -(-p.C_out_g // 4) * p.groups, tiles + 2 * MAX_REPEATS * MAX_THREADS)
+    inputs = Overhang(samples=5, rows=2 * MAX_THREADS)
+    outputs = replace(inputs, positions=4 * WARP, arrays=("output",))
+    return max(index_bits(p, layout, inputs, *counts, 4 * WARP * p.stride * stride_l), index_bits(p, layout, outputs))

@@ -9,20 +9,8 @@ from collections.abc import Iterator
 
 from ..device import Device
 from ..problem import DTYPES, ConvProblem
-from .base import (
-    MAX_GRID,
-    Config,
-    Family,
-    Launch,
-    Layout,
-    Plan,
-    Refusal,
-    Step,
-    conv_arrays,
-    conv_fields,
-    index_bits,
-    params_of,
-)
+from .base import MAX_GRID, Config, Family, Layout, Plan, Refusal, conv_fields, conv_plan
+from .offsets import Overhang, index_bits
 from .sliding import (
     MAX_CHUNK_CHANNELS,
     Slide,
@@ -54,7 +42,10 @@ class Conv1dTail(Family[ConvProblem]):
             return Refusal("needs C_in/groups > 1 or groups = 1")
         if p.stride != 1 or p.dilation != 1:
             return Refusal("needs stride 1 and dilation 1")
-        bits = self._index_bits(p, layout)
+        # Positions around the windows of blocks that hang over the last column.
+        around = block_columns(p.dtype) + p.K + 4 * vector(p.dtype)
+        overhang = Overhang(rows=ROWS[-1], channels=MAX_CHUNK_CHANNELS, positions=around)
+        bits = index_bits(p, layout, overhang, column_blocks(p.L_out, WARP, p.dtype) * p.N * p.groups)
         # Only the kernel for the most output channels has 64-bit indices.
         rows = ROWS[-1] if bits == 64 else next(rows for rows in ROWS if rows >= p.C_out_g)
         threads = choose_threads(p.L_out, p.N * p.groups, p.dtype, device)
@@ -82,31 +73,20 @@ class Conv1dTail(Family[ConvProblem]):
             and (p.N == 1 or fields["output_stride_n"] % vec == 0)
             and (p.C_out == 1 or fields["output_stride_c"] % vec == 0)
         )
-        params = params_of(
-            self.name,
-            fields,
-            column_blocks=blocks_of_sample,
-            **slide.params(),
-            vector_stores=int(vector_stores),
-        )
         config = sliding_config(self.name, p.dtype, bits, rows, is_reversed=False)
-        launch = Launch(grid, threads, slide.shared_bytes, bits, params)
-        return Plan((Step(config, launch, conv_arrays(p)),))
+        return conv_plan(
+            config,
+            p,
+            layout,
+            bits,
+            grid=grid,
+            block=threads,
+            shared_bytes=slide.shared_bytes,
+            own={"column_blocks": blocks_of_sample, **slide.params(), "vector_stores": int(vector_stores)},
+        )
 
     def configs(self, device: Device) -> Iterator[Config]:
         for dtype in DTYPES:
             for rows in ROWS:
                 yield sliding_config(self.name, dtype, 32, rows, is_reversed=False)
             yield sliding_config(self.name, dtype, 64, ROWS[-1], is_reversed=False)
-
-    def _index_bits(self, p: ConvProblem, layout: Layout) -> int:
-        # Beyond the arrays the kernel forms positions around the windows of blocks that hang over the last column.
-        around = block_columns(p.dtype) + p.K + 4 * vector(p.dtype)
-        return index_bits(
-            p,
-            layout,
-            column_blocks(p.L_out, WARP, p.dtype) * p.N * p.groups,
-            p.L_out + p.L_in + p.padding_left + around,
-            layout["output"].reach((p.N, p.C_out + ROWS[-1], p.L_out + around)),
-            layout["input"].reach((p.N, p.C_in + MAX_CHUNK_CHANNELS, p.L_in)),
-        )

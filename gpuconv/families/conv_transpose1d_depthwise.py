@@ -5,7 +5,6 @@ Contract: cuda_src/conv_transpose1d_depthwise.cu.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,21 +13,7 @@ from typing import ClassVar
 from ..device import Device
 from ..problem import DTYPES, FORMATS, ConvProblem
 from ..source import params_fields
-from .base import (
-    MAX_GRID,
-    Config,
-    Family,
-    Launch,
-    Layout,
-    Plan,
-    Refusal,
-    Step,
-    conv_arrays,
-    conv_fields,
-    index_bits,
-    params_of,
-    round_up,
-)
+from .base import MAX_GRID, Config, Family, Layout, Plan, Refusal, conv_plan, round_up
 from .depthwise import (
     BLOCK_SIZE,
     MANY_OUTPUTS,
@@ -41,6 +26,7 @@ from .depthwise import (
     can_skip,
     can_slide,
     choose_deal,
+    depthwise_index_bits,
     row_skew,
     slide_outputs,
     vector_length,
@@ -67,20 +53,26 @@ class ConvTranspose1dDepthwise(Family[ConvProblem]):
             return Refusal(f"needs at most {MAX_GRID} blocks")
         deal, shape, bits = tiling.deal, tiling.shape, tiling.bits
         has_window = shape.slide_stride > 0 or shape.is_skipping
-        params = params_of(
-            self.name,
-            conv_fields(p, layout),
-            **Divisor.params(stride=p.stride),
-            **deal.params(p),
-            taps_pitch=shape.taps_pitch if has_window else 0,
-            window=shape.window(deal.places) if has_window else 0,
-            window_below=shape.window_below if has_window else 0,
-            window_pitch=shape.window_pitch(deal.places) if has_window else 0,
-            plane_pitch=shape.plane_pitch(deal.places, deal.block_rows) if has_window else 0,
-        )
         config = self._config(shape.slide_stride, shape.is_skipping, shape.thread_l, p.dtype, bits)
-        launch = Launch(deal.grid, deal.block, deal.shared_bytes, bits, params)
-        return Plan((Step(config, launch, conv_arrays(p)),), candidates=deal.figures())
+        return conv_plan(
+            config,
+            p,
+            layout,
+            bits,
+            grid=deal.grid,
+            block=deal.block,
+            shared_bytes=deal.shared_bytes,
+            candidates=deal.figures(),
+            own={
+                **Divisor.params(stride=p.stride),
+                **deal.params(p),
+                "taps_pitch": shape.taps_pitch if has_window else 0,
+                "window": shape.window(deal.places) if has_window else 0,
+                "window_below": shape.window_below if has_window else 0,
+                "window_pitch": shape.window_pitch(deal.places) if has_window else 0,
+                "plane_pitch": shape.plane_pitch(deal.places, deal.block_rows) if has_window else 0,
+            },
+        )
 
     def configs(self, device: Device) -> Iterator[Config]:
         for dtype in DTYPES:
@@ -190,7 +182,7 @@ class _Tiling:
 @lru_cache(maxsize=4096)
 def _tiling(problem: ConvProblem, layout: Layout, device: Device) -> _Tiling:
     p = problem
-    bits = _index_bits(p, layout)
+    bits = depthwise_index_bits(p, layout, max(MANY_L, slide_outputs(p.dtype)))
     shapes: list[_Shape | Skip] = []
     if can_slide(p, layout, bits):
         shapes.append(_Shape(p, p.stride, slide_outputs(p.dtype)))
@@ -202,22 +194,3 @@ def _tiling(problem: ConvProblem, layout: Layout, device: Device) -> _Tiling:
         if deal is not None:
             return _Tiling(shape, deal, bits)
     raise AssertionError("a block without shared memory fits")
-
-
-def _index_bits(problem: ConvProblem, layout: Layout) -> int:
-    # Beyond the arrays the kernel forms positions of the last tile, which may hang over by a block, rows of the last
-    # block, a tap behind the last, and the products that find the first tap of a phase.
-    p = problem
-    tap_step = p.stride // math.gcd(p.stride, p.dilation)
-    hanging = p.L_out + (8 * BLOCK_SIZE + 1) * max(MANY_L, slide_outputs(p.dtype)) + p.padding_left + 2**17
-    return index_bits(
-        p,
-        layout,
-        hanging + p.L_in,
-        hanging * max(1, abs(layout["output"].strides[2])),
-        (p.N + -(-BLOCK_SIZE // p.C_out)) * max(abs(layout["input"].strides[0]), abs(layout["output"].strides[0])),
-        p.N * p.C_out + BLOCK_SIZE,
-        p.K + tap_step,
-        tap_step * tap_step,
-        tap_step * p.dilation,
-    )

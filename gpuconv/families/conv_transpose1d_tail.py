@@ -9,20 +9,8 @@ from collections.abc import Iterator
 
 from ..device import Device
 from ..problem import DTYPES, ConvProblem
-from .base import (
-    MAX_GRID,
-    Config,
-    Family,
-    Launch,
-    Layout,
-    Plan,
-    Refusal,
-    Step,
-    conv_arrays,
-    conv_fields,
-    index_bits,
-    params_of,
-)
+from .base import MAX_GRID, Config, Family, Layout, Plan, Refusal, conv_plan
+from .offsets import Overhang, index_bits
 from .sliding import (
     MAX_CHUNK_CHANNELS,
     Slide,
@@ -62,7 +50,11 @@ class ConvTranspose1dTail(Family[ConvProblem]):
         q_begin = p.padding_left // p.stride
         columns = (p.L_out - 1 + p.padding_left) // p.stride - q_begin + 1  # values of q, whatever their phase
         taps = -(-p.K // p.stride)  # of a phase; an output without padding may lie behind the last tap of its phase
-        bits = self._index_bits(p, layout, columns)
+        # Positions around the windows of blocks that hang over the last column.
+        around = block_columns(p.dtype) + p.K + 4 * vector(p.dtype)
+        overhang = Overhang(channels=MAX_CHUNK_CHANNELS, positions=around + 1)
+        blocks = column_blocks(columns, WARP, p.dtype) * p.N * p.groups * -(-p.C_out_g * p.stride // ROWS[0])
+        bits = index_bits(p, layout, overhang, blocks)
         rows = self._rows(p, columns, bits, device)
         row_blocks = -(-p.C_out_g * p.stride // rows)
         threads = choose_threads(columns, p.N * p.groups * row_blocks, p.dtype, device)
@@ -75,19 +67,24 @@ class ConvTranspose1dTail(Family[ConvProblem]):
         grid = row_blocks * blocks_of_row * p.N * p.groups
         if grid > MAX_GRID:
             return Refusal(f"needs at most {MAX_GRID} blocks")
-        params = params_of(
-            self.name,
-            conv_fields(p, layout),
-            row_blocks=row_blocks,
-            column_blocks=blocks_of_row,
-            columns=columns,
-            q_begin=q_begin,
-            taps=taps,
-            **slide.params(),
-        )
         config = sliding_config(self.name, p.dtype, bits, rows, is_reversed=True)
-        launch = Launch(grid, threads, slide.shared_bytes, bits, params)
-        return Plan((Step(config, launch, conv_arrays(p)),))
+        return conv_plan(
+            config,
+            p,
+            layout,
+            bits,
+            grid=grid,
+            block=threads,
+            shared_bytes=slide.shared_bytes,
+            own={
+                "row_blocks": row_blocks,
+                "column_blocks": blocks_of_row,
+                "columns": columns,
+                "q_begin": q_begin,
+                "taps": taps,
+                **slide.params(),
+            },
+        )
 
     def configs(self, device: Device) -> Iterator[Config]:
         for dtype in DTYPES:
@@ -104,16 +101,3 @@ class ConvTranspose1dTail(Family[ConvProblem]):
             return few
         warps = column_blocks(columns, WARP, p.dtype) * p.N * p.groups * -(-p.C_out_g * p.stride // many)
         return many if warps >= 8 * device.num_sms else few
-
-    def _index_bits(self, p: ConvProblem, layout: Layout, columns: int) -> int:
-        # Beyond the arrays the kernel forms positions around the windows of blocks that hang over the last column, and
-        # the outputs of such columns.
-        around = block_columns(p.dtype) + p.K + 4 * vector(p.dtype)
-        blocks = column_blocks(columns, WARP, p.dtype) * p.N * p.groups
-        return index_bits(
-            p,
-            layout,
-            blocks * -(-p.C_out_g * p.stride // ROWS[0]),
-            p.L_in + (columns + around + 2) * p.stride + p.padding_left + p.L_out,
-            layout["input"].reach((p.N, p.C_in + MAX_CHUNK_CHANNELS, p.L_in)),
-        )

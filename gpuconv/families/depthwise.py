@@ -14,6 +14,7 @@ from ..device import Device
 from ..problem import FORMATS, ConvProblem
 from ..text import count
 from .base import Layout, round_up
+from .offsets import Overhang, index_bits
 
 WARP = 32
 BLOCK_SIZE = 256  # the most threads of a block
@@ -278,3 +279,15 @@ def _candidates(groups: int) -> Iterator[tuple[int, int]]:
         yield from ((row_threads, repeats) for row_threads in sorted(even | parts, reverse=True))
         if needed == 1:
             return
+
+
+def depthwise_index_bits(problem: ConvProblem, layout: Layout, thread_outputs: int) -> int:
+    """The width of the indices of kernels whose threads have at most so many results."""
+    # Rows of the last block hang over the last one. Positions of its last tile do by a block and a window, which fits
+    # in shared memory; a convolution checks them before it makes offsets of them.
+    p = problem
+    hanging = (8 * BLOCK_SIZE + 1) * thread_outputs + 2**17
+    span = p.L_in + (p.L_out + hanging) * p.stride + p.padding_left + p.dilation * p.K
+    positions = -(-hanging // p.stride) if p.transposed else None
+    overhang = Overhang(samples=1 + -(-BLOCK_SIZE // p.C_out), positions=positions)
+    return index_bits(p, layout, overhang, 0 if p.transposed else span, p.N * p.C_out + BLOCK_SIZE)

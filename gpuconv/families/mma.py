@@ -15,20 +15,9 @@ from ..costs import L2_BYTES_PER_CYCLE, MEMORY_BYTES_PER_CYCLE, RESERVED_SHARED_
 from ..device import Device
 from ..problem import ConvProblem
 from ..source import params_fields
-from .base import (
-    MAX_GRID,
-    PACKED,
-    PARTIAL,
-    Config,
-    Launch,
-    Layout,
-    Plan,
-    Step,
-    conv_arrays,
-    conv_fields,
-    index_bits,
-    params_of,
-)
+from .base import MAX_GRID, PACKED, PARTIAL, Config, Launch, Layout, Plan, Step, conv_arrays, conv_fields, params_of
+from .offsets import Overhang, index_bits
+from .product import Product
 
 WARP = 32
 PAIRS_PER_STEP = 2  # (tap, unit) pairs of one mma
@@ -251,8 +240,8 @@ class Reduction:
     segment_chunks: int
 
     @classmethod
-    def of(cls, channels: int, taps: int, arithmetic: Arithmetic) -> Reduction:
-        units = -(-channels // arithmetic.channels)
+    def of(cls, product: Product, arithmetic: Arithmetic) -> Reduction:
+        taps, units = product.taps, -(-product.problem.C_in_g // arithmetic.channels)
         chunks = -(-units // MAX_UNITS)
         units = -(-units // chunks)
         stages = chunks * -(-taps * units // STAGE_PAIRS)
@@ -275,26 +264,6 @@ class Reduction:
 
 
 @dataclass(frozen=True, slots=True)
-class Product:
-    """The matrix products of a problem: rows by (sample, position).
-
-    Attributes:
-        products: independent ones, of groups and perhaps phases.
-        column_step: from one position's input to the next.
-        tap_step: from one tap's input to the next.
-        reduction: the order of summation.
-    """
-
-    products: int
-    rows: int
-    samples: int
-    positions: int
-    column_step: int
-    tap_step: int
-    reduction: Reduction
-
-
-@dataclass(frozen=True, slots=True)
 class Window:
     """How the input that a block reads lies in shared memory: see mma.cuh.
 
@@ -314,7 +283,7 @@ class Window:
 
     @classmethod
     def of(cls, product: Product, block_samples: int, block_positions: int) -> Window:
-        taps, step = product.reduction.taps, product.tap_step
+        taps, step = product.taps, product.tap_step
         gcd = math.gcd(product.column_step, step)
         shared = min(product.column_step // gcd, taps)
         rounds = (taps - 1) // shared  # how often taps come back to the first plane
@@ -368,6 +337,8 @@ class Window:
 class Tiling:
     """A product cut into tiles."""
 
+    index_bits: int
+
     tile: Tile
     window: Window
     row_tiles: int
@@ -396,28 +367,26 @@ def input_batches(tile: Tile, window: Window, reduction: Reduction) -> int:
 @lru_cache(maxsize=4096)
 def compare_tilings(product: Product, arithmetic: Arithmetic, bits: int, device: Device) -> tuple[Tiling, ...]:
     """The tilings of a product that fit the device, the cheapest first."""
+    reduction, samples = Reduction.of(product, arithmetic), product.problem.N
     found = []
-    for tile in tiles(arithmetic, bits, segments=product.reduction.segments > 1):
+    for tile in tiles(arithmetic, bits, segments=reduction.segments > 1):
         row_tiles = -(-product.rows // tile.block_m)
         block_samples, block_positions = 1, tile.block_n
         if tile.has_samples:
-            block_samples, block_positions = min(tile.block_n // product.positions, product.samples), product.positions
+            block_samples, block_positions = min(tile.block_n // product.positions, samples), product.positions
             if block_samples < 2:
                 continue
         window = Window.of(product, block_samples, block_positions)
-        needed = shared_bytes(tile, window, product.reduction, arithmetic, bits)
+        needed = shared_bytes(tile, window, reduction, arithmetic, bits)
         column_tiles = -(-product.positions // block_positions)
-        sample_tiles = -(-product.samples // block_samples)
+        sample_tiles = -(-samples // block_samples)
         blocks = row_tiles * column_tiles * sample_tiles * product.products
-        if needed > device.shared_per_block or blocks * product.reduction.segments > MAX_GRID:
+        if needed > device.shared_per_block or blocks * reduction.segments > MAX_GRID:
             continue
-        if (
-            blocks * product.reduction.segments * tile.block_m * tile.block_n * 4 > MAX_PARTIAL_BYTES
-            and tile.segment_mode == 2
-        ):
+        if blocks * reduction.segments * tile.block_m * tile.block_n * 4 > MAX_PARTIAL_BYTES and tile.segment_mode == 2:
             continue
-        cycles = _cost(tile, window, product.reduction, arithmetic, blocks, needed, device)
-        found.append(Tiling(tile, window, row_tiles, column_tiles, sample_tiles, blocks, needed, cycles))
+        cycles = _cost(tile, window, reduction, arithmetic, blocks, needed, device)
+        found.append(Tiling(bits, tile, window, row_tiles, column_tiles, sample_tiles, blocks, needed, cycles))
     return tuple(sorted(found, key=lambda tiling: tiling.cycles))
 
 
@@ -500,9 +469,10 @@ def work(problem: ConvProblem, step: Step) -> Work:
 
 def smallest_fits(product: Product, arithmetic: Arithmetic, device: Device) -> bool:
     """Whether the tile with the fewest columns fits the device, which does not depend on N or a length."""
-    tile = tiles(arithmetic, segments=product.reduction.segments > 1)[-1]
+    reduction = Reduction.of(product, arithmetic)
+    tile = tiles(arithmetic, segments=reduction.segments > 1)[-1]
     window = Window.of(product, 1, tile.block_n)
-    return shared_bytes(tile, window, product.reduction, arithmetic, 64) <= device.shared_per_block
+    return shared_bytes(tile, window, reduction, arithmetic, 64) <= device.shared_per_block
 
 
 def kernel_config(
@@ -563,20 +533,8 @@ def kernel_configs(kernel: str, device: Device, phases: tuple[bool, ...], *, tra
                 yield _pack_config(dtype, precision, bits, transposed=transposed, phases_in_rows=phases_in_rows)
 
 
-def weight_vectors(product: Product, tile: Tile) -> int:
-    """Vectors of one part of the packed weights."""
-    rows = -(-product.rows // tile.block_m) * tile.block_m
-    return product.products * product.reduction.chunks * product.reduction.pairs * rows
-
-
-def most_weight_vectors(product: Product) -> int:
-    """An upper bound of `weight_vectors` over all tiles."""
-    return product.products * product.reduction.chunks * product.reduction.pairs * (product.rows + MAX_BLOCK_M)
-
-
-def _tiling_params(product: Product, tiling: Tiling) -> dict[str, int]:
+def _tiling_params(reduction: Reduction, tiling: Tiling) -> dict[str, int]:
     """The fields of Params that describe the order of summation and the tiles."""
-    reduction = product.reduction
     batches = input_batches(tiling.tile, tiling.window, reduction)
     return {
         "row_tiles": tiling.row_tiles,
@@ -594,83 +552,70 @@ def _tiling_params(product: Product, tiling: Tiling) -> dict[str, int]:
 
 
 def make_plan(
-    problem: ConvProblem,
-    layout: Layout,
-    device: Device,
-    product: Product,
-    tilings: tuple[Tiling, ...],
-    kernel: str,
-    bits: int,
-    *,
-    phases_in_rows: bool,
-    **own: int,
+    problem: ConvProblem, layout: Layout, device: Device, product: Product, tilings: tuple[Tiling, ...], kernel: str
 ) -> Plan:
-    """The weights packed, then a tensor-core kernel; where segments have blocks of their own, their sums added.
-
-    `own` are the fields of the kernel's Params that this module does not know.
-    """
+    """The weights packed, then a tensor-core kernel; where segments have blocks of their own, their sums added."""
     p, tiling = problem, tilings[0]
-    tile, segments = tiling.tile, product.reduction.segments
-    params = params_of(kernel, conv_fields(p, layout), **own, **_tiling_params(product, tiling))
+    tile, bits = tiling.tile, tiling.index_bits
+    reduction = Reduction.of(product, ARITHMETICS[p.dtype, p.precision])
+    params = params_of(
+        kernel,
+        conv_fields(p, layout),
+        {**product.params(), **_tiling_params(reduction, tiling)},
+    )
 
     def step(mode: int, grid: int, shared: int, *more: str) -> Step:
         config = kernel_config(
-            kernel, p.dtype, p.precision, tile, bits, device, phases_in_rows=phases_in_rows, segment_mode=mode
+            kernel, p.dtype, p.precision, tile, bits, device, phases_in_rows=product.phases_in_rows, segment_mode=mode
         )
         return Step(config, Launch(grid, tile.threads, shared, bits, params), (*conv_arrays(p, PACKED), *more))
 
-    pack, packed_bytes = _pack(p, layout, product, tile, phases_in_rows=phases_in_rows)
+    pack, packed_bytes = _pack(p, layout, product, reduction, tile)
     scratch = [(PACKED, packed_bytes)]
     if tile.segment_mode < 2:
         steps = [pack, step(tile.segment_mode, tiling.blocks, tiling.shared_bytes)]
     else:
+        segment_blocks = tiling.blocks * reduction.segments
         steps = [
             pack,
-            step(2, tiling.blocks * segments, tiling.shared_bytes, PARTIAL),
+            step(2, segment_blocks, tiling.shared_bytes, PARTIAL),
             step(3, tiling.blocks, tile.slice_bytes(p.itemsize), PARTIAL),
         ]
-        scratch.append((PARTIAL, tiling.blocks * segments * tile.block_m * tile.block_n * 4))
+        scratch.append((PARTIAL, segment_blocks * tile.block_m * tile.block_n * 4))
     return Plan(tuple(steps), tuple(scratch), _candidates(tilings))
 
 
-def _pack(
-    problem: ConvProblem, layout: Layout, product: Product, tile: Tile, *, phases_in_rows: bool
-) -> tuple[Step, int]:
+def _pack(problem: ConvProblem, layout: Layout, product: Product, reduction: Reduction, tile: Tile) -> tuple[Step, int]:
     """The launch of pack_mma_weight, and the bytes that it writes."""
     p, arithmetic = problem, ARITHMETICS[problem.dtype, problem.precision]
-    num_vectors = weight_vectors(product, tile)
     row_tiles = -(-product.rows // tile.block_m)
+    num_vectors = product.products * reduction.chunks * reduction.pairs * row_tiles * tile.block_m  # of one part
     grid = min(-(-num_vectors // PACK_BLOCK_SIZE), MAX_GRID)
-    fields = conv_fields(p, layout)
     params = params_of(
         "pack_mma_weight",
-        fields,
-        num_vectors=num_vectors,
-        row_tiles=row_tiles,
-        block_rows=tile.block_m,
-        chunks=product.reduction.chunks,
-        units=product.reduction.units,
-        pairs=product.reduction.pairs,
-        rows=product.rows,
-        taps=product.reduction.taps,
+        conv_fields(p, layout),
+        {
+            "num_vectors": num_vectors,
+            "row_tiles": row_tiles,
+            "block_rows": tile.block_m,
+            "chunks": reduction.chunks,
+            "units": reduction.units,
+            "pairs": reduction.pairs,
+            "rows": product.rows,
+            "taps": product.taps,
+        },
     )
-    # Offsets of weights are formed before it is known whether they exist.
-    reduction, tap_step = product.reduction, fields["tap_step"]
-    hanging = (
-        (product.products + 1) * row_tiles * tile.block_m * abs(fields["weight_stride_out"])
-        + (p.C_in + reduction.units * arithmetic.channels) * abs(fields["weight_stride_in"])
-        + ((reduction.taps + STAGE_PAIRS) * max(p.stride, tap_step) + p.K) * abs(fields["weight_stride_k"])
+    # Offsets of weights are formed before it is known whether they exist: of whole tiles of rows of all products, whole
+    # units of channels, and the taps of whole stages, of any phase.
+    overhang = Overhang(
+        rows=(product.products + 1) * row_tiles * tile.block_m - (p.C_out_g if p.transposed else p.C_out),
+        channels=reduction.units * arithmetic.channels,
+        taps=(product.taps + STAGE_PAIRS) * p.stride,
+        arrays=("weight",),
     )
-    bits = index_bits(
-        p,
-        layout,
-        num_vectors * arithmetic.parts + grid * PACK_BLOCK_SIZE,
-        tap_step * tap_step,
-        (reduction.taps + STAGE_PAIRS) * p.stride,
-        hanging,
-        *(abs(value) for _, value in params),
-    )
-    config = _pack_config(p.dtype, p.precision, bits, transposed=p.transposed, phases_in_rows=phases_in_rows)
+    values = (abs(value) for _, value in params)
+    bits = index_bits(p, layout, overhang, num_vectors * arithmetic.parts + grid * PACK_BLOCK_SIZE, *values)
+    config = _pack_config(p.dtype, p.precision, bits, transposed=p.transposed, phases_in_rows=product.phases_in_rows)
     launch = Launch(grid, PACK_BLOCK_SIZE, 0, bits, params)
     return Step(config, launch, ("weight", PACKED)), num_vectors * arithmetic.parts * UNIT_BYTES
 

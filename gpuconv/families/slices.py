@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from ..costs import Work
 from ..problem import BiasGradientProblem, WeightGradientProblem
 from ..source import params_fields
-from .base import PARTIAL, Config, Launch, Layout, Plan, Step, base_config, index_bits, round_up
+from .base import PARTIAL, Config, Launch, Layout, Plan, Step, base_config, round_up
+from .offsets import Overhang, index_bits
 
 SUM_BLOCK_SIZE = 256
 
@@ -88,6 +89,10 @@ class Slices:
         """The memory of the partial sums; none where there is one slice."""
         return _partial_bytes(problem, self.count)
 
+    def overhang(self, *, samples: int = 1, channels: int = 1, positions: int = 0, taps: int = 0) -> Overhang:
+        """That of a kernel whose slices are filled up to aligned positions; it walks one step behind its axes."""
+        return Overhang(samples, channels, channels, max(positions, _ALIGNED_POSITIONS), taps)
+
     def params(self) -> dict[str, int]:
         """The fields of Params that `find_slice` of slices.cuh reads."""
         return {"slice_samples": self.samples, "slice_positions": self.positions, "slice_pieces": self.pieces}
@@ -122,18 +127,6 @@ def weight_fields(problem: WeightGradientProblem, layout: Layout, slices: Slices
     for name, array, axes in (("coarse", "coarse", "ncl"), ("fine", "fine", "ncl"), ("weight", "grad_weight", "rck")):
         fields.update(zip((f"{name}_stride_{axis}" for axis in axes), layout[array].strides, strict=True))
     return fields
-
-
-def weight_index_bits(problem: WeightGradientProblem, layout: Layout, *extra: int, slices: Slices | None = None) -> int:
-    """`index_bits` with the positions that every kernel of a weight gradient forms before it clips them."""
-    p = problem
-    slices = slices or Slices.of(p)
-    span = p.padding_left + p.dilation * p.K
-    positions = (p.L_coarse + _ALIGNED_POSITIONS) * p.stride + p.L_fine + span
-    sums = slices.count * math.prod(p.weight_shape)
-    fine_stride_n, _, fine_stride_l = map(abs, layout["fine"].strides)
-    fine = p.N * fine_stride_n + positions * fine_stride_l
-    return index_bits(p, layout, positions, sums, fine, *extra)
 
 
 def sums_work(problem: WeightGradientProblem, step: Step, held: int, products: int = 1) -> Work:
@@ -189,7 +182,7 @@ def sum_launch(
         "result_stride_1": strides[1],
         "result_stride_2": strides[2],
     }
-    bits = index_bits(problem, layout, (slices.count + ways) * num_results + SUM_BLOCK_SIZE)
+    bits = index_bits(problem, layout, Overhang(arrays=(name,)), (slices.count + ways) * num_results + SUM_BLOCK_SIZE)
     grid = -(-num_results * ways // SUM_BLOCK_SIZE)
     shared = SUM_BLOCK_SIZE * problem.format.accumulator_bytes if ways > 1 else 0
     return sum_config(problem.dtype, bits), Launch(grid, SUM_BLOCK_SIZE, shared, bits, tuple(params.items()))

@@ -7,7 +7,7 @@ from functools import lru_cache
 
 from ..costs import MEMORY_BYTES_PER_CYCLE, MULTIPLY_ADDS_PER_CYCLE, RESERVED_SHARED_BYTES, THREAD_ISSUES_PER_CYCLE
 from ..device import Device
-from ..problem import FORMATS, ConvProblem
+from ..problem import FORMATS
 from .base import (
     MAX_GRID,
     PACKED,
@@ -19,10 +19,11 @@ from .base import (
     base_config,
     conv_arrays,
     conv_fields,
-    index_bits,
     params_of,
     round_up,
 )
+from .offsets import Overhang, index_bits
+from .product import Product
 
 WARP = 32
 PACK_BLOCK_SIZE = 256
@@ -217,13 +218,6 @@ def compare_tilings(
     return tuple(sorted(candidates, key=lambda tiling: tiling.cycles))
 
 
-def tiling_figures(tilings: tuple[Tiling, ...]) -> tuple[tuple[str, float], ...]:
-    """What `explain` shows of the comparison."""
-    return tuple(
-        (f"{t.tile.block_m}x{t.tile.block_n}{'' if t.column_step else ' through samples'}", t.cycles) for t in tilings
-    )
-
-
 def tiling_macros(tile: Tile, column_step: int, dtype: str, bits: int) -> dict[str, str | int]:
     """The macros that tiled.cuh reads."""
     return {
@@ -284,50 +278,43 @@ class PackedWeight:
         """Elements from one block of rows to the next."""
         return self.padded_terms * self.block_rows
 
-    def params(self) -> dict[str, int]:
-        """The fields of a tiled kernel's Params."""
-        return {"weight_stride_tile": self.stride_tile}
-
 
 def packed_plan(
-    problem: ConvProblem,
+    product: Product,
     layout: Layout,
     packed: PackedWeight,
     tilings: tuple[Tiling, ...],
     config: Config,
     launch: Launch,
-    *,
-    rows: int,
-    taps: int,
-    phases_in_rows: bool,
 ) -> Plan:
     """pack_weight, then the tiled kernel with its configuration and launch."""
-    p = problem
+    p = product.problem
     grid = min(-(-packed.num_elements // PACK_BLOCK_SIZE), MAX_GRID)
     params = params_of(
         "pack_weight",
         conv_fields(p, layout),
-        num_elements=packed.num_elements,
-        padded_terms=packed.padded_terms,
-        block_rows=packed.block_rows,
-        row_tiles=packed.row_tiles,
-        rows=rows,
-        taps=taps,
+        {
+            "num_elements": packed.num_elements,
+            "padded_terms": packed.padded_terms,
+            "block_rows": packed.block_rows,
+            "row_tiles": packed.row_tiles,
+            "rows": product.rows,
+            "taps": product.taps,
+        },
     )
+    values = (abs(value) for _, value in params)
     bits = index_bits(
-        p,
-        layout,
-        packed.num_elements + grid * PACK_BLOCK_SIZE,
-        dict(params)["tap_step"] ** 2,
-        (taps + 1) * p.stride,
-        *(abs(value) for _, value in params),
+        p, layout, Overhang(taps=1, arrays=("weight",)), packed.num_elements + grid * PACK_BLOCK_SIZE, *values
     )
-    pack = pack_config(p.dtype, bits, transposed=p.transposed, phases_in_rows=phases_in_rows)
+    pack = pack_config(p.dtype, bits, transposed=p.transposed, phases_in_rows=product.phases_in_rows)
     pack_launch = Launch(grid, PACK_BLOCK_SIZE, 0, bits, params)
+    candidates = tuple(
+        (f"{t.tile.block_m}x{t.tile.block_n}{'' if t.column_step else ' through samples'}", t.cycles) for t in tilings
+    )
     return Plan(
         (Step(pack, pack_launch, ("weight", PACKED)), Step(config, launch, conv_arrays(p, PACKED))),
         ((PACKED, packed.num_elements * p.format.accumulator_bytes),),
-        tiling_figures(tilings),
+        candidates,
     )
 
 

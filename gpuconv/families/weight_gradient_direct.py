@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from ..device import Device
 from ..problem import DTYPES, WeightGradientProblem
 from .base import MAX_GRID, Config, Family, Launch, Layout, Plan, base_config, params_of
-from .slices import Slices, sliced_plan, sum_config, weight_fields, weight_index_bits
+from .offsets import index_bits
+from .slices import Slices, sliced_plan, sum_config, weight_fields
 
 # As in conv1d_direct.
 BLOCK_SIZE = 256
@@ -28,11 +29,11 @@ class WeightGradientDirect(Family[WeightGradientProblem]):
         slices = Slices.of(p)
         num_sums = slices.count * math.prod(p.weight_shape)
         grid = min(-(-num_sums // BLOCK_SIZE), MAX_GRID)
-        bits = weight_index_bits(p, layout, num_sums + grid * BLOCK_SIZE)
+        bits = index_bits(p, layout, slices.overhang(), num_sums + grid * BLOCK_SIZE)
         params = params_of(
             self.name,
             weight_fields(p, layout, slices),
-            num_sums=num_sums,
+            {"num_sums": num_sums},
         )
         config = base_config(self.name, p.dtype, bits, BLOCK_SIZE)
         launch = Launch(grid, BLOCK_SIZE, 0, bits, params)

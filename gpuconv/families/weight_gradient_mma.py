@@ -27,7 +27,8 @@ from .mma import (
     WARP,
     Arithmetic,
 )
-from .slices import Slices, gradient_config, sliced_plan, sums_work, weight_fields, weight_index_bits
+from .offsets import index_bits
+from .slices import Slices, gradient_config, sliced_plan, sums_work, weight_fields
 
 STEP = SPLIT_TERMS  # positions of a step: one product of 16-bit matrices along the reduction, or two
 OCTET = 8  # columns of one product
@@ -139,7 +140,7 @@ class WeightGradientMma(Family[WeightGradientProblem]):
             return Refusal(f"needs sums of at least {MIN_SPLIT_TERMS} terms for float32 by split TF32")
         if not _keeps_bound(p, arithmetic):
             return Refusal("needs longer samples to keep the error bound")
-        bits = self._index_bits(p, layout)
+        bits = _index_bits(p, layout)
         widths = _widths(p, layout, bits)
         tilings = _tilings(p, widths, device, bits)
         tiling, tile, window = tilings[0], tilings[0].tile, tilings[0].window
@@ -150,20 +151,22 @@ class WeightGradientMma(Family[WeightGradientProblem]):
         params = params_of(
             self.name,
             weight_fields(p, layout, slices),
-            row_tiles=tiling.row_tiles,
-            tap_tiles=tiling.tap_tiles,
-            octet_tiles=tiling.octet_tiles,
-            block_octets=tiling.octets,
-            block_taps=tiling.taps,
-            chunk_samples=window.samples,
-            sample_shift=window.positions.bit_length() - 1,
-            planes=window.planes,
-            plane_rows=window.plane_rows,
-            tap_rows_step=window.tap_rows_step,
-            window_rows=window.rows,
-            window_half=half,
-            window_pitch=pitch,
-            task_units=_task_units(tiling.octets, widths[1], arithmetic),
+            {
+                "row_tiles": tiling.row_tiles,
+                "tap_tiles": tiling.tap_tiles,
+                "octet_tiles": tiling.octet_tiles,
+                "block_octets": tiling.octets,
+                "block_taps": tiling.taps,
+                "chunk_samples": window.samples,
+                "sample_shift": window.positions.bit_length() - 1,
+                "planes": window.planes,
+                "plane_rows": window.plane_rows,
+                "tap_rows_step": window.tap_rows_step,
+                "window_rows": window.rows,
+                "window_half": half,
+                "window_pitch": pitch,
+                "task_units": _task_units(tiling.octets, widths[1], arithmetic),
+            },
         )
         config = self._config(tile, p.dtype, p.precision, widths, bits)
         launch = Launch(tiling.blocks, tile.threads, tiling.shared_bytes, bits, params)
@@ -182,25 +185,6 @@ class WeightGradientMma(Family[WeightGradientProblem]):
                     for tile in _tiles(arithmetic, bits):
                         for widths in WIDTHS if bits == 32 else WIDTHS[-1:]:
                             yield self._config(tile, dtype, precision, widths, bits)
-
-    def _index_bits(self, problem: WeightGradientProblem, layout: Layout) -> int:
-        p = problem
-        coarse_n, coarse_c, coarse_l = map(abs, layout["coarse"].strides)
-        fine_n, fine_c, fine_l = map(abs, layout["fine"].strides)
-        # Samples, positions and channels behind the last, of which addresses are formed.
-        samples = p.N - 1 + max(_chunk(_slices(p), tile.chunk_rows)[0] for tiles in TILES.values() for tile in tiles)
-        l_coarse = p.L_coarse + 2 * _LARGEST_CHUNK
-        l_fine = l_coarse * p.stride + p.padding_left + 2 * (p.K + _LARGEST_N) * p.dilation
-        return weight_index_bits(
-            p,
-            layout,
-            samples * coarse_n + l_coarse * coarse_l + (p.C_coarse + _LARGEST_M) * coarse_c,
-            samples * fine_n + l_fine * fine_l + (p.C_fine + _LARGEST_N) * fine_c,
-            l_fine,
-            (p.C_fine_g + _LARGEST_N) * (p.K + _LARGEST_N),
-            p.C_coarse + _LARGEST_M,
-            slices=_slices(p),
-        )
 
     def _config(self, tile: Tile, dtype: str, precision: str, widths: tuple[int, int], bits: int) -> Config:
         arithmetic = ARITHMETICS[dtype, precision]
@@ -239,6 +223,19 @@ class _Tiling(NamedTuple):
 
 def _slices(p: WeightGradientProblem) -> Slices:
     return Slices.of(p, on_tensor_cores=True)
+
+
+def _index_bits(p: WeightGradientProblem, layout: Layout) -> int:
+    # Samples, positions and channels behind the last, of which addresses are formed.
+    slices = _slices(p)
+    overhang = slices.overhang(
+        samples=max(_chunk(slices, tile.chunk_rows)[0] for tiles in TILES.values() for tile in tiles),
+        channels=max(_LARGEST_M, _LARGEST_N),
+        positions=2 * _LARGEST_CHUNK,
+        taps=p.K + 2 * _LARGEST_N,
+    )
+    columns = (p.C_fine_g + _LARGEST_N) * (p.K + _LARGEST_N)
+    return index_bits(p, layout, overhang, slices.count * math.prod(p.weight_shape), columns)
 
 
 def _tiles(arithmetic: Arithmetic, bits: int) -> tuple[Tile, ...]:

@@ -13,7 +13,8 @@ from ..costs import Work
 from ..device import Device
 from ..problem import DTYPES, FORMATS, WeightGradientProblem
 from .base import MAX_GRID, ArrayLayout, Config, Family, Launch, Layout, Plan, Refusal, Step, params_of
-from .slices import Slices, gradient_config, sliced_plan, sums_work, weight_fields, weight_index_bits
+from .offsets import index_bits
+from .slices import Slices, gradient_config, sliced_plan, sums_work, weight_fields
 
 WARP = 32
 THREAD_K = 8
@@ -55,18 +56,20 @@ class WeightGradientPairs(Family[WeightGradientProblem]):
         params = params_of(
             self.name,
             weight_fields(p, layout, slices),
-            pairs=shape.pairs,
-            pair_blocks=shape.pair_blocks,
-            block_pairs=shape.block_pairs,
-            tap_threads=shape.tap_threads,
-            chunk=shape.chunk,
-            chunks=-(-slices.positions // shape.chunk),
-            coarse_copy=shape.coarse_copy,
-            fine_copy=shape.fine_copy,
-            lead=shape.lead,
-            window=shape.window,
-            coarse_pitch=shape.coarse_pitch,
-            fine_pitch=shape.fine_pitch,
+            {
+                "pairs": shape.pairs,
+                "pair_blocks": shape.pair_blocks,
+                "block_pairs": shape.block_pairs,
+                "tap_threads": shape.tap_threads,
+                "chunk": shape.chunk,
+                "chunks": -(-slices.positions // shape.chunk),
+                "coarse_copy": shape.coarse_copy,
+                "fine_copy": shape.fine_copy,
+                "lead": shape.lead,
+                "window": shape.window,
+                "coarse_pitch": shape.coarse_pitch,
+                "fine_pitch": shape.fine_pitch,
+            },
         )
         launch = Launch(shape.grid, shape.block_pairs * shape.tap_threads, shape.shared_bytes, shape.bits, params)
         return sliced_plan(p, layout, slices, self._config(shape.slides, p.dtype, shape.bits), launch)
@@ -143,17 +146,8 @@ def _shape(p: WeightGradientProblem, layout: Layout, device: Device) -> _Shape |
     pair_blocks = -(-pairs // block_pairs)
 
     # Positions behind the last that chunks and taps reach.
-    reach = (p.L_coarse + _CHUNKS[0]) * p.stride + p.padding_left + (p.K + tap_threads * THREAD_K) * p.dilation
-    fine_n, fine_c, fine_l = map(abs, fine.strides)
-    coarse_l = abs(coarse.strides[2])
-    bits = weight_index_bits(
-        p,
-        layout,
-        pair_blocks * tap_tiles,
-        pairs + block_pairs,
-        p.N * fine_n + p.C_fine * fine_c + reach * fine_l,
-        p.N * abs(coarse.strides[0]) + p.C_coarse * abs(coarse.strides[1]) + (p.L_coarse + _CHUNKS[0]) * coarse_l,
-    )
+    overhang = Slices.of(p).overhang(samples=1, positions=_CHUNKS[0], taps=tap_threads * THREAD_K)
+    bits = index_bits(p, layout, overhang, pair_blocks * tap_tiles, pairs + block_pairs, pairs * p.K)
 
     def shape(chunk: int) -> _Shape:
         taps = tap_threads * THREAD_K

@@ -5,6 +5,7 @@ Contract: cuda_src/weight_gradient_tiled.cu.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
@@ -13,7 +14,8 @@ from ..costs import Work
 from ..device import Device
 from ..problem import DTYPES, FORMATS, WeightGradientProblem
 from .base import MAX_GRID, Config, Family, Launch, Layout, Plan, Refusal, Step, params_of
-from .slices import Slices, gradient_config, sliced_plan, sums_work, weight_fields, weight_index_bits
+from .offsets import index_bits
+from .slices import Slices, gradient_config, sliced_plan, sums_work, weight_fields
 from .tiles import Tile, cost
 
 # By the size of the accumulator, as in tiles.py; low and wide, or high and narrow ones for groups of few channels.
@@ -40,7 +42,7 @@ class WeightGradientTiled(Family[WeightGradientProblem]):
             return Refusal(f"needs at least {MIN_CHANNELS} channels a group on the coarse side")
         if p.C_fine_g * p.K < MIN_CHANNELS:
             return Refusal(f"needs at least {MIN_CHANNELS} taps of all channels of a group")
-        bits = self._index_bits(p, layout)
+        bits = _index_bits(p, layout)
         tilings = _tilings(p, device, bits)
         tiling, tile = tilings[0], tilings[0].tile
         if tiling.blocks > MAX_GRID:
@@ -52,13 +54,15 @@ class WeightGradientTiled(Family[WeightGradientProblem]):
         params = params_of(
             self.name,
             fields,
-            row_tiles=tiling.row_tiles,
-            column_tiles=tiling.column_tiles,
-            step_l=step_l,
-            coarse_advance=step_n * fields["coarse_stride_n"] + step_l * fields["coarse_stride_l"],
-            coarse_carry=fields["coarse_stride_n"] - p.L_coarse * fields["coarse_stride_l"],
-            fine_advance=step_n * fields["fine_stride_n"] + step_l * fine_step,
-            fine_carry=fields["fine_stride_n"] - p.L_coarse * fine_step,
+            {
+                "row_tiles": tiling.row_tiles,
+                "column_tiles": tiling.column_tiles,
+                "step_l": step_l,
+                "coarse_advance": step_n * fields["coarse_stride_n"] + step_l * fields["coarse_stride_l"],
+                "coarse_carry": fields["coarse_stride_n"] - p.L_coarse * fields["coarse_stride_l"],
+                "fine_advance": step_n * fields["fine_stride_n"] + step_l * fine_step,
+                "fine_carry": fields["fine_stride_n"] - p.L_coarse * fine_step,
+            },
         )
         config = self._config(tile, p.dtype, bits)
         shared_bytes = _shared_bytes(tile, p.dtype, bits)
@@ -75,23 +79,6 @@ class WeightGradientTiled(Family[WeightGradientProblem]):
             for bits in (32, 64):
                 for tile in _tiles(dtype, bits):
                     yield self._config(tile, dtype, bits)
-
-    def _index_bits(self, problem: WeightGradientProblem, layout: Layout) -> int:
-        p = problem
-        coarse_n, coarse_c, coarse_l = map(abs, layout["coarse"].strides)
-        fine_n, fine_c, fine_l = map(abs, layout["fine"].strides)
-        # Samples and positions behind the last, which a thread's addresses reach; rows and columns behind the last.
-        hanging = p.N + 1 + _LOAD_POSITIONS // p.L_coarse
-        positions = (p.L_coarse + _LARGEST) * p.stride + p.padding_left + p.dilation * p.K
-        return weight_index_bits(
-            p,
-            layout,
-            Slices.of(p).samples * p.L_coarse + _LARGEST,
-            hanging * coarse_n + (p.L_coarse + _LARGEST) * coarse_l + p.C_coarse * coarse_c,
-            hanging * fine_n + positions * fine_l + p.C_fine * fine_c,
-            p.C_fine_g * p.K + _LARGEST,
-            p.C_coarse + _LARGEST,
-        )
 
     def _config(self, tile: Tile, dtype: str, bits: int) -> Config:
         macros = {
@@ -138,3 +125,12 @@ def _shared_bytes(tile: Tile, dtype: str, bits: int) -> int:
     """Buffers of operands, and an index for each column."""
     padding = max(1, 16 // FORMATS[dtype].accumulator_bytes)
     return tile.shared_bytes(FORMATS[dtype].accumulator_bytes, padding=padding) + tile.block_n * bits // 8
+
+
+def _index_bits(p: WeightGradientProblem, layout: Layout) -> int:
+    # Samples and positions behind the last, which a thread's addresses reach; rows and columns behind the last.
+    slices = Slices.of(p)
+    overhang = slices.overhang(samples=2 + _LOAD_POSITIONS // p.L_coarse, positions=_LARGEST)
+    sums = slices.count * math.prod(p.weight_shape)
+    terms, columns, rows = slices.samples * p.L_coarse, p.C_fine_g * p.K, p.C_coarse
+    return index_bits(p, layout, overhang, sums, *(count + _LARGEST for count in (terms, columns, rows)))

@@ -6,17 +6,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, SupportsIndex
 
+import numpy as np
 import torch
 import torch.nn.functional
-from torch.autograd import forward_ad
-from torch.overrides import handle_torch_function, has_torch_function_variadic
+from torch.overrides import (
+    TorchFunctionMode,
+    _get_current_function_mode,
+    handle_torch_function,
+    has_torch_function_variadic,
+)
 
 from ..arguments import check_precision
 from ..problem import ConvProblem, Op, Padding, Setting, Settings
+from ..runtime import is_cupy_array
 from . import operators
-from .tensors import NO_TANGENTS, Tensor, dtype_name, has_tangent, specs
+from .tensors import Tensor, dtype_name, specs
 
 
 def conv1d(
@@ -31,32 +38,27 @@ def conv1d(
     precision: str = "float32",
     algorithm: str | None = None,
 ) -> Tensor:
-    """`gpuconv.conv1d` of tensors, with the arguments of `torch.nn.functional.conv1d`.
+    """`gpuconv.conv1d` of tensors, with derivatives of every order in both modes.
 
     Args:
-        input: (N, C_in, L_in), or (C_in, L_in) for a single sample, of any strides, on the CPU or a CUDA device.
-        weight: (C_out, C_in/groups, K), of the device and dtype of `input`.
+        input: (N, C_in, L_in), or (C_in, L_in) for a single sample. All tensors are on one device, the CPU or a CUDA
+            device, of one dtype and of any strides.
+        weight: (C_out, C_in/groups, K).
         bias: (C_out,), or None.
-        stride: step of the window, in samples.
-        padding: zeros on both sides, in samples: an int, a pair (left, right), "valid", "same" (also with a stride) or
-            "causal".
-        dilation: distance between taps, in samples.
-        groups: input and output channels are cut into this many groups that do not mix.
-        precision: "float32", or "tf32" where float32 operands may be rounded to TF32, in the gradients as well.
-        algorithm: how a GPU computes the output, as in `gpuconv.conv1d`: None, "base" or the name of a kernel
-            family. Under `torch.func.vmap` it is that of the one call which the whole batch becomes. Gradients, and
-            tensors on the CPU, are computed as without it.
+        stride: see `gpuconv.conv1d`.
+        padding: likewise.
+        dilation: likewise.
+        groups: likewise.
+        precision: likewise; it holds for the gradients, too.
+        algorithm: likewise, for the output alone: gradients are computed as without it. Under `torch.func.vmap` it is
+            that of the one call which the whole batch becomes.
 
     Returns:
         (N, C_out, L_out), or (C_out, L_out) for a single sample: a contiguous tensor. In a region of `torch.autocast`
         the arguments are cast first, as PyTorch does.
 
     Raises:
-        ValueError: a shape or a value does not fit; the message names the argument, what was expected and what came.
-            The kernel family that `algorithm` names does not take the problem.
-        TypeError: an argument is of the wrong kind, on another device, or a dtype is not one of float16, bfloat16,
-            float32, float64, complex64 and complex128.
-        NotImplementedError: a forward-mode derivative is asked for.
+        ValueError, TypeError: as `gpuconv.conv1d` raises them.
         ImportError: CuPy is needed for a CUDA tensor, or ml_dtypes for bfloat16, and is not installed.
 
     Example:
@@ -69,12 +71,11 @@ def conv1d(
         (tensor([[[2., 3., 3., 3., 2.]]]),)
     """
     if has_torch_function_variadic(input, weight, bias):
-        settings: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
-        settings |= {"precision": precision, "algorithm": algorithm}
-        return _overridden(conv1d, input, weight, bias, **settings)
+        settings = (stride, padding, dilation, groups)
+        return _overridden(conv1d, input, weight, bias, *settings, precision=precision, algorithm=algorithm)
     if algorithm is not None:
         _check_algorithm("conv1d", algorithm)
-    checked = Settings.check("conv1d", "conv1d", stride, padding, dilation, groups)
+    checked = _checked("conv1d", stride, padding, dilation, groups)
     tensors = _tensors("conv1d", precision, input, weight, bias)
     if _exports_onnx():
         return _as_pytorch("conv1d", checked, *tensors)
@@ -97,35 +98,26 @@ def conv_transpose1d(
     precision: str = "float32",
     algorithm: str | None = None,
 ) -> Tensor:
-    """`gpuconv.conv_transpose1d` of tensors, with the arguments of `torch.nn.functional.conv_transpose1d`.
+    """`gpuconv.conv_transpose1d` of tensors; all that `conv1d` says of tensors and derivatives holds here, too.
 
     Args:
-        input: (N, C_in, L_in), or (C_in, L_in) for a single sample, of any strides, on the CPU or a CUDA device.
-        weight: (C_in, C_out/groups, K), of the device and dtype of `input`.
+        input: (N, C_in, L_in), or (C_in, L_in) for a single sample.
+        weight: (C_in, C_out/groups, K).
         bias: (C_out,), or None.
-        stride: distance between the windows that neighbouring input samples feed, in output samples.
-        padding: output samples trimmed: an int from both sides, a pair (left, right), "valid" (none) or "same"
-            (L_out = L_in*stride).
-        output_padding: output samples added on the right, below max(stride, dilation).
-        groups: input and output channels are cut into this many groups that do not mix.
-        dilation: distance between taps, in output samples.
-        output_size: the wanted L_out, in place of output_padding.
-        precision: "float32", or "tf32" where float32 operands may be rounded to TF32, in the gradients as well.
-        algorithm: how a GPU computes the output, as in `gpuconv.conv_transpose1d`: None, "base" or the name of a kernel
-            family. Under `torch.func.vmap` it is that of the one call which the whole batch becomes. Gradients, and
-            tensors on the CPU, are computed as without it.
+        stride: see `gpuconv.conv_transpose1d`.
+        padding: likewise.
+        output_padding: likewise.
+        groups: likewise.
+        dilation: likewise.
+        output_size: likewise.
+        precision: see `conv1d`.
+        algorithm: likewise.
 
     Returns:
-        (N, C_out, L_out), or (C_out, L_out) for a single sample: a contiguous tensor. In a region of `torch.autocast`
-        the arguments are cast first, as PyTorch does.
+        (N, C_out, L_out), or (C_out, L_out) for a single sample: a contiguous tensor.
 
     Raises:
-        ValueError: a shape or a value does not fit; the message names the argument, what was expected and what came.
-            The kernel family that `algorithm` names does not take the problem.
-        TypeError: an argument is of the wrong kind, on another device, or a dtype is not one of float16, bfloat16,
-            float32, float64, complex64 and complex128.
-        NotImplementedError: a forward-mode derivative is asked for.
-        ImportError: CuPy is needed for a CUDA tensor, or ml_dtypes for bfloat16, and is not installed.
+        ValueError, TypeError, ImportError: as `conv1d` raises them.
 
     Example:
         >>> import torch, gpuconv.torch
@@ -134,13 +126,12 @@ def conv_transpose1d(
     """
     op: Op = "conv_transpose1d"
     if has_torch_function_variadic(input, weight, bias):
-        settings: dict[str, Any] = {"stride": stride, "padding": padding, "output_padding": output_padding}
-        settings |= {"groups": groups, "dilation": dilation, "output_size": output_size}
-        settings |= {"precision": precision, "algorithm": algorithm}
-        return _overridden(conv_transpose1d, input, weight, bias, **settings)
+        settings = (stride, padding, output_padding, groups, dilation)
+        more = {"output_size": output_size, "precision": precision, "algorithm": algorithm}
+        return _overridden(conv_transpose1d, input, weight, bias, *settings, **more)
     if algorithm is not None:
         _check_algorithm(op, algorithm)
-    checked = Settings.check(op, op, stride, padding, dilation, groups, output_padding)
+    checked = _checked(op, stride, padding, dilation, groups, output_padding)
     tensors = _tensors(op, precision, input, weight, bias)
     if output_size is not None:
         x, w, b = specs(*tensors)
@@ -155,30 +146,42 @@ def conv_transpose1d(
     return operators.conv_transpose1d(*tensors, checked.stride, sides, word, *others)
 
 
+def _checked(op: Op, *settings: Any) -> Settings:
+    """`Settings.check`, whose results are kept; not for True, which equals 1 but must be refused, and the like."""
+    is_known = not torch.compiler.is_compiling()
+    for value in settings:
+        kind = type(value)
+        is_known = is_known and (kind is int or kind is str or (kind is tuple and {*map(type, value)} <= {int}))
+    return _check(op, op, *settings) if is_known else Settings.check(op, op, *settings)
+
+
+_check = lru_cache(maxsize=4096)(Settings.check)
+
+
 def _tensors(
     op: Op, precision: str, input: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The tensors, once they are known to be some on one device; cast where autocast is on."""
-    for name, tensor in (("input", input), ("weight", weight), ("bias", bias)):
-        if tensor is None and name == "bias":
-            continue
+    tensors = {"input": input, "weight": weight} if bias is None else {"input": input, "weight": weight, "bias": bias}
+    for name, tensor in tensors.items():
         if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(tensor).__name__}")
-        if tensor.layout != torch.strided:
-            raise TypeError(f"{op}: {name} must be a dense tensor, got layout {tensor.layout}")
+            is_array = isinstance(tensor, np.ndarray) or is_cupy_array(tensor)
+            hint = f"; for NumPy and CuPy arrays there is gpuconv.{op}" if is_array else ""
+            raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(tensor).__name__}{hint}")
+        if tensor.layout != torch.strided or tensor.is_nested:
+            got = "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
+            raise TypeError(f"{op}: {name} must be a dense tensor, got {got}")
         if tensor.device != input.device:
             raise TypeError(
                 f"{op}: all tensors must be on one device, got input on {input.device} and {name} on {tensor.device}"
             )
-        # PyTorch itself would give zeros without a word.
-        if forward_ad._current_level >= 0 and has_tangent(tensor):
-            raise NotImplementedError(f"{op}: {NO_TANGENTS}, but {name} has a tangent")
-    kind = input.device.type
     x, w, b = input, weight, bias
-    if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind):
+    kind = "cuda" if input.is_cuda else "cpu"
+    if torch.is_autocast_enabled(kind) and (input.is_cuda or input.is_cpu):
         dtype = torch.get_autocast_dtype(kind)
         x, w, b = _autocast(x, dtype), _autocast(w, dtype), None if b is None else _autocast(b, dtype)
-    check_precision(op, precision, dtype_name(x.dtype))
+    if precision != "float32":
+        check_precision(op, precision, dtype_name(x.dtype))
     return x, w, b
 
 
@@ -193,10 +196,29 @@ def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
 
 
-def _overridden(function: Callable[..., Tensor], *tensors: Tensor | None, **settings: Any) -> Tensor:
+class Indifferent(TorchFunctionMode):
+    """A mode that leaves calls of the functions of this module as they are."""
+
+
+def _overridden(
+    function: Callable[..., Tensor], input: Tensor, weight: Tensor, bias: Tensor | None, *settings: Any, **more: Any
+) -> Tensor:
     """What a mode, or a class of the tensors, such as the proxies of torch.fx, makes of a call."""
-    result: Tensor = handle_torch_function(function, tensors, *tensors, **settings)
+    if (
+        type(input) in _PLAIN
+        and type(weight) in _PLAIN
+        and (bias is None or type(bias) in _PLAIN)
+        and torch._C._len_torch_function_stack() == 1
+        and isinstance(_get_current_function_mode(), Indifferent)
+        and not torch.compiler.is_compiling()
+    ):
+        with torch._C.DisableTorchFunction():
+            return function(input, weight, bias, *settings, **more)
+    result: Tensor = handle_torch_function(function, (input, weight, bias), input, weight, bias, *settings, **more)
     return result
+
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def _exports_onnx() -> bool:
@@ -219,6 +241,6 @@ def _as_pytorch(op: Op, settings: Settings, x: Tensor, w: Tensor, b: Tensor | No
     return y if left == right else y[..., left - both : y.shape[-1] - (right - both)]
 
 
-def _split(padding: tuple[int, int] | str) -> tuple[list[int], str]:
+def _split(padding: tuple[int, int] | str) -> tuple[tuple[int, ...], str]:
     """Padding as the operators take it: (left, right) and an empty word, or nothing and the word."""
-    return ([], padding) if isinstance(padding, str) else (list(padding), "")
+    return ((), padding) if isinstance(padding, str) else (padding, "")

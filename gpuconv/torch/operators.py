@@ -1,11 +1,14 @@
 """The operators of the namespace `gpuconv`, with their derivatives and all else that PyTorch asks of operators.
 
-Each operation is linear in its input and in its weight. So there are three operators to an operation, itself and the
-gradients in the two, and the derivatives of each are the other two::
+An operation has three tensors: its input, its weight and its output, or the gradients in these. Three operators make
+each of them of the two others, and are linear in both, so that their derivatives are operators again::
 
-    output      = forward(input, weight)
-    grad_input  = input_gradient(weight, grad_output)
-    grad_weight = weight_gradient(input, grad_output)
+    grad_input  = input_gradient(input_size, weight, grad_output)
+    grad_weight = weight_gradient(input, weight_size, grad_output)
+    output      = forward(input, weight, bias)
+
+All have the tensors in this order. In the place of its result an operator takes the size of that, and the forward
+operator the bias.
 """
 
 # Much of PyTorch has no types.
@@ -14,7 +17,8 @@ gradients in the two, and the derivatives of each are the other two::
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from functools import lru_cache, partial, reduce
 from typing import Any, TypeVar, cast
 
@@ -26,7 +30,7 @@ from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 from .. import functional, grad
 from ..problem import ArraySpec, ConvProblem, Op
 from . import tensors
-from .tensors import NO_TANGENTS, Tensor, has_tangent, specs
+from .tensors import Tensor, specs
 
 T = TypeVar("T")
 
@@ -38,6 +42,8 @@ _SETTINGS: dict[Op, str] = {
         "str precision"
     ),
 }
+_INPUT, _WEIGHT, _OUTPUT = range(3)  # the places of the tensors among the arguments of every operator
+_FACTORS = ((_WEIGHT, _OUTPUT), (_INPUT, _OUTPUT), (_INPUT, _WEIGHT))  # by the place of what an operator makes of them
 _SETTINGS_COUNT: dict[Op, int] = {"conv1d": 6, "conv_transpose1d": 7}
 _GROUPS = 4  # the place of `groups` among the settings of either
 
@@ -77,16 +83,12 @@ def _known_way(inputs: tuple[Any, ...]) -> bool:
     if (
         torch.compiler.is_compiling()
         or torch._C._dispatch_tls_local_include_set() != _NO_MODE
-        or torch._C._dispatch_tls_local_exclude_set().has(_Key.AutogradOther)
+        or torch._C._dispatch_tls_is_dispatch_key_excluded(_Key.AutogradOther)
         or torch._C._autograd._profiler_enabled()
     ):
         return False
-    first = inputs[0] if isinstance(inputs[0], torch.Tensor) else inputs[1]
-    expected = _ON_CUDA if first.is_cuda else _ON_CPU
-    for value in inputs[:3]:
-        if isinstance(value, torch.Tensor) and torch._C._dispatch_keys(value) != expected:
-            return False
-    return True
+    keys = [torch._C._dispatch_keys(value) for value in inputs[:3] if isinstance(value, torch.Tensor)]
+    return keys.count(_ON_CPU) == len(keys) or keys.count(_ON_CUDA) == len(keys)
 
 
 def _define(
@@ -94,18 +96,20 @@ def _define(
     compute: Callable[..., Tensor],
     fake: Callable[..., Tensor],
     keep: Callable[..., None],
-    backward: Callable[..., tuple[Any, ...]],
+    backward: Callable[..., Iterable[Tensor | None]],
+    along: Callable[..., Tensor],
     batch: Callable[..., tuple[Tensor, int]],
 ) -> Any:
     """Register an operator.
 
     Args:
-        schema: its name, arguments and result.
+        schema: its name, arguments and result. At most three inputs, the tensors and sizes, precede the settings.
         compute: carries it out.
         fake: makes the tensor for the result where extents may be symbols.
-        keep: (ctx, needed, *arguments) stores what `backward` needs; `needed` says of each argument whether its
-            gradient is wanted.
-        backward: (ctx, needed, gradient of the result) -> the gradients of the arguments.
+        keep: (ctx, needed, *inputs) stores what `backward` needs, beside `ctx.settings`; `needed` says of each input
+            whether its gradient is wanted.
+        backward: (ctx, needed, gradient of the result) -> the gradients of the inputs.
+        along: (inputs, their tangents or None, settings) -> the tangent of the result.
         batch: the rule of `torch.library.register_vmap`.
     """
     name = schema.partition("(")[0]
@@ -113,42 +117,50 @@ def _define(
     operator = getattr(torch.ops.gpuconv, name).default
     run = untraced(compute)
 
-    # In these, `keys` are those that the dispatcher called with, or None where it was left out: see `_known_way`.
-
-    def below_autograd(keys: Any | None, inputs: tuple[Any, ...]) -> Tensor:
+    def forward(ctx: Any, keys: Any | None, settings: tuple[Any, ...], *inputs: Any) -> Tensor:
+        """Carry the operator out as the dispatcher does, with these keys, or at once where it was left out."""
+        keep(ctx, ctx.needs_input_grad[2:], *inputs)
+        ctx.settings = settings
+        if keys is not None or forward_ad._current_level >= 0:  # PyTorch hides here whether there are tangents
+            ctx.save_for_forward(*(value if isinstance(value, torch.Tensor) else None for value in inputs))
+            ctx.inputs = [None if isinstance(value, torch.Tensor) else value for value in inputs]
         if keys is None:
-            return run(*inputs)
-        with torch._C._AutoDispatchBelowAutograd():
-            return cast(Tensor, operator.redispatch(keys & torch._C._after_autograd_keyset, *inputs))
-
-    def forward(ctx: Any, keys: Any | None, *inputs: Any) -> Tensor:
-        keep(ctx, ctx.needs_input_grad[1:], *inputs)
-        if keys is None or not torch._C._are_functorch_transforms_active():
-            return below_autograd(keys, inputs)
+            return run(*inputs, *settings)
         # PyTorch turns derivatives off here, those of the levels below as well.
-        with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
-            return below_autograd(keys, inputs)
+        with ExitStack() as stack:
+            if torch._C._are_functorch_transforms_active():
+                stack.enter_context(torch.enable_grad())
+                stack.enter_context(forward_ad._set_fwd_grad_enabled(True))
+            stack.enter_context(torch._C._AutoDispatchBelowAutograd())
+            return cast(Tensor, operator.redispatch(keys & torch._C._after_autograd_keyset, *inputs, *settings))
 
     def gradients(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-        return None, *backward(ctx, ctx.needs_input_grad[1:], g)
+        return None, None, *backward(ctx, ctx.needs_input_grad[2:], g)
 
-    # `differentiable` is called once for each level of torch.func, so the function is one of a single level.
+    def tangent(ctx: Any, _keys: None, _settings: None, *tangents: Tensor | None) -> Tensor:
+        inputs = [*ctx.inputs]
+        # Here, too, PyTorch turns off what the levels below need. So nothing may remain of this level's tangents.
+        with forward_ad._set_fwd_grad_enabled(True):
+            for place, tensor in enumerate(ctx.saved_tensors):
+                if tensor is not None:
+                    inputs[place] = forward_ad.unpack_dual(tensor, level=0).primal
+            return along(inputs, tangents, ctx.settings)
+
+    # The dispatcher calls for derivatives once for each level of torch.func, so the function is one of a single level.
     base: Any = torch.autograd.function._SingleLevelFunction
-    methods = {"forward": staticmethod(forward), "backward": staticmethod(gradients)}
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(gradients), "jvp": staticmethod(tangent)}
     node: Any = type(base)(f"gpuconv_{name}", (base,), methods)
 
-    def differentiable(keys: Any | None, *inputs: Any) -> Tensor:
-        if forward_ad._current_level >= 0 and any(isinstance(t, torch.Tensor) and has_tangent(t) for t in inputs):
-            raise NotImplementedError(f"gpuconv::{name}: {NO_TANGENTS}")
-        if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs)):
-            return below_autograd(keys, inputs)
-        if keys is None or not torch._C._are_functorch_transforms_active():
-            return cast(Tensor, node.apply(keys, *inputs))
+    def differentiable(keys: Any, *inputs: Any) -> Tensor:
         with enable_single_level_autograd_function():
-            return cast(Tensor, node.apply(keys, *inputs))
+            return cast(Tensor, node.apply(keys, inputs[3:], *inputs[:3]))
 
     def call(*inputs: Any) -> Tensor:
-        return differentiable(None, *inputs) if _known_way(inputs) else cast(Tensor, operator(*inputs))
+        if not _known_way(inputs):
+            return cast(Tensor, operator(*inputs))
+        if (torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs)) or forward_ad._current_level >= 0:
+            return cast(Tensor, node.apply(None, inputs[3:], *inputs[:3]))
+        return run(*inputs)
 
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     _LIBRARY.impl(name, differentiable, "Autograd", with_keyset=True)
@@ -177,14 +189,16 @@ def _output_shape(op: Op, specs: tuple[ArraySpec | None, ...], settings: tuple[A
 
 def _register(op: Op) -> Callable[..., Tensor]:
     """Register an operation and the gradients in its input and its weight; returns the former."""
+    operators: list[Any] = []  # by the place of what they make
 
     def define(
+        place: int,
         name: str,
         arguments: str,
         function: Callable[..., Any],
         empty: Callable[..., Tensor],
         fake: Callable[..., Tensor],
-        *rules: Callable[..., Any],
+        batch: Callable[..., Any],
     ) -> Any:
         """An operator that calls a function of arrays.
 
@@ -197,8 +211,10 @@ def _register(op: Op) -> Callable[..., Tensor]:
 
         keywords = lru_cache(maxsize=4096)(_keywords)
 
-        algorithm = ", str? algorithm=None" if name == op else ""
-        return _define(f"{name}({arguments}, {_SETTINGS[op]}{algorithm}) -> Tensor", compute, fake, *rules)
+        algorithm = ", str? algorithm=None" if place == _OUTPUT else ""
+        schema = f"{name}({arguments}, {_SETTINGS[op]}{algorithm}) -> Tensor"
+        rules = partial(keep, place), partial(backward, place), partial(along, place)
+        return _define(schema, compute, fake, *rules, batch)
 
     # An algorithm may follow the settings of the operation. Neither the shapes nor the gradients depend on it.
     count = _SETTINGS_COUNT[op]
@@ -214,45 +230,46 @@ def _register(op: Op) -> Callable[..., Tensor]:
     def weight_of(x: Tensor, size: Sequence[int], *_: Any) -> Tensor:
         return x.new_empty(size)
 
-    def keep(places: tuple[int, int], ctx: Any, needed: tuple[bool, ...], *inputs: Any) -> None:
-        """Keep each of the two factors, found in these places, only where the derivative in the other is wanted."""
-        a, b = (inputs[place] for place in places)
-        needs_a, needs_b = (needed[place] for place in places)
-        ctx.save_for_backward(a if needs_b else None, b if needs_a else None)
-        ctx.sizes = tuple(a.shape), tuple(b.shape)  # plain tuples are looked up fastest
-        ctx.settings = inputs[3:]
+    # The derivatives of the operator that makes the tensor of a place. No conjugation shows: the operators conjugate.
 
-    # In these, g is the gradient of what the operator returned. No conjugation shows: the operators conjugate.
+    def keep(place: int, ctx: Any, needed: tuple[bool, ...], *inputs: Any) -> None:
+        """Keep each of the two factors only where the derivative in the other is wanted."""
+        a, b = _FACTORS[place]
+        ctx.save_for_backward(inputs[a] if needed[b] else None, inputs[b] if needed[a] else None)
+        ctx.sizes = inputs[a].shape, inputs[b].shape
 
-    def forward_backward(ctx: Any, needed: tuple[bool, ...], g: Tensor) -> tuple[Tensor | None, ...]:
-        (x, w), (x_size, w_size), settings = ctx.saved_tensors, ctx.sizes, ctx.settings[:count]
-        needs_x, needs_w, needs_b = needed[:3]
-        return (
-            input_gradient(x_size, w, g, *settings) if needs_x else None,
-            weight_gradient(x, w_size, g, *settings) if needs_w else None,
-            _bias_gradient(g) if needs_b else None,
-            *[None] * len(ctx.settings),
-        )
+    def backward(place: int, ctx: Any, needed: tuple[bool, ...], g: Tensor) -> list[Tensor | None]:
+        """The gradient in each factor is the operator for its place, of the gradient of the result and the other."""
+        gradients: list[Tensor | None] = [None, None, None]
+        a, b = _FACTORS[place]
+        kept = ctx.saved_tensors
+        for factor, size, other, tensor in ((a, ctx.sizes[0], b, kept[1]), (b, ctx.sizes[1], a, kept[0])):
+            if needed[factor]:
+                given: list[Any] = [None, None, None]
+                given[place], given[other] = g, tensor
+                if factor != _OUTPUT:
+                    given[factor] = tuple(size)  # which is looked up faster
+                gradients[factor] = operators[factor](*given, *ctx.settings[:count])
+        if place == _OUTPUT and needed[_OUTPUT]:
+            gradients[_OUTPUT] = _bias_gradient(g)
+        return gradients
 
-    def input_gradient_backward(ctx: Any, needed: tuple[bool, ...], g: Tensor) -> tuple[Tensor | None, ...]:
-        (w, grad_output), (w_size, _), settings = ctx.saved_tensors, ctx.sizes, ctx.settings
-        _, needs_w, needs_grad_output = needed[:3]
-        return (
-            None,
-            weight_gradient(g, w_size, grad_output, *settings) if needs_w else None,
-            forward(g, w, None, *settings) if needs_grad_output else None,
-            *[None] * len(settings),
-        )
-
-    def weight_gradient_backward(ctx: Any, needed: tuple[bool, ...], g: Tensor) -> tuple[Tensor | None, ...]:
-        (x, grad_output), (x_size, _), settings = ctx.saved_tensors, ctx.sizes, ctx.settings
-        needs_x, _, needs_grad_output = needed[:3]
-        return (
-            input_gradient(x_size, g, grad_output, *settings) if needs_x else None,
-            None,
-            forward(x, g, None, *settings) if needs_grad_output else None,
-            *[None] * len(settings),
-        )
+    def along(place: int, inputs: list[Any], tangents: Sequence[Tensor | None], settings: tuple[Any, ...]) -> Tensor:
+        """The sum of the products of the tangent of each factor and the other; a bias is added once."""
+        settings = settings[:count]
+        if place == _OUTPUT:
+            inputs[_OUTPUT] = tangents[_OUTPUT]
+        products: list[Tensor] = []
+        for factor in _FACTORS[place]:
+            if tangents[factor] is not None:
+                given = [*inputs]
+                given[factor] = tangents[factor]
+                products.append(operators[place](*given, *settings))
+                if place == _OUTPUT:
+                    inputs[_OUTPUT] = None
+        if not products:
+            return cast(Tensor, inputs[_OUTPUT][:, None].expand(_output_shape(op, specs(*inputs), settings)))
+        return products[0] if len(products) == 1 else products[0] + products[1]
 
     # In these, B calls become one. Where all have one weight, their samples become one batch. Else each gets groups of
     # its own: channels of different groups do not mix.
@@ -282,36 +299,34 @@ def _register(op: Op) -> Callable[..., Tensor]:
         x, g = _to_channels(x, dims[0], B), _to_channels(g, dims[2], B)
         return weight_gradient(x, [B * rows, *rest], g, *_grouped(settings, B)).unflatten(0, (B, rows)), 0
 
-    forward = define(
-        op,
-        "Tensor input, Tensor weight, Tensor? bias",
-        getattr(functional, op),
-        partial(output_of, lru_cache(maxsize=4096)(_output_shape)),
-        partial(output_of, _output_shape),
-        partial(keep, (0, 1)),
-        forward_backward,
-        forward_batch,
-    )
     input_gradient = define(
+        _INPUT,
         f"{op}_input",
         "SymInt[] input_size, Tensor weight, Tensor grad_output",
         getattr(grad, f"{op}_input"),
         input_of,
         input_of,
-        partial(keep, (1, 2)),
-        input_gradient_backward,
         input_gradient_batch,
     )
     weight_gradient = define(
+        _WEIGHT,
         f"{op}_weight",
         "Tensor input, SymInt[] weight_size, Tensor grad_output",
         getattr(grad, f"{op}_weight"),
         weight_of,
         weight_of,
-        partial(keep, (0, 2)),
-        weight_gradient_backward,
         weight_gradient_batch,
     )
+    forward = define(
+        _OUTPUT,
+        op,
+        "Tensor input, Tensor weight, Tensor? bias",
+        getattr(functional, op),
+        partial(output_of, lru_cache(maxsize=4096)(_output_shape)),
+        partial(output_of, _output_shape),
+        forward_batch,
+    )
+    operators += [input_gradient, weight_gradient, forward]
 
     # Counted as PyTorch counts those of its own convolutions.
 
@@ -390,12 +405,15 @@ def _register_bias_gradient() -> Any:
     def backward(ctx: Any, _: tuple[bool, ...], g: Tensor) -> tuple[Tensor]:
         return (g[:, None].expand(ctx.size),)
 
+    def along(_inputs: list[Any], tangents: Sequence[Tensor | None], _settings: tuple[Any, ...]) -> Tensor:
+        return cast(Tensor, operator(*tangents))
+
     def batch(info: Any, dims: tuple[Any, ...], grad_output: Tensor) -> tuple[Tensor, int]:
         B = info.batch_size
         result = operator(_to_channels(grad_output, dims[0], B))
         return result.unflatten(0, (B, result.shape[0] // B)), 0
 
-    operator = _define("conv_bias(Tensor grad_output) -> Tensor", compute, bias_of, keep, backward, batch)
+    operator = _define("conv_bias(Tensor grad_output) -> Tensor", compute, bias_of, keep, backward, along, batch)
     return operator
 
 

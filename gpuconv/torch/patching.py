@@ -16,12 +16,12 @@ import torch
 import torch.nn.functional
 import torch.utils.checkpoint
 from torch.jit._builtins import _register_builtin
-from torch.overrides import TorchFunctionMode, _get_current_function_mode, _get_current_function_mode_stack
+from torch.overrides import _get_current_function_mode, _get_current_function_mode_stack
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
 from ..arguments import check_precision
 from ..problem import PRECISIONS
-from .functions import conv1d, conv_transpose1d
+from .functions import Indifferent, conv1d, conv_transpose1d
 from .operators import untraced
 
 
@@ -65,7 +65,7 @@ def patch(*, precision: str = "float32", strict: bool = False) -> AbstractContex
     return _patched(precision, strict, everywhere=True)
 
 
-class _Redirection(TorchFunctionMode):
+class _Redirection(Indifferent):
     """While open, calls of PyTorch's functions in this thread are those of this module, whatever name they go by."""
 
     def __init__(self, precision: str, strict: bool) -> None:

@@ -10,19 +10,12 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from torch.autograd import forward_ad
 
 from .. import runtime
 from ..problem import ArraySpec, numpy_dtype
 from ..text import install_hint
 
 Tensor: TypeAlias = torch.Tensor
-
-NO_TANGENTS = "forward-mode derivatives are not supported"
-
-
-def has_tangent(tensor: Tensor) -> bool:
-    return forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def specs(*tensors: Tensor | None) -> tuple[Any, ...]:
@@ -37,6 +30,10 @@ def write(empty: Callable[[], Tensor], function: Callable[..., Any], *arguments:
     """Call a function of arrays with those that share the memory of the tensors among its arguments.
 
     Returns its result as a tensor; on a GPU it is written to what `empty` makes.
+
+    As an operator of PyTorch's own does, a GPU reads and writes on PyTorch's current stream, and takes its temporary
+    memory from PyTorch's allocator. So the rules for tensors that were made on other streams are PyTorch's: see
+    `torch.Tensor.record_stream`.
     """
     if not on_gpu(arguments[0] if isinstance(arguments[0], torch.Tensor) else arguments[1]):
         try:
@@ -49,24 +46,28 @@ def write(empty: Callable[[], Tensor], function: Callable[..., Any], *arguments:
         cupy = runtime.cupy_module()
     except ImportError as error:
         raise ImportError(f"CUDA tensors need CuPy: {install_hint('cuda13', 'cuda12')} ({error})") from error
-    # The kernels join the work that PyTorch has queued. Its allocator reuses memory in the order of the same stream.
     result = empty()
-    with torch.cuda.device(result.device):
-        current = torch.cuda.current_stream()
-        if hasattr(cupy.cuda.Stream, "from_external"):  # from CuPy 14
-            stream = cupy.cuda.Stream.from_external(current)
-        else:
-            stream = cupy.cuda.ExternalStream(current.cuda_stream)
-        with stream:
-            arrays = [cupy_array(cupy, a) if isinstance(a, torch.Tensor) else a for a in arguments]
-            function(*arrays, **keywords, out=cupy_array(cupy, result))
+    index = result.get_device()
+
+    def allocate(num_bytes: int) -> Any:
+        return _pointer(cupy, result.new_empty(num_bytes, dtype=torch.uint8))
+
+    # Both libraries must be told of the device: each has a CUDA runtime of its own.
+    with (
+        torch.cuda.device(index),
+        cupy.cuda.Device(index),
+        cupy.cuda.Stream.from_external(torch.cuda.current_stream()),
+        cupy.cuda.using_allocator(allocate),
+    ):
+        arrays = [cupy_array(cupy, a) if isinstance(a, torch.Tensor) else a for a in arguments]
+        function(*arrays, **keywords, out=cupy_array(cupy, result))
     return result
 
 
 def on_gpu(tensor: Tensor) -> bool:
-    if tensor.device.type not in ("cpu", "cuda"):
-        raise TypeError(f"gpuconv: tensors must be on the CPU or a CUDA device, got one on {tensor.device}")
-    return tensor.is_cuda
+    if tensor.is_cpu or tensor.is_cuda:
+        return tensor.is_cuda
+    raise TypeError(f"gpuconv: tensors must be on the CPU or a CUDA device, got one on {tensor.device}")
 
 
 # Pending conjugations and negations are no concern here: PyTorch carries them out before it calls an operator.
@@ -86,7 +87,14 @@ def tensor_of(array: np.ndarray[Any, Any]) -> Tensor:
 
 
 def cupy_array(cupy: Any, tensor: Tensor) -> Any:
-    plain = tensor.detach()
-    if plain.dtype != torch.bfloat16:
-        return cupy.from_dlpack(plain)
-    return cupy.from_dlpack(plain.view(torch.int16)).view(numpy_dtype("bfloat16"))
+    # Not through DLPack: there PyTorch makes a stream wait that it does not recognise as its own current one, and
+    # refuses CuPy's per-thread default stream.
+    strides = tuple(stride * tensor.itemsize for stride in tensor.stride())
+    return cupy.ndarray(tensor.shape, numpy_dtype(dtype_name(tensor.dtype)), _pointer(cupy, tensor), strides)
+
+
+def _pointer(cupy: Any, tensor: Tensor) -> Any:
+    """CuPy's pointer to the first element of a tensor, which it keeps alive."""
+    behind = tensor.untyped_storage().nbytes() - tensor.storage_offset() * tensor.itemsize
+    memory = cupy.cuda.UnownedMemory(tensor.data_ptr(), max(behind, 0), tensor, tensor.get_device())
+    return cupy.cuda.MemoryPointer(memory, 0)

@@ -24,9 +24,8 @@ from typing import Any
 
 from ..hostcuda import build
 
-CUPY_VERSION = "14.2.0"
-NUM_FUNCTIONS = 437
-"""Functions cuda* in an extension of that CuPy. Another number is another CUDA, which nobody has looked at."""
+NUM_FUNCTIONS = {"14.0.0": 407, "14.2.0": 437}
+"""Functions cuda* in an extension of each CuPy that may be used. Another number means a CUDA that was not examined."""
 
 EXTENSIONS = (
     "cupy_backends.cuda.api.runtime",
@@ -84,12 +83,14 @@ def _hook(path: Path) -> None:
 
     if platform.machine() != "x86_64":
         raise RuntimeError("gpu_on_cpu knows the machine code of x86-64 only")
-    if version("cupy-cuda13x") != CUPY_VERSION:
-        raise RuntimeError(f"gpu_on_cpu needs cupy-cuda13x {CUPY_VERSION}, found {version('cupy-cuda13x')}")
+    expected = NUM_FUNCTIONS.get(version("cupy-cuda13x"))
+    if expected is None:
+        needed = " or ".join(NUM_FUNCTIONS)
+        raise RuntimeError(f"gpu_on_cpu needs cupy-cuda13x {needed}, found {version('cupy-cuda13x')}")
     base = _load_address(path)
     functions = list(_functions(path.read_bytes()))
-    if len(functions) != NUM_FUNCTIONS:
-        raise RuntimeError(f"gpu_on_cpu: {path.name} has {len(functions)} functions cuda*, expected {NUM_FUNCTIONS}")
+    if len(functions) != expected:
+        raise RuntimeError(f"gpu_on_cpu: {path.name} has {len(functions)} functions cuda*, expected {expected}")
     for name, offset in functions:
         callback = machine.RUNTIME.get(name)
         if callback is None:

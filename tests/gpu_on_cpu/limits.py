@@ -11,11 +11,9 @@ _TORCH = "needs PyTorch on CUDA"
 _RANDOM = "needs CuPy's random numbers, whose kernels are not translated"
 
 CANNOT_RUN = {
-    "tests/test_torch_bridge.py::test_cupy_arrays_share_the_memory_of_cuda_tensors": (6, _TORCH),
-    "tests/test_torch_bridge.py::test_cuda_tensors_give_the_same_as_cpu_tensors": (12, _TORCH),
-    "tests/test_torch_bridge.py::test_work_is_queued_on_pytorchs_current_stream": (1, _TORCH),
-    "tests/test_torch_bridge.py::test_mixed_devices_are_refused": (1, _TORCH),
-    "tests/test_torch_bridge.py::test_a_compiled_model_runs_on_the_gpu": (1, _TORCH),
+    "tests/test_torch_cuda.py::test_mixed_devices_are_refused": (1, _TORCH),
+    "tests/test_torch_cuda.py::test_pending_conjugations_and_negations_on_a_gpu": (1, _TORCH),
+    "tests/test_torch_cuda.py::test_a_compiled_model_runs_on_the_gpu": (1, _TORCH),
     "tests/test_readme.py::test_a_block_runs_by_itself[0-gpu]": (1, _RANDOM),
     "tests/test_readme.py::test_the_shapes_in_the_comments_are_right[0-gpu]": (1, _RANDOM),
 }

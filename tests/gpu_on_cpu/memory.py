@@ -2,7 +2,8 @@
 
 Addresses are never used twice, so whoever uses a freed allocation meets a page that is gone. An allocation ends at its
 guard page, as closely as its alignment allows; the bytes that remain hold poison, and are looked at when it is freed.
-Fresh memory holds poison too: a NaN in every floating-point type, and a large number as an integer.
+Fresh memory holds poison too: a NaN in every floating-point type, and a large number as an integer. The middle of a
+very large allocation holds zeros instead, and takes memory of the host only where it is touched.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ POISON = 0x7FF4  # hostcuda has other patterns for other memory
 ALIGNMENT = 256  # of what cudaMalloc returns
 ARENA_BYTES = 1 << 42  # address space of one arena; it costs no memory
 GUARD_BYTES = 1 << 22  # between two allocations
+POISONED_BYTES = 1 << 26  # at each end of a very large allocation
 
 _PAGE = mmap.PAGESIZE
 _MAP_FIXED, _MAP_NORESERVE, _PROT_NONE = 0x10, 0x4000, 0
@@ -101,7 +103,11 @@ class Arena:
         first = self._next + GUARD_BYTES
         self._next = first + length
         open_pages(first, length)
-        fill_with_poison(first, length)
+        if length <= 2 * POISONED_BYTES:
+            fill_with_poison(first, length)
+        else:
+            fill_with_poison(first, POISONED_BYTES)
+            fill_with_poison(first + length - POISONED_BYTES, POISONED_BYTES)
         allocation = Allocation(first + length - rounded, size, (first, length))
         self._addresses.append(allocation.address)
         self._allocations.append(allocation)
@@ -116,15 +122,13 @@ class Arena:
         """
         first, length = allocation.pages
         before, size = allocation.address - first, allocation.size
-        content = _bytes_at(first, length)
-        pattern = np.tile(np.array([POISON & 0xFF, POISON >> 8], np.uint8), length // 2)
-        changed = content != pattern
-        changed[before : before + size] = False
+        beside = ((0, before), (before + size, length))
+        changed = [i for begin, end in beside for i in _not_poison(first + begin, end - begin, begin)]
         _map(first, length, _MAP_FIXED)
         allocation.live = False
         self.used -= size
-        if changed.any():
-            offset = int(changed.argmax()) - before
+        if changed:
+            offset = changed[0] - before
             raise CudaError(
                 Code.IllegalAddress,
                 f"something wrote beside an allocation of {size} bytes, at its byte {offset}",
@@ -165,6 +169,14 @@ class Arena:
 
 def _bytes_at(address: int, num_bytes: int) -> npt.NDArray[np.uint8]:
     return np.frombuffer(memoryview((ctypes.c_char * num_bytes).from_address(address)), np.uint8)
+
+
+def _not_poison(address: int, num_bytes: int, position: int) -> list[int]:
+    """The positions of the bytes that differ from poison; `position` is that of the first, which may be odd."""
+    if num_bytes == 0:
+        return []
+    pattern = np.array([POISON & 0xFF, POISON >> 8], np.uint8)[np.arange(position, position + num_bytes) % 2]
+    return [position + int(i) for i in np.flatnonzero(_bytes_at(address, num_bytes) != pattern)]
 
 
 def _map(address: int, num_bytes: int, flags: int) -> int:

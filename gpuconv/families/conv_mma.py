@@ -1,0 +1,73 @@
+"""conv1d_mma and conv_transpose1d_mma: dense and grouped layers on tensor cores.
+
+Contracts: cuda_src/conv1d_mma.cu, cuda_src/conv_transpose1d_mma.cu.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ..costs import Work
+from ..device import Device
+from ..problem import ConvProblem
+from . import mma
+from .base import MAX_GRID, Config, Family, Layout, Plan, Refusal, Step
+from .offsets import Overhang, index_bits
+from .product import Product
+
+# Taps that a phase lacks are packed as zeros, and multiplied; see also conv_transpose1d_phases.
+MAX_PACKING = 4
+
+
+class _ConvMma(Family[ConvProblem]):
+    canonical_order = False
+
+    def plan(self, problem: ConvProblem, layout: Layout, device: Device) -> Plan | Refusal:
+        p, product = problem, Product.of(problem)
+        reason = mma.refuse_layer(p, product.rows, device)
+        if reason is not None:
+            return Refusal(reason)
+        if product.phases * product.taps > MAX_PACKING * p.K:
+            return Refusal(f"needs stride * taps of a phase <= {MAX_PACKING} * K")
+        arithmetic = mma.ARITHMETICS[p.dtype, p.precision]
+        if not mma.smallest_fits(product, arithmetic, device):
+            return Refusal("needs the window of 16 positions in shared memory")
+        tilings = mma.compare_tilings(product, arithmetic, _index_bits(product, layout, arithmetic), device)
+        if not tilings:
+            return Refusal(f"needs at most {MAX_GRID} blocks")
+        return mma.make_plan(p, layout, device, product, tilings, self.name)
+
+    def work(self, problem: ConvProblem, step: Step) -> Work:
+        return mma.work(problem, step)
+
+
+class Conv1dMma(_ConvMma):
+    """Tensor-core tiles over c_out by (n, l_out)."""
+
+    name = "conv1d_mma"
+    kind = "conv1d"
+
+    def configs(self, device: Device) -> Iterator[Config]:
+        yield from mma.kernel_configs(self.name, device, (False,), transposed=False)
+
+
+class ConvTranspose1dMma(_ConvMma):
+    """Tensor-core tiles over (c_out, phase) by (n, q)."""
+
+    name = "conv_transpose1d_mma"
+    kind = "conv_transpose1d"
+
+    def configs(self, device: Device) -> Iterator[Config]:
+        yield from mma.kernel_configs(self.name, device, (False, True), transposed=True)
+
+
+def _index_bits(product: Product, layout: Layout, arithmetic: mma.Arithmetic) -> int:
+    p, reduction = product.problem, mma.Reduction.of(product, arithmetic)
+    # What hangs over the last position, sample and channel; a block takes several samples where they are short.
+    samples = mma.MAX_BLOCK_N // product.positions
+    overhang = Overhang(
+        samples + 1, rows=mma.MAX_BLOCK_M, channels=mma.MAX_UNITS * arithmetic.channels, positions=mma.MAX_BLOCK_N
+    )
+    columns = (product.positions + mma.MAX_BLOCK_N) * (p.N + samples)
+    vectors = product.products * reduction.chunks * reduction.pairs * (product.rows + mma.MAX_BLOCK_M)
+    return index_bits(p, layout, overhang, columns, vectors * arithmetic.parts, (p.C_out + mma.MAX_BLOCK_M) * p.stride)

@@ -1,0 +1,100 @@
+"""The width of a kernel's indices, from what the kernel says of how far it reaches beyond the problem."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ..problem import ConvProblem, Problem, WeightGradientProblem
+from .base import Layout
+from .product import Product
+
+INT32_MAX = 2**31 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Overhang:
+    """How far behind the ends of a problem's axes a kernel forms offsets, before it checks that they exist.
+
+    Attributes:
+        samples: behind the last.
+        rows: channels behind the last of the output; in a weight gradient of coarse.
+        channels: channels behind the last of the input; in a weight gradient of fine.
+        positions: behind the last of a product (`Product.positions`), in a gradient of coarse or grad_output; None
+            where every position is checked before an offset is made of it.
+        taps: behind the last.
+        arrays: the arrays in which it forms such offsets; None for all.
+    """
+
+    samples: int = 0
+    rows: int = 0
+    channels: int = 0
+    positions: int | None = None
+    taps: int = 0
+    arrays: tuple[str, ...] | None = None
+
+
+def index_bits(problem: Problem, layout: Layout, overhang: Overhang, *counts: int) -> int:
+    """32 where every index and offset of a launch fits a signed 32-bit integer, else 64.
+
+    `counts` are what a kernel counts besides the axes of its arrays: results, blocks, columns, terms.
+    """
+    formed = _formed_extents(problem, overhang)
+    values = [*counts, *_positions(problem, overhang)]
+    for name, shape in problem.shapes.items():
+        array = layout[name]
+        # Params holds the strides of axes of extent 1, too, which no offset uses.
+        values += (array.reach(shape), *map(abs, array.strides))
+        if overhang.arrays is None or name in overhang.arrays:
+            values += (array.reach(formed[name]), *formed[name])
+    return 32 if max(values) <= INT32_MAX else 64
+
+
+def _formed_extents(problem: Problem, overhang: Overhang) -> dict[str, tuple[int, ...]]:
+    """Extents that hold every index of which a kernel forms an offset, of each array along each axis."""
+    o = overhang
+    if isinstance(problem, ConvProblem):
+        p, q = problem, Product.of(problem)
+        N, C_in, C_out, taps = p.N + o.samples, p.C_in + o.channels, p.C_out + o.rows, p.K + o.taps
+        L_in, L_out = p.L_in, p.L_out
+        if o.positions is not None:
+            last = q.first + q.positions + o.positions + 1
+            L_in = max(L_in, last * q.column_step + (0 if p.transposed else p.padding_left) + p.dilation * taps)
+            L_out = max(L_out, last * q.phases)
+        return {
+            "input": (N, C_in, L_in),
+            "weight": (C_in, p.C_out_g + o.rows, taps) if p.transposed else (C_out, p.C_in_g + o.channels, taps),
+            "bias": (C_out,),
+            "output": (N, C_out, L_out),
+        }
+    if isinstance(problem, WeightGradientProblem):
+        w = problem
+        coarse, fine = w.L_coarse, w.L_fine
+        if o.positions is not None:
+            coarse += o.positions
+            fine = max(fine, coarse * w.stride + w.padding_left + w.dilation * (w.K + o.taps))
+        return {
+            "coarse": (w.N + o.samples, w.C_coarse + o.rows, coarse),
+            "fine": (w.N + o.samples, w.C_fine + o.channels, fine),
+            "grad_weight": (w.C_coarse + o.rows, w.C_fine_g + o.channels, w.K + o.taps),
+        }
+    (N, C, L), result = problem.shapes.values()
+    return {"grad_output": (N + o.samples, C + o.rows, L + (o.positions or 0)), "grad_bias": result}
+
+
+def _positions(problem: Problem, overhang: Overhang) -> Iterator[int]:
+    """The positions, and what finds them, that kernels form before they check them."""
+    more = overhang.positions or 0
+    if isinstance(problem, ConvProblem):
+        p, q = problem, Product.of(problem)
+        last = q.first + q.positions + more + 1
+        span = p.dilation * (p.K - 1 + overhang.taps) + 1 + p.stride
+        yield p.L_in + max(p.padding_left + p.padding_right, last * q.column_step + p.padding_left) + span
+        yield p.L_out + max(p.padding_right, last * q.phases) + p.padding_left + span
+        if p.transposed:  # the first tap of a phase is found modulo tap_step
+            tap_step = p.stride // math.gcd(p.stride, p.dilation)
+            yield from (tap_step * tap_step, tap_step * p.dilation, (q.taps + 1) * p.stride, p.K + tap_step)
+    elif isinstance(problem, WeightGradientProblem):
+        w = problem
+        yield (w.L_coarse + more) * w.stride + w.L_fine + w.padding_left + w.dilation * (w.K + overhang.taps)

@@ -1,0 +1,75 @@
+"""The matrix products that an operation is."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from ..problem import ConvProblem
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """Products of rows by (sample, position), each summed over input channels and taps.
+
+    A convolution has one product a group: rows c_out, positions l_out. A transposed convolution is a stride-1
+    convolution for each phase of its outputs, l_out + padding_left = q*stride + phase, with positions q; where dilation
+    is 1 the phases are rows beside c_out, else each has a product of its own.
+
+    Attributes:
+        problem: what they compute.
+        products: independent ones, of groups and perhaps phases.
+        rows: of a product.
+        positions: of a sample.
+        first: the first position.
+        taps: of a product; in a transposed convolution those of the phase with the most.
+        column_step: from one position's input to the next.
+        tap_step: from one tap's input to the next; backwards in a transposed convolution.
+        phases_in_rows: whether rows are (c_out, phase), phase inner.
+    """
+
+    problem: ConvProblem
+    products: int
+    rows: int
+    positions: int
+    first: int
+    taps: int
+    column_step: int
+    tap_step: int
+    phases_in_rows: bool
+
+    @classmethod
+    def of(cls, problem: ConvProblem) -> Product:
+        p = problem
+        if not p.transposed:
+            return cls(p, p.groups, p.C_out_g, p.L_out, 0, p.K, p.stride, p.dilation, False)
+        gcd = math.gcd(p.stride, p.dilation)
+        in_rows = p.dilation == 1
+        first = p.padding_left // p.stride
+        return cls(
+            problem=p,
+            products=p.groups * (1 if in_rows else p.stride),
+            rows=p.C_out_g * (p.stride if in_rows else 1),
+            positions=(p.L_out - 1 + p.padding_left) // p.stride - first + 1,
+            first=first,
+            taps=-(-p.K // (p.stride // gcd)),
+            column_step=1,
+            tap_step=-(p.dilation // gcd),
+            phases_in_rows=in_rows,
+        )
+
+    @property
+    def phases(self) -> int:
+        """Output positions of one position of a product."""
+        return self.problem.stride if self.problem.transposed else 1
+
+    @property
+    def terms(self) -> int:
+        """Products that one element sums, with the taps that its phase may lack."""
+        return self.problem.C_in_g * self.taps
+
+    def params(self) -> dict[str, int]:
+        """The fields of Params that a kernel for phases needs besides those of `conv_fields`."""
+        if not self.problem.transposed:
+            return {}
+        return {"positions": self.positions, "q_begin": self.first, "taps": self.taps}

@@ -1,0 +1,73 @@
+"""Kernels with 32-bit indices compute in 32 bits whatever they form, up to the longest strides that they accept."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gpuconv import cases
+from gpuconv.device import Device
+from gpuconv.families import FAMILIES, ArrayLayout, Family, Layout, Plan
+from gpuconv.problem import BiasGradientProblem, ConvProblem, Problem, WeightGradientProblem
+from tests import hostcuda
+from tests.plans import refusal_of
+
+H200 = Device.from_arch("sm_90")
+MAX_FLOPS = 300_000
+BASE = {family.kind: family.name for family in FAMILIES}  # the last of each kind
+
+
+def problem_of(family: Family[Any]) -> Problem:
+    """The case of most operations, below `MAX_FLOPS`, that a family takes; several samples, channels and positions."""
+    found: list[Problem] = []
+    for case in cases.CASES:
+        p: Problem = case.at("float16")
+        assert isinstance(p, ConvProblem)
+        if family.kind == "weight_gradient":
+            p = WeightGradientProblem.of(p)
+        elif family.kind == "bias_gradient":
+            p = BiasGradientProblem.of(p)
+        is_small = p.kind == family.kind and not p.is_empty and p.flops() < MAX_FLOPS
+        if is_small and refusal_of(family, p, Layout.contiguous(p), H200) is None:
+            found.append(p)
+    return max(found, key=lambda p: (min(extent for shape in p.shapes.values() for extent in shape[:2]) > 1, p.flops()))
+
+
+def longest_stride(family: Family[Any], p: Problem, name: str, axis: int) -> Layout:
+    """The layout with the longest stride along one axis of one array with which the family plans 32-bit indices."""
+    fresh = Layout.contiguous(p)
+
+    def stretched(stride: int) -> Layout:
+        strides = list(fresh[name].strides)
+        strides[axis] = stride
+        return fresh.replaced(**{name: ArrayLayout(tuple(strides), 2)})
+
+    def is_narrow(stride: int) -> bool:
+        plan = family.plan(p, stretched(stride), H200)
+        return isinstance(plan, Plan) and all(step.launch.index_bits == 32 for step in plan.steps)
+
+    low, high = fresh[name].strides[axis], 2**31
+    assert is_narrow(low)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if is_narrow(middle) else (low, middle)
+    assert low > 2**12, "the kernel has hardly any 32-bit indices"
+    return stretched(low)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_at_the_limit_nothing_overflows(family: Family[Any]) -> None:
+    """Fails if a kernel forms an offset that its overhang does not cover: hostcuda stops at a signed overflow."""
+    p = problem_of(family)
+    rng = np.random.default_rng(0)
+    *inputs, _ = p.shapes
+    arrays = [rng.integers(-2, 3, p.shapes[name]).astype(np.float16) for name in inputs]
+    expected = hostcuda.compute(p, *arrays, family=BASE[p.kind])
+    for name, shape in p.shapes.items():
+        for axis, extent in enumerate(shape):
+            if extent > 1:
+                layout = longest_stride(family, p, name, axis)
+                output = hostcuda.compute(p, *arrays, layout=layout, family=family.name, device=H200)
+                np.testing.assert_array_equal(output, expected, err_msg=f"{p}: {name}, axis {axis}")
