@@ -41,7 +41,7 @@ from bench.speed.measure import Absent, Buffers, Case, Method, Refused, Subject,
 from bench.speed.results import RunResult, ceilings_of, environment, versions, write_json
 from bench.speed.schedule import select
 from bench.speed.tables import print_report
-from gpuconv import cpu, cpu_gradients
+from gpuconv import cpu
 from gpuconv.problem import ConvProblem, WeightGradientProblem, numpy_dtype
 
 Array = npt.NDArray[Any]
@@ -113,7 +113,7 @@ class CpuEngine:
 
     def family(self, problem: ConvProblem | WeightGradientProblem) -> str:
         if isinstance(problem, WeightGradientProblem):
-            return cpu_gradients.method(problem).name
+            return cpu.weight_gradient.method(problem).name
         return cpu.method(problem).name
 
     @contextmanager

@@ -6,11 +6,13 @@
 // thread t of a block adds the positions t, t + BLOCK_SIZE, ...; then halves of the threads are added until one is left. So
 // the order depends on the problem's shape alone.
 //
-// Grid x: blocks, one for each (slice, c), c fastest; where the grid is shorter, blocks go round again. Grid y and z: 1.
+// Grid x: blocks, one for each (slice, c), c fastest; where the grid is shorter, blocks take several. Grid y and z: 1.
 // Dynamic shared memory: one sum for each thread.
 // With several slices their sums go to partial and sum_slices.cu follows; with one partial is null.
-// Uses: slices.cuh
-// Needs nothing: arrays of any strides, in elements.
+// Takes arrays of any strides, in elements.
+
+#include "common.cuh"
+#include "slices.cuh"
 
 struct Params {
     index_t num_sums;  // slices * C
@@ -63,7 +65,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK_SIZE, 8) bias_gradient_rows(
             if (partial != nullptr) {
                 partial[i] = smem_sums[0];
             } else {
-                grad_bias[c * p.grad_bias_stride] = finish(smem_sums[0], false);
+                grad_bias[c * p.grad_bias_stride] = finish_gradient(smem_sums[0], false);
             }
         }
         __syncthreads();

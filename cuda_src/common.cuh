@@ -1,6 +1,11 @@
-// What every kernel shares: index_t, the six dtypes (storage, accumulator, canonical multiply-add), small arithmetic.
+// What every kernel shares: index_t, the six dtypes (storage, accumulator, canonical multiply-add), the vector type, small
+// arithmetic.
 //
 // Macros read: INDEX_BITS (32 or 64) and DTYPE (float16, bfloat16, float32, float64, complex64 or complex128).
+
+#pragma once
+
+#include "ptx.cuh"
 
 #if INDEX_BITS == 64
 typedef long long index_t;
@@ -13,14 +18,13 @@ static_assert(INDEX_BITS == 32, "INDEX_BITS is 32 or 64: see index_bits in gpuco
 
 // Element offsets are products of two index_t: the host chooses INDEX_BITS so that the largest one fits.
 
-// -- dtypes: storage_t is what lies in memory, acc_t what sums are formed in; copy_to_shared is complete after
-// copy_async_wait ------------------------------------------
-
 template <typename real_t>
 struct alignas(2 * sizeof(real_t)) Complex {
     real_t re, im;
 };
 
+// The dtypes. storage_t is what lies in memory, acc_t what sums are formed in. What copy_to_shared copies is there after
+// copy_async_wait.
 namespace dtype {
 
 template <typename real_t>
@@ -96,7 +100,44 @@ typedef dtype::DTYPE scalar;
 typedef scalar::storage_t storage_t;
 typedef scalar::acc_t acc_t;
 
-// -- the canonical multiply-add: every CUDA-core family accumulates with these, c_in outer and k inner ----------------
+// Neighbouring elements that are read or written at once: 16 bytes of them, where `count` is not given.
+template <typename T, int count = (sizeof(T) < 16 ? 16 / int(sizeof(T)) : 1)>
+struct alignas(sizeof(T) * count) Vector {
+    T element[count];
+};
+typedef Vector<storage_t> StorageVector;
+typedef Vector<acc_t> AccVector;
+constexpr int kStorageVec = 16 / int(sizeof(storage_t));  // elements of a StorageVector
+constexpr int kAccVec = 16 / int(sizeof(acc_t));          // and of an AccVector
+
+// A StorageVector that keeps elements of 2 bytes in words, from which the compiler converts them without moves.
+template <typename T>
+struct InWords {
+    typedef Vector<T> type;
+};
+template <>
+struct InWords<unsigned short> {
+    typedef Vector<unsigned> type;
+};
+typedef InWords<storage_t>::type StorageWords;
+
+// One element of StorageWords; they are set in ascending order.
+template <typename T>
+__device__ __forceinline__ T element_of(const Vector<T>& vector, int e) {
+    return vector.element[e];
+}
+__device__ __forceinline__ unsigned short element_of(const Vector<unsigned>& words, int e) {
+    return (unsigned short)(words.element[e / 2] >> 16 * (e % 2));
+}
+template <typename T>
+__device__ __forceinline__ void set_element(Vector<T>& vector, int e, T value) {
+    vector.element[e] = value;
+}
+__device__ __forceinline__ void set_element(Vector<unsigned>& words, int e, unsigned short value) {
+    words.element[e / 2] = e % 2 == 0 ? unsigned(value) : words.element[e / 2] | unsigned(value) << 16;
+}
+
+// The canonical multiply-add: every family on CUDA cores accumulates with these, c_in outer and k inner.
 
 __device__ __forceinline__ float multiply_add(float w, float x, float acc) { return fma_rn(w, x, acc); }
 __device__ __forceinline__ double multiply_add(double w, double x, double acc) { return fma_rn(w, x, acc); }
@@ -125,16 +166,6 @@ template <typename real_t>
 __device__ __forceinline__ Complex<real_t> add(Complex<real_t> a, Complex<real_t> b) {
     return Complex<real_t>{a.re + b.re, a.im + b.im};
 }
-
-// The last step of every family: output = round(acc + offset), where offset is the bias or, without one, +0. The bias
-// is itself added to +0 first. So a sum of zero comes out as +0, whatever signs of zero came up on the way, and a
-// family may add products with zeros in place of taps that do not exist without changing a bit. (A negative sum too
-// small for the output's dtype still rounds to -0.)
-__device__ __forceinline__ acc_t bias_or_zero(const storage_t* bias, index_t offset) {
-    return bias == nullptr ? scalar::zero() : add(scalar::load(bias[offset]), scalar::zero());
-}
-
-// -- index arithmetic ------------------------------------------------------------------------------------------------
 
 // ceil(a / b) for a >= 0, b > 0; written so that it cannot overflow where a is representable.
 __device__ __forceinline__ index_t ceil_div(index_t a, index_t b) { return a / b + (a % b != 0); }

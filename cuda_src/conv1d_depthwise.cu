@@ -7,8 +7,8 @@
 // taps of the block's rows and the windows of the input that they meet; with IS_SKIPPING in front of these the results of
 // a warp, which pass through.
 //
-// SLIDE_STRIDE = 1 or 2: that stride, dilation 1, input and output contiguous along l. Sliding threads: a step takes kVec
-// taps of either phase of the stride, one 16-byte load of window and one of taps for THREAD_L*kVec multiply-adds.
+// SLIDE_STRIDE = 1 or 2: that stride, dilation 1, input and output contiguous along l. Sliding threads: a step takes kAccVec
+// taps of either phase of the stride, one 16-byte load of window and one of taps for THREAD_L*kAccVec multiply-adds.
 // IS_SKIPPING = 1, SLIDE_STRIDE = 0: stride 1, any dilation, input and output contiguous along l. Skipping threads.
 // IS_STRIDING = 1: a stride of whole 16-byte vectors, dilation 1, input contiguous along l. A thread holds one result and
 // reads its window vector by vector; the window lies in shared memory as it does in global memory, but that the first
@@ -17,8 +17,13 @@
 // that neighbouring threads store neighbouring elements; the window lies in shared memory by its position modulo the
 // stride, so that neighbouring threads read neighbouring words whatever the stride.
 //
-// Uses: depthwise.cuh
 // Chosen for fewer than 8 output channels a group.
+
+#include "canonical_sum.cuh"
+#include "common.cuh"
+#include "depthwise.cuh"
+#include "edge.cuh"
+#include "finish.cuh"
 
 struct Params {
     index_t N, C_out, L_in, L_out, K;
@@ -36,51 +41,41 @@ struct Params {
     index_t weight_stride_out, weight_stride_in, weight_stride_k;
     index_t bias_stride;
     index_t output_stride_n, output_stride_c, output_stride_l;
+    static constexpr int C_in_g = 1;  // for canonical_sum
 };
 static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/conv1d_depthwise.py");
 
-// input[n, c_in, 0] and weight[c_out, 0, 0] of a thread's row.
-__device__ __forceinline__ const storage_t* input_row(const storage_t* input, const Place& at, const Params& p) {
-    const index_t c_in = p.C_out_g == 1 ? at.c_out : at.c_out / p.C_out_g;
-    return input + at.n * p.input_stride_n + c_in * p.input_stride_c;
-}
+// weight[c_out, 0, 0] of a thread's row.
 __device__ __forceinline__ const storage_t* weight_row(const storage_t* weight, const Place& at, const Params& p) {
     return weight + at.c_out * p.weight_stride_out;
 }
 
-// The result at l_out without the terms that do not exist, before the bias.
-__device__ __forceinline__ acc_t sum_existing_terms(
-    const storage_t* x, const storage_t* w, index_t l_out, const Params& p) {
-    acc_t acc = scalar::zero();
-#pragma unroll 1
-    for (index_t k = 0; k < p.K; ++k) {
-        const index_t l_in = l_out * p.stride - p.padding_left + k * p.dilation;
-        if (l_in < 0 || l_in >= p.L_in) continue;
-        acc = multiply_add(scalar::load(w[k * p.weight_stride_k]), scalar::load(x[l_in * p.input_stride_l]), acc);
-    }
-    return acc;
+// The NaN fallback's sum at l_out.
+__device__ __forceinline__ acc_t sum_existing_terms(const storage_t* x, const storage_t* w, index_t l_out, const Params& p) {
+    return canonical_sum(
+        x, l_out * p.stride - p.padding_left, p.dilation, p.K, p, RowWeights(w, 0, p.weight_stride_k));
 }
 
 #if SLIDE_STRIDE > 0
 
-// Position u of the window belongs to phase u % 2; there vector v of kVec positions lies in plane v % 2 of the phase.
+// Position u of the window belongs to phase u % 2; there vector v of kAccVec positions lies in plane v % 2 of the phase.
 struct PhasesTarget {
     acc_t* window;
     int plane_pitch, ahead;
 
-    __device__ __forceinline__ PhasesTarget(Vector* window, int plane_pitch, int ahead)
+    __device__ __forceinline__ PhasesTarget(AccVector* window, int plane_pitch, int ahead)
         : window(window->element), plane_pitch(plane_pitch), ahead(ahead) {}
-    __device__ __forceinline__ void store(int storage_vector, int part, const Vector& value) const {
-        const int begin = storage_vector * kStorageVec + part * kVec - ahead;  // a multiple of kVec
+    __device__ __forceinline__ void store(int storage_vector, int part, const AccVector& value) const {
+        const int begin = storage_vector * kStorageVec + part * kAccVec - ahead;  // a multiple of kAccVec
         if (begin < 0) return;
-        const unsigned within = unsigned(begin) / 2, vector = within / kVec;
-        acc_t* const target = window + (((vector & 1) * plane_pitch + vector / 2) * kVec + within % kVec);
-        if (kVec == 1) {
+        const unsigned within = unsigned(begin) / 2, vector = within / kAccVec;
+        acc_t* const target = window + (((vector & 1) * plane_pitch + vector / 2) * kAccVec + within % kAccVec);
+        if (kAccVec == 1) {
             target[begin % 2 * 2 * plane_pitch] = value.element[0];
             return;
         }
 #pragma unroll
-        for (int e = 0; e < kVec; ++e) target[e % 2 * 2 * plane_pitch * kVec + e / 2] = value.element[e];
+        for (int e = 0; e < kAccVec; ++e) target[e % 2 * 2 * plane_pitch * kAccVec + e / 2] = value.element[e];
     }
 };
 
@@ -99,11 +94,11 @@ __device__ __forceinline__ void convolve_rows(
     const storage_t* input, const storage_t* weight, const storage_t* bias, storage_t* output, const Params& p) {
     const Place at = find_place(p, blockIdx.x);
     const int row_threads = int(p.row_threads), plane_pitch = int(p.plane_pitch);
-    storage_t* const y = output + at.n * p.output_stride_n + at.c_out * p.output_stride_c;  // output[n, c_out, 0]
+    storage_t* const y = output_row(output, at, p);
     acc_t* const shared = reinterpret_cast<acc_t*>(dynamic_shared_memory());
     acc_t* const taps = shared + at.row_in_block * p.taps_pitch;
-    Vector* const window =
-        reinterpret_cast<Vector*>(shared + p.block_rows * p.taps_pitch) + (at.row_in_block * p.window_pitch + 1);
+    AccVector* const window =
+        reinterpret_cast<AccVector*>(shared + p.block_rows * p.taps_pitch) + (at.row_in_block * p.window_pitch + 1);
     index_t l_begin = 0, start = 0;  // of the tile, and of its window
     int steps = 0, last_taps = 0;    // steps, and the taps of the last one
 
@@ -112,7 +107,7 @@ __device__ __forceinline__ void convolve_rows(
         const storage_t* const w = weight_row(weight, at, p);
         l_begin = at.tile * row_threads * p.repeats * THREAD_L - elements_past_boundary(y);
         const index_t l_first = l_begin * kPhases - p.padding_left;
-        const int lead = int(l_first + elements_past_boundary(x)) & (kVec - 1);
+        const int lead = int(l_first + elements_past_boundary(x)) & (kAccVec - 1);
         start = l_first - lead;
         steps = int(ceil_div(p.K + lead, kTaps));
         last_taps = int(p.K) + lead - (steps - 1) * kTaps;
@@ -124,7 +119,7 @@ __device__ __forceinline__ void convolve_rows(
     __syncthreads();
     if (!at.has_row) return;
 
-    const acc_t offset = bias_or_zero(bias, at.c_out * p.bias_stride);
+    const acc_t channel_bias = bias_or_zero(bias, at.c_out * p.bias_stride);
 #pragma unroll 1
     for (int place = at.place; place < row_threads * int(p.repeats); place += row_threads) {
         const index_t l_out = l_begin + place * THREAD_L;
@@ -133,9 +128,9 @@ __device__ __forceinline__ void convolve_rows(
         // Of many steps those whose positions all lie outside the input are left out; the first one left is even, as the
         // planes want it.
         int step = 0, steps_end = steps;
-        if (steps > kFewSteps) {
-            const index_t before = -start - kPhases * (THREAD_L * place + 3 * kVec - 1);
-            const index_t behind = min_index(p.window * kVec, p.L_in - start) - kPhases * THREAD_L * place;
+        if (kIsEmptyOutside && steps > kFewSteps) {
+            const index_t before = -start - kPhases * (THREAD_L * place + 3 * kAccVec - 1);
+            const index_t behind = min_index(p.window * kAccVec, p.L_in - start) - kPhases * THREAD_L * place;
             step = before > 0 ? int(before / kTaps) & ~1 : 0;
             steps_end = behind > 0 ? int(min_index(steps, ceil_div(behind, kTaps))) : 0;
         }
@@ -144,18 +139,18 @@ __device__ __forceinline__ void convolve_rows(
 #pragma unroll
         for (int j = 0; j < THREAD_L; ++j) acc[j] = scalar::zero();
         if (step < steps_end) {
-            const Vector* tap = reinterpret_cast<const Vector*>(taps) + kPhases * step;
-            const Vector* even = window + (place + step / 2);
-            const Vector* odd = even + plane_pitch;
-            Vector held[kPhases][3];
+            const AccVector* tap = reinterpret_cast<const AccVector*>(taps) + kPhases * step;
+            const AccVector* even = window + (place + step / 2);
+            const AccVector* odd = even + plane_pitch;
+            AccVector held[kPhases][3];
 #pragma unroll
             for (int phase = 0; phase < kPhases; ++phase) {
                 held[phase][0] = even[2 * phase * plane_pitch];
                 held[phase][1] = odd[2 * phase * plane_pitch];
             }
             // Of the three vectors held, `oldest` meets the step's first tap; the next vector replaces the one before it.
-            const auto multiply_step = [&](const Vector* next, int index, int oldest, int count = kTaps) {
-                Vector term[kPhases];
+            const auto multiply_step = [&](const AccVector* next, int index, int oldest, int count = kTaps) {
+                AccVector term[kPhases];
 #pragma unroll
                 for (int phase = 0; phase < kPhases; ++phase) {
                     held[phase][(oldest + 2) % 3] = next[2 * phase * plane_pitch];
@@ -168,8 +163,8 @@ __device__ __forceinline__ void convolve_rows(
                     for (int j = 0; j < THREAD_L; ++j) {
                         const int position = j + t / kPhases;
                         acc[j] = multiply_add(
-                            term[t / kVec].element[t % kVec],
-                            held[t % kPhases][(oldest + position / kVec) % 3].element[position % kVec], acc[j]);
+                            term[t / kAccVec].element[t % kAccVec],
+                            held[t % kPhases][(oldest + position / kAccVec) % 3].element[position % kAccVec], acc[j]);
                     }
                 }
             };
@@ -197,8 +192,8 @@ __device__ __forceinline__ void convolve_rows(
                 }
             }
         }
-        store_results(y, l_out, p.L_out, acc, offset, [&](index_t l) {
-            const Place again = find_place(p, block_index_again());  // rather than pointers held for the rare case
+        store_results(y, l_out, p.L_out, acc, channel_bias, [&](index_t l) {
+            const Place again = find_place(p, block_index_again());  // found again rather than held in registers
             return sum_existing_terms(input_row(input, again, p), weight_row(weight, again, p), l, p);
         });
     }
@@ -220,8 +215,8 @@ __device__ __forceinline__ void convolve_rows(
     const int stride_vectors = int(p.stride) / kStorageVec;
     acc_t* const shared = reinterpret_cast<acc_t*>(dynamic_shared_memory());
     acc_t* const taps = shared + at.row_in_block * p.taps_pitch;
-    StorageVector* const window =
-        reinterpret_cast<StorageVector*>(shared + p.block_rows * p.taps_pitch) + at.row_in_block * p.window_pitch;
+    StorageWords* const window =
+        reinterpret_cast<StorageWords*>(shared + p.block_rows * p.taps_pitch) + at.row_in_block * p.window_pitch;
     const index_t l_begin = at.tile * row_threads * p.repeats;
     int steps = 0;
 
@@ -237,17 +232,11 @@ __device__ __forceinline__ void convolve_rows(
 #pragma unroll 2
         for (int v = at.place; v < p.window; v += row_threads) {
             const index_t l_in = l_first - lead + v * kStorageVec;
-            StorageVector* const target = window + (result * pitch + vector);
-            if (l_in >= 0 && l_in + kStorageVec <= p.L_in) {
-                copy_async(target, reinterpret_cast<const StorageVector*>(x + l_in));
+            StorageWords* const target = window + (result * pitch + vector);
+            if (is_inside(l_in, l_in + kStorageVec - 1, p.L_in)) {
+                copy_async(target, reinterpret_cast<const StorageWords*>(x + l_in));
             } else {
-                StorageVector value;
-#pragma unroll
-                for (int e = 0; e < kStorageVec; ++e) {
-                    const bool exists = l_in + e >= 0 && l_in + e < p.L_in;
-                    value.set(e, exists ? x[l_in + e] : scalar::storage_zero());
-                }
-                *target = value;
+                *target = load_edge(x, l_in, p.L_in);
             }
             result += result_step;
             vector += vector_step;
@@ -261,25 +250,25 @@ __device__ __forceinline__ void convolve_rows(
     __syncthreads();
     if (!at.has_row) return;
 
-    const acc_t offset = bias_or_zero(bias, at.c_out * p.bias_stride);
-    storage_t* const y = output + at.n * p.output_stride_n + at.c_out * p.output_stride_c;  // output[n, c_out, 0]
+    const acc_t channel_bias = bias_or_zero(bias, at.c_out * p.bias_stride);
+    storage_t* const y = output_row(output, at, p);
 #pragma unroll 1
     for (int place = at.place; place < row_threads * int(p.repeats); place += row_threads) {
         const index_t l_out = l_begin + place;
         if (l_out >= p.L_out) return;
         acc_t acc = scalar::zero();
-        const StorageVector* next = window + place * pitch;
-        const Vector* tap = reinterpret_cast<const Vector*>(taps);
+        const StorageWords* next = window + place * pitch;
+        const AccVector* tap = reinterpret_cast<const AccVector*>(taps);
         int left = stride_vectors;  // vectors before the next result's first
 #pragma unroll (4 / kParts)
         for (int step = 0; step < steps; ++step) {
-            const StorageVector positions = *next;
+            const StorageWords positions = *next;
 #pragma unroll
             for (int part = 0; part < kParts; ++part) {
-                const Vector term = *tap++;
+                const AccVector term = *tap++;
 #pragma unroll
-                for (int e = 0; e < kVec; ++e) {
-                    acc = multiply_add(term.element[e], scalar::load(positions.get(part * kVec + e)), acc);
+                for (int e = 0; e < kAccVec; ++e) {
+                    acc = multiply_add(term.element[e], scalar::load(element_of(positions, part * kAccVec + e)), acc);
                 }
             }
             ++next;
@@ -288,12 +277,11 @@ __device__ __forceinline__ void convolve_rows(
                 next += pitch - stride_vectors;
             }
         }
-        const bool met_nan = is_nan(acc);
-        if (met_nan) {
-            const Place again = find_place(p, block_index_again());  // rather than pointers held for the rare case
+        if (needs_canonical_sum(acc)) {
+            const Place again = find_place(p, block_index_again());  // found again rather than held in registers
             acc = sum_existing_terms(input_row(input, again, p), weight_row(weight, again, p), l_out, p);
         }
-        y[l_out * p.output_stride_l] = scalar::round(add(acc, offset));
+        y[l_out * p.output_stride_l] = finish(acc, channel_bias);
     }
 }
 
@@ -318,10 +306,10 @@ __device__ __forceinline__ void convolve_rows(
         int index = at.place / stride, phase = at.place - index * stride;
 #pragma unroll 8
         for (int u = at.place; u < p.window; u += row_threads) {
-            const index_t l_in = start + u;
+            const Source source = source_index(start + u, p.L_in);
             acc_t* const target = window + (phase * plane_pitch + index);
-            if (l_in >= 0 && l_in < p.L_in) {
-                scalar::copy_to_shared(target, x + l_in * p.input_stride_l);
+            if (source.exists) {
+                scalar::copy_to_shared(target, x + source.index * p.input_stride_l);
             } else {
                 *target = scalar::zero();
             }
@@ -341,8 +329,8 @@ __device__ __forceinline__ void convolve_rows(
     const int phase_step = int(p.dilation % stride);
     const int position_step = phase_step * plane_pitch + int(p.dilation / stride);
     const int position_wrap = 1 - stride * plane_pitch;
-    const acc_t offset = bias_or_zero(bias, at.c_out * p.bias_stride);
-    storage_t* const y = output + at.n * p.output_stride_n + at.c_out * p.output_stride_c;  // output[n, c_out, 0]
+    const acc_t channel_bias = bias_or_zero(bias, at.c_out * p.bias_stride);
+    storage_t* const y = output_row(output, at, p);
     const int places = row_threads * THREAD_L * int(p.repeats);
 #pragma unroll 1
     for (int place = at.place; place < places; place += row_threads * THREAD_L) {
@@ -364,19 +352,19 @@ __device__ __forceinline__ void convolve_rows(
             }
         }
 
-        bool met_nan = false;
+        bool sum_again = false;
 #pragma unroll
         for (int j = 0; j < THREAD_L; ++j) {
             const index_t l_out = l_begin + place + j * row_threads;
-            if (l_out < p.L_out) y[l_out * p.output_stride_l] = scalar::round(add(acc[j], offset));
-            met_nan = met_nan || is_nan(acc[j]);
+            if (l_out < p.L_out) y[l_out * p.output_stride_l] = finish(acc[j], channel_bias);
+            sum_again = sum_again || needs_canonical_sum(acc[j]);
         }
-        if (!met_nan) continue;
+        if (!sum_again) continue;
 #pragma unroll 1
         for (int j = 0; j < THREAD_L; ++j) {
             const index_t l_out = l_begin + place + j * row_threads;
             if (l_out >= p.L_out) break;
-            y[l_out * p.output_stride_l] = scalar::round(add(sum_existing_terms(x, w, l_out, p), offset));
+            y[l_out * p.output_stride_l] = finish(sum_existing_terms(x, w, l_out, p), channel_bias);
         }
     }
 }

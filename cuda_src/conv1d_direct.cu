@@ -6,8 +6,12 @@
 //   g = c_out / C_out_g,   l_in = l_out*stride - padding_left + k*dilation,   taps outside [0, L_in) left out.
 //
 // Grid x: blocks of BLOCK_SIZE consecutive elements of the flattened output (n, c_out, l_out), l_out fastest; where the
-// grid is shorter than the output, threads go round again. Grid y and z: 1. No shared memory.
-// Needs nothing: arrays of any strides, zero and negative included, in elements.
+// grid is shorter than the output, threads take several. Grid y and z: 1. No shared memory.
+// Takes arrays of any strides, zero and negative ones too, in elements.
+
+#include "common.cuh"
+#include "edge.cuh"
+#include "finish.cuh"
 
 struct Params {
     index_t num_outputs;  // N * C_out * L_out
@@ -35,24 +39,22 @@ extern "C" __global__ void __launch_bounds__(BLOCK_SIZE, 2) conv1d_direct(
         const index_t c_out = row - n * p.C_out;
         const index_t g = c_out / p.C_out_g;
 
-        // The taps k_begin <= k < k_end are those whose l_in lies in [0, L_in).
         const index_t l_first = l_out * p.stride - p.padding_left;  // l_in of tap 0
-        const index_t k_begin = l_first < 0 ? ceil_div(-l_first, p.dilation) : 0;
-        const index_t k_end = l_first < p.L_in ? min_index(p.K, ceil_div(p.L_in - l_first, p.dilation)) : 0;
+        const Range taps = existing_range(l_first, p.dilation, p.K, p.L_in);
 
         const storage_t* x = input + n * p.input_stride_n + g * p.C_in_g * p.input_stride_c;  // input[n, g*C_in_g, 0]
         const storage_t* w = weight + c_out * p.weight_stride_out;                            // weight[c_out, 0, 0]
 
         acc_t acc = scalar::zero();
         for (index_t c_in = 0; c_in < p.C_in_g; ++c_in) {
-            for (index_t k = k_begin; k < k_end; ++k) {
-                const index_t l_in = l_first + k * p.dilation;
+            for (index_t k = taps.begin; k < taps.end; ++k) {
+                const index_t l_in = source_index(l_first + k * p.dilation, p.L_in).index;
                 acc = multiply_add(
                     scalar::load(w[c_in * p.weight_stride_in + k * p.weight_stride_k]),
                     scalar::load(x[c_in * p.input_stride_c + l_in * p.input_stride_l]), acc);
             }
         }
-        acc = add(acc, bias_or_zero(bias, c_out * p.bias_stride));
-        output[n * p.output_stride_n + c_out * p.output_stride_c + l_out * p.output_stride_l] = scalar::round(acc);
+        output[n * p.output_stride_n + c_out * p.output_stride_c + l_out * p.output_stride_l] =
+            finish(acc, bias_or_zero(bias, c_out * p.bias_stride));
     }
 }

@@ -9,10 +9,11 @@
 // block_positions positions, then of block_samples samples, then groups, then segments
 // where SEGMENT_MODE is 2. Grid y and z: 1. Dynamic shared memory: see mma.cuh.
 // Before it pack_mma_weight.cu packs the weights.
-// Uses: tf32.cuh
-// Uses: mma.cuh
 // Needs float16, bfloat16 (sm_80) or float32 (sm_80) arrays of any strides, in elements. Chosen for at least 8 input and
 // output channels a group; see gpuconv/families/mma.py.
+
+#include "common.cuh"
+#include "mma.cuh"
 
 struct Params {
     index_t N, L_in, L_out, K;
@@ -32,15 +33,15 @@ static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/famil
 
 extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) conv1d_mma(
     const storage_t* __restrict__ input,  // [N, C_in, L_in]
-    const Vector* __restrict__ weight,    // packed: see pack_mma_weight.cu
+    const StorageVector* __restrict__ weight,    // packed: see pack_mma_weight.cu
     const storage_t* __restrict__ bias,   // [C_out], or null
     storage_t* __restrict__ output,       // [N, C_out, L_out]
 #if SEGMENT_MODE >= 2
-    float4* __restrict__ partial,         // sums of segments: see mma.cuh
+    AccVector* __restrict__ partial,      // sums of segments: see mma.cuh
 #endif
     const Params p) {
 #if SEGMENT_MODE < 2
-    float4* const partial = nullptr;
+    AccVector* const partial = nullptr;
 #endif
     const auto tile_of = [&](unsigned block) {
         const index_t row_tile = next_index(block, p.row_tiles);
@@ -66,7 +67,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) conv1d_mma(
         tile.output_first = 0;
         return tile;
     };
-    run_block(tile_of, window_of(p), bias, [&](const Tile& tile, index_t row) {
-        return Row{p.K, row * p.output_stride_c, 0, (tile.group * p.C_out_g + row) * p.bias_stride};
-    }, partial);
+    run_block(
+        tile_of, window_of(p), bias, [&](const Tile& tile, index_t row) { return channel_row(tile, row, p); }, partial);
 }

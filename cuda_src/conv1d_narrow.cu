@@ -14,7 +14,11 @@
 // Grid x: blocks of BLOCK_SIZE*THREAD_L columns (fastest), then samples where THREAD_L > 1, then groups. Grid y and z: 1.
 // Dynamic shared memory: chunk_terms rows of THREAD_C weights.
 // Macros read: BLOCK_SIZE, THREAD_C, THREAD_L, MIN_BLOCKS, and those of common.cuh.
-// Needs nothing: arrays of any strides, in elements. Chosen for at most 8 output channels a group.
+// Takes arrays of any strides, in elements. Chosen for at most 8 output channels a group.
+
+#include "common.cuh"
+#include "edge.cuh"
+#include "finish.cuh"
 
 struct Params {
     index_t N, L_in, L_out, K;
@@ -34,10 +38,7 @@ constexpr int kAccess = THREAD_C * sizeof(acc_t) % 16 == 0 ? 16 : 8;  // bytes o
 constexpr int kVec = sizeof(acc_t) < kAccess ? kAccess / int(sizeof(acc_t)) : 1;
 constexpr int kUnroll = THREAD_L > 1 ? 4 : 8;  // terms whose positions are on their way together
 static_assert(THREAD_C % kVec == 0, "a term's weights are whole vectors: gpuconv/families/conv1d_narrow.py");
-
-struct alignas(kVec * sizeof(acc_t)) WeightVector {
-    acc_t element[kVec];
-};
+typedef Vector<acc_t, kVec> WeightVector;
 
 extern "C" __global__ void __launch_bounds__(BLOCK_SIZE, MIN_BLOCKS) conv1d_narrow(
     const storage_t* __restrict__ input,   // [N, C_in, L_in]
@@ -63,7 +64,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK_SIZE, MIN_BLOCKS) conv1d_narr
 
     const index_t position = l_begin * p.stride - p.padding_left;  // of the first column, tap 0
     const index_t last = position + 32 * (THREAD_L - 1) + (p.K - 1) * p.dilation;
-    const bool inside = position >= 0 && last < p.L_in;  // all taps of all columns exist
+    const bool inside = is_inside(position, last, p.L_in);  // all taps of all columns exist
 
     acc_t acc[THREAD_C][THREAD_L];
 #pragma unroll
@@ -118,8 +119,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK_SIZE, MIN_BLOCKS) conv1d_narr
             for (int term = 0; term < terms; ++term, w += THREAD_C / kVec) {
 #pragma unroll
                 for (int j = 0; j < THREAD_L; ++j) {
-                    const index_t l_in = position + 32 * j + k * p.dilation;
-                    if (l_in >= 0 && l_in < p.L_in) multiply(j, x[32 * j]);
+                    const Source source = source_index(position + 32 * j + k * p.dilation, p.L_in);
+                    if (source.exists) multiply(j, x[32 * j + source.moved * p.input_stride_l]);
                 }
                 advance();
             }
@@ -133,8 +134,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK_SIZE, MIN_BLOCKS) conv1d_narr
 #pragma unroll
         for (int row = 0; row < THREAD_C; ++row) {
             if (row >= p.C_out_g) break;
-            const acc_t offset = bias_or_zero(bias, (g * p.C_out_g + row) * p.bias_stride);
-            y[row * p.output_stride_c] = scalar::round(add(acc[row][j], offset));
+            const acc_t channel_bias = bias_or_zero(bias, (g * p.C_out_g + row) * p.bias_stride);
+            y[row * p.output_stride_c] = finish(acc[row][j], channel_bias);
         }
     }
 }

@@ -11,15 +11,19 @@
 // chunks of chunk_terms terms pass through NUM_STAGES buffers of shared memory. The first compute_warps warps multiply;
 // each of the others owns one buffer, which it fills as soon as the chunk before is multiplied.
 //
-// Terms outside the input are multiplied as zeros. For finite weights this changes no bit (see bias_or_zero in
-// common.cuh); a result that meets a NaN is summed again without them.
+// Terms outside the input are multiplied as zeros; canonical_sum.cuh explains what follows from that.
 //
 // Grid x: blocks of block_rows output channels of a group (fastest), then groups. Grid y and z: 1. Dynamic shared memory:
 // NUM_STAGES buffers, each of block_rows rows of weights and BLOCK_N rows of input, 16 bytes between the rows.
 // Macros read: BLOCK_N (columns of a block, at least all there are), THREAD_N (of a thread), NUM_STAGES, DTYPE_BYTES,
 // MAX_THREADS, MIN_BLOCKS.
-// Needs nothing: arrays of any strides, in elements; weights are copied 16 bytes at a time where vector_weights = 1 says
+// Takes arrays of any strides, in elements; weights are copied 16 bytes at a time where vector_weights = 1 says
 // that a row's terms are contiguous, whole vectors and aligned. Chosen for at most 16 columns.
+
+#include "canonical_sum.cuh"
+#include "common.cuh"
+#include "edge.cuh"
+#include "finish.cuh"
 
 struct Params {
     index_t columns;  // N * L_out
@@ -36,35 +40,19 @@ struct Params {
 };
 static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/conv1d_skinny.py");
 
-constexpr int kVec = 16 / int(sizeof(storage_t));                            // weights of a 16-byte access
-constexpr int kInputVec = sizeof(acc_t) < 16 ? 16 / int(sizeof(acc_t)) : 1;  // positions of a 16-byte access
 // Terms that a thread fetches at once: enough multiply-adds to hide the next fetch behind.
 constexpr int kFetch = (THREAD_N > 2 ? 32 : 64) / int(sizeof(acc_t));
 // Terms whose positions a lane loads before it stores the first.
 constexpr int kMostBatch = 128 / (BLOCK_N * int(sizeof(acc_t)));
 constexpr int kBatch = kMostBatch > 8 ? 8 : kMostBatch > 1 ? kMostBatch : 1;
 static_assert(BLOCK_N % THREAD_N == 0, "threads own whole groups of columns: gpuconv/families/conv1d_skinny.py");
-static_assert(kFetch % kVec == 0 && kFetch % kInputVec == 0, "a fetch is whole vectors");
+static_assert(kFetch % kStorageVec == 0 && kFetch % kAccVec == 0, "a fetch is whole vectors");
 static_assert(sizeof(storage_t) == DTYPE_BYTES, "DTYPE_BYTES differs from gpuconv/families/conv1d_skinny.py");
-
-// 16 bytes of weights. Those of 2 bytes are kept in words, from which the compiler converts them without moves.
-struct alignas(16) WeightVector {
-#if DTYPE_BYTES == 2
-    unsigned word[4];
-    __device__ __forceinline__ acc_t load(int e) const { return scalar::load(storage_t(word[e / 2] >> 16 * (e % 2))); }
-#else
-    storage_t element[kVec];
-    __device__ __forceinline__ acc_t load(int e) const { return scalar::load(element[e]); }
-#endif
-};
-struct alignas(16) InputVector {
-    acc_t element[kInputVec];
-};
 
 // What a thread multiplies at once.
 struct Fetched {
-    WeightVector weight[kFetch / kVec];
-    InputVector input[THREAD_N][kFetch / kInputVec];
+    StorageWords weight[kFetch / kStorageVec];
+    AccVector input[THREAD_N][kFetch / kAccVec];
 };
 
 // One buffer: rows of weights, then rows of input.
@@ -75,8 +63,8 @@ struct Stage {
 };
 __device__ __forceinline__ Stage stage_of(int index, const Params& p) {
     Stage stage;
-    stage.weight_pitch = int(p.chunk_terms) + kVec;
-    stage.input_pitch = int(p.chunk_terms) + kInputVec;
+    stage.weight_pitch = int(p.chunk_terms) + kStorageVec;
+    stage.input_pitch = int(p.chunk_terms) + kAccVec;
     const int weight_bytes = int(p.block_rows) * stage.weight_pitch * int(sizeof(storage_t));
     const int input_bytes = BLOCK_N * stage.input_pitch * int(sizeof(acc_t));
     unsigned char* const begin = dynamic_shared_memory() + index * (weight_bytes + input_bytes);
@@ -130,15 +118,15 @@ __device__ __forceinline__ void load_weights(
     const Params& p) {
     const int lane = threadIdx.x % 32;
     if (p.vector_weights) {
-        const WeightVector* source = reinterpret_cast<const WeightVector*>(weight + r_begin);
-        WeightVector* target = reinterpret_cast<WeightVector*>(stage.weight);
-        const int vectors = terms / kVec;
+        const StorageWords* source = reinterpret_cast<const StorageWords*>(weight + r_begin);
+        StorageWords* target = reinterpret_cast<StorageWords*>(stage.weight);
+        const int vectors = terms / kStorageVec;
 #pragma unroll 1
         for (int row = 0; row < rows; ++row) {
 #pragma unroll 4
             for (int v = lane; v < vectors; v += 32) copy_async(target + v, source + v);
-            source += p.weight_stride_out / kVec;
-            target += stage.weight_pitch / kVec;
+            source += p.weight_stride_out / kStorageVec;
+            target += stage.weight_pitch / kStorageVec;
         }
     } else {
         walk.start(r_begin + lane, p);
@@ -175,11 +163,12 @@ __device__ __forceinline__ void load_input(
         for (int b = 0; b < kBatch; ++b) {
             const index_t shift = walk.k * p.dilation;
             const storage_t* const source = columns.input + (walk.c_in * p.input_stride_c + shift * p.input_stride_l);
-            const unsigned end = first + 32 * b < terms ? unsigned(p.L_in) : 0;
+            const index_t length = first + 32 * b < terms ? p.L_in : 0;
 #pragma unroll
             for (int j = 0; j < BLOCK_N; ++j) {
-                const bool exists = unsigned(columns.position[j] + shift) < end;
-                value[b][j] = exists ? source[columns.offset[j]] : scalar::storage_zero();
+                const Source at = source_index(columns.position[j] + shift, length);
+                value[b][j] =
+                    at.exists ? source[columns.offset[j] + at.moved * p.input_stride_l] : scalar::storage_zero();
             }
             walk.advance(p);
         }
@@ -242,18 +231,18 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS) conv1d_ski
         if (chunk < 0 || !has_results) continue;
 
         const Stage stage = stage_of(turn, p);
-        const WeightVector* const w = reinterpret_cast<const WeightVector*>(stage.weight + row * stage.weight_pitch);
-        const InputVector* const x = reinterpret_cast<const InputVector*>(stage.input + column_begin * stage.input_pitch);
-        const int input_pitch = stage.input_pitch / kInputVec;
+        const StorageWords* const w = reinterpret_cast<const StorageWords*>(stage.weight + row * stage.weight_pitch);
+        const AccVector* const x = reinterpret_cast<const AccVector*>(stage.input + column_begin * stage.input_pitch);
+        const int input_pitch = stage.input_pitch / kAccVec;
         const int count = int((min_index(p.chunk_terms, R - chunk * p.chunk_terms) + kFetch - 1) / kFetch);
         const auto fetch = [&](Fetched& fetched, int index) {
 #pragma unroll
-            for (int v = 0; v < kFetch / kVec; ++v) fetched.weight[v] = w[index * (kFetch / kVec) + v];
+            for (int v = 0; v < kFetch / kStorageVec; ++v) fetched.weight[v] = w[index * (kFetch / kStorageVec) + v];
 #pragma unroll
             for (int j = 0; j < THREAD_N; ++j) {
 #pragma unroll
-                for (int v = 0; v < kFetch / kInputVec; ++v) {
-                    fetched.input[j][v] = x[j * input_pitch + index * (kFetch / kInputVec) + v];
+                for (int v = 0; v < kFetch / kAccVec; ++v) {
+                    fetched.input[j][v] = x[j * input_pitch + index * (kFetch / kAccVec) + v];
                 }
             }
         };
@@ -263,8 +252,8 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS) conv1d_ski
 #pragma unroll
                 for (int j = 0; j < THREAD_N; ++j) {
                     acc[j] = multiply_add(
-                        fetched.weight[t / kVec].load(t % kVec),
-                        fetched.input[j][t / kInputVec].element[t % kInputVec], acc[j]);
+                        scalar::load(element_of(fetched.weight[t / kStorageVec], t % kStorageVec)),
+                        fetched.input[j][t / kAccVec].element[t % kAccVec], acc[j]);
                 }
             }
         };
@@ -283,35 +272,25 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS) conv1d_ski
     }
     if (!has_results) return;
 
-    const acc_t offset = bias_or_zero(bias, (g * p.C_out_g + row_begin + row) * p.bias_stride);
+    const acc_t channel_bias = bias_or_zero(bias, (g * p.C_out_g + row_begin + row) * p.bias_stride);
     storage_t* const y = output + row * p.output_stride_c;
-    bool met_nan = false;
+    bool sum_again = false;
 #pragma unroll
     for (int j = 0; j < THREAD_N; ++j) {
         const index_t column = column_begin + j;
         if (column >= p.columns) break;
         const index_t n = column / p.L_out;
-        y[n * p.output_stride_n + (column - n * p.L_out) * p.output_stride_l] = scalar::round(add(acc[j], offset));
-        met_nan = met_nan || is_nan(acc[j]);
+        y[n * p.output_stride_n + (column - n * p.L_out) * p.output_stride_l] = finish(acc[j], channel_bias);
+        sum_again = sum_again || needs_canonical_sum(acc[j]);
     }
-    if (!met_nan) return;
-
-    // -- the rare way out: the thread's results are summed again, without the terms that are missing ---------------------
+    if (!sum_again) return;
     const storage_t* const w = weight + row * p.weight_stride_out;
 #pragma unroll 1
     for (index_t column = column_begin; column < min_index(column_begin + THREAD_N, p.columns); ++column) {
         const index_t n = column / p.L_out, l_out = column - n * p.L_out;
-        acc_t sum = scalar::zero();
-        for (index_t c_in = 0; c_in < p.C_in_g; ++c_in) {
-            for (index_t k = 0; k < p.K; ++k) {
-                const index_t l_in = l_out * p.stride - p.padding_left + k * p.dilation;
-                if (l_in < 0 || l_in >= p.L_in) continue;
-                const storage_t* const x = input + (n * p.input_stride_n + c_in * p.input_stride_c);
-                sum = multiply_add(
-                    scalar::load(w[c_in * p.weight_stride_in + k * p.weight_stride_k]),
-                    scalar::load(x[l_in * p.input_stride_l]), sum);
-            }
-        }
-        y[n * p.output_stride_n + l_out * p.output_stride_l] = scalar::round(add(sum, offset));
+        const acc_t sum = canonical_sum(
+            input + n * p.input_stride_n, l_out * p.stride - p.padding_left, p.dilation, p.K, p,
+            RowWeights(w, p.weight_stride_in, p.weight_stride_k));
+        y[n * p.output_stride_n + l_out * p.output_stride_l] = finish(sum, channel_bias);
     }
 }

@@ -22,12 +22,16 @@
 // Grid x: blocks of channels (fastest), then of tiles, then groups. Grid y and z: 1. Block: warps_c warps along the
 // channels by any number along the tiles. A block goes through `repeats` rows of tiles, and loads its weights once where
 // they are one chunk. Dynamic shared memory: where the entries of a term begin, weights, biases, entries.
-// Terms outside the input are multiplied as zeros, which tiled.cuh explains; a tile that has such terms and meets a NaN is
-// summed again without them.
-// Needs nothing: arrays of any strides, in elements. Chosen for 1 to 4 input channels a group where the input of a tile
+// Terms outside the input are multiplied as zeros; canonical_sum.cuh explains what follows from that.
+// Takes arrays of any strides, in elements. Chosen for 1 to 4 input channels a group where the input of a tile
 // fits in shared memory and conv1d_tail does not do.
 //
 // Macros read: BLOCK_L, THREAD_C, THREAD_L, IS_CONTIGUOUS, MAX_THREADS, MIN_BLOCKS, and those of common.cuh.
+
+#include "canonical_sum.cuh"
+#include "common.cuh"
+#include "edge.cuh"
+#include "finish.cuh"
 
 struct Params {
     index_t N, L_in, L_out, K;
@@ -44,19 +48,11 @@ struct Params {
 };
 static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/conv1d_stem.py");
 
-constexpr int kVec = sizeof(acc_t) < 16 ? 16 / int(sizeof(acc_t)) : 1;  // elements of one 16-byte access
 static_assert(BLOCK_L == 32 * THREAD_L, "a warp's lanes own its columns: gpuconv/families/conv1d_stem.py");
-static_assert(THREAD_C % kVec == 0, "a thread's weights are whole vectors: gpuconv/families/conv1d_stem.py");
+static_assert(THREAD_C % kAccVec == 0, "a thread's weights are whole vectors: gpuconv/families/conv1d_stem.py");
 
-struct alignas(16) WeightVector {
-    acc_t element[kVec];
-};
-struct alignas(sizeof(acc_t) * THREAD_L) Entry {
-    acc_t element[THREAD_L];
-};
-struct alignas(16) Offsets {
-    int element[4];
-};
+typedef Vector<acc_t, THREAD_L> Entry;
+typedef Vector<int> Offsets;
 
 extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS) conv1d_stem(
     const storage_t* __restrict__ input,   // [N, C_in, L_in]
@@ -75,12 +71,12 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS) conv1d_ste
     // [chunk_terms], in bytes, rounded up to whole vectors
     int* const smem_offset = reinterpret_cast<int*>(dynamic_shared_memory());
     // [warps_c][chunk_terms][THREAD_C], [warps_c][THREAD_C] and [warps_l][rows][row_pitch]
-    WeightVector* const smem_weight = reinterpret_cast<WeightVector*>(smem_offset + (chunk_terms + 3) / 4 * 4);
-    acc_t* const smem_bias = reinterpret_cast<acc_t*>(smem_weight + warps_c * chunk_terms * (THREAD_C / kVec));
+    AccVector* const smem_weight = reinterpret_cast<AccVector*>(smem_offset + (chunk_terms + 3) / 4 * 4);
+    acc_t* const smem_bias = reinterpret_cast<acc_t*>(smem_weight + warps_c * chunk_terms * (THREAD_C / kAccVec));
     Entry* const smem_input = reinterpret_cast<Entry*>(smem_bias + warps_c * THREAD_C);
     Entry* const entries = smem_input + warp_l * rows * row_pitch;  // of this warp's tile
     const unsigned char* const lane_entries = reinterpret_cast<const unsigned char*>(entries + lane);
-    const WeightVector* const weights = smem_weight + warp_c * chunk_terms * (THREAD_C / kVec);  // of its channels
+    const AccVector* const weights = smem_weight + warp_c * chunk_terms * (THREAD_C / kAccVec);  // of its channels
 
     unsigned block = blockIdx.x;
     const index_t channel_begin = index_t(next_index(block, p.channel_blocks)) * (warps_c * THREAD_C);
@@ -136,7 +132,7 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS) conv1d_ste
         const index_t first = l_begin * p.stride - p.padding_left;  // l_in of column 0, tap 0
 
         const index_t last = first + 31 * p.stride + (p.K - 1) * p.dilation;  // of column 31, last tap
-        const bool inside = first >= 0 && last + (THREAD_L - 1) * p.step_l * p.stride < p.L_in &&
+        const bool inside = is_inside(first, last + (THREAD_L - 1) * p.step_l * p.stride, p.L_in) &&
                             n_begin + (THREAD_L - 1) * p.step_n < p.N;  // all terms of all columns exist
 
         if (repeat > 0) __syncthreads();  // all have done with the entries of the tile before
@@ -162,10 +158,11 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS) conv1d_ste
                     for (int i = lane; i < row_pitch; i += 32) {
 #pragma unroll 1
                         for (int j = 0; j < THREAD_L; ++j) {
-                            const index_t l_in = row_first + (i + j * p.step_l) * p.stride;
+                            const Source source = source_index(row_first + (i + j * p.step_l) * p.stride, p.L_in);
                             acc_t value = scalar::zero();
-                            if (is_index(l_in, p.L_in) && n_begin + j * p.step_n < p.N) {
-                                value = scalar::load(x[j * p.step_n * p.input_stride_n + l_in * p.input_stride_l]);
+                            if (source.exists && n_begin + j * p.step_n < p.N) {
+                                value = scalar::load(
+                                    x[j * p.step_n * p.input_stride_n + source.index * p.input_stride_l]);
                             }
                             row_entries[i].element[j] = value;
                         }
@@ -182,14 +179,14 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS) conv1d_ste
         }
         const auto multiply_term = [&](int term, int offset) {
             const Entry x = *reinterpret_cast<const Entry*>(lane_entries + offset);
-            WeightVector w[THREAD_C / kVec];
+            AccVector w[THREAD_C / kAccVec];
 #pragma unroll
-            for (int c = 0; c < THREAD_C / kVec; ++c) w[c] = weights[term * (THREAD_C / kVec) + c];
+            for (int c = 0; c < THREAD_C / kAccVec; ++c) w[c] = weights[term * (THREAD_C / kAccVec) + c];
 #pragma unroll
             for (int c = 0; c < THREAD_C; ++c) {
 #pragma unroll
                 for (int j = 0; j < THREAD_L; ++j) {
-                    acc[c][j] = multiply_add(w[c / kVec].element[c % kVec], x.element[j], acc[c][j]);
+                    acc[c][j] = multiply_add(w[c / kAccVec].element[c % kAccVec], x.element[j], acc[c][j]);
                 }
             }
         };
@@ -223,44 +220,33 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS) conv1d_ste
 #pragma unroll
         for (int c = 0; c < THREAD_C; ++c) {
             if (c_begin + c >= p.C_out_g) break;
-            const acc_t last_term = smem_bias[warp_c * THREAD_C + c];
+            const acc_t channel_bias = smem_bias[warp_c * THREAD_C + c];
 #pragma unroll
             for (int j = 0; j < THREAD_L; ++j) {
-                if (is_output[j]) y[output_offset[j]] = scalar::round(add(acc[c][j], last_term));
+                if (is_output[j]) y[output_offset[j]] = finish(acc[c][j], channel_bias);
             }
             y += p.output_stride_c;
         }
 
-        // Where terms are missing, zeros stood for them, and a weight that is no number made NaNs of these.
-        if (inside) continue;
-        bool met_nan = false;
+        if (inside) continue;  // no zero stood for a sample
+        bool sum_again = false;
 #pragma unroll
         for (int c = 0; c < THREAD_C; ++c) {
 #pragma unroll
-            for (int j = 0; j < THREAD_L; ++j) met_nan = met_nan || is_nan(acc[c][j]);
+            for (int j = 0; j < THREAD_L; ++j) sum_again = sum_again || needs_canonical_sum(acc[c][j]);
         }
-        if (!met_nan) continue;
+        if (!sum_again) continue;
 #pragma unroll 1
         for (int e = 0; e < THREAD_C * THREAD_L; ++e) {
             const int c = e / THREAD_L, j = e % THREAD_L;
             const index_t n = n_begin + j * p.step_n, l_out = l_lane + j * p.step_l;
             if (c_begin + c >= p.C_out_g || n >= p.N || l_out >= p.L_out) continue;
-            const storage_t* const x = input + n * p.input_stride_n;
             const storage_t* const w = weight + (c_begin + c) * p.weight_stride_out;
-            acc_t sum = scalar::zero();
-#pragma unroll 1
-            for (index_t c_in = 0; c_in < p.C_in_g; ++c_in) {
-#pragma unroll 1
-                for (index_t k = 0; k < p.K; ++k) {
-                    const index_t l_in = l_out * p.stride - p.padding_left + k * p.dilation;
-                    if (!is_index(l_in, p.L_in)) continue;
-                    sum = multiply_add(
-                        scalar::load(w[c_in * p.weight_stride_in + k * p.weight_stride_k]),
-                        scalar::load(x[c_in * p.input_stride_c + l_in * p.input_stride_l]), sum);
-                }
-            }
+            const acc_t sum = canonical_sum(
+                input + n * p.input_stride_n, l_out * p.stride - p.padding_left, p.dilation, p.K, p,
+                RowWeights(w, p.weight_stride_in, p.weight_stride_k));
             output[n * p.output_stride_n + c * p.output_stride_c + l_out * p.output_stride_l] =
-                scalar::round(add(sum, smem_bias[warp_c * THREAD_C + c]));
+                finish(sum, smem_bias[warp_c * THREAD_C + c]);
         }
     }
 }

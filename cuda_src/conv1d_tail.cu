@@ -9,9 +9,12 @@
 // vector_stores = 1 says that they are aligned.
 // Grid x: blocks of neighbouring columns (fastest), then samples, then groups. Grid y and z: 1. Dynamic shared memory: two
 // buffers of input and weights.
-// Uses: sliding.cuh
 // Macros read: MIN_BLOCKS, and those of sliding.cuh.
-// Needs nothing: arrays of any strides, in elements. Chosen for 1 to 4 output channels a group.
+// Takes arrays of any strides, in elements. Chosen for 1 to 4 output channels a group.
+
+#include "common.cuh"
+#include "finish.cuh"
+#include "sliding.cuh"
 
 struct Params {
     index_t N, L_in, L_out, K;
@@ -38,20 +41,10 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads, MIN_BLOCKS) conv1d_tai
     const index_t n = next_index(block, p.N);
     const index_t g = block;
 
-    Slide slide;
-    slide.input = input + (n * p.input_stride_n + g * p.C_in_g * p.input_stride_c);
-    slide.C_in_g = p.C_in_g;
-    slide.L_in = p.L_in;
+    Slide slide = slide_with_layout(input, n, g, column_block, p);
     slide.taps = p.K;
-    slide.column_begin = column_block * (index_t(blockDim.x) * kVec);
     slide.columns = p.L_out;
     slide.first = -p.padding_left;
-    slide.input_stride_c = p.input_stride_c;
-    slide.input_stride_l = p.input_stride_l;
-    slide.tap_blocks = int(p.tap_blocks);
-    slide.lead = int(p.lead);
-    slide.chunk_channels = int(p.chunk_channels);
-    slide.copy_elements = int(p.copy_elements);
     weight += g * p.C_out_g * p.weight_stride_out;                            // weight[g*C_out_g, 0, 0]
     output += n * p.output_stride_n + g * p.C_out_g * p.output_stride_c;      // output[n, g*C_out_g, 0]
 
@@ -60,21 +53,21 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads, MIN_BLOCKS) conv1d_tai
         return weight + (row * p.weight_stride_out + c_in * p.weight_stride_in + k * p.weight_stride_k);
     };
     const auto result = [&](int row, acc_t sum) {
-        return scalar::round(add(sum, bias_or_zero(bias, (g * p.C_out_g + row) * p.bias_stride)));
+        return finish(sum, bias_or_zero(bias, (g * p.C_out_g + row) * p.bias_stride));
     };
     const auto store = [&](int row, index_t l_out, const acc_t(&sums)[kVec]) {
         if (row >= p.C_out_g) return;
         storage_t* const y = output + (row * p.output_stride_c + l_out * p.output_stride_l);
-        InputVector vector;
+        StorageWords vector;
 #pragma unroll
-        for (int j = 0; j < kVec; ++j) vector.element[j] = result(row, sums[j]);
+        for (int j = 0; j < kVec; ++j) set_element(vector, j, result(row, sums[j]));
         if (p.vector_stores && l_out + kVec <= p.L_out) {
-            *reinterpret_cast<InputVector*>(y) = vector;
+            *reinterpret_cast<StorageWords*>(y) = vector;
             return;
         }
 #pragma unroll
         for (int j = 0; j < kVec; ++j) {
-            if (l_out + j < p.L_out) y[j * p.output_stride_l] = vector.element[j];
+            if (l_out + j < p.L_out) y[j * p.output_stride_l] = element_of(vector, j);
         }
     };
     const auto store_one = [&](int row, index_t l_out, acc_t sum) {

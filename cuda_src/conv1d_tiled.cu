@@ -9,9 +9,11 @@
 // BLOCK_N columns, then samples where COLUMN_STEP > 0, then groups. Grid y and z: 1. Dynamic shared memory:
 // SHARED_BYTES.
 // Before it pack_weight.cu packs the weights.
-// Uses: register_tile.cuh
-// Uses: tiled.cuh
-// Needs nothing: arrays of any strides, in elements. Chosen for at least 5 output channels a group.
+// Takes arrays of any strides, in elements. Chosen for at least 5 output channels a group.
+
+#include "common.cuh"
+#include "register_tile.cuh"
+#include "tiled.cuh"
 
 struct Params {
     index_t N, L_in, L_out, K;
@@ -39,7 +41,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) conv1d_tiled(
         const index_t n = kOneSample ? next_index(block, p.N) : 0;
         const index_t g = block;
 
-        Tile tile;
+        Tile tile = tile_with_layout(p);
         tile.input = input;
         tile.input_begin = n * p.input_stride_n + g * p.C_in_g * p.input_stride_c;
         tile.weight = weight + (g * p.row_tiles + row_tile) * p.weight_stride_tile;
@@ -49,28 +51,15 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) conv1d_tiled(
         tile.column_begin = index_t(column_tile) * BLOCK_N;
         tile.columns = kOneSample ? p.L_out : p.N * p.L_out;
         tile.positions = p.L_out;
-        tile.C_in_g = p.C_in_g;
         tile.taps = tile.row_taps = p.K;
-        tile.L_in = p.L_in;
-        tile.L_out = p.L_out;
         tile.column_step = kOneSample ? COLUMN_STEP : p.stride;
         tile.first = -p.padding_left;
         tile.tap_step = p.dilation;
         tile.output_step = 1;
         tile.output_first = 0;
-        tile.input_stride_n = p.input_stride_n;
-        tile.input_stride_l = kOneSample ? 1 : p.input_stride_l;
-        tile.input_stride_c = p.input_stride_c;
-        tile.taps_advance = p.taps_advance;
-        tile.input_advance = p.input_advance;
-        tile.input_carry = p.input_carry;
-        tile.output_stride_n = p.output_stride_n;
-        tile.output_stride_l = p.output_stride_l;
         tile.group = g;
         tile.find_samples();
         return tile;
     };
-    multiply_tile(tile_of, bias, [&](const Tile& tile, index_t row) {
-        return Row{p.K, row * p.output_stride_c, 0, (tile.group * p.C_out_g + row) * p.bias_stride};
-    });
+    multiply_tile(tile_of, bias, [&](const Tile& tile, index_t row) { return channel_row(tile, row, p); });
 }

@@ -8,8 +8,8 @@
 //
 // SLIDE_STRIDE = 1 or 2: that stride, dilation 1, input and output contiguous along l. Sliding threads, which go down the
 // window as the taps go up: with l_out + padding_left = q*stride + phase, tap phase + i*stride meets l_in = q - i. A
-// thread's results are THREAD_L/stride values of q in every phase; a step takes kVec taps of every phase, one 16-byte
-// load of window and one of taps of each phase for THREAD_L*kVec multiply-adds. Dynamic shared memory: the taps of the
+// thread's results are THREAD_L/stride values of q in every phase; a step takes kAccVec taps of every phase, one 16-byte
+// load of window and one of taps of each phase for THREAD_L*kAccVec multiply-adds. Dynamic shared memory: the taps of the
 // block's rows, then the windows of the input that they meet.
 // IS_SKIPPING = 1, SLIDE_STRIDE = 0: stride 1, any dilation, input and output contiguous along l. Skipping threads, the
 // same shared memory and in front of it the results of a warp, which pass through.
@@ -17,8 +17,12 @@
 // after the other, visits only the taps of their phases (conv_transpose1d_gather.cu) and reads through the cache, which
 // serves the stride results that meet the same input.
 //
-// Uses: depthwise.cuh
 // Chosen for fewer than 8 output channels a group.
+
+#include "common.cuh"
+#include "depthwise.cuh"
+#include "edge.cuh"
+#include "finish.cuh"
 
 struct Params {
     index_t N, C_out, L_in, L_out, K;
@@ -42,19 +46,15 @@ struct Params {
 };
 static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/conv_transpose1d_depthwise.py");
 
-// input[n, c_in, 0] and weight[c_in, c_out % C_out_g, 0] of a thread's row.
-__device__ __forceinline__ const storage_t* input_row(const storage_t* input, const Place& at, const Params& p) {
-    const index_t c_in = p.C_out_g == 1 ? at.c_out : at.c_out / p.C_out_g;
-    return input + at.n * p.input_stride_n + c_in * p.input_stride_c;
-}
+// weight[c_in, c_out % C_out_g, 0] of a thread's row.
 __device__ __forceinline__ const storage_t* weight_row(const storage_t* weight, const Place& at, const Params& p) {
     const index_t c_in = p.C_out_g == 1 ? at.c_out : at.c_out / p.C_out_g;
     return weight + c_in * p.weight_stride_in + (at.c_out - c_in * p.C_out_g) * p.weight_stride_out;
 }
 
-// The result at l_out from the taps of its phase alone, before the bias.
-__device__ __forceinline__ acc_t sum_existing_terms(
-    const storage_t* x, const storage_t* w, index_t l_out, const Params& p) {
+// The sum at l_out over the taps of its phase that exist, in the canonical order: the rule where threads neither slide nor
+// skip, else the NaN fallback.
+__device__ __forceinline__ acc_t sum_existing_terms(const storage_t* x, const storage_t* w, index_t l_out, const Params& p) {
     acc_t acc = scalar::zero();
     const index_t t = l_out + p.padding_left;
     index_t k, l_in;
@@ -68,16 +68,18 @@ __device__ __forceinline__ acc_t sum_existing_terms(
         l_in = (t - k * p.dilation) / p.stride;  // exact, perhaps negative
     }
 #pragma unroll 4
-    for (; k < p.K && l_in >= 0; k += p.tap_step, l_in -= p.position_step) {
-        if (l_in >= p.L_in) continue;
-        acc = multiply_add(scalar::load(w[k * p.weight_stride_k]), scalar::load(x[l_in * p.input_stride_l]), acc);
+    for (; k < p.K && exists_down(l_in); k += p.tap_step, l_in -= p.position_step) {
+        const Source source = source_index(l_in, p.L_in);
+        if (!source.exists) continue;
+        const storage_t value = x[source.index * p.input_stride_l];
+        acc = multiply_add(scalar::load(w[k * p.weight_stride_k]), scalar::load(value), acc);
     }
     return acc;
 }
 
 #if SLIDE_STRIDE > 0
 
-constexpr int kThreadVecs = THREAD_L / kPhases / kVec;  // vectors of q that a thread holds
+constexpr int kThreadVecs = THREAD_L / kPhases / kAccVec;  // vectors of q that a thread holds
 constexpr int kHeld = kThreadVecs + 1;
 static_assert(kThreadVecs == 1 || kThreadVecs == 2, "a thread holds one or two vectors of positions");
 
@@ -85,11 +87,11 @@ __device__ __forceinline__ void convolve_rows(
     const storage_t* input, const storage_t* weight, const storage_t* bias, storage_t* output, const Params& p) {
     const Place at = find_place(p, blockIdx.x);
     const int row_threads = int(p.row_threads), plane_pitch = int(p.plane_pitch);
-    storage_t* const y = output + at.n * p.output_stride_n + at.c_out * p.output_stride_c;  // output[n, c_out, 0]
+    storage_t* const y = output_row(output, at, p);
     acc_t* const shared = reinterpret_cast<acc_t*>(dynamic_shared_memory());
     acc_t* const taps = shared + at.row_in_block * p.taps_pitch;
-    Vector* const window =
-        reinterpret_cast<Vector*>(shared + p.block_rows * p.taps_pitch) + (at.row_in_block * p.window_pitch + 1);
+    AccVector* const window =
+        reinterpret_cast<AccVector*>(shared + p.block_rows * p.taps_pitch) + (at.row_in_block * p.window_pitch + 1);
     index_t l_begin = 0, start = 0;  // of the tile, and of its window
     int steps = 0;
 
@@ -100,7 +102,7 @@ __device__ __forceinline__ void convolve_rows(
         // With `lead` zeros before the taps the tile begins with phase 0, and its q at a boundary of the input.
         const index_t t = l_begin + p.padding_left;
         const int lead = int(-(t + kPhases * elements_past_boundary(x))) & (kTaps - 1);
-        start = (t + lead) / kPhases - p.window_below * kVec;
+        start = (t + lead) / kPhases - p.window_below * kAccVec;
         steps = int(ceil_div(p.K + lead, kTaps));
         stage_taps(taps, w, p.weight_stride_k, p.K, lead, steps * kTaps, at.place, row_threads);
         const int ahead = elements_ahead(x, start);
@@ -111,7 +113,7 @@ __device__ __forceinline__ void convolve_rows(
     __syncthreads();
     if (!at.has_row) return;
 
-    const acc_t offset = bias_or_zero(bias, at.c_out * p.bias_stride);
+    const acc_t channel_bias = bias_or_zero(bias, at.c_out * p.bias_stride);
 #pragma unroll 1
     for (int place = at.place; place < row_threads * int(p.repeats); place += row_threads) {
         const index_t l_out = l_begin + place * THREAD_L;
@@ -122,20 +124,20 @@ __device__ __forceinline__ void convolve_rows(
         // want it.
         const int lowest = int(p.window_below) + kThreadVecs * place;
         int step = 0, steps_end = steps;
-        if (steps > kFewSteps) {
-            const index_t behind = min_index(p.L_in - start, p.window * kVec);  // the position behind the input's last
+        if (kIsEmptyOutside && steps > kFewSteps) {
+            const index_t behind = min_index(p.L_in - start, p.window * kAccVec);  // the position behind the input's last
             const index_t before = max_index(-start, 0);                       // the input's first
-            step = int(max_index(lowest - 1 - ceil_div(max_index(behind, 0), kVec), 0)) & ~1;
-            steps_end = behind > 0 ? int(min_index(steps, lowest + kThreadVecs - before / kVec)) : 0;
+            step = int(max_index(lowest - 1 - ceil_div(max_index(behind, 0), kAccVec), 0)) & ~1;
+            steps_end = behind > 0 ? int(min_index(steps, lowest + kThreadVecs - before / kAccVec)) : 0;
         }
 
         acc_t acc[THREAD_L];
 #pragma unroll
         for (int j = 0; j < THREAD_L; ++j) acc[j] = scalar::zero();
         if (step < steps_end) {
-            const Vector* tap = reinterpret_cast<const Vector*>(taps) + kPhases * step;
-            const Vector* next = window + (lowest - step) / kThreadVecs;  // lowest - step is a multiple of kThreadVecs
-            Vector held[kHeld];
+            const AccVector* tap = reinterpret_cast<const AccVector*>(taps) + kPhases * step;
+            const AccVector* next = window + (lowest - step) / kThreadVecs;  // lowest - step is a multiple of kThreadVecs
+            AccVector held[kHeld];
 #pragma unroll
             for (int v = 0; v < kThreadVecs; ++v) held[v] = next[v * plane_pitch];
             // Of the vectors held, `first` has the thread's first q in the step's first tap; the vector below joins it.
@@ -143,17 +145,17 @@ __device__ __forceinline__ void convolve_rows(
                 const int below = (first + kHeld - 1) % kHeld;
                 held[below] = kThreadVecs == 1 ? next[-1 - index]
                                                : next[(index + 1) % 2 * plane_pitch - (index + 2) / 2];
-                Vector term[kPhases];
+                AccVector term[kPhases];
 #pragma unroll
                 for (int phase = 0; phase < kPhases; ++phase) term[phase] = tap[index * kPhases + phase];
 #pragma unroll
                 for (int t = 0; t < kTaps; ++t) {
 #pragma unroll
                     for (int j = t % kPhases; j < THREAD_L; j += kPhases) {
-                        const int position = j / kPhases - t / kPhases + kVec;  // from the beginning of the vector below
+                        const int position = j / kPhases - t / kPhases + kAccVec;  // from the beginning of the vector below
                         acc[j] = multiply_add(
-                            term[t / kVec].element[t % kVec],
-                            held[(below + position / kVec) % kHeld].element[position % kVec], acc[j]);
+                            term[t / kAccVec].element[t % kAccVec],
+                            held[(below + position / kAccVec) % kHeld].element[position % kAccVec], acc[j]);
                     }
                 }
             };
@@ -175,8 +177,8 @@ __device__ __forceinline__ void convolve_rows(
                 tap += 6 * kPhases;
             }
         }
-        store_results(y, l_out, p.L_out, acc, offset, [&](index_t l) {
-            const Place again = find_place(p, block_index_again());  // rather than pointers held for the rare case
+        store_results(y, l_out, p.L_out, acc, channel_bias, [&](index_t l) {
+            const Place again = find_place(p, block_index_again());  // found again rather than held in registers
             return sum_existing_terms(input_row(input, again, p), weight_row(weight, again, p), l, p);
         });
     }
@@ -197,13 +199,13 @@ __device__ __forceinline__ void convolve_rows(
     if (!at.has_row) return;
     const storage_t* const x = input_row(input, at, p);
     const storage_t* const w = weight_row(weight, at, p);
-    storage_t* const y = output + at.n * p.output_stride_n + at.c_out * p.output_stride_c;  // output[n, c_out, 0]
-    const acc_t offset = bias_or_zero(bias, at.c_out * p.bias_stride);
+    storage_t* const y = output_row(output, at, p);
+    const acc_t channel_bias = bias_or_zero(bias, at.c_out * p.bias_stride);
     const int results = THREAD_L * int(p.repeats);
     index_t l_out = at.tile * p.row_threads * results + at.place;
 #pragma unroll 1
     for (int j = 0; j < results && l_out < p.L_out; ++j, l_out += p.row_threads) {
-        y[l_out * p.output_stride_l] = scalar::round(add(sum_existing_terms(x, w, l_out, p), offset));
+        y[l_out * p.output_stride_l] = finish(sum_existing_terms(x, w, l_out, p), channel_bias);
     }
 }
 

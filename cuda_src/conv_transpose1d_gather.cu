@@ -11,8 +11,12 @@
 // dilation/gcd modulo tap_step. From one such tap to the next l_in falls by position_step = dilation/gcd.
 //
 // Grid x: blocks of BLOCK_SIZE consecutive elements of the flattened output (n, c_out, l_out), l_out fastest; where the
-// grid is shorter than the output, threads go round again. Grid y and z: 1. No shared memory, no atomics.
-// Needs nothing: arrays of any strides, zero and negative included, in elements.
+// grid is shorter than the output, threads take several. Grid y and z: 1. No shared memory, no atomics.
+// Takes arrays of any strides, zero and negative ones too, in elements.
+
+#include "common.cuh"
+#include "edge.cuh"
+#include "finish.cuh"
 
 struct Params {
     index_t num_outputs;  // N * C_out * L_out
@@ -41,17 +45,16 @@ extern "C" __global__ void __launch_bounds__(BLOCK_SIZE, 2) conv_transpose1d_gat
         const index_t c_out = row - n * p.C_out;
         const index_t g = c_out / p.C_out_g;
 
-        // The phase's taps are k_first + j*tap_step and read l_first - j*position_step; j_begin <= j < j_end are those
-        // with k < K and l_in in [0, L_in).
+        // The phase's taps are k_first + j*tap_step and read l_first - j*position_step.
         const index_t t = l_out + p.padding_left;
         const index_t t_gcd = t / p.phase_gcd;
-        index_t k_first = 0, l_first = 0, j_begin = 0, j_end = 0;
+        index_t k_first = 0, l_first = 0;
+        Range taps = {0, 0};  // of j
         if (t_gcd * p.phase_gcd == t) {
             k_first = t_gcd % p.tap_step * p.phase_inverse % p.tap_step;
             l_first = (t - k_first * p.dilation) / p.stride;  // exact, perhaps negative
-            if (l_first >= 0 && k_first < p.K) {
-                j_end = min_index(ceil_div(p.K - k_first, p.tap_step), l_first / p.position_step + 1);
-                if (l_first >= p.L_in) j_begin = ceil_div(l_first - p.L_in + 1, p.position_step);
+            if (k_first < p.K) {
+                taps = existing_range_down(l_first, p.position_step, ceil_div(p.K - k_first, p.tap_step), p.L_in);
             }
         }
 
@@ -61,15 +64,15 @@ extern "C" __global__ void __launch_bounds__(BLOCK_SIZE, 2) conv_transpose1d_gat
 
         acc_t acc = scalar::zero();
         for (index_t c_in = 0; c_in < p.C_in_g; ++c_in) {
-            for (index_t j = j_begin; j < j_end; ++j) {
+            for (index_t j = taps.begin; j < taps.end; ++j) {
                 const index_t k = k_first + j * p.tap_step;
-                const index_t l_in = l_first - j * p.position_step;
+                const index_t l_in = source_index(l_first - j * p.position_step, p.L_in).index;
                 acc = multiply_add(
                     scalar::load(w[c_in * p.weight_stride_in + k * p.weight_stride_k]),
                     scalar::load(x[c_in * p.input_stride_c + l_in * p.input_stride_l]), acc);
             }
         }
-        acc = add(acc, bias_or_zero(bias, c_out * p.bias_stride));
-        output[n * p.output_stride_n + c_out * p.output_stride_c + l_out * p.output_stride_l] = scalar::round(acc);
+        output[n * p.output_stride_n + c_out * p.output_stride_c + l_out * p.output_stride_l] =
+            finish(acc, bias_or_zero(bias, c_out * p.bias_stride));
     }
 }

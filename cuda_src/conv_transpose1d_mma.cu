@@ -4,16 +4,16 @@
 //       + sum over c_in < C_in_g, k < K of weight[g*C_in_g + c_in, c_out % C_out_g, k] * input[n, g*C_in_g + c_in, l_in],
 //   g = c_out / C_out_g,   l_in*stride = l_out + padding_left - k*dilation,   taps without such an l_in left out.
 //
-// The products of conv_transpose1d_phases.cu by mma.cuh: columns (n, q) with l_out + padding_left = q*stride + phase; one
-// product with rows (c_out, phase), phase inner, where dilation is 1 (PHASES_IN_ROWS = 1), else one for each phase.
-//
+// The product of mma.cuh with columns (n, q) and with rows and taps as phases.cuh says.
 // Grid x: blocks of BLOCK_M rows (fastest), of block_positions positions, of block_samples samples, products, and
 // segments where SEGMENT_MODE is 2. Grid y and z: 1. Dynamic shared memory: see mma.cuh.
 // Before it pack_mma_weight.cu packs the weights, with zeros for the taps that a phase lacks.
-// Uses: tf32.cuh
-// Uses: mma.cuh
 // Needs float16, bfloat16 (sm_80) or float32 (sm_80) arrays of any strides, in elements. Chosen for at least 8 input
 // channels and 8 output channels (times stride where dilation is 1) a group; see gpuconv/families/mma.py.
+
+#include "common.cuh"
+#include "mma.cuh"
+#include "phases.cuh"
 
 struct Params {
     index_t N, L_in, L_out, K;
@@ -37,15 +37,15 @@ static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/famil
 
 extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) conv_transpose1d_mma(
     const storage_t* __restrict__ input,  // [N, C_in, L_in]
-    const Vector* __restrict__ weight,    // packed: see pack_mma_weight.cu
+    const StorageVector* __restrict__ weight,    // packed: see pack_mma_weight.cu
     const storage_t* __restrict__ bias,   // [C_out], or null
     storage_t* __restrict__ output,       // [N, C_out, L_out]
 #if SEGMENT_MODE >= 2
-    float4* __restrict__ partial,         // sums of segments: see mma.cuh
+    AccVector* __restrict__ partial,      // sums of segments: see mma.cuh
 #endif
     const Params p) {
 #if SEGMENT_MODE < 2
-    float4* const partial = nullptr;
+    AccVector* const partial = nullptr;
 #endif
     const auto tile_of = [&](unsigned block) {
         const index_t row_tile = next_index(block, p.row_tiles);
@@ -55,17 +55,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) conv_transpos
         const index_t g = PHASES_IN_ROWS ? product : product / p.stride;
         const index_t phase = PHASES_IN_ROWS ? 0 : product - g * p.stride;
 
-        // The phase of this block, if it has one: see conv_transpose1d_gather.cu.
-        index_t l_shift = 0, taps = p.taps;
-        if (!PHASES_IN_ROWS) {
-            const index_t phase_quotient = phase / p.phase_gcd;
-            taps = 0;
-            if (phase_quotient * p.phase_gcd == phase) {
-                const index_t k_first = phase_quotient % p.tap_step * p.phase_inverse % p.tap_step;
-                l_shift = (phase - k_first * p.dilation) / p.stride;  // exact, perhaps negative
-                if (k_first < p.K) taps = ceil_div(p.K - k_first, p.tap_step);
-            }
-        }
+        const Phase found = find_phase(unsigned(phase), p);
 
         Tile tile = tile_with_layout(p);
         tile.input = input + (n * p.input_stride_n + g * p.C_in_g * p.input_stride_c);
@@ -77,22 +67,14 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) conv_transpos
         tile.samples = p.N - n;
         tile.position_begin = column_tile * p.block_positions;
         tile.positions = p.positions;
-        tile.row_taps = taps;
+        tile.row_taps = found.taps;
         tile.column_step = 1;
-        tile.first = p.q_begin + l_shift;
+        tile.first = p.q_begin + found.l_shift;
         tile.tap_step = -p.position_step;
         tile.output_step = p.stride;
         tile.output_first = p.q_begin * p.stride + phase - p.padding_left;
         return tile;
     };
-    run_block(tile_of, window_of(p), bias, [&](const Tile& tile, index_t row) {
-        const index_t c_out = PHASES_IN_ROWS ? row / p.stride : row;
-        const index_t row_phase = PHASES_IN_ROWS ? row - c_out * p.stride : 0;
-        Row info;
-        info.taps = PHASES_IN_ROWS ? (row_phase < p.K ? ceil_div(p.K - row_phase, p.stride) : 0) : tile.row_taps;
-        info.output_offset = c_out * p.output_stride_c;
-        info.shift = row_phase;
-        info.bias_offset = (tile.group * p.C_out_g + c_out) * p.bias_stride;
-        return info;
-    }, partial);
+    run_block(
+        tile_of, window_of(p), bias, [&](const Tile& tile, index_t row) { return phase_row(tile, row, p); }, partial);
 }

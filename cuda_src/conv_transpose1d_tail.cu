@@ -9,9 +9,12 @@
 // sliding.cuh with rows = (c_out, phase), columns = q.
 // Grid x: blocks of THREAD_C rows (fastest, so that blocks which read one window run together), then of neighbouring columns,
 // then samples, then groups. Grid y and z: 1. Dynamic shared memory: two buffers of input and weights.
-// Uses: sliding.cuh
 // Macros read: MIN_BLOCKS, and those of sliding.cuh.
-// Needs nothing: arrays of any strides, in elements. Chosen for 1 to 4 output channels a group and few rows.
+// Takes arrays of any strides, in elements. Chosen for 1 to 4 output channels a group and few rows.
+
+#include "common.cuh"
+#include "finish.cuh"
+#include "sliding.cuh"
 
 struct Params {
     index_t N, L_in, L_out, K;
@@ -39,20 +42,10 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads, MIN_BLOCKS) conv_trans
     const index_t g = block;
     const int stride = int(p.stride), rows = int(p.C_out_g) * stride;  // few, or the family refuses
 
-    Slide slide;
-    slide.input = input + (n * p.input_stride_n + g * p.C_in_g * p.input_stride_c);
-    slide.C_in_g = p.C_in_g;
-    slide.L_in = p.L_in;
+    Slide slide = slide_with_layout(input, n, g, column_block, p);
     slide.taps = p.taps;
-    slide.column_begin = column_block * (index_t(blockDim.x) * kVec);
     slide.columns = p.columns;
     slide.first = p.q_begin;
-    slide.input_stride_c = p.input_stride_c;
-    slide.input_stride_l = p.input_stride_l;
-    slide.tap_blocks = int(p.tap_blocks);
-    slide.lead = int(p.lead);
-    slide.chunk_channels = int(p.chunk_channels);
-    slide.copy_elements = int(p.copy_elements);
     weight += g * p.C_in_g * p.weight_stride_in;                          // weight[g*C_in_g, 0, 0]
     output += n * p.output_stride_n + g * p.C_out_g * p.output_stride_c;  // output[n, g*C_out_g, 0]
 
@@ -66,12 +59,12 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads, MIN_BLOCKS) conv_trans
     const auto store_some = [&](int row, index_t column, const acc_t* sums, int count) {
         if (row_begin + row >= rows) return;
         const int c_out = (row_begin + row) / stride, phase = row_begin + row - c_out * stride;
-        const acc_t last = bias_or_zero(bias, (g * p.C_out_g + c_out) * p.bias_stride);
+        const acc_t channel_bias = bias_or_zero(bias, (g * p.C_out_g + c_out) * p.bias_stride);
         index_t l_out = (p.q_begin + column) * stride + phase - p.padding_left;
         index_t offset = c_out * p.output_stride_c + l_out * p.output_stride_l;
 #pragma unroll
         for (int j = 0; j < count; ++j) {
-            if (is_index(l_out, p.L_out)) output[offset] = scalar::round(add(sums[j], last));
+            if (is_index(l_out, p.L_out)) output[offset] = finish(sums[j], channel_bias);
             l_out += stride;
             offset += stride * p.output_stride_l;
         }

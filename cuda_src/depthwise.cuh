@@ -10,8 +10,7 @@
 // accumulators, with zeros for taps and positions that do not exist. The tile of each row begins at a 16-byte boundary
 // of its output, so that all stores but those at the ends of a row are 16 bytes wide; its window begins at a boundary of
 // the input, and the taps shift by `lead` zeros to make up for it.
-// Products with those zeros change no bit (see bias_or_zero in common.cuh) unless the other factor is infinite or NaN; so
-// a thread that meets a NaN computes its results again, without them.
+// canonical_sum.cuh explains what follows from those zeros.
 //
 // A skipping thread, of a layer with stride 1 and a dilation, finds its window and taps staged likewise, without `lead`: a
 // warp holds 32*THREAD_L neighbouring results, a thread every 32nd of them, so that whatever the dilation a warp reads
@@ -19,18 +18,23 @@
 //
 // Macros read: SLIDE_STRIDE, IS_SKIPPING, THREAD_L, DTYPE_BYTES, BLOCK_SIZE, MIN_BLOCKS, and those of common.cuh.
 
-constexpr int kVec = sizeof(acc_t) < 16 ? 16 / int(sizeof(acc_t)) : 1;  // accumulators of a 16-byte access
-constexpr int kStorageVec = 16 / int(sizeof(storage_t));               // elements of a 16-byte access
+#pragma once
+
+#include "canonical_sum.cuh"
+#include "common.cuh"
+#include "edge.cuh"
+#include "finish.cuh"
+
 constexpr int kPhases = SLIDE_STRIDE > 0 ? SLIDE_STRIDE : 1;
-constexpr int kTaps = kPhases * kVec;  // of one step of a sliding thread
-constexpr int kParts = kStorageVec / kVec;  // vectors of accumulators from one vector of elements
+constexpr int kTaps = kPhases * kAccVec;  // of one step of a sliding thread
+constexpr int kParts = kStorageVec / kAccVec;  // vectors of accumulators from one vector of elements
 constexpr int kBatch = kParts == 2 ? 2 : 4;  // times 16 bytes that a thread loads before it stores the first
 // Up to these a sliding thread takes every step: finding those to leave out costs as much.
 constexpr int kFewSteps = 2;
 static_assert(kParts == 1 || kParts == 2, "a vector of elements becomes one or two vectors of accumulators");
 static_assert(sizeof(storage_t) == DTYPE_BYTES, "DTYPE_BYTES differs from gpuconv/families/depthwise.py");
 static_assert(
-    (SLIDE_STRIDE == 0 && !IS_SKIPPING) || (THREAD_L == 2 * kVec && THREAD_L % kStorageVec == 0),
+    (SLIDE_STRIDE == 0 && !IS_SKIPPING) || (THREAD_L == 2 * kAccVec && THREAD_L % kStorageVec == 0),
     "a thread holds two vectors of accumulators: gpuconv/families/depthwise.py");
 
 // Blocks that a multiprocessor must be able to hold; one of sm_75 has 1024 threads.
@@ -39,24 +43,6 @@ constexpr int kMinBlocks = MIN_BLOCKS * BLOCK_SIZE > 1024 ? 1024 / BLOCK_SIZE : 
 #else
 constexpr int kMinBlocks = MIN_BLOCKS;
 #endif
-
-struct alignas(16) Vector {
-    acc_t element[kVec];
-};
-// 16 bytes of elements. Those of 2 bytes are kept in words, from which the compiler converts them without moves.
-struct alignas(16) StorageVector {
-#if DTYPE_BYTES == 2
-    unsigned word[4];
-    __device__ __forceinline__ storage_t get(int e) const { return storage_t(word[e / 2] >> 16 * (e % 2)); }
-    __device__ __forceinline__ void set(int e, storage_t value) {
-        word[e / 2] = e % 2 == 0 ? unsigned(value) : word[e / 2] | unsigned(value) << 16;  // in ascending order
-    }
-#else
-    storage_t element[kStorageVec];
-    __device__ __forceinline__ storage_t get(int e) const { return element[e]; }
-    __device__ __forceinline__ void set(int e, storage_t value) { element[e] = value; }
-#endif
-};
 
 // Elements from the last 16-byte boundary to a pointer.
 __device__ __forceinline__ int elements_past_boundary(const storage_t* pointer) {
@@ -96,6 +82,17 @@ __device__ __forceinline__ Place find_place(const ParamsT& p, unsigned block) {
     return at;
 }
 
+// input[n, c_in, 0] and output[n, c_out, 0] of a thread's row.
+template <typename ParamsT>
+__device__ __forceinline__ const storage_t* input_row(const storage_t* input, const Place& at, const ParamsT& p) {
+    const index_t c_in = p.C_out_g == 1 ? at.c_out : at.c_out / p.C_out_g;
+    return input + at.n * p.input_stride_n + c_in * p.input_stride_c;
+}
+template <typename ParamsT>
+__device__ __forceinline__ storage_t* output_row(storage_t* output, const Place& at, const ParamsT& p) {
+    return output + at.n * p.output_stride_n + at.c_out * p.output_stride_c;
+}
+
 // taps[k + lead] = weight of tap k, zeros before and behind, `count` in all.
 __device__ __forceinline__ void stage_taps(
     acc_t* taps, const storage_t* w, index_t weight_stride_k, index_t K, int lead, int count, int place, int row_threads) {
@@ -106,23 +103,34 @@ __device__ __forceinline__ void stage_taps(
     }
 }
 
+// The vector of a row x[0 .. L_in) that begins at position `first`, which need not exist as a whole.
+__device__ __forceinline__ StorageWords load_edge(const storage_t* x, index_t first, index_t L_in) {
+    StorageWords vector;
+#pragma unroll
+    for (int e = 0; e < kStorageVec; ++e) {
+        const Source source = source_index(first + e, L_in);
+        set_element(vector, e, source.exists ? x[source.index] : scalar::storage_zero());
+    }
+    return vector;
+}
+
 #if SLIDE_STRIDE > 0 || IS_SKIPPING
 
 // Where stage_window puts its vectors: vector v of the window lies in plane v % kPlanes. One vector in front of each plane
 // and one behind it are written too, where the 16 bytes of elements at either end stick out.
 template <int kPlanes>
 struct WindowTarget {
-    Vector* first[kParts];
+    AccVector* first[kParts];
     int plane_pitch;
 
-    __device__ __forceinline__ WindowTarget(Vector* window, int pitch, int ahead) : plane_pitch(pitch) {
+    __device__ __forceinline__ WindowTarget(AccVector* window, int pitch, int ahead) : plane_pitch(pitch) {
 #pragma unroll
         for (int part = 0; part < kParts; ++part) {
-            const int vector = part - ahead / kVec;
+            const int vector = part - ahead / kAccVec;
             first[part] = window + ((vector & (kPlanes - 1)) * pitch + (vector >> (kPlanes - 1)));
         }
     }
-    __device__ __forceinline__ void store(int storage_vector, int part, const Vector& value) const {
+    __device__ __forceinline__ void store(int storage_vector, int part, const AccVector& value) const {
         const int vector = storage_vector * kParts;
         first[part][vector % kPlanes * plane_pitch + vector / kPlanes] = value;
     }
@@ -133,30 +141,26 @@ __device__ __forceinline__ int elements_ahead(const storage_t* x, index_t start)
     return kParts == 1 ? 0 : elements_past_boundary(x + start);
 }
 
-// Hands positions start .. start + kVec*vectors - 1 of a row x[0 .. L_in) to target.store, 16 bytes of elements in kParts
-// vectors at a time, the first of which begin `ahead` positions before `start`. x + start lies at a boundary of kVec
+// Hands positions start .. start + kAccVec*vectors - 1 of a row x[0 .. L_in) to target.store, 16 bytes of elements in kParts
+// vectors at a time, the first of which begin `ahead` positions before `start`. x + start lies at a boundary of kAccVec
 // elements.
 template <typename Target>
 __device__ __forceinline__ void stage_window(
     const storage_t* x, index_t L_in, index_t start, int ahead, int vectors, int place, int row_threads,
     const Target& target) {
-    const int count = (vectors * kVec + ahead + kStorageVec - 1) / kStorageVec;
+    const int count = (vectors * kAccVec + ahead + kStorageVec - 1) / kStorageVec;
 #pragma unroll 1
     for (int first = place; first < count; first += kBatch * row_threads) {
-        StorageVector loaded[kBatch];
+        StorageWords loaded[kBatch];
 #pragma unroll
         for (int b = 0; b < kBatch; ++b) {
             const int v = first + b * row_threads;
             const index_t l_in = start - ahead + v * kStorageVec;
             if (v >= count) break;
-            if (l_in >= 0 && l_in + kStorageVec <= L_in) {
-                loaded[b] = *reinterpret_cast<const StorageVector*>(x + l_in);
+            if (is_inside(l_in, l_in + kStorageVec - 1, L_in)) {
+                loaded[b] = *reinterpret_cast<const StorageWords*>(x + l_in);
             } else {
-#pragma unroll
-                for (int e = 0; e < kStorageVec; ++e) {
-                    const bool exists = l_in + e >= 0 && l_in + e < L_in;
-                    loaded[b].set(e, exists ? x[l_in + e] : scalar::storage_zero());
-                }
+                loaded[b] = load_edge(x, l_in, L_in);
             }
         }
 #pragma unroll
@@ -165,42 +169,41 @@ __device__ __forceinline__ void stage_window(
             if (v >= count) break;
 #pragma unroll
             for (int part = 0; part < kParts; ++part) {
-                Vector value;
+                AccVector value;
 #pragma unroll
-                for (int e = 0; e < kVec; ++e) value.element[e] = scalar::load(loaded[b].get(part * kVec + e));
+                for (int e = 0; e < kAccVec; ++e) value.element[e] = scalar::load(element_of(loaded[b], part * kAccVec + e));
                 target.store(v, part, value);
             }
         }
     }
 }
 
-// Stores the results of y[l_out .. l_out + THREAD_L), as far as they exist. sum_again(l) is the result at l without terms
-// that do not exist, before the bias.
+// Stores the results of y[l_out .. l_out + THREAD_L), as far as they exist. sum_again_at(l) is the NaN fallback's sum.
 template <typename SumAgain>
 __device__ __forceinline__ void store_results(
-    storage_t* y, index_t l_out, index_t L_out, const acc_t (&acc)[THREAD_L], acc_t offset, const SumAgain& sum_again) {
-    bool met_nan = false;
+    storage_t* y, index_t l_out, index_t L_out, const acc_t (&acc)[THREAD_L], acc_t channel_bias, const SumAgain& sum_again_at) {
+    bool sum_again = false;
 #pragma unroll
-    for (int j = 0; j < THREAD_L; ++j) met_nan = met_nan || is_nan(acc[j]);
-    if (met_nan) {
+    for (int j = 0; j < THREAD_L; ++j) sum_again = sum_again || needs_canonical_sum(acc[j]);
+    if (sum_again) {
 #pragma unroll 1
         for (index_t l = max_index(l_out, 0); l < min_index(l_out + THREAD_L, L_out); ++l) {
-            y[l] = scalar::round(add(sum_again(l), offset));
+            y[l] = finish(sum_again_at(l), channel_bias);
         }
         return;
     }
 #pragma unroll
     for (int first = 0; first < THREAD_L; first += kStorageVec) {
-        StorageVector result;
+        StorageWords result;
 #pragma unroll
-        for (int e = 0; e < kStorageVec; ++e) result.set(e, scalar::round(add(acc[first + e], offset)));
+        for (int e = 0; e < kStorageVec; ++e) set_element(result, e, finish(acc[first + e], channel_bias));
         if (l_out + first >= 0 && l_out + first + kStorageVec <= L_out) {
-            *reinterpret_cast<StorageVector*>(y + l_out + first) = result;
+            *reinterpret_cast<StorageWords*>(y + l_out + first) = result;
         } else {
 #pragma unroll
             for (int e = 0; e < kStorageVec; ++e) {
                 const index_t l = l_out + first + e;
-                if (l >= 0 && l < L_out) y[l] = result.get(e);
+                if (l >= 0 && l < L_out) y[l] = element_of(result, e);
             }
         }
     }
@@ -211,7 +214,7 @@ __device__ __forceinline__ void store_results(
 #if IS_SKIPPING
 
 // The kernel of skipping threads. From one tap to the next a result's position moves by `step` = dilation or -dilation;
-// first_position is that of tap 0 for l_out = 0. input_row, weight_row and sum_existing_terms are the kernel's own.
+// first_position is that of tap 0 for l_out = 0. weight_row and sum_existing_terms are the kernel's own.
 template <typename ParamsT>
 __device__ __forceinline__ void convolve_skipping(
     const storage_t* input, const storage_t* weight, const storage_t* bias, storage_t* output, index_t first_position,
@@ -219,12 +222,12 @@ __device__ __forceinline__ void convolve_skipping(
     const Place at = find_place(p, blockIdx.x);
     const int row_threads = int(p.row_threads), lane = threadIdx.x % 32;
     const int reach = (int(p.K) - 1) * step;  // of the last tap from the first
-    storage_t* const y = output + at.n * p.output_stride_n + at.c_out * p.output_stride_c;  // output[n, c_out, 0]
+    storage_t* const y = output_row(output, at, p);
     acc_t* const shared = reinterpret_cast<acc_t*>(dynamic_shared_memory());
     acc_t* const slice = shared + threadIdx.x / 32 * (32 * THREAD_L);
     acc_t* const windows = shared + blockDim.x * THREAD_L;
-    Vector* const window = reinterpret_cast<Vector*>(windows) + (at.row_in_block * p.window_pitch + 1);
-    acc_t* const taps = windows + p.block_rows * p.window_pitch * kVec + at.row_in_block * p.taps_pitch;
+    AccVector* const window = reinterpret_cast<AccVector*>(windows) + (at.row_in_block * p.window_pitch + 1);
+    acc_t* const taps = windows + p.block_rows * p.window_pitch * kAccVec + at.row_in_block * p.taps_pitch;
     index_t l_begin = 0;  // of the tile
     int begin = 0;        // in the window, of tap 0 of the tile's first result
 
@@ -232,7 +235,7 @@ __device__ __forceinline__ void convolve_skipping(
         const storage_t* const x = input_row(input, at, p);
         l_begin = at.tile * row_threads * p.repeats * THREAD_L - elements_past_boundary(y);
         const index_t lowest = l_begin + first_position + (reach < 0 ? reach : 0);
-        const int lead = int(lowest + elements_past_boundary(x)) & (kVec - 1);
+        const int lead = int(lowest + elements_past_boundary(x)) & (kAccVec - 1);
         begin = lead - (reach < 0 ? reach : 0);
         stage_taps(taps, weight_row(weight, at, p), p.weight_stride_k, p.K, 0, int(p.K), at.place, row_threads);
         const int ahead = elements_ahead(x, lowest - lead);
@@ -243,7 +246,7 @@ __device__ __forceinline__ void convolve_skipping(
     __syncthreads();
     if (!at.has_row) return;
 
-    const acc_t offset = bias_or_zero(bias, at.c_out * p.bias_stride);
+    const acc_t channel_bias = bias_or_zero(bias, at.c_out * p.bias_stride);
 #pragma unroll 1
     for (int place = at.place - lane; place < row_threads * int(p.repeats); place += row_threads) {
         const index_t l_out = l_begin + place * THREAD_L;  // the warp's first
@@ -262,14 +265,14 @@ __device__ __forceinline__ void convolve_skipping(
         for (int j = 0; j < THREAD_L; ++j) slice[32 * j + lane] = acc[j];
         __syncwarp();
 #pragma unroll
-        for (int v = 0; v < THREAD_L / kVec; ++v) {
-            const Vector vector = reinterpret_cast<const Vector*>(slice)[lane * (THREAD_L / kVec) + v];
+        for (int v = 0; v < THREAD_L / kAccVec; ++v) {
+            const AccVector vector = reinterpret_cast<const AccVector*>(slice)[lane * (THREAD_L / kAccVec) + v];
 #pragma unroll
-            for (int e = 0; e < kVec; ++e) acc[v * kVec + e] = vector.element[e];
+            for (int e = 0; e < kAccVec; ++e) acc[v * kAccVec + e] = vector.element[e];
         }
         __syncwarp();
-        store_results(y, l_out + lane * THREAD_L, p.L_out, acc, offset, [&](index_t l) {
-            const Place again = find_place(p, block_index_again());  // rather than pointers held for the rare case
+        store_results(y, l_out + lane * THREAD_L, p.L_out, acc, channel_bias, [&](index_t l) {
+            const Place again = find_place(p, block_index_again());  // found again rather than held in registers
             return sum_existing_terms(input_row(input, again, p), weight_row(weight, again, p), l, p);
         });
     }

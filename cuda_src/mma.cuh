@@ -25,22 +25,26 @@
 // SEGMENT_MODE = 2 computes the segments in blocks of their own and leaves their sums in `partial`, and a second launch with
 // SEGMENT_MODE = 3 adds them and stores the results. The bits are the same. SEGMENT_MODE = 0: there is one segment.
 //
-// Values that this cannot split without loss (infinities, NaN, values so small or so large that a part would underflow or
-// overflow) get a NaN for x_hi or w_hi; and sums that are not finite, of any arithmetic, are formed again by the thread
-// that meets them, in the canonical order with fused multiply-adds, leaving out the terms that do not exist. So results
-// follow IEEE arithmetic there, and whether that happens depends on the terms of that result alone; or, where the rows of a
-// block differ in their taps, on the positions that others of its column read, too.
+// Values that cannot be split without loss (infinities, NaN, values so small or so large that a part would underflow or
+// overflow) get a NaN for x_hi or w_hi. Sums that are not finite, of any arithmetic, are formed again by canonical_sum. So
+// these results follow IEEE arithmetic. Whether a result is summed again depends on its own terms alone, or, where the rows
+// of a block differ in their taps, also on the positions that other rows of its column read.
 //
 // Macros read: BLOCK_M, BLOCK_N, WARPS_M, WARPS_N, NUM_STAGES, STAGE_STEPS, PREFETCH_TASKS, HAS_SAMPLES, IS_SPLIT,
 // SPLIT_TERMS, SEGMENT_MODE, PHASES_IN_ROWS, MULTIPLY_MATRICES, and those of common.cuh. Dynamic shared memory: NUM_STAGES
 // stages of weights, the windows of two chunks (of one, where there is one chunk), and tables; or the slices through which
-// results pass in the end.
+// the results pass.
 
-constexpr int kUnit = 16 / int(sizeof(storage_t));
-constexpr int kParts = IS_SPLIT ? 2 : 1;
-constexpr int kThreads = 32 * WARPS_M * WARPS_N;
-constexpr int kWarpM = BLOCK_M / WARPS_M, kWarpN = BLOCK_N / WARPS_N;
-constexpr int kTilesM = kWarpM / 16, kTilesN = kWarpN / 8;
+#pragma once
+
+#include "canonical_sum.cuh"
+#include "common.cuh"
+#include "edge.cuh"
+#include "finish.cuh"
+#include "fragments.cuh"
+#include "row.cuh"
+#include "tf32.cuh"
+
 constexpr int kStagePairs = 2 * STAGE_STEPS;
 constexpr int kStageTerms = kStagePairs * kUnit;
 constexpr int kStageVectors = kStagePairs * kParts * BLOCK_M;           // of 16 bytes
@@ -51,23 +55,15 @@ constexpr index_t kMissing = index_t(1ull << (INDEX_BITS - 1));  // no offset: t
 
 static_assert((NUM_STAGES & (NUM_STAGES - 1)) == 0, "slots are masked: gpuconv/families/mma.py");
 static_assert(kStageVectors % (32 * kStageCopies) == 0, "warps copy equal shares: gpuconv/families/mma.py");
-static_assert(sizeof(acc_t) == 4, "float32 accumulators: gpuconv/families/mma.py");
-static_assert(kWarpM % 16 == 0 && kWarpN % 16 == 0, "warps own whole fragments: gpuconv/families/mma.py");
 static_assert(IS_SPLIT == 0 || kStageTerms == SPLIT_TERMS, "SPLIT_TERMS differs from gpuconv/reference.py");
 
-struct alignas(16) Vector {
-    storage_t element[kUnit];
-};
-
-// What the k-steps of a stage add to a lane's address in the window.
-struct alignas(4 * STAGE_STEPS) StepOffsets {
-    int bytes[STAGE_STEPS];
-};
+// What the k-steps of a stage add to a lane's address in the window, in bytes.
+typedef Vector<int, STAGE_STEPS> StepOffsets;
 
 // One block's share. Offsets and strides are in elements.
 struct Tile {
     const storage_t* input;  // input[n0, first channel of the group, 0]
-    const Vector* weight;    // packed weights of the block's rows
+    const StorageVector* weight;    // packed weights of the block's rows
     storage_t* output;       // output[n0, first channel of the group, 0]
     index_t group;
     index_t row_begin, rows;  // the block's first row, and the rows of the product
@@ -117,29 +113,6 @@ __device__ __forceinline__ Window window_of(const P& p) {
         p.tap_rows_first, p.tap_rows_step, p.window_shift, p.plane_step};
 }
 
-// What a kernel knows of a row of the product; row_of(tile, row) returns it.
-struct Row {
-    index_t taps;           // of Tile::row_taps, those that the row has
-    index_t output_offset;  // of its channel, from Tile::output
-    index_t shift;          // see Tile::output_first
-    index_t bias_offset;
-};
-
-// What a thread holds of the block's sums: fragments of 16 rows by 8 columns.
-typedef acc_t Sums[kTilesM][kTilesN][4];
-
-template <typename Function>
-__device__ __forceinline__ void for_each_sum(const Function& function) {
-#pragma unroll
-    for (int i = 0; i < kTilesM; ++i) {
-#pragma unroll
-        for (int j = 0; j < kTilesN; ++j) {
-#pragma unroll
-            for (int e = 0; e < 4; ++e) function(i, j, e);
-        }
-    }
-}
-
 // Where a thread keeps four of its sums of a segment in `partial`: those of a warp lie side by side.
 __device__ __forceinline__ index_t partial_offset(const Window& window, index_t segment, index_t tile, int i, int j) {
     return (((segment * window.num_tiles + tile) * kTilesM + i) * kTilesN + j) * kThreads + threadIdx.x;
@@ -149,21 +122,20 @@ __device__ __forceinline__ index_t partial_offset(const Window& window, index_t 
 // addresses serves all of them by the small offsets that the instruction has: `from` points into the middle.
 template <int kFirst = 0, bool kEnd = (kFirst == kStageCopies)>
 struct StageCopy {
-    static __device__ __forceinline__ void run(Vector* to, const Vector* from) {
+    static __device__ __forceinline__ void run(StorageVector* to, const StorageVector* from) {
         copy_async_at<kFirst * 32, (kFirst - kStageCopies / 2) * 32>(to, from);
         StageCopy<kFirst + 1>::run(to, from);
     }
 };
 template <int kFirst>
 struct StageCopy<kFirst, true> {
-    static __device__ __forceinline__ void run(Vector*, const Vector*) {}
+    static __device__ __forceinline__ void run(StorageVector*, const StorageVector*) {}
 };
 
-// -- staging of input: kUnit channels of one position become one row of each part ------------------------------------
-
-__device__ __forceinline__ void stage_vector(const Vector& x, Vector* row, index_t part_rows) {
+// Stages kUnit channels of one position as one row of each part.
+__device__ __forceinline__ void stage_vector(const StorageVector& x, StorageVector* row, index_t part_rows) {
     if (IS_SPLIT) {
-        Vector hi, lo;
+        StorageVector hi, lo;
 #pragma unroll
         for (int e = 0; e < kUnit; ++e) {
             float h, l;
@@ -174,7 +146,7 @@ __device__ __forceinline__ void stage_vector(const Vector& x, Vector* row, index
         row[0] = hi;
         row[part_rows] = lo;
     } else if (sizeof(storage_t) == 4) {
-        Vector rounded;
+        StorageVector rounded;
 #pragma unroll
         for (int e = 0; e < kUnit; ++e) rounded.element[e] = storage_t(round_to_tf32(float(x.element[e])));
         row[0] = rounded;
@@ -183,42 +155,32 @@ __device__ __forceinline__ void stage_vector(const Vector& x, Vector* row, index
     }
 }
 
-// -- the result of one row and column in the canonical order ----------------------------------------------------------
+// The packed weights of one row, for canonical_sum.
+struct PackedWeights : EveryWeight {
+    const StorageVector* weight;         // of the row's first pair
+    index_t units, pairs;                // of a chunk
+    index_t chunk_pair = 0, unit = 0;    // of the channel: the chunk's first pair, and the unit in it
+    int e = 0;                           // of the channel, in its unit
 
-__device__ __forceinline__ acc_t canonical_sum(
-    const Tile& tile, const Window& window, index_t row, index_t row_taps, index_t sample, index_t q) {
-    const storage_t* const x = tile.input + sample * tile.input_stride_n;
-    acc_t sum = 0.0f;
-    index_t chunk_pair = 0, unit = 0;
-    int e = 0;
-#pragma unroll 1
-    for (index_t c_in = 0; c_in < tile.C_in_g; ++c_in) {
-#pragma unroll 1
-        for (index_t tap = 0; tap < row_taps; ++tap) {
-            const index_t l_in = q * tile.column_step + tile.first + tap * tile.tap_step;
-            if (l_in < 0 || l_in >= tile.L_in) continue;
-            const index_t pair = chunk_pair + tap * window.units + unit;
-            const Vector* const packed = tile.weight + (pair * (kParts * BLOCK_M) + (row - tile.row_begin));
-            acc_t w = scalar::load(packed->element[e]);
-            // Where w_hi is a NaN, w_lo holds the weight itself.
-            if (IS_SPLIT) {
-                const acc_t low = scalar::load(packed[BLOCK_M].element[e]);
-                w = is_nan(w) ? low : w + low;
-            }
-            sum = multiply_add(w, scalar::load(x[c_in * tile.input_stride_c + l_in * tile.input_stride_l]), sum);
-        }
-        if (++e == kUnit) {
-            e = 0;
-            if (++unit == window.units) {
-                unit = 0;
-                chunk_pair += window.pairs;
-            }
-        }
+    __device__ __forceinline__ PackedWeights(const Tile& tile, const Window& window, index_t row)
+        : weight(tile.weight + (row - tile.row_begin)), units(window.units), pairs(window.pairs) {}
+    __device__ __forceinline__ acc_t load(index_t, index_t tap) const {
+        const StorageVector* const packed = weight + (chunk_pair + tap * units + unit) * (kParts * BLOCK_M);
+        const acc_t w = scalar::load(packed->element[e]);
+        if (!IS_SPLIT) return w;
+        const acc_t low = scalar::load(packed[BLOCK_M].element[e]);
+        return is_nan(w) ? low : w + low;  // where w_hi is a NaN, w_lo holds the weight itself
     }
-    return sum;
-}
+    __device__ __forceinline__ void next_channel() {
+        if (++e < kUnit) return;
+        e = 0;
+        if (++unit < units) return;
+        unit = 0;
+        chunk_pair += pairs;
+    }
+};
 
-// -- the way out: sums of a warp pass through shared memory, so that rows are stored in long pieces --------------------
+// The results of a warp pass through shared memory, so that rows are stored in long pieces.
 
 // Where the rows of one channel lie in a warp's slice: phases of a channel are interleaved as they are in the output.
 struct Segment {
@@ -241,14 +203,14 @@ struct Segment {
 template <typename RowOf>
 __device__ __forceinline__ void store_slice(
     const Tile& tile, const Window& window, const storage_t* bias, const RowOf& row_of, storage_t* slice,
-    index_t row_begin, index_t column_begin, bool met_special) {
+    index_t row_begin, index_t column_begin, bool sum_again) {
     const int lane = threadIdx.x % 32;
     const index_t phases = PHASES_IN_ROWS ? tile.output_step : 1;
     const int rows = int(min_index(kSliceRows, tile.rows - row_begin));
     const auto sample_of = [&](index_t column) { return HAS_SAMPLES ? column / window.block_positions : 0; };
 
-    // -- the rare way out: sums that are marked by a NaN are formed again ---------------------------------------------------
-    if (met_special) {
+    // The NaN fallback: results that finish_or_nan marked are summed again.
+    if (sum_again) {
 #pragma unroll 1
         for (int e = lane; e < rows * kWarpN; e += 32) {
             const int row = e / kWarpN, column = e % kWarpN;
@@ -260,9 +222,11 @@ __device__ __forceinline__ void store_slice(
             if (!is_nan(scalar::load(*value)) || sample >= window.block_samples || sample >= tile.samples) continue;
             if (q >= tile.positions) continue;
             const Row info = row_of(tile, row_begin + row);
-            const acc_t sum = canonical_sum(tile, window, row_begin + row, info.taps, sample, q);
+            const acc_t sum = canonical_sum(
+                tile.input + sample * tile.input_stride_n, q * tile.column_step + tile.first, tile.tap_step,
+                info.taps, tile, PackedWeights(tile, window, row_begin + row));
             // The compiler must not make two loops of this one, with and without bias.
-            *value = scalar::round(add(sum, bias_or_zero(keep_in_register(bias), info.bias_offset)));
+            *value = finish(sum, bias_or_zero(keep_in_register(bias), info.bias_offset));
         }
         __syncwarp();
     }
@@ -291,14 +255,14 @@ __device__ __forceinline__ void store_slice(
             for (index_t l = l_begin - (l_begin + skew) % kUnit + lane % kLanes * kUnit; l < l_end; l += kLanes * kUnit) {
                 const storage_t* const from = x + (l - l_first);
                 if (l >= l_begin && l + kUnit <= l_end) {
-                    Vector vector;
+                    StorageVector vector;
                     if (is_aligned) {
-                        vector = *reinterpret_cast<const Vector*>(from);
+                        vector = *reinterpret_cast<const StorageVector*>(from);
                     } else {
 #pragma unroll
                         for (int e = 0; e < kUnit; ++e) vector.element[e] = from[e];
                     }
-                    *reinterpret_cast<Vector*>(y + l) = vector;
+                    *reinterpret_cast<StorageVector*>(y + l) = vector;
                 } else {
 #pragma unroll 1
                     for (int e = 0; e < kUnit; ++e) {
@@ -320,7 +284,7 @@ __device__ __forceinline__ void store_slice(
     }
 }
 
-// Rows of a warp's sums, 16 at a time: what is left of `acc` moves up after each, so that one loop body serves all.
+// Stores the sums of a block; row_of(tile, row) is the kernel's Row. Rows of a warp's sums, 16 at a time: what is left of `acc` moves up after each, so that one loop body serves all.
 template <typename RowOf>
 __device__ __forceinline__ void store_tile(
     const Tile& tile, const Window& window, const storage_t* bias, const RowOf& row_of, Sums& acc) {
@@ -330,7 +294,7 @@ __device__ __forceinline__ void store_tile(
     index_t row_begin = tile.row_begin + warp / WARPS_N * kWarpM;
 #pragma unroll 1
     for (int i = 0; i < kTilesM && row_begin < tile.rows; ++i, row_begin += kSliceRows) {
-        bool met_special = false;
+        bool sum_again = false;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const int row = half * 8 + lane / 4;
@@ -338,34 +302,23 @@ __device__ __forceinline__ void store_tile(
             segment.find(row, row_begin, PHASES_IN_ROWS ? tile.output_step : 1);
             storage_t* const mine = slice + segment.position(row, lane % 4 * 2);
             const bool exists = row_begin + row < tile.rows;
-            const acc_t offset = bias_or_zero(exists ? bias : nullptr, row_of(tile, row_begin + row).bias_offset);
+            const acc_t channel_bias = bias_or_zero(exists ? bias : nullptr, row_of(tile, row_begin + row).bias_offset);
 #pragma unroll
             for (int j = 0; j < kTilesN; ++j) {
 #pragma unroll
                 for (int e = 0; e < 2; ++e) {
-                    const acc_t value = add(acc[0][j][half * 2 + e], offset);
-                    const acc_t marked = fma_rn(0.0f, value, value);  // a NaN where value is not finite
-                    met_special = met_special || is_nan(marked);
-                    mine[(j * 8 + e) * segment.count] = scalar::round(marked);
+                    mine[(j * 8 + e) * segment.count] =
+                        finish_or_nan(acc[0][j][half * 2 + e], channel_bias, &sum_again);
                 }
             }
         }
-        met_special = any_lane(met_special);
+        sum_again = NAN_FALLBACK && any_lane(sum_again);
         __syncwarp();
-        store_slice(tile, window, bias, row_of, slice, row_begin, column_begin, met_special);
+        store_slice(tile, window, bias, row_of, slice, row_begin, column_begin, sum_again);
         __syncwarp();
-#pragma unroll
-        for (int next = 1; next < kTilesM; ++next) {
-#pragma unroll
-            for (int j = 0; j < kTilesN; ++j) {
-#pragma unroll
-                for (int e = 0; e < 4; ++e) acc[next - 1][j][e] = acc[next][j][e];
-            }
-        }
+        move_sums_up(acc);
     }
 }
-
-// -- the product ---------------------------------------------------------------------------------------------------------
 
 // The sums of one tile over chunks chunk_begin to chunk_end - 1.
 __device__ __forceinline__ void multiply_tile(
@@ -374,27 +327,28 @@ __device__ __forceinline__ void multiply_tile(
     const index_t part_rows = window.units * window.window_rows;
 
     // Shared memory: stages of weights, windows, tables.
-    Vector* const stages = reinterpret_cast<Vector*>(dynamic_shared_memory());
-    Vector* const windows = stages + NUM_STAGES * kStageVectors;
+    StorageVector* const stages = reinterpret_cast<StorageVector*>(dynamic_shared_memory());
+    StorageVector* const windows = stages + NUM_STAGES * kStageVectors;
     const index_t window_vectors = kParts * part_rows;
     int* const pair_offset =
         reinterpret_cast<int*>(windows + (window.chunks > 1 ? 2 : 1) * window_vectors);      // of pairs, in a window, in bytes
     index_t* const row_offset = reinterpret_cast<index_t*>(pair_offset + window.pairs);  // of rows, from Tile::input
 
-    // -- tables ----------------------------------------------------------------------------------------------------------
 #pragma unroll 1
     for (index_t row = threadIdx.x; row < window.window_rows; row += kThreads) {
         const index_t sample = row / window.sample_rows, row_of_sample = row - sample * window.sample_rows;
         // Rows between samples belong to no plane.
         const index_t plane = min_index(row_of_sample / window.plane_rows, window.planes);
         const index_t j = row_of_sample - plane * window.plane_rows;
-        const index_t l_in = (tile.position_begin + j) * tile.column_step + tile.first + window.shift +
-            plane * window.plane_step;
+        const Source source = source_index(
+            (tile.position_begin + j) * tile.column_step + tile.first + window.shift + plane * window.plane_step,
+            tile.L_in);
         // Rows that only columns behind the last would read, or none, are not loaded.
         const index_t end = tile.positions - tile.position_begin + (window.plane_rows - window.block_positions);
         const bool is_read = sample < tile.samples && plane < window.planes && j < end;
-        const bool exists = is_read && l_in >= 0 && l_in < tile.L_in;
-        row_offset[row] = exists ? sample * tile.input_stride_n + l_in * tile.input_stride_l : kMissing;
+        row_offset[row] = is_read && source.exists
+            ? sample * tile.input_stride_n + source.index * tile.input_stride_l
+            : kMissing;
     }
 #pragma unroll 1
     for (index_t pair = threadIdx.x; pair < window.pairs; pair += kThreads) {
@@ -408,7 +362,6 @@ __device__ __forceinline__ void multiply_tile(
         *offset = int(tap < tile.row_taps ? row : window.tap_rows_first) * 16;
     }
 
-    // -- loading ---------------------------------------------------------------------------------------------------------
     // The window of a chunk is dealt out to the threads row by row: `task` counts the rows of all units.
     const auto load_vector = [&](index_t chunk, int task) {
         const index_t unit = multiply_high(unsigned(task), unsigned(window.rows_reciprocal));
@@ -417,14 +370,14 @@ __device__ __forceinline__ void multiply_tile(
         const bool exists = offset != kMissing;
         const storage_t* const x = tile.input + (exists ? c_in * tile.input_stride_c + offset : 0);
         const int channels = exists ? int(min_index(tile.C_in_g - c_in, kUnit)) : 0;
-        Vector vector;
+        StorageVector vector;
 #pragma unroll
         for (int e = 0; e < kUnit; ++e) {
             vector.element[e] = e < channels ? x[e * tile.input_stride_c] : scalar::storage_zero();
         }
         return vector;
     };
-    const auto store_vector = [&](index_t chunk, int task, const Vector& vector) {
+    const auto store_vector = [&](index_t chunk, int task, const StorageVector& vector) {
         stage_vector(vector, windows + (chunk & 1) * window_vectors + task, part_rows);
     };
     // Stages go round a ring: stage i is read from slot i % NUM_STAGES while stage i + NUM_STAGES - 1 is written, to the
@@ -434,9 +387,9 @@ __device__ __forceinline__ void multiply_tile(
     // No copies are left from this stage on.
     const int copies_end =
         first_copy < kStageVectors ? int(chunk_end - chunk_begin) * chunk_stages - (NUM_STAGES - 1) : -NUM_STAGES;
-    const Vector* weight = keep_in_register(
+    const StorageVector* weight = keep_in_register(
         tile.weight + chunk_begin * window.pairs * (kParts * BLOCK_M) + (first_copy + lane + kStageCopies / 2 * 32));
-    Vector* const my_stage = keep_in_register(stages + (first_copy + lane));
+    StorageVector* const my_stage = keep_in_register(stages + (first_copy + lane));
     int slot = NUM_STAGES - 1;  // read last
     int stage = 0;              // read next
     const auto load_weights = [&](int to, int at_stage) {
@@ -448,8 +401,8 @@ __device__ __forceinline__ void multiply_tile(
     for (int i = 0; i < NUM_STAGES - 1; ++i) load_weights(i, i - (NUM_STAGES - 1));
     __syncthreads();  // the tables
 
-    // -- this lane's rows of the operands: ldmatrix takes one address from each lane -----------------------------------------
-    const Vector* const my_weight =
+    // This lane's rows of the operands: ldmatrix takes one address from each lane.
+    const StorageVector* const my_weight =
         keep_in_register(stages + (lane / 16) * kParts * BLOCK_M + warp / WARPS_N * kWarpM + lane % 16);
     // Bytes, in a window. Neighbouring columns of one sample are neighbouring rows, so one address serves them all.
     int column_offset[HAS_SAMPLES ? kTilesN / 2 : 1];
@@ -487,7 +440,7 @@ __device__ __forceinline__ void multiply_tile(
         const StepOffsets* pairs_of_stage = my_pairs;
 #pragma unroll 1
         for (int batch = 0; batch < tasks || stage < stages_end; batch += PREFETCH_TASKS * kThreads) {
-            Vector ahead[PREFETCH_TASKS];
+            StorageVector ahead[PREFETCH_TASKS];
 #pragma unroll
             for (int i = 0; i < PREFETCH_TASKS; ++i) {
                 const int task = batch + i * kThreads + threadIdx.x;
@@ -501,12 +454,12 @@ __device__ __forceinline__ void multiply_tile(
                 load_weights(slot, stage);
                 slot = keep_in_register(stage & (NUM_STAGES - 1));
                 ++stage;
-                const Vector* const w = my_weight + slot * kStageVectors;
+                const StorageVector* const w = my_weight + slot * kStageVectors;
                 const StepOffsets pairs = *pairs_of_stage;
                 pairs_of_stage += 2;  // those of both halves
 #pragma unroll
                 for (int step = 0; step < STAGE_STEPS; ++step) {
-                    const unsigned char* const x_pair = x + pairs.bytes[step];
+                    const unsigned char* const x_pair = x + pairs.element[step];
                     unsigned a[kParts][kTilesM][4], b[kParts][kTilesN][2];
 #pragma unroll
                     for (int part = 0; part < kParts; ++part) {
@@ -571,7 +524,7 @@ __device__ __forceinline__ void multiply_tile(
 // tile_of(tile index) is the kernel's reading of its grid.
 template <typename TileOf, typename RowOf>
 __device__ __forceinline__ void run_block(
-    const TileOf& tile_of, const Window& window, const storage_t* bias, const RowOf& row_of, float4* partial) {
+    const TileOf& tile_of, const Window& window, const storage_t* bias, const RowOf& row_of, AccVector* partial) {
     Sums acc;
     if (SEGMENT_MODE == 3) {
         for_each_sum([&](int i, int j, int e) { acc[i][j][e] = 0.0f; });
@@ -581,11 +534,9 @@ __device__ __forceinline__ void run_block(
             for (int i = 0; i < kTilesM; ++i) {
 #pragma unroll
                 for (int j = 0; j < kTilesN; ++j) {
-                    const float4 sums = partial[partial_offset(window, segment, blockIdx.x, i, j)];
-                    acc[i][j][0] += sums.x;
-                    acc[i][j][1] += sums.y;
-                    acc[i][j][2] += sums.z;
-                    acc[i][j][3] += sums.w;
+                    const AccVector sums = partial[partial_offset(window, segment, blockIdx.x, i, j)];
+#pragma unroll
+                    for (int e = 0; e < 4; ++e) acc[i][j][e] += sums.element[e];
                 }
             }
         }
@@ -601,8 +552,10 @@ __device__ __forceinline__ void run_block(
             for (int i = 0; i < kTilesM; ++i) {
 #pragma unroll
                 for (int j = 0; j < kTilesN; ++j) {
-                    partial[partial_offset(window, segment, tile, i, j)] =
-                        make_float4(acc[i][j][0], acc[i][j][1], acc[i][j][2], acc[i][j][3]);
+                    AccVector sums;
+#pragma unroll
+                    for (int e = 0; e < 4; ++e) sums.element[e] = acc[i][j][e];
+                    partial[partial_offset(window, segment, tile, i, j)] = sums;
                 }
             }
             return;

@@ -9,11 +9,13 @@
 //
 // Products, rows and taps by IS_TRANSPOSED and PHASES_IN_ROWS (weight_source.cuh).
 //
-// Grid x: blocks of BLOCK_SIZE consecutive rows of one part; where the grid is shorter, threads go round again. Grid y and z:
+// Grid x: blocks of BLOCK_SIZE consecutive rows of one part; where the grid is shorter, threads take several. Grid y and z:
 // 1. No shared memory.
-// Uses: tf32.cuh
-// Uses: weight_source.cuh
-// Needs nothing: weights of any strides, in elements.
+// Takes weights of any strides, in elements.
+
+#include "common.cuh"
+#include "tf32.cuh"
+#include "weight_source.cuh"
 
 struct Params {
     index_t num_vectors;  // products * row_tiles * chunks * pairs * block_rows
@@ -26,16 +28,12 @@ struct Params {
 };
 static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/mma.py");
 
-constexpr int kUnit = 16 / int(sizeof(storage_t));
+constexpr int kUnit = kStorageVec;
 constexpr int kParts = IS_SPLIT ? 2 : 1;
-
-struct alignas(16) Vector {
-    storage_t element[kUnit];
-};
 
 extern "C" __global__ void __launch_bounds__(BLOCK_SIZE, 2) pack_mma_weight(
     const storage_t* __restrict__ weight,  // [C_out, C_in_g, K], or [C_in, C_out_g, K] where IS_TRANSPOSED
-    Vector* __restrict__ packed,           // [products, row_tiles, chunks, pairs, parts, block_rows]
+    StorageVector* __restrict__ packed,           // [products, row_tiles, chunks, pairs, parts, block_rows]
     const Params p) {
     const index_t grid_size = index_t(gridDim.x) * BLOCK_SIZE;
     for (index_t i = index_t(blockIdx.x) * BLOCK_SIZE + threadIdx.x; i < p.num_vectors; i += grid_size) {
@@ -48,23 +46,24 @@ extern "C" __global__ void __launch_bounds__(BLOCK_SIZE, 2) pack_mma_weight(
         const index_t row = (tiles_before - product * p.row_tiles) * p.block_rows + in_block;
         const index_t tap = pair / p.units;
         const index_t unit = (chunks_before - tiles_before * p.chunks) * p.units + (pair - tap * p.units);
-        Vector* const to = packed + (pairs_before * kParts * p.block_rows + in_block);
+        StorageVector* const to = packed + (pairs_before * kParts * p.block_rows + in_block);
 
-        Vector first, second;
+        StorageVector first, second;
 #pragma unroll
         for (int e = 0; e < kUnit; ++e) {
             index_t offset;
             const bool exists = find_weight(p, product, row, tap, unit * kUnit + e, &offset);
             const storage_t w = exists ? weight[offset] : scalar::storage_zero();
-            first.element[e] = w;
+            storage_t packed_w = w;
             if (IS_SPLIT) {
                 float hi, lo;
                 split_tf32(float(w), &hi, &lo);
-                first.element[e] = storage_t(hi);
+                packed_w = storage_t(hi);
                 second.element[e] = hi == hi ? storage_t(lo) : w;
             } else if (sizeof(storage_t) == 4) {
-                first.element[e] = storage_t(round_to_finite_tf32(float(w)));
+                packed_w = storage_t(round_to_finite_tf32(float(w)));
             }
+            first.element[e] = packed_w;
         }
         to[0] = first;
         if (IS_SPLIT) to[p.block_rows] = second;

@@ -5,10 +5,12 @@
 //
 // Products, rows and taps by IS_TRANSPOSED and PHASES_IN_ROWS: see weight_source.cuh.
 //
-// Grid x: blocks of BLOCK_SIZE consecutive elements of packed; where the grid is shorter, threads go round again. Grid y
+// Grid x: blocks of BLOCK_SIZE consecutive elements of packed; where the grid is shorter, threads take several. Grid y
 // and z: 1. No shared memory.
-// Uses: weight_source.cuh
-// Needs nothing: weights of any strides, in elements.
+// Takes weights of any strides, in elements.
+
+#include "common.cuh"
+#include "weight_source.cuh"
 
 struct Params {
     index_t num_elements;  // products * row_tiles * padded_terms * block_rows

@@ -3,6 +3,8 @@
 // Only CUDA compilers see the bodies: on a host compiler the same names come from the header that runs the kernels on
 // the CPU (tests/hostcuda), so everything after this file is the same text in both places.
 
+#pragma once
+
 #ifdef __CUDACC__
 
 // w*x + acc with one rounding to nearest even.

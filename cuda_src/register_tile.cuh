@@ -1,28 +1,27 @@
 // A block's product of two matrices by register tiles: what tiled.cuh and weight_gradient_tiled.cu share.
 //
 // The sums of BLOCK_M rows by BLOCK_N columns lie in the registers of a block, THREAD_M by THREAD_N of them in each
-// thread. A warp spans all columns. Of a thread's rows, groups of kVec lie kLanesM*kVec apart, so that a warp reads whole
+// thread. A warp spans all columns. Of a thread's rows, groups of kAccVec lie kLanesM*kAccVec apart, so that a warp reads whole
 // vectors side by side; its columns likewise. Chunks of BLOCK_R terms pass through two buffers of shared memory: the next
 // chunk is loaded while one is multiplied.
 //
 // Macros read: BLOCK_M, BLOCK_N, BLOCK_R, THREAD_M, THREAD_N, and those of common.cuh.
 
-constexpr int kVec = sizeof(acc_t) < 16 ? 16 / int(sizeof(acc_t)) : 1;  // elements of one 16-byte access
+#pragma once
+
+#include "common.cuh"
+
 constexpr int kLanesN = BLOCK_N / THREAD_N;
 constexpr int kLanesM = 32 / kLanesN;
 constexpr int kWarpRows = kLanesM * THREAD_M;
 constexpr int kWarps = BLOCK_M / kWarpRows;
 constexpr int kThreads = 32 * kWarps;
-constexpr int kSliceRows = kLanesM * kVec;  // rows of a warp that pass through shared memory at a time in the end
+constexpr int kSliceRows = kLanesM * kAccVec;  // rows of a warp that pass through shared memory at a time in the end
 constexpr int kSlice = kSliceRows * BLOCK_N;
 
 static_assert(BLOCK_N % THREAD_N == 0 && kLanesN * kLanesM == 32, "a warp spans BLOCK_N: gpuconv/families/tiles.py");
 static_assert(BLOCK_M % kWarpRows == 0, "BLOCK_M is a whole number of warps: gpuconv/families/tiles.py");
-static_assert(THREAD_M % kVec == 0 && THREAD_N % kVec == 0, "threads own whole vectors: gpuconv/families/tiles.py");
-
-struct alignas(sizeof(acc_t) * kVec) Vector {
-    acc_t element[kVec];
-};
+static_assert(THREAD_M % kAccVec == 0 && THREAD_N % kAccVec == 0, "threads own whole vectors: gpuconv/families/tiles.py");
 
 __device__ __forceinline__ void clear(acc_t (&acc)[THREAD_M][THREAD_N]) {
 #pragma unroll
@@ -35,17 +34,17 @@ __device__ __forceinline__ void clear(acc_t (&acc)[THREAD_M][THREAD_N]) {
 // Adds one term: acc = multiply(row's operand, column's operand, acc). w and x are the thread's first operands of it.
 template <typename Multiply>
 __device__ __forceinline__ void multiply_term(
-    const Vector* w, const Vector* x, const Multiply& multiply, acc_t (&acc)[THREAD_M][THREAD_N]) {
-    Vector w_term[THREAD_M / kVec], x_term[THREAD_N / kVec];
+    const AccVector* w, const AccVector* x, const Multiply& multiply, acc_t (&acc)[THREAD_M][THREAD_N]) {
+    AccVector w_term[THREAD_M / kAccVec], x_term[THREAD_N / kAccVec];
 #pragma unroll
-    for (int i = 0; i < THREAD_M / kVec; ++i) w_term[i] = w[i * kLanesM];
+    for (int i = 0; i < THREAD_M / kAccVec; ++i) w_term[i] = w[i * kLanesM];
 #pragma unroll
-    for (int j = 0; j < THREAD_N / kVec; ++j) x_term[j] = x[j * kLanesN];
+    for (int j = 0; j < THREAD_N / kAccVec; ++j) x_term[j] = x[j * kLanesN];
 #pragma unroll
     for (int i = 0; i < THREAD_M; ++i) {
 #pragma unroll
         for (int j = 0; j < THREAD_N; ++j) {
-            acc[i][j] = multiply(w_term[i / kVec].element[i % kVec], x_term[j / kVec].element[j % kVec], acc[i][j]);
+            acc[i][j] = multiply(w_term[i / kAccVec].element[i % kAccVec], x_term[j / kAccVec].element[j % kAccVec], acc[i][j]);
         }
     }
 }
@@ -61,8 +60,8 @@ __device__ __forceinline__ void multiply_chunks(
     clear(acc);
     const auto multiply_one = [&](const acc_t* buffer, int term) {
         multiply_term(
-            reinterpret_cast<const Vector*>(buffer + term * kPitchM + warp * kWarpRows) + lane_m,
-            reinterpret_cast<const Vector*>(buffer + BLOCK_R * kPitchM + term * kPitchN) + lane_n, multiply, acc);
+            reinterpret_cast<const AccVector*>(buffer + term * kPitchM + warp * kWarpRows) + lane_m,
+            reinterpret_cast<const AccVector*>(buffer + BLOCK_R * kPitchM + term * kPitchN) + lane_n, multiply, acc);
     };
 
     acc_t* buffer = reinterpret_cast<acc_t*>(dynamic_shared_memory());
@@ -94,25 +93,25 @@ __device__ __forceinline__ void store_rows(
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int lane_m = lane / kLanesN, lane_n = lane % kLanesN;
     acc_t* const slice = reinterpret_cast<acc_t*>(dynamic_shared_memory()) + warp * kSlice;
-    Vector* const mine = reinterpret_cast<Vector*>(slice + lane_m * kVec * BLOCK_N) + lane_n;
+    AccVector* const mine = reinterpret_cast<AccVector*>(slice + lane_m * kAccVec * BLOCK_N) + lane_n;
     const index_t warp_begin = row_begin + warp * kWarpRows;
 #pragma unroll 1
     for (index_t first = warp_begin; first < warp_begin + kWarpRows; first += kSliceRows) {
 #pragma unroll
-        for (int i = 0; i < kVec; ++i) {
+        for (int i = 0; i < kAccVec; ++i) {
 #pragma unroll
-            for (int j = 0; j < THREAD_N / kVec; ++j) {
-                Vector vector;
+            for (int j = 0; j < THREAD_N / kAccVec; ++j) {
+                AccVector vector;
 #pragma unroll
-                for (int v = 0; v < kVec; ++v) vector.element[v] = acc[i][j * kVec + v];
-                mine[(i * BLOCK_N) / kVec + j * kLanesN] = vector;
+                for (int v = 0; v < kAccVec; ++v) vector.element[v] = acc[i][j * kAccVec + v];
+                mine[(i * BLOCK_N) / kAccVec + j * kLanesN] = vector;
             }
         }
-        // The next slice's rows take their place, so that one text serves all slices.
+        // The next slice's rows take their place, so that one loop body serves all slices.
 #pragma unroll
-        for (int i = 0; i + kVec < THREAD_M; ++i) {
+        for (int i = 0; i + kAccVec < THREAD_M; ++i) {
 #pragma unroll
-            for (int j = 0; j < THREAD_N; ++j) acc[i][j] = acc[i + kVec][j];
+            for (int j = 0; j < THREAD_N; ++j) acc[i][j] = acc[i + kAccVec][j];
         }
         __syncwarp();
 #pragma unroll 1

@@ -10,6 +10,12 @@
 //
 // P stands for a kernel's Params; the fields read here have the same names in all of them.
 
+#pragma once
+
+#include "canonical_sum.cuh"
+#include "common.cuh"
+#include "edge.cuh"
+
 struct Slice {
     index_t n_begin, n_end;  // samples
     index_t l_begin, l_end;  // positions of each of them
@@ -49,19 +55,20 @@ __device__ __forceinline__ Complex<real_t> conjugate(Complex<real_t> value) {
     return Complex<real_t>{value.re, -value.im};
 }
 
-// The last step of every gradient: like the sums of convolutions (bias_or_zero in common.cuh) a zero comes out as +0.
-__device__ __forceinline__ storage_t finish(acc_t sum, bool is_conjugated) {
+// The last step of every gradient: as in finish.cuh a zero comes out as +0.
+__device__ __forceinline__ storage_t finish_gradient(acc_t sum, bool is_conjugated) {
     return scalar::round(add(is_conjugated ? conjugate(sum) : sum, scalar::zero()));
 }
 
-// The sum of one slice for tap k, without the terms that do not exist; coarse and fine begin with the channels r and c,
-// sample 0, position 0. Unrolled kUnroll times, which only pays where this is the rule.
+// The sum of one slice for tap k over the terms that exist: what weight_gradient_direct.cu computes, and the NaN fallback of
+// the others. coarse and fine begin with the channels r and c, sample 0, position 0. Unrolled kUnroll times, which only pays
+// where this is the rule.
 template <int kUnroll = 1, typename P>
-__device__ __forceinline__ acc_t sum_existing_terms(
+__device__ __forceinline__ acc_t canonical_slice_sum(
     const storage_t* coarse, const storage_t* fine, index_t k, const Slice& s, const P& p) {
     const index_t offset = k * p.dilation - p.padding_left;  // position of fine that l = 0 meets
-    const index_t l_begin = max_index(s.l_begin, offset < 0 ? ceil_div(-offset, p.stride) : 0);
-    const index_t l_end = min_index(s.l_end, offset < p.L_fine ? ceil_div(p.L_fine - offset, p.stride) : 0);
+    const Range existing = existing_range(offset, p.stride, p.L_coarse, p.L_fine);
+    const index_t l_begin = max_index(s.l_begin, existing.begin), l_end = min_index(s.l_end, existing.end);
     acc_t acc = scalar::zero();
 #pragma unroll 1
     for (index_t n = s.n_begin; n < s.n_end; ++n) {
@@ -69,7 +76,7 @@ __device__ __forceinline__ acc_t sum_existing_terms(
         const storage_t* const b = fine + n * p.fine_stride_n;
 #pragma unroll kUnroll
         for (index_t l = l_begin; l < l_end; ++l) {
-            const index_t l_fine = l * p.stride + offset;
+            const index_t l_fine = source_index(l * p.stride + offset, p.L_fine).index;
             acc = multiply_add_conjugate(
                 scalar::load(a[l * p.coarse_stride_l]), scalar::load(b[l_fine * p.fine_stride_l]), acc);
         }
@@ -86,6 +93,7 @@ __device__ __forceinline__ void store_sum(
         partial[(slice * p.C_coarse + r) * (p.C_fine_g * p.K) + column] = sum;
     } else {
         const index_t c = column / p.K, k = column - c * p.K;
-        grad_weight[r * p.weight_stride_r + c * p.weight_stride_c + k * p.weight_stride_k] = finish(sum, p.is_conjugated);
+        grad_weight[r * p.weight_stride_r + c * p.weight_stride_c + k * p.weight_stride_k] =
+            finish_gradient(sum, p.is_conjugated);
     }
 }

@@ -11,27 +11,25 @@
 // for 4 rows and more, whose weights of one tap fill vectors, [channel][tap block][kVec][THREAD_C]. Of a row of input
 // the block's window begins `lead` positions early, where a copy of copy_elements elements is aligned; the weights
 // begin with as many zeros, and end with zeros that fill up the last tap block. Positions outside the input are zeros
-// too. tiled.cuh explains why these zeros change no bit, and what happens where they meet values that are no numbers.
+// too; canonical_sum.cuh explains what follows from that.
 // Kernels with IS_REVERSED = 1, whose taps are few and whose rows are many, stop at the last tap instead of multiplying
 // zeros behind it.
 //
 // Macros read: BLOCK_L, THREAD_C, IS_REVERSED, and those of common.cuh.
 
-constexpr int kVec = 16 / int(sizeof(storage_t));
+#pragma once
+
+#include "canonical_sum.cuh"
+#include "common.cuh"
+#include "edge.cuh"
+
+constexpr int kVec = kStorageVec;  // columns of a thread, and taps that it takes at a time
 constexpr int kMaxThreads = BLOCK_L / kVec;
-constexpr int kWeightVec = sizeof(acc_t) < 16 ? 16 / int(sizeof(acc_t)) : 1;
 constexpr bool kRowsInVectors = THREAD_C >= 4;
 constexpr int kTapBlock = THREAD_C * kVec;  // weights of a channel's tap block
 constexpr int kStoredRows = THREAD_C < 8 || INDEX_BITS == 64 ? 1 : 2;  // that are stored at a time
 static_assert(kMaxThreads * kVec == BLOCK_L && kMaxThreads % 32 == 0, "whole warps own BLOCK_L: gpuconv/families/sliding.py");
-
-struct alignas(16) InputVector {
-    storage_t element[kVec];
-};
-struct alignas(sizeof(acc_t) * kWeightVec) WeightVector {
-    acc_t element[kWeightVec];
-};
-static_assert(kTapBlock % kWeightVec == 0 && (!kRowsInVectors || THREAD_C % kWeightVec == 0), "weights are whole vectors");
+static_assert(kTapBlock % kAccVec == 0 && (!kRowsInVectors || THREAD_C % kAccVec == 0), "weights are whole vectors");
 
 // One block's columns. Offsets and strides are in elements.
 struct Slide {
@@ -43,8 +41,26 @@ struct Slide {
     int tap_blocks, lead, chunk_channels, copy_elements;
 };
 
-// Copies a block's window of some channels, `length` elements from position `start`, as T of several elements each:
-// these lie inside the input or outside, never across its ends.
+// What Params of both kernels have in common, for a block of columns of one sample's group.
+template <typename P>
+__device__ __forceinline__ Slide slide_with_layout(
+    const storage_t* input, index_t n, index_t g, index_t column_block, const P& p) {
+    Slide slide;
+    slide.input = input + (n * p.input_stride_n + g * p.C_in_g * p.input_stride_c);
+    slide.C_in_g = p.C_in_g;
+    slide.L_in = p.L_in;
+    slide.column_begin = column_block * (index_t(blockDim.x) * kVec);
+    slide.input_stride_c = p.input_stride_c;
+    slide.input_stride_l = p.input_stride_l;
+    slide.tap_blocks = int(p.tap_blocks);
+    slide.lead = int(p.lead);
+    slide.chunk_channels = int(p.chunk_channels);
+    slide.copy_elements = int(p.copy_elements);
+    return slide;
+}
+
+// Copies a block's window of some channels, `length` elements from position `start`, as T of several elements each: all of
+// these exist or none.
 template <typename T>
 __device__ __forceinline__ void copy_windows(
     storage_t* shared, const storage_t* input, int channels, index_t start, int length, const Slide& slide) {
@@ -52,15 +68,29 @@ __device__ __forceinline__ void copy_windows(
 #pragma unroll 1
     for (int i = int(threadIdx.x) * count; i < length; i += int(blockDim.x) * count) {
         storage_t* target = shared + i;
-        const index_t position = start + i;
-        const bool exists = is_index(position, slide.L_in);
-        const storage_t* source = input + (exists ? position : 0);
+        const Source first = source_index(start + i, slide.L_in);
+        const storage_t* source = input + (first.exists ? first.index : 0);
 #pragma unroll 1
         for (int c = 0; c < channels; ++c, target += length, source += slide.input_stride_c) {
-            copy_async_or_zero(reinterpret_cast<T*>(target), reinterpret_cast<const T*>(source), exists);
+            copy_async_or_zero(reinterpret_cast<T*>(target), reinterpret_cast<const T*>(source), first.exists);
         }
     }
 }
+
+// The weights of one row, for canonical_sum.
+template <typename WeightAt>
+struct WeightsOf : EveryWeight {
+    const WeightAt& weight_at;
+    int row;
+
+    __device__ __forceinline__ WeightsOf(const WeightAt& weight_at, int row) : weight_at(weight_at), row(row) {}
+    __device__ __forceinline__ bool has(index_t c_in, index_t tap) const {
+        return weight_at(row, c_in, tap) != nullptr;
+    }
+    __device__ __forceinline__ acc_t load(index_t c_in, index_t tap) const {
+        return scalar::load(*weight_at(row, c_in, tap));
+    }
+};
 
 // weight_at(row, c_in, tap) is the address of a weight, or null where a row has no such tap; store(row, first column,
 // sums of kVec columns) takes the results; store_one(row, column, sum) those that were summed again.
@@ -79,22 +109,22 @@ __device__ __forceinline__ void slide_sums(
         const int channels = int(min_index(slide.chunk_channels, slide.C_in_g - c_begin));
         storage_t* const windows = smem_input + buffer * slide.chunk_channels * window;
         const storage_t* const x = slide.input + c_begin * slide.input_stride_c;
-        const int copy_bytes = slide.input_stride_l == 1 ? slide.copy_elements * int(sizeof(storage_t)) : 0;
+        const bool copies_vectors = kIsEmptyOutside && slide.input_stride_l == 1;
+        const int copy_bytes = copies_vectors ? slide.copy_elements * int(sizeof(storage_t)) : 0;
         if (copy_bytes == 16) {
-            copy_windows<uint4>(windows, x, channels, start, window, slide);
+            copy_windows<Vector<unsigned, 4>>(windows, x, channels, start, window, slide);
         } else if (copy_bytes == 8) {
-            copy_windows<uint2>(windows, x, channels, start, window, slide);
+            copy_windows<Vector<unsigned, 2>>(windows, x, channels, start, window, slide);
         } else if (copy_bytes == 4) {
-            copy_windows<unsigned>(windows, x, channels, start, window, slide);
+            copy_windows<Vector<unsigned, 1>>(windows, x, channels, start, window, slide);
         } else {
 #pragma unroll 1
             for (int i = threadIdx.x; i < window; i += blockDim.x) {
-                const index_t position = start + i;
-                const bool in_bounds = is_index(position, slide.L_in);
-                const storage_t* source = x + (in_bounds ? position * slide.input_stride_l : 0);
+                const Source at = source_index(start + i, slide.L_in);
+                const storage_t* source = x + (at.exists ? at.index * slide.input_stride_l : 0);
 #pragma unroll 4
                 for (int c = 0; c < channels; ++c, source += slide.input_stride_c) {
-                    windows[c * window + i] = in_bounds ? *source : scalar::storage_zero();
+                    windows[c * window + i] = at.exists ? *source : scalar::storage_zero();
                 }
             }
         }
@@ -128,37 +158,37 @@ __device__ __forceinline__ void slide_sums(
         if (c_begin + slide.chunk_channels < slide.C_in_g) load_chunk(buffer ^ 1, c_begin + slide.chunk_channels);
         if (c_begin < 0 || !warp_has_columns) continue;  // the first time round only loads
         const int channels = int(min_index(slide.chunk_channels, slide.C_in_g - c_begin));
-        const InputVector* row = reinterpret_cast<const InputVector*>(
+        const StorageWords* row = reinterpret_cast<const StorageWords*>(
                                      smem_input + buffer * slide.chunk_channels * window) + threadIdx.x;
-        const WeightVector* w =
-            reinterpret_cast<const WeightVector*>(smem_weight + buffer * slide.chunk_channels * channel_weights);
+        const AccVector* w =
+            reinterpret_cast<const AccVector*>(smem_weight + buffer * slide.chunk_channels * channel_weights);
         for (int c = 0; c < channels; ++c, row += window / kVec) {
-            const InputVector* next = row + (IS_REVERSED ? slide.tap_blocks : 0);
+            const StorageWords* next = row + (IS_REVERSED ? slide.tap_blocks : 0);
             acc_t x[2 * kVec];  // the tap block's two vectors, the one that the next needs again in its own half
             const auto load_half = [&](int half) {
-                const InputVector vector = *next;
+                const StorageWords vector = *next;
                 next += IS_REVERSED ? -1 : 1;
 #pragma unroll
-                for (int j = 0; j < kVec; ++j) x[half * kVec + j] = scalar::load(vector.element[j]);
+                for (int j = 0; j < kVec; ++j) x[half * kVec + j] = scalar::load(element_of(vector, j));
             };
             // The taps of a block against the vectors in halves `low` (the lower positions) and 1 - low.
             const auto multiply_block = [&](int low, int taps) {
-                WeightVector vectors[kTapBlock / kWeightVec];
+                AccVector vectors[kTapBlock / kAccVec];
                 if (!kRowsInVectors) {
 #pragma unroll
-                    for (int v = 0; v < kTapBlock / kWeightVec; ++v) vectors[v] = w[v];
+                    for (int v = 0; v < kTapBlock / kAccVec; ++v) vectors[v] = w[v];
                 }
 #pragma unroll
                 for (int i = 0; i < kVec; ++i) {
                     if (IS_REVERSED && i >= taps) break;
                     if (kRowsInVectors) {
 #pragma unroll
-                        for (int v = 0; v < THREAD_C / kWeightVec; ++v) vectors[v] = w[i * (THREAD_C / kWeightVec) + v];
+                        for (int v = 0; v < THREAD_C / kAccVec; ++v) vectors[v] = w[i * (THREAD_C / kAccVec) + v];
                     }
 #pragma unroll
                     for (int r = 0; r < THREAD_C; ++r) {
                         const int at_weight = kRowsInVectors ? r : r * kVec + i;
-                        const acc_t weight = vectors[at_weight / kWeightVec].element[at_weight % kWeightVec];
+                        const acc_t weight = vectors[at_weight / kAccVec].element[at_weight % kAccVec];
 #pragma unroll
                         for (int j = 0; j < kVec; ++j) {
                             const int at = IS_REVERSED ? kVec + j - i : j + i;
@@ -167,7 +197,7 @@ __device__ __forceinline__ void slide_sums(
                         }
                     }
                 }
-                w += kTapBlock / kWeightVec;
+                w += kTapBlock / kAccVec;
             };
             load_half(0);
             int taps = slide.lead + int(slide.taps);
@@ -197,40 +227,30 @@ __device__ __forceinline__ void slide_sums(
     }
     if (!warp_has_columns) return;
 
-    bool met_nan = false;
+    bool sum_again = false;
 #pragma unroll 1
     for (int row = 0; row < THREAD_C; row += kStoredRows) {
 #pragma unroll
         for (int i = 0; i < kStoredRows; ++i) {
             store(row + i, column, acc[i]);
 #pragma unroll
-            for (int j = 0; j < kVec; ++j) met_nan = met_nan || is_nan(acc[i][j]);
+            for (int j = 0; j < kVec; ++j) sum_again = sum_again || needs_canonical_sum(acc[i][j]);
         }
-        // The next rows take their place, so that one text stores all rows.
+        // The next rows take their place, so that one loop body stores all rows.
 #pragma unroll
         for (int i = 0; i + kStoredRows < THREAD_C; ++i) {
 #pragma unroll
             for (int j = 0; j < kVec; ++j) acc[i][j] = acc[i + kStoredRows][j];
         }
     }
-    if (!met_nan) return;
+    if (!sum_again) return;
 #pragma unroll 1
     for (int e = 0; e < THREAD_C * kVec; ++e) {
         const int row = e / kVec;
         const index_t q = column + e % kVec;
         if (q >= slide.columns) continue;
-        acc_t sum = scalar::zero();
-#pragma unroll 1
-        for (index_t c_in = 0; c_in < slide.C_in_g; ++c_in) {
-#pragma unroll 1
-            for (index_t tap = 0; tap < slide.taps; ++tap) {
-                const index_t position = q + slide.first + (IS_REVERSED ? -tap : tap);
-                const storage_t* const w = weight_at(row, c_in, tap);
-                if (w == nullptr || !is_index(position, slide.L_in)) continue;
-                const storage_t value = slide.input[c_in * slide.input_stride_c + position * slide.input_stride_l];
-                sum = multiply_add(scalar::load(*w), scalar::load(value), sum);
-            }
-        }
-        store_one(row, q, sum);
+        store_one(row, q, canonical_sum(
+            slide.input, q + slide.first, IS_REVERSED ? -1 : 1, slide.taps, slide,
+            WeightsOf<WeightAt>(weight_at, row)));
     }
 }

@@ -7,7 +7,9 @@
 //
 // Grid x: blocks of BLOCK_SIZE/ways consecutive results, i2 fastest; a thread takes one way of one of them. Grid y and z:
 // 1. Dynamic shared memory: one sum for each thread where there are several ways.
-// Uses: slices.cuh
+
+#include "common.cuh"
+#include "slices.cuh"
 
 struct Params {
     index_t num_results;
@@ -43,5 +45,6 @@ extern "C" __global__ void __launch_bounds__(BLOCK_SIZE, 4) sum_slices(
     if (!exists) return;
     const index_t row = i / p.extent_2, i2 = i - row * p.extent_2;
     const index_t i0 = row / p.extent_1, i1 = row - i0 * p.extent_1;
-    result[i0 * p.result_stride_0 + i1 * p.result_stride_1 + i2 * p.result_stride_2] = finish(sum, p.is_conjugated);
+    result[i0 * p.result_stride_0 + i1 * p.result_stride_1 + i2 * p.result_stride_2] =
+        finish_gradient(sum, p.is_conjugated);
 }

@@ -1,5 +1,9 @@
 // Rounding to TF32: float32 with the 10 leading bits of the fraction.
 
+#pragma once
+
+#include "ptx.cuh"
+
 // To nearest, ties away from zero; the 13 low bits of the result are zero. A value that rounds past the largest TF32
 // number becomes an infinity, infinities and subnormals are values like any other, and a NaN becomes quiet, so that it is
 // one for the tensor cores too, which ignore the low bits.

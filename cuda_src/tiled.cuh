@@ -7,9 +7,8 @@
 // shared memory: the next chunk is loaded while one is multiplied. The weights come packed (pack_weight.cu), in the
 // order in which blocks read them and with zeros behind the last row and term.
 //
-// Terms outside the input are multiplied as zeros. For finite weights this changes no bit (see bias_or_zero in
-// common.cuh); an infinite or NaN weight times such a zero makes a NaN out of nothing, so a thread that meets a NaN
-// computes all results of its columns again without the missing terms, as the base families do.
+// Terms outside the input are multiplied as zeros; canonical_sum.cuh explains what follows from that. A thread that meets
+// a NaN sums all results of its columns again.
 //
 // COLUMN_STEP > 0 says that a block's columns belong to one sample, that the input is contiguous along l, and that
 // column_step has this value, so that one address serves a thread's columns. COLUMN_STEP = 0 says nothing: columns run
@@ -17,11 +16,20 @@
 //
 // Macros read: COLUMN_STEP, TERM_LANES, UNROLL_R, SHARED_BYTES, and those of register_tile.cuh.
 
+#pragma once
+
+#include "canonical_sum.cuh"
+#include "common.cuh"
+#include "edge.cuh"
+#include "finish.cuh"
+#include "register_tile.cuh"
+#include "row.cuh"
+
 constexpr bool kOneSample = COLUMN_STEP > 0;
 // TERM_LANES threads load a term of a chunk, each the columns that lie TERM_LANES apart.
 constexpr int kLoadColumns = BLOCK_N / TERM_LANES;
 constexpr int kTermsAtOnce = kThreads / TERM_LANES;
-constexpr int kWeightVectors = BLOCK_M * BLOCK_R / kVec;  // of a chunk
+constexpr int kWeightVectors = BLOCK_M * BLOCK_R / kAccVec;  // of a chunk
 // A thread loads kMyVectors of them, kVectorStep apart: offsets that fit into an instruction.
 constexpr int kMyVectors = kWeightVectors < kThreads ? 1 : kWeightVectors / kThreads;
 constexpr int kVectorStep = kThreads < 64 ? kThreads : 64;
@@ -62,13 +70,23 @@ struct Tile {
     }
 };
 
-// What a kernel knows of a row of the product; row_of(tile, row) returns it.
-struct Row {
-    index_t taps;           // of Tile::taps, those that the row has
-    index_t output_offset;  // of its channel, from Tile::output
-    index_t shift;          // see Tile::output_first
-    index_t bias_offset;
-};
+// What Params of all kernels have in common.
+template <typename P>
+__device__ __forceinline__ Tile tile_with_layout(const P& p) {
+    Tile tile;
+    tile.C_in_g = p.C_in_g;
+    tile.L_in = p.L_in;
+    tile.L_out = p.L_out;
+    tile.input_stride_n = p.input_stride_n;
+    tile.input_stride_c = p.input_stride_c;
+    tile.input_stride_l = kOneSample ? 1 : p.input_stride_l;
+    tile.taps_advance = p.taps_advance;
+    tile.input_advance = p.input_advance;
+    tile.input_carry = p.input_carry;
+    tile.output_stride_n = p.output_stride_n;
+    tile.output_stride_l = p.output_stride_l;
+    return tile;
+}
 
 // The sample and the position in it of a column.
 struct Column {
@@ -96,7 +114,18 @@ struct Column {
     }
 };
 
-// Stores the sums of a block.
+// The packed weights of one row, for canonical_sum.
+struct PackedWeights : EveryWeight {
+    const acc_t* weight;
+    index_t taps;  // of Tile::taps, those that the row has
+
+    __device__ __forceinline__ PackedWeights(const acc_t* weight, index_t taps) : weight(weight), taps(taps) {}
+    __device__ __forceinline__ bool has(index_t, index_t tap) const { return tap < taps; }
+    __device__ __forceinline__ acc_t load(index_t, index_t) const { return *weight; }
+    __device__ __forceinline__ void next_tap() { weight += BLOCK_M; }
+};
+
+// Stores the sums of a block. row_of(tile, row) is the kernel's Row.
 template <typename RowOf>
 __device__ __forceinline__ void store_tile(
     const Tile& tile, const storage_t* bias, const RowOf& row_of, acc_t (&acc)[THREAD_M][THREAD_N]) {
@@ -111,22 +140,19 @@ __device__ __forceinline__ void store_tile(
         output_offset[j] = column.n * tile.output_stride_n + l_out[j] * tile.output_stride_l;
         if (tile.column_begin + lane + 32 * j >= tile.columns) l_out[j] = tile.L_out;
     }
-    bool met_nan = false;
+    bool sum_again = false;
     store_rows(acc, tile.row_begin, tile.rows, [&](index_t row, const acc_t* values) {
         const Row info = row_of(tile, row);
-        const acc_t offset = bias_or_zero(bias, info.bias_offset);
+        const acc_t channel_bias = bias_or_zero(bias, info.bias_offset);
         storage_t* const y = tile.output + (info.output_offset + info.shift * tile.output_stride_l);
 #pragma unroll
         for (int j = 0; j < kColumns; ++j) {
             const acc_t value = values[lane + 32 * j];
-            met_nan = met_nan || is_nan(value);
-            if (is_index(l_out[j] + info.shift, tile.L_out)) y[output_offset[j]] = scalar::round(add(value, offset));
+            sum_again = sum_again || needs_canonical_sum(value);
+            if (is_index(l_out[j] + info.shift, tile.L_out)) y[output_offset[j]] = finish(value, channel_bias);
         }
     });
-    if (!met_nan) return;
-
-    // -- the rare way out: all results of this lane's columns are summed again, without the terms that are missing
-    // -----
+    if (!sum_again) return;
 #pragma unroll 1
     for (int e = 0; e < kWarpRows * kColumns; ++e) {
         const int row = warp * kWarpRows + e / kColumns, at = lane + 32 * (e % kColumns);
@@ -136,21 +162,12 @@ __device__ __forceinline__ void store_tile(
         column.find(tile, at);
         const index_t l = column.q * tile.output_step + tile.output_first + info.shift;
         if (!is_index(l, tile.L_out)) continue;
-        const storage_t* const x = tile.input + (tile.input_begin + column.n * tile.input_stride_n);
-        const acc_t* w = tile.weight + row;
-        acc_t sum = scalar::zero();
-#pragma unroll 1
-        for (index_t c_in = 0; c_in < tile.C_in_g; ++c_in) {
-#pragma unroll 1
-            for (index_t tap = 0; tap < tile.taps; ++tap, w += BLOCK_M) {
-                const index_t l_in = column.q * tile.column_step + tile.first + tap * tile.tap_step;
-                if (tap >= info.taps || !is_index(l_in, tile.L_in)) continue;
-                const storage_t value = x[c_in * tile.input_stride_c + l_in * tile.input_stride_l];
-                sum = multiply_add(*w, scalar::load(value), sum);
-            }
-        }
+        const acc_t sum = canonical_sum(
+            tile.input + (tile.input_begin + column.n * tile.input_stride_n),
+            column.q * tile.column_step + tile.first, tile.tap_step, tile.taps, tile,
+            PackedWeights(tile.weight + row, info.taps));
         tile.output[info.output_offset + column.n * tile.output_stride_n + l * tile.output_stride_l] =
-            scalar::round(add(sum, bias_or_zero(bias, info.bias_offset)));
+            finish(sum, bias_or_zero(bias, info.bias_offset));
     }
 }
 
@@ -162,9 +179,8 @@ __device__ __forceinline__ void multiply_tile(const TileOf& tile_of, const stora
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int lane_m = lane / kLanesN, lane_n = lane % kLanesN;
 
-    // -- what this thread loads of a chunk: terms first_term, first_term + kTermsAtOnce, ... of kLoadColumns columns,
-    // and vectors of weights
-    // ------------------------------------------------------------------------------------------------
+    // This thread loads of a chunk the terms first_term, first_term + kTermsAtOnce, ... of kLoadColumns columns, and
+    // vectors of weights.
     const int first_term = threadIdx.x / TERM_LANES, first_column = threadIdx.x % TERM_LANES;
     index_t position[kOneSample ? 1 : kLoadColumns];         // l_in of tap 0
     index_t position_offset[kOneSample ? 1 : kLoadColumns];  // of that position, from input_begin
@@ -184,9 +200,9 @@ __device__ __forceinline__ void multiply_tile(const TileOf& tile_of, const stora
     const index_t R = tile.C_in_g * tile.taps;
     const int first_vector = threadIdx.x / kVectorStep * kVectorStep * kMyVectors + threadIdx.x % kVectorStep;
     // Behind the last term: from there the terms that rest count backwards.
-    const Vector* const weight_end = keep_in_register(
-        reinterpret_cast<const Vector*>(tile.weight + (R - first_term) * BLOCK_M) + first_vector);
-    Vector* weight_to = keep_in_register_shared(reinterpret_cast<Vector*>(shared) + first_vector);
+    const AccVector* const weight_end = keep_in_register(
+        reinterpret_cast<const AccVector*>(tile.weight + (R - first_term) * BLOCK_M) + first_vector);
+    AccVector* weight_to = keep_in_register_shared(reinterpret_cast<AccVector*>(shared) + first_vector);
     acc_t* input_to = keep_in_register_shared(shared + (BLOCK_R * BLOCK_M + first_term * BLOCK_N + first_column));
     index_t my_rest = R - first_term;  // from this thread's first term to the last that is to be loaded
 
@@ -198,11 +214,12 @@ __device__ __forceinline__ void multiply_tile(const TileOf& tile_of, const stora
 #pragma unroll
             for (int j = 0; j < kLoadColumns; ++j) {
                 const int step = j * TERM_LANES * COLUMN_STEP;
-                const index_t l_in = (kOneSample ? position[0] + step : position[j]) + shift;
+                const Source source =
+                    source_index((kOneSample ? position[0] + step : position[j]) + shift, tile.L_in);
+                const storage_t* const from = kOneSample ? x + step : tile.input + (offset + position_offset[j]);
                 scalar::copy_to_shared(
-                    input_to + (i * BLOCK_N + j * TERM_LANES),
-                    kOneSample ? x + step : tile.input + (offset + position_offset[j]),
-                    my_rest > i && is_index(l_in, tile.L_in));
+                    input_to + (i * BLOCK_N + j * TERM_LANES), from + source.moved * tile.input_stride_l,
+                    my_rest > i && source.exists);
             }
             tap += tile.taps_advance;
             offset += tile.input_advance;
@@ -211,7 +228,7 @@ __device__ __forceinline__ void multiply_tile(const TileOf& tile_of, const stora
                 offset += tile.input_carry;
             }
         }
-        const Vector* const weight = weight_end - my_rest * (BLOCK_M / kVec);
+        const AccVector* const weight = weight_end - my_rest * (BLOCK_M / kAccVec);
         if (kWeightVectors >= kThreads || threadIdx.x < kWeightVectors) {
 #pragma unroll
             for (int v = 0; v < kMyVectors; ++v) copy_async(weight_to + v * kVectorStep, weight + v * kVectorStep);
@@ -223,13 +240,13 @@ __device__ __forceinline__ void multiply_tile(const TileOf& tile_of, const stora
     // Each round loads a chunk into one buffer and multiplies the one before, in the other; the first only loads, the
     // last only multiplies. A chunk is multiplied UNROLL_R terms at a time: what it has of them behind the last term is
     // zeros.
-    const int chunk_m = BLOCK_R * BLOCK_M / kVec, chunk_n = BLOCK_R * BLOCK_N / kVec;
-    int other = kBuffer / kVec;  // from the buffer that is loaded to the other
+    const int chunk_m = BLOCK_R * BLOCK_M / kAccVec, chunk_n = BLOCK_R * BLOCK_N / kAccVec;
+    int other = kBuffer / kAccVec;  // from the buffer that is loaded to the other
     // These end a round behind the chunk.
-    const Vector* w = keep_in_register_shared(
-        reinterpret_cast<const Vector*>(shared + kBuffer + warp * kWarpRows) + lane_m + chunk_m);
-    const Vector* x =
-        keep_in_register_shared(reinterpret_cast<const Vector*>(shared + kBuffer) + chunk_m + lane_n + chunk_n);
+    const AccVector* w = keep_in_register_shared(
+        reinterpret_cast<const AccVector*>(shared + kBuffer + warp * kWarpRows) + lane_m + chunk_m);
+    const AccVector* x =
+        keep_in_register_shared(reinterpret_cast<const AccVector*>(shared + kBuffer) + chunk_m + lane_n + chunk_n);
     int terms = 0;  // that are ready in the other buffer
     for (index_t rest = R;; rest -= BLOCK_R) {
         if (rest > 0) load_chunk();
@@ -238,18 +255,18 @@ __device__ __forceinline__ void multiply_tile(const TileOf& tile_of, const stora
 #pragma unroll
             for (int i = 0; i < UNROLL_R; ++i) {
                 multiply_term(
-                    w + i * (BLOCK_M / kVec), x + i * (BLOCK_N / kVec),
+                    w + i * (BLOCK_M / kAccVec), x + i * (BLOCK_N / kAccVec),
                     [](acc_t weight, acc_t input, acc_t sum) { return multiply_add(weight, input, sum); }, acc);
             }
-            w += UNROLL_R * (BLOCK_M / kVec);
-            x += UNROLL_R * (BLOCK_N / kVec);
+            w += UNROLL_R * (BLOCK_M / kAccVec);
+            x += UNROLL_R * (BLOCK_N / kAccVec);
         }
         if (rest <= 0) break;
         copy_async_wait();
         __syncthreads();
         terms = int(min_index(BLOCK_R, rest));
         my_rest -= BLOCK_R;
-        input_to += other * kVec;
+        input_to += other * kAccVec;
         weight_to += other;
         w += -other - chunk_m;
         x += -other - chunk_n;

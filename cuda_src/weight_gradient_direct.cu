@@ -5,11 +5,13 @@
 //   g = r / C_coarse_g,   l_fine = l*stride - padding_left + k*dilation,   terms outside [0, L_fine) left out;
 //   the conjugate of that where is_conjugated.
 //
-// Grid x: blocks of BLOCK_SIZE consecutive elements of (slice, r, c, k), k fastest; where the grid is shorter, threads go
-// round again. Grid y and z: 1. No shared memory.
+// Grid x: blocks of BLOCK_SIZE consecutive elements of (slice, r, c, k), k fastest; where the grid is shorter, threads take
+// several. Grid y and z: 1. No shared memory.
 // With several slices their sums go to partial and sum_slices.cu follows; with one partial is null.
-// Uses: slices.cuh
-// Needs nothing: arrays of any strides, zero and negative included, in elements.
+// Takes arrays of any strides, zero and negative ones too, in elements.
+
+#include "common.cuh"
+#include "slices.cuh"
 
 struct Params {
     index_t num_sums;  // slices * C_coarse * C_fine_g * K
@@ -37,7 +39,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK_SIZE, 2) weight_gradient_dire
         const index_t slice = row / p.C_coarse, r = row - slice * p.C_coarse;
         const index_t c = column / p.K, k = column - c * p.K;
         const index_t g = r / p.C_coarse_g;
-        const acc_t sum = sum_existing_terms<4>(
+        const acc_t sum = canonical_slice_sum<4>(
             coarse + r * p.coarse_stride_c, fine + (g * p.C_fine_g + c) * p.fine_stride_c, k, find_slice(slice, p), p);
         store_sum(sum, slice, r, column, partial, grad_weight, p);
     }

@@ -17,16 +17,21 @@
 //
 // IS_SPLIT = 1 is float32 by TF32 products, as in mma.cuh: the small products have sums of their own, and the sum of the
 // large ones of each step is added to a total in float32. Values that cannot be split become NaN. Sums that are not finite
-// are formed again term by term (sum_existing_terms), so that they follow IEEE arithmetic.
+// are formed again term by term (canonical_slice_sum), so that they follow IEEE arithmetic.
 //
 // Grid x: blocks of BLOCK_M rows (fastest, so that blocks which read one window of fine run together), then of taps, then
 // of octets, then groups, then slices. Grid y and z: 1. Dynamic shared memory: two buffers of both operands, and tables
-// of the window's rows and of the tasks of staging it; or the sums on their way out.
+// of the window's rows and of the tasks of staging it; or the sums that are to be stored.
 // With several slices their sums go to partial and sum_slices.cu follows; with one partial is null.
-// Uses: tf32.cuh
-// Uses: slices.cuh
-// Needs: for COARSE_WIDTH and FINE_WIDTH > 1, contiguous positions, as many as a multiple of the width, in rows that begin
-// aligned to that many; for FINE_WIDTH also stride 1. Otherwise nothing: arrays of any strides, in elements.
+// COARSE_WIDTH and FINE_WIDTH > 1 need contiguous positions, as many as a multiple of the width, in rows that begin
+// aligned to that many; FINE_WIDTH > 1 also needs stride 1. Takes other arrays of any strides, in elements.
+// Needs float16, bfloat16 (sm_80) or float32 (sm_80). Chosen for at least 8 channels a group on both sides.
+
+#include "common.cuh"
+#include "edge.cuh"
+#include "fragments.cuh"
+#include "slices.cuh"
+#include "tf32.cuh"
 
 struct Params {
     index_t N, L_coarse, L_fine, K;
@@ -47,12 +52,7 @@ struct Params {
 };
 static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/weight_gradient_mma.py");
 
-constexpr int kUnit = 16 / int(sizeof(storage_t));
 constexpr int kOctetUnits = 8 / kUnit;
-constexpr int kParts = IS_SPLIT ? 2 : 1;
-constexpr int kThreads = 32 * WARPS_M * WARPS_N;
-constexpr int kWarpM = BLOCK_M / WARPS_M, kWarpN = BLOCK_N / WARPS_N;
-constexpr int kTilesM = kWarpM / 16, kTilesN = kWarpN / 8;
 constexpr int kStepRows = 16;                  // positions of a step
 constexpr int kDepth = 2 * kUnit;              // and of one product of matrices
 constexpr int kUnitsM = BLOCK_M / kUnit;
@@ -65,18 +65,14 @@ constexpr int kCoarseTasks = kUnitsM * CHUNK_ROWS / COARSE_WIDTH;
 constexpr int kAheadCoarse = (kCoarseTasks + kThreads - 1) / kThreads * COARSE_WIDTH < AHEAD_COARSE
     ? (kCoarseTasks + kThreads - 1) / kThreads : AHEAD_COARSE / COARSE_WIDTH;
 constexpr int kAheadFine = AHEAD_FINE / FINE_WIDTH;
-constexpr int kOutPitch = BLOCK_N + 4;          // of sums on their way out
+constexpr int kOutPitch = BLOCK_N + 4;          // of the sums that are to be stored
 constexpr int kOutColumns = BLOCK_N / 32;       // that a lane stores of a row
-static_assert(sizeof(acc_t) == 4, "float32 accumulators: gpuconv/families/weight_gradient_mma.py");
 static_assert(CHUNK_ROWS % kStepRows == 0, "chunks are whole steps: gpuconv/families/weight_gradient_mma.py");
 static_assert(AHEAD_COARSE % COARSE_WIDTH == 0 && AHEAD_FINE % FINE_WIDTH == 0,
               "whole tasks are loaded ahead: gpuconv/families/weight_gradient_mma.py");
-static_assert(kWarpM % 16 == 0 && kWarpN % 16 == 0, "warps own whole fragments: gpuconv/families/weight_gradient_mma.py");
+static_assert(kIsEmptyOutside || FINE_WIDTH == 1,
+              "positions outside fine are loaded together: gpuconv/families/weight_gradient_mma.py");
 static_assert(kStepRows == SPLIT_TERMS, "SPLIT_TERMS differs from gpuconv/reference.py");
-
-struct alignas(16) Vector {
-    unsigned word[4];
-};
 
 // Where a row of the window lies, from the chunk's first sample and the position that its first l meets.
 struct Place {
@@ -164,15 +160,15 @@ struct Block {
     }
 
     // All channels of position v side by side.
-    __device__ __forceinline__ Vector vector(int v) const {
-        Vector x;
+    __device__ __forceinline__ Vector<unsigned> vector(int v) const {
+        Vector<unsigned> x;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             if (kUnit == 8) {
                 const unsigned a = run[2 * i % kUnit].word[v / 2], b = run[(2 * i + 1) % kUnit].word[v / 2];
-                x.word[i] = v % 2 == 0 ? (a & 0xffffu) | b << 16 : a >> 16 | (b & 0xffff0000u);
+                x.element[i] = v % 2 == 0 ? (a & 0xffffu) | b << 16 : a >> 16 | (b & 0xffff0000u);
             } else {
-                x.word[i] = run[i % kUnit].word[v];
+                x.element[i] = run[i % kUnit].word[v];
             }
         }
         return x;
@@ -181,30 +177,30 @@ struct Block {
 
 // Stores the vectors of a block in neighbouring rows; where an operand has two parts, part_rows apart.
 template <int kWidth>
-__device__ __forceinline__ void stage(const Block<kWidth>& block, Vector* rows, index_t part_rows) {
+__device__ __forceinline__ void stage(const Block<kWidth>& block, Vector<unsigned>* rows, index_t part_rows) {
 #pragma unroll
     for (int v = 0; v < kWidth; ++v) {
-        const Vector x = block.vector(v);
+        const Vector<unsigned> x = block.vector(v);
         if (kUnit == 8) {
             rows[v] = x;
             continue;
         }
-        Vector hi, lo;
+        Vector<unsigned> hi, lo;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            const float value = uint_as_float(x.word[i]);
+            const float value = uint_as_float(x.element[i]);
             float h = round_to_tf32(value), l = 0.0f;
             if (IS_SPLIT) split_tf32(value, &h, &l);
-            hi.word[i] = float_as_uint(h);
-            lo.word[i] = float_as_uint(round_to_tf32(l));
+            hi.element[i] = float_as_uint(h);
+            lo.element[i] = float_as_uint(round_to_tf32(l));
         }
         rows[v] = hi;
         if (IS_SPLIT) rows[v + part_rows] = lo;
     }
 }
 
-// -- fragments of one product of matrices, from this lane's address of each operand: see ptx.cuh ----------------------
-// 16-bit operands lie the wrong way round and are transposed as they are loaded; 32-bit ones are read one by one.
+// The fragments of one product of matrices are loaded from this lane's address of each operand: see ptx.cuh. 16-bit operands
+// are transposed as they are loaded; 32-bit ones are read one by one.
 
 // Bytes from an operand's start to what this lane reads of two octets of rows, the first of which begins at row `row`, or of
 // a pair.
@@ -232,10 +228,7 @@ __device__ __forceinline__ void load_rows(unsigned (&a)[4], const unsigned char*
     }
 }
 
-// -- the product of a slice --------------------------------------------------------------------------------------------
-
-typedef acc_t Sums[kTilesM][kTilesN][4];
-
+// The sums of one slice.
 __device__ __forceinline__ void multiply_slice(
     const storage_t* coarse, const storage_t* fine, const Tile& tile, const Params& p, Sums& acc) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -245,8 +238,8 @@ __device__ __forceinline__ void multiply_slice(
     const int fine_part = int(p.block_octets) * window_pitch;
     const int planes = int(p.planes), plane_rows = int(p.plane_rows);
 
-    Vector* const coarse_buffers = reinterpret_cast<Vector*>(dynamic_shared_memory());
-    Vector* const fine_buffers = coarse_buffers + 2 * kParts * kCoarsePart;
+    Vector<unsigned>* const coarse_buffers = reinterpret_cast<Vector<unsigned>*>(dynamic_shared_memory());
+    Vector<unsigned>* const fine_buffers = coarse_buffers + 2 * kParts * kCoarsePart;
     Place* const places = reinterpret_cast<Place*>(fine_buffers + 2 * kParts * fine_part);
     Task* const tasks = reinterpret_cast<Task*>(places + p.window_rows);
     const int fine_runs = int(p.window_rows) / FINE_WIDTH, fine_tasks = fine_runs * int(p.task_units);
@@ -267,7 +260,6 @@ __device__ __forceinline__ void multiply_slice(
         tasks[i] = Task::of(i, window_units, fine_runs, FINE_WIDTH);
     }
 
-    // -- loading -----------------------------------------------------------------------------------------------------------
     coarse += (tile.channel + tile.row_begin) * p.coarse_stride_c;
     fine += (tile.fine_channel + tile.octet_begin * 8) * p.fine_stride_c;
     index_t n = s.n_begin, l = s.l_begin;  // the chunk to load
@@ -290,10 +282,11 @@ __device__ __forceinline__ void multiply_slice(
     };
     const auto load_fine = [&](Block<FINE_WIDTH>& block, const Task& task) {
         const Place place = places[task.row];
-        const index_t l_fine = l * p.stride + place.l, c = task.unit * kUnit;
-        const bool exists = n + place.n < s.n_end && is_index(l_fine, p.L_fine);
+        const index_t c = task.unit * kUnit;
+        const Source source = source_index(l * p.stride + place.l, p.L_fine);
+        const bool exists = n + place.n < s.n_end && source.exists;
         block.load(
-            fine + ((n + place.n) * p.fine_stride_n + l_fine * p.fine_stride_l + c * p.fine_stride_c),
+            fine + ((n + place.n) * p.fine_stride_n + source.index * p.fine_stride_l + c * p.fine_stride_c),
             p.fine_stride_c, exists ? tile.channels - c : 0);
     };
     const auto store_coarse = [&](int buffer, const Block<COARSE_WIDTH>& block, const Task& task) {
@@ -312,7 +305,7 @@ __device__ __forceinline__ void multiply_slice(
     };
     __syncthreads();  // the tables
 
-    // -- this lane's addresses ---------------------------------------------------------------------------------------------
+    // Where this lane reads its operands.
     const int a_address = rows_address(warp / WARPS_N * (kWarpM / 8) * kPitchM, lane);
     // 16-bit pairs are loaded two by two, the second by the upper half of the lanes.
     constexpr int kLoads = kUnit == 8 ? kTilesN / 2 : kTilesN;
@@ -330,19 +323,12 @@ __device__ __forceinline__ void multiply_slice(
     const int sample_steps = sample_rows / kStepRows;
     const int sample_skip = (sample_window_rows - sample_rows) * 16;
 
-    acc_t low[IS_SPLIT ? kTilesM : 1][IS_SPLIT ? kTilesN : 1][4];    // sums of the small products
-    acc_t total[IS_SPLIT ? kTilesM : 1][IS_SPLIT ? kTilesN : 1][4];  // of the large ones
-#pragma unroll
-    for (int i = 0; i < kTilesM; ++i) {
-#pragma unroll
-        for (int j = 0; j < kTilesN; ++j) {
-#pragma unroll
-            for (int e = 0; e < 4; ++e) {
-                acc[i][j][e] = 0.0f;
-                if (IS_SPLIT) low[i][j][e] = total[i][j][e] = 0.0f;
-            }
-        }
-    }
+    Sums low;    // where IS_SPLIT: sums of the small products
+    Sums total;  // and of the large ones
+    for_each_sum([&](int i, int j, int e) {
+        acc[i][j][e] = 0.0f;
+        if (IS_SPLIT) low[i][j][e] = total[i][j][e] = 0.0f;
+    });
 
     int buffer = 0, steps = 0;  // of the chunk that lies in shared memory
 #pragma unroll 1
@@ -406,17 +392,10 @@ __device__ __forceinline__ void multiply_slice(
                 b += kDepth * 16;
             }
             if (IS_SPLIT) {
-#pragma unroll
-                for (int i = 0; i < kTilesM; ++i) {
-#pragma unroll
-                    for (int j = 0; j < kTilesN; ++j) {
-#pragma unroll
-                        for (int e = 0; e < 4; ++e) {
-                            total[i][j][e] += acc[i][j][e];
-                            acc[i][j][e] = 0.0f;
-                        }
-                    }
-                }
+                for_each_sum([&](int i, int j, int e) {
+                    total[i][j][e] += acc[i][j][e];
+                    acc[i][j][e] = 0.0f;
+                });
             }
             if (--steps_of_sample == 0) {
                 steps_of_sample = sample_steps;
@@ -460,16 +439,7 @@ __device__ __forceinline__ void multiply_slice(
         }
         __syncthreads();
     }
-    if (IS_SPLIT) {
-#pragma unroll
-        for (int i = 0; i < kTilesM; ++i) {
-#pragma unroll
-            for (int j = 0; j < kTilesN; ++j) {
-#pragma unroll
-                for (int e = 0; e < 4; ++e) acc[i][j][e] = total[i][j][e] + low[i][j][e];
-            }
-        }
-    }
+    if (IS_SPLIT) for_each_sum([&](int i, int j, int e) { acc[i][j][e] = total[i][j][e] + low[i][j][e]; });
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) weight_gradient_mma(
@@ -481,8 +451,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) weight_gradie
     Sums acc;
     multiply_slice(coarse, fine, find_tile(blockIdx.x, p), p, acc);
 
-    // -- the way out: 16 rows of each warp at a time pass through shared memory, to be stored in the order of (c, k) --------
-    // What is left of acc moves up after each, so that one text serves all.
+    // 16 rows of each warp at a time pass through shared memory, to be stored in the order of (c, k).
     const Tile tile = find_tile(block_index_again(), p);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     acc_t* const out = reinterpret_cast<acc_t*>(dynamic_shared_memory());  // [WARPS_M * 16][kOutPitch]
@@ -514,7 +483,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) weight_gradie
             for (int e = 0; e < 4; ++e) mine[e / 2 * 8 * kOutPitch + j * 8 + e % 2] = acc[0][j][e];
         }
         __syncthreads();
-        bool met_special = false;
+        bool sum_again = false;
         const auto row_of = [&](int row) { return row / 16 * kWarpM + i * 16 + row % 16; };
 #pragma unroll 1
         for (int row = warp; row < WARPS_M * 16; row += kThreads / 32) {
@@ -524,15 +493,15 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) weight_gradie
             for (int m = 0; m < kOutColumns; ++m) {
                 if (from[m] < 0) continue;
                 const acc_t sum = out[row * kOutPitch + from[m]];
-                met_special = met_special || !is_finite(sum);
+                sum_again = sum_again || (NAN_FALLBACK && !is_finite(sum));
                 if (partial != nullptr) {
                     partial[(tile.slice * p.C_coarse + r) * (p.C_fine_g * p.K) + to[m]] = sum;
                 } else {
-                    grad_weight[r * p.weight_stride_r + to[m]] = finish(sum, false);
+                    grad_weight[r * p.weight_stride_r + to[m]] = finish_gradient(sum, false);
                 }
             }
         }
-        if (met_special) {
+        if (sum_again) {
             const Slice s = find_slice(tile.slice, p);
 #pragma unroll 1
             for (int task = 0; task < WARPS_M * 16 * kOutColumns; ++task) {
@@ -542,19 +511,12 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) weight_gradie
                 if (is_finite(out[row * kOutPitch + (c / 8 * int(p.block_taps) + tap) * 8 + c % 8])) continue;
                 const index_t r = tile.channel + tile.row_begin + row_of(row), k = tile.tap_begin + tap;
                 const index_t c_of_group = tile.octet_begin * 8 + c;
-                const acc_t sum = sum_existing_terms(
+                const acc_t sum = canonical_slice_sum(
                     coarse + r * p.coarse_stride_c, fine + (tile.fine_channel + c_of_group) * p.fine_stride_c, k, s, p);
                 store_sum(sum, tile.slice, r, c_of_group * p.K + k, partial, grad_weight, p);
             }
         }
         __syncthreads();
-#pragma unroll
-        for (int next = 1; next < kTilesM; ++next) {
-#pragma unroll
-            for (int j = 0; j < kTilesN; ++j) {
-#pragma unroll
-                for (int e = 0; e < 4; ++e) acc[next - 1][j][e] = acc[next][j][e];
-            }
-        }
+        move_sums_up(acc);
     }
 }

@@ -15,13 +15,16 @@
 // that further positions use in registers. The window of fine begins `lead` positions early, where copies of fine_copy
 // elements are aligned; the taps then begin with as many that do not exist.
 // IS_SLIDING = 0: any stride and dilation, one read for each position and tap.
-// Terms outside fine are multiplied as zeros, which tiled.cuh explains; sums that are NaN are formed again without them.
+// Terms outside fine are multiplied as zeros; canonical_sum.cuh explains what follows from that.
 //
 // Grid x: blocks of pairs (fastest), then tiles of tap_threads*THREAD_K taps. Grid y and z: 1. Dynamic shared memory: a
 // Row for each pair, then two buffers of block_pairs rows of coarse and as many of fine.
 // With several slices their sums go to partial and sum_slices.cu follows; with one partial is null.
-// Uses: slices.cuh
-// Needs nothing: arrays of any strides, in elements.
+// Takes arrays of any strides, in elements. Chosen for at most 4 channels a group on one side.
+
+#include "common.cuh"
+#include "edge.cuh"
+#include "slices.cuh"
 
 struct Params {
     index_t N, L_coarse, L_fine, K;
@@ -40,14 +43,10 @@ struct Params {
 };
 static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/weight_gradient_pairs.py");
 
-constexpr int kVec = 16 / int(sizeof(storage_t));
+constexpr int kVec = kStorageVec;
 constexpr int kHeld = (THREAD_K + kVec - 2) / kVec + 1;  // vectors of fine that kVec positions and THREAD_K taps meet
 constexpr int kRowThreads = 8;                           // threads that load one row
 static_assert(THREAD_K % kVec == 0, "threads begin at whole vectors: gpuconv/families/weight_gradient_pairs.py");
-
-struct alignas(16) Vector {
-    storage_t element[kVec];
-};
 
 // Of one pair: where its first chunk begins in coarse, and the window of that in fine, as offsets; how many samples its
 // slice has, and its positions of each of them.
@@ -57,17 +56,17 @@ struct Row {
 };
 
 // Copies the positions begin to begin + length of a row, which `source` points to, to shared memory, as T of several
-// elements each; those outside [0, L) become zeros. No T lies across 0 or L.
+// elements each, of which all exist or none; those that do not exist become zeros.
 template <typename T>
 __device__ __forceinline__ void copy_row(
-    storage_t* shared, const storage_t* source, index_t begin, int length, index_t L, T zero) {
+    storage_t* shared, const storage_t* source, index_t begin, int length, index_t L) {
     const int count = sizeof(T) / sizeof(storage_t);
 #pragma unroll 1
     for (int i = int(threadIdx.x) % kRowThreads * count; i < length; i += kRowThreads * count) {
-        if (begin + i >= 0 && begin + i < L) {
+        if (source_index(begin + i, L).exists) {
             copy_async(reinterpret_cast<T*>(shared + i), reinterpret_cast<const T*>(source + i));
         } else {
-            *reinterpret_cast<T*>(shared + i) = zero;
+            *reinterpret_cast<T*>(shared + i) = T{};
         }
     }
 }
@@ -127,18 +126,18 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS) weight_gra
             // Both rows in one loop, which halves the code.
 #pragma unroll 1
             for (int side = 0; side < 2; ++side) {
-                const int copy_bytes = stride == 1 ? copy * int(sizeof(storage_t)) : 0;
+                const int copy_bytes = kIsEmptyOutside && stride == 1 ? copy * int(sizeof(storage_t)) : 0;
                 if (copy_bytes == 16) {
-                    copy_row(shared, source, begin, length, L, make_uint4(0, 0, 0, 0));
+                    copy_row<Vector<unsigned, 4>>(shared, source, begin, length, L);
                 } else if (copy_bytes == 8) {
-                    copy_row(shared, source, begin, length, L, make_uint2(0, 0));
+                    copy_row<Vector<unsigned, 2>>(shared, source, begin, length, L);
                 } else if (copy_bytes == 4) {
-                    copy_row(shared, source, begin, length, L, 0u);
+                    copy_row<Vector<unsigned, 1>>(shared, source, begin, length, L);
                 } else {
 #pragma unroll 2
                     for (int e = int(threadIdx.x) % kRowThreads; e < length; e += kRowThreads) {
-                        const bool exists = begin + e >= 0 && begin + e < L;
-                        shared[e] = exists ? source[e * stride] : scalar::storage_zero();
+                        const Source at = source_index(begin + e, L);
+                        shared[e] = at.exists ? source[(e + at.moved) * stride] : scalar::storage_zero();
                     }
                 }
                 shared = smem_fine + i * fine_pitch;
@@ -176,11 +175,11 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS) weight_gra
     // Sums `count` positions of a row of coarse with a window of fine.
     const auto sum_positions = [&](const storage_t* a, const storage_t* b, int count) {
 #if IS_SLIDING
-        const Vector* const a_vectors = reinterpret_cast<const Vector*>(a);
-        const Vector* const b_vectors = reinterpret_cast<const Vector*>(b);
+        const StorageVector* const a_vectors = reinterpret_cast<const StorageVector*>(a);
+        const StorageVector* const b_vectors = reinterpret_cast<const StorageVector*>(b);
         acc_t held[kHeld][kVec];
         const auto hold = [&](int slot, int vector) {
-            const Vector next = b_vectors[vector];
+            const StorageVector next = b_vectors[vector];
 #pragma unroll
             for (int e = 0; e < kVec; ++e) held[slot][e] = scalar::load(next.element[e]);
         };
@@ -195,7 +194,7 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS) weight_gra
             for (int v = 0; v < kHeld; ++v) {
                 if (first + v >= vectors) break;
                 hold((v + kHeld - 1) % kHeld, first + v + kHeld - 1);
-                const Vector x = a_vectors[first + v];
+                const StorageVector x = a_vectors[first + v];
 #pragma unroll
                 for (int e = 0; e < kVec; ++e) {
                     const acc_t value = scalar::load(x.element[e]);
@@ -252,23 +251,23 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS) weight_gra
         if (partial != nullptr) {
             partial_pair[k] = sum;
         } else {
-            result_pair[k * p.weight_stride_k] = finish(sum, p.is_conjugated);
+            result_pair[k * p.weight_stride_k] = finish_gradient(sum, p.is_conjugated);
         }
     };
-    bool met_nan = false;
+    bool sum_again = false;
 #pragma unroll
     for (int j = 0; j < THREAD_K; ++j) {
         if (first_tap + j >= 0 && first_tap + j < p.K) {
             store(acc[j], first_tap + j);
-            met_nan = met_nan || is_nan(acc[j]);
+            sum_again = sum_again || needs_canonical_sum(acc[j]);
         }
     }
-    if (!met_nan) return;
+    if (!sum_again) return;
     coarse += r * p.coarse_stride_c;
     fine += (r / p.C_coarse_g * p.C_fine_g + c) * p.fine_stride_c;
     const Slice s = find_slice(slice, p);
 #pragma unroll 1
     for (index_t k = max_index(first_tap, 0); k < min_index(first_tap + THREAD_K, p.K); ++k) {
-        store(sum_existing_terms(coarse, fine, k, s, p), k);
+        store(canonical_slice_sum(coarse, fine, k, s, p), k);
     }
 }

@@ -9,14 +9,17 @@
 // row or column, so that they read along l; rows of shared memory are one vector longer than the tile, so that these
 // threads, and the four rows of a warp, store to different banks. Taps of one channel read the same positions again, from
 // the L1 cache.
-// Terms outside fine are multiplied as zeros, which tiled.cuh explains; sums that are NaN are formed again without them.
+// Terms outside fine are multiplied as zeros; canonical_sum.cuh explains what follows from that.
 //
 // Grid x: blocks of BLOCK_M rows (fastest, so that blocks which read one window of fine run together), then of BLOCK_N
 // columns, then groups, then slices. Grid y and z: 1. Dynamic shared memory: SHARED_BYTES.
 // With several slices their sums go to partial and sum_slices.cu follows; with one partial is null.
-// Uses: slices.cuh
-// Uses: register_tile.cuh
-// Needs nothing: arrays of any strides, in elements.
+// Takes arrays of any strides, in elements. Chosen for at least 4 rows and 4 columns a group.
+
+#include "common.cuh"
+#include "edge.cuh"
+#include "register_tile.cuh"
+#include "slices.cuh"
 
 struct Params {
     index_t N, L_coarse, L_fine, K;
@@ -34,7 +37,7 @@ struct Params {
 };
 static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/weight_gradient_tiled.py");
 
-constexpr int kPitchM = BLOCK_M + kVec, kPitchN = BLOCK_N + kVec;  // operands of one term in shared memory
+constexpr int kPitchM = BLOCK_M + kAccVec, kPitchN = BLOCK_N + kAccVec;  // operands of one term in shared memory
 constexpr int kLoadPositions = 8;
 constexpr int kLoadRows = kThreads / kLoadPositions;  // rows or columns that the block loads at a time
 constexpr int kMyRows = BLOCK_M / kLoadRows, kMyColumns = BLOCK_N / kLoadRows;
@@ -79,8 +82,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) weight_gradie
         const index_t terms = (s.n_end - s.n_begin) * (s.l_end - s.l_begin);
         const int load_position = threadIdx.x % kLoadPositions, load_row = threadIdx.x / kLoadPositions;
 
-        // -- what this thread loads of each term of its own. A row or column behind the last repeats it: its loads are
-        // valid and its results are not stored.
+        // What this thread loads of each of its terms. A row or column behind the last repeats it: its loads are valid and
+        // its results are not stored.
         index_t row_offset[kMyRows];
 #pragma unroll
         for (int i = 0; i < kMyRows; ++i) {
@@ -118,7 +121,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) weight_gradie
 #pragma unroll
                 for (int i = 0; i < kMyRows; ++i) scalar::copy_to_shared(rows + i * kLoadRows, a + row_offset[i]);
                 const index_t position = l * p.stride - p.padding_left;
-                if (position >= 0 && position + (p.K - 1) * p.dilation < p.L_fine) {
+                if (is_inside(position, position + (p.K - 1) * p.dilation, p.L_fine)) {
 #pragma unroll
                     for (int i = 0; i < kMyColumns; ++i) {
                         scalar::copy_to_shared(columns_of_term + i * kLoadRows, b + column_offset[i]);
@@ -126,9 +129,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) weight_gradie
                 } else {
 #pragma unroll
                     for (int i = 0; i < kMyColumns; ++i) {
-                        const index_t l_fine = position + smem_shift[i * kLoadRows];
+                        const Source source = source_index(position + smem_shift[i * kLoadRows], p.L_fine);
                         acc_t value = scalar::zero();
-                        if (l_fine >= 0 && l_fine < p.L_fine) value = scalar::load(b[column_offset[i]]);
+                        if (source.exists) {
+                            value = scalar::load(b[column_offset[i] + source.moved * p.fine_stride_l]);
+                        }
                         columns_of_term[i * kLoadRows] = value;
                     }
                 }
@@ -148,17 +153,17 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) weight_gradie
 
     const Tile tile = find_tile(block_index_again(), p);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    bool met_nan = false;
+    bool sum_again = false;
     store_rows(acc, tile.row_begin, p.C_coarse_g, [&](index_t row, const acc_t* values) {
 #pragma unroll 1
         for (int j = lane; j < BLOCK_N && tile.column_begin + j < columns; j += 32) {
             store_sum(values[j], tile.slice, tile.channel + row, tile.column_begin + j, partial, grad_weight, p);
-            met_nan = met_nan || is_nan(values[j]);
+            sum_again = sum_again || needs_canonical_sum(values[j]);
         }
     });
-    if (!met_nan) return;
+    if (!sum_again) return;
 
-    // -- the rare way out: all results of this lane's columns are summed again, without the terms that are missing -----
+    // The NaN fallback: all results of this lane's columns are summed again.
     const Slice s = find_slice(tile.slice, p);
 #pragma unroll 1
     for (int e = 0; e < kWarpRows * ((BLOCK_N + 31) / 32); ++e) {
@@ -167,7 +172,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) weight_gradie
         const index_t column = tile.column_begin + j;
         if (row >= p.C_coarse_g || j >= BLOCK_N || column >= columns) continue;
         const index_t c = column / p.K;
-        const acc_t sum = sum_existing_terms(
+        const acc_t sum = canonical_slice_sum(
             coarse + (tile.channel + row) * p.coarse_stride_c, fine + (tile.fine_channel + c) * p.fine_stride_c,
             column - c * p.K, s, p);
         store_sum(sum, tile.slice, tile.channel + row, column, partial, grad_weight, p);

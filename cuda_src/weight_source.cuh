@@ -7,6 +7,10 @@
 //
 // Macros read: IS_TRANSPOSED, PHASES_IN_ROWS.
 
+#pragma once
+
+#include "common.cuh"
+
 // Whether the weight exists; if so, *offset is its place. Params has the fields that are read here.
 template <typename Params>
 __device__ __forceinline__ bool find_weight(

@@ -73,16 +73,16 @@ def _run_on_cpu(function: str, arrays: tuple[Any, ...], settings: tuple[Any, ...
 
 def _compute(task: Task, arrays: list[Any], output: np.ndarray[Any, Any]) -> None:
     """Compute a task of NumPy arrays in native byte order into `output`."""
-    from . import cpu, cpu_gradients  # loaded by the first call on the CPU, since calls on a GPU do not need it
+    from . import cpu  # loaded by the first call on the CPU, since calls on a GPU do not need it
 
     p = task.problem
     if isinstance(p, ConvProblem):
         x, weight, *bias = arrays
         cpu.convolve(p, x, weight.conj() if task.conjugate_weight else weight, bias[0] if bias else None, output)
     elif isinstance(p, WeightGradientProblem):
-        cpu_gradients.weight_gradient(p, *p.sides(*arrays), output)
+        cpu.weight_gradient.compute(p, *p.sides(*arrays), output)
     elif isinstance(p, BiasGradientProblem):
-        cpu_gradients.bias_gradient(p, arrays[0], output)
+        cpu.bias_gradient.compute(p, arrays[0], output)
 
 
 def _run_on_gpu(

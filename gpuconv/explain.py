@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-from . import cpu, cpu_gradients, dispatch, runtime
+from . import cpu, dispatch, runtime
 from .arguments import check_int, check_padding_mode
 from .device import ARCHITECTURES, Device
 from .families import Launch
@@ -305,7 +305,7 @@ def explain(
         if isinstance(problem, ConvProblem):
             method = cpu.method(problem)
         elif isinstance(problem, WeightGradientProblem):
-            method = cpu_gradients.method(problem)
+            method = cpu.weight_gradient.method(problem)
         return Explanation(problem, None, None, method, tuple(dict.fromkeys((*conjugated, *swapped))))
     if problem.is_empty:
         return Explanation(problem, target, None, None, ())

@@ -1,4 +1,4 @@
-"""Finds the CUDA sources and assembles the text of one kernel: macros, ptx.cuh, common.cuh, the family's .cu file.
+"""Finds the CUDA sources and assembles the text of one kernel: its macros, and its .cu file with all that it includes.
 
 The text is self-contained: no `-I`, no `-D`. CuPy keys its disk cache by source and options, so a header reached
 through an include path would be invisible to that key, and every distinct tuple of options costs an extra compile.
@@ -7,13 +7,13 @@ through an include path would be invisible to that key, and every distinct tuple
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 
-HEADERS = ("ptx.cuh", "common.cuh")
+_INCLUDE = re.compile(r'#include "([^"]+)"')
 
 
 @cache
@@ -37,15 +37,30 @@ def read(file: str) -> str:
 
 
 def assemble(kernel: str, macros: Mapping[str, str]) -> str:
-    """The translation unit of a kernel: one `#define` per macro, the headers, and `<kernel>.cu`.
+    """The translation unit of a kernel: one `#define` per macro, then `<kernel>.cu` as `inlined` returns it."""
+    return "".join(f"#define {name} {value}\n" for name, value in macros.items()) + inlined(f"{kernel}.cu")
 
-    The headers are `HEADERS` and those that the .cu file names in a comment line of its own, `// Uses: tiled.cuh`.
+
+@cache
+def inlined(file: str) -> str:
+    """The text of one file of `cuda_src`, with each header that it includes where it is first included.
+
     `#line` directives make compiler messages point at the real files.
     """
-    defines = "".join(f"#define {name} {value}\n" for name, value in macros.items())
-    named = re.findall(r"^// Uses: (\S+)$", read(f"{kernel}.cu"), re.MULTILINE)
-    files = (*HEADERS, *named, f"{kernel}.cu")
-    return defines + "".join(f'#line 1 "{file}"\n{read(file)}' for file in files)
+    return "".join(f"{line}\n" for line in _inlined_lines(file, set()))
+
+
+def _inlined_lines(file: str, included: set[str]) -> Iterator[str]:
+    """The lines of a file; those of headers in `included` are left out, and new ones are added to it."""
+    included.add(file)
+    yield f'#line 1 "{file}"'
+    for number, line in enumerate(read(file).splitlines(), start=1):
+        include = _INCLUDE.fullmatch(line)
+        if include is not None and include[1] not in included:
+            yield from _inlined_lines(include[1], included)
+            yield f'#line {number + 1} "{file}"'
+        else:  # compilers that read the assembled text warn of `#pragma once`
+            yield "" if include is not None or line == "#pragma once" else line
 
 
 @cache

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pytest
 
 import gpuconv
-from gpuconv import cases, runtime
+from gpuconv import calls, cases, runtime
 from gpuconv.gpus import missing_gpu
 from gpuconv.problem import ConvProblem
 from tests import NO_TORCH, hostcuda
@@ -78,6 +78,62 @@ def gpu_on_cpu(request: pytest.FixtureRequest) -> Iterator[None]:
     with pool.poisoned_pool():
         yield
     assert machine.REFUSED == []
+
+
+@pytest.fixture
+def cupy(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """CuPy, for tests marked `gpu`; no plans are left from other tests."""
+    monkeypatch.setattr(calls, "_EXECUTORS", {})
+    return runtime.cupy_module()
+
+
+@pytest.fixture
+def two_gpus() -> None:
+    """For tests that need a second GPU."""
+    if runtime.device_count() < 2:
+        pytest.skip("needs two GPUs")
+
+
+class Launches(list[str]):
+    """The names of gpuconv's kernels that were launched, in order.
+
+    Attributes:
+        before: is called with the name of a kernel before it is launched.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before: Callable[[str], object] = lambda _: None
+
+
+@pytest.fixture
+def launched(cupy: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
+    """What is launched during the test, as CuPy sees it."""
+    names = Launches()
+
+    class Function:
+        """The function of a kernel, which lists its launches."""
+
+        def __init__(self, name: str, function: Any) -> None:
+            self._name, self._function = name, function
+
+        def __getattr__(self, attribute: str) -> Any:
+            return getattr(self._function, attribute)
+
+        def __call__(self, *arguments: Any, **keywords: Any) -> None:
+            names.before(self._name)
+            names.append(self._name)
+            self._function(*arguments, **keywords)
+
+    class RawKernel(cupy.RawKernel):  # type: ignore[misc, name-defined]
+        @property
+        def kernel(self) -> Function:
+            return Function(self.name, super().kernel)
+
+    monkeypatch.setattr(cupy, "RawKernel", RawKernel)
+    runtime.build.cache_clear()  # it holds kernels whose launches are not listed
+    yield names
+    runtime.build.cache_clear()
 
 
 @pytest.fixture

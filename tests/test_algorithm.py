@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import gpuconv
-from gpuconv import calls, cases, dispatch, runtime
+from gpuconv import cases, dispatch, runtime
 from gpuconv.device import Device
 from gpuconv.families import Family, Layout
 from tests.plans import FORWARD_FAMILIES, refusal_of
@@ -76,25 +76,6 @@ class Call:
 def number_format(family: str) -> str:
     """float16 for tensor cores, which multiply it on every architecture."""
     return "float16" if family.endswith("_mma") else "float32"
-
-
-@pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the CUDA functions that plans made during the test launch, as CuPy's kernels have them."""
-    names: list[str] = []
-
-    class Recorded(runtime._Kernel):
-        def __init__(self, config: Any, launch: Any) -> None:
-            super().__init__(config, launch)
-            self.name = runtime.build(config).name
-
-        def launch(self, *pointers: Any) -> None:
-            names.append(self.name)
-            super().launch(*pointers)
-
-    monkeypatch.setattr(runtime, "_Kernel", Recorded)
-    monkeypatch.setattr(calls, "_EXECUTORS", {})
-    return names
 
 
 def this_gpu() -> Device:

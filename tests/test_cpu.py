@@ -17,8 +17,7 @@ import pytest
 
 from bench.layers import load
 from gpuconv import cpu, reference
-from gpuconv.cpu import arrays as cpu_arrays
-from gpuconv.cpu import choice, limits
+from gpuconv.cpu import choice, limits, threads
 from gpuconv.cpu.geometry import Call
 from gpuconv.cpu.taps import Taps
 from gpuconv.problem import DTYPES, ConvProblem, numpy_dtype
@@ -50,7 +49,7 @@ METHODS: dict[str, list[ConvProblem]] = {
         conv1d(2, 20, 150, 700, 3, 2, 2, 0, 3, 2),
         conv1d(4, 64, 96, 1500, 11, 1, 25, 25, 5),
         conv1d(2, 1, 24, 500, 10, 5, 0, 4, has_bias=True),
-        conv1d(4, 64, 200, 1000, 1),
+        conv1d(1, 128, 512, 3000, 1),
         conv1d(40, 64, 128, 40, 3, 1, 1, 1, has_bias=True),
         conv_transpose1d(2, 4, 16, 400, 8, 4, 2, 2, has_bias=True),
         conv_transpose1d(2, 8, 6, 400, 5, 3, 2, 1, 2, 2, 1, has_bias=True),
@@ -60,6 +59,18 @@ METHODS: dict[str, list[ConvProblem]] = {
         conv_transpose1d(2, 64, 16, 300, 5, 3, 2, 1, 2, has_bias=True),
         conv_transpose1d(1, 1, 1, 4000, 3, 2, 1, 1, 3),
         conv_transpose1d(1, 3, 5, 300, 4, 4, 0, 2, 6),
+    ],
+    "windows": [
+        conv1d(2, 64, 64, 900, 7, 1, 3, 3, 1, 64, has_bias=True),
+        conv1d(1, 256, 256, 4000, 5, 4, 2, 2, 1, 256),
+        conv_transpose1d(8, 64, 64, 500, 3, 2, 1, 1, 1, 64, 1, has_bias=True),
+        conv1d(3, 1, 1, 5003, 40),
+    ],
+    "planes": [
+        conv1d(512, 64, 64, 8, 3, 1, 1, 1, 1, 64),
+        conv1d(64, 256, 256, 40, 2, 1, 0, 0, 2, 256, has_bias=True),
+        conv_transpose1d(64, 96, 96, 60, 2, 1, 0, 1, 3, 96, has_bias=True),
+        conv1d(32, 300, 300, 10, 4, 1, 12, 3, 4, 300),
     ],
     "shift_add": [
         conv1d(2, 48, 2, 400, 7, 1, 3, 3, has_bias=True),
@@ -408,6 +419,51 @@ def test_a_non_finite_weight_does_not_meet_the_padding(problem: ConvProblem, val
         np.testing.assert_array_equal(np.isfinite(y), ~hit)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64", "complex64"])
+@pytest.mark.parametrize(
+    "problem",
+    [
+        conv1d(2, 1, 2, 300, 200, 1, 120, 90, has_bias=True),
+        conv1d(1, 6, 6, 900, 130, 2, 64, 64, 1, 3),
+        conv_transpose1d(2, 1, 1, 400, 300, 1, 5, 0, 2, has_bias=True),
+    ],
+    ids=str,
+)
+def test_non_finite_values_with_a_long_kernel(problem: ConvProblem, dtype: str) -> None:
+    p = with_dtype(problem, dtype)
+    assert choice.plan(p).separate == (dtype != "complex64")
+    rng = random.Random(f"{p}")
+    for index in range(8):
+        x, w, b = arrays(p, index, integers=index % 2 == 0)  # some products of zeros and infinities
+        put_non_finite([x, w] if b is None else [x, w, b], rng)
+        assert_within_bound(p, convolve(p, x, w, b), x, w, b)
+    x, w, b = arrays(p)
+    x[...] = np.inf
+    w[...] = abs(w)
+    assert_within_bound(p, convolve(p, x, w, b), x, w, b)
+
+
+def test_taps_in_the_padding_are_left_out() -> None:
+    for p, K in (
+        (conv1d(2, 3, 4, 5, 40, 1, 20, 19, has_bias=True), 9),
+        (conv1d(1, 2, 2, 7, 9, 2, 18, 0, 3), 3),
+        (conv_transpose1d(2, 3, 4, 5, 40, 1, 20, 19, has_bias=True), 9),
+    ):
+        assert choice.candidates(p)[0][0].K == K, p
+        x, w, b = arrays(p)
+        w[..., 0] = np.nan  # of a tap that no output needs
+        assert_within_bound(p, convolve(p, x, w, b), x, w, b)
+        assert np.isfinite(convolve(p, x, w, b)).all()
+    for p in (conv_transpose1d(2, 6, 5, 22, 2, 5, 0, 0, 1, 1, 3), conv_transpose1d(2, 4, 5, 20, 3, 2, 0, 0, 5, 1, 4)):
+        adjoint = p.adjoint()  # which crops its input
+        x, w, _ = arrays(adjoint)
+        assert_within_bound(adjoint, convolve(adjoint, x, w, None), x, w, None)
+    p = conv1d(2, 3, 4, 1, 2, 1, 1, 2, 3, has_bias=True)  # L_out is 1, and its taps read -1 and 2
+    x, w, b = arrays(p)
+    assert cpu.method(p).name == "bias"
+    assert_within_bound(p, convolve(p, x, w, b), x, w, b)
+
+
 def test_a_sum_of_zero_is_positive() -> None:
     for p in [
         *ALL,
@@ -525,7 +581,7 @@ LARGE_PRODUCTS = conv1d(1, 512, 1024, 1500, 3, 1, 1, 1)
 @pytest.mark.parametrize("case", ["plain", "strided", "float16", "complex64", "infinite weight"])
 @pytest.mark.parametrize(("name", "problem"), [*LARGE.items(), ("panels", LARGE_PRODUCTS)], ids=str)
 def test_measured_memory(name: str, problem: ConvProblem, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_arrays, "usable_cpus", lambda: 16)  # as many threads as any machine would start
+    monkeypatch.setattr(threads, "usable_cpus", lambda: 16)  # as many threads as any machine would start
     p = with_dtype(problem, case) if case in DTYPES else problem
     if case not in DTYPES:
         assert cpu.method(p).name == name
@@ -555,7 +611,7 @@ def test_bits_do_not_depend_on_threads(problem: ConvProblem, monkeypatch: pytest
     x, w, b = arrays(problem)
     results = []
     for cpus in (1, 2, 5, 1):
-        monkeypatch.setattr(cpu_arrays, "usable_cpus", lambda cpus=cpus: cpus)
+        monkeypatch.setattr(threads, "usable_cpus", lambda cpus=cpus: cpus)
         results.append(convolve(problem, x, w, b).tobytes())
     assert len(set(results)) == 1
 
@@ -570,7 +626,7 @@ def test_calls_from_several_threads() -> None:
 
 
 def test_an_error_in_a_thread_reaches_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_arrays, "usable_cpus", lambda: 2)
+    monkeypatch.setattr(threads, "usable_cpus", lambda: 2)
 
     def fail(*_: object) -> None:
         raise MemoryError("no scratch")

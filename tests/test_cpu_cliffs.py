@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import random
+import subprocess
 import sys
 import threading
 import time
@@ -14,8 +16,7 @@ import pytest
 
 from gpuconv import conv1d as public_conv1d
 from gpuconv import cpu
-from gpuconv.cpu import arrays as cpu_arrays
-from gpuconv.cpu import choice
+from gpuconv.cpu import choice, limits, threads
 from gpuconv.cpu.geometry import Call
 from gpuconv.problem import ConvProblem, numpy_dtype
 
@@ -33,24 +34,60 @@ CLIFFS: list[tuple[ConvProblem, int]] = [
     (conv1d(8, 128, 128, 200, 3, 1, 1, 1, 1, 32), 800),
     (conv_transpose1d(4096, 16, 16, 8, 3, 1, 1, 1), 800),
     (conv_transpose1d(8, 64, 32, 200, 4, 3, 0, 0, 2), 800),
-    (conv_transpose1d(8, 128, 64, 512, 3, 2, 1, 1, 1, 1, 1), 2000),
+    (conv_transpose1d(8, 128, 64, 512, 3, 2, 1, 1, 1, 1, 1), 2500),
     (conv1d(8, 256, 256, 4000, 5, 4, 2, 2, 1, 256), 5000),
     (conv1d(8, 64, 64, 1000, 3, 1, 1, 1, 1, 8), 800),
     (conv1d(8, 128, 128, 1000, 3, 1, 1, 1, 1, 32), 1200),
-    (conv1d(8, 256, 256, 500, 3, 1, 1, 1, 1, 2), 2000),
-    (conv1d(1, 1, 1, 131_072, 65_400), 12000),
-    (conv1d(1, 1, 1, 131_072, 65_536), 12000),
-    (conv1d(1, 1, 1, 65_600, 32_800, dtype="float64"), 8000),
+    (conv1d(8, 256, 256, 500, 3, 1, 1, 1, 1, 2), 6000),
+    (conv1d(1, 1, 1, 131_072, 65_400), 60_000),
+    (conv1d(1, 1, 1, 131_072, 65_536), 60_000),
+    (conv1d(1, 1, 1, 65_600, 32_800, dtype="float64"), 35_000),
     (conv1d(1, 1, 1, 2**20, 2**20), 40_000),
     (conv1d(1, 1, 1, 2**20 + 1, 2**20 + 1), 40000),
-    (conv1d(4, 256, 256, 1000, 1, dtype="float64"), 2000),
+    (conv1d(4, 256, 256, 1000, 1, dtype="float64"), 3000),
     (conv1d(8, 256, 256, 2000, 3, 1, 1, 1, 1, 256, dtype="bfloat16"), 8000),
     (conv1d(1, 5, 1, 400_500, 400_000, 10), 80000),
     (conv_transpose1d(1, 1, 1, 10, 20_001, 1, 0, 0, 17), 2000),
     (conv_transpose1d(1, 1, 1, 200, 96_000), 2000),
     (conv_transpose1d(300, 1536, 1024, 5, 3, 1, 0, 0, 1, 512), 5000),
     (conv1d(20_000, 16, 1, 6, 2), 2000),
+    (conv1d(512, 64, 64, 8, 3, 1, 1, 1, 1, 64), 1000),
+    (conv1d(1, 512, 512, 938, 7, 1, 3, 3, 1, 512), 1000),
+    (conv1d(1, 512, 1024, 4, 2000, 1, 999, 999), 4000),
 ]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf], ids=str)
+@pytest.mark.parametrize(
+    "p",
+    [
+        conv1d(1, 1, 1, 16_384, 8192),
+        conv1d(1, 1, 2, 5000, 4000, 1, 1999, 2000),
+        conv_transpose1d(1, 1, 1, 200, 9600),
+    ],
+    ids=str,
+)
+def test_what_is_not_finite_costs_no_step_a_tap(p: ConvProblem, value: float) -> None:
+    plan, call = choice.plan(p), call_of(p)
+
+    def run() -> int:
+        steps = 0
+
+        def count(*_: object) -> None:
+            nonlocal steps
+            steps += 1
+
+        sys.setprofile(count)
+        try:
+            plan._replace(workers=1).run(call)
+        finally:
+            sys.setprofile(None)
+        return steps
+
+    finite = run()
+    call.x[..., p.L_in // 3] = value
+    call.w[..., 0] = value
+    assert run() <= 5 * finite + 1000
 
 
 def call_of(p: ConvProblem) -> Call:
@@ -97,8 +134,7 @@ def random_problem(rng: random.Random) -> ConvProblem:
             )  # fmt: skip
         except ValueError:
             continue
-        # Where most taps lie in the padding, the model, which counts them all, says little.
-        if 10**7 < p.flops() < 10**8 and p.bytes() < 2**25 and (K - 1) * dilation < 2 * p.L_in:
+        if 10**7 < p.flops() < 10**8 and p.bytes() < 2**25:
             return p
 
 
@@ -137,7 +173,7 @@ def test_a_repeated_small_call_is_checked_once(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_an_interrupt_stops_all_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_arrays, "usable_cpus", lambda: 3)
+    monkeypatch.setattr(threads, "usable_cpus", lambda: 3)
     started: list[int] = []
     main = threading.get_ident()
 
@@ -149,13 +185,13 @@ def test_an_interrupt_stops_all_threads(monkeypatch: pytest.MonkeyPatch) -> None
 
     start = time.perf_counter()
     with pytest.raises(KeyboardInterrupt):
-        cpu_arrays.run_blocks(compute, [(index,) for index in range(1000)], 3, np.dtype("float32"), 8)
+        threads.run_blocks(compute, [(index,) for index in range(1000)], 3, np.dtype("float32"), 8)
     assert time.perf_counter() - start < 2  # 1000 blocks take ten seconds on two threads
     assert len(started) <= 9
 
 
 def test_an_error_of_a_worker_stops_all_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_arrays, "usable_cpus", lambda: 3)
+    monkeypatch.setattr(threads, "usable_cpus", lambda: 3)
     started: list[int] = []
     main = threading.get_ident()
 
@@ -166,8 +202,53 @@ def test_an_error_of_a_worker_stops_all_threads(monkeypatch: pytest.MonkeyPatch)
             raise MemoryError
 
     with pytest.raises(MemoryError):
-        cpu_arrays.run_blocks(compute, [(index,) for index in range(1000)], 3, np.dtype("float32"), 8)
+        threads.run_blocks(compute, [(index,) for index in range(1000)], 3, np.dtype("float32"), 8)
     assert len(started) <= 9
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
+def test_a_forked_process_starts_helpers_of_its_own() -> None:
+    code = """
+import os
+import numpy as np
+from gpuconv.cpu import threads
+threads.usable_cpus = lambda: 2
+def compute(block, scratch):
+    done.append(block)
+done = []
+threads.run_blocks(compute, [(index,) for index in range(100)], 2, np.dtype("float32"), 8)
+child = os.fork()
+if child == 0:
+    threads.run_blocks(compute, [(index,) for index in range(100)], 2, np.dtype("float32"), 8)
+    os._exit(0 if len(done) == 200 else 1)
+assert os.waitpid(child, 0)[1] == 0
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=60)
+
+
+def test_a_call_does_not_wait_for_helpers_that_others_keep_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "usable_cpus", lambda: limits.MAX_WORKERS)
+    release, busy = threading.Event(), threading.Event()
+    started = threading.Barrier(limits.MAX_WORKERS, busy.set)
+
+    def keep_busy(_: int, __: object) -> None:
+        started.wait(30)
+        release.wait(30)
+
+    def compute(block: int, _: object) -> None:
+        done.append(block)
+
+    done: list[int] = []
+    dtype, blocks = np.dtype("float32"), [(index,) for index in range(limits.MAX_WORKERS)]
+    other = threading.Thread(target=threads.run_blocks, args=(keep_busy, blocks, limits.MAX_WORKERS, dtype, 8))
+    other.start()
+    try:
+        assert busy.wait(30)
+        threads.run_blocks(compute, blocks, 4, dtype, 8)
+        assert sorted(done) == [index for (index,) in blocks]
+    finally:
+        release.set()
+        other.join()
 
 
 def test_an_exchange_is_the_same_problem() -> None:

@@ -13,9 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from gpuconv import cpu_gradients, reference
-from gpuconv.cpu import arrays as cpu_arrays
-from gpuconv.cpu import limits
+from gpuconv import reference
+from gpuconv.cpu import bias_gradient, limits, threads, weight_gradient
 from gpuconv.problem import DTYPES, BiasGradientProblem, WeightGradientProblem, numpy_dtype
 
 Array = npt.NDArray[Any]
@@ -26,10 +25,10 @@ _MIB = 1024 * 1024
 def _one_machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The block sizes also depend on how BLAS computes small products; here it is that of AVX-512."""
     monkeypatch.setattr(limits, "has_avx512", lambda: True)
-    cpu_gradients._plan.cache_clear()
+    weight_gradient._plan.cache_clear()
     yield
     monkeypatch.undo()
-    cpu_gradients._plan.cache_clear()
+    weight_gradient._plan.cache_clear()
 
 
 def draw(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> Array:
@@ -44,7 +43,7 @@ def arrays(p: WeightGradientProblem, seed: int = 0) -> tuple[Array, Array]:
 
 def compute(p: WeightGradientProblem, coarse: Array, fine: Array) -> Array:
     out = np.full(p.weight_shape, np.nan, coarse.dtype)
-    cpu_gradients.weight_gradient(p, coarse, fine, out)
+    weight_gradient.compute(p, coarse, fine, out)
     return out
 
 
@@ -90,7 +89,7 @@ ALL = [p for problems in CHOSEN.values() for p in problems]
 @pytest.mark.parametrize(("form", "p"), [(form, p) for form, some in CHOSEN.items() for p in some], ids=str)
 def test_the_form_that_is_chosen_is_right(form: str, p: WeightGradientProblem, dtype: str) -> None:
     p = replace(p, dtype=dtype)
-    assert cpu_gradients.method(p).name == form
+    assert weight_gradient.method(p).name == form
     assert_right(p, *arrays(p))
 
 
@@ -121,11 +120,10 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Callable[[random.Random], s
             "_SMALL_ROWS": rng.choice([0, 256]),
             "_CALL": rng.choice([1, 500, 10**6]),
             "_WORTH_THREADS": rng.choice([0, 10**9]),
-            "_WORTH_A_SUM": rng.choice([1, 10**6]),
         }
         for name, size in sizes.items():
-            monkeypatch.setattr(cpu_gradients, name, size)
-        cpu_gradients._plan.cache_clear()
+            monkeypatch.setattr(weight_gradient, name, size)
+        weight_gradient._plan.cache_clear()
         return form
 
     return draw_sizes
@@ -151,7 +149,7 @@ def test_every_form_in_tiny_blocks(small_blocks: Callable[[random.Random], str])
         form = small_blocks(rng)
         p = replace(random_problem(rng), dtype=rng.choice(DTYPES))
         coarse, fine = arrays(p, seed)
-        name = cpu_gradients.method(p).name
+        name = weight_gradient.method(p).name
         assert name in (form, "panels")  # dots take one channel
         names.add(name)
         for array in (coarse, fine):
@@ -208,7 +206,7 @@ LARGE_PRODUCTS = problem("conv1d", 1, 700, 600, 3000, 3000, 3, 1, 1, 1, 1)
 @pytest.mark.parametrize("case", ["plain", "strided", "float16", "complex64", "infinity"])
 @pytest.mark.parametrize(("name", "p"), [*LARGE.items(), ("taps", LARGE_PRODUCTS)], ids=str)
 def test_measured_memory(name: str, p: WeightGradientProblem, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_arrays, "usable_cpus", lambda: 16)  # as many threads as any machine would start
+    monkeypatch.setattr(threads, "usable_cpus", lambda: 16)  # as many threads as any machine would start
     p = replace(p, dtype=case) if case in DTYPES else p
     coarse, fine = arrays(p)
     out = np.zeros(p.weight_shape, coarse.dtype)
@@ -216,11 +214,11 @@ def test_measured_memory(name: str, p: WeightGradientProblem, case: str, monkeyp
         coarse, out = coarse[..., ::-1].copy()[..., ::-1], np.asfortranarray(out)
     if case == "infinity":
         coarse[0, 0, 0] = np.inf
-    bound = cpu_gradients.method(p).workspace_bytes
-    assert cpu_gradients.method(p).name == name
+    bound = weight_gradient.method(p).workspace_bytes
+    assert weight_gradient.method(p).name == name
     tracemalloc.start()
     try:
-        cpu_gradients.weight_gradient(p, coarse, fine, out)
+        weight_gradient.compute(p, coarse, fine, out)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -238,19 +236,19 @@ def test_the_workspace_is_bounded_for_extreme_problems() -> None:
         problem("conv_transpose1d", 3, 7, 10**6, 10**5, 10**6, 3, 10, 0, 1, 1),
     ):
         for dtype in DTYPES:
-            method = cpu_gradients.method(replace(p, dtype=dtype))
+            method = weight_gradient.method(replace(p, dtype=dtype))
             arrays_bytes = (math.prod(p.coarse_shape) + math.prod(p.fine_shape)) * numpy_dtype(dtype).itemsize
             assert 0 < method.workspace_bytes <= max(28 * _MIB, arrays_bytes // 4), (p, dtype)
 
 
 @pytest.mark.parametrize("p", [*ALL, *LARGE.values()], ids=str)
 def test_bits_do_not_depend_on_threads(p: WeightGradientProblem, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_gradients, "_WORTH_THREADS", 0)
-    cpu_gradients._plan.cache_clear()
+    monkeypatch.setattr(weight_gradient, "_WORTH_THREADS", 0)
+    weight_gradient._plan.cache_clear()
     coarse, fine = arrays(p)
     results = []
     for cpus in (1, 2, 5):
-        monkeypatch.setattr(cpu_arrays, "usable_cpus", lambda cpus=cpus: cpus)
+        monkeypatch.setattr(threads, "usable_cpus", lambda cpus=cpus: cpus)
         results.append(compute(p, coarse, fine).tobytes())
     assert len(set(results)) == 1
 
@@ -265,7 +263,7 @@ def test_bias_gradients(shape: tuple[int, int, int], dtype: str) -> None:
     u = draw(np.random.default_rng(0), shape, dtype)
     for array in (u, u.T.copy().T, u[..., ::-1]):
         out = np.full(p.bias_shape, np.nan, u.dtype)
-        cpu_gradients.bias_gradient(p, array, out)
+        bias_gradient.compute(p, array, out)
         assert reference.bias_gradient(p, array).within_bound(out).all()
 
 
@@ -273,7 +271,7 @@ def test_bias_gradients_sum_narrow_data_in_float32() -> None:
     """In float16 the sum would stop at 2048."""
     p = BiasGradientProblem(2, 3, 5000, "float16")
     out = np.zeros(p.bias_shape, np.float16)
-    cpu_gradients.bias_gradient(p, np.ones(p.grad_output_shape, np.float16), out)
+    bias_gradient.compute(p, np.ones(p.grad_output_shape, np.float16), out)
     np.testing.assert_array_equal(out, np.full(3, 10000))
 
 
@@ -282,8 +280,8 @@ def test_bits_of_bias_gradients_do_not_depend_on_threads(monkeypatch: pytest.Mon
     u = draw(np.random.default_rng(0), p.grad_output_shape, "float32")
     results = []
     for cpus in (1, 5):
-        monkeypatch.setattr(cpu_arrays, "usable_cpus", lambda cpus=cpus: cpus)
+        monkeypatch.setattr(threads, "usable_cpus", lambda cpus=cpus: cpus)
         out = np.empty(p.bias_shape, np.float32)
-        cpu_gradients.bias_gradient(p, u, out)
+        bias_gradient.compute(p, u, out)
         results.append(out.tobytes())
     assert len(set(results)) == 1

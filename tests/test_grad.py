@@ -8,7 +8,7 @@ from __future__ import annotations
 import doctest
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ import numpy.typing as npt
 import pytest
 
 import gpuconv
-from gpuconv import cases, grad, reference, runtime
+from gpuconv import cases, grad, reference
 from gpuconv.cases import CASES, Case
 from gpuconv.problem import (
     DTYPES,
@@ -28,7 +28,6 @@ from gpuconv.problem import (
     numpy_dtype,
 )
 
-from .hostcuda import fake_cupy
 from .test_functional import MAKES, SETTINGS, Touchy, draw, swapped, unaligned
 from .test_problem import BAD_CALLS, VALID
 
@@ -381,18 +380,7 @@ def test_the_examples_in_the_docstrings() -> None:
     assert result.failed == 0
 
 
-# -- CuPy arrays, on a stand-in for CuPy that runs the kernels on the CPU ----------------------------------------------
-
-
-@pytest.fixture(params=["hostcuda", pytest.param("gpu", marks=pytest.mark.gpu)])
-def any_cupy(request: pytest.FixtureRequest) -> Iterator[Any]:
-    """The stand-in, and on a machine with a GPU CuPy itself."""
-    if request.param == "gpu":
-        yield runtime.cupy_module()
-    else:
-        with fake_cupy.installed():
-            yield fake_cupy
-
+# -- CuPy arrays -------------------------------------------------------------------------------------------------------
 
 SOME_CASES = [
     case
@@ -406,8 +394,9 @@ SOME_CASES = [
 ]  # fmt: skip
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "complex128"])
-def test_cupy_gives_the_same_as_numpy(any_cupy: Any, dtype: str) -> None:
+def test_cupy_gives_the_same_as_numpy(cupy: Any, dtype: str) -> None:
     """On integers, so bit for bit; called twice, so that the second call finds the plan of the first."""
     assert len(SOME_CASES) == 17
     for case in SOME_CASES:
@@ -415,7 +404,7 @@ def test_cupy_gives_the_same_as_numpy(any_cupy: Any, dtype: str) -> None:
         arrays = integers(p)
         for argument in ARGUMENTS:
             right = gradient(argument, p, *arrays, **dict(case.settings))
-            for make in (any_cupy.asarray, lambda a: any_cupy.asarray(np.repeat(a, 2, axis=-1))[..., ::2]):
+            for make in (cupy.asarray, lambda a: cupy.asarray(np.repeat(a, 2, axis=-1))[..., ::2]):
                 given = [make(a) for a in arrays]
                 for _ in range(2):
                     result = gradient(argument, p, *given, **dict(case.settings))
@@ -423,14 +412,15 @@ def test_cupy_gives_the_same_as_numpy(any_cupy: Any, dtype: str) -> None:
                 np.testing.assert_array_equal(given[1].get(), arrays[1])
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("argument", ARGUMENTS)
-def test_out_on_a_gpu(any_cupy: Any, op: str, argument: str) -> None:
+def test_out_on_a_gpu(cupy: Any, op: str, argument: str) -> None:
     p = problem_of(op, dtype="complex64", **SETTINGS[op])
     arrays = integers(p)
     right = gradient(argument, p, *arrays, **SETTINGS[op])
-    given = [any_cupy.asarray(a) for a in arrays]
-    whole = any_cupy.asarray(np.full((*right.shape[:-1], 2 * right.shape[-1]), 7, right.dtype))
+    given = [cupy.asarray(a) for a in arrays]
+    whole = cupy.asarray(np.full((*right.shape[:-1], 2 * right.shape[-1]), 7, right.dtype))
     out = whole[..., 1::2]
     assert gradient(argument, p, *given, **SETTINGS[op], out=out) is out
     np.testing.assert_array_equal(out.get(), right)
@@ -446,16 +436,37 @@ def test_out_on_a_gpu(any_cupy: Any, op: str, argument: str) -> None:
             gradient(argument, p, *given, **SETTINGS[op], out=inside)
 
 
-def test_conjugated_weights_are_a_copy(any_cupy: Any) -> None:
+@pytest.mark.gpu
+def test_conjugated_weights_are_a_copy(cupy: Any) -> None:
     """The weights themselves are never changed, whatever they look like in memory."""
     p = problem_of("conv1d", dtype="complex64", **SETTINGS["conv1d"])
     x, w, u = integers(p)
     w = w + 1j
     right = gradient("input", p, x, w, u, **SETTINGS["conv1d"])
-    for weight in (any_cupy.asarray(w), any_cupy.asarray(np.ascontiguousarray(w.T)).T):
-        result = gradient("input", p, None, weight, any_cupy.asarray(u), **SETTINGS["conv1d"])
+    for weight in (cupy.asarray(w), cupy.asarray(np.ascontiguousarray(w.T)).T):
+        result = gradient("input", p, None, weight, cupy.asarray(u), **SETTINGS["conv1d"])
         np.testing.assert_array_equal(result.get(), right)
         np.testing.assert_array_equal(weight.get(), w)
+
+
+@pytest.mark.gpu
+def test_tf32_weight_gradients_are_summed_on_tensor_cores(cupy: Any, launched: list[str]) -> None:
+    if int(cupy.cuda.Device().compute_capability) < 80:
+        pytest.skip("no TF32 here")
+    p = WeightGradientProblem("conv1d", 2, 16, 8, 160, 160, 3, padding_left=1, precision="tf32")
+    rng = np.random.default_rng(0)
+    coarse, fine = (rng.standard_normal(shape).astype(np.float32) for shape in (p.coarse_shape, p.fine_shape))
+    x, u = cupy.asarray(fine), cupy.asarray(coarse)
+    found = grad.conv1d_weight(x, p.weight_shape, u, padding=1, precision="tf32").get()
+    assert launched[0] == "weight_gradient_mma"
+    bounded = reference.weight_gradient(p, coarse, fine).within_bound
+    assert bounded(found).all()
+    on_cpu = grad.conv1d_weight(fine, p.weight_shape, coarse, padding=1, precision="tf32")
+    assert bounded(on_cpu).all()
+    assert 2.0**-16 < np.abs(found - on_cpu).max() / np.abs(on_cpu).max() < 2.0**-8
+    for arguments in ((x, p.weight_shape, u), (fine, p.weight_shape, coarse)):
+        with pytest.raises(ValueError, match="precision must be one of"):
+            grad.conv1d_weight(*arguments, padding=1, precision="tf16")
 
 
 def test_a_subclass_is_never_asked_for_its_own_arithmetic() -> None:

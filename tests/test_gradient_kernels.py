@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import re
 import zlib
 from collections.abc import Iterator
 from ctypes.util import find_library
@@ -14,11 +13,11 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from gpuconv import dispatch, reference, runtime
+from gpuconv import dispatch, grad, reference, runtime
 from gpuconv.cases import CASES
 from gpuconv.checks import same_bits
 from gpuconv.device import ARCHITECTURES, Device
-from gpuconv.families import ArrayLayout, Config, Family, Layout, slices
+from gpuconv.families import ArrayLayout, Family, Layout, slices
 from gpuconv.families import weight_gradient_tiled as tiled
 from gpuconv.families.base import contiguous_strides
 from gpuconv.families.slices import Slices
@@ -26,7 +25,7 @@ from gpuconv.problem import DTYPES, BiasGradientProblem, WeightGradientProblem, 
 from gpuconv.source import params_fields
 from gpuconv.tasks import SIGNATURES
 from tests import hostcuda
-from tests.hostcuda import Program, fake_cupy
+from tests.hostcuda import Program
 from tests.plans import GRADIENT_FAMILIES, kernel_of, refusal_of
 
 Array = npt.NDArray[Any]
@@ -412,13 +411,6 @@ def test_every_launch_keeps_the_contract() -> None:
 # -- shared memory ---------------------------------------------------------------------------------------------------
 
 
-def without_way_out(config: Config) -> Program:
-    program = Program.of(config)
-    text, count = re.subn(r"\bif \(!met_nan\)", "if (true)", program.text)
-    assert count == program.text.count("bool met_nan = false;") == 1
-    return replace(program, text=text)
-
-
 @pytest.mark.parametrize(
     ("name", "problem"),
     [
@@ -430,8 +422,8 @@ def without_way_out(config: Config) -> Program:
     ],
     **by_name,
 )
-def test_no_result_needs_the_rare_way_out(name: str, problem: WeightGradientProblem) -> None:
-    # Shared memory that is read too early holds NaNs under hostcuda, and summing NaNs again would repair what a GPU
+def test_no_result_needs_the_nan_fallback(name: str, problem: WeightGradientProblem) -> None:
+    # Shared memory that is read too early holds NaNs under hostcuda, and the NaN fallback would repair what a GPU
     # leaves wrong.
     (family,) = (family for family in FAMILIES if family.name == name)
     layout = Layout.contiguous(problem)
@@ -444,7 +436,7 @@ def test_no_result_needs_the_rare_way_out(name: str, problem: WeightGradientProb
     sums = [np.empty(shape, partial_dtype) for _ in range(2)]
     base, base_launch = kernel_of(FAMILIES[-1], problem, layout, DEVICE)
     for partial, kernel, how in zip(
-        sums, (without_way_out(config), Program.of(base)), (launch, base_launch), strict=True
+        sums, (Program.without_nan_fallback(config), Program.of(base)), (launch, base_launch), strict=True
     ):
         arrays = {"coarse": coarse, "fine": fine, "partial": partial, "grad_weight": None}
         hostcuda.run(kernel, how, arrays, outputs=["partial"], schedule="every", device=DEVICE)
@@ -491,68 +483,39 @@ def test_bias_of_any_layout() -> None:
     assert_same_bits(hostcuda.compute(p, dy, layout=far), expected, "64 bits")
 
 
-# -- plans -----------------------------------------------------------------------------------------------------------
+# -- on a GPU --------------------------------------------------------------------------------------------------------
 
 
-def executor(
-    p: WeightGradientProblem | BiasGradientProblem, *arrays: Any, output: Any | None = None
-) -> runtime.Executor:
-    """That of a call with these arrays, in the order of the public functions."""
-    name = f"{p.op}_weight" if isinstance(p, WeightGradientProblem) else "conv1d_bias"
-    return runtime.make_executor(p, SIGNATURES[name].operands, arrays, output)
-
-
-def test_plans_launch_two_kernels_and_the_same_ones_again() -> None:
+@pytest.mark.gpu
+def test_two_kernels_are_launched_and_the_same_ones_again(cupy: Any, launched: list[str]) -> None:
     p = WeightGradientProblem("conv_transpose1d", 2, 6, 5, 90, 183, 5, 2, dtype="complex64")
     coarse, fine = normal(p)
     expected = hostcuda.compute(p, coarse, fine)
-    with fake_cupy.installed():
-        x, dy = fake_cupy.asarray(coarse), fake_cupy.asarray(fine)
-        execute = executor(p, x, dy)
-        for _ in range(2):
-            output = fake_cupy.empty(p.weight_shape, coarse.dtype)
-            execute(x, dy, output)
-            assert_same_bits(output.get(), expected, p)
-        kernels = [kernel for kernel, _ in fake_cupy.launches]
-        assert kernels == ["weight_gradient_tiled", "sum_slices"] * 2
+    x, dy = cupy.asarray(coarse), cupy.asarray(fine)
+    for _ in range(2):
+        assert_same_bits(grad.conv_transpose1d_weight(x, p.weight_shape, dy, stride=2).get(), expected, p)
+    assert launched == ["weight_gradient_tiled", "sum_slices"] * 2
 
 
-def test_plans_copy_what_kernels_cannot_read() -> None:
-    p = WeightGradientProblem("conv1d", 2, 3, 2, 8, 10, 3, dtype="complex64")
-    coarse, fine = normal(p)
-
-    def askew(array: Array) -> Any:
-        """At half an element's distance from its alignment."""
-        memory = np.empty(array.nbytes + 4, np.uint8)
-        view = np.ndarray(array.shape, array.dtype, memory.data, 4)
-        view[...] = array
-        return fake_cupy.ndarray(view, 0)
-
-    with fake_cupy.installed():
-        x, dy, output = askew(fine), fake_cupy.asarray(coarse), askew(np.zeros(p.weight_shape, coarse.dtype))
-        execute = executor(p, x, dy, output=output)
-        assert execute.copies == ("fine", "grad_weight")
-        execute(x, dy, output)
-        assert_same_bits(output.get(), hostcuda.compute(p, coarse, fine), p)
-
-
+@pytest.mark.gpu
 @pytest.mark.parametrize("shape", [(0, 4, 5), (2, 4, 0), (2, 0, 5)], ids=str)
-def test_plans_of_empty_arrays_give_zeros(shape: tuple[int, int, int]) -> None:
+def test_empty_arrays_give_zeros(cupy: Any, launched: list[str], shape: tuple[int, int, int]) -> None:
     N, C, L = shape
-    p = WeightGradientProblem("conv1d", N, 3, C, 5, L, 2)
-    with fake_cupy.installed():
-        x, dy = fake_cupy.empty(p.fine_shape, np.float32), fake_cupy.empty(p.coarse_shape, np.float32)
-        output = fake_cupy.empty(p.weight_shape, np.float32)
-        executor(p, x, dy)(x, dy, output)
-        np.testing.assert_array_equal(output.get(), np.zeros(p.weight_shape))
-        bias = BiasGradientProblem(N, C, L)
-        output = fake_cupy.empty(bias.bias_shape, np.float32)
-        executor(bias, x)(x, output)
-        np.testing.assert_array_equal(output.get(), np.zeros(C))
-        assert fake_cupy.launches == []
+    x, dy = cupy.empty(shape, np.float32), cupy.empty((N, 3, L + 4), np.float32)
+    out = cupy.full((3, C, 3), 7, np.float32)
+    if L:
+        grad.conv1d_weight(x, out.shape, dy, padding=3, out=out)
+        np.testing.assert_array_equal(out.get(), np.zeros(out.shape))
+    out = cupy.full(C, 7, np.float32)
+    grad.conv1d_bias(x, out=out)
+    np.testing.assert_array_equal(out.get(), np.zeros(C))
+    assert launched == []
 
 
-# -- on a GPU --------------------------------------------------------------------------------------------------------
+def executor(p: WeightGradientProblem | BiasGradientProblem, *arrays: Any) -> runtime.Executor:
+    """That of a call with these arrays, in the order of the public functions."""
+    name = f"{p.op}_weight" if isinstance(p, WeightGradientProblem) else "conv1d_bias"
+    return runtime.make_executor(p, SIGNATURES[name].operands, arrays, None)
 
 
 @pytest.mark.gpu

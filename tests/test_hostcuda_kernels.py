@@ -1,8 +1,7 @@
-"""A first look at the base families under hostcuda, directly and through gpuconv's GPU path on a stand-in for CuPy."""
+"""A first look at the base families under hostcuda."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import ml_dtypes
@@ -10,7 +9,6 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-import gpuconv
 from gpuconv import reference
 from gpuconv.device import Device
 from gpuconv.families import ArrayLayout, Family, Layout
@@ -18,7 +16,6 @@ from gpuconv.problem import DTYPES, ConvProblem
 from tests.plans import FORWARD_FAMILIES, kernel_of
 
 from . import hostcuda
-from .hostcuda import fake_cupy
 
 Array = npt.NDArray[Any]
 
@@ -101,57 +98,3 @@ def test_empty_outputs_are_not_launched_and_empty_sums_are_the_bias() -> None:
     x, w, b = arrays(p)
     y = hostcuda.compute(p, x, w, b, schedule="every")
     np.testing.assert_array_equal(y, np.broadcast_to(b[:, None], p.output_shape))
-
-
-# -- through gpuconv.functional and gpuconv.runtime --------------------------------------------------------------------
-
-
-@pytest.fixture
-def cupy() -> Iterator[Any]:
-    with fake_cupy.installed():
-        yield fake_cupy
-
-
-def on_gpu(p: ConvProblem, x: Any, w: Any, b: Any, out: Any = None) -> Any:
-    shared = {"stride": p.stride, "padding": p.padding, "dilation": p.dilation, "groups": p.groups, "out": out}
-    if p.transposed:
-        return gpuconv.conv_transpose1d(x, w, b, output_padding=p.output_padding, **shared)
-    return gpuconv.conv1d(x, w, b, **shared)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("op", ["conv1d", "conv_transpose1d"])
-def test_public_functions_launch_what_dispatch_chooses(cupy: Any, op: str, dtype: str) -> None:
-    p = ConvProblem(op, **EXTENTS, **SETTINGS, dtype=dtype)
-    x, w, b = arrays(p)
-    on_device = [cupy.asarray(a) for a in (x, w, b)]
-    first, second = on_gpu(p, *on_device), on_gpu(p, *on_device)
-    assert isinstance(first, cupy.ndarray)
-    assert first.dtype == x.dtype
-    y = first.get()
-    assert reference.within_bound(p, y, x, w, b).all()
-    np.testing.assert_array_equal(y.view(np.uint8), second.get().view(np.uint8))
-    np.testing.assert_array_equal(y.view(np.uint8), hostcuda.compute(p, x, w, b, device=cupy.GPU).view(np.uint8))
-    half = len(cupy.launches) // 2
-    assert half > 0
-    assert cupy.launches[:half] == cupy.launches[half:]
-
-
-def test_strided_views_and_out_are_used_in_place(cupy: Any) -> None:
-    p = ConvProblem("conv1d", **EXTENTS, **SETTINGS)
-    x, w, b = arrays(p)
-    view = cupy.asarray(np.ascontiguousarray(x.transpose(2, 0, 1)[::-1])).transpose(1, 2, 0)[:, :, ::-1]
-    out = cupy.empty((p.N, p.C_out, 2 * p.L_out), np.float32)[:, :, ::-2]
-    result = on_gpu(p, view, cupy.asarray(w), cupy.asarray(b), out)
-    assert result is out
-    np.testing.assert_array_equal(out.get(), on_gpu(p, *map(cupy.asarray, (x, w, b))).get())
-
-
-def test_arrays_of_another_device_run_there(cupy: Any) -> None:
-    p = ConvProblem("conv_transpose1d", **EXTENTS, **SETTINGS)
-    with cupy.cuda.Device(1):
-        on_device = [cupy.asarray(a) for a in arrays(p)]
-    y = on_gpu(p, *on_device)
-    assert y.device.id == 1
-    assert cupy.cuda.Device().id == 0
-    assert reference.within_bound(p, y.get(), *arrays(p)).all()

@@ -27,13 +27,15 @@ LAYERS = (
     ("arguments", "costs"),
     ("problem",),
     ("reference", "cpu.limits", "cpu.arrays", "source"),
-    ("cpu.geometry", "cpu.costs"),
-    ("cpu.blocking",),
+    ("cpu.geometry", "cpu.costs", "cpu.threads", "cpu.correlation"),
+    ("cpu.blocking", "cpu.non_finite", "cpu.bias_gradient", "cpu.weight_sums"),
     ("cpu.taps",),
     ("cpu.*",),
+    ("cpu.windows",),
     ("cpu.choice",),
+    ("cpu.weight_gradient",),
     ("cpu",),
-    ("cpu_gradients", "families.base"),
+    ("families.base",),
     ("families.product",),
     ("families.offsets",),
     ("families.tiles", "families.depthwise", "families.sliding", "families.mma", "families.slices"),
@@ -210,8 +212,12 @@ def code(text: str) -> str:
 
 
 @pytest.mark.parametrize("path", CUDA_FILES, ids=lambda path: path.name)
-def test_cuda_sources_include_nothing(path: Path) -> None:
-    assert not re.search(r"#\s*include", code(path.read_text(encoding="utf-8")))
+def test_cuda_sources_include_each_other_alone(path: Path) -> None:
+    headers = {path.name for path in CUDA_FILES if path.suffix == ".cuh"}
+    text = path.read_text(encoding="utf-8")
+    includes = re.findall(r"^[ \t]*#[ \t]*include\b.*", text, re.MULTILINE)
+    assert set(includes) <= {f'#include "{name}"' for name in headers}
+    assert text.count("#pragma once") == (path.suffix == ".cuh")
 
 
 @pytest.mark.parametrize("path", [p for p in CUDA_FILES if p.name != "ptx.cuh"], ids=lambda path: path.name)
@@ -222,6 +228,20 @@ def test_instructions_are_wrapped_in_one_place(path: Path) -> None:
         )
         == []
     )
+
+
+def files_with(pattern: str) -> set[str]:
+    return {path.name for path in CUDA_FILES if re.search(pattern, code(path.read_text(encoding="utf-8")))}
+
+
+def test_results_are_rounded_in_one_place_for_layers_and_in_one_for_gradients() -> None:
+    assert files_with(r"scalar::round\(") == {"finish.cuh", "slices.cuh"}
+
+
+def test_the_edge_of_the_input_is_known_in_one_place() -> None:
+    length = r"(\w+\.)?L_(in|fine)\b"
+    assert files_with(rf"[^<]<=?\s*{length}|{length}\s*[<>]|>=?\s*{length}|is_index\([^;]*{length}") == set()
+    assert "edge.cuh" in files_with(r"is_index\(position, L\)")
 
 
 @pytest.mark.parametrize("family", EVERY_FAMILY, ids=lambda family: family.name)

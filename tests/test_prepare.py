@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,8 +13,6 @@ import pytest
 import gpuconv
 from gpuconv import nn
 from gpuconv.runtime import PreparedWeight
-
-from .hostcuda import fake_cupy
 
 LAYERS = {
     # op, input, weight, settings; the first four are packed by their families, the others are not.
@@ -27,12 +25,6 @@ LAYERS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _cupy() -> Iterator[None]:
-    with fake_cupy.installed():
-        yield
-
-
 def arrays(name: str) -> tuple[str, np.ndarray, np.ndarray, dict[str, int]]:
     op, input_shape, weight_shape, settings = LAYERS[name]
     rng = np.random.default_rng(7)
@@ -40,40 +32,43 @@ def arrays(name: str) -> tuple[str, np.ndarray, np.ndarray, dict[str, int]]:
     return op, x, w, settings
 
 
-def packs() -> int:
-    return sum(kernel in ("pack_weight", "pack_mma_weight") for kernel, _ in fake_cupy.launches)
+PACKS = ("pack_weight", "pack_mma_weight")
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", LAYERS)
-def test_the_bits_are_those_of_the_plain_weight(name: str) -> None:
+def test_the_bits_are_those_of_the_plain_weight(cupy: Any, name: str) -> None:
     op, x, w, settings = arrays(name)
     function = getattr(gpuconv, op)
-    x_gpu, w_gpu = fake_cupy.asarray(x), fake_cupy.asarray(w)
+    x_gpu, w_gpu = cupy.asarray(x), cupy.asarray(w)
     expected = function(x_gpu, w_gpu, **settings).get()
     prepared = gpuconv.prepare(w_gpu)
     for _ in range(2):
         assert function(x_gpu, prepared, **settings).get().tobytes() == expected.tobytes()
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", ["mma", "mma phases", "tiled", "phases"])
-def test_a_prepared_weight_is_packed_once(name: str) -> None:
+def test_a_prepared_weight_is_packed_once(cupy: Any, launched: list[str], name: str) -> None:
     op, x, w, settings = arrays(name)
     function = getattr(gpuconv, op)
-    x_gpu, w_gpu = fake_cupy.asarray(x), fake_cupy.asarray(w)
-    fake_cupy.launches.clear()
+    x_gpu, w_gpu = cupy.asarray(x), cupy.asarray(w)
     function(x_gpu, w_gpu, **settings)
     function(x_gpu, w_gpu, **settings)
-    assert packs() == 2
+    assert sum(kernel in PACKS for kernel in launched) == 2
     prepared = gpuconv.prepare(w_gpu)
-    fake_cupy.launches.clear()
+    launched.clear()
     for samples in (2, 1, 2):
         function(x_gpu[:samples], prepared, **settings)
-    assert packs() == 1
+    assert sum(kernel in PACKS for kernel in launched) == 1
 
 
-def test_each_precision_has_a_packed_weight_of_its_own() -> None:
+@pytest.mark.gpu
+def test_each_precision_has_a_packed_weight_of_its_own(cupy: Any) -> None:
+    if int(cupy.cuda.Device().compute_capability) < 80:
+        pytest.skip("no TF32 here")
     _, x, w, settings = arrays("mma")
-    x_gpu, w_gpu = fake_cupy.asarray(x), fake_cupy.asarray(w)
+    x_gpu, w_gpu = cupy.asarray(x), cupy.asarray(w)
     prepared = gpuconv.prepare(w_gpu)
     found = {}
     for precision in ("tf32", "float32", "tf32"):
@@ -83,12 +78,13 @@ def test_each_precision_has_a_packed_weight_of_its_own() -> None:
     assert 2.0**-16 < np.abs(found["tf32"] - found["float32"]).max() < 2.0**-5
 
 
-def test_later_changes_of_the_array_are_not_followed() -> None:
+@pytest.mark.gpu
+def test_later_changes_of_the_array_are_not_followed(cupy: Any) -> None:
     _, x, w, settings = arrays("tiled")
-    x_gpu, w_gpu = fake_cupy.asarray(x), fake_cupy.asarray(w.copy())
+    x_gpu, w_gpu = cupy.asarray(x), cupy.asarray(w.copy())
     prepared = gpuconv.prepare(w_gpu)
     before = gpuconv.conv1d(x_gpu, prepared, **settings).get()
-    w_gpu[...] = fake_cupy.asarray(np.zeros_like(w))
+    w_gpu[...] = 0
     assert np.array_equal(gpuconv.conv1d(x_gpu, prepared, **settings).get(), before)
     assert not gpuconv.conv1d(x_gpu, w_gpu, **settings).get().any()
 
@@ -110,11 +106,16 @@ def test_errors_are_those_of_the_weight() -> None:
         gpuconv.prepare([1.0])
     with pytest.raises(ValueError, match="weight must have shape"):
         gpuconv.conv1d(x, gpuconv.prepare(w[0]))
-    with pytest.raises(TypeError, match="one kind and on one device"):
-        gpuconv.conv1d(x, gpuconv.prepare(fake_cupy.asarray(w)))
     prepared = gpuconv.prepare(np.ones((1, 1, 3)))
     with pytest.raises(ValueError, match="out must not overlap weight"):
         gpuconv.conv1d(np.ones((1, 1, 5)), prepared, out=prepared.array)
+
+
+@pytest.mark.gpu
+def test_an_input_elsewhere_is_refused(cupy: Any) -> None:
+    _, x, w, _ = arrays("tiled")
+    with pytest.raises(TypeError, match="one kind and on one device"):
+        gpuconv.conv1d(x, gpuconv.prepare(cupy.asarray(w)))
 
 
 def test_layers_take_plain_weights_only() -> None:
@@ -122,20 +123,25 @@ def test_layers_take_plain_weights_only() -> None:
     assert not isinstance(layer.weight, PreparedWeight)
 
 
-@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, lambda p: pickle.loads(pickle.dumps(p))])
-def test_prepared_weights_and_layers_that_hold_one_are_copied_and_pickled(
-    duplicate: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(fake_cupy.ndarray, "__reduce__", lambda self: (fake_cupy.asarray, (self.get(),)), raising=False)
+DUPLICATES = [copy.copy, copy.deepcopy, lambda p: pickle.loads(pickle.dumps(p))]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("duplicate", DUPLICATES)
+def test_prepared_weights_are_copied_and_pickled(cupy: Any, duplicate: Callable[[Any], Any]) -> None:
     _, x, w, settings = arrays("mma")
-    x_gpu = fake_cupy.asarray(x)
-    prepared = gpuconv.prepare(fake_cupy.asarray(w))
+    x_gpu = cupy.asarray(x)
+    prepared = gpuconv.prepare(cupy.asarray(w))
     expected = gpuconv.conv1d(x_gpu, prepared, **settings).get()  # from here on it holds a packed form
     found = duplicate(prepared)
     assert isinstance(found, PreparedWeight)
     assert (found.shape, found.dtype) == (prepared.shape, prepared.dtype)
     assert np.array_equal(gpuconv.conv1d(x_gpu, found, **settings).get(), expected)
 
+
+@pytest.mark.parametrize("duplicate", DUPLICATES)
+def test_layers_that_hold_a_prepared_weight_are_copied_and_pickled(duplicate: Callable[[Any], Any]) -> None:
+    _, x, w, _ = arrays("mma")
     layer = nn.Conv1d(24, 20, 3, padding=1, bias=False)
     layer.weight = gpuconv.prepare(w)
     found = duplicate(layer)

@@ -23,7 +23,7 @@ from bench.static import sass
 from gpuconv import runtime
 from gpuconv.device import ARCHITECTURES
 from gpuconv.families import Launch
-from gpuconv.source import read
+from gpuconv.source import inlined
 
 from . import hostcuda
 from .hostcuda.errors import (
@@ -38,7 +38,7 @@ from .hostcuda.errors import (
 Array = npt.NDArray[Any]
 
 WARP = 32
-HEADERS = read("ptx.cuh") + read("tf32.cuh")
+HEADERS = inlined("tf32.cuh")
 
 
 def kernel(name: str, parameters: str, body: str) -> hostcuda.Program:

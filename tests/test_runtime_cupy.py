@@ -29,24 +29,11 @@ from gpuconv.families import Layout
 from gpuconv.gpus import missing_gpu
 from gpuconv.problem import ArraySpec, ConvProblem
 
-from .hostcuda import fake_cupy
+from .conftest import Launches
 
 ROOT = Path(__file__).parents[1]
 
 Make = Callable[[Any, np.ndarray], Any]
-
-
-@pytest.fixture
-def cupy(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """CuPy, with no plans left from other tests."""
-    monkeypatch.setattr(calls, "_EXECUTORS", {})
-    return runtime.cupy_module()
-
-
-@pytest.fixture
-def no_gpu_needed() -> Iterator[Any]:
-    with fake_cupy.installed():
-        yield fake_cupy
 
 
 def integers(shape: tuple[int, ...], dtype: str = "float32", seed: int = 0) -> np.ndarray:
@@ -59,12 +46,24 @@ def integers(shape: tuple[int, ...], dtype: str = "float32", seed: int = 0) -> n
 # -- the version of CuPy -----------------------------------------------------------------------------------------------
 
 
-def test_an_older_cupy_is_refused_in_one_line(
-    no_gpu_needed: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    x, w = (no_gpu_needed.asarray(np.ones(shape, np.float32)) for shape in ((1, 1, 9), (1, 1, 3)))
+@pytest.fixture
+def version(cupy: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """Makes CuPy say that it has another version."""
+
+    def pose(name: str) -> None:
+        monkeypatch.setattr(cupy, "__version__", name)
+        runtime._supported.cache_clear()
+
+    yield pose
     runtime._supported.cache_clear()
-    monkeypatch.setattr(no_gpu_needed, "__version__", "13.6.0")
+
+
+@pytest.mark.gpu
+def test_an_older_cupy_is_refused_in_one_line(
+    cupy: Any, version: Callable[[str], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    x, w = (cupy.ones(shape, np.float32) for shape in ((1, 1, 9), (1, 1, 3)))
+    version("13.6.0")
     needs = "gpuconv needs CuPy 14.0 or newer and found CuPy 13.6.0; pip install"
     for call in (
         lambda: gpuconv.conv1d(x, w),
@@ -83,12 +82,11 @@ def test_an_older_cupy_is_refused_in_one_line(
         assert capsys.readouterr().err.startswith(f"gpuconv: error: no GPU: {needs}")
     assert cli.main(["info"]) == 0
     assert needs in " ".join(capsys.readouterr().out.split())
-    monkeypatch.setattr(no_gpu_needed, "__version__", "14.0.0rc1")
-    runtime._supported.cache_clear()
+    version("14.0.0rc1")
     assert gpuconv.conv1d(x, w).get().tolist() == [[[3.0] * 7]]
 
 
-@pytest.mark.usefixtures("no_gpu_needed")
+@pytest.mark.gpu
 def test_bfloat16_needs_a_newer_numpy(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -190,11 +188,14 @@ def test_arrays_at_any_address_are_read_and_written(cupy: Any, op: str, dtype: s
     expected = function(*given)
     odd = [make(cupy, values) for values in given]
     plain = [cupy.asarray(values) for values in given]
-    for arguments in (odd, (odd[0], *plain[1:]), (plain[0], odd[1], plain[2])):
+    for arguments in (odd, *([*plain[:i], odd[i], *plain[i + 1 :]] for i in range(3))):
         np.testing.assert_array_equal(cupy.asnumpy(function(*arguments)), expected)
-    out = make(cupy, np.zeros_like(expected))
-    assert function(*plain, out=out) is out
-    np.testing.assert_array_equal(read_bytes(cupy, out), expected)
+    for _ in range(2):  # the second call finds the plan of the first
+        out = make(cupy, np.zeros_like(expected))
+        assert function(*plain, out=out) is out
+        np.testing.assert_array_equal(read_bytes(cupy, out), expected)
+    for array, values in zip(odd, given, strict=True):
+        np.testing.assert_array_equal(read_bytes(cupy, array), values)
     prepared = gpuconv.prepare(odd[1])
     np.testing.assert_array_equal(cupy.asnumpy(function(plain[0], prepared, plain[2])), expected)
 
@@ -333,6 +334,9 @@ def test_a_foreign_byte_order_is_refused(cupy: Any) -> None:
     assert cupy.asnumpy(y).tolist() == [[[6.0] * 7] * 2] * 2
 
 
+PACKED = ("conv1d", integers((2, 5, 40)), integers((12, 5, 3)))  # by a kernel family that packs the weights
+PACKS = ("pack_weight", "pack_mma_weight")
+
 # -- threads -----------------------------------------------------------------------------------------------------------
 
 
@@ -393,64 +397,66 @@ def test_many_threads_and_streams(cupy: Any) -> None:
         list(pool.map(work, range(8)))
 
 
-@pytest.mark.usefixtures("no_gpu_needed")
-def test_two_threads_pack_a_prepared_weight_once() -> None:
+@pytest.mark.gpu
+def test_two_threads_pack_a_prepared_weight_once(cupy: Any, launched: Launches) -> None:
+    _, x, w = PACKED
+    x, prepared = cupy.asarray(x), gpuconv.prepare(cupy.asarray(w))
     started, go = threading.Event(), threading.Event()
-    packed = []
 
-    class Packer:
-        pack = object()
-
-        def __call__(self, array: Any) -> Any:
+    def wait(name: str) -> None:
+        if name in PACKS:
             started.set()
             assert go.wait(30)
-            packed.append(array)
-            return len(packed)
 
-    prepared, packer = runtime.PreparedWeight(np.ones(3)), Packer()
+    launched.before = wait
     with ThreadPoolExecutor(2) as pool:
-        first = pool.submit(prepared.packed, packer)
+        first = pool.submit(gpuconv.conv1d, x, prepared)
         assert started.wait(30)
-        second = pool.submit(prepared.packed, packer)
+        second = pool.submit(gpuconv.conv1d, x, prepared)
         threading.Timer(0.2, go.set).start()  # by then the second waits for the first
-        assert first.result() == second.result() == 1
-    assert len(packed) == 1
+        np.testing.assert_array_equal(first.result().get(), second.result().get())
+    assert sum(name in PACKS for name in launched) == 1
 
 
-@pytest.mark.usefixtures("no_gpu_needed")
-def test_a_finalizer_may_call_while_its_thread_changes_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.gpu
+@pytest.mark.parametrize("what", ["the weights", "the plans"])
+def test_a_finalizer_may_call_while_its_thread_changes_what_is_kept(
+    cupy: Any, launched: Launches, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
     """Garbage is collected at any allocation, and whatever dies then may call gpuconv."""
+    _, x, w = PACKED
+    expected = gpuconv.conv1d(x, w)
+    x, prepared = cupy.asarray(x), gpuconv.prepare(cupy.asarray(w))
+    found = []
 
-    class Packer:
-        pack = object()
+    def call(samples: int) -> None:
+        found.append(gpuconv.conv1d(x[:samples], prepared).get())
 
-        def __call__(self, array: Any) -> Any:
-            if not nested:
-                nested.append(True)
-                prepared.packed(self)
-            return array
+    if what == "the weights":
 
-    class Plans(dict[Any, Any]):
-        def __setitem__(self, key: Any, plan: Any) -> None:
-            if not self:
-                super().__setitem__(key, plan)
+        def pack_again(name: str) -> None:
+            if name in PACKS and len(launched) == 0:
+                launched.before = lambda _: None
                 call(2)
-            super().__setitem__(key, plan)
 
-    def call(length: int) -> Any:
-        x, w = (fake_cupy.asarray(np.ones(shape, np.float32)) for shape in ((1, 1, length), (1, 1, 1)))
-        return gpuconv.conv1d(x, w).get().tolist()
+        launched.before = pack_again
+    else:
 
-    nested: list[bool] = []
-    prepared = runtime.PreparedWeight(np.ones(3))
-    monkeypatch.setattr(calls, "_EXECUTORS", Plans())
-    for work in (lambda: prepared.packed(Packer()), lambda: call(3)):
-        thread = threading.Thread(target=work, daemon=True)
-        thread.start()
-        thread.join(30)
-        assert not thread.is_alive()
-    assert nested
-    assert calls._EXECUTORS
+        class Plans(dict[Any, Any]):
+            def __setitem__(self, key: Any, plan: Any) -> None:
+                if not self:
+                    super().__setitem__(key, plan)
+                    call(1)
+                super().__setitem__(key, plan)
+
+        monkeypatch.setattr(calls, "_EXECUTORS", Plans())
+    thread = threading.Thread(target=call, args=(2,), daemon=True)
+    thread.start()
+    thread.join(30)
+    assert not thread.is_alive()
+    assert len(found) == 2
+    for result in found:
+        np.testing.assert_array_equal(result, expected[: len(result)])
 
 
 def test_a_forked_process_computes_whatever_another_thread_was_at() -> None:
@@ -481,23 +487,11 @@ assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 # -- streams and prepared weights --------------------------------------------------------------------------------------
 
-PACKED = ("conv1d", integers((2, 5, 40)), integers((12, 5, 3)))  # by a kernel family that packs the weights
-
-
-def test_prepared_weights_are_complete_on_every_stream(no_gpu_needed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The copy is made on the current stream. Nothing says on which it is used next."""
-    events = []
-    stream = SimpleNamespace(is_capturing=lambda: False, synchronize=lambda: events.append("wait"))
-    monkeypatch.setattr(no_gpu_needed.cuda, "get_current_stream", lambda: stream)
-    assign = no_gpu_needed.ndarray.__setitem__
-    monkeypatch.setattr(no_gpu_needed.ndarray, "__setitem__", lambda *a: events.append("copy") or assign(*a))
-    gpuconv.prepare(no_gpu_needed.asarray(np.ones((1, 1, 3), np.float32)))
-    assert events == ["copy", "wait"]
-
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("how", ["load_state_dict", "deepcopy"])
-def test_prepared_weights_are_complete_whoever_made_them(cupy: Any, how: str) -> None:
+@pytest.mark.parametrize("how", ["prepare", "load_state_dict", "deepcopy"])
+def test_prepared_weights_are_complete_on_every_stream(cupy: Any, how: str) -> None:
+    """What fills them runs on the current stream. Nothing says on which they are used next."""
     _, x, w = PACKED
     expected = gpuconv.conv1d(x, w)
     layer = nn.Conv1d(5, 12, 3, bias=False, device="cuda")
@@ -510,6 +504,8 @@ def test_prepared_weights_are_complete_whoever_made_them(cupy: Any, how: str) ->
         if how == "load_state_dict":
             layer.load_state_dict({"weight": w})
             prepared = layer.weight
+        elif how == "prepare":
+            prepared = gpuconv.prepare(w)
         else:
             prepared = copy.deepcopy(prepared)
     with second:
@@ -707,10 +703,9 @@ def test_buffers_come_from_any_allocator(cupy: Any, name: str, allocator: str) -
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("two_gpus")
 @pytest.mark.parametrize("name", WITH_BUFFERS)
 def test_arrays_on_another_device_than_the_current_one(cupy: Any, name: str) -> None:
-    if runtime.device_count() < 2:
-        pytest.skip("needs two GPUs")
     for current, home in ((0, 1), (1, 0)):
         with cupy.cuda.Device(home):
             function, arrays, expected = call_with_buffers(cupy, name)
@@ -723,10 +718,9 @@ def test_arrays_on_another_device_than_the_current_one(cupy: Any, name: str) -> 
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("two_gpus")
 @pytest.mark.parametrize("target", ["cpu", "cuda:0"])
 def test_layers_move_behind_the_work_queued_on_the_other_gpu(cupy: Any, target: str) -> None:
-    if runtime.device_count() < 2:
-        pytest.skip("needs two GPUs")
     layer = nn.Conv1d(512, 512, 3, device="cuda:1")
     with cupy.cuda.Device(1), cupy.cuda.Stream(non_blocking=True):
         cupy.cuda.Device(1).synchronize()
@@ -738,11 +732,10 @@ def test_layers_move_behind_the_work_queued_on_the_other_gpu(cupy: Any, target: 
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("two_gpus")
 @pytest.mark.parametrize("target", ["cpu", "cuda:0", "cuda:1"])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_layers_load_arrays_of_any_strides_from_another_gpu(cupy: Any, dtype: str, target: str) -> None:
-    if runtime.device_count() < 2:
-        pytest.skip("needs two GPUs")
     weight, bias = integers((4, 2, 6))[::-1, :, ::2], integers((8,))[::2]
     with cupy.cuda.Device(1):
         state = {"weight": cupy.asarray(integers((4, 2, 6)))[::-1, :, ::2], "bias": cupy.asarray(integers((8,)))[::2]}

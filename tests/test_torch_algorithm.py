@@ -21,11 +21,10 @@ from gpuconv import torch as bridge
 from gpuconv.problem import Op
 from gpuconv.torch import tensors
 
-from .test_algorithm import launched
 from .test_torch_bridge import OPS, Recorder, compiler
 from .test_torch_cuda import Gpu, gpu
 
-__all__ = ["compiler", "gpu", "launched"]  # fixtures
+__all__ = ["compiler", "gpu"]  # fixtures
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 

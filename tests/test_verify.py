@@ -16,7 +16,7 @@ import numpy.typing as npt
 import pytest
 
 import gpuconv
-from gpuconv import cases, cpu, cpu_gradients, dispatch, reference, runtime
+from gpuconv import cases, cpu, dispatch, reference, runtime
 from gpuconv.cases import FORMATS
 from gpuconv.checks import CHECKS, MAX_TAPS, same_bits
 from gpuconv.device import ARCHITECTURES, Device
@@ -33,7 +33,6 @@ from gpuconv.problem import DTYPES, BiasGradientProblem, ConvProblem, WeightGrad
 from gpuconv.report import BY_FAMILY, FAR
 from gpuconv.verify import verify
 from tests import hostcuda
-from tests.hostcuda import fake_cupy
 from tests.plans import FORWARD_FAMILIES, kernel_of
 
 Array = npt.NDArray[Any]
@@ -270,7 +269,7 @@ class EveryOtherGradientRoundsUp:
 def test_a_fault_of_a_weight_gradient_is_found(
     fault: Gradient, name: str, checks: set[str], says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cpu_gradients, "weight_gradient", fault)
+    monkeypatch.setattr(cpu.weight_gradient, "compute", fault)
     failures = [f for f in verify("cpu", filter=name, dtypes=["complex64"]).failures if f.case == name]
     assert {failure.check for failure in failures} == checks
     (failure,) = (failure for failure in failures if failure.check == "gradients")
@@ -429,15 +428,15 @@ def test_the_base_family_takes_every_case_and_comes_first() -> None:
             assert {"weight_gradient_direct", "bias_gradient_rows"} <= set(names)
 
 
-def test_families_run_on_the_kernels_themselves() -> None:
-    """Through runtime.py and hostcuda: each family by its name, counted."""
-    with fake_cupy.installed():
-        report = verify("gpu", filter="hifigan_resblock", dtypes="float32")
-        assert report.ok, str(report)
-        launched = {kernel for kernel, _ in fake_cupy.launches}
+@pytest.mark.gpu
+def test_families_run_on_the_kernels_themselves(launched: list[str]) -> None:
+    """Each family by its name, counted."""
+    report = verify("gpu", filter="hifigan_resblock", dtypes="float32")
+    assert report.ok, str(report)
     runs = {name: count for name, count in report.family_runs.items() if count}
-    assert set(runs) == set(families_that_take(cases.select("hifigan_resblock")[0].problem, Device.from_arch("sm_90")))
-    assert {"conv1d_direct", "conv1d_mma", "weight_gradient_direct"} <= set(runs) <= launched
+    device = runtime.device(runtime.cupy_module().cuda.runtime.getDevice())
+    assert set(runs) == set(families_that_take(cases.select("hifigan_resblock")[0].problem, device))
+    assert {"conv1d_direct", "weight_gradient_direct"} <= set(runs) <= set(launched)
     assert set(runs.values()) == {1}
     assert f"{'conv1d_direct':<28}{1:>6}" in str(report).splitlines()
     assert report.to_dict()["family_runs"]["conv1d_direct"] == 1

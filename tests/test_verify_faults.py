@@ -61,12 +61,14 @@ class Fault:
         return verify("gpu", family=self.family, filter=self.case, dtypes=self.dtype)
 
 
-BIAS_OF_BASE = "acc = add(acc, bias_or_zero(bias, c_out * p.bias_stride));"
+BIAS_OF_BASE = "finish(acc, bias_or_zero(bias, c_out * p.bias_stride))"
+NO_BIAS = "finish(acc, scalar::zero())"
+FALLBACK, NO_FALLBACK = "#define NAN_FALLBACK 1", "#define NAN_FALLBACK 0"
 
 FAULTS: Mapping[str, Fault] = {
     # -- a tap, a position or a slice is left out
     "conv1d_direct drops the last tap": Fault(
-        "conv1d_direct", "k < k_end; ++k", "k + 1 < k_end; ++k", "conv1d_direct", "dilation_spans_input"
+        "conv1d_direct", "k < taps.end; ++k", "k + 1 < taps.end; ++k", "conv1d_direct", "dilation_spans_input"
     ),
     "conv1d_tail drops the last tap": Fault(
         "conv1d_tail",
@@ -111,46 +113,46 @@ FAULTS: Mapping[str, Fault] = {
     # -- a wrong offset at an edge
     "conv1d_direct takes the last position for padding": Fault(
         "conv1d_direct",
-        "ceil_div(p.L_in - l_first,",
-        "ceil_div(p.L_in - 1 - l_first,",
+        "ceil_div(L - first,",
+        "ceil_div(L - 1 - first,",
         "conv1d_direct",
         "dilation_spans_input",
     ),
     "conv1d_skinny takes the last position for padding": Fault(
-        "conv1d_skinny", "unsigned(p.L_in) : 0", "unsigned(p.L_in) - 1 : 0", "conv1d_skinny", "length1_padded"
+        "conv1d_skinny", "? p.L_in : 0", "? p.L_in - 1 : 0", "conv1d_skinny", "length1_padded"
     ),
     "conv1d_stem takes the first position for padding": Fault(
         "conv1d_stem",
-        "if (is_index(l_in, p.L_in) && n_begin",
-        "if (l_in > 0 && is_index(l_in, p.L_in) && n_begin",
+        "if (source.exists && n_begin",
+        "if (source.exists && source.index > 0 && n_begin",
         "conv1d_stem",
         "padding_exceeds_input",
     ),
     "weight_gradient_direct begins a position late": Fault(
         "weight_gradient_direct",
-        "offset < 0 ? ceil_div(-offset, p.stride) : 0",
-        "offset < 0 ? ceil_div(-offset, p.stride) : 1",
+        "first < 0 ? ceil_div(-first, step) : 0",
+        "first < 0 ? ceil_div(-first, step) : 1",
         "weight_gradient_direct",
         "dilation_spans_input",
     ),
     "weight_gradient_tiled takes the first position for padding": Fault(
         "weight_gradient_tiled",
-        "if (l_fine >= 0 && l_fine < p.L_fine) value",
-        "if (l_fine > 0 && l_fine < p.L_fine) value",
+        "if (source.exists) {",
+        "if (source.exists && source.index > 0) {",
         "weight_gradient_tiled",
         "padding_exceeds_input",
     ),
     # -- no bias
     "conv1d_direct adds no bias": Fault(
-        "conv1d_direct", BIAS_OF_BASE, "", "conv1d_direct", "dilation_spans_input"
+        "conv1d_direct", BIAS_OF_BASE, NO_BIAS, "conv1d_direct", "dilation_spans_input"
     ),
     "conv_transpose1d_gather adds no bias": Fault(
-        "conv_transpose1d_gather", BIAS_OF_BASE, "", "conv_transpose1d_gather", "up_dilation4_stride6"
+        "conv_transpose1d_gather", BIAS_OF_BASE, NO_BIAS, "conv_transpose1d_gather", "up_dilation4_stride6"
     ),
     "conv1d_narrow adds no bias": Fault(
         "conv1d_narrow",
-        "scalar::round(add(acc[row][j], offset))",
-        "scalar::round(add(acc[row][j], scalar::zero()))",
+        "finish(acc[row][j], channel_bias)",
+        "finish(acc[row][j], scalar::zero())",
         "conv1d_narrow",
         "dilation_spans_input",
     ),
@@ -205,8 +207,8 @@ FAULTS: Mapping[str, Fault] = {
     ),
     "conv_transpose1d_phases takes another phase's input": Fault(
         "conv_transpose1d_phases",
-        "uindex_t(phase_quotient % tap_step) * uindex_t(p.phase_inverse) % tap_step;",
-        "phase_quotient % tap_step;",
+        "uindex_t(quotient % tap_step) * uindex_t(p.phase_inverse) % tap_step;",
+        "quotient % tap_step;",
         "conv_transpose1d_phases",
         "up_dilation4_stride6",
     ),
@@ -219,8 +221,8 @@ FAULTS: Mapping[str, Fault] = {
     ),
     "conv_transpose1d_mma stores the phases in reverse": Fault(
         "conv_transpose1d_mma",
-        "info.shift = row_phase;",
-        "info.shift = p.stride - 1 - row_phase;",
+        "found.shift = phase;",
+        "found.shift = p.stride - 1 - phase;",
         "conv_transpose1d_mma",
         "up_stride2_k4",
         "float16",
@@ -234,28 +236,28 @@ FAULTS: Mapping[str, Fault] = {
     ),
     # -- an infinity times the zero that stands for padding stays in the sum
     "conv1d_skinny keeps a NaN": Fault(
-        "conv1d_skinny", "if (!met_nan) return;", "return;", "conv1d_skinny", "length1_padded", says=NONFINITE
+        "conv1d_skinny", FALLBACK, NO_FALLBACK, "conv1d_skinny", "length1_padded", says=NONFINITE
     ),
     "weight_gradient_pairs keeps a NaN": Fault(
         "weight_gradient_pairs",
-        "if (!met_nan) return;",
-        "return;",
+        FALLBACK,
+        NO_FALLBACK,
         "weight_gradient_pairs",
         "padding_exceeds_input",
         says=NONFINITE,
     ),
     "weight_gradient_tiled keeps a NaN": Fault(
         "weight_gradient_tiled",
-        "if (!met_nan) return;",
-        "return;",
+        FALLBACK,
+        NO_FALLBACK,
         "weight_gradient_tiled",
         "padding_exceeds_input",
         says=NONFINITE,
     ),
     "weight_gradient_mma keeps a NaN": Fault(
         "weight_gradient_mma",
-        "if (met_special) {",
-        "if (false) {",
+        FALLBACK,
+        NO_FALLBACK,
         "weight_gradient_mma",
         "diffusion_policy_mid",
         "float16",
@@ -315,8 +317,8 @@ FAULTS: Mapping[str, Fault] = {
     # -- right on integers
     "conv1d_direct sums from the last tap to the first": Fault(
         "conv1d_direct",
-        "index_t k = k_begin; k < k_end; ++k",
-        "index_t k = k_end - 1; k >= k_begin; --k",
+        "index_t k = taps.begin; k < taps.end; ++k",
+        "index_t k = taps.end - 1; k >= taps.begin; --k",
         "conv1d_tiled",
         "padding_same_strided_even",
         says=SAME,

@@ -1,19 +1,22 @@
-"""The NumPy path: both operations on the CPU, through BLAS as NumPy offers it, with bounded extra memory.
+"""The NumPy path: both operations and their gradients on the CPU, through BLAS as NumPy offers it, in bounded memory.
 
 The output is cut into blocks, and `method` chooses, from the problem alone, how a block is computed:
 
 - panels: the windows of a block are copied side by side into a panel, for one product with the weight as it lies.
 - shift_add: one product of all taps with the input as it lies, whose rows are then shifted and summed.
 - toeplitz: neighbouring outputs of one group together, as the product of their common window with a banded matrix.
+- windows: the same of depthwise rows, whose windows are read where they lie.
+- planes: elementwise products of depthwise planes, of many rows at once, one per tap.
 - taps: elementwise products, one per tap, where a group has one input channel.
 
 A transposed problem is seen as a convolution that yields several outputs at each position (`geometry`), or with its
-input and its weight exchanged, where the weight is the longer one. `choice` adds up what the parts of each form cost
-(`costs`) and takes the cheapest.
+input and its weight exchanged, where the weight is the longer one. Taps that meet nothing but padding are left out.
+`choice` adds up what the parts of each form cost (`costs`) and takes the cheapest.
 
-Panels and toeplitz multiply zeros: padding, absent taps, the rest of the band. A zero is harmless until it meets an
-infinity or a NaN; the element it spoils is then not finite either. So each block that could be spoilt is checked while
-it is in the cache, and one that is not finite is computed again by taps, which leave out what does not exist.
+Most forms multiply zeros: padding, absent taps, the rest of a band. A zero is harmless until it meets an infinity or a
+NaN; the element it spoils is then not finite either. So each block that could be spoilt is checked while it is in the
+cache, and one that is not finite is computed again by taps, which leave out what does not exist. Where there are too
+many taps for that, `non_finite` separates such values beforehand.
 
 The result is deterministic and within the bound of `gpuconv.reference`. Its bits depend on the problem, and, since BLAS
 sums in an order of its own, on the layout of the arrays in memory and on the number of BLAS's threads as well.
@@ -22,11 +25,12 @@ sums in an order of its own, on the layout of the arrays in memory and on the nu
 from __future__ import annotations
 
 from ..problem import ConvProblem
+from . import bias_gradient, weight_gradient
 from .arrays import Array
 from .choice import Method, plan
 from .geometry import Call
 
-__all__ = ["Method", "convolve", "method"]
+__all__ = ["Method", "bias_gradient", "convolve", "method", "weight_gradient"]
 
 
 def method(problem: ConvProblem) -> Method:

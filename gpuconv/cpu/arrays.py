@@ -1,12 +1,8 @@
-"""What every form and every gradient on the CPU works with: scratch buffers, blocks on several threads, NumPy facts."""
+"""What every form and every gradient on the CPU works with: scratch buffers, slices, facts of NumPy's arrays."""
 
 from __future__ import annotations
 
 import math
-import os
-from collections import deque
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -70,6 +66,17 @@ def strided(array: Array, offset: int, shape: tuple[int, ...], strides: tuple[in
     return view
 
 
+def copy_padded(source: Array, low: int, high: int, out: Array) -> None:
+    """Copy the positions from low to high of the last axis into `out`, zeros where there are none."""
+    first = min(max(low, 0), high)
+    last = max(min(high, source.shape[-1]), first)
+    if low < first:
+        out[..., : first - low] = 0
+    out[..., first - low : last - low] = source[..., first:last]
+    if last < high:
+        out[..., last - low :] = 0
+
+
 def is_finite(block: Array) -> bool:
     return bool(np.isfinite(block).all())
 
@@ -79,54 +86,3 @@ def slices(start: int, stop: int, length: int) -> list[slice]:
     if 0 < stop - start <= length:
         return [slice(start, stop)]
     return [slice(at, min(at + length, stop)) for at in range(start, stop, length)]
-
-
-def run_blocks(
-    compute: Callable[..., None], blocks: Sequence[tuple[Any, ...]], workers: int, dtype: np.dtype[Any], length: int
-) -> None:
-    """Call ``compute(*block, scratch)`` for each block, on at most so many threads.
-
-    The blocks write disjoint places, so neither their order nor the number of threads changes a bit. An exception,
-    KeyboardInterrupt among them, ends all threads after the blocks that they are at. `dtype` is that of the scratch
-    buffers, `length` that of the rows that are computed on.
-    """
-    workers = min(workers, len(blocks), usable_cpus()) if workers > 1 else 1
-    pending = deque(blocks)
-
-    def work() -> None:
-        scratch = Scratch(dtype)
-        # NumPy copies rows that are shorter than its buffer into it before it computes, even where nothing is to be
-        # converted; a buffer shorter than the rows keeps it from doing so.
-        buffer_size = np.setbufsize(64 if length >= 64 else 8192)
-        try:
-            with np.errstate(all="ignore"):
-                while pending:
-                    try:
-                        block = pending.popleft()
-                    except IndexError:  # another thread took the last one
-                        return
-                    compute(*block, scratch)
-        except BaseException:
-            pending.clear()
-            raise
-        finally:
-            np.setbufsize(buffer_size)
-
-    if workers <= 1:
-        work()
-        return
-    with ThreadPoolExecutor(workers - 1, thread_name_prefix="gpuconv") as pool:
-        try:
-            others = [pool.submit(work) for _ in range(workers - 1)]
-            work()
-            for other in others:
-                other.result()
-        except BaseException:
-            pending.clear()
-            raise
-
-
-def usable_cpus() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

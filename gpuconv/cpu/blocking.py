@@ -8,9 +8,10 @@ from typing import NamedTuple
 import numpy as np
 
 from ..problem import ConvProblem
-from . import limits
-from .arrays import Array, Scratch, run_blocks, slices
+from . import costs, limits
+from .arrays import Array, Scratch, slices
 from .geometry import Block, Call
+from .threads import run_blocks
 
 
 class Blocking(NamedTuple):
@@ -97,6 +98,25 @@ def tiled(matrix: Array, tile: int) -> Array:
     return tiles
 
 
-def parts(p: ConvProblem) -> int:
-    """Into how many blocks at least to cut a problem that several threads share."""
-    return max(1, min(16, p.N * p.C_out * p.L_out // limits.WORTH_A_BLOCK))
+def parts(p: ConvProblem, overhead: float = 0.0) -> int:
+    """Into how many blocks at least to cut a problem that several threads share: a power of two, to share evenly.
+
+    `overhead` is the interpreter's time for a block in nanoseconds, in which no other thread can use it.
+    """
+    multiply_adds = p.flops() // 2
+    # The product, the panel that is copied for it, and what is done to each output.
+    work = multiply_adds * (2 * costs.FLOP + costs.COPY / p.C_out_g) + p.N * p.C_out * p.L_out
+    least = max(limits.WORTH_A_BLOCK, 8 * overhead)
+    wanted = min(limits.MAX_WORKERS, int(work * costs.scale(p) / least))
+    # Two blocks may be smaller: otherwise the second thread has nothing to do.
+    return 1 << wanted.bit_length() - 1 if wanted > 1 else 1 + (work * costs.scale(p) > least)
+
+
+def share(wanted: int, *blocks: tuple[int, int]) -> list[int]:
+    """Block sizes of (extent, largest size), for at least so many blocks where possible; the first are cut first."""
+    sizes = []
+    for extent, largest in blocks:
+        size = max(1, min(largest, -(-extent // wanted)))
+        wanted = -(-wanted // -(-extent // size))
+        sizes.append(size)
+    return sizes

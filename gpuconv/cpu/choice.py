@@ -8,13 +8,15 @@ from functools import lru_cache
 from typing import NamedTuple, Protocol
 
 from ..problem import ConvProblem
-from . import limits
+from . import limits, non_finite
 from .arrays import accumulator
-from .geometry import Call, Geometry, exchange
+from .geometry import Call, Geometry, exchange, useful_taps, with_taps
 from .panels import Panels
+from .planes import Planes
 from .shift_add import ShiftAdd
 from .taps import Taps
 from .toeplitz import Toeplitz, tiles
+from .windows import Windows
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,9 @@ class Form(Protocol):
     def concurrent(self) -> bool:
         """Whether blocks are computed on several threads; elsewhere the threads are left to BLAS."""
 
+    def multiplies_zeros(self, p: ConvProblem) -> bool:
+        """Whether absent inputs or taps are multiplied, as zeros."""
+
     def cost(self, p: ConvProblem) -> float:
         """A guess at the nanoseconds on one core."""
 
@@ -64,6 +69,9 @@ class Fill:
     reason: str
     concurrent: bool = False
 
+    def multiplies_zeros(self, p: ConvProblem) -> bool:
+        return False
+
     def cost(self, p: ConvProblem) -> float:
         return 0.0
 
@@ -76,16 +84,29 @@ class Fill:
 
 class Plan(NamedTuple):
     """Attributes:
-    exchanged: the problem in which input and weight have changed places, where that is the one which is computed.
+    problem: the one that is computed: that of the useful taps, or that in which input and weight have changed places.
+    taps: the useful ones.
+    exchanged: input and weight have changed places.
+    separate: what is not finite is separated.
     """
 
     method: Method
     form: Form
     workers: int
-    exchanged: ConvProblem | None
+    problem: ConvProblem
+    taps: slice
+    exchanged: bool
+    separate: bool
 
     def run(self, call: Call) -> None:
-        self.form.run(call if self.exchanged is None else call.exchanged(self.exchanged), self.workers)
+        if call.p is not self.problem:
+            call = call.of_taps(self.problem, self.taps)
+            if self.exchanged:
+                call = call.exchanged(self.problem)
+        if self.separate:
+            non_finite.run(call, lambda part: self.form.run(part, self.workers))
+        else:
+            self.form.run(call, self.workers)
 
 
 @lru_cache(maxsize=4096)
@@ -108,14 +129,17 @@ def plan_of(p: ConvProblem, q: ConvProblem, form: Form, cost: float) -> Plan:
     """The plan that computes a problem by a form of it or of its exchange."""
     shared, buffers = form.memory(q)
     size = accumulator(p.dtype).itemsize
-    shared *= size
+    separate = form.multiplies_zeros(q) and non_finite.takes(q)
+    shared = shared * size + (non_finite.extra_bytes(q) if separate else 0)
     # The largest buffer is also compared with infinity, one byte per element.
     each = sum(buffers.values()) * size + max(buffers.values(), default=0)
     workers = 1
     if form.concurrent and cost > limits.WORTH_THREADS:
         workers = max(1, min(limits.MAX_WORKERS, (_allowed(p) - shared) // each))
-    reason = form.reason if q is p else f"few inputs, many taps: their roles exchanged; {form.reason}"
-    return Plan(Method(form.name, reason, shared + workers * each), form, workers, None if q is p else q)
+    taps = slice(0, p.K) if q == p else useful_taps(p)
+    exchanged = p.transposed and q == exchange(with_taps(p, taps))
+    reason = f"few inputs, many taps: their roles exchanged; {form.reason}" if exchanged else form.reason
+    return Plan(Method(form.name, reason, shared + workers * each), form, workers, q, taps, exchanged, separate)
 
 
 def candidates(p: ConvProblem) -> list[tuple[ConvProblem, list[Form]]]:
@@ -124,6 +148,11 @@ def candidates(p: ConvProblem) -> list[tuple[ConvProblem, list[Form]]]:
         return [(p, [Fill("nothing", "the output is empty")])]
     if 0 in p.input_shape:
         return [(p, [Fill("bias", "the input is empty, so every sum is")])]
+    taps = useful_taps(p)
+    if taps.start >= taps.stop:
+        return [(p, [Fill("bias", "all taps lie in the padding")])]
+    if taps != slice(0, p.K):
+        p = with_taps(p, taps)
     problems = [p, exchange(p)] if p.transposed and p.L_in < p.K else [p]
     if any(first >= last for first, last in (Geometry.of(q).positions(q) for q in problems)):
         return [(p, [Fill("bias", "no output has a tap")])]
@@ -131,8 +160,11 @@ def candidates(p: ConvProblem) -> list[tuple[ConvProblem, list[Form]]]:
 
 
 def _forms(p: ConvProblem) -> list[Form]:
-    forms: list[Form] = [*Panels.candidates(p)]
+    forms: list[Form] = [*Panels.candidates(p), *Windows.candidates(p)]
     shift_add = ShiftAdd.of(p)
+    planes = Planes.of(p)
+    if planes is not None:
+        forms.append(planes)
     if p.C_in_g == 1:
         forms.append(Taps.of(p))
     elif shift_add is not None:

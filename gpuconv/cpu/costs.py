@@ -15,18 +15,20 @@ CALL = 2_000.0
 BLOCK = 25_000.0
 
 # A run of NumPy's inner loop, of one that copies, and its elements (4 bytes, operands in the cache): a copy, one with a
-# stride, one that transposes, one to the diagonals of a band, an addition or a product.
+# stride, one that transposes, one to the diagonals of a band, an addition or a product. FAR_ROW is what a run costs
+# beyond that where its neighbours belong to another sample, each in a page of its own.
 ROW = 14.0
 COPY_ROW = 5.0
+FAR_ROW = 8.0
 COPY = 0.1
 STRIDED_COPY = 0.6
 TRANSPOSING_COPY = 0.8
-DIAGONAL = 2.0
+DIAGONAL = 0.8
 ELEMENTWISE = 0.12
 STRIDED_ELEMENTWISE = 0.45
 
 # An element of a conversion from or to a narrow dtype.
-CONVERT = {"float16": 2.2, "bfloat16": 0.3}
+CONVERT = {"float16": 2.2, "bfloat16": 0.25}
 
 # A product in a stack of products; an operation and an element of the result of a product; an element that BLAS packs
 # for a large one, and the time for its
@@ -39,7 +41,7 @@ PACK = 0.25
 MEETING = 15_000.0
 
 # A form that leaves the threads to BLAS computes the rest on one, and waits for the slower thread after each product.
-LARGE_PRODUCT = 1.15
+LARGE_PRODUCT = 1.3
 SERIAL = 2.0
 
 
@@ -62,7 +64,7 @@ def products(p: ConvProblem, count: float, M: float, depth: float, columns: floa
     """So many products (M, depth) @ (depth, columns) of a problem's accumulators."""
     if depth == 1:  # which NumPy computes in a loop of its own
         return count * (PRODUCT + M * columns * OUTER * scale(p))
-    width = -(-columns // 16) * 16 if columns > 4 else min(columns + 2, 6)
+    width = -(-columns // 16) * 16 if columns > 1 else 5
     operations = 2 * max(M, 2) * depth * width * (2 if p.is_complex else 1)
     one = PRODUCT + (operations * FLOP + M * columns * RESULT) * scale(p)
     if not small:

@@ -16,7 +16,7 @@ from numpy.lib.stride_tricks import as_strided
 
 from ..problem import ConvProblem
 from . import limits
-from .arrays import Array, Scratch, accumulator, is_direct
+from .arrays import Array, Scratch, accumulator, copy_padded, is_direct, is_finite
 
 
 class Geometry(NamedTuple):
@@ -110,16 +110,18 @@ class Call:
         b: (N, groups, C_out_g), or with 1 in place of N or C_out_g; or None.
         y: (N, groups, C_out_g, L_out).
         dtype: the accumulator.
+        finite: x and w are known to hold neither NaN nor infinities.
         x_direct: BLAS can read x as it lies.
         y_direct: BLAS can write y as it lies.
     """
 
-    __slots__ = ("b", "dtype", "p", "w", "x", "x_direct", "y", "y_direct")
+    __slots__ = ("b", "dtype", "finite", "p", "w", "x", "x_direct", "y", "y_direct")
 
     def __init__(self, p: ConvProblem, x: Array, w: Array, b: Array | None, y: Array) -> None:
         self.p = p
         self.dtype = accumulator(p.dtype)
         self.x, self.w, self.b, self.y = x, w, b, y
+        self.finite = False
         self.x_direct = is_direct(x, self.dtype)
         self.y_direct = is_direct(y, self.dtype)
 
@@ -134,6 +136,20 @@ class Call:
         """The call of `exchange(problem)`, whose arrays are views of the same ones."""
         b = None if self.b is None else self.b.transpose(2, 1, 0)
         return Call(p, self.w.transpose(1, 0, 2, 3), self.x.transpose(1, 0, 2, 3), b, self.y.transpose(2, 1, 0, 3))
+
+    def of_finite(self, x: Array, w: Array, b: Array | None, y: Array) -> Call:
+        """The same call of other arrays, of which x and w are finite."""
+        call = Call(self.p, x, w, b, y)
+        call.finite = True
+        return call
+
+    def of_taps(self, p: ConvProblem, taps: slice) -> Call:
+        """The call of a problem that has only these taps."""
+        return Call(p, self.x, self.w[..., taps], self.b, self.y)
+
+    def is_spoilt(self, sums: Array) -> bool:
+        """Whether a zero may have met a NaN or an infinity: sums of finite factors may overflow, which is right."""
+        return not self.finite and not is_finite(sums)
 
     def fill_with_bias(self) -> None:
         self.y[...] = 0 if self.b is None else self.b[..., None]
@@ -156,13 +172,7 @@ class Call:
         if self.x_direct and low >= 0 and high <= L:
             return x if high - low == L else x[..., low:high]
         staged = scratch.take("input", *x.shape[:3], high - low)
-        first = min(max(low, 0), high)
-        last = max(min(high, L), first)
-        if low < first:
-            staged[..., : first - low] = 0
-        staged[..., first - low : last - low] = x[..., first:last]
-        if last < high:
-            staged[..., last - low :] = 0
+        copy_padded(x, low, high, staged)
         return staged
 
     def store(self, geometry: Geometry, block: Block, sums: Array) -> None:
@@ -193,6 +203,28 @@ class Call:
             first, last = max(first, begin), min(last, end)
             if first < last:
                 y[..., geometry.place(r, first, last)] = sums[..., r, first - start : last - start]
+
+
+def useful_taps(p: ConvProblem) -> slice:
+    """The taps between the first and the last that read the input for any output; of an empty range none does."""
+    d, left, right = p.dilation, p.padding_left, p.padding_right
+    reach, behind = (p.L_in, p.L_out) if p.transposed else (p.L_out, p.L_in)
+    # The others lie in the padding for all outputs, or make outputs that are cut away.
+    first = max(0, -(((reach - 1) * p.stride - left) // d))
+    last = min(p.K, -(-(behind + left) // d))
+    if first >= last:
+        return slice(0, 0)
+    # What is cut off a side may not be more than the padding there, which is negative where the input is cropped.
+    return slice(min(first, max(0, left) // d), max(last, p.K - max(0, right) // d))
+
+
+def with_taps(p: ConvProblem, taps: slice) -> ConvProblem:
+    """The problem that has only the `useful_taps`, with the same output."""
+    left, right = taps.start * p.dilation, (p.K - taps.stop) * p.dilation
+    return ConvProblem(
+        p.op, p.N, p.C_in, p.C_out, p.L_in, taps.stop - taps.start, p.stride, p.padding_left - left,
+        p.padding_right - right, p.dilation, p.groups, p.output_padding, p.dtype, p.has_bias,
+    )  # fmt: skip
 
 
 def exchange(p: ConvProblem) -> ConvProblem:

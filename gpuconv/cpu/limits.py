@@ -22,6 +22,11 @@ SUMS = 1 * MIB
 STAGED_INPUT = 1 * MIB
 ELEMENTWISE_BLOCK = 512 * 1024
 
+# Bytes of the plane of one tap and of a block of planes, and the most taps: planes stay in the second-level cache.
+PLANE = 64 * 1024
+PLANE_BLOCK = 512 * 1024
+PLANES = 64
+
 # Rows and columns of a small product, and its depth where its columns are multiplied by several tiles of rows: 32 KiB
 # of float32 columns stay in the first-level cache.
 SMALL_TILE = 64
@@ -33,19 +38,29 @@ LARGE_DEPTH = 16 * 1024
 # The depth of a banded matrix.
 BAND_DEPTH = 4096
 
+# Windows that are worth filling a band for.
+WORTH_A_BAND = 1024
+
+# Windows of a banded matrix that one product reads in place, at least; fewer are copied.
+WINDOWS_OF_A_SET = 8
+
 # Positions below which the samples of a block are merged into the columns of one product.
 SHORT_ROW = 256
+
+# Taps of a phase from which what is not finite is separated, rather than computed again tap by tap.
+LONG_KERNEL = 64
 
 # Phases from which an output is written position by position: NumPy's inner loop is then long enough.
 MANY_PHASES = 16
 
-# Nanoseconds of work from which a second thread pays.
-WORTH_THREADS = 2_000_000
+# Nanoseconds of work from which a second thread pays: it takes some 30 us to wake, and the interpreter's time for the
+# blocks does not shrink.
+WORTH_THREADS = 400_000
 
 MAX_WORKERS = 16
 
-# Outputs that are worth the interpreter's time for a block, some 50 us.
-WORTH_A_BLOCK = 256 * 1024
+# Nanoseconds of work that are worth the interpreter's time for a block, some 50 us.
+WORTH_A_BLOCK = 600_000
 
 # OpenBLAS computes a product of at most this many multiply-adds on the calling thread (interface/gemm.c); of real data
 # with AVX-512 larger ones too, without packing the operands (sgemm_small_kernel_permit_skylakex.c). Only such products

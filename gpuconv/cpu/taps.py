@@ -1,7 +1,8 @@
 """taps: one product ``weight[:, :, k] * input[:, shifted]`` per tap, summed.
 
 Padding is left out rather than multiplied by, so this form serves every problem and every value: others fall back on it
-where a sum is not finite. It is chosen where a group has one input channel: there the product is elementwise.
+where a sum is not finite, which alone keeps it. It is chosen where a group has one input channel, mostly with a stride
+or a dilation longer than the windows of the other forms: there the product is elementwise.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ import numpy as np
 
 from ..problem import ConvProblem
 from . import costs, limits
-from .arrays import Array, Scratch, accumulator, is_direct, run_blocks, slices
+from .arrays import Array, Scratch, accumulator, is_direct, slices
 from .geometry import Block, Call, Geometry
+from .threads import run_blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +57,9 @@ class Taps:
     @property
     def concurrent(self) -> bool:
         return self.channels == 1
+
+    def multiplies_zeros(self, p: ConvProblem) -> bool:
+        return False
 
     def cost(self, p: ConvProblem) -> float:
         """Of the elementwise products, for problems with one channel per group."""

@@ -2,6 +2,9 @@
 
 A row is cut into windows, each of which makes a tile of outputs. Where one window holds a whole short row, the samples
 are the rows of one product, and neither input nor output is copied. The band of many taps is cut.
+
+It stays for short rows, groups of few channels and long kernels: those for which it is chosen take 1.7 times as long in
+the next best form, the geometric mean over the benchmark layers, and up to 12 times.
 """
 
 from __future__ import annotations
@@ -14,9 +17,11 @@ from numpy.lib.stride_tricks import as_strided
 
 from ..problem import ConvProblem
 from . import costs, limits
-from .arrays import Array, Scratch, accumulator, is_finite, run_blocks, slices
+from .arrays import Array, Scratch, accumulator, slices
+from .blocking import parts, share
 from .geometry import Block, Call
 from .taps import Taps
+from .threads import run_blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,16 +53,16 @@ class Toeplitz:
     def of(cls, p: ConvProblem, tile: int) -> Toeplitz | None:
         """None where even the smallest band or block is too large."""
         size, small = accumulator(p.dtype).itemsize, limits.small_product(p.is_complex)
-        first, last = _steps(p)
+        first, last = steps(p)
         whole = tile == last - first
-        outputs, budget = p.C_out_g * tile * _outputs_per_step(p), limits.BUFFER // size
+        outputs, budget = p.C_out_g * tile * outputs_per_step(p), limits.BUFFER // size
         depth = min(limits.BAND_DEPTH, budget // max(outputs, 16)) // p.C_in_g
         taps = _taps_within(p, tile, depth)
         if taps < min(p.K, max(1, tile // 4)):
             return None
-        window = p.C_in_g * _window_length(p, tile, taps)
+        window = p.C_in_g * window_length(p, tile, taps)
         lines = min(small // (window * outputs), 512)
-        concurrent = lines >= 16
+        concurrent = lines >= 8
         if concurrent:
             budget = max(limits.CONCURRENT_BUFFER // size, window * max(outputs, 16))
         # What a window takes at most: its copy, its outputs, and the input from it to the next one.
@@ -67,10 +72,13 @@ class Toeplitz:
         most = max(1, budget // unit)
         windows = min(-(-(last - first) // tile), most)
         samples = max(1, min(p.N, most // windows))
-        lines = min(lines, samples * windows) if concurrent else samples * windows
         groups = max(1, min(p.groups, budget // (unit * windows * samples), budget // (window * outputs)))
-        if concurrent and p.N * p.C_out * p.L_out > 2 * limits.WORTH_A_BLOCK:
-            groups = min(groups, -(-p.groups // 16))
+        if concurrent:
+            per_row = -(-(last - first) // tile)
+            groups, samples, fewer = share(parts(p), (p.groups, groups), (p.N, samples), (per_row, windows))
+            # The bands of many taps are filled again for each block.
+            windows = fewer if taps == p.K else max(fewer, min(windows, limits.WORTH_A_BAND))
+        lines = min(lines, samples * windows) if concurrent else samples * windows
         return cls(Taps.of(p), samples, groups, windows, lines, tile, taps, whole, concurrent)
 
     @property
@@ -83,13 +91,16 @@ class Toeplitz:
             return "short rows: each sample is a line of one product with a banded matrix"
         return "few channels per group, or many taps: banded matrices use each window for several outputs"
 
+    def multiplies_zeros(self, p: ConvProblem) -> bool:
+        return True
+
     def cost(self, p: ConvProblem) -> float:
-        size, per_step = costs.scale(p), _outputs_per_step(p)
-        first, last = _steps(p)
+        size, per_step = costs.scale(p), outputs_per_step(p)
+        first, last = steps(p)
         per_row = -(-(last - first) // self.tile)
         passes = -(-p.K // self.taps)
         blocks = -(-p.N // self.samples) * -(-p.groups // self.groups) * -(-per_row // self.windows)
-        U, outputs = _window_length(p, self.tile, self.taps), p.C_out_g * self.tile * per_step
+        U, outputs = window_length(p, self.tile, self.taps), p.C_out_g * self.tile * per_step
         kept = min(U, p.L_in) if self.whole else U
         window, count = p.C_in_g * kept, p.N * p.groups * per_row  # of all windows
         bands = p.groups * (1 if passes == 1 else -(-p.N // self.samples) * -(-per_row // self.windows) * passes)
@@ -100,7 +111,8 @@ class Toeplitz:
         filling += bands / min(self.groups, p.groups) * costs.CALL * (3 + (_phases(p) if p.transposed else 0))
         lines = min(self.lines, p.N * per_row)
         product = costs.products(p, passes * count / lines, lines, window, outputs, self.concurrent)
-        copy = costs.ROW * (2 * count if p.groups > 1 else 0)  # lines of a group lie far from each other
+        # Rows of the same group, which are read and written one after the other, lie far from each other.
+        copy = 2 * costs.ROW * p.N * p.groups if p.groups > 1 and p.N > 1 else 0.0
         if not self.whole or p.dtype in costs.CONVERT:
             copy += passes * costs.copies(count * p.C_in_g, kept, costs.COPY * size)
         each = costs.ELEMENTWISE * (1 + 2 * (passes - 1)) * size
@@ -115,7 +127,7 @@ class Toeplitz:
 
     def memory(self, p: ConvProblem) -> tuple[int, dict[str, int]]:
         """Bounds on the elements of the scratch buffers: what all threads share, and what each has by name."""
-        U, per_step = _window_length(p, self.tile, self.taps), _outputs_per_step(p)
+        U, per_step = window_length(p, self.tile, self.taps), outputs_per_step(p)
         window, outputs = p.C_in_g * U, p.C_out_g * self.tile * per_step
         lines = self.groups * self.samples * self.windows
         span = self.windows * self.tile * (1 if p.transposed else p.stride) + U
@@ -138,17 +150,17 @@ class Toeplitz:
             (call, Block(samples, groups, slice(0, p.C_out_g), at.start, at.stop))
             for groups in slices(0, p.groups, self.groups)
             for samples in slices(0, p.N, self.samples)
-            for at in slices(*_steps(p), self.windows * self.tile)
+            for at in slices(*steps(p), self.windows * self.tile)
         ]
         run_blocks(self._compute, blocks, workers, call.dtype, p.L_out)
 
     def _compute(self, call: Call, block: Block, scratch: Scratch) -> None:
         p = call.p
         N, G, M = (part.stop - part.start for part in block[:3])
-        W, length = -(-(block.stop - block.start) // self.tile), self.tile * _outputs_per_step(p)
+        W, length = -(-(block.stop - block.start) // self.tile), self.tile * outputs_per_step(p)
         y = call.y[block.samples, block.groups]
         # The outputs of the block, of which the first and the last may not exist.
-        at = block.start * _outputs_per_step(p) - (p.padding_left if p.transposed else 0)
+        at = block.start * outputs_per_step(p) - (p.padding_left if p.transposed else 0)
         low, high = max(0, at), min(p.L_out, at + W * length)
         size = call.dtype.itemsize
         direct = self.whole and call.y_direct and (M == 1 or y.strides[2] == p.L_out * size)
@@ -165,7 +177,7 @@ class Toeplitz:
                 np.add(sums, into, out=sums)
             elif taps.stop < p.K:
                 into = scratch.take("product", *sums.shape)
-        if not is_finite(sums):
+        if call.is_spoilt(sums):
             self.safe.compute_outputs(call, block._replace(start=low, stop=high), scratch)
             return
         if self.whole:
@@ -192,8 +204,8 @@ class Toeplitz:
         """
         p, groups = call.p, block.groups
         G, C, M, T = groups.stop - groups.start, p.C_in_g, p.C_out_g, self.tile
-        per_step, U = _outputs_per_step(p), _window_length(p, T, taps.stop - taps.start)
-        low = _first_input(p, block.start, taps)
+        per_step, U = outputs_per_step(p), window_length(p, T, taps.stop - taps.start)
+        low = first_input(p, block.start, taps)
         first, last = 0, U
         at = block.start * per_step - (p.padding_left if p.transposed else 0)
         begin, end = 0, T * per_step
@@ -209,27 +221,7 @@ class Toeplitz:
         scratch.band = made_of
         cut = (last - first, end - begin) != (U, T * per_step)
         full = scratch.take("full band" if cut else "band", G, C, U, M, T * per_step)
-        full[...] = 0
-        s_g, s_c, s_u, s_m, s_o = full.strides
-        w = call.w[groups, ..., taps]
-        if not p.transposed:
-            diagonals = as_strided(
-                full, (G, M, C, w.shape[3], T), (s_g, s_m, s_c, s_u * p.dilation, s_u * p.stride + s_o)
-            )
-            diagonals[...] = w[..., None]
-        else:
-            # Tap k of input l makes the output l*stride + k*dilation; l and the output count from the first step.
-            common = math.gcd(p.stride, p.dilation)
-            interleave = p.stride // common
-            for k in range(taps.start, min(taps.start + interleave, taps.stop)):
-                behind, output = divmod(k * p.dilation, p.stride)
-                of_phase = w[..., k - taps.start :: interleave]
-                diagonals = as_strided(
-                    full[:, :, block.start - behind - low :, :, output:],
-                    (G, M, C, of_phase.shape[3], T),
-                    (s_g, s_m, s_c, -s_u * (p.dilation // common), s_u + s_o * p.stride),
-                )
-                diagonals[...] = of_phase[..., None]
+        fill_band(p, call.w[groups], full, T, taps)
         if not cut:
             return full.reshape(matrix), low, low + U
         band = scratch.take("band", *shape)
@@ -282,7 +274,33 @@ class Toeplitz:
                 np.matmul(a.reshape(G, -1, lines, depth), band[:, None], out=c.reshape(G, -1, lines, outputs))
 
 
-def _outputs_per_step(p: ConvProblem) -> int:
+def fill_band(p: ConvProblem, w: Array, band: Array, tile: int, taps: slice) -> None:
+    """Fill bands (groups, C_in_g, inputs of a window, C_out_g, its outputs) of these taps of the weight `w`."""
+    band[...] = 0
+    w = w[..., taps]
+    G, M, C, K = w.shape
+    s_g, s_c, s_u, s_m, s_o = band.strides
+    if not p.transposed:
+        shape = (G, M, C, K, tile)
+        diagonals = as_strided(band, shape, (s_g, s_m, s_c, s_u * p.dilation, s_u * p.stride + s_o))
+        diagonals[...] = w[..., None]
+        return
+    # Tap k of input l makes the output l*stride + k*dilation; l and the output count from the first step.
+    common = math.gcd(p.stride, p.dilation)
+    interleave = p.stride // common
+    last = (taps.stop - 1) * p.dilation // p.stride
+    for k in range(taps.start, min(taps.start + interleave, taps.stop)):
+        behind, output = divmod(k * p.dilation, p.stride)
+        of_phase = w[..., k - taps.start :: interleave]
+        diagonals = as_strided(
+            band[:, :, last - behind :, :, output:],
+            (G, M, C, of_phase.shape[3], tile),
+            (s_g, s_m, s_c, -s_u * (p.dilation // common), s_u + s_o * p.stride),
+        )
+        diagonals[...] = of_phase[..., None]
+
+
+def outputs_per_step(p: ConvProblem) -> int:
     return p.stride if p.transposed else 1
 
 
@@ -290,7 +308,7 @@ def _phases(p: ConvProblem) -> int:
     return min(p.stride // math.gcd(p.stride, p.dilation), p.K)
 
 
-def _steps(p: ConvProblem) -> tuple[int, int]:
+def steps(p: ConvProblem) -> tuple[int, int]:
     """The range of the steps that have outputs."""
     if not p.transposed:
         return 0, p.L_out
@@ -299,7 +317,7 @@ def _steps(p: ConvProblem) -> tuple[int, int]:
 
 def tiles(p: ConvProblem) -> list[int]:
     """The numbers of steps that a window may serve."""
-    first, last = _steps(p)
+    first, last = steps(p)
     count = last - first
     chosen = {min(tile, count) for tile in (1, 4, 8, 16, 32, 64)}
     if count <= limits.SHORT_ROW:
@@ -307,7 +325,7 @@ def tiles(p: ConvProblem) -> list[int]:
     return sorted(chosen)
 
 
-def _first_input(p: ConvProblem, step: int, taps: slice) -> int:
+def first_input(p: ConvProblem, step: int, taps: slice) -> int:
     """The first input position that these taps read for a step."""
     if not p.transposed:
         offset: int = taps.start * p.dilation - p.padding_left
@@ -316,7 +334,7 @@ def _first_input(p: ConvProblem, step: int, taps: slice) -> int:
     return step - behind
 
 
-def _window_length(p: ConvProblem, tile: int, taps: int) -> int:
+def window_length(p: ConvProblem, tile: int, taps: int) -> int:
     """The input positions that so many taps read at most for a tile."""
     reach = (taps - 1) * p.dilation
     if not p.transposed:

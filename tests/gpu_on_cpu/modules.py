@@ -16,7 +16,7 @@ from ..hostcuda import build, launch
 from . import memory, ptx
 from .errors import Code, CudaError
 
-_HERE = Path(__file__).resolve().parent
+_HEADER = Path(__file__).resolve().parent / "ptx.h"
 _FLAGS = (
     "-fPIC",
     "-std=c++17",
@@ -106,21 +106,20 @@ def _translated(image: bytes) -> ptx.Module:
 
 @cache
 def _library(module: ptx.Module) -> ctypes.CDLL:
-    key = build.digest(_semantics(), *_FLAGS, module.code)
+    flags = (*_FLAGS, *build.machine_flags())
+    key = build.digest(_HEADER.read_text(), *flags, module.code)
     name = f"ptx-{key}.so"
     if not (build.cache_folder() / name).exists():
         runtime = build.runtime()
         with (build.cache_folder() / f"ptx-{key[:2]}.lock").open("w") as lock:  # others compile other modules meanwhile
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not (build.cache_folder() / name).exists():
-                flags = (*_FLAGS, *build.machine_flags(), f"-I{_HERE}")
-                build.compile_shared(name, module.code, flags, [runtime._name, "-Wl,-rpath,$ORIGIN"])
+                folders = (build.precompiled(_HEADER, flags), _HEADER.parent)
+                build.compile_shared(
+                    name, module.code, [*flags, *(f"-I{folder}" for folder in folders)],
+                    [runtime._name, "-Wl,-rpath,$ORIGIN"],
+                )  # fmt: skip
     return build.load(name)
-
-
-@cache
-def _semantics() -> str:
-    return (_HERE / "ptx.h").read_text()
 
 
 # -- launches ----------------------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ _RUNTIME_FLAGS = (*_COMMON_FLAGS, "-std=c++17", "-O3")
 _KERNEL_FLAGS = (
     *_COMMON_FLAGS,
     "-std=c++17",  # as CuPy compiles them
-    "-O2",
+    "-Og",  # with -O2 a kernel runs little faster here, and takes more than twice as long to compile
     "-fno-strict-aliasing",  # kernels reinterpret bytes of shared memory
     "-fvisibility=hidden",
     f"-fsanitize={_SANITIZERS}",
@@ -61,6 +61,12 @@ class Program:
     def of(cls, config: Config) -> Program:
         """The very text that the runtime gives to NVRTC."""
         return cls.from_text(config.kernel, source.assemble(config.kernel, dict(config.macros)))
+
+    @classmethod
+    def without_nan_fallback(cls, config: Config) -> Program:
+        """The same, but results that need `canonical_sum` keep their NaNs."""
+        macros = {**dict(config.macros), "NAN_FALLBACK": "0"}
+        return cls.from_text(config.kernel, source.assemble(config.kernel, macros))
 
     @classmethod
     def from_text(cls, kernel: str, text: str) -> Program:
@@ -222,6 +228,22 @@ def _wrap(program: Program, key: str) -> str:
             "",
         ]
     )
+
+
+def precompiled(header: Path, flags: Sequence[str]) -> Path:
+    """A folder that holds a header in the compiler's own form, for what is compiled with just these flags.
+
+    In front of the header's folder among the options -I it serves every text whose first line includes the header.
+    """
+    folder = cache_folder() / f"{header.stem}-{digest(header.read_text(), *flags)}"
+    target = folder / f"{header.name}.gch"
+    if not target.exists():
+        with _lock(), tempfile.TemporaryDirectory(dir=cache_folder()) as scratch:
+            made = Path(scratch) / target.name
+            _call([_compiler(), *flags, f"-I{_HERE}", "-x", "c++-header", str(header), "-o", str(made)])
+            folder.mkdir(exist_ok=True)
+            made.replace(target)
+    return folder
 
 
 def compile_shared(name: str, text: str, flags: Sequence[str], libraries: Sequence[str]) -> None:

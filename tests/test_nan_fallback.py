@@ -1,12 +1,11 @@
-"""Every result comes from shared memory that was ready, not from the rare way out that sums results again.
+"""The NaN fallback, which sums results again without absent taps: kernels need it for special values alone.
 
-Shared memory that is read too early holds NaNs under hostcuda, and the kernels that sum NaNs again from global memory
-would repair what a GPU leaves wrong. Here that path is cut out of their texts.
+Shared memory that is read too early holds NaNs under hostcuda, and the fallback, which reads global memory, would
+repair what a GPU leaves wrong. So here kernels are compiled without it.
 """
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +14,7 @@ import pytest
 
 from gpuconv import cases
 from gpuconv.device import Device
-from gpuconv.families import Config, Family, Layout
+from gpuconv.families import Family, Layout
 from gpuconv.problem import ConvProblem, numpy_dtype
 from tests import hostcuda
 from tests.hostcuda import Program
@@ -76,27 +75,45 @@ SKINNY = (
 LAYERS = (*DEPTHWISE, *STEMS, *TAILS, *SKINNY)
 
 
-def without_way_out(config: Config) -> Program:
-    program = Program.of(config)
-    text, count = re.subn(r"\bif \((!?)met_nan\)", r"if (\1false)", program.text)
-    assert count == program.text.count("bool met_nan = ") > 0, config.kernel
-    return replace(program, text=text)
+OTHERS = (
+    layer("conv1d_tiled", 2, 3, 9, 20, 5, padding_left=4),
+    layer("conv_transpose1d_phases", 2, 4, 9, 5, 7, stride=3, padding_left=2),
+    layer("conv1d_mma", 2, 16, 16, 20, 5, padding_left=4, dtype="float16"),
+    layer("conv_transpose1d_mma", 2, 16, 16, 5, 7, stride=3, padding_left=2, dtype="float16"),
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def kernels() -> None:
     configs = {kernel_of(family, p, Layout.contiguous(p), ONE_SM)[0] for family, p in LAYERS}
-    hostcuda.prebuild([without_way_out(config) for config in configs])
+    hostcuda.prebuild(map(Program.without_nan_fallback, configs))
 
 
 @pytest.mark.parametrize(("family", "problem"), LAYERS, ids=lambda value: getattr(value, "name", str(value)))
-def test_no_result_needs_the_rare_way_out(family: Family[Any], problem: ConvProblem) -> None:
+def test_no_result_needs_the_fallback(family: Family[Any], problem: ConvProblem) -> None:
     config, launch = kernel_of(family, problem, Layout.contiguous(problem), ONE_SM)
     data = cases.random_data(problem, 35)
     output = np.empty(problem.output_shape, numpy_dtype(problem.dtype))
     arrays = {"input": data.input, "weight": data.weight, "bias": data.bias, "output": output}
-    hostcuda.run(without_way_out(config), launch, arrays, schedule="every", device=ONE_SM)
+    hostcuda.run(Program.without_nan_fallback(config), launch, arrays, schedule="every", device=ONE_SM)
     assert output.tobytes() == hostcuda.compute(problem, *data, family=BASE[problem.op]).tobytes()
+
+
+@pytest.mark.parametrize(
+    ("family", "problem"),
+    [(f, p) for f, p in (*LAYERS, *OTHERS) if p.padding_left > 0],
+    ids=lambda value: getattr(value, "name", str(value)),
+)
+def test_results_that_meet_an_infinite_weight_need_the_fallback(
+    family: Family[Any], problem: ConvProblem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if the macro that the other tests define does nothing."""
+    data = cases.random_data(problem, 36)
+    np.maximum(np.abs(data.input), 1, out=data.input)
+    data.weight[0, 0, [0, -1]] = np.inf
+    assert not np.isnan(hostcuda.compute(problem, *data, family=family.name)).any()
+    monkeypatch.setattr(Program, "of", Program.without_nan_fallback)
+    assert np.isnan(hostcuda.compute(problem, *data, family=family.name)).any()
 
 
 def test_the_layers_go_every_way_through_the_kernels() -> None:

@@ -1,0 +1,45 @@
+// How the sums of a block lie in the registers of its warps where tensor cores form them: what mma.cuh and
+// weight_gradient_mma.cu share.
+//
+// A block computes BLOCK_M rows by BLOCK_N columns, by WARPS_M by WARPS_N warps. A warp's share consists of fragments of 16
+// rows by 8 columns, of which each lane holds four sums (see multiply_matrices in ptx.cuh).
+//
+// Macros read: BLOCK_M, BLOCK_N, WARPS_M, WARPS_N, IS_SPLIT, and those of common.cuh.
+
+#pragma once
+
+#include "common.cuh"
+
+constexpr int kUnit = kStorageVec;           // elements of an operand that lie side by side
+constexpr int kParts = IS_SPLIT ? 2 : 1;     // of an operand
+constexpr int kThreads = 32 * WARPS_M * WARPS_N;
+constexpr int kWarpM = BLOCK_M / WARPS_M, kWarpN = BLOCK_N / WARPS_N;
+constexpr int kTilesM = kWarpM / 16, kTilesN = kWarpN / 8;
+static_assert(sizeof(acc_t) == 4, "float32 accumulators: gpuconv/families/mma.py");
+static_assert(kWarpM % 16 == 0 && kWarpN % 16 == 0, "warps own whole fragments: gpuconv/families/mma.py");
+
+typedef acc_t Sums[kTilesM][kTilesN][4];
+
+template <typename Function>
+__device__ __forceinline__ void for_each_sum(const Function& function) {
+#pragma unroll
+    for (int i = 0; i < kTilesM; ++i) {
+#pragma unroll
+        for (int j = 0; j < kTilesN; ++j) {
+#pragma unroll
+            for (int e = 0; e < 4; ++e) function(i, j, e);
+        }
+    }
+}
+
+// Puts the next 16 rows of a warp's sums in place of the first, so that one loop body serves all rows.
+__device__ __forceinline__ void move_sums_up(Sums& acc) {
+#pragma unroll
+    for (int next = 1; next < kTilesM; ++next) {
+#pragma unroll
+        for (int j = 0; j < kTilesN; ++j) {
+#pragma unroll
+            for (int e = 0; e < 4; ++e) acc[next - 1][j][e] = acc[next][j][e];
+        }
+    }
+}

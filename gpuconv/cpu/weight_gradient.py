@@ -1,0 +1,170 @@
+"""The NumPy path of the weight gradient: through BLAS, with bounded extra memory.
+
+The two arrays play the roles of a `Correlation`: `a` is read as it lies, `b` in windows, one for each tap. The
+positions are cut into tiles, and each tile adds to the sums in one of three forms, which `weight_sums` describes. Where
+the stride is one, the roles can be swapped, and the array with fewer channels becomes b.
+
+Which tiles make up a sum depends on the problem alone. So do the slices into which the positions are cut for several
+threads; their sums are added in one order.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from functools import lru_cache
+from typing import NamedTuple
+
+from ..problem import WeightGradientProblem
+from . import limits
+from .arrays import Array, accumulator
+from .choice import Method
+from .correlation import Correlation, Sizes
+from .weight_sums import Sums
+
+# Bytes of a panel, where there is one thread and where there are several, of a block of sums, of the sums of all slices
+# but the first, and of the rows that dots work on: a and a window of b stay in the first- or second-level cache.
+_PANEL = 4 * limits.MIB
+_CONCURRENT_PANEL = 1 * limits.MIB
+_SUMS = 1 * limits.MIB
+_PARTIAL_SUMS = 4 * limits.MIB
+_DOT_ROW = 16 * 1024
+
+# Rows of a that dots pay for: each is read again for every tap.
+_DOT_ROWS = 4
+
+# Positions that dots pay for where there are several samples: each sample, channel and tap is a product of its own.
+_DOT_POSITIONS = 48
+
+# Rows of a, windows of b and positions of a large product; the fewest positions of a small one.
+_ROWS = 512
+_WINDOWS = 512
+_POSITIONS = 2048
+_FEWEST_POSITIONS = 256
+
+# Channels and positions that taps pay for; rows and channels of a small product of theirs, the most rows that are cut
+# into small products, and the multiply-adds of a NumPy call of several products.
+_TAPS_CHANNELS = 8
+_TAPS_POSITIONS = 64
+_SMALL_TILE = 64
+_SMALL_ROWS = 256
+_CALL = 4_000_000
+
+# Multiply-adds from which a second thread pays.
+_WORTH_THREADS = 20_000_000
+
+
+def method(problem: WeightGradientProblem) -> Method:
+    """The form that `compute` uses for a problem: a pure function of the problem."""
+    return _plan(problem).method
+
+
+def compute(problem: WeightGradientProblem, coarse: Array, fine: Array, output: Array) -> None:
+    """Compute a weight gradient into `output`, every element of it.
+
+    float16 and bfloat16 are summed in float32 and rounded once. A NaN or an infinity reaches only the elements that
+    have it in a term.
+
+    Args:
+        problem: extents and settings; the arrays agree with it.
+        coarse: `problem.coarse_shape`, or that without the batch axis; native byte order, any strides.
+        fine: `problem.fine_shape`, likewise.
+        output: `problem.weight_shape`, any strides; it overlaps no other argument.
+    """
+    plan = _plan(problem)
+    if plan.form is None:
+        output[...] = 0
+        return
+    Sums(problem, plan.form, coarse, fine, output).run(plan.workers)
+
+
+class _Plan(NamedTuple):
+    method: Method
+    form: Sizes | None
+    workers: int
+
+
+_REASONS = {
+    "dots": "one channel against few: vector products of windows in place",
+    "taps": "several channels: a matrix product for each tap",
+    "panels": "few channels or positions: windows side by side, for matrix products",
+}
+
+
+@lru_cache(maxsize=4096)
+def _plan(p: WeightGradientProblem) -> _Plan:
+    if 0 in p.weight_shape or p.terms == 0:
+        return _Plan(Method("nothing", "every sum is empty, or there are none", 0), None, 1)
+    roles, size = Correlation.of(p), accumulator(p.dtype).itemsize
+    if roles.C == 1 and roles.R <= _DOT_ROWS and (roles.N == 1 or roles.L_a >= _DOT_POSITIONS):
+        form = _dots(p, roles)
+    elif roles.C >= _TAPS_CHANNELS and roles.L_a >= _TAPS_POSITIONS:
+        form = _taps(p, roles)
+    else:
+        form = _panels(p, roles)
+    concurrent = form.is_small(p) and p.terms * math.prod(p.weight_shape) > _WORTH_THREADS
+    if concurrent:
+        # Slices for several threads, as far as their sums are small.
+        wanted = -(-limits.MAX_WORKERS // len(form.blocks()))
+        number = min(wanted, form.num_tiles, _PARTIAL_SUMS // (math.prod(p.weight_shape) * size))
+        form = replace(form, slices=max(1, number))
+    buffers = form.memory()
+    # The sums are also compared with infinity, one byte per element.
+    each = sum(buffers.values()) * size + buffers["sums"]
+    shared = form.slices * math.prod(p.weight_shape) * size if form.slices > 1 else 0
+    allowed = max(limits.WORKSPACE, (math.prod(p.coarse_shape) + math.prod(p.fine_shape)) * p.itemsize // 4)
+    workers = min(limits.MAX_WORKERS, len(form.blocks()) * form.slices, (allowed - shared) // each) if concurrent else 1
+    workers = max(1, workers)
+    return _Plan(Method(form.name, _REASONS[form.name], shared + workers * each), form, workers)
+
+
+def _dots(p: WeightGradientProblem, roles: Correlation) -> Sizes:
+    size = accumulator(p.dtype).itemsize
+    row, budget = _DOT_ROW // size, _CONCURRENT_PANEL // size
+    # A large stride or dilation: the window must not grow with it.
+    positions = max(1, min(roles.L_a, row, budget // roles.stride))
+    taps = min(roles.K, max(1, budget // roles.dilation))
+    low, high = roles.window(0, positions, slice(0, taps))
+    samples = min(roles.N, max(1, row // roles.L_a))
+    groups = max(1, min(roles.G, budget // (samples * max(high - low, positions * roles.R, taps * roles.R))))
+    return Sizes(roles, "dots", groups, roles.R, 1, taps, samples, positions, positions, roles.R)
+
+
+def _taps(p: WeightGradientProblem, roles: Correlation) -> Sizes:
+    size, small = accumulator(p.dtype).itemsize, limits.small_product(p.is_complex)
+    rows = min(roles.R, _ROWS)
+    large_work = p.terms * math.prod(p.weight_shape) > _WORTH_THREADS * 10
+    if roles.R <= _SMALL_TILE or (large_work and roles.R <= _SMALL_ROWS):
+        tile_rows, channels, budget = min(rows, _SMALL_TILE), min(roles.C, _SMALL_TILE), _CONCURRENT_PANEL // size
+        depth = min(_POSITIONS, small // (tile_rows * channels))
+    else:
+        tile_rows, channels, budget = rows, min(roles.C, _ROWS), _PANEL // size
+        depth = _POSITIONS
+    depth = max(1, min(roles.L_a, depth, budget // (channels * roles.stride)))
+    taps = max(1, min(roles.K, _SUMS // size // (rows * channels), budget // (channels * roles.dilation)))
+    work = taps * rows * channels * depth
+    products = min(-(-_CALL // work), roles.L_a // depth, budget // (channels * roles.stride * depth))
+    products = max(1, min(products, 2 * _SUMS // size // (taps * rows * channels)))
+    positions = depth * products
+    low, high = roles.window(0, positions, slice(0, taps))
+    groups = min(roles.G, budget // (max(channels * (high - low), rows * positions)), -(-_CALL // (work * products)))
+    return Sizes(roles, "taps", max(1, groups), rows, channels, taps, 1, positions, depth, tile_rows)
+
+
+def _panels(p: WeightGradientProblem, roles: Correlation) -> Sizes:
+    size = accumulator(p.dtype).itemsize
+    rows = min(roles.R, _ROWS)
+    taps = min(roles.K, _WINDOWS)
+    channels = min(roles.C, max(1, _WINDOWS // taps))
+    small = limits.small_product(p.is_complex)
+    largest, positions = _PANEL, _POSITIONS
+    if rows * channels * taps * _FEWEST_POSITIONS <= small:
+        largest, positions = _CONCURRENT_PANEL, min(_POSITIONS, small // (rows * channels * taps))
+    panel = largest // size
+    positions = max(1, min(positions, panel // max(channels * taps, rows)))
+    samples = max(1, min(roles.N, positions // roles.L_a))
+    positions = min(positions, roles.L_a)
+    columns = samples * positions
+    sums = _SUMS // size
+    groups = max(1, min(roles.G, panel // (columns * max(channels * taps, rows)), sums // (rows * channels * taps)))
+    return Sizes(roles, "panels", groups, rows, channels, taps, samples, positions, columns, rows)

@@ -1,0 +1,183 @@
+"""windows: neighbouring outputs of a depthwise row together, its overlapping windows read where they lie.
+
+As toeplitz, but the windows are not copied. They overlap, which BLAS does not allow of the rows of a matrix; so every
+second or every third window makes a matrix, and each of these is multiplied by the banded matrix of the row. The last
+window of a row ends with the row and may compute some outputs again. It stays beside toeplitz because the copies of
+windows take longer than the products with them where a group has one channel and few taps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from ..problem import ConvProblem
+from . import costs, limits
+from .arrays import Scratch, accumulator, slices, strided
+from .blocking import parts, share
+from .geometry import Block, Call
+from .taps import Taps
+from .threads import run_blocks
+from .toeplitz import fill_band, first_input, outputs_per_step, steps, window_length
+
+
+@dataclass(frozen=True, slots=True)
+class Windows:
+    """Windows of `tile` steps, as in `Toeplitz`, times the banded matrix of all taps.
+
+    Attributes:
+        safe: the form that computes a block again.
+        samples, groups, length: of a block; `length` counts steps.
+        sets: every how many-th window is a row of one product.
+    """
+
+    safe: Taps
+    samples: int
+    groups: int
+    length: int
+    tile: int
+    sets: int
+
+    @classmethod
+    def candidates(cls, p: ConvProblem) -> list[Windows]:
+        """For one channel per group, where rows are long enough for products of some windows."""
+        if p.C_in_g != 1 or p.C_out_g != 1:
+            return []
+        found = []
+        first, last = steps(p)
+        per_step, size = outputs_per_step(p), accumulator(p.dtype).itemsize
+        budget = limits.SUMS // size
+        for tile in (4, 8, 16, 32):
+            step, window, outputs = tile * step_inputs(p), window_length(p, tile, p.K), tile * per_step
+            sets = -(-window // step)
+            small = limits.small_product(p.is_complex) // (window * outputs)  # windows of a product
+            longest = min(budget // max(per_step, step_inputs(p)), small * sets * tile)
+            if last - first < limits.WINDOWS_OF_A_SET * sets * tile or longest < 2 * limits.WINDOWS_OF_A_SET * tile:
+                continue
+            if window * outputs > budget:
+                continue
+            length = min(last - first, longest)
+            fitting = max(1, budget // (length * max(per_step, step_inputs(p))))
+            groups = max(1, min(p.groups, fitting, budget // (window * outputs)))
+            samples = max(1, min(p.N, fitting // groups))
+            groups, samples, length = share(parts(p), (p.groups, groups), (p.N, samples), (last - first, length))
+            if length < 2 * tile:
+                continue
+            found.append(cls(Taps.of(p), samples, groups, length, tile, sets))
+        return found
+
+    @property
+    def name(self) -> str:
+        return "windows"
+
+    @property
+    def reason(self) -> str:
+        return "depthwise rows: banded matrices times windows that are read where they lie"
+
+    @property
+    def concurrent(self) -> bool:
+        return True
+
+    def multiplies_zeros(self, p: ConvProblem) -> bool:
+        return True
+
+    def cost(self, p: ConvProblem) -> float:
+        size, per_step = costs.scale(p), outputs_per_step(p)
+        first, last = steps(p)
+        cuts = -(-(last - first) // self.length)
+        blocks = -(-p.N // self.samples) * -(-p.groups // self.groups) * cuts
+        rows = p.N * p.groups * cuts
+        U, outputs = window_length(p, self.tile, p.K), self.tile * per_step
+        bands = p.groups * -(-p.N // self.samples) * cuts
+        filling = bands * size * (costs.DIAGONAL * p.K * self.tile + costs.COPY * U * outputs)
+        windows = (last - first) / cuts / self.tile
+        product = costs.products(p, rows * self.sets, windows / self.sets, U, outputs, True)
+        product += costs.products(p, rows, 1, U, outputs, True)
+        # The check that the sums are finite, and the bias.
+        each = 2 * costs.ELEMENTWISE * size + costs.CONVERT.get(p.dtype, 0.0)
+        rest = costs.copies(rows, windows * outputs, each)
+        if p.padding_left or p.padding_right or p.transposed or p.dtype in costs.CONVERT:
+            staged = costs.COPY * size + costs.CONVERT.get(p.dtype, 0.0)
+            rest += costs.copies(rows, windows * self.tile * step_inputs(p), staged)
+        if p.dtype in costs.CONVERT or not _fits(p):
+            rest += costs.copies(rows, windows * outputs, costs.COPY * size)
+        return product + filling + rest + blocks * (costs.BLOCK + (8 + self.sets) * costs.CALL)
+
+    def memory(self, p: ConvProblem) -> tuple[int, dict[str, int]]:
+        """Bounds on the elements of the scratch buffers: what all threads share, and what each has by name."""
+        window, outputs = window_length(p, self.tile, p.K), self.tile * outputs_per_step(p)
+        rows = self.samples * self.groups
+        buffers = {
+            "band": self.groups * window * outputs,
+            "input": rows * (self.length * step_inputs(p) + window),
+            "sums": rows * self.length * outputs_per_step(p),
+        }
+        safe = self.safe.block_memory(p, self.samples, self.groups, 1, self.length * outputs_per_step(p))
+        return 0, buffers | {name: max(buffers.get(name, 0), count) for name, count in safe.items()}
+
+    def run(self, call: Call, workers: int) -> None:
+        p = call.p
+        first, last = steps(p)
+        cuts = -(-(last - first) // self.length)
+        bounds = [first + index * (last - first) // cuts for index in range(cuts + 1)]
+        blocks = [
+            (call, Block(samples, groups, slice(0, 1), start, stop))
+            for groups in slices(0, p.groups, self.groups)
+            for samples in slices(0, p.N, self.samples)
+            for start, stop in pairwise(bounds)
+        ]
+        run_blocks(self._compute, blocks, workers, call.dtype, p.L_out)
+
+    def _compute(self, call: Call, block: Block, scratch: Scratch) -> None:
+        p, tile, size = call.p, self.tile, call.dtype.itemsize
+        per_step, U = outputs_per_step(p), window_length(p, tile, p.K)
+        taps = slice(0, p.K)
+        low = first_input(p, block.start, taps)
+        x = call.read(
+            block.samples, block.groups, slice(0, 1), low, first_input(p, block.stop - tile, taps) + U, scratch
+        )
+        # The outputs of the block, of which the first and the last may not exist.
+        at, count = block.start * per_step - (p.padding_left if p.transposed else 0), block.stop - block.start
+        begin, end = max(0, at), min(p.L_out, at + count * per_step)
+        y = call.y[block.samples, block.groups, :, begin:end]
+        direct = call.y_direct and end - begin == count * per_step
+        N, G = y.shape[:2]
+        sums = y if direct else scratch.take("sums", N, G, 1, count * per_step)
+        band = scratch.take("band", G, 1, U, tile * per_step)
+        if scratch.band != block.groups.start:
+            scratch.band = block.groups.start
+            fill_band(p, call.w[block.groups], band.reshape(G, 1, U, 1, tile * per_step), tile, taps)
+        whole = count // tile
+        for start, step, rows in (
+            *((index, self.sets, -(-(whole - index) // self.sets)) for index in range(min(self.sets, whole))),
+            *([(count - tile, 1, 1)] if count % tile else []),
+        ):
+            origin = start * tile if start < self.sets else start
+            windows = strided(
+                x, origin * step_inputs(p), (N, G, rows, U), (*x.strides[:2], step * tile * step_inputs(p) * size, size)
+            )
+            outputs = strided(
+                sums,
+                origin * per_step,
+                (N, G, rows, tile * per_step),
+                (*sums.strides[:2], step * tile * per_step * size, size),
+            )
+            np.matmul(windows, band[:, 0], out=outputs)
+        if call.is_spoilt(sums):
+            self.safe.compute_outputs(call, block._replace(start=begin, stop=end), scratch)
+            return
+        call.add_bias(block, sums)
+        if not direct:
+            y[...] = sums[..., begin - at : end - at]
+
+
+def step_inputs(p: ConvProblem) -> int:
+    """The input positions from one step to the next."""
+    return 1 if p.transposed else p.stride
+
+
+def _fits(p: ConvProblem) -> bool:
+    """Whether the outputs of all steps exist."""
+    return not p.transposed or (p.padding_left % p.stride == 0 and (p.L_out + p.padding_left) % p.stride == 0)
