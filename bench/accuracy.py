@@ -18,8 +18,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +37,8 @@ from gpuconv.families import Layout
 from gpuconv.gpus import missing_gpu
 from gpuconv.problem import ConvProblem
 
-from .peers import optional_module
-from .results import environment, write_json
+from .speed.peers import optional_module
+from .speed.results import environment, write_json
 
 Array = npt.NDArray[Any]
 
@@ -168,6 +170,19 @@ def runners(on_gpu: bool) -> Callable[[Arithmetic], Callable[[ConvProblem, Data]
     return choose
 
 
+def work(*, on_gpu: bool) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+    """One piece for each arithmetic that is installed, layer and kind of data, in the manner of bench.gpu_report."""
+    choose = runners(on_gpu)
+    for arithmetic in ARITHMETICS:
+        run = choose(arithmetic)
+        for channels, kind in product(CHANNELS, DATA) if run is not None else ():
+            yield f"{arithmetic.name} {channels} {kind}", partial(_record, arithmetic, channels, kind, run)
+
+
+def _record(*measured: Any) -> dict[str, Any]:
+    return asdict(measure(*measured))
+
+
 def table(figures: Sequence[Figure], where: str) -> Table:
     result = Table(title=f"Errors against float64, {where}", title_justify="left")
     result.add_column("arithmetic")
@@ -190,12 +205,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     on_gpu = missing_gpu() is None
     where = runtime.device(0).name if on_gpu else "kernels on the CPU by the published arithmetic of sm_90"
-    choose = runners(on_gpu)
-    figures = []
-    for arithmetic in ARITHMETICS:
-        run = choose(arithmetic)
-        if run is not None:
-            figures += [measure(arithmetic, channels, kind, run) for channels in CHANNELS for kind in DATA]
+    figures = [Figure(**piece()) for _, piece in work(on_gpu=on_gpu)]
     Console(width=None if sys.stdout.isatty() else 130).print(table(figures, where))
     if arguments.json:
         described = asdict(runtime.device(0)) if on_gpu else {"name": "CPU", "arithmetic": where}

@@ -1,27 +1,24 @@
-"""The NumPy path of gpuconv against PyTorch's CPU build, on the benchmark layers.
+"""Measures the NumPy path of gpuconv beside PyTorch's CPU build, on the benchmark layers.
 
-Run `python bench/cpu.py` in a checkout. Each layer runs in float32 at its own batch, or at the largest batch that keeps
-it within 2 GiB and 20 GFLOP; a layer of which not even one sample does is left out. Both libraries get the same arrays
-and the same number of threads, allocate their output in each call, and are timed in turns in one process, so that a
-busy machine slows both. Every time is the least of many, since other processes can only add to it. Before a
-layer is timed, random channels of random samples are compared with `gpuconv.reference`; a wrong result gets no figure
-and fails the run.
+    python bench/cpu.py [--threads 1,2] [--modes float32,float64] [--direction grad_weight] [--shapes] [--quick]
+
+Each layer runs at its own batch, or at the largest batch that keeps it within 2 GiB and 20 GFLOP; a layer of which not
+even one sample does is left out. Both libraries get the same arrays and the same number of threads, allocate their
+output in each call, and are timed in turns in one process, so that a busy machine slows both. Every time is the least
+of many, since other processes can only add to it. Before a layer is timed, parts of the result are compared with
+gpuconv.reference, and all of it with PyTorch's; a wrong result gets no figure and fails the run.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import math
 import os
-import platform
-import re
-import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,11 +31,18 @@ import numpy as np
 import numpy.typing as npt
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
-from bench.layers import Layer, load
-from gpuconv import cpu, reference
-from gpuconv.problem import ConvProblem
+from bench.arguments import count, listed
+from bench.layers import Ceilings, Layer, load
+from bench.modes import DIRECTIONS, MODES, Direction, Mode, of_forward, our_function
+from bench.speed import peers
+from bench.speed.check import PEER_TOLERANCE, Oracle, Verdict, oracle_of
+from bench.speed.measure import Absent, Buffers, Case, Method, Refused, Subject, measure
+from bench.speed.results import RunResult, ceilings_of, environment, versions, write_json
+from bench.speed.schedule import select
+from bench.speed.tables import print_report
+from gpuconv import cpu
+from gpuconv.problem import ConvProblem, WeightGradientProblem, numpy_dtype
 
 Array = npt.NDArray[Any]
 
@@ -51,115 +55,6 @@ QUICK_FLOPS = 10**9
 
 # Seconds that a library's turn lasts at least.
 TURN = 0.03
-
-# Operations of the reference in one comparison: it takes about a second for them.
-CHECK_FLOPS = 3 * 10**8
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """The result of one layer; times in milliseconds, None where the result was wrong."""
-
-    layer: str
-    batch: int
-    full_batch: int
-    method: str
-    ours_ms: float | None
-    torch_ms: float | None
-
-    @property
-    def ratio(self) -> float:
-        """PyTorch's time / our time; not a number where there is no figure."""
-        return math.nan if self.ours_ms is None or self.torch_ms is None else self.torch_ms / self.ours_ms
-
-
-def arrays(problem: ConvProblem, seed: int) -> tuple[Array, Array, Array | None]:
-    """Random input, weight and bias."""
-    rng = np.random.default_rng(seed)
-    x = rng.standard_normal(problem.input_shape, dtype=np.float32)
-    w = rng.standard_normal(problem.weight_shape, dtype=np.float32)
-    b = rng.standard_normal(problem.C_out, dtype=np.float32) if problem.has_bias else None
-    return x, w, b
-
-
-def is_right(problem: ConvProblem, x: Array, w: Array, b: Array | None, y: Array, seed: int) -> bool:
-    """Whether some channels of some samples are within the error bound, and no element at all is not finite."""
-    p = problem
-    if not np.isfinite(y).all():
-        return False
-    rng = np.random.default_rng(seed)
-    rows = max(1, min(2, p.C_out_g, CHECK_FLOPS * p.N * p.C_out // max(1, p.flops())))
-    for n, g in {(0, 0), (p.N - 1, p.groups - 1), (int(rng.integers(p.N)), int(rng.integers(p.groups)))}:
-        m = np.sort(rng.choice(p.C_out_g, rows, replace=False))
-        of_group = slice(g * p.C_in_g, (g + 1) * p.C_in_g)
-        outputs = g * p.C_out_g + m
-        part = ConvProblem(
-            p.op, 1, p.C_in_g, rows, p.L_in, p.K, p.stride, p.padding_left, p.padding_right, p.dilation, 1,
-            p.output_padding, p.dtype, p.has_bias,
-        )  # fmt: skip
-        within = reference.within_bound(
-            part,
-            y[n : n + 1, outputs],
-            x[n : n + 1, of_group],
-            w[of_group][:, m] if p.transposed else w[outputs],
-            None if b is None else b[outputs],
-        )
-        if not within.all():
-            return False
-    return True
-
-
-def ours(problem: ConvProblem, x: Array, w: Array, b: Array | None) -> Callable[[], Array]:
-    def call() -> Array:
-        y = np.empty(problem.output_shape, np.float32)
-        cpu.convolve(problem, x, w, b, y)
-        return y
-
-    return call
-
-
-def pytorch(problem: ConvProblem, x: Array, w: Array, b: Array | None) -> Callable[[], Any]:
-    import torch
-    import torch.nn.functional as F  # noqa: N812
-
-    p = problem
-    data, weight = torch.from_numpy(x), torch.from_numpy(w)
-    bias = None if b is None else torch.from_numpy(b)
-
-    def call() -> Any:
-        with torch.inference_mode():
-            if p.transposed:
-                return F.conv_transpose1d(
-                    data, weight, bias, p.stride, p.padding_left, p.output_padding, p.groups, p.dilation
-                )
-            if p.padding_left == p.padding_right:
-                return F.conv1d(data, weight, bias, p.stride, p.padding_left, p.dilation, p.groups)
-            return F.conv1d(F.pad(data, p.padding), weight, bias, p.stride, 0, p.dilation, p.groups)
-
-    return call
-
-
-def interleave(calls: Sequence[Callable[[], Any]], repeats: int, pause: float) -> list[float]:
-    """The least time of each call in milliseconds, the calls taking turns.
-
-    A turn begins with a pause, in which the other library's idle threads stop spinning, and an uncounted call; it
-    lasts as long as `TURN`, at least one more call.
-    """
-    least = [math.inf for _ in calls]
-    for _ in range(repeats):
-        for index, call in enumerate(calls):
-            time.sleep(pause)
-            call()
-            end = time.perf_counter() + TURN
-            while True:
-                start = time.perf_counter()
-                call()
-                now = time.perf_counter()
-                least[index] = min(least[index], (now - start) * 1e3)
-                if now > end:
-                    break
-    return least
-
 
 # Classes of shapes that no layer has: short rows, many groups, strides with dilation, many taps, small calls.
 SHAPES: dict[str, ConvProblem] = {
@@ -185,60 +80,202 @@ SHAPES: dict[str, ConvProblem] = {
 }
 
 
-def measure(layer: Layer, batch: int, repeats: int, pause: float) -> Row:
-    return measure_problem(layer.name, layer.problem("float32", batch), layer.batch, repeats, pause)
+class CpuEngine:
+    """NumPy arrays, a host clock, one set of buffers: the caches of a CPU cannot be kept cold for two libraries.
+
+    Args:
+        pause: seconds before each turn, in which the other library's idle threads stop spinning.
+        ceilings: of the machine, measured where None.
+    """
+
+    def __init__(self, pause: float = 0.15, ceilings: Ceilings | None = None) -> None:
+        self.pause = pause
+        self.ceilings = ceilings or measure_ceilings()
+
+    def describe(self) -> dict[str, Any]:
+        torch = peers.optional_module("torch")
+        return {"kind": "cpu", "name": "CPU", "torch_threads": torch.get_num_threads() if torch else None}
+
+    def elapsed(self, work: Callable[[], None]) -> float:
+        start = time.perf_counter_ns()
+        work()
+        return (time.perf_counter_ns() - start) / 1e3
+
+    def sample(self, work: Callable[[], None]) -> list[float]:
+        """A turn: a pause, a call that is not counted, then calls for as long as `TURN`, one at least."""
+        time.sleep(self.pause)
+        work()
+        end = time.perf_counter() + TURN
+        times = [self.elapsed(work)]
+        while time.perf_counter() < end:
+            times.append(self.elapsed(work))
+        return times
+
+    def family(self, problem: ConvProblem | WeightGradientProblem) -> str:
+        if isinstance(problem, WeightGradientProblem):
+            return cpu.weight_gradient.method(problem).name
+        return cpu.method(problem).name
+
+    @contextmanager
+    def open(self, case: Case) -> Iterator[Buffers]:
+        problem, direction = case.problem, case.direction
+        data = random_arrays(problem, np.random.default_rng(0), direction)
+        oracle = oracle_of(problem, direction, [None if array is None else array.__getitem__ for array in data])
+        plain = partial(_prepare_torch, case, data, oracle, partial(peers.plain, problem, direction))
+        subjects = [Subject("gpuconv", partial(_prepare_ours, case, data, oracle, plain)), Subject("PyTorch", plain)]
+        if direction == "forward" and not (problem.transposed or peers.is_symmetric(problem)):
+            padding = partial(_prepare_torch, case, data, oracle, partial(peers.conv_by_padding, problem))
+            subjects.append(Subject("PyTorch, F.pad", padding))
+        yield Buffers(1, problem.bytes(), subjects)
 
 
-def measure_problem(name: str, problem: ConvProblem, full_batch: int, repeats: int, pause: float) -> Row:
-    x, w, b = arrays(problem, seed=0)
-    y = np.full(problem.output_shape, np.nan, np.float32)
-    cpu.convolve(problem, x, w, b, y)
-    method = cpu.method(problem).name
-    if not is_right(problem, x, w, b, y, seed=1):
-        return Row(name, problem.N, full_batch, method, None, None)
-    del y
-    ours_ms, torch_ms = interleave([ours(problem, x, w, b), pytorch(problem, x, w, b)], repeats, pause)
-    return Row(name, problem.N, full_batch, method, ours_ms, torch_ms)
+@dataclass(slots=True)
+class _Runner:
+    """One implementation on arrays of its own kind; `to_numpy` makes NumPy's of its results."""
+
+    function: Callable[..., Any]
+    arguments: Sequence[Any]
+    oracle: Oracle
+    mode: Mode
+    to_numpy: Callable[[Any], Array] = np.asarray
+    settings: Callable[[], AbstractContextManager[object]] = nullcontext
+    bounded: bool = False
+    disagreement: Callable[[Array], str] | None = None
+    output: Any = field(default=None)
+
+    def call(self, index: int) -> None:
+        self.output = self.function(*self.arguments)
+
+    def capture(self, indices: Sequence[int]) -> None:
+        return None
+
+    def verdict(self) -> Verdict:
+        output = self.result()
+        finite = bool(np.isfinite(output).all())
+        verdict = self.oracle.judge(output.__getitem__, mode=self.mode.name, all_finite=finite, bounded=self.bounded)
+        if verdict.ok and self.disagreement is not None and (note := self.disagreement(output)):
+            return Verdict(False, verdict.error, note)
+        return verdict
+
+    def result(self) -> Array:
+        with self.settings():
+            self.call(0)
+            return self.to_numpy(self.output)
+
+    def context(self) -> AbstractContextManager[object]:
+        return self.settings()
+
+    def release(self) -> None:
+        self.output = None
 
 
-def geometric_mean(ratios: Sequence[float]) -> float:
-    return math.exp(statistics.fmean(map(math.log, ratios)))
+def random_arrays(
+    problem: ConvProblem, rng: np.random.Generator, direction: Direction = "forward"
+) -> tuple[Array, Array, Array | None]:
+    """Normal input, weight, and bias or grad_output, scaled so that results have variance 1."""
+
+    def draw(shape: Sequence[int], scale: float) -> Array:
+        values = rng.standard_normal(shape, dtype=np.float32)
+        if problem.is_complex:
+            values = values + 1j * rng.standard_normal(shape, dtype=np.float32)
+        return np.asarray((values * np.float32(scale)).astype(numpy_dtype(problem.dtype)))
+
+    scale = 1 / math.sqrt(max(of_forward(problem, direction).terms, 1))
+    if direction != "forward":
+        return draw(problem.input_shape, 1.0), draw(problem.weight_shape, 1.0), draw(problem.output_shape, scale)
+    bias = draw((problem.C_out,), 1.0) if problem.has_bias else None
+    return draw(problem.input_shape, 1.0), draw(problem.weight_shape, scale), bias
 
 
-def report(rows: Sequence[Row], left_out: Sequence[str], console: Console) -> None:
-    table = Table(title="float32, least milliseconds; ratio = torch / ours", title_justify="left")
-    for heading in ("layer", "batch", "method"):
-        table.add_column(heading, no_wrap=True)
-    for heading in ("ours", "torch", "ratio"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for row in rows:
-        batch = f"{row.batch} of {row.full_batch}" if row.batch < row.full_batch else str(row.batch)
-        if row.ours_ms is None or row.torch_ms is None:
-            table.add_row(row.layer, batch, row.method, "WRONG", "", "")
-        else:
-            figures = (f"{row.ours_ms:.3f}", f"{row.torch_ms:.3f}", f"{row.ratio:.2f}")
-            table.add_row(row.layer, batch, row.method, *figures)
-    console.print(table)
-    timed = [row for row in rows if row.ours_ms is not None]
-    if left_out:
-        console.print(f"Too large even with one sample: {', '.join(left_out)}.")
-    if timed:
-        console.print(
-            f"Geometric mean of the ratios over {len(timed)} layers: {geometric_mean([r.ratio for r in timed]):.2f}"
-        )
-        worst = sorted(timed, key=lambda row: row.ratio)[:5]
-        console.print("Worst: " + ", ".join(f"{row.layer} {row.ratio:.2f}" for row in worst))
+def _prepare_ours(case: Case, data: Sequence[Array | None], oracle: Oracle, peer: Callable[[], _Runner]) -> _Runner:
+    problem, mode, direction = case.problem, case.mode, case.direction
+
+    def disagreement(output: Array) -> str:
+        if direction == "grad_weight" and problem.transposed:
+            return ""  # PyTorch's CPU build is wrong for some of these in float32, so the reference must do
+        try:
+            return disagreement_between(output, peer().result(), mode.name)
+        except (Absent, Refused):
+            return ""  # the windows of the reference must do
+
+    ours = our_function(problem, direction, mode.precision)
+    return _Runner(ours, data, oracle, mode, bounded=True, disagreement=disagreement)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def _prepare_torch(
+    case: Case, data: Sequence[Array | None], oracle: Oracle, build: Callable[[], peers.Function]
+) -> _Runner:
+    torch = peers.optional_module("torch")
+    if torch is None:
+        raise Absent("PyTorch is not installed")
+    if case.mode.name == "tf32":
+        raise Refused("the CPU has no TF32")
+    is_bfloat16 = case.mode.dtype == "bfloat16"  # which PyTorch does not exchange with NumPy
+
+    def tensor(array: Array | None) -> Any:
+        if array is None:
+            return None
+        return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16) if is_bfloat16 else torch.from_numpy(array)
+
+    def array(result: Any) -> Array:
+        if is_bfloat16:
+            return np.asarray(result.contiguous().view(torch.uint16).numpy().view(numpy_dtype("bfloat16")))
+        return np.asarray(result.numpy())
+
+    return _Runner(build(), [tensor(a) for a in data], oracle, case.mode, array, torch.inference_mode)
+
+
+def disagreement_between(ours: Array, theirs: Array, mode: str) -> str:
+    """What is wrong where two whole outputs of variance 1 differ by more than any rounding; empty where nothing is.
+
+    The windows of the reference cover little of a large output; this covers all of it, with less precision.
+    """
+    wide = np.complex128 if np.iscomplexobj(ours) else np.float64
+    limit = 20 * PEER_TOLERANCE[mode]
+    largest = 0.0
+    for mine, other in zip(ours.reshape(len(ours), -1), theirs.reshape(len(theirs), -1), strict=True):
+        difference = np.abs(mine.astype(wide) - other.astype(wide))
+        largest = max(largest, float(difference.max(initial=0.0)))
+    return "" if largest <= limit else f"differs from PyTorch by up to {largest:.2g}, more than {limit:.2g}"
+
+
+def measure_ceilings() -> Ceilings:
+    """A large copy, and float32 and float64 matrix products through NumPy's BLAS; best of five."""
+
+    def best(work: Callable[[], object]) -> float:
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            work()
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    source = np.random.default_rng(0).standard_normal(2**24)
+    target = np.empty_like(source)
+    copy = 2 * source.nbytes / best(lambda: np.copyto(target, source))
+    flops = {}
+    n = 1024
+    for dtype in ("float32", "float64"):
+        a = source[: n * n].reshape(n, n).astype(dtype)
+        flops[dtype] = 2 * n**3 / best(partial(np.matmul, a, a, np.empty_like(a)))
+    flops |= dict.fromkeys(("float16", "bfloat16", "tf32"), flops["float32"])
+    return Ceilings(f"this CPU, NumPy {versions('numpy')['numpy']}", copy, flops)
+
+
+# -- command line ------------------------------------------------------------------------------------------------------
+
+
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--filter", default="", metavar="REGEX", help="only layers whose name matches")
     parser.add_argument("--quick", action="store_true", help="only layers of up to 64 MiB and 1 GFLOP, 3 repeats")
-    parser.add_argument("--repeats", type=int, metavar="N", help="turns of each library per layer (default: 7, or 3)")
+    parser.add_argument("--repeats", type=count, metavar="N", help="turns of each library per layer (default: 7, or 3)")
     parser.add_argument(
         "--shapes", action="store_true", help="classes of shapes that no layer has, in place of the layers"
     )
-    parser.add_argument("--threads", default="2", metavar="N[,N...]", help="of each library (default: %(default)s)")
+    parser.add_argument("--modes", default="float32", help="comma-separated, or all (default: %(default)s)")
+    parser.add_argument("--direction", choices=DIRECTIONS, default="forward", help="the pass (default: %(default)s)")
+    parser.add_argument("--threads", type=numbers, default="2", metavar="N[,N...]", help="of each library (default: 2)")
     parser.add_argument(
         "--pause",
         type=float,
@@ -246,63 +283,72 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="SECONDS",
         help="before each turn, for the other library's idle threads to stop spinning (default: %(default)s)",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result there")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="also write the result there, one file for each number of threads"
+    )
+    return parser
+
+
+def numbers(text: str) -> list[int]:
+    return [count(part) for part in text.split(",")]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit codes: 0 done, 1 a result was wrong, 2 bad usage."""
+    parser = build_parser()
     args = parser.parse_args(argv)
     repeats = args.repeats or (3 if args.quick else 7)
-    try:
-        numbers = [int(number) for number in args.threads.split(",")]
-    except ValueError:
-        parser.error(f"--threads must be numbers, got {args.threads!r}")
-    if min(repeats, *numbers) < 1:
-        parser.error("--repeats and --threads must be at least 1")
-
-    limits = (QUICK_BYTES, QUICK_FLOPS) if args.quick else (MAX_BYTES, MAX_FLOPS)
-    chosen = [] if args.shapes else [layer for layer in load() if re.search(args.filter, layer.name)]
-    sized = [(layer, layer.batch_within(*limits)) for layer in chosen]
-    work = [partial(measure, layer, batch, repeats, args.pause) for layer, batch in sized if batch is not None]
+    modes = listed(args.modes, {mode.name: mode for mode in MODES}, "mode", parser)
+    layers, limits = load(), (QUICK_BYTES, QUICK_FLOPS) if args.quick else (MAX_BYTES, MAX_FLOPS)
     if args.shapes:
-        shapes = [(name, p) for name, p in SHAPES.items() if re.search(args.filter, name)]
-        work = [partial(measure_problem, name, p, p.N, repeats, args.pause) for name, p in shapes]
-    if not work:
+        layers = tuple(Layer(name, problem, kind="shape") for name, problem in SHAPES.items())
+        limits = sys.maxsize, sys.maxsize
+    cases, left_out = select(layers, modes, args.filter, *limits, args.direction)
+    if not cases:
         parser.error(f"nothing of this size matches {args.filter!r}")
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    left_out = [layer.name for layer, batch in sized if batch is None]
-    results = []
-    for threads in numbers:
-        rows, machine = run(work, threads)
-        console.print(machine)
-        report(rows, left_out, console)
-        right = [row.ratio for row in rows if row.ours_ms is not None]
-        results.append(
-            {
-                "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-                "machine": f"{platform.processor() or platform.machine()}, {machine}",
-                "repeats": repeats,
-                "rows": [asdict(row) for row in rows],
-                "geometric_mean": geometric_mean(right) if right else None,
-            }
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    failed = False
+    for threads in args.threads:
+        with limited(threads) as libraries:
+            engine = CpuEngine(args.pause)
+            device = {**engine.describe(), "threads": threads, "libraries": libraries}
+            settings = {"direction": args.direction, "repeats": repeats, "filter": args.filter, "threads": threads}
+            method = Method(repeats, 1.0, ("eager",), least=True)
+            with Progress(console=Console(stderr=True)) as progress:
+                measured = [measure(case, engine, method, time.monotonic) for case in progress.track(cases)]
+        result = RunResult(
+            environment(device), settings, ceilings_of(engine.ceilings), tuple(measured), tuple(left_out)
         )
-    if args.json:
-        args.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    return 1 if any(row["ours_ms"] is None for result in results for row in result["rows"]) else 0
+        console.print(f"{threads} threads; {', '.join(libraries)}; least times", soft_wrap=True, highlight=False)
+        print_report(result, console)
+        if args.json:
+            several = len(args.threads) > 1
+            file = args.json.with_stem(f"{args.json.stem}-{threads}") if several else args.json
+            write_json(file, result.to_json())
+        failed = failed or any(m.ours.status != "measured" for m in measured)
+    return 1 if failed else 0
 
 
-def run(work: Sequence[Callable[[], Row]], threads: int) -> tuple[list[Row], str]:
-    """The rows with so many threads of each library, and what ran."""
-    import torch
+@contextmanager
+def limited(threads: int) -> Iterator[list[str]]:
+    """So many processors, and so many threads of each library; yields the libraries' versions."""
     from threadpoolctl import threadpool_info, threadpool_limits
 
-    torch.set_num_threads(threads)
+    torch = peers.optional_module("torch")
     usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
     if usable is not None:
         os.sched_setaffinity(0, sorted(usable)[:threads])
+    if torch is not None:
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
     try:
-        with threadpool_limits(threads, user_api="blas"), Progress(console=Console(stderr=True)) as progress:
-            blas = [f"{lib['internal_api']} {lib['version']} ({lib.get('architecture')})" for lib in threadpool_info()]
-            blas = [name for name in blas if not name.startswith("openmp")]
-            machine = f"{threads} threads; NumPy {np.__version__}, {', '.join(blas)}; PyTorch {torch.__version__}"
-            return [measure() for measure in progress.track(work)], machine
+        with threadpool_limits(threads, user_api="blas"):
+            blas = [lib for lib in threadpool_info() if lib["internal_api"] != "openmp"]
+            names = [f"{lib['internal_api']} {lib['version']} ({lib.get('architecture')})" for lib in blas]
+            yield [f"{name} {version}" for name, version in versions("numpy", "torch").items()] + names
     finally:
+        if torch is not None:
+            torch.set_num_threads(before)
         if usable is not None:
             os.sched_setaffinity(0, usable)
 

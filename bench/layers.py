@@ -1,20 +1,29 @@
 """The benchmark layers: 1-D convolutions of published models, with their work and their roofline floors.
 
-`layers.json` holds one object per layer. Its `pad_left` and `pad_right` are the padding that is used; `padding` is how
-the model's own code words it. Every derived number in the file is computed again and compared when it is loaded.
+`layers.csv` holds one layer a line. Its columns are the fields of `ConvProblem`, `L_out` to check them, and those of
+`Layer`.
 """
 
 from __future__ import annotations
 
-import json
+import csv
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import get_args
 
+from gpuconv.costs import DRAM_EFFICIENCY, rates_of
+from gpuconv.device import Device
 from gpuconv.problem import ConvProblem, Op
 
-FILE = Path(__file__).with_name("layers.json")
+FILE = Path(__file__).with_name("layers.csv")
+
+_EXTENTS = (
+    "N", "C_in", "C_out", "L_in", "K", "stride", "padding_left", "padding_right", "dilation", "groups",
+    "output_padding",
+)  # fmt: skip
+_TEXTS = ("kind", "regime", "phase", "model", "source", "note")
+COLUMNS = ("name", "op", *_EXTENTS, "has_bias", "L_out", "padding", "verified", *_TEXTS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,73 +46,55 @@ class Ceilings:
 _RATE_OF = {"complex64": "float32", "complex128": "float64"}
 
 
+def published_ceilings(device: Device) -> Ceilings:
+    """The ceilings of a device from gpuconv.costs, for floors where nothing was measured."""
+    rates = rates_of(device)
+    per_fma = 2e9 * device.num_sms * device.clock_ghz  # operations per second of one fused multiply-add per cycle
+    flops = {"float32": rates.fp32, "float64": rates.fp64}
+    if rates.tensor16:
+        flops |= {"float16": rates.tensor16, "bfloat16": rates.tensor16, "tf32": rates.tensor16 // 2}
+    else:
+        flops |= {"float16": rates.fp32, "bfloat16": rates.fp32}
+    return Ceilings(
+        f"{device.name}, data sheet",
+        rates.dram_gbps * DRAM_EFFICIENCY * 1e9,
+        {precision: rate * per_fma for precision, rate in flops.items()},
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Layer:
     """One convolution of a model, at the batch and the length it really runs with.
 
     Attributes:
         name: the model, the layer and its essential settings.
-        op: "conv1d" or "conv_transpose1d".
-        batch, in_channels, out_channels, length, kernel_size, stride, dilation, groups, output_padding, bias: settings.
+        forward: the problem, in float32.
         padding: the model's own wording: a number, "causal" or "same".
-        pad_left, pad_right: what it comes to.
-        length_out: the output length.
-        family: the kind of layer, for grouping results.
+        kind: for grouping results.
         regime: "latency" or "throughput".
         phase: "infer" or "train".
         model, source, note: where the layer comes from.
         verified: whether the settings were read in the model's source.
-        flops: operations, padding included.
-        flops_valid: operations on positions that exist.
-        bytes_fp16, bytes_fp32: input, weight and output once, without the bias.
     """
 
     name: str
-    op: Op
-    batch: int
-    in_channels: int
-    out_channels: int
-    length: int
-    kernel_size: int
-    stride: int
-    padding: int | str
-    pad_left: int
-    pad_right: int
-    dilation: int
-    groups: int
-    output_padding: int
-    bias: bool
-    length_out: int
-    family: str
-    regime: str
-    phase: str
-    model: str
-    source: str
-    note: str
-    verified: bool
-    flops: int
-    flops_valid: int
-    bytes_fp16: int
-    bytes_fp32: int
+    forward: ConvProblem
+    padding: str = ""
+    kind: str = ""
+    regime: str = ""
+    phase: str = ""
+    model: str = ""
+    source: str = ""
+    note: str = ""
+    verified: bool = False
+
+    @property
+    def batch(self) -> int:
+        return self.forward.N
 
     def problem(self, dtype: str = "float32", batch: int | None = None) -> ConvProblem:
         """The layer as a problem, with its own batch unless another is given."""
-        return ConvProblem(
-            self.op,
-            self.batch if batch is None else batch,
-            self.in_channels,
-            self.out_channels,
-            self.length,
-            self.kernel_size,
-            self.stride,
-            self.pad_left,
-            self.pad_right,
-            self.dilation,
-            self.groups,
-            self.output_padding,
-            dtype,
-            self.bias,
-        )
+        return replace(self.forward, dtype=dtype, N=self.batch if batch is None else batch)
 
     def floor(self, precision: str, ceilings: Ceilings, batch: int | None = None) -> float:
         """The least time in seconds: the larger of bytes/bandwidth and operations/rate.
@@ -153,42 +144,32 @@ def load(file: Path = FILE) -> tuple[Layer, ...]:
     """All layers, in the order of the file.
 
     Raises:
-        ValueError: naming the layer and the field that is missing, unknown, of the wrong type or inconsistent.
+        ValueError: naming the line and what is missing, unknown, of the wrong type or inconsistent.
     """
-    rows = json.loads(file.read_text(encoding="utf-8"))
-    layers = tuple(_layer(row, f"{file.name}, entry {index}") for index, row in enumerate(rows))
+    with file.open(encoding="utf-8", newline="") as lines:
+        reader = csv.DictReader(lines, strict=True)
+        if set(reader.fieldnames or ()) != set(COLUMNS):
+            raise ValueError(f"{file.name}: expected the columns {', '.join(COLUMNS)}, got {reader.fieldnames}")
+        layers = tuple(_layer(row, f"{file.name}, line {reader.line_num} ({row['name']})") for row in reader)
     names = [layer.name for layer in layers]
-    doubled = sorted({name for name in names if names.count(name) > 1})
-    if doubled:
+    if doubled := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"{file.name}: these names occur more than once: {', '.join(doubled)}")
     return layers
 
 
-def _layer(row: Mapping[str, Any], where: str) -> Layer:
-    where = f"{where} ({row.get('name', 'without a name')})"
-    expected = [field.name for field in fields(Layer)]
-    missing = [name for name in expected if name not in row]
-    unknown = [name for name in row if name not in expected]
-    if missing or unknown:
-        raise ValueError(f"{where}: missing fields {missing}, unknown fields {unknown}")
-    for name, kind in get_type_hints(Layer).items():
-        kinds = {int: (int,), str: (str,), bool: (bool,)}.get(kind, (int, str) if name == "padding" else (str,))
-        if type(row[name]) not in kinds:
-            raise ValueError(f"{where}: {name} must be {' or '.join(k.__name__ for k in kinds)}, got {row[name]!r}")
+def _layer(row: Mapping[str, str], where: str) -> Layer:
     if row["op"] not in get_args(Op):
         raise ValueError(f"{where}: op must be one of {', '.join(get_args(Op))}, got {row['op']!r}")
-    layer = Layer(**row)
-    if isinstance(layer.padding, int) and (layer.pad_left, layer.pad_right) != (layer.padding, layer.padding):
-        raise ValueError(f"{where}: padding {layer.padding}, but pad_left {layer.pad_left} and {layer.pad_right}")
-    problem = layer.problem()
-    bias_bytes = 4 * problem.C_out if layer.bias else 0
-    for name, computed in (
-        ("length_out", problem.L_out),
-        ("flops", problem.flops()),
-        ("flops_valid", valid_flops(problem)),
-        ("bytes_fp32", problem.bytes() - bias_bytes),
-        ("bytes_fp16", (problem.bytes() - bias_bytes) // 2),
-    ):
-        if getattr(layer, name) != computed:
-            raise ValueError(f"{where}: {name} is {getattr(layer, name)}, but the settings give {computed}")
-    return layer
+    try:
+        extents = {name: int(row[name]) for name in _EXTENTS}
+        has_bias, verified = ({"true": True, "false": False}[row[name]] for name in ("has_bias", "verified"))
+        problem = ConvProblem(row["op"], **extents, has_bias=has_bias)  # type: ignore[arg-type]
+        L_out = int(row["L_out"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{where}: not a layer: {error}") from error
+    if L_out != problem.L_out:
+        raise ValueError(f"{where}: L_out is {L_out}, but the settings give {problem.L_out}")
+    padding = row["padding"]
+    if padding.isdecimal() and problem.padding != (int(padding), int(padding)):
+        raise ValueError(f"{where}: padding {padding}, but padding_left and padding_right are {problem.padding}")
+    return Layer(row["name"], problem, padding, verified=verified, **{name: row[name] for name in _TEXTS})

@@ -1,14 +1,14 @@
-"""What one call costs the host, by parts.
+"""What one call costs the host.
 
 From the root of a checkout:
 
     python -m bench.overhead [--json FILE]
 
-On a GPU: a whole functional call with and without `out=`, a `Plan` called by itself, an allocation, a launch, and
-PyTorch's call on the same small problem. The GPU's own work is shorter than the host's, so its queue never fills.
+On a GPU: functional calls, an allocation, and PyTorch's call on the same small problem. The GPU's own work is shorter
+than the host's, so its queue never fills.
 
-Without a GPU the parts up to the launch are measured: real CuPy arrays on host memory stand in for arrays on a GPU, and
-a plan that launches nothing for a real one. Attributes and cache look-ups then cost what they cost in earnest.
+Without a GPU a call is measured up to its launch: real CuPy arrays on host memory stand in for arrays on a GPU, and a
+plan that launches nothing for a real one. Attributes and cache look-ups then cost what they cost in earnest.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -27,59 +28,76 @@ from rich.console import Console
 from rich.table import Table
 
 import gpuconv
-from gpuconv import calls, memory, runtime
+from gpuconv import calls, runtime
 from gpuconv.gpus import missing_gpu
 from gpuconv.problem import ConvProblem
 
-from .peers import optional_module
-from .results import environment, write_json
+from .speed.peers import optional_module
+from .speed.results import environment, write_json
 
 # Small enough that every kernel is shorter than its launch.
 PROBLEM = ConvProblem("conv1d", 1, 8, 8, 64, 3, padding_left=1, padding_right=1, has_bias=True)
+SHAPES = (PROBLEM.input_shape, PROBLEM.weight_shape, (PROBLEM.C_out,), PROBLEM.output_shape)
 
-TARGET_US = {"functional call": 8.0, "Plan called with out=": 4.0}
+TARGET_US = {"functional call": 8.0, "functional call with out=": 8.0}
 
-_BATCH = 200  # calls between two synchronisations: the driver queues about a thousand
-_BATCHES = 50
+CALLS = 200  # between two synchronisations: the driver queues about a thousand
+BATCHES = 50
 
 
-def microseconds(work: Callable[[], object], settle: Callable[[], object] = lambda: None) -> float:
+def microseconds(work: Callable[[], object], settle: Callable[[], object], batches: int = BATCHES) -> float:
     """The host's time of one call, over batches that each begin with the GPU idle.
 
     The 10th percentile of the batches: other programs on the machine can only make a batch longer.
     """
+    work()
     times = []
-    for _ in range(_BATCHES):
+    for _ in range(batches):
         settle()
         start = time.perf_counter_ns()
-        for _ in range(_BATCH):
+        for _ in range(CALLS):
             work()
-        times.append((time.perf_counter_ns() - start) / _BATCH)
+        times.append((time.perf_counter_ns() - start) / CALLS)
     return float(np.percentile(times, 10)) / 1e3
-
-
-def look_up_parts(x: Any, w: Any, b: Any, out: Any) -> dict[str, Callable[[], object]]:
-    """What a repeated functional call does before it launches, part by part."""
-    settings = (PROBLEM.stride, PROBLEM.padding, PROBLEM.dilation, PROBLEM.groups)
-    cupy = runtime.cupy_module()
-
-    def key() -> tuple[Any, ...]:
-        identities = (calls._identity(array) for array in (x, w, b, None))
-        return ("conv1d", None, calls._as_key(settings), *identities)
-
-    stored = {key(): None}
-    made = key()
-    return {
-        "device of the call": cupy.cuda.runtime.getDevice,
-        "key": key,
-        "plan look-up": lambda: stored.get(made),
-        "overlap check of out=": lambda: memory.check_overlap("conv1d", out, {"input": x, "weight": w, "bias": b}),
-        "validation (first call only)": lambda: ConvProblem.conv1d(x, w, b, *settings),
-    }
 
 
 def call_with_out(x: Any, w: Any, b: Any, out: Any) -> Callable[[], object]:
     return lambda: gpuconv.conv1d(x, w, b, 1, PROBLEM.padding, out=out)
+
+
+def parts_on_gpu() -> dict[str, Callable[[], object]]:
+    """What is measured on CuPy's current device."""
+    import cupy
+
+    rng = np.random.default_rng(0)
+    x, w, b, out = (cupy.asarray(rng.standard_normal(shape, np.float32)) for shape in SHAPES)
+    prepared = gpuconv.prepare(w)
+    parts: dict[str, Callable[[], object]] = {
+        "functional call": lambda: gpuconv.conv1d(x, w, b, 1, PROBLEM.padding),
+        "functional call with out=": call_with_out(x, w, b, out),
+        "the same with a prepared weight": call_with_out(x, prepared, b, out),
+        "validation (first call only)": lambda: ConvProblem.conv1d(x, w, b, 1, PROBLEM.padding),
+        "allocation": lambda: cupy.empty(PROBLEM.output_shape, np.float32),
+    }
+    torch = optional_module("torch")
+    if torch is not None and torch.cuda.is_available():
+        tensors = [torch.from_dlpack(array) for array in (x, w, b)]
+        conv1d = torch.nn.functional.conv1d
+        parts["PyTorch's call"] = lambda: conv1d(*tensors, 1, PROBLEM.padding_left)
+    return parts
+
+
+def work(*, rehearse: bool = False) -> Iterator[tuple[str, Callable[[], dict[str, float]]]]:
+    """`parts_on_gpu` as pieces of a step of bench.gpu_report: {"us": microseconds} each."""
+    import cupy
+
+    settle = cupy.cuda.Device().synchronize
+    for name, part in parts_on_gpu().items():
+        yield name, partial(_record, part, settle, 1 if rehearse else BATCHES)
+
+
+def _record(part: Callable[[], object], settle: Callable[[], object], batches: int) -> dict[str, float]:
+    return {"us": round(microseconds(part, settle, batches), 3)}
 
 
 # -- without a GPU ----------------------------------------------------------------------------------------------------
@@ -93,7 +111,7 @@ class _IdleExecutor:
 
 
 @contextmanager
-def stand_ins() -> Iterator[tuple[Any, Any, Any, Any]]:
+def stand_ins() -> Iterator[tuple[Any, ...]]:
     """CuPy arrays (input, weight, bias, out) that lie in host memory, in a world where plans launch nothing.
 
     Nothing may read or write their elements through CuPy.
@@ -106,74 +124,39 @@ def stand_ins() -> Iterator[tuple[Any, Any, Any, Any]]:
         start = -host.ctypes.data % 16
         return cupy.ndarray(tuple(shape), np.float32, cupy.cuda.MemoryPointer(memory, start))
 
-    arrays = tuple(
-        array(s) for s in (PROBLEM.input_shape, PROBLEM.weight_shape, (PROBLEM.C_out,), PROBLEM.output_shape)
-    )
     with (
         mock.patch.object(cupy.cuda.runtime, "getDevice", return_value=0),
         mock.patch.object(runtime, "make_executor", return_value=_IdleExecutor()),
         mock.patch.object(calls, "_EXECUTORS", {}),
     ):
-        yield arrays
+        yield tuple(map(array, SHAPES))
 
 
 def measure_without_gpu() -> dict[str, float]:
-    """Microseconds of the parts that need no GPU.
+    """Microseconds of a call up to its launch.
 
     Raises:
         ImportError: CuPy is not installed.
     """
     with stand_ins() as arrays:
-        figures = {name: microseconds(part) for name, part in look_up_parts(*arrays).items()}
-        figures["functional call with out=, without its launch"] = microseconds(call_with_out(*arrays))
-    return figures
-
-
-# -- with one ---------------------------------------------------------------------------------------------------------
-
-
-def measure_on_gpu() -> dict[str, float]:
-    """Microseconds of whole calls and of their parts, on CuPy's current device."""
-    import cupy
-
-    rng = np.random.default_rng(0)
-    x, w, b = (
-        cupy.asarray(rng.standard_normal(shape, np.float32))
-        for shape in (PROBLEM.input_shape, PROBLEM.weight_shape, (PROBLEM.C_out,))
-    )
-    out = cupy.empty(PROBLEM.output_shape, np.float32)
-    settle = cupy.cuda.Device().synchronize
-    plan = runtime.make_executor(PROBLEM, ("input", "weight", "bias"), (x, w, b), out)
-    work: dict[str, Callable[[], object]] = {
-        "functional call": lambda: gpuconv.conv1d(x, w, b, 1, PROBLEM.padding),
-        "functional call with out=": call_with_out(x, w, b, out),
-        "Plan called with out=": lambda: plan(x, w, b, out),
-        **look_up_parts(x, w, b, out),
-        "allocation": lambda: cupy.empty(PROBLEM.output_shape, np.float32),
-    }
-    torch = optional_module("torch")
-    if torch is not None and torch.cuda.is_available():
-        tensors = [torch.from_dlpack(array) for array in (x, w, b)]
-        conv1d = torch.nn.functional.conv1d
-
-        work["PyTorch's call"] = lambda: conv1d(*tensors, 1, PROBLEM.padding_left)
-    figures = {}
-    for name, part in work.items():
-        part()
-        figures[name] = microseconds(part, settle)
-    return figures
+        x, w, b, _ = arrays
+        parts: dict[str, Callable[[], object]] = {
+            "functional call with out=, without its launch": call_with_out(*arrays),
+            "validation (first call only)": lambda: ConvProblem.conv1d(x, w, b, 1, PROBLEM.padding),
+        }
+        return {name: microseconds(part, lambda: None) for name, part in parts.items()}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes: 0 done, 2 bad usage. A part that cannot be measured is reported as absent."""
-    parser = argparse.ArgumentParser(prog="python -m bench.overhead", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.overhead", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
     args = parser.parse_args(argv)
     console = Console()
     missing = missing_gpu()
     absent = {}
     if missing is None:
-        where, figures = "GPU", measure_on_gpu()
+        where, figures = "GPU", {name: piece()["us"] for name, piece in work()}
     else:
         where = "no GPU: stand-in arrays"
         absent["GPU parts"] = missing
@@ -181,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             figures = measure_without_gpu()
         except ImportError as error:
             figures = {}
-            absent["look-up"] = f"CuPy is not installed: {error}"
+            absent["call"] = f"CuPy is not installed: {error}"
     table = Table("part", "us", "target us", title=f"Host time of one call ({where})")
     for name, value in figures.items():
         target = TARGET_US.get(name)

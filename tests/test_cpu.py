@@ -15,7 +15,6 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from bench import cpu as bench_cpu
 from bench.layers import load
 from gpuconv import cpu, reference
 from gpuconv.cpu import choice, limits, threads
@@ -646,47 +645,3 @@ def test_numpy_settings_are_restored() -> None:
     for p in ALL:
         convolve(p, *arrays(p))
     assert (np.getbufsize(), np.geterr()) == before
-
-
-# -- the benchmark -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.torch
-def test_the_benchmark_gives_no_figure_for_a_wrong_result(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer = next(layer for layer in load() if layer.name == "tacotron2.location_conv_k31_b1")
-    right = cpu.convolve
-
-    def wrong(problem: ConvProblem, *args: Any) -> None:
-        right(problem, *args)
-        args[-1][...] *= 1 + 1e-4
-
-    def unwritten(problem: ConvProblem, *args: Any) -> None:
-        right(problem, *args)
-        args[-1][0, 7, 40] = np.nan
-
-    for broken in (wrong, unwritten):
-        monkeypatch.setattr(cpu, "convolve", broken)
-        row = bench_cpu.measure(layer, 1, repeats=1, pause=0)
-        assert row.ours_ms is None
-        assert row.torch_ms is None
-    monkeypatch.setattr(cpu, "convolve", right)
-    row = bench_cpu.measure(layer, 1, repeats=1, pause=0)
-    assert row.ratio > 0
-
-
-def test_the_benchmark_compares_every_kind_of_problem() -> None:
-    for p in ALL:
-        if p.flops() < 10**8:
-            x, w, b = arrays(p)
-            y = convolve(p, x, w, b)
-            assert bench_cpu.is_right(p, x, w, b, y, seed=3)
-            assert not bench_cpu.is_right(p, x, w, b, y + 1e6, seed=3)
-
-
-def test_the_benchmark_takes_turns_and_reports_the_least_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    order: list[str] = []
-    monkeypatch.setattr(bench_cpu, "TURN", 0)
-    times = bench_cpu.interleave([lambda: order.append("a"), lambda: order.append("b")], repeats=3, pause=0)
-    assert order == ["a", "a", "b", "b"] * 3  # the first call of a turn is not counted
-    assert all(0 <= t < 1000 for t in times)
-    assert bench_cpu.geometric_mean([0.5, 2.0, 1.0]) == pytest.approx(1.0)

@@ -15,27 +15,29 @@ from typing import Any
 
 import pytest
 
-from bench import gpu_report, gpu_tests, important, records, results, tiles
-from bench.gpu_report import Ended, Step
+from bench.gpu_report import __main__ as gpu_report
+from bench.gpu_report import gpu_tests, important, records, run, tiles
+from bench.gpu_report.run import Ended, Run, Step
+from bench.speed import results
 from tests.test_bench import LAYERS, measurement
 
 # -- the report -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> gpu_report.Run:
+def report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """A run of 60 s; steps are started however little time is left."""
-    monkeypatch.setattr(gpu_report, "LEAST_SECONDS", 0.5)
-    monkeypatch.setattr(gpu_report, "ENDING_SECONDS", 0.0)
+    monkeypatch.setattr(run, "LEAST_SECONDS", 0.5)
+    monkeypatch.setattr(run, "ENDING_SECONDS", 0.0)
     folder = tmp_path / "results"
     folder.mkdir()
-    return gpu_report.Run(folder, tmp_path / "first.tar.gz", 60.0, earlier=tmp_path)
+    return Run(folder, tmp_path / "first.tar.gz", 60.0, earlier=tmp_path)
 
 
 def script(name: str, body: str, seconds: float = 30.0, **settings: Any) -> Step:
     """A step that runs a few lines of Python; `file` are its records."""
     opening = (
-        "import argparse, os, sys, time; from bench import records; parser = argparse.ArgumentParser()\n"
+        "import argparse, os, sys, time; from bench.gpu_report import records; parser = argparse.ArgumentParser()\n"
         "records.add_arguments(parser); file = records.open_records(parser.parse_args())\n"
     )
     return Step(name, ("-c", opening + body), seconds, **settings)
@@ -46,7 +48,7 @@ def archived(archive: Path) -> dict[str, str]:
         return {entry.name: tar.extractfile(entry).read().decode() for entry in tar.getmembers()}  # type: ignore[union-attr]
 
 
-def test_report_goes_on_whatever_a_step_does(report: gpu_report.Run) -> None:
+def test_report_goes_on_whatever_a_step_does(report: Run) -> None:
     right, wrong = "lambda: {}", "lambda: {'ok': False}"
     steps = [
         script("right", f"sys.exit(file.run([('a', {right}), ('b', lambda: {{'absent': 'no tool'}})]))"),
@@ -72,15 +74,15 @@ def test_report_goes_on_whatever_a_step_does(report: gpu_report.Run) -> None:
     assert "ZeroDivisionError" in files["wrong.jsonl"]
 
 
-def test_report_stays_within_its_time(report: gpu_report.Run) -> None:
+def test_report_stays_within_its_time(report: Run) -> None:
     start = time.monotonic()
-    short = gpu_report.Run(report.folder, report.archive, gpu_report.CLOSING_SECONDS + 3.0)
+    short = Run(report.folder, report.archive, run.CLOSING_SECONDS + 3.0)
     stubborn = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
     assert [short.step(script(name, stubborn)).status for name in ("a", "b")] == ["overran", "no time"]
-    assert time.monotonic() - start < gpu_report.CLOSING_SECONDS + 3.0
+    assert time.monotonic() - start < run.CLOSING_SECONDS + 3.0
 
 
-def test_report_ends_a_step_with_its_children(tmp_path: Path, report: gpu_report.Run) -> None:
+def test_report_ends_a_step_with_its_children(tmp_path: Path, report: Run) -> None:
     marker = tmp_path / "marker"
     child = f"import time, pathlib; time.sleep(5); pathlib.Path({str(marker)!r}).write_text('late')"
     report.step(script("parent", f"import subprocess; subprocess.run([sys.executable, '-c', {child!r}])", 2.0))
@@ -88,7 +90,7 @@ def test_report_ends_a_step_with_its_children(tmp_path: Path, report: gpu_report
     assert not marker.exists()
 
 
-def test_process_that_lost_the_gpu_is_started_again(report: gpu_report.Run) -> None:
+def test_process_that_lost_the_gpu_is_started_again(report: Run) -> None:
     """The new process goes on behind the piece that broke the old one."""
     body = (
         "import types; fresh = not file.has('b')\n"
@@ -108,9 +110,9 @@ def test_archive_is_written_while_a_step_runs_and_survives_the_kill_of_the_run(t
     folder.mkdir()
     body = "for i in range(1000): file.write(str(i), ok=True); time.sleep(0.05)"
     code = (
-        "from pathlib import Path; from bench import gpu_report; from tests.test_gpu_report import script\n"
-        "gpu_report.REFRESH_SECONDS = 0.2\n"
-        f"run = gpu_report.Run(Path({str(folder)!r}), Path({str(tmp_path / 'first.tar.gz')!r}), 60.0)\n"
+        "from pathlib import Path; from bench.gpu_report import run; from tests.test_gpu_report import script\n"
+        "run.REFRESH_SECONDS = 0.2\n"
+        f"run = run.Run(Path({str(folder)!r}), Path({str(tmp_path / 'first.tar.gz')!r}), 60.0)\n"
         f"run.step(script('slow', {body!r}))\n"
     )
     process = subprocess.Popen([sys.executable, "-c", code], cwd=results.ROOT)
@@ -130,7 +132,7 @@ def test_archive_is_written_while_a_step_runs_and_survives_the_kill_of_the_run(t
     assert (folder / "slow.jsonl").read_bytes() == known  # the step has ended with the run
 
 
-def test_second_run_does_what_the_first_left(report: gpu_report.Run, tmp_path: Path) -> None:
+def test_second_run_does_what_the_first_left(report: Run, tmp_path: Path) -> None:
     work = "[(key, lambda: {'made by': os.getpid()}) for key in 'abc']"
     report.step(
         script("verify", "file.write('a', ok=True); os.write(file._file, b'{\"key\": \"b'); time.sleep(60)", 2.5)
@@ -140,28 +142,28 @@ def test_second_run_does_what_the_first_left(report: gpu_report.Run, tmp_path: P
     earlier, folder = tmp_path / "earlier", tmp_path / "second"
     earlier.mkdir()
     folder.mkdir()
-    ended = gpu_report.read_archive(report.archive, earlier)
+    ended = run.read_archive(report.archive, earlier)
     assert [(e.step, e.status) for e in ended] == [("verify", "overran"), ("build", "ok"), ("tests", "absent")]
     names = [step.name for step in gpu_report.second_steps(ended)]
     assert names[0] == "ptx"
     assert "verify" in names
     assert not {"build", "tests"} & set(names)
-    again = gpu_report.Run(folder, tmp_path / "second.tar.gz", 60.0, earlier=earlier)
+    again = Run(folder, tmp_path / "second.tar.gz", 60.0, earlier=earlier)
     assert again.step(script("verify", f"sys.exit(file.run({work}))")).status == "ok"
     assert [r["key"] for r in records.read(folder / "verify.jsonl")] == ["b", "c"]  # the first lost the half line of b
 
 
 def test_without_a_first_run_the_second_does_everything(tmp_path: Path) -> None:
-    assert gpu_report.read_archive(tmp_path / "first.tar.gz", tmp_path) == []
+    assert run.read_archive(tmp_path / "first.tar.gz", tmp_path) == []
     first = [step.name for step in gpu_report.first_steps()]
     assert [step.name for step in gpu_report.second_steps([])][: len(first)] == first
 
 
 def test_long_file_is_cut_in_the_archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_report, "MOST_FILE_BYTES", 100)
+    monkeypatch.setattr(run, "MOST_FILE_BYTES", 100)
     log = tmp_path / "a.log"
     log.write_text("first" + 1000 * "x" + "last", encoding="utf-8")
-    gpu_report.write_archive(tmp_path / "a.tar.gz", [log])
+    run.write_archive(tmp_path / "a.tar.gz", [log])
     text = archived(tmp_path / "a.tar.gz")["a.log"]
     assert len(text) < 150
     assert (text[:5], text[-4:]) == ("first", "last")
@@ -201,7 +203,7 @@ def test_gpu_tests_are_recorded_and_those_that_cannot_be_imported_stop_none(tmp_
     chosen = gpu_tests.files_with_gpu_tests(tmp_path)
     assert [file.name for file in chosen] == ["test_lost.py", "test_some.py"]
     done, found = tmp_path / "done.jsonl", tmp_path / "found.jsonl"
-    command = [sys.executable, "-m", "bench.gpu_tests", *map(str, chosen), "--records", str(found)]
+    command = [sys.executable, "-m", "bench.gpu_report.gpu_tests", *map(str, chosen), "--records", str(found)]
     assert subprocess.run(command, cwd=results.ROOT, capture_output=True, check=False).returncode == records.WRONG
     outcomes = {r["key"].rpartition("::")[2]: r["ok"] for r in records.read(found)}
     collected = {key: ok for key, ok in outcomes.items() if key.startswith("test_")}
@@ -223,7 +225,7 @@ exec "$@"
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(gpu_report.INSIDE_VARIABLE in os.environ, reason="the report need not rehearse itself")
+@pytest.mark.skipif(run.INSIDE_VARIABLE in os.environ, reason="the report need not rehearse itself")
 def test_report_can_be_rehearsed(tmp_path: Path) -> None:
     """Every command of both runs, on a little work; the first run is killed half way."""
     tools, out = tmp_path / "tools", tmp_path / "out"

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import ctypes
-import json
 from collections.abc import Callable, Iterator
 from ctypes.util import find_library
 from dataclasses import replace
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 
+from bench.layers import load
 from gpuconv import calls, cases, dispatch, reference, source
 from gpuconv.cases import CASES, FORMATS, Case, Data
 from gpuconv.checks import chunk_bounds, same_bits
@@ -34,7 +32,6 @@ BASE_FAMILIES = tuple(family for family in FORWARD_FAMILIES if family.name in BA
 FAST_FAMILIES = tuple(family for family in FORWARD_FAMILIES if family not in BASE_FAMILIES)
 GROUPS = tuple(dict.fromkeys(case.tags[0] for case in CASES))
 TENSOR_MODES = ("float16", "bfloat16", "float32", "tf32")
-LAYERS_FILE = Path(__file__).resolve().parent.parent / "bench" / "layers.json"
 
 by_name = {"ids": lambda value: getattr(value, "name", value)}
 
@@ -361,44 +358,23 @@ def test_offsets_beyond_32_bits(family: Family[Any]) -> None:
 LAYER_FLOPS = 2e6
 
 
-@cache
-def layers() -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = json.loads(LAYERS_FILE.read_text(encoding="utf-8"))
-    return found
-
-
-def shrunk(layer: dict[str, Any], mode: str, channels: int = 4) -> ConvProblem:
+def shrunk(layer: ConvProblem, mode: str, channels: int = 4) -> ConvProblem:
     """A benchmark layer on an input just long enough for every tap to meet data, as far as `LAYER_FLOPS` allows.
 
     N and L shrink first, then output channels of each group down to `channels`, then the number of groups; K, stride,
     dilation, padding and the input channels of a group stay.
     """
-    span = layer["dilation"] * (layer["kernel_size"] - 1) + 1
-    is_transposed = layer["op"] == "conv_transpose1d"
-    longest = -(-span // layer["stride"]) + 3 if is_transposed else span + 3 * layer["stride"]
+    span = layer.dilation * (layer.K - 1) + 1
+    longest = -(-span // layer.stride) + 3 if layer.transposed else span + 3 * layer.stride
 
     def problem(L_in: int, C_out_g: int, groups: int) -> ConvProblem:
-        found = ConvProblem(
-            layer["op"],
-            N=min(2, layer["batch"]),
-            C_in=layer["in_channels"] // layer["groups"] * groups,
-            C_out=C_out_g * groups,
-            L_in=L_in,
-            K=layer["kernel_size"],
-            stride=layer["stride"],
-            padding_left=layer["pad_left"],
-            padding_right=layer["pad_right"],
-            dilation=layer["dilation"],
-            groups=groups,
-            output_padding=layer["output_padding"],
-            has_bias=layer["bias"],
-        )
-        return cases.in_format(found, mode)
+        channels = {"C_in": layer.C_in_g * groups, "C_out": C_out_g * groups}
+        return cases.in_format(replace(layer, N=min(2, layer.N), L_in=L_in, groups=groups, **channels), mode)
 
-    trimmed = layer["pad_left"] + layer["pad_right"]
-    shortest = max(1, -(-(trimmed + 1 - span) // layer["stride"]) + 1 if is_transposed else span - trimmed)
-    L_in = min(layer["length"], max(longest, shortest, 8))
-    C_out_g, groups = layer["out_channels"] // layer["groups"], layer["groups"]
+    trimmed = layer.padding_left + layer.padding_right
+    shortest = max(1, -(-(trimmed + 1 - span) // layer.stride) + 1 if layer.transposed else span - trimmed)
+    L_in = min(layer.L_in, max(longest, shortest, 8))
+    C_out_g, groups = layer.C_out_g, layer.groups
     real = 4 if mode.startswith("complex") else 1
     while problem(L_in, C_out_g, groups).flops() > LAYER_FLOPS * real:
         if C_out_g > channels:
@@ -423,10 +399,10 @@ def shrunk(layer: dict[str, Any], mode: str, channels: int = 4) -> ConvProblem:
 )
 def test_benchmark_layers(family: Family[Any], mode: str) -> None:
     """The layers that we measure on: the bits of the base families, and within the bound what has other bits."""
-    assert len(layers()) == 81
+    assert len(load()) == 81
     checked = 0
-    for layer in layers():
-        p = shrunk(layer, mode, 4 if family.canonical_order else 31)  # at least 16 are left
+    for layer in load():
+        p = shrunk(layer.forward, mode, 4 if family.canonical_order else 31)  # at least 16 are left
         if not takes(family, p):
             continue
         data = cases.random_data(p, 19)
@@ -434,7 +410,7 @@ def test_benchmark_layers(family: Family[Any], mode: str) -> None:
         if family in BASE_FAMILIES or not family.canonical_order:
             assert_within_bound(p, output, data)
         else:
-            assert_same_bits(output, hostcuda.compute(p, *data, family=BASE[p.op], device=DEVICE), layer["name"])
+            assert_same_bits(output, hostcuda.compute(p, *data, family=BASE[p.op], device=DEVICE), layer.name)
         checked += 1
     assert checked > 0
 

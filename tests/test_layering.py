@@ -24,7 +24,7 @@ PACKAGE = Path(cases.__file__).resolve().parent
 LAYERS = (
     ("text", "wav"),
     ("dtypes", "device"),
-    ("arguments",),
+    ("arguments", "costs"),
     ("problem",),
     ("reference", "cpu.limits", "cpu.arrays", "source"),
     ("cpu.geometry", "cpu.costs", "cpu.threads", "cpu.correlation"),

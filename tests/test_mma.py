@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gpuconv
-from bench import sass
+from bench.static import sass
 from gpuconv import cases, dispatch, reference, source
 from gpuconv.cases import Data
 from gpuconv.checks import same_bits

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from bench import sass
+from bench.static import sass
 from gpuconv import runtime
 from gpuconv.device import ARCHITECTURES
 from gpuconv.families import Launch

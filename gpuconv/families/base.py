@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Generic, TypeVar
 
+from ..costs import Work
 from ..device import Device
 from ..problem import ConvProblem, Kind, Problem
 from ..source import params_fields
@@ -177,6 +178,16 @@ class Family(ABC, Generic[ProblemT]):
     def configs(self, device: Device) -> Iterator[Config]:
         """Every specialisation that a plan for a device can have: what the compile tests build."""
 
+    def work(self, problem: ProblemT, step: Step) -> Work:
+        """The work of the family's own kernel in a plan, from which, with its machine code, its time is predicted.
+
+        That of tiles BLOCK_M by BLOCK_N where the kernel has these macros, else of the problem's own multiply-adds.
+        """
+        macros = dict(step.config.macros)
+        held = step.launch.grid * int(macros.get("BLOCK_M", 0)) * int(macros.get("BLOCK_N", 0))
+        results = math.prod([*problem.shapes.values()][-1])
+        return Work(problem.flops() / 2 * max(1.0, held / results), problem.bytes())
+
 
 def round_up(value: int, multiple: int, rest: int = 0) -> int:
     """The smallest integer from `value` on that leaves `rest` when divided by `multiple`."""
@@ -257,3 +268,16 @@ def base_config(kernel: str, dtype: str, bits: int, block_size: int) -> Config:
         kernel,
         {"DTYPE": dtype, "INDEX_BITS": bits, "BLOCK_SIZE": block_size, "PARAMS_BYTES": fields * bits // 8},
     )
+
+
+def base_work(problem: ConvProblem, taps: int) -> Work:
+    """The work of a one-thread-per-output kernel that visits so many taps of each input channel.
+
+    Through L2, 256 outputs of one row share a window of the input and a row of weights.
+    """
+    p = problem
+    outputs = p.N * p.C_out * p.L_out
+    window = 256 / p.stride if p.transposed else 256 * p.stride
+    span = p.dilation * (p.K - 1) / (p.stride if p.transposed else 1)
+    block_bytes = p.C_in_g * (min(window + span, 256.0 * p.K) + p.K) * p.itemsize
+    return Work(p.flops() / 2, outputs / 256 * block_bytes + outputs * p.itemsize, taps=taps)

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from ..costs import Work
 from ..device import Device
 from ..problem import DTYPES, ConvProblem
-from .base import MAX_GRID, Config, Family, Layout, Plan, base_config, conv_plan
+from .base import MAX_GRID, Config, Family, Layout, Plan, Step, base_config, base_work, conv_plan
 from .offsets import Overhang, index_bits
 
 # The kernel's launch bounds leave a thread 128 registers, so that two blocks of this size share a multiprocessor.
@@ -30,6 +31,9 @@ class Conv1dDirect(Family[ConvProblem]):
         bits = index_bits(p, layout, Overhang(), num_outputs + grid * BLOCK_SIZE)
         config = base_config(self.name, p.dtype, bits, BLOCK_SIZE)
         return conv_plan(config, p, layout, bits, grid=grid, block=BLOCK_SIZE, own={"num_outputs": num_outputs})
+
+    def work(self, problem: ConvProblem, step: Step) -> Work:
+        return base_work(problem, problem.K)
 
     def configs(self, device: Device) -> Iterator[Config]:
         for dtype in DTYPES:

@@ -9,11 +9,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
+from ..costs import WARP_ISSUES_PER_CYCLE, Work
 from ..device import Device
 from ..problem import DTYPES, FORMATS, ConvProblem
 from ..source import params_fields
 from ..text import count
-from .base import MAX_GRID, Config, Family, Layout, Plan, Refusal, conv_fields, conv_plan
+from .base import MAX_GRID, Config, Family, Layout, Plan, Refusal, Step, conv_fields, conv_plan
 from .offsets import Overhang, index_bits
 
 WARP = 32
@@ -25,10 +26,9 @@ ROWS = (2, 4, 6, 8)
 THREAD_L = {4: (4, 1), 8: (2, 1), 16: (1,)}
 # Shared memory that a chunk of weights may take.
 _CHUNK_BYTES = 16 * 1024
-# Figures of the cost model, in clock cycles of a multiprocessor: warp instructions issued in a cycle; instructions of a
-# term besides its multiply-adds, and of each of its columns (bench.static on sm_90); cycles from loads that the cache
-# serves to their data, over the terms that are loaded together; cycles of a block besides.
-_ISSUE = 4.0
+# Figures of the cost model: instructions of a term besides its multiply-adds, and of each of its columns (bench.static
+# on sm_90); cycles from loads that the cache serves to their data, over the terms that are loaded together; cycles of a
+# block besides.
 _TERM_SLOTS, _COLUMN_SLOTS = 7.0, 1.0
 _TERM_LATENCY = {1: 12.0, 2: 20.0, 4: 30.0}
 _BLOCK_CYCLES = 2000.0
@@ -58,7 +58,7 @@ def _compare_tilings(problem: ConvProblem, device: Device, *, has_several: bool)
         slots = multiply_adds + rows * size / 16 + _COLUMN_SLOTS * thread_l + _TERM_SLOTS
         each = -(-blocks // device.num_sms)
         waves = -(-each // _min_blocks(p.dtype, rows, 32))
-        issue = each * BLOCK_SIZE / WARP * slots / _ISSUE
+        issue = each * BLOCK_SIZE / WARP * slots / WARP_ISSUES_PER_CYCLE
         term_cycles = max(issue, waves * _TERM_LATENCY[thread_l])
         tilings.append(Tiling(thread_l, blocks, p.C_in_g * p.K * term_cycles + waves * _BLOCK_CYCLES))
     return tuple(sorted(tilings, key=lambda tiling: tiling.cycles))
@@ -118,6 +118,10 @@ class Conv1dNarrow(Family[ConvProblem]):
                 "channel_step": fields["input_stride_c"] - (p.K - 1) * tap_step,
             },
         )
+
+    def work(self, problem: ConvProblem, step: Step) -> Work:
+        rows = int(dict(step.config.macros)["THREAD_C"])
+        return Work(problem.flops() / 2 * rows / problem.C_out_g, problem.bytes())
 
     def configs(self, device: Device) -> Iterator[Config]:
         for dtype in DTYPES:

@@ -9,11 +9,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
+from ..costs import (
+    FMA_LATENCY_CYCLES,
+    L2_BYTES_PER_CYCLE,
+    MEMORY_BYTES_PER_CYCLE,
+    MULTIPLY_ADDS_PER_CYCLE,
+    RESERVED_SHARED_BYTES,
+    THREAD_ISSUES_PER_CYCLE,
+    Work,
+)
 from ..device import Device
 from ..problem import DTYPES, FORMATS, ConvProblem
 from ..source import params_fields
 from ..text import count
-from .base import MAX_GRID, Config, Family, Layout, Plan, Refusal, conv_plan
+from .base import MAX_GRID, Config, Family, Layout, Plan, Refusal, Step, conv_plan
 from .offsets import Overhang, index_bits
 
 WARP = 32
@@ -26,16 +35,8 @@ NUM_STAGES = 4
 ROWS = (1, 2, 4, 8, 16, 32)
 CHUNKS = (16, 32, 64, 128, 256, 512)  # terms of a buffer
 
-# Figures of the cost model, in clock cycles of a multiprocessor: from one multiply-add to the next of its chain;
-# threads that issue an instruction in a cycle; real multiply-adds a cycle by the size of a real accumulator; bytes a
-# cycle from memory, an H200's 4.3 TB/s over 132 multiprocessors at 1.8 GHz, and from L2; cycles from a load to its data
-# where memory is busy; what a chunk costs for its barrier and its first fetch; cycles until a block has started and
-# ended.
-_CHAIN_CYCLES = 4.0
-_ISSUE_RATE = 128.0
-_MULTIPLY_ADD_RATE = {4: 128.0, 8: 64.0}
-_BYTES_PER_CYCLE = 18.0
-_L2_BYTES_PER_CYCLE = 24.0
+# Of the cost model: cycles from a load to its data where memory is busy; what a chunk costs for its barrier and its
+# first fetch; cycles until a block has started and ended.
 _MEMORY_CYCLES = 1000.0
 _CHUNK_CYCLES = 80.0
 _LATENCY_CYCLES = 2000.0
@@ -88,23 +89,25 @@ class Tiling:
         blocks = -(-p.C_out_g // block_rows) * p.groups
         each = -(-blocks // device.num_sms)
         threads = WARP * (warps + NUM_STAGES)
-        resident = max(1, min(each, _RESIDENT_THREADS // threads, device.shared_per_sm // (shared + 1024)))
+        resident = max(
+            1, min(each, _RESIDENT_THREADS // threads, device.shared_per_sm // (shared + RESERVED_SHARED_BYTES))
+        )
         waves = -(-each // resident)
 
         multiply_adds = thread_n * p.format.multiply_adds
         fetches = p.itemsize / 16 + thread_n * size / 16
         loads = _TERM_SLOTS + _POSITION_SLOTS * block_n + 2 * block_rows * p.itemsize / 16
         limits = (
-            _CHAIN_CYCLES * (2 if p.is_complex else 1),
-            resident * (WARP * warps * (multiply_adds + fetches) + loads) / _ISSUE_RATE,
-            resident * WARP * warps * multiply_adds / _MULTIPLY_ADD_RATE[size // 2 if p.is_complex else size],
+            FMA_LATENCY_CYCLES * (2 if p.is_complex else 1),
+            resident * (WARP * warps * (multiply_adds + fetches) + loads) / THREAD_ISSUES_PER_CYCLE,
+            resident * WARP * warps * multiply_adds / MULTIPLY_ADDS_PER_CYCLE[size // 2 if p.is_complex else size],
             resident * warps * 4 * fetches,  # a warp's 16-byte fetch is four passes through the load/store unit
-            resident * block_rows * p.itemsize / _BYTES_PER_CYCLE,
-            resident * (block_rows + block_n) * p.itemsize / _L2_BYTES_PER_CYCLE,
+            resident * block_rows * p.itemsize / MEMORY_BYTES_PER_CYCLE,
+            resident * (block_rows + block_n) * p.itemsize / L2_BYTES_PER_CYCLE,
             _MEMORY_CYCLES / ((NUM_STAGES - 1) * chunk_terms),
         )
         term_cycles = max(limits) + _OVERLAP_LOSS * (sum(limits) - max(limits))
-        first_chunk = resident * stage_bytes / _BYTES_PER_CYCLE
+        first_chunk = resident * stage_bytes / MEMORY_BYTES_PER_CYCLE
         wave_cycles = terms * term_cycles + -(-terms // chunk_terms) * _CHUNK_CYCLES + first_chunk + _LATENCY_CYCLES
         return cls(block_n, block_rows, chunk_terms, warps, blocks, shared, waves * wave_cycles)
 
@@ -171,6 +174,14 @@ class Conv1dSkinny(Family[ConvProblem]):
                 "vector_weights": int(self._has_vector_weights(p, layout)),
             },
         )
+
+    def work(self, problem: ConvProblem, step: Step) -> Work:
+        # Few warps multiply, some lanes may be idle, and a chain of multiply-adds hides the loads that feed it.
+        p, launch, macros = problem, step.launch, dict(step.config.macros)
+        terms, warps = p.C_in_g * p.K, launch.grid * dict(launch.params)["compute_warps"]
+        lane_sums = int(macros["THREAD_N"]) * (4 if p.is_complex else 1)
+        input_bytes = launch.grid * terms * int(macros["BLOCK_N"]) * p.itemsize
+        return Work(WARP * warps * terms * lane_sums, p.bytes() + input_bytes, warps, load_share=0.0)
 
     def configs(self, device: Device) -> Iterator[Config]:
         for dtype in DTYPES:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+from ..costs import RESERVED_SHARED_BYTES
 from ..device import Device
 from ..problem import DTYPES, FORMATS, ConvProblem
 from ..source import params_fields
@@ -109,7 +110,11 @@ class Tiling:
         warps_c = -(-channel_tiles // channel_blocks)
         channel_bytes = warps_c * tile.thread_c * size
         # Offsets are whole vectors of four.
-        available = min(device.shared_per_block, device.shared_per_sm // tile.min_blocks - 1024) - channel_bytes - 12
+        available = (
+            min(device.shared_per_block, device.shared_per_sm // tile.min_blocks - RESERVED_SHARED_BYTES)
+            - channel_bytes
+            - 12
+        )
         term_bytes = channel_bytes + 4
         chunk_terms = min(terms, _CHUNK_TERMS, (available - entry_bytes) // term_bytes)
         if chunk_terms < min(terms, _FEWEST_CHUNK_TERMS):

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from ..costs import Work
 from ..device import Device
 from ..problem import ConvProblem
 from . import mma
-from .base import MAX_GRID, Config, Family, Layout, Plan, Refusal
+from .base import MAX_GRID, Config, Family, Layout, Plan, Refusal, Step
 from .offsets import Overhang, index_bits
 from .product import Product
 
@@ -35,6 +36,9 @@ class _ConvMma(Family[ConvProblem]):
         if not tilings:
             return Refusal(f"needs at most {MAX_GRID} blocks")
         return mma.make_plan(p, layout, device, product, tilings, self.name)
+
+    def work(self, problem: ConvProblem, step: Step) -> Work:
+        return mma.work(problem, step)
 
 
 class Conv1dMma(_ConvMma):

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
+from ..costs import MEMORY_BYTES_PER_CYCLE, RESERVED_SHARED_BYTES, WARP_ISSUES_PER_CYCLE
 from ..device import Device
 from ..problem import FORMATS, ConvProblem
 from ..text import count
@@ -221,11 +222,7 @@ class Deal:
         return ((f"{shape}, {count(self.repeats, 'time')}", self.cycles),)
 
 
-# Figures of the cost model: warp instructions that a multiprocessor issues in a cycle; bytes a cycle to and from
-# memory, an H200's 4.3 TB/s over 132 multiprocessors at 1.8 GHz; cycles from a block's first load to its last store
-# when nothing else runs.
-_ISSUE = 4.0
-_BYTES_PER_CYCLE = 18.0
+# Of the cost model: cycles from a block's first load to its last store when nothing else runs.
 _LATENCY_CYCLES = 2000.0
 # Instructions of a block besides those of its threads, for its start, its barrier and its end: an estimate.
 _BLOCK_SLOTS = 100.0
@@ -254,10 +251,14 @@ def choose_deal(work: Work, device: Device) -> Deal | None:
             row_groups = -(-work.rows // block_rows)
             warps = -(-row_threads * block_rows // WARP)
             staging = block_rows * work.window_positions(places) * work.position_slots / WARP
-            issue = (_BLOCK_SLOTS + warps * (work.thread_slots + repeats * work.result_slots) + staging) / _ISSUE
-            traffic = block_rows * work.row_bytes(places) / _BYTES_PER_CYCLE
+            issue = (
+                _BLOCK_SLOTS + warps * (work.thread_slots + repeats * work.result_slots) + staging
+            ) / WARP_ISSUES_PER_CYCLE
+            traffic = block_rows * work.row_bytes(places) / MEMORY_BYTES_PER_CYCLE
             blocks = tiles * row_groups
-            resident = min(32, resident_threads // (warps * WARP), device.shared_per_sm // (shared + 1024))
+            resident = min(
+                32, resident_threads // (warps * WARP), device.shared_per_sm // (shared + RESERVED_SHARED_BYTES)
+            )
             resident = max(1, min(resident, -(-blocks // device.num_sms)))
             busy = min(1.0, resident * warps / work.enough_warps)
             cycles = (max(issue, traffic) + min(issue, traffic) / min(resident, _ENOUGH_BLOCKS)) / busy

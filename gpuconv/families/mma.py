@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
+from ..costs import L2_BYTES_PER_CYCLE, MEMORY_BYTES_PER_CYCLE, RESERVED_SHARED_BYTES, SHARED_BYTES_PER_CYCLE, Work
 from ..device import Device
 from ..problem import ConvProblem
 from ..source import params_fields
@@ -57,7 +58,7 @@ MAX_TAIL_CHANNELS = 4
 MAX_UNITS = 4
 # A block alone takes about 100 cycles for a stage, so that 64 are some 3 microseconds. Reductions of four times as many
 # are cut into segments, which blocks of their own can form where the rest of the problem does not fill the GPU; where
-# it does, the segments' own sums cost the smaller warp tiles below, 20 % by bench.predict.
+# it does, the segments' own sums cost the smaller warp tiles below, 20 % by bench.static.
 SEGMENT_STAGES = 64
 MIN_SEGMENTED_STAGES = 256
 MAX_SEGMENTS = 8
@@ -187,14 +188,11 @@ MAX_PARTIAL_BYTES = 64 * 2**20
 MAX_BLOCK_N = 256
 MAX_BLOCK_M = 128
 
-# Figures of the cost model, for an H200 and a multiprocessor: bytes a cycle to and from memory, from L2 (an assumption
-# that bench.predict shares) and of shared memory; cycles until a wave's first data arrive and its last are gone.
-_BYTES_PER_CYCLE = 18.0
-L2_BYTES_PER_CYCLE = 24.0
-SHARED_BYTES_PER_CYCLE = 128.0
+# Of the cost model: cycles until a wave's first data arrive and its last are gone.
 LATENCY_CYCLES = 2500.0
 _SECOND_PASS_CYCLES = 5000.0  # of a launch that reads what another has just written
 _LOAD_CYCLES = 600.0  # from a load to its data, mostly from L2 (an assumption)
+_STAGING_INSTRUCTIONS = 5  # of an element of the window (an assumption)
 _STAGE_CYCLES = 60.0  # the barrier of a stage, and its wait for weights, of a block alone
 
 
@@ -411,7 +409,7 @@ def _cost(
     if tile.segment_mode == 2:
         chunks = reduction.segment_chunks
         traffic = blocks * reduction.segments * tile.block_m * tile.block_n * 8
-        second_pass = _SECOND_PASS_CYCLES + traffic / (_BYTES_PER_CYCLE * device.num_sms)
+        second_pass = _SECOND_PASS_CYCLES + traffic / (MEMORY_BYTES_PER_CYCLE * device.num_sms)
         blocks *= reduction.segments
     terms = reduction.pairs * arithmetic.channels * chunks
     warp_m, warp_n = tile.block_m // tile.warps_m, tile.block_n // tile.warps_n
@@ -422,13 +420,13 @@ def _cost(
     l2 = (loaded + tile.block_m * terms * itemsize * arithmetic.parts) / L2_BYTES_PER_CYCLE
     # A lane loads one element of a window at a time and stores 16 bytes of each part.
     local = (operands + staged * arithmetic.parts) / SHARED_BYTES_PER_CYCLE + loaded / itemsize / WARP
-    stores = tile.block_m * tile.block_n * itemsize / _BYTES_PER_CYCLE
+    stores = tile.block_m * tile.block_n * itemsize / MEMORY_BYTES_PER_CYCLE
     stages = chunks * reduction.stages
     # Batches of input that come when no stages are left to multiply meanwhile, or before the first; LATENCY_CYCLES has
     # one of those.
     batches = input_batches(tile, window, reduction)
     waits = batches - 1 + (chunks - 1) * max(0, batches - reduction.stages)
-    resident = min(tile.min_blocks, max(1, device.shared_per_sm // (shared + 1024)))
+    resident = min(tile.min_blocks, max(1, device.shared_per_sm // (shared + RESERVED_SHARED_BYTES)))
     block = max(multiply, local, l2) + stores + (stages * _STAGE_CYCLES + waits * _LOAD_CYCLES) / resident
     waves, rest = divmod(blocks, device.num_sms * resident)
     last = -(-rest // device.num_sms)
@@ -448,6 +446,25 @@ def _candidates(tilings: tuple[Tiling, ...]) -> tuple[tuple[str, float], ...]:
         return f"{t.tile.block_m}x{t.tile.block_n}" + (f" of {samples} samples" if samples > 1 else "") + cut
 
     return tuple((name(t), t.cycles) for t in tilings)
+
+
+def work(problem: ConvProblem, step: Step) -> Work:
+    """The work of a launch of tiles: every chunk of channels stages a window of the input for all taps."""
+    params, macros, grid = dict(step.launch.params), dict(step.config.macros), step.launch.grid
+    chunks = params["segment_chunks"] if macros["SEGMENT_MODE"] == "2" else params["chunks"]
+    parts, products = (2, 3) if macros["IS_SPLIT"] == "1" else (1, 1)
+    channels = UNIT_BYTES // problem.itemsize  # of a unit
+    terms = chunks * params["pairs"] * channels
+    vectors = grid * chunks * params["units"] * params["window_rows"]
+    weight_bytes = grid * chunks * params["pairs"] * parts * int(macros["BLOCK_M"]) * UNIT_BYTES
+    return Work(
+        multiply_adds=products * grid * int(macros["BLOCK_M"]) * int(macros["BLOCK_N"]) * terms,
+        l2_bytes=weight_bytes + vectors * UNIT_BYTES + problem.bytes(),
+        load_share=0.25,
+        # Of each vector of the window a lane loads its elements one by one and stores its parts.
+        staging_instructions=vectors / WARP * _STAGING_INSTRUCTIONS * channels,
+        staging_wavefronts=vectors / WARP * (channels + 4 * parts),
+    )
 
 
 def smallest_fits(product: Product, arithmetic: Arithmetic, device: Device) -> bool:

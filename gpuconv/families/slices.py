@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ..costs import Work
 from ..problem import BiasGradientProblem, WeightGradientProblem
 from ..source import params_fields
 from .base import PARTIAL, Config, Launch, Layout, Plan, Step, base_config, round_up
@@ -86,9 +87,7 @@ class Slices:
 
     def partial_bytes(self, problem: WeightGradientProblem | BiasGradientProblem) -> int:
         """The memory of the partial sums; none where there is one slice."""
-        if self.count == 1:
-            return 0
-        return self.count * _num_results(problem) * problem.format.accumulator_bytes
+        return _partial_bytes(problem, self.count)
 
     def overhang(self, *, samples: int = 1, channels: int = 1, positions: int = 0, taps: int = 0) -> Overhang:
         """That of a kernel whose slices are filled up to aligned positions; it walks one step behind its axes."""
@@ -101,6 +100,10 @@ class Slices:
 
 def _num_results(problem: WeightGradientProblem | BiasGradientProblem) -> int:
     return math.prod(list(problem.shapes.values())[-1])
+
+
+def _partial_bytes(problem: WeightGradientProblem | BiasGradientProblem, count: int) -> int:
+    return count * _num_results(problem) * problem.format.accumulator_bytes if count > 1 else 0
 
 
 def weight_fields(problem: WeightGradientProblem, layout: Layout, slices: Slices) -> dict[str, int]:
@@ -124,6 +127,14 @@ def weight_fields(problem: WeightGradientProblem, layout: Layout, slices: Slices
     for name, array, axes in (("coarse", "coarse", "ncl"), ("fine", "fine", "ncl"), ("weight", "grad_weight", "rck")):
         fields.update(zip((f"{name}_stride_{axis}" for axis in axes), layout[array].strides, strict=True))
     return fields
+
+
+def sums_work(problem: WeightGradientProblem, step: Step, held: int, products: int = 1) -> Work:
+    """The work of a kernel whose threads hold so many sums, those that are none included, of `products` each."""
+    params = dict(step.launch.params)
+    count = -(-params["N"] // params["slice_samples"]) * params["slice_pieces"]
+    waste = held / (count * _num_results(problem))
+    return Work(products * problem.flops() / 2 * waste, problem.bytes() + _partial_bytes(problem, count))
 
 
 def sliced_plan(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..costs import RESERVED_SHARED_BYTES
 from ..device import Device
 from ..problem import FORMATS, ConvProblem
 from ..source import params_fields
@@ -107,7 +108,8 @@ class Slide:
         window_bytes = (threads + tap_blocks) * vec * p.itemsize
         channel_bytes = 2 * (window_bytes + tap_blocks * rows * vec * p.format.accumulator_bytes)
         shares = (
-            min(device.shared_per_block, device.shared_per_sm // blocks - 1024) for blocks in (MIN_BLOCKS[32], 2, 1)
+            min(device.shared_per_block, device.shared_per_sm // blocks - RESERVED_SHARED_BYTES)
+            for blocks in (MIN_BLOCKS[32], 2, 1)
         )
         fits = next((share // channel_bytes for share in shares if share >= channel_bytes), 0)
         if fits == 0:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
+from ..costs import MEMORY_BYTES_PER_CYCLE, MULTIPLY_ADDS_PER_CYCLE, RESERVED_SHARED_BYTES, THREAD_ISSUES_PER_CYCLE
 from ..device import Device
 from ..problem import FORMATS
 from .base import (
@@ -103,12 +104,7 @@ MAX_BLOCK_M = max(tile.block_m for tiles in TILES.values() for tile in tiles)
 MAX_BLOCK_N = max(tile.block_n for tiles in TILES.values() for tile in tiles)
 MAX_BLOCK_R = max(tile.block_r for tiles in TILES.values() for tile in tiles)
 
-# Figures of the cost model, in clock cycles of a multiprocessor. Threads that issue an instruction in a cycle; real
-# multiply-adds a cycle by the size of a real accumulator; bytes a cycle to and from memory, an H200's 4.3 TB/s over 132
-# multiprocessors at 1.8 GHz; cycles until a block's first data arrive and its last are gone.
-_ISSUE_RATE = 128
-_MULTIPLY_ADD_RATE = {4: 128, 8: 64}
-_BYTES_PER_CYCLE = 18.0
+# Of the cost model: cycles until a block's first data arrive and its last are gone.
 _LATENCY_CYCLES = 1500.0
 # Instructions of a thread, read from the machine code for sm_90: to load an input of regular and of irregular columns
 # (the copy, the check that it exists, and for the latter an address of its own), more for 16-bit data, which pass
@@ -132,18 +128,18 @@ def _term_cycles(tile: Tile, dtype: str, column_step: int, gathers_rows: bool) -
     is_complex = FORMATS[dtype].is_complex
     multiply_adds = tile.thread_m * tile.thread_n * FORMATS[dtype].multiply_adds
     fetches = (tile.thread_m + tile.thread_n) / vec
-    rate = _MULTIPLY_ADD_RATE[size // 2 if is_complex else size]
+    rate = MULTIPLY_ADDS_PER_CYCLE[size // 2 if is_complex else size]
     if gathers_rows:
         loads = (tile.block_m + tile.block_n) / tile.threads
         others = _GATHER_INSTRUCTIONS * loads + _GATHER_CHUNK_INSTRUCTIONS / tile.block_r
         instructions = multiply_adds + fetches + others
         wavefronts = _FETCH_WAVEFRONTS * fetches + _GATHER_WAVEFRONTS * loads
-        return tile.threads * max(instructions / _ISSUE_RATE, multiply_adds / rate, wavefronts / WARP)
+        return tile.threads * max(instructions / THREAD_ISSUES_PER_CYCLE, multiply_adds / rate, wavefronts / WARP)
     conversion = _CONVERSION_INSTRUCTIONS if FORMATS[dtype].itemsize == 2 else 0
     for_column = _INPUT_INSTRUCTIONS[column_step == 0] + conversion
     loads = (tile.block_m / vec + tile.block_n * for_column) / tile.threads
     instructions = multiply_adds + fetches + loads + _CHUNK_INSTRUCTIONS / tile.block_r
-    return tile.threads * max(instructions / _ISSUE_RATE, multiply_adds / rate)
+    return tile.threads * max(instructions / THREAD_ISSUES_PER_CYCLE, multiply_adds / rate)
 
 
 def cost(
@@ -164,8 +160,8 @@ def cost(
     A block takes the longer of its arithmetic and its stores; blocks of one multiprocessor share its rates, so a wave
     takes as long as its blocks one after the other, and latency is paid once a wave.
     """
-    stores = tile.block_m * tile.block_n * FORMATS[dtype].itemsize / _BYTES_PER_CYCLE
-    shared = tile.shared_bytes(FORMATS[dtype].accumulator_bytes) + 1024  # which the system takes of each block
+    stores = tile.block_m * tile.block_n * FORMATS[dtype].itemsize / MEMORY_BYTES_PER_CYCLE
+    shared = tile.shared_bytes(FORMATS[dtype].accumulator_bytes) + RESERVED_SHARED_BYTES
     resident = min(tile.min_blocks, max(1, device.shared_per_sm // shared))
     waves, rest = divmod(blocks, device.num_sms * resident)
     last = -(-rest // device.num_sms)

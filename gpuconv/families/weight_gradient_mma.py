@@ -11,25 +11,24 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
+from ..costs import L2_BYTES_PER_CYCLE, RESERVED_SHARED_BYTES, SHARED_BYTES_PER_CYCLE, Work
 from ..device import Device
 from ..problem import WeightGradientProblem
 from ..text import count
-from .base import MAX_GRID, Config, Family, Launch, Layout, Plan, Refusal, params_of, round_up
+from .base import MAX_GRID, Config, Family, Launch, Layout, Plan, Refusal, Step, params_of, round_up
 from .mma import (
     ARITHMETICS,
-    L2_BYTES_PER_CYCLE,
     LATENCY_CYCLES,
     MIN_CHANNELS,
     MIN_SPLIT_ROWS,
     MIN_SPLIT_TERMS,
-    SHARED_BYTES_PER_CYCLE,
     SPLIT_TERMS,
     UNIT_BYTES,
     WARP,
     Arithmetic,
 )
 from .offsets import index_bits
-from .slices import Slices, gradient_config, sliced_plan, weight_fields
+from .slices import Slices, gradient_config, sliced_plan, sums_work, weight_fields
 
 STEP = SPLIT_TERMS  # positions of a step: one product of 16-bit matrices along the reduction, or two
 OCTET = 8  # columns of one product
@@ -173,6 +172,11 @@ class WeightGradientMma(Family[WeightGradientProblem]):
         launch = Launch(tiling.blocks, tile.threads, tiling.shared_bytes, bits, params)
         candidates = tuple((f"{t.tile.block_m}x{t.tile.block_n} of {count(t.taps, 'tap')}", t.cycles) for t in tilings)
         return sliced_plan(p, layout, slices, config, launch, candidates)
+
+    def work(self, problem: WeightGradientProblem, step: Step) -> Work:
+        macros = dict(step.config.macros)
+        held = step.launch.grid * int(macros["BLOCK_M"]) * int(macros["BLOCK_N"])
+        return sums_work(problem, step, held, 3 if macros["IS_SPLIT"] == "1" else 1)
 
     def configs(self, device: Device) -> Iterator[Config]:
         for (dtype, precision), arithmetic in ARITHMETICS.items():
@@ -361,7 +365,7 @@ def _cost(
     # A lane loads as many positions of a channel as the width says and stores 16 bytes of each part.
     loads = chunks * (tile.block_m * chunk_terms / widths[0] + octets * OCTET * window.rows / widths[1])
     local = (operands + staged * arithmetic.parts) / SHARED_BYTES_PER_CYCLE + loads / WARP
-    resident = min(tile.min_blocks, max(1, device.shared_per_sm // (shared + 1024)))
+    resident = min(tile.min_blocks, max(1, device.shared_per_sm // (shared + RESERVED_SHARED_BYTES)))
     issue = loads * _LOAD_INSTRUCTIONS / WARP / 4
     out = tile.block_m * tile.block_n / WARP * _STORE_CYCLES
     block = max(multiply + issue, local, staged / L2_BYTES_PER_CYCLE) + out + chunks * _CHUNK_CYCLES / resident

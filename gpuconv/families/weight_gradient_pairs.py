@@ -9,11 +9,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
+from ..costs import Work
 from ..device import Device
 from ..problem import DTYPES, FORMATS, WeightGradientProblem
-from .base import MAX_GRID, ArrayLayout, Config, Family, Launch, Layout, Plan, Refusal, params_of
+from .base import MAX_GRID, ArrayLayout, Config, Family, Launch, Layout, Plan, Refusal, Step, params_of
 from .offsets import index_bits
-from .slices import Slices, gradient_config, sliced_plan, weight_fields
+from .slices import Slices, gradient_config, sliced_plan, sums_work, weight_fields
 
 WARP = 32
 THREAD_K = 8
@@ -72,6 +73,9 @@ class WeightGradientPairs(Family[WeightGradientProblem]):
         )
         launch = Launch(shape.grid, shape.block_pairs * shape.tap_threads, shape.shared_bytes, shape.bits, params)
         return sliced_plan(p, layout, slices, self._config(shape.slides, p.dtype, shape.bits), launch)
+
+    def work(self, problem: WeightGradientProblem, step: Step) -> Work:
+        return sums_work(problem, step, step.launch.grid * step.launch.block * THREAD_K)
 
     def configs(self, device: Device) -> Iterator[Config]:
         for dtype in DTYPES:

@@ -10,11 +10,12 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
+from ..costs import Work
 from ..device import Device
 from ..problem import DTYPES, FORMATS, WeightGradientProblem
-from .base import MAX_GRID, Config, Family, Launch, Layout, Plan, Refusal, params_of
+from .base import MAX_GRID, Config, Family, Launch, Layout, Plan, Refusal, Step, params_of
 from .offsets import index_bits
-from .slices import Slices, gradient_config, sliced_plan, weight_fields
+from .slices import Slices, gradient_config, sliced_plan, sums_work, weight_fields
 from .tiles import Tile, cost
 
 # By the size of the accumulator, as in tiles.py; low and wide, or high and narrow ones for groups of few channels.
@@ -68,6 +69,10 @@ class WeightGradientTiled(Family[WeightGradientProblem]):
         launch = Launch(tiling.blocks, tile.threads, shared_bytes, bits, params)
         candidates = tuple((f"{t.tile.block_m}x{t.tile.block_n}", t.cycles) for t in tilings)
         return sliced_plan(p, layout, slices, config, launch, candidates)
+
+    def work(self, problem: WeightGradientProblem, step: Step) -> Work:
+        macros = dict(step.config.macros)
+        return sums_work(problem, step, step.launch.grid * int(macros["BLOCK_M"]) * int(macros["BLOCK_N"]))
 
     def configs(self, device: Device) -> Iterator[Config]:
         for dtype in DTYPES:

@@ -1,0 +1,1 @@
+"""Everything that only a GPU can tell, in the few minutes that one is there."""

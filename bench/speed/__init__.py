@@ -1,0 +1,1 @@
+"""How long the kernels take on a GPU, beside their peers."""
