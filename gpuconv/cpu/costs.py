@@ -31,8 +31,7 @@ STRIDED_ELEMENTWISE = 0.45
 CONVERT = {"float16": 2.2, "bfloat16": 0.25}
 
 # A product in a stack of products; an operation and an element of the result of a product; an element that BLAS packs
-# for a large one, and the time for its
-# threads to meet. OUTER is an element of a product of depth 1.
+# for a large one, and the time for its threads to meet. OUTER is an element of a product of depth 1.
 PRODUCT = 40.0
 FLOP = 0.0095
 RESULT = 0.06
