@@ -262,9 +262,6 @@ def measure_ceilings() -> Ceilings:
     return Ceilings(f"this CPU, NumPy {versions('numpy')['numpy']}", copy, flops)
 
 
-# -- command line ------------------------------------------------------------------------------------------------------
-
-
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--filter", default="", metavar="REGEX", help="only layers whose name matches")

@@ -100,9 +100,6 @@ def _record(part: Callable[[], object], settle: Callable[[], object], batches: i
     return {"us": round(microseconds(part, settle, batches), 3)}
 
 
-# -- without a GPU ----------------------------------------------------------------------------------------------------
-
-
 class _IdleExecutor:
     """An executor that launches nothing."""
 

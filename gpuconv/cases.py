@@ -207,7 +207,6 @@ CASES: tuple[Case, ...] = (
     _conv("mimi_stream", 1, 36, 20, 24, 16, "model", stride=8),
     _conv("diffusion_policy_mid", 1, 60, 24, 4, 5, "model", padding=2),
     _conv("htdemucs_stem", 2, 2, 48, 160, 8, "model", stride=4, padding=2),
-    # -- transposed ----------------------------------------------------------------------------------------------------
     _transposed("up_k1", 2, 8, 12, 37, 1, "kernel"),
     _transposed("up_k3", 2, 8, 6, 40, 3, "kernel", padding=1),
     _transposed("up_k64_even", 1, 3, 4, 40, 64, "kernel", padding=20, bias=False),

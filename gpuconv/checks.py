@@ -348,16 +348,18 @@ def _check_gradients(s: Subject) -> Failure | None:
     for argument, sums_of in expected.items():
         exact = sums_of(*on_integers[argument]).exact().astype(numpy_dtype(p.dtype))
         output = s.gradient(argument, *on_integers[argument])
-        failure = s.expect_equal(output, exact, f"the gradient in {argument} must equal the reference", None)
+        failure = s.expect_equal(
+            output, exact, f"the gradient with respect to {argument} must equal the reference", None
+        )
         if failure is not None:
             return failure
         output = s.gradient(argument, *normal[argument])
-        message = f"the gradient in {argument} must lie within the error bound of the reference"
+        message = f"the gradient with respect to {argument} must lie within the error bound of the reference"
         failure = s.judge_comparison(sums_of(*normal[argument]).compare(output), message, None, p)
         if failure is not None:
             return failure
         again = s.gradient(argument, *normal[argument])
-        message = f"a second call must give the same bits of the gradient in {argument}"
+        message = f"a second call must give the same bits of the gradient with respect to {argument}"
         failure = s.judge(same_bits(again, output), again, output, message, None, p)
         if failure is not None:
             return failure

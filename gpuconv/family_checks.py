@@ -28,7 +28,7 @@ def families_of(device: Device) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def families_that_take(problem: ConvProblem, device: Device, *, far: bool = False) -> tuple[str, ...]:
-    """The kernel families that compute a problem, or its gradient in weight or bias; the base family comes first.
+    """The kernel families that compute a problem, or its gradient with respect to weight or bias, the base first.
 
     There is none for an output, or an operand of a gradient, without elements. The arrays are contiguous, or lie as
     `spread` puts them where they are to be far apart.
@@ -88,7 +88,7 @@ def _check_forward_family(s: Subject, family: Family[Any]) -> Failure | None:
 
 
 class _Gradient(NamedTuple):
-    """The gradient in weight or bias that a family computes of a subject."""
+    """The gradient with respect to weight or bias that a family computes of a subject."""
 
     subject: Subject
     family: str

@@ -1,6 +1,6 @@
-"""The gradients of `conv1d` and `conv_transpose1d` in their input, weight and bias, as functions of arrays.
+"""The gradients of `conv1d` and `conv_transpose1d` with respect to input, weight and bias, as functions of arrays.
 
-Each takes the gradient of a loss in the output and returns that in one of the arguments. Of complex data they follow
+Each takes the gradient of a loss with respect to the output and returns that with respect to one of the arguments. Of complex data they follow
 PyTorch's convention: the gradient is the adjoint applied to `grad_output`, so the other factor of each product is
 conjugated.
 
@@ -32,7 +32,7 @@ def conv1d_input(
     algorithm: str | None = None,
     out: ArrayT | None = None,
 ) -> ArrayT:
-    """The gradient of `gpuconv.conv1d` in its input.
+    """The gradient of `gpuconv.conv1d` with respect to its input.
 
     ::
 
@@ -89,7 +89,7 @@ def conv1d_weight(
     algorithm: str | None = None,
     out: ArrayT | None = None,
 ) -> ArrayT:
-    """The gradient of `gpuconv.conv1d` in its weight.
+    """The gradient of `gpuconv.conv1d` with respect to its weight.
 
     ::
 
@@ -134,7 +134,7 @@ def conv1d_weight(
 
 
 def conv1d_bias(grad_output: ArrayT, *, out: ArrayT | None = None) -> ArrayT:
-    """The gradient of `gpuconv.conv1d` in its bias: the sum of `grad_output` over samples and positions.
+    """The gradient of `gpuconv.conv1d` with respect to its bias: the sum of `grad_output` over samples and positions.
 
     Args:
         grad_output: the gradient of the output, (N, C_out, L_out) or (C_out, L_out). NumPy or CuPy, any strides.
@@ -173,7 +173,7 @@ def conv_transpose1d_input(
     algorithm: str | None = None,
     out: ArrayT | None = None,
 ) -> ArrayT:
-    """The gradient of `gpuconv.conv_transpose1d` in its input.
+    """The gradient of `gpuconv.conv_transpose1d` with respect to its input.
 
     ::
 
@@ -233,7 +233,7 @@ def conv_transpose1d_weight(
     algorithm: str | None = None,
     out: ArrayT | None = None,
 ) -> ArrayT:
-    """The gradient of `gpuconv.conv_transpose1d` in its weight.
+    """The gradient of `gpuconv.conv_transpose1d` with respect to its weight.
 
     ::
 
@@ -281,7 +281,7 @@ def conv_transpose1d_weight(
 
 
 def conv_transpose1d_bias(grad_output: ArrayT, *, out: ArrayT | None = None) -> ArrayT:
-    """The gradient of `gpuconv.conv_transpose1d` in its bias: the sum of `grad_output` over samples and positions.
+    """The gradient of `gpuconv.conv_transpose1d` with respect to its bias: the sum of `grad_output` over samples and positions.
 
     Args:
         grad_output: the gradient of the output, (N, C_out, L_out) or (C_out, L_out). NumPy or CuPy, any strides.

@@ -162,8 +162,6 @@ class ConvProblem:
         for name, shape in (("input", self.input_shape), ("weight", self.weight_shape), ("output", self.output_shape)):
             check_size(self.op, name, shape, self.dtype)
 
-    # -- construction from arrays ------------------------------------------------------------------------------------
-
     @classmethod
     def conv1d(
         cls,
@@ -268,8 +266,6 @@ class ConvProblem:
             op, x.N, x.C_in, C_out, x.L_in, K, s, left, right, d, g, extra, x.dtype, bias is not None, x.batched,
             check_precision(op, precision, x.dtype),
         )  # fmt: skip
-
-    # -- derived values ----------------------------------------------------------------------------------------------
 
     @property
     def kind(self) -> Kind:

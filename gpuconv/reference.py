@@ -269,9 +269,6 @@ def _gamma(m: int, u: float) -> float:
     return m * u / (1 - m * u)
 
 
-# -- the definitions -------------------------------------------------------------------------------------------------
-
-
 def convolution(problem: ConvProblem, input: Array, weight: Array, bias: Array | None = None) -> Sums:
     """The output of a problem; `compute` has the formula."""
     p = problem

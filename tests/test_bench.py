@@ -37,9 +37,6 @@ def case_of(name: str) -> Case:
 CASE = case_of("vocos.dwconv_k7_b1")
 
 
-# -- measuring, on a device made of a clock ----------------------------------------------------------------------------
-
-
 RIGHT = Verdict(True, 1e-8)
 
 
@@ -206,8 +203,6 @@ def test_slow_case_stops_at_its_deadlines() -> None:
     assert (m.ours.status, m.ours.note) == ("failed", "no time left")
 
 
-# -- the budget and the order -----------------------------------------------------------------------------------------
-
 ALL_CASES = [Case(layer, FLOAT32, layer.batch) for layer in load()]
 SOME_CASES = ALL_CASES[::3]
 
@@ -281,9 +276,6 @@ def test_predictions_are_those_of_the_product() -> None:
     assert set(found["complex64"]) == set(SUBSET)
     assert all(us > 0 for times in found.values() for us in times.values())
     assert predictions.read("NVIDIA H100 80GB HBM3") == {}
-
-
-# -- results ----------------------------------------------------------------------------------------------------------
 
 
 def timing(us: float) -> Timing:

@@ -56,9 +56,6 @@ def quick_samples(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-# -- the check --------------------------------------------------------------------------------------------------------
-
-
 def shrink(layer: Layer) -> ConvProblem:
     """The layer with few samples, positions and channels of a group, its settings kept."""
     p = layer.problem()
@@ -155,9 +152,6 @@ def test_weight_windows_begin_at_any_tap() -> None:
     assert {part[2].start for part in seen} >= {0, 40 - 16}
 
 
-# -- the peers --------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.torch
 def test_peers_compute_the_layers() -> None:
     import torch
@@ -205,9 +199,6 @@ def test_cudnn_settings_hold_inside_their_context() -> None:
     for tf32 in (False, True):
         with peers.CudnnSettings(allow_tf32=tf32, deterministic=True).context():
             assert (cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32) == (True, True, tf32)
-
-
-# -- the CPU ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -298,9 +289,6 @@ def test_asking_for_a_gpu_that_is_not_there(monkeypatch: Any, capsys: pytest.Cap
     monkeypatch.setattr(speed, "missing_gpu", lambda: "no GPU: none")
     assert speed.main([]) == 3
     assert "no GPU: none" in capsys.readouterr().out
-
-
-# -- the GPU's side, on stand-ins for CuPy's and PyTorch's CUDA parts -------------------------------------------------
 
 
 class StandInEvent:
@@ -434,9 +422,6 @@ def test_important_layers_are_measured_as_records(stand_in_engine: gpu.GpuEngine
     assert {m.direction for m in result.measurements} == set(passes)
     assert all(m.our_us is not None for m in result.measurements)
     assert {case.layer.name for case in important.cases()} == set(important.LAYERS)
-
-
-# -- the host's cost, the sanitizer's selection -----------------------------------------------------------------------
 
 
 def test_overhead_without_a_gpu(tmp_path: Path, monkeypatch: Any, capsys: pytest.CaptureFixture[str]) -> None:

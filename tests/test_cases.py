@@ -154,9 +154,6 @@ def test_the_quick_selection_leaves_out_no_kind(formats: tuple[str, ...]) -> Non
         assert sum(p.L_in >= 1 and p.L_out >= 3 for p in problems) > 10
 
 
-# -- data ------------------------------------------------------------------------------------------------------------
-
-
 def terms_of(p: ConvProblem, n: int, c_out: int, l_out: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
     """The (weight index, input index) of every product of one output element, by the definition."""
     C_in_g, C_out_g = p.C_in // p.groups, p.C_out // p.groups
@@ -335,9 +332,6 @@ def test_data_is_a_function_of_problem_and_seed() -> None:
         assert first.input.shape == p.input_shape
         assert first.weight.shape == p.weight_shape
         assert (first.bias is None) == (p.bias_shape is None)
-
-
-# -- derived problems: their reference is that of the whole ------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", [case for case in cases.select() if case.problem.L_in], ids=lambda case: case.name)

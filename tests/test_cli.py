@@ -78,9 +78,6 @@ def refusal(capsys: pytest.CaptureFixture[str], *argv: str, code: int = 2) -> st
     return captured.err.removeprefix("gpuconv: error: ").rstrip("\n")
 
 
-# -- conv1d and conv_transpose1d: numbers ----------------------------------------------------------------------------
-
-
 CALLS: list[tuple[str, tuple[int, ...], tuple[int, int, int], int | None, str, dict[str, Any]]] = [
     ("conv1d", (2, 4, 30), (6, 4, 3), 6, "", {}),
     ("conv1d", (4, 30), (6, 4, 3), None, "--padding same", {"padding": "same"}),
@@ -160,9 +157,6 @@ def test_force_replaces_even_the_input() -> None:
     assert sorted(os.listdir()) == ["w.npy", "x.npy"]
 
 
-# -- a recording -----------------------------------------------------------------------------------------------------
-
-
 def test_a_recording_is_smoothed_and_decimated(capsys: pytest.CaptureFixture[str]) -> None:
     ecg = (pywt.data.ecg() / 1024).astype(np.float32)[np.newaxis]
     soundfile.write("ecg.wav", ecg.T, 360, subtype="FLOAT")
@@ -205,9 +199,6 @@ def test_wav_to_npy_and_back(capsys: pytest.CaptureFixture[str]) -> None:
     assert rate == 16000
     assert np.abs(expected).max() > 1
     assert np.array_equal(back.T, expected)
-
-
-# -- conv1d and conv_transpose1d: refusals ---------------------------------------------------------------------------
 
 
 def test_bad_files_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
@@ -341,9 +332,6 @@ def test_a_failing_disk_leaves_no_file() -> None:
     assert sorted(os.listdir()) == ["w.npy", "x.npy"]
 
 
-# -- explain ---------------------------------------------------------------------------------------------------------
-
-
 def test_explain_prints_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
     options = "--input 8,512,3000 --weight 512,512,3 --stride 2 --padding 1 --dtype float16 --bias --arch sm_90"
     assert main(["explain", "conv1d", *options.split()]) == 0
@@ -418,9 +406,6 @@ def test_algorithm_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> No
     assert "--algorithm" in refusal(capsys, "conv1d", "x.npy", "w.npy", "y.npy", "--algorithm", "fast")
 
 
-# -- verify ----------------------------------------------------------------------------------------------------------
-
-
 def test_verify_reports_in_every_form(capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["verify", "--device", "cpu", "--filter", "docs_example", "--dtype", "float32,complex64", "--seed", "5"]
     assert main(argv) == 0
@@ -492,9 +477,6 @@ def test_verify_runs_a_selection_or_all(capsys: pytest.CaptureFixture[str], monk
     assert "selection" not in capsys.readouterr().out
 
 
-# -- info ------------------------------------------------------------------------------------------------------------
-
-
 def test_info_in_both_forms(capsys: pytest.CaptureFixture[str], no_gpu: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUPY_CACHE_DIR", "/somewhere/else")
     assert main(["info", "--json"]) == 0
@@ -527,9 +509,6 @@ def test_info_names_what_is_missing(capsys: pytest.CaptureFixture[str], monkeypa
     assert main(["info"]) == 0
     text = capsys.readouterr().out
     assert text.count("not available") == 7
-
-
-# -- a machine with a GPU, played -------------------------------------------------------------------------------------
 
 
 class _Kernel:
@@ -695,9 +674,6 @@ def test_a_file_is_convolved_on_the_gpu() -> None:
     assert np.array_equal(np.load("y.npy"), gpuconv.conv1d(x, w, padding="same"))
 
 
-# -- the program as a process ----------------------------------------------------------------------------------------
-
-
 def environment() -> dict[str, str]:
     """The environment in which a process started elsewhere imports this gpuconv."""
     root = str(Path(gpuconv.__file__).resolve().parents[1])
@@ -751,9 +727,6 @@ def test_an_interrupt_ends_with_130_and_one_line() -> None:
     )
     done = run("-c", program)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "gpuconv: error: interrupted\n")
-
-
-# -- the rest --------------------------------------------------------------------------------------------------------
 
 
 COMMANDS = ("info", "verify", "explain", "conv1d", "conv_transpose1d", "warmup")

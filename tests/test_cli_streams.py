@@ -57,9 +57,6 @@ def screen(argv: list[str], columns: int, **more: str) -> str:
     return b"".join(chunks).decode().replace("\r\n", "\n")
 
 
-# -- terminals ---------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("columns", [60, 80])
 @pytest.mark.parametrize(
     "command",
@@ -91,9 +88,6 @@ def test_no_color_is_respected() -> None:
 
 def test_a_terminal_is_no_pipe() -> None:
     assert "standard output: is a terminal" in screen(["conv1d", "x.npy", "w.npy", "-", "--device", "cpu"], 80)
-
-
-# -- streams that are closed, full or of another encoding --------------------------------------------------------------
 
 
 FULL = "standard output: cannot be written: No space left on device"
@@ -159,9 +153,6 @@ def test_cupy_without_a_cache_folder_is_named_and_leaves_the_cpu() -> None:
     assert done.stderr.count(b"\n") == 1
 
 
-# -- pipes -------------------------------------------------------------------------------------------------------------
-
-
 def test_arrays_go_through_pipes() -> None:
     x, w = save("x.npy", normal(2, 3, 50)), save("w.npy", normal(4, 3, 5))
     script = "$gpuconv conv1d - w.npy - --device cpu | $gpuconv conv_transpose1d - w.npy - --device cpu"
@@ -195,9 +186,6 @@ def test_a_reader_that_leaves_is_no_error(unbuffered: str) -> None:
     script = "$gpuconv conv1d x.npy w.npy - --device cpu | (sleep 3; head -c 10); exit ${PIPESTATUS[0]}"
     done = shell(script, PYTHONUNBUFFERED=unbuffered)
     assert (done.returncode, done.stderr) == (141, b"")
-
-
-# -- signals and memory ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP])

@@ -158,9 +158,6 @@ def test_messages_point_at_the_real_file(family: Family[Any]) -> None:
         compile_text(text, config.kernel, "sm_90")
 
 
-# -- the tests above can fail ------------------------------------------------------------------------------------------
-
-
 def test_parser_reads_both_formats_of_ptxas() -> None:
     older = """ptxas info    : 0 bytes gmem
 ptxas info    : Compiling entry function 'other' for 'sm_80'

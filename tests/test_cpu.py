@@ -250,9 +250,6 @@ def put_non_finite(arrays: list[Array], rng: random.Random) -> None:
             array.reshape(-1)[rng.randrange(array.size)] = rng.choice([np.nan, np.inf, -np.inf])
 
 
-# -- every method --------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("name", "problem"), [(name, p) for name, problems in METHODS.items() for p in problems], ids=str
 )
@@ -317,9 +314,6 @@ def test_half_precision_is_rounded_once(dtype: str) -> None:
     np.testing.assert_array_equal(y.astype(float), large + 2)
 
 
-# -- layouts ---------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
 @pytest.mark.parametrize("dtype", ["float16", "float32", "complex128"])
 @pytest.mark.parametrize("problem", [problems[0] for problems in METHODS.values()], ids=str)
@@ -369,9 +363,6 @@ def test_unbatched() -> None:
             p.output_padding, p.dtype, p.has_bias, False,
         )  # fmt: skip
         np.testing.assert_array_equal(convolve(single, x[0], w, b), convolve(p, x, w, b)[0])
-
-
-# -- what may not leak -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -488,9 +479,6 @@ def test_overflow_is_an_infinity_and_no_warning() -> None:
         assert_within_bound(problem, y, x, w, b)
 
 
-# -- zero sizes --------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize(
@@ -531,9 +519,6 @@ def test_other_machines_choose_among_the_same_methods(monkeypatch: pytest.Monkey
         assert cpu.method(problem).name in METHODS
         x, w, b = arrays(problem)
         assert_within_bound(problem, convolve(problem, x, w, b), x, w, b)
-
-
-# -- memory ------------------------------------------------------------------------------------------------------------
 
 
 def allowed_memory(problem: ConvProblem) -> int:
@@ -599,9 +584,6 @@ def test_measured_memory(name: str, problem: ConvProblem, case: str, monkeypatch
         tracemalloc.stop()
     assert peak <= cpu.method(p).workspace_bytes + _MIB // 2  # the interpreter's own objects
     assert peak <= allowed_memory(p)
-
-
-# -- one answer --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("problem", [*ALL, *LARGE.values()], ids=str)

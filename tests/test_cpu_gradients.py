@@ -93,9 +93,6 @@ def test_the_form_that_is_chosen_is_right(form: str, p: WeightGradientProblem, d
     assert_right(p, *arrays(p))
 
 
-# -- every form, in tiny blocks ----------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Callable[[random.Random], str]:
     """A function that draws tiny block sizes and a form, so that small problems consist of many blocks."""
@@ -178,9 +175,6 @@ def test_what_is_not_finite_reaches_its_own_terms_alone(p: WeightGradientProblem
     assert np.isfinite(clean).all()
 
 
-# -- sums of nothing ---------------------------------------------------------------------------------------------------
-
-
 def test_empty_sums_are_zeros() -> None:
     for p in (
         problem("conv1d", 0, 4, 6, 10, 10, 3),
@@ -192,8 +186,6 @@ def test_empty_sums_are_zeros() -> None:
     ):
         np.testing.assert_array_equal(compute(p, *arrays(p)), np.zeros(p.weight_shape))
 
-
-# -- memory and threads ------------------------------------------------------------------------------------------------
 
 LARGE = {
     "dots": problem("conv1d", 4, 256, 256, 4000, 4000, 31, 1, 15, 1, 256),
@@ -251,9 +243,6 @@ def test_bits_do_not_depend_on_threads(p: WeightGradientProblem, monkeypatch: py
         monkeypatch.setattr(threads, "usable_cpus", lambda cpus=cpus: cpus)
         results.append(compute(p, coarse, fine).tobytes())
     assert len(set(results)) == 1
-
-
-# -- bias --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -53,9 +53,6 @@ def kernels() -> None:
     hostcuda.prebuild([config for family in DEPTHWISE for config in family.configs(DEVICE)])
 
 
-# -- which kernel a layer gets ----------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("family", DEPTHWISE, **by_name)
 def test_the_kernel_follows_from_the_layer(family: Family[Any]) -> None:
     base = depthwise(family.kind, 8, 400, 9)
@@ -143,9 +140,6 @@ def test_short_rows_fill_the_warps(family: Family[Any]) -> None:
         _, launch = kernel_of(family, p, Layout.contiguous(p), DEVICE)
         params = dict(launch.params)
         assert params["row_threads"] * params["block_rows"] >= 0.75 * launch.block, str(p)
-
-
-# -- rows wherever they lie -------------------------------------------------------------------------------------------
 
 
 def placed(problem: ConvProblem, first: tuple[int, int], gaps: tuple[int, int]) -> Layout:
@@ -262,9 +256,6 @@ def test_offsets_beyond_32_bits(family: Family[Any]) -> None:
     assert_bits_of_the_base(family, p, layout)
 
 
-# -- lengths and taps around the sizes of vectors and steps -----------------------------------------------------------
-
-
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64", "complex128"])
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("family", DEPTHWISE, **by_name)
@@ -310,9 +301,6 @@ def test_nothing_comes_of_an_infinite_weight_in_the_padding(family: Family[Any],
     assert np.isfinite(expected).any()
     assert np.isnan(expected).any()
     np.testing.assert_array_equal(output, expected)
-
-
-# -- division by multiplication ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("divisor", [2, 3, 5, 7, 84, 255, 256, 257, 641, 2**16, 2**20 - 1, 2**30 + 1, 2**31 - 1])

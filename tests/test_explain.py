@@ -26,9 +26,6 @@ def spec(*shape: int, dtype: Any = "float32") -> ArraySpec:
 X, W, B = spec(8, 512, 3000), spec(512, 512, 3), spec(512)
 
 
-# -- on a GPU that need not be there ---------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("case", cases.CASES, ids=lambda case: case.name)
 def test_every_case_is_explained_as_dispatch_chooses(case: cases.Case, arch: str) -> None:
@@ -207,9 +204,6 @@ def test_refusals_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.to_dict()["kernel"]["refusals"][0] == refusal
 
 
-# -- where the arrays lie --------------------------------------------------------------------------------------------
-
-
 def test_strides_reach_the_kernel_and_need_no_copy() -> None:
     x = np.zeros((2, 60, 8), np.float32).transpose(0, 2, 1)[..., ::-2]
     found = explain("conv1d", x, np.zeros((4, 8, 3), np.float32), device="sm_90")
@@ -289,9 +283,6 @@ def test_mixed_arrays_are_refused_as_the_call_refuses_them() -> None:
         explain("conv1d", x, np.zeros((4, 8, 3), np.float32))
 
 
-# -- the CPU path ----------------------------------------------------------------------------------------------------
-
-
 def test_numpy_arrays_are_explained_for_the_cpu() -> None:
     x, w = np.zeros((2, 8, 300), np.float32), np.zeros((4, 8, 3), np.float32)
     found = explain("conv1d", x, w)
@@ -325,9 +316,6 @@ def test_foreign_byte_order_is_copied_on_the_cpu() -> None:
     x, w = np.zeros((8, 300), ">f4"), np.zeros((4, 8, 3), "<f4")
     swapped = "input" if sys.byteorder == "little" else "weight"
     assert explain("conv1d", x, w).copies == (swapped,)
-
-
-# -- arguments -------------------------------------------------------------------------------------------------------
 
 
 def test_it_is_public() -> None:
@@ -394,9 +382,6 @@ def test_bad_arguments(
 ) -> None:
     with pytest.raises(error, match=message):
         explain(*arguments, **settings)
-
-
-# -- gradients ---------------------------------------------------------------------------------------------------------
 
 
 def test_gradient_of_weights() -> None:

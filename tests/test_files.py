@@ -30,9 +30,6 @@ def samples(channels: int, length: int) -> np.ndarray[Any, Any]:
     return np.random.default_rng(0).normal(0.0, 3.0, (channels, length)).astype(np.float32)
 
 
-# -- numbers ---------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_npy_keeps_every_dtype(tmp_path: Path, dtype: str) -> None:
     array = samples(3, 7).astype(numpy_dtype(dtype))
@@ -102,9 +99,6 @@ def test_wav_written_to_a_pipe_has_no_length_and_is_read(tmp_path: Path) -> None
     data[4:8] = struct.pack("<I", 2**32 - 1)
     (tmp_path / "a.wav").write_bytes(data)
     assert np.array_equal(files.read(tmp_path / "a.wav").array, samples(1, 50))
-
-
-# -- refusals of input -----------------------------------------------------------------------------------------------
 
 
 def npy_bytes(array: np.ndarray[Any, Any], **options: Any) -> bytes:
@@ -253,9 +247,6 @@ def test_missing_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         files.read(tmp_path / "a.npy", "bfloat16")
 
 
-# -- refusals of output ----------------------------------------------------------------------------------------------
-
-
 def test_an_output_that_cannot_be_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refusal(name: str, *, force: bool = False, sources: dict[str, Path] | None = None) -> str:
         with pytest.raises(FileError) as caught:
@@ -298,9 +289,6 @@ def test_what_a_wav_file_cannot_hold_is_refused(
     with pytest.raises(FileError, match=message):
         files.write(tmp_path / "a.wav", array, rate)
     assert leftovers(tmp_path) == []
-
-
-# -- all or nothing --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -65,9 +65,6 @@ def assert_right(
     assert reference.within_bound(problem, output, input, weight, bias).all()
 
 
-# -- results -----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("op", OPS)
 def test_every_dtype_gives_a_fresh_array_of_its_own(op: str, dtype: str) -> None:
@@ -173,9 +170,6 @@ def test_taps_in_the_padding_contribute_nothing_whatever_their_weight(op: str, v
     assert finite.tolist() == [True] * 4 + [False] * 12 if op == "conv1d" else [False] * 12 + [True] * 4
 
 
-# -- arrays of every shape and make ------------------------------------------------------------------------------------
-
-
 def swapped(array: Array) -> Array:
     return array.astype(array.dtype.newbyteorder("S"))
 
@@ -248,9 +242,6 @@ def test_a_matrix_is_a_single_sample() -> None:
     output = gpuconv.conv1d(x, draw((6, 4, 3)))
     assert type(output) is np.ndarray
     np.testing.assert_array_equal(output, gpuconv.conv1d(np.asarray(x), draw((6, 4, 3))))
-
-
-# -- out ---------------------------------------------------------------------------------------------------------------
 
 
 def outputs(op: str, dtype: str) -> dict[str, tuple[Array, Array]]:
@@ -402,8 +393,6 @@ def test_inputs_may_overlap_each_other() -> None:
     )
 
 
-# -- what is refused ---------------------------------------------------------------------------------------------------
-
 # Extents that no NumPy array can have; the checks on shapes alone refuse them too.
 IMPOSSIBLE = ("input beyond 64 bits", "sizes beyond 64 bits behind a zero")
 POSSIBLE_BAD_CALLS = [call for call in BAD_CALLS if not str(call.id).endswith(IMPOSSIBLE)]
@@ -485,9 +474,6 @@ def test_reserved_modes_are_refused() -> None:
             function(square.astype("f8"), square.astype("f8"), precision="tf32")
 
 
-# -- concurrency and imports -------------------------------------------------------------------------------------------
-
-
 def test_concurrent_calls_do_not_disturb_each_other() -> None:
     jobs: list[tuple[str, dict[str, Any]]] = []
     for dtype in ("float32", "float16", "complex64"):
@@ -535,9 +521,6 @@ def test_the_examples_in_the_docstrings(module: Any) -> None:
     result = doctest.testmod(module)
     assert result.attempted >= 6
     assert result.failed == 0
-
-
-# -- CuPy arrays -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -72,9 +72,6 @@ def error_of(cupy: Any, call: Callable[[], Any]) -> str:
     return str(raised.value)
 
 
-# -- what CuPy reads of it ---------------------------------------------------------------------------------------------
-
-
 def test_cupy_reads_the_device_properties_where_they_are(cupy: Any) -> None:
     """Every field that is named in our struct, by CuPy's own declaration of the struct."""
     from .gpu_on_cpu import cuda_devices
@@ -141,8 +138,6 @@ def test_a_forked_child_cannot_use_the_gpu() -> None:
     )
     assert "cudaErrorInitializationError" in done.stdout
 
-
-# -- kernels that go wrong ---------------------------------------------------------------------------------------------
 
 FILL = r"""
 extern "C" __global__ void fill(float* out, int n, int first, float value) {
@@ -283,9 +278,6 @@ def test_a_null_parameter_is_refused(cupy: Any) -> None:
     assert "kernelParams[0] is null" in message
 
 
-# -- streams -----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.usefixtures("lazy")
 def test_nothing_runs_before_it_is_waited_for(cupy: Any) -> None:
     stream = cupy.cuda.Stream(non_blocking=True)
@@ -348,8 +340,6 @@ def _works(events: list[Any]) -> list[Any]:
 
     return [machine.HANDLES.get(event.ptr, streams.Event) for event in events]
 
-
-# -- captures and graphs -----------------------------------------------------------------------------------------------
 
 GLOBAL, THREAD_LOCAL, RELAXED = 0, 1, 2
 
@@ -438,9 +428,6 @@ def test_a_stream_that_joined_a_capture_must_come_back(cupy: Any) -> None:
     assert (array.get() == 7).all()
 
 
-# -- the command line -------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -457,8 +444,6 @@ def test_the_command_line_finds_the_gpus(
     assert expected in capsys.readouterr().out
     assert machine.DEVICES[0].error is None
 
-
-# -- faults planted in gpuconv's use of CuPy ---------------------------------------------------------------------------
 
 ARRAYS = [(1, 4, 50), (6, 4, 3)]
 

@@ -54,9 +54,6 @@ class Case:
         return re.sub(r"\W+", "_", self.code)
 
 
-# -- operands ----------------------------------------------------------------------------------------------------------
-
-
 def bits_of(kind: str) -> int:
     return 8 * DTYPES[kind].itemsize
 
@@ -135,9 +132,6 @@ def to_kind(value: float, kind: str) -> float:
     if math.isnan(value) or math.isinf(value) or value == 0:
         return value
     return rounded(Fraction(value), kind)
-
-
-# -- definitions -------------------------------------------------------------------------------------------------------
 
 
 def divided(a: int, b: int, kind: str) -> int:
@@ -371,9 +365,6 @@ def cases() -> list[Case]:
 CASES = {case.name: case for case in cases()}
 
 
-# -- the module --------------------------------------------------------------------------------------------------------
-
-
 def register_kind(kind: str) -> str:
     return kind if kind in ("f32", "f64") else f"b{max(bits_of(kind), 16)}"
 
@@ -454,9 +445,6 @@ def test_an_instruction_does_what_the_isa_says(name: str) -> None:
         assert same or both_nan, f"{case.code} of {row}: {value}, expected {expected}"
 
 
-# -- what is not known is refused --------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "code",
     [
@@ -485,9 +473,6 @@ def test_what_is_not_known_is_refused_by_its_text(code: str) -> None:
     text = f".visible .entry k()\n{{\n{registers}\n{opcode} {rest}\nret;\n}}\n"
     with pytest.raises(ptx.UnknownPtxError, match=re.escape(opcode)):
         ptx.translate(text)
-
-
-# -- warps, memory, special registers ----------------------------------------------------------------------------------
 
 
 def run_text(body: str, output: np.ndarray[Any, Any], *inputs: np.ndarray[Any, Any], block: int = 32) -> None:

@@ -21,8 +21,6 @@ from bench.gpu_report.run import Ended, Run, Step
 from bench.speed import results
 from tests.test_bench import LAYERS, measurement
 
-# -- the report -------------------------------------------------------------------------------------------------------
-
 
 @pytest.fixture
 def report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
@@ -255,9 +253,6 @@ def test_report_can_be_rehearsed(tmp_path: Path) -> None:
     assert set(ended.values()) == {"ok"}
     assert {"verify", "tests", "racecheck", "ncu_feat1", "benchmark", "gradients"} <= set(ended)
     assert not {"build", "ptx", "micro"} & set(ended)
-
-
-# -- the tiles on tensor cores ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.gpu

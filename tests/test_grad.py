@@ -74,9 +74,6 @@ def integers(p: ConvProblem, seed: int = 0) -> tuple[Array, Array, Array]:
     return tuple(draw(shape, p.dtype, seed + i) for i, shape in enumerate(shapes))  # type: ignore[return-value]
 
 
-# -- identities --------------------------------------------------------------------------------------------------------
-
-
 def inner(a: Array, b: Array) -> complex:
     return complex(np.vdot(b.astype(np.complex128), a.astype(np.complex128)))
 
@@ -98,7 +95,7 @@ def test_gradients_are_adjoints_exactly(case: Case, dtype: str) -> None:
 
 @pytest.mark.parametrize("case", CASES[::13], ids=lambda case: case.name)
 def test_finite_differences(case: Case) -> None:
-    """Of half the squared output, whose gradient in the output is the output."""
+    """Of half the squared output, whose gradient with respect to the output is the output."""
     p = case.at("float64")
     rng = np.random.default_rng(0)
     arguments = {"input": p.input_shape, "weight": p.weight_shape, "bias": (p.C_out,)}
@@ -120,9 +117,6 @@ def test_finite_differences(case: Case) -> None:
             array[at] = value
             assert (losses[0] - losses[1]) / 2e-3 == pytest.approx(result[at], rel=1e-6, abs=1e-6)
     assert len(CASES[::13]) >= 10
-
-
-# -- inputs at the edges -----------------------------------------------------------------------------------------------
 
 
 def test_inputs_that_no_window_contains_get_zeros() -> None:
@@ -186,9 +180,6 @@ def test_a_single_sample_equals_a_batch_of_one(op: str, argument: str, dtype: st
     np.testing.assert_array_equal(result, whole[0] if argument == "input" else whole)
 
 
-# -- values that are not finite ----------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", CASES[::4], ids=lambda case: case.name)
 def test_non_finite_values_stay_in_their_terms(case: Case, dtype: str) -> None:
@@ -200,9 +191,6 @@ def test_non_finite_values_stay_in_their_terms(case: Case, dtype: str) -> None:
     for argument in ARGUMENTS:
         result = gradient(argument, p, data.input, data.weight, u, **dict(case.settings))
         assert expected(argument, p, data.input, data.weight, u).within_bound(result).all()
-
-
-# -- arrays of every shape and make ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("make", MAKES.values(), ids=MAKES.keys())
@@ -275,8 +263,6 @@ def test_a_wrong_out_is_refused(op: str, argument: str) -> None:
     if u.size == np.prod(shape):
         refused(u.reshape(shape), ValueError, "out must not overlap grad_output, but they share memory")
 
-
-# -- what is refused ---------------------------------------------------------------------------------------------------
 
 NOT_OF_GRADIENTS = ("bias", "input None", "weight None")
 
@@ -379,8 +365,6 @@ def test_the_examples_in_the_docstrings() -> None:
     assert result.attempted >= 18
     assert result.failed == 0
 
-
-# -- CuPy arrays -------------------------------------------------------------------------------------------------------
 
 SOME_CASES = [
     case

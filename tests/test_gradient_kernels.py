@@ -121,9 +121,6 @@ def kernels() -> None:
     hostcuda.prebuild([*chosen, *sums])
 
 
-# -- the table -------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("family", FAMILIES, **by_name)
 def test_the_table_reaches_the_family(family: Family[Any]) -> None:
     table = problems("float32").values()
@@ -161,9 +158,6 @@ def test_rounding(family: Family[Any], dtype: str, group: str) -> None:
             assert reference.weight_gradient(p, *arrays).within_bound(result).all(), name
         if not is_nonfinite:  # NaNs have more than one encoding
             assert_same_bits(output, base, name)
-
-
-# -- order of summation ----------------------------------------------------------------------------------------------
 
 
 def in_order(problem: WeightGradientProblem, coarse: Array, fine: Array) -> Array:
@@ -238,9 +232,6 @@ def test_bits_do_not_depend_on_the_device() -> None:
         assert_same_bits(hostcuda.compute(p, *arrays, device=device), expected, device.name)
 
 
-# -- slices ----------------------------------------------------------------------------------------------------------
-
-
 def shapes() -> Iterator[WeightGradientProblem | BiasGradientProblem]:
     rng = np.random.default_rng(5)
     for _ in range(300):
@@ -270,9 +261,6 @@ def test_slices_give_a_gpu_enough_to_do() -> None:
     assert Slices.of(dense).count * 512 * 512 * 3 >= 2**23
     huge = WeightGradientProblem("conv1d", 64, 4096, 4096, 3000, 3004, 5)
     assert Slices.of(huge) == Slices(1, 64, 3000, 1)
-
-
-# -- edges, layouts, indices -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -408,9 +396,6 @@ def test_every_launch_keeps_the_contract() -> None:
                 assert max(abs(value) for _, value in launch.params) < 2 ** (launch.index_bits - 1)
 
 
-# -- shared memory ---------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("name", "problem"),
     [
@@ -443,8 +428,6 @@ def test_no_result_needs_the_nan_fallback(name: str, problem: WeightGradientProb
     # A zero's sign may differ before the slices are added to +0.
     np.testing.assert_array_equal(*sums)
 
-
-# -- bias ------------------------------------------------------------------------------------------------------------
 
 BIASES = (
     BiasGradientProblem(2, 5, 37),
@@ -481,9 +464,6 @@ def test_bias_of_any_layout() -> None:
     assert choice is not None
     assert choice.launch.index_bits == 64
     assert_same_bits(hostcuda.compute(p, dy, layout=far), expected, "64 bits")
-
-
-# -- on a GPU --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.gpu

@@ -110,9 +110,6 @@ def kernels() -> None:
     hostcuda.prebuild([*chosen, *(with_64_bits(config) for config in chosen if config.kernel in BASE.values())])
 
 
-# -- the table -------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("family", FORWARD_FAMILIES, **by_name)
 def test_the_table_reaches_the_family(family: Family[Any]) -> None:
     assert sum(takes(family, case.problem) for case in CASES) >= 5
@@ -168,9 +165,6 @@ def test_bits_do_not_depend_on_the_chunk(family: Family[Any], mode: str, group: 
             assert_same_bits(output, whole[..., start:stop], (case.name, start, stop))
 
 
-# -- edges of each family's own configuration ------------------------------------------------------------------------
-
-
 def with_output_length(problem: ConvProblem, L_out: int) -> ConvProblem:
     """The layer on the shortest input that gives at least L_out outputs, with padding that gives exactly L_out."""
     p = problem
@@ -216,9 +210,6 @@ def test_edge_lengths(family: Family[Any], mode: str) -> None:
                 assert_same_bits(output, exact_result(p, data), p)
                 checked += 1
     assert checked >= 6
-
-
-# -- the base families: order of summation, arrays of any layout, 64-bit indices --------------------------------------
 
 
 def in_canonical_order(problem: ConvProblem, data: Data) -> Array:
@@ -353,8 +344,6 @@ def test_offsets_beyond_32_bits(family: Family[Any]) -> None:
     assert_same_bits(output, exact_result(p, data), p)
 
 
-# -- layers of real models -------------------------------------------------------------------------------------------
-
 LAYER_FLOPS = 2e6
 
 
@@ -413,9 +402,6 @@ def test_benchmark_layers(family: Family[Any], mode: str) -> None:
             assert_same_bits(output, hostcuda.compute(p, *data, family=BASE[p.op], device=DEVICE), layer.name)
         checked += 1
     assert checked > 0
-
-
-# -- on a GPU --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

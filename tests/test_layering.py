@@ -198,8 +198,6 @@ def test_kernels_are_made_by_the_runtime_alone() -> None:
     assert mentions == ["runtime"]
 
 
-# -- families and their kernels ----------------------------------------------------------------------------------------
-
 CUDA_FILES = sorted(directory().glob("*.cu*"))
 HELPERS = {"pack_weight", "pack_mma_weight", "sum_slices"}  # kernels that run before or after those of families
 EVERY_FAMILY: tuple[Family[Any], ...] = FAMILIES

@@ -88,9 +88,6 @@ def program_of(config: Config) -> Program:
     return Program.from_text(config.kernel, source.assemble(config.kernel, dict(config.macros)))
 
 
-# -- which layers ------------------------------------------------------------------------------------------------------
-
-
 @st.composite
 def layers(draw: st.DrawFn) -> ConvProblem:
     op: Op = draw(st.sampled_from(("conv1d", "conv_transpose1d")))
@@ -182,9 +179,6 @@ def test_turing_computes_in_float16(problem: ConvProblem) -> None:
     assert_right(p, run(p, data, device=turing, schedule="every"), data)
     exact = cases.exact_data(p, 2)
     assert_same_bits(run(p, exact, device=turing), run(p, exact), p)
-
-
-# -- windows -----------------------------------------------------------------------------------------------------------
 
 
 @st.composite
@@ -328,8 +322,6 @@ def test_products_fill_the_main_loop_of_the_square_tile() -> None:
     assert found.loop.useful_share >= 0.6
 
 
-# -- promise 3 ---------------------------------------------------------------------------------------------------------
-
 # Long enough for several segments, of which the last is shorter.
 LONG = {
     "conv1d": ConvProblem("conv1d", 2, 530, 20, 26, 16, 2, 3, 2, has_bias=True),
@@ -441,9 +433,6 @@ def test_offsets_beyond_32_bits(name: str, mode: str) -> None:
     assert_same_bits(run(p, data, layout=layout), run(p, data), str(p))
 
 
-# -- values that are no numbers ----------------------------------------------------------------------------------------
-
-
 def assert_like_base(problem: ConvProblem, data: Data) -> Array:
     """The result, once it has NaNs and infinities where the base family has them, and is right elsewhere."""
     y, expected = run(problem, data), base(problem, data)
@@ -493,9 +482,6 @@ def test_tf32_that_rounds_past_the_largest_number_is_as_good_as_unrounded() -> N
     x[0, :, 5] *= np.float32(2.0**-10)
     w[3] *= np.float32(2.0**-10)
     assert_right(p, run(p, Data(x, w, b)), Data(x, w, b))
-
-
-# -- magnitudes, and float32 by split TF32 -----------------------------------------------------------------------------
 
 
 def powers(rng: np.random.Generator, shape: tuple[int, ...], low: int, end: int) -> Array:
@@ -595,9 +581,6 @@ def test_without_the_flush_the_bound_would_break(monkeypatch: pytest.MonkeyPatch
         error = np.abs(broken - reference.compute(p, *data))
         assert (error > 1.2 * (p.terms - 4) * 2.0**-24).all()
         assert not reference.within_bound(p, broken, *data).any()
-
-
-# -- the public function -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.gpu

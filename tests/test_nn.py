@@ -83,9 +83,6 @@ def test_precision(name: str) -> None:
         getattr(nn, name)(4, 6, 3, dtype="float64", precision="tf32")
 
 
-# -- as torch.nn -------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.torch
 @pytest.mark.parametrize("name", LAYERS)
 def test_constructor_arguments_and_defaults_are_pytorchs(name: str) -> None:
@@ -150,9 +147,6 @@ def test_outputs_are_pytorchs(name: str, args: Any, kwargs: Any, batch: tuple[in
     with torch.no_grad():
         expected = theirs(torch.from_numpy(x)).numpy()
     np.testing.assert_allclose(ours(x), expected, rtol=1e-12, atol=1e-12)
-
-
-# -- the call ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -240,8 +234,6 @@ def test_layers_copy_and_pickle_deeply() -> None:
     assert repr(twin) == repr(layer)
 
 
-# -- what the constructor refuses --------------------------------------------------------------------------------------
-
 BAD_FOR_BOTH: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"in_channels": -1}, ValueError, "in_channels must be at least 0, got -1"),
     ({"in_channels": 4.0}, TypeError, "in_channels must be an int, got float 4.0"),
@@ -309,9 +301,6 @@ def test_pytorchs_dtypes_are_refused(name: str) -> None:
 
     with pytest.raises(TypeError, match=r"^Conv.*: dtype must be one of .*, got torch\.float32$"):
         getattr(nn, name)(4, 6, 3, dtype=torch.float32)
-
-
-# -- the initial distribution ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -384,8 +373,6 @@ def test_layers_without_channels_exist(dtype: str) -> None:
     assert nn.Conv1d(4, 0, 3, dtype=dtype)(np.ones((2, 4, 10), dtype)).shape == (2, 0, 8)
     assert nn.ConvTranspose1d(0, 6, 3, dtype=dtype)(x).shape == (2, 6, 12)
 
-
-# -- dtype and device --------------------------------------------------------------------------------------------------
 
 BFLOAT16 = numpy_dtype("bfloat16")
 
@@ -482,9 +469,6 @@ for make in (lambda: nn.Conv1d(1, 1, 1, device="cuda"), lambda: nn.Conv1d(1, 1, 
         f'Conv1d: device "cuda" needs the package CuPy: {install_hint("cuda13", "cuda12")}\n'
         f'Conv1d.to: device "cuda:1" needs the package CuPy: {install_hint("cuda13", "cuda12")}\n'
     )
-
-
-# -- state -------------------------------------------------------------------------------------------------------------
 
 
 def test_state_dict_holds_the_layers_own_arrays() -> None:
@@ -618,9 +602,6 @@ def test_an_entry_that_needs_a_gradient_is_refused() -> None:
 def test_a_state_must_be_a_mapping() -> None:
     with pytest.raises(TypeError, match=r"^Conv1d.load_state_dict: state must be a mapping of arrays, got list$"):
         nn.Conv1d(1, 1, 1).load_state_dict([np.ones((1, 1, 1))])
-
-
-# -- GPUs --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.gpu

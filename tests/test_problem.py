@@ -367,8 +367,6 @@ def test_precisions_name_what_is_supported() -> None:
         check_precision("conv1d", "tf32", "float64")
 
 
-# -- how settings may be written --------------------------------------------------------------------------------------
-
 INTEGERS = {
     "int": lambda v: v,
     "NumPy int64": np.int64,
@@ -422,8 +420,6 @@ def test_settings_can_be_checked_without_arrays() -> None:
     with pytest.raises(ValueError, match=r"^Layer: stride must be at least 1, got 0$"):
         Settings.check("Layer", "conv1d", 0, 0, 1, 1)
 
-
-# -- lengths, counted out ----------------------------------------------------------------------------------------------
 
 repeatable = settings(derandomize=True, deadline=None, database=None)
 
@@ -527,9 +523,6 @@ def test_causal_windows_end_at_their_own_sample(L_in: int, K: int, stride: int, 
     assert last_taps == [l_out * stride for l_out in range(problem.L_out)]
 
 
-# -- zero sizes and single samples -------------------------------------------------------------------------------------
-
-
 def test_zero_batch_and_zero_channels_have_shapes() -> None:
     assert construct("conv1d", (0, 4, 10), (6, 4, 3)).output_shape == (0, 6, 8)
     assert construct("conv1d", (2, 0, 10), (6, 0, 3), groups=2).output_shape == (2, 6, 8)
@@ -550,9 +543,6 @@ def test_a_single_sample_has_no_batch_axis(op: str) -> None:
     assert not single.batched
     assert single.input_shape == (4, 10)
     assert single.output_shape == batched.output_shape[1:]
-
-
-# -- the problem as a value --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -643,9 +633,6 @@ def test_flops_and_bytes() -> None:
     transposed = construct("conv_transpose1d", **{**VALID["conv_transpose1d"], "bias": None}, dtype="complex128")
     assert transposed.flops() == 8 * 2 * 4 * 10 * 3 * 3
     assert transposed.bytes() == 16 * (2 * 4 * 10 + 4 * 3 * 3 + 2 * 6 * 12)
-
-
-# -- dtypes by name ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", DTYPES)

@@ -57,9 +57,6 @@ extern "C" __global__ void __launch_bounds__({WARP}) {name}({parameters}, const 
     )
 
 
-# -- the machines ------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Machine:
     """What runs a kernel: hostcuda, or the GPU.
@@ -102,8 +99,6 @@ def machine(request: pytest.FixtureRequest) -> Machine:
     return Machine(hostcuda.HOPPER)
 
 
-# -- where the elements of a matrix lie: the PTX ISA, "Matrix fragments for mma" ---------------------------------------
-
 GROUP, IN_GROUP = np.arange(WARP)[:, None] // 4, np.arange(WARP)[:, None] % 4
 
 
@@ -134,9 +129,6 @@ def places_of_b(depth: int, packed: bool) -> tuple[Array, Array]:
         i = np.arange(depth // 4)
         k = 2 * IN_GROUP + (i & 1) + np.where(i < 2, 0, 8)
     return k, np.broadcast_to(GROUP, k.shape)
-
-
-# -- what a product of matrices is -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -259,8 +251,6 @@ def toward_zero(value: Fraction) -> float:
     last_bit = Fraction(2) ** (max(leading, -126) - 23)
     return math.copysign(float(int(magnitude / last_bit) * last_bit), value)
 
-
-# -- operands ----------------------------------------------------------------------------------------------------------
 
 Operands = tuple[Array, Array, Array]
 
@@ -404,8 +394,6 @@ def test_operands_reach_what_they_are_for() -> None:
             assert [kind(d).any() for kind in kinds] == [True] * len(kinds), (product.name, operands.__name__)
 
 
-# -- matrices from shared memory ---------------------------------------------------------------------------------------
-
 ROWS = 64  # of 16 bytes, in shared memory
 
 
@@ -448,8 +436,6 @@ def test_matrices_from_shared_memory(machine: Machine, name: str) -> None:
     machine.run(LOAD_KERNELS[name], arrays, fragments, shared_bytes=16 * ROWS)
     np.testing.assert_array_equal(fragments, expected)
 
-
-# -- asynchronous copies -----------------------------------------------------------------------------------------------
 
 VECTORS = {4: "unsigned", 8: "uint2", 16: "uint4"}
 FAR_AWAY = 1 << 16  # elements behind the arrays, where nothing may be read
@@ -548,8 +534,6 @@ def test_copies_come_once(machine: Machine) -> None:
     np.testing.assert_array_equal(y, [np.full(WARP, -1), x[2], x[2]])
 
 
-# -- rounding to TF32 --------------------------------------------------------------------------------------------------
-
 ROUND = kernel(
     "round_values",
     "const float* __restrict__ input, float* __restrict__ output",
@@ -619,8 +603,6 @@ def test_splitting_into_tf32(machine: Machine) -> None:
     assert ((lo == 0) | (abs(lo) >= np.finfo(np.float32).tiny)).all()
 
 
-# -- votes -------------------------------------------------------------------------------------------------------------
-
 VOTE = kernel(
     "vote",
     "const int* __restrict__ input, int* __restrict__ output",
@@ -634,9 +616,6 @@ def test_whether_any_lane_votes_for_it(machine: Machine) -> None:
     votes[4] = 1
     result = machine.run(VOTE, {"input": votes}, np.empty_like(votes), grid=len(votes))
     np.testing.assert_array_equal(result, np.broadcast_to([[0], [1], [1], [1], [1]], votes.shape))
-
-
-# -- misuse ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -800,8 +779,6 @@ def test_a_late_copy_leaves_poison_under_a_random_schedule() -> None:
     with pytest.raises(PoisonReadError, match=UNWRITTEN):
         hostcuda.run(program, Launch(1, WARP, 512, 32, (("n", 0),)), arrays, schedule=1)
 
-
-# -- machine code ------------------------------------------------------------------------------------------------------
 
 ARCHS = tuple(ARCHITECTURES)
 

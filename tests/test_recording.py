@@ -60,9 +60,6 @@ def wide(array: Array) -> Array:
     return array.astype(np.result_type(array.dtype, np.float64))
 
 
-# -- filters ----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("num_taps", [5, 40, 61])
 def test_filter(backend: Backend, num_taps: int, dtype: str) -> None:
@@ -107,9 +104,6 @@ def test_two_leads_with_a_filter_each(backend: Backend) -> None:
     assert_agrees(backend, "conv1d", leads[np.newaxis], w, expected[np.newaxis], padding="causal", groups=2)
 
 
-# -- change of rate ---------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize(("factor", "num_taps"), [(2, 31), (3, 40), (5, 4), (8, 129)])
 def test_decimation(backend: Backend, factor: int, num_taps: int, dtype: str) -> None:
@@ -144,9 +138,6 @@ def test_interpolation_passes_through_the_recording(backend: Backend) -> None:
     h = scipy.signal.firwin(2 * factor * reach + 1, 1 / factor, scale=False) * factor
     y = backend.conv_transpose1d(x[np.newaxis], h.reshape(1, 1, -1), stride=factor, padding=factor * reach)
     np.testing.assert_allclose(y[0, ::factor], x, rtol=0, atol=1e-12)
-
-
-# -- short-time Fourier transform -------------------------------------------------------------------------------------
 
 
 def fourier_kernels() -> Array:

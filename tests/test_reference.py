@@ -30,9 +30,6 @@ def problem_of(op: Op, x: Array, w: Array, b: Array | None = None, **settings: A
     return construct(x, w, b, **settings)
 
 
-# -- the definition, in exact arithmetic -----------------------------------------------------------------------------
-
-
 def definition(
     call: Call, x: Array, w: Array, b: Array | None
 ) -> tuple[npt.NDArray[np.object_], npt.NDArray[np.int64]]:
@@ -184,9 +181,6 @@ def test_bound_refuses_a_reduction_without_one() -> None:
                 reference.error_bound(p, x, w)
 
 
-# -- special cases that NumPy and SciPy know --------------------------------------------------------------------------
-
-
 def signals(K: int, dtype: str = "float64") -> tuple[Array, Array]:
     rng = np.random.default_rng(K)
     return random_array(rng, (57,), dtype, "eighths"), random_array(rng, (K,), dtype, "eighths")
@@ -246,9 +240,6 @@ def test_input_dtype_and_byte_order_do_not_matter() -> None:
     for dtype in ("<f4", ">f4", ">f8", ml_dtypes.bfloat16):
         x3, w3 = x.astype(dtype).reshape(1, 1, -1), h.astype(dtype).reshape(1, 1, -1)
         np.testing.assert_array_equal(reference.compute(problem_of("conv1d", x3, w3), x3, w3)[0, 0], expected)
-
-
-# -- the bound: honest arithmetic stays inside ------------------------------------------------------------------------
 
 
 class Terms(NamedTuple):
@@ -400,9 +391,6 @@ def test_rounding_errors_of_one_sign_are_within_the_bound(dtype: str) -> None:
         assert (error > 0.99 * bound).all()
 
 
-# -- the bound: wrong results do not pass -----------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("op", OPS)
 class TestPlantedErrors:
@@ -530,9 +518,6 @@ def test_planted_error_of_a_few_units_in_the_last_place(dtype: str, terms: int) 
     units = 2 * terms + 6 if dtype == "float32" else 3 * terms + 8
     wrong = y * numpy_dtype(dtype).type(1 + units * UNIT_ROUNDOFF[dtype])
     assert not right(p, wrong, x, w).any()
-
-
-# -- NaN, infinities, overflow, underflow -----------------------------------------------------------------------------
 
 
 def fed_by(call: Call, marked_x: Array, marked_w: Array) -> Array:
@@ -680,9 +665,6 @@ def test_float16_subnormals_are_not_flushed() -> None:
         p, x3, w3 = of_one_channel("float16", x, w)
         for result, passes in verdicts.items():
             assert right(p, np.full((1, 1, 1), result, np.float16), x3, w3).all() == passes, result
-
-
-# -- empty extents ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("op", OPS)

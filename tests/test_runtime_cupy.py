@@ -43,9 +43,6 @@ def integers(shape: tuple[int, ...], dtype: str = "float32", seed: int = 0) -> n
     return values + 1j * rng.integers(-4, 5, shape).astype(dtype) if np.dtype(dtype).kind == "c" else values
 
 
-# -- the version of CuPy -----------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def version(cupy: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
     """Makes CuPy say that it has another version."""
@@ -105,9 +102,6 @@ def test_bfloat16_needs_a_newer_numpy(
     assert nn.Conv1d(1, 1, 3, dtype="bfloat16").weight.dtype.name == "bfloat16"
 
 
-# -- a CuPy that another thread imports --------------------------------------------------------------------------------
-
-
 def test_numpy_arrays_do_not_meet_a_half_made_cupy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cupy", ModuleType("cupy"))
     x, w = np.ones((1, 1, 9)), np.ones((1, 1, 3))
@@ -140,9 +134,6 @@ def run_python(code: str, **environment: str) -> None:
         cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, check=False, timeout=300,
     )  # fmt: skip
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-
-
-# -- arrays whose elements do not lie at multiples of their size -------------------------------------------------------
 
 
 def bytes_at(cupy: Any, values: np.ndarray, strides: tuple[int, ...], start: int, size: int) -> Any:
@@ -261,9 +252,6 @@ def test_a_layer_loads_arrays_at_any_address(cupy: Any, device: str) -> None:
     np.testing.assert_array_equal(cupy.asnumpy(layer.bias), b)
 
 
-# -- arrays of any kind ------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.gpu
 def test_arrays_in_memory_that_cupy_does_not_own(cupy: Any) -> None:
     x, w = integers((2, 2, 9)), integers((2, 2, 3))
@@ -336,8 +324,6 @@ def test_a_foreign_byte_order_is_refused(cupy: Any) -> None:
 
 PACKED = ("conv1d", integers((2, 5, 40)), integers((12, 5, 3)))  # by a kernel family that packs the weights
 PACKS = ("pack_weight", "pack_mma_weight")
-
-# -- threads -----------------------------------------------------------------------------------------------------------
 
 
 def large_launches() -> list[tuple[Any, Any]]:
@@ -485,9 +471,6 @@ assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 """)
 
 
-# -- streams and prepared weights --------------------------------------------------------------------------------------
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("how", ["prepare", "load_state_dict", "deepcopy"])
 def test_prepared_weights_are_complete_on_every_stream(cupy: Any, how: str) -> None:
@@ -522,9 +505,6 @@ def test_work_goes_to_the_current_stream_whoever_made_it(cupy: Any) -> None:
             y = gpuconv.conv1d(cupy.asarray(x), cupy.asarray(w))
             stream.synchronize()
             np.testing.assert_array_equal(cupy.asnumpy(y), expected)
-
-
-# -- CUDA graphs -------------------------------------------------------------------------------------------------------
 
 
 def call_with_buffers(cupy: Any, name: str) -> tuple[Callable[..., Any], list[Any], np.ndarray]:
@@ -680,9 +660,6 @@ def test_what_waits_for_the_gpu_is_refused_during_a_capture(cupy: Any, name: str
         stream.synchronize()
         assert first.get().tobytes() == second.get().tobytes() == expected.tobytes()
     assert copy.deepcopy(layer).weight.shape == (6, 4, 3)
-
-
-# -- allocators, devices, processes ------------------------------------------------------------------------------------
 
 
 @pytest.mark.gpu

@@ -54,9 +54,6 @@ def kernels() -> None:
     hostcuda.prebuild(list(SKINNY.configs(DEVICE)))
 
 
-# -- results -----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("columns", range(1, MAX_COLUMNS + 1))
 def test_every_number_of_columns(columns: int, dtype: str) -> None:
@@ -134,9 +131,6 @@ def test_a_weight_that_is_no_number_spoils_only_results_that_have_its_tap(value:
     assert_same_bits(output, expected, p)
 
 
-# -- arrays wherever they lie ------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_layouts(dtype: str) -> None:
     p = layer(12, 10, 4, 2, 3, dtype=dtype, stride=2, padding_left=1, dilation=2)
@@ -182,9 +176,6 @@ def test_weights_of_every_alignment(dtype: str) -> None:
         expected = hostcuda.compute(p, *data, family="conv1d_direct", device=DEVICE)
         assert_same_bits(output, expected, strides)
     assert ways == ({True} if vec == 1 else {True, False})
-
-
-# -- which kernel a problem gets ---------------------------------------------------------------------------------------
 
 
 def test_refusals_name_the_reason() -> None:

@@ -182,8 +182,6 @@ def test_instructions_are_classified(opcode: str, category: str, fma: int, width
         assert instruction.width == width
 
 
-# -- occupancy and rates ----------------------------------------------------------------------------------------------
-
 H200 = Device.from_arch("sm_90")
 
 
@@ -255,9 +253,6 @@ def test_dense_tiles_keep_their_targets() -> None:
         assert not report.uses_local_memory
         assert report.loop.useful == 8 * 8 * int(macros["BLOCK_R"])
         assert report.loop.useful_share >= 0.88
-
-
-# -- the model --------------------------------------------------------------------------------------------------------
 
 
 def tile_report(**loop: Any) -> KernelReport:
@@ -352,9 +347,6 @@ def test_base_kernels_are_predicted_from_their_taps() -> None:
         assert issue / (problem.flops() / 2) == pytest.approx(per_tap / 32 / (132 * 4 * 1.98e3))
 
 
-# -- the baseline -----------------------------------------------------------------------------------------------------
-
-
 def entry(**changes: Any) -> dict[str, Any]:
     share = changes.pop("useful_share", 0.90)
     return {
@@ -422,9 +414,6 @@ def test_unknown_mode_is_bad_usage(capsys: pytest.CaptureFixture[str]) -> None:
     assert "unknown mode float33" in capsys.readouterr().err
 
 
-# -- the kernels of the micro-experiments -----------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("arch", ["sm_75", "sm_80", "sm_90", "sm_120"])
 def test_micro_kernels_compile(arch: str) -> None:
     cubin, log, _ = sass.compile_cubin(micro.SOURCE.read_text(encoding="utf-8"), "micro", arch)
@@ -464,9 +453,6 @@ def test_planned_layers_are_placed_by_dispatch() -> None:
     (planned,) = predictions.plan(layers, [MODES[0]], H200)
     problem = layers[0].problem("float32")
     assert planned.choice == dispatch.choose(problem, Layout.contiguous(problem), H200)
-
-
-# -- gradients ---------------------------------------------------------------------------------------------------------
 
 
 def test_gradients_are_reported_like_the_forward_pass(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -63,9 +63,6 @@ def assert_base_bits(problem: ConvProblem, x: Array, w: Array, b: Array | None =
     return tiled
 
 
-# -- special values ---------------------------------------------------------------------------------------------------
-
-
 @every_problem
 @pytest.mark.parametrize("value", [np.nan, np.inf], ids=str)
 def test_a_weight_that_is_no_number_spoils_only_outputs_that_have_its_tap(problem: ConvProblem, value: float) -> None:
@@ -125,9 +122,6 @@ def test_half_precision_rounds_to_infinity_and_keeps_nan_biases(op: str, dtype: 
     assert np.isnan(y[:, 2]).all()
     assert not np.isnan(np.delete(y, 2, axis=1)).any()
     assert np.isinf(y[0]).any() == (dtype == "float16")
-
-
-# -- tiles that hang over ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -202,9 +196,6 @@ def test_an_empty_input_gives_the_bias(name: str) -> None:
     np.testing.assert_array_equal(y, np.broadcast_to(b[:, None], y.shape))
 
 
-# -- shared memory ----------------------------------------------------------------------------------------------------
-
-
 @every_problem
 def test_no_result_needs_the_nan_fallback(problem: ConvProblem, monkeypatch: pytest.MonkeyPatch) -> None:
     # Shared memory that is read too early holds NaNs under hostcuda, and the NaN fallback would repair what a GPU
@@ -213,9 +204,6 @@ def test_no_result_needs_the_nan_fallback(problem: ConvProblem, monkeypatch: pyt
     for N, C_in in ((1, problem.C_in), (3, 17)):  # one chunk of terms and several
         p = replace(problem, N=N, C_in=C_in)
         assert_base_bits(p, *arrays(p), every=True)
-
-
-# -- views ------------------------------------------------------------------------------------------------------------
 
 
 @every_problem
@@ -257,9 +245,6 @@ def test_arrays_aligned_to_half_an_element_are_copied() -> None:
     assert ArrayLayout.of(shape, strides, 4, 8) is None
     assert ArrayLayout.of(shape, (256, 36, 8), 16, 8) is None
     assert ArrayLayout.of(shape, strides, 8, 8) == ArrayLayout((32, 4, 1), 8)
-
-
-# -- indices ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -166,9 +166,6 @@ def test_empty_batch() -> None:
         check(large(op, "float32", 2, (0, 4, 20), 3, 6, stride=2))
 
 
-# -- gradients ---------------------------------------------------------------------------------------------------------
-
-
 def check_gradients(call: Call, layouts: tuple[str, str, str]) -> None:
     """All gradients agree with PyTorch's autograd in float64 as well as rounding permits."""
     p = call.problem()

@@ -74,9 +74,6 @@ class Recorder(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-# -- the functions of arrays, on tensors -------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("op", OPS)
 def test_results_and_gradients_are_those_of_arrays(op: Op) -> None:
     """To the bit, in all dtypes and settings."""
@@ -270,8 +267,6 @@ def test_the_example_in_the_readme() -> None:
     assert all(parameter.grad is not None for parameter in names["model"].parameters())
 
 
-# -- derivatives -------------------------------------------------------------------------------------------------------
-
 # name: (op, shapes of input, weight and bias or None, settings).
 LAYERS: dict[str, tuple[Op, tuple[Any, ...], dict[str, Any]]] = {
     "strided": ("conv1d", ((2, 2, 7), (3, 2, 3), (3,)), {"stride": 2, "padding": 1}),
@@ -422,9 +417,6 @@ def test_gradients_are_taken_in_the_precision_of_the_call(monkeypatch: pytest.Mo
     assert seen == [(name, "tf32") for name in names]
 
 
-# -- tracing -----------------------------------------------------------------------------------------------------------
-
-
 def operator_calls() -> Iterator[Any]:
     """One call of every operator with every kind of argument."""
     for name, (op, shapes, keywords) in LAYERS.items():
@@ -525,8 +517,6 @@ def test_meta_tensors_have_shapes() -> None:
     with pytest.raises(ValueError, match="more than 64-bit offsets reach"):
         bridge.conv1d(torch.empty(1, 1, 2**40, device="meta"), torch.empty(2**24, 1, 1, device="meta"))
 
-
-# -- models under patch ------------------------------------------------------------------------------------------------
 
 PYTORCH = (functional.conv1d, functional.conv_transpose1d)
 
@@ -643,9 +633,6 @@ def test_what_gpuconv_does_not_take_is_an_error_under_patch() -> None:
         pass
 
 
-# -- training on a recording -------------------------------------------------------------------------------------------
-
-
 class ResidualBlock(nn.Module):
     """Two dilated convolutions around a skip connection, as in the generator of HiFi-GAN."""
 
@@ -739,9 +726,6 @@ def test_training_follows_pytorch(make: Callable[[], nn.Module]) -> None:
         # Forward, weight and bias of each layer, and input of all but the first.
         assert len(recorder.names) == STEPS * (4 * len(convolutions) - 1)
         assert (abs(losses - expected) <= unit * terms * expected).all()
-
-
-# -- CUDA tensors ------------------------------------------------------------------------------------------------------
 
 
 def test_cuda_tensors_need_cupy(monkeypatch: pytest.MonkeyPatch) -> None:

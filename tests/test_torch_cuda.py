@@ -314,9 +314,6 @@ def test_cupys_per_thread_default_stream_has_no_effect() -> None:
     assert done.returncode == 0, done.stdout
 
 
-# -- what needs PyTorch's CUDA build -----------------------------------------------------------------------------------
-
-
 def test_mixed_devices_are_refused(gpu: Gpu) -> None:
     x, w = torch.ones(2, 4, 9), torch.ones(4, 4, 3)
     message = r"^conv1d: all tensors must be on one device, got input on cuda:0 and weight on cpu$"

@@ -99,8 +99,6 @@ def test_derivatives_in_forward_mode_compile() -> None:
     torch.compiler.reset()
 
 
-# -- random problems ---------------------------------------------------------------------------------------------------
-
 PLACES_IN_MEMORY: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "contiguous": torch.clone,
     "axes reversed": lambda t: t.permute(*reversed(range(t.dim()))).contiguous().permute(*reversed(range(t.dim()))),
@@ -153,9 +151,6 @@ def test_random_problems_in_every_transform(op: Op) -> None:
             torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
 
     run()
-
-
-# -- batches of calls --------------------------------------------------------------------------------------------------
 
 
 def batched_operator_calls() -> Iterator[Any]:
@@ -232,9 +227,6 @@ def test_gradients_for_each_sample_compile() -> None:
     torch.compiler.reset()
 
 
-# -- operations counted ------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("op", "shapes", "settings"),
     [
@@ -257,9 +249,6 @@ def test_operations_are_counted_as_pytorch_counts_them(op: Op, shapes: Any, sett
         counts.append((forward.get_total_flops(), backward.get_total_flops()))
     assert counts[0] == counts[1]
     assert all(counts[0])
-
-
-# -- what a call costs -------------------------------------------------------------------------------------------------
 
 
 def test_a_first_call_imports_nothing_large() -> None:

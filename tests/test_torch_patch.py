@@ -74,9 +74,6 @@ def data(*shape: int) -> torch.Tensor:
 X, W = data(2, 3, 20), data(4, 3, 3)
 
 
-# -- recomputed forward passes -----------------------------------------------------------------------------------------
-
-
 class Block(nn.Module):
     """Two convolutions, the second of which PyTorch has no padding for."""
 
@@ -185,9 +182,6 @@ def test_what_ran_on_pytorch_is_recomputed_there(reentrant: bool) -> None:
     assert {name for name in names_of(y.sum().backward) if ":" not in name} == set()
 
 
-# -- functions under other names ---------------------------------------------------------------------------------------
-
-
 class FromImport(nn.Module):
     """As nnAudio has it: the functions were imported by name."""
 
@@ -269,9 +263,6 @@ def test_transforms_of_torch_func_in_the_context() -> None:
     assert names_of(torch.func.grad(bridge.patch()(lambda w: torch.conv1d(X, w).sum())), W)[0] == "conv1d"
 
 
-# -- PyTorch's own convolutions named ----------------------------------------------------------------------------------
-
-
 class Holder(nn.Module):
     """A model that holds a scripted one, as silero-vad comes."""
 
@@ -346,9 +337,6 @@ def test_strict_lets_everything_else_pass() -> None:
 
     with pytest.raises(KeyError, match="mine"):
         fails()
-
-
-# -- other ways to take a model ----------------------------------------------------------------------------------------
 
 
 def test_symbolic_traces_record_calls() -> None:
@@ -537,9 +525,6 @@ def test_sharded_tensors_are_refused(two_processes: Any) -> None:
     assert functional.conv1d(x, w).shape == (2, 4, 18)
 
 
-# -- contexts in every order -------------------------------------------------------------------------------------------
-
-
 def test_contexts_end_in_any_order_and_thread() -> None:
     first, second = bridge.patch(strict=True), bridge.patch()
     first.__enter__()
@@ -634,9 +619,6 @@ def test_models_are_copied_and_stored_in_the_context() -> None:
     assert names_of(pickle.loads(stored).double(), X) == THEIRS
 
 
-# -- models as they are published --------------------------------------------------------------------------------------
-
-
 class Wav2Vec2(nn.Module):
     """Strided layers of features, then positions from a long grouped kernel of even length with its weight normed."""
 
@@ -725,9 +707,6 @@ def test_tensors_that_lie_otherwise_in_memory() -> None:
         with bridge.patch():
             ours = layer(x)
         torch.testing.assert_close(ours, layer(x), rtol=1e-12, atol=1e-12)
-
-
-# -- the wanted length -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("keywords", [{"stride": 3, "padding": 1}, {"stride": 2, "padding": "same"}, {"stride": 4}])

@@ -67,9 +67,6 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime, "device", lambda _index: Device.from_arch("sm_90"))
 
 
-# -- good kernels ----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("dtype", "filter"),
     [
@@ -130,9 +127,6 @@ def test_the_gpu_passes() -> None:
     report = verify("gpu")
     assert report.ok, str(report)
     assert report.device.startswith("GPU")
-
-
-# -- faults ----------------------------------------------------------------------------------------------------------
 
 
 def without_the_last_tap(p: ConvProblem, x: Array, w: Array, b: Array | None, out: Array) -> None:
@@ -258,11 +252,31 @@ class EveryOtherGradientRoundsUp:
 @pytest.mark.parametrize(
     ("fault", "name", "checks", "says"),
     [
-        (unconjugated, "up_groups2", {"adjoint", "gradients"}, "the gradient in weight must equal the reference"),
-        (unconjugated, "groups2", {"adjoint", "gradients"}, "the gradient in weight must equal the reference"),
-        (without_the_last_position, "k3", {"adjoint", "gradients"}, "the gradient in weight must equal the reference"),
-        (rounded_to_half, "stft", {"gradients"}, "the gradient in weight must lie within the error bound"),
-        (EveryOtherGradientRoundsUp(), "k31", {"gradients"}, "must give the same bits of the gradient in weight"),
+        (
+            unconjugated,
+            "up_groups2",
+            {"adjoint", "gradients"},
+            "the gradient with respect to weight must equal the reference",
+        ),
+        (
+            unconjugated,
+            "groups2",
+            {"adjoint", "gradients"},
+            "the gradient with respect to weight must equal the reference",
+        ),
+        (
+            without_the_last_position,
+            "k3",
+            {"adjoint", "gradients"},
+            "the gradient with respect to weight must equal the reference",
+        ),
+        (rounded_to_half, "stft", {"gradients"}, "the gradient with respect to weight must lie within the error bound"),
+        (
+            EveryOtherGradientRoundsUp(),
+            "k31",
+            {"gradients"},
+            "must give the same bits of the gradient with respect to weight",
+        ),
     ],
     ids=["unconjugated, transposed", "unconjugated", "last position", "half", "run"],
 )
@@ -332,8 +346,6 @@ def test_the_sign_of_a_zero_counts_on_a_gpu_alone(plant: Callable[[Kernel], None
     assert "exact" in {failure.check for failure in failures}
     assert all("bit for bit" in failure.message for failure in failures)
 
-
-# -- kernel families -------------------------------------------------------------------------------------------------
 
 NAMES = tuple(family.name for family in FAMILIES)
 
@@ -488,9 +500,6 @@ def test_one_family_alone() -> None:
         verify("cpu", family="conv1d_direct")
 
 
-# -- what a failure says ---------------------------------------------------------------------------------------------
-
-
 def test_a_failure_names_the_element_and_its_taps(plant: Callable[[Kernel], None]) -> None:
     def kernel(p: ConvProblem, x: Array, w: Array, b: Array | None, out: Array) -> None:
         correct(p, x, w, b, out)
@@ -559,9 +568,6 @@ def test_a_call_that_raises_is_a_failure_and_not_the_end(plant: Callable[[Kernel
     assert "planted" in report.to_junit()
     assert "and " in str(report)
     assert "more failures" in str(report)
-
-
-# -- reports ---------------------------------------------------------------------------------------------------------
 
 
 def test_report_as_json(plant: Callable[[Kernel], None]) -> None:
@@ -669,9 +675,6 @@ def test_every_check_is_documented() -> None:
         BY_FAMILY,
         FAR,
     ]
-
-
-# -- arguments -------------------------------------------------------------------------------------------------------
 
 
 def test_the_seed_decides_the_data(plant: Callable[[Kernel], None]) -> None:

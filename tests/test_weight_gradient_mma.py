@@ -103,9 +103,6 @@ def use_tile(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     mma._tilings.cache_clear()
 
 
-# -- values ----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("mode", MODES, ids=str)
 def test_the_table(mode: tuple[str, str]) -> None:
     """Integers exactly; normal data within the bound, with values that are no numbers where they belong."""
@@ -192,9 +189,6 @@ def test_short_samples_of_16_bits() -> None:
         expect_exact(problem(10, 9, L, 3, N=300 // L * 5))
 
 
-# -- bits ------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("mode", "tile"), EVERY_TILE, ids=str)
 def test_bits_do_not_depend_on_tile_or_widths(mode: tuple[str, str], tile: mma.Tile, use_tile: Any) -> None:
     p = problem(20, 12, 40, 5, mode)
@@ -216,9 +210,6 @@ def test_bits_do_not_depend_on_the_chunks_of_samples(use_tile: Any) -> None:
         assert mma._chunk(Slices.of(p, on_tensor_cores=True), rows) == chunk
         results.append(run(p, *arrays))
     assert_same_bits(*results, p)
-
-
-# -- values that are no numbers, or cannot be split --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", MODES, ids=str)
@@ -261,9 +252,6 @@ def test_split_sums_are_within_the_bound_of_data_of_one_sign() -> None:
     assert np.abs(output / exact - 1).max() < 2.0**-19  # truncated sums of all terms would lose more
 
 
-# -- layouts and indices -----------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("mode", [HALF, SINGLE], ids=str)
 def test_layouts(mode: tuple[str, str]) -> None:
     """Views are read and written in place, with the bits of contiguous arrays."""
@@ -293,9 +281,6 @@ def test_offsets_beyond_32_bits(mode: tuple[str, str]) -> None:
     assert config in set(FAMILY.configs(DEVICE))
     arrays = normal(p)
     assert_same_bits(run(p, *arrays, layout=layout), run(p, *arrays), p)
-
-
-# -- choice ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -353,9 +338,6 @@ def test_costs_in_roundings_keep_the_bound(mode: tuple[str, str]) -> None:
         else:
             assert cost + 1 + 36 + p.terms / 400 <= p.terms + 2, p
     assert taken > 100
-
-
-# -- shared memory -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -104,9 +104,6 @@ def _tool(name: str) -> str | None:
     return which(name) or next((str(path) for path in candidates if path.is_file()), None)
 
 
-# -- the summary ------------------------------------------------------------------------------------------------------
-
-
 def summary(ended: Sequence[Ended], folder: Path, device: dict[str, Any], seconds: float) -> list[str]:
     """At most `MAX_SUMMARY_LINES` lines: each step, then the figures that matter most."""
     lines = [f"gpuconv report on {device.get('name', 'no GPU')}, {seconds:.0f} s"]
@@ -142,9 +139,6 @@ def _run_lines(result: RunResult) -> list[str]:
         figures = f"{m.our_us:,.0f} us, {rate(m)}, {floor:.0f} % of the floor"
         lines.append(f"  {compared:>8} {m.layer} {m.mode} {m.direction} {figures}")
     return lines
-
-
-# -- command line -----------------------------------------------------------------------------------------------------
 
 
 def main(argv: Sequence[str] | None = None) -> int:

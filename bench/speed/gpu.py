@@ -146,8 +146,6 @@ class GpuEngine:
         if is_forward:
             yield Subject("causal-conv1d", partial(torch, partial(peers.causal_conv, problem), tf32))
 
-    # -- preparing -----------------------------------------------------------------------------------------------------
-
     def _prepare_ours(self, mode: Mode, problem: ConvProblem, data: Data) -> _OurRunner:
         ours = our_function(problem, data.direction, mode.precision)
 
@@ -181,8 +179,6 @@ class GpuEngine:
         if channels_last:
             arguments = [(peers.to_channels_last(x), peers.to_channels_last(w), b) for x, w, b in arguments]
         return _TorchRunner(self, problem, tolerance_mode or mode.name, data, function, arguments, settings)
-
-    # -- the stream and the memory -------------------------------------------------------------------------------------
 
     @contextmanager
     def _on_stream(self) -> Iterator[None]:

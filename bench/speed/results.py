@@ -256,9 +256,6 @@ def geometric_mean(values: Iterable[float]) -> float | None:
     return math.exp(math.fsum(logs) / len(logs)) if logs else None
 
 
-# -- where a run took place -------------------------------------------------------------------------------------------
-
-
 def versions(*names: str) -> dict[str, str]:
     """The versions of packages and of NVRTC ("nvrtc"); "absent" for what is not installed."""
     return {name: _nvrtc_version() if name == "nvrtc" else _package_version(name) for name in names}

@@ -57,9 +57,6 @@ def compile_all(configs: Iterable[Config], arch: str, console: Console) -> dict[
     return reports
 
 
-# -- the baseline -----------------------------------------------------------------------------------------------------
-
-
 def config_key(config: Config) -> str:
     """A configuration as one line of text: the kernel and its macros."""
     return " ".join([config.kernel, *(f"{name}={value}" for name, value in config.macros)])
@@ -133,9 +130,6 @@ def regressions(baseline: Mapping[str, Any], current: Mapping[str, Any]) -> list
     return found
 
 
-# -- tables -----------------------------------------------------------------------------------------------------------
-
-
 def kernel_table(records: Mapping[str, Mapping[str, Any]], arch: str) -> Table:
     table = Table(title=f"Kernels for {arch}", caption=LEGEND, caption_justify="left")
     table.add_column("kernel")
@@ -182,9 +176,6 @@ def _short(access: str) -> str:
         "shared matrix load": "LDSM", "shared matrix store": "STSM", "asynchronous copy": "LDGSTS",
     }  # fmt: skip
     return f"{names.get(kind, kind)}.{rest}"
-
-
-# -- command line -----------------------------------------------------------------------------------------------------
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -107,9 +107,6 @@ def _tensor_fma(shape: str, warps: int) -> int:
     return m * n * k // warps
 
 
-# -- the compiler's log -----------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True)
 class Resources:
     """What ptxas -v reports of one kernel; bytes are per thread, shared memory per block."""
@@ -150,9 +147,6 @@ def parse_log(log: str, kernel: str) -> Resources:
         static_shared_bytes=number(r"(\d+) bytes smem") or 0,
         barriers=number(r"used (\d+) barriers") or 0,
     )
-
-
-# -- the machine code -------------------------------------------------------------------------------------------------
 
 
 def parse_disassembly(text: str, kernel: str) -> list[Instruction]:
@@ -286,9 +280,6 @@ def _longest_chain(instructions: Sequence[Instruction]) -> int:
         depth[registers[0]] = here
         longest = max(longest, here)
     return longest
-
-
-# -- compiling --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,7 +47,7 @@ BANK_ROWS = 8  # of 16 bytes, in all banks of shared memory
 SPLIT_TERMS = 16
 MIN_SPLIT_TERMS = 64
 
-# Fewer channels than a unit of 16-bit elements are the business of the families for stems and tails.
+# Layers with fewer channels than a unit of 16-bit elements are handled by the families for stems and tails.
 MIN_CHANNELS = 8
 MIN_ROWS = 8
 # Half a fragment of 16 rows stays empty below this: three products for one then cost more than fused multiply-adds.

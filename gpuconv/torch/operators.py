@@ -188,7 +188,7 @@ def _output_shape(op: Op, specs: tuple[ArraySpec | None, ...], settings: tuple[A
 
 
 def _register(op: Op) -> Callable[..., Tensor]:
-    """Register an operation and the gradients in its input and its weight; returns the former."""
+    """Register an operation and the gradients with respect to its input and its weight; returns the former."""
     operators: list[Any] = []  # by the place of what they make
 
     def define(

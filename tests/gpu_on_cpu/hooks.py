@@ -144,9 +144,6 @@ def _write_code(address: int, code: bytes) -> None:
     mprotect(page, length, mmap.PROT_READ | mmap.PROT_EXEC)
 
 
-# -- the driver --------------------------------------------------------------------------------------------------------
-
-
 def _load_driver() -> None:
     """Load a `libcuda.so.1` whose functions jump to ours."""
     global _driver_table  # noqa: PLW0603 - there is one driver in a process
@@ -167,9 +164,6 @@ def _load_driver() -> None:
     _driver_table = (ctypes.c_void_p * len(names)).in_dll(loaded, "gpu_on_cpu_table")
     for i, name in enumerate(names):
         _driver_table[i] = _address(machine.DRIVER[name])
-
-
-# -- the end -----------------------------------------------------------------------------------------------------------
 
 
 def _answer(code: int) -> None:

@@ -206,8 +206,6 @@ def device_of(index: int) -> Device:
     return DEVICES[index]
 
 
-# -- calls from C ------------------------------------------------------------------------------------------------------
-
 RUNTIME: dict[str, Any] = {}
 DRIVER: dict[str, Any] = {}
 REFUSED: list[str] = []

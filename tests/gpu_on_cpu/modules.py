@@ -122,9 +122,6 @@ def _library(module: ptx.Module) -> ctypes.CDLL:
     return build.load(name)
 
 
-# -- launches ----------------------------------------------------------------------------------------------------------
-
-
 @cache
 def _shared_memory_end() -> int:
     """The end of memory for one block, which a guard page follows."""

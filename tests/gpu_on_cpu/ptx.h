@@ -144,8 +144,6 @@ PTX_INLINE T sat(T x) {
     return x > T(0) ? (x < T(1) ? x : T(1)) : T(0);
 }
 
-// -- arithmetic -------------------------------------------------------------------------------------------------------
-
 template <typename T>
 PTX_INLINE T add(T a, T b) {
     return T(unsigned_of<T>(a) + unsigned_of<T>(b));
@@ -254,8 +252,6 @@ PTX_INLINE T rcp(T a) {
     return T(1) / a;
 }
 
-// -- bits -------------------------------------------------------------------------------------------------------------
-
 // A shift by the width of the register or more: the amount is clamped to the width.
 template <typename T>
 PTX_INLINE T shl(T a, u32 n) {
@@ -339,8 +335,6 @@ PTX_INLINE s32 dp2a(A a, B b, s32 c) {
     return s32(u32(c) + u32(low) + u32(high));
 }
 
-// -- comparisons ------------------------------------------------------------------------------------------------------
-
 #define PTX_COMPARE(name, ordered, expression)                                              \
     template <typename T>                                                                   \
     PTX_INLINE bool name(T a, T b) {                                                        \
@@ -368,8 +362,6 @@ PTX_COMPARE(geu, false, a >= b)
 PTX_COMPARE(num, true, true)
 PTX_COMPARE(nan, false, false)
 #undef PTX_COMPARE
-
-// -- conversions ------------------------------------------------------------------------------------------------------
 
 // How a floating-point number becomes an integer.
 enum class To { nearest, zero, down, up };
@@ -435,8 +427,6 @@ inline bf16 narrow<bf16>(f32 x) {
     return bf16{float_to_bfloat_bits_rn(x)};
 }
 
-// -- memory -----------------------------------------------------------------------------------------------------------
-
 template <unsigned bytes>
 PTX_INLINE void check_alignment(const void* address) {
     if (__builtin_expect(uintptr_t(address) % bytes != 0, 0))
@@ -455,8 +445,6 @@ PTX_INLINE u64 global_address(u64 address) {
 PTX_INLINE unsigned char* shared_address(u32 offset) { return hostcuda_shared_memory() + offset; }
 PTX_INLINE u64 generic_of_shared(u64 offset) { return u64(hostcuda_shared_memory()) + u32(offset); }
 PTX_INLINE u64 shared_of_generic(u64 address) { return address - u64(hostcuda_shared_memory()); }
-
-// -- warps ------------------------------------------------------------------------------------------------------------
 
 struct Ballot {
     bool condition;

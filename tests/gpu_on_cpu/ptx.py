@@ -84,8 +84,6 @@ def translate(text: str) -> Module:
     return Module("\n".join(['#include "ptx.h"', "namespace ptx {", *code, "}", ""]), tuple(entries))
 
 
-# -- the text ----------------------------------------------------------------------------------------------------------
-
 _ENTRY = re.compile(
     r"(?:\.visible|\.weak)?\s*\.entry\s+(?P<name>\w+)\s*\((?P<parameters>.*?)\)(?P<directives>[^{;]*)\{", re.DOTALL
 )
@@ -172,9 +170,6 @@ def _declare(scope: _Scope, declaration: str) -> str:
     array = f"[{match['count']}]" if match["array"] else ""
     initializer = f" = {value}" if value else " = {}" if storage else ""
     return f"alignas({align}) {storage}{match['type']} {name}{array}{initializer};"
-
-
-# -- kernels -----------------------------------------------------------------------------------------------------------
 
 
 class _Kernel:
@@ -390,8 +385,6 @@ def _vector(operand: str) -> list[str]:
 def _wide(kind: str) -> str:
     return f"{kind[0]}{16 * SIZES[kind]}"
 
-
-# -- one function a class of instructions ------------------------------------------------------------------------------
 
 _EMITTERS: dict[str, Callable[[Instruction], str]] = {}
 

@@ -197,9 +197,6 @@ class Stream:
             self.capture.invalidate(Code.StreamCaptureUnsupported, what)
 
 
-# -- events ------------------------------------------------------------------------------------------------------------
-
-
 @dataclass(eq=False)
 class Event:
     """A point in a stream.
@@ -251,9 +248,6 @@ class Event:
             )
         else:
             stream.queue(_nothing, self.work)
-
-
-# -- graphs ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(eq=False, slots=True)

@@ -52,8 +52,6 @@ void hostcuda_multiply_matrices(int kind, hostcuda::MatrixProduct* const (&lanes
     __attribute__((format(printf, 3, 4)));
 }
 
-// -- vector types, naturally aligned ---------------------------------------------------------------------------------
-
 #define HOSTCUDA_VECTORS(scalar, name)                       \
     struct alignas(2 * sizeof(scalar)) name##2 {             \
         scalar x, y;                                         \
@@ -69,8 +67,6 @@ HOSTCUDA_VECTORS(unsigned, uint)
 HOSTCUDA_VECTORS(float, float)
 HOSTCUDA_VECTORS(double, double)
 #undef HOSTCUDA_VECTORS
-
-// -- barriers and warp collectives -----------------------------------------------------------------------------------
 
 // The default arguments name the caller's line: it identifies a barrier, and error messages show it.
 inline void __syncthreads(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
@@ -186,8 +182,6 @@ template <typename T>
 __forceinline__ T __ldg(const T* pointer) {
     return *pointer;
 }
-
-// -- the functions of cuda_src/ptx.cuh --------------------------------------------------------------------------------
 
 __forceinline__ float fma_rn(float w, float x, float acc) { return __builtin_fmaf(w, x, acc); }
 __forceinline__ double fma_rn(double w, double x, double acc) { return __builtin_fma(w, x, acc); }
@@ -369,8 +363,6 @@ inline void multiply_matrices_f16_k8(
     int line = __builtin_LINE()) {
     hostcuda::multiply_matrices<hostcuda::kF16K8>(d, a, 2, &b, 1, "multiply_matrices_f16_k8", file, line);
 }
-
-// -- entry points -----------------------------------------------------------------------------------------------------
 
 namespace hostcuda {
 

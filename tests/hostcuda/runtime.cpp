@@ -34,8 +34,6 @@ Index threadIdx, blockIdx, blockDim, gridDim;
 
 namespace {
 
-// -- context switch ---------------------------------------------------------------------------------------------------
-
 #if defined(__x86_64__) && !defined(HOSTCUDA_UCONTEXT)
 
 typedef void* Context;  // the stack pointer; what must survive a call lies on the stack
@@ -140,8 +138,6 @@ void make_context(Context* context, unsigned char* stack, size_t bytes, void (*e
 
 #endif
 
-// -- floating-point mode: CuPy compiles with -ftz=true, which concerns float32 only ----------------------------------
-
 #if defined(__x86_64__)
 
 typedef unsigned FloatMode;
@@ -165,8 +161,6 @@ FloatMode keeping(FloatMode mode) { return mode & ~(1ull << 24); }
 #else
 #error "hostcuda knows the floating-point control of x86-64 and aarch64 only"
 #endif
-
-// -- state of the launch; there is one at a time ----------------------------------------------------------------------
 
 constexpr unsigned kMaxThreads = 1024, kMaxWarps = kMaxThreads / kWarpSize;
 constexpr size_t kStackBytes = 256 * 1024, kStackGuard = 64 * 1024, kStackSlot = kStackBytes + kStackGuard;
@@ -263,8 +257,6 @@ unsigned random_below(unsigned bound) {  // splitmix64
     z = (z ^ z >> 27) * 0x94d049bb133111ebull;
     return unsigned((z ^ z >> 31) % bound);
 }
-
-// -- faults -----------------------------------------------------------------------------------------------------------
 
 void set_fault(FaultKind kind, const void* address, int is_write, const char* format, va_list values) {
     fault->kind = kind;
@@ -386,8 +378,6 @@ class SignalScope {
     bool has_timer_;
 };
 
-// -- fibers -----------------------------------------------------------------------------------------------------------
-
 void begin(unsigned t) {
     --ready_in_warp[t / kWarpSize];
     threads[t].state = kRunning;
@@ -483,8 +473,6 @@ void make_ready(unsigned t) {
     threads[t].state = kReady;
     ++ready_in_warp[t / kWarpSize];
 }
-
-// -- scheduler --------------------------------------------------------------------------------------------------------
 
 unsigned num_warps() { return (launch->block + kWarpSize - 1) / kWarpSize; }
 
@@ -598,8 +586,6 @@ bool is_in_shared_memory(const void* address, size_t bytes) {
 
 }  // namespace
 
-// -- called by kernels ------------------------------------------------------------------------------------------------
-
 unsigned char* hostcuda_shared_memory() { return launch->shared; }
 
 void hostcuda_block_barrier(const char* file, int line) {
@@ -707,8 +693,6 @@ void hostcuda_count_matrix_load(const void* const* rows, unsigned num_matrices) 
         counts->wavefronts += most;
     }
 }
-
-// -- the tensor cores -------------------------------------------------------------------------------------------------
 
 namespace {
 
@@ -919,8 +903,6 @@ void hostcuda_multiply_matrices(int kind, MatrixProduct* const (&lanes)[kWarpSiz
     }
 }
 
-// -- called by Python -------------------------------------------------------------------------------------------------
-
 // Runs a launch; `result->kind` says how it ended. Returns nonzero if the harness itself has no memory.
 extern "C" int hostcuda_launch(const Launch* what, Fault* result, Counts* executed, uint16_t poison_pattern) {
     if (stacks == nullptr) {
@@ -953,8 +935,6 @@ extern "C" int hostcuda_launch(const Launch* what, Fault* result, Counts* execut
     set_float_mode(mode);
     return 0;
 }
-
-// -- undefined behaviour: what -fsanitize calls, so that neither libubsan nor a dead process is needed ----------------
 
 namespace {
 
