@@ -1,8 +1,8 @@
 """The gradients of `conv1d` and `conv_transpose1d` with respect to input, weight and bias, as functions of arrays.
 
-Each takes the gradient of a loss with respect to the output and returns that with respect to one of the arguments. Of complex data they follow
-PyTorch's convention: the gradient is the adjoint applied to `grad_output`, so the other factor of each product is
-conjugated.
+Each takes the gradient of a loss with respect to the output and returns that with respect to one of the arguments. Of
+complex data they follow PyTorch's convention: the gradient is the adjoint applied to `grad_output`, so the other factor
+of each product is conjugated.
 
 The gradient of the input of one operation is the other operation with the same weight array, computed by the same
 kernels. `gpuconv.reference` has the definitions and the error bounds.
@@ -134,7 +134,9 @@ def conv1d_weight(
 
 
 def conv1d_bias(grad_output: ArrayT, *, out: ArrayT | None = None) -> ArrayT:
-    """The gradient of `gpuconv.conv1d` with respect to its bias: the sum of `grad_output` over samples and positions.
+    """The gradient of `gpuconv.conv1d` with respect to its bias.
+
+    It is the sum of `grad_output` over samples and positions.
 
     Args:
         grad_output: the gradient of the output, (N, C_out, L_out) or (C_out, L_out). NumPy or CuPy, any strides.
@@ -281,7 +283,9 @@ def conv_transpose1d_weight(
 
 
 def conv_transpose1d_bias(grad_output: ArrayT, *, out: ArrayT | None = None) -> ArrayT:
-    """The gradient of `gpuconv.conv_transpose1d` with respect to its bias: the sum of `grad_output` over samples and positions.
+    """The gradient of `gpuconv.conv_transpose1d` with respect to its bias.
+
+    It is the sum of `grad_output` over samples and positions.
 
     Args:
         grad_output: the gradient of the output, (N, C_out, L_out) or (C_out, L_out). NumPy or CuPy, any strides.
