@@ -50,6 +50,7 @@ def version(cupy: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[st
     def pose(name: str) -> None:
         monkeypatch.setattr(cupy, "__version__", name)
         runtime._supported.cache_clear()
+        runtime.device.cache_clear()  # what is known of a GPU is not asked again
 
     yield pose
     runtime._supported.cache_clear()

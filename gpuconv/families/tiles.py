@@ -303,9 +303,15 @@ def packed_plan(
         },
     )
     values = (abs(value) for _, value in params)
-    bits = index_bits(
-        p, layout, Overhang(taps=1, arrays=("weight",)), packed.num_elements + grid * PACK_BLOCK_SIZE, *values
+    # Offsets of weights are formed before it is known whether they exist: of whole tiles of rows, chunks of terms, and
+    # the taps of the phase with the most.
+    overhang = Overhang(
+        rows=packed.row_tiles * packed.block_rows,
+        channels=MAX_BLOCK_R,
+        taps=product.taps * p.stride,
+        arrays=("weight",),
     )
+    bits = index_bits(p, layout, overhang, packed.num_elements + grid * PACK_BLOCK_SIZE, *values)
     pack = pack_config(p.dtype, bits, transposed=p.transposed, phases_in_rows=product.phases_in_rows)
     pack_launch = Launch(grid, PACK_BLOCK_SIZE, 0, bits, params)
     candidates = tuple(
