@@ -47,7 +47,7 @@ def first_steps() -> list[Step]:
     no_pytest = "" if find_spec("pytest") else "pytest is not installed"
     return [
         _step("build", 25, processes=14),
-        Step("ptx", (*tests, "tests/test_ptx.py"), 15, absent=no_pytest),
+        Step("ptx", (*tests, "tests/kernels/test_ptx.py"), 15, absent=no_pytest),
         _step("micro", 35),
         _step("tiles", 30),
         _step("verify", 45, processes=8),

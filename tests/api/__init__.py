@@ -1,0 +1,1 @@
+"""The public functions, layers and gradients, the reference, and what explains them."""

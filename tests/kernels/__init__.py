@@ -1,0 +1,1 @@
+"""The kernels and their families, under hostcuda and NVRTC."""

@@ -1,0 +1,644 @@
+"""Tensor cores: windows, tiles that agree in every bit, and float32 by split TF32 on data made to break it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import gpuconv
+from bench.static import sass
+from gpuconv import cases, dispatch, reference, source
+from gpuconv.cases import Data
+from gpuconv.checks import same_bits
+from gpuconv.device import ARCHITECTURES, Device
+from gpuconv.families import ArrayLayout, Config, Family, Layout, mma
+from gpuconv.families.base import contiguous_strides
+from gpuconv.families.mma import Product, Tile, Window
+from gpuconv.problem import ConvProblem, Op, numpy_dtype
+from tests import hostcuda
+from tests.hostcuda import AMPERE, HOPPER, Counts, Program, TensorCores
+from tests.plans import FORWARD_FAMILIES, kernel_of, plan_of, refusal_of
+
+Array = npt.NDArray[Any]
+
+H200 = Device.from_arch("sm_90")
+FAMILY: dict[str, Family] = {family.kind: family for family in FORWARD_FAMILIES if not family.canonical_order}
+BASE = {"conv1d": "conv1d_direct", "conv_transpose1d": "conv_transpose1d_gather"}
+MODES = ("float16", "bfloat16", "float32", "tf32")
+
+# Every way in which a tap can be missing, channels that fill no unit, rows that fill no fragment.
+PROBLEMS = {
+    "padded": ConvProblem("conv1d", 3, 20, 18, 23, 5, 1, 4, 6, has_bias=True),
+    "strided": ConvProblem("conv1d", 3, 34, 34, 29, 5, 3, 11, 13, 2, groups=2, has_bias=True),
+    "phases differ": ConvProblem(
+        "conv_transpose1d", 2, 44, 14, 9, 7, 3, 2, 1, groups=2, output_padding=2, has_bias=True
+    ),
+    "phase by phase": ConvProblem("conv_transpose1d", 3, 24, 17, 9, 7, 2, 5, 4, 3, output_padding=2, has_bias=True),
+    "phases without taps": ConvProblem(
+        "conv_transpose1d", 2, 22, 18, 9, 5, 4, 2, 1, 6, output_padding=3, has_bias=True
+    ),
+}
+every_problem = pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS.keys())
+
+
+def at(problem: ConvProblem, mode: str) -> ConvProblem:
+    return cases.in_format(problem, mode)
+
+
+def takes(problem: ConvProblem, device: Device = H200, layout: Layout | None = None) -> bool:
+    return refusal_of(FAMILY[problem.op], problem, layout or Layout.contiguous(problem), device) is None
+
+
+def run(problem: ConvProblem, data: Data, **settings: Any) -> Array:
+    return hostcuda.compute(problem, *data, family=FAMILY[problem.op].name, **settings)
+
+
+def base(problem: ConvProblem, data: Data) -> Array:
+    return hostcuda.compute(problem, *data, family=BASE[problem.op])
+
+
+def assert_same_bits(output: Array, expected: Array, what: object) -> None:
+    assert same_bits(output, expected).all(), what
+
+
+def assert_right(problem: ConvProblem, output: Array, data: Data, what: object = None) -> None:
+    good = reference.within_bound(problem, output, *data)
+    assert good.all(), (what, str(problem), np.argwhere(~good)[0], output[~good][0])
+
+
+@pytest.fixture(params=[AMPERE, HOPPER], ids=["Ampere", "Hopper"])
+def rule(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> TensorCores:
+    """Tensor cores that add by the rule of each architecture, on whatever device."""
+    monkeypatch.setattr(TensorCores, "of", staticmethod(lambda _: request.param))
+    found: TensorCores = request.param
+    return found
+
+
+def program_of(config: Config) -> Program:
+    return Program.from_text(config.kernel, source.assemble(config.kernel, dict(config.macros)))
+
+
+@st.composite
+def layers(draw: st.DrawFn) -> ConvProblem:
+    op: Op = draw(st.sampled_from(("conv1d", "conv_transpose1d")))
+    groups = draw(st.sampled_from((1, 1, 2, 3)))
+    stride, dilation = draw(st.integers(1, 20)), draw(st.sampled_from((1, 1, 2, 3, 6, 64, 512, 2000)))
+    K = draw(st.integers(1, 40))
+    span = dilation * (K - 1) + 1
+    return ConvProblem(
+        op,
+        N=1,
+        C_in=groups * draw(st.integers(1, 300)),
+        C_out=groups * draw(st.integers(1, 150)),
+        L_in=span + draw(st.integers(0, 50)),
+        K=K,
+        stride=stride,
+        padding_left=draw(st.integers(0, min(span - 1, 40))),  # an output remains
+        padding_right=draw(st.integers(0, min(span, 40))) if op == "conv1d" else 0,
+        dilation=dilation,
+        groups=groups,
+        **{"dtype": "float32"},
+    )
+
+
+def reduction(problem: ConvProblem, device: Device) -> dict[str, int]:
+    """The order of summation, as the kernel is told it."""
+    _, launch = kernel_of(FAMILY[problem.op], problem, Layout.contiguous(problem), device)
+    return {name: dict(launch.params)[name] for name in ("units", "chunks", "pairs", "segments", "segment_chunks")}
+
+
+def channels_last(problem: ConvProblem) -> Layout:
+    p = problem
+    return Layout.contiguous(p).replaced(
+        input=ArrayLayout((p.C_in * p.L_in, 1, p.C_in), p.itemsize),
+        output=ArrayLayout((-p.C_out * p.L_out, 1, p.C_out), p.itemsize),
+    )
+
+
+@settings(max_examples=80, deadline=None, derandomize=True, database=None)
+@given(layer=layers(), mode=st.sampled_from(MODES), arch=st.sampled_from(tuple(ARCHITECTURES)))
+def test_the_layer_alone_decides_where_it_runs_and_in_which_order_it_is_summed(
+    layer: ConvProblem, mode: str, arch: str
+) -> None:
+    device, layer = Device.from_arch(arch), at(layer, mode)
+    family = FAMILY[layer.op]
+    reason = refusal_of(family, layer, Layout.contiguous(layer), device)
+    order = None if reason else reduction(layer, device)
+    for N, L_in in ((1, layer.L_in + 1), (7, layer.L_in), (3, 100_000), (200, layer.L_in + 17)):
+        p = replace(layer, N=N, L_in=L_in)
+        for layout in (Layout.contiguous(p), channels_last(p)):
+            assert refusal_of(family, p, layout, device) == reason
+        if reason is None:
+            assert reduction(p, device) == order
+            choice = dispatch.choose(p, channels_last(p), device)
+            assert choice is not None
+            assert choice.family == family.name
+            assert choice.launch.shared_bytes <= device.shared_per_block
+            assert choice.config in set(family.configs(device))
+
+
+@pytest.mark.parametrize(
+    ("arch", "modes"),
+    [
+        ("sm_75", {"float16"}),
+        ("sm_80", set(MODES)),
+        ("sm_86", set(MODES)),
+        ("sm_90", set(MODES)),
+        ("sm_120", set(MODES)),
+    ],
+)
+def test_architectures(arch: str, modes: set[str]) -> None:
+    device = Device.from_arch(arch)
+    for problem in PROBLEMS.values():
+        assert {mode for mode in MODES if takes(at(problem, mode), device)} == modes
+        for dtype in ("float64", "complex64"):
+            assert not takes(replace(problem, dtype=dtype), device)
+
+
+def test_float32_needs_terms_enough_for_its_bound_and_others_do_not() -> None:
+    few = ConvProblem("conv1d", 2, 9, 16, 40, mma.MIN_SPLIT_TERMS // 9)
+    assert few.terms < mma.MIN_SPLIT_TERMS
+    assert [mode for mode in MODES if takes(at(few, mode))] == ["float16", "bfloat16", "tf32"]
+    assert takes(replace(few, K=few.K + 1))
+
+
+@every_problem
+def test_turing_computes_in_float16(problem: ConvProblem) -> None:
+    p, turing = at(problem, "float16"), Device.from_arch("sm_75")
+    data = cases.random_data(p, 1)
+    assert_right(p, run(p, data, device=turing, schedule="every"), data)
+    exact = cases.exact_data(p, 2)
+    assert_same_bits(run(p, exact, device=turing), run(p, exact), p)
+
+
+@st.composite
+def products(draw: st.DrawFn) -> Product:
+    column_step = draw(st.one_of(st.just(1), st.integers(1, 24)))
+    tap_step = draw(st.one_of(st.integers(1, 24), st.integers(1, 600)))
+    is_backward = column_step == 1 and draw(st.booleans())
+    return Product(
+        problem=PROBLEMS["padded"],
+        products=1,
+        rows=16,
+        positions=1,
+        first=0,
+        taps=draw(st.integers(1, 48)),
+        column_step=column_step,
+        tap_step=-tap_step if is_backward else tap_step,
+        phases_in_rows=False,
+    )
+
+
+@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+@given(product=products(), block_samples=st.integers(1, 3), block_positions=st.integers(1, 40))
+def test_every_tap_of_every_column_reads_its_position(
+    product: Product, block_samples: int, block_positions: int
+) -> None:
+    """The kernel's formulas for the row that a tap reads and for the position that a row holds, put together."""
+    window, taps = Window.of(product, block_samples, block_positions), product.taps
+    used_rows, sample_rows = window.planes * window.plane_rows, window.sample_rows
+    assert window.used_rows == used_rows
+    assert used_rows <= taps * block_positions  # never more than one row for each tap and column
+    assert used_rows <= sample_rows < used_rows + 8
+    assert window.rows == max(block_samples * sample_rows, 8)
+    for tap in range(taps):
+        repeat, plane_of_tap = divmod(tap, window.planes)
+        first = window.tap_rows_first + repeat * window.tap_rows_step + plane_of_tap * window.plane_rows
+        for column in range(block_samples * block_positions):
+            sample, q = divmod(column, block_positions)
+            row_of_sample, row = divmod(first + sample * sample_rows + q, sample_rows)
+            assert row < used_rows
+            plane, j = divmod(row, window.plane_rows)
+            assert row_of_sample == sample
+            assert j * product.column_step + window.shift + plane * window.plane_step == (
+                q * product.column_step + tap * product.tap_step
+            )
+
+
+@pytest.mark.parametrize("mode", ["float16", "float32"])
+def test_operands_are_read_from_shared_memory_without_bank_conflicts(mode: str) -> None:
+    """Wherever a block's columns are of one sample."""
+    settings = [(K, s, d) for s in range(1, 17) for K, d in ((2, 1), (3, 2), (5, 5))]
+    settings += [(3, 2, d) for d in (3, 7, 16, 31, 64)]
+    problems = [ConvProblem("conv1d", 1, 36, 20, 6 * s + d * K, K, s, K, 0, d) for K, s, d in settings]
+    problems += [ConvProblem("conv_transpose1d", 1, 40, 20, 19, 2 * s, s) for s in (1, 2, 3, 5, 8, 16)]
+    for problem in problems:
+        assert_no_conflicts(at(problem, mode))
+
+
+def assert_no_conflicts(p: ConvProblem) -> None:
+    counts = Counts()
+    assert takes(p), str(p)
+    run(p, cases.random_data(p, 3), counts=counts)
+    assert counts.products > 0
+    assert counts.wavefronts == counts.loads, str(p)
+
+
+@pytest.fixture
+def only_tile(monkeypatch: pytest.MonkeyPatch) -> Callable[[Tile], None]:
+    """Leaves the cost model one tile to choose."""
+    compare = mma.compare_tilings
+
+    def leave(tile: Tile) -> None:
+        monkeypatch.setattr(mma, "compare_tilings", lambda *args: tuple(t for t in compare(*args) if t.tile == tile))
+
+    return leave
+
+
+@pytest.mark.parametrize("mode", ["float16", "float32"])
+def test_blocks_of_several_samples_meet_no_bank_conflicts(mode: str, only_tile: Callable[[Tile], None]) -> None:
+    """Neither where eight neighbouring columns are of several samples, nor behind the last sample."""
+    problems = [
+        *(ConvProblem("conv1d", 70, 72, 20, L + K - 1, K) for L in (1, 2, 3, 5, 7, 8, 9, 24, 31) for K in (1, 2, 5)),
+        *(
+            ConvProblem("conv1d", 9, 72, 20, s * 10 + d * K, K, s, K, 0, d)
+            for s in (2, 3, 8)
+            for K, d in ((3, 1), (4, 3))
+        ),
+        *(ConvProblem("conv_transpose1d", 9, 72, 20, 11, 2 * s + 1, s) for s in (1, 2, 5)),
+    ]
+    only_tile(next(t for t in mma.tiles(mma.ARITHMETICS[mode, "float32"]) if t.has_samples and t.block_m == 64))
+    for problem in problems:
+        p = at(problem, mode)
+        launch = kernel_of(FAMILY[p.op], p, Layout.contiguous(p), H200)[1]
+        assert dict(launch.params)["block_samples"] > 1, str(p)
+        assert_no_conflicts(p)
+
+
+@pytest.mark.parametrize("mode", ["float16", "float32"])
+@pytest.mark.parametrize(
+    ("problem", "has_rest"),
+    [
+        (ConvProblem("conv1d", 1, 70, 20, 600, 13, 3, 2, 3, has_bias=True), False),
+        (ConvProblem("conv1d", 1, 70, 20, 600, 1, 7, 0, 5, has_bias=True), True),
+        (ConvProblem("conv1d", 1, 70, 20, 600, 2, 1, 3, 3, 512, has_bias=True), True),
+        (ConvProblem("conv_transpose1d", 1, 70, 20, 600, 2, 1, 3, 3, 512, has_bias=True), True),
+    ],
+    ids=["strided", "one tap", "far taps", "transposed far taps"],
+)
+def test_input_arrives_in_batches(
+    problem: ConvProblem,
+    has_rest: bool,
+    mode: str,
+    only_tile: Callable[[Tile], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Several batches of a chunk's input, also more than it has stages; from shared memory that was ready."""
+    p = at(problem, mode)
+    size = (64, 128) if mode == "float32" else (32, 256)
+    only_tile(next(t for t in mma.tiles(mma.ARITHMETICS[mode, "float32"]) if (t.block_m, t.block_n) == size))
+    config, launch = kernel_of(FAMILY[p.op], p, Layout.contiguous(p), H200)
+    params, macros = dict(launch.params), dict(config.macros)
+    batches = -(-params["units"] * params["window_rows"] // (launch.block * int(macros["PREFETCH_TASKS"])))
+    rounds = -(-params["pairs"] // (mma.STAGE_PAIRS * params["round_stages"]))
+    assert params["chunks"] > 1
+    assert batches > 1
+    assert (batches > rounds) == has_rest
+    monkeypatch.setattr(Program, "of", Program.without_nan_fallback)
+    data = cases.random_data(p, 11)
+    assert_right(p, run(p, data, schedule="every"), data)
+
+
+def test_products_fill_the_main_loop_of_the_square_tile() -> None:
+    """In 16 bits for sm_90; none of its sums is in local memory."""
+    tile = mma.tiles(mma.ARITHMETICS["float16", "float32"])[0]
+    assert (tile.block_m, tile.block_n) == (128, 128)
+    config = mma.kernel_config(
+        "conv1d_mma", "float16", "float32", tile, 32, H200, phases_in_rows=False, segment_mode=tile.segment_mode
+    )
+    found = sass.report(config, "sm_90")
+    assert not found.uses_local_memory
+    assert found.loop.mix["tensor"] == 64
+    assert found.loop.useful_share >= 0.6
+
+
+# Long enough for several segments, of which the last is shorter.
+LONG = {
+    "conv1d": ConvProblem("conv1d", 2, 530, 20, 26, 16, 2, 3, 2, has_bias=True),
+    "conv_transpose1d": ConvProblem("conv_transpose1d", 2, 530, 10, 7, 32, 2, 13, 12, has_bias=True),
+    "conv_transpose1d phase by phase": ConvProblem("conv_transpose1d", 2, 530, 20, 7, 31, 2, 43, 42, 3, has_bias=True),
+}
+KERNELS = ("padded", "phases differ", "strided", "phase by phase")
+LONG_KERNELS = ("conv1d", "conv_transpose1d", "conv_transpose1d phase by phase")
+
+
+def tile_items() -> list[tuple[str, Tile, ConvProblem]]:
+    """Every tile of float16 and of split TF32, dealt out to the kernels, with a problem that it may serve."""
+    found = []
+    for mode in ("float16", "float32"):
+        arithmetic = mma.ARITHMETICS[mode, "float32"]
+        for i, tile in enumerate(mma.tiles(arithmetic)):
+            found.append((mode, tile, PROBLEMS[KERNELS[i % len(KERNELS)]]))
+        for i, tile in enumerate(mma.tiles(arithmetic, segments=True)):
+            found.append((mode, tile, LONG[LONG_KERNELS[i % len(LONG_KERNELS)]]))
+    return found
+
+
+def tile_names() -> list[str]:
+    def name(mode: str, t: Tile, p: ConvProblem) -> str:
+        samples, segments = ("samples-" if t.has_samples else ""), ("", "segments-", "cut-")[t.segment_mode]
+        return f"{mode}-{t.block_m}x{t.block_n}-{samples}{segments}{p.op}"
+
+    return [name(*item) for item in tile_items()]
+
+
+@cache
+def chosen_result(p: ConvProblem) -> Array:
+    """What the tile that the cost model chooses gives."""
+    data = cases.random_data(p, 4)
+    output = run(p, data)
+    assert_right(p, output, data)
+    return output
+
+
+@pytest.mark.parametrize(("mode", "tile", "problem"), tile_items(), ids=tile_names())
+def test_every_tile_gives_the_same_bits(
+    mode: str, tile: Tile, problem: ConvProblem, only_tile: Callable[[Tile], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Alone, and for every column of a long input and of several samples; from shared memory that was ready."""
+    several = at(problem, mode)
+    long = replace(several, N=1, L_in=150 * (1 if problem.transposed else problem.stride))
+    found = [several] if tile.has_samples or tile.segment_mode else [several, long]
+    expected = [chosen_result(p) for p in found]
+    only_tile(tile)
+    monkeypatch.setattr(Program, "of", Program.without_nan_fallback)
+    for p, bits in zip(found, expected, strict=True):
+        macros = dict(kernel_of(FAMILY[p.op], p, Layout.contiguous(p), H200)[0].macros)
+        assert (macros["BLOCK_M"], macros["BLOCK_N"]) == (str(tile.block_m), str(tile.block_n))
+        has_order = tile.segment_mode == 2 or (p is several and not tile.segment_mode)
+        output = run(p, cases.random_data(p, 4), schedule="every" if has_order else "forward")
+        assert_same_bits(output, bits, str(p))
+
+
+def test_the_tiles_meet_several_segments_and_a_shorter_last_one() -> None:
+    for mode in ("float16", "float32"):
+        orders = [reduction(at(problem, mode), H200) for problem in LONG.values()]
+        assert all(order["segments"] > 1 for order in orders)
+        assert any(order["chunks"] % order["segment_chunks"] for order in orders)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@every_problem
+def test_views_change_no_bit(problem: ConvProblem, mode: str) -> None:
+    p = at(problem, mode)
+    x, w, b = cases.random_data(p, 5)
+    assert b is not None
+    expected = run(p, Data(x, w, b))
+    shifted = np.empty(x.size + 1, x.dtype)[1:].reshape(x.shape)
+    shifted[...] = x
+    views = (
+        (shifted, w, b),
+        (np.asfortranarray(x), np.asfortranarray(w), np.ascontiguousarray(b[::-1])[::-1]),
+        (np.ascontiguousarray(x[::-1, ::-1, ::-1])[::-1, ::-1, ::-1], np.ascontiguousarray(w[..., ::-1])[..., ::-1], b),
+    )
+    C, L = p.C_out, p.L_out
+    padded = -(-L // 8) * 8  # rows that start at multiples of 16 bytes, and those that do not
+    strides = ((C * padded, padded, 1), (C * (padded + 1), padded + 1, 1), (-C * L, -L, -1), (C * L, 1, C))
+    for i, output in enumerate(strides):
+        view = Data(*views[i % len(views)])
+        layout = Layout.of(
+            input=hostcuda.array_layout(view.input),
+            weight=hostcuda.array_layout(view.weight),
+            bias=hostcuda.array_layout(b if view.bias is None else view.bias),
+            output=ArrayLayout(output, p.itemsize if i == 2 else 16),
+        )
+        assert_same_bits(run(p, view, layout=layout, schedule="every"), expected, (str(p), output))
+
+
+@pytest.mark.parametrize("mode", ["float16", "float32"])
+@pytest.mark.parametrize("name", ["strided", "phases differ"])
+def test_offsets_beyond_32_bits(name: str, mode: str) -> None:
+    """Samples of input and output, and rows of weights, more than 2**31 elements apart in all."""
+    p = at(PROBLEMS[name], mode)
+    data = cases.random_data(p, 6)
+    far, fresh = 2**31 + 7, Layout.contiguous(p)
+    weight_strides = (2**31 // (p.weight_shape[0] - 1) + 1, *contiguous_strides(p.weight_shape)[1:])
+    layout = fresh.replaced(
+        input=ArrayLayout((far, *contiguous_strides(p.input_shape)[1:]), p.itemsize),
+        weight=ArrayLayout(weight_strides, p.itemsize),
+        output=ArrayLayout((-far, *contiguous_strides(p.output_shape)[1:]), p.itemsize),
+    )
+    family = FAMILY[p.op]
+    assert {step.launch.index_bits for step in plan_of(family, p, layout, H200).steps} == {64}
+    assert_same_bits(run(p, data, layout=layout), run(p, data), str(p))
+
+
+def assert_like_base(problem: ConvProblem, data: Data) -> Array:
+    """The result, once it has NaNs and infinities where the base family has them, and is right elsewhere."""
+    y, expected = run(problem, data), base(problem, data)
+    for test in (np.isnan, np.isposinf, np.isneginf):
+        wide = [a.astype(np.float64) for a in (y, expected)]
+        np.testing.assert_array_equal(test(wide[0]), test(wide[1]), str(problem))
+    assert_right(problem, y, data)
+    return y
+
+
+@pytest.mark.parametrize("mode", MODES)
+@every_problem
+def test_values_that_are_no_numbers_spoil_only_what_they_feed(problem: ConvProblem, mode: str) -> None:
+    """Also where other taps of an output fall into the padding, and where a phase lacks the tap."""
+    p = at(problem, mode)
+    for k in (0, p.K // 2, p.K - 1):
+        x, w, b = cases.random_data(p, k)
+        rows = np.moveaxis(w, 1, 0) if p.transposed else w
+        rows[0, :, k], rows[1, 0, k], rows[-1, -1, k] = np.nan, np.inf, -np.inf
+        y = assert_like_base(p, Data(np.abs(x), w, b)).astype(np.float64)
+        assert np.isfinite(y).any()
+        assert not np.isfinite(y).all()
+    for l_in in (0, p.L_in // 2, p.L_in - 1):
+        x, w, b = cases.random_data(p, l_in)
+        x[0, 1, l_in], x[1, 0, l_in], x[1, -1, l_in] = np.nan, np.inf, -np.inf
+        assert not np.isfinite(assert_like_base(p, Data(x, w, b)).astype(np.float64)).all()
+    x, w, b = cases.random_data(p, 7)
+    assert b is not None
+    b[:3] = np.nan, np.inf, -np.inf
+    y = assert_like_base(p, Data(x, w, b)).astype(np.float64)
+    assert np.isnan(y[:, 0]).all()
+    assert np.isfinite(y[:, 3:]).all()
+
+
+@every_problem
+def test_half_precision_overflows_when_it_is_stored_and_not_before(problem: ConvProblem) -> None:
+    p = at(problem, "float16")
+    x, w, b = cases.random_data(p, 8)
+    x[0] = 6e4
+    assert np.isinf(assert_like_base(p, Data(x, w, b))[0].astype(np.float64)).any()
+
+
+def test_tf32_that_rounds_past_the_largest_number_is_as_good_as_unrounded() -> None:
+    p = at(PROBLEMS["padded"], "tf32")
+    x, w, b = cases.random_data(p, 9)
+    x[0, 0, 5], w[3, 1, 2] = np.finfo("f4").max, -np.finfo("f4").max
+    x[0, :, 5] *= np.float32(2.0**-10)
+    w[3] *= np.float32(2.0**-10)
+    assert_right(p, run(p, Data(x, w, b)), Data(x, w, b))
+
+
+def powers(rng: np.random.Generator, shape: tuple[int, ...], low: int, end: int) -> Array:
+    """Numbers of either sign with exponents from `low` to below `end`."""
+    values = rng.uniform(1, 2, shape) * rng.choice((-1.0, 1.0), shape) * 2.0 ** rng.integers(low, end, shape)
+    return values.astype(np.float32)
+
+
+def paired(p: ConvProblem, x: Array, w: Array) -> None:
+    """Each other channel undoes the one before, but for a millionth: sums cancel."""
+    x = x.reshape(p.N, p.groups, p.C_in_g, p.L_in)
+    odd, even = slice(1, p.C_in_g // 2 * 2, 2), slice(0, p.C_in_g // 2 * 2, 2)
+    x[:, :, odd] = x[:, :, even]
+    if p.transposed:
+        w = np.swapaxes(w.reshape(p.groups, p.C_in_g, p.C_out_g, p.K), 1, 2)
+    else:
+        w = w.reshape(p.groups, p.C_out_g, p.C_in_g, p.K)
+    w[:, :, odd] = -w[:, :, even] * np.float32(1 + 2.0**-20)
+
+
+HARD = {
+    "mixed magnitudes": ((-60, 60), (-60, 60)),
+    "mixed magnitudes that cancel": ((-60, 60), (-60, 60)),
+    "the largest numbers": ((120, 128), (-110, -12)),
+    "the largest weights": ((-110, -12), (120, 128)),
+    "around the smallest that are split": ((-106, -98), (-4, 40)),
+    "weights around the smallest that are split": ((-4, 40), (-106, -98)),
+    "parts that would be subnormal": ((-122, -114), (-4, 40)),
+    "parts of weights that would be subnormal": ((-4, 40), (-122, -114)),
+    "products that underflow": ((-75, -55), (-75, -55)),
+    "subnormal data": ((-149, -120), (0, 80)),
+    "subnormal weights": ((0, 80), (-149, -120)),
+    "sums that overflow": ((60, 68), (55, 62)),
+}
+
+
+@pytest.mark.parametrize("kind", HARD)
+@pytest.mark.parametrize("mode", ["float32", "tf32", "bfloat16"])
+def test_hard_data(mode: str, kind: str, rule: TensorCores) -> None:
+    for seed, problem in enumerate(PROBLEMS.values()):
+        p = at(problem, mode)
+        rng = np.random.default_rng(seed)
+        x, w = (powers(rng, s, *r) for s, r in zip((p.input_shape, p.weight_shape), HARD[kind], strict=True))
+        if kind.endswith("cancel"):
+            paired(p, x, w)
+        # In every other channel alone: it hides the errors of small sums.
+        bias = powers(rng, (p.C_out,), -60, 60) * (np.arange(p.C_out) % 2)
+        data = Data(*(a.astype(numpy_dtype(p.dtype)) for a in (x, w, bias)))
+        assert_right(p, run(p, data), data, (kind, rule))
+
+
+@pytest.mark.usefixtures("rule")
+def test_split_tf32_on_long_sums_of_one_sign_and_of_halves() -> None:
+    """Nothing cancels: what is cut off adds up. Significands full of ones, and halfway between two TF32 numbers."""
+    p = at(ConvProblem("conv1d", 1, 512, 16, 24, 9), "float32")
+    rng = np.random.default_rng(0)
+    ones = np.float32(2 - 2.0**-22) - rng.integers(0, 8, p.input_shape) * np.float32(2.0**-23)
+    halves = (
+        1 + (2 * rng.integers(0, 1024, p.weight_shape) + 1) * 2.0**-11 + rng.integers(-1, 2, p.weight_shape) * 2.0**-23
+    )
+    for x in (ones, -ones, ones * 2.0 ** rng.integers(-12, 1, p.input_shape)):
+        for w in (halves, np.abs(powers(rng, p.weight_shape, -3, 0)), np.full(p.weight_shape, 2 - 2.0**-22)):
+            data = Data(x.astype(np.float32), w.astype(np.float32), None)
+            assert_right(p, run(p, data), data)
+
+
+def unflushed(config: Config) -> Program:
+    """The kernel with one sum for all large products."""
+    program = program_of(config)
+    if config.kernel not in {family.name for family in FAMILY.values()}:
+        return program
+    text, flush, total = program.text, "part[i][j][e] += acc[i][j][e];", "part[i][j][e] + low[i][j][e]"
+    text, flushes = re.subn(re.escape(flush) + r"\s+" + re.escape("acc[i][j][e] = 0.0f;"), "", text)
+    assert flushes == 1
+    assert text.count(total) == 2
+    return replace(program, text=text.replace(total, f"acc[i][j][e] + ({total})"))
+
+
+def test_without_the_flush_the_bound_would_break(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One product of 1, and then, for the rule of Ampere, blocks of four that lose five units each.
+
+    Next to a sum from 1 on, terms are cut off at u = 2**-24: three of almost 2u to u, one of almost u to 0. A sum that
+    has become three units larger is rounded down by one.
+    """
+    monkeypatch.setattr(TensorCores, "of", staticmethod(lambda _: AMPERE))
+    for C_in, sign in ((mma.MIN_SPLIT_TERMS, 1), (512, 1), (512, -1)):
+        p = at(ConvProblem("conv1d", 1, C_in, 16, 16, 1), "float32")
+        almost = 2 - 2.0**-10
+        w = np.full(p.weight_shape, almost * 2.0**-24, np.float32)
+        w[:, ::4] /= 2
+        w[:, 0] = 1
+        data = Data(np.full(p.input_shape, sign, np.float32), w, None)
+        assert_right(p, run(p, data), data)
+        with monkeypatch.context() as patch:
+            patch.setattr(Program, "of", unflushed)
+            broken = run(p, data)
+        error = np.abs(broken - reference.compute(p, *data))
+        assert (error > 1.2 * (p.terms - 4) * 2.0**-24).all()
+        assert not reference.within_bound(p, broken, *data).any()
+
+
+@pytest.mark.gpu
+def test_two_launches_through_the_public_function(cupy: Any, launched: list[str]) -> None:
+    """The sums of segments go to a buffer of the call's, whether the weight was prepared or not."""
+    if int(cupy.cuda.Device().compute_capability) < 80:
+        pytest.skip("no TF32 here")
+    p = replace(LONG["conv1d"], N=1, has_bias=False)
+    data = cases.random_data(p, 10)
+    x, w = cupy.asarray(data.input), cupy.asarray(data.weight)
+    outputs = [gpuconv.conv1d(x, weight, **cases.call_settings(p)).get() for weight in (w, gpuconv.prepare(w))]
+    assert launched == ["pack_mma_weight", "conv1d_mma", "conv1d_mma"] * 2
+    assert_right(p, outputs[0], data)
+    assert_same_bits(outputs[1], outputs[0], str(p))
+
+
+# Stages that are not full; planes; phases with fewer taps than others, whose missing taps read a row that they do have.
+PADDED = ConvProblem("conv1d", 1, 24, 16, 20, 3, 1, 2, 3)
+STRIDED = ConvProblem("conv1d", 1, 36, 16, 33, 5, 3, 4, 4, 2)
+PHASES = ConvProblem("conv_transpose1d", 1, 24, 16, 20, 5, 2, 0, 0, 3)
+
+
+def output_positions(p: ConvProblem, l_in: int) -> set[int]:
+    """The output positions whose window contains an input position."""
+    if p.transposed:
+        return {l_in * p.stride - p.padding_left + k * p.dilation for k in range(p.K)}
+    starts = (l_in + p.padding_left - k * p.dilation for k in range(p.K))
+    return {start // p.stride for start in starts if start % p.stride == 0}
+
+
+@pytest.mark.parametrize("value", [np.inf, 2.0**-110])  # neither can be split
+@pytest.mark.parametrize("problem", [PADDED, STRIDED, PHASES], ids=["padded", "strided", "phases"])
+def test_values_outside_the_window_change_no_bit(problem: ConvProblem, value: float) -> None:
+    p = problem
+    family = FAMILY[p.op].name
+    x, w, b = cases.random_data(p, 3)
+    expected = hostcuda.compute(p, x, w, b, family=family)
+    x[0, 3, 10] = value
+    output = hostcuda.compute(p, x, w, b, family=family)
+    outside = [l_out for l_out in range(p.L_out) if l_out not in output_positions(p, 10)]
+    assert same_bits(output[..., outside], expected[..., outside]).all()
+    assert not same_bits(output, expected).all()
+
+
+@pytest.mark.parametrize("op", ["conv1d", "conv_transpose1d"])
+def test_padding_beside_channels_in_reverse(op: Op) -> None:
+    """Offsets of channels are negative, and are added to none where a position does not exist."""
+    p = ConvProblem(op, 2, 40, 9, 13, 4, 1, 2, 3, dtype="float16")
+    x, w, b = cases.exact_data(p, 5)
+    expected = hostcuda.compute(p, x, w, b, family=FAMILY[op].name)
+    output = hostcuda.compute(p, np.ascontiguousarray(x[:, ::-1])[:, ::-1], w, b, family=FAMILY[op].name)
+    assert same_bits(output, expected).all()
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_many_short_samples_share_blocks(arch: str) -> None:
+    """Also where offsets need 64 bits: a block for each sample would be more than a grid holds."""
+    p = ConvProblem("conv1d", 2**29, 32, 32, 1, 1, groups=4, dtype="float16")
+    _, launch = kernel_of(FAMILY["conv1d"], p, Layout.contiguous(p), Device.from_arch(arch))
+    assert launch.index_bits == 64
+    assert launch.grid < p.N * p.groups // 32
+    assert dict(launch.params)["block_samples"] == 64

@@ -1,0 +1,370 @@
+"""Weight gradients on tensor cores, executed on the CPU (tests/hostcuda): values, bits, edges, shared memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from gpuconv import reference
+from gpuconv.cases import CASES
+from gpuconv.device import ARCHITECTURES, Device
+from gpuconv.families import ArrayLayout, Layout, slices
+from gpuconv.families import weight_gradient_mma as mma
+from gpuconv.families.base import contiguous_strides
+from gpuconv.families.mma import ARITHMETICS
+from gpuconv.families.slices import Slices
+from gpuconv.problem import WeightGradientProblem
+from tests import hostcuda
+from tests.hostcuda import Counts, Program
+from tests.hostcuda.banks import wavefronts
+from tests.kernels.test_gradient_kernels import (
+    assert_same_bits,
+    channels_last,
+    exact_result,
+    integers,
+    normal,
+    scattered,
+    shapes,
+    unaligned,
+)
+from tests.plans import kernel_of, refusal_of
+
+Array = npt.NDArray[Any]
+
+NAME = "weight_gradient_mma"
+FAMILY = mma.WeightGradientMma()
+DEVICE = Device.from_arch("sm_90")
+MODES = tuple(ARITHMETICS)  # (dtype, precision)
+HALF, SINGLE = ("float16", "float32"), ("float32", "float32")
+EVERY_TILE = tuple(
+    (mode, tile) for mode in (HALF, ("float32", "tf32"), SINGLE) for tile in mma.TILES[ARITHMETICS[mode].parts]
+)
+
+
+def problem(
+    C_coarse: int, C_fine: int, L: int, K: int, mode: tuple[str, str] = HALF, L_fine: int | None = None, **settings: Any
+) -> WeightGradientProblem:
+    """Two samples of a layer that pads half of its taps, unless the settings say otherwise."""
+    settings = {"N": 2, "op": "conv1d", "stride": 1, "dilation": 1, **settings}
+    span = settings["dilation"] * (K - 1)
+    settings.setdefault("padding_left", span // 2)
+    if L_fine is None:
+        L_fine = max(1, (L - 1) * settings["stride"] + 1 + span - 2 * settings["padding_left"])
+    return WeightGradientProblem(
+        C_coarse=C_coarse, C_fine=C_fine, L_coarse=L, L_fine=L_fine, K=K, dtype=mode[0], precision=mode[1], **settings
+    )
+
+
+def takes(p: WeightGradientProblem, device: Device = DEVICE) -> bool:
+    return refusal_of(FAMILY, p, Layout.contiguous(p), device) is None
+
+
+def table(mode: tuple[str, str]) -> Iterator[tuple[str, WeightGradientProblem]]:
+    """The cases of the table that the family takes in a mode."""
+    for case in CASES:
+        p = replace(WeightGradientProblem.of(case.at(mode[0])), precision=mode[1])
+        if 0 not in (*p.coarse_shape, *p.fine_shape, *p.weight_shape) and takes(p):
+            yield case.name, p
+
+
+def run(p: WeightGradientProblem, coarse: Array, fine: Array, **how: Any) -> Array:
+    return hostcuda.compute(p, coarse, fine, family=NAME, **how)
+
+
+def expect_exact(p: WeightGradientProblem, **how: Any) -> None:
+    assert takes(p), p
+    arrays = integers(p)
+    assert_same_bits(run(p, *arrays, **how), exact_result(p, *arrays), p)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kernels() -> None:
+    """Most of what the tests need, compiled together, which takes less than one by one."""
+    of_table = {kernel_of(FAMILY, p, Layout.contiguous(p), DEVICE)[0] for mode in MODES for _, p in table(mode)}
+    of_tiles = {FAMILY._config(tile, *mode, mma.WIDTHS[0], 32) for mode, tile in EVERY_TILE}
+    hostcuda.prebuild([*of_table, *of_tiles])
+
+
+@pytest.fixture
+def use_tile(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A function that leaves the family one tile."""
+
+    def use(parts: int, tile: mma.Tile) -> None:
+        monkeypatch.setattr(mma, "TILES", {**mma.TILES, parts: (tile,)})
+        mma._tilings.cache_clear()
+
+    yield use
+    mma._tilings.cache_clear()
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_the_table(mode: tuple[str, str]) -> None:
+    """Integers exactly; normal data within the bound, with values that are no numbers where they belong."""
+    taken = list(table(mode))
+    assert len(taken) >= (2 if mode == SINGLE else 10)  # few of its sums have as many terms as the split needs
+    for i, (name, p) in enumerate(taken):
+        arrays = integers(p)
+        assert_same_bits(run(p, *arrays, schedule=i), exact_result(p, *arrays), name)
+        arrays = normal(p, nonfinite=i % 2 == 1)
+        assert reference.weight_gradient(p, *arrays).within_bound(run(p, *arrays, placement="start")).all(), name
+
+
+@pytest.mark.parametrize(
+    "p",
+    [
+        problem(24, 20, 150, 5),  # wide loads of both
+        problem(24, 20, 152, 4, stride=3, padding_left=1),  # of coarse alone
+        problem(9, 10, 75, 3),  # of neither
+        problem(40, 8, 12, 3, N=20),  # several samples in a chunk
+        problem(20, 40, 136, 3, ("bfloat16", "float32"), dilation=40),  # a plane for each tap
+        problem(17, 24, 68, 7, ("float32", "tf32"), dilation=3),
+        problem(16, 9, 70, 2, ("float32", "tf32"), stride=2),
+        problem(20, 12, 132, 3, SINGLE, groups=1),
+        problem(32, 16, 33, 9, SINGLE, groups=2),
+    ],
+    ids=str,
+)
+def test_bits_depend_on_no_schedule_and_need_no_nan_fallback(p: WeightGradientProblem) -> None:
+    """Shared memory that is read too early holds NaNs here, and the fallback would repair what a GPU leaves wrong."""
+    layout = Layout.contiguous(p)
+    config, launch = kernel_of(FAMILY, p, layout, DEVICE)
+    program = Program.without_nan_fallback(config)
+    coarse, fine = normal(p)
+    cut = Slices.of(p, on_tensor_cores=True)
+    results = []
+    for kernel in (config, program):
+        sums = np.empty((cut.count, *p.weight_shape), np.float32)
+        result = np.empty(p.weight_shape, coarse.dtype)
+        arrays: dict[str, Array | None] = {"coarse": coarse, "fine": fine, "partial": sums, "grad_weight": None}
+        if cut.count == 1:
+            arrays.update(partial=None, grad_weight=result)
+        output = "partial" if cut.count > 1 else "grad_weight"
+        results.append(hostcuda.run(kernel, launch, arrays, outputs=[output], schedule="every", device=DEVICE))
+    assert_same_bits(*results, p)
+
+
+def test_the_table_of_loads_covers_every_width() -> None:
+    widths = {
+        mma._widths(p, Layout.contiguous(p), 32)
+        for p in (problem(24, 20, 152, 5), problem(24, 20, 152, 4, stride=3, padding_left=1), problem(9, 10, 75, 3))
+    }
+    assert widths == set(mma.WIDTHS)
+
+
+@pytest.mark.parametrize("mode", [HALF, SINGLE], ids=str)
+def test_edges(mode: tuple[str, str]) -> None:
+    """Lengths around steps and chunks; channels around octets; strides; padding beyond the input."""
+    for L in (16, 17, 31, 32, 33, 47, 64, 65, 96):
+        expect_exact(problem(16, 8, L, 3, mode, N=6))
+    for C in (8, 9, 15, 16, 17, 23, 33, 72):
+        expect_exact(problem(max(C, 16), C, 70, 2, mode, N=1, padding_left=1))
+    for stride in range(1, 9):
+        expect_exact(problem(16, 9, 36, 5, mode, stride=stride, dilation=1 + stride % 3))
+    expect_exact(problem(32, 24, 40, 3, mode, groups=2, op="conv_transpose1d", stride=2))
+    expect_exact(problem(16, 8, 90, 3, mode, L_fine=60, padding_left=20))
+    expect_exact(problem(16, 8, 64, 2, mode, L_fine=40, padding_left=0, dilation=200))  # a tap that meets nothing
+    expect_exact(problem(16, 8, 68, 40, mode, padding_left=7))  # several blocks of taps
+
+
+def test_slices_cover_every_position_once() -> None:
+    for p in shapes():
+        if isinstance(p, WeightGradientProblem):
+            cut = Slices.of(p, on_tensor_cores=True)
+            assert cut.samples == 1 or (cut.pieces == 1 and cut.positions == p.L_coarse), p
+            assert cut.pieces == -(-p.L_coarse // cut.positions), p
+            assert cut.count == -(-p.N // cut.samples) * cut.pieces, p
+            assert cut.pieces == 1 or cut.positions % mma.STEP == 0, p
+            assert cut.count == 1 or cut.partial_bytes(p) <= slices.MAX_PARTIAL_BYTES, p
+            assert cut.count <= Slices.of(p).count or cut.count == 1, p
+
+
+def test_short_samples_of_16_bits() -> None:
+    for L in (4, 5, 8, 12):
+        expect_exact(problem(10, 9, L, 3, N=300 // L * 5))
+
+
+@pytest.mark.parametrize(("mode", "tile"), EVERY_TILE, ids=str)
+def test_bits_do_not_depend_on_tile_or_widths(mode: tuple[str, str], tile: mma.Tile, use_tile: Any) -> None:
+    p = problem(20, 12, 40, 5, mode)
+    arrays = normal(p)
+    expected = run(p, *arrays)
+    use_tile(ARITHMETICS[mode].parts, tile)
+    assert_same_bits(run(p, *arrays, schedule=3), expected, tile)
+    if tile.threads == 128:
+        assert_same_bits(run(p, *map(unaligned, arrays)), expected, tile)
+
+
+def test_bits_do_not_depend_on_the_chunks_of_samples(use_tile: Any) -> None:
+    """Short samples are multiplied one by one or several in a chunk, as the chunk's length tells."""
+    p = problem(16, 16, 20, 3, ("bfloat16", "float32"), N=24)
+    arrays = normal(p)
+    results = []
+    for rows, chunk in ((32, (1, 32)), (64, (2, 32))):
+        use_tile(1, mma.TILES[1][-1]._replace(chunk_rows=rows))
+        assert mma._chunk(Slices.of(p, on_tensor_cores=True), rows) == chunk
+        results.append(run(p, *arrays))
+    assert_same_bits(*results, p)
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_only_terms_that_exist_count(mode: tuple[str, str]) -> None:
+    """Infinities that meet padding or other slices give no NaN; those that meet a term spread to its results alone."""
+    p = problem(16, 8, 1040, 3, mode, N=1)
+    coarse, fine = integers(p)
+    cut = Slices.of(p, on_tensor_cores=True)
+    assert cut.pieces > 1
+    expected = exact_result(p, coarse, fine)
+    coarse[0, 3, 0] = np.inf  # tap 0 meets padding there
+    fine[0, 5, cut.positions] = -np.inf  # of all slices and rows whose coarse is zero there a NaN
+    output = run(p, coarse, fine)
+    assert np.isfinite(output[3, np.arange(8) != 5, 0]).all()
+    untouched = np.ones(p.weight_shape, bool)
+    untouched[3, :, 1:] = False
+    untouched[:, 5, :] = False
+    assert_same_bits(output[untouched], expected[untouched], p)
+    assert reference.weight_gradient(p, coarse, fine).within_bound(output).all()
+    assert not np.isfinite(output[:, 5]).any()
+
+
+@pytest.mark.parametrize("scale", [2.0**-120, 2.0**-140, 2.0**126], ids=str)
+def test_values_that_cannot_be_split(scale: float) -> None:
+    p = problem(16, 8, 80, 3, SINGLE)
+    coarse, fine = normal(p)
+    coarse[:, 2] *= np.float32(scale)
+    fine[:, 1] *= np.float32(1 / scale if scale > 1 else 1)
+    assert reference.weight_gradient(p, coarse, fine).within_bound(run(p, coarse, fine)).all()
+
+
+def test_split_sums_are_within_the_bound_of_data_of_one_sign() -> None:
+    p = problem(16, 8, 2000, 1, SINGLE, N=1, groups=1)
+    rng = np.random.default_rng(0)
+    coarse, fine = (rng.uniform(1, 2, shape).astype(np.float32) for shape in (p.coarse_shape, p.fine_shape))
+    output = run(p, coarse, fine, device=Device.from_arch("sm_80"))
+    sums = reference.weight_gradient(p, coarse, fine)
+    exact = sums.exact()
+    assert (np.abs(output - exact) <= sums.error_bound(exact)).all()
+    assert np.abs(output / exact - 1).max() < 2.0**-19  # truncated sums of all terms would lose more
+
+
+@pytest.mark.parametrize("mode", [HALF, SINGLE], ids=str)
+def test_layouts(mode: tuple[str, str]) -> None:
+    """Views are read and written in place, with the bits of contiguous arrays."""
+    p = problem(16, 9, 48, 3, mode)
+    coarse, fine = normal(p)
+    expected = run(p, coarse, fine)
+    R, C, K = p.weight_shape
+    for a, b, strides in (
+        (scattered(coarse), channels_last(fine), (2 * C * K, 2 * K, 2)),
+        (channels_last(coarse), scattered(fine), (1, R, R * C)),
+        (unaligned(coarse), fine, (-C * K, -K, -1)),
+    ):
+        layout = Layout.of(
+            coarse=hostcuda.array_layout(a), fine=hostcuda.array_layout(b), grad_weight=ArrayLayout(strides, p.itemsize)
+        )
+        assert_same_bits(run(p, a, b, layout=layout, schedule="reverse", placement="start"), expected, strides)
+
+
+@pytest.mark.parametrize("mode", [HALF, SINGLE], ids=str)
+def test_offsets_beyond_32_bits(mode: tuple[str, str]) -> None:
+    far = 2**31 + 8
+    p = problem(16, 8, 72, 3, mode)
+    coarse, fine = (ArrayLayout((far, *contiguous_strides(shape)[1:])) for shape in (p.coarse_shape, p.fine_shape))
+    layout = Layout.of(coarse=coarse, fine=fine, grad_weight=ArrayLayout((24, 3, 1)))
+    config, launch = kernel_of(FAMILY, p, layout, DEVICE)
+    assert launch.index_bits == 64
+    assert config in set(FAMILY.configs(DEVICE))
+    arrays = normal(p)
+    assert_same_bits(run(p, *arrays, layout=layout), run(p, *arrays), p)
+
+
+@pytest.mark.parametrize(
+    ("p", "reason"),
+    [
+        (problem(16, 16, 100, 3, ("float64", "float32")), "needs float16"),
+        (problem(7, 16, 100, 3), "at least 8 channels"),
+        (problem(16, 7, 100, 3), "at least 8 channels"),
+        (problem(32, 32, 100, 3, groups=8), "at least 8 channels"),
+        (problem(8, 16, 100, 3, SINGLE), "at least 16 channels a group on the coarse side"),
+        (problem(16, 16, 20, 3, SINGLE), "at least 64 terms"),
+        (problem(16, 16, 3, 3, N=20), "longer samples"),
+    ],
+    ids=str,
+)
+def test_refusals(p: WeightGradientProblem, reason: str) -> None:
+    for device in (DEVICE, replace(DEVICE, num_sms=1)):
+        refusal = refusal_of(FAMILY, p, Layout.contiguous(p), device)
+        assert refusal is not None
+        assert reason in refusal
+
+
+def test_architectures() -> None:
+    for arch in ARCHITECTURES:
+        device = Device.from_arch(arch)
+        for mode in MODES:
+            assert takes(problem(16, 16, 100, 3, mode), device) == (device.arch >= 80 or mode == HALF)
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_costs_in_roundings_keep_the_bound(mode: tuple[str, str]) -> None:
+    """What `_keeps_bound` allows, counted term by term: the terms, and the blocks of products that have any."""
+    rng = np.random.default_rng(1)
+    arithmetic, taken = ARITHMETICS[mode], 0
+    for _ in range(300):
+        N, L, pad = int(2 ** rng.uniform(0, 7)), int(2 ** rng.uniform(0, 9)), int(rng.integers(0, 40))
+        p = problem(16, 8, L, 2, mode, N=N, L_fine=int(rng.integers(1, L + 40)), padding_left=pad, stride=1)
+        p = replace(p, C_coarse=int(2 ** rng.uniform(4, 12)), C_fine=int(2 ** rng.uniform(3, 12)))
+        if not mma._keeps_bound(p, arithmetic):
+            continue
+        taken += 1
+        cut = Slices.of(p, on_tensor_cores=True)
+        exists = (np.arange(L) - pad >= 0) & (np.arange(L) - pad < p.L_fine)
+        costs = []
+        for piece in range(cut.pieces):
+            run_of_piece = exists[piece * cut.positions : (piece + 1) * cut.positions]
+            starts = np.flatnonzero(run_of_piece)
+            if arithmetic.parts == 1:
+                costs.append(starts.size + len(set(starts // arithmetic.channels)))
+            else:
+                costs.append(len(set(starts // mma.STEP)))
+        cost = cut.samples * max(costs) + cut.count - 1
+        if arithmetic.parts == 1:
+            assert cost <= p.terms + math.ceil(p.terms / 4) + 2, p
+        else:
+            assert cost + 1 + 36 + p.terms / 400 <= p.terms + 2, p
+    assert taken > 100
+
+
+@pytest.mark.parametrize(
+    "p", [problem(40, 40, 200, 5), problem(40, 40, 99, 4, stride=3, dilation=2), problem(16, 16, 20, 3, N=9)], ids=str
+)
+def test_matrix_loads_meet_no_bank_conflicts(p: WeightGradientProblem) -> None:
+    config, launch = kernel_of(FAMILY, p, Layout.contiguous(p), DEVICE)
+    coarse, fine = normal(p)
+    cut, counts = Slices.of(p, on_tensor_cores=True), Counts()
+    sums = np.empty(cut.count * math.prod(p.weight_shape), np.float32)
+    arrays: dict[str, Array | None] = {"coarse": coarse, "fine": fine, "partial": sums, "grad_weight": None}
+    hostcuda.run(config, launch, arrays, outputs=["partial"], device=DEVICE, counts=counts)
+    assert counts.products > 0
+    assert counts.wavefronts == counts.loads
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_pitches_of_shared_memory(mode: tuple[str, str]) -> None:
+    """32-bit fragments are read, and eight neighbouring units stored, without bank conflicts, whatever the rows."""
+    arithmetic = ARITHMETICS[mode]
+    units = mma.OCTET // arithmetic.channels  # of an octet
+    for rows in range(16, 80):
+        half, pitch = mma._pitches(rows, arithmetic)
+        assert half >= rows
+        assert pitch >= units * half
+        stores = [16 * (unit // units * pitch + unit % units * half) for unit in range(8)]
+        assert wavefronts(stores, 16) == 1
+        if units == 2:  # lane g, t reads channel g at position t
+            lanes = [(lane // 16 * half + lane % 4) * 16 + lane // 4 % 4 * 4 for lane in range(32)]
+            assert wavefronts(lanes, 4) == 1

