@@ -1,6 +1,9 @@
 """conv_transpose1d_tail: few output channels a group, every phase in one thread, windows that slide through registers.
 
 Contract: cuda_src/conv_transpose1d_tail.cu.
+
+It is there for decoders that return to a waveform (`convtasnet.decoder`) and for the gradients of eight layers whose
+input is one: by the cost model they take 2.3 times as long by `conv_transpose1d_phases` in float32 on an H200.
 """
 
 from __future__ import annotations
