@@ -3,8 +3,8 @@
 Contract: cuda_src/conv1d_narrow.cu.
 
 It is there for 5 to 8 output channels a group, of which register tiles leave most rows empty: by the cost model
-`htdemucs.dconv_k3_d2_48to6` takes 3.7 times as long by `conv1d_tiled` in float32 on an H200, and twice in complex64. It
-also takes up to 4 output channels with a stride or a dilation.
+`htdemucs.dconv_k3_d2_48to6` takes 3.7 times as long by `conv1d_tiled` in float32 on an H200, and twice in complex64.
+It also takes up to 4 output channels with a stride or a dilation.
 """
 
 from __future__ import annotations

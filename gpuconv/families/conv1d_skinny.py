@@ -2,9 +2,9 @@
 
 Contract: cuda_src/conv1d_skinny.cu.
 
-It is there for streams and other layers of few output positions, in what tensor cores do not compute: float64, complex
-data, and float32 before sm_80. By the cost model such layers (`mimi.enc_down_k16s8_stream`, `diffusion_policy.mid`) take
-3 to 6 times as long by register tiles on an H200.
+It is there for streams and other layers of few output positions, in what tensor cores do not compute: float64,
+complex data, and float32 before sm_80. By the cost model such layers (`mimi.enc_down_k16s8_stream`,
+`diffusion_policy.mid`) take 3 to 6 times as long by register tiles on an H200.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Contract: cuda_src/conv1d_stem.cu.
 
-It is there for the first layers on waveforms and spectra, ten of the benchmark's 81 layers, in every dtype: with so few
-input channels tensor cores and register tiles are mostly empty.
+It is there for the first layers on waveforms and spectra, ten of the benchmark's 81 layers, in every dtype: with so
+few input channels tensor cores and register tiles are mostly empty.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Contract: cuda_src/conv1d_tail.cu.
 
-It is there for the last layers of decoders and of predictors (`encodec.dec_final`, `bpnet.fconv`), in every dtype: by the
-cost model they take 1.2 to 1.8 times as long by `conv1d_narrow` in float32 on an H200.
+It is there for the last layers of decoders and of predictors (`encodec.dec_final`, `bpnet.fconv`), in every dtype: by
+the cost model they take 1.2 to 1.8 times as long by `conv1d_narrow` in float32 on an H200.
 """
 
 from __future__ import annotations
