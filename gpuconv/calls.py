@@ -127,7 +127,7 @@ def _run_on_gpu(
     executor, shape = found
     if out is None:
         out = cupy.empty(shape, arrays[0].dtype)
-    executor(*arrays, out, prepared=prepared)
+    executor.run(*arrays, out, prepared=prepared)
     return out
 
 

@@ -269,11 +269,11 @@ def test_cupy_arrays_are_explained_as_the_runtime_plans_them(address: int, strid
     x = _FakeArray(shape, strides, address)
     w, b = _FakeArray((4, 8, 3), (96, 12, 4), 1024), _FakeArray((4,), (4,), 2050)
     found = explain("conv1d", x, w, b, padding="same")
-    plan = runtime.make_executor(found.problem, ("input", "weight", "bias"), (x, w, b), None)
+    executor = runtime.make_executor(found.problem, ("input", "weight", "bias"), (x, w, b), None)
     assert found.device is not None
     assert found.device.name == "GPU number 1"
-    assert found.choice == plan.choice
-    assert found.copies == plan.copies == (("bias",) if address % 4 == stride % 4 == 0 else ("input", "bias"))
+    assert found.choice == executor.choice
+    assert found.copies == executor.copies == (("bias",) if address % 4 == stride % 4 == 0 else ("input", "bias"))
 
 
 @pytest.mark.usefixtures("fake_gpu")
