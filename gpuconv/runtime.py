@@ -64,7 +64,7 @@ def check_dtype(dtype: np.dtype[Any]) -> None:
 
 
 def is_cupy_array(array: object) -> bool:
-    """Whether an object is a CuPy array, without importing CuPy: no such array exists before somebody else did."""
+    """Whether an object is a CuPy array, without importing CuPy: whoever has one has imported it."""
     # The module is there before its class is, while another thread imports CuPy.
     return isinstance(array, getattr(sys.modules.get("cupy"), "ndarray", ()))
 
@@ -194,7 +194,7 @@ class _Packing:
         return packed
 
 
-_KEYS: dict[Step, Step] = {}  # kept for good, so that an identity is never used again
+_KEYS: dict[Step, Step] = {}  # never emptied, so that no two keys ever have the same identity
 
 
 class PreparedWeight:

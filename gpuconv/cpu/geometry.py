@@ -81,9 +81,9 @@ class Geometry(NamedTuple):
         return start * self.stride + self.offset + min(ends), (stop - 1) * self.stride + self.offset + max(ends) + 1
 
     def reading(self, j: int, start: int, stop: int, low: int, high: int) -> tuple[int, int, slice]:
-        """Those of the positions start to stop whose tap group j reads the input between low and high (from, to).
+        """The positions between start and stop whose tap group j reads the input between low and high.
 
-        Also what they read.
+        The first of them, the one behind the last, and the slice of the input that they read.
         """
         shift = self.offset + j * self.dilation
         first = min(max(start, -((shift - low) // self.stride)), stop)

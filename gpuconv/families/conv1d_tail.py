@@ -21,7 +21,7 @@ from .sliding import (
     vector,
 )
 
-# Output channels that a kernel computes; a layer with 3 takes the kernel for 4. For more, tiles over channels are faster.
+# Output channels that a kernel computes; a layer with 3 takes that for 4. For more, tiles over channels are faster.
 ROWS = (1, 2, 4)
 WARP = 32
 
