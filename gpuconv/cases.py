@@ -314,9 +314,8 @@ def quick_pairs(formats: Sequence[str]) -> tuple[tuple[str, Case], ...]:
         kinds.setdefault((case.problem.op, case.tags[0]), []).append(case)
     chosen = {
         (formats[(shift + i) % len(formats)], cases[i % len(cases)].name)
-        for shift, cases in enumerate(
-            kinds.values()
-        )  # without the shift, the first cases of all kinds would share a format
+        # Without the shift, the first cases of all kinds would share a format.
+        for shift, cases in enumerate(kinds.values())
         for i in range(max(len(cases), len(formats)))
     }
     return tuple((name, case) for name in formats for case in every if (name, case.name) in chosen)
