@@ -151,7 +151,7 @@ def runners(on_gpu: bool) -> Callable[[Arithmetic], Callable[[ConvProblem, Data]
             choice = dispatch.choose(problem, Layout.contiguous(problem), device, family)
             x, w = (cupy.asarray(a) for a in data[:2])
             output = cupy.empty(problem.output_shape, x.dtype)
-            runtime.Executor(choice, ("input", "weight", "output"))(x, w, output)
+            runtime.Executor(choice, ("input", "weight", "output")).run(x, w, output)
             return np.asarray(cupy.asnumpy(output))
 
         return run

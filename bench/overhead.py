@@ -103,7 +103,7 @@ def _record(part: Callable[[], object], settle: Callable[[], object], batches: i
 class _IdleExecutor:
     """An executor that launches nothing."""
 
-    def __call__(self, *_: Any, **__: Any) -> None:
+    def run(self, *_: Any, **__: Any) -> None:
         pass
 
 

@@ -2,9 +2,9 @@
 //
 //   grad_bias[c] = sum over n < N, l < L of grad_output[n, c, l]
 //
-// The positions (n, l), l fastest, are cut into slices as in slices.cuh, where coarse stands for grad_output. Of a slice,
-// thread t of a block adds the positions t, t + BLOCK_SIZE, ...; then halves of the threads are added until one is left. So
-// the order depends on the problem's shape alone.
+// The positions (n, l), l fastest, are cut into slices as in slices.cuh, where coarse stands for grad_output. In a slice,
+// thread t of a block adds the positions t, t + BLOCK_SIZE, ...; then the upper half of the threads' sums is added to the
+// lower half until one sum is left. So the order depends on the problem's shape alone.
 //
 // Grid x: blocks, one for each (slice, c), c fastest; where the grid is shorter, blocks take several. Grid y and z: 1.
 // Dynamic shared memory: one sum for each thread.

@@ -13,7 +13,7 @@ typedef unsigned long long uindex_t;
 #else
 typedef int index_t;
 typedef unsigned uindex_t;
-static_assert(INDEX_BITS == 32, "INDEX_BITS is 32 or 64: see index_bits in gpuconv/families/base.py");
+static_assert(INDEX_BITS == 32, "INDEX_BITS is 32 or 64: see index_bits in gpuconv/families/offsets.py");
 #endif
 
 // Element offsets are products of two index_t: the host chooses INDEX_BITS so that the largest one fits.
@@ -23,7 +23,7 @@ struct alignas(2 * sizeof(real_t)) Complex {
     real_t re, im;
 };
 
-// The dtypes. storage_t is what lies in memory, acc_t what sums are formed in. What copy_to_shared copies is there after
+// The dtypes. Arrays hold elements of storage_t, sums have the type acc_t. What copy_to_shared copies has arrived after
 // copy_async_wait.
 namespace dtype {
 
@@ -100,7 +100,7 @@ typedef dtype::DTYPE scalar;
 typedef scalar::storage_t storage_t;
 typedef scalar::acc_t acc_t;
 
-// Neighbouring elements that are read or written at once: 16 bytes of them, where `count` is not given.
+// Neighbouring elements that are read or written at once; by default as many as 16 bytes hold.
 template <typename T, int count = (sizeof(T) < 16 ? 16 / int(sizeof(T)) : 1)>
 struct alignas(sizeof(T) * count) Vector {
     T element[count];
@@ -121,7 +121,7 @@ struct InWords<unsigned short> {
 };
 typedef InWords<storage_t>::type StorageWords;
 
-// One element of StorageWords; they are set in ascending order.
+// One element of StorageWords. Elements must be set in ascending order.
 template <typename T>
 __device__ __forceinline__ T element_of(const Vector<T>& vector, int e) {
     return vector.element[e];

@@ -4,8 +4,8 @@
 //   l_in = l_out*stride - padding_left + k*dilation,   taps outside [0, L_in) left out.
 //
 // Grid x: tiles of one row (n, c_out) fastest, then groups of block_rows rows. Grid y and z: 1. Dynamic shared memory: the
-// taps of the block's rows and the windows of the input that they meet; with IS_SKIPPING in front of these the results of
-// a warp, which pass through.
+// taps of the block's rows and the windows of the input that they meet; with IS_SKIPPING, first a buffer for each warp,
+// through which its results pass.
 //
 // SLIDE_STRIDE = 1 or 2: that stride, dilation 1, input and output contiguous along l. Sliding threads: a step takes kAccVec
 // taps of either phase of the stride, one 16-byte load of window and one of taps for THREAD_L*kAccVec multiply-adds.

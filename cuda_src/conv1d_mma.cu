@@ -29,7 +29,7 @@ struct Params {
     index_t planes, plane_rows, sample_rows, window_rows, rows_reciprocal;
     index_t tap_rows_first, tap_rows_step, window_shift, plane_step;
 };
-static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/conv1d_mma.py");
+static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/conv_mma.py");
 
 extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) conv1d_mma(
     const storage_t* __restrict__ input,  // [N, C_in, L_in]

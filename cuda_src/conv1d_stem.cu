@@ -6,12 +6,12 @@
 //   g = c_out / C_out_g,   l_in = l_out*stride - padding_left + k*dilation,   taps outside [0, L_in) left out.
 //
 // A warp computes THREAD_C output channels of a tile of BLOCK_L = 32*THREAD_L columns, a lane THREAD_L of these columns:
-// positions l_begin + lane + j*step_l of samples n_begin + j*step_n, j < THREAD_L. Either step_l is 32 and step_n is 0 (a tile is a
-// piece of one sample) or step_l is 0 and step_n is 1 (a tile is 32 positions of THREAD_L samples, for short samples). So
-// a warp stores 32 neighbours at a time, whatever the alignment of the row. IS_CONTIGUOUS = 1 says that the steps are the
+// positions l_begin + lane + j*step_l of samples n_begin + j*step_n, j < THREAD_L. Either step_l is 32 and step_n is 0 (a
+// tile is a piece of one sample) or step_l is 0 and step_n is 1 (a tile is 32 positions of THREAD_L samples, for short
+// samples). So a warp stores 32 neighbours at a time, whatever the alignment of the row. IS_CONTIGUOUS = 1 says that the steps are the
 // former and that the output is contiguous along l, so that one address serves the stores of a row.
 //
-// The input of a tile waits in shared memory as rows (c_in, r), r < row_taps, of row_pitch entries. Entry i of a row holds
+// The input of a tile lies in shared memory as rows (c_in, r), r < row_taps, of row_pitch entries. Entry i of a row holds
 // what column 0 of a tile that begins i positions later reads for tap r, for all j side by side: one load gives a lane its
 // THREAD_L operands, and lanes read neighbouring entries whatever the stride. Taps r, r + row_taps, r + 2*row_taps, ...
 // share row r: tap r + m*row_taps of a lane is its entry lane + m*row_advance. That holds where
@@ -23,8 +23,9 @@
 // channels by any number along the tiles. A block goes through `repeats` rows of tiles, and loads its weights once where
 // they are one chunk. Dynamic shared memory: where the entries of a term begin, weights, biases, entries.
 // Terms outside the input are multiplied as zeros; canonical_sum.cuh explains what follows from that.
-// Takes arrays of any strides, in elements. Chosen for 1 to 4 input channels a group where the input of a tile
-// fits in shared memory and conv1d_tail does not do.
+// Takes arrays of any strides, in elements. Chosen for 1 to 4 input channels a group and at least 8 output channels
+// a group, or fewer with a stride or a dilation where there are several input channels, if the input of a tile fits in
+// shared memory.
 //
 // Macros read: BLOCK_L, THREAD_C, THREAD_L, IS_CONTIGUOUS, MAX_THREADS, MIN_BLOCKS, and those of common.cuh.
 
@@ -135,7 +136,7 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS) conv1d_ste
         const bool inside = is_inside(first, last + (THREAD_L - 1) * p.step_l * p.stride, p.L_in) &&
                             n_begin + (THREAD_L - 1) * p.step_n < p.N;  // all terms of all columns exist
 
-        if (repeat > 0) __syncthreads();  // all have done with the entries of the tile before
+        if (repeat > 0) __syncthreads();  // all threads have read the entries of the tile before
         if (exists) {
             for (int row = warp_c; row < rows; row += warps_c) {
                 const int c_in = row / row_taps, r = row - c_in * row_taps;
@@ -193,7 +194,7 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS) conv1d_ste
 
         for (int r_begin = 0; r_begin < R; r_begin += chunk_terms) {
             const int terms = R - r_begin < chunk_terms ? R - r_begin : chunk_terms;
-            if (r_begin > 0) __syncthreads();  // all have done with the weights before
+            if (r_begin > 0) __syncthreads();  // all threads have read the weights before
             if (repeat == 0 || R > chunk_terms) load_weights(r_begin, r_begin + terms);
             __syncthreads();
             if (!exists) continue;

@@ -11,8 +11,8 @@
 // thread's results are THREAD_L/stride values of q in every phase; a step takes kAccVec taps of every phase, one 16-byte
 // load of window and one of taps of each phase for THREAD_L*kAccVec multiply-adds. Dynamic shared memory: the taps of the
 // block's rows, then the windows of the input that they meet.
-// IS_SKIPPING = 1, SLIDE_STRIDE = 0: stride 1, any dilation, input and output contiguous along l. Skipping threads, the
-// same shared memory and in front of it the results of a warp, which pass through.
+// IS_SKIPPING = 1, SLIDE_STRIDE = 0: stride 1, any dilation, input and output contiguous along l. Skipping threads, with the
+// same shared memory behind a buffer for each warp, through which its results pass.
 // Neither: any stride and dilation, arrays of any strides. A thread sums THREAD_L results row_threads apart, one
 // after the other, visits only the taps of their phases (conv_transpose1d_gather.cu) and reads through the cache, which
 // serves the stride results that meet the same input.

@@ -32,7 +32,7 @@ struct Params {
     index_t weight_stride_tile;  // of the packed weights, from block to block of rows
     index_t taps_advance, input_advance, input_carry;  // see Tile in tiled.cuh
 };
-static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/conv_transpose1d_phases.py");
+static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/conv_tiled.py");
 
 extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) conv_transpose1d_phases(
     const storage_t* __restrict__ input,   // [N, C_in, L_in]

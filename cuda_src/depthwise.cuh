@@ -1,4 +1,4 @@
-// What conv1d_depthwise and conv_transpose1d_depthwise share: how a block's threads are dealt to rows, and the staging of
+// What conv1d_depthwise and conv_transpose1d_depthwise share: how rows are partitioned among blocks and threads, and the staging of
 // a row's taps and of the window of its input in shared memory by 16-byte accesses, whatever the row's alignment.
 //
 // A row is one output channel of one sample. A block takes block_rows neighbouring rows, and of each one tile of outputs;
@@ -117,7 +117,7 @@ __device__ __forceinline__ StorageWords load_edge(const storage_t* x, index_t fi
 #if SLIDE_STRIDE > 0 || IS_SKIPPING
 
 // Where stage_window puts its vectors: vector v of the window lies in plane v % kPlanes. One vector in front of each plane
-// and one behind it are written too, where the 16 bytes of elements at either end stick out.
+// and one behind it are written too, where the 16-byte accesses at either end reach beyond the window.
 template <int kPlanes>
 struct WindowTarget {
     AccVector* first[kParts];

@@ -22,7 +22,7 @@ __device__ __forceinline__ Source source_index(index_t position, index_t L) {
     return Source{is_index(position, L), position, 0};
 }
 
-// Whether the positions from first to last all mean the samples of the same index.
+// Whether every position from first to last means the sample of the same index.
 __device__ __forceinline__ bool is_inside(index_t first, index_t last, index_t L) { return first >= 0 && last < L; }
 
 // Whether this position or any below it has a sample.

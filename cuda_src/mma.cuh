@@ -17,8 +17,8 @@
 //
 // IS_SPLIT = 1 is float32 by TF32 products: with x = x_hi + x_lo and w = w_hi + w_lo, each part a TF32 number, a product is
 // w_hi*x_hi + (w_hi*x_lo + w_lo*x_hi). The small products have sums of their own; the sum of the large ones is added to a
-// total in float32, rounded to nearest, after every stage of kStageTerms terms. Why that keeps the error bound is
-// derived in reference.py beside the rule that gives a layer this arithmetic.
+// total in float32, rounded to nearest, after every stage of kStageTerms terms. gpuconv/families/mma.py derives why
+// that keeps the error bound, beside the rule that gives a layer this arithmetic.
 //
 // A long reduction is cut into segments of segment_chunks chunks, by a rule on the layer alone. Each is summed for itself and
 // the sums are added in order: SEGMENT_MODE = 1 does both in one block; where blocks are too few to fill the GPU,
@@ -55,7 +55,7 @@ constexpr index_t kMissing = index_t(1ull << (INDEX_BITS - 1));  // no offset: t
 
 static_assert((NUM_STAGES & (NUM_STAGES - 1)) == 0, "slots are masked: gpuconv/families/mma.py");
 static_assert(kStageVectors % (32 * kStageCopies) == 0, "warps copy equal shares: gpuconv/families/mma.py");
-static_assert(IS_SPLIT == 0 || kStageTerms == SPLIT_TERMS, "SPLIT_TERMS differs from gpuconv/reference.py");
+static_assert(IS_SPLIT == 0 || kStageTerms == SPLIT_TERMS, "SPLIT_TERMS differs from gpuconv/families/mma.py");
 
 // What the k-steps of a stage add to a lane's address in the window, in bytes.
 typedef Vector<int, STAGE_STEPS> StepOffsets;
@@ -183,7 +183,7 @@ struct PackedWeights : EveryWeight {
 // The results of a warp pass through shared memory, so that rows are stored in long pieces.
 
 // Where the rows of one channel lie in a warp's slice: phases of a channel are interleaved as they are in the output.
-struct Segment {
+struct ChannelRows {
     int first, count;  // rows of the slice
 
     __device__ __forceinline__ void find(int row, index_t row_begin, index_t phases) {
@@ -214,9 +214,9 @@ __device__ __forceinline__ void store_slice(
 #pragma unroll 1
         for (int e = lane; e < rows * kWarpN; e += 32) {
             const int row = e / kWarpN, column = e % kWarpN;
-            Segment segment;
-            segment.find(row, row_begin, phases);
-            storage_t* const value = slice + segment.position(row, column);
+            ChannelRows channel;
+            channel.find(row, row_begin, phases);
+            storage_t* const value = slice + channel.position(row, column);
             const index_t sample = sample_of(column_begin + column);
             const index_t q = tile.position_begin + (column_begin + column - sample * window.block_positions);
             if (!is_nan(scalar::load(*value)) || sample >= window.block_samples || sample >= tile.samples) continue;
@@ -236,16 +236,16 @@ __device__ __forceinline__ void store_slice(
     const int columns = int(min_index(kWarpN, tile.positions - tile.position_begin - column_begin));
     int row = 0;
     for (int group = 0; row < rows; ++group) {
-        Segment segment;
-        segment.find(row, row_begin, phases);
-        row = segment.first + segment.count;
+        ChannelRows channel;
+        channel.find(row, row_begin, phases);
+        row = channel.first + channel.count;
         if (group % (32 / kLanes) != lane / kLanes) continue;
-        const Row info = row_of(tile, row_begin + segment.first);
+        const Row info = row_of(tile, row_begin + channel.first);
         storage_t* const y = tile.output + info.output_offset;
-        const storage_t* const x = slice + segment.first * kSlicePitch;
+        const storage_t* const x = slice + channel.first * kSlicePitch;
         const index_t l_first =
             (tile.position_begin + column_begin) * tile.output_step + tile.output_first + info.shift;
-        if (!HAS_SAMPLES && tile.output_stride_l == 1 && segment.count == tile.output_step) {
+        if (!HAS_SAMPLES && tile.output_stride_l == 1 && channel.count == tile.output_step) {
             // The slice holds l_first and what follows. Vectors lie at multiples of 16 bytes, wherever the row begins.
             const index_t skew = index_t(reinterpret_cast<unsigned long long>(y) / sizeof(storage_t) % kUnit);
             const index_t l_end = min_index(l_first + columns * tile.output_step, tile.L_out);
@@ -272,8 +272,8 @@ __device__ __forceinline__ void store_slice(
             }
         } else {
 #pragma unroll 1
-            for (int e = lane % kLanes; e < kWarpN * segment.count; e += kLanes) {
-                const int column = e / segment.count, phase = e - column * segment.count;
+            for (int e = lane % kLanes; e < kWarpN * channel.count; e += kLanes) {
+                const int column = e / channel.count, phase = e - column * channel.count;
                 const index_t sample = sample_of(column_begin + column);
                 const index_t q = tile.position_begin + (column_begin + column - sample * window.block_positions);
                 const index_t l = q * tile.output_step + tile.output_first + info.shift + phase;
@@ -284,7 +284,8 @@ __device__ __forceinline__ void store_slice(
     }
 }
 
-// Stores the sums of a block; row_of(tile, row) is the kernel's Row. Rows of a warp's sums, 16 at a time: what is left of `acc` moves up after each, so that one loop body serves all.
+// Stores the sums of a block; row_of(tile, row) is the kernel's Row. A warp stores 16 rows at a time; after each 16, the
+// rest of `acc` moves up, so that one loop body serves all rows.
 template <typename RowOf>
 __device__ __forceinline__ void store_tile(
     const Tile& tile, const Window& window, const storage_t* bias, const RowOf& row_of, Sums& acc) {
@@ -298,16 +299,16 @@ __device__ __forceinline__ void store_tile(
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const int row = half * 8 + lane / 4;
-            Segment segment;
-            segment.find(row, row_begin, PHASES_IN_ROWS ? tile.output_step : 1);
-            storage_t* const mine = slice + segment.position(row, lane % 4 * 2);
+            ChannelRows channel;
+            channel.find(row, row_begin, PHASES_IN_ROWS ? tile.output_step : 1);
+            storage_t* const mine = slice + channel.position(row, lane % 4 * 2);
             const bool exists = row_begin + row < tile.rows;
             const acc_t channel_bias = bias_or_zero(exists ? bias : nullptr, row_of(tile, row_begin + row).bias_offset);
 #pragma unroll
             for (int j = 0; j < kTilesN; ++j) {
 #pragma unroll
                 for (int e = 0; e < 2; ++e) {
-                    mine[(j * 8 + e) * segment.count] =
+                    mine[(j * 8 + e) * channel.count] =
                         finish_or_nan(acc[0][j][half * 2 + e], channel_bias, &sum_again);
                 }
             }
@@ -362,7 +363,7 @@ __device__ __forceinline__ void multiply_tile(
         *offset = int(tap < tile.row_taps ? row : window.tap_rows_first) * 16;
     }
 
-    // The window of a chunk is dealt out to the threads row by row: `task` counts the rows of all units.
+    // The window of a chunk is distributed over the threads row by row: `task` counts the rows of all units.
     const auto load_vector = [&](index_t chunk, int task) {
         const index_t unit = multiply_high(unsigned(task), unsigned(window.rows_reciprocal));
         const index_t offset = row_offset[task - unit * window.window_rows];

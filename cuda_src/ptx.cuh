@@ -48,8 +48,8 @@ __device__ __forceinline__ unsigned block_index_again() {
     return index;
 }
 
-// The same value, of which the compiler no longer knows where it comes from: it stays in registers instead of being computed
-// again wherever it is used. The latter is for pointers to shared memory, 32 bits wide.
+// The same value, hidden from the compiler's knowledge of how it was computed: it stays in registers instead of being
+// computed again wherever it is used. keep_in_register_shared is for pointers to shared memory, which are 32 bits wide.
 template <typename T>
 __device__ __forceinline__ T* keep_in_register(T* pointer) {
     asm("" : "+l"(pointer));
@@ -69,7 +69,7 @@ __device__ __forceinline__ T* keep_in_register_shared(T* pointer) {
 // The upper half of the 64-bit product.
 __device__ __forceinline__ unsigned multiply_high(unsigned a, unsigned b) { return __umulhi(a, b); }
 
-// The block's dynamic shared memory, 16-byte aligned. The only way to shared memory in gpuconv.
+// The block's dynamic shared memory, 16-byte aligned. Kernels reach shared memory by this function alone.
 __device__ __forceinline__ unsigned char* dynamic_shared_memory() {
     extern __shared__ uint4 dynamic_shared_memory_base[];
     return reinterpret_cast<unsigned char*>(dynamic_shared_memory_base);

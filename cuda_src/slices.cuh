@@ -1,4 +1,5 @@
-// What the gradients of weights share: slices of the sum over positions, the sum itself term by term, and where sums go.
+// What the gradients of weights and biases share: slices of the sum over positions. For weights also the sum itself, term
+// by term, and where sums are stored.
 //
 // The sum over the samples n and the positions l of coarse is cut into slices, by a rule on the problem's shape alone
 // (gpuconv/families/slices.py). A slice is slice_positions neighbouring positions of one sample or slice_samples whole

@@ -59,8 +59,8 @@ __device__ __forceinline__ Slide slide_with_layout(
     return slide;
 }
 
-// Copies a block's window of some channels, `length` elements from position `start`, as T of several elements each: all of
-// these exist or none.
+// Copies a block's window of some channels, `length` elements from position `start`, as values of T of several elements
+// each. Either all elements of such a value exist or none.
 template <typename T>
 __device__ __forceinline__ void copy_windows(
     storage_t* shared, const storage_t* input, int channels, index_t start, int length, const Slide& slide) {
@@ -156,7 +156,7 @@ __device__ __forceinline__ void slide_sums(
         copy_async_wait();
         __syncthreads();
         if (c_begin + slide.chunk_channels < slide.C_in_g) load_chunk(buffer ^ 1, c_begin + slide.chunk_channels);
-        if (c_begin < 0 || !warp_has_columns) continue;  // the first time round only loads
+        if (c_begin < 0 || !warp_has_columns) continue;  // the first round only loads
         const int channels = int(min_index(slide.chunk_channels, slide.C_in_g - c_begin));
         const StorageWords* row = reinterpret_cast<const StorageWords*>(
                                      smem_input + buffer * slide.chunk_channels * window) + threadIdx.x;

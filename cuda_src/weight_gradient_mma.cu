@@ -72,7 +72,7 @@ static_assert(AHEAD_COARSE % COARSE_WIDTH == 0 && AHEAD_FINE % FINE_WIDTH == 0,
               "whole tasks are loaded ahead: gpuconv/families/weight_gradient_mma.py");
 static_assert(kIsEmptyOutside || FINE_WIDTH == 1,
               "positions outside fine are loaded together: gpuconv/families/weight_gradient_mma.py");
-static_assert(kStepRows == SPLIT_TERMS, "SPLIT_TERMS differs from gpuconv/reference.py");
+static_assert(kStepRows == SPLIT_TERMS, "SPLIT_TERMS differs from gpuconv/families/mma.py");
 
 // Where a row of the window lies, from the chunk's first sample and the position that its first l meets.
 struct Place {

@@ -55,8 +55,8 @@ struct Row {
     index_t samples, l_begin, l_end;
 };
 
-// Copies the positions begin to begin + length of a row, which `source` points to, to shared memory, as T of several
-// elements each, of which all exist or none; those that do not exist become zeros.
+// Copies the positions begin to begin + length of a row, which `source` points to, to shared memory, as values of T of
+// several elements each. Either all elements of such a value exist or none; those that do not exist become zeros.
 template <typename T>
 __device__ __forceinline__ void copy_row(
     storage_t* shared, const storage_t* source, index_t begin, int length, index_t L) {
@@ -213,7 +213,7 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS) weight_gra
 #endif
     };
 
-    // The first time round only loads. Chunk i of sample n precedes chunk i + 1, and the last of a sample the next sample.
+    // The first round only loads. Chunk i of sample n precedes chunk i + 1, and the last of a sample the next sample.
     const bool has_pair = in_block < block_rows;
     index_t next_sample = 0, next_chunk = 0, sample = -1, piece = 0;
     int buffer = 1;

@@ -90,7 +90,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) weight_gradie
             const index_t row = min_index(tile.row_begin + load_row + i * kLoadRows, p.C_coarse_g - 1);
             row_offset[i] = row * p.coarse_stride_c;
         }
-        // How far the tap of a column lies behind position l*stride - padding_left waits in shared memory: few need it.
+        // Shared memory holds how far the tap of a column lies behind position l*stride - padding_left, since it is seldom
+        // needed.
         index_t* const smem_shift =
             reinterpret_cast<index_t*>(reinterpret_cast<acc_t*>(dynamic_shared_memory()) + kSums) + load_row;
         index_t column_offset[kMyColumns];

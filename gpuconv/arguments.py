@@ -58,7 +58,7 @@ class ArraySpec(NamedTuple):
 
 
 class Arrays(NamedTuple):
-    """What the checks of ranks and dtypes yield."""
+    """What the checks of ranks and dtypes find out about the arrays."""
 
     N: int
     C_in: int
@@ -181,7 +181,7 @@ def check_shape(caller: str, op: Op, name: str, shape: Sequence[SupportsIndex]) 
 
 
 def check_size(caller: str, name: str, shape: Sequence[int], dtype: str) -> None:
-    """Refuse an array that 64-bit offsets cannot address, before anybody tries to allocate it.
+    """Refuse an array that 64-bit offsets cannot address, before anything allocates it.
 
     Raises:
         ValueError: naming the array and the bytes it needs.

@@ -12,8 +12,8 @@ from .memory import check_kinds, check_overlap, overlaps_itself
 from .problem import BiasGradientProblem, ConvProblem, WeightGradientProblem, dtype_name
 from .tasks import SIGNATURES, Task
 
-# Executors of GPU calls and tasks of CPU calls, by everything that they depend on; the oldest goes when a cache is
-# full, which bounds what a stream of ever new lengths can hold.
+# Executors of GPU calls and tasks of CPU calls, by everything that they depend on. A full cache drops its oldest entry,
+# so that a program whose lengths always differ keeps only so many.
 _EXECUTORS: dict[tuple[Any, ...], tuple[runtime.Executor, tuple[int, ...]]] = {}  # with the shape of the result
 _TASKS: dict[tuple[Any, ...], Task] = {}
 _CACHE_SIZE = 4096
@@ -33,8 +33,8 @@ def run(
 
     Args:
         function: its name in `SIGNATURES`; it opens the messages.
-        arrays: as in the signature.
-        settings: those behind the arrays, in order.
+        arrays: those of the signature, in order.
+        settings: the other arguments of `Task.of`, in order.
         out: where to write the result; None for a fresh array.
         algorithm: of a GPU; see `dispatch.choose`.
         prepared: the packed forms of the weight, if the caller has them.
@@ -127,12 +127,12 @@ def _run_on_gpu(
     executor, shape = found
     if out is None:
         out = cupy.empty(shape, arrays[0].dtype)
-    executor(*arrays, out, prepared=prepared)
+    executor.run(*arrays, out, prepared=prepared)
     return out
 
 
 def _check(function: str, arrays: tuple[Any, ...], settings: tuple[Any, ...], out: Any | None) -> Task:
-    """The task of a call, once its arrays and settings are known to fit."""
+    """Check that arrays, settings and `out` fit; return the task of the call."""
     names = SIGNATURES[function].arrays
     given = {n: a for n, a in zip(names, arrays, strict=True) if a is not None or n != "bias"}
     check_kinds(function, given if out is None else {**given, "out": out})
@@ -153,9 +153,9 @@ def _check(function: str, arrays: tuple[Any, ...], settings: tuple[Any, ...], ou
 
 
 def _keep(cache: dict[tuple[Any, ...], Any], key: tuple[Any, ...], value: Any) -> None:
-    """Keep a value for the next call, unless somebody is at it: then the next call makes it again.
+    """Keep a value for the next call, unless a cache is being changed: then the next call makes the value again.
 
-    Nobody waits for the lock: a finalizer may call while its own thread holds it, and a forked process inherits it as
+    No call waits for the lock: a finalizer may call while its own thread holds it, and a forked process inherits it as
     it is.
     """
     if _CACHE_LOCK.acquire(blocking=False):
@@ -168,7 +168,7 @@ def _keep(cache: dict[tuple[Any, ...], Any], key: tuple[Any, ...], value: Any) -
 
 
 def _cpu_key(name: str, arrays: tuple[Any, ...], settings: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """What the task of a CPU call depends on, or None where it must be checked anew."""
+    """The cache key of a CPU call: all that its task depends on. None where each call must check its arguments."""
     names = _as_key(settings)
     if names is None:
         return None
@@ -189,7 +189,7 @@ _PLAIN_TYPES = frozenset((int, str, type(None)))
 def _as_key(settings: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """The settings with lists as tuples and NumPy integers as ints, or None where they do not name one problem.
 
-    They do where nothing but ints, strings and None remains: True equals 1 and would find its cache entry, but must be
+    They do where nothing but ints, strings and None remains: True equals 1 and would find the entry of 1, but must be
     refused.
     """
     for value in settings:

@@ -23,7 +23,7 @@ RandomKind: TypeAlias = Literal["normal", "ill_scaled", "cancelling", "nonfinite
 GradOutputKind: TypeAlias = Literal["normal", "nonfinite"]
 
 # Number formats: dtypes, and float32 with precision="tf32".
-FORMATS: tuple[str, ...] = (*DTYPES, "tf32")
+NUMBER_FORMATS: tuple[str, ...] = (*DTYPES, "tf32")
 
 RANDOM_KINDS: tuple[RandomKind, ...] = ("normal", "ill_scaled", "cancelling", "nonfinite")
 
@@ -39,7 +39,7 @@ def dtype_of(number_format: str) -> str:
 
 
 def in_format(problem: ConvProblem, number_format: str) -> ConvProblem:
-    """The problem in another number format, one of `FORMATS`."""
+    """The problem in another number format, one of `NUMBER_FORMATS`."""
     precision = "tf32" if number_format == "tf32" else "float32"
     return replace(problem, dtype=dtype_of(number_format), precision=precision)
 
@@ -61,7 +61,7 @@ class Case:
     tags: tuple[str, ...]
 
     def at(self, number_format: str) -> ConvProblem:
-        """The case's problem in another number format, one of `FORMATS`."""
+        """The case's problem in another number format, one of `NUMBER_FORMATS`."""
         return in_format(self.problem, number_format)
 
 
@@ -314,9 +314,8 @@ def quick_pairs(formats: Sequence[str]) -> tuple[tuple[str, Case], ...]:
         kinds.setdefault((case.problem.op, case.tags[0]), []).append(case)
     chosen = {
         (formats[(shift + i) % len(formats)], cases[i % len(cases)].name)
-        for shift, cases in enumerate(
-            kinds.values()
-        )  # without the shift, the first cases of all kinds would share a format
+        # Without the shift, the first cases of all kinds would share a format.
+        for shift, cases in enumerate(kinds.values())
         for i in range(max(len(cases), len(formats)))
     }
     return tuple((name, case) for name in formats for case in every if (name, case.name) in chosen)

@@ -1,6 +1,6 @@
-"""What GPUs can do at best: the constants behind predicted times and occupancy, each here alone.
+"""The peak rates and limits of GPUs: all constants behind predicted times and occupancy.
 
-Published figures and assumptions, no measurements.
+They are published figures and assumptions, not measurements.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ class Rates:
     mma_share: float = 1.0
 
 
-# Of every multiprocessor: 32-bit registers; instructions issued in a cycle, of warps and of threads.
+# Of every multiprocessor: its 32-bit registers; the instructions that it issues in a cycle, of warps and of threads.
 REGISTERS_PER_SM = 65536
 WARP_ISSUES_PER_CYCLE = 4
 THREAD_ISSUES_PER_CYCLE = 32 * WARP_ISSUES_PER_CYCLE
-# Bytes of a multiprocessor's shared memory in a cycle, and of its share of L2 (an assumption).
+# Bytes that a multiprocessor moves in a cycle to and from its shared memory, and L2 (an assumption).
 SHARED_BYTES_PER_CYCLE = 128
 L2_BYTES_PER_CYCLE = 24
-# What families compare their configurations by, whatever the GPU, are an H200's figures, of a multiprocessor and cycle:
-# bytes to and from memory, 4.3 TB/s over 132 multiprocessors at 1.8 GHz; real multiply-adds by the accumulator's size.
+# Families compare their configurations by the rates of an H200, whatever the GPU. Per multiprocessor and cycle: bytes
+# to and from memory, 4.3 TB/s over 132 multiprocessors at 1.8 GHz; real multiply-adds, by the bytes of an accumulator.
 MEMORY_BYTES_PER_CYCLE = 18.0
 MULTIPLY_ADDS_PER_CYCLE = {4: 128, 8: 64}
 # Bytes of shared memory that the system takes from every block from sm_80 on, and in those comparisons everywhere.
@@ -75,13 +75,13 @@ SIBLINGS = {"sm_90": {"H100": 3350.0}}
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What a family knows of the work of its kernel's launch, and the machine code does not tell.
+    """What a family knows of the work of its kernel's launch that the machine code does not tell.
 
     Attributes:
-        multiply_adds: real ones of all lanes, those of idle lanes and of tiles that hang over the result included.
+        multiply_adds: real ones of all lanes, with idle lanes and the parts of tiles behind the ends of the result.
         l2_bytes: read and written through L2.
-        warps: that multiply; None for all of the launch.
-        load_share: of the latency of a load, what each pass of the main loop waits for.
+        warps: the number of those that multiply; None for all of the launch.
+        load_share: the share of a load's latency that each pass of the main loop waits for.
         staging_instructions, staging_wavefronts: of all warps together, outside of the main loop.
         taps: of one visit to a main loop that is unrolled over taps; None for other main loops.
     """

@@ -37,7 +37,7 @@ SETTINGS: Mapping[Op, tuple[str, ...]] = {
 }  # fmt: skip
 
 
-MAX_FIGURES = 8  # configurations that a page shows of those that a cost model compared
+MAX_CANDIDATES = 8  # that a page shows
 _BAR = 12  # columns
 
 
@@ -46,10 +46,10 @@ class Explanation:
     """What one call does and what it costs. `str` and `page` give a short page, `to_dict` the same for JSON.
 
     Attributes:
-        problem: the call with every setting resolved: extents, paddings, L_out. The gradient of the input is the other
-            operation, with the same weight.
+        problem: the call with every setting resolved: extents, paddings, L_out. For the gradient with respect to the
+            input it is the other operation with the same weight.
         device: the GPU that runs it; None on the CPU path.
-        choice: the kernel family, its launches and buffers, and the families that were asked before it; None on the CPU
+        choice: the kernel family, its launches and buffers, and the preferred families that refused; None on the CPU
             path, and where the result is empty or zero and nothing is launched.
         method: how the CPU path computes it; None on a GPU, and for a bias.
         copies: the arrays that are copied first, because the kernels (or BLAS) cannot read them where they lie.
@@ -191,15 +191,15 @@ class Explanation:
     def _candidates_text(self, candidates: Sequence[tuple[str, float]]) -> str:
         """The configurations that the cost model compared, each with its predicted time and a bar of that length."""
         assert self.device is not None
-        longest = max(cycles for _, cycles in candidates[:MAX_FIGURES])
+        longest = max(cycles for _, cycles in candidates[:MAX_CANDIDATES])
         lines = [f"predicted, not measured, at {self.device.clock_ghz:.3g} GHz:"]
-        for name, cycles in candidates[:MAX_FIGURES]:
+        for name, cycles in candidates[:MAX_CANDIDATES]:
             us = self._microseconds(cycles)
             bar = "#" * max(1, round(_BAR * cycles / longest))
-            # A tab ends what a long name is indented by.
+            # A tab marks where the further lines of a long name begin.
             lines.append(f"{f'{us:.0f}' if us >= 100 else f'{us:.3g}':>7} us  {bar:<{_BAR}}  \t{name}")
-        if len(candidates) > MAX_FIGURES:
-            lines.append(f"and {count(len(candidates) - MAX_FIGURES, 'slower one')}")
+        if len(candidates) > MAX_CANDIDATES:
+            lines.append(f"and {count(len(candidates) - MAX_CANDIDATES, 'slower one')}")
         lines[1] += " (chosen)"
         return "\n".join(lines)
 
@@ -250,9 +250,9 @@ def explain(
         An `Explanation`; `print` it.
 
     Raises:
-        ValueError: what the call itself would refuse; an unknown op, direction or device; ArraySpecs without a device;
-            the gradient of an input without positions.
-        TypeError: what the call itself would refuse; a setting that the operation does not have.
+        ValueError: the call itself would raise it; an unknown op, direction or device; ArraySpecs without a device; the
+            gradient of an input without positions.
+        TypeError: the call itself would raise it; a setting that the operation does not have.
         RuntimeError: the arrays are CuPy arrays but no GPU answers.
 
     Example:

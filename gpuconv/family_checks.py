@@ -163,7 +163,7 @@ def _check_gradient_family(s: Subject, family: Family[Any]) -> Failure | None:
     return failure
 
 
-# How far the last row of an array lies from the first, in elements: one more than a signed 32-bit offset can say.
+# How far the last row of an array lies from the first, in elements: one more than a signed 32-bit offset can hold.
 FAR_ELEMENTS = 2**31
 
 

@@ -22,7 +22,7 @@ def check_kinds(op: str, arrays: dict[str, Any]) -> None:
     kinds: dict[str, str] = {}
     for name, array in arrays.items():
         if runtime.is_cupy_array(array):
-            if not array.dtype.isnative:  # CuPy makes views of such, and computes with none
+            if not array.dtype.isnative:  # CuPy makes such views but cannot compute with them
                 raise TypeError(f"{op}: {name} must have native byte order on a GPU, got {array.dtype.str}")
             kinds[name] = f"CuPy array on device {array.data.device_id}"
         elif isinstance(array, np.ndarray) and not isinstance(array, np.ma.MaskedArray):
@@ -39,7 +39,7 @@ def check_kinds(op: str, arrays: dict[str, Any]) -> None:
 
 
 def _hint(op: str, array: object) -> str:
-    """Where to go with a PyTorch tensor. PyTorch is not imported: no tensor exists before somebody else did."""
+    """Which functions take a PyTorch tensor. PyTorch is not imported: whoever has a tensor has imported it."""
     torch = sys.modules.get("torch")
     if torch is None or not isinstance(array, torch.Tensor):
         return ""
@@ -49,6 +49,11 @@ def _hint(op: str, array: object) -> str:
 
 
 def check_overlap(op: str, out: Any, inputs: dict[str, Any]) -> None:
+    """Refuse an `out` that shares memory with an input.
+
+    Raises:
+        ValueError: naming the input.
+    """
     low, high = _byte_range(out)
     for name, array in inputs.items():
         if array is None:
@@ -61,8 +66,8 @@ def check_overlap(op: str, out: Any, inputs: dict[str, Any]) -> None:
 def _share_memory(a: Any, b: Any) -> bool:
     """Whether two arrays whose byte ranges overlap have a byte in common."""
     try:
-        return bool(np.shares_memory(_Ghost.of(a), _Ghost.of(b), max_work=cast(Any, 100_000)))
-    except np.exceptions.TooHardError:  # interleaved in a way too intricate to decide: treated as overlapping
+        return bool(np.shares_memory(_Addresses.of(a), _Addresses.of(b), max_work=cast(Any, 100_000)))
+    except np.exceptions.TooHardError:  # too costly to decide: treated as overlapping
         return True
 
 
@@ -100,8 +105,8 @@ def _byte_range(array: Any) -> tuple[int, int]:
     return low, high + array.dtype.itemsize
 
 
-class _Ghost:
-    """The place of an array in memory as NumPy sees it, for address arithmetic alone: GPU memory is never read."""
+class _Addresses:
+    """The addresses of an array, in a form that NumPy can compare. The memory itself is never read."""
 
     def __init__(self, interface: dict[str, Any]) -> None:
         self.__array_interface__ = interface

@@ -1,4 +1,4 @@
-"""The convolution problem: one validated, hashable value that every layer of gpuconv works on, and its gradients'.
+"""Convolution problems and the problems of their gradients: validated, hashable values that all of gpuconv works on.
 
 The arguments are checked by the functions of `gpuconv.arguments`. The two length formulas exist once, in
 `ConvProblem.__post_init__`.
@@ -410,7 +410,7 @@ class WeightGradientProblem:
     Of complex data the input is conjugated, whichever of the two it is: the gradient is that of PyTorch, the direction
     of steepest ascent, and the adjoint of the operation as a map of its weight.
 
-    The right padding has no part in it: L_coarse and L_fine say which positions exist.
+    The right padding does not appear: L_coarse and L_fine say which positions exist.
     """
 
     op: Op
@@ -429,7 +429,7 @@ class WeightGradientProblem:
 
     @classmethod
     def of(cls, problem: ConvProblem) -> WeightGradientProblem:
-        """That of a forward problem. A single sample is a batch of one; the bias has no part in it."""
+        """The weight gradient of a forward problem. A single sample is a batch of one; the bias is ignored."""
         p = problem
         sides = (p.C_in, p.C_out, p.L_in, p.L_out) if p.transposed else (p.C_out, p.C_in, p.L_out, p.L_in)
         return cls(p.op, p.N, *sides, p.K, p.stride, p.padding_left, p.dilation, p.groups, p.dtype, p.precision)
@@ -543,7 +543,7 @@ class BiasGradientProblem:
 
     @classmethod
     def of(cls, problem: ConvProblem) -> BiasGradientProblem:
-        """That of a forward problem."""
+        """The bias gradient of a forward problem."""
         return cls(problem.N, problem.C_out, problem.L_out, problem.dtype)
 
     @property

@@ -31,7 +31,7 @@ class Failure:
     """A check that did not hold.
 
     Attributes:
-        case, dtype, check: where; `dtype` is one of `gpuconv.cases.FORMATS`.
+        case, dtype, check: where; `dtype` is one of `gpuconv.cases.NUMBER_FORMATS`.
         problem: what was computed; the case's own problem or one derived from it.
         message: what was expected, or what was raised, in one line.
         traceback: where the call raised.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Sequence
-from functools import cache, partial
+from collections.abc import Sequence
+from functools import cache
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -64,7 +64,7 @@ def check_dtype(dtype: np.dtype[Any]) -> None:
 
 
 def is_cupy_array(array: object) -> bool:
-    """Whether an object is a CuPy array, without importing CuPy: no such array exists before somebody else did."""
+    """Whether an object is a CuPy array, without importing CuPy: whoever has one has imported it."""
     # The module is there before its class is, while another thread imports CuPy.
     return isinstance(array, getattr(sys.modules.get("cupy"), "ndarray", ()))
 
@@ -187,14 +187,14 @@ class _Packing:
         self._kernel = _Kernel(step.config, step.launch)
         self._num_bytes = num_bytes
 
-    def __call__(self, weight: Any) -> Any:
+    def pack(self, weight: Any) -> Any:
         """The packed weights, once the work queued on the current stream has run."""
         packed = _temporary(self._num_bytes)
         self._kernel.launch(weight.data, packed)
         return packed
 
 
-_KEYS: dict[Step, Step] = {}  # kept for good, so that an identity is never used again
+_KEYS: dict[Step, Step] = {}  # never emptied, so that no two keys ever have the same identity
 
 
 class PreparedWeight:
@@ -231,11 +231,11 @@ class PreparedWeight:
         if found is None:
             stream = cupy_module().cuda.get_current_stream()
             if stream.is_capturing():  # nothing can be waited for here, so this one belongs to the graph
-                return packing(self.array)
+                return packing.pack(self.array)
             with self._lock:
                 found = self._packed.get(id(packing.key))  # another thread may have been faster
                 if found is None:
-                    found = packing(self.array)
+                    found = packing.pack(self.array)
                     stream.synchronize()
                     self._packed[id(packing.key)] = found
         return found
@@ -267,7 +267,7 @@ def prepare(weight: Any) -> PreparedWeight:
 class Executor:
     """A plan with everything that a repeated call needs: loaded kernels and packed parameters.
 
-    Call it with arrays of the very shapes, strides, dtype, device and pointer alignment that it was made for; it checks
+    Run it on arrays of the very shapes, strides, dtype, device and pointer alignment that it was made for; it checks
     none of that.
 
     Attributes:
@@ -314,42 +314,36 @@ class Executor:
             places = tuple(-1 if name is None else names.index(name) for name in step.arrays)
             self._steps.append((_Kernel(step.config, step.launch), places))
 
-    def __call__(self, *arrays: Any, prepared: PreparedWeight | None = None) -> None:
+    def run(self, *arrays: Any, prepared: PreparedWeight | None = None) -> None:
         """Launch on the current device and CuPy's current stream; writes all of the last array, the result.
 
         `prepared` holds the packed forms of the weight, where the caller has one.
         """
-        if self._copied is None:
-            self._run(*arrays, prepared=prepared)
-        else:
-            _run_with_copies(partial(self._run, prepared=prepared), arrays, self._copied)
-
-    def _run(self, *arrays: Any, prepared: PreparedWeight | None) -> None:
         if self.choice is None:
             if arrays[-1].size:
                 _as_bytes(arrays[-1]).fill(0)  # sums of nothing
             return
+        usable = arrays if self._copied is None else _with_copies(arrays, self._copied)
         if self._conjugate_weight:
-            weight = arrays[self._weight]
+            weight = usable[self._weight]
             cupy_module().conjugate(weight, weight)  # a copy of this call's own
-        pointers = [None if array is None else array.data for array in arrays]
+        pointers = [None if array is None else array.data for array in usable]
         if self._packing is not None:
             packing = self._packing
-            pointers.append(packing(arrays[self._weight]) if prepared is None else prepared.packed(packing))
+            pointers.append(packing.pack(usable[self._weight]) if prepared is None else prepared.packed(packing))
         pointers += map(_temporary, self._scratch)
         pointers.append(None)
         for kernel, places in self._steps:
             kernel.launch(*(pointers[place] for place in places))
+        if usable[-1] is not arrays[-1]:
+            _assign(arrays[-1], usable[-1])
 
 
-def _run_with_copies(run: Callable[..., None], arrays: Sequence[Any], copies: Sequence[bool]) -> None:
-    """`run` on the arrays, the last of which it writes, with contiguous copies in place of those marked."""
+def _with_copies(arrays: Sequence[Any], copies: Sequence[bool]) -> Sequence[Any]:
+    """The arrays with contiguous ones in place of those marked: copies of inputs, and of the result an empty buffer."""
     *inputs, output = arrays
     usable = [_copy(array) if copy else array for array, copy in zip(inputs, copies[:-1], strict=True)]
-    target = _contiguous(output) if copies[-1] else output
-    run(*usable, target)
-    if target is not output:
-        _assign(output, target)
+    return [*usable, _contiguous(output) if copies[-1] else output]
 
 
 def _copy(array: Any) -> Any:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, TypeAlias
 
 from . import cases, runtime
-from .cases import FORMATS, Case
+from .cases import NUMBER_FORMATS, Case
 from .checks import CHECKS, Target, run_checks
 from .device import Device
 from .family_checks import families_of, families_that_take, far_bytes, far_runs, run_families, run_far
@@ -40,13 +40,13 @@ def verify(
     cancelling  the same where the terms of an element nearly cancel
     nonfinite   a NaN and infinities stay in the windows that contain them
     impulse     a unit impulse gives the weights, unrounded
-    adjoint     <A(x, w), u> equals <x, gradient in x> and <w, gradient in w>, exactly, on integers
+    adjoint     <A(x, w), u> equals <x, gradient for x> and <w, gradient for w>, exactly, on integers
     groups      each group equals a convolution of its own, on integers
     bias        the bias adds to the result without one, on integers
     batch       a sample's result does not depend on the batch: N = 1 against N = 5
     chunks      a long input cut into chunks gives the result of the whole
     repeat      two calls give the same bits, with and without `out`
-    gradients   in input, weight and bias: exact on integers, within the bound on normal data, the same bits twice
+    gradients   for input, weight and bias: exact on integers, within the bound on normal data, the same bits twice
     families    on a GPU, each kernel family that takes the case, by name: exact, strided, bounded, bits as below
     far         on a GPU, each kernel family once, on arrays that reach beyond 2**31 elements, exact on integers
     ==========  ====================================================================================================
@@ -65,7 +65,7 @@ def verify(
         device: "gpu": CuPy's current device. "cpu": the NumPy path. "auto": the GPU if one answers, else the CPU.
         filter: part of a case name, a tag, or an operation; see `gpuconv.cases.select`.
         seed: of all data.
-        dtypes: one name or several in `gpuconv.cases.FORMATS`: dtypes, and "tf32" for float32 with
+        dtypes: one name or several in `gpuconv.cases.NUMBER_FORMATS`: dtypes, and "tf32" for float32 with
             ``precision="tf32"``. By default all that this machine has: bfloat16 needs ml_dtypes, and on a GPU CuPy 14;
             the NumPy path computes "tf32" as float32, so there it is run only by name.
         quick: run the selection of `gpuconv.cases.quick_pairs`: every case in one dtype at least, and every kind of
@@ -87,9 +87,9 @@ def verify(
     restricted = filter is not None or dtypes is not None or family is not None
     if isinstance(dtypes, str):
         dtypes = [dtypes]
-    unknown = [dtype for dtype in dtypes or () if dtype not in FORMATS]
+    unknown = [dtype for dtype in dtypes or () if dtype not in NUMBER_FORMATS]
     if unknown:
-        raise ValueError(f"dtypes must be among {', '.join(FORMATS)}, got {', '.join(map(repr, unknown))}")
+        raise ValueError(f"dtypes must be among {', '.join(NUMBER_FORMATS)}, got {', '.join(map(repr, unknown))}")
     selected = cases.select(filter)
     missing = None if device == "cpu" else missing_gpu()
     if device == "gpu" and missing is not None:
@@ -97,7 +97,7 @@ def verify(
     target = Target(on_gpu=device != "cpu" and missing is None)
     skipped: dict[str, str] = {}
     if dtypes is None:
-        own = [name for name in FORMATS if target.on_gpu or name != "tf32"]
+        own = [name for name in NUMBER_FORMATS if target.on_gpu or name != "tf32"]
         skipped = {name: reason for name in own if (reason := target.lacks(name)) is not None}
         dtypes = [name for name in own if name not in skipped]
     else:

@@ -50,7 +50,7 @@ def _build(config: Config) -> dict[str, Any]:
 
 def verify_work() -> Iterator[tuple[str, records.Work]]:
     """What `gpuconv verify` does: a piece for each case and number format, and one for arrays beyond 2**31 elements."""
-    formats = dict.fromkeys(("float32", "bfloat16", *cases.FORMATS))
+    formats = dict.fromkeys(("float32", "bfloat16", *cases.NUMBER_FORMATS))
     for number_format in formats:
         seen: set[str] = set()
         for case in cases.select():

@@ -72,30 +72,30 @@ def compare(problem: ConvProblem, mode: Mode, direction: Direction) -> dict[str,
     arrays = (x, w, third) if direction == "forward" else (x, third)
     first: Any = None
     times, differing = {}, {}
-    for name, plan in plans(problem, direction):
+    for name, executor in executors(problem, direction):
         output = data.poisoned()
-        plan(*arrays, output)
+        executor.run(*arrays, output)
         bits = output.reshape(-1).view(np.uint8)
         if first is None:
             first, verdict = bits, data.judge(output, mode)
         different = int(cupy.asnumpy(bits != first).sum())
         if different:
             differing[name] = different
-        times[name] = round(min(_microseconds(cupy, plan, (*arrays, output)) for _ in range(REPEATS)), 1)
+        times[name] = round(min(_microseconds(cupy, executor, (*arrays, output)) for _ in range(REPEATS)), 1)
     return {"ok": verdict.ok and not differing, "note": verdict.note, "tiles": times, "differing_bytes": differing}
 
 
-def _microseconds(cupy: Any, plan: Any, arrays: Sequence[Any]) -> float:
+def _microseconds(cupy: Any, executor: runtime.Executor, arrays: Sequence[Any]) -> float:
     start, stop = cupy.cuda.Event(), cupy.cuda.Event()
     start.record()
-    plan(*arrays)
+    executor.run(*arrays)
     stop.record()
     stop.synchronize()
     return float(1e3 * cupy.cuda.get_elapsed_time(start, stop))
 
 
-def plans(problem: ConvProblem, direction: Direction) -> Iterator[tuple[str, Any]]:
-    """(name of the tile, plan for contiguous arrays) for every tile of the family on tensor cores that takes a pass.
+def executors(problem: ConvProblem, direction: Direction) -> Iterator[tuple[str, runtime.Executor]]:
+    """(name, executor for contiguous arrays) of every tile of the family on tensor cores that takes a pass.
 
     Raises:
         ValueError: dispatch does not choose such a family.

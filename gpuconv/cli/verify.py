@@ -9,7 +9,7 @@ from collections import Counter
 from typing import Any
 
 from .. import cases, files
-from ..cases import FORMATS
+from ..cases import NUMBER_FORMATS
 from ..gpus import GpuUnavailableError
 from ..text import count, wrap
 from ..verify import verify
@@ -28,7 +28,9 @@ def add_to(commands: Any) -> None:
         epilog="exit codes: 0 all good, 1 a mismatch, 2 bad usage, 3 no GPU for --device gpu",
     )
     add_device(parser)
-    parser.add_argument("--dtype", type=some_of(FORMATS), metavar="D[,D]", help=f"only these, of {', '.join(FORMATS)}")
+    parser.add_argument(
+        "--dtype", type=some_of(NUMBER_FORMATS), metavar="D[,D]", help=f"only these, of {', '.join(NUMBER_FORMATS)}"
+    )
     parser.add_argument(
         "--filter", metavar="TEXT", help="only the cases with TEXT in their name, or this tag or operation"
     )

@@ -83,11 +83,17 @@ class Fill:
 
 
 class Plan(NamedTuple):
-    """Attributes:
-    problem: the one that is computed: that of the useful taps, or that in which input and weight have changed places.
-    taps: the useful ones.
-    exchanged: input and weight have changed places.
-    separate: what is not finite is separated.
+    """How the CPU computes a problem.
+
+    Attributes:
+        method: what `explain` shows.
+        form: what computes the blocks.
+        workers: the most threads.
+        problem: the one that the form computes: that of the useful taps, or that in which input and weight have changed
+            places.
+        taps: the useful ones.
+        exchanged: input and weight have changed places.
+        separate: NaN and infinities are separated (`non_finite`).
     """
 
     method: Method
@@ -111,6 +117,7 @@ class Plan(NamedTuple):
 
 @lru_cache(maxsize=4096)
 def plan(p: ConvProblem) -> Plan:
+    """The cheapest form whose scratch buffers fit the memory that a call may take."""
     options = [(form.cost(q), form, q) for q, forms in candidates(p) for form in forms]
     options.sort(key=lambda option: option[0])
     for cost, form, q in options:

@@ -54,9 +54,9 @@ class Correlation(NamedTuple):
         return low, low + (stop - 1 - start) * self.stride + (taps.stop - 1 - taps.start) * self.dilation + 1
 
     def reading(self, k: int, start: int, stop: int) -> tuple[int, int, slice]:
-        """Those of the positions start to stop of a at which tap k finds an element of b (from, to).
+        """The positions of a between start and stop at which tap k meets an element of b: first, and behind the last.
 
-        Also what it finds there.
+        The third value is the slice of b that it meets there.
         """
         shift = self.offset + k * self.dilation
         first = min(max(start, -(shift // self.stride)), stop)

@@ -50,17 +50,17 @@ def scale(p: ConvProblem) -> float:
 
 
 def rows(count: float, length: float, element: float) -> float:
-    """So many runs of an inner loop that computes."""
+    """The cost of so many runs of an inner loop that computes."""
     return count * (ROW + length * element)
 
 
 def copies(count: float, length: float, element: float) -> float:
-    """So many runs of an inner loop that copies."""
+    """The cost of so many runs of an inner loop that copies."""
     return count * (COPY_ROW + length * element)
 
 
 def products(p: ConvProblem, count: float, M: float, depth: float, columns: float, small: bool) -> float:
-    """So many products (M, depth) @ (depth, columns) of a problem's accumulators."""
+    """The cost of so many products (M, depth) @ (depth, columns) of a problem's accumulators."""
     if depth == 1:  # which NumPy computes in a loop of its own
         return count * (PRODUCT + M * columns * OUTER * scale(p))
     width = -(-columns // 16) * 16 if columns > 1 else 5
@@ -72,5 +72,5 @@ def products(p: ConvProblem, count: float, M: float, depth: float, columns: floa
 
 
 def serial(concurrent: bool, product: float, rest: float) -> float:
-    """What a form computes beside its products, where other threads would wait for it."""
+    """The cost of what a form computes beside its products: more where other threads wait for it meanwhile."""
     return rest if concurrent or product + rest < limits.WORTH_THREADS else SERIAL * rest

@@ -9,6 +9,7 @@ for all phases. Outputs that no phase writes are the bias.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -81,9 +82,9 @@ class Geometry(NamedTuple):
         return start * self.stride + self.offset + min(ends), (stop - 1) * self.stride + self.offset + max(ends) + 1
 
     def reading(self, j: int, start: int, stop: int, low: int, high: int) -> tuple[int, int, slice]:
-        """Those of the positions start to stop whose tap group j reads the input between low and high (from, to).
+        """The positions between start and stop whose tap group j reads the input between low and high.
 
-        Also what they read.
+        The first of them, the one behind the last, and the slice of the input that they read.
         """
         shift = self.offset + j * self.dilation
         first = min(max(start, -((shift - low) // self.stride)), stop)
@@ -221,10 +222,8 @@ def useful_taps(p: ConvProblem) -> slice:
 def with_taps(p: ConvProblem, taps: slice) -> ConvProblem:
     """The problem that has only the `useful_taps`, with the same output."""
     left, right = taps.start * p.dilation, (p.K - taps.stop) * p.dilation
-    return ConvProblem(
-        p.op, p.N, p.C_in, p.C_out, p.L_in, taps.stop - taps.start, p.stride, p.padding_left - left,
-        p.padding_right - right, p.dilation, p.groups, p.output_padding, p.dtype, p.has_bias,
-    )  # fmt: skip
+    padding = {"padding_left": p.padding_left - left, "padding_right": p.padding_right - right}
+    return replace(p, K=taps.stop - taps.start, **padding)
 
 
 def exchange(p: ConvProblem) -> ConvProblem:

@@ -1,7 +1,7 @@
 """panels: the windows of a block are copied side by side into a panel, for one product with the weight as it lies.
 
-It takes every problem, and serves most dense layers: those for which it is chosen take 1.5 times as long in the next
-best form, the geometric mean over the benchmark layers, and up to 4 times.
+It takes every problem, and serves most dense layers. The layers for which it is chosen take 1.5 times as long in the
+next best form, the geometric mean over the benchmark layers, and up to 4 times.
 """
 
 from __future__ import annotations

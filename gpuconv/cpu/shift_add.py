@@ -1,7 +1,7 @@
 """shift_add: one product of all taps with the input as it lies, whose rows are then shifted and summed.
 
-It stays for layers of few output channels, and for transposed ones: nothing but the product reads the input, which is
-copied K times for panels. Those for which it is chosen take 1.3 to 1.8 times as long in the next best form.
+It stays for layers of few output channels, and for transposed ones: the product reads the input once, where panels copy
+it K times. The layers for which it is chosen take 1.3 to 1.8 times as long in the next best form.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ from .geometry import Block, Call, Geometry
 
 @dataclass(frozen=True, slots=True)
 class ShiftAdd:
-    """Attributes:
-    span: the input positions that a block reads at most.
-    concurrent: BLAS computes each product on the calling thread.
+    """Products of all taps with the input positions of a block.
+
+    Attributes:
+        span: the input positions that a block reads at most.
+        concurrent: BLAS computes each product on the calling thread.
     """
 
     geometry: Geometry

@@ -30,10 +30,11 @@ _SUMS = 1 * limits.MIB
 _PARTIAL_SUMS = 4 * limits.MIB
 _DOT_ROW = 16 * 1024
 
-# Rows of a that dots pay for: each is read again for every tap.
+# The most rows of a for which dots pay off: each is read again for every tap.
 _DOT_ROWS = 4
 
-# Positions that dots pay for where there are several samples: each sample, channel and tap is a product of its own.
+# The fewest positions for which dots pay off where there are several samples: each sample, channel and tap is a product
+# of its own.
 _DOT_POSITIONS = 48
 
 # Rows of a, windows of b and positions of a large product; the fewest positions of a small one.
@@ -42,8 +43,8 @@ _WINDOWS = 512
 _POSITIONS = 2048
 _FEWEST_POSITIONS = 256
 
-# Channels and positions that taps pay for; rows and channels of a small product of theirs, the most rows that are cut
-# into small products, and the multiply-adds of a NumPy call of several products.
+# The fewest channels and positions for which taps pay off; rows and channels of their small products, the most rows
+# that are cut into small products, and the multiply-adds of a NumPy call of several products.
 _TAPS_CHANNELS = 8
 _TAPS_POSITIONS = 64
 _SMALL_TILE = 64

@@ -19,22 +19,22 @@ from .depthwise import (
     MANY_OUTPUTS,
     MIN_BLOCKS,
     SLIDE_STRIDES,
-    Deal,
+    BlockWork,
+    Partition,
     Skip,
-    Work,
     can_skip,
     can_slide,
-    choose_deal,
+    choose_partition,
     depthwise_index_bits,
     row_skew,
     slide_outputs,
     vector_length,
 )
 
-# Results of a thread that neither slides, skips nor strides: several share the loads of taps; one, where threads are
-# few for their window.
+# Results of a thread that neither slides, skips nor strides. Several results share the loads of taps; a thread has one
+# where there are few threads for their window.
 MANY_L, ONE_L = 4, 1
-# From this stride on most threads' work is staging.
+# From this stride on, staging is most of a thread's work.
 LONG_STRIDE = 8
 # Up to this length four results a thread would leave most of a warp idle.
 SHORT_L = 64
@@ -56,9 +56,9 @@ class Conv1dDepthwise(Family[ConvProblem]):
         if tiling is None:
             reason = f"needs the taps and the window of one result in {device.shared_per_block} bytes of shared memory"
             return Refusal(reason)
-        if tiling.deal.grid > MAX_GRID:
+        if tiling.partition.grid > MAX_GRID:
             return Refusal(f"needs at most {MAX_GRID} blocks")
-        deal, shape, bits = tiling.deal, tiling.shape, tiling.bits
+        partition, shape, bits = tiling.partition, tiling.shape, tiling.bits
         config = self._config(
             shape.slide_stride, shape.is_skipping, isinstance(shape, _Stride), shape.thread_l, p.dtype, bits
         )
@@ -67,16 +67,16 @@ class Conv1dDepthwise(Family[ConvProblem]):
             p,
             layout,
             bits,
-            grid=deal.grid,
-            block=deal.block,
-            shared_bytes=deal.shared_bytes,
-            candidates=deal.figures(),
+            grid=partition.grid,
+            block=partition.block,
+            shared_bytes=partition.shared_bytes,
+            candidates=partition.candidates(),
             own={
-                **deal.params(p),
+                **partition.params(p),
                 "taps_pitch": shape.taps_pitch,
-                "window": shape.window(deal.places),
-                "window_pitch": shape.window_pitch(deal.places),
-                "plane_pitch": shape.plane_pitch(deal.places, deal.block_rows),
+                "window": shape.window(partition.places),
+                "window_pitch": shape.window_pitch(partition.places),
+                "plane_pitch": shape.plane_pitch(partition.places, partition.block_rows),
             },
         )
 
@@ -167,14 +167,14 @@ class _Shape:
             windows = block_rows * self.window_pitch(places)
         return (block_rows * self.taps_pitch + windows) * self.problem.format.accumulator_bytes
 
-    def work(self, layout: Layout) -> Work:
+    def work(self, layout: Layout) -> BlockWork:
         p = self.problem
         multiply_adds = p.K * self.thread_l * p.format.multiply_adds
         slides = self.slide_stride > 0
         vec = vector_length(p.dtype) if slides else 1
         # Instructions in the machine code for sm_90 (bench.static): of a multiply-add and the loads that feed it; of a
         # thread besides, about 10 more for a result; of a position that is staged.
-        return Work(
+        return BlockWork(
             rows=p.N * p.C_out,
             thread_outputs=self.thread_l,
             row_outputs=p.L_out + (row_skew(p, layout) if slides else 0),
@@ -223,13 +223,13 @@ class _Stride:
         taps_bytes = self.taps_pitch * self.problem.format.accumulator_bytes
         return block_rows * (taps_bytes + 16 * self.window_pitch(places))
 
-    def work(self, layout: Layout) -> Work:
+    def work(self, layout: Layout) -> BlockWork:
         p = self.problem
         # Of a vector: its multiply-adds and conversions, its load and step, the loads of its taps. Of a result and of a
         # thread the rest, as in a thread that slides; of a staged vector a copy and its place.
         conversions = self.vec if p.itemsize == 2 else 0
         loads = 4 + self.vec * p.format.accumulator_bytes / 16
-        return Work(
+        return BlockWork(
             rows=p.N * p.C_out,
             thread_outputs=1,
             row_outputs=p.L_out,
@@ -253,7 +253,7 @@ def _can_stride(problem: ConvProblem, layout: Layout, bits: int) -> bool:
 @dataclass(frozen=True, slots=True)
 class _Tiling:
     shape: _Shape | Skip | _Stride
-    deal: Deal
+    partition: Partition
     bits: int
 
 
@@ -271,7 +271,7 @@ def _tiling(problem: ConvProblem, layout: Layout, device: Device) -> _Tiling | N
     one = bits == 32 and (p.stride >= LONG_STRIDE or p.L_out <= SHORT_L)
     shapes.append(_Shape(p, 0, ONE_L if one else MANY_L))
     for shape in shapes:
-        deal = choose_deal(shape.work(layout), device)
-        if deal is not None:
-            return _Tiling(shape, deal, bits)
+        partition = choose_partition(shape.work(layout), device)
+        if partition is not None:
+            return _Tiling(shape, partition, bits)
     return None

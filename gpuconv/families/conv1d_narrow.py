@@ -23,16 +23,16 @@ from .offsets import Overhang, index_bits
 
 WARP = 32
 BLOCK_SIZE = 128
-# Output channels that a kernel computes; others take the next.
+# Output channels that a kernel computes; a layer with another number takes the next larger one.
 ROWS = (2, 4, 6, 8)
 # Columns of a thread by the size of the accumulator: as many as leave registers for loads on their way, for the layers
 # that can have several; or one, where more would leave multiprocessors idle.
 THREAD_L = {4: (4, 1), 8: (2, 1), 16: (1,)}
 # Shared memory that a chunk of weights may take.
 _CHUNK_BYTES = 16 * 1024
-# Figures of the cost model: instructions of a term besides its multiply-adds, and of each of its columns (bench.static
-# on sm_90); cycles from loads that the cache serves to their data, over the terms that are loaded together; cycles of a
-# block besides.
+# Of the cost model: instructions of a term besides its multiply-adds, and of each of its columns (bench.static on
+# sm_90); cycles from loads that the cache serves to their data, divided by the terms that are loaded together; cycles
+# that a block takes besides.
 _TERM_SLOTS, _COLUMN_SLOTS = 7.0, 1.0
 _TERM_LATENCY = {1: 12.0, 2: 20.0, 4: 30.0}
 _BLOCK_CYCLES = 2000.0
@@ -40,7 +40,7 @@ _BLOCK_CYCLES = 2000.0
 
 @dataclass(frozen=True, slots=True)
 class Tiling:
-    """A number of columns a thread, and the cycles that the launch should take."""
+    """A problem cut into blocks of threads with so many columns each, and the predicted cycles of the launch."""
 
     thread_l: int
     blocks: int

@@ -132,7 +132,7 @@ def _compare_tilings(problem: ConvProblem, device: Device, block_n: int) -> tupl
 
 
 class Conv1dSkinny(Family[ConvProblem]):
-    """Few rows a block, so that every multiprocessor reads weights all the time."""
+    """Few rows a block, so that every multiprocessor always has weights to read."""
 
     name = "conv1d_skinny"
     kind = "conv1d"

@@ -15,7 +15,7 @@ from .base import MAX_GRID, Config, Family, Layout, Plan, Refusal, Step
 from .offsets import Overhang, index_bits
 from .product import Product
 
-# Taps that a phase lacks are packed as zeros, and multiplied; see also conv_transpose1d_phases.
+# Taps that a phase lacks are packed as zeros and multiplied, so there may not be too many; see also conv_tiled.py.
 MAX_PACKING = 4
 
 

@@ -19,13 +19,13 @@ from .depthwise import (
     MANY_OUTPUTS,
     MIN_BLOCKS,
     SLIDE_STRIDES,
-    Deal,
+    BlockWork,
     Divisor,
+    Partition,
     Skip,
-    Work,
     can_skip,
     can_slide,
-    choose_deal,
+    choose_partition,
     depthwise_index_bits,
     row_skew,
     slide_outputs,
@@ -49,9 +49,9 @@ class ConvTranspose1dDepthwise(Family[ConvProblem]):
         if p.C_out_g >= MANY_OUTPUTS:
             return Refusal(f"needs C_out/groups < {MANY_OUTPUTS}")
         tiling = _tiling(p, layout, device)
-        if tiling.deal.grid > MAX_GRID:
+        if tiling.partition.grid > MAX_GRID:
             return Refusal(f"needs at most {MAX_GRID} blocks")
-        deal, shape, bits = tiling.deal, tiling.shape, tiling.bits
+        partition, shape, bits = tiling.partition, tiling.shape, tiling.bits
         has_window = shape.slide_stride > 0 or shape.is_skipping
         config = self._config(shape.slide_stride, shape.is_skipping, shape.thread_l, p.dtype, bits)
         return conv_plan(
@@ -59,18 +59,18 @@ class ConvTranspose1dDepthwise(Family[ConvProblem]):
             p,
             layout,
             bits,
-            grid=deal.grid,
-            block=deal.block,
-            shared_bytes=deal.shared_bytes,
-            candidates=deal.figures(),
+            grid=partition.grid,
+            block=partition.block,
+            shared_bytes=partition.shared_bytes,
+            candidates=partition.candidates(),
             own={
                 **Divisor.params(stride=p.stride),
-                **deal.params(p),
+                **partition.params(p),
                 "taps_pitch": shape.taps_pitch if has_window else 0,
-                "window": shape.window(deal.places) if has_window else 0,
+                "window": shape.window(partition.places) if has_window else 0,
                 "window_below": shape.window_below if has_window else 0,
-                "window_pitch": shape.window_pitch(deal.places) if has_window else 0,
-                "plane_pitch": shape.plane_pitch(deal.places, deal.block_rows) if has_window else 0,
+                "window_pitch": shape.window_pitch(partition.places) if has_window else 0,
+                "plane_pitch": shape.plane_pitch(partition.places, partition.block_rows) if has_window else 0,
             },
         )
 
@@ -152,14 +152,14 @@ class _Shape:
         windows = self.thread_vectors * self.plane_pitch(places, block_rows) * vector_length(self.problem.dtype)
         return (block_rows * self.taps_pitch + windows) * self.problem.format.accumulator_bytes
 
-    def work(self, layout: Layout) -> Work:
+    def work(self, layout: Layout) -> BlockWork:
         p = self.problem
         multiply_adds = p.terms * self.thread_l * p.format.multiply_adds
         slides = self.slide_stride > 0
         vec = vector_length(p.dtype)
         # Instructions in the machine code for sm_90 (bench.static): of a multiply-add and the loads that feed it; of a
         # thread besides, about 10 more for a result; of a position that is staged.
-        return Work(
+        return BlockWork(
             rows=p.N * p.C_out,
             thread_outputs=self.thread_l,
             row_outputs=p.L_out + (row_skew(p, layout) if slides else 0),
@@ -175,7 +175,7 @@ class _Shape:
 @dataclass(frozen=True, slots=True)
 class _Tiling:
     shape: _Shape | Skip
-    deal: Deal
+    partition: Partition
     bits: int
 
 
@@ -190,7 +190,7 @@ def _tiling(problem: ConvProblem, layout: Layout, device: Device) -> _Tiling:
         shapes.append(Skip(p))
     shapes.append(_Shape(p, 0, MANY_L))
     for shape in shapes:
-        deal = choose_deal(shape.work(layout), device)
-        if deal is not None:
-            return _Tiling(shape, deal, bits)
+        partition = choose_partition(shape.work(layout), device)
+        if partition is not None:
+            return _Tiling(shape, partition, bits)
     raise AssertionError("a block without shared memory fits")

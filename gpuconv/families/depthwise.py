@@ -1,4 +1,4 @@
-"""What the depthwise families share: how rows are dealt to blocks and threads, and magic numbers for divisions.
+"""What the depthwise families share: how rows are partitioned among blocks and threads, and magic numbers to divide by.
 
 Contract: cuda_src/depthwise.cuh.
 """
@@ -83,7 +83,7 @@ class Divisor(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class BlockWork:
     """What a block does, for the cost model.
 
     Attributes:
@@ -147,14 +147,14 @@ class Skip:
         vec = vector_length(self.problem.dtype)
         return block_rows * (self.window_pitch(places) * vec + self.taps_pitch) * self.problem.format.accumulator_bytes
 
-    def work(self, layout: Layout) -> Work:
+    def work(self, layout: Layout) -> BlockWork:
         p = self.problem
         vec = vector_length(p.dtype)
         size = p.format.accumulator_bytes
         multiply_adds = self.thread_l * p.format.multiply_adds
         # Of a tap, its load and step and those of the positions that it meets; of a result, its way through shared
         # memory; the rest as in a sliding thread.
-        return Work(
+        return BlockWork(
             rows=p.N * p.C_out,
             thread_outputs=self.thread_l,
             row_outputs=p.L_out + row_skew(p, layout),
@@ -170,8 +170,8 @@ class Skip:
 
 
 @dataclass(frozen=True, slots=True)
-class Deal:
-    """How the rows (n, c_out) are dealt.
+class Partition:
+    """How the rows (n, c_out) are partitioned among blocks and threads.
 
     Attributes:
         row_threads: threads that work on one row of a block.
@@ -217,7 +217,8 @@ class Deal:
             **Divisor.params(C_out=problem.C_out),
         }
 
-    def figures(self) -> tuple[tuple[str, float], ...]:
+    def candidates(self) -> tuple[tuple[str, float], ...]:
+        """What `explain` shows of it: the chosen partition alone, since the comparison keeps no other."""
         shape = f"{count(self.block_rows, 'row')} by {count(self.row_threads, 'thread')}"
         return ((f"{shape}, {count(self.repeats, 'time')}", self.cycles),)
 
@@ -230,16 +231,16 @@ _BLOCK_SLOTS = 100.0
 _ENOUGH_BLOCKS = 8
 
 
-def choose_deal(work: Work, device: Device) -> Deal | None:
-    """The cheapest deal by predicted cycles; None where no block fits the device's shared memory.
+def choose_partition(work: BlockWork, device: Device) -> Partition | None:
+    """The cheapest partition by predicted cycles; None where no block fits the device's shared memory.
 
     A multiprocessor issues the instructions and moves the bytes of its blocks; the more blocks it holds, the better the
     two overlap, and none is faster than the latency of its blocks allows.
     """
-    best: Deal | None = None
+    best: Partition | None = None
     groups = -(-work.row_outputs // work.thread_outputs)
     resident_threads = min(MIN_BLOCKS, device.threads_per_sm // BLOCK_SIZE) * BLOCK_SIZE
-    for row_threads, repeats in _candidates(groups):
+    for row_threads, repeats in _row_threads(groups):
         if work.whole_warps and row_threads % WARP:
             continue
         places = row_threads * repeats
@@ -265,11 +266,11 @@ def choose_deal(work: Work, device: Device) -> Deal | None:
             cycles = max(cycles, _LATENCY_CYCLES / resident)
             total = cycles * max(1.0, blocks / device.num_sms) + _LATENCY_CYCLES
             if best is None or total < best.cycles:
-                best = Deal(row_threads, repeats, block_rows, tiles, row_groups, shared, total)
+                best = Partition(row_threads, repeats, block_rows, tiles, row_groups, shared, total)
     return best
 
 
-def _candidates(groups: int) -> Iterator[tuple[int, int]]:
+def _row_threads(groups: int) -> Iterator[tuple[int, int]]:
     """(threads of a row, repeats): even cuts of a row into few tiles, and parts of a block."""
     for repeats in (1, 2, 4, 8):
         needed = -(-groups // repeats)
@@ -283,8 +284,8 @@ def _candidates(groups: int) -> Iterator[tuple[int, int]]:
 
 def depthwise_index_bits(problem: ConvProblem, layout: Layout, thread_outputs: int) -> int:
     """The width of the indices of kernels whose threads have at most so many results."""
-    # Rows of the last block hang over the last one. Positions of its last tile do by a block and a window, which fits
-    # in shared memory; a convolution checks them before it makes offsets of them.
+    # The last block may have rows behind the last row. Positions of its last tile exceed the row by at most a block and
+    # a window, which fits in shared memory; a convolution checks them before it makes offsets of them.
     p = problem
     hanging = (8 * BLOCK_SIZE + 1) * thread_outputs + 2**17
     span = p.L_in + (p.L_out + hanging) * p.stride + p.padding_left + p.dilation * p.K

@@ -52,13 +52,14 @@ MIN_CHANNELS = 8
 MIN_ROWS = 8
 # Half a fragment of 16 rows stays empty below this: three products for one then cost more than fused multiply-adds.
 MIN_SPLIT_ROWS = 16
-# Layers with so few output channels read more than they multiply: the families for tails.
+# Layers with so few output channels read more than they multiply; the tail families serve them.
 MAX_TAIL_CHANNELS = 4
 # Units of a chunk at most: with 8 rows of each fragment side by side, four units are two k-steps for every tap.
 MAX_UNITS = 4
-# A block alone takes about 100 cycles for a stage, so that 64 are some 3 microseconds. Reductions of four times as many
-# are cut into segments, which blocks of their own can form where the rest of the problem does not fill the GPU; where
-# it does, the segments' own sums cost the smaller warp tiles below, 20 % by bench.static.
+# A block that is alone on its multiprocessor takes about 100 cycles for a stage, so that 64 stages take some 3
+# microseconds. Reductions of at least four times as many stages are cut into segments. Where the rest of the problem
+# does not fill the GPU, blocks of their own sum the segments; where it does, the segments' own sums need the smaller
+# warp tiles below, which cost 20 % by bench.static.
 SEGMENT_STAGES = 64
 MIN_SEGMENTED_STAGES = 256
 MAX_SEGMENTS = 8
@@ -66,10 +67,10 @@ MAX_SEGMENTS = 8
 
 @dataclass(frozen=True, slots=True)
 class Arithmetic:
-    """How products are formed.
+    """How tensor cores form the products of a dtype and precision.
 
     Attributes:
-        instruction: the wrapper in ptx.cuh of one mma.
+        instruction: the function of ptx.cuh that wraps one mma instruction.
         channels: of a unit, 16 bytes.
         parts: numbers that stand for one operand.
         min_arch: the first architecture that has the instruction.
@@ -138,7 +139,7 @@ class Tile:
 # The wide tile of 128x256 halves the weights that come through L2, which otherwise limits 16-bit layers of few taps.
 # Warp tiles of 64x64 need 62 % of the bandwidth of shared memory at the rate of mma.sync in 16 bits; of 64x32, 92 %.
 # The three sets of sums of a split product leave registers for 64x32. Tiles of 48 rows are for groups of 48 channels;
-# those of 16 columns for streams, where little more than the weights is read.
+# those of 16 columns for streams, where weights are nearly all that is read.
 _TILES = (
     Tile(128, 128, 2, 2, 2, 4),
     Tile(128, 256, 2, 4, 1, 4),
@@ -183,7 +184,7 @@ _SPLIT_SEGMENT_TILES = (
     Tile(64, 16, 4, 1, 4, 2, segment_mode=2),
     Tile(128, 16, 4, 1, 3, 2, segment_mode=1),
 )
-# Of the buffer of partial sums: segments in blocks of their own are for problems that are small otherwise.
+# The most bytes of partial sums. Segments get blocks of their own only in problems that are small otherwise.
 MAX_PARTIAL_BYTES = 64 * 2**20
 MAX_BLOCK_N = 256
 MAX_BLOCK_M = 128

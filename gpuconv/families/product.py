@@ -1,4 +1,4 @@
-"""The matrix products that an operation is."""
+"""An operation seen as matrix products."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Product:
     is 1 the phases are rows beside c_out, else each has a product of its own.
 
     Attributes:
-        problem: what they compute.
+        problem: the operation.
         products: independent ones, of groups and perhaps phases.
         rows: of a product.
         positions: of a sample.

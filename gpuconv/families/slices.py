@@ -23,16 +23,16 @@ MAX_PARTIAL_BYTES = 64 * 2**20
 _SLICE_TERMS = 512
 # Fewer are not worth a partial sum.
 _FEWEST_TERMS = 64
-# Partial sums of which a GPU has enough to do: kernels for many channels hold 64 of them in a thread, others 8.
+# So many partial sums keep a GPU busy: kernels for many channels hold 64 of them in a thread, others 8.
 _ENOUGH_SUMS, _ENOUGH_SUMS_OF_FEW_CHANNELS = 2**22, 2**20
-# The same for tensor cores: two rounds of blocks with as many sums in registers as an H200 holds.
+# The same for tensor cores: twice as many sums as the registers of an H200 hold at a time.
 _ENOUGH_SUMS_OF_TENSOR_CORES = 2**23
 _FEW_CHANNELS = 4
 # Positions of a channel that a block of the bias gradient adds.
 _BIAS_SLICE_TERMS = 4096
 # Slices begin at a multiple of these positions, so that rows that begin aligned stay so.
 _ALIGNED_POSITIONS = 32
-# Slices that one thread adds at least, before several share them.
+# A thread adds at least so many slices before several threads share them.
 _SLICES_OF_A_WAY = 8
 _MOST_WAYS = 32
 

@@ -24,7 +24,7 @@ def vector(dtype: str) -> int:
 
 
 def block_columns(dtype: str) -> int:
-    """Of the largest block."""
+    """The columns of the largest block."""
     return MAX_THREADS * vector(dtype)
 
 

@@ -76,7 +76,7 @@ class Tile:
     def shared_bytes(self, accumulator_bytes: int, padding: int = 0) -> int:
         """Shared memory: two buffers of a chunk, or the slices that results pass through in the end.
 
-        `padding` are the operands that lie unused behind those of the rows, and of the columns, of one term.
+        `padding` counts the unused operands that lie behind those of the rows, and of the columns, of one term.
         """
         vec = max(1, 16 // accumulator_bytes)
         buffers = 2 * self.block_r * (self.block_m + self.block_n + 2 * padding)
@@ -99,7 +99,7 @@ def tiles_for(dtype: str, bits: int) -> tuple[Tile, ...]:
     return tiles if bits == 32 else tuple(tile for tile in tiles if tile.block_n <= MAX_WIDE_BLOCK_N)
 
 
-# Of any tile, for bounds on what kernels compute behind the last row, column and term.
+# The largest of all tiles, for bounds on how far kernels compute behind the last row, column and term.
 MAX_BLOCK_M = max(tile.block_m for tiles in TILES.values() for tile in tiles)
 MAX_BLOCK_N = max(tile.block_n for tiles in TILES.values() for tile in tiles)
 MAX_BLOCK_R = max(tile.block_r for tiles in TILES.values() for tile in tiles)

@@ -83,7 +83,7 @@ TILES: dict[int, tuple[Tile, ...]] = {
 }
 _LARGEST_M, _LARGEST_N, _LARGEST_CHUNK = 128, 256, 64
 
-# Figures of the cost model, beside those of mma.py.
+# Constants of the cost model, beside those of mma.py.
 _CHUNK_CYCLES = 150.0  # the barrier of a chunk, and what its loads leave uncovered, of a block alone
 _LOAD_INSTRUCTIONS = 8.0  # of one load, with its address and its part in storing the vectors
 _STORE_CYCLES = 8.0  # of a warp, for one sum of each lane on its way out
@@ -207,7 +207,7 @@ class WeightGradientMma(Family[WeightGradientProblem]):
 
 
 class _Tiling(NamedTuple):
-    """A tile with the octets and taps of its columns, how often it lies along each axis, blocks, predicted cycles."""
+    """A tile with the octets and taps of its columns, the numbers of tiles and blocks, and the predicted cycles."""
 
     tile: Tile
     octets: int

@@ -94,7 +94,7 @@ class WeightGradientTiled(Family[WeightGradientProblem]):
 
 
 class _Tiling(NamedTuple):
-    """A tile, how often it lies along rows and columns, blocks of all groups and slices, predicted cycles."""
+    """A tile, the numbers of tiles along rows and columns, blocks of all groups and slices, and predicted cycles."""
 
     tile: Tile
     row_tiles: int

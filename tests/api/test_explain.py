@@ -14,7 +14,7 @@ import pytest
 import gpuconv
 from gpuconv import cases, cpu, dispatch, runtime
 from gpuconv.device import ARCHITECTURES, Device
-from gpuconv.explain import MAX_FIGURES, SETTINGS, Explanation, explain
+from gpuconv.explain import MAX_CANDIDATES, SETTINGS, Explanation, explain
 from gpuconv.families import FAMILIES, Config, Family, Layout, Refusal
 from gpuconv.problem import ArraySpec, ConvProblem
 
@@ -61,7 +61,7 @@ def test_the_text() -> None:
     macros = ", ".join(f"{name}={value}" for name, value in choice.config.macros)
     lines = found.page(width=500).splitlines()
     model = next(i for i, line in enumerate(lines) if line.startswith("  model "))
-    shown = min(len(choice.plan.candidates), MAX_FIGURES)
+    shown = min(len(choice.plan.candidates), MAX_CANDIDATES)
     del lines[model : model + shown + 1 + (len(choice.plan.candidates) > shown)]
     pack, own = choice.plan.steps
     assert own == choice.step
@@ -139,9 +139,9 @@ def test_of_many_configurations_the_fastest_are_shown() -> None:
     op, arrays, device, settings = PAGES["refused"]
     found = explain(op, *arrays, device=device, **settings)  # type: ignore[call-overload]
     assert found.choice is not None
-    assert len(found.choice.plan.candidates) > MAX_FIGURES + 1
-    assert str(found).count(" us ") == MAX_FIGURES
-    assert f" and {len(found.choice.plan.candidates) - MAX_FIGURES} slower ones\n" in str(found)
+    assert len(found.choice.plan.candidates) > MAX_CANDIDATES + 1
+    assert str(found).count(" us ") == MAX_CANDIDATES
+    assert f" and {len(found.choice.plan.candidates) - MAX_CANDIDATES} slower ones\n" in str(found)
 
 
 def test_one_thing_is_singular() -> None:
@@ -269,11 +269,11 @@ def test_cupy_arrays_are_explained_as_the_runtime_plans_them(address: int, strid
     x = _FakeArray(shape, strides, address)
     w, b = _FakeArray((4, 8, 3), (96, 12, 4), 1024), _FakeArray((4,), (4,), 2050)
     found = explain("conv1d", x, w, b, padding="same")
-    plan = runtime.make_executor(found.problem, ("input", "weight", "bias"), (x, w, b), None)
+    executor = runtime.make_executor(found.problem, ("input", "weight", "bias"), (x, w, b), None)
     assert found.device is not None
     assert found.device.name == "GPU number 1"
-    assert found.choice == plan.choice
-    assert found.copies == plan.copies == (("bias",) if address % 4 == stride % 4 == 0 else ("input", "bias"))
+    assert found.choice == executor.choice
+    assert found.copies == executor.copies == (("bias",) if address % 4 == stride % 4 == 0 else ("input", "bias"))
 
 
 @pytest.mark.usefixtures("fake_gpu")

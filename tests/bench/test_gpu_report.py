@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -265,14 +266,19 @@ def test_every_tile_gives_the_same_bits_on_a_gpu(compare: Callable[[], dict[str,
 
 @pytest.mark.gpu
 def test_tile_with_other_bits_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    every = tiles.plans
+    every = tiles.executors
 
     def spoiled(*given: Any) -> Iterator[tuple[str, Any]]:
         (name, first), (_, second) = list(every(*given))[:2]
         yield name, first
-        yield "spoiled", lambda *arrays: (second(*arrays), arrays[-1].__setitem__((0, 7, 3), 0))
 
-    monkeypatch.setattr(tiles, "plans", spoiled)
+        def spoil(*arrays: Any) -> None:
+            second.run(*arrays)
+            arrays[-1][0, 7, 3] = 0
+
+        yield "spoiled", SimpleNamespace(run=spoil)
+
+    monkeypatch.setattr(tiles, "executors", spoiled)
     found = next(piece for _, piece in tiles.work(rehearse=True))()
     assert not found["ok"]
     assert 1 <= found["differing_bytes"]["spoiled"] <= 2  # of a bfloat16

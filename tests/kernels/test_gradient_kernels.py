@@ -513,7 +513,7 @@ def test_gpu_gives_the_bits_of_hostcuda(
             coarse, fine = normal(p)
             given = [cupy.asarray(array) for array in ((coarse, fine) if p.transposed else (fine, coarse))]
             output = cupy.empty(p.weight_shape, coarse.dtype)
-            executor(p, *given)(*given, output)
+            executor(p, *given).run(*given, output)
             assert_same_bits(cupy.asnumpy(output), hostcuda.compute(p, coarse, fine, family=family.name), name)
     finally:
         dispatch.choose.cache_clear()
@@ -528,5 +528,5 @@ def test_gpu_gives_the_bits_of_hostcuda_for_a_bias(dtype: str) -> None:
         (dy,) = as_dtype(p, generator(p).standard_normal, p.grad_output_shape)
         given = cupy.asarray(dy)
         output = cupy.empty(p.bias_shape, dy.dtype)
-        executor(p, given)(given, output)
+        executor(p, given).run(given, output)
         assert_same_bits(cupy.asnumpy(output), hostcuda.compute(p, dy), p)

@@ -14,7 +14,7 @@ import pytest
 
 from bench.layers import load
 from gpuconv import calls, cases, dispatch, reference, source
-from gpuconv.cases import CASES, FORMATS, Case, Data
+from gpuconv.cases import CASES, NUMBER_FORMATS, Case, Data
 from gpuconv.checks import chunk_bounds, same_bits
 from gpuconv.device import Device
 from gpuconv.families import ArrayLayout, Config, Family, Launch, Layout
@@ -45,7 +45,7 @@ def takes(family: Family[Any], problem: ConvProblem, layout: Layout | None = Non
 
 def modes(family: Family[Any]) -> tuple[str, ...]:
     """Those in which a family's kernels differ: CUDA cores have no TF32 and compute as they do in float32."""
-    return DTYPES if family.canonical_order else FORMATS
+    return DTYPES if family.canonical_order else NUMBER_FORMATS
 
 
 def taken_cases(family: Family[Any], mode: str, group: str) -> list[Case]:

@@ -199,11 +199,11 @@ def test_streams_get_few_columns_and_every_multiprocessor_gets_rows() -> None:
     policy = ConvProblem("conv1d", 1, 2048, 2048, 4, 5, 1, 2, 2, has_bias=True)
     for p, block_n in ((mimi, 2), (policy, 4)):
         config, launch = kernel_of(SKINNY, p, Layout.contiguous(p), DEVICE)
-        figures = plan_of(SKINNY, p, Layout.contiguous(p), DEVICE).candidates
+        candidates = plan_of(SKINNY, p, Layout.contiguous(p), DEVICE).candidates
         assert dict(config.macros)["BLOCK_N"] == str(block_n)
         assert 0.9 * DEVICE.num_sms <= launch.grid <= DEVICE.num_sms
-        assert figures[0][1] == min(cycles for _, cycles in figures)
-        assert figures[0][1] >= 4 * p.C_in_g * p.K  # a chain of multiply-adds, four cycles each
+        assert candidates[0][1] == min(cycles for _, cycles in candidates)
+        assert candidates[0][1] >= 4 * p.C_in_g * p.K  # a chain of multiply-adds, four cycles each
 
 
 def test_it_serves_what_tensor_cores_leave() -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+import gpuconv
 from gpuconv.device import Device
 from gpuconv.families import FAMILIES, Config
 from gpuconv.source import assemble, directory, inlined, read
@@ -39,6 +40,14 @@ def includes(file: str) -> list[str]:
 def reached(file: str) -> set[str]:
     """A file and all that it includes, at whatever depth."""
     return {file}.union(*map(reached, includes(file)))
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_the_python_files_that_it_names_exist(file: str) -> None:
+    """Messages and comments tell which file to read or to change."""
+    package = Path(gpuconv.__file__).parent
+    named = re.findall(r"gpuconv/([\w/]+\.py)", read(file))
+    assert [name for name in named if not (package / name).is_file()] == []
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -285,9 +285,9 @@ def test_stems_choose_by_shape() -> None:
     assert params(wide, gaps)[0]["IS_CONTIGUOUS"] == "0"
 
 
-def test_figures_put_the_chosen_tile_first() -> None:
+def test_candidates_put_the_chosen_tile_first() -> None:
     p = conv(1, 512, 10, 80_000, N=8, stride=5)
-    figures = plan_of(STEM, p, Layout.contiguous(p), DEVICE).candidates
-    assert len(figures) >= 2
-    assert [slots for _, slots in figures] == sorted(slots for _, slots in figures)
-    assert figures[0][0].startswith("16 channels by 4 columns")
+    candidates = plan_of(STEM, p, Layout.contiguous(p), DEVICE).candidates
+    assert len(candidates) >= 2
+    assert [slots for _, slots in candidates] == sorted(slots for _, slots in candidates)
+    assert candidates[0][0].startswith("16 channels by 4 columns")

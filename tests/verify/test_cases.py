@@ -139,7 +139,7 @@ def test_select() -> None:
         cases.select("nothing")
 
 
-@pytest.mark.parametrize("formats", [cases.FORMATS, DTYPES, ("float32", "complex64"), ("bfloat16",)])
+@pytest.mark.parametrize("formats", [cases.NUMBER_FORMATS, DTYPES, ("float32", "complex64"), ("bfloat16",)])
 def test_the_quick_selection_leaves_out_no_kind(formats: tuple[str, ...]) -> None:
     pairs = cases.quick_pairs(formats)
     names = [(number_format, case.name) for number_format, case in pairs]

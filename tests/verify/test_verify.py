@@ -17,7 +17,7 @@ import pytest
 
 import gpuconv
 from gpuconv import cases, cpu, dispatch, reference, runtime
-from gpuconv.cases import FORMATS
+from gpuconv.cases import NUMBER_FORMATS
 from gpuconv.checks import CHECKS, MAX_TAPS, same_bits
 from gpuconv.device import ARCHITECTURES, Device
 from gpuconv.families import FAMILIES, Layout, Plan
@@ -90,7 +90,7 @@ def run_on_hostcuda(p: ConvProblem, x: Array, w: Array, b: Array | None, out: Ar
 
 
 @pytest.mark.usefixtures("fake_gpu")
-@pytest.mark.parametrize("dtype", FORMATS)
+@pytest.mark.parametrize("dtype", NUMBER_FORMATS)
 def test_the_kernels_pass_bit_for_bit(dtype: str, plant: Callable[[Kernel], None]) -> None:
     """The mode for GPUs, which compares bits across batches and chunks, with the kernels executed on the CPU."""
     plant(run_on_hostcuda)
@@ -110,7 +110,7 @@ def test_tf32_is_run_where_there_is_one_or_by_name(plant: Callable[[Kernel], Non
         correct(p, x, w, b, out)
 
     plant(kernel)
-    assert {r.dtype for r in verify("gpu", filter="hifigan_resblock").results} == set(FORMATS)
+    assert {r.dtype for r in verify("gpu", filter="hifigan_resblock").results} == set(NUMBER_FORMATS)
     assert any(p.precision == "tf32" for p in called)
     assert {r.dtype for r in verify("cpu", filter="hifigan_resblock").results} == set(DTYPES)
     called.clear()
@@ -356,12 +356,12 @@ def test_the_quick_run_reaches_every_family(arch: str) -> None:
     has, lacking = families_of(device)
     assert {*has, *lacking} == set(NAMES)
     reached = {
-        name for dtype, case in cases.quick_pairs(FORMATS) for name in families_that_take(case.at(dtype), device)
+        name for dtype, case in cases.quick_pairs(NUMBER_FORMATS) for name in families_that_take(case.at(dtype), device)
     }
     assert reached == set(has)
 
 
-@pytest.mark.parametrize("number_format", FORMATS)
+@pytest.mark.parametrize("number_format", NUMBER_FORMATS)
 def test_far_runs_every_family_with_64_bit_offsets(number_format: str) -> None:
     device = Device.from_arch("sm_90")
     runs = {name: case.at(number_format) for _, case, name in far_runs(cases.select(), number_format, NAMES, device)}
@@ -419,7 +419,7 @@ def test_what_far_needs_is_told_where_it_is_missing(plant: Callable[[Kernel], No
 def test_the_quick_run_reaches_every_mode(kernel: str, macro: str, values: Sequence[str]) -> None:
     device = Device.from_arch("sm_90")
     found = set()
-    for number_format, case in cases.quick_pairs(FORMATS):
+    for number_format, case in cases.quick_pairs(NUMBER_FORMATS):
         p = case.at(number_format)
         for family in FORWARD_FAMILIES:
             plan = family.plan(p, Layout.contiguous(p), device) if family.kind == p.kind and not p.is_empty else None
