@@ -142,8 +142,9 @@ class Conv1dSkinny(Family[ConvProblem]):
         columns = p.N * p.L_out
         if columns > MAX_COLUMNS:
             return Refusal(f"needs N * L_out <= {MAX_COLUMNS}")
-        # Terms of a chunk that hangs over the last one.
-        overhang = Overhang(rows=ROWS[-1], channels=MAX_COLUMNS * WARP + 1)
+        # Terms of a chunk that hangs over the last one. Offsets of positions are formed before it is known whether they
+        # exist.
+        overhang = Overhang(rows=ROWS[-1], channels=MAX_COLUMNS * WARP + 1, positions=0)
         if index_bits(p, layout, overhang, p.C_in_g * p.K + (NUM_STAGES + 1) * CHUNKS[-1]) == 64:
             return Refusal("needs offsets below 2**31")
         tilings = _compare_tilings(p, device, next(block_n for block_n in COLUMNS if block_n >= columns))

@@ -89,7 +89,8 @@ def _positions(problem: Problem, overhang: Overhang) -> Iterator[int]:
     if isinstance(problem, ConvProblem):
         p, q = problem, Product.of(problem)
         last = q.first + q.positions + more + 1
-        span = p.dilation * (p.K - 1 + overhang.taps) + 1 + p.stride
+        # Params holds the dilation of a single tap, too, which no offset uses.
+        span = p.dilation * max(1, p.K - 1 + overhang.taps) + 1 + p.stride
         yield p.L_in + max(p.padding_left + p.padding_right, last * q.column_step + p.padding_left) + span
         yield p.L_out + max(p.padding_right, last * q.phases) + p.padding_left + span
         if p.transposed:  # the first tap of a phase is found modulo tap_step

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gpuconv import cases
+from gpuconv import cases, reference
 from gpuconv.device import Device
 from gpuconv.families import FAMILIES, ArrayLayout, Family, Layout, Plan
-from gpuconv.problem import BiasGradientProblem, ConvProblem, Problem, WeightGradientProblem
+from gpuconv.problem import BiasGradientProblem, ConvProblem, Op, Problem, WeightGradientProblem
 from tests import hostcuda
 from tests.plans import refusal_of
 
@@ -19,20 +19,66 @@ MAX_FLOPS = 300_000
 BASE = {family.kind: family.name for family in FAMILIES}  # the last of each kind
 
 
-def problem_of(family: Family[Any]) -> Problem:
-    """The case of most operations, below `MAX_FLOPS`, that a family takes; several samples, channels and positions."""
-    found: list[Problem] = []
+def problems_of(family: Family[Any]) -> list[Problem]:
+    """Cases below `MAX_FLOPS` that a family takes: that of most operations, which has several samples, channels and
+    positions where one has, and that whose windows reach furthest outside the samples, by the length of a sample.
+    """
+    found: list[tuple[ConvProblem, Problem]] = []
     for case in cases.CASES:
-        p: Problem = case.at("float16")
-        assert isinstance(p, ConvProblem)
+        conv: Problem = case.at("float16")
+        assert isinstance(conv, ConvProblem)
+        p: Problem = conv
         if family.kind == "weight_gradient":
-            p = WeightGradientProblem.of(p)
+            p = WeightGradientProblem.of(conv)
         elif family.kind == "bias_gradient":
-            p = BiasGradientProblem.of(p)
+            p = BiasGradientProblem.of(conv)
         is_small = p.kind == family.kind and not p.is_empty and p.flops() < MAX_FLOPS
         if is_small and refusal_of(family, p, Layout.contiguous(p), H200) is None:
-            found.append(p)
-    return max(found, key=lambda p: (min(extent for shape in p.shapes.values() for extent in shape[:2]) > 1, p.flops()))
+            found.append((conv, p))
+
+    def size(pair: tuple[ConvProblem, Problem]) -> tuple[bool, int]:
+        _, p = pair
+        return min(extent for shape in p.shapes.values() for extent in shape[:2]) > 1, p.flops()
+
+    def reach(pair: tuple[ConvProblem, Problem]) -> float:
+        conv, _ = pair
+        return max(*conv.padding, conv.dilation * (conv.K - 1)) / conv.L_in
+
+    several = [pair for pair in found if pair[0].L_in > 1]
+    chosen = (max(found, key=size), max(several, key=reach))
+    return list(dict.fromkeys(p for _, p in chosen))
+
+
+def conv(op: Op, **settings: int) -> ConvProblem:
+    return ConvProblem(op, **{"N": 2, "C_in": 4, "C_out": 4, "L_in": 8, "K": 1, **settings}, dtype="float16")
+
+
+# Each has a setting of 2**31 and few results.
+LONG = (
+    conv("conv1d", dilation=2**31),
+    conv("conv1d", dilation=2**31, groups=4),
+    conv("conv1d", stride=2**31),
+    conv("conv1d", K=2, stride=2**31, padding_left=2**31),
+    conv("conv1d", K=2, stride=2**31, padding_right=2**31),
+    conv("conv_transpose1d", dilation=2**31),
+    conv("conv_transpose1d", L_in=1, stride=2**31),
+    conv("conv_transpose1d", L_in=2, stride=2**31, padding_left=2**31 - 1),
+    conv("conv_transpose1d", L_in=2, stride=2**31, padding_right=2**31 - 1),
+)
+
+
+@pytest.mark.parametrize("p", [*LONG, *map(WeightGradientProblem.of, LONG)], ids=str)
+def test_settings_of_32_bits_and_more_are_parameters_of_64(p: Problem) -> None:
+    """Fails if a family holds a setting in fewer bits than it has: the base families compute with it, too."""
+    rng = np.random.default_rng(0)
+    *inputs, _ = p.shapes
+    arrays = [rng.integers(-2, 3, p.shapes[name]).astype(np.float16) for name in inputs]
+    sums = reference.convolution if isinstance(p, ConvProblem) else reference.weight_gradient
+    expected = sums(p, *arrays).exact()
+    for family in FAMILIES:
+        if family.kind == p.kind and refusal_of(family, p, Layout.contiguous(p), H200) is None:
+            output = hostcuda.compute(p, *arrays, family=family.name, device=H200)
+            np.testing.assert_array_equal(output, expected, err_msg=family.name)
 
 
 def longest_stride(family: Family[Any], p: Problem, name: str, axis: int) -> Layout:
@@ -57,10 +103,12 @@ def longest_stride(family: Family[Any], p: Problem, name: str, axis: int) -> Lay
     return stretched(low)
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
-def test_at_the_limit_nothing_overflows(family: Family[Any]) -> None:
+ITEMS = [(family, p) for family in FAMILIES for p in problems_of(family)]
+
+
+@pytest.mark.parametrize(("family", "p"), ITEMS, ids=lambda value: getattr(value, "name", str(value)))
+def test_at_the_limit_nothing_overflows(family: Family[Any], p: Problem) -> None:
     """Fails if a kernel forms an offset that its overhang does not cover: hostcuda stops at a signed overflow."""
-    p = problem_of(family)
     rng = np.random.default_rng(0)
     *inputs, _ = p.shapes
     arrays = [rng.integers(-2, 3, p.shapes[name]).astype(np.float16) for name in inputs]
