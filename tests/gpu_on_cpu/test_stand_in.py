@@ -507,7 +507,7 @@ def test_a_temporary_given_back_too_early_is_caught(cupy: Any, monkeypatch: pyte
     expected = gpuconv.conv1d(x, w)
     arrays = cupy.asarray(x), cupy.asarray(w)
     assert np.array_equal(gpuconv.conv1d(*arrays).get(), expected)
-    pack = runtime._Packing.__call__
+    pack = runtime._Packing.pack
     packed_sizes = []
 
     def pack_and_let_go(packing: Any, weight: Any) -> Any:
@@ -515,7 +515,7 @@ def test_a_temporary_given_back_too_early_is_caught(cupy: Any, monkeypatch: pyte
         packed_sizes.append(packed.mem.size)
         return cupy.cuda.MemoryPointer(cupy.cuda.UnownedMemory(packed.ptr, packed.mem.size, None), 0)
 
-    monkeypatch.setattr(runtime._Packing, "__call__", pack_and_let_go)
+    monkeypatch.setattr(runtime._Packing, "pack", pack_and_let_go)
     assert not np.array_equal(gpuconv.conv1d(*arrays).get(), expected)
     assert packed_sizes, "the problem packs no weights"
 
