@@ -26,7 +26,7 @@ struct Params {
     // See Window in mma.cuh.
     index_t units, chunks, pairs, segments, segment_chunks, num_tiles, round_stages;
     index_t block_samples, block_positions;
-    index_t planes, plane_rows, sample_rows, window_rows, rows_reciprocal;
+    index_t planes, plane_rows, sample_rows, window_rows, unit_tasks, tasks_reciprocal;
     index_t tap_rows_first, tap_rows_step, window_shift, plane_step;
 };
 static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/conv_mma.py");

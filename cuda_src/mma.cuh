@@ -30,7 +30,11 @@
 // these results follow IEEE arithmetic. Whether a result is summed again depends on its own terms alone, or, where the rows
 // of a block differ in their taps, also on the positions that other rows of its column read.
 //
-// Macros read: BLOCK_M, BLOCK_N, WARPS_M, WARPS_N, NUM_STAGES, STAGE_STEPS, PREFETCH_TASKS, HAS_SAMPLES, IS_SPLIT,
+// INPUT_WIDTH = 2 is for 16-bit input whose positions are contiguous in rows of even length that begin at multiples of 4
+// bytes. A thread then loads two positions of a channel at once, which begin at an even one: see Window in
+// gpuconv/families/mma.py.
+//
+// Macros read: BLOCK_M, BLOCK_N, WARPS_M, WARPS_N, NUM_STAGES, STAGE_STEPS, PREFETCH, INPUT_WIDTH, HAS_SAMPLES, IS_SPLIT,
 // SPLIT_TERMS, SEGMENT_MODE, PHASES_IN_ROWS, MULTIPLY_MATRICES, and those of common.cuh. Dynamic shared memory: NUM_STAGES
 // stages of weights, the windows of two chunks (of one, where there is one chunk), and tables; or the slices through which
 // the results pass.
@@ -43,22 +47,36 @@
 #include "finish.cuh"
 #include "fragments.cuh"
 #include "row.cuh"
-#include "tf32.cuh"
+#include "staging.cuh"
 
 constexpr int kStagePairs = 2 * STAGE_STEPS;
 constexpr int kStageTerms = kStagePairs * kUnit;
 constexpr int kStageVectors = kStagePairs * kParts * BLOCK_M;           // of 16 bytes
 constexpr int kStageCopies = (kStageVectors + kThreads - 1) / kThreads;  // of a thread, if its warp takes part
+constexpr int kWindowsBegin = NUM_STAGES * kStageVectors * 16;           // in shared memory, in bytes
+constexpr int kTaskUnits = PREFETCH / INPUT_WIDTH;                       // that a task of staging takes
 constexpr int kSliceRows = 16;           // rows of a warp that pass through shared memory at a time in the end
 constexpr int kSlicePitch = kWarpN + 8;  // keeps the lanes of a fragment on different banks
 constexpr index_t kMissing = index_t(1ull << (INDEX_BITS - 1));  // no offset: the smallest index_t
 
 static_assert((NUM_STAGES & (NUM_STAGES - 1)) == 0, "slots are masked: gpuconv/families/mma.py");
 static_assert(kStageVectors % (32 * kStageCopies) == 0, "warps copy equal shares: gpuconv/families/mma.py");
+static_assert(PREFETCH % INPUT_WIDTH == 0, "tasks are of whole units: gpuconv/families/mma.py");
+static_assert(INPUT_WIDTH == 1 || (INPUT_WIDTH == 2 && kUnit == 8 && kIsEmptyOutside),
+              "pairs lie inside or outside: gpuconv/families/mma.py");
 static_assert(IS_SPLIT == 0 || kStageTerms == SPLIT_TERMS, "SPLIT_TERMS differs from gpuconv/families/mma.py");
 
 // What the k-steps of a stage add to a lane's address in the window, in bytes.
 typedef Vector<int, STAGE_STEPS> StepOffsets;
+
+// A task of staging: one position, or two, of kTaskUnits units. Task t of each set of units has the row t where INPUT_WIDTH
+// is 1.
+struct alignas(INPUT_WIDTH * sizeof(index_t)) Task {
+    index_t offset;  // of the first position, from Tile::input, or kMissing
+#if INPUT_WIDTH == 2
+    index_t row;  // of the first position
+#endif
+};
 
 // One block's share. Offsets and strides are in elements.
 struct Tile {
@@ -85,7 +103,8 @@ struct Window {
     index_t round_stages;                      // stages in which a batch of the next chunk's input arrives
     index_t block_samples, block_positions;    // a block's columns are the positions of one or more samples
     index_t planes, plane_rows, sample_rows;   // rows of a plane, and of all planes of a sample or some more
-    index_t window_rows, rows_reciprocal;      // rows of all samples of the block; 2^32 / window_rows, rounded up
+    index_t window_rows;                       // of all samples of the block
+    index_t unit_tasks, tasks_reciprocal;      // tasks of staging them for a set of units; 2^32 / unit_tasks, rounded up
     index_t tap_rows_first, tap_rows_step;     // a tap's first row: .. + tap / planes * .. + tap % planes * plane_rows
     index_t shift, plane_step;                 // position of q = 0, row 0 from Tile::first on; from plane to plane
 };
@@ -109,7 +128,7 @@ __device__ __forceinline__ Window window_of(const P& p) {
     return Window{
         p.units, p.chunks, p.pairs, p.segments, p.segment_chunks, p.num_tiles, p.round_stages,
         p.block_samples, p.block_positions,
-        p.planes, p.plane_rows, p.sample_rows, p.window_rows, p.rows_reciprocal,
+        p.planes, p.plane_rows, p.sample_rows, p.window_rows, p.unit_tasks, p.tasks_reciprocal,
         p.tap_rows_first, p.tap_rows_step, p.window_shift, p.plane_step};
 }
 
@@ -131,29 +150,6 @@ template <int kFirst>
 struct StageCopy<kFirst, true> {
     static __device__ __forceinline__ void run(StorageVector*, const StorageVector*) {}
 };
-
-// Stages kUnit channels of one position as one row of each part.
-__device__ __forceinline__ void stage_vector(const StorageVector& x, StorageVector* row, index_t part_rows) {
-    if (IS_SPLIT) {
-        StorageVector hi, lo;
-#pragma unroll
-        for (int e = 0; e < kUnit; ++e) {
-            float h, l;
-            split_tf32(float(x.element[e]), &h, &l);
-            hi.element[e] = storage_t(h);
-            lo.element[e] = storage_t(round_to_tf32(l));
-        }
-        row[0] = hi;
-        row[part_rows] = lo;
-    } else if (sizeof(storage_t) == 4) {
-        StorageVector rounded;
-#pragma unroll
-        for (int e = 0; e < kUnit; ++e) rounded.element[e] = storage_t(round_to_tf32(float(x.element[e])));
-        row[0] = rounded;
-    } else {
-        row[0] = x;
-    }
-}
 
 // The packed weights of one row, for canonical_sum.
 struct PackedWeights : EveryWeight {
@@ -329,57 +325,113 @@ __device__ __forceinline__ void multiply_tile(
 
     // Shared memory: stages of weights, windows, tables.
     StorageVector* const stages = reinterpret_cast<StorageVector*>(dynamic_shared_memory());
-    StorageVector* const windows = stages + NUM_STAGES * kStageVectors;
-    const index_t window_vectors = kParts * part_rows;
-    int* const pair_offset =
-        reinterpret_cast<int*>(windows + (window.chunks > 1 ? 2 : 1) * window_vectors);      // of pairs, in a window, in bytes
-    index_t* const row_offset = reinterpret_cast<index_t*>(pair_offset + window.pairs);  // of rows, from Tile::input
+    Vector<unsigned>* const windows = reinterpret_cast<Vector<unsigned>*>(stages + NUM_STAGES * kStageVectors);
+    const index_t window_vectors = kParts * part_rows, all_windows = (window.chunks > 1 ? 2 : 1) * window_vectors;
+    int* const pair_offset = reinterpret_cast<int*>(windows + all_windows);      // of pairs, in a window, in bytes
+    Task* const tasks = reinterpret_cast<Task*>(pair_offset + window.pairs);
 
+    // Rows that no sample belongs to are zeros in all chunks.
 #pragma unroll 1
-    for (index_t row = threadIdx.x; row < window.window_rows; row += kThreads) {
-        const index_t sample = row / window.sample_rows, row_of_sample = row - sample * window.sample_rows;
+    for (index_t row = threadIdx.x; row < all_windows; row += kThreads) windows[row] = Vector<unsigned>();
+
+    // Planes of pairs begin at even positions, where needed one before the first that a column reads. Neighbouring rows are
+    // pairs where neighbouring columns read neighbouring positions, else the same rows of two planes.
+    const bool has_pairs_in_planes = tile.column_step == 1;
+    const index_t first = tile.position_begin * tile.column_step + tile.first + window.shift;
+    const auto skew_of = [&](index_t plane) {
+        return INPUT_WIDTH == 1 ? 0 : int(first + (has_pairs_in_planes ? plane * window.plane_step : 0)) & 1;
+    };
+#pragma unroll 1
+    for (index_t t = threadIdx.x; t < window.unit_tasks; t += kThreads) {
+        const index_t sample_tasks =
+            INPUT_WIDTH == 1 ? window.sample_rows : window.planes * window.plane_rows / INPUT_WIDTH;
+        const index_t sample = t / sample_tasks, in_sample = t - sample * sample_tasks;
+        const index_t row = in_sample * (has_pairs_in_planes ? INPUT_WIDTH : 1);  // but for the second planes of pairs
         // Rows between samples belong to no plane.
-        const index_t plane = min_index(row_of_sample / window.plane_rows, window.planes);
-        const index_t j = row_of_sample - plane * window.plane_rows;
+        const index_t first_planes = min_index(row / window.plane_rows, window.planes);
+        const index_t j = row - first_planes * window.plane_rows;
+        const index_t plane = first_planes * (has_pairs_in_planes ? 1 : INPUT_WIDTH);
         const Source source = source_index(
-            (tile.position_begin + j) * tile.column_step + tile.first + window.shift + plane * window.plane_step,
-            tile.L_in);
+            first + j * tile.column_step + plane * window.plane_step - skew_of(plane), tile.L_in);
         // Rows that only columns behind the last would read, or none, are not loaded.
         const index_t end = tile.positions - tile.position_begin + (window.plane_rows - window.block_positions);
-        const bool is_read = sample < tile.samples && plane < window.planes && j < end;
-        row_offset[row] = is_read && source.exists
+        const bool is_read =
+            sample < min_index(tile.samples, window.block_samples) && plane < window.planes && j < end;
+        tasks[t].offset = is_read && source.exists
             ? sample * tile.input_stride_n + source.index * tile.input_stride_l
             : kMissing;
+#if INPUT_WIDTH == 2
+        tasks[t].row = sample * window.sample_rows + plane * window.plane_rows + j;
+#endif
     }
 #pragma unroll 1
     for (index_t pair = threadIdx.x; pair < window.pairs; pair += kThreads) {
-        const index_t tap = pair / window.units, unit = pair - tap * window.units;
-        const index_t round = tap / window.planes;
-        const index_t row = window.tap_rows_first + round * window.tap_rows_step +
-            (tap - round * window.planes) * window.plane_rows + unit * window.window_rows;
+        const index_t pair_tap = pair / window.units;
+        // Pairs of no tap read what the first one does.
+        const bool exists = pair_tap < tile.row_taps;
+        const index_t unit = exists ? pair - pair_tap * window.units : 0;
+        const index_t tap = (exists ? pair_tap : 0) + (has_pairs_in_planes ? 0 : skew_of(0));
+        const index_t round = tap / window.planes, plane = tap - round * window.planes;
+        const index_t row = window.tap_rows_first + round * window.tap_rows_step + plane * window.plane_rows +
+            (has_pairs_in_planes ? skew_of(plane) : 0) + unit * window.window_rows;
         // A lane reads the pairs of its half of every k-step: those of a stage lie side by side.
         const index_t in_stage = pair % kStagePairs;
-        int* const offset = pair_offset + (pair - in_stage + in_stage % 2 * STAGE_STEPS + in_stage / 2);
-        *offset = int(tap < tile.row_taps ? row : window.tap_rows_first) * 16;
+        pair_offset[pair - in_stage + in_stage % 2 * STAGE_STEPS + in_stage / 2] = int(row) * 16;
     }
 
-    // The window of a chunk is distributed over the threads row by row: `task` counts the rows of all units.
-    const auto load_vector = [&](index_t chunk, int task) {
-        const index_t unit = multiply_high(unsigned(task), unsigned(window.rows_reciprocal));
-        const index_t offset = row_offset[task - unit * window.window_rows];
-        const index_t c_in = (chunk * window.units + unit) * kUnit;
-        const bool exists = offset != kMissing;
-        const storage_t* const x = tile.input + (exists ? c_in * tile.input_stride_c + offset : 0);
-        const int channels = exists ? int(min_index(tile.C_in_g - c_in, kUnit)) : 0;
-        StorageVector vector;
-#pragma unroll
-        for (int e = 0; e < kUnit; ++e) {
-            vector.element[e] = e < channels ? x[e * tile.input_stride_c] : scalar::storage_zero();
-        }
-        return vector;
+    // Split products leave no registers to keep what can be computed again.
+    const auto hold = [](int value) { return IS_SPLIT ? value : keep_in_register(value); };
+    unsigned char* const shared = dynamic_shared_memory();
+    const int tasks_begin = hold(kWindowsBegin + int(all_windows) * 16 + int(window.pairs) * 4);
+    const int unit_bytes = int(window.window_rows) * 16;
+    // What staging must know of a chunk.
+    struct Chunk {
+        const storage_t* input;
+        int channels;  // that exist
+        int window;    // where it begins in shared memory, in bytes
     };
-    const auto store_vector = [&](index_t chunk, int task, const StorageVector& vector) {
-        stage_vector(vector, windows + (chunk & 1) * window_vectors + task, part_rows);
+
+    // The window of a chunk is distributed over the threads: `task` counts the tasks of the first kTaskUnits units, then those
+    // of the next. The result is where the task's first row begins in shared memory, in bytes; -1 where no sample exists.
+    //
+    // Channels behind the last have zero weights. In their place the last one of the unit is loaded again, and whole units
+    // keep what an earlier chunk left. So infinities and NaNs there are terms of the same columns in another place, too.
+    const auto load_task = [&](Block<INPUT_WIDTH> (&blocks)[kTaskUnits], const Chunk& chunk, int task) {
+        const int group = int(multiply_high(unsigned(task), unsigned(window.tasks_reciprocal)));
+        const int t = task - group * int(window.unit_tasks), unit = group * kTaskUnits;
+        const Task found = reinterpret_cast<const Task*>(shared + tasks_begin)[t];
+        if (found.offset == kMissing) return -1;
+        const storage_t* const x = chunk.input + (found.offset + unit * (kUnit * tile.input_stride_c));
+        const int channels = chunk.channels - unit * kUnit;
+        if (channels % kUnit == 0) {
+#pragma unroll
+            for (int u = 0; u < kTaskUnits; ++u) {
+                if (u == 0 || channels > u * kUnit) blocks[u].load(x, tile.input_stride_c, u);
+            }
+        } else {
+#pragma unroll
+            for (int u = 0; u < kTaskUnits; ++u) blocks[u].load_up_to(channels - 1, x, tile.input_stride_c, u);
+        }
+#if INPUT_WIDTH == 2
+        const int row = int(found.row);
+#else
+        const int row = t;
+#endif
+        return chunk.window + row * 16 + unit * unit_bytes;
+    };
+    const PairOrder pair_order = PairOrder::of(has_pairs_in_planes ? 1 : int(window.plane_rows));
+    const auto store_task = [&](const Block<INPUT_WIDTH> (&blocks)[kTaskUnits], const Chunk& chunk, int to) {
+        const int end = chunk.window + (chunk.channels + kUnit - 1) / kUnit * unit_bytes;
+#pragma unroll
+        for (int u = 0; u < kTaskUnits; ++u, to += unit_bytes) {
+            if (u > 0 && to >= end) continue;
+            Vector<unsigned>* const row = reinterpret_cast<Vector<unsigned>*>(shared + to);
+            if (INPUT_WIDTH == 2) {
+                stage_pair(blocks[u], row, pair_order);
+            } else {
+                stage(blocks[u].vector(0), row, part_rows);
+            }
+        }
     };
     // Stages go round a ring: stage i is read from slot i % NUM_STAGES while stage i + NUM_STAGES - 1 is written, to the
     // slot that was read last.
@@ -393,6 +445,7 @@ __device__ __forceinline__ void multiply_tile(
     StorageVector* const my_stage = keep_in_register(stages + (first_copy + lane));
     int slot = NUM_STAGES - 1;  // read last
     int stage = 0;              // read next
+    int stages_end = 0;         // of the chunk
     const auto load_weights = [&](int to, int at_stage) {
         if (at_stage < copies_end) StageCopy<>::run(my_stage + to * kStageVectors, weight);
         weight += kStageVectors;
@@ -419,7 +472,7 @@ __device__ __forceinline__ void multiply_tile(
         column_offset[j] = int(row) * 16;
     }
     const unsigned char* const my_window =
-        keep_in_register(reinterpret_cast<const unsigned char*>(windows) + (HAS_SAMPLES ? 0 : column_offset[0]));
+        reinterpret_cast<const unsigned char*>(windows) + (HAS_SAMPLES ? 0 : column_offset[0]);
     const StepOffsets* const my_pairs = reinterpret_cast<const StepOffsets*>(pair_offset) + lane / 8 % 2;
 
     Sums low, part;  // where IS_SPLIT: the small products, and the large ones of the stages before
@@ -431,23 +484,25 @@ __device__ __forceinline__ void multiply_tile(
     });
     index_t segment_left = window.segment_chunks;
 
+    const storage_t* input = tile.input + chunk_begin * window.units * kUnit * tile.input_stride_c;  // of the next chunk
 #pragma unroll 1
     for (index_t chunk = chunk_begin - 1; chunk < chunk_end; ++chunk) {
         // The next chunk's input arrives while this one is multiplied, in batches of what the registers hold: a batch is
         // loaded, a round of stages is multiplied, the batch is stored.
-        const int tasks = chunk + 1 < chunk_end ? int(part_rows) : 0;
-        const int stages_end = chunk < chunk_begin ? stage : stage + chunk_stages;
-        const unsigned char* const x = keep_in_register(my_window + int((chunk & 1) * window_vectors) * 16);
+        const Chunk next = {
+            input,
+            hold(int(min_index(tile.C_in_g - (chunk + 1) * window.units * kUnit, window.units * kUnit))),
+            hold(kWindowsBegin + int((chunk + 1) & 1) * int(window_vectors) * 16)};
+        const int groups = (next.channels + (kTaskUnits * kUnit - 1)) / (kTaskUnits * kUnit);
+        int tasks_left = keep_in_register(chunk + 1 < chunk_end ? groups * int(window.unit_tasks) : 0);
+        const unsigned char* const x = keep_in_register_shared(my_window + int((chunk & 1) * window_vectors) * 16);
         const StepOffsets* pairs_of_stage = my_pairs;
 #pragma unroll 1
-        for (int batch = 0; batch < tasks || stage < stages_end; batch += PREFETCH_TASKS * kThreads) {
-            StorageVector ahead[PREFETCH_TASKS];
-#pragma unroll
-            for (int i = 0; i < PREFETCH_TASKS; ++i) {
-                const int task = batch + i * kThreads + threadIdx.x;
-                if (task < tasks) ahead[i] = load_vector(chunk + 1, task);
-            }
-            const int round_end = stage + int(min_index(window.round_stages, stages_end - stage));
+        for (; tasks_left > 0 || stage < stages_end; tasks_left -= kThreads) {
+            Block<INPUT_WIDTH> ahead[kTaskUnits];
+            const int task = tasks_left - 1 - int(threadIdx.x);
+            const int to = task >= 0 ? load_task(ahead, next, task) : -1;
+            const int round_end = int(min_index(stage + window.round_stages, stages_end));
 #pragma unroll 1
             while (stage < round_end) {
                 copy_async_wait_group<NUM_STAGES - 2>();
@@ -498,12 +553,10 @@ __device__ __forceinline__ void multiply_tile(
                     });
                 }
             }
-#pragma unroll
-            for (int i = 0; i < PREFETCH_TASKS; ++i) {
-                const int task = batch + i * kThreads + threadIdx.x;
-                if (task < tasks) store_vector(chunk + 1, task, ahead[i]);
-            }
+            if (to >= 0) store_task(ahead, next, to);
         }
+        input += window.units * kUnit * tile.input_stride_c;
+        stages_end += chunk_stages;
         if (SEGMENT_MODE == 1 && chunk >= chunk_begin && (--segment_left == 0 || chunk + 1 == chunk_end)) {
             segment_left = window.segment_chunks;
             for_each_sum([&](int i, int j, int e) {

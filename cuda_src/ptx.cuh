@@ -25,6 +25,7 @@ __device__ __forceinline__ unsigned short float_to_half_bits_rn(float value) {
 
 __device__ __forceinline__ float uint_as_float(unsigned bits) { return __uint_as_float(bits); }
 __device__ __forceinline__ unsigned float_as_uint(float value) { return __float_as_uint(value); }
+__device__ __forceinline__ float magnitude(float value) { return fabsf(value); }
 
 // bfloat16 in an unsigned short, to nearest even; a NaN becomes any NaN.
 __device__ __forceinline__ unsigned short float_to_bfloat_bits_rn(float value) {
@@ -59,6 +60,10 @@ __device__ __forceinline__ int keep_in_register(int value) {
     asm("" : "+r"(value));
     return value;
 }
+__device__ __forceinline__ long long keep_in_register(long long value) {
+    asm("" : "+l"(value));
+    return value;
+}
 template <typename T>
 __device__ __forceinline__ T* keep_in_register_shared(T* pointer) {
     unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(pointer));
@@ -68,6 +73,13 @@ __device__ __forceinline__ T* keep_in_register_shared(T* pointer) {
 
 // The upper half of the 64-bit product.
 __device__ __forceinline__ unsigned multiply_high(unsigned a, unsigned b) { return __umulhi(a, b); }
+
+// Four of the bytes of a (0 to 3) and b (4 to 7): byte i of the result is the one that hexadecimal digit i of order names.
+__device__ __forceinline__ unsigned permute_bytes(unsigned a, unsigned b, unsigned order) {
+    unsigned bytes;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(bytes) : "r"(a), "r"(b), "r"(order));
+    return bytes;
+}
 
 // The block's dynamic shared memory, 16-byte aligned. Kernels reach shared memory by this function alone.
 __device__ __forceinline__ unsigned char* dynamic_shared_memory() {

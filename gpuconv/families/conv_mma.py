@@ -32,7 +32,12 @@ class _ConvMma(Family[ConvProblem]):
         arithmetic = mma.ARITHMETICS[p.dtype, p.precision]
         if not mma.smallest_fits(product, arithmetic, device):
             return Refusal("needs the window of 16 positions in shared memory")
-        tilings = mma.compare_tilings(product, arithmetic, _index_bits(product, layout, arithmetic), device)
+        bits = _index_bits(product, layout, arithmetic)
+        width = mma.input_width(product, layout, arithmetic, bits)
+        # The rows that pairs need besides may be too many.
+        tilings = mma.compare_tilings(product, arithmetic, bits, width, device) or mma.compare_tilings(
+            product, arithmetic, bits, 1, device
+        )
         if not tilings:
             return Refusal(f"needs at most {MAX_GRID} blocks")
         return mma.make_plan(p, layout, device, product, tilings, self.name)

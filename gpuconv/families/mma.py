@@ -8,14 +8,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from ..costs import L2_BYTES_PER_CYCLE, MEMORY_BYTES_PER_CYCLE, RESERVED_SHARED_BYTES, SHARED_BYTES_PER_CYCLE, Work
 from ..device import Device
 from ..problem import ConvProblem
 from ..source import params_fields
-from .base import MAX_GRID, PACKED, PARTIAL, Config, Launch, Layout, Plan, Step, conv_arrays, conv_fields, params_of
+from .base import (
+    MAX_GRID,
+    PACKED,
+    PARTIAL,
+    Config,
+    Launch,
+    Layout,
+    Plan,
+    Step,
+    conv_arrays,
+    conv_fields,
+    params_of,
+    round_up,
+)
 from .offsets import Overhang, index_bits
 from .product import Product
 
@@ -106,7 +119,8 @@ class Tile:
 
     Attributes:
         min_blocks: blocks that a multiprocessor must be able to hold, which caps the registers of a thread.
-        prefetch: vectors of input that a thread has on their way at a time.
+        prefetch: vectors of input that a thread has on their way at a time: of so many units, or of half
+            as many at two positions.
         has_samples: a block may take the positions of several samples, at the cost of an address for each fragment.
         segment_mode: SEGMENT_MODE of mma.cuh; 2 stands for both launches.
     """
@@ -271,6 +285,9 @@ class Window:
     Neighbouring columns read positions column_step apart, so a plane holds every column_step-th position. Taps whose
     distance is a multiple of column_step share a plane, shifted: there are column_step/gcd(column_step, tap_step)
     planes, or one per tap where that takes fewer rows (taps that are far apart).
+
+    Where one access loads two positions, which begin at an even one, both have rows: neighbours in a plane, which then
+    begins one position early where its first is odd, or, where column_step is even, the same row of two planes.
     """
 
     block_samples: int
@@ -281,9 +298,34 @@ class Window:
     tap_rows_step: int
     shift: int
     plane_step: int
+    width: int = 1  # positions that one access loads
 
     @classmethod
-    def of(cls, product: Product, block_samples: int, block_positions: int) -> Window:
+    def of(cls, product: Product, block_samples: int, block_positions: int, width: int = 1) -> Window:
+        """`width` is 2 only where `pairs_positions`."""
+        window = cls._of_single_positions(product, block_samples, block_positions)
+        if width == 1:
+            return window
+        # Blocks begin at an even position of a product, and a sample at position 0.
+        p = product.problem
+        first = (product.first if p.transposed else -p.padding_left) + window.shift
+        if product.column_step == 1:
+            is_odd = first % 2 == 1 or (window.planes > 1 and window.plane_step % 2 == 1)
+            is_odd = is_odd or (p.transposed and not product.phases_in_rows)  # phases begin at positions of their own
+            return replace(window, plane_rows=round_up(window.plane_rows + is_odd, width), width=width)
+        # Where the first position is odd, the row of each tap is that of the next one.
+        planes = product.column_step
+        rounds = (product.taps - 1 + first % 2) // planes
+        return replace(window, planes=planes, plane_rows=block_positions + rounds, tap_rows_step=1, width=width)
+
+    @staticmethod
+    def pairs_positions(product: Product) -> bool:
+        """Whether the window has rows for both positions of every pair."""
+        step = product.column_step
+        return step == 1 or (step % 2 == 0 and product.tap_step == 1 and product.taps >= step)
+
+    @classmethod
+    def _of_single_positions(cls, product: Product, block_samples: int, block_positions: int) -> Window:
         taps, step = product.taps, product.tap_step
         gcd = math.gcd(product.column_step, step)
         shared = min(product.column_step // gcd, taps)
@@ -317,6 +359,11 @@ class Window:
     def rows(self) -> int:
         return max(self.block_samples * self.sample_rows, BANK_ROWS)
 
+    @property
+    def unit_tasks(self) -> int:
+        """Tasks in which the rows of one unit, or of several at once, are staged; 2**32 / 4 fits any index."""
+        return self.rows if self.width == 1 else max(self.block_samples * self.used_rows // self.width, 4)
+
     def params(self) -> dict[str, int]:
         """The fields of Params, in order."""
         return {
@@ -326,7 +373,8 @@ class Window:
             "plane_rows": self.plane_rows,
             "sample_rows": self.sample_rows,
             "window_rows": self.rows,
-            "rows_reciprocal": -(-(2**32) // self.rows),
+            "unit_tasks": self.unit_tasks,
+            "tasks_reciprocal": -(-(2**32) // self.unit_tasks),
             "tap_rows_first": self.tap_rows_first,
             "tap_rows_step": self.tap_rows_step,
             "window_shift": self.shift,
@@ -362,12 +410,24 @@ def shared_bytes(tile: Tile, window: Window, reduction: Reduction, arithmetic: A
 
 def input_batches(tile: Tile, window: Window, reduction: Reduction) -> int:
     """Batches in which the threads of a block load the window of a chunk: see mma.cuh."""
-    return -(-reduction.units * window.rows // (tile.threads * tile.prefetch))
+    tasks = -(-reduction.units // (tile.prefetch // window.width)) * window.unit_tasks
+    return -(-tasks // tile.threads)
+
+
+def input_width(product: Product, layout: Layout, arithmetic: Arithmetic, bits: int) -> int:
+    """Neighbouring positions of the input that one access loads: 2 of 16 bits where they lie in one aligned word."""
+    p, array = product.problem, layout["input"]
+    stride_n, stride_c, stride_l = array.strides
+    begins_even = (stride_n % 2 == 0 or p.N == 1) and (stride_c % 2 == 0 or p.C_in == 1) and array.alignment >= 4
+    is_word = stride_l == 1 and begins_even and p.L_in % 2 == 0 and arithmetic.channels == 8 and bits == 32
+    return 2 if is_word and Window.pairs_positions(product) else 1
 
 
 @lru_cache(maxsize=4096)
-def compare_tilings(product: Product, arithmetic: Arithmetic, bits: int, device: Device) -> tuple[Tiling, ...]:
-    """The tilings of a product that fit the device, the cheapest first."""
+def compare_tilings(
+    product: Product, arithmetic: Arithmetic, bits: int, width: int, device: Device
+) -> tuple[Tiling, ...]:
+    """The tilings of a product that fit the device, the cheapest first; `width` as of `input_width`."""
     reduction, samples = Reduction.of(product, arithmetic), product.problem.N
     found = []
     for tile in tiles(arithmetic, bits, segments=reduction.segments > 1):
@@ -377,7 +437,7 @@ def compare_tilings(product: Product, arithmetic: Arithmetic, bits: int, device:
             block_samples, block_positions = min(tile.block_n // product.positions, samples), product.positions
             if block_samples < 2:
                 continue
-        window = Window.of(product, block_samples, block_positions)
+        window = Window.of(product, block_samples, block_positions, width)
         needed = shared_bytes(tile, window, reduction, arithmetic, bits)
         column_tiles = -(-product.positions // block_positions)
         sample_tiles = -(-samples // block_samples)
@@ -419,8 +479,8 @@ def _cost(
     staged = chunks * reduction.units * window.rows * UNIT_BYTES
     loaded = chunks * reduction.units * window.block_samples * window.used_rows * UNIT_BYTES
     l2 = (loaded + tile.block_m * terms * itemsize * arithmetic.parts) / L2_BYTES_PER_CYCLE
-    # A lane loads one element of a window at a time and stores 16 bytes of each part.
-    local = (operands + staged * arithmetic.parts) / SHARED_BYTES_PER_CYCLE + loaded / itemsize / WARP
+    # A lane loads one or two elements of a window at a time and stores 16 bytes of each part.
+    local = (operands + staged * arithmetic.parts) / SHARED_BYTES_PER_CYCLE + loaded / itemsize / window.width / WARP
     stores = tile.block_m * tile.block_n * itemsize / MEMORY_BYTES_PER_CYCLE
     stages = chunks * reduction.stages
     # Batches of input that come when no stages are left to multiply meanwhile, or before the first; LATENCY_CYCLES has
@@ -486,6 +546,7 @@ def kernel_config(
     *,
     phases_in_rows: bool,
     segment_mode: int,
+    width: int = 1,
 ) -> Config:
     arithmetic = ARITHMETICS[dtype, precision]
     # The shared memory of Turing holds one block, seldom two; 64-bit offsets take twice the registers.
@@ -499,7 +560,8 @@ def kernel_config(
         "WARPS_N": tile.warps_n,
         "NUM_STAGES": NUM_STAGES,
         "STAGE_STEPS": STAGE_STEPS,
-        "PREFETCH_TASKS": tile.prefetch,
+        "PREFETCH": tile.prefetch,
+        "INPUT_WIDTH": width,
         "HAS_SAMPLES": int(tile.has_samples),
         "MIN_BLOCKS": tile.min_blocks if caps_registers else 1,
         "IS_SPLIT": int(arithmetic.parts == 2),
@@ -521,16 +583,19 @@ def kernel_configs(kernel: str, device: Device, phases: tuple[bool, ...], *, tra
             for bits in (32, 64):
                 for tile in (*tiles(arithmetic, bits), *tiles(arithmetic, bits, segments=True)):
                     for mode in (2, 3) if tile.segment_mode == 2 else (tile.segment_mode,):
-                        yield kernel_config(
-                            kernel,
-                            dtype,
-                            precision,
-                            tile,
-                            bits,
-                            device,
-                            phases_in_rows=phases_in_rows,
-                            segment_mode=mode,
-                        )
+                        has_pairs = arithmetic.channels == 8 and bits == 32 and mode != 3
+                        for width in (1, 2) if has_pairs else (1,):
+                            yield kernel_config(
+                                kernel,
+                                dtype,
+                                precision,
+                                tile,
+                                bits,
+                                device,
+                                phases_in_rows=phases_in_rows,
+                                segment_mode=mode,
+                                width=width,
+                            )
                 yield _pack_config(dtype, precision, bits, transposed=transposed, phases_in_rows=phases_in_rows)
 
 
@@ -567,7 +632,15 @@ def make_plan(
 
     def step(mode: int, grid: int, shared: int, *more: str) -> Step:
         config = kernel_config(
-            kernel, p.dtype, p.precision, tile, bits, device, phases_in_rows=product.phases_in_rows, segment_mode=mode
+            kernel,
+            p.dtype,
+            p.precision,
+            tile,
+            bits,
+            device,
+            phases_in_rows=product.phases_in_rows,
+            segment_mode=mode,
+            width=1 if mode == 3 else tiling.window.width,  # the second launch reads no input
         )
         return Step(config, Launch(grid, tile.threads, shared, bits, params), (*conv_arrays(p, PACKED), *more))
 

@@ -197,8 +197,17 @@ __forceinline__ unsigned float_as_uint(float value) {
     return bits;
 }
 
+__forceinline__ float magnitude(float value) { return __builtin_fabsf(value); }
+
 __forceinline__ unsigned multiply_high(unsigned a, unsigned b) {
     return unsigned((unsigned long long)a * b >> 32);
+}
+
+__forceinline__ unsigned permute_bytes(unsigned a, unsigned b, unsigned order) {
+    const unsigned long long both = (unsigned long long)b << 32 | a;
+    unsigned bytes = 0;
+    for (unsigned i = 0; i < 4; ++i) bytes |= unsigned(both >> 8 * (order >> 4 * i & 7) & 255) << 8 * i;
+    return bytes;
 }
 
 // Both conversions work on the bits, so they do not depend on the processor's treatment of subnormals: the GPU's
@@ -238,6 +247,7 @@ __forceinline__ T* keep_in_register(T* pointer) {
     return pointer;
 }
 __forceinline__ int keep_in_register(int value) { return value; }
+__forceinline__ long long keep_in_register(long long value) { return value; }
 
 inline bool any_lane(bool condition, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
     hostcuda::Vote record = {condition, false};

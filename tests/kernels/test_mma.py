@@ -186,7 +186,7 @@ def products(draw: st.DrawFn) -> Product:
     tap_step = draw(st.one_of(st.integers(1, 24), st.integers(1, 600)))
     is_backward = column_step == 1 and draw(st.booleans())
     return Product(
-        problem=PROBLEMS["padded"],
+        problem=replace(PROBLEMS["padded"], padding_left=draw(st.integers(0, 4))),
         products=1,
         rows=16,
         positions=1,
@@ -199,29 +199,54 @@ def products(draw: st.DrawFn) -> Product:
 
 
 @settings(max_examples=300, deadline=None, derandomize=True, database=None)
-@given(product=products(), block_samples=st.integers(1, 3), block_positions=st.integers(1, 40))
+@given(
+    product=products(),
+    block_samples=st.integers(1, 3),
+    block_positions=st.integers(1, 40),
+    wants_pairs=st.booleans(),
+)
 def test_every_tap_of_every_column_reads_its_position(
-    product: Product, block_samples: int, block_positions: int
+    product: Product, block_samples: int, block_positions: int, wants_pairs: bool
 ) -> None:
-    """The kernel's formulas for the row that a tap reads and for the position that a row holds, put together."""
-    window, taps = Window.of(product, block_samples, block_positions), product.taps
+    """The kernel's formulas for the row that a tap reads and for the position that a row holds, put together.
+
+    Pairs of rows hold an even position and the next one.
+    """
+    width = 2 if wants_pairs and Window.pairs_positions(product) else 1
+    window, taps = Window.of(product, block_samples, block_positions, width), product.taps
     used_rows, sample_rows = window.planes * window.plane_rows, window.sample_rows
+    origin = -product.problem.padding_left
     assert window.used_rows == used_rows
-    assert used_rows <= taps * block_positions  # never more than one row for each tap and column
+    more = 0 if width == 1 else 2 * window.planes
+    assert used_rows <= taps * block_positions + more  # never more than one row for each tap and column
     assert used_rows <= sample_rows < used_rows + 8
     assert window.rows == max(block_samples * sample_rows, 8)
+    assert window.unit_tasks == (window.rows if width == 1 else max(4, block_samples * used_rows // 2))
+
+    in_planes = product.column_step == 1
+
+    def skew(plane: int) -> int:
+        return (origin + window.shift + (plane * window.plane_step if in_planes else 0)) % 2 if width == 2 else 0
+
+    def position(row: int) -> int:
+        plane, j = divmod(row, window.plane_rows)
+        return origin + j * product.column_step + window.shift + plane * window.plane_step - skew(plane)
+
     for tap in range(taps):
-        repeat, plane_of_tap = divmod(tap, window.planes)
+        repeat, plane_of_tap = divmod(tap + (0 if in_planes else skew(0)), window.planes)
         first = window.tap_rows_first + repeat * window.tap_rows_step + plane_of_tap * window.plane_rows
+        first += skew(plane_of_tap) if in_planes else 0
         for column in range(block_samples * block_positions):
             sample, q = divmod(column, block_positions)
             row_of_sample, row = divmod(first + sample * sample_rows + q, sample_rows)
             assert row < used_rows
-            plane, j = divmod(row, window.plane_rows)
             assert row_of_sample == sample
-            assert j * product.column_step + window.shift + plane * window.plane_step == (
-                q * product.column_step + tap * product.tap_step
-            )
+            assert position(row) == origin + q * product.column_step + tap * product.tap_step
+    for task in range(used_rows // 2 if width == 2 else 0):
+        pair, j = divmod(task, window.plane_rows)
+        row = 2 * task if in_planes else 2 * pair * window.plane_rows + j
+        assert position(row) % 2 == 0
+        assert position(row + (1 if in_planes else window.plane_rows)) == position(row) + 1
 
 
 @pytest.mark.parametrize("mode", ["float16", "float32"])
@@ -298,7 +323,8 @@ def test_input_arrives_in_batches(
     only_tile(next(t for t in mma.tiles(mma.ARITHMETICS[mode, "float32"]) if (t.block_m, t.block_n) == size))
     config, launch = kernel_of(FAMILY[p.op], p, Layout.contiguous(p), H200)
     params, macros = dict(launch.params), dict(config.macros)
-    batches = -(-params["units"] * params["window_rows"] // (launch.block * int(macros["PREFETCH_TASKS"])))
+    task_units = int(macros["PREFETCH"]) // int(macros["INPUT_WIDTH"])
+    batches = -(-(-(-params["units"] // task_units) * params["unit_tasks"]) // launch.block)
     rounds = -(-params["pairs"] // (mma.STAGE_PAIRS * params["round_stages"]))
     assert params["chunks"] > 1
     assert batches > 1
@@ -412,6 +438,53 @@ def test_views_change_no_bit(problem: ConvProblem, mode: str) -> None:
             output=ArrayLayout(output, p.itemsize if i == 2 else 16),
         )
         assert_same_bits(run(p, view, layout=layout, schedule="every"), expected, (str(p), output))
+
+
+# Of even lengths: planes of pairs that begin with an even or an odd position, in one plane or two, of several samples.
+PAIRED = {
+    "odd first": ConvProblem("conv1d", 2, 37, 18, 150, 3, 1, 1, 1),
+    "even first": ConvProblem("conv1d", 2, 16, 18, 38, 4, 1, 2, 1, groups=2),
+    "far taps": ConvProblem("conv1d", 1, 40, 18, 600, 3, 1, 3, 3, 135),
+    "two planes": ConvProblem("conv1d", 2, 40, 18, 64, 3, 2, 1, 1),
+    "eight planes": ConvProblem("conv1d", 2, 24, 18, 640, 16, 8, 4, 4),
+    "as many taps as planes": ConvProblem("conv1d", 1, 40, 18, 340, 2, 2, 1, 1),
+    "short samples": ConvProblem("conv1d", 13, 72, 20, 10, 3, 1, 1, 1),
+    "shortest samples": ConvProblem("conv1d", 40, 72, 20, 2, 2, 1),
+    "short samples in two planes": ConvProblem("conv1d", 13, 72, 20, 14, 3, 2, 1, 1),
+    "transposed": ConvProblem("conv_transpose1d", 2, 40, 18, 200, 5, 1, 2, 2),
+    "phase by phase": ConvProblem("conv_transpose1d", 3, 24, 17, 10, 7, 2, 5, 4, 3, output_padding=2),
+}
+
+
+@pytest.mark.parametrize("problem", PAIRED.values(), ids=PAIRED.keys())
+def test_pairs_of_positions_change_no_bit(problem: ConvProblem) -> None:
+    """Input that begins between words is loaded one position at a time."""
+    p = at(problem, "bfloat16")
+    x, w, b = cases.random_data(p, 12)
+    shifted = np.empty(x.size + 1, x.dtype)[1:].reshape(x.shape)
+    shifted[...] = x
+    outputs = []
+    for given_input, width in ((x, "2"), (shifted, "1")):
+        layout = Layout.contiguous(p).replaced(input=hostcuda.array_layout(given_input))
+        assert dict(kernel_of(FAMILY[p.op], p, layout, H200)[0].macros)["INPUT_WIDTH"] == width
+        outputs.append(run(p, Data(given_input, w, b), layout=layout, schedule="every"))
+    assert_right(p, outputs[0], Data(x, w, b))
+    assert_same_bits(outputs[0], outputs[1], str(p))
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        ConvProblem("conv1d", 1, 24, 18, 41, 3),  # rows begin between words
+        ConvProblem("conv1d", 1, 24, 18, 40, 3, 3),  # every second position is in another place of its pair
+        ConvProblem("conv1d", 1, 24, 18, 40, 3, 2, dilation=2),  # every second position is not needed
+        ConvProblem("conv1d", 1, 24, 18, 40, 3, 4),  # nor is every fourth
+    ],
+    ids=str,
+)
+def test_what_is_loaded_one_position_at_a_time(problem: ConvProblem) -> None:
+    p = at(problem, "float16")
+    assert dict(kernel_of(FAMILY[p.op], p, Layout.contiguous(p), H200)[0].macros)["INPUT_WIDTH"] == "1"
 
 
 @pytest.mark.parametrize("mode", ["float16", "float32"])

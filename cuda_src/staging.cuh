@@ -1,0 +1,138 @@
+// From channels in global memory, each a row of positions, to shared memory, where a unit of kUnit channels of one position
+// is a vector of 16 bytes: what mma.cuh and weight_gradient_mma.cu share.
+//
+// Macros read: IS_SPLIT, and those of fragments.cuh.
+
+#pragma once
+
+#include "common.cuh"
+#include "fragments.cuh"
+#include "tf32.cuh"
+
+// kWidth neighbouring positions of one channel as they lie in memory, in words.
+template <int kWidth>
+struct alignas(kWidth * sizeof(storage_t)) Run {
+    static constexpr int kWords = kWidth * int(sizeof(storage_t)) / 4;
+    unsigned word[kWords];
+
+    static __device__ __forceinline__ Run load(const storage_t* from) { return *reinterpret_cast<const Run*>(from); }
+};
+template <int kBytes>
+struct HalfWord {
+    static constexpr int kWords = 1;
+    unsigned word[1];
+
+    static __device__ __forceinline__ HalfWord load(const storage_t* from) {
+        return HalfWord{unsigned(*reinterpret_cast<const unsigned short*>(from))};
+    }
+};
+template <int kWidth, bool kIsHalfWord = (kWidth * sizeof(storage_t) == 2)>
+struct RunOf {
+    typedef Run<kWidth> type;
+};
+template <int kWidth>
+struct RunOf<kWidth, true> {
+    typedef HalfWord<2> type;
+};
+
+constexpr unsigned kLowHalves = 0x5410, kHighHalves = 0x7632;  // of two words: see permute_bytes
+
+// kWidth neighbouring positions of a unit.
+template <int kWidth>
+struct Block {
+    typename RunOf<kWidth>::type run[kUnit];
+
+    // `from` is the first position of the first channel of unit 0.
+    __device__ __forceinline__ void load(const storage_t* from, index_t channel_stride, int unit = 0) {
+#pragma unroll
+        // A product of 64 bits is one instruction with the addition.
+        for (int e = 0; e < kUnit; ++e) {
+            run[e] = RunOf<kWidth>::type::load(from + (long long)channel_stride * (unit * kUnit + e));
+        }
+    }
+    // The same with channel `last`, counted from unit 0 on, in place of those behind it.
+    __device__ __forceinline__ void load_up_to(int last, const storage_t* from, index_t channel_stride, int unit = 0) {
+#pragma unroll
+        for (int e = 0; e < kUnit; ++e) {
+            const int channel = unit * kUnit + e;
+            run[e] = RunOf<kWidth>::type::load(from + (long long)channel_stride * (channel < last ? channel : last));
+        }
+    }
+
+    __device__ __forceinline__ void clear() {
+#pragma unroll
+        for (int e = 0; e < kUnit; ++e) run[e] = typename RunOf<kWidth>::type();
+    }
+
+    // All channels of position v side by side.
+    __device__ __forceinline__ Vector<unsigned> vector(int v) const {
+        if (kUnit == 8) return pick(v / 2, v % 2 == 0 ? kLowHalves : kHighHalves);
+        Vector<unsigned> x;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) x.element[i] = run[i % kUnit].word[v];
+        return x;
+    }
+    // Of elements of 2 bytes: all channels of one of the two positions in word w.
+    __device__ __forceinline__ Vector<unsigned> pick(int w, unsigned halves) const {
+        Vector<unsigned> x;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            x.element[i] = permute_bytes(run[2 * i % kUnit].word[w], run[(2 * i + 1) % kUnit].word[w], halves);
+        }
+        return x;
+    }
+};
+
+// Stores one vector in a row; where an operand has two parts, they are part_rows apart.
+__device__ __forceinline__ void stage(const Vector<unsigned>& x, Vector<unsigned>* row, index_t part_rows) {
+    if (kUnit == 8) {
+        *row = x;
+        return;
+    }
+    // Nearly all values are rounded by an addition in integers. The tensor cores ignore the low 13 bits.
+    if (IS_SPLIT ? are_split_by_addition(x) : are_rounded_by_addition(x)) {
+        Vector<unsigned> hi, lo;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            hi.element[i] = x.element[i] + 0x1000u;
+            if (IS_SPLIT) {
+                hi.element[i] &= 0xffffe000u;
+                lo.element[i] = float_as_uint(uint_as_float(x.element[i]) - uint_as_float(hi.element[i])) + 0x1000u;
+            }
+        }
+        row[0] = hi;
+        if (IS_SPLIT) row[part_rows] = lo;
+        return;
+    }
+    // By way of the row, which an index may address.
+    row[0] = x;
+#pragma unroll 1
+    for (int i = 0; i < 4; ++i) {
+        const float value = uint_as_float(row[0].element[i]);
+        float hi = round_to_tf32(value), lo = 0.0f;
+        if (IS_SPLIT) split_tf32(value, &hi, &lo);
+        row[0].element[i] = float_as_uint(hi);
+        if (IS_SPLIT) row[part_rows].element[i] = float_as_uint(round_to_tf32(lo));
+    }
+}
+
+// In which order a lane stores the two rows of a pair, which are pair_rows apart. Where these are neighbours, eight
+// neighbouring lanes would meet on half of the banks: there four of them begin with the second row.
+struct PairOrder {
+    int first, second;  // from the first row
+    unsigned halves;    // of the words of each channel, for the row that is stored first
+
+    static __device__ __forceinline__ PairOrder of(int pair_rows) {
+        const bool begins_with_second = pair_rows == 1 && threadIdx.x % 8 >= 4;
+        const int first = keep_in_register(begins_with_second ? 1 : 0);
+        return PairOrder{
+            first, pair_rows - first, unsigned(keep_in_register(int(begins_with_second ? kHighHalves : kLowHalves)))};
+    }
+};
+
+// Stores both positions of a block of 16-bit elements.
+template <int kWidth>
+__device__ __forceinline__ void stage_pair(const Block<kWidth>& pair, Vector<unsigned>* row, const PairOrder& order) {
+    row[order.first] = pair.pick(0, order.halves);
+    row[order.second] = pair.pick(0, order.halves ^ kLowHalves ^ kHighHalves);
+}
