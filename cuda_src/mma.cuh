@@ -388,7 +388,7 @@ __device__ __forceinline__ void multiply_tile(
     struct Chunk {
         const storage_t* input;
         int channels;  // that exist
-        int window;    // where it begins in shared memory, in bytes
+        int window, window_end;  // in shared memory, in bytes
     };
 
     // The window of a chunk is distributed over the threads: `task` counts the tasks of the first kTaskUnits units, then those
@@ -403,7 +403,7 @@ __device__ __forceinline__ void multiply_tile(
         if (found.offset == kMissing) return -1;
         const storage_t* const x = chunk.input + (found.offset + unit * (kUnit * tile.input_stride_c));
         const int channels = chunk.channels - unit * kUnit;
-        if (channels % kUnit == 0) {
+        if (chunk.channels % kUnit == 0) {
 #pragma unroll
             for (int u = 0; u < kTaskUnits; ++u) {
                 if (u == 0 || channels > u * kUnit) blocks[u].load(x, tile.input_stride_c, u);
@@ -421,10 +421,9 @@ __device__ __forceinline__ void multiply_tile(
     };
     const PairOrder pair_order = PairOrder::of(has_pairs_in_planes ? 1 : int(window.plane_rows));
     const auto store_task = [&](const Block<INPUT_WIDTH> (&blocks)[kTaskUnits], const Chunk& chunk, int to) {
-        const int end = chunk.window + (chunk.channels + kUnit - 1) / kUnit * unit_bytes;
 #pragma unroll
         for (int u = 0; u < kTaskUnits; ++u, to += unit_bytes) {
-            if (u > 0 && to >= end) continue;
+            if (u > 0 && to >= chunk.window_end) continue;
             Vector<unsigned>* const row = reinterpret_cast<Vector<unsigned>*>(shared + to);
             if (INPUT_WIDTH == 2) {
                 stage_pair(blocks[u], row, pair_order);
@@ -489,10 +488,11 @@ __device__ __forceinline__ void multiply_tile(
     for (index_t chunk = chunk_begin - 1; chunk < chunk_end; ++chunk) {
         // The next chunk's input arrives while this one is multiplied, in batches of what the registers hold: a batch is
         // loaded, a round of stages is multiplied, the batch is stored.
-        const Chunk next = {
-            input,
-            hold(int(min_index(tile.C_in_g - (chunk + 1) * window.units * kUnit, window.units * kUnit))),
-            hold(kWindowsBegin + int((chunk + 1) & 1) * int(window_vectors) * 16)};
+        Chunk next;
+        next.input = input;
+        next.channels = hold(int(min_index(tile.C_in_g - (chunk + 1) * window.units * kUnit, window.units * kUnit)));
+        next.window = hold(kWindowsBegin + int((chunk + 1) & 1) * int(window_vectors) * 16);
+        next.window_end = hold(next.window + (next.channels + kUnit - 1) / kUnit * unit_bytes);
         const int groups = (next.channels + (kTaskUnits * kUnit - 1)) / (kTaskUnits * kUnit);
         int tasks_left = keep_in_register(chunk + 1 < chunk_end ? groups * int(window.unit_tasks) : 0);
         const unsigned char* const x = keep_in_register_shared(my_window + int((chunk & 1) * window_vectors) * 16);

@@ -126,7 +126,8 @@ struct PairOrder {
         const bool begins_with_second = pair_rows == 1 && threadIdx.x % 8 >= 4;
         const int first = keep_in_register(begins_with_second ? 1 : 0);
         return PairOrder{
-            first, pair_rows - first, unsigned(keep_in_register(int(begins_with_second ? kHighHalves : kLowHalves)))};
+            first, keep_in_register(pair_rows - first),
+            unsigned(keep_in_register(int(begins_with_second ? kHighHalves : kLowHalves)))};
     }
 };
 

@@ -602,6 +602,10 @@ def kernel_configs(kernel: str, device: Device, phases: tuple[bool, ...], *, tra
 def _tiling_params(reduction: Reduction, tiling: Tiling) -> dict[str, int]:
     """The fields of Params that describe the order of summation and the tiles."""
     batches = input_batches(tiling.tile, tiling.window, reduction)
+    # As few rounds as leave one for every batch.
+    round_stages = max(1, -(-reduction.stages // batches))
+    if -(-reduction.stages // round_stages) < batches:
+        round_stages = max(1, reduction.stages // batches)
     return {
         "row_tiles": tiling.row_tiles,
         "column_tiles": tiling.column_tiles,
@@ -612,7 +616,7 @@ def _tiling_params(reduction: Reduction, tiling: Tiling) -> dict[str, int]:
         "segments": reduction.segments,
         "segment_chunks": reduction.segment_chunks,
         "num_tiles": tiling.blocks,
-        "round_stages": max(1, reduction.stages // batches),
+        "round_stages": round_stages,
         **tiling.window.params(),
     }
 
