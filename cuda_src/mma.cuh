@@ -428,7 +428,7 @@ __device__ __forceinline__ void multiply_tile(
             if (INPUT_WIDTH == 2) {
                 stage_pair(blocks[u], row, pair_order);
             } else {
-                stage(blocks[u].vector(0), row, part_rows);
+                stage(blocks[u], row, part_rows);
             }
         }
     };

@@ -83,36 +83,49 @@ struct Block {
     }
 };
 
-// Stores one vector in a row; where an operand has two parts, they are part_rows apart.
-__device__ __forceinline__ void stage(const Vector<unsigned>& x, Vector<unsigned>* row, index_t part_rows) {
+// Stores the vectors of a block in neighbouring rows; where an operand has two parts, they are part_rows apart.
+template <int kWidth>
+__device__ __forceinline__ void stage(const Block<kWidth>& block, Vector<unsigned>* rows, index_t part_rows) {
     if (kUnit == 8) {
-        *row = x;
+#pragma unroll
+        for (int v = 0; v < kWidth; ++v) rows[v] = block.vector(v);
         return;
     }
     // Nearly all values are rounded by an addition in integers. The tensor cores ignore the low 13 bits.
-    if (IS_SPLIT ? are_split_by_addition(x) : are_rounded_by_addition(x)) {
-        Vector<unsigned> hi, lo;
+    bool by_addition = true;
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            hi.element[i] = x.element[i] + 0x1000u;
-            if (IS_SPLIT) {
+    for (int v = 0; v < kWidth; ++v) {
+        const Vector<unsigned> x = block.vector(v);
+        by_addition = by_addition && (IS_SPLIT ? are_split_by_addition(x) : are_rounded_by_addition(x));
+    }
+    if (by_addition) {
+#pragma unroll
+        for (int v = 0; v < kWidth; ++v) {
+            const Vector<unsigned> x = block.vector(v);
+            Vector<unsigned> hi, lo;
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                hi.element[i] = x.element[i] + 0x1000u;
+                if (!IS_SPLIT) continue;
                 hi.element[i] &= 0xffffe000u;
                 lo.element[i] = float_as_uint(uint_as_float(x.element[i]) - uint_as_float(hi.element[i])) + 0x1000u;
             }
+            rows[v] = hi;
+            if (IS_SPLIT) rows[v + part_rows] = lo;
         }
-        row[0] = hi;
-        if (IS_SPLIT) row[part_rows] = lo;
         return;
     }
-    // By way of the row, which an index may address.
-    row[0] = x;
+    // By way of the rows, which an index may address.
+#pragma unroll
+    for (int v = 0; v < kWidth; ++v) rows[v] = block.vector(v);
 #pragma unroll 1
-    for (int i = 0; i < 4; ++i) {
-        const float value = uint_as_float(row[0].element[i]);
+    for (int i = 0; i < 4 * kWidth; ++i) {
+        unsigned* const element = rows[i / 4].element + i % 4;
+        const float value = uint_as_float(*element);
         float hi = round_to_tf32(value), lo = 0.0f;
         if (IS_SPLIT) split_tf32(value, &hi, &lo);
-        row[0].element[i] = float_as_uint(hi);
-        if (IS_SPLIT) row[part_rows].element[i] = float_as_uint(round_to_tf32(lo));
+        *element = float_as_uint(hi);
+        if (IS_SPLIT) element[part_rows * 4] = float_as_uint(round_to_tf32(lo));
     }
 }
 

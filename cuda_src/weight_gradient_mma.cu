@@ -31,7 +31,7 @@
 #include "edge.cuh"
 #include "fragments.cuh"
 #include "slices.cuh"
-#include "tf32.cuh"
+#include "staging.cuh"
 
 struct Params {
     index_t N, L_coarse, L_fine, K;
@@ -115,88 +115,10 @@ struct Task {
     }
 };
 
-// kWidth neighbouring positions of one channel as they lie in memory, in words.
-template <int kWidth>
-struct alignas(kWidth * sizeof(storage_t)) Run {
-    static constexpr int kWords = kWidth * int(sizeof(storage_t)) / 4;
-    unsigned word[kWords];
-
-    static __device__ __forceinline__ Run load(const storage_t* from) { return *reinterpret_cast<const Run*>(from); }
-};
-template <int kBytes>
-struct HalfWord {
-    static constexpr int kWords = 1;
-    unsigned word[1];
-
-    static __device__ __forceinline__ HalfWord load(const storage_t* from) {
-        return HalfWord{unsigned(*reinterpret_cast<const unsigned short*>(from))};
-    }
-};
-template <int kWidth, bool kIsHalfWord = (kWidth * sizeof(storage_t) == 2)>
-struct RunOf {
-    typedef Run<kWidth> type;
-};
-template <int kWidth>
-struct RunOf<kWidth, true> {
-    typedef HalfWord<2> type;
-};
-
-// kWidth neighbouring positions of a unit. Of its channels, those from `channels` on are zeros.
-template <int kWidth>
-struct Block {
-    typename RunOf<kWidth>::type run[kUnit];
-
-    __device__ __forceinline__ void load(const storage_t* from, index_t channel_stride, index_t channels) {
-#pragma unroll
-        for (int e = 0; e < kUnit; ++e) {
-            if (e < channels) {
-                // A product of 64 bits is one instruction with the addition.
-                run[e] = RunOf<kWidth>::type::load(from + (long long)channel_stride * e);
-            } else {
-#pragma unroll
-                for (int i = 0; i < RunOf<kWidth>::type::kWords; ++i) run[e].word[i] = 0;
-            }
-        }
-    }
-
-    // All channels of position v side by side.
-    __device__ __forceinline__ Vector<unsigned> vector(int v) const {
-        Vector<unsigned> x;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            if (kUnit == 8) {
-                const unsigned a = run[2 * i % kUnit].word[v / 2], b = run[(2 * i + 1) % kUnit].word[v / 2];
-                x.element[i] = v % 2 == 0 ? (a & 0xffffu) | b << 16 : a >> 16 | (b & 0xffff0000u);
-            } else {
-                x.element[i] = run[i % kUnit].word[v];
-            }
-        }
-        return x;
-    }
-};
-
-// Stores the vectors of a block in neighbouring rows; where an operand has two parts, part_rows apart.
-template <int kWidth>
-__device__ __forceinline__ void stage(const Block<kWidth>& block, Vector<unsigned>* rows, index_t part_rows) {
-#pragma unroll
-    for (int v = 0; v < kWidth; ++v) {
-        const Vector<unsigned> x = block.vector(v);
-        if (kUnit == 8) {
-            rows[v] = x;
-            continue;
-        }
-        Vector<unsigned> hi, lo;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const float value = uint_as_float(x.element[i]);
-            float h = round_to_tf32(value), l = 0.0f;
-            if (IS_SPLIT) split_tf32(value, &h, &l);
-            hi.element[i] = float_as_uint(h);
-            lo.element[i] = float_as_uint(round_to_tf32(l));
-        }
-        rows[v] = hi;
-        if (IS_SPLIT) rows[v + part_rows] = lo;
-    }
+// The channel of a unit's first element, of `channels`. The last unit ends with the last channel, so that it may begin with
+// some that the unit before has too, and all channels of every unit exist.
+__device__ __forceinline__ int first_of_unit(int unit, index_t channels) {
+    return int(min_index(unit * kUnit, channels - kUnit));
 }
 
 // The fragments of one product of matrices are loaded from this lane's address of each operand: see ptx.cuh. 16-bit operands
@@ -240,8 +162,8 @@ __device__ __forceinline__ void multiply_slice(
 
     Vector<unsigned>* const coarse_buffers = reinterpret_cast<Vector<unsigned>*>(dynamic_shared_memory());
     Vector<unsigned>* const fine_buffers = coarse_buffers + 2 * kParts * kCoarsePart;
-    Place* const places = reinterpret_cast<Place*>(fine_buffers + 2 * kParts * fine_part);
-    Task* const tasks = reinterpret_cast<Task*>(places + p.window_rows);
+    Place* const places = keep_in_register_shared(reinterpret_cast<Place*>(fine_buffers + 2 * kParts * fine_part));
+    Task* const tasks = keep_in_register_shared(reinterpret_cast<Task*>(places + p.window_rows));
     const int fine_runs = int(p.window_rows) / FINE_WIDTH, fine_tasks = fine_runs * int(p.task_units);
     const int sample_window_rows = planes * plane_rows;
     // Planes begin at a multiple of FINE_WIDTH, so that their first rows may be ones that no tap needs.
@@ -265,29 +187,38 @@ __device__ __forceinline__ void multiply_slice(
     index_t n = s.n_begin, l = s.l_begin;  // the chunk to load
     const int sample_shift = int(p.sample_shift), sample_rows = 1 << sample_shift;
 
+    // Units that exist. The others are never written: they have a part in no result.
+    const int coarse_units = (int(tile.rows) + kUnit - 1) / kUnit, fine_units = (int(tile.channels) + kUnit - 1) / kUnit;
     const auto coarse_task = [&](int i) {
         return Task::of(i * kThreads + int(threadIdx.x), kUnitsM, CHUNK_ROWS / COARSE_WIDTH, COARSE_WIDTH);
     };
     const auto fine_task = [&](int i) {
-        const int index = i * kThreads + int(threadIdx.x);
+        // Threads from the last on, as those of coarse may be few.
+        const int index = (i + 1) * kThreads - 1 - int(threadIdx.x);
         return index < fine_tasks ? tasks[index] : Task{window_units, 0};
     };
     const auto load_coarse = [&](Block<COARSE_WIDTH>& block, const Task& task) {
         const int sample = task.row >> sample_shift;
-        const index_t l_coarse = l + (task.row - (sample << sample_shift)), c = task.unit * kUnit;
-        const bool exists = n + sample < s.n_end && l_coarse < s.l_end;
-        block.load(
-            coarse + ((n + sample) * p.coarse_stride_n + l_coarse * p.coarse_stride_l + c * p.coarse_stride_c),
-            p.coarse_stride_c, exists ? tile.rows - c : 0);
+        const index_t l_coarse = l + (task.row - (sample << sample_shift)), c = first_of_unit(task.unit, tile.rows);
+        if (n + sample < s.n_end && l_coarse < s.l_end) {
+            block.load(
+                coarse + ((n + sample) * p.coarse_stride_n + l_coarse * p.coarse_stride_l + c * p.coarse_stride_c),
+                keep_in_register(p.coarse_stride_c));
+        } else {
+            block.clear();
+        }
     };
     const auto load_fine = [&](Block<FINE_WIDTH>& block, const Task& task) {
         const Place place = places[task.row];
-        const index_t c = task.unit * kUnit;
+        const index_t c = first_of_unit(task.unit, tile.channels);
         const Source source = source_index(l * p.stride + place.l, p.L_fine);
-        const bool exists = n + place.n < s.n_end && source.exists;
-        block.load(
-            fine + ((n + place.n) * p.fine_stride_n + source.index * p.fine_stride_l + c * p.fine_stride_c),
-            p.fine_stride_c, exists ? tile.channels - c : 0);
+        if (n + place.n < s.n_end && source.exists) {
+            block.load(
+                fine + ((n + place.n) * p.fine_stride_n + source.index * p.fine_stride_l + c * p.fine_stride_c),
+                keep_in_register(p.fine_stride_c));
+        } else {
+            block.clear();
+        }
     };
     const auto store_coarse = [&](int buffer, const Block<COARSE_WIDTH>& block, const Task& task) {
         stage(
@@ -340,12 +271,12 @@ __device__ __forceinline__ void multiply_slice(
 #pragma unroll
         for (int i = 0; i < kAheadCoarse; ++i) {
             const Task task = coarse_task(i);
-            if (has_next && task.unit < kUnitsM) load_coarse(ahead_coarse[i], task);
+            if (has_next && task.unit < coarse_units) load_coarse(ahead_coarse[i], task);
         }
 #pragma unroll
         for (int i = 0; i < kAheadFine; ++i) {
             const Task task = fine_task(i);
-            if (has_next && task.unit < window_units) load_fine(ahead_fine[i], task);
+            if (has_next && task.unit < fine_units) load_fine(ahead_fine[i], task);
         }
 
         const unsigned char* a =
@@ -408,24 +339,24 @@ __device__ __forceinline__ void multiply_slice(
 #pragma unroll
         for (int i = 0; i < kAheadCoarse; ++i) {
             const Task task = coarse_task(i);
-            if (task.unit < kUnitsM) store_coarse(buffer, ahead_coarse[i], task);
+            if (task.unit < coarse_units) store_coarse(buffer, ahead_coarse[i], task);
         }
 #pragma unroll
         for (int i = 0; i < kAheadFine; ++i) {
             const Task task = fine_task(i);
-            if (task.unit < window_units) store_fine(buffer, ahead_fine[i], task);
+            if (task.unit < fine_units) store_fine(buffer, ahead_fine[i], task);
         }
 #pragma unroll 1
         for (int i = kAheadCoarse; i * kThreads < kCoarseTasks; ++i) {
             const Task task = coarse_task(i);
-            if (task.unit >= kUnitsM) break;
+            if (task.unit >= coarse_units) continue;
             load_coarse(ahead_coarse[0], task);
             store_coarse(buffer, ahead_coarse[0], task);
         }
 #pragma unroll 1
         for (int i = kAheadFine; i * kThreads < fine_tasks; ++i) {
             const Task task = fine_task(i);
-            if (task.unit >= window_units) continue;
+            if (task.unit >= fine_units) continue;
             load_fine(ahead_fine[0], task);
             store_fine(buffer, ahead_fine[0], task);
         }
@@ -461,11 +392,15 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) weight_gradie
     index_t to[kOutColumns];
     const index_t to_c = partial != nullptr ? p.K : p.weight_stride_c;
     const index_t to_k = partial != nullptr ? 1 : p.weight_stride_k;
+    const auto column_of = [&](int c, int tap) {
+        const int unit = c / kUnit, place = unit * kUnit + (c - first_of_unit(unit, tile.channels));
+        return (place / 8 * int(p.block_taps) + tap) * 8 + place % 8;
+    };
     const int taps = int(tile.taps), step_c = 32 / taps, step_tap = 32 - step_c * taps;
     int c = lane / taps, tap = lane - c * taps;
 #pragma unroll
     for (int m = 0; m < kOutColumns; ++m) {
-        from[m] = c < tile.channels ? (c / 8 * int(p.block_taps) + tap) * 8 + c % 8 : -1;
+        from[m] = c < tile.channels ? column_of(c, tap) : -1;
         to[m] = (tile.octet_begin * 8 + c) * to_c + (tile.tap_begin + tap) * to_k;
         c += step_c;
         tap += step_tap;
@@ -484,10 +419,15 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) weight_gradie
         }
         __syncthreads();
         bool sum_again = false;
-        const auto row_of = [&](int row) { return row / 16 * kWarpM + i * 16 + row % 16; };
+        // The row of a place among them, or -1 where that is a channel which another has.
+        const auto row_of = [&](int place) {
+            const int in_tile = place / 16 * kWarpM + i * 16 + place % 16, unit = in_tile / kUnit;
+            const int row = first_of_unit(unit, tile.rows) + in_tile % kUnit;
+            return row < unit * kUnit ? -1 : row;
+        };
 #pragma unroll 1
         for (int row = warp; row < WARPS_M * 16; row += kThreads / 32) {
-            if (row_of(row) >= tile.rows) continue;
+            if (row_of(row) < 0) continue;
             const index_t r = tile.channel + tile.row_begin + row_of(row);
 #pragma unroll
             for (int m = 0; m < kOutColumns; ++m) {
@@ -507,8 +447,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) weight_gradie
             for (int task = 0; task < WARPS_M * 16 * kOutColumns; ++task) {
                 const int row = task / kOutColumns, e = task % kOutColumns * 32 + lane;
                 const int c = e / taps, tap = e - c * taps;
-                if (row % (kThreads / 32) != warp || row_of(row) >= tile.rows || c >= tile.channels) continue;
-                if (is_finite(out[row * kOutPitch + (c / 8 * int(p.block_taps) + tap) * 8 + c % 8])) continue;
+                if (row % (kThreads / 32) != warp || row_of(row) < 0 || c >= tile.channels) continue;
+                if (is_finite(out[row * kOutPitch + column_of(c, tap)])) continue;
                 const index_t r = tile.channel + tile.row_begin + row_of(row), k = tile.tap_begin + tap;
                 const index_t c_of_group = tile.octet_begin * 8 + c;
                 const acc_t sum = canonical_slice_sum(
