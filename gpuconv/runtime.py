@@ -411,7 +411,7 @@ def make_executor(
         return Executor(None, (*operands, "output"))
     from . import dispatch
 
-    names = (*operands, list(problem.shapes)[-1])
+    names = (*operands, problem.result)
     given = dict(zip(names, (*arrays, output), strict=True))
     if conjugate_weight:
         given["weight"] = None

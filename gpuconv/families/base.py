@@ -185,7 +185,7 @@ class Family(ABC, Generic[ProblemT]):
         """
         macros = dict(step.config.macros)
         held = step.launch.grid * int(macros.get("BLOCK_M", 0)) * int(macros.get("BLOCK_N", 0))
-        results = math.prod([*problem.shapes.values()][-1])
+        results = math.prod(problem.shapes[problem.result])
         return Work(problem.flops() / 2 * max(1.0, held / results), problem.bytes())
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import pickle
 import re
 from dataclasses import FrozenInstanceError, replace
 from typing import Any
@@ -21,6 +22,7 @@ from gpuconv.problem import (
     ArraySpec,
     BiasGradientProblem,
     ConvProblem,
+    Problem,
     Settings,
     WeightGradientProblem,
     dtype_name,
@@ -624,6 +626,19 @@ def test_terms_is_the_most_products_of_one_output(K: int, stride: int, dilation:
     transposed = construct("conv_transpose1d", (4, L_in), (4, 1, K), groups=2, stride=stride, dilation=dilation)
     reached = [l_in * stride + k * dilation for l_in in range(L_in) for k in range(K)]
     assert transposed.terms == 2 * max(reached.count(position) for position in set(reached))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_kind_of_problem_names_its_result(op: str) -> None:
+    forward = construct(op, **VALID[op])
+    problems: list[Problem] = [forward, WeightGradientProblem.of(forward), BiasGradientProblem.of(forward)]
+    assert [problem.result for problem in problems] == ["output", "grad_weight", "grad_bias"]
+    results = (forward.output_shape, forward.weight_shape, forward.bias_shape)
+    for problem, shape in zip(problems, results, strict=True):
+        assert list(problem.shapes)[-1] == problem.result
+        assert problem.shapes[problem.result] == shape
+        assert not hasattr(problem, "__dict__")  # of which a program may hold thousands
+        assert pickle.loads(pickle.dumps(problem)) == problem
 
 
 def test_flops_and_bytes() -> None:

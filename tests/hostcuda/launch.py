@@ -245,9 +245,9 @@ def compute(
     """
     device = device or Device.from_arch("sm_90")
     given = {name: array for name, array in zip(problem.shapes, inputs, strict=False) if array is not None}
-    *_, (result, shape) = problem.shapes.items()
     arrays = {n: a if a.ndim == len(problem.shapes[n]) else a[np.newaxis] for n, a in given.items()}
-    arrays[result] = np.empty(shape, next(iter(given.values())).dtype.newbyteorder("="))
+    result = problem.result
+    arrays[result] = np.empty(problem.shapes[result], next(iter(given.values())).dtype.newbyteorder("="))
     if layout is None:  # arrays whose elements kernels cannot read where they are come out as contiguous copies
         layout, _ = lay_out(problem, {name: Place(a.strides, _address(a)) for name, a in given.items()})
     choice = choose(problem, layout, device, None if problem.is_empty else family)
