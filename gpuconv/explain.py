@@ -284,8 +284,7 @@ def explain(
     algorithm = settings.pop("algorithm", None)
     function = op if direction == "forward" else f"{op}_{direction.removeprefix('grad_')}"
     dispatch.check_algorithm("explain", SIGNATURES[function].kind, algorithm)
-    construct = ConvProblem.conv_transpose1d if op == "conv_transpose1d" else ConvProblem.conv1d
-    p = construct(input, weight, bias, **settings)
+    p = ConvProblem.of(op, input, weight, bias, **settings)
     problem: ConvProblem | WeightGradientProblem | BiasGradientProblem = p
     if direction == "grad_input":
         if p.L_in == 0:

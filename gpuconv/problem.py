@@ -185,6 +185,11 @@ class ConvProblem(Problem):
             check_size(self.op, name, shape, self.dtype)
 
     @classmethod
+    def of(cls, op: Op, *arguments: Any, **settings: Any) -> ConvProblem:
+        """`conv1d` or `conv_transpose1d` of the arguments, as `op` says."""
+        return (cls.conv_transpose1d if op == "conv_transpose1d" else cls.conv1d)(*arguments, **settings)
+
+    @classmethod
     def conv1d(
         cls,
         input: ArrayLike,
@@ -578,9 +583,8 @@ def gradient_problem(
     for name, array in (("input", input), ("weight", weight)):
         if not isinstance(array, ArraySpec):  # whose dtype was taken from the other
             check_dtype(caller, name, array)
-    construct = ConvProblem.conv_transpose1d if op == "conv_transpose1d" else ConvProblem.conv1d
     try:
-        problem = construct(input, weight, None, *settings)
+        problem = ConvProblem.of(op, input, weight, None, *settings)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{caller}{str(error).removeprefix(op)}") from None
     found = check_dtype(caller, "grad_output", grad_output)

@@ -285,8 +285,7 @@ def construct(
 ) -> ConvProblem:
     """The problem of a call whose arrays are given by shape, or as specs."""
     arrays = [ArraySpec(a, dtype) if type(a) is tuple else a for a in (input, weight, bias)]
-    build = ConvProblem.conv1d if op == "conv1d" else ConvProblem.conv_transpose1d
-    return build(*arrays, **settings)
+    return ConvProblem.of(op, *arrays, **settings)
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -727,4 +726,4 @@ def test_what_was_probably_meant_is_told(
 ) -> None:
     arrays = ArraySpec(input, "float32"), ArraySpec(weight, "float32")
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        getattr(ConvProblem, op)(*arrays, **settings)
+        ConvProblem.of(op, *arrays, **settings)
