@@ -308,8 +308,8 @@ def explain(
         return Explanation(problem, None, None, method, tuple(dict.fromkeys((*conjugated, *swapped))))
     if problem.is_empty:
         return Explanation(problem, target, None, None, ())
-    places = {operand: _place(given[array]) for array, operand in operands.items() if array not in conjugated}
-    layout, copies = dispatch.lay_out(problem, places)
+    pointers = {operand: _pointer(given[array]) for array, operand in operands.items() if array not in conjugated}
+    layout, copies = dispatch.lay_out(problem, pointers)
     arrays_of = {operand: array for array, operand in operands.items()}
     copies = (*(arrays_of[operand] for operand in copies), *conjugated)
     return Explanation(problem, target, dispatch.choose(problem, layout, target, algorithm), None, copies)
@@ -346,11 +346,11 @@ def _parse_device(device: Device | str) -> Device | None:
     return None if device == "cpu" else Device.from_arch(device)
 
 
-def _place(array: Any) -> dispatch.Place | None:
+def _pointer(array: Any) -> dispatch.StridedPointer | None:
     if isinstance(array, ArraySpec):
         return None
     address = array.__array_interface__["data"][0] if isinstance(array, np.ndarray) else array.data.ptr
-    return dispatch.Place(tuple(array.strides), int(address))
+    return dispatch.StridedPointer(tuple(array.strides), int(address))
 
 
 def _quantity(value: float, unit: str) -> str:

@@ -415,9 +415,8 @@ def make_executor(
     given = dict(zip(names, (*arrays, output), strict=True))
     if conjugate_weight:
         given["weight"] = None
-    layout, copies = dispatch.lay_out(
-        problem, {name: None if a is None else dispatch.Place(a.strides, a.data.ptr) for name, a in given.items()}
-    )
+    pointers = {n: None if a is None else dispatch.StridedPointer(a.strides, a.data.ptr) for n, a in given.items()}
+    layout, copies = dispatch.lay_out(problem, pointers)
     if conjugate_weight:
         copies = (*copies, "weight")
     index = int(cupy_module().cuda.runtime.getDevice())

@@ -27,7 +27,7 @@ from __future__ import annotations
 from ..problem import ConvProblem
 from . import bias_gradient, weight_gradient
 from .arrays import Array
-from .choice import Method, plan
+from .choice import Method, choose
 from .geometry import Call
 
 __all__ = ["Method", "bias_gradient", "convolve", "method", "weight_gradient"]
@@ -35,7 +35,7 @@ __all__ = ["Method", "bias_gradient", "convolve", "method", "weight_gradient"]
 
 def method(problem: ConvProblem) -> Method:
     """The form that `convolve` uses for a problem: a pure function of the problem."""
-    return plan(problem).method
+    return choose(problem).method
 
 
 def convolve(problem: ConvProblem, input: Array, weight: Array, bias: Array | None, output: Array) -> None:
@@ -51,4 +51,4 @@ def convolve(problem: ConvProblem, input: Array, weight: Array, bias: Array | No
         bias: `problem.bias_shape` or None, likewise.
         output: `problem.output_shape`, any strides; it overlaps no other argument.
     """
-    plan(problem).run(Call.of(problem, input, weight, bias, output))
+    choose(problem).run(Call.of(problem, input, weight, bias, output))

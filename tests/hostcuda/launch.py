@@ -12,7 +12,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 
 from gpuconv.device import Device
-from gpuconv.dispatch import Place, choose, lay_out
+from gpuconv.dispatch import StridedPointer, choose, lay_out
 from gpuconv.families import ArrayLayout, Config, Launch, Layout
 from gpuconv.families.base import PARTIAL
 from gpuconv.problem import ConvProblem, Problem, numpy_dtype
@@ -249,7 +249,7 @@ def compute(
     result = problem.result
     arrays[result] = np.empty(problem.shapes[result], next(iter(given.values())).dtype.newbyteorder("="))
     if layout is None:  # arrays whose elements kernels cannot read where they are come out as contiguous copies
-        layout, _ = lay_out(problem, {name: Place(a.strides, _address(a)) for name, a in given.items()})
+        layout, _ = lay_out(problem, {n: StridedPointer(a.strides, _address(a)) for n, a in given.items()})
     choice = choose(problem, layout, device, None if problem.is_empty else family)
     steps = () if choice is None else choice.plan.steps
     unwritten = dict(() if choice is None else choice.plan.scratch)
