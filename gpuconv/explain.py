@@ -124,7 +124,7 @@ class Explanation:
             "macros": own["macros"],
             "launch": own["launch"],
             "refusals": [{"family": family, "reason": reason} for family, reason in choice.refusals],
-            "figures": [
+            "candidates": [
                 {"configuration": name, "cycles": cycles, "microseconds": self._microseconds(cycles)}
                 for name, cycles in choice.plan.candidates
             ],
