@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -177,13 +177,13 @@ class _Packing:
     """The step of a plan that lays out the weights anew, which prepared weights keep.
 
     Attributes:
-        key: equal for the plans whose packed weights are the same, and compared by identity.
+        key: the same object for the plans whose packed weights are the same.
     """
 
     __slots__ = ("_kernel", "_num_bytes", "key")
 
     def __init__(self, step: Step, num_bytes: int) -> None:
-        self.key = _KEYS.setdefault(step, step)
+        self.key = _shared(step)
         self._kernel = _Kernel(step.config, step.launch)
         self._num_bytes = num_bytes
 
@@ -194,7 +194,10 @@ class _Packing:
         return packed
 
 
-_KEYS: dict[Step, Step] = {}  # never emptied, so that no two keys ever have the same identity
+@lru_cache(maxsize=4096)
+def _shared(step: Step) -> Step:
+    """One object for equal steps, so that a repeated call need not compare them; two if they are asked for at once."""
+    return step
 
 
 class PreparedWeight:
@@ -214,7 +217,8 @@ class PreparedWeight:
             with cuda.Device(array.data.device_id):
                 cuda.get_current_stream().synchronize()
         self.array = array
-        self._packed: dict[int, Any] = {}  # by the identity of a key of _Packing
+        # By the identity of a key of _Packing; the key is kept, so that no other object gets its identity.
+        self._packed: dict[int, tuple[Step, Any]] = {}
         self._lock = threading.RLock()  # a finalizer may call while its own thread packs
 
     @property
@@ -235,10 +239,10 @@ class PreparedWeight:
             with self._lock:
                 found = self._packed.get(id(packing.key))  # another thread may have been faster
                 if found is None:
-                    found = packing.pack(self.array)
+                    found = packing.key, packing.pack(self.array)
                     stream.synchronize()
                     self._packed[id(packing.key)] = found
-        return found
+        return found[1]
 
     def __reduce__(self) -> tuple[type[PreparedWeight], tuple[Any]]:
         """Pickles and copies hold the weights alone; packed forms are made again where calls need them."""

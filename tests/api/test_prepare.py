@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 import gpuconv
-from gpuconv import nn
+from gpuconv import calls, nn, runtime
+from gpuconv.families import Config, Launch, Step
 from gpuconv.runtime import PreparedWeight
 
 LAYERS = {
@@ -76,6 +77,35 @@ def test_each_precision_has_a_packed_weight_of_its_own(cupy: Any) -> None:
         assert y.tobytes() == gpuconv.conv1d(x_gpu, w_gpu, precision=precision, **settings).get().tobytes()
         found[precision] = y
     assert 2.0**-16 < np.abs(found["tf32"] - found["float32"]).max() < 2.0**-5
+
+
+def test_keys_of_packed_weights_are_shared_and_bounded() -> None:
+    def step(n: int) -> Step:
+        launch = Launch(grid=1, block=32, shared_bytes=0, index_bits=32, params=(("N", n),))
+        return Step(Config("pack_weight", ()), launch, ("weight", "packed"))
+
+    most = runtime._shared.cache_info().maxsize
+    assert most is not None
+    first = runtime._shared(step(0))
+    assert runtime._shared(step(0)) is first
+    for n in range(most + 1):
+        runtime._shared(step(n))
+    assert runtime._shared.cache_info().currsize == most
+
+
+@pytest.mark.gpu
+def test_plans_that_come_and_go_get_their_own_packed_weight(cupy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys may be forgotten, and new ones lie where old ones lay, while a prepared weight lives."""
+    monkeypatch.setattr(runtime, "_shared", copy.copy)
+    _, x, w, settings = arrays("mma")
+    x_gpu, w_gpu = cupy.asarray(x), cupy.asarray(w)
+    expected = {p: gpuconv.conv1d(x_gpu, w_gpu, precision=p, **settings).get() for p in ("tf32", "float32")}
+    prepared = gpuconv.prepare(w_gpu)
+    for _ in range(5):
+        for precision, output in expected.items():
+            calls._EXECUTORS.clear()
+            found = gpuconv.conv1d(x_gpu, prepared, precision=precision, **settings).get()
+            np.testing.assert_array_equal(found, output)
 
 
 @pytest.mark.gpu
