@@ -1,6 +1,6 @@
-"""conv1d_direct: the forward family that refuses nothing.
+"""conv1d_direct and conv_transpose1d_gather: the families that refuse nothing.
 
-Contract: cuda_src/conv1d_direct.cu.
+Contracts: cuda_src/conv1d_direct.cu, cuda_src/conv_transpose1d_gather.cu.
 """
 
 from __future__ import annotations
@@ -13,16 +13,11 @@ from ..problem import DTYPES, ConvProblem
 from .base import MAX_GRID, Config, Family, Layout, Plan, Step, base_config, base_work, conv_plan
 from .offsets import Overhang, index_bits
 
-# The kernel's launch bounds leave a thread 128 registers, so that two blocks of this size share a multiprocessor.
+# The kernels' launch bounds leave a thread 128 registers, so that two blocks of this size share a multiprocessor.
 BLOCK_SIZE = 256
 
 
-class Conv1dDirect(Family[ConvProblem]):
-    """One thread per output element, any strides."""
-
-    name = "conv1d_direct"
-    kind = "conv1d"
-
+class _Direct(Family[ConvProblem]):
     def plan(self, problem: ConvProblem, layout: Layout, device: Device) -> Plan:
         p = problem
         num_outputs = p.N * p.C_out * p.L_out
@@ -33,9 +28,24 @@ class Conv1dDirect(Family[ConvProblem]):
         return conv_plan(config, p, layout, bits, grid=grid, block=BLOCK_SIZE, own={"num_outputs": num_outputs})
 
     def work(self, problem: ConvProblem, step: Step) -> Work:
-        return base_work(problem, problem.K)
+        tap_step = dict(step.launch.params).get("tap_step", 1)
+        return base_work(problem, -(-problem.K // tap_step))
 
     def configs(self, device: Device) -> Iterator[Config]:
         for dtype in DTYPES:
             for bits in (32, 64):
                 yield base_config(self.name, dtype, bits, BLOCK_SIZE)
+
+
+class Conv1dDirect(_Direct):
+    """One thread per output element, any strides."""
+
+    name = "conv1d_direct"
+    kind = "conv1d"
+
+
+class ConvTranspose1dGather(_Direct):
+    """One thread per output element, any strides, only the taps of the output's phase."""
+
+    name = "conv_transpose1d_gather"
+    kind = "conv_transpose1d"
