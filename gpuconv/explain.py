@@ -8,13 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
-import numpy as np
-
 from . import cpu, dispatch, runtime
 from .arguments import check_int, check_padding_mode
 from .device import ARCHITECTURES, Device
 from .families import Launch
-from .memory import check_kinds
+from .memory import address, check_kinds
 from .problem import (
     ArrayLike,
     ArraySpec,
@@ -347,10 +345,7 @@ def _parse_device(device: Device | str) -> Device | None:
 
 
 def _pointer(array: Any) -> dispatch.StridedPointer | None:
-    if isinstance(array, ArraySpec):
-        return None
-    address = array.__array_interface__["data"][0] if isinstance(array, np.ndarray) else array.data.ptr
-    return dispatch.StridedPointer(tuple(array.strides), int(address))
+    return None if isinstance(array, ArraySpec) else dispatch.StridedPointer(tuple(array.strides), address(array))
 
 
 def _quantity(value: float, unit: str) -> str:
