@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -94,18 +96,29 @@ def test_keys_of_packed_weights_are_shared_and_bounded() -> None:
 
 
 @pytest.mark.gpu
-def test_plans_that_come_and_go_get_their_own_packed_weight(cupy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keys may be forgotten, and new ones lie where old ones lay, while a prepared weight lives."""
-    monkeypatch.setattr(runtime, "_shared", copy.copy)
+def test_a_prepared_weight_keeps_its_keys(cupy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It finds packed weights by the identity of a key, which nothing else may have as long as the weight lives."""
+
+    class Key:
+        """A key of a plan that is soon forgotten."""
+
+    keys: list[weakref.ref[Key]] = []
+
+    def forgotten(step: Step) -> Key:
+        key = Key()
+        keys.append(weakref.ref(key))
+        return key
+
     _, x, w, settings = arrays("mma")
-    x_gpu, w_gpu = cupy.asarray(x), cupy.asarray(w)
-    expected = {p: gpuconv.conv1d(x_gpu, w_gpu, precision=p, **settings).get() for p in ("tf32", "float32")}
-    prepared = gpuconv.prepare(w_gpu)
-    for _ in range(5):
-        for precision, output in expected.items():
-            calls._EXECUTORS.clear()
-            found = gpuconv.conv1d(x_gpu, prepared, precision=precision, **settings).get()
-            np.testing.assert_array_equal(found, output)
+    x_gpu, prepared = cupy.asarray(x), gpuconv.prepare(cupy.asarray(w))
+    expected = gpuconv.conv1d(x_gpu, prepared, **settings).get()
+    monkeypatch.setattr(runtime, "_shared", forgotten)
+    for _ in range(3):
+        calls._EXECUTORS.clear()
+        np.testing.assert_array_equal(gpuconv.conv1d(x_gpu, prepared, **settings).get(), expected)
+    calls._EXECUTORS.clear()
+    gc.collect()
+    assert [key() is not None for key in keys] == [True] * 3
 
 
 @pytest.mark.gpu
