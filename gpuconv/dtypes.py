@@ -66,6 +66,11 @@ def dtype_name(dtype: Any) -> str | None:
     return name if name in FORMATS else None
 
 
+def real_dtype(name: str) -> str:
+    """The name of the dtype of the real part of a dtype in `DTYPES`, which is a real one itself."""
+    return FORMATS[name].real
+
+
 def numpy_dtype(name: str) -> np.dtype[Any]:
     """The NumPy dtype of a name in `DTYPES`.
 

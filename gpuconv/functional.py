@@ -39,7 +39,8 @@ def conv1d(
 
     Args:
         input: (N, C_in, L_in), or (C_in, L_in) for a single sample. NumPy or CuPy, any strides; never changed.
-        weight: (C_out, C_in/groups, K), of the kind, device and dtype of `input`; or what `prepare` made of it.
+        weight: (C_out, C_in/groups, K), of the kind, device and dtype of `input`, or real with complex
+            input of the same precision (float32 for complex64); or what `prepare` made of it.
         bias: (C_out,), or None.
         stride: step of the window, in samples.
         padding: zeros on both sides, in samples: an int, a pair (left, right), "valid" (none), "same"
@@ -108,7 +109,8 @@ def conv_transpose1d(
 
     Args:
         input: (N, C_in, L_in), or (C_in, L_in) for a single sample. NumPy or CuPy, any strides; never changed.
-        weight: (C_in, C_out/groups, K), of the kind, device and dtype of `input`; or what `prepare` made of it.
+        weight: (C_in, C_out/groups, K), of the kind, device and dtype of `input`, or real with complex
+            input of the same precision (float32 for complex64); or what `prepare` made of it.
         bias: (C_out,), or None.
         stride: distance between the windows that neighbouring input samples feed, in output samples.
         padding: output samples trimmed: an int from both sides, a pair (left, right), "valid" (none) or "same"
