@@ -16,7 +16,7 @@ from .tasks import SIGNATURES, Task
 
 # Executors of GPU calls and tasks of CPU calls, by everything that they depend on. A full cache drops its oldest entry,
 # so that a program whose lengths always differ keeps only so many.
-_EXECUTORS: dict[tuple[Any, ...], tuple[runtime.Executor, tuple[int, ...]]] = {}  # with the shape of the result
+_EXECUTORS: dict[tuple[Any, ...], tuple[runtime.Executor, tuple[int, ...], Any]] = {}  # with shape, dtype of the result
 _TASKS: dict[tuple[Any, ...], Task] = {}
 _CACHE_SIZE = 4096
 _CACHE_LOCK = Lock()  # for changes; look-ups need none
@@ -65,11 +65,11 @@ def _run_on_cpu(function: str, arrays: tuple[Any, ...], settings: tuple[Any, ...
     plain = [None if array is None else _native(array) for array in arrays]
     dtype = cast(Any, plain[0]).dtype
     if out is None:
-        out = np.empty(task.shape, dtype)
+        out = np.empty(task.shape, task.out_dtype or dtype)
     if out.dtype.isnative:
         _compute(task, plain, np.asarray(out))
     else:
-        result = np.empty(out.shape, dtype)
+        result = np.empty(out.shape, task.out_dtype or dtype)
         _compute(task, plain, result)
         out[...] = result
     return out
@@ -125,14 +125,14 @@ def _run_on_gpu(
             conjugate_weight=task.conjugate_weight,
             algorithm=algorithm,
         )
-        found = executor, task.shape
+        found = executor, task.shape, task.out_dtype or arrays[0].dtype
         if key is not None:
             _keep(_EXECUTORS, key, found)
     elif out is not None:
         check_overlap(function, out, dict(zip(SIGNATURES[function].arrays, arrays, strict=True)))
-    executor, shape = found
+    executor, shape, dtype = found
     if out is None:
-        out = cupy.empty(shape, arrays[0].dtype)
+        out = cupy.empty(shape, dtype)
     executor.run(*arrays, out, prepared=prepared)
     return out
 
@@ -222,8 +222,10 @@ def _check(function: str, arrays: tuple[Any, ...], settings: tuple[Any, ...], ou
         return task
     if tuple(out.shape) != task.shape:
         raise ValueError(f"{function}: out must have shape {task.shape}, got {tuple(out.shape)}")
-    dtype = dtype_name(arrays[0].dtype)
-    if dtype_name(out.dtype) != dtype:
+    if task.out_dtype is not None:
+        if out.dtype.name != task.out_dtype:
+            raise TypeError(f"{function}: out must have the dtype {task.out_dtype}, got {out.dtype}")
+    elif dtype_name(out.dtype) != (dtype := dtype_name(arrays[0].dtype)):
         raise TypeError(f"{function}: out must have the dtype of {names[0]}, {dtype}, got {out.dtype}")
     if overlaps_itself(out):
         raise ValueError(f"{function}: out must not overlap itself, got strides {out.strides} for shape {out.shape}")

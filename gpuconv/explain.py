@@ -32,9 +32,10 @@ Direction: TypeAlias = Literal["forward", "grad_input", "grad_weight", "grad_bia
 DIRECTIONS: tuple[Direction, ...] = ("forward", "grad_input", "grad_weight", "grad_bias")
 
 SETTINGS: Mapping[Op, tuple[str, ...]] = {
-    "conv1d": ("stride", "padding", "dilation", "groups", "padding_mode", "precision", "algorithm"),
+    "conv1d": ("stride", "padding", "dilation", "groups", "padding_mode", "precision", "algorithm", "out_dtype"),
     "conv_transpose1d": (
         "stride", "padding", "output_padding", "groups", "dilation", "output_size", "precision", "algorithm",
+        "out_dtype",
     ),
 }  # fmt: skip
 
@@ -143,6 +144,8 @@ class Explanation:
         p = self.problem
         rows = [(name, str(shape)) for name, shape in self.shapes.items()]
         rows[0] = (rows[0][0], f"{rows[0][1]} {p.dtype}")
+        if (of_result := p.dtype_of(rows[-1][0])) != p.dtype:
+            rows[-1] = (rows[-1][0], f"{rows[-1][1]} {of_result}")
         title = "gradient of the bias"
         if not isinstance(p, BiasGradientProblem):
             padding = str(p.padding) if isinstance(p, ConvProblem) else f"{p.padding_left} on the left"
@@ -300,6 +303,8 @@ def explain(
         given = {name: array if name == "weight" else _RealPart.of(array) for name, array in given.items()}
     p = construct(given["input"], weight, given.get("bias"), **settings)
     problem: ConvProblem | WeightGradientProblem | BiasGradientProblem = p
+    if direction != "forward" and p.out_dtype is not None:
+        raise TypeError(f'explain: {p.dtype} data have no gradients, expected direction "forward"')
     if direction == "grad_input":
         if p.L_in == 0:
             raise ValueError("explain: input has no positions, so it has no gradient")
