@@ -79,7 +79,7 @@ class Arrays(NamedTuple):
             if array is None:
                 continue
             names[name] = check_dtype(op, name, array, integers=True)
-        if names["input"] in INTEGERS:
+        if {names["input"], names["weight"]} <= set(INTEGERS):
             names.pop("bias", None)  # which has the dtype of the output
         if len(set(names.values())) > 1:
             got = ", ".join(f"{name} {dtype}" for name, dtype in names.items())
