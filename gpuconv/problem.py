@@ -25,17 +25,20 @@ from .arguments import (
     check_bias_length,
     check_dtype,
     check_groups,
+    check_out_dtype,
     check_precision,
     check_rank,
     check_setting,
     check_size,
 )
-from .dtypes import DTYPES, FORMATS, PRECISIONS, Format, dtype_name, numpy_dtype
+from .dtypes import DTYPES, FORMATS, INTEGER_SUMS, INTEGERS, PRECISIONS, Format, dtype_name, numpy_dtype
 
 # With the problems come the words that describe them, so that their users need one import.
 __all__ = [
     "DTYPES",
     "FORMATS",
+    "INTEGERS",
+    "INTEGER_SUMS",
     "MAX_EXTENT",
     "PRECISIONS",
     "ArrayLike",
@@ -77,7 +80,7 @@ class Problem(ABC):
     @property
     @abstractmethod
     def dtype(self) -> str:
-        """Of all its arrays."""
+        """Of the operands; `dtype_of` knows that of each array."""
 
     @property
     @abstractmethod
@@ -95,12 +98,16 @@ class Problem(ABC):
 
     def bytes(self) -> int:
         """The fewest bytes that must move: every operand read once, the result written once."""
-        return sum(map(math.prod, self.shapes.values())) * self.itemsize
+        return sum(math.prod(shape) * FORMATS[self.dtype_of(name)].itemsize for name, shape in self.shapes.items())
 
     @property
     def is_empty(self) -> bool:
         """Whether nothing is launched: the result has no elements, or is zero since every sum is empty."""
         return any(0 in shape for shape in self.shapes.values())
+
+    def dtype_of(self, name: str) -> str:
+        """The dtype of one of the arrays."""
+        return self.dtype
 
     @property
     def format(self) -> Format:
@@ -151,6 +158,7 @@ class ConvProblem(Problem):
     has_bias: bool = False
     batched: bool = True
     precision: str = "float32"
+    out_dtype: str | None = None  # of bias and output, where that is not `dtype`
     L_out: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -182,7 +190,7 @@ class ConvProblem(Problem):
             )
         object.__setattr__(self, "L_out", L_out)
         for name, shape in (("input", self.input_shape), ("weight", self.weight_shape), ("output", self.output_shape)):
-            check_size(self.op, name, shape, self.dtype)
+            check_size(self.op, name, shape, self.dtype_of(name))
 
     @classmethod
     def of(cls, op: Op, *arguments: Any, **settings: Any) -> ConvProblem:
@@ -200,6 +208,7 @@ class ConvProblem(Problem):
         dilation: Setting = 1,
         groups: SupportsIndex = 1,
         precision: str = "float32",
+        out_dtype: Any = None,
     ) -> ConvProblem:
         """Validate the arguments of `gpuconv.conv1d`; only `.shape` and `.dtype` of the arrays are read.
 
@@ -228,7 +237,7 @@ class ConvProblem(Problem):
             left, right = sides
         return cls(
             op, x.N, x.C_in, C_out, x.L_in, K, s, left, right, d, g, 0, x.dtype, bias is not None, x.batched,
-            check_precision(op, precision, x.dtype),
+            check_precision(op, precision, x.dtype), check_out_dtype(op, x.dtype, out_dtype, bias),
         )  # fmt: skip
 
     @classmethod
@@ -244,6 +253,7 @@ class ConvProblem(Problem):
         dilation: Setting = 1,
         output_size: Setting | None = None,
         precision: str = "float32",
+        out_dtype: Any = None,
     ) -> ConvProblem:
         """Validate the arguments of `gpuconv.conv_transpose1d`; only `.shape` and `.dtype` of the arrays are read.
 
@@ -291,7 +301,7 @@ class ConvProblem(Problem):
             extra = wanted - shortest
         return cls(
             op, x.N, x.C_in, C_out, x.L_in, K, s, left, right, d, g, extra, x.dtype, bias is not None, x.batched,
-            check_precision(op, precision, x.dtype),
+            check_precision(op, precision, x.dtype), check_out_dtype(op, x.dtype, out_dtype, bias),
         )  # fmt: skip
 
     @property
@@ -305,6 +315,9 @@ class ConvProblem(Problem):
             shapes["bias"] = (self.C_out,)
         shapes[self.result] = (self.N, self.C_out, self.L_out)
         return shapes
+
+    def dtype_of(self, name: str) -> str:
+        return self.out_dtype or self.dtype if name in ("bias", self.result) else self.dtype
 
     @property
     def is_empty(self) -> bool:
@@ -392,6 +405,8 @@ class ConvProblem(Problem):
             parts.append("bias")
         if self.precision != "float32":
             parts.append(self.precision)
+        if self.out_dtype is not None:
+            parts.append(f"to {self.out_dtype}")
         return " ".join(parts)
 
 

@@ -10,7 +10,7 @@ from typing import ClassVar, Generic, TypeVar
 
 from ..costs import Work
 from ..device import Device
-from ..problem import ConvProblem, Kind, Problem
+from ..problem import DTYPES, ConvProblem, Kind, Problem
 from ..source import params_fields
 
 ProblemT = TypeVar("ProblemT", bound=Problem)
@@ -169,6 +169,9 @@ class Family(ABC, Generic[ProblemT]):
 
     canonical_order: ClassVar[bool] = True
     """Whether it sums in the order of the base family of its kind: the families that do agree in every bit."""
+
+    dtypes: ClassVar[tuple[str, ...]] = DTYPES
+    """Of the data that it takes."""
 
     @abstractmethod
     def plan(self, problem: ProblemT, layout: Layout, device: Device) -> Plan | Refusal:

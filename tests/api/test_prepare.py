@@ -104,7 +104,7 @@ def test_a_prepared_weight_keeps_its_keys(cupy: Any, monkeypatch: pytest.MonkeyP
 
     keys: list[weakref.ref[Key]] = []
 
-    def forgotten(step: Step) -> Key:
+    def forgotten(_: Step) -> Key:
         key = Key()
         keys.append(weakref.ref(key))
         return key
