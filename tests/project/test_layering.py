@@ -48,7 +48,7 @@ LAYERS = (
     ("functional",),
     ("checkpoint",),
     ("nn", "grad", "signal", "cases", "explain", "files", "gpus", "report"),
-    ("checks", "torch.tensors"),
+    ("checks", "stream", "torch.tensors"),
     ("family_checks",),
     ("torch.operators",),
     ("torch.functions",),
