@@ -173,6 +173,29 @@ def refuse_during_capture(what: str, device_index: int) -> None:
             raise RuntimeError(f"{what} while the current stream of GPU {device_index} is being captured")
 
 
+def append(window: Any, samples: Any) -> None:
+    """Move the samples of a contiguous window (N, C, held + L) forward by L, and write `samples` (N, C, L) behind them.
+
+    One launch on the current device and CuPy's current stream, which allocates nothing where `samples` can be read.
+    """
+    from .families.append import append_launch
+    from .families.base import ArrayLayout
+
+    samples = aligned(samples)
+    if samples.size == 0:
+        return
+    itemsize = samples.dtype.itemsize
+    layout = ArrayLayout.of(samples.shape, samples.strides, 0, itemsize)
+    assert layout is not None  # aligned
+    step = append_launch(samples.dtype.name, window.shape, samples.shape, layout)
+    _append_kernel(int(samples.data.device_id), *step).launch(samples.data, window.data)
+
+
+@lru_cache(maxsize=256)
+def _append_kernel(device_index: int, config: Config, launch: Launch) -> _Kernel:  # noqa: ARG001 (one for each GPU)
+    return _Kernel(config, launch)
+
+
 class _Packing:
     """The step of a plan that lays out the weights anew, which prepared weights keep.
 
