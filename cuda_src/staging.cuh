@@ -83,6 +83,28 @@ struct Block {
     }
 };
 
+// Whether adding 0x1000 to the bits of each of four values rounds it to nearest: not to those of a NaN.
+__device__ __forceinline__ bool are_rounded_by_addition(const Vector<unsigned>& x) {
+    bool has_nan = false;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) has_nan = has_nan || is_nan(uint_as_float(x.element[i]));
+    return !has_nan;
+}
+
+// Whether each of four values is zero or at least 2^-102, and all are below 2^127: then split_tf32 only rounds and subtracts.
+__device__ __forceinline__ bool are_split_by_addition(const Vector<unsigned>& x) {
+    // The bits twice, so that the sign is gone; less those of 2^-102, so that zero comes behind all other numbers but those
+    // that are too small. The sum tells of the large ones, at no smaller cost than any other test.
+    bool has_small = false;
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        has_small = has_small || 2 * x.element[i] - (25u << 24) > (256u - 25u) << 24;
+        sum += magnitude(uint_as_float(x.element[i]));
+    }
+    return !has_small && sum < uint_as_float(254u << 23);
+}
+
 // Stores the vectors of a block in neighbouring rows; where an operand has two parts, they are part_rows apart.
 template <int kWidth>
 __device__ __forceinline__ void stage(const Block<kWidth>& block, Vector<unsigned>* rows, index_t part_rows) {

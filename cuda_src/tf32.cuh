@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "common.cuh"
+#include "ptx.cuh"
 
 // To nearest, ties away from zero; the 13 low bits of the result are zero. A value that rounds past the largest TF32
 // number becomes an infinity, infinities and subnormals are values like any other, and a NaN becomes quiet, so that it is
@@ -11,14 +11,6 @@ __device__ __forceinline__ float round_to_tf32(float x) {
     const unsigned bits = float_as_uint(x);
     // In integers the carry of an all-ones fraction goes into the exponent, as it should.
     return uint_as_float(x == x ? (bits + 0x1000u) & 0xffffe000u : bits | 0x00400000u);
-}
-
-// Whether adding 0x1000 to the bits of each of four values rounds it to nearest: not to those of a NaN.
-__device__ __forceinline__ bool are_rounded_by_addition(const Vector<unsigned>& x) {
-    bool has_nan = false;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) has_nan = has_nan || is_nan(uint_as_float(x.element[i]));
-    return !has_nan;
 }
 
 // The same, except that finite values stay finite: those past the largest TF32 number become it.
@@ -38,18 +30,4 @@ __device__ __forceinline__ void split_tf32(float x, float* hi, float* lo) {
     const unsigned rounded = is_zero ? 0 : (bits + 0x1000u) & 0xffffe000u;
     *lo = is_zero ? 0.0f : x - uint_as_float(rounded);
     *hi = uint_as_float(is_zero || magnitude - smallest < end - smallest ? rounded : 0x7fffffffu);
-}
-
-// Whether each of four values is zero or at least 2^-102, and all are below 2^127: then split_tf32 only rounds and subtracts.
-__device__ __forceinline__ bool are_split_by_addition(const Vector<unsigned>& x) {
-    // The bits twice, so that the sign is gone; less those of 2^-102, so that zero comes behind all other numbers but those
-    // that are too small. The sum tells of the large ones, at no smaller cost than any other test.
-    bool has_small = false;
-    float sum = 0.0f;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        has_small = has_small || 2 * x.element[i] - (25u << 24) > (256u - 25u) << 24;
-        sum += magnitude(uint_as_float(x.element[i]));
-    }
-    return !has_small && sum < 0x1p127f;
 }

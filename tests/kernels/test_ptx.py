@@ -602,6 +602,52 @@ def test_splitting_into_tf32(machine: Machine) -> None:
     assert ((lo == 0) | (abs(lo) >= np.finfo(np.float32).tiny)).all()
 
 
+def stage_program(is_split: bool) -> hostcuda.Program:
+    """Each lane stages four values, by staging.cuh and one by one: output[lane] holds staged and expected parts."""
+    macros = {"DTYPE": "float32", "INDEX_BITS": 32, "IS_SPLIT": int(is_split)}
+    macros |= {"BLOCK_M": 16, "BLOCK_N": 16, "WARPS_M": 1, "WARPS_N": 1}
+    defines = "".join(f"#define {name} {value}\n" for name, value in macros.items())
+    return hostcuda.Program(
+        "stage_values",
+        f"""{defines}{inlined("staging.cuh")}
+#line 1 "stage_values.cu"
+extern "C" __global__ void __launch_bounds__({WARP}) stage_values(
+    const float* __restrict__ input, float* __restrict__ output, const int n) {{
+    const float* const x = input + (blockIdx.x * {WARP} + threadIdx.x) * 4;
+    float* const y = output + (blockIdx.x * {WARP} + threadIdx.x) * 16;
+    Vector<unsigned>* const row = reinterpret_cast<Vector<unsigned>*>(dynamic_shared_memory()) + threadIdx.x;
+    row[{WARP}] = Vector<unsigned>();
+    Block<1> block;
+    block.load(x, 1);
+    stage(block, row, {WARP});
+    for (int i = 0; i < 4; ++i) {{
+        float hi = round_to_tf32(x[i]), lo = 0.0f;
+        if (IS_SPLIT) split_tf32(x[i], &hi, &lo);
+        y[i] = uint_as_float(row[0].element[i]);
+        y[4 + i] = uint_as_float(row[{WARP}].element[i]);
+        y[8 + i] = hi;
+        y[12 + i] = round_to_tf32(lo);
+    }}
+}}
+""",
+    )
+
+
+@pytest.mark.parametrize("is_split", [False, True], ids=["rounded", "split"])
+def test_staging_four_values_at_once(machine: Machine, is_split: bool) -> None:
+    """Where all are ordinary numbers, and where a single one is not, tensor cores see what they would of each alone."""
+    x = floats_of_all_kinds().reshape(-1, 4)
+    x[::4] = np.random.default_rng(1).standard_normal(x[::4].shape) * (np.arange(4) != 2)
+    x[1::8, 1] = 0.5
+    y = machine.run(
+        stage_program(is_split), {"input": x}, np.empty((len(x), 4, 4), np.float32),
+        grid=len(x) // WARP, shared_bytes=2 * WARP * 16,
+    )  # fmt: skip
+    staged, expected = (seen_by_tensor_cores(parts) for parts in (y[:, :2], y[:, 2:]))
+    is_nan = np.isnan(expected[:, :1]) & np.array([[True], [is_split]])  # then the other part says nothing
+    np.testing.assert_array_equal(np.where(is_nan, np.nan, staged), np.where(is_nan, np.nan, expected))
+
+
 VOTE = kernel(
     "vote",
     "const int* __restrict__ input, int* __restrict__ output",
