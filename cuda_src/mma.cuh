@@ -21,7 +21,8 @@
 // that keeps the error bound, beside the rule that gives a layer this arithmetic.
 //
 // A long reduction is cut into segments of segment_chunks chunks, by a rule on the layer alone. Each is summed for itself and
-// the sums are added in order: SEGMENT_MODE = 1 does both in one block; where blocks are too few to fill the GPU,
+// the sums are added in order: SEGMENT_MODE = 1 does both in one block, which keeps the totals in shared memory, since its
+// registers have no room for them beside wide warp tiles; where blocks are too few to fill the GPU,
 // SEGMENT_MODE = 2 computes the segments in blocks of their own and leaves their sums in `partial`, and a second launch with
 // SEGMENT_MODE = 3 adds them and stores the results. The bits are the same. SEGMENT_MODE = 0: there is one segment.
 //
@@ -32,8 +33,8 @@
 //
 // Macros read: BLOCK_M, BLOCK_N, WARPS_M, WARPS_N, NUM_STAGES, STAGE_STEPS, PREFETCH_TASKS, HAS_SAMPLES, IS_SPLIT,
 // SPLIT_TERMS, SEGMENT_MODE, PHASES_IN_ROWS, MULTIPLY_MATRICES, and those of common.cuh. Dynamic shared memory: NUM_STAGES
-// stages of weights, the windows of two chunks (of one, where there is one chunk), and tables; or the slices through which
-// the results pass.
+// stages of weights, the windows of two chunks (of one, where there is one chunk), and tables, where SEGMENT_MODE is 1 behind
+// the totals; or the slices through which the results pass.
 
 #pragma once
 
@@ -51,6 +52,7 @@ constexpr int kStageVectors = kStagePairs * kParts * BLOCK_M;           // of 16
 constexpr int kStageCopies = (kStageVectors + kThreads - 1) / kThreads;  // of a thread, if its warp takes part
 constexpr int kSliceRows = 16;           // rows of a warp that pass through shared memory at a time in the end
 constexpr int kSlicePitch = kWarpN + 8;  // keeps the lanes of a fragment on different banks
+constexpr int kTotals = SEGMENT_MODE == 1 ? kTilesM * kTilesN * kThreads : 0;  // of 16 bytes: four sums of a thread
 constexpr index_t kMissing = index_t(1ull << (INDEX_BITS - 1));  // no offset: the smallest index_t
 
 static_assert((NUM_STAGES & (NUM_STAGES - 1)) == 0, "slots are masked: gpuconv/families/mma.py");
@@ -327,8 +329,9 @@ __device__ __forceinline__ void multiply_tile(
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const index_t part_rows = window.units * window.window_rows;
 
-    // Shared memory: stages of weights, windows, tables.
-    StorageVector* const stages = reinterpret_cast<StorageVector*>(dynamic_shared_memory());
+    // Shared memory: totals, stages of weights, windows, tables.
+    AccVector* const my_totals = reinterpret_cast<AccVector*>(dynamic_shared_memory()) + threadIdx.x;
+    StorageVector* const stages = reinterpret_cast<StorageVector*>(dynamic_shared_memory()) + kTotals;
     StorageVector* const windows = stages + NUM_STAGES * kStageVectors;
     const index_t window_vectors = kParts * part_rows;
     int* const pair_offset =
@@ -423,11 +426,10 @@ __device__ __forceinline__ void multiply_tile(
     const StepOffsets* const my_pairs = reinterpret_cast<const StepOffsets*>(pair_offset) + lane / 8 % 2;
 
     Sums low, part;  // where IS_SPLIT: the small products, and the large ones of the stages before
-    Sums total;      // where SEGMENT_MODE is 1: the segments before
     for_each_sum([&](int i, int j, int e) {
         acc[i][j][e] = 0.0f;
         if (IS_SPLIT) low[i][j][e] = part[i][j][e] = 0.0f;
-        if (SEGMENT_MODE == 1) total[i][j][e] = 0.0f;
+        if (SEGMENT_MODE == 1) my_totals[(i * kTilesN + j) * kThreads].element[e] = 0.0f;
     });
     index_t segment_left = window.segment_chunks;
 
@@ -507,7 +509,8 @@ __device__ __forceinline__ void multiply_tile(
         if (SEGMENT_MODE == 1 && chunk >= chunk_begin && (--segment_left == 0 || chunk + 1 == chunk_end)) {
             segment_left = window.segment_chunks;
             for_each_sum([&](int i, int j, int e) {
-                total[i][j][e] += IS_SPLIT ? part[i][j][e] + low[i][j][e] : acc[i][j][e];
+                acc_t& total = my_totals[(i * kTilesN + j) * kThreads].element[e];
+                total += IS_SPLIT ? part[i][j][e] + low[i][j][e] : acc[i][j][e];
                 acc[i][j][e] = 0.0f;
                 if (IS_SPLIT) low[i][j][e] = part[i][j][e] = 0.0f;
             });
@@ -515,7 +518,8 @@ __device__ __forceinline__ void multiply_tile(
     }
     if (SEGMENT_MODE == 1 || IS_SPLIT) {
         for_each_sum([&](int i, int j, int e) {
-            acc[i][j][e] = SEGMENT_MODE == 1 ? total[i][j][e] : part[i][j][e] + low[i][j][e];
+            acc[i][j][e] = SEGMENT_MODE == 1 ? my_totals[(i * kTilesN + j) * kThreads].element[e]
+                                             : part[i][j][e] + low[i][j][e];
         });
     }
     copy_async_wait_group<0>();

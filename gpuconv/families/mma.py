@@ -43,13 +43,16 @@ MIN_SPLIT_ROWS = 16
 MAX_TAIL_CHANNELS = 4
 # Units of a chunk at most: with 8 rows of each fragment side by side, four units are two k-steps for every tap.
 MAX_UNITS = 4
-# A block that is alone on its multiprocessor takes about 100 cycles for a stage, so that 64 stages take some 3
-# microseconds. Reductions of at least four times as many stages are cut into segments. Where the rest of the problem
-# does not fill the GPU, blocks of their own sum the segments; where it does, the segments' own sums need the smaller
-# warp tiles below, which cost 20 % by bench.static.
+# Long reductions are cut into segments. Where the rest of the problem does not fill the GPU, blocks of their own sum
+# the segments, in larger tiles than it would have blocks for otherwise: by the cost model this saves 5 to 20 % of
+# layers with one block for a multiprocessor, and up to 80 % with few. Where the rest does fill it, a block adds the
+# sums of its segments in shared memory, for 2 to 4 % of its time from so many stages on. Windows of columns that read
+# positions several apart leave less room for that, so their reductions are cut from so many terms on. Neither costs
+# accuracy: a product takes part in the sums of its segment alone, and in at most MAX_SEGMENTS more.
+MIN_SEGMENTED_STAGES = 128
+MIN_SEGMENTED_TERMS = 4096
 SEGMENT_STAGES = 64
-MIN_SEGMENTED_STAGES = 256
-MAX_SEGMENTS = 8
+MIN_SEGMENTS, MAX_SEGMENTS = 4, 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +87,11 @@ class Tile:
         """Shared memory through which results pass in the end."""
         return self.warps * 16 * (self.block_n // self.warps_n + 8) * itemsize
 
+    @property
+    def total_bytes(self) -> int:
+        """Shared memory for the sums of the segments before."""
+        return self.block_m * self.block_n * 4 if self.segment_mode == 1 else 0
+
     def stage_bytes(self, parts: int) -> int:
         return STAGE_PAIRS * parts * self.block_m * UNIT_BYTES
 
@@ -117,21 +125,28 @@ _SPLIT_TILES = (
     Tile(64, 64, 2, 2, 2, 4, has_samples=True),
     Tile(128, 16, 4, 1, 3, 2),
 )
-# For reductions in segments. The sums of segments take registers, so that warp tiles are half as large.
+# For reductions in segments: a block has shared memory for the sums of the segments before, or sums one segment.
 _SEGMENT_TILES = (
-    Tile(128, 128, 2, 4, 1, 2, segment_mode=1),
-    Tile(64, 64, 2, 2, 3, 4, segment_mode=1),
-    Tile(48, 128, 1, 4, 2, 4, segment_mode=1),
-    Tile(64, 64, 2, 2, 3, 4, has_samples=True, segment_mode=1),
+    Tile(128, 128, 2, 2, 2, 4, segment_mode=1),
+    Tile(128, 256, 2, 4, 1, 4, segment_mode=1),
+    Tile(64, 128, 2, 2, 3, 4, segment_mode=1),
+    Tile(64, 64, 2, 2, 4, 4, segment_mode=1),
+    Tile(32, 256, 1, 4, 3, 4, segment_mode=1),
+    Tile(48, 128, 1, 4, 3, 4, segment_mode=1),
+    Tile(64, 64, 2, 2, 4, 4, has_samples=True, segment_mode=1),
+    Tile(128, 128, 2, 2, 2, 4, segment_mode=2),
     Tile(64, 64, 2, 2, 4, 4, segment_mode=2),
     Tile(64, 16, 4, 1, 4, 2, segment_mode=2),
     Tile(128, 16, 4, 1, 3, 2, segment_mode=1),
 )
 _SPLIT_SEGMENT_TILES = (
-    Tile(64, 128, 2, 4, 1, 2, segment_mode=1),
+    Tile(128, 128, 2, 4, 1, 1, segment_mode=1),
+    Tile(64, 128, 2, 2, 2, 1, segment_mode=1),
     Tile(64, 64, 2, 2, 2, 4, segment_mode=1),
-    Tile(48, 64, 1, 4, 2, 4, segment_mode=1),
+    Tile(48, 128, 1, 4, 2, 4, segment_mode=1),
+    Tile(32, 128, 1, 4, 3, 4, segment_mode=1),
     Tile(64, 64, 2, 2, 2, 4, has_samples=True, segment_mode=1),
+    Tile(128, 128, 2, 4, 1, 1, segment_mode=2),
     Tile(64, 64, 2, 2, 2, 4, segment_mode=2),
     Tile(64, 16, 4, 1, 4, 2, segment_mode=2),
     Tile(128, 16, 4, 1, 3, 2, segment_mode=1),
@@ -191,7 +206,9 @@ class Reduction:
         chunks = -(-units // MAX_UNITS)
         units = -(-units // chunks)
         stages = chunks * -(-taps * units // STAGE_PAIRS)
-        segments = min(stages // SEGMENT_STAGES, MAX_SEGMENTS) if stages >= MIN_SEGMENTED_STAGES else 1
+        terms = stages * STAGE_PAIRS * arithmetic.channels
+        is_long = stages >= MIN_SEGMENTED_STAGES and (product.column_step == 1 or terms >= MIN_SEGMENTED_TERMS)
+        segments = min(max(stages // SEGMENT_STAGES, MIN_SEGMENTS), MAX_SEGMENTS) if is_long else 1
         return cls(units, chunks, taps, -(-chunks // segments))
 
     @property
@@ -299,7 +316,7 @@ def shared_bytes(tile: Tile, window: Window, reduction: Reduction, arithmetic: A
     windows = min(reduction.chunks, 2) * arithmetic.parts * reduction.units * window.rows * UNIT_BYTES
     tables = window.rows * bits // 8 + reduction.pairs * 4
     return max(
-        NUM_STAGES * tile.stage_bytes(arithmetic.parts) + windows + tables,
+        tile.total_bytes + NUM_STAGES * tile.stage_bytes(arithmetic.parts) + windows + tables,
         tile.slice_bytes(itemsize),
     )
 
@@ -365,7 +382,7 @@ def _predict(
         prefetch=tile.prefetch,
         has_samples=tile.has_samples,
         is_cut=is_cut,
-        kept_segments=0,
+        kept_segments=reduction.segments if tile.segment_mode == 1 else 0,
     )
     packed = row_tiles * tile.block_m * reduction.chunks * reduction.pairs
     resident = min(tile.min_blocks, max(1, device.shared_per_sm // (shared + RESERVED_SHARED_BYTES)))
