@@ -58,7 +58,9 @@ OVERLAP_POWER = 3.0
 # Cycles from a fused multiply-add, or from an mma.sync, to the next that needs its result (microbenchmarks of sm_90).
 FMA_LATENCY_CYCLES = 4
 MMA_LATENCY_CYCLES = 33
-# Cycles from a load to its data, and microseconds from one launch to the next in a CUDA graph (assumptions).
+# Cycles from a load of shared memory to its data (microbenchmarks of sm_90), from another load to its data, and
+# microseconds from one launch to the next in a CUDA graph (assumptions).
+SHARED_LATENCY_CYCLES = 30
 LOAD_LATENCY_CYCLES = 250
 LAUNCH_US = 2.0
 
@@ -99,10 +101,9 @@ class Work:
         l2_bytes: read and written through L2.
         warps: the number of those that multiply; None for all of the launch.
         load_share: the share of a load's latency that each pass of the main loop waits for.
-        staging_instructions, staging_wavefronts: of all warps together, around the main loop.
+        staging_instructions, staging_wavefronts: of all warps together, of what stages beside the code of `visits`.
         taps: of one visit to a main loop that is unrolled over taps; None for other main loops.
-        visits: how often warps run the code around their main loop, where that is what stages: then the machine code
-            tells what staging costs.
+        visits: how often warps run the code around their main loop, all together.
         dram_bytes: read from memory and written to it; None for those of the problem's arrays.
         waits: cycles that a block alone waits besides those of its main loop.
         ending: what comes behind the main loop, of what is counted above only the bytes.

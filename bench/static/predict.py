@@ -12,6 +12,7 @@ from gpuconv.costs import (
     FMA_LATENCY_CYCLES,
     LOAD_LATENCY_CYCLES,
     MMA_LATENCY_CYCLES,
+    SHARED_LATENCY_CYCLES,
     Code,
     Prediction,
     Unit,
@@ -73,14 +74,15 @@ def _code(problem: Problem, work: Work, report: KernelReport, warps: int) -> Cod
         raise ValueError(f"{report.config.kernel}: no multiply-add found in its machine code")
     if work.taps is None or around is None:
         passes = work.multiply_adds / loop.fma
-        load = LOAD_LATENCY_CYCLES * work.load_share if loop.wavefronts else 0.0
+        load = work.load_share * _load_latency(loop)
         chained = MMA_LATENCY_CYCLES if loop.mix.get("tensor") else FMA_LATENCY_CYCLES
-        staging = (work.staging_instructions, work.staging_wavefronts)
-        if work.visits and around is not None:
-            staging = (work.visits * around.instructions, work.visits * around.wavefronts)
+        instructions, wavefronts = work.staging_instructions, work.staging_wavefronts
+        if around is not None:
+            instructions += work.visits * around.instructions
+            wavefronts += work.visits * around.wavefronts
         return Code(
-            passes * loop.instructions + staging[0],
-            passes * loop.wavefronts + staging[1],
+            passes * loop.instructions + instructions,
+            passes * loop.wavefronts + wavefronts,
             passes / warps * (load + chained * loop.chain),
         )
     # The loop body is unrolled over several taps; what is left over runs in the code around it.
@@ -94,6 +96,13 @@ def _code(problem: Problem, work: Work, report: KernelReport, warps: int) -> Cod
         visits * (main * loop.wavefronts + share * around.wavefronts),
         visits / warps * ((main + math.ceil(rest / 8)) * LOAD_LATENCY_CYCLES + chain),
     )
+
+
+def _load_latency(loop: Loop) -> int:
+    """Cycles from the slowest load of a pass to its data."""
+    if any(kind.startswith(("global load", "asynchronous copy")) for kind in loop.accesses):
+        return LOAD_LATENCY_CYCLES
+    return SHARED_LATENCY_CYCLES if loop.wavefronts else 0
 
 
 def _unit(problem: Problem, loop: Loop, device: Device) -> Unit:

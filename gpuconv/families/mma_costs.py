@@ -51,8 +51,7 @@ def predict_plan(
         pack_blocks: of the launch that packs them.
         device: the GPU.
     """
-    work, unit = launch.work(p), tensor_cores(device, launch.arithmetic.itemsize)
-    code = launch.code(work)
+    work, code, unit = launch.work(p), launch.code(), tensor_cores(device, launch.arithmetic.itemsize)
     us = predict_launch(work, code, blocks=launch.blocks, resident=resident, unit=unit, device=device).us
     us += _predict_packing(p, launch.arithmetic, packed, pack_blocks, device).us
     if launch.is_cut:
@@ -107,6 +106,11 @@ class TilesLaunch(NamedTuple):
         """Of the window of a chunk."""
         return self.units * self.window_rows
 
+    @property
+    def staged_by_warps(self) -> float:
+        """Vectors of all windows, as a warp stages them: one a lane."""
+        return self.blocks * self.chunks * self.staged_vectors / WARP
+
     def work(self, p: ConvProblem) -> Work:
         a = self.arithmetic
         rows = self.chunks * self.units * a.channels * self.samples
@@ -115,7 +119,6 @@ class TilesLaunch(NamedTuple):
         stored = (
             self.blocks * self.block_m * self.block_n * 4 if self.is_cut else math.prod(p.output_shape) * p.itemsize
         )
-        staged = self.blocks * self.chunks * self.staged_vectors / WARP  # of warps
         batches = -(-self.staged_vectors // (WARP * self.warps * self.prefetch))
         # Batches of input that come when no stages are left to multiply meanwhile, or before the first; LATENCY_CYCLES
         # has one of those.
@@ -124,16 +127,13 @@ class TilesLaunch(NamedTuple):
             multiply_adds=a.products * self.blocks * self.block_m * self.block_n * self.terms,
             l2_bytes=self.blocks * (input_bytes + weight_bytes) + stored,
             load_share=0.25,
-            # Of each vector of the window a lane loads its elements one by one and stores its parts.
-            staging_instructions=staged * a.channels * a.staging_instructions,
-            staging_wavefronts=staged * (a.channels + 4 * a.parts),
-            visits=staged / self.prefetch,
+            visits=self.staged_by_warps / self.prefetch,
             dram_bytes=math.prod(p.input_shape) * p.itemsize + self.weight_tiles * weight_bytes + stored,
             waits=LATENCY_CYCLES + waits * _LOAD_CYCLES,
             ending=self._ending(stored),
         )
 
-    def code(self, work: Work) -> Code:
+    def code(self) -> Code:
         """The estimate of a family; bench.static reads the machine code itself."""
         a = self.arithmetic
         rows, octets = self.block_m // self.warps_m // 16, self.block_n // self.warps_n // 8
@@ -144,8 +144,9 @@ class TilesLaunch(NamedTuple):
         passes = self.blocks * self.warps * self.chunks * self.stages
         return Code(
             instructions=passes * (products + fetches + copies + sums + _STAGE_INSTRUCTIONS)
-            + work.staging_instructions,
-            wavefronts=passes * 4 * (fetches + copies + 1) + work.staging_wavefronts,
+            + self.staged_by_warps * a.channels * a.staging_instructions,
+            # Of each vector of the window a lane loads its elements one by one and stores its parts.
+            wavefronts=passes * 4 * (fetches + copies + 1) + self.staged_by_warps * (a.channels + 4 * a.parts),
             chain=self.chunks * self.stages * (_STAGE_CYCLES + MMA_LATENCY_CYCLES * STAGE_STEPS),
         )
 

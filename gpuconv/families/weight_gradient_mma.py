@@ -87,7 +87,7 @@ _LARGEST_M, _LARGEST_N, _LARGEST_CHUNK = 128, 256, 64
 # Of the cost model, from the machine code for sm_90 (bench.static): instructions of a lane for one load, with its
 # address and its part in storing the vectors, by the positions that it loads; of a step besides its products and
 # fetches; of a warp for one sum of each lane on its way out.
-_LOAD_INSTRUCTIONS = {1: 10.4, WIDTH: 20.4}
+_LOAD_INSTRUCTIONS = {1: 11.0, WIDTH: 22.0}
 _STEP_INSTRUCTIONS = 16
 _STORE_INSTRUCTIONS = 8.0
 # An assumption: cycles of the barrier of a chunk, and of what its loads leave uncovered, of a block alone.
@@ -413,24 +413,34 @@ class _Launch(NamedTuple):
         coarse, fine = self.block_m * chunk_terms, self.octets * OCTET * self.window_rows  # elements of a chunk
         rows = (self.block_m + self.octets * OCTET) * self.chunk_samples
         staged = (coarse + fine) * a.itemsize + rows * (SECTOR_BYTES - a.itemsize)
-        loads = [elements / width for elements, width in zip((coarse, fine), self.widths, strict=True)]
-        instructions = sum(n * _LOAD_INSTRUCTIONS[width] for n, width in zip(loads, self.widths, strict=True))
-        vectors = (coarse + fine) / a.channels
         passes = self.blocks * self.chunks
+        # In 16 bits the code around the steps of a chunk stages the next; in 32 bits it is around that around a step.
+        instructions, wavefronts = self._staging() if a.itemsize == 4 else (0.0, 0.0)
         held = self.blocks * self.block_m * self.block_n
         partial = self.slices.partial_bytes(p)
         stored = partial or math.prod(p.weight_shape) * p.itemsize
         return Work(
             multiply_adds=a.products * held * self.terms,
             l2_bytes=passes * staged + stored,
-            staging_instructions=passes * instructions / WARP,
-            staging_wavefronts=passes * (sum(loads) + 4 * vectors * a.parts) / WARP,
-            visits=passes * self.warps,
+            staging_instructions=instructions,
+            staging_wavefronts=wavefronts,
+            visits=self.blocks * self.warps * (self.terms / STEP if a.itemsize == 4 else self.chunks),
             dram_bytes=p.bytes() - math.prod(p.weight_shape) * p.itemsize + stored,
             waits=LATENCY_CYCLES + self.chunks * _CHUNK_CYCLES,
             load_share=0.0,  # what a chunk waits for is in `waits`
             ending=Ending(held / WARP * _STORE_INSTRUCTIONS, 2 * held / WARP, stored),
         )
+
+    def _staging(self) -> tuple[float, float]:
+        """Instructions and wavefronts of all warps that stage the chunks."""
+        a, chunk_terms = self.arithmetic, self.chunk_samples * self.chunk_positions
+        elements = self.block_m * chunk_terms, self.octets * OCTET * self.window_rows
+        loads = [of_side / width for of_side, width in zip(elements, self.widths, strict=True)]
+        instructions = sum(n * _LOAD_INSTRUCTIONS[width] for n, width in zip(loads, self.widths, strict=True))
+        # Of 128 bytes by a warp, or of one load that has fewer; a unit of each part is stored at once.
+        wavefronts = sum(n * max(1.0, width * a.itemsize / 4) for n, width in zip(loads, self.widths, strict=True))
+        wavefronts += 4 * sum(elements) / a.channels * a.parts
+        return self.blocks * self.chunks / WARP * instructions, self.blocks * self.chunks / WARP * wavefronts
 
     def us(self, p: WeightGradientProblem, resident: int, device: Device) -> float:
         """Microseconds by the family's estimate of the machine code; bench.static reads this itself."""
@@ -442,9 +452,10 @@ class _Launch(NamedTuple):
         # ldmatrix fetches four wavefronts at a time; elements of 32 bits come one by one.
         fetches = wavefronts / 4 if a.itemsize == 2 else wavefronts
         passes = self.blocks * self.warps * steps
+        staging = self._staging()
         code = Code(
-            instructions=passes * (products + fetches + _STEP_INSTRUCTIONS) + work.staging_instructions,
-            wavefronts=passes * wavefronts + work.staging_wavefronts,
+            instructions=passes * (products + fetches + _STEP_INSTRUCTIONS) + staging[0],
+            wavefronts=passes * wavefronts + staging[1],
             chain=steps * MMA_LATENCY_CYCLES,
         )
         return predict_launch(

@@ -327,11 +327,13 @@ def test_tiles_that_hang_over_cost_their_whole_size() -> None:
 def test_what_a_family_says_of_its_kernel_counts() -> None:
     """Loads that are hidden, warps that only load, and what is staged around the main loop."""
     problem = ConvProblem("conv1d", 16, 256, 256, 4096, 3)
-    report = tile_report(wavefronts=10)
+    report = tile_report(wavefronts=10, accesses={"global load 4 B": 10})
     passes = problem.flops() / 2 / (80 * 32)
     work = Work(problem.flops() / 2, 2.0 * problem.bytes(), 132 * 8, 0.5, 132 * 4e6, 132 * 3e6)
     p = tile_time(problem, 132, report, work)
     assert p.parts["latency"] == pytest.approx(passes / (132 * 8) * (0.5 * 250 + 4 * 8) / 1.75e3)
+    shared = tile_time(problem, 132, tile_report(wavefronts=10, accesses={"shared load 4 B": 10}), work)
+    assert shared.parts["latency"] == pytest.approx(passes / (132 * 8) * (0.5 * 30 + 4 * 8) / 1.75e3)
     assert p.parts["issue"] == pytest.approx((100 * passes / 132 + 4e6) / 4 / 1.75e3)
     assert p.parts["load/store"] == pytest.approx((10 * passes / 132 + 3e6) / 1.75e3)
     assert p.parts["l2"] == pytest.approx(2 * problem.bytes() / 132 / 24 / 1.75e3)
