@@ -323,6 +323,37 @@ __device__ __forceinline__ void store_tile(
     }
 }
 
+// Where SEGMENT_MODE is 1: adds a thread's sums of a segment, where IS_SPLIT those of the small products too, to its totals in
+// shared memory (kTilesM by kTilesN times four, kThreads apart). The last totals are left in `acc`; before, new sums begin. One loop body serves all rows,
+// which move up behind one another, as in store_tile.
+template <bool kIsLast>
+__device__ __forceinline__ void add_to_totals(AccVector* totals, Sums& acc, Sums& low) {
+#pragma unroll 1
+    for (int i = 0; i < kTilesM; ++i, totals += kTilesN * kThreads) {
+        acc_t next[kTilesN][4];
+#pragma unroll
+        for (int j = 0; j < kTilesN; ++j) {
+            AccVector total = totals[j * kThreads];
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                total.element[e] += IS_SPLIT ? acc[0][j][e] + low[0][j][e] : acc[0][j][e];
+                next[j][e] = kIsLast ? total.element[e] : 0.0f;
+            }
+            if (!kIsLast) totals[j * kThreads] = total;
+        }
+        move_sums_up(acc);
+        if (IS_SPLIT) move_sums_up(low);
+#pragma unroll
+        for (int j = 0; j < kTilesN; ++j) {
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                acc[kTilesM - 1][j][e] = next[j][e];
+                if (IS_SPLIT) low[kTilesM - 1][j][e] = 0.0f;
+            }
+        }
+    }
+}
+
 // The sums of one tile over chunks chunk_begin to chunk_end - 1.
 __device__ __forceinline__ void multiply_tile(
     const Tile& tile, const Window& window, index_t chunk_begin, index_t chunk_end, Sums& acc) {
@@ -506,21 +537,16 @@ __device__ __forceinline__ void multiply_tile(
                 if (task < tasks) store_vector(chunk + 1, task, ahead[i]);
             }
         }
-        if (SEGMENT_MODE == 1 && chunk >= chunk_begin && (--segment_left == 0 || chunk + 1 == chunk_end)) {
+        if (SEGMENT_MODE == 1 && chunk >= chunk_begin && --segment_left == 0 && chunk + 1 < chunk_end) {
             segment_left = window.segment_chunks;
-            for_each_sum([&](int i, int j, int e) {
-                acc_t& total = my_totals[(i * kTilesN + j) * kThreads].element[e];
-                total += IS_SPLIT ? part[i][j][e] + low[i][j][e] : acc[i][j][e];
-                acc[i][j][e] = 0.0f;
-                if (IS_SPLIT) low[i][j][e] = part[i][j][e] = 0.0f;
-            });
+            add_to_totals<false>(my_totals, IS_SPLIT ? part : acc, low);
         }
     }
-    if (SEGMENT_MODE == 1 || IS_SPLIT) {
-        for_each_sum([&](int i, int j, int e) {
-            acc[i][j][e] = SEGMENT_MODE == 1 ? my_totals[(i * kTilesN + j) * kThreads].element[e]
-                                             : part[i][j][e] + low[i][j][e];
-        });
+    if (SEGMENT_MODE == 1) {
+        add_to_totals<true>(my_totals, IS_SPLIT ? part : acc, low);
+        if (IS_SPLIT) for_each_sum([&](int i, int j, int e) { acc[i][j][e] = part[i][j][e]; });
+    } else if (IS_SPLIT) {
+        for_each_sum([&](int i, int j, int e) { acc[i][j][e] = part[i][j][e] + low[i][j][e]; });
     }
     copy_async_wait_group<0>();
     __syncthreads();

@@ -43,13 +43,11 @@ MIN_SPLIT_ROWS = 16
 MAX_TAIL_CHANNELS = 4
 # Units of a chunk at most: with 8 rows of each fragment side by side, four units are two k-steps for every tap.
 MAX_UNITS = 4
-# Long reductions are cut into segments. Where the rest of the problem does not fill the GPU, blocks of their own sum
-# the segments, in larger tiles than it would have blocks for otherwise: by the cost model this saves 5 to 20 % of
-# layers with one block for a multiprocessor, and up to 80 % with few. Where the rest does fill it, a block adds the
-# sums of its segments in shared memory, for 2 to 4 % of its time from so many stages on. Windows of columns that read
-# positions several apart leave less room for that, so their reductions are cut from so many terms on. Neither costs
-# accuracy: a product takes part in the sums of its segment alone, and in at most MAX_SEGMENTS more.
-MIN_SEGMENTED_STAGES = 128
+# Reductions of so many terms are cut into segments. Where the rest of the problem does not fill the GPU, blocks of
+# their own sum the segments, in larger tiles than it would have blocks for otherwise: by the cost model this saves 5 to
+# 20 % of layers with one block for a multiprocessor, and up to 80 % with few. Where the rest does fill it, a block adds
+# the sums of its segments in shared memory, for 2 to 5 % of its time. Neither costs accuracy: a product takes part in
+# the sums of its segment alone, and in at most MAX_SEGMENTS more.
 MIN_SEGMENTED_TERMS = 4096
 SEGMENT_STAGES = 64
 MIN_SEGMENTS, MAX_SEGMENTS = 4, 8
@@ -129,7 +127,7 @@ _SPLIT_TILES = (
 _SEGMENT_TILES = (
     Tile(128, 128, 2, 2, 2, 4, segment_mode=1),
     Tile(128, 256, 2, 4, 1, 4, segment_mode=1),
-    Tile(64, 128, 2, 2, 3, 4, segment_mode=1),
+    Tile(64, 128, 2, 2, 2, 4, segment_mode=1),
     Tile(64, 64, 2, 2, 4, 4, segment_mode=1),
     Tile(32, 256, 1, 4, 3, 4, segment_mode=1),
     Tile(48, 128, 1, 4, 3, 4, segment_mode=1),
@@ -206,8 +204,7 @@ class Reduction:
         chunks = -(-units // MAX_UNITS)
         units = -(-units // chunks)
         stages = chunks * -(-taps * units // STAGE_PAIRS)
-        terms = stages * STAGE_PAIRS * arithmetic.channels
-        is_long = stages >= MIN_SEGMENTED_STAGES and (product.column_step == 1 or terms >= MIN_SEGMENTED_TERMS)
+        is_long = stages * STAGE_PAIRS * arithmetic.channels >= MIN_SEGMENTED_TERMS
         segments = min(max(stages // SEGMENT_STAGES, MIN_SEGMENTS), MAX_SEGMENTS) if is_long else 1
         return cls(units, chunks, taps, -(-chunks // segments))
 

@@ -156,10 +156,10 @@ class TilesLaunch(NamedTuple):
             return Ending(results / WARP, results / WARP, stored)  # four sums of a lane by one store
         rows = self.block_m // self.warps_m
         each = _ENDING_INSTRUCTIONS_OF_SAMPLES if self.has_samples else _ENDING_INSTRUCTIONS
-        # To add four sums to totals takes a load, a store, four additions and four zeros.
+        # To add four sums to totals takes a load, a store, four additions, and up to twenty moves of the rows behind.
         totals = self.kept_segments * results / WARP / 4
         return Ending(
-            instructions=warps * rows * each + 10 * totals,
+            instructions=warps * rows * each + 22 * totals,
             wavefronts=results / WARP + 2 * warps * rows + 8 * totals,
             stored_bytes=stored,
         )
