@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from .device import Device
-from .families import FAMILIES, ArrayLayout, Config, Family, Launch, Layout, Plan, Refusal, Step
+from .families import FAMILIES, ArrayLayout, Config, Family, Launch, Layout, Plan, Refusal, Step, edges
 from .problem import Kind, Problem
 
 
@@ -115,13 +115,13 @@ def choose(problem: Problem, layout: Layout, device: Device, algorithm: str | No
     if algorithm is not None:
         check_algorithm(problem.kind, problem.kind, algorithm)
         (family,) = own[-1:] if algorithm == "base" else (family for family in own if family.name == algorithm)
-        plan = family.plan(problem, layout, device)
+        plan = edges.plan(family, problem, layout, device)
         if isinstance(plan, Refusal):
             raise AlgorithmError(f"{problem.kind}: algorithm {algorithm!r} does not take {problem}: {plan.reason}")
         return Choice(family.name, plan)
     refusals: list[tuple[str, str]] = []
     for family in own:
-        plan = family.plan(problem, layout, device)
+        plan = edges.plan(family, problem, layout, device)
         if not isinstance(plan, Refusal):
             return Choice(family.name, plan, tuple(refusals))
         refusals.append((family.name, plan.reason))

@@ -170,13 +170,19 @@ class Family(ABC, Generic[ProblemT]):
     canonical_order: ClassVar[bool] = True
     """Whether it sums in the order of the base family of its kind: the families that do agree in every bit."""
 
+    maps_edges: ClassVar[bool] = False
+    """Whether its kernels read the samples that padding means, in every padding mode; see `families.edges`."""
+
     @abstractmethod
     def plan(self, problem: ProblemT, layout: Layout, device: Device) -> Plan | Refusal:
         """How the family computes a problem of its kind, or why it does not. `problem.is_empty` is False."""
 
     @abstractmethod
     def configs(self, device: Device) -> Iterator[Config]:
-        """Every specialisation that a plan for a device can have: what the compile tests build."""
+        """Every specialisation that a plan for a device can have: what the compile tests build.
+
+        A family that maps edges has each of them in the other padding modes, too (`with_padding_mode`).
+        """
 
     def work(self, problem: ProblemT, step: Step) -> Work:
         """The work of the family's own kernel in a plan, from which, with its machine code, its time is predicted.
@@ -268,6 +274,13 @@ def base_config(kernel: str, dtype: str, bits: int, block_size: int) -> Config:
         kernel,
         {"DTYPE": dtype, "INDEX_BITS": bits, "BLOCK_SIZE": block_size, "PARAMS_BYTES": fields * bits // 8},
     )
+
+
+def with_padding_mode(config: Config, padding_mode: str) -> Config:
+    """The specialisation in which positions outside of a row mean what a padding mode says."""
+    if padding_mode == "zeros":
+        return config
+    return Config(config.kernel, (*config.macros, ("PADDING_MODE", padding_mode)))
 
 
 def base_work(problem: ConvProblem, taps: int) -> Work:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from ..costs import Work
 from ..device import Device
 from ..problem import DTYPES, ConvProblem
-from .base import MAX_GRID, Config, Family, Layout, Plan, Step, base_config, base_work, conv_plan
+from .base import MAX_GRID, Config, Family, Layout, Plan, Step, base_config, base_work, conv_plan, with_padding_mode
 from .offsets import Overhang, index_bits
 
 # The kernel's launch bounds leave a thread 128 registers, so that two blocks of this size share a multiprocessor.
@@ -22,6 +22,7 @@ class Conv1dDirect(Family[ConvProblem]):
 
     name = "conv1d_direct"
     kind = "conv1d"
+    maps_edges = True
 
     def plan(self, problem: ConvProblem, layout: Layout, device: Device) -> Plan:
         p = problem
@@ -29,7 +30,7 @@ class Conv1dDirect(Family[ConvProblem]):
         grid = min(-(-num_outputs // BLOCK_SIZE), MAX_GRID)
         # The loop over the grid leaves with an index of up to num_outputs + grid*BLOCK_SIZE.
         bits = index_bits(p, layout, Overhang(), num_outputs + grid * BLOCK_SIZE)
-        config = base_config(self.name, p.dtype, bits, BLOCK_SIZE)
+        config = with_padding_mode(base_config(self.name, p.dtype, bits, BLOCK_SIZE), p.padding_mode)
         return conv_plan(config, p, layout, bits, grid=grid, block=BLOCK_SIZE, own={"num_outputs": num_outputs})
 
     def work(self, problem: ConvProblem, step: Step) -> Work:
