@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from gpuconv import cases, dispatch, reference
+import gpuconv
+from gpuconv import cases, dispatch, grad, reference
 from gpuconv.cases import CASES, Case
 from gpuconv.checks import same_bits
 from gpuconv.device import ARCHITECTURES, Device
@@ -175,9 +176,6 @@ def test_kernels_compile_without_local_memory(arch: str) -> None:
 @pytest.mark.parametrize("case", MODE_CASES, **by_name)
 def test_on_a_gpu(case: Case, cupy: Any) -> None:
     """The public functions, forward and gradients, against hostcuda's bits and the bound."""
-    import gpuconv
-    from gpuconv import grad
-
     for dtype in ("float32", "float16"):
         p = case.at(dtype)
         x, w, b = cases.random_data(p, 6)
@@ -194,3 +192,16 @@ def test_on_a_gpu(case: Case, cupy: Any) -> None:
         q = WeightGradientProblem.of(p)
         grad_w = cupy.asnumpy(grad.conv1d_weight(gpu_x, w.shape, gpu_u, **settings))
         assert reference.weight_gradient(q, *q.sides(x, u)).within_bound(grad_w).all()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_integers(mode: str) -> None:
+    """On the CPU and in the base family, which map the edges alike, exactly."""
+    rng = np.random.default_rng(15)
+    x, w = rng.integers(-128, 128, (2, 4, 9), np.int8), rng.integers(-128, 128, (6, 2, 4), np.int8)
+    p = ConvProblem.conv1d(x, w, None, 2, (5, 4), 2, 2, padding_mode=mode)
+    word = {"replicate": "edge", "circular": "wrap"}.get(mode, mode)
+    padded = np.pad(x, [(0, 0), (0, 0), (5, 4)], word)  # type: ignore[call-overload]
+    expected = gpuconv.conv1d(padded, w, stride=2, dilation=2, groups=2)
+    assert np.array_equal(gpuconv.conv1d(x, w, **cases.call_settings(p)), expected)
+    assert np.array_equal(hostcuda.compute(p, x, w, None), expected)
