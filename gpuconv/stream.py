@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import operator
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple, SupportsIndex, TypeVar
+from typing import Any, ClassVar, NamedTuple, SupportsIndex, TypeVar, cast
 
 import numpy as np
 
@@ -87,6 +87,7 @@ class _Stream:
         self._keywords: dict[str, Any] = {"precision": precision, "algorithm": algorithm}
         self.slots = check_int(caller, "slots", slots, "an int", 1)
         self._samples = self._empty((self.slots, self._channels, 0))
+        self._window: Any | None = None  # on a GPU: held samples and those of the last push, if all slots were pushed
         self._positions = [self._start()] * self.slots
 
     @property
@@ -128,6 +129,11 @@ class _Stream:
         Returns:
             (slots, C_out, L_out), or (C_out, L_out), L_out from 0 on.
 
+        On a GPU a push of as many samples as the one before is two launches, once the first window is full and where
+        all slots are pushed: the samples are appended in place, and the outputs computed. With `out` it allocates
+        nothing but what the kernels want for themselves, and can be captured into a CUDA graph; each launch of that is
+        a push.
+
         Raises:
             ValueError: a shape does not fit, a slot does not exist or is named twice, or slots are at different places.
             TypeError: the input is of another kind or dtype.
@@ -149,18 +155,23 @@ class _Stream:
         x = x[..., skipped:]
         position = position._replace(skip=position.skip - skipped, received=position.received or x.shape[-1] > 0)
         count, dropped, after = self._advance(position, x.shape[-1])
+        expected = self._output_shape(len(chosen), count)[1 if single else 0 :]
+        if out is not None and (tuple(out.shape), out.dtype) != (expected, self._output_dtype):
+            raise ValueError(
+                f"{caller}: out must be {self._output_dtype} of shape {expected}, got {out.dtype} of shape {out.shape}"
+            )
         whole = chosen == list(range(self.slots))
-        held = self._samples if whole else self._samples[chosen]
-        module = self._module()
-        samples = (
-            module.concatenate((held[..., : position.held], x), axis=-1) if x.shape[-1] else held[..., : position.held]
-        )
+        if whole and after == position and self._continues(x.shape[-1], dropped):
+            samples = cast(Any, self._window)
+            runtime.append(samples, x)
+        else:
+            held = (self._samples if whole else self._samples[chosen])[..., : position.held]
+            samples = self._module().concatenate((held, x), axis=-1) if x.shape[-1] else held
+            self._window = samples if whole and x.shape[-1] and runtime.is_cupy_array(samples) else None
         if count:
             result = self._compute(samples, position, count, out[None] if single and out is not None else out)
         else:
-            result = self._outputs_of(len(chosen), 0)
-            if out is not None and tuple(out.shape[-1:]) != (0,):
-                raise ValueError(f"{caller}: out must have no positions, since these samples complete none")
+            result = self._empty(self._output_shape(len(chosen), 0), self._output_dtype)
         self._keep(chosen if not whole else None, samples[..., dropped:], after)
         if out is not None:
             return out
@@ -182,7 +193,7 @@ class _Stream:
         chosen = self._chosen(caller, slots)
         position = self._common(caller, chosen)
         if not position.received:
-            result = self._outputs_of(len(chosen), 0)
+            result = self._empty(self._output_shape(len(chosen), 0), self._output_dtype)
         else:
             held = self._samples[..., : position.held]
             result = self._rest(held if chosen == list(range(self.slots)) else held[chosen], position)
@@ -193,6 +204,7 @@ class _Stream:
         """Forget the samples of slots, so that their streams begin anew; None for all."""
         for slot in self._chosen(f"{type(self).__name__}.reset", slots):
             self._positions[slot] = self._start()
+        self._window = None
 
     def state(self) -> dict[str, Any]:
         """What is remembered, as arrays by name, copies: `load_state` of another stream of this layer continues here.
@@ -222,13 +234,13 @@ class _Stream:
                 f"{caller}: samples must be {self._weight.dtype} of shape {(self.slots, self._channels, held)}, got "
                 f"{samples.dtype} of shape {tuple(samples.shape)}"
             )
-        self._samples = samples.copy()
+        self._samples, self._window = samples.copy(), None
         self._positions = [_Position(int(h), int(a), int(s), bool(r)) for h, a, s, r in positions]
 
     def clone(self: StreamT) -> StreamT:
         """A stream of the same layer, with the same weights in memory, that goes on from here by itself."""
         twin = copy.copy(self)
-        twin._samples, twin._positions = self._samples.copy(), [*self._positions]
+        twin._samples, twin._window, twin._positions = self._samples.copy(), None, [*self._positions]
         return twin
 
     def __repr__(self) -> str:
@@ -238,14 +250,21 @@ class _Stream:
             f"dilation={self._dilation}, groups={self._groups}, slots={self.slots})"
         )
 
-    def _outputs_of(self, slots: int, count: int) -> Any:
-        """A fresh array for outputs."""
-        shape, dtype = self._weight.shape, self._weight.dtype
-        C_out = shape[0] if self.op == "conv1d" else shape[1] * self._groups
-        return self._empty((slots, C_out, count), np.dtype(INTEGER_SUMS[0]) if dtype.kind in "iu" else dtype)
+    @property
+    def _output_dtype(self) -> np.dtype[Any]:
+        dtype: np.dtype[Any] = self._weight.dtype
+        return np.dtype(INTEGER_SUMS[0]) if dtype.kind in "iu" else dtype
+
+    def _output_shape(self, slots: int, count: int) -> tuple[int, int, int]:
+        shape = self._weight.shape
+        return slots, shape[0] if self.op == "conv1d" else shape[1] * self._groups, count
 
     def _skips(self, position: _Position) -> int:
         return 0
+
+    def _continues(self, length: int, dropped: int) -> bool:
+        """Whether the last push left a window in which this one finds its samples behind the first `length`."""
+        return self._window is not None and length == dropped == self._window.shape[-1] - self._samples.shape[-1]
 
     def _module(self) -> Any:
         return runtime.cupy_module() if runtime.is_cupy_array(self._weight.array) else np
@@ -374,7 +393,7 @@ class Conv1d(_Stream):
         # Zeros on the right complete further windows; those that begin behind the last sample lie in the padding.
         right = self._right - position.skip
         if position.ahead + position.held + right < self._span:
-            return self._outputs_of(samples.shape[0], 0)
+            return self._empty(self._output_shape(samples.shape[0], 0), self._output_dtype)
         return functional.conv1d(
             samples, self._weight, self._bias, self._stride, (position.ahead, right), self._dilation, self._groups,
             **self._keywords,
@@ -463,7 +482,7 @@ class ConvTranspose1d(_Stream):
         count = max(0, end - position.ahead)
         if position.held and count:
             return self._outputs(samples, position.ahead, count, None)
-        result = self._outputs_of(samples.shape[0], count)  # which no window reaches
+        result = self._empty(self._output_shape(samples.shape[0], count), self._output_dtype)  # no window reaches it
         result[...] = 0
         if self._bias is not None:
             result += self._bias[:, None]

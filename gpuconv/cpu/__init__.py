@@ -30,7 +30,7 @@ from __future__ import annotations
 from ..problem import INTEGERS, ConvProblem
 from . import bias_gradient, edges, integers, weight_gradient
 from .arrays import Array
-from .choice import Method, plan
+from .choice import Method, choose
 from .geometry import Call
 
 __all__ = ["Method", "bias_gradient", "convolve", "method", "weight_gradient"]
@@ -39,7 +39,7 @@ __all__ = ["Method", "bias_gradient", "convolve", "method", "weight_gradient"]
 def method(problem: ConvProblem) -> Method:
     """The form that `convolve` uses for a problem: a pure function of the problem."""
     p = integers.in_float64(problem) if problem.dtype in INTEGERS else problem
-    return plan(p).method if p.padding_mode == "zeros" else edges.method(p)
+    return choose(p).method if p.padding_mode == "zeros" else edges.method(p)
 
 
 def convolve(problem: ConvProblem, input: Array, weight: Array, bias: Array | None, output: Array) -> None:
@@ -60,4 +60,4 @@ def convolve(problem: ConvProblem, input: Array, weight: Array, bias: Array | No
     elif problem.padding_mode != "zeros":
         edges.convolve(problem, input, weight, bias, output)
     else:
-        plan(problem).run(Call.of(problem, input, weight, bias, output))
+        choose(problem).run(Call.of(problem, input, weight, bias, output))

@@ -16,7 +16,7 @@ from ..edge import padded_samples, source_indices
 from ..problem import ConvProblem
 from . import limits
 from .arrays import Array, accumulator, slices
-from .choice import Method, plan
+from .choice import Method, choose
 from .geometry import Call
 
 
@@ -45,11 +45,11 @@ def strips(N: int, groups: int, windows: range, stride: int, span: int, row_byte
 
 def method(p: ConvProblem) -> Method:
     """How `convolve` computes a problem."""
-    inside = plan(replace(p, padding_mode="zeros")).method
+    inside = choose(replace(p, padding_mode="zeros")).method
     pieces = [_strip_problem(p, s) for s in _strips(p)] if not p.transposed else _folded_pieces(p)
     if not pieces:
         return inside
-    extra = max(_copied_bytes(p, q) + plan(q).method.workspace_bytes for q in set(pieces))
+    extra = max(_copied_bytes(p, q) + choose(q).method.workspace_bytes for q in set(pieces))
     workspace = max(inside.workspace_bytes, extra)
     return replace(inside, reason=f"{inside.reason}; the edges apart, from strips", workspace_bytes=workspace)
 
@@ -60,7 +60,7 @@ def convolve(p: ConvProblem, input: Array, weight: Array, bias: Array | None, ou
         return
     if p.transposed or sum(p.edge_windows) < p.L_out:
         inside = replace(p, padding_mode="zeros")
-        plan(inside).run(Call.of(inside, input, weight, bias, output))
+        choose(inside).run(Call.of(inside, input, weight, bias, output))
     x, y = input.reshape(p.N, p.C_in, p.L_in), output.reshape(p.N, p.C_out, p.L_out)
     if p.transposed:
         with np.errstate(all="ignore"):
@@ -72,7 +72,7 @@ def convolve(p: ConvProblem, input: Array, weight: Array, bias: Array | None, ou
         first = strip.start * p.stride - p.padding_left
         copy = x[strip.samples, c_in][..., source_indices(p.padding_mode, first, first + q.L_in, p.L_in)]
         b = None if bias is None else bias[c_out]
-        plan(q).run(Call.of(q, copy, weight[c_out], b, y[strip.samples, c_out, strip.start : strip.stop]))
+        choose(q).run(Call.of(q, copy, weight[c_out], b, y[strip.samples, c_out, strip.start : strip.stop]))
 
 
 def _strips(p: ConvProblem) -> list[Strip]:
@@ -188,5 +188,5 @@ def _piece(
     C_out = (groups.stop - groups.start) * p.C_out_g
     sums: Array = np.zeros((samples.stop - samples.start, C_out, len(at)), accumulator(p.dtype))
     if q is not None:
-        plan(q).run(Call.of(q, x[..., inputs], weight, None, sums))
+        choose(q).run(Call.of(q, x[..., inputs], weight, None, sums))
     return sums if bias is None else sums + bias[:, np.newaxis].astype(sums.dtype)

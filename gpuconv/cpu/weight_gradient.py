@@ -25,7 +25,7 @@ from .arrays import Array, accumulator
 from .choice import Method
 from .correlation import Correlation, Sizes
 from .edges import Strip, strips
-from .weight_sums import Sums
+from .weight_sums import WeightSums
 
 # Bytes of a panel, where there is one thread and where there are several, of a block of sums, of the sums of all slices
 # but the first, and of the rows that dots work on: a and a window of b stay in the first- or second-level cache.
@@ -64,12 +64,12 @@ def method(problem: WeightGradientProblem) -> Method:
     """The form that `compute` uses for a problem: a pure function of the problem."""
     p = problem
     if p.padding_mode == "zeros" or p.is_empty:
-        return _plan(p).method
+        return _choose(p).method
     inside = _inside(p)
-    found = Method("nothing", "all windows reach over an edge", 0) if inside is None else _plan(inside).method
+    found = Method("nothing", "all windows reach over an edge", 0) if inside is None else _choose(inside).method
     workspaces = [found.workspace_bytes]
     for q in {_strip_problem(p, strip) for strip in _strips(p)}:
-        workspaces.append(_plan(q).method.workspace_bytes + math.prod(q.fine_shape) * p.itemsize)
+        workspaces.append(_choose(q).method.workspace_bytes + math.prod(q.fine_shape) * p.itemsize)
     sums = 2 * math.prod(p.weight_shape) * accumulator(p.dtype).itemsize
     return replace(
         found, reason=f"{found.reason}; the edges apart, from strips", workspace_bytes=max(workspaces) + sums
@@ -91,11 +91,11 @@ def compute(problem: WeightGradientProblem, coarse: Array, fine: Array, output: 
     if problem.padding_mode != "zeros" and not problem.is_empty:
         _compute_with_edges(problem, coarse.reshape(problem.coarse_shape), fine.reshape(problem.fine_shape), output)
         return
-    plan = _plan(problem)
-    if plan.form is None:
+    chosen = _choose(problem)
+    if chosen.form is None:
         output[...] = 0
         return
-    Sums(problem, plan.form, coarse, fine, output).run(plan.workers)
+    WeightSums(problem, chosen.form, coarse, fine, output).run(chosen.workers)
 
 
 def _compute_with_edges(p: WeightGradientProblem, coarse: Array, fine: Array, output: Array) -> None:
@@ -147,7 +147,7 @@ def _strip_problem(p: WeightGradientProblem, strip: Strip) -> WeightGradientProb
     )  # fmt: skip
 
 
-class _Plan(NamedTuple):
+class _ChosenForm(NamedTuple):
     method: Method
     form: Sizes | None
     workers: int
@@ -161,9 +161,9 @@ _REASONS = {
 
 
 @lru_cache(maxsize=4096)
-def _plan(p: WeightGradientProblem) -> _Plan:
+def _choose(p: WeightGradientProblem) -> _ChosenForm:
     if 0 in p.weight_shape or p.terms == 0:
-        return _Plan(Method("nothing", "every sum is empty, or there are none", 0), None, 1)
+        return _ChosenForm(Method("nothing", "every sum is empty, or there are none", 0), None, 1)
     roles, size = Correlation.of(p), accumulator(p.dtype).itemsize
     if roles.C == 1 and roles.R <= _DOT_ROWS and (roles.N == 1 or roles.L_a >= _DOT_POSITIONS):
         form = _dots(p, roles)
@@ -184,7 +184,7 @@ def _plan(p: WeightGradientProblem) -> _Plan:
     allowed = max(limits.WORKSPACE, (math.prod(p.coarse_shape) + math.prod(p.fine_shape)) * p.itemsize // 4)
     workers = min(limits.MAX_WORKERS, len(form.blocks()) * form.slices, (allowed - shared) // each) if concurrent else 1
     workers = max(1, workers)
-    return _Plan(Method(form.name, _REASONS[form.name], shared + workers * each), form, workers)
+    return _ChosenForm(Method(form.name, _REASONS[form.name], shared + workers * each), form, workers)
 
 
 def _dots(p: WeightGradientProblem, roles: Correlation) -> Sizes:

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 import gpuconv
-from gpuconv import nn, reference, stream
+from gpuconv import nn, reference, runtime, stream
 from gpuconv.problem import ConvProblem, Op
+from tests.conftest import Launches
 
 COUNT = 300  # random streams of each operation
 OPS: tuple[Op, ...] = ("conv1d", "conv_transpose1d")
@@ -162,10 +163,12 @@ def test_out_is_written() -> None:
     out = np.zeros((1, 2))
     assert s.push(np.array([[1.0, 2.0]]), out=out) is out
     assert out.tolist() == [[1.0, 3.0]]
-    with pytest.raises(ValueError, match=r"out must have shape \(1, 1, 1\), got \(1, 1, 2\)"):
-        s.push(np.array([[1.0]]), out=out)
-    with pytest.raises(ValueError, match="out must have no positions"):
-        s.push(np.empty((1, 0)), out=out)
+    for x, says in (
+        (np.array([[1.0]]), "out must be float64 of shape (1, 1), got float64 of shape (1, 2)"),
+        (np.empty((1, 0)), "out must be float64 of shape (1, 0), got float64 of shape (1, 2)"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(says)):
+            s.push(x, out=out)
     assert s.push(np.array([[3.0]])).tolist() == [[6.0]]  # what was refused has not been taken
 
 
@@ -237,3 +240,46 @@ def test_a_gpu_gives_the_bits_of_one_call(cupy: Any, op: Op, dtype: str) -> None
         parts, s = in_pieces(rng, layer.stream(2, cupy.asarray), x, cupy.asarray)
         whole = layer.whole(x, cupy.asarray)
         np.testing.assert_array_equal(cupy.concatenate([*parts, s.flush()], axis=-1).get(), whole.get())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("op", OPS)
+def test_steps_of_one_length_are_two_launches_and_can_be_captured(cupy: Any, launched: Launches, op: Op) -> None:
+    rng = np.random.default_rng(6)
+    settings = {"stride": 2 if op == "conv1d" else 3, "padding": (2, 0), "dilation": 1, "groups": 1}
+    layer = Layer(op, rng.standard_normal((2, 2, 4)).astype("float32"), None, settings)
+    x = rng.standard_normal((3, 2, 24)).astype("float32")
+    s, step = layer.stream(3, cupy.asarray), 2
+    parts = [s.push(cupy.asarray(x[..., :10])), s.push(cupy.asarray(x[..., 10:12]))]
+    del launched[:]
+    parts.append(s.push(cupy.asarray(x)[..., 12:14]))  # any strides
+    assert len(launched) == 2
+    assert launched[0] == "append_samples"
+
+    taken, out = cupy.empty((3, 2, step), "float32"), cupy.empty_like(parts[-1])
+    queue = cupy.cuda.Stream(non_blocking=True)
+    taken.set(x[..., 14:16])
+    cupy.cuda.Device().synchronize()
+    with queue:
+        parts.append(s.push(taken, out=out).copy())
+        queue.begin_capture()
+        s.push(taken, out=out)
+        graph = queue.end_capture()
+        for start in range(16, 24, step):
+            queue.synchronize()
+            taken.set(x[..., start : start + step], queue)
+            graph.launch(queue)
+            parts.append(out.copy())
+        queue.synchronize()
+    found = cupy.concatenate([*parts, s.flush()], axis=-1).get()
+    np.testing.assert_array_equal(found, layer.whole(x, cupy.asarray).get())
+
+
+@pytest.mark.gpu
+def test_appending_moves_rows_longer_than_a_block(cupy: Any) -> None:
+    for held, length in ((1000, 1), (300, 299), (5, 400), (1, 1)):
+        window = cupy.arange(6 * (held + length), dtype="float32").reshape(2, 3, -1)
+        samples = -cupy.arange(6 * length, dtype="float32").reshape(length, 2, 3).transpose(1, 2, 0)
+        expected = cupy.concatenate((window[..., length:], samples), axis=-1)
+        runtime.append(window, samples)
+        cupy.testing.assert_array_equal(window, expected)

@@ -39,7 +39,8 @@ LAYERS = (
     ("families.base",),
     ("families.product",),
     ("families.offsets",),
-    ("families.tiles", "families.depthwise", "families.sliding", "families.mma", "families.slices", "families.edges"),
+    ("families.append", "families.tiles", "families.depthwise", "families.sliding", "families.mma", "families.slices"),
+    ("families.edges",),
     ("families.*",),
     ("families",),
     ("dispatch",),
@@ -201,8 +202,8 @@ def test_kernels_are_made_by_the_runtime_alone() -> None:
 
 
 CUDA_FILES = sorted(directory().glob("*.cu*"))
-# Kernels that run before or after those of families.
-HELPERS = {"pack_weight", "pack_mma_weight", "sum_slices", "conv1d_edges", "conv_transpose1d_fold"}
+# Kernels beside those of families.
+HELPERS = {"append_samples", "pack_weight", "pack_mma_weight", "sum_slices", "conv1d_edges", "conv_transpose1d_fold"}
 EVERY_FAMILY: tuple[Family[Any], ...] = FAMILIES
 
 
