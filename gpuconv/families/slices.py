@@ -13,7 +13,7 @@ from ..costs import Code, Ending, Prediction, Work, cuda_cores, predict_launch
 from ..device import Device
 from ..problem import BiasGradientProblem, WeightGradientProblem
 from ..source import params_fields
-from .base import PARTIAL, Config, Launch, Layout, Plan, Step, base_config, round_up
+from .base import PARTIAL, Config, Launch, Layout, Plan, Step, base_config, round_up, with_padding_mode
 from .offsets import Overhang, index_bits
 
 SUM_BLOCK_SIZE = 256
@@ -106,7 +106,7 @@ _SUM_CYCLES, _SUM_LATENCY_CYCLES = 100.0, 2000.0
 
 
 def _num_results(problem: WeightGradientProblem | BiasGradientProblem) -> int:
-    return math.prod(list(problem.shapes.values())[-1])
+    return math.prod(problem.shapes[problem.result])
 
 
 def _partial_bytes(problem: WeightGradientProblem | BiasGradientProblem, count: int) -> int:
@@ -159,6 +159,8 @@ def sliced_plan(
     several).
     """
     *inputs, result = problem.shapes
+    if isinstance(problem, WeightGradientProblem):
+        config = with_padding_mode(config, problem.padding_mode)
     if slices.count == 1:
         return Plan((Step(config, launch, (*inputs, None, result)),), candidates=candidates)
     total = Step(*sum_launch(problem, layout, slices), (PARTIAL, result))
@@ -179,8 +181,8 @@ def sum_launch(
 ) -> tuple[Config, Launch]:
     """The specialisation and the launch of sum_slices, for `Slices.of` the problem unless others are given."""
     slices = slices or Slices.of(problem)
-    name, shape = list(problem.shapes.items())[-1]
-    num_results = math.prod(shape)
+    name = problem.result
+    shape, num_results = problem.shapes[name], _num_results(problem)
     ways = _ways(slices.count)
     extents = (*shape, 1, 1)
     strides = (*layout[name].strides, 0, 0)

@@ -131,9 +131,7 @@ def test_the_model_is_told_in_microseconds() -> None:
         found.choice.plan.candidates[0][1] / found.choice.plan.candidates[-1][1], abs=0.1
     )
     kernel = found.to_dict()["kernel"]
-    assert [(figure["configuration"], figure["microseconds"]) for figure in kernel["figures"]] == list(
-        found.choice.plan.candidates
-    )
+    assert [(c["configuration"], c["microseconds"]) for c in kernel["candidates"]] == list(found.choice.plan.candidates)
 
 
 def test_of_many_configurations_the_fastest_are_shown() -> None:

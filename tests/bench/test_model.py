@@ -206,3 +206,15 @@ def test_losses_come_first_and_what_has_no_peer_last() -> None:
     assert known == sorted(known)
     assert ratios[len(known) :] == [None] * (len(ratios) - len(known))
     assert None in ratios
+
+
+@pytest.mark.parametrize("mode", ["reflect", "circular"])
+def test_every_step_of_every_plan_has_a_time(mode: str) -> None:
+    """Steps at the edges, too, which a padding mode adds to plans."""
+    plain = ConvProblem("conv1d", 2, 64, 64, 1000, 3, padding_left=1, padding_right=1)
+    for problem in (plain, replace(plain, padding_mode=mode), replace(plain, padding_mode=mode, dtype="float64")):
+        for p in (problem, problem.adjoint()):
+            choice = choose(p)
+            for step in choice.plan.steps:
+                if step is not choice.step:
+                    assert predict_pass(p, step, H200).us > LAUNCH_US
