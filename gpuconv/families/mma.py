@@ -443,6 +443,7 @@ def _predict(
         has_samples=tile.has_samples,
         is_cut=is_cut,
         kept_segments=reduction.segments if tile.segment_mode == 1 else 0,
+        width=window.width,
     )
     packed = row_tiles * tile.block_m * reduction.chunks * reduction.pairs
     resident = min(tile.min_blocks, max(1, device.shared_per_sm // (shared + RESERVED_SHARED_BYTES)))

@@ -68,6 +68,7 @@ class TilesLaunch(NamedTuple):
         stages: of a chunk.
         is_cut: whether the sums are those of one segment, which another launch adds.
         kept_segments: whose sums a block adds to totals in shared memory.
+        width: positions of the input that one access loads.
     """
 
     arithmetic: Arithmetic
@@ -87,6 +88,7 @@ class TilesLaunch(NamedTuple):
     has_samples: bool
     is_cut: bool
     kept_segments: int
+    width: int
 
     @property
     def warps(self) -> int:
@@ -144,9 +146,10 @@ class TilesLaunch(NamedTuple):
         passes = self.blocks * self.warps * self.chunks * self.stages
         return Code(
             instructions=passes * (products + fetches + copies + sums + _STAGE_INSTRUCTIONS)
-            + self.staged_by_warps * a.channels * a.staging_instructions,
-            # Of each vector of the window a lane loads its elements one by one and stores its parts.
-            wavefronts=passes * 4 * (fetches + copies + 1) + self.staged_by_warps * (a.channels + 4 * a.parts),
+            + self.staged_by_warps * a.channels * a.staging_instructions[self.width - 1],
+            # Of each vector of the window a lane loads its elements one or two at a time and stores its parts.
+            wavefronts=passes * 4 * (fetches + copies + 1)
+            + self.staged_by_warps * (a.channels / self.width + 4 * a.parts),
             chain=self.chunks * self.stages * (_STAGE_CYCLES + MMA_LATENCY_CYCLES * STAGE_STEPS),
         )
 
@@ -224,10 +227,11 @@ def _launch_of(problem: ConvProblem, step: Step) -> TilesLaunch:
         block_n=int(macros["BLOCK_N"]),
         warps_m=int(macros["WARPS_M"]),
         warps_n=int(macros["WARPS_N"]),
-        prefetch=int(macros["PREFETCH_TASKS"]),
+        prefetch=int(macros["PREFETCH"]),
         has_samples=macros["HAS_SAMPLES"] == "1",
         is_cut=is_cut,
         kept_segments=params["segments"] if macros["SEGMENT_MODE"] == "1" else 0,
+        width=int(macros["INPUT_WIDTH"]),
     )
 
 

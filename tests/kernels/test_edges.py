@@ -163,7 +163,8 @@ def test_kernels_compile_without_local_memory(arch: str) -> None:
         own = [
             config
             for config in own
-            if config.kernel == family.name and not dict(config.macros).get("FINE_WIDTH", "1") > "1"
+            if config.kernel == family.name
+            and not any(dict(config.macros).get(name, "1") > "1" for name in ("FINE_WIDTH", "INPUT_WIDTH"))
         ]
         for i, mode in enumerate(MODES):
             chosen.append(with_padding_mode(own[(7 * (place * len(MODES) + i) + number) % len(own)], mode))
