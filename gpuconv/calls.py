@@ -8,9 +8,10 @@ from typing import Any, cast
 import numpy as np
 
 from . import runtime
+from .fusion import Fusion
 from .memory import check_kinds, check_overlap, overlaps_itself
 from .problem import BiasGradientProblem, ConvProblem, WeightGradientProblem, dtype_name
-from .tasks import SIGNATURES, Task
+from .tasks import OPTIONAL, SIGNATURES, Task
 
 # Executors of GPU calls and tasks of CPU calls, by everything that they depend on. A full cache drops its oldest entry,
 # so that a program whose lengths always differ keeps only so many.
@@ -77,8 +78,10 @@ def _compute(task: Task, arrays: list[Any], output: np.ndarray[Any, Any]) -> Non
 
     p = task.problem
     if isinstance(p, ConvProblem):
-        x, weight, *bias = arrays
-        cpu.convolve(p, x, weight.conj() if task.conjugate_weight else weight, bias[0] if bias else None, output)
+        x, weight, *more = arrays
+        cpu.convolve(
+            p, x, weight.conj() if task.conjugate_weight else weight, more[0] if more else None, output, more[1:]
+        )
     elif isinstance(p, WeightGradientProblem):
         cpu.weight_gradient.compute(p, *p.sides(*arrays), output)
     elif isinstance(p, BiasGradientProblem):
@@ -113,7 +116,7 @@ def _run_on_gpu(
         task = _check(function, arrays, settings, out)
         executor = runtime.make_executor(
             task.problem,
-            SIGNATURES[function].operands,
+            SIGNATURES[function].operands[: len(arrays)],
             arrays,
             out,
             conjugate_weight=task.conjugate_weight,
@@ -123,7 +126,7 @@ def _run_on_gpu(
         if key is not None:
             _keep(_EXECUTORS, key, found)
     elif out is not None:
-        check_overlap(function, out, dict(zip(SIGNATURES[function].arrays, arrays, strict=True)))
+        check_overlap(function, out, dict(zip(SIGNATURES[function].arrays, arrays, strict=False)))
     executor, shape = found
     if out is None:
         out = cupy.empty(shape, arrays[0].dtype)
@@ -134,7 +137,7 @@ def _run_on_gpu(
 def _check(function: str, arrays: tuple[Any, ...], settings: tuple[Any, ...], out: Any | None) -> Task:
     """Check that arrays, settings and `out` fit; return the task of the call."""
     names = SIGNATURES[function].arrays
-    given = {n: a for n, a in zip(names, arrays, strict=True) if a is not None or n != "bias"}
+    given = {n: a for n, a in zip(names, arrays, strict=False) if a is not None or n not in OPTIONAL}
     check_kinds(function, given if out is None else {**given, "out": out})
     task = Task.of(function, arrays, settings)
     if out is None:
@@ -183,14 +186,14 @@ def _cpu_key(name: str, arrays: tuple[Any, ...], settings: tuple[Any, ...]) -> t
     return tuple(key)
 
 
-_PLAIN_TYPES = frozenset((int, str, type(None)))
+_PLAIN_TYPES = frozenset((int, str, type(None), Fusion))
 
 
 def _as_key(settings: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """The settings with lists as tuples and NumPy integers as ints, or None where they do not name one problem.
 
-    They do where nothing but ints, strings and None remains: True equals 1 and would find the entry of 1, but must be
-    refused.
+    They do where nothing but ints, strings, None and a `Fusion` remains: True equals 1 and would find the entry of 1,
+    but must be refused.
     """
     for value in settings:
         if type(value) not in _PLAIN_TYPES and not (type(value) is tuple and all(type(v) is int for v in value)):

@@ -14,6 +14,8 @@ from . import cpu, dispatch, runtime
 from .arguments import check_int, check_padding_mode
 from .device import ARCHITECTURES, Device
 from .families import Launch
+from .families.base import ACTIVATED
+from .fusion import FUSED_ARRAYS, RESIDUAL, Fused
 from .memory import check_kinds
 from .problem import (
     ArrayLike,
@@ -23,16 +25,20 @@ from .problem import (
     Op,
     WeightGradientProblem,
 )
-from .tasks import SIGNATURES
+from .tasks import OPTIONAL, SIGNATURES
 from .text import WIDTH, count, wrap, wrap_rows
 
 Direction: TypeAlias = Literal["forward", "grad_input", "grad_weight", "grad_bias"]
 DIRECTIONS: tuple[Direction, ...] = ("forward", "grad_input", "grad_weight", "grad_bias")
 
 SETTINGS: Mapping[Op, tuple[str, ...]] = {
-    "conv1d": ("stride", "padding", "dilation", "groups", "padding_mode", "precision", "algorithm"),
+    "conv1d": (
+        "stride", "padding", "dilation", "groups", "padding_mode", "input_activation", "residual", "activation",
+        "precision", "algorithm",
+    ),
     "conv_transpose1d": (
-        "stride", "padding", "output_padding", "groups", "dilation", "output_size", "precision", "algorithm",
+        "stride", "padding", "output_padding", "groups", "dilation", "output_size", "input_activation", "residual",
+        "activation", "precision", "algorithm",
     ),
 }  # fmt: skip
 
@@ -81,11 +87,32 @@ class Explanation:
         """The shapes of the arrays of the call by name, the result last."""
         p = self.problem
         if isinstance(p, ConvProblem):
-            return {**p.shapes, "input": p.input_shape, "output": p.output_shape}
+            shapes = {**p.shapes, "input": p.input_shape, "output": p.output_shape}
+            return {**shapes, RESIDUAL: p.output_shape} if p.fusion.has_residual else shapes
         if isinstance(p, BiasGradientProblem):
             return p.shapes
         names = _names_of_operands(p)
         return {names.get(operand, operand): shape for operand, shape in p.shapes.items()}
+
+    @property
+    def fused(self) -> dict[str, int | None]:
+        """What is fused: in words, with the bytes that need not move since it is no pass of its own.
+
+        None on the CPU, where they move within the caches if a sample fits those.
+        """
+        p = self.problem
+        if not isinstance(p, ConvProblem) or not p.fusion:
+            return {}
+        f, of_input, of_output = p.fusion, math.prod(p.input_shape), math.prod(p.output_shape)
+        is_loaded = self.choice is None or all(ACTIVATED not in step.arrays for step in self.choice.plan.steps)
+        elements: dict[str, int] = {}  # that would be read and written by a pass of their own
+        if f.input_activation is not None:
+            elements[f"{f.input_activation} of the input"] = of_input if is_loaded else 0
+        if f.has_residual:
+            elements["residual"] = of_output
+        if f.activation is not None:
+            elements[str(f.activation)] = of_output
+        return {words: None if self.device is None else 2 * n * p.itemsize for words, n in elements.items()}
 
     @property
     def copy_bytes(self) -> int:
@@ -102,6 +129,7 @@ class Explanation:
             "flops": self.flops,
             "bytes": self.bytes,
             "intensity": self.intensity,
+            "fused": self.fused,
             "copies": list(self.copies),
             "copy_bytes": self.copy_bytes,
             "method": None if self.method is None else dataclasses.asdict(self.method),
@@ -155,6 +183,10 @@ class Explanation:
         else:
             where = f"{self.device.name} ({self.device.arch_name})"
             rows += self._kernel_rows()
+        if self.fused:
+            saved = {w: "" if n is None else f" ({_quantity(n, 'B')} saved)" for w, n in self.fused.items()}
+            words = [f"{what}{num_bytes}" for what, num_bytes in saved.items()]
+            rows.append(("fused", ", ".join(words)))
         work = f"{_quantity(self.flops, 'FLOP')}, at least {_quantity(self.bytes, 'B')} moved"
         rows.append(("work", f"{work}, {self.intensity:.3g} FLOP/B"))
         copies = f"{', '.join(self.copies)} ({_quantity(self.copy_bytes, 'B')})" if self.copies else "none"
@@ -244,14 +276,15 @@ def explain(
         device: None for where the arrays are (NumPy: the CPU path; CuPy: their GPU), "cpu", an architecture such as
             "sm_90" for a typical GPU of it, or a `gpuconv.device.Device`. A GPU need not be there: NumPy arrays then
             stand for GPU arrays with the same strides and the same alignment.
-        **settings: the settings of the operation by name: stride, padding, dilation, groups, algorithm and so on.
+        **settings: the settings of the operation by name: stride, padding, dilation, groups, algorithm and so on. An
+            `ArraySpec` may stand for the residual, and for the arrays of snake.
 
     Returns:
         An `Explanation`; `print` it.
 
     Raises:
         ValueError: the call itself would raise it; an unknown op, direction or device; ArraySpecs without a device; the
-            gradient of an input without positions.
+            gradient of an input without positions, or of what is fused.
         TypeError: the call itself would raise it; a setting that the operation does not have.
         RuntimeError: the arrays are CuPy arrays but no GPU answers.
 
@@ -268,8 +301,10 @@ def explain(
         raise ValueError(f"explain: direction must be one of {', '.join(DIRECTIONS)}, got {direction!r}")
     if unknown := settings.keys() - set(SETTINGS[op]):
         raise TypeError(f"explain: {op} has the settings {', '.join(SETTINGS[op])}, got {', '.join(sorted(unknown))}")
-    arrays = {"input": input, "weight": weight, "bias": bias}
-    given: dict[str, Any] = {name: array for name, array in arrays.items() if array is not None or name != "bias"}
+    names = ("activation", "input_activation", "residual")
+    fused = Fused.check(op, *(settings.pop(name, None) for name in names))
+    arrays = {"input": input, "weight": weight, "bias": bias, **dict(zip(FUSED_ARRAYS, fused.arrays, strict=True))}
+    given: dict[str, Any] = {name: array for name, array in arrays.items() if array is not None or name not in OPTIONAL}
     for name, array in given.items():
         if isinstance(array, ArraySpec):
             _check_extents(op, name, array)
@@ -285,7 +320,7 @@ def explain(
     function = op if direction == "forward" else f"{op}_{direction.removeprefix('grad_')}"
     dispatch.check_algorithm("explain", SIGNATURES[function].kind, algorithm)
     construct = ConvProblem.conv_transpose1d if op == "conv_transpose1d" else ConvProblem.conv1d
-    p = construct(input, weight, bias, **settings)
+    p = construct(input, weight, bias, **settings).fused(fused)
     problem: ConvProblem | WeightGradientProblem | BiasGradientProblem = p
     if direction == "grad_input":
         if p.L_in == 0:

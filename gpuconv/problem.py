@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, SupportsIndex, TypeAlias, TypeVar
 
 from .arguments import (
@@ -30,6 +30,7 @@ from .arguments import (
     check_size,
 )
 from .dtypes import DTYPES, FORMATS, PRECISIONS, Format, dtype_name, numpy_dtype
+from .fusion import ACTIVATION_ARRAYS, INPUT_ACTIVATION_ARRAYS, NOTHING, RESIDUAL, Fused, Fusion, check_arrays
 
 # With the problems come the words that describe them, so that their users need one import.
 __all__ = [
@@ -109,6 +110,8 @@ class ConvProblem:
     - conv1d: ``l_in = l_out*stride - padding_left + k*dilation``;
     - conv_transpose1d: ``l_out = l_in*stride - padding_left + k*dilation``.
 
+    `fusion` says what is fused: see `gpuconv.fusion`.
+
     Raises:
         ValueError: an output length below 1, or an array whose size does not fit 64-bit offsets.
     """
@@ -129,6 +132,7 @@ class ConvProblem:
     has_bias: bool = False
     batched: bool = True
     precision: str = "float32"
+    fusion: Fusion = NOTHING
     L_out: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -267,6 +271,26 @@ class ConvProblem:
             check_precision(op, precision, x.dtype),
         )  # fmt: skip
 
+    def fused(self, fused: Fused) -> ConvProblem:
+        """The same with what a call gives to fuse, once that is known to fit.
+
+        Raises:
+            ValueError: an array has the wrong shape.
+            TypeError: an array has the wrong dtype, or the data are complex and an activation is given.
+        """
+        shapes = {**self._fused_shapes, RESIDUAL: self.output_shape}
+        check_arrays(self.op, fused.fusion, fused.arrays, self.dtype, shapes)
+        return replace(self, fusion=fused.fusion)
+
+    @property
+    def _fused_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of what may be fused, by name."""
+        return {
+            RESIDUAL: (self.N, self.C_out, self.L_out),
+            **dict.fromkeys(ACTIVATION_ARRAYS, (self.C_out,)),
+            **dict.fromkeys(INPUT_ACTIVATION_ARRAYS, (self.C_in,)),
+        }
+
     @property
     def kind(self) -> Kind:
         return self.op
@@ -277,6 +301,9 @@ class ConvProblem:
         shapes: dict[str, tuple[int, ...]] = {"input": (self.N, self.C_in, self.L_in), "weight": self.weight_shape}
         if self.has_bias:
             shapes["bias"] = (self.C_out,)
+        if self.fusion:
+            possible = self._fused_shapes
+            shapes.update((name, possible[name]) for name in self.fusion.arrays)
         shapes["output"] = (self.N, self.C_out, self.L_out)
         return shapes
 
@@ -354,9 +381,10 @@ class ConvProblem:
         Its right padding is negative, a cut of the gradient, where `output_padding` exceeds `padding_right`.
 
         Raises:
-            ValueError: L_in is 0, so there is nothing to compute.
+            ValueError: L_in is 0, so there is nothing to compute; or something is fused.
         """
         p = self
+        p.refuse_fusion()
         span = p.dilation * (p.K - 1) + 1
         rest = 0 if p.transposed else (p.L_in + p.padding_left + p.padding_right - span) % p.stride
         return ConvProblem(
@@ -365,15 +393,26 @@ class ConvProblem:
             p.precision,
         )  # fmt: skip
 
+    def refuse_fusion(self) -> None:
+        """Refuse the gradients of what is fused.
+
+        Raises:
+            ValueError: naming it.
+        """
+        if self.fusion:
+            raise ValueError(
+                f"{self.op}: there is no gradient of what is fused ({self.fusion}); compute those of the convolution "
+                "without it and of the rest one after the other"
+            )
+
     def flops(self) -> int:
         """Floating-point operations, a multiply-add counted as two (as eight for complex data), padding included."""
         rows = self.C_in * self.L_in * self.C_out_g if self.transposed else self.C_out * self.L_out * self.C_in_g
         return (8 if self.is_complex else 2) * self.N * rows * self.K
 
     def bytes(self) -> int:
-        """The fewest bytes that must move: input, weight and bias read once, the output written once."""
-        elements = self.N * self.C_in * self.L_in + math.prod(self.weight_shape) + self.N * self.C_out * self.L_out
-        return (elements + (self.C_out if self.has_bias else 0)) * self.itemsize
+        """The fewest bytes that must move: every array read once, the output written once."""
+        return sum(map(math.prod, self.shapes.values())) * self.itemsize
 
     def __str__(self) -> str:
         parts = [
@@ -387,6 +426,8 @@ class ConvProblem:
             parts.append("bias")
         if self.precision != "float32":
             parts.append(self.precision)
+        if self.fusion:
+            parts.append(f"with {self.fusion}")
         return " ".join(parts)
 
 
@@ -431,6 +472,7 @@ class WeightGradientProblem:
     def of(cls, problem: ConvProblem) -> WeightGradientProblem:
         """The weight gradient of a forward problem. A single sample is a batch of one; the bias is ignored."""
         p = problem
+        p.refuse_fusion()
         sides = (p.C_in, p.C_out, p.L_in, p.L_out) if p.transposed else (p.C_out, p.C_in, p.L_out, p.L_in)
         return cls(p.op, p.N, *sides, p.K, p.stride, p.padding_left, p.dilation, p.groups, p.dtype, p.precision)
 
@@ -544,6 +586,7 @@ class BiasGradientProblem:
     @classmethod
     def of(cls, problem: ConvProblem) -> BiasGradientProblem:
         """The bias gradient of a forward problem."""
+        problem.refuse_fusion()
         return cls(problem.N, problem.C_out, problem.L_out, problem.dtype)
 
     @property

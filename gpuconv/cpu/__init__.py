@@ -9,6 +9,8 @@ The output is cut into blocks, and `method` chooses, from the problem alone, how
 - planes: elementwise products of depthwise planes, of many rows at once, one per tap.
 - taps: elementwise products, one per tap, where a group has one input channel.
 
+What is fused is done to blocks of the output while they are in the cache (`fused`).
+
 A transposed problem is seen as a convolution that yields several outputs at each position (`geometry`), or with its
 input and its weight exchanged, where the weight is the longer one. Taps that meet nothing but padding are left out.
 `choice` adds up what the parts of each form cost (`costs`) and takes the cheapest.
@@ -24,8 +26,10 @@ sums in an order of its own, on the layout of the arrays in memory and on the nu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ..problem import ConvProblem
-from . import bias_gradient, weight_gradient
+from . import bias_gradient, fused, weight_gradient
 from .arrays import Array
 from .choice import Method, plan
 from .geometry import Call
@@ -35,10 +39,17 @@ __all__ = ["Method", "bias_gradient", "convolve", "method", "weight_gradient"]
 
 def method(problem: ConvProblem) -> Method:
     """The form that `convolve` uses for a problem: a pure function of the problem."""
-    return plan(problem).method
+    return fused.method(problem, _plain_method) if problem.fusion else _plain_method(problem)
 
 
-def convolve(problem: ConvProblem, input: Array, weight: Array, bias: Array | None, output: Array) -> None:
+def convolve(
+    problem: ConvProblem,
+    input: Array,
+    weight: Array,
+    bias: Array | None,
+    output: Array,
+    fused_arrays: Sequence[Array | None] = (),
+) -> None:
     """Compute a problem into `output`, every element of it.
 
     float16 and bfloat16 are summed in float32, the bias included, and rounded once. A NaN or an infinity reaches only
@@ -50,5 +61,17 @@ def convolve(problem: ConvProblem, input: Array, weight: Array, bias: Array | No
         weight: `problem.weight_shape`, likewise.
         bias: `problem.bias_shape` or None, likewise.
         output: `problem.output_shape`, any strides; it overlaps no other argument.
+        fused_arrays: where `problem.fusion` is not empty, those of `gpuconv.fusion.FUSED_ARRAYS` in order.
     """
+    if problem.fusion:
+        fused.convolve(problem, input, weight, bias, output, fused_arrays, _convolve)
+    else:
+        _convolve(problem, input, weight, bias, output)
+
+
+def _plain_method(problem: ConvProblem) -> Method:
+    return plan(problem).method
+
+
+def _convolve(problem: ConvProblem, input: Array, weight: Array, bias: Array | None, output: Array) -> None:
     plan(problem).run(Call.of(problem, input, weight, bias, output))

@@ -125,8 +125,9 @@ class Step:
     arrays: tuple[str | None, ...]
 
 
-# Names of scratch buffers: weights in the order in which a kernel reads them, and sums that a later step adds.
-PACKED, PARTIAL = "packed", "partial"
+# Names of scratch buffers: weights in the order in which a kernel reads them, sums that a later step adds, and the
+# activated input.
+PACKED, PARTIAL, ACTIVATED = "packed", "partial", "activated"
 
 
 @dataclass(frozen=True, slots=True)
