@@ -46,6 +46,7 @@ struct Params {
     index_t warps_c, step_n, step_l;
     index_t row_taps, row_advance, row_pitch;
     index_t chunk_terms;
+    FUSED_FIELDS
 };
 static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/conv1d_stem.py");
 
@@ -60,7 +61,8 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS) conv1d_ste
     const storage_t* __restrict__ weight,  // [C_out, C_in_g, K]
     const storage_t* __restrict__ bias,    // [C_out], or null
     storage_t* __restrict__ output,        // [N, C_out, L_out]
-    const Params p) {
+    FUSED_ARGUMENTS const Params p) {
+    const Epilogue epilogue(bias, output, p FUSED_VALUES);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int warps = blockDim.x / 32, warps_c = int(p.warps_c);
     const int warp_l = warp / warps_c, warp_c = warp - warp_l * warps_c, warps_l = warps / warps_c;
@@ -112,7 +114,7 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS) conv1d_ste
     };
 #pragma unroll 1
     for (int c = threadIdx.x; c < warps_c * THREAD_C; c += blockDim.x) {
-        smem_bias[c] = bias_or_zero(bias, (g * p.C_out_g + min_index(channel_begin + c, p.C_out_g - 1)) * p.bias_stride);
+        smem_bias[c] = epilogue.bias_of(g * p.C_out_g + min_index(channel_begin + c, p.C_out_g - 1));
     }
 
     // From the first of a lane's columns to the others, in elements.
@@ -221,10 +223,11 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS) conv1d_ste
 #pragma unroll
         for (int c = 0; c < THREAD_C; ++c) {
             if (c_begin + c >= p.C_out_g) break;
-            const acc_t channel_bias = smem_bias[warp_c * THREAD_C + c];
+            const Channel channel = epilogue.channel(g * p.C_out_g + c_begin + c, smem_bias[warp_c * THREAD_C + c]);
 #pragma unroll
             for (int j = 0; j < THREAD_L; ++j) {
-                if (is_output[j]) y[output_offset[j]] = finish(acc[c][j], channel_bias);
+                storage_t* const place = y + output_offset[j];
+                if (is_output[j]) *place = finish(acc[c][j], channel, place);
             }
             y += p.output_stride_c;
         }
@@ -246,8 +249,10 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS) conv1d_ste
             const acc_t sum = canonical_sum(
                 input + n * p.input_stride_n, l_out * p.stride - p.padding_left, p.dilation, p.K, p,
                 RowWeights(w, p.weight_stride_in, p.weight_stride_k));
-            output[n * p.output_stride_n + c * p.output_stride_c + l_out * p.output_stride_l] =
-                finish(sum, smem_bias[warp_c * THREAD_C + c]);
+            storage_t* const place =
+                output + (n * p.output_stride_n + c * p.output_stride_c + l_out * p.output_stride_l);
+            *place = finish(
+                sum, epilogue.channel(g * p.C_out_g + c_begin + c, smem_bias[warp_c * THREAD_C + c]), place);
         }
     }
 }

@@ -200,9 +200,21 @@ struct ChannelRows {
     }
 };
 
+// Where the result of a row in a column of the block belongs in the output; null where there is no such result. It is asked
+// for the residual alone.
+__device__ __forceinline__ const storage_t* place_of(const Tile& tile, const Window& window, const Row& row, index_t column) {
+    const index_t sample = HAS_SAMPLES ? column / window.block_positions : 0;
+    const index_t q = tile.position_begin + (column - sample * window.block_positions);
+    const index_t l = q * tile.output_step + tile.output_first + row.shift;
+    const bool exists = sample < (HAS_SAMPLES ? min_index(window.block_samples, tile.samples) : 1) &&
+                        q < tile.positions && is_index(l, tile.L_out);
+    if (!exists) return nullptr;
+    return tile.output + (row.output_offset + sample * tile.output_stride_n + l * tile.output_stride_l);
+}
+
 template <typename RowOf>
 __device__ __forceinline__ void store_slice(
-    const Tile& tile, const Window& window, const storage_t* bias, const RowOf& row_of, storage_t* slice,
+    const Tile& tile, const Window& window, const Epilogue& epilogue, const RowOf& row_of, storage_t* slice,
     index_t row_begin, index_t column_begin, bool sum_again) {
     const int lane = threadIdx.x % 32;
     const index_t phases = PHASES_IN_ROWS ? tile.output_step : 1;
@@ -226,7 +238,11 @@ __device__ __forceinline__ void store_slice(
                 tile.input + sample * tile.input_stride_n, q * tile.column_step + tile.first, tile.tap_step,
                 info.taps, tile, PackedWeights(tile, window, row_begin + row));
             // The compiler must not make two loops of this one, with and without bias.
-            *value = finish(sum, bias_or_zero(keep_in_register(bias), info.bias_offset));
+            Epilogue kept = epilogue;
+            kept.bias = keep_in_register(kept.bias);
+            const storage_t* const place =
+                kHasResidual ? place_of(tile, window, info, column_begin + column) : nullptr;
+            *value = finish(sum, kept.channel(info.channel), place);
         }
         __syncwarp();
     }
@@ -288,7 +304,7 @@ __device__ __forceinline__ void store_slice(
 // rest of `acc` moves up, so that one loop body serves all rows.
 template <typename RowOf>
 __device__ __forceinline__ void store_tile(
-    const Tile& tile, const Window& window, const storage_t* bias, const RowOf& row_of, Sums& acc) {
+    const Tile& tile, const Window& window, const Epilogue& epilogue, const RowOf& row_of, Sums& acc) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     storage_t* const slice = reinterpret_cast<storage_t*>(dynamic_shared_memory()) + warp * kSliceRows * kSlicePitch;
     const index_t column_begin = warp % WARPS_N * kWarpN;
@@ -303,19 +319,23 @@ __device__ __forceinline__ void store_tile(
             channel.find(row, row_begin, PHASES_IN_ROWS ? tile.output_step : 1);
             storage_t* const mine = slice + channel.position(row, lane % 4 * 2);
             const bool exists = row_begin + row < tile.rows;
-            const acc_t channel_bias = bias_or_zero(exists ? bias : nullptr, row_of(tile, row_begin + row).bias_offset);
+            const Row info = row_of(tile, row_begin + row);
+            const Channel of_row = epilogue.channel(exists ? info.channel : 0);
 #pragma unroll
             for (int j = 0; j < kTilesN; ++j) {
 #pragma unroll
                 for (int e = 0; e < 2; ++e) {
+                    const index_t column = column_begin + (lane % 4 * 2 + j * 8 + e);
+                    const storage_t* const place =
+                        kHasResidual && exists ? place_of(tile, window, info, column) : nullptr;
                     mine[(j * 8 + e) * channel.count] =
-                        finish_or_nan(acc[0][j][half * 2 + e], channel_bias, &sum_again);
+                        finish_or_nan(acc[0][j][half * 2 + e], of_row, place, &sum_again);
                 }
             }
         }
         sum_again = NAN_FALLBACK && any_lane(sum_again);
         __syncwarp();
-        store_slice(tile, window, bias, row_of, slice, row_begin, column_begin, sum_again);
+        store_slice(tile, window, epilogue, row_of, slice, row_begin, column_begin, sum_again);
         __syncwarp();
         move_sums_up(acc);
     }
@@ -525,7 +545,7 @@ __device__ __forceinline__ void multiply_tile(
 // tile_of(tile index) is the kernel's reading of its grid.
 template <typename TileOf, typename RowOf>
 __device__ __forceinline__ void run_block(
-    const TileOf& tile_of, const Window& window, const storage_t* bias, const RowOf& row_of, AccVector* partial) {
+    const TileOf& tile_of, const Window& window, const Epilogue& epilogue, const RowOf& row_of, AccVector* partial) {
     Sums acc;
     if (SEGMENT_MODE == 3) {
         for_each_sum([&](int i, int j, int e) { acc[i][j][e] = 0.0f; });
@@ -562,5 +582,5 @@ __device__ __forceinline__ void run_block(
             return;
         }
     }
-    store_tile(tile_of(block_index_again()), window, bias, row_of, acc);
+    store_tile(tile_of(block_index_again()), window, epilogue, row_of, acc);
 }

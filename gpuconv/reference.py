@@ -175,9 +175,9 @@ class Sums:
         the output dtype: with B for what stands before that in the formula, s for the largest slope and e for the error
         of its elementary functions, `gpuconv.fusion.ULPS` units in the last place,
 
-            |y - y*| <= (1 + u_out) * (s * B + e * (|y*| + s * B)) + u_out * |y*| + tiny
+            |y - y*| <= (1 + u_out) * (s * B + e * (|y*| + 2 * s * B)) + u_out * |y*| + tiny
 
-        (for snake e stands before s * |x| instead, s being 1 + |alpha/beta|). An activated input differs from the exact
+        (for snake e stands before s * |x| in place of |y*|, s being 1 + |alpha/beta|; for gelu a unit of x is added). An activated input differs from the exact
         one by as much with B = 0, and each difference takes its weight times that with it.
 
         Source: N. J. Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., section 3.1 and 2.8 (underflow);
@@ -400,8 +400,10 @@ class Function:
                 scale = steepest * np.abs(x)
             else:
                 steepest, scale = self.activation.steepest, np.abs(exact)
+                if self.activation.name in ("gelu", "gelu_tanh"):
+                    scale = scale + np.abs(x) / ULPS
             moved = steepest * moved
-            return np.asarray(moved + e * (scale + moved) + TINY * accumulator.smallest_normal)
+            return np.asarray(moved + e * (scale + 2 * moved) + TINY * accumulator.smallest_normal)
 
 
 def _sigmoid(x: Array) -> Array:

@@ -171,6 +171,9 @@ class Family(ABC, Generic[ProblemT]):
     canonical_order: ClassVar[bool] = True
     """Whether it sums in the order of the base family of its kind: the families that do agree in every bit."""
 
+    activates_input: ClassVar[bool] = False
+    """Whether its kernel can activate the input as it loads it (cuda_src/input.cuh)."""
+
     @abstractmethod
     def plan(self, problem: ProblemT, layout: Layout, device: Device) -> Plan | Refusal:
         """How the family computes a problem of its kind, or why it does not. `problem.is_empty` is False."""

@@ -45,6 +45,7 @@ class Conv1dDepthwise(Family[ConvProblem]):
 
     name = "conv1d_depthwise"
     kind = "conv1d"
+    activates_input = True
 
     def plan(self, problem: ConvProblem, layout: Layout, device: Device) -> Plan | Refusal:
         p = problem

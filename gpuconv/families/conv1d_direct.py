@@ -22,6 +22,7 @@ class Conv1dDirect(Family[ConvProblem]):
 
     name = "conv1d_direct"
     kind = "conv1d"
+    activates_input = True
 
     def plan(self, problem: ConvProblem, layout: Layout, device: Device) -> Plan:
         p = problem

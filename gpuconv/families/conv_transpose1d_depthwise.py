@@ -41,6 +41,7 @@ class ConvTranspose1dDepthwise(Family[ConvProblem]):
 
     name = "conv_transpose1d_depthwise"
     kind = "conv_transpose1d"
+    activates_input = True
 
     def plan(self, problem: ConvProblem, layout: Layout, device: Device) -> Plan | Refusal:
         p = problem

@@ -22,6 +22,7 @@ class ConvTranspose1dGather(Family[ConvProblem]):
 
     name = "conv_transpose1d_gather"
     kind = "conv_transpose1d"
+    activates_input = True
 
     def plan(self, problem: ConvProblem, layout: Layout, device: Device) -> Plan:
         p = problem
