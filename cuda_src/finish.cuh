@@ -19,9 +19,9 @@
 #include "common.cuh"
 
 #ifdef HAS_RESIDUAL
-#define RESIDUAL_ARGUMENT const storage_t* __restrict__ residual, /* [N, C_out, L_out] */
+#define RESIDUAL_ARGUMENT const result_t* __restrict__ residual, /* [N, C_out, L_out] */
 #define RESIDUAL_VALUE , residual
-#define RESIDUAL_PARAMETER , const storage_t* residual
+#define RESIDUAL_PARAMETER , const result_t* residual
 constexpr bool kHasResidual = true;
 #else
 #define RESIDUAL_ARGUMENT
@@ -74,7 +74,7 @@ struct Channel {
 
 // What finishes the results of all of them.
 struct Epilogue {
-    const storage_t* bias;
+    const result_t* bias;
     index_t bias_stride;
 #if defined(ACTIVATION) && !defined(ACTIVATION_PARAMETER)
     ChannelArrays arrays;
@@ -86,7 +86,7 @@ struct Epilogue {
     // `output` is the kernel's argument.
     template <typename P>
     __device__ __forceinline__ Epilogue(
-        const storage_t* bias, const storage_t* output, const P& p RESIDUAL_PARAMETER ACTIVATION_PARAMETERS)
+        const result_t* bias, const result_t* output, const P& p RESIDUAL_PARAMETER ACTIVATION_PARAMETERS)
         : bias(bias), bias_stride(p.bias_stride) {
 #if defined(ACTIVATION) && !defined(ACTIVATION_PARAMETER)
         arrays = ChannelArrays{alpha, beta, p.activation_alpha_stride, p.activation_beta_stride};
@@ -117,32 +117,32 @@ struct Epilogue {
 };
 
 // `place` is where the result belongs in the output, or null where it will not be stored.
-__device__ __forceinline__ acc_t add_addends(acc_t sum, const Channel& channel, const storage_t* place) {
+__device__ __forceinline__ acc_t add_addends(acc_t sum, const Channel& channel, const result_t* place) {
     acc_t value = add(sum, channel.bias);
 #ifdef HAS_RESIDUAL
     if (place != nullptr) {
         const char* const residual = reinterpret_cast<const char*>(place) + channel.residual_shift;
-        value = add(value, scalar::load(*reinterpret_cast<const storage_t*>(residual)));
+        value = add(value, scalar::load(*reinterpret_cast<const result_t*>(residual)));
     }
 #endif
     return value;
 }
 
-__device__ __forceinline__ storage_t activate_and_round(acc_t value, const Channel& channel) {
+__device__ __forceinline__ result_t activate_and_round(acc_t value, const Channel& channel) {
 #ifdef ACTIVATION
     value = activation::ACTIVATION(value, channel.parameters);
 #endif
     return scalar::round(value);
 }
 
-__device__ __forceinline__ storage_t finish(acc_t sum, const Channel& channel, const storage_t* place) {
+__device__ __forceinline__ result_t finish(acc_t sum, const Channel& channel, const result_t* place) {
     return activate_and_round(add_addends(sum, channel, place), channel);
 }
 
 // The same where the sum and what is added to it are finite. Where they are not, the result is a NaN and *is_special becomes
 // true.
-__device__ __forceinline__ storage_t finish_or_nan(
-    acc_t sum, const Channel& channel, const storage_t* place, bool* is_special) {
+__device__ __forceinline__ result_t finish_or_nan(
+    acc_t sum, const Channel& channel, const result_t* place, bool* is_special) {
     const acc_t value = add_addends(sum, channel, place);
     const acc_t marked = multiply_add(scalar::zero(), value, value);
     *is_special = *is_special || is_nan(marked);

@@ -23,13 +23,13 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
 from .arguments import ArrayLike, check_dtype
-from .dtypes import FORMATS
+from .dtypes import FORMATS, INTEGERS
 
 # What a call may give: a name, or a name with its parameters, of which snake's are arrays.
 ActivationLike: TypeAlias = str | Sequence[Any]
 
-# The most units in the last place by which an activation may miss, in the accumulator, on the CPU and on a GPU. For gelu
-# one unit of x is added, since an exponent with a power of x is rounded. Of snake they are units of
+# The most units in the last place by which an activation may miss, in the accumulator, on the CPU and on a GPU. For
+# gelu one unit of x is added, since an exponent with a power of x is rounded. Of snake they are units of
 # abs(x)*(1 + abs(alpha/beta)), which it does not exceed: the argument of its sine is rounded. Any result may be off by
 # TINY smallest normal numbers besides.
 ULPS = 4
@@ -128,6 +128,19 @@ class Fused(NamedTuple):
         return cls(Fusion(behind, before, residual is not None), (residual, *arrays, *input_arrays))
 
 
+def check_data(caller: str, fusion: Fusion, dtype: str) -> None:
+    """Refuse what makes no sense for data of a dtype.
+
+    Raises:
+        TypeError: an activation of complex data, or anything of integers.
+    """
+    for name, activation in (("activation", fusion.activation), ("input_activation", fusion.input_activation)):
+        if activation is not None and (FORMATS[dtype].is_complex or dtype in INTEGERS):
+            raise TypeError(f"{caller}: {name} {activation.name} needs real floating-point data, got {dtype}")
+    if fusion.has_residual and dtype in INTEGERS:
+        raise TypeError(f"{caller}: a residual needs floating-point data, got {dtype}")
+
+
 def check_arrays(
     caller: str, fusion: Fusion, arrays: Sequence[Any | None], dtype: str, shapes: dict[str, tuple[int, ...]]
 ) -> None:
@@ -135,11 +148,9 @@ def check_arrays(
 
     Raises:
         ValueError: an array has another shape.
-        TypeError: an array has another dtype, or the data are complex and an activation is given.
+        TypeError: an array has another dtype, or `check_data` refuses the data.
     """
-    for name, activation in (("activation", fusion.activation), ("input_activation", fusion.input_activation)):
-        if activation is not None and FORMATS[dtype].is_complex:
-            raise TypeError(f"{caller}: {name} {activation.name} needs real data, got {dtype}")
+    check_data(caller, fusion, dtype)
     for name, array in zip(FUSED_ARRAYS, arrays, strict=True):
         if array is None:
             continue

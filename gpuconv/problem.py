@@ -24,18 +24,21 @@ from .arguments import (
     check_bias_length,
     check_dtype,
     check_groups,
+    check_out_dtype,
     check_precision,
     check_rank,
     check_setting,
     check_size,
 )
-from .dtypes import DTYPES, FORMATS, PRECISIONS, Format, dtype_name, numpy_dtype
+from .dtypes import DTYPES, FORMATS, INTEGER_SUMS, INTEGERS, PRECISIONS, Format, dtype_name, numpy_dtype
 from .fusion import ACTIVATION_ARRAYS, INPUT_ACTIVATION_ARRAYS, NOTHING, RESIDUAL, Fused, Fusion, check_arrays
 
 # With the problems come the words that describe them, so that their users need one import.
 __all__ = [
     "DTYPES",
     "FORMATS",
+    "INTEGERS",
+    "INTEGER_SUMS",
     "MAX_EXTENT",
     "PRECISIONS",
     "ArrayLike",
@@ -87,6 +90,8 @@ class Problem(Protocol):
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]: ...
 
+    def dtype_of(self, name: str) -> str: ...
+
     @property
     def is_empty(self) -> bool: ...
 
@@ -132,6 +137,7 @@ class ConvProblem:
     has_bias: bool = False
     batched: bool = True
     precision: str = "float32"
+    out_dtype: str | None = None  # of bias and output, where that is not `dtype`
     fusion: Fusion = NOTHING
     L_out: int = field(init=False)
 
@@ -164,7 +170,7 @@ class ConvProblem:
             )
         object.__setattr__(self, "L_out", L_out)
         for name, shape in (("input", self.input_shape), ("weight", self.weight_shape), ("output", self.output_shape)):
-            check_size(self.op, name, shape, self.dtype)
+            check_size(self.op, name, shape, self.dtype_of(name))
 
     @classmethod
     def conv1d(
@@ -177,6 +183,7 @@ class ConvProblem:
         dilation: Setting = 1,
         groups: SupportsIndex = 1,
         precision: str = "float32",
+        out_dtype: Any = None,
     ) -> ConvProblem:
         """Validate the arguments of `gpuconv.conv1d`; only `.shape` and `.dtype` of the arrays are read.
 
@@ -205,7 +212,7 @@ class ConvProblem:
             left, right = sides
         return cls(
             op, x.N, x.C_in, C_out, x.L_in, K, s, left, right, d, g, 0, x.dtype, bias is not None, x.batched,
-            check_precision(op, precision, x.dtype),
+            check_precision(op, precision, x.dtype), check_out_dtype(op, x.dtype, out_dtype, bias),
         )  # fmt: skip
 
     @classmethod
@@ -221,6 +228,7 @@ class ConvProblem:
         dilation: Setting = 1,
         output_size: Setting | None = None,
         precision: str = "float32",
+        out_dtype: Any = None,
     ) -> ConvProblem:
         """Validate the arguments of `gpuconv.conv_transpose1d`; only `.shape` and `.dtype` of the arrays are read.
 
@@ -268,7 +276,7 @@ class ConvProblem:
             extra = wanted - shortest
         return cls(
             op, x.N, x.C_in, C_out, x.L_in, K, s, left, right, d, g, extra, x.dtype, bias is not None, x.batched,
-            check_precision(op, precision, x.dtype),
+            check_precision(op, precision, x.dtype), check_out_dtype(op, x.dtype, out_dtype, bias),
         )  # fmt: skip
 
     def fused(self, fused: Fused) -> ConvProblem:
@@ -306,6 +314,10 @@ class ConvProblem:
             shapes.update((name, possible[name]) for name in self.fusion.arrays)
         shapes["output"] = (self.N, self.C_out, self.L_out)
         return shapes
+
+    def dtype_of(self, name: str) -> str:
+        """The dtype of one of the arrays."""
+        return self.out_dtype or self.dtype if name in ("bias", "output") else self.dtype
 
     @property
     def is_empty(self) -> bool:
@@ -412,7 +424,7 @@ class ConvProblem:
 
     def bytes(self) -> int:
         """The fewest bytes that must move: every array read once, the output written once."""
-        return sum(map(math.prod, self.shapes.values())) * self.itemsize
+        return sum(math.prod(shape) * FORMATS[self.dtype_of(name)].itemsize for name, shape in self.shapes.items())
 
     def __str__(self) -> str:
         parts = [
@@ -426,6 +438,8 @@ class ConvProblem:
             parts.append("bias")
         if self.precision != "float32":
             parts.append(self.precision)
+        if self.out_dtype is not None:
+            parts.append(f"to {self.out_dtype}")
         if self.fusion:
             parts.append(f"with {self.fusion}")
         return " ".join(parts)
@@ -488,6 +502,10 @@ class WeightGradientProblem:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shapes of the arrays by name, the result last."""
         return {"coarse": self.coarse_shape, "fine": self.fine_shape, "grad_weight": self.weight_shape}
+
+    def dtype_of(self, name: str) -> str:
+        """The dtype of one of the arrays."""
+        return self.dtype
 
     @property
     def is_empty(self) -> bool:
@@ -597,6 +615,10 @@ class BiasGradientProblem:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shapes of the arrays by name, the result last."""
         return {"grad_output": self.grad_output_shape, "grad_bias": self.bias_shape}
+
+    def dtype_of(self, name: str) -> str:
+        """The dtype of one of the arrays."""
+        return self.dtype
 
     @property
     def is_empty(self) -> bool:

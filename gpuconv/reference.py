@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .dtypes import FORMATS, OPERAND_ROUNDOFF, Format
+from .dtypes import FORMATS, INTEGERS, OPERAND_ROUNDOFF, Format
 from .fusion import ACTIVATION_ARRAYS, INPUT_ACTIVATION_ARRAYS, RESIDUAL, TINY, ULPS, Activation
 from .problem import BiasGradientProblem, ConvProblem, WeightGradientProblem
 
@@ -50,7 +50,7 @@ def compute(
         fused: the arrays that `problem.fusion` needs, by name.
 
     Returns:
-        `problem.output_shape`, float64, or complex128 for complex problems.
+        `problem.output_shape`, float64, or complex128 for complex problems; the exact result for problems of integers.
     """
     return convolution(problem, input, weight, bias, fused).exact()
 
@@ -122,6 +122,7 @@ class Sums:
         addend: the array whose elements are added to the sums, or None.
         evaluate: (left, right, addend) -> the result, in the dtype of its arguments.
         precision: of the problem: "tf32" allows for operands rounded to TF32.
+        out_dtype: of the result, where that is not `dtype`: of integers, whose result is exact and wraps around.
         left_error: how far the elements of `left` that were multiplied may lie from those of `left`; None for equal.
         residual: what is added to the sums beside the addend, of the result's shape, or None.
         activation: what is then applied to them, or None.
@@ -135,14 +136,17 @@ class Sums:
     addend: Array | None
     evaluate: Callable[[Array, Array, Array | None], Array]
     precision: str = "float32"
+    out_dtype: str | None = None
     left_error: Array | None = None
     residual: Array | None = None
     activation: Function | None = None
 
     def exact(self) -> Array:
-        """The result in float64, or complex128 for complex data."""
+        """The result in float64, complex128 for complex data, or `out_dtype`."""
         before = self._before_activation()
-        return before if self.activation is None else self.activation(before)
+        if self.activation is not None:
+            return self.activation(before)
+        return before if self.out_dtype is None else before.astype(self.out_dtype)
 
     def _before_activation(self) -> Array:
         with np.errstate(invalid="ignore", over="ignore"):
@@ -177,8 +181,11 @@ class Sums:
 
             |y - y*| <= (1 + u_out) * (s * B + e * (|y*| + 2 * s * B)) + u_out * |y*| + tiny
 
-        (for snake e stands before s * |x| in place of |y*|, s being 1 + |alpha/beta|; for gelu a unit of x is added). An activated input differs from the exact
-        one by as much with B = 0, and each difference takes its weight times that with it.
+        (for snake e stands before s * |x| in place of |y*|, s being 1 + |alpha/beta|; for gelu a unit of x is added).
+        An activated input differs from the exact one by as much with B = 0, and each difference takes its weight times
+        that with it.
+
+        The bound of integers is zero.
 
         Source: N. J. Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., section 3.1 and 2.8 (underflow);
         M. Fasi et al., Numerical behavior of NVIDIA tensor cores, PeerJ Computer Science 7, 2021 (alignment, blocks).
@@ -193,8 +200,10 @@ class Sums:
         Raises:
             ValueError: the reduction is so long that the bound does not exist (``(n + 2)*u >= 1``).
         """
-        before = self._before_activation() if exact is None or self.activation is not None else exact
-        return self._bounds(before, self.exact() if exact is None else exact).result
+        exact = self.exact() if exact is None else exact
+        if self._is_integer:
+            return np.zeros(exact.shape)
+        return self._bounds(exact if self.activation is None else self._before_activation(), exact).result
 
     def within_bound(self, output: Array) -> npt.NDArray[np.bool_]:
         """Which elements of `output` are right: within `error_bound`, NaN and infinities where they belong.
@@ -210,6 +219,9 @@ class Sums:
 
     def compare(self, output: Array) -> Comparison:
         """`output` beside what it should be."""
+        if self._is_integer:
+            exact = self.exact()
+            return Comparison(np.asarray(output == exact), exact, np.zeros(exact.shape), output)
         before = self._before_activation()
         exact = before if self.activation is None else self.activation(before)
         bounds = self._bounds(before, exact)
@@ -325,6 +337,10 @@ class Sums:
         return np.asarray(right)
 
     @property
+    def _is_integer(self) -> bool:
+        return self.dtype in INTEGERS
+
+    @property
     def _is_complex(self) -> bool:
         return FORMATS[self.dtype].is_complex
 
@@ -335,7 +351,8 @@ class Sums:
         return found, FORMATS[found.accumulator]
 
     def _as_wide(self, array: Any) -> Array:
-        return np.asarray(array).astype(np.complex128 if self._is_complex else np.float64)
+        wide = np.int64 if self._is_integer else np.complex128 if self._is_complex else np.float64
+        return np.asarray(array).astype(wide)
 
     def _magnitudes(self, array: Array) -> Array:
         """The absolute values, zero in the place of NaN and infinities."""
@@ -449,7 +466,7 @@ def convolution(
     if activate is not None:
         left, left_error = _activated_input(activate, input, FORMATS[p.dtype])
     return Sums(
-        p.dtype, p.terms, _products(p), left, weight, bias, partial(_convolve, p), p.precision, left_error,
+        p.dtype, p.terms, _products(p), left, weight, bias, partial(_convolve, p), p.precision, p.out_dtype, left_error,
         fused[RESIDUAL] if p.fusion.has_residual else None,
         Function.of(p.fusion.activation, ACTIVATION_ARRAYS, fused),
     )  # fmt: skip

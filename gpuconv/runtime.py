@@ -378,6 +378,14 @@ def _assign(target: Any, values: Any) -> None:
     target[...] = values
 
 
+def add(target: Any, values: Any) -> None:
+    """`target += values` for arrays of one shape and dtype, of which `target` may lie at any address."""
+    total = aligned(target)
+    total += values
+    if total is not target:
+        _assign(target, total)
+
+
 def _is_aligned(array: Any) -> bool:
     return not any(place % array.dtype.itemsize for place in (array.data.ptr, *array.strides))
 

@@ -9,6 +9,7 @@ The output is cut into blocks, and `method` chooses, from the problem alone, how
 - planes: elementwise products of depthwise planes, of many rows at once, one per tap.
 - taps: elementwise products, one per tap, where a group has one input channel.
 
+Integers are computed exactly through float64 (`integers`).
 What is fused is done to blocks of the output while they are in the cache (`fused`).
 
 A transposed problem is seen as a convolution that yields several outputs at each position (`geometry`), or with its
@@ -28,8 +29,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..problem import ConvProblem
-from . import bias_gradient, fused, weight_gradient
+from ..problem import INTEGERS, ConvProblem
+from . import bias_gradient, fused, integers, weight_gradient
 from .arrays import Array
 from .choice import Method, plan
 from .geometry import Call
@@ -70,8 +71,11 @@ def convolve(
 
 
 def _plain_method(problem: ConvProblem) -> Method:
-    return plan(problem).method
+    return plan(integers.in_float64(problem) if problem.dtype in INTEGERS else problem).method
 
 
 def _convolve(problem: ConvProblem, input: Array, weight: Array, bias: Array | None, output: Array) -> None:
-    plan(problem).run(Call.of(problem, input, weight, bias, output))
+    if problem.dtype in INTEGERS:
+        integers.run(convolve, problem, input, weight, bias, output)
+    else:
+        plan(problem).run(Call.of(problem, input, weight, bias, output))

@@ -47,6 +47,7 @@ LAYERS = (
     ("memory", "tasks"),
     ("calls",),
     ("functional",),
+    ("checkpoint",),
     ("nn", "grad", "cases", "explain", "files", "gpus", "report"),
     ("checks", "torch.tensors"),
     ("family_checks",),
