@@ -48,7 +48,7 @@ LAYERS = (
     ("calls",),
     ("functional",),
     ("checkpoint",),
-    ("nn", "grad", "cases", "explain", "files", "gpus", "report"),
+    ("nn", "grad", "signal", "cases", "explain", "files", "gpus", "report"),
     ("checks", "torch.tensors"),
     ("family_checks",),
     ("torch.operators",),
