@@ -302,8 +302,9 @@ class Sums:
     def _is_near(self, y: Array, limits: Array) -> npt.NDArray[np.bool_]:
         """Which elements are what an activation makes of an infinity or a NaN."""
         real, accumulator = self._formats
-        near = 2 * (real.roundoff + 2 * ULPS * accumulator.roundoff) * np.abs(limits)
-        return np.asarray((y == limits) | (np.isnan(y) & np.isnan(limits)) | (np.abs(y - limits) <= near))
+        with np.errstate(invalid="ignore"):
+            near = np.abs(y - limits) <= 2 * (real.roundoff + 2 * ULPS * accumulator.roundoff) * np.abs(limits)
+        return np.asarray((y == limits) | (np.isnan(y) & np.isnan(limits)) | (np.isfinite(limits) & near))
 
     def _part_within(self, y: Array, exact: Array, bounds: _Bounds) -> npt.NDArray[np.bool_]:
         """Which elements of a real, or of the real or imaginary part of a complex result are right, on finite data."""
@@ -323,8 +324,7 @@ class Sums:
             return ~np.isfinite(y)
         same = (y == exact) | (np.isnan(y) & np.isnan(exact))
         if self.activation is not None:
-            with np.errstate(invalid="ignore"):
-                same |= self._is_near(y, exact)
+            same |= self._is_near(y, exact)
         # Finite terms that overflow meet an infinity, or an infinity meets a flushed operand: NaN is right, too.
         infinite_left, infinite_right = (np.isinf(self._as_wide(a)).astype(np.float64) for a in (self.left, self.right))
         meets = self.evaluate(infinite_left, self._subnormal_parts(self.right), None)

@@ -1,7 +1,7 @@
 """The elementary functions of the activations, on the CPU and as kernels compute them: no further off than is said.
 
-The convolution has one tap, a one, so that its output is the activation of its input. float16 and bfloat16 have all their
-values; float32 and float64 have neighbours of every power of two, and values in between.
+The convolution has one tap, a one, so that its output is the activation of its input. float16 and bfloat16 have all
+their values; float32 and float64 have neighbours of every power of two, and values in between.
 """
 
 from __future__ import annotations
