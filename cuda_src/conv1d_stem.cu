@@ -226,8 +226,7 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS) conv1d_ste
             const Channel channel = epilogue.channel(g * p.C_out_g + c_begin + c, smem_bias[warp_c * THREAD_C + c]);
 #pragma unroll
             for (int j = 0; j < THREAD_L; ++j) {
-                storage_t* const place = y + output_offset[j];
-                if (is_output[j]) *place = finish(acc[c][j], channel, place);
+                if (is_output[j]) y[output_offset[j]] = finish(acc[c][j], channel, y + output_offset[j]);
             }
             y += p.output_stride_c;
         }
