@@ -59,7 +59,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK_SIZE, 2) conv1d_direct(
                     scalar::load(loaded(x[c_in * p.input_stride_c + l_in * p.input_stride_l])), acc);
             }
         }
-        storage_t* const y = output + n * p.output_stride_n + c_out * p.output_stride_c + l_out * p.output_stride_l;
-        *y = finish(acc, epilogue.channel(c_out), y);
+        const index_t place = n * p.output_stride_n + c_out * p.output_stride_c + l_out * p.output_stride_l;
+        output[place] = finish(acc, epilogue.channel(c_out), output + place);
     }
 }

@@ -219,14 +219,39 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS) conv1d_ste
             is_output[j] = l_lane + j * p.step_l < p.L_out && n_begin + j * p.step_n < p.N;
         }
         storage_t* const y_begin = output + (n_begin * p.output_stride_n + l_lane * p.output_stride_l);
+        const auto channel_of = [&](int c) {
+            return epilogue.channel(
+                g * p.C_out_g + min_index(c_begin + c, p.C_out_g - 1), smem_bias[warp_c * THREAD_C + c]);
+        };
+        if (kIsFused) {
+#pragma unroll 1
+            for (int c = 0; c < THREAD_C; ++c) {
+                const Channel channel = channel_of(c);
+                acc_t finished[THREAD_L];
+#pragma unroll
+                for (int j = 0; j < THREAD_L; ++j) {
+                    const bool exists = is_output[j] && c_begin + c < p.C_out_g;
+                    const storage_t* const place =
+                        exists ? y_begin + (c * p.output_stride_c + output_offset[j]) : nullptr;
+                    finished[j] = finish_unrounded(acc[0][j], channel, place);
+                }
+#pragma unroll
+                for (int j = 0; j < THREAD_L; ++j) {
+#pragma unroll
+                    for (int i = 0; i + 1 < THREAD_C; ++i) acc[i][j] = acc[i + 1][j];
+                    acc[THREAD_C - 1][j] = finished[j];
+                }
+            }
+        }
         storage_t* y = y_begin;
 #pragma unroll
         for (int c = 0; c < THREAD_C; ++c) {
             if (c_begin + c >= p.C_out_g) break;
-            const Channel channel = epilogue.channel(g * p.C_out_g + c_begin + c, smem_bias[warp_c * THREAD_C + c]);
+            const acc_t channel_bias = smem_bias[warp_c * THREAD_C + c];
 #pragma unroll
             for (int j = 0; j < THREAD_L; ++j) {
-                if (is_output[j]) y[output_offset[j]] = finish(acc[c][j], channel, y + output_offset[j]);
+                const acc_t value = kIsFused ? acc[c][j] : add(acc[c][j], channel_bias);
+                if (is_output[j]) y[output_offset[j]] = scalar::round(value);
             }
             y += p.output_stride_c;
         }
@@ -250,8 +275,7 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS) conv1d_ste
                 RowWeights(w, p.weight_stride_in, p.weight_stride_k));
             storage_t* const place =
                 output + (n * p.output_stride_n + c * p.output_stride_c + l_out * p.output_stride_l);
-            *place = finish(
-                sum, epilogue.channel(g * p.C_out_g + c_begin + c, smem_bias[warp_c * THREAD_C + c]), place);
+            *place = finish(sum, channel_of(c), place);
         }
     }
 }

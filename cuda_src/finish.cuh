@@ -57,6 +57,12 @@ constexpr bool kHasResidual = false;
 #define INPUT_ACTIVATION_PARAMETERS
 #endif
 
+#if defined(HAS_RESIDUAL) || defined(ACTIVATION)
+constexpr bool kIsFused = true;  // more than the bias
+#else
+constexpr bool kIsFused = false;
+#endif
+
 #define FUSED_ARGUMENTS RESIDUAL_ARGUMENT ACTIVATION_ARGUMENTS INPUT_ACTIVATION_ARGUMENTS
 #define FUSED_FIELDS ACTIVATION_FIELDS INPUT_ACTIVATION_FIELDS
 #define FUSED_VALUES RESIDUAL_VALUE ACTIVATION_VALUES
@@ -128,23 +134,28 @@ __device__ __forceinline__ acc_t add_addends(acc_t sum, const Channel& channel, 
     return value;
 }
 
-__device__ __forceinline__ result_t activate_and_round(acc_t value, const Channel& channel) {
+__device__ __forceinline__ acc_t activate(acc_t value, const Channel& channel) {
 #ifdef ACTIVATION
-    value = activation::ACTIVATION(value, channel.parameters);
+    return activation::ACTIVATION(value, channel.parameters);
+#else
+    return value;
 #endif
-    return scalar::round(value);
 }
 
 __device__ __forceinline__ result_t finish(acc_t sum, const Channel& channel, const result_t* place) {
-    return activate_and_round(add_addends(sum, channel, place), channel);
+    return scalar::round(activate(add_addends(sum, channel, place), channel));
 }
 
-// The same where the sum and what is added to it are finite. Where they are not, the result is a NaN and *is_special becomes
-// true.
-__device__ __forceinline__ result_t finish_or_nan(
-    acc_t sum, const Channel& channel, const result_t* place, bool* is_special) {
-    const acc_t value = add_addends(sum, channel, place);
+// Threads with many sums finish them in two steps, so that one loop body serves all: first what is fused, by this function,
+// then the rounding. Where that loop is, the sums go round: each moves one place on, and the finished ones come in behind.
+__device__ __forceinline__ acc_t finish_unrounded(acc_t sum, const Channel& channel, const result_t* place) {
+    return activate(add_addends(sum, channel, place), channel);
+}
+
+// The same where sum + bias is finite. Where it is not, the result is a NaN and *is_special becomes true.
+__device__ __forceinline__ result_t finish_or_nan(acc_t sum, acc_t bias, bool* is_special) {
+    const acc_t value = add(sum, bias);
     const acc_t marked = multiply_add(scalar::zero(), value, value);
     *is_special = *is_special || is_nan(marked);
-    return activate_and_round(marked, channel);
+    return scalar::round(marked);
 }

@@ -300,6 +300,44 @@ __device__ __forceinline__ void store_slice(
     }
 }
 
+// Adds to the sums of a warp's first 16 rows what is fused, and applies it; see finish_unrounded. Sums that are not finite
+// become NaN, as finish_or_nan makes them.
+template <typename RowOf>
+__device__ __forceinline__ void apply_fused(
+    const Tile& tile, const Window& window, const Epilogue& epilogue, const RowOf& row_of, index_t row_begin,
+    index_t column_begin, Sums& acc) {
+    const int lane = threadIdx.x % 32;
+    Row rows[2];
+    Channel channels[2];
+    bool exists[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const index_t row = row_begin + half * 8 + lane / 4;
+        rows[half] = row_of(tile, row);
+        exists[half] = row < tile.rows;
+        channels[half] = epilogue.channel(exists[half] ? rows[half].channel : 0);
+    }
+    index_t column = column_begin + lane % 4 * 2;
+#pragma unroll 1
+    for (int j = 0; j < kTilesN; ++j, column += 8) {
+        acc_t finished[4];
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+            const int half = e / 2;
+            const storage_t* const place =
+                kHasResidual && exists[half] ? place_of(tile, window, rows[half], column + e % 2) : nullptr;
+            const acc_t value = add_addends(acc[0][0][e], channels[half], place);
+            finished[e] = activate(multiply_add(scalar::zero(), value, value), channels[half]);
+        }
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+#pragma unroll
+            for (int k = 0; k + 1 < kTilesN; ++k) acc[0][k][e] = acc[0][k + 1][e];
+            acc[0][kTilesN - 1][e] = finished[e];
+        }
+    }
+}
+
 // Stores the sums of a block; row_of(tile, row) is the kernel's Row. A warp stores 16 rows at a time; after each 16, the
 // rest of `acc` moves up, so that one loop body serves all rows.
 template <typename RowOf>
@@ -311,6 +349,7 @@ __device__ __forceinline__ void store_tile(
     index_t row_begin = tile.row_begin + warp / WARPS_N * kWarpM;
 #pragma unroll 1
     for (int i = 0; i < kTilesM && row_begin < tile.rows; ++i, row_begin += kSliceRows) {
+        if (kIsFused) apply_fused(tile, window, epilogue, row_of, row_begin, column_begin, acc);
         bool sum_again = false;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
@@ -319,17 +358,14 @@ __device__ __forceinline__ void store_tile(
             channel.find(row, row_begin, PHASES_IN_ROWS ? tile.output_step : 1);
             storage_t* const mine = slice + channel.position(row, lane % 4 * 2);
             const bool exists = row_begin + row < tile.rows;
-            const Row info = row_of(tile, row_begin + row);
-            const Channel of_row = epilogue.channel(exists ? info.channel : 0);
+            const acc_t channel_bias =
+                kIsFused ? scalar::zero() : epilogue.bias_of(exists ? row_of(tile, row_begin + row).channel : 0);
 #pragma unroll
             for (int j = 0; j < kTilesN; ++j) {
 #pragma unroll
                 for (int e = 0; e < 2; ++e) {
-                    const index_t column = column_begin + (lane % 4 * 2 + j * 8 + e);
-                    const storage_t* const place =
-                        kHasResidual && exists ? place_of(tile, window, info, column) : nullptr;
                     mine[(j * 8 + e) * channel.count] =
-                        finish_or_nan(acc[0][j][half * 2 + e], of_row, place, &sum_again);
+                        finish_or_nan(acc[0][j][half * 2 + e], channel_bias, &sum_again);
                 }
             }
         }

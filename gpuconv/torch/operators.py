@@ -423,8 +423,8 @@ def _register_fused(op: Op) -> Callable[..., Tensor]:
     arrays = ", ".join(f"Tensor? {name}" for name in FUSED_ARRAYS)
     name, count = f"{op}_fused", _SETTINGS_COUNT[op]
     schema = (
-        f"{name}(Tensor input, Tensor weight, Tensor? bias, {arrays}, {_SETTINGS[op]}, str? algorithm, "
-        "str? activation, str? input_activation, float activation_parameter, float input_activation_parameter) -> Tensor"
+        f"{name}(Tensor input, Tensor weight, Tensor? bias, {arrays}, {_SETTINGS[op]}, str? algorithm, str? activation,"
+        " str? input_activation, float activation_parameter, float input_activation_parameter) -> Tensor"
     )
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     operator = getattr(torch.ops.gpuconv, name).default
