@@ -50,13 +50,21 @@ struct Numbers;
 
 template <>
 struct Numbers<float> {
-    static constexpr float rounder = 12582912.0f;  // 1.5 * 2^23: what it is added to becomes an integer
-    static constexpr float log2_e = 1.44269502f, ln2_high = 0.693359375f, ln2_low = -2.12194442e-4f;
-    static constexpr float inverse_pi = 0.318309873f, pi_high = 3.14159274f, pi_low = -8.74227766e-8f;
-    static constexpr float tail_shift = 4.0f;
+    // 1.5 * 2^23: what it is added to becomes an integer
+    static __device__ __forceinline__ float rounder() { return 12582912.0f; }
+    static __device__ __forceinline__ float log2_e() { return 1.44269502f; }
+    static __device__ __forceinline__ float ln2_high() { return 0.693359375f; }
+    static __device__ __forceinline__ float ln2_low() { return -2.12194442e-4f; }
+    static __device__ __forceinline__ float inverse_pi() { return 0.318309873f; }
+    static __device__ __forceinline__ float pi_high() { return 3.14159274f; }
+    static __device__ __forceinline__ float pi_low() { return -8.74227766e-8f; }
+    static __device__ __forceinline__ float tail_shift() { return 4.0f; }
     // From there exp(-x), exp(-x*x/2) and gelu_tanh(-x) are taken for zero.
-    static constexpr float exponential_end = 87.5f, tail_end = 13.0f, gelu_tanh_end = 10.0f;
-    static constexpr float sine_end = 4194304.0f;  // from there the argument was rounded by a quarter or more
+    static __device__ __forceinline__ float exponential_end() { return 87.5f; }
+    static __device__ __forceinline__ float tail_end() { return 13.0f; }
+    static __device__ __forceinline__ float gelu_tanh_end() { return 10.0f; }
+    // From there the argument was rounded by a quarter or more.
+    static __device__ __forceinline__ float sine_end() { return 4194304.0f; }
     static __device__ __forceinline__ float exponential(float r) {
         return polynomial(
             r, 1.98910799e-4f, 1.39337312e-3f, 8.33331048e-3f, 4.1666463e-2f, 1.66666672e-1f, 0.5f);
@@ -77,12 +85,19 @@ struct Numbers<float> {
 
 template <>
 struct Numbers<double> {
-    static constexpr double rounder = 6755399441055744.0;  // 1.5 * 2^52
-    static constexpr double log2_e = 1.4426950408889634, ln2_high = 0.6931471805598903, ln2_low = 5.497923018708371e-14;
-    static constexpr double inverse_pi = 0.3183098861837907, pi_high = 3.141592653589793, pi_low = 1.2246467991473532e-16;
-    static constexpr double tail_shift = 5.0;
-    static constexpr double exponential_end = 708.0, tail_end = 37.5, gelu_tanh_end = 21.0;
-    static constexpr double sine_end = 2251799813685248.0;
+    // 1.5 * 2^52
+    static __device__ __forceinline__ double rounder() { return 6755399441055744.0; }
+    static __device__ __forceinline__ double log2_e() { return 1.4426950408889634; }
+    static __device__ __forceinline__ double ln2_high() { return 0.6931471805598903; }
+    static __device__ __forceinline__ double ln2_low() { return 5.497923018708371e-14; }
+    static __device__ __forceinline__ double inverse_pi() { return 0.3183098861837907; }
+    static __device__ __forceinline__ double pi_high() { return 3.141592653589793; }
+    static __device__ __forceinline__ double pi_low() { return 1.2246467991473532e-16; }
+    static __device__ __forceinline__ double tail_shift() { return 5.0; }
+    static __device__ __forceinline__ double exponential_end() { return 708.0; }
+    static __device__ __forceinline__ double tail_end() { return 37.5; }
+    static __device__ __forceinline__ double gelu_tanh_end() { return 21.0; }
+    static __device__ __forceinline__ double sine_end() { return 2251799813685248.0; }
     static __device__ __forceinline__ double exponential(double r) {
         return polynomial(
             r, 2.09147553258932e-09, 2.5105312729622103e-08, 2.755727347871858e-07, 2.755725517000089e-06,
@@ -116,9 +131,9 @@ struct Exponential {
 
     __device__ __forceinline__ explicit Exponential(real_t x) {
         typedef Numbers<real_t> N;
-        const real_t shifted = fma_rn(x, N::log2_e, N::rounder);
-        const real_t n = add_rn(shifted, -N::rounder);
-        const real_t r = fma_rn(-n, N::ln2_low, fma_rn(-n, N::ln2_high, x));
+        const real_t shifted = fma_rn(x, N::log2_e(), N::rounder());
+        const real_t n = add_rn(shifted, -N::rounder());
+        const real_t r = fma_rn(-n, N::ln2_low(), fma_rn(-n, N::ln2_high(), x));
         power = N::power_of_two(shifted);
         fraction = fma_rn(multiply_rn(r, r), N::exponential(r), r);
     }
@@ -138,7 +153,7 @@ __device__ __forceinline__ real_t leaky_relu(real_t x, const Parameters& p) {
 
 template <typename real_t>
 __device__ __forceinline__ real_t elu(real_t x, const Parameters& p) {
-    const real_t below = x <= -Numbers<real_t>::exponential_end ? real_t(-1) : Exponential<real_t>(x).minus_one();
+    const real_t below = x <= -Numbers<real_t>::exponential_end() ? real_t(-1) : Exponential<real_t>(x).minus_one();
     return x < 0 ? multiply_rn(p.first, below) : x;
 }
 
@@ -153,7 +168,7 @@ __device__ __forceinline__ real_t tanh(real_t x, const Parameters&) {
 template <typename real_t>
 __device__ __forceinline__ real_t sigmoid(real_t x, const Parameters&) {
     const real_t a = absolute(x);
-    const real_t small = a >= Numbers<real_t>::exponential_end ? real_t(0) : Exponential<real_t>(-a).value();
+    const real_t small = a >= Numbers<real_t>::exponential_end() ? real_t(0) : Exponential<real_t>(-a).value();
     return divide_rn(x < 0 ? small : real_t(1), add_rn(small, real_t(1)));
 }
 
@@ -166,25 +181,25 @@ __device__ __forceinline__ real_t gated(real_t x, real_t y) {
 
 template <typename real_t>
 __device__ __forceinline__ real_t silu(real_t x, const Parameters& p) {
-    return absolute(x) >= Numbers<real_t>::exponential_end ? relu(x, p) : gated(x, x);
+    return absolute(x) >= Numbers<real_t>::exponential_end() ? relu(x, p) : gated(x, x);
 }
 
 template <typename real_t>
 __device__ __forceinline__ real_t gelu_tanh(real_t x, const Parameters& p) {
     const real_t slope = real_t(1.5957691216057308), cubic = real_t(0.07135481627260025);  // 2*sqrt(2/pi), 0.044715 times it
     const real_t y = multiply_rn(x, fma_rn(multiply_rn(x, x), cubic, slope));
-    return absolute(x) >= Numbers<real_t>::gelu_tanh_end ? relu(x, p) : gated(x, y);
+    return absolute(x) >= Numbers<real_t>::gelu_tanh_end() ? relu(x, p) : gated(x, y);
 }
 
 template <typename real_t>
 __device__ __forceinline__ real_t gelu(real_t x, const Parameters& p) {
     typedef Numbers<real_t> N;
     const real_t a = absolute(x);
-    const real_t inverse = divide_rn(real_t(1), add_rn(a, N::tail_shift));
-    const real_t t = multiply_rn(add_rn(a, -N::tail_shift), inverse);
+    const real_t inverse = divide_rn(real_t(1), add_rn(a, N::tail_shift()));
+    const real_t t = multiply_rn(add_rn(a, -N::tail_shift()), inverse);
     const real_t bell = Exponential<real_t>(multiply_rn(multiply_rn(real_t(-0.5), a), a)).value();
     const real_t beyond = multiply_rn(multiply_rn(N::tail(t), inverse), bell);  // of the normal distribution, beyond a
-    return a >= N::tail_end ? relu(x, p) : fma_rn(-a, beyond, relu(x, p));
+    return a >= N::tail_end() ? relu(x, p) : fma_rn(-a, beyond, relu(x, p));
 }
 
 template <typename real_t>
@@ -192,9 +207,9 @@ __device__ __forceinline__ real_t snake(real_t x, const Parameters& p) {
     typedef Numbers<real_t> N;
     const real_t angle = multiply_rn(p.first, x);
     // The square of the sine has the period pi. Of an angle whose rounding spans it any value is as good.
-    const real_t n = add_rn(fma_rn(angle, N::inverse_pi, N::rounder), -N::rounder);
-    const real_t reduced = fma_rn(-n, N::pi_low, fma_rn(-n, N::pi_high, angle));
-    const real_t r = absolute(angle) >= N::sine_end ? multiply_rn(angle, real_t(0)) : reduced;
+    const real_t n = add_rn(fma_rn(angle, N::inverse_pi(), N::rounder()), -N::rounder());
+    const real_t reduced = fma_rn(-n, N::pi_low(), fma_rn(-n, N::pi_high(), angle));
+    const real_t r = absolute(angle) >= N::sine_end() ? multiply_rn(angle, real_t(0)) : reduced;
     const real_t z = multiply_rn(r, r);
     const real_t sine = fma_rn(multiply_rn(r, z), N::sine(z), r);
     return fma_rn(multiply_rn(sine, sine), p.second, x);

@@ -83,9 +83,9 @@ def _compute(task: Task, arrays: list[Any], output: np.ndarray[Any, Any]) -> Non
     p = task.problem
     if isinstance(p, ConvProblem):
         x, weight, *more = arrays
-        cpu.convolve(
-            p, x, weight.conj() if task.conjugate_weight else weight, more[0] if more else None, output, more[1:]
-        )
+        bias = more[0] if more else None
+        fused = (more[1:],) if p.fusion else ()
+        cpu.convolve(p, x, weight.conj() if task.conjugate_weight else weight, bias, output, *fused)
     elif isinstance(p, WeightGradientProblem):
         cpu.weight_gradient.compute(p, *p.sides(*arrays), output)
     elif isinstance(p, BiasGradientProblem):

@@ -60,8 +60,8 @@ def error_bound(
     input: Array,
     weight: Array,
     bias: Array | None = None,
-    fused: Mapping[str, Array] | None = None,
     exact: Array | None = None,
+    fused: Mapping[str, Array] | None = None,
 ) -> Array:
     """The largest permitted distance of each output element from `compute`: `Sums.error_bound`.
 

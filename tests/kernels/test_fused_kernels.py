@@ -24,7 +24,8 @@ REAL = ("float16", "bfloat16", "float32", "float64")
 ACTIVATIONS = ("relu", "leaky_relu", "elu", "silu", "gelu", "gelu_tanh", "tanh", "sigmoid", "snake", "snake_beta")
 BASE = {"conv1d": "conv1d_direct", "conv_transpose1d": "conv_transpose1d_gather"}
 CASES = {case.name: case for case in cases.CASES}
-CANONICAL = {family.name: family.canonical_order for family in FAMILIES}
+FAMILY = {family.name: family for family in FAMILIES}
+CANONICAL = {name: family.canonical_order for name, family in FAMILY.items()}
 
 
 def argument(name: str | None, channels: int, dtype: str, seed: int) -> Any:
@@ -156,6 +157,21 @@ def test_bits_depend_neither_on_the_batch_nor_on_the_position(case: str) -> None
         )
         if family in cut.families:
             assert cut.run(family).tobytes() == whole[..., start:stop].tobytes(), family
+
+
+@pytest.mark.parametrize("arch", ["sm_75", "sm_90"])
+@pytest.mark.parametrize("case", FAMILY_CASES)
+def test_kernels_that_fuse_compile_without_spills(case: str, arch: str) -> None:
+    compiler = pytest.importorskip("tests.kernels.test_compile")
+    subject = Subject.of(case, "float16", "snake_beta" if arch == "sm_75" else "gelu", "silu", residual=True)
+    layout, _ = dispatch.lay_out(subject.problem, {})
+    for family in subject.families:
+        plan = fused.plan(FAMILY[family], subject.problem, layout, Device.from_arch(arch))
+        if isinstance(plan, Refusal):
+            continue
+        for step in plan.steps:
+            _, usage = compiler.compile_config(step.config, arch)
+            assert usage.spill_stores == usage.spill_loads == usage.stack == 0, step.config
 
 
 @pytest.mark.parametrize("kind", ["nonfinite", "ill_scaled", "cancelling"])

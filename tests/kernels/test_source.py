@@ -17,7 +17,10 @@ import pytest
 
 import gpuconv
 from gpuconv.device import Device
-from gpuconv.families import FAMILIES, Config
+from gpuconv.dispatch import choose
+from gpuconv.families import FAMILIES, Config, Layout
+from gpuconv.fusion import Fused
+from gpuconv.problem import ArraySpec, ConvProblem
 from gpuconv.source import assemble, directory, inlined, read
 from tests import hostcuda
 
@@ -30,7 +33,12 @@ HOSTCUDA_H = Path(hostcuda.__file__).with_name("hostcuda.h")
 def configs() -> Mapping[str, Config]:
     """One specialisation of each kernel."""
     device = Device.from_arch("sm_90")
-    return {config.kernel: config for family in FAMILIES for config in family.configs(device)}
+    found = {config.kernel: config for family in FAMILIES for config in family.configs(device)}
+    shapes = (ArraySpec((2, 4, 20), "float32"), ArraySpec((8, 4, 3), "float32"))
+    problem = ConvProblem.conv1d(*shapes).fused(Fused.check("conv1d", None, "relu"))
+    choice = choose(problem, Layout.contiguous(problem), device, "conv1d_tiled")
+    assert choice is not None
+    return {**found, "activate": next(s.config for s in choice.plan.steps if s.config.kernel == "activate")}
 
 
 def includes(file: str) -> list[str]:
