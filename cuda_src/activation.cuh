@@ -2,8 +2,8 @@
 //
 // They consist of operations that are rounded as written, so that every kernel and every architecture gives the same bits.
 // Each misses by at most ULPS units in the last place (gpuconv/fusion.py; gelu by one unit of x more, since its exponent has
-// a power of x), or by TINY smallest normal numbers, where an exponential underflows. At infinities they have their limits,
-// where these exist. A NaN stays one: comparisons with it are false.
+// a power of x), or by TINY smallest normal numbers, where an exponential underflows. At infinities they have their limits. A
+// NaN stays one: comparisons with it are false.
 //
 // Macros read: those of common.cuh. Without ACTIVATION and INPUT_ACTIVATION (finish.cuh) this file is empty.
 
@@ -209,7 +209,7 @@ __device__ __forceinline__ real_t snake(real_t x, const Parameters& p) {
     // The square of the sine has the period pi. Of an angle whose rounding spans it any value is as good.
     const real_t n = add_rn(fma_rn(angle, N::inverse_pi(), N::rounder()), -N::rounder());
     const real_t reduced = fma_rn(-n, N::pi_low(), fma_rn(-n, N::pi_high(), angle));
-    const real_t r = absolute(angle) >= N::sine_end() ? multiply_rn(angle, real_t(0)) : reduced;
+    const real_t r = absolute(angle) >= N::sine_end() ? real_t(0) : reduced;
     const real_t z = multiply_rn(r, r);
     const real_t sine = fma_rn(multiply_rn(r, z), N::sine(z), r);
     return fma_rn(multiply_rn(sine, sine), p.second, x);

@@ -38,9 +38,12 @@ static_assert(
     (SLIDE_STRIDE == 0 && !IS_SKIPPING) || (THREAD_L == 2 * kAccVec && THREAD_L % kStorageVec == 0),
     "a thread holds two vectors of accumulators: gpuconv/families/depthwise.py");
 
-// Blocks that a multiprocessor must be able to hold; one of sm_75 has 1024 threads.
+// Blocks that a multiprocessor must be able to hold; one of sm_75 has 1024 threads. Where the input is activated, too, more
+// than four leave too few registers.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
 constexpr int kMinBlocks = MIN_BLOCKS * BLOCK_SIZE > 1024 ? 1024 / BLOCK_SIZE : MIN_BLOCKS;
+#elif defined(INPUT_ACTIVATION)
+constexpr int kMinBlocks = MIN_BLOCKS > 4 ? 4 : MIN_BLOCKS;
 #else
 constexpr int kMinBlocks = MIN_BLOCKS;
 #endif

@@ -103,8 +103,8 @@ def _case(
 ) -> Case:
     if groups != 1:
         settings["groups"] = groups
-    construct = ConvProblem.conv1d if op == "conv1d" else ConvProblem.conv_transpose1d
-    problem = construct(
+    problem = ConvProblem.of(
+        op,
         ArraySpec(input_shape if batched else input_shape[1:], "float32"),
         ArraySpec(weight_shape, "float32"),
         ArraySpec((C_out,), "float32") if bias else None,

@@ -145,29 +145,16 @@ def conv_transpose1d(
         input_activation: as in `conv1d`.
         residual: an array of the output's shape that is added before `activation`, or None.
         activation: as in `conv1d`.
-        precision: "float32", the full precision of the dtype, or "tf32" for float32 data: operands may be rounded to
-            TF32, 11 significant bits, where the GPU's tensor cores then serve the layer. Either way float16, bfloat16
-            and float32 data are summed in float32 and rounded once.
-        algorithm: how a GPU computes it. None: the fastest kernel family that takes the problem and sums directly.
-            "base": `conv_transpose1d_gather`, one thread per output element, which takes every problem. Or a family's
-            name; see `gpuconv.explain`. On NumPy arrays the name is checked and has no effect.
-        out_dtype: of the sums of integers, which are exact: "int64" (None stands for it), or "int32", which keeps the
-            low 32 bits. Sums beyond it wrap around, as NumPy's do. The bias has this dtype, too.
-        out: an array of the output's shape, dtype and device to write to, which must not overlap the inputs.
+        precision: as in `conv1d`.
+        algorithm: as in `conv1d`; "base" is `conv_transpose1d_gather`.
+        out_dtype: as in `conv1d`.
+        out: as in `conv1d`.
 
     Returns:
-        (N, C_out, L_out), or (C_out, L_out) for a single sample: an array of the kind, device and dtype of `input`;
-        `out` where it was given. CuPy work is queued on CuPy's current stream, and can be captured into a CUDA graph:
-        call once before the capture, which compiles the kernels. What a captured call allocates for itself belongs to
-        the graph; arrays, prepared weights and `out` must live as long as the graph is used.
+        (N, C_out, L_out), or (C_out, L_out) for a single sample. What `conv1d` says of its output holds here, too.
 
     Raises:
-        ValueError: a shape or a value does not fit; the message names the argument, what was expected and what came.
-            The kernel family that `algorithm` names does not take the problem.
-        TypeError: an argument is of the wrong kind, or a dtype is not one of float16, bfloat16, float32, float64,
-            complex64, complex128, int8, uint8, int16, int32 and int64.
-        RuntimeError: a CuPy array was given but no GPU answers.
-        ImportError: a CuPy array was given and CuPy is older than version 14.
+        ValueError, TypeError, RuntimeError, ImportError: as `conv1d` raises them.
 
     Example:
         >>> import numpy as np, gpuconv

@@ -12,7 +12,7 @@ The activations are those of torch.nn.functional of the same names, and snake::
     gelu, "tanh" x * (1 + tanh(sqrt(2/pi) * (x + 0.044715 x**3))) / 2
     tanh, sigmoid                                   snake      x + sin(alpha*x)**2 / beta
 
-At an infinity they have their limits, where these exist. A NaN stays one.
+At an infinity they have their limits, where PyTorch's may be NaN. A NaN stays one.
 """
 
 from __future__ import annotations

@@ -374,35 +374,16 @@ class ConvTranspose1d(_Layer):
         padding: output samples trimmed: an int from both sides, a pair (left, right), "valid" (none) or "same"
             (L_out = L_in*stride).
         output_padding: output samples added on the right, below max(stride, dilation).
-        groups: input and output channels are cut into this many groups that do not mix.
-        bias: whether the layer has a bias.
         dilation: distance between taps, in output samples.
         padding_mode: "zeros", the only one, as in PyTorch.
-        device: where the parameters live: "cpu", "cuda" (CuPy's current device) or "cuda:1".
-        dtype: one of float16, bfloat16, float32 (the default), float64, complex64 and complex128: a name or a NumPy
-            dtype. The input must have it too.
-        rng: a seed or a `numpy.random.Generator` for the initial parameters.
-        precision: as in the function: "float32", or "tf32" for float32 layers.
-        algorithm: as in the function: None, "base" or the name of a kernel family.
-        activation: as in the function; the arrays of snake become parameters of the layer, in its dtype.
-        input_activation: likewise.
+        groups, bias, device, dtype, rng, precision, algorithm, activation, input_activation: as in `Conv1d`.
 
     Attributes:
-        weight: (C_in, C_out/groups, K), drawn like PyTorch's from the uniform distribution between -b and b, where
-            ``b = 1/sqrt(C_out/groups * K)``: in float64, then rounded to the dtype. The real and the imaginary part of
-            complex parameters are each drawn so. One seed gives the same values on every device.
-        bias: (C_out,), drawn from the same distribution after the weight, or None.
-        in_channels, out_channels, kernel_size, stride, padding, dilation, output_padding, groups, padding_mode,
-            transposed: as in PyTorch, where per-axis settings are tuples.
-        precision, algorithm: as given.
-        activation, input_activation: a `gpuconv.fusion.Activation`, or None.
-        activation_alpha, activation_beta, input_activation_alpha, input_activation_beta: (C_out,) or (C_in,), or None.
+        weight: (C_in, C_out/groups, K), drawn as that of `Conv1d`, with ``b = 1/sqrt(C_out/groups * K)``.
+        The others are those of `Conv1d`.
 
     Raises:
-        ValueError: a value is out of range; the message names the argument, what was expected and what came.
-        TypeError: an argument is of the wrong kind.
-        RuntimeError: a GPU is asked for but none answers.
-        ModuleNotFoundError: CuPy, or for bfloat16 ml_dtypes, is not installed.
+        ValueError, TypeError, RuntimeError, ModuleNotFoundError: as `Conv1d` raises them.
 
     Example:
         >>> import numpy as np

@@ -401,7 +401,8 @@ class Function:
     def __call__(self, x: Array) -> Array:
         with np.errstate(all="ignore"):
             if self.activation.name == "snake":
-                return np.asarray(x + np.sin(self.alpha * x) ** 2 / self.beta)
+                angle = self.alpha * x
+                return np.asarray(x + np.where(np.isinf(angle), 0, np.sin(angle)) ** 2 / self.beta)
             return np.asarray(_FUNCTIONS[self.activation.name](x, self.activation.parameter))
 
     def limits(self, shape: tuple[int, ...], sign: float) -> Array:

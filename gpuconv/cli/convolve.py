@@ -64,9 +64,8 @@ def run(args: argparse.Namespace) -> int:
     settings = given_settings(args)
     algorithm = settings.pop("algorithm", None)
     fused = {name: settings.pop(name, None) for name in ("activation", "input_activation")}
-    construct = ConvProblem.conv1d if args.op == "conv1d" else ConvProblem.conv_transpose1d
     try:
-        problem = construct(x, weight, bias, **settings).fused(Fused.check(args.op, **fused))
+        problem = ConvProblem.of(args.op, x, weight, bias, **settings).fused(Fused.check(args.op, **fused))
     except (ValueError, TypeError) as error:
         dtypes = {array.dtype for array in (x, weight, bias) if array is not None}
         hint = "; give --dtype to convert" if isinstance(error, TypeError) and len(dtypes) > 1 else ""

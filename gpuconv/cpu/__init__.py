@@ -32,7 +32,7 @@ from collections.abc import Sequence
 from ..problem import INTEGERS, ConvProblem
 from . import bias_gradient, fused, integers, weight_gradient
 from .arrays import Array
-from .choice import Method, plan
+from .choice import Method, choose
 from .geometry import Call
 
 __all__ = ["Method", "bias_gradient", "convolve", "method", "weight_gradient"]
@@ -71,11 +71,11 @@ def convolve(
 
 
 def _plain_method(problem: ConvProblem) -> Method:
-    return plan(integers.in_float64(problem) if problem.dtype in INTEGERS else problem).method
+    return choose(integers.in_float64(problem) if problem.dtype in INTEGERS else problem).method
 
 
 def _convolve(problem: ConvProblem, input: Array, weight: Array, bias: Array | None, output: Array) -> None:
     if problem.dtype in INTEGERS:
         integers.run(convolve, problem, input, weight, bias, output)
     else:
-        plan(problem).run(Call.of(problem, input, weight, bias, output))
+        choose(problem).run(Call.of(problem, input, weight, bias, output))

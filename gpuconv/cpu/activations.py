@@ -81,6 +81,7 @@ def apply(activation: Activation, x: Array, alpha: Any, beta: Any, scratch: Scra
         np.subtract(x, t, out=x)
     else:
         np.multiply(x, alpha, out=t)
+        np.copyto(t, 0, where=np.isinf(t))
         np.sin(t, out=t)
         np.multiply(t, t, out=t)
         np.divide(t, beta, out=t)

@@ -17,7 +17,7 @@ from ..problem import ConvProblem, numpy_dtype
 from . import costs, limits
 from .activations import apply
 from .arrays import Array, Scratch, accumulator, slices
-from .choice import Method, plan
+from .choice import Method, choose
 from .threads import run_blocks
 
 # Nanoseconds of an element, roughly: an exponential function and some arithmetic.
@@ -31,7 +31,7 @@ def method(problem: ConvProblem, method_of: Callable[[ConvProblem], Method]) -> 
     """The form of the convolution, with the memory and the words for what is fused."""
     p = problem
     samples = _samples(p)
-    found = method_of(_part(p, samples)) if p.N else plan(p).method
+    found = method_of(_part(p, samples)) if p.N else choose(p).method
     staged, summed = _buffers(p)
     words = ["finished in blocks"]
     if staged:

@@ -10,7 +10,7 @@ from typing import ClassVar, Generic, TypeVar
 
 from ..costs import Work
 from ..device import Device
-from ..problem import DTYPES, INTEGER_SUMS, INTEGERS, ConvProblem, Kind, Problem
+from ..problem import DTYPES, ConvProblem, Kind, Problem
 from ..source import params_fields
 
 ProblemT = TypeVar("ProblemT", bound=Problem)
@@ -191,7 +191,7 @@ class Family(ABC, Generic[ProblemT]):
         """
         macros = dict(step.config.macros)
         held = step.launch.grid * int(macros.get("BLOCK_M", 0)) * int(macros.get("BLOCK_N", 0))
-        results = math.prod([*problem.shapes.values()][-1])
+        results = math.prod(problem.shapes[problem.result])
         return Work(problem.flops() / 2 * max(1.0, held / results), problem.bytes())
 
 
@@ -265,13 +265,6 @@ def conv_plan(
     params = params_of(config.kernel, conv_fields(problem, layout), own)
     launch = Launch(grid, block, shared_bytes, index_bits, params)
     return Plan((Step(config, launch, conv_arrays(problem)),), candidates=candidates)
-
-
-def conv_base_configs(kernel: str, block_size: int) -> Iterator[Config]:
-    """Every specialisation of an operation's one-thread-per-output kernel."""
-    for dtype in (*DTYPES, *(f"{name}_to_{sums}" for name in INTEGERS for sums in INTEGER_SUMS)):
-        for bits in (32, 64):
-            yield base_config(kernel, dtype, bits, block_size)
 
 
 def base_config(kernel: str, dtype: str, bits: int, block_size: int) -> Config:

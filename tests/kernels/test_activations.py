@@ -36,7 +36,8 @@ def values(dtype: str) -> np.ndarray[Any, Any]:
     target = numpy_dtype(dtype)
     if target.itemsize == 2:
         every = np.arange(2**16, dtype=np.uint16).view(target)
-        return np.where(np.isnan(every), target.type(np.nan), every)  # one NaN, for others mean unwritten memory
+        is_nan = np.isnan(every.astype(np.float32))
+        return np.where(is_nan, target.type(np.nan), every)  # one NaN, for others mean unwritten memory
     rng = np.random.default_rng(0)
     powers = np.ldexp(1.0, np.arange(-1022, 1023)) if dtype == "float64" else np.ldexp(1.0, np.arange(-126, 127))
     powers = powers.astype(target)

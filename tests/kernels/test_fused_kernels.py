@@ -190,8 +190,8 @@ def test_a_residual_and_an_output_with_gaps_are_copied_together(case: str) -> No
     subject = Subject.of(case, "float32", "relu", None, residual=True)
     p = subject.problem
     strides = tuple(2 * stride for stride in subject.fused["residual"].strides)
-    layout, copies = dispatch.lay_out(p, {"residual": dispatch.Place(strides, 4096)})
+    layout, copies = dispatch.lay_out(p, {"residual": dispatch.StridedPointer(strides, 4096)})
     assert copies == ("residual",)
     assert layout["residual"].strides == layout["output"].strides
-    both = {name: dispatch.Place(strides, 4096) for name in ("residual", "output")}
+    both = {name: dispatch.StridedPointer(strides, 4096) for name in ("residual", "output")}
     assert dispatch.lay_out(p, both)[1] == ()
