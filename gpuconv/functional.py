@@ -48,12 +48,16 @@ def conv1d(
             input of the same precision (float32 for complex64); or what `prepare` made of it.
         bias: (C_out,), or None.
         stride: step of the window, in samples.
-        padding: zeros on both sides, in samples: an int, a pair (left, right), "valid" (none), "same"
+        padding: on both sides, in samples: an int, a pair (left, right), "valid" (none), "same"
             (L_out = ceil(L_in/stride); an odd total puts one more on the right) or "causal" (dilation*(K - 1) on the
-            left). Taps in the padding contribute nothing, even where the weight is infinite or NaN.
+            left).
         dilation: distance between taps, in samples.
         groups: input and output channels are cut into this many groups that do not mix.
-        padding_mode: "zeros", the only one supported today.
+        padding_mode: what the padding is. "zeros": taps in it contribute nothing, even where the weight is infinite or
+            NaN. "reflect" and "symmetric": the samples mirrored at the last one, or behind it, with less than L_in of
+            padding on each side, or at most L_in. "replicate": the last sample again. "circular": the samples from the
+            other end, at most L_in. The input is not copied for it: the kernels, or on the CPU short strips at the
+            ends, read the samples that are meant.
         input_activation: what is applied to the input while it is loaded, in the forms of `activation`; arrays have a
             value for each input channel. Its values are rounded to the dtype; padding is zeros all the same.
         residual: an array of the output's shape that is added before `activation`, or None.
@@ -93,9 +97,7 @@ def conv1d(
         >>> gpuconv.conv1d(x, np.ones((1, 1, 3)), padding="same", residual=-2 * x, activation="relu")
         array([[[1., 1., 2., 3., 0.]]])
     """
-    if padding_mode != "zeros":
-        check_padding_mode("conv1d", padding_mode)
-    settings = (stride, padding, dilation, groups, precision, out_dtype)
+    settings = (stride, padding, dilation, groups, precision, padding_mode, out_dtype)
     fused = None
     if activation is not None or input_activation is not None or residual is not None:
         fused = Fused.check("conv1d", activation, input_activation, residual)
@@ -113,6 +115,7 @@ def conv_transpose1d(
     dilation: Setting = 1,
     *,
     output_size: Setting | None = None,
+    padding_mode: str = "zeros",
     input_activation: ActivationLike | None = None,
     residual: ArrayT | None = None,
     activation: ActivationLike | None = None,
@@ -142,6 +145,8 @@ def conv_transpose1d(
         groups: input and output channels are cut into this many groups that do not mix.
         dilation: distance between taps, in output samples.
         output_size: the wanted L_out, in place of output_padding.
+        padding_mode: "zeros", the only one, as in PyTorch. The adjoint of a convolution in another mode is
+            `gpuconv.grad.conv1d_input` in that mode.
         input_activation: as in `conv1d`.
         residual: an array of the output's shape that is added before `activation`, or None.
         activation: as in `conv1d`.
@@ -162,6 +167,8 @@ def conv_transpose1d(
         >>> gpuconv.conv_transpose1d(x, np.array([[[1.0, 1.0, 1.0]]]), stride=2)
         array([[[1., 1., 3., 2., 2.]]])
     """
+    if padding_mode != "zeros":
+        check_padding_mode("conv_transpose1d", "conv_transpose1d", padding_mode)
     settings = (stride, padding, output_padding, groups, dilation, output_size, precision, out_dtype)
     fused = None
     if activation is not None or input_activation is not None or residual is not None:

@@ -9,7 +9,8 @@ The output is cut into blocks, and `method` chooses, from the problem alone, how
 - planes: elementwise products of depthwise planes, of many rows at once, one per tap.
 - taps: elementwise products, one per tap, where a group has one input channel.
 
-Integers are computed exactly through float64 (`integers`).
+Integers are computed exactly through float64 (`integers`), and windows that reach over an edge into padding other than
+zeros from copies of their own (`edges`).
 What is fused is done to blocks of the output while they are in the cache (`fused`).
 
 A transposed problem is seen as a convolution that yields several outputs at each position (`geometry`), or with its
@@ -30,7 +31,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..problem import INTEGERS, ConvProblem
-from . import bias_gradient, fused, integers, weight_gradient
+from . import bias_gradient, edges, fused, integers, weight_gradient
 from .arrays import Array
 from .choice import Method, choose
 from .geometry import Call
@@ -71,11 +72,14 @@ def convolve(
 
 
 def _plain_method(problem: ConvProblem) -> Method:
-    return choose(integers.in_float64(problem) if problem.dtype in INTEGERS else problem).method
+    p = integers.in_float64(problem) if problem.dtype in INTEGERS else problem
+    return choose(p).method if p.padding_mode == "zeros" else edges.method(p)
 
 
 def _convolve(problem: ConvProblem, input: Array, weight: Array, bias: Array | None, output: Array) -> None:
     if problem.dtype in INTEGERS:
         integers.run(convolve, problem, input, weight, bias, output)
+    elif problem.padding_mode != "zeros":
+        edges.convolve(problem, input, weight, bias, output)
     else:
         choose(problem).run(Call.of(problem, input, weight, bias, output))

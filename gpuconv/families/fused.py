@@ -8,9 +8,9 @@ cuda_src/activate.cu). Both ways give the same bits, since that step rounds to t
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
-from ..device import Device
 from ..fusion import ACTIVATION_ARRAYS, INPUT_ACTIVATION_ARRAYS, RESIDUAL, Activation
 from ..problem import ConvProblem, Problem
 from .base import (
@@ -33,18 +33,23 @@ from .offsets import Overhang, index_bits
 BLOCK_SIZE = 256
 
 
-def plan(family: Family[Problem], problem: Problem, layout: Layout, device: Device) -> Plan | Refusal:
-    """The family's plan of a problem with what the problem fuses, or why it does not take it."""
+def plan(
+    family: Family[Any], problem: Problem, layout: Layout, plan_without: Callable[[Layout], Plan | Refusal]
+) -> Plan | Refusal:
+    """The family's plan of a problem with what the problem fuses, or why it does not take it.
+
+    `plan_without` gives the plan that fuses nothing, for arrays of a layout.
+    """
     if not isinstance(problem, ConvProblem) or not problem.fusion:
-        return family.plan(problem, layout, device)
+        return plan_without(layout)
     p, activation, shape = problem, problem.fusion.input_activation, problem.shapes["input"]
     if activation is None or family.activates_input or 0 in shape:
-        found = family.plan(p, layout, device)
+        found = plan_without(layout)
         if isinstance(found, Refusal):
             return found
         loaded = activation if family.activates_input else None
         return Plan(tuple(_finishing(s, p, layout, loaded) for s in found.steps), found.scratch, found.candidates)
-    found = family.plan(p, layout.replaced(input=ArrayLayout(contiguous_strides(shape))), device)
+    found = plan_without(layout.replaced(input=ArrayLayout(contiguous_strides(shape))))
     if isinstance(found, Refusal):
         return found
     steps = [_finishing(_reading_activated(step), p, layout, None) for step in found.steps]

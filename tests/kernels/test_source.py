@@ -18,7 +18,8 @@ import pytest
 import gpuconv
 from gpuconv.device import Device
 from gpuconv.dispatch import choose
-from gpuconv.families import FAMILIES, Config, Layout
+from gpuconv.families import FAMILIES, ArrayLayout, Config, Layout, edges
+from gpuconv.families.append import append_launch
 from gpuconv.fusion import Fused
 from gpuconv.problem import ArraySpec, ConvProblem
 from gpuconv.source import assemble, directory, inlined, read
@@ -33,12 +34,18 @@ HOSTCUDA_H = Path(hostcuda.__file__).with_name("hostcuda.h")
 def configs() -> Mapping[str, Config]:
     """One specialisation of each kernel."""
     device = Device.from_arch("sm_90")
-    found = {config.kernel: config for family in FAMILIES for config in family.configs(device)}
+    of_families = (config for family in FAMILIES for config in family.configs(device))
+    found = {config.kernel: config for config in (*of_families, *edges.configs())}
     shapes = (ArraySpec((2, 4, 20), "float32"), ArraySpec((8, 4, 3), "float32"))
     problem = ConvProblem.conv1d(*shapes).fused(Fused.check("conv1d", None, "relu"))
     choice = choose(problem, Layout.contiguous(problem), device, "conv1d_tiled")
     assert choice is not None
-    return {**found, "activate": next(s.config for s in choice.plan.steps if s.config.kernel == "activate")}
+    for config in (
+        choice.plan.steps[1].config,
+        append_launch("float32", (1, 1, 4), (1, 1, 2), ArrayLayout((2, 2, 1)))[0],
+    ):
+        found[config.kernel] = config
+    return found
 
 
 def includes(file: str) -> list[str]:
