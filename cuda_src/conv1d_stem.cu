@@ -247,11 +247,11 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS) conv1d_ste
 #pragma unroll
         for (int c = 0; c < THREAD_C; ++c) {
             if (c_begin + c >= p.C_out_g) break;
-            const acc_t channel_bias = smem_bias[warp_c * THREAD_C + c];
+            const Channel channel = channel_of(c);
 #pragma unroll
             for (int j = 0; j < THREAD_L; ++j) {
-                const acc_t value = kIsFused ? acc[c][j] : add(acc[c][j], channel_bias);
-                if (is_output[j]) y[output_offset[j]] = scalar::round(value);
+                if (!is_output[j]) continue;
+                y[output_offset[j]] = kIsFused ? round_finished(acc[c][j]) : finish(acc[c][j], channel, nullptr);
             }
             y += p.output_stride_c;
         }

@@ -151,6 +151,7 @@ __device__ __forceinline__ result_t finish(acc_t sum, const Channel& channel, co
 __device__ __forceinline__ acc_t finish_unrounded(acc_t sum, const Channel& channel, const result_t* place) {
     return activate(add_addends(sum, channel, place), channel);
 }
+__device__ __forceinline__ result_t round_finished(acc_t value) { return scalar::round(value); }
 
 // The same where sum + bias is finite. Where it is not, the result is a NaN and *is_special becomes true.
 __device__ __forceinline__ result_t finish_or_nan(acc_t sum, acc_t bias, bool* is_special) {

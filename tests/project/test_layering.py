@@ -41,7 +41,10 @@ LAYERS = (
     ("families.product",),
     ("families.offsets",),
     ("families.append", "families.tiles", "families.depthwise", "families.sliding", "families.mma", "families.slices"),
-    ("families.edges",),
+    (
+        "families.edges",
+        "families.fused",
+    ),
     ("families.*",),
     ("families",),
     ("dispatch",),
@@ -204,7 +207,15 @@ def test_kernels_are_made_by_the_runtime_alone() -> None:
 
 CUDA_FILES = sorted(directory().glob("*.cu*"))
 # Kernels beside those of families.
-HELPERS = {"append_samples", "pack_weight", "pack_mma_weight", "sum_slices", "conv1d_edges", "conv_transpose1d_fold"}
+HELPERS = {
+    "append_samples",
+    "pack_weight",
+    "pack_mma_weight",
+    "sum_slices",
+    "conv1d_edges",
+    "conv_transpose1d_fold",
+    "activate",
+}
 EVERY_FAMILY: tuple[Family[Any], ...] = FAMILIES
 
 
@@ -238,7 +249,8 @@ def files_with(pattern: str) -> set[str]:
 
 
 def test_results_are_rounded_in_one_place_for_layers_and_in_one_for_gradients() -> None:
-    assert files_with(r"scalar::round\(") == {"finish.cuh", "slices.cuh"}
+    """And activated inputs in one."""
+    assert files_with(r"scalar::round\(") == {"finish.cuh", "input.cuh", "slices.cuh"}
 
 
 def test_the_edge_of_the_input_is_known_in_one_place() -> None:
