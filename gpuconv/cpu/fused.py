@@ -14,6 +14,7 @@ import numpy as np
 
 from ..fusion import NOTHING, Activation
 from ..problem import ConvProblem, numpy_dtype
+from ..text import count
 from . import costs, limits
 from .activations import apply
 from .arrays import Array, Scratch, accumulator, slices
@@ -39,7 +40,7 @@ def method(problem: ConvProblem, method_of: Callable[[ConvProblem], Method]) -> 
     if summed:
         words.insert(-1, "sums in a buffer")
     if samples < p.N:
-        words.append(f"{samples} samples at a time")
+        words.append(f"{count(samples, 'sample')} at a time")
     workspace = found.workspace_bytes + samples * (staged + summed) + limits.MAX_WORKERS * _BUFFERS * limits.PLANE
     return Method(found.name, f"{found.reason}; {', '.join(words)}", workspace)
 
