@@ -514,8 +514,8 @@ def with_fusion(problem: ConvProblem, seed: int) -> tuple[ConvProblem, dict[str,
 def fusion_settings(problem: ConvProblem, arrays: dict[str, Any]) -> dict[str, Any]:
     """The keyword arguments that fuse what a problem of `with_fusion` does, with these arrays."""
     sides = {
-        "activation": (problem.fusion.activation, ACTIVATION_ARRAYS),
-        "input_activation": (problem.fusion.input_activation, INPUT_ACTIVATION_ARRAYS),
+        "activation": (problem.fuses.activation, ACTIVATION_ARRAYS),
+        "input_activation": (problem.fuses.input_activation, INPUT_ACTIVATION_ARRAYS),
     }
     activations = {
         side: None if a is None else a.as_argument(tuple(arrays[name] for name in names[: a.arrays]))

@@ -92,7 +92,7 @@ class Explanation:
         p = self.problem
         if isinstance(p, ConvProblem):
             shapes = {**p.shapes, "input": p.input_shape, "output": p.output_shape}
-            return {**shapes, RESIDUAL: p.output_shape} if p.fusion.has_residual else shapes
+            return {**shapes, RESIDUAL: p.output_shape} if p.fuses.has_residual else shapes
         if isinstance(p, BiasGradientProblem):
             return p.shapes
         names = _names_of_operands(p)

@@ -100,9 +100,6 @@ class Fusion:
         return ", ".join(words)
 
 
-NOTHING = Fusion()
-
-
 class Fused(NamedTuple):
     """What a call gives to fuse, once it is known to be something that there is."""
 

@@ -35,7 +35,7 @@ from .arguments import (
 )
 from .dtypes import DTYPES, FORMATS, INTEGER_SUMS, INTEGERS, PRECISIONS, Format, dtype_name, numpy_dtype
 from .edge import edge_windows, most_positions
-from .fusion import ACTIVATION_ARRAYS, INPUT_ACTIVATION_ARRAYS, NOTHING, RESIDUAL, Fused, Fusion, check_arrays
+from .fusion import ACTIVATION_ARRAYS, INPUT_ACTIVATION_ARRAYS, RESIDUAL, Fused, Fusion, check_arrays
 
 # With the problems come the words that describe them, so that their users need one import.
 __all__ = [
@@ -170,7 +170,7 @@ class ConvProblem(Problem):
     precision: str = "float32"
     out_dtype: str | None = None  # of bias and output, where that is not `dtype`
     padding_mode: str = "zeros"
-    fusion: Fusion = NOTHING
+    fusion: Fusion | None = None  # None for nothing
     L_out: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -330,7 +330,12 @@ class ConvProblem(Problem):
         """
         shapes = {**self._fused_shapes, RESIDUAL: self.output_shape}
         check_arrays(self.op, fused.fusion, fused.arrays, self.dtype, shapes)
-        return replace(self, fusion=fused.fusion)
+        return replace(self, fusion=fused.fusion or None)
+
+    @property
+    def fuses(self) -> Fusion:
+        """What is fused, perhaps nothing."""
+        return self.fusion or Fusion()
 
     @property
     def _fused_shapes(self) -> dict[str, tuple[int, ...]]:

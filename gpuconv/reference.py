@@ -463,15 +463,15 @@ def convolution(
     fused: Mapping[str, Array] | None = None,
 ) -> Sums:
     """The output of a problem; `compute` has the formula."""
-    p, fused = problem, fused or {}
+    p, fusion, fused = problem, problem.fuses, fused or {}
     left, left_error = input, None
-    activate = Function.of(p.fusion.input_activation, INPUT_ACTIVATION_ARRAYS, fused)
+    activate = Function.of(fusion.input_activation, INPUT_ACTIVATION_ARRAYS, fused)
     if activate is not None:
         left, left_error = _activated_input(activate, input, FORMATS[p.dtype])
     return Sums(
         p.dtype, p.terms, _products(p), left, weight, bias, partial(_convolve, p), p.precision, p.out_dtype, left_error,
-        fused[RESIDUAL] if p.fusion.has_residual else None,
-        Function.of(p.fusion.activation, ACTIVATION_ARRAYS, fused),
+        fused[RESIDUAL] if fusion.has_residual else None,
+        Function.of(fusion.activation, ACTIVATION_ARRAYS, fused),
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from ..fusion import NOTHING, Activation
+from ..fusion import Activation
 from ..problem import ConvProblem, numpy_dtype
 from ..text import count
 from . import costs, limits
@@ -65,11 +65,11 @@ def convolve(
         source, target = x[samples], y[samples]
         if staged:
             activated = np.empty(source.shape, source.dtype)
-            _finish(p, source, None, p.fusion.input_activation, input_alpha, input_beta, activated)
+            _finish(p, source, None, p.fuses.input_activation, input_alpha, input_beta, activated)
             source = activated
         sums = np.empty(target.shape, dtype) if summed else target
         plain(part, source, weight, bias, sums)
-        _finish(p, sums, None if residual is None else residual[samples], p.fusion.activation, alpha, beta, target)
+        _finish(p, sums, None if residual is None else residual[samples], p.fuses.activation, alpha, beta, target)
 
 
 def _samples(p: ConvProblem) -> int:
@@ -80,13 +80,13 @@ def _samples(p: ConvProblem) -> int:
 
 def _part(p: ConvProblem, samples: int) -> ConvProblem:
     """The problem of some samples that fuses nothing."""
-    return replace(p, N=samples, batched=True, fusion=NOTHING)
+    return replace(p, N=samples, batched=True, fusion=None)
 
 
 def _buffers(p: ConvProblem) -> tuple[int, int]:
     """The bytes of one sample's activated input, and of its sums; 0 where there is no buffer."""
     dtype = accumulator(p.dtype)
-    staged = p.C_in * p.L_in * p.itemsize if p.fusion.input_activation is not None else 0
+    staged = p.C_in * p.L_in * p.itemsize if p.fuses.input_activation is not None else 0
     return staged, p.C_out * p.L_out * dtype.itemsize if dtype != numpy_dtype(p.dtype) else 0
 
 

@@ -42,7 +42,7 @@ def plan(
     """
     if not isinstance(problem, ConvProblem) or not problem.fusion:
         return plan_without(layout)
-    p, activation, shape = problem, problem.fusion.input_activation, problem.shapes["input"]
+    p, activation, shape = problem, problem.fuses.input_activation, problem.shapes["input"]
     if activation is None or family.activates_input or 0 in shape:
         found = plan_without(layout)
         if isinstance(found, Refusal):
@@ -65,12 +65,12 @@ def _finishing(step: Step, p: ConvProblem, layout: Layout, input_activation: Act
         return step
     macros: dict[str, str] = {}
     arrays: list[str | None] = []
-    if p.fusion.has_residual:
+    if p.fuses.has_residual:
         macros["HAS_RESIDUAL"] = "1"
         arrays.append(RESIDUAL)
     fields: dict[str, int] = {}
     for prefix, activation, names in (
-        ("ACTIVATION", p.fusion.activation, ACTIVATION_ARRAYS),
+        ("ACTIVATION", p.fuses.activation, ACTIVATION_ARRAYS),
         ("INPUT_ACTIVATION", input_activation, INPUT_ACTIVATION_ARRAYS),
     ):
         if activation is not None:

@@ -389,7 +389,7 @@ def test_one_group(case: Case) -> None:
 def test_every_activation_is_fused_with_some_case() -> None:
     """With every kind of the table, too, in one dtype or another."""
     problems = [case.at(number_format) for case in cases.select() for number_format in ("float16", "float32")]
-    fused = [cases.with_fusion(p, 0)[0].fusion for p in problems]
+    fused = [cases.with_fusion(p, 0)[0].fuses for p in problems]
     for side in ("activation", "input_activation"):
         found = [getattr(fusion, side) for fusion in fused]
         assert {(a.name, a.arrays) for a in found} == {
