@@ -24,7 +24,7 @@ ELEMENTWISE_BLOCK = 512 * 1024
 
 # Bytes of the plane of one tap and of a block of planes, and the most taps: planes stay in the second-level cache.
 PLANE = 64 * 1024
-PLANE_BLOCK = 512 * 1024
+PLANE_BLOCK = 1 * MIB
 PLANES = 64
 
 # Rows and columns of a small product, and its depth where its columns are multiplied by several tiles of rows: 32 KiB
