@@ -8,14 +8,13 @@ from functools import lru_cache
 from typing import NamedTuple, Protocol
 
 from ..problem import ConvProblem
-from . import limits, non_finite
+from . import limits, non_finite, toeplitz
 from .arrays import accumulator
 from .geometry import Call, Geometry, exchange, useful_taps, with_taps
 from .panels import Panels
 from .planes import Planes
 from .shift_add import ShiftAdd
 from .taps import Taps
-from .toeplitz import Toeplitz, tiles
 from .windows import Windows
 
 
@@ -176,8 +175,4 @@ def _forms(p: ConvProblem) -> list[Form]:
         forms.append(Taps.of(p))
     elif shift_add is not None:
         forms.append(shift_add)
-    for tile in tiles(p):
-        toeplitz = Toeplitz.of(p, tile)
-        if toeplitz is not None:
-            forms.append(toeplitz)
-    return forms
+    return [*forms, *toeplitz.candidates(p)]

@@ -44,6 +44,9 @@ WORTH_A_BAND = 1024
 # Windows of a banded matrix that one product reads in place, at least; fewer are copied.
 WINDOWS_OF_A_SET = 8
 
+# Samples from which they are the lines of products.
+LINES_OF_SAMPLES = 16
+
 # Positions below which the samples of a block are merged into the columns of one product.
 SHORT_ROW = 256
 

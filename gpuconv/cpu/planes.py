@@ -143,7 +143,7 @@ class Planes:
         return self.shifts[0][1], self.shifts[-1][1]
 
     def _multiply(self, x: Array, step: int, planes: Array, sums: Array) -> None:
-        """``sums[n, q] = sum over taps of planes[tap, q] * x[n*step + q + shift]``; `x` begins at the first tap's shift.
+        """``sums[n, q] = sum over taps of planes[tap, q] * x[n*step + q + shift]``; x begins at the first tap's shift.
 
         One loop of `einsum` multiplies and adds, with the positions innermost: they come first, and the order is "F".
         """

@@ -20,7 +20,7 @@ from .blocking import parts, share
 from .geometry import Block, Call
 from .taps import Taps
 from .threads import run_blocks
-from .toeplitz import fill_band, first_input, outputs_per_step, steps, window_length
+from .toeplitz import fill_band, first_input, outputs_per_step, step_inputs, steps, window_length
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,11 +171,6 @@ class Windows:
         call.add_bias(block, sums)
         if not direct:
             y[...] = sums[..., begin - at : end - at]
-
-
-def step_inputs(p: ConvProblem) -> int:
-    """The input positions from one step to the next."""
-    return 1 if p.transposed else p.stride
 
 
 def _fits(p: ConvProblem) -> bool:
