@@ -12,6 +12,9 @@ MIB = 1024 * 1024
 # the number of threads.
 WORKSPACE = 28 * MIB
 
+# The most bytes of buffers that a thread keeps for its next call.
+KEPT_SCRATCH = 8 * MIB
+
 # Bytes of single buffers: a packed weight; each buffer where there is one thread, and where there are several; the
 # sums of several; the staged input of several; a block of elementwise products. A NumPy call must last long enough for
 # the threads not to wait for each other's interpreter, and yet its operands stay in the cache.

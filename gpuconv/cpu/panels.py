@@ -16,6 +16,7 @@ from .arrays import Array, Scratch, accumulator, slices, strided
 from .blocking import Blocking, parts, tiled
 from .geometry import Block, Call, Geometry
 from .taps import Taps
+from .threads import run_one
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,31 +223,29 @@ class Panels:
             call.fill_with_bias()
         in_place = not p.transposed and w.dtype == call.dtype and w.flags.c_contiguous and w.flags.aligned
         if in_place and self.single and call.y_direct:
-            self._compute_single(call)
+            run_one(self._compute_single, (call,), call.dtype)
         elif in_place or self.packed:
             weight = w.reshape(p.groups, p.C_out_g, -1) if in_place else None
             self.blocking.run(call, geometry.positions(p), weight, self._pack, self._compute, workers)
         else:
             self.blocking.run(call, geometry.positions(p), w, self._pack, self._compute, workers)
 
-    def _compute_single(self, call: Call) -> None:
+    def _compute_single(self, call: Call, scratch: Scratch) -> None:
         """The whole problem as one product of each sample and group: `_compute` without what only blocks need."""
         p, J, Q = call.p, self.taps, call.p.L_out
         everything = Block(slice(0, p.N), slice(0, p.groups), slice(0, p.C_out_g), 0, Q)
-        scratch = Scratch(call.dtype)
         low, high = self.geometry.window(0, Q, slice(0, J))
         x = call.read(everything.samples, everything.groups, slice(0, p.C_in_g), low, high, scratch)
-        panel = np.empty((p.N, p.groups, p.C_in_g, J, Q), call.dtype)
+        panel = scratch.take("panel", p.N, p.groups, p.C_in_g, J, Q)
         step = x.strides[3]
         strides = (*x.strides[:3], step * p.dilation, step * p.stride)
-        with np.errstate(all="ignore"):
-            np.copyto(panel, strided(x, self.geometry.offset - low, panel.shape, strides))
-            depth = p.C_in_g * J
-            np.matmul(call.w.reshape(p.groups, p.C_out_g, depth), panel.reshape(p.N, p.groups, depth, Q), out=call.y)
-            if (low < 0 or high > p.L_in) and call.is_spoilt(call.y):
-                self.safe.compute(call, everything, scratch)
-            else:
-                call.add_bias(everything, call.y)
+        np.copyto(panel, strided(x, self.geometry.offset - low, panel.shape, strides))
+        depth = p.C_in_g * J
+        np.matmul(call.w.reshape(p.groups, p.C_out_g, depth), panel.reshape(p.N, p.groups, depth, Q), out=call.y)
+        if (low < 0 or high > p.L_in) and call.is_spoilt(call.y):
+            self.safe.compute(call, everything, scratch)
+        else:
+            call.add_bias(everything, call.y)
 
     def _pack(self, w: Array, scratch: Scratch) -> Array:
         """Weight (groups, rows, C_in_g, K) as (groups, rows*phases, C_in_g*tap_groups), zeros for the absent taps."""
