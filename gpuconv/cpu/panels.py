@@ -12,11 +12,10 @@ import numpy as np
 
 from ..problem import ConvProblem
 from . import costs, limits
-from .arrays import Array, Scratch, accumulator, slices, strided
+from .arrays import Array, Scratch, accumulator, copy_padded, slices, strided
 from .blocking import Blocking, parts, tiled
 from .geometry import Block, Call, Geometry
 from .taps import Taps
-from .threads import run_one
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,12 +218,16 @@ class Panels:
 
     def run(self, call: Call, workers: int) -> None:
         p, geometry, w = call.p, self.geometry, call.w
+        flags = w.flags
+        in_place = not p.transposed and w.dtype == call.dtype and flags.c_contiguous and flags.aligned
+        if in_place and self.single and call.y.flags.c_contiguous and call.y_direct:
+            scratch = Scratch.borrow("blocks", call.dtype)
+            self._compute_single(call, scratch)
+            scratch.give_back("blocks")
+            return
         if not geometry.writes_everything():
             call.fill_with_bias()
-        in_place = not p.transposed and w.dtype == call.dtype and w.flags.c_contiguous and w.flags.aligned
-        if in_place and self.single and call.y_direct:
-            run_one(self._compute_single, (call,), call.dtype)
-        elif in_place or self.packed:
+        if in_place or self.packed:
             weight = w.reshape(p.groups, p.C_out_g, -1) if in_place else None
             self.blocking.run(call, geometry.positions(p), weight, self._pack, self._compute, workers)
         else:
@@ -232,20 +235,32 @@ class Panels:
 
     def _compute_single(self, call: Call, scratch: Scratch) -> None:
         """The whole problem as one product of each sample and group: `_compute` without what only blocks need."""
-        p, J, Q = call.p, self.taps, call.p.L_out
-        everything = Block(slice(0, p.N), slice(0, p.groups), slice(0, p.C_out_g), 0, Q)
-        low, high = self.geometry.window(0, Q, slice(0, J))
-        x = call.read(everything.samples, everything.groups, slice(0, p.C_in_g), low, high, scratch)
-        panel = scratch.take("panel", p.N, p.groups, p.C_in_g, J, Q)
-        step = x.strides[3]
-        strides = (*x.strides[:3], step * p.dilation, step * p.stride)
-        np.copyto(panel, strided(x, self.geometry.offset - low, panel.shape, strides))
-        depth = p.C_in_g * J
-        np.matmul(call.w.reshape(p.groups, p.C_out_g, depth), panel.reshape(p.N, p.groups, depth, Q), out=call.y)
-        if (low < 0 or high > p.L_in) and call.is_spoilt(call.y):
-            self.safe.compute(call, everything, scratch)
+        p, x, first, Q = call.p, call.x, self.geometry.offset, call.p.L_out
+        behind = first + (Q - 1) * p.stride + (p.K - 1) * p.dilation + 1
+        is_padded = first < 0 or behind > p.L_in
+        if is_padded or not call.x_direct:
+            staged = scratch.take("input", p.N, p.groups, p.C_in_g, behind - first)
+            copy_padded(x, first, behind, staged)
+            x, first = staged, 0
+        *strides, step = x.strides
+        panel = scratch.take("panel", p.N, p.groups, p.C_in_g, p.K, Q)
+        panel[...] = strided(x, first, panel.shape, (*strides, step * p.dilation, step * p.stride))
+        depth = p.C_in_g * p.K
+        w, columns, y = call.w.reshape(p.groups, p.C_out_g, depth), panel.reshape(p.N, p.groups, depth, Q), call.y
+        if p.N == p.groups == 1 and Q > 1:
+            # `dot` gives the bits of `matmul`, which sends a row to another function of BLAS, and begins sooner.
+            rows = w[0] if p.C_out > 1 else w[0, 0]
+            np.dot(rows, columns[0, 0], out=y[0, 0] if p.C_out > 1 else y[0, 0, 0])
         else:
-            call.add_bias(everything, call.y)
+            with np.errstate(all="ignore"):
+                np.matmul(w, columns, out=y)
+        if is_padded and call.is_spoilt(y):
+            everything = Block(slice(0, p.N), slice(0, p.groups), slice(0, p.C_out_g), 0, Q)
+            with np.errstate(all="ignore"):
+                self.safe.compute(call, everything, scratch)
+        elif call.b is not None:
+            with np.errstate(all="ignore"):
+                np.add(y, call.b.astype(call.dtype, copy=False)[..., None], out=y)
 
     def _pack(self, w: Array, scratch: Scratch) -> Array:
         """Weight (groups, rows, C_in_g, K) as (groups, rows*phases, C_in_g*tap_groups), zeros for the absent taps."""

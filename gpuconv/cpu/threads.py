@@ -75,16 +75,6 @@ def run_blocks(
         _keep_to([processor for share in shares for processor in share])
 
 
-def run_one(compute: Callable[..., None], block: tuple[Any, ...], dtype: np.dtype[Any]) -> None:
-    """As `run_blocks` with one block, but quicker to begin: a small call takes mostly the interpreter's time."""
-    scratch = Scratch.borrow("blocks", dtype)
-    try:
-        with np.errstate(all="ignore"):
-            compute(*block, scratch)
-    finally:
-        scratch.give_back("blocks")
-
-
 def usable_cpus() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))

@@ -223,13 +223,14 @@ class Toeplitz:
         x = scratch.take("panel", N, G, span(p, self.tile, W), C)
         copy_padded(call.x[block.samples, block.groups], first, first + x.shape[2], x.swapaxes(2, 3))
         s_n, s_g, s_l, s_c = x.strides
+        step = step_inputs(p) * self.tile * s_l
         sums = scratch.take("sums", N, G, W, length * M)
         whole = N // lines * lines
         for low, high in ((0, whole), (whole, N)):
             if low < high:
                 side_by_side = min(lines, high - low)
                 shape = (G, W, (high - low) // side_by_side, side_by_side, (last - first) * C)
-                windows = as_strided(x[low:], shape, (s_g, step_inputs(p) * self.tile * s_l, side_by_side * s_n, s_n, s_c))
+                windows = as_strided(x[low:], shape, (s_g, step, side_by_side * s_n, s_n, s_c))
                 part = sums[low:high].reshape(-1, side_by_side, *sums.shape[1:]).transpose(2, 3, 0, 1, 4)
                 np.matmul(windows, band[:, None, None], out=part)
         at = block.start * outputs_per_step(p) - (p.padding_left if p.transposed else 0)
