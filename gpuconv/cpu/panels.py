@@ -222,7 +222,8 @@ class Panels:
         in_place = not p.transposed and w.dtype == call.dtype and flags.c_contiguous and flags.aligned
         if in_place and self.single and call.y.flags.c_contiguous and call.y_direct:
             scratch = Scratch.borrow("blocks", call.dtype)
-            self._compute_single(call, scratch)
+            with np.errstate(all="ignore"):
+                self._compute_single(call, scratch)
             scratch.give_back("blocks")
             return
         if not geometry.writes_everything():
@@ -252,15 +253,12 @@ class Panels:
             rows = w[0] if p.C_out > 1 else w[0, 0]
             np.dot(rows, columns[0, 0], out=y[0, 0] if p.C_out > 1 else y[0, 0, 0])
         else:
-            with np.errstate(all="ignore"):
-                np.matmul(w, columns, out=y)
+            np.matmul(w, columns, out=y)
         if is_padded and call.is_spoilt(y):
             everything = Block(slice(0, p.N), slice(0, p.groups), slice(0, p.C_out_g), 0, Q)
-            with np.errstate(all="ignore"):
-                self.safe.compute(call, everything, scratch)
+            self.safe.compute(call, everything, scratch)
         elif call.b is not None:
-            with np.errstate(all="ignore"):
-                np.add(y, call.b.astype(call.dtype, copy=False)[..., None], out=y)
+            np.add(y, call.b.astype(call.dtype, copy=False)[..., None], out=y)
 
     def _pack(self, w: Array, scratch: Scratch) -> Array:
         """Weight (groups, rows, C_in_g, K) as (groups, rows*phases, C_in_g*tap_groups), zeros for the absent taps."""
