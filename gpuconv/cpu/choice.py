@@ -11,7 +11,7 @@ from ..problem import ConvProblem
 from . import limits, non_finite, toeplitz
 from .arrays import accumulator
 from .geometry import Call, Geometry, exchange, useful_taps, with_taps
-from .panels import Panels
+from .panels import PhasePanels
 from .planes import Planes
 from .shift_add import ShiftAdd
 from .taps import Taps
@@ -166,7 +166,7 @@ def candidates(p: ConvProblem) -> list[tuple[ConvProblem, list[Form]]]:
 
 
 def _forms(p: ConvProblem) -> list[Form]:
-    forms: list[Form] = [*Panels.candidates(p), *Windows.candidates(p)]
+    forms: list[Form] = [*PhasePanels.candidates(p), *Windows.candidates(p)]
     shift_add = ShiftAdd.of(p)
     planes = Planes.of(p)
     if planes is not None:
