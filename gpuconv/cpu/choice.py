@@ -25,7 +25,8 @@ class Method:
     Attributes:
         name: the form.
         reason: why it is chosen.
-        workspace_bytes: a bound on the memory used beyond input, weight, bias and output.
+        workspace_bytes: a bound on the memory used beyond input, weight, bias and output. Each thread keeps up to
+            `limits.KEPT_SCRATCH` bytes for its next call.
     """
 
     name: str

@@ -49,7 +49,9 @@ class Windows:
         first, last = steps(p)
         per_step, size = outputs_per_step(p), accumulator(p.dtype).itemsize
         budget = limits.SUMS // size
-        for tile in (4, 8, 16, 32):
+        # One that divides the row spares the last windows, which are products of one line each.
+        even = next((tile for tile in (16, 15, 14, 13, 12) if (last - first) % tile == 0), 16)
+        for tile in sorted({4, 8, even, 16, 32}):
             step, window, outputs = tile * step_inputs(p), window_length(p, tile, p.K), tile * per_step
             sets = -(-window // step)
             small = limits.small_product(p.is_complex) // (window * outputs)  # windows of a product
@@ -94,7 +96,8 @@ class Windows:
         filling = bands * size * (costs.DIAGONAL * p.K * self.tile + costs.COPY * U * outputs)
         windows = (last - first) / cuts / self.tile
         product = costs.products(p, rows * self.sets, windows / self.sets, U, outputs, True)
-        product += costs.products(p, rows, 1, U, outputs, True)
+        if (last - first) % self.tile or cuts > 1:
+            product += costs.products(p, rows, 1, U, outputs, True)
         # The check that the sums are finite, and the bias.
         each = 2 * costs.ELEMENTWISE * size + costs.CONVERT.get(p.dtype, 0.0)
         rest = costs.copies(rows, windows * outputs, each)

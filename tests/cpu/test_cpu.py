@@ -18,6 +18,7 @@ import pytest
 from bench.layers import load
 from gpuconv import cpu, reference
 from gpuconv.cpu import choice, limits, threads
+from gpuconv.cpu.arrays import Scratch
 from gpuconv.cpu.geometry import Call
 from gpuconv.cpu.taps import Taps
 from gpuconv.problem import DTYPES, ConvProblem, numpy_dtype
@@ -569,6 +570,7 @@ LARGE_PRODUCTS = conv1d(1, 512, 1024, 1500, 3, 1, 1, 1)
 @pytest.mark.parametrize(("name", "problem"), [*LARGE.items(), ("panels", LARGE_PRODUCTS)], ids=str)
 def test_measured_memory(name: str, problem: ConvProblem, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threads, "usable_cpus", lambda: 16)  # as many threads as any machine would start
+    monkeypatch.setattr(Scratch, "borrow", classmethod(lambda cls, _, dtype: cls(dtype)))  # nothing is kept
     p = with_dtype(problem, case) if case in DTYPES else problem
     if case not in DTYPES:
         assert cpu.method(p).name == name
@@ -586,6 +588,40 @@ def test_measured_memory(name: str, problem: ConvProblem, case: str, monkeypatch
         tracemalloc.stop()
     assert peak <= cpu.method(p).workspace_bytes + _MIB // 2  # the interpreter's own objects
     assert peak <= allowed_memory(p)
+
+
+def test_buffers_are_kept_for_the_next_call() -> None:
+    p = conv1d(4, 16, 16, 4000, 3)
+    x, w, b = arrays(p)
+    y = poisoned(p)
+    cpu.convolve(p, x, w, b, y)
+    tracemalloc.start()
+    try:
+        cpu.convolve(p, x, w, b, y)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 100_000 < choice.plan(p).method.workspace_bytes
+
+
+def test_buffers_that_are_kept_have_one_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    size = np.dtype("float32")
+    first = Scratch.borrow("blocks", size)
+    second = Scratch.borrow("blocks", size)  # as a finalizer that convolves within a call would
+    assert first is not second
+    buffer = first.take("panel", 1000)
+    first.band = 1
+    second.give_back("blocks")
+    first.give_back("blocks")
+    again = Scratch.borrow("blocks", size)
+    assert again is first
+    assert np.shares_memory(again.take("panel", 10), buffer)
+    assert again.band is None
+    monkeypatch.setattr(limits, "KEPT_SCRATCH", 3999)
+    again.give_back("blocks")
+    assert Scratch.borrow("blocks", size) is not first
+    again.give_back("blocks")
+    assert Scratch.borrow("blocks", np.dtype("float64")).dtype == np.float64
 
 
 @pytest.mark.parametrize("problem", [*ALL, *LARGE.values()], ids=str)
