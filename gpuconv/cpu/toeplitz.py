@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
@@ -40,6 +41,8 @@ class Toeplitz:
             sample, and the samples are the lines of one product for each window.
         concurrent: BLAS computes each product on the calling thread.
     """
+
+    name: ClassVar[str] = "toeplitz"
 
     safe: Taps
     samples: int
@@ -90,10 +93,6 @@ class Toeplitz:
         side_by_side = samples if channels_last else samples * windows
         lines = min(lines, side_by_side) if concurrent else side_by_side
         return cls(Taps.of(p), samples, groups, windows, lines, tile, taps, whole, channels_last, concurrent)
-
-    @property
-    def name(self) -> str:
-        return "toeplitz"
 
     @property
     def reason(self) -> str:
