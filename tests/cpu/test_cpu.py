@@ -590,6 +590,39 @@ def test_measured_memory(name: str, problem: ConvProblem, case: str, monkeypatch
     assert peak <= allowed_memory(p)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "complex64"])
+@pytest.mark.parametrize("depthwise", [False, True])
+@pytest.mark.parametrize("value", [None, np.nan, np.inf])
+def test_all_forms_agree(dtype: str, depthwise: bool, value: float | None) -> None:
+    """On integers, where each is exact; also with a value that is not finite among them. A real sum of zero is +0."""
+    rng, rounds = random.Random(0), 0
+    while rounds < 40:
+        groups, channels = rng.choice([1, 2, 3, 5]), [1] if depthwise else [1, 2, 3]
+        try:
+            p = ConvProblem(
+                rng.choice(["conv1d", "conv_transpose1d"]), rng.choice([1, 2, 3, 7, 20]),
+                groups * rng.choice(channels), groups * rng.choice(channels), rng.choice([1, 2, 3, 5, 8, 17, 300]),
+                rng.choice([1, 2, 3, 4, 7]), rng.choice([1, 1, 1, 2, 3]), rng.choice([0, 1, 2, 5]),
+                rng.choice([0, 1, 2, 5]), rng.choice([1, 1, 2, 3]), groups, dtype=dtype, has_bias=rng.random() < 0.5,
+            )  # fmt: skip
+        except ValueError:
+            continue
+        rounds += 1
+        x, w, b = arrays(p, rounds, integers=True)
+        if value is not None and x.size:
+            x.flat[rng.randrange(x.size)] = value
+        expected = poisoned(p)
+        choice.chosen_form(p, p, Taps.of(p), 0.0).run(Call.of(p, x, w, b, expected))
+        for q, forms in choice.candidates(p):
+            for form in forms:
+                y = poisoned(p)
+                choice.chosen_form(p, q, form, 0.0).run(Call.of(p, x, w, b, y))
+                # Which part of a complex number an infinity reaches depends on how its product is made.
+                wide = [np.where(np.isfinite(a) | (not p.is_complex), a, np.nan) for a in (y, expected)]
+                np.testing.assert_array_equal(*(a.astype(np.complex128) for a in wide), f"{p}: {form}")
+                assert p.is_complex or not np.signbit(y[y == 0].astype(np.float32)).any(), f"{p}: {form}"
+
+
 def test_buffers_are_kept_for_the_next_call() -> None:
     p = conv1d(4, 16, 16, 4000, 3)
     x, w, b = arrays(p)
