@@ -43,8 +43,8 @@ PACK = 0.25
 MEETING = 15_000.0
 
 # A form that leaves the threads to BLAS computes the rest on one, and waits for the slower thread after each product.
-LARGE_PRODUCT = 1.1
-SERIAL = 1.6
+LARGE_PRODUCT = 1.3
+SERIAL = 2.0
 
 
 def scale(p: ConvProblem) -> float:
