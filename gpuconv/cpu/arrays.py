@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ Array = npt.NDArray[Any]
 _SHORT_DOT = 8192
 
 
+@cache
 def accumulator(dtype: str) -> np.dtype[Any]:
     """The dtype in which data of a dtype are summed."""
     return np.dtype(dtype if FORMATS[dtype].is_complex else FORMATS[dtype].accumulator)

@@ -1,7 +1,9 @@
 """toeplitz: neighbouring outputs of a group together, as the product of their common window with a banded matrix.
 
 A row is cut into windows, each of which makes a tile of outputs. Where one window holds a whole short row, the samples
-are the rows of one product, and neither input nor output is copied. The band of many taps is cut.
+are the rows of one product, and neither input nor output is copied. Where many samples have short rows of several
+channels, they are copied with the channels next to each other: each window is then a run of every sample, and narrow
+bands multiply few zeros. The band of many taps is cut.
 
 It stays for short rows, groups of few channels and long kernels: those for which it is chosen take 1.7 times as long in
 the next best form, the geometric mean over the benchmark layers, and up to 12 times.
