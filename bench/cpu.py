@@ -92,8 +92,8 @@ class CpuEngine:
 
     def __init__(self, pause: float = 0.15, ceilings: Ceilings | None = None) -> None:
         self.pause = pause
-        # Until one as large has been freed, glibc returns every large block to the system, and the pages of the next one
-        # cost more than many of these convolutions. The figures would depend on the order of the layers.
+        # Until one as large has been freed, glibc returns every large block to the system, and the pages of the next
+        # one cost more than many of these convolutions. The figures would depend on the order of the layers.
         np.empty(30 * 1024**2, np.uint8)
         self.ceilings = ceilings or measure_ceilings()
 
