@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import cache
 from threading import Lock
+from types import ModuleType
 from typing import Any, cast
 
 import numpy as np
@@ -10,14 +13,15 @@ import numpy as np
 from . import runtime
 from .arguments import ArraySpec, check_dtype
 from .dtypes import real_dtype
+from .fusion import Fusion, check_data
 from .memory import check_kinds, check_overlap, overlaps_itself
 from .problem import BiasGradientProblem, ConvProblem, WeightGradientProblem, dtype_name
-from .tasks import SIGNATURES, Task
+from .tasks import OPTIONAL, SIGNATURES, Task
 
 # Executors of GPU calls and tasks of CPU calls, by everything that they depend on. A full cache drops its oldest entry,
 # so that a program whose lengths always differ keeps only so many.
 _EXECUTORS: dict[tuple[Any, ...], tuple[runtime.Executor, tuple[int, ...], Any]] = {}  # with shape, dtype of the result
-_TASKS: dict[tuple[Any, ...], Task] = {}
+_TASKS: dict[tuple[Any, ...], tuple[Task, bool]] = {}  # with whether all arrays have native byte order
 _CACHE_SIZE = 4096
 _CACHE_LOCK = Lock()  # for changes; look-ups need none
 
@@ -55,13 +59,19 @@ def run(
 
 def _run_on_cpu(function: str, arrays: tuple[Any, ...], settings: tuple[Any, ...], out: Any | None) -> Any:
     key = _cpu_key(function, arrays, settings) if out is None else None
-    task = None if key is None else _TASKS.get(key)
-    if task is None:
+    found = None if key is None else _TASKS.get(key)
+    if found is None:
         if _has_real_taps(function, arrays):
             return _run_by_parts(function, arrays, settings, out)
         task = _check(function, arrays, settings, out)
         if key is not None:
-            _keep(_TASKS, key, task)
+            _keep(_TASKS, key, (task, all(array is None or array.dtype.isnative for array in arrays)))
+    else:
+        task, is_native = found
+        if is_native:  # as nearly all are
+            result = np.empty(task.shape, task.out_dtype or arrays[0].dtype)
+            _compute(task, arrays, result)
+            return result
     plain = [None if array is None else _native(array) for array in arrays]
     dtype = cast(Any, plain[0]).dtype
     if out is None:
@@ -75,18 +85,26 @@ def _run_on_cpu(function: str, arrays: tuple[Any, ...], settings: tuple[Any, ...
     return out
 
 
-def _compute(task: Task, arrays: list[Any], output: np.ndarray[Any, Any]) -> None:
+def _compute(task: Task, arrays: Sequence[Any], output: np.ndarray[Any, Any]) -> None:
     """Compute a task of NumPy arrays in native byte order into `output`."""
-    from . import cpu  # loaded by the first call on the CPU, since calls on a GPU do not need it
-
-    p = task.problem
+    cpu, p = _cpu(), task.problem
     if isinstance(p, ConvProblem):
-        x, weight, *bias = arrays
-        cpu.convolve(p, x, weight.conj() if task.conjugate_weight else weight, bias[0] if bias else None, output)
+        x, weight, *more = arrays
+        bias = more[0] if more else None
+        fused = (more[1:],) if p.fusion else ()
+        cpu.convolve(p, x, weight.conj() if task.conjugate_weight else weight, bias, output, *fused)
     elif isinstance(p, WeightGradientProblem):
         cpu.weight_gradient.compute(p, *p.sides(*arrays), output)
     elif isinstance(p, BiasGradientProblem):
         cpu.bias_gradient.compute(p, arrays[0], output)
+
+
+@cache
+def _cpu() -> ModuleType:
+    """The NumPy path, loaded by the first call on the CPU: calls on a GPU do not need it."""
+    from . import cpu
+
+    return cpu
 
 
 def _run_on_gpu(
@@ -119,7 +137,7 @@ def _run_on_gpu(
         task = _check(function, arrays, settings, out)
         executor = runtime.make_executor(
             task.problem,
-            SIGNATURES[function].operands,
+            SIGNATURES[function].operands[: len(arrays)],
             arrays,
             out,
             conjugate_weight=task.conjugate_weight,
@@ -129,7 +147,7 @@ def _run_on_gpu(
         if key is not None:
             _keep(_EXECUTORS, key, found)
     elif out is not None:
-        check_overlap(function, out, dict(zip(SIGNATURES[function].arrays, arrays, strict=True)))
+        check_overlap(function, out, dict(zip(SIGNATURES[function].arrays, arrays, strict=False)))
     executor, shape, dtype = found
     if out is None:
         out = cupy.empty(shape, dtype)
@@ -151,10 +169,12 @@ def _run_by_parts(
     """Compute with real taps on complex data: one real call for each part, on views of the arrays."""
     data, weight, *_ = arrays
     name = SIGNATURES[function].arrays[0]
-    given = dict(zip(SIGNATURES[function].arrays, arrays, strict=True))
+    given = dict(zip(SIGNATURES[function].arrays, arrays, strict=False))
     given = {n: array for n, array in {**given, "out": out}.items() if array is not None}
     check_kinds(function, given)
     dtype = check_dtype(function, name, data)
+    if isinstance(settings[-1], Fusion):
+        check_data(function, settings[-1], dtype)
     for other, array in given.items():
         expected = real_dtype(dtype) if other == "weight" else dtype
         if dtype_name(array.dtype) != expected:
@@ -215,7 +235,7 @@ def run_weight_gradient(
 def _check(function: str, arrays: tuple[Any, ...], settings: tuple[Any, ...], out: Any | None) -> Task:
     """Check that arrays, settings and `out` fit; return the task of the call."""
     names = SIGNATURES[function].arrays
-    given = {n: a for n, a in zip(names, arrays, strict=True) if a is not None or n != "bias"}
+    given = {n: a for n, a in zip(names, arrays, strict=False) if a is not None or n not in OPTIONAL}
     check_kinds(function, given if out is None else {**given, "out": out})
     task = Task.of(function, arrays, settings)
     if out is None:
@@ -266,14 +286,14 @@ def _cpu_key(name: str, arrays: tuple[Any, ...], settings: tuple[Any, ...]) -> t
     return tuple(key)
 
 
-_PLAIN_TYPES = frozenset((int, str, type(None)))
+_PLAIN_TYPES = frozenset((int, str, type(None), Fusion))
 
 
 def _as_key(settings: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """The settings with lists as tuples and NumPy integers as ints, or None where they do not name one problem.
 
-    They do where nothing but ints, strings and None remains: True equals 1 and would find the entry of 1, but must be
-    refused.
+    They do where nothing but ints, strings, None and a `Fusion` remains: True equals 1 and would find the entry of 1,
+    but must be refused.
     """
     for value in settings:
         if type(value) not in _PLAIN_TYPES and not (type(value) is tuple and all(type(v) is int for v in value)):
