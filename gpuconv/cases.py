@@ -155,6 +155,7 @@ CASES: tuple[Case, ...] = (
     _conv("depthwise_strided_dilated", 2, 10, 10, 77, 4, "groups", "depthwise", groups=10, stride=2, dilation=2),
     _conv("depthwise_long_dilated", 1, 6, 6, 141, 5, "groups", "depthwise", groups=6, dilation=3, padding=(4, 9)),
     _conv("depthwise_stride8", 2, 6, 6, 90, 9, "groups", "depthwise", groups=6, stride=8, padding=(5, 3)),
+    _conv("groups3_long_kernel", 2, 9, 51, 83, 21, "groups", groups=3, stride=3, dilation=3, padding=(40, 22)),
     _conv("groups_to_one_each", 2, 12, 4, 40, 3, "groups", groups=4, bias=False),
     # Channel counts off the usual multiples.
     _conv("one_channel", 3, 1, 1, 71, 9, "channels", padding=4),
@@ -203,6 +204,9 @@ CASES: tuple[Case, ...] = (
     _conv("sincnet", 2, 1, 8, 500, 251, "model", stride=10, bias=False),
     _conv("stft", 1, 1, 65, 640, 128, "model", stride=64, bias=False),
     _conv("resample", 2, 1, 16, 450, 48, "model", stride=44, bias=False),
+    _conv("enformer_stem", 2, 4, 24, 60, 15, "model", padding=7),
+    _conv("attnsleep", 2, 1, 20, 220, 80, "model", stride=10, padding=40, bias=False),
+    _conv("tacotron2_location", 1, 2, 32, 50, 31, "model", padding=15, bias=False),
     _conv("bpnet_head", 1, 34, 2, 60, 75, "model", padding=37),
     _conv("mimi_stream", 1, 36, 20, 24, 16, "model", stride=8),
     _conv("diffusion_policy_mid", 1, 60, 24, 4, 5, "model", padding=2),
@@ -272,6 +276,7 @@ _FAR = MAX_STEP  # twice it, taken for a signed 32-bit integer, is -2
 WIDE_CASES: tuple[Case, ...] = (
     _conv("wide_dense", 2, 36, 20, 30, 5, "wide", dilation=_FAR, padding=2 * _FAR),
     _conv("wide_stem", 2, 2, 40, 30, 5, "wide", dilation=_FAR, padding=2 * _FAR),
+    _conv("wide_filters", 2, 3, 20, 30, 17, "wide", dilation=_FAR, padding=8 * _FAR),
     _conv("wide_narrow", 2, 12, 3, 30, 5, "wide", dilation=_FAR, padding=(2 * _FAR - 5, 2 * _FAR + 2)),
     _conv("wide_stride", 2, 36, 20, 30, 3, "wide", stride=_FAR, padding=(2 * _FAR, 1)),
     _conv("wide_depthwise", 2, 6, 12, 30, 3, "wide", "depthwise", groups=6, stride=_FAR, padding=(2 * _FAR, 1)),

@@ -8,6 +8,7 @@ from .base import ArrayLayout, Config, Family, Launch, Layout, Plan, Refusal, St
 from .bias_gradient_rows import BiasGradientRows
 from .conv1d_depthwise import Conv1dDepthwise
 from .conv1d_direct import Conv1dDirect
+from .conv1d_im2col import Conv1dIm2col
 from .conv1d_narrow import Conv1dNarrow
 from .conv1d_skinny import Conv1dSkinny
 from .conv1d_stem import Conv1dStem
@@ -27,6 +28,7 @@ from .weight_gradient_tiled import WeightGradientTiled
 FAMILIES: tuple[Family[Any], ...] = (
     Conv1dMma(),
     ConvTranspose1dMma(),
+    Conv1dIm2col(),
     Conv1dDepthwise(),
     Conv1dSkinny(),
     Conv1dStem(),
