@@ -199,7 +199,8 @@ def test_kernels_are_made_by_the_runtime_alone() -> None:
 
 
 CUDA_FILES = sorted(directory().glob("*.cu*"))
-HELPERS = {"pack_weight", "pack_mma_weight", "sum_slices"}  # kernels that run before or after those of families
+# Kernels that run before or after those of families.
+HELPERS = {"pack_weight", "pack_mma_weight", "pack_im2col_weight", "sum_slices"}
 EVERY_FAMILY: tuple[Family[Any], ...] = FAMILIES
 
 
@@ -256,7 +257,7 @@ def test_a_family_has_one_name(family: Family[Any]) -> None:
         r"__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s+)?(\w+)\(", code(kernel.read_text(encoding="utf-8"))
     )
     assert functions == [family.name]
-    assert re.fullmatch(rf"{family.kind}_[a-z]+(_[a-z]+)*", family.name)
+    assert re.fullmatch(rf"{family.kind}_[a-z0-9]+(_[a-z0-9]+)*", family.name)
     kernels = {config.kernel for config in family.configs(Device.from_arch("sm_90"))}
     assert kernels - HELPERS == {family.name}
 
