@@ -116,6 +116,7 @@ CASES: tuple[Case, ...] = (
     _conv("k64_even", 1, 3, 5, 100, 64, "kernel", padding=32),
     _conv("k_longer_than_input", 2, 2, 3, 20, 45, "kernel", padding=(30, 17)),
     _conv("k_equals_input", 3, 4, 6, 25, 25, "kernel"),
+    _conv("k_depthwise_longer_than_input", 1, 4, 4, 40, 131, "kernel", "depthwise", groups=4, padding=65),
     _conv("k513", 1, 1, 2, 600, 513, "kernel", bias=False),
     # Strides.
     _conv("docs_example", 2, 16, 33, 50, 3, "stride", stride=2),
@@ -155,6 +156,7 @@ CASES: tuple[Case, ...] = (
     _conv("depthwise_strided_dilated", 2, 10, 10, 77, 4, "groups", "depthwise", groups=10, stride=2, dilation=2),
     _conv("depthwise_long_dilated", 1, 6, 6, 141, 5, "groups", "depthwise", groups=6, dilation=3, padding=(4, 9)),
     _conv("depthwise_stride8", 2, 6, 6, 90, 9, "groups", "depthwise", groups=6, stride=8, padding=(5, 3)),
+    _conv("depthwise_long_kernel", 2, 3, 6, 300, 130, "groups", "depthwise", groups=3, padding=(70, 21)),
     _conv("groups3_long_kernel", 2, 9, 51, 83, 21, "groups", groups=3, stride=3, dilation=3, padding=(40, 22)),
     _conv("groups_to_one_each", 2, 12, 4, 40, 3, "groups", groups=4, bias=False),
     # Channel counts off the usual multiples.
@@ -197,8 +199,10 @@ CASES: tuple[Case, ...] = (
     _conv("wavenet_dilated", 1, 16, 32, 90, 2, "model", dilation=32, padding="causal"),
     _conv("mamba_dw", 2, 40, 40, 70, 4, "model", "depthwise", groups=40, padding="causal"),
     _conv("conformer_dw", 2, 24, 24, 53, 31, "model", "depthwise", groups=24, padding=15),
+    _conv("hyena_dw", 2, 4, 4, 140, 140, "model", "depthwise", groups=4, padding="causal", bias=False),
     _conv("convnext_dw", 1, 10, 10, 90, 7, "model", "depthwise", groups=10, padding=3),
     _conv("bigvgan_alias_down", 2, 6, 6, 97, 12, "model", "depthwise", groups=6, stride=2, bias=False),
+    _conv("quartznet_dw", 2, 6, 6, 150, 75, "model", "depthwise", groups=6, padding=37),
     _conv("convtasnet_encoder", 2, 1, 32, 160, 16, "model", stride=8, padding=8, bias=False),
     _conv("encodec_down", 1, 16, 32, 80, 16, "model", stride=8, padding=(8, 0)),
     _conv("sincnet", 2, 1, 8, 500, 251, "model", stride=10, bias=False),

@@ -13,6 +13,7 @@ from .conv1d_narrow import Conv1dNarrow
 from .conv1d_skinny import Conv1dSkinny
 from .conv1d_stem import Conv1dStem
 from .conv1d_tail import Conv1dTail
+from .conv1d_toeplitz import Conv1dToeplitz
 from .conv_mma import Conv1dMma, ConvTranspose1dMma
 from .conv_tiled import Conv1dTiled, ConvTranspose1dPhases
 from .conv_transpose1d_depthwise import ConvTranspose1dDepthwise
@@ -29,6 +30,7 @@ FAMILIES: tuple[Family[Any], ...] = (
     Conv1dMma(),
     ConvTranspose1dMma(),
     Conv1dIm2col(),
+    Conv1dToeplitz(),
     Conv1dDepthwise(),
     Conv1dSkinny(),
     Conv1dStem(),

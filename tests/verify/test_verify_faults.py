@@ -285,6 +285,9 @@ FAULTS: Mapping[str, Fault] = {
     "conv1d_im2col keeps a NaN": Fault(
         "conv1d_im2col", FALLBACK, NO_FALLBACK, "conv1d_im2col", "enformer_stem", "float16", says=NONFINITE
     ),
+    "conv1d_toeplitz keeps a NaN": Fault(
+        "conv1d_toeplitz", FALLBACK, NO_FALLBACK, "conv1d_toeplitz", "quartznet_dw", "float16", says=NONFINITE
+    ),
     "conv1d_tail keeps a NaN": Fault(
         "conv1d_tail", FALLBACK, NO_FALLBACK, "conv1d_tail", "one_channel", says=NONFINITE
     ),
