@@ -383,6 +383,7 @@ def shrunk(layer: ConvProblem, mode: str, channels: int = 4) -> ConvProblem:
         (family, mode)
         for family in FORWARD_FAMILIES
         for mode in (("float32", "bfloat16", "complex64") if family.canonical_order else TENSOR_MODES)
+        if any(takes(family, case.at(mode)) for case in CASES)
     ],
     **by_name,
 )
