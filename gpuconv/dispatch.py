@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 from .device import Device
 from .families import FAMILIES, ArrayLayout, Config, Family, Launch, Layout, Plan, Refusal, Step
-from .problem import Kind, Problem
+from .problem import FORMATS, Kind, Problem
 
 
-class Place(NamedTuple):
+class StridedPointer(NamedTuple):
     """Where an array lies in memory: its strides, and the address of its first element, in bytes."""
 
     strides: tuple[int, ...]
@@ -49,21 +49,23 @@ class Choice:
         return self.step.launch
 
 
-def lay_out(problem: Problem, places: Mapping[str, Place | None]) -> tuple[Layout, tuple[str, ...]]:
+def lay_out(problem: Problem, pointers: Mapping[str, StridedPointer | None]) -> tuple[Layout, tuple[str, ...]]:
     """The layout that kernels see, and the names of the arrays that must be copied because kernels cannot read them.
 
     Args:
         problem: the problem that the arrays belong to.
-        places: by the names of `problem.shapes`; None or no entry for an array that is freshly allocated.
+        pointers: by the names of `problem.shapes`; None or no entry for an array that is freshly allocated.
     """
     fresh, copies = Layout.contiguous(problem), []
     found: dict[str, ArrayLayout] = {}
     for name, shape in problem.shapes.items():
-        place = places.get(name)
-        if place is None:
+        pointer = pointers.get(name)
+        if pointer is None:
             continue
-        strides = place.strides if len(place.strides) == len(shape) else (0, *place.strides)  # (C, L) is (1, C, L)
-        array = ArrayLayout.of(shape, strides, place.address, problem.itemsize)
+        strides = pointer.strides
+        if len(strides) < len(shape):  # (C, L) is (1, C, L)
+            strides = (0, *strides)
+        array = ArrayLayout.of(shape, strides, pointer.address, FORMATS[problem.dtype_of(name)].itemsize)
         if array is None:
             copies.append(name)
         else:
@@ -115,14 +117,20 @@ def choose(problem: Problem, layout: Layout, device: Device, algorithm: str | No
     if algorithm is not None:
         check_algorithm(problem.kind, problem.kind, algorithm)
         (family,) = own[-1:] if algorithm == "base" else (family for family in own if family.name == algorithm)
-        plan = family.plan(problem, layout, device)
+        plan = _plan(family, problem, layout, device)
         if isinstance(plan, Refusal):
             raise AlgorithmError(f"{problem.kind}: algorithm {algorithm!r} does not take {problem}: {plan.reason}")
         return Choice(family.name, plan)
     refusals: list[tuple[str, str]] = []
     for family in own:
-        plan = family.plan(problem, layout, device)
+        plan = _plan(family, problem, layout, device)
         if not isinstance(plan, Refusal):
             return Choice(family.name, plan, tuple(refusals))
         refusals.append((family.name, plan.reason))
     raise AssertionError(f"every family refused {problem}: {refusals}")
+
+
+def _plan(family: Family[Any], problem: Problem, layout: Layout, device: Device) -> Plan | Refusal:
+    if problem.dtype not in family.dtypes:
+        return Refusal(f"takes no {problem.dtype}")
+    return family.plan(problem, layout, device)

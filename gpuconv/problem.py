@@ -7,9 +7,10 @@ The arguments are checked by the functions of `gpuconv.arguments`. The two lengt
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, SupportsIndex, TypeAlias, TypeVar
+from typing import Any, ClassVar, Literal, SupportsIndex, TypeAlias, TypeVar
 
 from .arguments import (
     MAX_EXTENT,
@@ -24,17 +25,20 @@ from .arguments import (
     check_bias_length,
     check_dtype,
     check_groups,
+    check_out_dtype,
     check_precision,
     check_rank,
     check_setting,
     check_size,
 )
-from .dtypes import DTYPES, FORMATS, PRECISIONS, Format, dtype_name, numpy_dtype
+from .dtypes import DTYPES, FORMATS, INTEGER_SUMS, INTEGERS, PRECISIONS, Format, dtype_name, numpy_dtype
 
 # With the problems come the words that describe them, so that their users need one import.
 __all__ = [
     "DTYPES",
     "FORMATS",
+    "INTEGERS",
+    "INTEGER_SUMS",
     "MAX_EXTENT",
     "PRECISIONS",
     "ArrayLike",
@@ -60,45 +64,68 @@ T = TypeVar("T")
 Kind: TypeAlias = Literal["conv1d", "conv_transpose1d", "weight_gradient", "bias_gradient"]
 
 
-class Problem(Protocol):
-    """What dispatch and runtime know of every kind of problem.
+class Problem(ABC):
+    """What dispatch and runtime know of every kind of problem; each is a frozen value."""
 
-    Attributes:
-        kind: which kernel families compute it.
-        shapes: of the arrays that its kernels take, by name, the result last; a single sample is a batch of one.
-        is_empty: whether nothing is launched: the result has no elements, or is zero since every sum is empty.
-    """
+    __slots__ = ()
 
-    def __hash__(self) -> int: ...
+    result: ClassVar[str]
+    """The name of the array that is computed, the last of `shapes`."""
 
     @property
-    def kind(self) -> Kind: ...
+    @abstractmethod
+    def kind(self) -> Kind:
+        """Which kernel families compute it."""
 
     @property
-    def dtype(self) -> str: ...
+    @abstractmethod
+    def dtype(self) -> str:
+        """Of the operands; `dtype_of` knows that of each array."""
 
     @property
-    def format(self) -> Format: ...
+    @abstractmethod
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the arrays of its kernels, by name, the result last. A single sample is a batch of one."""
 
     @property
-    def itemsize(self) -> int: ...
+    @abstractmethod
+    def terms(self) -> int:
+        """The most products that one element of the result sums: the ``n`` of the error bound."""
+
+    @abstractmethod
+    def flops(self) -> int:
+        """Floating-point operations, a multiply-add counted as two (as eight for complex data), padding included."""
+
+    def bytes(self) -> int:
+        """The fewest bytes that must move: every operand read once, the result written once."""
+        return sum(math.prod(shape) * FORMATS[self.dtype_of(name)].itemsize for name, shape in self.shapes.items())
 
     @property
-    def shapes(self) -> dict[str, tuple[int, ...]]: ...
+    def is_empty(self) -> bool:
+        """Whether nothing is launched: the result has no elements, or is zero since every sum is empty."""
+        return any(0 in shape for shape in self.shapes.values())
+
+    def dtype_of(self, name: str) -> str:
+        """The dtype of one of the arrays."""
+        return self.dtype
 
     @property
-    def is_empty(self) -> bool: ...
+    def format(self) -> Format:
+        """The numbers of the arrays and of the sums."""
+        return FORMATS[self.dtype]
 
     @property
-    def terms(self) -> int: ...
+    def itemsize(self) -> int:
+        """Bytes of one element."""
+        return self.format.itemsize
 
-    def flops(self) -> int: ...
-
-    def bytes(self) -> int: ...
+    @property
+    def is_complex(self) -> bool:
+        return self.format.is_complex
 
 
 @dataclass(frozen=True, slots=True)
-class ConvProblem:
+class ConvProblem(Problem):
     """A 1-D convolution or transposed convolution with every setting resolved.
 
     Build it with `ConvProblem.conv1d` or `ConvProblem.conv_transpose1d`, which validate; the constructor takes
@@ -112,6 +139,8 @@ class ConvProblem:
     Raises:
         ValueError: an output length below 1, or an array whose size does not fit 64-bit offsets.
     """
+
+    result: ClassVar[str] = "output"
 
     op: Op
     N: int
@@ -129,6 +158,7 @@ class ConvProblem:
     has_bias: bool = False
     batched: bool = True
     precision: str = "float32"
+    out_dtype: str | None = None  # of bias and output, where that is not `dtype`
     L_out: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -160,7 +190,12 @@ class ConvProblem:
             )
         object.__setattr__(self, "L_out", L_out)
         for name, shape in (("input", self.input_shape), ("weight", self.weight_shape), ("output", self.output_shape)):
-            check_size(self.op, name, shape, self.dtype)
+            check_size(self.op, name, shape, self.dtype_of(name))
+
+    @classmethod
+    def of(cls, op: Op, *arguments: Any, **settings: Any) -> ConvProblem:
+        """`conv1d` or `conv_transpose1d` of the arguments, as `op` says."""
+        return (cls.conv_transpose1d if op == "conv_transpose1d" else cls.conv1d)(*arguments, **settings)
 
     @classmethod
     def conv1d(
@@ -173,6 +208,7 @@ class ConvProblem:
         dilation: Setting = 1,
         groups: SupportsIndex = 1,
         precision: str = "float32",
+        out_dtype: Any = None,
     ) -> ConvProblem:
         """Validate the arguments of `gpuconv.conv1d`; only `.shape` and `.dtype` of the arrays are read.
 
@@ -201,7 +237,7 @@ class ConvProblem:
             left, right = sides
         return cls(
             op, x.N, x.C_in, C_out, x.L_in, K, s, left, right, d, g, 0, x.dtype, bias is not None, x.batched,
-            check_precision(op, precision, x.dtype),
+            check_precision(op, precision, x.dtype), check_out_dtype(op, x.dtype, out_dtype, bias),
         )  # fmt: skip
 
     @classmethod
@@ -217,6 +253,7 @@ class ConvProblem:
         dilation: Setting = 1,
         output_size: Setting | None = None,
         precision: str = "float32",
+        out_dtype: Any = None,
     ) -> ConvProblem:
         """Validate the arguments of `gpuconv.conv_transpose1d`; only `.shape` and `.dtype` of the arrays are read.
 
@@ -264,7 +301,7 @@ class ConvProblem:
             extra = wanted - shortest
         return cls(
             op, x.N, x.C_in, C_out, x.L_in, K, s, left, right, d, g, extra, x.dtype, bias is not None, x.batched,
-            check_precision(op, precision, x.dtype),
+            check_precision(op, precision, x.dtype), check_out_dtype(op, x.dtype, out_dtype, bias),
         )  # fmt: skip
 
     @property
@@ -273,12 +310,14 @@ class ConvProblem:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shapes of the arrays by name, the output last, with an axis for the samples even if there is none."""
         shapes: dict[str, tuple[int, ...]] = {"input": (self.N, self.C_in, self.L_in), "weight": self.weight_shape}
         if self.has_bias:
             shapes["bias"] = (self.C_out,)
-        shapes["output"] = (self.N, self.C_out, self.L_out)
+        shapes[self.result] = (self.N, self.C_out, self.L_out)
         return shapes
+
+    def dtype_of(self, name: str) -> str:
+        return self.out_dtype or self.dtype if name in ("bias", self.result) else self.dtype
 
     @property
     def is_empty(self) -> bool:
@@ -298,20 +337,6 @@ class ConvProblem:
     def C_out_g(self) -> int:
         """Output channels of one group."""
         return self.C_out // self.groups
-
-    @property
-    def format(self) -> Format:
-        """The numbers of the arrays and of the sums."""
-        return FORMATS[self.dtype]
-
-    @property
-    def itemsize(self) -> int:
-        """Bytes of one element."""
-        return self.format.itemsize
-
-    @property
-    def is_complex(self) -> bool:
-        return self.format.is_complex
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -337,7 +362,6 @@ class ConvProblem:
 
     @property
     def terms(self) -> int:
-        """The most products that one output element sums: the ``n`` of the error bound."""
         if self.transposed:
             # The taps k of one output position satisfy k*dilation = l_out + padding_left (mod stride), so they are
             # stride/gcd(stride, dilation) apart.
@@ -366,14 +390,8 @@ class ConvProblem:
         )  # fmt: skip
 
     def flops(self) -> int:
-        """Floating-point operations, a multiply-add counted as two (as eight for complex data), padding included."""
         rows = self.C_in * self.L_in * self.C_out_g if self.transposed else self.C_out * self.L_out * self.C_in_g
         return (8 if self.is_complex else 2) * self.N * rows * self.K
-
-    def bytes(self) -> int:
-        """The fewest bytes that must move: input, weight and bias read once, the output written once."""
-        elements = self.N * self.C_in * self.L_in + math.prod(self.weight_shape) + self.N * self.C_out * self.L_out
-        return (elements + (self.C_out if self.has_bias else 0)) * self.itemsize
 
     def __str__(self) -> str:
         parts = [
@@ -387,11 +405,13 @@ class ConvProblem:
             parts.append("bias")
         if self.precision != "float32":
             parts.append(self.precision)
+        if self.out_dtype is not None:
+            parts.append(f"to {self.out_dtype}")
         return " ".join(parts)
 
 
 @dataclass(frozen=True, slots=True)
-class WeightGradientProblem:
+class WeightGradientProblem(Problem):
     """The gradient of a convolution's weight, one correlation for both operations.
 
     Make it with `WeightGradientProblem.of` from a validated problem. It relates two arrays: `coarse`, whose positions
@@ -412,6 +432,8 @@ class WeightGradientProblem:
 
     The right padding does not appear: L_coarse and L_fine say which positions exist.
     """
+
+    result: ClassVar[str] = "grad_weight"
 
     op: Op
     N: int
@@ -444,13 +466,7 @@ class WeightGradientProblem:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shapes of the arrays by name, the result last."""
-        return {"coarse": self.coarse_shape, "fine": self.fine_shape, "grad_weight": self.weight_shape}
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether an array has no elements, so that the gradient is zero."""
-        return any(0 in shape for shape in self.shapes.values())
+        return {"coarse": self.coarse_shape, "fine": self.fine_shape, self.result: self.weight_shape}
 
     @property
     def transposed(self) -> bool:
@@ -466,20 +482,6 @@ class WeightGradientProblem:
     def C_fine_g(self) -> int:
         """Channels of fine in one group."""
         return self.C_fine // self.groups
-
-    @property
-    def format(self) -> Format:
-        """The numbers of the arrays and of the sums."""
-        return FORMATS[self.dtype]
-
-    @property
-    def itemsize(self) -> int:
-        """Bytes of one element."""
-        return self.format.itemsize
-
-    @property
-    def is_complex(self) -> bool:
-        return self.format.is_complex
 
     @property
     def conjugate_coarse(self) -> bool:
@@ -506,16 +508,10 @@ class WeightGradientProblem:
 
     @property
     def terms(self) -> int:
-        """The most products that one element of the result sums: the ``n`` of the error bound."""
         return self.N * min(self.L_coarse, -(-self.L_fine // self.stride))
 
     def flops(self) -> int:
-        """Floating-point operations, a multiply-add counted as two (as eight for complex data), padding included."""
         return (8 if self.is_complex else 2) * self.N * self.L_coarse * math.prod(self.weight_shape)
-
-    def bytes(self) -> int:
-        """The fewest bytes that must move: coarse and fine read once, the result written once."""
-        return sum(map(math.prod, (self.coarse_shape, self.fine_shape, self.weight_shape))) * self.itemsize
 
     def __str__(self) -> str:
         return (
@@ -526,7 +522,7 @@ class WeightGradientProblem:
 
 
 @dataclass(frozen=True, slots=True)
-class BiasGradientProblem:
+class BiasGradientProblem(Problem):
     """The gradient of a bias, the same for both operations.
 
     ::
@@ -535,6 +531,8 @@ class BiasGradientProblem:
 
     grad_output is ``(N, C, L)``, the result ``(C,)``. Nothing is conjugated.
     """
+
+    result: ClassVar[str] = "grad_bias"
 
     N: int
     C: int
@@ -552,27 +550,7 @@ class BiasGradientProblem:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shapes of the arrays by name, the result last."""
-        return {"grad_output": self.grad_output_shape, "grad_bias": self.bias_shape}
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether an array has no elements, so that the gradient is zero."""
-        return any(0 in shape for shape in self.shapes.values())
-
-    @property
-    def format(self) -> Format:
-        """The numbers of the arrays and of the sums."""
-        return FORMATS[self.dtype]
-
-    @property
-    def itemsize(self) -> int:
-        """Bytes of one element."""
-        return self.format.itemsize
-
-    @property
-    def is_complex(self) -> bool:
-        return self.format.is_complex
+        return {"grad_output": self.grad_output_shape, self.result: self.bias_shape}
 
     @property
     def grad_output_shape(self) -> tuple[int, int, int]:
@@ -585,16 +563,11 @@ class BiasGradientProblem:
 
     @property
     def terms(self) -> int:
-        """The terms that one element of the result sums: the ``n`` of the error bound."""
         return self.N * self.L
 
     def flops(self) -> int:
         """Floating-point additions, those of complex data counted as two."""
         return (2 if self.is_complex else 1) * math.prod(self.grad_output_shape)
-
-    def bytes(self) -> int:
-        """The fewest bytes that must move: grad_output read once, the result written once."""
-        return (math.prod(self.grad_output_shape) + self.C) * self.itemsize
 
     def __str__(self) -> str:
         return f"bias gradient N{self.N} C{self.C} L{self.L} {self.dtype}"
@@ -625,9 +598,8 @@ def gradient_problem(
     for name, array in (("input", input), ("weight", weight)):
         if not isinstance(array, ArraySpec):  # whose dtype was taken from the other
             check_dtype(caller, name, array)
-    construct = ConvProblem.conv_transpose1d if op == "conv_transpose1d" else ConvProblem.conv1d
     try:
-        problem = construct(input, weight, None, *settings)
+        problem = ConvProblem.of(op, input, weight, None, *settings)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{caller}{str(error).removeprefix(op)}") from None
     found = check_dtype(caller, "grad_output", grad_output)

@@ -20,7 +20,7 @@ from . import limits
 from .arrays import Array, accumulator
 from .choice import Method
 from .correlation import Correlation, Sizes
-from .weight_sums import Sums
+from .weight_sums import WeightSums
 
 # Bytes of a panel, where there is one thread and where there are several, of a block of sums, of the sums of all slices
 # but the first, and of the rows that dots work on: a and a window of b stay in the first- or second-level cache.
@@ -57,7 +57,7 @@ _WORTH_THREADS = 20_000_000
 
 def method(problem: WeightGradientProblem) -> Method:
     """The form that `compute` uses for a problem: a pure function of the problem."""
-    return _plan(problem).method
+    return _choose(problem).method
 
 
 def compute(problem: WeightGradientProblem, coarse: Array, fine: Array, output: Array) -> None:
@@ -72,14 +72,14 @@ def compute(problem: WeightGradientProblem, coarse: Array, fine: Array, output: 
         fine: `problem.fine_shape`, likewise.
         output: `problem.weight_shape`, any strides; it overlaps no other argument.
     """
-    plan = _plan(problem)
-    if plan.form is None:
+    chosen = _choose(problem)
+    if chosen.form is None:
         output[...] = 0
         return
-    Sums(problem, plan.form, coarse, fine, output).run(plan.workers)
+    WeightSums(problem, chosen.form, coarse, fine, output).run(chosen.workers)
 
 
-class _Plan(NamedTuple):
+class _ChosenForm(NamedTuple):
     method: Method
     form: Sizes | None
     workers: int
@@ -93,9 +93,9 @@ _REASONS = {
 
 
 @lru_cache(maxsize=4096)
-def _plan(p: WeightGradientProblem) -> _Plan:
+def _choose(p: WeightGradientProblem) -> _ChosenForm:
     if 0 in p.weight_shape or p.terms == 0:
-        return _Plan(Method("nothing", "every sum is empty, or there are none", 0), None, 1)
+        return _ChosenForm(Method("nothing", "every sum is empty, or there are none", 0), None, 1)
     roles, size = Correlation.of(p), accumulator(p.dtype).itemsize
     if roles.C == 1 and roles.R <= _DOT_ROWS and (roles.N == 1 or roles.L_a >= _DOT_POSITIONS):
         form = _dots(p, roles)
@@ -116,7 +116,7 @@ def _plan(p: WeightGradientProblem) -> _Plan:
     allowed = max(limits.WORKSPACE, (math.prod(p.coarse_shape) + math.prod(p.fine_shape)) * p.itemsize // 4)
     workers = min(limits.MAX_WORKERS, len(form.blocks()) * form.slices, (allowed - shared) // each) if concurrent else 1
     workers = max(1, workers)
-    return _Plan(Method(form.name, _REASONS[form.name], shared + workers * each), form, workers)
+    return _ChosenForm(Method(form.name, _REASONS[form.name], shared + workers * each), form, workers)
 
 
 def _dots(p: WeightGradientProblem, roles: Correlation) -> Sizes:

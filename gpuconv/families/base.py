@@ -10,7 +10,7 @@ from typing import ClassVar, Generic, TypeVar
 
 from ..costs import Work
 from ..device import Device
-from ..problem import ConvProblem, Kind, Problem
+from ..problem import DTYPES, ConvProblem, Kind, Problem
 from ..source import params_fields
 
 ProblemT = TypeVar("ProblemT", bound=Problem)
@@ -170,6 +170,9 @@ class Family(ABC, Generic[ProblemT]):
     canonical_order: ClassVar[bool] = True
     """Whether it sums in the order of the base family of its kind: the families that do agree in every bit."""
 
+    dtypes: ClassVar[tuple[str, ...]] = DTYPES
+    """Of the data that it takes."""
+
     @abstractmethod
     def plan(self, problem: ProblemT, layout: Layout, device: Device) -> Plan | Refusal:
         """How the family computes a problem of its kind, or why it does not. `problem.is_empty` is False."""
@@ -185,7 +188,7 @@ class Family(ABC, Generic[ProblemT]):
         """
         macros = dict(step.config.macros)
         held = step.launch.grid * int(macros.get("BLOCK_M", 0)) * int(macros.get("BLOCK_N", 0))
-        results = math.prod([*problem.shapes.values()][-1])
+        results = math.prod(problem.shapes[problem.result])
         return Work(problem.flops() / 2 * max(1.0, held / results), problem.bytes())
 
 

@@ -99,7 +99,7 @@ class Slices:
 
 
 def _num_results(problem: WeightGradientProblem | BiasGradientProblem) -> int:
-    return math.prod(list(problem.shapes.values())[-1])
+    return math.prod(problem.shapes[problem.result])
 
 
 def _partial_bytes(problem: WeightGradientProblem | BiasGradientProblem, count: int) -> int:
@@ -163,8 +163,8 @@ def sum_launch(
 ) -> tuple[Config, Launch]:
     """The specialisation and the launch of sum_slices, for `Slices.of` the problem unless others are given."""
     slices = slices or Slices.of(problem)
-    name, shape = list(problem.shapes.items())[-1]
-    num_results = math.prod(shape)
+    name = problem.result
+    shape, num_results = problem.shapes[name], _num_results(problem)
     ways = 1
     while ways < _MOST_WAYS and slices.count >= 2 * ways * _SLICES_OF_A_WAY:
         ways *= 2

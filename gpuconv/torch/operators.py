@@ -182,9 +182,7 @@ def _keywords(op: Op, settings: Sequence[Any]) -> dict[str, Any]:
 
 def _output_shape(op: Op, specs: tuple[ArraySpec | None, ...], settings: tuple[Any, ...]) -> tuple[int, ...]:
     """The shape of the output; raises what gpuconv's functions raise. Extents may be symbols."""
-    construct: Any = ConvProblem.conv_transpose1d if op == "conv_transpose1d" else ConvProblem.conv1d
-    problem: ConvProblem = construct(*specs, **_keywords(op, settings))
-    return problem.output_shape
+    return ConvProblem.of(op, *specs, **_keywords(op, settings)).output_shape
 
 
 def _register(op: Op) -> Callable[..., Tensor]:

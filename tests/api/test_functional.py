@@ -51,8 +51,7 @@ def call(op: str, input: Any, weight: Any, bias: Any = None, **settings: Any) ->
 
 def construct(op: str, input: Any, weight: Any, bias: Any = None, **settings: Any) -> ConvProblem:
     settings.pop("out", None)
-    build = ConvProblem.conv_transpose1d if op == "conv_transpose1d" else ConvProblem.conv1d
-    return build(input, weight, bias, **settings)
+    return ConvProblem.of(op, input, weight, bias, **settings)
 
 
 def assert_right(

@@ -166,8 +166,7 @@ def test_paddings_beyond_pytorchs_convolve(layer: Any, L_in: int, L_out: int) ->
     assert y.shape == (2, 6, L_out)
     np.testing.assert_array_equal(layer.forward(x), y)
     settings = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation, "groups": layer.groups}
-    build = ConvProblem.conv_transpose1d if layer.transposed else ConvProblem.conv1d
-    problem = build(x, layer.weight, layer.bias, **settings)
+    problem = ConvProblem.of(layer.op, x, layer.weight, layer.bias, **settings)
     assert reference.within_bound(problem, y, x, layer.weight, layer.bias).all()
 
 
@@ -600,7 +599,9 @@ def test_an_entry_that_needs_a_gradient_is_refused() -> None:
 
 
 def test_a_state_must_be_a_mapping() -> None:
-    with pytest.raises(TypeError, match=r"^Conv1d.load_state_dict: state must be a mapping of arrays, got list$"):
+    with pytest.raises(
+        TypeError, match=r"^Conv1d.load_state_dict: state must be a mapping of arrays or a path, got list$"
+    ):
         nn.Conv1d(1, 1, 1).load_state_dict([np.ones((1, 1, 1))])
 
 
@@ -619,8 +620,7 @@ def test_layers_on_a_gpu_hold_the_same_parameters(cupy: Any, name: str, device: 
     with cupy.cuda.Device(index):
         output = layer(cupy.asarray(x))
     assert output.device.id == index
-    build = ConvProblem.conv_transpose1d if host.transposed else ConvProblem.conv1d
-    problem = build(x, host.weight, host.bias, groups=2)
+    problem = ConvProblem.of(host.op, x, host.weight, host.bias, groups=2)
     assert reference.within_bound(problem, output.get(), x, host.weight, host.bias).all()
     assert cupy.cuda.runtime.getDevice() == 0
 

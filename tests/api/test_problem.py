@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import pickle
 import re
 from dataclasses import FrozenInstanceError, replace
 from typing import Any
@@ -21,6 +22,7 @@ from gpuconv.problem import (
     ArraySpec,
     BiasGradientProblem,
     ConvProblem,
+    Problem,
     Settings,
     WeightGradientProblem,
     dtype_name,
@@ -283,8 +285,7 @@ def construct(
 ) -> ConvProblem:
     """The problem of a call whose arrays are given by shape, or as specs."""
     arrays = [ArraySpec(a, dtype) if type(a) is tuple else a for a in (input, weight, bias)]
-    build = ConvProblem.conv1d if op == "conv1d" else ConvProblem.conv_transpose1d
-    return build(*arrays, **settings)
+    return ConvProblem.of(op, *arrays, **settings)
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -315,20 +316,35 @@ def test_a_missing_input_is_refused(op: str) -> None:
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize(
     "dtype",
-    ["int8", "int64", "uint16", "bool", "O", "U3", "S4", "datetime64[s]", "V4", np.longdouble, np.clongdouble, "f4,f4"],
+    [
+        "uint16",
+        "uint32",
+        "uint64",
+        "bool",
+        "O",
+        "U3",
+        "S4",
+        "datetime64[s]",
+        "V4",
+        np.longdouble,
+        np.clongdouble,
+        "f4,f4",
+    ],
 )
 @pytest.mark.parametrize("name", ["input", "weight", "bias"])
 def test_other_dtypes_are_refused(op: str, name: str, dtype: Any) -> None:
     changes = {name: ArraySpec(VALID[op][name], np.dtype(dtype))}
     with pytest.raises(TypeError) as caught:
         construct(op, **{**VALID[op], **changes})
-    allowed = '"float16", "bfloat16", "float32", "float64", "complex64" and "complex128"'
+    allowed = ", ".join(f'"{name}"' for name in (*DTYPES, "int8", "uint8", "int16", "int32")) + ' and "int64"'
     assert str(caught.value) == f"{op}: {name} must have one of the dtypes {allowed}, got {np.dtype(dtype)}"
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_mixed_dtypes_are_refused(op: str) -> None:
-    for name, other in itertools.product(("input", "weight", "bias"), ("float64", "float16", "bfloat16", "complex64")):
+    for name, other in itertools.product(
+        ("input", "weight", "bias"), ("float64", "float16", "bfloat16", "complex64", "int8", "int64")
+    ):
         got = {"input": "float32", "weight": "float32", "bias": "float32", name: other}
         with pytest.raises(TypeError) as caught:
             construct(op, **{**VALID[op], name: ArraySpec(VALID[op][name], other)})
@@ -626,6 +642,19 @@ def test_terms_is_the_most_products_of_one_output(K: int, stride: int, dilation:
     assert transposed.terms == 2 * max(reached.count(position) for position in set(reached))
 
 
+@pytest.mark.parametrize("op", OPS)
+def test_every_kind_of_problem_names_its_result(op: str) -> None:
+    forward = construct(op, **VALID[op])
+    problems: list[Problem] = [forward, WeightGradientProblem.of(forward), BiasGradientProblem.of(forward)]
+    assert [problem.result for problem in problems] == ["output", "grad_weight", "grad_bias"]
+    results = (forward.output_shape, forward.weight_shape, forward.bias_shape)
+    for problem, shape in zip(problems, results, strict=True):
+        assert list(problem.shapes)[-1] == problem.result
+        assert problem.shapes[problem.result] == shape
+        assert not hasattr(problem, "__dict__")  # of which a program may hold thousands
+        assert pickle.loads(pickle.dumps(problem)) == problem
+
+
 def test_flops_and_bytes() -> None:
     forward = construct("conv1d", **VALID["conv1d"])
     assert forward.flops() == 2 * 2 * 6 * 8 * 2 * 3  # a multiply-add is two; N * C_out * L_out * C_in/groups * K
@@ -712,4 +741,4 @@ def test_what_was_probably_meant_is_told(
 ) -> None:
     arrays = ArraySpec(input, "float32"), ArraySpec(weight, "float32")
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        getattr(ConvProblem, op)(*arrays, **settings)
+        ConvProblem.of(op, *arrays, **settings)

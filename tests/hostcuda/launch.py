@@ -12,7 +12,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 
 from gpuconv.device import Device
-from gpuconv.dispatch import Place, choose, lay_out
+from gpuconv.dispatch import StridedPointer, choose, lay_out
 from gpuconv.families import ArrayLayout, Config, Launch, Layout
 from gpuconv.families.base import PARTIAL
 from gpuconv.problem import ConvProblem, Problem, numpy_dtype
@@ -237,7 +237,7 @@ def compute(
         counts: see `run`; of the family's own kernel.
 
     Returns:
-        The result, C-contiguous, of the dtype of the inputs.
+        The result, C-contiguous.
 
     Raises:
         HostCudaError: see errors.py.
@@ -245,11 +245,11 @@ def compute(
     """
     device = device or Device.from_arch("sm_90")
     given = {name: array for name, array in zip(problem.shapes, inputs, strict=False) if array is not None}
-    *_, (result, shape) = problem.shapes.items()
     arrays = {n: a if a.ndim == len(problem.shapes[n]) else a[np.newaxis] for n, a in given.items()}
-    arrays[result] = np.empty(shape, next(iter(given.values())).dtype.newbyteorder("="))
+    result = problem.result
+    arrays[result] = np.empty(problem.shapes[result], numpy_dtype(problem.dtype_of(result)))
     if layout is None:  # arrays whose elements kernels cannot read where they are come out as contiguous copies
-        layout, _ = lay_out(problem, {name: Place(a.strides, _address(a)) for name, a in given.items()})
+        layout, _ = lay_out(problem, {n: StridedPointer(a.strides, _address(a)) for n, a in given.items()})
     choice = choose(problem, layout, device, None if problem.is_empty else family)
     steps = () if choice is None else choice.plan.steps
     unwritten = dict(() if choice is None else choice.plan.scratch)

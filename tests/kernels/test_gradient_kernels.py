@@ -26,6 +26,7 @@ from gpuconv.source import params_fields
 from gpuconv.tasks import SIGNATURES
 from tests import hostcuda
 from tests.hostcuda import Program
+from tests.kernels.test_kernels import channels_last, one_sample_repeated, scattered
 from tests.plans import GRADIENT_FAMILIES, kernel_of, refusal_of
 
 Array = npt.NDArray[Any]
@@ -295,25 +296,10 @@ def test_taps_of_pairs(K: int, padding_left: int) -> None:
         assert_same_bits(output, exact_result(p, *arrays), p)
 
 
-def scattered(array: Array) -> Array:
-    """The array as every third element, last axis reversed, of a buffer of NaN."""
-    buffer = np.full((*array.shape[:-1], 3 * array.shape[-1]), np.nan, array.dtype)
-    buffer[..., ::-3] = array
-    return buffer[..., ::-3]
-
-
-def channels_last(array: Array) -> Array:
-    return np.ascontiguousarray(array.swapaxes(-1, -2)).swapaxes(-1, -2)
-
-
 def unaligned(array: Array) -> Array:
     buffer = np.empty(array.size + 1, array.dtype)[1:].reshape(array.shape)
     buffer[...] = array
     return buffer
-
-
-def one_sample_repeated(array: Array) -> Array:
-    return np.broadcast_to(array[:1], array.shape)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "complex128"])

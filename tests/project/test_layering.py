@@ -38,7 +38,7 @@ LAYERS = (
     ("families.base",),
     ("families.product",),
     ("families.offsets",),
-    ("families.tiles", "families.depthwise", "families.sliding", "families.mma", "families.slices"),
+    ("families.append", "families.tiles", "families.depthwise", "families.sliding", "families.mma", "families.slices"),
     ("families.*",),
     ("families",),
     ("dispatch",),
@@ -46,8 +46,9 @@ LAYERS = (
     ("memory", "tasks"),
     ("calls",),
     ("functional",),
-    ("nn", "grad", "cases", "explain", "files", "gpus", "report"),
-    ("checks", "torch.tensors"),
+    ("checkpoint",),
+    ("nn", "grad", "signal", "cases", "explain", "files", "gpus", "report"),
+    ("checks", "stream", "torch.tensors"),
     ("family_checks",),
     ("torch.operators",),
     ("torch.functions",),
@@ -199,8 +200,8 @@ def test_kernels_are_made_by_the_runtime_alone() -> None:
 
 
 CUDA_FILES = sorted(directory().glob("*.cu*"))
-# Kernels that run before or after those of families.
-HELPERS = {"pack_weight", "pack_mma_weight", "pack_im2col_weight", "sum_slices"}
+# Kernels beside those of families.
+HELPERS = {"append_samples", "pack_weight", "pack_mma_weight", "pack_im2col_weight", "sum_slices"}
 EVERY_FAMILY: tuple[Family[Any], ...] = FAMILIES
 
 

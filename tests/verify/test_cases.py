@@ -121,12 +121,11 @@ def test_output_size_is_covered() -> None:
 def test_settings_mean_the_problem(case: Case) -> None:
     """The settings as written and those that `call_settings` derives both lead to the case's problem."""
     p = case.problem
-    construct = ConvProblem.conv_transpose1d if p.transposed else ConvProblem.conv1d
     arrays = [ArraySpec(p.input_shape, p.dtype), ArraySpec(p.weight_shape, p.dtype)]
     if p.bias_shape is not None:
         arrays.append(ArraySpec(p.bias_shape, p.dtype))
-    assert construct(*arrays, **dict(case.settings)) == p
-    assert construct(*arrays, **cases.call_settings(p)) == p
+    assert ConvProblem.of(p.op, *arrays, **dict(case.settings)) == p
+    assert ConvProblem.of(p.op, *arrays, **cases.call_settings(p)) == p
 
 
 def test_select() -> None:
