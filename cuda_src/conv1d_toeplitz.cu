@@ -229,9 +229,9 @@ extern "C" __global__ void __launch_bounds__(BLOCK_SIZE, MIN_BLOCKS) conv1d_toep
         int q_begin = 0, q_end = tap_blocks + 7 * kShift;
         if (kIsEmptyOutside && !has_special_taps) {
             const index_t position = l_first - p.padding_left;
-            const index_t before = -position - (kBlock + kRows - 2 + kResults - kTile);
-            if (before > 0) q_begin = int(min_index(ceil_div(before, kBlock), q_end));
-            q_end = position < p.L_in ? int(min_index(ceil_div(p.L_in - position, kBlock), q_end)) : q_begin;
+            const index_t last = position + (kBlock + kRows - 2 + kResults - kTile);  // of the first block and all tiles
+            q_begin = int(min_index(existing_range(last, kBlock, q_end, p.L_in).begin, q_end));
+            q_end = int(existing_range(position, kBlock, q_end, p.L_in).end);
         }
 
         acc_t acc[WARP_TILES][4];

@@ -207,6 +207,23 @@ def test_values_that_are_no_numbers_spoil_only_what_they_feed(problem: ConvProbl
 
 
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("k", [3, 509])
+def test_a_weight_that_is_no_number_leaves_the_bits_of_chunks(mode: str, k: int) -> None:
+    """Fails if blocks that meet no sample are left out of some tiles and not of others."""
+    p = at(replace(PROBLEMS["causal"], padding_right=300), mode)
+    x, w, b = cases.random_data(p, 9)
+    w[0, 0, k] = np.inf
+    data = Data(np.maximum(np.abs(x), 1), w, b)
+    whole = run(p, data)
+    assert np.isinf(whole[0, 0].astype(np.float64)).any()
+    assert np.isfinite(whole[0, 0].astype(np.float64)).any()
+    for start, stop in ((0, 40), (450, 700), (501, 502), (1300, p.L_out)):
+        piece, positions = cases.chunk(p, start, stop)
+        output = run(piece, data._replace(input=data.input[..., positions]))
+        assert_same_bits(output, whole[..., start:stop], (start, stop))
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_values_outside_the_window_change_no_bit(mode: str) -> None:
     """Fails if what a tile's zeros multiply spoils a result, or if its sum is formed in another order then."""
     p = at(ConvProblem("conv1d", 1, 2, 2, 620, 131, groups=2), mode)
