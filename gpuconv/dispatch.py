@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from .device import Device
-from .families import FAMILIES, ArrayLayout, Config, Family, Launch, Layout, Plan, Refusal, Step
+from .families import FAMILIES, ArrayLayout, Config, Family, Launch, Layout, Plan, Refusal, Step, edges
 from .problem import FORMATS, Kind, Problem
 
 
@@ -133,4 +133,4 @@ def choose(problem: Problem, layout: Layout, device: Device, algorithm: str | No
 def _plan(family: Family[Any], problem: Problem, layout: Layout, device: Device) -> Plan | Refusal:
     if problem.dtype not in family.dtypes:
         return Refusal(f"takes no {problem.dtype}")
-    return family.plan(problem, layout, device)
+    return edges.plan(family, problem, layout, device)

@@ -34,8 +34,8 @@ DIRECTIONS: tuple[Direction, ...] = ("forward", "grad_input", "grad_weight", "gr
 SETTINGS: Mapping[Op, tuple[str, ...]] = {
     "conv1d": ("stride", "padding", "dilation", "groups", "padding_mode", "precision", "algorithm", "out_dtype"),
     "conv_transpose1d": (
-        "stride", "padding", "output_padding", "groups", "dilation", "output_size", "precision", "algorithm",
-        "out_dtype",
+        "stride", "padding", "output_padding", "groups", "dilation", "output_size", "padding_mode", "precision",
+        "algorithm", "out_dtype",
     ),
 }  # fmt: skip
 
@@ -152,6 +152,8 @@ class Explanation:
             settings = f"stride {p.stride}, padding {padding}, dilation {p.dilation}, groups {p.groups}"
             if isinstance(p, ConvProblem) and p.output_padding:
                 settings += f", output_padding {p.output_padding}"
+            if p.padding_mode != "zeros":
+                settings += f", padding_mode {p.padding_mode}"
             if p.precision != "float32":
                 settings += f", precision {p.precision}"
             rows.append(("settings", settings))
@@ -290,8 +292,8 @@ def explain(
             raise TypeError(f"explain: {name} must be an array or an ArraySpec, got {type(array).__name__}{hint}")
     target = _device_of(op, given) if device is None else _parse_device(device)
 
-    if "padding_mode" in settings:
-        check_padding_mode(op, settings.pop("padding_mode"))
+    if op == "conv_transpose1d":
+        check_padding_mode(op, op, settings.pop("padding_mode", "zeros"))
     algorithm = settings.pop("algorithm", None)
     function = op if direction == "forward" else f"{op}_{direction.removeprefix('grad_')}"
     dispatch.check_algorithm("explain", SIGNATURES[function].kind, algorithm)

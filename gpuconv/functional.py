@@ -44,12 +44,16 @@ def conv1d(
             input of the same precision (float32 for complex64); or what `prepare` made of it.
         bias: (C_out,), or None.
         stride: step of the window, in samples.
-        padding: zeros on both sides, in samples: an int, a pair (left, right), "valid" (none), "same"
+        padding: on both sides, in samples: an int, a pair (left, right), "valid" (none), "same"
             (L_out = ceil(L_in/stride); an odd total puts one more on the right) or "causal" (dilation*(K - 1) on the
-            left). Taps in the padding contribute nothing, even where the weight is infinite or NaN.
+            left).
         dilation: distance between taps, in samples.
         groups: input and output channels are cut into this many groups that do not mix.
-        padding_mode: "zeros", the only one supported today.
+        padding_mode: what the padding is. "zeros": taps in it contribute nothing, even where the weight is infinite or
+            NaN. "reflect" and "symmetric": the samples mirrored at the last one, or behind it, with less than L_in of
+            padding on each side, or at most L_in. "replicate": the last sample again. "circular": the samples from the
+            other end, at most L_in. The input is not copied for it: the kernels, or on the CPU short strips at the
+            ends, read the samples that are meant.
         precision: "float32", the full precision of the dtype, or "tf32" for float32 data: operands may be rounded to
             TF32, 11 significant bits, where the GPU's tensor cores then serve the layer. Either way float16, bfloat16
             and float32 data are summed in float32 and rounded once.
@@ -80,9 +84,7 @@ def conv1d(
         >>> gpuconv.conv1d(x, np.ones((1, 1, 3)), padding="same")
         array([[[1., 3., 6., 9., 7.]]])
     """
-    if padding_mode != "zeros":
-        check_padding_mode("conv1d", padding_mode)
-    settings = (stride, padding, dilation, groups, precision, out_dtype)
+    settings = (stride, padding, dilation, groups, precision, padding_mode, out_dtype)
     return cast(ArrayT, _convolve("conv1d", input, weight, bias, settings, algorithm, out))
 
 
@@ -97,6 +99,7 @@ def conv_transpose1d(
     dilation: Setting = 1,
     *,
     output_size: Setting | None = None,
+    padding_mode: str = "zeros",
     precision: str = "float32",
     algorithm: str | None = None,
     out_dtype: Any = None,
@@ -123,6 +126,8 @@ def conv_transpose1d(
         groups: input and output channels are cut into this many groups that do not mix.
         dilation: distance between taps, in output samples.
         output_size: the wanted L_out, in place of output_padding.
+        padding_mode: "zeros", the only one, as in PyTorch. The adjoint of a convolution in another mode is
+            `gpuconv.grad.conv1d_input` in that mode.
         precision: as in `conv1d`.
         algorithm: as in `conv1d`; "base" is `conv_transpose1d_gather`.
         out_dtype: as in `conv1d`.
@@ -140,6 +145,8 @@ def conv_transpose1d(
         >>> gpuconv.conv_transpose1d(x, np.array([[[1.0, 1.0, 1.0]]]), stride=2)
         array([[[1., 1., 3., 2., 2.]]])
     """
+    if padding_mode != "zeros":
+        check_padding_mode("conv_transpose1d", "conv_transpose1d", padding_mode)
     settings = (stride, padding, output_padding, groups, dilation, output_size, precision, out_dtype)
     return cast(ArrayT, _convolve("conv_transpose1d", input, weight, bias, settings, algorithm, out))
 

@@ -76,7 +76,7 @@ class _Layer:
         check_groups(caller, settings.groups, C_in, C_out)
         if not isinstance(bias, bool | np.bool_):
             raise TypeError(f"{caller}: bias must be True or False, got {type(bias).__name__} {bias!r}")
-        check_padding_mode(caller, padding_mode)
+        check_padding_mode(caller, self.op, padding_mode)
         dispatch.check_algorithm(caller, self.op, algorithm)
 
         self.in_channels = C_in
@@ -224,6 +224,8 @@ class _Layer:
             parts.append(f"groups={self.groups}")
         if self.bias is None:
             parts.append("bias=False")
+        if self.padding_mode != "zeros":
+            parts.append(f"padding_mode={self.padding_mode}")
         if self.precision != "float32":
             parts.append(f"precision={self.precision}")
         if self.algorithm is not None:
@@ -242,11 +244,11 @@ class Conv1d(_Layer):
         out_channels: C_out.
         kernel_size: K, taps.
         stride: step of the window, in samples.
-        padding: zeros on both sides, in samples: an int, a pair (left, right), "valid", "same" or "causal".
+        padding: on both sides, in samples: an int, a pair (left, right), "valid", "same" or "causal".
         dilation: distance between taps, in samples.
         groups: input and output channels are cut into this many groups that do not mix.
         bias: whether the layer has a bias.
-        padding_mode: "zeros", the only one supported today.
+        padding_mode: as in the function: "zeros", "reflect", "replicate", "circular" or "symmetric".
         device: where the parameters live: "cpu", "cuda" (CuPy's current device) or "cuda:1".
         dtype: one of float16, bfloat16, float32 (the default), float64, complex64 and complex128: a name or a NumPy
             dtype. The input must have it too.
@@ -308,7 +310,7 @@ class Conv1d(_Layer):
         """Convolve: (N, C_in, L_in) to (N, C_out, L_out), or the same without N. Raises as `gpuconv.conv1d` does."""
         output = conv1d(
             input, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups,
-            precision=self.precision, algorithm=self.algorithm,
+            padding_mode=self.padding_mode, precision=self.precision, algorithm=self.algorithm,
         )  # fmt: skip
         return cast(ArrayT, output)
 

@@ -26,12 +26,15 @@ from .arguments import (
     check_dtype,
     check_groups,
     check_out_dtype,
+    check_padding_limits,
+    check_padding_mode,
     check_precision,
     check_rank,
     check_setting,
     check_size,
 )
 from .dtypes import DTYPES, FORMATS, INTEGER_SUMS, INTEGERS, PRECISIONS, Format, dtype_name, numpy_dtype
+from .edge import edge_windows, most_positions
 
 # With the problems come the words that describe them, so that their users need one import.
 __all__ = [
@@ -136,8 +139,13 @@ class ConvProblem(Problem):
     - conv1d: ``l_in = l_out*stride - padding_left + k*dilation``;
     - conv_transpose1d: ``l_out = l_in*stride - padding_left + k*dilation``.
 
+    A position outside of the longer of the two rows, the input of conv1d and the output of conv_transpose1d, means what
+    `padding_mode` says (gpuconv.edge). So a convolution reads samples in place of its padding; its adjoint, which is
+    transposed, adds what it would write there to the samples that are meant.
+
     Raises:
-        ValueError: an output length below 1, or an array whose size does not fit 64-bit offsets.
+        ValueError: an output length below 1, a padding that its mode does not allow, or an array whose size does not
+            fit 64-bit offsets.
     """
 
     result: ClassVar[str] = "output"
@@ -159,6 +167,7 @@ class ConvProblem(Problem):
     batched: bool = True
     precision: str = "float32"
     out_dtype: str | None = None  # of bias and output, where that is not `dtype`
+    padding_mode: str = "zeros"
     L_out: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -189,6 +198,9 @@ class ConvProblem(Problem):
                 f"{self.op}: extents must fit in 64 bits: the padded length is {full}, the kernel spans {span}"
             )
         object.__setattr__(self, "L_out", L_out)
+        if self.padding_mode != "zeros":
+            padded = L_out if self.transposed else self.L_in
+            check_padding_limits(self.op, self.padding_mode, self.padding_left, self.padding_right, padded)
         for name, shape in (("input", self.input_shape), ("weight", self.weight_shape), ("output", self.output_shape)):
             check_size(self.op, name, shape, self.dtype_of(name))
 
@@ -208,6 +220,7 @@ class ConvProblem(Problem):
         dilation: Setting = 1,
         groups: SupportsIndex = 1,
         precision: str = "float32",
+        padding_mode: str = "zeros",
         out_dtype: Any = None,
     ) -> ConvProblem:
         """Validate the arguments of `gpuconv.conv1d`; only `.shape` and `.dtype` of the arrays are read.
@@ -238,6 +251,7 @@ class ConvProblem(Problem):
         return cls(
             op, x.N, x.C_in, C_out, x.L_in, K, s, left, right, d, g, 0, x.dtype, bias is not None, x.batched,
             check_precision(op, precision, x.dtype), check_out_dtype(op, x.dtype, out_dtype, bias),
+            padding_mode=check_padding_mode(op, op, padding_mode),
         )  # fmt: skip
 
     @classmethod
@@ -366,8 +380,21 @@ class ConvProblem(Problem):
             # The taps k of one output position satisfy k*dilation = l_out + padding_left (mod stride), so they are
             # stride/gcd(stride, dilation) apart.
             step = self.stride // math.gcd(self.stride, self.dilation)
-            return self.C_in_g * -(-self.K // step)
+            taps = -(-self.K // step)
+            if self.padding_mode != "zeros":
+                taps = min(self.most_positions * taps, self.K * self.L_in)
+            return self.C_in_g * taps
         return self.C_in_g * self.K
+
+    @property
+    def most_positions(self) -> int:
+        """How many positions an output element of conv_transpose1d stands for, at most."""
+        return most_positions(self.padding_mode, self.padding_left, self.padding_right, self.L_out)
+
+    @property
+    def edge_windows(self) -> tuple[int, int]:
+        """How many of the first and of the last outputs of conv1d have windows that reach over an edge of the input."""
+        return edge_windows(self.L_out, self.L_in, self.K, self.stride, self.padding_left, self.dilation)
 
     def adjoint(self) -> ConvProblem:
         """The other operation with the same weight array, without bias, from the output's shape to the input's.
@@ -386,7 +413,7 @@ class ConvProblem(Problem):
         return ConvProblem(
             "conv1d" if p.transposed else "conv_transpose1d", p.N, p.C_out, p.C_in, p.L_out, p.K, p.stride,
             p.padding_left, p.padding_right - p.output_padding, p.dilation, p.groups, rest, p.dtype, False, p.batched,
-            p.precision,
+            p.precision, padding_mode=p.padding_mode,
         )  # fmt: skip
 
     def flops(self) -> int:
@@ -405,6 +432,8 @@ class ConvProblem(Problem):
             parts.append("bias")
         if self.precision != "float32":
             parts.append(self.precision)
+        if self.padding_mode != "zeros":
+            parts.append(self.padding_mode)
         if self.out_dtype is not None:
             parts.append(f"to {self.out_dtype}")
         return " ".join(parts)
@@ -430,7 +459,8 @@ class WeightGradientProblem(Problem):
     Of complex data the input is conjugated, whichever of the two it is: the gradient is that of PyTorch, the direction
     of steepest ascent, and the adjoint of the operation as a map of its weight.
 
-    The right padding does not appear: L_coarse and L_fine say which positions exist.
+    The right padding does not appear: L_coarse and L_fine say which positions exist. In a `padding_mode` other than
+    "zeros" all of them do: those outside of fine mean other samples of it.
     """
 
     result: ClassVar[str] = "grad_weight"
@@ -448,13 +478,17 @@ class WeightGradientProblem(Problem):
     groups: int = 1
     dtype: str = "float32"
     precision: str = "float32"
+    padding_mode: str = "zeros"
 
     @classmethod
     def of(cls, problem: ConvProblem) -> WeightGradientProblem:
         """The weight gradient of a forward problem. A single sample is a batch of one; the bias is ignored."""
         p = problem
         sides = (p.C_in, p.C_out, p.L_in, p.L_out) if p.transposed else (p.C_out, p.C_in, p.L_out, p.L_in)
-        return cls(p.op, p.N, *sides, p.K, p.stride, p.padding_left, p.dilation, p.groups, p.dtype, p.precision)
+        return cls(
+            p.op, p.N, *sides, p.K, p.stride, p.padding_left, p.dilation, p.groups, p.dtype, p.precision,
+            padding_mode=p.padding_mode,
+        )  # fmt: skip
 
     def sides(self, input: T, grad_output: T) -> tuple[T, T]:
         """The two arrays as (coarse, fine)."""
@@ -508,7 +542,14 @@ class WeightGradientProblem(Problem):
 
     @property
     def terms(self) -> int:
+        if self.padding_mode != "zeros":
+            return self.N * self.L_coarse
         return self.N * min(self.L_coarse, -(-self.L_fine // self.stride))
+
+    @property
+    def edge_windows(self) -> tuple[int, int]:
+        """How many of the first and of the last positions of coarse meet windows that reach over an edge of fine."""
+        return edge_windows(self.L_coarse, self.L_fine, self.K, self.stride, self.padding_left, self.dilation)
 
     def flops(self) -> int:
         return (8 if self.is_complex else 2) * self.N * self.L_coarse * math.prod(self.weight_shape)
@@ -518,6 +559,7 @@ class WeightGradientProblem(Problem):
             f"{self.op} weight gradient N{self.N} C{self.C_coarse},{self.C_fine} L{self.L_coarse},{self.L_fine} "
             f"K{self.K} s{self.stride} p{self.padding_left} d{self.dilation} g{self.groups} {self.dtype}"
             + (f" {self.precision}" if self.precision != "float32" else "")
+            + (f" {self.padding_mode}" if self.padding_mode != "zeros" else "")
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from . import edges
 from .base import ArrayLayout, Config, Family, Launch, Layout, Plan, Refusal, Step
 from .bias_gradient_rows import BiasGradientRows
 from .conv1d_depthwise import Conv1dDepthwise
@@ -48,4 +49,4 @@ FAMILIES: tuple[Family[Any], ...] = (
     BiasGradientRows(),
 )
 
-__all__ = ["FAMILIES", "ArrayLayout", "Config", "Family", "Launch", "Layout", "Plan", "Refusal", "Step"]
+__all__ = ["FAMILIES", "ArrayLayout", "Config", "Family", "Launch", "Layout", "Plan", "Refusal", "Step", "edges"]

@@ -172,6 +172,8 @@ class Family(ABC, Generic[ProblemT]):
 
     dtypes: ClassVar[tuple[str, ...]] = DTYPES
     """Of the data that it takes."""
+    maps_edges: ClassVar[bool] = False
+    """Whether its kernels read the samples that padding means, in every padding mode; see `families.edges`."""
 
     @abstractmethod
     def plan(self, problem: ProblemT, layout: Layout, device: Device) -> Plan | Refusal:
@@ -179,7 +181,10 @@ class Family(ABC, Generic[ProblemT]):
 
     @abstractmethod
     def configs(self, device: Device) -> Iterator[Config]:
-        """Every specialisation that a plan for a device can have: what the compile tests build."""
+        """Every specialisation that a plan for a device can have: what the compile tests build.
+
+        A family that maps edges has each of them in the other padding modes, too (`with_padding_mode`).
+        """
 
     def work(self, problem: ProblemT, step: Step) -> Work:
         """The work of the family's own kernel in a plan, from which, with its machine code, its time is predicted.
@@ -271,6 +276,13 @@ def base_config(kernel: str, dtype: str, bits: int, block_size: int) -> Config:
         kernel,
         {"DTYPE": dtype, "INDEX_BITS": bits, "BLOCK_SIZE": block_size, "PARAMS_BYTES": fields * bits // 8},
     )
+
+
+def with_padding_mode(config: Config, padding_mode: str) -> Config:
+    """The specialisation in which positions outside of a row mean what a padding mode says."""
+    if padding_mode == "zeros":
+        return config
+    return Config(config.kernel, (*config.macros, ("PADDING_MODE", padding_mode)))
 
 
 def base_work(problem: ConvProblem, taps: int) -> Work:

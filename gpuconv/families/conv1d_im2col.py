@@ -38,6 +38,7 @@ from .base import (
     conv_arrays,
     conv_fields,
     params_of,
+    with_padding_mode,
 )
 from .mma import ARITHMETICS, STAGE_PAIRS, UNIT_BYTES, WARP, Arithmetic, Tile
 from .offsets import Overhang, index_bits
@@ -226,6 +227,7 @@ class Conv1dIm2col(Family[ConvProblem]):
     name = "conv1d_im2col"
     kind = "conv1d"
     canonical_order = False
+    maps_edges = True
 
     def plan(self, problem: ConvProblem, layout: Layout, device: Device) -> Plan | Refusal:
         p = problem
@@ -270,9 +272,10 @@ class Conv1dIm2col(Family[ConvProblem]):
         }
         params = params_of(self.name, conv_fields(p, layout), own)
         launch = Launch(tiling.blocks, tiling.tile.threads, tiling.shared_bytes, bits, params)
+        config = with_padding_mode(self._config(p.dtype, p.precision, tiling.tile, bits, device), p.padding_mode)
         pack, packed_bytes = _pack(p, layout, tiling, pairs, arithmetic)
         return Plan(
-            (pack, Step(self._config(p.dtype, p.precision, tiling.tile, bits, device), launch, conv_arrays(p, PACKED))),
+            (pack, Step(config, launch, conv_arrays(p, PACKED))),
             ((PACKED, packed_bytes),),
             tuple((f"{t.tile.block_m}x{t.tile.block_n}", t.cycles) for t in tilings),
         )

@@ -17,7 +17,7 @@ from ..device import Device
 from ..problem import ConvProblem
 from ..source import params_fields
 from ..text import count
-from .base import MAX_GRID, Config, Family, Layout, Plan, Refusal, Step, conv_plan, round_up
+from .base import MAX_GRID, Config, Family, Layout, Plan, Refusal, Step, conv_plan, round_up, with_padding_mode
 from .depthwise import MANY_OUTPUTS
 from .mma import ARITHMETICS, UNIT_BYTES, WARP, Arithmetic
 from .offsets import Overhang, index_bits
@@ -115,6 +115,7 @@ class Conv1dToeplitz(Family[ConvProblem]):
     name = "conv1d_toeplitz"
     kind = "conv1d"
     canonical_order = False
+    maps_edges = True
 
     def plan(self, problem: ConvProblem, layout: Layout, device: Device) -> Plan | Refusal:
         p = problem
@@ -135,7 +136,7 @@ class Conv1dToeplitz(Family[ConvProblem]):
             return Refusal(f"needs at most {MAX_GRID} blocks")
         bits = _index_bits(p, layout)
         return conv_plan(
-            self._config(p.dtype, p.precision, chosen.tiles, bits),
+            with_padding_mode(self._config(p.dtype, p.precision, chosen.tiles, bits), p.padding_mode),
             p,
             layout,
             bits,

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from ..costs import Work
 from ..device import Device
 from ..problem import DTYPES, INTEGER_SUMS, INTEGERS, ConvProblem
-from .base import MAX_GRID, Config, Family, Layout, Plan, Step, base_config, base_work, conv_plan
+from .base import MAX_GRID, Config, Family, Layout, Plan, Step, base_config, base_work, conv_plan, with_padding_mode
 from .offsets import Overhang, index_bits
 
 # The kernels' launch bounds leave a thread 128 registers, so that two blocks of this size share a multiprocessor.
@@ -27,7 +27,7 @@ class _Direct(Family[ConvProblem]):
         # The loop over the grid leaves with an index of up to num_outputs + grid*BLOCK_SIZE.
         bits = index_bits(p, layout, Overhang(), num_outputs + grid * BLOCK_SIZE)
         dtype = p.dtype if p.out_dtype is None else f"{p.dtype}_to_{p.out_dtype}"
-        config = base_config(self.name, dtype, bits, BLOCK_SIZE)
+        config = with_padding_mode(base_config(self.name, dtype, bits, BLOCK_SIZE), p.padding_mode)
         return conv_plan(config, p, layout, bits, grid=grid, block=BLOCK_SIZE, own={"num_outputs": num_outputs})
 
     def work(self, problem: ConvProblem, step: Step) -> Work:
@@ -45,6 +45,7 @@ class Conv1dDirect(_Direct):
 
     name = "conv1d_direct"
     kind = "conv1d"
+    maps_edges = True
 
 
 class ConvTranspose1dGather(_Direct):

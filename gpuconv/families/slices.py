@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from ..costs import Work
 from ..problem import BiasGradientProblem, WeightGradientProblem
 from ..source import params_fields
-from .base import PARTIAL, Config, Launch, Layout, Plan, Step, base_config, round_up
+from .base import PARTIAL, Config, Launch, Layout, Plan, Step, base_config, round_up, with_padding_mode
 from .offsets import Overhang, index_bits
 
 SUM_BLOCK_SIZE = 256
@@ -151,6 +151,8 @@ def sliced_plan(
     several).
     """
     *inputs, result = problem.shapes
+    if isinstance(problem, WeightGradientProblem):
+        config = with_padding_mode(config, problem.padding_mode)
     if slices.count == 1:
         return Plan((Step(config, launch, (*inputs, None, result)),), candidates=candidates)
     total = Step(*sum_launch(problem, layout, slices), (PARTIAL, result))

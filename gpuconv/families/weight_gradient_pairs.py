@@ -37,6 +37,7 @@ class WeightGradientPairs(Family[WeightGradientProblem]):
 
     name = "weight_gradient_pairs"
     kind = "weight_gradient"
+    maps_edges = True
 
     def plan(self, problem: WeightGradientProblem, layout: Layout, device: Device) -> Plan | Refusal:
         p = problem

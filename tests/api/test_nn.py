@@ -253,7 +253,7 @@ BAD_FOR_BOTH: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"groups": 2.0}, TypeError, "groups must be an int, got float 2.0"),
     ({"bias": 1}, TypeError, "bias must be True or False, got int 1"),
     ({"bias": None}, TypeError, "bias must be True or False, got NoneType None"),
-    ({"padding_mode": "reflect"}, ValueError, 'padding_mode must be "zeros" (the only one supported today)'),
+    ({"padding_mode": "wrap"}, ValueError, 'padding_mode must be one of "zeros", "reflect",'),
     ({"device": "gpu"}, ValueError, 'device must be "cpu", "cuda" or "cuda:" and an index, got "gpu"'),
     ({"device": "cuda:-1"}, ValueError, 'device must be "cpu", "cuda" or "cuda:" and an index, got "cuda:-1"'),
     ({"device": 0}, TypeError, 'device must be "cpu", "cuda" or "cuda:" and an index, got int 0'),

@@ -367,10 +367,10 @@ def test_sizes_are_limited_in_bytes(dtype: str) -> None:
         ConvProblem("conv1d", 1, 1, 1, longest + 1, 1, dtype=dtype)
 
 
-def test_reserved_padding_modes_name_what_is_supported() -> None:
-    check_padding_mode("conv1d", "zeros")
-    with pytest.raises(ValueError, match=r'^conv1d: padding_mode must be "zeros" .*, got \'reflect\'$'):
-        check_padding_mode("conv1d", "reflect")
+def test_padding_modes_name_what_is_supported() -> None:
+    assert check_padding_mode("Conv1d", "conv1d", "reflect") == "reflect"
+    with pytest.raises(ValueError, match=r'^Conv1d: padding_mode must be one of "zeros", .*, got \'wrap\'$'):
+        check_padding_mode("Conv1d", "conv1d", "wrap")
 
 
 def test_precisions_name_what_is_supported() -> None:
