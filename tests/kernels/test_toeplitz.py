@@ -15,6 +15,7 @@ from gpuconv import cases, dispatch, reference
 from gpuconv.cases import Data
 from gpuconv.checks import same_bits
 from gpuconv.device import ARCHITECTURES, Device
+from gpuconv.edge import PADDING_MODES
 from gpuconv.families import ArrayLayout, Layout, conv1d_toeplitz
 from gpuconv.families.base import contiguous_strides
 from gpuconv.families.conv1d_toeplitz import MIN_TAPS, SHAPES, Conv1dToeplitz
@@ -239,6 +240,17 @@ def test_values_outside_the_window_change_no_bit(mode: str) -> None:
         assert_same_bits(output[..., outside], expected[..., outside], l_in)
         assert_same_bits(output[:, 1], expected[:, 1], l_in)
         assert not np.isfinite(output[0, 0, ~outside].astype(np.float64)).any()
+
+
+@pytest.mark.parametrize("padding_mode", PADDING_MODES[1:])
+@pytest.mark.parametrize("mode", MODES)
+def test_padding_that_means_samples_gives_the_bits_of_padded_input(mode: str, padding_mode: str) -> None:
+    p = replace(at(PROBLEMS["odd"], mode), padding_mode=padding_mode)
+    x, w, b = cases.random_data(p, 13)
+    how: Any = {"replicate": "edge", "circular": "wrap"}.get(padding_mode, padding_mode)
+    padded = np.pad(x, [(0, 0), (0, 0), p.padding], how)
+    inside = replace(p, L_in=padded.shape[-1], padding_left=0, padding_right=0, padding_mode="zeros")
+    assert_same_bits(run(p, Data(x, w, b)), run(inside, Data(padded, w, b)), padding_mode)
 
 
 def powers(rng: np.random.Generator, shape: tuple[int, ...], low: int, end: int) -> Array:
