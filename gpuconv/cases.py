@@ -229,16 +229,16 @@ CASES: tuple[Case, ...] = (
     _conv("conformer_dw", 2, 24, 24, 53, 31, "model", "depthwise", groups=24, padding=15),
     _conv("hyena_dw", 2, 4, 4, 140, 140, "model", "depthwise", groups=4, padding="causal", bias=False),
     _conv("convnext_dw", 1, 10, 10, 90, 7, "model", "depthwise", groups=10, padding=3),
-    _conv("bigvgan_alias_down", 2, 6, 6, 97, 12, "model", "depthwise", groups=6, stride=2, bias=False),
     _conv("quartznet_dw", 2, 6, 6, 150, 75, "model", "depthwise", groups=6, padding=37),
+    _conv("bigvgan_alias_down", 2, 6, 6, 97, 12, "model", "depthwise", groups=6, stride=2, bias=False),
     _conv("convtasnet_encoder", 2, 1, 32, 160, 16, "model", stride=8, padding=8, bias=False),
     _conv("encodec_down", 1, 16, 32, 80, 16, "model", stride=8, padding=(8, 0)),
     _conv("sincnet", 2, 1, 8, 500, 251, "model", stride=10, bias=False),
     _conv("stft", 1, 1, 65, 640, 128, "model", stride=64, bias=False),
     _conv("resample", 2, 1, 16, 450, 48, "model", stride=44, bias=False),
     _conv("bpnet_head", 1, 34, 2, 60, 75, "model", padding=37),
-    _conv("attnsleep", 2, 1, 20, 220, 80, "model", stride=10, padding=40, bias=False),
     _conv("tacotron2_location", 1, 2, 32, 50, 31, "model", padding=15, bias=False),
+    _conv("attnsleep", 2, 1, 20, 220, 80, "model", stride=10, padding=40, bias=False),
     _conv("enformer_stem", 2, 4, 24, 60, 15, "model", padding=7),
     _conv("mimi_stream", 1, 36, 20, 24, 16, "model", stride=8),
     _conv("diffusion_policy_mid", 1, 60, 24, 4, 5, "model", padding=2),
@@ -306,8 +306,8 @@ _FAR = MAX_STEP  # twice it, taken for a signed 32-bit integer, is -2
 # Positions that do not fit 32 bits, on small arrays: GPUs compute these with 64-bit indices. All taps but one lie far
 # outside of the input; where a position loses its upper bits, some of them seem to lie two positions away.
 WIDE_CASES: tuple[Case, ...] = (
+    _conv("wide_filters", 2, 3, 20, 30, 23, "wide", dilation=_FAR, padding=11 * _FAR),
     _conv("wide_dense", 2, 36, 20, 30, 5, "wide", dilation=_FAR, padding=2 * _FAR),
-    _conv("wide_filters", 2, 3, 20, 30, 17, "wide", dilation=_FAR, padding=8 * _FAR),
     _conv("wide_stem", 2, 2, 40, 30, 5, "wide", dilation=_FAR, padding=2 * _FAR),
     _conv("wide_narrow", 2, 12, 3, 30, 5, "wide", dilation=_FAR, padding=(2 * _FAR - 5, 2 * _FAR + 2)),
     _conv("wide_stride", 2, 36, 20, 30, 3, "wide", stride=_FAR, padding=(2 * _FAR, 1)),

@@ -48,13 +48,11 @@ from .product import Product
 MAX_C_IN_G = mma.MIN_CHANNELS - 1
 MIN_C_OUT_G = 8
 # A sum of n = C_in_g * K products is formed of C_in_g * ceil(K/4) blocks of at least 4, by which the bound allows for
-# n/3: from 8 taps on that is so (9 taps are 3 blocks).
+# n/3: from 8 taps on that is so (9 taps are 3 blocks). Of split TF32, whose bound mma.py derives, the sums that are
+# added to a total are at most C_in_g * ceil(K/4) / 4 + 1, which is less than n/10 + 2.
 MIN_TAPS = 8
 # Below, writing the results takes most of the time, which conv1d_stem does as well.
 MIN_TERMS = 32
-# Split TF32 keeps the bound of float32 from 41 products on, as mma.py derives: the sums that are added to a total are
-# at most C_in_g * ceil(K/4) / 4 + 1, which is less than n/10 + 2.
-MIN_SPLIT_TERMS = 48
 PACK_BLOCK_SIZE = 128
 
 # Tiles of 80 and 48 rows are for filter banks of such numbers of channels; those of few columns for windows that are
@@ -235,7 +233,7 @@ class Conv1dIm2col(Family[ConvProblem]):
         if arithmetic is None or device.arch < arithmetic.min_arch:
             return Refusal("needs float16 (sm_75), bfloat16 or float32 (sm_80)")
         is_split = arithmetic.parts == 2
-        min_rows, min_terms = (mma.MIN_SPLIT_ROWS, MIN_SPLIT_TERMS) if is_split else (MIN_C_OUT_G, MIN_TERMS)
+        min_rows, min_terms = (mma.MIN_SPLIT_ROWS, mma.MIN_SPLIT_TERMS) if is_split else (MIN_C_OUT_G, MIN_TERMS)
         if not 1 <= p.C_in_g <= MAX_C_IN_G:
             return Refusal(f"needs C_in/groups from 1 to {MAX_C_IN_G}")
         if p.C_out_g < min_rows:
