@@ -9,22 +9,17 @@ neighbouring channels, would be mostly zeros, and CUDA cores take five to ten ti
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from ..costs import (
-    L2_BYTES_PER_CYCLE,
-    MEMORY_BYTES_PER_CYCLE,
-    RESERVED_SHARED_BYTES,
-    SHARED_BYTES_PER_CYCLE,
-    WARP_ISSUES_PER_CYCLE,
-    Work,
-)
+from ..costs import MMA_LATENCY_CYCLES, RESERVED_SHARED_BYTES, Code, Ending, Work, predict_launch, tensor_cores
 from ..device import Device
 from ..problem import ConvProblem
 from ..source import params_fields
 from . import mma
+from .arithmetic import ARITHMETICS, MIN_SPLIT_TERMS, STAGE_PAIRS, STAGE_STEPS, UNIT_BYTES, WARP, Arithmetic
 from .base import (
     MAX_GRID,
     PACKED,
@@ -40,7 +35,7 @@ from .base import (
     params_of,
     with_padding_mode,
 )
-from .mma import ARITHMETICS, STAGE_PAIRS, UNIT_BYTES, WARP, Arithmetic, Tile
+from .mma import Tile
 from .offsets import Overhang, index_bits
 from .product import Product
 
@@ -82,12 +77,12 @@ MAX_BLOCK_M, MAX_BLOCK_N = 128, 160
 MIN_COLUMNS = {2: 16, 4: 64}
 
 # Of the cost model: cycles until a block's first data arrive and its last are gone, and from a load to its data (an
-# assumption); instructions of a warp, from the machine code for sm_90: of an mma and what feeds it, of a row of the
-# window for each lane, of a result for each lane.
+# assumption); instructions of a warp, from the machine code for sm_90: of a stage besides its products and loads of
+# matrices, of a row of the window for each lane, of a result for each lane.
 _LATENCY_CYCLES = 2500.0
 _LOAD_CYCLES = 600.0
 _STAGE_CYCLES = 60.0
-_MMA_INSTRUCTIONS = 1.6
+_STAGE_INSTRUCTIONS = 28.0
 _ROW_INSTRUCTIONS = 52.0
 _RESULT_INSTRUCTIONS = 10.0
 
@@ -145,7 +140,7 @@ class Tiling:
     """A layer cut into tiles.
 
     Attributes:
-        cycles: predicted for the whole launch.
+        us: predicted for the whole launch.
     """
 
     tile: Tile
@@ -154,7 +149,7 @@ class Tiling:
     column_tiles: int
     blocks: int
     shared_bytes: int
-    cycles: float
+    us: float
 
 
 def pairs_of(problem: ConvProblem, arithmetic: Arithmetic) -> int:
@@ -186,37 +181,54 @@ def compare_tilings(problem: ConvProblem, bits: int, device: Device) -> tuple[Ti
         row_tiles, column_tiles = -(-p.C_out_g // tile.block_m), -(-p.L_out // tile.block_n)
         blocks = row_tiles * column_tiles * p.N * p.groups
         if needed <= device.shared_per_block and blocks <= MAX_GRID:
-            cycles = _cost(p, tile, window, arithmetic, blocks, needed, device)
-            found.append(Tiling(tile, window, row_tiles, column_tiles, blocks, needed, cycles))
-    return tuple(sorted(found, key=lambda tiling: tiling.cycles))
+            us = _predict(p, tile, window, arithmetic, blocks, needed, device)
+            found.append(Tiling(tile, window, row_tiles, column_tiles, blocks, needed, us))
+    return tuple(sorted(found, key=lambda tiling: tiling.us))
 
 
-def _cost(
+def _work(
+    problem: ConvProblem, arithmetic: Arithmetic, *, blocks: int, block_m: int, block_n: int, rows: int, waits: float
+) -> Work:
+    """What a launch does; `rows` of the window of a block."""
+    p, a = problem, arithmetic
+    pairs, results = pairs_of(p, a), blocks * block_m * block_n
+    return Work(
+        multiply_adds=results * pairs * a.channels * a.products,
+        l2_bytes=blocks * (pairs * a.parts * block_m + rows) * UNIT_BYTES + p.bytes(),
+        load_share=0.25,
+        staging_instructions=blocks * rows / WARP * _ROW_INSTRUCTIONS,
+        # A lane loads the elements of a row one by one and stores 16 bytes of each part.
+        staging_wavefronts=blocks * rows / WARP * (a.channels + 4 * a.parts),
+        dram_bytes=p.bytes(),
+        waits=waits,
+        ending=Ending(
+            results / WARP * _RESULT_INSTRUCTIONS, 2 * results / WARP, math.prod(p.output_shape) * p.itemsize
+        ),
+    )
+
+
+def _predict(
     problem: ConvProblem, tile: Tile, window: Window, arithmetic: Arithmetic, blocks: int, shared: int, device: Device
 ) -> float:
-    """Predicted cycles of a launch.
-
-    A block takes the longest of its products, its instructions, its traffic with shared memory, with L2 and with
-    memory, and blocks of a multiprocessor share these; what a block waits for is hidden by the others.
-    """
-    p, parts = problem, arithmetic.parts
-    pairs, rows = pairs_of(p, arithmetic), p.C_in_g * window.channel_rows
-    terms, results = pairs * arithmetic.channels, tile.block_m * tile.block_n
-    warp_m, warp_n = tile.block_m // tile.warps_m, tile.block_n // tile.warps_n
-    multiply = results * terms / arithmetic.rate
-    products = pairs / mma.PAIRS_PER_STEP * results / (16 * 8) * (3 if parts == 2 else 1)
-    issue = products * _MMA_INSTRUCTIONS + (rows * _ROW_INSTRUCTIONS + results * _RESULT_INSTRUCTIONS) / WARP
-    operands = tile.warps * (warp_m + warp_n) * terms * p.itemsize * parts
-    local = (operands + rows * UNIT_BYTES * parts) / SHARED_BYTES_PER_CYCLE + rows * arithmetic.channels / WARP
-    l2 = (rows * UNIT_BYTES + tile.block_m * pairs * UNIT_BYTES * parts) / L2_BYTES_PER_CYCLE
-    stores = results * p.itemsize / MEMORY_BYTES_PER_CYCLE
-    waits = -(-rows // (tile.threads * tile.prefetch)) * _LOAD_CYCLES
+    """Predicted microseconds of a launch."""
+    p, a = problem, arithmetic
+    pairs, rows = pairs_of(p, a), p.C_in_g * window.channel_rows
+    stages = pairs // STAGE_PAIRS
+    waits = _LATENCY_CYCLES + -(-rows // (tile.threads * tile.prefetch)) * _LOAD_CYCLES
+    work = _work(p, a, blocks=blocks, block_m=tile.block_m, block_n=tile.block_n, rows=rows, waits=waits)
+    passes = blocks * tile.warps * stages
+    tiles_m, tiles_n = tile.block_m // tile.warps_m // 16, tile.block_n // tile.warps_n // 8
+    fetches = STAGE_STEPS * a.parts * (tiles_m + tiles_n / 2)  # of four matrices
+    products = STAGE_STEPS * tiles_m * tiles_n * a.products
+    sums = 4 * tiles_m * tiles_n if a.parts == 2 else 0
+    code = Code(
+        passes * (products + fetches + sums + _STAGE_INSTRUCTIONS) + work.staging_instructions,
+        passes * 4 * (fetches + 2) + work.staging_wavefronts,
+        stages * (_STAGE_CYCLES + MMA_LATENCY_CYCLES * STAGE_STEPS),
+    )
     resident = min(tile.min_blocks, max(1, device.shared_per_sm // (shared + RESERVED_SHARED_BYTES)))
-    alone = pairs / STAGE_PAIRS * _STAGE_CYCLES + waits
-    block = max(multiply, issue / WARP_ISSUES_PER_CYCLE, local, l2, stores) + alone / resident
-    waves, rest = divmod(blocks, device.num_sms * resident)
-    last = -(-rest // device.num_sms)
-    return block * (waves * resident + last) + _LATENCY_CYCLES * (waves + (1 if rest else 0))
+    unit = tensor_cores(device, p.itemsize)
+    return predict_launch(work, code, blocks=blocks, resident=resident, unit=unit, device=device).us
 
 
 class Conv1dIm2col(Family[ConvProblem]):
@@ -233,7 +245,7 @@ class Conv1dIm2col(Family[ConvProblem]):
         if arithmetic is None or device.arch < arithmetic.min_arch:
             return Refusal("needs float16 (sm_75), bfloat16 or float32 (sm_80)")
         is_split = arithmetic.parts == 2
-        min_rows, min_terms = (mma.MIN_SPLIT_ROWS, mma.MIN_SPLIT_TERMS) if is_split else (MIN_C_OUT_G, MIN_TERMS)
+        min_rows, min_terms = (mma.MIN_SPLIT_ROWS, MIN_SPLIT_TERMS) if is_split else (MIN_C_OUT_G, MIN_TERMS)
         if not 1 <= p.C_in_g <= MAX_C_IN_G:
             return Refusal(f"needs C_in/groups from 1 to {MAX_C_IN_G}")
         if p.C_out_g < min_rows:
@@ -275,7 +287,7 @@ class Conv1dIm2col(Family[ConvProblem]):
         return Plan(
             (pack, Step(config, launch, conv_arrays(p, PACKED))),
             ((PACKED, packed_bytes),),
-            tuple((f"{t.tile.block_m}x{t.tile.block_n}", t.cycles) for t in tilings),
+            tuple((f"{t.tile.block_m}x{t.tile.block_n}", t.us) for t in tilings),
         )
 
     def configs(self, device: Device) -> Iterator[Config]:
@@ -292,18 +304,14 @@ class Conv1dIm2col(Family[ConvProblem]):
 
     def work(self, problem: ConvProblem, step: Step) -> Work:
         p, params, macros = problem, dict(step.launch.params), dict(step.config.macros)
-        arithmetic = ARITHMETICS[p.dtype, p.precision]
-        grid, block_m, block_n = step.launch.grid, int(macros["BLOCK_M"]), int(macros["BLOCK_N"])
-        rows, pairs = grid * p.C_in_g * params["channel_rows"], params["pairs"]
-        products = 3 if arithmetic.parts == 2 else 1
-        return Work(
-            multiply_adds=products * grid * block_m * block_n * pairs * arithmetic.channels,
-            l2_bytes=(grid * pairs * arithmetic.parts * block_m + rows) * UNIT_BYTES + p.bytes(),
-            load_share=0.25,
-            staging_instructions=rows / WARP * _ROW_INSTRUCTIONS
-            + grid * block_m * block_n / WARP * _RESULT_INSTRUCTIONS,
-            # A lane loads the elements of a row one by one and stores 16 bytes of each part.
-            staging_wavefronts=rows / WARP * (arithmetic.channels + 4 * arithmetic.parts),
+        return _work(
+            p,
+            ARITHMETICS[p.dtype, p.precision],
+            blocks=step.launch.grid,
+            block_m=int(macros["BLOCK_M"]),
+            block_n=int(macros["BLOCK_N"]),
+            rows=p.C_in_g * params["channel_rows"],
+            waits=_LATENCY_CYCLES,
         )
 
 

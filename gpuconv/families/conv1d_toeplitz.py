@@ -8,18 +8,19 @@ some 24 taps on, multiply-adds on CUDA cores take longer than the memory does to
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
-from ..costs import MEMORY_BYTES_PER_CYCLE, RESERVED_SHARED_BYTES, WARP_ISSUES_PER_CYCLE, Work
+from ..costs import MMA_LATENCY_CYCLES, RESERVED_SHARED_BYTES, Code, Ending, Work, predict_launch, tensor_cores
 from ..device import Device
 from ..problem import ConvProblem
 from ..source import params_fields
 from ..text import count
+from .arithmetic import ARITHMETICS, UNIT_BYTES, WARP, Arithmetic
 from .base import MAX_GRID, Config, Family, Layout, Plan, Refusal, Step, conv_plan, round_up, with_padding_mode
 from .depthwise import MANY_OUTPUTS
-from .mma import ARITHMETICS, UNIT_BYTES, WARP, Arithmetic
 from .offsets import Overhang, index_bits
 
 BLOCK_SIZE = 128
@@ -50,7 +51,7 @@ class Partition:
         segments: warps of a row.
         window: vectors of input that a warp stages.
         warp_vectors: vectors of shared memory of a warp.
-        cycles: predicted for the whole launch.
+        us: predicted for the whole launch.
     """
 
     tiles: int
@@ -59,7 +60,7 @@ class Partition:
     window: int
     warp_vectors: int
     blocks: int
-    cycles: float
+    us: float
 
     @property
     def shared_bytes(self) -> int:
@@ -84,20 +85,35 @@ def _partition(problem: ConvProblem, arithmetic: Arithmetic, tiles: int, groups:
     segments = -(-p.L_out // results)
     warps = segments * p.N * p.C_out
     blocks = -(-warps * WARP // BLOCK_SIZE)
-    products = groups * tiles * (taps + 7 * shift)
-    issue = (
-        _WARP_INSTRUCTIONS
-        + products * _BLOCK_INSTRUCTIONS
-        + window / WARP * _VECTOR_INSTRUCTIONS
-        + results / WARP * _RESULT_INSTRUCTIONS
-    ) / WARP_ISSUES_PER_CYCLE
-    multiply = products * 16 * 8 * block / arithmetic.rate
-    traffic = (results + window * unit) * p.itemsize / MEMORY_BYTES_PER_CYCLE
+    work = _work(p, arithmetic, warps=warps, tiles=groups * tiles, window=window)
+    passes = warps * groups * (taps + 7 * shift)
+    code = Code(
+        instructions=passes * tiles * _BLOCK_INSTRUCTIONS + work.staging_instructions,
+        wavefronts=passes * 2 * (tiles + 1) + work.staging_wavefronts,
+        chain=groups * (taps + 7 * shift) * MMA_LATENCY_CYCLES,
+    )
     shared = BLOCK_SIZE // WARP * warp_vectors * UNIT_BYTES
-    resident = max(1, min(MIN_BLOCKS, device.shared_per_sm // (shared + RESERVED_SHARED_BYTES))) * BLOCK_SIZE // WARP
-    cycles = max(issue, multiply, traffic, _LATENCY_CYCLES / resident)
-    total = cycles * max(1.0, warps / device.num_sms) + _LATENCY_CYCLES
-    return Partition(tiles, groups, segments, window, warp_vectors, blocks, total)
+    resident = max(1, min(MIN_BLOCKS, device.shared_per_sm // (shared + RESERVED_SHARED_BYTES)))
+    cores = tensor_cores(device, p.itemsize)
+    time = predict_launch(work, code, blocks=blocks, resident=resident, unit=cores, device=device)
+    return Partition(tiles, groups, segments, window, warp_vectors, blocks, time.us)
+
+
+def _work(problem: ConvProblem, arithmetic: Arithmetic, *, warps: int, tiles: int, window: int) -> Work:
+    """What a launch does; `tiles` of a warp."""
+    p, block, results = problem, 2 * arithmetic.channels, warps * tiles * TILE
+    products = warps * tiles * (tap_blocks(p, arithmetic) + 7 * (ROWS // block))
+    stored = math.prod(p.output_shape) * p.itemsize
+    return Work(
+        multiply_adds=products * ROWS * 8 * block,
+        l2_bytes=warps * window * UNIT_BYTES + stored,
+        load_share=0.25,
+        staging_instructions=warps * (_WARP_INSTRUCTIONS + window / WARP * _VECTOR_INSTRUCTIONS),
+        staging_wavefronts=warps * window / WARP * 8 * (4 // p.itemsize),
+        dram_bytes=p.bytes(),
+        waits=_LATENCY_CYCLES,
+        ending=Ending(results / WARP * _RESULT_INSTRUCTIONS, results / WARP * 2, stored),
+    )
 
 
 @lru_cache(maxsize=1024)
@@ -106,7 +122,7 @@ def compare_partitions(problem: ConvProblem, device: Device) -> tuple[Partition,
     arithmetic = ARITHMETICS[problem.dtype, problem.precision]
     found = (_partition(problem, arithmetic, *shape, device) for shape in SHAPES)
     fitting = (f for f in found if f.shared_bytes <= device.shared_per_block)
-    return tuple(sorted(fitting, key=lambda f: f.cycles))
+    return tuple(sorted(fitting, key=lambda f: f.us))
 
 
 class Conv1dToeplitz(Family[ConvProblem]):
@@ -143,7 +159,7 @@ class Conv1dToeplitz(Family[ConvProblem]):
             grid=chosen.blocks,
             block=BLOCK_SIZE,
             shared_bytes=chosen.shared_bytes,
-            candidates=tuple((f"{f.groups} times {count(f.tiles, 'tile')} a warp", f.cycles) for f in partitions),
+            candidates=tuple((f"{f.groups} times {count(f.tiles, 'tile')} a warp", f.us) for f in partitions),
             own={
                 "segments": chosen.segments,
                 "groups": chosen.groups,
@@ -177,23 +193,9 @@ class Conv1dToeplitz(Family[ConvProblem]):
 
     def work(self, problem: ConvProblem, step: Step) -> Work:
         p, params = problem, dict(step.launch.params)
-        arithmetic = ARITHMETICS[p.dtype, p.precision]
-        block = 2 * arithmetic.channels
-        warps, tiles = (
-            params["segments"] * p.N * p.C_out,
-            params["groups"] * int(dict(step.config.macros)["WARP_TILES"]),
-        )
-        products = warps * tiles * (params["tap_blocks"] + 7 * (ROWS // block))
-        results = warps * tiles * TILE
-        return Work(
-            multiply_adds=products * ROWS * 8 * block,
-            l2_bytes=(warps * params["window"] * arithmetic.channels + results) * p.itemsize,
-            load_share=0.25,
-            staging_instructions=warps * _WARP_INSTRUCTIONS
-            + warps * params["window"] / WARP * _VECTOR_INSTRUCTIONS
-            + results / WARP * _RESULT_INSTRUCTIONS,
-            staging_wavefronts=warps * params["window"] / WARP * 8 * (4 // p.itemsize) + results / WARP * 2,
-        )
+        tiles = params["groups"] * int(dict(step.config.macros)["WARP_TILES"])
+        warps = params["segments"] * p.N * p.C_out
+        return _work(p, ARITHMETICS[p.dtype, p.precision], warps=warps, tiles=tiles, window=params["window"])
 
 
 def _index_bits(problem: ConvProblem, layout: Layout) -> int:

@@ -20,9 +20,10 @@ from gpuconv.checks import same_bits
 from gpuconv.device import ARCHITECTURES, Device
 from gpuconv.edge import PADDING_MODES
 from gpuconv.families import ArrayLayout, Layout, conv1d_im2col
+from gpuconv.families.arithmetic import ARITHMETICS, MIN_SPLIT_TERMS
 from gpuconv.families.base import contiguous_strides
 from gpuconv.families.conv1d_im2col import MIN_TERMS, Conv1dIm2col, Window
-from gpuconv.families.mma import ARITHMETICS, MIN_SPLIT_TERMS, Tile
+from gpuconv.families.mma import Tile
 from gpuconv.problem import ConvProblem, numpy_dtype
 from tests import hostcuda
 from tests.hostcuda import AMPERE, HOPPER, Counts, Program, TensorCores
