@@ -37,11 +37,17 @@ struct RowWeights : EveryWeight {
     }
 };
 
+// What most kernels do to a sample that they load; see input.cuh.
+struct AsStored {
+    __device__ __forceinline__ storage_t operator()(storage_t sample) const { return sample; }
+};
+
 // The sum over c_in < C_in_g and tap < taps of weight times sample, where both exist; tap reads the sample at position
 // first + tap*tap_step. `input` begins with the group's first channel, position 0. P has the fields that are read here.
-template <typename P, typename Weights>
+template <typename P, typename Weights, typename Loaded = AsStored>
 __device__ __forceinline__ acc_t canonical_sum(
-    const storage_t* input, index_t first, index_t tap_step, index_t taps, const P& p, Weights weights) {
+    const storage_t* input, index_t first, index_t tap_step, index_t taps, const P& p, Weights weights,
+    const Loaded& loaded = Loaded()) {
     acc_t sum = scalar::zero();
 #pragma unroll 1
     for (index_t c_in = 0; c_in < p.C_in_g; ++c_in, weights.next_channel()) {
@@ -50,7 +56,7 @@ __device__ __forceinline__ acc_t canonical_sum(
             const Source source = source_index(first + tap * tap_step, p.L_in);
             if (!weights.has(c_in, tap) || !source.exists) continue;
             const storage_t value = input[c_in * p.input_stride_c + source.index * p.input_stride_l];
-            sum = multiply_add(weights.load(c_in, tap), scalar::load(value), sum);
+            sum = multiply_add(weights.load(c_in, tap), scalar::load(loaded(value)), sum);
         }
     }
     return sum;

@@ -24,6 +24,7 @@
 #include "depthwise.cuh"
 #include "edge.cuh"
 #include "finish.cuh"
+#include "input.cuh"
 
 struct Params {
     index_t N, C_out, L_in, L_out, K;
@@ -41,6 +42,7 @@ struct Params {
     index_t weight_stride_out, weight_stride_in, weight_stride_k;
     index_t bias_stride;
     index_t output_stride_n, output_stride_c, output_stride_l;
+    FUSED_FIELDS
     static constexpr int C_in_g = 1;  // for canonical_sum
 };
 static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/conv1d_depthwise.py");
@@ -51,9 +53,10 @@ __device__ __forceinline__ const storage_t* weight_row(const storage_t* weight, 
 }
 
 // The NaN fallback's sum at l_out.
-__device__ __forceinline__ acc_t sum_existing_terms(const storage_t* x, const storage_t* w, index_t l_out, const Params& p) {
+__device__ __forceinline__ acc_t sum_existing_terms(
+    const storage_t* x, const storage_t* w, const Loader& loaded, index_t l_out, const Params& p) {
     return canonical_sum(
-        x, l_out * p.stride - p.padding_left, p.dilation, p.K, p, RowWeights(w, 0, p.weight_stride_k));
+        x, l_out * p.stride - p.padding_left, p.dilation, p.K, p, RowWeights(w, 0, p.weight_stride_k), loaded);
 }
 
 #if SLIDE_STRIDE > 0
@@ -91,7 +94,8 @@ struct TargetOf<2> {
 typedef TargetOf<kPhases>::type Target;
 
 __device__ __forceinline__ void convolve_rows(
-    const storage_t* input, const storage_t* weight, const storage_t* bias, storage_t* output, const Params& p) {
+    const storage_t* input, const storage_t* weight, storage_t* output, const Epilogue& epilogue,
+    const InputActivation& input_activation, const Params& p) {
     const Place at = find_place(p, blockIdx.x);
     const int row_threads = int(p.row_threads), plane_pitch = int(p.plane_pitch);
     storage_t* const y = output_row(output, at, p);
@@ -114,12 +118,13 @@ __device__ __forceinline__ void convolve_rows(
         stage_taps(taps, w, p.weight_stride_k, p.K, lead, steps * kTaps, at.place, row_threads);
         const int ahead = elements_ahead(x, start);
         stage_window(
-            x, p.L_in, start, ahead, int(p.window), at.place, row_threads, Target(window, plane_pitch, ahead));
+            x, p.L_in, input_activation.channel(input_channel(at, p)), start, ahead, int(p.window), at.place, row_threads,
+            Target(window, plane_pitch, ahead));
     }
     __syncthreads();
     if (!at.has_row) return;
 
-    const acc_t channel_bias = bias_or_zero(bias, at.c_out * p.bias_stride);
+    const Channel channel = epilogue.channel(at.c_out);
 #pragma unroll 1
     for (int place = at.place; place < row_threads * int(p.repeats); place += row_threads) {
         const index_t l_out = l_begin + place * THREAD_L;
@@ -192,9 +197,11 @@ __device__ __forceinline__ void convolve_rows(
                 }
             }
         }
-        store_results(y, l_out, p.L_out, acc, channel_bias, [&](index_t l) {
+        store_results(y, l_out, p.L_out, acc, channel, [&](index_t l) {
             const Place again = find_place(p, block_index_again());  // found again rather than held in registers
-            return sum_existing_terms(input_row(input, again, p), weight_row(weight, again, p), l, p);
+            return sum_existing_terms(
+                input_row(input, again, p), weight_row(weight, again, p),
+                input_activation.channel(input_channel(again, p)), l, p);
         });
     }
 }
@@ -202,14 +209,16 @@ __device__ __forceinline__ void convolve_rows(
 #elif IS_SKIPPING
 
 __device__ __forceinline__ void convolve_rows(
-    const storage_t* input, const storage_t* weight, const storage_t* bias, storage_t* output, const Params& p) {
-    convolve_skipping(input, weight, bias, output, -p.padding_left, int(p.dilation), p);
+    const storage_t* input, const storage_t* weight, storage_t* output, const Epilogue& epilogue,
+    const InputActivation& input_activation, const Params& p) {
+    convolve_skipping(input, weight, output, epilogue, input_activation, -p.padding_left, int(p.dilation), p);
 }
 
 #elif IS_STRIDING
 
 __device__ __forceinline__ void convolve_rows(
-    const storage_t* input, const storage_t* weight, const storage_t* bias, storage_t* output, const Params& p) {
+    const storage_t* input, const storage_t* weight, storage_t* output, const Epilogue& epilogue,
+    const InputActivation& input_activation, const Params& p) {
     const Place at = find_place(p, blockIdx.x);
     const int row_threads = int(p.row_threads), pitch = int(p.plane_pitch);
     const int stride_vectors = int(p.stride) / kStorageVec;
@@ -222,6 +231,7 @@ __device__ __forceinline__ void convolve_rows(
 
     if (at.has_row) {
         const storage_t* const x = input_row(input, at, p);
+        const Loader loaded = input_activation.channel(input_channel(at, p));
         const index_t l_first = l_begin * p.stride - p.padding_left;
         const int lead = int(l_first + elements_past_boundary(x)) & (kStorageVec - 1);
         steps = int(ceil_div(p.K + lead, kStorageVec));
@@ -233,10 +243,13 @@ __device__ __forceinline__ void convolve_rows(
         for (int v = at.place; v < p.window; v += row_threads) {
             const index_t l_in = l_first - lead + v * kStorageVec;
             StorageWords* const target = window + (result * pitch + vector);
-            if (is_inside(l_in, l_in + kStorageVec - 1, p.L_in)) {
-                copy_async(target, reinterpret_cast<const StorageWords*>(x + l_in));
+            const StorageWords* const source = reinterpret_cast<const StorageWords*>(x + l_in);
+            if (!is_inside(l_in, l_in + kStorageVec - 1, p.L_in)) {
+                *target = load_edge(x, l_in, p.L_in, loaded);
+            } else if (kLoadsAsStored) {
+                copy_async(target, source);
             } else {
-                *target = load_edge(x, l_in, p.L_in);
+                *target = loaded.vector(*source);
             }
             result += result_step;
             vector += vector_step;
@@ -250,7 +263,7 @@ __device__ __forceinline__ void convolve_rows(
     __syncthreads();
     if (!at.has_row) return;
 
-    const acc_t channel_bias = bias_or_zero(bias, at.c_out * p.bias_stride);
+    const Channel channel = epilogue.channel(at.c_out);
     storage_t* const y = output_row(output, at, p);
 #pragma unroll 1
     for (int place = at.place; place < row_threads * int(p.repeats); place += row_threads) {
@@ -279,20 +292,25 @@ __device__ __forceinline__ void convolve_rows(
         }
         if (needs_canonical_sum(acc)) {
             const Place again = find_place(p, block_index_again());  // found again rather than held in registers
-            acc = sum_existing_terms(input_row(input, again, p), weight_row(weight, again, p), l_out, p);
+            acc = sum_existing_terms(
+                input_row(input, again, p), weight_row(weight, again, p),
+                input_activation.channel(input_channel(again, p)), l_out, p);
         }
-        y[l_out * p.output_stride_l] = finish(acc, channel_bias);
+        storage_t* const place_out = y + l_out * p.output_stride_l;
+        *place_out = finish(acc, channel, place_out);
     }
 }
 
 #else
 
 __device__ __forceinline__ void convolve_rows(
-    const storage_t* input, const storage_t* weight, const storage_t* bias, storage_t* output, const Params& p) {
+    const storage_t* input, const storage_t* weight, storage_t* output, const Epilogue& epilogue,
+    const InputActivation& input_activation, const Params& p) {
     const Place at = find_place(p, blockIdx.x);
     const int row_threads = int(p.row_threads), stride = int(p.stride), plane_pitch = int(p.plane_pitch);
     const storage_t* const x = input_row(input, at, p);
     const storage_t* const w = weight_row(weight, at, p);
+    const Loader loaded = input_activation.channel(input_channel(at, p));
     acc_t* const shared = reinterpret_cast<acc_t*>(dynamic_shared_memory());
     acc_t* const taps = shared + at.row_in_block * p.taps_pitch;
     acc_t* const window = shared + p.block_rows * p.taps_pitch + at.row_in_block * p.window_pitch;
@@ -308,10 +326,13 @@ __device__ __forceinline__ void convolve_rows(
         for (int u = at.place; u < p.window; u += row_threads) {
             const Source source = source_index(start + u, p.L_in);
             acc_t* const target = window + (phase * plane_pitch + index);
-            if (source.exists) {
-                scalar::copy_to_shared(target, x + source.index * p.input_stride_l);
-            } else {
+            const storage_t* const from = x + source.index * p.input_stride_l;
+            if (!source.exists) {
                 *target = scalar::zero();
+            } else if (kLoadsAsStored) {
+                scalar::copy_to_shared(target, from);
+            } else {
+                *target = scalar::load(loaded(*from));
             }
             index += index_step;
             phase += phase_step;
@@ -329,7 +350,7 @@ __device__ __forceinline__ void convolve_rows(
     const int phase_step = int(p.dilation % stride);
     const int position_step = phase_step * plane_pitch + int(p.dilation / stride);
     const int position_wrap = 1 - stride * plane_pitch;
-    const acc_t channel_bias = bias_or_zero(bias, at.c_out * p.bias_stride);
+    const Channel channel = epilogue.channel(at.c_out);
     storage_t* const y = output_row(output, at, p);
     const int places = row_threads * THREAD_L * int(p.repeats);
 #pragma unroll 1
@@ -356,7 +377,8 @@ __device__ __forceinline__ void convolve_rows(
 #pragma unroll
         for (int j = 0; j < THREAD_L; ++j) {
             const index_t l_out = l_begin + place + j * row_threads;
-            if (l_out < p.L_out) y[l_out * p.output_stride_l] = finish(acc[j], channel_bias);
+            storage_t* const place_out = y + l_out * p.output_stride_l;
+            if (l_out < p.L_out) *place_out = finish(acc[j], channel, place_out);
             sum_again = sum_again || needs_canonical_sum(acc[j]);
         }
         if (!sum_again) continue;
@@ -364,7 +386,8 @@ __device__ __forceinline__ void convolve_rows(
         for (int j = 0; j < THREAD_L; ++j) {
             const index_t l_out = l_begin + place + j * row_threads;
             if (l_out >= p.L_out) break;
-            y[l_out * p.output_stride_l] = finish(sum_existing_terms(x, w, l_out, p), channel_bias);
+            storage_t* const place_out = y + l_out * p.output_stride_l;
+            *place_out = finish(sum_existing_terms(x, w, loaded, l_out, p), channel, place_out);
         }
     }
 }
@@ -376,6 +399,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK_SIZE, kMinBlocks) conv1d_dept
     const storage_t* __restrict__ weight,  // [C_out, 1, K]
     const storage_t* __restrict__ bias,    // [C_out], or null
     storage_t* __restrict__ output,        // [N, C_out, L_out]
-    const Params p) {
-    convolve_rows(input, weight, bias, output, p);
+    FUSED_ARGUMENTS const Params p) {
+    const Epilogue epilogue(bias, output, p FUSED_VALUES);
+    convolve_rows(input, weight, output, epilogue, InputActivation(p INPUT_ACTIVATION_VALUES), p);
 }

@@ -15,6 +15,7 @@
 #include "common.cuh"
 #include "edge.cuh"
 #include "finish.cuh"
+#include "input.cuh"
 
 struct Params {
     index_t num_outputs;  // N * C_out * edges
@@ -26,6 +27,7 @@ struct Params {
     index_t weight_stride_out, weight_stride_in, weight_stride_k;
     index_t bias_stride;
     index_t output_stride_n, output_stride_c, output_stride_l;
+    FUSED_FIELDS
 };
 static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/edges.py");
 
@@ -34,7 +36,9 @@ extern "C" __global__ void __launch_bounds__(BLOCK_SIZE, 2) conv1d_edges(
     const storage_t* __restrict__ weight,  // [C_out, C_in_g, K]
     const storage_t* __restrict__ bias,    // [C_out], or null
     storage_t* __restrict__ output,        // [N, C_out, L_out]
-    const Params p) {
+    FUSED_ARGUMENTS const Params p) {
+    const Epilogue epilogue(bias, output, p FUSED_VALUES);
+    const InputActivation input_activation(p INPUT_ACTIVATION_VALUES);
     const index_t grid_size = index_t(gridDim.x) * BLOCK_SIZE;
     for (index_t i = index_t(blockIdx.x) * BLOCK_SIZE + threadIdx.x; i < p.num_outputs; i += grid_size) {
         const index_t row = i / p.edges;
@@ -50,15 +54,16 @@ extern "C" __global__ void __launch_bounds__(BLOCK_SIZE, 2) conv1d_edges(
 
         acc_t sum = scalar::zero();
         for (index_t c_in = 0; c_in < p.C_in_g; ++c_in) {
+            const Loader loaded = input_activation.channel(g * p.C_in_g + c_in);
 #pragma unroll 4
             for (index_t k = 0; k < p.K; ++k) {  // every position means a sample
                 const index_t l_in = source_index(l_first + k * p.dilation, p.L_in).index;
                 sum = multiply_add(
                     scalar::load(w[c_in * p.weight_stride_in + k * p.weight_stride_k]),
-                    scalar::load(x[c_in * p.input_stride_c + l_in * p.input_stride_l]), sum);
+                    scalar::load(loaded(x[c_in * p.input_stride_c + l_in * p.input_stride_l])), sum);
             }
         }
-        output[n * p.output_stride_n + c_out * p.output_stride_c + l_out * p.output_stride_l] =
-            finish(sum, bias_or_zero(bias, c_out * p.bias_stride));
+        const index_t place = n * p.output_stride_n + c_out * p.output_stride_c + l_out * p.output_stride_l;
+        output[place] = finish(sum, epilogue.channel(c_out), output + place);
     }
 }

@@ -44,6 +44,7 @@ struct Params {
     index_t last_row;                           // of the last unit, where that is not whole
     index_t channel_rows;                       // of all planes of a channel
     index_t plane_reciprocal, channel_reciprocal;  // 2^32 / plane_rows and 2^32 / channel_rows, rounded up
+    FUSED_FIELDS
 };
 static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/conv1d_im2col.py");
 static_assert(!HAS_SAMPLES && SEGMENT_MODE == 0 && !PHASES_IN_ROWS, "see gpuconv/families/conv1d_im2col.py");
@@ -225,7 +226,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) conv1d_im2col
     const StorageVector* __restrict__ weight,  // packed: see pack_im2col_weight.cu
     const storage_t* __restrict__ bias,        // [C_out], or null
     storage_t* __restrict__ output,            // [N, C_out, L_out]
-    const Params p) {
+    FUSED_ARGUMENTS const Params p) {
+    const Epilogue epilogue(bias, output, p FUSED_VALUES);
     Sums acc;
     multiply_window(tile_at(blockIdx.x, input, weight, output, p), p, acc);
 
@@ -235,6 +237,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) conv1d_im2col
     window.block_samples = 1;
     window.block_positions = BLOCK_N;
     store_tile(
-        tile_at(block_index_again(), input, weight, output, p), window, bias,
+        tile_at(block_index_again(), input, weight, output, p), window, epilogue,
         [&](const Tile& tile, index_t row) { return channel_row(tile, row, p); }, acc);
 }

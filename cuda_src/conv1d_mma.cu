@@ -28,6 +28,7 @@ struct Params {
     index_t block_samples, block_positions;
     index_t planes, plane_rows, sample_rows, window_rows, rows_reciprocal;
     index_t tap_rows_first, tap_rows_step, window_shift, plane_step;
+    FUSED_FIELDS
 };
 static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/conv_mma.py");
 
@@ -39,7 +40,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) conv1d_mma(
 #if SEGMENT_MODE >= 2
     AccVector* __restrict__ partial,      // sums of segments: see mma.cuh
 #endif
-    const Params p) {
+    FUSED_ARGUMENTS const Params p) {
+    const Epilogue epilogue(bias, output, p FUSED_VALUES);
 #if SEGMENT_MODE < 2
     AccVector* const partial = nullptr;
 #endif
@@ -68,5 +70,5 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) conv1d_mma(
         return tile;
     };
     run_block(
-        tile_of, window_of(p), bias, [&](const Tile& tile, index_t row) { return channel_row(tile, row, p); }, partial);
+        tile_of, window_of(p), epilogue, [&](const Tile& tile, index_t row) { return channel_row(tile, row, p); }, partial);
 }

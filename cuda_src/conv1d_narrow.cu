@@ -31,6 +31,7 @@ struct Params {
     index_t column_blocks;
     index_t chunk_terms;
     index_t tap_step, channel_step;  // elements of the input from a tap to the next, and from the last to the next channel
+    FUSED_FIELDS
 };
 static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/conv1d_narrow.py");
 
@@ -45,7 +46,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK_SIZE, MIN_BLOCKS) conv1d_narr
     const storage_t* __restrict__ weight,  // [C_out, C_in_g, K]
     const storage_t* __restrict__ bias,    // [C_out], or null
     storage_t* __restrict__ output,        // [N, C_out, L_out]
-    const Params p) {
+    FUSED_ARGUMENTS const Params p) {
+    const Epilogue epilogue(bias, output, p FUSED_VALUES);
     constexpr bool kOneSample = THREAD_L > 1;
     const index_t rest = index_t(blockIdx.x) / p.column_blocks;
     const index_t g = kOneSample ? rest / p.N : rest;
@@ -134,8 +136,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK_SIZE, MIN_BLOCKS) conv1d_narr
 #pragma unroll
         for (int row = 0; row < THREAD_C; ++row) {
             if (row >= p.C_out_g) break;
-            const acc_t channel_bias = bias_or_zero(bias, (g * p.C_out_g + row) * p.bias_stride);
-            y[row * p.output_stride_c] = finish(acc[row][j], channel_bias);
+            storage_t* const place = y + row * p.output_stride_c;
+            *place = finish(acc[row][j], epilogue.channel(g * p.C_out_g + row), place);
         }
     }
 }

@@ -37,6 +37,7 @@ struct Params {
     index_t row_blocks, block_rows, compute_warps;
     index_t chunk_terms;  // a multiple of kFetch
     index_t vector_weights;
+    FUSED_FIELDS
 };
 static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/conv1d_skinny.py");
 
@@ -187,7 +188,8 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS) conv1d_ski
     const storage_t* __restrict__ weight,  // [C_out, C_in_g, K]
     const storage_t* __restrict__ bias,    // [C_out], or null
     storage_t* __restrict__ output,        // [N, C_out, L_out]
-    const Params p) {
+    FUSED_ARGUMENTS const Params p) {
+    const Epilogue epilogue(bias, output, p FUSED_VALUES);
     const index_t g = index_t(blockIdx.x) / p.row_blocks;
     const index_t row_begin = (index_t(blockIdx.x) - g * p.row_blocks) * p.block_rows;
     const int rows = int(min_index(p.block_rows, p.C_out_g - row_begin));
@@ -272,7 +274,7 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS) conv1d_ski
     }
     if (!has_results) return;
 
-    const acc_t channel_bias = bias_or_zero(bias, (g * p.C_out_g + row_begin + row) * p.bias_stride);
+    const Channel channel = epilogue.channel(g * p.C_out_g + row_begin + row);
     storage_t* const y = output + row * p.output_stride_c;
     bool sum_again = false;
 #pragma unroll
@@ -280,7 +282,8 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS) conv1d_ski
         const index_t column = column_begin + j;
         if (column >= p.columns) break;
         const index_t n = column / p.L_out;
-        y[n * p.output_stride_n + (column - n * p.L_out) * p.output_stride_l] = finish(acc[j], channel_bias);
+        storage_t* const place = y + (n * p.output_stride_n + (column - n * p.L_out) * p.output_stride_l);
+        *place = finish(acc[j], channel, place);
         sum_again = sum_again || needs_canonical_sum(acc[j]);
     }
     if (!sum_again) return;
@@ -291,6 +294,7 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS) conv1d_ski
         const acc_t sum = canonical_sum(
             input + n * p.input_stride_n, l_out * p.stride - p.padding_left, p.dilation, p.K, p,
             RowWeights(w, p.weight_stride_in, p.weight_stride_k));
-        y[n * p.output_stride_n + l_out * p.output_stride_l] = finish(sum, channel_bias);
+        storage_t* const place = y + (n * p.output_stride_n + l_out * p.output_stride_l);
+        *place = finish(sum, channel, place);
     }
 }

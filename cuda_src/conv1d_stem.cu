@@ -46,6 +46,7 @@ struct Params {
     index_t warps_c, step_n, step_l;
     index_t row_taps, row_advance, row_pitch;
     index_t chunk_terms;
+    FUSED_FIELDS
 };
 static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/conv1d_stem.py");
 
@@ -60,7 +61,8 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS) conv1d_ste
     const storage_t* __restrict__ weight,  // [C_out, C_in_g, K]
     const storage_t* __restrict__ bias,    // [C_out], or null
     storage_t* __restrict__ output,        // [N, C_out, L_out]
-    const Params p) {
+    FUSED_ARGUMENTS const Params p) {
+    const Epilogue epilogue(bias, output, p FUSED_VALUES);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int warps = blockDim.x / 32, warps_c = int(p.warps_c);
     const int warp_l = warp / warps_c, warp_c = warp - warp_l * warps_c, warps_l = warps / warps_c;
@@ -112,7 +114,7 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS) conv1d_ste
     };
 #pragma unroll 1
     for (int c = threadIdx.x; c < warps_c * THREAD_C; c += blockDim.x) {
-        smem_bias[c] = bias_or_zero(bias, (g * p.C_out_g + min_index(channel_begin + c, p.C_out_g - 1)) * p.bias_stride);
+        smem_bias[c] = epilogue.bias_of(g * p.C_out_g + min_index(channel_begin + c, p.C_out_g - 1));
     }
 
     // From the first of a lane's columns to the others, in elements.
@@ -217,14 +219,39 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS) conv1d_ste
             is_output[j] = l_lane + j * p.step_l < p.L_out && n_begin + j * p.step_n < p.N;
         }
         storage_t* const y_begin = output + (n_begin * p.output_stride_n + l_lane * p.output_stride_l);
+        const auto channel_of = [&](int c) {
+            return epilogue.channel(
+                g * p.C_out_g + min_index(c_begin + c, p.C_out_g - 1), smem_bias[warp_c * THREAD_C + c]);
+        };
+        if (kIsFused) {
+#pragma unroll 1
+            for (int c = 0; c < THREAD_C; ++c) {
+                const Channel channel = channel_of(c);
+                acc_t finished[THREAD_L];
+#pragma unroll
+                for (int j = 0; j < THREAD_L; ++j) {
+                    const bool exists = is_output[j] && c_begin + c < p.C_out_g;
+                    const storage_t* const place =
+                        exists ? y_begin + (c * p.output_stride_c + output_offset[j]) : nullptr;
+                    finished[j] = finish_unrounded(acc[0][j], channel, place);
+                }
+#pragma unroll
+                for (int j = 0; j < THREAD_L; ++j) {
+#pragma unroll
+                    for (int i = 0; i + 1 < THREAD_C; ++i) acc[i][j] = acc[i + 1][j];
+                    acc[THREAD_C - 1][j] = finished[j];
+                }
+            }
+        }
         storage_t* y = y_begin;
 #pragma unroll
         for (int c = 0; c < THREAD_C; ++c) {
             if (c_begin + c >= p.C_out_g) break;
-            const acc_t channel_bias = smem_bias[warp_c * THREAD_C + c];
+            const Channel channel = channel_of(c);
 #pragma unroll
             for (int j = 0; j < THREAD_L; ++j) {
-                if (is_output[j]) y[output_offset[j]] = finish(acc[c][j], channel_bias);
+                if (!is_output[j]) continue;
+                y[output_offset[j]] = kIsFused ? round_finished(acc[c][j]) : finish(acc[c][j], channel, nullptr);
             }
             y += p.output_stride_c;
         }
@@ -246,8 +273,9 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS) conv1d_ste
             const acc_t sum = canonical_sum(
                 input + n * p.input_stride_n, l_out * p.stride - p.padding_left, p.dilation, p.K, p,
                 RowWeights(w, p.weight_stride_in, p.weight_stride_k));
-            output[n * p.output_stride_n + c * p.output_stride_c + l_out * p.output_stride_l] =
-                finish(sum, smem_bias[warp_c * THREAD_C + c]);
+            storage_t* const place =
+                output + (n * p.output_stride_n + c * p.output_stride_c + l_out * p.output_stride_l);
+            *place = finish(sum, channel_of(c), place);
         }
     }
 }

@@ -27,6 +27,7 @@ struct Params {
     index_t column_blocks;
     index_t tap_blocks, lead, chunk_channels, copy_elements;
     index_t vector_stores;
+    FUSED_FIELDS
 };
 static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/conv1d_tail.py");
 
@@ -35,7 +36,8 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads, MIN_BLOCKS) conv1d_tai
     const storage_t* __restrict__ weight,  // [C_out, C_in_g, K]
     const storage_t* __restrict__ bias,    // [C_out], or null
     storage_t* __restrict__ output,        // [N, C_out, L_out]
-    const Params p) {
+    FUSED_ARGUMENTS const Params p) {
+    const Epilogue epilogue(bias, output, p FUSED_VALUES);
     unsigned block = blockIdx.x;
     const index_t column_block = next_index(block, p.column_blocks);
     const index_t n = next_index(block, p.N);
@@ -52,15 +54,19 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads, MIN_BLOCKS) conv1d_tai
         if (row >= p.C_out_g) return nullptr;
         return weight + (row * p.weight_stride_out + c_in * p.weight_stride_in + k * p.weight_stride_k);
     };
-    const auto result = [&](int row, acc_t sum) {
-        return finish(sum, bias_or_zero(bias, (g * p.C_out_g + row) * p.bias_stride));
+    // `place` is null where the result does not exist.
+    const auto result = [&](int row, acc_t sum, const storage_t* place) {
+        return finish(sum, epilogue.channel(g * p.C_out_g + row), place);
     };
     const auto store = [&](int row, index_t l_out, const acc_t(&sums)[kVec]) {
         if (row >= p.C_out_g) return;
         storage_t* const y = output + (row * p.output_stride_c + l_out * p.output_stride_l);
         StorageWords vector;
 #pragma unroll
-        for (int j = 0; j < kVec; ++j) set_element(vector, j, result(row, sums[j]));
+        for (int j = 0; j < kVec; ++j) {
+            const storage_t* const place = l_out + j < p.L_out ? y + j * p.output_stride_l : nullptr;
+            set_element(vector, j, result(row, sums[j], place));
+        }
         if (p.vector_stores && l_out + kVec <= p.L_out) {
             *reinterpret_cast<StorageWords*>(y) = vector;
             return;
@@ -71,7 +77,8 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads, MIN_BLOCKS) conv1d_tai
         }
     };
     const auto store_one = [&](int row, index_t l_out, acc_t sum) {
-        if (row < p.C_out_g) output[row * p.output_stride_c + l_out * p.output_stride_l] = result(row, sum);
+        storage_t* const place = output + (row * p.output_stride_c + l_out * p.output_stride_l);
+        if (row < p.C_out_g) *place = result(row, sum, place);
     };
     slide_sums(slide, weight_at, store, store_one);
 }

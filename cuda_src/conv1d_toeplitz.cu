@@ -48,6 +48,7 @@ struct Params {
     index_t weight_stride_out, weight_stride_k;
     index_t bias_stride;
     index_t output_stride_n, output_stride_c, output_stride_l;
+    FUSED_FIELDS
     static constexpr int C_in_g = 1;  // for canonical_sum
 };
 static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/conv1d_toeplitz.py");
@@ -114,14 +115,24 @@ __device__ __forceinline__ void multiply_tiles(
 // Where result l of a warp's tiles lies in its buffer.
 __device__ __forceinline__ int buffered(int l) { return l + l / kGapEvery * kGap; }
 
-// Puts a lane's sums of a tile into the buffer, or those of one column where `column` is not negative.
+// Puts a lane's sums of a tile into the buffer, or those of one column where `column` is not negative. place_of(l) is where
+// result l of the tile belongs in the output.
+template <typename PlaceOf>
 __device__ __forceinline__ void buffer_sums(
-    const acc_t (&acc)[4], storage_t* results, acc_t channel_bias, int column, bool* is_special) {
+    const acc_t (&acc)[4], storage_t* results, const Channel& channel, int column, bool* is_special,
+    const PlaceOf& place_of) {
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
         if (column >= 0 && column != 2 * t + e % 2) continue;
-        results[t * buffered(2 * kRows) + g + e % 2 * kRows + e / 2 * 8] = finish_or_nan(acc[e], channel_bias, is_special);
+        const int in_columns = g + e % 2 * kRows + e / 2 * 8;
+        acc_t sum = acc[e], bias = channel.bias;
+        if (kIsFused) {
+            const acc_t value = add_addends(sum, channel, place_of(t * 2 * kRows + in_columns));
+            sum = activate(multiply_add(scalar::zero(), value, value), channel);
+            bias = scalar::zero();
+        }
+        results[t * buffered(2 * kRows) + in_columns] = finish_or_nan(sum, bias, is_special);
     }
 }
 
@@ -187,7 +198,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK_SIZE, MIN_BLOCKS) conv1d_toep
     const storage_t* __restrict__ weight,  // [C_out, 1, K]
     const storage_t* __restrict__ bias,    // [C_out], or null
     storage_t* __restrict__ output,        // [N, C_out, L_out]
-    const Params p) {
+    FUSED_ARGUMENTS const Params p) {
+    const Epilogue epilogue(bias, output, p FUSED_VALUES);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const index_t warp_of_all = index_t(blockIdx.x) * (BLOCK_SIZE / 32) + warp;
     const index_t row = warp_of_all / p.segments, segment = warp_of_all - row * p.segments;
@@ -203,7 +215,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK_SIZE, MIN_BLOCKS) conv1d_toep
     input += n * p.input_stride_n + c_out / p.C_out_g * p.input_stride_c;
     weight += c_out * p.weight_stride_out;
     output += n * p.output_stride_n + c_out * p.output_stride_c;
-    const acc_t channel_bias = bias_or_zero(bias, c_out * p.bias_stride);
+    const Channel channel = epilogue.channel(c_out);
 
     const index_t l_begin = segment * p.groups * kResults;
     const bool is_row = p.input_stride_l == 1;
@@ -234,12 +246,16 @@ extern "C" __global__ void __launch_bounds__(BLOCK_SIZE, MIN_BLOCKS) conv1d_toep
             q_end = int(existing_range(position, kBlock, q_end, p.L_in).end);
         }
 
+        storage_t* const y = output + l_first * p.output_stride_l;
+        const auto place_of = [&](int l) { return kHasResidual && l < count ? y + l * p.output_stride_l : nullptr; };
         acc_t acc[WARP_TILES][4];
         bool is_special = false;
         multiply_tiles<WARP_TILES, false>(x, my_taps, q_begin, q_end, kBlock, acc);
 #pragma unroll
         for (int tile = 0; tile < WARP_TILES; ++tile) {
-            buffer_sums(acc[tile], results + tile * buffered(kTile), channel_bias, -1, &is_special);
+            buffer_sums(
+                acc[tile], results + tile * buffered(kTile), channel, -1, &is_special,
+                [&](int l) { return place_of(tile * kTile + l); });
         }
         if (NAN_FALLBACK && any_lane(is_special)) {
 #pragma unroll 1
@@ -248,7 +264,9 @@ extern "C" __global__ void __launch_bounds__(BLOCK_SIZE, MIN_BLOCKS) conv1d_toep
                 acc_t alone[1][4];
                 multiply_tiles<1, true>(
                     x + tile * kTileWords, my_taps, column * kShift, column * kShift + tap_blocks, left, alone);
-                buffer_sums(alone[0], results + tile * buffered(kTile), channel_bias, column, &is_special);
+                buffer_sums(
+                    alone[0], results + tile * buffered(kTile), channel, column, &is_special,
+                    [&](int l) { return place_of(tile * kTile + l); });
             }
             __syncwarp();
 #pragma unroll 1
@@ -256,12 +274,11 @@ extern "C" __global__ void __launch_bounds__(BLOCK_SIZE, MIN_BLOCKS) conv1d_toep
                 if (!is_nan(scalar::load(results[buffered(l)]))) continue;
                 const acc_t sum = canonical_sum(
                     input, l_first + l - p.padding_left, 1, p.K, p, RowWeights(weight, 0, p.weight_stride_k));
-                results[buffered(l)] = finish(sum, channel_bias);
+                results[buffered(l)] = finish(sum, channel, place_of(l));
             }
         }
         __syncwarp();
 
-        storage_t* const y = output + l_first * p.output_stride_l;
         if (p.output_stride_l == 1) {
             const int skew = elements_past_boundary(y);
 #pragma unroll 1

@@ -23,6 +23,7 @@
 #include "depthwise.cuh"
 #include "edge.cuh"
 #include "finish.cuh"
+#include "input.cuh"
 
 struct Params {
     index_t N, C_out, L_in, L_out, K;
@@ -43,6 +44,7 @@ struct Params {
     index_t weight_stride_in, weight_stride_out, weight_stride_k;
     index_t bias_stride;
     index_t output_stride_n, output_stride_c, output_stride_l;
+    FUSED_FIELDS
 };
 static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/conv_transpose1d_depthwise.py");
 
@@ -54,7 +56,8 @@ __device__ __forceinline__ const storage_t* weight_row(const storage_t* weight, 
 
 // The sum at l_out over the taps of its phase that exist, in the canonical order: the rule where threads neither slide nor
 // skip, else the NaN fallback.
-__device__ __forceinline__ acc_t sum_existing_terms(const storage_t* x, const storage_t* w, index_t l_out, const Params& p) {
+__device__ __forceinline__ acc_t sum_existing_terms(
+    const storage_t* x, const storage_t* w, const Loader& loaded, index_t l_out, const Params& p) {
     acc_t acc = scalar::zero();
     const index_t t = l_out + p.padding_left;
     index_t k, l_in;
@@ -72,7 +75,7 @@ __device__ __forceinline__ acc_t sum_existing_terms(const storage_t* x, const st
         const Source source = source_index(l_in, p.L_in);
         if (!source.exists) continue;
         const storage_t value = x[source.index * p.input_stride_l];
-        acc = multiply_add(scalar::load(w[k * p.weight_stride_k]), scalar::load(value), acc);
+        acc = multiply_add(scalar::load(w[k * p.weight_stride_k]), scalar::load(loaded(value)), acc);
     }
     return acc;
 }
@@ -84,7 +87,8 @@ constexpr int kHeld = kThreadVecs + 1;
 static_assert(kThreadVecs == 1 || kThreadVecs == 2, "a thread holds one or two vectors of positions");
 
 __device__ __forceinline__ void convolve_rows(
-    const storage_t* input, const storage_t* weight, const storage_t* bias, storage_t* output, const Params& p) {
+    const storage_t* input, const storage_t* weight, storage_t* output, const Epilogue& epilogue,
+    const InputActivation& input_activation, const Params& p) {
     const Place at = find_place(p, blockIdx.x);
     const int row_threads = int(p.row_threads), plane_pitch = int(p.plane_pitch);
     storage_t* const y = output_row(output, at, p);
@@ -107,13 +111,13 @@ __device__ __forceinline__ void convolve_rows(
         stage_taps(taps, w, p.weight_stride_k, p.K, lead, steps * kTaps, at.place, row_threads);
         const int ahead = elements_ahead(x, start);
         stage_window(
-            x, p.L_in, start, ahead, int(p.window), at.place, row_threads,
+            x, p.L_in, input_activation.channel(input_channel(at, p)), start, ahead, int(p.window), at.place, row_threads,
             WindowTarget<kThreadVecs>(window, plane_pitch, ahead));
     }
     __syncthreads();
     if (!at.has_row) return;
 
-    const acc_t channel_bias = bias_or_zero(bias, at.c_out * p.bias_stride);
+    const Channel channel = epilogue.channel(at.c_out);
 #pragma unroll 1
     for (int place = at.place; place < row_threads * int(p.repeats); place += row_threads) {
         const index_t l_out = l_begin + place * THREAD_L;
@@ -177,9 +181,11 @@ __device__ __forceinline__ void convolve_rows(
                 tap += 6 * kPhases;
             }
         }
-        store_results(y, l_out, p.L_out, acc, channel_bias, [&](index_t l) {
+        store_results(y, l_out, p.L_out, acc, channel, [&](index_t l) {
             const Place again = find_place(p, block_index_again());  // found again rather than held in registers
-            return sum_existing_terms(input_row(input, again, p), weight_row(weight, again, p), l, p);
+            return sum_existing_terms(
+                input_row(input, again, p), weight_row(weight, again, p),
+                input_activation.channel(input_channel(again, p)), l, p);
         });
     }
 }
@@ -187,25 +193,29 @@ __device__ __forceinline__ void convolve_rows(
 #elif IS_SKIPPING
 
 __device__ __forceinline__ void convolve_rows(
-    const storage_t* input, const storage_t* weight, const storage_t* bias, storage_t* output, const Params& p) {
-    convolve_skipping(input, weight, bias, output, p.padding_left, -int(p.dilation), p);
+    const storage_t* input, const storage_t* weight, storage_t* output, const Epilogue& epilogue,
+    const InputActivation& input_activation, const Params& p) {
+    convolve_skipping(input, weight, output, epilogue, input_activation, p.padding_left, -int(p.dilation), p);
 }
 
 #else
 
 __device__ __forceinline__ void convolve_rows(
-    const storage_t* input, const storage_t* weight, const storage_t* bias, storage_t* output, const Params& p) {
+    const storage_t* input, const storage_t* weight, storage_t* output, const Epilogue& epilogue,
+    const InputActivation& input_activation, const Params& p) {
     const Place at = find_place(p, blockIdx.x);
     if (!at.has_row) return;
     const storage_t* const x = input_row(input, at, p);
     const storage_t* const w = weight_row(weight, at, p);
     storage_t* const y = output_row(output, at, p);
-    const acc_t channel_bias = bias_or_zero(bias, at.c_out * p.bias_stride);
+    const Loader loaded = input_activation.channel(input_channel(at, p));
+    const Channel channel = epilogue.channel(at.c_out);
     const int results = THREAD_L * int(p.repeats);
     index_t l_out = at.tile * p.row_threads * results + at.place;
 #pragma unroll 1
     for (int j = 0; j < results && l_out < p.L_out; ++j, l_out += p.row_threads) {
-        y[l_out * p.output_stride_l] = finish(sum_existing_terms(x, w, l_out, p), channel_bias);
+        storage_t* const place = y + l_out * p.output_stride_l;
+        *place = finish(sum_existing_terms(x, w, loaded, l_out, p), channel, place);
     }
 }
 
@@ -216,6 +226,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK_SIZE, kMinBlocks) conv_transp
     const storage_t* __restrict__ weight,  // [C_in, C_out_g, K]
     const storage_t* __restrict__ bias,    // [C_out], or null
     storage_t* __restrict__ output,        // [N, C_out, L_out]
-    const Params p) {
-    convolve_rows(input, weight, bias, output, p);
+    FUSED_ARGUMENTS const Params p) {
+    const Epilogue epilogue(bias, output, p FUSED_VALUES);
+    convolve_rows(input, weight, output, epilogue, InputActivation(p INPUT_ACTIVATION_VALUES), p);
 }

@@ -34,6 +34,7 @@ struct Params {
     index_t weight_stride_in, weight_stride_out, weight_stride_k;
     index_t bias_stride;
     index_t output_stride_n, output_stride_c, output_stride_l;
+    FUSED_FIELDS
 };
 static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/edges.py");
 
@@ -75,7 +76,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK_SIZE, 2) conv_transpose1d_fol
     const storage_t* __restrict__ weight,  // [C_in, C_out_g, K]
     const storage_t* __restrict__ bias,    // [C_out], or null
     storage_t* __restrict__ output,        // [N, C_out, L_out]
-    const Params p) {
+    FUSED_ARGUMENTS const Params p) {
+    const Epilogue epilogue(bias, output, p FUSED_VALUES);
     acc_t* const smem_sum = reinterpret_cast<acc_t*>(dynamic_shared_memory()) + threadIdx.x;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const index_t grid_size = index_t(gridDim.x) * (BLOCK_SIZE / 32);
@@ -105,8 +107,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK_SIZE, 2) conv_transpose1d_fol
             if (lane < half) *smem_sum = add(*smem_sum, smem_sum[half]);
         }
         if (lane == 0) {
-            output[n * p.output_stride_n + c_out * p.output_stride_c + l_out * p.output_stride_l] =
-                finish(*smem_sum, bias_or_zero(bias, c_out * p.bias_stride));
+            const index_t place = n * p.output_stride_n + c_out * p.output_stride_c + l_out * p.output_stride_l;
+            output[place] = finish(*smem_sum, epilogue.channel(c_out), output + place);
         }
         __syncwarp();
     }

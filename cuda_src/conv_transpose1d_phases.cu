@@ -31,6 +31,7 @@ struct Params {
     index_t output_stride_n, output_stride_c, output_stride_l;
     index_t weight_stride_tile;  // of the packed weights, from block to block of rows
     index_t taps_advance, input_advance, input_carry;  // see Tile in tiled.cuh
+    FUSED_FIELDS
 };
 static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/conv_tiled.py");
 
@@ -39,7 +40,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) conv_transpos
     const acc_t* __restrict__ weight,      // packed: [groups (* stride), C_in_g * taps, rows], padded to whole blocks
     const storage_t* __restrict__ bias,    // [C_out], or null
     storage_t* __restrict__ output,        // [N, C_out, L_out]
-    const Params p) {
+    FUSED_ARGUMENTS const Params p) {
+    const Epilogue epilogue(bias, output, p FUSED_VALUES);
     // The grid is short enough for 32 bits, and so are the extents that divide it.
     const auto tile_of = [&](unsigned block) {
         const unsigned row_tile = next_index(block, p.row_tiles);
@@ -73,5 +75,5 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) conv_transpos
         tile.find_samples();
         return tile;
     };
-    multiply_tile(tile_of, bias, [&](const Tile& tile, index_t row) { return phase_row(tile, row, p); });
+    multiply_tile(tile_of, epilogue, [&](const Tile& tile, index_t row) { return phase_row(tile, row, p); });
 }

@@ -26,6 +26,7 @@ struct Params {
     index_t output_stride_n, output_stride_c, output_stride_l;
     index_t row_blocks, column_blocks, columns, q_begin, taps;
     index_t tap_blocks, lead, chunk_channels, copy_elements;
+    FUSED_FIELDS
 };
 static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/conv_transpose1d_tail.py");
 
@@ -34,7 +35,8 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads, MIN_BLOCKS) conv_trans
     const storage_t* __restrict__ weight,  // [C_in, C_out_g, K]
     const storage_t* __restrict__ bias,    // [C_out], or null
     storage_t* __restrict__ output,        // [N, C_out, L_out]
-    const Params p) {
+    FUSED_ARGUMENTS const Params p) {
+    const Epilogue epilogue(bias, output, p FUSED_VALUES);
     unsigned block = blockIdx.x;
     const int row_begin = int(next_index(block, p.row_blocks)) * THREAD_C;
     const index_t column_block = next_index(block, p.column_blocks);
@@ -59,12 +61,13 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads, MIN_BLOCKS) conv_trans
     const auto store_some = [&](int row, index_t column, const acc_t* sums, int count) {
         if (row_begin + row >= rows) return;
         const int c_out = (row_begin + row) / stride, phase = row_begin + row - c_out * stride;
-        const acc_t channel_bias = bias_or_zero(bias, (g * p.C_out_g + c_out) * p.bias_stride);
+        const Channel channel = epilogue.channel(g * p.C_out_g + c_out);
         index_t l_out = (p.q_begin + column) * stride + phase - p.padding_left;
         index_t offset = c_out * p.output_stride_c + l_out * p.output_stride_l;
 #pragma unroll
         for (int j = 0; j < count; ++j) {
-            if (is_index(l_out, p.L_out)) output[offset] = finish(sums[j], channel_bias);
+            storage_t* const place = output + offset;
+            if (is_index(l_out, p.L_out)) *place = finish(sums[j], channel, place);
             l_out += stride;
             offset += stride * p.output_stride_l;
         }

@@ -24,6 +24,7 @@
 #include "common.cuh"
 #include "edge.cuh"
 #include "finish.cuh"
+#include "input.cuh"
 
 constexpr int kPhases = SLIDE_STRIDE > 0 ? SLIDE_STRIDE : 1;
 constexpr int kTaps = kPhases * kAccVec;  // of one step of a sliding thread
@@ -37,9 +38,12 @@ static_assert(
     (SLIDE_STRIDE == 0 && !IS_SKIPPING) || (THREAD_L == 2 * kAccVec && THREAD_L % kStorageVec == 0),
     "a thread holds two vectors of accumulators: gpuconv/families/depthwise.py");
 
-// Blocks that a multiprocessor must be able to hold; one of sm_75 has 1024 threads.
+// Blocks that a multiprocessor must be able to hold; one of sm_75 has 1024 threads. Where the input is activated, too, more
+// than four leave too few registers.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
 constexpr int kMinBlocks = MIN_BLOCKS * BLOCK_SIZE > 1024 ? 1024 / BLOCK_SIZE : MIN_BLOCKS;
+#elif defined(INPUT_ACTIVATION)
+constexpr int kMinBlocks = MIN_BLOCKS > 4 ? 4 : MIN_BLOCKS;
 #else
 constexpr int kMinBlocks = MIN_BLOCKS;
 #endif
@@ -79,9 +83,12 @@ __device__ __forceinline__ Place find_place(const ParamsT& p, unsigned block) {
 
 // input[n, c_in, 0] and output[n, c_out, 0] of a thread's row.
 template <typename ParamsT>
+__device__ __forceinline__ index_t input_channel(const Place& at, const ParamsT& p) {
+    return p.C_out_g == 1 ? at.c_out : at.c_out / p.C_out_g;
+}
+template <typename ParamsT>
 __device__ __forceinline__ const storage_t* input_row(const storage_t* input, const Place& at, const ParamsT& p) {
-    const index_t c_in = p.C_out_g == 1 ? at.c_out : at.c_out / p.C_out_g;
-    return input + at.n * p.input_stride_n + c_in * p.input_stride_c;
+    return input + at.n * p.input_stride_n + input_channel(at, p) * p.input_stride_c;
 }
 template <typename ParamsT>
 __device__ __forceinline__ storage_t* output_row(storage_t* output, const Place& at, const ParamsT& p) {
@@ -99,12 +106,13 @@ __device__ __forceinline__ void stage_taps(
 }
 
 // The vector of a row x[0 .. L_in) that begins at position `first`, which need not exist as a whole.
-__device__ __forceinline__ StorageWords load_edge(const storage_t* x, index_t first, index_t L_in) {
+__device__ __forceinline__ StorageWords load_edge(
+    const storage_t* x, index_t first, index_t L_in, const Loader& loaded) {
     StorageWords vector;
 #pragma unroll
     for (int e = 0; e < kStorageVec; ++e) {
         const Source source = source_index(first + e, L_in);
-        set_element(vector, e, source.exists ? x[source.index] : scalar::storage_zero());
+        set_element(vector, e, source.exists ? loaded(x[source.index]) : scalar::storage_zero());
     }
     return vector;
 }
@@ -141,8 +149,8 @@ __device__ __forceinline__ int elements_ahead(const storage_t* x, index_t start)
 // elements.
 template <typename Target>
 __device__ __forceinline__ void stage_window(
-    const storage_t* x, index_t L_in, index_t start, int ahead, int vectors, int place, int row_threads,
-    const Target& target) {
+    const storage_t* x, index_t L_in, const Loader& sample, index_t start, int ahead, int vectors, int place,
+    int row_threads, const Target& target) {
     const int count = (vectors * kAccVec + ahead + kStorageVec - 1) / kStorageVec;
 #pragma unroll 1
     for (int first = place; first < count; first += kBatch * row_threads) {
@@ -153,9 +161,9 @@ __device__ __forceinline__ void stage_window(
             const index_t l_in = start - ahead + v * kStorageVec;
             if (v >= count) break;
             if (is_inside(l_in, l_in + kStorageVec - 1, L_in)) {
-                loaded[b] = *reinterpret_cast<const StorageWords*>(x + l_in);
+                loaded[b] = sample.vector(*reinterpret_cast<const StorageWords*>(x + l_in));
             } else {
-                loaded[b] = load_edge(x, l_in, L_in);
+                loaded[b] = load_edge(x, l_in, L_in, sample);
             }
         }
 #pragma unroll
@@ -176,14 +184,15 @@ __device__ __forceinline__ void stage_window(
 // Stores the results of y[l_out .. l_out + THREAD_L), as far as they exist. sum_again_at(l) is the NaN fallback's sum.
 template <typename SumAgain>
 __device__ __forceinline__ void store_results(
-    storage_t* y, index_t l_out, index_t L_out, const acc_t (&acc)[THREAD_L], acc_t channel_bias, const SumAgain& sum_again_at) {
+    storage_t* y, index_t l_out, index_t L_out, const acc_t (&acc)[THREAD_L], const Channel& channel,
+    const SumAgain& sum_again_at) {
     bool sum_again = false;
 #pragma unroll
     for (int j = 0; j < THREAD_L; ++j) sum_again = sum_again || needs_canonical_sum(acc[j]);
     if (sum_again) {
 #pragma unroll 1
         for (index_t l = max_index(l_out, 0); l < min_index(l_out + THREAD_L, L_out); ++l) {
-            y[l] = finish(sum_again_at(l), channel_bias);
+            y[l] = finish(sum_again_at(l), channel, y + l);
         }
         return;
     }
@@ -191,7 +200,11 @@ __device__ __forceinline__ void store_results(
     for (int first = 0; first < THREAD_L; first += kStorageVec) {
         StorageWords result;
 #pragma unroll
-        for (int e = 0; e < kStorageVec; ++e) set_element(result, e, finish(acc[first + e], channel_bias));
+        for (int e = 0; e < kStorageVec; ++e) {
+            const index_t l = l_out + first + e;
+            const storage_t* const place = is_index(l, L_out) ? y + l : nullptr;
+            set_element(result, e, finish(acc[first + e], channel, place));
+        }
         if (l_out + first >= 0 && l_out + first + kStorageVec <= L_out) {
             *reinterpret_cast<StorageWords*>(y + l_out + first) = result;
         } else {
@@ -212,8 +225,8 @@ __device__ __forceinline__ void store_results(
 // first_position is that of tap 0 for l_out = 0. weight_row and sum_existing_terms are the kernel's own.
 template <typename ParamsT>
 __device__ __forceinline__ void convolve_skipping(
-    const storage_t* input, const storage_t* weight, const storage_t* bias, storage_t* output, index_t first_position,
-    int step, const ParamsT& p) {
+    const storage_t* input, const storage_t* weight, storage_t* output, const Epilogue& epilogue,
+    const InputActivation& input_activation, index_t first_position, int step, const ParamsT& p) {
     const Place at = find_place(p, blockIdx.x);
     const int row_threads = int(p.row_threads), lane = threadIdx.x % 32;
     const int reach = (int(p.K) - 1) * step;  // of the last tap from the first
@@ -235,13 +248,13 @@ __device__ __forceinline__ void convolve_skipping(
         stage_taps(taps, weight_row(weight, at, p), p.weight_stride_k, p.K, 0, int(p.K), at.place, row_threads);
         const int ahead = elements_ahead(x, lowest - lead);
         stage_window(
-            x, p.L_in, lowest - lead, ahead, int(p.window), at.place, row_threads,
-            WindowTarget<1>(window, 0, ahead));
+            x, p.L_in, input_activation.channel(input_channel(at, p)), lowest - lead, ahead, int(p.window), at.place,
+            row_threads, WindowTarget<1>(window, 0, ahead));
     }
     __syncthreads();
     if (!at.has_row) return;
 
-    const acc_t channel_bias = bias_or_zero(bias, at.c_out * p.bias_stride);
+    const Channel channel = epilogue.channel(at.c_out);
 #pragma unroll 1
     for (int place = at.place - lane; place < row_threads * int(p.repeats); place += row_threads) {
         const index_t l_out = l_begin + place * THREAD_L;  // the warp's first
@@ -266,9 +279,11 @@ __device__ __forceinline__ void convolve_skipping(
             for (int e = 0; e < kAccVec; ++e) acc[v * kAccVec + e] = vector.element[e];
         }
         __syncwarp();
-        store_results(y, l_out + lane * THREAD_L, p.L_out, acc, channel_bias, [&](index_t l) {
+        store_results(y, l_out + lane * THREAD_L, p.L_out, acc, channel, [&](index_t l) {
             const Place again = find_place(p, block_index_again());  // found again rather than held in registers
-            return sum_existing_terms(input_row(input, again, p), weight_row(weight, again, p), l, p);
+            return sum_existing_terms(
+                input_row(input, again, p), weight_row(weight, again, p),
+                input_activation.channel(input_channel(again, p)), l, p);
         });
     }
 }

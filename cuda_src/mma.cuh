@@ -213,9 +213,21 @@ struct ChannelRows {
     }
 };
 
+// Where the result of a row in a column of the block belongs in the output; null where there is no such result. It is asked
+// for the residual alone.
+__device__ __forceinline__ const storage_t* place_of(const Tile& tile, const Window& window, const Row& row, index_t column) {
+    const index_t sample = HAS_SAMPLES ? column / window.block_positions : 0;
+    const index_t q = tile.position_begin + (column - sample * window.block_positions);
+    const index_t l = q * tile.output_step + tile.output_first + row.shift;
+    const bool exists = sample < (HAS_SAMPLES ? min_index(window.block_samples, tile.samples) : 1) &&
+                        q < tile.positions && is_index(l, tile.L_out);
+    if (!exists) return nullptr;
+    return tile.output + (row.output_offset + sample * tile.output_stride_n + l * tile.output_stride_l);
+}
+
 template <typename RowOf>
 __device__ __forceinline__ void store_slice(
-    const Tile& tile, const Window& window, const storage_t* bias, const RowOf& row_of, storage_t* slice,
+    const Tile& tile, const Window& window, const Epilogue& epilogue, const RowOf& row_of, storage_t* slice,
     index_t row_begin, index_t column_begin, bool sum_again) {
     const int lane = threadIdx.x % 32;
     const index_t phases = PHASES_IN_ROWS ? tile.output_step : 1;
@@ -239,7 +251,11 @@ __device__ __forceinline__ void store_slice(
                 tile.input + sample * tile.input_stride_n, q * tile.column_step + tile.first, tile.tap_step,
                 info.taps, tile, PackedWeights(tile, window, row_begin + row));
             // The compiler must not make two loops of this one, with and without bias.
-            *value = finish(sum, bias_or_zero(keep_in_register(bias), info.bias_offset));
+            Epilogue kept = epilogue;
+            kept.bias = keep_in_register(kept.bias);
+            const storage_t* const place =
+                kHasResidual ? place_of(tile, window, info, column_begin + column) : nullptr;
+            *value = finish(sum, kept.channel(info.channel), place);
         }
         __syncwarp();
     }
@@ -297,17 +313,56 @@ __device__ __forceinline__ void store_slice(
     }
 }
 
+// Adds to the sums of a warp's first 16 rows what is fused, and applies it; see finish_unrounded. Sums that are not finite
+// become NaN, as finish_or_nan makes them.
+template <typename RowOf>
+__device__ __forceinline__ void apply_fused(
+    const Tile& tile, const Window& window, const Epilogue& epilogue, const RowOf& row_of, index_t row_begin,
+    index_t column_begin, Sums& acc) {
+    const int lane = threadIdx.x % 32;
+    Row rows[2];
+    Channel channels[2];
+    bool exists[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const index_t row = row_begin + half * 8 + lane / 4;
+        rows[half] = row_of(tile, row);
+        exists[half] = row < tile.rows;
+        channels[half] = epilogue.channel(exists[half] ? rows[half].channel : 0);
+    }
+    index_t column = column_begin + lane % 4 * 2;
+#pragma unroll 1
+    for (int j = 0; j < kTilesN; ++j, column += 8) {
+        acc_t finished[4];
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+            const int half = e / 2;
+            const storage_t* const place =
+                kHasResidual && exists[half] ? place_of(tile, window, rows[half], column + e % 2) : nullptr;
+            const acc_t value = add_addends(acc[0][0][e], channels[half], place);
+            finished[e] = activate(multiply_add(scalar::zero(), value, value), channels[half]);
+        }
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+#pragma unroll
+            for (int k = 0; k + 1 < kTilesN; ++k) acc[0][k][e] = acc[0][k + 1][e];
+            acc[0][kTilesN - 1][e] = finished[e];
+        }
+    }
+}
+
 // Stores the sums of a block; row_of(tile, row) is the kernel's Row. A warp stores 16 rows at a time; after each 16, the
 // rest of `acc` moves up, so that one loop body serves all rows.
 template <typename RowOf>
 __device__ __forceinline__ void store_tile(
-    const Tile& tile, const Window& window, const storage_t* bias, const RowOf& row_of, Sums& acc) {
+    const Tile& tile, const Window& window, const Epilogue& epilogue, const RowOf& row_of, Sums& acc) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     storage_t* const slice = reinterpret_cast<storage_t*>(dynamic_shared_memory()) + warp * kSliceRows * kSlicePitch;
     const index_t column_begin = warp % WARPS_N * kWarpN;
     index_t row_begin = tile.row_begin + warp / WARPS_N * kWarpM;
 #pragma unroll 1
     for (int i = 0; i < kTilesM && row_begin < tile.rows; ++i, row_begin += kSliceRows) {
+        if (kIsFused) apply_fused(tile, window, epilogue, row_of, row_begin, column_begin, acc);
         bool sum_again = false;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
@@ -316,7 +371,8 @@ __device__ __forceinline__ void store_tile(
             channel.find(row, row_begin, PHASES_IN_ROWS ? tile.output_step : 1);
             storage_t* const mine = slice + channel.position(row, lane % 4 * 2);
             const bool exists = row_begin + row < tile.rows;
-            const acc_t channel_bias = bias_or_zero(exists ? bias : nullptr, row_of(tile, row_begin + row).bias_offset);
+            const acc_t channel_bias =
+                kIsFused ? scalar::zero() : epilogue.bias_of(exists ? row_of(tile, row_begin + row).channel : 0);
 #pragma unroll
             for (int j = 0; j < kTilesN; ++j) {
 #pragma unroll
@@ -328,7 +384,7 @@ __device__ __forceinline__ void store_tile(
         }
         sum_again = NAN_FALLBACK && any_lane(sum_again);
         __syncwarp();
-        store_slice(tile, window, bias, row_of, slice, row_begin, column_begin, sum_again);
+        store_slice(tile, window, epilogue, row_of, slice, row_begin, column_begin, sum_again);
         __syncwarp();
         move_sums_up(acc);
     }
@@ -566,7 +622,7 @@ __device__ __forceinline__ void multiply_tile(
 // tile_of(tile index) is the kernel's reading of its grid.
 template <typename TileOf, typename RowOf>
 __device__ __forceinline__ void run_block(
-    const TileOf& tile_of, const Window& window, const storage_t* bias, const RowOf& row_of, AccVector* partial) {
+    const TileOf& tile_of, const Window& window, const Epilogue& epilogue, const RowOf& row_of, AccVector* partial) {
     Sums acc;
     if (SEGMENT_MODE == 3) {
         for_each_sum([&](int i, int j, int e) { acc[i][j][e] = 0.0f; });
@@ -603,5 +659,5 @@ __device__ __forceinline__ void run_block(
             return;
         }
     }
-    store_tile(tile_of(block_index_again()), window, bias, row_of, acc);
+    store_tile(tile_of(block_index_again()), window, epilogue, row_of, acc);
 }

@@ -42,6 +42,6 @@ __device__ __forceinline__ Row phase_row(const Tile& tile, index_t row, const P&
     found.taps = PHASES_IN_ROWS ? (phase < p.K ? ceil_div(p.K - phase, p.stride) : 0) : tile.row_taps;
     found.output_offset = c_out * p.output_stride_c;
     found.shift = phase;
-    found.bias_offset = (tile.group * p.C_out_g + c_out) * p.bias_stride;
+    found.channel = tile.group * p.C_out_g + c_out;
     return found;
 }

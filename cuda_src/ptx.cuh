@@ -11,6 +11,16 @@
 __device__ __forceinline__ float fma_rn(float w, float x, float acc) { return __fmaf_rn(w, x, acc); }
 __device__ __forceinline__ double fma_rn(double w, double x, double acc) { return __fma_rn(w, x, acc); }
 
+// Rounded to nearest even as written: the compiler does not contract them with what follows.
+__device__ __forceinline__ float add_rn(float a, float b) { return __fadd_rn(a, b); }
+__device__ __forceinline__ double add_rn(double a, double b) { return __dadd_rn(a, b); }
+__device__ __forceinline__ float multiply_rn(float a, float b) { return __fmul_rn(a, b); }
+__device__ __forceinline__ double multiply_rn(double a, double b) { return __dmul_rn(a, b); }
+__device__ __forceinline__ float divide_rn(float a, float b) { return __fdiv_rn(a, b); }
+__device__ __forceinline__ double divide_rn(double a, double b) { return __ddiv_rn(a, b); }
+__device__ __forceinline__ float absolute(float a) { return fabsf(a); }
+__device__ __forceinline__ double absolute(double a) { return fabs(a); }
+
 // IEEE binary16 in the low bits of an unsigned short.
 __device__ __forceinline__ float half_bits_to_float(unsigned short bits) {
     float value;
@@ -25,6 +35,12 @@ __device__ __forceinline__ unsigned short float_to_half_bits_rn(float value) {
 
 __device__ __forceinline__ float uint_as_float(unsigned bits) { return __uint_as_float(bits); }
 __device__ __forceinline__ unsigned float_as_uint(float value) { return __float_as_uint(value); }
+
+// The words of a binary64.
+__device__ __forceinline__ unsigned low_word(double value) { return unsigned(__double2loint(value)); }
+__device__ __forceinline__ double words_as_double(unsigned high, unsigned low) {
+    return __hiloint2double(int(high), int(low));
+}
 
 // bfloat16 in an unsigned short, to nearest even; a NaN becomes any NaN.
 __device__ __forceinline__ unsigned short float_to_bfloat_bits_rn(float value) {

@@ -128,7 +128,7 @@ struct PackedWeights : EveryWeight {
 // Stores the sums of a block. row_of(tile, row) is the kernel's Row.
 template <typename RowOf>
 __device__ __forceinline__ void store_tile(
-    const Tile& tile, const storage_t* bias, const RowOf& row_of, acc_t (&acc)[THREAD_M][THREAD_N]) {
+    const Tile& tile, const Epilogue& epilogue, const RowOf& row_of, acc_t (&acc)[THREAD_M][THREAD_N]) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     index_t l_out[kColumns];          // of shift 0, and L_out behind the last column: shifts only go up
     index_t output_offset[kColumns];  // of that position, from Tile::output
@@ -143,13 +143,14 @@ __device__ __forceinline__ void store_tile(
     bool sum_again = false;
     store_rows(acc, tile.row_begin, tile.rows, [&](index_t row, const acc_t* values) {
         const Row info = row_of(tile, row);
-        const acc_t channel_bias = bias_or_zero(bias, info.bias_offset);
+        const Channel channel = epilogue.channel(info.channel);
         storage_t* const y = tile.output + (info.output_offset + info.shift * tile.output_stride_l);
 #pragma unroll
         for (int j = 0; j < kColumns; ++j) {
             const acc_t value = values[lane + 32 * j];
             sum_again = sum_again || needs_canonical_sum(value);
-            if (is_index(l_out[j] + info.shift, tile.L_out)) y[output_offset[j]] = finish(value, channel_bias);
+            storage_t* const place = y + output_offset[j];
+            if (is_index(l_out[j] + info.shift, tile.L_out)) *place = finish(value, channel, place);
         }
     });
     if (!sum_again) return;
@@ -166,14 +167,15 @@ __device__ __forceinline__ void store_tile(
             tile.input + (tile.input_begin + column.n * tile.input_stride_n),
             column.q * tile.column_step + tile.first, tile.tap_step, tile.taps, tile,
             PackedWeights(tile.weight + row, info.taps));
-        tile.output[info.output_offset + column.n * tile.output_stride_n + l * tile.output_stride_l] =
-            finish(sum, bias_or_zero(bias, info.bias_offset));
+        storage_t* const place =
+            tile.output + (info.output_offset + column.n * tile.output_stride_n + l * tile.output_stride_l);
+        *place = finish(sum, epilogue.channel(info.channel), place);
     }
 }
 
 // tile_of(block index) is the kernel's reading of its grid.
 template <typename TileOf, typename RowOf>
-__device__ __forceinline__ void multiply_tile(const TileOf& tile_of, const storage_t* bias, const RowOf& row_of) {
+__device__ __forceinline__ void multiply_tile(const TileOf& tile_of, const Epilogue& epilogue, const RowOf& row_of) {
     const Tile tile = tile_of(blockIdx.x);
     acc_t* const shared = reinterpret_cast<acc_t*>(dynamic_shared_memory());
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -274,5 +276,5 @@ __device__ __forceinline__ void multiply_tile(const TileOf& tile_of, const stora
     }
     __syncthreads();
 
-    store_tile(tile_of(block_index_again()), bias, row_of, acc);
+    store_tile(tile_of(block_index_again()), epilogue, row_of, acc);
 }

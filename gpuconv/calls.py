@@ -13,9 +13,10 @@ import numpy as np
 from . import runtime
 from .arguments import ArraySpec, check_dtype
 from .dtypes import real_dtype
+from .fusion import Fusion, check_data
 from .memory import check_kinds, check_overlap, overlaps_itself
 from .problem import BiasGradientProblem, ConvProblem, WeightGradientProblem, dtype_name
-from .tasks import SIGNATURES, Task
+from .tasks import OPTIONAL, SIGNATURES, Task
 
 # Executors of GPU calls and tasks of CPU calls, by everything that they depend on. A full cache drops its oldest entry,
 # so that a program whose lengths always differ keeps only so many.
@@ -88,8 +89,10 @@ def _compute(task: Task, arrays: Sequence[Any], output: np.ndarray[Any, Any]) ->
     """Compute a task of NumPy arrays in native byte order into `output`."""
     cpu, p = _cpu(), task.problem
     if isinstance(p, ConvProblem):
-        x, weight, *bias = arrays
-        cpu.convolve(p, x, weight.conj() if task.conjugate_weight else weight, bias[0] if bias else None, output)
+        x, weight, *more = arrays
+        bias = more[0] if more else None
+        fused = (more[1:],) if p.fusion else ()
+        cpu.convolve(p, x, weight.conj() if task.conjugate_weight else weight, bias, output, *fused)
     elif isinstance(p, WeightGradientProblem):
         cpu.weight_gradient.compute(p, *p.sides(*arrays), output)
     elif isinstance(p, BiasGradientProblem):
@@ -134,7 +137,7 @@ def _run_on_gpu(
         task = _check(function, arrays, settings, out)
         executor = runtime.make_executor(
             task.problem,
-            SIGNATURES[function].operands,
+            SIGNATURES[function].operands[: len(arrays)],
             arrays,
             out,
             conjugate_weight=task.conjugate_weight,
@@ -144,7 +147,7 @@ def _run_on_gpu(
         if key is not None:
             _keep(_EXECUTORS, key, found)
     elif out is not None:
-        check_overlap(function, out, dict(zip(SIGNATURES[function].arrays, arrays, strict=True)))
+        check_overlap(function, out, dict(zip(SIGNATURES[function].arrays, arrays, strict=False)))
     executor, shape, dtype = found
     if out is None:
         out = cupy.empty(shape, dtype)
@@ -166,10 +169,12 @@ def _run_by_parts(
     """Compute with real taps on complex data: one real call for each part, on views of the arrays."""
     data, weight, *_ = arrays
     name = SIGNATURES[function].arrays[0]
-    given = dict(zip(SIGNATURES[function].arrays, arrays, strict=True))
+    given = dict(zip(SIGNATURES[function].arrays, arrays, strict=False))
     given = {n: array for n, array in {**given, "out": out}.items() if array is not None}
     check_kinds(function, given)
     dtype = check_dtype(function, name, data)
+    if isinstance(settings[-1], Fusion):
+        check_data(function, settings[-1], dtype)
     for other, array in given.items():
         expected = real_dtype(dtype) if other == "weight" else dtype
         if dtype_name(array.dtype) != expected:
@@ -230,7 +235,7 @@ def run_weight_gradient(
 def _check(function: str, arrays: tuple[Any, ...], settings: tuple[Any, ...], out: Any | None) -> Task:
     """Check that arrays, settings and `out` fit; return the task of the call."""
     names = SIGNATURES[function].arrays
-    given = {n: a for n, a in zip(names, arrays, strict=True) if a is not None or n != "bias"}
+    given = {n: a for n, a in zip(names, arrays, strict=False) if a is not None or n not in OPTIONAL}
     check_kinds(function, given if out is None else {**given, "out": out})
     task = Task.of(function, arrays, settings)
     if out is None:
@@ -281,14 +286,14 @@ def _cpu_key(name: str, arrays: tuple[Any, ...], settings: tuple[Any, ...]) -> t
     return tuple(key)
 
 
-_PLAIN_TYPES = frozenset((int, str, type(None)))
+_PLAIN_TYPES = frozenset((int, str, type(None), Fusion))
 
 
 def _as_key(settings: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """The settings with lists as tuples and NumPy integers as ints, or None where they do not name one problem.
 
-    They do where nothing but ints, strings and None remains: True equals 1 and would find the entry of 1, but must be
-    refused.
+    They do where nothing but ints, strings, None and a `Fusion` remains: True equals 1 and would find the entry of 1,
+    but must be refused.
     """
     for value in settings:
         if type(value) not in _PLAIN_TYPES and not (type(value) is tuple and all(type(v) is int for v in value)):

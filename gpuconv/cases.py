@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from .arguments import MAX_STEP
 from .edge import source_indices
+from .fusion import ACTIVATION_ARRAYS, FUSED_ARRAYS, INPUT_ACTIVATION_ARRAYS, RESIDUAL, Fused
 from .problem import DTYPES, INTEGER_SUMS, INTEGERS, ArraySpec, ConvProblem, Op, numpy_dtype
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -483,6 +484,53 @@ def integer_data(problem: ConvProblem, seed: int) -> Data:
         for shape, dtype in zip(shapes, dtypes, strict=True)
     )
     return Data(*arrays)  # type: ignore[arg-type]
+
+
+# Activations as a call gives them, but that numbers stand for the arrays of snake.
+_FUSIBLE: tuple[Any, ...] = (
+    "relu", ("leaky_relu", 0.3), ("elu", 1.5), "silu", "gelu", ("gelu", "tanh"), "tanh", "sigmoid", ("snake", 1),
+    ("snake", 2),
+)  # fmt: skip
+
+
+def with_fusion(problem: ConvProblem, seed: int) -> tuple[ConvProblem, dict[str, Array]]:
+    """The problem with a residual, and where the data are real with two activations, all drawn at random.
+
+    Args:
+        problem: extents, settings and dtype.
+        seed: any integer.
+
+    Returns:
+        That problem, and the arrays that it fuses, by name.
+    """
+    p = problem
+    rng = _generator(p, seed + 2)
+    dtype = numpy_dtype(p.dtype)
+
+    def draw(channels: int) -> Any:
+        chosen = _FUSIBLE[rng.integers(len(_FUSIBLE))]
+        if chosen[0] != "snake":
+            return chosen
+        return ("snake", *(rng.uniform(0.5, 1.5, channels).astype(dtype) for _ in range(chosen[1])))
+
+    residual = _normal(p, rng, p.output_shape).astype(dtype)
+    activation, input_activation = (None, None) if p.is_complex else (draw(p.C_out), draw(p.C_in))
+    fused = Fused.check(p.op, activation, input_activation, residual)
+    arrays = {name: array for name, array in zip(FUSED_ARRAYS, fused.arrays, strict=True) if array is not None}
+    return p.fused(fused), arrays
+
+
+def fusion_settings(problem: ConvProblem, arrays: dict[str, Any]) -> dict[str, Any]:
+    """The keyword arguments that fuse what a problem of `with_fusion` does, with these arrays."""
+    sides = {
+        "activation": (problem.fuses.activation, ACTIVATION_ARRAYS),
+        "input_activation": (problem.fuses.input_activation, INPUT_ACTIVATION_ARRAYS),
+    }
+    activations = {
+        side: None if a is None else a.as_argument(tuple(arrays[name] for name in names[: a.arrays]))
+        for side, (a, names) in sides.items()
+    }
+    return {**activations, "residual": arrays[RESIDUAL]}
 
 
 def impulse_data(problem: ConvProblem, seed: int) -> Data:

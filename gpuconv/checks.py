@@ -225,6 +225,28 @@ def _check_integers(s: Subject) -> Failure | None:
     return s.expect_equal(s.run(data, p), reference.compute(p, *data), "integers must equal the reference", data, p)
 
 
+def _check_fused(s: Subject) -> Failure | None:
+    return check_fusion(s, s.settings, "what is fused must lie within the error bound of the reference")[1]
+
+
+def check_fusion(s: Subject, settings: dict[str, Any], message: str) -> tuple[Array, Failure | None]:
+    """Fuse something with the case, on plain arrays and on arrays with gaps; the result, and what is wrong."""
+    p, fused = cases.with_fusion(s.problem, s.seed)
+    data = cases.random_data(s.problem, s.seed)
+    sums = reference.convolution(p, *data, fused)
+    output = np.empty(p.output_shape, numpy_dtype(p.dtype))
+    for arrange in (Target.put, every_other):
+        arrays = [None if array is None else arrange(s.target, array) for array in data]
+        more = cases.fusion_settings(p, {name: arrange(s.target, array) for name, array in fused.items()})
+        out = arrange(s.target, np.full_like(output, np.nan))
+        s.target.convolve_into(out, s.problem, *arrays, settings={**settings, **more})
+        output = s.target.get(out)
+        failure = s.judge_comparison(sums.compare(output), message, data, p)
+        if failure is not None:
+            return output, failure
+    return output, None
+
+
 def _check_layout(s: Subject) -> Failure | None:
     return check_strided_arrays(s, s.settings, "must equal the reference, on strided arrays")
 
@@ -385,6 +407,7 @@ class Check(NamedTuple):
 CHECKS: tuple[Check, ...] = (
     Check("exact", _check_exact),
     Check("integers", _check_integers),
+    Check("fused", _check_fused),
     Check("layout", _check_layout),
     *(Check(kind, _check_random(kind)) for kind in cases.RANDOM_KINDS),
     Check("impulse", _check_impulse, lambda p: p.padding_mode == "zeros"),  # elsewhere an impulse may come twice

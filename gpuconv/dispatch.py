@@ -8,7 +8,9 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from .device import Device
-from .families import FAMILIES, ArrayLayout, Config, Family, Launch, Layout, Plan, Refusal, Step, edges
+from .families import FAMILIES, ArrayLayout, Config, Family, Launch, Layout, Plan, Refusal, Step, edges, fused
+from .families.base import contiguous_strides
+from .fusion import RESIDUAL
 from .problem import FORMATS, Kind, Problem
 
 
@@ -70,7 +72,14 @@ def lay_out(problem: Problem, pointers: Mapping[str, StridedPointer | None]) -> 
             copies.append(name)
         else:
             found[name] = array
-    return fresh.replaced(**found), tuple(copies)
+    layout = fresh.replaced(**found)
+    if RESIDUAL in layout and layout[RESIDUAL].strides != layout["output"].strides:
+        # Kernels find the residual of a result by the place of the result, so both become contiguous.
+        strides = contiguous_strides(problem.shapes["output"])
+        odd = [name for name in (RESIDUAL, "output") if layout[name].strides != strides]
+        layout = layout.replaced(**{name: ArrayLayout(strides) for name in odd})
+        copies += odd
+    return layout, tuple(copies)
 
 
 class AlgorithmError(ValueError):
@@ -117,20 +126,21 @@ def choose(problem: Problem, layout: Layout, device: Device, algorithm: str | No
     if algorithm is not None:
         check_algorithm(problem.kind, problem.kind, algorithm)
         (family,) = own[-1:] if algorithm == "base" else (family for family in own if family.name == algorithm)
-        plan = _plan(family, problem, layout, device)
+        plan = plan_of(family, problem, layout, device)
         if isinstance(plan, Refusal):
             raise AlgorithmError(f"{problem.kind}: algorithm {algorithm!r} does not take {problem}: {plan.reason}")
         return Choice(family.name, plan)
     refusals: list[tuple[str, str]] = []
     for family in own:
-        plan = _plan(family, problem, layout, device)
+        plan = plan_of(family, problem, layout, device)
         if not isinstance(plan, Refusal):
             return Choice(family.name, plan, tuple(refusals))
         refusals.append((family.name, plan.reason))
     raise AssertionError(f"every family refused {problem}: {refusals}")
 
 
-def _plan(family: Family[Any], problem: Problem, layout: Layout, device: Device) -> Plan | Refusal:
+def plan_of(family: Family[Any], problem: Problem, layout: Layout, device: Device) -> Plan | Refusal:
+    """How a family computes a problem in its padding mode, with what is fused, or why it does not."""
     if problem.dtype not in family.dtypes:
         return Refusal(f"takes no {problem.dtype}")
-    return edges.plan(family, problem, layout, device)
+    return fused.plan(family, problem, layout, lambda inner: edges.plan(family, problem, inner, device))

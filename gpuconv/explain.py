@@ -16,7 +16,8 @@ from .costs import clock_under_load
 from .device import ARCHITECTURES, Device
 from .dtypes import dtype_name, real_dtype
 from .families import Launch
-from .families.base import contiguous_strides
+from .families.base import ACTIVATED, contiguous_strides
+from .fusion import FUSED_ARRAYS, RESIDUAL, Fused, check_data
 from .memory import address, check_kinds
 from .problem import (
     ArrayLike,
@@ -26,17 +27,20 @@ from .problem import (
     Op,
     WeightGradientProblem,
 )
-from .tasks import SIGNATURES
+from .tasks import OPTIONAL, SIGNATURES
 from .text import WIDTH, count, wrap, wrap_rows
 
 Direction: TypeAlias = Literal["forward", "grad_input", "grad_weight", "grad_bias"]
 DIRECTIONS: tuple[Direction, ...] = ("forward", "grad_input", "grad_weight", "grad_bias")
 
 SETTINGS: Mapping[Op, tuple[str, ...]] = {
-    "conv1d": ("stride", "padding", "dilation", "groups", "padding_mode", "precision", "algorithm", "out_dtype"),
+    "conv1d": (
+        "stride", "padding", "dilation", "groups", "padding_mode", "input_activation", "residual", "activation",
+        "precision", "algorithm", "out_dtype",
+    ),
     "conv_transpose1d": (
-        "stride", "padding", "output_padding", "groups", "dilation", "output_size", "padding_mode", "precision",
-        "algorithm", "out_dtype",
+        "stride", "padding", "output_padding", "groups", "dilation", "output_size", "padding_mode", "input_activation",
+        "residual", "activation", "precision", "algorithm", "out_dtype",
     ),
 }  # fmt: skip
 
@@ -88,11 +92,32 @@ class Explanation:
         """The shapes of the arrays of the call by name, the result last."""
         p = self.problem
         if isinstance(p, ConvProblem):
-            return {**p.shapes, "input": p.input_shape, "output": p.output_shape}
+            shapes = {**p.shapes, "input": p.input_shape, "output": p.output_shape}
+            return {**shapes, RESIDUAL: p.output_shape} if p.fuses.has_residual else shapes
         if isinstance(p, BiasGradientProblem):
             return p.shapes
         names = _names_of_operands(p)
         return {names.get(operand, operand): shape for operand, shape in p.shapes.items()}
+
+    @property
+    def fused(self) -> dict[str, int | None]:
+        """What is fused: in words, with the bytes that need not move since it is no pass of its own.
+
+        None on the CPU, where they move within the caches if a sample fits those.
+        """
+        p = self.problem
+        if not isinstance(p, ConvProblem) or not p.fusion:
+            return {}
+        f, of_input, of_output = p.fusion, math.prod(p.input_shape), math.prod(p.output_shape)
+        is_loaded = self.choice is None or all(ACTIVATED not in step.arrays for step in self.choice.plan.steps)
+        elements: dict[str, int] = {}  # that would be read and written by a pass of their own
+        if f.input_activation is not None:
+            elements[f"{f.input_activation} of the input"] = of_input if is_loaded else 0
+        if f.has_residual:
+            elements["residual"] = of_output
+        if f.activation is not None:
+            elements[str(f.activation)] = of_output
+        return {words: None if self.device is None else 2 * n * p.itemsize for words, n in elements.items()}
 
     @property
     def copy_bytes(self) -> int:
@@ -109,6 +134,7 @@ class Explanation:
             "flops": self.flops,
             "bytes": self.bytes,
             "intensity": self.intensity,
+            "fused": self.fused,
             "parts": self.parts,
             "copies": list(self.copies),
             "copy_bytes": self.copy_bytes,
@@ -166,6 +192,10 @@ class Explanation:
         else:
             where = f"{self.device.name} ({self.device.arch_name})"
             rows += self._kernel_rows()
+        if self.fused:
+            saved = {w: "" if n is None else f" ({_quantity(n, 'B')} saved)" for w, n in self.fused.items()}
+            words = [f"{what}{num_bytes}" for what, num_bytes in saved.items()]
+            rows.append(("fused", ", ".join(words)))
         work = f"{_quantity(self.flops, 'FLOP')}, at least {_quantity(self.bytes, 'B')} moved"
         rows.append(("work", f"{work}, {self.intensity:.3g} FLOP/B"))
         copies = f"{', '.join(self.copies)} ({_quantity(self.copy_bytes, 'B')})" if self.copies else "none"
@@ -250,14 +280,15 @@ def explain(
         device: None for where the arrays are (NumPy: the CPU path; CuPy: their GPU), "cpu", an architecture such as
             "sm_90" for a typical GPU of it, or a `gpuconv.device.Device`. A GPU need not be there: NumPy arrays then
             stand for GPU arrays with the same strides and the same alignment.
-        **settings: the settings of the operation by name: stride, padding, dilation, groups, algorithm and so on.
+        **settings: the settings of the operation by name: stride, padding, dilation, groups, algorithm and so on. An
+            `ArraySpec` may stand for the residual, and for the arrays of snake.
 
     Returns:
         An `Explanation`; `print` it.
 
     Raises:
         ValueError: the call itself would raise it; an unknown op, direction or device; ArraySpecs without a device; the
-            gradient of an input without positions.
+            gradient of an input without positions, or of what is fused.
         TypeError: the call itself would raise it; a setting that the operation does not have.
         RuntimeError: the arrays are CuPy arrays but no GPU answers.
 
@@ -274,8 +305,10 @@ def explain(
         raise ValueError(f"explain: direction must be one of {', '.join(DIRECTIONS)}, got {direction!r}")
     if unknown := settings.keys() - set(SETTINGS[op]):
         raise TypeError(f"explain: {op} has the settings {', '.join(SETTINGS[op])}, got {', '.join(sorted(unknown))}")
-    arrays = {"input": input, "weight": weight, "bias": bias}
-    given: dict[str, Any] = {name: array for name, array in arrays.items() if array is not None or name != "bias"}
+    names = ("activation", "input_activation", "residual")
+    fused = Fused.check(op, *(settings.pop(name, None) for name in names))
+    arrays = {"input": input, "weight": weight, "bias": bias, **dict(zip(FUSED_ARRAYS, fused.arrays, strict=True))}
+    given: dict[str, Any] = {name: array for name, array in arrays.items() if array is not None or name not in OPTIONAL}
     for name, array in given.items():
         if isinstance(array, ArraySpec):
             _check_extents(op, name, array)
@@ -295,7 +328,9 @@ def explain(
         by_parts, weight = False, ArraySpec(tuple(weight.shape), input.dtype)
     if by_parts:
         given = {name: array if name == "weight" else _RealPart.of(array) for name, array in given.items()}
+        check_data(op, fused.fusion, str(dtype_name(input.dtype)))
     p = ConvProblem.of(op, given["input"], weight, given.get("bias"), **settings)
+    p = p.fused(Fused(fused.fusion, tuple(map(given.get, FUSED_ARRAYS))))
     problem: ConvProblem | WeightGradientProblem | BiasGradientProblem = p
     if direction != "forward" and p.out_dtype is not None:
         raise TypeError(f'explain: {p.dtype} data have no gradients, expected direction "forward"')

@@ -11,7 +11,17 @@ import numpy.typing as npt
 
 from . import cases, dispatch, grad, reference, runtime
 from .cases import Case
-from .checks import Subject, Target, check_strided_arrays, every_other, exact_result, result_of, same_bits, swapped_axes
+from .checks import (
+    Subject,
+    Target,
+    check_fusion,
+    check_strided_arrays,
+    every_other,
+    exact_result,
+    result_of,
+    same_bits,
+    swapped_axes,
+)
 from .device import Device
 from .families import FAMILIES, ArrayLayout, Family, Layout, Refusal, edges
 from .families.base import contiguous_strides
@@ -84,6 +94,14 @@ def _check_forward_family(s: Subject, family: Family[Any]) -> Failure | None:
             base = s.target.convolve(p, data, {**settings, "algorithm": "base"})
             good = same_bits(output, base)
             failure = s.judge(good, output, base, f"{family.name} must equal the base family, bit for bit", data, p)
+    if failure is None:
+        message = f"{family.name} must fuse within the error bound of the reference"
+        output, failure = check_fusion(s, settings, message)
+        if failure is None and family.canonical_order:
+            base, failure = check_fusion(s, {**settings, "algorithm": "base"}, message)
+            good = same_bits(output, base)
+            message = f"{family.name} must fuse as the base family, bit for bit"
+            failure = failure or s.judge(good, output, base, message, data, p)
     return failure
 
 

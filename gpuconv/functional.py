@@ -8,6 +8,7 @@ import numpy as np
 
 from . import calls, runtime
 from .arguments import check_padding_mode
+from .fusion import ActivationLike, Fused
 from .memory import check_kinds
 from .problem import Op, Padding, Setting
 
@@ -24,6 +25,9 @@ def conv1d(
     groups: SupportsIndex = 1,
     *,
     padding_mode: str = "zeros",
+    input_activation: ActivationLike | None = None,
+    residual: ArrayT | None = None,
+    activation: ActivationLike | None = None,
     precision: str = "float32",
     algorithm: str | None = None,
     out_dtype: Any = None,
@@ -54,6 +58,13 @@ def conv1d(
             padding on each side, or at most L_in. "replicate": the last sample again. "circular": the samples from the
             other end, at most L_in. The input is not copied for it: the kernels, or on the CPU short strips at the
             ends, read the samples that are meant.
+        input_activation: what is applied to the input while it is loaded, in the forms of `activation`; arrays have a
+            value for each input channel. Its values are rounded to the dtype; padding is zeros all the same.
+        residual: an array of the output's shape that is added before `activation`, or None.
+        activation: what is applied to the output before it is rounded: None, "relu", ("leaky_relu", slope), "elu" or
+            ("elu", alpha), "silu", "gelu" or ("gelu", "tanh"), "tanh", "sigmoid", or ("snake", alpha) or
+            ("snake", alpha, beta) with arrays (C_out,) of the dtype of `input`. `gpuconv.fusion` has the formulas. Data
+            must be real. There are no gradients of what is fused.
         precision: "float32", the full precision of the dtype, or "tf32" for float32 data: operands may be rounded to
             TF32, 11 significant bits, where the GPU's tensor cores then serve the layer. Either way float16, bfloat16
             and float32 data are summed in float32 and rounded once.
@@ -83,9 +94,14 @@ def conv1d(
         >>> x = np.arange(5.0).reshape(1, 1, 5)
         >>> gpuconv.conv1d(x, np.ones((1, 1, 3)), padding="same")
         array([[[1., 3., 6., 9., 7.]]])
+        >>> gpuconv.conv1d(x, np.ones((1, 1, 3)), padding="same", residual=-2 * x, activation="relu")
+        array([[[1., 1., 2., 3., 0.]]])
     """
     settings = (stride, padding, dilation, groups, precision, padding_mode, out_dtype)
-    return cast(ArrayT, _convolve("conv1d", input, weight, bias, settings, algorithm, out))
+    fused = None
+    if activation is not None or input_activation is not None or residual is not None:
+        fused = Fused.check("conv1d", activation, input_activation, residual)
+    return cast(ArrayT, _convolve("conv1d", input, weight, bias, settings, algorithm, out, fused))
 
 
 def conv_transpose1d(
@@ -100,6 +116,9 @@ def conv_transpose1d(
     *,
     output_size: Setting | None = None,
     padding_mode: str = "zeros",
+    input_activation: ActivationLike | None = None,
+    residual: ArrayT | None = None,
+    activation: ActivationLike | None = None,
     precision: str = "float32",
     algorithm: str | None = None,
     out_dtype: Any = None,
@@ -128,6 +147,9 @@ def conv_transpose1d(
         output_size: the wanted L_out, in place of output_padding.
         padding_mode: "zeros", the only one, as in PyTorch. The adjoint of a convolution in another mode is
             `gpuconv.grad.conv1d_input` in that mode.
+        input_activation: as in `conv1d`.
+        residual: an array of the output's shape that is added before `activation`, or None.
+        activation: as in `conv1d`.
         precision: as in `conv1d`.
         algorithm: as in `conv1d`; "base" is `conv_transpose1d_gather`.
         out_dtype: as in `conv1d`.
@@ -148,7 +170,10 @@ def conv_transpose1d(
     if padding_mode != "zeros":
         check_padding_mode("conv_transpose1d", "conv_transpose1d", padding_mode)
     settings = (stride, padding, output_padding, groups, dilation, output_size, precision, out_dtype)
-    return cast(ArrayT, _convolve("conv_transpose1d", input, weight, bias, settings, algorithm, out))
+    fused = None
+    if activation is not None or input_activation is not None or residual is not None:
+        fused = Fused.check("conv_transpose1d", activation, input_activation, residual)
+    return cast(ArrayT, _convolve("conv_transpose1d", input, weight, bias, settings, algorithm, out, fused))
 
 
 def prepare(weight: ArrayT) -> runtime.PreparedWeight:
@@ -192,8 +217,12 @@ def _convolve(
     settings: tuple[Any, ...],
     algorithm: str | None,
     out: Any | None,
+    fused: Fused | None,
 ) -> Any:
     prepared = weight if isinstance(weight, runtime.PreparedWeight) else None
     if prepared is not None:
         weight = prepared.array
-    return calls.run(op, (input, weight, bias), settings, out, algorithm=algorithm, prepared=prepared)
+    arrays: tuple[Any, ...] = (input, weight, bias)
+    if fused is not None:
+        arrays, settings = (*arrays, *fused.arrays), (*settings, fused.fusion)
+    return calls.run(op, arrays, settings, out, algorithm=algorithm, prepared=prepared)

@@ -15,6 +15,7 @@ from . import checkpoint, dispatch, runtime
 from .arguments import check_groups, check_int, check_padding_mode, check_precision, check_setting, check_size
 from .checkpoint import EntryError
 from .functional import ArrayT, conv1d, conv_transpose1d
+from .fusion import ACTIVATION_ARRAYS, INPUT_ACTIVATION_ARRAYS, Activation, ActivationLike, Fused
 from .problem import (
     DTYPES,
     Op,
@@ -49,6 +50,8 @@ class _Layer:
 
     weight: Any
     bias: Any
+    activation: Activation | None
+    input_activation: Activation | None
 
     def __init__(
         self,
@@ -67,6 +70,8 @@ class _Layer:
         rng: int | np.random.Generator | None,
         precision: str,
         algorithm: str | None,
+        activation: ActivationLike | None,
+        input_activation: ActivationLike | None,
     ) -> None:
         caller = type(self).__name__
         C_in = check_int(caller, "in_channels", in_channels, "an int", 0)
@@ -78,6 +83,7 @@ class _Layer:
             raise TypeError(f"{caller}: bias must be True or False, got {type(bias).__name__} {bias!r}")
         check_padding_mode(caller, self.op, padding_mode)
         dispatch.check_algorithm(caller, self.op, algorithm)
+        fused = Fused.check(caller, activation, input_activation)
 
         self.in_channels = C_in
         self.out_channels = C_out
@@ -102,6 +108,14 @@ class _Layer:
         target = numpy_dtype(name)
         self.weight = _place(_uniform(generator, bound, shape, target), index, target)
         self.bias = _place(_uniform(generator, bound, (C_out,), target), index, target) if bias else None
+        self.activation = fused.fusion.activation
+        self.input_activation = fused.fusion.input_activation
+        for key, array, length in zip(
+            (*ACTIVATION_ARRAYS, *INPUT_ACTIVATION_ARRAYS), fused.arrays[1:], (C_out, C_out, C_in, C_in), strict=True
+        ):
+            if array is not None:
+                _check_channels(caller, key, array, length, name)
+            setattr(self, key, None if array is None else _place(array, index, target, copy=True))
 
     def to(self: LayerT, device: str | None = None, dtype: Any = None) -> LayerT:
         """Move the parameters to a device and convert them to a dtype; None leaves either as it is.
@@ -140,12 +154,23 @@ class _Layer:
         return self
 
     def state_dict(self) -> dict[str, Any]:
-        """The parameters by name, "weight" and then "bias" if there is one: the layer's own arrays, not copies."""
+        """The parameters by name: the layer's own arrays, not copies.
+
+        They are "weight", then "bias" if there is one, then the arrays of snake: "activation_alpha" and so on.
+        """
         is_prepared = isinstance(self.weight, runtime.PreparedWeight)
         state = {"weight": self.weight.array if is_prepared else self.weight}
         if self.bias is not None:
             state["bias"] = self.bias
+        keys = (*ACTIVATION_ARRAYS, *INPUT_ACTIVATION_ARRAYS)
+        state.update((key, getattr(self, key)) for key in keys if getattr(self, key) is not None)
         return state
+
+    def _with_arrays(self, activation: Activation | None, keys: tuple[str, str]) -> ActivationLike | None:
+        """An activation as the functions take it."""
+        if activation is None:
+            return None
+        return activation.as_argument(tuple(getattr(self, key) for key in keys[: activation.arrays]))
 
     def load_state_dict(
         self, state: Mapping[str, Any] | str | os.PathLike[str], strict: bool = True, *, prefix: str = ""
@@ -153,11 +178,12 @@ class _Layer:
         """Replace the parameters by copies of the arrays in `state`, on the layer's device and in its dtype.
 
         Args:
-            state: "weight" and, unless the layer has none, "bias": NumPy or CuPy arrays, or whatever offers
-                `__array__` or `__cuda_array_interface__`, such as the tensors of a PyTorch layer's `state_dict()`; or
-                the path of a `.npz` or `.safetensors` file of such arrays, of which only what is wanted is read. In
-                place of "weight" may stand the two arrays of a weight normalisation: "weight_g" and "weight_v", or
-                "parametrizations.weight.original0" and "original1". Their product is computed in float64 and rounded.
+            state: "weight", "bias" unless the layer has none, and the arrays of snake: NumPy or CuPy arrays, or
+                whatever offers `__array__` or `__cuda_array_interface__`, such as the tensors of a PyTorch layer's
+                `state_dict()`; or the path of a `.npz` or `.safetensors` file of such arrays, of which only what is
+                wanted is read. In place of "weight" may stand the two arrays of a weight normalisation: "weight_g" and
+                "weight_v", or "parametrizations.weight.original0" and "original1". Their product is computed in float64
+                and rounded.
             strict: whether unknown and missing entries are errors.
             prefix: of the names in `state` that belong to this layer, "encoder.conv1." for one layer of a model; the
                 other entries are not looked at.
@@ -228,6 +254,10 @@ class _Layer:
             parts.append(f"padding_mode={self.padding_mode}")
         if self.precision != "float32":
             parts.append(f"precision={self.precision}")
+        if self.input_activation is not None:
+            parts.append(f"input_activation={self.input_activation}")
+        if self.activation is not None:
+            parts.append(f"activation={self.activation}")
         if self.algorithm is not None:
             parts.append(f"algorithm={self.algorithm}")
         return f"{type(self).__name__}({', '.join(parts)})"
@@ -255,6 +285,8 @@ class Conv1d(_Layer):
         rng: a seed or a `numpy.random.Generator` for the initial parameters.
         precision: as in the function: "float32", or "tf32" for float32 layers.
         algorithm: as in the function: None, "base" or the name of a kernel family.
+        activation: as in the function; the arrays of snake become parameters of the layer, in its dtype.
+        input_activation: likewise.
 
     Attributes:
         weight: (C_out, C_in/groups, K), drawn like PyTorch's from the uniform distribution between -b and b, where
@@ -264,6 +296,8 @@ class Conv1d(_Layer):
         in_channels, out_channels, kernel_size, stride, padding, dilation, output_padding, groups, padding_mode,
             transposed: as in PyTorch, where per-axis settings are tuples.
         precision, algorithm: as given.
+        activation, input_activation: a `gpuconv.fusion.Activation`, or None.
+        activation_alpha, activation_beta, input_activation_alpha, input_activation_beta: (C_out,) or (C_in,), or None.
 
     Raises:
         ValueError: a value is out of range; the message names the argument, what was expected and what came.
@@ -300,23 +334,33 @@ class Conv1d(_Layer):
         rng: int | np.random.Generator | None = None,
         precision: str = "float32",
         algorithm: str | None = None,
+        activation: ActivationLike | None = None,
+        input_activation: ActivationLike | None = None,
     ) -> None:
         super().__init__(
             in_channels, out_channels, kernel_size, stride, padding, 0, dilation, groups, bias, padding_mode, device,
-            dtype, rng, precision, algorithm,
+            dtype, rng, precision, algorithm, activation, input_activation,
         )  # fmt: skip
 
-    def forward(self, input: ArrayT) -> ArrayT:
-        """Convolve: (N, C_in, L_in) to (N, C_out, L_out), or the same without N. Raises as `gpuconv.conv1d` does."""
+    def forward(self, input: ArrayT, *, residual: ArrayT | None = None) -> ArrayT:
+        """Convolve: (N, C_in, L_in) to (N, C_out, L_out), or the same without N. Raises as `gpuconv.conv1d` does.
+
+        Args:
+            input: the samples.
+            residual: an array of the output's shape that is added before the activation, or None.
+        """
         output = conv1d(
             input, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups,
-            padding_mode=self.padding_mode, precision=self.precision, algorithm=self.algorithm,
+            padding_mode=self.padding_mode,
+            input_activation=self._with_arrays(self.input_activation, INPUT_ACTIVATION_ARRAYS), residual=residual,
+            activation=self._with_arrays(self.activation, ACTIVATION_ARRAYS), precision=self.precision,
+            algorithm=self.algorithm,
         )  # fmt: skip
         return cast(ArrayT, output)
 
-    def __call__(self, input: ArrayT) -> ArrayT:
+    def __call__(self, input: ArrayT, *, residual: ArrayT | None = None) -> ArrayT:
         """`forward`."""
-        return self.forward(input)
+        return self.forward(input, residual=residual)
 
 
 class ConvTranspose1d(_Layer):
@@ -335,7 +379,7 @@ class ConvTranspose1d(_Layer):
         output_padding: output samples added on the right, below max(stride, dilation).
         dilation: distance between taps, in output samples.
         padding_mode: "zeros", the only one, as in PyTorch.
-        groups, bias, device, dtype, rng, precision, algorithm: as in `Conv1d`.
+        groups, bias, device, dtype, rng, precision, algorithm, activation, input_activation: as in `Conv1d`.
 
     Attributes:
         weight: (C_in, C_out/groups, K), drawn as that of `Conv1d`, with ``b = 1/sqrt(C_out/groups * K)``.
@@ -374,19 +418,28 @@ class ConvTranspose1d(_Layer):
         rng: int | np.random.Generator | None = None,
         precision: str = "float32",
         algorithm: str | None = None,
+        activation: ActivationLike | None = None,
+        input_activation: ActivationLike | None = None,
     ) -> None:
         super().__init__(
             in_channels, out_channels, kernel_size, stride, padding, output_padding, dilation, groups, bias,
-            padding_mode, device, dtype, rng, precision, algorithm,
+            padding_mode, device, dtype, rng, precision, algorithm, activation, input_activation,
         )  # fmt: skip
 
-    def forward(self, input: ArrayT, output_size: Setting | Sequence[SupportsIndex] | None = None) -> ArrayT:
+    def forward(
+        self,
+        input: ArrayT,
+        output_size: Setting | Sequence[SupportsIndex] | None = None,
+        *,
+        residual: ArrayT | None = None,
+    ) -> ArrayT:
         """Convolve: (N, C_in, L_in) to (N, C_out, L_out), or the same without N.
 
         Args:
             input: the samples.
             output_size: the wanted L_out, which replaces the layer's output_padding: an int, a sequence of one, or a
                 whole shape of as many axes as `input`, of which, as in PyTorch, only the last counts.
+            residual: an array of the output's shape that is added before the activation, or None.
 
         Raises:
             ValueError, TypeError, RuntimeError: as `gpuconv.conv_transpose1d` does.
@@ -403,14 +456,33 @@ class ConvTranspose1d(_Layer):
             self.groups,
             self.dilation,
             output_size=output_size,
+            input_activation=self._with_arrays(self.input_activation, INPUT_ACTIVATION_ARRAYS),
+            residual=residual,
+            activation=self._with_arrays(self.activation, ACTIVATION_ARRAYS),
             precision=self.precision,
             algorithm=self.algorithm,
         )
         return cast(ArrayT, output)
 
-    def __call__(self, input: ArrayT, output_size: Setting | Sequence[SupportsIndex] | None = None) -> ArrayT:
+    def __call__(
+        self,
+        input: ArrayT,
+        output_size: Setting | Sequence[SupportsIndex] | None = None,
+        *,
+        residual: ArrayT | None = None,
+    ) -> ArrayT:
         """`forward`."""
-        return self.forward(input, output_size)
+        return self.forward(input, output_size, residual=residual)
+
+
+def _check_channels(caller: str, key: str, array: Any, channels: int, dtype: str) -> None:
+    """Refuse an array of snake that cannot become a parameter."""
+    if not isinstance(array, np.ndarray) and not runtime.is_cupy_array(array):
+        raise TypeError(f"{caller}: {key} must be a NumPy or CuPy array, got {type(array).__name__}")
+    if tuple(array.shape) != (channels,):
+        raise ValueError(f"{caller}: {key} must have shape ({channels},), got {tuple(array.shape)}")
+    if not _converts(array.dtype, dtype):
+        raise TypeError(f"{caller}: {key} must have a dtype that converts to {dtype}, got {array.dtype}")
 
 
 def _as_attribute(padding: Padding) -> str | tuple[int, ...]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, SupportsIndex, TypeAlias, TypeVar
 
 from .arguments import (
@@ -35,6 +35,7 @@ from .arguments import (
 )
 from .dtypes import DTYPES, FORMATS, INTEGER_SUMS, INTEGERS, PRECISIONS, Format, dtype_name, numpy_dtype
 from .edge import edge_windows, most_positions
+from .fusion import ACTIVATION_ARRAYS, INPUT_ACTIVATION_ARRAYS, RESIDUAL, Fused, Fusion, check_arrays
 
 # With the problems come the words that describe them, so that their users need one import.
 __all__ = [
@@ -142,6 +143,7 @@ class ConvProblem(Problem):
     A position outside of the longer of the two rows, the input of conv1d and the output of conv_transpose1d, means what
     `padding_mode` says (gpuconv.edge). So a convolution reads samples in place of its padding; its adjoint, which is
     transposed, adds what it would write there to the samples that are meant.
+    `fusion` says what is fused: see `gpuconv.fusion`.
 
     Raises:
         ValueError: an output length below 1, a padding that its mode does not allow, or an array whose size does not
@@ -168,6 +170,7 @@ class ConvProblem(Problem):
     precision: str = "float32"
     out_dtype: str | None = None  # of bias and output, where that is not `dtype`
     padding_mode: str = "zeros"
+    fusion: Fusion | None = None  # None for nothing
     L_out: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -318,6 +321,31 @@ class ConvProblem(Problem):
             check_precision(op, precision, x.dtype), check_out_dtype(op, x.dtype, out_dtype, bias),
         )  # fmt: skip
 
+    def fused(self, fused: Fused) -> ConvProblem:
+        """The same with what a call gives to fuse, once that is known to fit.
+
+        Raises:
+            ValueError: an array has the wrong shape.
+            TypeError: an array has the wrong dtype, or the data are complex and an activation is given.
+        """
+        shapes = {**self._fused_shapes, RESIDUAL: self.output_shape}
+        check_arrays(self.op, fused.fusion, fused.arrays, self.dtype, shapes)
+        return replace(self, fusion=fused.fusion or None)
+
+    @property
+    def fuses(self) -> Fusion:
+        """What is fused, perhaps nothing."""
+        return self.fusion or Fusion()
+
+    @property
+    def _fused_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of what may be fused, by name."""
+        return {
+            RESIDUAL: (self.N, self.C_out, self.L_out),
+            **dict.fromkeys(ACTIVATION_ARRAYS, (self.C_out,)),
+            **dict.fromkeys(INPUT_ACTIVATION_ARRAYS, (self.C_in,)),
+        }
+
     @property
     def kind(self) -> Kind:
         return self.op
@@ -327,6 +355,9 @@ class ConvProblem(Problem):
         shapes: dict[str, tuple[int, ...]] = {"input": (self.N, self.C_in, self.L_in), "weight": self.weight_shape}
         if self.has_bias:
             shapes["bias"] = (self.C_out,)
+        if self.fusion:
+            possible = self._fused_shapes
+            shapes.update((name, possible[name]) for name in self.fusion.arrays)
         shapes[self.result] = (self.N, self.C_out, self.L_out)
         return shapes
 
@@ -405,9 +436,10 @@ class ConvProblem(Problem):
         Its right padding is negative, a cut of the gradient, where `output_padding` exceeds `padding_right`.
 
         Raises:
-            ValueError: L_in is 0, so there is nothing to compute.
+            ValueError: L_in is 0, so there is nothing to compute; or something is fused.
         """
         p = self
+        p.refuse_fusion()
         span = p.dilation * (p.K - 1) + 1
         rest = 0 if p.transposed else (p.L_in + p.padding_left + p.padding_right - span) % p.stride
         return ConvProblem(
@@ -415,6 +447,18 @@ class ConvProblem(Problem):
             p.padding_left, p.padding_right - p.output_padding, p.dilation, p.groups, rest, p.dtype, False, p.batched,
             p.precision, padding_mode=p.padding_mode,
         )  # fmt: skip
+
+    def refuse_fusion(self) -> None:
+        """Refuse the gradients of what is fused.
+
+        Raises:
+            ValueError: naming it.
+        """
+        if self.fusion:
+            raise ValueError(
+                f"{self.op}: there is no gradient of what is fused ({self.fusion}); compute those of the convolution "
+                "without it and of the rest one after the other"
+            )
 
     def flops(self) -> int:
         rows = self.C_in * self.L_in * self.C_out_g if self.transposed else self.C_out * self.L_out * self.C_in_g
@@ -436,6 +480,8 @@ class ConvProblem(Problem):
             parts.append(self.padding_mode)
         if self.out_dtype is not None:
             parts.append(f"to {self.out_dtype}")
+        if self.fusion:
+            parts.append(f"with {self.fusion}")
         return " ".join(parts)
 
 
@@ -484,6 +530,7 @@ class WeightGradientProblem(Problem):
     def of(cls, problem: ConvProblem) -> WeightGradientProblem:
         """The weight gradient of a forward problem. A single sample is a batch of one; the bias is ignored."""
         p = problem
+        p.refuse_fusion()
         sides = (p.C_in, p.C_out, p.L_in, p.L_out) if p.transposed else (p.C_out, p.C_in, p.L_out, p.L_in)
         return cls(
             p.op, p.N, *sides, p.K, p.stride, p.padding_left, p.dilation, p.groups, p.dtype, p.precision,
@@ -584,6 +631,7 @@ class BiasGradientProblem(Problem):
     @classmethod
     def of(cls, problem: ConvProblem) -> BiasGradientProblem:
         """The bias gradient of a forward problem."""
+        problem.refuse_fusion()
         return cls(problem.N, problem.C_out, problem.L_out, problem.dtype)
 
     @property

@@ -5,7 +5,8 @@ This module is the oracle of gpuconv: it is written to be read beside the formul
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -15,12 +16,19 @@ import numpy.typing as npt
 
 from .dtypes import FORMATS, INTEGERS, OPERAND_ROUNDOFF, Format
 from .edge import source_indices
+from .fusion import ACTIVATION_ARRAYS, INPUT_ACTIVATION_ARRAYS, RESIDUAL, TINY, ULPS, Activation
 from .problem import BiasGradientProblem, ConvProblem, WeightGradientProblem
 
 Array = npt.NDArray[Any]
 
 
-def compute(problem: ConvProblem, input: Array, weight: Array, bias: Array | None = None) -> Array:
+def compute(
+    problem: ConvProblem,
+    input: Array,
+    weight: Array,
+    bias: Array | None = None,
+    fused: Mapping[str, Array] | None = None,
+) -> Array:
     """Evaluate a problem by its definition, in float64 or complex128.
 
     conv1d (cross-correlation: the kernel is not flipped), with ``l_in = l_out*stride - padding_left + k*dilation``::
@@ -34,34 +42,46 @@ def compute(problem: ConvProblem, input: Array, weight: Array, bias: Array | Non
     The sums run over the channels of one group and over the taps whose position exists: a tap that falls into the zero
     padding contributes nothing, whatever the weight. In another `padding_mode` a convolution is that of the padded
     input, and a transposed one, the adjoint, adds what lies in the padding of its output to the samples that are meant.
+    What `problem.fusion` names is applied: `gpuconv.fusion` has the formulas.
 
     Args:
         problem: extents and settings.
         input: `problem.input_shape`, of any dtype that converts to the accumulator.
         weight: `problem.weight_shape`.
         bias: `problem.bias_shape`, or None.
+        fused: the arrays that `problem.fusion` needs, by name.
 
     Returns:
         `problem.output_shape`, float64, or complex128 for complex problems; the exact result for problems of integers.
     """
-    return convolution(problem, input, weight, bias).exact()
+    return convolution(problem, input, weight, bias, fused).exact()
 
 
 def error_bound(
-    problem: ConvProblem, input: Array, weight: Array, bias: Array | None = None, exact: Array | None = None
+    problem: ConvProblem,
+    input: Array,
+    weight: Array,
+    bias: Array | None = None,
+    exact: Array | None = None,
+    fused: Mapping[str, Array] | None = None,
 ) -> Array:
     """The largest permitted distance of each output element from `compute`: `Sums.error_bound`.
 
     The ``n`` of the formula is `problem.terms`.
     """
-    return convolution(problem, input, weight, bias).error_bound(exact)
+    return convolution(problem, input, weight, bias, fused).error_bound(exact)
 
 
 def within_bound(
-    problem: ConvProblem, output: Array, input: Array, weight: Array, bias: Array | None = None
+    problem: ConvProblem,
+    output: Array,
+    input: Array,
+    weight: Array,
+    bias: Array | None = None,
+    fused: Mapping[str, Array] | None = None,
 ) -> npt.NDArray[np.bool_]:
     """Which elements of `output` are right: `Sums.within_bound`."""
-    return convolution(problem, input, weight, bias).within_bound(output)
+    return convolution(problem, input, weight, bias, fused).within_bound(output)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -105,6 +125,9 @@ class Sums:
         evaluate: (left, right, addend) -> the result, in the dtype of its arguments.
         precision: of the problem: "tf32" allows for operands rounded to TF32.
         out_dtype: of the result, where that is not `dtype`: of integers, whose result is exact and wraps around.
+        left_error: how far the elements of `left` that were multiplied may lie from those of `left`; None for equal.
+        residual: what is added to the sums beside the addend, of the result's shape, or None.
+        activation: what is then applied to them, or None.
     """
 
     dtype: str
@@ -116,13 +139,22 @@ class Sums:
     evaluate: Callable[[Array, Array, Array | None], Array]
     precision: str = "float32"
     out_dtype: str | None = None
+    left_error: Array | None = None
+    residual: Array | None = None
+    activation: Function | None = None
 
     def exact(self) -> Array:
         """The result in float64, complex128 for complex data, or `out_dtype`."""
+        before = self._before_activation()
+        if self.activation is not None:
+            return self.activation(before)
+        return before if self.out_dtype is None else before.astype(self.out_dtype)
+
+    def _before_activation(self) -> Array:
         with np.errstate(invalid="ignore", over="ignore"):
             addend = None if self.addend is None else self._as_wide(self.addend)
-            wide = self.evaluate(self._as_wide(self.left), self._as_wide(self.right), addend)
-        return wide if self.out_dtype is None else wide.astype(self.out_dtype)
+            sums = self.evaluate(self._as_wide(self.left), self._as_wide(self.right), addend)
+            return sums if self.residual is None else np.asarray(sums + self._as_wide(self.residual))
 
     def error_bound(self, exact: Array | None = None) -> Array:
         """The largest permitted distance of each element from `exact`, after Higham's running-error analysis.
@@ -145,6 +177,16 @@ class Sums:
         block, the sum costs a third more in all, as with nine of them in three blocks. In TF32 each operand moves by up
         to 2**-11 of itself, which adds (2**-10 + 2**-22) times the magnitude.
 
+        A residual counts as one more addend, with one more rounding. An activation takes the place of the rounding to
+        the output dtype: with B for what stands before that in the formula, s for the largest slope and e for the error
+        of its elementary functions, `gpuconv.fusion.ULPS` units in the last place,
+
+            |y - y*| <= (1 + u_out) * (s * B + e * (|y*| + 2 * s * B)) + u_out * |y*| + tiny
+
+        (for snake e stands before s * |x| in place of |y*|, s being 1 + |alpha/beta|; for gelu a unit of x is added).
+        An activated input differs from the exact one by as much with B = 0, and each difference takes its weight times
+        that with it.
+
         The bound of integers is zero.
 
         Source: N. J. Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., section 3.1 and 2.8 (underflow);
@@ -161,7 +203,9 @@ class Sums:
             ValueError: the reduction is so long that the bound does not exist (``(n + 2)*u >= 1``).
         """
         exact = self.exact() if exact is None else exact
-        return np.zeros(exact.shape) if self._is_integer else self._bound_and_magnitude(exact)[0]
+        if self._is_integer:
+            return np.zeros(exact.shape)
+        return self._bounds(exact if self.activation is None else self._before_activation(), exact).result
 
     def within_bound(self, output: Array) -> npt.NDArray[np.bool_]:
         """Which elements of `output` are right: within `error_bound`, NaN and infinities where they belong.
@@ -177,57 +221,99 @@ class Sums:
 
     def compare(self, output: Array) -> Comparison:
         """`output` beside what it should be."""
-        exact = self.exact()
         if self._is_integer:
+            exact = self.exact()
             return Comparison(np.asarray(output == exact), exact, np.zeros(exact.shape), output)
-        bound, magnitude = self._bound_and_magnitude(exact)
+        before = self._before_activation()
+        exact = before if self.activation is None else self.activation(before)
+        bounds = self._bounds(before, exact)
         y = self._as_wide(output)
-        return Comparison(self._within(y, exact, bound, magnitude), exact, bound, y)
+        return Comparison(self._within(y, before, exact, bounds), exact, bounds.result, y)
 
-    def _within(self, y: Array, exact: Array, bound: Array, magnitude: Array) -> npt.NDArray[np.bool_]:
-        if self._is_complex:
-            right = self._part_within(y.real, exact.real, bound, magnitude)
-            right &= self._part_within(y.imag, exact.imag, bound, magnitude)
+    def _within(self, y: Array, before: Array, exact: Array, bounds: _Bounds) -> npt.NDArray[np.bool_]:
+        if self.activation is not None:
+            right = self._activated_within(y, before, exact, bounds)
+        elif self._is_complex:
+            right = self._part_within(y.real, exact.real, bounds)
+            right &= self._part_within(y.imag, exact.imag, bounds)
         else:
-            right = self._part_within(y, exact, bound, magnitude)
+            right = self._part_within(y, exact, bounds)
         arrays = (self.left, self.right, self.addend)
         special = [None if array is None else ~np.isfinite(self._as_wide(array)) for array in arrays]
-        if not any(mask is not None and mask.any() for mask in special):
+        of_residual = None if self.residual is None else ~np.isfinite(self._as_wide(self.residual))
+        if not any(mask is not None and mask.any() for mask in (*special, of_residual)):
             return right
         masks_l, masks_r, masks_a = (None if mask is None else mask.astype(np.float64) for mask in special)
         assert masks_l is not None
         assert masks_r is not None
         fed = self.evaluate(masks_l, np.ones_like(masks_r), masks_a)
         fed = fed + self.evaluate(np.ones_like(masks_l), masks_r, None)
-        return np.asarray(np.where(fed > 0, self._special_within(y, exact, magnitude), right))
+        if of_residual is not None:
+            fed = fed + of_residual
+        return np.asarray(np.where(fed > 0, self._special_within(y, exact, bounds.magnitude), right))
 
-    def _bound_and_magnitude(self, exact: Array) -> tuple[Array, Array]:
-        """The error bound, and the sum of |left| * |right| + |addend| over the finite data alone."""
+    def _bounds(self, before: Array, exact: Array) -> _Bounds:
         real, accumulator = self._formats
         n = self.terms * self.products
         on_tensor_cores = self.dtype in ("float16", "bfloat16") or self.precision == "tf32"
-        roundings = n + (-(-n // 3) if on_tensor_cores else 0) + 2
-        gamma = _gamma(roundings, accumulator.roundoff) + _gamma(n + 2, FORMATS["float64"].roundoff)
+        addends = 2 if self.residual is None else 3
+        roundings = n + (-(-n // 3) if on_tensor_cores else 0) + addends
+        gamma = _gamma(roundings, accumulator.roundoff) + _gamma(n + addends, FORMATS["float64"].roundoff)
         operand = OPERAND_ROUNDOFF[self.precision]
         gamma += (1 + gamma) * (2 * operand + operand**2)
         left, right = self._magnitudes(self.left), self._magnitudes(self.right)
         tiny: Any = accumulator.smallest_normal * (2 * n + 2) + real.smallest_normal * real.roundoff
         with np.errstate(invalid="ignore", over="ignore"):
+            if self.left_error is not None:
+                left = left + self.left_error
+                tiny = tiny + self.evaluate(self.left_error, right, None)
             magnitude = self.evaluate(left, right, None if self.addend is None else self._magnitudes(self.addend))
+            if self.residual is not None:
+                magnitude = magnitude + self._magnitudes(self.residual)
             # A flushed operand takes its whole product with it, however large the other operand is.
             small_left, small_right = self._subnormal_parts(self.left), self._subnormal_parts(self.right)
             if small_left.any() or small_right.any():
                 tiny = tiny + self.evaluate(small_left, right, None) + self.evaluate(left, small_right, None)
-            return np.asarray(gamma * magnitude + real.roundoff * np.abs(exact) + tiny), magnitude
+            of_sums = gamma * magnitude + tiny
+            if self.activation is None:
+                return _Bounds(np.asarray(of_sums + real.roundoff * np.abs(exact)), of_sums, magnitude)
+            moved = self.activation.error(before, exact, accumulator, of_sums)
+            result = moved + real.roundoff * (np.abs(exact) + moved) + real.smallest_normal * real.roundoff
+            return _Bounds(np.asarray(result), of_sums, magnitude)
 
-    def _part_within(self, y: Array, exact: Array, bound: Array, magnitude: Array) -> npt.NDArray[np.bool_]:
-        """Which elements of a real, or of the real or imaginary part of a complex result are right, on finite data."""
+    def _overflows(self, exact: Array, bounds: _Bounds) -> tuple[Array, Array]:
+        """Which sums may become infinite, and which negative infinite, before anything else is applied."""
+        largest = self._formats[1].largest
+        # The terms of one sign alone sum to (magnitude + exact)/2, or to (magnitude - exact)/2.
+        rises = bounds.magnitude / 2 + exact / 2 + bounds.sums > largest
+        return rises, bounds.magnitude / 2 - exact / 2 + bounds.sums > largest
+
+    def _activated_within(self, y: Array, before: Array, exact: Array, bounds: _Bounds) -> npt.NDArray[np.bool_]:
+        """Which elements of an activated result are right, on finite data."""
+        assert self.activation is not None
+        largest, bound = self._formats[0].largest, bounds.result
+        with np.errstate(invalid="ignore", over="ignore"):
+            rises, falls = self._overflows(before, bounds)
+            right = np.abs(y - exact) <= bound
+            right |= (rises & self._is_near(y, self.activation.limits(y.shape, np.inf))) | (rises & falls & np.isnan(y))
+            right |= falls & self._is_near(y, self.activation.limits(y.shape, -np.inf))
+            right |= np.isposinf(y) & (exact + bound > largest)
+            right |= np.isneginf(y) & (bound - exact > largest)
+        return np.asarray(right | ~(np.isfinite(before) & np.isfinite(exact) & np.isfinite(bound)))
+
+    def _is_near(self, y: Array, limits: Array) -> npt.NDArray[np.bool_]:
+        """Which elements are what an activation makes of an infinity or a NaN."""
         real, accumulator = self._formats
+        with np.errstate(invalid="ignore"):
+            near = np.abs(y - limits) <= 2 * (real.roundoff + 2 * ULPS * accumulator.roundoff) * np.abs(limits)
+        return np.asarray((y == limits) | (np.isnan(y) & np.isnan(limits)) | (np.isfinite(limits) & near))
+
+    def _part_within(self, y: Array, exact: Array, bounds: _Bounds) -> npt.NDArray[np.bool_]:
+        """Which elements of a real, or of the real or imaginary part of a complex result are right, on finite data."""
+        real, bound = self._formats[0], bounds.result
         with np.errstate(invalid="ignore", over="ignore"):
             close = np.abs(y - exact) <= bound
-            # The terms of one sign alone sum to (magnitude + exact)/2, or to (magnitude - exact)/2.
-            rises = magnitude / 2 + exact / 2 + bound > accumulator.largest
-            falls = magnitude / 2 - exact / 2 + bound > accumulator.largest
+            rises, falls = self._overflows(exact, bounds)
             overflow = np.isposinf(y) & (rises | (exact + bound > real.largest))
             overflow |= np.isneginf(y) & (falls | (bound - exact > real.largest))
             overflow |= np.isnan(y) & rises & falls
@@ -239,12 +325,18 @@ class Sums:
         if self._is_complex:  # either part may be the non-finite one: C99 Annex G leaves it open
             return ~np.isfinite(y)
         same = (y == exact) | (np.isnan(y) & np.isnan(exact))
+        if self.activation is not None:
+            same |= self._is_near(y, exact)
         # Finite terms that overflow meet an infinity, or an infinity meets a flushed operand: NaN is right, too.
         infinite_left, infinite_right = (np.isinf(self._as_wide(a)).astype(np.float64) for a in (self.left, self.right))
         meets = self.evaluate(infinite_left, self._subnormal_parts(self.right), None)
         meets = meets + self.evaluate(self._subnormal_parts(self.left), infinite_right, None)
         excused = (magnitude > self._formats[1].largest) | (meets > 0)
-        return np.asarray(same | (excused & ~np.isfinite(y)))
+        right = same | (excused & ~np.isfinite(y))
+        if self.activation is not None:
+            for sign in (-np.inf, np.inf):
+                right |= excused & self._is_near(y, self.activation.limits(y.shape, sign))
+        return np.asarray(right)
 
     @property
     def _is_integer(self) -> bool:
@@ -278,17 +370,121 @@ class Sums:
         return np.asarray(np.sum(parts, axis=0, where=parts < smallest))
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Bounds:
+    """Bounds of the elements of a result.
+
+    Attributes:
+        result: how far they may lie from the exact ones.
+        sums: likewise what they are made of before it is activated or rounded.
+        magnitude: the sum of |left| * |right| + |addend| + |residual| over the finite data alone.
+    """
+
+    result: Array
+    sums: Array
+    magnitude: Array
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Function:
+    """An activation in float64, with its arrays (C, 1) if it has any."""
+
+    activation: Activation
+    alpha: Any = None
+    beta: Any = None
+
+    @classmethod
+    def of(cls, activation: Activation | None, names: tuple[str, str], fused: Mapping[str, Array]) -> Function | None:
+        if activation is None:
+            return None
+        arrays = [fused[name].astype(np.float64)[:, np.newaxis] for name in names[: activation.arrays]]
+        return cls(activation, *(arrays if len(arrays) != 1 else 2 * arrays))
+
+    def __call__(self, x: Array) -> Array:
+        with np.errstate(all="ignore"):
+            if self.activation.name == "snake":
+                angle = self.alpha * x
+                return np.asarray(x + np.where(np.isinf(angle), 0, np.sin(angle)) ** 2 / self.beta)
+            return np.asarray(_FUNCTIONS[self.activation.name](x, self.activation.parameter))
+
+    def limits(self, shape: tuple[int, ...], sign: float) -> Array:
+        """What it makes of infinities of a sign."""
+        return self(np.full(shape, sign))
+
+    def error(self, x: Array, exact: Array, accumulator: Format, moved: Array | float = 0.0) -> Array:
+        """How far a computed function of an argument within `moved` of x may lie from `exact`, that of x itself."""
+        e = 2 * ULPS * (accumulator.roundoff + FORMATS["float64"].roundoff)
+        with np.errstate(all="ignore"):
+            if self.activation.name == "snake":
+                steepest = 1 + np.abs(self.alpha / self.beta)
+                scale = steepest * np.abs(x)
+            else:
+                steepest, scale = self.activation.steepest, np.abs(exact)
+                if self.activation.name in ("gelu", "gelu_tanh"):
+                    scale = scale + np.abs(x) / ULPS
+            moved = steepest * moved
+            return np.asarray(moved + e * (scale + 2 * moved) + TINY * accumulator.smallest_normal)
+
+
+def _sigmoid(x: Array) -> Array:
+    small = np.exp(-np.abs(x))
+    return np.asarray(np.where(x < 0, small, 1) / (1 + small))
+
+
+def _gated(x: Array, gate: Array) -> Array:
+    """Their product; 0 where the gate closes faster than x falls."""
+    return np.where(np.isneginf(x), 0, x * gate)
+
+
+_erfc = np.vectorize(math.erfc, otypes=[np.float64])
+_FUNCTIONS: dict[str, Callable[[Array, float], Array]] = {
+    "relu": lambda x, _: np.where(x < 0, 0, x),
+    "leaky_relu": lambda x, slope: np.where(x < 0, slope * x, x),
+    "elu": lambda x, alpha: np.where(x > 0, x, alpha * np.expm1(x)),
+    "silu": lambda x, _: _gated(x, _sigmoid(x)),
+    "gelu": lambda x, _: _gated(x, _erfc(-x / math.sqrt(2)) / 2),
+    "gelu_tanh": lambda x, _: _gated(x, _sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
+    "tanh": lambda x, _: np.tanh(x),
+    "sigmoid": lambda x, _: _sigmoid(x),
+}
+
+
 def _gamma(m: int, u: float) -> float:
     if m * u >= 1:
         raise ValueError(f"no error bound exists for {m} roundings of unit roundoff {u}")
     return m * u / (1 - m * u)
 
 
-def convolution(problem: ConvProblem, input: Array, weight: Array, bias: Array | None = None) -> Sums:
+def convolution(
+    problem: ConvProblem,
+    input: Array,
+    weight: Array,
+    bias: Array | None = None,
+    fused: Mapping[str, Array] | None = None,
+) -> Sums:
     """The output of a problem; `compute` has the formula."""
-    p = problem
-    evaluate = partial(_convolve, p)
-    return Sums(p.dtype, p.terms, _products(p), input, weight, bias, evaluate, p.precision, p.out_dtype)
+    p, fusion, fused = problem, problem.fuses, fused or {}
+    left, left_error = input, None
+    activate = Function.of(fusion.input_activation, INPUT_ACTIVATION_ARRAYS, fused)
+    if activate is not None:
+        left, left_error = _activated_input(activate, input, FORMATS[p.dtype])
+    return Sums(
+        p.dtype, p.terms, _products(p), left, weight, bias, partial(_convolve, p), p.precision, p.out_dtype, left_error,
+        fused[RESIDUAL] if fusion.has_residual else None,
+        Function.of(fusion.activation, ACTIVATION_ARRAYS, fused),
+    )  # fmt: skip
+
+
+def _activated_input(activate: Function, input: Array, real: Format) -> tuple[Array, Array]:
+    """The activated input, and how far from it the numbers may lie that are rounded to the dtype and multiplied."""
+    x = input.astype(np.float64)
+    exact = activate(x)
+    error = activate.error(x, exact, FORMATS[real.accumulator])
+    with np.errstate(all="ignore"):
+        error = error + real.roundoff * (np.abs(exact) + error) + real.smallest_normal * real.roundoff
+        # Behind the overflow threshold, half a unit beyond the largest number, the dtype has infinities.
+        exact = np.where(np.abs(exact) >= real.largest * (1 + real.roundoff), np.copysign(np.inf, exact), exact)
+    return exact, np.where(np.isfinite(exact), error, 0.0)
 
 
 def _convolve(p: ConvProblem, input: Array, weight: Array, bias: Array | None) -> Array:

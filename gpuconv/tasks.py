@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from .arguments import check_shape
+from .fusion import FUSED_ARRAYS, Fused, Fusion
 from .problem import (
     ArraySpec,
     ConvProblem,
@@ -22,7 +23,7 @@ class Signature(NamedTuple):
 
     Attributes:
         kind: of its problem.
-        arrays: their names for users; only a bias may be None.
+        arrays: their names for users; those of a call that fuses nothing end with the bias.
         operands: their names in the problem.
     """
 
@@ -31,12 +32,15 @@ class Signature(NamedTuple):
     operands: tuple[str, ...]
 
 
+OPTIONAL = frozenset(("bias", *FUSED_ARRAYS))  # arrays that may be None
+_FORWARD = ("input", "weight", "bias", *FUSED_ARRAYS)
+
 SIGNATURES = {
-    "conv1d": Signature("conv1d", ("input", "weight", "bias"), ("input", "weight", "bias")),
+    "conv1d": Signature("conv1d", _FORWARD, _FORWARD),
     "conv1d_input": Signature("conv_transpose1d", ("grad_output", "weight"), ("input", "weight")),
     "conv1d_weight": Signature("weight_gradient", ("input", "grad_output"), ("fine", "coarse")),
     "conv1d_bias": Signature("bias_gradient", ("grad_output",), ("grad_output",)),
-    "conv_transpose1d": Signature("conv_transpose1d", ("input", "weight", "bias"), ("input", "weight", "bias")),
+    "conv_transpose1d": Signature("conv_transpose1d", _FORWARD, _FORWARD),
     "conv_transpose1d_input": Signature("conv1d", ("grad_output", "weight"), ("input", "weight")),
     "conv_transpose1d_weight": Signature("weight_gradient", ("input", "grad_output"), ("coarse", "fine")),
     "conv_transpose1d_bias": Signature("bias_gradient", ("grad_output",), ("grad_output",)),
@@ -62,13 +66,18 @@ class Task(NamedTuple):
     def of(cls, function: str, arrays: tuple[Any, ...], settings: tuple[Any, ...]) -> Task:
         """The task of a public function; of the arrays only `.shape` and `.dtype` are read.
 
+        Where something is fused, its arrays follow the bias, and a `Fusion` the settings.
+
         Raises:
             ValueError: a shape or a value is out of range.
             TypeError: a setting is of the wrong kind, or a dtype is not supported.
         """
         op: Op = "conv_transpose1d" if function.startswith("conv_transpose1d") else "conv1d"
         if function == op:
-            p = ConvProblem.of(op, *arrays, *settings)
+            if isinstance(settings[-1], Fusion):
+                p = ConvProblem.of(op, *arrays[:3], *settings[:-1]).fused(Fused(settings[-1], arrays[3:]))
+            else:
+                p = ConvProblem.of(op, *arrays, *settings)
             return cls(p, p.output_shape, out_dtype=p.out_dtype)
         if function == f"{op}_bias":
             bias = bias_gradient_problem(function, *arrays)

@@ -35,6 +35,7 @@ def verify(
     ==========  ====================================================================================================
     exact       small integers: the result equals the reference
     integers    integers of their dtype's whole range, whose sums wrap around: the result equals the reference
+    fused       a residual and activations of input and output: within the bound, on strided arrays as well
     layout      exact on strided, reversed and axis-swapped input, weight, bias and output
     normal      normal data: every element within the error bound of `gpuconv.reference`; NaN fails
     ill_scaled  the same for magnitudes from 2**-60 to 2**60

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .. import dispatch, files, functional, runtime
+from ..fusion import Fused
 from ..problem import DTYPES, ConvProblem, Op
 from .errors import CommandError
 from .gpu import current_device, use_gpu
@@ -62,8 +63,9 @@ def run(args: argparse.Namespace) -> int:
     bias = files.read(args.bias, args.dtype, suffixes=(".npy",)).array if args.bias else None
     settings = given_settings(args)
     algorithm = settings.pop("algorithm", None)
+    fused = {name: settings.pop(name, None) for name in ("activation", "input_activation")}
     try:
-        problem = ConvProblem.of(args.op, x, weight, bias, **settings)
+        problem = ConvProblem.of(args.op, x, weight, bias, **settings).fused(Fused.check(args.op, **fused))
     except (ValueError, TypeError) as error:
         dtypes = {array.dtype for array in (x, weight, bias) if array is not None}
         hint = "; give --dtype to convert" if isinstance(error, TypeError) and len(dtypes) > 1 else ""
@@ -91,12 +93,12 @@ def run(args: argparse.Namespace) -> int:
         except (TypeError, ValueError) as error:
             raise CommandError(f"CuPy {cupy.__version__} has no {problem.dtype} arrays: {error}") from error
         try:
-            output = cupy.asnumpy(function(*on_device, **settings, algorithm=algorithm))
+            output = cupy.asnumpy(function(*on_device, **settings, **fused, algorithm=algorithm))
         except dispatch.AlgorithmError as error:
             raise CommandError(str(error)) from error
         where = f"on {runtime.device(current_device()).name}"
     else:
-        output = function(x, weight, bias, **settings)
+        output = function(x, weight, bias, **settings, **fused)
         where = "on the CPU"
     files.write(args.output, output, rate, force=args.force)
     form = f"{tuple(output.shape)} " + (f"float32, {rate} Hz" if is_wav else problem.dtype)

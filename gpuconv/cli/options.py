@@ -9,7 +9,11 @@ from typing import Any
 from .. import dispatch
 from ..edge import PADDING_MODES
 from ..explain import SETTINGS
+from ..fusion import ACTIVATIONS, ActivationLike, Fused
 from ..problem import DTYPES, INTEGER_SUMS, INTEGERS, PRECISIONS, ArraySpec, Kind, Op
+
+# Those that need no arrays.
+_ACTIVATIONS = tuple(name for name in ACTIVATIONS if name != "snake")
 
 
 def add_device(parser: Any) -> None:
@@ -63,6 +67,13 @@ def add_settings(parser: Any, ops: tuple[Op, ...]) -> None:
     parser.add_argument(
         "--precision", choices=PRECISIONS, metavar="P", help=f"of float32 data: {_one_of(PRECISIONS, 'float32')}"
     )
+    for option, what in (("--input-activation", "of the input"), ("--activation", "of the output")):
+        parser.add_argument(
+            option,
+            type=_activation,
+            metavar="A",
+            help=f"{what}: {', '.join(_ACTIVATIONS)}; leaky_relu and elu may have a number behind a comma, gelu tanh",
+        )
     # The commands that know both operations know their gradients, too.
     kinds: tuple[Kind, ...] = (*ops, *(("weight_gradient", "bias_gradient") if len(ops) > 1 else ()))
     names = dict.fromkeys(name for kind in kinds for name in dispatch.algorithms(kind))
@@ -112,6 +123,18 @@ def _padding(text: str) -> int | tuple[int, ...] | str:
     except ValueError:
         return text  # a word, which the problem checks
     return sides[0] if len(sides) == 1 else sides
+
+
+def _activation(text: str) -> ActivationLike:
+    name, *parameters = text.split(",")
+    if name not in _ACTIVATIONS:
+        raise argparse.ArgumentTypeError(f"must be one of {', '.join(_ACTIVATIONS)}, got {name!r}")
+    try:
+        value: ActivationLike = (name, *(parameters if name == "gelu" else map(float, parameters)))
+        Fused.check("", value, None)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be such as relu, leaky_relu,0.1 or gelu,tanh, got {text!r}") from None
+    return value
 
 
 def some_of(choices: Sequence[str]) -> Callable[[str], tuple[str, ...]]:

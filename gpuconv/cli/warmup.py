@@ -54,7 +54,8 @@ def run(args: argparse.Namespace) -> int:
     device = runtime.device(current_device())
     dtypes = args.dtype or DTYPES
     directions: Sequence[Direction] = DIRECTIONS
-    if args.direction or args.algorithm:  # an algorithm is of one direction
+    # An algorithm is of one direction, and there are no gradients of what is fused.
+    if args.direction or args.algorithm or args.activation or args.input_activation:
         directions = (args.direction or "forward",)
     configs: dict[Config, None] = {}  # in order, each once
     if args.input is None:

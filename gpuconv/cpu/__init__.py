@@ -12,6 +12,7 @@ The output is cut into blocks, and `method` chooses, from the problem alone, how
 
 Integers are computed exactly through float64 (`integers`), and windows that reach over an edge into padding other than
 zeros from copies of their own (`edges`).
+What is fused is done to blocks of the output while they are in the cache (`fused`).
 
 A transposed problem is seen as a convolution that yields several outputs at each position (`geometry`), or with its
 input and its weight exchanged, where the weight is the longer one. Taps that meet nothing but padding are left out.
@@ -28,8 +29,10 @@ sums in an order of its own, on the layout of the arrays in memory and on the nu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ..problem import INTEGERS, ConvProblem
-from . import bias_gradient, edges, integers, weight_gradient
+from . import bias_gradient, edges, fused, integers, weight_gradient
 from .arrays import Array
 from .choice import Method, choose
 from .geometry import Call
@@ -39,11 +42,17 @@ __all__ = ["Method", "bias_gradient", "convolve", "method", "weight_gradient"]
 
 def method(problem: ConvProblem) -> Method:
     """The form that `convolve` uses for a problem: a pure function of the problem."""
-    p = integers.in_float64(problem) if problem.dtype in INTEGERS else problem
-    return choose(p).method if p.padding_mode == "zeros" else edges.method(p)
+    return fused.method(problem, _plain_method) if problem.fusion else _plain_method(problem)
 
 
-def convolve(problem: ConvProblem, input: Array, weight: Array, bias: Array | None, output: Array) -> None:
+def convolve(
+    problem: ConvProblem,
+    input: Array,
+    weight: Array,
+    bias: Array | None,
+    output: Array,
+    fused_arrays: Sequence[Array | None] = (),
+) -> None:
     """Compute a problem into `output`, every element of it.
 
     float16 and bfloat16 are summed in float32, the bias included, and rounded once. A NaN or an infinity reaches only
@@ -55,7 +64,20 @@ def convolve(problem: ConvProblem, input: Array, weight: Array, bias: Array | No
         weight: `problem.weight_shape`, likewise.
         bias: `problem.bias_shape` or None, likewise.
         output: `problem.output_shape`, any strides; it overlaps no other argument.
+        fused_arrays: where `problem.fusion` is not empty, those of `gpuconv.fusion.FUSED_ARRAYS` in order.
     """
+    if problem.fusion:
+        fused.convolve(problem, input, weight, bias, output, fused_arrays, _convolve)
+    else:
+        _convolve(problem, input, weight, bias, output)
+
+
+def _plain_method(problem: ConvProblem) -> Method:
+    p = integers.in_float64(problem) if problem.dtype in INTEGERS else problem
+    return choose(p).method if p.padding_mode == "zeros" else edges.method(p)
+
+
+def _convolve(problem: ConvProblem, input: Array, weight: Array, bias: Array | None, output: Array) -> None:
     if problem.dtype in INTEGERS:
         integers.run(convolve, problem, input, weight, bias, output)
     elif problem.padding_mode != "zeros":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import edges
+from . import edges, fused
 from .base import ArrayLayout, Config, Family, Launch, Layout, Plan, Refusal, Step
 from .bias_gradient_rows import BiasGradientRows
 from .conv1d_depthwise import Conv1dDepthwise
@@ -49,4 +49,16 @@ FAMILIES: tuple[Family[Any], ...] = (
     BiasGradientRows(),
 )
 
-__all__ = ["FAMILIES", "ArrayLayout", "Config", "Family", "Launch", "Layout", "Plan", "Refusal", "Step", "edges"]
+__all__ = [
+    "FAMILIES",
+    "ArrayLayout",
+    "Config",
+    "Family",
+    "Launch",
+    "Layout",
+    "Plan",
+    "Refusal",
+    "Step",
+    "edges",
+    "fused",
+]

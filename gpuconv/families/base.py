@@ -125,8 +125,9 @@ class Step:
     arrays: tuple[str | None, ...]
 
 
-# Names of scratch buffers: weights in the order in which a kernel reads them, and sums that a later step adds.
-PACKED, PARTIAL = "packed", "partial"
+# Names of scratch buffers: weights in the order in which a kernel reads them, sums that a later step adds, and the
+# activated input.
+PACKED, PARTIAL, ACTIVATED = "packed", "partial", "activated"
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +171,8 @@ class Family(ABC, Generic[ProblemT]):
     canonical_order: ClassVar[bool] = True
     """Whether it sums in the order of the base family of its kind: the families that do agree in every bit."""
 
+    activates_input: ClassVar[bool] = False
+    """Whether its kernel can activate the input as it loads it (cuda_src/input.cuh)."""
     dtypes: ClassVar[tuple[str, ...]] = DTYPES
     """Of the data that it takes."""
     maps_edges: ClassVar[bool] = False

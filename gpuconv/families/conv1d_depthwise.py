@@ -40,6 +40,7 @@ class Conv1dDepthwise(DepthwiseFamily):
 
     name = "conv1d_depthwise"
     kind = "conv1d"
+    activates_input = True
 
     def variants(self, problem: ConvProblem, layout: Layout, bits: int) -> Iterator[Variant]:
         p = problem

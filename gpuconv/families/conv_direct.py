@@ -19,6 +19,7 @@ BLOCK_SIZE = 256
 
 class _Direct(Family[ConvProblem]):
     dtypes = (*DTYPES, *INTEGERS)
+    activates_input = True
 
     def plan(self, problem: ConvProblem, layout: Layout, device: Device) -> Plan:
         p = problem

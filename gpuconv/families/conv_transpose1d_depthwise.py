@@ -34,6 +34,7 @@ class ConvTranspose1dDepthwise(DepthwiseFamily):
 
     name = "conv_transpose1d_depthwise"
     kind = "conv_transpose1d"
+    activates_input = True
 
     def variants(self, problem: ConvProblem, layout: Layout, bits: int) -> Iterator[Variant]:
         p = problem

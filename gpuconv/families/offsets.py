@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from ..fusion import ACTIVATION_ARRAYS, INPUT_ACTIVATION_ARRAYS, RESIDUAL
 from ..problem import ConvProblem, Problem, WeightGradientProblem
 from .base import Layout
 from .product import Product
@@ -69,6 +70,9 @@ def _formed_extents(problem: Problem, overhang: Overhang) -> dict[str, tuple[int
             "weight": (C_in, p.C_out_g + o.rows, taps) if p.transposed else (C_out, p.C_in_g + o.channels, taps),
             "bias": (C_out,),
             "output": (N, C_out, L_out),
+            RESIDUAL: (N, C_out, L_out),
+            **dict.fromkeys(ACTIVATION_ARRAYS, (C_out,)),
+            **dict.fromkeys(INPUT_ACTIVATION_ARRAYS, (C_in,)),
         }
     if isinstance(problem, WeightGradientProblem):
         w = problem

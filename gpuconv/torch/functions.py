@@ -12,6 +12,7 @@ from typing import Any, SupportsIndex
 import numpy as np
 import torch
 import torch.nn.functional
+from torch.autograd import forward_ad
 from torch.overrides import (
     TorchFunctionMode,
     _get_current_function_mode,
@@ -20,6 +21,7 @@ from torch.overrides import (
 )
 
 from ..arguments import check_padding_mode, check_precision
+from ..fusion import FUSED_ARRAYS, ActivationLike, Fused
 from ..problem import ConvProblem, Op, Padding, Setting, Settings
 from ..runtime import is_cupy_array
 from . import operators
@@ -36,6 +38,9 @@ def conv1d(
     groups: SupportsIndex = 1,
     *,
     padding_mode: str = "zeros",
+    input_activation: ActivationLike | None = None,
+    residual: Tensor | None = None,
+    activation: ActivationLike | None = None,
     precision: str = "float32",
     algorithm: str | None = None,
 ) -> Tensor:
@@ -51,6 +56,9 @@ def conv1d(
         dilation: likewise.
         groups: likewise.
         padding_mode: likewise.
+        input_activation: likewise. What is fused has no derivatives, and no rule for `torch.func.vmap`.
+        residual: likewise, a tensor.
+        activation: likewise; the arrays of snake are tensors.
         precision: likewise; it holds for the gradients, too.
         algorithm: likewise, for the output alone: gradients are computed as without it. Under `torch.func.vmap` it is
             that of the one call which the whole batch becomes.
@@ -61,6 +69,7 @@ def conv1d(
 
     Raises:
         ValueError, TypeError: as `gpuconv.conv1d` raises them.
+        RuntimeError: something is fused and a derivative is wanted.
         ImportError: CuPy is needed for a CUDA tensor, or ml_dtypes for bfloat16, and is not installed.
 
     Example:
@@ -74,7 +83,8 @@ def conv1d(
     """
     if has_torch_function_variadic(input, weight, bias):
         settings = (stride, padding, dilation, groups)
-        named = {"padding_mode": padding_mode, "precision": precision, "algorithm": algorithm}
+        more = _given(input_activation=input_activation, residual=residual, activation=activation)
+        named = {"padding_mode": padding_mode, "precision": precision, "algorithm": algorithm, **more}
         return _overridden(conv1d, input, weight, bias, *settings, **named)
     if algorithm is not None:
         _check_algorithm("conv1d", algorithm)
@@ -84,6 +94,9 @@ def conv1d(
         return _as_pytorch("conv1d", checked, *tensors, padding_mode)
     sides, word = _split(checked.padding)
     others = (checked.dilation, checked.groups, precision, padding_mode, algorithm)
+    if activation is not None or input_activation is not None or residual is not None:
+        fused = Fused.check("conv1d", activation, input_activation, residual)
+        return _fused("conv1d", tensors, (checked.stride, sides, word, *others), fused)
     return operators.conv1d(*tensors, checked.stride, sides, word, *others)
 
 
@@ -99,6 +112,9 @@ def conv_transpose1d(
     *,
     output_size: Setting | None = None,
     padding_mode: str = "zeros",
+    input_activation: ActivationLike | None = None,
+    residual: Tensor | None = None,
+    activation: ActivationLike | None = None,
     precision: str = "float32",
     algorithm: str | None = None,
 ) -> Tensor:
@@ -115,7 +131,10 @@ def conv_transpose1d(
         dilation: likewise.
         output_size: likewise.
         padding_mode: likewise.
-        precision: see `conv1d`.
+        input_activation: see `conv1d`.
+        residual: likewise.
+        activation: likewise.
+        precision: likewise.
         algorithm: likewise.
 
     Returns:
@@ -135,6 +154,7 @@ def conv_transpose1d(
         more = {
             "output_size": output_size, "padding_mode": padding_mode, "precision": precision, "algorithm": algorithm
         }  # fmt: skip
+        more |= _given(input_activation=input_activation, residual=residual, activation=activation)
         return _overridden(conv_transpose1d, input, weight, bias, *settings, **more)
     if padding_mode != "zeros":
         check_padding_mode(op, op, padding_mode)
@@ -152,7 +172,44 @@ def conv_transpose1d(
         return _as_pytorch(op, checked, *tensors)
     sides, word = _split(checked.padding)
     others = (checked.output_padding, checked.groups, checked.dilation, precision, algorithm)
+    if activation is not None or input_activation is not None or residual is not None:
+        fused = Fused.check(op, activation, input_activation, residual)
+        return _fused(op, tensors, (checked.stride, sides, word, *others), fused)
     return operators.conv_transpose1d(*tensors, checked.stride, sides, word, *others)
+
+
+def _given(**arguments: Any) -> dict[str, Any]:
+    """The arguments that are not None."""
+    return {name: value for name, value in arguments.items() if value is not None}
+
+
+def _fused(op: Op, tensors: tuple[Tensor, Tensor, Tensor | None], settings: tuple[Any, ...], fused: Fused) -> Tensor:
+    """The operator that fuses something, of tensors that have been checked and cast, but for those to fuse."""
+    x, fusion = tensors[0], fused.fusion
+    arrays: list[Tensor | None] = []
+    for name, tensor in zip(FUSED_ARRAYS, fused.arrays, strict=True):
+        if tensor is not None:
+            _check_tensor(op, name, tensor, x)
+        arrays.append(_autocast_as(tensor, x))
+    if any(_is_differentiated(tensor) for tensor in (*tensors, *arrays)):
+        raise RuntimeError(
+            f"{op}: what is fused ({fusion}) has no derivatives; call it under torch.no_grad, or apply it to the output"
+        )
+    if _exports_onnx():
+        raise RuntimeError(f"{op}: what is fused ({fusion}) cannot be exported to ONNX; apply it to the output")
+    sides = (fusion.activation, fusion.input_activation)
+    words = [None if a is None else a.name for a in sides]
+    numbers = [0.0 if a is None else a.parameter for a in sides]
+    return operators.FUSED[op](*tensors, *arrays, *settings, *words, *numbers)
+
+
+def _is_differentiated(tensor: Tensor | None) -> bool:
+    """Whether a derivative along or of a tensor may be wanted."""
+    if tensor is None:
+        return False
+    if torch.is_grad_enabled() and tensor.requires_grad:
+        return True
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def _checked(op: Op, *settings: Any) -> Settings:
@@ -177,22 +234,10 @@ def _tensors(
     """The tensors, once they are known to be some on one device; cast where autocast is on."""
     tensors = {"input": input, "weight": weight} if bias is None else {"input": input, "weight": weight, "bias": bias}
     for name, tensor in tensors.items():
-        if not isinstance(tensor, torch.Tensor):
-            is_array = isinstance(tensor, np.ndarray) or is_cupy_array(tensor)
-            hint = f"; for NumPy and CuPy arrays there is gpuconv.{op}" if is_array else ""
-            raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(tensor).__name__}{hint}")
-        if tensor.layout != torch.strided or tensor.is_nested:
-            got = "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
-            raise TypeError(f"{op}: {name} must be a dense tensor, got {got}")
-        if tensor.device != input.device:
-            raise TypeError(
-                f"{op}: all tensors must be on one device, got input on {input.device} and {name} on {tensor.device}"
-            )
-    x, w, b = input, weight, bias
-    kind = "cuda" if input.is_cuda else "cpu"
-    if torch.is_autocast_enabled(kind) and (input.is_cuda or input.is_cpu):
-        dtype = torch.get_autocast_dtype(kind)
-        x, w, b = _autocast(x, dtype), _autocast(w, dtype), None if b is None else _autocast(b, dtype)
+        _check_tensor(op, name, tensor, input)
+    x, w, b = (_autocast_as(tensor, input) for tensor in (input, weight, bias))
+    assert x is not None
+    assert w is not None
     if precision != "float32":
         check_precision(op, precision, dtype_name(x.dtype))
     return x, w, b
@@ -204,9 +249,28 @@ def _check_algorithm(op: Op, algorithm: str) -> None:
     dispatch.check_algorithm(op, op, algorithm)
 
 
-def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """What PyTorch's own convolutions make of an argument: float64 and complex numbers stay as they are."""
-    return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
+def _check_tensor(op: Op, name: str, tensor: Any, input: Tensor) -> None:
+    if not isinstance(tensor, torch.Tensor):
+        is_array = isinstance(tensor, np.ndarray) or is_cupy_array(tensor)
+        hint = f"; for NumPy and CuPy arrays there is gpuconv.{op}" if is_array else ""
+        raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(tensor).__name__}{hint}")
+    if tensor.layout != torch.strided or tensor.is_nested:
+        got = "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
+        raise TypeError(f"{op}: {name} must be a dense tensor, got {got}")
+    if tensor.device != input.device:
+        raise TypeError(
+            f"{op}: all tensors must be on one device, got input on {input.device} and {name} on {tensor.device}"
+        )
+
+
+def _autocast_as(tensor: Tensor | None, input: Tensor) -> Tensor | None:
+    """What PyTorch's own convolutions make of an argument where the input is: float64 and complex numbers stay."""
+    kind = "cuda" if input.is_cuda else "cpu"
+    if tensor is None or not (torch.is_autocast_enabled(kind) and (input.is_cuda or input.is_cpu)):
+        return tensor
+    if not tensor.is_floating_point() or tensor.dtype == torch.float64:
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(kind))
 
 
 class Indifferent(TorchFunctionMode):

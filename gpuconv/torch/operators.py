@@ -28,6 +28,7 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
 from .. import functional, grad
+from ..fusion import ACTIVATION_ARRAYS, FUSED_ARRAYS, INPUT_ACTIVATION_ARRAYS, Activation, Fused, Fusion
 from ..problem import ArraySpec, ConvProblem, Op
 from . import tensors
 from .tensors import Tensor, specs
@@ -416,5 +417,55 @@ def _register_bias_gradient() -> Any:
     return operator
 
 
+def _register_fused(op: Op) -> Callable[..., Tensor]:
+    """Register an operation that fuses something, without derivatives."""
+    arrays = ", ".join(f"Tensor? {name}" for name in FUSED_ARRAYS)
+    name, count = f"{op}_fused", _SETTINGS_COUNT[op]
+    schema = (
+        f"{name}(Tensor input, Tensor weight, Tensor? bias, {arrays}, {_SETTINGS[op]}, str? algorithm, str? activation,"
+        " str? input_activation, float activation_parameter, float input_activation_parameter) -> Tensor"
+    )
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    operator = getattr(torch.ops.gpuconv, name).default
+    number = 3 + len(FUSED_ARRAYS)
+
+    def fusion_of(given: Sequence[Any], words: Sequence[Any]) -> Fusion:
+        residual, *of_channels = given
+        counts = [sum(a is not None for a in pair) for pair in (of_channels[:2], of_channels[2:])]
+        behind, before = (
+            None if word is None else Activation(word, parameter, arrays)
+            for word, parameter, arrays in zip(words[:2], words[2:], counts, strict=True)
+        )
+        return Fusion(behind, before, residual is not None)
+
+    def fake(*given: Any) -> Tensor:
+        settings = (given[number], tuple(given[number + 1]), *given[number + 2 : number + count])
+        construct: Any = ConvProblem.conv_transpose1d if op == "conv_transpose1d" else ConvProblem.conv1d
+        problem: ConvProblem = construct(*specs(*given[:3]), **_keywords(op, settings))
+        fusion = fusion_of(given[3:number], given[number + count + 1 :])
+        shape = problem.fused(Fused(fusion, specs(*given[3:number]))).output_shape
+        return cast(Tensor, given[0].new_empty(shape))
+
+    def compute(*given: Any) -> Tensor:
+        fusion = fusion_of(given[3:number], given[number + count + 1 :])
+        settings = (given[number], tuple(given[number + 1]), *given[number + 2 : number + count + 1])
+
+        def function(x: Any, w: Any, b: Any, *more: Any, **options: Any) -> Any:
+            named = dict(zip(FUSED_ARRAYS, more, strict=True))
+            sides = ((fusion.activation, ACTIVATION_ARRAYS), (fusion.input_activation, INPUT_ACTIVATION_ARRAYS))
+            activation, input_activation = (
+                None if a is None else a.as_argument(tuple(named[key] for key in keys[: a.arrays])) for a, keys in sides
+            )
+            fused = {"activation": activation, "input_activation": input_activation, "residual": named["residual"]}
+            return getattr(functional, op)(x, w, b, **_keywords(op, settings), **fused, **options)
+
+        return tensors.write(lambda: fake(*given), function, *given[:number])
+
+    _LIBRARY.impl(name, untraced(compute), "CompositeExplicitAutograd")
+    torch.library.register_fake(operator, fake, lib=_LIBRARY)
+    return cast(Callable[..., Tensor], operator)
+
+
 _bias_gradient = _register_bias_gradient()
 conv1d, conv_transpose1d = _register("conv1d"), _register("conv_transpose1d")
+FUSED: dict[Op, Callable[..., Tensor]] = {op: _register_fused(op) for op in _SETTINGS}

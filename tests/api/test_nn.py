@@ -90,7 +90,7 @@ def test_constructor_arguments_and_defaults_are_pytorchs(name: str) -> None:
 
     ours = inspect.signature(getattr(nn, name)).parameters
     theirs = inspect.signature(getattr(torch.nn, name)).parameters
-    own = ("rng", "precision", "algorithm")
+    own = ("rng", "precision", "algorithm", "activation", "input_activation")
     assert [(p.name, p.default, p.kind) for p in ours.values() if p.name not in own] == [
         (p.name, p.default, p.kind) for p in theirs.values()
     ]

@@ -943,3 +943,20 @@ def test_an_unforeseen_error_is_one_line_and_no_mismatch(
     error = capsys.readouterr().err
     assert error.startswith("Traceback (most recent call last):")
     assert "in broken" in error
+
+
+def test_activations_of_a_file(tmp_path: Path) -> None:
+    x, w = (np.random.default_rng(seed).standard_normal(shape) for seed, shape in enumerate(((2, 30), (3, 2, 3))))
+    for name, array in (("x", x), ("w", w)):
+        np.save(tmp_path / name, array)
+    files = [str(tmp_path / f"{name}.npy") for name in "xwy"]
+    assert main(["conv1d", *files, "--activation", "leaky_relu,0.1", "--input-activation", "gelu,tanh"]) == 0
+    expected = gpuconv.conv1d(x, w, activation=("leaky_relu", 0.1), input_activation=("gelu", "tanh"))
+    assert (np.load(files[2]) == expected).all()
+
+
+@pytest.mark.parametrize("value", ["leaky_relu,x", "elu,inf", "relu,1", "gelu,erf"])
+def test_an_activation_with_a_wrong_parameter(value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["conv1d", "x.npy", "w.npy", "y.npy", "--activation", value]) == 2
+    message = f"--activation must be such as relu, leaky_relu,0.1 or gelu,tanh, got {value!r}"
+    assert message in capsys.readouterr().err

@@ -186,6 +186,15 @@ __forceinline__ T __ldg(const T* pointer) {
 __forceinline__ float fma_rn(float w, float x, float acc) { return __builtin_fmaf(w, x, acc); }
 __forceinline__ double fma_rn(double w, double x, double acc) { return __builtin_fma(w, x, acc); }
 
+__forceinline__ float add_rn(float a, float b) { return a + b; }
+__forceinline__ double add_rn(double a, double b) { return a + b; }
+__forceinline__ float multiply_rn(float a, float b) { return a * b; }
+__forceinline__ double multiply_rn(double a, double b) { return a * b; }
+__forceinline__ float divide_rn(float a, float b) { return a / b; }
+__forceinline__ double divide_rn(double a, double b) { return a / b; }
+__forceinline__ float absolute(float a) { return __builtin_fabsf(a); }
+__forceinline__ double absolute(double a) { return __builtin_fabs(a); }
+
 __forceinline__ float uint_as_float(unsigned bits) {
     float value;
     __builtin_memcpy(&value, &bits, sizeof value);
@@ -195,6 +204,18 @@ __forceinline__ unsigned float_as_uint(float value) {
     unsigned bits;
     __builtin_memcpy(&bits, &value, sizeof bits);
     return bits;
+}
+
+__forceinline__ unsigned low_word(double value) {
+    unsigned long long bits;
+    __builtin_memcpy(&bits, &value, sizeof bits);
+    return unsigned(bits);
+}
+__forceinline__ double words_as_double(unsigned high, unsigned low) {
+    const unsigned long long bits = (unsigned long long)high << 32 | low;
+    double value;
+    __builtin_memcpy(&value, &bits, sizeof value);
+    return value;
 }
 
 __forceinline__ unsigned multiply_high(unsigned a, unsigned b) {

@@ -14,7 +14,7 @@ import numpy as np
 from gpuconv.device import Device
 from gpuconv.dispatch import StridedPointer, choose, lay_out
 from gpuconv.families import ArrayLayout, Config, Launch, Layout
-from gpuconv.families.base import PARTIAL
+from gpuconv.families.base import ACTIVATED, PARTIAL
 from gpuconv.problem import ConvProblem, Problem, numpy_dtype
 from gpuconv.source import pack_params
 
@@ -255,14 +255,15 @@ def compute(
     choice = choose(problem, layout, device, None if problem.is_empty else family)
     steps = () if choice is None else choice.plan.steps
     unwritten = dict(() if choice is None else choice.plan.scratch)
-    # Partial sums are of the accumulator's type, which recognises poison; only kernels know the type of packed weights.
+    # Types that recognise poison. Partial sums have the accumulator's; only kernels know that of packed weights.
     sums = numpy_dtype(problem.dtype) if problem.itemsize >= 4 else np.dtype(np.float32)
+    kinds = {PARTIAL: sums, ACTIVATED: numpy_dtype(problem.dtype)}
     written: set[str] = set()
     for step in steps:
         outputs = [name for name in step.arrays if name in unwritten] or [result]
         for name in outputs:
             if name in unwritten:
-                dtype = sums if name == PARTIAL else np.dtype(np.uint32)
+                dtype = kinds.get(name, np.dtype(np.uint32))
                 arrays[name] = np.empty(unwritten.pop(name) // dtype.itemsize, dtype)
         run(
             step.config,

@@ -17,7 +17,11 @@ import pytest
 
 import gpuconv
 from gpuconv.device import Device
-from gpuconv.families import FAMILIES, Config, edges
+from gpuconv.dispatch import choose
+from gpuconv.families import FAMILIES, ArrayLayout, Config, Layout, edges
+from gpuconv.families.append import append_launch
+from gpuconv.fusion import Fused
+from gpuconv.problem import ArraySpec, ConvProblem
 from gpuconv.source import assemble, directory, inlined, read
 from tests import hostcuda
 
@@ -31,7 +35,13 @@ def configs() -> Mapping[str, Config]:
     """One specialisation of each kernel."""
     device = Device.from_arch("sm_90")
     of_families = (config for family in FAMILIES for config in family.configs(device))
-    return {config.kernel: config for config in (*of_families, *edges.configs())}
+    found = {config.kernel: config for config in (*of_families, *edges.configs())}
+    shapes = (ArraySpec((2, 4, 20), "float32"), ArraySpec((8, 4, 3), "float32"))
+    problem = ConvProblem.conv1d(*shapes).fused(Fused.check("conv1d", None, "relu"))
+    choice = choose(problem, Layout.contiguous(problem), device, "conv1d_tiled")
+    assert choice is not None
+    append, _ = append_launch("float32", (1, 1, 4), (1, 1, 2), ArrayLayout((2, 2, 1)))
+    return {**found, append.kernel: append, "activate": choice.plan.steps[1].config}
 
 
 def includes(file: str) -> list[str]:

@@ -25,6 +25,7 @@ LAYERS = (
     ("text", "wav"),
     ("dtypes", "device", "edge"),
     ("arguments", "costs"),
+    ("fusion",),
     ("problem",),
     ("reference", "cpu.limits", "source"),
     ("cpu.arrays",),
@@ -35,14 +36,14 @@ LAYERS = (
     ("cpu.windows",),
     ("cpu.choice",),
     ("cpu.edges",),
-    ("cpu.weight_gradient",),
+    ("cpu.weight_gradient", "cpu.fused"),
     ("cpu",),
     ("families.base",),
     ("families.product", "families.arithmetic"),
     ("families.offsets", "families.mma_costs"),
     ("families.append", "families.tiles", "families.depthwise", "families.sliding", "families.mma", "families.slices"),
     ("families.passes",),
-    ("families.edges",),
+    ("families.edges", "families.fused"),
     ("families.*",),
     ("families",),
     ("dispatch",),
@@ -206,8 +207,14 @@ def test_kernels_are_made_by_the_runtime_alone() -> None:
 CUDA_FILES = sorted(directory().glob("*.cu*"))
 # Kernels beside those of families.
 HELPERS = {
-    *("append_samples", "pack_weight", "pack_mma_weight", "pack_im2col_weight", "sum_slices"),
-    *("conv1d_edges", "conv_transpose1d_fold"),
+    "append_samples",
+    "pack_weight",
+    "pack_mma_weight",
+    "pack_im2col_weight",
+    "sum_slices",
+    "conv1d_edges",
+    "conv_transpose1d_fold",
+    "activate",
 }
 EVERY_FAMILY: tuple[Family[Any], ...] = FAMILIES
 
@@ -242,7 +249,8 @@ def files_with(pattern: str) -> set[str]:
 
 
 def test_results_are_rounded_in_one_place_for_layers_and_in_one_for_gradients() -> None:
-    assert files_with(r"scalar::round\(") == {"finish.cuh", "slices.cuh"}
+    """And activated inputs in one."""
+    assert files_with(r"scalar::round\(") == {"finish.cuh", "input.cuh", "slices.cuh"}
 
 
 def test_the_edge_of_the_input_is_known_in_one_place() -> None:
@@ -285,6 +293,12 @@ def test_a_kernel_reads_the_macros_that_its_family_gives(family: Family[Any]) ->
         text = code(assemble(config.kernel, {}))
         read = set(re.findall(r"\b[A-Z][A-Z0-9]*_[A-Z0-9_]*[A-Z0-9]\b|\bDTYPE\b|\bVEC\b", text))
         read -= set(re.findall(r"#\s*define\s+(\w+)", text))
+        read -= {
+            "HAS_RESIDUAL",
+            "ACTIVATION_PARAMETER",
+            "INPUT_ACTIVATION",
+            "INPUT_ACTIVATION_PARAMETER",
+        }  # of fused plans
         assert {name for name, _ in config.macros} == read
 
 

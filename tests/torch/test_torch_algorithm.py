@@ -80,7 +80,8 @@ def test_algorithms_are_checked_where_they_have_no_effect(op: Op, device: str) -
 def test_operators_take_an_algorithm_or_none(op: Op) -> None:
     operator = getattr(torch.ops.gpuconv, op).default
     x, w = leaves()
-    settings = [1, [1, 1], "", *([1, 1] if op == "conv1d" else [0, 1, 1]), "float32"]
+    settings: list[Any] = [1, [1, 1], ""]
+    settings += [1, 1, "float32", "zeros"] if op == "conv1d" else [0, 1, 1, "float32"]
     for algorithm in ([], [None], ["base"]):
         result = torch.library.opcheck(operator, (x, w, None, *settings, *algorithm))
         assert set(result.values()) == {"SUCCESS"}

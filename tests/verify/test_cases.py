@@ -11,6 +11,7 @@ import pytest
 
 from gpuconv import cases, reference
 from gpuconv.cases import CASES, WIDE_CASES, Case
+from gpuconv.fusion import ACTIVATIONS, Fusion
 from gpuconv.problem import DTYPES, ArraySpec, ConvProblem, WeightGradientProblem
 
 SIGNIFICAND_BITS = {"float16": 11, "bfloat16": 8, "float32": 24, "float64": 53, "complex64": 24, "complex128": 53}
@@ -383,3 +384,21 @@ def test_one_group(case: Case) -> None:
         bias = None if data.bias is None else data.bias[channels_out]
         part = reference.compute(alone, data.input[..., channels_in, :], weight, bias)
         assert (part == whole[..., channels_out, :]).all()
+
+
+def test_every_activation_is_fused_with_some_case() -> None:
+    """With every kind of the table, too, in one dtype or another."""
+    problems = [case.at(number_format) for case in cases.select() for number_format in ("float16", "float32")]
+    fused = [cases.with_fusion(p, 0)[0].fuses for p in problems]
+    for side in ("activation", "input_activation"):
+        found = [getattr(fusion, side) for fusion in fused]
+        assert {(a.name, a.arrays) for a in found} == {
+            *((name, 0) for name in ("gelu_tanh", *ACTIVATIONS) if name != "snake"), ("snake", 1), ("snake", 2),
+        }  # fmt: skip
+    assert all(fusion.has_residual for fusion in fused)
+
+
+def test_complex_problems_fuse_a_residual_alone() -> None:
+    p, arrays = cases.with_fusion(CASES[0].at("complex64"), 0)
+    assert list(arrays) == ["residual"]
+    assert p.fusion == Fusion(has_residual=True)

@@ -46,8 +46,20 @@ def correct(p: ConvProblem, x: Array, w: Array, b: Array | None, out: Array) -> 
 
 @pytest.fixture
 def plant(monkeypatch: pytest.MonkeyPatch) -> Callable[[Kernel], None]:
-    """Puts another kernel in the place of the CPU path."""
-    return lambda kernel: monkeypatch.setattr(cpu, "convolve", kernel)
+    """Puts another kernel in the place of the CPU path, which finishes what is fused."""
+
+    def spoil(kernel: Kernel) -> None:
+        def convolve(
+            p: ConvProblem, x: Array, w: Array, b: Array | None, out: Array, arrays: Sequence[Array | None] = ()
+        ) -> None:
+            if p.fusion:
+                cpu.fused.convolve(p, x, w, b, out, arrays, kernel)
+            else:
+                kernel(p, x, w, b, out)
+
+        monkeypatch.setattr(cpu, "convolve", convolve)
+
+    return spoil
 
 
 @pytest.fixture

@@ -26,6 +26,7 @@ BOUND = "must lie within the error bound of the reference"
 NONFINITE = f"{BOUND}, on nonfinite data"
 STRIDED = "must equal the reference, on strided arrays, bit for bit"
 SAME = "must equal the base family, bit for bit"
+FUSED = "must fuse within the error bound of the reference"
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,8 @@ class Fault:
         return verify("gpu", family=self.family, filter=self.case, dtypes=self.dtype)
 
 
-BIAS_OF_BASE = "finish(acc, bias_or_zero(bias, c_out * p.bias_stride))"
-NO_BIAS = "finish(acc, scalar::zero())"
+BIAS_OF_BASE = "finish(acc, epilogue.channel(c_out), output + place)"
+NO_BIAS = "finish(acc, epilogue.channel(c_out, scalar::zero()), output + place)"
 FALLBACK, NO_FALLBACK = "#define NAN_FALLBACK 1", "#define NAN_FALLBACK 0"
 
 FAULTS: Mapping[str, Fault] = {
@@ -167,18 +168,31 @@ FAULTS: Mapping[str, Fault] = {
     ),
     "conv1d_narrow adds no bias": Fault(
         "conv1d_narrow",
-        "finish(acc[row][j], channel_bias)",
-        "finish(acc[row][j], scalar::zero())",
+        "epilogue.channel(g * p.C_out_g + row), place)",
+        "epilogue.channel(g * p.C_out_g + row, scalar::zero()), place)",
         "conv1d_narrow",
         "dilation_spans_input",
     ),
     "conv1d_mma adds no bias": Fault(
         "conv1d_mma",
-        "bias_or_zero(exists ? bias : nullptr,",
-        "bias_or_zero(nullptr,",
+        "kIsFused ? scalar::zero()",
+        "true ? scalar::zero()",
         "conv1d_mma",
         "mimi_stream",
         "float16",
+    ),
+    # -- something is not fused
+    "conv1d_direct adds no residual": Fault(
+        "conv1d_direct", "value = add(value, scalar::load(", "add(value, scalar::load(", "conv1d_direct",
+        "dilation_spans_input", says=FUSED,
+    ),
+    "conv1d_mma finishes one half of its rows": Fault(
+        "conv1d_mma", "const int half = e / 2;", "const int half = 0;", "conv1d_mma", "mimi_stream", "float16",
+        says=FUSED,
+    ),
+    "activate copies the input": Fault(
+        "activate", "activated[i] = input_activation.channel(c)(sample);", "activated[i] = sample;", "conv1d_tiled",
+        "padding_same_strided_even", says=FUSED,
     ),
     # -- an element is never written
     "conv1d_tiled leaves the last column": Fault(
@@ -191,16 +205,16 @@ FAULTS: Mapping[str, Fault] = {
     ),
     "conv1d_depthwise leaves the last position": Fault(
         "conv1d_depthwise",
-        "if (l_out < p.L_out) y[",
-        "if (l_out + 1 < p.L_out) y[",
+        "if (l_out < p.L_out) *place_out",
+        "if (l_out + 1 < p.L_out) *place_out",
         "conv1d_depthwise",
         "depthwise_strided_dilated",
         leaves_nan=True,
     ),
     "conv_transpose1d_tail leaves the last position": Fault(
         "conv_transpose1d_tail",
-        "if (is_index(l_out, p.L_out)) output[",
-        "if (is_index(l_out, p.L_out - 1)) output[",
+        "if (is_index(l_out, p.L_out)) *place",
+        "if (is_index(l_out, p.L_out - 1)) *place",
         "conv_transpose1d_tail",
         "up_length127",
         leaves_nan=True,
