@@ -142,6 +142,11 @@ typedef Vector<acc_t> AccVector;
 constexpr int kStorageVec = 16 / int(sizeof(storage_t));  // elements of a StorageVector
 constexpr int kAccVec = 16 / int(sizeof(acc_t));          // and of an AccVector
 
+// Elements from the last 16-byte boundary to a pointer.
+__device__ __forceinline__ int elements_past_boundary(const storage_t* pointer) {
+    return int((unsigned long long)pointer / sizeof(storage_t) % kStorageVec);
+}
+
 // A StorageVector that keeps elements of 2 bytes in words, from which the compiler converts them without moves.
 template <typename T>
 struct InWords {

@@ -48,11 +48,6 @@ constexpr int kMinBlocks = MIN_BLOCKS > 4 ? 4 : MIN_BLOCKS;
 constexpr int kMinBlocks = MIN_BLOCKS;
 #endif
 
-// Elements from the last 16-byte boundary to a pointer.
-__device__ __forceinline__ int elements_past_boundary(const storage_t* pointer) {
-    return int((unsigned long long)pointer / sizeof(storage_t) % kStorageVec);
-}
-
 // value / divisor for 0 <= value < 2^31: the host's magic number spares the division (Divisor in families/depthwise.py).
 // With 64-bit indices it divides.
 __device__ __forceinline__ index_t divide(index_t value, index_t divisor, index_t magic, index_t shift) {

@@ -80,6 +80,11 @@ struct alignas(INPUT_WIDTH * sizeof(index_t)) Task {
 #endif
 };
 
+// What a unit of packed weights holds: kUnit channels at one tap, or (1, conv1d_im2col.cu) kUnit taps of one channel.
+#ifndef TAPS_IN_UNITS
+#define TAPS_IN_UNITS 0
+#endif
+
 // One block's share. Offsets and strides are in elements.
 struct Tile {
     const storage_t* input;  // input[n0, first channel of the group, 0]
@@ -157,16 +162,22 @@ struct StageCopy<kFirst, true> {
 struct PackedWeights : EveryWeight {
     const StorageVector* weight;         // of the row's first pair
     index_t units, pairs;                // of a chunk
+    index_t taps;                        // of the row
     index_t chunk_pair = 0, unit = 0;    // of the channel: the chunk's first pair, and the unit in it
     int e = 0;                           // of the channel, in its unit
 
     __device__ __forceinline__ PackedWeights(const Tile& tile, const Window& window, index_t row)
-        : weight(tile.weight + (row - tile.row_begin)), units(window.units), pairs(window.pairs) {}
-    __device__ __forceinline__ acc_t load(index_t, index_t tap) const {
-        const StorageVector* const packed = weight + (chunk_pair + tap * units + unit) * (kParts * BLOCK_M);
-        const acc_t w = scalar::load(packed->element[e]);
+        : weight(tile.weight + (row - tile.row_begin)), units(window.units), pairs(window.pairs), taps(tile.row_taps) {}
+    __device__ __forceinline__ acc_t load(index_t c_in, index_t tap) const {
+        if (!TAPS_IN_UNITS) return weight_of(chunk_pair + tap * units + unit, e);
+        const index_t begin = tap / kUnit * kUnit;  // a last unit that is not whole holds the last kUnit taps
+        return weight_of(begin / kUnit * units + c_in, int(tap - min_index(begin, taps - kUnit)));
+    }
+    __device__ __forceinline__ acc_t weight_of(index_t pair, int element) const {
+        const StorageVector* const packed = weight + pair * (kParts * BLOCK_M);
+        const acc_t w = scalar::load(packed->element[element]);
         if (!IS_SPLIT) return w;
-        const acc_t low = scalar::load(packed[BLOCK_M].element[e]);
+        const acc_t low = scalar::load(packed[BLOCK_M].element[element]);
         return is_nan(w) ? low : w + low;  // where w_hi is a NaN, w_lo holds the weight itself
     }
     __device__ __forceinline__ void next_channel() {

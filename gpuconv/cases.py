@@ -125,6 +125,7 @@ CASES: tuple[Case, ...] = (
     _conv("k64_even", 1, 3, 5, 100, 64, "kernel", padding=32),
     _conv("k_longer_than_input", 2, 2, 3, 20, 45, "kernel", padding=(30, 17)),
     _conv("k_equals_input", 3, 4, 6, 25, 25, "kernel"),
+    _conv("k_depthwise_longer_than_input", 1, 4, 4, 40, 131, "kernel", "depthwise", groups=4, padding=65),
     _conv("k513", 1, 1, 2, 600, 513, "kernel", bias=False),
     # Strides.
     _conv("docs_example", 2, 16, 33, 50, 3, "stride", stride=2),
@@ -184,6 +185,8 @@ CASES: tuple[Case, ...] = (
     _conv("depthwise_strided_dilated", 2, 10, 10, 77, 4, "groups", "depthwise", groups=10, stride=2, dilation=2),
     _conv("depthwise_long_dilated", 1, 6, 6, 141, 5, "groups", "depthwise", groups=6, dilation=3, padding=(4, 9)),
     _conv("depthwise_stride8", 2, 6, 6, 90, 9, "groups", "depthwise", groups=6, stride=8, padding=(5, 3)),
+    _conv("depthwise_long_kernel", 2, 3, 6, 300, 130, "groups", "depthwise", groups=3, padding=(70, 21)),
+    _conv("groups3_long_kernel", 2, 9, 51, 83, 21, "groups", groups=3, stride=3, dilation=3, padding=(40, 22)),
     _conv("groups_to_one_each", 2, 12, 4, 40, 3, "groups", groups=4, bias=False),
     # Channel counts off the usual multiples.
     _conv("one_channel", 3, 1, 1, 71, 9, "channels", padding=4),
@@ -225,7 +228,9 @@ CASES: tuple[Case, ...] = (
     _conv("wavenet_dilated", 1, 16, 32, 90, 2, "model", dilation=32, padding="causal"),
     _conv("mamba_dw", 2, 40, 40, 70, 4, "model", "depthwise", groups=40, padding="causal"),
     _conv("conformer_dw", 2, 24, 24, 53, 31, "model", "depthwise", groups=24, padding=15),
+    _conv("hyena_dw", 2, 4, 4, 140, 140, "model", "depthwise", groups=4, padding="causal", bias=False),
     _conv("convnext_dw", 1, 10, 10, 90, 7, "model", "depthwise", groups=10, padding=3),
+    _conv("quartznet_dw", 2, 6, 6, 150, 75, "model", "depthwise", groups=6, padding=37),
     _conv("bigvgan_alias_down", 2, 6, 6, 97, 12, "model", "depthwise", groups=6, stride=2, bias=False),
     _conv("convtasnet_encoder", 2, 1, 32, 160, 16, "model", stride=8, padding=8, bias=False),
     _conv("encodec_down", 1, 16, 32, 80, 16, "model", stride=8, padding=(8, 0)),
@@ -233,6 +238,9 @@ CASES: tuple[Case, ...] = (
     _conv("stft", 1, 1, 65, 640, 128, "model", stride=64, bias=False),
     _conv("resample", 2, 1, 16, 450, 48, "model", stride=44, bias=False),
     _conv("bpnet_head", 1, 34, 2, 60, 75, "model", padding=37),
+    _conv("tacotron2_location", 1, 2, 32, 50, 31, "model", padding=15, bias=False),
+    _conv("attnsleep", 2, 1, 20, 220, 80, "model", stride=10, padding=40, bias=False),
+    _conv("enformer_stem", 2, 4, 24, 60, 15, "model", padding=7),
     _conv("mimi_stream", 1, 36, 20, 24, 16, "model", stride=8),
     _conv("diffusion_policy_mid", 1, 60, 24, 4, 5, "model", padding=2),
     _conv("htdemucs_stem", 2, 2, 48, 160, 8, "model", stride=4, padding=2),
@@ -299,6 +307,7 @@ _FAR = MAX_STEP  # twice it, taken for a signed 32-bit integer, is -2
 # Positions that do not fit 32 bits, on small arrays: GPUs compute these with 64-bit indices. All taps but one lie far
 # outside of the input; where a position loses its upper bits, some of them seem to lie two positions away.
 WIDE_CASES: tuple[Case, ...] = (
+    _conv("wide_filters", 2, 3, 20, 30, 23, "wide", dilation=_FAR, padding=11 * _FAR),
     _conv("wide_dense", 2, 36, 20, 30, 5, "wide", dilation=_FAR, padding=2 * _FAR),
     _conv("wide_stem", 2, 2, 40, 30, 5, "wide", dilation=_FAR, padding=2 * _FAR),
     _conv("wide_narrow", 2, 12, 3, 30, 5, "wide", dilation=_FAR, padding=(2 * _FAR - 5, 2 * _FAR + 2)),

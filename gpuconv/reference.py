@@ -173,9 +173,9 @@ class Sums:
         arithmetic does; for them n + 2 becomes 4n/3 + 2. An instruction adds b products to a sum: it cuts all of them
         off 24 bits below the leading bit of the largest, which loses less than u of it each, and rounds the result
         toward zero, which loses at most u more as the sum is one of the terms cut off (25 bits, and less, on sm_90). So
-        b products cost b + 1 units. b is at least 4; where the channels do not fill the last block, the sum costs a
-        third more in all, as with nine channels in three blocks. In TF32 each operand moves by up to 2**-11 of itself,
-        which adds (2**-10 + 2**-22) times the magnitude.
+        b products cost b + 1 units. b is at least 4; where the channels, or the taps of a channel, do not fill the last
+        block, the sum costs a third more in all, as with nine of them in three blocks. In TF32 each operand moves by up
+        to 2**-11 of itself, which adds (2**-10 + 2**-22) times the magnitude.
 
         A residual counts as one more addend, with one more rounding. An activation takes the place of the rounding to
         the output dtype: with B for what stands before that in the formula, s for the largest slope and e for the error

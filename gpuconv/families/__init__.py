@@ -8,10 +8,12 @@ from . import edges, fused
 from .base import ArrayLayout, Config, Family, Launch, Layout, Plan, Refusal, Step
 from .bias_gradient_rows import BiasGradientRows
 from .conv1d_depthwise import Conv1dDepthwise
+from .conv1d_im2col import Conv1dIm2col
 from .conv1d_narrow import Conv1dNarrow
 from .conv1d_skinny import Conv1dSkinny
 from .conv1d_stem import Conv1dStem
 from .conv1d_tail import Conv1dTail
+from .conv1d_toeplitz import Conv1dToeplitz
 from .conv_direct import Conv1dDirect, ConvTranspose1dGather
 from .conv_mma import Conv1dMma, ConvTranspose1dMma
 from .conv_tiled import Conv1dTiled, ConvTranspose1dPhases
@@ -27,6 +29,8 @@ from .weight_gradient_tiled import WeightGradientTiled
 FAMILIES: tuple[Family[Any], ...] = (
     Conv1dMma(),
     ConvTranspose1dMma(),
+    Conv1dIm2col(),
+    Conv1dToeplitz(),
     Conv1dDepthwise(),
     Conv1dSkinny(),
     Conv1dStem(),

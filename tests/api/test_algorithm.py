@@ -26,6 +26,8 @@ BASE = {"conv1d": "conv1d_direct", "conv_transpose1d": "conv_transpose1d_gather"
 TAKEN = {
     "conv1d_mma": "mimi_stream",
     "conv_transpose1d_mma": "up_stride2_k4",
+    "conv1d_im2col": "enformer_stem",
+    "conv1d_toeplitz": "quartznet_dw",
     "conv1d_depthwise": "depthwise_strided_dilated",
     "conv1d_skinny": "length1_padded",
     "conv1d_stem": "padding_exceeds_input",
@@ -43,6 +45,8 @@ TAKEN = {
 REFUSED = {
     "conv1d_mma": "one_channel",
     "conv_transpose1d_mma": "up_length127",
+    "conv1d_im2col": "mimi_stream",
+    "conv1d_toeplitz": "mimi_stream",
     "conv1d_depthwise": "mimi_stream",
     "conv1d_skinny": "one_channel",
     "conv1d_stem": "mimi_stream",
@@ -53,6 +57,9 @@ REFUSED = {
     "conv_transpose1d_tail": "up_stride2_k4",
     "conv_transpose1d_phases": "styletts2_pool",
 }
+
+
+ON_TENSOR_CORES = {family.name for family in FORWARD_FAMILIES if not family.canonical_order}
 
 
 class Call:
@@ -75,7 +82,7 @@ class Call:
 
 def number_format(family: str) -> str:
     """float16 for tensor cores, which multiply it on every architecture."""
-    return "float16" if family.endswith("_mma") else "float32"
+    return "float16" if family in ON_TENSOR_CORES else "float32"
 
 
 def this_gpu() -> Device:

@@ -85,6 +85,7 @@ FAMILY_CASES = (
     "depthwise_stride8", "wav2vec2_stem", "one_output_channel", "length1_output", "dense_long_sum", "up_stride2_k4",
     "up_dilation3_stride2", "up_depthwise", "up_depthwise_dilated", "up_depthwise_long_dilated",
     "up_one_output_channel", "up_dense_long_sum", "up_dense_dilation3", "up_unbatched", "channels_64_128",
+    "enformer_stem", "attnsleep", "quartznet_dw",
 )  # fmt: skip
 
 

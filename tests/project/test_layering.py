@@ -210,6 +210,7 @@ HELPERS = {
     "append_samples",
     "pack_weight",
     "pack_mma_weight",
+    "pack_im2col_weight",
     "sum_slices",
     "conv1d_edges",
     "conv_transpose1d_fold",
@@ -272,7 +273,7 @@ def test_a_family_has_one_name(family: Family[Any]) -> None:
         r"__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s+)?(\w+)\(", code(kernel.read_text(encoding="utf-8"))
     )
     assert functions == [family.name]
-    assert re.fullmatch(rf"{family.kind}_[a-z]+(_[a-z]+)*", family.name)
+    assert re.fullmatch(rf"{family.kind}_[a-z0-9]+(_[a-z0-9]+)*", family.name)
     kernels = {config.kernel for config in family.configs(Device.from_arch("sm_90"))}
     assert kernels - HELPERS == {family.name}
 

@@ -68,7 +68,7 @@ ONLY_TRANSPOSED: dict[str, Callable[[ConvProblem], bool]] = {
 
 def test_names_and_size() -> None:
     assert len({case.name for case in cases.select()}) == len(CASES) + len(WIDE_CASES)
-    assert 100 <= len(CASES) <= 160
+    assert 100 <= len(CASES) <= 170
     assert all(case.tags for case in CASES)
 
 

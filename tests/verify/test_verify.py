@@ -424,6 +424,8 @@ def test_what_far_needs_is_told_where_it_is_missing(plant: Callable[[Kernel], No
         ("conv_transpose1d_depthwise", "IS_SKIPPING", "01"),
         ("conv1d_direct", "INDEX_BITS", ("32", "64")),
         ("conv1d_mma", "INDEX_BITS", ("32", "64")),
+        ("conv1d_im2col", "INDEX_BITS", ("32", "64")),
+        ("conv1d_im2col", "IS_SPLIT", "01"),
         ("pack_weight", "INDEX_BITS", ("32", "64")),
         ("pack_mma_weight", "INDEX_BITS", ("32", "64")),
     ],

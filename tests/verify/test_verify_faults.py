@@ -89,6 +89,14 @@ FAULTS: Mapping[str, Fault] = {
         "pack_mma_weight", "exists = find_weight(", "exists = tap > 0 && find_weight(",
         "conv1d_mma", "mimi_stream", "float16",
     ),
+    "pack_im2col_weight drops the first tap": Fault(
+        "pack_im2col_weight",
+        "exists && first + e >= begin ?",
+        "exists && first + e >= begin && first + e > 0 ?",
+        "conv1d_im2col",
+        "enformer_stem",
+        "float16",
+    ),
     "weight_gradient_mma drops the last position": Fault(
         "weight_gradient_mma",
         "n + sample < s.n_end && l_coarse < s.l_end;",
@@ -128,6 +136,14 @@ FAULTS: Mapping[str, Fault] = {
         "if (source.exists && source.index > 0 && n_begin",
         "conv1d_stem",
         "padding_exceeds_input",
+    ),
+    "conv1d_im2col takes the last position for padding": Fault(
+        "conv1d_im2col",
+        "const bool exists = is_read && source.exists;",
+        "const bool exists = is_read && source.exists && source.index + 1 < tile.L_in;",
+        "conv1d_im2col",
+        "enformer_stem",
+        "float16",
     ),
     "weight_gradient_direct begins a position late": Fault(
         "weight_gradient_direct",
@@ -279,6 +295,12 @@ FAULTS: Mapping[str, Fault] = {
     ),
     "conv1d_mma keeps a NaN": Fault(
         "conv1d_mma", FALLBACK, NO_FALLBACK, "conv1d_mma", "whisper_conv1", "float16", says=NONFINITE
+    ),
+    "conv1d_im2col keeps a NaN": Fault(
+        "conv1d_im2col", FALLBACK, NO_FALLBACK, "conv1d_im2col", "enformer_stem", "float16", says=NONFINITE
+    ),
+    "conv1d_toeplitz keeps a NaN": Fault(
+        "conv1d_toeplitz", FALLBACK, NO_FALLBACK, "conv1d_toeplitz", "quartznet_dw", "float16", says=NONFINITE
     ),
     "conv1d_tail keeps a NaN": Fault(
         "conv1d_tail", FALLBACK, NO_FALLBACK, "conv1d_tail", "one_channel", says=NONFINITE

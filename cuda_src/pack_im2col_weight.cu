@@ -1,0 +1,71 @@
+// pack_im2col_weight: lays out a layer's weights in the order in which conv1d_im2col reads them.
+//
+//   packed[g, row_tile, pair, part, i] = 16 bytes: the weights of c_out = g*C_out_g + row_tile*block_rows + i and channel
+//   c_in = pair % C_in_g at the kUnit taps of unit pair / C_in_g; zeros for rows and pairs that do not exist.
+//
+// A unit holds neighbouring taps. Where the last of K / kUnit rounded up is not whole, it holds the last kUnit taps of all,
+// with zeros for those that the unit before it holds, too.
+//
+// float16 and bfloat16 as they are; float32 rounded to TF32, or as two parts (IS_SPLIT = 1): w_hi, and w_lo = w - w_hi. A
+// weight that split_tf32 refuses has a NaN in w_hi and itself in w_lo.
+//
+// Grid x: blocks of BLOCK_SIZE vectors of one part; where the grid is shorter, threads take several. A warp takes kWarpRows
+// rows of kWarpPairs pairs, so that it reads and writes neighbouring bytes. Grid y and z: 1. No shared memory.
+// Takes weights of any strides, in elements, with K >= kUnit.
+
+#include "common.cuh"
+#include "tf32.cuh"
+
+struct Params {
+    index_t num_vectors;  // groups * row_tiles * pairs * block_rows
+    index_t row_tiles, block_rows, pairs;
+    index_t K, C_in_g, C_out_g;
+    index_t weight_stride_out, weight_stride_in, weight_stride_k;
+};
+static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/conv1d_im2col.py");
+
+constexpr int kUnit = kStorageVec;
+constexpr int kParts = IS_SPLIT ? 2 : 1;
+constexpr int kWarpRows = 8, kWarpPairs = 4;  // block_rows and pairs are multiples of these: gpuconv/families/mma.py
+
+extern "C" __global__ void __launch_bounds__(BLOCK_SIZE, 2) pack_im2col_weight(
+    const storage_t* __restrict__ weight,  // [C_out, C_in_g, K]
+    StorageVector* __restrict__ packed,    // [groups, row_tiles, pairs, parts, block_rows]
+    const Params p) {
+    const index_t grid_size = index_t(gridDim.x) * BLOCK_SIZE;
+    const int lane = threadIdx.x % 32;
+    const index_t warps_of_pairs = p.block_rows / kWarpRows, warps_of_tile = p.pairs / kWarpPairs * warps_of_pairs;
+    for (index_t i = index_t(blockIdx.x) * BLOCK_SIZE + threadIdx.x; i < p.num_vectors; i += grid_size) {
+        const index_t tile = i / 32 / warps_of_tile, warp_of_tile = i / 32 - tile * warps_of_tile;
+        const index_t warp_pair = warp_of_tile / warps_of_pairs, warp_row = warp_of_tile - warp_pair * warps_of_pairs;
+        const index_t pair = warp_pair * kWarpPairs + lane / kWarpRows;
+        const index_t in_block = warp_row * kWarpRows + lane % kWarpRows;
+        const index_t g = tile / p.row_tiles;
+        const index_t row = (tile - g * p.row_tiles) * p.block_rows + in_block;
+        const index_t unit = pair / p.C_in_g, c_in = pair - unit * p.C_in_g;
+        const index_t begin = unit * kUnit, first = min_index(begin, p.K - kUnit);  // taps
+        const bool exists = row < p.C_out_g && begin < p.K;
+        const storage_t* const w = weight +
+            (exists ? (g * p.C_out_g + row) * p.weight_stride_out + c_in * p.weight_stride_in + first * p.weight_stride_k : 0);
+        StorageVector* const to = packed + ((tile * p.pairs + pair) * kParts * p.block_rows + in_block);
+
+        StorageVector large, small;
+#pragma unroll
+        for (int e = 0; e < kUnit; ++e) {
+            const storage_t tap =
+                exists && first + e >= begin ? w[e * p.weight_stride_k] : scalar::storage_zero();
+            storage_t packed_tap = tap;
+            if (IS_SPLIT) {
+                float hi, lo;
+                split_tf32(float(tap), &hi, &lo);
+                packed_tap = storage_t(hi);
+                small.element[e] = hi == hi ? storage_t(lo) : tap;
+            } else if (sizeof(storage_t) == 4) {
+                packed_tap = storage_t(round_to_finite_tf32(float(tap)));
+            }
+            large.element[e] = packed_tap;
+        }
+        to[0] = large;
+        if (IS_SPLIT) to[p.block_rows] = small;
+    }
+}

@@ -1,0 +1,358 @@
+"""conv1d_im2col: few input channels a group and long kernels on tensor cores, whose operands hold neighbouring taps.
+
+Contract: cuda_src/conv1d_im2col.cu.
+
+It is there for learned filter banks and spectrograms, six of the benchmark's 81 layers (sincnet, attnsleep, STFT,
+resample, and the stems of Enformer and Tacotron 2): with so few input channels the operands of conv1d_mma, which hold
+neighbouring channels, would be mostly zeros, and CUDA cores take five to ten times as long by the model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from ..costs import MMA_LATENCY_CYCLES, RESERVED_SHARED_BYTES, Code, Ending, Work, predict_launch, tensor_cores
+from ..device import Device
+from ..problem import ConvProblem
+from ..source import params_fields
+from . import mma
+from .arithmetic import ARITHMETICS, MIN_SPLIT_TERMS, STAGE_PAIRS, STAGE_STEPS, UNIT_BYTES, WARP, Arithmetic
+from .base import (
+    MAX_GRID,
+    PACKED,
+    Config,
+    Family,
+    Launch,
+    Layout,
+    Plan,
+    Refusal,
+    Step,
+    conv_arrays,
+    conv_fields,
+    params_of,
+    with_padding_mode,
+)
+from .mma import Tile
+from .offsets import Overhang, index_bits
+from .product import Product
+
+# With more, conv1d_mma fills its operands with channels.
+MAX_C_IN_G = mma.MIN_CHANNELS - 1
+MIN_C_OUT_G = 8
+# A sum of n = C_in_g * K products is formed of C_in_g * ceil(K/4) blocks of at least 4, by which the bound allows for
+# n/3: from 8 taps on that is so (9 taps are 3 blocks). Of split TF32, whose bound mma.py derives, the sums that are
+# added to a total are at most C_in_g * ceil(K/4) / 4 + 1, which is less than n/10 + 2.
+MIN_TAPS = 8
+# Below, writing the results takes most of the time, which conv1d_stem does as well.
+MIN_TERMS = 32
+PACK_BLOCK_SIZE = 128
+
+# Tiles of 80 and 48 rows are for filter banks of such numbers of channels; those of few columns for windows that are
+# large because the stride is. The three sets of sums of a split product leave registers for smaller ones.
+_TILES = (
+    Tile(128, 128, 2, 2, 2, 4),
+    Tile(64, 128, 2, 2, 3, 4),
+    Tile(80, 160, 1, 5, 2, 4),
+    Tile(48, 128, 1, 4, 4, 4),
+    Tile(32, 128, 1, 4, 4, 4),
+    Tile(16, 128, 1, 4, 4, 4),
+    Tile(128, 64, 4, 1, 3, 4),
+    Tile(64, 64, 2, 2, 4, 4),
+    Tile(64, 16, 4, 1, 4, 4),
+)
+_SPLIT_TILES = (
+    Tile(128, 128, 2, 4, 1, 2),
+    Tile(64, 128, 2, 4, 1, 2),
+    Tile(48, 128, 1, 4, 2, 4),
+    Tile(32, 128, 1, 4, 3, 4),
+    Tile(16, 128, 1, 4, 4, 4),
+    Tile(64, 64, 2, 2, 2, 4),
+)
+MAX_BLOCK_M, MAX_BLOCK_N = 128, 160
+# By the bytes of an element: columns whose window must fit in shared memory. With fewer, tensor cores that multiply in
+# TF32 wait for their operands longer than CUDA cores take.
+MIN_COLUMNS = {2: 16, 4: 64}
+
+# Of the cost model: cycles until a block's first data arrive and its last are gone, and from a load to its data (an
+# assumption); instructions of a warp, from the machine code for sm_90: of a stage besides its products and loads of
+# matrices, of a row of the window for each lane, of a result for each lane.
+_LATENCY_CYCLES = 2500.0
+_LOAD_CYCLES = 600.0
+_STAGE_CYCLES = 60.0
+_STAGE_INSTRUCTIONS = 28.0
+_ROW_INSTRUCTIONS = 52.0
+_RESULT_INSTRUCTIONS = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """How the input that a block reads lies in shared memory, in rows of one unit: see the .cu file.
+
+    Attributes:
+        planes: that whole units share.
+        plane_rows: of each plane.
+        plane_step: positions from plane to plane.
+        round_rows: rows from a unit to the next one in its plane.
+        last_row: of the last unit of a channel, where that is not whole.
+        channel_rows: of all planes of a channel.
+    """
+
+    planes: int
+    plane_rows: int
+    plane_step: int
+    round_rows: int
+    last_row: int
+    channel_rows: int
+
+    @classmethod
+    def of(cls, problem: ConvProblem, unit: int, block_n: int) -> Window:
+        p = problem
+        whole, step = p.K // unit, unit * p.dilation
+        shared = mma.Window.of(replace(Product.of(p), taps=whole, tap_step=step), 1, block_n)
+        planes, rows, all_planes, last_row = shared.planes, shared.plane_rows, shared.planes, 0
+        if p.K % unit:
+            last = (p.K - unit) * p.dilation
+            if p.stride == 1 and planes == 1 and last < rows:  # the plane has a row for every position
+                rows, last_row = block_n + last, last
+            else:
+                all_planes, last_row = planes + 1, planes * rows
+        return cls(planes, rows, step, shared.tap_rows_step, last_row, all_planes * rows)
+
+    def params(self) -> dict[str, int]:
+        """The fields of Params, in order."""
+        return {
+            "planes": self.planes,
+            "plane_rows": self.plane_rows,
+            "plane_step": self.plane_step,
+            "round_rows": self.round_rows,
+            "last_row": self.last_row,
+            "channel_rows": self.channel_rows,
+            "plane_reciprocal": -(-(2**32) // self.plane_rows),
+            "channel_reciprocal": -(-(2**32) // self.channel_rows),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """A layer cut into tiles.
+
+    Attributes:
+        us: predicted for the whole launch.
+    """
+
+    tile: Tile
+    window: Window
+    row_tiles: int
+    column_tiles: int
+    blocks: int
+    shared_bytes: int
+    us: float
+
+
+def pairs_of(problem: ConvProblem, arithmetic: Arithmetic) -> int:
+    """(unit, channel) pairs of a sum, filled up to whole stages."""
+    pairs = -(-problem.K // arithmetic.channels) * problem.C_in_g
+    return -(-pairs // STAGE_PAIRS) * STAGE_PAIRS
+
+
+def tiles(arithmetic: Arithmetic, bits: int = 32) -> tuple[Tile, ...]:
+    """The tiles of an arithmetic; the smallest alone with 64-bit offsets, since arrays that need them fill any."""
+    found = _SPLIT_TILES if arithmetic.parts == 2 else _TILES
+    return found if bits == 32 else tuple(tile for tile in found if tile.block_m == 64 and tile.block_n <= 64)
+
+
+def _shared_bytes(problem: ConvProblem, tile: Tile, window: Window, arithmetic: Arithmetic) -> int:
+    stages = mma.NUM_STAGES * tile.stage_bytes(arithmetic.parts)
+    rows = arithmetic.parts * problem.C_in_g * window.channel_rows * UNIT_BYTES
+    return max(stages + rows + pairs_of(problem, arithmetic) * 4, tile.slice_bytes(problem.itemsize))
+
+
+@lru_cache(maxsize=1024)
+def compare_tilings(problem: ConvProblem, bits: int, device: Device) -> tuple[Tiling, ...]:
+    """The tilings of a layer that fit the device, the cheapest first."""
+    p, arithmetic = problem, ARITHMETICS[problem.dtype, problem.precision]
+    found = []
+    for tile in tiles(arithmetic, bits):
+        window = Window.of(p, arithmetic.channels, tile.block_n)
+        needed = _shared_bytes(p, tile, window, arithmetic)
+        row_tiles, column_tiles = -(-p.C_out_g // tile.block_m), -(-p.L_out // tile.block_n)
+        blocks = row_tiles * column_tiles * p.N * p.groups
+        if needed <= device.shared_per_block and blocks <= MAX_GRID:
+            us = _predict(p, tile, window, arithmetic, blocks, needed, device)
+            found.append(Tiling(tile, window, row_tiles, column_tiles, blocks, needed, us))
+    return tuple(sorted(found, key=lambda tiling: tiling.us))
+
+
+def _work(
+    problem: ConvProblem, arithmetic: Arithmetic, *, blocks: int, block_m: int, block_n: int, rows: int, waits: float
+) -> Work:
+    """What a launch does; `rows` of the window of a block."""
+    p, a = problem, arithmetic
+    pairs, results = pairs_of(p, a), blocks * block_m * block_n
+    return Work(
+        multiply_adds=results * pairs * a.channels * a.products,
+        l2_bytes=blocks * (pairs * a.parts * block_m + rows) * UNIT_BYTES + p.bytes(),
+        load_share=0.25,
+        staging_instructions=blocks * rows / WARP * _ROW_INSTRUCTIONS,
+        # A lane loads the elements of a row one by one and stores 16 bytes of each part.
+        staging_wavefronts=blocks * rows / WARP * (a.channels + 4 * a.parts),
+        dram_bytes=p.bytes(),
+        waits=waits,
+        ending=Ending(
+            results / WARP * _RESULT_INSTRUCTIONS, 2 * results / WARP, math.prod(p.output_shape) * p.itemsize
+        ),
+    )
+
+
+def _predict(
+    problem: ConvProblem, tile: Tile, window: Window, arithmetic: Arithmetic, blocks: int, shared: int, device: Device
+) -> float:
+    """Predicted microseconds of a launch."""
+    p, a = problem, arithmetic
+    pairs, rows = pairs_of(p, a), p.C_in_g * window.channel_rows
+    stages = pairs // STAGE_PAIRS
+    waits = _LATENCY_CYCLES + -(-rows // (tile.threads * tile.prefetch)) * _LOAD_CYCLES
+    work = _work(p, a, blocks=blocks, block_m=tile.block_m, block_n=tile.block_n, rows=rows, waits=waits)
+    passes = blocks * tile.warps * stages
+    tiles_m, tiles_n = tile.block_m // tile.warps_m // 16, tile.block_n // tile.warps_n // 8
+    fetches = STAGE_STEPS * a.parts * (tiles_m + tiles_n / 2)  # of four matrices
+    products = STAGE_STEPS * tiles_m * tiles_n * a.products
+    sums = 4 * tiles_m * tiles_n if a.parts == 2 else 0
+    code = Code(
+        passes * (products + fetches + sums + _STAGE_INSTRUCTIONS) + work.staging_instructions,
+        passes * 4 * (fetches + 2) + work.staging_wavefronts,
+        stages * (_STAGE_CYCLES + MMA_LATENCY_CYCLES * STAGE_STEPS),
+    )
+    resident = min(tile.min_blocks, max(1, device.shared_per_sm // (shared + RESERVED_SHARED_BYTES)))
+    unit = tensor_cores(device, p.itemsize)
+    return predict_launch(work, code, blocks=blocks, resident=resident, unit=unit, device=device).us
+
+
+class Conv1dIm2col(Family[ConvProblem]):
+    """Tensor-core tiles over c_out by l_out, the reduction over taps side by side."""
+
+    name = "conv1d_im2col"
+    kind = "conv1d"
+    canonical_order = False
+    maps_edges = True
+
+    def plan(self, problem: ConvProblem, layout: Layout, device: Device) -> Plan | Refusal:
+        p = problem
+        arithmetic = ARITHMETICS.get((p.dtype, p.precision))
+        if arithmetic is None or device.arch < arithmetic.min_arch:
+            return Refusal("needs float16 (sm_75), bfloat16 or float32 (sm_80)")
+        is_split = arithmetic.parts == 2
+        min_rows, min_terms = (mma.MIN_SPLIT_ROWS, MIN_SPLIT_TERMS) if is_split else (MIN_C_OUT_G, MIN_TERMS)
+        if not 1 <= p.C_in_g <= MAX_C_IN_G:
+            return Refusal(f"needs C_in/groups from 1 to {MAX_C_IN_G}")
+        if p.C_out_g < min_rows:
+            return Refusal(f"needs C_out/groups >= {min_rows}")
+        if p.K < MIN_TAPS or p.terms < min_terms:
+            return Refusal(f"needs K >= {MIN_TAPS} and C_in/groups * K >= {min_terms}")
+        columns = MIN_COLUMNS[p.itemsize]
+        smallest = next(tile for tile in tiles(arithmetic, 64) if tile.block_n == columns)
+        window = Window.of(p, arithmetic.channels, columns)
+        if _shared_bytes(p, smallest, window, arithmetic) > device.shared_per_block:
+            return Refusal(f"needs the window of {columns} positions in shared memory")
+        bits = _index_bits(p, layout, arithmetic)
+        tilings = compare_tilings(p, bits, device)
+        if not tilings:
+            return Refusal(f"needs at most {MAX_GRID} blocks")
+        return self._plan(p, layout, device, bits, arithmetic, tilings)
+
+    def _plan(
+        self,
+        problem: ConvProblem,
+        layout: Layout,
+        device: Device,
+        bits: int,
+        arithmetic: Arithmetic,
+        tilings: tuple[Tiling, ...],
+    ) -> Plan:
+        p, tiling = problem, tilings[0]
+        pairs = pairs_of(p, arithmetic)
+        own = {
+            "row_tiles": tiling.row_tiles,
+            "column_tiles": tiling.column_tiles,
+            "pairs": pairs,
+            **tiling.window.params(),
+        }
+        params = params_of(self.name, conv_fields(p, layout), own)
+        launch = Launch(tiling.blocks, tiling.tile.threads, tiling.shared_bytes, bits, params)
+        config = with_padding_mode(self._config(p.dtype, p.precision, tiling.tile, bits, device), p.padding_mode)
+        pack, packed_bytes = _pack(p, layout, tiling, pairs, arithmetic)
+        return Plan(
+            (pack, Step(config, launch, conv_arrays(p, PACKED))),
+            ((PACKED, packed_bytes),),
+            tuple((f"{t.tile.block_m}x{t.tile.block_n}", t.us) for t in tilings),
+        )
+
+    def configs(self, device: Device) -> Iterator[Config]:
+        for (dtype, precision), arithmetic in ARITHMETICS.items():
+            if device.arch < arithmetic.min_arch:
+                continue
+            for bits in (32, 64):
+                for tile in tiles(arithmetic, bits):
+                    yield self._config(dtype, precision, tile, bits, device)
+                yield _pack_config(dtype, precision, bits)
+
+    def _config(self, dtype: str, precision: str, tile: Tile, bits: int, device: Device) -> Config:
+        return mma.kernel_config(self.name, dtype, precision, tile, bits, device, phases_in_rows=False, segment_mode=0)
+
+    def work(self, problem: ConvProblem, step: Step) -> Work:
+        p, params, macros = problem, dict(step.launch.params), dict(step.config.macros)
+        return _work(
+            p,
+            ARITHMETICS[p.dtype, p.precision],
+            blocks=step.launch.grid,
+            block_m=int(macros["BLOCK_M"]),
+            block_n=int(macros["BLOCK_N"]),
+            rows=p.C_in_g * params["channel_rows"],
+            waits=_LATENCY_CYCLES,
+        )
+
+
+def _index_bits(problem: ConvProblem, layout: Layout, arithmetic: Arithmetic) -> int:
+    p = problem
+    # What hangs over the last position and channel; a window holds whole units of taps, and its last rows begin as far
+    # behind the last column's as its units do.
+    overhang = Overhang(rows=MAX_BLOCK_M, positions=MAX_BLOCK_N, taps=p.K + arithmetic.channels, arrays=("output",))
+    blocks = (p.L_out + MAX_BLOCK_N) * p.N * p.groups
+    vectors = pairs_of(p, arithmetic) * (p.C_out_g + MAX_BLOCK_M) * p.groups * arithmetic.parts
+    return index_bits(p, layout, overhang, blocks, vectors)
+
+
+def _pack(problem: ConvProblem, layout: Layout, tiling: Tiling, pairs: int, arithmetic: Arithmetic) -> tuple[Step, int]:
+    """The launch of pack_im2col_weight, and the bytes that it writes."""
+    p, block_rows = problem, tiling.tile.block_m
+    num_vectors = p.groups * tiling.row_tiles * pairs * block_rows  # of one part
+    grid = min(-(-num_vectors // PACK_BLOCK_SIZE), MAX_GRID)
+    own = {
+        "num_vectors": num_vectors,
+        "row_tiles": tiling.row_tiles,
+        "block_rows": block_rows,
+        "pairs": pairs,
+    }
+    params = params_of("pack_im2col_weight", conv_fields(p, layout), own)
+    bits = index_bits(p, layout, Overhang(), num_vectors * arithmetic.parts + grid * PACK_BLOCK_SIZE)
+    launch = Launch(grid, PACK_BLOCK_SIZE, 0, bits, params)
+    return Step(
+        _pack_config(p.dtype, p.precision, bits), launch, ("weight", PACKED)
+    ), num_vectors * arithmetic.parts * UNIT_BYTES
+
+
+def _pack_config(dtype: str, precision: str, bits: int) -> Config:
+    kernel = "pack_im2col_weight"
+    return Config.of(
+        kernel,
+        {
+            "DTYPE": dtype,
+            "INDEX_BITS": bits,
+            "BLOCK_SIZE": PACK_BLOCK_SIZE,
+            "IS_SPLIT": int(ARITHMETICS[dtype, precision].parts == 2),
+            "PARAMS_BYTES": len(params_fields(kernel)) * bits // 8,
+        },
+    )
