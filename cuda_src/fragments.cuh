@@ -32,14 +32,15 @@ __device__ __forceinline__ void for_each_sum(const Function& function) {
     }
 }
 
-// Puts the next 16 rows of a warp's sums in place of the first, so that one loop body serves all rows.
+// Puts the next rows of a warp's sums in place of the first, kCount fragments, so that one loop body serves all rows.
+template <int kCount = 1>
 __device__ __forceinline__ void move_sums_up(Sums& acc) {
 #pragma unroll
-    for (int next = 1; next < kTilesM; ++next) {
+    for (int next = kCount; next < kTilesM; ++next) {
 #pragma unroll
         for (int j = 0; j < kTilesN; ++j) {
 #pragma unroll
-            for (int e = 0; e < 4; ++e) acc[next - 1][j][e] = acc[next][j][e];
+            for (int e = 0; e < 4; ++e) acc[next - kCount][j][e] = acc[next][j][e];
         }
     }
 }

@@ -69,6 +69,11 @@ __device__ __forceinline__ T* keep_in_register_shared(T* pointer) {
 // The upper half of the 64-bit product.
 __device__ __forceinline__ unsigned multiply_high(unsigned a, unsigned b) { return __umulhi(a, b); }
 
+// The lower half of the 64-bit number {high, low} shifted right by bits % 32.
+__device__ __forceinline__ unsigned funnel_shift_right(unsigned low, unsigned high, int bits) {
+    return __funnelshift_r(low, high, bits);
+}
+
 // The block's dynamic shared memory, 16-byte aligned. Kernels reach shared memory by this function alone.
 __device__ __forceinline__ unsigned char* dynamic_shared_memory() {
     extern __shared__ uint4 dynamic_shared_memory_base[];
@@ -138,6 +143,10 @@ __device__ __forceinline__ void copy_async_wait_group() {
 
 // Whether any lane's condition holds.
 __device__ __forceinline__ bool any_lane(bool condition) { return __any_sync(0xffffffffu, condition); }
+
+// What lies in global memory where it exists, else zeros.
+template <typename T>
+__device__ __forceinline__ T load_or_zero(const T* global, bool exists) { return exists ? *global : T(); }
 
 // Four 8x8 matrices of 16-bit elements (or 8x4 of 32-bit ones) from shared memory. Lane i gives the address of row i%8 of
 // matrix i/8, 16 bytes, aligned. fragment[j]: elements 2t and 2t+1 of row g of matrix j (the 32-bit element t of that row).

@@ -16,8 +16,9 @@ from ..device import Device
 from ..problem import ConvProblem
 from ..source import params_fields
 from .base import MAX_GRID, PACKED, PARTIAL, Config, Launch, Layout, Plan, Step, conv_arrays, conv_fields, params_of
-from .offsets import Overhang, index_bits
+from .offsets import index_bits
 from .product import Product
+from .weight_boxes import MAX_BYTES, MAX_ROWS, ROW_PADDING, WeightBoxes
 
 WARP = 32
 PAIRS_PER_STEP = 2  # (tap, unit) pairs of one mma
@@ -26,6 +27,7 @@ NUM_STAGES = 4  # of weights in shared memory, a power of two
 STAGE_PAIRS = PAIRS_PER_STEP * STAGE_STEPS
 PACK_BLOCK_SIZE = 128
 UNIT_BYTES = 16
+SLICE_TABLE_BYTES = 48  # of a row of Slice in mma.cuh, besides its elements, at most
 BANK_ROWS = 8  # of 16 bytes, in all banks of shared memory
 
 # float32 by split TF32 (see cuda_src/mma.cuh): x = x_hi + x_lo and w = w_hi + w_lo with |x_lo| <= 2**-11 |x|, so that
@@ -130,7 +132,8 @@ class Tile:
 
     def slice_bytes(self, itemsize: int) -> int:
         """Shared memory through which results pass in the end."""
-        return self.warps * 16 * (self.block_n // self.warps_n + 8) * itemsize
+        rows = 32 if self.block_m // self.warps_m % 32 == 0 else 16
+        return self.warps * rows * ((self.block_n // self.warps_n + 8) * itemsize + SLICE_TABLE_BYTES)
 
     def stage_bytes(self, parts: int) -> int:
         return STAGE_PAIRS * parts * self.block_m * UNIT_BYTES
@@ -591,33 +594,33 @@ def _pack(problem: ConvProblem, layout: Layout, product: Product, reduction: Red
     p, arithmetic = problem, ARITHMETICS[problem.dtype, problem.precision]
     row_tiles = -(-product.rows // tile.block_m)
     num_vectors = product.products * reduction.chunks * reduction.pairs * row_tiles * tile.block_m  # of one part
-    grid = min(-(-num_vectors // PACK_BLOCK_SIZE), MAX_GRID)
+    # Neighbours in memory are the channels and taps of a row: those of a whole chunk if they fit, else those of a unit.
+    taps, pair_bytes = -(-reduction.pairs // reduction.units), (MAX_ROWS + ROW_PADDING) * UNIT_BYTES
+    units = reduction.units if reduction.units * taps * pair_bytes <= MAX_BYTES else 1
+    boxes = WeightBoxes.of(
+        product,
+        rows=row_tiles * tile.block_m,
+        channels=reduction.chunks * reduction.units * arithmetic.channels,
+        taps=taps,
+        box_channels=units * arithmetic.channels,
+        box_taps=MAX_BYTES // (units * pair_bytes),
+    )
     params = params_of(
         "pack_mma_weight",
         conv_fields(p, layout),
         {
-            "num_vectors": num_vectors,
             "row_tiles": row_tiles,
             "block_rows": tile.block_m,
             "chunks": reduction.chunks,
             "units": reduction.units,
             "pairs": reduction.pairs,
-            "rows": product.rows,
-            "taps": product.taps,
+            **boxes.params(),
         },
     )
-    # Offsets of weights are formed before it is known whether they exist: of whole tiles of rows of all products, whole
-    # units of channels, and the taps of whole stages, of any phase.
-    overhang = Overhang(
-        rows=(product.products + 1) * row_tiles * tile.block_m - (p.C_out_g if p.transposed else p.C_out),
-        channels=reduction.units * arithmetic.channels,
-        taps=(product.taps + STAGE_PAIRS) * p.stride,
-        arrays=("weight",),
-    )
     values = (abs(value) for _, value in params)
-    bits = index_bits(p, layout, overhang, num_vectors * arithmetic.parts + grid * PACK_BLOCK_SIZE, *values)
+    bits = index_bits(p, layout, boxes.overhang, num_vectors * arithmetic.parts + tile.block_m, *values)
     config = _pack_config(p.dtype, p.precision, bits, transposed=p.transposed, phases_in_rows=product.phases_in_rows)
-    launch = Launch(grid, PACK_BLOCK_SIZE, 0, bits, params)
+    launch = Launch(boxes.grid, PACK_BLOCK_SIZE, boxes.shared_bytes(p.itemsize), bits, params)
     return Step(config, launch, ("weight", PACKED)), num_vectors * arithmetic.parts * UNIT_BYTES
 
 

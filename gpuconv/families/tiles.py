@@ -22,8 +22,9 @@ from .base import (
     params_of,
     round_up,
 )
-from .offsets import Overhang, index_bits
+from .offsets import index_bits
 from .product import Product
+from .weight_boxes import MAX_BYTES, MAX_ROWS, ROW_PADDING, WeightBoxes
 
 WARP = 32
 PACK_BLOCK_SIZE = 256
@@ -289,31 +290,32 @@ def packed_plan(
 ) -> Plan:
     """pack_weight, then the tiled kernel with its configuration and launch."""
     p = product.problem
-    grid = min(-(-packed.num_elements // PACK_BLOCK_SIZE), MAX_GRID)
+    # Neighbours in memory are the channels and taps of a row.
+    max_terms = MAX_BYTES // ((MAX_ROWS + ROW_PADDING) * p.format.accumulator_bytes)
+    boxes = WeightBoxes.of(
+        product,
+        rows=packed.row_tiles * packed.block_rows,
+        channels=-(-packed.padded_terms // product.taps),
+        taps=product.taps,
+        box_channels=max(1, max_terms // product.taps),
+        box_taps=max_terms,
+    )
     params = params_of(
         "pack_weight",
         conv_fields(p, layout),
         {
-            "num_elements": packed.num_elements,
             "padded_terms": packed.padded_terms,
             "block_rows": packed.block_rows,
             "row_tiles": packed.row_tiles,
-            "rows": product.rows,
             "taps": product.taps,
+            **boxes.params(),
         },
     )
     values = (abs(value) for _, value in params)
-    # Offsets of weights are formed before it is known whether they exist: of whole tiles of rows, chunks of terms, and
-    # the taps of the phase with the most.
-    overhang = Overhang(
-        rows=packed.row_tiles * packed.block_rows,
-        channels=MAX_BLOCK_R,
-        taps=product.taps * p.stride,
-        arrays=("weight",),
-    )
-    bits = index_bits(p, layout, overhang, packed.num_elements + grid * PACK_BLOCK_SIZE, *values)
+    bits = index_bits(p, layout, boxes.overhang, packed.num_elements + boxes.channels * product.taps, *values)
     pack = pack_config(p.dtype, bits, transposed=p.transposed, phases_in_rows=product.phases_in_rows)
-    pack_launch = Launch(grid, PACK_BLOCK_SIZE, 0, bits, params)
+    shared_bytes = boxes.shared_bytes(p.format.accumulator_bytes)
+    pack_launch = Launch(boxes.grid, PACK_BLOCK_SIZE, shared_bytes, bits, params)
     candidates = tuple(
         (f"{t.tile.block_m}x{t.tile.block_n}{'' if t.column_step else ' through samples'}", t.cycles) for t in tilings
     )

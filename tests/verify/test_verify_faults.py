@@ -79,13 +79,13 @@ FAULTS: Mapping[str, Fault] = {
     ),
     "pack_weight drops the last tap": Fault(
         "pack_weight",
-        "packed[i] = find_weight(",
-        "packed[i] = tap + 1 < p.taps && find_weight(",
+        "shared[(c_in * int(p.box_taps) + tap) * pitch + row] = scalar::load(w);",
+        "shared[(c_in * int(p.box_taps) + tap) * pitch + row] = tap + 1 < p.taps ? scalar::load(w) : scalar::zero();",
         "conv1d_tiled",
         "padding_same_strided_even",
     ),
     "pack_mma_weight drops the first tap": Fault(
-        "pack_mma_weight", "exists = find_weight(", "exists = tap > 0 && find_weight(",
+        "pack_mma_weight", "[c_in - unit * kUnit] = w;", "[c_in - unit * kUnit] = tap > 0 ? w : scalar::storage_zero();",
         "conv1d_mma", "mimi_stream", "float16",
     ),
     "weight_gradient_mma drops the last position": Fault(
@@ -229,8 +229,8 @@ FAULTS: Mapping[str, Fault] = {
     ),
     "pack_weight takes another phase's taps": Fault(
         "pack_weight",
-        "k = quotient % p.tap_step * p.phase_inverse % p.tap_step + tap",
-        "k = quotient % p.tap_step + tap",
+        "k_first = quotient % p.tap_step * p.phase_inverse % p.tap_step;",
+        "k_first = quotient % p.tap_step;",
         "conv_transpose1d_phases",
         "up_dilation4_stride6",
     ),
