@@ -196,7 +196,7 @@ struct alignas(16) SliceRow {
 struct alignas(16) Piece {
     index_t to;  // from Tile::output
     int from, vectors;
-    short head, rest;
+    int ends;  // head, and the rest behind the vectors in the upper half
 };
 struct Slice {
     storage_t element[kSliceRows * kSlicePitch];
@@ -287,14 +287,13 @@ __device__ __forceinline__ void store_neighbours(
         piece.to = offset + head + vectors_before * kUnit;
         piece.from = mine.start + begin * mine.count + first + head + vectors_before * kUnit;
         piece.vectors = int(behind / kUnit) - vectors_before;
-        piece.head = short(has_ends ? head : 0);
-        piece.rest = short(has_ends ? behind % kUnit : 0);
+        piece.ends = has_ends ? head | int(behind % kUnit) << 16 : 0;
         slice->piece[lane] = piece;
     }
     __syncwarp();
 
     const int part = lane & ((1 << lane_bits) - 1);
-#pragma unroll 1
+#pragma unroll 2
     for (int row = lane >> lane_bits; row < kSliceRows; row += 32 >> lane_bits) {
         const Piece piece = slice->piece[row];
         storage_t* const y = tile.output + piece.to;
@@ -302,9 +301,10 @@ __device__ __forceinline__ void store_neighbours(
             reinterpret_cast<Vector<unsigned>*>(y)[part] = load_slice(slice, piece.from + part * kUnit);
         }
         if (has_rest) {
+            const int head = piece.ends & 0xffff, ends = head + (piece.ends >> 16);
 #pragma unroll 1
-            for (int e = part; e < piece.head + piece.rest; e += 1 << lane_bits) {
-                const int i = (e < piece.head ? 0 : piece.vectors * kUnit) + (e - piece.head);
+            for (int e = part; e < ends; e += 1 << lane_bits) {
+                const int i = (e < head ? 0 : piece.vectors * kUnit) + (e - head);
                 y[i] = slice->element[piece.from + i];
             }
         }
@@ -381,7 +381,7 @@ __device__ __forceinline__ void store_tile(
     Tile tile, const Window& window, const storage_t* bias, const RowOf& row_of, Sums& acc) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     Slice* const slice = keep_in_register_shared(reinterpret_cast<Slice*>(dynamic_shared_memory()) + warp);
-    tile.output = keep_in_register(tile.output);
+    tile.output = keep_in_register_global(tile.output);
     const index_t column_begin = warp % WARPS_N * kWarpN;
     index_t row_begin = tile.row_begin + warp / WARPS_N * kWarpM;
 #pragma unroll 1

@@ -49,7 +49,8 @@ __device__ __forceinline__ unsigned block_index_again() {
 }
 
 // The same value, hidden from the compiler's knowledge of how it was computed: it stays in registers instead of being
-// computed again wherever it is used. keep_in_register_shared is for pointers to shared memory, which are 32 bits wide.
+// computed again wherever it is used. keep_in_register_shared and keep_in_register_global are for pointers of which the
+// compiler must go on to know that they lead to shared memory, where they are 32 bits wide, or to global memory.
 template <typename T>
 __device__ __forceinline__ T* keep_in_register(T* pointer) {
     asm("" : "+l"(pointer));
@@ -64,6 +65,12 @@ __device__ __forceinline__ T* keep_in_register_shared(T* pointer) {
     unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(pointer));
     asm("" : "+r"(address));
     return static_cast<T*>(__cvta_shared_to_generic(address));
+}
+template <typename T>
+__device__ __forceinline__ T* keep_in_register_global(T* pointer) {
+    unsigned long long address = __cvta_generic_to_global(pointer);
+    asm("" : "+l"(address));
+    return static_cast<T*>(__cvta_global_to_generic(address));
 }
 
 // The upper half of the 64-bit product.

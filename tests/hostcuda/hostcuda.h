@@ -236,6 +236,11 @@ __forceinline__ T* keep_in_register_shared(T* pointer) {
     return pointer;
 }
 
+template <typename T>
+__forceinline__ T* keep_in_register_global(T* pointer) {
+    return pointer;
+}
+
 __forceinline__ unsigned block_index_again() { return blockIdx.x; }
 
 template <typename T>
