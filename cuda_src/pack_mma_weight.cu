@@ -7,11 +7,10 @@
 // float16 and bfloat16 as they are; float32 rounded to TF32, or as two parts (IS_SPLIT = 1): w_hi, and w_lo = w - w_hi. A
 // weight that split_tf32 refuses has a NaN in w_hi and itself in w_lo.
 //
-// Products, rows, taps and boxes by IS_TRANSPOSED and PHASES_IN_ROWS: see weight_source.cuh. A box has one unit of a chunk,
-// or all of them.
+// Products, rows, taps and boxes by IS_TRANSPOSED and PHASES_IN_ROWS: see weight_source.cuh. A box has units of one chunk.
 //
 // Grid x: boxes of taps (fastest), then of channels c_in, phases, channels c_out, and products. Grid y and z: 1. Dynamic
-// shared memory: the vectors of a box, kRowPadding more rows of each pair.
+// shared memory: a box.
 // Takes weights of any strides, in elements.
 
 #include "common.cuh"
@@ -24,44 +23,41 @@ struct Params {
     index_t stride;
     index_t phase_gcd, tap_step, phase_inverse;
     index_t weight_stride_out, weight_stride_in, weight_stride_k;
-    index_t box_out, box_phases, box_in, box_taps;
+    index_t box_out, box_phases, box_in, box_taps, box_pitch, box_k;
     index_t out_parts, phase_parts, in_parts, tap_parts;
+    index_t is_wide;
 };
 static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/mma.py");
 
 constexpr int kUnit = kStorageVec;
 constexpr int kParts = IS_SPLIT ? 2 : 1;
-constexpr int kRowPadding = 1;  // lanes that store different taps of one row meet different banks
 
 extern "C" __global__ void __launch_bounds__(BLOCK_SIZE, 2) pack_mma_weight(
     const storage_t* __restrict__ weight,  // [C_out, C_in_g, K], or [C_in, C_out_g, K] where IS_TRANSPOSED
     StorageVector* __restrict__ packed,           // [products, row_tiles, chunks, pairs, parts, block_rows]
     const Params p) {
-    StorageVector* const shared = reinterpret_cast<StorageVector*>(dynamic_shared_memory());
+    storage_t* const shared = reinterpret_cast<storage_t*>(dynamic_shared_memory());
     const WeightBox box(blockIdx.x, p);
-    const int box_units = int(p.box_in) / kUnit;
-    const int pitch = box.rows + kRowPadding;  // of the vectors of a pair
-
-    read_box(weight, box, p, [&](int row, int c_in, int tap, storage_t w) {
-        const int unit = c_in / kUnit;
-        shared[(unit * int(p.box_taps) + tap) * pitch + row].element[c_in - unit * kUnit] = w;
-    });
+    read_box(weight, box, p, shared);
     __syncthreads();
 
-    const index_t unit_begin = box.in_part * box_units, chunk = unit_begin / p.units;
-    for (int i = threadIdx.x % 32; i < box.rows; i += 32) {
+    const int box_taps = int(p.box_taps), box_pairs = int(p.box_in) / kUnit * box_taps;
+    const index_t first_unit = box.c_in / kUnit, chunk = first_unit / p.units;
+    // Eight lanes take neighbouring rows of a pair, so that a warp meets most banks of shared memory and stores whole lines.
+    const int lane = threadIdx.x % 32;
+    for (int i = threadIdx.x / 32 * 8 + lane % 8; i < box.rows; i += 8 * kWarps) {
         const index_t row = box.row + i, row_tile = row / p.block_rows;
         if (row_tile >= p.row_tiles) break;
+        const BoxRow from(i, box, p);
         const index_t before = ((box.product * p.row_tiles + row_tile) * p.chunks + chunk) * p.pairs;
-        for (int j = threadIdx.x / 32; j < box_units * int(p.box_taps); j += BLOCK_SIZE / 32) {
-            const int unit = j / int(p.box_taps), tap = j - unit * int(p.box_taps);
-            const index_t pair = (box.tap + tap) * p.units + (unit_begin + unit - chunk * p.units);
+        for (int j = lane / 8; j < box_pairs; j += 4) {
+            const int unit = j / box_taps, tap = j - unit * box_taps;
+            const index_t pair = (box.tap + tap) * p.units + (first_unit + unit - chunk * p.units);
             if (pair >= p.pairs) continue;
-            const StorageVector from = shared[j * pitch + i];
             StorageVector first, second;
 #pragma unroll
             for (int e = 0; e < kUnit; ++e) {
-                const storage_t w = from.element[e];
+                const storage_t w = from.has(tap) ? shared[from.place(unit * kUnit + e, tap)] : scalar::storage_zero();
                 storage_t packed_w = w;
                 if (IS_SPLIT) {
                     float hi, lo;

@@ -18,7 +18,7 @@ from ..source import params_fields
 from .base import MAX_GRID, PACKED, PARTIAL, Config, Launch, Layout, Plan, Step, conv_arrays, conv_fields, params_of
 from .offsets import index_bits
 from .product import Product
-from .weight_boxes import MAX_BYTES, MAX_ROWS, ROW_PADDING, WeightBoxes
+from .weight_boxes import WeightBoxes
 
 WARP = 32
 PAIRS_PER_STEP = 2  # (tap, unit) pairs of one mma
@@ -594,16 +594,18 @@ def _pack(problem: ConvProblem, layout: Layout, product: Product, reduction: Red
     p, arithmetic = problem, ARITHMETICS[problem.dtype, problem.precision]
     row_tiles = -(-product.rows // tile.block_m)
     num_vectors = product.products * reduction.chunks * reduction.pairs * row_tiles * tile.block_m  # of one part
-    # Neighbours in memory are the channels and taps of a row: those of a whole chunk if they fit, else those of a unit.
-    taps, pair_bytes = -(-reduction.pairs // reduction.units), (MAX_ROWS + ROW_PADDING) * UNIT_BYTES
-    units = reduction.units if reduction.units * taps * pair_bytes <= MAX_BYTES else 1
+    # Neighbours in memory are the channels and taps of a row: those of a whole chunk if they fit.
+    taps, channels = -(-reduction.pairs // reduction.units), arithmetic.channels
+    fitting = WeightBoxes.max_terms(product) // (channels * taps)
+    units = max(
+        units for units in range(1, reduction.units + 1) if reduction.units % units == 0 and units <= max(1, fitting)
+    )
     boxes = WeightBoxes.of(
         product,
         rows=row_tiles * tile.block_m,
-        channels=reduction.chunks * reduction.units * arithmetic.channels,
+        channels=reduction.chunks * reduction.units * channels,
         taps=taps,
-        box_channels=units * arithmetic.channels,
-        box_taps=MAX_BYTES // (units * pair_bytes),
+        box_channels=units * channels,
     )
     params = params_of(
         "pack_mma_weight",
@@ -614,13 +616,13 @@ def _pack(problem: ConvProblem, layout: Layout, product: Product, reduction: Red
             "chunks": reduction.chunks,
             "units": reduction.units,
             "pairs": reduction.pairs,
-            **boxes.params(),
+            **boxes.params(layout),
         },
     )
     values = (abs(value) for _, value in params)
     bits = index_bits(p, layout, boxes.overhang, num_vectors * arithmetic.parts + tile.block_m, *values)
     config = _pack_config(p.dtype, p.precision, bits, transposed=p.transposed, phases_in_rows=product.phases_in_rows)
-    launch = Launch(boxes.grid, PACK_BLOCK_SIZE, boxes.shared_bytes(p.itemsize), bits, params)
+    launch = Launch(boxes.grid, PACK_BLOCK_SIZE, boxes.shared_bytes, bits, params)
     return Step(config, launch, ("weight", PACKED)), num_vectors * arithmetic.parts * UNIT_BYTES
 
 

@@ -24,7 +24,7 @@ from .base import (
 )
 from .offsets import index_bits
 from .product import Product
-from .weight_boxes import MAX_BYTES, MAX_ROWS, ROW_PADDING, WeightBoxes
+from .weight_boxes import WeightBoxes
 
 WARP = 32
 PACK_BLOCK_SIZE = 256
@@ -290,15 +290,15 @@ def packed_plan(
 ) -> Plan:
     """pack_weight, then the tiled kernel with its configuration and launch."""
     p = product.problem
-    # Neighbours in memory are the channels and taps of a row.
-    max_terms = MAX_BYTES // ((MAX_ROWS + ROW_PADDING) * p.format.accumulator_bytes)
+    # Neighbours in memory are the channels and taps of a row: as many as fit, by eights where they are many.
+    channels = -(-packed.padded_terms // product.taps)
+    fitting = WeightBoxes.max_terms(product) // product.taps
     boxes = WeightBoxes.of(
         product,
         rows=packed.row_tiles * packed.block_rows,
-        channels=-(-packed.padded_terms // product.taps),
+        channels=channels,
         taps=product.taps,
-        box_channels=max(1, max_terms // product.taps),
-        box_taps=max_terms,
+        box_channels=min(channels, fitting // 8 * 8 or max(1, fitting)),
     )
     params = params_of(
         "pack_weight",
@@ -308,14 +308,13 @@ def packed_plan(
             "block_rows": packed.block_rows,
             "row_tiles": packed.row_tiles,
             "taps": product.taps,
-            **boxes.params(),
+            **boxes.params(layout),
         },
     )
     values = (abs(value) for _, value in params)
     bits = index_bits(p, layout, boxes.overhang, packed.num_elements + boxes.channels * product.taps, *values)
     pack = pack_config(p.dtype, bits, transposed=p.transposed, phases_in_rows=product.phases_in_rows)
-    shared_bytes = boxes.shared_bytes(p.format.accumulator_bytes)
-    pack_launch = Launch(boxes.grid, PACK_BLOCK_SIZE, shared_bytes, bits, params)
+    pack_launch = Launch(boxes.grid, PACK_BLOCK_SIZE, boxes.shared_bytes, bits, params)
     candidates = tuple(
         (f"{t.tile.block_m}x{t.tile.block_n}{'' if t.column_step else ' through samples'}", t.cycles) for t in tilings
     )

@@ -79,13 +79,13 @@ FAULTS: Mapping[str, Fault] = {
     ),
     "pack_weight drops the last tap": Fault(
         "pack_weight",
-        "shared[(c_in * int(p.box_taps) + tap) * pitch + row] = scalar::load(w);",
-        "shared[(c_in * int(p.box_taps) + tap) * pitch + row] = tap + 1 < p.taps ? scalar::load(w) : scalar::zero();",
+        "from.has(tap) ? scalar::load(",
+        "tap + 1 < p.taps && from.has(tap) ? scalar::load(",
         "conv1d_tiled",
         "padding_same_strided_even",
     ),
     "pack_mma_weight drops the first tap": Fault(
-        "pack_mma_weight", "[c_in - unit * kUnit] = w;", "[c_in - unit * kUnit] = tap > 0 ? w : scalar::storage_zero();",
+        "pack_mma_weight", "from.has(tap) ? shared[", "tap > 0 && from.has(tap) ? shared[",
         "conv1d_mma", "mimi_stream", "float16",
     ),
     "weight_gradient_mma drops the last position": Fault(
