@@ -9,7 +9,6 @@ from ..costs import MEMORY_BYTES_PER_CYCLE, MULTIPLY_ADDS_PER_CYCLE, RESERVED_SH
 from ..device import Device
 from ..problem import FORMATS
 from .base import (
-    MAX_GRID,
     PACKED,
     Config,
     Launch,

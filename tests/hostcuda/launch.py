@@ -120,7 +120,7 @@ class Counts(ctypes.Structure):
         products: of matrices, each one mma.sync.
         loads: of 8x8 matrices from shared memory, up to four by one ldmatrix.
         wavefronts: in which these loads read shared memory: as many as loads where no two rows meet in a bank.
-        sectors: of 32 bytes of global memory that the loads of `load_or_zero` read, each counted once for every warp's load.
+        sectors: of 32 bytes of global memory, each counted once for every load of a warp by `load_or_zero`.
     """
 
     products: int

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pytest
 
 from gpuconv.device import Device
-from gpuconv.families import ArrayLayout, Layout, Step
+from gpuconv.families import Layout, Step
 from gpuconv.families.base import PACKED
 from gpuconv.problem import ConvProblem, numpy_dtype
 from tests import hostcuda

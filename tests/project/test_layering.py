@@ -38,6 +38,7 @@ LAYERS = (
     ("families.base",),
     ("families.product",),
     ("families.offsets",),
+    ("families.weight_boxes",),
     ("families.tiles", "families.depthwise", "families.sliding", "families.mma", "families.slices"),
     ("families.*",),
     ("families",),
