@@ -52,6 +52,7 @@ constexpr int kStageCopies = (kStageVectors + kThreads - 1) / kThreads;  // of a
 constexpr int kSliceTiles = kTilesM % 2 == 0 ? 2 : 1;  // of a warp that pass through shared memory at a time in the end
 constexpr int kSliceRows = 16 * kSliceTiles;
 constexpr int kSlicePitch = kWarpN + 8;  // keeps the lanes of a fragment on different banks; rows may begin up to 8 later
+constexpr int kLaneVectors = kWarpN / kUnit > 8 ? 2 : 1;  // of a row, that one lane stores in the end
 constexpr int log2_of(int n) { return n < 2 ? 0 : 1 + log2_of(n / 2); }
 constexpr index_t kMissing = index_t(1ull << (INDEX_BITS - 1));  // no offset: the smallest index_t
 
@@ -191,11 +192,11 @@ struct alignas(16) SliceRow {
     acc_t bias;
     int place, step;
 };
-// The whole vectors that the lanes of a row copy from the slice to the output, from element to element, and the elements in
-// front of them and behind them.
+// The whole vectors that the lanes of a row copy from the slice to the output, and the elements in front of and behind them.
 struct alignas(16) Piece {
-    index_t to;  // from Tile::output
-    int from, vectors;
+    index_t to;  // elements, from Tile::output
+    int from;    // bytes, in the slice
+    int vectors;
     int ends;  // head, and the rest behind the vectors in the upper half
 };
 struct Slice {
@@ -244,12 +245,12 @@ __device__ __forceinline__ MyRow my_row(
     return mine;
 }
 
-// kUnit elements of a slice, from any place on.
-__device__ __forceinline__ Vector<unsigned> load_slice(const Slice* slice, int place) {
-    const int even = sizeof(storage_t) == 2 ? place & ~1 : place;
-    const unsigned* const words = reinterpret_cast<const unsigned*>(slice->element + even);
+// kUnit elements of a slice, from any byte on at which one begins.
+__device__ __forceinline__ Vector<unsigned> load_slice(const Slice* slice, int byte) {
+    const unsigned* const words =
+        reinterpret_cast<const unsigned*>(reinterpret_cast<const unsigned char*>(slice->element) + (byte & ~3));
     Vector<unsigned> from;
-    if ((!HAS_SAMPLES && sizeof(storage_t) == 2) || even % kUnit == 0) {
+    if ((!HAS_SAMPLES && sizeof(storage_t) == 2) || (byte & 12) == 0) {
         from = *reinterpret_cast<const Vector<unsigned>*>(words);
     } else {
 #pragma unroll
@@ -259,7 +260,7 @@ __device__ __forceinline__ Vector<unsigned> load_slice(const Slice* slice, int p
     Vector<unsigned> vector;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-        vector.element[i] = funnel_shift_right(from.element[i], i < 3 ? from.element[i + 1] : words[4], 16 * place);
+        vector.element[i] = funnel_shift_right(from.element[i], i < 3 ? from.element[i + 1] : words[4], 8 * byte);
     }
     return vector;
 }
@@ -279,13 +280,13 @@ __device__ __forceinline__ void store_neighbours(
     const int head = int(min_index(-elements_before(tile.output, offset) & (kUnit - 1), elements));
     const unsigned behind = unsigned(elements - head);
     // The rows of a channel share its vectors; the first one has what lies around them, too.
-    const int row_of_channel = lane % kSliceRows - mine.first, vectors_before = row_of_channel << lane_bits;
+    const int row_of_channel = lane % kSliceRows - mine.first, vectors_before = row_of_channel * (kLaneVectors << lane_bits);
     const bool has_ends = row_of_channel == 0;
     const bool has_rest = any_lane(has_ends && (head != 0 || behind % kUnit != 0));
     if (kSliceRows == 32 || lane < kSliceRows) {
         Piece piece;
         piece.to = offset + head + vectors_before * kUnit;
-        piece.from = mine.start + begin * mine.count + first + head + vectors_before * kUnit;
+        piece.from = (mine.start + begin * mine.count + first + head) * int(sizeof(storage_t)) + vectors_before * 16;
         piece.vectors = int(behind / kUnit) - vectors_before;
         piece.ends = has_ends ? head | int(behind % kUnit) << 16 : 0;
         slice->piece[lane] = piece;
@@ -293,20 +294,26 @@ __device__ __forceinline__ void store_neighbours(
     __syncwarp();
 
     const int part = lane & ((1 << lane_bits) - 1);
-#pragma unroll 2
+#pragma unroll(4 / kLaneVectors)
     for (int row = lane >> lane_bits; row < kSliceRows; row += 32 >> lane_bits) {
         const Piece piece = slice->piece[row];
-        storage_t* const y = tile.output + piece.to;
-        if (part < piece.vectors) {
-            reinterpret_cast<Vector<unsigned>*>(y)[part] = load_slice(slice, piece.from + part * kUnit);
+#pragma unroll
+        for (int i = 0; i < kLaneVectors; ++i) {
+            const int vector = part + (i << lane_bits);
+            if (vector >= piece.vectors) continue;
+            *reinterpret_cast<Vector<unsigned>*>(tile.output + (piece.to + vector * kUnit)) =
+                load_slice(slice, piece.from + vector * 16);
         }
-        if (has_rest) {
-            const int head = piece.ends & 0xffff, ends = head + (piece.ends >> 16);
+    }
+    if (!has_rest) return;
 #pragma unroll 1
-            for (int e = part; e < ends; e += 1 << lane_bits) {
-                const int i = (e < head ? 0 : piece.vectors * kUnit) + (e - head);
-                y[i] = slice->element[piece.from + i];
-            }
+    for (int row = lane / kUnit; row < kSliceRows; row += 32 / kUnit) {
+        const Piece piece = slice->piece[row];
+        const int head = piece.ends & 0xffff, ends = head + (piece.ends >> 16);
+#pragma unroll 1
+        for (int e = lane % kUnit; e < ends; e += kUnit) {
+            const int i = (e < head ? 0 : piece.vectors * kUnit) + (e - head);
+            tile.output[piece.to + i] = slice->element[piece.from / int(sizeof(storage_t)) + i];
         }
     }
 }
@@ -353,7 +360,7 @@ __device__ __forceinline__ void store_slice(
         visit_row(tile, window, mine, slice, row, column_begin, sum_again, !is_whole);
     }
     if (!are_neighbours) return;
-    constexpr int kLaneBits = log2_of(kWarpN / kUnit);  // where a row is all of one sample
+    constexpr int kLaneBits = log2_of(kWarpN / kUnit / kLaneVectors);  // where a row is all of one sample
     if (!HAS_SAMPLES) {
         const index_t q = tile.position_begin + column_begin;
         const int columns = int(min_index(kWarpN, max_index(tile.positions - q, 0)));
@@ -361,7 +368,7 @@ __device__ __forceinline__ void store_slice(
         return;
     }
     int lane_bits = log2_of(32 / kSliceRows);
-    while (lane_bits < kLaneBits && kUnit << lane_bits < window.block_positions) ++lane_bits;
+    while (lane_bits < kLaneBits && (kLaneVectors * kUnit) << lane_bits < window.block_positions) ++lane_bits;
     index_t sample = column_begin / window.block_positions;
     index_t begin = sample * window.block_positions - column_begin;  // of the sample's columns, perhaps in front of the warp's
 #pragma unroll 1
