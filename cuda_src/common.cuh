@@ -1,7 +1,8 @@
-// What every kernel shares: index_t, the six dtypes (storage, accumulator, canonical multiply-add), the vector type, small
+// What every kernel shares: index_t, the dtypes (storage, accumulator, canonical multiply-add), the vector type, small
 // arithmetic.
 //
-// Macros read: INDEX_BITS (32 or 64) and DTYPE (float16, bfloat16, float32, float64, complex64 or complex128).
+// Macros read: INDEX_BITS (32 or 64) and DTYPE (float16, bfloat16, float32, float64, complex64, complex128, or integers and
+// what their sums are returned as, such as int8_to_int64).
 
 #pragma once
 
@@ -23,7 +24,7 @@ struct alignas(2 * sizeof(real_t)) Complex {
     real_t re, im;
 };
 
-// The dtypes. Arrays hold elements of storage_t, sums have the type acc_t. What copy_to_shared copies has arrived after
+// The dtypes. Arrays hold elements of storage_t, sums have the type acc_t, bias and output hold result_t. What copy_to_shared copies has arrived after
 // copy_async_wait.
 namespace dtype {
 
@@ -31,6 +32,7 @@ template <typename real_t>
 struct Real {
     typedef real_t storage_t;
     typedef real_t acc_t;
+    typedef real_t result_t;
     static __device__ __forceinline__ void copy_to_shared(acc_t* shared, const storage_t* global) {
         copy_async(shared, global);
     }
@@ -47,6 +49,7 @@ template <typename real_t>
 struct ComplexPair {
     typedef Complex<real_t> storage_t;
     typedef Complex<real_t> acc_t;
+    typedef Complex<real_t> result_t;
     static __device__ __forceinline__ void copy_to_shared(acc_t* shared, const storage_t* global) {
         copy_async(shared, global);
     }
@@ -62,6 +65,7 @@ struct ComplexPair {
 struct float16 {
     typedef unsigned short storage_t;
     typedef float acc_t;
+    typedef unsigned short result_t;
     static __device__ __forceinline__ void copy_to_shared(acc_t* shared, const storage_t* global) {
         *shared = load(*global);
     }
@@ -77,6 +81,7 @@ struct float16 {
 struct bfloat16 {
     typedef unsigned short storage_t;
     typedef float acc_t;
+    typedef unsigned short result_t;
     static __device__ __forceinline__ void copy_to_shared(acc_t* shared, const storage_t* global) {
         *shared = load(*global);
     }
@@ -89,6 +94,32 @@ struct bfloat16 {
     static __device__ __forceinline__ storage_t round(acc_t value) { return float_to_bfloat_bits_rn(value); }
 };
 
+// Integers wrap around, which only the arithmetic of unsigned ones is defined to do.
+template <typename integer_t, typename unsigned_t, typename sum_t>
+struct Integer {
+    typedef integer_t storage_t;
+    typedef unsigned_t acc_t;
+    typedef sum_t result_t;
+    static __device__ __forceinline__ storage_t storage_zero() { return 0; }
+    static __device__ __forceinline__ acc_t zero() { return 0; }
+    template <typename T>
+    static __device__ __forceinline__ acc_t load(T value) {
+        return acc_t(value);
+    }
+    static __device__ __forceinline__ result_t round(acc_t value) { return result_t(value); }
+};
+
+typedef Integer<signed char, unsigned long long, long long> int8_to_int64;
+typedef Integer<unsigned char, unsigned long long, long long> uint8_to_int64;
+typedef Integer<short, unsigned long long, long long> int16_to_int64;
+typedef Integer<int, unsigned long long, long long> int32_to_int64;
+typedef Integer<long long, unsigned long long, long long> int64_to_int64;
+typedef Integer<signed char, unsigned, int> int8_to_int32;
+typedef Integer<unsigned char, unsigned, int> uint8_to_int32;
+typedef Integer<short, unsigned, int> int16_to_int32;
+typedef Integer<int, unsigned, int> int32_to_int32;
+typedef Integer<long long, unsigned, int> int64_to_int32;
+
 typedef Real<float> float32;
 typedef Real<double> float64;
 typedef ComplexPair<float> complex64;
@@ -99,6 +130,7 @@ typedef ComplexPair<double> complex128;
 typedef dtype::DTYPE scalar;
 typedef scalar::storage_t storage_t;
 typedef scalar::acc_t acc_t;
+typedef scalar::result_t result_t;
 
 // Neighbouring elements that are read or written at once; by default as many as 16 bytes hold.
 template <typename T, int count = (sizeof(T) < 16 ? 16 / int(sizeof(T)) : 1)>
@@ -142,6 +174,12 @@ __device__ __forceinline__ void set_element(Vector<unsigned>& words, int e, unsi
 __device__ __forceinline__ float multiply_add(float w, float x, float acc) { return fma_rn(w, x, acc); }
 __device__ __forceinline__ double multiply_add(double w, double x, double acc) { return fma_rn(w, x, acc); }
 
+__device__ __forceinline__ unsigned multiply_add(unsigned w, unsigned x, unsigned acc) { return w * x + acc; }
+__device__ __forceinline__ unsigned long long multiply_add(
+    unsigned long long w, unsigned long long x, unsigned long long acc) {
+    return w * x + acc;
+}
+
 template <typename real_t>
 __device__ __forceinline__ Complex<real_t> multiply_add(Complex<real_t> w, Complex<real_t> x, Complex<real_t> acc) {
     acc.re = fma_rn(w.re, x.re, acc.re);
@@ -153,6 +191,8 @@ __device__ __forceinline__ Complex<real_t> multiply_add(Complex<real_t> w, Compl
 
 __device__ __forceinline__ bool is_nan(float a) { return a != a; }
 __device__ __forceinline__ bool is_nan(double a) { return a != a; }
+__device__ __forceinline__ bool is_nan(unsigned) { return false; }
+__device__ __forceinline__ bool is_nan(unsigned long long) { return false; }
 
 template <typename real_t>
 __device__ __forceinline__ bool is_nan(Complex<real_t> a) {
@@ -161,6 +201,8 @@ __device__ __forceinline__ bool is_nan(Complex<real_t> a) {
 
 __device__ __forceinline__ float add(float a, float b) { return a + b; }
 __device__ __forceinline__ double add(double a, double b) { return a + b; }
+__device__ __forceinline__ unsigned add(unsigned a, unsigned b) { return a + b; }
+__device__ __forceinline__ unsigned long long add(unsigned long long a, unsigned long long b) { return a + b; }
 
 template <typename real_t>
 __device__ __forceinline__ Complex<real_t> add(Complex<real_t> a, Complex<real_t> b) {

@@ -34,8 +34,8 @@ static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/famil
 extern "C" __global__ void __launch_bounds__(BLOCK_SIZE, 2) conv_transpose1d_gather(
     const storage_t* __restrict__ input,   // [N, C_in, L_in]
     const storage_t* __restrict__ weight,  // [C_in, C_out_g, K]
-    const storage_t* __restrict__ bias,    // [C_out], or null
-    storage_t* __restrict__ output,        // [N, C_out, L_out]
+    const result_t* __restrict__ bias,     // [C_out], or null
+    result_t* __restrict__ output,         // [N, C_out, L_out]
     const Params p) {
     const index_t grid_size = index_t(gridDim.x) * BLOCK_SIZE;
     for (index_t i = index_t(blockIdx.x) * BLOCK_SIZE + threadIdx.x; i < p.num_outputs; i += grid_size) {

@@ -11,14 +11,14 @@
 #include "common.cuh"
 
 // The bias of the channel that `offset` leads to, as `finish` takes it.
-__device__ __forceinline__ acc_t bias_or_zero(const storage_t* bias, index_t offset) {
+__device__ __forceinline__ acc_t bias_or_zero(const result_t* bias, index_t offset) {
     return bias == nullptr ? scalar::zero() : add(scalar::load(bias[offset]), scalar::zero());
 }
 
-__device__ __forceinline__ storage_t finish(acc_t sum, acc_t bias) { return scalar::round(add(sum, bias)); }
+__device__ __forceinline__ result_t finish(acc_t sum, acc_t bias) { return scalar::round(add(sum, bias)); }
 
 // The same where sum + bias is finite. Where it is not, the result is a NaN and *check, a zero before, becomes one.
-__device__ __forceinline__ storage_t finish_or_nan(acc_t sum, acc_t bias, acc_t* check) {
+__device__ __forceinline__ result_t finish_or_nan(acc_t sum, acc_t bias, acc_t* check) {
     const acc_t value = add(sum, bias);
     *check = multiply_add(scalar::zero(), value, *check);
     return scalar::round(multiply_add(scalar::zero(), value, value));

@@ -53,7 +53,7 @@ constexpr int kSliceTiles = kTilesM % 2 == 0 ? 2 : 1;  // of a warp that pass th
 constexpr int kSliceRows = 16 * kSliceTiles;
 constexpr int kSlicePitch = kWarpN + 8;  // keeps the lanes of a fragment on different banks; rows may begin up to 8 later
 constexpr int kLaneVectors = kWarpN / kUnit > 8 ? 2 : 1;  // of a row, that one lane stores in the end
-constexpr int log2_of(int n) { return n < 2 ? 0 : 1 + log2_of(n / 2); }
+__device__ constexpr int log2_of(int n) { return n < 2 ? 0 : 1 + log2_of(n / 2); }
 constexpr index_t kMissing = index_t(1ull << (INDEX_BITS - 1));  // no offset: the smallest index_t
 
 static_assert((NUM_STAGES & (NUM_STAGES - 1)) == 0, "slots are masked: gpuconv/families/mma.py");

@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Any
 from .functional import conv1d, conv_transpose1d, prepare
 
 if TYPE_CHECKING:
-    from . import grad, nn, reference
+    from . import grad, nn, reference, signal, stream
     from .explain import explain
     from .verify import verify
 
 __version__ = "0.1.0"
 
-__all__ = ["conv1d", "conv_transpose1d", "explain", "grad", "nn", "prepare", "reference", "verify"]
+__all__ = ["conv1d", "conv_transpose1d", "explain", "grad", "nn", "prepare", "reference", "signal", "stream", "verify"]
 
 # These are loaded when they are first used, so that `import gpuconv` takes little longer than `import numpy`.
-_LAZY_MODULES = ("grad", "nn", "reference")
+_LAZY_MODULES = ("grad", "nn", "reference", "signal", "stream")
 _LAZY_FUNCTIONS = ("explain", "verify")  # each lies in the module of its own name
 
 

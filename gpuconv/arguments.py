@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple, Protocol, SupportsIndex, TypeAlias,
 
 import numpy as np
 
-from .dtypes import DTYPES, FORMATS, PRECISIONS, dtype_name
+from .dtypes import DTYPES, FORMATS, INTEGER_SUMS, INTEGERS, PRECISIONS, dtype_name
 
 Op: TypeAlias = Literal["conv1d", "conv_transpose1d"]
 Setting: TypeAlias = SupportsIndex | Sequence[SupportsIndex]
@@ -78,7 +78,9 @@ class Arrays(NamedTuple):
         for name, array in (("input", input), ("weight", weight), ("bias", bias)):
             if array is None:
                 continue
-            names[name] = check_dtype(op, name, array)
+            names[name] = check_dtype(op, name, array, integers=True)
+        if {names["input"], names["weight"]} <= set(INTEGERS):
+            names.pop("bias", None)  # which has the dtype of the output
         if len(set(names.values())) > 1:
             got = ", ".join(f"{name} {dtype}" for name, dtype in names.items())
             raise TypeError(f"{op}: {_listing(tuple(names), quote=False)} must share one dtype, got {got}")
@@ -131,11 +133,41 @@ class Settings(NamedTuple):
         return cls(s, p, d, g, extra)
 
 
-def check_dtype(caller: str, name: str, array: ArrayLike) -> str:
+def check_dtype(caller: str, name: str, array: ArrayLike, *, integers: bool = False) -> str:
+    """The dtype of an array by name, once it is a supported one; `integers` says whether those are.
+
+    Raises:
+        TypeError: it is not.
+    """
     found = dtype_name(array.dtype)
+    if found is None and integers and (integer := str(getattr(array.dtype, "name", array.dtype))) in INTEGERS:
+        return integer
     if found is None:
-        raise TypeError(f"{caller}: {name} must have one of the dtypes {_listing(DTYPES)}, got {array.dtype}")
+        dtypes = (*DTYPES, *INTEGERS) if integers else DTYPES
+        raise TypeError(f"{caller}: {name} must have one of the dtypes {_listing(dtypes)}, got {array.dtype}")
     return found
+
+
+def check_out_dtype(op: str, dtype: str, out_dtype: Any, bias: ArrayLike | None) -> str | None:
+    """The dtype of the output of integers, once it and that of the bias are right; None of other data.
+
+    Raises:
+        ValueError: it is not one of `INTEGER_SUMS`, or the data are not integers.
+        TypeError: the bias has another dtype.
+    """
+    if dtype not in INTEGERS:
+        if out_dtype is None:
+            return None
+        raise ValueError(f"{op}: out_dtype is for integers; expected None for {dtype}, got {out_dtype!r}")
+    try:
+        name = INTEGER_SUMS[0] if out_dtype is None else np.dtype(out_dtype).name
+    except TypeError:
+        name = ""
+    if name not in INTEGER_SUMS:
+        raise ValueError(f"{op}: out_dtype must be one of {_listing(INTEGER_SUMS)} for {dtype}, got {out_dtype!r}")
+    if bias is not None and check_dtype(op, "bias", bias, integers=True) != name:
+        raise TypeError(f"{op}: bias must have the dtype of the output, {name}, got {bias.dtype}")
+    return name
 
 
 def check_rank(caller: str, name: str, shape: Sequence[Any], layout: str, ranks: tuple[int, ...]) -> None:

@@ -8,13 +8,15 @@ from typing import Any, cast
 import numpy as np
 
 from . import runtime
+from .arguments import ArraySpec, check_dtype
+from .dtypes import real_dtype
 from .memory import check_kinds, check_overlap, overlaps_itself
 from .problem import BiasGradientProblem, ConvProblem, WeightGradientProblem, dtype_name
 from .tasks import SIGNATURES, Task
 
 # Executors of GPU calls and tasks of CPU calls, by everything that they depend on. A full cache drops its oldest entry,
 # so that a program whose lengths always differ keeps only so many.
-_EXECUTORS: dict[tuple[Any, ...], tuple[runtime.Executor, tuple[int, ...]]] = {}  # with the shape of the result
+_EXECUTORS: dict[tuple[Any, ...], tuple[runtime.Executor, tuple[int, ...], Any]] = {}  # with shape, dtype of the result
 _TASKS: dict[tuple[Any, ...], Task] = {}
 _CACHE_SIZE = 4096
 _CACHE_LOCK = Lock()  # for changes; look-ups need none
@@ -55,17 +57,19 @@ def _run_on_cpu(function: str, arrays: tuple[Any, ...], settings: tuple[Any, ...
     key = _cpu_key(function, arrays, settings) if out is None else None
     task = None if key is None else _TASKS.get(key)
     if task is None:
+        if _has_real_taps(function, arrays):
+            return _run_by_parts(function, arrays, settings, out)
         task = _check(function, arrays, settings, out)
         if key is not None:
             _keep(_TASKS, key, task)
     plain = [None if array is None else _native(array) for array in arrays]
     dtype = cast(Any, plain[0]).dtype
     if out is None:
-        out = np.empty(task.shape, dtype)
+        out = np.empty(task.shape, task.out_dtype or dtype)
     if out.dtype.isnative:
         _compute(task, plain, np.asarray(out))
     else:
-        result = np.empty(out.shape, dtype)
+        result = np.empty(out.shape, task.out_dtype or dtype)
         _compute(task, plain, result)
         out[...] = result
     return out
@@ -110,6 +114,8 @@ def _run_on_gpu(
         key = (function, algorithm, names, *map(_identity, arrays), _identity(out))
         found = _EXECUTORS.get(key)
     if found is None:
+        if _has_real_taps(function, arrays):
+            return _run_by_parts(function, arrays, settings, out, algorithm=algorithm, prepared=prepared)
         task = _check(function, arrays, settings, out)
         executor = runtime.make_executor(
             task.problem,
@@ -119,15 +125,90 @@ def _run_on_gpu(
             conjugate_weight=task.conjugate_weight,
             algorithm=algorithm,
         )
-        found = executor, task.shape
+        found = executor, task.shape, task.out_dtype or arrays[0].dtype
         if key is not None:
             _keep(_EXECUTORS, key, found)
     elif out is not None:
         check_overlap(function, out, dict(zip(SIGNATURES[function].arrays, arrays, strict=True)))
-    executor, shape = found
+    executor, shape, dtype = found
     if out is None:
-        out = cupy.empty(shape, arrays[0].dtype)
+        out = cupy.empty(shape, dtype)
     executor.run(*arrays, out, prepared=prepared)
+    return out
+
+
+def _has_real_taps(function: str, arrays: tuple[Any, ...]) -> bool:
+    """Whether a call has a real weight and complex data."""
+    if "weight" not in SIGNATURES[function].arrays:
+        return False
+    data, weight, *_ = (getattr(getattr(array, "dtype", None), "kind", None) for array in arrays)
+    return data == "c" and weight == "f"
+
+
+def _run_by_parts(
+    function: str, arrays: tuple[Any, ...], settings: tuple[Any, ...], out: Any | None, **options: Any
+) -> Any:
+    """Compute with real taps on complex data: one real call for each part, on views of the arrays."""
+    data, weight, *_ = arrays
+    name = SIGNATURES[function].arrays[0]
+    given = dict(zip(SIGNATURES[function].arrays, arrays, strict=True))
+    given = {n: array for n, array in {**given, "out": out}.items() if array is not None}
+    check_kinds(function, given)
+    dtype = check_dtype(function, name, data)
+    for other, array in given.items():
+        expected = real_dtype(dtype) if other == "weight" else dtype
+        if dtype_name(array.dtype) != expected:
+            real = f" or, for real taps, {expected}" if other == "weight" else ""
+            raise TypeError(f"{function}: {other} must have the dtype of {name}, {dtype}{real}; got {array.dtype}")
+    if out is None:
+        specs = tuple(None if array is None else ArraySpec(array.shape, weight.dtype) for array in arrays)
+        out = _empty_like(data, Task.of(function, specs, settings).shape, data.dtype)
+    for part in ("real", "imag"):
+        parts = tuple(array if array is weight or array is None else getattr(array, part) for array in arrays)
+        run(function, parts, settings, getattr(out, part), **options)
+    return out
+
+
+def run_weight_gradient(
+    function: str,
+    arrays: tuple[Any, ...],
+    settings: tuple[Any, ...],
+    out: Any | None,
+    *,
+    weight_dtype: Any,
+    algorithm: str | None = None,
+) -> Any:
+    """Compute the gradient of a weight of a given dtype; None stands for that of the data.
+
+    That of real taps on complex data is the sum of the gradients of both parts.
+    """
+    if weight_dtype is None:
+        return run(function, arrays, settings, out, algorithm=algorithm)
+    given = dict(zip(SIGNATURES[function].arrays, arrays, strict=True))
+    check_kinds(function, given)
+    dtype = check_dtype(function, "input", arrays[0])
+    try:
+        found = dtype_name(np.dtype(weight_dtype))
+    except TypeError:
+        found = None
+    if found == dtype:
+        return run(function, arrays, settings, out, algorithm=algorithm)
+    if found != real_dtype(dtype):
+        allowed = " or ".join(dict.fromkeys((dtype, real_dtype(dtype))))
+        raise TypeError(f"{function}: weight_dtype must be {allowed} for {dtype} data, got {weight_dtype!r}")
+    if (other := check_dtype(function, "grad_output", arrays[1])) != dtype:
+        raise TypeError(
+            f"{function}: input and grad_output must share one dtype, got input {dtype}, grad_output {other}"
+        )
+    if out is not None:
+        check_overlap(function, out, given)
+    real, imag = (tuple(getattr(array, part) for array in arrays) for part in ("real", "imag"))
+    out = run(function, real, settings, out, algorithm=algorithm)
+    other_part = run(function, imag, settings, None, algorithm=algorithm)
+    if runtime.is_cupy_array(out):
+        runtime.add(out, other_part)
+    else:
+        out += other_part
     return out
 
 
@@ -141,8 +222,10 @@ def _check(function: str, arrays: tuple[Any, ...], settings: tuple[Any, ...], ou
         return task
     if tuple(out.shape) != task.shape:
         raise ValueError(f"{function}: out must have shape {task.shape}, got {tuple(out.shape)}")
-    dtype = dtype_name(arrays[0].dtype)
-    if dtype_name(out.dtype) != dtype:
+    if task.out_dtype is not None:
+        if out.dtype.name != task.out_dtype:
+            raise TypeError(f"{function}: out must have the dtype {task.out_dtype}, got {out.dtype}")
+    elif dtype_name(out.dtype) != (dtype := dtype_name(arrays[0].dtype)):
         raise TypeError(f"{function}: out must have the dtype of {names[0]}, {dtype}, got {out.dtype}")
     if overlaps_itself(out):
         raise ValueError(f"{function}: out must not overlap itself, got strides {out.strides} for shape {out.shape}")
@@ -221,6 +304,15 @@ def _identity(array: Any) -> tuple[Any, ...] | None:
         return ("foreign",)
     data = array.data
     return (array.shape, array.strides, array.dtype, data.device_id, data.ptr & 15)
+
+
+def _empty_like(array: Any, shape: tuple[int, ...], dtype: Any) -> Any:
+    """A fresh array where another one is, in native byte order."""
+    if not runtime.is_cupy_array(array):
+        return np.empty(shape, dtype.newbyteorder("="))
+    cupy = runtime.cupy_module()
+    with cupy.cuda.Device(array.data.device_id):
+        return cupy.empty(shape, dtype)
 
 
 def _native(array: Any) -> np.ndarray[Any, Any]:

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .arguments import MAX_STEP
-from .problem import DTYPES, ArraySpec, ConvProblem, Op, numpy_dtype
+from .problem import DTYPES, INTEGER_SUMS, INTEGERS, ArraySpec, ConvProblem, Op, numpy_dtype
 
 Array: TypeAlias = npt.NDArray[Any]
 RandomKind: TypeAlias = Literal["normal", "ill_scaled", "cancelling", "nonfinite"]
@@ -42,6 +42,13 @@ def in_format(problem: ConvProblem, number_format: str) -> ConvProblem:
     """The problem in another number format, one of `NUMBER_FORMATS`."""
     precision = "tf32" if number_format == "tf32" else "float32"
     return replace(problem, dtype=dtype_of(number_format), precision=precision)
+
+
+def in_integers(problem: ConvProblem, number_format: str) -> ConvProblem:
+    """The problem in integers; each number format stands for one of their dtypes and one of their sums."""
+    number = NUMBER_FORMATS.index(number_format)
+    dtype, sums = INTEGERS[number % len(INTEGERS)], INTEGER_SUMS[number % len(INTEGER_SUMS)]
+    return replace(problem, dtype=dtype, precision="float32", out_dtype=sums)
 
 
 @dataclass(frozen=True, slots=True)
@@ -432,6 +439,22 @@ def random_grad_output(problem: ConvProblem, seed: int, kind: GradOutputKind = "
     return np.asarray(values.reshape(p.output_shape).astype(numpy_dtype(p.dtype)))
 
 
+def integer_data(problem: ConvProblem, seed: int) -> Data:
+    """Integers of the whole range of their dtype, of a problem as `in_integers` makes it.
+
+    Args:
+        problem: extents, settings and dtypes.
+        seed: any integer.
+    """
+    rng, shapes = _generator(problem, seed), (problem.input_shape, problem.weight_shape, problem.bias_shape)
+    dtypes = (numpy_dtype(problem.dtype_of(name)) for name in ("input", "weight", "bias"))
+    arrays = (
+        None if shape is None else rng.integers(np.iinfo(dtype).min, np.iinfo(dtype).max, shape, dtype, endpoint=True)
+        for shape, dtype in zip(shapes, dtypes, strict=True)
+    )
+    return Data(*arrays)  # type: ignore[arg-type]
+
+
 def impulse_data(problem: ConvProblem, seed: int) -> Data:
     """An input of one unit impulse per sample and group, at random places: the output consists of weights, unrounded.
 
@@ -540,6 +563,8 @@ def call_settings(problem: ConvProblem) -> dict[str, Any]:
         settings["output_padding"] = p.output_padding
     if p.precision != "float32":
         settings["precision"] = p.precision
+    if p.out_dtype is not None:
+        settings["out_dtype"] = p.out_dtype
     return settings
 
 

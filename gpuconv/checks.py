@@ -17,7 +17,7 @@ import numpy.typing as npt
 from . import cases, functional, grad, reference, runtime
 from .cases import Case, Data
 from .device import Device
-from .problem import BiasGradientProblem, ConvProblem, WeightGradientProblem, numpy_dtype
+from .problem import INTEGERS, BiasGradientProblem, ConvProblem, WeightGradientProblem, numpy_dtype
 from .report import Failure, Result, Tap
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -51,7 +51,7 @@ class Target:
 
     def convolve(self, problem: ConvProblem, data: Data, settings: dict[str, Any] | None = None) -> Array:
         """The public function on arrays of this device, into an output of NaN."""
-        out = self.put(np.full(problem.output_shape, np.nan, numpy_dtype(problem.dtype)))
+        out = self.put(unset(problem.output_shape, problem.dtype_of("output")))
         return self.get(self.convolve_into(out, problem, *map(self._put_if_given, data), settings=settings))
 
     def convolve_into(
@@ -219,6 +219,12 @@ def _check_exact(s: Subject) -> Failure | None:
     return s.expect_equal(s.run(data), exact_result(s.problem, data), "must equal the reference", data)
 
 
+def _check_integers(s: Subject) -> Failure | None:
+    p = cases.in_integers(s.problem, s.number_format)
+    data = cases.integer_data(p, s.seed)
+    return s.expect_equal(s.run(data, p), reference.compute(p, *data), "integers must equal the reference", data, p)
+
+
 def _check_layout(s: Subject) -> Failure | None:
     return check_strided_arrays(s, s.settings, "must equal the reference, on strided arrays")
 
@@ -376,6 +382,7 @@ class Check(NamedTuple):
 
 CHECKS: tuple[Check, ...] = (
     Check("exact", _check_exact),
+    Check("integers", _check_integers),
     Check("layout", _check_layout),
     *(Check(kind, _check_random(kind)) for kind in cases.RANDOM_KINDS),
     Check("impulse", _check_impulse),
@@ -425,6 +432,11 @@ def chunk_bounds(L_out: int) -> Iterable[tuple[int, int]]:
     """Three uneven pieces of ``0 <= l_out < L_out``, for L_out >= 3."""
     first, second = L_out // 3, min(2 * L_out // 3 + L_out % 2, L_out - 1)
     return ((0, first), (first, second), (second, L_out))
+
+
+def unset(shape: tuple[int, ...], dtype: str) -> Array:
+    """An array to write a result to, of NaN, or of ones where the dtype is one of integers."""
+    return np.full(shape, 1 if dtype in INTEGERS else np.nan, numpy_dtype(dtype))
 
 
 def exact_result(problem: ConvProblem, data: Data) -> Array:

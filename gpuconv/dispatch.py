@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from .device import Device
 from .families import FAMILIES, ArrayLayout, Config, Family, Launch, Layout, Plan, Refusal, Step
-from .problem import Kind, Problem
+from .problem import FORMATS, Kind, Problem
 
 
 class Place(NamedTuple):
@@ -63,7 +63,7 @@ def lay_out(problem: Problem, places: Mapping[str, Place | None]) -> tuple[Layou
         if place is None:
             continue
         strides = place.strides if len(place.strides) == len(shape) else (0, *place.strides)  # (C, L) is (1, C, L)
-        array = ArrayLayout.of(shape, strides, place.address, problem.itemsize)
+        array = ArrayLayout.of(shape, strides, place.address, FORMATS[problem.dtype_of(name)].itemsize)
         if array is None:
             copies.append(name)
         else:
@@ -115,14 +115,20 @@ def choose(problem: Problem, layout: Layout, device: Device, algorithm: str | No
     if algorithm is not None:
         check_algorithm(problem.kind, problem.kind, algorithm)
         (family,) = own[-1:] if algorithm == "base" else (family for family in own if family.name == algorithm)
-        plan = family.plan(problem, layout, device)
+        plan = _plan(family, problem, layout, device)
         if isinstance(plan, Refusal):
             raise AlgorithmError(f"{problem.kind}: algorithm {algorithm!r} does not take {problem}: {plan.reason}")
         return Choice(family.name, plan)
     refusals: list[tuple[str, str]] = []
     for family in own:
-        plan = family.plan(problem, layout, device)
+        plan = _plan(family, problem, layout, device)
         if not isinstance(plan, Refusal):
             return Choice(family.name, plan, tuple(refusals))
         refusals.append((family.name, plan.reason))
     raise AssertionError(f"every family refused {problem}: {refusals}")
+
+
+def _plan(family: Family[Any], problem: Problem, layout: Layout, device: Device) -> Plan | Refusal:
+    if problem.dtype not in family.dtypes:
+        return Refusal(f"takes no {problem.dtype}")
+    return family.plan(problem, layout, device)

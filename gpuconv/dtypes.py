@@ -19,7 +19,7 @@ class Format:
         is_complex: whether an element has a real and an imaginary part.
         real: the dtype of an element, or of its parts.
         accumulator: the real dtype of sums.
-        roundoff: the unit roundoff of `real`, 2**-(bits of the significand, the hidden one included).
+        roundoff: the unit roundoff of `real`, 2**-(bits of the significand, the hidden one included); 0 of integers.
         smallest_normal, largest: of `real`.
     """
 
@@ -55,6 +55,14 @@ FORMATS = {
 }
 DTYPES = tuple(FORMATS)
 
+# Integers are summed exactly, modulo 2**64.
+INTEGERS = ("int8", "uint8", "int16", "int32", "int64")
+INTEGER_SUMS = ("int64", "int32")  # what their sums can be returned as, the default first
+FORMATS |= {
+    name: Format(np.dtype(name).itemsize, False, name, "int64", 0.0, 0.0, float(np.iinfo(name).max))
+    for name in INTEGERS
+}
+
 # By precision: the unit roundoff to which tensor cores may round operands, 0 where they keep them.
 OPERAND_ROUNDOFF = {"float32": 0.0, "tf32": 2.0**-11}
 PRECISIONS = tuple(OPERAND_ROUNDOFF)
@@ -63,7 +71,12 @@ PRECISIONS = tuple(OPERAND_ROUNDOFF)
 def dtype_name(dtype: Any) -> str | None:
     """The name of a supported dtype in `DTYPES`, whatever its byte order; None for every other dtype."""
     name = str(getattr(dtype, "name", dtype))
-    return name if name in FORMATS else None
+    return name if name in DTYPES else None
+
+
+def real_dtype(name: str) -> str:
+    """The name of the dtype of the real part of a dtype in `DTYPES`, which is a real one itself."""
+    return FORMATS[name].real
 
 
 def numpy_dtype(name: str) -> np.dtype[Any]:

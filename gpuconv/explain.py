@@ -6,14 +6,16 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
 import numpy as np
 
 from . import cpu, dispatch, runtime
 from .arguments import check_int, check_padding_mode
 from .device import ARCHITECTURES, Device
+from .dtypes import dtype_name, real_dtype
 from .families import Launch
+from .families.base import contiguous_strides
 from .memory import check_kinds
 from .problem import (
     ArrayLike,
@@ -30,9 +32,10 @@ Direction: TypeAlias = Literal["forward", "grad_input", "grad_weight", "grad_bia
 DIRECTIONS: tuple[Direction, ...] = ("forward", "grad_input", "grad_weight", "grad_bias")
 
 SETTINGS: Mapping[Op, tuple[str, ...]] = {
-    "conv1d": ("stride", "padding", "dilation", "groups", "padding_mode", "precision", "algorithm"),
+    "conv1d": ("stride", "padding", "dilation", "groups", "padding_mode", "precision", "algorithm", "out_dtype"),
     "conv_transpose1d": (
         "stride", "padding", "output_padding", "groups", "dilation", "output_size", "precision", "algorithm",
+        "out_dtype",
     ),
 }  # fmt: skip
 
@@ -53,6 +56,8 @@ class Explanation:
             path, and where the result is empty or zero and nothing is launched.
         method: how the CPU path computes it; None on a GPU, and for a bias.
         copies: the arrays that are copied first, because the kernels (or BLAS) cannot read them where they lie.
+        parts: how often the call computes `problem`: twice for real taps on complex data, whose real and imaginary part
+            are computed one after the other.
     """
 
     problem: ConvProblem | WeightGradientProblem | BiasGradientProblem
@@ -60,16 +65,17 @@ class Explanation:
     choice: dispatch.Choice | None
     method: cpu.Method | None
     copies: tuple[str, ...]
+    parts: int = 1
 
     @property
     def flops(self) -> int:
         """Floating-point operations, a multiply-add counted as two (as eight for complex data), padding included."""
-        return self.problem.flops()
+        return self.parts * self.problem.flops()
 
     @property
     def bytes(self) -> int:
         """The fewest bytes that must move: every input read once, the result written once."""
-        return self.problem.bytes()
+        return self.parts * self.problem.bytes()
 
     @property
     def intensity(self) -> float:
@@ -102,6 +108,7 @@ class Explanation:
             "flops": self.flops,
             "bytes": self.bytes,
             "intensity": self.intensity,
+            "parts": self.parts,
             "copies": list(self.copies),
             "copy_bytes": self.copy_bytes,
             "method": None if self.method is None else dataclasses.asdict(self.method),
@@ -137,6 +144,8 @@ class Explanation:
         p = self.problem
         rows = [(name, str(shape)) for name, shape in self.shapes.items()]
         rows[0] = (rows[0][0], f"{rows[0][1]} {p.dtype}")
+        if (of_result := p.dtype_of(rows[-1][0])) != p.dtype:
+            rows[-1] = (rows[-1][0], f"{rows[-1][1]} {of_result}")
         title = "gradient of the bias"
         if not isinstance(p, BiasGradientProblem):
             padding = str(p.padding) if isinstance(p, ConvProblem) else f"{p.padding_left} on the left"
@@ -147,6 +156,8 @@ class Explanation:
                 settings += f", precision {p.precision}"
             rows.append(("settings", settings))
             title = p.op if isinstance(p, ConvProblem) else f"gradient of {p.op}'s weight"
+        if self.parts > 1:
+            rows.append(("parts", "the real and the imaginary part of the data, one after the other"))
         if self.device is None:
             where = "the CPU, through NumPy"
             if self.method is not None:
@@ -285,8 +296,15 @@ def explain(
     function = op if direction == "forward" else f"{op}_{direction.removeprefix('grad_')}"
     dispatch.check_algorithm("explain", SIGNATURES[function].kind, algorithm)
     construct = ConvProblem.conv_transpose1d if op == "conv_transpose1d" else ConvProblem.conv1d
-    p = construct(input, weight, bias, **settings)
+    by_parts = _have_real_taps(given)
+    if by_parts and direction == "grad_bias":  # a bias is as complex as the data, whatever the taps are
+        by_parts, weight = False, ArraySpec(tuple(weight.shape), input.dtype)
+    if by_parts:
+        given = {name: array if name == "weight" else _RealPart.of(array) for name, array in given.items()}
+    p = construct(given["input"], weight, given.get("bias"), **settings)
     problem: ConvProblem | WeightGradientProblem | BiasGradientProblem = p
+    if direction != "forward" and p.out_dtype is not None:
+        raise TypeError(f'explain: {p.dtype} data have no gradients, expected direction "forward"')
     if direction == "grad_input":
         if p.L_in == 0:
             raise ValueError("explain: input has no positions, so it has no gradient")
@@ -306,14 +324,51 @@ def explain(
             method = cpu.method(problem)
         elif isinstance(problem, WeightGradientProblem):
             method = cpu.weight_gradient.method(problem)
-        return Explanation(problem, None, None, method, tuple(dict.fromkeys((*conjugated, *swapped))))
+        return Explanation(problem, None, None, method, tuple(dict.fromkeys((*conjugated, *swapped))), 1 + by_parts)
     if problem.is_empty:
-        return Explanation(problem, target, None, None, ())
+        return Explanation(problem, target, None, None, (), 1 + by_parts)
     places = {operand: _place(given[array]) for array, operand in operands.items() if array not in conjugated}
+    if by_parts:  # the other arrays are parts of fresh complex ones
+        for name, shape in problem.shapes.items():
+            if name not in places and name != "grad_weight":
+                places[name] = _place(
+                    _RealPart.of(ArraySpec(shape, np.result_type(given["input"].dtype, np.complex64)))
+                )
     layout, copies = dispatch.lay_out(problem, places)
     arrays_of = {operand: array for array, operand in operands.items()}
     copies = (*(arrays_of[operand] for operand in copies), *conjugated)
-    return Explanation(problem, target, dispatch.choose(problem, layout, target, algorithm), None, copies)
+    choice = dispatch.choose(problem, layout, target, algorithm)
+    return Explanation(problem, target, choice, None, copies, 1 + by_parts)
+
+
+def _have_real_taps(given: Mapping[str, Any]) -> bool:
+    """Whether the weight is real, the other arrays are complex, and their precision is one."""
+    dtypes = {name: dtype_name(getattr(array, "dtype", None)) for name, array in given.items()}
+    weight, data = dtypes.pop("weight"), set(dtypes.values())
+    return (
+        len(data) == 1
+        and None not in data
+        and weight not in data
+        and {real_dtype(cast(str, n)) for n in data} == {weight}
+    )
+
+
+class _RealPart(NamedTuple):
+    """Where the real part of a complex array lies, in bytes."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    strides: tuple[int, ...]
+    address: int
+
+    @classmethod
+    def of(cls, array: Any) -> _RealPart:
+        dtype = np.dtype(array.dtype)
+        real = np.dtype(real_dtype(dtype.name)).newbyteorder(dtype.byteorder)
+        if (place := _place(array)) is None:
+            strides = tuple(stride * dtype.itemsize for stride in contiguous_strides(array.shape))
+            return cls(tuple(array.shape), real, strides, 0)
+        return cls(tuple(array.shape), real, place.strides, place.address)
 
 
 def _check_extents(op: Op, name: str, spec: ArraySpec) -> None:
@@ -350,6 +405,8 @@ def _parse_device(device: Device | str) -> Device | None:
 def _place(array: Any) -> dispatch.Place | None:
     if isinstance(array, ArraySpec):
         return None
+    if isinstance(array, _RealPart):
+        return dispatch.Place(array.strides, array.address)
     address = array.__array_interface__["data"][0] if isinstance(array, np.ndarray) else array.data.ptr
     return dispatch.Place(tuple(array.strides), int(address))
 

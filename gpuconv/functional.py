@@ -26,6 +26,7 @@ def conv1d(
     padding_mode: str = "zeros",
     precision: str = "float32",
     algorithm: str | None = None,
+    out_dtype: Any = None,
     out: ArrayT | None = None,
 ) -> ArrayT:
     """1-D convolution (cross-correlation: the kernel is not flipped, as in every deep-learning framework).
@@ -39,7 +40,8 @@ def conv1d(
 
     Args:
         input: (N, C_in, L_in), or (C_in, L_in) for a single sample. NumPy or CuPy, any strides; never changed.
-        weight: (C_out, C_in/groups, K), of the kind, device and dtype of `input`; or what `prepare` made of it.
+        weight: (C_out, C_in/groups, K), of the kind, device and dtype of `input`, or real with complex
+            input of the same precision (float32 for complex64); or what `prepare` made of it.
         bias: (C_out,), or None.
         stride: step of the window, in samples.
         padding: zeros on both sides, in samples: an int, a pair (left, right), "valid" (none), "same"
@@ -54,6 +56,8 @@ def conv1d(
         algorithm: how a GPU computes it. None: the fastest kernel family that takes the problem and sums directly.
             "base": `conv1d_direct`, one thread per output element, which takes every problem. Or a family's name; see
             `gpuconv.explain`. On NumPy arrays the name is checked and has no effect.
+        out_dtype: of the sums of integers, which are exact: "int64" (None stands for it), or "int32", which keeps the
+            low 32 bits. Sums beyond it wrap around, as NumPy's do. The bias has this dtype, too.
         out: an array of the output's shape, dtype and device to write to, which must not overlap the inputs.
 
     Returns:
@@ -66,7 +70,7 @@ def conv1d(
         ValueError: a shape or a value does not fit; the message names the argument, what was expected and what came.
             The kernel family that `algorithm` names does not take the problem.
         TypeError: an argument is of the wrong kind, or a dtype is not one of float16, bfloat16, float32, float64,
-            complex64 and complex128.
+            complex64, complex128, int8, uint8, int16, int32 and int64.
         RuntimeError: a CuPy array was given but no GPU answers.
         ImportError: a CuPy array was given and CuPy is older than version 14.
 
@@ -78,7 +82,7 @@ def conv1d(
     """
     if padding_mode != "zeros":
         check_padding_mode("conv1d", padding_mode)
-    settings = (stride, padding, dilation, groups, precision)
+    settings = (stride, padding, dilation, groups, precision, out_dtype)
     return cast(ArrayT, _convolve("conv1d", input, weight, bias, settings, algorithm, out))
 
 
@@ -95,6 +99,7 @@ def conv_transpose1d(
     output_size: Setting | None = None,
     precision: str = "float32",
     algorithm: str | None = None,
+    out_dtype: Any = None,
     out: ArrayT | None = None,
 ) -> ArrayT:
     """Transposed 1-D convolution: the adjoint of `conv1d` as a map of its input, which upsamples by `stride`.
@@ -108,7 +113,8 @@ def conv_transpose1d(
 
     Args:
         input: (N, C_in, L_in), or (C_in, L_in) for a single sample. NumPy or CuPy, any strides; never changed.
-        weight: (C_in, C_out/groups, K), of the kind, device and dtype of `input`; or what `prepare` made of it.
+        weight: (C_in, C_out/groups, K), of the kind, device and dtype of `input`, or real with complex
+            input of the same precision (float32 for complex64); or what `prepare` made of it.
         bias: (C_out,), or None.
         stride: distance between the windows that neighbouring input samples feed, in output samples.
         padding: output samples trimmed: an int from both sides, a pair (left, right), "valid" (none) or "same"
@@ -123,6 +129,8 @@ def conv_transpose1d(
         algorithm: how a GPU computes it. None: the fastest kernel family that takes the problem and sums directly.
             "base": `conv_transpose1d_gather`, one thread per output element, which takes every problem. Or a family's
             name; see `gpuconv.explain`. On NumPy arrays the name is checked and has no effect.
+        out_dtype: of the sums of integers, which are exact: "int64" (None stands for it), or "int32", which keeps the
+            low 32 bits. Sums beyond it wrap around, as NumPy's do. The bias has this dtype, too.
         out: an array of the output's shape, dtype and device to write to, which must not overlap the inputs.
 
     Returns:
@@ -135,7 +143,7 @@ def conv_transpose1d(
         ValueError: a shape or a value does not fit; the message names the argument, what was expected and what came.
             The kernel family that `algorithm` names does not take the problem.
         TypeError: an argument is of the wrong kind, or a dtype is not one of float16, bfloat16, float32, float64,
-            complex64 and complex128.
+            complex64, complex128, int8, uint8, int16, int32 and int64.
         RuntimeError: a CuPy array was given but no GPU answers.
         ImportError: a CuPy array was given and CuPy is older than version 14.
 
@@ -145,7 +153,7 @@ def conv_transpose1d(
         >>> gpuconv.conv_transpose1d(x, np.array([[[1.0, 1.0, 1.0]]]), stride=2)
         array([[[1., 1., 3., 2., 2.]]])
     """
-    settings = (stride, padding, output_padding, groups, dilation, output_size, precision)
+    settings = (stride, padding, output_padding, groups, dilation, output_size, precision, out_dtype)
     return cast(ArrayT, _convolve("conv_transpose1d", input, weight, bias, settings, algorithm, out))
 
 

@@ -11,7 +11,7 @@ kernels. `gpuconv.reference` has the definitions and the error bounds.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import SupportsIndex, TypeVar, cast
+from typing import Any, SupportsIndex, TypeVar, cast
 
 from . import calls
 from .problem import Padding, Setting
@@ -46,7 +46,7 @@ def conv1d_input(
         input_size: the shape of the input, (N, C_in, L_in) or (C_in, L_in).
         weight: (C_out, C_in/groups, K). NumPy or CuPy, any strides; never changed.
         grad_output: the gradient of the output, of its shape (N, C_out, L_out) or (C_out, L_out), and of the kind,
-            device and dtype of `weight`.
+            device and dtype of `weight`; complex with real taps, too.
         stride: of the forward call.
         padding: of the forward call.
         dilation: of the forward call.
@@ -54,8 +54,8 @@ def conv1d_input(
         precision: "float32", the full precision of the dtype, or "tf32", as in the forward call.
         algorithm: how a GPU computes it: None for the fastest kernel family, "base" for the one that takes every
             problem, or the name of a `conv_transpose1d` family; see `gpuconv.explain`.
-        out: an array of shape `input_size`, of the dtype and device of `weight`, to write to, which must not overlap
-            the arguments.
+        out: an array of shape `input_size`, of the dtype and device of `grad_output`, to write to, which must not
+            overlap the arguments.
 
     Returns:
         An array of shape `input_size`; `out` where it was given.
@@ -87,6 +87,7 @@ def conv1d_weight(
     *,
     precision: str = "float32",
     algorithm: str | None = None,
+    weight_dtype: Any = None,
     out: ArrayT | None = None,
 ) -> ArrayT:
     """The gradient of `gpuconv.conv1d` with respect to its weight.
@@ -111,8 +112,10 @@ def conv1d_weight(
         precision: "float32", the full precision of the dtype, or "tf32", as in the forward call.
         algorithm: how a GPU computes it: None for the fastest kernel family, "base" for the one that takes every
             problem, or the name of a `weight_gradient` family; see `gpuconv.explain`.
-        out: an array of shape `weight_size`, of the dtype and device of `input`, to write to, which must not overlap
-            the arguments.
+        weight_dtype: the dtype of the weight, and so of its gradient: None for that of `input`, or the real dtype of
+            complex data whose taps are real (float32 for complex64).
+        out: an array of shape `weight_size`, of the weight's dtype on the device of `input`, to write to, which must
+            not overlap the arguments.
 
     Returns:
         An array of shape `weight_size`; `out` where it was given.
@@ -130,7 +133,13 @@ def conv1d_weight(
         array([[[30., 41.]]])
     """
     settings = (weight_size, stride, padding, dilation, groups, precision)
-    return cast(ArrayT, calls.run("conv1d_weight", (input, grad_output), settings, out, algorithm=algorithm))
+    arrays = (input, grad_output)
+    return cast(
+        ArrayT,
+        calls.run_weight_gradient(
+            "conv1d_weight", arrays, settings, out, weight_dtype=weight_dtype, algorithm=algorithm
+        ),
+    )
 
 
 def conv1d_bias(grad_output: ArrayT, *, out: ArrayT | None = None) -> ArrayT:
@@ -188,7 +197,7 @@ def conv_transpose1d_input(
         input_size: the shape of the input, (N, C_in, L_in) or (C_in, L_in).
         weight: (C_in, C_out/groups, K). NumPy or CuPy, any strides; never changed.
         grad_output: the gradient of the output, of its shape (N, C_out, L_out) or (C_out, L_out), and of the kind,
-            device and dtype of `weight`.
+            device and dtype of `weight`; complex with real taps, too.
         stride: of the forward call.
         padding: of the forward call.
         output_padding: of the forward call.
@@ -198,8 +207,8 @@ def conv_transpose1d_input(
         precision: "float32", the full precision of the dtype, or "tf32", as in the forward call.
         algorithm: how a GPU computes it: None for the fastest kernel family, "base" for the one that takes every
             problem, or the name of a `conv1d` family; see `gpuconv.explain`.
-        out: an array of shape `input_size`, of the dtype and device of `weight`, to write to, which must not overlap
-            the arguments.
+        out: an array of shape `input_size`, of the dtype and device of `grad_output`, to write to, which must not
+            overlap the arguments.
 
     Returns:
         An array of shape `input_size`; `out` where it was given.
@@ -233,6 +242,7 @@ def conv_transpose1d_weight(
     output_size: Setting | None = None,
     precision: str = "float32",
     algorithm: str | None = None,
+    weight_dtype: Any = None,
     out: ArrayT | None = None,
 ) -> ArrayT:
     """The gradient of `gpuconv.conv_transpose1d` with respect to its weight.
@@ -259,8 +269,10 @@ def conv_transpose1d_weight(
         precision: "float32", the full precision of the dtype, or "tf32", as in the forward call.
         algorithm: how a GPU computes it: None for the fastest kernel family, "base" for the one that takes every
             problem, or the name of a `weight_gradient` family; see `gpuconv.explain`.
-        out: an array of shape `weight_size`, of the dtype and device of `input`, to write to, which must not overlap
-            the arguments.
+        weight_dtype: the dtype of the weight, and so of its gradient: None for that of `input`, or the real dtype of
+            complex data whose taps are real (float32 for complex64).
+        out: an array of shape `weight_size`, of the weight's dtype on the device of `input`, to write to, which must
+            not overlap the arguments.
 
     Returns:
         An array of shape `weight_size`; `out` where it was given.
@@ -279,7 +291,13 @@ def conv_transpose1d_weight(
         array([[[30., 41.]]])
     """
     settings = (weight_size, stride, padding, output_padding, groups, dilation, output_size, precision)
-    return cast(ArrayT, calls.run("conv_transpose1d_weight", (input, grad_output), settings, out, algorithm=algorithm))
+    arrays = (input, grad_output)
+    return cast(
+        ArrayT,
+        calls.run_weight_gradient(
+            "conv_transpose1d_weight", arrays, settings, out, weight_dtype=weight_dtype, algorithm=algorithm
+        ),
+    )
 
 
 def conv_transpose1d_bias(grad_output: ArrayT, *, out: ArrayT | None = None) -> ArrayT:

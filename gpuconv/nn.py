@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 import operator
+import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, SupportsIndex, TypeVar, cast
 
 import numpy as np
 
-from . import dispatch, runtime
+from . import checkpoint, dispatch, runtime
 from .arguments import check_groups, check_int, check_padding_mode, check_precision, check_setting, check_size
+from .checkpoint import EntryError
 from .functional import ArrayT, conv1d, conv_transpose1d
 from .problem import (
     DTYPES,
@@ -29,6 +31,7 @@ __all__ = ["Conv1d", "ConvTranspose1d", "IncompatibleKeys"]
 LayerT = TypeVar("LayerT", bound="_Layer")
 
 _DRAWN_AT_ONCE = 1 << 15  # initial values, in float64
+_LISTED = 20  # missing or unknown entries in a message
 
 
 class IncompatibleKeys(NamedTuple):
@@ -144,40 +147,57 @@ class _Layer:
             state["bias"] = self.bias
         return state
 
-    def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> IncompatibleKeys:
+    def load_state_dict(
+        self, state: Mapping[str, Any] | str | os.PathLike[str], strict: bool = True, *, prefix: str = ""
+    ) -> IncompatibleKeys:
         """Replace the parameters by copies of the arrays in `state`, on the layer's device and in its dtype.
 
         Args:
             state: "weight" and, unless the layer has none, "bias": NumPy or CuPy arrays, or whatever offers
-                `__array__` or `__cuda_array_interface__`, such as the tensors of a PyTorch layer's `state_dict()`.
+                `__array__` or `__cuda_array_interface__`, such as the tensors of a PyTorch layer's `state_dict()`; or
+                the path of a `.npz` or `.safetensors` file of such arrays, of which only what is wanted is read. In
+                place of "weight" may stand the two arrays of a weight normalisation: "weight_g" and "weight_v", or
+                "parametrizations.weight.original0" and "original1". Their product is computed in float64 and rounded.
             strict: whether unknown and missing entries are errors.
+            prefix: of the names in `state` that belong to this layer, "encoder.conv1." for one layer of a model; the
+                other entries are not looked at.
 
         Returns:
             The missing and the unexpected keys, both empty if `strict`.
 
         Raises:
-            ValueError: naming all unknown, missing, misshaped and unreadable entries at once. The layer is unchanged.
-            TypeError: `state` is not a mapping.
+            ValueError: naming all unknown, missing, misshaped and unreadable entries at once; or a file that is damaged
+                or neither a `.npz` nor a `.safetensors` file. The layer is unchanged.
+            TypeError: `state` is neither a mapping nor a path, or `prefix` is not a string.
+            OSError: the file cannot be opened.
+            ModuleNotFoundError: a package that reads the file is not installed: safetensors, or ml_dtypes for bfloat16.
             RuntimeError: the current stream of the parameters' GPU is being captured. The layer is unchanged.
         """
         caller = f"{type(self).__name__}.load_state_dict"
+        if isinstance(state, str | os.PathLike):
+            with checkpoint.open_state(caller, state) as opened:
+                return self.load_state_dict(opened, strict, prefix=prefix)
         if not isinstance(state, Mapping):
-            raise TypeError(f"{caller}: state must be a mapping of arrays, got {type(state).__name__}")
-        own = self.state_dict()
-        missing = [key for key in own if key not in state]
-        unexpected = [str(key) for key in state if key not in own]
-        problems = [f'missing "{key}"' for key in missing] + [f'unknown "{key}"' for key in unexpected]
-        if not strict:
-            problems.clear()
+            raise TypeError(f"{caller}: state must be a mapping of arrays or a path, got {type(state).__name__}")
+        if not isinstance(prefix, str):
+            raise TypeError(f"{caller}: prefix must be a str, got {type(prefix).__name__} {prefix!r}")
+        own, found = self.state_dict(), checkpoint.select(state, prefix)
+        pair = next((pair for pair in checkpoint.NORMALISED if "weight" not in found and set(pair) <= found.keys()), ())
+        missing = [key for key in own if key not in found and not (pair and key == "weight")]
+        unexpected = [key for key in found if key not in own and key not in pair]
+        problems = _listed("missing", missing, prefix) + _listed("unknown", unexpected, prefix) if strict else []
         loaded = {}
         for key in own:
-            if key in state:
-                try:
-                    loaded[key] = _read(key, state[key], own[key])
-                except _UnfitError as error:
-                    problems.append(str(error))
+            try:
+                if pair and key == "weight":
+                    loaded[key] = _fold(prefix, pair, found, own[key])
+                elif key in found:
+                    loaded[key] = _read(prefix + key, found[key], own[key])
+            except EntryError as error:
+                problems.append(str(error))
         if problems:
-            raise ValueError(f"{caller}: the state does not fit {self}: {'; '.join(problems)}")
+            hint = _prefix_hint(found) if missing else ""
+            raise ValueError(f"{caller}: the state does not fit {self}: {'; '.join(problems)}{hint}")
         self._replace_parameters(
             {key: _place(array, _home(own[key]), own[key].dtype, copy=True) for key, array in loaded.items()}
         )
@@ -406,10 +426,6 @@ class ConvTranspose1d(_Layer):
         return self.forward(input, output_size)
 
 
-class _UnfitError(Exception):
-    """Why an entry of a state dictionary cannot become a parameter."""
-
-
 def _as_attribute(padding: Padding) -> str | tuple[int, ...]:
     """A validated padding as PyTorch keeps it: the word, or a tuple."""
     if isinstance(padding, str):
@@ -527,16 +543,52 @@ def _as_cupy_array(value: Any) -> Any:
         return cupy.asarray(value)
 
 
+def _listed(what: str, keys: Sequence[str], prefix: str) -> list[str]:
+    """Problems, one a key, of which a whole model may have thousands."""
+    listed = [f'{what} "{prefix}{key}"' for key in keys[:_LISTED]]
+    return [*listed, f"{len(keys) - _LISTED} more {what}"] if len(keys) > _LISTED else listed
+
+
+def _prefix_hint(keys: Iterable[str]) -> str:
+    """How to choose a layer from the state dictionary of a whole model; empty where it is none."""
+    endings = ["weight", *(direction for _, direction in checkpoint.NORMALISED)]
+    prefixes = [key.removesuffix(ending) for key in keys for ending in endings if key.endswith(f".{ending}")]
+    return f'; prefix="{prefixes[0]}" would choose one of {len(prefixes)} layers' if prefixes else ""
+
+
+def _fold(prefix: str, pair: Sequence[str], state: Mapping[str, Any], own: Any) -> Any:
+    """The weight of a weight normalisation, or an `EntryError`."""
+    name, direction_name = (prefix + key for key in pair)
+    direction = _read(direction_name, state[pair[1]], own)
+    magnitude = _as_array(name, state[pair[0]], own)
+    try:
+        return checkpoint.fold(*(_place(array, None, array.dtype) for array in (magnitude, direction)))
+    except EntryError as error:
+        raise EntryError(f'"{name}" {error}') from error
+
+
 def _read(key: str, value: Any, own: Any) -> Any:
     """An entry of a state dictionary as a NumPy or CuPy array that fits a parameter.
 
     Raises:
-        _UnfitError: it does not.
+        EntryError: it does not.
+    """
+    array = _as_array(key, value, own)
+    if tuple(array.shape) != tuple(own.shape):
+        raise EntryError(f'"{key}" must have shape {tuple(own.shape)}, got {tuple(array.shape)}')
+    return array
+
+
+def _as_array(key: str, value: Any, own: Any) -> Any:
+    """An entry of a state dictionary as a NumPy or CuPy array of a dtype that converts to a parameter's.
+
+    Raises:
+        EntryError: it is none.
     """
     if isinstance(value, np.ma.MaskedArray) or not (
         hasattr(value, "__array__") or hasattr(value, "__cuda_array_interface__")
     ):
-        raise _UnfitError(f'"{key}" must be an array, got {type(value).__name__}')
+        raise EntryError(f'"{key}" must be an array, got {type(value).__name__}')
     try:
         if runtime.is_cupy_array(value):
             array = value
@@ -545,11 +597,11 @@ def _read(key: str, value: Any, own: Any) -> Any:
         else:
             array = np.asarray(value)
     except (TypeError, ValueError, RuntimeError, ImportError) as error:
-        raise _UnfitError(f'"{key}" cannot be read as an array: {error}') from error
+        raise EntryError(f'"{key}" cannot be read as an array: {error}') from error
     if runtime.is_cupy_array(array) and not array.dtype.isnative:
-        raise _UnfitError(f'"{key}" must have native byte order on a GPU, got {array.dtype.str}')
-    if tuple(array.shape) != tuple(own.shape):
-        raise _UnfitError(f'"{key}" must have shape {tuple(own.shape)}, got {tuple(array.shape)}')
+        raise EntryError(f'"{key}" must have native byte order on a GPU, got {array.dtype.str}')
+    if array.dtype == np.dtype("V2") and own.dtype.name == "bfloat16":
+        array = array.view(own.dtype)  # NumPy's files keep the bytes of bfloat16 and lose its name
     if not _converts(array.dtype, str(own.dtype.name)):
-        raise _UnfitError(f'"{key}" must have a dtype that converts to {own.dtype}, got {array.dtype}')
+        raise EntryError(f'"{key}" must have a dtype that converts to {own.dtype}, got {array.dtype}')
     return array

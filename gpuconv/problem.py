@@ -24,17 +24,20 @@ from .arguments import (
     check_bias_length,
     check_dtype,
     check_groups,
+    check_out_dtype,
     check_precision,
     check_rank,
     check_setting,
     check_size,
 )
-from .dtypes import DTYPES, FORMATS, PRECISIONS, Format, dtype_name, numpy_dtype
+from .dtypes import DTYPES, FORMATS, INTEGER_SUMS, INTEGERS, PRECISIONS, Format, dtype_name, numpy_dtype
 
 # With the problems come the words that describe them, so that their users need one import.
 __all__ = [
     "DTYPES",
     "FORMATS",
+    "INTEGERS",
+    "INTEGER_SUMS",
     "MAX_EXTENT",
     "PRECISIONS",
     "ArrayLike",
@@ -86,6 +89,8 @@ class Problem(Protocol):
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]: ...
 
+    def dtype_of(self, name: str) -> str: ...
+
     @property
     def is_empty(self) -> bool: ...
 
@@ -129,6 +134,7 @@ class ConvProblem:
     has_bias: bool = False
     batched: bool = True
     precision: str = "float32"
+    out_dtype: str | None = None  # of bias and output, where that is not `dtype`
     L_out: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -160,7 +166,7 @@ class ConvProblem:
             )
         object.__setattr__(self, "L_out", L_out)
         for name, shape in (("input", self.input_shape), ("weight", self.weight_shape), ("output", self.output_shape)):
-            check_size(self.op, name, shape, self.dtype)
+            check_size(self.op, name, shape, self.dtype_of(name))
 
     @classmethod
     def conv1d(
@@ -173,6 +179,7 @@ class ConvProblem:
         dilation: Setting = 1,
         groups: SupportsIndex = 1,
         precision: str = "float32",
+        out_dtype: Any = None,
     ) -> ConvProblem:
         """Validate the arguments of `gpuconv.conv1d`; only `.shape` and `.dtype` of the arrays are read.
 
@@ -201,7 +208,7 @@ class ConvProblem:
             left, right = sides
         return cls(
             op, x.N, x.C_in, C_out, x.L_in, K, s, left, right, d, g, 0, x.dtype, bias is not None, x.batched,
-            check_precision(op, precision, x.dtype),
+            check_precision(op, precision, x.dtype), check_out_dtype(op, x.dtype, out_dtype, bias),
         )  # fmt: skip
 
     @classmethod
@@ -217,6 +224,7 @@ class ConvProblem:
         dilation: Setting = 1,
         output_size: Setting | None = None,
         precision: str = "float32",
+        out_dtype: Any = None,
     ) -> ConvProblem:
         """Validate the arguments of `gpuconv.conv_transpose1d`; only `.shape` and `.dtype` of the arrays are read.
 
@@ -264,7 +272,7 @@ class ConvProblem:
             extra = wanted - shortest
         return cls(
             op, x.N, x.C_in, C_out, x.L_in, K, s, left, right, d, g, extra, x.dtype, bias is not None, x.batched,
-            check_precision(op, precision, x.dtype),
+            check_precision(op, precision, x.dtype), check_out_dtype(op, x.dtype, out_dtype, bias),
         )  # fmt: skip
 
     @property
@@ -279,6 +287,10 @@ class ConvProblem:
             shapes["bias"] = (self.C_out,)
         shapes["output"] = (self.N, self.C_out, self.L_out)
         return shapes
+
+    def dtype_of(self, name: str) -> str:
+        """The dtype of one of the arrays."""
+        return self.out_dtype or self.dtype if name in ("bias", "output") else self.dtype
 
     @property
     def is_empty(self) -> bool:
@@ -372,8 +384,7 @@ class ConvProblem:
 
     def bytes(self) -> int:
         """The fewest bytes that must move: input, weight and bias read once, the output written once."""
-        elements = self.N * self.C_in * self.L_in + math.prod(self.weight_shape) + self.N * self.C_out * self.L_out
-        return (elements + (self.C_out if self.has_bias else 0)) * self.itemsize
+        return sum(math.prod(shape) * FORMATS[self.dtype_of(name)].itemsize for name, shape in self.shapes.items())
 
     def __str__(self) -> str:
         parts = [
@@ -387,6 +398,8 @@ class ConvProblem:
             parts.append("bias")
         if self.precision != "float32":
             parts.append(self.precision)
+        if self.out_dtype is not None:
+            parts.append(f"to {self.out_dtype}")
         return " ".join(parts)
 
 
@@ -446,6 +459,10 @@ class WeightGradientProblem:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shapes of the arrays by name, the result last."""
         return {"coarse": self.coarse_shape, "fine": self.fine_shape, "grad_weight": self.weight_shape}
+
+    def dtype_of(self, name: str) -> str:
+        """The dtype of one of the arrays."""
+        return self.dtype
 
     @property
     def is_empty(self) -> bool:
@@ -554,6 +571,10 @@ class BiasGradientProblem:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shapes of the arrays by name, the result last."""
         return {"grad_output": self.grad_output_shape, "grad_bias": self.bias_shape}
+
+    def dtype_of(self, name: str) -> str:
+        """The dtype of one of the arrays."""
+        return self.dtype
 
     @property
     def is_empty(self) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .dtypes import FORMATS, OPERAND_ROUNDOFF, Format
+from .dtypes import FORMATS, INTEGERS, OPERAND_ROUNDOFF, Format
 from .problem import BiasGradientProblem, ConvProblem, WeightGradientProblem
 
 Array = npt.NDArray[Any]
@@ -40,7 +40,7 @@ def compute(problem: ConvProblem, input: Array, weight: Array, bias: Array | Non
         bias: `problem.bias_shape`, or None.
 
     Returns:
-        `problem.output_shape`, float64, or complex128 for complex problems.
+        `problem.output_shape`, float64, or complex128 for complex problems; the exact result for problems of integers.
     """
     return convolution(problem, input, weight, bias).exact()
 
@@ -102,6 +102,7 @@ class Sums:
         addend: the array whose elements are added to the sums, or None.
         evaluate: (left, right, addend) -> the result, in the dtype of its arguments.
         precision: of the problem: "tf32" allows for operands rounded to TF32.
+        out_dtype: of the result, where that is not `dtype`: of integers, whose result is exact and wraps around.
     """
 
     dtype: str
@@ -112,12 +113,14 @@ class Sums:
     addend: Array | None
     evaluate: Callable[[Array, Array, Array | None], Array]
     precision: str = "float32"
+    out_dtype: str | None = None
 
     def exact(self) -> Array:
-        """The result in float64, or complex128 for complex data."""
+        """The result in float64, complex128 for complex data, or `out_dtype`."""
         with np.errstate(invalid="ignore", over="ignore"):
             addend = None if self.addend is None else self._as_wide(self.addend)
-            return self.evaluate(self._as_wide(self.left), self._as_wide(self.right), addend)
+            wide = self.evaluate(self._as_wide(self.left), self._as_wide(self.right), addend)
+        return wide if self.out_dtype is None else wide.astype(self.out_dtype)
 
     def error_bound(self, exact: Array | None = None) -> Array:
         """The largest permitted distance of each element from `exact`, after Higham's running-error analysis.
@@ -140,6 +143,8 @@ class Sums:
         third more in all, as with nine channels in three blocks. In TF32 each operand moves by up to 2**-11 of itself,
         which adds (2**-10 + 2**-22) times the magnitude.
 
+        The bound of integers is zero.
+
         Source: N. J. Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., section 3.1 and 2.8 (underflow);
         M. Fasi et al., Numerical behavior of NVIDIA tensor cores, PeerJ Computer Science 7, 2021 (alignment, blocks).
 
@@ -153,7 +158,8 @@ class Sums:
         Raises:
             ValueError: the reduction is so long that the bound does not exist (``(n + 2)*u >= 1``).
         """
-        return self._bound_and_magnitude(self.exact() if exact is None else exact)[0]
+        exact = self.exact() if exact is None else exact
+        return np.zeros(exact.shape) if self._is_integer else self._bound_and_magnitude(exact)[0]
 
     def within_bound(self, output: Array) -> npt.NDArray[np.bool_]:
         """Which elements of `output` are right: within `error_bound`, NaN and infinities where they belong.
@@ -170,6 +176,8 @@ class Sums:
     def compare(self, output: Array) -> Comparison:
         """`output` beside what it should be."""
         exact = self.exact()
+        if self._is_integer:
+            return Comparison(np.asarray(output == exact), exact, np.zeros(exact.shape), output)
         bound, magnitude = self._bound_and_magnitude(exact)
         y = self._as_wide(output)
         return Comparison(self._within(y, exact, bound, magnitude), exact, bound, y)
@@ -237,6 +245,10 @@ class Sums:
         return np.asarray(same | (excused & ~np.isfinite(y)))
 
     @property
+    def _is_integer(self) -> bool:
+        return self.dtype in INTEGERS
+
+    @property
     def _is_complex(self) -> bool:
         return FORMATS[self.dtype].is_complex
 
@@ -247,7 +259,8 @@ class Sums:
         return found, FORMATS[found.accumulator]
 
     def _as_wide(self, array: Any) -> Array:
-        return np.asarray(array).astype(np.complex128 if self._is_complex else np.float64)
+        wide = np.int64 if self._is_integer else np.complex128 if self._is_complex else np.float64
+        return np.asarray(array).astype(wide)
 
     def _magnitudes(self, array: Array) -> Array:
         """The absolute values, zero in the place of NaN and infinities."""
@@ -272,7 +285,8 @@ def _gamma(m: int, u: float) -> float:
 def convolution(problem: ConvProblem, input: Array, weight: Array, bias: Array | None = None) -> Sums:
     """The output of a problem; `compute` has the formula."""
     p = problem
-    return Sums(p.dtype, p.terms, _products(p), input, weight, bias, partial(_convolve, p), p.precision)
+    evaluate = partial(_convolve, p)
+    return Sums(p.dtype, p.terms, _products(p), input, weight, bias, evaluate, p.precision, p.out_dtype)
 
 
 def _convolve(p: ConvProblem, input: Array, weight: Array, bias: Array | None) -> Array:

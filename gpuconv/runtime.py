@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -171,6 +171,29 @@ def refuse_during_capture(what: str, device_index: int) -> None:
     with cuda.Device(device_index):
         if cuda.get_current_stream().is_capturing():
             raise RuntimeError(f"{what} while the current stream of GPU {device_index} is being captured")
+
+
+def append(window: Any, samples: Any) -> None:
+    """Move the samples of a contiguous window (N, C, held + L) forward by L, and write `samples` (N, C, L) behind them.
+
+    One launch on the current device and CuPy's current stream, which allocates nothing where `samples` can be read.
+    """
+    from .families.append import append_launch
+    from .families.base import ArrayLayout
+
+    samples = aligned(samples)
+    if samples.size == 0:
+        return
+    itemsize = samples.dtype.itemsize
+    layout = ArrayLayout.of(samples.shape, samples.strides, 0, itemsize)
+    assert layout is not None  # aligned
+    step = append_launch(samples.dtype.name, window.shape, samples.shape, layout)
+    _append_kernel(int(samples.data.device_id), *step).launch(samples.data, window.data)
+
+
+@lru_cache(maxsize=256)
+def _append_kernel(device_index: int, config: Config, launch: Launch) -> _Kernel:  # noqa: ARG001 (one for each GPU)
+    return _Kernel(config, launch)
 
 
 class _Packing:
@@ -376,6 +399,14 @@ def _assign(target: Any, values: Any) -> None:
     if not (_is_aligned(target) and _is_aligned(values)):
         target, values = _as_bytes(target), _as_bytes(values)
     target[...] = values
+
+
+def add(target: Any, values: Any) -> None:
+    """`target += values` for arrays of one shape and dtype, of which `target` may lie at any address."""
+    total = aligned(target)
+    total += values
+    if total is not target:
+        _assign(target, total)
 
 
 def _is_aligned(array: Any) -> bool:

@@ -50,11 +50,13 @@ class Task(NamedTuple):
         problem: None where the result is the gradient of an input without positions.
         shape: of the result.
         conjugate_weight: whether the problem's weight is the conjugate of the one that was given.
+        out_dtype: of the result, where that is not the dtype of the first array.
     """
 
     problem: Problem | None
     shape: tuple[int, ...]
     conjugate_weight: bool = False
+    out_dtype: str | None = None
 
     @classmethod
     def of(cls, function: str, arrays: tuple[Any, ...], settings: tuple[Any, ...]) -> Task:
@@ -68,7 +70,7 @@ class Task(NamedTuple):
         if function == op:
             construct = ConvProblem.conv_transpose1d if op == "conv_transpose1d" else ConvProblem.conv1d
             p = construct(*arrays, *settings)
-            return cls(p, p.output_shape)
+            return cls(p, p.output_shape, out_dtype=p.out_dtype)
         if function == f"{op}_bias":
             bias = bias_gradient_problem(function, *arrays)
             return cls(bias, bias.bias_shape)

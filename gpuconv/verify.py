@@ -34,7 +34,8 @@ def verify(
 
     ==========  ====================================================================================================
     exact       small integers: the result equals the reference
-    layout      the same on strided, reversed and axis-swapped input, weight, bias and output
+    integers    integers of their dtype's whole range, whose sums wrap around: the result equals the reference
+    layout      exact on strided, reversed and axis-swapped input, weight, bias and output
     normal      normal data: every element within the error bound of `gpuconv.reference`; NaN fails
     ill_scaled  the same for magnitudes from 2**-60 to 2**60
     cancelling  the same where the terms of an element nearly cancel
@@ -56,10 +57,10 @@ def verify(
     `far` needs free memory on the GPU, 4 GiB for float16 to 32 GiB for complex128; the report names the dtypes that
     lack it. It is not run with a `filter`.
 
-    On a GPU `exact`, `layout`, `groups`, `bias`, `batch`, `chunks`, `repeat` and `gradients` compare bits. On the CPU
-    only `repeat` and the last part of `gradients` do: the BLAS library picks the order of the sums by the extents of a
-    call, so `batch` and `chunks` are held to the error bound, and it may give a zero either sign, so the others compare
-    values.
+    On a GPU `exact`, `integers`, `layout`, `groups`, `bias`, `batch`, `chunks`, `repeat` and `gradients` compare bits.
+    On the CPU only `repeat` and the last part of `gradients` do: the BLAS library picks the order of the sums by the
+    extents of a call, so `batch` and `chunks` are held to the error bound, and it may give a zero either sign, so the
+    others compare values.
 
     Args:
         device: "gpu": CuPy's current device. "cpu": the NumPy path. "auto": the GPU if one answers, else the CPU.

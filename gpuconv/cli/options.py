@@ -8,7 +8,7 @@ from typing import Any
 
 from .. import dispatch
 from ..explain import SETTINGS
-from ..problem import DTYPES, PRECISIONS, ArraySpec, Kind, Op
+from ..problem import DTYPES, INTEGER_SUMS, INTEGERS, PRECISIONS, ArraySpec, Kind, Op
 
 
 def add_device(parser: Any) -> None:
@@ -19,6 +19,9 @@ def add_device(parser: Any) -> None:
         metavar="WHERE",
         help="auto, cpu or gpu (default: auto, the GPU if one answers)",
     )
+
+
+NUMBERS = (*DTYPES, *INTEGERS)
 
 
 def add_shapes(parser: Any, *, required: bool) -> None:
@@ -33,11 +36,19 @@ def add_shapes(parser: Any, *, required: bool) -> None:
     )
     parser.add_argument("--bias", action="store_true", help="with a bias")
     if required:
-        parser.add_argument("--dtype", choices=DTYPES, default="float32", metavar="D", help=_one_of(DTYPES, "float32"))
+        parser.add_argument(
+            "--dtype", choices=NUMBERS, default="float32", metavar="D", help=_one_of(NUMBERS, "float32")
+        )
     else:
         parser.add_argument(
-            "--dtype", type=some_of(DTYPES), metavar="D[,D]", help=f"{', '.join(DTYPES)} (default: all)"
+            "--dtype",
+            type=some_of(NUMBERS),
+            metavar="D[,D]",
+            help=f"{', '.join(NUMBERS)} (default: {', '.join(DTYPES)})",
         )
+    parser.add_argument(
+        "--out-dtype", choices=INTEGER_SUMS, metavar="D", help=f"of integers: {_one_of(INTEGER_SUMS, INTEGER_SUMS[0])}"
+    )
     add_settings(parser, tuple(SETTINGS))
 
 
@@ -133,5 +144,6 @@ def specs(args: argparse.Namespace, dtype: str) -> tuple[ArraySpec, ArraySpec, A
     bias = None
     if args.bias and len(args.weight) == 3:
         per_group = args.weight[1] * (args.groups or 1)
-        bias = ArraySpec((args.weight[0] if args.op == "conv1d" else per_group,), dtype)
+        of_bias = (args.out_dtype or INTEGER_SUMS[0]) if dtype in INTEGERS else dtype
+        bias = ArraySpec((args.weight[0] if args.op == "conv1d" else per_group,), of_bias)
     return ArraySpec(args.input, dtype), ArraySpec(args.weight, dtype), bias

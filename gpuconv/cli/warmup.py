@@ -60,10 +60,10 @@ def run(args: argparse.Namespace) -> int:
     if args.input is None:
         for family in FAMILIES:
             if args.op is None or family.kind not in SETTINGS or family.kind == args.op:
-                configs.update((c, None) for c in family.configs(device) if dict(c.macros).get("DTYPE") in dtypes)
+                configs.update((c, None) for c in family.configs(device) if _dtype_of(c) in dtypes)
     for dtype in dtypes if args.input is not None else ():
         shapes = specs(args, dtype)
-        for direction in directions:
+        for direction in directions if dtype in DTYPES or args.direction else ("forward",):
             if direction == "grad_input" and shapes[0].shape[-1] == 0 and not args.direction:
                 continue  # there is no such gradient
             try:
@@ -82,3 +82,8 @@ def run(args: argparse.Namespace) -> int:
     ready = f"{count(len(configs), 'kernel')} for {device.name} ({device.arch_name}) ready in {seconds:.1f} s"
     print(f"{ready}: {kernel_cache()}")
     return 0
+
+
+def _dtype_of(config: Config) -> str:
+    """The dtype of the data that a kernel takes."""
+    return dict(config.macros).get("DTYPE", "").partition("_to_")[0]

@@ -9,6 +9,8 @@ The output is cut into blocks, and `method` chooses, from the problem alone, how
 - planes: elementwise products of depthwise planes, of many rows at once, one per tap.
 - taps: elementwise products, one per tap, where a group has one input channel.
 
+Integers are computed exactly through float64 (`integers`).
+
 A transposed problem is seen as a convolution that yields several outputs at each position (`geometry`), or with its
 input and its weight exchanged, where the weight is the longer one. Taps that meet nothing but padding are left out.
 `choice` adds up what the parts of each form cost (`costs`) and takes the cheapest.
@@ -24,8 +26,8 @@ sums in an order of its own, on the layout of the arrays in memory and on the nu
 
 from __future__ import annotations
 
-from ..problem import ConvProblem
-from . import bias_gradient, weight_gradient
+from ..problem import INTEGERS, ConvProblem
+from . import bias_gradient, integers, weight_gradient
 from .arrays import Array
 from .choice import Method, plan
 from .geometry import Call
@@ -35,7 +37,7 @@ __all__ = ["Method", "bias_gradient", "convolve", "method", "weight_gradient"]
 
 def method(problem: ConvProblem) -> Method:
     """The form that `convolve` uses for a problem: a pure function of the problem."""
-    return plan(problem).method
+    return plan(integers.in_float64(problem) if problem.dtype in INTEGERS else problem).method
 
 
 def convolve(problem: ConvProblem, input: Array, weight: Array, bias: Array | None, output: Array) -> None:
@@ -51,4 +53,7 @@ def convolve(problem: ConvProblem, input: Array, weight: Array, bias: Array | No
         bias: `problem.bias_shape` or None, likewise.
         output: `problem.output_shape`, any strides; it overlaps no other argument.
     """
-    plan(problem).run(Call.of(problem, input, weight, bias, output))
+    if problem.dtype in INTEGERS:
+        integers.run(convolve, problem, input, weight, bias, output)
+    else:
+        plan(problem).run(Call.of(problem, input, weight, bias, output))

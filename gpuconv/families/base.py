@@ -10,7 +10,7 @@ from typing import ClassVar, Generic, TypeVar
 
 from ..costs import Work
 from ..device import Device
-from ..problem import ConvProblem, Kind, Problem
+from ..problem import DTYPES, INTEGER_SUMS, INTEGERS, ConvProblem, Kind, Problem
 from ..source import params_fields
 
 ProblemT = TypeVar("ProblemT", bound=Problem)
@@ -170,6 +170,9 @@ class Family(ABC, Generic[ProblemT]):
     canonical_order: ClassVar[bool] = True
     """Whether it sums in the order of the base family of its kind: the families that do agree in every bit."""
 
+    dtypes: ClassVar[tuple[str, ...]] = DTYPES
+    """Of the data that it takes."""
+
     @abstractmethod
     def plan(self, problem: ProblemT, layout: Layout, device: Device) -> Plan | Refusal:
         """How the family computes a problem of its kind, or why it does not. `problem.is_empty` is False."""
@@ -259,6 +262,13 @@ def conv_plan(
     params = params_of(config.kernel, conv_fields(problem, layout), own)
     launch = Launch(grid, block, shared_bytes, index_bits, params)
     return Plan((Step(config, launch, conv_arrays(problem)),), candidates=candidates)
+
+
+def conv_base_configs(kernel: str, block_size: int) -> Iterator[Config]:
+    """Every specialisation of an operation's one-thread-per-output kernel."""
+    for dtype in (*DTYPES, *(f"{name}_to_{sums}" for name in INTEGERS for sums in INTEGER_SUMS)):
+        for bits in (32, 64):
+            yield base_config(kernel, dtype, bits, block_size)
 
 
 def base_config(kernel: str, dtype: str, bits: int, block_size: int) -> Config:

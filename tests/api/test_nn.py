@@ -600,7 +600,9 @@ def test_an_entry_that_needs_a_gradient_is_refused() -> None:
 
 
 def test_a_state_must_be_a_mapping() -> None:
-    with pytest.raises(TypeError, match=r"^Conv1d.load_state_dict: state must be a mapping of arrays, got list$"):
+    with pytest.raises(
+        TypeError, match=r"^Conv1d.load_state_dict: state must be a mapping of arrays or a path, got list$"
+    ):
         nn.Conv1d(1, 1, 1).load_state_dict([np.ones((1, 1, 1))])
 
 

@@ -315,20 +315,35 @@ def test_a_missing_input_is_refused(op: str) -> None:
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize(
     "dtype",
-    ["int8", "int64", "uint16", "bool", "O", "U3", "S4", "datetime64[s]", "V4", np.longdouble, np.clongdouble, "f4,f4"],
+    [
+        "uint16",
+        "uint32",
+        "uint64",
+        "bool",
+        "O",
+        "U3",
+        "S4",
+        "datetime64[s]",
+        "V4",
+        np.longdouble,
+        np.clongdouble,
+        "f4,f4",
+    ],
 )
 @pytest.mark.parametrize("name", ["input", "weight", "bias"])
 def test_other_dtypes_are_refused(op: str, name: str, dtype: Any) -> None:
     changes = {name: ArraySpec(VALID[op][name], np.dtype(dtype))}
     with pytest.raises(TypeError) as caught:
         construct(op, **{**VALID[op], **changes})
-    allowed = '"float16", "bfloat16", "float32", "float64", "complex64" and "complex128"'
+    allowed = ", ".join(f'"{name}"' for name in (*DTYPES, "int8", "uint8", "int16", "int32")) + ' and "int64"'
     assert str(caught.value) == f"{op}: {name} must have one of the dtypes {allowed}, got {np.dtype(dtype)}"
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_mixed_dtypes_are_refused(op: str) -> None:
-    for name, other in itertools.product(("input", "weight", "bias"), ("float64", "float16", "bfloat16", "complex64")):
+    for name, other in itertools.product(
+        ("input", "weight", "bias"), ("float64", "float16", "bfloat16", "complex64", "int8", "int64")
+    ):
         got = {"input": "float32", "weight": "float32", "bias": "float32", name: other}
         with pytest.raises(TypeError) as caught:
             construct(op, **{**VALID[op], name: ArraySpec(VALID[op][name], other)})

@@ -328,11 +328,19 @@ PTX_INLINE b32 prmt(b32 a, b32 b, b32 selector) {
 }
 
 // The dot product of two 16-bit and two 8-bit numbers, the low or the high ones of four, each signed or not.
-template <typename A, typename B, unsigned first>
+template <typename A, typename B, unsigned first = 0>
 PTX_INLINE s32 dp2a(A a, B b, s32 c) {
     const s64 low = s64(A(a << 16) >> 16) * (B(b << (24 - 8 * first)) >> 24);
     const s64 high = s64(a >> 16) * (B(b << (16 - 8 * first)) >> 24);
     return s32(u32(c) + u32(low) + u32(high));
+}
+
+// The dot product of four 8-bit numbers with four others, each signed or not.
+template <typename A, typename B>
+PTX_INLINE s32 dp4a(A a, B b, s32 c) {
+    u32 sum = u32(c);
+    for (int bits = 24; bits >= 0; bits -= 8) sum += u32(A(a << bits) >> 24) * u32(B(b << bits) >> 24);
+    return s32(sum);
 }
 
 #define PTX_COMPARE(name, ordered, expression)                                              \

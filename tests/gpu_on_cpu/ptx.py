@@ -423,13 +423,13 @@ def _integer_arithmetic(i: Instruction, kind: str) -> str:
     return i.call(i.base, [kind] * 3)
 
 
-@_emits("dp2a")
+@_emits("dp2a", "dp4a")
 def _dot_product(i: Instruction) -> str:
     b, a = i.type(), i.type()
-    first = 2 if i.take("lo", "hi") == "hi" else 0
+    first = ", 2" if i.base == "dp2a" and i.take("lo", "hi") == "hi" else ""
     if not {a, b} <= {"u32", "s32"}:
         raise i.unknown()
-    return i.call(f"dp2a<{a}, {b}, {first}>", ["s32", a, b, "s32"])
+    return i.call(f"{i.base}<{a}, {b}{first}>", ["s32", a, b, "s32"])
 
 
 @_emits("neg", "abs", "min", "max", "copysign")

@@ -208,6 +208,11 @@ def dotted(a: int, b: int, c: int, kinds: tuple[str, str], part: str) -> int:
     return wrap(c + words[0] * data[0] + words[1] * data[1], "u32")
 
 
+def dotted_bytes(a: int, b: int, c: int, kinds: tuple[str, str]) -> int:
+    products = (wrap(a >> shift, f"{kinds[0][0]}8") * wrap(b >> shift, f"{kinds[1][0]}8") for shift in range(0, 32, 8))
+    return wrap(c + sum(products), "u32")
+
+
 def integral(x: float, mode: str) -> float:
     if not math.isfinite(x):
         return x
@@ -305,6 +310,9 @@ def cases() -> list[Case]:
     for a_type, b_type, part in itertools.product(("u32", "s32"), ("u32", "s32"), ("lo", "hi")):
         add(f"dp2a.{part}.{a_type}.{b_type} d, a, b, c", f"b32 {a_type} {b_type} u32",
             lambda a, b, c, kinds=(a_type, b_type), part=part: dotted(a, b, c, kinds, part))  # fmt: skip
+    for a_type, b_type in itertools.product(("u32", "s32"), repeat=2):
+        add(f"dp4a.{a_type}.{b_type} d, a, b, c", f"b32 {a_type} {b_type} u32",
+            lambda a, b, c, kinds=(a_type, b_type): dotted_bytes(a, b, c, kinds))  # fmt: skip
     add("mov.b64 d, {{a, b}}", "b64 b32 b32", lambda a, b: a | b << 32)
     add("mov.b32 d, {{a, b}}", "b32 b16 b16", lambda a, b: a | b << 16)
     add("mov.b64 {{_, d}}, a", "b32 b64", lambda a: a >> 32)

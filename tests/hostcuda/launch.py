@@ -239,7 +239,7 @@ def compute(
         counts: see `run`; of the family's own kernel.
 
     Returns:
-        The result, C-contiguous, of the dtype of the inputs.
+        The result, C-contiguous.
 
     Raises:
         HostCudaError: see errors.py.
@@ -249,7 +249,7 @@ def compute(
     given = {name: array for name, array in zip(problem.shapes, inputs, strict=False) if array is not None}
     *_, (result, shape) = problem.shapes.items()
     arrays = {n: a if a.ndim == len(problem.shapes[n]) else a[np.newaxis] for n, a in given.items()}
-    arrays[result] = np.empty(shape, next(iter(given.values())).dtype.newbyteorder("="))
+    arrays[result] = np.empty(shape, numpy_dtype(problem.dtype_of(result)))
     if layout is None:  # arrays whose elements kernels cannot read where they are come out as contiguous copies
         layout, _ = lay_out(problem, {name: Place(a.strides, _address(a)) for name, a in given.items()})
     choice = choose(problem, layout, device, None if problem.is_empty else family)

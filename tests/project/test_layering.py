@@ -39,7 +39,7 @@ LAYERS = (
     ("families.product",),
     ("families.offsets",),
     ("families.weight_boxes",),
-    ("families.tiles", "families.depthwise", "families.sliding", "families.mma", "families.slices"),
+    ("families.append", "families.tiles", "families.depthwise", "families.sliding", "families.mma", "families.slices"),
     ("families.*",),
     ("families",),
     ("dispatch",),
@@ -47,8 +47,9 @@ LAYERS = (
     ("memory", "tasks"),
     ("calls",),
     ("functional",),
-    ("nn", "grad", "cases", "explain", "files", "gpus", "report"),
-    ("checks", "torch.tensors"),
+    ("checkpoint",),
+    ("nn", "grad", "signal", "cases", "explain", "files", "gpus", "report"),
+    ("checks", "stream", "torch.tensors"),
     ("family_checks",),
     ("torch.operators",),
     ("torch.functions",),
@@ -200,7 +201,7 @@ def test_kernels_are_made_by_the_runtime_alone() -> None:
 
 
 CUDA_FILES = sorted(directory().glob("*.cu*"))
-HELPERS = {"pack_weight", "pack_mma_weight", "sum_slices"}  # kernels that run before or after those of families
+HELPERS = {"append_samples", "pack_weight", "pack_mma_weight", "sum_slices"}  # kernels beside those of families
 EVERY_FAMILY: tuple[Family[Any], ...] = FAMILIES
 
 

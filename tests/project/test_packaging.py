@@ -29,6 +29,7 @@ EXTRAS = {
         "cuda12",
         "cuda13",
         "cuda13-full",
+        "safetensors",
         "dev",
         "test",
         "test-cpu",

@@ -18,7 +18,7 @@ import pytest
 import gpuconv
 from gpuconv import cases, cpu, dispatch, reference, runtime
 from gpuconv.cases import NUMBER_FORMATS
-from gpuconv.checks import CHECKS, MAX_TAPS, same_bits
+from gpuconv.checks import CHECKS, MAX_TAPS, same_bits, unset
 from gpuconv.device import ARCHITECTURES, Device
 from gpuconv.families import FAMILIES, Layout, Plan
 from gpuconv.family_checks import (
@@ -117,7 +117,7 @@ def test_tf32_is_run_where_there_is_one_or_by_name(plant: Callable[[Kernel], Non
     report = verify("cpu", filter="hifigan_resblock", dtypes=["tf32"])
     assert report.ok
     assert {r.dtype for r in report.results} == {"tf32"}
-    assert {(p.dtype, p.precision) for p in called} == {("float32", "tf32")}
+    assert {(p.dtype, p.precision) for p in called if p.dtype in DTYPES} == {("float32", "tf32")}
     plant(without_the_last_tap)
     assert {f.dtype for f in verify("cpu", filter="k3", dtypes=["tf32"]).failures} == {"tf32"}
 
@@ -337,7 +337,7 @@ def test_the_sign_of_a_zero_counts_on_a_gpu_alone(plant: Callable[[Kernel], None
 
     def kernel(p: ConvProblem, x: Array, w: Array, b: Array | None, out: Array) -> None:
         correct(p, x, w, b, out)
-        for part in (out.real, out.imag):
+        for part in (out.real, out.imag) if p.is_complex else ():
             np.copyto(part, -0.0, where=part == 0)
 
     plant(kernel)
@@ -695,11 +695,11 @@ def test_the_seed_decides_the_data(plant: Callable[[Kernel], None]) -> None:
 
 
 def test_outputs_are_poisoned(plant: Callable[[Kernel], None]) -> None:
-    """Every output that a check hands over is NaN all over; the one that the function allocates in `repeat` is not."""
+    """Every output that a check hands over is NaN (of integers 1) all over; the one that `repeat` allocates is not."""
     clean = []
 
     def kernel(p: ConvProblem, x: Array, w: Array, b: Array | None, out: Array) -> None:
-        clean.append(not np.isnan(out).all())
+        clean.append(not np.array_equal(out, unset(out.shape, out.dtype.name), equal_nan=True))
         correct(p, x, w, b, out)
 
     plant(kernel)

@@ -1,0 +1,28 @@
+"""append_samples: new samples into the window of a stream. No family, since it computes nothing.
+
+Contract: cuda_src/append_samples.cu.
+"""
+
+from __future__ import annotations
+
+import math
+
+from ..source import params_fields
+from .base import ArrayLayout, Config, Launch, base_config
+
+KERNEL = "append_samples"
+BLOCK_SIZE = 128
+
+
+def append_launch(
+    dtype: str, window_shape: tuple[int, int, int], input_shape: tuple[int, int, int], layout: ArrayLayout
+) -> tuple[Config, Launch]:
+    """The kernel and its launch for a contiguous window (N, C, held + L) and an input (N, C, L) of any strides."""
+    N, C, L = input_shape
+    held = window_shape[-1] - L
+    # The loops leave with an index of up to a block behind a row.
+    largest = max(math.prod(window_shape), layout.reach(input_shape)) + BLOCK_SIZE
+    bits = 32 if largest < 2**31 else 64
+    values = (C, held, L, *layout.strides)
+    params = tuple(zip(params_fields(KERNEL), values, strict=True))
+    return base_config(KERNEL, dtype, bits, BLOCK_SIZE), Launch(N * C, BLOCK_SIZE, 0, bits, params)

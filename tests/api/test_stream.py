@@ -1,0 +1,285 @@
+"""Streams give what one call on the whole signal gives, however the signal is cut."""
+
+from __future__ import annotations
+
+import doctest
+import re
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+import gpuconv
+from gpuconv import nn, reference, runtime, stream
+from gpuconv.problem import ConvProblem, Op
+from tests.conftest import Launches
+
+COUNT = 300  # random streams of each operation
+OPS: tuple[Op, ...] = ("conv1d", "conv_transpose1d")
+STREAMS: dict[Op, Any] = {"conv1d": stream.Conv1d, "conv_transpose1d": stream.ConvTranspose1d}
+
+
+class Layer(NamedTuple):
+    op: Op
+    weight: Any
+    bias: Any
+    settings: dict[str, Any]
+
+    def stream(self, slots: int = 1, put: Any = lambda array: array) -> Any:
+        bias = None if self.bias is None else put(self.bias)
+        return STREAMS[self.op](put(self.weight), bias, **self.settings, slots=slots)
+
+    def whole(self, x: Any, put: Any = lambda array: array) -> Any:
+        """One call; nothing where it is refused because there is no output."""
+        bias = None if self.bias is None else put(self.bias)
+        try:
+            return getattr(gpuconv, self.op)(put(x), put(self.weight), bias, **self.settings)
+        except ValueError:
+            groups = self.settings["groups"]
+            C_out = self.weight.shape[0] if self.op == "conv1d" else self.weight.shape[1] * groups
+            return put(np.empty((*x.shape[:-2], C_out, 0), x.dtype))
+
+
+def random_layer(rng: np.random.Generator, op: Op, dtype: str = "float64") -> Layer:
+    K, stride, dilation, groups = (int(rng.integers(1, top)) for top in (8, 6, 5, 3))
+    any_sides = [0, "valid", int(rng.integers(0, 8)), tuple(int(side) for side in rng.integers(0, 12, 2))]
+    settings: dict[str, Any] = {"stride": stride, "dilation": dilation, "groups": groups}
+    if op == "conv1d":
+        words = ["causal", *(["same"] if stride == 1 else [])]
+        settings["padding"] = rng.choice(np.array([*any_sides, *words], object))
+    else:
+        settings["padding"] = rng.choice(np.array([*any_sides, "same"], object))
+        if settings["padding"] != "same":
+            settings["output_padding"] = int(rng.integers(0, max(stride, dilation)))
+    weight = rng.standard_normal((3 * groups, 2, K) if op == "conv1d" else (2 * groups, 3, K)).astype(dtype)
+    bias = rng.standard_normal(3 * groups).astype(dtype) if rng.random() < 0.5 else None
+    return Layer(op, weight, bias, settings)
+
+
+def in_pieces(rng: np.random.Generator, s: Any, x: Any, put: Any = lambda array: array) -> tuple[list[Any], Any]:
+    """The outputs of pushes of random lengths, some empty, through states and clones; and the stream."""
+    parts, start = [], 0
+    while start < x.shape[-1]:
+        stop = start + int(rng.integers(0, 9))
+        parts.append(s.push(put(x[..., start:stop])))
+        start = stop
+        if rng.random() < 0.2:
+            state, s = s.state(), s.clone()
+            s.reset()
+            s.load_state(state)
+    return parts, s
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_random_streams(op: Op) -> None:
+    rng = np.random.default_rng(OPS.index(op))
+    for _ in range(COUNT):
+        layer, slots = random_layer(rng, op), int(rng.integers(1, 4))
+        x = rng.standard_normal((slots, layer.stream()._channels, int(rng.integers(1, 40))))
+        expected = layer.whole(x)
+        s = layer.stream(slots)
+        for _ in range(2):  # the second time after a flush
+            parts, s = in_pieces(rng, s, x)
+            output = np.concatenate([*parts, s.flush()], axis=-1)
+            assert output.shape == expected.shape, layer
+            if expected.size:
+                p = getattr(ConvProblem, op)(x, layer.weight, layer.bias, **layer.settings)
+                assert reference.within_bound(p, output, x, layer.weight, layer.bias).all(), layer
+
+
+def test_outputs_come_as_soon_as_they_are_complete() -> None:
+    """Each push of one sample gives what the whole so far has for certain."""
+    s = stream.Conv1d(np.ones((1, 1, 3)), padding=1, stride=2)
+    assert [s.push(np.ones((1, 1))).shape[-1] for _ in range(6)] == [0, 1, 0, 1, 0, 1]
+    assert s.flush().shape[-1] == 0
+    t = stream.ConvTranspose1d(np.ones((1, 1, 5)), stride=2)
+    assert [t.push(np.ones((1, 1))).shape[-1] for _ in range(4)] == [2, 2, 2, 2]
+    assert t.flush().shape[-1] == 3
+
+
+def test_memory_follows_from_the_layer() -> None:
+    s, t = stream.Conv1d(np.ones((1, 1, 5)), dilation=3, stride=4), stream.ConvTranspose1d(np.ones((1, 1, 5)), stride=2)
+    for n in range(1, 200):
+        for each, limit in ((s, 13 + 4), (t, 3)):
+            each.push(np.ones((1, n % 7)))
+            assert each.state()["samples"].shape[-1] <= limit
+
+
+def test_slots_are_independent() -> None:
+    rng = np.random.default_rng(2)
+    layer = random_layer(rng, "conv1d")._replace(
+        settings={"stride": 2, "padding": "causal", "dilation": 1, "groups": 1}
+    )
+    layer = layer._replace(weight=rng.standard_normal((3, 2, 5)), bias=None)
+    signals = rng.standard_normal((4, 2, 60))
+    s, parts = layer.stream(4), [[] for _ in range(4)]  # type: ignore[var-annotated]
+    places = [0] * 4
+    for _ in range(60):
+        groups: dict[Any, list[int]] = {}
+        for slot in rng.permutation(4)[: rng.integers(1, 5)]:
+            groups.setdefault(tuple(s.state()["positions"][slot]), []).append(int(slot))
+        for chosen in groups.values():
+            length = min(int(rng.integers(0, 5)), 60 - max(places[slot] for slot in chosen))
+            x = np.stack([signals[slot, :, places[slot] : places[slot] + length] for slot in chosen])
+            for slot, output in zip(chosen, s.push(x, chosen), strict=True):
+                parts[slot].append(output)
+                places[slot] += length
+    for slot in range(4):
+        if places[slot]:
+            s_output = np.concatenate([*parts[slot], s.flush([slot])[0]], axis=-1)
+            np.testing.assert_allclose(s_output, layer.whole(signals[slot, :, : places[slot]]), rtol=1e-12, atol=1e-12)
+    s.push(signals[:2, :, :9], [3, 1])
+    s.reset([3])
+    with pytest.raises(ValueError, match=r"slots \[0, 1\] are at different places of their streams; push them apart"):
+        s.push(signals[:2], [0, 1])
+    np.testing.assert_allclose(s.push(signals[2:3], [3])[0], layer.whole(signals[2]), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["Conv1d", "ConvTranspose1d"])
+def test_a_stream_of_a_layer(name: str) -> None:
+    layer = getattr(nn, name)(4, 6, 5, stride=2, padding=1, groups=2, rng=0)
+    s = getattr(stream, name)(layer, slots=2)
+    x = np.random.default_rng(3).standard_normal((2, 4, 30), dtype=np.float32)
+    output = np.concatenate([s.push(x[..., :7]), s.push(x[..., 7:]), s.flush()], axis=-1)
+    np.testing.assert_allclose(output, layer(x), rtol=1e-5, atol=1e-5)
+    layer.weight[...] = 0  # the stream has a copy
+    np.testing.assert_allclose(np.concatenate([s.push(x), s.flush()], axis=-1), output, rtol=1e-5, atol=1e-5)
+    other = "ConvTranspose1d" if name == "Conv1d" else "Conv1d"
+    with pytest.raises(TypeError, match=f"layer must be an nn.{other}, got {name}"):
+        getattr(stream, other)(layer)
+
+
+def test_a_clone_goes_on_by_itself() -> None:
+    s = stream.Conv1d(np.ones((1, 1, 3)), padding="causal")
+    s.push(np.array([[1.0, 2.0]]))
+    twin = s.clone()
+    assert s.push(np.array([[3.0]])).tolist() == [[6.0]]
+    assert twin.push(np.array([[30.0]])).tolist() == [[33.0]]
+    assert repr(s) == "stream.Conv1d(weight (1, 1, 3) float64, stride=1, padding=(2, 0), dilation=1, groups=1, slots=1)"
+
+
+def test_out_is_written() -> None:
+    s = stream.Conv1d(np.ones((1, 1, 3)), padding="causal")
+    out = np.zeros((1, 2))
+    assert s.push(np.array([[1.0, 2.0]]), out=out) is out
+    assert out.tolist() == [[1.0, 3.0]]
+    for x, says in (
+        (np.array([[1.0]]), "out must be float64 of shape (1, 1), got float64 of shape (1, 2)"),
+        (np.empty((1, 0)), "out must be float64 of shape (1, 0), got float64 of shape (1, 2)"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(says)):
+            s.push(x, out=out)
+    assert s.push(np.array([[3.0]])).tolist() == [[6.0]]  # what was refused has not been taken
+
+
+def test_integers_stream_to_sums() -> None:
+    rng = np.random.default_rng(5)
+    x, w = rng.integers(-100, 100, (2, 20), "int8"), rng.integers(-100, 100, (3, 2, 4), "int8")
+    s = stream.Conv1d(w, padding=(3, 1))
+    outputs = [s.push(x[:, :0]), s.push(x[:, :5]), s.push(x[:, 5:]), s.flush()[0]]
+    assert {output.dtype for output in outputs} == {np.dtype("int64")}
+    np.testing.assert_array_equal(np.concatenate(outputs, axis=-1), gpuconv.conv1d(x, w, padding=(3, 1)))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "says"),
+    [
+        (
+            {"padding": "same", "stride": 2},
+            ValueError,
+            'stream.Conv1d: padding "same" with a stride depends on the length',
+        ),
+        ({"slots": 0}, ValueError, "stream.Conv1d: slots must be at least 1, got 0"),
+        ({"layer": np.ones((2, 3))}, ValueError, "stream.Conv1d: weight must have three axes"),
+        ({"layer": [[[1.0]]]}, TypeError, "weight must be a NumPy or CuPy array, got list"),
+        ({"bias": [1.0]}, TypeError, "stream.Conv1d: bias must be a NumPy or CuPy array, got list"),
+    ],
+)
+def test_bad_layers(arguments: dict[str, Any], kind: type[Exception], says: str) -> None:
+    with pytest.raises(kind, match=re.escape(says)):
+        stream.Conv1d(**{"layer": np.ones((2, 3, 4)), **arguments})
+
+
+def test_bad_pushes_and_states() -> None:
+    s = stream.Conv1d(np.ones((2, 3, 4)), slots=2)
+    x = np.ones((2, 3, 5))
+    for call, kind, says in (
+        (lambda: s.push(x[0]), ValueError, "input must have shape (slots, C_in, L) = (2, 3, L), got (3, 5)"),
+        (lambda: s.push(x[:, :2]), ValueError, "input must have shape (slots, C_in, L) = (2, 3, L), got (2, 2, 5)"),
+        (lambda: s.push(x.astype("f4")), TypeError, "input must have the dtype of weight, float64, got float32"),
+        (lambda: s.push(x, [0, 2]), ValueError, "slots must be from 0 to 1, each once, got [0, 2]"),
+        (lambda: s.push(x, [1, 1]), ValueError, "slots must be from 0 to 1, each once, got [1, 1]"),
+        (lambda: s.load_state({}), ValueError, 'state must hold "samples" and "positions"'),
+        (lambda: s.load_state({**s.state(), "positions": np.zeros((3, 4), int)}), ValueError, "positions must be"),
+        (lambda: s.load_state({**s.state(), "samples": np.ones((2, 3, 1))}), ValueError, "samples must be"),
+    ):  # fmt: skip
+        with pytest.raises(kind, match=re.escape(says)):
+            call()
+    assert s.push(x).shape == (2, 2, 2)
+
+
+def test_the_examples_of_the_docstrings() -> None:
+    result = doctest.testmod(stream)
+    assert result.attempted > 4
+    assert result.failed == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("op", "dtype"), [("conv1d", "bfloat16"), ("conv_transpose1d", "float32")])
+def test_a_gpu_gives_the_bits_of_one_call(cupy: Any, op: Op, dtype: str) -> None:
+    """Of a layer on CUDA cores and of one on tensor cores."""
+    from gpuconv.problem import numpy_dtype
+
+    rng = np.random.default_rng(4)
+    for channels, K, stride in ((2, 4, 3), (32, 3, 1)):
+        layer = random_layer(rng, op)
+        settings = {"stride": stride, "padding": (2, 1), "dilation": 2, "groups": 1}
+        weight = rng.standard_normal((channels, channels, K)).astype(numpy_dtype(dtype))
+        layer = layer._replace(weight=weight, bias=weight[0, :, 0].copy(), settings=settings)
+        x = rng.standard_normal((2, channels, 24)).astype(numpy_dtype(dtype))
+        parts, s = in_pieces(rng, layer.stream(2, cupy.asarray), x, cupy.asarray)
+        whole = layer.whole(x, cupy.asarray)
+        np.testing.assert_array_equal(cupy.concatenate([*parts, s.flush()], axis=-1).get(), whole.get())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("op", OPS)
+def test_steps_of_one_length_are_two_launches_and_can_be_captured(cupy: Any, launched: Launches, op: Op) -> None:
+    rng = np.random.default_rng(6)
+    settings = {"stride": 2 if op == "conv1d" else 3, "padding": (2, 0), "dilation": 1, "groups": 1}
+    layer = Layer(op, rng.standard_normal((2, 2, 4)).astype("float32"), None, settings)
+    x = rng.standard_normal((3, 2, 24)).astype("float32")
+    s, step = layer.stream(3, cupy.asarray), 2
+    parts = [s.push(cupy.asarray(x[..., :10])), s.push(cupy.asarray(x[..., 10:12]))]
+    del launched[:]
+    parts.append(s.push(cupy.asarray(x)[..., 12:14]))  # any strides
+    assert len(launched) == 2
+    assert launched[0] == "append_samples"
+
+    taken, out = cupy.empty((3, 2, step), "float32"), cupy.empty_like(parts[-1])
+    queue = cupy.cuda.Stream(non_blocking=True)
+    taken.set(x[..., 14:16])
+    cupy.cuda.Device().synchronize()
+    with queue:
+        parts.append(s.push(taken, out=out).copy())
+        queue.begin_capture()
+        s.push(taken, out=out)
+        graph = queue.end_capture()
+        for start in range(16, 24, step):
+            queue.synchronize()
+            taken.set(x[..., start : start + step], queue)
+            graph.launch(queue)
+            parts.append(out.copy())
+        queue.synchronize()
+    found = cupy.concatenate([*parts, s.flush()], axis=-1).get()
+    np.testing.assert_array_equal(found, layer.whole(x, cupy.asarray).get())
+
+
+@pytest.mark.gpu
+def test_appending_moves_rows_longer_than_a_block(cupy: Any) -> None:
+    for held, length in ((1000, 1), (300, 299), (5, 400), (1, 1)):
+        window = cupy.arange(6 * (held + length), dtype="float32").reshape(2, 3, -1)
+        samples = -cupy.arange(6 * length, dtype="float32").reshape(length, 2, 3).transpose(1, 2, 0)
+        expected = cupy.concatenate((window[..., length:], samples), axis=-1)
+        runtime.append(window, samples)
+        cupy.testing.assert_array_equal(window, expected)
