@@ -158,7 +158,7 @@ FAULTS: Mapping[str, Fault] = {
     ),
     "conv1d_mma adds no bias": Fault(
         "conv1d_mma",
-        "bias_or_zero(exists ? bias : nullptr,",
+        "bias_or_zero(mine.exists ? bias : nullptr,",
         "bias_or_zero(nullptr,",
         "conv1d_mma",
         "mimi_stream",
