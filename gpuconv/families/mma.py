@@ -568,9 +568,12 @@ def make_plan(
         {**product.params(), **_tiling_params(reduction, tiling)},
     )
 
+    # The rows of a single phase are channels, for which less code suffices.
+    in_rows = product.phases_in_rows and product.phases > 1
+
     def step(mode: int, grid: int, shared: int, *more: str) -> Step:
         config = kernel_config(
-            kernel, p.dtype, p.precision, tile, bits, device, phases_in_rows=product.phases_in_rows, segment_mode=mode
+            kernel, p.dtype, p.precision, tile, bits, device, phases_in_rows=in_rows, segment_mode=mode
         )
         return Step(config, Launch(grid, tile.threads, shared, bits, params), (*conv_arrays(p, PACKED), *more))
 
