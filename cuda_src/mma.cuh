@@ -199,6 +199,7 @@ struct alignas(16) Piece {
     int vectors;
     int ends;  // head, and the rest behind the vectors in the upper half
 };
+static_assert(sizeof(SliceRow) + sizeof(Piece) <= 48, "SLICE_TABLE_BYTES differs from gpuconv/families/mma.py");
 struct Slice {
     storage_t element[kSliceRows * kSlicePitch];
     SliceRow row[kSliceRows];

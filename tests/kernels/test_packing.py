@@ -145,7 +145,7 @@ def reads_per_weight(p: ConvProblem, family: str) -> float:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("family", [MMA, TILED], ids=["mma", "tiled"])
 def test_packing_reads_little_more_than_the_weights(family: dict[str, str], dtype: str, K: int) -> None:
-    """Lanes that read neighbours: a sector of 32 bytes is read once, or twice where two loads meet in it."""
+    """Lanes that read neighbours: a sector of 32 bytes is read once, but where an array begins in the middle of one."""
     problems = [
         ConvProblem("conv1d", 1, 128, 64, 40, K),
         ConvProblem("conv_transpose1d", 1, 64, 128, 40, K),  # an input gradient
@@ -153,4 +153,19 @@ def test_packing_reads_little_more_than_the_weights(family: dict[str, str], dtyp
     ]
     for problem in problems:
         p = replace(problem, dtype=dtype)
-        assert reads_per_weight(p, family[p.op]) <= 1.25, str(p)
+        assert reads_per_weight(p, family[p.op]) <= 1.1, str(p)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("family", [MMA, TILED], ids=["mma", "tiled"])
+def test_packing_reads_no_sector_often(family: dict[str, str], dtype: str) -> None:
+    """Rows that begin anywhere in a sector, boxes of some of the taps or phases: two loads may meet in a sector."""
+    problems = [
+        ConvProblem("conv1d", 1, 49, 40, 140, 7),
+        ConvProblem("conv1d", 1, 48, 48, 300, 131),
+        ConvProblem("conv_transpose1d", 1, 40, 33, 40, 5),
+        ConvProblem("conv_transpose1d", 1, 70, 8, 40, 60, 41),
+    ]
+    for problem in problems:
+        p = replace(problem, dtype=dtype)
+        assert reads_per_weight(p, family[p.op]) <= 2, str(p)
