@@ -23,7 +23,7 @@ struct Params {
     index_t bias_stride;
     index_t output_stride_n, output_stride_c, output_stride_l;
 };
-static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/conv1d_direct.py");
+static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/conv_direct.py");
 
 extern "C" __global__ void __launch_bounds__(BLOCK_SIZE, 2) conv1d_direct(
     const storage_t* __restrict__ input,   // [N, C_in, L_in]

@@ -18,7 +18,7 @@
 // Terms outside fine are multiplied as zeros; canonical_sum.cuh explains what follows from that.
 //
 // Grid x: blocks of pairs (fastest), then tiles of tap_threads*THREAD_K taps. Grid y and z: 1. Dynamic shared memory: a
-// Row for each pair, then two buffers of block_pairs rows of coarse and as many of fine.
+// Pair for each of them, then two buffers of block_pairs rows of coarse and as many of fine.
 // With several slices their sums go to partial and sum_slices.cu follows; with one partial is null.
 // Takes arrays of any strides, in elements. Chosen for at most 4 channels a group on one side.
 
@@ -50,7 +50,7 @@ static_assert(THREAD_K % kVec == 0, "threads begin at whole vectors: gpuconv/fam
 
 // Of one pair: where its first chunk begins in coarse, and the window of that in fine, as offsets; how many samples its
 // slice has, and its positions of each of them.
-struct Row {
+struct Pair {
     index_t coarse, fine;
     index_t samples, l_begin, l_end;
 };
@@ -78,8 +78,8 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS) weight_gra
     storage_t* __restrict__ grad_weight,   // [C_coarse, C_fine_g, K], or null
     const Params p) {
     const int block_pairs = int(p.block_pairs), coarse_pitch = int(p.coarse_pitch), fine_pitch = int(p.fine_pitch);
-    Row* const smem_rows = reinterpret_cast<Row*>(dynamic_shared_memory());         // [block_pairs]
-    storage_t* const buffers = reinterpret_cast<storage_t*>(smem_rows + block_pairs);
+    Pair* const smem_pairs = reinterpret_cast<Pair*>(dynamic_shared_memory());  // [block_pairs]
+    storage_t* const buffers = reinterpret_cast<storage_t*>(smem_pairs + block_pairs);
     const int buffer_size = block_pairs * (coarse_pitch + fine_pitch);
 
     const index_t tap_tile = index_t(blockIdx.x) / p.pair_blocks;
@@ -99,14 +99,14 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS) weight_gra
         index_t slice, r, c;
         channels_of(pair_begin + i, &slice, &r, &c);
         const Slice s = find_slice(slice, p);
-        Row row;
-        row.coarse = r * p.coarse_stride_c + s.n_begin * p.coarse_stride_n + s.l_begin * p.coarse_stride_l;
-        row.fine = (r / p.C_coarse_g * p.C_fine_g + c) * p.fine_stride_c + s.n_begin * p.fine_stride_n +
-                   (s.l_begin * p.stride + window_first) * p.fine_stride_l;
-        row.samples = s.n_end - s.n_begin;
-        row.l_begin = s.l_begin;
-        row.l_end = s.l_end;
-        smem_rows[i] = row;
+        Pair pair;
+        pair.coarse = r * p.coarse_stride_c + s.n_begin * p.coarse_stride_n + s.l_begin * p.coarse_stride_l;
+        pair.fine = (r / p.C_coarse_g * p.C_fine_g + c) * p.fine_stride_c + s.n_begin * p.fine_stride_n +
+                    (s.l_begin * p.stride + window_first) * p.fine_stride_l;
+        pair.samples = s.n_end - s.n_begin;
+        pair.l_begin = s.l_begin;
+        pair.l_end = s.l_end;
+        smem_pairs[i] = pair;
     }
 
     const auto load_chunk = [&](int buffer, index_t sample, index_t l_first) {
@@ -116,13 +116,13 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS) weight_gra
         const storage_t* const b = fine + (sample * p.fine_stride_n + l_first * p.stride * p.fine_stride_l);
 #pragma unroll 1
         for (int i = int(threadIdx.x) / kRowThreads; i < block_rows; i += int(blockDim.x) / kRowThreads) {
-            const Row row = smem_rows[i];
-            const index_t l = row.l_begin + l_first;
-            if (sample >= row.samples || l >= row.l_end) continue;
+            const Pair pair = smem_pairs[i];
+            const index_t l = pair.l_begin + l_first;
+            if (sample >= pair.samples || l >= pair.l_end) continue;
             storage_t* shared = smem_coarse + i * coarse_pitch;
-            const storage_t* source = a + row.coarse;
+            const storage_t* source = a + pair.coarse;
             index_t begin = l, L = p.L_coarse, stride = p.coarse_stride_l;
-            int length = int(min_index(p.chunk, row.l_end - l)), copy = int(p.coarse_copy);
+            int length = int(min_index(p.chunk, pair.l_end - l)), copy = int(p.coarse_copy);
             // Both rows in one loop, which halves the code.
 #pragma unroll 1
             for (int side = 0; side < 2; ++side) {
@@ -141,7 +141,7 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS) weight_gra
                     }
                 }
                 shared = smem_fine + i * fine_pitch;
-                source = b + row.fine;
+                source = b + pair.fine;
                 begin = l * p.stride + window_first;
                 L = p.L_fine;
                 stride = p.fine_stride_l;
@@ -222,13 +222,13 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS) weight_gra
         __syncthreads();
         if (next_sample < p.slice_samples) load_chunk(buffer ^ 1, next_sample, next_chunk * p.chunk);
         if (sample >= 0 && has_pair) {
-            const Row row = smem_rows[in_block];
-            const index_t l = row.l_begin + piece * p.chunk;
-            if (sample < row.samples && l < row.l_end) {
+            const Pair pair = smem_pairs[in_block];
+            const index_t l = pair.l_begin + piece * p.chunk;
+            if (sample < pair.samples && l < pair.l_end) {
                 const storage_t* const a = buffers + buffer * buffer_size + in_block * coarse_pitch;
                 const storage_t* const b = buffers + buffer * buffer_size + block_pairs * coarse_pitch +
                                            in_block * fine_pitch + (IS_SLIDING ? tap_thread * THREAD_K : int(p.lead));
-                sum_positions(a, b, int(min_index(p.chunk, row.l_end - l)));
+                sum_positions(a, b, int(min_index(p.chunk, pair.l_end - l)));
             }
         }
         sample = next_sample;

@@ -13,12 +13,11 @@ from typing import Any, Literal, NamedTuple, Protocol, SupportsIndex, TypeAlias,
 import numpy as np
 
 from .dtypes import DTYPES, FORMATS, INTEGER_SUMS, INTEGERS, PRECISIONS, dtype_name
+from .edge import PADDING_MODES
 
 Op: TypeAlias = Literal["conv1d", "conv_transpose1d"]
 Setting: TypeAlias = SupportsIndex | Sequence[SupportsIndex]
 Padding: TypeAlias = Setting | str
-
-PADDING_MODES = ("zeros",)
 
 # The largest extent and the largest number of bytes of one array: offsets are signed 64-bit integers.
 MAX_EXTENT = 2**63 - 1
@@ -242,15 +241,37 @@ def check_groups(caller: str, groups: int, C_in: int, C_out: int) -> None:
         raise ValueError(f"{caller}: groups must divide the output channels, got groups = {groups} and C_out = {C_out}")
 
 
-def check_padding_mode(op: str, padding_mode: str) -> None:
-    """Refuse the values of padding_mode that are reserved but not supported yet.
+def check_padding_mode(caller: str, op: Op, padding_mode: str) -> str:
+    """The padding mode, once it is known to be one that the operation has; `caller` opens the messages.
 
     Raises:
-        ValueError: naming what is supported today.
+        ValueError: it is not one of `PADDING_MODES`, or not "zeros" for a transposed convolution.
     """
     if padding_mode not in PADDING_MODES:
+        raise ValueError(f"{caller}: padding_mode must be one of {_listing(PADDING_MODES)}, got {padding_mode!r}")
+    if op == "conv_transpose1d" and padding_mode != "zeros":
         raise ValueError(
-            f"{op}: padding_mode must be {_listing(PADDING_MODES)} (the only one supported today), got {padding_mode!r}"
+            f'{caller}: padding_mode must be "zeros", got {padding_mode!r}; the adjoint of conv1d with '
+            f'this mode is gpuconv.grad.conv1d_input(..., padding_mode="{padding_mode}")'
+        )
+    return padding_mode
+
+
+def check_padding_limits(caller: str, padding_mode: str, left: int, right: int, L_in: int) -> None:
+    """Refuse paddings for which the input has too few samples.
+
+    Raises:
+        ValueError: naming the padding, and the most that the mode allows.
+    """
+    most: int | None = {"reflect": L_in - 1, "circular": L_in, "symmetric": L_in}.get(padding_mode)
+    longest = max(left, right)
+    if padding_mode == "replicate" and L_in == 0 and longest > 0:
+        raise ValueError(f'{caller}: input must have samples for padding_mode "replicate", got L_in = 0')
+    if most is not None and longest > max(most, 0):
+        limit = "below L_in" if padding_mode == "reflect" else "at most L_in"
+        raise ValueError(
+            f'{caller}: padding must be {limit} = {L_in} on both sides for padding_mode "{padding_mode}", '
+            f"got ({left}, {right})"
         )
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .arguments import MAX_STEP
+from .edge import source_indices
 from .problem import DTYPES, INTEGER_SUMS, INTEGERS, ArraySpec, ConvProblem, Op, numpy_dtype
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -102,8 +103,8 @@ def _case(
 ) -> Case:
     if groups != 1:
         settings["groups"] = groups
-    construct = ConvProblem.conv1d if op == "conv1d" else ConvProblem.conv_transpose1d
-    problem = construct(
+    problem = ConvProblem.of(
+        op,
         ArraySpec(input_shape if batched else input_shape[1:], "float32"),
         ArraySpec(weight_shape, "float32"),
         ArraySpec((C_out,), "float32") if bias else None,
@@ -153,6 +154,26 @@ CASES: tuple[Case, ...] = (
     _conv("padding_causal_strided", 2, 4, 5, 41, 6, "padding", padding="causal", stride=2),
     _conv("padding_exceeds_k", 2, 4, 5, 20, 3, "padding", padding=9),
     _conv("padding_exceeds_input", 2, 3, 4, 5, 3, "padding", padding=(11, 8), stride=2),
+    # Padding that means samples.
+    _conv("reflect_stem", 2, 1, 24, 60, 7, "mode", padding=3, padding_mode="reflect"),
+    _conv("reflect_same", 2, 4, 5, 33, 4, "mode", padding="same", padding_mode="reflect"),
+    _conv("reflect_shortest", 2, 5, 6, 2, 3, "mode", padding=1, padding_mode="reflect"),
+    _conv("reflect_dense", 2, 20, 36, 50, 7, "mode", "dense", stride=3, padding=(9, 4), padding_mode="reflect"),
+    _conv("reflect_long_sum", 1, 144, 17, 20, 52, "mode", "dense", padding=(19, 14), padding_mode="reflect"),
+    _conv("symmetric_strided", 2, 12, 3, 41, 6, "mode", stride=4, padding=(7, 5), padding_mode="symmetric"),
+    _conv(
+        "symmetric_dense_groups", 1, 40, 36, 30, 5, "mode", "dense",
+        groups=2, dilation=2, padding=(30, 7), bias=False, padding_mode="symmetric",
+    ),
+    _conv("replicate_causal", 2, 16, 32, 40, 3, "mode", dilation=4, padding="causal", padding_mode="replicate"),
+    _conv("replicate_exceeds_input", 2, 3, 4, 5, 3, "mode", padding=(11, 8), stride=2, padding_mode="replicate"),
+    _conv(
+        "circular_depthwise", 2, 6, 12, 48, 7, "mode", "depthwise",
+        groups=6, padding=3, dilation=2, padding_mode="circular",
+    ),
+    _conv("circular_whole_input", 1, 8, 12, 9, 5, "mode", padding=9, padding_mode="circular"),
+    _conv("circular_unbatched", 1, 6, 8, 21, 3, "mode", batched=False, padding=1, padding_mode="circular"),
+    _conv("circular_valid", 2, 4, 5, 33, 4, "mode", padding="valid", padding_mode="circular"),
     # Groups.
     _conv("groups2", 2, 8, 6, 44, 3, "groups", groups=2, padding=1),
     _conv("groups3_odd_channels", 1, 33, 66, 19, 3, "groups", groups=3),
@@ -527,6 +548,7 @@ def _sparse(problem: ConvProblem, rng: np.random.Generator, count: int) -> Array
     p = problem
     if p.terms <= count:
         return None
+    count //= p.most_positions if p.transposed else 1
     kept = np.zeros((p.C_out, p.C_in_g, p.K), bool)
     for phase in _phases(p):
         part = kept[..., phase]
@@ -563,6 +585,8 @@ def call_settings(problem: ConvProblem) -> dict[str, Any]:
         settings["output_padding"] = p.output_padding
     if p.precision != "float32":
         settings["precision"] = p.precision
+    if p.padding_mode != "zeros":
+        settings["padding_mode"] = p.padding_mode
     if p.out_dtype is not None:
         settings["out_dtype"] = p.out_dtype
     return settings
@@ -573,11 +597,17 @@ def with_batch(problem: ConvProblem, N: int) -> ConvProblem:
     return replace(problem, N=N, batched=True)
 
 
+def inner_outputs(problem: ConvProblem) -> range:
+    """The outputs that a chunk of the input gives: all of them, or where padding means samples those not at an edge."""
+    first, last = (0, 0) if problem.padding_mode == "zeros" else problem.edge_windows
+    return range(first, problem.L_out - last)
+
+
 def chunk(problem: ConvProblem, start: int, stop: int) -> tuple[ConvProblem, slice]:
     """The problem that gives the outputs ``start <= l_out < stop`` alone, and the positions of the input that it reads.
 
-    A long input cut into chunks must give the same bits as the whole. Needs ``0 <= start < stop <= L_out``, and an
-    input that is not empty where the operation is transposed.
+    A long input cut into chunks must give the same bits as the whole. Needs ``0 <= start < stop <= L_out``, within
+    `inner_outputs`, and an input that is not empty where the operation is transposed.
     """
     p = problem
     span = p.dilation * (p.K - 1) + 1
@@ -633,6 +663,8 @@ def terms_of(problem: ConvProblem, c_out: int, l_out: int) -> Iterator[Term]:
                 l_in, rest = divmod(l_out + p.padding_left - k * p.dilation, p.stride)
             else:
                 l_in, rest = l_out * p.stride - p.padding_left + k * p.dilation, 0
+                if p.padding_mode != "zeros":
+                    l_in = int(source_indices(p.padding_mode, l_in, l_in + 1, p.L_in)[0])
             if rest == 0 and 0 <= l_in < p.L_in:
                 index = (channel, c_out_g, k) if p.transposed else (c_out, c_in, k)
                 yield Term(c_in, k, l_in, channel, index)

@@ -8,11 +8,11 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from .device import Device
-from .families import FAMILIES, ArrayLayout, Config, Family, Launch, Layout, Plan, Refusal, Step
+from .families import FAMILIES, ArrayLayout, Config, Family, Launch, Layout, Plan, Refusal, Step, edges
 from .problem import FORMATS, Kind, Problem
 
 
-class Place(NamedTuple):
+class StridedPointer(NamedTuple):
     """Where an array lies in memory: its strides, and the address of its first element, in bytes."""
 
     strides: tuple[int, ...]
@@ -49,21 +49,23 @@ class Choice:
         return self.step.launch
 
 
-def lay_out(problem: Problem, places: Mapping[str, Place | None]) -> tuple[Layout, tuple[str, ...]]:
+def lay_out(problem: Problem, pointers: Mapping[str, StridedPointer | None]) -> tuple[Layout, tuple[str, ...]]:
     """The layout that kernels see, and the names of the arrays that must be copied because kernels cannot read them.
 
     Args:
         problem: the problem that the arrays belong to.
-        places: by the names of `problem.shapes`; None or no entry for an array that is freshly allocated.
+        pointers: by the names of `problem.shapes`; None or no entry for an array that is freshly allocated.
     """
     fresh, copies = Layout.contiguous(problem), []
     found: dict[str, ArrayLayout] = {}
     for name, shape in problem.shapes.items():
-        place = places.get(name)
-        if place is None:
+        pointer = pointers.get(name)
+        if pointer is None:
             continue
-        strides = place.strides if len(place.strides) == len(shape) else (0, *place.strides)  # (C, L) is (1, C, L)
-        array = ArrayLayout.of(shape, strides, place.address, FORMATS[problem.dtype_of(name)].itemsize)
+        strides = pointer.strides
+        if len(strides) < len(shape):  # (C, L) is (1, C, L)
+            strides = (0, *strides)
+        array = ArrayLayout.of(shape, strides, pointer.address, FORMATS[problem.dtype_of(name)].itemsize)
         if array is None:
             copies.append(name)
         else:
@@ -131,4 +133,4 @@ def choose(problem: Problem, layout: Layout, device: Device, algorithm: str | No
 def _plan(family: Family[Any], problem: Problem, layout: Layout, device: Device) -> Plan | Refusal:
     if problem.dtype not in family.dtypes:
         return Refusal(f"takes no {problem.dtype}")
-    return family.plan(problem, layout, device)
+    return edges.plan(family, problem, layout, device)

@@ -16,7 +16,7 @@ from .device import ARCHITECTURES, Device
 from .dtypes import dtype_name, real_dtype
 from .families import Launch
 from .families.base import contiguous_strides
-from .memory import check_kinds
+from .memory import address, check_kinds
 from .problem import (
     ArrayLike,
     ArraySpec,
@@ -34,8 +34,8 @@ DIRECTIONS: tuple[Direction, ...] = ("forward", "grad_input", "grad_weight", "gr
 SETTINGS: Mapping[Op, tuple[str, ...]] = {
     "conv1d": ("stride", "padding", "dilation", "groups", "padding_mode", "precision", "algorithm", "out_dtype"),
     "conv_transpose1d": (
-        "stride", "padding", "output_padding", "groups", "dilation", "output_size", "precision", "algorithm",
-        "out_dtype",
+        "stride", "padding", "output_padding", "groups", "dilation", "output_size", "padding_mode", "precision",
+        "algorithm", "out_dtype",
     ),
 }  # fmt: skip
 
@@ -131,7 +131,7 @@ class Explanation:
             "macros": own["macros"],
             "launch": own["launch"],
             "refusals": [{"family": family, "reason": reason} for family, reason in choice.refusals],
-            "figures": [
+            "candidates": [
                 {"configuration": name, "cycles": cycles, "microseconds": self._microseconds(cycles)}
                 for name, cycles in choice.plan.candidates
             ],
@@ -152,6 +152,8 @@ class Explanation:
             settings = f"stride {p.stride}, padding {padding}, dilation {p.dilation}, groups {p.groups}"
             if isinstance(p, ConvProblem) and p.output_padding:
                 settings += f", output_padding {p.output_padding}"
+            if p.padding_mode != "zeros":
+                settings += f", padding_mode {p.padding_mode}"
             if p.precision != "float32":
                 settings += f", precision {p.precision}"
             rows.append(("settings", settings))
@@ -290,18 +292,17 @@ def explain(
             raise TypeError(f"explain: {name} must be an array or an ArraySpec, got {type(array).__name__}{hint}")
     target = _device_of(op, given) if device is None else _parse_device(device)
 
-    if "padding_mode" in settings:
-        check_padding_mode(op, settings.pop("padding_mode"))
+    if op == "conv_transpose1d":
+        check_padding_mode(op, op, settings.pop("padding_mode", "zeros"))
     algorithm = settings.pop("algorithm", None)
     function = op if direction == "forward" else f"{op}_{direction.removeprefix('grad_')}"
     dispatch.check_algorithm("explain", SIGNATURES[function].kind, algorithm)
-    construct = ConvProblem.conv_transpose1d if op == "conv_transpose1d" else ConvProblem.conv1d
     by_parts = _have_real_taps(given)
     if by_parts and direction == "grad_bias":  # a bias is as complex as the data, whatever the taps are
         by_parts, weight = False, ArraySpec(tuple(weight.shape), input.dtype)
     if by_parts:
         given = {name: array if name == "weight" else _RealPart.of(array) for name, array in given.items()}
-    p = construct(given["input"], weight, given.get("bias"), **settings)
+    p = ConvProblem.of(op, given["input"], weight, given.get("bias"), **settings)
     problem: ConvProblem | WeightGradientProblem | BiasGradientProblem = p
     if direction != "forward" and p.out_dtype is not None:
         raise TypeError(f'explain: {p.dtype} data have no gradients, expected direction "forward"')
@@ -327,14 +328,13 @@ def explain(
         return Explanation(problem, None, None, method, tuple(dict.fromkeys((*conjugated, *swapped))), 1 + by_parts)
     if problem.is_empty:
         return Explanation(problem, target, None, None, (), 1 + by_parts)
-    places = {operand: _place(given[array]) for array, operand in operands.items() if array not in conjugated}
+    pointers = {operand: _pointer(given[array]) for array, operand in operands.items() if array not in conjugated}
     if by_parts:  # the other arrays are parts of fresh complex ones
         for name, shape in problem.shapes.items():
-            if name not in places and name != "grad_weight":
-                places[name] = _place(
-                    _RealPart.of(ArraySpec(shape, np.result_type(given["input"].dtype, np.complex64)))
-                )
-    layout, copies = dispatch.lay_out(problem, places)
+            if name not in pointers and name != "grad_weight":
+                fresh = ArraySpec(shape, np.result_type(given["input"].dtype, np.complex64))
+                pointers[name] = _pointer(_RealPart.of(fresh))
+    layout, copies = dispatch.lay_out(problem, pointers)
     arrays_of = {operand: array for array, operand in operands.items()}
     copies = (*(arrays_of[operand] for operand in copies), *conjugated)
     choice = dispatch.choose(problem, layout, target, algorithm)
@@ -365,10 +365,10 @@ class _RealPart(NamedTuple):
     def of(cls, array: Any) -> _RealPart:
         dtype = np.dtype(array.dtype)
         real = np.dtype(real_dtype(dtype.name)).newbyteorder(dtype.byteorder)
-        if (place := _place(array)) is None:
+        if (pointer := _pointer(array)) is None:
             strides = tuple(stride * dtype.itemsize for stride in contiguous_strides(array.shape))
             return cls(tuple(array.shape), real, strides, 0)
-        return cls(tuple(array.shape), real, place.strides, place.address)
+        return cls(tuple(array.shape), real, pointer.strides, pointer.address)
 
 
 def _check_extents(op: Op, name: str, spec: ArraySpec) -> None:
@@ -402,13 +402,12 @@ def _parse_device(device: Device | str) -> Device | None:
     return None if device == "cpu" else Device.from_arch(device)
 
 
-def _place(array: Any) -> dispatch.Place | None:
+def _pointer(array: Any) -> dispatch.StridedPointer | None:
     if isinstance(array, ArraySpec):
         return None
     if isinstance(array, _RealPart):
-        return dispatch.Place(array.strides, array.address)
-    address = array.__array_interface__["data"][0] if isinstance(array, np.ndarray) else array.data.ptr
-    return dispatch.Place(tuple(array.strides), int(address))
+        return dispatch.StridedPointer(array.strides, array.address)
+    return dispatch.StridedPointer(tuple(array.strides), address(array))
 
 
 def _quantity(value: float, unit: str) -> str:

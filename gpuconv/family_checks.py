@@ -13,7 +13,7 @@ from . import cases, dispatch, grad, reference, runtime
 from .cases import Case
 from .checks import Subject, Target, check_strided_arrays, every_other, exact_result, result_of, same_bits, swapped_axes
 from .device import Device
-from .families import FAMILIES, ArrayLayout, Family, Layout, Refusal
+from .families import FAMILIES, ArrayLayout, Family, Layout, Refusal, edges
 from .families.base import contiguous_strides
 from .problem import FORMATS, BiasGradientProblem, ConvProblem, Problem, WeightGradientProblem, numpy_dtype
 from .report import BY_FAMILY, FAR, Failure, Result
@@ -40,7 +40,7 @@ def families_that_take(problem: ConvProblem, device: Device, *, far: bool = Fals
             continue
         *others, base = dispatch.families(p.kind)
         layout = far_layout(p) if far else Layout.contiguous(p)
-        found += [f.name for f in (base, *others) if not isinstance(f.plan(p, layout, device), Refusal)]
+        found += [f.name for f in (base, *others) if not isinstance(edges.plan(f, p, layout, device), Refusal)]
     return tuple(found)
 
 

@@ -282,17 +282,17 @@ def _read_npy(path: StrPath, file: BinaryIO, size: int) -> Array:
 
 def _read_wav(path: StrPath, file: BinaryIO, size: int, dtype: str | None, allow_truncated: bool) -> Signal:
     soundfile = _soundfile(path)
-    layout = wav.read_layout(file, size)
+    header = wav.read_header(file, size)
     try:
         sound = soundfile.SoundFile(wav.Part(file, 0, size))
     except (soundfile.LibsndfileError, TypeError) as error:  # TypeError: what looks like samples without a header
         reason = getattr(error, "error_string", "format not recognised")
         raise FileError(f"{path}: is not a .wav file that libsndfile can read: {reason}") from error
     with sound:
-        if layout is None:
+        if header is None:
             raise FileError(f"{path}: holds {sound.format}, expected WAV, RF64, W64 or AIFF")
         width = _SAMPLE_BYTES.get(sound.subtype)
-        found = wav.find_samples(file, layout, width and width * sound.channels)
+        found = wav.find_samples(file, header, width and width * sound.channels)
         if found.trouble is not None and not allow_truncated:
             raise FileError(f"{path}: {found.trouble}; --allow-truncated reads what is there")
         frames = sound.frames if width is None else found.num_bytes // (width * sound.channels)
@@ -301,7 +301,7 @@ def _read_wav(path: StrPath, file: BinaryIO, size: int, dtype: str | None, allow
         source = sound
         if frames != sound.frames:  # the header gives a wrong length, which libsndfile uses
             part = wav.Part(file, found.offset, frames * width * sound.channels)
-            is_big = layout.chunks.order == "big" and sound.endian != "LITTLE"
+            is_big = header.chunks.order == "big" and sound.endian != "LITTLE"
             source = soundfile.SoundFile(
                 part, "r", sound.samplerate, sound.channels, sound.subtype, "BIG" if is_big else "LITTLE", "RAW"
             )

@@ -44,12 +44,16 @@ def conv1d(
             input of the same precision (float32 for complex64); or what `prepare` made of it.
         bias: (C_out,), or None.
         stride: step of the window, in samples.
-        padding: zeros on both sides, in samples: an int, a pair (left, right), "valid" (none), "same"
+        padding: on both sides, in samples: an int, a pair (left, right), "valid" (none), "same"
             (L_out = ceil(L_in/stride); an odd total puts one more on the right) or "causal" (dilation*(K - 1) on the
-            left). Taps in the padding contribute nothing, even where the weight is infinite or NaN.
+            left).
         dilation: distance between taps, in samples.
         groups: input and output channels are cut into this many groups that do not mix.
-        padding_mode: "zeros", the only one supported today.
+        padding_mode: what the padding is. "zeros": taps in it contribute nothing, even where the weight is infinite or
+            NaN. "reflect" and "symmetric": the samples mirrored at the last one, or behind it, with less than L_in of
+            padding on each side, or at most L_in. "replicate": the last sample again. "circular": the samples from the
+            other end, at most L_in. The input is not copied for it: the kernels, or on the CPU short strips at the
+            ends, read the samples that are meant.
         precision: "float32", the full precision of the dtype, or "tf32" for float32 data: operands may be rounded to
             TF32, 11 significant bits, where the GPU's tensor cores then serve the layer. Either way float16, bfloat16
             and float32 data are summed in float32 and rounded once.
@@ -80,9 +84,7 @@ def conv1d(
         >>> gpuconv.conv1d(x, np.ones((1, 1, 3)), padding="same")
         array([[[1., 3., 6., 9., 7.]]])
     """
-    if padding_mode != "zeros":
-        check_padding_mode("conv1d", padding_mode)
-    settings = (stride, padding, dilation, groups, precision, out_dtype)
+    settings = (stride, padding, dilation, groups, precision, padding_mode, out_dtype)
     return cast(ArrayT, _convolve("conv1d", input, weight, bias, settings, algorithm, out))
 
 
@@ -97,6 +99,7 @@ def conv_transpose1d(
     dilation: Setting = 1,
     *,
     output_size: Setting | None = None,
+    padding_mode: str = "zeros",
     precision: str = "float32",
     algorithm: str | None = None,
     out_dtype: Any = None,
@@ -123,29 +126,18 @@ def conv_transpose1d(
         groups: input and output channels are cut into this many groups that do not mix.
         dilation: distance between taps, in output samples.
         output_size: the wanted L_out, in place of output_padding.
-        precision: "float32", the full precision of the dtype, or "tf32" for float32 data: operands may be rounded to
-            TF32, 11 significant bits, where the GPU's tensor cores then serve the layer. Either way float16, bfloat16
-            and float32 data are summed in float32 and rounded once.
-        algorithm: how a GPU computes it. None: the fastest kernel family that takes the problem and sums directly.
-            "base": `conv_transpose1d_gather`, one thread per output element, which takes every problem. Or a family's
-            name; see `gpuconv.explain`. On NumPy arrays the name is checked and has no effect.
-        out_dtype: of the sums of integers, which are exact: "int64" (None stands for it), or "int32", which keeps the
-            low 32 bits. Sums beyond it wrap around, as NumPy's do. The bias has this dtype, too.
-        out: an array of the output's shape, dtype and device to write to, which must not overlap the inputs.
+        padding_mode: "zeros", the only one, as in PyTorch. The adjoint of a convolution in another mode is
+            `gpuconv.grad.conv1d_input` in that mode.
+        precision: as in `conv1d`.
+        algorithm: as in `conv1d`; "base" is `conv_transpose1d_gather`.
+        out_dtype: as in `conv1d`.
+        out: as in `conv1d`.
 
     Returns:
-        (N, C_out, L_out), or (C_out, L_out) for a single sample: an array of the kind, device and dtype of `input`;
-        `out` where it was given. CuPy work is queued on CuPy's current stream, and can be captured into a CUDA graph:
-        call once before the capture, which compiles the kernels. What a captured call allocates for itself belongs to
-        the graph; arrays, prepared weights and `out` must live as long as the graph is used.
+        (N, C_out, L_out), or (C_out, L_out) for a single sample. What `conv1d` says of its output holds here, too.
 
     Raises:
-        ValueError: a shape or a value does not fit; the message names the argument, what was expected and what came.
-            The kernel family that `algorithm` names does not take the problem.
-        TypeError: an argument is of the wrong kind, or a dtype is not one of float16, bfloat16, float32, float64,
-            complex64, complex128, int8, uint8, int16, int32 and int64.
-        RuntimeError: a CuPy array was given but no GPU answers.
-        ImportError: a CuPy array was given and CuPy is older than version 14.
+        ValueError, TypeError, RuntimeError, ImportError: as `conv1d` raises them.
 
     Example:
         >>> import numpy as np, gpuconv
@@ -153,6 +145,8 @@ def conv_transpose1d(
         >>> gpuconv.conv_transpose1d(x, np.array([[[1.0, 1.0, 1.0]]]), stride=2)
         array([[[1., 1., 3., 2., 2.]]])
     """
+    if padding_mode != "zeros":
+        check_padding_mode("conv_transpose1d", "conv_transpose1d", padding_mode)
     settings = (stride, padding, output_padding, groups, dilation, output_size, precision, out_dtype)
     return cast(ArrayT, _convolve("conv_transpose1d", input, weight, bias, settings, algorithm, out))
 

@@ -28,6 +28,7 @@ def conv1d_input(
     dilation: Setting = 1,
     groups: SupportsIndex = 1,
     *,
+    padding_mode: str = "zeros",
     precision: str = "float32",
     algorithm: str | None = None,
     out: ArrayT | None = None,
@@ -40,7 +41,8 @@ def conv1d_input(
         l_in = l_out*stride - padding_left + k*dilation        (terms without such an l_out do not exist)
 
     where c is input channel c_in of the group of c_out. Inputs that no window contains, such as the last ones where the
-    stride does not divide the length, get zeros.
+    stride does not divide the length, get zeros. In a padding mode other than "zeros" the sum runs over all positions
+    that mean l_in, those in the padding among them.
 
     Args:
         input_size: the shape of the input, (N, C_in, L_in) or (C_in, L_in).
@@ -51,6 +53,7 @@ def conv1d_input(
         padding: of the forward call.
         dilation: of the forward call.
         groups: of the forward call.
+        padding_mode: of the forward call.
         precision: "float32", the full precision of the dtype, or "tf32", as in the forward call.
         algorithm: how a GPU computes it: None for the fastest kernel family, "base" for the one that takes every
             problem, or the name of a `conv_transpose1d` family; see `gpuconv.explain`.
@@ -72,7 +75,7 @@ def conv1d_input(
         >>> grad.conv1d_input((1, 1, 6), np.array([[[1.0, 2.0]]]), np.array([[[1.0, 10.0]]]), stride=3)
         array([[[ 1.,  2.,  0., 10., 20.,  0.]]])
     """
-    settings = (input_size, stride, padding, dilation, groups, precision)
+    settings = (input_size, stride, padding, dilation, groups, precision, padding_mode)
     return cast(ArrayT, calls.run("conv1d_input", (grad_output, weight), settings, out, algorithm=algorithm))
 
 
@@ -85,6 +88,7 @@ def conv1d_weight(
     dilation: Setting = 1,
     groups: SupportsIndex = 1,
     *,
+    padding_mode: str = "zeros",
     precision: str = "float32",
     algorithm: str | None = None,
     weight_dtype: Any = None,
@@ -97,8 +101,9 @@ def conv1d_weight(
         grad_weight[c_out, c_in, k] = sum over n, l_out of conj(input[n, c, l_in]) * grad_output[n, c_out, l_out]
         l_in = l_out*stride - padding_left + k*dilation        (terms without such an l_in do not exist)
 
-    where c is input channel c_in of the group of c_out. The order of the sum, and so every bit of the result, depends
-    on the shapes and settings, not on the run.
+    where c is input channel c_in of the group of c_out; in a padding mode other than "zeros" an l_in in the padding
+    stands for the sample that it means. The order of the sum, and so every bit of the result, depends on the shapes and
+    settings, not on the run.
 
     Args:
         input: (N, C_in, L_in) or (C_in, L_in). NumPy or CuPy, any strides; never changed.
@@ -109,9 +114,9 @@ def conv1d_weight(
         padding: of the forward call.
         dilation: of the forward call.
         groups: of the forward call.
-        precision: "float32", the full precision of the dtype, or "tf32", as in the forward call.
-        algorithm: how a GPU computes it: None for the fastest kernel family, "base" for the one that takes every
-            problem, or the name of a `weight_gradient` family; see `gpuconv.explain`.
+        padding_mode: of the forward call.
+        precision: as in `conv1d_input`.
+        algorithm: as in `conv1d_input`, but the families are those of `weight_gradient`.
         weight_dtype: the dtype of the weight, and so of its gradient: None for that of `input`, or the real dtype of
             complex data whose taps are real (float32 for complex64).
         out: an array of shape `weight_size`, of the weight's dtype on the device of `input`, to write to, which must
@@ -121,10 +126,7 @@ def conv1d_weight(
         An array of shape `weight_size`; `out` where it was given.
 
     Raises:
-        ValueError: a shape or a value does not fit; the message names the argument, what was expected and what came.
-            The kernel family that `algorithm` names does not take the problem.
-        TypeError: an argument is of the wrong kind, or a dtype is not supported.
-        RuntimeError: a CuPy array was given but no GPU answers.
+        ValueError, TypeError, RuntimeError: as `conv1d_input` raises them.
 
     Example:
         >>> import numpy as np
@@ -132,7 +134,7 @@ def conv1d_weight(
         >>> grad.conv1d_weight(np.arange(6.0).reshape(1, 1, 6), (1, 1, 2), np.array([[[1.0, 10.0]]]), stride=3)
         array([[[30., 41.]]])
     """
-    settings = (weight_size, stride, padding, dilation, groups, precision)
+    settings = (weight_size, stride, padding, dilation, groups, precision, padding_mode)
     arrays = (input, grad_output)
     return cast(
         ArrayT,
@@ -194,30 +196,24 @@ def conv_transpose1d_input(
     where c is output channel c_out of the group of c_in.
 
     Args:
-        input_size: the shape of the input, (N, C_in, L_in) or (C_in, L_in).
+        input_size: as in `conv1d_input`.
         weight: (C_in, C_out/groups, K). NumPy or CuPy, any strides; never changed.
-        grad_output: the gradient of the output, of its shape (N, C_out, L_out) or (C_out, L_out), and of the kind,
-            device and dtype of `weight`; complex with real taps, too.
+        grad_output: as in `conv1d_input`.
         stride: of the forward call.
         padding: of the forward call.
         output_padding: of the forward call.
         groups: of the forward call.
         dilation: of the forward call.
         output_size: of the forward call.
-        precision: "float32", the full precision of the dtype, or "tf32", as in the forward call.
-        algorithm: how a GPU computes it: None for the fastest kernel family, "base" for the one that takes every
-            problem, or the name of a `conv1d` family; see `gpuconv.explain`.
-        out: an array of shape `input_size`, of the dtype and device of `grad_output`, to write to, which must not
-            overlap the arguments.
+        precision: as in `conv1d_input`.
+        algorithm: as in `conv1d_input`, but the families are those of `conv1d`.
+        out: as in `conv1d_input`.
 
     Returns:
         An array of shape `input_size`; `out` where it was given.
 
     Raises:
-        ValueError: a shape or a value does not fit; the message names the argument, what was expected and what came.
-            The kernel family that `algorithm` names does not take the problem.
-        TypeError: an argument is of the wrong kind, or a dtype is not supported.
-        RuntimeError: a CuPy array was given but no GPU answers.
+        ValueError, TypeError, RuntimeError: as `conv1d_input` raises them.
 
     Example:
         >>> import numpy as np
@@ -256,32 +252,25 @@ def conv_transpose1d_weight(
     on the shapes and settings, not on the run.
 
     Args:
-        input: (N, C_in, L_in) or (C_in, L_in). NumPy or CuPy, any strides; never changed.
+        input: as in `conv1d_weight`.
         weight_size: the shape of the weight, (C_in, C_out/groups, K).
-        grad_output: the gradient of the output, of its shape (N, C_out, L_out) or (C_out, L_out), and of the kind,
-            device and dtype of `input`.
+        grad_output: as in `conv1d_weight`.
         stride: of the forward call.
         padding: of the forward call.
         output_padding: of the forward call.
         groups: of the forward call.
         dilation: of the forward call.
         output_size: of the forward call.
-        precision: "float32", the full precision of the dtype, or "tf32", as in the forward call.
-        algorithm: how a GPU computes it: None for the fastest kernel family, "base" for the one that takes every
-            problem, or the name of a `weight_gradient` family; see `gpuconv.explain`.
-        weight_dtype: the dtype of the weight, and so of its gradient: None for that of `input`, or the real dtype of
-            complex data whose taps are real (float32 for complex64).
-        out: an array of shape `weight_size`, of the weight's dtype on the device of `input`, to write to, which must
-            not overlap the arguments.
+        precision: as in `conv1d_input`.
+        algorithm: as in `conv1d_weight`.
+        weight_dtype: as in `conv1d_weight`.
+        out: as in `conv1d_weight`.
 
     Returns:
         An array of shape `weight_size`; `out` where it was given.
 
     Raises:
-        ValueError: a shape or a value does not fit; the message names the argument, what was expected and what came.
-            The kernel family that `algorithm` names does not take the problem.
-        TypeError: an argument is of the wrong kind, or a dtype is not supported.
-        RuntimeError: a CuPy array was given but no GPU answers.
+        ValueError, TypeError, RuntimeError: as `conv1d_input` raises them.
 
     Example:
         >>> import numpy as np
@@ -303,20 +292,7 @@ def conv_transpose1d_weight(
 def conv_transpose1d_bias(grad_output: ArrayT, *, out: ArrayT | None = None) -> ArrayT:
     """The gradient of `gpuconv.conv_transpose1d` with respect to its bias.
 
-    It is the sum of `grad_output` over samples and positions.
-
-    Args:
-        grad_output: the gradient of the output, (N, C_out, L_out) or (C_out, L_out). NumPy or CuPy, any strides.
-        out: an array of shape (C_out,), of the dtype and device of `grad_output`, to write to, which must not overlap
-            it.
-
-    Returns:
-        (C_out,); `out` where it was given. Its bits depend on the shape, not on the run.
-
-    Raises:
-        ValueError: a shape does not fit.
-        TypeError: an argument is of the wrong kind, or a dtype is not supported.
-        RuntimeError: a CuPy array was given but no GPU answers.
+    Arguments, result and errors are those of `conv1d_bias`.
 
     Example:
         >>> import numpy as np

@@ -88,13 +88,14 @@ def overlaps_itself(array: Any) -> bool:
     return False
 
 
-def _address(array: Any) -> int:
+def address(array: Any) -> int:
+    """Of the first element of a NumPy or CuPy array."""
     return int(array.__array_interface__["data"][0] if isinstance(array, np.ndarray) else array.data.ptr)
 
 
 def _byte_range(array: Any) -> tuple[int, int]:
     """The addresses from the first byte of an array to behind its last; empty for an empty array."""
-    low = high = _address(array)
+    low = high = address(array)
     if getattr(array, "_c_contiguous", False):  # CuPy's, without building a flags object: this is on the hot path
         return low, low + array.nbytes
     if 0 in array.shape:
@@ -117,7 +118,7 @@ class _Addresses:
             "shape": tuple(array.shape),
             "strides": tuple(array.strides),
             "typestr": f"|V{array.dtype.itemsize}",
-            "data": (_address(array), True),
+            "data": (address(array), True),
             "version": 3,
         }
         return np.asarray(cls(interface))

@@ -76,7 +76,7 @@ class _Layer:
         check_groups(caller, settings.groups, C_in, C_out)
         if not isinstance(bias, bool | np.bool_):
             raise TypeError(f"{caller}: bias must be True or False, got {type(bias).__name__} {bias!r}")
-        check_padding_mode(caller, padding_mode)
+        check_padding_mode(caller, self.op, padding_mode)
         dispatch.check_algorithm(caller, self.op, algorithm)
 
         self.in_channels = C_in
@@ -224,6 +224,8 @@ class _Layer:
             parts.append(f"groups={self.groups}")
         if self.bias is None:
             parts.append("bias=False")
+        if self.padding_mode != "zeros":
+            parts.append(f"padding_mode={self.padding_mode}")
         if self.precision != "float32":
             parts.append(f"precision={self.precision}")
         if self.algorithm is not None:
@@ -242,11 +244,11 @@ class Conv1d(_Layer):
         out_channels: C_out.
         kernel_size: K, taps.
         stride: step of the window, in samples.
-        padding: zeros on both sides, in samples: an int, a pair (left, right), "valid", "same" or "causal".
+        padding: on both sides, in samples: an int, a pair (left, right), "valid", "same" or "causal".
         dilation: distance between taps, in samples.
         groups: input and output channels are cut into this many groups that do not mix.
         bias: whether the layer has a bias.
-        padding_mode: "zeros", the only one supported today.
+        padding_mode: as in the function: "zeros", "reflect", "replicate", "circular" or "symmetric".
         device: where the parameters live: "cpu", "cuda" (CuPy's current device) or "cuda:1".
         dtype: one of float16, bfloat16, float32 (the default), float64, complex64 and complex128: a name or a NumPy
             dtype. The input must have it too.
@@ -308,7 +310,7 @@ class Conv1d(_Layer):
         """Convolve: (N, C_in, L_in) to (N, C_out, L_out), or the same without N. Raises as `gpuconv.conv1d` does."""
         output = conv1d(
             input, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups,
-            precision=self.precision, algorithm=self.algorithm,
+            padding_mode=self.padding_mode, precision=self.precision, algorithm=self.algorithm,
         )  # fmt: skip
         return cast(ArrayT, output)
 
@@ -331,31 +333,16 @@ class ConvTranspose1d(_Layer):
         padding: output samples trimmed: an int from both sides, a pair (left, right), "valid" (none) or "same"
             (L_out = L_in*stride).
         output_padding: output samples added on the right, below max(stride, dilation).
-        groups: input and output channels are cut into this many groups that do not mix.
-        bias: whether the layer has a bias.
         dilation: distance between taps, in output samples.
         padding_mode: "zeros", the only one, as in PyTorch.
-        device: where the parameters live: "cpu", "cuda" (CuPy's current device) or "cuda:1".
-        dtype: one of float16, bfloat16, float32 (the default), float64, complex64 and complex128: a name or a NumPy
-            dtype. The input must have it too.
-        rng: a seed or a `numpy.random.Generator` for the initial parameters.
-        precision: as in the function: "float32", or "tf32" for float32 layers.
-        algorithm: as in the function: None, "base" or the name of a kernel family.
+        groups, bias, device, dtype, rng, precision, algorithm: as in `Conv1d`.
 
     Attributes:
-        weight: (C_in, C_out/groups, K), drawn like PyTorch's from the uniform distribution between -b and b, where
-            ``b = 1/sqrt(C_out/groups * K)``: in float64, then rounded to the dtype. The real and the imaginary part of
-            complex parameters are each drawn so. One seed gives the same values on every device.
-        bias: (C_out,), drawn from the same distribution after the weight, or None.
-        in_channels, out_channels, kernel_size, stride, padding, dilation, output_padding, groups, padding_mode,
-            transposed: as in PyTorch, where per-axis settings are tuples.
-        precision, algorithm: as given.
+        weight: (C_in, C_out/groups, K), drawn as that of `Conv1d`, with ``b = 1/sqrt(C_out/groups * K)``.
+        The others are those of `Conv1d`.
 
     Raises:
-        ValueError: a value is out of range; the message names the argument, what was expected and what came.
-        TypeError: an argument is of the wrong kind.
-        RuntimeError: a GPU is asked for but none answers.
-        ModuleNotFoundError: CuPy, or for bfloat16 ml_dtypes, is not installed.
+        ValueError, TypeError, RuntimeError, ModuleNotFoundError: as `Conv1d` raises them.
 
     Example:
         >>> import numpy as np

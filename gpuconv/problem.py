@@ -7,9 +7,10 @@ The arguments are checked by the functions of `gpuconv.arguments`. The two lengt
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, SupportsIndex, TypeAlias, TypeVar
+from typing import Any, ClassVar, Literal, SupportsIndex, TypeAlias, TypeVar
 
 from .arguments import (
     MAX_EXTENT,
@@ -25,12 +26,15 @@ from .arguments import (
     check_dtype,
     check_groups,
     check_out_dtype,
+    check_padding_limits,
+    check_padding_mode,
     check_precision,
     check_rank,
     check_setting,
     check_size,
 )
 from .dtypes import DTYPES, FORMATS, INTEGER_SUMS, INTEGERS, PRECISIONS, Format, dtype_name, numpy_dtype
+from .edge import edge_windows, most_positions
 
 # With the problems come the words that describe them, so that their users need one import.
 __all__ = [
@@ -63,47 +67,68 @@ T = TypeVar("T")
 Kind: TypeAlias = Literal["conv1d", "conv_transpose1d", "weight_gradient", "bias_gradient"]
 
 
-class Problem(Protocol):
-    """What dispatch and runtime know of every kind of problem.
+class Problem(ABC):
+    """What dispatch and runtime know of every kind of problem; each is a frozen value."""
 
-    Attributes:
-        kind: which kernel families compute it.
-        shapes: of the arrays that its kernels take, by name, the result last; a single sample is a batch of one.
-        is_empty: whether nothing is launched: the result has no elements, or is zero since every sum is empty.
-    """
+    __slots__ = ()
 
-    def __hash__(self) -> int: ...
+    result: ClassVar[str]
+    """The name of the array that is computed, the last of `shapes`."""
 
     @property
-    def kind(self) -> Kind: ...
+    @abstractmethod
+    def kind(self) -> Kind:
+        """Which kernel families compute it."""
 
     @property
-    def dtype(self) -> str: ...
+    @abstractmethod
+    def dtype(self) -> str:
+        """Of the operands; `dtype_of` knows that of each array."""
 
     @property
-    def format(self) -> Format: ...
+    @abstractmethod
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the arrays of its kernels, by name, the result last. A single sample is a batch of one."""
 
     @property
-    def itemsize(self) -> int: ...
+    @abstractmethod
+    def terms(self) -> int:
+        """The most products that one element of the result sums: the ``n`` of the error bound."""
+
+    @abstractmethod
+    def flops(self) -> int:
+        """Floating-point operations, a multiply-add counted as two (as eight for complex data), padding included."""
+
+    def bytes(self) -> int:
+        """The fewest bytes that must move: every operand read once, the result written once."""
+        return sum(math.prod(shape) * FORMATS[self.dtype_of(name)].itemsize for name, shape in self.shapes.items())
 
     @property
-    def shapes(self) -> dict[str, tuple[int, ...]]: ...
+    def is_empty(self) -> bool:
+        """Whether nothing is launched: the result has no elements, or is zero since every sum is empty."""
+        return any(0 in shape for shape in self.shapes.values())
 
-    def dtype_of(self, name: str) -> str: ...
+    def dtype_of(self, name: str) -> str:
+        """The dtype of one of the arrays."""
+        return self.dtype
 
     @property
-    def is_empty(self) -> bool: ...
+    def format(self) -> Format:
+        """The numbers of the arrays and of the sums."""
+        return FORMATS[self.dtype]
 
     @property
-    def terms(self) -> int: ...
+    def itemsize(self) -> int:
+        """Bytes of one element."""
+        return self.format.itemsize
 
-    def flops(self) -> int: ...
-
-    def bytes(self) -> int: ...
+    @property
+    def is_complex(self) -> bool:
+        return self.format.is_complex
 
 
 @dataclass(frozen=True, slots=True)
-class ConvProblem:
+class ConvProblem(Problem):
     """A 1-D convolution or transposed convolution with every setting resolved.
 
     Build it with `ConvProblem.conv1d` or `ConvProblem.conv_transpose1d`, which validate; the constructor takes
@@ -114,9 +139,16 @@ class ConvProblem:
     - conv1d: ``l_in = l_out*stride - padding_left + k*dilation``;
     - conv_transpose1d: ``l_out = l_in*stride - padding_left + k*dilation``.
 
+    A position outside of the longer of the two rows, the input of conv1d and the output of conv_transpose1d, means what
+    `padding_mode` says (gpuconv.edge). So a convolution reads samples in place of its padding; its adjoint, which is
+    transposed, adds what it would write there to the samples that are meant.
+
     Raises:
-        ValueError: an output length below 1, or an array whose size does not fit 64-bit offsets.
+        ValueError: an output length below 1, a padding that its mode does not allow, or an array whose size does not
+            fit 64-bit offsets.
     """
+
+    result: ClassVar[str] = "output"
 
     op: Op
     N: int
@@ -135,6 +167,7 @@ class ConvProblem:
     batched: bool = True
     precision: str = "float32"
     out_dtype: str | None = None  # of bias and output, where that is not `dtype`
+    padding_mode: str = "zeros"
     L_out: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -165,8 +198,16 @@ class ConvProblem:
                 f"{self.op}: extents must fit in 64 bits: the padded length is {full}, the kernel spans {span}"
             )
         object.__setattr__(self, "L_out", L_out)
+        if self.padding_mode != "zeros":
+            padded = L_out if self.transposed else self.L_in
+            check_padding_limits(self.op, self.padding_mode, self.padding_left, self.padding_right, padded)
         for name, shape in (("input", self.input_shape), ("weight", self.weight_shape), ("output", self.output_shape)):
             check_size(self.op, name, shape, self.dtype_of(name))
+
+    @classmethod
+    def of(cls, op: Op, *arguments: Any, **settings: Any) -> ConvProblem:
+        """`conv1d` or `conv_transpose1d` of the arguments, as `op` says."""
+        return (cls.conv_transpose1d if op == "conv_transpose1d" else cls.conv1d)(*arguments, **settings)
 
     @classmethod
     def conv1d(
@@ -179,6 +220,7 @@ class ConvProblem:
         dilation: Setting = 1,
         groups: SupportsIndex = 1,
         precision: str = "float32",
+        padding_mode: str = "zeros",
         out_dtype: Any = None,
     ) -> ConvProblem:
         """Validate the arguments of `gpuconv.conv1d`; only `.shape` and `.dtype` of the arrays are read.
@@ -209,6 +251,7 @@ class ConvProblem:
         return cls(
             op, x.N, x.C_in, C_out, x.L_in, K, s, left, right, d, g, 0, x.dtype, bias is not None, x.batched,
             check_precision(op, precision, x.dtype), check_out_dtype(op, x.dtype, out_dtype, bias),
+            padding_mode=check_padding_mode(op, op, padding_mode),
         )  # fmt: skip
 
     @classmethod
@@ -281,16 +324,14 @@ class ConvProblem:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shapes of the arrays by name, the output last, with an axis for the samples even if there is none."""
         shapes: dict[str, tuple[int, ...]] = {"input": (self.N, self.C_in, self.L_in), "weight": self.weight_shape}
         if self.has_bias:
             shapes["bias"] = (self.C_out,)
-        shapes["output"] = (self.N, self.C_out, self.L_out)
+        shapes[self.result] = (self.N, self.C_out, self.L_out)
         return shapes
 
     def dtype_of(self, name: str) -> str:
-        """The dtype of one of the arrays."""
-        return self.out_dtype or self.dtype if name in ("bias", "output") else self.dtype
+        return self.out_dtype or self.dtype if name in ("bias", self.result) else self.dtype
 
     @property
     def is_empty(self) -> bool:
@@ -310,20 +351,6 @@ class ConvProblem:
     def C_out_g(self) -> int:
         """Output channels of one group."""
         return self.C_out // self.groups
-
-    @property
-    def format(self) -> Format:
-        """The numbers of the arrays and of the sums."""
-        return FORMATS[self.dtype]
-
-    @property
-    def itemsize(self) -> int:
-        """Bytes of one element."""
-        return self.format.itemsize
-
-    @property
-    def is_complex(self) -> bool:
-        return self.format.is_complex
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -349,13 +376,25 @@ class ConvProblem:
 
     @property
     def terms(self) -> int:
-        """The most products that one output element sums: the ``n`` of the error bound."""
         if self.transposed:
             # The taps k of one output position satisfy k*dilation = l_out + padding_left (mod stride), so they are
             # stride/gcd(stride, dilation) apart.
             step = self.stride // math.gcd(self.stride, self.dilation)
-            return self.C_in_g * -(-self.K // step)
+            taps = -(-self.K // step)
+            if self.padding_mode != "zeros":
+                taps = min(self.most_positions * taps, self.K * self.L_in)
+            return self.C_in_g * taps
         return self.C_in_g * self.K
+
+    @property
+    def most_positions(self) -> int:
+        """How many positions an output element of conv_transpose1d stands for, at most."""
+        return most_positions(self.padding_mode, self.padding_left, self.padding_right, self.L_out)
+
+    @property
+    def edge_windows(self) -> tuple[int, int]:
+        """How many of the first and of the last outputs of conv1d have windows that reach over an edge of the input."""
+        return edge_windows(self.L_out, self.L_in, self.K, self.stride, self.padding_left, self.dilation)
 
     def adjoint(self) -> ConvProblem:
         """The other operation with the same weight array, without bias, from the output's shape to the input's.
@@ -374,17 +413,12 @@ class ConvProblem:
         return ConvProblem(
             "conv1d" if p.transposed else "conv_transpose1d", p.N, p.C_out, p.C_in, p.L_out, p.K, p.stride,
             p.padding_left, p.padding_right - p.output_padding, p.dilation, p.groups, rest, p.dtype, False, p.batched,
-            p.precision,
+            p.precision, padding_mode=p.padding_mode,
         )  # fmt: skip
 
     def flops(self) -> int:
-        """Floating-point operations, a multiply-add counted as two (as eight for complex data), padding included."""
         rows = self.C_in * self.L_in * self.C_out_g if self.transposed else self.C_out * self.L_out * self.C_in_g
         return (8 if self.is_complex else 2) * self.N * rows * self.K
-
-    def bytes(self) -> int:
-        """The fewest bytes that must move: input, weight and bias read once, the output written once."""
-        return sum(math.prod(shape) * FORMATS[self.dtype_of(name)].itemsize for name, shape in self.shapes.items())
 
     def __str__(self) -> str:
         parts = [
@@ -398,13 +432,15 @@ class ConvProblem:
             parts.append("bias")
         if self.precision != "float32":
             parts.append(self.precision)
+        if self.padding_mode != "zeros":
+            parts.append(self.padding_mode)
         if self.out_dtype is not None:
             parts.append(f"to {self.out_dtype}")
         return " ".join(parts)
 
 
 @dataclass(frozen=True, slots=True)
-class WeightGradientProblem:
+class WeightGradientProblem(Problem):
     """The gradient of a convolution's weight, one correlation for both operations.
 
     Make it with `WeightGradientProblem.of` from a validated problem. It relates two arrays: `coarse`, whose positions
@@ -423,8 +459,11 @@ class WeightGradientProblem:
     Of complex data the input is conjugated, whichever of the two it is: the gradient is that of PyTorch, the direction
     of steepest ascent, and the adjoint of the operation as a map of its weight.
 
-    The right padding does not appear: L_coarse and L_fine say which positions exist.
+    The right padding does not appear: L_coarse and L_fine say which positions exist. In a `padding_mode` other than
+    "zeros" all of them do: those outside of fine mean other samples of it.
     """
+
+    result: ClassVar[str] = "grad_weight"
 
     op: Op
     N: int
@@ -439,13 +478,17 @@ class WeightGradientProblem:
     groups: int = 1
     dtype: str = "float32"
     precision: str = "float32"
+    padding_mode: str = "zeros"
 
     @classmethod
     def of(cls, problem: ConvProblem) -> WeightGradientProblem:
         """The weight gradient of a forward problem. A single sample is a batch of one; the bias is ignored."""
         p = problem
         sides = (p.C_in, p.C_out, p.L_in, p.L_out) if p.transposed else (p.C_out, p.C_in, p.L_out, p.L_in)
-        return cls(p.op, p.N, *sides, p.K, p.stride, p.padding_left, p.dilation, p.groups, p.dtype, p.precision)
+        return cls(
+            p.op, p.N, *sides, p.K, p.stride, p.padding_left, p.dilation, p.groups, p.dtype, p.precision,
+            padding_mode=p.padding_mode,
+        )  # fmt: skip
 
     def sides(self, input: T, grad_output: T) -> tuple[T, T]:
         """The two arrays as (coarse, fine)."""
@@ -457,17 +500,7 @@ class WeightGradientProblem:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shapes of the arrays by name, the result last."""
-        return {"coarse": self.coarse_shape, "fine": self.fine_shape, "grad_weight": self.weight_shape}
-
-    def dtype_of(self, name: str) -> str:
-        """The dtype of one of the arrays."""
-        return self.dtype
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether an array has no elements, so that the gradient is zero."""
-        return any(0 in shape for shape in self.shapes.values())
+        return {"coarse": self.coarse_shape, "fine": self.fine_shape, self.result: self.weight_shape}
 
     @property
     def transposed(self) -> bool:
@@ -483,20 +516,6 @@ class WeightGradientProblem:
     def C_fine_g(self) -> int:
         """Channels of fine in one group."""
         return self.C_fine // self.groups
-
-    @property
-    def format(self) -> Format:
-        """The numbers of the arrays and of the sums."""
-        return FORMATS[self.dtype]
-
-    @property
-    def itemsize(self) -> int:
-        """Bytes of one element."""
-        return self.format.itemsize
-
-    @property
-    def is_complex(self) -> bool:
-        return self.format.is_complex
 
     @property
     def conjugate_coarse(self) -> bool:
@@ -523,27 +542,29 @@ class WeightGradientProblem:
 
     @property
     def terms(self) -> int:
-        """The most products that one element of the result sums: the ``n`` of the error bound."""
+        if self.padding_mode != "zeros":
+            return self.N * self.L_coarse
         return self.N * min(self.L_coarse, -(-self.L_fine // self.stride))
 
-    def flops(self) -> int:
-        """Floating-point operations, a multiply-add counted as two (as eight for complex data), padding included."""
-        return (8 if self.is_complex else 2) * self.N * self.L_coarse * math.prod(self.weight_shape)
+    @property
+    def edge_windows(self) -> tuple[int, int]:
+        """How many of the first and of the last positions of coarse meet windows that reach over an edge of fine."""
+        return edge_windows(self.L_coarse, self.L_fine, self.K, self.stride, self.padding_left, self.dilation)
 
-    def bytes(self) -> int:
-        """The fewest bytes that must move: coarse and fine read once, the result written once."""
-        return sum(map(math.prod, (self.coarse_shape, self.fine_shape, self.weight_shape))) * self.itemsize
+    def flops(self) -> int:
+        return (8 if self.is_complex else 2) * self.N * self.L_coarse * math.prod(self.weight_shape)
 
     def __str__(self) -> str:
         return (
             f"{self.op} weight gradient N{self.N} C{self.C_coarse},{self.C_fine} L{self.L_coarse},{self.L_fine} "
             f"K{self.K} s{self.stride} p{self.padding_left} d{self.dilation} g{self.groups} {self.dtype}"
             + (f" {self.precision}" if self.precision != "float32" else "")
+            + (f" {self.padding_mode}" if self.padding_mode != "zeros" else "")
         )
 
 
 @dataclass(frozen=True, slots=True)
-class BiasGradientProblem:
+class BiasGradientProblem(Problem):
     """The gradient of a bias, the same for both operations.
 
     ::
@@ -552,6 +573,8 @@ class BiasGradientProblem:
 
     grad_output is ``(N, C, L)``, the result ``(C,)``. Nothing is conjugated.
     """
+
+    result: ClassVar[str] = "grad_bias"
 
     N: int
     C: int
@@ -569,31 +592,7 @@ class BiasGradientProblem:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shapes of the arrays by name, the result last."""
-        return {"grad_output": self.grad_output_shape, "grad_bias": self.bias_shape}
-
-    def dtype_of(self, name: str) -> str:
-        """The dtype of one of the arrays."""
-        return self.dtype
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether an array has no elements, so that the gradient is zero."""
-        return any(0 in shape for shape in self.shapes.values())
-
-    @property
-    def format(self) -> Format:
-        """The numbers of the arrays and of the sums."""
-        return FORMATS[self.dtype]
-
-    @property
-    def itemsize(self) -> int:
-        """Bytes of one element."""
-        return self.format.itemsize
-
-    @property
-    def is_complex(self) -> bool:
-        return self.format.is_complex
+        return {"grad_output": self.grad_output_shape, self.result: self.bias_shape}
 
     @property
     def grad_output_shape(self) -> tuple[int, int, int]:
@@ -606,16 +605,11 @@ class BiasGradientProblem:
 
     @property
     def terms(self) -> int:
-        """The terms that one element of the result sums: the ``n`` of the error bound."""
         return self.N * self.L
 
     def flops(self) -> int:
         """Floating-point additions, those of complex data counted as two."""
         return (2 if self.is_complex else 1) * math.prod(self.grad_output_shape)
-
-    def bytes(self) -> int:
-        """The fewest bytes that must move: grad_output read once, the result written once."""
-        return (math.prod(self.grad_output_shape) + self.C) * self.itemsize
 
     def __str__(self) -> str:
         return f"bias gradient N{self.N} C{self.C} L{self.L} {self.dtype}"
@@ -646,9 +640,8 @@ def gradient_problem(
     for name, array in (("input", input), ("weight", weight)):
         if not isinstance(array, ArraySpec):  # whose dtype was taken from the other
             check_dtype(caller, name, array)
-    construct = ConvProblem.conv_transpose1d if op == "conv_transpose1d" else ConvProblem.conv1d
     try:
-        problem = construct(input, weight, None, *settings)
+        problem = ConvProblem.of(op, input, weight, None, *settings)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{caller}{str(error).removeprefix(op)}") from None
     found = check_dtype(caller, "grad_output", grad_output)

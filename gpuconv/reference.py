@@ -6,7 +6,7 @@ This module is the oracle of gpuconv: it is written to be read beside the formul
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .dtypes import FORMATS, INTEGERS, OPERAND_ROUNDOFF, Format
+from .edge import source_indices
 from .problem import BiasGradientProblem, ConvProblem, WeightGradientProblem
 
 Array = npt.NDArray[Any]
@@ -31,7 +32,8 @@ def compute(problem: ConvProblem, input: Array, weight: Array, bias: Array | Non
         output[n, c_out, l_out] = bias[c_out] + sum over c_in, k of weight[c_in, c_out, k] * input[n, c_in, l_in]
 
     The sums run over the channels of one group and over the taps whose position exists: a tap that falls into the zero
-    padding contributes nothing, whatever the weight.
+    padding contributes nothing, whatever the weight. In another `padding_mode` a convolution is that of the padded
+    input, and a transposed one, the adjoint, adds what lies in the padding of its output to the samples that are meant.
 
     Args:
         problem: extents and settings.
@@ -290,6 +292,11 @@ def convolution(problem: ConvProblem, input: Array, weight: Array, bias: Array |
 
 
 def _convolve(p: ConvProblem, input: Array, weight: Array, bias: Array | None) -> Array:
+    if p.padding_mode != "zeros":
+        if not p.transposed:
+            return _convolve(_without_padding(p), input[..., _samples_meant(p)], weight, bias)
+        y = _folded(_convolve(_without_padding(p), input, weight, None), _samples_meant(p), p.L_out)
+        return y if bias is None else y + bias[:, np.newaxis]
     x = input.reshape(p.N, p.groups, p.C_in_g, p.L_in)
     y = np.zeros((p.N, p.groups, p.C_out_g, p.L_out), input.dtype)
     for k in range(p.K):
@@ -329,6 +336,10 @@ def input_gradient(problem: ConvProblem, weight: Array, grad_output: Array) -> S
 
 
 def _input_gradient(p: ConvProblem, weight: Array, grad_output: Array, _: Array | None) -> Array:
+    if p.padding_mode != "zeros":
+        if p.transposed:
+            return _input_gradient(_without_padding(p), weight, grad_output[..., _samples_meant(p)], None)
+        return _folded(_input_gradient(_without_padding(p), weight, grad_output, None), _samples_meant(p), p.L_in)
     w, dy = weight.conj(), grad_output.reshape(p.N, p.groups, p.C_out_g, p.L_out)
     dx = np.zeros((p.N, p.groups, p.C_in_g, p.L_in), grad_output.dtype)
     for k in range(p.K):
@@ -358,6 +369,11 @@ def weight_gradient(problem: WeightGradientProblem, coarse: Array, fine: Array) 
 
 
 def _weight_gradient(p: WeightGradientProblem, coarse: Array, fine: Array, _: Array | None) -> Array:
+    if p.padding_mode != "zeros":
+        behind = (p.L_coarse - 1) * p.stride + (p.K - 1) * p.dilation + 1 - p.padding_left  # the last window
+        samples = source_indices(p.padding_mode, -p.padding_left, behind, p.L_fine)
+        padded = replace(p, L_fine=len(samples), padding_left=0, padding_mode="zeros")
+        return _weight_gradient(padded, coarse, fine[..., samples], None)
     c = coarse.reshape(p.N, p.groups, p.C_coarse_g, p.L_coarse)
     f = fine.reshape(p.N, p.groups, p.C_fine_g, p.L_fine)
     dw = np.zeros((p.groups, p.C_coarse_g, p.C_fine_g, p.K), coarse.dtype)
@@ -385,6 +401,26 @@ def bias_gradient(problem: BiasGradientProblem, grad_output: Array) -> Sums:
 
 def _bias_gradient(p: BiasGradientProblem, grad_output: Array, one: Array, _: Array | None) -> Array:
     return np.asarray((grad_output.reshape(p.grad_output_shape) * one).sum(axis=(0, 2)))
+
+
+def _without_padding(p: ConvProblem) -> ConvProblem:
+    """The problem whose longer row, of the input or of the transposed output, is that of `p` with its padding."""
+    L_in = p.L_in if p.transposed else p.L_in + p.padding_left + p.padding_right
+    return replace(p, L_in=L_in, padding_left=0, padding_right=0, padding_mode="zeros")
+
+
+def _samples_meant(p: ConvProblem) -> npt.NDArray[np.intp]:
+    """The samples that the positions of that row mean."""
+    L = p.L_out if p.transposed else p.L_in
+    return source_indices(p.padding_mode, -p.padding_left, L + p.padding_right, L)
+
+
+def _folded(padded: Array, samples: npt.NDArray[np.intp], L: int) -> Array:
+    """The sums over the positions that mean a sample, for each of L samples."""
+    result = np.zeros((*padded.shape[:-1], L), padded.dtype)
+    at: Any = (..., samples)
+    np.add.at(result, at, padded)
+    return result
 
 
 def _products(p: ConvProblem | WeightGradientProblem) -> int:

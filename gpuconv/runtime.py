@@ -200,13 +200,13 @@ class _Packing:
     """The step of a plan that lays out the weights anew, which prepared weights keep.
 
     Attributes:
-        key: equal for the plans whose packed weights are the same, and compared by identity.
+        key: the same object for the plans whose packed weights are the same.
     """
 
     __slots__ = ("_kernel", "_num_bytes", "key")
 
     def __init__(self, step: Step, num_bytes: int) -> None:
-        self.key = _KEYS.setdefault(step, step)
+        self.key = _shared(step)
         self._kernel = _Kernel(step.config, step.launch)
         self._num_bytes = num_bytes
 
@@ -217,7 +217,10 @@ class _Packing:
         return packed
 
 
-_KEYS: dict[Step, Step] = {}  # never emptied, so that no two keys ever have the same identity
+@lru_cache(maxsize=4096)
+def _shared(step: Step) -> Step:
+    """One object for equal steps, so that a repeated call need not compare them; two if they are asked for at once."""
+    return step
 
 
 class PreparedWeight:
@@ -237,7 +240,8 @@ class PreparedWeight:
             with cuda.Device(array.data.device_id):
                 cuda.get_current_stream().synchronize()
         self.array = array
-        self._packed: dict[int, Any] = {}  # by the identity of a key of _Packing
+        # By the identity of a key of _Packing; the key is kept, so that no other object gets its identity.
+        self._packed: dict[int, tuple[Step, Any]] = {}
         self._lock = threading.RLock()  # a finalizer may call while its own thread packs
 
     @property
@@ -258,10 +262,10 @@ class PreparedWeight:
             with self._lock:
                 found = self._packed.get(id(packing.key))  # another thread may have been faster
                 if found is None:
-                    found = packing.pack(self.array)
+                    found = packing.key, packing.pack(self.array)
                     stream.synchronize()
                     self._packed[id(packing.key)] = found
-        return found
+        return found[1]
 
     def __reduce__(self) -> tuple[type[PreparedWeight], tuple[Any]]:
         """Pickles and copies hold the weights alone; packed forms are made again where calls need them."""
@@ -442,13 +446,12 @@ def make_executor(
         return Executor(None, (*operands, "output"))
     from . import dispatch
 
-    names = (*operands, list(problem.shapes)[-1])
+    names = (*operands, problem.result)
     given = dict(zip(names, (*arrays, output), strict=True))
     if conjugate_weight:
         given["weight"] = None
-    layout, copies = dispatch.lay_out(
-        problem, {name: None if a is None else dispatch.Place(a.strides, a.data.ptr) for name, a in given.items()}
-    )
+    pointers = {n: None if a is None else dispatch.StridedPointer(a.strides, a.data.ptr) for n, a in given.items()}
+    layout, copies = dispatch.lay_out(problem, pointers)
     if conjugate_weight:
         copies = (*copies, "weight")
     index = int(cupy_module().cuda.runtime.getDevice())

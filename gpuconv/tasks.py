@@ -68,8 +68,7 @@ class Task(NamedTuple):
         """
         op: Op = "conv_transpose1d" if function.startswith("conv_transpose1d") else "conv1d"
         if function == op:
-            construct = ConvProblem.conv_transpose1d if op == "conv_transpose1d" else ConvProblem.conv1d
-            p = construct(*arrays, *settings)
+            p = ConvProblem.of(op, *arrays, *settings)
             return cls(p, p.output_shape, out_dtype=p.out_dtype)
         if function == f"{op}_bias":
             bias = bias_gradient_problem(function, *arrays)

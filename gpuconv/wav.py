@@ -21,10 +21,10 @@ _W64_RIFF = b"riff" + bytes.fromhex("2e91cf11a5d628db04c10000")
 _UNKNOWN = (0, 0x7F000000, 0x7FFFF000, 0x7FFFF024, 0x7FFFFFFF, 0x80000000, 0x80000024, 2**32 - 1)
 
 
-MAGICS = (b"RIFF", b"RIFX", b"RF64", b"riff", b"FORM")  # the first bytes of the files that `read_layout` reads
+MAGICS = (b"RIFF", b"RIFX", b"RF64", b"riff", b"FORM")  # the first bytes of the files that `read_header` reads
 
 
-class Layout(NamedTuple):
+class Header(NamedTuple):
     """What the chunks of a file say of its samples.
 
     Attributes:
@@ -105,7 +105,7 @@ class _Chunks(NamedTuple):
         return all(name not in (b"", b"data", b"SSND") and end <= size for name, end in found)
 
 
-def read_layout(file: BinaryIO, size: int) -> Layout | None:
+def read_header(file: BinaryIO, size: int) -> Header | None:
     """Read the chunks of a file of `size` bytes; None where it has another format or holds no samples."""
     file.seek(0)
     head = file.read(40)
@@ -141,23 +141,23 @@ def read_layout(file: BinaryIO, size: int) -> Layout | None:
                 declared = None
     if offset is None or offset > size or (declared is not None and declared < 0):
         return None
-    return Layout(size, offset, declared, end, frames, chunks)
+    return Header(size, offset, declared, end, frames, chunks)
 
 
-def find_samples(file: BinaryIO, layout: Layout, frame_bytes: int | None) -> Samples:
+def find_samples(file: BinaryIO, header: Header, frame_bytes: int | None) -> Samples:
     """Tell which bytes of a file are samples.
 
     Args:
-        file: the file that `layout` describes.
-        layout: what its chunks say.
+        file: the file that `header` describes.
+        header: what its chunks say.
         frame_bytes: bytes of one sample of all channels; None where samples are compressed.
     """
-    offset, available = layout.offset, layout.size - layout.offset
-    declared, frames = layout.declared, layout.frames
+    offset, available = header.offset, header.size - header.offset
+    declared, frames = header.declared, header.frames
     if declared is None and frames and frame_bytes and frames * frame_bytes < min(_UNKNOWN[1:]):
         declared = frames * frame_bytes
     if declared is None:
-        if available == 0 or layout.chunks.reach_end(file, offset, layout.size):
+        if available == 0 or header.chunks.reach_end(file, offset, header.size):
             return Samples(offset, 0)
         if frame_bytes is None:
             return Samples(offset, available, "its header gives no length, and its samples are compressed")
@@ -177,17 +177,17 @@ def find_samples(file: BinaryIO, layout: Layout, frame_bytes: int | None) -> Sam
     if frames is not None and frame_bytes is not None and frames * frame != found:
         trouble = f"is damaged: its header declares {frames} samples of {frame} bytes, and {declared} bytes of them"
         return Samples(offset, min(found, frames * frame), trouble)
-    tail = offset + declared + layout.chunks.pad(declared)
-    behind = layout.size - tail
-    if behind < frame or layout.chunks.reach_end(file, tail, layout.size):
+    tail = offset + declared + header.chunks.pad(declared)
+    behind = header.size - tail
+    if behind < frame or header.chunks.reach_end(file, tail, header.size):
         return Samples(offset, found)
     # Lengths of 32 bits go back to 0 at 4 GiB.
     wrapped = found + ((available - declared) >> 32 << 32)
-    if not layout.chunks.is_wide and wrapped > found and wrapped % frame == 0:
-        tail = offset + wrapped + layout.chunks.pad(wrapped)
-        if layout.size <= tail or layout.chunks.reach_end(file, tail, layout.size):
+    if not header.chunks.is_wide and wrapped > found and wrapped % frame == 0:
+        tail = offset + wrapped + header.chunks.pad(wrapped)
+        if header.size <= tail or header.chunks.reach_end(file, tail, header.size):
             return Samples(offset, wrapped)
-    if layout.end is not None and layout.end <= tail and behind < 2**31:
+    if header.end is not None and header.end <= tail and behind < 2**31:
         return Samples(offset, found, note=f"{behind} bytes behind the end that its header declares were not read")
     trouble = (
         f"is damaged: behind the {declared} bytes of samples that its header declares lie {behind} bytes of no chunk"

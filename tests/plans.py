@@ -6,22 +6,27 @@ from typing import Any
 
 from gpuconv.device import Device
 from gpuconv.dispatch import Choice
-from gpuconv.families import FAMILIES, Config, Family, Launch, Layout, Plan, Refusal
+from gpuconv.families import FAMILIES, Config, Family, Launch, Layout, Plan, Refusal, edges
 from gpuconv.problem import Problem
 
 FORWARD_FAMILIES = tuple(family for family in FAMILIES if family.kind in ("conv1d", "conv_transpose1d"))
 GRADIENT_FAMILIES = tuple(family for family in FAMILIES if family not in FORWARD_FAMILIES)
 
 
+def with_zeros(config: Config) -> Config:
+    """The specialisation of the same kernel for padding by zeros, which a family lists."""
+    return Config(config.kernel, tuple(macro for macro in config.macros if macro[0] != "PADDING_MODE"))
+
+
 def refusal_of(family: Family[Any], problem: Problem, layout: Layout, device: Device) -> str | None:
     """Why a family does not take a problem; None where it does."""
-    plan = family.plan(problem, layout, device)
+    plan = edges.plan(family, problem, layout, device)
     return plan.reason if isinstance(plan, Refusal) else None
 
 
 def plan_of(family: Family[Any], problem: Problem, layout: Layout, device: Device) -> Plan:
     """The plan of a family for a problem that it takes."""
-    plan = family.plan(problem, layout, device)
+    plan = edges.plan(family, problem, layout, device)
     assert isinstance(plan, Plan), f"{family.name} refuses {problem}: {plan.reason}"
     return plan
 

@@ -47,10 +47,9 @@ class Call:
         return [None if shape is None else random_array(rng, shape, self.dtype, kind) for shape in shapes]
 
     def problem(self) -> ConvProblem:
-        construct = ConvProblem.conv1d if self.op == "conv1d" else ConvProblem.conv_transpose1d
         bias = ArraySpec((self.C_out,), self.dtype) if self.has_bias else None
         x, w = ArraySpec(self.input_shape, self.dtype), ArraySpec(self.weight_shape, self.dtype)
-        return construct(x, w, bias, **self.settings)
+        return ConvProblem.of(self.op, x, w, bias, **self.settings)
 
 
 def random_array(

@@ -116,4 +116,4 @@ def executors(problem: ConvProblem, direction: Direction) -> Iterator[tuple[str,
         with mock.patch.object(module, function, lambda *given, place=place: every(*given)[place : place + 1]):
             one = dispatch.choose.__wrapped__(chosen, layout, device)
         assert one is not None
-        yield one.plan.candidates[0][0], runtime.Executor(one, (*signature.operands, list(chosen.shapes)[-1]))
+        yield one.plan.candidates[0][0], runtime.Executor(one, (*signature.operands, chosen.result))

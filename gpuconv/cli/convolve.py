@@ -62,9 +62,8 @@ def run(args: argparse.Namespace) -> int:
     bias = files.read(args.bias, args.dtype, suffixes=(".npy",)).array if args.bias else None
     settings = given_settings(args)
     algorithm = settings.pop("algorithm", None)
-    construct = ConvProblem.conv1d if args.op == "conv1d" else ConvProblem.conv_transpose1d
     try:
-        problem = construct(x, weight, bias, **settings)
+        problem = ConvProblem.of(args.op, x, weight, bias, **settings)
     except (ValueError, TypeError) as error:
         dtypes = {array.dtype for array in (x, weight, bias) if array is not None}
         hint = "; give --dtype to convert" if isinstance(error, TypeError) and len(dtypes) > 1 else ""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from .. import dispatch
+from ..edge import PADDING_MODES
 from ..explain import SETTINGS
 from ..problem import DTYPES, INTEGER_SUMS, INTEGERS, PRECISIONS, ArraySpec, Kind, Op
 
@@ -71,6 +72,14 @@ def add_settings(parser: Any, ops: tuple[Op, ...]) -> None:
         metavar="A",
         help="base, or the kernel family that a GPU runs (default: the fastest)",
     )
+    if "conv1d" in ops:
+        note_of_mode = "conv1d: " if len(ops) > 1 else ""
+        parser.add_argument(
+            "--padding-mode",
+            choices=PADDING_MODES,
+            metavar="M",
+            help=f"{note_of_mode}{_one_of(PADDING_MODES, 'zeros')}",
+        )
     if "conv_transpose1d" in ops:
         parser.add_argument(
             "--output-padding", type=_whole_number, metavar="N", help=f"{note}more output on the right (default: 0)"

@@ -25,7 +25,7 @@ def add_to(commands: Any) -> None:
         help="compile kernels into the disk cache",
         description="Compile kernels on the present GPU into CuPy's disk cache, so that no later\n"
         "process waits for the compiler: those of one problem and its gradients, or,\n"
-        "without shapes, every kernel of the given dtypes.",
+        "without shapes, every kernel of the given dtypes that pads with zeros.",
         epilog="example:\n  gpuconv warmup conv1d --input 8,512,3000 --weight 512,512,3 --dtype float16",
     )
     parser.add_argument("op", nargs="?", choices=tuple(SETTINGS), metavar="OP", help="conv1d or conv_transpose1d")

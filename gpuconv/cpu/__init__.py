@@ -9,7 +9,8 @@ The output is cut into blocks, and `method` chooses, from the problem alone, how
 - planes: elementwise products of depthwise planes, of many rows at once, one per tap.
 - taps: elementwise products, one per tap, where a group has one input channel.
 
-Integers are computed exactly through float64 (`integers`).
+Integers are computed exactly through float64 (`integers`), and windows that reach over an edge into padding other than
+zeros from copies of their own (`edges`).
 
 A transposed problem is seen as a convolution that yields several outputs at each position (`geometry`), or with its
 input and its weight exchanged, where the weight is the longer one. Taps that meet nothing but padding are left out.
@@ -27,9 +28,9 @@ sums in an order of its own, on the layout of the arrays in memory and on the nu
 from __future__ import annotations
 
 from ..problem import INTEGERS, ConvProblem
-from . import bias_gradient, integers, weight_gradient
+from . import bias_gradient, edges, integers, weight_gradient
 from .arrays import Array
-from .choice import Method, plan
+from .choice import Method, choose
 from .geometry import Call
 
 __all__ = ["Method", "bias_gradient", "convolve", "method", "weight_gradient"]
@@ -37,7 +38,8 @@ __all__ = ["Method", "bias_gradient", "convolve", "method", "weight_gradient"]
 
 def method(problem: ConvProblem) -> Method:
     """The form that `convolve` uses for a problem: a pure function of the problem."""
-    return plan(integers.in_float64(problem) if problem.dtype in INTEGERS else problem).method
+    p = integers.in_float64(problem) if problem.dtype in INTEGERS else problem
+    return choose(p).method if p.padding_mode == "zeros" else edges.method(p)
 
 
 def convolve(problem: ConvProblem, input: Array, weight: Array, bias: Array | None, output: Array) -> None:
@@ -55,5 +57,7 @@ def convolve(problem: ConvProblem, input: Array, weight: Array, bias: Array | No
     """
     if problem.dtype in INTEGERS:
         integers.run(convolve, problem, input, weight, bias, output)
+    elif problem.padding_mode != "zeros":
+        edges.convolve(problem, input, weight, bias, output)
     else:
-        plan(problem).run(Call.of(problem, input, weight, bias, output))
+        choose(problem).run(Call.of(problem, input, weight, bias, output))

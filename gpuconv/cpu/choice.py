@@ -82,8 +82,8 @@ class Fill:
         call.fill_with_bias()
 
 
-class Plan(NamedTuple):
-    """How the CPU computes a problem.
+class ChosenForm(NamedTuple):
+    """The form that computes a problem, and on what.
 
     Attributes:
         method: what `explain` shows.
@@ -116,15 +116,15 @@ class Plan(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def plan(p: ConvProblem) -> Plan:
+def choose(p: ConvProblem) -> ChosenForm:
     """The cheapest form whose scratch buffers fit the memory that a call may take."""
     options = [(form.cost(q), form, q) for q, forms in candidates(p) for form in forms]
     options.sort(key=lambda option: option[0])
     for cost, form, q in options:
-        found = plan_of(p, q, form, cost)
+        found = chosen_form(p, q, form, cost)
         if found.method.workspace_bytes <= _allowed(p):
             return found
-    return plan_of(p, p, Taps.of(p), 0.0)
+    return chosen_form(p, p, Taps.of(p), 0.0)
 
 
 def _allowed(p: ConvProblem) -> int:
@@ -132,8 +132,8 @@ def _allowed(p: ConvProblem) -> int:
     return max(limits.WORKSPACE, (math.prod(p.input_shape) + math.prod(p.output_shape)) * p.itemsize // 4)
 
 
-def plan_of(p: ConvProblem, q: ConvProblem, form: Form, cost: float) -> Plan:
-    """The plan that computes a problem by a form of it or of its exchange."""
+def chosen_form(p: ConvProblem, q: ConvProblem, form: Form, cost: float) -> ChosenForm:
+    """How a form of a problem `p`, or of its exchange, `q`, computes it."""
     shared, buffers = form.memory(q)
     size = accumulator(p.dtype).itemsize
     separate = form.multiplies_zeros(q) and non_finite.takes(q)
@@ -146,7 +146,7 @@ def plan_of(p: ConvProblem, q: ConvProblem, form: Form, cost: float) -> Plan:
     taps = slice(0, p.K) if q == p else useful_taps(p)
     exchanged = p.transposed and q == exchange(with_taps(p, taps))
     reason = f"few inputs, many taps: their roles exchanged; {form.reason}" if exchanged else form.reason
-    return Plan(Method(form.name, reason, shared + workers * each), form, workers, q, taps, exchanged, separate)
+    return ChosenForm(Method(form.name, reason, shared + workers * each), form, workers, q, taps, exchanged, separate)
 
 
 def candidates(p: ConvProblem) -> list[tuple[ConvProblem, list[Form]]]:

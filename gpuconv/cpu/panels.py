@@ -7,6 +7,7 @@ next best form, the geometric mean over the benchmark layers, and up to 4 times.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -28,6 +29,8 @@ class Panels:
         packed: a weight that BLAS cannot read is packed before the blocks are computed; else for each product.
         concurrent: BLAS computes each product on the calling thread.
     """
+
+    name: ClassVar[str] = "panels"
 
     geometry: Geometry
     blocking: Blocking
@@ -147,10 +150,6 @@ class Panels:
             <= limits.STAGED_INPUT
         )
         return cls(geometry, blocking, Taps.of(p), channels, taps, merged, packed, single, concurrent)
-
-    @property
-    def name(self) -> str:
-        return "panels"
 
     @property
     def reason(self) -> str:

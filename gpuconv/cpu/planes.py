@@ -9,6 +9,7 @@ other form. The planes of the weight are built once for all samples.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -29,6 +30,10 @@ class Planes:
         shifts: of the taps that read anything: the tap, and how far behind the output it reads the input.
         safe: the form that computes a block again.
     """
+
+    name: ClassVar[str] = "planes"
+    reason: ClassVar[str] = "depthwise, few taps: elementwise products of planes of several rows"
+    concurrent: ClassVar[bool] = True
 
     shifts: tuple[tuple[int, int], ...]
     safe: Taps
@@ -53,18 +58,6 @@ class Planes:
         samples = max(1, min(p.N, limits.PLANE_BLOCK // size // (groups * length)))
         groups, samples = share(parts(p), (p.groups, groups), (p.N, samples))
         return cls(shifts, Taps.of(p), samples, groups, length)
-
-    @property
-    def name(self) -> str:
-        return "planes"
-
-    @property
-    def reason(self) -> str:
-        return "depthwise, few taps: elementwise products of planes of several rows"
-
-    @property
-    def concurrent(self) -> bool:
-        return True
 
     def multiplies_zeros(self, p: ConvProblem) -> bool:
         return True

@@ -7,6 +7,7 @@ it K times. The layers for which it is chosen take 1.3 to 1.8 times as long in t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -25,6 +26,9 @@ class ShiftAdd:
         span: the input positions that a block reads at most.
         concurrent: BLAS computes each product on the calling thread.
     """
+
+    name: ClassVar[str] = "shift_add"
+    reason: ClassVar[str] = "few output channels or a stride: one product of all taps, then shifted sums"
 
     geometry: Geometry
     blocking: Blocking
@@ -65,14 +69,6 @@ class ShiftAdd:
         tile = min(tile, span) if concurrent else span
         blocking = Blocking(samples, groups, rows, length, rows * p.K, tile, weight_groups, weight_rows)
         return cls(geometry, blocking, span, concurrent)
-
-    @property
-    def name(self) -> str:
-        return "shift_add"
-
-    @property
-    def reason(self) -> str:
-        return "few output channels or a stride: one product of all taps, then shifted sums"
 
     def multiplies_zeros(self, p: ConvProblem) -> bool:
         return False

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -23,6 +24,9 @@ from .threads import run_blocks
 @dataclass(frozen=True, slots=True)
 class Taps:
     """Blocks of `samples`, `groups`, `rows`, `length`, products over `channels`."""
+
+    name: ClassVar[str] = "taps"
+    reason: ClassVar[str] = "one input channel per group, few taps: each is an elementwise product"
 
     geometry: Geometry
     samples: int
@@ -45,14 +49,6 @@ class Taps:
         groups = max(1, min(p.groups, budget // (largest * max(length, min(rows, channels)))))
         samples = max(1, min(p.N, budget // (largest * length * groups)))
         return cls(geometry, samples, groups, rows, length, channels)
-
-    @property
-    def name(self) -> str:
-        return "taps"
-
-    @property
-    def reason(self) -> str:
-        return "one input channel per group, few taps: each is an elementwise product"
 
     @property
     def concurrent(self) -> bool:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
@@ -38,6 +39,8 @@ class Toeplitz:
         whole: one window holds a row; its band has only the inputs and outputs that exist.
         concurrent: BLAS computes each product on the calling thread.
     """
+
+    name: ClassVar[str] = "toeplitz"
 
     safe: Taps
     samples: int
@@ -80,10 +83,6 @@ class Toeplitz:
             windows = fewer if taps == p.K else max(fewer, min(windows, limits.WORTH_A_BAND))
         lines = min(lines, samples * windows) if concurrent else samples * windows
         return cls(Taps.of(p), samples, groups, windows, lines, tile, taps, whole, concurrent)
-
-    @property
-    def name(self) -> str:
-        return "toeplitz"
 
     @property
     def reason(self) -> str:

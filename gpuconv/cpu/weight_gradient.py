@@ -11,16 +11,21 @@ threads; their sums are added in one order.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple
 
+import numpy as np
+
+from ..edge import source_indices
 from ..problem import WeightGradientProblem
 from . import limits
 from .arrays import Array, accumulator
 from .choice import Method
 from .correlation import Correlation, Sizes
-from .weight_sums import Sums
+from .edges import Strip, strips
+from .weight_sums import WeightSums
 
 # Bytes of a panel, where there is one thread and where there are several, of a block of sums, of the sums of all slices
 # but the first, and of the rows that dots work on: a and a window of b stay in the first- or second-level cache.
@@ -57,7 +62,18 @@ _WORTH_THREADS = 20_000_000
 
 def method(problem: WeightGradientProblem) -> Method:
     """The form that `compute` uses for a problem: a pure function of the problem."""
-    return _plan(problem).method
+    p = problem
+    if p.padding_mode == "zeros" or p.is_empty:
+        return _choose(p).method
+    inside = _inside(p)
+    found = Method("nothing", "all windows reach over an edge", 0) if inside is None else _choose(inside).method
+    workspaces = [found.workspace_bytes]
+    for q in {_strip_problem(p, strip) for strip in _strips(p)}:
+        workspaces.append(_choose(q).method.workspace_bytes + math.prod(q.fine_shape) * p.itemsize)
+    sums = 2 * math.prod(p.weight_shape) * accumulator(p.dtype).itemsize
+    return replace(
+        found, reason=f"{found.reason}; the edges apart, from strips", workspace_bytes=max(workspaces) + sums
+    )
 
 
 def compute(problem: WeightGradientProblem, coarse: Array, fine: Array, output: Array) -> None:
@@ -72,14 +88,66 @@ def compute(problem: WeightGradientProblem, coarse: Array, fine: Array, output: 
         fine: `problem.fine_shape`, likewise.
         output: `problem.weight_shape`, any strides; it overlaps no other argument.
     """
-    plan = _plan(problem)
-    if plan.form is None:
+    if problem.padding_mode != "zeros" and not problem.is_empty:
+        _compute_with_edges(problem, coarse.reshape(problem.coarse_shape), fine.reshape(problem.fine_shape), output)
+        return
+    chosen = _choose(problem)
+    if chosen.form is None:
         output[...] = 0
         return
-    Sums(problem, plan.form, coarse, fine, output).run(plan.workers)
+    WeightSums(problem, chosen.form, coarse, fine, output).run(chosen.workers)
 
 
-class _Plan(NamedTuple):
+def _compute_with_edges(p: WeightGradientProblem, coarse: Array, fine: Array, output: Array) -> None:
+    """The sum over the positions of coarse whose windows lie inside of fine, and of those that reach over an edge."""
+    sums: Array = np.zeros(p.weight_shape, accumulator(p.dtype))
+    inside, (first, last) = _inside(p), p.edge_windows
+    if inside is not None:
+        compute(inside, coarse[..., first : p.L_coarse - last], fine, sums)
+    for strip in _strips(p):
+        q = _strip_problem(p, strip)
+        rows = slice(strip.groups.start * p.C_coarse_g, strip.groups.stop * p.C_coarse_g)
+        channels = slice(strip.groups.start * p.C_fine_g, strip.groups.stop * p.C_fine_g)
+        low = strip.start * p.stride - p.padding_left
+        samples = source_indices(p.padding_mode, low, low + q.L_fine, p.L_fine)
+        part: Array = np.empty(q.weight_shape, sums.dtype)
+        compute(
+            q, coarse[strip.samples, rows, strip.start : strip.stop], fine[strip.samples, channels][..., samples], part
+        )
+        with np.errstate(all="ignore"):
+            np.add(sums[rows], part, out=sums[rows])
+    with np.errstate(all="ignore"):
+        output[...] = sums
+
+
+def _inside(p: WeightGradientProblem) -> WeightGradientProblem | None:
+    """The problem of the positions of coarse whose windows lie inside of fine; None where there are none."""
+    first, last = p.edge_windows
+    if first + last == p.L_coarse:
+        return None
+    left = p.padding_left - first * p.stride
+    return replace(p, L_coarse=p.L_coarse - first - last, padding_left=left, padding_mode="zeros")
+
+
+def _strips(p: WeightGradientProblem) -> Iterator[Strip]:
+    first, last = p.edge_windows
+    for windows in (range(first), range(p.L_coarse - last, p.L_coarse)):
+        if windows:
+            span = p.dilation * (p.K - 1) + 1
+            yield from strips(p.N, p.groups, windows, p.stride, span, p.C_fine_g * p.itemsize)
+
+
+def _strip_problem(p: WeightGradientProblem, strip: Strip) -> WeightGradientProblem:
+    """The part of a strip, which takes the place of fine."""
+    groups, count = strip.groups.stop - strip.groups.start, strip.stop - strip.start
+    length = (count - 1) * p.stride + p.dilation * (p.K - 1) + 1
+    return replace(
+        p, N=strip.samples.stop - strip.samples.start, C_coarse=groups * p.C_coarse_g, C_fine=groups * p.C_fine_g,
+        L_coarse=count, L_fine=length, padding_left=0, groups=groups, padding_mode="zeros",
+    )  # fmt: skip
+
+
+class _ChosenForm(NamedTuple):
     method: Method
     form: Sizes | None
     workers: int
@@ -93,9 +161,9 @@ _REASONS = {
 
 
 @lru_cache(maxsize=4096)
-def _plan(p: WeightGradientProblem) -> _Plan:
+def _choose(p: WeightGradientProblem) -> _ChosenForm:
     if 0 in p.weight_shape or p.terms == 0:
-        return _Plan(Method("nothing", "every sum is empty, or there are none", 0), None, 1)
+        return _ChosenForm(Method("nothing", "every sum is empty, or there are none", 0), None, 1)
     roles, size = Correlation.of(p), accumulator(p.dtype).itemsize
     if roles.C == 1 and roles.R <= _DOT_ROWS and (roles.N == 1 or roles.L_a >= _DOT_POSITIONS):
         form = _dots(p, roles)
@@ -116,7 +184,7 @@ def _plan(p: WeightGradientProblem) -> _Plan:
     allowed = max(limits.WORKSPACE, (math.prod(p.coarse_shape) + math.prod(p.fine_shape)) * p.itemsize // 4)
     workers = min(limits.MAX_WORKERS, len(form.blocks()) * form.slices, (allowed - shared) // each) if concurrent else 1
     workers = max(1, workers)
-    return _Plan(Method(form.name, _REASONS[form.name], shared + workers * each), form, workers)
+    return _ChosenForm(Method(form.name, _REASONS[form.name], shared + workers * each), form, workers)
 
 
 def _dots(p: WeightGradientProblem, roles: Correlation) -> Sizes:

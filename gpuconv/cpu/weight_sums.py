@@ -22,7 +22,7 @@ from .correlation import Block, Sizes
 from .threads import run_blocks
 
 
-class Sums:
+class WeightSums:
     """The arrays of one call, as views with the groups split off.
 
     Attributes:

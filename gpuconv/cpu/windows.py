@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import ClassVar
 
 import numpy as np
 
@@ -32,6 +33,10 @@ class Windows:
         samples, groups, length: of a block; `length` counts steps.
         sets: every how many-th window is a row of one product.
     """
+
+    name: ClassVar[str] = "windows"
+    reason: ClassVar[str] = "depthwise rows: banded matrices times windows that are read where they lie"
+    concurrent: ClassVar[bool] = True
 
     safe: Taps
     samples: int
@@ -67,18 +72,6 @@ class Windows:
                 continue
             found.append(cls(Taps.of(p), samples, groups, length, tile, sets))
         return found
-
-    @property
-    def name(self) -> str:
-        return "windows"
-
-    @property
-    def reason(self) -> str:
-        return "depthwise rows: banded matrices times windows that are read where they lie"
-
-    @property
-    def concurrent(self) -> bool:
-        return True
 
     def multiplies_zeros(self, p: ConvProblem) -> bool:
         return True

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+from . import edges
 from .base import ArrayLayout, Config, Family, Launch, Layout, Plan, Refusal, Step
 from .bias_gradient_rows import BiasGradientRows
 from .conv1d_depthwise import Conv1dDepthwise
-from .conv1d_direct import Conv1dDirect
 from .conv1d_narrow import Conv1dNarrow
 from .conv1d_skinny import Conv1dSkinny
 from .conv1d_stem import Conv1dStem
 from .conv1d_tail import Conv1dTail
+from .conv_direct import Conv1dDirect, ConvTranspose1dGather
 from .conv_mma import Conv1dMma, ConvTranspose1dMma
 from .conv_tiled import Conv1dTiled, ConvTranspose1dPhases
 from .conv_transpose1d_depthwise import ConvTranspose1dDepthwise
-from .conv_transpose1d_gather import ConvTranspose1dGather
 from .conv_transpose1d_tail import ConvTranspose1dTail
 from .weight_gradient_direct import WeightGradientDirect
 from .weight_gradient_mma import WeightGradientMma
@@ -45,4 +45,4 @@ FAMILIES: tuple[Family[Any], ...] = (
     BiasGradientRows(),
 )
 
-__all__ = ["FAMILIES", "ArrayLayout", "Config", "Family", "Launch", "Layout", "Plan", "Refusal", "Step"]
+__all__ = ["FAMILIES", "ArrayLayout", "Config", "Family", "Launch", "Layout", "Plan", "Refusal", "Step", "edges"]

@@ -10,7 +10,7 @@ from typing import ClassVar, Generic, TypeVar
 
 from ..costs import Work
 from ..device import Device
-from ..problem import DTYPES, INTEGER_SUMS, INTEGERS, ConvProblem, Kind, Problem
+from ..problem import DTYPES, ConvProblem, Kind, Problem
 from ..source import params_fields
 
 ProblemT = TypeVar("ProblemT", bound=Problem)
@@ -172,6 +172,8 @@ class Family(ABC, Generic[ProblemT]):
 
     dtypes: ClassVar[tuple[str, ...]] = DTYPES
     """Of the data that it takes."""
+    maps_edges: ClassVar[bool] = False
+    """Whether its kernels read the samples that padding means, in every padding mode; see `families.edges`."""
 
     @abstractmethod
     def plan(self, problem: ProblemT, layout: Layout, device: Device) -> Plan | Refusal:
@@ -179,7 +181,10 @@ class Family(ABC, Generic[ProblemT]):
 
     @abstractmethod
     def configs(self, device: Device) -> Iterator[Config]:
-        """Every specialisation that a plan for a device can have: what the compile tests build."""
+        """Every specialisation that a plan for a device can have: what the compile tests build.
+
+        A family that maps edges has each of them in the other padding modes, too (`with_padding_mode`).
+        """
 
     def work(self, problem: ProblemT, step: Step) -> Work:
         """The work of the family's own kernel in a plan, from which, with its machine code, its time is predicted.
@@ -188,7 +193,7 @@ class Family(ABC, Generic[ProblemT]):
         """
         macros = dict(step.config.macros)
         held = step.launch.grid * int(macros.get("BLOCK_M", 0)) * int(macros.get("BLOCK_N", 0))
-        results = math.prod([*problem.shapes.values()][-1])
+        results = math.prod(problem.shapes[problem.result])
         return Work(problem.flops() / 2 * max(1.0, held / results), problem.bytes())
 
 
@@ -264,13 +269,6 @@ def conv_plan(
     return Plan((Step(config, launch, conv_arrays(problem)),), candidates=candidates)
 
 
-def conv_base_configs(kernel: str, block_size: int) -> Iterator[Config]:
-    """Every specialisation of an operation's one-thread-per-output kernel."""
-    for dtype in (*DTYPES, *(f"{name}_to_{sums}" for name in INTEGERS for sums in INTEGER_SUMS)):
-        for bits in (32, 64):
-            yield base_config(kernel, dtype, bits, block_size)
-
-
 def base_config(kernel: str, dtype: str, bits: int, block_size: int) -> Config:
     """The specialisation of a one-thread-per-output kernel."""
     fields = len(params_fields(kernel))
@@ -278,6 +276,13 @@ def base_config(kernel: str, dtype: str, bits: int, block_size: int) -> Config:
         kernel,
         {"DTYPE": dtype, "INDEX_BITS": bits, "BLOCK_SIZE": block_size, "PARAMS_BYTES": fields * bits // 8},
     )
+
+
+def with_padding_mode(config: Config, padding_mode: str) -> Config:
+    """The specialisation in which positions outside of a row mean what a padding mode says."""
+    if padding_mode == "zeros":
+        return config
+    return Config(config.kernel, (*config.macros, ("PADDING_MODE", padding_mode)))
 
 
 def base_work(problem: ConvProblem, taps: int) -> Work:

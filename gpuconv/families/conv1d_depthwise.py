@@ -5,126 +5,81 @@ Contract: cuda_src/conv1d_depthwise.cu.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import ClassVar
 
 from ..device import Device
-from ..problem import DTYPES, FORMATS, ConvProblem
-from ..source import params_fields
-from .base import MAX_GRID, Config, Family, Layout, Plan, Refusal, conv_plan, round_up
+from ..problem import DTYPES, ConvProblem
+from .base import Config, Layout, round_up
 from .depthwise import (
-    BLOCK_SIZE,
-    MANY_OUTPUTS,
+    MANY_L,
     MIN_BLOCKS,
     SLIDE_STRIDES,
     BlockWork,
-    Partition,
+    DepthwiseFamily,
     Skip,
+    Variant,
     can_skip,
     can_slide,
-    choose_partition,
-    depthwise_index_bits,
     row_skew,
     slide_outputs,
     vector_length,
 )
 
-# Results of a thread that neither slides, skips nor strides. Several results share the loads of taps; a thread has one
-# where there are few threads for their window.
-MANY_L, ONE_L = 4, 1
+# Results of a thread that neither slides, skips nor strides, where there are few threads for the window of several.
+ONE_L = 1
 # From this stride on, staging is most of a thread's work.
 LONG_STRIDE = 8
 # Up to this length four results a thread would leave most of a warp idle.
 SHORT_L = 64
 
 
-class Conv1dDepthwise(Family[ConvProblem]):
+class Conv1dDepthwise(DepthwiseFamily):
     """One input channel a group, few outputs each."""
 
     name = "conv1d_depthwise"
     kind = "conv1d"
 
-    def plan(self, problem: ConvProblem, layout: Layout, device: Device) -> Plan | Refusal:
+    def variants(self, problem: ConvProblem, layout: Layout, bits: int) -> Iterator[Variant]:
         p = problem
-        if p.C_in_g != 1:
-            return Refusal("needs C_in/groups == 1")
-        if p.C_out_g >= MANY_OUTPUTS:
-            return Refusal(f"needs C_out/groups < {MANY_OUTPUTS}")
-        tiling = _tiling(p, layout, device)
-        if tiling is None:
-            reason = f"needs the taps and the window of one result in {device.shared_per_block} bytes of shared memory"
-            return Refusal(reason)
-        if tiling.partition.grid > MAX_GRID:
-            return Refusal(f"needs at most {MAX_GRID} blocks")
-        partition, shape, bits = tiling.partition, tiling.shape, tiling.bits
-        config = self._config(
-            shape.slide_stride, shape.is_skipping, isinstance(shape, _Stride), shape.thread_l, p.dtype, bits
-        )
-        return conv_plan(
-            config,
-            p,
-            layout,
-            bits,
-            grid=partition.grid,
-            block=partition.block,
-            shared_bytes=partition.shared_bytes,
-            candidates=partition.candidates(),
-            own={
-                **partition.params(p),
-                "taps_pitch": shape.taps_pitch,
-                "window": shape.window(partition.places),
-                "window_pitch": shape.window_pitch(partition.places),
-                "plane_pitch": shape.plane_pitch(partition.places, partition.block_rows),
-            },
-        )
+        if can_slide(p, layout, bits):
+            yield _Variant(p, p.stride, slide_outputs(p.dtype))
+        if can_skip(p, layout, bits):
+            yield Skip(p)
+        if _can_stride(p, layout, bits):
+            yield _Stride(p)
+        one = bits == 32 and (p.stride >= LONG_STRIDE or p.L_out <= SHORT_L)
+        yield _Variant(p, 0, ONE_L if one else MANY_L)
+
+    def min_blocks(self, dtype: str, bits: int, macros: Mapping[str, int]) -> int:
+        return 3 if dtype == "complex128" or macros.get("SLIDE_STRIDE") == 2 else 4 if bits == 64 else MIN_BLOCKS
 
     def configs(self, device: Device) -> Iterator[Config]:
         for dtype in DTYPES:
             for stride in SLIDE_STRIDES:
-                yield self._config(stride, False, False, slide_outputs(dtype), dtype, 32)
-            yield self._config(0, True, False, slide_outputs(dtype), dtype, 32)
-            yield self._config(0, False, True, 1, dtype, 32)
+                yield self.config(dtype, 32, slide_outputs(dtype), {"SLIDE_STRIDE": stride})
+            yield self.config(dtype, 32, slide_outputs(dtype), {"IS_SKIPPING": 1})
+            yield self.config(dtype, 32, 1, {"IS_STRIDING": 1})
             for thread_l in (MANY_L, ONE_L):
-                yield self._config(0, False, False, thread_l, dtype, 32)
-            yield self._config(0, False, False, MANY_L, dtype, 64)
+                yield self.config(dtype, 32, thread_l, {})
+            yield self.config(dtype, 64, MANY_L, {})
 
-    def _config(
-        self, slide_stride: int, is_skipping: bool, is_striding: bool, thread_l: int, dtype: str, bits: int
-    ) -> Config:
-        min_blocks = 3 if dtype == "complex128" or slide_stride == 2 else 4 if bits == 64 else MIN_BLOCKS
-        return Config.of(
-            self.name,
-            {
-                "DTYPE": dtype,
-                "INDEX_BITS": bits,
-                "BLOCK_SIZE": BLOCK_SIZE,
-                # Caps the registers of a thread: as many blocks as leave all its values in registers.
-                "MIN_BLOCKS": min_blocks,
-                "SLIDE_STRIDE": slide_stride,
-                "IS_SKIPPING": int(is_skipping),
-                "IS_STRIDING": int(is_striding),
-                "DTYPE_BYTES": FORMATS[dtype].itemsize,
-                "THREAD_L": thread_l,
-                "PARAMS_BYTES": len(params_fields(self.name)) * bits // 8,
-            },
-        )
+    def config(self, dtype: str, bits: int, thread_l: int, macros: Mapping[str, int]) -> Config:
+        return super().config(dtype, bits, thread_l, {"IS_STRIDING": 0, **macros})
 
 
 @dataclass(frozen=True, slots=True)
-class _Shape:
-    """What a specialisation keeps in shared memory.
-
-    Attributes:
-        slide_stride: SLIDE_STRIDE of the .cu file.
-        thread_l: results of a thread.
-    """
+class _Variant:
+    """Sliding threads; where SLIDE_STRIDE is 0, threads that read one position at a time."""
 
     problem: ConvProblem
     slide_stride: int
     thread_l: int
-    is_skipping: ClassVar[bool] = False
+
+    @property
+    def macros(self) -> Mapping[str, int]:
+        return {"SLIDE_STRIDE": self.slide_stride}
 
     @property
     def steps(self) -> int:
@@ -189,12 +144,14 @@ class _Shape:
 
 @dataclass(frozen=True, slots=True)
 class _Stride:
-    """What the kernel of striding threads keeps in shared memory; windows in vectors of elements as they are stored."""
+    """Striding threads; windows in vectors of elements as they are stored."""
 
     problem: ConvProblem
-    slide_stride: ClassVar[int] = 0
-    is_skipping: ClassVar[bool] = False
     thread_l: ClassVar[int] = 1
+
+    @property
+    def macros(self) -> Mapping[str, int]:
+        return {"IS_STRIDING": 1}
 
     @property
     def vec(self) -> int:
@@ -248,30 +205,3 @@ def _can_stride(problem: ConvProblem, layout: Layout, bits: int) -> bool:
     p = problem
     is_whole = p.stride > SLIDE_STRIDES[-1] and p.stride % (16 // p.itemsize) == 0 and p.dilation == 1
     return is_whole and p.stride <= 2 * p.K and layout["input"].strides[2] == 1 and bits == 32
-
-
-@dataclass(frozen=True, slots=True)
-class _Tiling:
-    shape: _Shape | Skip | _Stride
-    partition: Partition
-    bits: int
-
-
-@lru_cache(maxsize=4096)
-def _tiling(problem: ConvProblem, layout: Layout, device: Device) -> _Tiling | None:
-    p = problem
-    bits = depthwise_index_bits(p, layout, max(MANY_L, slide_outputs(p.dtype)))
-    shapes: list[_Shape | Skip | _Stride] = []
-    if can_slide(p, layout, bits):
-        shapes.append(_Shape(p, p.stride, slide_outputs(p.dtype)))
-    if can_skip(p, layout, bits):
-        shapes.append(Skip(p))
-    if _can_stride(p, layout, bits):
-        shapes.append(_Stride(p))
-    one = bits == 32 and (p.stride >= LONG_STRIDE or p.L_out <= SHORT_L)
-    shapes.append(_Shape(p, 0, ONE_L if one else MANY_L))
-    for shape in shapes:
-        partition = choose_partition(shape.work(layout), device)
-        if partition is not None:
-            return _Tiling(shape, partition, bits)
-    return None

@@ -46,6 +46,7 @@ class Conv1dMma(_ConvMma):
 
     name = "conv1d_mma"
     kind = "conv1d"
+    maps_edges = True
 
     def configs(self, device: Device) -> Iterator[Config]:
         yield from mma.kernel_configs(self.name, device, (False,), transposed=False)

@@ -5,115 +5,75 @@ Contract: cuda_src/conv_transpose1d_depthwise.cu.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import ClassVar
 
 from ..device import Device
-from ..problem import DTYPES, FORMATS, ConvProblem
-from ..source import params_fields
-from .base import MAX_GRID, Config, Family, Layout, Plan, Refusal, conv_plan, round_up
+from ..problem import DTYPES, ConvProblem
+from .base import Config, Layout, round_up
 from .depthwise import (
-    BLOCK_SIZE,
-    MANY_OUTPUTS,
+    MANY_L,
     MIN_BLOCKS,
     SLIDE_STRIDES,
     BlockWork,
+    DepthwiseFamily,
     Divisor,
     Partition,
     Skip,
+    Variant,
     can_skip,
     can_slide,
-    choose_partition,
-    depthwise_index_bits,
     row_skew,
     slide_outputs,
     vector_length,
 )
 
-# Results of a thread that neither slides nor skips, among which the work on its row is shared.
-MANY_L = 4
 
-
-class ConvTranspose1dDepthwise(Family[ConvProblem]):
+class ConvTranspose1dDepthwise(DepthwiseFamily):
     """One input channel a group, few outputs each."""
 
     name = "conv_transpose1d_depthwise"
     kind = "conv_transpose1d"
 
-    def plan(self, problem: ConvProblem, layout: Layout, device: Device) -> Plan | Refusal:
+    def variants(self, problem: ConvProblem, layout: Layout, bits: int) -> Iterator[Variant]:
         p = problem
-        if p.C_in_g != 1:
-            return Refusal("needs C_in/groups == 1")
-        if p.C_out_g >= MANY_OUTPUTS:
-            return Refusal(f"needs C_out/groups < {MANY_OUTPUTS}")
-        tiling = _tiling(p, layout, device)
-        if tiling.partition.grid > MAX_GRID:
-            return Refusal(f"needs at most {MAX_GRID} blocks")
-        partition, shape, bits = tiling.partition, tiling.shape, tiling.bits
-        has_window = shape.slide_stride > 0 or shape.is_skipping
-        config = self._config(shape.slide_stride, shape.is_skipping, shape.thread_l, p.dtype, bits)
-        return conv_plan(
-            config,
-            p,
-            layout,
-            bits,
-            grid=partition.grid,
-            block=partition.block,
-            shared_bytes=partition.shared_bytes,
-            candidates=partition.candidates(),
-            own={
-                **Divisor.params(stride=p.stride),
-                **partition.params(p),
-                "taps_pitch": shape.taps_pitch if has_window else 0,
-                "window": shape.window(partition.places) if has_window else 0,
-                "window_below": shape.window_below if has_window else 0,
-                "window_pitch": shape.window_pitch(partition.places) if has_window else 0,
-                "plane_pitch": shape.plane_pitch(partition.places, partition.block_rows) if has_window else 0,
-            },
-        )
+        if can_slide(p, layout, bits):
+            yield _Variant(p, p.stride, slide_outputs(p.dtype))
+        if can_skip(p, layout, bits):
+            yield Skip(p)
+        yield _Variant(p, 0, MANY_L)
+
+    def variant_params(self, variant: Variant, partition: Partition) -> dict[str, int]:
+        if isinstance(variant, _Variant) and variant.slide_stride == 0:  # nothing lies in shared memory
+            fields = dict.fromkeys(("taps_pitch", "window", "window_below", "window_pitch", "plane_pitch"), 0)
+        else:
+            below = variant.window_below if isinstance(variant, _Variant) else 0
+            fields = {**super().variant_params(variant, partition), "window_below": below}
+        return {**Divisor.params(stride=variant.problem.stride), **fields}
+
+    def min_blocks(self, dtype: str, bits: int, macros: Mapping[str, int]) -> int:
+        return 4 if bits == 64 or dtype == "complex128" else MIN_BLOCKS
 
     def configs(self, device: Device) -> Iterator[Config]:
         for dtype in DTYPES:
             for stride in SLIDE_STRIDES:
-                yield self._config(stride, False, slide_outputs(dtype), dtype, 32)
-            yield self._config(0, True, slide_outputs(dtype), dtype, 32)
+                yield self.config(dtype, 32, slide_outputs(dtype), {"SLIDE_STRIDE": stride})
+            yield self.config(dtype, 32, slide_outputs(dtype), {"IS_SKIPPING": 1})
             for bits in (32, 64):
-                yield self._config(0, False, MANY_L, dtype, bits)
-
-    def _config(self, slide_stride: int, is_skipping: bool, thread_l: int, dtype: str, bits: int) -> Config:
-        min_blocks = 4 if bits == 64 or dtype == "complex128" else MIN_BLOCKS
-        return Config.of(
-            self.name,
-            {
-                "DTYPE": dtype,
-                "INDEX_BITS": bits,
-                "BLOCK_SIZE": BLOCK_SIZE,
-                # Caps the registers of a thread: as many blocks as leave all its values in registers.
-                "MIN_BLOCKS": min_blocks,
-                "SLIDE_STRIDE": slide_stride,
-                "IS_SKIPPING": int(is_skipping),
-                "DTYPE_BYTES": FORMATS[dtype].itemsize,
-                "THREAD_L": thread_l,
-                "PARAMS_BYTES": len(params_fields(self.name)) * bits // 8,
-            },
-        )
+                yield self.config(dtype, bits, MANY_L, {})
 
 
 @dataclass(frozen=True, slots=True)
-class _Shape:
-    """What a specialisation keeps in shared memory: nothing, unless its threads slide.
-
-    Attributes:
-        slide_stride: SLIDE_STRIDE of the .cu file.
-        thread_l: results of a thread.
-    """
+class _Variant:
+    """Sliding threads; where SLIDE_STRIDE is 0, threads that use no shared memory."""
 
     problem: ConvProblem
     slide_stride: int
     thread_l: int
-    is_skipping: ClassVar[bool] = False
+
+    @property
+    def macros(self) -> Mapping[str, int]:
+        return {"SLIDE_STRIDE": self.slide_stride}
 
     @property
     def steps(self) -> int:
@@ -170,27 +130,3 @@ class _Shape:
             row_bytes=lambda places: places * self.thread_l * p.itemsize * (1 + 1 / p.stride),
             shared_bytes=self.shared_bytes,
         )
-
-
-@dataclass(frozen=True, slots=True)
-class _Tiling:
-    shape: _Shape | Skip
-    partition: Partition
-    bits: int
-
-
-@lru_cache(maxsize=4096)
-def _tiling(problem: ConvProblem, layout: Layout, device: Device) -> _Tiling:
-    p = problem
-    bits = depthwise_index_bits(p, layout, max(MANY_L, slide_outputs(p.dtype)))
-    shapes: list[_Shape | Skip] = []
-    if can_slide(p, layout, bits):
-        shapes.append(_Shape(p, p.stride, slide_outputs(p.dtype)))
-    if can_skip(p, layout, bits):
-        shapes.append(Skip(p))
-    shapes.append(_Shape(p, 0, MANY_L))
-    for shape in shapes:
-        partition = choose_partition(shape.work(layout), device)
-        if partition is not None:
-            return _Tiling(shape, partition, bits)
-    raise AssertionError("a block without shared memory fits")

@@ -1,19 +1,21 @@
-"""What the depthwise families share: how rows are partitioned among blocks and threads, and magic numbers to divide by.
+"""What the depthwise families share: their plan, the partition of rows among threads, and magic numbers to divide by.
 
 Contract: cuda_src/depthwise.cuh.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple, Protocol
 
 from ..costs import MEMORY_BYTES_PER_CYCLE, RESERVED_SHARED_BYTES, WARP_ISSUES_PER_CYCLE
 from ..device import Device
 from ..problem import FORMATS, ConvProblem
+from ..source import params_fields
 from ..text import count
-from .base import Layout, round_up
+from .base import MAX_GRID, Config, Family, Layout, Plan, Refusal, conv_plan, round_up
 from .offsets import Overhang, index_bits
 
 WARP = 32
@@ -22,6 +24,8 @@ MIN_BLOCKS = 5  # of these that a multiprocessor holds at 48 registers a thread,
 # From here on the families for many output channels load a position of the input once for several of them.
 MANY_OUTPUTS = 8
 SLIDE_STRIDES = (1, 2)
+# Results of a thread that neither slides nor skips, among which the work on its row is shared.
+MANY_L = 4
 # Rows shorter than this leave most lanes of a warp of skipping threads idle.
 SHORTEST_SKIP = 128
 
@@ -115,14 +119,44 @@ class BlockWork:
     enough_warps: int = 24
 
 
+class Variant(Protocol):
+    """A way in which the threads of a kernel work, and what it keeps in shared memory for a number of places.
+
+    Attributes:
+        macros: those that choose it; the others are 0.
+        thread_l: results of a thread.
+    """
+
+    @property
+    def problem(self) -> ConvProblem: ...
+
+    @property
+    def macros(self) -> Mapping[str, int]: ...
+
+    @property
+    def thread_l(self) -> int: ...
+
+    @property
+    def taps_pitch(self) -> int: ...
+
+    def window(self, places: int) -> int: ...
+
+    def window_pitch(self, places: int) -> int: ...
+
+    def plane_pitch(self, places: int, block_rows: int) -> int: ...
+
+    def work(self, layout: Layout) -> BlockWork: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Skip:
-    """What the kernel of skipping threads keeps in shared memory."""
+    """Skipping threads."""
 
     problem: ConvProblem
-    slide_stride: ClassVar[int] = 0
-    is_skipping: ClassVar[bool] = True
-    window_below: ClassVar[int] = 0
+
+    @property
+    def macros(self) -> Mapping[str, int]:
+        return {"IS_SKIPPING": 1}
 
     @property
     def thread_l(self) -> int:
@@ -282,12 +316,78 @@ def _row_threads(groups: int) -> Iterator[tuple[int, int]]:
             return
 
 
-def depthwise_index_bits(problem: ConvProblem, layout: Layout, thread_outputs: int) -> int:
-    """The width of the indices of kernels whose threads have at most so many results."""
+class DepthwiseFamily(Family[ConvProblem]):
+    """One input channel a group, few outputs each."""
+
+    @abstractmethod
+    def variants(self, problem: ConvProblem, layout: Layout, bits: int) -> Iterator[Variant]:
+        """Those that take a layer, by preference."""
+
+    @abstractmethod
+    def min_blocks(self, dtype: str, bits: int, macros: Mapping[str, int]) -> int:
+        """As many blocks of a multiprocessor as leave all values of a thread in registers."""
+
+    def plan(self, problem: ConvProblem, layout: Layout, device: Device) -> Plan | Refusal:
+        p = problem
+        if p.C_in_g != 1:
+            return Refusal("needs C_in/groups == 1")
+        if p.C_out_g >= MANY_OUTPUTS:
+            return Refusal(f"needs C_out/groups < {MANY_OUTPUTS}")
+        bits = _index_bits(p, layout)
+        for variant in self.variants(p, layout, bits):
+            partition = choose_partition(variant.work(layout), device)
+            if partition is not None:
+                break
+        else:
+            reason = f"needs the taps and the window of one result in {device.shared_per_block} bytes of shared memory"
+            return Refusal(reason)
+        if partition.grid > MAX_GRID:
+            return Refusal(f"needs at most {MAX_GRID} blocks")
+        return conv_plan(
+            self.config(p.dtype, bits, variant.thread_l, variant.macros),
+            p,
+            layout,
+            bits,
+            grid=partition.grid,
+            block=partition.block,
+            shared_bytes=partition.shared_bytes,
+            candidates=partition.candidates(),
+            own={**partition.params(p), **self.variant_params(variant, partition)},
+        )
+
+    def variant_params(self, variant: Variant, partition: Partition) -> dict[str, int]:
+        """The fields of Params that tell what lies where in shared memory."""
+        return {
+            "taps_pitch": variant.taps_pitch,
+            "window": variant.window(partition.places),
+            "window_pitch": variant.window_pitch(partition.places),
+            "plane_pitch": variant.plane_pitch(partition.places, partition.block_rows),
+        }
+
+    def config(self, dtype: str, bits: int, thread_l: int, macros: Mapping[str, int]) -> Config:
+        """The specialisation of a variant, whose threads have so many results."""
+        return Config.of(
+            self.name,
+            {
+                "DTYPE": dtype,
+                "INDEX_BITS": bits,
+                "BLOCK_SIZE": BLOCK_SIZE,
+                "MIN_BLOCKS": self.min_blocks(dtype, bits, macros),  # caps the registers of a thread
+                "SLIDE_STRIDE": 0,
+                "IS_SKIPPING": 0,
+                **macros,
+                "DTYPE_BYTES": FORMATS[dtype].itemsize,
+                "THREAD_L": thread_l,
+                "PARAMS_BYTES": len(params_fields(self.name)) * bits // 8,
+            },
+        )
+
+
+def _index_bits(problem: ConvProblem, layout: Layout) -> int:
     # The last block may have rows behind the last row. Positions of its last tile exceed the row by at most a block and
     # a window, which fits in shared memory; a convolution checks them before it makes offsets of them.
     p = problem
-    hanging = (8 * BLOCK_SIZE + 1) * thread_outputs + 2**17
+    hanging = (8 * BLOCK_SIZE + 1) * max(MANY_L, slide_outputs(p.dtype)) + 2**17
     span = p.L_in + (p.L_out + hanging) * p.stride + p.padding_left + p.dilation * p.K
     positions = -(-hanging // p.stride) if p.transposed else None
     overhang = Overhang(samples=1 + -(-BLOCK_SIZE // p.C_out), positions=positions)

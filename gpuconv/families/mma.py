@@ -15,7 +15,20 @@ from ..costs import L2_BYTES_PER_CYCLE, MEMORY_BYTES_PER_CYCLE, RESERVED_SHARED_
 from ..device import Device
 from ..problem import ConvProblem
 from ..source import params_fields
-from .base import MAX_GRID, PACKED, PARTIAL, Config, Launch, Layout, Plan, Step, conv_arrays, conv_fields, params_of
+from .base import (
+    MAX_GRID,
+    PACKED,
+    PARTIAL,
+    Config,
+    Launch,
+    Layout,
+    Plan,
+    Step,
+    conv_arrays,
+    conv_fields,
+    params_of,
+    with_padding_mode,
+)
 from .offsets import index_bits
 from .product import Product
 from .weight_boxes import WeightBoxes
@@ -575,6 +588,7 @@ def make_plan(
         config = kernel_config(
             kernel, p.dtype, p.precision, tile, bits, device, phases_in_rows=in_rows, segment_mode=mode
         )
+        config = with_padding_mode(config, p.padding_mode)
         return Step(config, Launch(grid, tile.threads, shared, bits, params), (*conv_arrays(p, PACKED), *more))
 
     pack, packed_bytes = _pack(p, layout, product, reduction, tile)

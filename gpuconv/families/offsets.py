@@ -48,7 +48,9 @@ def index_bits(problem: Problem, layout: Layout, overhang: Overhang, *counts: in
         values += (array.reach(shape), *map(abs, array.strides))
         if overhang.arrays is None or name in overhang.arrays:
             values += (array.reach(formed[name]), *formed[name])
-    return 32 if max(values) <= INT32_MAX else 64
+    # A position outside of a row lies up to a row behind the sample that it means, and the distance is multiplied, too.
+    is_mapped = getattr(problem, "padding_mode", "zeros") != "zeros"
+    return 32 if max(values) <= (INT32_MAX // 2 if is_mapped else INT32_MAX) else 64
 
 
 def _formed_extents(problem: Problem, overhang: Overhang) -> dict[str, tuple[int, ...]]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from ..costs import Work
 from ..problem import BiasGradientProblem, WeightGradientProblem
 from ..source import params_fields
-from .base import PARTIAL, Config, Launch, Layout, Plan, Step, base_config, round_up
+from .base import PARTIAL, Config, Launch, Layout, Plan, Step, base_config, round_up, with_padding_mode
 from .offsets import Overhang, index_bits
 
 SUM_BLOCK_SIZE = 256
@@ -99,7 +99,7 @@ class Slices:
 
 
 def _num_results(problem: WeightGradientProblem | BiasGradientProblem) -> int:
-    return math.prod(list(problem.shapes.values())[-1])
+    return math.prod(problem.shapes[problem.result])
 
 
 def _partial_bytes(problem: WeightGradientProblem | BiasGradientProblem, count: int) -> int:
@@ -151,6 +151,8 @@ def sliced_plan(
     several).
     """
     *inputs, result = problem.shapes
+    if isinstance(problem, WeightGradientProblem):
+        config = with_padding_mode(config, problem.padding_mode)
     if slices.count == 1:
         return Plan((Step(config, launch, (*inputs, None, result)),), candidates=candidates)
     total = Step(*sum_launch(problem, layout, slices), (PARTIAL, result))
@@ -163,8 +165,8 @@ def sum_launch(
 ) -> tuple[Config, Launch]:
     """The specialisation and the launch of sum_slices, for `Slices.of` the problem unless others are given."""
     slices = slices or Slices.of(problem)
-    name, shape = list(problem.shapes.items())[-1]
-    num_results = math.prod(shape)
+    name = problem.result
+    shape, num_results = problem.shapes[name], _num_results(problem)
     ways = 1
     while ways < _MOST_WAYS and slices.count >= 2 * ways * _SLICES_OF_A_WAY:
         ways *= 2

@@ -14,7 +14,7 @@ from .base import MAX_GRID, Config, Family, Launch, Layout, Plan, base_config, p
 from .offsets import index_bits
 from .slices import Slices, sliced_plan, sum_config, weight_fields
 
-# As in conv1d_direct.
+# As in conv_direct.py.
 BLOCK_SIZE = 256
 
 
@@ -23,6 +23,7 @@ class WeightGradientDirect(Family[WeightGradientProblem]):
 
     name = "weight_gradient_direct"
     kind = "weight_gradient"
+    maps_edges = True
 
     def plan(self, problem: WeightGradientProblem, layout: Layout, device: Device) -> Plan:
         p = problem

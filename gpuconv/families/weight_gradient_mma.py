@@ -123,6 +123,7 @@ class WeightGradientMma(Family[WeightGradientProblem]):
 
     name = "weight_gradient_mma"
     kind = "weight_gradient"
+    maps_edges = True
     canonical_order = False
 
     def plan(self, problem: WeightGradientProblem, layout: Layout, device: Device) -> Plan | Refusal:
@@ -253,7 +254,8 @@ def _widths(p: WeightGradientProblem, layout: Layout, bits: int) -> tuple[int, i
         wide.append(rows and stride_l == 1 and array.alignment >= WIDTH * p.itemsize)
     if bits != 32 or not wide[0]:
         return 1, 1
-    return WIDTH, WIDTH if wide[1] and p.stride == 1 else 1
+    # Neighbours outside of fine may mean samples that are no neighbours.
+    return WIDTH, WIDTH if wide[1] and p.stride == 1 and p.padding_mode == "zeros" else 1
 
 
 def _pitches(rows: int, arithmetic: Arithmetic) -> tuple[int, int]:

@@ -37,6 +37,7 @@ class WeightGradientPairs(Family[WeightGradientProblem]):
 
     name = "weight_gradient_pairs"
     kind = "weight_gradient"
+    maps_edges = True
 
     def plan(self, problem: WeightGradientProblem, layout: Layout, device: Device) -> Plan | Refusal:
         p = problem
@@ -159,7 +160,7 @@ def _shape(p: WeightGradientProblem, layout: Layout, device: Device) -> _Shape |
             window += -window % fine_copy
             word = max(1, 4 // p.itemsize)
             coarse_pitch, fine_pitch = (word * _odd(-(-length // word)) for length in (chunk, window))
-        row_bytes = 5 * bits // 8  # Row of the .cu file
+        row_bytes = 5 * bits // 8  # Pair of the .cu file
         shared = block_pairs * (row_bytes + 2 * (coarse_pitch + fine_pitch) * p.itemsize)
         return _Shape(
             slides, bits, pairs, pair_blocks, block_pairs, tap_threads, chunk, coarse_copy, fine_copy, lead, window,

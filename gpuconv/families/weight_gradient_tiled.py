@@ -35,6 +35,7 @@ class WeightGradientTiled(Family[WeightGradientProblem]):
 
     name = "weight_gradient_tiled"
     kind = "weight_gradient"
+    maps_edges = True
 
     def plan(self, problem: WeightGradientProblem, layout: Layout, device: Device) -> Plan | Refusal:
         p = problem

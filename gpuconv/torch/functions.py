@@ -19,7 +19,7 @@ from torch.overrides import (
     has_torch_function_variadic,
 )
 
-from ..arguments import check_precision
+from ..arguments import check_padding_mode, check_precision
 from ..problem import ConvProblem, Op, Padding, Setting, Settings
 from ..runtime import is_cupy_array
 from . import operators
@@ -35,6 +35,7 @@ def conv1d(
     dilation: Setting = 1,
     groups: SupportsIndex = 1,
     *,
+    padding_mode: str = "zeros",
     precision: str = "float32",
     algorithm: str | None = None,
 ) -> Tensor:
@@ -49,6 +50,7 @@ def conv1d(
         padding: likewise.
         dilation: likewise.
         groups: likewise.
+        padding_mode: likewise.
         precision: likewise; it holds for the gradients, too.
         algorithm: likewise, for the output alone: gradients are computed as without it. Under `torch.func.vmap` it is
             that of the one call which the whole batch becomes.
@@ -72,15 +74,16 @@ def conv1d(
     """
     if has_torch_function_variadic(input, weight, bias):
         settings = (stride, padding, dilation, groups)
-        return _overridden(conv1d, input, weight, bias, *settings, precision=precision, algorithm=algorithm)
+        named = {"padding_mode": padding_mode, "precision": precision, "algorithm": algorithm}
+        return _overridden(conv1d, input, weight, bias, *settings, **named)
     if algorithm is not None:
         _check_algorithm("conv1d", algorithm)
     checked = _checked("conv1d", stride, padding, dilation, groups)
     tensors = _tensors("conv1d", precision, input, weight, bias)
     if _exports_onnx():
-        return _as_pytorch("conv1d", checked, *tensors)
+        return _as_pytorch("conv1d", checked, *tensors, padding_mode)
     sides, word = _split(checked.padding)
-    others = (checked.dilation, checked.groups, precision, algorithm)
+    others = (checked.dilation, checked.groups, precision, padding_mode, algorithm)
     return operators.conv1d(*tensors, checked.stride, sides, word, *others)
 
 
@@ -95,6 +98,7 @@ def conv_transpose1d(
     dilation: Setting = 1,
     *,
     output_size: Setting | None = None,
+    padding_mode: str = "zeros",
     precision: str = "float32",
     algorithm: str | None = None,
 ) -> Tensor:
@@ -110,6 +114,7 @@ def conv_transpose1d(
         groups: likewise.
         dilation: likewise.
         output_size: likewise.
+        padding_mode: likewise.
         precision: see `conv1d`.
         algorithm: likewise.
 
@@ -127,8 +132,12 @@ def conv_transpose1d(
     op: Op = "conv_transpose1d"
     if has_torch_function_variadic(input, weight, bias):
         settings = (stride, padding, output_padding, groups, dilation)
-        more = {"output_size": output_size, "precision": precision, "algorithm": algorithm}
+        more = {
+            "output_size": output_size, "padding_mode": padding_mode, "precision": precision, "algorithm": algorithm
+        }  # fmt: skip
         return _overridden(conv_transpose1d, input, weight, bias, *settings, **more)
+    if padding_mode != "zeros":
+        check_padding_mode(op, op, padding_mode)
     if algorithm is not None:
         _check_algorithm(op, algorithm)
     checked = _checked(op, stride, padding, dilation, groups, output_padding)
@@ -225,15 +234,23 @@ def _exports_onnx() -> bool:
     return (torch.compiler.is_compiling() or torch._C._is_tracing()) and torch.onnx.is_in_onnx_export()
 
 
-def _as_pytorch(op: Op, settings: Settings, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+def _as_pytorch(
+    op: Op, settings: Settings, x: Tensor, w: Tensor, b: Tensor | None, padding_mode: str = "zeros"
+) -> Tensor:
     """The same made of PyTorch's own functions, which exporters to other formats know."""
     s, padding, d, groups, extra = settings
     x_spec, w_spec, b_spec = specs(x, w, b)
     if op == "conv1d":
-        left, right = ConvProblem.conv1d(x_spec, w_spec, b_spec, s, padding, d, groups).padding
-        if left == right:
+        problem = ConvProblem.conv1d(x_spec, w_spec, b_spec, s, padding, d, groups, padding_mode=padding_mode)
+        left, right = problem.padding
+        if padding_mode == "zeros" and left == right:
             return torch.conv1d(x, w, b, s, left, d, groups)
-        return torch.conv1d(torch.nn.functional.pad(x, (left, right)), w, b, s, 0, d, groups)
+        if padding_mode == "symmetric":  # PyTorch has no name for it
+            padded = torch.cat((x[..., :left].flip(-1), x, x[..., x.shape[-1] - right :].flip(-1)), -1)
+        else:
+            mode = "constant" if padding_mode == "zeros" else padding_mode
+            padded = torch.nn.functional.pad(x, (left, right), mode)
+        return torch.conv1d(padded, w, b, s, 0, d, groups)
     problem = ConvProblem.conv_transpose1d(x_spec, w_spec, b_spec, s, padding, extra, groups, d)
     left, right = problem.padding
     both = min(left, right)

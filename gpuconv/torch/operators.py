@@ -36,7 +36,10 @@ T = TypeVar("T")
 
 # Padding is (left, right), or empty where the word "same" or "causal" stands in for it.
 _SETTINGS: dict[Op, str] = {
-    "conv1d": "SymInt stride, SymInt[] padding, str padding_word, SymInt dilation, SymInt groups, str precision",
+    "conv1d": (
+        "SymInt stride, SymInt[] padding, str padding_word, SymInt dilation, SymInt groups, str precision, "
+        "str padding_mode"
+    ),
     "conv_transpose1d": (
         "SymInt stride, SymInt[] padding, str padding_word, SymInt output_padding, SymInt groups, SymInt dilation, "
         "str precision"
@@ -44,7 +47,7 @@ _SETTINGS: dict[Op, str] = {
 }
 _INPUT, _WEIGHT, _OUTPUT = range(3)  # the places of the tensors among the arguments of every operator
 _FACTORS = ((_WEIGHT, _OUTPUT), (_INPUT, _OUTPUT), (_INPUT, _WEIGHT))  # by the place of what an operator makes of them
-_SETTINGS_COUNT: dict[Op, int] = {"conv1d": 6, "conv_transpose1d": 7}
+_SETTINGS_COUNT: dict[Op, int] = {"conv1d": 7, "conv_transpose1d": 7}
 _GROUPS = 4  # the place of `groups` among the settings of either
 
 # Operators are defined here and not by `torch.library.custom_op`: its first call imports the whole of torch.compile,
@@ -172,19 +175,15 @@ def _define(
 def _keywords(op: Op, settings: Sequence[Any]) -> dict[str, Any]:
     """The settings of an operator as those of the functions of arrays; its algorithm may be left out."""
     stride, sides, word, *others = settings
-    names = ("dilation", "groups") if op == "conv1d" else ("output_padding", "groups", "dilation")
-    return {
-        "stride": stride,
-        "padding": word or tuple(sides),
-        **dict(zip((*names, "precision", "algorithm"), others, strict=False)),
-    }
+    names = ("output_padding", "groups", "dilation", "precision", "algorithm")
+    if op == "conv1d":
+        names = ("dilation", "groups", "precision", "padding_mode", "algorithm")
+    return {"stride": stride, "padding": word or tuple(sides), **dict(zip(names, others, strict=False))}
 
 
 def _output_shape(op: Op, specs: tuple[ArraySpec | None, ...], settings: tuple[Any, ...]) -> tuple[int, ...]:
     """The shape of the output; raises what gpuconv's functions raise. Extents may be symbols."""
-    construct: Any = ConvProblem.conv_transpose1d if op == "conv_transpose1d" else ConvProblem.conv1d
-    problem: ConvProblem = construct(*specs, **_keywords(op, settings))
-    return problem.output_shape
+    return ConvProblem.of(op, *specs, **_keywords(op, settings)).output_shape
 
 
 def _register(op: Op) -> Callable[..., Tensor]:

@@ -141,6 +141,28 @@ for _functions in _REPLACEMENTS.values():
         _register_builtin(_function, f"aten::{_name_of_op}")
 
 
+def _conv_forward(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:  # type: ignore[no-untyped-def]
+    """That of `torch.nn.Conv1d`, which pads a copy of the input where the padding mode is not "zeros"."""
+    if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+        return _convolve(self, input, weight, bias)
+    # TorchScript compiles this alone: what PyTorch's own method does.
+    if self.padding_mode == "zeros":
+        return torch.nn.functional.conv1d(input, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+    padded = torch.nn.functional.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+    return torch.nn.functional.conv1d(padded, weight, bias, self.stride, (0,), self.dilation, self.groups)
+
+
+def _convolve(layer: Any, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    function: Callable[..., torch.Tensor] = torch.nn.functional.conv1d
+    settings = (layer.stride, layer.padding, layer.dilation, layer.groups)
+    if layer.padding_mode == "zeros":
+        return function(input, weight, bias, *settings)
+    if function is torch.conv1d:  # another thread has closed the last context since the method was looked up
+        function = _original(torch.nn.Conv1d, "_conv_forward")
+        return function(layer, input, weight, bias)
+    return function(input, weight, bias, *settings, padding_mode=layer.padding_mode)
+
+
 @contextmanager
 def _patched(precision: str, strict: bool, everywhere: bool) -> Iterator[None]:
     redirection, strictness = _Redirection(precision, strict), _Strictness() if strict else None
@@ -192,6 +214,7 @@ def _exchange() -> None:
         (torch.nn.functional, name): None if latest is None else _REPLACEMENTS[latest][name]
         for name in ("conv1d", "conv_transpose1d")
     }
+    places[torch.nn.Conv1d, "_conv_forward"] = None if latest is None else _conv_forward
     # `checkpoint` itself may have been imported under any name. It looks these two up.
     places[torch.utils.checkpoint.CheckpointFunction, "forward"] = staticmethod(_reentrant) if _PATCHES else None
     places[torch.utils.checkpoint, "_checkpoint_without_reentrant_generator"] = _without_reentrant if _PATCHES else None

@@ -131,8 +131,9 @@ def test_the_model_is_told_in_microseconds() -> None:
         found.choice.plan.candidates[0][1] / found.choice.plan.candidates[-1][1], abs=0.1
     )
     kernel = found.to_dict()["kernel"]
-    for figure in kernel["figures"]:
-        assert figure["microseconds"] == pytest.approx(figure["cycles"] / 1980)
+    assert [(c["configuration"], c["cycles"]) for c in kernel["candidates"]] == list(found.choice.plan.candidates)
+    for candidate in kernel["candidates"]:
+        assert candidate["microseconds"] == pytest.approx(candidate["cycles"] / 1980)
 
 
 def test_of_many_configurations_the_fastest_are_shown() -> None:

@@ -64,7 +64,7 @@ def problem_of(op: str, **changes: Any) -> ConvProblem:
     dtype = given.pop("dtype", "float32")
     shapes = [ArraySpec(given.pop(name), dtype) for name in ("input", "weight")]
     given.pop("bias")
-    return getattr(ConvProblem, op)(*shapes, **given)  # type: ignore[no-any-return]
+    return ConvProblem.of(op, *shapes, **given)
 
 
 def integers(p: ConvProblem, seed: int = 0) -> tuple[Array, Array, Array]:

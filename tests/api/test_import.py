@@ -39,7 +39,21 @@ def test_import_loads_only_what_a_first_call_needs() -> None:
         "import numpy, sys; before = set(sys.modules); import gpuconv, json; print(json.dumps([*sys.modules]))"
     )
     own = {name.removeprefix("gpuconv.") for name in loaded if name.startswith("gpuconv.")}
-    late = {"cases", "cli", "cpu", "dispatch", "explain", "families", "files", "grad", "nn", "reference", "verify"}
+    late = {
+        "cases",
+        "cli",
+        "cpu",
+        "dispatch",
+        "explain",
+        "families",
+        "files",
+        "grad",
+        "nn",
+        "reference",
+        "signal",
+        "stream",
+        "verify",
+    }
     assert "functional" in own
     assert own & late == set()
     assert {"argparse", "concurrent.futures", "cupy", "logging", "ml_dtypes", "rich", "xml"} & set(loaded) == set()
@@ -90,7 +104,7 @@ def test_every_public_name_is_there() -> None:
     assert set(namespace) - {"__builtins__"} == set(gpuconv.__all__)
     assert set(gpuconv.__all__) <= set(dir(gpuconv))
     modules = {name for name in gpuconv.__all__ if isinstance(namespace[name], ModuleType)}
-    assert modules == {"grad", "nn", "reference"}
+    assert modules == {"grad", "nn", "reference", "signal", "stream"}
     for name in gpuconv.__all__:
         assert namespace[name] is getattr(gpuconv, name)
         assert name in modules or inspect.isfunction(namespace[name])

@@ -166,8 +166,7 @@ def test_paddings_beyond_pytorchs_convolve(layer: Any, L_in: int, L_out: int) ->
     assert y.shape == (2, 6, L_out)
     np.testing.assert_array_equal(layer.forward(x), y)
     settings = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation, "groups": layer.groups}
-    build = ConvProblem.conv_transpose1d if layer.transposed else ConvProblem.conv1d
-    problem = build(x, layer.weight, layer.bias, **settings)
+    problem = ConvProblem.of(layer.op, x, layer.weight, layer.bias, **settings)
     assert reference.within_bound(problem, y, x, layer.weight, layer.bias).all()
 
 
@@ -254,7 +253,7 @@ BAD_FOR_BOTH: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"groups": 2.0}, TypeError, "groups must be an int, got float 2.0"),
     ({"bias": 1}, TypeError, "bias must be True or False, got int 1"),
     ({"bias": None}, TypeError, "bias must be True or False, got NoneType None"),
-    ({"padding_mode": "reflect"}, ValueError, 'padding_mode must be "zeros" (the only one supported today)'),
+    ({"padding_mode": "wrap"}, ValueError, 'padding_mode must be one of "zeros", "reflect",'),
     ({"device": "gpu"}, ValueError, 'device must be "cpu", "cuda" or "cuda:" and an index, got "gpu"'),
     ({"device": "cuda:-1"}, ValueError, 'device must be "cpu", "cuda" or "cuda:" and an index, got "cuda:-1"'),
     ({"device": 0}, TypeError, 'device must be "cpu", "cuda" or "cuda:" and an index, got int 0'),
@@ -621,8 +620,7 @@ def test_layers_on_a_gpu_hold_the_same_parameters(cupy: Any, name: str, device: 
     with cupy.cuda.Device(index):
         output = layer(cupy.asarray(x))
     assert output.device.id == index
-    build = ConvProblem.conv_transpose1d if host.transposed else ConvProblem.conv1d
-    problem = build(x, host.weight, host.bias, groups=2)
+    problem = ConvProblem.of(host.op, x, host.weight, host.bias, groups=2)
     assert reference.within_bound(problem, output.get(), x, host.weight, host.bias).all()
     assert cupy.cuda.runtime.getDevice() == 0
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +13,8 @@ import numpy as np
 import pytest
 
 import gpuconv
-from gpuconv import nn
+from gpuconv import calls, nn, runtime
+from gpuconv.families import Config, Launch, Step
 from gpuconv.runtime import PreparedWeight
 
 LAYERS = {
@@ -76,6 +79,46 @@ def test_each_precision_has_a_packed_weight_of_its_own(cupy: Any) -> None:
         assert y.tobytes() == gpuconv.conv1d(x_gpu, w_gpu, precision=precision, **settings).get().tobytes()
         found[precision] = y
     assert 2.0**-16 < np.abs(found["tf32"] - found["float32"]).max() < 2.0**-5
+
+
+def test_keys_of_packed_weights_are_shared_and_bounded() -> None:
+    def step(n: int) -> Step:
+        launch = Launch(grid=1, block=32, shared_bytes=0, index_bits=32, params=(("N", n),))
+        return Step(Config("pack_weight", ()), launch, ("weight", "packed"))
+
+    most = runtime._shared.cache_info().maxsize
+    assert most is not None
+    first = runtime._shared(step(0))
+    assert runtime._shared(step(0)) is first
+    for n in range(most + 1):
+        runtime._shared(step(n))
+    assert runtime._shared.cache_info().currsize == most
+
+
+@pytest.mark.gpu
+def test_a_prepared_weight_keeps_its_keys(cupy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It finds packed weights by the identity of a key, which nothing else may have as long as the weight lives."""
+
+    class Key:
+        """A key of a plan that is soon forgotten."""
+
+    keys: list[weakref.ref[Key]] = []
+
+    def forgotten(_: Step) -> Key:
+        key = Key()
+        keys.append(weakref.ref(key))
+        return key
+
+    _, x, w, settings = arrays("mma")
+    x_gpu, prepared = cupy.asarray(x), gpuconv.prepare(cupy.asarray(w))
+    expected = gpuconv.conv1d(x_gpu, prepared, **settings).get()
+    monkeypatch.setattr(runtime, "_shared", forgotten)
+    for _ in range(3):
+        calls._EXECUTORS.clear()
+        np.testing.assert_array_equal(gpuconv.conv1d(x_gpu, prepared, **settings).get(), expected)
+    calls._EXECUTORS.clear()
+    gc.collect()
+    assert [key() is not None for key in keys] == [True] * 3
 
 
 @pytest.mark.gpu

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import pickle
 import re
 from dataclasses import FrozenInstanceError, replace
 from typing import Any
@@ -21,6 +22,7 @@ from gpuconv.problem import (
     ArraySpec,
     BiasGradientProblem,
     ConvProblem,
+    Problem,
     Settings,
     WeightGradientProblem,
     dtype_name,
@@ -283,8 +285,7 @@ def construct(
 ) -> ConvProblem:
     """The problem of a call whose arrays are given by shape, or as specs."""
     arrays = [ArraySpec(a, dtype) if type(a) is tuple else a for a in (input, weight, bias)]
-    build = ConvProblem.conv1d if op == "conv1d" else ConvProblem.conv_transpose1d
-    return build(*arrays, **settings)
+    return ConvProblem.of(op, *arrays, **settings)
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -366,10 +367,10 @@ def test_sizes_are_limited_in_bytes(dtype: str) -> None:
         ConvProblem("conv1d", 1, 1, 1, longest + 1, 1, dtype=dtype)
 
 
-def test_reserved_padding_modes_name_what_is_supported() -> None:
-    check_padding_mode("conv1d", "zeros")
-    with pytest.raises(ValueError, match=r'^conv1d: padding_mode must be "zeros" .*, got \'reflect\'$'):
-        check_padding_mode("conv1d", "reflect")
+def test_padding_modes_name_what_is_supported() -> None:
+    assert check_padding_mode("Conv1d", "conv1d", "reflect") == "reflect"
+    with pytest.raises(ValueError, match=r'^Conv1d: padding_mode must be one of "zeros", .*, got \'wrap\'$'):
+        check_padding_mode("Conv1d", "conv1d", "wrap")
 
 
 def test_precisions_name_what_is_supported() -> None:
@@ -641,6 +642,19 @@ def test_terms_is_the_most_products_of_one_output(K: int, stride: int, dilation:
     assert transposed.terms == 2 * max(reached.count(position) for position in set(reached))
 
 
+@pytest.mark.parametrize("op", OPS)
+def test_every_kind_of_problem_names_its_result(op: str) -> None:
+    forward = construct(op, **VALID[op])
+    problems: list[Problem] = [forward, WeightGradientProblem.of(forward), BiasGradientProblem.of(forward)]
+    assert [problem.result for problem in problems] == ["output", "grad_weight", "grad_bias"]
+    results = (forward.output_shape, forward.weight_shape, forward.bias_shape)
+    for problem, shape in zip(problems, results, strict=True):
+        assert list(problem.shapes)[-1] == problem.result
+        assert problem.shapes[problem.result] == shape
+        assert not hasattr(problem, "__dict__")  # of which a program may hold thousands
+        assert pickle.loads(pickle.dumps(problem)) == problem
+
+
 def test_flops_and_bytes() -> None:
     forward = construct("conv1d", **VALID["conv1d"])
     assert forward.flops() == 2 * 2 * 6 * 8 * 2 * 3  # a multiply-add is two; N * C_out * L_out * C_in/groups * K
@@ -727,4 +741,4 @@ def test_what_was_probably_meant_is_told(
 ) -> None:
     arrays = ArraySpec(input, "float32"), ArraySpec(weight, "float32")
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        getattr(ConvProblem, op)(*arrays, **settings)
+        ConvProblem.of(op, *arrays, **settings)

@@ -35,8 +35,7 @@ def low_pass(num_taps: int, cutoff: float, dtype: str) -> Array:
 
 
 def problem_of(op: str, x: Array, w: Array, settings: dict[str, Any]) -> ConvProblem:
-    construct = ConvProblem.conv_transpose1d if op == "conv_transpose1d" else ConvProblem.conv1d
-    return construct(x, w, None, **settings)
+    return ConvProblem.of(op, x, w, None, **settings)
 
 
 def assert_agrees(

@@ -26,8 +26,7 @@ FLOAT32_NORMAL = 2.0**-126
 
 
 def problem_of(op: Op, x: Array, w: Array, b: Array | None = None, **settings: Any) -> ConvProblem:
-    construct = ConvProblem.conv1d if op == "conv1d" else ConvProblem.conv_transpose1d
-    return construct(x, w, b, **settings)
+    return ConvProblem.of(op, x, w, b, **settings)
 
 
 def definition(

@@ -81,6 +81,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *argv: str, code: int = 2) -> st
 CALLS: list[tuple[str, tuple[int, ...], tuple[int, int, int], int | None, str, dict[str, Any]]] = [
     ("conv1d", (2, 4, 30), (6, 4, 3), 6, "", {}),
     ("conv1d", (4, 30), (6, 4, 3), None, "--padding same", {"padding": "same"}),
+    ("conv1d", (4, 30), (6, 4, 3), 6, "--padding 4 --padding-mode reflect", {"padding": 4, "padding_mode": "reflect"}),
     ("conv1d", (2, 4, 30), (6, 4, 4), 6, "--padding 3,1 --stride 2", {"padding": (3, 1), "stride": 2}),
     ("conv1d", (2, 4, 30), (6, 4, 4), None, "--padding causal --dilation 3", {"padding": "causal", "dilation": 3}),
     ("conv1d", (2, 4, 30), (6, 2, 5), 6, "--groups 2 --padding 2", {"groups": 2, "padding": 2}),

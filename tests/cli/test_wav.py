@@ -230,11 +230,11 @@ def test_lengths_that_wrapped_at_4_gib(tmp_path: Path, tail: bytes) -> None:
         file.write(tail)
         file.truncate(start + num_bytes + len(tail))
     with open(path, "rb") as file:
-        layout = wav.read_layout(file, path.stat().st_size)
-        assert layout is not None
-        assert wav.find_samples(file, layout, 2) == wav.Samples(start, num_bytes)
+        found = wav.read_header(file, path.stat().st_size)
+        assert found is not None
+        assert wav.find_samples(file, found, 2) == wav.Samples(start, num_bytes)
         # One byte more, and the length no longer agrees with the size of the file.
-        cut = layout._replace(size=layout.size - 50_000)
+        cut = found._replace(size=found.size - 50_000)
         assert "is damaged" in str(wav.find_samples(file, cut, 2).trouble)
     path.unlink()
 

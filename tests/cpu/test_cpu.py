@@ -196,10 +196,10 @@ LAYOUTS = [fortran, reversed_in_memory, spread, transposed_in_memory, unaligned]
 def _one_machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The choice of the method also depends on how BLAS computes small products; here it is that of AVX-512."""
     monkeypatch.setattr(limits, "has_avx512", lambda: True)
-    choice.plan.cache_clear()
+    choice.choose.cache_clear()
     yield
     monkeypatch.undo()
-    choice.plan.cache_clear()
+    choice.choose.cache_clear()
 
 
 @pytest.fixture
@@ -226,21 +226,21 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Callable[[random.Random], N
             monkeypatch.setattr(limits, name, size)
         avx512 = rng.random() < 0.5
         monkeypatch.setattr(limits, "has_avx512", lambda: avx512)
-        choice.plan.cache_clear()
+        choice.choose.cache_clear()
 
     return draw
 
 
-def plans(problem: ConvProblem) -> list[choice.Plan]:
+def chosen_forms(problem: ConvProblem) -> list[choice.ChosenForm]:
     """Every form that can compute the problem, whichever is chosen, on one thread and on several."""
     found = [
-        choice.plan_of(problem, q, form, cost)
+        choice.chosen_form(problem, q, form, cost)
         for q, forms in choice.candidates(problem)
         for form in forms
         for cost in (0.0, math.inf)
     ]
     if problem.C_in_g and problem.L_in and 0 not in problem.output_shape:
-        found.append(choice.plan_of(problem, problem, Taps.of(problem), 0.0))
+        found.append(choice.chosen_form(problem, problem, Taps.of(problem), 0.0))
     return found
 
 
@@ -298,9 +298,9 @@ def test_every_form_in_many_small_blocks(dtype: str, small_blocks: Callable[[ran
         x, w, b = arrays(p, (dtype, index))
         if index % 3 == 0:
             put_non_finite([x, w], rng)
-        for plan in rng.sample(some := plans(p), min(12, len(some))):
+        for chosen in rng.sample(some := chosen_forms(p), min(12, len(some))):
             y = poisoned(p)
-            plan.run(Call.of(p, x, w, b, y))
+            chosen.run(Call.of(p, x, w, b, y))
             assert_within_bound(p, y, x, w, b)
 
 
@@ -422,7 +422,7 @@ def test_a_non_finite_weight_does_not_meet_the_padding(problem: ConvProblem, val
 )
 def test_non_finite_values_with_a_long_kernel(problem: ConvProblem, dtype: str) -> None:
     p = with_dtype(problem, dtype)
-    assert choice.plan(p).separate == (dtype != "complex64")
+    assert choice.choose(p).separate == (dtype != "complex64")
     rng = random.Random(f"{p}")
     for index in range(8):
         x, w, b = arrays(p, index, integers=index % 2 == 0)  # some products of zeros and infinities
@@ -462,11 +462,11 @@ def test_a_sum_of_zero_is_positive() -> None:
         conv1d(1, 2, 3, 50, 3, 1, 1, 1),
         conv_transpose1d(1, 1, 2, 5, 9, 2),
     ]:
-        for plan in plans(p):
+        for chosen in chosen_forms(p):
             y = poisoned(p)
             x, w = np.full(p.input_shape, -1, np.float32), np.zeros(p.weight_shape, np.float32)
-            plan.run(Call.of(p, x, w, None, y))
-            assert not np.signbit(y).any(), plan.form
+            chosen.run(Call.of(p, x, w, None, y))
+            assert not np.signbit(y).any(), chosen.form
 
 
 def test_overflow_is_an_infinity_and_no_warning() -> None:
@@ -514,7 +514,7 @@ def test_zero_sizes(problem: ConvProblem, has_bias: bool, dtype: str) -> None:
 
 def test_other_machines_choose_among_the_same_methods(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "has_avx512", lambda: False)
-    choice.plan.cache_clear()
+    choice.choose.cache_clear()
     for problem in ALL:
         assert cpu.method(problem).name in METHODS
         x, w, b = arrays(problem)
@@ -589,7 +589,7 @@ def test_measured_memory(name: str, problem: ConvProblem, case: str, monkeypatch
 @pytest.mark.parametrize("problem", [*ALL, *LARGE.values()], ids=str)
 def test_bits_do_not_depend_on_threads(problem: ConvProblem, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "WORTH_THREADS", 0)
-    choice.plan.cache_clear()
+    choice.choose.cache_clear()
     x, w, b = arrays(problem)
     results = []
     for cpus in (1, 2, 5, 1):

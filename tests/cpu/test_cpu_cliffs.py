@@ -68,7 +68,7 @@ CLIFFS: list[tuple[ConvProblem, int]] = [
     ids=str,
 )
 def test_what_is_not_finite_costs_no_step_a_tap(p: ConvProblem, value: float) -> None:
-    plan, call = choice.plan(p), call_of(p)
+    chosen, call = choice.choose(p), call_of(p)
 
     def run() -> int:
         steps = 0
@@ -79,7 +79,7 @@ def test_what_is_not_finite_costs_no_step_a_tap(p: ConvProblem, value: float) ->
 
         sys.setprofile(count)
         try:
-            plan._replace(workers=1).run(call)
+            chosen._replace(workers=1).run(call)
         finally:
             sys.setprofile(None)
         return steps
@@ -101,16 +101,16 @@ def call_of(p: ConvProblem) -> Call:
 
 @pytest.mark.parametrize(("p", "most"), CLIFFS, ids=str)
 def test_the_interpreter_takes_few_steps(p: ConvProblem, most: int) -> None:
-    plan, call, calls = choice.plan(p), call_of(p), 0
+    chosen, call, calls = choice.choose(p), call_of(p), 0
 
     def count(*_: object) -> None:
         nonlocal calls
         calls += 1
 
-    plan = plan._replace(workers=1)
+    chosen = chosen._replace(workers=1)
     sys.setprofile(count)
     try:
-        plan.run(call)
+        chosen.run(call)
     finally:
         sys.setprofile(None)
     assert calls <= most
@@ -138,12 +138,12 @@ def random_problem(rng: random.Random) -> ConvProblem:
             return p
 
 
-def seconds(plan: choice.Plan, call: Call, repeats: int) -> float:
+def seconds(chosen: choice.ChosenForm, call: Call, repeats: int) -> float:
     """The processor's time, which other processes lengthen least: on one thread, with BLAS's own."""
-    plan, least = plan._replace(workers=1), math.inf
+    chosen, least = chosen._replace(workers=1), math.inf
     for _ in range(repeats):
         start = time.process_time()
-        plan.run(call)
+        chosen.run(call)
         least = min(least, time.process_time() - start)
     return least
 
@@ -152,11 +152,11 @@ def seconds(plan: choice.Plan, call: Call, repeats: int) -> float:
 def test_the_chosen_form_is_nearly_the_best(seed: int) -> None:
     """At most twice the time of any other form that takes the problem; those that seem ten times worse are left out."""
     p = random_problem(random.Random(seed))
-    call, chosen = call_of(p), choice.plan(p)
+    call, chosen = call_of(p), choice.choose(p)
     options = sorted(
         ((form.cost(q), q, form) for q, forms in choice.candidates(p) for form in forms), key=lambda o: o[0]
     )
-    others = [choice.plan_of(p, q, form, 0.0) for cost, q, form in options if cost < 10 * options[0][0]]
+    others = [choice.chosen_form(p, q, form, 0.0) for cost, q, form in options if cost < 10 * options[0][0]]
     for repeats in (2, 4, 8):  # again before it fails: a busy machine
         ours = seconds(chosen, call, repeats)
         best = min(seconds(other, call, repeats) for other in others)
@@ -261,7 +261,7 @@ def test_an_exchange_is_the_same_problem() -> None:
     for q, forms in choice.candidates(p):
         for form in forms:
             y = np.full(p.output_shape, np.nan, np.float32)
-            choice.plan_of(p, q, form, 0.0).run(Call.of(p, x, w, b, y))
+            choice.chosen_form(p, q, form, 0.0).run(Call.of(p, x, w, b, y))
             results.append(y)
     y = np.empty(p.output_shape, np.float32)
     cpu.convolve(p, x, w, b, y)

@@ -25,10 +25,10 @@ _MIB = 1024 * 1024
 def _one_machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The block sizes also depend on how BLAS computes small products; here it is that of AVX-512."""
     monkeypatch.setattr(limits, "has_avx512", lambda: True)
-    weight_gradient._plan.cache_clear()
+    weight_gradient._choose.cache_clear()
     yield
     monkeypatch.undo()
-    weight_gradient._plan.cache_clear()
+    weight_gradient._choose.cache_clear()
 
 
 def draw(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> Array:
@@ -120,7 +120,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Callable[[random.Random], s
         }
         for name, size in sizes.items():
             monkeypatch.setattr(weight_gradient, name, size)
-        weight_gradient._plan.cache_clear()
+        weight_gradient._choose.cache_clear()
         return form
 
     return draw_sizes
@@ -236,7 +236,7 @@ def test_the_workspace_is_bounded_for_extreme_problems() -> None:
 @pytest.mark.parametrize("p", [*ALL, *LARGE.values()], ids=str)
 def test_bits_do_not_depend_on_threads(p: WeightGradientProblem, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(weight_gradient, "_WORTH_THREADS", 0)
-    weight_gradient._plan.cache_clear()
+    weight_gradient._choose.cache_clear()
     coarse, fine = arrays(p)
     results = []
     for cpus in (1, 2, 5):

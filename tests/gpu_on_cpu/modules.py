@@ -110,14 +110,14 @@ def _library(module: ptx.Module) -> ctypes.CDLL:
     key = build.digest(_HEADER.read_text(), *flags, module.code)
     name = f"ptx-{key}.so"
     if not (build.cache_folder() / name).exists():
-        runtime = build.runtime()
+        build.runtime()
         with (build.cache_folder() / f"ptx-{key[:2]}.lock").open("w") as lock:  # others compile other modules meanwhile
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not (build.cache_folder() / name).exists():
                 folders = (build.precompiled(_HEADER, flags), _HEADER.parent)
                 build.compile_shared(
                     name, module.code, [*flags, *(f"-I{folder}" for folder in folders)],
-                    [runtime._name, "-Wl,-rpath,$ORIGIN"],
+                    build.runtime_options(),
                 )  # fmt: skip
     return build.load(name)
 

@@ -1,7 +1,7 @@
 """Compiles kernel texts with the host compiler: many into one shared object, cached by what they were made from.
 
 The cache folder is `.hostcuda_cache` at the repository root, or $GPUCONV_HOSTCUDA_CACHE. It holds the compiled runtime,
-the shared objects, and for every kernel text a file that names the shared object it is in.
+the shared objects, and for every kernel text a file that names the shared object it is in. It can be moved.
 """
 
 from __future__ import annotations
@@ -113,10 +113,10 @@ def prebuild(programs: Iterable[Program | Config]) -> int:
         return 0
     with _lock():
         missing = [program for key, program in wanted.items() if not _index(key).exists()]
-        runtime = build_runtime()
+        build_runtime()
         pieces = [missing[i : i + _PER_OBJECT] for i in range(0, len(missing), _PER_OBJECT)]
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-            list(pool.map(lambda piece: _build_kernels(piece, runtime), pieces))
+            list(pool.map(_build_kernels, pieces))
     return len(missing)
 
 
@@ -198,13 +198,16 @@ def build_runtime() -> str:
     return name
 
 
-def _build_kernels(programs: Sequence[Program], runtime: str) -> None:
+def runtime_options() -> list[str]:
+    """The linker's options for an object that uses the runtime, and finds it beside itself wherever the cache lies."""
+    return [f"-L{cache_folder()}", f"-l:{_runtime_name()}", "-Wl,-rpath,$ORIGIN"]
+
+
+def _build_kernels(programs: Sequence[Program]) -> None:
     keys = [_key(program) for program in programs]
     name = f"kernels-{digest(*keys)}.so"
     text = '#include "hostcuda.h"\n' + "".join(map(_wrap, programs, keys))
-    compile_shared(
-        name, text, (*_KERNEL_FLAGS, *machine_flags()), [str(cache_folder() / runtime), "-Wl,-rpath,$ORIGIN"]
-    )
+    compile_shared(name, text, (*_KERNEL_FLAGS, *machine_flags()), runtime_options())
     for key in keys:
         _write(_index(key), name)
 

@@ -12,7 +12,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 
 from gpuconv.device import Device
-from gpuconv.dispatch import Place, choose, lay_out
+from gpuconv.dispatch import StridedPointer, choose, lay_out
 from gpuconv.families import ArrayLayout, Config, Launch, Layout
 from gpuconv.families.base import PARTIAL
 from gpuconv.problem import ConvProblem, Problem, numpy_dtype
@@ -146,6 +146,7 @@ def run(
     arrays: Mapping[str, Array | None],
     *,
     outputs: Sequence[str] = ("output",),
+    keeps: Sequence[str] = (),
     layouts: Mapping[str, ArrayLayout] | None = None,
     device: Device | None = None,
     schedule: Schedule = "forward",
@@ -162,6 +163,7 @@ def run(
         arrays: the kernel's array arguments in order, None for a null pointer. Each is copied into guarded memory with
             its strides and the alignment of its first element.
         outputs: the arrays that the kernel writes. Their contents are ignored; the results are stored in them.
+        keeps: those of them of which it writes a part and leaves the rest as it is.
         layouts: strides and alignments that overrule the arrays' own.
         device: whose limits the launch must keep.
         schedule: the order of blocks and threads, an int being the seed of a random one; "every" runs them all, with
@@ -187,7 +189,7 @@ def run(
     counts = counts or Counts()
     for order, side in runs:
         results = _run_once(
-            program, binary, launch, arrays, outputs, layouts or {}, order, side, seconds, tensor_cores, counts
+            program, binary, launch, arrays, outputs, keeps, layouts or {}, order, side, seconds, tensor_cores, counts
         )
         for name, result in results.items():
             if name in bits:
@@ -247,16 +249,17 @@ def compute(
     """
     device = device or Device.from_arch("sm_90")
     given = {name: array for name, array in zip(problem.shapes, inputs, strict=False) if array is not None}
-    *_, (result, shape) = problem.shapes.items()
     arrays = {n: a if a.ndim == len(problem.shapes[n]) else a[np.newaxis] for n, a in given.items()}
-    arrays[result] = np.empty(shape, numpy_dtype(problem.dtype_of(result)))
+    result = problem.result
+    arrays[result] = np.empty(problem.shapes[result], numpy_dtype(problem.dtype_of(result)))
     if layout is None:  # arrays whose elements kernels cannot read where they are come out as contiguous copies
-        layout, _ = lay_out(problem, {name: Place(a.strides, _address(a)) for name, a in given.items()})
+        layout, _ = lay_out(problem, {n: StridedPointer(a.strides, _address(a)) for n, a in given.items()})
     choice = choose(problem, layout, device, None if problem.is_empty else family)
     steps = () if choice is None else choice.plan.steps
     unwritten = dict(() if choice is None else choice.plan.scratch)
     # Partial sums are of the accumulator's type, which recognises poison; only kernels know the type of packed weights.
     sums = numpy_dtype(problem.dtype) if problem.itemsize >= 4 else np.dtype(np.float32)
+    written: set[str] = set()
     for step in steps:
         outputs = [name for name in step.arrays if name in unwritten] or [result]
         for name in outputs:
@@ -268,12 +271,14 @@ def compute(
             step.launch,
             {name or f"null {place}": arrays[name] if name else None for place, name in enumerate(step.arrays)},
             outputs=outputs,
+            keeps=[name for name in outputs if name in written],
             layouts={name: layout[name] for name in step.arrays if name is not None and name in layout},
             device=device,
             schedule=schedule,
             placement=placement,
             counts=counts if choice is not None and step is choice.step else None,
         )
+        written.update(outputs)
     return arrays[result].reshape(problem.output_shape) if isinstance(problem, ConvProblem) else arrays[result]
 
 
@@ -312,6 +317,7 @@ def _run_once(
     launch: Launch,
     arrays: Mapping[str, Array | None],
     outputs: Sequence[str],
+    keeps: Sequence[str],
     layouts: Mapping[str, ArrayLayout],
     schedule: Schedule,
     placement: Placement,
@@ -329,8 +335,9 @@ def _run_once(
                 guarded[name] = memory = GuardedArray(
                     name, array.shape, layout.strides, dtype, poison, layout.alignment, placement
                 )
-                if name not in outputs:
+                if name not in outputs or name in keeps:
                     memory.view[...] = array
+                if name not in outputs:
                     memory.make_read_only()
         shared = GuardedArray(
             "shared memory", (launch.shared_bytes,), (1,), np.dtype(np.uint8), SHARED_POISON, 16, placement

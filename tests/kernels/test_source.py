@@ -17,7 +17,7 @@ import pytest
 
 import gpuconv
 from gpuconv.device import Device
-from gpuconv.families import FAMILIES, Config
+from gpuconv.families import FAMILIES, Config, edges
 from gpuconv.source import assemble, directory, inlined, read
 from tests import hostcuda
 
@@ -30,7 +30,8 @@ HOSTCUDA_H = Path(hostcuda.__file__).with_name("hostcuda.h")
 def configs() -> Mapping[str, Config]:
     """One specialisation of each kernel."""
     device = Device.from_arch("sm_90")
-    return {config.kernel: config for family in FAMILIES for config in family.configs(device)}
+    of_families = (config for family in FAMILIES for config in family.configs(device))
+    return {config.kernel: config for config in (*of_families, *edges.configs())}
 
 
 def includes(file: str) -> list[str]:

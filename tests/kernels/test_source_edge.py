@@ -1,7 +1,7 @@
-"""Another padding mode changes edge.cuh alone, an activation finish.cuh alone.
+"""A padding mode is known to edge.cuh alone, an activation changes finish.cuh alone.
 
-Here positions outside the input mean its mirror image, and results pass through max(0, x): every family gives the
-results of that.
+Here positions outside the input mean its mirror image in every family, those whose plans leave the edges to a second
+step among them, and results pass through max(0, x): every family gives the results of that.
 """
 
 from __future__ import annotations
@@ -21,22 +21,7 @@ from tests import hostcuda
 H200 = Device.from_arch("sm_90")
 
 CHANGES = {
-    "edge.cuh": (
-        ("kIsEmptyOutside = true;", "kIsEmptyOutside = false;"),
-        (
-            "return Source{is_index(position, L), position, 0};",
-            """const index_t mirrored = position < 0 ? -position : position < L ? position : 2 * L - 2 - position;
-    const index_t index = max_index(min_index(mirrored, L - 1), 0);
-    return Source{L > 0, index, index - position};""",
-        ),
-        (
-            """    return Range{
-        first < 0 ? ceil_div(-first, step) : 0,
-        first < L ? min_index(count, ceil_div(L - first, step)) : 0};
-""",
-            "    return Range{0, count};\n",
-        ),
-    ),
+    "edge.cuh": (("#define PADDING_MODE zeros", "#define PADDING_MODE reflect"),),
     "finish.cuh": (
         (
             "{ return scalar::round(add(sum, bias)); }",

@@ -25,14 +25,13 @@ from tests.hostcuda import Counts, Program
 from tests.hostcuda.banks import wavefronts
 from tests.kernels.test_gradient_kernels import (
     assert_same_bits,
-    channels_last,
     exact_result,
     integers,
     normal,
-    scattered,
     shapes,
     unaligned,
 )
+from tests.kernels.test_kernels import channels_last, scattered
 from tests.plans import kernel_of, refusal_of
 
 Array = npt.NDArray[Any]

@@ -47,8 +47,8 @@ THEIRS = ["aten::convolution"]
 @pytest.fixture
 def nothing_left() -> Iterator[None]:
     """Behind each test PyTorch is as it was before."""
-    places = (torch.utils.checkpoint.CheckpointFunction, torch.utils.checkpoint)
-    names = ("forward", "_checkpoint_without_reentrant_generator")
+    places = (torch.utils.checkpoint.CheckpointFunction, torch.utils.checkpoint, nn.Conv1d)
+    names = ("forward", "_checkpoint_without_reentrant_generator", "_conv_forward")
     before = [vars(place)[name] for place, name in zip(places, names, strict=True)]
     yield
     assert in_place_now() == PYTORCH
@@ -414,7 +414,15 @@ def test_contexts_do_not_compile_anew(compiler: Callable[..., Any]) -> None:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
 
 
-@pytest.mark.parametrize("layer", [nn.Conv1d(3, 4, 3), nn.ConvTranspose1d(3, 4, 3), nn.Conv1d(3, 4, 3, padding="same")])
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv1d(3, 4, 3),
+        nn.ConvTranspose1d(3, 4, 3),
+        nn.Conv1d(3, 4, 3, padding="same"),
+        nn.Conv1d(3, 4, 3, padding=2, padding_mode="circular"),
+    ],
+)
 def test_scripting_in_the_context_leaves_scripting_whole(layer: nn.Module) -> None:
     """Of a class that was never scripted before: what fails once fails ever after."""
     Own = type(layer.__class__.__name__, (layer.__class__,), {})

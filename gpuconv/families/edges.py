@@ -1,0 +1,112 @@
+"""Padding that means samples, in the plans of all families, and the two kernels for what it changes at the edges.
+
+Contracts: cuda_src/edge.cuh, cuda_src/conv1d_edges.cu, cuda_src/conv_transpose1d_fold.cu.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from ..device import Device
+from ..edge import PADDING_MODES, padded_samples
+from ..problem import DTYPES, BiasGradientProblem, ConvProblem, Problem, WeightGradientProblem
+from .base import (
+    MAX_GRID,
+    Config,
+    Family,
+    Launch,
+    Layout,
+    Plan,
+    Refusal,
+    Step,
+    base_config,
+    conv_arrays,
+    conv_fields,
+    params_of,
+    with_padding_mode,
+)
+from .offsets import Overhang, index_bits
+
+BLOCK_SIZE, WARP = 256, 32
+
+
+def plan(family: Family[Any], problem: Problem, layout: Layout, device: Device) -> Plan | Refusal:
+    """How a family computes a problem of its kind in any padding mode, or why it does not.
+
+    Families whose kernels read the samples that padding means (`Family.maps_edges`) do so. Of the others, those on CUDA
+    cores compute as with zeros, and a second step computes what reaches over an edge, in the canonical order. All
+    transposed ones compute as with zeros, and a last step computes anew the outputs onto which the padding folds.
+    """
+    if isinstance(problem, BiasGradientProblem) or _mode(problem) == "zeros":
+        return family.plan(problem, layout, device)
+    assert isinstance(problem, ConvProblem | WeightGradientProblem)
+    p, inside = problem, replace(problem, padding_mode="zeros")
+    if isinstance(p, ConvProblem) and p.transposed:
+        first, second = padded_samples(p.padding_mode, p.padding_left, p.padding_right, p.L_out)
+        step = _fold_step(p, layout, first, second) if first or second else None
+    elif family.maps_edges:
+        return family.plan(p if any(p.edge_windows) else inside, layout, device)
+    elif not isinstance(p, ConvProblem) or not family.canonical_order:
+        # A step of another order of summation would give outputs at the edges other bits than they have elsewhere.
+        return Refusal('needs padding_mode "zeros"')
+    else:
+        edges = p.edge_windows
+        if sum(edges) == p.L_out:
+            return Refusal("needs a window that does not reach over an edge")
+        step = _edges_step(p, layout, *edges) if any(edges) else None
+    found = family.plan(inside, layout, device)
+    return found if isinstance(found, Refusal) or step is None else replace(found, steps=(*found.steps, step))
+
+
+def configs() -> Iterator[Config]:
+    """Every specialisation of the two kernels."""
+    for mode in PADDING_MODES[1:]:
+        for dtype in DTYPES:
+            for bits in (32, 64):
+                yield with_padding_mode(base_config("conv1d_edges", dtype, bits, BLOCK_SIZE), mode)
+                yield _fold_config(dtype, bits, mode)
+
+
+def _mode(problem: Problem) -> str:
+    return str(getattr(problem, "padding_mode", "zeros"))
+
+
+def _edges_step(p: ConvProblem, layout: Layout, first: int, last: int) -> Step:
+    num_outputs = p.N * p.C_out * (first + last)
+    grid = min(-(-num_outputs // BLOCK_SIZE), MAX_GRID)
+    bits = index_bits(p, layout, Overhang(), num_outputs + grid * BLOCK_SIZE)
+    config = with_padding_mode(base_config("conv1d_edges", p.dtype, bits, BLOCK_SIZE), p.padding_mode)
+    own = {"num_outputs": num_outputs, "edges": first + last, "first": first}
+    return _step(config, p, layout, grid, bits, own)
+
+
+def _fold_step(p: ConvProblem, layout: Layout, first: range, second: range) -> Step:
+    edges = len(first) + len(second)
+    num_outputs = p.N * p.C_out * edges
+    grid = min(-(-num_outputs // (BLOCK_SIZE // WARP)), MAX_GRID)
+    # A lane leaves its loop up to 32 channels behind the last.
+    bits = index_bits(p, layout, Overhang(), num_outputs + grid * BLOCK_SIZE, p.C_in_g + WARP)
+    own = {
+        "num_outputs": num_outputs,
+        "edges": edges,
+        "first_begin": first.start,
+        "first_count": len(first),
+        "second_begin": second.start,
+        "padded_end": p.L_out + max(p.padding_right, 0),
+    }
+    shared_bytes = BLOCK_SIZE * p.format.accumulator_bytes
+    return _step(_fold_config(p.dtype, bits, p.padding_mode), p, layout, grid, bits, own, shared_bytes)
+
+
+def _fold_config(dtype: str, bits: int, mode: str) -> Config:
+    config = base_config("conv_transpose1d_fold", dtype, bits, BLOCK_SIZE)
+    return Config(config.kernel, (*config.macros, ("FOLD_MODE", mode)))
+
+
+def _step(
+    config: Config, p: ConvProblem, layout: Layout, grid: int, bits: int, own: dict[str, int], shared_bytes: int = 0
+) -> Step:
+    params = params_of(config.kernel, conv_fields(p, layout), own)
+    return Step(config, Launch(grid, BLOCK_SIZE, shared_bytes, bits, params), conv_arrays(p))
