@@ -295,7 +295,7 @@ __device__ __forceinline__ void store_neighbours(
     __syncwarp();
 
     const int part = lane & ((1 << lane_bits) - 1);
-#pragma unroll(4 / kLaneVectors)
+#pragma unroll(HAS_SAMPLES ? 1 : 4 / kLaneVectors)
     for (int row = lane >> lane_bits; row < kSliceRows; row += 32 >> lane_bits) {
         const Piece piece = slice->piece[row];
 #pragma unroll

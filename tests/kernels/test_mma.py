@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -244,14 +244,16 @@ def assert_no_conflicts(p: ConvProblem) -> None:
 
 
 @pytest.fixture
-def only_tile(monkeypatch: pytest.MonkeyPatch) -> Callable[[Tile], None]:
+def only_tile(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Tile], None]]:
     """Leaves the cost model one tile to choose."""
     compare = mma.compare_tilings
 
     def leave(tile: Tile) -> None:
         monkeypatch.setattr(mma, "compare_tilings", lambda *args: tuple(t for t in compare(*args) if t.tile == tile))
+        dispatch.choose.cache_clear()  # it remembers plans with other tiles
 
-    return leave
+    yield leave
+    dispatch.choose.cache_clear()
 
 
 @pytest.mark.parametrize("mode", ["float16", "float32"])
@@ -416,7 +418,7 @@ def test_views_change_no_bit(problem: ConvProblem, mode: str) -> None:
 
 # Rows that end inside of a vector; channels whose phases are all in one slice, some cut, or more than its rows.
 LANDINGS = {
-    "conv1d": ConvProblem("conv1d", 9, 12, 70, 30, 5, 1, 4, 5, has_bias=True),
+    "conv1d": ConvProblem("conv1d", 9, 12, 70, 25, 5, 1, 4, 5, has_bias=True),
     "three phases": ConvProblem("conv_transpose1d", 9, 12, 23, 11, 7, 3, 2, 1, output_padding=2, has_bias=True),
     "eight phases": ConvProblem("conv_transpose1d", 9, 12, 9, 9, 16, 8, 4, 4, has_bias=True),
     "forty phases": ConvProblem("conv_transpose1d", 9, 12, 5, 7, 60, 40, 7, 11, has_bias=True),
