@@ -72,9 +72,9 @@ __device__ __forceinline__ void read_box(
         for (int first = 0; first < count; first += BLOCK_SIZE) {
             const int i = first + threadIdx.x, j = i / vectors, element = (i - j * vectors) * kStorageVec;
             const bool exists = i < count && first_outer + j < outer_end && element < inner * box_k && element < existing;
-            const StorageVector vector =
-                load_or_zero(reinterpret_cast<const StorageVector*>(from + (j * outer_stride + element)), exists);
-            if (i < count) *reinterpret_cast<StorageVector*>(shared + (j * pitch + element)) = vector;
+            const Vector<unsigned> vector =
+                load_or_zero(reinterpret_cast<const Vector<unsigned>*>(from + (j * outer_stride + element)), exists);
+            if (i < count) *reinterpret_cast<Vector<unsigned>*>(shared + (j * pitch + element)) = vector;
         }
         return;
     }
