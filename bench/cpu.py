@@ -76,7 +76,9 @@ SHAPES: dict[str, ConvProblem] = {
     "five channels K 400000": ConvProblem("conv1d", 1, 5, 1, 400_500, 400_000, 10),
     "transposed K 20001 dilation 17": ConvProblem("conv_transpose1d", 1, 1, 1, 10, 20_001, 1, 0, 0, 17),
     "transposed K 96000": ConvProblem("conv_transpose1d", 1, 1, 1, 200, 96_000),
+    "depthwise short rows 512x64x8": ConvProblem("conv1d", 512, 64, 64, 8, 3, 1, 1, 1, 1, 64),
     "small call 1x16x100": ConvProblem("conv1d", 1, 16, 16, 100, 3),
+    "tiny call 1x1x8": ConvProblem("conv1d", 1, 1, 1, 8, 3),
 }
 
 
@@ -90,6 +92,9 @@ class CpuEngine:
 
     def __init__(self, pause: float = 0.15, ceilings: Ceilings | None = None) -> None:
         self.pause = pause
+        # Until one as large has been freed, glibc returns every large block to the system, and the pages of the next
+        # one cost more than many of these convolutions. The figures would depend on the order of the layers.
+        np.empty(30 * 1024**2, np.uint8)
         self.ceilings = ceilings or measure_ceilings()
 
     def describe(self) -> dict[str, Any]:

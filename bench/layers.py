@@ -51,10 +51,10 @@ def published_ceilings(device: Device) -> Ceilings:
     rates = rates_of(device)
     per_fma = 2e9 * device.num_sms * device.clock_ghz  # operations per second of one fused multiply-add per cycle
     flops = {"float32": rates.fp32, "float64": rates.fp64}
-    if rates.tensor16:
+    if device.arch >= 80:
         flops |= {"float16": rates.tensor16, "bfloat16": rates.tensor16, "tf32": rates.tensor16 // 2}
     else:
-        flops |= {"float16": rates.fp32, "bfloat16": rates.fp32}
+        flops |= {"float16": rates.tensor16, "bfloat16": rates.fp32}
     return Ceilings(
         f"{device.name}, data sheet",
         rates.dram_gbps * DRAM_EFFICIENCY * 1e9,

@@ -21,7 +21,8 @@
 // that keeps the error bound, beside the rule that gives a layer this arithmetic.
 //
 // A long reduction is cut into segments of segment_chunks chunks, by a rule on the layer alone. Each is summed for itself and
-// the sums are added in order: SEGMENT_MODE = 1 does both in one block; where blocks are too few to fill the GPU,
+// the sums are added in order: SEGMENT_MODE = 1 does both in one block, which keeps the totals in shared memory, since its
+// registers have no room for them beside wide warp tiles; where blocks are too few to fill the GPU,
 // SEGMENT_MODE = 2 computes the segments in blocks of their own and leaves their sums in `partial`, and a second launch with
 // SEGMENT_MODE = 3 adds them and stores the results. The bits are the same. SEGMENT_MODE = 0: there is one segment.
 //
@@ -32,8 +33,8 @@
 //
 // Macros read: BLOCK_M, BLOCK_N, WARPS_M, WARPS_N, NUM_STAGES, STAGE_STEPS, PREFETCH_TASKS, HAS_SAMPLES, IS_SPLIT,
 // SPLIT_TERMS, SEGMENT_MODE, PHASES_IN_ROWS, MULTIPLY_MATRICES, and those of common.cuh. Dynamic shared memory: NUM_STAGES
-// stages of weights, the windows of two chunks (of one, where there is one chunk), and tables; or the slices through which
-// the results pass.
+// stages of weights, the windows of two chunks (of one, where there is one chunk), and tables, where SEGMENT_MODE is 1 behind
+// the totals; or the slices through which the results pass.
 
 #pragma once
 
@@ -54,6 +55,7 @@ constexpr int kSliceRows = 16 * kSliceTiles;
 constexpr int kSlicePitch = kWarpN + 8;  // keeps the lanes of a fragment on different banks; rows may begin up to 8 later
 constexpr int kLaneVectors = kWarpN / kUnit > 8 ? 2 : 1;  // of a row, that one lane stores in the end
 __device__ constexpr int log2_of(int n) { return n < 2 ? 0 : 1 + log2_of(n / 2); }
+constexpr int kTotals = SEGMENT_MODE == 1 ? kTilesM * kTilesN * kThreads : 0;  // of 16 bytes: four sums of a thread
 constexpr index_t kMissing = index_t(1ull << (INDEX_BITS - 1));  // no offset: the smallest index_t
 
 static_assert((NUM_STAGES & (NUM_STAGES - 1)) == 0, "slots are masked: gpuconv/families/mma.py");
@@ -432,14 +434,46 @@ __device__ __forceinline__ void store_tile(
     }
 }
 
+// Where SEGMENT_MODE is 1: adds a thread's sums of a segment, where IS_SPLIT those of the small products too, to its totals in
+// shared memory (kTilesM by kTilesN times four, kThreads apart). The last totals are left in `acc`; before, new sums begin. One loop body serves all rows,
+// which move up behind one another, as in store_tile.
+template <bool kIsLast>
+__device__ __forceinline__ void add_to_totals(AccVector* totals, Sums& acc, Sums& low) {
+#pragma unroll 1
+    for (int i = 0; i < kTilesM; ++i, totals += kTilesN * kThreads) {
+        acc_t next[kTilesN][4];
+#pragma unroll
+        for (int j = 0; j < kTilesN; ++j) {
+            AccVector total = totals[j * kThreads];
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                total.element[e] += IS_SPLIT ? acc[0][j][e] + low[0][j][e] : acc[0][j][e];
+                next[j][e] = kIsLast ? total.element[e] : 0.0f;
+            }
+            if (!kIsLast) totals[j * kThreads] = total;
+        }
+        move_sums_up(acc);
+        if (IS_SPLIT) move_sums_up(low);
+#pragma unroll
+        for (int j = 0; j < kTilesN; ++j) {
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                acc[kTilesM - 1][j][e] = next[j][e];
+                if (IS_SPLIT) low[kTilesM - 1][j][e] = 0.0f;
+            }
+        }
+    }
+}
+
 // The sums of one tile over chunks chunk_begin to chunk_end - 1.
 __device__ __forceinline__ void multiply_tile(
     const Tile& tile, const Window& window, index_t chunk_begin, index_t chunk_end, Sums& acc) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const index_t part_rows = window.units * window.window_rows;
 
-    // Shared memory: stages of weights, windows, tables.
-    StorageVector* const stages = reinterpret_cast<StorageVector*>(dynamic_shared_memory());
+    // Shared memory: totals, stages of weights, windows, tables.
+    AccVector* const my_totals = reinterpret_cast<AccVector*>(dynamic_shared_memory()) + threadIdx.x;
+    StorageVector* const stages = reinterpret_cast<StorageVector*>(dynamic_shared_memory()) + kTotals;
     StorageVector* const windows = stages + NUM_STAGES * kStageVectors;
     const index_t window_vectors = kParts * part_rows;
     int* const pair_offset =
@@ -534,11 +568,10 @@ __device__ __forceinline__ void multiply_tile(
     const StepOffsets* const my_pairs = reinterpret_cast<const StepOffsets*>(pair_offset) + lane / 8 % 2;
 
     Sums low, part;  // where IS_SPLIT: the small products, and the large ones of the stages before
-    Sums total;      // where SEGMENT_MODE is 1: the segments before
     for_each_sum([&](int i, int j, int e) {
         acc[i][j][e] = 0.0f;
         if (IS_SPLIT) low[i][j][e] = part[i][j][e] = 0.0f;
-        if (SEGMENT_MODE == 1) total[i][j][e] = 0.0f;
+        if (SEGMENT_MODE == 1) my_totals[(i * kTilesN + j) * kThreads].element[e] = 0.0f;
     });
     index_t segment_left = window.segment_chunks;
 
@@ -615,19 +648,16 @@ __device__ __forceinline__ void multiply_tile(
                 if (task < tasks) store_vector(chunk + 1, task, ahead[i]);
             }
         }
-        if (SEGMENT_MODE == 1 && chunk >= chunk_begin && (--segment_left == 0 || chunk + 1 == chunk_end)) {
+        if (SEGMENT_MODE == 1 && chunk >= chunk_begin && --segment_left == 0 && chunk + 1 < chunk_end) {
             segment_left = window.segment_chunks;
-            for_each_sum([&](int i, int j, int e) {
-                total[i][j][e] += IS_SPLIT ? part[i][j][e] + low[i][j][e] : acc[i][j][e];
-                acc[i][j][e] = 0.0f;
-                if (IS_SPLIT) low[i][j][e] = part[i][j][e] = 0.0f;
-            });
+            add_to_totals<false>(my_totals, IS_SPLIT ? part : acc, low);
         }
     }
-    if (SEGMENT_MODE == 1 || IS_SPLIT) {
-        for_each_sum([&](int i, int j, int e) {
-            acc[i][j][e] = SEGMENT_MODE == 1 ? total[i][j][e] : part[i][j][e] + low[i][j][e];
-        });
+    if (SEGMENT_MODE == 1) {
+        add_to_totals<true>(my_totals, IS_SPLIT ? part : acc, low);
+        if (IS_SPLIT) for_each_sum([&](int i, int j, int e) { acc[i][j][e] = part[i][j][e]; });
+    } else if (IS_SPLIT) {
+        for_each_sum([&](int i, int j, int e) { acc[i][j][e] = part[i][j][e] + low[i][j][e]; });
     }
     copy_async_wait_group<0>();
     __syncthreads();

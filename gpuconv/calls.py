@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import cache
 from threading import Lock
+from types import ModuleType
 from typing import Any, cast
 
 import numpy as np
@@ -17,7 +20,7 @@ from .tasks import SIGNATURES, Task
 # Executors of GPU calls and tasks of CPU calls, by everything that they depend on. A full cache drops its oldest entry,
 # so that a program whose lengths always differ keeps only so many.
 _EXECUTORS: dict[tuple[Any, ...], tuple[runtime.Executor, tuple[int, ...], Any]] = {}  # with shape, dtype of the result
-_TASKS: dict[tuple[Any, ...], Task] = {}
+_TASKS: dict[tuple[Any, ...], tuple[Task, bool]] = {}  # with whether all arrays have native byte order
 _CACHE_SIZE = 4096
 _CACHE_LOCK = Lock()  # for changes; look-ups need none
 
@@ -55,13 +58,19 @@ def run(
 
 def _run_on_cpu(function: str, arrays: tuple[Any, ...], settings: tuple[Any, ...], out: Any | None) -> Any:
     key = _cpu_key(function, arrays, settings) if out is None else None
-    task = None if key is None else _TASKS.get(key)
-    if task is None:
+    found = None if key is None else _TASKS.get(key)
+    if found is None:
         if _has_real_taps(function, arrays):
             return _run_by_parts(function, arrays, settings, out)
         task = _check(function, arrays, settings, out)
         if key is not None:
-            _keep(_TASKS, key, task)
+            _keep(_TASKS, key, (task, all(array is None or array.dtype.isnative for array in arrays)))
+    else:
+        task, is_native = found
+        if is_native:  # as nearly all are
+            result = np.empty(task.shape, task.out_dtype or arrays[0].dtype)
+            _compute(task, arrays, result)
+            return result
     plain = [None if array is None else _native(array) for array in arrays]
     dtype = cast(Any, plain[0]).dtype
     if out is None:
@@ -75,11 +84,9 @@ def _run_on_cpu(function: str, arrays: tuple[Any, ...], settings: tuple[Any, ...
     return out
 
 
-def _compute(task: Task, arrays: list[Any], output: np.ndarray[Any, Any]) -> None:
+def _compute(task: Task, arrays: Sequence[Any], output: np.ndarray[Any, Any]) -> None:
     """Compute a task of NumPy arrays in native byte order into `output`."""
-    from . import cpu  # loaded by the first call on the CPU, since calls on a GPU do not need it
-
-    p = task.problem
+    cpu, p = _cpu(), task.problem
     if isinstance(p, ConvProblem):
         x, weight, *bias = arrays
         cpu.convolve(p, x, weight.conj() if task.conjugate_weight else weight, bias[0] if bias else None, output)
@@ -87,6 +94,14 @@ def _compute(task: Task, arrays: list[Any], output: np.ndarray[Any, Any]) -> Non
         cpu.weight_gradient.compute(p, *p.sides(*arrays), output)
     elif isinstance(p, BiasGradientProblem):
         cpu.bias_gradient.compute(p, arrays[0], output)
+
+
+@cache
+def _cpu() -> ModuleType:
+    """The NumPy path, loaded by the first call on the CPU: calls on a GPU do not need it."""
+    from . import cpu
+
+    return cpu
 
 
 def _run_on_gpu(

@@ -1,11 +1,14 @@
-"""The peak rates and limits of GPUs: all constants behind predicted times and occupancy.
+"""The cost model: how long a launch should take, from what it does and the rates of the GPU.
 
-They are published figures and assumptions, not measurements.
+Families compare their tiles by it and bench.static predicts times by it. Its constants are published figures and
+assumptions, not measurements; each says which.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import NamedTuple
 
 from .device import Device
 
@@ -18,8 +21,8 @@ class Rates:
         dram_gbps: bandwidth of the memory on the data sheet, in GB/s, reads and writes together.
         fp32: float32 fused multiply-adds per multiprocessor and cycle.
         fp64: the same for float64.
-        tensor16: fused multiply-adds per multiprocessor and cycle of the tensor cores on float16 and bfloat16 data with
-            float32 accumulators; TF32 has half of it. 0 where TF32 and bfloat16 do not exist.
+        tensor16: fused multiply-adds per multiprocessor and cycle of the tensor cores on float16 and, from sm_80 on,
+            bfloat16 data with float32 accumulators; TF32, from sm_80 on, has half of it.
         blocks_per_sm: most blocks that one multiprocessor keeps.
         reserved_shared: bytes of shared memory that the system takes from every block.
         mma_share: of the rate of the tensor cores, what mma.sync reaches.
@@ -34,25 +37,30 @@ class Rates:
     mma_share: float = 1.0
 
 
-# Of every multiprocessor: its 32-bit registers; the instructions that it issues in a cycle, of warps and of threads.
+# Of every multiprocessor: its 32-bit registers; the instructions of warps that it issues in a cycle. A warp passes
+# through shared memory and L1 once a cycle, with 128 bytes (CUDA C++ Programming Guide).
 REGISTERS_PER_SM = 65536
 WARP_ISSUES_PER_CYCLE = 4
-THREAD_ISSUES_PER_CYCLE = 32 * WARP_ISSUES_PER_CYCLE
-# Bytes that a multiprocessor moves in a cycle to and from its shared memory, and L2 (an assumption).
-SHARED_BYTES_PER_CYCLE = 128
+# Bytes of a cycle from L2: of all multiprocessors at work, each, 5.5 TB/s over 132 at 1.75 GHz (an assumption, from
+# published microbenchmarks of H100); of one, the width of its port (Ampere white paper).
 L2_BYTES_PER_CYCLE = 24
-# Families compare their configurations by the rates of an H200, whatever the GPU. Per multiprocessor and cycle: bytes
-# to and from memory, 4.3 TB/s over 132 multiprocessors at 1.8 GHz; real multiply-adds, by the bytes of an accumulator.
-MEMORY_BYTES_PER_CYCLE = 18.0
-MULTIPLY_ADDS_PER_CYCLE = {4: 128, 8: 64}
-# Bytes of shared memory that the system takes from every block from sm_80 on, and in those comparisons everywhere.
+L2_PORT_BYTES_PER_CYCLE = 64
+SECTOR_BYTES = 32  # the least that comes from L2 (programming guide)
+# Bytes of shared memory that the system takes from every block from sm_80 on.
 RESERVED_SHARED_BYTES = 1024
 # Fraction of the data sheet's bandwidth that a large copy reaches; the usual result of copy benchmarks.
 DRAM_EFFICIENCY = 0.9
-# Cycles from a fused multiply-add, or from an mma.sync, to the next that needs its result.
+# Of the boost clock, what long kernels on tensor cores keep: 1.75 of 1.98 GHz on H100 (an assumption, for all GPUs).
+LOAD_CLOCK_SHARE = 1.75 / 1.98
+# Limits that coincide cost more than the largest alone: the loads, products and stores of a few warps overlap only in
+# part. A norm with this exponent makes two equal limits 26 % and four 59 % longer than one (an assumption).
+OVERLAP_POWER = 3.0
+# Cycles from a fused multiply-add, or from an mma.sync, to the next that needs its result (microbenchmarks of sm_90).
 FMA_LATENCY_CYCLES = 4
 MMA_LATENCY_CYCLES = 33
-# Cycles from a load to its data, and microseconds from one launch to the next in a CUDA graph (assumptions).
+# Cycles from a load of shared memory to its data (microbenchmarks of sm_90), from another load to its data, and
+# microseconds from one launch to the next in a CUDA graph (assumptions).
+SHARED_LATENCY_CYCLES = 30
 LOAD_LATENCY_CYCLES = 250
 LAUNCH_US = 2.0
 
@@ -60,7 +68,7 @@ LAUNCH_US = 2.0
 # "Arithmetic Instructions". Bandwidths and tensor rates: NVIDIA's data sheets of the products in
 # gpuconv.device.ARCHITECTURES. mma.sync on sm_90: Luo et al., arXiv 2402.13499.
 RATES = {
-    "sm_75": Rates(320, 64, 2, 0, 16, 0),
+    "sm_75": Rates(320, 64, 2, 512, 16, 0),
     "sm_80": Rates(2039, 64, 32, 1024, 32, RESERVED_SHARED_BYTES),
     "sm_86": Rates(936, 128, 2, 256, 16, RESERVED_SHARED_BYTES),
     "sm_89": Rates(1008, 128, 2, 256, 24, RESERVED_SHARED_BYTES),
@@ -73,17 +81,32 @@ RATES = {
 SIBLINGS = {"sm_90": {"H100": 3350.0}}
 
 
+class Ending(NamedTuple):
+    """What the blocks of a launch do behind their main loop: instructions, wavefronts and bytes that they store."""
+
+    instructions: float = 0.0
+    wavefronts: float = 0.0
+    stored_bytes: float = 0.0
+
+
+_NO_ENDING = Ending()
+
+
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What a family knows of the work of its kernel's launch that the machine code does not tell.
+    """What a family knows of the work of a launch without its machine code, of all blocks together.
 
     Attributes:
         multiply_adds: real ones of all lanes, with idle lanes and the parts of tiles behind the ends of the result.
         l2_bytes: read and written through L2.
         warps: the number of those that multiply; None for all of the launch.
         load_share: the share of a load's latency that each pass of the main loop waits for.
-        staging_instructions, staging_wavefronts: of all warps together, outside of the main loop.
+        staging_instructions, staging_wavefronts: of all warps together, of what stages beside the code of `visits`.
         taps: of one visit to a main loop that is unrolled over taps; None for other main loops.
+        visits: how often warps run the code around their main loop, all together.
+        dram_bytes: read from memory and written to it; None for those of the problem's arrays.
+        waits: cycles that a block alone waits besides those of its main loop.
+        ending: what comes behind the main loop, of what is counted above only the bytes.
     """
 
     multiply_adds: float
@@ -93,20 +116,179 @@ class Work:
     staging_instructions: float = 0.0
     staging_wavefronts: float = 0.0
     taps: int | None = None
+    visits: float = 0.0
+    dram_bytes: float | None = None
+    waits: float = 0.0
+    ending: Ending = _NO_ENDING
+
+
+class Code(NamedTuple):
+    """What a launch executes before its ending, of all warps together: read from the machine code, or estimated.
+
+    Attributes:
+        instructions: of warps.
+        wavefronts: passes of a warp through shared memory and L1, 128 bytes each.
+        chain: cycles that one block takes if all others are absent.
+    """
+
+    instructions: float
+    wavefronts: float
+    chain: float
+
+
+class Unit(NamedTuple):
+    """What multiplies: multiply-adds a cycle of a multiprocessor, and whether these are tensor cores."""
+
+    rate: float
+    is_tensor: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """The predicted time of a launch, or of several, and its parts, in microseconds.
+
+    Attributes:
+        us: from the launch to the next one, several added up.
+        parts: "dram", "l2", "issue", "math", "load/store" and "latency": what each would take by itself.
+        limit: the name of the largest part.
+        blocks_per_sm: blocks that share a multiprocessor.
+        waves: rounds in which the grid runs.
+    """
+
+    us: float
+    parts: dict[str, float]
+    limit: str
+    blocks_per_sm: int
+    waves: int
+
+
+def predict_launch(work: Work, code: Code, *, blocks: int, resident: int, unit: Unit, device: Device) -> Prediction:
+    """The time of one launch under CUDA graph replay with cold caches: the model of bench/README.md.
+
+    Args:
+        work: what the launch does; `dram_bytes` must be given.
+        code: what it executes.
+        blocks: of the launch.
+        resident: how many of them a multiprocessor holds at a time.
+        unit: what multiplies.
+        device: the GPU; of an architecture that is not in the table, the nearest one before it.
+    """
+    assert work.dram_bytes is not None
+    machine = _machine(device)
+    ending = work.ending
+    busiest = -(-blocks // machine.num_sms)  # blocks of the multiprocessor with the most
+    waves = -(-busiest // resident)
+    share = busiest / blocks
+    cycles = _Parts(
+        dram=(work.dram_bytes - ending.stored_bytes) / machine.dram_bytes,
+        l2=_l2_cycles(work.l2_bytes - ending.stored_bytes, share, machine),
+        issue=code.instructions * share / WARP_ISSUES_PER_CYCLE,
+        math=work.multiply_adds * share / unit.rate,
+        local=code.wavefronts * share,
+        latency=waves * (code.chain + work.waits),
+    )
+    stores = _Parts(
+        dram=ending.stored_bytes / machine.dram_bytes,
+        l2=_l2_cycles(ending.stored_bytes, share, machine),
+        issue=ending.instructions * share / WARP_ISSUES_PER_CYCLE,
+        math=0.0,
+        local=ending.wavefronts * share,
+        latency=0.0,
+    )
+    together = _Parts(*map(sum, zip(cycles, stores, strict=True)))
+    joint = together.norm(unit)
+    total = joint
+    if ending != _NO_ENDING:
+        # A block does one after the other, but while one stores, those beside it multiply.
+        total += (cycles.norm(unit) + stores.norm(unit) - joint) / min(resident, busiest)
+    parts = {name: value / machine.cycles_per_us for name, value in zip(_PARTS, together, strict=True)}
+    return Prediction(
+        LAUNCH_US + total / machine.cycles_per_us, parts, max(parts, key=parts.__getitem__), resident, waves
+    )
+
+
+_PARTS = ("dram", "l2", "issue", "math", "load/store", "latency")
+
+
+class _Parts(NamedTuple):
+    """Cycles of the multiprocessor with the most blocks, by what limits them."""
+
+    dram: float
+    l2: float
+    issue: float
+    math: float
+    local: float
+    latency: float
+
+    def norm(self, unit: Unit) -> float:
+        """How long all of it takes together.
+
+        What memory delivers comes through L2, and a fused multiply-add of the CUDA cores is one of the instructions
+        issued: these do not add up, since the rate of the one was measured with the other.
+        """
+        memory = max(self.dram, self.l2)
+        issue, math = (self.issue, self.math) if unit.is_tensor else (max(self.issue, self.math), 0.0)
+        powers = (part**OVERLAP_POWER for part in (memory, issue, math, self.local, self.latency))
+        return float(sum(powers) ** (1 / OVERLAP_POWER))
+
+
+class _Machine(NamedTuple):
+    """A GPU under load; bytes of its memory in a cycle of its clock."""
+
+    num_sms: int
+    cycles_per_us: float
+    dram_bytes: float
+
+
+@lru_cache(maxsize=64)
+def _machine(device: Device) -> _Machine:
+    cycles_per_us = 1e3 * clock_under_load(device)
+    return _Machine(device.num_sms, cycles_per_us, rates_of(device).dram_gbps * DRAM_EFFICIENCY * 1e3 / cycles_per_us)
+
+
+def _l2_cycles(num_bytes: float, share: float, machine: _Machine) -> float:
+    """Of L2 as a whole, or of the port of the multiprocessor with the most blocks."""
+    return num_bytes * max(1 / (L2_BYTES_PER_CYCLE * machine.num_sms), share / L2_PORT_BYTES_PER_CYCLE)
+
+
+def memory_bytes_per_cycle(device: Device) -> float:
+    """Of each multiprocessor's share, under load."""
+    return _machine(device).dram_bytes / device.num_sms
+
+
+def clock_under_load(device: Device) -> float:
+    """Cycles per nanosecond that a busy GPU keeps."""
+    return LOAD_CLOCK_SHARE * device.clock_ghz
+
+
+def sectors(count: float, step_bytes: float, itemsize: int) -> float:
+    """Sectors that hold `count` elements which lie `step_bytes` apart, wherever the first one lies."""
+    return min(count, 1 + ((count - 1) * step_bytes + itemsize - 1) / SECTOR_BYTES)
 
 
 def rates_of(device: Device) -> Rates:
     """The rates of a device's architecture, with the memory of the product where its name says which it is.
 
-    Raises:
-        ValueError: the architecture is not in the table.
+    An architecture that is not in the table has those of the nearest one before it, or of the first.
     """
-    if device.arch_name not in RATES:
-        raise ValueError(f"no rates for {device.arch_name}; known: {', '.join(RATES)}")
-    rates = RATES[device.arch_name]
-    siblings = SIBLINGS.get(device.arch_name, {})
-    bandwidth = next((gbps for name, gbps in siblings.items() if name in device.name), rates.dram_gbps)
-    return replace(rates, dram_gbps=bandwidth)
+    known = {int(name[3:]): name for name in RATES}
+    arch = known[max((arch for arch in known if arch <= device.arch), default=min(known))]
+    siblings = SIBLINGS.get(arch, {}) if arch == device.arch_name else {}
+    bandwidth = next((gbps for name, gbps in siblings.items() if name in device.name), RATES[arch].dram_gbps)
+    return replace(RATES[arch], dram_gbps=bandwidth)
+
+
+def cuda_cores(device: Device, accumulator_bytes: int, *, is_complex: bool = False) -> Unit:
+    """What multiplies numbers that are summed in accumulators of so many bytes, fused multiply-add by multiply-add."""
+    rates = rates_of(device)
+    is_double = accumulator_bytes // (2 if is_complex else 1) == 8
+    return Unit(rates.fp64 if is_double else rates.fp32)
+
+
+def tensor_cores(device: Device, itemsize: int) -> Unit:
+    """What multiplies data of 2 bytes, or of 4 as TF32, through mma.sync."""
+    rates = rates_of(device)
+    return Unit(rates.mma_share * (rates.tensor16 if itemsize == 2 else rates.tensor16 / 2), is_tensor=True)
 
 
 def blocks_per_sm(registers: int, threads: int, shared_bytes: int, device: Device) -> int:
@@ -120,9 +302,6 @@ def blocks_per_sm(registers: int, threads: int, shared_bytes: int, device: Devic
         threads: of a block.
         shared_bytes: of a block.
         device: the GPU.
-
-    Raises:
-        ValueError: the architecture is not in the table.
     """
     rates = rates_of(device)
     warps = -(-threads // 32)

@@ -12,6 +12,7 @@ import numpy as np
 
 from . import cpu, dispatch, runtime
 from .arguments import check_int, check_padding_mode
+from .costs import clock_under_load
 from .device import ARCHITECTURES, Device
 from .dtypes import dtype_name, real_dtype
 from .families import Launch
@@ -131,10 +132,7 @@ class Explanation:
             "macros": own["macros"],
             "launch": own["launch"],
             "refusals": [{"family": family, "reason": reason} for family, reason in choice.refusals],
-            "candidates": [
-                {"configuration": name, "cycles": cycles, "microseconds": self._microseconds(cycles)}
-                for name, cycles in choice.plan.candidates
-            ],
+            "candidates": [{"configuration": name, "microseconds": us} for name, us in choice.plan.candidates],
             "steps": steps,
             "scratch": dict(choice.plan.scratch),
         }
@@ -204,21 +202,16 @@ class Explanation:
     def _candidates_text(self, candidates: Sequence[tuple[str, float]]) -> str:
         """The configurations that the cost model compared, each with its predicted time and a bar of that length."""
         assert self.device is not None
-        longest = max(cycles for _, cycles in candidates[:MAX_CANDIDATES])
-        lines = [f"predicted, not measured, at {self.device.clock_ghz:.3g} GHz:"]
-        for name, cycles in candidates[:MAX_CANDIDATES]:
-            us = self._microseconds(cycles)
-            bar = "#" * max(1, round(_BAR * cycles / longest))
+        longest = max(us for _, us in candidates[:MAX_CANDIDATES])
+        lines = [f"predicted, not measured, at {clock_under_load(self.device):.3g} GHz:"]
+        for name, us in candidates[:MAX_CANDIDATES]:
+            bar = "#" * max(1, round(_BAR * us / longest))
             # A tab marks where the further lines of a long name begin.
             lines.append(f"{f'{us:.0f}' if us >= 100 else f'{us:.3g}':>7} us  {bar:<{_BAR}}  \t{name}")
         if len(candidates) > MAX_CANDIDATES:
             lines.append(f"and {count(len(candidates) - MAX_CANDIDATES, 'slower one')}")
         lines[1] += " (chosen)"
         return "\n".join(lines)
-
-    def _microseconds(self, cycles: float) -> float:
-        assert self.device is not None
-        return cycles / (1e3 * self.device.clock_ghz)
 
 
 def _names_of_operands(problem: WeightGradientProblem) -> dict[str, str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 
 from . import runtime
 from .text import install_hint
@@ -10,6 +12,15 @@ from .text import install_hint
 
 class GpuUnavailableError(RuntimeError):
     """A GPU is needed and none answers; the message names what is missing."""
+
+
+def has_driver() -> bool:
+    """Whether the library of NVIDIA's driver can be loaded. Without it there is no need to import CuPy: 100 MB."""
+    try:
+        ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return False
+    return True
 
 
 def missing_gpu() -> str | None:

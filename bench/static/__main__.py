@@ -236,7 +236,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             predicted_us.setdefault(one.key, {})[one.layer.name] = round(time.us, 2)
         write_json(args.json, {**document, "kernels": records, "predictions_us": predicted_us})
     console.print(kernel_table(records, args.arch))
-    console.print(predictions.table(planned, times, device))
+    forecasts = predictions.forecasts(planned, times, device)
+    for key in dict.fromkeys(one.key for one in planned):
+        console.print(predictions.table(key, [f for f in forecasts if f.planned.key == key], device))
     if args.update:
         write_baseline(args.arch, records)
         if args.arch == PREDICTED_ARCH:

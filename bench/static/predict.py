@@ -6,112 +6,84 @@ Predictions are written down before a measurement, so that a miss teaches someth
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from gpuconv.costs import (
-    DRAM_EFFICIENCY,
     FMA_LATENCY_CYCLES,
-    L2_BYTES_PER_CYCLE,
-    LAUNCH_US,
     LOAD_LATENCY_CYCLES,
     MMA_LATENCY_CYCLES,
-    WARP_ISSUES_PER_CYCLE,
-    Rates,
+    SHARED_LATENCY_CYCLES,
+    Code,
+    Prediction,
+    Unit,
     Work,
     blocks_per_sm,
-    rates_of,
+    cuda_cores,
+    predict_launch,
+    tensor_cores,
 )
 from gpuconv.device import Device
 from gpuconv.dispatch import Choice, families
 from gpuconv.families import Launch
+from gpuconv.families.passes import predict_pass
 from gpuconv.problem import Problem
 
 from .sass import KernelReport, Loop
 
 
-@dataclass(frozen=True, slots=True)
-class Prediction:
-    """The predicted time of one call and its parts, in microseconds.
-
-    Attributes:
-        us: the launches, what they hand to each other through memory, and the largest of the parts.
-        parts: "dram", "l2", "issue", "math", "load/store" and "latency" of the main kernel.
-        limit: the name of the largest part.
-        blocks_per_sm: blocks that share a multiprocessor.
-        waves: rounds in which the grid runs.
-    """
-
-    us: float
-    parts: dict[str, float]
-    limit: str
-    blocks_per_sm: int
-    waves: int
-
-
 def predict(problem: Problem, choice: Choice, report: KernelReport, device: Device) -> Prediction:
     """Predict one call under CUDA graph replay with cold caches; `report` is that of the chosen kernel.
 
+    The parts are those of the chosen kernel; what packs weights and adds sums is only in the total.
+
     Raises:
-        ValueError: not even one block fits a multiprocessor, or the architecture's rates are unknown.
+        ValueError: not even one block fits a multiprocessor.
     """
     (family,) = (family for family in families(problem.kind) if family.name == choice.family)
     main = predict_kernel(problem, choice.launch, family.work(problem, choice.step), report, device)
-    # Packed weights and partial sums are written by one kernel and read by another.
-    dram_gbps = rates_of(device).dram_gbps * DRAM_EFFICIENCY
-    more_us = sum(LAUNCH_US + 2 * num_bytes / (1e3 * dram_gbps) for _, num_bytes in choice.plan.scratch)
-    return replace(main, us=main.us + more_us)
+    others = (predict_pass(problem, step, device).us for step in choice.plan.steps if step is not choice.step)
+    return replace(main, us=main.us + sum(others))
 
 
 def predict_kernel(problem: Problem, launch: Launch, work: Work, report: KernelReport, device: Device) -> Prediction:
     """The time of the kernel that computes a problem, without those before and behind it.
 
     Raises:
-        ValueError: not even one block fits a multiprocessor, or the architecture's rates are unknown.
+        ValueError: not even one block fits a multiprocessor.
     """
-    rates = rates_of(device)
     shared = launch.shared_bytes + report.resources.static_shared_bytes
     per_sm = blocks_per_sm(report.resources.registers, launch.block, shared, device)
     if per_sm == 0:
         raise ValueError(f"a block of {report.config.kernel} does not fit {device.name}")
-    waves = math.ceil(launch.grid / (device.num_sms * per_sm))
-    cycles_per_us = 1e3 * device.clock_ghz
-    # The multiprocessor with the most blocks decides.
-    sm_cycles = launch.grid / math.ceil(launch.grid / device.num_sms) * cycles_per_us
+    if work.dram_bytes is None:
+        work = replace(work, dram_bytes=problem.bytes())
     warps = work.warps or launch.grid * math.ceil(launch.block / 32)
-    run = _run(problem, work, report)
-    parts = {
-        "dram": problem.bytes() / (1e3 * rates.dram_gbps * DRAM_EFFICIENCY),
-        "l2": work.l2_bytes / (L2_BYTES_PER_CYCLE * sm_cycles),
-        "issue": run.instructions / (WARP_ISSUES_PER_CYCLE * sm_cycles),
-        "math": work.multiply_adds / (_fma_per_cycle(problem, report.loop, rates) * sm_cycles),
-        "load/store": run.wavefronts / sm_cycles,
-        "latency": waves * run.serial_cycles / warps / cycles_per_us,
-    }
-    limit = max(parts, key=lambda name: parts[name])
-    return Prediction(LAUNCH_US + parts[limit], parts, limit, per_sm, waves)
+    return predict_launch(
+        work,
+        _code(problem, work, report, warps),
+        blocks=launch.grid,
+        resident=per_sm,
+        unit=_unit(problem, report.loop, device),
+        device=device,
+    )
 
 
-@dataclass(frozen=True, slots=True)
-class _Run:
-    """Totals over all warps of a launch; `serial_cycles` is what each takes if it never waits for another."""
-
-    instructions: float
-    wavefronts: float
-    serial_cycles: float
-
-
-def _run(problem: Problem, work: Work, report: KernelReport) -> _Run:
+def _code(problem: Problem, work: Work, report: KernelReport, warps: int) -> Code:
     loop, around = report.loop, report.around
     if not loop.fma:
         raise ValueError(f"{report.config.kernel}: no multiply-add found in its machine code")
     if work.taps is None or around is None:
         passes = work.multiply_adds / loop.fma
-        load = LOAD_LATENCY_CYCLES * work.load_share if loop.wavefronts else 0.0
+        load = work.load_share * _load_latency(loop)
         chained = MMA_LATENCY_CYCLES if loop.mix.get("tensor") else FMA_LATENCY_CYCLES
-        return _Run(
-            passes * loop.instructions + work.staging_instructions,
-            passes * loop.wavefronts + work.staging_wavefronts,
-            passes * (load + chained * loop.chain),
+        instructions, wavefronts = work.staging_instructions, work.staging_wavefronts
+        if around is not None:
+            instructions += work.visits * around.instructions
+            wavefronts += work.visits * around.wavefronts
+        return Code(
+            passes * loop.instructions + instructions,
+            passes * loop.wavefronts + wavefronts,
+            passes / warps * (load + chained * loop.chain),
         )
     # The loop body is unrolled over several taps; what is left over runs in the code around it.
     per_tap = 4 if problem.dtype.startswith("complex") else 1  # multiply-adds
@@ -119,14 +91,22 @@ def _run(problem: Problem, work: Work, report: KernelReport) -> _Run:
     share = rest / max(1, around.useful // per_tap)
     visits = work.multiply_adds / per_tap / work.taps / 32
     chain = FMA_LATENCY_CYCLES * (main * loop.chain + share * around.chain)
-    return _Run(
+    return Code(
         visits * (main * loop.instructions + share * around.instructions),
         visits * (main * loop.wavefronts + share * around.wavefronts),
-        visits * ((main + math.ceil(rest / 8)) * LOAD_LATENCY_CYCLES + chain),
+        visits / warps * ((main + math.ceil(rest / 8)) * LOAD_LATENCY_CYCLES + chain),
     )
 
 
-def _fma_per_cycle(problem: Problem, loop: Loop, rates: Rates) -> float:
+def _load_latency(loop: Loop) -> int:
+    """Cycles from the slowest load of a pass to its data."""
+    if any(kind.startswith(("global load", "asynchronous copy")) for kind in loop.accesses):
+        return LOAD_LATENCY_CYCLES
+    return SHARED_LATENCY_CYCLES if loop.wavefronts else 0
+
+
+def _unit(problem: Problem, loop: Loop, device: Device) -> Unit:
     if loop.mix.get("tensor"):
-        return rates.mma_share * (rates.tensor16 if problem.itemsize == 2 else rates.tensor16 / 2)
-    return rates.fp64 if problem.dtype in ("float64", "complex128") else rates.fp32
+        return tensor_cores(device, problem.itemsize)
+    is_double = problem.dtype in ("float64", "complex128")
+    return cuda_cores(device, 8 if is_double else 4)

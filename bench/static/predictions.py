@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import math
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -11,18 +13,22 @@ from pathlib import Path
 from rich.table import Table
 
 from gpuconv import dispatch
+from gpuconv.costs import Prediction
 from gpuconv.device import Device
 from gpuconv.families import Config, Layout
-from gpuconv.problem import ConvProblem
+from gpuconv.problem import ConvProblem, WeightGradientProblem
+from gpuconv.text import count
 
 from ..layers import Layer
 from ..modes import Direction, Mode, of_forward, prediction_key
-from .predict import Prediction, predict
+from .cudnn import predict_cudnn
+from .predict import predict
 from .sass import KernelReport, report
 
 FILE = Path(__file__).with_name("predictions.csv")
-# Behind them a column of microseconds for each mode and pass.
+# Behind them a column of microseconds for each mode and pass, and one of cuDNN's by its model.
 COLUMNS = ("gpu", "layer", "family", "limit", "blocks_per_sm", "waves", "base_us", "base_limit")
+PEER = "cudnn "
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +43,10 @@ class Planned:
     @property
     def key(self) -> str:
         return prediction_key(self.mode.name, self.direction)
+
+    @property
+    def problem(self) -> ConvProblem | WeightGradientProblem:
+        return of_forward(self.mode.problem(self.layer), self.direction)
 
 
 def plan(
@@ -57,10 +67,7 @@ def plan(
 
 def predicted(planned: Sequence[Planned], reports: Mapping[Config, KernelReport], device: Device) -> list[Prediction]:
     """One prediction for each, by the machine code of the chosen kernel."""
-    return [
-        predict(of_forward(p.mode.problem(p.layer), p.direction), p.choice, reports[p.choice.config], device)
-        for p in planned
-    ]
+    return [predict(p.problem, p.choice, reports[p.choice.config], device) for p in planned]
 
 
 def by_base_family(problem: ConvProblem, device: Device) -> Prediction:
@@ -80,20 +87,44 @@ def by_layer(
     return nested
 
 
-def table(planned: Sequence[Planned], predictions: Sequence[Prediction], device: Device) -> Table:
-    """What is printed: one row for each layer, one column of times for each mode and pass."""
-    found = Table(title=f"Predicted times on {device.name} (a model, not a measurement)")
-    found.add_column("layer")
-    found.add_column("family")
-    keys = list(dict.fromkeys(one.key for one in planned))
-    for key in keys:
-        found.add_column(f"{key} us", justify="right")
-    found.add_column("limit")
-    for layer, mine in by_layer(planned, predictions).items():
-        first, prediction = next(iter(mine.values()))
-        times = [f"{mine[key][1].us:,.0f}" if key in mine else "" for key in keys]
-        found.add_row(layer, first.choice.family, *times, prediction.limit)
-    return found
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """A layer's predicted time beside that of cuDNN, in microseconds; `cudnn_us` is None where there is no model."""
+
+    planned: Planned
+    prediction: Prediction
+    cudnn_us: float | None
+
+    @property
+    def ratio(self) -> float | None:
+        """Of cuDNN's time over ours: below 1 the layer is likely to lose."""
+        return None if self.cudnn_us is None else self.cudnn_us / self.prediction.us
+
+
+def forecasts(planned: Sequence[Planned], predictions: Sequence[Prediction], device: Device) -> list[Forecast]:
+    """The likeliest losses first, in each mode and pass; what cannot be compared last."""
+    found = [Forecast(p, time, predict_cudnn(p.problem, device)) for p, time in zip(planned, predictions, strict=True)]
+    return sorted(found, key=lambda f: f.ratio or math.inf)
+
+
+def table(key: str, found: Sequence[Forecast], device: Device) -> Table:
+    """What is printed of one mode and pass, a row for each layer."""
+    ratios = [f.ratio for f in found if f.ratio is not None]
+    losses = sum(ratio < 1 for ratio in ratios)
+    caption = f"x: cuDNN on NCL over gpuconv, both modelled. {count(losses, 'layer')} below 1"
+    if ratios:
+        caption += f", geometric mean {statistics.geometric_mean(ratios):.2f} of {len(ratios)}"
+    printed = Table(title=f"Forecast, {key}, {device.name} (models, not measurements)", caption=f"{caption}.")
+    printed.add_column("layer")
+    printed.add_column("family")
+    for name in ("us", "cuDNN us", "x"):
+        printed.add_column(name, justify="right")
+    printed.add_column("limit")
+    for f in found:
+        cudnn, ratio = ("-", "-") if f.ratio is None else (f"{f.cudnn_us:,.1f}", f"{f.ratio:.2f}")
+        own = f.planned.choice.family
+        printed.add_row(f.planned.layer.name, own, f"{f.prediction.us:,.1f}", cudnn, ratio, f.prediction.limit)
+    return printed
 
 
 def write(file: Path, planned: Sequence[Planned], predictions: Sequence[Prediction], device: Device) -> None:
@@ -101,13 +132,15 @@ def write(file: Path, planned: Sequence[Planned], predictions: Sequence[Predicti
     keys = list(dict.fromkeys(one.key for one in planned))
     with file.open("w", encoding="utf-8", newline="") as lines:
         writer = csv.writer(lines, lineterminator="\n")
-        writer.writerow([*COLUMNS, *keys])
+        writer.writerow([*COLUMNS, *keys, *(f"{PEER}{key}" for key in keys)])
         for layer, mine in by_layer(planned, predictions).items():
             first, p = next(iter(mine.values()))
             base = by_base_family(first.mode.problem(first.layer), device)
             settings = (first.choice.family, p.limit, p.blocks_per_sm, p.waves, f"{base.us:.2f}", base.limit)
             times = [f"{mine[key][1].us:.2f}" if key in mine else "" for key in keys]
-            writer.writerow([device.name, layer, *settings, *times])
+            peer = [predict_cudnn(mine[key][0].problem, device) if key in mine else None for key in keys]
+            peers = ["" if us is None else f"{us:.2f}" for us in peer]
+            writer.writerow([device.name, layer, *settings, *times, *peers])
 
 
 def read(gpu: str, file: Path = FILE) -> dict[str, dict[str, float]]:
@@ -116,6 +149,6 @@ def read(gpu: str, file: Path = FILE) -> dict[str, dict[str, float]]:
     with file.open(encoding="utf-8", newline="") as lines:
         for row in csv.DictReader(lines):
             if row["gpu"] in gpu:
-                for key in (key for key in row if key not in COLUMNS and row[key]):
+                for key in (key for key in row if row[key] and key not in COLUMNS and not key.startswith(PEER)):
                     nested.setdefault(key, {})[row["layer"]] = float(row[key])
     return nested

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from .. import runtime
-from ..gpus import missing_gpu
+from ..gpus import has_driver, missing_gpu
 from .errors import EXIT_NO_GPU, CommandError
 
 
@@ -15,7 +15,7 @@ def use_gpu(choice: str) -> bool:
     Raises:
         CommandError: "gpu" and none answers.
     """
-    if choice == "cpu":
+    if choice == "cpu" or (choice == "auto" and not has_driver()):
         return False
     missing = missing_gpu()
     if missing is not None and choice == "gpu":

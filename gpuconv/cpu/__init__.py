@@ -4,9 +4,10 @@ The output is cut into blocks, and `method` chooses, from the problem alone, how
 
 - panels: the windows of a block are copied side by side into a panel, for one product with the weight as it lies.
 - shift_add: one product of all taps with the input as it lies, whose rows are then shifted and summed.
-- toeplitz: neighbouring outputs of one group together, as the product of their common window with a banded matrix.
+- toeplitz: neighbouring outputs of one group together, as the product of their common window with a banded matrix;
+  of many short rows, the windows of all samples at once.
 - windows: the same of depthwise rows, whose windows are read where they lie.
-- planes: elementwise products of depthwise planes, of many rows at once, one per tap.
+- planes: sums of elementwise products of depthwise planes, of many rows at once.
 - taps: elementwise products, one per tap, where a group has one input channel.
 
 Integers are computed exactly through float64 (`integers`), and windows that reach over an edge into padding other than

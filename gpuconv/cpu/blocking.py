@@ -50,14 +50,16 @@ class Blocking(NamedTuple):
         """
         p = call.p
         per_groups, per_rows = (self.weight_groups, self.weight_rows) if weight is None else (p.groups, p.C_out_g)
-        packed = Scratch(call.dtype)
+        packed = Scratch.borrow("weight", call.dtype)
         first, last = positions
         if (p.N, p.groups, p.C_out_g, last - first) == self[:4] and (p.groups, p.C_out_g) == (per_groups, per_rows):
             # A small problem is one block, and its time is mostly that of the interpreter.
             matrix = pack(call.w, packed) if weight is None else weight
             block = Block(slice(0, p.N), slice(0, p.groups), slice(0, p.C_out_g), first, last)
+            scratch = Scratch.borrow("blocks", call.dtype)
             with np.errstate(all="ignore"):
-                compute(call, matrix, block, Scratch(call.dtype))
+                compute(call, matrix, block, scratch)
+            scratch.give_back("blocks")
             return
         columns = [(samples, at) for samples in slices(0, p.N, self.samples) for at in slices(first, last, self.length)]
         for g in slices(0, p.groups, per_groups):
@@ -73,6 +75,7 @@ class Blocking(NamedTuple):
                         ]
                         blocks += [(call, part, Block(n, groups, rows, at.start, at.stop)) for n, at in columns]
                 run_blocks(compute, blocks, workers, call.dtype, p.L_out)
+        packed.give_back("weight")
 
     def multiply(self, weight: Array, columns: Array, product: Array) -> None:
         """``product[n, g, tile] = weight[g] @ columns[n, g, tile]``, at most `tile_rows` rows at a time."""

@@ -8,14 +8,13 @@ from functools import lru_cache
 from typing import NamedTuple, Protocol
 
 from ..problem import ConvProblem
-from . import limits, non_finite
+from . import limits, non_finite, toeplitz
 from .arrays import accumulator
 from .geometry import Call, Geometry, exchange, useful_taps, with_taps
-from .panels import Panels
+from .panels import PhasePanels
 from .planes import Planes
 from .shift_add import ShiftAdd
 from .taps import Taps
-from .toeplitz import Toeplitz, tiles
 from .windows import Windows
 
 
@@ -26,7 +25,8 @@ class Method:
     Attributes:
         name: the form.
         reason: why it is chosen.
-        workspace_bytes: a bound on the memory used beyond input, weight, bias and output.
+        workspace_bytes: a bound on the memory used beyond input, weight, bias and output. Each thread keeps up to
+            `limits.KEPT_SCRATCH` bytes for its next call.
     """
 
     name: str
@@ -167,7 +167,7 @@ def candidates(p: ConvProblem) -> list[tuple[ConvProblem, list[Form]]]:
 
 
 def _forms(p: ConvProblem) -> list[Form]:
-    forms: list[Form] = [*Panels.candidates(p), *Windows.candidates(p)]
+    forms: list[Form] = [*PhasePanels.candidates(p), *Windows.candidates(p)]
     shift_add = ShiftAdd.of(p)
     planes = Planes.of(p)
     if planes is not None:
@@ -176,8 +176,4 @@ def _forms(p: ConvProblem) -> list[Form]:
         forms.append(Taps.of(p))
     elif shift_add is not None:
         forms.append(shift_add)
-    for tile in tiles(p):
-        toeplitz = Toeplitz.of(p, tile)
-        if toeplitz is not None:
-            forms.append(toeplitz)
-    return forms
+    return [*forms, *toeplitz.candidates(p)]

@@ -15,16 +15,19 @@ CALL = 2_000.0
 BLOCK = 25_000.0
 
 # A run of NumPy's inner loop, of one that copies, and its elements (4 bytes, operands in the cache): a copy, one with a
-# stride, one that transposes, one to the diagonals of a band, an addition or a product. FAR_ROW is what a run costs
-# beyond that where its neighbours belong to another sample, each in a page of its own.
+# stride, one that transposes, one that exchanges the channels and the positions of short rows, one to the diagonals
+# of a band, an addition or a product, both at once by `einsum`.
+# FAR_ROW is what a run costs beyond that where its neighbours belong to another sample, each in a page of its own.
 ROW = 14.0
 COPY_ROW = 5.0
 FAR_ROW = 8.0
 COPY = 0.1
 STRIDED_COPY = 0.6
 TRANSPOSING_COPY = 0.8
+SWAPPING_COPY = 0.45
 DIAGONAL = 0.8
 ELEMENTWISE = 0.12
+MULTIPLY_ADD = 0.16
 STRIDED_ELEMENTWISE = 0.45
 
 # An element of a conversion from or to a narrow dtype.

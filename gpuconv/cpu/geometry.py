@@ -23,8 +23,8 @@ from .arrays import Array, Scratch, accumulator, copy_padded, is_direct, is_fini
 class Geometry(NamedTuple):
     """Position q of tap group j reads the input at ``q*stride + offset + j*dilation``.
 
-    Phase r of tap group j is the tap ``k = j*interleave + r``, where it exists. Phase r of position q is the output at
-    ``q*out_stride + r*out_phase - out_left``.
+    Phase r of tap group j is the tap ``k = first_tap + j*interleave + r``, where it exists. Phase r of position q is
+    the output at ``q*out_stride + r*out_phase - out_left``.
     """
 
     stride: int
@@ -36,6 +36,7 @@ class Geometry(NamedTuple):
     out_stride: int
     out_phase: int
     out_left: int
+    first_tap: int = 0
 
     @classmethod
     def of(cls, p: ConvProblem) -> Geometry:
@@ -71,6 +72,21 @@ class Geometry(NamedTuple):
         shift = phase * self.out_phase - self.out_left
         at = start * self.out_stride + shift
         return slice(at, at + (stop - 1 - start) * self.out_stride + 1, self.out_stride)
+
+    def has_absent_taps(self, p: ConvProblem) -> bool:
+        """Whether some phase has no tap in the last tap group."""
+        return self.first_tap + (self.tap_groups - 1) * self.interleave + self.phases > p.K
+
+    def of_equal_phases(self, p: ConvProblem) -> tuple[Geometry, Geometry]:
+        """Where some taps are absent: the phases that have a tap in each tap group, and those that have one fewer."""
+        full = p.K - (self.tap_groups - 1) * self.interleave
+        others = self._replace(
+            tap_groups=self.tap_groups - 1,
+            phases=self.phases - full,
+            out_left=self.out_left - full * self.out_phase,
+            first_tap=full,
+        )
+        return self._replace(phases=full), others
 
     def writes_everything(self) -> bool:
         """Whether each output has a phase."""

@@ -12,6 +12,9 @@ MIB = 1024 * 1024
 # the number of threads.
 WORKSPACE = 28 * MIB
 
+# The most bytes of buffers that a thread keeps for its next call.
+KEPT_SCRATCH = 8 * MIB
+
 # Bytes of single buffers: a packed weight; each buffer where there is one thread, and where there are several; the
 # sums of several; the staged input of several; a block of elementwise products. A NumPy call must last long enough for
 # the threads not to wait for each other's interpreter, and yet its operands stay in the cache.
@@ -24,7 +27,7 @@ ELEMENTWISE_BLOCK = 512 * 1024
 
 # Bytes of the plane of one tap and of a block of planes, and the most taps: planes stay in the second-level cache.
 PLANE = 64 * 1024
-PLANE_BLOCK = 512 * 1024
+PLANE_BLOCK = 1 * MIB
 PLANES = 64
 
 # Rows and columns of a small product, and its depth where its columns are multiplied by several tiles of rows: 32 KiB
@@ -43,6 +46,9 @@ WORTH_A_BAND = 1024
 
 # Windows of a banded matrix that one product reads in place, at least; fewer are copied.
 WINDOWS_OF_A_SET = 8
+
+# Samples from which they are the lines of products.
+LINES_OF_SAMPLES = 16
 
 # Positions below which the samples of a block are merged into the columns of one product.
 SHORT_ROW = 256

@@ -36,7 +36,9 @@ def extra_bytes(p: ConvProblem) -> int:
 
 def run(call: Call, compute: Callable[[Call], None]) -> None:
     """Compute the call by `compute`, which gets calls whose inputs and weights are finite."""
-    if is_finite(call.x) and is_finite(call.w):
+    with np.errstate(all="ignore"):
+        separate = not is_finite(call.x) or not is_finite(call.w)
+    if not separate:
         compute(call.of_finite(call.x, call.w, call.b, call.y))
         return
     x, w = np.empty(call.x.shape, call.dtype), np.empty(call.w.shape, call.dtype)

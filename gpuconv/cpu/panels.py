@@ -13,7 +13,7 @@ import numpy as np
 
 from ..problem import ConvProblem
 from . import costs, limits
-from .arrays import Array, Scratch, accumulator, slices, strided
+from .arrays import Array, Scratch, accumulator, copy_padded, slices, strided
 from .blocking import Blocking, parts, tiled
 from .geometry import Block, Call, Geometry
 from .taps import Taps
@@ -43,9 +43,8 @@ class Panels:
     concurrent: bool
 
     @classmethod
-    def candidates(cls, p: ConvProblem) -> list[Panels]:
+    def candidates(cls, p: ConvProblem, geometry: Geometry) -> list[Panels]:
         """Small and large products, of single samples and of merged ones."""
-        geometry = Geometry.of(p)
         first, last = geometry.positions(p)
         merging = [False, True] if p.N > 1 and last - first < limits.SHORT_ROW else [False]
         forms = [make(p, geometry, last - first, merged) for merged in merging for make in (cls._small, cls._large)]
@@ -160,8 +159,7 @@ class Panels:
     def multiplies_zeros(self, p: ConvProblem) -> bool:
         geometry = self.geometry
         low, high = geometry.window(*geometry.positions(p), slice(0, geometry.tap_groups))
-        absent_taps = geometry.phases > 1 and geometry.tap_groups * geometry.interleave > p.K
-        return low < 0 or high > p.L_in or absent_taps
+        return low < 0 or high > p.L_in or geometry.has_absent_taps(p)
 
     def cost(self, p: ConvProblem) -> float:
         geometry, blocking, size = self.geometry, self.blocking, costs.scale(p)
@@ -217,35 +215,49 @@ class Panels:
 
     def run(self, call: Call, workers: int) -> None:
         p, geometry, w = call.p, self.geometry, call.w
-        if not geometry.writes_everything():
-            call.fill_with_bias()
-        in_place = not p.transposed and w.dtype == call.dtype and w.flags.c_contiguous and w.flags.aligned
-        if in_place and self.single and call.y_direct:
-            self._compute_single(call)
-        elif in_place or self.packed:
+        flags = w.flags
+        in_place = not p.transposed and w.dtype == call.dtype and flags.c_contiguous and flags.aligned
+        if in_place and self.single and call.y.flags.c_contiguous and call.y_direct:
+            scratch = Scratch.borrow("blocks", call.dtype)
+            with np.errstate(all="ignore"):
+                self._compute_single(call, scratch)
+            scratch.give_back("blocks")
+            return
+        w = w[..., geometry.first_tap :]
+        if in_place or self.packed:
             weight = w.reshape(p.groups, p.C_out_g, -1) if in_place else None
-            self.blocking.run(call, geometry.positions(p), weight, self._pack, self._compute, workers)
+            self.blocking.run(call, geometry.positions(p), weight, self._pack_all, self._compute, workers)
         else:
             self.blocking.run(call, geometry.positions(p), w, self._pack, self._compute, workers)
 
-    def _compute_single(self, call: Call) -> None:
+    def _compute_single(self, call: Call, scratch: Scratch) -> None:
         """The whole problem as one product of each sample and group: `_compute` without what only blocks need."""
-        p, J, Q = call.p, self.taps, call.p.L_out
-        everything = Block(slice(0, p.N), slice(0, p.groups), slice(0, p.C_out_g), 0, Q)
-        scratch = Scratch(call.dtype)
-        low, high = self.geometry.window(0, Q, slice(0, J))
-        x = call.read(everything.samples, everything.groups, slice(0, p.C_in_g), low, high, scratch)
-        panel = np.empty((p.N, p.groups, p.C_in_g, J, Q), call.dtype)
-        step = x.strides[3]
-        strides = (*x.strides[:3], step * p.dilation, step * p.stride)
-        with np.errstate(all="ignore"):
-            np.copyto(panel, strided(x, self.geometry.offset - low, panel.shape, strides))
-            depth = p.C_in_g * J
-            np.matmul(call.w.reshape(p.groups, p.C_out_g, depth), panel.reshape(p.N, p.groups, depth, Q), out=call.y)
-            if (low < 0 or high > p.L_in) and call.is_spoilt(call.y):
-                self.safe.compute(call, everything, scratch)
-            else:
-                call.add_bias(everything, call.y)
+        p, x, first, Q = call.p, call.x, self.geometry.offset, call.p.L_out
+        behind = first + (Q - 1) * p.stride + (p.K - 1) * p.dilation + 1
+        is_padded = first < 0 or behind > p.L_in
+        if is_padded or not call.x_direct:
+            staged = scratch.take("input", p.N, p.groups, p.C_in_g, behind - first)
+            copy_padded(x, first, behind, staged)
+            x, first = staged, 0
+        *strides, step = x.strides
+        panel = scratch.take("panel", p.N, p.groups, p.C_in_g, p.K, Q)
+        panel[...] = strided(x, first, panel.shape, (*strides, step * p.dilation, step * p.stride))
+        depth = p.C_in_g * p.K
+        w, columns, y = call.w.reshape(p.groups, p.C_out_g, depth), panel.reshape(p.N, p.groups, depth, Q), call.y
+        if p.N == p.groups == 1 and Q > 1:
+            # `dot` gives the bits of `matmul`, which sends a row to another function of BLAS, and begins sooner.
+            rows = w[0] if p.C_out > 1 else w[0, 0]
+            np.dot(rows, columns[0, 0], out=y[0, 0] if p.C_out > 1 else y[0, 0, 0])
+        else:
+            np.matmul(w, columns, out=y)
+        if is_padded and call.is_spoilt(y):
+            everything = Block(slice(0, p.N), slice(0, p.groups), slice(0, p.C_out_g), 0, Q)
+            self.safe.compute(call, everything, scratch)
+        elif call.b is not None:
+            np.add(y, call.b.astype(call.dtype, copy=False)[..., None], out=y)
+
+    def _pack_all(self, w: Array, scratch: Scratch) -> Array:
+        return self._pack(w[..., self.geometry.first_tap :], scratch)
 
     def _pack(self, w: Array, scratch: Scratch) -> Array:
         """Weight (groups, rows, C_in_g, K) as (groups, rows*phases, C_in_g*tap_groups), zeros for the absent taps."""
@@ -309,8 +321,8 @@ class Panels:
                 elif c.stop < p.C_in_g or j.stop < J:
                     into = scratch.take("product", *sums.shape)
         low, high = geometry.window(block.start, block.stop, slice(0, J))
-        absent_taps = R > 1 and J * geometry.interleave > p.K
-        if (low < 0 or high > p.L_in or absent_taps) and call.is_spoilt(sums):
+        multiplies_zeros = low < 0 or high > p.L_in or geometry.has_absent_taps(p)
+        if multiplies_zeros and call.is_spoilt(sums):
             self.safe.compute(call, block, scratch)
             return
         if self.merged:
@@ -392,6 +404,60 @@ class Panels:
                 if first < last:
                     panel[:, :, index, :, j, first - begin : last - begin] = x[..., read]
                 panel[:, :, index, :, j, last - begin :] = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PhasePanels:
+    """Panels of a transposed problem: of all phases together, or of those with a tap more and then of the others.
+
+    The latter leaves out the products with absent taps, which are up to half of all.
+    """
+
+    name: ClassVar[str] = "panels"
+
+    geometry: Geometry
+    parts: tuple[Panels, ...]
+
+    @classmethod
+    def candidates(cls, p: ConvProblem) -> list[PhasePanels | Panels]:
+        """Of a problem that is not transposed, its panels."""
+        geometry = Geometry.of(p)
+        together = Panels.candidates(p, geometry)
+        if not p.transposed:
+            return [*together]
+        found = [cls(geometry, (form,)) for form in together]
+        if geometry.has_absent_taps(p):
+            apart = geometry.of_equal_phases(p)
+            if all(first < last for first, last in (part.positions(p) for part in apart)):
+                cheapest = (min(Panels.candidates(p, part), key=lambda form: form.cost(p)) for part in apart)
+                found.append(cls(geometry, tuple(cheapest)))
+        return [*found]
+
+    @property
+    def reason(self) -> str:
+        return self.parts[0].reason
+
+    @property
+    def concurrent(self) -> bool:
+        return all(form.concurrent for form in self.parts)
+
+    def multiplies_zeros(self, p: ConvProblem) -> bool:
+        return any(form.multiplies_zeros(p) for form in self.parts)
+
+    def cost(self, p: ConvProblem) -> float:
+        return sum(form.cost(p) for form in self.parts)
+
+    def memory(self, p: ConvProblem) -> tuple[int, dict[str, int]]:
+        """Bounds on the elements of the scratch buffers: what all threads share, and what each has by name."""
+        shared, buffers = zip(*(form.memory(p) for form in self.parts), strict=True)
+        names = {name for of_form in buffers for name in of_form}
+        return max(shared), {name: max(of_form.get(name, 0) for of_form in buffers) for name in names}
+
+    def run(self, call: Call, workers: int) -> None:
+        if not self.geometry.writes_everything():
+            call.fill_with_bias()
+        for form in self.parts:
+            form.run(call, workers)
 
 
 def _overhead(passes: int) -> float:

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
+from numpy.lib.stride_tricks import as_strided
 
 from ..problem import ConvProblem
 from . import costs, limits
-from .arrays import Array, Scratch, accumulator, slices
+from .arrays import Array, Scratch, accumulator, copy_padded, slices
 from .blocking import parts, share
 from .geometry import Block, Call, Geometry
 from .taps import Taps
@@ -48,9 +49,8 @@ class Planes:
         if p.C_in_g != 1 or p.C_out_g != 1 or geometry.stride != 1 or geometry.out_stride != 1:
             return None
         length, size = max(p.L_in, p.L_out), accumulator(p.dtype).itemsize
-        # The tap that reaches most of the row goes first: its product need not be added to anything.
         at = [(k, geometry.out_left + geometry.offset + k * geometry.dilation) for k in range(min(p.K, limits.PLANES))]
-        shifts = tuple(sorted((s for s in at if -p.L_out < s[1] < p.L_in), key=lambda s: (abs(s[1]), s)))
+        shifts = tuple(s for s in at if -p.L_out < s[1] < p.L_in)
         room = min(limits.PLANE, limits.CONCURRENT_BUFFER // max(1, len(shifts))) // size
         if p.K > limits.PLANES or not shifts or length > room:
             return None
@@ -67,8 +67,9 @@ class Planes:
         chunks = -(-p.groups // self.groups)
         blocks = chunks * -(-p.N // self.samples)
         run = p.groups * self.length / chunks
-        # Products and sums, the check that they are finite, and the bias.
-        passes = costs.rows(p.N * chunks, run, costs.ELEMENTWISE * size) * (2 * taps + 1)
+        # The sums of products, the check that they are finite, and the bias.
+        passes = taps * costs.rows(p.N * chunks, run, costs.MULTIPLY_ADD * size)
+        passes += 2 * costs.rows(p.N * chunks, run, costs.ELEMENTWISE * size)
         filling = taps * costs.copies(p.groups, self.length, costs.COPY * size) * 2
         rest = 0.0
         if p.dtype in costs.CONVERT:
@@ -77,13 +78,15 @@ class Planes:
             rest += costs.copies(p.N * p.groups, p.L_out, costs.COPY * size)
         if p.L_in < self.length:
             rest += costs.copies(p.N * p.groups, p.L_in, costs.COPY * size)
-        calls = blocks * (costs.BLOCK + 2.5 * taps * costs.CALL) + chunks * taps * costs.CALL
+        calls = blocks * (costs.BLOCK + 12 * costs.CALL) + chunks * taps * costs.CALL
         return passes + filling + rest + calls
 
     def memory(self, p: ConvProblem) -> tuple[int, dict[str, int]]:
         """Bounds on the elements of the scratch buffers: what all threads share, and what each has by name."""
         plane = self.groups * self.length
-        buffers = dict.fromkeys(("input", "sums", "product"), self.samples * plane) | {"band": len(self.shifts) * plane}
+        reach = max(0, *self._ends) - min(0, *self._ends)
+        buffers = dict.fromkeys(("input", "sums"), self.samples * plane)
+        buffers |= {"ends": plane + reach, "band": len(self.shifts) * plane}
         safe = self.safe.block_memory(p, self.samples, self.groups, 1, p.L_out)
         return 0, buffers | {name: max(buffers.get(name, 0), count) for name, count in safe.items()}
 
@@ -101,34 +104,46 @@ class Planes:
         y = call.y[block.samples, block.groups]
         N, G = y.shape[:2]
         x = call.read(block.samples, block.groups, slice(0, 1), 0, L, scratch)
-        if x.strides[1] != L * size:
+        if x.strides[1] != L * size or x.strides[0] < G * L * size:
             staged = scratch.take("input", *x.shape)
             staged[...] = x
             x = staged
         direct = call.y_direct and p.L_out == L and y.strides[1] == L * size
         rows = y if direct else scratch.take("sums", N, G, 1, L)
-        x, sums = x.reshape(N, G * L), rows.reshape(N, G * L)
+        sums, step = rows.reshape(N, G * L), x.strides[0] // size
+        memory = as_strided(x, ((N - 1) * step + G * L,), (size,))
         planes = self._planes(call, block.groups, scratch)
-        product = scratch.take("product", N, G * L)
-        for index, ((_, shift), plane) in enumerate(zip(self.shifts, planes, strict=True)):
-            fed = slice(max(0, -shift), G * L - max(0, shift))
-            read = slice(fed.start + shift, fed.stop + shift)
-            if index == 0:
-                np.multiply(x[:, read], plane[fed], out=sums[:, fed])
-                sums[:, : fed.start] = 0
-                sums[:, fed.stop :] = 0
-            else:
-                np.multiply(x[:, read], plane[fed], out=product[:, fed])
-                np.add(sums[:, fed], product[:, fed], out=sums[:, fed])
+        # A tap that reaches beyond a plane reads what lies there, which the planes of the weight multiply by zero. The
+        # first and the last plane have no such neighbours, so they are copied.
+        first, last = self._ends
+        low, high = min(0, first, last), max(0, first, last)
+        if N > 2:
+            self._multiply(memory[step + first :], step, planes, sums[1:-1])
+        copied = scratch.take("ends", 1, G * L + high - low)
+        for n in {0, N - 1}:
+            copy_padded(memory[None, n * step : n * step + G * L], low, G * L + high, copied)
+            self._multiply(copied[0, first - low :], 0, planes, sums[n : n + 1])
         if call.is_spoilt(sums):
             self.safe.compute_outputs(call, block, scratch)
             return
-        if call.b is None:
-            np.add(sums, 0, out=sums)  # products of zero can be -0, their sum is +0
-        else:
-            call.add_bias(block, rows)
+        call.add_bias(block, rows)
         if not direct:
             y[...] = rows[..., : p.L_out]
+
+    @property
+    def _ends(self) -> tuple[int, int]:
+        """The shifts of the first and the last tap."""
+        return self.shifts[0][1], self.shifts[-1][1]
+
+    def _multiply(self, x: Array, step: int, planes: Array, sums: Array) -> None:
+        """``sums[n, q] = sum over taps of planes[tap, q] * x[n*step + q + shift]``; x begins at the first tap's shift.
+
+        One loop of `einsum` multiplies and adds, with the positions innermost: they come first, and the order is "F".
+        """
+        taps, (first, last), size = len(self.shifts), self._ends, x.itemsize
+        apart = (last - first) // max(1, taps - 1)
+        windows = as_strided(x, (*sums.T.shape, taps), (size, step * size, apart * size))
+        np.einsum("kq,qnk->qn", planes, windows, out=sums.T, order="F")
 
     def _planes(self, call: Call, groups: slice, scratch: Scratch) -> Array:
         """The weight of each tap at each output of these groups (taps, groups*length), zeros where it reads nothing."""

@@ -58,6 +58,7 @@ class ShiftAdd:
             return None
         span = (length - 1) * geometry.stride + reach + 1
         rows = max(1, min(p.C_out_g, product // (p.K * span)))
+        rows = -(-p.C_out_g // -(-p.C_out_g // rows))  # as many in each block
         samples = groups = 1
         if rows == p.C_out_g and length == last - first:
             fitting = max(1, min(product // (rows * p.K * span), staged // (p.C_in_g * span)))

@@ -1,7 +1,9 @@
 """toeplitz: neighbouring outputs of a group together, as the product of their common window with a banded matrix.
 
 A row is cut into windows, each of which makes a tile of outputs. Where one window holds a whole short row, the samples
-are the rows of one product, and neither input nor output is copied. The band of many taps is cut.
+are the rows of one product, and neither input nor output is copied. Where many samples have short rows of several
+channels, they are copied with the channels next to each other: each window is then a run of every sample, and narrow
+bands multiply few zeros. The band of many taps is cut.
 
 It stays for short rows, groups of few channels and long kernels: those for which it is chosen take 1.7 times as long in
 the next best form, the geometric mean over the benchmark layers, and up to 12 times.
@@ -18,7 +20,7 @@ from numpy.lib.stride_tricks import as_strided
 
 from ..problem import ConvProblem
 from . import costs, limits
-from .arrays import Array, Scratch, accumulator, slices
+from .arrays import Array, Scratch, accumulator, copy_padded, slices
 from .blocking import parts, share
 from .geometry import Block, Call
 from .taps import Taps
@@ -37,6 +39,8 @@ class Toeplitz:
         samples, groups, windows: of a block.
         lines: windows of one product.
         whole: one window holds a row; its band has only the inputs and outputs that exist.
+        channels_last: input and output are copied with their channels next to each other. A window is then a run of a
+            sample, and the samples are the lines of one product for each window.
         concurrent: BLAS computes each product on the calling thread.
     """
 
@@ -50,14 +54,16 @@ class Toeplitz:
     tile: int
     taps: int
     whole: bool
+    channels_last: bool
     concurrent: bool
 
     @classmethod
-    def of(cls, p: ConvProblem, tile: int) -> Toeplitz | None:
+    def of(cls, p: ConvProblem, tile: int, channels_last: bool = False) -> Toeplitz | None:
         """None where even the smallest band or block is too large."""
         size, small = accumulator(p.dtype).itemsize, limits.small_product(p.is_complex)
         first, last = steps(p)
-        whole = tile == last - first
+        whole = tile == last - first and not channels_last
+        per_row = -(-(last - first) // tile)
         outputs, budget = p.C_out_g * tile * outputs_per_step(p), limits.BUFFER // size
         depth = min(limits.BAND_DEPTH, budget // max(outputs, 16)) // p.C_in_g
         taps = _taps_within(p, tile, depth)
@@ -66,28 +72,36 @@ class Toeplitz:
         window = p.C_in_g * window_length(p, tile, taps)
         lines = min(small // (window * outputs), 512)
         concurrent = lines >= 8
+        if channels_last and (taps < p.K or not concurrent):
+            return None
         if concurrent:
             budget = max(limits.CONCURRENT_BUFFER // size, window * max(outputs, 16))
         # What a window takes at most: its copy, its outputs, and the input from it to the next one.
-        unit = max(window, outputs, p.C_in_g * tile * (1 if p.transposed else p.stride))
-        if unit > budget:
+        unit = max(window, outputs, p.C_in_g * tile * step_inputs(p))
+        if channels_last:  # of the windows of a row, which are not cut
+            unit = max(p.C_in_g * span(p, tile, per_row), outputs * per_row) // per_row + 1
+        if unit * (per_row if channels_last else 1) > budget:
             return None
         most = max(1, budget // unit)
-        windows = min(-(-(last - first) // tile), most)
+        windows = min(per_row, most)
         samples = max(1, min(p.N, most // windows))
         groups = max(1, min(p.groups, budget // (unit * windows * samples), budget // (window * outputs)))
-        if concurrent:
-            per_row = -(-(last - first) // tile)
+        if channels_last:
+            groups, samples = share(parts(p), (p.groups, groups), (p.N, samples))
+        elif concurrent:
             groups, samples, fewer = share(parts(p), (p.groups, groups), (p.N, samples), (per_row, windows))
             # The bands of many taps are filled again for each block.
             windows = fewer if taps == p.K else max(fewer, min(windows, limits.WORTH_A_BAND))
-        lines = min(lines, samples * windows) if concurrent else samples * windows
-        return cls(Taps.of(p), samples, groups, windows, lines, tile, taps, whole, concurrent)
+        side_by_side = samples if channels_last else samples * windows
+        lines = min(lines, side_by_side) if concurrent else side_by_side
+        return cls(Taps.of(p), samples, groups, windows, lines, tile, taps, whole, channels_last, concurrent)
 
     @property
     def reason(self) -> str:
         if self.whole:
             return "short rows: each sample is a line of one product with a banded matrix"
+        if self.channels_last:
+            return "short rows: channels side by side, each sample a line of the product for each window"
         return "few channels per group, or many taps: banded matrices use each window for several outputs"
 
     def multiplies_zeros(self, p: ConvProblem) -> bool:
@@ -112,14 +126,18 @@ class Toeplitz:
         product = costs.products(p, passes * count / lines, lines, window, outputs, self.concurrent)
         # Rows of the same group, which are read and written one after the other, lie far from each other.
         copy = 2 * costs.ROW * p.N * p.groups if p.groups > 1 and p.N > 1 else 0.0
-        if not self.whole or p.dtype in costs.CONVERT:
+        if self.channels_last:
+            copy += costs.SWAPPING_COPY * size * p.N * p.groups * p.C_in_g * span(p, self.tile, per_row)
+        elif not self.whole or p.dtype in costs.CONVERT:
             copy += passes * costs.copies(count * p.C_in_g, kept, costs.COPY * size)
         each = costs.ELEMENTWISE * (1 + 2 * (passes - 1)) * size
         if p.dtype in costs.CONVERT:
             copy += costs.CONVERT[p.dtype] * min(count * window, p.N * p.C_in * p.L_in)
             each += costs.CONVERT[p.dtype]
         result = count * outputs * each
-        if not self.whole or p.dtype in costs.CONVERT:
+        if self.channels_last:
+            result += costs.SWAPPING_COPY * size * count * outputs
+        elif not self.whole or p.dtype in costs.CONVERT:
             result += costs.copies(count * p.C_out_g, self.tile * per_step, costs.COPY * size)
         calls = blocks * (costs.BLOCK + passes * 6 * costs.CALL)
         return product + costs.serial(self.concurrent, product, copy + filling + result + calls)
@@ -129,12 +147,12 @@ class Toeplitz:
         U, per_step = window_length(p, self.tile, self.taps), outputs_per_step(p)
         window, outputs = p.C_in_g * U, p.C_out_g * self.tile * per_step
         lines = self.groups * self.samples * self.windows
-        span = self.windows * self.tile * (1 if p.transposed else p.stride) + U
+        inputs = self.groups * self.samples * p.C_in_g * span(p, self.tile, self.windows + 1)
         buffers = {
             "band": self.groups * window * outputs,
-            "panel": lines * window,
+            "panel": inputs if self.channels_last else lines * window,
             "sums": lines * outputs,
-            "input": self.groups * self.samples * p.C_in_g * span,
+            "input": 0 if self.channels_last else inputs,
         }
         if self.whole:
             buffers["full band"] = buffers["band"]
@@ -151,7 +169,8 @@ class Toeplitz:
             for samples in slices(0, p.N, self.samples)
             for at in slices(*steps(p), self.windows * self.tile)
         ]
-        run_blocks(self._compute, blocks, workers, call.dtype, p.L_out)
+        compute = self._compute_channels_last if self.channels_last else self._compute
+        run_blocks(compute, blocks, workers, call.dtype, p.L_out)
 
     def _compute(self, call: Call, block: Block, scratch: Scratch) -> None:
         p = call.p
@@ -196,6 +215,35 @@ class Toeplitz:
             from_, to = max(low, start), min(high, start + length)
             y[..., from_:to] = by_sample[..., window, from_ - start : to - start]
 
+    def _compute_channels_last(self, call: Call, block: Block, scratch: Scratch) -> None:
+        """The blocks of `channels_last`, of whole rows."""
+        p, W, lines = call.p, self.windows, self.lines
+        N, G, M = (part.stop - part.start for part in block[:3])
+        length, C = self.tile * outputs_per_step(p), p.C_in_g
+        band, first, last = self._band(call, block, slice(0, p.K), scratch)
+        x = scratch.take("panel", N, G, span(p, self.tile, W), C)
+        copy_padded(call.x[block.samples, block.groups], first, first + x.shape[2], x.swapaxes(2, 3))
+        s_n, s_g, s_l, s_c = x.strides
+        step = step_inputs(p) * self.tile * s_l
+        sums = scratch.take("sums", N, G, W, length * M)
+        whole = N // lines * lines
+        for low, high in ((0, whole), (whole, N)):
+            if low < high:
+                side_by_side = min(lines, high - low)
+                shape = (G, W, (high - low) // side_by_side, side_by_side, (last - first) * C)
+                windows = as_strided(x[low:], shape, (s_g, step, side_by_side * s_n, s_n, s_c))
+                part = sums[low:high].reshape(-1, side_by_side, *sums.shape[1:]).transpose(2, 3, 0, 1, 4)
+                np.matmul(windows, band[:, None, None], out=part)
+        at = block.start * outputs_per_step(p) - (p.padding_left if p.transposed else 0)
+        # Where a window has no inputs but those of its only step's taps, the only zeros are those of the padding.
+        padded_only = length == 1 and p.dilation == 1
+        if call.is_spoilt(band if padded_only else sums):
+            self.safe.compute_outputs(call, block._replace(start=0, stop=p.L_out), scratch)
+            return
+        by_channel = sums.reshape(N, G, W * length, M).swapaxes(2, 3)
+        call.add_bias(block, by_channel)
+        call.y[block.samples, block.groups] = by_channel[..., -at : p.L_out - at]
+
     def _band(self, call: Call, block: Block, taps: slice, scratch: Scratch) -> tuple[Array, int, int]:
         """What each input of a window contributes to each of its outputs, as (groups, C_in_g*inputs, C_out_g*outputs).
 
@@ -219,6 +267,10 @@ class Toeplitz:
             return scratch.take("band", *shape).reshape(matrix), low + first, low + last
         scratch.band = made_of
         cut = (last - first, end - begin) != (U, T * per_step)
+        if self.channels_last:
+            band = scratch.take("band", G, U, C, T * per_step, M)
+            fill_band(p, call.w[groups], band.transpose(0, 2, 1, 4, 3), T, taps)
+            return band.reshape(G, U * C, -1), low, low + U
         full = scratch.take("full band" if cut else "band", G, C, U, M, T * per_step)
         fill_band(p, call.w[groups], full, T, taps)
         if not cut:
@@ -229,7 +281,7 @@ class Toeplitz:
 
     def _panel(self, call: Call, block: Block, W: int, first: int, last: int, scratch: Scratch) -> Array:
         """The windows of a block as (groups, samples, windows, C_in_g*inputs) or (groups, 1, samples*windows, ...)."""
-        p, step = call.p, self.tile * (1 if call.p.transposed else call.p.stride)
+        p, step = call.p, self.tile * step_inputs(call.p)
         N, G, C, U = (
             block.samples.stop - block.samples.start,
             block.groups.stop - block.groups.start,
@@ -314,14 +366,18 @@ def steps(p: ConvProblem) -> tuple[int, int]:
     return p.padding_left // p.stride, -(-(p.L_out + p.padding_left) // p.stride)
 
 
-def tiles(p: ConvProblem) -> list[int]:
-    """The numbers of steps that a window may serve."""
+def candidates(p: ConvProblem) -> list[Toeplitz]:
+    """With several numbers of steps that a window serves."""
     first, last = steps(p)
     count = last - first
-    chosen = {min(tile, count) for tile in (1, 4, 8, 16, 32, 64)}
+    tiles = {min(tile, count) for tile in (1, 4, 8, 16, 32, 64)}
+    found = []
     if count <= limits.SHORT_ROW:
-        chosen.add(count)
-    return sorted(chosen)
+        tiles.add(count)
+        if p.N >= limits.LINES_OF_SAMPLES and p.C_in_g > 1:
+            found = [Toeplitz.of(p, tile, channels_last=True) for tile in (1, 2, 4) if tile < count]
+    found += [Toeplitz.of(p, tile) for tile in sorted(tiles)]
+    return [form for form in found if form is not None]
 
 
 def first_input(p: ConvProblem, step: int, taps: slice) -> int:
@@ -331,6 +387,16 @@ def first_input(p: ConvProblem, step: int, taps: slice) -> int:
         return step * p.stride + offset
     behind: int = (taps.stop - 1) * p.dilation // p.stride
     return step - behind
+
+
+def step_inputs(p: ConvProblem) -> int:
+    """The input positions from one step to the next."""
+    return 1 if p.transposed else p.stride
+
+
+def span(p: ConvProblem, tile: int, windows: int) -> int:
+    """The input positions that so many windows of all taps span."""
+    return (windows - 1) * tile * step_inputs(p) + window_length(p, tile, p.K)
 
 
 def window_length(p: ConvProblem, tile: int, taps: int) -> int:

@@ -21,7 +21,7 @@ from .blocking import parts, share
 from .geometry import Block, Call
 from .taps import Taps
 from .threads import run_blocks
-from .toeplitz import fill_band, first_input, outputs_per_step, steps, window_length
+from .toeplitz import fill_band, first_input, outputs_per_step, step_inputs, steps, window_length
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,9 @@ class Windows:
         first, last = steps(p)
         per_step, size = outputs_per_step(p), accumulator(p.dtype).itemsize
         budget = limits.SUMS // size
-        for tile in (4, 8, 16, 32):
+        # One that divides the row spares the last windows, which are products of one line each.
+        even = next((tile for tile in (16, 15, 14, 13, 12) if (last - first) % tile == 0), 16)
+        for tile in sorted({4, 8, even, 16, 32}):
             step, window, outputs = tile * step_inputs(p), window_length(p, tile, p.K), tile * per_step
             sets = -(-window // step)
             small = limits.small_product(p.is_complex) // (window * outputs)  # windows of a product
@@ -87,7 +89,8 @@ class Windows:
         filling = bands * size * (costs.DIAGONAL * p.K * self.tile + costs.COPY * U * outputs)
         windows = (last - first) / cuts / self.tile
         product = costs.products(p, rows * self.sets, windows / self.sets, U, outputs, True)
-        product += costs.products(p, rows, 1, U, outputs, True)
+        if (last - first) % self.tile or cuts > 1:
+            product += costs.products(p, rows, 1, U, outputs, True)
         # The check that the sums are finite, and the bias.
         each = 2 * costs.ELEMENTWISE * size + costs.CONVERT.get(p.dtype, 0.0)
         rest = costs.copies(rows, windows * outputs, each)
@@ -164,11 +167,6 @@ class Windows:
         call.add_bias(block, sums)
         if not direct:
             y[...] = sums[..., begin - at : end - at]
-
-
-def step_inputs(p: ConvProblem) -> int:
-    """The input positions from one step to the next."""
-    return 1 if p.transposed else p.stride
 
 
 def _fits(p: ConvProblem) -> bool:

@@ -136,7 +136,7 @@ class Plan:
     Attributes:
         steps: in order.
         scratch: (name, bytes) of the buffers through which steps hand results to each other.
-        candidates: (configuration, predicted cycles) of those that the cost model compared, the chosen one first.
+        candidates: (configuration, predicted microseconds) of those that the cost model compared, the chosen one first.
     """
 
     steps: tuple[Step, ...]

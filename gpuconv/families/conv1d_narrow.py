@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
-from ..costs import WARP_ISSUES_PER_CYCLE, Work
+from ..costs import Code, Work, cuda_cores, predict_launch
 from ..device import Device
 from ..problem import DTYPES, FORMATS, ConvProblem
 from ..source import params_fields
@@ -40,11 +40,11 @@ _BLOCK_CYCLES = 2000.0
 
 @dataclass(frozen=True, slots=True)
 class Tiling:
-    """A problem cut into blocks of threads with so many columns each, and the predicted cycles of the launch."""
+    """A problem cut into blocks of threads with so many columns each, and the predicted microseconds of the launch."""
 
     thread_l: int
     blocks: int
-    cycles: float
+    us: float
 
 
 @lru_cache(maxsize=1024)
@@ -57,15 +57,27 @@ def _compare_tilings(problem: ConvProblem, device: Device, *, has_several: bool)
     for thread_l in THREAD_L[size] if has_several else (1,):
         samples, columns = (p.N, p.L_out) if thread_l > 1 else (1, p.N * p.L_out)
         blocks = -(-columns // (BLOCK_SIZE * thread_l)) * samples * p.groups
-        real_size = size // 2 if p.is_complex else size
-        multiply_adds = rows * thread_l * p.format.multiply_adds * (2 if real_size == 8 else 1)
-        slots = multiply_adds + rows * size / 16 + _COLUMN_SLOTS * thread_l + _TERM_SLOTS
-        each = -(-blocks // device.num_sms)
-        waves = -(-each // _min_blocks(p.dtype, rows, 32))
-        issue = each * BLOCK_SIZE / WARP * slots / WARP_ISSUES_PER_CYCLE
-        term_cycles = max(issue, waves * _TERM_LATENCY[thread_l])
-        tilings.append(Tiling(thread_l, blocks, p.C_in_g * p.K * term_cycles + waves * _BLOCK_CYCLES))
-    return tuple(sorted(tilings, key=lambda tiling: tiling.cycles))
+        threads = blocks * BLOCK_SIZE
+        fetches = rows * size / 16
+        slots = rows * thread_l * p.format.multiply_adds + fetches + _COLUMN_SLOTS * thread_l + _TERM_SLOTS
+        warp_terms = threads / WARP * p.C_in_g * p.K
+        work = Work(
+            multiply_adds=threads * rows * thread_l * p.C_in_g * p.K * p.format.multiply_adds,
+            l2_bytes=p.bytes() + blocks * rows * p.C_in_g * p.K * p.itemsize,
+            dram_bytes=p.bytes(),
+            waits=_BLOCK_CYCLES,
+        )
+        code = Code(warp_terms * slots, warp_terms * (fetches + thread_l), p.C_in_g * p.K * _TERM_LATENCY[thread_l])
+        time = predict_launch(
+            work,
+            code,
+            blocks=blocks,
+            resident=_min_blocks(p.dtype, rows, 32),
+            unit=cuda_cores(device, size, is_complex=p.is_complex),
+            device=device,
+        )
+        tilings.append(Tiling(thread_l, blocks, time.us))
+    return tuple(sorted(tilings, key=lambda tiling: tiling.us))
 
 
 def _rows(problem: ConvProblem) -> int:
@@ -103,7 +115,7 @@ class Conv1dNarrow(Family[ConvProblem]):
         fields = conv_fields(p, layout)
         tap_step = p.dilation * fields["input_stride_l"]
         candidates = tuple(
-            (f"{count(_rows(p), 'channel')} by {count(t.thread_l, 'column')} a thread", t.cycles) for t in tilings
+            (f"{count(_rows(p), 'channel')} by {count(t.thread_l, 'column')} a thread", t.us) for t in tilings
         )
         config = self._config(rows, tiling.thread_l, p.dtype, bits)
         return conv_plan(

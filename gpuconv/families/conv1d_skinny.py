@@ -15,12 +15,11 @@ from functools import lru_cache
 
 from ..costs import (
     FMA_LATENCY_CYCLES,
-    L2_BYTES_PER_CYCLE,
-    MEMORY_BYTES_PER_CYCLE,
-    MULTIPLY_ADDS_PER_CYCLE,
     RESERVED_SHARED_BYTES,
-    THREAD_ISSUES_PER_CYCLE,
+    Code,
     Work,
+    cuda_cores,
+    predict_launch,
 )
 from ..device import Device
 from ..problem import DTYPES, FORMATS, ConvProblem
@@ -48,8 +47,6 @@ _LATENCY_CYCLES = 2000.0
 _RESIDENT_THREADS = 512
 # Instructions of a lane to find a term, and to load one of its positions.
 _TERM_SLOTS, _POSITION_SLOTS = 8.0, 7.0
-# What the limits that do not decide add to the one that does, since they overlap with it only in part.
-_OVERLAP_LOSS = 0.125
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +60,7 @@ class Tiling:
         compute_warps: warps that multiply.
         blocks: of all groups.
         shared_bytes: dynamic shared memory of a block.
-        cycles: predicted for the whole launch.
+        us: predicted for the whole launch.
     """
 
     block_n: int
@@ -72,7 +69,7 @@ class Tiling:
     compute_warps: int
     blocks: int
     shared_bytes: int
-    cycles: float
+    us: float
 
     @property
     def threads(self) -> int:
@@ -96,24 +93,25 @@ class Tiling:
         resident = max(
             1, min(each, _RESIDENT_THREADS // threads, device.shared_per_sm // (shared + RESERVED_SHARED_BYTES))
         )
-        waves = -(-each // resident)
 
         multiply_adds = thread_n * p.format.multiply_adds
         fetches = p.itemsize / 16 + thread_n * size / 16
-        loads = _TERM_SLOTS + _POSITION_SLOTS * block_n + 2 * block_rows * p.itemsize / 16
-        limits = (
-            FMA_LATENCY_CYCLES * (2 if p.is_complex else 1),
-            resident * (WARP * warps * (multiply_adds + fetches) + loads) / THREAD_ISSUES_PER_CYCLE,
-            resident * WARP * warps * multiply_adds / MULTIPLY_ADDS_PER_CYCLE[size // 2 if p.is_complex else size],
-            resident * warps * 4 * fetches,  # a warp's 16-byte fetch is four passes through the load/store unit
-            resident * block_rows * p.itemsize / MEMORY_BYTES_PER_CYCLE,
-            resident * (block_rows + block_n) * p.itemsize / L2_BYTES_PER_CYCLE,
-            _MEMORY_CYCLES / ((NUM_STAGES - 1) * chunk_terms),
+        loads = _TERM_SLOTS + _POSITION_SLOTS * block_n + 2 * block_rows * p.itemsize / 16  # of a warp that loads
+        work = Work(
+            multiply_adds=blocks * terms * WARP * warps * multiply_adds,
+            l2_bytes=blocks * terms * (block_rows + block_n) * p.itemsize,
+            dram_bytes=p.bytes(),
+            waits=-(-terms // chunk_terms) * _CHUNK_CYCLES + _LATENCY_CYCLES,
         )
-        term_cycles = max(limits) + _OVERLAP_LOSS * (sum(limits) - max(limits))
-        first_chunk = resident * stage_bytes / MEMORY_BYTES_PER_CYCLE
-        wave_cycles = terms * term_cycles + -(-terms // chunk_terms) * _CHUNK_CYCLES + first_chunk + _LATENCY_CYCLES
-        return cls(block_n, block_rows, chunk_terms, warps, blocks, shared, waves * wave_cycles)
+        code = Code(
+            instructions=blocks * terms * (warps * (multiply_adds + fetches) + loads / WARP),
+            wavefronts=blocks * terms * warps * 4 * fetches,  # a fetch of 16 bytes by a warp is four
+            chain=terms
+            * max(FMA_LATENCY_CYCLES * (2 if p.is_complex else 1), _MEMORY_CYCLES / ((NUM_STAGES - 1) * chunk_terms)),
+        )
+        unit = cuda_cores(device, size, is_complex=p.is_complex)
+        time = predict_launch(work, code, blocks=blocks, resident=resident, unit=unit, device=device)
+        return cls(block_n, block_rows, chunk_terms, warps, blocks, shared, time.us)
 
 
 @lru_cache(maxsize=1024)
@@ -128,7 +126,7 @@ def _compare_tilings(problem: ConvProblem, device: Device, block_n: int) -> tupl
         for chunk in CHUNKS
         if rows <= largest and chunk <= longest
     ]
-    return tuple(sorted((tiling for tiling in tilings if tiling is not None), key=lambda tiling: tiling.cycles))
+    return tuple(sorted((tiling for tiling in tilings if tiling is not None), key=lambda tiling: tiling.us))
 
 
 class Conv1dSkinny(Family[ConvProblem]):
@@ -157,7 +155,7 @@ class Conv1dSkinny(Family[ConvProblem]):
             (
                 f"{count(t.block_rows, 'row')} by {count(t.block_n, 'column')}, "
                 f"{count(t.chunk_terms, 'term')} at a time",
-                t.cycles,
+                t.us,
             )
             for t in tilings
         )

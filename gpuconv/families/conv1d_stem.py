@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from ..costs import RESERVED_SHARED_BYTES
+from ..costs import FMA_LATENCY_CYCLES, RESERVED_SHARED_BYTES, Code, Work, cuda_cores, predict_launch
 from ..device import Device
 from ..problem import DTYPES, FORMATS, ConvProblem
 from ..source import params_fields
@@ -60,6 +60,7 @@ _BLOCKS_EACH = 8
 _TERM_SLOTS = 1.5
 _LOAD_SLOTS = 10.0
 _RESULT_SLOTS = 4.0
+_BLOCK_CYCLES = 2000.0  # from a block's first load to its last store, besides its multiply-adds (an assumption)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +69,7 @@ class Tiling:
 
     Attributes:
         samples: of one tile: 1, or thread_l.
-        slots: predicted issue slots of the busiest scheduler of a multiprocessor.
+        us: predicted for the whole launch.
     """
 
     tile: Tile
@@ -84,7 +85,7 @@ class Tiling:
     row_pitch: int
     chunk_terms: int
     shared_bytes: int
-    slots: float
+    us: float
 
     @property
     def tile_blocks(self) -> int:
@@ -127,15 +128,28 @@ class Tiling:
         blocks = channel_blocks * -(-tiles // warps_l) * p.groups
         repeats = max(1, min(MAX_REPEATS, blocks // (_BLOCKS_EACH * device.num_sms)))
 
-        # A complex term is four multiply-adds, float64 runs at half the rate.
-        fma_slots = p.format.multiply_adds * (2 if p.dtype in ("float64", "complex128") else 1)
         results = tile.thread_l * tile.thread_c
         operand_loads = (tile.thread_l + tile.thread_c) * size / 16
-        slots = terms * (results * fma_slots + operand_loads + _TERM_SLOTS)
+        slots = terms * (results * p.format.multiply_adds + operand_loads + _TERM_SLOTS)
         slots += _RESULT_SLOTS * results
         slots += _LOAD_SLOTS * p.C_in_g * row_taps * -(-row_pitch // WARP) * tile.thread_l / warps_c
         slots += _LOAD_SLOTS * terms * tile.thread_c / (WARP * warps_l * (repeats if terms <= chunk_terms else 1))
-        warps = channel_blocks * warps_c * tiles * p.groups
+        warps = channel_blocks * warps_c * tiles * p.groups  # each of one tile
+        weights = channel_blocks * warps_c * tile.thread_c * terms * p.groups * -(-tiles // (warps_l * repeats))
+        work = Work(
+            multiply_adds=warps * WARP * terms * results * p.format.multiply_adds,
+            l2_bytes=p.bytes() + weights * p.itemsize,
+            dram_bytes=p.bytes(),
+            waits=_BLOCK_CYCLES,
+        )
+        time = predict_launch(
+            work,
+            Code(warps * slots, warps * (terms * operand_loads + results), repeats * terms * FMA_LATENCY_CYCLES),
+            blocks=channel_blocks * -(-tiles // (warps_l * repeats)) * p.groups,
+            resident=tile.min_blocks,
+            unit=cuda_cores(device, size, is_complex=p.is_complex),
+            device=device,
+        )
         return cls(
             tile=tile,
             samples=samples,
@@ -150,7 +164,7 @@ class Tiling:
             row_pitch=row_pitch,
             chunk_terms=chunk_terms,
             shared_bytes=16 * -(-chunk_terms // 4) + (chunk_terms + 1) * channel_bytes + warps_l * entry_bytes,
-            slots=slots * -(-warps // (4 * device.num_sms)),
+            us=time.us,
         )
 
 
@@ -160,9 +174,9 @@ def _compare_tilings(problem: ConvProblem, device: Device, *, is_wide: bool, is_
     large, *others = TILES[problem.format.accumulator_bytes]
     shapes = [(large, 1)] if is_contiguous and not is_wide else []
     for tile in others[:1] if is_wide else others:
-        shapes += [(tile, samples) for samples in dict.fromkeys((1, tile.thread_l))]
+        shapes += [(tile, samples) for samples in dict.fromkeys((1, tile.thread_l)) if samples == 1 or problem.N > 1]
     tilings = (Tiling.of(problem, device, tile, samples) for tile, samples in shapes)
-    return tuple(sorted((tiling for tiling in tilings if tiling is not None), key=lambda tiling: tiling.slots))
+    return tuple(sorted((tiling for tiling in tilings if tiling is not None), key=lambda tiling: tiling.us))
 
 
 class Conv1dStem(Family[ConvProblem]):
@@ -190,7 +204,7 @@ class Conv1dStem(Family[ConvProblem]):
             (
                 f"{count(t.tile.thread_c, 'channel')} by {count(t.tile.thread_l, 'column')} a thread, "
                 f"{count(t.samples, 'sample')} a tile",
-                t.slots,
+                t.us,
             )
             for t in tilings
         )

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from ..costs import Work
 from ..device import Device
 from ..problem import ConvProblem
-from . import mma
+from . import mma, mma_costs
+from .arithmetic import ARITHMETICS, Arithmetic
 from .base import MAX_GRID, Config, Family, Layout, Plan, Refusal, Step
 from .offsets import Overhang, index_bits
 from .product import Product
@@ -29,7 +30,7 @@ class _ConvMma(Family[ConvProblem]):
             return Refusal(reason)
         if product.phases * product.taps > MAX_PACKING * p.K:
             return Refusal(f"needs stride * taps of a phase <= {MAX_PACKING} * K")
-        arithmetic = mma.ARITHMETICS[p.dtype, p.precision]
+        arithmetic = ARITHMETICS[p.dtype, p.precision]
         if not mma.smallest_fits(product, arithmetic, device):
             return Refusal("needs the window of 16 positions in shared memory")
         tilings = mma.compare_tilings(product, arithmetic, _index_bits(product, layout, arithmetic), device)
@@ -38,7 +39,7 @@ class _ConvMma(Family[ConvProblem]):
         return mma.make_plan(p, layout, device, product, tilings, self.name)
 
     def work(self, problem: ConvProblem, step: Step) -> Work:
-        return mma.work(problem, step)
+        return mma_costs.work(problem, step)
 
 
 class Conv1dMma(_ConvMma):
@@ -62,7 +63,7 @@ class ConvTranspose1dMma(_ConvMma):
         yield from mma.kernel_configs(self.name, device, (False, True), transposed=True)
 
 
-def _index_bits(product: Product, layout: Layout, arithmetic: mma.Arithmetic) -> int:
+def _index_bits(product: Product, layout: Layout, arithmetic: Arithmetic) -> int:
     p, reduction = product.problem, mma.Reduction.of(product, arithmetic)
     # What hangs over the last position, sample and channel; a block takes several samples where they are short.
     samples = mma.MAX_BLOCK_N // product.positions

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from ..costs import Work
 from ..device import Device
 from ..problem import DTYPES, ConvProblem
 from ..source import params_fields
-from .base import MAX_GRID, Config, Family, Launch, Layout, Plan, Refusal, conv_fields, params_of
+from .base import MAX_GRID, Config, Family, Launch, Layout, Plan, Refusal, Step, conv_fields, params_of
 from .offsets import Overhang, index_bits
 from .product import Product
 from .tiles import (
@@ -21,6 +22,7 @@ from .tiles import (
     compare_tilings,
     pack_config,
     packed_plan,
+    tile_work,
     tiles_for,
     tiling_macros,
     walk_params,
@@ -46,14 +48,9 @@ class _Tiled(Family[ConvProblem]):
         bits = _index_bits(q, layout)
         is_regular = layout["input"].strides[2] == 1 and q.column_step in COLUMN_STEPS and bits == 32
         tilings = compare_tilings(
-            rows=q.rows,
-            samples=p.N,
-            positions=q.positions,
-            products=q.products,
-            terms=q.terms,
+            q,
             column_step=q.column_step if is_regular and (q.phases_in_rows or not p.transposed) else 0,
             bits=bits,
-            dtype=p.dtype,
             device=device,
         )
         tiling, tile = tilings[0], tilings[0].tile
@@ -76,6 +73,11 @@ class _Tiled(Family[ConvProblem]):
         shared_bytes = tile.shared_bytes(p.format.accumulator_bytes)
         launch = Launch(tiling.blocks, tile.threads, shared_bytes, bits, params)
         return packed_plan(q, layout, packed, tilings, config, launch)
+
+    def work(self, problem: ConvProblem, step: Step) -> Work:
+        p, q, macros = problem, Product.of(problem), dict(step.config.macros)
+        extents = int(macros["BLOCK_M"]), int(macros["BLOCK_N"])
+        return tile_work(*extents, step.launch.grid, q.terms, p.dtype, num_bytes=p.bytes(), taps=q.taps)
 
     def _config(self, tile: Tile, column_step: int, dtype: str, bits: int, *, phases_in_rows: bool) -> Config:
         macros = tiling_macros(tile, column_step, dtype, bits)

@@ -10,7 +10,15 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from ..costs import MEMORY_BYTES_PER_CYCLE, RESERVED_SHARED_BYTES, WARP_ISSUES_PER_CYCLE
+from ..costs import (
+    RESERVED_SHARED_BYTES,
+    WARP_ISSUES_PER_CYCLE,
+    Code,
+    Work,
+    cuda_cores,
+    memory_bytes_per_cycle,
+    predict_launch,
+)
 from ..device import Device
 from ..problem import FORMATS, ConvProblem
 from ..source import params_fields
@@ -214,7 +222,7 @@ class Partition:
         tiles: blocks along one row.
         row_groups: blocks along the rows.
         shared_bytes: dynamic shared memory.
-        cycles: predicted for the whole launch.
+        us: predicted for the whole launch.
     """
 
     row_threads: int
@@ -223,7 +231,7 @@ class Partition:
     tiles: int
     row_groups: int
     shared_bytes: int
-    cycles: float
+    us: float
 
     @property
     def places(self) -> int:
@@ -254,24 +262,23 @@ class Partition:
     def candidates(self) -> tuple[tuple[str, float], ...]:
         """What `explain` shows of it: the chosen partition alone, since the comparison keeps no other."""
         shape = f"{count(self.block_rows, 'row')} by {count(self.row_threads, 'thread')}"
-        return ((f"{shape}, {count(self.repeats, 'time')}", self.cycles),)
+        return ((f"{shape}, {count(self.repeats, 'time')}", self.us),)
 
 
 # Of the cost model: cycles from a block's first load to its last store when nothing else runs.
 _LATENCY_CYCLES = 2000.0
 # Instructions of a block besides those of its threads, for its start, its barrier and its end: an estimate.
 _BLOCK_SLOTS = 100.0
-# Blocks of a multiprocessor that overlap loads and arithmetic as well as more would.
-_ENOUGH_BLOCKS = 8
 
 
 def choose_partition(work: BlockWork, device: Device) -> Partition | None:
-    """The cheapest partition by predicted cycles; None where no block fits the device's shared memory.
+    """The cheapest partition by predicted time; None where no block fits the device's shared memory.
 
-    A multiprocessor issues the instructions and moves the bytes of its blocks; the more blocks it holds, the better the
-    two overlap, and none is faster than the latency of its blocks allows.
+    A multiprocessor issues the instructions and moves the bytes of its blocks; with fewer warps than it needs to keep
+    up its rates, a block takes longer by as much.
     """
     best: Partition | None = None
+    unit, bytes_per_cycle = cuda_cores(device, 4), memory_bytes_per_cycle(device)
     groups = -(-work.row_outputs // work.thread_outputs)
     resident_threads = min(MIN_BLOCKS, device.threads_per_sm // BLOCK_SIZE) * BLOCK_SIZE
     for row_threads, repeats in _row_threads(groups):
@@ -279,29 +286,39 @@ def choose_partition(work: BlockWork, device: Device) -> Partition | None:
             continue
         places = row_threads * repeats
         tiles = -(-groups // places)
-        for block_rows in range(1, min(work.rows, BLOCK_SIZE // row_threads) + 1):
+        for block_rows in _block_rows(min(work.rows, BLOCK_SIZE // row_threads), row_threads):
             shared = work.shared_bytes(places, block_rows) + work.thread_bytes * row_threads * block_rows
             if shared > device.shared_per_block:
                 break
             row_groups = -(-work.rows // block_rows)
             warps = -(-row_threads * block_rows // WARP)
             staging = block_rows * work.window_positions(places) * work.position_slots / WARP
-            issue = (
-                _BLOCK_SLOTS + warps * (work.thread_slots + repeats * work.result_slots) + staging
-            ) / WARP_ISSUES_PER_CYCLE
-            traffic = block_rows * work.row_bytes(places) / MEMORY_BYTES_PER_CYCLE
+            warp_slots = work.thread_slots + repeats * work.result_slots
+            slots = _BLOCK_SLOTS + warps * warp_slots + staging
+            traffic = block_rows * work.row_bytes(places)
             blocks = tiles * row_groups
             resident = min(
                 32, resident_threads // (warps * WARP), device.shared_per_sm // (shared + RESERVED_SHARED_BYTES)
             )
-            resident = max(1, min(resident, -(-blocks // device.num_sms)))
-            busy = min(1.0, resident * warps / work.enough_warps)
-            cycles = (max(issue, traffic) + min(issue, traffic) / min(resident, _ENOUGH_BLOCKS)) / busy
-            cycles = max(cycles, _LATENCY_CYCLES / resident)
-            total = cycles * max(1.0, blocks / device.num_sms) + _LATENCY_CYCLES
-            if best is None or total < best.cycles:
-                best = Partition(row_threads, repeats, block_rows, tiles, row_groups, shared, total)
+            of_warp = _BLOCK_SLOTS + warp_slots + staging / warps
+            alone = work.enough_warps * max(of_warp / WARP_ISSUES_PER_CYCLE, traffic / bytes_per_cycle / warps)
+            time = predict_launch(
+                Work(0.0, blocks * traffic, dram_bytes=blocks * traffic, waits=_LATENCY_CYCLES),
+                Code(blocks * slots, 0.0, alone),
+                blocks=blocks,
+                resident=max(1, resident),
+                unit=unit,
+                device=device,
+            )
+            if best is None or time.us < best.us:
+                best = Partition(row_threads, repeats, block_rows, tiles, row_groups, shared, time.us)
     return best
+
+
+def _block_rows(most: int, row_threads: int) -> list[int]:
+    """Rows of a block, in order: as many as a number of warps has threads for, and few where more do not fit."""
+    full = {WARP * warps // row_threads for warps in range(1, BLOCK_SIZE // WARP + 1)}
+    return sorted(rows for rows in {1, 2, 4, 8, 16, most} | full if 1 <= rows <= most)
 
 
 def _row_threads(groups: int) -> Iterator[tuple[int, int]]:

@@ -1,4 +1,4 @@
-"""The tensor-core engine of cuda_src/mma.cuh: arithmetics, tiles, staged windows, and the cost model.
+"""The tensor-core engine of cuda_src/mma.cuh: which layers it takes, the order of summation, tiles, staged windows.
 
 Which layers run on tensor cores, and in which order they are summed, follows from the layer and the architecture alone;
 N and the lengths decide only how the work is cut into tiles, which changes no bit.
@@ -11,10 +11,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
-from ..costs import L2_BYTES_PER_CYCLE, MEMORY_BYTES_PER_CYCLE, RESERVED_SHARED_BYTES, SHARED_BYTES_PER_CYCLE, Work
+from ..costs import RESERVED_SHARED_BYTES
 from ..device import Device
 from ..problem import ConvProblem
 from ..source import params_fields
+from .arithmetic import (
+    ARITHMETICS,
+    MIN_SPLIT_TERMS,
+    SPLIT_TERMS,
+    STAGE_PAIRS,
+    STAGE_STEPS,
+    UNIT_BYTES,
+    WARP,
+    Arithmetic,
+)
 from .base import (
     MAX_GRID,
     PACKED,
@@ -29,38 +39,15 @@ from .base import (
     params_of,
     with_padding_mode,
 )
+from .mma_costs import TilesLaunch, predict_plan
 from .offsets import index_bits
 from .product import Product
 from .weight_boxes import WeightBoxes
 
-WARP = 32
-PAIRS_PER_STEP = 2  # (tap, unit) pairs of one mma
-STAGE_STEPS = 2
 NUM_STAGES = 4  # of weights in shared memory, a power of two
-STAGE_PAIRS = PAIRS_PER_STEP * STAGE_STEPS
 PACK_BLOCK_SIZE = 128
-UNIT_BYTES = 16
 SLICE_TABLE_BYTES = 48  # of a row of Slice in mma.cuh, besides its elements, at most
 BANK_ROWS = 8  # of 16 bytes, in all banks of shared memory
-
-# float32 by split TF32 (see cuda_src/mma.cuh): x = x_hi + x_lo and w = w_hi + w_lo with |x_lo| <= 2**-11 |x|, so that
-#
-#     w*x = w_hi*x_hi + (w_hi*x_lo + w_lo*x_hi) + w_lo*x_lo.
-#
-# In units of u = 2**-24 times the magnitude (the sum of |w|*|x|), the error of a sum of n products is at most
-#     4           for w_lo*x_lo, which is left out: 2**-22;
-#     4           for x_lo, rounded to TF32: 2**-11 of 2**-11;
-#     8           for w_lo, cut off to TF32 by the hardware: 2**-10 of 2**-11;
-#     n/400       for the sums of the small products, 2n of them and each at most 2**-11 of its large one;
-#     20          for the sums of the large products, by blocks of at least 4: 5/4 of SPLIT_TERMS (see
-#                 `gpuconv.reference.Sums.error_bound`). Each sum is of SPLIT_TERMS products alone, so these errors do
-#                 not grow with n;
-#     n/10 + 2    for adding those sums to a total, to nearest, and the small products' sum and the bias to that; sums
-#                 of fewer than SPLIT_TERMS products, at the end of channels, included.
-# That is within the n + 2 of the bound from n = 41 on. With one sum for all large products, in the place of 20 there
-# would be 5n/4, which alone is more than the bound for n > 8. MIN_SPLIT_TERMS leaves a margin.
-SPLIT_TERMS = 16
-MIN_SPLIT_TERMS = 64
 
 # Layers with fewer channels than a unit of 16-bit elements are handled by the families for stems and tails.
 MIN_CHANNELS = 8
@@ -71,48 +58,14 @@ MIN_SPLIT_ROWS = 16
 MAX_TAIL_CHANNELS = 4
 # Units of a chunk at most: with 8 rows of each fragment side by side, four units are two k-steps for every tap.
 MAX_UNITS = 4
-# A block that is alone on its multiprocessor takes about 100 cycles for a stage, so that 64 stages take some 3
-# microseconds. Reductions of at least four times as many stages are cut into segments. Where the rest of the problem
-# does not fill the GPU, blocks of their own sum the segments; where it does, the segments' own sums need the smaller
-# warp tiles below, which cost 20 % by bench.static.
+# Reductions of so many terms are cut into segments. Where the rest of the problem does not fill the GPU, blocks of
+# their own sum the segments, in larger tiles than it would have blocks for otherwise: by the cost model this saves 5 to
+# 20 % of layers with one block for a multiprocessor, and up to 80 % with few. Where the rest does fill it, a block adds
+# the sums of its segments in shared memory, for 2 to 5 % of its time. Neither costs accuracy: a product takes part in
+# the sums of its segment alone, and in at most MAX_SEGMENTS more.
+MIN_SEGMENTED_TERMS = 4096
 SEGMENT_STAGES = 64
-MIN_SEGMENTED_STAGES = 256
-MAX_SEGMENTS = 8
-
-
-@dataclass(frozen=True, slots=True)
-class Arithmetic:
-    """How tensor cores form the products of a dtype and precision.
-
-    Attributes:
-        instruction: the function of ptx.cuh that wraps one mma instruction.
-        channels: of a unit, 16 bytes.
-        parts: numbers that stand for one operand.
-        min_arch: the first architecture that has the instruction.
-        rate: multiply-adds a cycle of a multiprocessor.
-    """
-
-    instruction: str
-    channels: int
-    parts: int
-    min_arch: int
-    rate: float
-
-
-# Rates of an H200 through mma.sync, which reaches 63 % of the dense peak (Luo et al., arXiv 2402.13499): 2 * 2135
-# operations a cycle in 16 bits, half of that in TF32. A split product is three.
-_FLOAT16 = Arithmetic("multiply_matrices_f16", 8, 1, 75, 1340.0)
-_BFLOAT16 = Arithmetic("multiply_matrices_bf16", 8, 1, 80, 1340.0)
-_TF32 = Arithmetic("multiply_matrices_tf32", 4, 1, 80, 670.0)
-_SPLIT_TF32 = Arithmetic("multiply_matrices_tf32", 4, 2, 80, 670.0 / 3)
-
-# By dtype and precision.
-ARITHMETICS = {
-    ("float16", "float32"): _FLOAT16,
-    ("bfloat16", "float32"): _BFLOAT16,
-    ("float32", "tf32"): _TF32,
-    ("float32", "float32"): _SPLIT_TF32,
-}
+MIN_SEGMENTS, MAX_SEGMENTS = 4, 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +101,11 @@ class Tile:
         rows = 32 if self.block_m // self.warps_m % 32 == 0 else 16
         return self.warps * rows * ((self.block_n // self.warps_n + 8) * itemsize + SLICE_TABLE_BYTES)
 
+    @property
+    def total_bytes(self) -> int:
+        """Shared memory for the sums of the segments before."""
+        return self.block_m * self.block_n * 4 if self.segment_mode == 1 else 0
+
     def stage_bytes(self, parts: int) -> int:
         return STAGE_PAIRS * parts * self.block_m * UNIT_BYTES
 
@@ -181,21 +139,28 @@ _SPLIT_TILES = (
     Tile(64, 64, 2, 2, 2, 4, has_samples=True),
     Tile(128, 16, 4, 1, 3, 2),
 )
-# For reductions in segments. The sums of segments take registers, so that warp tiles are half as large.
+# For reductions in segments: a block has shared memory for the sums of the segments before, or sums one segment.
 _SEGMENT_TILES = (
-    Tile(128, 128, 2, 4, 1, 2, segment_mode=1),
-    Tile(64, 64, 2, 2, 3, 4, segment_mode=1),
-    Tile(48, 128, 1, 4, 2, 4, segment_mode=1),
-    Tile(64, 64, 2, 2, 3, 4, has_samples=True, segment_mode=1),
+    Tile(128, 128, 2, 2, 2, 4, segment_mode=1),
+    Tile(128, 256, 2, 4, 1, 4, segment_mode=1),
+    Tile(64, 128, 2, 2, 2, 4, segment_mode=1),
+    Tile(64, 64, 2, 2, 4, 4, segment_mode=1),
+    Tile(32, 256, 1, 4, 3, 4, segment_mode=1),
+    Tile(48, 128, 1, 4, 3, 4, segment_mode=1),
+    Tile(64, 64, 2, 2, 4, 4, has_samples=True, segment_mode=1),
+    Tile(128, 128, 2, 2, 2, 4, segment_mode=2),
     Tile(64, 64, 2, 2, 4, 4, segment_mode=2),
     Tile(64, 16, 4, 1, 4, 2, segment_mode=2),
     Tile(128, 16, 4, 1, 3, 2, segment_mode=1),
 )
 _SPLIT_SEGMENT_TILES = (
-    Tile(64, 128, 2, 4, 1, 2, segment_mode=1),
+    Tile(128, 128, 2, 4, 1, 1, segment_mode=1),
+    Tile(64, 128, 2, 2, 2, 1, segment_mode=1),
     Tile(64, 64, 2, 2, 2, 4, segment_mode=1),
-    Tile(48, 64, 1, 4, 2, 4, segment_mode=1),
+    Tile(48, 128, 1, 4, 2, 4, segment_mode=1),
+    Tile(32, 128, 1, 4, 3, 4, segment_mode=1),
     Tile(64, 64, 2, 2, 2, 4, has_samples=True, segment_mode=1),
+    Tile(128, 128, 2, 4, 1, 1, segment_mode=2),
     Tile(64, 64, 2, 2, 2, 4, segment_mode=2),
     Tile(64, 16, 4, 1, 4, 2, segment_mode=2),
     Tile(128, 16, 4, 1, 3, 2, segment_mode=1),
@@ -204,13 +169,6 @@ _SPLIT_SEGMENT_TILES = (
 MAX_PARTIAL_BYTES = 64 * 2**20
 MAX_BLOCK_N = 256
 MAX_BLOCK_M = 128
-
-# Of the cost model: cycles until a wave's first data arrive and its last are gone.
-LATENCY_CYCLES = 2500.0
-_SECOND_PASS_CYCLES = 5000.0  # of a launch that reads what another has just written
-_LOAD_CYCLES = 600.0  # from a load to its data, mostly from L2 (an assumption)
-_STAGING_INSTRUCTIONS = 5  # of an element of the window (an assumption)
-_STAGE_CYCLES = 60.0  # the barrier of a stage, and its wait for weights, of a block alone
 
 
 def tiles(arithmetic: Arithmetic, bits: int = 32, *, segments: bool = False) -> tuple[Tile, ...]:
@@ -262,7 +220,8 @@ class Reduction:
         chunks = -(-units // MAX_UNITS)
         units = -(-units // chunks)
         stages = chunks * -(-taps * units // STAGE_PAIRS)
-        segments = min(stages // SEGMENT_STAGES, MAX_SEGMENTS) if stages >= MIN_SEGMENTED_STAGES else 1
+        is_long = stages * STAGE_PAIRS * arithmetic.channels >= MIN_SEGMENTED_TERMS
+        segments = min(max(stages // SEGMENT_STAGES, MIN_SEGMENTS), MAX_SEGMENTS) if is_long else 1
         return cls(units, chunks, taps, -(-chunks // segments))
 
     @property
@@ -352,10 +311,9 @@ class Window:
 
 @dataclass(frozen=True, slots=True)
 class Tiling:
-    """A product cut into tiles."""
+    """A product cut into tiles, and the microseconds that all launches of its plan take by the cost model."""
 
     index_bits: int
-
     tile: Tile
     window: Window
     row_tiles: int
@@ -363,7 +321,7 @@ class Tiling:
     sample_tiles: int
     blocks: int
     shared_bytes: int
-    cycles: float
+    us: float
 
 
 def shared_bytes(tile: Tile, window: Window, reduction: Reduction, arithmetic: Arithmetic, bits: int) -> int:
@@ -371,7 +329,7 @@ def shared_bytes(tile: Tile, window: Window, reduction: Reduction, arithmetic: A
     windows = min(reduction.chunks, 2) * arithmetic.parts * reduction.units * window.rows * UNIT_BYTES
     tables = window.rows * bits // 8 + reduction.pairs * 4
     return max(
-        NUM_STAGES * tile.stage_bytes(arithmetic.parts) + windows + tables,
+        tile.total_bytes + NUM_STAGES * tile.stage_bytes(arithmetic.parts) + windows + tables,
         tile.slice_bytes(itemsize),
     )
 
@@ -402,12 +360,13 @@ def compare_tilings(product: Product, arithmetic: Arithmetic, bits: int, device:
             continue
         if blocks * reduction.segments * tile.block_m * tile.block_n * 4 > MAX_PARTIAL_BYTES and tile.segment_mode == 2:
             continue
-        cycles = _cost(tile, window, reduction, arithmetic, blocks, needed, device)
-        found.append(Tiling(bits, tile, window, row_tiles, column_tiles, sample_tiles, blocks, needed, cycles))
-    return tuple(sorted(found, key=lambda tiling: tiling.cycles))
+        us = _predict(product, tile, window, reduction, arithmetic, blocks, needed, device)
+        found.append(Tiling(bits, tile, window, row_tiles, column_tiles, sample_tiles, blocks, needed, us))
+    return tuple(sorted(found, key=lambda tiling: tiling.us))
 
 
-def _cost(
+def _predict(
+    product: Product,
     tile: Tile,
     window: Window,
     reduction: Reduction,
@@ -416,42 +375,39 @@ def _cost(
     shared: int,
     device: Device,
 ) -> float:
-    """Predicted cycles of a launch.
-
-    A block takes the longest of its products, its traffic with shared memory, and its traffic with L2 and memory, and
-    blocks of a multiprocessor share these; the barriers of a block alone are hidden by the others.
-    """
-    itemsize = UNIT_BYTES // arithmetic.channels
-    chunks, second_pass = reduction.chunks, 0.0
-    if tile.segment_mode == 2:
-        chunks = reduction.segment_chunks
-        traffic = blocks * reduction.segments * tile.block_m * tile.block_n * 8
-        second_pass = _SECOND_PASS_CYCLES + traffic / (MEMORY_BYTES_PER_CYCLE * device.num_sms)
-        blocks *= reduction.segments
-    terms = reduction.pairs * arithmetic.channels * chunks
-    warp_m, warp_n = tile.block_m // tile.warps_m, tile.block_n // tile.warps_n
-    multiply = tile.block_m * tile.block_n * terms / arithmetic.rate
-    operands = tile.warps * (warp_m + warp_n) * terms * itemsize * arithmetic.parts
-    staged = chunks * reduction.units * window.rows * UNIT_BYTES
-    loaded = chunks * reduction.units * window.block_samples * window.used_rows * UNIT_BYTES
-    l2 = (loaded + tile.block_m * terms * itemsize * arithmetic.parts) / L2_BYTES_PER_CYCLE
-    # A lane loads one element of a window at a time and stores 16 bytes of each part.
-    local = (operands + staged * arithmetic.parts) / SHARED_BYTES_PER_CYCLE + loaded / itemsize / WARP
-    stores = tile.block_m * tile.block_n * itemsize / MEMORY_BYTES_PER_CYCLE
-    stages = chunks * reduction.stages
-    # Batches of input that come when no stages are left to multiply meanwhile, or before the first; LATENCY_CYCLES has
-    # one of those.
-    batches = input_batches(tile, window, reduction)
-    waits = batches - 1 + (chunks - 1) * max(0, batches - reduction.stages)
+    """Microseconds of a plan: the weights packed, the tiles multiplied, the sums of segments added."""
+    p, is_cut = product.problem, tile.segment_mode == 2
+    row_tiles = product.products * -(-product.rows // tile.block_m)
+    launch = TilesLaunch(
+        arithmetic=arithmetic,
+        blocks=blocks * (reduction.segments if is_cut else 1),
+        weight_tiles=row_tiles * (reduction.segments if is_cut else 1),
+        chunks=reduction.segment_chunks if is_cut else reduction.chunks,
+        units=reduction.units,
+        stages=reduction.stages,
+        samples=window.block_samples,
+        used_rows=window.used_rows,
+        window_rows=window.rows,
+        block_m=tile.block_m,
+        block_n=tile.block_n,
+        warps_m=tile.warps_m,
+        warps_n=tile.warps_n,
+        prefetch=tile.prefetch,
+        has_samples=tile.has_samples,
+        is_cut=is_cut,
+        kept_segments=reduction.segments if tile.segment_mode == 1 else 0,
+    )
+    packed = row_tiles * tile.block_m * reduction.chunks * reduction.pairs
     resident = min(tile.min_blocks, max(1, device.shared_per_sm // (shared + RESERVED_SHARED_BYTES)))
-    block = max(multiply, local, l2) + stores + (stages * _STAGE_CYCLES + waits * _LOAD_CYCLES) / resident
-    waves, rest = divmod(blocks, device.num_sms * resident)
-    last = -(-rest // device.num_sms)
-    # A multiprocessor's last blocks run alone: a warp's chain of dependent products then sets the pace.
-    alone = stages * (_STAGE_CYCLES + 35.0 * STAGE_STEPS) + waits * _LOAD_CYCLES
-    tail = max(block * last, alone + stores) if rest else 0.0
-    launch = waves * max(block * resident, alone + stores) + tail + LATENCY_CYCLES * (waves + (1 if rest else 0))
-    return launch + second_pass
+    return predict_plan(
+        launch,
+        p,
+        resident=resident,
+        segments=reduction.segments,
+        packed=packed,
+        pack_blocks=-(-packed // PACK_BLOCK_SIZE),
+        device=device,
+    )
 
 
 def _candidates(tilings: tuple[Tiling, ...]) -> tuple[tuple[str, float], ...]:
@@ -462,26 +418,7 @@ def _candidates(tilings: tuple[Tiling, ...]) -> tuple[tuple[str, float], ...]:
         cut = " by segments" if t.tile.segment_mode == 2 else ""
         return f"{t.tile.block_m}x{t.tile.block_n}" + (f" of {samples} samples" if samples > 1 else "") + cut
 
-    return tuple((name(t), t.cycles) for t in tilings)
-
-
-def work(problem: ConvProblem, step: Step) -> Work:
-    """The work of a launch of tiles: every chunk of channels stages a window of the input for all taps."""
-    params, macros, grid = dict(step.launch.params), dict(step.config.macros), step.launch.grid
-    chunks = params["segment_chunks"] if macros["SEGMENT_MODE"] == "2" else params["chunks"]
-    parts, products = (2, 3) if macros["IS_SPLIT"] == "1" else (1, 1)
-    channels = UNIT_BYTES // problem.itemsize  # of a unit
-    terms = chunks * params["pairs"] * channels
-    vectors = grid * chunks * params["units"] * params["window_rows"]
-    weight_bytes = grid * chunks * params["pairs"] * parts * int(macros["BLOCK_M"]) * UNIT_BYTES
-    return Work(
-        multiply_adds=products * grid * int(macros["BLOCK_M"]) * int(macros["BLOCK_N"]) * terms,
-        l2_bytes=weight_bytes + vectors * UNIT_BYTES + problem.bytes(),
-        load_share=0.25,
-        # Of each vector of the window a lane loads its elements one by one and stores its parts.
-        staging_instructions=vectors / WARP * _STAGING_INSTRUCTIONS * channels,
-        staging_wavefronts=vectors / WARP * (channels + 4 * parts),
-    )
+    return tuple((name(t), t.us) for t in tilings)
 
 
 def smallest_fits(product: Product, arithmetic: Arithmetic, device: Device) -> bool:

@@ -9,7 +9,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..costs import Work
+from ..costs import Code, Ending, Prediction, Work, cuda_cores, predict_launch
+from ..device import Device
 from ..problem import BiasGradientProblem, WeightGradientProblem
 from ..source import params_fields
 from .base import PARTIAL, Config, Launch, Layout, Plan, Step, base_config, round_up, with_padding_mode
@@ -98,6 +99,12 @@ class Slices:
         return {"slice_samples": self.samples, "slice_positions": self.positions, "slice_pieces": self.pieces}
 
 
+# Of the cost model, of sum_slices: instructions of an addition (bench.static, sm_90); cycles from one to the next,
+# since several loads are on their way, and from the first load to the last store (assumptions).
+_SUM_INSTRUCTIONS = 3
+_SUM_CYCLES, _SUM_LATENCY_CYCLES = 100.0, 2000.0
+
+
 def _num_results(problem: WeightGradientProblem | BiasGradientProblem) -> int:
     return math.prod(problem.shapes[problem.result])
 
@@ -129,12 +136,13 @@ def weight_fields(problem: WeightGradientProblem, layout: Layout, slices: Slices
     return fields
 
 
-def sums_work(problem: WeightGradientProblem, step: Step, held: int, products: int = 1) -> Work:
-    """The work of a kernel whose threads hold so many sums, those that are none included, of `products` each."""
+def sums_work(problem: WeightGradientProblem, step: Step, held: int) -> Work:
+    """The work of a kernel whose threads hold so many sums, those that are none included."""
     params = dict(step.launch.params)
     count = -(-params["N"] // params["slice_samples"]) * params["slice_pieces"]
     waste = held / (count * _num_results(problem))
-    return Work(products * problem.flops() / 2 * waste, problem.bytes() + _partial_bytes(problem, count))
+    num_bytes = problem.bytes() + _partial_bytes(problem, count)
+    return Work(problem.flops() / 2 * waste, num_bytes, dram_bytes=num_bytes)
 
 
 def sliced_plan(
@@ -160,6 +168,14 @@ def sliced_plan(
     return Plan((Step(config, launch, (*inputs, PARTIAL, None)), total), scratch, candidates)
 
 
+def _ways(count: int) -> int:
+    """Threads that share the slices of one result."""
+    ways = 1
+    while ways < _MOST_WAYS and count >= 2 * ways * _SLICES_OF_A_WAY:
+        ways *= 2
+    return ways
+
+
 def sum_launch(
     problem: WeightGradientProblem | BiasGradientProblem, layout: Layout, slices: Slices | None = None
 ) -> tuple[Config, Launch]:
@@ -167,9 +183,7 @@ def sum_launch(
     slices = slices or Slices.of(problem)
     name = problem.result
     shape, num_results = problem.shapes[name], _num_results(problem)
-    ways = 1
-    while ways < _MOST_WAYS and slices.count >= 2 * ways * _SLICES_OF_A_WAY:
-        ways *= 2
+    ways = _ways(slices.count)
     extents = (*shape, 1, 1)
     strides = (*layout[name].strides, 0, 0)
     conjugated = isinstance(problem, WeightGradientProblem) and problem.conjugate_coarse
@@ -188,6 +202,33 @@ def sum_launch(
     grid = -(-num_results * ways // SUM_BLOCK_SIZE)
     shared = SUM_BLOCK_SIZE * problem.format.accumulator_bytes if ways > 1 else 0
     return sum_config(problem.dtype, bits), Launch(grid, SUM_BLOCK_SIZE, shared, bits, tuple(params.items()))
+
+
+def predict_sum(problem: WeightGradientProblem | BiasGradientProblem, count: int, device: Device) -> Prediction:
+    """The time of the launch that adds so many slices."""
+    p, results = problem, _num_results(problem)
+    additions, ways = count * results, _ways(count)
+    read, stored = additions * p.format.accumulator_bytes, results * p.itemsize
+    work = Work(
+        multiply_adds=0.0,
+        l2_bytes=read + stored,
+        dram_bytes=read + stored,
+        waits=_SUM_LATENCY_CYCLES,
+        ending=Ending(0.0, 0.0, stored),
+    )
+    return predict_launch(
+        work,
+        Code(additions / 32 * _SUM_INSTRUCTIONS, additions / 32, count / ways * _SUM_CYCLES),
+        blocks=-(-results * ways // SUM_BLOCK_SIZE),
+        resident=8,
+        unit=cuda_cores(device, p.format.accumulator_bytes),
+        device=device,
+    )
+
+
+def predict_pass(problem: WeightGradientProblem | BiasGradientProblem, step: Step, device: Device) -> Prediction:
+    """The time of the step that adds the slices."""
+    return predict_sum(problem, dict(step.launch.params)["slices"], device)
 
 
 def sum_config(dtype: str, bits: int) -> Config:

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
-from ..costs import MEMORY_BYTES_PER_CYCLE, MULTIPLY_ADDS_PER_CYCLE, RESERVED_SHARED_BYTES, THREAD_ISSUES_PER_CYCLE
+from ..costs import (
+    FMA_LATENCY_CYCLES,
+    LOAD_LATENCY_CYCLES,
+    RESERVED_SHARED_BYTES,
+    Code,
+    Ending,
+    Prediction,
+    Work,
+    cuda_cores,
+    predict_launch,
+)
 from ..device import Device
-from ..problem import FORMATS
+from ..problem import FORMATS, ConvProblem
 from .base import (
     PACKED,
     Config,
@@ -104,8 +115,12 @@ MAX_BLOCK_M = max(tile.block_m for tiles in TILES.values() for tile in tiles)
 MAX_BLOCK_N = max(tile.block_n for tiles in TILES.values() for tile in tiles)
 MAX_BLOCK_R = max(tile.block_r for tiles in TILES.values() for tile in tiles)
 
-# Of the cost model: cycles until a block's first data arrive and its last are gone.
+# Of the cost model: cycles until a block's first data arrive and its last are gone; of a thread that packs an element
+# (assumptions).
 _LATENCY_CYCLES = 1500.0
+_PACK_CYCLES = 1500.0
+_PACK_INSTRUCTIONS = 40  # of a thread for an element
+_ENDING_INSTRUCTIONS = 4  # of a result, an assumption
 # Instructions of a thread, read from the machine code for sm_90: to load an input of regular and of irregular columns
 # (the copy, the check that it exists, and for the latter an address of its own), more for 16-bit data, which pass
 # through a register; and for each chunk 34 to 48 that are no loads and no multiply-adds.
@@ -121,52 +136,77 @@ _GATHER_WAVEFRONTS = 4.0
 _FETCH_WAVEFRONTS = 2.0
 
 
-def _term_cycles(tile: Tile, dtype: str, column_step: int, gathers_rows: bool) -> float:
-    """Cycles in which a multiprocessor adds one term to all sums of a block, by issue slots or multiply-add units."""
+def _term_code(tile: Tile, dtype: str, column_step: int, gathers_rows: bool) -> tuple[float, float]:
+    """Instructions and wavefronts of a warp that adds one term to its sums."""
     size = FORMATS[dtype].accumulator_bytes
     vec = max(1, 16 // size)
-    is_complex = FORMATS[dtype].is_complex
-    multiply_adds = tile.thread_m * tile.thread_n * FORMATS[dtype].multiply_adds
     fetches = (tile.thread_m + tile.thread_n) / vec
-    rate = MULTIPLY_ADDS_PER_CYCLE[size // 2 if is_complex else size]
+    instructions = tile.thread_m * tile.thread_n * FORMATS[dtype].multiply_adds + fetches
+    wavefronts = _FETCH_WAVEFRONTS * fetches
     if gathers_rows:
         loads = (tile.block_m + tile.block_n) / tile.threads
-        others = _GATHER_INSTRUCTIONS * loads + _GATHER_CHUNK_INSTRUCTIONS / tile.block_r
-        instructions = multiply_adds + fetches + others
-        wavefronts = _FETCH_WAVEFRONTS * fetches + _GATHER_WAVEFRONTS * loads
-        return tile.threads * max(instructions / THREAD_ISSUES_PER_CYCLE, multiply_adds / rate, wavefronts / WARP)
+        instructions += _GATHER_INSTRUCTIONS * loads + _GATHER_CHUNK_INSTRUCTIONS / tile.block_r
+        return instructions, wavefronts + _GATHER_WAVEFRONTS * loads
     conversion = _CONVERSION_INSTRUCTIONS if FORMATS[dtype].itemsize == 2 else 0
-    for_column = _INPUT_INSTRUCTIONS[column_step == 0] + conversion
-    loads = (tile.block_m / vec + tile.block_n * for_column) / tile.threads
-    instructions = multiply_adds + fetches + loads + _CHUNK_INSTRUCTIONS / tile.block_r
-    return tile.threads * max(instructions / THREAD_ISSUES_PER_CYCLE, multiply_adds / rate)
+    loads = (tile.block_m / vec + tile.block_n * (_INPUT_INSTRUCTIONS[column_step == 0] + conversion)) / tile.threads
+    wavefronts += (4 * tile.block_m / vec + 2 * tile.block_n) / tile.threads
+    return instructions + loads + _CHUNK_INSTRUCTIONS / tile.block_r, wavefronts
 
 
-def cost(
+def predict_tiles(
     tile: Tile,
     blocks: int,
     terms: int,
     dtype: str,
     device: Device,
     *,
+    num_bytes: int,
+    taps: int = 1,
     column_step: int = 1,
     gathers_rows: bool = False,
-) -> float:
-    """Predicted cycles of a launch of `blocks` tiles that sum `terms` products each.
+) -> Prediction:
+    """The time of a launch of `blocks` tiles that sum `terms` products each.
 
-    `column_step` is that of compare_tilings. `gathers_rows` says that the operands of rows are loaded one by one, not
-    in vectors, as for gradients of weights.
-
-    A block takes the longer of its arithmetic and its stores; blocks of one multiprocessor share its rates, so a wave
-    takes as long as its blocks one after the other, and latency is paid once a wave.
+    Args:
+        tile: of every block.
+        blocks: of the launch.
+        terms: of a sum.
+        dtype: of the data.
+        device: the GPU.
+        num_bytes: of the operands and the result.
+        taps: neighbouring terms that read overlapping columns.
+        column_step: that of compare_tilings.
+        gathers_rows: the operands of rows are loaded one by one, not in vectors, as for gradients of weights.
     """
-    stores = tile.block_m * tile.block_n * FORMATS[dtype].itemsize / MEMORY_BYTES_PER_CYCLE
+    work = tile_work(tile.block_m, tile.block_n, blocks, terms, dtype, num_bytes=num_bytes, taps=taps)
+    instructions, wavefronts = _term_code(tile, dtype, column_step, gathers_rows)
+    warp_terms = blocks * tile.warps * terms
+    chain = -(-terms // tile.block_r) * (LOAD_LATENCY_CYCLES + FMA_LATENCY_CYCLES * tile.block_r)
     shared = tile.shared_bytes(FORMATS[dtype].accumulator_bytes) + RESERVED_SHARED_BYTES
-    resident = min(tile.min_blocks, max(1, device.shared_per_sm // shared))
-    waves, rest = divmod(blocks, device.num_sms * resident)
-    last = -(-rest // device.num_sms)
-    block_cycles = max(terms * _term_cycles(tile, dtype, column_step, gathers_rows), stores)
-    return block_cycles * (waves * resident + last) + _LATENCY_CYCLES * (waves + (1 if rest else 0))
+    return predict_launch(
+        work,
+        Code(warp_terms * instructions, warp_terms * wavefronts, chain),
+        blocks=blocks,
+        resident=min(tile.min_blocks, max(1, device.shared_per_sm // shared)),
+        unit=cuda_cores(device, FORMATS[dtype].accumulator_bytes, is_complex=FORMATS[dtype].is_complex),
+        device=device,
+    )
+
+
+def tile_work(
+    block_m: int, block_n: int, blocks: int, terms: int, dtype: str, *, num_bytes: int, taps: int = 1
+) -> Work:
+    """What a launch of tiles does; the arguments are those of `predict_tiles`."""
+    held = blocks * block_m * block_n
+    operands = block_m * FORMATS[dtype].accumulator_bytes + block_n * FORMATS[dtype].itemsize / taps
+    stored = held * FORMATS[dtype].itemsize
+    return Work(
+        multiply_adds=held * terms * FORMATS[dtype].multiply_adds,
+        l2_bytes=blocks * terms * operands + stored,
+        dram_bytes=max(num_bytes, stored),
+        waits=_LATENCY_CYCLES,
+        ending=Ending(held / WARP * _ENDING_INSTRUCTIONS, 2 * held / WARP, stored),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +217,7 @@ class Tiling:
         column_step: COLUMN_STEP of tiled.cuh, 0 where columns run through the samples.
         column_tiles: tiles along the columns of one sample, or of all samples where column_step is 0.
         blocks: tiles of all groups and samples.
-        cycles: predicted by `cost`.
+        us: of the whole plan, predicted.
     """
 
     tile: Tile
@@ -185,37 +225,54 @@ class Tiling:
     row_tiles: int
     column_tiles: int
     blocks: int
-    cycles: float
+    us: float
 
 
 @lru_cache(maxsize=4096)
 def compare_tilings(
+    product: Product,
     *,
-    rows: int,
-    samples: int,
-    positions: int,
-    products: int,
-    terms: int,
     column_step: int,
     bits: int,
-    dtype: str,
     device: Device,
 ) -> tuple[Tiling, ...]:
-    """The tilings of `products` independent products of rows by (samples, positions), the cheapest first.
+    """The tilings of a product, the cheapest first.
 
-    `terms` are summed each. `column_step` is the step from one column's input to the next, or 0 where columns are not
+    `column_step` is the step from one column's input to the next, or 0 where columns are not
     regular. `bits` are those of an index.
     """
+    q, p = product, product.problem
     candidates = []
-    for tile in tiles_for(dtype, bits):
-        row_tiles = -(-rows // tile.block_m)
+    for tile in tiles_for(p.dtype, bits):
+        row_tiles = -(-q.rows // tile.block_m)
+        packed = PackedWeight.of(tile, q.products, q.terms, q.rows)
+        packing = _predict_packing(p, packed.num_elements, device).us
         for step in sorted({column_step, 0}, reverse=True):
-            all_columns = positions if step else samples * positions
+            all_columns = q.positions if step else p.N * q.positions
             column_tiles = -(-all_columns // tile.block_n)
-            blocks = row_tiles * column_tiles * products * (samples if step else 1)
-            cycles = cost(tile, blocks, terms, dtype, device, column_step=step)
-            candidates.append(Tiling(tile, step, row_tiles, column_tiles, blocks, cycles))
-    return tuple(sorted(candidates, key=lambda tiling: tiling.cycles))
+            blocks = row_tiles * column_tiles * q.products * (p.N if step else 1)
+            found = predict_tiles(
+                tile, blocks, q.terms, p.dtype, device, num_bytes=p.bytes(), taps=q.taps, column_step=step
+            )
+            candidates.append(Tiling(tile, step, row_tiles, column_tiles, blocks, packing + found.us))
+    return tuple(sorted(candidates, key=lambda tiling: tiling.us))
+
+
+def _predict_packing(p: ConvProblem, elements: int, device: Device) -> Prediction:
+    """The launch of pack_weight. Every weight is read once, in whole sectors."""
+    read, written = math.prod(p.weight_shape) * p.itemsize, elements * p.format.accumulator_bytes
+    work = Work(0.0, read + written, dram_bytes=read + written)
+    code = Code(elements / WARP * _PACK_INSTRUCTIONS, elements / WARP * 4, _PACK_CYCLES)
+    blocks = -(-elements // PACK_BLOCK_SIZE)
+    return predict_launch(work, code, blocks=blocks, resident=5, unit=cuda_cores(device, 4), device=device)
+
+
+def predict_pass(problem: ConvProblem, step: Step, device: Device) -> Prediction:
+    """The time of the step that packs the weights."""
+    params = dict(step.launch.params)
+    products = step.launch.grid // math.prod(params[f"{name}_parts"] for name in ("out", "phase", "in", "tap"))
+    elements = products * math.prod(params[name] for name in ("row_tiles", "block_rows", "padded_terms"))
+    return _predict_packing(problem, elements, device)
 
 
 def tiling_macros(tile: Tile, column_step: int, dtype: str, bits: int) -> dict[str, str | int]:
@@ -315,7 +372,7 @@ def packed_plan(
     pack = pack_config(p.dtype, bits, transposed=p.transposed, phases_in_rows=product.phases_in_rows)
     pack_launch = Launch(boxes.grid, PACK_BLOCK_SIZE, boxes.shared_bytes, bits, params)
     candidates = tuple(
-        (f"{t.tile.block_m}x{t.tile.block_n}{'' if t.column_step else ' through samples'}", t.cycles) for t in tilings
+        (f"{t.tile.block_m}x{t.tile.block_n}{'' if t.column_step else ' through samples'}", t.us) for t in tilings
     )
     return Plan(
         (Step(pack, pack_launch, ("weight", PACKED)), Step(config, launch, conv_arrays(p, PACKED))),

@@ -11,24 +11,25 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
-from ..costs import L2_BYTES_PER_CYCLE, RESERVED_SHARED_BYTES, SHARED_BYTES_PER_CYCLE, Work
+from ..costs import (
+    MMA_LATENCY_CYCLES,
+    RESERVED_SHARED_BYTES,
+    SECTOR_BYTES,
+    Code,
+    Ending,
+    Work,
+    predict_launch,
+    tensor_cores,
+)
 from ..device import Device
 from ..problem import WeightGradientProblem
 from ..text import count
+from .arithmetic import ARITHMETICS, MIN_SPLIT_TERMS, SPLIT_TERMS, UNIT_BYTES, WARP, Arithmetic
 from .base import MAX_GRID, Config, Family, Launch, Layout, Plan, Refusal, Step, params_of, round_up
-from .mma import (
-    ARITHMETICS,
-    LATENCY_CYCLES,
-    MIN_CHANNELS,
-    MIN_SPLIT_ROWS,
-    MIN_SPLIT_TERMS,
-    SPLIT_TERMS,
-    UNIT_BYTES,
-    WARP,
-    Arithmetic,
-)
+from .mma import MIN_CHANNELS, MIN_SPLIT_ROWS
+from .mma_costs import LATENCY_CYCLES
 from .offsets import index_bits
-from .slices import Slices, gradient_config, sliced_plan, sums_work, weight_fields
+from .slices import Slices, gradient_config, predict_sum, sliced_plan, weight_fields
 
 STEP = SPLIT_TERMS  # positions of a step: one product of 16-bit matrices along the reduction, or two
 OCTET = 8  # columns of one product
@@ -83,10 +84,14 @@ TILES: dict[int, tuple[Tile, ...]] = {
 }
 _LARGEST_M, _LARGEST_N, _LARGEST_CHUNK = 128, 256, 64
 
-# Constants of the cost model, beside those of mma.py.
-_CHUNK_CYCLES = 150.0  # the barrier of a chunk, and what its loads leave uncovered, of a block alone
-_LOAD_INSTRUCTIONS = 8.0  # of one load, with its address and its part in storing the vectors
-_STORE_CYCLES = 8.0  # of a warp, for one sum of each lane on its way out
+# Of the cost model, from the machine code for sm_90 (bench.static): instructions of a lane for one load, with its
+# address and its part in storing the vectors, by the positions that it loads; of a step besides its products and
+# fetches; of a warp for one sum of each lane on its way out.
+_LOAD_INSTRUCTIONS = {1: 11.0, WIDTH: 22.0}
+_STEP_INSTRUCTIONS = 16
+_STORE_INSTRUCTIONS = 8.0
+# An assumption: cycles of the barrier of a chunk, and of what its loads leave uncovered, of a block alone.
+_CHUNK_CYCLES = 150.0
 
 
 class Window(NamedTuple):
@@ -171,13 +176,25 @@ class WeightGradientMma(Family[WeightGradientProblem]):
         )
         config = self._config(tile, p.dtype, p.precision, widths, bits)
         launch = Launch(tiling.blocks, tile.threads, tiling.shared_bytes, bits, params)
-        candidates = tuple((f"{t.tile.block_m}x{t.tile.block_n} of {count(t.taps, 'tap')}", t.cycles) for t in tilings)
+        candidates = tuple((f"{t.tile.block_m}x{t.tile.block_n} of {count(t.taps, 'tap')}", t.us) for t in tilings)
         return sliced_plan(p, layout, slices, config, launch, candidates)
 
     def work(self, problem: WeightGradientProblem, step: Step) -> Work:
-        macros = dict(step.config.macros)
-        held = step.launch.grid * int(macros["BLOCK_M"]) * int(macros["BLOCK_N"])
-        return sums_work(problem, step, held, 3 if macros["IS_SPLIT"] == "1" else 1)
+        params, macros = dict(step.launch.params), dict(step.config.macros)
+        return _Launch(
+            arithmetic=ARITHMETICS[problem.dtype, problem.precision],
+            slices=_slices(problem),
+            blocks=step.launch.grid,
+            chunk_samples=params["chunk_samples"],
+            chunk_positions=1 << params["sample_shift"],
+            window_rows=params["window_rows"],
+            octets=params["block_octets"],
+            widths=(int(macros["COARSE_WIDTH"]), int(macros["FINE_WIDTH"])),
+            block_m=int(macros["BLOCK_M"]),
+            block_n=int(macros["BLOCK_N"]),
+            warps_m=int(macros["WARPS_M"]),
+            warps_n=int(macros["WARPS_N"]),
+        ).work(problem)
 
     def configs(self, device: Device) -> Iterator[Config]:
         for (dtype, precision), arithmetic in ARITHMETICS.items():
@@ -208,7 +225,7 @@ class WeightGradientMma(Family[WeightGradientProblem]):
 
 
 class _Tiling(NamedTuple):
-    """A tile with the octets and taps of its columns, the numbers of tiles and blocks, and the predicted cycles."""
+    """A tile with the octets and taps of its columns, the numbers of tiles and blocks, and the predicted time."""
 
     tile: Tile
     octets: int
@@ -219,7 +236,7 @@ class _Tiling(NamedTuple):
     tap_tiles: int
     blocks: int
     shared_bytes: int
-    cycles: float
+    us: float
 
 
 def _slices(p: WeightGradientProblem) -> Slices:
@@ -298,6 +315,7 @@ def _tilings(p: WeightGradientProblem, widths: tuple[int, int], device: Device, 
     arithmetic = ARITHMETICS[p.dtype, p.precision]
     slices = _slices(p)
     octets_of_group = -(-p.C_fine_g // OCTET)
+    adding = predict_sum(p, slices.count, device).us if slices.count > 1 else 0.0
     found = []
     for tile in _tiles(arithmetic, bits):
         pairs = tile.block_n // OCTET
@@ -312,12 +330,27 @@ def _tilings(p: WeightGradientProblem, widths: tuple[int, int], device: Device, 
             if shared > device.shared_per_block:
                 continue
             blocks = row_tiles * octet_tiles * tap_tiles * p.groups * slices.count
-            cycles = _cost(tile, window, octets, widths, arithmetic, blocks, shared, slices, device)
-            if best is None or (cycles, -taps) < (best.cycles, -best.taps):
-                best = _Tiling(tile, octets, taps, window, row_tiles, octet_tiles, tap_tiles, blocks, shared, cycles)
+            launch = _Launch(
+                arithmetic=arithmetic,
+                slices=slices,
+                blocks=blocks,
+                chunk_samples=window.samples,
+                chunk_positions=window.positions,
+                window_rows=window.rows,
+                octets=octets,
+                widths=widths,
+                block_m=tile.block_m,
+                block_n=tile.block_n,
+                warps_m=tile.warps_m,
+                warps_n=tile.warps_n,
+            )
+            resident = min(tile.min_blocks, max(1, device.shared_per_sm // (shared + RESERVED_SHARED_BYTES)))
+            us = adding + launch.us(p, resident, device)
+            if best is None or (us, -taps) < (best.us, -best.taps):
+                best = _Tiling(tile, octets, taps, window, row_tiles, octet_tiles, tap_tiles, blocks, shared, us)
         if best is not None:
             found.append(best)
-    return tuple(sorted(found, key=lambda tiling: tiling.cycles))
+    return tuple(sorted(found, key=lambda tiling: tiling.us))
 
 
 def _chunk(slices: Slices, rows: int) -> tuple[int, int]:
@@ -344,33 +377,94 @@ def _shared_bytes(
     return max(operands, tile.warps_m * _PRODUCT_ROWS * (tile.block_n + 4) * 4)
 
 
-def _cost(
-    tile: Tile,
-    window: Window,
-    octets: int,
-    widths: tuple[int, int],
-    arithmetic: Arithmetic,
-    blocks: int,
-    shared: int,
-    slices: Slices,
-    device: Device,
-) -> float:
-    """Predicted cycles of a launch; blocks of a multiprocessor share what they take the longest of."""
-    itemsize = UNIT_BYTES // arithmetic.channels
-    chunk_terms = window.samples * window.positions
-    chunks = -(-slices.samples // window.samples) * -(-slices.positions // window.positions)
-    terms = chunks * min(chunk_terms, window.samples * (-(-slices.positions // STEP) * STEP))
-    warp_m, warp_n = tile.block_m // tile.warps_m, tile.block_n // tile.warps_n
-    multiply = tile.block_m * tile.block_n * terms / arithmetic.rate
-    operands = tile.warps * (warp_m + warp_n) * terms * itemsize * arithmetic.parts
-    staged = chunks * itemsize * (tile.block_m * chunk_terms + octets * OCTET * window.rows)
-    # A lane loads as many positions of a channel as the width says and stores 16 bytes of each part.
-    loads = chunks * (tile.block_m * chunk_terms / widths[0] + octets * OCTET * window.rows / widths[1])
-    local = (operands + staged * arithmetic.parts) / SHARED_BYTES_PER_CYCLE + loads / WARP
-    resident = min(tile.min_blocks, max(1, device.shared_per_sm // (shared + RESERVED_SHARED_BYTES)))
-    issue = loads * _LOAD_INSTRUCTIONS / WARP / 4
-    out = tile.block_m * tile.block_n / WARP * _STORE_CYCLES
-    block = max(multiply + issue, local, staged / L2_BYTES_PER_CYCLE) + out + chunks * _CHUNK_CYCLES / resident
-    waves, rest = divmod(blocks, device.num_sms * resident)
-    tail = block * -(-rest // device.num_sms)
-    return waves * block * resident + tail + LATENCY_CYCLES * (waves + (1 if rest else 0))
+class _Launch(NamedTuple):
+    """A launch as far as its time depends on it: fields of `Tile`, `Window` and `_Tiling`."""
+
+    arithmetic: Arithmetic
+    slices: Slices
+    blocks: int
+    chunk_samples: int
+    chunk_positions: int
+    window_rows: int
+    octets: int
+    widths: tuple[int, int]
+    block_m: int
+    block_n: int
+    warps_m: int
+    warps_n: int
+
+    @property
+    def warps(self) -> int:
+        return self.warps_m * self.warps_n
+
+    @property
+    def chunks(self) -> int:
+        """Of a slice."""
+        s = self.slices
+        return -(-s.samples // self.chunk_samples) * -(-s.positions // self.chunk_positions)
+
+    @property
+    def terms(self) -> int:
+        """Positions that a block multiplies, those of steps that reach beyond a slice included."""
+        of_sample = min(self.chunk_positions, -(-self.slices.positions // STEP) * STEP)
+        return self.chunks * self.chunk_samples * of_sample
+
+    def work(self, p: WeightGradientProblem) -> Work:
+        a = self.arithmetic
+        chunk_terms = self.chunk_samples * self.chunk_positions
+        coarse, fine = self.block_m * chunk_terms, self.octets * OCTET * self.window_rows  # elements of a chunk
+        rows = (self.block_m + self.octets * OCTET) * self.chunk_samples
+        staged = (coarse + fine) * a.itemsize + rows * (SECTOR_BYTES - a.itemsize)
+        passes = self.blocks * self.chunks
+        # In 16 bits the code around the steps of a chunk stages the next; in 32 bits it is around that around a step.
+        instructions, wavefronts = self._staging() if a.itemsize == 4 else (0.0, 0.0)
+        held = self.blocks * self.block_m * self.block_n
+        partial = self.slices.partial_bytes(p)
+        stored = partial or math.prod(p.weight_shape) * p.itemsize
+        return Work(
+            multiply_adds=a.products * held * self.terms,
+            l2_bytes=passes * staged + stored,
+            staging_instructions=instructions,
+            staging_wavefronts=wavefronts,
+            visits=self.blocks * self.warps * (self.terms / STEP if a.itemsize == 4 else self.chunks),
+            dram_bytes=p.bytes() - math.prod(p.weight_shape) * p.itemsize + stored,
+            waits=LATENCY_CYCLES + self.chunks * _CHUNK_CYCLES,
+            load_share=0.0,  # what a chunk waits for is in `waits`
+            ending=Ending(held / WARP * _STORE_INSTRUCTIONS, 2 * held / WARP, stored),
+        )
+
+    def _staging(self) -> tuple[float, float]:
+        """Instructions and wavefronts of all warps that stage the chunks."""
+        a, chunk_terms = self.arithmetic, self.chunk_samples * self.chunk_positions
+        elements = self.block_m * chunk_terms, self.octets * OCTET * self.window_rows
+        loads = [of_side / width for of_side, width in zip(elements, self.widths, strict=True)]
+        instructions = sum(n * _LOAD_INSTRUCTIONS[width] for n, width in zip(loads, self.widths, strict=True))
+        # Of 128 bytes by a warp, or of one load that has fewer; a unit of each part is stored at once.
+        wavefronts = sum(n * max(1.0, width * a.itemsize / 4) for n, width in zip(loads, self.widths, strict=True))
+        wavefronts += 4 * sum(elements) / a.channels * a.parts
+        return self.blocks * self.chunks / WARP * instructions, self.blocks * self.chunks / WARP * wavefronts
+
+    def us(self, p: WeightGradientProblem, resident: int, device: Device) -> float:
+        """Microseconds by the family's estimate of the machine code; bench.static reads this itself."""
+        a, work = self.arithmetic, self.work(p)
+        warp_m, warp_n = self.block_m // self.warps_m, self.block_n // self.warps_n
+        steps = self.terms * a.itemsize // (UNIT_BYTES * 2)  # products along the reduction
+        products = a.products * warp_m // _PRODUCT_ROWS * warp_n // OCTET
+        wavefronts = (warp_m + warp_n) * a.parts / 4  # 32 bytes of every row and column
+        # ldmatrix fetches four wavefronts at a time; elements of 32 bits come one by one.
+        fetches = wavefronts / 4 if a.itemsize == 2 else wavefronts
+        passes = self.blocks * self.warps * steps
+        staging = self._staging()
+        code = Code(
+            instructions=passes * (products + fetches + _STEP_INSTRUCTIONS) + staging[0],
+            wavefronts=passes * wavefronts + staging[1],
+            chain=steps * MMA_LATENCY_CYCLES,
+        )
+        return predict_launch(
+            work,
+            code,
+            blocks=self.blocks,
+            resident=resident,
+            unit=tensor_cores(device, a.itemsize),
+            device=device,
+        ).us

@@ -15,8 +15,8 @@ from ..device import Device
 from ..problem import DTYPES, FORMATS, WeightGradientProblem
 from .base import MAX_GRID, Config, Family, Launch, Layout, Plan, Refusal, Step, params_of
 from .offsets import index_bits
-from .slices import Slices, gradient_config, sliced_plan, sums_work, weight_fields
-from .tiles import Tile, cost
+from .slices import Slices, gradient_config, predict_sum, sliced_plan, weight_fields
+from .tiles import Tile, predict_tiles, tile_work
 
 # By the size of the accumulator, as in tiles.py; low and wide, or high and narrow ones for groups of few channels.
 TILES: dict[int, tuple[Tile, ...]] = {
@@ -68,12 +68,19 @@ class WeightGradientTiled(Family[WeightGradientProblem]):
         config = self._config(tile, p.dtype, bits)
         shared_bytes = _shared_bytes(tile, p.dtype, bits)
         launch = Launch(tiling.blocks, tile.threads, shared_bytes, bits, params)
-        candidates = tuple((f"{t.tile.block_m}x{t.tile.block_n}", t.cycles) for t in tilings)
+        candidates = tuple((f"{t.tile.block_m}x{t.tile.block_n}", t.us) for t in tilings)
         return sliced_plan(p, layout, slices, config, launch, candidates)
 
     def work(self, problem: WeightGradientProblem, step: Step) -> Work:
-        macros = dict(step.config.macros)
-        return sums_work(problem, step, step.launch.grid * int(macros["BLOCK_M"]) * int(macros["BLOCK_N"]))
+        p, macros, slices = problem, dict(step.config.macros), Slices.of(problem)
+        return tile_work(
+            int(macros["BLOCK_M"]),
+            int(macros["BLOCK_N"]),
+            step.launch.grid,
+            slices.samples * slices.positions,
+            p.dtype,
+            num_bytes=p.bytes() + slices.partial_bytes(p),
+        )
 
     def configs(self, device: Device) -> Iterator[Config]:
         for dtype in DTYPES:
@@ -95,13 +102,13 @@ class WeightGradientTiled(Family[WeightGradientProblem]):
 
 
 class _Tiling(NamedTuple):
-    """A tile, the numbers of tiles along rows and columns, blocks of all groups and slices, and predicted cycles."""
+    """A tile, the numbers of tiles along rows and columns, blocks of all groups and slices, predicted time in us."""
 
     tile: Tile
     row_tiles: int
     column_tiles: int
     blocks: int
-    cycles: float
+    us: float
 
 
 def _tiles(dtype: str, bits: int) -> tuple[Tile, ...]:
@@ -113,13 +120,22 @@ def _tiles(dtype: str, bits: int) -> tuple[Tile, ...]:
 def _tilings(p: WeightGradientProblem, device: Device, bits: int) -> tuple[_Tiling, ...]:
     """The cheapest first."""
     slices = Slices.of(p)
+    adding = predict_sum(p, slices.count, device).us if slices.count > 1 else 0.0
     found = []
     for tile in _tiles(p.dtype, bits):
         row_tiles, column_tiles = -(-p.C_coarse_g // tile.block_m), -(-p.C_fine_g * p.K // tile.block_n)
         blocks = row_tiles * column_tiles * p.groups * slices.count
-        cycles = cost(tile, blocks, slices.samples * slices.positions, p.dtype, device, gathers_rows=True)
-        found.append(_Tiling(tile, row_tiles, column_tiles, blocks, cycles))
-    return tuple(sorted(found, key=lambda tiling: tiling.cycles))
+        time = predict_tiles(
+            tile,
+            blocks,
+            slices.samples * slices.positions,
+            p.dtype,
+            device,
+            num_bytes=p.bytes() + slices.partial_bytes(p),
+            gathers_rows=True,
+        )
+        found.append(_Tiling(tile, row_tiles, column_tiles, blocks, time.us + adding))
+    return tuple(sorted(found, key=lambda tiling: tiling.us))
 
 
 def _shared_bytes(tile: Tile, dtype: str, bits: int) -> int:

@@ -160,7 +160,11 @@ def _checked(op: Op, *settings: Any) -> Settings:
     is_known = not torch.compiler.is_compiling()
     for value in settings:
         kind = type(value)
-        is_known = is_known and (kind is int or kind is str or (kind is tuple and {*map(type, value)} <= {int}))
+        if kind is tuple:
+            for element in value:
+                is_known = is_known and type(element) is int
+        elif kind is not int and kind is not str:
+            is_known = False
     return _check(op, op, *settings) if is_known else Settings.check(op, op, *settings)
 
 

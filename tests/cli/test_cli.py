@@ -669,9 +669,11 @@ def test_warmup_fills_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 
 
 @pytest.mark.gpu
-def test_a_file_is_convolved_on_the_gpu() -> None:
+@pytest.mark.parametrize("device", [[], ["--device", "gpu"]])
+def test_a_file_is_convolved_on_the_gpu(device: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     x, w = save("x.npy", rng.integers(-8, 8, (2, 3, 50)).astype(np.float32)), save("w.npy", np.ones((4, 3, 5), "f4"))
-    assert main(["conv1d", "x.npy", "w.npy", "y.npy", "--device", "gpu", "--padding", "same"]) == 0
+    assert main(["conv1d", "x.npy", "w.npy", "y.npy", *device, "--padding", "same"]) == 0
+    assert "computed on the CPU" not in capsys.readouterr().out
     assert np.array_equal(np.load("y.npy"), gpuconv.conv1d(x, w, padding="same"))
 
 

@@ -230,6 +230,18 @@ def test_memory_for_a_long_recording() -> None:
     assert 2 < convolving < 2.7
 
 
+def test_without_a_driver_cupy_is_not_imported() -> None:
+    """It takes 100 MB."""
+    program = (
+        "import sys\nfrom gpuconv.cli import gpu, main\n"
+        "gpu.has_driver = lambda: False\n"
+        "code = main(['conv1d', 'x.npy', 'w.npy', 'y.npy'])\n"
+        "sys.exit(code or ('cupy' in sys.modules and 'CuPy was imported'))"
+    )
+    done = run("-c", program)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "y.npy: (1, 18) float32, computed on the CPU\n", "")
+
+
 def test_a_cut_recording_is_read_where_that_is_allowed() -> None:
     soundfile.write("x.wav", normal(1000), 8000, subtype="FLOAT")
     save("w.npy", np.ones((1, 1, 1), np.float32))

@@ -18,6 +18,7 @@ import pytest
 from bench.layers import load
 from gpuconv import cpu, reference
 from gpuconv.cpu import choice, limits, threads
+from gpuconv.cpu.arrays import Scratch
 from gpuconv.cpu.geometry import Call
 from gpuconv.cpu.taps import Taps
 from gpuconv.problem import DTYPES, ConvProblem, numpy_dtype
@@ -36,6 +37,9 @@ METHODS: dict[str, list[ConvProblem]] = {
         conv1d(8, 64, 64, 2000, 2, 2, 1, 1, 1, 64),
     ],
     "toeplitz": [
+        conv1d(40, 64, 128, 40, 3, 1, 1, 1, has_bias=True),
+        conv1d(300, 8, 8, 16, 5, 1, 2, 2),
+        conv_transpose1d(300, 16, 12, 8, 3, 2, 1, 0, 2, 2, 1, has_bias=True),
         conv_transpose1d(3, 1, 10, 700, 64, 32, 5, 3),
         conv1d(2, 8, 8, 700, 131, 1, 15, 15, 1, 8, has_bias=True),
         conv1d(64, 30, 30, 24, 51, 1, 25, 25, 1, 30),
@@ -50,11 +54,10 @@ METHODS: dict[str, list[ConvProblem]] = {
         conv1d(4, 64, 96, 1500, 11, 1, 25, 25, 5),
         conv1d(2, 1, 24, 500, 10, 5, 0, 4, has_bias=True),
         conv1d(1, 128, 512, 3000, 1),
-        conv1d(40, 64, 128, 40, 3, 1, 1, 1, has_bias=True),
+        conv1d(100, 16, 64, 24, 16, 1, 15, 15, 2, has_bias=True),
         conv_transpose1d(2, 4, 16, 400, 8, 4, 2, 2, has_bias=True),
         conv_transpose1d(2, 8, 6, 400, 5, 3, 2, 1, 2, 2, 1, has_bias=True),
         conv1d(2, 6, 6, 3000, 3, 1, 1, 1, 2, 6, has_bias=True),
-        conv1d(300, 8, 8, 16, 5, 1, 2, 2),
         conv_transpose1d(2, 4, 4, 50, 6, 2, 1, 1, 3, 4, 1),
         conv_transpose1d(2, 64, 16, 300, 5, 3, 2, 1, 2, has_bias=True),
         conv_transpose1d(1, 1, 1, 4000, 3, 2, 1, 1, 3),
@@ -567,6 +570,7 @@ LARGE_PRODUCTS = conv1d(1, 512, 1024, 1500, 3, 1, 1, 1)
 @pytest.mark.parametrize(("name", "problem"), [*LARGE.items(), ("panels", LARGE_PRODUCTS)], ids=str)
 def test_measured_memory(name: str, problem: ConvProblem, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threads, "usable_cpus", lambda: 16)  # as many threads as any machine would start
+    monkeypatch.setattr(Scratch, "borrow", classmethod(lambda cls, _, dtype: cls(dtype)))  # nothing is kept
     p = with_dtype(problem, case) if case in DTYPES else problem
     if case not in DTYPES:
         assert cpu.method(p).name == name
@@ -584,6 +588,74 @@ def test_measured_memory(name: str, problem: ConvProblem, case: str, monkeypatch
         tracemalloc.stop()
     assert peak <= cpu.method(p).workspace_bytes + _MIB // 2  # the interpreter's own objects
     assert peak <= allowed_memory(p)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "complex64"])
+@pytest.mark.parametrize("depthwise", [False, True])
+@pytest.mark.parametrize("value", [None, np.nan, np.inf])
+def test_all_forms_agree(dtype: str, depthwise: bool, value: float | None) -> None:
+    """On integers, where each is exact; also with a value that is not finite among them. A real sum of zero is +0."""
+    rng, rounds = random.Random(0), 0
+    while rounds < 40:
+        groups, channels = rng.choice([1, 2, 3, 5]), [1] if depthwise else [1, 2, 3]
+        try:
+            p = ConvProblem(
+                rng.choice(["conv1d", "conv_transpose1d"]), rng.choice([1, 2, 3, 7, 20]),
+                groups * rng.choice(channels), groups * rng.choice(channels), rng.choice([1, 2, 3, 5, 8, 17, 300]),
+                rng.choice([1, 2, 3, 4, 7]), rng.choice([1, 1, 1, 2, 3]), rng.choice([0, 1, 2, 5]),
+                rng.choice([0, 1, 2, 5]), rng.choice([1, 1, 2, 3]), groups, dtype=dtype, has_bias=rng.random() < 0.5,
+            )  # fmt: skip
+        except ValueError:
+            continue
+        rounds += 1
+        x, w, b = arrays(p, rounds, integers=True)
+        if value is not None and x.size:
+            x.flat[rng.randrange(x.size)] = value
+        expected = poisoned(p)
+        choice.chosen_form(p, p, Taps.of(p), 0.0).run(Call.of(p, x, w, b, expected))
+        for q, forms in choice.candidates(p):
+            for form in forms:
+                y = poisoned(p)
+                choice.chosen_form(p, q, form, 0.0).run(Call.of(p, x, w, b, y))
+                # Which part of a complex number an infinity reaches depends on how its product is made.
+                wide = [np.where(np.isfinite(a) | (not p.is_complex), a, np.nan) for a in (y, expected)]
+                np.testing.assert_array_equal(*(a.astype(np.complex128) for a in wide), f"{p}: {form}")
+                assert p.is_complex or not np.signbit(y[y == 0].astype(np.float32)).any(), f"{p}: {form}"
+
+
+def test_buffers_are_kept_for_the_next_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "usable_cpus", lambda: 1)  # a second thread may have nothing left to do
+    p = conv1d(4, 16, 16, 4000, 3)
+    x, w, b = arrays(p)
+    y = poisoned(p)
+    cpu.convolve(p, x, w, b, y)
+    tracemalloc.start()
+    try:
+        cpu.convolve(p, x, w, b, y)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 100_000 < choice.choose(p).method.workspace_bytes
+
+
+def test_buffers_that_are_kept_have_one_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    size = np.dtype("float32")
+    first = Scratch.borrow("blocks", size)
+    second = Scratch.borrow("blocks", size)  # as a finalizer that convolves within a call would
+    assert first is not second
+    buffer = first.take("panel", 1000)
+    first.band = 1
+    second.give_back("blocks")
+    first.give_back("blocks")
+    again = Scratch.borrow("blocks", size)
+    assert again is first
+    assert np.shares_memory(again.take("panel", 10), buffer)
+    assert again.band is None
+    monkeypatch.setattr(limits, "KEPT_SCRATCH", 3999)
+    again.give_back("blocks")
+    assert Scratch.borrow("blocks", size) is not first
+    again.give_back("blocks")
+    assert Scratch.borrow("blocks", np.dtype("float64")).dtype == np.float64
 
 
 @pytest.mark.parametrize("problem", [*ALL, *LARGE.values()], ids=str)

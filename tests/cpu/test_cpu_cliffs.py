@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from functools import partial
 
 import numpy as np
@@ -53,7 +54,7 @@ CLIFFS: list[tuple[ConvProblem, int]] = [
     (conv1d(20_000, 16, 1, 6, 2), 2000),
     (conv1d(512, 64, 64, 8, 3, 1, 1, 1, 1, 64), 1000),
     (conv1d(1, 512, 512, 938, 7, 1, 3, 3, 1, 512), 1000),
-    (conv1d(1, 512, 1024, 4, 2000, 1, 999, 999), 4000),
+    (conv1d(1, 128, 256, 4, 2000, 1, 999, 999), 1000),
 ]
 
 
@@ -204,6 +205,26 @@ def test_an_error_of_a_worker_stops_all_threads(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(MemoryError):
         threads.run_blocks(compute, [(index,) for index in range(1000)], 3, np.dtype("float32"), 8)
     assert len(started) <= 9
+
+
+@pytest.mark.skipif(threads.usable_cpus() < 2, reason="there is one processor")
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell the processor of a thread")
+@pytest.mark.parametrize("error", [None, MemoryError])
+def test_threads_of_a_call_keep_to_processors_of_their_own(error: type[Exception] | None) -> None:
+    everywhere, seen = os.sched_getaffinity(0), {}
+    both = threading.Barrier(2)
+
+    def compute(_: int, __: object) -> None:
+        both.wait(30)
+        seen[threading.get_ident()] = os.sched_getaffinity(0)
+        if error is not None:
+            raise error
+
+    with nullcontext() if error is None else pytest.raises(error):
+        threads.run_blocks(compute, [(0,), (1,)], 2, np.dtype("float32"), 8)
+    first, second = seen.values()
+    assert not first & second
+    assert first | second == everywhere == os.sched_getaffinity(0)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")

@@ -15,6 +15,7 @@ import pytest
 
 from gpuconv import reference
 from gpuconv.cpu import bias_gradient, limits, threads, weight_gradient
+from gpuconv.cpu.arrays import Scratch
 from gpuconv.problem import DTYPES, BiasGradientProblem, WeightGradientProblem, numpy_dtype
 
 Array = npt.NDArray[Any]
@@ -199,6 +200,7 @@ LARGE_PRODUCTS = problem("conv1d", 1, 700, 600, 3000, 3000, 3, 1, 1, 1, 1)
 @pytest.mark.parametrize(("name", "p"), [*LARGE.items(), ("taps", LARGE_PRODUCTS)], ids=str)
 def test_measured_memory(name: str, p: WeightGradientProblem, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threads, "usable_cpus", lambda: 16)  # as many threads as any machine would start
+    monkeypatch.setattr(Scratch, "borrow", classmethod(lambda cls, _, dtype: cls(dtype)))  # nothing is kept
     p = replace(p, dtype=case) if case in DTYPES else p
     coarse, fine = arrays(p)
     out = np.zeros(p.weight_shape, coarse.dtype)

@@ -34,7 +34,6 @@ EXTENSIONS = (
     "cupy.cuda.thrust",
     "cupy.random._generator_api",
 )
-_DRIVER_EXTENSION = "cupy_backends.cuda.api.driver"
 
 # What CuPy's driver extension asks for besides the functions of `machine.DRIVER`.
 _REFUSED_DRIVER_FUNCTIONS = (
@@ -59,7 +58,7 @@ class Finder(MetaPathFinder):
     """Finds CuPy's extensions as Python would, and hooks them as they are loaded."""
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name not in (*EXTENSIONS, _DRIVER_EXTENSION):
+        if name not in EXTENSIONS:
             return None
         spec = PathFinder.find_spec(name, path, target)
         if spec is not None and spec.origin is not None:
@@ -69,11 +68,8 @@ class Finder(MetaPathFinder):
 
 class _Loader(ExtensionFileLoader):
     def create_module(self, spec: ModuleSpec) -> ModuleType:
-        if self.name == _DRIVER_EXTENSION:
-            _load_driver()
         module = super().create_module(spec)
-        if self.name in EXTENSIONS:
-            _hook(Path(self.path))
+        _hook(Path(self.path))
         return module
 
 
@@ -145,7 +141,7 @@ def _write_code(address: int, code: bytes) -> None:
 
 
 def _load_driver() -> None:
-    """Load a `libcuda.so.1` whose functions jump to ours."""
+    """Load a `libcuda.so.1` whose functions jump to ours, before anything asks whether there is one."""
     global _driver_table  # noqa: PLW0603 - there is one driver in a process
     from . import cuda_driver, machine  # noqa: F401 - it fills the table
 
@@ -201,6 +197,7 @@ def install() -> None:
     """Let CuPy, when it is imported, find GPUs that are this machine's processor."""
     os.environ.setdefault("CUPY_COMPILE_WITH_PTX", "1")
     os.environ.setdefault("CUPY_ACCELERATORS", "")  # CUB's kernels are machine code
+    _load_driver()
     sys.meta_path.insert(0, Finder())
     atexit.register(_end)
     # A child of a process that used CUDA cannot use it: cudaErrorInitializationError.

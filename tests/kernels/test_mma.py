@@ -22,7 +22,7 @@ from gpuconv.checks import same_bits
 from gpuconv.device import ARCHITECTURES, Device
 from gpuconv.families import ArrayLayout, Config, Family, Layout, mma
 from gpuconv.families.base import contiguous_strides
-from gpuconv.families.mma import Product, Tile, Window
+from gpuconv.families.mma import Product, Reduction, Tile, Window
 from gpuconv.problem import ConvProblem, Op, numpy_dtype
 from tests import hostcuda
 from tests.hostcuda import AMPERE, HOPPER, Counts, Program, TensorCores
@@ -587,14 +587,14 @@ def test_split_tf32_on_long_sums_of_one_sign_and_of_halves() -> None:
 
 
 def unflushed(config: Config) -> Program:
-    """The kernel with one sum for all large products."""
+    """The kernel with one sum for all large products, where there is one segment."""
     program = program_of(config)
     if config.kernel not in {family.name for family in FAMILY.values()}:
         return program
     text, flush, total = program.text, "part[i][j][e] += acc[i][j][e];", "part[i][j][e] + low[i][j][e]"
     text, flushes = re.subn(re.escape(flush) + r"\s+" + re.escape("acc[i][j][e] = 0.0f;"), "", text)
     assert flushes == 1
-    assert text.count(total) == 2
+    assert text.count(total) == 1
     return replace(program, text=text.replace(total, f"acc[i][j][e] + ({total})"))
 
 
@@ -681,3 +681,58 @@ def test_many_short_samples_share_blocks(arch: str) -> None:
     assert launch.index_bits == 64
     assert launch.grid < p.N * p.groups // 32
     assert dict(launch.params)["block_samples"] == 64
+
+
+@settings(max_examples=80, deadline=None, derandomize=True, database=None)
+@given(layer=layers(), mode=st.sampled_from(MODES))
+def test_the_layer_alone_decides_where_a_sum_is_cut(layer: ConvProblem, mode: str) -> None:
+    """From 4,096 terms on, those that fill up stages included, into four to eight segments, whatever N and L are."""
+    p = at(layer, mode)
+    for N, length in ((1, p.L_in), (50, p.L_in), (3, 8 * p.L_in)):
+        product = Product.of(replace(p, N=N, L_in=length))
+        arithmetic = mma.ARITHMETICS[p.dtype, p.precision]
+        found = Reduction.of(product, arithmetic)
+        assert found == Reduction.of(Product.of(p), arithmetic)
+    stages = found.chunks * found.stages
+    terms = stages * mma.STAGE_PAIRS * arithmetic.channels
+    if terms < 4096:
+        assert found.segments == 1
+    else:
+        # Whole chunks: where these are few, there are fewer segments.
+        assert min(found.chunks, 2) <= found.segments <= 8
+        assert found.segment_chunks >= found.chunks / max(4, min(8, stages / 64))
+
+
+@pytest.mark.parametrize(
+    ("channels", "taps", "stride", "mode", "segments"),
+    [
+        (256, 16, 8, "bfloat16", 4),
+        (255, 16, 8, "bfloat16", 4),  # filled up
+        (224, 16, 8, "bfloat16", 1),
+        (1366, 3, 1, "tf32", 4),
+        (1280, 3, 2, "tf32", 1),
+        (1280, 3, 1, "float16", 1),
+        (2048, 3, 1, "float32", 6),
+        (2048, 16, 8, "float32", 8),
+        (48, 128, 1, "float16", 2),  # of two chunks
+    ],
+)
+def test_where_sums_are_cut(channels: int, taps: int, stride: int, mode: str, segments: int) -> None:
+    p = at(ConvProblem("conv1d", 1, channels, 64, 5 * taps, taps, stride), mode)
+    assert reduction(p, H200)["segments"] == segments
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("channels", [9, 17, 100, 1000, 4000])
+@pytest.mark.parametrize("taps", [1, 3, 16, 500])
+def test_segments_keep_the_bound(channels: int, taps: int, mode: str) -> None:
+    """A product takes part in the sums of its segment and in one for each segment, each a unit of the bound."""
+    p = at(ConvProblem("conv1d", 1, channels, 16, taps, taps), mode)
+    arithmetic = mma.ARITHMETICS[p.dtype, p.precision]
+    order = Reduction.of(Product.of(p), arithmetic)
+    of_segment = min(p.terms, order.segment_chunks * order.units * arithmetic.channels * taps)
+    if arithmetic.parts == 1:
+        assert 3 * order.segments + 4 * of_segment <= 4 * p.terms + 3 * 3
+    elif p.terms >= mma.MIN_SPLIT_TERMS:
+        units = 4 + 4 + 8 + 20 + p.terms / 400 + of_segment / 10 + 2 + order.segments
+        assert units <= p.terms + 2

@@ -1,0 +1,74 @@
+"""How tensor cores form the products of each dtype and precision."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+WARP = 32
+UNIT_BYTES = 16  # of neighbouring channels, in shared memory and in packed weights
+PAIRS_PER_STEP = 2  # (tap, unit) pairs of one mma
+STAGE_STEPS = 2
+STAGE_PAIRS = PAIRS_PER_STEP * STAGE_STEPS
+
+# float32 by split TF32 (see cuda_src/mma.cuh): x = x_hi + x_lo and w = w_hi + w_lo with |x_lo| <= 2**-11 |x|, so that
+#
+#     w*x = w_hi*x_hi + (w_hi*x_lo + w_lo*x_hi) + w_lo*x_lo.
+#
+# In units of u = 2**-24 times the magnitude (the sum of |w|*|x|), the error of a sum of n products is at most
+#     4           for w_lo*x_lo, which is left out: 2**-22;
+#     4           for x_lo, rounded to TF32: 2**-11 of 2**-11;
+#     8           for w_lo, cut off to TF32 by the hardware: 2**-10 of 2**-11;
+#     n/400       for the sums of the small products, 2n of them and each at most 2**-11 of its large one;
+#     20          for the sums of the large products, by blocks of at least 4: 5/4 of SPLIT_TERMS (see
+#                 `gpuconv.reference.Sums.error_bound`). Each sum is of SPLIT_TERMS products alone, so these errors do
+#                 not grow with n;
+#     n/10 + 2    for adding those sums to a total, to nearest, and the small products' sum and the bias to that; sums
+#                 of fewer than SPLIT_TERMS products, at the end of channels, included.
+# That is within the n + 2 of the bound from n = 41 on. With one sum for all large products, in the place of 20 there
+# would be 5n/4, which alone is more than the bound for n > 8. MIN_SPLIT_TERMS leaves a margin.
+SPLIT_TERMS = 16
+MIN_SPLIT_TERMS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Arithmetic:
+    """How tensor cores form the products of a dtype and precision.
+
+    Attributes:
+        instruction: the function of ptx.cuh that wraps one mma instruction.
+        channels: of a unit, 16 bytes.
+        parts: numbers that stand for one operand.
+        min_arch: the first architecture that has the instruction.
+        staging_instructions: of a lane, to load an element of the input and store its parts, for the cost model.
+    """
+
+    instruction: str
+    channels: int
+    parts: int
+    min_arch: int
+    staging_instructions: float
+
+    @property
+    def itemsize(self) -> int:
+        return UNIT_BYTES // self.channels
+
+    @property
+    def products(self) -> int:
+        """Instructions that multiply one pair of matrices."""
+        return 3 if self.parts == 2 else 1
+
+
+# Staging: what the machine code for sm_90 has around the main loop, divided by the elements that it loads
+# (bench.static; a test compares them).
+_FLOAT16 = Arithmetic("multiply_matrices_f16", 8, 1, 75, 13.7)
+_BFLOAT16 = Arithmetic("multiply_matrices_bf16", 8, 1, 80, 13.7)
+_TF32 = Arithmetic("multiply_matrices_tf32", 4, 1, 80, 21.8)
+_SPLIT_TF32 = Arithmetic("multiply_matrices_tf32", 4, 2, 80, 35.0)
+
+# By dtype and precision.
+ARITHMETICS = {
+    ("float16", "float32"): _FLOAT16,
+    ("bfloat16", "float32"): _BFLOAT16,
+    ("float32", "tf32"): _TF32,
+    ("float32", "float32"): _SPLIT_TF32,
+}

@@ -1,0 +1,237 @@
+"""How long the launches of conv1d_mma and conv_transpose1d_mma take: their part of the cost model."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from ..costs import (
+    MMA_LATENCY_CYCLES,
+    SECTOR_BYTES,
+    Code,
+    Ending,
+    Prediction,
+    Work,
+    cuda_cores,
+    predict_launch,
+    tensor_cores,
+)
+from ..device import Device
+from ..problem import ConvProblem
+from .arithmetic import ARITHMETICS, STAGE_PAIRS, STAGE_STEPS, UNIT_BYTES, WARP, Arithmetic
+from .base import Step
+
+# Read from the machine code for sm_90 (bench.static): instructions of a stage besides its products,
+# fetches and copies; of a warp in the end, for one row of its tile, and for a row that several samples share; of a
+# thread that packs one vector.
+_STAGE_INSTRUCTIONS = 22
+_ENDING_INSTRUCTIONS, _ENDING_INSTRUCTIONS_OF_SAMPLES = 19, 23
+_PACK_INSTRUCTIONS = 140
+# Assumptions: cycles until a block's first data arrive and its last are gone; from a load to its data, mostly from L2;
+# of the barrier of a stage and its wait for weights, of a block alone; lines that a warp's load looks up in a cycle.
+LATENCY_CYCLES = 2500.0
+_LOAD_CYCLES = 600.0
+_STAGE_CYCLES = 60.0
+_LINES_PER_CYCLE = 4
+_PACK_CYCLES = 2000.0  # of a thread that packs: its divisions, its loads, its stores
+
+
+def predict_plan(
+    launch: TilesLaunch, p: ConvProblem, *, resident: int, segments: int, packed: int, pack_blocks: int, device: Device
+) -> float:
+    """Microseconds of a plan: the weights packed, the tiles multiplied, the sums of segments added.
+
+    Args:
+        launch: of the tiles.
+        p: the problem.
+        resident: blocks that a multiprocessor holds at a time.
+        segments: whose sums another launch adds, where `launch.is_cut`.
+        packed: vectors of packed weights, of one part.
+        pack_blocks: of the launch that packs them.
+        device: the GPU.
+    """
+    work, code, unit = launch.work(p), launch.code(), tensor_cores(device, launch.arithmetic.itemsize)
+    us = predict_launch(work, code, blocks=launch.blocks, resident=resident, unit=unit, device=device).us
+    us += _predict_packing(p, launch.arithmetic, packed, pack_blocks, device).us
+    if launch.is_cut:
+        us += _predict_sum_of_segments(p, launch, launch.blocks // segments, segments, device).us
+    return us
+
+
+class TilesLaunch(NamedTuple):
+    """A launch of tiles, as far as its time depends on it: fields of `Tile`, `Window` and `Reduction` of mma.py.
+
+    Attributes:
+        weight_tiles: blocks that differ in their weights.
+        chunks: of a block.
+        stages: of a chunk.
+        is_cut: whether the sums are those of one segment, which another launch adds.
+        kept_segments: whose sums a block adds to totals in shared memory.
+    """
+
+    arithmetic: Arithmetic
+    blocks: int
+    weight_tiles: int
+    chunks: int
+    units: int
+    stages: int
+    samples: int
+    used_rows: int
+    window_rows: int
+    block_m: int
+    block_n: int
+    warps_m: int
+    warps_n: int
+    prefetch: int
+    has_samples: bool
+    is_cut: bool
+    kept_segments: int
+
+    @property
+    def warps(self) -> int:
+        return self.warps_m * self.warps_n
+
+    @property
+    def stage_vectors(self) -> int:
+        """Of weights."""
+        return STAGE_PAIRS * self.arithmetic.parts * self.block_m
+
+    @property
+    def terms(self) -> int:
+        return self.chunks * self.stages * STAGE_PAIRS * self.arithmetic.channels
+
+    @property
+    def staged_vectors(self) -> int:
+        """Of the window of a chunk."""
+        return self.units * self.window_rows
+
+    @property
+    def staged_by_warps(self) -> float:
+        """Vectors of all windows, as a warp stages them: one a lane."""
+        return self.blocks * self.chunks * self.staged_vectors / WARP
+
+    def work(self, p: ConvProblem) -> Work:
+        a = self.arithmetic
+        rows = self.chunks * self.units * a.channels * self.samples
+        input_bytes = rows * (self.used_rows * a.itemsize + SECTOR_BYTES - a.itemsize)
+        weight_bytes = self.chunks * self.stages * self.stage_vectors * UNIT_BYTES
+        stored = (
+            self.blocks * self.block_m * self.block_n * 4 if self.is_cut else math.prod(p.output_shape) * p.itemsize
+        )
+        batches = -(-self.staged_vectors // (WARP * self.warps * self.prefetch))
+        # Batches of input that come when no stages are left to multiply meanwhile, or before the first; LATENCY_CYCLES
+        # has one of those.
+        waits = batches - 1 + (self.chunks - 1) * max(0, batches - self.stages)
+        return Work(
+            multiply_adds=a.products * self.blocks * self.block_m * self.block_n * self.terms,
+            l2_bytes=self.blocks * (input_bytes + weight_bytes) + stored,
+            load_share=0.25,
+            visits=self.staged_by_warps / self.prefetch,
+            dram_bytes=math.prod(p.input_shape) * p.itemsize + self.weight_tiles * weight_bytes + stored,
+            waits=LATENCY_CYCLES + waits * _LOAD_CYCLES,
+            ending=self._ending(stored),
+        )
+
+    def code(self) -> Code:
+        """The estimate of a family; bench.static reads the machine code itself."""
+        a = self.arithmetic
+        rows, octets = self.block_m // self.warps_m // 16, self.block_n // self.warps_n // 8
+        products = STAGE_STEPS * rows * octets * a.products
+        fetches = STAGE_STEPS * a.parts * (rows + octets / 2)  # of four matrices
+        copies = -(-self.stage_vectors // (WARP * self.warps))
+        sums = 4 * rows * octets if a.parts == 2 else 0
+        passes = self.blocks * self.warps * self.chunks * self.stages
+        return Code(
+            instructions=passes * (products + fetches + copies + sums + _STAGE_INSTRUCTIONS)
+            + self.staged_by_warps * a.channels * a.staging_instructions,
+            # Of each vector of the window a lane loads its elements one by one and stores its parts.
+            wavefronts=passes * 4 * (fetches + copies + 1) + self.staged_by_warps * (a.channels + 4 * a.parts),
+            chain=self.chunks * self.stages * (_STAGE_CYCLES + MMA_LATENCY_CYCLES * STAGE_STEPS),
+        )
+
+    def _ending(self, stored: int) -> Ending:
+        warps, results = self.blocks * self.warps, self.blocks * self.block_m * self.block_n
+        if self.is_cut:
+            return Ending(results / WARP, results / WARP, stored)  # four sums of a lane by one store
+        rows = self.block_m // self.warps_m
+        each = _ENDING_INSTRUCTIONS_OF_SAMPLES if self.has_samples else _ENDING_INSTRUCTIONS
+        # To add four sums to totals takes a load, a store, four additions, and up to twenty moves of the rows behind.
+        totals = self.kept_segments * results / WARP / 4
+        return Ending(
+            instructions=warps * rows * each + 22 * totals,
+            wavefronts=results / WARP + 2 * warps * rows + 8 * totals,
+            stored_bytes=stored,
+        )
+
+
+def _predict_sum_of_segments(
+    p: ConvProblem, launch: TilesLaunch, blocks: int, segments: int, device: Device
+) -> Prediction:
+    """The launch that adds the sums of segments, in so many blocks, and stores the results."""
+    sums = blocks * launch.block_m * launch.block_n
+    whole = launch._replace(blocks=blocks, is_cut=False)
+    ending = whole.work(p).ending
+    work = Work(
+        multiply_adds=0.0,
+        l2_bytes=4 * segments * sums + ending.stored_bytes,
+        dram_bytes=4 * segments * sums + ending.stored_bytes,
+        waits=LATENCY_CYCLES + segments * _LOAD_CYCLES,
+        ending=ending,
+    )
+    # Of a sum an addition, of four a load and its address.
+    code = Code(2 * segments * sums / WARP, segments * sums / WARP, 0.0)
+    return predict_launch(work, code, blocks=blocks, resident=4, unit=cuda_cores(device, 4), device=device)
+
+
+def _predict_packing(p: ConvProblem, arithmetic: Arithmetic, vectors: int, blocks: int, device: Device) -> Prediction:
+    """The launch of pack_mma_weight; `vectors` of one part. Every weight is read once, in whole sectors."""
+    read, written = math.prod(p.weight_shape) * p.itemsize, vectors * arithmetic.parts * UNIT_BYTES
+    # A vector passes through shared memory whole, and is read from there element by element.
+    code = Code(
+        instructions=vectors / WARP * _PACK_INSTRUCTIONS,
+        wavefronts=vectors / WARP * (8 + arithmetic.channels + 4 * arithmetic.parts),
+        chain=_PACK_CYCLES,
+    )
+    work = Work(0.0, read + written, dram_bytes=read + written)
+    return predict_launch(work, code, blocks=blocks, resident=8, unit=cuda_cores(device, 4), device=device)
+
+
+def _launch_of(problem: ConvProblem, step: Step) -> TilesLaunch:
+    """A step of tiles as the cost model sees it."""
+    params, macros = dict(step.launch.params), dict(step.config.macros)
+    is_cut = macros["SEGMENT_MODE"] == "2"
+    return TilesLaunch(
+        arithmetic=ARITHMETICS[problem.dtype, problem.precision],
+        blocks=step.launch.grid,
+        weight_tiles=step.launch.grid // (params["column_tiles"] * params["sample_tiles"]),
+        chunks=params["segment_chunks"] if is_cut else params["chunks"],
+        units=params["units"],
+        stages=params["pairs"] // STAGE_PAIRS,
+        samples=params["block_samples"],
+        used_rows=params["planes"] * params["plane_rows"],
+        window_rows=params["window_rows"],
+        block_m=int(macros["BLOCK_M"]),
+        block_n=int(macros["BLOCK_N"]),
+        warps_m=int(macros["WARPS_M"]),
+        warps_n=int(macros["WARPS_N"]),
+        prefetch=int(macros["PREFETCH_TASKS"]),
+        has_samples=macros["HAS_SAMPLES"] == "1",
+        is_cut=is_cut,
+        kept_segments=params["segments"] if macros["SEGMENT_MODE"] == "1" else 0,
+    )
+
+
+def work(problem: ConvProblem, step: Step) -> Work:
+    """The work of a launch of tiles: every chunk of channels stages a window of the input for all taps."""
+    return _launch_of(problem, step).work(problem)
+
+
+def predict_pass(problem: ConvProblem, step: Step, device: Device) -> Prediction:
+    """The time of a step of the plan that multiplies nothing: the packing, or the sum of segments."""
+    params = dict(step.launch.params)
+    if step.config.kernel == "pack_mma_weight":
+        products = step.launch.grid // math.prod(params[f"{name}_parts"] for name in ("out", "phase", "in", "tap"))
+        vectors = products * math.prod(params[name] for name in ("row_tiles", "block_rows", "chunks", "pairs"))
+        arithmetic = ARITHMETICS[problem.dtype, problem.precision]
+        return _predict_packing(problem, arithmetic, vectors, step.launch.grid, device)
+    return _predict_sum_of_segments(problem, _launch_of(problem, step), step.launch.grid, params["segments"], device)
