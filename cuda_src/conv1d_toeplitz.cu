@@ -119,7 +119,7 @@ __device__ __forceinline__ int buffered(int l) { return l + l / kGapEvery * kGap
 // result l of the tile belongs in the output.
 template <typename PlaceOf>
 __device__ __forceinline__ void buffer_sums(
-    const acc_t (&acc)[4], storage_t* results, const Channel& channel, int column, bool* is_special,
+    const acc_t (&acc)[4], storage_t* results, const Channel& channel, int column, acc_t* check,
     const PlaceOf& place_of) {
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 #pragma unroll
@@ -132,7 +132,7 @@ __device__ __forceinline__ void buffer_sums(
             sum = activate(multiply_add(scalar::zero(), value, value), channel);
             bias = scalar::zero();
         }
-        results[t * buffered(2 * kRows) + in_columns] = finish_or_nan(sum, bias, is_special);
+        results[t * buffered(2 * kRows) + in_columns] = finish_or_nan(sum, bias, check);
     }
 }
 
@@ -249,15 +249,15 @@ extern "C" __global__ void __launch_bounds__(BLOCK_SIZE, MIN_BLOCKS) conv1d_toep
         storage_t* const y = output + l_first * p.output_stride_l;
         const auto place_of = [&](int l) { return kHasResidual && l < count ? y + l * p.output_stride_l : nullptr; };
         acc_t acc[WARP_TILES][4];
-        bool is_special = false;
+        acc_t check = scalar::zero();
         multiply_tiles<WARP_TILES, false>(x, my_taps, q_begin, q_end, kBlock, acc);
 #pragma unroll
         for (int tile = 0; tile < WARP_TILES; ++tile) {
             buffer_sums(
-                acc[tile], results + tile * buffered(kTile), channel, -1, &is_special,
+                acc[tile], results + tile * buffered(kTile), channel, -1, &check,
                 [&](int l) { return place_of(tile * kTile + l); });
         }
-        if (NAN_FALLBACK && any_lane(is_special)) {
+        if (NAN_FALLBACK && any_lane(is_nan(check))) {
 #pragma unroll 1
             for (int i = 0; i < WARP_TILES * kColumns; ++i) {
                 const int tile = i / kColumns, column = i % kColumns;
@@ -265,7 +265,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK_SIZE, MIN_BLOCKS) conv1d_toep
                 multiply_tiles<1, true>(
                     x + tile * kTileWords, my_taps, column * kShift, column * kShift + tap_blocks, left, alone);
                 buffer_sums(
-                    alone[0], results + tile * buffered(kTile), channel, column, &is_special,
+                    alone[0], results + tile * buffered(kTile), channel, column, &check,
                     [&](int l) { return place_of(tile * kTile + l); });
             }
             __syncwarp();

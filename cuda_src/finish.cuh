@@ -153,10 +153,9 @@ __device__ __forceinline__ acc_t finish_unrounded(acc_t sum, const Channel& chan
 }
 __device__ __forceinline__ result_t round_finished(acc_t value) { return scalar::round(value); }
 
-// The same where sum + bias is finite. Where it is not, the result is a NaN and *is_special becomes true.
-__device__ __forceinline__ result_t finish_or_nan(acc_t sum, acc_t bias, bool* is_special) {
+// The same where sum + bias is finite. Where it is not, the result is a NaN and *check, a zero before, becomes one.
+__device__ __forceinline__ result_t finish_or_nan(acc_t sum, acc_t bias, acc_t* check) {
     const acc_t value = add(sum, bias);
-    const acc_t marked = multiply_add(scalar::zero(), value, value);
-    *is_special = *is_special || is_nan(marked);
-    return scalar::round(marked);
+    *check = multiply_add(scalar::zero(), value, *check);
+    return scalar::round(multiply_add(scalar::zero(), value, value));
 }

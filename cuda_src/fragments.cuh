@@ -32,14 +32,28 @@ __device__ __forceinline__ void for_each_sum(const Function& function) {
     }
 }
 
-// Puts the next 16 rows of a warp's sums in place of the first, so that one loop body serves all rows.
+// Exchanges the first 16 rows of a warp's sums and the next.
+__device__ __forceinline__ void swap_first_tiles(Sums& acc) {
+#pragma unroll
+    for (int j = 0; j < kTilesN; ++j) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+            const acc_t first = acc[0][j][e];
+            acc[0][j][e] = acc[kTilesM > 1][j][e];
+            acc[kTilesM > 1][j][e] = first;
+        }
+    }
+}
+
+// Puts the next rows of a warp's sums in place of the first, kCount fragments, so that one loop body serves all rows.
+template <int kCount = 1>
 __device__ __forceinline__ void move_sums_up(Sums& acc) {
 #pragma unroll
-    for (int next = 1; next < kTilesM; ++next) {
+    for (int next = kCount; next < kTilesM; ++next) {
 #pragma unroll
         for (int j = 0; j < kTilesN; ++j) {
 #pragma unroll
-            for (int e = 0; e < 4; ++e) acc[next - 1][j][e] = acc[next][j][e];
+            for (int e = 0; e < 4; ++e) acc[next - kCount][j][e] = acc[next][j][e];
         }
     }
 }

@@ -7,10 +7,10 @@
 // float16 and bfloat16 as they are; float32 rounded to TF32, or as two parts (IS_SPLIT = 1): w_hi, and w_lo = w - w_hi. A
 // weight that split_tf32 refuses has a NaN in w_hi and itself in w_lo.
 //
-// Products, rows and taps by IS_TRANSPOSED and PHASES_IN_ROWS (weight_source.cuh).
+// Products, rows, taps and boxes by IS_TRANSPOSED and PHASES_IN_ROWS: see weight_source.cuh. A box has units of one chunk.
 //
-// Grid x: blocks of BLOCK_SIZE consecutive rows of one part; where the grid is shorter, threads take several. Grid y and z:
-// 1. No shared memory.
+// Grid x: boxes of taps (fastest), then of channels c_in, phases, channels c_out, and products. Grid y and z: 1. Dynamic
+// shared memory: a box.
 // Takes weights of any strides, in elements.
 
 #include "common.cuh"
@@ -18,13 +18,14 @@
 #include "weight_source.cuh"
 
 struct Params {
-    index_t num_vectors;  // products * row_tiles * chunks * pairs * block_rows
     index_t row_tiles, block_rows, chunks, units, pairs;
-    index_t rows, taps, K;
-    index_t C_in_g, C_out_g;
+    index_t K, C_in_g, C_out_g;
     index_t stride;
     index_t phase_gcd, tap_step, phase_inverse;
     index_t weight_stride_out, weight_stride_in, weight_stride_k;
+    index_t box_out, box_phases, box_in, box_taps, box_pitch, box_k;
+    index_t out_parts, phase_parts, in_parts, tap_parts;
+    index_t is_wide;
 };
 static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/mma.py");
 
@@ -35,37 +36,42 @@ extern "C" __global__ void __launch_bounds__(BLOCK_SIZE, 2) pack_mma_weight(
     const storage_t* __restrict__ weight,  // [C_out, C_in_g, K], or [C_in, C_out_g, K] where IS_TRANSPOSED
     StorageVector* __restrict__ packed,           // [products, row_tiles, chunks, pairs, parts, block_rows]
     const Params p) {
-    const index_t grid_size = index_t(gridDim.x) * BLOCK_SIZE;
-    for (index_t i = index_t(blockIdx.x) * BLOCK_SIZE + threadIdx.x; i < p.num_vectors; i += grid_size) {
-        const index_t pairs_before = i / p.block_rows;
-        const index_t in_block = i - pairs_before * p.block_rows;
-        const index_t chunks_before = pairs_before / p.pairs;
-        const index_t pair = pairs_before - chunks_before * p.pairs;
-        const index_t tiles_before = chunks_before / p.chunks;
-        const index_t product = tiles_before / p.row_tiles;
-        const index_t row = (tiles_before - product * p.row_tiles) * p.block_rows + in_block;
-        const index_t tap = pair / p.units;
-        const index_t unit = (chunks_before - tiles_before * p.chunks) * p.units + (pair - tap * p.units);
-        StorageVector* const to = packed + (pairs_before * kParts * p.block_rows + in_block);
+    storage_t* const shared = reinterpret_cast<storage_t*>(dynamic_shared_memory());
+    const WeightBox box(blockIdx.x, p);
+    read_box(weight, box, p, shared);
+    __syncthreads();
 
-        StorageVector first, second;
+    const int box_taps = int(p.box_taps), box_pairs = int(p.box_in) / kUnit * box_taps;
+    const index_t first_unit = box.c_in / kUnit, chunk = first_unit / p.units;
+    // Eight lanes take neighbouring rows of a pair, so that a warp meets most banks of shared memory and stores whole lines.
+    const int lane = threadIdx.x % 32;
+    for (int i = threadIdx.x / 32 * 8 + lane % 8; i < box.rows; i += 8 * kWarps) {
+        const index_t row = box.row + i, row_tile = row / p.block_rows;
+        if (row_tile >= p.row_tiles) break;
+        const BoxRow from(i, box, p);
+        const index_t before = ((box.product * p.row_tiles + row_tile) * p.chunks + chunk) * p.pairs;
+        for (int j = lane / 8; j < box_pairs; j += 4) {
+            const int unit = j / box_taps, tap = j - unit * box_taps;
+            const index_t pair = (box.tap + tap) * p.units + (first_unit + unit - chunk * p.units);
+            if (pair >= p.pairs) continue;
+            StorageVector first, second;
 #pragma unroll
-        for (int e = 0; e < kUnit; ++e) {
-            index_t offset;
-            const bool exists = find_weight(p, product, row, tap, unit * kUnit + e, &offset);
-            const storage_t w = exists ? weight[offset] : scalar::storage_zero();
-            storage_t packed_w = w;
-            if (IS_SPLIT) {
-                float hi, lo;
-                split_tf32(float(w), &hi, &lo);
-                packed_w = storage_t(hi);
-                second.element[e] = hi == hi ? storage_t(lo) : w;
-            } else if (sizeof(storage_t) == 4) {
-                packed_w = storage_t(round_to_finite_tf32(float(w)));
+            for (int e = 0; e < kUnit; ++e) {
+                const storage_t w = from.has(tap) ? shared[from.place(unit * kUnit + e, tap)] : scalar::storage_zero();
+                storage_t packed_w = w;
+                if (IS_SPLIT) {
+                    float hi, lo;
+                    split_tf32(float(w), &hi, &lo);
+                    packed_w = storage_t(hi);
+                    second.element[e] = hi == hi ? storage_t(lo) : w;
+                } else if (sizeof(storage_t) == 4) {
+                    packed_w = storage_t(round_to_finite_tf32(float(w)));
+                }
+                first.element[e] = packed_w;
             }
-            first.element[e] = packed_w;
+            StorageVector* const to = packed + ((before + pair) * kParts * p.block_rows + (row - row_tile * p.block_rows));
+            to[0] = first;
+            if (IS_SPLIT) to[p.block_rows] = second;
         }
-        to[0] = first;
-        if (IS_SPLIT) to[p.block_rows] = second;
     }
 }

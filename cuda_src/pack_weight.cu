@@ -3,23 +3,25 @@
 //   packed[product, row / block_rows, r, row % block_rows] = the weight of term r = c_in * taps + tap of that row, in the
 //   accumulator's type; zero for rows, terms and taps that do not exist.
 //
-// Products, rows and taps by IS_TRANSPOSED and PHASES_IN_ROWS: see weight_source.cuh.
+// Products, rows, taps and boxes by IS_TRANSPOSED and PHASES_IN_ROWS: see weight_source.cuh. A box has one channel c_in, or
+// all taps.
 //
-// Grid x: blocks of BLOCK_SIZE consecutive elements of packed; where the grid is shorter, threads take several. Grid y
-// and z: 1. No shared memory.
+// Grid x: boxes of taps (fastest), then of channels c_in, phases, channels c_out, and products. Grid y and z: 1. Dynamic
+// shared memory: a box.
 // Takes weights of any strides, in elements.
 
 #include "common.cuh"
 #include "weight_source.cuh"
 
 struct Params {
-    index_t num_elements;  // products * row_tiles * padded_terms * block_rows
     index_t padded_terms, block_rows, row_tiles;
-    index_t rows, taps, K;
-    index_t C_in_g, C_out_g;
+    index_t taps, K, C_in_g, C_out_g;
     index_t stride;
     index_t phase_gcd, tap_step, phase_inverse;
     index_t weight_stride_out, weight_stride_in, weight_stride_k;
+    index_t box_out, box_phases, box_in, box_taps, box_pitch, box_k;
+    index_t out_parts, phase_parts, in_parts, tap_parts;
+    index_t is_wide;
 };
 static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/tiles.py");
 
@@ -27,17 +29,27 @@ extern "C" __global__ void __launch_bounds__(BLOCK_SIZE, 2) pack_weight(
     const storage_t* __restrict__ weight,  // [C_out, C_in_g, K], or [C_in, C_out_g, K] where IS_TRANSPOSED
     acc_t* __restrict__ packed,            // [products, row_tiles, padded_terms, block_rows]
     const Params p) {
-    const index_t grid_size = index_t(gridDim.x) * BLOCK_SIZE;
-    for (index_t i = index_t(blockIdx.x) * BLOCK_SIZE + threadIdx.x; i < p.num_elements; i += grid_size) {
-        const index_t tile_term = i / p.block_rows;
-        const index_t tile = tile_term / p.padded_terms;
-        const index_t r = tile_term - tile * p.padded_terms;
-        const index_t product = tile / p.row_tiles;
-        const index_t row = (tile - product * p.row_tiles) * p.block_rows + (i - tile_term * p.block_rows);
-        const index_t c_in = r / p.taps;
-        const index_t tap = r - c_in * p.taps;
+    storage_t* const shared = reinterpret_cast<storage_t*>(dynamic_shared_memory());
+    const WeightBox box(blockIdx.x, p);
+    read_box(weight, box, p, shared);
+    __syncthreads();
 
-        index_t offset;
-        packed[i] = find_weight(p, product, row, tap, c_in, &offset) ? scalar::load(weight[offset]) : scalar::zero();
+    const int box_taps = int(p.box_taps);
+    const index_t first_term = box.c_in * p.taps + box.tap;
+    // Of one channel the taps may end before the box does.
+    const index_t terms = p.tap_parts > 1 ? min_index(box_taps, p.taps - box.tap) : p.box_in * box_taps;
+    const int box_terms = int(min_index(terms, p.padded_terms - first_term));
+    // Eight lanes take neighbouring rows of a term, so that a warp meets most banks of shared memory and stores whole sectors.
+    const int lane = threadIdx.x % 32;
+    for (int i = threadIdx.x / 32 * 8 + lane % 8; i < box.rows; i += 8 * kWarps) {
+        const index_t row = box.row + i, row_tile = row / p.block_rows;
+        if (row_tile >= p.row_tiles) break;
+        const BoxRow from(i, box, p);
+        acc_t* const to = packed + ((box.product * p.row_tiles + row_tile) * p.padded_terms + first_term) * p.block_rows +
+            (row - row_tile * p.block_rows);
+        for (int j = lane / 8; j < box_terms; j += 4) {
+            const int c_in = j / box_taps, tap = j - c_in * box_taps;
+            to[j * p.block_rows] = from.has(tap) ? scalar::load(shared[from.place(c_in, tap)]) : scalar::zero();
+        }
     }
 }

@@ -66,7 +66,8 @@ __device__ __forceinline__ unsigned block_index_again() {
 }
 
 // The same value, hidden from the compiler's knowledge of how it was computed: it stays in registers instead of being
-// computed again wherever it is used. keep_in_register_shared is for pointers to shared memory, which are 32 bits wide.
+// computed again wherever it is used. keep_in_register_shared and keep_in_register_global are for pointers of which the
+// compiler must go on to know that they lead to shared memory, where they are 32 bits wide, or to global memory.
 template <typename T>
 __device__ __forceinline__ T* keep_in_register(T* pointer) {
     asm("" : "+l"(pointer));
@@ -86,6 +87,12 @@ __device__ __forceinline__ T* keep_in_register_shared(T* pointer) {
     asm("" : "+r"(address));
     return static_cast<T*>(__cvta_shared_to_generic(address));
 }
+template <typename T>
+__device__ __forceinline__ T* keep_in_register_global(T* pointer) {
+    unsigned long long address = __cvta_generic_to_global(pointer);
+    asm("" : "+l"(address));
+    return static_cast<T*>(__cvta_global_to_generic(address));
+}
 
 // The upper half of the 64-bit product.
 __device__ __forceinline__ unsigned multiply_high(unsigned a, unsigned b) { return __umulhi(a, b); }
@@ -95,6 +102,11 @@ __device__ __forceinline__ unsigned permute_bytes(unsigned a, unsigned b, unsign
     unsigned bytes;
     asm("prmt.b32 %0, %1, %2, %3;" : "=r"(bytes) : "r"(a), "r"(b), "r"(order));
     return bytes;
+}
+
+// The lower half of the 64-bit number {high, low} shifted right by bits % 32.
+__device__ __forceinline__ unsigned funnel_shift_right(unsigned low, unsigned high, int bits) {
+    return __funnelshift_r(low, high, bits);
 }
 
 // The block's dynamic shared memory, 16-byte aligned. Kernels reach shared memory by this function alone.
@@ -166,6 +178,10 @@ __device__ __forceinline__ void copy_async_wait_group() {
 
 // Whether any lane's condition holds.
 __device__ __forceinline__ bool any_lane(bool condition) { return __any_sync(0xffffffffu, condition); }
+
+// What lies in global memory where it exists, else zeros.
+template <typename T>
+__device__ __forceinline__ T load_or_zero(const T* global, bool exists) { return exists ? *global : T(); }
 
 // Four 8x8 matrices of 16-bit elements (or 8x4 of 32-bit ones) from shared memory. Lane i gives the address of row i%8 of
 // matrix i/8, 16 bytes, aligned. fragment[j]: elements 2t and 2t+1 of row g of matrix j (the 32-bit element t of that row).

@@ -49,6 +49,10 @@ class Timing:
         return cls(float(us), float(low), float(high), len(samples_us))
 
 
+# gpuconv with weights that `gpuconv.prepare` has packed before, where the layer's kernel reads packed ones.
+PREPARED = "gpuconv, prepared weight"
+
+
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """What became of one implementation on one layer.
@@ -145,7 +149,7 @@ class Measurement:
             (timing.us, outcome)
             for outcome in self.outcomes[1:]
             for timing in (outcome.timing(kind),)
-            if timing is not None and (outcome.comparable or not comparable)
+            if timing is not None and (outcome.comparable or not comparable) and outcome.subject != PREPARED
         ]
         return min(timed, key=lambda pair: pair[0], default=(0.0, None))[1]
 
@@ -154,6 +158,16 @@ class Measurement:
         kind, ours, peer = self.measure, self.our_us, self.best_peer(comparable=comparable)
         timing = None if peer is None or kind is None else peer.timing(kind)
         return None if timing is None or ours is None else timing.us / ours
+
+    @property
+    def prepared_ratio(self) -> float | None:
+        """`ratio` with the weight prepared before; None where that was not measured."""
+        kind, peer = self.measure, self.best_peer()
+        ours = next((outcome for outcome in self.outcomes if outcome.subject == PREPARED), None)
+        if kind is None or peer is None or ours is None:
+            return None
+        mine, theirs = ours.timing(kind), peer.timing(kind)
+        return None if mine is None or theirs is None else theirs.us / mine.us
 
     @property
     def floor_fraction(self) -> float | None:

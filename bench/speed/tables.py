@@ -37,6 +37,7 @@ def results_table(measurements: Iterable[Measurement]) -> Table:
         "predicted us": [_number(m.predicted_us) for m in ordered],
         "x best peer": [times(m.ratio()) for m in ordered],
         "eager x": [times(_eager_ratio(m)) if m.measure == "replay" else "" for m in ordered],
+        "x prepared": [times(m.prepared_ratio) for m in ordered],
         "best peer": [peer.subject if (peer := peers[id(m)]) else "" for m in ordered],
         "x NLC": [times(_other_layout_ratio(m)) for m in ordered],
         "remark": [m.ours.note if m.our_us is None else "" for m in ordered],
@@ -55,7 +56,8 @@ def results_table(measurements: Iterable[Measurement]) -> Table:
 
 LEGEND = (
     "floor: least possible time over time. x best peer: time of the fastest peer at the same precision, from and to "
-    "NCL arrays, over ours (above 1: gpuconv is faster). eager x: the same with the host's work. x NLC: against cuDNN "
+    "NCL arrays, over ours (above 1: gpuconv is faster). eager x: the same with the host's work. x prepared: "
+    "with weights that gpuconv.prepare packed before. x NLC: against cuDNN "
     "on data that lies in channels_last already. predicted: a model, not a measurement."
 )
 

@@ -41,11 +41,13 @@ from .base import (
     with_padding_mode,
 )
 from .mma_costs import TilesLaunch, predict_plan
-from .offsets import Overhang, index_bits
+from .offsets import index_bits
 from .product import Product
+from .weight_boxes import WeightBoxes
 
 NUM_STAGES = 4  # of weights in shared memory, a power of two
 PACK_BLOCK_SIZE = 128
+SLICE_TABLE_BYTES = 48  # of a row of Slice in mma.cuh, besides its elements, at most
 BANK_ROWS = 8  # of 16 bytes, in all banks of shared memory
 
 # Layers with fewer channels than a unit of 16-bit elements are handled by the families for stems and tails.
@@ -98,7 +100,8 @@ class Tile:
 
     def slice_bytes(self, itemsize: int) -> int:
         """Shared memory through which results pass in the end."""
-        return self.warps * 16 * (self.block_n // self.warps_n + 8) * itemsize
+        rows = 32 if self.block_m // self.warps_m % 32 == 0 else 16
+        return self.warps * rows * ((self.block_n // self.warps_n + 8) * itemsize + SLICE_TABLE_BYTES)
 
     @property
     def total_bytes(self) -> int:
@@ -575,6 +578,9 @@ def make_plan(
         {**product.params(), **_tiling_params(reduction, tiling)},
     )
 
+    # The rows of a single phase are channels, for which less code suffices.
+    in_rows = product.phases_in_rows and product.phases > 1
+
     def step(mode: int, grid: int, shared: int, *more: str) -> Step:
         config = kernel_config(
             kernel,
@@ -583,7 +589,7 @@ def make_plan(
             tile,
             bits,
             device,
-            phases_in_rows=product.phases_in_rows,
+            phases_in_rows=in_rows,
             segment_mode=mode,
             width=1 if mode == 3 else tiling.window.width,  # the second launch reads no input
         )
@@ -610,33 +616,35 @@ def _pack(problem: ConvProblem, layout: Layout, product: Product, reduction: Red
     p, arithmetic = problem, ARITHMETICS[problem.dtype, problem.precision]
     row_tiles = -(-product.rows // tile.block_m)
     num_vectors = product.products * reduction.chunks * reduction.pairs * row_tiles * tile.block_m  # of one part
-    grid = min(-(-num_vectors // PACK_BLOCK_SIZE), MAX_GRID)
+    # Neighbours in memory are the channels and taps of a row: those of a whole chunk if they fit.
+    taps, channels = -(-reduction.pairs // reduction.units), arithmetic.channels
+    fitting = WeightBoxes.max_terms(product) // (channels * taps)
+    units = max(
+        units for units in range(1, reduction.units + 1) if reduction.units % units == 0 and units <= max(1, fitting)
+    )
+    boxes = WeightBoxes.of(
+        product,
+        rows=row_tiles * tile.block_m,
+        channels=reduction.chunks * reduction.units * channels,
+        taps=taps,
+        box_channels=units * channels,
+    )
     params = params_of(
         "pack_mma_weight",
         conv_fields(p, layout),
         {
-            "num_vectors": num_vectors,
             "row_tiles": row_tiles,
             "block_rows": tile.block_m,
             "chunks": reduction.chunks,
             "units": reduction.units,
             "pairs": reduction.pairs,
-            "rows": product.rows,
-            "taps": product.taps,
+            **boxes.params(layout),
         },
     )
-    # Offsets of weights are formed before it is known whether they exist: of whole tiles of rows of all products, whole
-    # units of channels, and the taps of whole stages, of any phase.
-    overhang = Overhang(
-        rows=(product.products + 1) * row_tiles * tile.block_m - (p.C_out_g if p.transposed else p.C_out),
-        channels=reduction.units * arithmetic.channels,
-        taps=(product.taps + STAGE_PAIRS) * p.stride,
-        arrays=("weight",),
-    )
     values = (abs(value) for _, value in params)
-    bits = index_bits(p, layout, overhang, num_vectors * arithmetic.parts + grid * PACK_BLOCK_SIZE, *values)
+    bits = index_bits(p, layout, boxes.overhang, num_vectors * arithmetic.parts + tile.block_m, *values)
     config = _pack_config(p.dtype, p.precision, bits, transposed=p.transposed, phases_in_rows=product.phases_in_rows)
-    launch = Launch(grid, PACK_BLOCK_SIZE, 0, bits, params)
+    launch = Launch(boxes.grid, PACK_BLOCK_SIZE, boxes.shared_bytes, bits, params)
     return Step(config, launch, ("weight", PACKED)), num_vectors * arithmetic.parts * UNIT_BYTES
 
 

@@ -14,7 +14,6 @@ from ..costs import (
     Work,
     cuda_cores,
     predict_launch,
-    sectors,
     tensor_cores,
 )
 from ..device import Device
@@ -26,8 +25,8 @@ from .base import Step
 # fetches and copies; of a warp in the end, for one row of its tile, and for a row that several samples share; of a
 # thread that packs one vector.
 _STAGE_INSTRUCTIONS = 22
-_ENDING_INSTRUCTIONS, _ENDING_INSTRUCTIONS_OF_SAMPLES = 78, 200
-_PACK_INSTRUCTIONS = {False: 210, True: 310}  # by whether the operation is transposed
+_ENDING_INSTRUCTIONS, _ENDING_INSTRUCTIONS_OF_SAMPLES = 19, 23
+_PACK_INSTRUCTIONS = 140
 # Assumptions: cycles until a block's first data arrive and its last are gone; from a load to its data, mostly from L2;
 # of the barrier of a stage and its wait for weights, of a block alone; lines that a warp's load looks up in a cycle.
 LATENCY_CYCLES = 2500.0
@@ -188,25 +187,16 @@ def _predict_sum_of_segments(
 
 
 def _predict_packing(p: ConvProblem, arithmetic: Arithmetic, vectors: int, blocks: int, device: Device) -> Prediction:
-    """The launch of pack_mma_weight; `vectors` of one part.
-
-    Neighbouring lanes read the channels of neighbouring rows, element by element: what L2 delivers are the sectors that
-    hold them.
-    """
-    a, size = arithmetic, p.itemsize
-    channel_step, row_step = (p.C_out_g * p.K, max(1, p.K // p.stride)) if p.transposed else (p.K, p.C_in_g * p.K)
-    of_lane = sectors(a.channels, channel_step * size, size)
-    of_warp = a.channels / WARP * sectors(WARP, row_step * size, size)
-    existing = math.prod(p.weight_shape) / a.channels
-    read, written = existing * min(of_lane, of_warp) * SECTOR_BYTES, vectors * a.parts * UNIT_BYTES
-    lines = min(WARP, 1 + (WARP - 1) * row_step * size / 128)
-    work = Work(0.0, read + written, dram_bytes=math.prod(p.weight_shape) * size + written)
+    """The launch of pack_mma_weight; `vectors` of one part. Every weight is read once, in whole sectors."""
+    read, written = math.prod(p.weight_shape) * p.itemsize, vectors * arithmetic.parts * UNIT_BYTES
+    # A vector passes through shared memory whole, and is read from there element by element.
     code = Code(
-        instructions=vectors / WARP * _PACK_INSTRUCTIONS[p.transposed],
-        wavefronts=vectors / WARP * (a.channels * max(1.0, lines / _LINES_PER_CYCLE) + 4 * a.parts),
+        instructions=vectors / WARP * _PACK_INSTRUCTIONS,
+        wavefronts=vectors / WARP * (8 + arithmetic.channels + 4 * arithmetic.parts),
         chain=_PACK_CYCLES,
     )
-    return predict_launch(work, code, blocks=blocks, resident=10, unit=cuda_cores(device, 4), device=device)
+    work = Work(0.0, read + written, dram_bytes=read + written)
+    return predict_launch(work, code, blocks=blocks, resident=8, unit=cuda_cores(device, 4), device=device)
 
 
 def _launch_of(problem: ConvProblem, step: Step) -> TilesLaunch:
@@ -244,7 +234,8 @@ def predict_pass(problem: ConvProblem, step: Step, device: Device) -> Prediction
     """The time of a step of the plan that multiplies nothing: the packing, or the sum of segments."""
     params = dict(step.launch.params)
     if step.config.kernel == "pack_mma_weight":
-        return _predict_packing(
-            problem, ARITHMETICS[problem.dtype, problem.precision], params["num_vectors"], step.launch.grid, device
-        )
+        products = step.launch.grid // math.prod(params[f"{name}_parts"] for name in ("out", "phase", "in", "tap"))
+        vectors = products * math.prod(params[name] for name in ("row_tiles", "block_rows", "chunks", "pairs"))
+        arithmetic = ARITHMETICS[problem.dtype, problem.precision]
+        return _predict_packing(problem, arithmetic, vectors, step.launch.grid, device)
     return _predict_sum_of_segments(problem, _launch_of(problem, step), step.launch.grid, params["segments"], device)

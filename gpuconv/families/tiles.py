@@ -10,19 +10,16 @@ from ..costs import (
     FMA_LATENCY_CYCLES,
     LOAD_LATENCY_CYCLES,
     RESERVED_SHARED_BYTES,
-    SECTOR_BYTES,
     Code,
     Ending,
     Prediction,
     Work,
     cuda_cores,
     predict_launch,
-    sectors,
 )
 from ..device import Device
 from ..problem import FORMATS, ConvProblem
 from .base import (
-    MAX_GRID,
     PACKED,
     Config,
     Launch,
@@ -35,8 +32,9 @@ from .base import (
     params_of,
     round_up,
 )
-from .offsets import Overhang, index_bits
+from .offsets import index_bits
 from .product import Product
+from .weight_boxes import WeightBoxes
 
 WARP = 32
 PACK_BLOCK_SIZE = 256
@@ -121,7 +119,7 @@ MAX_BLOCK_R = max(tile.block_r for tiles in TILES.values() for tile in tiles)
 # (assumptions).
 _LATENCY_CYCLES = 1500.0
 _PACK_CYCLES = 1500.0
-_PACK_INSTRUCTIONS = {False: 115, True: 250}  # of a thread for an element, by whether the operation is transposed
+_PACK_INSTRUCTIONS = 40  # of a thread for an element
 _ENDING_INSTRUCTIONS = 4  # of a result, an assumption
 # Instructions of a thread, read from the machine code for sm_90: to load an input of regular and of irregular columns
 # (the copy, the check that it exists, and for the latter an address of its own), more for 16-bit data, which pass
@@ -261,20 +259,20 @@ def compare_tilings(
 
 
 def _predict_packing(p: ConvProblem, elements: int, device: Device) -> Prediction:
-    """The launch of pack_weight. Neighbouring lanes read neighbouring rows: L2 delivers the sectors that hold these."""
-    row_step = max(1, p.K // p.stride) if p.transposed else p.C_in_g * p.K
-    weights = math.prod(p.weight_shape)
-    read = weights / WARP * sectors(WARP, row_step * p.itemsize, p.itemsize) * SECTOR_BYTES
-    written = elements * p.format.accumulator_bytes
-    work = Work(0.0, read + written, dram_bytes=weights * p.itemsize + written)
-    code = Code(elements / WARP * _PACK_INSTRUCTIONS[p.transposed], elements / WARP * 4, _PACK_CYCLES)
+    """The launch of pack_weight. Every weight is read once, in whole sectors."""
+    read, written = math.prod(p.weight_shape) * p.itemsize, elements * p.format.accumulator_bytes
+    work = Work(0.0, read + written, dram_bytes=read + written)
+    code = Code(elements / WARP * _PACK_INSTRUCTIONS, elements / WARP * 4, _PACK_CYCLES)
     blocks = -(-elements // PACK_BLOCK_SIZE)
     return predict_launch(work, code, blocks=blocks, resident=5, unit=cuda_cores(device, 4), device=device)
 
 
 def predict_pass(problem: ConvProblem, step: Step, device: Device) -> Prediction:
     """The time of the step that packs the weights."""
-    return _predict_packing(problem, dict(step.launch.params)["num_elements"], device)
+    params = dict(step.launch.params)
+    products = step.launch.grid // math.prod(params[f"{name}_parts"] for name in ("out", "phase", "in", "tap"))
+    elements = products * math.prod(params[name] for name in ("row_tiles", "block_rows", "padded_terms"))
+    return _predict_packing(problem, elements, device)
 
 
 def tiling_macros(tile: Tile, column_step: int, dtype: str, bits: int) -> dict[str, str | int]:
@@ -348,31 +346,31 @@ def packed_plan(
 ) -> Plan:
     """pack_weight, then the tiled kernel with its configuration and launch."""
     p = product.problem
-    grid = min(-(-packed.num_elements // PACK_BLOCK_SIZE), MAX_GRID)
+    # Neighbours in memory are the channels and taps of a row: as many as fit, by eights where they are many.
+    channels = -(-packed.padded_terms // product.taps)
+    fitting = WeightBoxes.max_terms(product) // product.taps
+    boxes = WeightBoxes.of(
+        product,
+        rows=packed.row_tiles * packed.block_rows,
+        channels=channels,
+        taps=product.taps,
+        box_channels=min(channels, fitting // 8 * 8 or max(1, fitting)),
+    )
     params = params_of(
         "pack_weight",
         conv_fields(p, layout),
         {
-            "num_elements": packed.num_elements,
             "padded_terms": packed.padded_terms,
             "block_rows": packed.block_rows,
             "row_tiles": packed.row_tiles,
-            "rows": product.rows,
             "taps": product.taps,
+            **boxes.params(layout),
         },
     )
     values = (abs(value) for _, value in params)
-    # Offsets of weights are formed before it is known whether they exist: of whole tiles of rows, chunks of terms, and
-    # the taps of the phase with the most.
-    overhang = Overhang(
-        rows=packed.row_tiles * packed.block_rows,
-        channels=MAX_BLOCK_R,
-        taps=product.taps * p.stride,
-        arrays=("weight",),
-    )
-    bits = index_bits(p, layout, overhang, packed.num_elements + grid * PACK_BLOCK_SIZE, *values)
+    bits = index_bits(p, layout, boxes.overhang, packed.num_elements + boxes.channels * product.taps, *values)
     pack = pack_config(p.dtype, bits, transposed=p.transposed, phases_in_rows=product.phases_in_rows)
-    pack_launch = Launch(grid, PACK_BLOCK_SIZE, 0, bits, params)
+    pack_launch = Launch(boxes.grid, PACK_BLOCK_SIZE, boxes.shared_bytes, bits, params)
     candidates = tuple(
         (f"{t.tile.block_m}x{t.tile.block_n}{'' if t.column_step else ' through samples'}", t.us) for t in tilings
     )

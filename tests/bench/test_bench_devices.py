@@ -28,6 +28,7 @@ from bench.speed.results import Measurement
 from gpuconv import cpu, dispatch, reference, runtime
 from gpuconv.device import Device
 from gpuconv.families import Layout
+from gpuconv.families.base import PACKED
 from gpuconv.problem import ConvProblem, WeightGradientProblem
 from tests.bench.test_bench import CEILINGS, FLOAT32, LAYERS
 
@@ -376,6 +377,12 @@ def test_gpu_engine_measures_every_implementation(stand_in_engine: gpu.GpuEngine
         assert (outcomes["PyTorch through channels_last"].status == "measured") == symmetric
         assert ("PyTorch, F.pad" in outcomes) != symmetric
         assert not outcomes["PyTorch on channels_last data"].comparable
+        choice = dispatch.choose(case.problem, Layout.contiguous(case.problem), stand_in_engine.device)
+        assert choice is not None
+        packs = choice.plan.scratch_bytes(PACKED) > 0
+        assert outcomes[results.PREPARED].status == ("measured" if packs else "refused")
+        assert m.best_peer(comparable=False) is not outcomes[results.PREPARED]
+        assert (m.prepared_ratio is not None) == packs
 
 
 @pytest.mark.torch

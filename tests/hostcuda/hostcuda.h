@@ -47,6 +47,7 @@ void hostcuda_copy_async_wait(unsigned pending_groups);
 void hostcuda_copy_async_wait_all();
 void hostcuda_read_matrix_row(const void* shared_row, unsigned short (&row)[8]);
 void hostcuda_count_matrix_load(const void* const* rows, unsigned num_matrices);
+void hostcuda_count_global_load(const void* const* addresses, unsigned bytes);
 void hostcuda_multiply_matrices(int kind, hostcuda::MatrixProduct* const (&lanes)[hostcuda::kWarpSize]);
 [[noreturn]] void hostcuda_fault(int kind, const void* address, const char* format, ...)
     __attribute__((format(printf, 3, 4)));
@@ -231,6 +232,10 @@ __forceinline__ unsigned permute_bytes(unsigned a, unsigned b, unsigned order) {
     return bytes;
 }
 
+__forceinline__ unsigned funnel_shift_right(unsigned low, unsigned high, int bits) {
+    return unsigned(((unsigned long long)high << 32 | low) >> (bits & 31));
+}
+
 // Both conversions work on the bits, so they do not depend on the processor's treatment of subnormals: the GPU's
 // instructions (without .ftz) keep those of float16. NaNs keep the top of their payload, by which poison is recognised
 // (memory.py); a GPU makes every float16 NaN 0x7fff.
@@ -261,6 +266,11 @@ __forceinline__ T* keep_in_register_shared(T* pointer) {
     return pointer;
 }
 
+template <typename T>
+__forceinline__ T* keep_in_register_global(T* pointer) {
+    return pointer;
+}
+
 __forceinline__ unsigned block_index_again() { return blockIdx.x; }
 
 template <typename T>
@@ -274,6 +284,33 @@ inline bool any_lane(bool condition, const char* file = __builtin_FILE(), int li
     hostcuda::Vote record = {condition, false};
     hostcuda::warp_collective(0xffffffffu, record, "any_lane", file, line);
     return record.result;
+}
+
+namespace hostcuda {
+
+// A load from global memory by the lanes of a warp together, which is counted.
+struct GlobalLoad {
+    const void* address;  // null for a lane that takes no part
+    unsigned bytes;
+
+    static void combine(GlobalLoad* const (&lanes)[kWarpSize]) {
+        const void* addresses[kWarpSize];
+        unsigned bytes = 0;
+        for (unsigned lane = 0; lane < kWarpSize; ++lane) {
+            addresses[lane] = lanes[lane] == nullptr ? nullptr : lanes[lane]->address;
+            if (addresses[lane] != nullptr) bytes = lanes[lane]->bytes;
+        }
+        hostcuda_count_global_load(addresses, bytes);
+    }
+};
+
+}  // namespace hostcuda
+
+template <typename T>
+T load_or_zero(const T* global, bool exists, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+    hostcuda::GlobalLoad record = {exists ? global : nullptr, sizeof(T)};
+    hostcuda::warp_collective(0xffffffffu, record, "load_or_zero", file, line);
+    return exists ? *global : T();
 }
 
 // To nearest even on the bits. A NaN keeps the top of its payload, by which poison is recognised, and becomes quiet: rounding

@@ -120,12 +120,14 @@ class Counts(ctypes.Structure):
         products: of matrices, each one mma.sync.
         loads: of 8x8 matrices from shared memory, up to four by one ldmatrix.
         wavefronts: in which these loads read shared memory: as many as loads where no two rows meet in a bank.
+        sectors: of 32 bytes of global memory, each counted once for every load of a warp by `load_or_zero`.
     """
 
     products: int
     loads: int
     wavefronts: int
-    _fields_ = (("products", ctypes.c_uint64), ("loads", ctypes.c_uint64), ("wavefronts", ctypes.c_uint64))
+    sectors: int
+    _fields_ = tuple((name, ctypes.c_uint64) for name in ("products", "loads", "wavefronts", "sectors"))
 
 
 # enum FaultKind of hostcuda.h

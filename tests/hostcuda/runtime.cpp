@@ -195,6 +195,7 @@ struct Counts {
     uint64_t products;    // mma.sync
     uint64_t loads;       // matrices of ldmatrix
     uint64_t wavefronts;  // of those loads: one a matrix where no two of its rows meet in a bank
+    uint64_t sectors;     // of 32 bytes that the loads of load_or_zero read
 };
 
 struct Fiber {
@@ -692,6 +693,21 @@ void hostcuda_count_matrix_load(const void* const* rows, unsigned num_matrices) 
         ++counts->loads;
         counts->wavefronts += most;
     }
+}
+
+void hostcuda_count_global_load(const void* const* addresses, unsigned bytes) {
+    uintptr_t sectors[2 * kWarpSize];
+    unsigned count = 0;
+    for (unsigned lane = 0; lane < kWarpSize; ++lane) {
+        if (addresses[lane] == nullptr) continue;
+        const uintptr_t first = reinterpret_cast<uintptr_t>(addresses[lane]), last = first + bytes - 1;
+        for (uintptr_t sector = first / 32; sector <= last / 32; ++sector) {
+            unsigned i = 0;
+            while (i < count && sectors[i] != sector) ++i;
+            if (i == count) sectors[count++] = sector;
+        }
+    }
+    counts->sectors += count;
 }
 
 namespace {

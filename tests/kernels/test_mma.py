@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -269,14 +269,16 @@ def assert_no_conflicts(p: ConvProblem) -> None:
 
 
 @pytest.fixture
-def only_tile(monkeypatch: pytest.MonkeyPatch) -> Callable[[Tile], None]:
+def only_tile(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Tile], None]]:
     """Leaves the cost model one tile to choose."""
     compare = mma.compare_tilings
 
     def leave(tile: Tile) -> None:
         monkeypatch.setattr(mma, "compare_tilings", lambda *args: tuple(t for t in compare(*args) if t.tile == tile))
+        dispatch.choose.cache_clear()  # it remembers plans with other tiles
 
-    return leave
+    yield leave
+    dispatch.choose.cache_clear()
 
 
 @pytest.mark.parametrize("mode", ["float16", "float32"])
@@ -485,6 +487,43 @@ def test_pairs_of_positions_change_no_bit(problem: ConvProblem) -> None:
 def test_what_is_loaded_one_position_at_a_time(problem: ConvProblem) -> None:
     p = at(problem, "float16")
     assert dict(kernel_of(FAMILY[p.op], p, Layout.contiguous(p), H200)[0].macros)["INPUT_WIDTH"] == "1"
+
+
+# Rows that end inside of a vector; channels whose phases are all in one slice, some cut, or more than its rows.
+LANDINGS = {
+    "conv1d": ConvProblem("conv1d", 9, 12, 70, 25, 5, 1, 4, 5, has_bias=True),
+    "three phases": ConvProblem("conv_transpose1d", 9, 12, 23, 11, 7, 3, 2, 1, output_padding=2, has_bias=True),
+    "eight phases": ConvProblem("conv_transpose1d", 9, 12, 9, 9, 16, 8, 4, 4, has_bias=True),
+    "forty phases": ConvProblem("conv_transpose1d", 9, 12, 5, 7, 60, 40, 7, 11, has_bias=True),
+}
+
+
+@pytest.mark.parametrize("has_samples", [False, True], ids=["one sample", "samples"])
+@pytest.mark.parametrize("mode", ["bfloat16", "tf32"])
+@pytest.mark.parametrize("name", LANDINGS)
+def test_results_land_wherever_their_rows_begin(
+    name: str, mode: str, has_samples: bool, only_tile: Callable[[Tile], None]
+) -> None:
+    """At every distance from a multiple of 16 bytes, positions apart, and backwards; with an infinite weight."""
+    p = at(LANDINGS[name], mode)
+    arithmetic = mma.ARITHMETICS[p.dtype, p.precision]
+    only_tile(next(t for t in mma.tiles(arithmetic) if t.has_samples == has_samples and t.block_m == 64 == t.block_n))
+    C, L = p.C_out, p.L_out
+    data = cases.random_data(p, 12)
+    data.weight[1, 2, -1] = np.inf
+    first = None
+    pitches = range(L, L + 9) if not has_samples else (L, L + 1, L + 8 - L % 8)
+    for strides in (
+        *((C * pitch + 3, pitch, 1) for pitch in pitches),
+        (C * L, 1, C),
+        (-C * L, -L, -1),
+        (2 * C * L, 2 * L, 2),
+    ):
+        layout = Layout.contiguous(p).replaced(output=ArrayLayout(strides, p.itemsize))
+        output = run(p, data, layout=layout)
+        first = output if first is None else first
+        assert_same_bits(output, first, strides)
+        assert_right(p, output, data, strides)
 
 
 @pytest.mark.parametrize("mode", ["float16", "float32"])

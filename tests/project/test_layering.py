@@ -41,6 +41,7 @@ LAYERS = (
     ("families.base",),
     ("families.product", "families.arithmetic"),
     ("families.offsets", "families.mma_costs"),
+    ("families.weight_boxes",),
     ("families.append", "families.tiles", "families.depthwise", "families.sliding", "families.mma", "families.slices"),
     ("families.passes",),
     ("families.edges", "families.fused"),

@@ -80,13 +80,13 @@ FAULTS: Mapping[str, Fault] = {
     ),
     "pack_weight drops the last tap": Fault(
         "pack_weight",
-        "packed[i] = find_weight(",
-        "packed[i] = tap + 1 < p.taps && find_weight(",
+        "from.has(tap) ? scalar::load(",
+        "tap + 1 < p.taps && from.has(tap) ? scalar::load(",
         "conv1d_tiled",
         "padding_same_strided_even",
     ),
     "pack_mma_weight drops the first tap": Fault(
-        "pack_mma_weight", "exists = find_weight(", "exists = tap > 0 && find_weight(",
+        "pack_mma_weight", "from.has(tap) ? shared[", "tap > 0 && from.has(tap) ? shared[",
         "conv1d_mma", "mimi_stream", "float16",
     ),
     "pack_im2col_weight drops the first tap": Fault(
@@ -259,8 +259,8 @@ FAULTS: Mapping[str, Fault] = {
     ),
     "pack_weight takes another phase's taps": Fault(
         "pack_weight",
-        "k = quotient % p.tap_step * p.phase_inverse % p.tap_step + tap",
-        "k = quotient % p.tap_step + tap",
+        "k_first = quotient % p.tap_step * p.phase_inverse % p.tap_step;",
+        "k_first = quotient % p.tap_step;",
         "conv_transpose1d_phases",
         "up_dilation4_stride6",
     ),
