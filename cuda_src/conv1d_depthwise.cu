@@ -326,13 +326,12 @@ __device__ __forceinline__ void convolve_rows(
         for (int u = at.place; u < p.window; u += row_threads) {
             const Source source = source_index(start + u, p.L_in);
             acc_t* const target = window + (phase * plane_pitch + index);
-            const storage_t* const from = x + source.index * p.input_stride_l;
             if (!source.exists) {
                 *target = scalar::zero();
             } else if (kLoadsAsStored) {
-                scalar::copy_to_shared(target, from);
+                scalar::copy_to_shared(target, x + source.index * p.input_stride_l);
             } else {
-                *target = scalar::load(loaded(*from));
+                *target = scalar::load(loaded(x[source.index * p.input_stride_l]));
             }
             index += index_step;
             phase += phase_step;
@@ -377,8 +376,10 @@ __device__ __forceinline__ void convolve_rows(
 #pragma unroll
         for (int j = 0; j < THREAD_L; ++j) {
             const index_t l_out = l_begin + place + j * row_threads;
-            storage_t* const place_out = y + l_out * p.output_stride_l;
-            if (l_out < p.L_out) *place_out = finish(acc[j], channel, place_out);
+            if (l_out < p.L_out) {
+                storage_t* const place_out = y + l_out * p.output_stride_l;
+                *place_out = finish(acc[j], channel, place_out);
+            }
             sum_again = sum_again || needs_canonical_sum(acc[j]);
         }
         if (!sum_again) continue;
