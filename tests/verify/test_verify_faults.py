@@ -119,6 +119,9 @@ FAULTS: Mapping[str, Fault] = {
         "weight_gradient_direct",
         "groups_to_one_each",
     ),
+    "conv1d_edges drops the last tap": Fault(
+        "conv1d_edges", "k < p.K; ++k", "k + 1 < p.K; ++k", "conv1d_narrow", "reflect_same"
+    ),
     # -- a wrong offset at an edge
     "conv1d_direct takes the last position for padding": Fault(
         "conv1d_direct",
@@ -369,10 +372,24 @@ FAULTS: Mapping[str, Fault] = {
     ),
 }  # fmt: skip
 
+# Only gradients with respect to the input run this kernel, behind any family. The checks of families by their names
+# compute none, so that this fault has a test of its own.
+FOLD = Fault(
+    "conv_transpose1d_fold",
+    "&& l < p.padded_end) {",
+    "&& l + 1 < p.padded_end) {",
+    "conv_transpose1d_gather",
+    "reflect_same",
+    says="the gradient with respect to input must equal the reference, bit for bit",
+)
+
+# `verify` runs no streams; tests/api/test_stream.py has the tests of this kernel, which computes nothing.
+NOT_RUN = {"append_samples"}
+
 
 def test_every_kernel_and_every_family_has_a_fault() -> None:
     kernels = {path.stem for path in source.directory().glob("*.cu")}
-    assert {fault.kernel for fault in FAULTS.values()} == kernels
+    assert {fault.kernel for fault in (*FAULTS.values(), FOLD)} == kernels - NOT_RUN
     assert {fault.family for fault in FAULTS.values()} == {f.name for f in FAMILIES}
 
 
@@ -442,6 +459,15 @@ def test_verify_catches(name: str, plant: Callable[[Fault], None]) -> None:
     assert "FAILED" in told
     assert f"{fault.case} [{fault.dtype}]" in told
     assert f"{fault.family} {fault.says}" in told
+
+
+@pytest.mark.gpu
+def test_verify_catches_a_position_that_is_not_folded(plant: Callable[[Fault], None]) -> None:
+    assert verify("gpu", filter=FOLD.case, dtypes=FOLD.dtype).ok
+    plant(FOLD)
+    failures = {failure.check: failure for failure in verify("gpu", filter=FOLD.case, dtypes=FOLD.dtype).failures}
+    assert set(failures) == {"adjoint", "gradients"}
+    assert failures["gradients"].message == FOLD.says
 
 
 @pytest.mark.gpu
