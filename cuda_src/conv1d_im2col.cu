@@ -103,6 +103,24 @@ __device__ __forceinline__ StorageVector load_row(const Tile& tile, unsigned row
     return vector;
 }
 
+// Stores kUnit taps as a row of the window, rounded or split as the operands are.
+__device__ __forceinline__ void stage_vector(const StorageVector& x, StorageVector* row, int part_rows) {
+    StorageVector hi = x, lo;
+    if (sizeof(storage_t) == 4) {
+#pragma unroll
+        for (int e = 0; e < kUnit; ++e) {
+            float large = round_to_tf32(float(x.element[e])), small;
+            if (IS_SPLIT) {
+                split_tf32(float(x.element[e]), &large, &small);
+                lo.element[e] = storage_t(round_to_tf32(small));
+            }
+            hi.element[e] = storage_t(large);
+        }
+    }
+    row[0] = hi;
+    if (IS_SPLIT) row[part_rows] = lo;
+}
+
 // The sums of one tile.
 __device__ __forceinline__ void multiply_window(const Tile& tile, const Params& p, Sums& acc) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -142,14 +160,14 @@ __device__ __forceinline__ void multiply_window(const Tile& tile, const Params& 
         pair_offset[pair - in_stage + in_stage % 2 * STAGE_STEPS + in_stage / 2] = int(row) * 16;
     }
 #pragma unroll 1
-    for (int begin = threadIdx.x; begin < part_rows; begin += PREFETCH_TASKS * kThreads) {
-        StorageVector ahead[PREFETCH_TASKS];
+    for (int begin = threadIdx.x; begin < part_rows; begin += PREFETCH * kThreads) {
+        StorageVector ahead[PREFETCH];
 #pragma unroll
-        for (int i = 0; i < PREFETCH_TASKS; ++i) {
+        for (int i = 0; i < PREFETCH; ++i) {
             if (begin + i * kThreads < part_rows) ahead[i] = load_row(tile, begin + i * kThreads, p);
         }
 #pragma unroll
-        for (int i = 0; i < PREFETCH_TASKS; ++i) {
+        for (int i = 0; i < PREFETCH; ++i) {
             const int row = begin + i * kThreads;
             if (row < part_rows) stage_vector(ahead[i], window + row, part_rows);
         }

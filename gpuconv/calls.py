@@ -172,7 +172,7 @@ def _run_by_parts(
     given = dict(zip(SIGNATURES[function].arrays, arrays, strict=False))
     given = {n: array for n, array in {**given, "out": out}.items() if array is not None}
     check_kinds(function, given)
-    dtype = check_dtype(function, name, data)
+    dtype = check_dtype(function, name, data, integers=name == "input")
     if isinstance(settings[-1], Fusion):
         check_data(function, settings[-1], dtype)
     for other, array in given.items():

@@ -29,7 +29,7 @@ from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
 from .. import functional, grad
 from ..fusion import ACTIVATION_ARRAYS, FUSED_ARRAYS, INPUT_ACTIVATION_ARRAYS, Activation, Fused, Fusion
-from ..problem import ArraySpec, ConvProblem, Op
+from ..problem import DTYPES, ArraySpec, ConvProblem, Op
 from . import tensors
 from .tensors import Tensor, specs
 
@@ -184,7 +184,10 @@ def _keywords(op: Op, settings: Sequence[Any]) -> dict[str, Any]:
 
 def _output_shape(op: Op, specs: tuple[ArraySpec | None, ...], settings: tuple[Any, ...]) -> tuple[int, ...]:
     """The shape of the output; raises what gpuconv's functions raise. Extents may be symbols."""
-    return ConvProblem.of(op, *specs, **_keywords(op, settings)).output_shape
+    problem = ConvProblem.of(op, *specs, **_keywords(op, settings))
+    if problem.out_dtype is not None:  # PyTorch would return integers in their own dtype
+        raise TypeError(f"{op}: input must have one of the dtypes {', '.join(DTYPES)}, got {problem.dtype}")
+    return problem.output_shape
 
 
 def _register(op: Op) -> Callable[..., Tensor]:

@@ -88,10 +88,7 @@ def check_dtype(dtype: torch.dtype) -> None:
         TypeError: dtype is one of integers.
     """
     if not (dtype.is_floating_point or dtype.is_complex):
-        raise TypeError(
-            f"gpuconv.torch: tensors must be floating-point or complex, got {dtype}; NumPy and CuPy arrays may "
-            "hold integers"
-        )
+        raise TypeError(f"gpuconv.torch: tensors must be floating-point or complex, got {dtype}")
 
 
 def tensor_of(array: np.ndarray[Any, Any]) -> Tensor:

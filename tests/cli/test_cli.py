@@ -462,7 +462,7 @@ def test_verify_lists_what_filter_takes(capsys: pytest.CaptureFixture[str]) -> N
     assert names[-len(every) :] == every
     for name in names:
         assert cases.select(name)
-    assert lines[at["tags"] + 1].split() == ["kernel", "12", "cases"]
+    assert lines[at["tags"] + 1].split() == ["kernel", "13", "cases"]
     assert max(map(len, lines)) <= 60
     assert main(["verify", "--list", "--filter", "sincnet"]) == 0
     assert "  sincnet  model" in capsys.readouterr().out.splitlines()
@@ -549,6 +549,7 @@ def played_gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
         nvrtc=SimpleNamespace(getVersion=lambda: (13, 2)),
     )
     monkeypatch.setitem(sys.modules, "cupy", fake)
+    monkeypatch.setattr("gpuconv.cli.gpu.has_driver", lambda: True)
     monkeypatch.setattr(_Kernel, "compiled", [])
     for cached in (runtime.device, runtime.build):
         cached.cache_clear()

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pytest
 
 from gpuconv.device import Device
-from gpuconv.families import Layout, Step
+from gpuconv.families import ArrayLayout, Layout, Step
 from gpuconv.families.base import PACKED
 from gpuconv.problem import ConvProblem, numpy_dtype
 from tests import hostcuda
@@ -169,3 +169,16 @@ def test_packing_reads_no_sector_often(family: dict[str, str], dtype: str) -> No
     for problem in problems:
         p = replace(problem, dtype=dtype)
         assert reads_per_weight(p, family[p.op]) <= 2, str(p)
+
+
+def test_a_box_of_few_phases_forms_no_offset_beyond_its_taps() -> None:
+    """The last box has one phase, the others 64: hostcuda would report a signed overflow of taps behind its own."""
+    p = ConvProblem("conv_transpose1d", 1, 8, 1, 4, 8322, 4161, dtype="float16")
+    layout = Layout.contiguous(p).replaced(weight=ArrayLayout((1, 8, 32768), 2))
+    plan = plan_of(FAMILY["conv_transpose1d_phases"], p, layout, H200)
+    step = plan.steps[0]
+    assert step.launch.index_bits == 32
+    packed = np.empty(plan.scratch_bytes(PACKED) // 4, np.uint32)
+    arrays = {"weight": np.ones(p.weight_shape, np.float16), PACKED: packed}
+    hostcuda.run(step.config, step.launch, arrays, outputs=[PACKED], layouts={"weight": layout["weight"]}, device=H200)
+    assert packed.view(np.float32).sum() == p.C_in * p.K

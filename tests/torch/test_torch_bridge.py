@@ -428,6 +428,7 @@ def operator_calls() -> Iterator[Any]:
         given = {"dilation": 1, "groups": 1, "output_padding": 0, "stride": 1, **keywords}
         order = ("dilation", "groups") if op == "conv1d" else ("output_padding", "groups", "dilation")
         rest = (given["stride"], sides, word, *(given[key] for key in order), "float32")
+        rest += ("zeros",) if op == "conv1d" else ()
         yield pytest.param(f"{op}", (x, w, b, *rest), id=f"{op}-{name}")
         yield pytest.param(f"{op}_input", (list(x.shape), w, y, *rest), id=f"{op}_input-{name}")
         yield pytest.param(f"{op}_weight", (x, list(w.shape), y, *rest), id=f"{op}_weight-{name}")
@@ -622,7 +623,7 @@ def test_patch_gives_back_what_it_found(monkeypatch: pytest.MonkeyPatch) -> None
 def test_what_gpuconv_does_not_take_is_an_error_under_patch() -> None:
     whole = torch.ones(1, 1, 5, dtype=torch.int64)
     assert functional.conv1d(whole, whole[..., :2]).tolist() == [[[2, 2, 2, 2]]]
-    with bridge.patch(), pytest.raises(TypeError, match=r"^gpuconv.torch: tensors must be floating-point"):
+    with bridge.patch(), pytest.raises(TypeError, match=r"^conv1d: input must have one of the dtypes .*, got int64"):
         functional.conv1d(whole, whole[..., :2])
     with bridge.patch(precision="tf32"):
         assert functional.conv_transpose1d(X, W).shape == (2, 4, 11)
