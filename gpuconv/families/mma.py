@@ -147,7 +147,7 @@ _SEGMENT_TILES = (
     Tile(128, 256, 2, 4, 1, 4, segment_mode=1),
     Tile(64, 128, 2, 2, 2, 4, segment_mode=1),
     Tile(64, 64, 2, 2, 4, 4, segment_mode=1),
-    Tile(32, 256, 1, 4, 3, 4, segment_mode=1),
+    Tile(32, 256, 1, 4, 2, 4, segment_mode=1),
     Tile(48, 128, 1, 4, 3, 4, segment_mode=1),
     Tile(64, 64, 2, 2, 4, 4, has_samples=True, segment_mode=1),
     Tile(128, 128, 2, 2, 2, 4, segment_mode=2),

@@ -76,7 +76,7 @@ def test_the_text() -> None:
         f"  launch    {choice.launch.grid} blocks of {choice.launch.block} threads, "
         f"{choice.launch.shared_bytes} B of shared memory, {choice.launch.index_bits}-bit offsets",
         f"  before    {pack.config.kernel}: {pack.launch.grid} blocks of {pack.launch.block} threads, "
-        "0 B of shared memory, 32-bit offsets",
+        f"{pack.launch.shared_bytes} B of shared memory, 32-bit offsets",
         f"  buffers   packed ({choice.plan.scratch_bytes('packed') / 1000:.3g} kB)",
         "  work      158 kFLOP, at least 23 kB moved, 6.89 FLOP/B",
         "  copies    none",

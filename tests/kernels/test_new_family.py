@@ -35,12 +35,14 @@ struct Params {
     index_t weight_stride_out, weight_stride_in;
     index_t bias_stride;
     index_t output_stride_n, output_stride_c, output_stride_l;
+    FUSED_FIELDS
 };
 static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from the family");
 
 extern "C" __global__ void __launch_bounds__(BLOCK_SIZE) conv1d_pointwise(
     const storage_t* __restrict__ input, const storage_t* __restrict__ weight, const storage_t* __restrict__ bias,
-    storage_t* __restrict__ output, const Params p) {
+    storage_t* __restrict__ output, FUSED_ARGUMENTS const Params p) {
+    const Epilogue epilogue(bias, output, p FUSED_VALUES);
     const index_t i = index_t(blockIdx.x) * BLOCK_SIZE + threadIdx.x;
     if (i >= p.num_outputs) return;
     const index_t l = i % p.L_out, c_out = i / p.L_out % p.C_out, n = i / p.L_out / p.C_out;
@@ -50,8 +52,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK_SIZE) conv1d_pointwise(
             scalar::load(weight[c_out * p.weight_stride_out + c * p.weight_stride_in]),
             scalar::load(input[n * p.input_stride_n + c * p.input_stride_c + l * p.input_stride_l]), acc);
     }
-    output[n * p.output_stride_n + c_out * p.output_stride_c + l * p.output_stride_l] =
-        finish(acc, bias_or_zero(bias, c_out * p.bias_stride));
+    const index_t place = n * p.output_stride_n + c_out * p.output_stride_c + l * p.output_stride_l;
+    output[place] = finish(acc, epilogue.channel(c_out), output + place);
 }
 """
 

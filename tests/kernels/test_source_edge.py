@@ -23,11 +23,15 @@ H200 = Device.from_arch("sm_90")
 CHANGES = {
     "edge.cuh": (("#define PADDING_MODE zeros", "#define PADDING_MODE reflect"),),
     "finish.cuh": (
+        ("#else\n    return value;\n#endif", "#else\n    return value < 0 ? scalar::zero() : value;\n#endif"),
         (
-            "{ return scalar::round(add(sum, bias)); }",
-            "{ const acc_t value = add(sum, bias); return scalar::round(value < 0 ? scalar::zero() : value); }",
+            "return scalar::round(multiply_add(scalar::zero(), value, value));",
+            "return scalar::round(multiply_add(scalar::zero(), value, value < 0 ? scalar::zero() : value));",
         ),
-        ("return scalar::round(marked);", "return scalar::round(marked < 0 ? scalar::zero() : marked);"),
+        (
+            "round_finished(acc_t value) { return scalar::round(value); }",
+            "round_finished(acc_t value) { return scalar::round(value < 0 ? scalar::zero() : value); }",
+        ),
     ),
 }
 
@@ -69,7 +73,7 @@ LAYERS = (
     layer("conv1d_tiled", 1, 30, 40, 300, 5, stride=2),
     layer("conv1d_mma", 2, 32, 40, 77, 5, stride=2, dtype="float16"),
     layer("conv1d_im2col", 2, 3, 40, 77, 19, stride=2, dtype="float16"),
-    layer("conv1d_im2col", 2, 3, 40, 177, 19, dilation=2),
+    layer("conv1d_im2col", 2, 4, 40, 177, 19, dilation=2),
     layer("conv1d_toeplitz", 3, 5, 10, 340, 81, groups=5, dtype="float16"),
     layer("conv1d_depthwise", 3, 5, 10, 340, 41, groups=5),  # sliding, many steps
     layer("conv1d_depthwise", 3, 5, 10, 340, 61, stride=2, groups=5, dtype="float16"),

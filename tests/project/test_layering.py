@@ -292,7 +292,7 @@ def test_every_family_file_and_every_kernel_file_is_in_the_list() -> None:
 def test_a_kernel_reads_the_macros_that_its_family_gives(family: Family[Any]) -> None:
     for config in {config for arch in ARCHITECTURES for config in family.configs(Device.from_arch(arch))}:
         text = code(assemble(config.kernel, {}))
-        read = set(re.findall(r"\b[A-Z][A-Z0-9]*_[A-Z0-9_]*[A-Z0-9]\b|\bDTYPE\b|\bVEC\b", text))
+        read = set(re.findall(r"\b[A-Z][A-Z0-9]*_[A-Z0-9_]*[A-Z0-9]\b|\bDTYPE\b|\bVEC\b|\bPREFETCH\b", text))
         read -= set(re.findall(r"#\s*define\s+(\w+)", text))
         read -= {
             "HAS_RESIDUAL",
