@@ -69,7 +69,8 @@ def compare(problem: ConvProblem, mode: Mode, direction: Direction) -> dict[str,
     cupy = runtime.cupy_module()
     data = Data(cupy, problem, 1, direction)
     x, w, third = data.sets[0]
-    arrays = (x, w, third) if direction == "forward" else (x, third)
+    fused = len(SIGNATURES[problem.op].operands) - 3  # arrays that none of these layers has
+    arrays = (x, w, third, *[None] * fused) if direction == "forward" else (x, third)
     first: Any = None
     times, differing = {}, {}
     for name, executor in executors(problem, direction):

@@ -208,8 +208,8 @@ FAULTS: Mapping[str, Fault] = {
     ),
     "conv1d_depthwise leaves the last position": Fault(
         "conv1d_depthwise",
-        "if (l_out < p.L_out) *place_out",
-        "if (l_out + 1 < p.L_out) *place_out",
+        "if (l_out < p.L_out) {\n                storage_t* const place_out",
+        "if (l_out + 1 < p.L_out) {\n                storage_t* const place_out",
         "conv1d_depthwise",
         "depthwise_strided_dilated",
         leaves_nan=True,
