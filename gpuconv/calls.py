@@ -182,7 +182,7 @@ def _run_by_parts(
             raise TypeError(f"{function}: {other} must have the dtype of {name}, {dtype}{real}; got {array.dtype}")
     if out is None:
         specs = tuple(None if array is None else ArraySpec(array.shape, weight.dtype) for array in arrays)
-        out = _empty_like(data, Task.of(function, specs, settings).shape, data.dtype)
+        out = runtime.empty_beside(data, Task.of(function, specs, settings).shape, data.dtype)
     for part in ("real", "imag"):
         parts = tuple(array if array is weight or array is None else getattr(array, part) for array in arrays)
         run(function, parts, settings, getattr(out, part), **options)
@@ -324,15 +324,6 @@ def _identity(array: Any) -> tuple[Any, ...] | None:
         return ("foreign",)
     data = array.data
     return (array.shape, array.strides, array.dtype, data.device_id, data.ptr & 15)
-
-
-def _empty_like(array: Any, shape: tuple[int, ...], dtype: Any) -> Any:
-    """A fresh array where another one is, in native byte order."""
-    if not runtime.is_cupy_array(array):
-        return np.empty(shape, dtype.newbyteorder("="))
-    cupy = runtime.cupy_module()
-    with cupy.cuda.Device(array.data.device_id):
-        return cupy.empty(shape, dtype)
 
 
 def _native(array: Any) -> np.ndarray[Any, Any]:

@@ -69,6 +69,20 @@ def is_cupy_array(array: object) -> bool:
     return isinstance(array, getattr(sys.modules.get("cupy"), "ndarray", ()))
 
 
+def array_module(array: object) -> ModuleType:
+    """CuPy for its arrays, else NumPy."""
+    return cupy_module() if is_cupy_array(array) else np
+
+
+def empty_beside(array: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
+    """A fresh array where another one is, in native byte order."""
+    if not is_cupy_array(array):
+        return np.empty(shape, dtype.newbyteorder("="))
+    cupy = cupy_module()
+    with cupy.cuda.Device(array.data.device_id):
+        return cupy.empty(shape, dtype)
+
+
 def device_count() -> int:
     """The number of GPUs that CuPy reaches.
 

@@ -223,7 +223,7 @@ def firfilter(b: Any, x: Any, axis: int = -1, zi: Any = None) -> Any:
     if zi is None:
         return _put_back(_convolve(x, b, "full", "direct")[..., :L], place)
     state, _ = _axis_last("firfilter", zi, axis if zi.ndim == x.ndim else -1)
-    xp, dtype = _module(x), _result_type(x, b, state)
+    xp, dtype = runtime.array_module(x), _result_type(x, b, state)
     x, b = x.astype(dtype, copy=False), b.astype(dtype if b.dtype.kind == "c" else _real(dtype), copy=False)
     expected = (*x.shape[:-1], K - 1)
     try:
@@ -286,7 +286,7 @@ def resample_poly(
     up, down = up // common, down // common
     if up == down == 1:
         return x.copy()
-    xp = _module(x)
+    xp = runtime.array_module(x)
     inexact = x.dtype if x.dtype.kind in "fcV" else np.dtype(np.float64)
     if isinstance(window, list) or hasattr(window, "ndim"):
         h = xp.asarray(window)
@@ -347,16 +347,12 @@ def decimate_fir(x: Any, q: int, n: int | None = None, axis: int = -1, zero_phas
     if q < 2 or n < 0:
         raise ValueError(f"decimate_fir: q must be at least 2 and n at least 0, got q = {q} and n = {n}")
     dtype = x.dtype if x.dtype.kind in "fc" and x.dtype != np.float16 else np.dtype(np.float64)
-    taps = _module(x).asarray(_low_pass(n + 1, 1 / q, "hamming").astype(_real(dtype)))
+    taps = runtime.array_module(x).asarray(_low_pass(n + 1, 1 / q, "hamming").astype(_real(dtype)))
     x = x.astype(dtype, copy=False)
     if zero_phase:
         return resample_poly(x, 1, q, axis=axis, window=taps)
     signals, place = _axis_last("decimate_fir", x, axis)
     return _put_back(_polyphase(taps, signals, 1, q, 0, -(-signals.shape[-1] // q)), place)
-
-
-def _module(array: Any) -> ModuleType:
-    return runtime.cupy_module() if runtime.is_cupy_array(array) else np
 
 
 def _check_one_of(name: str, value: Any, allowed: Sequence[str]) -> None:
@@ -370,11 +366,11 @@ def _axis_last(caller: str, array: Any, axis: SupportsIndex) -> tuple[Any, int]:
     if not -array.ndim <= index < array.ndim:
         raise ValueError(f"{caller}: axis {index} does not exist in an array of shape {tuple(array.shape)}")
     index = index - array.ndim if index >= 0 else index
-    return _module(array).moveaxis(array, index, -1), index
+    return runtime.array_module(array).moveaxis(array, index, -1), index
 
 
 def _put_back(array: Any, place: int) -> Any:
-    return _module(array).moveaxis(array, -1, place) if place != -1 else array
+    return runtime.array_module(array).moveaxis(array, -1, place) if place != -1 else array
 
 
 def _operands(caller: str, in1: Any, in2: Any, axis: SupportsIndex | None) -> tuple[Any, Any, int]:
@@ -417,7 +413,9 @@ def _convolve(x: Any, h: Any, mode: str, method: str) -> Any:
     L, K = x.shape[-1], h.shape[-1]
     shape = np.broadcast_shapes(x.shape[:-1], h.shape[:-1])
     if 0 in (L, K, *shape):
-        return _module(x).zeros((*shape, 0) if 0 in (L, K) else (*shape, _length(mode, L, K)), _result_type(x, h))
+        return runtime.array_module(x).zeros(
+            (*shape, 0) if 0 in (L, K) else (*shape, _length(mode, L, K)), _result_type(x, h)
+        )
     if method == "fft":
         result = _cut(_by_fft(x, h), mode, L, min(L, K), K)
         dtype = _result_type(x, h)
@@ -440,7 +438,7 @@ def _cut(full: Any, mode: str, L: int, shortest: int, K: int) -> Any:
 
 def _filter(x: Any, w: Any, padding: tuple[int, int], stride: int) -> Any:
     """conv1d of the last axis with taps of their own for each signal, in the dtype that NumPy's promotion gives."""
-    xp, result = _module(x), _result_type(x, w)
+    xp, result = runtime.array_module(x), _result_type(x, w)
     x, w = _computable(x, w)
     rank = max(x.ndim, w.ndim)
     x, w = (a.reshape((1,) * (rank - a.ndim) + a.shape) for a in (x, w))
@@ -478,7 +476,7 @@ def _polyphase(h: Any, x: Any, up: int, down: int, first: int, length: int) -> A
 
     Each of the ``up/gcd`` phases of l is an output channel of one convolution, whose taps are those that meet samples.
     """
-    xp = _module(x)
+    xp = runtime.array_module(x)
     common = math.gcd(up, down)
     phases, step = up // common, down // common
     # Output l = q*phases + r reads x[q*step + i] with the tap k = r*down + first - i*up.
@@ -501,7 +499,7 @@ def _polyphase(h: Any, x: Any, up: int, down: int, first: int, length: int) -> A
 
 def _extend(x: Any, left: int, right: int, mode: str, cval: float) -> Any:
     """The signals with so many more samples before and behind, by the modes of `upfirdn`."""
-    xp, L = _module(x), x.shape[-1]
+    xp, L = runtime.array_module(x), x.shape[-1]
     at = np.arange(-left, L + right)
     if mode == "constant":
         inside = xp.asarray((at >= 0) & (at < L))
@@ -576,7 +574,7 @@ def _fast_length(at_least: int) -> int:
 
 def _transforms(x: Any, h: Any) -> tuple[Any, Any, Any, Any]:
     """The arrays in dtypes that FFTs take, and the transform with its inverse."""
-    xp = _module(x)
+    xp = runtime.array_module(x)
     wide = np.result_type(*(np.float64 if a.dtype.kind in "iub" else a.dtype for a in (x, h)), np.float32)
     if wide.name not in DTYPES:
         raise TypeError(f"gpuconv.signal: the dtype {_result_type(x, h)} is not supported")
@@ -597,7 +595,7 @@ def _by_fft(x: Any, h: Any) -> Any:
 def _overlap_add(x: Any, h: Any) -> Any:
     """The full convolution of blocks whose length follows from the shorter array."""
     x, h, forward, inverse = _transforms(*((h, x) if h.shape[-1] > x.shape[-1] else (x, h)))
-    xp, L, K = _module(x), x.shape[-1], h.shape[-1]
+    xp, L, K = runtime.array_module(x), x.shape[-1], h.shape[-1]
     size = _fast_length(max(64, 8 * K))
     step = size - K + 1
     blocks = -(-L // step)

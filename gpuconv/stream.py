@@ -151,7 +151,7 @@ class _Stream:
                 f"{tuple(input.shape)}"
             )
         position = self._common(caller, chosen)
-        skipped = min(self._skips(position), x.shape[-1])
+        skipped = min(position.skip, x.shape[-1])
         x = x[..., skipped:]
         position = position._replace(skip=position.skip - skipped, received=position.received or x.shape[-1] > 0)
         count, dropped, after = self._advance(position, x.shape[-1])
@@ -166,7 +166,7 @@ class _Stream:
             runtime.append(samples, x)
         else:
             held = (self._samples if whole else self._samples[chosen])[..., : position.held]
-            samples = self._module().concatenate((held, x), axis=-1) if x.shape[-1] else held
+            samples = runtime.array_module(x).concatenate((held, x), axis=-1) if x.shape[-1] else held
             self._window = samples if whole and x.shape[-1] and runtime.is_cupy_array(samples) else None
         if count:
             result = self._compute(samples, position, count, out[None] if single and out is not None else out)
@@ -259,24 +259,13 @@ class _Stream:
         shape = self._weight.shape
         return slots, shape[0] if self.op == "conv1d" else shape[1] * self._groups, count
 
-    def _skips(self, position: _Position) -> int:
-        return 0
-
     def _continues(self, length: int, dropped: int) -> bool:
         """Whether the last push left a window in which this one finds its samples behind the first `length`."""
         return self._window is not None and length == dropped == self._window.shape[-1] - self._samples.shape[-1]
 
-    def _module(self) -> Any:
-        return runtime.cupy_module() if runtime.is_cupy_array(self._weight.array) else np
-
     def _empty(self, shape: tuple[int, ...], dtype: Any = None) -> Any:
         """A fresh array where the weight is, of its dtype where none is given."""
-        dtype = self._weight.dtype if dtype is None else dtype
-        if not runtime.is_cupy_array(self._weight.array):
-            return np.empty(shape, dtype)
-        cupy = runtime.cupy_module()
-        with cupy.cuda.Device(self._weight.array.data.device_id):
-            return cupy.empty(shape, dtype)
+        return runtime.empty_beside(self._weight.array, shape, self._weight.dtype if dtype is None else dtype)
 
     def _chosen(self, caller: str, slots: Sequence[SupportsIndex] | None) -> list[int]:
         if slots is None:
@@ -367,9 +356,6 @@ class Conv1d(_Stream):
 
     def _start(self) -> _Position:
         return _Position(0, self._left, 0, False)
-
-    def _skips(self, position: _Position) -> int:
-        return position.skip
 
     def _advance(self, position: _Position, length: int) -> tuple[int, int, _Position]:
         held = position.held + length
