@@ -13,7 +13,6 @@ import pytest
 import gpuconv
 from gpuconv import cases, dispatch, grad, reference
 from gpuconv.cases import CASES, Case
-from gpuconv.checks import same_bits
 from gpuconv.device import ARCHITECTURES, Device
 from gpuconv.edge import PADDING_MODES
 from gpuconv.families import FAMILIES, ArrayLayout, Config, Family, Layout, Refusal, edges
@@ -21,6 +20,7 @@ from gpuconv.families.base import contiguous_strides, with_padding_mode
 from gpuconv.problem import DTYPES, ConvProblem, Problem, WeightGradientProblem
 from tests import hostcuda
 from tests.api.test_padding_modes import problems
+from tests.kernels.arrays import assert_same_bits
 from tests.kernels.test_compile import compile_config
 
 Array = npt.NDArray[Any]
@@ -37,13 +37,6 @@ def takers(problem: Problem) -> list[Family[Any]]:
     layout = Layout.contiguous(problem)
     plans = ((family, edges.plan(family, problem, layout, DEVICE)) for family in dispatch.families(problem.kind))
     return [family for family, plan in plans if not isinstance(plan, Refusal)]
-
-
-def assert_same_bits(output: Array, expected: Array, what: object) -> None:
-    good = same_bits(output, expected)
-    if not good.all():
-        index = tuple(int(i) for i in np.argwhere(~good)[0])
-        pytest.fail(f"{what}: {(~good).sum()} elements differ, first {index}: {output[index]} != {expected[index]}")
 
 
 def check(problem: Any, sums: reference.Sums, *arrays: Array | None) -> None:
