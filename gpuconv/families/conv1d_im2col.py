@@ -14,12 +14,22 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from ..costs import MMA_LATENCY_CYCLES, RESERVED_SHARED_BYTES, Code, Ending, Work, predict_launch, tensor_cores
+from ..costs import MMA_LATENCY_CYCLES, Code, Ending, Work, blocks_by_shared, predict_launch, tensor_cores
 from ..device import Device
 from ..problem import ConvProblem
 from ..source import params_fields
 from . import mma
-from .arithmetic import ARITHMETICS, MIN_SPLIT_TERMS, STAGE_PAIRS, STAGE_STEPS, UNIT_BYTES, WARP, Arithmetic
+from .arithmetic import (
+    ARITHMETICS,
+    MIN_SPLIT_TERMS,
+    NO_ARITHMETIC,
+    STAGE_PAIRS,
+    STAGE_STEPS,
+    UNIT_BYTES,
+    WARP,
+    Arithmetic,
+    arithmetics,
+)
 from .base import (
     MAX_GRID,
     PACKED,
@@ -226,7 +236,7 @@ def _predict(
         passes * 4 * (fetches + 2) + work.staging_wavefronts,
         stages * (_STAGE_CYCLES + MMA_LATENCY_CYCLES * STAGE_STEPS),
     )
-    resident = min(tile.min_blocks, max(1, device.shared_per_sm // (shared + RESERVED_SHARED_BYTES)))
+    resident = min(tile.min_blocks, max(1, blocks_by_shared(shared, device)))
     unit = tensor_cores(device, p.itemsize)
     return predict_launch(work, code, blocks=blocks, resident=resident, unit=unit, device=device).us
 
@@ -241,9 +251,9 @@ class Conv1dIm2col(Family[ConvProblem]):
 
     def plan(self, problem: ConvProblem, layout: Layout, device: Device) -> Plan | Refusal:
         p = problem
-        arithmetic = ARITHMETICS.get((p.dtype, p.precision))
-        if arithmetic is None or device.arch < arithmetic.min_arch:
-            return Refusal("needs float16 (sm_75), bfloat16 or float32 (sm_80)")
+        arithmetic = arithmetics(device).get((p.dtype, p.precision))
+        if arithmetic is None:
+            return Refusal(NO_ARITHMETIC)
         is_split = arithmetic.parts == 2
         min_rows, min_terms = (mma.MIN_SPLIT_ROWS, MIN_SPLIT_TERMS) if is_split else (MIN_C_OUT_G, MIN_TERMS)
         if not 1 <= p.C_in_g <= MAX_C_IN_G:
@@ -291,9 +301,7 @@ class Conv1dIm2col(Family[ConvProblem]):
         )
 
     def configs(self, device: Device) -> Iterator[Config]:
-        for (dtype, precision), arithmetic in ARITHMETICS.items():
-            if device.arch < arithmetic.min_arch:
-                continue
+        for (dtype, precision), arithmetic in arithmetics(device).items():
             for bits in (32, 64):
                 for tile in tiles(arithmetic, bits):
                     yield self._config(dtype, precision, tile, bits, device)

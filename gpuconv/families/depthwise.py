@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from ..costs import (
-    RESERVED_SHARED_BYTES,
     WARP_ISSUES_PER_CYCLE,
     Code,
     Work,
+    blocks_by_shared,
     cuda_cores,
     memory_bytes_per_cycle,
     predict_launch,
@@ -297,9 +297,7 @@ def choose_partition(work: BlockWork, device: Device) -> Partition | None:
             slots = _BLOCK_SLOTS + warps * warp_slots + staging
             traffic = block_rows * work.row_bytes(places)
             blocks = tiles * row_groups
-            resident = min(
-                32, resident_threads // (warps * WARP), device.shared_per_sm // (shared + RESERVED_SHARED_BYTES)
-            )
+            resident = min(32, resident_threads // (warps * WARP), blocks_by_shared(shared, device))
             of_warp = _BLOCK_SLOTS + warp_slots + staging / warps
             alone = work.enough_warps * max(of_warp / WARP_ISSUES_PER_CYCLE, traffic / bytes_per_cycle / warps)
             time = predict_launch(
