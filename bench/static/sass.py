@@ -50,7 +50,6 @@ _CATEGORIES = (
     ("shuffle", ("SHFL", "VOTE", "VOTEU", "REDUX")),
 )
 _CATEGORY_OF = {name: category for category, names in _CATEGORIES for name in names}
-USEFUL = ("fma", "tensor")
 
 _WIDTHS = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
 
