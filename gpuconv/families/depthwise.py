@@ -248,7 +248,7 @@ class Partition:
         return round_up(self.row_threads * self.block_rows, WARP)
 
     def params(self, problem: ConvProblem) -> dict[str, int]:
-        """The fields of Params that `find_place` of cuda_src/depthwise.cuh reads, in order."""
+        """The fields of Params that `find_row` of cuda_src/depthwise.cuh reads, in order."""
         return {
             "tiles": self.tiles,
             **Divisor.params(tiles=self.tiles),
