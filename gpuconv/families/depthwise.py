@@ -157,6 +157,23 @@ class Variant(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Slide:
+    """Sliding threads; where `slide_stride` is 0, the threads of any layer."""
+
+    problem: ConvProblem
+    slide_stride: int
+    thread_l: int
+
+    @property
+    def macros(self) -> Mapping[str, int]:
+        return {"SLIDE_STRIDE": self.slide_stride}
+
+    def taps_pitch_of(self, steps: int) -> int:
+        """That of a sliding thread of so many steps: odd, in vectors, so that a warp's rows lie on different banks."""
+        return round_up(steps * self.slide_stride, 2, 1) * vector_length(self.problem.dtype)
+
+
+@dataclass(frozen=True, slots=True)
 class Skip:
     """Skipping threads."""
 
