@@ -185,6 +185,7 @@ class GpuEngine:
         data: Data,
         build: Callable[[], peers.Function],
         settings: peers.CudnnSettings,
+        tolerance_mode: str | None = None,
         *,
         channels_last: bool = False,
     ) -> _TorchRunner:
@@ -194,7 +195,7 @@ class GpuEngine:
         arguments = data.tensors(self.torch)
         if channels_last:
             arguments = [(peers.to_channels_last(x), peers.to_channels_last(w), b) for x, w, b in arguments]
-        return _TorchRunner(self, problem, mode.name, data, function, arguments, settings)
+        return _TorchRunner(self, problem, tolerance_mode or mode.name, data, function, arguments, settings)
 
     @contextmanager
     def _on_stream(self) -> Iterator[None]:
