@@ -58,7 +58,7 @@ __device__ __forceinline__ index_t divide(index_t value, index_t divisor, index_
 #endif
 }
 
-// The row that a thread works on, and its part of it.
+// What a thread works on.
 struct ThreadRow {
     index_t tile;      // of the row
     int row_in_block;

@@ -74,8 +74,8 @@ static_assert(kIsEmptyOutside || FINE_WIDTH == 1,
               "positions outside fine are loaded together: gpuconv/families/weight_gradient_mma.py");
 static_assert(kStepRows == SPLIT_TERMS, "SPLIT_TERMS differs from gpuconv/families/mma.py");
 
-// What a row of the window holds: a sample and a position, from the chunk's first sample and what its first l meets.
-struct WindowRow {
+// Where a row of the window lies, from the chunk's first sample and the position that its first l meets.
+struct Place {
     index_t n, l;
 };
 
@@ -162,8 +162,8 @@ __device__ __forceinline__ void multiply_slice(
 
     Vector<unsigned>* const coarse_buffers = reinterpret_cast<Vector<unsigned>*>(dynamic_shared_memory());
     Vector<unsigned>* const fine_buffers = coarse_buffers + 2 * kParts * kCoarsePart;
-    WindowRow* const rows = keep_in_register_shared(reinterpret_cast<WindowRow*>(fine_buffers + 2 * kParts * fine_part));
-    Task* const tasks = keep_in_register_shared(reinterpret_cast<Task*>(rows + p.window_rows));
+    Place* const places = keep_in_register_shared(reinterpret_cast<Place*>(fine_buffers + 2 * kParts * fine_part));
+    Task* const tasks = keep_in_register_shared(reinterpret_cast<Task*>(places + p.window_rows));
     const int fine_runs = int(p.window_rows) / FINE_WIDTH, fine_tasks = fine_runs * int(p.task_units);
     const int sample_window_rows = planes * plane_rows;
     // Planes begin at a multiple of FINE_WIDTH, so that their first rows may be ones that no tap needs.
@@ -173,7 +173,7 @@ __device__ __forceinline__ void multiply_slice(
     for (int row = threadIdx.x; row < p.window_rows; row += kThreads) {
         const int sample = row / sample_window_rows, in_sample = row - sample * sample_window_rows;
         const int plane = in_sample / plane_rows;
-        rows[row] = WindowRow{
+        places[row] = Place{
             sample, (in_sample - plane * plane_rows) * p.stride + first + plane * p.dilation - skew_of(plane)};
     }
 
@@ -209,12 +209,12 @@ __device__ __forceinline__ void multiply_slice(
         }
     };
     const auto load_fine = [&](Block<FINE_WIDTH>& block, const Task& task) {
-        const WindowRow row = rows[task.row];
+        const Place place = places[task.row];
         const index_t c = first_of_unit(task.unit, tile.channels);
-        const Source source = source_index(l * p.stride + row.l, p.L_fine);
-        if (n + row.n < s.n_end && source.exists) {
+        const Source source = source_index(l * p.stride + place.l, p.L_fine);
+        if (n + place.n < s.n_end && source.exists) {
             block.load(
-                fine + ((n + row.n) * p.fine_stride_n + source.index * p.fine_stride_l + c * p.fine_stride_c),
+                fine + ((n + place.n) * p.fine_stride_n + source.index * p.fine_stride_l + c * p.fine_stride_c),
                 keep_in_register(p.fine_stride_c));
         } else {
             block.clear();

@@ -28,10 +28,11 @@ _STAGE_INSTRUCTIONS = 22
 _ENDING_INSTRUCTIONS, _ENDING_INSTRUCTIONS_OF_SAMPLES = 19, 23
 _PACK_INSTRUCTIONS = 140
 # Assumptions: cycles until a block's first data arrive and its last are gone; from a load to its data, mostly from L2;
-# of the barrier of a stage and its wait for weights, of a block alone.
+# of the barrier of a stage and its wait for weights, of a block alone; lines that a warp's load looks up in a cycle.
 LATENCY_CYCLES = 2500.0
 _LOAD_CYCLES = 600.0
 _STAGE_CYCLES = 60.0
+_LINES_PER_CYCLE = 4
 _PACK_CYCLES = 2000.0  # of a thread that packs: its divisions, its loads, its stores
 
 

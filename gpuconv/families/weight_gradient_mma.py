@@ -13,27 +13,18 @@ from typing import NamedTuple
 
 from ..costs import (
     MMA_LATENCY_CYCLES,
+    RESERVED_SHARED_BYTES,
     SECTOR_BYTES,
     Code,
     Ending,
     Work,
-    blocks_by_shared,
     predict_launch,
     tensor_cores,
 )
 from ..device import Device
 from ..problem import WeightGradientProblem
 from ..text import count
-from .arithmetic import (
-    ARITHMETICS,
-    MIN_SPLIT_TERMS,
-    NO_ARITHMETIC,
-    SPLIT_TERMS,
-    UNIT_BYTES,
-    WARP,
-    Arithmetic,
-    arithmetics,
-)
+from .arithmetic import ARITHMETICS, MIN_SPLIT_TERMS, SPLIT_TERMS, UNIT_BYTES, WARP, Arithmetic
 from .base import MAX_GRID, Config, Family, Launch, Layout, Plan, Refusal, Step, params_of, round_up
 from .mma import MIN_CHANNELS, MIN_SPLIT_ROWS
 from .mma_costs import LATENCY_CYCLES
@@ -142,9 +133,9 @@ class WeightGradientMma(Family[WeightGradientProblem]):
 
     def plan(self, problem: WeightGradientProblem, layout: Layout, device: Device) -> Plan | Refusal:
         p = problem
-        arithmetic = arithmetics(device).get((p.dtype, p.precision))
-        if arithmetic is None:
-            return Refusal(NO_ARITHMETIC)
+        arithmetic = ARITHMETICS.get((p.dtype, p.precision))
+        if arithmetic is None or device.arch < arithmetic.min_arch:
+            return Refusal("needs float16 (sm_75), bfloat16 or float32 (sm_80)")
         if min(p.C_coarse_g, p.C_fine_g) < MIN_CHANNELS:
             return Refusal(f"needs at least {MIN_CHANNELS} channels a group on both sides")
         if arithmetic.parts == 2 and p.C_coarse_g < MIN_SPLIT_ROWS:
@@ -206,11 +197,12 @@ class WeightGradientMma(Family[WeightGradientProblem]):
         ).work(problem)
 
     def configs(self, device: Device) -> Iterator[Config]:
-        for (dtype, precision), arithmetic in arithmetics(device).items():
-            for bits in (32, 64):
-                for tile in _tiles(arithmetic, bits):
-                    for widths in WIDTHS if bits == 32 else WIDTHS[-1:]:
-                        yield self._config(tile, dtype, precision, widths, bits)
+        for (dtype, precision), arithmetic in ARITHMETICS.items():
+            if device.arch >= arithmetic.min_arch:
+                for bits in (32, 64):
+                    for tile in _tiles(arithmetic, bits):
+                        for widths in WIDTHS if bits == 32 else WIDTHS[-1:]:
+                            yield self._config(tile, dtype, precision, widths, bits)
 
     def _config(self, tile: Tile, dtype: str, precision: str, widths: tuple[int, int], bits: int) -> Config:
         arithmetic = ARITHMETICS[dtype, precision]
@@ -352,7 +344,7 @@ def _tilings(p: WeightGradientProblem, widths: tuple[int, int], device: Device, 
                 warps_m=tile.warps_m,
                 warps_n=tile.warps_n,
             )
-            resident = min(tile.min_blocks, max(1, blocks_by_shared(shared, device)))
+            resident = min(tile.min_blocks, max(1, device.shared_per_sm // (shared + RESERVED_SHARED_BYTES)))
             us = adding + launch.us(p, resident, device)
             if best is None or (us, -taps) < (best.us, -best.taps):
                 best = _Tiling(tile, octets, taps, window, row_tiles, octet_tiles, tap_tiles, blocks, shared, us)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -146,10 +147,10 @@ def test_without_windows_at_an_edge_nothing_is_added() -> None:
             )
 
 
+@pytest.mark.skipif(find_spec("cupy_backends") is None, reason="compiling needs CuPy")
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_kernels_compile_without_local_memory(arch: str) -> None:
     """Each specialisation of the two kernels on one architecture, and each mode of every family that maps edges."""
-    pytest.importorskip("cupy_backends", reason="compiling needs CuPy")
     place = list(ARCHITECTURES).index(arch)
     chosen = [config for i, config in enumerate(edges.configs()) if i % len(ARCHITECTURES) == place]
     for number, family in enumerate(f for f in FAMILIES if f.maps_edges):
