@@ -60,6 +60,7 @@ LAYERS = (
     ("calls",),
     ("functional",),
     ("checkpoint",),
+    ("parameters",),
     ("nn", "grad", "signal", "explain", "files", "gpus", "report"),
     ("checks", "stream", "torch.tensors"),
     ("family_checks",),
