@@ -81,9 +81,9 @@ def compile(  # noqa: A001 - as `re.compile`, it is called by the package's name
     Example:
         >>> import gpuconv
         >>> from gpuconv.problem import ArraySpec
-        >>> x, w = ArraySpec((8, 512, 3000), "float16"), ArraySpec((512, 512, 3), "float16")
-        >>> gpuconv.compile("conv1d", x, w, stride=2, arch="sm_90")  # doctest: +SKIP
-        Compiled(kernels=6, compiled=6)
+        >>> x, w = ArraySpec((8, 1, 3000), "float64"), ArraySpec((1, 1, 5), "float64")
+        >>> gpuconv.compile("conv1d", x, w, arch="sm_90", direction="forward").kernels
+        1
     """
     directions = directions_of(input, settings) if direction is None else (direction,)
     wanted = [
@@ -117,9 +117,9 @@ def is_compiled(
     Example:
         >>> import gpuconv
         >>> from gpuconv.problem import ArraySpec
-        >>> x, w = ArraySpec((8, 512, 3000), "float16"), ArraySpec((512, 512, 3), "float16")
-        >>> gpuconv.is_compiled("conv1d", x, w, stride=2, arch="sm_90")  # doctest: +SKIP
-        True
+        >>> x, w = ArraySpec((8, 1, 3000), "float64"), ArraySpec((1, 1, 5), "float64")
+        >>> gpuconv.is_compiled("conv1d", x, w, arch="sm_120")
+        False
     """
     version, major = runtime.nvrtc_version(), runtime.cuda_versions()[1] // 1000
     return all(

@@ -106,8 +106,14 @@ class Entry:
 
     @property
     def is_damaged(self) -> bool:
-        """Whether its contents, which are read, are not those that were written."""
-        return not _is_intact(self.path)
+        """Whether its contents are not those that were written. That they are read here does not count as use."""
+        with suppress(FileNotFoundError):
+            status = self.path.stat()
+            intact = _is_intact(self.path)
+            with suppress(OSError):  # the file may be another's, or not to be written
+                os.utime(self.path, ns=(status.st_atime_ns, status.st_mtime_ns))
+            return not intact
+        return False
 
 
 def folder() -> Path:
@@ -169,10 +175,11 @@ def find(source: Source, nvrtc: NvrtcVersion | None, *, major: int | None = None
             if (nvrtc or version) != version or (major or version[0]) != version[0]:
                 continue
             path = source.place / name
-            _refuse_foreign(path)
-            if _is_intact(path):
-                return Found(path, tuple(damaged))
-            damaged.append(path)
+            with suppress(FileNotFoundError):  # another process removes files, too
+                _refuse_foreign(path)
+                if _is_intact(path):
+                    return Found(path, tuple(damaged))
+                damaged.append(path)
     except (FileNotFoundError, NotADirectoryError):
         pass
     except CacheError:
@@ -317,12 +324,9 @@ def _refuse_foreign(path: Path) -> None:
 
 
 def _is_intact(path: Path) -> bool:
-    """Whether the contents are those that the name tells; False where the file is gone."""
+    """Whether the contents are those that the name tells."""
     match = _NAME.fullmatch(path.name)
-    try:
-        return match is not None and match[4] == _digest(path.read_bytes())
-    except FileNotFoundError:
-        return False
+    return match is not None and match[4] == _digest(path.read_bytes())
 
 
 def _digest(data: bytes) -> str:
