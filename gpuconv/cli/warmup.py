@@ -111,7 +111,11 @@ def _configs(args: argparse.Namespace, wanted: list[Layer] | None, device: Devic
         return every_config(device, args.dtype or DTYPES, args.op)
     configs: dict[Config, None] = {}
     for layer in wanted:
-        directions = args.direction or directions_of(layer.arrays[0], layer.settings)
+        directions = directions_of(layer.arrays[0], layer.settings)
+        if args.direction and args.layers is not None:
+            directions = tuple(direction for direction in directions if direction in args.direction)
+        elif args.direction:  # what a problem does not have is an error
+            directions = args.direction
         try:
             configs.update(dict.fromkeys(configs_of("warmup", *layer[:2], device, directions, layer.settings)))
         except (ValueError, TypeError) as error:

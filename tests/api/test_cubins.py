@@ -376,7 +376,7 @@ def test_calls_load_what_was_compiled_in_advance(cupy: Any, monkeypatch: pytest.
     x, w = (cupy.asarray(rng.standard_normal(shape, np.float32)) for shape in ((2, 16, 300), (32, 16, 5)))
     settings: dict[str, Any] = {"padding": 2, "stride": 2}
     expected = gpuconv.conv1d(x, w, **settings)
-    grad = gpuconv.grad.conv1d_weight(x, w.shape, expected, **settings)
+    grad = gpuconv.grad.conv1d_weight(x, w.shape, expected, **settings).get()
     assert not gpuconv.is_compiled("conv1d", x, w, **settings)
     found = gpuconv.compile("conv1d", x, w, **settings)
     assert found.compiled == found.kernels > 2
@@ -390,7 +390,7 @@ def test_calls_load_what_was_compiled_in_advance(cupy: Any, monkeypatch: pytest.
     start = time.perf_counter()
     assert (gpuconv.conv1d(x, w, **settings).get() == expected.get()).all()
     print(f"the first call took {1e3 * (time.perf_counter() - start):.1f} ms")
-    assert (gpuconv.grad.conv1d_weight(x, w.shape, expected, **settings).get() == grad.get()).all()
+    assert (gpuconv.grad.conv1d_weight(x, w.shape, expected, **settings).get() == grad).all()
     with pytest.raises(RuntimeError, match="was not compiled in advance, which GPUCONV_CACHE_ONLY asks for"):
         gpuconv.conv1d(x.astype("float16"), w.astype("float16"))
 

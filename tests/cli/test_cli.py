@@ -735,7 +735,7 @@ def test_an_interrupt_ends_with_130_and_one_line() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "gpuconv: error: interrupted\n")
 
 
-COMMANDS = ("info", "verify", "explain", "conv1d", "conv_transpose1d", "warmup")
+COMMANDS = ("info", "verify", "explain", "conv1d", "conv_transpose1d", "warmup", "cache")
 
 
 def test_the_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
