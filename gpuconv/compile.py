@@ -106,7 +106,8 @@ def is_compiled(
 ) -> bool:
     """Whether a call finds all of its kernels compiled in advance.
 
-    The arguments are those of `compile`. Kernels that another version of NVRTC made count where no NVRTC is installed.
+    The arguments are those of `compile`. Kernels that another version of NVRTC made count where none is installed, and
+    where $GPUCONV_CACHE_ONLY is set.
 
     Raises:
         ValueError: as `compile`.
@@ -121,7 +122,8 @@ def is_compiled(
         >>> gpuconv.is_compiled("conv1d", x, w, arch="sm_120")
         False
     """
-    version, major = runtime.nvrtc_version(), runtime.cuda_versions()[1] // 1000
+    version = None if cubins.is_only_source() else runtime.nvrtc_version()
+    major = runtime.cuda_versions()[1] // 1000
     return all(
         cubins.find(cubins.Source.of(config, device.arch_name), version, major=major).path is not None
         for device in _devices("is_compiled", input, arch)

@@ -124,6 +124,11 @@ def folder() -> Path:
     return Path(caches, "gpuconv")
 
 
+def is_only_source() -> bool:
+    """Whether $GPUCONV_CACHE_ONLY forbids to compile kernels when they are needed."""
+    return os.environ.get("GPUCONV_CACHE_ONLY", "0") not in ("", "0")
+
+
 def path_of(config: Config, arch: str, nvrtc_version: Callable[[], NvrtcVersion | None], major: int) -> Path | None:
     """The file from which a kernel is loaded, if it was compiled in advance.
 
@@ -138,15 +143,14 @@ def path_of(config: Config, arch: str, nvrtc_version: Callable[[], NvrtcVersion 
     Raises:
         RuntimeError: there is no such file, and $GPUCONV_CACHE_ONLY is set.
     """
-    is_needed = os.environ.get("GPUCONV_CACHE_ONLY", "0") not in ("", "0")
     try:
-        found = find(Source.of(config, arch), None if is_needed else nvrtc_version(), major=major)
+        found = find(Source.of(config, arch), None if is_only_source() else nvrtc_version(), major=major)
         if found.path is not None:
             return found.path
         trouble = f"{found.damaged[0]}: is damaged" if found.damaged else ""
     except CacheError as error:
         trouble = str(error)
-    if is_needed:
+    if is_only_source():
         raise RuntimeError(
             f"{config.kernel} for {arch} was not compiled in advance, which GPUCONV_CACHE_ONLY asks for; "
             f"gpuconv warmup --arch {arch} adds kernels to {folder()}{f' ({trouble})' if trouble else ''}"
