@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from . import cubins, runtime
 from .device import ARCHITECTURES, Device
-from .dtypes import DTYPES
+from .dtypes import DTYPES, dtype_name
 from .explain import DIRECTIONS, Direction, explain
 from .families import FAMILIES, Config, append
 from .families.base import base_config
@@ -145,11 +145,11 @@ def _devices(caller: str, input: Any, arch: str | Sequence[str] | None) -> list[
 
 
 def directions_of(input: ArrayLike, settings: dict[str, Any]) -> tuple[Direction, ...]:
-    """The directions of a call that there are: an algorithm is of one direction, and what is fused has no gradients."""
+    """The directions that a call has: an algorithm is of one, and integers and what is fused have no gradients."""
     names = ("algorithm", "activation", "input_activation", "residual")
-    if str(input.dtype) not in DTYPES or any(settings.get(name) is not None for name in names):
+    if dtype_name(getattr(input, "dtype", None)) not in DTYPES or any(settings.get(n) is not None for n in names):
         return ("forward",)
-    return tuple(d for d in DIRECTIONS if d != "grad_input" or input.shape[-1])
+    return tuple(d for d in DIRECTIONS if d != "grad_input" or 0 not in input.shape[-1:])
 
 
 def configs_of(
@@ -242,8 +242,10 @@ def _compile(job: Job) -> str:
     version = runtime.nvrtc_version()
     assert version is not None
     source = cubins.Source.of(config, arch)
-    code = machine_code(source, assemble(config.kernel, dict(config.macros)))
-    cubins.store(source, version, code, cubins.find(source, version).damaged)
+    found = cubins.find(source, version)
+    if found.path is None:  # nobody else has compiled it meanwhile
+        code = machine_code(source, assemble(config.kernel, dict(config.macros)))
+        cubins.store(source, version, code, found.damaged)
     return config.kernel
 
 

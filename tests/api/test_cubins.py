@@ -313,6 +313,22 @@ def test_what_compile_refuses(arguments: dict[str, Any], error: type[Exception],
     assert files() == []
 
 
+@pytest.mark.parametrize(
+    ("input", "settings", "expected"),
+    [
+        (X, {}, ("forward", "grad_input", "grad_weight", "grad_bias")),
+        (np.zeros((1, 3, 9), ">f4"), {"stride": 2}, ("forward", "grad_input", "grad_weight", "grad_bias")),
+        (ArraySpec((3, 0), "float32"), {}, ("forward", "grad_weight", "grad_bias")),
+        (ArraySpec((1, 3, 9), "int8"), {}, ("forward",)),
+        (X, {"activation": "relu"}, ("forward",)),
+        (X, {"algorithm": "base"}, ("forward",)),
+        ([1.0, 2.0], {}, ("forward",)),  # which is an error then
+    ],
+)
+def test_the_gradients_that_a_call_has(input: Any, settings: dict[str, Any], expected: tuple[str, ...]) -> None:
+    assert compile_module.directions_of(input, settings) == expected
+
+
 def test_compile_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime, "nvrtc_version", lambda: None)
     with pytest.raises(RuntimeError, match=r"^NVRTC, CUDA's run-time compiler, cannot be loaded: pip install"):
