@@ -666,9 +666,10 @@ def test_warmup_needs_a_gpu(capsys: pytest.CaptureFixture[str], no_gpu: str) -> 
 @pytest.mark.gpu
 def test_warmup_fills_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path / "cache"))
-    done = run("-m", "gpuconv", "warmup", "conv1d", "--dtype", "float32")
+    done = run("-m", "gpuconv", "warmup", "conv1d", "--input", "1,3,40", "--weight", "4,3,5", "--dtype", "float32")
     assert done.returncode == 0, done.stderr
-    assert any((tmp_path / "cache").iterdir())
+    (number,) = re.findall(r"^(\d+) kernels for ", done.stdout)
+    assert len(list((tmp_path / "cache").iterdir())) == int(number) > 1
 
 
 @pytest.mark.gpu
