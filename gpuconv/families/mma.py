@@ -7,7 +7,7 @@ N and the lengths decide only how the work is cut into tiles, which changes no b
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -649,16 +649,16 @@ def _pack(problem: ConvProblem, layout: Layout, product: Product, reduction: Red
 
 
 def _pack_config(dtype: str, precision: str, bits: int, *, transposed: bool, phases_in_rows: bool) -> Config:
-    kernel = "pack_mma_weight"
-    return Config.of(
-        kernel,
-        {
-            "DTYPE": dtype,
-            "INDEX_BITS": bits,
-            "BLOCK_SIZE": PACK_BLOCK_SIZE,
-            "IS_SPLIT": int(ARITHMETICS[dtype, precision].parts == 2),
-            "IS_TRANSPOSED": int(transposed),
-            "PHASES_IN_ROWS": int(phases_in_rows),
-            "PARAMS_BYTES": len(params_fields(kernel)) * bits // 8,
-        },
-    )
+    macros = {"IS_TRANSPOSED": int(transposed), "PHASES_IN_ROWS": int(phases_in_rows)}
+    return pack_config("pack_mma_weight", dtype, precision, bits, macros)
+
+
+def pack_config(kernel: str, dtype: str, precision: str, bits: int, macros: Mapping[str, int]) -> Config:
+    """The specialisation of a kernel that packs weights for tensor cores; `macros` are its own."""
+    shared: dict[str, str | int] = {
+        "DTYPE": dtype,
+        "INDEX_BITS": bits,
+        "BLOCK_SIZE": PACK_BLOCK_SIZE,
+        "IS_SPLIT": int(ARITHMETICS[dtype, precision].parts == 2),
+    }
+    return Config.of(kernel, {**shared, **macros, "PARAMS_BYTES": len(params_fields(kernel)) * bits // 8})
