@@ -129,7 +129,7 @@ def _run_on_gpu(
     found, key = None, None
     names = _as_key(settings)
     if names is not None:
-        key = (function, algorithm, names, *map(_identity, arrays), _identity(out))
+        key = (function, algorithm, names, *map(identity, arrays), identity(out))
         found = _EXECUTORS.get(key)
     if found is None:
         if _has_real_taps(function, arrays):
@@ -313,7 +313,7 @@ def _as_key(settings: tuple[Any, ...]) -> tuple[Any, ...] | None:
     return names if unambiguous(names) else None
 
 
-def _identity(array: Any) -> tuple[Any, ...] | None:
+def identity(array: Any) -> tuple[Any, ...] | None:
     """What an executor depends on of a CuPy array: two arrays with one identity can use one executor.
 
     Other arrays get an identity that no executor is ever stored under, since the checks refuse them.
