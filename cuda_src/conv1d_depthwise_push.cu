@@ -8,21 +8,22 @@
 // Grid x: blocks of BLOCK_SIZE consecutive rows (n, c), c fastest. Grid y and z: 1. No shared memory.
 // A thread owns a row: no other reads its samples or writes them. Channels are fastest in the ring, so that neighbouring
 // threads read neighbouring samples. Each block has a start of its own: see window.cuh.
-// TAPS: K, where the taps stay in registers, or 0 for any K.
+// TAPS: K, in layers of a few taps that get one sample and give one result; else 0. There tap k < K - 1 reads a sample that
+// is held and the last tap the new one, which then takes the place of the oldest.
 // Needs length <= held, every window complete (no padding), and contiguous weights from a 16-byte boundary on. Input and
 // output have any strides, in elements.
 //
-// It is bound by bytes where slots are many: of a row and a new sample K + 2 elements, K - 1 of them read from the ring
-// and one written. causal_conv1d_update of causal-conv1d moves 2*K + 2 where its state has K places, as Mamba's has: it
-// shifts the state, whose places it finds and leaves in the same sectors.
+// Where slots are many it is bound by bytes: of a row and a new sample K + 2 elements, of which it reads K - 1 from the ring
+// and writes one. causal_conv1d_update of causal-conv1d moves 2*K + 2 where its state has K places a row, as Mamba's has:
+// it shifts the row, whose places share sectors.
 
 #include "common.cuh"
 #include "finish.cuh"
 #include "input.cuh"
 
 struct Params {
-    index_t rows, C_out, L_out, K;  // rows: N * C_out
-    index_t stride, dilation;
+    index_t rows, C_out, C_out_magic, C_out_shift;  // rows: N * C_out
+    index_t L_out, K, stride, dilation;
     index_t held, length;
     index_t input_stride_n, input_stride_c, input_stride_l;
     index_t bias_stride;
@@ -31,45 +32,33 @@ struct Params {
 };
 static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/conv1d_depthwise_push.py");
 
-// The samples of a row.
-struct Row {
-    const storage_t* ring;   // ring[n, 0, c]
-    const storage_t* input;  // input[n, c, 0]
-    index_t start;
-
-    // The place of a sample, given its position from the oldest place, below 2 * held.
-    __device__ __forceinline__ index_t offset(index_t position, const Params& p) const {
-        const index_t place = start + position;
-        return (place < p.held ? place : place - p.held) * p.C_out;
-    }
-    __device__ __forceinline__ acc_t load(index_t l, const Loader& loaded, const Params& p) const {
-        const storage_t* const held = ring + offset(l, p);
-        return scalar::load(loaded(*(l < p.held ? held : input + (l - p.held) * p.input_stride_l)));
-    }
-};
+// The place in a ring of a sample, given its number from the oldest, below 2 * held.
+__device__ __forceinline__ index_t place_of(index_t start, index_t number, const Params& p) {
+    const index_t place = start + number;
+    return place < p.held ? place : place - p.held;
+}
 
 #if TAPS > 0
-// The taps of a row, loaded at once where they are one vector.
-constexpr bool kIsVector = (TAPS & (TAPS - 1)) == 0 && TAPS * sizeof(storage_t) <= 16;
-typedef Vector<storage_t, kIsVector ? TAPS : 1> Taps;
+constexpr int kTapsOfVector = (TAPS & (TAPS - 1)) == 0 && TAPS * sizeof(storage_t) <= 16 ? TAPS : 1;
 
+// The taps of a row, loaded at once where they are one vector.
 __device__ __forceinline__ void load_taps(const storage_t* weight, acc_t (&taps)[TAPS]) {
 #pragma unroll
-    for (int v = 0; v < TAPS; v += kIsVector ? TAPS : 1) {
-        const Taps loaded = *reinterpret_cast<const Taps*>(weight + v);
+    for (int first = 0; first < TAPS; first += kTapsOfVector) {
+        const auto loaded = *reinterpret_cast<const Vector<storage_t, kTapsOfVector>*>(weight + first);
 #pragma unroll
-        for (int e = 0; e < (kIsVector ? TAPS : 1); ++e) taps[v + e] = scalar::load(loaded.element[e]);
+        for (int e = 0; e < kTapsOfVector; ++e) taps[first + e] = scalar::load(loaded.element[e]);
     }
 }
 #endif
 
 extern "C" __global__ void __launch_bounds__(BLOCK_SIZE) conv1d_depthwise_push(
-    storage_t* __restrict__ ring,           // [N, held, C_out]
-    const storage_t* __restrict__ weight,   // [C_out, 1, K]
-    const storage_t* __restrict__ bias,     // [C_out], or null
-    const storage_t* __restrict__ input,    // [N, C_out, length]
-    int* __restrict__ window_starts,        // [blocks]
-    storage_t* __restrict__ output,         // [N, C_out, L_out]
+    storage_t* ring,                       // [N, held, C_out]
+    const storage_t* __restrict__ weight,  // [C_out, 1, K]
+    const storage_t* __restrict__ bias,    // [C_out], or null
+    const storage_t* __restrict__ input,   // [N, C_out, length]
+    int* __restrict__ window_starts,       // [blocks]
+    storage_t* __restrict__ output,        // [N, C_out, L_out]
     FUSED_ARGUMENTS const Params p) {
     const Epilogue epilogue(bias, output, p FUSED_VALUES);
     const InputActivation input_activation(p INPUT_ACTIVATION_VALUES);
@@ -81,35 +70,42 @@ extern "C" __global__ void __launch_bounds__(BLOCK_SIZE) conv1d_depthwise_push(
         window_starts[blockIdx.x] = int(next < p.held ? next : next - p.held);
     }
     if (row >= p.rows) return;
-    const index_t n = row / p.C_out, c = row - n * p.C_out;
-    ring += n * p.held * p.C_out + c;
-    input += n * p.input_stride_n + c * p.input_stride_c;
-    output += n * p.output_stride_n + c * p.output_stride_c;
-    weight += c * p.K;
-
-    const Row x = {ring, input, start};
+    const index_t n = divide(row, p.C_out, p.C_out_magic, p.C_out_shift), c = row - n * p.C_out;
+    ring += n * p.held * p.C_out + c;                         // ring[n, 0, c]
+    input += n * p.input_stride_n + c * p.input_stride_c;     // input[n, c, 0]
+    output += n * p.output_stride_n + c * p.output_stride_c;  // output[n, c, 0]
+    weight += c * p.K;                                        // weight[c, 0, 0]
     const Loader loaded = input_activation.channel(c);
     const Channel channel = epilogue.channel(c);
+
 #if TAPS > 0
-    acc_t taps[TAPS];
+    acc_t taps[TAPS], acc = scalar::zero();
     load_taps(weight, taps);
-#endif
+    const storage_t sample = *input;
+#pragma unroll
+    for (int k = 0; k < TAPS - 1; ++k) {
+        const storage_t held = ring[place_of(start, k * p.dilation, p) * p.C_out];
+        acc = multiply_add(taps[k], scalar::load(loaded(held)), acc);
+    }
+    acc = multiply_add(taps[TAPS - 1], scalar::load(loaded(sample)), acc);
+    *output = finish(acc, channel, output);
+    ring[start * p.C_out] = sample;
+#else
 #pragma unroll 1
     for (index_t l_out = 0; l_out < p.L_out; ++l_out) {
-        const index_t first = l_out * p.stride;
         acc_t acc = scalar::zero();
-#if TAPS > 0
-#pragma unroll
-        for (int k = 0; k < TAPS; ++k) acc = multiply_add(taps[k], x.load(first + k * p.dilation, loaded, p), acc);
-#else
 #pragma unroll 4
         for (index_t k = 0; k < p.K; ++k) {
-            acc = multiply_add(scalar::load(weight[k]), x.load(first + k * p.dilation, loaded, p), acc);
+            const index_t l = l_out * p.stride + k * p.dilation;
+            // Hidden, since the compiler would take the choice for an address of the input, which nothing writes.
+            const storage_t* const sample = keep_in_register_global(
+                l < p.held ? ring + place_of(start, l, p) * p.C_out : input + (l - p.held) * p.input_stride_l);
+            acc = multiply_add(scalar::load(weight[k]), scalar::load(loaded(*sample)), acc);
         }
-#endif
         storage_t* const place = output + l_out * p.output_stride_l;
         *place = finish(acc, channel, place);
     }
 #pragma unroll 1
-    for (index_t l = 0; l < p.length; ++l) ring[x.offset(l, p)] = input[l * p.input_stride_l];
+    for (index_t l = 0; l < p.length; ++l) ring[place_of(start, l, p) * p.C_out] = input[l * p.input_stride_l];
+#endif
 }

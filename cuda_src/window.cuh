@@ -14,6 +14,8 @@
 // block of the launch reads an older sample there, since a ring has as many places as a window has samples. The first
 // block writes the second copy, for later launches.
 //
+// The input is no pointer to constants here, for which the hardware has loads that may miss what the block has written.
+//
 // A kernel has INPUT_ARGUMENT for its input, WINDOW_ARGUMENTS before its Params and WINDOW_FIELDS at the end of them. All
 // threads of a block reach MOVE_WINDOW before any reads the input.
 

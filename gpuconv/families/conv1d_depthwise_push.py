@@ -21,13 +21,14 @@ from .base import (
     conv_fields,
     params_of,
 )
+from .depthwise import Divisor
 from .fused import finishing
 from .offsets import width
 from .windows import NEW_SAMPLES, WINDOW_STARTS
 
 KERNEL = "conv1d_depthwise_push"
 BLOCK_SIZE = 128
-TAPS = (2, 3, 4)  # that stay in registers: those of state-space models
+TAPS = (2, 3, 4)  # of the layers of state-space models, whose steps of one sample have kernels of their own
 MOST_NEW_SAMPLES = 8  # of a row, whose thread reads them one after the other
 
 
@@ -61,9 +62,10 @@ def plan(problem: ConvProblem, layout: Layout, length: int) -> Plan | Refusal:
     if grid > MAX_GRID or width(arrays, extents, *values) > 32:
         return Refusal("needs offsets below 2**31")
     fields = conv_fields(p, arrays)
-    params = params_of(KERNEL, fields, {"rows": rows, "held": held, "length": length})
+    own = {"rows": rows, "held": held, "length": length, **Divisor.params(C_out=p.C_out)}
+    params = params_of(KERNEL, fields, own)
     step = Step(
-        _config(p.dtype, p.K if p.K in TAPS else 0),
+        _config(p.dtype, p.K if p.K in TAPS and length == 1 else 0),
         Launch(grid, BLOCK_SIZE, 0, 32, params),
         ("input", "weight", "bias" if p.has_bias else None, NEW_SAMPLES, WINDOW_STARTS, "output"),
     )
