@@ -65,7 +65,7 @@ def plan(problem: ConvProblem, layout: Layout, length: int) -> Plan | Refusal:
     own = {"rows": rows, "held": held, "length": length, **Divisor.params(C_out=p.C_out)}
     params = params_of(KERNEL, fields, own)
     step = Step(
-        _config(p.dtype, p.K if p.K in TAPS and length == 1 else 0),
+        _config(p.dtype, p.K if p.K in TAPS and length == p.L_out == 1 and held == p.dilation * (p.K - 1) else 0),
         Launch(grid, BLOCK_SIZE, 0, 32, params),
         ("input", "weight", "bias" if p.has_bias else None, NEW_SAMPLES, WINDOW_STARTS, "output"),
     )

@@ -52,6 +52,7 @@ LAYERS = (
     ("families.append", "families.tiles", "families.depthwise", "families.sliding", "families.mma", "families.slices"),
     ("families.passes",),
     ("families.edges", "families.fused"),
+    ("families.windows",),
     ("families.*",),
     ("families",),
     ("dispatch",),
@@ -61,7 +62,8 @@ LAYERS = (
     ("functional",),
     ("checkpoint",),
     ("nn", "grad", "signal", "explain", "files", "gpus", "report"),
-    ("checks", "stream", "torch.tensors"),
+    ("checks", "window", "torch.tensors"),
+    ("stream",),
     ("family_checks",),
     ("torch.operators",),
     ("torch.functions",),
@@ -216,6 +218,7 @@ CUDA_FILES = sorted(directory().glob("*.cu*"))
 # Kernels beside those of families.
 HELPERS = {
     "append_samples",
+    "conv1d_depthwise_push",
     "pack_weight",
     "pack_mma_weight",
     "pack_im2col_weight",
