@@ -15,7 +15,9 @@
 //
 // Where slots are many it is bound by bytes: of a row and a new sample K + 2 elements, of which it reads K - 1 from the ring
 // and writes one. causal_conv1d_update of causal-conv1d moves 2*K + 2 where its state has K places a row, as Mamba's has:
-// it shifts the row, whose places share sectors.
+// it shifts the row, whose places share sectors. Expected for K = 4 in float32 on an H200: 24 bytes and 100 instructions a
+// row, so that 64 slots of 4096 channels take 1.5 us from memory, 0.9 us of them to issue, and less while the rings stay in
+// the L2 cache; a single slot takes the time of a launch.
 
 #include "common.cuh"
 #include "finish.cuh"

@@ -244,17 +244,9 @@ def test_a_gpu_gives_the_bits_of_one_call(cupy: Any, op: Op, dtype: str) -> None
 
 
 # Layers of the kernel for depthwise steps, on CUDA cores, on tensor cores, transposed, and of many new samples.
+BOTH = {"activation": "silu", "input_activation": "relu"}
 REPEATED: tuple[tuple[Op, str, int, int, int, dict[str, Any], int, int], ...] = (
-    (
-        "conv1d",
-        "bfloat16",
-        6,
-        6,
-        4,
-        {"groups": 6, "padding": 3, "activation": "silu", "input_activation": "relu"},
-        1,
-        1,
-    ),
+    ("conv1d", "bfloat16", 6, 6, 4, {"groups": 6, "padding": 3, **BOTH}, 1, 1),
     ("conv1d", "float64", 3, 5, 4, {"stride": 2, "padding": (3, 0), "activation": "relu"}, 2, 1),
     ("conv1d", "float32", 32, 32, 3, {"padding": "causal", "dilation": 2}, 1, 1),
     ("conv_transpose1d", "float32", 2, 3, 4, {"stride": 2, "padding": (2, 0)}, 2, 1),
@@ -266,13 +258,13 @@ REPEATED: tuple[tuple[Op, str, int, int, int, dict[str, Any], int, int], ...] = 
 @pytest.mark.parametrize(("op", "dtype", "C_in", "C_out", "K", "settings", "length", "launches"), REPEATED)
 def test_pushes_that_repeat_launch_once_and_allocate_nothing(
     cupy: Any,
-    launched: Any,
+    launched: Launches,
     op: Op,
     dtype: str,
     C_in: int,
     C_out: int,
     K: int,
-    settings: Any,
+    settings: dict[str, Any],
     length: int,
     launches: int,
 ) -> None:
