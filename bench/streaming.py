@@ -169,7 +169,8 @@ def table_of(rows: Sequence[Row]) -> Table:
     for row in rows:
         table.add_row(
             row.layer, str(row.slots), str(row.samples), row.how,
-            f"{row.push_us:.1f}", f"{row.call_us:.1f}", f"{row.push_us / row.call_us:.2f}",
+            *(f"{us:.1f}" if us < 1000 else f"{us:.0f}" for us in (row.push_us, row.call_us)),
+            f"{row.push_us / row.call_us:.2f}",
         )  # fmt: skip
     return table
 

@@ -53,6 +53,7 @@ LAYERS = (
     ("families.passes",),
     ("families.edges", "families.fused"),
     ("families.windows",),
+    ("families.conv1d_depthwise_push",),
     ("families.*",),
     ("families",),
     ("dispatch",),
@@ -309,7 +310,8 @@ def test_a_kernel_reads_the_macros_that_its_family_gives(family: Family[Any]) ->
             "ACTIVATION_PARAMETER",
             "INPUT_ACTIVATION",
             "INPUT_ACTIVATION_PARAMETER",
-        }  # of fused plans
+            "MOVES_WINDOW",
+        }  # of fused plans, and of pushes
         assert {name for name, _ in config.macros} == read
 
 
