@@ -311,7 +311,8 @@ class _Stream:
         """The samples that are held and the new ones, one behind the other; x itself where none are held."""
         if x.shape[-1] == 0:
             return held
-        return runtime.array_module(x).concatenate((held, runtime.aligned(x)), axis=-1) if held.shape[-1] else x
+        x = runtime.aligned(x)
+        return runtime.array_module(x).concatenate((held, x), axis=-1) if held.shape[-1] else x
 
     def _held(self) -> Any:
         """The samples of all slots."""
