@@ -17,7 +17,7 @@ import numpy as np
 
 from . import functional, nn, runtime
 from .arguments import ArraySpec, Settings, check_int
-from .fusion import ActivationLike, Fused
+from .fusion import FUSED_ARRAYS, ActivationLike, Fused
 from .memory import check_kinds
 from .problem import INTEGER_SUMS, ConvProblem, Op, Padding, Setting
 from .window import Window, kind_of, window_for
@@ -68,6 +68,8 @@ class _Stream:
         if isinstance(layer, nn.Conv1d | nn.ConvTranspose1d):
             if layer.op != self.op:
                 raise TypeError(f"{caller}: layer must be an nn.{type(self).__name__}, got {layer}")
+            if layer.padding_mode != "zeros":
+                raise ValueError(f'{caller}: layer must have padding_mode "zeros", got {layer.padding_mode!r}')
             weight, bias, stride, dilation, groups = (
                 layer.weight,
                 layer.bias,
@@ -77,6 +79,7 @@ class _Stream:
             )
             padding = layer.padding if isinstance(layer.padding, str) or len(layer.padding) == 2 else layer.padding[0]
             output_padding, precision, algorithm = layer.output_padding, layer.precision, layer.algorithm
+            activation, input_activation = layer.fused["activation"], layer.fused["input_activation"]
         else:
             weight = layer
         settings = Settings.check(caller, self.op, stride, padding, dilation, groups, output_padding)
@@ -88,17 +91,19 @@ class _Stream:
         self._stride, self._dilation, self._groups = settings.stride, settings.dilation, settings.groups
         self._span = self._dilation * (shape[2] - 1) + 1
         self._left, self._right = self._sides(caller, settings)
-        self._fused = Fused.check(caller, activation, input_activation)
-        self._call: Any = getattr(functional, self.op)
-        self._keywords: dict[str, Any] = {
-            "precision": precision,
-            "algorithm": algorithm,
-            "activation": activation,
-            "input_activation": input_activation,
-        }
+        fused = Fused.check(caller, activation, input_activation)
+        fused_arrays = {n: array for n, array in zip(FUSED_ARRAYS, fused.arrays, strict=True) if array is not None}
+        check_kinds(caller, {"weight": self._weight.array, **fused_arrays})
         self.slots = check_int(caller, "slots", slots, "an int", 1)
+        self._call: Any = getattr(functional, self.op)
         with self._here():
             self._bias = None if bias is None else bias.copy()
+            self._keywords: dict[str, Any] = {
+                "precision": precision,
+                "algorithm": algorithm,
+                "activation": _copied(activation),
+                "input_activation": _copied(input_activation),
+            }
             self._samples = self._empty((self.slots, self._channels, 0))
         self._positions = [self._start()] * self.slots
         # While pushes of one kind repeat, a window has the samples instead; it is kept for when they repeat again.
@@ -333,11 +338,12 @@ class _Stream:
         settings = self._settings(shape[-1], position, count)
         problem = getattr(ConvProblem, self.op)(
             ArraySpec(shape, input.dtype), self._weight, self._bias, *settings, precision=self._keywords["precision"]
-        ).fused(self._fused)
+        )
+        fused = Fused.check(self.op, self._keywords["activation"], self._keywords["input_activation"])
         call, weight, bias, keywords = self._call, self._weight, self._bias, self._keywords
-        others = tuple(array for array in (bias, *self._fused.arrays) if array is not None)
+        others = tuple(array for array in (bias, *fused.arrays) if array is not None)
         return window_for(
-            problem, input, weight, others, out, keywords["algorithm"],
+            problem.fused(fused), input, weight, others, out, keywords["algorithm"],
             lambda samples, out: call(samples, weight, bias, *settings, **keywords, out=out),
         )  # fmt: skip
 
@@ -378,6 +384,13 @@ class _Stream:
         self._samples[chosen, :, : position.held] = samples
         for slot in chosen:
             self._positions[slot] = position
+
+
+def _copied(activation: ActivationLike | None) -> ActivationLike | None:
+    """An activation whose arrays nobody else changes."""
+    if activation is None or isinstance(activation, str):
+        return activation
+    return tuple(value.copy() if hasattr(value, "shape") else value for value in activation)
 
 
 class Conv1d(_Stream):

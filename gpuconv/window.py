@@ -120,8 +120,9 @@ class Joined(_Computed):
     def push(self, input: Any, out: Any | None) -> Any:
         new = input[None] if self._is_single else input
         samples = np.concatenate((self._samples, new), axis=-1)
+        result = self._outputs(samples, out)
         self._samples = samples[..., self._length :]
-        return self._outputs(samples, out)
+        return result
 
     def samples(self) -> Any:
         return self._samples
@@ -167,6 +168,7 @@ class Moving(Window):
         self._rows = self._array.transpose(0, 2, 1) if push.channels_last else self._array  # (N, C_in, places)
         self._held, self._period = problem.L_in - input.shape[-1], push.period
         self._weight, self._others = weight, others
+        self._caller = "ConvTranspose1d.push" if problem.transposed else "Conv1d.push"
         self._output_shape = problem.shapes[problem.result][1 if self._is_single else 0 :]
         self._output_dtype = numpy_dtype(problem.dtype_of(problem.result))
         self._executor = runtime.Executor(
@@ -181,7 +183,7 @@ class Moving(Window):
         if out is None:
             out = runtime.cupy_module().empty(self._output_shape, self._output_dtype)
         else:
-            check_overlap("push", out, {"input": input})
+            check_overlap(self._caller, out, {"input": input})
         self._executor.run(
             self._array, self._weight.array, *self._others, input, self._starts, out, prepared=self._weight
         )

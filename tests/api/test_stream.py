@@ -145,9 +145,22 @@ def test_a_stream_of_a_layer(name: str) -> None:
     np.testing.assert_allclose(output, layer(x), rtol=1e-5, atol=1e-5)
     layer.weight[...] = 0  # the stream has a copy
     np.testing.assert_allclose(np.concatenate([s.push(x), s.flush()], axis=-1), output, rtol=1e-5, atol=1e-5)
+    snake = getattr(nn, name)(4, 6, 5, groups=2, rng=0, activation=("snake", np.ones(6, "f4")), input_activation="relu")
+    s = getattr(stream, name)(snake, slots=2)
+    expected = snake(x)
+    snake.activation_alpha[...] = 9
+    found = np.concatenate([*(s.push(x[..., i : i + 3]) for i in range(0, 30, 3)), s.flush()], axis=-1)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
     other = "ConvTranspose1d" if name == "Conv1d" else "Conv1d"
     with pytest.raises(TypeError, match=f"layer must be an nn.{other}, got {name}"):
         getattr(stream, other)(layer)
+
+
+def test_a_padding_mode_of_a_layer_is_refused() -> None:
+    layer = nn.Conv1d(4, 6, 5, padding=2, padding_mode="reflect")
+    says = "stream.Conv1d: layer must have padding_mode \"zeros\", got 'reflect'"
+    with pytest.raises(ValueError, match=re.escape(says)):
+        stream.Conv1d(layer)
 
 
 def test_a_clone_goes_on_by_itself() -> None:
