@@ -390,7 +390,8 @@ def _copied(activation: ActivationLike | None) -> ActivationLike | None:
     """An activation whose arrays nobody else changes."""
     if activation is None or isinstance(activation, str):
         return activation
-    return tuple(value.copy() if hasattr(value, "shape") else value for value in activation)
+    parts: Sequence[Any] = activation
+    return tuple(part.copy() if hasattr(part, "shape") else part for part in parts)
 
 
 class Conv1d(_Stream):
