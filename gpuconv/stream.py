@@ -203,7 +203,9 @@ class _Stream:
         samples = self._join((self._samples if whole else self._samples[chosen])[..., : position.held], x)
         result = self._outputs(samples, position, count, out[None] if single and out is not None else out)
         kept = samples[..., dropped:]
-        self._keep(chosen if not whole else None, kept.copy() if samples is x else kept, after)
+        if samples is x:
+            kept = kept.copy()  # the caller's array may change
+        self._keep(chosen if not whole else None, kept, after)
         self._last = kind
         if out is not None:
             return out
