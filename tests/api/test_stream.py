@@ -256,6 +256,33 @@ def test_a_gpu_gives_the_bits_of_one_call(cupy: Any, op: Op, dtype: str) -> None
         np.testing.assert_array_equal(cupy.concatenate([*parts, s.flush()], axis=-1).get(), whole.get())
 
 
+@pytest.mark.gpu
+def test_random_pushes_that_repeat_give_the_bits_of_one_call(cupy: Any) -> None:
+    """In runs of one length, through states and clones; a third of the layers are depthwise."""
+    rng, repeated = np.random.default_rng(11), 0
+    for number in range(40):
+        layer, slots = random_layer(rng, OPS[number % 2], "float32"), int(rng.integers(1, 4))
+        if number % 3 == 0:
+            weight = rng.standard_normal((rng.integers(1, 5), 1, rng.integers(2, 7))).astype("float32")
+            bias = None if layer.bias is None else weight[:, 0, 0].copy()
+            layer = Layer(layer.op, weight, bias, {**layer.settings, "groups": len(weight)})
+        s, start, parts = layer.stream(slots, cupy.asarray), 0, []
+        x = rng.standard_normal((slots, s._channels, int(rng.integers(20, 60)))).astype("float32")
+        while start < x.shape[-1]:
+            length = int(rng.integers(1, 5)) * (layer.settings["stride"] if rng.random() < 0.7 else 1)
+            for _ in range(int(rng.integers(1, 7))):
+                parts.append(s.push(cupy.asarray(x[..., start : start + length])))
+                start += length
+                repeated += s._in_window
+            if rng.random() < 0.3:
+                state, s = s.state(), s.clone()
+                s.reset()
+                s.load_state(state)
+        found = cupy.concatenate([*parts, s.flush()], axis=-1).get()
+        np.testing.assert_array_equal(found, layer.whole(x, cupy.asarray).get(), err_msg=str(layer))
+    assert repeated > 80
+
+
 # Layers of the kernel for depthwise steps, on CUDA cores, on tensor cores, transposed, and of many new samples.
 BOTH = {"activation": "silu", "input_activation": "relu"}
 REPEATED: tuple[tuple[Op, str, int, int, int, dict[str, Any], int, int], ...] = (
