@@ -8,16 +8,16 @@
 // Grid x: blocks of BLOCK_SIZE consecutive rows (n, c), c fastest. Grid y and z: 1. No shared memory.
 // A thread owns a row: no other reads its samples or writes them. Channels are fastest in the ring, so that neighbouring
 // threads read neighbouring samples. Each block has a start of its own: see window.cuh.
-// TAPS: K, in layers of a few taps that get one sample and give one result; else 0. There tap k < K - 1 reads a sample that
-// is held and the last tap the new one, which then takes the place of the oldest.
+// TAPS: K, in layers of a few taps that get one sample and give one result; else 0. There tap k < K - 1 reads a sample
+// that is held and the last tap the new one, which then takes the place of the oldest.
 // Needs length <= held, every window complete (no padding), and contiguous weights from a 16-byte boundary on. Input and
 // output have any strides, in elements.
 //
-// Where slots are many it is bound by bytes: of a row and a new sample K + 2 elements, of which it reads K - 1 from the ring
-// and writes one. causal_conv1d_update of causal-conv1d moves 2*K + 2 where its state has K places a row, as Mamba's has:
-// it shifts the row, whose places share sectors. Expected for K = 4 in float32 on an H200: 24 bytes and 100 instructions a
-// row, so that 64 slots of 4096 channels take 1.5 us from memory, 0.9 us of them to issue, and less while the rings stay in
-// the L2 cache; a single slot takes the time of a launch.
+// Where slots are many it is bound by bytes: of a row and a new sample K + 2 elements, of which it reads K - 1 from the
+// ring and writes one. causal_conv1d_update of causal-conv1d moves 2*K + 2 where its state has K places a row, as Mamba's
+// has: it shifts the row, whose places share sectors. Expected for K = 4 in float32 on an H200: 24 bytes and 100
+// instructions a row, so that 64 slots of 4096 channels take 1.5 us from memory, 0.9 us of them to issue, and less while
+// the rings stay in the L2 cache; a single slot takes the time of a launch.
 
 #include "common.cuh"
 #include "finish.cuh"
