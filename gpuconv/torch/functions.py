@@ -169,7 +169,7 @@ def conv_transpose1d(
     checked = _checked(op, stride, padding, dilation, groups, output_padding)
     tensors = _tensors(op, precision, input, weight, bias)
     if output_size is not None:
-        x, w, b = specs(*(_part("real", tensors) if _has_real_taps(tensors) else tensors))
+        x, w, b = specs(*(_part("real", tensors) if _has_real_taps(*tensors) else tensors))
         problem = ConvProblem.conv_transpose1d(
             x, w, b, stride, padding, output_padding, groups, dilation, output_size, precision, out_dtype
         )
@@ -211,7 +211,7 @@ def _convolve(
     fused: Fused | None,
 ) -> Tensor:
     """Call the operator for tensors that have been checked and cast."""
-    if _has_real_taps(tensors):
+    if _has_real_taps(*tensors):
         return _convolve_parts(op, tensors, settings, out_dtype, fused)
     if fused is not None:
         sides = (fused.fusion.activation, fused.fusion.input_activation)
@@ -222,9 +222,8 @@ def _convolve(
     return function(*tensors, *settings, out_dtype)
 
 
-def _has_real_taps(tensors: Sequence[Tensor | None]) -> bool:
-    x, w, *_ = tensors
-    return x is not None and w is not None and x.is_complex() and w.is_floating_point()
+def _has_real_taps(x: Tensor, w: Tensor, _: Tensor | None) -> bool:
+    return x.is_complex() and w.is_floating_point()
 
 
 def _part(name: str, tensors: Sequence[Tensor | None]) -> tuple[Any, ...]:
@@ -304,13 +303,9 @@ def _check_tensor(op: Op, name: str, tensor: Any, input: Tensor) -> None:
 def _autocast_as(tensor: Tensor | None, input: Tensor) -> Tensor | None:
     """An argument as PyTorch's own convolutions have it: float64 and complex numbers stay, and what goes with them."""
     kind = "cuda" if input.is_cuda else "cpu"
-    if (
-        tensor is None
-        or input.is_complex()
-        or not (torch.is_autocast_enabled(kind) and (input.is_cuda or input.is_cpu))
-    ):
+    if tensor is None or not (torch.is_autocast_enabled(kind) and (input.is_cuda or input.is_cpu)):
         return tensor
-    if not tensor.is_floating_point() or tensor.dtype == torch.float64:
+    if not tensor.is_floating_point() or tensor.dtype == torch.float64 or input.is_complex():
         return tensor
     return tensor.to(torch.get_autocast_dtype(kind))
 

@@ -91,7 +91,7 @@ def _known_way(inputs: tuple[Any, ...]) -> bool:
         or torch._C._autograd._profiler_enabled()
     ):
         return False
-    keys = [torch._C._dispatch_keys(value) for value in inputs[:3] if isinstance(value, torch.Tensor)]
+    keys = [torch._C._dispatch_keys(value) for value in inputs if isinstance(value, torch.Tensor)]
     return keys.count(_ON_CPU) == len(keys) or keys.count(_ON_CUDA) == len(keys)
 
 
@@ -160,7 +160,7 @@ def _define(
             return cast(Tensor, node.apply(keys, inputs[3:], *inputs[:3]))
 
     def call(*inputs: Any) -> Tensor:
-        if not _known_way(inputs):
+        if not _known_way(inputs[:3]):
             return cast(Tensor, operator(*inputs))
         if (torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs)) or forward_ad._current_level >= 0:
             return cast(Tensor, node.apply(None, inputs[3:], *inputs[:3]))
@@ -507,12 +507,20 @@ def _register_fused(op: Op) -> Callable[..., Tensor]:
         rows, of_channels = each(_to_rows, 1, 3), each(_to_rows, 4, number)
         return _from_channels(operator(x, *rows, residual, *of_channels, *_grouped(settings, B)), B)
 
-    _LIBRARY.impl(name, untraced(compute), "CompositeExplicitAutograd")
+    run = untraced(compute)
+
+    def call(*given: Any) -> Tensor:
+        arrays = given[:number]
+        if not _known_way(arrays) or forward_ad._current_level >= 0 or torch._C._any_requires_grad(*arrays):
+            return cast(Tensor, operator(*given))
+        return run(*given)
+
+    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     _LIBRARY.impl(name, refuse_derivatives, "Autograd", with_keyset=True)
     torch.library.register_fake(operator, fake, lib=_LIBRARY)
     torch.library.register_vmap(operator, batch, lib=_LIBRARY)
     register_flop_formula(getattr(torch.ops.gpuconv, name))(partial(_forward_flops, op))
-    return cast(Callable[..., Tensor], operator)
+    return call
 
 
 _bias_gradient = _register_bias_gradient()

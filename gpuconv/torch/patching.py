@@ -30,10 +30,10 @@ def patch(*, precision: str = "float32", strict: bool = False) -> AbstractContex
     """In the context, PyTorch's `conv1d` and `conv_transpose1d` are those of this module.
 
     So `torch.nn.Conv1d` and `torch.nn.ConvTranspose1d` run on gpuconv, and so does a model made of them or of calls of
-    the functions, under whatever name it imported them; of `torch.convolution` along one axis; or of `torch.ops.aten`.
-    What gpuconv does not take is an error there that names the module, never a call of PyTorch's own. Integers come out
-    in the dtype of the input, as PyTorch has it. Backward passes use gpuconv where the forward pass did, in the context
-    or behind it, also where `torch.utils.checkpoint` computes the forward pass again.
+    the functions, under whatever name it imported them; of `torch.convolution` along one axis; or of `torch.ops.aten`,
+    as exported programs are. What gpuconv does not take is an error there that names the module, never a call of
+    PyTorch's own. Integers come out in the dtype of the input, as PyTorch has it. Backward passes use gpuconv where the
+    forward pass did, in the context or behind it, also where `torch.utils.checkpoint` computes the forward pass again.
 
     Contexts may be nested; the innermost decides. `torch.nn.functional` belongs to the process: other threads see the
     exchange there, and where contexts of several threads overlap, the one opened last decides until it is closed. Under
@@ -123,7 +123,7 @@ def _along_one_axis(
 
     What may follow the groups says how PyTorch computes it.
     """
-    if weight.dim() != 3:
+    if not isinstance(weight, torch.Tensor) or weight.dim() != 3:
         return None
     if transposed:
         return "conv_transpose1d", (input, weight, bias, stride, padding, output_padding, groups, dilation), {}
