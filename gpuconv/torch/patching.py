@@ -213,7 +213,7 @@ def _call(
     **named: Any,
 ) -> torch.Tensor:
     """A function of this module in place of PyTorch's, whose errors name the module that calls it."""
-    is_whole = isinstance(input, torch.Tensor) and not (input.is_floating_point() or input.is_complex())
+    is_whole = isinstance(input, torch.Tensor) and _is_whole(input)
     if is_whole and isinstance(bias, torch.Tensor) and bias.dtype == input.dtype:
         bias = bias.to(torch.int64)
     try:
@@ -223,6 +223,11 @@ def _call(
             error.args = (f"{error.args[0]}; called by {_path(modules)}",)
         raise
     return output.to(input.dtype) if is_whole else output
+
+
+def _is_whole(tensor: torch.Tensor) -> bool:
+    with torch._C.DisableTorchFunction():  # a mode makes a method of a tensor slow
+        return not (tensor.is_floating_point() or tensor.is_complex())
 
 
 _REPLACEMENTS = {

@@ -81,9 +81,9 @@ def numpy_array(tensor: Tensor) -> np.ndarray[Any, Any]:
 
 
 def tensor_of(array: np.ndarray[Any, Any]) -> Tensor:
-    if array.dtype.name == "bfloat16":  # which is not NumPy's own
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(array)
+    if array.dtype.kind in "fciu":  # NumPy's own
+        return torch.from_numpy(array)
+    return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
 
 
 def cupy_array(cupy: Any, tensor: Tensor) -> Any:

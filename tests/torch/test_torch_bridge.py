@@ -590,6 +590,15 @@ def test_real_taps_on_complex_data(op: Op, compiler: Callable[..., Any]) -> None
         for a, e in zip(found, results[1], strict=True):
             torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-10)
     assert torch.autograd.gradgradcheck(ours, (x, w, b), fast_mode=True)
+    taps = torch.stack([w, -w])
+    torch.testing.assert_close(
+        torch.vmap(ours, (None, 0, None))(x, taps, b), torch.stack([ours(x, t, b) for t in taps])
+    )
+
+    def loss(w: torch.Tensor) -> torch.Tensor:
+        return ours(x, w, b).abs().pow(3).sum()
+
+    torch.testing.assert_close(torch.func.grad(loss)(w), results[1][2])
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(function(x, w, residual=r, **settings), function(x, w, **settings) + r)
         narrow = [t.to(d) for t, d in ((x, torch.complex64), (w, torch.float32))]

@@ -254,8 +254,9 @@ def test_exported_programs_are_reached() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64])
-def test_integers_come_out_as_pytorch_has_them(dtype: torch.dtype) -> None:
+def test_integers_come_out_as_pytorch_has_them(dtype: torch.dtype, compiler: Callable[..., Any]) -> None:
     """Sums that do not fit wrap around."""
+    compiled = compiler(functional.conv1d, backend="eager")
     x, w, b = (
         torch.arange(n, n + math.prod(s)).reshape(s) * 97 for n, s in ((0, (2, 3, 9)), (5, (4, 3, 3)), (9, (4,)))
     )
@@ -264,6 +265,8 @@ def test_integers_come_out_as_pytorch_has_them(dtype: torch.dtype) -> None:
         theirs = functional.conv1d(x, w, bias, padding=1)
         with bridge.patch(strict=True):
             ours = functional.conv1d(x, w, bias, padding=1)
+        with bridge.patch():
+            assert torch.equal(compiled(x, w, bias, padding=1), theirs)
         assert ours.dtype == dtype
         assert torch.equal(ours, theirs)
 
@@ -437,6 +440,9 @@ def test_symbolic_traces_record_calls() -> None:
     assert [t for t in targets if "conv" in str(t)] == [bridge.conv1d, bridge.conv_transpose1d]
     assert torch.equal(with_words(X), expected)
     assert names_of(traced, X) == ["conv1d", "conv_transpose1d"]
+    with bridge.patch():
+        general = torch.fx.symbolic_trace(lambda x, w: torch.convolution(x, w, None, [2], [1], [1], False, [0], 1))
+        assert names_of(general, X, W) == OURS
     outside = torch.fx.symbolic_trace(model)
     targets = [node.target for node in outside.graph.nodes if node.op == "call_function"]
     assert PYTORCH[0] in targets
