@@ -41,7 +41,7 @@ class Layer(NamedTuple):
             return put(np.empty((*x.shape[:-2], C_out, 0), x.dtype))
 
 
-def random_layer(rng: np.random.Generator, op: Op) -> Layer:
+def random_layer(rng: np.random.Generator, op: Op, dtype: str = "float64") -> Layer:
     K, stride, dilation, groups = (int(rng.integers(1, top)) for top in (8, 6, 5, 3))
     any_sides = [0, "valid", int(rng.integers(0, 8)), tuple(int(side) for side in rng.integers(0, 12, 2))]
     settings: dict[str, Any] = {"stride": stride, "dilation": dilation, "groups": groups}
@@ -52,8 +52,8 @@ def random_layer(rng: np.random.Generator, op: Op) -> Layer:
         settings["padding"] = rng.choice(np.array([*any_sides, "same"], object))
         if settings["padding"] != "same":
             settings["output_padding"] = int(rng.integers(0, max(stride, dilation)))
-    weight = rng.standard_normal((3 * groups, 2, K) if op == "conv1d" else (2 * groups, 3, K))
-    bias = rng.standard_normal(3 * groups) if rng.random() < 0.5 else None
+    weight = rng.standard_normal((3 * groups, 2, K) if op == "conv1d" else (2 * groups, 3, K)).astype(dtype)
+    bias = rng.standard_normal(3 * groups).astype(dtype) if rng.random() < 0.5 else None
     return Layer(op, weight, bias, settings)
 
 
