@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from .functional import conv1d, conv_transpose1d, prepare
 
 if TYPE_CHECKING:
-    from . import grad, nn, reference, signal, stream
+    from . import chunked, grad, nn, reference, signal, stream
     from .compile import compile, is_compiled  # noqa: A004 - called as gpuconv.compile
     from .explain import explain
     from .verify import verify
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "chunked",
     "compile",
     "conv1d",
     "conv_transpose1d",
@@ -31,7 +32,7 @@ __all__ = [
 ]
 
 # These are loaded when they are first used, so that `import gpuconv` takes little longer than `import numpy`.
-_LAZY_MODULES = ("grad", "nn", "reference", "signal", "stream")
+_LAZY_MODULES = ("chunked", "grad", "nn", "reference", "signal", "stream")
 _LAZY_FUNCTIONS = {
     "compile": "compile",
     "explain": "explain",

@@ -1,0 +1,516 @@
+"""Both operations on arrays that are larger than memory, in pieces from a source to a target.
+
+A source is anything with a shape, a dtype and slicing like NumPy's, a target takes assignments to slices too: memory
+maps, h5py datasets, zarr arrays. A piece has all channels; pieces are some samples of the batch each, or where one
+sample is too large, some output positions of it, with the input that these depend on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import zlib
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple, Protocol, SupportsIndex, TypeAlias, TypeVar
+
+import numpy as np
+
+from . import __version__, calls, functional, memory, runtime
+from .arguments import ArraySpec, Op, Padding, Setting, check_int
+from .cases.derived import call_settings, chunk
+from .edge import source_indices
+from .fusion import FUSED_ARRAYS, ActivationLike, Fused
+from .journal import Journal
+from .problem import ConvProblem
+
+MAX_BYTES = 256 * 2**20  # of the pieces that are in memory at once
+DEVICES = ("cpu", "gpu")
+_ALIGNED = 64  # outputs, so that the rows of most pieces start at multiples of what kernels access at once
+
+
+class Source(Protocol):
+    """What is read of a source: slices along all of its axes."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> Any: ...
+
+    def __getitem__(self, key: Any, /) -> Any: ...
+
+
+class Target(Source, Protocol):
+    """What is written to; `flush` is called behind each piece where there is such a method."""
+
+    def __setitem__(self, key: Any, value: Any, /) -> None: ...
+
+
+Array: TypeAlias = np.ndarray[Any, Any]
+TargetT = TypeVar("TargetT", bound=Target)
+Progress: TypeAlias = Callable[[int, int, str], None]
+Path: TypeAlias = str | os.PathLike[str]
+
+
+def conv1d(
+    source: Source,
+    weight: Any,
+    bias: Any | None = None,
+    stride: Setting = 1,
+    padding: Padding = 0,
+    dilation: Setting = 1,
+    groups: SupportsIndex = 1,
+    *,
+    out: TargetT,
+    max_bytes: int = MAX_BYTES,
+    device: str = "cpu",
+    journal: Path | None = None,
+    version: str = "",
+    progress: Progress | None = None,
+    padding_mode: str = "zeros",
+    input_activation: ActivationLike | None = None,
+    residual: Source | None = None,
+    activation: ActivationLike | None = None,
+    precision: str = "float32",
+    algorithm: str | None = None,
+    out_dtype: Any = None,
+) -> TargetT:
+    """`gpuconv.conv1d` from a source to a target, in pieces that fit in memory.
+
+    On a GPU the target holds the bits of one call on the whole; on the CPU each element is within the same error bound.
+
+    Args:
+        source: (N, C_in, L_in), or (C_in, L_in) for a single sample; it must not change meanwhile.
+        weight: a NumPy array as in `gpuconv.conv1d`, as are bias and the arrays of activations.
+        bias: (C_out,), or None.
+        stride: as in `gpuconv.conv1d`, as are the next three.
+        padding: in any of its forms.
+        dilation: see there.
+        groups: see there.
+        out: a target of the output's shape and dtype. It must not share storage with `source` or `residual`.
+        max_bytes: of the pieces of input and output that are in host memory at once, two sets of them on a GPU, which
+            takes the same of the GPU's memory. The input counts twice, because a source may give copies. The CPU's
+            buffers come on top: 28 MiB, or a quarter of a piece where that is more.
+        device: "cpu", or "gpu" for CuPy's current device. There two streams take turns, so that a piece is read and
+            another written while a third one is computed; copies go through pinned memory.
+        journal: a file, best beside the target, that lists the finished pieces, so that the same call goes on after
+            it was interrupted or killed. What it lists is compared with the target by checksums, and computed again
+            where they differ. It is removed at the end. None keeps none.
+        version: any text that tells the contents of source and residual from others, such as a time of modification;
+            a journal with another one is refused.
+        progress: called with the number of finished pieces, that of all pieces, and a word for them.
+        padding_mode: as in `gpuconv.conv1d`, as are all others but the residual.
+        input_activation: see there.
+        residual: a source of the output's shape, or None.
+        activation: see there.
+        precision: see there.
+        algorithm: see there.
+        out_dtype: see there.
+
+    Returns:
+        `out`.
+
+    Raises:
+        ValueError, TypeError, RuntimeError, ImportError: as `gpuconv.conv1d`; `out` has another shape or dtype; the
+            shape of the source changes; `max_bytes` is too small for one output position.
+        gpuconv.journal.JournalError: a ValueError; the journal is damaged, in use or of another call.
+        OSError: the target cannot be written. With a journal, the same call goes on once there is room.
+
+    Example:
+        >>> import numpy as np
+        >>> from gpuconv import chunked
+        >>> x, y = np.arange(5.0).reshape(1, 1, 5), np.empty((1, 1, 5))
+        >>> chunked.conv1d(x, np.ones((1, 1, 3)), padding="same", out=y, max_bytes=64)
+        array([[[1., 3., 6., 9., 7.]]])
+    """
+    settings = (stride, padding, dilation, groups, precision, padding_mode, out_dtype)
+    fused = Fused.check("conv1d", activation, input_activation, residual)
+    return _convolve(
+        "conv1d", source, weight, bias, settings, fused, out, max_bytes, device, journal, version, progress, algorithm
+    )
+
+
+def conv_transpose1d(
+    source: Source,
+    weight: Any,
+    bias: Any | None = None,
+    stride: Setting = 1,
+    padding: Padding = 0,
+    output_padding: Setting = 0,
+    groups: SupportsIndex = 1,
+    dilation: Setting = 1,
+    *,
+    out: TargetT,
+    max_bytes: int = MAX_BYTES,
+    device: str = "cpu",
+    journal: Path | None = None,
+    version: str = "",
+    progress: Progress | None = None,
+    output_size: Setting | None = None,
+    input_activation: ActivationLike | None = None,
+    residual: Source | None = None,
+    activation: ActivationLike | None = None,
+    precision: str = "float32",
+    algorithm: str | None = None,
+    out_dtype: Any = None,
+) -> TargetT:
+    """`gpuconv.conv_transpose1d` from a source to a target, in pieces that fit in memory.
+
+    Args:
+        source: (N, C_in, L_in), or (C_in, L_in) for a single sample.
+        weight: a NumPy array as in `gpuconv.conv_transpose1d`, as are bias and the arrays of activations.
+        bias: (C_out,), or None.
+        stride: as in `gpuconv.conv_transpose1d`, as are the next four.
+        padding: in any of its forms.
+        output_padding: see there.
+        groups: see there.
+        dilation: see there.
+        out: as in `conv1d` above, as are the next five.
+        max_bytes: see there.
+        device: see there.
+        journal: see there.
+        version: see there.
+        progress: see there.
+        output_size: as in `gpuconv.conv_transpose1d`, as are all others but the residual.
+        input_activation: see there.
+        residual: a source of the output's shape, or None.
+        activation: see there.
+        precision: see there.
+        algorithm: see there.
+        out_dtype: see there.
+
+    Returns:
+        `out`.
+
+    Raises:
+        ValueError, TypeError, RuntimeError, ImportError, OSError: as `conv1d` raises them.
+
+    Example:
+        >>> import numpy as np
+        >>> from gpuconv import chunked
+        >>> x, y = np.array([[[1.0, 2.0]]]), np.empty((1, 1, 5))
+        >>> chunked.conv_transpose1d(x, np.ones((1, 1, 3)), stride=2, out=y, max_bytes=64)
+        array([[[1., 1., 3., 2., 2.]]])
+    """
+    op: Op = "conv_transpose1d"
+    settings = (stride, padding, output_padding, groups, dilation, output_size, precision, out_dtype)
+    fused = Fused.check(op, activation, input_activation, residual)
+    return _convolve(
+        op, source, weight, bias, settings, fused, out, max_bytes, device, journal, version, progress, algorithm
+    )
+
+
+class _Piece(NamedTuple):
+    """A part of the output.
+
+    Attributes:
+        problem: with the extents and the padding of the part.
+        samples: along N.
+        outputs: along L_out.
+        positions: of the input; those outside of the source mean what the padding mode says.
+    """
+
+    problem: ConvProblem
+    samples: slice
+    outputs: slice
+    positions: range
+
+    @property
+    def of_output(self) -> tuple[slice, ...]:
+        p = self.problem
+        return (*((self.samples,) if p.batched else ()), slice(0, p.C_out), self.outputs)
+
+    def of_input(self, start: int, stop: int) -> tuple[slice, ...]:
+        p = self.problem
+        return (*((self.samples,) if p.batched else ()), slice(0, p.C_in), slice(start, stop))
+
+
+@dataclass(frozen=True)
+class _Pieces:
+    """How a problem is cut: a piece has some whole samples, or some outputs of one sample."""
+
+    problem: ConvProblem
+    samples: int
+    outputs: int
+
+    @classmethod
+    def cut(cls, p: ConvProblem, itemsize: int, out_itemsize: int, max_bytes: int, sets: int) -> _Pieces:
+        """Cut so that so many sets of arrays of a piece take at most `max_bytes`."""
+        limit = max_bytes // sets
+        span = p.dilation * (p.K - 1) + 1
+        arrays = 2 if p.fuses.has_residual else 1
+
+        def num_bytes(outputs: int) -> int:
+            reads = p.L_in
+            if outputs < p.L_out:
+                reads = (outputs + span) // p.stride + 2 if p.transposed else (outputs - 1) * p.stride + span
+            return max(1, 2 * p.C_in * reads * itemsize + arrays * p.C_out * outputs * out_itemsize)
+
+        whole = num_bytes(p.L_out)
+        if whole <= limit or (p.transposed and p.L_in == 0):  # without input there is nothing to cut
+            return cls(p, max(1, min(p.N, limit // whole)), p.L_out)
+        outputs = bisect_right(range(1, p.L_out), limit, key=num_bytes)
+        if outputs == 0:
+            raise ValueError(
+                f"{p.op}: max_bytes must be at least {sets * min(num_bytes(1), whole)} for the input and the output of "
+                f"one position, got {max_bytes}"
+            )
+        return cls(p, 1, outputs - outputs % _ALIGNED if outputs > _ALIGNED else outputs)
+
+    @property
+    def rows(self) -> int:
+        return -(-self.problem.L_out // self.outputs)
+
+    def __len__(self) -> int:
+        return 0 if self.problem.is_empty else -(-self.problem.N // self.samples) * self.rows
+
+    def piece(self, number: int) -> _Piece:
+        p = self.problem
+        n, l_out = number // self.rows * self.samples, number % self.rows * self.outputs
+        samples, outputs = slice(n, min(n + self.samples, p.N)), slice(l_out, min(l_out + self.outputs, p.L_out))
+        p = replace(p, N=samples.stop - n)
+        if self.rows == 1:
+            return _Piece(p, samples, outputs, range(p.L_in))
+        if p.padding_mode == "zeros":
+            part, read = chunk(p, outputs.start, outputs.stop)
+            return _Piece(part, samples, outputs, range(read.start, read.stop))
+        left = p.padding_left
+        padded = p.L_in + left + p.padding_right
+        inside = replace(p, padding_mode="zeros", L_in=padded, padding_left=0, padding_right=0)
+        part, read = chunk(inside, outputs.start, outputs.stop)
+        return _Piece(part, samples, outputs, range(read.start - left, read.stop - left))
+
+
+def _read(op: Op, name: str, source: Source, key: tuple[slice, ...]) -> Array:
+    """A slice of a source, once it has the shape that it should have."""
+    block = np.asarray(source[key])
+    expected = tuple(part.stop - part.start for part in key)
+    if block.shape != expected:
+        raise ValueError(f"{op}: {name} has changed: a slice of it should have shape {expected}, got {block.shape}")
+    return block
+
+
+def _fill(buffer: Array, piece: _Piece, source: Source, mode: str, L_in: int) -> None:
+    """Read the input of a piece."""
+    positions, op = piece.positions, piece.problem.op
+    first, stop = positions.start, positions.stop
+    for low, high in ((first, min(stop, 0)), (max(first, 0), min(stop, L_in)), (max(first, L_in), stop)):
+        if low >= high:
+            continue
+        to = buffer[..., low - first : high - first]
+        if 0 <= low < L_in:
+            to[...] = _read(op, "source", source, piece.of_input(low, high))
+        else:
+            at = source_indices(mode, low, high, L_in)
+            start = int(at.min())
+            to[...] = _read(op, "source", source, piece.of_input(start, int(at.max()) + 1))[..., at - start]
+
+
+class _OnCpu:
+    """Computes pieces one after the other."""
+
+    sets = 1  # of the arrays of a piece that are in memory at once
+
+    def __init__(self, dtype: np.dtype[Any], out_dtype: np.dtype[Any], arrays: tuple[Any, ...]) -> None:
+        self.dtype, self.out_dtype, self.arrays = dtype, out_dtype, arrays
+
+    def start(
+        self,
+        number: int,
+        piece: _Piece,
+        read: Callable[[Array], None],
+        residual: Array | None,
+        compute: Callable[..., Any],
+    ) -> Callable[[], Array]:
+        """Begin to compute a piece; returns what waits for the result."""
+        x = np.empty(piece.problem.input_shape, self.dtype)
+        read(x)
+        result: Array = compute(piece.problem, x, residual, *self.arrays)
+        return lambda: result
+
+    def close(self) -> None:
+        """Wait for all that has been started."""
+
+
+class _OnGpu:
+    """Computes pieces on two streams in turn, with pinned memory for each.
+
+    A piece may be started once the result of the last but one has been taken.
+    """
+
+    sets = 2
+
+    def __init__(self, dtype: np.dtype[Any], out_dtype: np.dtype[Any], arrays: tuple[Any, ...]) -> None:
+        cupy = self._cupy = runtime.cupy_module()
+        self.dtype, self.out_dtype = dtype, out_dtype
+        weight, *others = (None if array is None else cupy.asarray(array) for array in arrays)
+        # This waits for the current stream, and so for all copies.
+        self.arrays = (functional.prepare(weight), *others)
+        self._streams = [cupy.cuda.Stream(non_blocking=True) for _ in range(self.sets)]
+        self._pinned: list[dict[str, Any]] = [{} for _ in self._streams]
+
+    def start(
+        self,
+        number: int,
+        piece: _Piece,
+        read: Callable[[Array], None],
+        residual: Array | None,
+        compute: Callable[..., Any],
+    ) -> Callable[[], Array]:
+        slot, cupy, p = number % self.sets, self._cupy, piece.problem
+        stream = self._streams[slot]
+        x = self._buffer(slot, "input", p.input_shape, self.dtype)
+        read(x)
+        added = None
+        if residual is not None:
+            added = self._buffer(slot, "residual", p.output_shape, self.out_dtype)
+            added[...] = residual
+        result = self._buffer(slot, "output", p.output_shape, self.out_dtype)
+        with stream:
+            on_gpu = [None if a is None else cupy.empty(a.shape, a.dtype) for a in (x, added)]
+            for array, pinned in zip(on_gpu, (x, added), strict=True):
+                if array is not None:
+                    array.set(pinned, stream=stream)
+            compute(p, *on_gpu, *self.arrays).get(stream=stream, out=result, blocking=False)
+
+        def wait() -> Array:
+            stream.synchronize()
+            return result
+
+        return wait
+
+    def _buffer(self, slot: int, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+        """An array in pinned memory, which each slot keeps for its next piece."""
+        num_bytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        pinned = self._pinned[slot].get(name)
+        if pinned is None or pinned.nbytes < num_bytes:
+            memory = self._cupy.cuda.alloc_pinned_memory(max(num_bytes, 1))
+            pinned = self._pinned[slot][name] = np.frombuffer(memory, np.uint8)
+        return pinned[:num_bytes].view(dtype).reshape(shape)
+
+    def close(self) -> None:
+        for stream in self._streams:
+            stream.synchronize()
+
+
+def _convolve(
+    op: Op,
+    source: Source,
+    weight: Any,
+    bias: Any | None,
+    settings: tuple[Any, ...],
+    fused: Fused,
+    out: TargetT,
+    max_bytes: int,
+    device: str,
+    journal: Path | None,
+    version: str,
+    progress: Progress | None,
+    algorithm: str | None,
+) -> TargetT:
+    max_bytes = check_int(op, "max_bytes", max_bytes, "a number of bytes", 1)
+    if device not in DEVICES:
+        raise ValueError(f"{op}: device must be one of {', '.join(DEVICES)}, got {device!r}")
+    if algorithm is not None:
+        from . import dispatch
+
+        dispatch.check_algorithm(op, op, algorithm)
+    residual, *of_channels = fused.arrays
+    arrays = (weight, bias, *of_channels)
+    names = ("weight", "bias", *FUSED_ARRAYS[1:])
+    memory.check_kinds(op, {n: a for n, a in zip(names, arrays, strict=True) if a is not None or n == "weight"})
+    p, dtype, out_dtype = _problem(op, source, weight, bias, settings, fused)
+    _check_target(op, p, out, out_dtype, {"source": source, "residual": residual})
+    engine = (_OnGpu if device == "gpu" else _OnCpu)(dtype, out_dtype, arrays)
+    pieces = _Pieces.cut(p, dtype.itemsize, out_dtype.itemsize, max_bytes, engine.sets)
+    function: Callable[..., Any] = functional.conv_transpose1d if p.transposed else functional.conv1d
+    activation, input_activation = p.fuses.activation, p.fuses.input_activation
+
+    def compute(part: ConvProblem, x: Any, added: Any, weight: Any, bias: Any, *of_channels: Any) -> Any:
+        behind, before = (tuple(a for a in arrays if a is not None) for arrays in (of_channels[:2], of_channels[2:]))
+        return function(
+            x, weight, bias, **call_settings(part), algorithm=algorithm, residual=added,
+            activation=activation and activation.as_argument(behind),
+            input_activation=input_activation and input_activation.as_argument(before),
+        )  # fmt: skip
+
+    def finish(number: int, piece: _Piece, wait: Callable[[], Array]) -> None:
+        result = wait()
+        out[piece.of_output] = result
+        flush = getattr(out, "flush", None)
+        if flush is not None:
+            flush()
+        if entries is not None:
+            entries.add(number, _checksum(result, out_dtype))
+
+    shape = tuple(source.shape)
+    what = (p, pieces.samples, pieces.outputs, dtype.name, device, algorithm, version, __version__)
+    started: deque[tuple[int, _Piece, Callable[[], Array]]] = deque()
+    with nullcontext() if journal is None else Journal(journal, _fingerprint(what, arrays)) as entries:
+        try:
+            for number in range(len(pieces)):
+                if progress is not None:
+                    progress(number, len(pieces), "pieces")
+                piece = pieces.piece(number)
+                known = None if entries is None else entries.done.get(number)
+                if known is not None and known == _checksum(_read(op, "out", out, piece.of_output), out_dtype):
+                    continue
+                if tuple(source.shape) != shape:
+                    raise ValueError(f"{op}: source has changed: it had shape {shape}, and now {tuple(source.shape)}")
+                added = None if residual is None else _read(op, "residual", residual, piece.of_output)
+                fill = partial(_fill, piece=piece, source=source, mode=p.padding_mode, L_in=p.L_in)
+                started.append((number, piece, engine.start(number, piece, fill, added, compute)))
+                if len(started) == engine.sets:
+                    finish(*started.popleft())
+            while started:
+                finish(*started.popleft())
+            if progress is not None:
+                progress(len(pieces), len(pieces), "pieces")
+        finally:
+            engine.close()
+    return out
+
+
+def _problem(
+    op: Op, source: Source, weight: Any, bias: Any | None, settings: tuple[Any, ...], fused: Fused
+) -> tuple[ConvProblem, np.dtype[Any], np.dtype[Any]]:
+    """The problem, and the dtypes of input and output in native byte order; of real taps the problem of each part."""
+    dtype = np.dtype(source.dtype).newbyteorder("=")
+    if not calls.are_real_taps(weight, source):
+        p = ConvProblem.of(op, source, weight, bias, *settings).fused(fused)
+        return p, dtype, dtype if p.out_dtype is None else np.dtype(p.out_dtype)
+    given = {"input": source, "weight": weight, "bias": bias, "residual": fused.arrays[0]}
+    calls.check_real_taps(op, {name: array for name, array in given.items() if array is not None}, fused.fusion)
+    real = (None if a is None else ArraySpec(tuple(a.shape), weight.dtype) for a in (source, weight, bias))
+    residual = fused.arrays[0]
+    added = None if residual is None else ArraySpec(tuple(residual.shape), weight.dtype)
+    of_part = Fused(fused.fusion, (added, *fused.arrays[1:]))
+    return ConvProblem.of(op, *real, *settings).fused(of_part), dtype, dtype
+
+
+def _check_target(op: Op, p: ConvProblem, out: Target, dtype: np.dtype[Any], inputs: dict[str, Source | None]) -> None:
+    if tuple(out.shape) != p.output_shape:
+        raise ValueError(f"{op}: out must have shape {p.output_shape}, got {tuple(out.shape)}")
+    if np.dtype(out.dtype).newbyteorder("=") != dtype:
+        raise TypeError(f"{op}: out must have dtype {dtype}, got {out.dtype}")
+    if isinstance(out, np.ndarray):
+        if not out.flags.writeable:
+            raise ValueError(f"{op}: out must be writeable, got a read-only array")
+        memory.check_overlap(op, out, {n: a for n, a in inputs.items() if isinstance(a, np.ndarray)})
+
+
+def _checksum(block: Any, dtype: np.dtype[Any]) -> int:
+    return zlib.crc32(np.ascontiguousarray(block, dtype).view(np.uint8).data)
+
+
+def _fingerprint(what: object, arrays: tuple[Any, ...]) -> str:
+    digest = hashlib.sha256(repr(what).encode())
+    for array in arrays:
+        if array is not None:
+            digest.update(np.ascontiguousarray(array).view(np.uint8).data)
+    return digest.hexdigest()
