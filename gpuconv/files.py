@@ -108,7 +108,7 @@ def _read(path: StrPath, file: BinaryIO, size: int, suffix: str, dtype: str | No
     if size == 0:
         raise FileError(f"{path}: is empty")
     if suffix == ".npy":
-        return Signal(_convert(path, _read_npy(path, file, size), dtype), None)
+        return Signal(convert(path, _read_npy(path, file, size), dtype), None)
     return _read_wav(path, file, size, dtype, allow_truncated)
 
 
@@ -245,6 +245,16 @@ def _suffix(path: StrPath, suffixes: tuple[str, ...]) -> str:
 
 
 def _read_npy(path: StrPath, file: BinaryIO, size: int) -> Array:
+    shape, _, _ = read_npy_header(path, file, size)
+    file.seek(0)
+    try:
+        return np.asarray(np.lib.format.read_array(file, allow_pickle=False))
+    except (ValueError, OverflowError) as error:  # elements of no bytes, more than NumPy can count
+        raise FileError(f"{path}: is damaged: its header declares the shape {shape}") from error
+
+
+def read_npy_header(path: StrPath, file: BinaryIO, size: int) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """The shape, whether the order is Fortran's, and the dtype; the file is left behind the header."""
     if file.read(len(_NPY_MAGIC)) != _NPY_MAGIC:
         raise FileError(f"{path}: is not a .npy file")
     file.seek(0)
@@ -263,7 +273,7 @@ def _read_npy(path: StrPath, file: BinaryIO, size: int) -> Array:
         raise FileError(f"{path}: is damaged: its header cannot be read ({reason})") from error
     if header is None:
         raise FileError(f"{path}: is a .npy file of version {version[0]}.{version[1]}, which holds no plain array")
-    shape, _, dtype = header
+    shape, fortran_order, dtype = header
     if dtype.hasobject:
         raise FileError(f"{path}: holds pickled Python objects, which are never loaded")
     if dtype.subdtype is not None:
@@ -273,11 +283,7 @@ def _read_npy(path: StrPath, file: BinaryIO, size: int) -> Array:
     expected, found = math.prod(shape) * dtype.itemsize, size - file.tell()
     if found < expected:
         raise FileError(f"{path}: is truncated: {expected} bytes of data expected for shape {shape}, {found} found")
-    file.seek(0)
-    try:
-        return np.asarray(np.lib.format.read_array(file, allow_pickle=False))
-    except (ValueError, OverflowError) as error:  # elements of no bytes, more than NumPy can count
-        raise FileError(f"{path}: is damaged: its header declares the shape {shape}") from error
+    return shape, fortran_order, dtype
 
 
 def _read_wav(path: StrPath, file: BinaryIO, size: int, dtype: str | None, allow_truncated: bool) -> Signal:
@@ -325,7 +331,12 @@ def _read_wav(path: StrPath, file: BinaryIO, size: int, dtype: str | None, allow
     return Signal(array[:, :done], int(sound.samplerate), tuple(f"{path}: {note}" for note in notes))
 
 
-def _convert(path: StrPath, array: Array, dtype: str | None) -> Array:
+def convert(path: StrPath, array: Array, dtype: str | None) -> Array:
+    """What a file holds in the dtype that is wanted, in native byte order.
+
+    Raises:
+        FileError: that is not possible without a loss, or `dtype` is None and that of the file is not supported.
+    """
     target = None if dtype is None else _target(path, dtype)
     if array.dtype.kind == "V" and array.dtype.names is None and array.dtype.itemsize == 2:
         if dtype != "bfloat16" or target is None:
@@ -376,10 +387,7 @@ def _new_file(path: StrPath, *, force: bool) -> Iterator[IO[bytes]]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        if force:
-            os.replace(part, target)
-        else:
-            _rename_if_absent(part, target, path)
+        publish(part, target, path, force=force)
     except OSError as error:
         raise FileError(f"{path}: cannot be written: {error.strerror or error}") from error
     finally:
@@ -387,8 +395,11 @@ def _new_file(path: StrPath, *, force: bool) -> Iterator[IO[bytes]]:
             os.unlink(part)
 
 
-def _rename_if_absent(part: Path, target: Path, path: StrPath) -> None:
-    """Give `part` the name `target`, unless something has taken that name since it was checked."""
+def publish(part: Path, target: Path, path: StrPath, *, force: bool) -> None:
+    """Give `part` the name `target`; without force, unless something has taken that name since it was checked."""
+    if force:
+        os.replace(part, target)
+        return
     try:
         os.link(part, target)  # fails where the name exists, in one step
     except FileExistsError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import zlib
@@ -93,7 +94,7 @@ class Journal:
         end = self._file.seek(0, os.SEEK_END)
         if self._file.write(line) != len(line):  # a full disk
             self._file.truncate(end)
-            raise OSError(28, "No space left on device", self.path)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.path)
 
     def add(self, piece: int, checksum: int) -> None:
         """Enter a piece that has been written and flushed."""

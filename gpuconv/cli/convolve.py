@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
-from .. import dispatch, files, functional, runtime
+from .. import chunked, dispatch, files, functional, npy, runtime
 from ..fusion import Fused
 from ..problem import DTYPES, ConvProblem, Op
 from .errors import CommandError
 from .gpu import current_device, use_gpu
 from .options import add_device, add_settings, at_least, given_settings
-from .terminal import tell
+from .terminal import show_progress, tell
 
 
 def add_to(commands: Any, op: Op) -> None:
@@ -27,7 +29,8 @@ def add_to(commands: Any, op: Op) -> None:
         + "A .npy file holds (N, C_in, L_in) or (C_in, L_in), a .wav file (channels,\n"
         "samples) as float32. The output is written as a whole or not at all. The name -\n"
         "stands for standard input or output, which is a .wav file if the input is one or\n"
-        "--rate is given, else a .npy file.",
+        "--rate is given, else a .npy file. A large .npy file is computed in pieces, in\n"
+        "constant memory; the same command goes on after it was interrupted or killed.",
         epilog=f"example:\n  gpuconv {op} speech.wav filter.npy out.wav"
         + (" --stride 2" if transposed else " --padding same"),
     )
@@ -49,16 +52,32 @@ def add_to(commands: Any, op: Op) -> None:
     parser.add_argument(
         "--allow-truncated", action="store_true", help="read what is there of a .wav file that is cut or damaged"
     )
+    parser.add_argument(
+        "--max-bytes",
+        type=at_least(1),
+        metavar="N",
+        help="memory for the pieces of a .npy file (default: from 256 MiB on pieces of as much in all)",
+    )
     parser.set_defaults(run=run, op=op)
 
 
 def run(args: argparse.Namespace) -> int:
+    with ExitStack() as opened:
+        return _run(args, opened)
+
+
+def _run(args: argparse.Namespace, opened: ExitStack) -> int:
     sources = {"input": args.input, "weight": args.weight, **({"bias": args.bias} if args.bias else {})}
     if list(sources.values()).count(files.STANDARD) > 1:
         raise CommandError("standard input, -, can be only one of IN, WEIGHT and --bias")
     files.check_output(args.output, sources, force=args.force)
     on_gpu = use_gpu(args.device)
-    x, rate, notes = files.read(args.input, args.dtype, allow_truncated=args.allow_truncated)
+    large = opened.enter_context(npy.open_npy(args.input, args.dtype)) if _is_large(args) else None
+    x: Any = large
+    rate: int | None = None
+    notes: tuple[str, ...] = ()
+    if large is None:
+        x, rate, notes = files.read(args.input, args.dtype, allow_truncated=args.allow_truncated)
     weight = files.read(args.weight, args.dtype, suffixes=(".npy",)).array
     bias = files.read(args.bias, args.dtype, suffixes=(".npy",)).array if args.bias else None
     settings = given_settings(args)
@@ -84,6 +103,12 @@ def run(args: argparse.Namespace) -> int:
     for note in notes:
         tell("warning", note)
 
+    if large is not None:
+        _convolve_pieces(args, problem, large, weight, bias, {**settings, **fused, "algorithm": algorithm}, on_gpu)
+        where = f"on {runtime.device(current_device()).name}" if on_gpu else "on the CPU"
+        print(f"{name}: {problem.output_shape} {problem.dtype}, computed {where}")
+        return 0
+
     function: Callable[..., Any] = functional.conv1d if args.op == "conv1d" else functional.conv_transpose1d
     if on_gpu:
         cupy = runtime.cupy_module()
@@ -105,6 +130,40 @@ def run(args: argparse.Namespace) -> int:
     if not to_stdout:
         print(f"{name}: {form}, computed {where}")
     return 0
+
+
+def _is_large(args: argparse.Namespace) -> bool:
+    """Whether a call goes from one `.npy` file to another in pieces."""
+    if not all(name.lower().endswith(".npy") for name in (args.input, args.output)):
+        if args.max_bytes is not None:
+            raise CommandError("--max-bytes is for a .npy file as IN and as OUT")
+        return False
+    return args.max_bytes is not None or (
+        os.path.isfile(args.input) and os.path.getsize(args.input) > chunked.MAX_BYTES
+    )
+
+
+def _convolve_pieces(
+    args: argparse.Namespace,
+    problem: ConvProblem,
+    source: npy.NpyFile,
+    weight: files.Array,
+    bias: files.Array | None,
+    settings: dict[str, Any],
+    on_gpu: bool,
+) -> None:
+    function: Callable[..., Any] = chunked.conv1d if args.op == "conv1d" else chunked.conv_transpose1d
+    target = npy.resumable_npy(args.output, problem.output_shape, source.dtype, force=args.force)
+    try:
+        with target as (out, journal), show_progress(args.op) as progress:
+            if journal.exists():
+                tell("note", f"{args.output}: goes on with the work of a call that did not end")
+            function(
+                source, weight, bias, **settings, out=out, journal=journal, version=source.version, progress=progress,
+                max_bytes=args.max_bytes or chunked.MAX_BYTES, device="gpu" if on_gpu else "cpu",
+            )  # fmt: skip
+    except ValueError as error:  # of max_bytes, of the algorithm, of the journal
+        raise CommandError(f"{args.output}: {error}") from error
 
 
 def _rate_behind(problem: ConvProblem, rate: int | None) -> tuple[int | None, str | None]:
