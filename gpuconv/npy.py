@@ -100,10 +100,6 @@ class NpyFile:
                 rest = rest[self._file.write(rest) :]
             done += count
 
-    def flush(self) -> None:
-        """Wait until what was written is on the disk."""
-        os.fsync(self._file.fileno())
-
 
 @contextmanager
 def open_npy(path: StrPath, dtype: str | None) -> Iterator[NpyFile | None]:
@@ -142,10 +138,9 @@ def resumable_npy(
     flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0)
     complete = False
     try:
+        # A kill may have left it as a second name of the complete file, so it is never emptied.
         if not journal.exists():
-            part.unlink(
-                missing_ok=True
-            )  # never truncated, since a kill may have left it as a second name of the target
+            part.unlink(missing_ok=True)
         with open(os.open(part, flags, 0o666), "r+b", buffering=0) as file:
             found = file.read(len(header.getvalue()))
             if journal.exists() and found not in (b"", header.getvalue()):
@@ -156,7 +151,7 @@ def resumable_npy(
             if force:
                 with suppress(FileNotFoundError):
                     os.chmod(part, stat.S_IMODE(os.stat(target).st_mode))
-            yield NpyFile(part, file, shape, dtype), journal
+            yield NpyFile(part, file, shape, dtype, dtype.name), journal
             os.fsync(file.fileno())
         complete = True
         publish(part, target, path, force=force)

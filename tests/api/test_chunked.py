@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import resource
 import signal
 import subprocess
 import sys
-import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,8 @@ class Slices:
 
     def __init__(self, array: Any) -> None:
         self.array: Array = array
-        self.most = 0  # elements in one slice
+        self.written = 0  # pieces
+        self.before: dict[int, Callable[[], None]] = {}  # what happens before the n-th piece is written
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -49,12 +50,13 @@ class Slices:
 
     def __getitem__(self, key: Any) -> Array:
         self._check(key)
-        block = self.array[key].copy()
-        self.most = max(self.most, block.size)
+        block: Array = self.array[key].copy()
         return block
 
     def __setitem__(self, key: Any, value: Array) -> None:
         self._check(key)
+        self.before.get(self.written + 1, lambda: None)()
+        self.written += 1
         self.array[key] = value
 
 
@@ -131,21 +133,11 @@ def compare_random_calls(device: str, count: int, dtypes: tuple[str, ...]) -> No
         source, target = Slices(x), Slices(np.full(p.output_shape, 7, out_dtype))
         sources = {**settings, "residual": Slices(settings["residual"])} if "residual" in settings else settings
 
-        def call(max_bytes: int) -> Any:
-            return getattr(chunked, op)(  # noqa: B023 (called in this turn of the loop)
-                source,
-                weight,
-                bias,
-                **sources,
-                out=target,
-                max_bytes=max_bytes,
-                device=device,  # noqa: B023
-            )
-
-        with pytest.raises(ValueError, match="for the input and the output of one position, got 1$") as refused:
-            call(1)
+        call = partial(getattr(chunked, op), source, weight, bias, **sources, out=target, device=device)
+        with pytest.raises(ValueError, match="for the input and the output of one position, got 1") as refused:
+            call(max_bytes=1)
         least = int(str(refused.value).split("at least ")[1].split()[0])
-        assert call(int(least * rng.choice((1, 1.3, 3, 20)))) is target
+        assert call(max_bytes=int(least * rng.choice((1, 1.3, 3, 20)))) is target
         if device == "cpu":
             assert reference.within_bound(p, target.array, *of_reference, fused).all(), f"{number}: {op} {settings}"
             continue
@@ -174,3 +166,166 @@ def test_random_problems_in_pieces() -> None:
 def test_random_problems_in_pieces_on_a_gpu() -> None:
     """Every piece has the bits of one call, on tensor cores, too."""
     compare_random_calls("gpu", 16, ("float32", "float16", "complex64", "int16"))
+
+
+def run(script: str, folder: Path, **options: Any) -> subprocess.Popen[str]:
+    """A script in a fresh interpreter that finds this gpuconv."""
+    checkout = Path(gpuconv.__file__).parents[1]
+    environment = {**os.environ, "PYTHONPATH": str(checkout)}
+    return subprocess.Popen([sys.executable, "-c", script], cwd=folder, env=environment, text=True, **options)
+
+
+KILLED = """
+import os, signal, sys
+import numpy as np
+from gpuconv import chunked
+
+class Target:
+    '''Kills the process half way through writing a piece, before its journal entry.'''
+    def __init__(self, array): self.array, self.shape, self.dtype, self.left = array, array.shape, array.dtype, {left}
+    def __getitem__(self, key): return self.array[key]
+    def __setitem__(self, key, value):
+        self.left -= 1
+        if self.left == 0:
+            self.array[key][..., : value.shape[-1] // 2] = 99
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.array[key] = value
+    def flush(self): self.array.flush()
+
+x, w = np.load("x.npy", mmap_mode="r"), np.load("w.npy")
+out = Target(np.load("out.npy", mmap_mode="r+"))
+chunked.conv1d(x, w, padding="same", padding_mode="circular", out=out, max_bytes={max_bytes}, journal="journal")
+print({left} - out.left)
+"""
+
+
+def test_a_killed_call_goes_on_where_it_was(tmp_path: Path) -> None:
+    """Twice killed by SIGKILL in the middle of a piece; each piece but those two is computed once."""
+    rng = np.random.default_rng(1)
+    np.save(tmp_path / "x.npy", rng.standard_normal((2, 3, 1000)))
+    np.save(tmp_path / "w.npy", rng.standard_normal((4, 3, 9)))
+    np.save(tmp_path / "out.npy", np.zeros((2, 4, 1000)))
+    x, w = np.load(tmp_path / "x.npy"), np.load(tmp_path / "w.npy")
+    expected, counted = np.empty((2, 4, 1000)), []
+    settings: dict[str, Any] = {"padding": "same", "padding_mode": "circular", "max_bytes": 10_000}
+    chunked.conv1d(x, w, **settings, out=expected, progress=lambda *p: counted.append(p))
+    total = counted[-1][1]
+    for left, done in ((6, 5), (9, 13)):
+        killed = run(KILLED.format(left=left, max_bytes=10_000), tmp_path)
+        assert killed.wait() == -signal.SIGKILL
+        assert len((tmp_path / "journal").read_text().splitlines()) == 1 + done
+    assert total > 20
+    text = (tmp_path / "journal").read_bytes()
+    # Of another call, and a damaged one: refused, and nothing is changed.
+    before = np.load(tmp_path / "out.npy")
+    out = np.load(tmp_path / "out.npy", mmap_mode="r+")
+    for weight, limit, version in ((w + 1, 10_000, ""), (w, 12_000, ""), (w, 10_000, "other")):
+        with pytest.raises(JournalError, match=r"is of another call .*; delete it to begin anew"):
+            chunked.conv1d(x, weight, **{**settings, "max_bytes": limit}, out=out, version=version,
+                           journal=tmp_path / "journal")  # fmt: skip
+    for damaged, words in (
+        (text.replace(b"\n3 ", b"\n4 "), "is damaged in line 5; delete it"),
+        (text[:100] + b"?" + text[101:], "is damaged in line 2; delete it"),
+        (b"\x93NUMPY" + text, "is no journal of gpuconv; delete it"),
+        (b"hello", "is no journal of gpuconv; delete it"),
+    ):
+        (tmp_path / "journal").write_bytes(damaged)
+        with pytest.raises(JournalError, match=words):
+            chunked.conv1d(x, w, **settings, out=out, journal=tmp_path / "journal")
+        assert (tmp_path / "journal").read_bytes() == damaged
+    with Journal(tmp_path / "used", "00"), pytest.raises(JournalError, match="in use by another process"):
+        Journal(tmp_path / "used", "00")
+    assert not (tmp_path / "used").exists()
+    np.testing.assert_array_equal(out, before)
+    # A last line that a kill has cut counts for nothing, and neither does a piece that is no longer in the target.
+    (tmp_path / "journal").write_bytes(text[:-5])
+    out[0, :, :10] = 7
+    counter = Slices(out)
+    chunked.conv1d(x, w, **settings, out=counter, journal=tmp_path / "journal")
+    assert counter.written == total - 13 + 2
+    np.testing.assert_array_equal(out, expected)
+    assert not (tmp_path / "journal").exists()
+
+
+def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
+    x, w = np.ones((2, 3, 100)), np.ones((4, 3, 9))
+    out = np.zeros((2, 4, 92))
+
+    def refusal(kind: type[Exception], **changed: Any) -> str:
+        given = {"source": x, "weight": w, "out": out, "journal": tmp_path / "journal", **changed}
+        with pytest.raises(kind) as refused:
+            chunked.conv1d(**given)
+        assert not (tmp_path / "journal").exists()
+        assert not out.any()
+        return str(refused.value)
+
+    assert refusal(ValueError, max_bytes=0) == "conv1d: max_bytes must be at least 1, got 0"
+    assert refusal(TypeError, max_bytes=1e6) == "conv1d: max_bytes must be a number of bytes, got float 1000000.0"
+    assert refusal(ValueError, max_bytes=463) == (
+        "conv1d: max_bytes must be at least 464 for the input and the output of one position, got 463"
+    )
+    assert refusal(ValueError, device="tpu") == "conv1d: device must be one of cpu, gpu, got 'tpu'"
+    assert refusal(ValueError, out=out[:1]) == "conv1d: out must have shape (2, 4, 92), got (1, 4, 92)"
+    assert refusal(TypeError, out=out.astype("f4")) == "conv1d: out must have dtype float64, got float32"
+    read_only = out.view()
+    read_only.flags.writeable = False
+    assert refusal(ValueError, out=read_only) == "conv1d: out must be writeable, got a read-only array"
+    same = np.ones((2, 4, 100))
+    assert refusal(ValueError, source=same[:, :3], out=same[..., :92]) == (
+        "conv1d: out must not overlap source, but they share memory"
+    )
+    assert refusal(ValueError, algorithm="nothing").startswith("conv1d: algorithm must be None or one of base, ")
+    assert refusal(TypeError, weight=w.tolist()) == "conv1d: weight must be a NumPy or CuPy array, got list"
+    assert refusal(ValueError, residual=np.ones((2, 4, 91))).startswith("conv1d: residual must have shape (2, 4, 92)")
+
+
+def test_an_error_in_the_middle_loses_nothing(tmp_path: Path) -> None:
+    """A source that changes its length, and a full disk: the finished pieces stay, and the same call goes on."""
+    rng = np.random.default_rng(2)
+    x, w = rng.standard_normal((1, 1, 1000)), rng.standard_normal((1, 1, 9))
+    source, target = Slices(x), Slices(np.zeros((1, 1, 992)))
+    call: dict[str, Any] = {"out": target, "max_bytes": 4000, "journal": tmp_path / "journal"}
+
+    def change(length: int) -> None:
+        source.array = x[..., :length]
+
+    target.before = {3: lambda: change(900)}
+    with pytest.raises(
+        ValueError, match=r"^conv1d: source has changed: it had shape \(1, 1, 1000\), and now \(1, 1, 9"
+    ):
+        chunked.conv1d(source, w, **call)
+    change(1000)
+
+    def fail() -> None:
+        raise OSError(28, "No space left on device")
+
+    target.before = {4: fail}
+    with pytest.raises(OSError, match="No space left"):
+        chunked.conv1d(source, w, **call)
+    assert len((tmp_path / "journal").read_text().splitlines()) == 1 + 3
+    target.before = {}
+    chunked.conv1d(source, w, **call)
+    assert target.written == 8  # each of the pieces once
+    whole = np.empty((1, 1, 992))
+    np.testing.assert_array_equal(target.array, chunked.conv1d(x, w, out=whole, max_bytes=4000))
+
+
+def test_memory_stays_below_a_limit(tmp_path: Path) -> None:
+    """A file of 300 MB from the command line takes little more than max_bytes."""
+    file = np.lib.format.open_memmap(tmp_path / "x.npy", "w+", np.float32, (3, 1, 25_000_000))  # type: ignore[no-untyped-call]
+    file[1, 0, 7_000_000] = 1  # the rest of the file takes no room
+    del file
+    np.save(tmp_path / "w.npy", np.ones((1, 1, 5), np.float32))
+    script = """
+import resource, sys
+from gpuconv.cli import main
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+main("conv1d x.npy w.npy y.npy --padding same --device cpu --max-bytes 24000000".split())
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    done = run(script, tmp_path, stdout=subprocess.PIPE)
+    last = done.communicate()[0].splitlines()[-1]
+    assert int(last) < 90_000  # KiB
+    y = np.load(tmp_path / "y.npy", mmap_mode="r")
+    assert y[1, 0, 6_999_990:7_000_010].tolist() == [0.0] * 8 + [1.0] * 5 + [0.0] * 7
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["w.npy", "x.npy", "y.npy"]
