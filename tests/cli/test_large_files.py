@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 import gpuconv
-from gpuconv import npy
+from gpuconv import chunked, npy
 from gpuconv.cli import main
 from gpuconv.files import FileError
 from gpuconv.problem import numpy_dtype
@@ -169,3 +170,31 @@ def test_an_unfinished_file_is_never_the_old_one() -> None:
         npy.resumable_npy("y.npy", (1,), np.dtype("f4"), force=False),
     ):
         pass
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("cupy")
+def test_pieces_on_a_gpu_give_the_bits_of_one_call() -> None:
+    """One layer on CUDA cores: the command line, with and without pieces, and a call that a full disk interrupts."""
+    rng = np.random.default_rng(5)
+    x, w = (rng.standard_normal(shape).astype("f4") for shape in ((2, 3, 2000), (4, 3, 9)))
+    np.save("x.npy", x)
+    np.save("w.npy", w)
+    options = ["--padding", "same", "--device", "gpu"]
+    assert main(["conv1d", "x.npy", "w.npy", "whole.npy", *options]) == 0
+    assert main(["conv1d", "x.npy", "w.npy", "y.npy", *options, "--max-bytes", "20000"]) == 0
+    assert Path("y.npy").read_bytes() == Path("whole.npy").read_bytes()
+    out, pieces = np.zeros((2, 4, 2000), np.float32), []
+
+    def fill_the_disk(done: int, *_: Any) -> None:
+        pieces.append(done)
+        if len(pieces) == 5:
+            raise OSError(28, "No space left on device")
+
+    call = partial(chunked.conv1d, x, w, padding="same", max_bytes=20_000, device="gpu", journal="journal", out=out)
+    with pytest.raises(OSError, match="No space left"):
+        call(progress=fill_the_disk)
+    assert len(Path("journal").read_text().splitlines()) == 1 + 3  # one piece was being computed
+    call(progress=fill_the_disk)
+    np.testing.assert_array_equal(out, np.load("whole.npy"))
+    assert not Path("journal").exists()
