@@ -40,7 +40,7 @@ from .base import (
     round_up,
     with_padding_mode,
 )
-from .mma_costs import TilesLaunch, predict_plan
+from .mma_costs import TilesLaunch, input_batches, predict_plan
 from .offsets import index_bits
 from .product import Product
 from .weight_boxes import WeightBoxes
@@ -370,10 +370,8 @@ def shared_bytes(tile: Tile, window: Window, reduction: Reduction, arithmetic: A
     )
 
 
-def input_batches(tile: Tile, window: Window, reduction: Reduction) -> int:
-    """Batches in which the threads of a block load the window of a chunk: see mma.cuh."""
-    tasks = -(-reduction.units // (tile.prefetch // window.width)) * window.unit_tasks
-    return -(-tasks // tile.threads)
+def _batches(tile: Tile, window: Window, reduction: Reduction) -> int:
+    return input_batches(reduction.units, window.unit_tasks, tile.prefetch // window.width, tile.threads)
 
 
 def input_width(product: Product, layout: Layout, arithmetic: Arithmetic, bits: int) -> int:
@@ -438,11 +436,11 @@ def _predict(
         samples=window.block_samples,
         used_rows=window.used_rows,
         window_rows=window.rows,
+        batches=_batches(tile, window, reduction),
         block_m=tile.block_m,
         block_n=tile.block_n,
         warps_m=tile.warps_m,
         warps_n=tile.warps_n,
-        prefetch=tile.prefetch,
         has_samples=tile.has_samples,
         is_cut=is_cut,
         kept_segments=reduction.segments if tile.segment_mode == 1 else 0,
@@ -545,7 +543,7 @@ def kernel_configs(kernel: str, device: Device, phases: tuple[bool, ...], *, tra
 
 def _tiling_params(reduction: Reduction, tiling: Tiling) -> dict[str, int]:
     """The fields of Params that describe the order of summation and the tiles."""
-    batches = input_batches(tiling.tile, tiling.window, reduction)
+    batches = _batches(tiling.tile, tiling.window, reduction)
     # As few rounds as leave one for every batch.
     round_stages = max(1, -(-reduction.stages // batches))
     if -(-reduction.stages // round_stages) < batches:

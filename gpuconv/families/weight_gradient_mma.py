@@ -85,9 +85,10 @@ TILES: dict[int, tuple[Tile, ...]] = {
 _LARGEST_M, _LARGEST_N, _LARGEST_CHUNK = 128, 256, 64
 
 # Of the cost model, from the machine code for sm_90 (bench.static): instructions of a lane for one load, with its
-# address and its part in storing the vectors, by the positions that it loads; of a step besides its products and
-# fetches; of a warp for one sum of each lane on its way out.
+# address and its part in storing the vectors, by the positions that it loads; of a chunk besides its loads and steps;
+# of a step besides its products and fetches; of a warp for one sum of each lane on its way out.
 _LOAD_INSTRUCTIONS = {1: 8.0, WIDTH: 11.0}
+_CHUNK_INSTRUCTIONS = 50.0
 _STEP_INSTRUCTIONS = 16
 _STORE_INSTRUCTIONS = 8.0
 # An assumption: cycles of the barrier of a chunk, and of what its loads leave uncovered, of a block alone.
@@ -416,8 +417,9 @@ class _Launch(NamedTuple):
         rows = (self.block_m + self.octets * OCTET) * self.chunk_samples
         staged = (coarse + fine) * a.itemsize + rows * (SECTOR_BYTES - a.itemsize)
         passes = self.blocks * self.chunks
-        # In 16 bits the code around the steps of a chunk stages the next; in 32 bits it is around that around a step.
-        instructions, wavefronts = self._staging() if a.itemsize == 4 else (0.0, 0.0)
+        # Only 32-bit steps are loops of several products. What stages is counted by tasks, of which a chunk may have
+        # more or fewer than its code has in a row.
+        instructions, wavefronts = self._staging()
         held = self.blocks * self.block_m * self.block_n
         partial = self.slices.partial_bytes(p)
         stored = partial or math.prod(p.weight_shape) * p.itemsize
@@ -426,7 +428,7 @@ class _Launch(NamedTuple):
             l2_bytes=passes * staged + stored,
             staging_instructions=instructions,
             staging_wavefronts=wavefronts,
-            visits=self.blocks * self.warps * (self.terms / STEP if a.itemsize == 4 else self.chunks),
+            visits=self.blocks * self.warps * self.terms / STEP if a.itemsize == 4 else 0.0,
             dram_bytes=p.bytes() - math.prod(p.weight_shape) * p.itemsize + stored,
             waits=LATENCY_CYCLES + self.chunks * _CHUNK_CYCLES,
             load_share=0.0,  # what a chunk waits for is in `waits`
@@ -442,6 +444,7 @@ class _Launch(NamedTuple):
         # Of 128 bytes by a warp, or of one load that has fewer; a unit of each part is stored at once.
         wavefronts = sum(n * max(1.0, width * a.itemsize / 4) for n, width in zip(loads, self.widths, strict=True))
         wavefronts += 4 * sum(elements) / a.channels * a.parts
+        instructions += WARP * self.warps * _CHUNK_INSTRUCTIONS
         return self.blocks * self.chunks / WARP * instructions, self.blocks * self.chunks / WARP * wavefronts
 
     def us(self, p: WeightGradientProblem, resident: int, device: Device) -> float:
