@@ -55,10 +55,15 @@ MIN_CHANNELS = 8
 MIN_ROWS = 8
 # Half a fragment of 16 rows stays empty below this: three products for one then cost more than fused multiply-adds.
 MIN_SPLIT_ROWS = 16
-# Layers with so few output channels read more than they multiply; the tail families serve them.
+# Layers with so few output channels read more than they multiply, and the tail families serve them: unless so many weights
+# meet each input, which happens in transposed ones, whose rows are many because the stride is.
 MAX_TAIL_CHANNELS = 4
+MIN_TAIL_WEIGHTS = 64
 # Units of a chunk at most: with 8 rows of each fragment side by side, four units are two k-steps for every tap.
 MAX_UNITS = 4
+# Of the windows of 16 positions, which the shared memory of sm_90 holds beside weights and tables. Where they would take
+# more, as with a stride of hundreds, chunks have fewer units.
+MAX_WINDOW_BYTES = 184 * 1024
 # Reductions of so many terms are cut into segments. Where the rest of the problem does not fill the GPU, blocks of
 # their own sum the segments, in larger tiles than it would have blocks for otherwise: by the cost model this saves 5 to
 # 20 % of layers with one block for a multiprocessor, and up to 80 % with few. Where the rest does fill it, a block adds
@@ -154,6 +159,7 @@ _SEGMENT_TILES = (
     Tile(64, 64, 2, 2, 4, 4, segment_mode=2),
     Tile(64, 16, 4, 1, 4, 2, segment_mode=2),
     Tile(128, 16, 4, 1, 3, 2, segment_mode=1),
+    Tile(64, 16, 4, 1, 4, 2, segment_mode=1),
 )
 _SPLIT_SEGMENT_TILES = (
     Tile(128, 128, 2, 4, 1, 1, segment_mode=1),
@@ -190,8 +196,8 @@ def refuse_layer(problem: ConvProblem, rows: int, device: Device) -> str | None:
         return "needs float16 (sm_75), bfloat16 or float32 (sm_80)"
     if p.C_in_g < MIN_CHANNELS:
         return f"needs C_in/groups >= {MIN_CHANNELS}"
-    if p.C_out_g <= MAX_TAIL_CHANNELS:
-        return f"needs C_out/groups > {MAX_TAIL_CHANNELS}"
+    if p.C_out_g <= MAX_TAIL_CHANNELS and p.C_out_g * p.K < MIN_TAIL_WEIGHTS:
+        return f"needs C_out/groups > {MAX_TAIL_CHANNELS} or C_out/groups * K >= {MIN_TAIL_WEIGHTS}"
     is_split = arithmetic.parts == 2
     if rows < (MIN_SPLIT_ROWS if is_split else MIN_ROWS):
         return f"needs C_out/groups (times stride for phases) >= {MIN_SPLIT_ROWS if is_split else MIN_ROWS}"
@@ -218,9 +224,13 @@ class Reduction:
 
     @classmethod
     def of(cls, product: Product, arithmetic: Arithmetic) -> Reduction:
-        taps, units = product.taps, -(-product.problem.C_in_g // arithmetic.channels)
-        chunks = -(-units // MAX_UNITS)
-        units = -(-units // chunks)
+        taps, all_units = product.taps, -(-product.problem.C_in_g // arithmetic.channels)
+        unit_bytes = arithmetic.parts * Window.of(product, 1, 16).rows * UNIT_BYTES
+        for most in range(MAX_UNITS, 0, -1):
+            chunks = -(-all_units // most)
+            units = -(-all_units // chunks)
+            if min(chunks, 2) * units * unit_bytes <= MAX_WINDOW_BYTES:
+                break
         stages = chunks * -(-taps * units // STAGE_PAIRS)
         is_long = stages * STAGE_PAIRS * arithmetic.channels >= MIN_SEGMENTED_TERMS
         segments = min(max(stages // SEGMENT_STAGES, MIN_SEGMENTS), MAX_SEGMENTS) if is_long else 1
