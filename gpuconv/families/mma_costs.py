@@ -32,7 +32,7 @@ _PACK_INSTRUCTIONS = 140
 LATENCY_CYCLES = 2500.0
 _LOAD_CYCLES = 600.0
 _STAGE_CYCLES = 60.0
-_LINES_PER_CYCLE = 4
+LINES_PER_CYCLE = 4
 _PACK_CYCLES = 2000.0  # of a thread that packs: its divisions, its loads, its stores
 
 
