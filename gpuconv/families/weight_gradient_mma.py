@@ -176,8 +176,11 @@ class WeightGradientMma(Family[WeightGradientProblem]):
             return Refusal(
                 f"needs at least {MIN_SPLIT_ROWS} channels a group on the coarse side for float32 by split TF32"
             )
-        if arithmetic.parts == 2 and p.C_fine_g * p.K < MIN_SPLIT_COLUMNS:
-            return Refusal(f"needs C_fine/groups * K >= {MIN_SPLIT_COLUMNS} for float32 by split TF32")
+        if arithmetic.parts == 2 and Columns.of(p).in_taps and p.C_fine_g * p.K < MIN_SPLIT_COLUMNS:
+            return Refusal(
+                f"needs at least {MIN_CHANNELS} channels a group on the fine side, or C_fine/groups * K >= "
+                f"{MIN_SPLIT_COLUMNS}, for float32 by split TF32"
+            )
         if arithmetic.parts == 2 and p.terms < MIN_SPLIT_TERMS:
             return Refusal(f"needs sums of at least {MIN_SPLIT_TERMS} terms for float32 by split TF32")
         if not _keeps_bound(p, arithmetic):
