@@ -71,7 +71,7 @@ MAX_WINDOW_BYTES = 184 * 1024
 # the sums of its segment alone, and in at most MAX_SEGMENTS more.
 MIN_SEGMENTED_TERMS = 4096
 SEGMENT_STAGES = 64
-MIN_SEGMENTS, MAX_SEGMENTS = 4, 8
+MIN_SEGMENTS, MAX_SEGMENTS = 4, 32
 
 
 @dataclass(frozen=True, slots=True)
