@@ -61,7 +61,7 @@ class ToolMissingError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Instruction:
-    """One machine instruction: "FFMA.FTZ", its operands as text, the address it may jump to, and whether it always does."""
+    """One machine instruction: "FFMA.FTZ", its operands as text, where it may jump to, and whether it may also not."""
 
     opcode: str
     operands: str = ""

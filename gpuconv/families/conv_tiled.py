@@ -34,8 +34,8 @@ COLUMN_STEPS = (1, 2)
 # Below these a tile is mostly empty, and the families for few channels or the base family do as well.
 MIN_ROWS = 5
 MIN_TERMS = 8
-# No family is there for few input channels of transposed layers, and the base family takes five times as long for 7 taps
-# of one channel (bench.static: 239 us against 47 us in bfloat16 of 64 channels by 960,000 positions).
+# No family is there for few input channels of transposed layers, and the base family takes five times as long for 7
+# taps of one channel (bench.static: 239 us against 47 us in bfloat16 of 64 channels by 960,000 positions).
 MIN_PHASE_TERMS = 4
 # With fewer columns a tile idles while it waits for weights that one thread a row could read as well (bench.static
 # predicts 91 us for the base family against 165 us on 512 to 1024 channels, K = 16, two columns).

@@ -55,14 +55,14 @@ MIN_CHANNELS = 8
 MIN_ROWS = 8
 # Half a fragment of 16 rows stays empty below this: three products for one then cost more than fused multiply-adds.
 MIN_SPLIT_ROWS = 16
-# Layers with so few output channels read more than they multiply, and the tail families serve them: unless so many weights
-# meet each input, which happens in transposed ones, whose rows are many because the stride is.
+# Layers with so few output channels read more than they multiply, and the tail families serve them: unless so many
+# weights meet each input, as in transposed ones, whose rows are many because the stride is.
 MAX_TAIL_CHANNELS = 4
 MIN_TAIL_WEIGHTS = 64
 # Units of a chunk at most: with 8 rows of each fragment side by side, four units are two k-steps for every tap.
 MAX_UNITS = 4
-# Of the windows of 16 positions, which the shared memory of sm_90 holds beside weights and tables. Where they would take
-# more, as with a stride of hundreds, chunks have fewer units.
+# Of the windows of 16 positions, which the shared memory of sm_90 holds beside weights and tables. Where they would
+# take more, as with a stride of hundreds, chunks have fewer units.
 MAX_WINDOW_BYTES = 184 * 1024
 # Reductions of so many terms are cut into segments. Where the rest of the problem does not fill the GPU, blocks of
 # their own sum the segments, in larger tiles than it would have blocks for otherwise: by the cost model this saves 5 to

@@ -33,8 +33,8 @@ from .slices import Slices, gradient_config, predict_sum, sliced_plan, weight_fi
 
 STEP = SPLIT_TERMS  # positions of a step: one product of 16-bit matrices along the reduction, or two
 OCTET = 8  # columns of one product
-# With fewer channels of fine its octets are of taps; with fewer of those they are half empty. The three products of split
-# TF32 take longer than CUDA cores with few columns.
+# With fewer channels of fine its octets are of taps; with fewer of those they are half empty. The three products of
+# split TF32 take longer than CUDA cores with few columns.
 MIN_TAPS = 8
 MIN_SPLIT_COLUMNS = 32
 _PRODUCT_ROWS = 16  # rows of one product
@@ -140,7 +140,7 @@ class Window(NamedTuple):
 
     @classmethod
     def of(cls, p: WeightGradientProblem, taps: int, samples: int, positions: int, width: int) -> Window:
-        """`taps`: as in `Columns`; `width`: positions of an aligned access, at multiples of which planes begin and end."""
+        """`taps`: as in `Columns`; `width`: positions of an aligned access, at whose multiples planes begin and end."""
         tap_step = Columns.of(p).tap_step
         gcd = math.gcd(p.stride, tap_step)
         planes = min(p.stride // gcd, taps)
@@ -218,7 +218,9 @@ class WeightGradientMma(Family[WeightGradientProblem]):
         config = self._config(tile, p.dtype, p.precision, widths, bits, in_taps=columns.in_taps)
         launch = Launch(tiling.blocks, tile.threads, tiling.shared_bytes, bits, params)
         each = OCTET if columns.in_taps else 1
-        candidates = tuple((f"{t.tile.block_m}x{t.tile.block_n} of {count(each * t.taps, 'tap')}", t.us) for t in tilings)
+        candidates = tuple(
+            (f"{t.tile.block_m}x{t.tile.block_n} of {count(each * t.taps, 'tap')}", t.us) for t in tilings
+        )
         return sliced_plan(p, layout, slices, config, launch, candidates)
 
     def work(self, problem: WeightGradientProblem, step: Step) -> Work:
@@ -489,7 +491,7 @@ class _Launch(NamedTuple):
         elements = self.block_m * chunk_terms, self.octets * OCTET * self.window_rows
         loads = [of_side / width for of_side, width in zip(elements, self.widths, strict=True)]
         instructions = sum(n * _LOAD_INSTRUCTIONS[width] for n, width in zip(loads, self.widths, strict=True))
-        # Of 128 bytes by a warp, or of one load that has fewer, or of four lines; a unit of each part is stored at once.
+        # Of 128 bytes by a warp, of one load that has fewer, or of four lines; a unit of each part is stored at once.
         wavefronts = sum(
             n * max(1.0, width * a.itemsize / 4, min(WARP, step * a.itemsize / 4) / LINES_PER_CYCLE)
             for n, width, step in zip(loads, self.widths, (1, p.stride), strict=True)
