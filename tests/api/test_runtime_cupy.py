@@ -27,6 +27,7 @@ from gpuconv.checks import Target
 from gpuconv.cli.errors import EXIT_NO_GPU
 from gpuconv.families import Layout
 from gpuconv.gpus import missing_gpu
+from gpuconv.parameters import home_of
 from gpuconv.problem import ArraySpec, ConvProblem
 from tests.conftest import Launches
 
@@ -351,7 +352,7 @@ def large_launches() -> list[tuple[Any, Any]]:
 def test_plans_of_one_kernel_set_one_limit_of_shared_memory(order: tuple[int, int]) -> None:
     """Whatever the order in which threads set it: a limit that followed the plan could end below another's need."""
     launches = large_launches()
-    kernel = runtime.build(launches[0][0])
+    kernel = runtime.build(launches[0][0], runtime.device(0).arch_name)
     for config, launch in (launches[i] for i in order):
         kernel.max_dynamic_shared_size_bytes = runtime.DEFAULT_SHARED_BYTES
         runtime._Kernel(config, launch)
@@ -722,7 +723,7 @@ def test_layers_load_arrays_of_any_strides_from_another_gpu(cupy: Any, dtype: st
         layer.load_state_dict(given)
         for loaded, expected in ((layer.weight, weight), (layer.bias, bias)):
             assert loaded.dtype == dtype
-            assert nn._home(loaded) == {"cpu": None, "cuda:0": 0, "cuda:1": 1}[target]
+            assert home_of(loaded) == {"cpu": None, "cuda:0": 0, "cuda:1": 1}[target]
             np.testing.assert_array_equal(cupy.asnumpy(loaded), expected)
 
 
