@@ -2,6 +2,7 @@
 
 The output is cut into blocks, and `method` chooses, from the problem alone, how a block is computed:
 
+- small: the windows of a whole small problem are copied side by side, for one product with the weight.
 - panels: the windows of a block are copied side by side into a panel, for one product with the weight as it lies.
 - shift_add: one product of all taps with the input as it lies, whose rows are then shifted and summed.
 - toeplitz: neighbouring outputs of one group together, as the product of their common window with a banded matrix;
@@ -34,15 +35,20 @@ from collections.abc import Sequence
 from ..problem import INTEGERS, ConvProblem
 from . import bias_gradient, edges, fused, integers, weight_gradient
 from .arrays import Array
-from .choice import Method, choose
-from .geometry import Call
+from .choice import ChosenForm, Method, choose
 
-__all__ = ["Method", "bias_gradient", "convolve", "method", "weight_gradient"]
+__all__ = ["ChosenForm", "Method", "bias_gradient", "convolve", "method", "plan", "weight_gradient"]
 
 
 def method(problem: ConvProblem) -> Method:
     """The form that `convolve` uses for a problem: a pure function of the problem."""
     return fused.method(problem, _plain_method) if problem.fusion else _plain_method(problem)
+
+
+def plan(problem: ConvProblem) -> ChosenForm | None:
+    """What computes a problem that is one convolution by itself; None where `convolve` has more to do."""
+    plain = not problem.fusion and problem.dtype not in INTEGERS and problem.padding_mode == "zeros"
+    return choose(problem) if plain else None
 
 
 def convolve(
@@ -78,9 +84,10 @@ def _plain_method(problem: ConvProblem) -> Method:
 
 
 def _convolve(problem: ConvProblem, input: Array, weight: Array, bias: Array | None, output: Array) -> None:
-    if problem.dtype in INTEGERS:
+    found = plan(problem)
+    if found is not None:
+        found.compute(problem, input, weight, bias, output)
+    elif problem.dtype in INTEGERS:
         integers.run(convolve, problem, input, weight, bias, output)
-    elif problem.padding_mode != "zeros":
-        edges.convolve(problem, input, weight, bias, output)
     else:
-        choose(problem).run(Call.of(problem, input, weight, bias, output))
+        edges.convolve(problem, input, weight, bias, output)
