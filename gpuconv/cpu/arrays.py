@@ -122,10 +122,9 @@ def copy_padded(source: Array, low: int, high: int, out: Array) -> None:
 
 
 def is_finite(block: Array) -> bool:
-    if block.size <= _SHORT_DOT and block.dtype.kind == "f" and block.flags.c_contiguous:
-        if math.isfinite(np.vdot(block, block)):  # which takes a third of the time, but may overflow
-            return True
-    return bool(np.isfinite(block).all())
+    short = block.size <= _SHORT_DOT and block.dtype.kind == "f" and block.flags.c_contiguous
+    # The sum of squares takes a third of the time, but may overflow.
+    return (short and math.isfinite(np.vdot(block, block))) or bool(np.isfinite(block).all())
 
 
 def slices(start: int, stop: int, length: int) -> list[slice]:

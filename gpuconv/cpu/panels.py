@@ -13,7 +13,7 @@ import numpy as np
 
 from ..problem import ConvProblem
 from . import costs, limits
-from .arrays import Array, Scratch, accumulator, copy_padded, slices, strided
+from .arrays import Array, Scratch, accumulator, is_finite, slices, strided
 from .blocking import Blocking, parts, tiled
 from .geometry import Block, Call, Geometry
 from .taps import Taps
@@ -149,6 +149,13 @@ class Panels:
         low, high = geometry.window(*geometry.positions(p), slice(0, geometry.tap_groups))
         return low < 0 or high > p.L_in or geometry.has_absent_taps(p)
 
+    def _asks_weight(self, p: ConvProblem) -> bool:
+        """Whether zeros meet the weight alone, and that is smaller than the sums: one look at it spares all at them."""
+        if not self.multiplies_zeros(p) or self.geometry.has_absent_taps(p):
+            return False
+        room = limits.STAGED_INPUT // accumulator(p.dtype).itemsize
+        return p.C_out * p.C_in_g * p.K <= min(p.N * p.C_out * p.L_out // 4, room)
+
     def cost(self, p: ConvProblem) -> float:
         geometry, blocking, size = self.geometry, self.blocking, costs.scale(p)
         first, last = geometry.positions(p)
@@ -165,8 +172,9 @@ class Panels:
         if self.merged and p.C_in * p.L_in * p.itemsize > 4096:
             panel += reread * costs.FAR_ROW * columns * depth / run_of_sample
         elements = columns * rows
-        # The product itself, the check that it is finite, and the additions of the passes behind the first.
-        each = costs.ELEMENTWISE * (1 + 2 * (passes - 1)) * size
+        # The check that the product is finite, and the additions of the passes behind the first.
+        checked = self.multiplies_zeros(p) and not self._asks_weight(p)
+        each = costs.ELEMENTWISE * (checked + 2 * (passes - 1)) * size
         if self.merged or geometry.out_stride > 1 or p.dtype in costs.CONVERT:
             store = costs.STRIDED_COPY if geometry.out_stride == 1 else costs.TRANSPOSING_COPY
             each += store * size + costs.COPY_ROW / run + costs.CONVERT.get(p.dtype, 0.0)
@@ -204,6 +212,10 @@ class Panels:
 
     def run(self, call: Call, workers: int) -> None:
         p, geometry, w = call.p, self.geometry, call.w
+        if self._asks_weight(p):
+            with np.errstate(all="ignore"):
+                if is_finite(w):
+                    call = call.of_finite(call.x, w, call.b, call.y)
         flags = w.flags
         in_place = not p.transposed and w.dtype == call.dtype and flags.c_contiguous and flags.aligned
         w = w[..., geometry.first_tap :]
