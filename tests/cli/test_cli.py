@@ -469,8 +469,8 @@ def test_verify_lists_what_filter_takes(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_verify_runs_a_selection_or_all(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cases, "CASES", cases.CASES[:4])
-    monkeypatch.setattr(cases, "WIDE_CASES", ())
+    monkeypatch.setattr(cases.table, "CASES", cases.CASES[:4])
+    monkeypatch.setattr(cases.table, "WIDE_CASES", ())
     argv = ["verify", "--device", "cpu", "--dtype", "float32,float64"]
     assert main(argv) == 0
     assert "4 of 8 pairs of case and dtype; --all runs them all" in capsys.readouterr().out
