@@ -69,7 +69,7 @@ def _run_on_cpu(function: str, arrays: tuple[Any, ...], settings: tuple[Any, ...
         if plan is None:
             _compute(task, arrays, result)
         else:
-            plan.compute(task.problem, arrays[0], arrays[1], arrays[2] if len(arrays) > 2 else None, result)
+            plan.compute(arrays[0], arrays[1], arrays[2] if len(arrays) > 2 else None, result)
         return result
     if _has_real_taps(function, arrays):
         return _run_by_parts(function, arrays, settings, out)

@@ -86,7 +86,7 @@ def _plain_method(problem: ConvProblem) -> Method:
 def _convolve(problem: ConvProblem, input: Array, weight: Array, bias: Array | None, output: Array) -> None:
     found = plan(problem)
     if found is not None:
-        found.compute(problem, input, weight, bias, output)
+        found.compute(input, weight, bias, output)
     elif problem.dtype in INTEGERS:
         integers.run(convolve, problem, input, weight, bias, output)
     else:

@@ -87,6 +87,7 @@ class ChosenForm(NamedTuple):
     """The form that computes a problem, and on what.
 
     Attributes:
+        given: the problem that is to be computed.
         method: what `explain` shows.
         form: what computes the blocks.
         workers: the most threads.
@@ -98,6 +99,7 @@ class ChosenForm(NamedTuple):
         small: the form, where it takes the arrays as they are given.
     """
 
+    given: ConvProblem
     method: Method
     form: Form
     workers: int
@@ -107,8 +109,9 @@ class ChosenForm(NamedTuple):
     separate: bool
     small: Small | None
 
-    def compute(self, p: ConvProblem, input: Array, weight: Array, bias: Array | None, output: Array) -> None:
-        """Compute the problem that this was chosen for, of arrays as `gpuconv.cpu.convolve` takes them."""
+    def compute(self, input: Array, weight: Array, bias: Array | None, output: Array) -> None:
+        """Compute the given problem, of arrays as `gpuconv.cpu.convolve` takes them."""
+        p = self.given
         if self.small is not None:
             b = bias if bias is None or p.groups == 1 else bias.reshape(p.groups, p.C_out_g)
             if self.small.compute(input, weight, b, output):
@@ -158,9 +161,8 @@ def chosen_form(p: ConvProblem, q: ConvProblem, form: Form, cost: float) -> Chos
     exchanged = p.transposed and q == exchange(with_taps(p, taps))
     reason = f"few inputs, many taps: their roles exchanged; {form.reason}" if exchanged else form.reason
     small = form if isinstance(form, Small) and q == p and not separate else None
-    return ChosenForm(
-        Method(form.name, reason, shared + workers * each), form, workers, q, taps, exchanged, separate, small
-    )
+    method = Method(form.name, reason, shared + workers * each)
+    return ChosenForm(p, method, form, workers, q, taps, exchanged, separate, small)
 
 
 def candidates(p: ConvProblem) -> list[tuple[ConvProblem, list[Form]]]:

@@ -67,9 +67,10 @@ class Small:
         at = inputs.start * apart - first
         places = slice(at, at + (inputs.stop - 1 - inputs.start) * apart + 1, apart)
         is_whole = apart == 1 and inputs.stop - inputs.start == length
-        matrix, columns, sums = (p.C_out_g, depth), (depth, p.L_out), (p.C_out_g, p.L_out)
-        if p.N > 1 or p.groups > 1:
-            matrix, columns, sums = (p.groups, *matrix), (p.N, p.groups, *columns), (p.N, p.groups, *sums)
+        many = p.N > 1 or p.groups > 1
+        groups, samples = (p.groups,) * many, (p.N,) * many
+        matrix = (*groups, p.C_out_g, depth)
+        columns, sums = (*samples, *groups, depth, p.L_out), (*samples, *groups, p.C_out_g, p.L_out)
         offset = first if is_whole else None
         form = cls(p, Taps.of(p), dtype, step, length, offset, inputs, places, matrix, columns, sums)
         return form if form.cost(p) < limits.SMALL_CALL else None
