@@ -21,6 +21,7 @@ from gpuconv import conv_transpose1d as public_conv_transpose1d
 from gpuconv import cpu
 from gpuconv.cpu import choice, limits, threads
 from gpuconv.cpu.geometry import Call
+from gpuconv.cpu.taps import Taps
 from gpuconv.problem import ConvProblem, numpy_dtype
 
 conv1d = partial(ConvProblem, "conv1d")
@@ -91,6 +92,22 @@ def test_what_is_not_finite_costs_no_step_a_tap(p: ConvProblem, value: float) ->
     call.x[..., p.L_in // 3] = value
     call.w[..., 0] = value
     assert run() <= 5 * finite + 1000
+
+
+@pytest.mark.parametrize("p", [conv1d(8, 64, 64, 1000, 3, 1, 1, 1, 1, 8), conv1d(1, 8, 8, 64, 3, 1, 1, 1)], ids=str)
+def test_an_infinite_input_costs_nothing_where_only_the_padding_is_zeros(
+    p: ConvProblem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(Taps, "_compute_phase")  # which computes again what is not finite
+    call = call_of(p)
+    call.x[0, 0, 0, 20] = np.inf
+    choice.choose(p).run(call)
+    assert np.isinf(call.y).sum() == p.K * p.C_out_g
+
+
+def test_packing_short_runs_has_its_price() -> None:
+    """A transposed layer whose phases have two or three taps: to pack its weight takes a quarter of the time."""
+    assert choice.choose(conv_transpose1d(1, 256, 128, 400, 11, 5, 3, 3, has_bias=True)).form.name == "shift_add"
 
 
 def call_of(p: ConvProblem) -> Call:
