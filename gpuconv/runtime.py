@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache, lru_cache
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -78,9 +79,16 @@ def empty_beside(array: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> An
     """A fresh array where another one is, in native byte order."""
     if not is_cupy_array(array):
         return np.empty(shape, dtype.newbyteorder("="))
-    cupy = cupy_module()
-    with cupy.cuda.Device(array.data.device_id):
-        return cupy.empty(shape, dtype)
+    with current_device_of(array):
+        return cupy_module().empty(shape, dtype)
+
+
+def current_device_of(array: Any) -> AbstractContextManager[Any]:
+    """A context in which the GPU of an array is CuPy's current one; of no effect for NumPy arrays."""
+    return cupy_module().cuda.Device(array.data.device_id) if is_cupy_array(array) else _NO_DEVICE
+
+
+_NO_DEVICE = nullcontext()
 
 
 def device_count() -> int:
@@ -120,16 +128,37 @@ def device(index: int) -> Device:
     )
 
 
-@cache
-def build(config: Config) -> Any:
-    """The kernel of a specialisation, which CuPy compiles for the current device when it is first needed there.
+def nvrtc_version() -> tuple[int, int] | None:
+    """The version of NVRTC, CUDA's compiler at run time; None where it cannot be loaded.
 
-    The first build of a source on a machine compiles it; later processes find it in CuPy's disk cache.
+    Raises:
+        ImportError: CuPy is not installed, or it is older than version 14.
     """
-    from . import source
+    nvrtc = cupy_module().cuda.nvrtc
+    try:
+        major, minor = nvrtc.getVersion()
+    except Exception:  # CuPy loads the library at the first call and reports its absence in many ways
+        return None
+    return int(major), int(minor)
 
-    text = source.assemble(config.kernel, dict(config.macros))
-    return cupy_module().RawKernel(text, config.kernel)
+
+@cache
+def build(config: Config, arch: str) -> Any:
+    """The kernel of a specialisation for GPUs of an architecture, "sm_90" and so on.
+
+    Where it was compiled in advance, CuPy loads the machine code (gpuconv.cubins). Else CuPy compiles it for the
+    current device when it is first needed there; later processes find it in CuPy's disk cache.
+
+    Raises:
+        RuntimeError: it was not compiled in advance, and $GPUCONV_CACHE_ONLY forbids to compile it now.
+    """
+    from . import cubins, source
+
+    cupy = cupy_module()
+    path = cubins.path_of(config, arch, nvrtc_version, cuda_versions()[1] // 1000)
+    if path is not None:
+        return cupy.RawModule(path=str(path)).get_function(config.kernel)
+    return cupy.RawKernel(source.assemble(config.kernel, dict(config.macros)), config.kernel)
 
 
 class _Kernel:
@@ -140,14 +169,15 @@ class _Kernel:
     def __init__(self, config: Config, launch: Launch) -> None:
         from . import source
 
-        cupy, kernel = cupy_module(), build(config)
+        cupy = cupy_module()
+        gpu = device(int(cupy.cuda.runtime.getDevice()))
+        kernel = build(config, gpu.arch_name)
         # More than the default must be allowed first. All plans of a kernel share the limit, in all threads, so each
         # sets the same one: the most that a block can have. The driver wants a current context for that, which a new
         # thread does not have, and CuPy sees to that only where it loads and launches.
         if launch.shared_bytes > DEFAULT_SHARED_BYTES:
-            gpu = cupy.cuda.Device()
-            gpu.use()
-            kernel.max_dynamic_shared_size_bytes = device(gpu.id).shared_per_block
+            cupy.cuda.Device().use()
+            kernel.max_dynamic_shared_size_bytes = gpu.shared_per_block
         self._function = kernel.kernel
         self._grid = (launch.grid, 1, 1)
         self._block = (launch.block, 1, 1)
@@ -399,8 +429,8 @@ def _contiguous(like: Any) -> Any:
 
 
 def aligned(array: Any) -> Any:
-    """A CuPy array that CuPy can read: itself, or a copy where its elements are not at multiples of their size."""
-    if _is_aligned(array):
+    """An array that CuPy can read: itself, or a copy where its elements are not at multiples of their size."""
+    if not is_cupy_array(array) or _is_aligned(array):
         return array
     cupy = cupy_module()
     with cupy.cuda.Device(array.data.device_id):

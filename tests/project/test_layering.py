@@ -52,16 +52,19 @@ LAYERS = (
     ("families.append", "families.tiles", "families.depthwise", "families.sliding", "families.mma", "families.slices"),
     ("families.passes",),
     ("families.edges", "families.fused"),
+    ("families.windows",),
+    ("families.conv1d_depthwise_push",),
     ("families.*",),
     ("families",),
-    ("dispatch",),
+    ("dispatch", "cubins"),
     ("runtime",),
     ("memory", "tasks"),
     ("calls",),
     ("functional",),
     ("checkpoint",),
     ("nn", "grad", "signal", "explain", "files", "gpus", "report"),
-    ("checks", "stream", "torch.tensors"),
+    ("checks", "window", "torch.tensors", "compile", "layers"),
+    ("stream",),
     ("family_checks",),
     ("torch.operators",),
     ("torch.functions",),
@@ -209,13 +212,14 @@ def test_kernels_are_made_by_the_runtime_alone() -> None:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Attribute) and node.attr in ("RawKernel", "RawModule", "ElementwiseKernel")
     ]
-    assert mentions == ["runtime"]
+    assert mentions == ["runtime"] * 2
 
 
 CUDA_FILES = sorted(directory().glob("*.cu*"))
 # Kernels beside those of families.
 HELPERS = {
     "append_samples",
+    "conv1d_depthwise_push",
     "pack_weight",
     "pack_mma_weight",
     "pack_im2col_weight",
@@ -306,7 +310,8 @@ def test_a_kernel_reads_the_macros_that_its_family_gives(family: Family[Any]) ->
             "ACTIVATION_PARAMETER",
             "INPUT_ACTIVATION",
             "INPUT_ACTIVATION_PARAMETER",
-        }  # of fused plans
+            "MOVES_WINDOW",
+        }  # of fused plans, and of pushes
         assert {name for name, _ in config.macros} == read
 
 
