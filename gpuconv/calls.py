@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import cache
 from threading import Lock
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 
@@ -18,13 +18,11 @@ from .memory import check_kinds, check_overlap, overlaps_itself
 from .problem import BiasGradientProblem, ConvProblem, WeightGradientProblem, dtype_name
 from .tasks import OPTIONAL, SIGNATURES, Task
 
-if TYPE_CHECKING:
-    from .cpu import ChosenForm
-
-# Executors of GPU calls, and tasks and plans of CPU calls, by everything that they depend on. A full cache drops its
+# Executors of GPU calls, and tasks of CPU calls, by everything that they depend on. A full cache drops its
 # oldest entry, so that a program whose lengths always differ keeps only so many.
 _EXECUTORS: dict[tuple[Any, ...], tuple[runtime.Executor, tuple[int, ...], Any]] = {}  # with shape, dtype of the result
-_CPU_PLANS: dict[tuple[Any, ...], tuple[Task, np.dtype[Any], ChosenForm | None]] = {}  # with the result's dtype
+# Of a task: the dtype of the result, and whether it is a convolution of the arrays as they are, with nothing fused.
+_TASKS: dict[tuple[Any, ...], tuple[Task, np.dtype[Any], bool]] = {}
 _CACHE_SIZE = 4096
 _CACHE_LOCK = Lock()  # for changes; look-ups need none
 
@@ -62,22 +60,23 @@ def run(
 
 def _run_on_cpu(function: str, arrays: tuple[Any, ...], settings: tuple[Any, ...], out: Any | None) -> Any:
     key = _cpu_key(function, arrays, settings) if out is None else None
-    found = None if key is None else _CPU_PLANS.get(key)
+    found = None if key is None else _TASKS.get(key)
     if found is not None:
-        task, dtype, plan = found
+        task, dtype, is_convolution = found
         result = np.empty(task.shape, dtype)
-        if plan is None:
-            _compute(task, arrays, result)
+        if is_convolution:
+            bias = arrays[2] if len(arrays) > 2 else None
+            _cpu().convolve(task.problem, arrays[0], arrays[1], bias, result)
         else:
-            plan.compute(arrays[0], arrays[1], arrays[2] if len(arrays) > 2 else None, result)
+            _compute(task, arrays, result)
         return result
     if _has_real_taps(function, arrays):
         return _run_by_parts(function, arrays, settings, out)
     task = _check(function, arrays, settings, out)
     if key is not None and all(array is None or array.dtype.isnative for array in arrays):
-        is_convolution = isinstance(task.problem, ConvProblem) and not task.conjugate_weight
-        plan = _cpu().plan(task.problem) if is_convolution else None
-        _keep(_CPU_PLANS, key, (task, np.dtype(task.out_dtype or arrays[0].dtype), plan))
+        p, dtype = task.problem, np.dtype(task.out_dtype or arrays[0].dtype)
+        is_convolution = isinstance(p, ConvProblem) and not p.fusion and not task.conjugate_weight
+        _keep(_TASKS, key, (task, dtype, is_convolution))
     plain = [None if array is None else _native(array) for array in arrays]
     dtype = cast(Any, plain[0]).dtype
     if out is None:
@@ -291,7 +290,7 @@ def _keep(cache: dict[tuple[Any, ...], Any], key: tuple[Any, ...], value: Any) -
 
 
 def _cpu_key(name: str, arrays: tuple[Any, ...], settings: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """The cache key of a CPU call: all that its plan depends on. None where each call must check its arguments."""
+    """The cache key of a CPU call: all that its task depends on. None where each call must check its arguments."""
     names = _as_key(settings)
     if names is None:
         return None

@@ -35,20 +35,14 @@ from collections.abc import Sequence
 from ..problem import INTEGERS, ConvProblem
 from . import bias_gradient, edges, fused, integers, weight_gradient
 from .arrays import Array
-from .choice import ChosenForm, Method, choose
+from .choice import Method, choose
 
-__all__ = ["ChosenForm", "Method", "bias_gradient", "convolve", "method", "plan", "weight_gradient"]
+__all__ = ["Method", "bias_gradient", "convolve", "method", "weight_gradient"]
 
 
 def method(problem: ConvProblem) -> Method:
     """The form that `convolve` uses for a problem: a pure function of the problem."""
     return fused.method(problem, _plain_method) if problem.fusion else _plain_method(problem)
-
-
-def plan(problem: ConvProblem) -> ChosenForm | None:
-    """What computes a problem that is one convolution by itself; None where `convolve` has more to do."""
-    plain = not problem.fusion and problem.dtype not in INTEGERS and problem.padding_mode == "zeros"
-    return choose(problem) if plain else None
 
 
 def convolve(
@@ -84,10 +78,9 @@ def _plain_method(problem: ConvProblem) -> Method:
 
 
 def _convolve(problem: ConvProblem, input: Array, weight: Array, bias: Array | None, output: Array) -> None:
-    found = plan(problem)
-    if found is not None:
-        found.compute(input, weight, bias, output)
-    elif problem.dtype in INTEGERS:
+    if problem.dtype in INTEGERS:
         integers.run(convolve, problem, input, weight, bias, output)
-    else:
+    elif problem.padding_mode != "zeros":
         edges.convolve(problem, input, weight, bias, output)
+    else:
+        choose(problem).compute(input, weight, bias, output)
