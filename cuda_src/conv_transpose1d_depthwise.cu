@@ -50,7 +50,7 @@ struct Params {
 static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/conv_transpose1d_depthwise.py");
 
 // weight[c_in, c_out % C_out_g, 0] of a thread's row.
-__device__ __forceinline__ const storage_t* weight_row(const storage_t* weight, const Place& at, const Params& p) {
+__device__ __forceinline__ const storage_t* weight_row(const storage_t* weight, const ThreadRow& at, const Params& p) {
     const index_t c_in = p.C_out_g == 1 ? at.c_out : at.c_out / p.C_out_g;
     return weight + c_in * p.weight_stride_in + (at.c_out - c_in * p.C_out_g) * p.weight_stride_out;
 }
@@ -90,7 +90,7 @@ static_assert(kThreadVecs == 1 || kThreadVecs == 2, "a thread holds one or two v
 __device__ __forceinline__ void convolve_rows(
     const storage_t* input, const storage_t* weight, storage_t* output, const Epilogue& epilogue,
     const InputActivation& input_activation, const Params& p) {
-    const Place at = find_place(p, blockIdx.x);
+    const ThreadRow at = find_row(p, blockIdx.x);
     const int row_threads = int(p.row_threads), plane_pitch = int(p.plane_pitch);
     storage_t* const y = output_row(output, at, p);
     acc_t* const shared = reinterpret_cast<acc_t*>(dynamic_shared_memory());
@@ -183,10 +183,7 @@ __device__ __forceinline__ void convolve_rows(
             }
         }
         store_results(y, l_out, p.L_out, acc, channel, [&](index_t l) {
-            const Place again = find_place(p, block_index_again());  // found again rather than held in registers
-            return sum_existing_terms(
-                input_row(input, again, p), weight_row(weight, again, p),
-                input_activation.channel(input_channel(again, p)), l, p);
+            return sum_again(input, weight, input_activation, l, p);
         });
     }
 }
@@ -204,7 +201,7 @@ __device__ __forceinline__ void convolve_rows(
 __device__ __forceinline__ void convolve_rows(
     const storage_t* input, const storage_t* weight, storage_t* output, const Epilogue& epilogue,
     const InputActivation& input_activation, const Params& p) {
-    const Place at = find_place(p, blockIdx.x);
+    const ThreadRow at = find_row(p, blockIdx.x);
     if (!at.has_row) return;
     const storage_t* const x = input_row(input, at, p);
     const storage_t* const w = weight_row(weight, at, p);

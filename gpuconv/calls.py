@@ -162,10 +162,13 @@ def _run_on_gpu(
 
 def _has_real_taps(function: str, arrays: tuple[Any, ...]) -> bool:
     """Whether a call has a real weight and complex data."""
-    if "weight" not in SIGNATURES[function].arrays:
-        return False
-    data, weight, *_ = (getattr(getattr(array, "dtype", None), "kind", None) for array in arrays)
-    return data == "c" and weight == "f"
+    return "weight" in SIGNATURES[function].arrays and are_real_taps(arrays[1], arrays[0])
+
+
+def are_real_taps(weight: Any, data: Any) -> bool:
+    """Whether a weight is real and the data are complex, of whatever objects a call gives for them."""
+    of_weight, of_data = (dtype_name(getattr(array, "dtype", None)) or "" for array in (weight, data))
+    return of_data.startswith("complex") and of_weight.startswith(("float", "bfloat"))
 
 
 def _run_by_parts(

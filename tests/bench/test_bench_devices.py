@@ -381,7 +381,7 @@ def test_gpu_engine_measures_every_implementation(stand_in_engine: gpu.GpuEngine
         assert choice is not None
         packs = choice.plan.scratch_bytes(PACKED) > 0
         assert outcomes[results.PREPARED].status == ("measured" if packs else "refused")
-        assert m.best_peer(comparable=False) is not outcomes[results.PREPARED]
+        assert m.best_peer() is not outcomes[results.PREPARED]
         assert (m.prepared_ratio is not None) == packs
 
 

@@ -15,7 +15,7 @@ from gpuconv.families.base import contiguous_strides
 from gpuconv.families.windows import NEW_SAMPLES, WINDOW_STARTS
 from gpuconv.problem import ConvProblem, numpy_dtype
 from tests import hostcuda
-from tests.kernels.test_compile import ARCHS, compile_config
+from tests.kernels.test_compile import ARCHS, resources
 
 DEVICE = Device.from_arch("sm_90")
 
@@ -143,5 +143,5 @@ def test_they_compile_without_local_memory() -> None:
         if family.kind in ("conv1d", "conv_transpose1d")
     ]
     for i, config in enumerate((*found, *conv1d_depthwise_push.configs())):
-        _, usage = compile_config(config, "sm_90" if i < len(found) else ARCHS[i % len(ARCHS)])
-        assert usage.stack == usage.spill_stores == usage.spill_loads == 0, (config, usage)
+        found_there = resources(config, "sm_90" if i < len(found) else ARCHS[i % len(ARCHS)])
+        assert found_there.local_bytes == 0, (config, found_there)

@@ -62,6 +62,7 @@ LAYERS = (
     ("calls",),
     ("functional",),
     ("checkpoint",),
+    ("parameters",),
     ("nn", "grad", "signal", "explain", "files", "gpus", "report"),
     ("checks", "window", "torch.tensors", "compile", "layers"),
     ("stream",),
