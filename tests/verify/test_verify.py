@@ -483,8 +483,8 @@ def test_a_family_that_no_case_reaches_fails_the_run(
     plant: Callable[[Kernel], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plant(correct)
-    monkeypatch.setattr(cases, "CASES", cases.select("up_k1"))
-    monkeypatch.setattr(cases, "WIDE_CASES", ())
+    monkeypatch.setattr(cases.table, "CASES", cases.select("up_k1"))
+    monkeypatch.setattr(cases.table, "WIDE_CASES", ())
     report = verify("gpu")
     assert report.failures == ()
     assert not report.ok
@@ -664,8 +664,8 @@ def test_the_quick_run_is_a_selection() -> None:
 
 
 def test_quick_false_runs_everything(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cases, "CASES", cases.CASES[:4])
-    monkeypatch.setattr(cases, "WIDE_CASES", ())
+    monkeypatch.setattr(cases.table, "CASES", cases.CASES[:4])
+    monkeypatch.setattr(cases.table, "WIDE_CASES", ())
     report = verify("cpu", dtypes=["float32", "float64"], quick=False)
     assert report.pairs == report.total == 8
     assert verify("cpu", dtypes=["float32", "float64"]).pairs == 4

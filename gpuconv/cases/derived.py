@@ -1,0 +1,126 @@
+"""The problems derived from a problem, and the terms of a sum."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from ..edge import source_indices
+from ..problem import DTYPES, INTEGER_SUMS, INTEGERS, ConvProblem
+
+# Number formats: dtypes, and float32 with precision="tf32".
+NUMBER_FORMATS: tuple[str, ...] = (*DTYPES, "tf32")
+
+
+def dtype_of(number_format: str) -> str:
+    """The dtype of arrays in a number format."""
+    return "float32" if number_format == "tf32" else number_format
+
+
+def in_format(problem: ConvProblem, number_format: str) -> ConvProblem:
+    """The problem in another number format, one of `NUMBER_FORMATS`."""
+    precision = "tf32" if number_format == "tf32" else "float32"
+    return replace(problem, dtype=dtype_of(number_format), precision=precision)
+
+
+def in_integers(problem: ConvProblem, number_format: str) -> ConvProblem:
+    """The problem in integers; each number format stands for one of their dtypes and one of their sums."""
+    number = NUMBER_FORMATS.index(number_format)
+    dtype, sums = INTEGERS[number % len(INTEGERS)], INTEGER_SUMS[number % len(INTEGER_SUMS)]
+    return replace(problem, dtype=dtype, precision="float32", out_dtype=sums)
+
+
+def call_settings(problem: ConvProblem) -> dict[str, Any]:
+    """The keyword arguments with which the public function of `problem.op` arrives at this problem."""
+    p = problem
+    settings: dict[str, Any] = {
+        "stride": p.stride, "padding": p.padding, "dilation": p.dilation, "groups": p.groups
+    }  # fmt: skip
+    if p.transposed:
+        settings["output_padding"] = p.output_padding
+    if p.precision != "float32":
+        settings["precision"] = p.precision
+    if p.padding_mode != "zeros":
+        settings["padding_mode"] = p.padding_mode
+    if p.out_dtype is not None:
+        settings["out_dtype"] = p.out_dtype
+    return settings
+
+
+def with_batch(problem: ConvProblem, N: int) -> ConvProblem:
+    """The same layer on N samples."""
+    return replace(problem, N=N, batched=True)
+
+
+def inner_outputs(problem: ConvProblem) -> range:
+    """The outputs that a chunk of the input gives: all of them, or where padding means samples those not at an edge."""
+    first, last = (0, 0) if problem.padding_mode == "zeros" else problem.edge_windows
+    return range(first, problem.L_out - last)
+
+
+def chunk(problem: ConvProblem, start: int, stop: int) -> tuple[ConvProblem, slice]:
+    """The problem that gives the outputs ``start <= l_out < stop`` alone, and the positions of the input that it reads.
+
+    A long input cut into chunks must give the same bits as the whole. Needs ``0 <= start < stop <= L_out``, within
+    `inner_outputs`, and an input that is not empty where the operation is transposed.
+    """
+    p = problem
+    span = p.dilation * (p.K - 1) + 1
+    if not p.transposed:
+        low, high = start * p.stride - p.padding_left, (stop - 1) * p.stride - p.padding_left + span
+        first, last = min(max(low, 0), p.L_in), min(max(high, 0), p.L_in)
+        left = min(max(-low, 0), high - low)
+        right = high - low - left - (last - first)
+        return replace(p, L_in=last - first, padding_left=left, padding_right=right), slice(first, last)
+    # l_in feeds the outputs from l_in*stride - padding_left on, `span` of them.
+    newest = (start + p.padding_left) // p.stride  # the last one whose outputs begin at or before `start`
+    first = min(max(-(-(start + p.padding_left - span + 1) // p.stride), 0), newest, p.L_in - 1)
+    last = min((stop - 1 + p.padding_left) // p.stride + 1, p.L_in)
+    left = p.padding_left + start - first * p.stride
+    surplus = (last - first - 1) * p.stride + span - left - (stop - start)
+    right, extra = max(surplus, 0), max(-surplus, 0)
+    piece = replace(p, L_in=last - first, padding_left=left, padding_right=right, output_padding=extra)
+    return piece, slice(first, last)
+
+
+def one_group(problem: ConvProblem, g: int) -> tuple[ConvProblem, slice, slice]:
+    """Group g as a problem of its own, and its input and output channels.
+
+    Its weight is that of its channels: along the first axis the output channels, or the input channels where the
+    operation is transposed.
+    """
+    p = problem
+    alone = replace(p, C_in=p.C_in_g, C_out=p.C_out_g, groups=1)
+    return alone, slice(g * p.C_in_g, (g + 1) * p.C_in_g), slice(g * p.C_out_g, (g + 1) * p.C_out_g)
+
+
+class Term(NamedTuple):
+    """One product of an output element: the weight at an index of its array times the input at (channel, l_in).
+
+    `c_in` counts within the group.
+    """
+
+    c_in: int
+    k: int
+    l_in: int
+    channel: int
+    weight_index: tuple[int, int, int]
+
+
+def terms_of(problem: ConvProblem, c_out: int, l_out: int) -> Iterator[Term]:
+    """The products that an output element is the sum of, in the canonical order: c_in outer, k inner."""
+    p = problem
+    g, c_out_g = divmod(c_out, p.C_out_g)
+    for c_in in range(p.C_in_g):
+        channel = g * p.C_in_g + c_in
+        for k in range(p.K):
+            if p.transposed:
+                l_in, rest = divmod(l_out + p.padding_left - k * p.dilation, p.stride)
+            else:
+                l_in, rest = l_out * p.stride - p.padding_left + k * p.dilation, 0
+                if p.padding_mode != "zeros":
+                    l_in = int(source_indices(p.padding_mode, l_in, l_in + 1, p.L_in)[0])
+            if rest == 0 and 0 <= l_in < p.L_in:
+                index = (channel, c_out_g, k) if p.transposed else (c_out, c_in, k)
+                yield Term(c_in, k, l_in, channel, index)
