@@ -223,6 +223,16 @@ __device__ __forceinline__ index_t max_index(index_t a, index_t b) { return a > 
 // 0 <= i < extent, in one comparison.
 __device__ __forceinline__ bool is_index(index_t i, index_t extent) { return uindex_t(i) < uindex_t(extent); }
 
+// value / divisor for 0 <= value < 2^31: the host's magic number spares the division (Divisor in families/depthwise.py).
+// With 64-bit indices it divides.
+__device__ __forceinline__ index_t divide(index_t value, index_t divisor, index_t magic, index_t shift) {
+#if INDEX_BITS == 32
+    return divisor == 1 ? value : index_t(multiply_high(unsigned(value), unsigned(magic)) >> shift);
+#else
+    return value / divisor;
+#endif
+}
+
 // The index along the fastest of a grid's dimensions, `extent` long; `block` becomes the index along the others. A grid
 // has fewer than 2**31 blocks, and so have its dimensions.
 __device__ __forceinline__ unsigned next_index(unsigned& block, index_t extent) {

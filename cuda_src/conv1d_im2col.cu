@@ -29,6 +29,7 @@
 #include "common.cuh"
 #include "edge.cuh"
 #include "mma.cuh"
+#include "window.cuh"
 
 struct Params {
     index_t N, L_in, L_out, K;
@@ -44,7 +45,7 @@ struct Params {
     index_t last_row;                           // of the last unit, where that is not whole
     index_t channel_rows;                       // of all planes of a channel
     index_t plane_reciprocal, channel_reciprocal;  // 2^32 / plane_rows and 2^32 / channel_rows, rounded up
-    FUSED_FIELDS
+    FUSED_FIELDS WINDOW_FIELDS
 };
 static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/conv1d_im2col.py");
 static_assert(!HAS_SAMPLES && SEGMENT_MODE == 0 && !PHASES_IN_ROWS, "see gpuconv/families/conv1d_im2col.py");
@@ -240,12 +241,13 @@ __device__ __forceinline__ void multiply_window(const Tile& tile, const Params& 
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) conv1d_im2col(
-    const storage_t* __restrict__ input,       // [N, C_in, L_in]
+    INPUT_ARGUMENT  // [N, C_in, L_in]
     const StorageVector* __restrict__ weight,  // packed: see pack_im2col_weight.cu
     const storage_t* __restrict__ bias,        // [C_out], or null
     storage_t* __restrict__ output,            // [N, C_out, L_out]
-    FUSED_ARGUMENTS const Params p) {
+    FUSED_ARGUMENTS WINDOW_ARGUMENTS const Params p) {
     const Epilogue epilogue(bias, output, p FUSED_VALUES);
+    MOVE_WINDOW
     Sums acc;
     multiply_window(tile_at(blockIdx.x, input, weight, output, p), p, acc);
 

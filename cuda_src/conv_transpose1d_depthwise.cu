@@ -24,6 +24,7 @@
 #include "edge.cuh"
 #include "finish.cuh"
 #include "input.cuh"
+#include "window.cuh"
 
 struct Params {
     index_t N, C_out, L_in, L_out, K;
@@ -44,7 +45,7 @@ struct Params {
     index_t weight_stride_in, weight_stride_out, weight_stride_k;
     index_t bias_stride;
     index_t output_stride_n, output_stride_c, output_stride_l;
-    FUSED_FIELDS
+    FUSED_FIELDS WINDOW_FIELDS
 };
 static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/conv_transpose1d_depthwise.py");
 
@@ -222,11 +223,12 @@ __device__ __forceinline__ void convolve_rows(
 #endif
 
 extern "C" __global__ void __launch_bounds__(BLOCK_SIZE, kMinBlocks) conv_transpose1d_depthwise(
-    const storage_t* __restrict__ input,   // [N, C_in, L_in]
+    INPUT_ARGUMENT  // [N, C_in, L_in]
     const storage_t* __restrict__ weight,  // [C_in, C_out_g, K]
     const storage_t* __restrict__ bias,    // [C_out], or null
     storage_t* __restrict__ output,        // [N, C_out, L_out]
-    FUSED_ARGUMENTS const Params p) {
+    FUSED_ARGUMENTS WINDOW_ARGUMENTS const Params p) {
     const Epilogue epilogue(bias, output, p FUSED_VALUES);
+    MOVE_WINDOW
     convolve_rows(input, weight, output, epilogue, InputActivation(p INPUT_ACTIVATION_VALUES), p);
 }

@@ -48,16 +48,6 @@ constexpr int kMinBlocks = MIN_BLOCKS > 4 ? 4 : MIN_BLOCKS;
 constexpr int kMinBlocks = MIN_BLOCKS;
 #endif
 
-// value / divisor for 0 <= value < 2^31: the host's magic number spares the division (Divisor in families/depthwise.py).
-// With 64-bit indices it divides.
-__device__ __forceinline__ index_t divide(index_t value, index_t divisor, index_t magic, index_t shift) {
-#if INDEX_BITS == 32
-    return divisor == 1 ? value : index_t(multiply_high(unsigned(value), unsigned(magic)) >> shift);
-#else
-    return value / divisor;
-#endif
-}
-
 // What a thread works on.
 struct Place {
     index_t tile;      // of the row

@@ -166,11 +166,18 @@ class _Layer:
         state.update((key, getattr(self, key)) for key in keys if getattr(self, key) is not None)
         return state
 
-    def _with_arrays(self, activation: Activation | None, keys: tuple[str, str]) -> ActivationLike | None:
-        """An activation as the functions take it."""
-        if activation is None:
-            return None
-        return activation.as_argument(tuple(getattr(self, key) for key in keys[: activation.arrays]))
+    @property
+    def fused(self) -> dict[str, Any]:
+        """The arguments `activation` and `input_activation` of the functions, by name."""
+
+        def argument(activation: Activation | None, keys: tuple[str, str]) -> ActivationLike | None:
+            arrays = () if activation is None else tuple(getattr(self, key) for key in keys[: activation.arrays])
+            return None if activation is None else activation.as_argument(arrays)
+
+        return {
+            "activation": argument(self.activation, ACTIVATION_ARRAYS),
+            "input_activation": argument(self.input_activation, INPUT_ACTIVATION_ARRAYS),
+        }
 
     def load_state_dict(
         self, state: Mapping[str, Any] | str | os.PathLike[str], strict: bool = True, *, prefix: str = ""
@@ -351,10 +358,8 @@ class Conv1d(_Layer):
         """
         output = conv1d(
             input, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups,
-            padding_mode=self.padding_mode,
-            input_activation=self._with_arrays(self.input_activation, INPUT_ACTIVATION_ARRAYS), residual=residual,
-            activation=self._with_arrays(self.activation, ACTIVATION_ARRAYS), precision=self.precision,
-            algorithm=self.algorithm,
+            padding_mode=self.padding_mode, residual=residual, precision=self.precision, algorithm=self.algorithm,
+            **self.fused,
         )  # fmt: skip
         return cast(ArrayT, output)
 
@@ -456,11 +461,10 @@ class ConvTranspose1d(_Layer):
             self.groups,
             self.dilation,
             output_size=output_size,
-            input_activation=self._with_arrays(self.input_activation, INPUT_ACTIVATION_ARRAYS),
             residual=residual,
-            activation=self._with_arrays(self.activation, ACTIVATION_ARRAYS),
             precision=self.precision,
             algorithm=self.algorithm,
+            **self.fused,
         )
         return cast(ArrayT, output)
 

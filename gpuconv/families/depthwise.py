@@ -68,7 +68,7 @@ def can_skip(problem: ConvProblem, layout: Layout, bits: int) -> bool:
 
 
 class Divisor(NamedTuple):
-    """What `divide` of cuda_src/depthwise.cuh needs: value / divisor = high_half(value * magic) >> shift."""
+    """What `divide` of cuda_src/common.cuh needs: value / divisor = high_half(value * magic) >> shift."""
 
     magic: int
     shift: int
