@@ -6,6 +6,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from .functional import conv1d, conv_transpose1d, prepare
+from .lengths import conv1d_output_length, conv_transpose1d_output_length, output_lengths
 
 if TYPE_CHECKING:
     from . import grad, nn, reference, signal, stream
@@ -14,7 +15,21 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["conv1d", "conv_transpose1d", "explain", "grad", "nn", "prepare", "reference", "signal", "stream", "verify"]
+__all__ = [
+    "conv1d",
+    "conv1d_output_length",
+    "conv_transpose1d",
+    "conv_transpose1d_output_length",
+    "explain",
+    "grad",
+    "nn",
+    "output_lengths",
+    "prepare",
+    "reference",
+    "signal",
+    "stream",
+    "verify",
+]
 
 # These are loaded when they are first used, so that `import gpuconv` takes little longer than `import numpy`.
 _LAZY_MODULES = ("grad", "nn", "reference", "signal", "stream")

@@ -361,8 +361,7 @@ class Executor:
         `prepared` holds the packed forms of the weight, where the caller has one.
         """
         if self.choice is None:
-            if arrays[-1].size:
-                _as_bytes(arrays[-1]).fill(0)  # sums of nothing
+            clear(arrays[-1])  # sums of nothing
             return
         usable = arrays if self._copied is None else _with_copies(arrays, self._copied)
         if self._conjugate_weight:
@@ -429,6 +428,12 @@ def add(target: Any, values: Any) -> None:
 
 def _is_aligned(array: Any) -> bool:
     return not any(place % array.dtype.itemsize for place in (array.data.ptr, *array.strides))
+
+
+def clear(array: Any) -> None:
+    """Make an array zero that may lie at any address."""
+    if array.size:
+        _as_bytes(array).fill(0)
 
 
 def _as_bytes(array: Any) -> Any:

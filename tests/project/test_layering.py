@@ -24,7 +24,7 @@ PACKAGE = Path(gpuconv.__file__).resolve().parent
 # From the ground up: a module imports only from earlier rows, and modules in one row do not import each other.
 LAYERS = (
     ("text", "wav"),
-    ("dtypes", "device", "edge"),
+    ("dtypes", "device", "edge", "extents"),
     ("arguments", "costs"),
     ("fusion",),
     ("problem.base",),
@@ -56,7 +56,7 @@ LAYERS = (
     ("families",),
     ("dispatch",),
     ("runtime",),
-    ("memory", "tasks"),
+    ("memory", "tasks", "lengths"),
     ("calls",),
     ("functional",),
     ("checkpoint",),
