@@ -40,7 +40,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) conv1d_mma(
 #if SEGMENT_MODE >= 2
     AccVector* __restrict__ partial,      // sums of segments: see mma.cuh
 #endif
-    FUSED_ARGUMENTS const Params p) {
+    SAMPLES_ARGUMENT FUSED_ARGUMENTS const Params p) {
     const Epilogue epilogue(bias, output, p FUSED_VALUES);
 #if SEGMENT_MODE < 2
     AccVector* const partial = nullptr;
@@ -51,7 +51,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) conv1d_mma(
         const index_t n = index_t(next_index(block, p.sample_tiles)) * p.block_samples;
         const index_t g = block;
 
-        Tile tile = tile_with_layout(p);
+        const Extents sample = extents_of(n, p SAMPLES_VALUE);
+        Tile tile = tile_with_layout(p, sample);
         tile.input = input + (n * p.input_stride_n + g * p.C_in_g * p.input_stride_c);
         tile.weight = weight + (g * p.row_tiles + row_tile) * (p.chunks * p.pairs * (kParts * BLOCK_M));
         tile.output = output + (n * p.output_stride_n + g * p.C_out_g * p.output_stride_c);
@@ -60,7 +61,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) conv1d_mma(
         tile.rows = p.C_out_g;
         tile.samples = p.N - n;
         tile.position_begin = column_tile * p.block_positions;
-        tile.positions = p.L_out;
+        tile.positions = sample.L_out;
         tile.row_taps = p.K;
         tile.column_step = p.stride;
         tile.first = -p.padding_left;

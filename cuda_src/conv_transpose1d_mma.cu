@@ -44,7 +44,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) conv_transpos
 #if SEGMENT_MODE >= 2
     AccVector* __restrict__ partial,      // sums of segments: see mma.cuh
 #endif
-    FUSED_ARGUMENTS const Params p) {
+    SAMPLES_ARGUMENT FUSED_ARGUMENTS const Params p) {
     const Epilogue epilogue(bias, output, p FUSED_VALUES);
 #if SEGMENT_MODE < 2
     AccVector* const partial = nullptr;
@@ -59,7 +59,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) conv_transpos
 
         const Phase found = find_phase(unsigned(phase), p);
 
-        Tile tile = tile_with_layout(p);
+        const Extents sample = extents_of(n, p SAMPLES_VALUE);
+        Tile tile = tile_with_layout(p, sample);
         tile.input = input + (n * p.input_stride_n + g * p.C_in_g * p.input_stride_c);
         tile.weight = weight + (product * p.row_tiles + row_tile) * (p.chunks * p.pairs * (kParts * BLOCK_M));
         tile.output = output + (n * p.output_stride_n + g * p.C_out_g * p.output_stride_c);
@@ -69,6 +70,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) conv_transpos
         tile.samples = p.N - n;
         tile.position_begin = column_tile * p.block_positions;
         tile.positions = p.positions;
+        if (kHasLengths) {
+            tile.positions = sample.L_out > 0 ? (sample.L_out - 1 + p.padding_left) / p.stride - p.q_begin + 1 : 0;
+        }
         tile.row_taps = found.taps;
         tile.column_step = 1;
         tile.first = p.q_begin + found.l_shift;

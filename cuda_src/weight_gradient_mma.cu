@@ -25,6 +25,7 @@
 // With several slices their sums go to partial and sum_slices.cu follows; with one partial is null.
 // COARSE_WIDTH and FINE_WIDTH > 1 need contiguous positions, as many as a multiple of the width, in rows that begin
 // aligned to that many; FINE_WIDTH > 1 also needs stride 1. Takes other arrays of any strides, in elements.
+// Samples with lengths of their own (samples.cuh) need widths of 1.
 // Needs float16, bfloat16 (sm_80) or float32 (sm_80). Chosen for at least 8 channels a group on both sides.
 
 #include "common.cuh"
@@ -152,7 +153,7 @@ __device__ __forceinline__ void load_rows(unsigned (&a)[4], const unsigned char*
 
 // The sums of one slice.
 __device__ __forceinline__ void multiply_slice(
-    const storage_t* coarse, const storage_t* fine, const Tile& tile, const Params& p, Sums& acc) {
+    const storage_t* coarse, const storage_t* fine, const Tile& tile, const Params& p, Sums& acc SAMPLES_PARAMETER) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const Slice s = find_slice(tile.slice, p);
     const int window_half = int(p.window_half), window_pitch = int(p.window_pitch), block_taps = int(p.block_taps);
@@ -200,7 +201,11 @@ __device__ __forceinline__ void multiply_slice(
     const auto load_coarse = [&](Block<COARSE_WIDTH>& block, const Task& task) {
         const int sample = task.row >> sample_shift;
         const index_t l_coarse = l + (task.row - (sample << sample_shift)), c = first_of_unit(task.unit, tile.rows);
-        if (n + sample < s.n_end && l_coarse < s.l_end) {
+        bool exists = n + sample < s.n_end && l_coarse < s.l_end;
+#ifdef LENGTHS
+        exists = exists && l_coarse < samples[n + sample].L_out;
+#endif
+        if (exists) {
             block.load(
                 coarse + ((n + sample) * p.coarse_stride_n + l_coarse * p.coarse_stride_l + c * p.coarse_stride_c),
                 keep_in_register(p.coarse_stride_c));
@@ -211,7 +216,14 @@ __device__ __forceinline__ void multiply_slice(
     const auto load_fine = [&](Block<FINE_WIDTH>& block, const Task& task) {
         const Place place = places[task.row];
         const index_t c = first_of_unit(task.unit, tile.channels);
-        const Source source = source_index(l * p.stride + place.l, p.L_fine);
+        index_t position = l * p.stride + place.l, L_fine = p.L_fine;
+#ifdef LENGTHS
+        if (n + place.n < s.n_end) {
+            position += p.padding_left - index_t(samples[n + place.n].padding_left);
+            L_fine = index_t(samples[n + place.n].L_in);
+        }
+#endif
+        const Source source = source_index(position, L_fine);
         if (n + place.n < s.n_end && source.exists) {
             block.load(
                 fine + ((n + place.n) * p.fine_stride_n + source.index * p.fine_stride_l + c * p.fine_stride_c),
@@ -378,9 +390,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) weight_gradie
     const storage_t* __restrict__ fine,    // [N, C_fine, L_fine]
     acc_t* __restrict__ partial,           // [slices, C_coarse, C_fine_g, K], or null
     storage_t* __restrict__ grad_weight,   // [C_coarse, C_fine_g, K], or null
-    const Params p) {
+    SAMPLES_ARGUMENT const Params p) {
     Sums acc;
-    multiply_slice(coarse, fine, find_tile(blockIdx.x, p), p, acc);
+    multiply_slice(coarse, fine, find_tile(blockIdx.x, p), p, acc SAMPLES_VALUE);
 
     // 16 rows of each warp at a time pass through shared memory, to be stored in the order of (c, k).
     const Tile tile = find_tile(block_index_again(), p);
@@ -452,7 +464,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) weight_gradie
                 const index_t r = tile.channel + tile.row_begin + row_of(row), k = tile.tap_begin + tap;
                 const index_t c_of_group = tile.octet_begin * 8 + c;
                 const acc_t sum = canonical_slice_sum(
-                    coarse + r * p.coarse_stride_c, fine + (tile.fine_channel + c_of_group) * p.fine_stride_c, k, s, p);
+                    coarse + r * p.coarse_stride_c, fine + (tile.fine_channel + c_of_group) * p.fine_stride_c, k, s,
+                    p SAMPLES_VALUE);
                 store_sum(sum, tile.slice, r, c_of_group * p.K + k, partial, grad_weight, p);
             }
         }

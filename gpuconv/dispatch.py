@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from .device import Device
-from .families import FAMILIES, ArrayLayout, Config, Family, Launch, Layout, Plan, Refusal, Step, edges, fused
+from .families import FAMILIES, ArrayLayout, Config, Family, Launch, Layout, Plan, Refusal, Step, fused, lengths
 from .families.base import contiguous_strides
 from .fusion import RESIDUAL
 from .problem import FORMATS, Kind, Problem
@@ -143,4 +143,4 @@ def plan_of(family: Family[Any], problem: Problem, layout: Layout, device: Devic
     """How a family computes a problem in its padding mode, with what is fused, or why it does not."""
     if problem.dtype not in family.dtypes:
         return Refusal(f"takes no {problem.dtype}")
-    return fused.plan(family, problem, layout, lambda inner: edges.plan(family, problem, inner, device))
+    return fused.plan(family, problem, layout, lambda inner: lengths.plan(family, problem, inner, device))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import edges, fused
+from . import edges, fused, lengths
 from .base import ArrayLayout, Config, Family, Launch, Layout, Plan, Refusal, Step
 from .bias_gradient_rows import BiasGradientRows
 from .conv1d_depthwise import Conv1dDepthwise
@@ -61,4 +61,5 @@ __all__ = [
     "Step",
     "edges",
     "fused",
+    "lengths",
 ]

@@ -52,6 +52,7 @@ LAYERS = (
     ("families.append", "families.tiles", "families.depthwise", "families.sliding", "families.mma", "families.slices"),
     ("families.passes",),
     ("families.edges", "families.fused"),
+    ("families.lengths",),
     ("families.*",),
     ("families",),
     ("dispatch",),
@@ -222,6 +223,9 @@ HELPERS = {
     "sum_slices",
     "conv1d_edges",
     "conv_transpose1d_fold",
+    "conv1d_ends",
+    "conv_transpose1d_ends",
+    "write_samples",
     "activate",
 }
 EVERY_FAMILY: tuple[Family[Any], ...] = FAMILIES
