@@ -57,8 +57,7 @@ __device__ __forceinline__ Tile tile_at(
     const index_t n = next_index(block, p.N);
     const index_t g = block;
 
-    const Extents sample = extents_of(n, p SAMPLES_VALUE);
-    Tile tile = tile_with_layout(p, sample);
+    Tile tile = tile_with_layout(p);
     tile.input = input + (n * p.input_stride_n + g * p.C_in_g * p.input_stride_c);
     tile.weight = weight + (g * p.row_tiles + row_tile) * (p.pairs * (kParts * BLOCK_M));
     tile.output = output + (n * p.output_stride_n + g * p.C_out_g * p.output_stride_c);
@@ -67,13 +66,18 @@ __device__ __forceinline__ Tile tile_at(
     tile.rows = p.C_out_g;
     tile.samples = 1;
     tile.position_begin = column_tile * BLOCK_N;
-    tile.positions = sample.L_out;
+    tile.positions = p.L_out;
     tile.row_taps = p.K;
     tile.column_step = p.stride;
     tile.first = -p.padding_left;
     tile.tap_step = p.dilation;
     tile.output_step = 1;
     tile.output_first = 0;
+    if (kHasLengths) {
+        const Extents sample = extents_of(n, p SAMPLES_VALUE);
+        tile.L_in = sample.L_in;
+        tile.L_out = tile.positions = sample.L_out;
+    }
     return tile;
 }
 

@@ -51,8 +51,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) conv1d_mma(
         const index_t n = index_t(next_index(block, p.sample_tiles)) * p.block_samples;
         const index_t g = block;
 
-        const Extents sample = extents_of(n, p SAMPLES_VALUE);
-        Tile tile = tile_with_layout(p, sample);
+        Tile tile = tile_with_layout(p);
         tile.input = input + (n * p.input_stride_n + g * p.C_in_g * p.input_stride_c);
         tile.weight = weight + (g * p.row_tiles + row_tile) * (p.chunks * p.pairs * (kParts * BLOCK_M));
         tile.output = output + (n * p.output_stride_n + g * p.C_out_g * p.output_stride_c);
@@ -61,13 +60,18 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) conv1d_mma(
         tile.rows = p.C_out_g;
         tile.samples = p.N - n;
         tile.position_begin = column_tile * p.block_positions;
-        tile.positions = sample.L_out;
+        tile.positions = p.L_out;
         tile.row_taps = p.K;
         tile.column_step = p.stride;
         tile.first = -p.padding_left;
         tile.tap_step = p.dilation;
         tile.output_step = 1;
         tile.output_first = 0;
+        if (kHasLengths) {
+            const Extents sample = extents_of(n, p SAMPLES_VALUE);
+            tile.L_in = sample.L_in;
+            tile.L_out = tile.positions = sample.L_out;
+        }
         return tile;
     };
     run_block(

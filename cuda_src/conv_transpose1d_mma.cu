@@ -59,8 +59,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) conv_transpos
 
         const Phase found = find_phase(unsigned(phase), p);
 
-        const Extents sample = extents_of(n, p SAMPLES_VALUE);
-        Tile tile = tile_with_layout(p, sample);
+        Tile tile = tile_with_layout(p);
         tile.input = input + (n * p.input_stride_n + g * p.C_in_g * p.input_stride_c);
         tile.weight = weight + (product * p.row_tiles + row_tile) * (p.chunks * p.pairs * (kParts * BLOCK_M));
         tile.output = output + (n * p.output_stride_n + g * p.C_out_g * p.output_stride_c);
@@ -71,6 +70,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) conv_transpos
         tile.position_begin = column_tile * p.block_positions;
         tile.positions = p.positions;
         if (kHasLengths) {
+            const Extents sample = extents_of(n, p SAMPLES_VALUE);
+            tile.L_in = sample.L_in;
+            tile.L_out = sample.L_out;
             tile.positions = sample.L_out > 0 ? (sample.L_out - 1 + p.padding_left) / p.stride - p.q_begin + 1 : 0;
         }
         tile.row_taps = found.taps;

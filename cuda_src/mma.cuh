@@ -123,11 +123,11 @@ struct Window {
 
 // What Params of all kernels have in common, in Tile and Window.
 template <typename P>
-__device__ __forceinline__ Tile tile_with_layout(const P& p, const Extents& sample) {
+__device__ __forceinline__ Tile tile_with_layout(const P& p) {
     Tile tile;
-    tile.L_in = sample.L_in;
-    tile.L_out = sample.L_out;
     tile.C_in_g = p.C_in_g;
+    tile.L_in = p.L_in;
+    tile.L_out = p.L_out;
     tile.input_stride_n = p.input_stride_n;
     tile.input_stride_c = p.input_stride_c;
     tile.input_stride_l = p.input_stride_l;
