@@ -22,7 +22,8 @@ from torch.overrides import (
 
 from ..arguments import check_padding_mode, check_precision
 from ..fusion import FUSED_ARRAYS, ActivationLike, Fused
-from ..problem import ConvProblem, Op, Padding, Setting, Settings
+from ..lengths import check_lengths
+from ..problem import MAX_EXTENT, ConvProblem, Op, Padding, Setting, Settings
 from ..runtime import is_cupy_array
 from . import operators
 from .tensors import Tensor, dtype_name, specs
@@ -41,6 +42,7 @@ def conv1d(
     input_activation: ActivationLike | None = None,
     residual: Tensor | None = None,
     activation: ActivationLike | None = None,
+    lengths: Any = None,
     precision: str = "float32",
     algorithm: str | None = None,
 ) -> Tensor:
@@ -59,6 +61,8 @@ def conv1d(
         input_activation: likewise. What is fused has no derivatives, and no rule for `torch.func.vmap`.
         residual: likewise, a tensor.
         activation: likewise; the arrays of snake are tensors.
+        lengths: likewise, a sequence of ints or a tensor, of which the values are read on the CPU: those of a CUDA
+            tensor are waited for, and torch.compile compiles anew for others. They hold for all derivatives.
         precision: likewise; it holds for the gradients, too.
         algorithm: likewise, for the output alone: gradients are computed as without it. Under `torch.func.vmap` it is
             that of the one call which the whole batch becomes.
@@ -83,17 +87,18 @@ def conv1d(
     """
     if has_torch_function_variadic(input, weight, bias):
         settings = (stride, padding, dilation, groups)
-        more = _given(input_activation=input_activation, residual=residual, activation=activation)
+        more = _given(input_activation=input_activation, residual=residual, activation=activation, lengths=lengths)
         named = {"padding_mode": padding_mode, "precision": precision, "algorithm": algorithm, **more}
         return _overridden(conv1d, input, weight, bias, *settings, **named)
     if algorithm is not None:
         _check_algorithm("conv1d", algorithm)
     checked = _checked("conv1d", stride, padding, dilation, groups)
     tensors = _tensors("conv1d", precision, input, weight, bias)
+    own = None if lengths is None else _lengths("conv1d", lengths)
     if _exports_onnx():
         return _as_pytorch("conv1d", checked, *tensors, padding_mode)
     sides, word = _split(checked.padding)
-    others = (checked.dilation, checked.groups, precision, padding_mode, algorithm)
+    others = (checked.dilation, checked.groups, precision, padding_mode, own, algorithm)
     if activation is not None or input_activation is not None or residual is not None:
         fused = Fused.check("conv1d", activation, input_activation, residual)
         return _fused("conv1d", tensors, (checked.stride, sides, word, *others), fused)
@@ -115,6 +120,7 @@ def conv_transpose1d(
     input_activation: ActivationLike | None = None,
     residual: Tensor | None = None,
     activation: ActivationLike | None = None,
+    lengths: Any = None,
     precision: str = "float32",
     algorithm: str | None = None,
 ) -> Tensor:
@@ -134,6 +140,7 @@ def conv_transpose1d(
         input_activation: see `conv1d`.
         residual: likewise.
         activation: likewise.
+        lengths: likewise.
         precision: likewise.
         algorithm: likewise.
 
@@ -154,7 +161,7 @@ def conv_transpose1d(
         more = {
             "output_size": output_size, "padding_mode": padding_mode, "precision": precision, "algorithm": algorithm
         }  # fmt: skip
-        more |= _given(input_activation=input_activation, residual=residual, activation=activation)
+        more |= _given(input_activation=input_activation, residual=residual, activation=activation, lengths=lengths)
         return _overridden(conv_transpose1d, input, weight, bias, *settings, **more)
     if padding_mode != "zeros":
         check_padding_mode(op, op, padding_mode)
@@ -168,14 +175,29 @@ def conv_transpose1d(
             x, w, b, stride, padding, output_padding, groups, dilation, output_size, precision
         )
         checked = checked._replace(padding=problem.padding, output_padding=problem.output_padding)
+    own = None if lengths is None else _lengths(op, lengths)
     if _exports_onnx():
         return _as_pytorch(op, checked, *tensors)
     sides, word = _split(checked.padding)
-    others = (checked.output_padding, checked.groups, checked.dilation, precision, algorithm)
+    others = (checked.output_padding, checked.groups, checked.dilation, precision, own, algorithm)
     if activation is not None or input_activation is not None or residual is not None:
         fused = Fused.check(op, activation, input_activation, residual)
         return _fused(op, tensors, (checked.stride, sides, word, *others), fused)
     return operators.conv_transpose1d(*tensors, checked.stride, sides, word, *others)
+
+
+def _lengths(op: Op, lengths: Any) -> list[int]:
+    """The lengths of samples as the operators take them; whether they fit is for the functions of arrays to check."""
+    if _exports_onnx():
+        raise RuntimeError(f"{op}: lengths cannot be exported to ONNX; mask the input and the output")
+    if isinstance(lengths, torch.Tensor):
+        if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool or lengths.dim() != 1:
+            raise TypeError(f"{op}: lengths must be (N,) integers, got {lengths.dtype} of {lengths.dim()} dimensions")
+        return [int(length) for length in lengths.tolist()]
+    if isinstance(lengths, list | tuple) and all([type(length) is int for length in lengths]):  # lists can be compiled
+        return list(lengths)
+    N = len(lengths) if hasattr(lengths, "__len__") else 0
+    return [int(length) for length in check_lengths(op, lengths, N, "L_in", MAX_EXTENT)]
 
 
 def _given(**arguments: Any) -> dict[str, Any]:
