@@ -190,14 +190,20 @@ def _problem(op: Op, specs: Sequence[ArraySpec | None], settings: Sequence[Any])
     return ConvProblem.of(op, *specs, **keywords)
 
 
+def _lengths_in(settings: Sequence[Any]) -> Sequence[int] | None:
+    """The lengths among the settings, at whose end those that are None may be left out."""
+    return settings[_LENGTHS] if len(settings) > _LENGTHS else None
+
+
 def _output_lengths(op: Op, K: int, settings: Sequence[Any]) -> tuple[int, ...] | None:
     """The lengths of the outputs of samples, where these have lengths of their own."""
-    if settings[_LENGTHS] is None:
+    lengths = _lengths_in(settings)
+    if lengths is None:
         return None
     known = _keywords(op, settings)
     extra = known.get("output_padding", 0)
     given = (known["stride"], known["padding"], known["dilation"])
-    found = output_lengths(list(settings[_LENGTHS]), K, *given, transposed=op != "conv1d", output_padding=extra)
+    found = output_lengths(list(lengths), K, *given, transposed=op != "conv1d", output_padding=extra)
     return tuple(found.tolist())
 
 
@@ -396,9 +402,9 @@ def _grouped(settings: Sequence[Any], B: int) -> list[Any]:
 
 def _repeated(settings: Sequence[Any], B: int) -> list[Any]:
     """The settings of B batches in one."""
-    repeated = [*settings]
-    if repeated[_LENGTHS] is not None:
-        repeated[_LENGTHS] = [*repeated[_LENGTHS]] * B
+    repeated, lengths = [*settings], _lengths_in(settings)
+    if lengths is not None:
+        repeated[_LENGTHS] = [*lengths] * B
     return repeated
 
 
@@ -448,7 +454,7 @@ def _register_bias_gradient() -> Any:
         return _existing(g[:, None].expand(ctx.size), ctx.lengths), None
 
     def along(inputs: list[Any], tangents: Sequence[Tensor | None], _settings: tuple[Any, ...]) -> Tensor:
-        return cast(Tensor, operator(tangents[0], inputs[1]))
+        return cast(Tensor, operator(tangents[0], *inputs[1:]))
 
     def batch(
         info: Any, dims: tuple[Any, ...], grad_output: Tensor, lengths: Sequence[int] | None = None
