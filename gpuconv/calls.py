@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from threading import Lock
@@ -172,9 +172,7 @@ def _run_on_gpu(
     return out
 
 
-def _samples(
-    function: str, arrays: tuple[Any, ...], settings: tuple[Any, ...], task: Task, lengths: Any
-) -> Samples:
+def _samples(function: str, arrays: tuple[Any, ...], settings: tuple[Any, ...], task: Task, lengths: Any) -> Samples:
     """The lengths of the samples of a call that has been checked but for these."""
     if task.forward is None:
         shape = arrays[0].shape
@@ -199,11 +197,11 @@ def _table(function: str, task: Task, samples: Samples) -> np.ndarray[Any, Any]:
     """What kernels read of each sample: see cuda_src/samples.cuh."""
     L_in, L_out, left = samples
     p = task.problem
-    if isinstance(p, ConvProblem) and p.op != function:  # of the gradient of an input, whose input is an output
-        L_in, L_out = L_out, L_in
-    elif isinstance(p, WeightGradientProblem) and p.transposed:  # whose positions step through the output
-        L_in, L_out = L_out, L_in
-    return np.stack((L_in, L_out, left), axis=1)
+    # The input of the gradient of an input is an output; in that of a transposed weight, fine is one.
+    is_swapped = (
+        p.transposed if isinstance(p, WeightGradientProblem) else isinstance(p, ConvProblem) and p.op != function
+    )
+    return np.stack((L_out, L_in, left) if is_swapped else (L_in, L_out, left), axis=1)
 
 
 def _run_samples_on_cpu(
@@ -253,9 +251,8 @@ def _run_by_runs(
 ) -> None:
     """Compute an operation or the gradient of an input: one call for each run of samples of one length.
 
-    Args:
-        compute: (function, views of the arrays, their settings, view of the result) carries out a run.
-        clear: makes a view of the result zero.
+    `compute` carries out a run, given the function, views of the arrays, their settings and a view of the result;
+    `clear` makes a view of the result zero.
     """
     result = _batched(result)
     is_forward = isinstance(task.problem, ConvProblem) and task.problem.op == function

@@ -375,7 +375,9 @@ def _samples_alone(problem: ConvProblem, lengths: Sequence[int], settings: Mappi
     weight = ArraySpec(p.weight_shape, p.dtype)
     bias = ArraySpec((p.C_out,), p.dtype) if p.has_bias else None
     for n, (L_in, length) in enumerate(zip(lengths, L_out.tolist(), strict=True)):
-        alone = ConvProblem.of(p.op, ArraySpec((1, p.C_in, L_in), p.dtype), weight, bias, **settings) if length else None
+        alone = (
+            ConvProblem.of(p.op, ArraySpec((1, p.C_in, L_in), p.dtype), weight, bias, **settings) if length else None
+        )
         found.append(_SampleAlone(n, L_in, length, alone))
     return found
 
@@ -388,9 +390,13 @@ def _check_lengths(s: Subject) -> Failure | None:
     exact_x = cases.exact_data(p, s.seed, adjoint_too=True).input
     exact_u = cases.exact_grad_output(p, s.seed, exact_x)
     for alone in samples:
-        for input, grad_output in ((data.input, u), (exact_x, exact_u)):
-            input[alone.n, :, alone.L_in :] = np.nan
-            grad_output[alone.n, :, alone.L_out :] = np.nan
+        for array, length in (
+            (data.input, alone.L_in),
+            (exact_x, alone.L_in),
+            (u, alone.L_out),
+            (exact_u, alone.L_out),
+        ):
+            array[alone.n, :, length:] = np.nan
     settings = {**s.settings, "lengths": s.case.lengths}
     output, expected = s.target.convolve(p, data, settings), np.zeros(p.output_shape, numpy_dtype(p.dtype))
     grad_input, expected_grad = s.target.gradient("input", p, (data.weight, u), settings), np.zeros_like(data.input)
@@ -488,7 +494,9 @@ CHECKS: tuple[Check, ...] = (
     Check("fused", _check_fused),
     Check("layout", _check_layout),
     *(Check(kind, _check_random(kind)) for kind in cases.RANDOM_KINDS),
-    Check("impulse", _check_impulse, lambda s: s.problem.padding_mode == "zeros"),  # elsewhere an impulse may come twice
+    Check(
+        "impulse", _check_impulse, lambda s: s.problem.padding_mode == "zeros"
+    ),  # elsewhere an impulse may come twice
     Check("adjoint", _check_adjoint),
     Check("groups", _check_groups, lambda s: s.problem.groups > 1),
     Check("bias", _check_bias),

@@ -79,7 +79,9 @@ def conv1d_input(
         array([[[ 1.,  2.,  0., 10., 20.,  0.]]])
     """
     settings = (input_size, stride, padding, dilation, groups, precision, padding_mode)
-    return cast(ArrayT, calls.run("conv1d_input", (grad_output, weight), settings, out, algorithm=algorithm, lengths=lengths))
+    return cast(
+        ArrayT, calls.run("conv1d_input", (grad_output, weight), settings, out, algorithm=algorithm, lengths=lengths)
+    )
 
 
 def conv1d_weight(
@@ -232,7 +234,10 @@ def conv_transpose1d_input(
         array([[[ 2., 11.]]])
     """
     settings = (input_size, stride, padding, output_padding, groups, dilation, output_size, precision)
-    return cast(ArrayT, calls.run("conv_transpose1d_input", (grad_output, weight), settings, out, algorithm=algorithm, lengths=lengths))
+    return cast(
+        ArrayT,
+        calls.run("conv_transpose1d_input", (grad_output, weight), settings, out, algorithm=algorithm, lengths=lengths),
+    )
 
 
 def conv_transpose1d_weight(
@@ -296,7 +301,13 @@ def conv_transpose1d_weight(
     return cast(
         ArrayT,
         calls.run_weight_gradient(
-            "conv_transpose1d_weight", arrays, settings, out, weight_dtype=weight_dtype, algorithm=algorithm, lengths=lengths
+            "conv_transpose1d_weight",
+            arrays,
+            settings,
+            out,
+            weight_dtype=weight_dtype,
+            algorithm=algorithm,
+            lengths=lengths,
         ),
     )
 

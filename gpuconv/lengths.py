@@ -8,7 +8,8 @@ sample ends, and "same" and the padding modes refer to that place.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, SupportsIndex, TypeAlias, cast
+from itertools import pairwise
+from typing import Any, NamedTuple, SupportsIndex, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -46,11 +47,11 @@ class Samples(NamedTuple):
         p = problem
         L_in = check_lengths(caller, lengths, p.N, "L_in", p.L_in)
         span = p.dilation * (p.K - 1) + 1
-        left, right = p.padding
+        sides: tuple[Any, Any] = p.padding
         if follows_length(p, padding):
-            left, right, _ = resolve_padding(False, "same", L_in, p.stride, span)
-        L_out = output_length(p.transposed, L_in, left, right, p.stride, span, p.output_padding)
-        left, right, _ = np.broadcast_arrays(left, right, L_in)
+            sides = resolve_padding(False, "same", L_in, p.stride, span)[:2]
+        L_out = output_length(p.transposed, L_in, *sides, p.stride, span, p.output_padding)
+        left, right = (np.broadcast_to(side, L_in.shape) for side in sides)
         found = cls(L_in, np.maximum(L_out, 0), left)
         if p.padding_mode != "zeros":
             for n in np.flatnonzero(L_out > 0).tolist():
@@ -70,7 +71,7 @@ class Samples(NamedTuple):
         """The samples from start to stop - 1, neighbours of one length."""
         bounds = np.flatnonzero(np.diff(self.L_in)) + 1
         places = [0, *bounds.tolist(), len(self.L_in)]
-        return ((start, stop) for start, stop in zip(places, places[1:], strict=False) if start < stop)
+        return ((start, stop) for start, stop in pairwise(places) if start < stop)
 
 
 def follows_length(problem: ConvProblem, padding: Padding) -> bool:
@@ -105,7 +106,8 @@ def check_lengths(caller: str, lengths: Any, N: int, extent: str, L: int) -> Int
     if bad.size:
         n = int(bad[0])
         raise ValueError(f"{caller}: lengths must be from 0 to {extent} = {L}, got lengths[{n}] = {lengths[n]}")
-    return lengths.astype(np.int64)
+    found: Integers = lengths.astype(np.int64)
+    return found
 
 
 def conv1d_output_length(
@@ -203,7 +205,8 @@ def output_lengths(
         >>> gpuconv.output_lengths([16000, 11200, 3], 10, stride=5)
         array([3199, 2239,    0])
     """
-    caller, op = "output_lengths", cast(Op, "conv_transpose1d" if transposed else "conv1d")
+    caller = "output_lengths"
+    op: Op = "conv_transpose1d" if transposed else "conv1d"
     if runtime.is_cupy_array(lengths):
         if lengths.dtype.kind not in "iu" or lengths.ndim != 1:
             raise TypeError(f"{caller}: lengths must be (N,) integers, got {lengths.dtype} of shape {lengths.shape}")

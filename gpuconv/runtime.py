@@ -316,7 +316,17 @@ class Executor:
         copies: the arrays that are copied, because kernels cannot read or write them where they lie.
     """
 
-    __slots__ = ("_conjugate_weight", "_copied", "_has_samples", "_packing", "_scratch", "_steps", "_weight", "choice", "copies")
+    __slots__ = (
+        "_conjugate_weight",
+        "_copied",
+        "_has_samples",
+        "_packing",
+        "_scratch",
+        "_steps",
+        "_weight",
+        "choice",
+        "copies",
+    )
 
     def __init__(
         self,

@@ -92,13 +92,13 @@ def write_launches(values: Sequence[int]) -> Iterator[tuple[Config, Launch]]:
     count = next((n for n in WRITTEN_VALUES if n >= len(values)), WRITTEN_VALUES[-1])
     for first in range(0, len(values), count):
         part = values[first : first + count]
-        params = {"first": first, "count": len(part), **dict(enumerate(part)), **dict.fromkeys(range(len(part), count), 0)}
-        named = tuple((str(name), value) for name, value in params.items())
-        yield _write_config(count), Launch(1, WARP, 0, 64, named)
+        filled = [*part, *[0] * (count - len(part))]
+        params = (("first", first), ("count", len(part)), *((f"values[{i}]", value) for i, value in enumerate(filled)))
+        yield _write_config(count), Launch(1, WARP, 0, 64, params)
 
 
 def _write_config(count: int) -> Config:
-    macros = {"DTYPE": "float32", "INDEX_BITS": 64, "BLOCK_SIZE": WARP, "NUM_VALUES": count}
+    macros: dict[str, str | int] = {"DTYPE": "float32", "INDEX_BITS": 64, "BLOCK_SIZE": WARP, "NUM_VALUES": count}
     return Config.of("write_samples", {**macros, "PARAMS_BYTES": (2 + count) * 8})
 
 

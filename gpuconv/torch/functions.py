@@ -194,7 +194,7 @@ def _lengths(op: Op, lengths: Any) -> list[int]:
         if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool or lengths.dim() != 1:
             raise TypeError(f"{op}: lengths must be (N,) integers, got {lengths.dtype} of {lengths.dim()} dimensions")
         return [int(length) for length in lengths.tolist()]
-    if isinstance(lengths, list | tuple) and all([type(length) is int for length in lengths]):  # lists can be compiled
+    if isinstance(lengths, list | tuple) and {type(length) for length in lengths} <= {int}:  # these can be compiled
         return list(lengths)
     N = len(lengths) if hasattr(lengths, "__len__") else 0
     return [int(length) for length in check_lengths(op, lengths, N, "L_in", MAX_EXTENT)]

@@ -152,13 +152,15 @@ def test_the_lengths_of_outputs() -> None:
     found = gpuconv.output_lengths([5, 0], [3], padding=1)
     assert found.dtype == np.int64
     assert found.tolist() == [5, 0]
-    with pytest.raises(ValueError, match=r"^output_lengths: lengths must be from 0 to 2\*\*62 = \d+, got lengths\[1\] = -1"):
+    with pytest.raises(
+        ValueError, match=r"^output_lengths: lengths must be from 0 to 2\*\*62 = \d+, got lengths\[1\] = -1"
+    ):
         gpuconv.output_lengths([1, -1], 3)
-    with pytest.raises(TypeError, match="^output_lengths: lengths must be an array or a sequence of ints, got set"):
+    with pytest.raises(TypeError, match=r"^output_lengths: lengths must be an array or a sequence of ints, got set"):
         gpuconv.output_lengths({1}, 3)
-    with pytest.raises(TypeError, match="^conv1d_output_length: length must be an int, got float"):
+    with pytest.raises(TypeError, match=r"^conv1d_output_length: length must be an int, got float"):
         gpuconv.conv1d_output_length(1.0, 3)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="^conv_transpose1d_output_length: output_padding must be below"):
+    with pytest.raises(ValueError, match=r"^conv_transpose1d_output_length: output_padding must be below"):
         gpuconv.conv_transpose1d_output_length(5, 3, output_padding=1)
 
 
@@ -194,7 +196,9 @@ def test_bad_lengths_are_refused_before_anything_is_computed(
 @pytest.mark.parametrize(("mode", "limit"), [("reflect", "below"), ("circular", "at most"), ("symmetric", "at most")])
 def test_padding_modes_are_limited_by_each_sample(mode: str, limit: str) -> None:
     x, w = np.ones((3, 2, 8)), np.ones((2, 2, 3))
-    message = f"^conv1d: padding must be {limit} L_in = 2 on both sides .* got \\(3, 3\\), of which lengths\\[1\\] is 2$"
+    message = (
+        f"^conv1d: padding must be {limit} L_in = 2 on both sides .* got \\(3, 3\\), of which lengths\\[1\\] is 2$"
+    )
     with pytest.raises(ValueError, match=message):
         gpuconv.conv1d(x, w, padding=3, padding_mode=mode, lengths=[8, 2, 0])
     # A sample that has no output reads nothing.
@@ -261,15 +265,17 @@ def test_explain_tells_what_lengths_become() -> None:
         by_runs = gpuconv.explain("conv1d", x, w, **settings, lengths=lengths, device=device)
         assert by_runs.runs == 3
         assert "in 3 calls on views of neighbours of one length" in " ".join(str(by_runs).split())
-    weight = gpuconv.explain("conv1d", x, w, stride=2, padding="same", lengths=lengths, device="sm_90", direction="grad_weight")
+    weight = gpuconv.explain(
+        "conv1d", x, w, stride=2, padding="same", lengths=lengths, device="sm_90", direction="grad_weight"
+    )
     assert weight.runs == 1
-    with pytest.raises(ValueError, match="^conv1d: lengths must be from 0"):
+    with pytest.raises(ValueError, match=r"^conv1d: lengths must be from 0"):
         gpuconv.explain("conv1d", x, w, lengths=[101, 0, 0, 0], device="cpu")
 
 
 @pytest.mark.gpu
 def test_on_a_gpu(cupy: Any) -> None:
-    """Lengths on either device, the bits of calls on samples alone, and a graph that keeps the lengths it was made of."""
+    """Lengths on either device, the bits of calls on samples alone, and a graph that keeps its lengths."""
     rng = np.random.default_rng(5)
     x, w = rng.standard_normal((4, 3, 17), np.float32), rng.standard_normal((5, 3, 4), np.float32)
     lengths = [17, 0, 9, 9]
@@ -302,7 +308,7 @@ def test_on_a_gpu(cupy: Any) -> None:
         stream.synchronize()
         stream.begin_capture()
         gpuconv.conv1d(gpu_x, gpu_w, **settings, lengths=lengths, out=out)
-        with pytest.raises(RuntimeError, match="^conv1d: lengths on a GPU cannot be read while"):
+        with pytest.raises(RuntimeError, match=r"^conv1d: lengths on a GPU cannot be read while"):
             gpuconv.conv1d(gpu_x, gpu_w, **settings, lengths=on_gpu, out=out)
         graph = stream.end_capture()
         gpuconv.conv1d(gpu_x, gpu_w, **settings, lengths=[2, 2, 2, 2])

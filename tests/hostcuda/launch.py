@@ -442,7 +442,7 @@ def _error(
 
 
 def _collect(program: build.Program, memory: GuardedArray, completes: bool) -> Array:
-    """The result in an output's memory, once every element of it, where it must be complete, and nothing else was written."""
+    """The result in an output's memory, once nothing else was written, and all of it where it must be complete."""
     result: Array = memory.view.copy()
     _check_gaps(program, memory)
     for poison, error, reason in (

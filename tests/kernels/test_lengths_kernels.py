@@ -78,10 +78,8 @@ LAYERS = (
 )
 
 
-@pytest.mark.parametrize(("layer", "count", "family", "base"), LAYERS, ids=lambda value: str(value))
-def test_each_sample_has_the_bits_of_a_call_on_it_alone(
-    layer: ConvProblem, count: int, family: str, base: str
-) -> None:
+@pytest.mark.parametrize(("layer", "count", "family", "base"), LAYERS, ids=str)
+def test_each_sample_has_the_bits_of_a_call_on_it_alone(layer: ConvProblem, count: int, family: str, base: str) -> None:
     """Random batches, with NaNs behind the samples and an infinite weight, which would spread from zeros there."""
     rng = np.random.default_rng(1)
     found = 0
@@ -140,7 +138,9 @@ def test_gradients(mode: str) -> None:
         exact = np.zeros(w.shape)
         magnitude = np.zeros(w.shape)
         for n in there:
-            sides = WeightGradientProblem.of(alone[n]).sides(x[n : n + 1, :, : L[n]], u[n : n + 1, :, : samples.L_out[n]])
+            sides = WeightGradientProblem.of(alone[n]).sides(
+                x[n : n + 1, :, : L[n]], u[n : n + 1, :, : samples.L_out[n]]
+            )
             exact += reference.weight_gradient(WeightGradientProblem.of(alone[n]), *sides).exact()
             magnitude += reference.weight_gradient(WeightGradientProblem.of(alone[n]), *map(np.abs, sides)).exact()
         assert (np.abs(grad_w - exact) <= (weight.terms + 4) * 2.0**-24 * magnitude).all(), (str(p), L)
