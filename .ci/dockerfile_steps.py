@@ -1,7 +1,9 @@
 """Runs the Dockerfile's install steps and its default command in a temporary folder, without a container engine.
 
 What it executes is read from the Dockerfile, so the two cannot drift apart. An absolute path of the image becomes one
-below the temporary folder. Steps that change the operating system itself (packages, users) are printed and left out.
+below the temporary folder. Steps that change the operating system itself (users) are printed and left out.
+
+Then it measures what was installed, which must not grow, and compiles a kernel of every family with it.
 """
 
 from __future__ import annotations
@@ -20,8 +22,19 @@ from dockerfile_parse import DockerfileParser
 from dockerfile_parse.util import extract_key_values
 
 CHECKOUT = Path(__file__).resolve().parent.parent
-SYSTEM_PROGRAMS = ("apt-get", "useradd")
+SYSTEM_PROGRAMS = ("useradd",)
 IMAGE_PATH = re.compile(r"(?<![\w./])/(?=(dist|home|opt|src|var)\b)")
+# Beside it, the image holds the base image.
+ENVIRONMENT, MAX_BYTES = "/opt/gpuconv", 500 * 10**6
+WARMUP = "conv1d --arch sm_90 --input 1,3,40 --weight 4,3,5 --dtype float64 --algorithm base --direction forward"
+COMPILE_EVERY_FAMILY = """
+from gpuconv.compile import compile_all
+from gpuconv.device import Device
+from gpuconv.families import FAMILIES
+
+device = Device.from_arch("sm_90")
+print(compile_all([(next(family.configs(device)), device.arch_name) for family in FAMILIES], 1, None))
+"""
 
 
 class Stage:
@@ -62,8 +75,8 @@ def copy(sources: list[Path], target: Path, into_folder: bool) -> None:
             shutil.copy2(source, destination)
 
 
-def execute(dockerfile: Path, scratch: Path) -> tuple[Stage, list[str]]:
-    """Execute every stage; returns the last one and the default command."""
+def execute(dockerfile: Path, scratch: Path, arguments: dict[str, str]) -> tuple[Stage, list[str]]:
+    """Execute every stage, with these build arguments; returns the last one and the default command."""
     with dockerfile.open("rb") as file:
         structure = DockerfileParser(fileobj=file).structure
     stages: dict[str, Stage] = {}
@@ -71,7 +84,12 @@ def execute(dockerfile: Path, scratch: Path) -> tuple[Stage, list[str]]:
     stage: Stage | None = None
     for step in structure:
         kind, value = step["instruction"], step["value"]
-        if kind in ("COMMENT", "ARG"):
+        if kind == "COMMENT":
+            continue
+        if kind == "ARG":
+            name = value.partition("=")[0]
+            if stage is not None and name in arguments:
+                stage.environment[name] = arguments[name]
             continue
         if kind == "FROM":
             base, _, name = value.split()
@@ -116,7 +134,14 @@ def main() -> None:
     parser.add_argument("--expect-exit", type=int, required=True, help="exit code that the default command must have")
     expected = parser.parse_args().expect_exit
     with tempfile.TemporaryDirectory(prefix="gpuconv-image-") as scratch:
-        stage, command = execute(CHECKOUT / "Dockerfile", Path(scratch).resolve())
+        stage, command = execute(CHECKOUT / "Dockerfile", Path(scratch).resolve(), {"WARMUP": WARMUP})
+        installed = stage.host_path(ENVIRONMENT)
+        num_bytes = sum(path.lstat().st_size for path in installed.rglob("*"))
+        print(f"{ENVIRONMENT} holds {num_bytes / 1e6:.0f} MB, of at most {MAX_BYTES / 1e6:.0f} MB", flush=True)
+        if num_bytes > MAX_BYTES:
+            sys.exit("what is installed has grown too large")
+        stage.run_or_stop(["python", "-c", COMPILE_EVERY_FAMILY])
+        stage.run_or_stop(["gpuconv", "cache"])
         stage.run_or_stop(["gpuconv", "info"])
         code = stage.run(command)
     if code != expected:

@@ -120,16 +120,37 @@ def device(index: int) -> Device:
     )
 
 
-@cache
-def build(config: Config) -> Any:
-    """The kernel of a specialisation, which CuPy compiles for the current device when it is first needed there.
+def nvrtc_version() -> tuple[int, int] | None:
+    """The version of NVRTC, CUDA's compiler at run time; None where it cannot be loaded.
 
-    The first build of a source on a machine compiles it; later processes find it in CuPy's disk cache.
+    Raises:
+        ImportError: CuPy is not installed, or it is older than version 14.
     """
-    from . import source
+    nvrtc = cupy_module().cuda.nvrtc
+    try:
+        major, minor = nvrtc.getVersion()
+    except Exception:  # CuPy loads the library at the first call and reports its absence in many ways
+        return None
+    return int(major), int(minor)
 
-    text = source.assemble(config.kernel, dict(config.macros))
-    return cupy_module().RawKernel(text, config.kernel)
+
+@cache
+def build(config: Config, arch: str) -> Any:
+    """The kernel of a specialisation for GPUs of an architecture, "sm_90" and so on.
+
+    Where it was compiled in advance, CuPy loads the machine code (gpuconv.cubins). Else CuPy compiles it for the
+    current device when it is first needed there; later processes find it in CuPy's disk cache.
+
+    Raises:
+        RuntimeError: it was not compiled in advance, and $GPUCONV_CACHE_ONLY forbids to compile it now.
+    """
+    from . import cubins, source
+
+    cupy = cupy_module()
+    path = cubins.path_of(config, arch, nvrtc_version, cuda_versions()[1] // 1000)
+    if path is not None:
+        return cupy.RawModule(path=str(path)).get_function(config.kernel)
+    return cupy.RawKernel(source.assemble(config.kernel, dict(config.macros)), config.kernel)
 
 
 class _Kernel:
@@ -140,14 +161,15 @@ class _Kernel:
     def __init__(self, config: Config, launch: Launch) -> None:
         from . import source
 
-        cupy, kernel = cupy_module(), build(config)
+        cupy = cupy_module()
+        gpu = device(int(cupy.cuda.runtime.getDevice()))
+        kernel = build(config, gpu.arch_name)
         # More than the default must be allowed first. All plans of a kernel share the limit, in all threads, so each
         # sets the same one: the most that a block can have. The driver wants a current context for that, which a new
         # thread does not have, and CuPy sees to that only where it loads and launches.
         if launch.shared_bytes > DEFAULT_SHARED_BYTES:
-            gpu = cupy.cuda.Device()
-            gpu.use()
-            kernel.max_dynamic_shared_size_bytes = device(gpu.id).shared_per_block
+            cupy.cuda.Device().use()
+            kernel.max_dynamic_shared_size_bytes = gpu.shared_per_block
         self._function = kernel.kernel
         self._grid = (launch.grid, 1, 1)
         self._block = (launch.block, 1, 1)

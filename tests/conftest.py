@@ -67,6 +67,15 @@ def backend(request: pytest.FixtureRequest) -> Backend:
     return BACKENDS[request.param]
 
 
+@pytest.fixture(autouse=True, scope="session")
+def no_kernels_compiled_in_advance(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Whoever runs the tests, kernels are made as CuPy makes them, until a test compiles some in advance."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GPUCONV_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
+        patch.delenv("GPUCONV_CACHE_ONLY", raising=False)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def gpu_on_cpu(request: pytest.FixtureRequest) -> Iterator[None]:
     """Under gpu_on_cpu: CuPy's pool poisons what it takes back, and no test calls what is not there."""

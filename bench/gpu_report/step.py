@@ -40,11 +40,11 @@ def build_work() -> Iterator[tuple[str, records.Work]]:
     every = dict.fromkeys(config for family in FAMILIES for config in family.configs(device))
     for config in sorted(every, key=lambda config: dict(config.macros).get("INDEX_BITS", 32)):  # stable
         digest = hashlib.sha256(source.assemble(config.kernel, dict(config.macros)).encode()).hexdigest()
-        yield f"{config.kernel} {digest[:12]}", partial(_build, config)
+        yield f"{config.kernel} {digest[:12]}", partial(_build, config, device.arch_name)
 
 
-def _build(config: Config) -> dict[str, Any]:
-    runtime.build(config).compile()
+def _build(config: Config, arch: str) -> dict[str, Any]:
+    runtime.build(config, arch).compile()
     return {}
 
 

@@ -1,4 +1,4 @@
-"""The command line: `gpuconv info | verify | explain | conv1d | conv_transpose1d | warmup`.
+"""The command line: `gpuconv info | verify | explain | conv1d | conv_transpose1d | warmup | cache`.
 
 Errors of the user end in one line on stderr and an exit code, never in a traceback.
 """
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from .. import __version__, files
-from . import convolve, explain, info, verify, warmup
+from . import cache, convolve, explain, info, verify, warmup
 from .errors import EXIT_BROKEN_PIPE, EXIT_ERROR, EXIT_INTERRUPTED, CommandError
 from .parser import Parser, UsageError
 from .terminal import discard, tell
@@ -138,5 +138,6 @@ def _parser() -> Parser:
     convolve.add_to(commands, "conv1d")
     convolve.add_to(commands, "conv_transpose1d")
     warmup.add_to(commands)
+    cache.add_to(commands)
     commands.add_parser("help", help="show this, or with a command's name its help")
     return parser

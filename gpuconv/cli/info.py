@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from .. import __version__, runtime
+from .. import __version__, cubins, runtime
 from ..gpus import missing_gpu
 from ..text import install_hint, shorten, wrap, wrap_rows
 from .gpu import kernel_cache
@@ -37,6 +37,7 @@ def run(args: argparse.Namespace) -> int:
         text = f"{gpu['name']} (sm_{gpu['arch']}), {gpu['num_sms']} multiprocessors, {gpu['l2_bytes'] >> 20} MiB L2"
         rows.append((f"GPU {gpu['index']}", text))
     rows.append(("kernel cache", facts["kernel_cache"]))
+    rows.append(("cubin folder", facts["cubin_folder"]))
     lines = wrap_rows(rows, width)
     if facts["missing"]:
         lines += ["", "Missing:"]
@@ -70,11 +71,12 @@ def _facts() -> dict[str, Any]:
         versions["CUDA runtime"] = _cuda_version(cuda.runtime.runtimeGetVersion())
         if driver := cuda.runtime.driverGetVersion():
             versions["NVIDIA driver"] = f"supports CUDA {_cuda_version(driver)}"
-        try:
-            versions["NVRTC"] = ".".join(map(str, cuda.nvrtc.getVersion()))
-        except Exception:  # CuPy loads the library at the first call and reports its absence in many ways
-            what = "NVRTC, CUDA's run-time compiler: install the CUDA toolkit, or CuPy with its extra [ctk]"
-            missing.append({"what": what, "meaning": "Kernels that are not in the kernel cache cannot be compiled."})
+        if version := runtime.nvrtc_version():
+            versions["NVRTC"] = ".".join(map(str, version))
+        else:
+            what = f"NVRTC, CUDA's run-time compiler: {install_hint('cuda13', 'cuda12')}"
+            meaning = "Kernels that were not compiled before cannot be compiled."
+            missing.append({"what": what, "meaning": meaning})
     gap = missing_gpu()
     if gap is None:
         for index in range(runtime.device_count()):
@@ -89,7 +91,13 @@ def _facts() -> dict[str, Any]:
     ):
         if versions[module] is None:
             missing.append({"what": f"{module}: {_trouble(module) or install_hint(extra)}", "meaning": meaning})
-    return {"versions": versions, "devices": devices, "kernel_cache": kernel_cache(), "missing": missing}
+    return {
+        "versions": versions,
+        "devices": devices,
+        "kernel_cache": kernel_cache(),
+        "cubin_folder": str(cubins.folder()),
+        "missing": missing,
+    }
 
 
 def _trouble(module: str) -> str | None:

@@ -1,40 +1,57 @@
-"""`gpuconv warmup`: compile kernels into the disk cache."""
+"""`gpuconv warmup`: compile kernels in advance."""
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Sequence
 from typing import Any
 
-from .. import runtime
-from ..explain import DIRECTIONS, SETTINGS, Direction, explain
-from ..families import FAMILIES, Config
+from .. import cubins, layers, runtime
+from ..compile import compile_all, configs_of, directions_of, every_config
+from ..cpu.threads import usable_cpus
+from ..device import ARCHITECTURES, Device
+from ..explain import DIRECTIONS, SETTINGS
+from ..families import Config
 from ..gpus import missing_gpu
+from ..layers import Layer
 from ..problem import DTYPES
 from ..text import count
 from .errors import EXIT_NO_GPU, CommandError
 from .gpu import current_device, kernel_cache
-from .options import add_shapes, given_settings, specs
+from .options import add_shapes, at_least, given_settings, some_of, specs
 from .terminal import show_progress
 
 
 def add_to(commands: Any) -> None:
     parser = commands.add_parser(
         "warmup",
-        help="compile kernels into the disk cache",
-        description="Compile kernels on the present GPU into CuPy's disk cache, so that no later\n"
-        "process waits for the compiler: those of one problem and its gradients, or,\n"
-        "without shapes, every kernel of the given dtypes that pads with zeros.",
-        epilog="example:\n  gpuconv warmup conv1d --input 8,512,3000 --weight 512,512,3 --dtype float16",
+        help="compile kernels in advance",
+        description="Compile kernels, so that no later process waits for the compiler: those of one\n"
+        "problem and its gradients, of the layers in a file, or, without either, every\n"
+        "kernel of the given dtypes that pads with zeros and fuses nothing.\n"
+        "With --arch they are for GPUs that need not be there, and lie in the folder\n"
+        "that gpuconv cache shows. Else they are for the present GPU, in CuPy's cache.",
+        epilog="example:\n  gpuconv warmup --arch sm_90 --dtype float16",
     )
     parser.add_argument("op", nargs="?", choices=tuple(SETTINGS), metavar="OP", help="conv1d or conv_transpose1d")
+    parser.add_argument(
+        "--arch",
+        type=some_of(tuple(ARCHITECTURES)),
+        metavar="A[,A]",
+        help=f"for these GPUs: {', '.join(ARCHITECTURES)}",
+    )
+    parser.add_argument(
+        "--layers", metavar="FILE", help="those of the layers in FILE, which gpuconv explain --json has written"
+    )
     add_shapes(parser, required=False)
     parser.add_argument(
         "--direction",
-        choices=DIRECTIONS,
-        metavar="D",
-        help=f"of the problem only this one of {', '.join(DIRECTIONS)}",
+        type=some_of(DIRECTIONS),
+        metavar="D[,D]",
+        help=f"of a problem or of layers only these: {', '.join(DIRECTIONS)}",
+    )
+    parser.add_argument(
+        "--jobs", type=at_least(1), metavar="N", help="with --arch: processes that compile (default: one a core)"
     )
     parser.set_defaults(run=run)
 
@@ -44,47 +61,63 @@ def run(args: argparse.Namespace) -> int:
         raise CommandError("warmup needs --input and --weight together, or neither")
     if args.input is not None and args.op is None:
         raise CommandError("warmup needs conv1d or conv_transpose1d in front of the shapes")
+    if args.layers is not None and (args.op is not None or args.input is not None):
+        raise CommandError("warmup takes --layers in place of a problem, got both")
     settings = given_settings(args)
-    if args.input is None and (settings or args.bias or args.direction):
+    if args.input is None and (settings or args.bias or (args.direction and args.layers is None)):
         raise CommandError("warmup takes settings only together with --input and --weight")
+    if args.jobs is not None and args.arch is None:
+        raise CommandError("warmup takes --jobs only together with --arch")
+    wanted = _layers(args, settings)
+    start = time.perf_counter()
+    if args.arch is not None:
+        jobs = [(config, name) for name in args.arch for config in _configs(args, wanted, ARCHITECTURES[name])]
+        try:
+            with show_progress("compiling") as progress:
+                done = compile_all(jobs, args.jobs or usable_cpus(), progress)
+        except (ImportError, RuntimeError, cubins.CacheError) as error:
+            raise CommandError(str(error)) from error
+        ready, where = f"{count(done.kernels, 'kernel')} for {', '.join(args.arch)}", cubins.folder()
+        print(f"{ready} ready in {time.perf_counter() - start:.1f} s ({done.compiled} compiled): {where}")
+        return 0
     missing = missing_gpu()
     if missing is not None:
         raise CommandError(missing, EXIT_NO_GPU)
-
     device = runtime.device(current_device())
-    dtypes = args.dtype or DTYPES
-    directions: Sequence[Direction] = DIRECTIONS
-    # An algorithm is of one direction, and there are no gradients of what is fused.
-    if args.direction or args.algorithm or args.activation or args.input_activation:
-        directions = (args.direction or "forward",)
-    configs: dict[Config, None] = {}  # in order, each once
-    if args.input is None:
-        for family in FAMILIES:
-            if args.op is None or family.kind not in SETTINGS or family.kind == args.op:
-                configs.update((c, None) for c in family.configs(device) if _dtype_of(c) in dtypes)
-    for dtype in dtypes if args.input is not None else ():
-        shapes = specs(args, dtype)
-        for direction in directions if dtype in DTYPES or args.direction else ("forward",):
-            if direction == "grad_input" and shapes[0].shape[-1] == 0 and not args.direction:
-                continue  # there is no such gradient
-            try:
-                explanation = explain(args.op, *shapes, direction=direction, device=device, **settings)
-            except (ValueError, TypeError) as error:
-                raise CommandError(str(error)) from error
-            if explanation.choice is not None:
-                configs.update((step.config, None) for step in explanation.choice.plan.steps)
-    start = time.perf_counter()
+    configs = _configs(args, wanted, device)
     with show_progress("compiling") as progress:
-        for done, config in enumerate(configs):
-            progress(done, len(configs), config.kernel)
-            runtime.build(config).compile()
+        for number, config in enumerate(configs):
+            progress(number, len(configs), config.kernel)
+            runtime.build(config, device.arch_name).compile()
         progress(len(configs), len(configs), "")
-    seconds = time.perf_counter() - start
-    ready = f"{count(len(configs), 'kernel')} for {device.name} ({device.arch_name}) ready in {seconds:.1f} s"
-    print(f"{ready}: {kernel_cache()}")
+    ready = f"{count(len(configs), 'kernel')} for {device.name} ({device.arch_name})"
+    print(f"{ready} ready in {time.perf_counter() - start:.1f} s: {kernel_cache()}")
     return 0
 
 
-def _dtype_of(config: Config) -> str:
-    """The dtype of the data that a kernel takes."""
-    return dict(config.macros).get("DTYPE", "").partition("_to_")[0]
+def _layers(args: argparse.Namespace, settings: dict[str, Any]) -> list[Layer] | None:
+    """The layers that the command line means, in each of the dtypes; None for all that there are."""
+    if args.layers is not None:
+        found = layers.read(args.layers)
+        return [layer.with_dtype(dtype) for dtype in args.dtype for layer in found] if args.dtype else found
+    if args.input is not None:
+        return [Layer(args.op, specs(args, dtype), settings) for dtype in args.dtype or DTYPES]
+    return None
+
+
+def _configs(args: argparse.Namespace, wanted: list[Layer] | None, device: Device) -> list[Config]:
+    """The specialisations to compile for a GPU, each once."""
+    if wanted is None:
+        return every_config(device, args.dtype or DTYPES, args.op)
+    configs: dict[Config, None] = {}
+    for layer in wanted:
+        directions = directions_of(layer.arrays[0], layer.settings)
+        if args.direction and args.layers is not None:
+            directions = tuple(direction for direction in directions if direction in args.direction)
+        elif args.direction:  # what a problem does not have is an error
+            directions = args.direction
+        try:
+            configs.update(dict.fromkeys(configs_of("warmup", *layer[:2], device, directions, layer.settings)))
+        except (ValueError, TypeError) as error:
+            raise CommandError(str(error)) from error
+    return [*configs]

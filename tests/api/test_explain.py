@@ -247,7 +247,10 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         runtime=SimpleNamespace(
             getDevice=lambda: 1,
             getDeviceProperties=lambda index: {**properties, "name": f"GPU number {index}".encode()},
+            driverGetVersion=lambda: 13000,
+            runtimeGetVersion=lambda: 13020,
         ),
+        nvrtc=SimpleNamespace(getVersion=lambda: (13, 2)),
         function=SimpleNamespace(CNumpyArray=lambda array: array),
     )
     fake.RawKernel = lambda text, name: SimpleNamespace(kernel=(text, name))

@@ -351,7 +351,7 @@ def large_launches() -> list[tuple[Any, Any]]:
 def test_plans_of_one_kernel_set_one_limit_of_shared_memory(order: tuple[int, int]) -> None:
     """Whatever the order in which threads set it: a limit that followed the plan could end below another's need."""
     launches = large_launches()
-    kernel = runtime.build(launches[0][0])
+    kernel = runtime.build(launches[0][0], runtime.device(0).arch_name)
     for config, launch in (launches[i] for i in order):
         kernel.max_dynamic_shared_size_bytes = runtime.DEFAULT_SHARED_BYTES
         runtime._Kernel(config, launch)

@@ -564,7 +564,8 @@ def test_warmup_compiles_every_kernel_of_the_dtypes(capsys: pytest.CaptureFixtur
     assert main(["warmup", "--dtype", "float32,float16"]) == 0
     every = [c for family in FAMILIES for c in family.configs(device)]
     wanted = [c for c in every if dict(c.macros)["DTYPE"] in ("float32", "float16")]
-    assert [name for name, _ in _Kernel.compiled] == [c.kernel for c in dict.fromkeys(wanted)]
+    of_streams = ["append_samples"] * 4  # with offsets of 32 and of 64 bits
+    assert [name for name, _ in _Kernel.compiled] == [*(c.kernel for c in dict.fromkeys(wanted)), *of_streams]
     assert len(set(_Kernel.compiled)) == len(_Kernel.compiled)
     out = capsys.readouterr().out
     assert out.startswith(f"{len(_Kernel.compiled)} kernels for H200 (sm_90) ready in ")
@@ -572,7 +573,8 @@ def test_warmup_compiles_every_kernel_of_the_dtypes(capsys: pytest.CaptureFixtur
     runtime.build.cache_clear()
     assert main(["warmup", "conv1d"]) == 0
     others = [family for family in FAMILIES if family.kind != "conv_transpose1d"]  # those of the gradients serve both
-    assert {name for name, _ in _Kernel.compiled} == {c.kernel for family in others for c in family.configs(device)}
+    expected = {c.kernel for family in others for c in family.configs(device)}
+    assert {name for name, _ in _Kernel.compiled} == {*expected, "append_samples"}
 
 
 @pytest.mark.usefixtures("played_gpu")
@@ -623,7 +625,7 @@ def test_info_names_a_missing_compiler(capsys: pytest.CaptureFixture[str], playe
     assert main(["info"]) == 0
     text = capsys.readouterr().out
     assert "NVRTC          not available\n" in text
-    assert "- NVRTC, CUDA's run-time compiler: install the CUDA toolkit" in text
+    assert "- NVRTC, CUDA's run-time compiler: pip install -e '.[cuda13]'" in text
 
 
 def test_a_dtype_that_cupy_does_not_have_is_one_line(
@@ -664,9 +666,10 @@ def test_warmup_needs_a_gpu(capsys: pytest.CaptureFixture[str], no_gpu: str) -> 
 @pytest.mark.gpu
 def test_warmup_fills_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path / "cache"))
-    done = run("-m", "gpuconv", "warmup", "conv1d", "--dtype", "float32")
+    done = run("-m", "gpuconv", "warmup", "conv1d", "--input", "1,3,40", "--weight", "4,3,5", "--dtype", "float32")
     assert done.returncode == 0, done.stderr
-    assert any((tmp_path / "cache").iterdir())
+    (number,) = re.findall(r"^(\d+) kernels for ", done.stdout)
+    assert len(list((tmp_path / "cache").iterdir())) == int(number) > 1
 
 
 @pytest.mark.gpu
@@ -733,7 +736,7 @@ def test_an_interrupt_ends_with_130_and_one_line() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "gpuconv: error: interrupted\n")
 
 
-COMMANDS = ("info", "verify", "explain", "conv1d", "conv_transpose1d", "warmup")
+COMMANDS = ("info", "verify", "explain", "conv1d", "conv_transpose1d", "warmup", "cache")
 
 
 def test_the_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 
 from . import modules, streams
 from .cuda_devices import MAX_GRID
@@ -82,8 +83,12 @@ def cuModuleLoadData(out: int, image: int) -> None:
 def cuModuleLoad(out: int, path: bytes) -> None:
     device = context()
     forbid_during_capture("cuModuleLoad")
-    with open(path, "rb") as file:
-        store(out, POINTER, HANDLES.add(modules.Module(file.read().rstrip(b"\0"), device.index)))
+    try:
+        with open(path, "rb") as file:
+            image = file.read().rstrip(b"\0")
+    except FileNotFoundError:
+        raise CudaError(Code.FileNotFound, f"there is no file {os.fsdecode(path)}") from None
+    store(out, POINTER, HANDLES.add(modules.Module(image, device.index)))
 
 
 @driver(POINTER)

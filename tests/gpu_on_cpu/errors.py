@@ -16,6 +16,7 @@ class Code(enum.IntEnum):
     DeviceUninitialized = 201
     NoKernelImageForDevice = 209
     InvalidPtx = 218
+    FileNotFound = 301
     InvalidResourceHandle = 400
     IllegalState = 401
     SymbolNotFound = 500

@@ -6,6 +6,7 @@ They need the stand-in itself: `python -m tests.gpu_on_cpu python -m pytest -m g
 from __future__ import annotations
 
 import ctypes
+import importlib
 import os
 import re
 import subprocess
@@ -23,6 +24,9 @@ import pytest
 import gpuconv
 from gpuconv import runtime, source
 from gpuconv.cli import main
+from gpuconv.families import FAMILIES
+
+compile_module = importlib.import_module("gpuconv.compile")  # `gpuconv.compile` is the function
 
 pytestmark = [
     pytest.mark.gpu,
@@ -256,6 +260,36 @@ def test_shared_memory_must_be_asked_for_and_ends_at_the_architectures_limit(mac
     ask(limit)
     kernel((1,), (64,), (out,), shared_mem=too_much)
     cupy.cuda.Device().synchronize()
+
+
+@pytest.mark.usefixtures("machine")
+def test_what_is_compiled_in_advance_is_what_cupy_compiles(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Byte for byte, and each GPU loads it by its path."""
+    from tests.gpu_on_cpu import modules
+
+    monkeypatch.setenv("GPUCONV_CACHE_DIR", str(tmp_path))
+    device = runtime.device(0)
+    config = next(c for family in FAMILIES if family.name == "conv1d_tail" for c in family.configs(device))
+    images: list[bytes] = []
+    translated = modules._translated
+    monkeypatch.setattr(modules, "_translated", lambda image: (images.append(image), translated(image))[1])
+    for in_advance in (False, True):
+        if in_advance:
+            compile_module.compile_all([(config, device.arch_name)], 1, None)
+        runtime.build.cache_clear()
+        kernel = runtime.build(config, device.arch_name)
+        assert (kernel.file_path is not None) == in_advance
+        for index in range(2):
+            with runtime.cupy_module().cuda.Device(index):
+                kernel.compile()
+    runtime.build.cache_clear()
+    assert len(images) == 4
+    assert set(images) == {images[0]}
+
+
+def test_a_module_that_is_not_there_is_named(cupy: Any, tmp_path: Path) -> None:
+    kernel = cupy.RawModule(path=str(tmp_path / "none.cubin")).get_function
+    assert error_of(cupy, lambda: kernel("fill").kernel).startswith("cudaErrorFileNotFound: there is no file /")
 
 
 def test_a_function_belongs_to_the_device_that_it_was_loaded_on(cupy: Any) -> None:

@@ -36,7 +36,23 @@ def test_base_image_is_pinned_by_tag_and_digest(parser: DockerfileParser) -> Non
     stages = set(re.findall(r"(?m)^FROM \S+ AS (\S+)$", parser.content))
     external = [image for image in parser.parent_images if image not in stages]
     assert len(external) == 1
-    assert re.fullmatch(r"nvidia/cuda:\d+\.\d+\.\d+-base-ubuntu\d\d\.\d\d@sha256:[0-9a-f]{64}", external[0])
+    assert re.fullmatch(r"python:3\.\d+\.\d+-slim-[a-z]+@sha256:[0-9a-f]{64}", external[0])
+
+
+def test_the_host_puts_in_what_computing_needs(last_stage: list[Step]) -> None:
+    """A base image without CUDA says so to NVIDIA's container runtime itself."""
+    settings = dict(re.findall(r"(NVIDIA_\w+)=(\S+)", " ".join(values(last_stage, "ENV"))))
+    assert settings == {"NVIDIA_VISIBLE_DEVICES": "all", "NVIDIA_DRIVER_CAPABILITIES": "compute,utility"}
+
+
+def test_kernels_can_be_compiled_into_the_image(last_stage: list[Step]) -> None:
+    """By root, so that the user who runs it trusts and reads them, but cannot replace them."""
+    (warmup,) = [run for run in values(last_stage, "RUN") if "gpuconv warmup $WARMUP" in run]
+    assert warmup.endswith('chmod -R a+rX "$GPUCONV_CACHE_DIR"; }')
+    assert values(last_stage, "ARG") == ['WARMUP=""']
+    (folder,) = [v.partition("=")[2] for v in values(last_stage, "ENV") if v.startswith("GPUCONV_CACHE_DIR=")]
+    assert last_stage.index(("ENV", f"GPUCONV_CACHE_DIR={folder}")) < last_stage.index(("RUN", warmup))
+    assert not any(folder.startswith(path) for volume in values(last_stage, "VOLUME") for path in json.loads(volume))
 
 
 def test_default_command_verifies_on_the_gpu(last_stage: list[Step]) -> None:
@@ -45,7 +61,7 @@ def test_default_command_verifies_on_the_gpu(last_stage: list[Step]) -> None:
 
 
 def test_installs_the_wheel_with_cuda13(last_stage: list[Step]) -> None:
-    (install,) = [run for run in values(last_stage, "RUN") if "pip install" in run]
+    (install,) = [run for run in values(last_stage, "RUN") if "/dist/" in run]
     extras = re.search(r"/dist/gpuconv-\*\.whl\)\[([\w,]+)\]", install)
     assert extras is not None
     assert "cuda13" in extras[1].split(",")

@@ -1,0 +1,91 @@
+"""`gpuconv cache`: show and prune the kernels that were compiled in advance."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from typing import Any
+
+from .. import cubins
+from ..text import count, wrap_rows
+from .errors import CommandError
+from .terminal import terminal_width
+
+ACTIONS = ("show", "prune", "clear")
+_UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}
+
+
+def add_to(commands: Any) -> None:
+    parser = commands.add_parser(
+        "cache",
+        help="show and prune the kernels compiled in advance",
+        description="Show the folder of the kernels that gpuconv warmup --arch and gpuconv.compile\n"
+        "have compiled, or remove kernels from it: prune those that are damaged and,\n"
+        "with --max-size, those that were not used for longest; clear all of them.\n"
+        "GPUCONV_CACHE_DIR names the folder.",
+        epilog="example:\n  gpuconv cache prune --max-size 200MB",
+    )
+    parser.add_argument(
+        "action",
+        nargs="?",
+        choices=ACTIONS,
+        default="show",
+        metavar="ACTION",
+        help=f"{', '.join(ACTIONS)} (default: show)",
+    )
+    parser.add_argument("--max-size", type=_size, metavar="SIZE", help="prune: what may stay, such as 200MB or 1GB")
+    parser.add_argument("--json", action="store_true", help="print a JSON object instead of text")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.max_size is not None and args.action != "prune":
+        raise CommandError("cache takes --max-size only together with prune")
+    facts: dict[str, Any] = {"folder": str(cubins.folder())}
+    try:
+        if args.action != "show":
+            removed, num_bytes = cubins.prune(0 if args.action == "clear" else args.max_size)
+            facts.update(removed=removed, removed_bytes=num_bytes)
+        groups: dict[tuple[str, cubins.NvrtcVersion], list[cubins.Entry]] = {}
+        for entry in cubins.entries():
+            groups.setdefault((entry.arch, entry.nvrtc), []).append(entry)
+        damaged = sum(entry.is_damaged for group in groups.values() for entry in group)
+    except cubins.CacheError as error:
+        raise CommandError(str(error)) from error
+    facts["kernels"] = [
+        {
+            "arch": arch,
+            "nvrtc": ".".join(map(str, version)),
+            "count": len(group),
+            "bytes": sum(entry.num_bytes for entry in group),
+        }
+        for (arch, version), group in sorted(groups.items())
+    ]
+    facts["damaged"] = damaged
+    print(json.dumps(facts, indent=2) if args.json else _page(facts))
+    return 0
+
+
+def _page(facts: dict[str, Any]) -> str:
+    rows = [("folder", facts["folder"])]
+    if "removed" in facts:
+        rows.append(("removed", _amount(facts["removed"], facts["removed_bytes"])))
+    for group in facts["kernels"]:
+        rows.append((group["arch"], f"{_amount(group['count'], group['bytes'])}, by NVRTC {group['nvrtc']}"))
+    total = (sum(group[what] for group in facts["kernels"]) for what in ("count", "bytes"))
+    rows.append(("all", _amount(*total)))
+    if facts["damaged"]:
+        rows.append(("damaged", f"{count(facts['damaged'], 'kernel')}: warmup replaces, prune removes what is damaged"))
+    return "\n".join(wrap_rows(rows, terminal_width()))
+
+
+def _amount(number: int, num_bytes: int) -> str:
+    return f"{count(number, 'kernel')}, {num_bytes / 1e6:.1f} MB"
+
+
+def _size(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMG]?)B?", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"must be a size such as 200MB or 1GB, got {text!r}")
+    return int(float(match[1]) * _UNITS[match[2]])
