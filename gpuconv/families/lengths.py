@@ -83,8 +83,12 @@ def configs() -> Iterator[Config]:
                 if mode != "zeros":
                     yield with_lengths(edges.fold_config(dtype, bits, mode))
             yield with_lengths(base_config("conv_transpose1d_ends", dtype, bits, BLOCK_SIZE))
-    for count in WRITTEN_VALUES:
-        yield _write_config(count)
+    yield from write_configs()
+
+
+def write_configs() -> Iterator[Config]:
+    """Every specialisation of write_samples."""
+    return map(_write_config, WRITTEN_VALUES)
 
 
 def write_launches(values: Sequence[int]) -> Iterator[tuple[Config, Launch]]:
