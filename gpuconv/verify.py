@@ -59,11 +59,10 @@ def verify(
     `far` needs free memory on the GPU, 4 GiB for float16 to 32 GiB for complex128; the report names the dtypes that
     lack it. It is not run with a `filter`.
 
-    On a GPU `exact`, `integers`, `layout`, `groups`, `bias`, `batch`, `chunks`, `lengths`,
-    `repeat` and `gradients` compare bits.
-    On the CPU only `repeat` and the last part of `gradients` do: the BLAS library picks the order of the sums by the
-    extents of a call, so `batch`, `chunks` and `lengths` are held to the error bound, and it may give a zero either sign, so the
-    others compare values.
+    On a GPU `exact`, `integers`, `layout`, `groups`, `bias`, `batch`, `chunks`, `lengths`, `repeat` and `gradients`
+    compare bits. On the CPU only `repeat` and the last part of `gradients` do: the BLAS library picks the order of the
+    sums by the extents of a call, so `batch`, `chunks` and `lengths` are held to the error bound, and it may give a
+    zero either sign, so the others compare values.
 
     Args:
         device: "gpu": CuPy's current device. "cpu": the NumPy path. "auto": the GPU if one answers, else the CPU.
