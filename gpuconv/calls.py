@@ -12,7 +12,7 @@ from typing import Any, cast
 import numpy as np
 
 from . import runtime
-from .arguments import ArraySpec, check_dtype
+from .arguments import ArrayLike, ArraySpec, check_dtype
 from .dtypes import real_dtype
 from .fusion import RESIDUAL, Fusion, check_data
 from .lengths import Samples, follows_length
@@ -20,10 +20,11 @@ from .memory import check_kinds, check_overlap, overlaps_itself
 from .problem import BiasGradientProblem, ConvProblem, Problem, WeightGradientProblem, dtype_name
 from .tasks import OPTIONAL, SIGNATURES, Task, padding_of, settings_of_samples
 
-# Executors of GPU calls and tasks of CPU calls, by everything that they depend on. A full cache drops its oldest entry,
-# so that a program whose lengths always differ keeps only so many.
+# Executors of GPU calls, and tasks of CPU calls, by everything that they depend on. A full cache drops its
+# oldest entry, so that a program whose lengths always differ keeps only so many.
 _EXECUTORS: dict[tuple[Any, ...], tuple[runtime.Executor, Task, Any]] = {}  # with the dtype of the result
-_TASKS: dict[tuple[Any, ...], tuple[Task, bool]] = {}  # with whether all arrays have native byte order
+# Of a task: the dtype of the result, and whether it is a convolution of the arrays as they are, with nothing fused.
+_TASKS: dict[tuple[Any, ...], tuple[Task, np.dtype[Any], bool]] = {}
 _CACHE_SIZE = 4096
 _CACHE_LOCK = Lock()  # for changes; look-ups need none
 
@@ -66,18 +67,22 @@ def run(
 def _run_on_cpu(function: str, arrays: tuple[Any, ...], settings: tuple[Any, ...], out: Any | None) -> Any:
     key = _cpu_key(function, arrays, settings) if out is None else None
     found = None if key is None else _TASKS.get(key)
-    if found is None:
-        if _has_real_taps(function, arrays):
-            return _run_by_parts(function, arrays, settings, out)
-        task = _check(function, arrays, settings, out)
-        if key is not None:
-            _keep(_TASKS, key, (task, all(array is None or array.dtype.isnative for array in arrays)))
-    else:
-        task, is_native = found
-        if is_native:  # as nearly all are
-            result = np.empty(task.shape, task.out_dtype or arrays[0].dtype)
+    if found is not None:
+        task, dtype, is_convolution = found
+        result = np.empty(task.shape, dtype)
+        if is_convolution:
+            bias = arrays[2] if len(arrays) > 2 else None
+            _cpu().convolve(task.problem, arrays[0], arrays[1], bias, result)
+        else:
             _compute(task, arrays, result)
-            return result
+        return result
+    if _has_real_taps(function, arrays):
+        return _run_by_parts(function, arrays, settings, out)
+    task = _check(function, arrays, settings, out)
+    if key is not None and all(array is None or array.dtype.isnative for array in arrays):
+        p, dtype = task.problem, np.dtype(task.out_dtype or arrays[0].dtype)
+        is_convolution = isinstance(p, ConvProblem) and not p.fusion and not task.conjugate_weight
+        _keep(_TASKS, key, (task, dtype, is_convolution))
     plain = [None if array is None else _native(array) for array in arrays]
     dtype = cast(Any, plain[0]).dtype
     if out is None:
@@ -136,7 +141,7 @@ def _run_on_gpu(
     found, key = None, None
     names = _as_key(settings)
     if names is not None:
-        key = (function, algorithm, names, lengths is None, *map(_identity, arrays), _identity(out))
+        key = (function, algorithm, names, lengths is None, *map(identity, arrays), identity(out))
         found = _EXECUTORS.get(key)
     if found is None:
         if _has_real_taps(function, arrays):
@@ -293,10 +298,13 @@ def _batched(array: Any) -> Any:
 
 def _has_real_taps(function: str, arrays: tuple[Any, ...]) -> bool:
     """Whether a call has a real weight and complex data."""
-    if "weight" not in SIGNATURES[function].arrays:
-        return False
-    data, weight, *_ = (getattr(getattr(array, "dtype", None), "kind", None) for array in arrays)
-    return data == "c" and weight == "f"
+    return "weight" in SIGNATURES[function].arrays and are_real_taps(arrays[1], arrays[0])
+
+
+def are_real_taps(weight: Any, data: Any) -> bool:
+    """Whether a weight is real and the data are complex, of whatever objects a call gives for them."""
+    of_weight, of_data = (dtype_name(getattr(array, "dtype", None)) or "" for array in (weight, data))
+    return of_data.startswith("complex") and of_weight.startswith(("float", "bfloat"))
 
 
 def _run_by_parts(
@@ -304,18 +312,10 @@ def _run_by_parts(
 ) -> Any:
     """Compute with real taps on complex data: one real call for each part, on views of the arrays."""
     data, weight, *_ = arrays
-    name = SIGNATURES[function].arrays[0]
     given = dict(zip(SIGNATURES[function].arrays, arrays, strict=False))
     given = {n: array for n, array in {**given, "out": out}.items() if array is not None}
     check_kinds(function, given)
-    dtype = check_dtype(function, name, data, integers=name == "input")
-    if isinstance(settings[-1], Fusion):
-        check_data(function, settings[-1], dtype)
-    for other, array in given.items():
-        expected = real_dtype(dtype) if other == "weight" else dtype
-        if dtype_name(array.dtype) != expected:
-            real = f" or, for real taps, {expected}" if other == "weight" else ""
-            raise TypeError(f"{function}: {other} must have the dtype of {name}, {dtype}{real}; got {array.dtype}")
+    check_real_taps(function, given, settings[-1] if isinstance(settings[-1], Fusion) else None)
     if out is None:
         specs = tuple(None if array is None else ArraySpec(array.shape, weight.dtype) for array in arrays)
         out = runtime.empty_beside(data, Task.of(function, specs, settings).shape, data.dtype)
@@ -323,6 +323,28 @@ def _run_by_parts(
         parts = tuple(array if array is weight or array is None else getattr(array, part) for array in arrays)
         run(function, parts, settings, getattr(out, part), **options)
     return out
+
+
+def check_real_taps(function: str, given: dict[str, ArrayLike], fusion: Fusion | None) -> None:
+    """Check the dtypes of a call with real taps on complex data.
+
+    Args:
+        function: opens the messages.
+        given: the arrays, of which only dtypes are read, by name; the data first.
+        fusion: what is fused.
+
+    Raises:
+        TypeError: one does not fit.
+    """
+    name, data = next(iter(given.items()))
+    dtype = check_dtype(function, name, data, integers=name == "input")
+    if fusion is not None:
+        check_data(function, fusion, dtype)
+    for other, array in given.items():
+        expected = real_dtype(dtype) if other == "weight" else dtype
+        if dtype_name(array.dtype) != expected:
+            real = f" or, for real taps, {expected}" if other == "weight" else ""
+            raise TypeError(f"{function}: {other} must have the dtype of {name}, {dtype}{real}; got {array.dtype}")
 
 
 def run_weight_gradient(
@@ -432,25 +454,25 @@ def _as_key(settings: tuple[Any, ...]) -> tuple[Any, ...] | None:
     They do where nothing but ints, strings, None and a `Fusion` remains: True equals 1 and would find the entry of 1,
     but must be refused.
     """
-    for value in settings:
-        if type(value) not in _PLAIN_TYPES and not (type(value) is tuple and all(type(v) is int for v in value)):
-            break
-    else:
+    if _PLAIN_TYPES.issuperset(map(type, settings)):  # as nearly all are
         return settings
 
     def plain(value: Any) -> Any:
+        if type(value) in _PLAIN_TYPES:
+            return value
         if isinstance(value, list | tuple):
             return tuple(map(plain, value))
-        return int(value) if isinstance(value, np.integer) else value
+        if isinstance(value, np.integer):
+            return int(value)
+        raise TypeError
 
-    def unambiguous(value: Any) -> bool:
-        return all(map(unambiguous, value)) if isinstance(value, tuple) else type(value) in _PLAIN_TYPES
+    try:
+        return tuple(map(plain, settings))
+    except TypeError:
+        return None
 
-    names = cast(tuple[Any, ...], plain(settings))
-    return names if unambiguous(names) else None
 
-
-def _identity(array: Any) -> tuple[Any, ...] | None:
+def identity(array: Any) -> tuple[Any, ...] | None:
     """What an executor depends on of a CuPy array: two arrays with one identity can use one executor.
 
     Other arrays get an identity that no executor is ever stored under, since the checks refuse them.
