@@ -28,6 +28,7 @@
 // With several slices their sums go to partial and sum_slices.cu follows; with one partial is null.
 // COARSE_WIDTH and FINE_WIDTH > 1 need contiguous positions, as many as a multiple of the width, in rows that begin
 // aligned to that many; FINE_WIDTH > 1 also needs stride 1. Takes other arrays of any strides, in elements.
+// Samples with lengths of their own (samples.cuh) need widths of 1.
 // Needs float16, bfloat16 (sm_80) or float32 (sm_80). Chosen for at least 8 channels a group on the coarse side, and 8
 // channels or 8 taps on the fine side; see gpuconv/families/weight_gradient_mma.py.
 
@@ -134,15 +135,15 @@ __device__ __forceinline__ int first_of_unit(int unit, index_t channels) {
 // Loads the elements of fine that kUnit neighbouring taps meet, the first of them at a position; zeros where there are none.
 template <int kWidth>
 __device__ __forceinline__ void load_taps(
-    Block<kWidth>& block, const storage_t* x, index_t first, bool exists, const Params& p) {
-    if (exists && is_inside(first, first + (kUnit - 1) * p.dilation, p.L_fine)) {
+    Block<kWidth>& block, const storage_t* x, index_t first, index_t L_fine, bool exists, const Params& p) {
+    if (exists && is_inside(first, first + (kUnit - 1) * p.dilation, L_fine)) {
         block.load(x + first * p.fine_stride_l, keep_in_register(p.dilation * p.fine_stride_l));
         return;
     }
     block.clear();
 #pragma unroll
     for (int e = 0; e < kUnit; ++e) {
-        const Source source = source_index(first + e * p.dilation, p.L_fine);
+        const Source source = source_index(first + e * p.dilation, L_fine);
         if (exists && source.exists) {
             block.run[e] = RunOf<kWidth>::type::load(x + source.index * p.fine_stride_l);
         }
@@ -180,7 +181,7 @@ __device__ __forceinline__ void load_rows(unsigned (&a)[4], const unsigned char*
 
 // The sums of one slice.
 __device__ __forceinline__ void multiply_slice(
-    const storage_t* coarse, const storage_t* fine, const Tile& tile, const Params& p, Sums& acc) {
+    const storage_t* coarse, const storage_t* fine, const Tile& tile, const Params& p, Sums& acc SAMPLES_PARAMETER) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const Slice s = find_slice(tile.slice, p);
     const int window_half = int(p.window_half), window_pitch = int(p.window_pitch), block_taps = int(p.block_taps);
@@ -228,7 +229,11 @@ __device__ __forceinline__ void multiply_slice(
     const auto load_coarse = [&](Block<COARSE_WIDTH>& block, const Task& task) {
         const int sample = task.row >> sample_shift;
         const index_t l_coarse = l + (task.row - (sample << sample_shift)), c = first_of_unit(task.unit, tile.rows);
-        if (n + sample < s.n_end && l_coarse < s.l_end) {
+        bool exists = n + sample < s.n_end && l_coarse < s.l_end;
+#ifdef LENGTHS
+        exists = exists && l_coarse < samples[n + sample].L_out;
+#endif
+        if (exists) {
             block.load(
                 coarse + ((n + sample) * p.coarse_stride_n + l_coarse * p.coarse_stride_l + c * p.coarse_stride_c),
                 keep_in_register(p.coarse_stride_c));
@@ -238,15 +243,23 @@ __device__ __forceinline__ void multiply_slice(
     };
     const auto load_fine = [&](Block<FINE_WIDTH>& block, const Task& task) {
         const Place place = places[task.row];
+        const bool sample_exists = n + place.n < s.n_end;
+        index_t position = l * p.stride + place.l, L_fine = p.L_fine;
+#ifdef LENGTHS
+        if (sample_exists) {
+            position += p.padding_left - index_t(samples[n + place.n].padding_left);
+            L_fine = index_t(samples[n + place.n].L_in);
+        }
+#endif
         if (TAPS_IN_UNITS) {
-            const index_t tap_of_octet = task.unit % kOctetUnits * kUnit, position = l * p.stride + place.l;
+            const index_t tap_of_octet = task.unit % kOctetUnits * kUnit;
             const storage_t* const x = fine + ((n + place.n) * p.fine_stride_n + task.unit / kOctetUnits * p.fine_stride_c);
-            load_taps(block, x, position + tap_of_octet * p.dilation, n + place.n < s.n_end, p);
+            load_taps(block, x, position + tap_of_octet * p.dilation, L_fine, sample_exists, p);
             return;
         }
         const index_t c = first_of_unit(task.unit, tile.elements);
-        const Source source = source_index(l * p.stride + place.l, p.L_fine);
-        if (n + place.n < s.n_end && source.exists) {
+        const Source source = source_index(position, L_fine);
+        if (sample_exists && source.exists) {
             block.load(
                 fine + ((n + place.n) * p.fine_stride_n + source.index * p.fine_stride_l + c * p.fine_stride_c),
                 keep_in_register(p.fine_stride_c));
@@ -397,9 +410,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) weight_gradie
     const storage_t* __restrict__ fine,    // [N, C_fine, L_fine]
     acc_t* __restrict__ partial,           // [slices, C_coarse, C_fine_g, K], or null
     storage_t* __restrict__ grad_weight,   // [C_coarse, C_fine_g, K], or null
-    const Params p) {
+    SAMPLES_ARGUMENT const Params p) {
     Sums acc;
-    multiply_slice(coarse, fine, find_tile(blockIdx.x, p), p, acc);
+    multiply_slice(coarse, fine, find_tile(blockIdx.x, p), p, acc SAMPLES_VALUE);
 
     // 16 rows of each warp at a time pass through shared memory, to be stored in the order of (c, k).
     const Tile tile = find_tile(block_index_again(), p);
@@ -473,7 +486,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) weight_gradie
                 const index_t r = tile.channel + tile.row_begin + row_of(row), k = first_k + tap;
                 const index_t c_of_group = first_c + c;
                 const acc_t sum = canonical_slice_sum(
-                    coarse + r * p.coarse_stride_c, fine + (tile.fine_channel + c_of_group) * p.fine_stride_c, k, s, p);
+                    coarse + r * p.coarse_stride_c, fine + (tile.fine_channel + c_of_group) * p.fine_stride_c, k, s,
+                    p SAMPLES_VALUE);
                 store_sum(sum, tile.slice, r, c_of_group * p.K + k, partial, grad_weight, p);
             }
         }

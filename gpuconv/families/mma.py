@@ -392,7 +392,7 @@ def input_width(product: Product, layout: Layout, arithmetic: Arithmetic, bits: 
     stride_n, stride_c, stride_l = array.strides
     begins_even = (stride_n % 2 == 0 or p.N == 1) and (stride_c % 2 == 0 or p.C_in == 1) and array.alignment >= 4
     is_word = stride_l == 1 and begins_even and p.L_in % 2 == 0 and arithmetic.channels == 8 and bits == 32
-    if p.padding_mode != "zeros":  # positions outside mean samples that are no such neighbours
+    if p.padding_mode != "zeros" or p.has_lengths:  # positions outside mean other samples, or begin at any place
         return 1
     return 2 if is_word and Window.pairs_positions(product) else 1
 
@@ -408,6 +408,8 @@ def compare_tilings(
         row_tiles = -(-product.rows // tile.block_m)
         block_samples, block_positions = 1, tile.block_n
         if tile.has_samples:
+            if product.problem.has_lengths:
+                continue
             block_samples, block_positions = min(tile.block_n // product.positions, samples), product.positions
             if block_samples < 2:
                 continue

@@ -161,6 +161,7 @@ class WeightGradientMma(Family[WeightGradientProblem]):
     name = "weight_gradient_mma"
     kind = "weight_gradient"
     maps_edges = True
+    keeps_lengths = True
     canonical_order = False
 
     def plan(self, problem: WeightGradientProblem, layout: Layout, device: Device) -> Plan | Refusal:
@@ -317,7 +318,7 @@ def _widths(p: WeightGradientProblem, layout: Layout, bits: int) -> tuple[int, i
         stride_n, stride_c, stride_l = array.strides
         rows = (stride_n % WIDTH == 0 or N == 1) and (stride_c % WIDTH == 0 or C == 1) and L % WIDTH == 0
         wide.append(rows and stride_l == 1 and array.alignment >= WIDTH * p.itemsize)
-    if bits != 32 or not wide[0]:
+    if bits != 32 or not wide[0] or p.has_lengths:
         return 1, 1
     # Neighbours outside of fine may mean samples that are no neighbours.
     has_rows = wide[1] and p.stride == 1 and p.padding_mode == "zeros" and not Columns.of(p).in_taps
