@@ -174,8 +174,15 @@ def test_tensor_cores_leave_out_what_does_not_exist() -> None:
             assert not y[n, :, L_out:].any()
 
 
-def test_the_weight_gradient_on_tensor_cores() -> None:
-    p = ConvProblem("conv1d", 3, 16, 16, 70, 3, 2, 1, 1, dtype="float16")
+@pytest.mark.parametrize(
+    "p",
+    [
+        ConvProblem("conv1d", 3, 16, 16, 70, 3, 2, 1, 1, dtype="float16"),
+        ConvProblem("conv1d", 3, 2, 16, 70, 11, 2, 5, 5, dtype="float16"),
+    ],
+    ids=["channels", "taps"],
+)
+def test_the_weight_gradient_on_tensor_cores(p: ConvProblem) -> None:
     samples = Samples.of("test", p, p.padding, [70, 0, 33])
     q, table = with_table(WeightGradientProblem.of(p), samples)
     x, _, _ = cases.exact_data(p, 4)
