@@ -6,6 +6,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from .functional import conv1d, conv_transpose1d, prepare
+from .lengths import conv1d_output_length, conv_transpose1d_output_length, output_lengths
 
 if TYPE_CHECKING:
     from . import chunked, grad, nn, reference, signal, stream
@@ -19,11 +20,14 @@ __all__ = [
     "chunked",
     "compile",
     "conv1d",
+    "conv1d_output_length",
     "conv_transpose1d",
+    "conv_transpose1d_output_length",
     "explain",
     "grad",
     "is_compiled",
     "nn",
+    "output_lengths",
     "prepare",
     "reference",
     "signal",
