@@ -10,27 +10,25 @@ from __future__ import annotations
 import hashlib
 import os
 import zlib
-from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple, Protocol, SupportsIndex, TypeAlias, TypeVar
+from typing import Any, Protocol, SupportsIndex, TypeAlias, TypeVar
 
 import numpy as np
 
 from . import __version__, calls, functional, memory, runtime
 from .arguments import ArraySpec, Op, Padding, Setting, check_int
-from .cases.derived import call_settings, chunk
+from .cases.derived import call_settings
 from .edge import source_indices
 from .fusion import FUSED_ARRAYS, ActivationLike, Fused
 from .journal import Journal
+from .pieces import Piece, Pieces
 from .problem import ConvProblem
 
 MAX_BYTES = 256 * 2**20  # of the pieces that are in memory at once
 DEVICES = ("cpu", "gpu")
-_ALIGNED = 64  # outputs, so that the rows of most pieces start at multiples of what kernels access at once
 
 
 class Source(Protocol):
@@ -205,87 +203,6 @@ def conv_transpose1d(
     )
 
 
-class _Piece(NamedTuple):
-    """A part of the output.
-
-    Attributes:
-        problem: with the extents and the padding of the part.
-        samples: along N.
-        outputs: along L_out.
-        positions: of the input; those outside of the source mean what the padding mode says.
-    """
-
-    problem: ConvProblem
-    samples: slice
-    outputs: slice
-    positions: range
-
-    @property
-    def of_output(self) -> tuple[slice, ...]:
-        p = self.problem
-        return (*((self.samples,) if p.batched else ()), slice(0, p.C_out), self.outputs)
-
-    def of_input(self, start: int, stop: int) -> tuple[slice, ...]:
-        p = self.problem
-        return (*((self.samples,) if p.batched else ()), slice(0, p.C_in), slice(start, stop))
-
-
-@dataclass(frozen=True)
-class _Pieces:
-    """How a problem is cut: a piece has some whole samples, or some outputs of one sample."""
-
-    problem: ConvProblem
-    samples: int
-    outputs: int
-
-    @classmethod
-    def cut(cls, p: ConvProblem, itemsize: int, out_itemsize: int, max_bytes: int, sets: int) -> _Pieces:
-        """Cut so that so many sets of arrays of a piece take at most `max_bytes`."""
-        limit = max_bytes // sets
-        span = p.dilation * (p.K - 1) + 1
-        arrays = 2 if p.fuses.has_residual else 1
-
-        def num_bytes(outputs: int) -> int:
-            reads = p.L_in
-            if outputs < p.L_out:
-                reads = (outputs + span) // p.stride + 2 if p.transposed else (outputs - 1) * p.stride + span
-            return max(1, 2 * p.C_in * reads * itemsize + arrays * p.C_out * outputs * out_itemsize)
-
-        whole = num_bytes(p.L_out)
-        if whole <= limit or (p.transposed and p.L_in == 0):  # without input there is nothing to cut
-            return cls(p, max(1, min(p.N, limit // whole)), p.L_out)
-        outputs = bisect_right(range(1, p.L_out), limit, key=num_bytes)
-        if outputs == 0:
-            raise ValueError(
-                f"{p.op}: max_bytes must be at least {sets * min(num_bytes(1), whole)} for the input and the output of "
-                f"one position, got {max_bytes}"
-            )
-        return cls(p, 1, outputs - outputs % _ALIGNED if outputs > _ALIGNED else outputs)
-
-    @property
-    def rows(self) -> int:
-        return -(-self.problem.L_out // self.outputs)
-
-    def __len__(self) -> int:
-        return 0 if self.problem.is_empty else -(-self.problem.N // self.samples) * self.rows
-
-    def piece(self, number: int) -> _Piece:
-        p = self.problem
-        n, l_out = number // self.rows * self.samples, number % self.rows * self.outputs
-        samples, outputs = slice(n, min(n + self.samples, p.N)), slice(l_out, min(l_out + self.outputs, p.L_out))
-        p = replace(p, N=samples.stop - n)
-        if self.rows == 1:
-            return _Piece(p, samples, outputs, range(p.L_in))
-        if p.padding_mode == "zeros":
-            part, read = chunk(p, outputs.start, outputs.stop)
-            return _Piece(part, samples, outputs, range(read.start, read.stop))
-        left = p.padding_left
-        padded = p.L_in + left + p.padding_right
-        inside = replace(p, padding_mode="zeros", L_in=padded, padding_left=0, padding_right=0)
-        part, read = chunk(inside, outputs.start, outputs.stop)
-        return _Piece(part, samples, outputs, range(read.start - left, read.stop - left))
-
-
 def _read(op: Op, name: str, source: Source, key: tuple[slice, ...]) -> Array:
     """A slice of a source, once it has the shape that it should have."""
     block = np.asarray(source[key])
@@ -295,7 +212,7 @@ def _read(op: Op, name: str, source: Source, key: tuple[slice, ...]) -> Array:
     return block
 
 
-def _fill(buffer: Array, piece: _Piece, source: Source, mode: str, L_in: int) -> None:
+def _fill(buffer: Array, piece: Piece, source: Source, mode: str, L_in: int) -> None:
     """Read the input of a piece."""
     positions, op = piece.positions, piece.problem.op
     first, stop = positions.start, positions.stop
@@ -322,7 +239,7 @@ class _OnCpu:
     def start(
         self,
         number: int,
-        piece: _Piece,
+        piece: Piece,
         read: Callable[[Array], None],
         residual: Array | None,
         compute: Callable[..., Any],
@@ -357,7 +274,7 @@ class _OnGpu:
     def start(
         self,
         number: int,
-        piece: _Piece,
+        piece: Piece,
         read: Callable[[Array], None],
         residual: Array | None,
         compute: Callable[..., Any],
@@ -427,7 +344,7 @@ def _convolve(
     p, dtype, out_dtype = _problem(op, source, weight, bias, settings, fused)
     _check_target(op, p, out, out_dtype, {"source": source, "residual": residual})
     engine = (_OnGpu if device == "gpu" else _OnCpu)(dtype, out_dtype, arrays)
-    pieces = _Pieces.cut(p, dtype.itemsize, out_dtype.itemsize, max_bytes, engine.sets)
+    pieces = Pieces.cut(p, dtype.itemsize, out_dtype.itemsize, max_bytes, engine.sets)
     function: Callable[..., Any] = functional.conv_transpose1d if p.transposed else functional.conv1d
     activation, input_activation = p.fuses.activation, p.fuses.input_activation
 
@@ -439,7 +356,7 @@ def _convolve(
             input_activation=input_activation and input_activation.as_argument(before),
         )  # fmt: skip
 
-    def finish(number: int, piece: _Piece, wait: Callable[[], Array]) -> None:
+    def finish(number: int, piece: Piece, wait: Callable[[], Array]) -> None:
         result = wait()
         out[piece.of_output] = result
         flush = getattr(out, "flush", None)
@@ -450,7 +367,7 @@ def _convolve(
 
     shape = tuple(source.shape)
     what = (p, pieces.samples, pieces.outputs, dtype.name, device, algorithm, version, __version__)
-    started: deque[tuple[int, _Piece, Callable[[], Array]]] = deque()
+    started: deque[tuple[int, Piece, Callable[[], Array]]] = deque()
     with nullcontext() if journal is None else Journal(journal, _fingerprint(what, arrays)) as entries:
         try:
             for number in range(len(pieces)):

@@ -10,6 +10,7 @@ from typing import Any
 
 from .. import chunked, dispatch, files, functional, npy, runtime
 from ..fusion import Fused
+from ..journal import JournalError
 from ..problem import DTYPES, ConvProblem, Op
 from .errors import CommandError
 from .gpu import current_device, use_gpu
@@ -158,10 +159,15 @@ def _convolve_pieces(
         with target as (out, journal), show_progress(args.op) as progress:
             if journal.exists():
                 tell("note", f"{args.output}: goes on with the work of a call that did not end")
-            function(
-                source, weight, bias, **settings, out=out, journal=journal, version=source.version, progress=progress,
-                max_bytes=args.max_bytes or chunked.MAX_BYTES, device="gpu" if on_gpu else "cpu",
-            )  # fmt: skip
+            try:
+                function(
+                    source, weight, bias, **settings, out=out, journal=journal, version=source.version,
+                    progress=progress, max_bytes=args.max_bytes or chunked.MAX_BYTES, device="gpu" if on_gpu else "cpu",
+                )  # fmt: skip
+            except BaseException as error:
+                if journal.exists() and not isinstance(error, JournalError):
+                    tell("note", f"{args.output}: the finished pieces are kept; the same command goes on with them")
+                raise
     except ValueError as error:  # of max_bytes, of the algorithm, of the journal
         raise CommandError(f"{args.output}: {error}") from error
 

@@ -108,7 +108,10 @@ def test_a_full_disk_loses_nothing(expected: Array, capsys: pytest.CaptureFixtur
         [sys.executable, "-c", script, *command], env=environment, capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "gpuconv: error: y.npy: cannot be written: File too large\n"
+    assert done.stderr == (
+        "gpuconv: note: y.npy: the finished pieces are kept; the same command goes on with them\n"
+        "gpuconv: error: y.npy: cannot be written: File too large\n"
+    )
     assert len(leftovers()) == 2
     assert not Path("y.npy").exists()
     before = {name: Path(name).read_bytes() for name in os.listdir()}

@@ -34,7 +34,7 @@ LAYERS = (
     ("cases.derived", "cases.data"),
     ("cases.table",),
     ("cases",),
-    ("reference", "cpu.limits", "source", "journal"),
+    ("pieces", "reference", "cpu.limits", "source", "journal"),
     ("cpu.arrays",),
     ("cpu.geometry", "cpu.costs", "cpu.threads", "cpu.correlation"),
     ("cpu.blocking", "cpu.non_finite", "cpu.bias_gradient", "cpu.weight_sums"),
