@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from functools import cache
 from threading import Lock
@@ -14,6 +15,7 @@ from . import runtime
 from .arguments import ArraySpec, check_dtype
 from .dtypes import real_dtype
 from .fusion import Fusion, check_data
+from .interchange import view
 from .memory import check_kinds, check_overlap, overlaps_itself
 from .problem import BiasGradientProblem, ConvProblem, WeightGradientProblem, dtype_name
 from .tasks import OPTIONAL, SIGNATURES, Task
@@ -39,7 +41,7 @@ def run(
 
     Args:
         function: its name in `SIGNATURES`; it opens the messages.
-        arrays: those of the signature, in order.
+        arrays: those of the signature, in order; also those of other libraries, which are read where they lie.
         settings: the other arguments of `Task.of`, in order.
         out: where to write the result; None for a fresh array.
         algorithm: of a GPU; see `dispatch.choose`.
@@ -54,13 +56,24 @@ def run(
         dispatch.check_algorithm(function, SIGNATURES[function].kind, algorithm)
     if runtime.is_cupy_array(arrays[0]):
         return _run_on_gpu(function, arrays, settings, out, algorithm, prepared)
-    return _run_on_cpu(function, arrays, settings, out)
+    return _run_on_cpu(function, arrays, settings, out, algorithm, prepared)
 
 
-def _run_on_cpu(function: str, arrays: tuple[Any, ...], settings: tuple[Any, ...], out: Any | None) -> Any:
+def _run_on_cpu(
+    function: str,
+    arrays: tuple[Any, ...],
+    settings: tuple[Any, ...],
+    out: Any | None,
+    algorithm: str | None,
+    prepared: runtime.PreparedWeight | None,
+) -> Any:
     key = _cpu_key(function, arrays, settings) if out is None else None
     found = None if key is None else _TASKS.get(key)
     if found is None:
+        views = _views(function, arrays, out)
+        if views is not None:
+            result = run(function, views[0], settings, views[1], algorithm=algorithm, prepared=prepared)
+            return result if out is None else out
         if _has_real_taps(function, arrays):
             return _run_by_parts(function, arrays, settings, out)
         task = _check(function, arrays, settings, out)
@@ -132,6 +145,10 @@ def _run_on_gpu(
         key = (function, algorithm, names, *map(_identity, arrays), _identity(out))
         found = _EXECUTORS.get(key)
     if found is None:
+        views = _views(function, arrays, out)
+        if views is not None:
+            result = run(function, views[0], settings, views[1], algorithm=algorithm, prepared=prepared)
+            return result if out is None else out
         if _has_real_taps(function, arrays):
             return _run_by_parts(function, arrays, settings, out, algorithm=algorithm, prepared=prepared)
         task = _check(function, arrays, settings, out)
@@ -153,6 +170,16 @@ def _run_on_gpu(
         out = cupy.empty(shape, dtype)
     executor.run(*arrays, out, prepared=prepared)
     return out
+
+
+def _views(function: str, arrays: tuple[Any, ...], out: Any | None) -> tuple[tuple[Any, ...], Any | None] | None:
+    """Arrays and `out` with those of other libraries as NumPy's or CuPy's; None where there are none of those."""
+    names = SIGNATURES[function].arrays
+    given = tuple(view(function, name, array) for name, array in zip(names, arrays, strict=False))
+    target = view(function, "out", out, write=True)
+    if target is out and all(map(operator.is_, given, arrays)):
+        return None
+    return given, target
 
 
 def _has_real_taps(function: str, arrays: tuple[Any, ...]) -> bool:
@@ -204,6 +231,12 @@ def run_weight_gradient(
     """
     if weight_dtype is None:
         return run(function, arrays, settings, out, algorithm=algorithm)
+    views = _views(function, arrays, out)
+    if views is not None:
+        result = run_weight_gradient(
+            function, views[0], settings, views[1], weight_dtype=weight_dtype, algorithm=algorithm
+        )
+        return result if out is None else out
     given = dict(zip(SIGNATURES[function].arrays, arrays, strict=True))
     check_kinds(function, given)
     dtype = check_dtype(function, "input", arrays[0])

@@ -18,6 +18,7 @@ from .dtypes import dtype_name, real_dtype
 from .families import Launch
 from .families.base import ACTIVATED, contiguous_strides
 from .fusion import FUSED_ARRAYS, RESIDUAL, Fused, check_data
+from .interchange import view
 from .memory import address, check_kinds
 from .problem import (
     ArrayLike,
@@ -316,6 +317,9 @@ def explain(
             is_shape = all(isinstance(extent, int) for extent in array)
             hint = f'; a shape becomes gpuconv.problem.ArraySpec({tuple(array)!r}, "float32")' if is_shape else ""
             raise TypeError(f"explain: {name} must be an array or an ArraySpec, got {type(array).__name__}{hint}")
+        else:
+            given[name] = view(op, name, array)
+    data, weight = given["input"], given["weight"]
     target = _device_of(op, given) if device is None else _parse_device(device)
 
     if op == "conv_transpose1d":
@@ -325,10 +329,10 @@ def explain(
     dispatch.check_algorithm("explain", SIGNATURES[function].kind, algorithm)
     by_parts = _have_real_taps(given)
     if by_parts and direction == "grad_bias":  # a bias is as complex as the data, whatever the taps are
-        by_parts, weight = False, ArraySpec(tuple(weight.shape), input.dtype)
+        by_parts, weight = False, ArraySpec(tuple(weight.shape), data.dtype)
     if by_parts:
         given = {name: array if name == "weight" else _RealPart.of(array) for name, array in given.items()}
-        check_data(op, fused.fusion, str(dtype_name(input.dtype)))
+        check_data(op, fused.fusion, str(dtype_name(data.dtype)))
     p = ConvProblem.of(op, given["input"], weight, given.get("bias"), **settings)
     p = p.fused(Fused(fused.fusion, tuple(map(given.get, FUSED_ARRAYS))))
     problem: ConvProblem | WeightGradientProblem | BiasGradientProblem = p

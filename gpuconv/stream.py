@@ -16,7 +16,8 @@ import numpy as np
 
 from . import functional, nn, runtime
 from .arguments import Settings, check_int
-from .memory import check_kinds
+from .interchange import view
+from .memory import take
 from .problem import INTEGER_SUMS, Op, Padding, Setting
 
 __all__ = ["Conv1d", "ConvTranspose1d"]
@@ -76,8 +77,8 @@ class _Stream:
             weight = layer
         settings = Settings.check(caller, self.op, stride, padding, dilation, groups, output_padding)
         self._weight = weight if isinstance(weight, runtime.PreparedWeight) else functional.prepare(weight)
-        self._bias = None if bias is None else bias.copy()
-        check_kinds(caller, {"weight": self._weight.array, **({} if bias is None else {"bias": bias})})
+        _, *biases = take(caller, weight=self._weight.array, **({} if bias is None else {"bias": bias}))
+        self._bias = biases[0].copy() if biases else None
         shape = self._weight.shape
         if len(shape) != 3 or shape[2] < 1:
             raise ValueError(f"{caller}: weight must have three axes, the last with a tap at least, got shape {shape}")
@@ -140,15 +141,16 @@ class _Stream:
         """
         caller = f"{type(self).__name__}.push"
         chosen = self._chosen(caller, slots)
-        check_kinds(caller, {"weight": self._weight.array, "input": input})
-        if input.dtype != self._weight.dtype:
-            raise TypeError(f"{caller}: input must have the dtype of weight, {self._weight.dtype}, got {input.dtype}")
-        single = input.ndim == 2 and len(chosen) == 1
-        x = input[None] if single else input
+        _, x = take(caller, weight=self._weight.array, input=input)
+        given, out = out, view(caller, "out", out, write=True)
+        if x.dtype != self._weight.dtype:
+            raise TypeError(f"{caller}: input must have the dtype of weight, {self._weight.dtype}, got {x.dtype}")
+        shape = tuple(x.shape)
+        single = len(shape) == 2 and len(chosen) == 1
+        x = x[None] if single else x
         if x.ndim != 3 or x.shape[:2] != (len(chosen), self._channels):
             raise ValueError(
-                f"{caller}: input must have shape (slots, C_in, L) = ({len(chosen)}, {self._channels}, L), got "
-                f"{tuple(input.shape)}"
+                f"{caller}: input must have shape (slots, C_in, L) = ({len(chosen)}, {self._channels}, L), got {shape}"
             )
         position = self._common(caller, chosen)
         skipped = min(position.skip, x.shape[-1])
@@ -174,7 +176,7 @@ class _Stream:
             result = self._empty(self._output_shape(len(chosen), 0), self._output_dtype)
         self._keep(chosen if not whole else None, samples[..., dropped:], after)
         if out is not None:
-            return out
+            return given
         return result[0] if single else result
 
     def flush(self, slots: Sequence[SupportsIndex] | None = None) -> Any:
@@ -227,7 +229,7 @@ class _Stream:
         samples, positions = state["samples"], np.asarray(state["positions"])
         if positions.shape != (self.slots, 4) or positions.dtype.kind not in "iu" or (positions < 0).any():
             raise ValueError(f"{caller}: positions must be integers of shape ({self.slots}, 4), got {positions.shape}")
-        check_kinds(caller, {"weight": self._weight.array, "samples": samples})
+        _, samples = take(caller, weight=self._weight.array, samples=samples)
         held = int(positions[:, 0].max())
         if tuple(samples.shape) != (self.slots, self._channels, held) or samples.dtype != self._weight.dtype:
             raise ValueError(

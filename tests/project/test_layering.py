@@ -56,6 +56,7 @@ LAYERS = (
     ("families",),
     ("dispatch", "cubins"),
     ("runtime",),
+    ("interchange",),
     ("memory", "tasks"),
     ("calls",),
     ("functional",),
