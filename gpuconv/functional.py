@@ -82,8 +82,8 @@ def conv1d(
         NumPy's or CuPy's also where `input` is that of another library; `out` where it was given. CuPy work is queued
         on CuPy's current stream, after what the streams of other libraries' arrays have to do; before such an array is
         freed or used again on another stream, that stream must wait for CuPy's. The work can be captured into a CUDA
-        graph: call once before the capture, which compiles the kernels. What a captured call allocates for itself belongs to
-        the graph; arrays, prepared weights and `out` must live as long as the graph is used.
+        graph: call once before the capture, which compiles the kernels. What a captured call allocates for itself
+        belongs to the graph; arrays, prepared weights and `out` must live as long as the graph is used.
 
     Raises:
         ValueError: a shape or a value does not fit; the message names the argument, what was expected and what came.

@@ -62,7 +62,7 @@ LAYERS = (
     ("functional",),
     ("checkpoint",),
     ("nn", "grad", "signal", "explain", "files", "gpus", "report"),
-    ("checks", "stream", "torch.tensors", "compile", "layers"),
+    ("checks", "testing", "stream", "torch.tensors", "compile", "layers"),
     ("family_checks",),
     ("torch.operators",),
     ("torch.functions",),
