@@ -130,7 +130,7 @@ def _difference(found: Comparison, index: tuple[int, ...]) -> str:
     return f"got {got!r}, expected {exact!r}; the error is {fraction:.3g} times its bound of {bound:.3g}"
 
 
-def _of_forward(op: Op, name: str, given: dict[str, Any]) -> _Expected:
+def _of_forward(op: Op, _name: str, given: dict[str, Any]) -> _Expected:
     if op == "conv_transpose1d":
         check_padding_mode(op, op, given.pop("padding_mode"))
     fused = Fused.check(op, *(given.pop(setting) for setting in ("activation", "input_activation", "residual")))
@@ -172,7 +172,7 @@ def _of_weight_gradient(op: Op, name: str, given: dict[str, Any]) -> _Expected:
     return _Expected(f"{name}: {q}", q.weight_shape, q.dtype, (sums,))
 
 
-def _of_bias_gradient(_: Op, name: str, given: dict[str, Any]) -> _Expected:
+def _of_bias_gradient(_op: Op, name: str, given: dict[str, Any]) -> _Expected:
     p = bias_gradient_problem(name, given["grad_output"])
     return _Expected(f"{name}: {p}", p.bias_shape, p.dtype, (reference.bias_gradient(p, given["grad_output"]),))
 

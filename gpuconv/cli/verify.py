@@ -8,7 +8,7 @@ import sys
 from collections import Counter
 from typing import Any
 
-from .. import cases, files
+from .. import cases, files, layers
 from ..cases import NUMBER_FORMATS
 from ..gpus import GpuUnavailableError
 from ..text import count, wrap
@@ -25,7 +25,8 @@ def add_to(commands: Any) -> None:
         description="Run the table of test problems on the chosen device and check every result:\n"
         "exact where the data is small integers, inside the computed error bound\n"
         "elsewhere. The bound follows from the problem; there is no tolerance to set.",
-        epilog="exit codes: 0 all good, 1 a mismatch, 2 bad usage, 3 no GPU for --device gpu",
+        epilog="exit codes: 0 all good, 1 a mismatch, 2 bad usage, 3 no GPU for --device gpu\n\n"
+        "example:\n  gpuconv verify --device gpu --layers layers.json --junit gpuconv.xml",
     )
     add_device(parser)
     parser.add_argument(
@@ -33,6 +34,9 @@ def add_to(commands: Any) -> None:
     )
     parser.add_argument(
         "--filter", metavar="TEXT", help="only the cases with TEXT in their name, or this tag or operation"
+    )
+    parser.add_argument(
+        "--layers", metavar="FILE", help="your own layers in FILE, which gpuconv explain --json has written"
     )
     parser.add_argument("--all", action="store_true", help="every case in every dtype, not a selection")
     parser.add_argument("--family", metavar="NAME", help="only this kernel family, by the cases that it takes (GPU)")
@@ -44,6 +48,8 @@ def add_to(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.layers is not None and (args.filter is not None or args.all or args.list):
+        raise CommandError("verify takes --layers in place of --filter, --all and --list")
     if args.list:
         return _list_cases(args.filter)
     if args.junit is not None:
@@ -57,6 +63,7 @@ def run(args: argparse.Namespace) -> int:
                 dtypes=args.dtype,
                 quick=not args.all,
                 family=args.family,
+                layers=None if args.layers is None else layers.read(args.layers),
                 progress=progress,
             )
     except GpuUnavailableError as error:
