@@ -13,7 +13,12 @@ from pathlib import Path
 import pytest
 
 # How the reasons begin; tests/__init__.py and gpuconv word them.
-REASONS = {"gpu": "no GPU: ", "gpu_on_cpu": "gpu_on_cpu: ", "torch": "PyTorch is not installed: "}
+REASONS = {
+    "gpu": "no GPU: ",
+    "gpu_on_cpu": "gpu_on_cpu: ",
+    "torch": "PyTorch is not installed: ",
+    "models": "the models are not installed: ",
+}
 
 
 class NamedSkips:

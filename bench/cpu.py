@@ -175,7 +175,7 @@ class _Runner:
 
 
 def random_arrays(
-    problem: ConvProblem, rng: np.random.Generator, direction: Direction = "forward"
+    problem: ConvProblem, rng: np.random.Generator, direction: Direction
 ) -> tuple[Array, Array, Array | None]:
     """Normal input, weight, and bias or grad_output, scaled so that results have variance 1."""
 

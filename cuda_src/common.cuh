@@ -28,41 +28,27 @@ struct alignas(2 * sizeof(real_t)) Complex {
 // copy_async_wait.
 namespace dtype {
 
-template <typename real_t>
-struct Real {
-    typedef real_t storage_t;
-    typedef real_t acc_t;
-    typedef real_t result_t;
+// Numbers that are summed as they are stored.
+template <typename T>
+struct Unconverted {
+    typedef T storage_t;
+    typedef T acc_t;
+    typedef T result_t;
     static __device__ __forceinline__ void copy_to_shared(acc_t* shared, const storage_t* global) {
         copy_async(shared, global);
     }
     static __device__ __forceinline__ void copy_to_shared(acc_t* shared, const storage_t* global, bool exists) {
         copy_async_or_zero(shared, global, exists);
     }
-    static __device__ __forceinline__ storage_t storage_zero() { return real_t(0); }
-    static __device__ __forceinline__ acc_t zero() { return real_t(0); }
+    static __device__ __forceinline__ storage_t storage_zero() { return T(); }
+    static __device__ __forceinline__ acc_t zero() { return T(); }
     static __device__ __forceinline__ acc_t load(storage_t value) { return value; }
     static __device__ __forceinline__ storage_t round(acc_t value) { return value; }
 };
 
-template <typename real_t>
-struct ComplexPair {
-    typedef Complex<real_t> storage_t;
-    typedef Complex<real_t> acc_t;
-    typedef Complex<real_t> result_t;
-    static __device__ __forceinline__ void copy_to_shared(acc_t* shared, const storage_t* global) {
-        copy_async(shared, global);
-    }
-    static __device__ __forceinline__ void copy_to_shared(acc_t* shared, const storage_t* global, bool exists) {
-        copy_async_or_zero(shared, global, exists);
-    }
-    static __device__ __forceinline__ storage_t storage_zero() { return storage_t{real_t(0), real_t(0)}; }
-    static __device__ __forceinline__ acc_t zero() { return acc_t{real_t(0), real_t(0)}; }
-    static __device__ __forceinline__ acc_t load(storage_t value) { return value; }
-    static __device__ __forceinline__ storage_t round(acc_t value) { return value; }
-};
-
-struct float16 {
+// Numbers of 16 bits, which Bits converts to float32 and back.
+template <typename Bits>
+struct InFloat32 {
     typedef unsigned short storage_t;
     typedef float acc_t;
     typedef unsigned short result_t;
@@ -74,24 +60,16 @@ struct float16 {
     }
     static __device__ __forceinline__ storage_t storage_zero() { return 0; }
     static __device__ __forceinline__ acc_t zero() { return 0.0f; }
-    static __device__ __forceinline__ acc_t load(storage_t bits) { return half_bits_to_float(bits); }
-    static __device__ __forceinline__ storage_t round(acc_t value) { return float_to_half_bits_rn(value); }
+    static __device__ __forceinline__ acc_t load(storage_t bits) { return Bits::load(bits); }
+    static __device__ __forceinline__ storage_t round(acc_t value) { return Bits::round(value); }
 };
-
-struct bfloat16 {
-    typedef unsigned short storage_t;
-    typedef float acc_t;
-    typedef unsigned short result_t;
-    static __device__ __forceinline__ void copy_to_shared(acc_t* shared, const storage_t* global) {
-        *shared = load(*global);
-    }
-    static __device__ __forceinline__ void copy_to_shared(acc_t* shared, const storage_t* global, bool exists) {
-        *shared = exists ? load(*global) : zero();
-    }
-    static __device__ __forceinline__ storage_t storage_zero() { return 0; }
-    static __device__ __forceinline__ acc_t zero() { return 0.0f; }
-    static __device__ __forceinline__ acc_t load(storage_t bits) { return uint_as_float(unsigned(bits) << 16); }
-    static __device__ __forceinline__ storage_t round(acc_t value) { return float_to_bfloat_bits_rn(value); }
+struct HalfBits {
+    static __device__ __forceinline__ float load(unsigned short bits) { return half_bits_to_float(bits); }
+    static __device__ __forceinline__ unsigned short round(float value) { return float_to_half_bits_rn(value); }
+};
+struct BfloatBits {
+    static __device__ __forceinline__ float load(unsigned short bits) { return uint_as_float(unsigned(bits) << 16); }
+    static __device__ __forceinline__ unsigned short round(float value) { return float_to_bfloat_bits_rn(value); }
 };
 
 // Integers wrap around, which only the arithmetic of unsigned ones is defined to do.
@@ -120,10 +98,12 @@ typedef Integer<short, unsigned, int> int16_to_int32;
 typedef Integer<int, unsigned, int> int32_to_int32;
 typedef Integer<long long, unsigned, int> int64_to_int32;
 
-typedef Real<float> float32;
-typedef Real<double> float64;
-typedef ComplexPair<float> complex64;
-typedef ComplexPair<double> complex128;
+typedef InFloat32<HalfBits> float16;
+typedef InFloat32<BfloatBits> bfloat16;
+typedef Unconverted<float> float32;
+typedef Unconverted<double> float64;
+typedef Unconverted<Complex<float>> complex64;
+typedef Unconverted<Complex<double>> complex128;
 
 }  // namespace dtype
 
@@ -222,6 +202,16 @@ __device__ __forceinline__ index_t max_index(index_t a, index_t b) { return a > 
 
 // 0 <= i < extent, in one comparison.
 __device__ __forceinline__ bool is_index(index_t i, index_t extent) { return uindex_t(i) < uindex_t(extent); }
+
+// value / divisor for 0 <= value < 2^31: the host's magic number spares the division (Divisor in families/depthwise.py).
+// With 64-bit indices it divides.
+__device__ __forceinline__ index_t divide(index_t value, index_t divisor, index_t magic, index_t shift) {
+#if INDEX_BITS == 32
+    return divisor == 1 ? value : index_t(multiply_high(unsigned(value), unsigned(magic)) >> shift);
+#else
+    return value / divisor;
+#endif
+}
 
 // The index along the fastest of a grid's dimensions, `extent` long; `block` becomes the index along the others. A grid
 // has fewer than 2**31 blocks, and so have its dimensions.

@@ -25,6 +25,7 @@
 #include "edge.cuh"
 #include "finish.cuh"
 #include "input.cuh"
+#include "window.cuh"
 
 struct Params {
     index_t N, C_out, L_in, L_out, K;
@@ -42,13 +43,13 @@ struct Params {
     index_t weight_stride_out, weight_stride_in, weight_stride_k;
     index_t bias_stride;
     index_t output_stride_n, output_stride_c, output_stride_l;
-    FUSED_FIELDS
+    FUSED_FIELDS WINDOW_FIELDS
     static constexpr int C_in_g = 1;  // for canonical_sum
 };
 static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/conv1d_depthwise.py");
 
 // weight[c_out, 0, 0] of a thread's row.
-__device__ __forceinline__ const storage_t* weight_row(const storage_t* weight, const Place& at, const Params& p) {
+__device__ __forceinline__ const storage_t* weight_row(const storage_t* weight, const ThreadRow& at, const Params& p) {
     return weight + at.c_out * p.weight_stride_out;
 }
 
@@ -96,7 +97,7 @@ typedef TargetOf<kPhases>::type Target;
 __device__ __forceinline__ void convolve_rows(
     const storage_t* input, const storage_t* weight, storage_t* output, const Epilogue& epilogue,
     const InputActivation& input_activation, const Params& p) {
-    const Place at = find_place(p, blockIdx.x);
+    const ThreadRow at = find_row(p, blockIdx.x);
     const int row_threads = int(p.row_threads), plane_pitch = int(p.plane_pitch);
     storage_t* const y = output_row(output, at, p);
     acc_t* const shared = reinterpret_cast<acc_t*>(dynamic_shared_memory());
@@ -198,10 +199,7 @@ __device__ __forceinline__ void convolve_rows(
             }
         }
         store_results(y, l_out, p.L_out, acc, channel, [&](index_t l) {
-            const Place again = find_place(p, block_index_again());  // found again rather than held in registers
-            return sum_existing_terms(
-                input_row(input, again, p), weight_row(weight, again, p),
-                input_activation.channel(input_channel(again, p)), l, p);
+            return sum_again(input, weight, input_activation, l, p);
         });
     }
 }
@@ -219,7 +217,7 @@ __device__ __forceinline__ void convolve_rows(
 __device__ __forceinline__ void convolve_rows(
     const storage_t* input, const storage_t* weight, storage_t* output, const Epilogue& epilogue,
     const InputActivation& input_activation, const Params& p) {
-    const Place at = find_place(p, blockIdx.x);
+    const ThreadRow at = find_row(p, blockIdx.x);
     const int row_threads = int(p.row_threads), pitch = int(p.plane_pitch);
     const int stride_vectors = int(p.stride) / kStorageVec;
     acc_t* const shared = reinterpret_cast<acc_t*>(dynamic_shared_memory());
@@ -290,12 +288,7 @@ __device__ __forceinline__ void convolve_rows(
                 next += pitch - stride_vectors;
             }
         }
-        if (needs_canonical_sum(acc)) {
-            const Place again = find_place(p, block_index_again());  // found again rather than held in registers
-            acc = sum_existing_terms(
-                input_row(input, again, p), weight_row(weight, again, p),
-                input_activation.channel(input_channel(again, p)), l_out, p);
-        }
+        if (needs_canonical_sum(acc)) acc = sum_again(input, weight, input_activation, l_out, p);
         storage_t* const place_out = y + l_out * p.output_stride_l;
         *place_out = finish(acc, channel, place_out);
     }
@@ -306,7 +299,7 @@ __device__ __forceinline__ void convolve_rows(
 __device__ __forceinline__ void convolve_rows(
     const storage_t* input, const storage_t* weight, storage_t* output, const Epilogue& epilogue,
     const InputActivation& input_activation, const Params& p) {
-    const Place at = find_place(p, blockIdx.x);
+    const ThreadRow at = find_row(p, blockIdx.x);
     const int row_threads = int(p.row_threads), stride = int(p.stride), plane_pitch = int(p.plane_pitch);
     const storage_t* const x = input_row(input, at, p);
     const storage_t* const w = weight_row(weight, at, p);
@@ -396,11 +389,12 @@ __device__ __forceinline__ void convolve_rows(
 #endif
 
 extern "C" __global__ void __launch_bounds__(BLOCK_SIZE, kMinBlocks) conv1d_depthwise(
-    const storage_t* __restrict__ input,   // [N, C_in, L_in]
+    INPUT_ARGUMENT  // [N, C_in, L_in]
     const storage_t* __restrict__ weight,  // [C_out, 1, K]
     const storage_t* __restrict__ bias,    // [C_out], or null
     storage_t* __restrict__ output,        // [N, C_out, L_out]
-    FUSED_ARGUMENTS const Params p) {
+    FUSED_ARGUMENTS WINDOW_ARGUMENTS const Params p) {
     const Epilogue epilogue(bias, output, p FUSED_VALUES);
+    MOVE_WINDOW
     convolve_rows(input, weight, output, epilogue, InputActivation(p INPUT_ACTIVATION_VALUES), p);
 }

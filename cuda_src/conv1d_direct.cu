@@ -13,6 +13,7 @@
 #include "edge.cuh"
 #include "finish.cuh"
 #include "input.cuh"
+#include "window.cuh"
 
 struct Params {
     index_t num_outputs;  // N * C_out * L_out
@@ -23,17 +24,18 @@ struct Params {
     index_t weight_stride_out, weight_stride_in, weight_stride_k;
     index_t bias_stride;
     index_t output_stride_n, output_stride_c, output_stride_l;
-    FUSED_FIELDS
+    FUSED_FIELDS WINDOW_FIELDS
 };
 static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/conv_direct.py");
 
 extern "C" __global__ void __launch_bounds__(BLOCK_SIZE, 2) conv1d_direct(
-    const storage_t* __restrict__ input,   // [N, C_in, L_in]
+    INPUT_ARGUMENT  // [N, C_in, L_in]
     const storage_t* __restrict__ weight,  // [C_out, C_in_g, K]
     const result_t* __restrict__ bias,     // [C_out], or null
     result_t* __restrict__ output,         // [N, C_out, L_out]
-    FUSED_ARGUMENTS const Params p) {
+    FUSED_ARGUMENTS WINDOW_ARGUMENTS const Params p) {
     const Epilogue epilogue(bias, output, p FUSED_VALUES);
+    MOVE_WINDOW
     const InputActivation input_activation(p INPUT_ACTIVATION_VALUES);
     const index_t grid_size = index_t(gridDim.x) * BLOCK_SIZE;
     for (index_t i = index_t(blockIdx.x) * BLOCK_SIZE + threadIdx.x; i < p.num_outputs; i += grid_size) {

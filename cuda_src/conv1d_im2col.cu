@@ -29,6 +29,7 @@
 #include "common.cuh"
 #include "edge.cuh"
 #include "mma.cuh"
+#include "window.cuh"
 
 struct Params {
     index_t N, L_in, L_out, K;
@@ -44,7 +45,7 @@ struct Params {
     index_t last_row;                           // of the last unit, where that is not whole
     index_t channel_rows;                       // of all planes of a channel
     index_t plane_reciprocal, channel_reciprocal;  // 2^32 / plane_rows and 2^32 / channel_rows, rounded up
-    FUSED_FIELDS
+    FUSED_FIELDS WINDOW_FIELDS
 };
 static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/conv1d_im2col.py");
 static_assert(!HAS_SAMPLES && SEGMENT_MODE == 0 && !PHASES_IN_ROWS, "see gpuconv/families/conv1d_im2col.py");
@@ -131,21 +132,8 @@ __device__ __forceinline__ void multiply_window(const Tile& tile, const Params& 
     StorageVector* const window = stages + NUM_STAGES * kStageVectors;
     int* const pair_offset = reinterpret_cast<int*>(window + kParts * part_rows);
 
-    // Stages go round a ring: stage i is read from slot i % NUM_STAGES while stage i + NUM_STAGES - 1 is written, to the
-    // slot that was read last.
-    const int first_copy = warp * (32 * kStageCopies);
     const int num_stages = int(p.pairs / kStagePairs);
-    const int copies_end = first_copy < kStageVectors ? num_stages - (NUM_STAGES - 1) : -NUM_STAGES;  // no copies from here
-    const StorageVector* weight = keep_in_register(tile.weight + (first_copy + lane + kStageCopies / 2 * 32));
-    StorageVector* const my_stage = keep_in_register(stages + (first_copy + lane));
-    const auto load_weights = [&](int to, int at_stage) {
-        if (at_stage < copies_end) StageCopy<>::run(my_stage + to * kStageVectors, weight);
-        weight += kStageVectors;
-        copy_async_commit();
-    };
-#pragma unroll
-    for (int i = 0; i < NUM_STAGES - 1; ++i) load_weights(i, i - (NUM_STAGES - 1));
-
+    WeightRing ring(tile.weight, stages, num_stages);
 #pragma unroll 1
     for (index_t pair = threadIdx.x; pair < p.pairs; pair += kThreads) {
         const index_t unit = pair / p.C_in_g, c_in = pair - unit * p.C_in_g, round = unit / p.planes;
@@ -155,9 +143,7 @@ __device__ __forceinline__ void multiply_window(const Tile& tile, const Params& 
         } else if (unit * kUnit < p.K) {
             row = c_in * p.channel_rows + p.last_row;
         }
-        // A lane reads the pairs of its half of every k-step: those of a stage lie side by side.
-        const index_t in_stage = pair % kStagePairs;
-        pair_offset[pair - in_stage + in_stage % 2 * STAGE_STEPS + in_stage / 2] = int(row) * 16;
+        set_pair_row(pair_offset, pair, row);
     }
 #pragma unroll 1
     for (int begin = threadIdx.x; begin < part_rows; begin += PREFETCH * kThreads) {
@@ -173,9 +159,7 @@ __device__ __forceinline__ void multiply_window(const Tile& tile, const Params& 
         }
     }
 
-    // This lane's rows of the operands: ldmatrix takes one address from each lane.
-    const StorageVector* const my_weight =
-        keep_in_register(stages + (lane / 16) * kParts * BLOCK_M + warp / WARPS_N * kWarpM + lane % 16);
+    const StorageVector* const my_weight = weight_rows(stages);
     const int column = warp % WARPS_N * kWarpN + lane / 16 * 8 + lane % 8;
     const unsigned char* const my_window = keep_in_register(reinterpret_cast<const unsigned char*>(window + column));
     const StepOffsets* pairs_of_stage = reinterpret_cast<const StepOffsets*>(pair_offset) + lane / 8 % 2;
@@ -189,48 +173,11 @@ __device__ __forceinline__ void multiply_window(const Tile& tile, const Params& 
     for (int stage = 0; stage < num_stages; ++stage) {
         copy_async_wait_group<NUM_STAGES - 2>();
         __syncthreads();  // in the first pass for the window, too
-        load_weights((stage + NUM_STAGES - 1) & (NUM_STAGES - 1), stage);
+        ring.load((stage + NUM_STAGES - 1) & (NUM_STAGES - 1), stage);
         const StorageVector* const w = my_weight + (stage & (NUM_STAGES - 1)) * kStageVectors;
         const StepOffsets pairs = *pairs_of_stage;
         pairs_of_stage += 2;  // those of both halves
-#pragma unroll
-        for (int step = 0; step < STAGE_STEPS; ++step) {
-            const unsigned char* const x = my_window + pairs.element[step];
-            unsigned a[kParts][kTilesM][4], b[kParts][kTilesN][2];
-#pragma unroll
-            for (int part = 0; part < kParts; ++part) {
-#pragma unroll
-                for (int i = 0; i < kTilesM; ++i) {
-                    load_matrix_x4(a[part][i], w + (2 * step * kParts + part) * BLOCK_M + i * 16);
-                }
-#pragma unroll
-                for (int j = 0; j < kTilesN / 2; ++j) {
-                    unsigned both[4];
-                    load_matrix_x4(both, x + (j * 256 + part * part_rows * 16));
-                    b[part][2 * j][0] = both[0];
-                    b[part][2 * j][1] = both[1];
-                    b[part][2 * j + 1][0] = both[2];
-                    b[part][2 * j + 1][1] = both[3];
-                }
-            }
-#pragma unroll
-            for (int i = 0; i < kTilesM; ++i) {
-#pragma unroll
-                for (int j = 0; j < kTilesN; ++j) {
-                    if (IS_SPLIT) {
-                        MULTIPLY_MATRICES(low[i][j], a[kParts - 1][i], b[0][j]);
-                        MULTIPLY_MATRICES(low[i][j], a[0][i], b[kParts - 1][j]);
-                    }
-                    MULTIPLY_MATRICES(acc[i][j], a[0][i], b[0][j]);
-                }
-            }
-        }
-        if (IS_SPLIT) {
-            for_each_sum([&](int i, int j, int e) {
-                part[i][j][e] += acc[i][j][e];
-                acc[i][j][e] = 0.0f;
-            });
-        }
+        multiply_stage(w, my_window, pairs, [](int j) { return j * 256; }, part_rows, acc, low, part);
     }
     if (IS_SPLIT) {
         for_each_sum([&](int i, int j, int e) { acc[i][j][e] = part[i][j][e] + low[i][j][e]; });
@@ -240,12 +187,13 @@ __device__ __forceinline__ void multiply_window(const Tile& tile, const Params& 
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) conv1d_im2col(
-    const storage_t* __restrict__ input,       // [N, C_in, L_in]
+    INPUT_ARGUMENT  // [N, C_in, L_in]
     const StorageVector* __restrict__ weight,  // packed: see pack_im2col_weight.cu
     const storage_t* __restrict__ bias,        // [C_out], or null
     storage_t* __restrict__ output,            // [N, C_out, L_out]
-    FUSED_ARGUMENTS const Params p) {
+    FUSED_ARGUMENTS WINDOW_ARGUMENTS const Params p) {
     const Epilogue epilogue(bias, output, p FUSED_VALUES);
+    MOVE_WINDOW
     Sums acc;
     multiply_window(tile_at(blockIdx.x, input, weight, output, p), p, acc);
 

@@ -14,6 +14,7 @@
 
 #include "common.cuh"
 #include "mma.cuh"
+#include "window.cuh"
 
 struct Params {
     index_t N, L_in, L_out, K;
@@ -28,20 +29,21 @@ struct Params {
     index_t block_samples, block_positions;
     index_t planes, plane_rows, sample_rows, window_rows, unit_tasks, tasks_reciprocal;
     index_t tap_rows_first, tap_rows_step, window_shift, plane_step;
-    FUSED_FIELDS
+    FUSED_FIELDS WINDOW_FIELDS
 };
 static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/conv_mma.py");
 
 extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) conv1d_mma(
-    const storage_t* __restrict__ input,  // [N, C_in, L_in]
+    INPUT_ARGUMENT  // [N, C_in, L_in]
     const StorageVector* __restrict__ weight,    // packed: see pack_mma_weight.cu
     const storage_t* __restrict__ bias,   // [C_out], or null
     storage_t* __restrict__ output,       // [N, C_out, L_out]
 #if SEGMENT_MODE >= 2
     AccVector* __restrict__ partial,      // sums of segments: see mma.cuh
 #endif
-    FUSED_ARGUMENTS const Params p) {
+    FUSED_ARGUMENTS WINDOW_ARGUMENTS const Params p) {
     const Epilogue epilogue(bias, output, p FUSED_VALUES);
+    MOVE_WINDOW
 #if SEGMENT_MODE < 2
     AccVector* const partial = nullptr;
 #endif

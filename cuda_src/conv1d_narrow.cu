@@ -19,6 +19,7 @@
 #include "common.cuh"
 #include "edge.cuh"
 #include "finish.cuh"
+#include "window.cuh"
 
 struct Params {
     index_t N, L_in, L_out, K;
@@ -31,7 +32,7 @@ struct Params {
     index_t column_blocks;
     index_t chunk_terms;
     index_t tap_step, channel_step;  // elements of the input from a tap to the next, and from the last to the next channel
-    FUSED_FIELDS
+    FUSED_FIELDS WINDOW_FIELDS
 };
 static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/conv1d_narrow.py");
 
@@ -42,12 +43,13 @@ static_assert(THREAD_C % kVec == 0, "a term's weights are whole vectors: gpuconv
 typedef Vector<acc_t, kVec> WeightVector;
 
 extern "C" __global__ void __launch_bounds__(BLOCK_SIZE, MIN_BLOCKS) conv1d_narrow(
-    const storage_t* __restrict__ input,   // [N, C_in, L_in]
+    INPUT_ARGUMENT  // [N, C_in, L_in]
     const storage_t* __restrict__ weight,  // [C_out, C_in_g, K]
     const storage_t* __restrict__ bias,    // [C_out], or null
     storage_t* __restrict__ output,        // [N, C_out, L_out]
-    FUSED_ARGUMENTS const Params p) {
+    FUSED_ARGUMENTS WINDOW_ARGUMENTS const Params p) {
     const Epilogue epilogue(bias, output, p FUSED_VALUES);
+    MOVE_WINDOW
     constexpr bool kOneSample = THREAD_L > 1;
     const index_t rest = index_t(blockIdx.x) / p.column_blocks;
     const index_t g = kOneSample ? rest / p.N : rest;

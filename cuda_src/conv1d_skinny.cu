@@ -24,6 +24,7 @@
 #include "common.cuh"
 #include "edge.cuh"
 #include "finish.cuh"
+#include "window.cuh"
 
 struct Params {
     index_t columns;  // N * L_out
@@ -37,7 +38,7 @@ struct Params {
     index_t row_blocks, block_rows, compute_warps;
     index_t chunk_terms;  // a multiple of kFetch
     index_t vector_weights;
-    FUSED_FIELDS
+    FUSED_FIELDS WINDOW_FIELDS
 };
 static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/conv1d_skinny.py");
 
@@ -184,12 +185,13 @@ __device__ __forceinline__ void load_input(
 }
 
 extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS) conv1d_skinny(
-    const storage_t* __restrict__ input,   // [N, C_in, L_in]
+    INPUT_ARGUMENT  // [N, C_in, L_in]
     const storage_t* __restrict__ weight,  // [C_out, C_in_g, K]
     const storage_t* __restrict__ bias,    // [C_out], or null
     storage_t* __restrict__ output,        // [N, C_out, L_out]
-    FUSED_ARGUMENTS const Params p) {
+    FUSED_ARGUMENTS WINDOW_ARGUMENTS const Params p) {
     const Epilogue epilogue(bias, output, p FUSED_VALUES);
+    MOVE_WINDOW
     const index_t g = index_t(blockIdx.x) / p.row_blocks;
     const index_t row_begin = (index_t(blockIdx.x) - g * p.row_blocks) * p.block_rows;
     const int rows = int(min_index(p.block_rows, p.C_out_g - row_begin));

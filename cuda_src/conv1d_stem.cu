@@ -33,6 +33,7 @@
 #include "common.cuh"
 #include "edge.cuh"
 #include "finish.cuh"
+#include "window.cuh"
 
 struct Params {
     index_t N, L_in, L_out, K;
@@ -46,7 +47,7 @@ struct Params {
     index_t warps_c, step_n, step_l;
     index_t row_taps, row_advance, row_pitch;
     index_t chunk_terms;
-    FUSED_FIELDS
+    FUSED_FIELDS WINDOW_FIELDS
 };
 static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/conv1d_stem.py");
 
@@ -57,12 +58,13 @@ typedef Vector<acc_t, THREAD_L> Entry;
 typedef Vector<int> Offsets;
 
 extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS) conv1d_stem(
-    const storage_t* __restrict__ input,   // [N, C_in, L_in]
+    INPUT_ARGUMENT  // [N, C_in, L_in]
     const storage_t* __restrict__ weight,  // [C_out, C_in_g, K]
     const storage_t* __restrict__ bias,    // [C_out], or null
     storage_t* __restrict__ output,        // [N, C_out, L_out]
-    FUSED_ARGUMENTS const Params p) {
+    FUSED_ARGUMENTS WINDOW_ARGUMENTS const Params p) {
     const Epilogue epilogue(bias, output, p FUSED_VALUES);
+    MOVE_WINDOW
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int warps = blockDim.x / 32, warps_c = int(p.warps_c);
     const int warp_l = warp / warps_c, warp_c = warp - warp_l * warps_c, warps_l = warps / warps_c;

@@ -15,6 +15,7 @@
 #include "common.cuh"
 #include "finish.cuh"
 #include "sliding.cuh"
+#include "window.cuh"
 
 struct Params {
     index_t N, L_in, L_out, K;
@@ -27,17 +28,18 @@ struct Params {
     index_t column_blocks;
     index_t tap_blocks, lead, chunk_channels, copy_elements;
     index_t vector_stores;
-    FUSED_FIELDS
+    FUSED_FIELDS WINDOW_FIELDS
 };
 static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/conv1d_tail.py");
 
 extern "C" __global__ void __launch_bounds__(kMaxThreads, MIN_BLOCKS) conv1d_tail(
-    const storage_t* __restrict__ input,   // [N, C_in, L_in]
+    INPUT_ARGUMENT  // [N, C_in, L_in]
     const storage_t* __restrict__ weight,  // [C_out, C_in_g, K]
     const storage_t* __restrict__ bias,    // [C_out], or null
     storage_t* __restrict__ output,        // [N, C_out, L_out]
-    FUSED_ARGUMENTS const Params p) {
+    FUSED_ARGUMENTS WINDOW_ARGUMENTS const Params p) {
     const Epilogue epilogue(bias, output, p FUSED_VALUES);
+    MOVE_WINDOW
     unsigned block = blockIdx.x;
     const index_t column_block = next_index(block, p.column_blocks);
     const index_t n = next_index(block, p.N);

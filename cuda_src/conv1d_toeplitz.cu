@@ -35,6 +35,7 @@
 #include "edge.cuh"
 #include "finish.cuh"
 #include "tf32.cuh"
+#include "window.cuh"
 
 struct Params {
     index_t N, C_out, L_in, L_out, K;
@@ -48,7 +49,7 @@ struct Params {
     index_t weight_stride_out, weight_stride_k;
     index_t bias_stride;
     index_t output_stride_n, output_stride_c, output_stride_l;
-    FUSED_FIELDS
+    FUSED_FIELDS WINDOW_FIELDS
     static constexpr int C_in_g = 1;  // for canonical_sum
 };
 static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/conv1d_toeplitz.py");
@@ -194,12 +195,13 @@ __device__ __forceinline__ bool stage_taps(const storage_t* w, unsigned* taps, c
 }
 
 extern "C" __global__ void __launch_bounds__(BLOCK_SIZE, MIN_BLOCKS) conv1d_toeplitz(
-    const storage_t* __restrict__ input,   // [N, C_in, L_in]
+    INPUT_ARGUMENT  // [N, C_in, L_in]
     const storage_t* __restrict__ weight,  // [C_out, 1, K]
     const storage_t* __restrict__ bias,    // [C_out], or null
     storage_t* __restrict__ output,        // [N, C_out, L_out]
-    FUSED_ARGUMENTS const Params p) {
+    FUSED_ARGUMENTS WINDOW_ARGUMENTS const Params p) {
     const Epilogue epilogue(bias, output, p FUSED_VALUES);
+    MOVE_WINDOW
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const index_t warp_of_all = index_t(blockIdx.x) * (BLOCK_SIZE / 32) + warp;
     const index_t row = warp_of_all / p.segments, segment = warp_of_all - row * p.segments;

@@ -24,6 +24,7 @@
 #include "edge.cuh"
 #include "finish.cuh"
 #include "input.cuh"
+#include "window.cuh"
 
 struct Params {
     index_t N, C_out, L_in, L_out, K;
@@ -44,12 +45,12 @@ struct Params {
     index_t weight_stride_in, weight_stride_out, weight_stride_k;
     index_t bias_stride;
     index_t output_stride_n, output_stride_c, output_stride_l;
-    FUSED_FIELDS
+    FUSED_FIELDS WINDOW_FIELDS
 };
 static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/conv_transpose1d_depthwise.py");
 
 // weight[c_in, c_out % C_out_g, 0] of a thread's row.
-__device__ __forceinline__ const storage_t* weight_row(const storage_t* weight, const Place& at, const Params& p) {
+__device__ __forceinline__ const storage_t* weight_row(const storage_t* weight, const ThreadRow& at, const Params& p) {
     const index_t c_in = p.C_out_g == 1 ? at.c_out : at.c_out / p.C_out_g;
     return weight + c_in * p.weight_stride_in + (at.c_out - c_in * p.C_out_g) * p.weight_stride_out;
 }
@@ -89,7 +90,7 @@ static_assert(kThreadVecs == 1 || kThreadVecs == 2, "a thread holds one or two v
 __device__ __forceinline__ void convolve_rows(
     const storage_t* input, const storage_t* weight, storage_t* output, const Epilogue& epilogue,
     const InputActivation& input_activation, const Params& p) {
-    const Place at = find_place(p, blockIdx.x);
+    const ThreadRow at = find_row(p, blockIdx.x);
     const int row_threads = int(p.row_threads), plane_pitch = int(p.plane_pitch);
     storage_t* const y = output_row(output, at, p);
     acc_t* const shared = reinterpret_cast<acc_t*>(dynamic_shared_memory());
@@ -182,10 +183,7 @@ __device__ __forceinline__ void convolve_rows(
             }
         }
         store_results(y, l_out, p.L_out, acc, channel, [&](index_t l) {
-            const Place again = find_place(p, block_index_again());  // found again rather than held in registers
-            return sum_existing_terms(
-                input_row(input, again, p), weight_row(weight, again, p),
-                input_activation.channel(input_channel(again, p)), l, p);
+            return sum_again(input, weight, input_activation, l, p);
         });
     }
 }
@@ -203,7 +201,7 @@ __device__ __forceinline__ void convolve_rows(
 __device__ __forceinline__ void convolve_rows(
     const storage_t* input, const storage_t* weight, storage_t* output, const Epilogue& epilogue,
     const InputActivation& input_activation, const Params& p) {
-    const Place at = find_place(p, blockIdx.x);
+    const ThreadRow at = find_row(p, blockIdx.x);
     if (!at.has_row) return;
     const storage_t* const x = input_row(input, at, p);
     const storage_t* const w = weight_row(weight, at, p);
@@ -222,11 +220,12 @@ __device__ __forceinline__ void convolve_rows(
 #endif
 
 extern "C" __global__ void __launch_bounds__(BLOCK_SIZE, kMinBlocks) conv_transpose1d_depthwise(
-    const storage_t* __restrict__ input,   // [N, C_in, L_in]
+    INPUT_ARGUMENT  // [N, C_in, L_in]
     const storage_t* __restrict__ weight,  // [C_in, C_out_g, K]
     const storage_t* __restrict__ bias,    // [C_out], or null
     storage_t* __restrict__ output,        // [N, C_out, L_out]
-    FUSED_ARGUMENTS const Params p) {
+    FUSED_ARGUMENTS WINDOW_ARGUMENTS const Params p) {
     const Epilogue epilogue(bias, output, p FUSED_VALUES);
+    MOVE_WINDOW
     convolve_rows(input, weight, output, epilogue, InputActivation(p INPUT_ACTIVATION_VALUES), p);
 }

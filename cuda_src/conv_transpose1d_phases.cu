@@ -16,6 +16,7 @@
 #include "phases.cuh"
 #include "register_tile.cuh"
 #include "tiled.cuh"
+#include "window.cuh"
 
 struct Params {
     index_t N, L_in, L_out, K;
@@ -31,17 +32,18 @@ struct Params {
     index_t output_stride_n, output_stride_c, output_stride_l;
     index_t weight_stride_tile;  // of the packed weights, from block to block of rows
     index_t taps_advance, input_advance, input_carry;  // see Tile in tiled.cuh
-    FUSED_FIELDS
+    FUSED_FIELDS WINDOW_FIELDS
 };
 static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/conv_tiled.py");
 
 extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) conv_transpose1d_phases(
-    const storage_t* __restrict__ input,   // [N, C_in, L_in]
+    INPUT_ARGUMENT  // [N, C_in, L_in]
     const acc_t* __restrict__ weight,      // packed: [groups (* stride), C_in_g * taps, rows], padded to whole blocks
     const storage_t* __restrict__ bias,    // [C_out], or null
     storage_t* __restrict__ output,        // [N, C_out, L_out]
-    FUSED_ARGUMENTS const Params p) {
+    FUSED_ARGUMENTS WINDOW_ARGUMENTS const Params p) {
     const Epilogue epilogue(bias, output, p FUSED_VALUES);
+    MOVE_WINDOW
     // The grid is short enough for 32 bits, and so are the extents that divide it.
     const auto tile_of = [&](unsigned block) {
         const unsigned row_tile = next_index(block, p.row_tiles);

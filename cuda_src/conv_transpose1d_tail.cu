@@ -15,6 +15,7 @@
 #include "common.cuh"
 #include "finish.cuh"
 #include "sliding.cuh"
+#include "window.cuh"
 
 struct Params {
     index_t N, L_in, L_out, K;
@@ -26,17 +27,18 @@ struct Params {
     index_t output_stride_n, output_stride_c, output_stride_l;
     index_t row_blocks, column_blocks, columns, q_begin, taps;
     index_t tap_blocks, lead, chunk_channels, copy_elements;
-    FUSED_FIELDS
+    FUSED_FIELDS WINDOW_FIELDS
 };
 static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/conv_transpose1d_tail.py");
 
 extern "C" __global__ void __launch_bounds__(kMaxThreads, MIN_BLOCKS) conv_transpose1d_tail(
-    const storage_t* __restrict__ input,   // [N, C_in, L_in]
+    INPUT_ARGUMENT  // [N, C_in, L_in]
     const storage_t* __restrict__ weight,  // [C_in, C_out_g, K]
     const storage_t* __restrict__ bias,    // [C_out], or null
     storage_t* __restrict__ output,        // [N, C_out, L_out]
-    FUSED_ARGUMENTS const Params p) {
+    FUSED_ARGUMENTS WINDOW_ARGUMENTS const Params p) {
     const Epilogue epilogue(bias, output, p FUSED_VALUES);
+    MOVE_WINDOW
     unsigned block = blockIdx.x;
     const int row_begin = int(next_index(block, p.row_blocks)) * THREAD_C;
     const index_t column_block = next_index(block, p.column_blocks);

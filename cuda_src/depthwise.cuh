@@ -48,18 +48,8 @@ constexpr int kMinBlocks = MIN_BLOCKS > 4 ? 4 : MIN_BLOCKS;
 constexpr int kMinBlocks = MIN_BLOCKS;
 #endif
 
-// value / divisor for 0 <= value < 2^31: the host's magic number spares the division (Divisor in families/depthwise.py).
-// With 64-bit indices it divides.
-__device__ __forceinline__ index_t divide(index_t value, index_t divisor, index_t magic, index_t shift) {
-#if INDEX_BITS == 32
-    return divisor == 1 ? value : index_t(multiply_high(unsigned(value), unsigned(magic)) >> shift);
-#else
-    return value / divisor;
-#endif
-}
-
 // What a thread works on.
-struct Place {
+struct ThreadRow {
     index_t tile;      // of the row
     int row_in_block;
     int place;         // of the thread within its row
@@ -68,8 +58,8 @@ struct Place {
 };
 
 template <typename ParamsT>
-__device__ __forceinline__ Place find_place(const ParamsT& p, unsigned block) {
-    Place at;
+__device__ __forceinline__ ThreadRow find_row(const ParamsT& p, unsigned block) {
+    ThreadRow at;
     at.row_in_block = int(divide(threadIdx.x, p.row_threads, p.row_threads_magic, p.row_threads_shift));
     at.place = int(threadIdx.x) - at.row_in_block * int(p.row_threads);
     const index_t row_group = divide(index_t(block), p.tiles, p.tiles_magic, p.tiles_shift);
@@ -83,16 +73,26 @@ __device__ __forceinline__ Place find_place(const ParamsT& p, unsigned block) {
 
 // input[n, c_in, 0] and output[n, c_out, 0] of a thread's row.
 template <typename ParamsT>
-__device__ __forceinline__ index_t input_channel(const Place& at, const ParamsT& p) {
+__device__ __forceinline__ index_t input_channel(const ThreadRow& at, const ParamsT& p) {
     return p.C_out_g == 1 ? at.c_out : at.c_out / p.C_out_g;
 }
 template <typename ParamsT>
-__device__ __forceinline__ const storage_t* input_row(const storage_t* input, const Place& at, const ParamsT& p) {
+__device__ __forceinline__ const storage_t* input_row(const storage_t* input, const ThreadRow& at, const ParamsT& p) {
     return input + at.n * p.input_stride_n + input_channel(at, p) * p.input_stride_c;
 }
 template <typename ParamsT>
-__device__ __forceinline__ storage_t* output_row(storage_t* output, const Place& at, const ParamsT& p) {
+__device__ __forceinline__ storage_t* output_row(storage_t* output, const ThreadRow& at, const ParamsT& p) {
     return output + at.n * p.output_stride_n + at.c_out * p.output_stride_c;
+}
+
+// The NaN fallback's sum at l of a thread's row, which is found again rather than held in registers. weight_row and
+// sum_existing_terms are the kernel's own.
+template <typename ParamsT>
+__device__ __forceinline__ acc_t sum_again(
+    const storage_t* input, const storage_t* weight, const InputActivation& input_activation, index_t l, const ParamsT& p) {
+    const ThreadRow at = find_row(p, block_index_again());
+    return sum_existing_terms(
+        input_row(input, at, p), weight_row(weight, at, p), input_activation.channel(input_channel(at, p)), l, p);
 }
 
 // taps[k + lead] = weight of tap k, zeros before and behind, `count` in all.
@@ -222,12 +222,12 @@ __device__ __forceinline__ void store_results(
 #if IS_SKIPPING
 
 // The kernel of skipping threads. From one tap to the next a result's position moves by `step` = dilation or -dilation;
-// first_position is that of tap 0 for l_out = 0. weight_row and sum_existing_terms are the kernel's own.
+// first_position is that of tap 0 for l_out = 0.
 template <typename ParamsT>
 __device__ __forceinline__ void convolve_skipping(
     const storage_t* input, const storage_t* weight, storage_t* output, const Epilogue& epilogue,
     const InputActivation& input_activation, index_t first_position, int step, const ParamsT& p) {
-    const Place at = find_place(p, blockIdx.x);
+    const ThreadRow at = find_row(p, blockIdx.x);
     const int row_threads = int(p.row_threads), lane = threadIdx.x % 32;
     const int reach = (int(p.K) - 1) * step;  // of the last tap from the first
     storage_t* const y = output_row(output, at, p);
@@ -280,10 +280,7 @@ __device__ __forceinline__ void convolve_skipping(
         }
         __syncwarp();
         store_results(y, l_out + lane * THREAD_L, p.L_out, acc, channel, [&](index_t l) {
-            const Place again = find_place(p, block_index_again());  // found again rather than held in registers
-            return sum_existing_terms(
-                input_row(input, again, p), weight_row(weight, again, p),
-                input_activation.channel(input_channel(again, p)), l, p);
+            return sum_again(input, weight, input_activation, l, p);
         });
     }
 }

@@ -4,7 +4,7 @@
 // A block computes BLOCK_M rows by BLOCK_N columns, by WARPS_M by WARPS_N warps. A warp's share consists of fragments of 16
 // rows by 8 columns, of which each lane holds four sums (see multiply_matrices in ptx.cuh).
 //
-// Macros read: BLOCK_M, BLOCK_N, WARPS_M, WARPS_N, IS_SPLIT, and those of common.cuh.
+// Macros read: BLOCK_M, BLOCK_N, WARPS_M, WARPS_N, IS_SPLIT, MULTIPLY_MATRICES, and those of common.cuh.
 
 #pragma once
 
@@ -30,6 +30,31 @@ __device__ __forceinline__ void for_each_sum(const Function& function) {
             for (int e = 0; e < 4; ++e) function(i, j, e);
         }
     }
+}
+
+// Adds the products of one k-step. Where operands have two parts, products of two large ones go to `acc`, those of a large and
+// a small one to `low`.
+__device__ __forceinline__ void multiply_fragments(
+    const unsigned (&a)[kParts][kTilesM][4], const unsigned (&b)[kParts][kTilesN][2], Sums& acc, Sums& low) {
+#pragma unroll
+    for (int i = 0; i < kTilesM; ++i) {
+#pragma unroll
+        for (int j = 0; j < kTilesN; ++j) {
+            if (IS_SPLIT) {
+                MULTIPLY_MATRICES(low[i][j], a[kParts - 1][i], b[0][j]);
+                MULTIPLY_MATRICES(low[i][j], a[0][i], b[kParts - 1][j]);
+            }
+            MULTIPLY_MATRICES(acc[i][j], a[0][i], b[0][j]);
+        }
+    }
+}
+
+// Moves the sums of large products to a total, rounded to nearest.
+__device__ __forceinline__ void add_large_products(Sums& total, Sums& acc) {
+    for_each_sum([&](int i, int j, int e) {
+        total[i][j][e] += acc[i][j][e];
+        acc[i][j][e] = 0.0f;
+    });
 }
 
 // Exchanges the first 16 rows of a warp's sums and the next.

@@ -161,6 +161,74 @@ struct StageCopy<kFirst, true> {
     static __device__ __forceinline__ void run(StorageVector*, const StorageVector*) {}
 };
 
+// The weights of a block go round a ring of NUM_STAGES stages in shared memory: stage i is read from slot i % NUM_STAGES while
+// stage i + NUM_STAGES - 1 is written, to the slot that was read last. This is a thread's part in copying them.
+struct WeightRing {
+    int copies_end;               // from this stage on no copies are left
+    const StorageVector* weight;  // of the stage that is copied next
+    StorageVector* to;            // in slot 0
+
+    // Copies the first of `count` stages from `first` on.
+    __device__ __forceinline__ WeightRing(const StorageVector* first, StorageVector* stages, int count) {
+        const int first_copy = threadIdx.x / 32 * (32 * kStageCopies), lane = threadIdx.x % 32;
+        copies_end = first_copy < kStageVectors ? count - (NUM_STAGES - 1) : -NUM_STAGES;
+        weight = keep_in_register(first + (first_copy + lane + kStageCopies / 2 * 32));
+        to = keep_in_register(stages + (first_copy + lane));
+#pragma unroll
+        for (int i = 0; i < NUM_STAGES - 1; ++i) load(i, i - (NUM_STAGES - 1));
+    }
+    // While `stage` is multiplied, copies the one NUM_STAGES - 1 behind it.
+    __device__ __forceinline__ void load(int slot, int stage) {
+        if (stage < copies_end) StageCopy<>::run(to + slot * kStageVectors, weight);
+        weight += kStageVectors;
+        copy_async_commit();
+    }
+};
+
+// This lane's rows of a stage of weights: ldmatrix takes one address from each lane.
+__device__ __forceinline__ const StorageVector* weight_rows(const StorageVector* stages) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    return keep_in_register(stages + (lane / 16) * kParts * BLOCK_M + warp / WARPS_N * kWarpM + lane % 16);
+}
+
+// Writes where the rows of a pair begin in a window. A lane reads the pairs of its half of every k-step: those of a stage lie
+// side by side.
+__device__ __forceinline__ void set_pair_row(int* pair_offset, index_t pair, index_t row) {
+    const index_t in_stage = pair % kStagePairs;
+    pair_offset[pair - in_stage + in_stage % 2 * STAGE_STEPS + in_stage / 2] = int(row) * 16;
+}
+
+// Adds the products of a stage. `w` and `x` are this lane's rows of the weights and of the window: fragments 2*j and 2*j + 1
+// of columns lie column_offset(j) bytes behind x, and the second part of the window part_rows behind the first.
+template <typename ColumnOffset>
+__device__ __forceinline__ void multiply_stage(
+    const StorageVector* w, const unsigned char* x, const StepOffsets& pairs, const ColumnOffset& column_offset,
+    int part_rows, Sums& acc, Sums& low, Sums& total) {
+#pragma unroll
+    for (int step = 0; step < STAGE_STEPS; ++step) {
+        const unsigned char* const x_pair = x + pairs.element[step];
+        unsigned a[kParts][kTilesM][4], b[kParts][kTilesN][2];
+#pragma unroll
+        for (int part = 0; part < kParts; ++part) {
+#pragma unroll
+            for (int i = 0; i < kTilesM; ++i) {
+                load_matrix_x4(a[part][i], w + (2 * step * kParts + part) * BLOCK_M + i * 16);
+            }
+#pragma unroll
+            for (int j = 0; j < kTilesN / 2; ++j) {
+                unsigned both[4];
+                load_matrix_x4(both, x_pair + (column_offset(j) + part * part_rows * 16));
+                b[part][2 * j][0] = both[0];
+                b[part][2 * j][1] = both[1];
+                b[part][2 * j + 1][0] = both[2];
+                b[part][2 * j + 1][1] = both[3];
+            }
+        }
+        multiply_fragments(a, b, acc, low);
+    }
+    if (IS_SPLIT) add_large_products(total, acc);
+}
+
 // The packed weights of one row, for canonical_sum.
 struct PackedWeights : EveryWeight {
     const StorageVector* weight;         // of the row's first pair
@@ -602,9 +670,7 @@ __device__ __forceinline__ void multiply_tile(
         const index_t round = tap / window.planes, plane = tap - round * window.planes;
         const index_t row = window.tap_rows_first + round * window.tap_rows_step + plane * window.plane_rows +
             (has_pairs_in_planes ? skew_of(plane) : 0) + unit * window.window_rows;
-        // A lane reads the pairs of its half of every k-step: those of a stage lie side by side.
-        const index_t in_stage = pair % kStagePairs;
-        pair_offset[pair - in_stage + in_stage % 2 * STAGE_STEPS + in_stage / 2] = int(row) * 16;
+        set_pair_row(pair_offset, pair, row);
     }
 
     // Split products leave no registers to keep what can be computed again.
@@ -660,32 +726,16 @@ __device__ __forceinline__ void multiply_tile(
             }
         }
     };
-    // Stages go round a ring: stage i is read from slot i % NUM_STAGES while stage i + NUM_STAGES - 1 is written, to the
-    // slot that was read last.
-    const int first_copy = warp * (32 * kStageCopies);
     const int chunk_stages = int(window.pairs / kStagePairs);
-    // No copies are left from this stage on.
-    const int copies_end =
-        first_copy < kStageVectors ? int(chunk_end - chunk_begin) * chunk_stages - (NUM_STAGES - 1) : -NUM_STAGES;
-    const StorageVector* weight = keep_in_register(
-        tile.weight + chunk_begin * window.pairs * (kParts * BLOCK_M) + (first_copy + lane + kStageCopies / 2 * 32));
-    StorageVector* const my_stage = keep_in_register(stages + (first_copy + lane));
+    WeightRing ring(
+        tile.weight + chunk_begin * window.pairs * (kParts * BLOCK_M), stages, int(chunk_end - chunk_begin) * chunk_stages);
     int slot = NUM_STAGES - 1;  // read last
     int stage = 0;              // read next
     int stages_end = 0;         // of the chunk
-    const auto load_weights = [&](int to, int at_stage) {
-        if (at_stage < copies_end) StageCopy<>::run(my_stage + to * kStageVectors, weight);
-        weight += kStageVectors;
-        copy_async_commit();
-    };
-#pragma unroll
-    for (int i = 0; i < NUM_STAGES - 1; ++i) load_weights(i, i - (NUM_STAGES - 1));
     __syncthreads();  // the tables
 
-    // This lane's rows of the operands: ldmatrix takes one address from each lane.
-    const StorageVector* const my_weight =
-        keep_in_register(stages + (lane / 16) * kParts * BLOCK_M + warp / WARPS_N * kWarpM + lane % 16);
-    // Bytes, in a window. Neighbouring columns of one sample are neighbouring rows, so one address serves them all.
+    const StorageVector* const my_weight = weight_rows(stages);
+    // This lane's rows of a window, in bytes. Neighbouring columns of one sample are neighbouring rows, so one address serves them all.
     int column_offset[HAS_SAMPLES ? kTilesN / 2 : 1];
 #pragma unroll
     for (int j = 0; j < (HAS_SAMPLES ? kTilesN / 2 : 1); ++j) {
@@ -734,51 +784,15 @@ __device__ __forceinline__ void multiply_tile(
             while (stage < round_end) {
                 copy_async_wait_group<NUM_STAGES - 2>();
                 __syncthreads();
-                load_weights(slot, stage);
+                ring.load(slot, stage);
                 slot = keep_in_register(stage & (NUM_STAGES - 1));
                 ++stage;
                 const StorageVector* const w = my_weight + slot * kStageVectors;
                 const StepOffsets pairs = *pairs_of_stage;
                 pairs_of_stage += 2;  // those of both halves
-#pragma unroll
-                for (int step = 0; step < STAGE_STEPS; ++step) {
-                    const unsigned char* const x_pair = x + pairs.element[step];
-                    unsigned a[kParts][kTilesM][4], b[kParts][kTilesN][2];
-#pragma unroll
-                    for (int part = 0; part < kParts; ++part) {
-#pragma unroll
-                        for (int i = 0; i < kTilesM; ++i) {
-                            load_matrix_x4(a[part][i], w + (2 * step * kParts + part) * BLOCK_M + i * 16);
-                        }
-#pragma unroll
-                        for (int j = 0; j < kTilesN / 2; ++j) {
-                            unsigned both[4];
-                            load_matrix_x4(
-                                both, x_pair + ((HAS_SAMPLES ? column_offset[j] : j * 256) + part * int(part_rows) * 16));
-                            b[part][2 * j][0] = both[0];
-                            b[part][2 * j][1] = both[1];
-                            b[part][2 * j + 1][0] = both[2];
-                            b[part][2 * j + 1][1] = both[3];
-                        }
-                    }
-#pragma unroll
-                    for (int i = 0; i < kTilesM; ++i) {
-#pragma unroll
-                        for (int j = 0; j < kTilesN; ++j) {
-                            if (IS_SPLIT) {
-                                MULTIPLY_MATRICES(low[i][j], a[kParts - 1][i], b[0][j]);
-                                MULTIPLY_MATRICES(low[i][j], a[0][i], b[kParts - 1][j]);
-                            }
-                            MULTIPLY_MATRICES(acc[i][j], a[0][i], b[0][j]);
-                        }
-                    }
-                }
-                if (IS_SPLIT) {
-                    for_each_sum([&](int i, int j, int e) {
-                        part[i][j][e] += acc[i][j][e];
-                        acc[i][j][e] = 0.0f;
-                    });
-                }
+                multiply_stage(
+                    w, x, pairs, [&](int j) { return HAS_SAMPLES ? column_offset[j] : j * 256; }, int(part_rows), acc, low,
+                    part);
             }
             if (to >= 0) store_task(ahead, next, to);
         }

@@ -190,22 +190,11 @@ __device__ __forceinline__ void load_matrix_x4(unsigned (&fragment)[4], const vo
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
         : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3]) : "r"(address) : "memory");
 }
-// Two matrices, by the addresses of lanes 0 to 15. Those of the other lanes must be aligned and in shared memory too.
-__device__ __forceinline__ void load_matrix_x2(unsigned (&fragment)[2], const void* shared_row) {
-    const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(shared_row));
-    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
-        : "=r"(fragment[0]), "=r"(fragment[1]) : "r"(address) : "memory");
-}
 // Each matrix transposed: fragment[j]: elements g of rows 2t and 2t+1 of matrix j.
 __device__ __forceinline__ void load_matrix_x4_transposed(unsigned (&fragment)[4], const void* shared_row) {
     const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(shared_row));
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
         : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3]) : "r"(address) : "memory");
-}
-__device__ __forceinline__ void load_matrix_x2_transposed(unsigned (&fragment)[2], const void* shared_row) {
-    const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(shared_row));
-    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
-        : "=r"(fragment[0]), "=r"(fragment[1]) : "r"(address) : "memory");
 }
 
 // d[16][8] = a[16][k] * b[k][8] + d by the tensor cores. Fragments, of 16-bit elements low half first:

@@ -308,26 +308,11 @@ __device__ __forceinline__ void multiply_slice(
                         }
                     }
                 }
-#pragma unroll
-                for (int i = 0; i < kTilesM; ++i) {
-#pragma unroll
-                    for (int j = 0; j < kTilesN; ++j) {
-                        if (IS_SPLIT) {
-                            MULTIPLY_MATRICES(low[i][j], a_fragment[kParts - 1][i], b_fragment[0][j]);
-                            MULTIPLY_MATRICES(low[i][j], a_fragment[0][i], b_fragment[kParts - 1][j]);
-                        }
-                        MULTIPLY_MATRICES(acc[i][j], a_fragment[0][i], b_fragment[0][j]);
-                    }
-                }
+                multiply_fragments(a_fragment, b_fragment, acc, low);
                 a += kDepth * 16;
                 b += kDepth * 16;
             }
-            if (IS_SPLIT) {
-                for_each_sum([&](int i, int j, int e) {
-                    total[i][j][e] += acc[i][j][e];
-                    acc[i][j][e] = 0.0f;
-                });
-            }
+            if (IS_SPLIT) add_large_products(total, acc);
             if (--steps_of_sample == 0) {
                 steps_of_sample = sample_steps;
                 b += sample_skip;

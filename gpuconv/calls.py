@@ -12,7 +12,7 @@ from typing import Any, cast
 import numpy as np
 
 from . import runtime
-from .arguments import ArraySpec, check_dtype
+from .arguments import ArrayLike, ArraySpec, check_dtype
 from .dtypes import real_dtype
 from .fusion import Fusion, check_data
 from .interchange import view
@@ -142,7 +142,7 @@ def _run_on_gpu(
     found, key = None, None
     names = _as_key(settings)
     if names is not None:
-        key = (function, algorithm, names, *map(_identity, arrays), _identity(out))
+        key = (function, algorithm, names, *map(identity, arrays), identity(out))
         found = _EXECUTORS.get(key)
     if found is None:
         views = _views(function, arrays, out)
@@ -184,10 +184,13 @@ def _views(function: str, arrays: tuple[Any, ...], out: Any | None) -> tuple[tup
 
 def _has_real_taps(function: str, arrays: tuple[Any, ...]) -> bool:
     """Whether a call has a real weight and complex data."""
-    if "weight" not in SIGNATURES[function].arrays:
-        return False
-    data, weight, *_ = (getattr(getattr(array, "dtype", None), "kind", None) for array in arrays)
-    return data == "c" and weight == "f"
+    return "weight" in SIGNATURES[function].arrays and are_real_taps(arrays[1], arrays[0])
+
+
+def are_real_taps(weight: Any, data: Any) -> bool:
+    """Whether a weight is real and the data are complex, of whatever objects a call gives for them."""
+    of_weight, of_data = (dtype_name(getattr(array, "dtype", None)) or "" for array in (weight, data))
+    return of_data.startswith("complex") and of_weight.startswith(("float", "bfloat"))
 
 
 def _run_by_parts(
@@ -195,18 +198,10 @@ def _run_by_parts(
 ) -> Any:
     """Compute with real taps on complex data: one real call for each part, on views of the arrays."""
     data, weight, *_ = arrays
-    name = SIGNATURES[function].arrays[0]
     given = dict(zip(SIGNATURES[function].arrays, arrays, strict=False))
     given = {n: array for n, array in {**given, "out": out}.items() if array is not None}
     check_kinds(function, given)
-    dtype = check_dtype(function, name, data, integers=name == "input")
-    if isinstance(settings[-1], Fusion):
-        check_data(function, settings[-1], dtype)
-    for other, array in given.items():
-        expected = real_dtype(dtype) if other == "weight" else dtype
-        if dtype_name(array.dtype) != expected:
-            real = f" or, for real taps, {expected}" if other == "weight" else ""
-            raise TypeError(f"{function}: {other} must have the dtype of {name}, {dtype}{real}; got {array.dtype}")
+    check_real_taps(function, given, settings[-1] if isinstance(settings[-1], Fusion) else None)
     if out is None:
         specs = tuple(None if array is None else ArraySpec(array.shape, weight.dtype) for array in arrays)
         out = runtime.empty_beside(data, Task.of(function, specs, settings).shape, data.dtype)
@@ -214,6 +209,28 @@ def _run_by_parts(
         parts = tuple(array if array is weight or array is None else getattr(array, part) for array in arrays)
         run(function, parts, settings, getattr(out, part), **options)
     return out
+
+
+def check_real_taps(function: str, given: dict[str, ArrayLike], fusion: Fusion | None) -> None:
+    """Check the dtypes of a call with real taps on complex data.
+
+    Args:
+        function: opens the messages.
+        given: the arrays, of which only dtypes are read, by name; the data first.
+        fusion: what is fused.
+
+    Raises:
+        TypeError: one does not fit.
+    """
+    name, data = next(iter(given.items()))
+    dtype = check_dtype(function, name, data, integers=name == "input")
+    if fusion is not None:
+        check_data(function, fusion, dtype)
+    for other, array in given.items():
+        expected = real_dtype(dtype) if other == "weight" else dtype
+        if dtype_name(array.dtype) != expected:
+            real = f" or, for real taps, {expected}" if other == "weight" else ""
+            raise TypeError(f"{function}: {other} must have the dtype of {name}, {dtype}{real}; got {array.dtype}")
 
 
 def run_weight_gradient(
@@ -346,7 +363,7 @@ def _as_key(settings: tuple[Any, ...]) -> tuple[Any, ...] | None:
     return names if unambiguous(names) else None
 
 
-def _identity(array: Any) -> tuple[Any, ...] | None:
+def identity(array: Any) -> tuple[Any, ...] | None:
     """What an executor depends on of a CuPy array: two arrays with one identity can use one executor.
 
     Other arrays get an identity that no executor is ever stored under, since the checks refuse them.

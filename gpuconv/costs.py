@@ -261,11 +261,6 @@ def clock_under_load(device: Device) -> float:
     return LOAD_CLOCK_SHARE * device.clock_ghz
 
 
-def sectors(count: float, step_bytes: float, itemsize: int) -> float:
-    """Sectors that hold `count` elements which lie `step_bytes` apart, wherever the first one lies."""
-    return min(count, 1 + ((count - 1) * step_bytes + itemsize - 1) / SECTOR_BYTES)
-
-
 def rates_of(device: Device) -> Rates:
     """The rates of a device's architecture, with the memory of the product where its name says which it is.
 
@@ -289,6 +284,11 @@ def tensor_cores(device: Device, itemsize: int) -> Unit:
     """What multiplies data of 2 bytes, or of 4 as TF32, through mma.sync."""
     rates = rates_of(device)
     return Unit(rates.mma_share * (rates.tensor16 if itemsize == 2 else rates.tensor16 / 2), is_tensor=True)
+
+
+def blocks_by_shared(shared_bytes: int, device: Device) -> int:
+    """How many blocks with so much dynamic shared memory one multiprocessor has room for, whatever else they need."""
+    return device.shared_per_sm // (shared_bytes + RESERVED_SHARED_BYTES)
 
 
 def blocks_per_sm(registers: int, threads: int, shared_bytes: int, device: Device) -> int:

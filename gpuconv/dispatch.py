@@ -8,10 +8,24 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from .device import Device
-from .families import FAMILIES, ArrayLayout, Config, Family, Launch, Layout, Plan, Refusal, Step, edges, fused
+from .families import (
+    FAMILIES,
+    ArrayLayout,
+    Config,
+    Family,
+    Launch,
+    Layout,
+    Plan,
+    Refusal,
+    Step,
+    conv1d_depthwise_push,
+    edges,
+    fused,
+    windows,
+)
 from .families.base import contiguous_strides
 from .fusion import RESIDUAL
-from .problem import FORMATS, Kind, Problem
+from .problem import FORMATS, ConvProblem, Kind, Problem
 
 
 class StridedPointer(NamedTuple):
@@ -144,3 +158,62 @@ def plan_of(family: Family[Any], problem: Problem, layout: Layout, device: Devic
     if problem.dtype not in family.dtypes:
         return Refusal(f"takes no {problem.dtype}")
     return fused.plan(family, problem, layout, lambda inner: edges.plan(family, problem, inner, device))
+
+
+@dataclass(frozen=True, slots=True)
+class Push:
+    """What a push of a stream runs, where the kernel that computes also keeps the new samples.
+
+    Attributes:
+        choice: whose plan has the arrays of `families.windows` besides those of the problem.
+        blocks: that move the window.
+        window: the shape of the array that the plan calls the input.
+        channels_last: whether that is (N, places, C_in); else it is (N, C_in, places).
+        period: samples after which a row of the window comes round.
+    """
+
+    choice: Choice
+    blocks: int
+    window: tuple[int, int, int]
+    channels_last: bool
+    period: int
+
+
+@lru_cache(maxsize=1024)
+def choose_push(
+    problem: ConvProblem,
+    length: int,
+    layout: Layout,
+    new_samples: ArrayLayout,
+    device: Device,
+    algorithm: str | None = None,
+) -> Push | Refusal:
+    """How `length` new samples are convolved behind those that a stream holds and kept, with the bits of one call.
+
+    Args:
+        problem: of the samples that are held, followed by the new ones.
+        length: how many of them are new.
+        layout: of the arrays of the problem; that of the input has no effect.
+        new_samples: the layout of the new samples, (N, C_in, length).
+        device: the GPU.
+        algorithm: that of `choose`.
+
+    Raises:
+        AlgorithmError: as `choose` raises it.
+    """
+    p = problem
+    layout = layout.replaced(input=windows.window_layout(p))
+    layout = Layout((*layout.arrays, (windows.NEW_SAMPLES, new_samples)))
+    choice = choose(p, layout, device, algorithm)
+    if choice is None:
+        return Refusal("needs a result")
+    if choice.family == "conv1d_depthwise":  # others of its layers run on tensor cores
+        plan = conv1d_depthwise_push.plan(p, layout, length)
+        if isinstance(plan, Plan):
+            ring = conv1d_depthwise_push.ring_shape(p, length)
+            return Push(Choice(choice.family, plan), windows.blocks(plan), ring, channels_last=True, period=ring[1])
+    plan = windows.moving(choice.plan, p, layout, length)
+    if isinstance(plan, Refusal):
+        return plan
+    shape = windows.window_shape(p)
+    return Push(Choice(choice.family, plan), windows.blocks(plan), shape, channels_last=False, period=p.L_in)

@@ -6,18 +6,19 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypeAlias, cast
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
 from . import cpu, dispatch, runtime
 from .arguments import check_int, check_padding_mode
+from .calls import are_real_taps, check_real_taps
 from .costs import clock_under_load
 from .device import ARCHITECTURES, Device
-from .dtypes import dtype_name, real_dtype
+from .dtypes import real_dtype
 from .families import Launch
 from .families.base import ACTIVATED, contiguous_strides
-from .fusion import FUSED_ARRAYS, RESIDUAL, Fused, check_data
+from .fusion import FUSED_ARRAYS, RESIDUAL, Fused
 from .interchange import view
 from .memory import address, check_kinds
 from .problem import (
@@ -327,12 +328,12 @@ def explain(
     algorithm = settings.pop("algorithm", None)
     function = op if direction == "forward" else f"{op}_{direction.removeprefix('grad_')}"
     dispatch.check_algorithm("explain", SIGNATURES[function].kind, algorithm)
-    by_parts = _have_real_taps(given)
+    by_parts = are_real_taps(weight, data)
     if by_parts and direction == "grad_bias":  # a bias is as complex as the data, whatever the taps are
         by_parts, weight = False, ArraySpec(tuple(weight.shape), data.dtype)
     if by_parts:
+        check_real_taps(op, given, fused.fusion)
         given = {name: array if name == "weight" else _RealPart.of(array) for name, array in given.items()}
-        check_data(op, fused.fusion, str(dtype_name(data.dtype)))
     p = ConvProblem.of(op, given["input"], weight, given.get("bias"), **settings)
     p = p.fused(Fused(fused.fusion, tuple(map(given.get, FUSED_ARRAYS))))
     problem: ConvProblem | WeightGradientProblem | BiasGradientProblem = p
@@ -371,18 +372,6 @@ def explain(
     copies = (*(arrays_of[operand] for operand in copies), *conjugated)
     choice = dispatch.choose(problem, layout, target, algorithm)
     return Explanation(problem, target, choice, None, copies, 1 + by_parts)
-
-
-def _have_real_taps(given: Mapping[str, Any]) -> bool:
-    """Whether the weight is real, the other arrays are complex, and their precision is one."""
-    dtypes = {name: dtype_name(getattr(array, "dtype", None)) for name, array in given.items()}
-    weight, data = dtypes.pop("weight"), set(dtypes.values())
-    return (
-        len(data) == 1
-        and None not in data
-        and weight not in data
-        and {real_dtype(cast(str, n)) for n in data} == {weight}
-    )
 
 
 class _RealPart(NamedTuple):

@@ -63,7 +63,7 @@ class Activation:
             return max(1.0, abs(self.parameter))
         return {"silu": 1.1, "gelu": 1.13, "gelu_tanh": 1.13, "sigmoid": 0.25, "snake": 2.0}.get(self.name, 1.0)
 
-    def as_argument(self, arrays: tuple[Any, ...] = ()) -> ActivationLike:
+    def as_argument(self, arrays: tuple[Any, ...]) -> ActivationLike:
         """The form in which functions take it, with its arrays."""
         if self.name in ("leaky_relu", "elu"):
             return self.name, self.parameter

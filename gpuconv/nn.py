@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import operator
 import os
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, SupportsIndex, TypeVar, cast
 
@@ -16,22 +15,23 @@ from .arguments import check_groups, check_int, check_padding_mode, check_precis
 from .checkpoint import EntryError
 from .functional import ArrayT, conv1d, conv_transpose1d
 from .fusion import ACTIVATION_ARRAYS, INPUT_ACTIVATION_ARRAYS, Activation, ActivationLike, Fused
-from .problem import (
-    DTYPES,
-    Op,
-    Padding,
-    Setting,
-    Settings,
-    dtype_name,
-    numpy_dtype,
+from .parameters import (
+    converts,
+    draw_uniform,
+    fold_normalised,
+    generator_of,
+    gpu_index,
+    home_of,
+    put,
+    read_entry,
+    supported_dtype,
 )
-from .text import install_hint
+from .problem import Op, Padding, Setting, Settings, numpy_dtype
 
 __all__ = ["Conv1d", "ConvTranspose1d", "IncompatibleKeys"]
 
 LayerT = TypeVar("LayerT", bound="_Layer")
 
-_DRAWN_AT_ONCE = 1 << 15  # initial values, in float64
 _LISTED = 20  # missing or unknown entries in a message
 
 
@@ -98,16 +98,16 @@ class _Layer:
 
         first, second = (C_in, C_out) if self.transposed else (C_out, C_in)
         shape = (first, second // self.groups, K)
-        name = "float32" if dtype is None else _supported_dtype(caller, dtype)
+        name = "float32" if dtype is None else supported_dtype(caller, dtype)
         self.precision = check_precision(caller, precision, name)
         check_size(caller, "weight", shape, name)
-        index = _gpu_index(caller, device)
-        generator = _generator(caller, rng)
+        index = gpu_index(caller, device)
+        generator = generator_of(caller, rng)
         fan_in = shape[1] * K
         bound = 1 / math.sqrt(fan_in) if fan_in else 0.0
         target = numpy_dtype(name)
-        self.weight = _place(_uniform(generator, bound, shape, target), index, target)
-        self.bias = _place(_uniform(generator, bound, (C_out,), target), index, target) if bias else None
+        self.weight = put(draw_uniform(generator, bound, shape, target), index, target)
+        self.bias = put(draw_uniform(generator, bound, (C_out,), target), index, target) if bias else None
         self.activation = fused.fusion.activation
         self.input_activation = fused.fusion.input_activation
         for key, array, length in zip(
@@ -115,7 +115,7 @@ class _Layer:
         ):
             if array is not None:
                 _check_channels(caller, key, array, length, name)
-            setattr(self, key, None if array is None else _place(array, index, target, copy=True))
+            setattr(self, key, None if array is None else put(array, index, target, copy=True))
 
     def to(self: LayerT, device: str | None = None, dtype: Any = None) -> LayerT:
         """Move the parameters to a device and convert them to a dtype; None leaves either as it is.
@@ -134,20 +134,20 @@ class _Layer:
             ModuleNotFoundError: CuPy, or for bfloat16 ml_dtypes, is not installed.
         """
         caller = f"{type(self).__name__}.to"
-        name = None if dtype is None else _supported_dtype(caller, dtype)
+        name = None if dtype is None else supported_dtype(caller, dtype)
         if self.precision == "tf32" and name not in (None, "float32"):
             raise ValueError(
                 f'{caller}: dtype must be float32 for a layer with precision "tf32", got {name}; set the layer\'s '
                 'precision to "float32" first'
             )
-        index = None if device is None else _gpu_index(caller, device)
+        index = None if device is None else gpu_index(caller, device)
         parameters = self.state_dict()
         for key, array in parameters.items():
-            if name is not None and not _converts(array.dtype, name):
+            if name is not None and not converts(array.dtype, name):
                 raise TypeError(f"{caller}: dtype must be complex, because {key} is {array.dtype}; got {name}")
         target = None if name is None else numpy_dtype(name)
         placed = {
-            key: _place(array, _home(array) if device is None else index, array.dtype if target is None else target)
+            key: put(array, home_of(array) if device is None else index, array.dtype if target is None else target)
             for key, array in parameters.items()
         }
         self._replace_parameters(placed)
@@ -166,11 +166,18 @@ class _Layer:
         state.update((key, getattr(self, key)) for key in keys if getattr(self, key) is not None)
         return state
 
-    def _with_arrays(self, activation: Activation | None, keys: tuple[str, str]) -> ActivationLike | None:
-        """An activation as the functions take it."""
-        if activation is None:
-            return None
-        return activation.as_argument(tuple(getattr(self, key) for key in keys[: activation.arrays]))
+    @property
+    def fused(self) -> dict[str, Any]:
+        """The arguments `activation` and `input_activation` of the functions, by name."""
+
+        def argument(activation: Activation | None, keys: tuple[str, str]) -> ActivationLike | None:
+            arrays = () if activation is None else tuple(getattr(self, key) for key in keys[: activation.arrays])
+            return None if activation is None else activation.as_argument(arrays)
+
+        return {
+            "activation": argument(self.activation, ACTIVATION_ARRAYS),
+            "input_activation": argument(self.input_activation, INPUT_ACTIVATION_ARRAYS),
+        }
 
     def load_state_dict(
         self, state: Mapping[str, Any] | str | os.PathLike[str], strict: bool = True, *, prefix: str = ""
@@ -216,16 +223,16 @@ class _Layer:
         for key in own:
             try:
                 if pair and key == "weight":
-                    loaded[key] = _fold(prefix, pair, found, own[key])
+                    loaded[key] = fold_normalised(prefix, pair, found, own[key])
                 elif key in found:
-                    loaded[key] = _read(prefix + key, found[key], own[key])
+                    loaded[key] = read_entry(prefix + key, found[key], own[key])
             except EntryError as error:
                 problems.append(str(error))
         if problems:
             hint = _prefix_hint(found) if missing else ""
             raise ValueError(f"{caller}: the state does not fit {self}: {'; '.join(problems)}{hint}")
         self._replace_parameters(
-            {key: _place(array, _home(own[key]), own[key].dtype, copy=True) for key, array in loaded.items()}
+            {key: put(array, home_of(own[key]), own[key].dtype, copy=True) for key, array in loaded.items()}
         )
         return IncompatibleKeys(missing, unexpected)
 
@@ -351,10 +358,8 @@ class Conv1d(_Layer):
         """
         output = conv1d(
             input, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups,
-            padding_mode=self.padding_mode,
-            input_activation=self._with_arrays(self.input_activation, INPUT_ACTIVATION_ARRAYS), residual=residual,
-            activation=self._with_arrays(self.activation, ACTIVATION_ARRAYS), precision=self.precision,
-            algorithm=self.algorithm,
+            padding_mode=self.padding_mode, residual=residual, precision=self.precision, algorithm=self.algorithm,
+            **self.fused,
         )  # fmt: skip
         return cast(ArrayT, output)
 
@@ -456,11 +461,10 @@ class ConvTranspose1d(_Layer):
             self.groups,
             self.dilation,
             output_size=output_size,
-            input_activation=self._with_arrays(self.input_activation, INPUT_ACTIVATION_ARRAYS),
             residual=residual,
-            activation=self._with_arrays(self.activation, ACTIVATION_ARRAYS),
             precision=self.precision,
             algorithm=self.algorithm,
+            **self.fused,
         )
         return cast(ArrayT, output)
 
@@ -481,7 +485,7 @@ def _check_channels(caller: str, key: str, array: Any, channels: int, dtype: str
         raise TypeError(f"{caller}: {key} must be a NumPy or CuPy array, got {type(array).__name__}")
     if tuple(array.shape) != (channels,):
         raise ValueError(f"{caller}: {key} must have shape ({channels},), got {tuple(array.shape)}")
-    if not _converts(array.dtype, dtype):
+    if not converts(array.dtype, dtype):
         raise TypeError(f"{caller}: {key} must have a dtype that converts to {dtype}, got {array.dtype}")
 
 
@@ -490,116 +494,6 @@ def _as_attribute(padding: Padding) -> str | tuple[int, ...]:
     if isinstance(padding, str):
         return str(padding)
     return tuple(operator.index(v) for v in (padding if isinstance(padding, list | tuple) else (padding,)))
-
-
-def _supported_dtype(caller: str, dtype: Any) -> str:
-    """The name of a supported dtype, given by name, as a NumPy dtype or as a scalar type."""
-    if isinstance(dtype, str) and dtype in DTYPES:
-        return dtype
-    try:
-        name = dtype_name(np.dtype(dtype))
-    except (TypeError, ValueError):
-        name = None
-    if name is None:
-        raise TypeError(f"{caller}: dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    return name
-
-
-def _converts(source: np.dtype[Any], name: str) -> bool:
-    """Whether values of a dtype become parameters without losing more than precision."""
-    if source.kind == "c":
-        return name.startswith("complex")
-    return source.kind in "biuf" or dtype_name(source) is not None
-
-
-def _gpu_index(caller: str, device: str | None) -> int | None:
-    """The CuPy index of the GPU that a device string names, which must answer; None for the CPU."""
-    if device is None or device == "cpu":
-        return None
-    expected = '"cpu", "cuda" or "cuda:" and an index'
-    if not isinstance(device, str):
-        raise TypeError(f"{caller}: device must be {expected}, got {type(device).__name__} {device!r}")
-    match = re.fullmatch(r"cuda(?::([0-9]+))?", device)
-    if match is None:
-        hint = '; CuPy\'s current GPU is "cuda"' if device.lower().startswith("gpu") else ""
-        raise ValueError(f'{caller}: device must be {expected}, got "{device}"{hint}')
-    try:
-        count = runtime.device_count()
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f'{caller}: device "{device}" needs the package CuPy: {install_hint("cuda13", "cuda12")}'
-        ) from error
-    except RuntimeError as error:
-        raise RuntimeError(f'{caller}: device "{device}" was asked for, but no GPU answers: {error}') from error
-    if match[1] is None:
-        return int(runtime.cupy_module().cuda.runtime.getDevice())
-    if int(match[1]) >= count:
-        raise ValueError(f'{caller}: device must be below "cuda:{count}", one of the GPUs that answer, got "{device}"')
-    return int(match[1])
-
-
-def _generator(caller: str, rng: int | np.random.Generator | None) -> np.random.Generator:
-    if rng is None or isinstance(rng, np.random.Generator):
-        return np.random.default_rng(rng)
-    return np.random.default_rng(check_int(caller, "rng", rng, "an int seed or a numpy.random.Generator", 0))
-
-
-def _uniform(
-    generator: np.random.Generator, bound: float, shape: tuple[int, ...], dtype: np.dtype[Any]
-) -> np.ndarray[Any, Any]:
-    """Values between -bound and bound, drawn in float64, so that one seed means the same values in every dtype.
-
-    They are drawn and rounded a block at a time: an array in float64 would take up to four times the memory.
-    """
-    values = np.empty(shape, dtype)
-    flat = values.reshape(-1)
-    for start in range(0, flat.size, _DRAWN_AT_ONCE):
-        block = flat[start : start + _DRAWN_AT_ONCE]
-        if dtype.kind == "c":
-            block[...] = generator.uniform(-bound, bound, (block.size, 2)).view(np.complex128)[:, 0]
-        else:
-            block[...] = generator.uniform(-bound, bound, block.size)
-    return values
-
-
-def _home(array: Any) -> int | None:
-    """The CuPy index of the GPU that an array lives on; None for the CPU."""
-    return int(array.data.device_id) if runtime.is_cupy_array(array) else None
-
-
-def _place(array: Any, index: int | None, dtype: np.dtype[Any], *, copy: bool = False) -> Any:
-    """A NumPy or CuPy array as a C-contiguous one on a GPU, or on the CPU where `index` is None."""
-    home = _home(array)
-    leaves = home is not None and home != index
-    if home != index or copy or array.dtype != dtype:
-        for gpu in {home, index} - {None}:
-            runtime.refuse_during_capture("parameters cannot be copied", cast(int, gpu))
-    if home is not None:
-        array = runtime.aligned(array)
-    if leaves:
-        # CuPy copies from another GPU only what is contiguous, and does not wait for the work queued there.
-        cupy = runtime.cupy_module()
-        with cupy.cuda.Device(home):
-            array = cupy.asnumpy(array) if index is None else array.astype(array.dtype, order="C", copy=False)
-            cupy.cuda.get_current_stream().synchronize()
-    if index is None:
-        return np.asarray(array).astype(dtype, order="C", copy=copy)
-    cupy = runtime.cupy_module()
-    runtime.check_dtype(dtype)
-    with cupy.cuda.Device(index):
-        placed = cupy.asarray(array).astype(dtype, order="C", copy=copy)
-        if leaves:  # the array must not be freed, and its memory used again, before it is read
-            cupy.cuda.get_current_stream().synchronize()
-        return placed
-
-
-def _as_cupy_array(value: Any) -> Any:
-    """What offers `__cuda_array_interface__`, on the GPU where it lies; `asarray` alone moves it to the current one."""
-    cupy = runtime.cupy_module()
-    address = value.__cuda_array_interface__["data"][0]
-    home = cupy.cuda.runtime.pointerGetAttributes(address).device if address else -1
-    with cupy.cuda.Device(home if home >= 0 else None):
-        return cupy.asarray(value)
 
 
 def _listed(what: str, keys: Sequence[str], prefix: str) -> list[str]:
@@ -613,54 +507,3 @@ def _prefix_hint(keys: Iterable[str]) -> str:
     endings = ["weight", *(direction for _, direction in checkpoint.NORMALISED)]
     prefixes = [key.removesuffix(ending) for key in keys for ending in endings if key.endswith(f".{ending}")]
     return f'; prefix="{prefixes[0]}" would choose one of {len(prefixes)} layers' if prefixes else ""
-
-
-def _fold(prefix: str, pair: Sequence[str], state: Mapping[str, Any], own: Any) -> Any:
-    """The weight of a weight normalisation, or an `EntryError`."""
-    name, direction_name = (prefix + key for key in pair)
-    direction = _read(direction_name, state[pair[1]], own)
-    magnitude = _as_array(name, state[pair[0]], own)
-    try:
-        return checkpoint.fold(*(_place(array, None, array.dtype) for array in (magnitude, direction)))
-    except EntryError as error:
-        raise EntryError(f'"{name}" {error}') from error
-
-
-def _read(key: str, value: Any, own: Any) -> Any:
-    """An entry of a state dictionary as a NumPy or CuPy array that fits a parameter.
-
-    Raises:
-        EntryError: it does not.
-    """
-    array = _as_array(key, value, own)
-    if tuple(array.shape) != tuple(own.shape):
-        raise EntryError(f'"{key}" must have shape {tuple(own.shape)}, got {tuple(array.shape)}')
-    return array
-
-
-def _as_array(key: str, value: Any, own: Any) -> Any:
-    """An entry of a state dictionary as a NumPy or CuPy array of a dtype that converts to a parameter's.
-
-    Raises:
-        EntryError: it is none.
-    """
-    if isinstance(value, np.ma.MaskedArray) or not (
-        hasattr(value, "__array__") or hasattr(value, "__cuda_array_interface__")
-    ):
-        raise EntryError(f'"{key}" must be an array, got {type(value).__name__}')
-    try:
-        if runtime.is_cupy_array(value):
-            array = value
-        elif hasattr(value, "__cuda_array_interface__"):
-            array = _as_cupy_array(value)
-        else:
-            array = np.asarray(value)
-    except (TypeError, ValueError, RuntimeError, ImportError) as error:
-        raise EntryError(f'"{key}" cannot be read as an array: {error}') from error
-    if runtime.is_cupy_array(array) and not array.dtype.isnative:
-        raise EntryError(f'"{key}" must have native byte order on a GPU, got {array.dtype.str}')
-    if array.dtype == np.dtype("V2") and own.dtype.name == "bfloat16":
-        array = array.view(own.dtype)  # NumPy's files keep the bytes of bfloat16 and lose its name
-    if not _converts(array.dtype, str(own.dtype.name)):
-        raise EntryError(f'"{key}" must have a dtype that converts to {own.dtype}, got {array.dtype}')
-    return array

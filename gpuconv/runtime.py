@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache, lru_cache
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -78,9 +79,16 @@ def empty_beside(array: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> An
     """A fresh array where another one is, in native byte order."""
     if not is_cupy_array(array):
         return np.empty(shape, dtype.newbyteorder("="))
-    cupy = cupy_module()
-    with cupy.cuda.Device(array.data.device_id):
-        return cupy.empty(shape, dtype)
+    with current_device_of(array):
+        return cupy_module().empty(shape, dtype)
+
+
+def current_device_of(array: Any) -> AbstractContextManager[Any]:
+    """A context in which the GPU of an array is CuPy's current one; of no effect for NumPy arrays."""
+    return cupy_module().cuda.Device(array.data.device_id) if is_cupy_array(array) else _NO_DEVICE
+
+
+_NO_DEVICE = nullcontext()
 
 
 def device_count() -> int:
@@ -421,8 +429,8 @@ def _contiguous(like: Any) -> Any:
 
 
 def aligned(array: Any) -> Any:
-    """A CuPy array that CuPy can read: itself, or a copy where its elements are not at multiples of their size."""
-    if _is_aligned(array):
+    """An array that CuPy can read: itself, or a copy where its elements are not at multiples of their size."""
+    if not is_cupy_array(array) or _is_aligned(array):
         return array
     cupy = cupy_module()
     with cupy.cuda.Device(array.data.device_id):

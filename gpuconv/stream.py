@@ -10,15 +10,18 @@ from __future__ import annotations
 import copy
 import operator
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar, NamedTuple, SupportsIndex, TypeVar, cast
 
 import numpy as np
 
 from . import functional, nn, runtime
-from .arguments import Settings, check_int
+from .arguments import ArraySpec, Settings, check_int
+from .fusion import FUSED_ARRAYS, ActivationLike, Fused
 from .interchange import view
-from .memory import take
-from .problem import INTEGER_SUMS, Op, Padding, Setting
+from .memory import check_kinds, take
+from .problem import INTEGER_SUMS, ConvProblem, Op, Padding, Setting
+from .window import Window, kind_of, window_for
 
 __all__ = ["Conv1d", "ConvTranspose1d"]
 
@@ -59,11 +62,15 @@ class _Stream:
         slots: SupportsIndex,
         precision: str,
         algorithm: str | None,
+        activation: ActivationLike | None,
+        input_activation: ActivationLike | None,
     ) -> None:
         caller = f"stream.{type(self).__name__}"
         if isinstance(layer, nn.Conv1d | nn.ConvTranspose1d):
             if layer.op != self.op:
                 raise TypeError(f"{caller}: layer must be an nn.{type(self).__name__}, got {layer}")
+            if layer.padding_mode != "zeros":
+                raise ValueError(f'{caller}: layer must have padding_mode "zeros", got {layer.padding_mode!r}')
             weight, bias, stride, dilation, groups = (
                 layer.weight,
                 layer.bias,
@@ -73,23 +80,39 @@ class _Stream:
             )
             padding = layer.padding if isinstance(layer.padding, str) or len(layer.padding) == 2 else layer.padding[0]
             output_padding, precision, algorithm = layer.output_padding, layer.precision, layer.algorithm
+            activation, input_activation = layer.fused["activation"], layer.fused["input_activation"]
         else:
             weight = layer
         settings = Settings.check(caller, self.op, stride, padding, dilation, groups, output_padding)
         self._weight = weight if isinstance(weight, runtime.PreparedWeight) else functional.prepare(weight)
-        _, *biases = take(caller, weight=self._weight.array, **({} if bias is None else {"bias": bias}))
-        self._bias = biases[0].copy() if biases else None
+        if bias is not None:
+            _, bias = take(caller, weight=self._weight.array, bias=bias)
         shape = self._weight.shape
         if len(shape) != 3 or shape[2] < 1:
             raise ValueError(f"{caller}: weight must have three axes, the last with a tap at least, got shape {shape}")
         self._stride, self._dilation, self._groups = settings.stride, settings.dilation, settings.groups
         self._span = self._dilation * (shape[2] - 1) + 1
         self._left, self._right = self._sides(caller, settings)
-        self._keywords: dict[str, Any] = {"precision": precision, "algorithm": algorithm}
+        fused = Fused.check(caller, activation, input_activation)
+        fused_arrays = {n: array for n, array in zip(FUSED_ARRAYS, fused.arrays, strict=True) if array is not None}
+        check_kinds(caller, {"weight": self._weight.array, **fused_arrays})
         self.slots = check_int(caller, "slots", slots, "an int", 1)
-        self._samples = self._empty((self.slots, self._channels, 0))
-        self._window: Any | None = None  # on a GPU: held samples and those of the last push, if all slots were pushed
+        self._call: Any = getattr(functional, self.op)
+        with self._here():
+            self._bias = None if bias is None else bias.copy()
+            self._keywords: dict[str, Any] = {
+                "precision": precision,
+                "algorithm": algorithm,
+                "activation": _copied(activation),
+                "input_activation": _copied(input_activation),
+            }
+            self._samples = self._empty((self.slots, self._channels, 0))
         self._positions = [self._start()] * self.slots
+        # While pushes of one kind repeat, a window has the samples instead; it is kept for when they repeat again.
+        self._window: Window | None = None
+        self._window_of: tuple[Any, ...] | None = None  # the kind of its pushes, and their place in the stream
+        self._in_window = False
+        self._last: tuple[Any, ...] | None = None  # the same of the last push
 
     @property
     def _channels(self) -> int:
@@ -102,18 +125,18 @@ class _Stream:
 
     def _start(self) -> _Position:
         """Before the first sample."""
-        raise NotImplementedError
+        return _Position(0, self._left, 0, False)
 
     def _advance(self, position: _Position, length: int) -> tuple[int, int, _Position]:
         """The outputs of a push of so many samples, the samples to drop from the front, and what comes after."""
         raise NotImplementedError
 
-    def _compute(self, samples: Any, position: _Position, count: int, out: Any | None) -> Any:
-        """The next `count` outputs from the samples that are held."""
+    def _remaining(self, position: _Position) -> int:
+        """The outputs behind the last sample, where there are samples."""
         raise NotImplementedError
 
-    def _rest(self, samples: Any, position: _Position) -> Any:
-        """The outputs behind the last sample, where there are samples."""
+    def _settings(self, length: int, position: _Position, count: int) -> tuple[Any, ...]:
+        """The settings of the call that gives the next `count` outputs from so many samples."""
         raise NotImplementedError
 
     def push(self, input: Any, slots: Sequence[SupportsIndex] | None = None, *, out: Any | None = None) -> Any:
@@ -130,27 +153,42 @@ class _Stream:
         Returns:
             (slots, C_out, L_out), or (C_out, L_out), L_out from 0 on.
 
-        On a GPU a push of as many samples as the one before is two launches, once the first window is full and where
-        all slots are pushed: the samples are appended in place, and the outputs computed. With `out` it allocates
-        nothing but what the kernels want for themselves, and can be captured into a CUDA graph; each launch of that is
-        a push.
+        Pushes repeat when they are of all slots and of one length, in arrays that lie alike in memory, and the first
+        window is full. From the second repetition on, such a push on a GPU is the launches of one call with a prepared
+        weight, which also keep the new samples where these are few: up to a thousand in all slots and channels, or up
+        to eight a row of a depthwise layer. Where they are more, one launch before appends them. With `out` it
+        allocates nothing but what the kernels want for themselves, and can be captured into a CUDA graph. Each launch
+        of the graph is a push, until a flush, a reset, `load_state` or another push.
 
         Raises:
             ValueError: a shape does not fit, a slot does not exist or is named twice, or slots are at different places.
             TypeError: the input is of another kind or dtype.
         """
+        with self._here():
+            if self._in_window and slots is None:
+                window = cast(Window, self._window)
+                if window.takes(input, out):
+                    return window.push(input, out)
+            caller = f"{type(self).__name__}.push"
+            own, target = view(caller, "input", input), view(caller, "out", out, write=True)
+            if own is not input or target is not out:
+                result = self.push(own, slots, out=target)
+                return result if out is None else out
+            return self._push(input, slots, out)
+
+    def _push(self, input: Any, slots: Sequence[SupportsIndex] | None, out: Any | None) -> Any:
+        """Any push, with all checks."""
         caller = f"{type(self).__name__}.push"
         chosen = self._chosen(caller, slots)
-        _, x = take(caller, weight=self._weight.array, input=input)
-        given, out = out, view(caller, "out", out, write=True)
-        if x.dtype != self._weight.dtype:
-            raise TypeError(f"{caller}: input must have the dtype of weight, {self._weight.dtype}, got {x.dtype}")
-        shape = tuple(x.shape)
-        single = len(shape) == 2 and len(chosen) == 1
-        x = x[None] if single else x
+        check_kinds(caller, {"weight": self._weight.array, "input": input})
+        if input.dtype != self._weight.dtype:
+            raise TypeError(f"{caller}: input must have the dtype of weight, {self._weight.dtype}, got {input.dtype}")
+        single = input.ndim == 2 and len(chosen) == 1
+        x = input[None] if single else input
         if x.ndim != 3 or x.shape[:2] != (len(chosen), self._channels):
             raise ValueError(
-                f"{caller}: input must have shape (slots, C_in, L) = ({len(chosen)}, {self._channels}, L), got {shape}"
+                f"{caller}: input must have shape (slots, C_in, L) = ({len(chosen)}, {self._channels}, L), got "
+                f"{tuple(input.shape)}"
             )
         position = self._common(caller, chosen)
         skipped = min(position.skip, x.shape[-1])
@@ -163,20 +201,21 @@ class _Stream:
                 f"{caller}: out must be {self._output_dtype} of shape {expected}, got {out.dtype} of shape {out.shape}"
             )
         whole = chosen == list(range(self.slots))
-        if whole and after == position and self._continues(x.shape[-1], dropped):
-            samples = cast(Any, self._window)
-            runtime.append(samples, x)
-        else:
-            held = (self._samples if whole else self._samples[chosen])[..., : position.held]
-            samples = runtime.array_module(x).concatenate((held, x), axis=-1) if x.shape[-1] else held
-            self._window = samples if whole and x.shape[-1] and runtime.is_cupy_array(samples) else None
-        if count:
-            result = self._compute(samples, position, count, out[None] if single and out is not None else out)
-        else:
-            result = self._empty(self._output_shape(len(chosen), 0), self._output_dtype)
-        self._keep(chosen if not whole else None, samples[..., dropped:], after)
+        kind = None
+        if whole and not skipped and position == after and position.held and count:
+            kind = kind_of(input, out), position
+            if kind == self._last:
+                return self._enter_window(kind, input, position, count, out)
+        self._leave_window()
+        samples = self._join((self._samples if whole else self._samples[chosen])[..., : position.held], x)
+        result = self._outputs(samples, position, count, out[None] if single and out is not None else out)
+        kept = samples[..., dropped:]
+        if samples is x:
+            kept = kept.copy()  # the caller's array may change
+        self._keep(chosen if not whole else None, kept, after)
+        self._last = kind
         if out is not None:
-            return given
+            return out
         return result[0] if single else result
 
     def flush(self, slots: Sequence[SupportsIndex] | None = None) -> Any:
@@ -194,19 +233,23 @@ class _Stream:
         caller = f"{type(self).__name__}.flush"
         chosen = self._chosen(caller, slots)
         position = self._common(caller, chosen)
-        if not position.received:
-            result = self._empty(self._output_shape(len(chosen), 0), self._output_dtype)
-        else:
-            held = self._samples[..., : position.held]
-            result = self._rest(held if chosen == list(range(self.slots)) else held[chosen], position)
+        with self._here():
+            held = self._held()[..., : position.held]
+            result = self._outputs(
+                held if chosen == list(range(self.slots)) else held[chosen],
+                position,
+                self._remaining(position) if position.received else 0,
+            )
         self.reset(chosen)
         return result
 
     def reset(self, slots: Sequence[SupportsIndex] | None = None) -> None:
         """Forget the samples of slots, so that their streams begin anew; None for all."""
-        for slot in self._chosen(f"{type(self).__name__}.reset", slots):
+        chosen = self._chosen(f"{type(self).__name__}.reset", slots)
+        with self._here():
+            self._leave_window()
+        for slot in chosen:
             self._positions[slot] = self._start()
-        self._window = None
 
     def state(self) -> dict[str, Any]:
         """What is remembered, as arrays by name, copies: `load_state` of another stream of this layer continues here.
@@ -215,7 +258,8 @@ class _Stream:
         NumPy.
         """
         held = max(position.held for position in self._positions)
-        return {"samples": self._samples[..., :held].copy(), "positions": np.array(self._positions, np.int64)}
+        with self._here():
+            return {"samples": self._held()[..., :held].copy(), "positions": np.array(self._positions, np.int64)}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on from a `state` of a stream of the same layer with as many slots.
@@ -236,13 +280,17 @@ class _Stream:
                 f"{caller}: samples must be {self._weight.dtype} of shape {(self.slots, self._channels, held)}, got "
                 f"{samples.dtype} of shape {tuple(samples.shape)}"
             )
-        self._samples, self._window = samples.copy(), None
+        with self._here():
+            self._samples, self._in_window, self._last = samples.copy(), False, None
         self._positions = [_Position(int(h), int(a), int(s), bool(r)) for h, a, s, r in positions]
 
     def clone(self: StreamT) -> StreamT:
         """A stream of the same layer, with the same weights in memory, that goes on from here by itself."""
         twin = copy.copy(self)
-        twin._samples, twin._window, twin._positions = self._samples.copy(), None, [*self._positions]
+        with self._here():
+            twin._samples = self._held().copy()
+        twin._positions = [*self._positions]
+        twin._window, twin._window_of, twin._in_window, twin._last = None, None, False, None
         return twin
 
     def __repr__(self) -> str:
@@ -261,9 +309,57 @@ class _Stream:
         shape = self._weight.shape
         return slots, shape[0] if self.op == "conv1d" else shape[1] * self._groups, count
 
-    def _continues(self, length: int, dropped: int) -> bool:
-        """Whether the last push left a window in which this one finds its samples behind the first `length`."""
-        return self._window is not None and length == dropped == self._window.shape[-1] - self._samples.shape[-1]
+    def _here(self) -> AbstractContextManager[Any]:
+        """The GPU of the weight as CuPy's current one, where it is on a GPU."""
+        return runtime.current_device_of(self._weight.array)
+
+    def _outputs(self, samples: Any, position: _Position, count: int, out: Any | None = None) -> Any:
+        """The next `count` outputs from the samples that are held, written to `out` where that is given."""
+        slots, _, length = samples.shape
+        if count == 0:
+            return self._empty(self._output_shape(slots, 0), self._output_dtype) if out is None else out
+        settings = self._settings(length, position, count)
+        return self._call(samples, self._weight, self._bias, *settings, **self._keywords, out=out)
+
+    def _join(self, held: Any, x: Any) -> Any:
+        """The samples that are held and the new ones, one behind the other; x itself where none are held."""
+        if x.shape[-1] == 0:
+            return held
+        x = runtime.aligned(x)
+        return runtime.array_module(x).concatenate((held, x), axis=-1) if held.shape[-1] else x
+
+    def _held(self) -> Any:
+        """The samples of all slots."""
+        return cast(Window, self._window).samples() if self._in_window else self._samples
+
+    def _enter_window(self, kind: tuple[Any, ...], input: Any, position: _Position, count: int, out: Any | None) -> Any:
+        """A push of a kind that repeats."""
+        if self._window_of != kind:
+            self._window, self._window_of = self._new_window(input, position, count, out), kind
+        window = cast(Window, self._window)
+        if not self._in_window:
+            window.fill(self._samples[..., : position.held])
+            self._in_window = True
+        return window.push(input, out)
+
+    def _new_window(self, input: Any, position: _Position, count: int, out: Any | None) -> Window:
+        shape = (self.slots, self._channels, position.held + input.shape[-1])
+        settings = self._settings(shape[-1], position, count)
+        problem = getattr(ConvProblem, self.op)(
+            ArraySpec(shape, input.dtype), self._weight, self._bias, *settings, precision=self._keywords["precision"]
+        )
+        fused = Fused.check(self.op, self._keywords["activation"], self._keywords["input_activation"])
+        call, weight, bias, keywords = self._call, self._weight, self._bias, self._keywords
+        others = tuple(array for array in (bias, *fused.arrays) if array is not None)
+        return window_for(
+            problem.fused(fused), input, weight, others, out, keywords["algorithm"],
+            lambda samples, out: call(samples, weight, bias, *settings, **keywords, out=out),
+        )  # fmt: skip
+
+    def _leave_window(self) -> None:
+        if self._in_window:
+            self._samples, self._in_window = self._held(), False
+        self._last = None
 
     def _empty(self, shape: tuple[int, ...], dtype: Any = None) -> Any:
         """A fresh array where the weight is, of its dtype where none is given."""
@@ -299,6 +395,14 @@ class _Stream:
             self._positions[slot] = position
 
 
+def _copied(activation: ActivationLike | None) -> ActivationLike | None:
+    """An activation whose arrays nobody else changes."""
+    if activation is None or isinstance(activation, str):
+        return activation
+    parts: Sequence[Any] = activation
+    return tuple(part.copy() if hasattr(part, "shape") else part for part in parts)
+
+
 class Conv1d(_Stream):
     """`gpuconv.conv1d` of a signal that arrives piece by piece.
 
@@ -313,6 +417,8 @@ class Conv1d(_Stream):
         slots: so many independent streams are served at once.
         precision: as in `gpuconv.conv1d`.
         algorithm: as in `gpuconv.conv1d`.
+        activation: as in `gpuconv.conv1d`.
+        input_activation: as in `gpuconv.conv1d`.
 
     Raises:
         ValueError: a value is out of range, or the padding depends on the length of the whole.
@@ -340,8 +446,12 @@ class Conv1d(_Stream):
         slots: SupportsIndex = 1,
         precision: str = "float32",
         algorithm: str | None = None,
+        activation: ActivationLike | None = None,
+        input_activation: ActivationLike | None = None,
     ) -> None:
-        super().__init__(layer, bias, stride, padding, 0, dilation, groups, slots, precision, algorithm)
+        super().__init__(
+            layer, bias, stride, padding, 0, dilation, groups, slots, precision, algorithm, activation, input_activation
+        )
 
     @property
     def _channels(self) -> int:
@@ -356,9 +466,6 @@ class Conv1d(_Stream):
             return (self._span - 1) // 2, self._span - 1 - (self._span - 1) // 2
         return settings.padding
 
-    def _start(self) -> _Position:
-        return _Position(0, self._left, 0, False)
-
     def _advance(self, position: _Position, length: int) -> tuple[int, int, _Position]:
         held = position.held + length
         count = max(0, (position.ahead + held - self._span) // self._stride + 1) if held else 0
@@ -371,21 +478,14 @@ class Conv1d(_Stream):
             _Position(max(0, held - dropped), ahead, position.skip + max(0, dropped - held), position.received),
         )
 
-    def _compute(self, samples: Any, position: _Position, count: int, out: Any | None) -> Any:
-        return functional.conv1d(
-            samples, self._weight, self._bias, self._stride, (position.ahead, 0), self._dilation, self._groups,
-            **self._keywords, out=out,
-        )  # fmt: skip
-
-    def _rest(self, samples: Any, position: _Position) -> Any:
+    def _remaining(self, position: _Position) -> int:
         # Zeros on the right complete further windows; those that begin behind the last sample lie in the padding.
-        right = self._right - position.skip
-        if position.ahead + position.held + right < self._span:
-            return self._empty(self._output_shape(samples.shape[0], 0), self._output_dtype)
-        return functional.conv1d(
-            samples, self._weight, self._bias, self._stride, (position.ahead, right), self._dilation, self._groups,
-            **self._keywords,
-        )  # fmt: skip
+        behind = position.ahead + position.held + self._right - position.skip - self._span
+        return max(0, behind // self._stride + 1)
+
+    def _settings(self, length: int, position: _Position, count: int) -> tuple[Any, ...]:
+        right = max(0, (count - 1) * self._stride + self._span - position.ahead - length)
+        return self._stride, (position.ahead, right), self._dilation, self._groups
 
 
 class ConvTranspose1d(_Stream):
@@ -403,6 +503,8 @@ class ConvTranspose1d(_Stream):
         slots: so many independent streams are served at once.
         precision: as in `gpuconv.conv_transpose1d`.
         algorithm: as in `gpuconv.conv_transpose1d`.
+        activation: as in `gpuconv.conv1d`.
+        input_activation: as in `gpuconv.conv1d`.
 
     Raises:
         ValueError: a value is out of range.
@@ -431,9 +533,14 @@ class ConvTranspose1d(_Stream):
         slots: SupportsIndex = 1,
         precision: str = "float32",
         algorithm: str | None = None,
+        activation: ActivationLike | None = None,
+        input_activation: ActivationLike | None = None,
     ) -> None:
         self._extra = 0
-        super().__init__(layer, bias, stride, padding, output_padding, dilation, groups, slots, precision, algorithm)
+        super().__init__(
+            layer, bias, stride, padding, output_padding, dilation, groups, slots, precision, algorithm, activation,
+            input_activation,
+        )  # fmt: skip
 
     @property
     def _channels(self) -> int:
@@ -447,9 +554,6 @@ class ConvTranspose1d(_Stream):
             return total // 2, total - total // 2
         return settings.padding
 
-    def _start(self) -> _Position:
-        return _Position(0, self._left, 0, False)
-
     def _advance(self, position: _Position, length: int) -> tuple[int, int, _Position]:
         # A sample completes `stride` outputs, of which those wait that would be cut off if it were the last one.
         held = position.held + length
@@ -462,25 +566,20 @@ class ConvTranspose1d(_Stream):
         after = _Position(held - dropped, following - dropped * self._stride, 0, position.received)
         return following - position.ahead if complete > position.ahead else 0, dropped, after
 
-    def _compute(self, samples: Any, position: _Position, count: int, out: Any | None) -> Any:
-        return self._outputs(samples, position.ahead, count, out)
-
-    def _rest(self, samples: Any, position: _Position) -> Any:
+    def _remaining(self, position: _Position) -> int:
         end = (position.held - 1) * self._stride + self._span + self._extra - self._right
-        count = max(0, end - position.ahead)
-        if position.held and count:
-            return self._outputs(samples, position.ahead, count, None)
-        result = self._empty(self._output_shape(samples.shape[0], count), self._output_dtype)  # no window reaches it
-        result[...] = 0
-        if self._bias is not None:
-            result += self._bias[:, None]
-        return result
+        return max(0, end - position.ahead)
 
-    def _outputs(self, samples: Any, first: int, count: int, out: Any | None) -> Any:
-        """Outputs `first` to `first + count` of the samples' own transposed convolution."""
-        full = (samples.shape[-1] - 1) * self._stride + self._span
-        cut = full - first - count
-        return functional.conv_transpose1d(
-            samples, self._weight, self._bias, self._stride, (first, max(0, cut)), max(0, -cut), self._groups,
-            self._dilation, **self._keywords, out=out,
-        )  # fmt: skip
+    def _settings(self, length: int, position: _Position, count: int) -> tuple[Any, ...]:
+        # Outputs `ahead` to `ahead + count` of the samples' own transposed convolution.
+        cut = (length - 1) * self._stride + self._span - position.ahead - count
+        padding, output_padding = (position.ahead, max(0, cut)), max(0, -cut)
+        return self._stride, padding, output_padding, self._groups, self._dilation
+
+    def _outputs(self, samples: Any, position: _Position, count: int, out: Any | None = None) -> Any:
+        if samples.shape[-1] or not count:
+            return super()._outputs(samples, position, count, out)
+        slots, channels, _ = samples.shape  # behind the last window: what a sum of nothing gives
+        zeros, taps = self._empty((slots, channels, count)), self._empty((*self._weight.shape[:2], 1))
+        zeros[...] = taps[...] = 0
+        return self._call(zeros, taps, self._bias, groups=self._groups, **self._keywords)

@@ -28,6 +28,9 @@ LONG_PROBE_US = 50_000.0
 # Launches in one CUDA graph: more only make the capture longer.
 MAX_CALLS = 512
 
+# Sets of buffers, of which the smallest problems would need very many.
+MAX_SETS = 4096
+
 # The warm-up goes through the whole rotation, but no longer than this.
 WARM_UP_US = 500_000.0
 
@@ -151,9 +154,9 @@ class Method:
     least: bool = False
 
 
-def sets_for(problem: ConvProblem, cache_bytes: int, most: int = 4096) -> int:
+def sets_for(problem: ConvProblem, cache_bytes: int) -> int:
     """How many buffer sets cover four times the cache; at least two, so that no call finds its own input warm."""
-    return min(most, max(2, math.ceil(4 * cache_bytes / max(problem.bytes(), 1))))
+    return min(MAX_SETS, max(2, math.ceil(4 * cache_bytes / max(problem.bytes(), 1))))
 
 
 @dataclass(slots=True)

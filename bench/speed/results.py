@@ -142,20 +142,20 @@ class Measurement:
         timing = None if kind is None else self.ours.timing(kind)
         return None if timing is None else timing.us
 
-    def best_peer(self, *, comparable: bool = True, kind: Kind | None = None) -> Outcome | None:
-        """The fastest measured peer, by the same kind of time as ours; None where there is none."""
+    def best_peer(self, kind: Kind | None = None) -> Outcome | None:
+        """The fastest measured comparable peer, by the same kind of time as ours; None where there is none."""
         kind = kind or self.measure or "replay"
         timed = [
             (timing.us, outcome)
             for outcome in self.outcomes[1:]
             for timing in (outcome.timing(kind),)
-            if timing is not None and (outcome.comparable or not comparable) and outcome.subject != PREPARED
+            if timing is not None and outcome.comparable and outcome.subject != PREPARED
         ]
         return min(timed, key=lambda pair: pair[0], default=(0.0, None))[1]
 
-    def ratio(self, *, comparable: bool = True) -> float | None:
+    def ratio(self) -> float | None:
         """The best peer's time over ours: above 1 gpuconv is faster."""
-        kind, ours, peer = self.measure, self.our_us, self.best_peer(comparable=comparable)
+        kind, ours, peer = self.measure, self.our_us, self.best_peer()
         timing = None if peer is None or kind is None else peer.timing(kind)
         return None if timing is None or ours is None else timing.us / ours
 

@@ -50,7 +50,6 @@ _CATEGORIES = (
     ("shuffle", ("SHFL", "VOTE", "VOTEU", "REDUX")),
 )
 _CATEGORY_OF = {name: category for category, names in _CATEGORIES for name in names}
-USEFUL = ("fma", "tensor")
 
 _WIDTHS = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
 
@@ -116,7 +115,11 @@ class Resources:
     spill_store_bytes: int
     spill_load_bytes: int
     static_shared_bytes: int
-    barriers: int
+
+    @property
+    def local_bytes(self) -> int:
+        """Of local memory, and of spills to it."""
+        return self.stack_bytes + self.spill_store_bytes + self.spill_load_bytes
 
 
 def parse_log(log: str, kernel: str) -> Resources:
@@ -131,22 +134,12 @@ def parse_log(log: str, kernel: str) -> Resources:
     end = log.find("Compiling entry function", start + 1)
     section = log[start : end if end > 0 else None]
 
-    def number(pattern: str) -> int | None:
-        match = re.search(pattern, section)
-        return int(match.group(1)) if match else None
-
-    registers = number(r"Used (\d+) registers")
-    stack = number(r"(\d+) bytes stack frame")
-    if registers is None or stack is None:
-        raise ValueError(f"the compiler's log has no register or stack count for {kernel!r}:\n{section}")
-    return Resources(
-        registers=registers,
-        stack_bytes=stack,
-        spill_store_bytes=number(r"(\d+) bytes spill stores") or 0,
-        spill_load_bytes=number(r"(\d+) bytes spill loads") or 0,
-        static_shared_bytes=number(r"(\d+) bytes smem") or 0,
-        barriers=number(r"used (\d+) barriers") or 0,
-    )
+    memory = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", section)
+    registers = re.search(r"Used (\d+) registers", section)
+    if memory is None or registers is None:
+        raise ValueError(f"the compiler's log has no count of registers or of local memory for {kernel!r}:\n{section}")
+    shared = re.search(r"(\d+) bytes smem", section)
+    return Resources(int(registers[1]), *map(int, memory.groups()), int(shared[1]) if shared else 0)
 
 
 def parse_disassembly(text: str, kernel: str) -> list[Instruction]:
@@ -298,8 +291,7 @@ class KernelReport:
 
     @property
     def uses_local_memory(self) -> bool:
-        r = self.resources
-        return bool(r.stack_bytes or r.spill_store_bytes or r.spill_load_bytes or self.local_instructions)
+        return self.resources.local_bytes + self.local_instructions > 0
 
 
 def compile_cubin(text: str, kernel: str, arch: str) -> tuple[bytes, str, float]:

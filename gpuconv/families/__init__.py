@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import edges, fused
+from . import conv1d_depthwise_push, edges, fused, windows
 from .base import ArrayLayout, Config, Family, Launch, Layout, Plan, Refusal, Step
 from .bias_gradient_rows import BiasGradientRows
 from .conv1d_depthwise import Conv1dDepthwise
@@ -59,6 +59,8 @@ __all__ = [
     "Plan",
     "Refusal",
     "Step",
+    "conv1d_depthwise_push",
     "edges",
     "fused",
+    "windows",
 ]

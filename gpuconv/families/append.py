@@ -5,10 +5,9 @@ Contract: cuda_src/append_samples.cu.
 
 from __future__ import annotations
 
-import math
-
 from ..source import params_fields
-from .base import ArrayLayout, Config, Launch, base_config
+from .base import ArrayLayout, Config, Launch, Layout, base_config, contiguous_strides
+from .offsets import width
 
 KERNEL = "append_samples"
 BLOCK_SIZE = 128
@@ -20,9 +19,9 @@ def append_launch(
     """The kernel and its launch for a contiguous window (N, C, held + L) and an input (N, C, L) of any strides."""
     N, C, L = input_shape
     held = window_shape[-1] - L
-    # The loops leave with an index of up to a block behind a row.
-    largest = max(math.prod(window_shape), layout.reach(input_shape)) + BLOCK_SIZE
-    bits = 32 if largest < 2**31 else 64
+    arrays = Layout.of(window=ArrayLayout(contiguous_strides(window_shape)), input=layout)
+    # The loops leave with an index of up to a block behind the samples held, and behind the new ones.
+    bits = width(arrays, {"window": window_shape, "input": input_shape}, held + BLOCK_SIZE, L + BLOCK_SIZE, N * C)
     values = (C, held, L, *layout.strides)
     params = tuple(zip(params_fields(KERNEL), values, strict=True))
     return base_config(KERNEL, dtype, bits, BLOCK_SIZE), Launch(N * C, BLOCK_SIZE, 0, bits, params)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..device import Device
+
 WARP = 32
 UNIT_BYTES = 16  # of neighbouring channels, in shared memory and in packed weights
 PAIRS_PER_STEP = 2  # (tap, unit) pairs of one mma
@@ -73,3 +75,11 @@ ARITHMETICS = {
     ("float32", "tf32"): _TF32,
     ("float32", "float32"): _SPLIT_TF32,
 }
+
+
+NO_ARITHMETIC = "needs float16 (sm_75), bfloat16 or float32 (sm_80)"
+
+
+def arithmetics(device: Device) -> dict[tuple[str, str], Arithmetic]:
+    """Those of `ARITHMETICS` that a device has."""
+    return {key: found for key, found in ARITHMETICS.items() if device.arch >= found.min_arch}

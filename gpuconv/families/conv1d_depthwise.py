@@ -19,6 +19,7 @@ from .depthwise import (
     BlockWork,
     DepthwiseFamily,
     Skip,
+    Slide,
     Variant,
     can_skip,
     can_slide,
@@ -70,17 +71,10 @@ class Conv1dDepthwise(DepthwiseFamily):
         return super().config(dtype, bits, thread_l, {"IS_STRIDING": 0, **macros})
 
 
-@dataclass(frozen=True, slots=True)
-class _Variant:
+class _Variant(Slide):
     """Sliding threads; where SLIDE_STRIDE is 0, threads that read one position at a time."""
 
-    problem: ConvProblem
-    slide_stride: int
-    thread_l: int
-
-    @property
-    def macros(self) -> Mapping[str, int]:
-        return {"SLIDE_STRIDE": self.slide_stride}
+    __slots__ = ()
 
     @property
     def steps(self) -> int:
@@ -90,10 +84,7 @@ class _Variant:
 
     @property
     def taps_pitch(self) -> int:
-        # Odd, in vectors or accumulators, so that rows of one warp read their taps from different banks.
-        if self.slide_stride:
-            return round_up(self.steps * self.slide_stride, 2, 1) * vector_length(self.problem.dtype)
-        return round_up(self.problem.K, 2, 1)
+        return self.taps_pitch_of(self.steps) if self.slide_stride else round_up(self.problem.K, 2, 1)
 
     def window(self, places: int) -> int:
         p = self.problem

@@ -14,12 +14,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from ..costs import MMA_LATENCY_CYCLES, RESERVED_SHARED_BYTES, Code, Ending, Work, predict_launch, tensor_cores
+from ..costs import MMA_LATENCY_CYCLES, Code, Ending, Work, blocks_by_shared, predict_launch, tensor_cores
 from ..device import Device
 from ..problem import ConvProblem
-from ..source import params_fields
 from . import mma
-from .arithmetic import ARITHMETICS, MIN_SPLIT_TERMS, STAGE_PAIRS, STAGE_STEPS, UNIT_BYTES, WARP, Arithmetic
+from .arithmetic import (
+    ARITHMETICS,
+    MIN_SPLIT_TERMS,
+    NO_ARITHMETIC,
+    STAGE_PAIRS,
+    STAGE_STEPS,
+    UNIT_BYTES,
+    WARP,
+    Arithmetic,
+    arithmetics,
+)
 from .base import (
     MAX_GRID,
     PACKED,
@@ -48,7 +57,7 @@ MIN_C_OUT_G = 8
 MIN_TAPS = 8
 # Below, writing the results takes most of the time, which conv1d_stem does as well.
 MIN_TERMS = 32
-PACK_BLOCK_SIZE = 128
+PACK_KERNEL = "pack_im2col_weight"
 
 # Tiles of 80 and 48 rows are for filter banks of such numbers of channels; those of few columns for windows that are
 # large because the stride is. The three sets of sums of a split product leave registers for smaller ones.
@@ -226,7 +235,7 @@ def _predict(
         passes * 4 * (fetches + 2) + work.staging_wavefronts,
         stages * (_STAGE_CYCLES + MMA_LATENCY_CYCLES * STAGE_STEPS),
     )
-    resident = min(tile.min_blocks, max(1, device.shared_per_sm // (shared + RESERVED_SHARED_BYTES)))
+    resident = min(tile.min_blocks, max(1, blocks_by_shared(shared, device)))
     unit = tensor_cores(device, p.itemsize)
     return predict_launch(work, code, blocks=blocks, resident=resident, unit=unit, device=device).us
 
@@ -241,9 +250,9 @@ class Conv1dIm2col(Family[ConvProblem]):
 
     def plan(self, problem: ConvProblem, layout: Layout, device: Device) -> Plan | Refusal:
         p = problem
-        arithmetic = ARITHMETICS.get((p.dtype, p.precision))
-        if arithmetic is None or device.arch < arithmetic.min_arch:
-            return Refusal("needs float16 (sm_75), bfloat16 or float32 (sm_80)")
+        arithmetic = arithmetics(device).get((p.dtype, p.precision))
+        if arithmetic is None:
+            return Refusal(NO_ARITHMETIC)
         is_split = arithmetic.parts == 2
         min_rows, min_terms = (mma.MIN_SPLIT_ROWS, MIN_SPLIT_TERMS) if is_split else (MIN_C_OUT_G, MIN_TERMS)
         if not 1 <= p.C_in_g <= MAX_C_IN_G:
@@ -291,13 +300,11 @@ class Conv1dIm2col(Family[ConvProblem]):
         )
 
     def configs(self, device: Device) -> Iterator[Config]:
-        for (dtype, precision), arithmetic in ARITHMETICS.items():
-            if device.arch < arithmetic.min_arch:
-                continue
+        for (dtype, precision), arithmetic in arithmetics(device).items():
             for bits in (32, 64):
                 for tile in tiles(arithmetic, bits):
                     yield self._config(dtype, precision, tile, bits, device)
-                yield _pack_config(dtype, precision, bits)
+                yield mma.pack_config(PACK_KERNEL, dtype, precision, bits, {})
 
     def _config(self, dtype: str, precision: str, tile: Tile, bits: int, device: Device) -> Config:
         return mma.kernel_config(self.name, dtype, precision, tile, bits, device, phases_in_rows=False, segment_mode=0)
@@ -329,30 +336,15 @@ def _pack(problem: ConvProblem, layout: Layout, tiling: Tiling, pairs: int, arit
     """The launch of pack_im2col_weight, and the bytes that it writes."""
     p, block_rows = problem, tiling.tile.block_m
     num_vectors = p.groups * tiling.row_tiles * pairs * block_rows  # of one part
-    grid = min(-(-num_vectors // PACK_BLOCK_SIZE), MAX_GRID)
+    grid = min(-(-num_vectors // mma.PACK_BLOCK_SIZE), MAX_GRID)
     own = {
         "num_vectors": num_vectors,
         "row_tiles": tiling.row_tiles,
         "block_rows": block_rows,
         "pairs": pairs,
     }
-    params = params_of("pack_im2col_weight", conv_fields(p, layout), own)
-    bits = index_bits(p, layout, Overhang(), num_vectors * arithmetic.parts + grid * PACK_BLOCK_SIZE)
-    launch = Launch(grid, PACK_BLOCK_SIZE, 0, bits, params)
-    return Step(
-        _pack_config(p.dtype, p.precision, bits), launch, ("weight", PACKED)
-    ), num_vectors * arithmetic.parts * UNIT_BYTES
-
-
-def _pack_config(dtype: str, precision: str, bits: int) -> Config:
-    kernel = "pack_im2col_weight"
-    return Config.of(
-        kernel,
-        {
-            "DTYPE": dtype,
-            "INDEX_BITS": bits,
-            "BLOCK_SIZE": PACK_BLOCK_SIZE,
-            "IS_SPLIT": int(ARITHMETICS[dtype, precision].parts == 2),
-            "PARAMS_BYTES": len(params_fields(kernel)) * bits // 8,
-        },
-    )
+    params = params_of(PACK_KERNEL, conv_fields(p, layout), own)
+    bits = index_bits(p, layout, Overhang(), num_vectors * arithmetic.parts + grid * mma.PACK_BLOCK_SIZE)
+    config = mma.pack_config(PACK_KERNEL, p.dtype, p.precision, bits, {})
+    launch = Launch(grid, mma.PACK_BLOCK_SIZE, 0, bits, params)
+    return Step(config, launch, ("weight", PACKED)), num_vectors * arithmetic.parts * UNIT_BYTES

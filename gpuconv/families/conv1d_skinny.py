@@ -13,14 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
-from ..costs import (
-    FMA_LATENCY_CYCLES,
-    RESERVED_SHARED_BYTES,
-    Code,
-    Work,
-    cuda_cores,
-    predict_launch,
-)
+from ..costs import FMA_LATENCY_CYCLES, Code, Work, blocks_by_shared, cuda_cores, predict_launch
 from ..device import Device
 from ..problem import DTYPES, FORMATS, ConvProblem
 from ..source import params_fields
@@ -90,9 +83,7 @@ class Tiling:
         blocks = -(-p.C_out_g // block_rows) * p.groups
         each = -(-blocks // device.num_sms)
         threads = WARP * (warps + NUM_STAGES)
-        resident = max(
-            1, min(each, _RESIDENT_THREADS // threads, device.shared_per_sm // (shared + RESERVED_SHARED_BYTES))
-        )
+        resident = max(1, min(each, _RESIDENT_THREADS // threads, blocks_by_shared(shared, device)))
 
         multiply_adds = thread_n * p.format.multiply_adds
         fetches = p.itemsize / 16 + thread_n * size / 16

@@ -13,12 +13,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
-from ..costs import MMA_LATENCY_CYCLES, RESERVED_SHARED_BYTES, Code, Ending, Work, predict_launch, tensor_cores
+from ..costs import MMA_LATENCY_CYCLES, Code, Ending, Work, blocks_by_shared, predict_launch, tensor_cores
 from ..device import Device
 from ..problem import ConvProblem
 from ..source import params_fields
 from ..text import count
-from .arithmetic import ARITHMETICS, UNIT_BYTES, WARP, Arithmetic
+from .arithmetic import ARITHMETICS, UNIT_BYTES, WARP, Arithmetic, arithmetics
 from .base import MAX_GRID, Config, Family, Layout, Plan, Refusal, Step, conv_plan, round_up, with_padding_mode
 from .depthwise import MANY_OUTPUTS
 from .offsets import Overhang, index_bits
@@ -93,7 +93,7 @@ def _partition(problem: ConvProblem, arithmetic: Arithmetic, tiles: int, groups:
         chain=groups * (taps + 7 * shift) * MMA_LATENCY_CYCLES,
     )
     shared = BLOCK_SIZE // WARP * warp_vectors * UNIT_BYTES
-    resident = max(1, min(MIN_BLOCKS, device.shared_per_sm // (shared + RESERVED_SHARED_BYTES)))
+    resident = max(1, min(MIN_BLOCKS, blocks_by_shared(shared, device)))
     cores = tensor_cores(device, p.itemsize)
     time = predict_launch(work, code, blocks=blocks, resident=resident, unit=cores, device=device)
     return Partition(tiles, groups, segments, window, warp_vectors, blocks, time.us)
@@ -135,8 +135,8 @@ class Conv1dToeplitz(Family[ConvProblem]):
 
     def plan(self, problem: ConvProblem, layout: Layout, device: Device) -> Plan | Refusal:
         p = problem
-        arithmetic = ARITHMETICS.get((p.dtype, p.precision))
-        if arithmetic is None or arithmetic.parts > 1 or device.arch < arithmetic.min_arch:
+        arithmetic = arithmetics(device).get((p.dtype, p.precision))
+        if arithmetic is None or arithmetic.parts > 1:
             return Refusal("needs float16 (sm_75), bfloat16 (sm_80) or float32 with precision tf32 (sm_80)")
         if p.C_in_g != 1 or p.C_out_g >= MANY_OUTPUTS:
             return Refusal(f"needs C_in/groups == 1 and C_out/groups < {MANY_OUTPUTS}")
@@ -170,8 +170,8 @@ class Conv1dToeplitz(Family[ConvProblem]):
         )
 
     def configs(self, device: Device) -> Iterator[Config]:
-        for (dtype, precision), arithmetic in ARITHMETICS.items():
-            if arithmetic.parts == 1 and device.arch >= arithmetic.min_arch:
+        for (dtype, precision), arithmetic in arithmetics(device).items():
+            if arithmetic.parts == 1:
                 for bits in (32, 64):
                     for tiles in dict.fromkeys(tiles for tiles, _ in SHAPES):
                         yield self._config(dtype, precision, tiles, bits)

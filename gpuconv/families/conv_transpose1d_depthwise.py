@@ -6,7 +6,6 @@ Contract: cuda_src/conv_transpose1d_depthwise.cu.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 
 from ..device import Device
 from ..problem import DTYPES, ConvProblem
@@ -20,6 +19,7 @@ from .depthwise import (
     Divisor,
     Partition,
     Skip,
+    Slide,
     Variant,
     can_skip,
     can_slide,
@@ -64,17 +64,10 @@ class ConvTranspose1dDepthwise(DepthwiseFamily):
                 yield self.config(dtype, bits, MANY_L, {})
 
 
-@dataclass(frozen=True, slots=True)
-class _Variant:
+class _Variant(Slide):
     """Sliding threads; where SLIDE_STRIDE is 0, threads that use no shared memory."""
 
-    problem: ConvProblem
-    slide_stride: int
-    thread_l: int
-
-    @property
-    def macros(self) -> Mapping[str, int]:
-        return {"SLIDE_STRIDE": self.slide_stride}
+    __slots__ = ()
 
     @property
     def steps(self) -> int:
@@ -89,8 +82,7 @@ class _Variant:
 
     @property
     def taps_pitch(self) -> int:
-        # Odd, in vectors, so that rows of one warp read their taps from different banks.
-        return round_up(self.steps * self.slide_stride, 2, 1) * vector_length(self.problem.dtype)
+        return self.taps_pitch_of(self.steps)
 
     @property
     def window_below(self) -> int:

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from ..costs import (
-    RESERVED_SHARED_BYTES,
     WARP_ISSUES_PER_CYCLE,
     Code,
     Work,
+    blocks_by_shared,
     cuda_cores,
     memory_bytes_per_cycle,
     predict_launch,
@@ -68,7 +68,7 @@ def can_skip(problem: ConvProblem, layout: Layout, bits: int) -> bool:
 
 
 class Divisor(NamedTuple):
-    """What `divide` of cuda_src/depthwise.cuh needs: value / divisor = high_half(value * magic) >> shift."""
+    """What `divide` of cuda_src/common.cuh needs: value / divisor = high_half(value * magic) >> shift."""
 
     magic: int
     shift: int
@@ -154,6 +154,23 @@ class Variant(Protocol):
     def plane_pitch(self, places: int, block_rows: int) -> int: ...
 
     def work(self, layout: Layout) -> BlockWork: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Slide:
+    """Sliding threads; where `slide_stride` is 0, the threads of any layer."""
+
+    problem: ConvProblem
+    slide_stride: int
+    thread_l: int
+
+    @property
+    def macros(self) -> Mapping[str, int]:
+        return {"SLIDE_STRIDE": self.slide_stride}
+
+    def taps_pitch_of(self, steps: int) -> int:
+        """That of a sliding thread of so many steps: odd, in vectors, so that a warp's rows lie on different banks."""
+        return round_up(steps * self.slide_stride, 2, 1) * vector_length(self.problem.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,7 +265,7 @@ class Partition:
         return round_up(self.row_threads * self.block_rows, WARP)
 
     def params(self, problem: ConvProblem) -> dict[str, int]:
-        """The fields of Params that `find_place` of cuda_src/depthwise.cuh reads, in order."""
+        """The fields of Params that `find_row` of cuda_src/depthwise.cuh reads, in order."""
         return {
             "tiles": self.tiles,
             **Divisor.params(tiles=self.tiles),
@@ -297,9 +314,7 @@ def choose_partition(work: BlockWork, device: Device) -> Partition | None:
             slots = _BLOCK_SLOTS + warps * warp_slots + staging
             traffic = block_rows * work.row_bytes(places)
             blocks = tiles * row_groups
-            resident = min(
-                32, resident_threads // (warps * WARP), device.shared_per_sm // (shared + RESERVED_SHARED_BYTES)
-            )
+            resident = min(32, resident_threads // (warps * WARP), blocks_by_shared(shared, device))
             of_warp = _BLOCK_SLOTS + warp_slots + staging / warps
             alone = work.enough_warps * max(of_warp / WARP_ISSUES_PER_CYCLE, traffic / bytes_per_cycle / warps)
             time = predict_launch(

@@ -48,18 +48,18 @@ def plan(
         if isinstance(found, Refusal):
             return found
         loaded = activation if family.activates_input else None
-        return Plan(tuple(_finishing(s, p, layout, loaded) for s in found.steps), found.scratch, found.candidates)
+        return Plan(tuple(finishing(s, p, layout, loaded) for s in found.steps), found.scratch, found.candidates)
     found = plan_without(layout.replaced(input=ArrayLayout(contiguous_strides(shape))))
     if isinstance(found, Refusal):
         return found
-    steps = [_finishing(_reading_activated(step), p, layout, None) for step in found.steps]
+    steps = [finishing(_reading_activated(step), p, layout, None) for step in found.steps]
     first = next(place for place, step in enumerate(steps) if ACTIVATED in step.arrays)
     steps.insert(first, _activate(p, layout, activation))
     scratch = (*found.scratch, (ACTIVATED, math.prod(shape) * p.itemsize))
     return Plan(tuple(steps), scratch, found.candidates)
 
 
-def _finishing(step: Step, p: ConvProblem, layout: Layout, input_activation: Activation | None) -> Step:
+def finishing(step: Step, p: ConvProblem, layout: Layout, input_activation: Activation | None) -> Step:
     """The step with what it fuses, if it finishes results: others pack weights, or leave sums to a later step."""
     if "output" not in step.arrays or dict(step.config.macros).get("SEGMENT_MODE") == "2":
         return step
@@ -77,7 +77,7 @@ def _finishing(step: Step, p: ConvProblem, layout: Layout, input_activation: Act
             more, of_channels = _activation(prefix, activation, names, layout, fields)
             macros |= more
             arrays += of_channels
-    return _extended(step, macros, arrays, fields)
+    return extended(step, macros, arrays, fields)
 
 
 def _activation(
@@ -91,7 +91,7 @@ def _activation(
     return {prefix: activation.name}, tuple(name if name in layout else None for name in names)
 
 
-def _extended(step: Step, macros: dict[str, str], arrays: Sequence[str | None], fields: dict[str, int]) -> Step:
+def extended(step: Step, macros: dict[str, str], arrays: Sequence[str | None], fields: dict[str, int]) -> Step:
     """The step with more macros, and with arrays and fields of Params behind its own."""
     launch = step.launch
     own = dict(step.config.macros)
@@ -132,4 +132,4 @@ def _activate(p: ConvProblem, layout: Layout, activation: Activation) -> Step:
     )
     fields: dict[str, int] = {}
     macros, arrays = _activation("INPUT_ACTIVATION", activation, INPUT_ACTIVATION_ARRAYS, layout, fields)
-    return _extended(step, macros, arrays, fields)
+    return extended(step, macros, arrays, fields)

@@ -7,23 +7,25 @@ N and the lengths decide only how the work is cut into tiles, which changes no b
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from ..costs import RESERVED_SHARED_BYTES
+from ..costs import blocks_by_shared
 from ..device import Device
 from ..problem import ConvProblem
 from ..source import params_fields
 from .arithmetic import (
     ARITHMETICS,
     MIN_SPLIT_TERMS,
+    NO_ARITHMETIC,
     SPLIT_TERMS,
     STAGE_PAIRS,
     STAGE_STEPS,
     UNIT_BYTES,
     WARP,
     Arithmetic,
+    arithmetics,
 )
 from .base import (
     MAX_GRID,
@@ -185,9 +187,9 @@ def tiles(arithmetic: Arithmetic, bits: int = 32, *, segments: bool = False) -> 
 def refuse_layer(problem: ConvProblem, rows: int, device: Device) -> str | None:
     """Why tensor cores do not take a layer, by the layer and the architecture alone; `rows` of its product."""
     p = problem
-    arithmetic = ARITHMETICS.get((p.dtype, p.precision))
-    if arithmetic is None or device.arch < arithmetic.min_arch:
-        return "needs float16 (sm_75), bfloat16 or float32 (sm_80)"
+    arithmetic = arithmetics(device).get((p.dtype, p.precision))
+    if arithmetic is None:
+        return NO_ARITHMETIC
     if p.C_in_g < MIN_CHANNELS:
         return f"needs C_in/groups >= {MIN_CHANNELS}"
     if p.C_out_g <= MAX_TAIL_CHANNELS:
@@ -449,7 +451,7 @@ def _predict(
         width=window.width,
     )
     packed = row_tiles * tile.block_m * reduction.chunks * reduction.pairs
-    resident = min(tile.min_blocks, max(1, device.shared_per_sm // (shared + RESERVED_SHARED_BYTES)))
+    resident = min(tile.min_blocks, max(1, blocks_by_shared(shared, device)))
     return predict_plan(
         launch,
         p,
@@ -520,9 +522,7 @@ def kernel_config(
 
 def kernel_configs(kernel: str, device: Device, phases: tuple[bool, ...], *, transposed: bool) -> Iterator[Config]:
     """Every specialisation of a kernel and of its packing on a device."""
-    for (dtype, precision), arithmetic in ARITHMETICS.items():
-        if device.arch < arithmetic.min_arch:
-            continue
+    for (dtype, precision), arithmetic in arithmetics(device).items():
         for phases_in_rows in phases:
             for bits in (32, 64):
                 for tile in (*tiles(arithmetic, bits), *tiles(arithmetic, bits, segments=True)):
@@ -649,16 +649,16 @@ def _pack(problem: ConvProblem, layout: Layout, product: Product, reduction: Red
 
 
 def _pack_config(dtype: str, precision: str, bits: int, *, transposed: bool, phases_in_rows: bool) -> Config:
-    kernel = "pack_mma_weight"
-    return Config.of(
-        kernel,
-        {
-            "DTYPE": dtype,
-            "INDEX_BITS": bits,
-            "BLOCK_SIZE": PACK_BLOCK_SIZE,
-            "IS_SPLIT": int(ARITHMETICS[dtype, precision].parts == 2),
-            "IS_TRANSPOSED": int(transposed),
-            "PHASES_IN_ROWS": int(phases_in_rows),
-            "PARAMS_BYTES": len(params_fields(kernel)) * bits // 8,
-        },
-    )
+    macros = {"IS_TRANSPOSED": int(transposed), "PHASES_IN_ROWS": int(phases_in_rows)}
+    return pack_config("pack_mma_weight", dtype, precision, bits, macros)
+
+
+def pack_config(kernel: str, dtype: str, precision: str, bits: int, macros: Mapping[str, int]) -> Config:
+    """The specialisation of a kernel that packs weights for tensor cores; `macros` are its own."""
+    shared: dict[str, str | int] = {
+        "DTYPE": dtype,
+        "INDEX_BITS": bits,
+        "BLOCK_SIZE": PACK_BLOCK_SIZE,
+        "IS_SPLIT": int(ARITHMETICS[dtype, precision].parts == 2),
+    }
+    return Config.of(kernel, {**shared, **macros, "PARAMS_BYTES": len(params_fields(kernel)) * bits // 8})

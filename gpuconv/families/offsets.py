@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from ..fusion import ACTIVATION_ARRAYS, INPUT_ACTIVATION_ARRAYS, RESIDUAL
@@ -42,16 +42,33 @@ def index_bits(problem: Problem, layout: Layout, overhang: Overhang, *counts: in
     `counts` are what a kernel counts besides the axes of its arrays: results, blocks, columns, terms.
     """
     formed = _formed_extents(problem, overhang)
-    values = [*counts, *_positions(problem, overhang)]
-    for name, shape in problem.shapes.items():
-        array = layout[name]
-        # Params holds the strides of axes of extent 1, too, which no offset uses.
-        values += (array.reach(shape), *map(abs, array.strides))
-        if overhang.arrays is None or name in overhang.arrays:
-            values += (array.reach(formed[name]), *formed[name])
+    if overhang.arrays is not None:
+        formed |= {name: shape for name, shape in problem.shapes.items() if name not in overhang.arrays}
     # A position outside of a row lies up to a row behind the sample that it means, and the distance is multiplied, too.
     is_mapped = getattr(problem, "padding_mode", "zeros") != "zeros"
-    return 32 if max(values) <= (INT32_MAX // 2 if is_mapped else INT32_MAX) else 64
+    return width(
+        layout,
+        {name: formed[name] for name in problem.shapes},
+        *counts,
+        *_positions(problem, overhang),
+        limit=INT32_MAX // 2 if is_mapped else INT32_MAX,
+    )
+
+
+def width(layout: Layout, formed: Mapping[str, tuple[int, ...]], *values: int, limit: int = INT32_MAX) -> int:
+    """32 where a signed 32-bit integer holds every offset, stride and index of some arrays, and other values; else 64.
+
+    Args:
+        layout: of the arrays, by name.
+        formed: by name, extents that hold every index of which an offset is formed.
+        values: what else is formed.
+        limit: of all of them.
+    """
+    found = [*values]
+    for name, extents in formed.items():
+        # Params holds the strides of axes of extent 1, too, which no offset uses.
+        found += (layout[name].reach(extents), *map(abs, layout[name].strides), *extents)
+    return 32 if max(found) <= limit else 64
 
 
 def _formed_extents(problem: Problem, overhang: Overhang) -> dict[str, tuple[int, ...]]:

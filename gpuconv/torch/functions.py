@@ -5,14 +5,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, SupportsIndex
 
 import numpy as np
 import torch
 import torch.nn.functional
-from torch.autograd import forward_ad
 from torch.overrides import (
     TorchFunctionMode,
     _get_current_function_mode,
@@ -20,7 +19,8 @@ from torch.overrides import (
     has_torch_function_variadic,
 )
 
-from ..arguments import check_padding_mode, check_precision
+from ..arguments import check_out_dtype, check_padding_mode, check_precision
+from ..calls import check_real_taps
 from ..fusion import FUSED_ARRAYS, ActivationLike, Fused
 from ..problem import ConvProblem, Op, Padding, Setting, Settings
 from ..runtime import is_cupy_array
@@ -43,25 +43,27 @@ def conv1d(
     activation: ActivationLike | None = None,
     precision: str = "float32",
     algorithm: str | None = None,
+    out_dtype: Any = None,
 ) -> Tensor:
     """`gpuconv.conv1d` of tensors, with derivatives of every order in both modes.
 
     Args:
         input: (N, C_in, L_in), or (C_in, L_in) for a single sample. All tensors are on one device, the CPU or a CUDA
-            device, of one dtype and of any strides.
-        weight: (C_out, C_in/groups, K).
+            device, of any strides and, but for what `weight` and `out_dtype` say, of one dtype.
+        weight: (C_out, C_in/groups, K); real or complex where `input` is complex.
         bias: (C_out,), or None.
         stride: see `gpuconv.conv1d`.
         padding: likewise.
         dilation: likewise.
         groups: likewise.
         padding_mode: likewise.
-        input_activation: likewise. What is fused has no derivatives, and no rule for `torch.func.vmap`.
+        input_activation: likewise. What is fused has no derivatives.
         residual: likewise, a tensor.
         activation: likewise; the arrays of snake are tensors.
         precision: likewise; it holds for the gradients, too.
         algorithm: likewise, for the output alone: gradients are computed as without it. Under `torch.func.vmap` it is
             that of the one call which the whole batch becomes.
+        out_dtype: of the sums of integers, `torch.int64` or `torch.int32`, or its name; see `gpuconv.conv1d`.
 
     Returns:
         (N, C_out, L_out), or (C_out, L_out) for a single sample: a contiguous tensor. In a region of `torch.autocast`
@@ -69,7 +71,7 @@ def conv1d(
 
     Raises:
         ValueError, TypeError: as `gpuconv.conv1d` raises them.
-        RuntimeError: something is fused and a derivative is wanted.
+        RuntimeError: something is fused and a derivative is wanted, or the model is exported to ONNX.
         ImportError: CuPy is needed for a CUDA tensor, or ml_dtypes for bfloat16, and is not installed.
 
     Example:
@@ -82,22 +84,23 @@ def conv1d(
         (tensor([[[2., 3., 3., 3., 2.]]]),)
     """
     if has_torch_function_variadic(input, weight, bias):
-        settings = (stride, padding, dilation, groups)
-        more = _given(input_activation=input_activation, residual=residual, activation=activation)
+        given = (stride, padding, dilation, groups)
+        more = _given(input_activation=input_activation, residual=residual, activation=activation, out_dtype=out_dtype)
         named = {"padding_mode": padding_mode, "precision": precision, "algorithm": algorithm, **more}
-        return _overridden(conv1d, input, weight, bias, *settings, **named)
+        return _overridden(conv1d, input, weight, bias, *given, **named)
     if algorithm is not None:
         _check_algorithm("conv1d", algorithm)
+    out_dtype = None if out_dtype is None else dtype_name(out_dtype)
     checked = _checked("conv1d", stride, padding, dilation, groups)
     tensors = _tensors("conv1d", precision, input, weight, bias)
     if _exports_onnx():
         return _as_pytorch("conv1d", checked, *tensors, padding_mode)
     sides, word = _split(checked.padding)
-    others = (checked.dilation, checked.groups, precision, padding_mode, algorithm)
+    settings = (checked.stride, sides, word, checked.dilation, checked.groups, precision, padding_mode, algorithm)
+    fused = None
     if activation is not None or input_activation is not None or residual is not None:
-        fused = Fused.check("conv1d", activation, input_activation, residual)
-        return _fused("conv1d", tensors, (checked.stride, sides, word, *others), fused)
-    return operators.conv1d(*tensors, checked.stride, sides, word, *others)
+        fused = _check_fused("conv1d", tensors[0], out_dtype, activation, input_activation, residual)
+    return _convolve("conv1d", tensors, settings, out_dtype, fused)
 
 
 def conv_transpose1d(
@@ -117,6 +120,7 @@ def conv_transpose1d(
     activation: ActivationLike | None = None,
     precision: str = "float32",
     algorithm: str | None = None,
+    out_dtype: Any = None,
 ) -> Tensor:
     """`gpuconv.conv_transpose1d` of tensors; all that `conv1d` says of tensors and derivatives holds here, too.
 
@@ -136,6 +140,7 @@ def conv_transpose1d(
         activation: likewise.
         precision: likewise.
         algorithm: likewise.
+        out_dtype: likewise.
 
     Returns:
         (N, C_out, L_out), or (C_out, L_out) for a single sample: a contiguous tensor.
@@ -150,32 +155,34 @@ def conv_transpose1d(
     """
     op: Op = "conv_transpose1d"
     if has_torch_function_variadic(input, weight, bias):
-        settings = (stride, padding, output_padding, groups, dilation)
+        given = (stride, padding, output_padding, groups, dilation)
         more = {
             "output_size": output_size, "padding_mode": padding_mode, "precision": precision, "algorithm": algorithm
         }  # fmt: skip
-        more |= _given(input_activation=input_activation, residual=residual, activation=activation)
-        return _overridden(conv_transpose1d, input, weight, bias, *settings, **more)
+        more |= _given(input_activation=input_activation, residual=residual, activation=activation, out_dtype=out_dtype)
+        return _overridden(conv_transpose1d, input, weight, bias, *given, **more)
     if padding_mode != "zeros":
         check_padding_mode(op, op, padding_mode)
     if algorithm is not None:
         _check_algorithm(op, algorithm)
+    out_dtype = None if out_dtype is None else dtype_name(out_dtype)
     checked = _checked(op, stride, padding, dilation, groups, output_padding)
     tensors = _tensors(op, precision, input, weight, bias)
     if output_size is not None:
-        x, w, b = specs(*tensors)
+        x, w, b = specs(*(_part("real", tensors) if _has_real_taps(*tensors) else tensors))
         problem = ConvProblem.conv_transpose1d(
-            x, w, b, stride, padding, output_padding, groups, dilation, output_size, precision
+            x, w, b, stride, padding, output_padding, groups, dilation, output_size, precision, out_dtype
         )
         checked = checked._replace(padding=problem.padding, output_padding=problem.output_padding)
     if _exports_onnx():
         return _as_pytorch(op, checked, *tensors)
     sides, word = _split(checked.padding)
     others = (checked.output_padding, checked.groups, checked.dilation, precision, algorithm)
+    settings = (checked.stride, sides, word, *others)
+    fused = None
     if activation is not None or input_activation is not None or residual is not None:
-        fused = Fused.check(op, activation, input_activation, residual)
-        return _fused(op, tensors, (checked.stride, sides, word, *others), fused)
-    return operators.conv_transpose1d(*tensors, checked.stride, sides, word, *others)
+        fused = _check_fused(op, tensors[0], out_dtype, activation, input_activation, residual)
+    return _convolve(op, tensors, settings, out_dtype, fused)
 
 
 def _given(**arguments: Any) -> dict[str, Any]:
@@ -183,33 +190,63 @@ def _given(**arguments: Any) -> dict[str, Any]:
     return {name: value for name, value in arguments.items() if value is not None}
 
 
-def _fused(op: Op, tensors: tuple[Tensor, Tensor, Tensor | None], settings: tuple[Any, ...], fused: Fused) -> Tensor:
-    """The operator that fuses something, of tensors that have been checked and cast, but for those to fuse."""
-    x, fusion = tensors[0], fused.fusion
-    arrays: list[Tensor | None] = []
+def _check_fused(op: Op, x: Tensor, out_dtype: str | None, *given: Any) -> Fused:
+    """What is to be fused, with its tensors cast where autocast is on."""
+    fused = Fused.check(op, *given)
+    if out_dtype is not None:  # of integers, of which nothing is fused
+        check_out_dtype(op, dtype_name(x.dtype), out_dtype, None)
+    if _exports_onnx():
+        raise RuntimeError(f"{op}: what is fused ({fused.fusion}) cannot be exported to ONNX; apply it to the output")
     for name, tensor in zip(FUSED_ARRAYS, fused.arrays, strict=True):
         if tensor is not None:
             _check_tensor(op, name, tensor, x)
-        arrays.append(_autocast_as(tensor, x))
-    if any(_is_differentiated(tensor) for tensor in (*tensors, *arrays)):
-        raise RuntimeError(
-            f"{op}: what is fused ({fusion}) has no derivatives; call it under torch.no_grad, or apply it to the output"
-        )
-    if _exports_onnx():
-        raise RuntimeError(f"{op}: what is fused ({fusion}) cannot be exported to ONNX; apply it to the output")
-    sides = (fusion.activation, fusion.input_activation)
-    words = [None if a is None else a.name for a in sides]
-    numbers = [0.0 if a is None else a.parameter for a in sides]
-    return operators.FUSED[op](*tensors, *arrays, *settings, *words, *numbers)
+    return Fused(fused.fusion, tuple(_autocast_as(tensor, x) for tensor in fused.arrays))
 
 
-def _is_differentiated(tensor: Tensor | None) -> bool:
-    """Whether a derivative along or of a tensor may be wanted."""
-    if tensor is None:
-        return False
-    if torch.is_grad_enabled() and tensor.requires_grad:
-        return True
-    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
+def _convolve(
+    op: Op,
+    tensors: tuple[Tensor, Tensor, Tensor | None],
+    settings: tuple[Any, ...],
+    out_dtype: str | None,
+    fused: Fused | None,
+) -> Tensor:
+    """Call the operator for tensors that have been checked and cast."""
+    if _has_real_taps(*tensors):
+        return _convolve_parts(op, tensors, settings, out_dtype, fused)
+    if fused is not None:
+        sides = (fused.fusion.activation, fused.fusion.input_activation)
+        words = [None if a is None else a.name for a in sides]
+        numbers = [0.0 if a is None else a.parameter for a in sides]
+        return operators.FUSED[op](*tensors, *fused.arrays, *settings, *words, *numbers)
+    function = operators.conv1d if op == "conv1d" else operators.conv_transpose1d
+    return function(*tensors, *settings, out_dtype)
+
+
+def _has_real_taps(x: Tensor, w: Tensor, _: Tensor | None) -> bool:
+    return x.is_complex() and w.is_floating_point()
+
+
+def _part(name: str, tensors: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    """The "real" or the "imag" parts of the tensors; real ones, which serve both, as they are."""
+    return tuple(t if t is None or not t.is_complex() else getattr(t, name) for t in tensors)
+
+
+def _convolve_parts(
+    op: Op,
+    tensors: tuple[Tensor, Tensor, Tensor | None],
+    settings: tuple[Any, ...],
+    out_dtype: str | None,
+    fused: Fused | None,
+) -> Tensor:
+    """Real taps on complex data: a call for each part, which needs no complex copy of the taps."""
+    fusion, arrays = (None, ()) if fused is None else fused
+    given = zip(("input", "weight", "bias", *FUSED_ARRAYS), specs(*tensors, *arrays), strict=False)
+    check_real_taps(op, {name: spec for name, spec in given if spec is not None}, fusion)
+    parts = []
+    for name in ("real", "imag"):
+        of_part = None if fusion is None else Fused(fusion, _part(name, arrays))
+        parts.append(_convolve(op, _part(name, tensors), settings, out_dtype, of_part))
+    return torch.complex(*parts)
 
 
 def _checked(op: Op, *settings: Any) -> Settings:
@@ -264,11 +301,11 @@ def _check_tensor(op: Op, name: str, tensor: Any, input: Tensor) -> None:
 
 
 def _autocast_as(tensor: Tensor | None, input: Tensor) -> Tensor | None:
-    """What PyTorch's own convolutions make of an argument where the input is: float64 and complex numbers stay."""
+    """An argument as PyTorch's own convolutions have it: float64 and complex numbers stay, and what goes with them."""
     kind = "cuda" if input.is_cuda else "cpu"
     if tensor is None or not (torch.is_autocast_enabled(kind) and (input.is_cuda or input.is_cpu)):
         return tensor
-    if not tensor.is_floating_point() or tensor.dtype == torch.float64:
+    if not tensor.is_floating_point() or tensor.dtype == torch.float64 or input.is_complex():
         return tensor
     return tensor.to(torch.get_autocast_dtype(kind))
 

@@ -29,7 +29,7 @@ from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
 from .. import functional, grad
 from ..fusion import ACTIVATION_ARRAYS, FUSED_ARRAYS, INPUT_ACTIVATION_ARRAYS, Activation, Fused, Fusion
-from ..problem import DTYPES, ArraySpec, ConvProblem, Op
+from ..problem import ArraySpec, ConvProblem, Op
 from . import tensors
 from .tensors import Tensor, specs
 
@@ -91,7 +91,7 @@ def _known_way(inputs: tuple[Any, ...]) -> bool:
         or torch._C._autograd._profiler_enabled()
     ):
         return False
-    keys = [torch._C._dispatch_keys(value) for value in inputs[:3] if isinstance(value, torch.Tensor)]
+    keys = [torch._C._dispatch_keys(value) for value in inputs if isinstance(value, torch.Tensor)]
     return keys.count(_ON_CPU) == len(keys) or keys.count(_ON_CUDA) == len(keys)
 
 
@@ -160,7 +160,7 @@ def _define(
             return cast(Tensor, node.apply(keys, inputs[3:], *inputs[:3]))
 
     def call(*inputs: Any) -> Tensor:
-        if not _known_way(inputs):
+        if not _known_way(inputs[:3]):
             return cast(Tensor, operator(*inputs))
         if (torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs)) or forward_ad._current_level >= 0:
             return cast(Tensor, node.apply(None, inputs[3:], *inputs[:3]))
@@ -174,20 +174,22 @@ def _define(
 
 
 def _keywords(op: Op, settings: Sequence[Any]) -> dict[str, Any]:
-    """The settings of an operator as those of the functions of arrays; its algorithm may be left out."""
+    """The settings of an operator as those of the functions of arrays; the last may be left out."""
     stride, sides, word, *others = settings
-    names = ("output_padding", "groups", "dilation", "precision", "algorithm")
+    names = ("output_padding", "groups", "dilation", "precision", "algorithm", "out_dtype")
     if op == "conv1d":
-        names = ("dilation", "groups", "precision", "padding_mode", "algorithm")
+        names = ("dilation", "groups", "precision", "padding_mode", "algorithm", "out_dtype")
     return {"stride": stride, "padding": word or tuple(sides), **dict(zip(names, others, strict=False))}
 
 
-def _output_shape(op: Op, specs: tuple[ArraySpec | None, ...], settings: tuple[Any, ...]) -> tuple[int, ...]:
-    """The shape of the output; raises what gpuconv's functions raise. Extents may be symbols."""
-    problem = ConvProblem.of(op, *specs, **_keywords(op, settings))
-    if problem.out_dtype is not None:  # PyTorch would return integers in their own dtype
-        raise TypeError(f"{op}: input must have one of the dtypes {', '.join(DTYPES)}, got {problem.dtype}")
-    return problem.output_shape
+def _output(
+    op: Op, specs: tuple[ArraySpec | None, ...], settings: tuple[Any, ...]
+) -> tuple[tuple[int, ...], torch.dtype]:
+    """Shape and dtype of the output; raises what gpuconv's functions raise. Extents may be symbols."""
+    keywords = _keywords(op, settings)
+    keywords.pop("algorithm", None)
+    problem = ConvProblem.of(op, *specs, **keywords)
+    return problem.output_shape, getattr(torch, problem.dtype_of(problem.result))
 
 
 def _register(op: Op) -> Callable[..., Tensor]:
@@ -214,18 +216,23 @@ def _register(op: Op) -> Callable[..., Tensor]:
 
         keywords = lru_cache(maxsize=4096)(_keywords)
 
-        algorithm = ", str? algorithm=None" if place == _OUTPUT else ""
-        schema = f"{name}({arguments}, {_SETTINGS[op]}{algorithm}) -> Tensor"
+        more = ", str? algorithm=None, str? out_dtype=None" if place == _OUTPUT else ""
+        schema = f"{name}({arguments}, {_SETTINGS[op]}{more}) -> Tensor"
         rules = partial(keep, place), partial(backward, place), partial(along, place)
         return _define(schema, compute, fake, *rules, batch)
 
-    # An algorithm may follow the settings of the operation. Neither the shapes nor the gradients depend on it.
+    # What follows these settings, an algorithm and the dtype of sums of integers, no gradient depends on.
     count = _SETTINGS_COUNT[op]
 
     def output_of(
-        shape: Callable[..., tuple[int, ...]], x: Tensor, w: Tensor, b: Tensor | None, *settings: Any
+        describe: Callable[..., tuple[tuple[int, ...], torch.dtype]],
+        x: Tensor,
+        w: Tensor,
+        b: Tensor | None,
+        *settings: Any,
     ) -> Tensor:
-        return x.new_empty(shape(op, specs(x, w, b), settings[:count]))
+        shape, dtype = describe(op, specs(x, w, b), settings)
+        return x.new_empty(shape, dtype=dtype)
 
     def input_of(size: Sequence[int], w: Tensor, *_: Any) -> Tensor:
         return w.new_empty(size)
@@ -271,7 +278,7 @@ def _register(op: Op) -> Callable[..., Tensor]:
                 if place == _OUTPUT:
                     inputs[_OUTPUT] = None
         if not products:
-            return cast(Tensor, inputs[_OUTPUT][:, None].expand(_output_shape(op, specs(*inputs), settings)))
+            return cast(Tensor, inputs[_OUTPUT][:, None].expand(_output(op, specs(*inputs), settings)[0]))
         return products[0] if len(products) == 1 else products[0] + products[1]
 
     # In these, B calls become one. Where all have one weight, their samples become one batch. Else each gets groups of
@@ -280,7 +287,7 @@ def _register(op: Op) -> Callable[..., Tensor]:
     def forward_batch(info: Any, dims: tuple[Any, ...], x: Tensor, w: Tensor, b: Any, *settings: Any) -> Any:
         B = info.batch_size
         if dims[1] is None and dims[2] is None:
-            return _from_samples(forward(_to_samples(x, dims[0]), w, b, *settings), B, x.dim() == 4)
+            return _from_samples(forward(_to_samples(x, dims[0], B), w, b, *settings), B, x.dim() == 4)
         rows = None if b is None else _to_rows(b, dims[2], B)
         y = forward(_to_channels(x, dims[0], B), _to_rows(w, dims[1], B), rows, *_grouped(settings, B))
         return _from_channels(y, B)
@@ -291,7 +298,7 @@ def _register(op: Op) -> Callable[..., Tensor]:
         B, (*N, C, L) = info.batch_size, size
         if dims[1] is None:
             samples = [B * n for n in N] or [B]
-            return _from_samples(input_gradient([*samples, C, L], w, _to_samples(g, dims[2]), *settings), B, bool(N))
+            return _from_samples(input_gradient([*samples, C, L], w, _to_samples(g, dims[2], B), *settings), B, bool(N))
         rows, channels = _to_rows(w, dims[1], B), _to_channels(g, dims[2], B)
         return _from_channels(input_gradient([*N, B * C, L], rows, channels, *_grouped(settings, B)), B)
 
@@ -325,8 +332,8 @@ def _register(op: Op) -> Callable[..., Tensor]:
         op,
         "Tensor input, Tensor weight, Tensor? bias",
         getattr(functional, op),
-        partial(output_of, lru_cache(maxsize=4096)(_output_shape)),
-        partial(output_of, _output_shape),
+        partial(output_of, lru_cache(maxsize=4096)(_output)),
+        partial(output_of, _output),
         forward_batch,
     )
     operators += [input_gradient, weight_gradient, forward]
@@ -334,9 +341,6 @@ def _register(op: Op) -> Callable[..., Tensor]:
     # Counted as PyTorch counts those of its own convolutions.
 
     transposed = op == "conv_transpose1d"
-
-    def forward_flops(x: Any, w: Any, *_: Any, out_shape: Any, **__: Any) -> int:
-        return conv_flop_count(_batched(x), w, _batched(out_shape), transposed=transposed)
 
     def input_gradient_flops(size: Any, w: Any, g: Any, *_: Any, **__: Any) -> int:
         return conv_flop_count(_batched(g), w, _batched(size), transposed=not transposed)
@@ -347,12 +351,16 @@ def _register(op: Op) -> Callable[..., Tensor]:
         return conv_flop_count(a, b, [size[1], size[0], size[2]])
 
     for name, formula in (
-        (op, forward_flops),
+        (op, partial(_forward_flops, op)),
         (f"{op}_input", input_gradient_flops),
         (f"{op}_weight", weight_gradient_flops),
     ):
         register_flop_formula(getattr(torch.ops.gpuconv, name))(formula)
     return cast(Callable[..., Tensor], forward)
+
+
+def _forward_flops(op: Op, x: Any, w: Any, *_: Any, out_shape: Any, **__: Any) -> int:
+    return conv_flop_count(_batched(x), w, _batched(out_shape), transposed=op == "conv_transpose1d")
 
 
 def _batched(shape: Sequence[int]) -> list[int]:
@@ -384,8 +392,8 @@ def _from_channels(tensor: Tensor, B: int) -> tuple[Tensor, int]:
     return tensor.unflatten(-2, (B, tensor.shape[-2] // B)), tensor.dim() - 2
 
 
-def _to_samples(tensor: Tensor, dim: int) -> Tensor:
-    moved = tensor.movedim(dim, 0)
+def _to_samples(tensor: Tensor, dim: int | None, B: int) -> Tensor:
+    moved = _front(tensor, dim, B)
     return moved.flatten(0, 1) if moved.dim() == 4 else moved
 
 
@@ -420,8 +428,17 @@ def _register_bias_gradient() -> Any:
     return operator
 
 
+def _is_differentiated(tensor: Tensor | None) -> bool:
+    """Whether a derivative of a tensor, or along one that it has, may be wanted at this level of torch.func."""
+    if tensor is None:
+        return False
+    if torch.is_grad_enabled() and tensor.requires_grad:
+        return True
+    return forward_ad._is_fwd_grad_enabled() and forward_ad.unpack_dual(tensor, level=0).tangent is not None
+
+
 def _register_fused(op: Op) -> Callable[..., Tensor]:
-    """Register an operation that fuses something, without derivatives."""
+    """Register an operation that fuses something; it refuses derivatives."""
     arrays = ", ".join(f"Tensor? {name}" for name in FUSED_ARRAYS)
     name, count = f"{op}_fused", _SETTINGS_COUNT[op]
     schema = (
@@ -464,9 +481,46 @@ def _register_fused(op: Op) -> Callable[..., Tensor]:
 
         return tensors.write(lambda: fake(*given), function, *given[:number])
 
-    _LIBRARY.impl(name, untraced(compute), "CompositeExplicitAutograd")
+    def refuse_derivatives(keys: Any, *given: Any) -> Tensor:
+        if any(map(_is_differentiated, given[:number])):
+            fusion = fusion_of(given[3:number], given[number + count + 1 :])
+            raise RuntimeError(
+                f"{op}: what is fused ({fusion}) has no derivatives; call it under torch.no_grad, or apply it to the "
+                "output"
+            )
+        with torch._C._AutoDispatchBelowAutograd():
+            return cast(Tensor, operator.redispatch(keys & torch._C._after_autograd_keyset, *given))
+
+    def batch(info: Any, dims: tuple[Any, ...], *given: Any) -> Any:
+        """As the operator that fuses nothing has it."""
+        B, settings = info.batch_size, given[number:]
+
+        def each(convert: Callable[..., Tensor], first: int, last: int) -> list[Tensor | None]:
+            pairs = zip(given[first:last], dims[first:last], strict=True)
+            return [None if t is None else convert(t, dim, B) for t, dim in pairs]
+
+        if dims[1] is None and dims[2] is None and set(dims[4:number]) == {None}:
+            (x,), (residual,) = each(_to_samples, 0, 1), each(_to_samples, 3, 4)
+            y = operator(x, *given[1:3], residual, *given[4:number], *settings)
+            return _from_samples(y, B, given[0].dim() - (dims[0] is not None) == 3)
+        (x,), (residual,) = each(_to_channels, 0, 1), each(_to_channels, 3, 4)
+        rows, of_channels = each(_to_rows, 1, 3), each(_to_rows, 4, number)
+        return _from_channels(operator(x, *rows, residual, *of_channels, *_grouped(settings, B)), B)
+
+    run = untraced(compute)
+
+    def call(*given: Any) -> Tensor:
+        arrays = given[:number]
+        if not _known_way(arrays) or forward_ad._current_level >= 0 or torch._C._any_requires_grad(*arrays):
+            return cast(Tensor, operator(*given))
+        return run(*given)
+
+    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, refuse_derivatives, "Autograd", with_keyset=True)
     torch.library.register_fake(operator, fake, lib=_LIBRARY)
-    return cast(Callable[..., Tensor], operator)
+    torch.library.register_vmap(operator, batch, lib=_LIBRARY)
+    register_flop_formula(getattr(torch.ops.gpuconv, name))(partial(_forward_flops, op))
+    return call
 
 
 _bias_gradient = _register_bias_gradient()

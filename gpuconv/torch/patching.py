@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from threading import Lock
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from torch.overrides import _get_current_function_mode, _get_current_function_mo
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
 from ..arguments import check_precision
-from ..problem import PRECISIONS
+from ..problem import PRECISIONS, Op
 from .functions import Indifferent, conv1d, conv_transpose1d
 from .operators import untraced
 
@@ -29,22 +30,23 @@ def patch(*, precision: str = "float32", strict: bool = False) -> AbstractContex
     """In the context, PyTorch's `conv1d` and `conv_transpose1d` are those of this module.
 
     So `torch.nn.Conv1d` and `torch.nn.ConvTranspose1d` run on gpuconv, and so does a model made of them or of calls of
-    the functions, under whatever name it imported them. What gpuconv does not take is an error there, never a call of
-    PyTorch's own. Backward passes use gpuconv where the forward pass did, in the context or behind it, also where
-    `torch.utils.checkpoint` computes the forward pass again.
+    the functions, under whatever name it imported them; of `torch.convolution` along one axis; or of `torch.ops.aten`,
+    as exported programs are. What gpuconv does not take is an error there that names the module, never a call of
+    PyTorch's own. Integers come out in the dtype of the input, as PyTorch has it. Backward passes use gpuconv where the
+    forward pass did, in the context or behind it, also where `torch.utils.checkpoint` computes the forward pass again.
 
     Contexts may be nested; the innermost decides. `torch.nn.functional` belongs to the process: other threads see the
     exchange there, and where contexts of several threads overlap, the one opened last decides until it is closed. Under
     other names the functions are reached in the thread that opened the context. What `torch.compile` made is compiled
     anew when it is first called inside, or outside; a context may also be opened within what is compiled.
-    `torch.onnx.export` writes the convolutions as ONNX has them. Exported programs and TorchScript stay what they are,
-    and `torch.jit.script` takes PyTorch's own convolutions in the context as well.
+    `torch.onnx.export` writes the convolutions as ONNX has them. TorchScript stays what it is, and `torch.jit.script`
+    takes PyTorch's own convolutions in the context as well.
 
     Args:
         precision: of all calls: "float32", or "tf32", with which everything but float32 tensors is refused.
         strict: whether the context ends with an error where PyTorch itself carried out convolutions along one axis in
-            this thread, such as those of TorchScript modules. It names the callers, slows every operator down and keeps
-            torch.compile from compiling.
+            this thread, such as those of TorchScript modules. It names the modules and lines, slows every operator down
+            and keeps torch.compile from compiling.
 
     Returns:
         A context manager, which also decorates functions.
@@ -73,11 +75,59 @@ class _Redirection(Indifferent):
         self.precision, self.strict, self.open = precision, strict, True
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self.open and func is torch.conv1d:
-            func = _REPLACEMENTS[self.precision]["conv1d"]
-        elif self.open and func is torch.conv_transpose1d:
-            func = _REPLACEMENTS[self.precision]["conv_transpose1d"]
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if self.open and func in _OPERATIONS:
+            func = _REPLACEMENTS[self.precision][_OPERATIONS[func]]
+        elif self.open and func in _GENERAL and (call := _along_one_axis(*args, **kwargs)) is not None:
+            op, args, kwargs = call
+            func = _REPLACEMENTS[self.precision][op]
+        return func(*args, **kwargs)
+
+
+# PyTorch's own operations by every name that Python has for them, and those along any number of axes.
+_aten = torch.ops.aten
+_OPERATIONS: dict[Any, Op] = {
+    torch.conv1d: "conv1d",
+    _aten.conv1d: "conv1d",
+    _aten.conv1d.default: "conv1d",
+    _aten.conv1d.padding: "conv1d",
+    torch.conv_transpose1d: "conv_transpose1d",
+    _aten.conv_transpose1d: "conv_transpose1d",
+    _aten.conv_transpose1d.default: "conv_transpose1d",
+}
+_GENERAL = {
+    torch.convolution,
+    torch._convolution,
+    _aten.convolution,
+    _aten.convolution.default,
+    _aten._convolution,
+    _aten._convolution.default,
+    _aten._convolution.deprecated,
+}
+
+
+def _along_one_axis(
+    input: Any,
+    weight: Any,
+    bias: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    transposed: bool,
+    output_padding: Any,
+    groups: int,
+    *_: Any,
+    **__: Any,
+) -> tuple[Op, tuple[Any, ...], dict[str, Any]] | None:
+    """A call of `torch.convolution` as one of the operation along one axis that it means; None where it means others.
+
+    What may follow the groups says how PyTorch computes it.
+    """
+    if not isinstance(weight, torch.Tensor) or weight.dim() != 3:
+        return None
+    if transposed:
+        return "conv_transpose1d", (input, weight, bias, stride, padding, output_padding, groups, dilation), {}
+    return "conv1d", (input, weight, bias, stride, padding, dilation, groups), {}
 
 
 class _Strictness(TorchDispatchMode):
@@ -100,17 +150,39 @@ class _Strictness(TorchDispatchMode):
 
 
 def _caller() -> str:
-    """The TorchScript module, if any, and the line outside of PyTorch that the calls at hand come from."""
-    script, frame = "", sys._getframe(2)
+    """The module, if any, and the line outside of PyTorch that the calls at hand come from."""
+    frame, modules = sys._getframe(2), _modules()
     while frame.f_back and (
         frame.f_globals.get("__name__", "").startswith(("torch.", "gpuconv.torch"))
-        or frame.f_code.co_filename.startswith("<")  # generated, as exported programs are
+        or frame.f_code.co_filename.startswith("<")  # generated, as torch.fx does it
     ):
-        module = frame.f_locals.get("self")
-        if isinstance(module, torch.jit.ScriptModule):
-            script = f"the TorchScript module {module.original_name}, at "
         frame = frame.f_back
-    return f"{script}{frame.f_code.co_filename}:{frame.f_lineno}"
+    line = f"{frame.f_code.co_filename}:{frame.f_lineno}"
+    return f"{_path(modules)}, at {line}" if modules else line
+
+
+def _modules() -> list[torch.nn.Module]:
+    """The modules whose methods are being called in this thread, the innermost first."""
+    modules: list[torch.nn.Module] = []
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        module = frame.f_locals.get("self")
+        if isinstance(module, torch.nn.Module):
+            modules.append(module)
+        frame = frame.f_back
+    return modules
+
+
+def _path(modules: list[torch.nn.Module]) -> str:
+    """How the outermost module that holds the innermost one names it."""
+    innermost = modules[0]
+    scripted = isinstance(innermost, torch.jit.ScriptModule)
+    kind = f"the TorchScript module {innermost.original_name}" if scripted else type(innermost).__name__
+    for module in reversed(modules):
+        path = next((path for path, held in module.named_modules() if held is innermost), "")
+        if path:
+            return f"{path} ({kind}) of {type(module).__name__}"
+    return kind
 
 
 class _Patch(NamedTuple):
@@ -130,8 +202,38 @@ _ORIGINALS: dict[tuple[Any, str], Any] = {}
 _PATCHES: list[_Patch] = []
 _PATCHES_LOCK = Lock()
 
+
+def _call(
+    function: Callable[..., torch.Tensor],
+    input: Any,
+    weight: Any,
+    bias: Any = None,
+    *settings: Any,
+    precision: str,
+    **named: Any,
+) -> torch.Tensor:
+    """A function of this module in place of PyTorch's, whose errors name the module that calls it."""
+    is_whole = isinstance(input, torch.Tensor) and _is_whole(input)
+    if is_whole and isinstance(bias, torch.Tensor) and bias.dtype == input.dtype:
+        bias = bias.to(torch.int64)
+    try:
+        output = function(input, weight, bias, *settings, precision=precision, **named)
+    except Exception as error:
+        if not torch.compiler.is_dynamo_compiling() and len(error.args) == 1 and (modules := _modules()):
+            error.args = (f"{error.args[0]}; called by {_path(modules)}",)
+        raise
+    return output.to(input.dtype) if is_whole else output
+
+
+def _is_whole(tensor: torch.Tensor) -> bool:
+    with torch._C.DisableTorchFunction():  # a mode makes a method of a tensor slow
+        return not (tensor.is_floating_point() or tensor.is_complex())
+
+
 _REPLACEMENTS = {
-    precision: {function.__name__: partial(function, precision=precision) for function in (conv1d, conv_transpose1d)}
+    precision: {
+        function.__name__: partial(_call, function, precision=precision) for function in (conv1d, conv_transpose1d)
+    }
     for precision in PRECISIONS
 }
 for _functions in _REPLACEMENTS.values():

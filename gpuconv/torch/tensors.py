@@ -75,24 +75,13 @@ def on_gpu(tensor: Tensor) -> bool:
 
 def numpy_array(tensor: Tensor) -> np.ndarray[Any, Any]:
     plain = tensor.detach() if tensor.requires_grad else tensor
-    check_dtype(plain.dtype)
     if plain.dtype != torch.bfloat16:
         return plain.numpy()
     return plain.view(torch.int16).numpy().view(numpy_dtype("bfloat16"))
 
 
-def check_dtype(dtype: torch.dtype) -> None:
-    """Refuse tensors of integers, which PyTorch would return in their own dtype.
-
-    Raises:
-        TypeError: dtype is one of integers.
-    """
-    if not (dtype.is_floating_point or dtype.is_complex):
-        raise TypeError(f"gpuconv.torch: tensors must be floating-point or complex, got {dtype}")
-
-
 def tensor_of(array: np.ndarray[Any, Any]) -> Tensor:
-    if array.dtype.kind in "fc":  # NumPy's own
+    if array.dtype.kind in "fciu":  # NumPy's own
         return torch.from_numpy(array)
     return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
 
@@ -100,7 +89,6 @@ def tensor_of(array: np.ndarray[Any, Any]) -> Tensor:
 def cupy_array(cupy: Any, tensor: Tensor) -> Any:
     # Not through DLPack: there PyTorch makes a stream wait that it does not recognise as its own current one, and
     # refuses CuPy's per-thread default stream.
-    check_dtype(tensor.dtype)
     strides = tuple(stride * tensor.itemsize for stride in tensor.stride())
     return cupy.ndarray(tensor.shape, numpy_dtype(dtype_name(tensor.dtype)), _pointer(cupy, tensor), strides)
 

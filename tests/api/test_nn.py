@@ -422,10 +422,15 @@ def test_to_does_not_drop_imaginary_parts() -> None:
     assert layer.to(dtype="complex128").weight.dtype == np.complex128
 
 
+def printed_by(script: str) -> str:
+    """What a script prints in a new interpreter."""
+    root = Path(gpuconv.__file__).parents[1]
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=root).stdout
+
+
 def test_bfloat16_without_ml_dtypes_says_what_to_install() -> None:
     script = """
 import sys
-import tracemalloc
 sys.modules["ml_dtypes"] = None
 from gpuconv import nn
 try:
@@ -433,14 +438,7 @@ try:
 except ModuleNotFoundError as error:
     print(error)
 """
-    result = subprocess.run(
-        [sys.executable, "-c", script],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=Path(gpuconv.__file__).parents[1],
-    )
-    assert result.stdout == (
+    assert printed_by(script) == (
         "dtype \"bfloat16\" needs the package ml_dtypes: pip install -e '.[bf16]' in a checkout of gpuconv\n"
     )
 
@@ -448,7 +446,6 @@ except ModuleNotFoundError as error:
 def test_a_gpu_without_cupy_says_what_to_install() -> None:
     script = """
 import sys
-import tracemalloc
 sys.modules["cupy"] = None
 from gpuconv import nn
 for make in (lambda: nn.Conv1d(1, 1, 1, device="cuda"), lambda: nn.Conv1d(1, 1, 1).to("cuda:1")):
@@ -457,14 +454,7 @@ for make in (lambda: nn.Conv1d(1, 1, 1, device="cuda"), lambda: nn.Conv1d(1, 1, 
     except ModuleNotFoundError as error:
         print(error)
 """
-    result = subprocess.run(
-        [sys.executable, "-c", script],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=Path(gpuconv.__file__).parents[1],
-    )
-    assert result.stdout == (
+    assert printed_by(script) == (
         f'Conv1d: device "cuda" needs the package CuPy: {install_hint("cuda13", "cuda12")}\n'
         f'Conv1d.to: device "cuda:1" needs the package CuPy: {install_hint("cuda13", "cuda12")}\n'
     )

@@ -149,6 +149,15 @@ def test_explain_shows_both_parts(direction: Any) -> None:
     assert 2 in steps  # every second float of complex numbers
 
 
+def test_explain_refuses_what_the_call_refuses() -> None:
+    x, w, b = arrays()
+    for weight, bias in ((w.astype("f8"), b), (w.astype("f2"), None), (w, b.real)):
+        with pytest.raises(TypeError) as of_call:
+            gpuconv.conv1d(x, weight, bias, groups=2)
+        with pytest.raises(TypeError, match=f"^{re.escape(str(of_call.value))}$"):
+            gpuconv.explain("conv1d", x, weight, bias, groups=2)
+
+
 def test_explain_leaves_a_bias_complex() -> None:
     x, w = ArraySpec((8, 64, 300), "complex64"), ArraySpec((64, 64, 5), "float32")
     found = gpuconv.explain("conv1d", x, w, device="sm_90", direction="grad_bias")

@@ -27,6 +27,7 @@ from gpuconv.checks import Target
 from gpuconv.cli.errors import EXIT_NO_GPU
 from gpuconv.families import Layout
 from gpuconv.gpus import missing_gpu
+from gpuconv.parameters import home_of
 from gpuconv.problem import ArraySpec, ConvProblem
 from tests.conftest import Launches
 
@@ -722,7 +723,7 @@ def test_layers_load_arrays_of_any_strides_from_another_gpu(cupy: Any, dtype: st
         layer.load_state_dict(given)
         for loaded, expected in ((layer.weight, weight), (layer.bias, bias)):
             assert loaded.dtype == dtype
-            assert nn._home(loaded) == {"cpu": None, "cuda:0": 0, "cuda:1": 1}[target]
+            assert home_of(loaded) == {"cpu": None, "cuda:0": 0, "cuda:1": 1}[target]
             np.testing.assert_array_equal(cupy.asnumpy(loaded), expected)
 
 

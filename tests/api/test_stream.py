@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import re
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -144,9 +145,22 @@ def test_a_stream_of_a_layer(name: str) -> None:
     np.testing.assert_allclose(output, layer(x), rtol=1e-5, atol=1e-5)
     layer.weight[...] = 0  # the stream has a copy
     np.testing.assert_allclose(np.concatenate([s.push(x), s.flush()], axis=-1), output, rtol=1e-5, atol=1e-5)
+    snake = getattr(nn, name)(4, 6, 5, groups=2, rng=0, activation=("snake", np.ones(6, "f4")), input_activation="relu")
+    s = getattr(stream, name)(snake, slots=2)
+    expected = snake(x)
+    snake.activation_alpha[...] = 9
+    found = np.concatenate([*(s.push(x[..., i : i + 3]) for i in range(0, 30, 3)), s.flush()], axis=-1)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
     other = "ConvTranspose1d" if name == "Conv1d" else "Conv1d"
     with pytest.raises(TypeError, match=f"layer must be an nn.{other}, got {name}"):
         getattr(stream, other)(layer)
+
+
+def test_a_padding_mode_of_a_layer_is_refused() -> None:
+    layer = nn.Conv1d(4, 6, 5, padding=2, padding_mode="reflect")
+    says = "stream.Conv1d: layer must have padding_mode \"zeros\", got 'reflect'"
+    with pytest.raises(ValueError, match=re.escape(says)):
+        stream.Conv1d(layer)
 
 
 def test_a_clone_goes_on_by_itself() -> None:
@@ -243,36 +257,148 @@ def test_a_gpu_gives_the_bits_of_one_call(cupy: Any, op: Op, dtype: str) -> None
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("op", OPS)
-def test_steps_of_one_length_are_two_launches_and_can_be_captured(cupy: Any, launched: Launches, op: Op) -> None:
-    rng = np.random.default_rng(6)
-    settings = {"stride": 2 if op == "conv1d" else 3, "padding": (2, 0), "dilation": 1, "groups": 1}
-    layer = Layer(op, rng.standard_normal((2, 2, 4)).astype("float32"), None, settings)
-    x = rng.standard_normal((3, 2, 24)).astype("float32")
-    s, step = layer.stream(3, cupy.asarray), 2
-    parts = [s.push(cupy.asarray(x[..., :10])), s.push(cupy.asarray(x[..., 10:12]))]
-    del launched[:]
-    parts.append(s.push(cupy.asarray(x)[..., 12:14]))  # any strides
-    assert len(launched) == 2
-    assert launched[0] == "append_samples"
+def test_random_pushes_that_repeat_give_the_bits_of_one_call(cupy: Any) -> None:
+    """In runs of one length, through states and clones; a third of the layers are depthwise."""
+    rng, repeated = np.random.default_rng(11), 0
+    for number in range(40):
+        layer, slots = random_layer(rng, OPS[number % 2], "float32"), int(rng.integers(1, 4))
+        if number % 3 == 0:
+            weight = rng.standard_normal((rng.integers(1, 5), 1, rng.integers(2, 7))).astype("float32")
+            bias = None if layer.bias is None else weight[:, 0, 0].copy()
+            layer = Layer(layer.op, weight, bias, {**layer.settings, "groups": len(weight)})
+        s, start, parts = layer.stream(slots, cupy.asarray), 0, []
+        x = rng.standard_normal((slots, s._channels, int(rng.integers(20, 60)))).astype("float32")
+        while start < x.shape[-1]:
+            length = int(rng.integers(1, 5)) * (layer.settings["stride"] if rng.random() < 0.7 else 1)
+            for _ in range(int(rng.integers(1, 7))):
+                parts.append(s.push(cupy.asarray(x[..., start : start + length])))
+                start += length
+                repeated += s._in_window
+            if rng.random() < 0.3:
+                state, s = s.state(), s.clone()
+                s.reset()
+                s.load_state(state)
+        found = cupy.concatenate([*parts, s.flush()], axis=-1).get()
+        np.testing.assert_array_equal(found, layer.whole(x, cupy.asarray).get(), err_msg=str(layer))
+    assert repeated > 80
 
-    taken, out = cupy.empty((3, 2, step), "float32"), cupy.empty_like(parts[-1])
+
+# Layers of the kernel for depthwise steps, on CUDA cores, on tensor cores, transposed, and of many new samples.
+BOTH = {"activation": "silu", "input_activation": "relu"}
+REPEATED: tuple[tuple[Op, str, int, int, int, dict[str, Any], int, int], ...] = (
+    ("conv1d", "bfloat16", 6, 6, 4, {"groups": 6, "padding": 3, **BOTH}, 1, 1),
+    ("conv1d", "float64", 3, 5, 4, {"stride": 2, "padding": (3, 0), "activation": "relu"}, 2, 1),
+    ("conv1d", "float32", 32, 32, 3, {"padding": "causal", "dilation": 2}, 1, 1),
+    ("conv_transpose1d", "float32", 2, 3, 4, {"stride": 2, "padding": (2, 0)}, 2, 1),
+    ("conv1d", "float32", 400, 2, 3, {"padding": (1, 1)}, 3, 2),
+)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("op", "dtype", "C_in", "C_out", "K", "settings", "length", "launches"), REPEATED)
+def test_pushes_that_repeat_launch_once_and_allocate_nothing(
+    cupy: Any,
+    launched: Launches,
+    op: Op,
+    dtype: str,
+    C_in: int,
+    C_out: int,
+    K: int,
+    settings: dict[str, Any],
+    length: int,
+    launches: int,
+) -> None:
+    """Also in a CUDA graph, whose launches are pushes, with others before and after them."""
+    from gpuconv.problem import numpy_dtype
+
+    class Allocations(cupy.cuda.MemoryHook):  # type: ignore[misc, name-defined]
+        count = 0
+
+        def alloc_preprocess(self, **_: Any) -> None:
+            self.count += 1
+
+    rng, groups = np.random.default_rng(6), settings.get("groups", 1)
+    shape = (C_out, C_in // groups, K) if op == "conv1d" else (C_in, C_out // groups, K)
+    weight, x = (
+        rng.standard_normal(extents).astype(numpy_dtype(dtype)) for extents in (shape, (3, C_in, 9 + 12 * length))
+    )
+    layer = Layer(op, weight, weight[0, 0, :1].repeat(C_out), settings)
+    s, start = layer.stream(3, cupy.asarray), 9
+    outputs = [s.push(cupy.asarray(x[..., :start]))]
+    taken = cupy.zeros((3, C_in, length), weight.dtype)
+    out = cupy.empty_like(s.clone().push(taken))
     queue = cupy.cuda.Stream(non_blocking=True)
-    taken.set(x[..., 14:16])
     cupy.cuda.Device().synchronize()
-    with queue:
-        parts.append(s.push(taken, out=out).copy())
-        queue.begin_capture()
-        s.push(taken, out=out)
-        graph = queue.end_capture()
-        for start in range(16, 24, step):
-            queue.synchronize()
-            taken.set(x[..., start : start + step], queue)
-            graph.launch(queue)
-            parts.append(out.copy())
+
+    def push(run: Callable[[], object]) -> None:
+        """Have what pushes take the next samples; keep its outputs."""
+        nonlocal start
         queue.synchronize()
-    found = cupy.concatenate([*parts, s.flush()], axis=-1).get()
+        taken.set(x[..., start : start + length])
+        start += length
+        run()
+        outputs.append(out.copy())
+
+    def step() -> None:
+        s.push(taken, out=out)
+
+    def counted() -> None:
+        del launched[:]
+        allocations = Allocations()
+        with allocations:
+            step()
+        assert len(launched) == launches, launched
+        assert allocations.count == 0
+
+    with queue:
+        for run in (step, step, counted, counted):
+            push(run)
+        queue.begin_capture()
+        step()
+        graph = queue.end_capture()
+        for run in (graph.launch, graph.launch, counted, graph.launch):
+            push(run)
+        state = s.state()
+        for _ in range(2):
+            push(graph.launch)  # reading the state ends nothing
+        del outputs[-2:]
+        start -= 2 * length
+        s.load_state(state)
+        for run in (step, step, counted, counted):
+            push(run)
+        found = cupy.concatenate([*outputs, s.flush()], axis=-1).get()
+    assert start == x.shape[-1]
     np.testing.assert_array_equal(found, layer.whole(x, cupy.asarray).get())
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("two_gpus")
+def test_a_stream_runs_on_the_gpu_of_its_weight(cupy: Any) -> None:
+    """Whichever is the current one: every method."""
+    rng = np.random.default_rng(7)
+    for length, C_in in ((1, 2), (3, 600)):  # kept by the kernel, and appended
+        weight, x = rng.standard_normal((2, C_in, 3)).astype("f4"), rng.standard_normal((2, C_in, 8 * length + 2))
+        with cupy.cuda.Device(1):
+            w, samples = cupy.asarray(weight), cupy.asarray(x.astype("f4"))
+            bias = w[:, 0, 0]
+            expected = gpuconv.conv1d(samples, w, bias, padding=(2, 1)).get()
+            cupy.cuda.Device().synchronize()
+        assert cupy.cuda.Device() == cupy.cuda.Device(0)
+        s = stream.Conv1d(w, bias, padding=(2, 1), slots=2)
+        parts, states = [s.push(samples[..., :2])], []
+        for start in range(2, x.shape[-1], length):
+            parts.append(s.push(samples[..., start : start + length]))
+            if start == 2 + 4 * length:
+                states.append(s.state()["samples"])
+                s = s.clone()
+        parts.append(s.flush())
+        s.push(samples[:1, :, :2], [1])
+        s.reset([1])
+        s.load_state(s.state())
+        s.push(samples[..., :2])
+        states.append(s.state()["samples"])
+        assert {array.data.device_id for array in (*parts, *states)} == {1}
+        np.testing.assert_array_equal(np.concatenate([part.get() for part in parts], axis=-1), expected)
 
 
 @pytest.mark.gpu

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from bench import cpu as bench_cpu
-from bench import overhead
+from bench import overhead, streaming
 from bench.gpu_report import important, records, sanitize
 from bench.layers import Layer, load, published_ceilings
 from bench.modes import DIRECTIONS, MODES, Mode, our_function, result_shape
@@ -381,7 +381,7 @@ def test_gpu_engine_measures_every_implementation(stand_in_engine: gpu.GpuEngine
         assert choice is not None
         packs = choice.plan.scratch_bytes(PACKED) > 0
         assert outcomes[results.PREPARED].status == ("measured" if packs else "refused")
-        assert m.best_peer(comparable=False) is not outcomes[results.PREPARED]
+        assert m.best_peer() is not outcomes[results.PREPARED]
         assert (m.prepared_ratio is not None) == packs
 
 
@@ -468,3 +468,29 @@ def test_sanitizer_runs_every_family_that_the_layers_take(monkeypatch: pytest.Mo
     small = [problem for _, _, problem in sanitize.selection(device, max_flops=300_000)]
     assert len(small) >= 4
     assert all(check(problem)["ok"] for problem in small for check in (sanitize.check, sanitize.check_gradients))
+
+
+def test_streaming_on_the_cpu(tmp_path: Path, monkeypatch: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every layer is checked, and the table fits 80 columns."""
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(streaming, "TURN_SECONDS", 0)
+    path = tmp_path / "streaming.json"
+    assert streaming.main(["--device", "cpu", "--turns", "1", "--json", str(path)]) == 0
+    printed = capsys.readouterr().out
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["layer"] for row in rows] == list(streaming.PUSHES)
+    assert all(row["layer"] in printed and row["push_us"] > 0 for row in rows)
+    assert "…" not in printed
+    with pytest.raises(SystemExit):
+        streaming.main(["--slots", "1,0"])
+    assert "--slots: must be at least 1, got 0" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+def test_streaming_on_a_gpu(tmp_path: Path, monkeypatch: Any) -> None:
+    """Eager and in a CUDA graph; a push that differs from the call would end it."""
+    monkeypatch.setattr(streaming, "TURN_SECONDS", 0)
+    path = tmp_path / "streaming.json"
+    names = "encodec_musicgen32.dec_final_k7_b1"
+    assert streaming.main(["--layers", names, "--turns", "1", "--json", str(path)]) == 0
+    assert [row["how"] for row in json.loads(path.read_text())["rows"]] == ["eager", "graph"]

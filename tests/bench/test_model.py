@@ -14,7 +14,7 @@ from bench.static import predictions, sass
 from bench.static.cudnn import predict_cudnn
 from bench.static.predict import predict, predict_kernel
 from gpuconv import dispatch, source
-from gpuconv.costs import LAUNCH_US, Code, Ending, Unit, Work, predict_launch, sectors
+from gpuconv.costs import LAUNCH_US, Code, Ending, Unit, Work, predict_launch
 from gpuconv.device import ARCHITECTURES, Device
 from gpuconv.dispatch import Choice
 from gpuconv.families import Layout, mma, mma_costs
@@ -80,12 +80,6 @@ def test_what_blocks_do_at_their_ends_is_hidden_by_the_blocks_beside_them() -> N
     multiply, store = 1e12 / 132 / 1000 / 1.75e3, 3e8 / 132 / 4 / 1.75e3
     assert alone == pytest.approx(multiply + store)
     assert shared == pytest.approx((multiply**3 + store**3) ** (1 / 3), rel=0.02)
-
-
-def test_sectors_of_neighbours_and_of_strangers() -> None:
-    assert sectors(32, 2, 2) == pytest.approx(3, abs=0.1)  # 64 bytes, seldom aligned
-    assert sectors(32, 100, 2) == 32
-    assert sectors(8, 6, 2) == pytest.approx(1 + 43 / 32)
 
 
 @st.composite

@@ -410,9 +410,7 @@ void multiply_matrices(
         hostcuda::load_matrix<n, transposed>(fragment, shared_row, #name, file, line); \
     }
 HOSTCUDA_LOAD_MATRIX(load_matrix_x4, 4, false)
-HOSTCUDA_LOAD_MATRIX(load_matrix_x2, 2, false)
 HOSTCUDA_LOAD_MATRIX(load_matrix_x4_transposed, 4, true)
-HOSTCUDA_LOAD_MATRIX(load_matrix_x2_transposed, 2, true)
 #undef HOSTCUDA_LOAD_MATRIX
 
 #define HOSTCUDA_MULTIPLY_MATRICES(name, kind) \

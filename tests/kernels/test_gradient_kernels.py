@@ -15,7 +15,6 @@ import pytest
 
 from gpuconv import dispatch, grad, reference, runtime
 from gpuconv.cases import CASES
-from gpuconv.checks import same_bits
 from gpuconv.device import ARCHITECTURES, Device
 from gpuconv.families import ArrayLayout, Family, Layout, slices
 from gpuconv.families import weight_gradient_tiled as tiled
@@ -26,7 +25,7 @@ from gpuconv.source import params_fields
 from gpuconv.tasks import SIGNATURES
 from tests import hostcuda
 from tests.hostcuda import Program
-from tests.kernels.test_kernels import channels_last, one_sample_repeated, scattered
+from tests.kernels.arrays import assert_same_bits, channels_last, one_sample_repeated, scattered, unaligned
 from tests.plans import GRADIENT_FAMILIES, kernel_of, refusal_of, with_zeros
 
 Array = npt.NDArray[Any]
@@ -99,13 +98,6 @@ def normal(problem: WeightGradientProblem, nonfinite: bool = False) -> tuple[Arr
 
 def exact_result(problem: WeightGradientProblem, coarse: Array, fine: Array) -> Array:
     return reference.weight_gradient(problem, coarse, fine).exact().astype(coarse.dtype)
-
-
-def assert_same_bits(output: Array, expected: Array, what: object) -> None:
-    good = same_bits(output, expected)
-    if not good.all():
-        index = tuple(int(i) for i in np.argwhere(~good)[0])
-        pytest.fail(f"{what}: {(~good).sum()} elements differ, first {index}: {output[index]} != {expected[index]}")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -294,12 +286,6 @@ def test_taps_of_pairs(K: int, padding_left: int) -> None:
         arrays = integers(p)
         output = hostcuda.compute(p, *arrays, family="weight_gradient_pairs", schedule="every")
         assert_same_bits(output, exact_result(p, *arrays), p)
-
-
-def unaligned(array: Array) -> Array:
-    buffer = np.empty(array.size + 1, array.dtype)[1:].reshape(array.shape)
-    buffer[...] = array
-    return buffer
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "complex128"])

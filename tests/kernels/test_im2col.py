@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -14,24 +13,39 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gpuconv
-from gpuconv import cases, dispatch, reference
+from gpuconv import cases
 from gpuconv.cases import Data
 from gpuconv.checks import same_bits
 from gpuconv.device import ARCHITECTURES, Device
 from gpuconv.edge import PADDING_MODES
-from gpuconv.families import ArrayLayout, Layout, conv1d_im2col
+from gpuconv.families import Layout, conv1d_im2col
 from gpuconv.families.arithmetic import ARITHMETICS, MIN_SPLIT_TERMS
-from gpuconv.families.base import contiguous_strides
 from gpuconv.families.conv1d_im2col import MIN_TERMS, Conv1dIm2col, Window
 from gpuconv.families.mma import Tile
-from gpuconv.problem import ConvProblem, numpy_dtype
+from gpuconv.problem import ConvProblem
 from tests import hostcuda
-from tests.hostcuda import AMPERE, HOPPER, Counts, Program, TensorCores
-from tests.plans import kernel_of, plan_of, refusal_of
+from tests.hostcuda import Program, TensorCores
+from tests.kernels.arrays import assert_same_bits
+from tests.kernels.tensor_cores import (
+    H200,
+    HARD,
+    HARD_TO_SPLIT,
+    assert_like_base,
+    assert_right,
+    check_bank_conflicts,
+    check_offsets_beyond_32_bits,
+    check_padding_mode,
+    check_special_samples_and_biases,
+    check_the_layer_alone_decides,
+    check_views,
+    chosen_result,
+    data_of_one_sign,
+    hard_data,
+)
+from tests.plans import kernel_of, refusal_of
 
 Array = npt.NDArray[Any]
 
-H200 = Device.from_arch("sm_90")
 FAMILY = Conv1dIm2col()
 MODES = ("float16", "bfloat16", "float32", "tf32")
 
@@ -47,33 +61,15 @@ PROBLEMS = {
 every_problem = pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS.keys())
 
 
-def at(problem: ConvProblem, mode: str) -> ConvProblem:
-    return cases.in_format(problem, mode)
+at = cases.in_format
 
 
-def takes(problem: ConvProblem, device: Device = H200, layout: Layout | None = None) -> bool:
-    return refusal_of(FAMILY, problem, layout or Layout.contiguous(problem), device) is None
+def takes(problem: ConvProblem, device: Device = H200) -> bool:
+    return refusal_of(FAMILY, problem, Layout.contiguous(problem), device) is None
 
 
 def run(problem: ConvProblem, data: Data, **settings: Any) -> Array:
     return hostcuda.compute(problem, *data, family=FAMILY.name, **settings)
-
-
-def assert_same_bits(output: Array, expected: Array, what: object) -> None:
-    assert same_bits(output, expected).all(), what
-
-
-def assert_right(problem: ConvProblem, output: Array, data: Data, what: object = None) -> None:
-    good = reference.within_bound(problem, output, *data)
-    assert good.all(), (what, str(problem), np.argwhere(~good)[0], output[~good][0])
-
-
-@pytest.fixture(params=[AMPERE, HOPPER], ids=["Ampere", "Hopper"])
-def rule(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> TensorCores:
-    """Tensor cores that add by the rule of each architecture, on whatever device."""
-    monkeypatch.setattr(TensorCores, "of", staticmethod(lambda _: request.param))
-    found: TensorCores = request.param
-    return found
 
 
 @st.composite
@@ -100,33 +96,12 @@ def order(problem: ConvProblem, device: Device) -> dict[str, int]:
     return {name: dict(launch.params)[name] for name in ("pairs", "C_in_g", "K")}
 
 
-def channels_last(problem: ConvProblem) -> Layout:
-    p = problem
-    return Layout.contiguous(p).replaced(
-        input=ArrayLayout((p.C_in * p.L_in, 1, p.C_in), p.itemsize),
-        output=ArrayLayout((-p.C_out * p.L_out, 1, p.C_out), p.itemsize),
-    )
-
-
 @settings(max_examples=80, deadline=None, derandomize=True, database=None)
 @given(layer=layers(), mode=st.sampled_from(MODES), arch=st.sampled_from(tuple(ARCHITECTURES)))
 def test_the_layer_alone_decides_where_it_runs_and_in_which_order_it_is_summed(
     layer: ConvProblem, mode: str, arch: str
 ) -> None:
-    device, layer = Device.from_arch(arch), at(layer, mode)
-    reason = refusal_of(FAMILY, layer, Layout.contiguous(layer), device)
-    summed = None if reason else order(layer, device)
-    for N, L_in in ((1, layer.L_in + 1), (7, layer.L_in), (3, 100_000), (200, layer.L_in + 17)):
-        p = replace(layer, N=N, L_in=L_in)
-        for layout in (Layout.contiguous(p), channels_last(p)):
-            assert refusal_of(FAMILY, p, layout, device) == reason
-        if reason is None:
-            assert order(p, device) == summed
-            choice = dispatch.choose(p, channels_last(p), device)
-            assert choice is not None
-            assert choice.family == FAMILY.name
-            assert choice.launch.shared_bytes <= device.shared_per_block
-            assert choice.config in set(FAMILY.configs(device))
+    check_the_layer_alone_decides(FAMILY, at(layer, mode), Device.from_arch(arch), order)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -176,10 +151,7 @@ def test_operands_are_read_from_shared_memory_without_bank_conflicts(mode: str) 
         for C_in, K, dilation in ((1, 66, 1), (3, 23, 2)):
             span = dilation * (K - 1) + 1
             p = at(ConvProblem("conv1d", 1, C_in, 20, span + 5 * stride, K, stride, 0, 0, dilation), mode)
-            counts = Counts()
-            run(p, cases.random_data(p, 3), counts=counts)
-            assert counts.products > 0
-            assert counts.wavefronts == counts.loads, str(p)
+            check_bank_conflicts(run, p)
 
 
 @pytest.fixture
@@ -202,15 +174,6 @@ ITEMS = [
 ]
 
 
-@cache
-def chosen_result(p: ConvProblem) -> Array:
-    """What the tile that the cost model chooses gives."""
-    data = cases.random_data(p, 4)
-    output = run(p, data)
-    assert_right(p, output, data)
-    return output
-
-
 @pytest.mark.parametrize(("mode", "tile", "name"), ITEMS, ids=[f"{m}-{t.block_m}x{t.block_n}" for m, t, _ in ITEMS])
 def test_every_tile_gives_the_same_bits(
     mode: str, tile: Tile, name: str, only_tile: Callable[[Tile], None], monkeypatch: pytest.MonkeyPatch
@@ -218,7 +181,7 @@ def test_every_tile_gives_the_same_bits(
     """Of a short input and of a long one; from shared memory that was ready."""
     short = at(PROBLEMS[name], mode)
     found = [short, replace(short, N=1, L_in=short.L_in + 140 * short.stride)]
-    expected = [chosen_result(p) for p in found]
+    expected = [chosen_result(run, p) for p in found]
     only_tile(tile)
     monkeypatch.setattr(Program, "of", Program.without_nan_fallback)
     for p, bits in zip(found, expected, strict=True):
@@ -242,56 +205,13 @@ def test_the_problems_meet_every_form_of_window() -> None:
 @pytest.mark.parametrize("mode", MODES)
 @every_problem
 def test_views_change_no_bit(problem: ConvProblem, mode: str) -> None:
-    p = at(problem, mode)
-    x, w, b = cases.random_data(p, 5)
-    assert b is not None
-    expected = run(p, Data(x, w, b))
-    shifted = np.empty(x.size + 1, x.dtype)[1:].reshape(x.shape)
-    shifted[...] = x
-    views = (
-        (shifted, w, b),
-        (np.asfortranarray(x), np.asfortranarray(w), np.ascontiguousarray(b[::-1])[::-1]),
-        (np.ascontiguousarray(x[::-1, ::-1, ::-1])[::-1, ::-1, ::-1], np.ascontiguousarray(w[..., ::-1])[..., ::-1], b),
-    )
-    C, L = p.C_out, p.L_out
-    padded = -(-L // 8) * 8  # rows that start at multiples of 16 bytes, and those that do not
-    strides = ((C * padded, padded, 1), (C * (padded + 1), padded + 1, 1), (-C * L, -L, -1), (C * L, 1, C))
-    for i, output in enumerate(strides):
-        view = Data(*views[i % len(views)])
-        layout = Layout.of(
-            input=hostcuda.array_layout(view.input),
-            weight=hostcuda.array_layout(view.weight),
-            bias=hostcuda.array_layout(b if view.bias is None else view.bias),
-            output=ArrayLayout(output, p.itemsize if i == 2 else 16),
-        )
-        assert_same_bits(run(p, view, layout=layout, schedule="every"), expected, (str(p), output))
+    check_views(run, at(problem, mode))
 
 
 @pytest.mark.parametrize("mode", ["float16", "tf32", "float32"])
 @pytest.mark.parametrize("name", ["planes", "dilated groups"])
 def test_offsets_beyond_32_bits(name: str, mode: str) -> None:
-    """Samples of input and output, and rows of weights, more than 2**31 elements apart in all."""
-    p = at(PROBLEMS[name], mode)
-    data = cases.random_data(p, 6)
-    far, fresh = 2**31 + 7, Layout.contiguous(p)
-    weight_strides = (2**31 // (p.weight_shape[0] - 1) + 1, *contiguous_strides(p.weight_shape)[1:])
-    layout = fresh.replaced(
-        input=ArrayLayout((far, *contiguous_strides(p.input_shape)[1:]), p.itemsize),
-        weight=ArrayLayout(weight_strides, p.itemsize),
-        output=ArrayLayout((-far, *contiguous_strides(p.output_shape)[1:]), p.itemsize),
-    )
-    assert {step.launch.index_bits for step in plan_of(FAMILY, p, layout, H200).steps} == {64}
-    assert_same_bits(run(p, data, layout=layout), run(p, data), str(p))
-
-
-def assert_like_base(problem: ConvProblem, data: Data) -> Array:
-    """The result, once it has NaNs and infinities where the base family has them, and is right elsewhere."""
-    y = run(problem, data)
-    expected = hostcuda.compute(problem, *data, family="conv1d_direct")
-    for test in (np.isnan, np.isposinf, np.isneginf):
-        np.testing.assert_array_equal(test(y.astype(np.float64)), test(expected.astype(np.float64)), str(problem))
-    assert_right(problem, y, data)
-    return y
+    check_offsets_beyond_32_bits(run, FAMILY, at(PROBLEMS[name], mode))
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -302,19 +222,10 @@ def test_values_that_are_no_numbers_spoil_only_what_they_feed(problem: ConvProbl
     for k in (0, p.K - 7, p.K - 1):
         x, w, b = cases.random_data(p, k)
         w[0, :, k], w[1, 0, k], w[-1, -1, k] = np.nan, np.inf, -np.inf
-        y = assert_like_base(p, Data(np.abs(x), w, b)).astype(np.float64)
+        y = assert_like_base(run, p, Data(np.abs(x), w, b)).astype(np.float64)
         assert np.isfinite(y).any()
         assert not np.isfinite(y).all()
-    for l_in in (0, p.L_in // 2, p.L_in - 1):
-        x, w, b = cases.random_data(p, l_in)
-        x[0, 0, l_in], x[1, 0, l_in], x[1, -1, l_in] = np.nan, np.inf, -np.inf
-        assert not np.isfinite(assert_like_base(p, Data(x, w, b)).astype(np.float64)).all()
-    x, w, b = cases.random_data(p, 7)
-    assert b is not None
-    b[:3] = np.nan, np.inf, -np.inf
-    y = assert_like_base(p, Data(x, w, b)).astype(np.float64)
-    assert np.isnan(y[:, 0]).all()
-    assert np.isfinite(y[:, 3:]).all()
+    check_special_samples_and_biases(run, p)
 
 
 @pytest.mark.parametrize("value", [np.inf, 2.0**-110])  # neither can be split
@@ -340,43 +251,15 @@ def test_values_outside_the_window_change_no_bit(problem: ConvProblem, value: fl
 @pytest.mark.parametrize("padding_mode", PADDING_MODES[1:])
 @pytest.mark.parametrize("mode", MODES)
 def test_padding_that_means_samples_gives_the_bits_of_padded_input(mode: str, padding_mode: str) -> None:
-    p = replace(at(PROBLEMS["planes"], mode), padding_mode=padding_mode)
-    x, w, b = cases.random_data(p, 13)
-    how: Any = {"replicate": "edge", "circular": "wrap"}.get(padding_mode, padding_mode)
-    padded = np.pad(x, [(0, 0), (0, 0), p.padding], how)
-    inside = replace(p, L_in=padded.shape[-1], padding_left=0, padding_right=0, padding_mode="zeros")
-    assert_same_bits(run(p, Data(x, w, b)), run(inside, Data(padded, w, b)), padding_mode)
+    check_padding_mode(run, at(PROBLEMS["planes"], mode), padding_mode)
 
 
-def powers(rng: np.random.Generator, shape: tuple[int, ...], low: int, end: int) -> Array:
-    """Numbers of either sign with exponents from `low` to below `end`."""
-    values = rng.uniform(1, 2, shape) * rng.choice((-1.0, 1.0), shape) * 2.0 ** rng.integers(low, end, shape)
-    return values.astype(np.float32)
-
-
-HARD = {
-    "mixed magnitudes": ((-60, 60), (-60, 60)),
-    "the largest numbers": ((120, 128), (-110, -12)),
-    "the largest weights": ((-110, -12), (120, 128)),
-    "around the smallest that are split": ((-106, -98), (-4, 40)),
-    "weights around the smallest that are split": ((-4, 40), (-106, -98)),
-    "products that underflow": ((-75, -55), (-75, -55)),
-    "subnormal data": ((-149, -120), (0, 80)),
-    "subnormal weights": ((0, 80), (-149, -120)),
-    "sums that overflow": ((60, 68), (55, 62)),
-}
-
-
-@pytest.mark.parametrize("kind", HARD)
+@pytest.mark.parametrize("kind", HARD | HARD_TO_SPLIT)
 @pytest.mark.parametrize("mode", ["float32", "tf32", "bfloat16"])
 def test_hard_data(mode: str, kind: str, rule: TensorCores) -> None:
     for seed, problem in enumerate(PROBLEMS.values()):
         p = at(problem, mode)
-        rng = np.random.default_rng(seed)
-        x, w = (powers(rng, s, *r) for s, r in zip((p.input_shape, p.weight_shape), HARD[kind], strict=True))
-        # In every other channel alone: it hides the errors of small sums.
-        bias = powers(rng, (p.C_out,), -60, 60) * (np.arange(p.C_out) % 2)
-        data = Data(*(a.astype(numpy_dtype(p.dtype)) for a in (x, w, bias)))
+        data = hard_data(p, (HARD | HARD_TO_SPLIT)[kind], seed)
         assert_right(p, run(p, data), data, (kind, rule))
 
 
@@ -384,13 +267,9 @@ def test_hard_data(mode: str, kind: str, rule: TensorCores) -> None:
     ("mode", "K"), [(mode, K) for mode in MODES for K in (10 if mode == "float32" else 9, 13, 17, 251)]
 )
 def test_sums_of_one_sign_whose_last_block_is_not_full(mode: str, K: int, rule: TensorCores) -> None:
-    """Nothing cancels: what is cut off adds up. Nine taps are three blocks of four, which the bound allows for."""
+    """Nine taps are three blocks of four, which the bound allows for."""
     p = at(ConvProblem("conv1d", 1, 7, 16, K + 20, K), mode)
-    rng = np.random.default_rng(K)
-    for low in (0, -12):
-        x = np.abs(powers(rng, p.input_shape, low, 1))
-        w = (2 - 2.0**-7) * 2.0 ** rng.integers(low, 1, p.weight_shape)
-        data = Data(*(a.astype(numpy_dtype(p.dtype)) for a in (x, w)), None)
+    for data in data_of_one_sign(p):
         assert_right(p, run(p, data), data, rule)
 
 

@@ -15,13 +15,21 @@ import pytest
 from bench.layers import load
 from gpuconv import calls, cases, dispatch, reference, source
 from gpuconv.cases import CASES, NUMBER_FORMATS, Case, Data
-from gpuconv.checks import chunk_bounds, same_bits
+from gpuconv.checks import chunk_bounds
 from gpuconv.device import Device
 from gpuconv.families import ArrayLayout, Config, Family, Launch, Layout
 from gpuconv.families.base import contiguous_strides
 from gpuconv.problem import DTYPES, ConvProblem
 from tests import hostcuda
 from tests.conftest import BACKENDS
+from tests.kernels.arrays import (
+    INPUT_LAYOUTS,
+    OUTPUT_LAYOUTS,
+    assert_same_bits,
+    channels_last,
+    output_strides,
+    scattered,
+)
 from tests.plans import FORWARD_FAMILIES, kernel_of, refusal_of
 
 Array = npt.NDArray[Any]
@@ -36,11 +44,11 @@ TENSOR_MODES = ("float16", "bfloat16", "float32", "tf32")
 by_name = {"ids": lambda value: getattr(value, "name", value)}
 
 
-def takes(family: Family[Any], problem: ConvProblem, layout: Layout | None = None) -> bool:
+def takes(family: Family[Any], problem: ConvProblem) -> bool:
     """Whether a family runs a problem; a problem with an empty output never reaches one."""
     if family.kind != problem.op or problem.N == 0 or problem.C_out == 0:
         return False
-    return refusal_of(family, problem, layout or Layout.contiguous(problem), DEVICE) is None
+    return refusal_of(family, problem, Layout.contiguous(problem), DEVICE) is None
 
 
 def modes(family: Family[Any]) -> tuple[str, ...]:
@@ -71,13 +79,6 @@ def run(family: Family[Any], problem: ConvProblem, data: Data, schedule: hostcud
 
 def exact_result(problem: ConvProblem, data: Data) -> Array:
     return reference.compute(problem, *data).astype(data.input.dtype)
-
-
-def assert_same_bits(output: Array, expected: Array, what: object) -> None:
-    good = same_bits(output, expected)
-    if not good.all():
-        index = tuple(int(i) for i in np.argwhere(~good)[0])
-        pytest.fail(f"{what}: {(~good).sum()} elements differ, first {index}: {output[index]} != {expected[index]}")
 
 
 def assert_within_bound(problem: ConvProblem, output: Array, data: Data) -> None:
@@ -246,40 +247,6 @@ def test_base_families_sum_in_the_canonical_order(name: str, dtype: str) -> None
     data = cases.random_data(p, 21)
     output = hostcuda.compute(p, *data, family=BASE[p.op], device=DEVICE)
     assert_same_bits(output, in_canonical_order(p, data), case.name)
-
-
-def scattered(array: Array) -> Array:
-    """The array as every third element, last axis reversed, of a buffer of NaN."""
-    buffer = np.full((*array.shape[:-1], 3 * array.shape[-1]), np.nan, array.dtype)
-    buffer[..., ::-3] = array
-    return buffer[..., ::-3]
-
-
-def channels_last(array: Array) -> Array:
-    return np.ascontiguousarray(array.swapaxes(-1, -2)).swapaxes(-1, -2)
-
-
-def reversed_axes(array: Array) -> Array:
-    return np.ascontiguousarray(array[::-1, ::-1])[::-1, ::-1]
-
-
-def one_sample_repeated(array: Array) -> Array:
-    """The first sample in place of every one, by a stride of zero."""
-    return np.broadcast_to(array[:1], array.shape)
-
-
-INPUT_LAYOUTS: tuple[Callable[[Array], Array], ...] = (scattered, channels_last, reversed_axes, one_sample_repeated)
-OUTPUT_LAYOUTS = ("contiguous", "gaps", "channels last", "reversed")
-
-
-def output_strides(problem: ConvProblem, name: str) -> tuple[int, int, int]:
-    C, L = problem.C_out, problem.L_out
-    return {
-        "contiguous": (C * L, L, 1),
-        "gaps": (C * (2 * L + 3) + 5, 2 * L + 3, 2),
-        "channels last": (C * L, 1, C),
-        "reversed": (-C * L, -L, -1),
-    }[name]
 
 
 @pytest.mark.parametrize("mode", DTYPES)

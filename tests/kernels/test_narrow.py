@@ -16,8 +16,7 @@ from gpuconv.families.base import contiguous_strides
 from gpuconv.families.conv1d_narrow import BLOCK_SIZE, ROWS, Conv1dNarrow
 from gpuconv.problem import DTYPES, ConvProblem
 from tests import hostcuda
-from tests.kernels.test_kernels import (
-    DEVICE,
+from tests.kernels.arrays import (
     INPUT_LAYOUTS,
     OUTPUT_LAYOUTS,
     assert_same_bits,
@@ -25,6 +24,7 @@ from tests.kernels.test_kernels import (
     output_strides,
     scattered,
 )
+from tests.kernels.test_kernels import DEVICE
 from tests.plans import kernel_of, refusal_of
 
 NARROW = Conv1dNarrow()
@@ -35,8 +35,8 @@ def layer(C_in: int, C_out: int, K: int, L_in: int, N: int = 1, **settings: Any)
     return ConvProblem("conv1d", N, C_in, C_out, L_in, K, has_bias=True, **settings)
 
 
-def thread_l(p: ConvProblem, layout: Layout | None = None, device: Device = DEVICE) -> int:
-    return int(dict(kernel_of(NARROW, p, layout or Layout.contiguous(p), device)[0].macros)["THREAD_L"])
+def thread_l(p: ConvProblem, device: Device = DEVICE) -> int:
+    return int(dict(kernel_of(NARROW, p, Layout.contiguous(p), device)[0].macros)["THREAD_L"])
 
 
 def assert_bits_of_the_base(

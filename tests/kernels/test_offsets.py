@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 
-from gpuconv import cases, reference
+from gpuconv import cases, dispatch, reference
 from gpuconv.device import Device
-from gpuconv.families import FAMILIES, ArrayLayout, Family, Layout, Plan
+from gpuconv.families import FAMILIES, ArrayLayout, Config, Family, Launch, Layout, Plan, Refusal
+from gpuconv.families.append import append_launch
+from gpuconv.families.base import contiguous_strides
+from gpuconv.families.windows import NEW_SAMPLES, WINDOW_STARTS
 from gpuconv.problem import BiasGradientProblem, ConvProblem, Op, Problem, WeightGradientProblem
 from tests import hostcuda
 from tests.plans import refusal_of
@@ -81,26 +85,34 @@ def test_settings_of_32_bits_and_more_are_parameters_of_64(p: Problem) -> None:
             np.testing.assert_array_equal(output, expected, err_msg=family.name)
 
 
-def longest_stride(family: Family[Any], p: Problem, name: str, axis: int) -> Layout:
-    """The layout with the longest stride along one axis of one array with which the family plans 32-bit indices."""
-    fresh = Layout.contiguous(p)
-
-    def stretched(stride: int) -> Layout:
-        strides = list(fresh[name].strides)
-        strides[axis] = stride
-        return fresh.replaced(**{name: ArrayLayout(tuple(strides), 2)})
-
-    def is_narrow(stride: int) -> bool:
-        plan = family.plan(p, stretched(stride), H200)
-        return isinstance(plan, Plan) and all(step.launch.index_bits == 32 for step in plan.steps)
-
-    low, high = fresh[name].strides[axis], 2**31
+def longest(low: int, is_narrow: Callable[[int], bool]) -> int:
+    """The longest stride with which indices have 32 bits, from one on that is such a stride."""
+    high = 2**31
     assert is_narrow(low)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if is_narrow(middle) else (low, middle)
     assert low > 2**12, "the kernel has hardly any 32-bit indices"
-    return stretched(low)
+    return low
+
+
+def stretched(strides: tuple[int, ...], axis: int, stride: int) -> ArrayLayout:
+    """The layout of float16 elements with another stride along one axis."""
+    return ArrayLayout((*strides[:axis], stride, *strides[axis + 1 :]), 2)
+
+
+def longest_stride(family: Family[Any], p: Problem, name: str, axis: int) -> Layout:
+    """The layout with the longest stride along one axis of one array with which the family plans 32-bit indices."""
+    fresh = Layout.contiguous(p)
+
+    def layout(stride: int) -> Layout:
+        return fresh.replaced(**{name: stretched(fresh[name].strides, axis, stride)})
+
+    def is_narrow(stride: int) -> bool:
+        plan = family.plan(p, layout(stride), H200)
+        return isinstance(plan, Plan) and all(step.launch.index_bits == 32 for step in plan.steps)
+
+    return layout(longest(fresh[name].strides[axis], is_narrow))
 
 
 ITEMS = [(family, p) for family in FAMILIES for p in problems_of(family)]
@@ -119,3 +131,45 @@ def test_at_the_limit_nothing_overflows(family: Family[Any], p: Problem) -> None
                 layout = longest_stride(family, p, name, axis)
                 output = hostcuda.compute(p, *arrays, layout=layout, family=family.name, device=H200)
                 np.testing.assert_array_equal(output, expected, err_msg=f"{p}: {name}, axis {axis}")
+
+
+@pytest.mark.parametrize("axis", range(3))
+def test_pushes_at_the_limit_do_not_overflow(axis: int) -> None:
+    """Of samples that are appended to a window, that a kernel keeps, and that the one of depthwise layers does."""
+    rng = np.random.default_rng(0)
+    new = rng.integers(-2, 3, (2, 4, 2)).astype(np.float16)
+    natural = contiguous_strides(new.shape)
+
+    def append(stride: int) -> tuple[Config, Launch]:
+        return append_launch("float16", (2, 4, 5), new.shape, stretched(natural, axis, stride))
+
+    stride = longest(natural[axis], lambda stride: append(stride)[1].index_bits == 32)
+    window = np.arange(40, dtype=np.float16).reshape(2, 4, 5)
+    expected = np.concatenate((window[..., 2:], new), axis=-1)
+    arrays = {"input": new, "window": window}
+    layouts = {"input": stretched(natural, axis, stride)}
+    hostcuda.run(*append(stride), arrays, outputs=["window"], keeps=["window"], layouts=layouts)
+    np.testing.assert_array_equal(window, expected)
+
+    for p in (conv("conv1d", L_in=5, K=4), conv("conv1d", L_in=5, K=4, groups=4)):
+
+        def push(stride: int, p: ConvProblem = p) -> dispatch.Push | Refusal:
+            return dispatch.choose_push(p, 2, Layout.contiguous(p), stretched(natural, axis, stride), H200)
+
+        stride = longest(natural[axis], lambda stride: isinstance(push(stride), dispatch.Push))
+        found = push(stride)
+        assert isinstance(found, dispatch.Push)
+        (step,) = found.choice.plan.steps
+        assert (step.config.kernel == "conv1d_depthwise_push") == (p.groups == 4)
+        weight = rng.integers(-2, 3, p.weight_shape).astype(np.float16)
+        rows = np.zeros(found.window, np.float16)
+        held = rng.integers(-2, 3, (2, 4, 3)).astype(np.float16)
+        (rows.transpose(0, 2, 1) if found.channels_last else rows)[..., :3] = held
+        output = np.empty(p.output_shape, np.float16)
+        given = {"input": rows, "weight": weight, WINDOW_STARTS: np.zeros(found.blocks, np.int32), NEW_SAMPLES: new}
+        arrays = {name or "null": {**given, "output": output}[name] if name else None for name in step.arrays}
+        changed = ["output", "input", WINDOW_STARTS]
+        layouts = {NEW_SAMPLES: stretched(natural, axis, stride)}
+        hostcuda.run(step.config, step.launch, arrays, outputs=changed, keeps=changed[1:], layouts=layouts)
+        samples = np.concatenate((held, new), axis=-1)
+        np.testing.assert_array_equal(output, hostcuda.compute(p, samples, weight, family=BASE["conv1d"]))

@@ -396,7 +396,7 @@ def test_operands_reach_what_they_are_for() -> None:
 ROWS = 64  # of 16 bytes, in shared memory
 
 
-def load_kernel(name: str, count: int) -> hostcuda.Program:
+def load_kernel(name: str) -> hostcuda.Program:
     return kernel(
         f"run_{name}",
         "const uint4* __restrict__ rows, const int* __restrict__ row_of_lane, unsigned* __restrict__ output",
@@ -404,33 +404,28 @@ def load_kernel(name: str, count: int) -> hostcuda.Program:
         uint4* const stored = reinterpret_cast<uint4*>(smem);
         for (int row = lane; row < {ROWS}; row += {WARP}) stored[row] = rows[row];
         __syncwarp();
-        unsigned fragment[{count}];
+        unsigned fragment[4];
         {name}(fragment, stored + row_of_lane[lane]);
-        for (int j = 0; j < {count}; ++j) output[{count} * lane + j] = fragment[j];
+        for (int j = 0; j < 4; ++j) output[4 * lane + j] = fragment[j];
         """,
     )
 
 
-LOADS = {
-    f"load_matrix_x{count}{suffix}": (count, suffix != "", f"LDSM.16.M{'T' if suffix else ''}88.{count}")
-    for count in (2, 4)
-    for suffix in ("", "_transposed")
-}
-LOAD_KERNELS = {name: load_kernel(name, count) for name, (count, _, _) in LOADS.items()}
+LOADS = {"load_matrix_x4": "LDSM.16.M88.4", "load_matrix_x4_transposed": "LDSM.16.MT88.4"}  # with their instructions
+LOAD_KERNELS = {name: load_kernel(name) for name in LOADS}
 
 
 @pytest.mark.parametrize("name", LOADS)
 def test_matrices_from_shared_memory(machine: Machine, name: str) -> None:
-    count, transposed, _ = LOADS[name]
     rows = np.arange(8 * ROWS, dtype=np.uint16).reshape(ROWS, 8)
-    row_of_lane = np.random.default_rng(count).integers(0, ROWS, WARP, dtype=np.int32)
-    matrices = rows[row_of_lane].reshape(4, 8, 8)[:count]
-    if transposed:
+    row_of_lane = np.random.default_rng(4).integers(0, ROWS, WARP, dtype=np.int32)
+    matrices = rows[row_of_lane].reshape(4, 8, 8)
+    if name.endswith("transposed"):
         matrices = matrices.transpose(0, 2, 1)
     # Each register of each lane holds two neighbours of a row.
     expected = words(matrices[:, GROUP, 2 * IN_GROUP + np.arange(2)])[..., 0].T
 
-    fragments = np.empty((WARP, count), np.uint32)
+    fragments = np.empty((WARP, 4), np.uint32)
     arrays = {"rows": words(rows), "row_of_lane": row_of_lane}
     machine.run(LOAD_KERNELS[name], arrays, fragments, shared_bytes=16 * ROWS)
     np.testing.assert_array_equal(fragments, expected)
@@ -675,12 +670,12 @@ class Fault:
 
 
 def load_fault(name: str, body: str) -> hostcuda.Program:
-    """Has `row`, a pointer to the lane's own 16 bytes of `smem`, and `fragment` for two matrices."""
+    """Has `row`, a pointer to the lane's own 16 bytes of `smem`, and `fragment` for four matrices."""
     return kernel(
         name,
         "const float* __restrict__ input, float* __restrict__ output",
         f"""
-        unsigned fragment[2] = {{}};
+        unsigned fragment[4] = {{}};
         unsigned char* const row = smem + 16 * lane;
         for (int i = 0; i < 4; ++i) reinterpret_cast<float*>(row)[i] = 0;
         {body}
@@ -711,45 +706,40 @@ FAULTS = {
         Fault(
             MisalignedError,
             r"misaligned ldmatrix: a row needs an address divisible by 16; got element offset 56 of shared memory",
-            load_fault("misaligned_row", "__syncwarp(); load_matrix_x2(fragment, row + (lane == 3 ? 8 : 0));"),
-        ),
-        Fault(
-            MisalignedError,
-            r"thread 20: misaligned ldmatrix",
-            load_fault("misaligned_row_unused", "__syncwarp(); load_matrix_x2(fragment, row + (lane == 20 ? 8 : 0));"),
+            load_fault("misaligned_row", "__syncwarp(); load_matrix_x4(fragment, row + (lane == 3 ? 8 : 0));"),
         ),
         Fault(
             OutOfBoundsError,
             r"thread 31: ldmatrix of a row outside shared memory, at element offset 512 of shared memory",
             load_fault(
-                "row_outside", "__syncwarp(); load_matrix_x2_transposed(fragment, row + (lane == 31 ? 16 : 0));"
+                "row_outside", "__syncwarp(); load_matrix_x4_transposed(fragment, row + (lane == 31 ? 16 : 0));"
             ),
         ),
         Fault(
             OutOfBoundsError,
             r"ldmatrix of a row outside shared memory, at element offset 0 of input",
             load_fault(
-                "row_in_global_memory", "__syncwarp(); load_matrix_x2(fragment, lane == 0 ? input : (float*)row);"
+                "row_in_global_memory", "__syncwarp(); load_matrix_x4(fragment, lane == 0 ? input : (float*)row);"
             ),
         ),
         Fault(
             DivergenceError,
-            r"divergent load_matrix_x2: thread 0 waits at .*, but thread 16, which the mask names, has returned",
-            load_fault("half_a_load", "__syncwarp(); if (lane < 16) load_matrix_x2(fragment, row);"),
+            r"divergent load_matrix_x4: thread 0 waits at .*, but thread 16, which the mask names, has returned",
+            load_fault("half_a_load", "__syncwarp(); if (lane < 16) load_matrix_x4(fragment, row);"),
         ),
         Fault(
             PoisonReadError,
             UNWRITTEN,
-            load_fault("load_before_meeting", "load_matrix_x2(fragment, smem + 16 * (lane ^ 1));"),
+            load_fault("load_before_meeting", "load_matrix_x4(fragment, smem + 16 * (lane ^ 1));"),
         ),
         Fault(
             DivergenceError,
             r"divergent multiply_matrices_f16: thread 0 waits at .*, but thread 1.* waits in multiply_matrices_bf16",
             load_fault(
                 "two_products",
-                """unsigned a[4] = {}; float d[4] = {};
-                if (lane % 2 == 0) multiply_matrices_f16(d, a, fragment);
-                else multiply_matrices_bf16(d, a, fragment);""",
+                """unsigned a[4] = {}, b[2] = {}; float d[4] = {};
+                if (lane % 2 == 0) multiply_matrices_f16(d, a, b);
+                else multiply_matrices_bf16(d, a, b);""",
             ),
         ),
         *(
@@ -870,7 +860,7 @@ def test_a_kernel_that_names_a_product_of_newer_gpus_does_not_compile(name: str)
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_loads_of_matrices_are_one_instruction(arch: str) -> None:
-    for name, (_, _, opcode) in LOADS.items():
+    for name, opcode in LOADS.items():
         assert opcodes(arch, LOAD_KERNELS[name], "LDSM") == [opcode], name
 
 

@@ -17,8 +17,7 @@ from gpuconv.families.base import contiguous_strides
 from gpuconv.families.conv1d_skinny import COLUMNS, MAX_COLUMNS, NUM_STAGES, ROWS, Conv1dSkinny
 from gpuconv.problem import DTYPES, FORMATS, ConvProblem
 from tests import hostcuda
-from tests.kernels.test_kernels import (
-    DEVICE,
+from tests.kernels.arrays import (
     INPUT_LAYOUTS,
     OUTPUT_LAYOUTS,
     assert_same_bits,
@@ -26,6 +25,7 @@ from tests.kernels.test_kernels import (
     output_strides,
     scattered,
 )
+from tests.kernels.test_kernels import DEVICE
 from tests.plans import kernel_of, plan_of, refusal_of
 
 SKINNY = Conv1dSkinny()

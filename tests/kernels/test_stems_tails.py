@@ -18,17 +18,15 @@ from gpuconv.families.conv1d_tail import Conv1dTail
 from gpuconv.families.conv_transpose1d_tail import ConvTranspose1dTail
 from gpuconv.problem import DTYPES, ConvProblem
 from tests import hostcuda
-from tests.kernels.test_kernels import (
-    BASE,
-    DEVICE,
+from tests.kernels.arrays import (
     INPUT_LAYOUTS,
     OUTPUT_LAYOUTS,
     assert_same_bits,
-    assert_within_bound,
     channels_last,
     output_strides,
     scattered,
 )
+from tests.kernels.test_kernels import BASE, DEVICE, assert_within_bound
 from tests.plans import kernel_of, plan_of, refusal_of
 
 STEM, TAIL, TRANSPOSED = Conv1dStem(), Conv1dTail(), ConvTranspose1dTail()
@@ -41,10 +39,8 @@ def conv(C_in: int, C_out: int, K: int, L_in: int, N: int = 2, dtype: str = "flo
     return ConvProblem("conv1d", N, C_in, C_out, L_in, K, dtype=dtype, has_bias=True, **settings)
 
 
-def transposed(
-    C_in: int, C_out: int, K: int, L_in: int, N: int = 2, dtype: str = "float32", **settings: Any
-) -> ConvProblem:
-    return ConvProblem("conv_transpose1d", N, C_in, C_out, L_in, K, dtype=dtype, has_bias=True, **settings)
+def transposed(C_in: int, C_out: int, K: int, L_in: int, dtype: str = "float32", **settings: Any) -> ConvProblem:
+    return ConvProblem("conv_transpose1d", 2, C_in, C_out, L_in, K, dtype=dtype, has_bias=True, **settings)
 
 
 # Every form of window, chunk and tile that the families know, beyond what the table of cases holds.

@@ -23,15 +23,8 @@ from gpuconv.problem import WeightGradientProblem
 from tests import hostcuda
 from tests.hostcuda import Counts, Program
 from tests.hostcuda.banks import wavefronts
-from tests.kernels.test_gradient_kernels import (
-    assert_same_bits,
-    exact_result,
-    integers,
-    normal,
-    shapes,
-    unaligned,
-)
-from tests.kernels.test_kernels import channels_last, scattered
+from tests.kernels.arrays import assert_same_bits, channels_last, scattered, unaligned
+from tests.kernels.test_gradient_kernels import exact_result, integers, normal, shapes
 from tests.plans import kernel_of, refusal_of
 
 Array = npt.NDArray[Any]

