@@ -172,8 +172,13 @@ def _run_on_gpu(
     return out
 
 
+_PLAIN_ARRAYS = frozenset((np.ndarray, type(None)))
+
+
 def _views(function: str, arrays: tuple[Any, ...], out: Any | None) -> tuple[tuple[Any, ...], Any | None] | None:
     """Arrays and `out` with those of other libraries as NumPy's or CuPy's; None where there are none of those."""
+    if _PLAIN_ARRAYS.issuperset(map(type, (*arrays, out))):
+        return None
     names = SIGNATURES[function].arrays
     given = tuple(view(function, name, array) for name, array in zip(names, arrays, strict=False))
     target = view(function, "out", out, write=True)

@@ -198,7 +198,7 @@ def prepare(weight: ArrayT) -> runtime.PreparedWeight:
         A handle that holds the copy and, as calls need them, its packed forms.
 
     Raises:
-        TypeError: `weight` is not a NumPy or CuPy array.
+        TypeError: `weight` is not a NumPy or CuPy array, nor one of another library that can be read where it lies.
         RuntimeError: `weight` is a CuPy array and the current stream is being captured into a CUDA graph.
         ImportError: `weight` is a CuPy array and CuPy is older than version 14.
 
