@@ -20,10 +20,11 @@ from .memory import check_kinds, check_overlap, overlaps_itself
 from .problem import BiasGradientProblem, ConvProblem, WeightGradientProblem, dtype_name
 from .tasks import OPTIONAL, SIGNATURES, Task
 
-# Executors of GPU calls and tasks of CPU calls, by everything that they depend on. A full cache drops its oldest entry,
-# so that a program whose lengths always differ keeps only so many.
+# Executors of GPU calls, and tasks of CPU calls, by everything that they depend on. A full cache drops its
+# oldest entry, so that a program whose lengths always differ keeps only so many.
 _EXECUTORS: dict[tuple[Any, ...], tuple[runtime.Executor, tuple[int, ...], Any]] = {}  # with shape, dtype of the result
-_TASKS: dict[tuple[Any, ...], tuple[Task, bool]] = {}  # with whether all arrays have native byte order
+# Of a task: the dtype of the result, and whether it is a convolution of the arrays as they are, with nothing fused.
+_TASKS: dict[tuple[Any, ...], tuple[Task, np.dtype[Any], bool]] = {}
 _CACHE_SIZE = 4096
 _CACHE_LOCK = Lock()  # for changes; look-ups need none
 
@@ -69,22 +70,26 @@ def _run_on_cpu(
 ) -> Any:
     key = _cpu_key(function, arrays, settings) if out is None else None
     found = None if key is None else _TASKS.get(key)
-    if found is None:
-        views = _views(function, arrays, out)
-        if views is not None:
-            result = run(function, views[0], settings, views[1], algorithm=algorithm, prepared=prepared)
-            return result if out is None else out
-        if _has_real_taps(function, arrays):
-            return _run_by_parts(function, arrays, settings, out)
-        task = _check(function, arrays, settings, out)
-        if key is not None:
-            _keep(_TASKS, key, (task, all(array is None or array.dtype.isnative for array in arrays)))
-    else:
-        task, is_native = found
-        if is_native:  # as nearly all are
-            result = np.empty(task.shape, task.out_dtype or arrays[0].dtype)
+    if found is not None:
+        task, dtype, is_convolution = found
+        result = np.empty(task.shape, dtype)
+        if is_convolution:
+            bias = arrays[2] if len(arrays) > 2 else None
+            _cpu().convolve(task.problem, arrays[0], arrays[1], bias, result)
+        else:
             _compute(task, arrays, result)
-            return result
+        return result
+    views = _views(function, arrays, out)
+    if views is not None:
+        result = run(function, views[0], settings, views[1], algorithm=algorithm, prepared=prepared)
+        return result if out is None else out
+    if _has_real_taps(function, arrays):
+        return _run_by_parts(function, arrays, settings, out)
+    task = _check(function, arrays, settings, out)
+    if key is not None and all(array is None or array.dtype.isnative for array in arrays):
+        p, dtype = task.problem, np.dtype(task.out_dtype or arrays[0].dtype)
+        is_convolution = isinstance(p, ConvProblem) and not p.fusion and not task.conjugate_weight
+        _keep(_TASKS, key, (task, dtype, is_convolution))
     plain = [None if array is None else _native(array) for array in arrays]
     dtype = cast(Any, plain[0]).dtype
     if out is None:
@@ -350,22 +355,22 @@ def _as_key(settings: tuple[Any, ...]) -> tuple[Any, ...] | None:
     They do where nothing but ints, strings, None and a `Fusion` remains: True equals 1 and would find the entry of 1,
     but must be refused.
     """
-    for value in settings:
-        if type(value) not in _PLAIN_TYPES and not (type(value) is tuple and all(type(v) is int for v in value)):
-            break
-    else:
+    if _PLAIN_TYPES.issuperset(map(type, settings)):  # as nearly all are
         return settings
 
     def plain(value: Any) -> Any:
+        if type(value) in _PLAIN_TYPES:
+            return value
         if isinstance(value, list | tuple):
             return tuple(map(plain, value))
-        return int(value) if isinstance(value, np.integer) else value
+        if isinstance(value, np.integer):
+            return int(value)
+        raise TypeError
 
-    def unambiguous(value: Any) -> bool:
-        return all(map(unambiguous, value)) if isinstance(value, tuple) else type(value) in _PLAIN_TYPES
-
-    names = cast(tuple[Any, ...], plain(settings))
-    return names if unambiguous(names) else None
+    try:
+        return tuple(map(plain, settings))
+    except TypeError:
+        return None
 
 
 def identity(array: Any) -> tuple[Any, ...] | None:

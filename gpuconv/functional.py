@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, SupportsIndex, TypeVar, cast
+from typing import Any, SupportsIndex, TypeVar
 
 import numpy as np
 
@@ -105,7 +105,8 @@ def conv1d(
     fused = None
     if activation is not None or input_activation is not None or residual is not None:
         fused = Fused.check("conv1d", activation, input_activation, residual)
-    return cast(ArrayT, _convolve("conv1d", input, weight, bias, settings, algorithm, out, fused))
+    result: ArrayT = _convolve("conv1d", input, weight, bias, settings, algorithm, out, fused)
+    return result
 
 
 def conv_transpose1d(
@@ -177,7 +178,8 @@ def conv_transpose1d(
     fused = None
     if activation is not None or input_activation is not None or residual is not None:
         fused = Fused.check("conv_transpose1d", activation, input_activation, residual)
-    return cast(ArrayT, _convolve("conv_transpose1d", input, weight, bias, settings, algorithm, out, fused))
+    result: ArrayT = _convolve("conv_transpose1d", input, weight, bias, settings, algorithm, out, fused)
+    return result
 
 
 def prepare(weight: ArrayT) -> runtime.PreparedWeight:
