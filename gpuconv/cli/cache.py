@@ -24,7 +24,7 @@ def add_to(commands: Any) -> None:
         "have compiled, or remove kernels from it: prune those that are damaged and,\n"
         "with --max-size, those that were not used for longest; clear all of them.\n"
         "GPUCONV_CACHE_DIR names the folder.",
-        epilog=f"example:\n  gpuconv cache prune --max-size 200MB\n{EXIT_CODES}",
+        epilog=f"{EXIT_CODES}\n\nexample:\n  gpuconv cache prune --max-size 200MB",
     )
     parser.add_argument(
         "action",

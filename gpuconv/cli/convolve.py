@@ -28,9 +28,8 @@ def add_to(commands: Any, op: Op) -> None:
         "samples) as float32. The output is written as a whole or not at all. The name -\n"
         "stands for standard input or output, which is a .wav file if the input is one or\n"
         "--rate is given, else a .npy file.",
-        epilog=f"example:\n  gpuconv {op} speech.wav filter.npy out.wav"
-        + (" --stride 2" if transposed else " --padding same")
-        + f"\n{EXIT_CODES_WITH_GPU}",
+        epilog=f"{EXIT_CODES_WITH_GPU}\n\nexample:\n  gpuconv {op} speech.wav filter.npy out.wav"
+        + (" --stride 2" if transposed else " --padding same"),
     )
     parser.add_argument("input", metavar="IN", help="input, .npy or .wav")
     parser.add_argument("weight", metavar="WEIGHT", help=f"weight {shape}, .npy")

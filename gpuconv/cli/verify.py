@@ -25,8 +25,8 @@ def add_to(commands: Any) -> None:
         description="Run the table of test problems on the chosen device and check every result:\n"
         "exact where the data is small integers, inside the computed error bound\n"
         "elsewhere. The bound follows from the problem; there is no tolerance to set.",
-        epilog="example:\n  gpuconv verify --device gpu --layers layers.json --junit gpuconv.xml\n"
-        "exit codes: 0 all good, 1 a mismatch, 2 bad usage, 3 no GPU for --device gpu",
+        epilog="exit codes: 0 all good, 1 a mismatch, 2 bad usage, 3 no GPU for --device gpu\n\n"
+        "example:\n  gpuconv verify --device gpu --layers layers.json --junit gpuconv.xml",
     )
     add_device(parser)
     parser.add_argument(

@@ -31,7 +31,7 @@ def add_to(commands: Any) -> None:
         "kernel of the given dtypes that pads with zeros and fuses nothing.\n"
         "With --arch they are for GPUs that need not be there, and lie in the folder\n"
         "that gpuconv cache shows. Else they are for the present GPU, in CuPy's cache.",
-        epilog=f"example:\n  gpuconv warmup --arch sm_90 --dtype float16\n{EXIT_CODES_WITH_GPU}",
+        epilog=f"{EXIT_CODES_WITH_GPU}\n\nexample:\n  gpuconv warmup --arch sm_90 --dtype float16",
     )
     parser.add_argument("op", nargs="?", choices=tuple(SETTINGS), metavar="OP", help="conv1d or conv_transpose1d")
     parser.add_argument(
