@@ -71,6 +71,8 @@ def assert_within_bound(actual: Any, op: str | Callable[..., Any], *arrays: Any,
         raise TypeError(f"{name}: {error}") from None
     bound.apply_defaults()
     given = {key: _as_numpy(name, key, value) for key, value in bound.arguments.items() if key not in _OF_THE_CALL}
+    if given.pop("lengths", None) is not None:
+        raise ValueError(f"assert_within_bound: {name} with lengths is checked sample by sample, without them")
     named = {
         key: array for key, array in given.items() if key in _ARRAYS and (array is not None or key not in OPTIONAL)
     }

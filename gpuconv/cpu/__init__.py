@@ -34,10 +34,10 @@ from collections.abc import Sequence
 
 from ..problem import INTEGERS, ConvProblem
 from . import bias_gradient, edges, fused, integers, weight_gradient
-from .arrays import Array
+from .arrays import Array, accumulator
 from .choice import Method, choose
 
-__all__ = ["Method", "bias_gradient", "convolve", "method", "weight_gradient"]
+__all__ = ["Method", "accumulator", "bias_gradient", "convolve", "method", "weight_gradient"]
 
 
 def method(problem: ConvProblem) -> Method:

@@ -85,6 +85,8 @@ def test_any_of_the_arrays_may_come_from_elsewhere(op: str, make: type[Exporter]
     fused = {"residual": residual, "activation": ("snake", alpha)}
     foreign = {"residual": make(residual), "activation": ("snake", make_like(make, alpha))}
     assert function(**given, **foreign).tobytes() == function(**given, **fused).tobytes()
+    ragged = function(make(given["input"]), given["weight"], lengths=[19, 7])
+    assert ragged.tobytes() == function(given["input"], given["weight"], lengths=[19, 7]).tobytes()
     data = given["input"].astype(np.complex64)  # with real taps
     assert function(make(data), make(given["weight"])).tobytes() == function(data, given["weight"]).tobytes()
 

@@ -118,6 +118,8 @@ def test_shape_dtype_and_arguments_are_checked() -> None:
         assert_within_bound(y, "conv2d", x, w)
     with pytest.raises(TypeError, match=r"^conv1d: got an unexpected keyword argument 'strides'$"):
         assert_within_bound(y, "conv1d", x, w, strides=2)
+    with pytest.raises(ValueError, match=r"conv1d with lengths is checked sample by sample"):
+        assert_within_bound(y, "conv1d", x, w, lengths=[9])
     with pytest.raises(ValueError, match=r"^conv1d: stride must be at least 1, got 0$"):
         assert_within_bound(y, "conv1d", x, w, stride=0)
     with pytest.raises(TypeError, match=r"^conv1d: input must be a NumPy or CuPy array, got list"):
