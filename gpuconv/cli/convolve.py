@@ -12,7 +12,7 @@ from .. import chunked, dispatch, files, functional, npy, runtime
 from ..fusion import Fused
 from ..journal import JournalError
 from ..problem import DTYPES, ConvProblem, Op
-from .errors import CommandError
+from .errors import EXIT_CODES_WITH_GPU, CommandError
 from .gpu import current_device, use_gpu
 from .options import add_device, add_settings, at_least, given_settings
 from .terminal import show_progress, tell
@@ -32,7 +32,7 @@ def add_to(commands: Any, op: Op) -> None:
         "stands for standard input or output, which is a .wav file if the input is one or\n"
         "--rate is given, else a .npy file. A large .npy file is computed in pieces, in\n"
         "constant memory; the same command goes on after it was interrupted or killed.",
-        epilog=f"example:\n  gpuconv {op} speech.wav filter.npy out.wav"
+        epilog=f"{EXIT_CODES_WITH_GPU}\n\nexample:\n  gpuconv {op} speech.wav filter.npy out.wav"
         + (" --stride 2" if transposed else " --padding same"),
     )
     parser.add_argument("input", metavar="IN", help="input, .npy or .wav")
