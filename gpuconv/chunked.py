@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
+from itertools import cycle
 from typing import Any, Protocol, SupportsIndex, TypeAlias, TypeVar
 
 import numpy as np
@@ -212,20 +213,26 @@ def _read(op: Op, name: str, source: Source, key: tuple[slice, ...]) -> Array:
     return block
 
 
-def _fill(buffer: Array, piece: Piece, source: Source, mode: str, L_in: int) -> None:
-    """Read the input of a piece."""
-    positions, op = piece.positions, piece.problem.op
-    first, stop = positions.start, positions.stop
+def _read_input(piece: Piece, source: Source, mode: str, L_in: int) -> Array:
+    """The samples at the positions of a piece."""
+    first, stop = piece.positions.start, piece.positions.stop
+
+    def read(low: int, high: int) -> Array:
+        return _read(piece.problem.op, "source", source, piece.of_input(low, high))
+
+    if 0 <= first <= stop <= L_in:
+        return read(first, stop)
+    parts = []
     for low, high in ((first, min(stop, 0)), (max(first, 0), min(stop, L_in)), (max(first, L_in), stop)):
         if low >= high:
             continue
-        to = buffer[..., low - first : high - first]
         if 0 <= low < L_in:
-            to[...] = _read(op, "source", source, piece.of_input(low, high))
+            parts.append(read(low, high))
         else:
             at = source_indices(mode, low, high, L_in)
             start = int(at.min())
-            to[...] = _read(op, "source", source, piece.of_input(start, int(at.max()) + 1))[..., at - start]
+            parts.append(read(start, int(at.max()) + 1)[..., at - start])
+    return np.concatenate(parts, axis=-1)
 
 
 class _OnCpu:
@@ -233,21 +240,18 @@ class _OnCpu:
 
     sets = 1  # of the arrays of a piece that are in memory at once
 
-    def __init__(self, dtype: np.dtype[Any], out_dtype: np.dtype[Any], arrays: tuple[Any, ...]) -> None:
-        self.dtype, self.out_dtype, self.arrays = dtype, out_dtype, arrays
+    def __init__(self, _: np.dtype[Any], __: np.dtype[Any], arrays: tuple[Any, ...]) -> None:
+        self.arrays = arrays
 
     def start(
         self,
-        number: int,
         piece: Piece,
-        read: Callable[[Array], None],
+        read: Callable[[], Array],
         residual: Array | None,
         compute: Callable[..., Any],
     ) -> Callable[[], Array]:
         """Begin to compute a piece; returns what waits for the result."""
-        x = np.empty(piece.problem.input_shape, self.dtype)
-        read(x)
-        result: Array = compute(piece.problem, x, residual, *self.arrays)
+        result: Array = compute(piece.problem, read(), residual, *self.arrays)
         return lambda: result
 
     def close(self) -> None:
@@ -257,7 +261,7 @@ class _OnCpu:
 class _OnGpu:
     """Computes pieces on two streams in turn, with pinned memory for each.
 
-    A piece may be started once the result of the last but one has been taken.
+    A piece may be started once the result of the last but one that was started has been taken.
     """
 
     sets = 2
@@ -270,19 +274,19 @@ class _OnGpu:
         self.arrays = (functional.prepare(weight), *others)
         self._streams = [cupy.cuda.Stream(non_blocking=True) for _ in range(self.sets)]
         self._pinned: list[dict[str, Any]] = [{} for _ in self._streams]
+        self._slots = cycle(range(self.sets))
 
     def start(
         self,
-        number: int,
         piece: Piece,
-        read: Callable[[Array], None],
+        read: Callable[[], Array],
         residual: Array | None,
         compute: Callable[..., Any],
     ) -> Callable[[], Array]:
-        slot, cupy, p = number % self.sets, self._cupy, piece.problem
+        slot, cupy, p = next(self._slots), self._cupy, piece.problem
         stream = self._streams[slot]
         x = self._buffer(slot, "input", p.input_shape, self.dtype)
-        read(x)
+        x[...] = read()
         added = None
         if residual is not None:
             added = self._buffer(slot, "residual", p.output_shape, self.out_dtype)
@@ -380,8 +384,8 @@ def _convolve(
                 if tuple(source.shape) != shape:
                     raise ValueError(f"{op}: source has changed: it had shape {shape}, and now {tuple(source.shape)}")
                 added = None if residual is None else _read(op, "residual", residual, piece.of_output)
-                fill = partial(_fill, piece=piece, source=source, mode=p.padding_mode, L_in=p.L_in)
-                started.append((number, piece, engine.start(number, piece, fill, added, compute)))
+                read = partial(_read_input, piece, source, p.padding_mode, p.L_in)
+                started.append((number, piece, engine.start(piece, read, added, compute)))
                 if len(started) == engine.sets:
                     finish(*started.popleft())
             while started:
