@@ -268,6 +268,7 @@ class _OnGpu:
 
     def __init__(self, dtype: np.dtype[Any], out_dtype: np.dtype[Any], arrays: tuple[Any, ...]) -> None:
         cupy = self._cupy = runtime.cupy_module()
+        runtime.check_dtype(dtype)
         self.dtype, self.out_dtype = dtype, out_dtype
         weight, *others = (None if array is None else cupy.asarray(array) for array in arrays)
         # This waits for the current stream, and so for all copies.

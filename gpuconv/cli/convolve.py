@@ -57,7 +57,7 @@ def add_to(commands: Any, op: Op) -> None:
         "--max-bytes",
         type=at_least(1),
         metavar="N",
-        help="memory for the pieces of a .npy file (default: from 256 MiB on pieces of as much in all)",
+        help="compute a .npy file in pieces that take so many bytes (default: 256 MiB for larger files)",
     )
     parser.set_defaults(run=run, op=op)
 
@@ -168,7 +168,7 @@ def _convolve_pieces(
                 if journal.exists() and not isinstance(error, JournalError):
                     tell("note", f"{args.output}: the finished pieces are kept; the same command goes on with them")
                 raise
-    except ValueError as error:  # of max_bytes, of the algorithm, of the journal
+    except (TypeError, ValueError) as error:  # of max_bytes, the algorithm, the journal, CuPy's dtypes
         raise CommandError(f"{args.output}: {error}") from error
 
 
