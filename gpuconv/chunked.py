@@ -193,7 +193,7 @@ def conv_transpose1d(
         >>> import numpy as np
         >>> from gpuconv import chunked
         >>> x, y = np.array([[[1.0, 2.0]]]), np.empty((1, 1, 5))
-        >>> chunked.conv_transpose1d(x, np.ones((1, 1, 3)), stride=2, out=y, max_bytes=64)
+        >>> chunked.conv_transpose1d(x, np.ones((1, 1, 3)), stride=2, out=y, max_bytes=80)
         array([[[1., 1., 3., 2., 2.]]])
     """
     op: Op = "conv_transpose1d"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import os
 import signal
 import subprocess
@@ -31,6 +32,7 @@ class Slices:
     def __init__(self, array: Any) -> None:
         self.array: Array = array
         self.written = 0  # pieces
+        self.largest = 0  # bytes of one slice
         self.before: dict[int, Callable[[], None]] = {}  # what happens before the n-th piece is written
 
     @property
@@ -51,12 +53,14 @@ class Slices:
     def __getitem__(self, key: Any) -> Array:
         self._check(key)
         block: Array = self.array[key].copy()
+        self.largest = max(self.largest, block.nbytes)
         return block
 
     def __setitem__(self, key: Any, value: Array) -> None:
         self._check(key)
         self.before.get(self.written + 1, lambda: None)()
         self.written += 1
+        self.largest = max(self.largest, value.nbytes)
         self.array[key] = value
 
 
@@ -137,7 +141,9 @@ def compare_random_calls(device: str, count: int, dtypes: tuple[str, ...]) -> No
         with pytest.raises(ValueError, match="for the input and the output of one position, got 1") as refused:
             call(max_bytes=1)
         least = int(str(refused.value).split("at least ")[1].split()[0])
-        assert call(max_bytes=int(least * rng.choice((1, 1.3, 3, 20)))) is target
+        limit = int(least * rng.choice((1, 1.3, 3, 20)))
+        assert call(max_bytes=limit) is target
+        assert (2 * source.largest + target.largest) * (2 if device == "gpu" else 1) <= limit
         if device == "cpu":
             assert reference.within_bound(p, target.array, *of_reference, fused).all(), f"{number}: {op} {settings}"
             continue
@@ -167,6 +173,10 @@ def test_random_problems_in_pieces_on_a_gpu(launched: list[str]) -> None:
     compare_random_calls("gpu", 9, ("float32", "float16", "complex64"))
     assert {"conv1d_mma", "conv_transpose1d_mma"} & set(launched)
     assert len(set(launched)) > 4
+
+
+def test_the_examples_of_the_documentation() -> None:
+    assert doctest.testmod(chunked).failed == 0
 
 
 def run(script: str, folder: Path, **options: Any) -> subprocess.Popen[str]:
