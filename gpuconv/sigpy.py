@@ -86,19 +86,8 @@ def convolve_data_adjoint(
         data[..., c_i, q] = sum over c_o, p, k of conj(filt[c_o, c_i, k]) * output[..., c_o, p]
         q = p*stride + offset - k        (terms without such a q do not exist)
 
-    Args:
-        output: of the shape that `convolve` returns. NumPy or CuPy, any strides.
-        filt: as in `convolve`.
-        data_shape: the shape of the data.
-        mode: as in `convolve`.
-        strides: as in `convolve`.
-        multi_channel: as in `convolve`.
-
-    Returns:
-        An array of shape `data_shape`, of the dtype of `output`.
-
-    Raises:
-        ValueError, TypeError: as `convolve` raises them.
+    `output` has the shape that `convolve` returns, the result that of the data and the dtype of `output`. The other
+    arguments and the errors are those of `convolve`.
 
     Example:
         >>> import numpy as np
@@ -126,19 +115,8 @@ def convolve_filter_adjoint(
 
         filt[c_o, c_i, k] = sum over ..., p of conj(data[..., c_i, p*stride + offset - k]) * output[..., c_o, p]
 
-    Args:
-        output: of the shape that `convolve` returns. NumPy or CuPy, any strides.
-        data: as in `convolve`.
-        filt_shape: the shape of the filter.
-        mode: as in `convolve`.
-        strides: as in `convolve`.
-        multi_channel: as in `convolve`.
-
-    Returns:
-        An array of shape `filt_shape`, of the dtype of `output`.
-
-    Raises:
-        ValueError, TypeError: as `convolve` raises them.
+    `output` has the shape that `convolve` returns, the result that of the filter and the dtype of `output`. The other
+    arguments and the errors are those of `convolve`.
 
     Example:
         >>> import numpy as np
@@ -189,7 +167,7 @@ class _Problem:
     output: tuple[int, ...]
     steps: tuple[int, ...]
     padding: tuple[int, ...]
-    period: tuple[int, int]
+    period: tuple[int, ...]
 
     @classmethod
     def of(
@@ -203,44 +181,42 @@ class _Problem:
     ) -> _Problem:
         """The problem of shapes that fit; `given` is the output's where the caller has one."""
         outer, taps = tuple(map(operator.index, data_shape)), tuple(map(operator.index, filt_shape))
-        channels = 2 if multi_channel else 0
-        D = len(taps) - channels
-        if D not in (1, 2, 3):
-            raise ValueError(f"convolution is of 1, 2 or 3 axes, got {D} of a filter of shape {taps}")
-        if len(outer) < D + channels // 2:
-            raise ValueError(f"data must have {D + channels // 2} axes at least, got {outer}")
-        batch, m, n = outer[: len(outer) - D - channels // 2], outer[-D:], taps[-D:]
+        D = len(taps) - (2 if multi_channel else 0)
+        if not 1 <= D <= 3:
+            raise ValueError(f"1, 2 or 3 axes can be convolved, got {D} with a filter of shape {taps}")
+        lead = len(outer) - D - (1 if multi_channel else 0)
+        if lead < 0:
+            raise ValueError(f"data must have {len(outer) - lead} axes or more, got the shape {outer}")
         c_o, c_i = taps[:2] if multi_channel else (1, 1)
-        if multi_channel and outer[-D - 1] != c_i:
-            raise ValueError(f"Data channel mismatch, got {outer[-D - 1]} from data and {c_i} from filt.")
-        if 0 in (*m, *n):
-            raise ValueError(f"convolved axes must not be empty, got data {outer} and filter {taps}")
-        steps = (1,) * D if strides is None else tuple(map(operator.index, strides))
-        if len(steps) != D:
+        if multi_channel and outer[lead] != c_i:
+            raise ValueError(f"Data channel mismatch, got {outer[lead]} from data and {c_i} from filt.")
+        if strides is not None and len(strides) != D:
             raise ValueError(f"Strides must have length {D}.")
-        if min(steps) < 1:
-            raise ValueError(f"strides must be 1 or more, got {steps}")
+        absent = (1,) * (3 - D)
+        m, n = (*absent, *outer[-D:]), (*absent, *taps[-D:])
+        steps = (*absent, *map(operator.index, strides or (1,) * D))
+        if min(*m, *n, *steps) < 1:
+            raise ValueError(
+                f"extents and strides must be 1 or more, got data {outer}, filter {taps}, strides {strides}"
+            )
         if mode not in ("full", "valid"):
             raise ValueError(f"Invalid mode, got {mode}")
-        lengths = tuple(zip(m, n, strict=True))
-        if mode == "valid" and any(a > b for a, b in lengths) and any(a < b for a, b in lengths):
+        axes = tuple(zip(m, n, steps, strict=True))
+        if mode == "valid" and any(a > b for a, b, _ in axes) and any(a < b for a, b, _ in axes):
             raise ValueError(
                 "In valid mode, either data or filter must be at least as large as the other in every axis."
             )
-        padding = tuple(b - 1 if mode == "full" else max(0, b - a) for a, b in lengths)
-        p = tuple((a + 2 * pad - b) // s + 1 for (a, b), pad, s in zip(lengths, padding, steps, strict=True))
-        output_shape = (*batch, *((c_o,) if multi_channel else ()), *p)
-        if given is not None and tuple(given) != output_shape:
-            raise ValueError(f"output must have the shape {output_shape}, got {tuple(given)}")
-        ones = (1,) * (3 - D)
-        m, n, p, steps, padding = (*ones, *m), (*ones, *n), (*ones, *p), (*ones, *steps), (*(0 for _ in ones), *padding)
-        Q = [
-            -(-max(pad + a, (out - 1) * s + b - pad) // s)
-            for a, b, out, s, pad in zip(m, n, p, steps, padding, strict=True)
-        ]
-        B = math.prod(batch)
-        shapes = (B, c_i, *m), (c_o, c_i, *n), (B, c_o, *p)
-        return cls(outer, taps, output_shape, *shapes, steps, padding, (Q[0], Q[1]))
+        padding = tuple(b - 1 if mode == "full" else max(0, b - a) for a, b, _ in axes)
+        p = tuple((a + 2 * pad - b) // s + 1 for (a, b, s), pad in zip(axes, padding, strict=True))
+        output = (*outer[:lead], *((c_o,) if multi_channel else ()), *p[-D:])
+        if given is not None and tuple(given) != output:
+            raise ValueError(f"output must have the shape {output}, got {tuple(given)}")
+        # The windows of an item reach neither into the data of the one before nor into those of the next.
+        period = tuple(
+            -(-max(pad + a, (out - 1) * s + b - pad) // s) for (a, b, s), out, pad in zip(axes, p, padding, strict=True)
+        )
+        B = math.prod(outer[:lead])
+        return cls(outer, taps, output, (B, c_i, *m), (c_o, c_i, *n), (B, c_o, *p), steps, padding, period[:2])
 
     @property
     def is_empty(self) -> bool:
@@ -356,17 +332,17 @@ def _data_adjoint(p: _Problem, output: Any, filt: Any, dtype: Any) -> Any:
         return data.reshape(p.data_shape)
     y, w = computable(output.reshape(p.output), filt.reshape(p.filt).conj())
     w = w[..., ::-1, ::-1, ::-1]
+    before = (p.filt[2] - 1) // p.steps[0] * p.period[1] + (p.filt[3] - 1) // p.steps[1]
+    rows = p.rows(y, (0, 0), before, 0)
     for phase in p.phases():
         taps, target = w[phase.taps], data[phase.data]
         if target.size == 0:
             continue
         # A row of data meets the tap a in the window that began a rows before, so taps run backwards as channels.
-        last = taps.shape[2] - 1
-        rows = p.rows(y, (0, 0), last * p.period[1] + taps.shape[3] - 1, 0)
-        first = phase.first[0] * p.period[1] + phase.first[1]
+        first = before + phase.first[0] * p.period[1] + phase.first[1] - (taps.shape[3] - 1)
         x: Any = None
-        for a in range(last + 1):
-            windows = _windows(rows, first + (last - a) * p.period[1], p.span(target.shape), taps.shape[3])
+        for a in range(taps.shape[2]):
+            windows = _windows(rows, first - a * p.period[1], p.span(target.shape), taps.shape[3])
             weight = _as_channels(taps[:, :, a, ::-1].swapaxes(0, 1)).swapaxes(0, 1)
             part = conv_transpose1d(windows, weight, None, p.steps[2], p.padding[2], output_size=p.data[4])
             x = part if x is None else _add(x, part)

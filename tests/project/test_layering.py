@@ -64,7 +64,7 @@ LAYERS = (
     ("checkpoint",),
     ("parameters",),
     ("nn", "grad", "signal", "explain", "files", "gpus", "report"),
-    ("checks", "window", "torch.tensors", "compile", "layers"),
+    ("checks", "sigpy", "window", "torch.tensors", "compile", "layers"),
     ("stream",),
     ("family_checks",),
     ("torch.operators",),
