@@ -224,7 +224,8 @@ def test_sigpys_linear_operators_run_on_these(monkeypatch: pytest.MonkeyPatch) -
     for _ in range(100):
         data, filt, settings = draw(rng)
         # sigpy fails on a larger filter in "valid", and SciPy on float16.
-        is_larger = settings["mode"] == "valid" and filt.shape[-1] > data.shape[-1]
+        D = filt.ndim - 2 * settings["multi_channel"]
+        is_larger = settings["mode"] == "valid" and any(np.less(data.shape[-D:], filt.shape[-D:]))
         if is_larger or data.dtype.kind not in "fc" or "float16" in (data.dtype, filt.dtype):
             continue
         for operator, x in (
@@ -240,7 +241,7 @@ def test_sigpys_linear_operators_run_on_these(monkeypatch: pytest.MonkeyPatch) -
             for ours, his in zip(found, expected, strict=True):
                 assert (ours.shape, ours.dtype) == (his.shape, his.dtype)
                 np.testing.assert_allclose(ours, his, rtol=1e-5, atol=1e-3)
-    assert len(used) > 400
+    assert len(used) > 300
     for shape, filt_shape, settings, says in BAD_FOR_BOTH:
         with pytest.raises(ValueError, match=re.escape(says)):
             theirs.convolve(np.ones(shape), np.ones(filt_shape), **settings)
