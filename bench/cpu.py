@@ -78,6 +78,8 @@ SHAPES: dict[str, ConvProblem] = {
     "transposed K 96000": ConvProblem("conv_transpose1d", 1, 1, 1, 200, 96_000),
     "depthwise short rows 512x64x8": ConvProblem("conv1d", 512, 64, 64, 8, 3, 1, 1, 1, 1, 64),
     "small call 1x16x100": ConvProblem("conv1d", 1, 16, 16, 100, 3),
+    "small padded call 1x8x64": ConvProblem("conv1d", 1, 8, 8, 64, 3, 1, 1, 1, has_bias=True),
+    "small transposed call 1x8x64": ConvProblem("conv_transpose1d", 1, 8, 8, 64, 4, 2, 1, 1),
     "tiny call 1x1x8": ConvProblem("conv1d", 1, 1, 1, 8, 3),
 }
 

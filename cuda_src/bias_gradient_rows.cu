@@ -9,7 +9,7 @@
 // Grid x: blocks, one for each (slice, c), c fastest; where the grid is shorter, blocks take several. Grid y and z: 1.
 // Dynamic shared memory: one sum for each thread.
 // With several slices their sums go to partial and sum_slices.cu follows; with one partial is null.
-// Takes arrays of any strides, in elements.
+// Takes arrays of any strides, in elements, and samples with lengths of their own (samples.cuh).
 
 #include "common.cuh"
 #include "slices.cuh"
@@ -30,7 +30,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK_SIZE, 8) bias_gradient_rows(
     const storage_t* __restrict__ grad_output,  // [N, C, L_coarse]
     acc_t* __restrict__ partial,                // [slices, C], or null
     storage_t* __restrict__ grad_bias,          // [C], or null
-    const Params p) {
+    SAMPLES_ARGUMENT const Params p) {
     acc_t* const smem_sums = reinterpret_cast<acc_t*>(dynamic_shared_memory());
     const index_t n_first = index_t(threadIdx.x) / p.L_coarse;
     const index_t l_first = index_t(threadIdx.x) - n_first * p.L_coarse;
@@ -42,15 +42,26 @@ extern "C" __global__ void __launch_bounds__(BLOCK_SIZE, 8) bias_gradient_rows(
                              ((s.n_begin + n_first) * p.grad_output_stride_n +
                               (s.l_begin + l_first) * p.grad_output_stride_l);
         index_t l = s.l_begin + l_first;
+#ifdef LENGTHS
+        index_t n = s.n_begin + n_first;
+#endif
         acc_t sum = scalar::zero();
 #pragma unroll 8
         for (index_t q = threadIdx.x; q < terms; q += BLOCK_SIZE) {
+#ifdef LENGTHS
+            if (l < samples[n].L_out) sum = add(sum, scalar::load(*x));
+            n += BLOCK_SIZE / p.L_coarse;
+#else
             sum = add(sum, scalar::load(*x));
+#endif
             l += p.step_l;
             x += p.advance;
             if (l >= p.L_coarse) {
                 l -= p.L_coarse;
                 x += p.carry;
+#ifdef LENGTHS
+                ++n;
+#endif
             }
         }
         smem_sums[threadIdx.x] = sum;

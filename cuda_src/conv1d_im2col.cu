@@ -51,7 +51,8 @@ static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/famil
 static_assert(!HAS_SAMPLES && SEGMENT_MODE == 0 && !PHASES_IN_ROWS, "see gpuconv/families/conv1d_im2col.py");
 
 __device__ __forceinline__ Tile tile_at(
-    unsigned block, const storage_t* input, const StorageVector* weight, storage_t* output, const Params& p) {
+    unsigned block, const storage_t* input, const StorageVector* weight, storage_t* output,
+    const Params& p SAMPLES_PARAMETER) {
     const index_t row_tile = next_index(block, p.row_tiles);
     const index_t column_tile = next_index(block, p.column_tiles);
     const index_t n = next_index(block, p.N);
@@ -73,6 +74,11 @@ __device__ __forceinline__ Tile tile_at(
     tile.tap_step = p.dilation;
     tile.output_step = 1;
     tile.output_first = 0;
+    if (kHasLengths) {
+        const Extents sample = extents_of(n, p SAMPLES_VALUE);
+        tile.L_in = sample.L_in;
+        tile.L_out = tile.positions = sample.L_out;
+    }
     return tile;
 }
 
@@ -85,10 +91,10 @@ __device__ __forceinline__ StorageVector load_row(const Tile& tile, unsigned row
     const index_t first = (tile.position_begin + j) * p.stride - p.padding_left +
         (plane < p.planes ? plane * p.plane_step : (p.K - kUnit) * p.dilation);
     // Rows that only columns behind the last would read are not loaded.
-    const bool is_read = j < p.L_out - tile.position_begin + (p.plane_rows - BLOCK_N);
+    const bool is_read = j < tile.positions - tile.position_begin + (p.plane_rows - BLOCK_N);
     const storage_t* const x = tile.input + c_in * p.input_stride_c;
     StorageVector vector;
-    if (is_read && is_inside(first, first + (kUnit - 1) * p.dilation, p.L_in)) {
+    if (is_read && is_inside(first, first + (kUnit - 1) * p.dilation, tile.L_in)) {
         const storage_t* const from = x + first * p.input_stride_l;
         const index_t tap_offset = p.dilation * p.input_stride_l;
 #pragma unroll
@@ -96,7 +102,7 @@ __device__ __forceinline__ StorageVector load_row(const Tile& tile, unsigned row
     } else {
 #pragma unroll
         for (int e = 0; e < kUnit; ++e) {
-            const Source source = source_index(first + e * p.dilation, p.L_in);
+            const Source source = source_index(first + e * p.dilation, tile.L_in);
             const bool exists = is_read && source.exists;
             vector.element[e] = exists ? x[source.index * p.input_stride_l] : scalar::storage_zero();
         }
@@ -191,11 +197,13 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) conv1d_im2col
     const StorageVector* __restrict__ weight,  // packed: see pack_im2col_weight.cu
     const storage_t* __restrict__ bias,        // [C_out], or null
     storage_t* __restrict__ output,            // [N, C_out, L_out]
-    FUSED_ARGUMENTS WINDOW_ARGUMENTS const Params p) {
+    SAMPLES_ARGUMENT FUSED_ARGUMENTS WINDOW_ARGUMENTS const Params p) {
     const Epilogue epilogue(bias, output, p FUSED_VALUES);
     MOVE_WINDOW
     Sums acc;
-    multiply_window(tile_at(blockIdx.x, input, weight, output, p), p, acc);
+    const Tile tile = tile_at(blockIdx.x, input, weight, output, p SAMPLES_VALUE);
+    if (kHasLengths && tile.position_begin >= tile.positions) return;
+    multiply_window(tile, p, acc);
 
     Window window = {};  // what store_tile reads of it
     window.units = p.C_in_g;
@@ -203,6 +211,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) conv1d_im2col
     window.block_samples = 1;
     window.block_positions = BLOCK_N;
     store_tile(
-        tile_at(block_index_again(), input, weight, output, p), window, epilogue,
+        tile_at(block_index_again(), input, weight, output, p SAMPLES_VALUE), window, epilogue,
         [&](const Tile& tile, index_t row) { return channel_row(tile, row, p); }, acc);
 }

@@ -41,7 +41,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) conv1d_mma(
 #if SEGMENT_MODE >= 2
     AccVector* __restrict__ partial,      // sums of segments: see mma.cuh
 #endif
-    FUSED_ARGUMENTS WINDOW_ARGUMENTS const Params p) {
+    SAMPLES_ARGUMENT FUSED_ARGUMENTS WINDOW_ARGUMENTS const Params p) {
     const Epilogue epilogue(bias, output, p FUSED_VALUES);
     MOVE_WINDOW
 #if SEGMENT_MODE < 2
@@ -69,6 +69,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) conv1d_mma(
         tile.tap_step = p.dilation;
         tile.output_step = 1;
         tile.output_first = 0;
+        if (kHasLengths) {
+            const Extents sample = extents_of(n, p SAMPLES_VALUE);
+            tile.L_in = sample.L_in;
+            tile.L_out = tile.positions = sample.L_out;
+        }
         return tile;
     };
     run_block(

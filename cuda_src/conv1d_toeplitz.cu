@@ -34,6 +34,7 @@
 #include "common.cuh"
 #include "edge.cuh"
 #include "finish.cuh"
+#include "samples.cuh"
 #include "tf32.cuh"
 #include "window.cuh"
 
@@ -140,20 +141,21 @@ __device__ __forceinline__ void buffer_sums(
 // Stages `count` vectors of a row from position `first` on, where two elements make a word in two copies: the second begins
 // with the element behind the first one.
 __device__ __forceinline__ void stage_inputs(
-    const storage_t* x, index_t first, int count, bool is_aligned, StorageVector* window, const Params& p) {
+    const storage_t* x, index_t first, int count, bool is_aligned, StorageVector* window, const Extents& sample,
+    const Params& p) {
     const int lane = threadIdx.x % 32;
 #pragma unroll 1
     for (int v = lane; v < count; v += 32) {
         const index_t position = first + v * kUnit;
         storage_t element[kUnit + 1];
-        if (is_aligned && is_inside(position, position + kUnit - 1, p.L_in)) {
+        if (is_aligned && is_inside(position, position + kUnit - 1, sample.L_in)) {
             const StorageVector vector = *reinterpret_cast<const StorageVector*>(x + position);
 #pragma unroll
             for (int e = 0; e < kUnit; ++e) element[e] = vector.element[e];
         } else {
 #pragma unroll
             for (int e = 0; e < kUnit; ++e) {
-                const Source source = source_index(position + e, p.L_in);
+                const Source source = source_index(position + e, sample.L_in);
                 element[e] = source.exists ? x[source.index * p.input_stride_l] : scalar::storage_zero();
             }
         }
@@ -164,7 +166,7 @@ __device__ __forceinline__ void stage_inputs(
         }
         window[v] = vector;
         if (kWord == 1) continue;
-        const Source source = source_index(position + kUnit, p.L_in);
+        const Source source = source_index(position + kUnit, sample.L_in);
         element[kUnit] = source.exists ? x[source.index * p.input_stride_l] : scalar::storage_zero();
 #pragma unroll
         for (int e = 0; e < kUnit; ++e) vector.element[e] = element[e + 1];
@@ -199,7 +201,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK_SIZE, MIN_BLOCKS) conv1d_toep
     const storage_t* __restrict__ weight,  // [C_out, 1, K]
     const storage_t* __restrict__ bias,    // [C_out], or null
     storage_t* __restrict__ output,        // [N, C_out, L_out]
-    FUSED_ARGUMENTS WINDOW_ARGUMENTS const Params p) {
+    SAMPLES_ARGUMENT FUSED_ARGUMENTS WINDOW_ARGUMENTS const Params p) {
     const Epilogue epilogue(bias, output, p FUSED_VALUES);
     MOVE_WINDOW
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
@@ -207,6 +209,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK_SIZE, MIN_BLOCKS) conv1d_toep
     const index_t row = warp_of_all / p.segments, segment = warp_of_all - row * p.segments;
     const index_t n = row / p.C_out, c_out = row - n * p.C_out;
     if (n >= p.N) return;
+    const Extents sample = extents_of(n, p SAMPLES_VALUE);
 
     // Of this warp: the inputs, the results on their way to memory, the blocks of taps.
     StorageVector* const window = reinterpret_cast<StorageVector*>(dynamic_shared_memory()) + warp * p.warp_vectors;
@@ -223,7 +226,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK_SIZE, MIN_BLOCKS) conv1d_toep
     const bool is_row = p.input_stride_l == 1;
     const index_t first = l_begin - p.padding_left;  // l_in of the first result's first tap
     const int ahead = is_row ? int(first + elements_past_boundary(input)) & (kUnit - 1) : 0;
-    stage_inputs(input, first - ahead, int(p.window), is_row, window, p);
+    stage_inputs(input, first - ahead, int(p.window), is_row, window, sample, p);
     const bool has_special_taps = any_lane(stage_taps(weight, taps, p));
     __syncwarp();
 
@@ -236,16 +239,16 @@ extern "C" __global__ void __launch_bounds__(BLOCK_SIZE, MIN_BLOCKS) conv1d_toep
 #pragma unroll 1
     for (int group = 0; group < p.groups; ++group) {
         const index_t l_first = l_begin + group * kResults;
-        if (l_first >= p.L_out) return;
-        const int count = int(min_index(kResults, p.L_out - l_first));
+        if (l_first >= sample.L_out) return;
+        const int count = int(min_index(kResults, sample.L_out - l_first));
         const unsigned* const x = my_window + group * (kResults / kWord);
         // Blocks that meet no sample are left out, where each product with their zeros is a zero.
         int q_begin = 0, q_end = tap_blocks + 7 * kShift;
         if (kIsEmptyOutside && !has_special_taps) {
             const index_t position = l_first - p.padding_left;
             const index_t last = position + (kBlock + kRows - 2 + kResults - kTile);  // of the first block and all tiles
-            q_begin = int(min_index(existing_range(last, kBlock, q_end, p.L_in).begin, q_end));
-            q_end = int(existing_range(position, kBlock, q_end, p.L_in).end);
+            q_begin = int(min_index(existing_range(last, kBlock, q_end, sample.L_in).begin, q_end));
+            q_end = int(existing_range(position, kBlock, q_end, sample.L_in).end);
         }
 
         storage_t* const y = output + l_first * p.output_stride_l;
@@ -271,11 +274,13 @@ extern "C" __global__ void __launch_bounds__(BLOCK_SIZE, MIN_BLOCKS) conv1d_toep
                     [&](int l) { return place_of(tile * kTile + l); });
             }
             __syncwarp();
+            Params own = p;  // of this sample
+            own.L_in = sample.L_in;
 #pragma unroll 1
             for (int l = lane; l < count; l += 32) {
                 if (!is_nan(scalar::load(results[buffered(l)]))) continue;
                 const acc_t sum = canonical_sum(
-                    input, l_first + l - p.padding_left, 1, p.K, p, RowWeights(weight, 0, p.weight_stride_k));
+                    input, l_first + l - p.padding_left, 1, p.K, own, RowWeights(weight, 0, p.weight_stride_k));
                 results[buffered(l)] = finish(sum, channel, place_of(l));
             }
         }

@@ -15,12 +15,14 @@
 //
 // Grid x: blocks of BLOCK_SIZE/32 of these outputs (n, c_out, edge), edge fastest; where the grid is shorter than these,
 // warps take several. Grid y and z: 1. Dynamic shared memory: one sum for each thread. No atomics.
-// FOLD_MODE is the mode of the output; the input is padded by zeros.
+// FOLD_MODE is the mode of the output; the input is padded by zeros. Where samples have lengths of their own (samples.cuh), the
+// others begin as far from the end of the sample's output as second_begin lies from that of the longest.
 // Takes arrays of any strides, zero and negative ones too, in elements.
 
 #include "common.cuh"
 #include "edge.cuh"
 #include "finish.cuh"
+#include "samples.cuh"
 
 struct Params {
     index_t num_outputs;  // N * C_out * edges
@@ -40,7 +42,7 @@ static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/famil
 
 // Adds this lane's terms of a position. `x` and `w` begin with the group's first channel, w with the row of c_out.
 __device__ __forceinline__ acc_t add_position(
-    acc_t sum, const storage_t* x, const storage_t* w, index_t l, const Params& p) {
+    acc_t sum, const storage_t* x, const storage_t* w, index_t l, index_t L_in, const Params& p) {
     // The taps are k_first + j*tap_step and read l_first - j*position_step; see conv_transpose1d_gather.cu.
     const index_t t = l + p.padding_left;
     const index_t t_gcd = t / p.phase_gcd;
@@ -48,7 +50,7 @@ __device__ __forceinline__ acc_t add_position(
     const index_t k_first = t_gcd % p.tap_step * p.phase_inverse % p.tap_step;
     if (k_first >= p.K) return sum;
     const index_t l_first = (t - k_first * p.dilation) / p.stride;
-    const Range taps = existing_range_down(l_first, p.position_step, ceil_div(p.K - k_first, p.tap_step), p.L_in);
+    const Range taps = existing_range_down(l_first, p.position_step, ceil_div(p.K - k_first, p.tap_step), L_in);
     const index_t count = taps.end - taps.begin;
     if (count <= 0) return sum;
 
@@ -76,7 +78,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK_SIZE, 2) conv_transpose1d_fol
     const storage_t* __restrict__ weight,  // [C_in, C_out_g, K]
     const storage_t* __restrict__ bias,    // [C_out], or null
     storage_t* __restrict__ output,        // [N, C_out, L_out]
-    FUSED_ARGUMENTS const Params p) {
+    SAMPLES_ARGUMENT FUSED_ARGUMENTS const Params p) {
     const Epilogue epilogue(bias, output, p FUSED_VALUES);
     acc_t* const smem_sum = reinterpret_cast<acc_t*>(dynamic_shared_memory()) + threadIdx.x;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -87,17 +89,21 @@ extern "C" __global__ void __launch_bounds__(BLOCK_SIZE, 2) conv_transpose1d_fol
         const index_t n = row / p.C_out;
         const index_t c_out = row - n * p.C_out;
         const index_t g = c_out / p.C_out_g;
-        const index_t l_out = edge < p.first_count ? p.first_begin + edge : p.second_begin + (edge - p.first_count);
+        const Extents sample = extents_of(n, p SAMPLES_VALUE);
+        const index_t second_begin = p.second_begin + (sample.L_out - p.L_out);
+        const index_t l_out = edge < p.first_count ? p.first_begin + edge : second_begin + (edge - p.first_count);
+        if (kHasLengths && !is_index(l_out, sample.L_out)) continue;
 
         const storage_t* x = input + n * p.input_stride_n + g * p.C_in_g * p.input_stride_c;  // input[n, g*C_in_g, 0]
         const storage_t* w = weight + g * p.C_in_g * p.weight_stride_in +
                              (c_out - g * p.C_out_g) * p.weight_stride_out;  // weight[g*C_in_g, c_out % C_out_g, 0]
-        acc_t sum = add_position(scalar::zero(), x, w, l_out, p);
+        const index_t padded_end = p.padded_end + (sample.L_out - p.L_out);
+        acc_t sum = add_position(scalar::zero(), x, w, l_out, sample.L_in, p);
 #pragma unroll 1
-        for (index_t l = -p.padding_left; l < p.padded_end; ++l) {
-            if (l == 0) l = p.L_out;  // what is no padding is passed over
-            if (source_index<padding::FOLD_MODE>(l, p.L_out).index == l_out && l < p.padded_end) {
-                sum = add_position(sum, x, w, l, p);
+        for (index_t l = -p.padding_left; l < padded_end; ++l) {
+            if (l == 0) l = sample.L_out;  // what is no padding is passed over
+            if (source_index<padding::FOLD_MODE>(l, sample.L_out).index == l_out && l < padded_end) {
+                sum = add_position(sum, x, w, l, sample.L_in, p);
             }
         }
         *smem_sum = sum;

@@ -12,12 +12,13 @@
 //
 // Grid x: blocks of BLOCK_SIZE consecutive elements of the flattened output (n, c_out, l_out), l_out fastest; where the
 // grid is shorter than the output, threads take several. Grid y and z: 1. No shared memory, no atomics.
-// Takes arrays of any strides, zero and negative ones too, in elements.
+// Takes arrays of any strides, zero and negative ones too, in elements, and samples with lengths of their own (samples.cuh).
 
 #include "common.cuh"
 #include "edge.cuh"
 #include "finish.cuh"
 #include "input.cuh"
+#include "samples.cuh"
 #include "window.cuh"
 
 struct Params {
@@ -39,7 +40,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK_SIZE, 2) conv_transpose1d_gat
     const storage_t* __restrict__ weight,  // [C_in, C_out_g, K]
     const result_t* __restrict__ bias,     // [C_out], or null
     result_t* __restrict__ output,         // [N, C_out, L_out]
-    FUSED_ARGUMENTS WINDOW_ARGUMENTS const Params p) {
+    SAMPLES_ARGUMENT FUSED_ARGUMENTS WINDOW_ARGUMENTS const Params p) {
     const Epilogue epilogue(bias, output, p FUSED_VALUES);
     MOVE_WINDOW
     const InputActivation input_activation(p INPUT_ACTIVATION_VALUES);
@@ -50,6 +51,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK_SIZE, 2) conv_transpose1d_gat
         const index_t n = row / p.C_out;
         const index_t c_out = row - n * p.C_out;
         const index_t g = c_out / p.C_out_g;
+        const Extents sample = extents_of(n, p SAMPLES_VALUE);
+        if (kHasLengths && l_out >= sample.L_out) continue;
 
         // The phase's taps are k_first + j*tap_step and read l_first - j*position_step.
         const index_t t = l_out + p.padding_left;
@@ -60,7 +63,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK_SIZE, 2) conv_transpose1d_gat
             k_first = t_gcd % p.tap_step * p.phase_inverse % p.tap_step;
             l_first = (t - k_first * p.dilation) / p.stride;  // exact, perhaps negative
             if (k_first < p.K) {
-                taps = existing_range_down(l_first, p.position_step, ceil_div(p.K - k_first, p.tap_step), p.L_in);
+                taps = existing_range_down(l_first, p.position_step, ceil_div(p.K - k_first, p.tap_step), sample.L_in);
             }
         }
 
@@ -73,7 +76,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK_SIZE, 2) conv_transpose1d_gat
             const Loader loaded = input_activation.channel(g * p.C_in_g + c_in);
             for (index_t j = taps.begin; j < taps.end; ++j) {
                 const index_t k = k_first + j * p.tap_step;
-                const index_t l_in = source_index(l_first - j * p.position_step, p.L_in).index;
+                const index_t l_in = source_index(l_first - j * p.position_step, sample.L_in).index;
                 acc = multiply_add(
                     scalar::load(w[c_in * p.weight_stride_in + k * p.weight_stride_k]),
                     scalar::load(loaded(x[c_in * p.input_stride_c + l_in * p.input_stride_l])), acc);

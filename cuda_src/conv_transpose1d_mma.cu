@@ -45,7 +45,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) conv_transpos
 #if SEGMENT_MODE >= 2
     AccVector* __restrict__ partial,      // sums of segments: see mma.cuh
 #endif
-    FUSED_ARGUMENTS WINDOW_ARGUMENTS const Params p) {
+    SAMPLES_ARGUMENT FUSED_ARGUMENTS WINDOW_ARGUMENTS const Params p) {
     const Epilogue epilogue(bias, output, p FUSED_VALUES);
     MOVE_WINDOW
 #if SEGMENT_MODE < 2
@@ -71,6 +71,12 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) conv_transpos
         tile.samples = p.N - n;
         tile.position_begin = column_tile * p.block_positions;
         tile.positions = p.positions;
+        if (kHasLengths) {
+            const Extents sample = extents_of(n, p SAMPLES_VALUE);
+            tile.L_in = sample.L_in;
+            tile.L_out = sample.L_out;
+            tile.positions = sample.L_out > 0 ? (sample.L_out - 1 + p.padding_left) / p.stride - p.q_begin + 1 : 0;
+        }
         tile.row_taps = found.taps;
         tile.column_step = 1;
         tile.first = p.q_begin + found.l_shift;

@@ -48,6 +48,7 @@
 #include "finish.cuh"
 #include "fragments.cuh"
 #include "row.cuh"
+#include "samples.cuh"
 #include "staging.cuh"
 
 constexpr int kStagePairs = 2 * STAGE_STEPS;
@@ -70,6 +71,7 @@ static_assert(PREFETCH % INPUT_WIDTH == 0, "tasks are of whole units: gpuconv/fa
 static_assert(INPUT_WIDTH == 1 || (INPUT_WIDTH == 2 && kUnit == 8 && kIsEmptyOutside),
               "pairs lie inside or outside: gpuconv/families/mma.py");
 static_assert(IS_SPLIT == 0 || kStageTerms == SPLIT_TERMS, "SPLIT_TERMS differs from gpuconv/families/mma.py");
+static_assert(!kHasLengths || (INPUT_WIDTH == 1 && !HAS_SAMPLES), "a block is of one sample: gpuconv/families/mma.py");
 
 // What the k-steps of a stage add to a lane's address in the window, in bytes.
 typedef Vector<int, STAGE_STEPS> StepOffsets;
@@ -818,6 +820,10 @@ template <typename TileOf, typename RowOf>
 __device__ __forceinline__ void run_block(
     const TileOf& tile_of, const Window& window, const Epilogue& epilogue, const RowOf& row_of, AccVector* partial) {
     Sums acc;
+    if (kHasLengths) {  // blocks behind the sample's last output have nothing to do
+        const Tile tile = tile_of(SEGMENT_MODE == 2 ? blockIdx.x % unsigned(window.num_tiles) : blockIdx.x);
+        if (tile.position_begin >= tile.positions) return;
+    }
     if (SEGMENT_MODE == 3) {
         for_each_sum([&](int i, int j, int e) { acc[i][j][e] = 0.0f; });
 #pragma unroll 1

@@ -16,6 +16,7 @@
 #include "canonical_sum.cuh"
 #include "common.cuh"
 #include "edge.cuh"
+#include "samples.cuh"
 
 struct Slice {
     index_t n_begin, n_end;  // samples
@@ -66,18 +67,26 @@ __device__ __forceinline__ storage_t finish_gradient(acc_t sum, bool is_conjugat
 // where this is the rule.
 template <int kUnroll = 1, typename P>
 __device__ __forceinline__ acc_t canonical_slice_sum(
-    const storage_t* coarse, const storage_t* fine, index_t k, const Slice& s, const P& p) {
-    const index_t offset = k * p.dilation - p.padding_left;  // position of fine that l = 0 meets
-    const Range existing = existing_range(offset, p.stride, p.L_coarse, p.L_fine);
-    const index_t l_begin = max_index(s.l_begin, existing.begin), l_end = min_index(s.l_end, existing.end);
+    const storage_t* coarse, const storage_t* fine, index_t k, const Slice& s, const P& p SAMPLES_PARAMETER) {
+    index_t offset = k * p.dilation - p.padding_left;  // position of fine that l = 0 meets
+    index_t L_fine = p.L_fine;
+    Range existing = existing_range(offset, p.stride, p.L_coarse, L_fine);
+    index_t l_begin = max_index(s.l_begin, existing.begin), l_end = min_index(s.l_end, existing.end);
     acc_t acc = scalar::zero();
 #pragma unroll 1
     for (index_t n = s.n_begin; n < s.n_end; ++n) {
         const storage_t* const a = coarse + n * p.coarse_stride_n;
         const storage_t* const b = fine + n * p.fine_stride_n;
+#ifdef LENGTHS
+        offset = k * p.dilation - index_t(samples[n].padding_left);
+        L_fine = index_t(samples[n].L_in);
+        existing = existing_range(offset, p.stride, index_t(samples[n].L_out), L_fine);
+        l_begin = max_index(s.l_begin, existing.begin);
+        l_end = min_index(s.l_end, existing.end);
+#endif
 #pragma unroll kUnroll
         for (index_t l = l_begin; l < l_end; ++l) {
-            const index_t l_fine = source_index(l * p.stride + offset, p.L_fine).index;
+            const index_t l_fine = source_index(l * p.stride + offset, L_fine).index;
             acc = multiply_add_conjugate(
                 scalar::load(a[l * p.coarse_stride_l]), scalar::load(b[l_fine * p.fine_stride_l]), acc);
         }

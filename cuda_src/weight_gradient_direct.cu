@@ -8,7 +8,7 @@
 // Grid x: blocks of BLOCK_SIZE consecutive elements of (slice, r, c, k), k fastest; where the grid is shorter, threads take
 // several. Grid y and z: 1. No shared memory.
 // With several slices their sums go to partial and sum_slices.cu follows; with one partial is null.
-// Takes arrays of any strides, zero and negative ones too, in elements.
+// Takes arrays of any strides, zero and negative ones too, in elements, and samples with lengths of their own (samples.cuh).
 
 #include "common.cuh"
 #include "slices.cuh"
@@ -31,7 +31,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK_SIZE, 2) weight_gradient_dire
     const storage_t* __restrict__ fine,    // [N, C_fine, L_fine]
     acc_t* __restrict__ partial,           // [slices, C_coarse, C_fine_g, K], or null
     storage_t* __restrict__ grad_weight,   // [C_coarse, C_fine_g, K], or null
-    const Params p) {
+    SAMPLES_ARGUMENT const Params p) {
     const index_t columns = p.C_fine_g * p.K;
     const index_t grid_size = index_t(gridDim.x) * BLOCK_SIZE;
     for (index_t i = index_t(blockIdx.x) * BLOCK_SIZE + threadIdx.x; i < p.num_sums; i += grid_size) {
@@ -40,7 +40,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK_SIZE, 2) weight_gradient_dire
         const index_t c = column / p.K, k = column - c * p.K;
         const index_t g = r / p.C_coarse_g;
         const acc_t sum = canonical_slice_sum<4>(
-            coarse + r * p.coarse_stride_c, fine + (g * p.C_fine_g + c) * p.fine_stride_c, k, find_slice(slice, p), p);
+            coarse + r * p.coarse_stride_c, fine + (g * p.C_fine_g + c) * p.fine_stride_c, k, find_slice(slice, p), p SAMPLES_VALUE);
         store_sum(sum, slice, r, column, partial, grad_weight, p);
     }
 }

@@ -12,6 +12,9 @@
 // v holds position (l + j)*stride - padding_left + (the block's first tap)*dilation + v*dilation: see Window in
 // gpuconv/families/weight_gradient_mma.py.
 //
+// TAPS_IN_UNITS = 1 is for few channels of fine: an octet is then a channel's eight neighbouring taps, at positions `dilation`
+// apart, and what is said of taps and channels above holds for blocks of eight taps, 8*dilation apart, and for those eight.
+//
 // The reduction runs over samples, and in a sample over steps of 16 positions, of which those behind the last count as
 // zeros. So its order depends on the problem and the slices alone, and the bits on neither the tile nor the chunks.
 //
@@ -25,7 +28,9 @@
 // With several slices their sums go to partial and sum_slices.cu follows; with one partial is null.
 // COARSE_WIDTH and FINE_WIDTH > 1 need contiguous positions, as many as a multiple of the width, in rows that begin
 // aligned to that many; FINE_WIDTH > 1 also needs stride 1. Takes other arrays of any strides, in elements.
-// Needs float16, bfloat16 (sm_80) or float32 (sm_80). Chosen for at least 8 channels a group on both sides.
+// Samples with lengths of their own (samples.cuh) need widths of 1.
+// Needs float16, bfloat16 (sm_80) or float32 (sm_80). Chosen for at least 8 channels a group on the coarse side, and 8
+// channels or 8 taps on the fine side; see gpuconv/families/weight_gradient_mma.py.
 
 #include "common.cuh"
 #include "edge.cuh"
@@ -38,6 +43,7 @@ struct Params {
     index_t C_coarse, C_coarse_g, C_fine_g;
     index_t row_tiles, tap_tiles, octet_tiles, groups;
     index_t block_octets, block_taps;
+    index_t taps, tap_step;  // of an octet: K and dilation, or blocks of taps and the positions from one to the next
     index_t stride, padding_left, dilation;
     index_t slice_samples, slice_positions, slice_pieces;
     index_t chunk_samples, sample_shift;  // 1 << sample_shift rows of each
@@ -53,6 +59,7 @@ struct Params {
 static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/weight_gradient_mma.py");
 
 constexpr int kOctetUnits = 8 / kUnit;
+constexpr int kOctetChannels = TAPS_IN_UNITS ? 1 : 8, kOctetTaps = 8 / kOctetChannels;
 constexpr int kStepRows = 16;                  // positions of a step
 constexpr int kDepth = 2 * kUnit;              // and of one product of matrices
 constexpr int kUnitsM = BLOCK_M / kUnit;
@@ -70,6 +77,8 @@ constexpr int kOutColumns = BLOCK_N / 32;       // that a lane stores of a row
 static_assert(CHUNK_ROWS % kStepRows == 0, "chunks are whole steps: gpuconv/families/weight_gradient_mma.py");
 static_assert(AHEAD_COARSE % COARSE_WIDTH == 0 && AHEAD_FINE % FINE_WIDTH == 0,
               "whole tasks are loaded ahead: gpuconv/families/weight_gradient_mma.py");
+static_assert(!TAPS_IN_UNITS || FINE_WIDTH == 1,
+              "taps are loaded one by one: gpuconv/families/weight_gradient_mma.py");
 static_assert(kIsEmptyOutside || FINE_WIDTH == 1,
               "positions outside fine are loaded together: gpuconv/families/weight_gradient_mma.py");
 static_assert(kStepRows == SPLIT_TERMS, "SPLIT_TERMS differs from gpuconv/families/mma.py");
@@ -79,11 +88,12 @@ struct Place {
     index_t n, l;
 };
 
-// What a block computes. Rows and octets are those of the group.
+// What a block computes. Rows, octets and taps are those of the group.
 struct Tile {
     index_t slice, channel, fine_channel;  // the first channels of the group
     index_t row_begin, octet_begin, tap_begin;
-    index_t rows, channels, taps;  // that exist
+    index_t rows, channels, taps;  // that exist: of coarse, of fine, and of each channel of fine
+    index_t elements;              // of all octets
 };
 
 __device__ __forceinline__ Tile find_tile(unsigned block, const Params& p) {
@@ -96,8 +106,9 @@ __device__ __forceinline__ Tile find_tile(unsigned block, const Params& p) {
     tile.channel = group * p.C_coarse_g;
     tile.fine_channel = group * p.C_fine_g;
     tile.rows = min_index(p.C_coarse_g - tile.row_begin, BLOCK_M);
-    tile.channels = min_index(p.C_fine_g - tile.octet_begin * 8, p.block_octets * 8);
-    tile.taps = min_index(p.K - tile.tap_begin, p.block_taps);
+    tile.channels = min_index(p.C_fine_g - tile.octet_begin * kOctetChannels, p.block_octets * kOctetChannels);
+    tile.taps = min_index(p.K - tile.tap_begin * kOctetTaps, p.block_taps * kOctetTaps);
+    tile.elements = tile.channels * kOctetTaps;
     return tile;
 }
 
@@ -119,6 +130,24 @@ struct Task {
 // some that the unit before has too, and all channels of every unit exist.
 __device__ __forceinline__ int first_of_unit(int unit, index_t channels) {
     return int(min_index(unit * kUnit, channels - kUnit));
+}
+
+// Loads the elements of fine that kUnit neighbouring taps meet, the first of them at a position; zeros where there are none.
+template <int kWidth>
+__device__ __forceinline__ void load_taps(
+    Block<kWidth>& block, const storage_t* x, index_t first, index_t L_fine, bool exists, const Params& p) {
+    if (exists && is_inside(first, first + (kUnit - 1) * p.dilation, L_fine)) {
+        block.load(x + first * p.fine_stride_l, keep_in_register(p.dilation * p.fine_stride_l));
+        return;
+    }
+    block.clear();
+#pragma unroll
+    for (int e = 0; e < kUnit; ++e) {
+        const Source source = source_index(first + e * p.dilation, L_fine);
+        if (exists && source.exists) {
+            block.run[e] = RunOf<kWidth>::type::load(x + source.index * p.fine_stride_l);
+        }
+    }
 }
 
 // The fragments of one product of matrices are loaded from this lane's address of each operand: see ptx.cuh. 16-bit operands
@@ -152,7 +181,7 @@ __device__ __forceinline__ void load_rows(unsigned (&a)[4], const unsigned char*
 
 // The sums of one slice.
 __device__ __forceinline__ void multiply_slice(
-    const storage_t* coarse, const storage_t* fine, const Tile& tile, const Params& p, Sums& acc) {
+    const storage_t* coarse, const storage_t* fine, const Tile& tile, const Params& p, Sums& acc SAMPLES_PARAMETER) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const Slice s = find_slice(tile.slice, p);
     const int window_half = int(p.window_half), window_pitch = int(p.window_pitch), block_taps = int(p.block_taps);
@@ -167,14 +196,14 @@ __device__ __forceinline__ void multiply_slice(
     const int fine_runs = int(p.window_rows) / FINE_WIDTH, fine_tasks = fine_runs * int(p.task_units);
     const int sample_window_rows = planes * plane_rows;
     // Planes begin at a multiple of FINE_WIDTH, so that their first rows may be ones that no tap needs.
-    const index_t first = tile.tap_begin * p.dilation - p.padding_left;
-    const auto skew_of = [&](int plane) { return int(first + plane * p.dilation) & (FINE_WIDTH - 1); };
+    const index_t first = tile.tap_begin * p.tap_step - p.padding_left;
+    const auto skew_of = [&](int plane) { return int(first + plane * p.tap_step) & (FINE_WIDTH - 1); };
 #pragma unroll 1
     for (int row = threadIdx.x; row < p.window_rows; row += kThreads) {
         const int sample = row / sample_window_rows, in_sample = row - sample * sample_window_rows;
         const int plane = in_sample / plane_rows;
         places[row] = Place{
-            sample, (in_sample - plane * plane_rows) * p.stride + first + plane * p.dilation - skew_of(plane)};
+            sample, (in_sample - plane * plane_rows) * p.stride + first + plane * p.tap_step - skew_of(plane)};
     }
 
 #pragma unroll 1
@@ -183,12 +212,12 @@ __device__ __forceinline__ void multiply_slice(
     }
 
     coarse += (tile.channel + tile.row_begin) * p.coarse_stride_c;
-    fine += (tile.fine_channel + tile.octet_begin * 8) * p.fine_stride_c;
+    fine += (tile.fine_channel + tile.octet_begin * kOctetChannels) * p.fine_stride_c;
     index_t n = s.n_begin, l = s.l_begin;  // the chunk to load
     const int sample_shift = int(p.sample_shift), sample_rows = 1 << sample_shift;
 
     // Units that exist. The others are never written: they have a part in no result.
-    const int coarse_units = (int(tile.rows) + kUnit - 1) / kUnit, fine_units = (int(tile.channels) + kUnit - 1) / kUnit;
+    const int coarse_units = (int(tile.rows) + kUnit - 1) / kUnit, fine_units = (int(tile.elements) + kUnit - 1) / kUnit;
     const auto coarse_task = [&](int i) {
         return Task::of(i * kThreads + int(threadIdx.x), kUnitsM, CHUNK_ROWS / COARSE_WIDTH, COARSE_WIDTH);
     };
@@ -200,7 +229,11 @@ __device__ __forceinline__ void multiply_slice(
     const auto load_coarse = [&](Block<COARSE_WIDTH>& block, const Task& task) {
         const int sample = task.row >> sample_shift;
         const index_t l_coarse = l + (task.row - (sample << sample_shift)), c = first_of_unit(task.unit, tile.rows);
-        if (n + sample < s.n_end && l_coarse < s.l_end) {
+        bool exists = n + sample < s.n_end && l_coarse < s.l_end;
+#ifdef LENGTHS
+        exists = exists && l_coarse < samples[n + sample].L_out;
+#endif
+        if (exists) {
             block.load(
                 coarse + ((n + sample) * p.coarse_stride_n + l_coarse * p.coarse_stride_l + c * p.coarse_stride_c),
                 keep_in_register(p.coarse_stride_c));
@@ -210,9 +243,23 @@ __device__ __forceinline__ void multiply_slice(
     };
     const auto load_fine = [&](Block<FINE_WIDTH>& block, const Task& task) {
         const Place place = places[task.row];
-        const index_t c = first_of_unit(task.unit, tile.channels);
-        const Source source = source_index(l * p.stride + place.l, p.L_fine);
-        if (n + place.n < s.n_end && source.exists) {
+        const bool sample_exists = n + place.n < s.n_end;
+        index_t position = l * p.stride + place.l, L_fine = p.L_fine;
+#ifdef LENGTHS
+        if (sample_exists) {
+            position += p.padding_left - index_t(samples[n + place.n].padding_left);
+            L_fine = index_t(samples[n + place.n].L_in);
+        }
+#endif
+        if (TAPS_IN_UNITS) {
+            const index_t tap_of_octet = task.unit % kOctetUnits * kUnit;
+            const storage_t* const x = fine + ((n + place.n) * p.fine_stride_n + task.unit / kOctetUnits * p.fine_stride_c);
+            load_taps(block, x, position + tap_of_octet * p.dilation, L_fine, sample_exists, p);
+            return;
+        }
+        const index_t c = first_of_unit(task.unit, tile.elements);
+        const Source source = source_index(position, L_fine);
+        if (sample_exists && source.exists) {
             block.load(
                 fine + ((n + place.n) * p.fine_stride_n + source.index * p.fine_stride_l + c * p.fine_stride_c),
                 keep_in_register(p.fine_stride_c));
@@ -363,9 +410,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) weight_gradie
     const storage_t* __restrict__ fine,    // [N, C_fine, L_fine]
     acc_t* __restrict__ partial,           // [slices, C_coarse, C_fine_g, K], or null
     storage_t* __restrict__ grad_weight,   // [C_coarse, C_fine_g, K], or null
-    const Params p) {
+    SAMPLES_ARGUMENT const Params p) {
     Sums acc;
-    multiply_slice(coarse, fine, find_tile(blockIdx.x, p), p, acc);
+    multiply_slice(coarse, fine, find_tile(blockIdx.x, p), p, acc SAMPLES_VALUE);
 
     // 16 rows of each warp at a time pass through shared memory, to be stored in the order of (c, k).
     const Tile tile = find_tile(block_index_again(), p);
@@ -378,15 +425,17 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) weight_gradie
     const index_t to_c = partial != nullptr ? p.K : p.weight_stride_c;
     const index_t to_k = partial != nullptr ? 1 : p.weight_stride_k;
     const auto column_of = [&](int c, int tap) {
+        if (TAPS_IN_UNITS) return c * int(p.block_taps) * 8 + tap;
         const int unit = c / kUnit, place = unit * kUnit + (c - first_of_unit(unit, tile.channels));
         return (place / 8 * int(p.block_taps) + tap) * 8 + place % 8;
     };
+    const index_t first_c = tile.octet_begin * kOctetChannels, first_k = tile.tap_begin * kOctetTaps;
     const int taps = int(tile.taps), step_c = 32 / taps, step_tap = 32 - step_c * taps;
     int c = lane / taps, tap = lane - c * taps;
 #pragma unroll
     for (int m = 0; m < kOutColumns; ++m) {
         from[m] = c < tile.channels ? column_of(c, tap) : -1;
-        to[m] = (tile.octet_begin * 8 + c) * to_c + (tile.tap_begin + tap) * to_k;
+        to[m] = (first_c + c) * to_c + (first_k + tap) * to_k;
         c += step_c;
         tap += step_tap;
         if (tap >= taps) {
@@ -434,10 +483,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) weight_gradie
                 const int c = e / taps, tap = e - c * taps;
                 if (row % (kThreads / 32) != warp || row_of(row) < 0 || c >= tile.channels) continue;
                 if (is_finite(out[row * kOutPitch + column_of(c, tap)])) continue;
-                const index_t r = tile.channel + tile.row_begin + row_of(row), k = tile.tap_begin + tap;
-                const index_t c_of_group = tile.octet_begin * 8 + c;
+                const index_t r = tile.channel + tile.row_begin + row_of(row), k = first_k + tap;
+                const index_t c_of_group = first_c + c;
                 const acc_t sum = canonical_slice_sum(
-                    coarse + r * p.coarse_stride_c, fine + (tile.fine_channel + c_of_group) * p.fine_stride_c, k, s, p);
+                    coarse + r * p.coarse_stride_c, fine + (tile.fine_channel + c_of_group) * p.fine_stride_c, k, s,
+                    p SAMPLES_VALUE);
                 store_sum(sum, tile.slice, r, c_of_group * p.K + k, partial, grad_weight, p);
             }
         }

@@ -6,6 +6,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from .functional import conv1d, conv_transpose1d, prepare
+from .lengths import conv1d_output_length, conv_transpose1d_output_length, output_lengths
 
 if TYPE_CHECKING:
     from . import grad, nn, reference, signal, stream
@@ -18,11 +19,14 @@ __version__ = "0.1.0"
 __all__ = [
     "compile",
     "conv1d",
+    "conv1d_output_length",
     "conv_transpose1d",
+    "conv_transpose1d_output_length",
     "explain",
     "grad",
     "is_compiled",
     "nn",
+    "output_lengths",
     "prepare",
     "reference",
     "signal",

@@ -303,6 +303,8 @@ def check_int(
         result = operator.index(value)  # type: ignore[arg-type]
     except TypeError:
         raise TypeError(f"{caller}: {name} must be {expected}, got {type(value).__name__} {value!r}") from None
+    if result.bit_length() > 1024:  # Python turns no int of thousands of digits into text
+        raise ValueError(f"{caller}: {name} must fit in 64 bits, got an int of {result.bit_length()} bits")
     if at_least is not None and result < at_least:
         raise ValueError(f"{caller}: {name} must be at least {at_least}, got {result}")
     if at_most is not None and result > at_most:

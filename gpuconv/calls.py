@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cache, partial
 from threading import Lock
 from types import ModuleType
 from typing import Any, cast
@@ -13,15 +14,17 @@ import numpy as np
 from . import runtime
 from .arguments import ArrayLike, ArraySpec, check_dtype
 from .dtypes import real_dtype
-from .fusion import Fusion, check_data
+from .fusion import RESIDUAL, Fusion, check_data
+from .lengths import Samples, follows_length
 from .memory import check_kinds, check_overlap, overlaps_itself
-from .problem import BiasGradientProblem, ConvProblem, WeightGradientProblem, dtype_name
-from .tasks import OPTIONAL, SIGNATURES, Task
+from .problem import BiasGradientProblem, ConvProblem, Problem, WeightGradientProblem, dtype_name
+from .tasks import OPTIONAL, SIGNATURES, Task, padding_of, settings_of_samples
 
-# Executors of GPU calls and tasks of CPU calls, by everything that they depend on. A full cache drops its oldest entry,
-# so that a program whose lengths always differ keeps only so many.
-_EXECUTORS: dict[tuple[Any, ...], tuple[runtime.Executor, tuple[int, ...], Any]] = {}  # with shape, dtype of the result
-_TASKS: dict[tuple[Any, ...], tuple[Task, bool]] = {}  # with whether all arrays have native byte order
+# Executors of GPU calls, and tasks of CPU calls, by everything that they depend on. A full cache drops its
+# oldest entry, so that a program whose lengths always differ keeps only so many.
+_EXECUTORS: dict[tuple[Any, ...], tuple[runtime.Executor, Task, Any]] = {}  # with the dtype of the result
+# Of a task: the dtype of the result, and whether it is a convolution of the arrays as they are, with nothing fused.
+_TASKS: dict[tuple[Any, ...], tuple[Task, np.dtype[Any], bool]] = {}
 _CACHE_SIZE = 4096
 _CACHE_LOCK = Lock()  # for changes; look-ups need none
 
@@ -34,6 +37,7 @@ def run(
     *,
     algorithm: str | None = None,
     prepared: runtime.PreparedWeight | None = None,
+    lengths: Any = None,
 ) -> Any:
     """Compute a public function on the device of its arrays.
 
@@ -44,6 +48,7 @@ def run(
         out: where to write the result; None for a fresh array.
         algorithm: of a GPU; see `dispatch.choose`.
         prepared: the packed forms of the weight, if the caller has them.
+        lengths: of the samples, where they have lengths of their own; see `gpuconv.lengths`.
 
     Returns:
         The result, which is `out` where that was given.
@@ -53,25 +58,31 @@ def run(
 
         dispatch.check_algorithm(function, SIGNATURES[function].kind, algorithm)
     if runtime.is_cupy_array(arrays[0]):
-        return _run_on_gpu(function, arrays, settings, out, algorithm, prepared)
+        return _run_on_gpu(function, arrays, settings, out, algorithm, prepared, lengths)
+    if lengths is not None:
+        return _run_samples_on_cpu(function, arrays, settings, out, lengths)
     return _run_on_cpu(function, arrays, settings, out)
 
 
 def _run_on_cpu(function: str, arrays: tuple[Any, ...], settings: tuple[Any, ...], out: Any | None) -> Any:
     key = _cpu_key(function, arrays, settings) if out is None else None
     found = None if key is None else _TASKS.get(key)
-    if found is None:
-        if _has_real_taps(function, arrays):
-            return _run_by_parts(function, arrays, settings, out)
-        task = _check(function, arrays, settings, out)
-        if key is not None:
-            _keep(_TASKS, key, (task, all(array is None or array.dtype.isnative for array in arrays)))
-    else:
-        task, is_native = found
-        if is_native:  # as nearly all are
-            result = np.empty(task.shape, task.out_dtype or arrays[0].dtype)
+    if found is not None:
+        task, dtype, is_convolution = found
+        result = np.empty(task.shape, dtype)
+        if is_convolution:
+            bias = arrays[2] if len(arrays) > 2 else None
+            _cpu().convolve(task.problem, arrays[0], arrays[1], bias, result)
+        else:
             _compute(task, arrays, result)
-            return result
+        return result
+    if _has_real_taps(function, arrays):
+        return _run_by_parts(function, arrays, settings, out)
+    task = _check(function, arrays, settings, out)
+    if key is not None and all(array is None or array.dtype.isnative for array in arrays):
+        p, dtype = task.problem, np.dtype(task.out_dtype or arrays[0].dtype)
+        is_convolution = isinstance(p, ConvProblem) and not p.fusion and not task.conjugate_weight
+        _keep(_TASKS, key, (task, dtype, is_convolution))
     plain = [None if array is None else _native(array) for array in arrays]
     dtype = cast(Any, plain[0]).dtype
     if out is None:
@@ -114,6 +125,7 @@ def _run_on_gpu(
     out: Any | None,
     algorithm: str | None,
     prepared: runtime.PreparedWeight | None,
+    lengths: Any,
 ) -> Any:
     cupy = runtime.cupy_module()
     device_index = arrays[0].data.device_id
@@ -124,35 +136,164 @@ def _run_on_gpu(
         raise RuntimeError(f"{function}: {first} is a CuPy array, but no GPU answers: {error}") from error
     if current != device_index:
         with cupy.cuda.Device(device_index):
-            return _run_on_gpu(function, arrays, settings, out, algorithm, prepared)
+            return _run_on_gpu(function, arrays, settings, out, algorithm, prepared, lengths)
 
     found, key = None, None
     names = _as_key(settings)
     if names is not None:
-        key = (function, algorithm, names, *map(identity, arrays), identity(out))
+        key = (function, algorithm, names, lengths is None, *map(identity, arrays), identity(out))
         found = _EXECUTORS.get(key)
     if found is None:
         if _has_real_taps(function, arrays):
-            return _run_by_parts(function, arrays, settings, out, algorithm=algorithm, prepared=prepared)
+            options = {"algorithm": algorithm, "prepared": prepared, "lengths": lengths}
+            return _run_by_parts(function, arrays, settings, out, **options)
         task = _check(function, arrays, settings, out)
+        if lengths is not None and _runs_one_by_one(function, task, settings):
+            samples = _samples(function, arrays, settings, task, lengths)
+            result = runtime.empty_beside(arrays[0], task.shape, arrays[0].dtype) if out is None else out
+            compute = partial(run, algorithm=algorithm, prepared=prepared)
+            _run_by_runs(function, arrays, settings, task, samples, result, compute, runtime.clear)
+            return result
         executor = runtime.make_executor(
-            task.problem,
+            task.problem if lengths is None else _with_lengths(task.problem),
             SIGNATURES[function].operands[: len(arrays)],
             arrays,
             out,
             conjugate_weight=task.conjugate_weight,
             algorithm=algorithm,
         )
-        found = executor, task.shape, task.out_dtype or arrays[0].dtype
+        found = executor, task, task.out_dtype or arrays[0].dtype
         if key is not None:
             _keep(_EXECUTORS, key, found)
     elif out is not None:
         check_overlap(function, out, dict(zip(SIGNATURES[function].arrays, arrays, strict=False)))
-    executor, shape, dtype = found
+    executor, task, dtype = found
+    table = None
+    if lengths is not None:
+        table = _table(function, task, _samples(function, arrays, settings, task, lengths))
     if out is None:
-        out = cupy.empty(shape, dtype)
-    executor.run(*arrays, out, prepared=prepared)
+        out = cupy.empty(task.shape, dtype)
+    executor.run(*arrays, out, prepared=prepared, samples=table)
     return out
+
+
+def _samples(function: str, arrays: tuple[Any, ...], settings: tuple[Any, ...], task: Task, lengths: Any) -> Samples:
+    """The lengths of the samples of a call that has been checked but for these."""
+    if task.forward is None:
+        shape = arrays[0].shape
+        return Samples.of_outputs(function, shape[0] if len(shape) == 3 else 1, shape[-1], lengths)
+    return Samples.of(function, task.forward, padding_of(function, settings), lengths)
+
+
+def _runs_one_by_one(function: str, task: Task, settings: tuple[Any, ...]) -> bool:
+    """Whether a GPU takes each run of samples of one length by itself, since their paddings differ."""
+    p = task.forward
+    is_sum = not isinstance(task.problem, ConvProblem)
+    return p is not None and not is_sum and follows_length(p, padding_of(function, settings))
+
+
+def _with_lengths(problem: Problem | None) -> Problem | None:
+    if isinstance(problem, ConvProblem | WeightGradientProblem | BiasGradientProblem):
+        return replace(problem, has_lengths=True)
+    return problem
+
+
+def _table(function: str, task: Task, samples: Samples) -> np.ndarray[Any, Any]:
+    """What kernels read of each sample: see cuda_src/samples.cuh."""
+    L_in, L_out, left = samples
+    p = task.problem
+    # The input of the gradient of an input is an output; in that of a transposed weight, fine is one.
+    is_swapped = (
+        p.transposed if isinstance(p, WeightGradientProblem) else isinstance(p, ConvProblem) and p.op != function
+    )
+    return np.stack((L_out, L_in, left) if is_swapped else (L_in, L_out, left), axis=1)
+
+
+def _run_samples_on_cpu(
+    function: str, arrays: tuple[Any, ...], settings: tuple[Any, ...], out: Any | None, lengths: Any
+) -> Any:
+    """Compute samples of lengths of their own: runs of one length on views of the arrays."""
+    if _has_real_taps(function, arrays):
+        return _run_by_parts(function, arrays, settings, out, lengths=lengths)
+    task = _check(function, arrays, settings, out)
+    samples = _samples(function, arrays, settings, task, lengths)
+    plain = tuple(None if array is None else _native(array) for array in arrays)
+    if out is None:
+        out = np.empty(task.shape, task.out_dtype or arrays[0].dtype)
+    is_native = out.dtype.isnative
+    result = np.asarray(out) if is_native else np.empty(out.shape, task.out_dtype or cast(Any, plain[0]).dtype)
+
+    def compute(function: str, views: tuple[Any, ...], settings: tuple[Any, ...], result: Any) -> None:
+        _compute(Task.of(function, views, settings), views, result)
+
+    if isinstance(task.problem, WeightGradientProblem | BiasGradientProblem):
+        sums: np.ndarray[Any, Any] = np.zeros(task.shape, _cpu().accumulator(task.problem.dtype))
+        part = np.empty_like(sums)
+        for start, stop in samples.runs():
+            if samples.L_out[start]:
+                views, own = _views(function, plain, settings, task, samples, start, stop)
+                compute(function, views, own, part)
+                with np.errstate(all="ignore"):
+                    np.add(sums, part, out=sums)
+        with np.errstate(all="ignore"):
+            result[...] = sums
+    else:
+        _run_by_runs(function, plain, settings, task, samples, result, compute, lambda view: view.fill(0))
+    if not is_native:
+        out[...] = result
+    return out
+
+
+def _run_by_runs(
+    function: str,
+    arrays: tuple[Any, ...],
+    settings: tuple[Any, ...],
+    task: Task,
+    samples: Samples,
+    result: Any,
+    compute: Callable[[str, tuple[Any, ...], tuple[Any, ...], Any], Any],
+    clear: Callable[[Any], None],
+) -> None:
+    """Compute an operation or the gradient of an input: one call for each run of samples of one length.
+
+    `compute` carries out a run, given the function, views of the arrays, their settings and a view of the result;
+    `clear` makes a view of the result zero.
+    """
+    result = _batched(result)
+    is_forward = isinstance(task.problem, ConvProblem) and task.problem.op == function
+    for start, stop in samples.runs():
+        L_in, L_out = int(samples.L_in[start]), int(samples.L_out[start])
+        length = L_out if is_forward else L_in if L_out else 0  # behind which all is zero
+        clear(result[start:stop, :, length:])
+        if length:
+            views, own = _views(function, arrays, settings, task, samples, start, stop)
+            compute(function, views, own, result[start:stop, :, :length])
+
+
+def _views(
+    function: str,
+    arrays: tuple[Any, ...],
+    settings: tuple[Any, ...],
+    task: Task,
+    samples: Samples,
+    start: int,
+    stop: int,
+) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """The arrays and the settings of the call on the samples from start to stop - 1 alone, which have one length."""
+    L_in, L_out = int(samples.L_in[start]), int(samples.L_out[start])
+    lengths = {"input": L_in, "grad_output": L_out, RESIDUAL: L_out}
+    views = tuple(
+        _batched(array)[start:stop, :, : lengths[name]] if name in lengths and array is not None else array
+        for name, array in zip(SIGNATURES[function].arrays, arrays, strict=False)
+    )
+    p = task.forward
+    if p is None:
+        return views, settings
+    return views, settings_of_samples(function, settings, p, (stop - start, p.C_in, L_in))
+
+
+def _batched(array: Any) -> Any:
+    return array if array.ndim == 3 else array[np.newaxis]
 
 
 def _has_real_taps(function: str, arrays: tuple[Any, ...]) -> bool:
@@ -214,13 +355,14 @@ def run_weight_gradient(
     *,
     weight_dtype: Any,
     algorithm: str | None = None,
+    lengths: Any = None,
 ) -> Any:
     """Compute the gradient of a weight of a given dtype; None stands for that of the data.
 
     That of real taps on complex data is the sum of the gradients of both parts.
     """
     if weight_dtype is None:
-        return run(function, arrays, settings, out, algorithm=algorithm)
+        return run(function, arrays, settings, out, algorithm=algorithm, lengths=lengths)
     given = dict(zip(SIGNATURES[function].arrays, arrays, strict=True))
     check_kinds(function, given)
     dtype = check_dtype(function, "input", arrays[0])
@@ -229,7 +371,7 @@ def run_weight_gradient(
     except TypeError:
         found = None
     if found == dtype:
-        return run(function, arrays, settings, out, algorithm=algorithm)
+        return run(function, arrays, settings, out, algorithm=algorithm, lengths=lengths)
     if found != real_dtype(dtype):
         allowed = " or ".join(dict.fromkeys((dtype, real_dtype(dtype))))
         raise TypeError(f"{function}: weight_dtype must be {allowed} for {dtype} data, got {weight_dtype!r}")
@@ -240,8 +382,8 @@ def run_weight_gradient(
     if out is not None:
         check_overlap(function, out, given)
     real, imag = (tuple(getattr(array, part) for array in arrays) for part in ("real", "imag"))
-    out = run(function, real, settings, out, algorithm=algorithm)
-    other_part = run(function, imag, settings, None, algorithm=algorithm)
+    out = run(function, real, settings, out, algorithm=algorithm, lengths=lengths)
+    other_part = run(function, imag, settings, None, algorithm=algorithm, lengths=lengths)
     if runtime.is_cupy_array(out):
         runtime.add(out, other_part)
     else:
@@ -312,22 +454,22 @@ def _as_key(settings: tuple[Any, ...]) -> tuple[Any, ...] | None:
     They do where nothing but ints, strings, None and a `Fusion` remains: True equals 1 and would find the entry of 1,
     but must be refused.
     """
-    for value in settings:
-        if type(value) not in _PLAIN_TYPES and not (type(value) is tuple and all(type(v) is int for v in value)):
-            break
-    else:
+    if _PLAIN_TYPES.issuperset(map(type, settings)):  # as nearly all are
         return settings
 
     def plain(value: Any) -> Any:
+        if type(value) in _PLAIN_TYPES:
+            return value
         if isinstance(value, list | tuple):
             return tuple(map(plain, value))
-        return int(value) if isinstance(value, np.integer) else value
+        if isinstance(value, np.integer):
+            return int(value)
+        raise TypeError
 
-    def unambiguous(value: Any) -> bool:
-        return all(map(unambiguous, value)) if isinstance(value, tuple) else type(value) in _PLAIN_TYPES
-
-    names = cast(tuple[Any, ...], plain(settings))
-    return names if unambiguous(names) else None
+    try:
+        return tuple(map(plain, settings))
+    except TypeError:
+        return None
 
 
 def identity(array: Any) -> tuple[Any, ...] | None:

@@ -7,7 +7,7 @@ import os
 import platform
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -17,7 +17,8 @@ import numpy.typing as npt
 from . import cases, functional, grad, reference, runtime
 from .cases import Case, Data
 from .device import Device
-from .problem import INTEGERS, BiasGradientProblem, ConvProblem, WeightGradientProblem, numpy_dtype
+from .lengths import output_lengths
+from .problem import INTEGERS, ArraySpec, BiasGradientProblem, ConvProblem, WeightGradientProblem, numpy_dtype
 from .report import Failure, Result, Tap
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -351,6 +352,85 @@ def _check_chunks(s: Subject) -> Failure | None:
     return s.expect_invariance(output, whole, message, data, p)
 
 
+class _SampleAlone(NamedTuple):
+    """A sample of a batch whose samples have lengths of their own.
+
+    Attributes:
+        problem: of a call on it alone; None where it is too short to have an output.
+    """
+
+    n: int
+    L_in: int
+    L_out: int
+    problem: ConvProblem | None
+
+
+def _samples_alone(problem: ConvProblem, lengths: Sequence[int], settings: Mapping[str, Any]) -> list[_SampleAlone]:
+    """The samples of a batch of these lengths; `settings` are those of the public function."""
+    p, found = problem, []
+    L_out = output_lengths(
+        lengths, p.K, p.stride, settings.get("padding", 0), p.dilation, transposed=p.transposed,
+        output_padding=settings.get("output_padding", 0),
+    )  # fmt: skip
+    weight = ArraySpec(p.weight_shape, p.dtype)
+    bias = ArraySpec((p.C_out,), p.dtype) if p.has_bias else None
+    for n, (L_in, length) in enumerate(zip(lengths, L_out.tolist(), strict=True)):
+        alone = (
+            ConvProblem.of(p.op, ArraySpec((1, p.C_in, L_in), p.dtype), weight, bias, **settings) if length else None
+        )
+        found.append(_SampleAlone(n, L_in, length, alone))
+    return found
+
+
+def _check_lengths(s: Subject) -> Failure | None:
+    """Samples with lengths of their own, behind which there are NaNs: each gives what it gives alone."""
+    samples = _samples_alone(s.problem, s.case.lengths, s.settings)
+    p = cases.with_batch(s.problem, len(samples))
+    data, u = cases.random_data(p, s.seed), cases.random_grad_output(p, s.seed)
+    exact_x = cases.exact_data(p, s.seed, adjoint_too=True).input
+    exact_u = cases.exact_grad_output(p, s.seed, exact_x)
+    for alone in samples:
+        for array, length in (
+            (data.input, alone.L_in),
+            (exact_x, alone.L_in),
+            (u, alone.L_out),
+            (exact_u, alone.L_out),
+        ):
+            array[alone.n, :, length:] = np.nan
+    settings = {**s.settings, "lengths": s.case.lengths}
+    output, expected = s.target.convolve(p, data, settings), np.zeros(p.output_shape, numpy_dtype(p.dtype))
+    grad_input, expected_grad = s.target.gradient("input", p, (data.weight, u), settings), np.zeros_like(data.input)
+    weight_sum: Array = np.zeros(p.weight_shape, np.complex128 if p.is_complex else np.float64)
+    for n, L_in, L_out, problem in samples:
+        if problem is None:
+            continue
+        x, v = data.input[n : n + 1, :, :L_in], u[n : n + 1, :, :L_out]
+        sums = reference.convolution(problem, x, data.weight, data.bias).compare(output[n : n + 1, :, :L_out])
+        grads = reference.input_gradient(problem, data.weight, v).compare(grad_input[n : n + 1, :, :L_in])
+        for comparison in (sums, grads):
+            message = f"sample {n}, or its gradient, must lie within the error bound of the sample alone"
+            if (failure := s.judge_comparison(comparison, message, None, problem)) is not None:
+                return failure
+        expected[n, :, :L_out] = s.target.convolve(problem, data._replace(input=x), s.settings)[0]
+        if L_in:
+            expected_grad[n, :, :L_in] = s.target.gradient("input", problem, (data.weight, v), s.settings)[0]
+        q, v = WeightGradientProblem.of(problem), exact_u[n : n + 1, :, :L_out]
+        weight_sum += reference.weight_gradient(q, *q.sides(exact_x[n : n + 1, :, :L_in], v)).exact()
+    for found, wanted, L, of in (
+        (output, expected, [alone.L_out for alone in samples], "output"),
+        (grad_input, expected_grad, [alone.L_in for alone in samples], "gradient with respect to input"),
+    ):
+        good = same_bits(found, wanted) if s.target.on_gpu else np.ones(found.shape, np.bool_)
+        for n, length in enumerate(L):
+            good[n, :, length:] = found[n, :, length:] == 0
+        message = f"the {of} of each sample must be that of it alone, and zero behind it"
+        if (failure := s.judge(good, found, wanted, message, None, p)) is not None:
+            return failure
+    found = s.target.gradient("weight", p, (exact_x, exact_u), settings)
+    message = "the gradient with respect to weight must be the sum of those of the samples"
+    return s.expect_equal(found, weight_sum.astype(found.dtype), message, None, p)
+
+
 def _check_repeat(s: Subject) -> Failure | None:
     p = s.problem
     data = cases.random_data(p, s.seed)
@@ -397,11 +477,15 @@ def _check_gradients(s: Subject) -> Failure | None:
 
 
 class Check(NamedTuple):
-    """A row of the table of checks. `applies` tells which problems it can check; None means all of them."""
+    """A row of the table of checks. `applies` tells which subjects it can check; None means all of them."""
 
     name: str
     run: Callable[[Subject], Failure | None]
-    applies: Callable[[ConvProblem], bool] | None = None
+    applies: Callable[[Subject], bool] | None = None
+
+
+def _has_chunks(s: Subject) -> bool:
+    return s.problem.L_in >= 1 and len(cases.inner_outputs(s.problem)) >= 3
 
 
 CHECKS: tuple[Check, ...] = (
@@ -410,12 +494,15 @@ CHECKS: tuple[Check, ...] = (
     Check("fused", _check_fused),
     Check("layout", _check_layout),
     *(Check(kind, _check_random(kind)) for kind in cases.RANDOM_KINDS),
-    Check("impulse", _check_impulse, lambda p: p.padding_mode == "zeros"),  # elsewhere an impulse may come twice
+    Check(
+        "impulse", _check_impulse, lambda s: s.problem.padding_mode == "zeros"
+    ),  # elsewhere an impulse may come twice
     Check("adjoint", _check_adjoint),
-    Check("groups", _check_groups, lambda p: p.groups > 1),
+    Check("groups", _check_groups, lambda s: s.problem.groups > 1),
     Check("bias", _check_bias),
     Check("batch", _check_batch),
-    Check("chunks", _check_chunks, lambda p: p.L_in >= 1 and len(cases.inner_outputs(p)) >= 3),
+    Check("chunks", _check_chunks, _has_chunks),
+    Check("lengths", _check_lengths, lambda s: bool(s.case.lengths)),
     Check("repeat", _check_repeat),
     Check("gradients", _check_gradients),
 )
@@ -424,7 +511,7 @@ CHECKS: tuple[Check, ...] = (
 def run_checks(case: Case, number_format: str, target: Target, seed: int) -> Iterator[Result]:
     for check in CHECKS:
         subject = Subject(case, number_format, case.at(number_format), target, seed, check.name)
-        if check.applies is not None and not check.applies(subject.problem):
+        if check.applies is not None and not check.applies(subject):
             continue
         yield result_of(subject, check.run)
 

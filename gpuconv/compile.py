@@ -15,7 +15,7 @@ from . import cubins, runtime
 from .device import ARCHITECTURES, Device
 from .dtypes import DTYPES, dtype_name
 from .explain import DIRECTIONS, Direction, explain
-from .families import FAMILIES, Config, append
+from .families import FAMILIES, Config, append, lengths
 from .families.base import base_config
 from .problem import ArrayLike, Op
 from .source import assemble
@@ -174,11 +174,13 @@ def configs_of(
             raise type(error)(str(error).replace("explain:", f"{caller}:", 1)) from None
         if explanation.choice is not None:
             configs.update((step.config, None) for step in explanation.choice.plan.steps)
+            if explanation.problem.has_lengths:
+                configs.update((config, None) for config in lengths.write_configs())
     return [*configs]
 
 
 def every_config(device: Device, dtypes: Sequence[str], op: Op | None = None) -> list[Config]:
-    """The specialisations that calls of any shape can launch which pad with zeros and fuse nothing, each once.
+    """The specialisations that calls of any shape can launch which pad with zeros, fuse nothing and give no lengths.
 
     Args:
         device: the GPU; of its architecture all have the same ones.

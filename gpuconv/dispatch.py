@@ -19,8 +19,8 @@ from .families import (
     Refusal,
     Step,
     conv1d_depthwise_push,
-    edges,
     fused,
+    lengths,
     windows,
 )
 from .families.base import contiguous_strides
@@ -157,7 +157,7 @@ def plan_of(family: Family[Any], problem: Problem, layout: Layout, device: Devic
     """How a family computes a problem in its padding mode, with what is fused, or why it does not."""
     if problem.dtype not in family.dtypes:
         return Refusal(f"takes no {problem.dtype}")
-    return fused.plan(family, problem, layout, lambda inner: edges.plan(family, problem, inner, device))
+    return fused.plan(family, problem, layout, lambda inner: lengths.plan(family, problem, inner, device))
 
 
 @dataclass(frozen=True, slots=True)

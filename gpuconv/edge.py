@@ -39,8 +39,12 @@ def most_positions(mode: str, left: int, right: int, L: int) -> int:
     return 1 + (left > 0) + (right > 0)
 
 
-def padded_samples(mode: str, left: int, right: int, L: int) -> tuple[range, range]:
-    """The samples that positions outside of the row mean, in a mode other than "zeros": two ranges apart."""
+def padded_samples(mode: str, left: int, right: int, L: int, *, apart: bool = True) -> tuple[range, range]:
+    """The samples that positions outside of the row mean, in a mode other than "zeros", as two ranges.
+
+    The first is counted from the row's beginning, the second from its end. Where they overlap, all are in the first
+    alone if they are to be apart.
+    """
     left, right = max(left, 0), max(right, 0)
     if mode == "replicate":
         first, second = range(min(left, 1)), range(L - min(right, 1), L)
@@ -49,7 +53,7 @@ def padded_samples(mode: str, left: int, right: int, L: int) -> tuple[range, ran
     else:
         gap = 0 if mode == "symmetric" else 1
         first, second = range(gap, gap + left), range(L - gap - right, L - gap)
-    if first and second and second.start < first.stop:
+    if apart and first and second and second.start < first.stop:
         return range(min(first.start, second.start), max(first.stop, second.stop)), range(0)
     return first, second
 

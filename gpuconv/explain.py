@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
@@ -19,6 +19,7 @@ from .dtypes import real_dtype
 from .families import Launch
 from .families.base import ACTIVATED, contiguous_strides
 from .fusion import FUSED_ARRAYS, RESIDUAL, Fused
+from .lengths import Samples, follows_length
 from .memory import address, check_kinds
 from .problem import (
     ArrayLike,
@@ -37,11 +38,11 @@ DIRECTIONS: tuple[Direction, ...] = ("forward", "grad_input", "grad_weight", "gr
 SETTINGS: Mapping[Op, tuple[str, ...]] = {
     "conv1d": (
         "stride", "padding", "dilation", "groups", "padding_mode", "input_activation", "residual", "activation",
-        "precision", "algorithm", "out_dtype",
+        "lengths", "precision", "algorithm", "out_dtype",
     ),
     "conv_transpose1d": (
         "stride", "padding", "output_padding", "groups", "dilation", "output_size", "padding_mode", "input_activation",
-        "residual", "activation", "precision", "algorithm", "out_dtype",
+        "residual", "activation", "lengths", "precision", "algorithm", "out_dtype",
     ),
 }  # fmt: skip
 
@@ -64,6 +65,8 @@ class Explanation:
         copies: the arrays that are copied first, because the kernels (or BLAS) cannot read them where they lie.
         parts: how often the call computes `problem`: twice for real taps on complex data, whose real and imaginary part
             are computed one after the other.
+        samples: the lengths of the samples, where the call gives them.
+        runs: how many calls on neighbouring samples of one length that becomes; 1 where one call takes them all.
     """
 
     problem: ConvProblem | WeightGradientProblem | BiasGradientProblem
@@ -72,6 +75,8 @@ class Explanation:
     method: cpu.Method | None
     copies: tuple[str, ...]
     parts: int = 1
+    samples: Samples | None = None
+    runs: int = 1
 
     @property
     def flops(self) -> int:
@@ -137,6 +142,9 @@ class Explanation:
             "intensity": self.intensity,
             "fused": self.fused,
             "parts": self.parts,
+            "lengths": None if self.samples is None else self.samples.L_in.tolist(),
+            "output_lengths": None if self.samples is None else self.samples.L_out.tolist(),
+            "runs": self.runs,
             "copies": list(self.copies),
             "copy_bytes": self.copy_bytes,
             "method": None if self.method is None else dataclasses.asdict(self.method),
@@ -185,6 +193,8 @@ class Explanation:
             title = p.op if isinstance(p, ConvProblem) else f"gradient of {p.op}'s weight"
         if self.parts > 1:
             rows.append(("parts", "the real and the imaginary part of the data, one after the other"))
+        if self.samples is not None:
+            rows.append(("lengths", self._lengths_text(self.samples)))
         if self.device is None:
             where = "the CPU, through NumPy"
             if self.method is not None:
@@ -229,6 +239,15 @@ class Explanation:
         if choice.plan.candidates:
             rows.append(("model", self._candidates_text(choice.plan.candidates)))
         return rows
+
+    def _lengths_text(self, samples: Samples) -> str:
+        L_in = samples.L_in
+        words = f"{count(len(L_in), 'sample')} of {L_in.min(initial=0)} to {L_in.max(initial=0)} positions"
+        if self.runs != 1:
+            return f"{words}, in {self.runs} calls on views of neighbours of one length"
+        if self.device is None or self.choice is None:
+            return words
+        return f"{words}, which kernels read from a table of {_quantity(24 * len(L_in), 'B')} written anew by each call"
 
     def _candidates_text(self, candidates: Sequence[tuple[str, float]]) -> str:
         """The configurations that the cost model compared, each with its predicted time and a bar of that length."""
@@ -321,7 +340,7 @@ def explain(
 
     if op == "conv_transpose1d":
         check_padding_mode(op, op, settings.pop("padding_mode", "zeros"))
-    algorithm = settings.pop("algorithm", None)
+    algorithm, lengths = settings.pop("algorithm", None), settings.pop("lengths", None)
     function = op if direction == "forward" else f"{op}_{direction.removeprefix('grad_')}"
     dispatch.check_algorithm("explain", SIGNATURES[function].kind, algorithm)
     by_parts = are_real_taps(weight, input)
@@ -332,6 +351,15 @@ def explain(
         given = {name: array if name == "weight" else _RealPart.of(array) for name, array in given.items()}
     p = ConvProblem.of(op, given["input"], weight, given.get("bias"), **settings)
     p = p.fused(Fused(fused.fusion, tuple(map(given.get, FUSED_ARRAYS))))
+    samples, runs = None, 1
+    if lengths is not None:
+        padding = settings.get("padding", 0)
+        samples = Samples.of(op, p, padding, lengths)
+        is_sum = direction in ("grad_weight", "grad_bias")
+        if target is None or (follows_length(p, padding) and not is_sum):
+            runs = len(list(samples.runs()))
+        else:
+            p = replace(p, has_lengths=True)
     problem: ConvProblem | WeightGradientProblem | BiasGradientProblem = p
     if direction != "forward" and p.out_dtype is not None:
         raise TypeError(f'explain: {p.dtype} data have no gradients, expected direction "forward"')
@@ -346,6 +374,7 @@ def explain(
     # Gradients of the output are freshly allocated, and so are conjugates of weights, which are a copy.
     operands = dict(zip(SIGNATURES[function].arrays, SIGNATURES[function].operands, strict=True))
     operands = {array: operand for array, operand in operands.items() if array in given}
+    more = (1 + by_parts, samples, runs)
     conjugated = ("weight",) if direction == "grad_input" and p.is_complex else ()
     if target is None:
         swapped = [name for name in operands if not getattr(given[name].dtype, "isnative", True)]
@@ -354,9 +383,9 @@ def explain(
             method = cpu.method(problem)
         elif isinstance(problem, WeightGradientProblem):
             method = cpu.weight_gradient.method(problem)
-        return Explanation(problem, None, None, method, tuple(dict.fromkeys((*conjugated, *swapped))), 1 + by_parts)
+        return Explanation(problem, None, None, method, tuple(dict.fromkeys((*conjugated, *swapped))), *more)
     if problem.is_empty:
-        return Explanation(problem, target, None, None, (), 1 + by_parts)
+        return Explanation(problem, target, None, None, (), *more)
     pointers = {operand: _pointer(given[array]) for array, operand in operands.items() if array not in conjugated}
     if by_parts:  # the other arrays are parts of fresh complex ones
         for name, shape in problem.shapes.items():
@@ -367,7 +396,7 @@ def explain(
     arrays_of = {operand: array for array, operand in operands.items()}
     copies = (*(arrays_of[operand] for operand in copies), *conjugated)
     choice = dispatch.choose(problem, layout, target, algorithm)
-    return Explanation(problem, target, choice, None, copies, 1 + by_parts)
+    return Explanation(problem, target, choice, None, copies, *more)
 
 
 class _RealPart(NamedTuple):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, SupportsIndex, TypeVar, cast
+from typing import Any, SupportsIndex, TypeVar
 
 import numpy as np
 
@@ -28,6 +28,7 @@ def conv1d(
     input_activation: ActivationLike | None = None,
     residual: ArrayT | None = None,
     activation: ActivationLike | None = None,
+    lengths: Any = None,
     precision: str = "float32",
     algorithm: str | None = None,
     out_dtype: Any = None,
@@ -65,6 +66,11 @@ def conv1d(
             ("elu", alpha), "silu", "gelu" or ("gelu", "tanh"), "tanh", "sigmoid", or ("snake", alpha) or
             ("snake", alpha, beta) with arrays (C_out,) of the dtype of `input`. `gpuconv.fusion` has the formulas. Data
             must be real. There are no gradients of what is fused.
+        lengths: where samples have lengths of their own, up to L_in: (N,) integers, an array or a sequence. What lies
+            behind a sample's length does not exist, whatever its values; padding begins there. Outputs behind the
+            sample's output length, which `gpuconv.output_lengths` gives, are zeros, and the others those of a call on
+            that sample alone, to the bit on a GPU. A sample too short to have outputs has none. Lengths are checked on
+            the host; a CuPy array is copied there first, which waits for the work queued on its current stream.
         precision: "float32", the full precision of the dtype, or "tf32" for float32 data: operands may be rounded to
             TF32, 11 significant bits, where the GPU's tensor cores then serve the layer. Either way float16, bfloat16
             and float32 data are summed in float32 and rounded once.
@@ -101,7 +107,8 @@ def conv1d(
     fused = None
     if activation is not None or input_activation is not None or residual is not None:
         fused = Fused.check("conv1d", activation, input_activation, residual)
-    return cast(ArrayT, _convolve("conv1d", input, weight, bias, settings, algorithm, out, fused))
+    result: ArrayT = _convolve("conv1d", input, weight, bias, settings, algorithm, out, fused, lengths)
+    return result
 
 
 def conv_transpose1d(
@@ -119,6 +126,7 @@ def conv_transpose1d(
     input_activation: ActivationLike | None = None,
     residual: ArrayT | None = None,
     activation: ActivationLike | None = None,
+    lengths: Any = None,
     precision: str = "float32",
     algorithm: str | None = None,
     out_dtype: Any = None,
@@ -150,6 +158,7 @@ def conv_transpose1d(
         input_activation: as in `conv1d`.
         residual: an array of the output's shape that is added before `activation`, or None.
         activation: as in `conv1d`.
+        lengths: as in `conv1d`; what `output_size` adds to the longest sample is added to each.
         precision: as in `conv1d`.
         algorithm: as in `conv1d`; "base" is `conv_transpose1d_gather`.
         out_dtype: as in `conv1d`.
@@ -173,7 +182,8 @@ def conv_transpose1d(
     fused = None
     if activation is not None or input_activation is not None or residual is not None:
         fused = Fused.check("conv_transpose1d", activation, input_activation, residual)
-    return cast(ArrayT, _convolve("conv_transpose1d", input, weight, bias, settings, algorithm, out, fused))
+    result: ArrayT = _convolve("conv_transpose1d", input, weight, bias, settings, algorithm, out, fused, lengths)
+    return result
 
 
 def prepare(weight: ArrayT) -> runtime.PreparedWeight:
@@ -218,6 +228,7 @@ def _convolve(
     algorithm: str | None,
     out: Any | None,
     fused: Fused | None,
+    lengths: Any,
 ) -> Any:
     prepared = weight if isinstance(weight, runtime.PreparedWeight) else None
     if prepared is not None:
@@ -225,4 +236,4 @@ def _convolve(
     arrays: tuple[Any, ...] = (input, weight, bias)
     if fused is not None:
         arrays, settings = (*arrays, *fused.arrays), (*settings, fused.fusion)
-    return calls.run(op, arrays, settings, out, algorithm=algorithm, prepared=prepared)
+    return calls.run(op, arrays, settings, out, algorithm=algorithm, prepared=prepared, lengths=lengths)

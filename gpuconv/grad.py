@@ -29,6 +29,7 @@ def conv1d_input(
     groups: SupportsIndex = 1,
     *,
     padding_mode: str = "zeros",
+    lengths: Any = None,
     precision: str = "float32",
     algorithm: str | None = None,
     out: ArrayT | None = None,
@@ -54,6 +55,8 @@ def conv1d_input(
         dilation: of the forward call.
         groups: of the forward call.
         padding_mode: of the forward call.
+        lengths: of the forward call, those of the input. What lies behind the output length of a sample of
+            `grad_output` does not exist; the gradient behind its length is zero.
         precision: "float32", the full precision of the dtype, or "tf32", as in the forward call.
         algorithm: how a GPU computes it: None for the fastest kernel family, "base" for the one that takes every
             problem, or the name of a `conv_transpose1d` family; see `gpuconv.explain`.
@@ -76,7 +79,9 @@ def conv1d_input(
         array([[[ 1.,  2.,  0., 10., 20.,  0.]]])
     """
     settings = (input_size, stride, padding, dilation, groups, precision, padding_mode)
-    return cast(ArrayT, calls.run("conv1d_input", (grad_output, weight), settings, out, algorithm=algorithm))
+    return cast(
+        ArrayT, calls.run("conv1d_input", (grad_output, weight), settings, out, algorithm=algorithm, lengths=lengths)
+    )
 
 
 def conv1d_weight(
@@ -89,6 +94,7 @@ def conv1d_weight(
     groups: SupportsIndex = 1,
     *,
     padding_mode: str = "zeros",
+    lengths: Any = None,
     precision: str = "float32",
     algorithm: str | None = None,
     weight_dtype: Any = None,
@@ -115,6 +121,8 @@ def conv1d_weight(
         dilation: of the forward call.
         groups: of the forward call.
         padding_mode: of the forward call.
+        lengths: of the forward call. What lies behind the length of a sample of `input` or behind the output length of
+            one of `grad_output` does not exist.
         precision: as in `conv1d_input`.
         algorithm: as in `conv1d_input`, but the families are those of `weight_gradient`.
         weight_dtype: the dtype of the weight, and so of its gradient: None for that of `input`, or the real dtype of
@@ -139,18 +147,20 @@ def conv1d_weight(
     return cast(
         ArrayT,
         calls.run_weight_gradient(
-            "conv1d_weight", arrays, settings, out, weight_dtype=weight_dtype, algorithm=algorithm
+            "conv1d_weight", arrays, settings, out, weight_dtype=weight_dtype, algorithm=algorithm, lengths=lengths
         ),
     )
 
 
-def conv1d_bias(grad_output: ArrayT, *, out: ArrayT | None = None) -> ArrayT:
+def conv1d_bias(grad_output: ArrayT, *, lengths: Any = None, out: ArrayT | None = None) -> ArrayT:
     """The gradient of `gpuconv.conv1d` with respect to its bias.
 
     It is the sum of `grad_output` over samples and positions.
 
     Args:
         grad_output: the gradient of the output, (N, C_out, L_out) or (C_out, L_out). NumPy or CuPy, any strides.
+        lengths: where samples have lengths of their own, those of `grad_output`: `gpuconv.output_lengths` of the
+            lengths of the forward call.
         out: an array of shape (C_out,), of the dtype and device of `grad_output`, to write to, which must not overlap
             it.
 
@@ -168,7 +178,7 @@ def conv1d_bias(grad_output: ArrayT, *, out: ArrayT | None = None) -> ArrayT:
         >>> grad.conv1d_bias(np.arange(6.0).reshape(1, 2, 3))
         array([ 3., 12.])
     """
-    return cast(ArrayT, calls.run("conv1d_bias", (grad_output,), (), out))
+    return cast(ArrayT, calls.run("conv1d_bias", (grad_output,), (), out, lengths=lengths))
 
 
 def conv_transpose1d_input(
@@ -182,6 +192,7 @@ def conv_transpose1d_input(
     dilation: Setting = 1,
     *,
     output_size: Setting | None = None,
+    lengths: Any = None,
     precision: str = "float32",
     algorithm: str | None = None,
     out: ArrayT | None = None,
@@ -205,6 +216,7 @@ def conv_transpose1d_input(
         groups: of the forward call.
         dilation: of the forward call.
         output_size: of the forward call.
+        lengths: as in `conv1d_input`.
         precision: as in `conv1d_input`.
         algorithm: as in `conv1d_input`, but the families are those of `conv1d`.
         out: as in `conv1d_input`.
@@ -222,7 +234,10 @@ def conv_transpose1d_input(
         array([[[ 2., 11.]]])
     """
     settings = (input_size, stride, padding, output_padding, groups, dilation, output_size, precision)
-    return cast(ArrayT, calls.run("conv_transpose1d_input", (grad_output, weight), settings, out, algorithm=algorithm))
+    return cast(
+        ArrayT,
+        calls.run("conv_transpose1d_input", (grad_output, weight), settings, out, algorithm=algorithm, lengths=lengths),
+    )
 
 
 def conv_transpose1d_weight(
@@ -236,6 +251,7 @@ def conv_transpose1d_weight(
     dilation: Setting = 1,
     *,
     output_size: Setting | None = None,
+    lengths: Any = None,
     precision: str = "float32",
     algorithm: str | None = None,
     weight_dtype: Any = None,
@@ -261,6 +277,7 @@ def conv_transpose1d_weight(
         groups: of the forward call.
         dilation: of the forward call.
         output_size: of the forward call.
+        lengths: as in `conv1d_weight`.
         precision: as in `conv1d_input`.
         algorithm: as in `conv1d_weight`.
         weight_dtype: as in `conv1d_weight`.
@@ -284,12 +301,18 @@ def conv_transpose1d_weight(
     return cast(
         ArrayT,
         calls.run_weight_gradient(
-            "conv_transpose1d_weight", arrays, settings, out, weight_dtype=weight_dtype, algorithm=algorithm
+            "conv_transpose1d_weight",
+            arrays,
+            settings,
+            out,
+            weight_dtype=weight_dtype,
+            algorithm=algorithm,
+            lengths=lengths,
         ),
     )
 
 
-def conv_transpose1d_bias(grad_output: ArrayT, *, out: ArrayT | None = None) -> ArrayT:
+def conv_transpose1d_bias(grad_output: ArrayT, *, lengths: Any = None, out: ArrayT | None = None) -> ArrayT:
     """The gradient of `gpuconv.conv_transpose1d` with respect to its bias.
 
     Arguments, result and errors are those of `conv1d_bias`.
@@ -300,4 +323,4 @@ def conv_transpose1d_bias(grad_output: ArrayT, *, out: ArrayT | None = None) -> 
         >>> grad.conv_transpose1d_bias(np.arange(6.0).reshape(1, 2, 3))
         array([ 3., 12.])
     """
-    return cast(ArrayT, calls.run("conv_transpose1d_bias", (grad_output,), (), out))
+    return cast(ArrayT, calls.run("conv_transpose1d_bias", (grad_output,), (), out, lengths=lengths))

@@ -15,6 +15,7 @@ from .arguments import check_groups, check_int, check_padding_mode, check_precis
 from .checkpoint import EntryError
 from .functional import ArrayT, conv1d, conv_transpose1d
 from .fusion import ACTIVATION_ARRAYS, INPUT_ACTIVATION_ARRAYS, Activation, ActivationLike, Fused
+from .lengths import output_lengths
 from .parameters import (
     converts,
     draw_uniform,
@@ -244,6 +245,13 @@ class _Layer:
             parameters = {**parameters, "weight": kept}
         vars(self).update(parameters)
 
+    def output_lengths(self, lengths: Any) -> Any:
+        """The lengths of the outputs of samples of such lengths, as `gpuconv.output_lengths` gives them."""
+        return output_lengths(
+            lengths, self.kernel_size, self.stride, self.padding, self.dilation, transposed=self.transposed,
+            output_padding=self.output_padding,
+        )  # fmt: skip
+
     def __repr__(self) -> str:
         parts = [str(self.in_channels), str(self.out_channels)]
         parts += [f"kernel_size={self.kernel_size}", f"stride={self.stride}"]
@@ -349,23 +357,24 @@ class Conv1d(_Layer):
             dtype, rng, precision, algorithm, activation, input_activation,
         )  # fmt: skip
 
-    def forward(self, input: ArrayT, *, residual: ArrayT | None = None) -> ArrayT:
+    def forward(self, input: ArrayT, *, residual: ArrayT | None = None, lengths: Any = None) -> ArrayT:
         """Convolve: (N, C_in, L_in) to (N, C_out, L_out), or the same without N. Raises as `gpuconv.conv1d` does.
 
         Args:
             input: the samples.
             residual: an array of the output's shape that is added before the activation, or None.
+            lengths: of the samples, (N,), as `gpuconv.conv1d` takes them; `output_lengths` gives those of the output.
         """
         output = conv1d(
             input, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups,
             padding_mode=self.padding_mode, residual=residual, precision=self.precision, algorithm=self.algorithm,
-            **self.fused,
+            lengths=lengths, **self.fused,
         )  # fmt: skip
         return cast(ArrayT, output)
 
-    def __call__(self, input: ArrayT, *, residual: ArrayT | None = None) -> ArrayT:
+    def __call__(self, input: ArrayT, *, residual: ArrayT | None = None, lengths: Any = None) -> ArrayT:
         """`forward`."""
-        return self.forward(input, residual=residual)
+        return self.forward(input, residual=residual, lengths=lengths)
 
 
 class ConvTranspose1d(_Layer):
@@ -437,6 +446,7 @@ class ConvTranspose1d(_Layer):
         output_size: Setting | Sequence[SupportsIndex] | None = None,
         *,
         residual: ArrayT | None = None,
+        lengths: Any = None,
     ) -> ArrayT:
         """Convolve: (N, C_in, L_in) to (N, C_out, L_out), or the same without N.
 
@@ -445,6 +455,7 @@ class ConvTranspose1d(_Layer):
             output_size: the wanted L_out, which replaces the layer's output_padding: an int, a sequence of one, or a
                 whole shape of as many axes as `input`, of which, as in PyTorch, only the last counts.
             residual: an array of the output's shape that is added before the activation, or None.
+            lengths: of the samples, (N,), as `gpuconv.conv1d` takes them; `output_lengths` gives those of the output.
 
         Raises:
             ValueError, TypeError, RuntimeError: as `gpuconv.conv_transpose1d` does.
@@ -464,6 +475,7 @@ class ConvTranspose1d(_Layer):
             residual=residual,
             precision=self.precision,
             algorithm=self.algorithm,
+            lengths=lengths,
             **self.fused,
         )
         return cast(ArrayT, output)
@@ -474,9 +486,10 @@ class ConvTranspose1d(_Layer):
         output_size: Setting | Sequence[SupportsIndex] | None = None,
         *,
         residual: ArrayT | None = None,
+        lengths: Any = None,
     ) -> ArrayT:
         """`forward`."""
-        return self.forward(input, output_size, residual=residual)
+        return self.forward(input, output_size, residual=residual, lengths=lengths)
 
 
 def _check_channels(caller: str, key: str, array: Any, channels: int, dtype: str) -> None:

@@ -346,7 +346,17 @@ class Executor:
         copies: the arrays that are copied, because kernels cannot read or write them where they lie.
     """
 
-    __slots__ = ("_conjugate_weight", "_copied", "_packing", "_scratch", "_steps", "_weight", "choice", "copies")
+    __slots__ = (
+        "_conjugate_weight",
+        "_copied",
+        "_has_samples",
+        "_packing",
+        "_scratch",
+        "_steps",
+        "_weight",
+        "choice",
+        "copies",
+    )
 
     def __init__(
         self,
@@ -360,7 +370,7 @@ class Executor:
 
         Only a weight among `copies` can be conjugated.
         """
-        from .families.base import PACKED
+        from .families.base import PACKED, SAMPLES
 
         self.choice = choice
         self.copies = copies
@@ -368,6 +378,7 @@ class Executor:
         self._copied = [name in copies for name in operands] if copies else None
         self._weight = operands.index("weight") if "weight" in operands else -1
         self._packing: _Packing | None = None
+        self._has_samples = False
         self._scratch: list[int] = []  # bytes of the buffers of a call
         self._steps: list[tuple[_Kernel, tuple[int, ...]]] = []  # with the places of the pointers, the null one last
         if choice is None:
@@ -377,6 +388,9 @@ class Executor:
             self._packing = _Packing(steps[0], choice.plan.scratch_bytes(PACKED))
             names.append(PACKED)
             steps = steps[1:]
+        self._has_samples = any(SAMPLES in step.arrays for step in steps)
+        if self._has_samples:
+            names.append(SAMPLES)
         for name, num_bytes in choice.plan.scratch:
             if name != PACKED:
                 names.append(name)
@@ -385,14 +399,14 @@ class Executor:
             places = tuple(-1 if name is None else names.index(name) for name in step.arrays)
             self._steps.append((_Kernel(step.config, step.launch), places))
 
-    def run(self, *arrays: Any, prepared: PreparedWeight | None = None) -> None:
+    def run(self, *arrays: Any, prepared: PreparedWeight | None = None, samples: Any = None) -> None:
         """Launch on the current device and CuPy's current stream; writes all of the last array, the result.
 
-        `prepared` holds the packed forms of the weight, where the caller has one.
+        `prepared` holds the packed forms of the weight, where the caller has one; `samples` are the rows of
+        `Samples.table`, where the problem has lengths.
         """
         if self.choice is None:
-            if arrays[-1].size:
-                _as_bytes(arrays[-1]).fill(0)  # sums of nothing
+            clear(arrays[-1])  # sums of nothing
             return
         usable = arrays if self._copied is None else _with_copies(arrays, self._copied)
         if self._conjugate_weight:
@@ -402,12 +416,24 @@ class Executor:
         if self._packing is not None:
             packing = self._packing
             pointers.append(packing.pack(usable[self._weight]) if prepared is None else prepared.packed(packing))
+        if self._has_samples:
+            pointers.append(_write_samples(samples))
         pointers += map(_temporary, self._scratch)
         pointers.append(None)
         for kernel, places in self._steps:
             kernel.launch(*(pointers[place] for place in places))
         if usable[-1] is not arrays[-1]:
             _assign(arrays[-1], usable[-1])
+
+
+def _write_samples(table: np.ndarray[Any, Any]) -> Any:
+    """A temporary buffer that holds a table of int64, which launches write from their parameters."""
+    from .families.lengths import write_launches
+
+    buffer = _temporary(table.nbytes)
+    for config, launch in write_launches(table.reshape(-1).tolist()):
+        _Kernel(config, launch).launch(buffer)
+    return buffer
 
 
 def _with_copies(arrays: Sequence[Any], copies: Sequence[bool]) -> Sequence[Any]:
@@ -459,6 +485,12 @@ def add(target: Any, values: Any) -> None:
 
 def _is_aligned(array: Any) -> bool:
     return not any(place % array.dtype.itemsize for place in (array.data.ptr, *array.strides))
+
+
+def clear(array: Any) -> None:
+    """Make an array zero that may lie at any address."""
+    if array.size:
+        _as_bytes(array).fill(0)
 
 
 def _as_bytes(array: Any) -> Any:

@@ -55,12 +55,14 @@ class Task(NamedTuple):
         shape: of the result.
         conjugate_weight: whether the problem's weight is the conjugate of the one that was given.
         out_dtype: of the result, where that is not the dtype of the first array.
+        forward: the problem of the operation that the function belongs to; None for the gradient of a bias.
     """
 
     problem: Problem | None
     shape: tuple[int, ...]
     conjugate_weight: bool = False
     out_dtype: str | None = None
+    forward: ConvProblem | None = None
 
     @classmethod
     def of(cls, function: str, arrays: tuple[Any, ...], settings: tuple[Any, ...]) -> Task:
@@ -78,7 +80,7 @@ class Task(NamedTuple):
                 p = ConvProblem.of(op, *arrays[:3], *settings[:-1]).fused(Fused(settings[-1], arrays[3:]))
             else:
                 p = ConvProblem.of(op, *arrays, *settings)
-            return cls(p, p.output_shape, out_dtype=p.out_dtype)
+            return cls(p, p.output_shape, out_dtype=p.out_dtype, forward=p)
         if function == f"{op}_bias":
             bias = bias_gradient_problem(function, *arrays)
             return cls(bias, bias.bias_shape)
@@ -87,8 +89,27 @@ class Task(NamedTuple):
             x, grad_output = arrays
             weight = ArraySpec(check_shape(function, op, "weight_size", size), x.dtype)
             p = gradient_problem(function, op, x, weight, grad_output, others)
-            return cls(WeightGradientProblem.of(p), p.weight_shape)
+            return cls(WeightGradientProblem.of(p), p.weight_shape, forward=p)
         grad_output, weight = arrays
         x = ArraySpec(check_shape(function, op, "input_size", size), weight.dtype)
         p = gradient_problem(function, op, x, weight, grad_output, others)
-        return cls(p.adjoint() if p.L_in else None, p.input_shape, p.is_complex)
+        return cls(p.adjoint() if p.L_in else None, p.input_shape, p.is_complex, forward=p)
+
+
+def padding_of(function: str, settings: tuple[Any, ...]) -> Any:
+    """The argument padding among the settings of a public function, which is not the gradient of a bias."""
+    return settings[1 if function in ("conv1d", "conv_transpose1d") else 2]
+
+
+def settings_of_samples(
+    function: str, settings: tuple[Any, ...], problem: ConvProblem, input_size: tuple[int, ...]
+) -> tuple[Any, ...]:
+    """The settings of a public function for some samples of a forward problem, whose input has another size."""
+    p, own, first = problem, [*settings], 1 if function in ("conv1d", "conv_transpose1d") else 2
+    if function.endswith("_input"):
+        own[0] = input_size
+    if p.transposed:
+        padding, output_padding, output_size = first, first + 1, first + 4
+        if own[output_size] is not None:  # which is that of the longest sample
+            own[padding], own[output_padding], own[output_size] = p.padding, p.output_padding, None
+    return tuple(own)

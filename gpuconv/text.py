@@ -9,12 +9,14 @@ from collections.abc import Iterable
 WIDTH = 80  # columns of output that does not go to a terminal
 _NARROWEST = 16  # columns of text beside an indent, however narrow the terminal is
 _LONGEST_WORD, _LONGEST_MESSAGE = 200, 2000  # characters
-_COMMAND = re.compile(r"pip install -e '[^']*'")
+_TOGETHER = re.compile(r"pip install -e '[^']*'|\d (?:[kMGT]?(?:B|FLOP|Hz)|us|ms|s)\b")
 _UNBREAKABLE = "\xa0"  # a space at which textwrap breaks no line
 
 
 def wrap(text: str, width: int, *, first: str = "", rest: str = "") -> list[str]:
-    """The lines of one paragraph, broken between words only, and not within an install command, which can be copied.
+    """The lines of one paragraph, broken between words only.
+
+    An install command stays together, so that it can be copied, and a number with its unit.
 
     Args:
         text: the paragraph; its line breaks count as spaces.
@@ -23,7 +25,7 @@ def wrap(text: str, width: int, *, first: str = "", rest: str = "") -> list[str]
         rest: what the other lines begin with.
     """
     width = max(width, len(rest) + _NARROWEST)
-    text = _COMMAND.sub(lambda command: command[0].replace(" ", _UNBREAKABLE), text)
+    text = _TOGETHER.sub(lambda found: found[0].replace(" ", _UNBREAKABLE), text)
     lines = textwrap.wrap(
         text, width, initial_indent=first, subsequent_indent=rest, break_long_words=False, break_on_hyphens=False
     )

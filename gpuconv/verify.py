@@ -47,6 +47,7 @@ def verify(
     bias        the bias adds to the result without one, on integers
     batch       a sample's result does not depend on the batch: N = 1 against N = 5
     chunks      a long input cut into chunks gives the result of the whole
+    lengths     samples with lengths of their own, of some cases: forward and gradients as of each sample alone
     repeat      two calls give the same bits, with and without `out`
     gradients   for input, weight and bias: exact on integers, within the bound on normal data, the same bits twice
     families    on a GPU, each kernel family that takes the case, by name: exact, strided, bounded, bits as below
@@ -58,10 +59,10 @@ def verify(
     `far` needs free memory on the GPU, 4 GiB for float16 to 32 GiB for complex128; the report names the dtypes that
     lack it. It is not run with a `filter`.
 
-    On a GPU `exact`, `integers`, `layout`, `groups`, `bias`, `batch`, `chunks`, `repeat` and `gradients` compare bits.
-    On the CPU only `repeat` and the last part of `gradients` do: the BLAS library picks the order of the sums by the
-    extents of a call, so `batch` and `chunks` are held to the error bound, and it may give a zero either sign, so the
-    others compare values.
+    On a GPU `exact`, `integers`, `layout`, `groups`, `bias`, `batch`, `chunks`, `lengths`, `repeat` and `gradients`
+    compare bits. On the CPU only `repeat` and the last part of `gradients` do: the BLAS library picks the order of the
+    sums by the extents of a call, so `batch`, `chunks` and `lengths` are held to the error bound, and it may give a
+    zero either sign, so the others compare values.
 
     Args:
         device: "gpu": CuPy's current device. "cpu": the NumPy path. "auto": the GPU if one answers, else the CPU.

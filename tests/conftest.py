@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # There are as many workers as processors: threads of BLAS would spend most of their time waiting for each other.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # read when NumPy is imported
+
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any

@@ -60,11 +60,12 @@ class ToolMissingError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Instruction:
-    """One machine instruction: "FFMA.FTZ", its operands as text, and the address it may jump to."""
+    """One machine instruction: "FFMA.FTZ", its operands as text, where it may jump to, and whether it may also not."""
 
     opcode: str
     operands: str = ""
     target: int | None = None
+    is_conditional: bool = False
 
     @property
     def name(self) -> str:
@@ -161,7 +162,8 @@ def _instruction(entry: dict[str, Any]) -> Instruction:
     if entry["opcode"].partition(".")[0] == "BRA":
         match = re.search(r"0x([0-9a-f]+)\s*$", operands)
         target = int(match.group(1), 16) if match else None
-    return Instruction(entry["opcode"], operands, target)
+    # A branch has its condition in front of it, among its operands, or both.
+    return Instruction(entry["opcode"], operands, target, "predicate" in entry or "," in operands)
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +194,7 @@ def find_loops(instructions: Sequence[Instruction]) -> list[Span]:
 
 @dataclass(frozen=True, slots=True)
 class Loop:
-    """One pass of a loop's own instructions, those of loops inside it left out.
+    """One pass of a loop's own instructions, those of loops inside it left out, and of branches those not taken.
 
     Attributes:
         depth: 1 for a loop inside no other, 0 for a kernel without a loop.
@@ -241,7 +243,59 @@ def main_loop(instructions: Sequence[Instruction]) -> tuple[Loop, Loop | None]:
 
     best = max([whole, *spans], key=weight)
     around = min((s for s in spans if s.contains(best)), key=lambda s: s.last - s.first, default=None)
-    return _summarise(own(best), best.depth), None if around is None else _summarise(own(around), around.depth)
+    if around is None:
+        return _summarise(own(best), best.depth), None
+    return _summarise(own(best), best.depth), _summarise(_taken(instructions, around, best, spans), around.depth)
+
+
+def _taken(instructions: Sequence[Instruction], span: Span, best: Span, spans: Sequence[Span]) -> list[Instruction]:
+    """The instructions of one pass of a loop, those of loops inside it left out, on its way through the loop `best`.
+
+    Where branches are alternatives, the pass takes the one that multiplies most, else the one that loads and stores the
+    most bytes, else the shortest: what is there for rare cases takes longer for the same bytes.
+    """
+    inner = [s for s in spans if span.contains(s) and not any(span.contains(o) and o.contains(s) for o in spans)]
+    loop_at = {i: s for s in inner for i in range(s.first, s.last + 1)}
+    # From each place to the end of the pass: how good it is, and the next place; from the end backwards.
+    score = tuple[bool, int, int, int]
+    ways: dict[int, tuple[score, int | None]] = {}
+    for i in range(span.last, span.first - 1, -1):
+        loop = loop_at.get(i)
+        if loop is not None and i != loop.first:
+            continue
+        first, last = (i, i) if loop is None else (loop.first, loop.last)
+        nexts, ends = [], False
+        for at in range(first, last + 1):
+            target = instructions[at].target
+            if target is None:
+                continue
+            place = target // INSTRUCTION_BYTES
+            ends = ends or place == span.first
+            if last < place <= span.last:
+                nexts.append(loop_at[place].first if place in loop_at else place)
+        falls = instructions[last].is_conditional or instructions[last].name not in ("BRA", "EXIT", "RET")
+        if falls and last < span.last:
+            nexts.append(loop_at[last + 1].first if last + 1 in loop_at else last + 1)
+        best_next = max((n for n in nexts if n in ways), key=lambda n: ways[n][0], default=None)
+        rest = ways[best_next][0] if best_next is not None else (False, 0, 0, 0)
+        if best_next is None and not ends:
+            continue  # leaves the loop
+        has_best, fma, num_bytes, minus_length = rest
+        if loop is None:
+            one = instructions[i]
+            moved = one.width if one.category in _ACCESSES else 0
+            here = (has_best, fma + one.fma, num_bytes + moved, minus_length - 1)
+        else:
+            is_way = loop == best or loop.contains(best)
+            here = (has_best or is_way, fma, num_bytes, minus_length - (loop.last - loop.first + 1))
+        ways[i] = here, best_next
+    taken, place = [], loop_at[span.first].first if span.first in loop_at else span.first
+    at_place: int | None = place
+    while at_place is not None and at_place in ways:
+        if at_place not in loop_at:
+            taken.append(instructions[at_place])
+        at_place = ways[at_place][1]
+    return taken
 
 
 _ACCESSES = ("global load", "global store", "shared load", "shared store", "shared matrix load", "shared matrix store")

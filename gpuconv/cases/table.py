@@ -30,6 +30,11 @@ class Case:
     settings: tuple[tuple[str, Any], ...]
     tags: tuple[str, ...]
 
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """The lengths of the samples of another batch of the same layer, up to the case's; none for most cases."""
+        return _LENGTHS.get(self.name, ())
+
     def at(self, number_format: str) -> ConvProblem:
         """The case's problem in another number format, one of `NUMBER_FORMATS`."""
         return in_format(self.problem, number_format)
@@ -262,6 +267,13 @@ CASES: tuple[Case, ...] = (
     _transposed("waveglow_upsample", 1, 8, 8, 12, 64, "model", stride=16),
     _transposed("istft", 1, 65, 1, 8, 128, "model", stride=64, bias=False),
 )  # fmt: skip
+
+_LENGTHS = {
+    "dense_stride3": (50, 0, 23, 37),
+    "circular_depthwise": (48, 3, 20, 41),
+    "padding_same_strided": (34, 1, 20, 20),
+    "up_dense_stride3": (19, 0, 7, 12),
+}
 
 _FAR = MAX_STEP  # twice it, taken for a signed 32-bit integer, is -2
 

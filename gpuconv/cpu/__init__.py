@@ -2,6 +2,7 @@
 
 The output is cut into blocks, and `method` chooses, from the problem alone, how a block is computed:
 
+- small: the windows of a whole small problem are copied side by side, for one product with the weight.
 - panels: the windows of a block are copied side by side into a panel, for one product with the weight as it lies.
 - shift_add: one product of all taps with the input as it lies, whose rows are then shifted and summed.
 - toeplitz: neighbouring outputs of one group together, as the product of their common window with a banded matrix;
@@ -33,11 +34,10 @@ from collections.abc import Sequence
 
 from ..problem import INTEGERS, ConvProblem
 from . import bias_gradient, edges, fused, integers, weight_gradient
-from .arrays import Array
+from .arrays import Array, accumulator
 from .choice import Method, choose
-from .geometry import Call
 
-__all__ = ["Method", "bias_gradient", "convolve", "method", "weight_gradient"]
+__all__ = ["Method", "accumulator", "bias_gradient", "convolve", "method", "weight_gradient"]
 
 
 def method(problem: ConvProblem) -> Method:
@@ -83,4 +83,4 @@ def _convolve(problem: ConvProblem, input: Array, weight: Array, bias: Array | N
     elif problem.padding_mode != "zeros":
         edges.convolve(problem, input, weight, bias, output)
     else:
-        choose(problem).run(Call.of(problem, input, weight, bias, output))
+        choose(problem).compute(input, weight, bias, output)

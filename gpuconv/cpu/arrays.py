@@ -34,23 +34,29 @@ class Scratch:
         band: what the buffer "band" holds: the arguments that it was made from.
     """
 
-    __slots__ = ("_buffers", "_size", "band", "dtype")
+    __slots__ = ("_buffers", "_size", "_views", "band", "dtype")
 
     def __init__(self, dtype: np.dtype[Any]) -> None:
         self.dtype = dtype
         self._buffers: dict[str, Array] = {}
+        self._views: dict[str, Array] = {}  # what `take` returned last
         self._size = 0
         self.band: object = None
 
     def take(self, name: str, *shape: int) -> Array:
+        view = self._views.get(name)
+        if view is not None and view.shape == shape:
+            return view
         size = math.prod(shape)
         buffer = self._buffers.pop(name, None)
         if buffer is None or buffer.size < size:
             self._size += size - (0 if buffer is None else buffer.size)
-            del buffer  # before its successor is allocated
+            self._views.pop(name, None)
+            del buffer, view  # before its successor is allocated
             buffer = np.empty(size, self.dtype)
         self._buffers[name] = buffer
-        return buffer[:size].reshape(shape)
+        self._views[name] = view = buffer[:size].reshape(shape)
+        return view
 
     @classmethod
     def borrow(cls, purpose: str, dtype: np.dtype[Any]) -> Scratch:
@@ -116,11 +122,9 @@ def copy_padded(source: Array, low: int, high: int, out: Array) -> None:
 
 
 def is_finite(block: Array) -> bool:
-    if block.size <= _SHORT_DOT and block.dtype.kind == "f" and block.flags.c_contiguous:
-        flat = block.reshape(-1)
-        if math.isfinite(flat.dot(flat)):  # which takes a third of the time, but may overflow
-            return True
-    return bool(np.isfinite(block).all())
+    short = block.size <= _SHORT_DOT and block.dtype.kind == "f" and block.flags.c_contiguous
+    # The sum of squares takes a third of the time, but may overflow.
+    return (short and math.isfinite(np.vdot(block, block))) or bool(np.isfinite(block).all())
 
 
 def slices(start: int, stop: int, length: int) -> list[slice]:

@@ -9,11 +9,12 @@ from typing import NamedTuple, Protocol
 
 from ..problem import ConvProblem
 from . import limits, non_finite, toeplitz
-from .arrays import accumulator
+from .arrays import Array, accumulator
 from .geometry import Call, Geometry, exchange, useful_taps, with_taps
 from .panels import PhasePanels
 from .planes import Planes
 from .shift_add import ShiftAdd
+from .small import Small
 from .taps import Taps
 from .windows import Windows
 
@@ -86,6 +87,7 @@ class ChosenForm(NamedTuple):
     """The form that computes a problem, and on what.
 
     Attributes:
+        given: the problem that is to be computed.
         method: what `explain` shows.
         form: what computes the blocks.
         workers: the most threads.
@@ -94,8 +96,10 @@ class ChosenForm(NamedTuple):
         taps: the useful ones.
         exchanged: input and weight have changed places.
         separate: NaN and infinities are separated (`non_finite`).
+        small: the form, where it takes the arrays as they are given.
     """
 
+    given: ConvProblem
     method: Method
     form: Form
     workers: int
@@ -103,6 +107,16 @@ class ChosenForm(NamedTuple):
     taps: slice
     exchanged: bool
     separate: bool
+    small: Small | None
+
+    def compute(self, input: Array, weight: Array, bias: Array | None, output: Array) -> None:
+        """Compute the given problem, of arrays as `gpuconv.cpu.convolve` takes them."""
+        p = self.given
+        if self.small is not None:
+            b = bias if bias is None or p.groups == 1 else bias.reshape(p.groups, p.C_out_g)
+            if self.small.compute(input, weight, b, output):
+                return
+        self.run(Call.of(p, input, weight, bias, output))
 
     def run(self, call: Call) -> None:
         if call.p is not self.problem:
@@ -146,7 +160,9 @@ def chosen_form(p: ConvProblem, q: ConvProblem, form: Form, cost: float) -> Chos
     taps = slice(0, p.K) if q == p else useful_taps(p)
     exchanged = p.transposed and q == exchange(with_taps(p, taps))
     reason = f"few inputs, many taps: their roles exchanged; {form.reason}" if exchanged else form.reason
-    return ChosenForm(Method(form.name, reason, shared + workers * each), form, workers, q, taps, exchanged, separate)
+    small = form if isinstance(form, Small) and q == p and not separate else None
+    method = Method(form.name, reason, shared + workers * each)
+    return ChosenForm(p, method, form, workers, q, taps, exchanged, separate, small)
 
 
 def candidates(p: ConvProblem) -> list[tuple[ConvProblem, list[Form]]]:
@@ -169,9 +185,7 @@ def candidates(p: ConvProblem) -> list[tuple[ConvProblem, list[Form]]]:
 def _forms(p: ConvProblem) -> list[Form]:
     forms: list[Form] = [*PhasePanels.candidates(p), *Windows.candidates(p)]
     shift_add = ShiftAdd.of(p)
-    planes = Planes.of(p)
-    if planes is not None:
-        forms.append(planes)
+    forms += [form for form in (Small.of(p), Planes.of(p)) if form is not None]
     if p.C_in_g == 1:
         forms.append(Taps.of(p))
     elif shift_add is not None:

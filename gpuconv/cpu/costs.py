@@ -42,9 +42,8 @@ OUTER = 1.2
 PACK = 0.25
 MEETING = 15_000.0
 
-# A form that leaves the threads to BLAS computes the rest on one, and waits for the slower thread after each product.
-LARGE_PRODUCT = 1.3
-SERIAL = 2.0
+# A form that leaves the threads to BLAS computes the rest on one, while the others wait.
+SERIAL = 1.2
 
 
 def scale(p: ConvProblem) -> float:
@@ -70,7 +69,7 @@ def products(p: ConvProblem, count: float, M: float, depth: float, columns: floa
     operations = 2 * max(M, 2) * depth * width * (2 if p.is_complex else 1)
     one = PRODUCT + (operations * FLOP + M * columns * RESULT) * scale(p)
     if not small:
-        one = one * LARGE_PRODUCT + MEETING + PACK * scale(p) * (M * depth + depth * columns)
+        one += MEETING + PACK * scale(p) * (M * depth + depth * columns)
     return count * one
 
 

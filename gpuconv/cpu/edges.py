@@ -17,7 +17,6 @@ from ..problem import ConvProblem
 from . import limits
 from .arrays import Array, accumulator, slices
 from .choice import Method, choose
-from .geometry import Call
 
 
 class Strip(NamedTuple):
@@ -60,7 +59,7 @@ def convolve(p: ConvProblem, input: Array, weight: Array, bias: Array | None, ou
         return
     if p.transposed or sum(p.edge_windows) < p.L_out:
         inside = replace(p, padding_mode="zeros")
-        choose(inside).run(Call.of(inside, input, weight, bias, output))
+        choose(inside).compute(input, weight, bias, output)
     x, y = input.reshape(p.N, p.C_in, p.L_in), output.reshape(p.N, p.C_out, p.L_out)
     if p.transposed:
         with np.errstate(all="ignore"):
@@ -72,7 +71,7 @@ def convolve(p: ConvProblem, input: Array, weight: Array, bias: Array | None, ou
         first = strip.start * p.stride - p.padding_left
         copy = x[strip.samples, c_in][..., source_indices(p.padding_mode, first, first + q.L_in, p.L_in)]
         b = None if bias is None else bias[c_out]
-        choose(q).run(Call.of(q, copy, weight[c_out], b, y[strip.samples, c_out, strip.start : strip.stop]))
+        choose(q).compute(copy, weight[c_out], b, y[strip.samples, c_out, strip.start : strip.stop])
 
 
 def _strips(p: ConvProblem) -> list[Strip]:
@@ -188,5 +187,5 @@ def _piece(
     C_out = (groups.stop - groups.start) * p.C_out_g
     sums: Array = np.zeros((samples.stop - samples.start, C_out, len(at)), accumulator(p.dtype))
     if q is not None:
-        choose(q).run(Call.of(q, x[..., inputs], weight, None, sums))
+        choose(q).compute(x[..., inputs], weight, None, sums)
     return sums if bias is None else sums + bias[:, np.newaxis].astype(sums.dtype)

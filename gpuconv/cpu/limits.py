@@ -59,6 +59,9 @@ LONG_KERNEL = 64
 # Phases from which an output is written position by position: NumPy's inner loop is then long enough.
 MANY_PHASES = 16
 
+# Nanoseconds of work from which blocks that stay in the cache are worth the interpreter's time for them.
+SMALL_CALL = 100_000
+
 # Nanoseconds of work from which a second thread pays: it takes some 30 us to wake, and the interpreter's time for the
 # blocks does not shrink.
 WORTH_THREADS = 400_000

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..problem import ConvProblem
 from . import costs, limits
-from .arrays import Array, Scratch, accumulator, copy_padded, slices, strided
+from .arrays import Array, Scratch, accumulator, is_finite, slices, strided
 from .blocking import Blocking, parts, tiled
 from .geometry import Block, Call, Geometry
 from .taps import Taps
@@ -25,7 +25,6 @@ class Panels:
 
     Attributes:
         merged: the positions of all samples of a block are the columns of one product.
-        single: one block and one product of each sample and group.
         packed: a weight that BLAS cannot read is packed before the blocks are computed; else for each product.
         concurrent: BLAS computes each product on the calling thread.
     """
@@ -39,7 +38,6 @@ class Panels:
     taps: int
     merged: bool
     packed: bool
-    single: bool
     concurrent: bool
 
     @classmethod
@@ -138,17 +136,7 @@ class Panels:
         packed = per_row <= budget
         packing = limits.fit(budget // per_row, p.C_out_g, p.groups)[::-1] if packed else [p.groups, p.C_out_g]
         blocking = Blocking(*sizes, *packing)
-        single = (
-            not p.transposed
-            and not merged
-            and (channels, taps) == (p.C_in_g, p.K)
-            and sizes[:4] == (p.N, p.groups, p.C_out_g, p.L_out)
-            and sizes[4] == p.C_out_g
-            and sizes[5] == p.L_out
-            and p.N * p.C_in * (p.L_in + p.padding_left + p.padding_right) * accumulator(p.dtype).itemsize
-            <= limits.STAGED_INPUT
-        )
-        return cls(geometry, blocking, Taps.of(p), channels, taps, merged, packed, single, concurrent)
+        return cls(geometry, blocking, Taps.of(p), channels, taps, merged, packed, concurrent)
 
     @property
     def reason(self) -> str:
@@ -160,6 +148,13 @@ class Panels:
         geometry = self.geometry
         low, high = geometry.window(*geometry.positions(p), slice(0, geometry.tap_groups))
         return low < 0 or high > p.L_in or geometry.has_absent_taps(p)
+
+    def _asks_weight(self, p: ConvProblem) -> bool:
+        """Whether zeros meet the weight alone, and that is smaller than the sums: one look at it spares all at them."""
+        if not self.multiplies_zeros(p) or self.geometry.has_absent_taps(p):
+            return False
+        room = limits.STAGED_INPUT // accumulator(p.dtype).itemsize
+        return p.C_out * p.C_in_g * p.K <= min(p.N * p.C_out * p.L_out // 4, room)
 
     def cost(self, p: ConvProblem) -> float:
         geometry, blocking, size = self.geometry, self.blocking, costs.scale(p)
@@ -177,8 +172,9 @@ class Panels:
         if self.merged and p.C_in * p.L_in * p.itemsize > 4096:
             panel += reread * costs.FAR_ROW * columns * depth / run_of_sample
         elements = columns * rows
-        # The product itself, the check that it is finite, and the additions of the passes behind the first.
-        each = costs.ELEMENTWISE * (1 + 2 * (passes - 1)) * size
+        # The check that the product is finite, and the additions of the passes behind the first.
+        checked = self.multiplies_zeros(p) and not self._asks_weight(p)
+        each = costs.ELEMENTWISE * (checked + 2 * (passes - 1)) * size
         if self.merged or geometry.out_stride > 1 or p.dtype in costs.CONVERT:
             store = costs.STRIDED_COPY if geometry.out_stride == 1 else costs.TRANSPOSING_COPY
             each += store * size + costs.COPY_ROW / run + costs.CONVERT.get(p.dtype, 0.0)
@@ -186,7 +182,8 @@ class Panels:
             panel += costs.CONVERT[p.dtype] * columns * p.C_in_g * geometry.stride
         packing = 0.0
         if p.transposed or not self.packed or p.dtype in costs.CONVERT:
-            packing = costs.TRANSPOSING_COPY * size * p.groups * rows * depth * (1 if self.packed else blocks)
+            runs = p.groups * rows * p.C_in_g * (1 if self.packed else blocks)
+            packing = costs.copies(runs, J, costs.TRANSPOSING_COPY * size)
         tile = min(blocking.tile, Q * blocking.samples if self.merged else min(Q, blocking.length))
         tile_rows = min(blocking.tile_rows, rows)
         count = columns / tile * -(-rows // tile_rows) * passes
@@ -215,46 +212,18 @@ class Panels:
 
     def run(self, call: Call, workers: int) -> None:
         p, geometry, w = call.p, self.geometry, call.w
+        if self._asks_weight(p):
+            with np.errstate(all="ignore"):
+                if is_finite(w):
+                    call = call.of_finite(call.x, w, call.b, call.y)
         flags = w.flags
         in_place = not p.transposed and w.dtype == call.dtype and flags.c_contiguous and flags.aligned
-        if in_place and self.single and call.y.flags.c_contiguous and call.y_direct:
-            scratch = Scratch.borrow("blocks", call.dtype)
-            with np.errstate(all="ignore"):
-                self._compute_single(call, scratch)
-            scratch.give_back("blocks")
-            return
         w = w[..., geometry.first_tap :]
         if in_place or self.packed:
             weight = w.reshape(p.groups, p.C_out_g, -1) if in_place else None
             self.blocking.run(call, geometry.positions(p), weight, self._pack_all, self._compute, workers)
         else:
             self.blocking.run(call, geometry.positions(p), w, self._pack, self._compute, workers)
-
-    def _compute_single(self, call: Call, scratch: Scratch) -> None:
-        """The whole problem as one product of each sample and group: `_compute` without what only blocks need."""
-        p, x, first, Q = call.p, call.x, self.geometry.offset, call.p.L_out
-        behind = first + (Q - 1) * p.stride + (p.K - 1) * p.dilation + 1
-        is_padded = first < 0 or behind > p.L_in
-        if is_padded or not call.x_direct:
-            staged = scratch.take("input", p.N, p.groups, p.C_in_g, behind - first)
-            copy_padded(x, first, behind, staged)
-            x, first = staged, 0
-        *strides, step = x.strides
-        panel = scratch.take("panel", p.N, p.groups, p.C_in_g, p.K, Q)
-        panel[...] = strided(x, first, panel.shape, (*strides, step * p.dilation, step * p.stride))
-        depth = p.C_in_g * p.K
-        w, columns, y = call.w.reshape(p.groups, p.C_out_g, depth), panel.reshape(p.N, p.groups, depth, Q), call.y
-        if p.N == p.groups == 1 and Q > 1:
-            # `dot` gives the bits of `matmul`, which sends a row to another function of BLAS, and begins sooner.
-            rows = w[0] if p.C_out > 1 else w[0, 0]
-            np.dot(rows, columns[0, 0], out=y[0, 0] if p.C_out > 1 else y[0, 0, 0])
-        else:
-            np.matmul(w, columns, out=y)
-        if is_padded and call.is_spoilt(y):
-            everything = Block(slice(0, p.N), slice(0, p.groups), slice(0, p.C_out_g), 0, Q)
-            self.safe.compute(call, everything, scratch)
-        elif call.b is not None:
-            np.add(y, call.b.astype(call.dtype, copy=False)[..., None], out=y)
 
     def _pack_all(self, w: Array, scratch: Scratch) -> Array:
         return self._pack(w[..., self.geometry.first_tap :], scratch)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import conv1d_depthwise_push, edges, fused, windows
+from . import conv1d_depthwise_push, edges, fused, lengths, windows
 from .base import ArrayLayout, Config, Family, Launch, Layout, Plan, Refusal, Step
 from .bias_gradient_rows import BiasGradientRows
 from .conv1d_depthwise import Conv1dDepthwise
@@ -62,5 +62,6 @@ __all__ = [
     "conv1d_depthwise_push",
     "edges",
     "fused",
+    "lengths",
     "windows",
 ]

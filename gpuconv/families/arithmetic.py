@@ -66,7 +66,7 @@ class Arithmetic:
 _FLOAT16 = Arithmetic("multiply_matrices_f16", 8, 1, 75, (4.5, 3.5))
 _BFLOAT16 = Arithmetic("multiply_matrices_bf16", 8, 1, 80, (4.5, 3.5))
 _TF32 = Arithmetic("multiply_matrices_tf32", 4, 1, 80, (9.5,))
-_SPLIT_TF32 = Arithmetic("multiply_matrices_tf32", 4, 2, 80, (23.0,))
+_SPLIT_TF32 = Arithmetic("multiply_matrices_tf32", 4, 2, 80, (15.5,))
 
 # By dtype and precision.
 ARITHMETICS = {

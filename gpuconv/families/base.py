@@ -128,6 +128,8 @@ class Step:
 # Names of scratch buffers: weights in the order in which a kernel reads them, sums that a later step adds, and the
 # activated input.
 PACKED, PARTIAL, ACTIVATED = "packed", "partial", "activated"
+# The table of the lengths of samples, which each call has of its own: see cuda_src/samples.cuh.
+SAMPLES = "samples"
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +179,8 @@ class Family(ABC, Generic[ProblemT]):
     """Of the data that it takes."""
     maps_edges: ClassVar[bool] = False
     """Whether its kernels read the samples that padding means, in every padding mode; see `families.edges`."""
+    keeps_lengths: ClassVar[bool] = False
+    """Whether its kernels leave out what lies behind the lengths of samples; see `families.lengths`."""
 
     @abstractmethod
     def plan(self, problem: ProblemT, layout: Layout, device: Device) -> Plan | Refusal:
@@ -286,6 +290,16 @@ def with_padding_mode(config: Config, padding_mode: str) -> Config:
     if padding_mode == "zeros":
         return config
     return Config(config.kernel, (*config.macros, ("PADDING_MODE", padding_mode)))
+
+
+def with_lengths(config: Config) -> Config:
+    """The specialisation for samples with lengths of their own."""
+    return Config(config.kernel, (*config.macros, ("LENGTHS", "1")))
+
+
+def sum_dtype(problem: ConvProblem) -> str:
+    """The macro DTYPE: the dtype, of integers with that of their sums."""
+    return problem.dtype if problem.out_dtype is None else f"{problem.dtype}_to_{problem.out_dtype}"
 
 
 def base_work(problem: ConvProblem, taps: int) -> Work:

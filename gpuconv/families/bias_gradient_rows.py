@@ -22,6 +22,7 @@ class BiasGradientRows(Family[BiasGradientProblem]):
 
     name = "bias_gradient_rows"
     kind = "bias_gradient"
+    keeps_lengths = True
 
     def plan(self, problem: BiasGradientProblem, layout: Layout, device: Device) -> Plan:
         p = problem

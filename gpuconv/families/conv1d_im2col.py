@@ -247,6 +247,7 @@ class Conv1dIm2col(Family[ConvProblem]):
     kind = "conv1d"
     canonical_order = False
     maps_edges = True
+    keeps_lengths = True
 
     def plan(self, problem: ConvProblem, layout: Layout, device: Device) -> Plan | Refusal:
         p = problem

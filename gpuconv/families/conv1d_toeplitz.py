@@ -132,6 +132,7 @@ class Conv1dToeplitz(Family[ConvProblem]):
     kind = "conv1d"
     canonical_order = False
     maps_edges = True
+    keeps_lengths = True
 
     def plan(self, problem: ConvProblem, layout: Layout, device: Device) -> Plan | Refusal:
         p = problem

@@ -10,7 +10,19 @@ from collections.abc import Iterator
 from ..costs import Work
 from ..device import Device
 from ..problem import DTYPES, INTEGER_SUMS, INTEGERS, ConvProblem
-from .base import MAX_GRID, Config, Family, Layout, Plan, Step, base_config, base_work, conv_plan, with_padding_mode
+from .base import (
+    MAX_GRID,
+    Config,
+    Family,
+    Layout,
+    Plan,
+    Step,
+    base_config,
+    base_work,
+    conv_plan,
+    sum_dtype,
+    with_padding_mode,
+)
 from .offsets import Overhang, index_bits
 
 # The kernels' launch bounds leave a thread 128 registers, so that two blocks of this size share a multiprocessor.
@@ -20,6 +32,7 @@ BLOCK_SIZE = 256
 class _Direct(Family[ConvProblem]):
     dtypes = (*DTYPES, *INTEGERS)
     activates_input = True
+    keeps_lengths = True
 
     def plan(self, problem: ConvProblem, layout: Layout, device: Device) -> Plan:
         p = problem
@@ -27,8 +40,7 @@ class _Direct(Family[ConvProblem]):
         grid = min(-(-num_outputs // BLOCK_SIZE), MAX_GRID)
         # The loop over the grid leaves with an index of up to num_outputs + grid*BLOCK_SIZE.
         bits = index_bits(p, layout, Overhang(), num_outputs + grid * BLOCK_SIZE)
-        dtype = p.dtype if p.out_dtype is None else f"{p.dtype}_to_{p.out_dtype}"
-        config = with_padding_mode(base_config(self.name, dtype, bits, BLOCK_SIZE), p.padding_mode)
+        config = with_padding_mode(base_config(self.name, sum_dtype(p), bits, BLOCK_SIZE), p.padding_mode)
         return conv_plan(config, p, layout, bits, grid=grid, block=BLOCK_SIZE, own={"num_outputs": num_outputs})
 
     def work(self, problem: ConvProblem, step: Step) -> Work:

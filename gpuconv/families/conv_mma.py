@@ -22,6 +22,7 @@ MAX_PACKING = 4
 
 class _ConvMma(Family[ConvProblem]):
     canonical_order = False
+    keeps_lengths = True
 
     def plan(self, problem: ConvProblem, layout: Layout, device: Device) -> Plan | Refusal:
         p, product = problem, Product.of(problem)

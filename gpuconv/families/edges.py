@@ -14,6 +14,7 @@ from ..edge import PADDING_MODES, padded_samples
 from ..problem import DTYPES, BiasGradientProblem, ConvProblem, Problem, WeightGradientProblem
 from .base import (
     MAX_GRID,
+    SAMPLES,
     Config,
     Family,
     Launch,
@@ -25,6 +26,7 @@ from .base import (
     conv_arrays,
     conv_fields,
     params_of,
+    with_lengths,
     with_padding_mode,
 )
 from .offsets import Overhang, index_bits
@@ -44,8 +46,7 @@ def plan(family: Family[Any], problem: Problem, layout: Layout, device: Device) 
     assert isinstance(problem, ConvProblem | WeightGradientProblem)
     p, inside = problem, replace(problem, padding_mode="zeros")
     if isinstance(p, ConvProblem) and p.transposed:
-        first, second = padded_samples(p.padding_mode, p.padding_left, p.padding_right, p.L_out)
-        step = _fold_step(p, layout, first, second) if first or second else None
+        step = fold_step(p, layout)
     elif family.maps_edges:
         return family.plan(p if any(p.edge_windows) else inside, layout, device)
     elif not isinstance(p, ConvProblem) or not family.canonical_order:
@@ -66,7 +67,7 @@ def configs() -> Iterator[Config]:
         for dtype in DTYPES:
             for bits in (32, 64):
                 yield with_padding_mode(base_config("conv1d_edges", dtype, bits, BLOCK_SIZE), mode)
-                yield _fold_config(dtype, bits, mode)
+                yield fold_config(dtype, bits, mode)
 
 
 def _mode(problem: Problem) -> str:
@@ -82,8 +83,14 @@ def _edges_step(p: ConvProblem, layout: Layout, first: int, last: int) -> Step:
     return _step(config, p, layout, grid, bits, own)
 
 
-def _fold_step(p: ConvProblem, layout: Layout, first: range, second: range) -> Step:
+def fold_step(p: ConvProblem, layout: Layout) -> Step | None:
+    """The step that folds the padding of a transposed operation; None where there is none."""
+    first, second = padded_samples(p.padding_mode, p.padding_left, p.padding_right, p.L_out)
+    if p.has_lengths:  # in shorter samples the second range lies elsewhere
+        first, second = padded_samples(p.padding_mode, p.padding_left, p.padding_right, p.L_out, apart=False)
     edges = len(first) + len(second)
+    if edges == 0:
+        return None
     num_outputs = p.N * p.C_out * edges
     grid = min(-(-num_outputs // (BLOCK_SIZE // WARP)), MAX_GRID)
     # A lane leaves its loop up to 32 channels behind the last.
@@ -97,10 +104,13 @@ def _fold_step(p: ConvProblem, layout: Layout, first: range, second: range) -> S
         "padded_end": p.L_out + max(p.padding_right, 0),
     }
     shared_bytes = BLOCK_SIZE * p.format.accumulator_bytes
-    return _step(_fold_config(p.dtype, bits, p.padding_mode), p, layout, grid, bits, own, shared_bytes)
+    config = fold_config(p.dtype, bits, p.padding_mode)
+    step = _step(config, p, layout, grid, bits, own, shared_bytes)
+    return Step(with_lengths(config), step.launch, (*step.arrays, SAMPLES)) if p.has_lengths else step
 
 
-def _fold_config(dtype: str, bits: int, mode: str) -> Config:
+def fold_config(dtype: str, bits: int, mode: str) -> Config:
+    """The specialisation of conv_transpose1d_fold for a mode."""
     config = base_config("conv_transpose1d_fold", dtype, bits, BLOCK_SIZE)
     return Config(config.kernel, (*config.macros, ("FOLD_MODE", mode)))
 

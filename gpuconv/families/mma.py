@@ -42,7 +42,7 @@ from .base import (
     round_up,
     with_padding_mode,
 )
-from .mma_costs import TilesLaunch, predict_plan
+from .mma_costs import TilesLaunch, input_batches, predict_plan
 from .offsets import index_bits
 from .product import Product
 from .weight_boxes import WeightBoxes
@@ -57,10 +57,15 @@ MIN_CHANNELS = 8
 MIN_ROWS = 8
 # Half a fragment of 16 rows stays empty below this: three products for one then cost more than fused multiply-adds.
 MIN_SPLIT_ROWS = 16
-# Layers with so few output channels read more than they multiply; the tail families serve them.
+# Layers with so few output channels read more than they multiply, and the tail families serve them: unless so many
+# weights meet each input, as in transposed ones, whose rows are many because the stride is.
 MAX_TAIL_CHANNELS = 4
+MIN_TAIL_WEIGHTS = 64
 # Units of a chunk at most: with 8 rows of each fragment side by side, four units are two k-steps for every tap.
 MAX_UNITS = 4
+# Of the windows of 16 positions, which the shared memory of sm_90 holds beside weights and tables. Where they would
+# take more, as with a stride of hundreds, chunks have fewer units.
+MAX_WINDOW_BYTES = 184 * 1024
 # Reductions of so many terms are cut into segments. Where the rest of the problem does not fill the GPU, blocks of
 # their own sum the segments, in larger tiles than it would have blocks for otherwise: by the cost model this saves 5 to
 # 20 % of layers with one block for a multiprocessor, and up to 80 % with few. Where the rest does fill it, a block adds
@@ -68,7 +73,7 @@ MAX_UNITS = 4
 # the sums of its segment alone, and in at most MAX_SEGMENTS more.
 MIN_SEGMENTED_TERMS = 4096
 SEGMENT_STAGES = 64
-MIN_SEGMENTS, MAX_SEGMENTS = 4, 8
+MIN_SEGMENTS, MAX_SEGMENTS = 4, 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +161,7 @@ _SEGMENT_TILES = (
     Tile(64, 64, 2, 2, 4, 4, segment_mode=2),
     Tile(64, 16, 4, 1, 4, 2, segment_mode=2),
     Tile(128, 16, 4, 1, 3, 2, segment_mode=1),
+    Tile(64, 16, 4, 1, 4, 2, segment_mode=1),
 )
 _SPLIT_SEGMENT_TILES = (
     Tile(128, 128, 2, 4, 1, 1, segment_mode=1),
@@ -192,8 +198,8 @@ def refuse_layer(problem: ConvProblem, rows: int, device: Device) -> str | None:
         return NO_ARITHMETIC
     if p.C_in_g < MIN_CHANNELS:
         return f"needs C_in/groups >= {MIN_CHANNELS}"
-    if p.C_out_g <= MAX_TAIL_CHANNELS:
-        return f"needs C_out/groups > {MAX_TAIL_CHANNELS}"
+    if p.C_out_g <= MAX_TAIL_CHANNELS and p.C_out_g * p.K < MIN_TAIL_WEIGHTS:
+        return f"needs C_out/groups > {MAX_TAIL_CHANNELS} or C_out/groups * K >= {MIN_TAIL_WEIGHTS}"
     is_split = arithmetic.parts == 2
     if rows < (MIN_SPLIT_ROWS if is_split else MIN_ROWS):
         return f"needs C_out/groups (times stride for phases) >= {MIN_SPLIT_ROWS if is_split else MIN_ROWS}"
@@ -220,9 +226,13 @@ class Reduction:
 
     @classmethod
     def of(cls, product: Product, arithmetic: Arithmetic) -> Reduction:
-        taps, units = product.taps, -(-product.problem.C_in_g // arithmetic.channels)
-        chunks = -(-units // MAX_UNITS)
-        units = -(-units // chunks)
+        taps, all_units = product.taps, -(-product.problem.C_in_g // arithmetic.channels)
+        unit_bytes = arithmetic.parts * Window.of(product, 1, 16).rows * UNIT_BYTES
+        for most in range(MAX_UNITS, 0, -1):
+            chunks = -(-all_units // most)
+            units = -(-all_units // chunks)
+            if min(chunks, 2) * units * unit_bytes <= MAX_WINDOW_BYTES:
+                break
         stages = chunks * -(-taps * units // STAGE_PAIRS)
         is_long = stages * STAGE_PAIRS * arithmetic.channels >= MIN_SEGMENTED_TERMS
         segments = min(max(stages // SEGMENT_STAGES, MIN_SEGMENTS), MAX_SEGMENTS) if is_long else 1
@@ -372,10 +382,8 @@ def shared_bytes(tile: Tile, window: Window, reduction: Reduction, arithmetic: A
     )
 
 
-def input_batches(tile: Tile, window: Window, reduction: Reduction) -> int:
-    """Batches in which the threads of a block load the window of a chunk: see mma.cuh."""
-    tasks = -(-reduction.units // (tile.prefetch // window.width)) * window.unit_tasks
-    return -(-tasks // tile.threads)
+def _batches(tile: Tile, window: Window, reduction: Reduction) -> int:
+    return input_batches(reduction.units, window.unit_tasks, tile.prefetch // window.width, tile.threads)
 
 
 def input_width(product: Product, layout: Layout, arithmetic: Arithmetic, bits: int) -> int:
@@ -384,7 +392,7 @@ def input_width(product: Product, layout: Layout, arithmetic: Arithmetic, bits: 
     stride_n, stride_c, stride_l = array.strides
     begins_even = (stride_n % 2 == 0 or p.N == 1) and (stride_c % 2 == 0 or p.C_in == 1) and array.alignment >= 4
     is_word = stride_l == 1 and begins_even and p.L_in % 2 == 0 and arithmetic.channels == 8 and bits == 32
-    if p.padding_mode != "zeros":  # positions outside mean samples that are no such neighbours
+    if p.padding_mode != "zeros" or p.has_lengths:  # positions outside mean other samples, or begin at any place
         return 1
     return 2 if is_word and Window.pairs_positions(product) else 1
 
@@ -400,6 +408,8 @@ def compare_tilings(
         row_tiles = -(-product.rows // tile.block_m)
         block_samples, block_positions = 1, tile.block_n
         if tile.has_samples:
+            if product.problem.has_lengths:
+                continue
             block_samples, block_positions = min(tile.block_n // product.positions, samples), product.positions
             if block_samples < 2:
                 continue
@@ -440,11 +450,11 @@ def _predict(
         samples=window.block_samples,
         used_rows=window.used_rows,
         window_rows=window.rows,
+        batches=_batches(tile, window, reduction),
         block_m=tile.block_m,
         block_n=tile.block_n,
         warps_m=tile.warps_m,
         warps_n=tile.warps_n,
-        prefetch=tile.prefetch,
         has_samples=tile.has_samples,
         is_cut=is_cut,
         kept_segments=reduction.segments if tile.segment_mode == 1 else 0,
@@ -545,7 +555,7 @@ def kernel_configs(kernel: str, device: Device, phases: tuple[bool, ...], *, tra
 
 def _tiling_params(reduction: Reduction, tiling: Tiling) -> dict[str, int]:
     """The fields of Params that describe the order of summation and the tiles."""
-    batches = input_batches(tiling.tile, tiling.window, reduction)
+    batches = _batches(tiling.tile, tiling.window, reduction)
     # As few rounds as leave one for every batch.
     round_stages = max(1, -(-reduction.stages // batches))
     if -(-reduction.stages // round_stages) < batches:

@@ -32,7 +32,7 @@ _PACK_INSTRUCTIONS = 140
 LATENCY_CYCLES = 2500.0
 _LOAD_CYCLES = 600.0
 _STAGE_CYCLES = 60.0
-_LINES_PER_CYCLE = 4
+LINES_PER_CYCLE = 4
 _PACK_CYCLES = 2000.0  # of a thread that packs: its divisions, its loads, its stores
 
 
@@ -58,6 +58,11 @@ def predict_plan(
     return us
 
 
+def input_batches(units: int, unit_tasks: int, task_units: int, threads: int) -> int:
+    """Batches in which the threads of a block load the window of a chunk, in tasks of so many units: see mma.cuh."""
+    return -(-(-(-units // task_units) * unit_tasks) // threads)
+
+
 class TilesLaunch(NamedTuple):
     """A launch of tiles, as far as its time depends on it: fields of `Tile`, `Window` and `Reduction` of mma.py.
 
@@ -67,6 +72,7 @@ class TilesLaunch(NamedTuple):
         stages: of a chunk.
         is_cut: whether the sums are those of one segment, which another launch adds.
         kept_segments: whose sums a block adds to totals in shared memory.
+        batches: in which a block loads the window of a chunk: `input_batches`.
         width: positions of the input that one access loads.
     """
 
@@ -79,11 +85,11 @@ class TilesLaunch(NamedTuple):
     samples: int
     used_rows: int
     window_rows: int
+    batches: int
     block_m: int
     block_n: int
     warps_m: int
     warps_n: int
-    prefetch: int
     has_samples: bool
     is_cut: bool
     kept_segments: int
@@ -120,15 +126,14 @@ class TilesLaunch(NamedTuple):
         stored = (
             self.blocks * self.block_m * self.block_n * 4 if self.is_cut else math.prod(p.output_shape) * p.itemsize
         )
-        batches = -(-self.staged_vectors // (WARP * self.warps * self.prefetch))
         # Batches of input that come when no stages are left to multiply meanwhile, or before the first; LATENCY_CYCLES
         # has one of those.
-        waits = batches - 1 + (self.chunks - 1) * max(0, batches - self.stages)
+        waits = self.batches - 1 + (self.chunks - 1) * max(0, self.batches - self.stages)
         return Work(
             multiply_adds=a.products * self.blocks * self.block_m * self.block_n * self.terms,
             l2_bytes=self.blocks * (input_bytes + weight_bytes) + stored,
             load_share=0.25,
-            visits=self.staged_by_warps / self.prefetch,
+            visits=self.blocks * self.warps * self.chunks * self.batches,
             dram_bytes=math.prod(p.input_shape) * p.itemsize + self.weight_tiles * weight_bytes + stored,
             waits=LATENCY_CYCLES + waits * _LOAD_CYCLES,
             ending=self._ending(stored),
@@ -203,6 +208,7 @@ def _launch_of(problem: ConvProblem, step: Step) -> TilesLaunch:
     """A step of tiles as the cost model sees it."""
     params, macros = dict(step.launch.params), dict(step.config.macros)
     is_cut = macros["SEGMENT_MODE"] == "2"
+    prefetch, width = int(macros["PREFETCH"]), int(macros["INPUT_WIDTH"])
     return TilesLaunch(
         arithmetic=ARITHMETICS[problem.dtype, problem.precision],
         blocks=step.launch.grid,
@@ -213,15 +219,15 @@ def _launch_of(problem: ConvProblem, step: Step) -> TilesLaunch:
         samples=params["block_samples"],
         used_rows=params["planes"] * params["plane_rows"],
         window_rows=params["window_rows"],
+        batches=input_batches(params["units"], params["unit_tasks"], prefetch // width, step.launch.block),
         block_m=int(macros["BLOCK_M"]),
         block_n=int(macros["BLOCK_N"]),
         warps_m=int(macros["WARPS_M"]),
         warps_n=int(macros["WARPS_N"]),
-        prefetch=int(macros["PREFETCH"]),
         has_samples=macros["HAS_SAMPLES"] == "1",
         is_cut=is_cut,
         kept_segments=params["segments"] if macros["SEGMENT_MODE"] == "1" else 0,
-        width=int(macros["INPUT_WIDTH"]),
+        width=width,
     )
 
 

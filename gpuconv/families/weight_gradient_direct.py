@@ -24,6 +24,7 @@ class WeightGradientDirect(Family[WeightGradientProblem]):
     name = "weight_gradient_direct"
     kind = "weight_gradient"
     maps_edges = True
+    keeps_lengths = True
 
     def plan(self, problem: WeightGradientProblem, layout: Layout, device: Device) -> Plan:
         p = problem

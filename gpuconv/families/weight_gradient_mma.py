@@ -27,12 +27,16 @@ from ..text import count
 from .arithmetic import ARITHMETICS, MIN_SPLIT_TERMS, SPLIT_TERMS, UNIT_BYTES, WARP, Arithmetic
 from .base import MAX_GRID, Config, Family, Launch, Layout, Plan, Refusal, Step, params_of, round_up
 from .mma import MIN_CHANNELS, MIN_SPLIT_ROWS
-from .mma_costs import LATENCY_CYCLES
+from .mma_costs import LATENCY_CYCLES, LINES_PER_CYCLE
 from .offsets import index_bits
 from .slices import Slices, gradient_config, predict_sum, sliced_plan, weight_fields
 
 STEP = SPLIT_TERMS  # positions of a step: one product of 16-bit matrices along the reduction, or two
 OCTET = 8  # columns of one product
+# With fewer channels of fine its octets are of taps; with fewer of those they are half empty. The three products of
+# split TF32 take longer than CUDA cores with few columns.
+MIN_TAPS = 8
+MIN_SPLIT_COLUMNS = 32
 _PRODUCT_ROWS = 16  # rows of one product
 # Positions that one access loads, of coarse and of fine.
 WIDTH = 4
@@ -66,10 +70,13 @@ class Tile(NamedTuple):
 
 
 # By the parts of an operand; the last one is for arrays that need wide offsets, too. Three sets of sums leave a split
-# product registers for warps of 32x32.
+# product registers for warps of 48x32. Tiles of 48 rows are for groups of 48 channels.
 TILES: dict[int, tuple[Tile, ...]] = {
     1: (
         Tile(128, 256, 2, 4, 1, 32, 4, 4),
+        Tile(64, 256, 1, 4, 2, 32, 4, 4),
+        Tile(48, 256, 1, 4, 2, 32, 4, 4),
+        Tile(32, 256, 1, 4, 3, 32, 4, 4),
         Tile(128, 128, 2, 2, 2, 32, 4, 4),
         Tile(32, 128, 1, 4, 4, 32, 4, 4),
         Tile(16, 128, 1, 4, 4, 32, 4, 4),
@@ -77,6 +84,7 @@ TILES: dict[int, tuple[Tile, ...]] = {
     ),
     2: (
         Tile(64, 128, 2, 4, 1, 32, 4, 4),
+        Tile(48, 128, 1, 4, 2, 32, 4, 4),
         Tile(32, 128, 1, 4, 2, 32, 4, 4),
         Tile(16, 128, 1, 4, 4, 32, 4, 4),
         Tile(64, 64, 2, 2, 2, 32, 4, 4),
@@ -85,13 +93,36 @@ TILES: dict[int, tuple[Tile, ...]] = {
 _LARGEST_M, _LARGEST_N, _LARGEST_CHUNK = 128, 256, 64
 
 # Of the cost model, from the machine code for sm_90 (bench.static): instructions of a lane for one load, with its
-# address and its part in storing the vectors, by the positions that it loads; of a step besides its products and
-# fetches; of a warp for one sum of each lane on its way out.
+# address and its part in storing the vectors, by the positions that it loads; of a chunk besides its loads and steps;
+# of a step besides its products and fetches; of a warp for one sum of each lane on its way out.
 _LOAD_INSTRUCTIONS = {1: 8.0, WIDTH: 11.0}
+_CHUNK_INSTRUCTIONS = 50.0
 _STEP_INSTRUCTIONS = 16
 _STORE_INSTRUCTIONS = 8.0
 # An assumption: cycles of the barrier of a chunk, and of what its loads leave uncovered, of a block alone.
 _CHUNK_CYCLES = 150.0
+
+
+class Columns(NamedTuple):
+    """How the columns of the result, (channel of fine, tap), are grouped by eights.
+
+    Attributes:
+        octets: of a group: of eight channels, or of one channel with few of these, whose taps are taken by eights.
+        taps: of an octet, or blocks of eight taps.
+        tap_step: positions from one of them to the next.
+        in_taps: whether an octet has eight taps.
+    """
+
+    octets: int
+    taps: int
+    tap_step: int
+    in_taps: bool
+
+    @classmethod
+    def of(cls, p: WeightGradientProblem) -> Columns:
+        if p.C_fine_g >= MIN_CHANNELS:
+            return cls(-(-p.C_fine_g // OCTET), p.K, p.dilation, False)
+        return cls(p.C_fine_g, -(-p.K // OCTET), OCTET * p.dilation, True)
 
 
 class Window(NamedTuple):
@@ -109,14 +140,15 @@ class Window(NamedTuple):
 
     @classmethod
     def of(cls, p: WeightGradientProblem, taps: int, samples: int, positions: int, width: int) -> Window:
-        """`width`: positions of an aligned access, at a multiple of which planes begin and end."""
-        gcd = math.gcd(p.stride, p.dilation)
+        """`taps`: as in `Columns`; `width`: positions of an aligned access, at whose multiples planes begin and end."""
+        tap_step = Columns.of(p).tap_step
+        gcd = math.gcd(p.stride, tap_step)
         planes = min(p.stride // gcd, taps)
-        plane_rows = round_up(positions + (taps - 1) // planes * (p.dilation // gcd) + width - 1, width)
+        plane_rows = round_up(positions + (taps - 1) // planes * (tap_step // gcd) + width - 1, width)
         tap_rows = round_up(positions + width - 1, width)
         if planes * plane_rows >= taps * tap_rows:
             return cls(samples, positions, taps, tap_rows, 0)
-        return cls(samples, positions, planes, plane_rows, p.dilation // gcd)
+        return cls(samples, positions, planes, plane_rows, tap_step // gcd)
 
     @property
     def rows(self) -> int:
@@ -129,6 +161,7 @@ class WeightGradientMma(Family[WeightGradientProblem]):
     name = "weight_gradient_mma"
     kind = "weight_gradient"
     maps_edges = True
+    keeps_lengths = True
     canonical_order = False
 
     def plan(self, problem: WeightGradientProblem, layout: Layout, device: Device) -> Plan | Refusal:
@@ -136,11 +169,18 @@ class WeightGradientMma(Family[WeightGradientProblem]):
         arithmetic = ARITHMETICS.get((p.dtype, p.precision))
         if arithmetic is None or device.arch < arithmetic.min_arch:
             return Refusal("needs float16 (sm_75), bfloat16 or float32 (sm_80)")
-        if min(p.C_coarse_g, p.C_fine_g) < MIN_CHANNELS:
-            return Refusal(f"needs at least {MIN_CHANNELS} channels a group on both sides")
+        if p.C_coarse_g < MIN_CHANNELS:
+            return Refusal(f"needs at least {MIN_CHANNELS} channels a group on the coarse side")
+        if p.C_fine_g < MIN_CHANNELS and p.K < MIN_TAPS:
+            return Refusal(f"needs at least {MIN_CHANNELS} channels a group on the fine side, or {MIN_TAPS} taps")
         if arithmetic.parts == 2 and p.C_coarse_g < MIN_SPLIT_ROWS:
             return Refusal(
                 f"needs at least {MIN_SPLIT_ROWS} channels a group on the coarse side for float32 by split TF32"
+            )
+        if arithmetic.parts == 2 and Columns.of(p).in_taps and p.C_fine_g * p.K < MIN_SPLIT_COLUMNS:
+            return Refusal(
+                f"needs at least {MIN_CHANNELS} channels a group on the fine side, or C_fine/groups * K >= "
+                f"{MIN_SPLIT_COLUMNS}, for float32 by split TF32"
             )
         if arithmetic.parts == 2 and p.terms < MIN_SPLIT_TERMS:
             return Refusal(f"needs sums of at least {MIN_SPLIT_TERMS} terms for float32 by split TF32")
@@ -152,7 +192,7 @@ class WeightGradientMma(Family[WeightGradientProblem]):
         tiling, tile, window = tilings[0], tilings[0].tile, tilings[0].window
         if tiling.blocks > MAX_GRID:
             return Refusal(f"needs at most {MAX_GRID} blocks")
-        slices = _slices(p)
+        slices, columns = _slices(p), Columns.of(p)
         half, pitch = _pitches(window.rows, arithmetic)
         params = params_of(
             self.name,
@@ -163,6 +203,8 @@ class WeightGradientMma(Family[WeightGradientProblem]):
                 "octet_tiles": tiling.octet_tiles,
                 "block_octets": tiling.octets,
                 "block_taps": tiling.taps,
+                "taps": columns.taps,
+                "tap_step": columns.tap_step,
                 "chunk_samples": window.samples,
                 "sample_shift": window.positions.bit_length() - 1,
                 "planes": window.planes,
@@ -174,9 +216,12 @@ class WeightGradientMma(Family[WeightGradientProblem]):
                 "task_units": _task_units(tiling.octets, widths[1], arithmetic),
             },
         )
-        config = self._config(tile, p.dtype, p.precision, widths, bits)
+        config = self._config(tile, p.dtype, p.precision, widths, bits, in_taps=columns.in_taps)
         launch = Launch(tiling.blocks, tile.threads, tiling.shared_bytes, bits, params)
-        candidates = tuple((f"{t.tile.block_m}x{t.tile.block_n} of {count(t.taps, 'tap')}", t.us) for t in tilings)
+        each = OCTET if columns.in_taps else 1
+        candidates = tuple(
+            (f"{t.tile.block_m}x{t.tile.block_n} of {count(each * t.taps, 'tap')}", t.us) for t in tilings
+        )
         return sliced_plan(p, layout, slices, config, launch, candidates)
 
     def work(self, problem: WeightGradientProblem, step: Step) -> Work:
@@ -202,9 +247,12 @@ class WeightGradientMma(Family[WeightGradientProblem]):
                 for bits in (32, 64):
                     for tile in _tiles(arithmetic, bits):
                         for widths in WIDTHS if bits == 32 else WIDTHS[-1:]:
-                            yield self._config(tile, dtype, precision, widths, bits)
+                            for in_taps in (False, True) if widths[1] == 1 else (False,):
+                                yield self._config(tile, dtype, precision, widths, bits, in_taps=in_taps)
 
-    def _config(self, tile: Tile, dtype: str, precision: str, widths: tuple[int, int], bits: int) -> Config:
+    def _config(
+        self, tile: Tile, dtype: str, precision: str, widths: tuple[int, int], bits: int, *, in_taps: bool = False
+    ) -> Config:
         arithmetic = ARITHMETICS[dtype, precision]
         macros: dict[str, str | int] = {
             "BLOCK_M": tile.block_m,
@@ -216,6 +264,7 @@ class WeightGradientMma(Family[WeightGradientProblem]):
             "AHEAD_FINE": tile.ahead_fine,
             "COARSE_WIDTH": widths[0],
             "FINE_WIDTH": widths[1],
+            "TAPS_IN_UNITS": int(in_taps),
             "MIN_BLOCKS": tile.min_blocks if bits == 32 else 1,
             "IS_SPLIT": int(arithmetic.parts == 2),
             "SPLIT_TERMS": SPLIT_TERMS,
@@ -269,10 +318,11 @@ def _widths(p: WeightGradientProblem, layout: Layout, bits: int) -> tuple[int, i
         stride_n, stride_c, stride_l = array.strides
         rows = (stride_n % WIDTH == 0 or N == 1) and (stride_c % WIDTH == 0 or C == 1) and L % WIDTH == 0
         wide.append(rows and stride_l == 1 and array.alignment >= WIDTH * p.itemsize)
-    if bits != 32 or not wide[0]:
+    if bits != 32 or not wide[0] or p.has_lengths:
         return 1, 1
     # Neighbours outside of fine may mean samples that are no neighbours.
-    return WIDTH, WIDTH if wide[1] and p.stride == 1 and p.padding_mode == "zeros" else 1
+    has_rows = wide[1] and p.stride == 1 and p.padding_mode == "zeros" and not Columns.of(p).in_taps
+    return WIDTH, WIDTH if has_rows else 1
 
 
 def _pitches(rows: int, arithmetic: Arithmetic) -> tuple[int, int]:
@@ -314,7 +364,7 @@ def _tilings(p: WeightGradientProblem, widths: tuple[int, int], device: Device, 
     """The tilings that fit the device, the cheapest first; of each tile the one with the best octets and taps."""
     arithmetic = ARITHMETICS[p.dtype, p.precision]
     slices = _slices(p)
-    octets_of_group = -(-p.C_fine_g // OCTET)
+    columns = Columns.of(p)
     adding = predict_sum(p, slices.count, device).us if slices.count > 1 else 0.0
     found = []
     for tile in _tiles(arithmetic, bits):
@@ -322,9 +372,9 @@ def _tilings(p: WeightGradientProblem, widths: tuple[int, int], device: Device, 
         samples, rows = _chunk(slices, tile.chunk_rows)
         row_tiles = -(-p.C_coarse_g // tile.block_m)
         best: _Tiling | None = None
-        for taps in {-(-p.K // -(-p.K // most)) for most in range(1, pairs + 1)}:
-            octets = min(pairs // taps, octets_of_group)
-            octet_tiles, tap_tiles = -(-octets_of_group // octets), -(-p.K // taps)
+        for taps in {-(-columns.taps // -(-columns.taps // most)) for most in range(1, pairs + 1)}:
+            octets = min(pairs // taps, columns.octets)
+            octet_tiles, tap_tiles = -(-columns.octets // octets), -(-columns.taps // taps)
             window = Window.of(p, taps, samples, rows, widths[1])
             shared = _shared_bytes(tile, window, octets, widths, arithmetic, bits)
             if shared > device.shared_per_block:
@@ -413,11 +463,14 @@ class _Launch(NamedTuple):
         a = self.arithmetic
         chunk_terms = self.chunk_samples * self.chunk_positions
         coarse, fine = self.block_m * chunk_terms, self.octets * OCTET * self.window_rows  # elements of a chunk
+        if Columns.of(p).in_taps:  # neighbouring rows have taps in common, which come from L1
+            fine = fine * min(p.stride, OCTET) // OCTET
         rows = (self.block_m + self.octets * OCTET) * self.chunk_samples
         staged = (coarse + fine) * a.itemsize + rows * (SECTOR_BYTES - a.itemsize)
         passes = self.blocks * self.chunks
-        # In 16 bits the code around the steps of a chunk stages the next; in 32 bits it is around that around a step.
-        instructions, wavefronts = self._staging() if a.itemsize == 4 else (0.0, 0.0)
+        # Only 32-bit steps are loops of several products. What stages is counted by tasks, of which a chunk may have
+        # more or fewer than its code has in a row.
+        instructions, wavefronts = self._staging(p)
         held = self.blocks * self.block_m * self.block_n
         partial = self.slices.partial_bytes(p)
         stored = partial or math.prod(p.weight_shape) * p.itemsize
@@ -426,22 +479,26 @@ class _Launch(NamedTuple):
             l2_bytes=passes * staged + stored,
             staging_instructions=instructions,
             staging_wavefronts=wavefronts,
-            visits=self.blocks * self.warps * (self.terms / STEP if a.itemsize == 4 else self.chunks),
+            visits=self.blocks * self.warps * self.terms / STEP if a.itemsize == 4 else 0.0,
             dram_bytes=p.bytes() - math.prod(p.weight_shape) * p.itemsize + stored,
             waits=LATENCY_CYCLES + self.chunks * _CHUNK_CYCLES,
             load_share=0.0,  # what a chunk waits for is in `waits`
             ending=Ending(held / WARP * _STORE_INSTRUCTIONS, 2 * held / WARP, stored),
         )
 
-    def _staging(self) -> tuple[float, float]:
+    def _staging(self, p: WeightGradientProblem) -> tuple[float, float]:
         """Instructions and wavefronts of all warps that stage the chunks."""
         a, chunk_terms = self.arithmetic, self.chunk_samples * self.chunk_positions
         elements = self.block_m * chunk_terms, self.octets * OCTET * self.window_rows
         loads = [of_side / width for of_side, width in zip(elements, self.widths, strict=True)]
         instructions = sum(n * _LOAD_INSTRUCTIONS[width] for n, width in zip(loads, self.widths, strict=True))
-        # Of 128 bytes by a warp, or of one load that has fewer; a unit of each part is stored at once.
-        wavefronts = sum(n * max(1.0, width * a.itemsize / 4) for n, width in zip(loads, self.widths, strict=True))
+        # Of 128 bytes by a warp, of one load that has fewer, or of four lines; a unit of each part is stored at once.
+        wavefronts = sum(
+            n * max(1.0, width * a.itemsize / 4, min(WARP, step * a.itemsize / 4) / LINES_PER_CYCLE)
+            for n, width, step in zip(loads, self.widths, (1, p.stride), strict=True)
+        )
         wavefronts += 4 * sum(elements) / a.channels * a.parts
+        instructions += WARP * self.warps * _CHUNK_INSTRUCTIONS
         return self.blocks * self.chunks / WARP * instructions, self.blocks * self.chunks / WARP * wavefronts
 
     def us(self, p: WeightGradientProblem, resident: int, device: Device) -> float:
@@ -454,7 +511,7 @@ class _Launch(NamedTuple):
         # ldmatrix fetches four wavefronts at a time; elements of 32 bits come one by one.
         fetches = wavefronts / 4 if a.itemsize == 2 else wavefronts
         passes = self.blocks * self.warps * steps
-        staging = self._staging()
+        staging = self._staging(p)
         code = Code(
             instructions=passes * (products + fetches + _STEP_INSTRUCTIONS) + staging[0],
             wavefronts=passes * wavefronts + staging[1],

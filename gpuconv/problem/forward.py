@@ -1,4 +1,4 @@
-"""Convolution problems. The two length formulas exist once, in `ConvProblem.__post_init__`."""
+"""Convolution problems. The two length formulas exist once, in `gpuconv.extents`."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from ..arguments import (
     check_size,
 )
 from ..edge import edge_windows, most_positions
+from ..extents import output_length, resolve_padding
 from ..fusion import ACTIVATION_ARRAYS, INPUT_ACTIVATION_ARRAYS, RESIDUAL, Fused, Fusion, check_arrays
 from .base import Kind, Problem
 
@@ -72,13 +73,13 @@ class ConvProblem(Problem):
     out_dtype: str | None = None  # of bias and output, where that is not `dtype`
     padding_mode: str = "zeros"
     fusion: Fusion | None = None  # None for nothing
+    has_lengths: bool = False  # each sample has a length of its own, up to L_in
     L_out: int = field(init=False)
 
     def __post_init__(self) -> None:
         span = self.dilation * (self.K - 1) + 1  # the positions from the first tap to the last, both included
         if self.transposed:
             full = (self.L_in - 1) * self.stride + span + self.output_padding
-            L_out = full - self.padding_left - self.padding_right
             detail = (
                 f"(L_in - 1)*stride - padding_left - padding_right + dilation*(K - 1) + output_padding + 1 = "
                 f"({self.L_in} - 1)*{self.stride} - {self.padding_left} - {self.padding_right} + "
@@ -92,8 +93,8 @@ class ConvProblem(Problem):
                     f"positions, the padded input has {full} (L_in = {self.L_in}, padding = "
                     f"({self.padding_left}, {self.padding_right}))"
                 )
-            L_out = (full - span) // self.stride + 1
             detail = "floor((L_in + padding_left + padding_right - dilation*(K - 1) - 1)/stride) + 1"
+        L_out = output_length(self.transposed, self.L_in, *self.padding, self.stride, span, self.output_padding)
         if L_out < 1:
             raise ValueError(f"{self.op}: the output length must be at least 1, got {L_out} = {detail}")
         # Symbols, which stand for extents while PyTorch traces a program, are limited when numbers take their places.
@@ -145,13 +146,7 @@ class ConvProblem(Problem):
             )
         check_bias_length(op, bias, C_out)
         span = d * (K - 1) + 1
-        if sides == "same":
-            L_out = -(-x.L_in // s)
-            left, right = _halves(max(0, (L_out - 1) * s + span - x.L_in))
-        elif sides == "causal":
-            left, right = span - 1, 0
-        else:
-            left, right = sides
+        left, right, _ = resolve_padding(False, sides, x.L_in, s, span)
         return cls(
             op, x.N, x.C_in, C_out, x.L_in, K, s, left, right, d, g, 0, x.dtype, bias is not None, x.batched,
             check_precision(op, precision, x.dtype), check_out_dtype(op, x.dtype, out_dtype, bias),
@@ -192,14 +187,7 @@ class ConvProblem(Problem):
             )
         check_bias_length(op, bias, C_out)
         span = d * (K - 1) + 1
-        if isinstance(sides, str):
-            # "same", so L_out = L_in*stride: where the kernel is shorter than the stride there is nothing to trim, and
-            # output_padding fills the deficit instead.
-            extra = max(0, s - span)
-            left, right = _halves(max(0, span - s))
-        else:
-            extra = given
-            left, right = sides
+        left, right, extra = resolve_padding(True, sides, x.L_in, s, span, given)
         if output_size is not None:
             wanted = check_setting(op, "output_size", output_size)
             if given:
@@ -346,7 +334,7 @@ class ConvProblem(Problem):
         return ConvProblem(
             "conv1d" if p.transposed else "conv_transpose1d", p.N, p.C_out, p.C_in, p.L_out, p.K, p.stride,
             p.padding_left, p.padding_right - p.output_padding, p.dilation, p.groups, rest, p.dtype, False, p.batched,
-            p.precision, padding_mode=p.padding_mode,
+            p.precision, padding_mode=p.padding_mode, has_lengths=p.has_lengths,
         )  # fmt: skip
 
     def refuse_fusion(self) -> None:
@@ -383,9 +371,6 @@ class ConvProblem(Problem):
             parts.append(f"to {self.out_dtype}")
         if self.fusion:
             parts.append(f"with {self.fusion}")
+        if self.has_lengths:
+            parts.append("lengths")
         return " ".join(parts)
-
-
-def _halves(total: int) -> tuple[int, int]:
-    """Split a total padding over both sides; the odd one goes to the right."""
-    return total // 2, total - total // 2

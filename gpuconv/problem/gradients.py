@@ -55,6 +55,7 @@ class WeightGradientProblem(Problem):
     dtype: str = "float32"
     precision: str = "float32"
     padding_mode: str = "zeros"
+    has_lengths: bool = False  # as in ConvProblem
 
     @classmethod
     def of(cls, problem: ConvProblem) -> WeightGradientProblem:
@@ -64,7 +65,7 @@ class WeightGradientProblem(Problem):
         sides = (p.C_in, p.C_out, p.L_in, p.L_out) if p.transposed else (p.C_out, p.C_in, p.L_out, p.L_in)
         return cls(
             p.op, p.N, *sides, p.K, p.stride, p.padding_left, p.dilation, p.groups, p.dtype, p.precision,
-            padding_mode=p.padding_mode,
+            padding_mode=p.padding_mode, has_lengths=p.has_lengths,
         )  # fmt: skip
 
     def sides(self, input: T, grad_output: T) -> tuple[T, T]:
@@ -137,6 +138,7 @@ class WeightGradientProblem(Problem):
             f"K{self.K} s{self.stride} p{self.padding_left} d{self.dilation} g{self.groups} {self.dtype}"
             + (f" {self.precision}" if self.precision != "float32" else "")
             + (f" {self.padding_mode}" if self.padding_mode != "zeros" else "")
+            + (" lengths" if self.has_lengths else "")
         )
 
 
@@ -157,12 +159,13 @@ class BiasGradientProblem(Problem):
     C: int
     L: int
     dtype: str = "float32"
+    has_lengths: bool = False  # each sample of grad_output has a length of its own, up to L
 
     @classmethod
     def of(cls, problem: ConvProblem) -> BiasGradientProblem:
         """The bias gradient of a forward problem."""
         problem.refuse_fusion()
-        return cls(problem.N, problem.C_out, problem.L_out, problem.dtype)
+        return cls(problem.N, problem.C_out, problem.L_out, problem.dtype, problem.has_lengths)
 
     @property
     def kind(self) -> Kind:
@@ -190,7 +193,7 @@ class BiasGradientProblem(Problem):
         return (2 if self.is_complex else 1) * math.prod(self.grad_output_shape)
 
     def __str__(self) -> str:
-        return f"bias gradient N{self.N} C{self.C} L{self.L} {self.dtype}"
+        return f"bias gradient N{self.N} C{self.C} L{self.L} {self.dtype}" + (" lengths" if self.has_lengths else "")
 
 
 def gradient_problem(

@@ -22,7 +22,8 @@ from torch.overrides import (
 from ..arguments import check_out_dtype, check_padding_mode, check_precision
 from ..calls import check_real_taps
 from ..fusion import FUSED_ARRAYS, ActivationLike, Fused
-from ..problem import ConvProblem, Op, Padding, Setting, Settings
+from ..lengths import check_lengths
+from ..problem import MAX_EXTENT, ConvProblem, Op, Padding, Setting, Settings
 from ..runtime import is_cupy_array
 from . import operators
 from .tensors import Tensor, dtype_name, specs
@@ -41,6 +42,7 @@ def conv1d(
     input_activation: ActivationLike | None = None,
     residual: Tensor | None = None,
     activation: ActivationLike | None = None,
+    lengths: Any = None,
     precision: str = "float32",
     algorithm: str | None = None,
     out_dtype: Any = None,
@@ -60,6 +62,8 @@ def conv1d(
         input_activation: likewise. What is fused has no derivatives.
         residual: likewise, a tensor.
         activation: likewise; the arrays of snake are tensors.
+        lengths: likewise, a sequence of ints or a tensor, of which the values are read on the CPU: those of a CUDA
+            tensor are waited for, and torch.compile compiles anew for others. They hold for all derivatives.
         precision: likewise; it holds for the gradients, too.
         algorithm: likewise, for the output alone: gradients are computed as without it. Under `torch.func.vmap` it is
             that of the one call which the whole batch becomes.
@@ -85,7 +89,8 @@ def conv1d(
     """
     if has_torch_function_variadic(input, weight, bias):
         given = (stride, padding, dilation, groups)
-        more = _given(input_activation=input_activation, residual=residual, activation=activation, out_dtype=out_dtype)
+        fused_arguments = {"input_activation": input_activation, "residual": residual, "activation": activation}
+        more = _given(**fused_arguments, lengths=lengths, out_dtype=out_dtype)
         named = {"padding_mode": padding_mode, "precision": precision, "algorithm": algorithm, **more}
         return _overridden(conv1d, input, weight, bias, *given, **named)
     if algorithm is not None:
@@ -93,10 +98,12 @@ def conv1d(
     out_dtype = None if out_dtype is None else dtype_name(out_dtype)
     checked = _checked("conv1d", stride, padding, dilation, groups)
     tensors = _tensors("conv1d", precision, input, weight, bias)
+    own = None if lengths is None else _lengths("conv1d", lengths)
     if _exports_onnx():
         return _as_pytorch("conv1d", checked, *tensors, padding_mode)
     sides, word = _split(checked.padding)
-    settings = (checked.stride, sides, word, checked.dilation, checked.groups, precision, padding_mode, algorithm)
+    others = (checked.dilation, checked.groups, precision, padding_mode, own, algorithm)
+    settings = (checked.stride, sides, word, *others)
     fused = None
     if activation is not None or input_activation is not None or residual is not None:
         fused = _check_fused("conv1d", tensors[0], out_dtype, activation, input_activation, residual)
@@ -118,6 +125,7 @@ def conv_transpose1d(
     input_activation: ActivationLike | None = None,
     residual: Tensor | None = None,
     activation: ActivationLike | None = None,
+    lengths: Any = None,
     precision: str = "float32",
     algorithm: str | None = None,
     out_dtype: Any = None,
@@ -138,6 +146,7 @@ def conv_transpose1d(
         input_activation: see `conv1d`.
         residual: likewise.
         activation: likewise.
+        lengths: likewise.
         precision: likewise.
         algorithm: likewise.
         out_dtype: likewise.
@@ -159,7 +168,8 @@ def conv_transpose1d(
         more = {
             "output_size": output_size, "padding_mode": padding_mode, "precision": precision, "algorithm": algorithm
         }  # fmt: skip
-        more |= _given(input_activation=input_activation, residual=residual, activation=activation, out_dtype=out_dtype)
+        more |= _given(input_activation=input_activation, residual=residual, activation=activation)
+        more |= _given(lengths=lengths, out_dtype=out_dtype)
         return _overridden(conv_transpose1d, input, weight, bias, *given, **more)
     if padding_mode != "zeros":
         check_padding_mode(op, op, padding_mode)
@@ -174,15 +184,30 @@ def conv_transpose1d(
             x, w, b, stride, padding, output_padding, groups, dilation, output_size, precision, out_dtype
         )
         checked = checked._replace(padding=problem.padding, output_padding=problem.output_padding)
+    own = None if lengths is None else _lengths(op, lengths)
     if _exports_onnx():
         return _as_pytorch(op, checked, *tensors)
     sides, word = _split(checked.padding)
-    others = (checked.output_padding, checked.groups, checked.dilation, precision, algorithm)
+    others = (checked.output_padding, checked.groups, checked.dilation, precision, own, algorithm)
     settings = (checked.stride, sides, word, *others)
     fused = None
     if activation is not None or input_activation is not None or residual is not None:
         fused = _check_fused(op, tensors[0], out_dtype, activation, input_activation, residual)
     return _convolve(op, tensors, settings, out_dtype, fused)
+
+
+def _lengths(op: Op, lengths: Any) -> list[int]:
+    """The lengths of samples as the operators take them; whether they fit is for the functions of arrays to check."""
+    if _exports_onnx():
+        raise RuntimeError(f"{op}: lengths cannot be exported to ONNX; mask the input and the output")
+    if isinstance(lengths, torch.Tensor):
+        if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool or lengths.dim() != 1:
+            raise TypeError(f"{op}: lengths must be (N,) integers, got {lengths.dtype} of {lengths.dim()} dimensions")
+        return [int(length) for length in lengths.tolist()]
+    if isinstance(lengths, list | tuple) and {type(length) for length in lengths} <= {int}:  # these can be compiled
+        return list(lengths)
+    N = len(lengths) if hasattr(lengths, "__len__") else 0
+    return [int(length) for length in check_lengths(op, lengths, N, "L_in", MAX_EXTENT)]
 
 
 def _given(**arguments: Any) -> dict[str, Any]:

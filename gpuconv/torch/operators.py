@@ -29,6 +29,7 @@ from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
 from .. import functional, grad
 from ..fusion import ACTIVATION_ARRAYS, FUSED_ARRAYS, INPUT_ACTIVATION_ARRAYS, Activation, Fused, Fusion
+from ..lengths import output_lengths
 from ..problem import ArraySpec, ConvProblem, Op
 from . import tensors
 from .tensors import Tensor, specs
@@ -39,17 +40,17 @@ T = TypeVar("T")
 _SETTINGS: dict[Op, str] = {
     "conv1d": (
         "SymInt stride, SymInt[] padding, str padding_word, SymInt dilation, SymInt groups, str precision, "
-        "str padding_mode"
+        "str padding_mode, int[]? lengths=None"
     ),
     "conv_transpose1d": (
         "SymInt stride, SymInt[] padding, str padding_word, SymInt output_padding, SymInt groups, SymInt dilation, "
-        "str precision"
+        "str precision, int[]? lengths=None"
     ),
 }
 _INPUT, _WEIGHT, _OUTPUT = range(3)  # the places of the tensors among the arguments of every operator
 _FACTORS = ((_WEIGHT, _OUTPUT), (_INPUT, _OUTPUT), (_INPUT, _WEIGHT))  # by the place of what an operator makes of them
-_SETTINGS_COUNT: dict[Op, int] = {"conv1d": 7, "conv_transpose1d": 7}
-_GROUPS = 4  # the place of `groups` among the settings of either
+_COUNT = 8  # of the settings of either operation
+_GROUPS, _LENGTHS = 4, 7  # the places of `groups` and of `lengths` among them
 
 # Operators are defined here and not by `torch.library.custom_op`: its first call imports the whole of torch.compile,
 # and the derivatives that it registers do not work under torch.func.
@@ -176,19 +177,51 @@ def _define(
 def _keywords(op: Op, settings: Sequence[Any]) -> dict[str, Any]:
     """The settings of an operator as those of the functions of arrays; the last may be left out."""
     stride, sides, word, *others = settings
-    names = ("output_padding", "groups", "dilation", "precision", "algorithm", "out_dtype")
+    names = ("output_padding", "groups", "dilation", "precision", "lengths", "algorithm", "out_dtype")
     if op == "conv1d":
-        names = ("dilation", "groups", "precision", "padding_mode", "algorithm", "out_dtype")
+        names = ("dilation", "groups", "precision", "padding_mode", "lengths", "algorithm", "out_dtype")
     return {"stride": stride, "padding": word or tuple(sides), **dict(zip(names, others, strict=False))}
+
+
+def _problem(op: Op, specs: Sequence[ArraySpec | None], settings: Sequence[Any]) -> ConvProblem:
+    """The problem of the arguments and settings, of a batch whose samples may have any lengths."""
+    keywords = _keywords(op, settings)
+    keywords.pop("lengths", None)
+    keywords.pop("algorithm", None)
+    return ConvProblem.of(op, *specs, **keywords)
+
+
+def _lengths_in(settings: Sequence[Any]) -> Sequence[int] | None:
+    """The lengths among the settings, at whose end those that are None may be left out."""
+    return settings[_LENGTHS] if len(settings) > _LENGTHS else None
+
+
+def _output_lengths(op: Op, K: int, settings: Sequence[Any]) -> tuple[int, ...] | None:
+    """The lengths of the outputs of samples, where these have lengths of their own."""
+    lengths = _lengths_in(settings)
+    if lengths is None:
+        return None
+    known = _keywords(op, settings)
+    extra = known.get("output_padding", 0)
+    given = (known["stride"], known["padding"], known["dilation"])
+    found = output_lengths(list(lengths), K, *given, transposed=op != "conv1d", output_padding=extra)
+    return tuple(found.tolist())
+
+
+def _existing(tensor: Tensor, lengths: Sequence[int] | None) -> Tensor:
+    """A tensor (..., L), or (N, ..., L) of samples with lengths of their own, with zeros behind these."""
+    if lengths is None:
+        return tensor
+    place = torch.arange(tensor.shape[-1], device=tensor.device)
+    exists = place < torch.tensor(lengths, device=tensor.device).reshape(-1, 1, 1)
+    return torch.where(exists if tensor.dim() == 3 else exists[0], tensor, tensor.new_zeros(()))
 
 
 def _output(
     op: Op, specs: tuple[ArraySpec | None, ...], settings: tuple[Any, ...]
 ) -> tuple[tuple[int, ...], torch.dtype]:
     """Shape and dtype of the output; raises what gpuconv's functions raise. Extents may be symbols."""
-    keywords = _keywords(op, settings)
-    keywords.pop("algorithm", None)
-    problem = ConvProblem.of(op, *specs, **keywords)
+    problem = _problem(op, specs, settings)
     return problem.output_shape, getattr(torch, problem.dtype_of(problem.result))
 
 
@@ -211,7 +244,7 @@ def _register(op: Op) -> Callable[..., Tensor]:
         """
 
         def compute(*given: Any) -> Tensor:
-            settings = (given[3], tuple(given[4]), *given[5:])
+            settings = (given[3], tuple(given[4]), *(tuple(v) if isinstance(v, list) else v for v in given[5:]))
             return tensors.write(lambda: empty(*given[:3], *settings), function, *given[:3], **keywords(op, settings))
 
         keywords = lru_cache(maxsize=4096)(_keywords)
@@ -222,7 +255,7 @@ def _register(op: Op) -> Callable[..., Tensor]:
         return _define(schema, compute, fake, *rules, batch)
 
     # What follows these settings, an algorithm and the dtype of sums of integers, no gradient depends on.
-    count = _SETTINGS_COUNT[op]
+    count = _COUNT
 
     def output_of(
         describe: Callable[..., tuple[tuple[int, ...], torch.dtype]],
@@ -261,7 +294,7 @@ def _register(op: Op) -> Callable[..., Tensor]:
                     given[factor] = tuple(size)  # which is looked up faster
                 gradients[factor] = operators[factor](*given, *ctx.settings[:count])
         if place == _OUTPUT and needed[_OUTPUT]:
-            gradients[_OUTPUT] = _bias_gradient(g)
+            gradients[_OUTPUT] = _bias_gradient(g, _output_lengths(op, ctx.sizes[1][-1], ctx.settings))
         return gradients
 
     def along(place: int, inputs: list[Any], tangents: Sequence[Tensor | None], settings: tuple[Any, ...]) -> Tensor:
@@ -278,7 +311,8 @@ def _register(op: Op) -> Callable[..., Tensor]:
                 if place == _OUTPUT:
                     inputs[_OUTPUT] = None
         if not products:
-            return cast(Tensor, inputs[_OUTPUT][:, None].expand(_output(op, specs(*inputs), settings)[0]))
+            whole = inputs[_OUTPUT][:, None].expand(_output(op, specs(*inputs), settings)[0])
+            return _existing(whole, _output_lengths(op, inputs[_WEIGHT].shape[-1], settings))
         return products[0] if len(products) == 1 else products[0] + products[1]
 
     # In these, B calls become one. Where all have one weight, their samples become one batch. Else each gets groups of
@@ -287,7 +321,7 @@ def _register(op: Op) -> Callable[..., Tensor]:
     def forward_batch(info: Any, dims: tuple[Any, ...], x: Tensor, w: Tensor, b: Any, *settings: Any) -> Any:
         B = info.batch_size
         if dims[1] is None and dims[2] is None:
-            return _from_samples(forward(_to_samples(x, dims[0], B), w, b, *settings), B, x.dim() == 4)
+            return _from_samples(forward(_to_samples(x, dims[0], B), w, b, *_repeated(settings, B)), B, x.dim() == 4)
         rows = None if b is None else _to_rows(b, dims[2], B)
         y = forward(_to_channels(x, dims[0], B), _to_rows(w, dims[1], B), rows, *_grouped(settings, B))
         return _from_channels(y, B)
@@ -298,7 +332,8 @@ def _register(op: Op) -> Callable[..., Tensor]:
         B, (*N, C, L) = info.batch_size, size
         if dims[1] is None:
             samples = [B * n for n in N] or [B]
-            return _from_samples(input_gradient([*samples, C, L], w, _to_samples(g, dims[2], B), *settings), B, bool(N))
+            grad_x = input_gradient([*samples, C, L], w, _to_samples(g, dims[2], B), *_repeated(settings, B))
+            return _from_samples(grad_x, B, bool(N))
         rows, channels = _to_rows(w, dims[1], B), _to_channels(g, dims[2], B)
         return _from_channels(input_gradient([*N, B * C, L], rows, channels, *_grouped(settings, B)), B)
 
@@ -372,6 +407,14 @@ def _grouped(settings: Sequence[Any], B: int) -> list[Any]:
     return [value * B if place == _GROUPS else value for place, value in enumerate(settings)]
 
 
+def _repeated(settings: Sequence[Any], B: int) -> list[Any]:
+    """The settings of B batches in one."""
+    repeated, lengths = [*settings], _lengths_in(settings)
+    if lengths is not None:
+        repeated[_LENGTHS] = [*lengths] * B
+    return repeated
+
+
 # An axis of B calls, which lies at `dim` or is missing where all share the tensor, as a part of another axis, and back:
 # (result, where the axis lies in it).
 
@@ -404,27 +447,31 @@ def _from_samples(tensor: Tensor, B: int, batched: bool) -> tuple[Tensor, int]:
 def _register_bias_gradient() -> Any:
     """Register the gradient in a bias, the same for both operations."""
 
-    def bias_of(grad_output: Tensor) -> Tensor:
+    def bias_of(grad_output: Tensor, _: Sequence[int] | None = None) -> Tensor:
         return grad_output.new_empty(grad_output.shape[-2])
 
-    def compute(grad_output: Tensor) -> Tensor:
-        return tensors.write(lambda: bias_of(grad_output), grad.conv1d_bias, grad_output)
+    def compute(grad_output: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
+        given = None if lengths is None else list(lengths)
+        return tensors.write(lambda: bias_of(grad_output), grad.conv1d_bias, grad_output, lengths=given)
 
-    def keep(ctx: Any, _: tuple[bool, ...], grad_output: Tensor) -> None:
-        ctx.size = grad_output.shape
+    def keep(ctx: Any, _: tuple[bool, ...], grad_output: Tensor, lengths: Sequence[int] | None = None) -> None:
+        ctx.size, ctx.lengths = grad_output.shape, lengths
 
-    def backward(ctx: Any, _: tuple[bool, ...], g: Tensor) -> tuple[Tensor]:
-        return (g[:, None].expand(ctx.size),)
+    def backward(ctx: Any, _: tuple[bool, ...], g: Tensor) -> tuple[Tensor, None]:
+        return _existing(g[:, None].expand(ctx.size), ctx.lengths), None
 
-    def along(_inputs: list[Any], tangents: Sequence[Tensor | None], _settings: tuple[Any, ...]) -> Tensor:
-        return cast(Tensor, operator(*tangents))
+    def along(inputs: list[Any], tangents: Sequence[Tensor | None], _settings: tuple[Any, ...]) -> Tensor:
+        return cast(Tensor, operator(tangents[0], *inputs[1:]))
 
-    def batch(info: Any, dims: tuple[Any, ...], grad_output: Tensor) -> tuple[Tensor, int]:
+    def batch(
+        info: Any, dims: tuple[Any, ...], grad_output: Tensor, lengths: Sequence[int] | None = None
+    ) -> tuple[Tensor, int]:
         B = info.batch_size
-        result = operator(_to_channels(grad_output, dims[0], B))
+        result = operator(_to_channels(grad_output, dims[0], B), lengths)
         return result.unflatten(0, (B, result.shape[0] // B)), 0
 
-    operator = _define("conv_bias(Tensor grad_output) -> Tensor", compute, bias_of, keep, backward, along, batch)
+    schema = "conv_bias(Tensor grad_output, int[]? lengths=None) -> Tensor"
+    operator = _define(schema, compute, bias_of, keep, backward, along, batch)
     return operator
 
 
@@ -440,9 +487,10 @@ def _is_differentiated(tensor: Tensor | None) -> bool:
 def _register_fused(op: Op) -> Callable[..., Tensor]:
     """Register an operation that fuses something; it refuses derivatives."""
     arrays = ", ".join(f"Tensor? {name}" for name in FUSED_ARRAYS)
-    name, count = f"{op}_fused", _SETTINGS_COUNT[op]
+    name, count = f"{op}_fused", _COUNT
+    settings = _SETTINGS[op].removesuffix("=None")  # what follows has no default
     schema = (
-        f"{name}(Tensor input, Tensor weight, Tensor? bias, {arrays}, {_SETTINGS[op]}, str? algorithm, str? activation,"
+        f"{name}(Tensor input, Tensor weight, Tensor? bias, {arrays}, {settings}, str? algorithm, str? activation,"
         " str? input_activation, float activation_parameter, float input_activation_parameter) -> Tensor"
     )
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -460,8 +508,7 @@ def _register_fused(op: Op) -> Callable[..., Tensor]:
 
     def fake(*given: Any) -> Tensor:
         settings = (given[number], tuple(given[number + 1]), *given[number + 2 : number + count])
-        construct: Any = ConvProblem.conv_transpose1d if op == "conv_transpose1d" else ConvProblem.conv1d
-        problem: ConvProblem = construct(*specs(*given[:3]), **_keywords(op, settings))
+        problem = _problem(op, specs(*given[:3]), settings)
         fusion = fusion_of(given[3:number], given[number + count + 1 :])
         shape = problem.fused(Fused(fusion, specs(*given[3:number]))).output_shape
         return cast(Tensor, given[0].new_empty(shape))
@@ -501,7 +548,7 @@ def _register_fused(op: Op) -> Callable[..., Tensor]:
 
         if dims[1] is None and dims[2] is None and set(dims[4:number]) == {None}:
             (x,), (residual,) = each(_to_samples, 0, 1), each(_to_samples, 3, 4)
-            y = operator(x, *given[1:3], residual, *given[4:number], *settings)
+            y = operator(x, *given[1:3], residual, *given[4:number], *_repeated(settings, B))
             return _from_samples(y, B, given[0].dim() - (dims[0] is not None) == 3)
         (x,), (residual,) = each(_to_channels, 0, 1), each(_to_channels, 3, 4)
         rows, of_channels = each(_to_rows, 1, 3), each(_to_rows, 4, number)

@@ -561,6 +561,12 @@ def test_a_single_sample_has_no_batch_axis(op: str) -> None:
     assert single.output_shape == batched.output_shape[1:]
 
 
+@pytest.mark.parametrize("setting", ["stride", "padding", "dilation", "groups"])
+def test_an_int_of_thousands_of_digits_is_named(setting: str) -> None:
+    with pytest.raises(ValueError, match=f"^conv1d: {setting} must fit in 64 bits, got an int of 16610 bits$"):
+        construct("conv1d", **{**VALID["conv1d"], setting: -(10**5000)})
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_problems_are_frozen_hashable_values(op: str) -> None:
     problem, twin = construct(op, **VALID[op]), construct(op, **VALID[op])

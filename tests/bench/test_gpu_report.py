@@ -256,9 +256,16 @@ def test_report_can_be_rehearsed(tmp_path: Path) -> None:
     assert not {"build", "ptx", "micro"} & set(ended)
 
 
+# Every layer and pass, in one of the two modes.
+PIECES = [pytest.param(piece, id=key) for key, piece in tiles.work(rehearse=True)][::2]
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("compare", [pytest.param(piece, id=key) for key, piece in tiles.work(rehearse=True)])
-def test_every_tile_gives_the_same_bits_on_a_gpu(compare: Callable[[], dict[str, Any]]) -> None:
+@pytest.mark.parametrize("compare", PIECES)
+def test_every_tile_gives_the_same_bits_on_a_gpu(
+    compare: Callable[[], dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiles, "REPEATS", 1)
     found = compare()
     assert found["ok"], found
     assert len(found["tiles"]) >= 4

@@ -137,6 +137,35 @@ def test_main_loop_is_the_innermost_that_computes() -> None:
     assert around.accesses == {"global load 16 B": 1, "global store 2 B": 1}
 
 
+def test_of_branches_around_the_main_loop_the_one_taken_counts() -> None:
+    """The wide load in place of the two narrow ones and of none; not what only a rare case visits, nor its loop."""
+    code = (
+        "ISETP P0,R1",  # 0x00: outer loop
+        "@P1 BRA 0x90",  # no load at all
+        "@P0 BRA 0x80",
+        "LDG.E.64 R2,[R4]",  # 0x30: half of the bytes at a time
+        "IADD3 R4,R4,R5",
+        "IADD3 R4,R4,R5",
+        "LDG.E.64 R6,[R4]",
+        "BRA 0x90",
+        "LDG.E.128 R2,[R4]",  # 0x80
+        "FFMA R9,R2,R3,R9",  # 0x90: inner loop
+        "@!P0 BRA 0x90",
+        "@!P2 BRA 0xe0",
+        "MOV R7,R8",  # 0xc0: a loop for a rare case
+        "@P3 BRA 0xc0",
+        "STS.128 [R6],R2",  # 0xe0
+        "@!P4 BRA P5,0x0",
+        "EXIT",
+        "BRA 0x110",
+    )
+    loop, around = sass.main_loop(sass.parse_disassembly(disassembly(*code), "tile"))
+    assert (loop.instructions, loop.fma) == (2, 32)
+    assert around is not None
+    assert around.accesses == {"global load 16 B": 1, "shared store 16 B": 1}
+    assert around.instructions == 7
+
+
 def test_kernel_without_a_useful_loop_counts_as_a_whole() -> None:
     unrolled = ("S2R R0,SR_TID.X", "LDG.E R1,[R2]", "FFMA R3,R1,R1,R3", "@P0 BRA 0x10", "FFMA R4,R1,R1,R3", "EXIT")
     loop, around = sass.main_loop(sass.parse_disassembly(disassembly(*unrolled), "tile"))

@@ -746,6 +746,13 @@ def test_the_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> Non
         assert f"\n    {command}" in text
 
 
+def test_the_help_breaks_no_option(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for width in range(58, 64):
+        monkeypatch.setenv("COLUMNS", str(width))
+        assert main(["explain", "--help"]) == 0
+        assert "in place of --output-padding" in " ".join(capsys.readouterr().out.split())
+
+
 def test_usage_errors(capsys: pytest.CaptureFixture[str]) -> None:
     assert refusal(capsys, "convolve").startswith("COMMAND must be one of info, verify, explain, conv1d")
     assert refusal(capsys, "help", "convolve").startswith("COMMAND must be one of info, verify, explain, conv1d")

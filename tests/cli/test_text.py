@@ -25,6 +25,11 @@ def test_an_install_command_stays_on_one_line(width: int) -> None:
     assert " ".join(" ".join(lines).split()) == f"- {text}"
 
 
+def test_a_number_stays_with_its_unit() -> None:
+    assert wrap("512 blocks, 6656 B of memory", 16) == ["512 blocks,", "6656 B of memory"]
+    assert wrap("moved at least 76.9 MB", 20) == ["moved at least", "76.9 MB"]
+
+
 def test_rows_hang() -> None:
     rows = [("a", "alpha beta gamma delta epsilon"), ("long", "first\n  1 \tone two three four five six")]
     assert wrap_rows(rows, 31, indent=" ") == [

@@ -33,7 +33,7 @@ conv_transpose1d = partial(ConvProblem, "conv_transpose1d")
 # Problems by the method that computes them: N, C_in, C_out, L_in, K, stride, padding (2), dilation, groups, ...
 METHODS: dict[str, list[ConvProblem]] = {
     "taps": [
-        conv1d(1, 4, 4, 20000, 2, 4, 2, 0, 7, 4, has_bias=True),
+        conv1d(1, 4, 4, 60000, 2, 4, 2, 0, 7, 4, has_bias=True),
         conv1d(8, 64, 64, 2000, 2, 2, 1, 1, 1, 64),
     ],
     "toeplitz": [
@@ -47,21 +47,24 @@ METHODS: dict[str, list[ConvProblem]] = {
         conv_transpose1d(2, 8, 8, 500, 120, 1, 3, 10, 1, 8),
         conv_transpose1d(300, 4, 6, 8, 5, 3, 2, 1, 2, 2, 1, has_bias=True),
     ],
-    "panels": [
+    "small": [
+        conv1d(1, 1, 1, 8, 3),
+        conv1d(2, 1, 24, 500, 10, 5, 0, 4, has_bias=True),
+        conv1d(1, 16, 16, 100, 3, 1, 1, 2, has_bias=True),
         conv_transpose1d(1, 1, 1, 20, 700, has_bias=True),
+        conv_transpose1d(2, 4, 4, 50, 6, 2, 1, 1, 3, 4, 1),
+        conv_transpose1d(1, 3, 5, 300, 4, 4, 5, 2, 6, has_bias=True),
+    ],
+    "panels": [
+        conv_transpose1d(4, 64, 64, 300, 6, 2, 1, 1, 3, 4, 1),
         conv1d(2, 20, 30, 700, 3, 1, 1, 1, has_bias=True),
         conv1d(2, 20, 150, 700, 3, 2, 2, 0, 3, 2),
         conv1d(4, 64, 96, 1500, 11, 1, 25, 25, 5),
-        conv1d(2, 1, 24, 500, 10, 5, 0, 4, has_bias=True),
         conv1d(1, 128, 512, 3000, 1),
         conv1d(100, 16, 64, 24, 16, 1, 15, 15, 2, has_bias=True),
-        conv_transpose1d(2, 4, 16, 400, 8, 4, 2, 2, has_bias=True),
-        conv_transpose1d(2, 8, 6, 400, 5, 3, 2, 1, 2, 2, 1, has_bias=True),
-        conv1d(2, 6, 6, 3000, 3, 1, 1, 1, 2, 6, has_bias=True),
-        conv_transpose1d(2, 4, 4, 50, 6, 2, 1, 1, 3, 4, 1),
-        conv_transpose1d(2, 64, 16, 300, 5, 3, 2, 1, 2, has_bias=True),
-        conv_transpose1d(1, 1, 1, 4000, 3, 2, 1, 1, 3),
-        conv_transpose1d(1, 3, 5, 300, 4, 4, 0, 2, 6),
+        conv_transpose1d(8, 4, 16, 400, 8, 4, 2, 2, has_bias=True),
+        conv_transpose1d(20, 8, 6, 400, 5, 3, 2, 1, 2, 2, 1, has_bias=True),
+        conv1d(8, 6, 6, 3000, 3, 1, 1, 1, 2, 6, has_bias=True),
     ],
     "windows": [
         conv1d(2, 64, 64, 900, 7, 1, 3, 3, 1, 64, has_bias=True),
@@ -560,7 +563,7 @@ def test_planned_memory_of_extreme_problems() -> None:
 LARGE = {
     "taps": conv1d(4, 512, 512, 6000, 3, 4, 1, 1, 1, 512),
     "toeplitz": conv1d(4, 512, 512, 1000, 131, 1, 65, 65, 1, 512, has_bias=True),
-    "panels": conv1d(2, 200, 200, 6000, 5, 1, 2, 2, has_bias=True),
+    "panels": conv1d(2, 64, 64, 20000, 5, 1, 2, 2, has_bias=True),
     "shift_add": conv1d(2, 256, 2, 20000, 7, 1, 3, 3),
 }
 LARGE_PRODUCTS = conv1d(1, 512, 1024, 1500, 3, 1, 1, 1)

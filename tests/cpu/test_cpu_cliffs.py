@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 
@@ -16,9 +17,11 @@ import numpy as np
 import pytest
 
 from gpuconv import conv1d as public_conv1d
+from gpuconv import conv_transpose1d as public_conv_transpose1d
 from gpuconv import cpu
 from gpuconv.cpu import choice, limits, threads
 from gpuconv.cpu.geometry import Call
+from gpuconv.cpu.taps import Taps
 from gpuconv.problem import ConvProblem, numpy_dtype
 
 conv1d = partial(ConvProblem, "conv1d")
@@ -89,6 +92,22 @@ def test_what_is_not_finite_costs_no_step_a_tap(p: ConvProblem, value: float) ->
     call.x[..., p.L_in // 3] = value
     call.w[..., 0] = value
     assert run() <= 5 * finite + 1000
+
+
+@pytest.mark.parametrize("p", [conv1d(8, 64, 64, 1000, 3, 1, 1, 1, 1, 8), conv1d(1, 8, 8, 64, 3, 1, 1, 1)], ids=str)
+def test_an_infinite_input_costs_nothing_where_only_the_padding_is_zeros(
+    p: ConvProblem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(Taps, "_compute_phase")  # which computes again what is not finite
+    call = call_of(p)
+    call.x[0, 0, 0, 20] = np.inf
+    choice.choose(p).run(call)
+    assert np.isinf(call.y).sum() == p.K * p.C_out_g
+
+
+def test_packing_short_runs_has_its_price() -> None:
+    """A transposed layer whose phases have two or three taps: to pack its weight takes a quarter of the time."""
+    assert choice.choose(conv_transpose1d(1, 256, 128, 400, 11, 5, 3, 3, has_bias=True)).form.name == "shift_add"
 
 
 def call_of(p: ConvProblem) -> Call:
@@ -171,6 +190,32 @@ def test_a_repeated_small_call_is_checked_once(monkeypatch: pytest.MonkeyPatch) 
     expected = public_conv1d(x, w, padding=1)
     monkeypatch.setattr(ConvProblem, "conv1d", None)  # whatever validates
     np.testing.assert_array_equal(public_conv1d(x, w, padding=1), expected)
+
+
+SMALL_CALLS: list[tuple[Callable[[], object], int]] = [
+    (partial(public_conv1d, np.ones((1, 1, 8), np.float32), np.ones((1, 1, 3), np.float32)), 80),
+    (partial(public_conv1d, *(np.ones(shape, np.float32) for shape in ((1, 8, 64), (8, 8, 3), (8,))), padding=1), 100),
+    (partial(public_conv1d, np.ones((16, 80), np.float32), np.ones((32, 16, 1), np.float32), padding="same"), 80),
+    (partial(public_conv_transpose1d, np.ones((1, 8, 64), np.float32), np.ones((8, 8, 4), np.float32), stride=2), 110),
+]
+
+
+@pytest.mark.parametrize(("call", "most"), SMALL_CALLS)
+def test_a_repeated_small_call_takes_few_steps(call: Callable[[], object], most: int) -> None:
+    """Some 6 to 14 microseconds, of which PyTorch takes half or more."""
+    call()
+    steps = 0
+
+    def count(*_: object) -> None:
+        nonlocal steps
+        steps += 1
+
+    sys.setprofile(count)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    assert steps <= most
 
 
 def test_an_interrupt_stops_all_threads(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,6 @@ Shared objects lie in hostcuda's cache, by a hash of the C++ and of all that it 
 from __future__ import annotations
 
 import ctypes
-import fcntl
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -111,8 +110,7 @@ def _library(module: ptx.Module) -> ctypes.CDLL:
     name = f"ptx-{key}.so"
     if not (build.cache_folder() / name).exists():
         build.runtime()
-        with (build.cache_folder() / f"ptx-{key[:2]}.lock").open("w") as lock:  # others compile other modules meanwhile
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with build.lock(f"ptx-{key[:2]}"):  # others compile other modules meanwhile
             if not (build.cache_folder() / name).exists():
                 folders = (build.precompiled(_HEADER, flags), _HEADER.parent)
                 build.compile_shared(

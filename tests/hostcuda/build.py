@@ -111,9 +111,9 @@ def prebuild(programs: Iterable[Program | Config]) -> int:
     wanted = {_key(p): p for p in (Program.of(p) if isinstance(p, Config) else p for p in programs)}
     if all(_index(key).exists() for key in wanted):
         return 0
-    with _lock():
+    runtime()
+    with lock(digest(*sorted(wanted))[:2]):
         missing = [program for key, program in wanted.items() if not _index(key).exists()]
-        build_runtime()
         pieces = [missing[i : i + _PER_OBJECT] for i in range(0, len(missing), _PER_OBJECT)]
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
             list(pool.map(_build_kernels, pieces))
@@ -124,7 +124,7 @@ def runtime() -> ctypes.CDLL:
     """The scheduler, loaded."""
     name = _runtime_name()
     if not (cache_folder() / name).exists():
-        with _lock():
+        with lock("runtime"):
             build_runtime()
     return load(name)
 
@@ -138,9 +138,9 @@ def cache_folder() -> Path:
 
 
 @contextmanager
-def _lock() -> Iterator[None]:
-    """Only one process compiles, so that parallel test runners do not repeat each other's work."""
-    with (cache_folder() / "lock").open("w") as file:
+def lock(name: str) -> Iterator[None]:
+    """Only one process at a time compiles the same, so that parallel test runners do not repeat each other's work."""
+    with (cache_folder() / f"{name}.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -241,11 +241,12 @@ def precompiled(header: Path, flags: Sequence[str]) -> Path:
     folder = cache_folder() / f"{header.stem}-{digest(header.read_text(), *flags)}"
     target = folder / f"{header.name}.gch"
     if not target.exists():
-        with _lock(), tempfile.TemporaryDirectory(dir=cache_folder()) as scratch:
-            made = Path(scratch) / target.name
-            _call([_compiler(), *flags, f"-I{_HERE}", "-x", "c++-header", str(header), "-o", str(made)])
-            folder.mkdir(exist_ok=True)
-            made.replace(target)
+        with lock(header.stem), tempfile.TemporaryDirectory(dir=cache_folder()) as scratch:
+            if not target.exists():
+                made = Path(scratch) / target.name
+                _call([_compiler(), *flags, f"-I{_HERE}", "-x", "c++-header", str(header), "-o", str(made)])
+                folder.mkdir(exist_ok=True)
+                made.replace(target)
     return folder
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from gpuconv.device import Device
 from gpuconv.dispatch import StridedPointer, choose, lay_out
 from gpuconv.families import ArrayLayout, Config, Launch, Layout
-from gpuconv.families.base import ACTIVATED, PARTIAL
+from gpuconv.families.base import ACTIVATED, PARTIAL, SAMPLES
 from gpuconv.problem import ConvProblem, Problem, numpy_dtype
 from gpuconv.source import pack_params
 
@@ -147,6 +147,7 @@ def run(
     *,
     outputs: Sequence[str] = ("output",),
     keeps: Sequence[str] = (),
+    completes: bool = True,
     layouts: Mapping[str, ArrayLayout] | None = None,
     device: Device | None = None,
     schedule: Schedule = "forward",
@@ -164,6 +165,7 @@ def run(
             its strides and the alignment of its first element.
         outputs: the arrays that the kernel writes. Their contents are ignored; the results are stored in them.
         keeps: those of them of which it writes a part and leaves the rest as it is.
+        completes: whether they are complete then; a later launch may write the rest.
         layouts: strides and alignments that overrule the arrays' own.
         device: whose limits the launch must keep.
         schedule: the order of blocks and threads, an int being the seed of a random one; "every" runs them all, with
@@ -189,7 +191,19 @@ def run(
     counts = counts or Counts()
     for order, side in runs:
         results = _run_once(
-            program, binary, launch, arrays, outputs, keeps, layouts or {}, order, side, seconds, tensor_cores, counts
+            program,
+            binary,
+            launch,
+            arrays,
+            outputs,
+            keeps,
+            completes,
+            layouts or {},
+            order,
+            side,
+            seconds,
+            tensor_cores,
+            counts,
         )
         for name, result in results.items():
             if name in bits:
@@ -224,6 +238,7 @@ def compute(
     layout: Layout | None = None,
     device: Device | None = None,
     family: str | None = None,
+    samples: Array | None = None,
     schedule: Schedule = "forward",
     placement: Placement = "end",
     counts: Counts | None = None,
@@ -236,6 +251,7 @@ def compute(
         layout: strides and alignments of all arrays; by default those of the given arrays, and a contiguous result.
         device: the GPU to plan for, an H200 by default.
         family: the kernel family to take instead of the one that dispatch prefers.
+        samples: what cuda_src/samples.cuh says of samples with lengths of their own, (N, 3) int64.
         schedule: see `run`.
         placement: see `run`.
         counts: see `run`; of the family's own kernel.
@@ -261,6 +277,8 @@ def compute(
     sums = numpy_dtype(problem.dtype) if problem.itemsize >= 4 else np.dtype(np.float32)
     kinds = {PARTIAL: sums, ACTIVATED: numpy_dtype(problem.dtype)}
     written: set[str] = set()
+    if samples is not None:
+        arrays[SAMPLES] = samples
     for step in steps:
         outputs = [name for name in step.arrays if name in unwritten] or [result]
         for name in outputs:
@@ -273,6 +291,7 @@ def compute(
             {name or f"null {place}": arrays[name] if name else None for place, name in enumerate(step.arrays)},
             outputs=outputs,
             keeps=[name for name in outputs if name in written],
+            completes=samples is None or step is steps[-1] or result not in outputs,
             layouts={name: layout[name] for name in step.arrays if name is not None and name in layout},
             device=device,
             schedule=schedule,
@@ -319,6 +338,7 @@ def _run_once(
     arrays: Mapping[str, Array | None],
     outputs: Sequence[str],
     keeps: Sequence[str],
+    completes: bool,
     layouts: Mapping[str, ArrayLayout],
     schedule: Schedule,
     placement: Placement,
@@ -349,7 +369,7 @@ def _run_once(
         if fault.kind != _NO_FAULT:
             raise _error(program, fault, guarded, outputs)
         _check_gaps(program, shared)
-        return {name: _collect(program, guarded[name]) for name in outputs}
+        return {name: _collect(program, guarded[name], completes) for name in outputs}
     finally:
         for memory in guarded.values():
             memory.free()
@@ -421,8 +441,8 @@ def _error(
     return OutOfBoundsError(f"{where}: {access} the gap at {place}")
 
 
-def _collect(program: build.Program, memory: GuardedArray) -> Array:
-    """The result in an output's memory, once every element of it and nothing else was written."""
+def _collect(program: build.Program, memory: GuardedArray, completes: bool) -> Array:
+    """The result in an output's memory, once nothing else was written, and all of it where it must be complete."""
     result: Array = memory.view.copy()
     _check_gaps(program, memory)
     for poison, error, reason in (
@@ -431,7 +451,7 @@ def _collect(program: build.Program, memory: GuardedArray) -> Array:
         (GAP_POISON, PoisonReadError, "computed from bytes of an input that belong to no element"),
     ):
         found = first_poisoned(result, poison)
-        if found is not None:
+        if found is not None and (completes or error is not UnwrittenError):
             index, count = found
             raise error(
                 f"{program.kernel}: {count} of {result.size} elements of {memory.name} are {reason}; "

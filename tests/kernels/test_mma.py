@@ -587,6 +587,32 @@ def output_positions(p: ConvProblem, l_in: int) -> set[int]:
     return {start // p.stride for start in starts if start % p.stride == 0}
 
 
+def test_few_output_channels_are_taken_where_many_weights_meet_each_input() -> None:
+    """Transposed layers: their rows are many because the stride is."""
+    layer = ConvProblem("conv_transpose1d", 3, 40, 1, 13, 64, 16, 11, has_bias=True)
+    assert all(takes(at(layer, mode)) for mode in MODES)
+    assert not any(takes(at(replace(layer, K=63), mode)) for mode in MODES)
+    assert all(takes(at(replace(layer, K=32, C_out=2), mode)) for mode in MODES)
+    assert not any(takes(at(replace(layer, op="conv1d", L_in=100), mode)) for mode in MODES)
+    for mode in ("float16", "float32"):
+        p = at(layer, mode)
+        data = cases.random_data(p, 8)
+        assert_right(p, run(p, data, schedule="every"), data)
+
+
+def test_chunks_have_fewer_units_where_windows_are_large() -> None:
+    """Only in layers whose windows would not fit otherwise; a batch and a sample have the same bits."""
+    layer = ConvProblem("conv1d", 2, 20, 16, 2000, 600, 256, 40, 50, has_bias=True)
+    assert [mode for mode in MODES if takes(at(layer, mode))] == ["float16", "bfloat16", "tf32"]
+    for channels, taps, units in ((20, 600, 1), (20, 200, 3), (64, 150, 2), (64, 100, 3), (64, 50, 4)):
+        assert reduction(at(replace(layer, C_in=channels, K=taps), "float16"), H200)["units"] == units
+    p = at(layer, "bfloat16")
+    x, w, b = cases.random_data(p, 9)
+    output = run(p, Data(x, w, b))
+    assert_right(p, output, Data(x, w, b))
+    assert_same_bits(run(replace(p, N=1), Data(x[1:], w, b)), output[1:], str(p))
+
+
 @pytest.mark.parametrize("value", [np.inf, 2.0**-110])  # neither can be split
 @pytest.mark.parametrize("problem", [PADDED, STRIDED, PHASES], ids=["padded", "strided", "phases"])
 def test_values_outside_the_window_change_no_bit(problem: ConvProblem, value: float) -> None:
@@ -624,7 +650,7 @@ def test_many_short_samples_share_blocks(arch: str) -> None:
 @settings(max_examples=80, deadline=None, derandomize=True, database=None)
 @given(layer=layers(), mode=st.sampled_from(MODES))
 def test_the_layer_alone_decides_where_a_sum_is_cut(layer: ConvProblem, mode: str) -> None:
-    """From 4,096 terms on, those that fill up stages included, into four to eight segments, whatever N and L are."""
+    """From 4,096 terms on, those that fill up stages included, into 4 to 32 segments, whatever N and L are."""
     p = at(layer, mode)
     for N, length in ((1, p.L_in), (50, p.L_in), (3, 8 * p.L_in)):
         product = Product.of(replace(p, N=N, L_in=length))
@@ -637,8 +663,8 @@ def test_the_layer_alone_decides_where_a_sum_is_cut(layer: ConvProblem, mode: st
         assert found.segments == 1
     else:
         # Whole chunks: where these are few, there are fewer segments.
-        assert min(found.chunks, 2) <= found.segments <= 8
-        assert found.segment_chunks >= found.chunks / max(4, min(8, stages / 64))
+        assert min(found.chunks, 2) <= found.segments <= 32
+        assert found.segment_chunks >= found.chunks / max(4, min(32, stages / 64))
 
 
 @pytest.mark.parametrize(
@@ -651,7 +677,7 @@ def test_the_layer_alone_decides_where_a_sum_is_cut(layer: ConvProblem, mode: st
         (1280, 3, 2, "tf32", 1),
         (1280, 3, 1, "float16", 1),
         (2048, 3, 1, "float32", 6),
-        (2048, 16, 8, "float32", 8),
+        (2048, 16, 8, "float32", 32),
         (48, 128, 1, "float16", 2),  # of two chunks
     ],
 )

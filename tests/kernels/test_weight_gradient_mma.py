@@ -34,8 +34,9 @@ FAMILY = mma.WeightGradientMma()
 DEVICE = Device.from_arch("sm_90")
 MODES = tuple(ARITHMETICS)  # (dtype, precision)
 HALF, SINGLE = ("float16", "float32"), ("float32", "float32")
-EVERY_TILE = tuple(
-    (mode, tile) for mode in (HALF, ("float32", "tf32"), SINGLE) for tile in mma.TILES[ARITHMETICS[mode].parts]
+EVERY_TILE = (
+    *((mode, tile) for mode in (HALF, SINGLE) for tile in mma.TILES[ARITHMETICS[mode].parts]),
+    *((("float32", "tf32"), tile) for tile in mma.TILES[1] if tile.block_m in (48, 128)),
 )
 
 
@@ -114,6 +115,8 @@ def test_the_table(mode: tuple[str, str]) -> None:
         problem(24, 20, 152, 4, stride=3, padding_left=1),  # of coarse alone
         problem(9, 10, 75, 3),  # of neither
         problem(40, 8, 12, 3, N=20),  # several samples in a chunk
+        problem(20, 3, 66, 19, stride=4, padding_left=5),  # octets of taps, the last of which is not whole
+        problem(17, 1, 70, 44, ("float32", "tf32"), stride=3, dilation=2),
         problem(20, 40, 136, 3, ("bfloat16", "float32"), dilation=40),  # a plane for each tap
         problem(17, 24, 68, 7, ("float32", "tf32"), dilation=3),
         problem(16, 9, 70, 2, ("float32", "tf32"), stride=2),
@@ -164,6 +167,28 @@ def test_edges(mode: tuple[str, str]) -> None:
     expect_exact(problem(16, 8, 68, 40, mode, padding_left=7))  # several blocks of taps
 
 
+@pytest.mark.parametrize("mode", [HALF, SINGLE], ids=str)
+def test_octets_of_taps(mode: tuple[str, str]) -> None:
+    """Few channels of fine: taps that fill octets and do not, in one tile and several; every form of window; edges."""
+    for C, K in ((1, 32), (1, 130), (2, 17), (3, 15), (4, 8), (7, 9)):
+        expect_exact(problem(16, C, 40, K, mode, N=3))
+    for stride, dilation in ((2, 1), (3, 3), (8, 1), (10, 1), (50, 2), (1, 40)):
+        expect_exact(problem(17, 2, 33, 19, mode, stride=stride, dilation=dilation))
+    expect_exact(problem(32, 6, 48, 24, mode, groups=2, op="conv_transpose1d", stride=5))
+    expect_exact(problem(16, 2, 90, 33, mode, L_fine=60, padding_left=40))
+    expect_exact(problem(16, 2, 64, 16, mode, L_fine=40, padding_left=0, dilation=9))  # taps that meet nothing
+    p = problem(16, 2, 36, 20, mode)
+    for padding_mode in ("reflect", "replicate", "circular"):
+        q = replace(p, padding_mode=padding_mode)
+        arrays = normal(q)
+        assert reference.weight_gradient(q, *arrays).within_bound(run(q, *arrays)).all(), padding_mode
+
+
+def test_few_columns_of_octets_of_taps_are_not_worth_three_products() -> None:
+    assert [mode for mode in MODES if takes(problem(16, 2, 100, 10, mode))] == [m for m in MODES if m != SINGLE]
+    assert all(takes(problem(16, 2, 100, 16, mode)) for mode in MODES)
+
+
 def test_slices_cover_every_position_once() -> None:
     for p in shapes():
         if isinstance(p, WeightGradientProblem):
@@ -188,7 +213,7 @@ def test_bits_do_not_depend_on_tile_or_widths(mode: tuple[str, str], tile: mma.T
     expected = run(p, *arrays)
     use_tile(ARITHMETICS[mode].parts, tile)
     assert_same_bits(run(p, *arrays, schedule=3), expected, tile)
-    if tile.threads == 128:
+    if tile.block_m == 64:
         assert_same_bits(run(p, *map(unaligned, arrays)), expected, tile)
 
 
@@ -245,9 +270,10 @@ def test_split_sums_are_within_the_bound_of_data_of_one_sign() -> None:
 
 
 @pytest.mark.parametrize("mode", [HALF, SINGLE], ids=str)
-def test_layouts(mode: tuple[str, str]) -> None:
+@pytest.mark.parametrize(("C_fine", "K"), [(9, 3), (3, 11)])
+def test_layouts(C_fine: int, K: int, mode: tuple[str, str]) -> None:
     """Views are read and written in place, with the bits of contiguous arrays."""
-    p = problem(16, 9, 48, 3, mode)
+    p = problem(16, C_fine, 48, K, mode)
     coarse, fine = normal(p)
     expected = run(p, coarse, fine)
     R, C, K = p.weight_shape
@@ -280,8 +306,8 @@ def test_offsets_beyond_32_bits(mode: tuple[str, str]) -> None:
     [
         (problem(16, 16, 100, 3, ("float64", "float32")), "needs float16"),
         (problem(7, 16, 100, 3), "at least 8 channels"),
-        (problem(16, 7, 100, 3), "at least 8 channels"),
-        (problem(32, 32, 100, 3, groups=8), "at least 8 channels"),
+        (problem(16, 7, 100, 7), "at least 8 channels a group on the fine side, or 8 taps"),
+        (problem(32, 32, 100, 9, groups=8), "at least 8 channels a group on the coarse side"),
         (problem(8, 16, 100, 3, SINGLE), "at least 16 channels a group on the coarse side"),
         (problem(16, 16, 20, 3, SINGLE), "at least 64 terms"),
         (problem(16, 16, 3, 3, N=20), "longer samples"),
@@ -333,7 +359,14 @@ def test_costs_in_roundings_keep_the_bound(mode: tuple[str, str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "p", [problem(40, 40, 200, 5), problem(40, 40, 99, 4, stride=3, dilation=2), problem(16, 16, 20, 3, N=9)], ids=str
+    "p",
+    [
+        problem(40, 40, 200, 5),
+        problem(40, 40, 99, 4, stride=3, dilation=2),
+        problem(16, 16, 20, 3, N=9),
+        problem(20, 3, 66, 19, stride=4, padding_left=5),
+    ],
+    ids=str,
 )
 def test_matrix_loads_meet_no_bank_conflicts(p: WeightGradientProblem) -> None:
     config, launch = kernel_of(FAMILY, p, Layout.contiguous(p), DEVICE)

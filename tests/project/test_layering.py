@@ -24,7 +24,7 @@ PACKAGE = Path(gpuconv.__file__).resolve().parent
 # From the ground up: a module imports only from earlier rows, and modules in one row do not import each other.
 LAYERS = (
     ("text", "wav"),
-    ("dtypes", "device", "edge"),
+    ("dtypes", "device", "edge", "extents"),
     ("arguments", "costs"),
     ("fusion",),
     ("problem.base",),
@@ -52,13 +52,14 @@ LAYERS = (
     ("families.append", "families.tiles", "families.depthwise", "families.sliding", "families.mma", "families.slices"),
     ("families.passes",),
     ("families.edges", "families.fused"),
+    ("families.lengths",),
     ("families.windows",),
     ("families.conv1d_depthwise_push",),
     ("families.*",),
     ("families",),
     ("dispatch", "cubins"),
     ("runtime",),
-    ("memory", "tasks"),
+    ("memory", "tasks", "lengths"),
     ("calls",),
     ("functional",),
     ("checkpoint",),
@@ -227,6 +228,9 @@ HELPERS = {
     "sum_slices",
     "conv1d_edges",
     "conv_transpose1d_fold",
+    "conv1d_ends",
+    "conv_transpose1d_ends",
+    "write_samples",
     "activate",
 }
 EVERY_FAMILY: tuple[Family[Any], ...] = FAMILIES

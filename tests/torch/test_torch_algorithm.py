@@ -82,8 +82,8 @@ def test_operators_take_an_algorithm_or_none(op: Op) -> None:
     x, w = leaves()
     settings: list[Any] = [1, [1, 1], ""]
     settings += [1, 1, "float32", "zeros"] if op == "conv1d" else [0, 1, 1, "float32"]
-    for algorithm in ([], [None], ["base"]):
-        result = torch.library.opcheck(operator, (x, w, None, *settings, *algorithm))
+    for more in ([], [None], [None, "base"], [[12, 5], None]):  # lengths and an algorithm
+        result = torch.library.opcheck(operator, (x, w, None, *settings, *more))
         assert set(result.values()) == {"SUCCESS"}
     for gradient in ("input", "weight"):
         schema = str(getattr(torch.ops.gpuconv, f"{op}_{gradient}").default._schema)

@@ -1,0 +1,132 @@
+"""Samples with lengths of their own, in the plans of all families, and the two kernels for their ends.
+
+Contracts: cuda_src/samples.cuh, cuda_src/conv1d_ends.cu, cuda_src/conv_transpose1d_ends.cu, cuda_src/write_samples.cu.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from ..device import Device
+from ..edge import PADDING_MODES
+from ..problem import DTYPES, BiasGradientProblem, ConvProblem, Problem, WeightGradientProblem
+from . import edges
+from .base import (
+    MAX_GRID,
+    SAMPLES,
+    Config,
+    Family,
+    Launch,
+    Layout,
+    Plan,
+    Refusal,
+    Step,
+    base_config,
+    conv_arrays,
+    conv_fields,
+    params_of,
+    sum_dtype,
+    with_lengths,
+    with_padding_mode,
+)
+from .offsets import Overhang, index_bits
+
+BLOCK_SIZE, WARP = 256, 32
+# Outputs of a row that are worth a warp, and the warps that keep a multiprocessor busy.
+_WARP_OUTPUTS, _WARPS = 256, 32
+
+# Values that a launch of write_samples takes, of the 4 KiB that parameters may have; fewer are packed sooner.
+WRITTEN_VALUES = (24, 96, 480)
+
+
+def plan(family: Family[Any], problem: Problem, layout: Layout, device: Device) -> Plan | Refusal:
+    """How a family computes a problem of its kind, whose samples may have lengths of their own, or why it does not.
+
+    Kernels that keep to the lengths (`Family.keeps_lengths`) leave what lies behind them to a second step, which clears
+    it. Other families on CUDA cores compute whole rows, and that step also computes the outputs near the samples' ends,
+    in the canonical order. Where padding folds, it does so last.
+    """
+    if not getattr(problem, "has_lengths", False):
+        return edges.plan(family, problem, layout, device)
+    p = problem
+    if not isinstance(p, ConvProblem):
+        assert isinstance(p, WeightGradientProblem | BiasGradientProblem)
+        if not family.keeps_lengths:
+            return Refusal("needs samples of one length")
+        found = family.plan(p, layout, device)
+        return found if isinstance(found, Refusal) else _keeping_lengths(family, found)
+    if family.keeps_lengths:
+        own = p if not p.transposed and any(p.padding) else replace(p, padding_mode="zeros")
+        found = family.plan(own, layout, device)
+    else:
+        assert family.canonical_order
+        if sum(p.edge_windows) == p.L_out and p.padding_mode != "zeros":
+            return Refusal("needs a window that does not reach over an edge")
+        found = family.plan(replace(p, padding_mode="zeros", has_lengths=False), layout, device)
+    if isinstance(found, Refusal):
+        return found
+    steps = [*(_keeping_lengths(family, found) if family.keeps_lengths else found).steps]
+    steps.append(_ends_step(p, layout, device, is_computed=not family.keeps_lengths))
+    if p.transposed and p.padding_mode != "zeros" and (fold := edges.fold_step(p, layout)) is not None:
+        steps.append(fold)
+    return replace(found, steps=tuple(steps))
+
+
+def configs() -> Iterator[Config]:
+    """Every specialisation of the kernels that are no family's own."""
+    for dtype in DTYPES:
+        for bits in (32, 64):
+            for mode in PADDING_MODES:
+                yield with_lengths(with_padding_mode(base_config("conv1d_ends", dtype, bits, BLOCK_SIZE), mode))
+                if mode != "zeros":
+                    yield with_lengths(edges.fold_config(dtype, bits, mode))
+            yield with_lengths(base_config("conv_transpose1d_ends", dtype, bits, BLOCK_SIZE))
+    yield from write_configs()
+
+
+def write_configs() -> Iterator[Config]:
+    """Every specialisation of write_samples."""
+    return map(_write_config, WRITTEN_VALUES)
+
+
+def write_launches(values: Sequence[int]) -> Iterator[tuple[Config, Launch]]:
+    """The launches that write the table of samples, three values each."""
+    count = next((n for n in WRITTEN_VALUES if n >= len(values)), WRITTEN_VALUES[-1])
+    for first in range(0, len(values), count):
+        part = values[first : first + count]
+        filled = [*part, *[0] * (count - len(part))]
+        params = (("first", first), ("count", len(part)), *((f"values[{i}]", value) for i, value in enumerate(filled)))
+        yield _write_config(count), Launch(1, WARP, 0, 64, params)
+
+
+def _write_config(count: int) -> Config:
+    macros: dict[str, str | int] = {"DTYPE": "float32", "INDEX_BITS": 64, "BLOCK_SIZE": WARP, "NUM_VALUES": count}
+    return Config.of("write_samples", {**macros, "PARAMS_BYTES": (2 + count) * 8})
+
+
+def _keeping_lengths(family: Family[Any], plan: Plan) -> Plan:
+    """The plan whose kernel reads the table of samples."""
+    steps = (
+        Step(with_lengths(step.config), step.launch, (*step.arrays, SAMPLES))
+        if step.config.kernel == family.name
+        else step
+        for step in plan.steps
+    )
+    return replace(plan, steps=tuple(steps))
+
+
+def _ends_step(p: ConvProblem, layout: Layout, device: Device, *, is_computed: bool) -> Step:
+    rows = p.N * p.C_out
+    parts = max(1, min(-(-p.L_out // _WARP_OUTPUTS), -(-device.num_sms * _WARPS // rows)))
+    grid = min(-(-rows * parts * WARP // BLOCK_SIZE), MAX_GRID)
+    counts = (rows * parts + grid * (BLOCK_SIZE // WARP), 2 * p.L_out + (parts + 1) * WARP, p.L_in * p.stride)
+    bits = index_bits(p, layout, Overhang(), *counts)
+    own = {"num_warps": rows * parts, "parts": parts, "is_computed": int(is_computed)}
+    config = base_config(f"{p.op}_ends", sum_dtype(p), bits, BLOCK_SIZE)
+    if not p.transposed:
+        config = with_padding_mode(config, p.padding_mode)
+        own["first"] = p.edge_windows[0] if is_computed and p.padding_mode != "zeros" else 0
+    params = params_of(config.kernel, conv_fields(p, layout), own)
+    return Step(with_lengths(config), Launch(grid, BLOCK_SIZE, 0, bits, params), (*conv_arrays(p), SAMPLES))
