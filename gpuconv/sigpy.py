@@ -2,10 +2,12 @@
 
 Names, arguments, shapes and dtypes are those of sigpy.conv; sigpy itself is not needed.
 
-The last axis is convolved by `gpuconv.conv1d`. The axes before it are rows: one padded array holds all rows of all data
-one after another, so that the rows that a window reads lie at equal distances, as channels of a strided view. A second
-outer axis is a sum over its taps. With steps, the rows and taps of each remainder of their index are a convolution of
-their own. On a GPU the bits of a result depend on the filter and the steps, not on the data's extents or other data.
+The last axis is convolved by `gpuconv.conv1d`. The axes before it are rows: one padded array holds the rows of all data
+one after another, so that those that a window reads lie at equal distances, as channels of a strided view. Windows
+that begin in one item of data and end in the next are computed, too, and left out. Of two outer axes the first is a sum
+over its taps, in the dtype of the data. With strides, the rows and taps of each remainder of their index are a
+convolution of their own, and these are added. On a GPU the bits of a result depend on the filter and the strides, not
+on the extents of the data or on other data. An infinite tap that meets zeros between the rows gives NaN.
 """
 
 from __future__ import annotations
@@ -194,7 +196,7 @@ class _Problem:
             raise ValueError(f"Strides must have length {D}.")
         absent = (1,) * (3 - D)
         m, n = (*absent, *outer[-D:]), (*absent, *taps[-D:])
-        steps = (*absent, *map(operator.index, strides or (1,) * D))
+        steps = (*absent, *map(operator.index, (1,) * D if strides is None else strides))
         if min(*m, *n, *steps) < 1:
             raise ValueError(
                 f"extents and strides must be 1 or more, got data {outer}, filter {taps}, strides {strides}"
@@ -211,10 +213,8 @@ class _Problem:
         output = (*outer[:lead], *((c_o,) if multi_channel else ()), *p[-D:])
         if given is not None and tuple(given) != output:
             raise ValueError(f"output must have the shape {output}, got {tuple(given)}")
-        # The windows of an item reach neither into the data of the one before nor into those of the next.
-        period = tuple(
-            -(-max(pad + a, (out - 1) * s + b - pad) // s) for (a, b, s), out, pad in zip(axes, p, padding, strict=True)
-        )
+        # No window of an item reaches the data of the next: it ends before (p - 1)*s + n <= m + 2*pad.
+        period = tuple(-(-(a + pad) // s) for (a, _, s), pad in zip(axes, padding, strict=True))
         B = math.prod(outer[:lead])
         return cls(outer, taps, output, (B, c_i, *m), (c_o, c_i, *n), (B, c_o, *p), steps, padding, period[:2])
 
@@ -233,7 +233,7 @@ class _Problem:
         return ((shape[0] - 1) * self.period[0] + shape[2] - 1) * self.period[1] + shape[3]
 
     def phases(self) -> Iterator[_Phase]:
-        """Those that have taps."""
+        """The phases that have taps."""
         for r in np.ndindex(*(min(s, n) for s, n in zip(self.steps[:2], self.filt[2:4], strict=True))):
             begin = [(of - pad) % s for of, pad, s in zip(r, self.padding, self.steps, strict=False)]
             first = [(of + pad) // s for of, pad, s in zip(begin, self.padding, self.steps, strict=False)]

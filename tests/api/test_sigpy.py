@@ -46,7 +46,7 @@ def draw(rng: np.random.Generator) -> tuple[Any, Any, dict[str, Any]]:
         other = one
     data = integers(rng, (*batch, *([c_i] if multi_channel else []), *m), one)
     filt = integers(rng, (*([c_o, c_i] if multi_channel else []), *n), other)
-    strides = None if rng.random() < 0.3 else tuple(int(s) for s in rng.integers(1, 4, D))
+    strides = None if rng.random() < 0.3 else rng.integers(1, 4, D)
     return data, filt, {"mode": mode, "strides": strides, "multi_channel": multi_channel}
 
 
@@ -60,7 +60,10 @@ def sides(data_shape: Any, filt_shape: Any, mode: str, strides: Any, multi_chann
     D = len(filt_shape) - 2 * multi_channel
     m, n = data_shape[-D:], filt_shape[-D:]
     first = [0 if mode == "full" else min(a, b) - 1 for a, b in zip(m, n, strict=True)]
-    at = tuple(slice(f, a + b - 1 - f, s) for f, a, b, s in zip(first, m, n, strides or (1,) * D, strict=True))
+    at = tuple(
+        slice(f, a + b - 1 - f, s)
+        for f, a, b, s in zip(first, m, n, (1,) * D if strides is None else strides, strict=True)
+    )
     c_o, c_i = filt_shape[:2] if multi_channel else (1, 1)
     return (-1, c_i, *m), (c_o, c_i, *n), at
 
