@@ -9,7 +9,7 @@ from .functional import conv1d, conv_transpose1d, prepare
 from .lengths import conv1d_output_length, conv_transpose1d_output_length, output_lengths
 
 if TYPE_CHECKING:
-    from . import grad, nn, reference, signal, stream
+    from . import grad, nn, reference, signal, stream, testing
     from .compile import compile, is_compiled  # noqa: A004 - called as gpuconv.compile
     from .explain import explain
     from .verify import verify
@@ -31,11 +31,12 @@ __all__ = [
     "reference",
     "signal",
     "stream",
+    "testing",
     "verify",
 ]
 
 # These are loaded when they are first used, so that `import gpuconv` takes little longer than `import numpy`.
-_LAZY_MODULES = ("grad", "nn", "reference", "signal", "stream")
+_LAZY_MODULES = ("grad", "nn", "reference", "signal", "stream", "testing")
 _LAZY_FUNCTIONS = {
     "compile": "compile",
     "explain": "explain",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache, partial
@@ -15,6 +16,7 @@ from . import runtime
 from .arguments import ArrayLike, ArraySpec, check_dtype
 from .dtypes import real_dtype
 from .fusion import RESIDUAL, Fusion, check_data
+from .interchange import view
 from .lengths import Samples, follows_length
 from .memory import check_kinds, check_overlap, overlaps_itself
 from .problem import BiasGradientProblem, ConvProblem, Problem, WeightGradientProblem, dtype_name
@@ -43,7 +45,7 @@ def run(
 
     Args:
         function: its name in `SIGNATURES`; it opens the messages.
-        arrays: those of the signature, in order.
+        arrays: those of the signature, in order; also those of other libraries, which are read where they lie.
         settings: the other arguments of `Task.of`, in order.
         out: where to write the result; None for a fresh array.
         algorithm: of a GPU; see `dispatch.choose`.
@@ -60,11 +62,23 @@ def run(
     if runtime.is_cupy_array(arrays[0]):
         return _run_on_gpu(function, arrays, settings, out, algorithm, prepared, lengths)
     if lengths is not None:
+        views = _foreign_views(function, arrays, out)
+        if views is not None:
+            options = {"algorithm": algorithm, "prepared": prepared, "lengths": lengths}
+            result = run(function, views[0], settings, views[1], **options)
+            return result if out is None else out
         return _run_samples_on_cpu(function, arrays, settings, out, lengths)
-    return _run_on_cpu(function, arrays, settings, out)
+    return _run_on_cpu(function, arrays, settings, out, algorithm, prepared)
 
 
-def _run_on_cpu(function: str, arrays: tuple[Any, ...], settings: tuple[Any, ...], out: Any | None) -> Any:
+def _run_on_cpu(
+    function: str,
+    arrays: tuple[Any, ...],
+    settings: tuple[Any, ...],
+    out: Any | None,
+    algorithm: str | None,
+    prepared: runtime.PreparedWeight | None,
+) -> Any:
     key = _cpu_key(function, arrays, settings) if out is None else None
     found = None if key is None else _TASKS.get(key)
     if found is not None:
@@ -76,6 +90,10 @@ def _run_on_cpu(function: str, arrays: tuple[Any, ...], settings: tuple[Any, ...
         else:
             _compute(task, arrays, result)
         return result
+    views = _foreign_views(function, arrays, out)
+    if views is not None:
+        result = run(function, views[0], settings, views[1], algorithm=algorithm, prepared=prepared)
+        return result if out is None else out
     if _has_real_taps(function, arrays):
         return _run_by_parts(function, arrays, settings, out)
     task = _check(function, arrays, settings, out)
@@ -144,6 +162,11 @@ def _run_on_gpu(
         key = (function, algorithm, names, lengths is None, *map(identity, arrays), identity(out))
         found = _EXECUTORS.get(key)
     if found is None:
+        views = _foreign_views(function, arrays, out)
+        if views is not None:
+            options = {"algorithm": algorithm, "prepared": prepared, "lengths": lengths}
+            result = run(function, views[0], settings, views[1], **options)
+            return result if out is None else out
         if _has_real_taps(function, arrays):
             options = {"algorithm": algorithm, "prepared": prepared, "lengths": lengths}
             return _run_by_parts(function, arrays, settings, out, **options)
@@ -175,6 +198,23 @@ def _run_on_gpu(
         out = cupy.empty(task.shape, dtype)
     executor.run(*arrays, out, prepared=prepared, samples=table)
     return out
+
+
+_PLAIN_ARRAYS = frozenset((np.ndarray, type(None)))
+
+
+def _foreign_views(
+    function: str, arrays: tuple[Any, ...], out: Any | None
+) -> tuple[tuple[Any, ...], Any | None] | None:
+    """Arrays and `out` with those of other libraries as NumPy's or CuPy's; None where there are none of those."""
+    if _PLAIN_ARRAYS.issuperset(map(type, (*arrays, out))):
+        return None
+    names = SIGNATURES[function].arrays
+    given = tuple(view(function, name, array) for name, array in zip(names, arrays, strict=False))
+    target = view(function, "out", out, write=True)
+    if target is out and all(map(operator.is_, given, arrays)):
+        return None
+    return given, target
 
 
 def _samples(function: str, arrays: tuple[Any, ...], settings: tuple[Any, ...], task: Task, lengths: Any) -> Samples:
@@ -363,6 +403,11 @@ def run_weight_gradient(
     """
     if weight_dtype is None:
         return run(function, arrays, settings, out, algorithm=algorithm, lengths=lengths)
+    views = _foreign_views(function, arrays, out)
+    if views is not None:
+        options = {"weight_dtype": weight_dtype, "algorithm": algorithm, "lengths": lengths}
+        result = run_weight_gradient(function, views[0], settings, views[1], **options)
+        return result if out is None else out
     given = dict(zip(SIGNATURES[function].arrays, arrays, strict=True))
     check_kinds(function, given)
     dtype = check_dtype(function, "input", arrays[0])

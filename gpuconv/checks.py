@@ -221,7 +221,7 @@ def _check_exact(s: Subject) -> Failure | None:
 
 
 def _check_integers(s: Subject) -> Failure | None:
-    p = cases.in_integers(s.problem, s.number_format)
+    p = s.problem if s.problem.dtype in INTEGERS else cases.in_integers(s.problem, s.number_format)
     data = cases.integer_data(p, s.seed)
     return s.expect_equal(s.run(data, p), reference.compute(p, *data), "integers must equal the reference", data, p)
 
@@ -232,7 +232,7 @@ def _check_fused(s: Subject) -> Failure | None:
 
 def check_fusion(s: Subject, settings: dict[str, Any], message: str) -> tuple[Array, Failure | None]:
     """Fuse something with the case, on plain arrays and on arrays with gaps; the result, and what is wrong."""
-    p, fused = cases.with_fusion(s.problem, s.seed)
+    p, fused = cases.with_fusion(s.problem, s.seed, s.case.fusion)
     data = cases.random_data(s.problem, s.seed)
     sums = reference.convolution(p, *data, fused)
     output = np.empty(p.output_shape, numpy_dtype(p.dtype))
@@ -513,6 +513,8 @@ def run_checks(case: Case, number_format: str, target: Target, seed: int) -> Ite
         subject = Subject(case, number_format, case.at(number_format), target, seed, check.name)
         if check.applies is not None and not check.applies(subject):
             continue
+        if subject.problem.dtype in INTEGERS and check.name != "integers":
+            continue  # the others are of floating-point numbers
         yield result_of(subject, check.run)
 
 

@@ -19,6 +19,7 @@ from .dtypes import real_dtype
 from .families import Launch
 from .families.base import ACTIVATED, contiguous_strides
 from .fusion import FUSED_ARRAYS, RESIDUAL, Fused
+from .interchange import view
 from .lengths import Samples, follows_length
 from .memory import address, check_kinds
 from .problem import (
@@ -336,6 +337,9 @@ def explain(
             is_shape = all(isinstance(extent, int) for extent in array)
             hint = f'; a shape becomes gpuconv.problem.ArraySpec({tuple(array)!r}, "float32")' if is_shape else ""
             raise TypeError(f"explain: {name} must be an array or an ArraySpec, got {type(array).__name__}{hint}")
+        else:
+            given[name] = view(op, name, array)
+    data, weight = given["input"], given["weight"]
     target = _device_of(op, given) if device is None else _parse_device(device)
 
     if op == "conv_transpose1d":
@@ -343,9 +347,9 @@ def explain(
     algorithm, lengths = settings.pop("algorithm", None), settings.pop("lengths", None)
     function = op if direction == "forward" else f"{op}_{direction.removeprefix('grad_')}"
     dispatch.check_algorithm("explain", SIGNATURES[function].kind, algorithm)
-    by_parts = are_real_taps(weight, input)
+    by_parts = are_real_taps(weight, data)
     if by_parts and direction == "grad_bias":  # a bias is as complex as the data, whatever the taps are
-        by_parts, weight = False, ArraySpec(tuple(weight.shape), input.dtype)
+        by_parts, weight = False, ArraySpec(tuple(weight.shape), data.dtype)
     if by_parts:
         check_real_taps(op, given, fused.fusion)
         given = {name: array if name == "weight" else _RealPart.of(array) for name, array in given.items()}

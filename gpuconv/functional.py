@@ -9,7 +9,7 @@ import numpy as np
 from . import calls, runtime
 from .arguments import check_padding_mode
 from .fusion import ActivationLike, Fused
-from .memory import check_kinds
+from .memory import take
 from .problem import Op, Padding, Setting
 
 ArrayT = TypeVar("ArrayT")
@@ -44,7 +44,9 @@ def conv1d(
         L_out = floor((L_in + padding_left + padding_right - dilation*(K - 1) - 1) / stride) + 1
 
     Args:
-        input: (N, C_in, L_in), or (C_in, L_in) for a single sample. NumPy or CuPy, any strides; never changed.
+        input: (N, C_in, L_in), or (C_in, L_in) for a single sample. NumPy or CuPy, any strides; never changed. This and
+            the other arrays may be those of another library that exports DLPack or `__cuda_array_interface__`, such as
+            PyTorch's tensors that require no gradient: they are read and written where they lie.
         weight: (C_out, C_in/groups, K), of the kind, device and dtype of `input`, or real with complex
             input of the same precision (float32 for complex64); or what `prepare` made of it.
         bias: (C_out,), or None.
@@ -82,10 +84,12 @@ def conv1d(
         out: an array of the output's shape, dtype and device to write to, which must not overlap the inputs.
 
     Returns:
-        (N, C_out, L_out), or (C_out, L_out) for a single sample: an array of the kind, device and dtype of `input`;
-        `out` where it was given. CuPy work is queued on CuPy's current stream, and can be captured into a CUDA graph:
-        call once before the capture, which compiles the kernels. What a captured call allocates for itself belongs to
-        the graph; arrays, prepared weights and `out` must live as long as the graph is used.
+        (N, C_out, L_out), or (C_out, L_out) for a single sample: an array of the kind, device and dtype of `input`,
+        NumPy's or CuPy's also where `input` is that of another library; `out` where it was given. CuPy work is queued
+        on CuPy's current stream, after what the streams of other libraries' arrays have to do; before such an array is
+        freed or used again on another stream, that stream must wait for CuPy's. The work can be captured into a CUDA
+        graph: call once before the capture, which compiles the kernels. What a captured call allocates for itself
+        belongs to the graph; arrays, prepared weights and `out` must live as long as the graph is used.
 
     Raises:
         ValueError: a shape or a value does not fit; the message names the argument, what was expected and what came.
@@ -204,7 +208,7 @@ def prepare(weight: ArrayT) -> runtime.PreparedWeight:
         A handle that holds the copy and, as calls need them, its packed forms.
 
     Raises:
-        TypeError: `weight` is not a NumPy or CuPy array.
+        TypeError: `weight` is not a NumPy or CuPy array, nor one of another library that can be read where it lies.
         RuntimeError: `weight` is a CuPy array and the current stream is being captured into a CUDA graph.
         ImportError: `weight` is a CuPy array and CuPy is older than version 14.
 
@@ -214,8 +218,7 @@ def prepare(weight: ArrayT) -> runtime.PreparedWeight:
         >>> gpuconv.conv1d(np.arange(5.0).reshape(1, 1, 5), w)
         array([[[3., 6., 9.]]])
     """
-    check_kinds("prepare", {"weight": weight})
-    array: Any = weight
+    (array,) = take("prepare", weight=weight)
     return runtime.prepare(array) if runtime.is_cupy_array(array) else runtime.PreparedWeight(np.array(array))
 
 

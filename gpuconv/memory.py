@@ -5,12 +5,23 @@ Everything about shapes, dtypes and settings is in `gpuconv.arguments`.
 
 from __future__ import annotations
 
-import sys
 from typing import Any, cast
 
 import numpy as np
 
 from . import runtime
+from .interchange import view
+
+
+def take(caller: str, **given: Any) -> tuple[Any, ...]:
+    """The arguments of a function as NumPy or CuPy arrays of one kind, those of other libraries as `view` gives them.
+
+    Raises:
+        TypeError: naming the argument, as `check_kinds` and `view` do.
+    """
+    arrays = {name: view(caller, name, array) for name, array in given.items()}
+    check_kinds(caller, arrays)
+    return tuple(arrays.values())
 
 
 def check_kinds(op: str, arrays: dict[str, Any]) -> None:
@@ -28,7 +39,9 @@ def check_kinds(op: str, arrays: dict[str, Any]) -> None:
         elif isinstance(array, np.ndarray) and not isinstance(array, np.ma.MaskedArray):
             kinds[name] = "NumPy array"
         else:
-            raise TypeError(f"{op}: {name} must be a NumPy or CuPy array, got {type(array).__name__}{_hint(op, array)}")
+            raise TypeError(
+                f"{op}: {name} must be a NumPy or CuPy array, got {type(array).__name__}{_hint(name, array)}"
+            )
     first, kind_of_first = next(iter(kinds.items()))
     for name, kind in kinds.items():
         if kind != kind_of_first:
@@ -38,14 +51,8 @@ def check_kinds(op: str, arrays: dict[str, Any]) -> None:
             )
 
 
-def _hint(op: str, array: object) -> str:
-    """Which functions take a PyTorch tensor. PyTorch is not imported: whoever has a tensor has imported it."""
-    torch = sys.modules.get("torch")
-    if torch is None or not isinstance(array, torch.Tensor):
-        return ""
-    if op in ("conv1d", "conv_transpose1d"):
-        return f"; for PyTorch tensors there is gpuconv.torch.{op}"
-    return "; the functions of gpuconv.torch take PyTorch tensors"
+def _hint(name: str, array: object) -> str:
+    return f"; pass np.asarray({name})" if isinstance(array, list | tuple) else ""
 
 
 def check_overlap(op: str, out: Any, inputs: dict[str, Any]) -> None:

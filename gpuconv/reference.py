@@ -101,15 +101,20 @@ class Comparison:
     output: Array
 
     @property
-    def worst(self) -> float:
-        """The largest distance from `exact` as a fraction of the bound, of the real and of the imaginary part each.
+    def fractions(self) -> Array:
+        """The distance of each element from `exact` as a fraction of its bound, the larger of both parts.
 
-        0 where there is no element whose distance and bound are finite.
+        Where that is not finite it is 0 for an element that is right, and infinity for one that is wrong.
         """
-        with np.errstate(invalid="ignore", over="ignore"):
+        with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
             distance = self.output - self.exact
-            fraction = np.maximum(np.abs(distance.real), np.abs(distance.imag)) / self.bound
-        return float(fraction.max(initial=0.0, where=np.isfinite(fraction)))
+            fractions = np.maximum(np.abs(distance.real), np.abs(distance.imag)) / self.bound
+        return np.where(np.isfinite(fractions), fractions, np.where(self.right, 0.0, np.inf))
+
+    @property
+    def worst(self) -> float:
+        """The largest of `fractions` that is finite; 0 where there is none."""
+        return float(self.fractions.max(initial=0.0, where=np.isfinite(self.fractions)))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

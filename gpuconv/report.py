@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
@@ -134,6 +135,7 @@ class Report:
         families: the kernel families that the GPU's architecture has; none on the CPU.
         lacking: the kernel families that it lacks.
         restricted: whether cases, dtypes or a family were chosen by name. If not, a case must reach each of `families`.
+        layers: the problems of the user's own layers, by case and dtype.
     """
 
     results: tuple[Result, ...]
@@ -147,6 +149,7 @@ class Report:
     families: tuple[str, ...] = ()
     lacking: tuple[str, ...] = ()
     restricted: bool = False
+    layers: Mapping[tuple[str, str], str] = field(default_factory=dict)
 
     @property
     def pairs(self) -> int:
@@ -178,6 +181,24 @@ class Report:
     def ok(self) -> bool:
         """Whether every check passed and, unless the run was restricted, every kernel family was reached."""
         return not self.failures and (self.restricted or not self.unreached)
+
+    @property
+    def layer_rows(self) -> list[dict[str, Any]]:
+        """For each layer and dtype: the problem, the worst element as a fraction of its bound, and the failures."""
+        groups: dict[tuple[str, str], list[Result]] = {}
+        for result in self.results:
+            groups.setdefault((result.case, result.dtype), []).append(result)
+        return [
+            {
+                "layer": case,
+                "dtype": dtype,
+                "problem": self.layers[case, dtype],
+                "fraction_of_bound": max((r.worst for r in group if r.worst is not None), default=None),
+                "failed": sum(r.failure is not None for r in group),
+            }
+            for (case, dtype), group in groups.items()
+            if (case, dtype) in self.layers
+        ]
 
     @property
     def counts(self) -> dict[str, dict[str, int]]:
@@ -213,6 +234,7 @@ class Report:
                 "check": self.worst.check,
                 "fraction_of_bound": _json_number(self.worst.worst),
             },
+            **({"layers": self.layer_rows} if self.layers else {}),
             "failures": [failure.to_dict() for failure in self.failures],
         }
 
@@ -264,6 +286,11 @@ class Report:
             f"{'check':<12}{'passed':>8}{'failed':>8}",
         ]
         lines += [f"{name:<12}{count['passed']:>8}{count['failed']:>8}" for name, count in self.counts.items()]
+        if self.layers:
+            lines += ["", f"{'layer':<10}{'worst element':>14}{'failed':>8}  problem"]
+        for row in self.layer_rows:
+            worst = "exact" if row["fraction_of_bound"] is None else f"{row['fraction_of_bound']:.3g}"
+            lines.append(f"{row['layer']:<10}{worst:>14}{row['failed']:>8}  {row['problem']}")
         if self.families:
             lines += ["", f"{'kernel family':<28}{'runs':>6}"]
             lines += [f"{name:<28}{runs:>6}" for name, runs in self.family_runs.items() if runs]

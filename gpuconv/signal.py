@@ -18,7 +18,7 @@ import numpy as np
 
 from . import runtime
 from .functional import conv1d
-from .memory import check_kinds
+from .memory import take
 from .problem import DTYPES, INTEGERS
 
 __all__ = ["convolve", "correlate", "decimate_fir", "firfilter", "oaconvolve", "resample_poly", "upfirdn"]
@@ -166,7 +166,7 @@ def upfirdn(h: Any, x: Any, up: int = 1, down: int = 1, axis: int = -1, mode: st
         >>> signal.upfirdn(np.array([1.0, 1, 1]), np.array([1.0, 2, 3]), 3)
         array([1., 1., 1., 2., 2., 2., 3., 3., 3.])
     """
-    check_kinds("upfirdn", {"h": h, "x": x})
+    h, x = take("upfirdn", h=h, x=x)
     up, down = operator.index(up), operator.index(down)
     if h.ndim != 1 or h.size == 0:
         raise ValueError("h must be 1-D with non-zero length")
@@ -215,7 +215,8 @@ def firfilter(b: Any, x: Any, axis: int = -1, zi: Any = None) -> Any:
         >>> signal.firfilter(b, np.arange(3.0, 6.0), zi=state)[0]
         array([ 6.,  9., 12.])
     """
-    check_kinds("firfilter", {"b": b, "x": x} if zi is None else {"b": b, "x": x, "zi": zi})
+    b, x, *states = take("firfilter", b=b, x=x, **({} if zi is None else {"zi": zi}))
+    zi = states[0] if states else None
     if b.ndim != 1 or b.size == 0:
         raise ValueError(f"firfilter: b must have the shape (K,) with K >= 1, got {tuple(b.shape)}")
     x, place = _axis_last("firfilter", x, axis)
@@ -272,7 +273,7 @@ def resample_poly(
         >>> signal.resample_poly(np.ones(6), 1, 2, padtype="line").round(3)
         array([1., 1., 1.])
     """
-    check_kinds("resample_poly", {"x": x})
+    (x,) = take("resample_poly", x=x)
     for name, factor in (("up", up), ("down", down)):
         if factor != int(factor):
             raise ValueError(f"{name} must be an integer")
@@ -341,7 +342,7 @@ def decimate_fir(x: Any, q: int, n: int | None = None, axis: int = -1, zero_phas
         >>> signal.decimate_fir(np.ones(200), 2)[40:44].round(6)
         array([1., 1., 1., 1.])
     """
-    check_kinds("decimate_fir", {"x": x})
+    (x,) = take("decimate_fir", x=x)
     q = operator.index(q)
     n = 20 * q if n is None else operator.index(n)
     if q < 2 or n < 0:
@@ -375,7 +376,7 @@ def _put_back(array: Any, place: int) -> Any:
 
 def _operands(caller: str, in1: Any, in2: Any, axis: SupportsIndex | None) -> tuple[Any, Any, int]:
     """The two arrays with the axis at the end, and where it was."""
-    check_kinds(caller, {"in1": in1, "in2": in2})
+    in1, in2 = take(caller, in1=in1, in2=in2)
     if in1.ndim != in2.ndim:
         raise ValueError("volume and kernel should have the same dimensionality")
     if in1.ndim == 0:

@@ -22,7 +22,7 @@ import numpy as np
 
 from . import grad, runtime
 from .functional import conv1d, conv_transpose1d
-from .memory import check_kinds
+from .memory import take
 from .signal import computable
 
 __all__ = ["convolve", "convolve_data_adjoint", "convolve_filter_adjoint"]
@@ -67,7 +67,7 @@ def convolve(
                [0., 5.],
                [0., 3.]])
     """
-    check_kinds("convolve", {"data": data, "filt": filt})
+    data, filt = take("convolve", data=data, filt=filt)
     p = _Problem.of(data.shape, filt.shape, mode, strides, multi_channel)
     with runtime.current_device_of(data):
         return _convolve(p, data, filt, _result_type("convolve", data, filt))
@@ -97,7 +97,7 @@ def convolve_data_adjoint(
         >>> sigpy.convolve_data_adjoint(np.array([1.0, 0.0, 10.0]), np.array([1.0, 2.0]), (2,))
         array([ 1., 20.])
     """
-    check_kinds("convolve_data_adjoint", {"output": output, "filt": filt})
+    output, filt = take("convolve_data_adjoint", output=output, filt=filt)
     p = _Problem.of(data_shape, filt.shape, mode, strides, multi_channel, output.shape)
     with runtime.current_device_of(output):
         return _data_adjoint(p, output, filt, _result_type("convolve_data_adjoint", output, filt))
@@ -126,7 +126,7 @@ def convolve_filter_adjoint(
         >>> sigpy.convolve_filter_adjoint(np.array([1.0, 0.0, 10.0]), np.array([1.0, 2.0]), (2,))
         array([ 1., 20.])
     """
-    check_kinds("convolve_filter_adjoint", {"output": output, "data": data})
+    output, data = take("convolve_filter_adjoint", output=output, data=data)
     p = _Problem.of(data.shape, filt_shape, mode, strides, multi_channel, output.shape)
     with runtime.current_device_of(output):
         return _filter_adjoint(p, output, data, _result_type("convolve_filter_adjoint", output, data))

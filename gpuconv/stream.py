@@ -18,7 +18,8 @@ import numpy as np
 from . import functional, nn, runtime
 from .arguments import ArraySpec, Settings, check_int
 from .fusion import FUSED_ARRAYS, ActivationLike, Fused
-from .memory import check_kinds
+from .interchange import view
+from .memory import check_kinds, take
 from .problem import INTEGER_SUMS, ConvProblem, Op, Padding, Setting
 from .window import Window, kind_of, window_for
 
@@ -84,7 +85,8 @@ class _Stream:
             weight = layer
         settings = Settings.check(caller, self.op, stride, padding, dilation, groups, output_padding)
         self._weight = weight if isinstance(weight, runtime.PreparedWeight) else functional.prepare(weight)
-        check_kinds(caller, {"weight": self._weight.array, **({} if bias is None else {"bias": bias})})
+        if bias is not None:
+            _, bias = take(caller, weight=self._weight.array, bias=bias)
         shape = self._weight.shape
         if len(shape) != 3 or shape[2] < 1:
             raise ValueError(f"{caller}: weight must have three axes, the last with a tap at least, got shape {shape}")
@@ -167,6 +169,11 @@ class _Stream:
                 window = cast(Window, self._window)
                 if window.takes(input, out):
                     return window.push(input, out)
+            caller = f"{type(self).__name__}.push"
+            own, target = view(caller, "input", input), view(caller, "out", out, write=True)
+            if own is not input or target is not out:
+                result = self.push(own, slots, out=target)
+                return result if out is None else out
             return self._push(input, slots, out)
 
     def _push(self, input: Any, slots: Sequence[SupportsIndex] | None, out: Any | None) -> Any:
@@ -266,7 +273,7 @@ class _Stream:
         samples, positions = state["samples"], np.asarray(state["positions"])
         if positions.shape != (self.slots, 4) or positions.dtype.kind not in "iu" or (positions < 0).any():
             raise ValueError(f"{caller}: positions must be integers of shape ({self.slots}, 4), got {positions.shape}")
-        check_kinds(caller, {"weight": self._weight.array, "samples": samples})
+        _, samples = take(caller, weight=self._weight.array, samples=samples)
         held = int(positions[:, 0].max())
         if tuple(samples.shape) != (self.slots, self._channels, held) or samples.dtype != self._weight.dtype:
             raise ValueError(

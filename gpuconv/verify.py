@@ -12,7 +12,8 @@ from .checks import CHECKS, Target, run_checks
 from .device import Device
 from .family_checks import families_of, families_that_take, far_bytes, far_runs, run_families, run_far
 from .gpus import GpuUnavailableError, missing_gpu
-from .problem import numpy_dtype
+from .layers import Layer
+from .problem import INTEGERS, numpy_dtype
 from .report import BY_FAMILY, FAR, Report, Result
 
 DeviceName: TypeAlias = Literal["auto", "gpu", "cpu"]
@@ -28,6 +29,7 @@ def verify(
     dtypes: str | Sequence[str] | None = None,
     quick: bool = True,
     family: str | None = None,
+    layers: Sequence[Layer] | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Run the case table on a device and check what gpuconv promises. Every output array starts as NaN.
@@ -76,30 +78,41 @@ def verify(
             that `filter` names are run in every dtype, and of a single dtype every case is. On a GPU, cases that reach
             the remaining kernel families are added, and `far` is run in the narrowest dtype alone.
         family: the name of a kernel family: run the cases that it takes through it, and no other check. Needs a GPU.
+        layers: check these, as `gpuconv.layers.read` gives them, in place of the case table; in `dtypes`, or by default
+            in the dtype of each. Of a large one N and L are cut, as the report says. What a layer fuses is checked by
+            `fused`, data of integers by `integers` alone.
         progress: called as progress(done, total, label) before the first case and after each.
 
     Raises:
         GpuUnavailableError: `device` is "gpu" and none answers.
-        ValueError: `device` or a dtype is not one of those named above, `filter` matches no case, or `family`
-            is none of the GPU's, or takes no case.
+        ValueError: `device` or a dtype is not one of those named above, `filter` matches no case or is given together
+            with `layers`, a layer's call would raise it, or `family` is none of the GPU's, or takes no case.
         ModuleNotFoundError: bfloat16 was asked for by name, and ml_dtypes is not installed.
     """
     started = time.perf_counter()
     if device not in ("auto", "gpu", "cpu"):
         raise ValueError(f'device must be "auto", "gpu" or "cpu", got {device!r}')
-    restricted = filter is not None or dtypes is not None or family is not None
+    if layers is not None and filter is not None:
+        raise ValueError(f"layers are given in place of a filter, got both, filter {filter!r}")
+    restricted = any(given is not None for given in (filter, layers, dtypes, family))
+    whole_table = filter is None and layers is None
     if isinstance(dtypes, str):
         dtypes = [dtypes]
     unknown = [dtype for dtype in dtypes or () if dtype not in NUMBER_FORMATS]
     if unknown:
         raise ValueError(f"dtypes must be among {', '.join(NUMBER_FORMATS)}, got {', '.join(map(repr, unknown))}")
+    own_cases = None if layers is None else _cases_of(layers, dtypes)
     selected = cases.select(filter)
     missing = None if device == "cpu" else missing_gpu()
     if device == "gpu" and missing is not None:
         raise GpuUnavailableError(missing)
     target = Target(on_gpu=device != "cpu" and missing is None)
     skipped: dict[str, str] = {}
-    if dtypes is None:
+    if own_cases is not None:
+        dtypes = list(dict.fromkeys(name for name, _ in own_cases))
+        skipped = {name: reason for name in dtypes if (reason := target.lacks(name)) is not None}
+        skipped |= _cuts(own_cases, layers or ())
+    elif dtypes is None:
         own = [name for name in NUMBER_FORMATS if target.on_gpu or name != "tf32"]
         skipped = {name: reason for name in own if (reason := target.lacks(name)) is not None}
         dtypes = [name for name in own if name not in skipped]
@@ -115,14 +128,19 @@ def verify(
 
     every = [(dtype, case) for dtype in dtypes for case in selected]
     pairs = list(cases.quick_pairs(dtypes)) if quick and filter is None else every
+    if own_cases is not None:
+        every = own_cases
+        pairs = [(dtype, case) for dtype, case in own_cases if dtype not in skipped]
+        if not pairs:
+            raise ValueError(f"no layer can be run here: {'; '.join(skipped.values()) or 'there are none'}")
     if gpu is not None:
-        pairs += _pairs_for(has if filter is None else (), every, pairs, gpu)
+        pairs += _pairs_for(has if whole_table else (), every, pairs, gpu)
         if family is not None:
             pairs = [(dtype, case) for dtype, case in pairs if family in families_that_take(case.at(dtype), gpu)]
             if not pairs:
                 raise ValueError(f"no case of this filter and these dtypes reaches the kernel family {family}")
     far: list[tuple[str, Case, str]] = []
-    if gpu is not None and filter is None:
+    if gpu is not None and whole_table:
         narrowest = min(dtypes, key=far_bytes)
         for dtype in [narrowest] if quick else dtypes:
             lack = _lack_of_memory(far_bytes(dtype))
@@ -134,7 +152,7 @@ def verify(
     def runs() -> Iterator[tuple[str, Sequence[Result]]]:
         for dtype, case in pairs:
             found = list(run_checks(case, dtype, target, seed)) if family is None else []
-            if gpu is not None:
+            if gpu is not None and dtype not in INTEGERS:
                 found += run_families(case, dtype, target, seed, gpu, family)
             yield f"{case.name} {dtype}", found
         for dtype, case, name in far:
@@ -150,7 +168,7 @@ def verify(
             progress(done, total, label)
     checks = [check.name for check in CHECKS]
     if gpu is not None:
-        checks += [BY_FAMILY] if filter is not None else [BY_FAMILY, FAR]
+        checks += [BY_FAMILY, FAR] if whole_table else [BY_FAMILY]
     return Report(
         tuple(results),
         tuple(checks),
@@ -163,7 +181,37 @@ def verify(
         families=has,
         lacking=lacking,
         restricted=restricted,
+        layers={(case.name, dtype): str(case.problem) for dtype, case in own_cases or ()},
     )
+
+
+def _cases_of(layers: Sequence[Layer], dtypes: Sequence[str] | None) -> list[Pair]:
+    """Layers as cases that bear their numbers, in these number formats, or each in its own."""
+    found = []
+    for number, layer in enumerate(layers, start=1):
+        wanted = [layer] if dtypes is None else [_in_format(layer, name) for name in dtypes]
+        try:
+            found += [one.case(f"layer {number}") for one in wanted]
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"layer {number}: {error}") from None
+    return found
+
+
+def _in_format(layer: Layer, number_format: str) -> Layer:
+    precision = "tf32" if number_format == "tf32" else "float32"
+    other = layer.with_dtype(cases.dtype_of(number_format))
+    return other._replace(settings={**other.settings, "precision": precision})
+
+
+def _cuts(pairs: Sequence[Pair], layers: Sequence[Layer]) -> dict[str, str]:
+    """What of the layers is not run, since the reference would take too long, with the reason."""
+    cut = {}
+    for number, layer in enumerate(layers, start=1):
+        p = next(case.problem for _, case in pairs if case.name == f"layer {number}")
+        whole = tuple(layer.arrays[0].shape)
+        if p.input_shape != whole:
+            cut[f"layer {number} of {whole}"] = f"cut to {p.input_shape}; kernel families do not follow from N and L"
+    return cut
 
 
 def _lack_of_memory(num_bytes: int) -> str | None:

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from ..fusion import ACTIVATION_ARRAYS, FUSED_ARRAYS, INPUT_ACTIVATION_ARRAYS, RESIDUAL, Fused
+from ..fusion import ACTIVATION_ARRAYS, FUSED_ARRAYS, INPUT_ACTIVATION_ARRAYS, RESIDUAL, Activation, Fused, Fusion
 from ..problem import ConvProblem, numpy_dtype
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -159,12 +159,13 @@ _FUSIBLE: tuple[Any, ...] = (
 )  # fmt: skip
 
 
-def with_fusion(problem: ConvProblem, seed: int) -> tuple[ConvProblem, dict[str, Array]]:
-    """The problem with a residual, and where the data are real with two activations, all drawn at random.
+def with_fusion(problem: ConvProblem, seed: int, fusion: Fusion | None = None) -> tuple[ConvProblem, dict[str, Array]]:
+    """The problem with what is fused, on random arrays.
 
     Args:
         problem: extents, settings and dtype.
         seed: any integer.
+        fusion: what to fuse; None for a residual, and where the data are real two activations drawn at random.
 
     Returns:
         That problem, and the arrays that it fuses, by name.
@@ -173,14 +174,22 @@ def with_fusion(problem: ConvProblem, seed: int) -> tuple[ConvProblem, dict[str,
     rng = _generator(p, seed + 2)
     dtype = numpy_dtype(p.dtype)
 
+    def of_channels(count: int, channels: int) -> tuple[Array, ...]:
+        return tuple(rng.uniform(0.5, 1.5, channels).astype(dtype) for _ in range(count))
+
     def draw(channels: int) -> Any:
         chosen = _FUSIBLE[rng.integers(len(_FUSIBLE))]
-        if chosen[0] != "snake":
-            return chosen
-        return ("snake", *(rng.uniform(0.5, 1.5, channels).astype(dtype) for _ in range(chosen[1])))
+        return ("snake", *of_channels(chosen[1], channels)) if chosen[0] == "snake" else chosen
 
-    residual = _normal(p, rng, p.output_shape).astype(dtype)
-    activation, input_activation = (None, None) if p.is_complex else (draw(p.C_out), draw(p.C_in))
+    def given(activation: Activation | None, channels: int) -> Any:
+        return None if activation is None else activation.as_argument(of_channels(activation.arrays, channels))
+
+    residual: Array | None = _normal(p, rng, p.output_shape).astype(dtype)
+    if fusion is not None:
+        activation, input_activation = given(fusion.activation, p.C_out), given(fusion.input_activation, p.C_in)
+        residual = residual if fusion.has_residual else None
+    else:
+        activation, input_activation = (None, None) if p.is_complex else (draw(p.C_out), draw(p.C_in))
     fused = Fused.check(p.op, activation, input_activation, residual)
     arrays = {name: array for name, array in zip(FUSED_ARRAYS, fused.arrays, strict=True) if array is not None}
     return p.fused(fused), arrays
@@ -196,7 +205,7 @@ def fusion_settings(problem: ConvProblem, arrays: dict[str, Any]) -> dict[str, A
         side: None if a is None else a.as_argument(tuple(arrays[name] for name in names[: a.arrays]))
         for side, (a, names) in sides.items()
     }
-    return {**activations, "residual": arrays[RESIDUAL]}
+    return {**activations, "residual": arrays.get(RESIDUAL)}
 
 
 def impulse_data(problem: ConvProblem, seed: int) -> Data:

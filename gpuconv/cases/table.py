@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..arguments import MAX_STEP
+from ..fusion import Fusion
 from ..problem import ArraySpec, ConvProblem, Op
 from .derived import in_format
 
@@ -23,12 +24,14 @@ class Case:
         problem: float32; `at` gives it another number format.
         settings: the keyword arguments of the public function, as a user would write them ("same", output_size, ...).
         tags: what the case tests; the first one is its group.
+        fusion: what is fused with it where that is checked; None for something drawn at random.
     """
 
     name: str
     problem: ConvProblem
     settings: tuple[tuple[str, Any], ...]
     tags: tuple[str, ...]
+    fusion: Fusion | None = None
 
     @property
     def lengths(self) -> tuple[int, ...]:

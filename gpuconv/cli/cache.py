@@ -9,7 +9,7 @@ from typing import Any
 
 from .. import cubins
 from ..text import count, wrap_rows
-from .errors import CommandError
+from .errors import EXIT_CODES, CommandError
 from .terminal import terminal_width
 
 ACTIONS = ("show", "prune", "clear")
@@ -24,7 +24,7 @@ def add_to(commands: Any) -> None:
         "have compiled, or remove kernels from it: prune those that are damaged and,\n"
         "with --max-size, those that were not used for longest; clear all of them.\n"
         "GPUCONV_CACHE_DIR names the folder.",
-        epilog="example:\n  gpuconv cache prune --max-size 200MB",
+        epilog=f"{EXIT_CODES}\n\nexample:\n  gpuconv cache prune --max-size 200MB",
     )
     parser.add_argument(
         "action",

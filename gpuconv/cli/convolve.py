@@ -9,7 +9,7 @@ from typing import Any
 from .. import dispatch, files, functional, runtime
 from ..fusion import Fused
 from ..problem import DTYPES, ConvProblem, Op
-from .errors import CommandError
+from .errors import EXIT_CODES_WITH_GPU, CommandError
 from .gpu import current_device, use_gpu
 from .options import add_device, add_settings, at_least, given_settings
 from .terminal import tell
@@ -28,7 +28,7 @@ def add_to(commands: Any, op: Op) -> None:
         "samples) as float32. The output is written as a whole or not at all. The name -\n"
         "stands for standard input or output, which is a .wav file if the input is one or\n"
         "--rate is given, else a .npy file.",
-        epilog=f"example:\n  gpuconv {op} speech.wav filter.npy out.wav"
+        epilog=f"{EXIT_CODES_WITH_GPU}\n\nexample:\n  gpuconv {op} speech.wav filter.npy out.wav"
         + (" --stride 2" if transposed else " --padding same"),
     )
     parser.add_argument("input", metavar="IN", help="input, .npy or .wav")

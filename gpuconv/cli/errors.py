@@ -8,6 +8,10 @@ EXIT_NO_GPU = 3
 EXIT_INTERRUPTED = 130  # what a shell reports for a process that SIGINT ended, and below for SIGPIPE
 EXIT_BROKEN_PIPE = 141
 
+# What the help of the commands says of them.
+EXIT_CODES = "exit codes: 0 success, 2 bad usage or bad input"
+EXIT_CODES_WITH_GPU = f"{EXIT_CODES}, 3 no GPU where one is needed"
+
 
 class CommandError(Exception):
     """Ends a command with one line on stderr and an exit code."""

@@ -9,7 +9,7 @@ from typing import Any
 from .. import runtime
 from ..device import ARCHITECTURES
 from ..explain import DIRECTIONS, SETTINGS, explain
-from .errors import CommandError
+from .errors import EXIT_CODES_WITH_GPU, CommandError
 from .gpu import current_device, use_gpu
 from .options import add_device, add_shapes, given_settings, specs
 from .terminal import terminal_width
@@ -22,7 +22,8 @@ def add_to(commands: Any) -> None:
         description="Show what a call would do, from the shapes of its arrays alone: the kernel\n"
         "family with its launch on a GPU, or the method on the CPU, with bytes,\n"
         "operations and copies. Nothing is computed.",
-        epilog="example:\n  gpuconv explain conv1d --input 8,512,3000 --weight 512,512,3 --arch sm_90",
+        epilog=f"{EXIT_CODES_WITH_GPU}\n\n"
+        "example:\n  gpuconv explain conv1d --input 8,512,3000 --weight 512,512,3 --arch sm_90",
     )
     parser.add_argument("op", choices=tuple(SETTINGS), metavar="OP", help="conv1d or conv_transpose1d")
     add_shapes(parser, required=True)

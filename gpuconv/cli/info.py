@@ -15,13 +15,14 @@ import numpy as np
 from .. import __version__, cubins, runtime
 from ..gpus import missing_gpu
 from ..text import install_hint, shorten, wrap, wrap_rows
+from .errors import EXIT_CODES
 from .gpu import kernel_cache
 from .terminal import terminal_width
 
 
 def add_to(commands: Any) -> None:
     text = "Print versions, GPUs, the kernel cache, and what is missing for what."
-    parser = commands.add_parser("info", help="versions, GPUs and what is missing", description=text)
+    parser = commands.add_parser("info", help="versions, GPUs and what is missing", description=text, epilog=EXIT_CODES)
     parser.add_argument("--json", action="store_true", help="print a JSON object instead of text")
     parser.set_defaults(run=run)
 

@@ -8,7 +8,7 @@ import sys
 from collections import Counter
 from typing import Any
 
-from .. import cases, files
+from .. import cases, files, layers
 from ..cases import NUMBER_FORMATS
 from ..gpus import GpuUnavailableError
 from ..text import count, wrap
@@ -25,7 +25,8 @@ def add_to(commands: Any) -> None:
         description="Run the table of test problems on the chosen device and check every result:\n"
         "exact where the data is small integers, inside the computed error bound\n"
         "elsewhere. The bound follows from the problem; there is no tolerance to set.",
-        epilog="exit codes: 0 all good, 1 a mismatch, 2 bad usage, 3 no GPU for --device gpu",
+        epilog="exit codes: 0 all good, 1 a mismatch, 2 bad usage, 3 no GPU for --device gpu\n\n"
+        "example:\n  gpuconv verify --device gpu --layers layers.json --junit gpuconv.xml",
     )
     add_device(parser)
     parser.add_argument(
@@ -34,18 +35,23 @@ def add_to(commands: Any) -> None:
     parser.add_argument(
         "--filter", metavar="TEXT", help="only the cases with TEXT in their name, or this tag or operation"
     )
+    parser.add_argument(
+        "--layers", metavar="FILE", help="your own layers in FILE, which gpuconv explain --json has written"
+    )
     parser.add_argument("--all", action="store_true", help="every case in every dtype, not a selection")
     parser.add_argument("--family", metavar="NAME", help="only this kernel family, by the cases that it takes (GPU)")
     parser.add_argument("--list", action="store_true", help="print the names that --filter takes, and run nothing")
     parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="seed of the random data (default: 0)")
-    parser.add_argument("--json", action="store_true", help="print the report as a JSON object")
+    parser.add_argument("--json", action="store_true", help="print the report, or the list, as a JSON object")
     parser.add_argument("--junit", metavar="FILE", help="also write the report to FILE as JUnit XML, for CI")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.layers is not None and (args.filter is not None or args.all or args.list):
+        raise CommandError("verify takes --layers in place of --filter, --all and --list")
     if args.list:
-        return _list_cases(args.filter)
+        return _list_cases(args.filter, as_json=args.json)
     if args.junit is not None:
         files.check_output(args.junit, {}, force=True, suffixes=None)
     try:
@@ -57,6 +63,7 @@ def run(args: argparse.Namespace) -> int:
                 dtypes=args.dtype,
                 quick=not args.all,
                 family=args.family,
+                layers=None if args.layers is None else layers.read(args.layers),
                 progress=progress,
             )
     except GpuUnavailableError as error:
@@ -81,19 +88,23 @@ def _page(report: str) -> str:
     return "\n".join(lines)
 
 
-def _list_cases(filter: str | None) -> int:
+def _list_cases(filter: str | None, *, as_json: bool) -> int:
     """Operations and tags with the number of their cases, then the cases with their tags."""
     try:
         selected = cases.select(filter)
     except ValueError as error:
         raise CommandError(str(error)) from error
+    numbers: dict[str, Counter[str]] = {
+        "operations": Counter(case.problem.op for case in selected),
+        "tags": Counter(tag for case in selected for tag in case.tags),
+    }
+    if as_json:
+        print(json.dumps({**numbers, "cases": {case.name: list(case.tags) for case in selected}}, indent=2))
+        return 0
     width = max(len(case.name) for case in selected)
-    for title, names in (
-        ("operations", [case.problem.op for case in selected]),
-        ("tags", [tag for case in selected for tag in case.tags]),
-    ):
+    for title, found in numbers.items():
         print(f"{title}:")
-        for name, number in Counter(names).items():
+        for name, number in found.items():
             print(f"  {name:<{width}}  {count(number, 'case')}")
     print("cases:")
     for case in selected:

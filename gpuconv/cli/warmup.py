@@ -16,7 +16,7 @@ from ..gpus import missing_gpu
 from ..layers import Layer
 from ..problem import DTYPES
 from ..text import count
-from .errors import EXIT_NO_GPU, CommandError
+from .errors import EXIT_CODES_WITH_GPU, EXIT_NO_GPU, CommandError
 from .gpu import current_device, kernel_cache
 from .options import add_shapes, at_least, given_settings, some_of, specs
 from .terminal import show_progress
@@ -31,7 +31,7 @@ def add_to(commands: Any) -> None:
         "kernel of the given dtypes that pads with zeros and fuses nothing.\n"
         "With --arch they are for GPUs that need not be there, and lie in the folder\n"
         "that gpuconv cache shows. Else they are for the present GPU, in CuPy's cache.",
-        epilog="example:\n  gpuconv warmup --arch sm_90 --dtype float16",
+        epilog=f"{EXIT_CODES_WITH_GPU}\n\nexample:\n  gpuconv warmup --arch sm_90 --dtype float16",
     )
     parser.add_argument("op", nargs="?", choices=tuple(SETTINGS), metavar="OP", help="conv1d or conv_transpose1d")
     parser.add_argument(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import doctest
-import importlib
 import itertools
 import re
 import subprocess
@@ -309,7 +308,7 @@ def test_a_wrong_out_is_refused(op: str) -> None:
     refused(np.zeros(shape), TypeError, "out must have the dtype of input, float32, got float64")
     refused(np.zeros(shape, np.int32), TypeError, "out must have the dtype of input, float32, got int32")
     refused(read_only(np.zeros(shape, np.float32)), ValueError, "out must be writeable, got a read-only array")
-    refused([[0.0]], TypeError, "out must be a NumPy or CuPy array, got list")
+    refused([[0.0]], TypeError, "out must be a NumPy or CuPy array, got list; pass np.asarray(out)")
     refused(np.ma.zeros(shape, np.float32), TypeError, "out must be a NumPy or CuPy array, got MaskedArray")
 
 
@@ -426,21 +425,8 @@ def test_what_is_no_array_is_refused(op: str, name: str) -> None:
     ):  # fmt: skip
         with pytest.raises(TypeError) as caught:
             call(op, **{**given, name: thing})
-        assert str(caught.value) == f"{op}: {name} must be a NumPy or CuPy array, got {type(thing).__name__}"
-
-
-@pytest.mark.torch
-@pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("name", ["input", "weight", "bias", "out"])
-def test_a_tensor_is_refused(op: str, name: str) -> None:
-    import torch
-
-    given = arrays(op)
-    tensor = torch.from_numpy(given.get(name, np.zeros(3, np.float32)))
-    with pytest.raises(TypeError) as caught:
-        call(op, **{**given, name: tensor})
-    hint = f"; for PyTorch tensors there is gpuconv.torch.{op}"
-    assert str(caught.value) == f"{op}: {name} must be a NumPy or CuPy array, got Tensor{hint}"
+        hint = f"; pass np.asarray({name})" if isinstance(thing, list | tuple) else ""
+        assert str(caught.value) == f"{op}: {name} must be a NumPy or CuPy array, got {type(thing).__name__}{hint}"
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -869,22 +855,6 @@ def test_errors_are_the_same_on_both_devices(
             call(op, **ones, **arguments)
         messages.append(str(caught.value))
     assert messages[0] == messages[1]
-
-
-@pytest.mark.torch
-@pytest.mark.parametrize("op", ["conv1d", "conv_transpose1d"])
-def test_pytorch_tensors_are_told_of_the_bridge(op: str) -> None:
-    import torch
-
-    x, w = torch.zeros(1, 2, 9), torch.zeros(2, 2, 3)
-    message = f"{op}: input must be a NumPy or CuPy array, got Tensor; for PyTorch tensors there is gpuconv.torch.{op}"
-    with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
-        getattr(gpuconv, op)(x, w)
-    with pytest.raises(TypeError, match=rf"^{op}: weight .*, got Parameter; for PyTorch tensors there is"):
-        getattr(gpuconv, op)(x.numpy(), torch.nn.Parameter(w))
-    assert callable(getattr(importlib.import_module("gpuconv.torch"), op))
-    with pytest.raises(TypeError, match=r"^prepare: .* got Tensor; the functions of gpuconv\.torch take"):
-        gpuconv.prepare(w)
 
 
 BASE = {"conv1d": "conv1d_direct", "conv_transpose1d": "conv_transpose1d_gather"}

@@ -257,7 +257,7 @@ def test_a_wrong_out_is_refused(op: str, argument: str) -> None:
     frozen = np.zeros(shape, np.float32)
     frozen.flags.writeable = False
     refused(frozen, ValueError, "out must be writeable, got a read-only array")
-    refused([[0.0]], TypeError, "out must be a NumPy or CuPy array, got list")
+    refused([[0.0]], TypeError, "out must be a NumPy or CuPy array, got list; pass np.asarray(out)")
     u = arrays[2].reshape(-1)[: int(np.prod(shape))]
     if u.size == np.prod(shape):
         refused(u.reshape(shape), ValueError, "out must not overlap grad_output, but they share memory")

@@ -54,6 +54,7 @@ def test_import_loads_only_what_a_first_call_needs() -> None:
         "reference",
         "signal",
         "stream",
+        "testing",
         "verify",
     }
     assert "functional" in own
@@ -107,7 +108,7 @@ def test_every_public_name_is_there() -> None:
     assert set(namespace) - {"__builtins__"} == set(gpuconv.__all__)
     assert set(gpuconv.__all__) <= set(dir(gpuconv))
     modules = {name for name in gpuconv.__all__ if isinstance(namespace[name], ModuleType)}
-    assert modules == {"grad", "nn", "reference", "signal", "stream"}
+    assert modules == {"grad", "nn", "reference", "signal", "stream", "testing"}
     for name in gpuconv.__all__:
         assert namespace[name] is getattr(gpuconv, name)
         assert name in modules or inspect.isfunction(namespace[name])

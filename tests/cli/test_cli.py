@@ -466,6 +466,16 @@ def test_verify_lists_what_filter_takes(capsys: pytest.CaptureFixture[str]) -> N
     assert max(map(len, lines)) <= 60
     assert main(["verify", "--list", "--filter", "sincnet"]) == 0
     assert "  sincnet  model" in capsys.readouterr().out.splitlines()
+    assert main(["verify", "--list", "--filter", "sincnet", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["operations"] == {"conv1d": len(found["cases"])}
+    assert found["cases"]["sincnet"] == ["model"]
+
+
+@pytest.mark.parametrize("command", ["info", "verify", "explain", "conv1d", "conv_transpose1d", "warmup", "cache"])
+def test_help_documents_the_exit_codes(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, "--help"]) == 0
+    assert "exit codes: 0 " in capsys.readouterr().out
 
 
 def test_verify_runs_a_selection_or_all(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
