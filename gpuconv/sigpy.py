@@ -6,8 +6,9 @@ The last axis is convolved by `gpuconv.conv1d`. The axes before it are rows: one
 one after another, so that those that a window reads lie at equal distances, as channels of a strided view. Windows
 that begin in one item of data and end in the next are computed, too, and left out. Of two outer axes the first is a sum
 over its taps, in the dtype of the data. With strides, the rows and taps of each remainder of their index are a
-convolution of their own, and these are added. On a GPU the bits of a result depend on the filter and the strides, not
-on the extents of the data or on other data. An infinite tap that meets zeros between the rows gives NaN.
+convolution of their own, and these are added. On a GPU the bits of an element of `convolve` and of the data's adjoint
+depend on the filter and the strides, not on the extents of the data or on other data. An infinite tap that meets zeros
+between the rows gives NaN.
 """
 
 from __future__ import annotations
