@@ -440,7 +440,7 @@ def _cut(full: Any, mode: str, L: int, shortest: int, K: int) -> Any:
 def _filter(x: Any, w: Any, padding: tuple[int, int], stride: int) -> Any:
     """conv1d of the last axis with taps of their own for each signal, in the dtype that NumPy's promotion gives."""
     xp, result = runtime.array_module(x), _result_type(x, w)
-    x, w = _computable(x, w)
+    x, w = computable(x, w)
     rank = max(x.ndim, w.ndim)
     x, w = (a.reshape((1,) * (rank - a.ndim) + a.shape) for a in (x, w))
     # Signals with the same taps are samples, others are groups.
@@ -457,7 +457,7 @@ def _filter(x: Any, w: Any, padding: tuple[int, int], stride: int) -> Any:
     return (y != 0) if result.kind == "b" else y.astype(result, copy=False)
 
 
-def _computable(x: Any, w: Any) -> tuple[Any, Any]:
+def computable(x: Any, w: Any) -> tuple[Any, Any]:
     """The arrays in dtypes that conv1d takes, which give the result of NumPy's promotion once it is cast to that."""
     result = _result_type(x, w)
     if result.kind in "iub":
@@ -492,7 +492,7 @@ def _polyphase(h: Any, x: Any, up: int, down: int, first: int, length: int) -> A
     left = max(0, -low)
     right = max(0, (positions - 1) * step + high + 1 - L)
     result = _result_type(x, h)
-    signals, w = _computable(x[..., max(0, low) :], w)
+    signals, w = computable(x[..., max(0, low) :], w)
     y = conv1d(signals.reshape(-1, 1, signals.shape[-1]), w[:, None, :], stride=step, padding=(left, right))
     y = y[..., :positions].swapaxes(-1, -2).reshape(*x.shape[:-1], positions * phases)[..., :length]
     return (y != 0) if result.kind == "b" else y.astype(result, copy=False)

@@ -66,7 +66,7 @@ LAYERS = (
     ("checkpoint",),
     ("parameters",),
     ("nn", "grad", "signal", "explain", "files", "gpus", "report"),
-    ("checks", "testing", "window", "torch.tensors", "compile", "layers"),
+    ("checks", "sigpy", "testing", "window", "torch.tensors", "compile", "layers"),
     ("stream", "pytest_plugin"),
     ("family_checks",),
     ("torch.operators",),
