@@ -11,7 +11,7 @@ ENV PYTHONUNBUFFERED=1 \
 
 FROM python AS build
 WORKDIR /src
-COPY pyproject.toml pytest_gpuconv.py README.md LICENSE ./
+COPY pyproject.toml README.md LICENSE ./
 COPY cuda_src cuda_src
 COPY gpuconv gpuconv
 RUN python3 -m pip wheel --no-deps --wheel-dir /dist .

@@ -18,6 +18,7 @@ REASONS = {
     "gpu_on_cpu": "gpu_on_cpu: ",
     "torch": "PyTorch is not installed: ",
     "models": "the models are not installed: ",
+    "sigpy": "sigpy is not installed: ",
 }
 
 

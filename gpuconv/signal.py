@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
 from types import ModuleType
-from typing import Any, SupportsIndex
+from typing import Any, ParamSpec, SupportsIndex, TypeVar
 
 import numpy as np
 
@@ -36,7 +37,23 @@ FFT_FROM = 1024
 # Where one array is so many times as long as the other it is cut into blocks: transforms of all of it leave the caches.
 _BLOCKS_FROM = 16
 
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
+
+def _on_the_gpu_of_its_arrays(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """The function with the GPU of its first CuPy array as the current one, where all that it allocates is to lie."""
+
+    @wraps(function)
+    def on_that_gpu(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        arrays = [value for value in (*args, *kwargs.values()) if runtime.is_cupy_array(value)]
+        with runtime.current_device_of(arrays[0] if arrays else None):
+            return function(*args, **kwargs)
+
+    return on_that_gpu
+
+
+@_on_the_gpu_of_its_arrays
 def convolve(in1: Any, in2: Any, mode: str = "full", method: str = "auto", *, axis: SupportsIndex | None = None) -> Any:
     """Convolve two arrays along one axis, as `scipy.signal.convolve` does.
 
@@ -73,6 +90,7 @@ def convolve(in1: Any, in2: Any, mode: str = "full", method: str = "auto", *, ax
     return _put_back(_convolve(x, h, mode, _method(method, x, h)), place)
 
 
+@_on_the_gpu_of_its_arrays
 def correlate(
     in1: Any, in2: Any, mode: str = "full", method: str = "auto", *, axis: SupportsIndex | None = None
 ) -> Any:
@@ -101,6 +119,7 @@ def correlate(
     return _put_back(result[..., ::-1].conj() if swapped else result, place)
 
 
+@_on_the_gpu_of_its_arrays
 def oaconvolve(in1: Any, in2: Any, mode: str = "full", axes: Any = None) -> Any:
     """Convolve by the FFT of overlapping blocks, as `scipy.signal.oaconvolve` does, along one axis.
 
@@ -136,6 +155,7 @@ def oaconvolve(in1: Any, in2: Any, mode: str = "full", axes: Any = None) -> Any:
     return _put_back(_cut(_overlap_add(x, h), mode, L, min(L, h.shape[-1]), h.shape[-1]), place)
 
 
+@_on_the_gpu_of_its_arrays
 def upfirdn(h: Any, x: Any, up: int = 1, down: int = 1, axis: int = -1, mode: str = "constant", cval: float = 0) -> Any:
     """Insert zeros, filter and keep every `down`-th sample, as `scipy.signal.upfirdn` does, without the work for zeros.
 
@@ -190,6 +210,7 @@ def upfirdn(h: Any, x: Any, up: int = 1, down: int = 1, axis: int = -1, mode: st
     return _put_back(_polyphase(h, x, up, down, first, length), place)
 
 
+@_on_the_gpu_of_its_arrays
 def firfilter(b: Any, x: Any, axis: int = -1, zi: Any = None) -> Any:
     """Filter by a finite impulse response: `scipy.signal.lfilter` with ``a = 1``.
 
@@ -238,6 +259,7 @@ def firfilter(b: Any, x: Any, axis: int = -1, zi: Any = None) -> Any:
     return _put_back(full[..., :L], place), _put_back(full[..., L:], place)
 
 
+@_on_the_gpu_of_its_arrays
 def resample_poly(
     x: Any,
     up: int,
@@ -319,6 +341,7 @@ def resample_poly(
     return _put_back(y if background is None else y + background, place)
 
 
+@_on_the_gpu_of_its_arrays
 def decimate_fir(x: Any, q: int, n: int | None = None, axis: int = -1, zero_phase: bool = True) -> Any:
     """Low-pass filter and keep every q-th sample: `scipy.signal.decimate` with ``ftype="fir"``.
 
@@ -440,7 +463,7 @@ def _cut(full: Any, mode: str, L: int, shortest: int, K: int) -> Any:
 def _filter(x: Any, w: Any, padding: tuple[int, int], stride: int) -> Any:
     """conv1d of the last axis with taps of their own for each signal, in the dtype that NumPy's promotion gives."""
     xp, result = runtime.array_module(x), _result_type(x, w)
-    x, w = _computable(x, w)
+    x, w = computable(x, w)
     rank = max(x.ndim, w.ndim)
     x, w = (a.reshape((1,) * (rank - a.ndim) + a.shape) for a in (x, w))
     # Signals with the same taps are samples, others are groups.
@@ -457,7 +480,7 @@ def _filter(x: Any, w: Any, padding: tuple[int, int], stride: int) -> Any:
     return (y != 0) if result.kind == "b" else y.astype(result, copy=False)
 
 
-def _computable(x: Any, w: Any) -> tuple[Any, Any]:
+def computable(x: Any, w: Any) -> tuple[Any, Any]:
     """The arrays in dtypes that conv1d takes, which give the result of NumPy's promotion once it is cast to that."""
     result = _result_type(x, w)
     if result.kind in "iub":
@@ -492,7 +515,7 @@ def _polyphase(h: Any, x: Any, up: int, down: int, first: int, length: int) -> A
     left = max(0, -low)
     right = max(0, (positions - 1) * step + high + 1 - L)
     result = _result_type(x, h)
-    signals, w = _computable(x[..., max(0, low) :], w)
+    signals, w = computable(x[..., max(0, low) :], w)
     y = conv1d(signals.reshape(-1, 1, signals.shape[-1]), w[:, None, :], stride=step, padding=(left, right))
     y = y[..., :positions].swapaxes(-1, -2).reshape(*x.shape[:-1], positions * phases)[..., :length]
     return (y != 0) if result.kind == "b" else y.astype(result, copy=False)

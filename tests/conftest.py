@@ -4,11 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-
-if "PYTEST_XDIST_WORKER" in os.environ:
-    # There are as many workers as processors: threads of BLAS would spend most of their time waiting for each other.
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # read when NumPy is imported
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +20,15 @@ from tests import NO_TORCH, hostcuda
 from tests.gpu_on_cpu.limits import skip_what_cannot_run
 
 Array = npt.NDArray[Any]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Give BLAS one thread in each worker, which reads this variable of its parent as it imports NumPy.
+
+    There are as many workers as processors: threads of BLAS would spend most of their time waiting for each other.
+    """
+    if config.getoption("numprocesses", default=None):
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
 @dataclass(frozen=True)

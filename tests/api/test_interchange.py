@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import gpuconv
-from gpuconv import grad, nn, signal, stream
+from gpuconv import grad, nn, signal, sigpy, stream
 from gpuconv.interchange import view
 from gpuconv.problem import numpy_dtype
 
@@ -154,6 +154,7 @@ def test_every_public_function_takes_them() -> None:
         (signal.convolve(f(x[0, 0]), f(w[0, 0])), signal.convolve(x[0, 0], w[0, 0])),
         (signal.resample_poly(f(x), 2, 1), signal.resample_poly(x, 2, 1)),
         (signal.decimate_fir(f(x), 2), signal.decimate_fir(x, 2)),
+        (sigpy.convolve(f(x), f(w[0, 0])), sigpy.convolve(x, w[0, 0])),
         (stream.Conv1d(f(w), f(y[0, :, 0])).push(f(x[:1])), stream.Conv1d(w, y[0, :, 0]).push(x[:1])),
     ]
     layer = nn.Conv1d(4, 6, 3)

@@ -258,6 +258,26 @@ def test_long_kernels_of_floats_take_the_fft_by_themselves(monkeypatch: pytest.M
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("two_gpus")
+def test_arrays_of_another_gpu_stay_there(cupy: Any) -> None:
+    x, h = np.arange(120.0).reshape(3, 40), np.arange(1.0, 6.0)
+    with cupy.cuda.Device(1):
+        on_gpu, taps = cupy.asarray(x), cupy.asarray(h)
+    calls: tuple[Callable[[Any, Any], Any], ...] = (
+        lambda x, h: signal.convolve(x[0], h, mode="same"),
+        lambda x, h: signal.upfirdn(h, x, 3, 2),
+        lambda x, h: signal.firfilter(h, x=x),
+        lambda x, h: signal.resample_poly(x, 2, 3, window=h, padtype="line"),
+        lambda x, h: signal.decimate_fir(x, 2, 6),  # noqa: ARG005
+    )
+    with cupy.cuda.Device(0):
+        for call in calls:
+            found = call(on_gpu, taps)
+            assert found.data.device_id == 1
+            np.testing.assert_allclose(found.get(), call(x, h), rtol=1e-12)
+
+
+@pytest.mark.gpu
 def test_a_gpu_gives_what_the_cpu_gives(cupy: Any) -> None:
     rng = np.random.default_rng(11)
     for dtype in ("float32", "complex64", "uint16"):

@@ -158,8 +158,8 @@ def test_results_on_a_gpu(cupy: Any) -> None:
 TEST = """
 import sys
 
-def test_nothing_is_loaded():
-    assert not {"numpy", "cupy", "torch", "gpuconv"} & set(sys.modules)
+def test_little_is_loaded():
+    assert not {"cupy", "torch", "gpuconv.testing"} & set(sys.modules)
 
 def test_right(assert_within_bound):
     import numpy as np
@@ -173,10 +173,11 @@ def test_wrong(assert_within_bound):
 """
 
 
-def test_the_plugin_loads_nothing_until_its_fixture_is_used(tmp_path: Path) -> None:
+def test_the_plugin_loads_little_until_its_fixture_is_used(tmp_path: Path) -> None:
     (tmp_path / "test_it.py").write_text(TEST)
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
-    command = [sys.executable, "-m", "pytest", "-p", "pytest_gpuconv", "-p", "no:cacheprovider", "-q", "test_it.py"]
+    options = ["-p", "gpuconv.pytest_plugin", "-p", "no:cacheprovider", "-q"]
+    command = [sys.executable, "-m", "pytest", *options, "test_it.py"]
     environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert "1 failed, 2 passed" in done.stdout, done.stdout

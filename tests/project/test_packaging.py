@@ -153,7 +153,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     code = {path.relative_to(CHECKOUT).as_posix() for path in (CHECKOUT / "gpuconv").rglob("*.py")}
     kernels = {f"gpuconv/cuda_src/{path.name}" for path in (CHECKOUT / "cuda_src").glob("*.cu*")}
     records = {f"{info}/{name}" for name in ("METADATA", "WHEEL", "RECORD", "entry_points.txt", "licenses/LICENSE")}
-    assert names == code | kernels | records | {"gpuconv/py.typed", "pytest_gpuconv.py"}
+    assert names == code | kernels | records | {"gpuconv/py.typed"}
     assert wheel.name == f"gpuconv-{gpuconv.__version__}-py3-none-any.whl"
 
 
@@ -162,7 +162,7 @@ def test_sdist_holds_everything_and_builds_the_same_wheel(sdist: Path, wheel: Pa
     (source,) = (tmp_path / "unpacked").iterdir()
 
     generated = GitIgnoreSpec.from_lines((CHECKOUT / ".gitignore").read_text(encoding="utf-8").splitlines())
-    expected = {"Dockerfile", "LICENSE", "README.md", "CHANGELOG.md", "pyproject.toml", "pytest_gpuconv.py", ".ci/run"}
+    expected = {"Dockerfile", "LICENSE", "README.md", "CHANGELOG.md", "pyproject.toml", ".ci/run"}
     for folder in ("gpuconv", "cuda_src", "tests", "bench", ".ci", ".github"):
         files = (path for path in (CHECKOUT / folder).rglob("*") if path.is_file())
         expected.update(path.relative_to(CHECKOUT).as_posix() for path in files)
@@ -185,7 +185,10 @@ def test_metadata(wheel: Path, tmp_path: Path) -> None:
     assert metadata["Requires-Python"] == ">=3.10"
     assert set(metadata.get_all("Provides-Extra") or ()) == EXTRAS
     points = {(point.group, point.name, point.value) for point in distribution.entry_points}
-    assert points == {("console_scripts", "gpuconv", "gpuconv.cli:main"), ("pytest11", "gpuconv", "pytest_gpuconv")}
+    assert points == {
+        ("console_scripts", "gpuconv", "gpuconv.cli:main"),
+        ("pytest11", "gpuconv", "gpuconv.pytest_plugin"),
+    }
 
     assert {text.partition(", ")[0] for text in metadata.get_all("Project-URL") or ()} >= {"Homepage", "Issues"}
     assert "conv1d" in metadata["Keywords"].split(",")

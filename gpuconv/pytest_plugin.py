@@ -1,4 +1,4 @@
-"""The pytest plugin of gpuconv. It stands beside the package, so that pytest loads no NumPy before a test wants it."""
+"""The pytest plugin of gpuconv, which pytest loads by its entry point."""
 
 from __future__ import annotations
 
@@ -10,6 +10,6 @@ import pytest
 @pytest.fixture
 def assert_within_bound() -> Callable[..., None]:
     """`gpuconv.testing.assert_within_bound`: assert that a result is within its error bound."""
-    from gpuconv import testing
+    from . import testing
 
     return testing.assert_within_bound
