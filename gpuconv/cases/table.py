@@ -275,7 +275,7 @@ _LENGTHS = {
     "dense_stride3": (50, 0, 23, 37),
     "circular_depthwise": (48, 3, 20, 41),
     "padding_same_strided": (34, 1, 20, 20),
-    "up_dense_stride3": (19, 0, 7, 12),
+    "up_dense_dilation3": (22, 0, 7, 12),
 }
 
 _FAR = MAX_STEP  # twice it, taken for a signed 32-bit integer, is -2

@@ -153,17 +153,6 @@ def test_what_makes_no_sense_for_integers_is_refused() -> None:
         nn.Conv1d(2, 2, 2, dtype="int8")
 
 
-@pytest.mark.torch
-def test_tensors_of_integers_are_refused() -> None:
-    import torch
-
-    import gpuconv.torch
-
-    x, w = torch.ones(1, 2, 5, dtype=torch.int8), torch.ones(3, 2, 2, dtype=torch.int8)
-    with pytest.raises(TypeError, match=r"conv1d: input must have one of the dtypes float16, .*, got int8"):
-        gpuconv.torch.conv1d(x, w)
-
-
 @pytest.mark.parametrize("op", OPS)
 def test_only_the_base_family_takes_integers(op: Op) -> None:
     p = ConvProblem(op, 4, 64, 64, 500, 3, dtype="int8", out_dtype="int32")

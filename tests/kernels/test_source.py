@@ -18,7 +18,7 @@ import pytest
 import gpuconv
 from gpuconv.device import Device
 from gpuconv.dispatch import choose
-from gpuconv.families import FAMILIES, ArrayLayout, Config, Layout, conv1d_depthwise_push, edges
+from gpuconv.families import FAMILIES, ArrayLayout, Config, Layout, conv1d_depthwise_push, edges, lengths
 from gpuconv.families.append import append_launch
 from gpuconv.fusion import Fused
 from gpuconv.problem import ArraySpec, ConvProblem
@@ -35,7 +35,8 @@ def configs() -> Mapping[str, Config]:
     """One specialisation of each kernel."""
     device = Device.from_arch("sm_90")
     of_families = (config for family in FAMILIES for config in family.configs(device))
-    found = {config.kernel: config for config in (*of_families, *edges.configs(), *conv1d_depthwise_push.configs())}
+    of_others = (*edges.configs(), *lengths.configs(), *conv1d_depthwise_push.configs())
+    found = {config.kernel: config for config in (*of_families, *of_others)}
     shapes = (ArraySpec((2, 4, 20), "float32"), ArraySpec((8, 4, 3), "float32"))
     problem = ConvProblem.conv1d(*shapes).fused(Fused.check("conv1d", None, "relu"))
     choice = choose(problem, Layout.contiguous(problem), device, "conv1d_tiled")

@@ -94,7 +94,10 @@ def test_the_cpu_path_passes(dtype: str, filter: str | None) -> None:
     report = verify("cpu", dtypes=[dtype], filter=filter)
     assert report.ok, str(report)
     assert sum(sum(count.values()) for count in report.counts.values()) == len(report.results)
-    assert all(count["passed"] > 0 for name, count in report.counts.items() if filter is None or name != "groups")
+    of_few_cases = {"groups", "lengths"}
+    assert all(
+        count["passed"] > 0 for name, count in report.counts.items() if filter is None or name not in of_few_cases
+    )
 
 
 def run_on_hostcuda(
@@ -652,7 +655,7 @@ def test_report_of_success() -> None:
     assert "selection" not in str(report)
     one = str(verify("cpu", filter="docs_example", dtypes="float32"))
     assert one.splitlines()[1].startswith("1 case, float32; ")
-    assert len(lines) < 25
+    assert len(lines) <= 25
     assert lines[0].startswith(f"gpuconv {gpuconv.__version__} on CPU")
     assert lines[-1] == "all checks passed"
     assert report.to_dict()["failures"] == []

@@ -383,13 +383,39 @@ FOLD = Fault(
     says="the gradient with respect to input must equal the reference, bit for bit",
 )
 
+# Only calls with lengths run these kernels, behind any family, which checks of families by their names do not make.
+LENGTHS = {
+    "conv1d_ends leaves an output that reads behind the end": Fault(
+        "conv1d_ends",
+        "last < 0 ? 0 : last / p.stride + 1",
+        "last < 0 ? 0 : last / p.stride + 2",
+        "conv1d_depthwise",
+        "circular_depthwise",
+    ),
+    "conv_transpose1d_ends leaves an output that reads behind the end": Fault(
+        "conv_transpose1d_ends",
+        "max_index(sample.L_in * p.stride - p.padding_left, 0)",
+        "max_index((sample.L_in + 1) * p.stride - p.padding_left, 0)",
+        "conv_transpose1d_phases",
+        "up_dense_dilation3",
+        "float64",
+    ),
+    "write_samples shortens the rows": Fault(
+        "write_samples",
+        "= p.values[i];",
+        "= max_index(p.values[i] - 1, 0);",
+        "conv1d_depthwise",
+        "circular_depthwise",
+    ),
+}
+
 # `verify` runs no streams; tests/api/test_stream.py and tests/kernels/test_windows.py have the tests of these kernels.
 NOT_RUN = {"append_samples", "conv1d_depthwise_push"}
 
 
 def test_every_kernel_and_every_family_has_a_fault() -> None:
     kernels = {path.stem for path in source.directory().glob("*.cu")}
-    assert {fault.kernel for fault in (*FAULTS.values(), FOLD)} == kernels - NOT_RUN
+    assert {fault.kernel for fault in (*FAULTS.values(), *LENGTHS.values(), FOLD)} == kernels - NOT_RUN
     assert {fault.family for fault in FAULTS.values()} == {f.name for f in FAMILIES}
 
 
@@ -468,6 +494,17 @@ def test_verify_catches_a_position_that_is_not_folded(plant: Callable[[Fault], N
     failures = {failure.check: failure for failure in verify("gpu", filter=FOLD.case, dtypes=FOLD.dtype).failures}
     assert set(failures) == {"adjoint", "gradients"}
     assert failures["gradients"].message == FOLD.says
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", LENGTHS)
+def test_verify_catches_a_sample_that_ends_elsewhere(name: str, plant: Callable[[Fault], None]) -> None:
+    fault = LENGTHS[name]
+    report = verify("gpu", filter=fault.case, dtypes=fault.dtype)
+    assert report.ok, str(report)
+    assert report.counts["lengths"]["passed"] == 1
+    plant(fault)
+    assert {failure.check for failure in verify("gpu", filter=fault.case, dtypes=fault.dtype).failures} == {"lengths"}
 
 
 @pytest.mark.gpu
