@@ -99,8 +99,8 @@ FAULTS: Mapping[str, Fault] = {
     ),
     "weight_gradient_mma drops the last position": Fault(
         "weight_gradient_mma",
-        "n + sample < s.n_end && l_coarse < s.l_end)",
-        "n + sample < s.n_end && l_coarse + COARSE_WIDTH < s.l_end)",
+        "n + sample < s.n_end && l_coarse < s.l_end;",
+        "n + sample < s.n_end && l_coarse + COARSE_WIDTH < s.l_end;",
         "weight_gradient_mma",
         "mimi_stream",
         "float16",
@@ -376,8 +376,8 @@ FAULTS: Mapping[str, Fault] = {
 # compute none, so that this fault has a test of its own.
 FOLD = Fault(
     "conv_transpose1d_fold",
-    "&& l < p.padded_end) {",
-    "&& l + 1 < p.padded_end) {",
+    "&& l < padded_end) {",
+    "&& l + 1 < padded_end) {",
     "conv_transpose1d_gather",
     "reflect_same",
     says="the gradient with respect to input must equal the reference, bit for bit",
