@@ -371,13 +371,13 @@ def test_unbatched() -> None:
         np.testing.assert_array_equal(convolve(single, x[0], w, b), convolve(p, x, w, b)[0])
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "complex64"])
 @pytest.mark.parametrize("problem", ALL[:2] + ALL[3:], ids=str)
-def test_a_non_finite_input_stays_in_its_windows(problem: ConvProblem, dtype: str, value: float) -> None:
+def test_a_non_finite_input_stays_in_its_windows(problem: ConvProblem, dtype: str) -> None:
     p = with_dtype(with_batch(problem, 2), dtype)
-    rng = np.random.default_rng(0)
-    for position in (0, p.L_in // 2, p.L_in - 1):
+    rng = np.random.default_rng(p.C_in)
+    values = rng.permutation([np.nan, np.inf, -np.inf])
+    for position, value in zip((0, p.L_in // 2, p.L_in - 1), values, strict=True):
         x, w, b = arrays(p)
         c_in = int(rng.integers(p.C_in))
         x[1, c_in, position] = value

@@ -600,7 +600,7 @@ def test_splitting_into_tf32(machine: Machine) -> None:
 def stage_program(is_split: bool) -> hostcuda.Program:
     """Each lane stages four values, by staging.cuh and one by one: output[lane] holds staged and expected parts."""
     macros = {"DTYPE": "float32", "INDEX_BITS": 32, "IS_SPLIT": int(is_split)}
-    macros |= {"BLOCK_M": 16, "BLOCK_N": 16, "WARPS_M": 1, "WARPS_N": 1, "MULTIPLY_MATRICES": "multiply_matrices_tf32"}
+    macros |= {"BLOCK_M": 16, "BLOCK_N": 16, "WARPS_M": 1, "WARPS_N": 1, "MULTIPLY_MATRICES": "multiply_matrices_f16"}
     defines = "".join(f"#define {name} {value}\n" for name, value in macros.items())
     return hostcuda.Program(
         "stage_values",
