@@ -296,6 +296,13 @@ def test_on_a_gpu(cupy: Any) -> None:
     with pytest.raises(ValueError, match=r"^conv1d: lengths must be from 0 to L_in = 17, got lengths\[3\] = 18"):
         gpuconv.conv1d(gpu_x, gpu_w, **settings, lengths=cupy.asarray([1, 1, 1, 18]))
 
+    # Samples whose paddings differ are taken one by one, integers too, whose sums have another dtype.
+    integers, taps = rng.integers(-9, 9, (4, 3, 17), np.int8), rng.integers(-9, 9, (5, 3, 4), np.int8)
+    strided: dict[str, Any] = {"stride": 3, "padding": "same", "lengths": lengths}
+    sums = gpuconv.conv1d(cupy.asarray(integers), cupy.asarray(taps), **strided)
+    assert sums.dtype == np.int64
+    assert np.array_equal(cupy.asnumpy(sums), gpuconv.conv1d(integers, taps, **strided))
+
     many = np.full((300, 3, 17), 1, np.float32)
     of_many = rng.integers(0, 18, 300)  # more than one launch writes
     y = cupy.asnumpy(gpuconv.conv1d(cupy.asarray(many), gpu_w, **settings, lengths=of_many))
