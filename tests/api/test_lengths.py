@@ -156,6 +156,8 @@ def test_the_lengths_of_outputs() -> None:
         ValueError, match=r"^output_lengths: lengths must be from 0 to 2\*\*62 = \d+, got lengths\[1\] = -1"
     ):
         gpuconv.output_lengths([1, -1], 3)
+    with pytest.raises(ValueError, match=r"^output_lengths: lengths must be from 0 to 2\*\*62 // stride = \d+, got"):
+        gpuconv.output_lengths([2**62], 3, 8, transposed=True)
     with pytest.raises(TypeError, match=r"^output_lengths: lengths must be an array or a sequence of ints, got set"):
         gpuconv.output_lengths({1}, 3)
     with pytest.raises(TypeError, match=r"^conv1d_output_length: length must be an int, got float"):
