@@ -11,6 +11,7 @@ import numpy.typing as npt
 import pytest
 
 from gpuconv import cases, dispatch, reference
+from gpuconv.arguments import ArraySpec
 from gpuconv.checks import same_bits
 from gpuconv.device import ARCHITECTURES, Device
 from gpuconv.families import FAMILIES, Layout, Refusal, lengths
@@ -194,6 +195,27 @@ def test_the_weight_gradient_on_tensor_cores(p: ConvProblem) -> None:
             alone = WeightGradientProblem.of(replace(p, N=1, L_in=L_in))
             sides = alone.sides(x[n : n + 1, :, :L_in], u[n : n + 1, :, :L_out])
             expected += reference.weight_gradient(alone, *sides).exact()
+    assert np.array_equal(hostcuda.compute(q, u, x, family="weight_gradient_mma", samples=table), expected)
+
+
+def test_the_weight_gradient_on_tensor_cores_where_paddings_differ() -> None:
+    """Padding "same" with a stride begins each sample elsewhere, for columns of eight taps, too."""
+    dtype, shape, L = "float16", (16, 2, 11), [70, 33, 1, 17]
+    x_spec, w_spec = ArraySpec((4, 2, 70), dtype), ArraySpec(shape, dtype)
+    p = ConvProblem.conv1d(x_spec, w_spec, stride=3, padding="same", dilation=2)
+    samples = Samples.of("test", p, "same", L)
+    assert len({*samples.padding_left}) > 1
+    q, table = with_table(WeightGradientProblem.of(p), samples)
+    x, _, _ = cases.exact_data(p, 4)
+    u = cases.exact_grad_output(p, 4, x)
+    expected = np.zeros(shape)
+    for n, (L_in, L_out, _) in enumerate(table.tolist()):
+        x[n, :, L_in:], u[n, :, L_out:] = np.nan, np.inf
+        alone = ConvProblem.conv1d(ArraySpec((1, 2, L_in), dtype), w_spec, stride=3, padding="same", dilation=2)
+        gradient = WeightGradientProblem.of(alone)
+        expected += reference.weight_gradient(
+            gradient, *gradient.sides(x[n : n + 1, :, :L_in], u[n : n + 1, :, :L_out])
+        ).exact()
     assert np.array_equal(hostcuda.compute(q, u, x, family="weight_gradient_mma", samples=table), expected)
 
 
