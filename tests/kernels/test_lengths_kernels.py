@@ -230,6 +230,17 @@ def test_the_table_is_written_from_parameters() -> None:
     assert np.array_equal(written, values.reshape(-1))
 
 
+def test_short_rows_of_transposed_operations_keep_their_families() -> None:
+    """Their padding folds in a step of its own, however short the rows are."""
+    p = ConvProblem("conv1d", 2, 4, 2, 3, 5, 1, 2, 2, padding_mode="circular").adjoint()
+    for family in dispatch.families(p.kind):
+        refused = {
+            isinstance(lengths.plan(family, replace(p, has_lengths=given), Layout.contiguous(p), DEVICE), Refusal)
+            for given in (False, True)
+        }
+        assert len(refused) == 1, family.name
+
+
 def test_plans_read_the_table_where_kernels_need_it() -> None:
     p = ConvProblem("conv1d", 4, 16, 24, 40, 5, dtype="float16", has_lengths=True)
     for problem in (p, p.adjoint(), WeightGradientProblem.of(p), BiasGradientProblem.of(p)):
