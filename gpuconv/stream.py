@@ -107,6 +107,7 @@ class _Stream:
                 "input_activation": _copied(input_activation),
             }
             self._samples = self._empty((self.slots, self._channels, 0))
+        runtime.complete(f"{caller}: a stream cannot be made", self._weight.array)  # pushes may be on any stream
         self._positions = [self._start()] * self.slots
         # While pushes of one kind repeat, a window has the samples instead; it is kept for when they repeat again.
         self._window: Window | None = None
