@@ -422,6 +422,26 @@ def test_a_stream_has_its_copies_before_other_cuda_streams_push(cupy: Any) -> No
 
 
 @pytest.mark.gpu
+def test_what_a_graph_would_not_do_again_is_refused_during_capture(cupy: Any) -> None:
+    s = stream.Conv1d(cupy.asarray(np.ones((2, 2, 3))), padding="causal")
+    x = cupy.asarray(np.ones((2, 2)))
+    queue = cupy.cuda.Stream(non_blocking=True)
+    cupy.cuda.Device().synchronize()
+    with queue:
+        s.push(x)
+        s.push(x)
+        state, twin = s.state(), s.clone()
+        queue.begin_capture()
+        for call in (lambda: s.push(x), lambda: s.push(x[:, :1]), s.reset, s.flush, lambda: s.load_state(state)):
+            with pytest.raises(RuntimeError, match=r"^stream.Conv1d: only a push that has repeated can be made while"):
+                call()
+        queue.end_capture()
+        found, expected = s.push(2 * x), twin.push(2 * x)
+        queue.synchronize()
+    cupy.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.gpu
 def test_appending_moves_rows_longer_than_a_block(cupy: Any) -> None:
     for held, length in ((1000, 1), (300, 299), (5, 400), (1, 1)):
         window = cupy.arange(6 * (held + length), dtype="float32").reshape(2, 3, -1)
