@@ -178,7 +178,8 @@ def test_the_plugin_loads_little_until_its_fixture_is_used(tmp_path: Path) -> No
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
     options = ["-p", "gpuconv.pytest_plugin", "-p", "no:cacheprovider", "-q"]
     command = [sys.executable, "-m", "pytest", *options, "test_it.py"]
-    environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONPATH": str(ROOT)}
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment = {**inherited, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert "1 failed, 2 passed" in done.stdout, done.stdout
     assert re.search("^E +AssertionError: conv1d N1 ", done.stdout, re.MULTILINE)
