@@ -173,7 +173,8 @@ def _run_on_gpu(
         task = _check(function, arrays, settings, out)
         if lengths is not None and _runs_one_by_one(function, task, settings):
             samples = _samples(function, arrays, settings, task, lengths)
-            result = runtime.empty_beside(arrays[0], task.shape, arrays[0].dtype) if out is None else out
+            dtype = np.dtype(task.out_dtype or arrays[0].dtype)
+            result = runtime.empty_beside(arrays[0], task.shape, dtype) if out is None else out
             compute = partial(run, algorithm=algorithm, prepared=prepared)
             _run_by_runs(function, arrays, settings, task, samples, result, compute, runtime.clear)
             return result

@@ -207,6 +207,8 @@ def output_lengths(
     """
     caller = "output_lengths"
     op: Op = "conv_transpose1d" if transposed else "conv1d"
+    K = check_setting(caller, "kernel_size", kernel_size, 1)
+    settings = Settings.check(caller, op, stride, padding, dilation, 1, output_padding)
     if runtime.is_cupy_array(lengths):
         if lengths.dtype.kind not in "iu" or lengths.ndim != 1:
             raise TypeError(f"{caller}: lengths must be (N,) integers, got {lengths.dtype} of shape {lengths.shape}")
@@ -215,9 +217,9 @@ def output_lengths(
         if not isinstance(lengths, np.ndarray) and not isinstance(lengths, Sequence):
             raise TypeError(f"{caller}: lengths must be an array or a sequence of ints, got {type(lengths).__name__}")
         N = lengths.size if isinstance(lengths, np.ndarray) else len(lengths)
-        lengths = check_lengths(caller, lengths, N, "2**62", 2**62)
-    K = check_setting(caller, "kernel_size", kernel_size, 1)
-    settings = Settings.check(caller, op, stride, padding, dilation, 1, output_padding)
+        # So that no output length exceeds 64 bits: those of a transposed operation grow by the stride.
+        limit, most = ("2**62 // stride", 2**62 // settings.stride) if transposed else ("2**62", 2**62)
+        lengths = check_lengths(caller, lengths, N, limit, most)
     return np.maximum(_lengths(op, settings, K, lengths), 0)
 
 

@@ -217,6 +217,20 @@ def refuse_during_capture(what: str, device_index: int) -> None:
             raise RuntimeError(f"{what} while the current stream of GPU {device_index} is being captured")
 
 
+def complete(what: str, array: Any) -> None:
+    """Wait for the work queued on the current stream of an array's GPU, after which any stream may read what it wrote.
+
+    Of no effect for NumPy arrays.
+
+    Raises:
+        RuntimeError: `what` cannot be done while that stream is being captured.
+    """
+    if is_cupy_array(array):
+        refuse_during_capture(what, array.data.device_id)
+        with current_device_of(array):
+            cupy_module().cuda.get_current_stream().synchronize()
+
+
 def append(window: Any, samples: Any) -> None:
     """Move the samples of a contiguous window (N, C, held + L) forward by L, and write `samples` (N, C, L) behind them.
 
@@ -278,11 +292,7 @@ class PreparedWeight:
 
     def __init__(self, array: Any) -> None:
         """`array` belongs to the handle. Where it is on a GPU, this waits for the work queued on its current stream."""
-        if is_cupy_array(array):
-            cuda = cupy_module().cuda
-            refuse_during_capture("weights cannot be prepared", array.data.device_id)
-            with cuda.Device(array.data.device_id):
-                cuda.get_current_stream().synchronize()
+        complete("weights cannot be prepared", array)
         self.array = array
         # By the identity of a key of _Packing; the key is kept, so that no other object gets its identity.
         self._packed: dict[int, tuple[Step, Any]] = {}

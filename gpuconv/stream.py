@@ -107,6 +107,7 @@ class _Stream:
                 "input_activation": _copied(input_activation),
             }
             self._samples = self._empty((self.slots, self._channels, 0))
+        runtime.complete(f"{caller}: a stream cannot be made", self._weight.array)  # pushes may be on any stream
         self._positions = [self._start()] * self.slots
         # While pushes of one kind repeat, a window has the samples instead; it is kept for when they repeat again.
         self._window: Window | None = None
@@ -163,6 +164,7 @@ class _Stream:
         Raises:
             ValueError: a shape does not fit, a slot does not exist or is named twice, or slots are at different places.
             TypeError: the input is of another kind or dtype.
+            RuntimeError: the current stream of the GPU is being captured, and the push has not repeated before.
         """
         with self._here():
             if self._in_window and slots is None:
@@ -233,6 +235,7 @@ class _Stream:
         caller = f"{type(self).__name__}.flush"
         chosen = self._chosen(caller, slots)
         position = self._common(caller, chosen)
+        self._refuse_capture()
         with self._here():
             held = self._held()[..., : position.held]
             result = self._outputs(
@@ -280,6 +283,7 @@ class _Stream:
                 f"{caller}: samples must be {self._weight.dtype} of shape {(self.slots, self._channels, held)}, got "
                 f"{samples.dtype} of shape {tuple(samples.shape)}"
             )
+        self._refuse_capture()
         with self._here():
             self._samples, self._in_window, self._last = samples.copy(), False, None
         self._positions = [_Position(int(h), int(a), int(s), bool(r)) for h, a, s, r in positions]
@@ -334,6 +338,8 @@ class _Stream:
 
     def _enter_window(self, kind: tuple[Any, ...], input: Any, position: _Position, count: int, out: Any | None) -> Any:
         """A push of a kind that repeats."""
+        if not self._in_window:
+            self._refuse_capture()
         if self._window_of != kind:
             self._window, self._window_of = self._new_window(input, position, count, out), kind
         window = cast(Window, self._window)
@@ -356,7 +362,14 @@ class _Stream:
             lambda samples, out: call(samples, weight, bias, *settings, **keywords, out=out),
         )  # fmt: skip
 
+    def _refuse_capture(self) -> None:
+        """Before what moves the stream on: a graph would not, as its launches change nothing on the host."""
+        if runtime.is_cupy_array(self._weight.array):
+            what = f"stream.{type(self).__name__}: only a push that has repeated can be made"
+            runtime.refuse_during_capture(what, self._weight.array.data.device_id)
+
     def _leave_window(self) -> None:
+        self._refuse_capture()
         if self._in_window:
             self._samples, self._in_window = self._held(), False
         self._last = None

@@ -62,7 +62,7 @@ def plan(family: Family[Any], problem: Problem, layout: Layout, device: Device) 
         found = family.plan(own, layout, device)
     else:
         assert family.canonical_order
-        if sum(p.edge_windows) == p.L_out and p.padding_mode != "zeros":
+        if not p.transposed and p.padding_mode != "zeros" and sum(p.edge_windows) == p.L_out:
             return Refusal("needs a window that does not reach over an edge")
         found = family.plan(replace(p, padding_mode="zeros", has_lengths=False), layout, device)
     if isinstance(found, Refusal):

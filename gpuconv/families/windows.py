@@ -11,7 +11,7 @@ from dataclasses import replace
 from ..problem import ConvProblem
 from .base import ArrayLayout, Layout, Plan, Refusal, contiguous_strides
 from .fused import extended
-from .offsets import width
+from .offsets import INT32_MAX, width
 
 # The arrays of a push besides those of its problem.
 NEW_SAMPLES, WINDOW_STARTS = "new_samples", "window_starts"
@@ -43,6 +43,8 @@ def moving(plan: Plan, problem: ConvProblem, layout: Layout, length: int) -> Pla
     num_samples = p.N * p.C_in * length
     if num_samples > MOST_SAMPLES * reader.launch.block:
         return Refusal(f"needs at most {MOST_SAMPLES} new samples for each thread of a block")
+    if p.L_in > INT32_MAX:
+        return Refusal("needs windows that begin at a place below 2**31")
     arrays = Layout.of(window=layout["input"], samples=layout[NEW_SAMPLES])
     formed = {"window": window_shape(p), "samples": (p.N, p.C_in, length)}
     # A thread leaves its loop up to a block behind the last sample.

@@ -156,6 +156,8 @@ def test_the_lengths_of_outputs() -> None:
         ValueError, match=r"^output_lengths: lengths must be from 0 to 2\*\*62 = \d+, got lengths\[1\] = -1"
     ):
         gpuconv.output_lengths([1, -1], 3)
+    with pytest.raises(ValueError, match=r"^output_lengths: lengths must be from 0 to 2\*\*62 // stride = \d+, got"):
+        gpuconv.output_lengths([2**62], 3, 8, transposed=True)
     with pytest.raises(TypeError, match=r"^output_lengths: lengths must be an array or a sequence of ints, got set"):
         gpuconv.output_lengths({1}, 3)
     with pytest.raises(TypeError, match=r"^conv1d_output_length: length must be an int, got float"):
@@ -295,6 +297,13 @@ def test_on_a_gpu(cupy: Any) -> None:
                 assert np.array_equal(y[n, :, :wanted], cupy.asnumpy(sample))
     with pytest.raises(ValueError, match=r"^conv1d: lengths must be from 0 to L_in = 17, got lengths\[3\] = 18"):
         gpuconv.conv1d(gpu_x, gpu_w, **settings, lengths=cupy.asarray([1, 1, 1, 18]))
+
+    # Samples whose paddings differ are taken one by one, integers too, whose sums have another dtype.
+    integers, taps = rng.integers(-9, 9, (4, 3, 17), np.int8), rng.integers(-9, 9, (5, 3, 4), np.int8)
+    strided: dict[str, Any] = {"stride": 3, "padding": "same", "lengths": lengths}
+    sums = gpuconv.conv1d(cupy.asarray(integers), cupy.asarray(taps), **strided)
+    assert sums.dtype == np.int64
+    assert np.array_equal(cupy.asnumpy(sums), gpuconv.conv1d(integers, taps, **strided))
 
     many = np.full((300, 3, 17), 1, np.float32)
     of_many = rng.integers(0, 18, 300)  # more than one launch writes

@@ -402,6 +402,46 @@ def test_a_stream_runs_on_the_gpu_of_its_weight(cupy: Any) -> None:
 
 
 @pytest.mark.gpu
+def test_a_stream_has_its_copies_before_other_cuda_streams_push(cupy: Any) -> None:
+    rng = np.random.default_rng(8)
+    weight, x = gpuconv.prepare(cupy.asarray(rng.standard_normal((2, 2, 3)))), cupy.asarray(rng.standard_normal((2, 9)))
+    bias, alpha = cupy.asarray(rng.standard_normal(2)), cupy.asarray(rng.uniform(1, 2, 2))
+    expected = gpuconv.conv1d(x, weight, bias, activation=("snake", alpha))
+    cupy.cuda.Device().synchronize()
+    with cupy.cuda.Stream(non_blocking=True):
+        s = stream.Conv1d(weight, bias, activation=("snake", alpha))
+    with cupy.cuda.Stream(non_blocking=True) as other:
+        y = s.push(x)
+        other.synchronize()
+    cupy.testing.assert_array_equal(y, expected)
+    with cupy.cuda.Stream(non_blocking=True) as captured:
+        captured.begin_capture()
+        with pytest.raises(RuntimeError, match=r"^stream.Conv1d: a stream cannot be made while the current stream"):
+            stream.Conv1d(weight)
+        captured.end_capture()
+
+
+@pytest.mark.gpu
+def test_what_a_graph_would_not_do_again_is_refused_during_capture(cupy: Any) -> None:
+    s = stream.Conv1d(cupy.asarray(np.ones((2, 2, 3))), padding="causal")
+    x = cupy.asarray(np.ones((2, 2)))
+    queue = cupy.cuda.Stream(non_blocking=True)
+    cupy.cuda.Device().synchronize()
+    with queue:
+        s.push(x)
+        s.push(x)
+        state, twin = s.state(), s.clone()
+        queue.begin_capture()
+        for call in (lambda: s.push(x), lambda: s.push(x[:, :1]), s.reset, s.flush, lambda: s.load_state(state)):
+            with pytest.raises(RuntimeError, match=r"^stream.Conv1d: only a push that has repeated can be made while"):
+                call()
+        queue.end_capture()
+        found, expected = s.push(2 * x), twin.push(2 * x)
+        queue.synchronize()
+    cupy.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.gpu
 def test_appending_moves_rows_longer_than_a_block(cupy: Any) -> None:
     for held, length in ((1000, 1), (300, 299), (5, 400), (1, 1)):
         window = cupy.arange(6 * (held + length), dtype="float32").reshape(2, 3, -1)

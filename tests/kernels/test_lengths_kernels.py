@@ -11,6 +11,7 @@ import numpy.typing as npt
 import pytest
 
 from gpuconv import cases, dispatch, reference
+from gpuconv.arguments import ArraySpec
 from gpuconv.checks import same_bits
 from gpuconv.device import ARCHITECTURES, Device
 from gpuconv.families import FAMILIES, Layout, Refusal, lengths
@@ -197,6 +198,27 @@ def test_the_weight_gradient_on_tensor_cores(p: ConvProblem) -> None:
     assert np.array_equal(hostcuda.compute(q, u, x, family="weight_gradient_mma", samples=table), expected)
 
 
+def test_the_weight_gradient_on_tensor_cores_where_paddings_differ() -> None:
+    """Padding "same" with a stride begins each sample elsewhere, for columns of eight taps, too."""
+    dtype, shape, L = "float16", (16, 2, 11), [70, 33, 1, 17]
+    x_spec, w_spec = ArraySpec((4, 2, 70), dtype), ArraySpec(shape, dtype)
+    p = ConvProblem.conv1d(x_spec, w_spec, stride=3, padding="same", dilation=2)
+    samples = Samples.of("test", p, "same", L)
+    assert len({*samples.padding_left}) > 1
+    q, table = with_table(WeightGradientProblem.of(p), samples)
+    x, _, _ = cases.exact_data(p, 4)
+    u = cases.exact_grad_output(p, 4, x)
+    expected = np.zeros(shape)
+    for n, (L_in, L_out, _) in enumerate(table.tolist()):
+        x[n, :, L_in:], u[n, :, L_out:] = np.nan, np.inf
+        alone = ConvProblem.conv1d(ArraySpec((1, 2, L_in), dtype), w_spec, stride=3, padding="same", dilation=2)
+        gradient = WeightGradientProblem.of(alone)
+        expected += reference.weight_gradient(
+            gradient, *gradient.sides(x[n : n + 1, :, :L_in], u[n : n + 1, :, :L_out])
+        ).exact()
+    assert np.array_equal(hostcuda.compute(q, u, x, family="weight_gradient_mma", samples=table), expected)
+
+
 def test_the_table_is_written_from_parameters() -> None:
     values = np.arange(3 * 333).reshape(-1, 3)
     written: Array = np.full(values.size, -1)
@@ -206,6 +228,17 @@ def test_the_table_is_written_from_parameters() -> None:
         assert (written != before).sum() == dict(launch.params)["count"]
         assert pack_params(dict(launch.params), 64).nbytes <= 4096
     assert np.array_equal(written, values.reshape(-1))
+
+
+def test_short_rows_of_transposed_operations_keep_their_families() -> None:
+    """Their padding folds in a step of its own, however short the rows are."""
+    p = ConvProblem("conv1d", 2, 4, 2, 3, 5, 1, 2, 2, padding_mode="circular").adjoint()
+    for family in dispatch.families(p.kind):
+        refused = {
+            isinstance(lengths.plan(family, replace(p, has_lengths=given), Layout.contiguous(p), DEVICE), Refusal)
+            for given in (False, True)
+        }
+        assert len(refused) == 1, family.name
 
 
 def test_plans_read_the_table_where_kernels_need_it() -> None:

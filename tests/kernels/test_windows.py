@@ -110,6 +110,7 @@ def test_what_is_not_pushed_in_one_launch() -> None:
     for p, length, reason in (
         (layer("conv1d", 600, 4, 3, 2, 4)[0], 4, "needs at most 8 new samples for each thread of a block"),
         (layer("conv1d", 4, 4, 3, 2, 1, N=0)[0], 1, "needs a result"),
+        (layer("conv1d", 4, 4, 3, 2**31, 1, dilation=2**30)[0], 1, "needs windows that begin at a place below 2**31"),
         (layer("conv1d", 512, 1024, 16, 8, 16, N=1, stride=8)[0], 16, "needs one kernel that reads the input and"),
     ):
         found = dispatch.choose_push(p, length, Layout.contiguous(p), samples, DEVICE)
