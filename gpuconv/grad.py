@@ -122,7 +122,7 @@ def conv1d_weight(
         groups: of the forward call.
         padding_mode: of the forward call.
         lengths: of the forward call. What lies behind the length of a sample of `input` or behind the output length of
-            one of `grad_output` does not exist.
+            one of `grad_output` does not exist. The error bound counts the terms of samples of full length.
         precision: as in `conv1d_input`.
         algorithm: as in `conv1d_input`, but the families are those of `weight_gradient`.
         weight_dtype: the dtype of the weight, and so of its gradient: None for that of `input`, or the real dtype of
