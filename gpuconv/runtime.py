@@ -339,7 +339,7 @@ def prepare(weight: Any) -> PreparedWeight:
     """
     cupy = cupy_module()
     refuse_during_capture("prepare: weights cannot be prepared", weight.data.device_id)
-    with cupy.cuda.Device(weight.data.device_id):
+    with current_device_of(weight):
         array = cupy.empty(weight.shape, weight.dtype)
         _assign(array, weight)
         return PreparedWeight(array)
@@ -469,7 +469,7 @@ def aligned(array: Any) -> Any:
     if not is_cupy_array(array) or _is_aligned(array):
         return array
     cupy = cupy_module()
-    with cupy.cuda.Device(array.data.device_id):
+    with current_device_of(array):
         copy = cupy.empty(array.shape, array.dtype)
         _assign(copy, array)
         return copy

@@ -31,9 +31,9 @@ from .base import (
     with_lengths,
     with_padding_mode,
 )
+from .edges import BLOCK_SIZE, WARP
 from .offsets import Overhang, index_bits
 
-BLOCK_SIZE, WARP = 256, 32
 # Outputs of a row that are worth a warp, and the warps that keep a multiprocessor busy.
 _WARP_OUTPUTS, _WARPS = 256, 32
 
