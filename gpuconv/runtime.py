@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, lru_cache
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -254,8 +254,19 @@ def _append_kernel(device_index: int, config: Config, launch: Launch) -> _Kernel
     return _Kernel(config, launch)
 
 
+class Packing(Protocol):
+    """What makes of weights what calls read, and prepared weights keep."""
+
+    @property
+    def key(self) -> Any:
+        """The same object for all that make the same."""
+
+    def pack(self, weight: Any) -> Any:
+        """Make it, in the order of the current stream."""
+
+
 class _Packing:
-    """The step of a plan that lays out the weights anew, which prepared weights keep.
+    """The step of a plan that lays out the weights anew.
 
     Attributes:
         key: the same object for the plans whose packed weights are the same.
@@ -294,8 +305,8 @@ class PreparedWeight:
         """`array` belongs to the handle. Where it is on a GPU, this waits for the work queued on its current stream."""
         complete("weights cannot be prepared", array)
         self.array = array
-        # By the identity of a key of _Packing; the key is kept, so that no other object gets its identity.
-        self._packed: dict[int, tuple[Step, Any]] = {}
+        # By the identity of a key of a Packing; the key is kept, so that no other object gets its identity.
+        self._packed: dict[int, tuple[Any, Any]] = {}
         self._lock = threading.RLock()  # a finalizer may call while its own thread packs
 
     @property
@@ -306,18 +317,19 @@ class PreparedWeight:
     def dtype(self) -> Any:
         return self.array.dtype
 
-    def packed(self, packing: _Packing) -> Any:
+    def packed(self, packing: Packing) -> Any:
         """The packed form for a plan; made on first use, and complete on every stream when it is kept."""
         found = self._packed.get(id(packing.key))
         if found is None:
-            stream = cupy_module().cuda.get_current_stream()
-            if stream.is_capturing():  # nothing can be waited for here, so this one belongs to the graph
-                return packing.pack(self.array)
+            stream = cupy_module().cuda.get_current_stream() if is_cupy_array(self.array) else None
+            if stream is not None and stream.is_capturing():
+                return packing.pack(self.array)  # nothing can be waited for here, so this one belongs to the graph
             with self._lock:
                 found = self._packed.get(id(packing.key))  # another thread may have been faster
                 if found is None:
                     found = packing.key, packing.pack(self.array)
-                    stream.synchronize()
+                    if stream is not None:
+                        stream.synchronize()
                     self._packed[id(packing.key)] = found
         return found[1]
 
@@ -341,7 +353,7 @@ def prepare(weight: Any) -> PreparedWeight:
     refuse_during_capture("prepare: weights cannot be prepared", weight.data.device_id)
     with current_device_of(weight):
         array = cupy.empty(weight.shape, weight.dtype)
-        _assign(array, weight)
+        assign(array, weight)
         return PreparedWeight(array)
 
 
@@ -433,7 +445,7 @@ class Executor:
         for kernel, places in self._steps:
             kernel.launch(*(pointers[place] for place in places))
         if usable[-1] is not arrays[-1]:
-            _assign(arrays[-1], usable[-1])
+            assign(arrays[-1], usable[-1])
 
 
 def _write_samples(table: np.ndarray[Any, Any]) -> Any:
@@ -455,7 +467,7 @@ def _with_copies(arrays: Sequence[Any], copies: Sequence[bool]) -> Sequence[Any]
 
 def _copy(array: Any) -> Any:
     copy = _contiguous(array)
-    _assign(copy, array)
+    assign(copy, array)
     return copy
 
 
@@ -471,11 +483,11 @@ def aligned(array: Any) -> Any:
     cupy = cupy_module()
     with current_device_of(array):
         copy = cupy.empty(array.shape, array.dtype)
-        _assign(copy, array)
+        assign(copy, array)
         return copy
 
 
-def _assign(target: Any, values: Any) -> None:
+def assign(target: Any, values: Any) -> None:
     """`target[...] = values` for arrays of one shape and dtype, at any addresses.
 
     CuPy's own kernels read and write whole elements, and a GPU faults on those that are not at multiples of their size.
@@ -490,7 +502,7 @@ def add(target: Any, values: Any) -> None:
     total = aligned(target)
     total += values
     if total is not target:
-        _assign(target, total)
+        assign(target, total)
 
 
 def _is_aligned(array: Any) -> bool:
