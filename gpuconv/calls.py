@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 
 # Executors of GPU calls, and tasks of CPU calls, by everything that they depend on. A full cache drops its
 # oldest entry, so that a program whose lengths always differ keeps only so many.
-_EXECUTORS: dict[tuple[Any, ...], tuple[runtime.Executor | fft.Executor, Task, Any]] = {}  # with the dtype of the result
+_EXECUTORS: dict[
+    tuple[Any, ...], tuple[runtime.Executor | fft.Executor, Task, Any]
+] = {}  # with the dtype of the result
 # Of a task: the dtype of the result, and whether it is a convolution of the arrays as they are, with nothing fused.
 _TASKS: dict[tuple[Any, ...], tuple[Task, np.dtype[Any], bool]] = {}
 _CACHE_SIZE = 4096
@@ -63,8 +65,8 @@ def run(
         from . import dispatch  # with all kernel families, which most calls on the CPU do not need
 
         dispatch.check_algorithm(function, SIGNATURES[function].kind, algorithm)
-        if lengths is not None and algorithm == "fft" and SIGNATURES[function].kind == "weight_gradient":
-            raise dispatch.AlgorithmError(f"{function}: algorithm 'fft' takes no lengths")
+        if lengths is not None and SIGNATURES[function].kind == "weight_gradient":
+            algorithm = dispatch.of_sums_over_lengths(function, algorithm)
     if runtime.is_cupy_array(arrays[0]):
         return _run_on_gpu(function, arrays, settings, out, algorithm, prepared, lengths)
     if lengths is not None:
@@ -204,8 +206,6 @@ def _run_on_gpu(
             return _run_by_parts(function, arrays, settings, out, **options)
         task = _check(function, arrays, settings, out)
         by_fft = _fft_executor(task, _fft_algorithm(algorithm), runtime.device(device_index))
-        if lengths is not None and by_fft is not None and isinstance(task.problem, WeightGradientProblem):
-            by_fft = None  # the algorithm is "auto"
         if lengths is not None and (by_fft is not None or _runs_one_by_one(function, task, settings)):
             samples = _samples(function, arrays, settings, task, lengths)
             dtype = np.dtype(task.out_dtype or arrays[0].dtype)
@@ -299,7 +299,7 @@ def _run_samples_on_cpu(
         options = {"lengths": lengths, "algorithm": algorithm, "prepared": prepared}
         return _run_by_parts(function, arrays, settings, out, **options)
     task = _check(function, arrays, settings, out)
-    by_fft = _fft_algorithm(algorithm if isinstance(task.problem, ConvProblem) else None)
+    by_fft = _fft_algorithm(algorithm)
     _fft_executor(task, by_fft, None)  # which may refuse
     samples = _samples(function, arrays, settings, task, lengths)
     plain = tuple(None if array is None else _native(array) for array in arrays)

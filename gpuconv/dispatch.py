@@ -27,7 +27,6 @@ from .families.base import contiguous_strides
 from .fusion import RESIDUAL
 from .problem import FORMATS, ConvProblem, Kind, Problem
 
-
 # Algorithms that are no kernel families: gpuconv.fft computes by them, or finds that direct sums cost less.
 BY_FFT = ("fft", "auto")
 
@@ -127,6 +126,17 @@ def check_algorithm(caller: str, kind: Kind, algorithm: str | None) -> None:
         raise TypeError(f"{caller}: algorithm must be {expected}, got {type(algorithm).__name__} {algorithm!r}")
     if algorithm is not None and algorithm not in algorithms(kind):
         raise AlgorithmError(f"{caller}: algorithm must be {expected}, got {algorithm!r}")
+
+
+def of_sums_over_lengths(caller: str, algorithm: str | None) -> str | None:
+    """The algorithm of a weight gradient whose samples have lengths of their own: what "auto" stands for there.
+
+    Raises:
+        AlgorithmError: it is "fft".
+    """
+    if algorithm == "fft":
+        raise AlgorithmError(f"{caller}: algorithm 'fft' takes no lengths; expected None, 'auto' or a kernel family")
+    return None if algorithm == "auto" else algorithm
 
 
 @lru_cache(maxsize=4096)

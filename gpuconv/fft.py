@@ -11,35 +11,37 @@ shape, which follows from the layer alone: the bits of a result depend on the sa
 
 Blocks are computed some at a time, so that the memory for them follows from the layer, and not from N or L.
 
-Source of the method: T. G. Stockham, High-speed convolution and correlation, AFIPS 1966. Its errors are bounded by norms
-(`gpuconv.reference.Sums.by_fft`), so a result that is small beside others of its block has a large relative error, and a
-NaN or an infinity spoils all results of its block.
+Errors are bounded by norms (`gpuconv.reference.Sums.error_bound`): a result that is small beside the others of its
+block has a large relative error, and a NaN or an infinity spoils all results of its block.
+
+Source: T. G. Stockham, High-speed convolution and correlation, AFIPS 1966.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from types import ModuleType
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from . import runtime
+from . import dispatch, runtime
+from .costs import LAUNCH_US, clock_under_load, cuda_cores, memory_bytes_per_cycle
 from .device import Device
 from .dispatch import BY_FFT, AlgorithmError
 from .dtypes import FORMATS, INTEGERS
 from .edge import source_indices
+from .families import Layout
 from .overlap import Overlap
 from .problem import ConvProblem, Problem, WeightGradientProblem
 
 FftProblem: TypeAlias = ConvProblem | WeightGradientProblem
 
-# Bytes of the samples of a batch of blocks, and of the spectra of taps that are held at a time: on a CPU the former stay
-# in the caches, on a GPU in L2 where there are few channels. One block, and the spectra of one output channel, may be
-# larger; they are taken by themselves.
+# Bytes of the samples of a batch of blocks, and of the spectra of taps that are held at a time: the former stay in the
+# caches. One block, and the spectra of one output channel, may be larger; they are taken by themselves.
 BATCH_BYTES = {"cpu": 2**20, "gpu": 2**24}
 SPECTRA_BYTES = {"cpu": 2**26, "gpu": 2**29}
 
@@ -112,7 +114,10 @@ class Plan:
 
     @property
     def workspace_bytes(self) -> int:
-        """A bound on the memory beside the arrays of the call; where sums are folded it follows N and L, else neither."""
+        """A bound on the memory beside the arrays of the call.
+
+        It follows from the layer, but for one more output where what lies in its padding is added to it.
+        """
         size = _work_dtype(self.problem.dtype).itemsize
         spectrum, block = self.frequencies * _spectral_dtype(self.problem.dtype).itemsize, self.overlap.block * size
         copies = 2 if self.by_matrices else 1  # with the frequency in front, and behind
@@ -233,15 +238,117 @@ def choose(problem: Problem, algorithm: str | None, device: Device | None) -> Pl
 
 
 class Costs(NamedTuple):
-    """What a layer costs, predicted, in microseconds: one sample of so many blocks as a batch has."""
+    """What one sample of a layer costs that is as long as so many blocks, predicted, in microseconds.
+
+    On a CPU of one core.
+    """
 
     direct_us: float
     fft_us: float
+    blocks: int
+
+
+# Nanoseconds on one core, of float32; wider numbers cost as many times more. Measured as those of `gpuconv.cpu.costs`.
+# A transform, for a sample and a binary digit of the block length, and how much more it costs where a block is larger
+# than the caches; a copy of a sample, and of taps, which are conjugated and ordered anew; for a frequency the product
+# of two spectra, an element of a matrix in another order, and what a product of matrices costs beside its operations.
+_TRANSFORM_NS, _CACHE_BYTES, _BEYOND_CACHES = 0.13, 2**20, 2.5
+_COPY_NS, _TAPS_NS = 0.6, 3.0
+_PRODUCT_NS, _REORDER_NS, _MATRIX_NS = 0.4, 1.0, 200.0
+
+# Multiply-adds of CUDA cores that kernels reach, where no cost model of theirs says it, and those on small matrices of
+# complex numbers, as parts of the peak; and launches of a batch beside its products. Assumptions.
+_DIRECT_SHARE, _PRODUCT_SHARE, _LAUNCHES = 0.5, 0.4, 12
+
+# Samples that one cuFFT kernel transforms in shared memory; longer blocks pass through memory again (an assumption).
+_ONE_PASS = 2**13
 
 
 @lru_cache(maxsize=4096)
 def costs(problem: FftProblem, device: Device | None) -> Costs:
-    return Costs(2.0,1.0)
+    """Both ways of computing a layer, on a GPU or for None on the CPU, by the cost models of either.
+
+    They follow from the layer alone, whatever N and L of the problem are: the taps are transformed once for the batch.
+    """
+    one = _one_batch(problem, Plan.of(problem, on_gpu=device is not None))
+    plan = Plan.of(one, on_gpu=device is not None)
+    if device is None:
+        return Costs(_direct_ns(one) / 1e3, _fft_ns(plan) / 1e3, plan.overlap.rows * plan.overlap.blocks)
+    return Costs(_direct_us_on(one, device), _fft_us_on(plan, device), plan.overlap.rows * plan.overlap.blocks)
+
+
+def _one_batch(p: FftProblem, plan: Plan) -> FftProblem:
+    """A layer with the only sample and the length of a batch of blocks, without padding."""
+    o = plan.overlap
+    length = o.rows * max(1, plan.batch // o.rows) * o.new
+    window = (length - 1) * p.stride + (p.K - 1) * p.dilation + 1
+    plain: dict[str, Any] = {"N": 1, "padding_left": 0, "padding_mode": "zeros", "has_lengths": False}
+    if isinstance(p, WeightGradientProblem):
+        return replace(p, L_coarse=length, L_fine=window, **plain)
+    plain.update(padding_right=0, output_padding=0, batched=True, has_bias=False)
+    return replace(p, L_in=length if p.transposed else window, **plain)
+
+
+def _direct_ns(p: FftProblem) -> float:
+    from . import cpu
+
+    if isinstance(p, ConvProblem):
+        return cpu.cost(p)
+    # Measured: a product of matrices for each tap, or with few channels products of vectors.
+    return p.flops() * (0.01 + 0.13 / (4 + p.C_fine_g)) * _scale(p)
+
+
+def _scale(p: FftProblem) -> float:
+    return _work_dtype(p.dtype).itemsize / 4
+
+
+def _fft_ns(plan: Plan) -> float:
+    from .cpu.costs import CONVERT, FLOP
+
+    p, o, scale = plan.problem, plan.overlap, _scale(plan.problem)
+    blocks, per_group = o.rows * o.blocks, -(-_channels(p)[1] // plan.channels)
+    written = _channels(p)[1] * o.phases_out
+    far = _BEYOND_CACHES if o.block * _work_dtype(p.dtype).itemsize > _CACHE_BYTES else 1.0
+    transform = o.block * math.log2(o.block) * _TRANSFORM_NS * far
+    sides = per_group * plan.read + written  # what is read is transformed anew for each chunk of output channels
+    one = sides * (transform + o.block * (_COPY_NS + CONVERT.get(p.dtype, 0.0)))
+    products = plan.frequencies * plan.read * written
+    if plan.by_matrices:
+        one += products * 8 * FLOP + plan.frequencies * sides * _REORDER_NS
+        one += plan.frequencies * per_group * _MATRIX_NS / plan.batch
+    else:
+        one += products * _PRODUCT_NS
+    taps = plan.read * written * (transform + o.block * _TAPS_NS)
+    return p.groups * (blocks * one + taps) * scale
+
+
+def _direct_us_on(p: FftProblem, device: Device) -> float:
+    found = dispatch.choose(p, Layout.contiguous(p), device)
+    if found is not None and found.plan.candidates:
+        return found.plan.candidates[0][1]
+    unit = cuda_cores(device, p.format.accumulator_bytes, is_complex=p.is_complex)
+    cycles = p.flops() / 2 / (unit.rate * device.num_sms * _DIRECT_SHARE)
+    cycles = max(cycles, p.bytes() / (memory_bytes_per_cycle(device) * device.num_sms))
+    return LAUNCH_US + cycles / (1e3 * clock_under_load(device))
+
+
+def _fft_us_on(plan: Plan, device: Device) -> float:
+    p, o = plan.problem, plan.overlap
+    blocks, size = o.rows * o.blocks, _work_dtype(p.dtype).itemsize
+    chunks, per_group = len(list(plan.chunks())), -(-_channels(p)[1] // plan.channels)
+    written = _channels(p)[1] * o.phases_out
+    passes = 2 * -(-math.log2(o.block) // math.log2(_ONE_PASS))  # a read and a write each
+    # Samples are staged, copied to a batch that is cleared first, and transformed; results are transformed, divided by
+    # the block length, and stored; spectra change their order before and behind a product of matrices.
+    order = 2 if plan.by_matrices else 0
+    moved = blocks * o.block * size * (per_group * plan.read * (5 + passes + order) + written * (passes + 6 + order))
+    spectra = plan.read * written * o.block * size
+    moved = p.groups * (moved + spectra * (1 + passes + order))
+    memory = moved / (memory_bytes_per_cycle(device) * device.num_sms)
+    unit = cuda_cores(device, size, is_complex=True)
+    products = p.groups * blocks * plan.frequencies * plan.read * written * 4
+    arithmetic = products / (unit.rate * device.num_sms * _PRODUCT_SHARE)
+    return _LAUNCHES * chunks * LAUNCH_US + (memory + arithmetic) / (1e3 * clock_under_load(device))
 
 
 class Executor:
@@ -395,7 +502,7 @@ class _Convolution(_Work):
                 spectra = self._spectra(self._weight, *chunk) if self._kept is None else self._kept[place]
                 self._run_chunk(x, spectra, bias, target, *chunk)
         if target is not y:
-            _fold(self.plan.given, target, y, xp)
+            self._fold(target, y)
 
     def _run_chunk(self, x: Any, taps: Any, bias: Any | None, y: Any, groups: slice, channels: slice) -> None:
         p, o, xp = self.plan.problem, self.overlap, self.xp
@@ -426,26 +533,25 @@ class _Convolution(_Work):
             result += taps[:, :, c] * spectra[:, :, c : c + 1]
         return result
 
+    def _fold(self, padded: Any, output: Any) -> None:
+        """Add the results in the padding to those that it means, and round them."""
+        p = self.plan.given
+        assert isinstance(p, ConvProblem)
+        left, right, L = p.padding_left, p.padding_right, p.L_out
+        sums = padded[..., left : left + L]
+        for first, stop in ((-left, 0), (L, L + right)):
+            values = padded[..., left + first : left + stop]
+            if p.padding_mode == "replicate" and first < stop:
+                sums[..., 0 if first < 0 else L - 1] += values.sum(axis=-1)
+            elif first < stop:  # no sample is meant twice
+                sums[..., self.xp.asarray(source_indices(p.padding_mode, first, stop, L))] += values
+        output[...] = sums
+
 
 @lru_cache(maxsize=4096)
 def _shared(key: tuple[Any, ...]) -> tuple[Any, ...]:
     """One object for equal keys."""
     return key
-
-
-def _fold(p: ConvProblem, padded: Any, output: Any, xp: ModuleType) -> None:
-    """Add the results in the padding to those that it means, and round them."""
-    left, right, L = p.padding_left, p.padding_right, p.L_out
-    sums = padded[..., left : left + L]
-    for first, stop in ((-left, 0), (L, L + right)):
-        values = padded[..., left + first : left + stop]
-        if p.padding_mode == "replicate" and first < stop:
-            at = 0 if first < 0 else L - 1
-            sums[..., at] += values.sum(axis=-1)
-        elif first < stop:  # no sample is meant twice
-            meant = xp.asarray(source_indices(p.padding_mode, first, stop, L))
-            sums[..., meant] += values
-    output[...] = sums
 
 
 class _WeightGradient(_Work):

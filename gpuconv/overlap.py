@@ -7,8 +7,8 @@ correlations without stride and dilation::
 
     y[r, c_out][m] = sum over c, i, j of w[c_out, c, i][j] * x[r, c, i][m + j]
 
-conv_transpose1d exchanges the places: the phases belong to the output, and the taps of a phase are reversed. Each row is
-cut into blocks: a block of B samples gives B - J + 1 results, where J is the number of taps of a phase.
+conv_transpose1d exchanges the places: the phases belong to the output, and the taps of a phase are reversed. Each row
+is cut into blocks: a block of B samples gives B - J + 1 results, where J is the number of taps of a phase.
 
 Block lengths depend on the taps of a phase alone, and blocks begin at places that the layer's settings fix, so that
 neither N nor L decides which samples share a block.
@@ -31,7 +31,7 @@ BLOCK_OF_TAPS = 4
 
 
 class Places(NamedTuple):
-    """Where the samples of rows lie: sample m of row r and phase i at ``step*m + row_step*r + phase_step*i + first``."""
+    """Where the samples of rows lie: sample m of row r, phase i at ``step*m + row_step*r + phase_step*i + first``."""
 
     step: int
     row_step: int
@@ -93,15 +93,11 @@ class Overlap:
         if isinstance(p, WeightGradientProblem):
             stop = -(-p.L_coarse // rows)
             right = max(0, (p.L_coarse - 1) * p.stride + (p.K - 1) * p.dilation + 1 - p.padding_left - p.L_fine)
-            return cls(
-                taps, interleave, phases, rows, block, fine, coarse, 0, stop, p.padding_mode, left, right, False
-            )
+            return cls(taps, interleave, phases, rows, block, fine, coarse, 0, stop, p.padding_mode, left, right, False)
         if not p.transposed:
             stop = -(-p.L_out // rows)
             right = p.padding_right
-            return cls(
-                taps, interleave, phases, rows, block, fine, coarse, 0, stop, p.padding_mode, left, right, False
-            )
+            return cls(taps, interleave, phases, rows, block, fine, coarse, 0, stop, p.padding_mode, left, right, False)
         # Result m sums the inputs m - (taps - 1) to m. Those before `start` lie in the part that the padding cuts off.
         reach = p.stride * (rows - 1) + p.dilation * (phases - 1)
         start = max(0, -((reach - p.padding_left) // fine.step))
@@ -198,12 +194,12 @@ class Overlap:
                             ends = at + places.step * first, at + places.step * (last - 1) + 1
                             meant = source_indices(mode, *ends, L)[:: places.step]
                             row[..., first:last] = x[..., xp.asarray(meant)]
-        n, r, c, i, one = staged.strides
+        n, r, _, i, one = staged.strides
         shape = (N, staged.shape[1], count, C * phases, length)
         return xp.lib.stride_tricks.as_strided(staged, shape, (n, r, self.new * one, i, one))
 
     def store(self, results: Any, output: Any, rows: slice, blocks: slice, xp: ModuleType) -> None:
-        """Write the results (N, rows, blocks, C * phases_out, new) of blocks to the output (N, C, L), where they exist."""
+        """Write results (N, rows, blocks, C * phases_out, new) of blocks to the output (N, C, L), where they exist."""
         N, C, L = output.shape
         new, step = self.new, self.write.step
         count, start = (blocks.stop - blocks.start) * new, self.start + blocks.start * new

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from .dtypes import FORMATS, INTEGERS, OPERAND_ROUNDOFF, Format
 from .edge import source_indices
 from .fusion import ACTIVATION_ARRAYS, INPUT_ACTIVATION_ARRAYS, RESIDUAL, TINY, ULPS, Activation
+from .overlap import Overlap
 from .problem import BiasGradientProblem, ConvProblem, WeightGradientProblem
 
 Array = npt.NDArray[Any]
@@ -133,6 +134,8 @@ class Sums:
         left_error: how far the elements of `left` that were multiplied may lie from those of `left`; None for equal.
         residual: what is added to the sums beside the addend, of the result's shape, or None.
         activation: what is then applied to them, or None.
+        of_fft: how far sums through the FFT may lie from the exact ones, of the result's shape; None where they are
+            summed directly.
     """
 
     dtype: str
@@ -147,6 +150,7 @@ class Sums:
     left_error: Array | None = None
     residual: Array | None = None
     activation: Function | None = None
+    of_fft: Array | None = None
 
     def exact(self) -> Array:
         """The result in float64, complex128 for complex data, or `out_dtype`."""
@@ -194,7 +198,23 @@ class Sums:
 
         The bound of integers is zero.
 
-        Source: N. J. Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., section 3.1 and 2.8 (underflow);
+        Through the FFT (`algorithm="fft"`) a bound by norms takes the place of gamma(n + 2) times the magnitude. Of a
+        block of B samples with spectra U_c of its channels c, samples u_c, taps w_c and their spectra W_c, for each of
+        its results::
+
+            |y - y*| <= a * sum of |w_c|_2 * |u_c|_2 + b * sum of (max |W_c| + e * sqrt(B) * |w_c|_2) * |u_c|_2
+            e = t*h/(1 - t*h),  t = log2(B),  h = u + gamma(4)*(sqrt(2) + u)
+            a = (1 + e)**2 * (1 + q) - 1,  b = e * (1 + e) * (1 + q),  q = sqrt(2) * gamma(2*C + 2)
+
+        e bounds the relative error of a transform in the 2-norm, for B a power of two; libraries that take several
+        digits at once, or half as many complex numbers for real ones, do as well or better. q is that of a sum of C
+        products of two complex numbers. The first term is what the transforms of samples and taps and the products
+        add to a result, by the Cauchy-Schwarz inequality over the frequencies; the second the inverse transform, whose
+        input has a 2-norm of at most the sum of max |W_c| * |U_c|_2. In a weight gradient the sums run over the blocks,
+        with the samples of coarse as the taps.
+
+        Source: N. J. Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., section 3.1, 2.8 (underflow), 3.6
+        (complex products) and theorem 24.2 (FFT);
         M. Fasi et al., Numerical behavior of NVIDIA tensor cores, PeerJ Computer Science 7, 2021 (alignment, blocks).
 
         Args:
@@ -260,6 +280,14 @@ class Sums:
     def _bounds(self, before: Array, exact: Array) -> _Bounds:
         real, accumulator = self._formats
         n = self.terms * self.products
+        if self.of_fft is not None:
+            addend = None if self.addend is None else self._magnitudes(self.addend)
+            magnitude = self.evaluate(self._magnitudes(self.left), self._magnitudes(self.right), addend)
+            # The addend is added behind the transforms.
+            of_sums = self.of_fft + _gamma(2, accumulator.roundoff) * (np.abs(exact) + self.of_fft)
+            of_sums = of_sums + _gamma(n + 2, FORMATS["float64"].roundoff) * magnitude
+            rounded = real.roundoff * (np.abs(exact) + of_sums) + real.smallest_normal * real.roundoff
+            return _Bounds(np.asarray(of_sums + rounded), of_sums, magnitude)
         on_tensor_cores = self.dtype in ("float16", "bfloat16") or self.precision == "tf32"
         addends = 2 if self.residual is None else 3
         roundings = n + (-(-n // 3) if on_tensor_cores else 0) + addends
@@ -466,8 +494,10 @@ def convolution(
     weight: Array,
     bias: Array | None = None,
     fused: Mapping[str, Array] | None = None,
+    *,
+    by_fft: bool = False,
 ) -> Sums:
-    """The output of a problem; `compute` has the formula."""
+    """The output of a problem; `compute` has the formula. `by_fft` asks for the bound of `algorithm="fft"`."""
     p, fusion, fused = problem, problem.fuses, fused or {}
     left, left_error = input, None
     activate = Function.of(fusion.input_activation, INPUT_ACTIVATION_ARRAYS, fused)
@@ -476,8 +506,55 @@ def convolution(
     return Sums(
         p.dtype, p.terms, _products(p), left, weight, bias, partial(_convolve, p), p.precision, p.out_dtype, left_error,
         fused[RESIDUAL] if fusion.has_residual else None,
-        Function.of(fusion.activation, ACTIVATION_ARRAYS, fused),
+        Function.of(fusion.activation, ACTIVATION_ARRAYS, fused), _error_of_fft(p, input, weight) if by_fft else None,
     )  # fmt: skip
+
+
+def _error_of_fft(p: ConvProblem, input: Array, weight: Array) -> Array:
+    """How far the sums of a finite problem may lie from the exact ones where they are computed through the FFT."""
+    dtype = np.complex128 if p.is_complex else np.float64
+    x, w = input.reshape(p.N, p.C_in, p.L_in).astype(dtype), weight.astype(dtype)
+    if p.transposed and p.padding_mode != "zeros":
+        padded, u = _without_padding(p), FORMATS[p.format.accumulator].roundoff
+        error = _error_of_fft(padded, input, weight).reshape(p.N, p.C_out, -1)
+        # Neighbours are added afterwards.
+        magnitude = _convolve(padded, np.abs(x), np.abs(w), None).reshape(error.shape)
+        folded = _folded(error + _gamma(p.most_positions, u) * (magnitude + error), _samples_meant(p), p.L_out)
+        return folded.reshape(p.output_shape)
+    o, error = Overlap.of(p), np.zeros((p.N, p.C_out, p.L_out))
+    if error.size and x.size and o.blocks:
+        rows, blocks = slice(0, o.rows), slice(0, o.blocks)
+        windows = o.windows(x, rows, blocks, dtype, np)
+        of_blocks = _norm(windows).reshape(*windows.shape[:3], p.groups, -1)
+        taps = o.taps_of(w, p.groups, np)
+        factors, rest = _fft_factors(taps, o.block, taps.shape[2], p.format)
+        bounds = np.einsum("goc,nrbgc->nrbgo", factors, of_blocks) + rest.sum(axis=2)
+        shape = (*windows.shape[:3], p.C_out * o.phases_out, o.new)
+        o.store(np.broadcast_to(bounds.reshape(*shape[:-1], 1), shape), error, rows, blocks, np)
+    return error.reshape(p.output_shape)
+
+
+def _fft_factors(vectors: Array, block: int, products: int, format: Format) -> tuple[Array, Array]:
+    """The error of a correlation with vectors (..., taps): at most a factor times the norm of a block, and a rest.
+
+    `products` of spectra are added up. The rest, and a part of the factor, are for underflow: what is smaller than the
+    smallest normal number may become zero in each step of a transform.
+    """
+    accumulator = FORMATS[format.accumulator]
+    u, steps = accumulator.roundoff, math.log2(block)
+    step = u + _gamma(4, u) * (math.sqrt(2) + u)
+    e = steps * step / (1 - steps * step)
+    q = math.sqrt(2) * _gamma(2 * products + 2, u)
+    norms, gains = _norm(vectors), np.abs(np.fft.fft(vectors, block)).max(axis=-1)
+    largest = gains + e * math.sqrt(block) * norms
+    tiny = 4 * block * steps * accumulator.smallest_normal
+    factors = ((1 + e) ** 2 * (1 + q) - 1) * norms + e * (1 + e) * (1 + q) * largest + tiny * math.sqrt(block)
+    return factors, tiny * (1 + gains)
+
+
+def _norm(vectors: Array) -> Array:
+    """The 2-norms along the last axis."""
+    return np.asarray(np.sqrt(np.einsum("...i,...i->...", vectors, vectors.conj()).real))
 
 
 def _activated_input(activate: Function, input: Array, real: Format) -> tuple[Array, Array]:
@@ -513,7 +590,7 @@ def _convolve(p: ConvProblem, input: Array, weight: Array, bias: Array | None) -
     return y.reshape(p.output_shape)
 
 
-def input_gradient(problem: ConvProblem, weight: Array, grad_output: Array) -> Sums:
+def input_gradient(problem: ConvProblem, weight: Array, grad_output: Array, *, by_fft: bool = False) -> Sums:
     """The gradient of the input of a problem: what each output that it feeds passes back.
 
     With l_in and l_out as in `compute`, for conv1d and conv_transpose1d::
@@ -527,13 +604,18 @@ def input_gradient(problem: ConvProblem, weight: Array, grad_output: Array) -> S
         problem: the forward problem.
         weight: `problem.weight_shape`.
         grad_output: `problem.output_shape`.
+        by_fft: ask for the bound of `algorithm="fft"`.
 
     Returns:
         Sums of the shape `problem.input_shape`.
     """
     p = problem
-    terms = p.adjoint().terms if p.L_in else 0
-    return Sums(p.dtype, terms, _products(p), weight, grad_output, None, partial(_input_gradient, p), p.precision)
+    terms, of_fft = 0, None
+    if p.L_in:
+        terms = p.adjoint().terms
+        of_fft = _error_of_fft(p.adjoint(), grad_output, weight) if by_fft else None
+    evaluate = partial(_input_gradient, p)
+    return Sums(p.dtype, terms, _products(p), weight, grad_output, None, evaluate, p.precision, of_fft=of_fft)
 
 
 def _input_gradient(p: ConvProblem, weight: Array, grad_output: Array, _: Array | None) -> Array:
@@ -554,19 +636,41 @@ def _input_gradient(p: ConvProblem, weight: Array, grad_output: Array, _: Array 
     return dx.reshape(p.input_shape)
 
 
-def weight_gradient(problem: WeightGradientProblem, coarse: Array, fine: Array) -> Sums:
+def weight_gradient(problem: WeightGradientProblem, coarse: Array, fine: Array, *, by_fft: bool = False) -> Sums:
     """The gradient of the weight; `WeightGradientProblem` has the formula.
 
     Args:
         problem: extents and settings; its method `sides` tells which of input and grad_output is which.
         coarse: `problem.coarse_shape`, or that without the batch axis of one sample.
         fine: `problem.fine_shape`, likewise.
+        by_fft: ask for the bound of `algorithm="fft"`.
 
     Returns:
         Sums of the shape `problem.weight_shape`.
     """
-    p = problem
-    return Sums(p.dtype, p.terms, _products(p), coarse, fine, None, partial(_weight_gradient, p), p.precision)
+    p, of_fft = problem, None
+    if by_fft:
+        of_fft = _weight_error_of_fft(p, coarse.reshape(p.coarse_shape), fine.reshape(p.fine_shape))
+    evaluate = partial(_weight_gradient, p)
+    return Sums(p.dtype, p.terms, _products(p), coarse, fine, None, evaluate, p.precision, of_fft=of_fft)
+
+
+def _weight_error_of_fft(p: WeightGradientProblem, coarse: Array, fine: Array) -> Array:
+    """How far the finite sums of a weight gradient may lie from the exact ones where they are through the FFT."""
+    if p.is_empty:
+        return np.zeros(p.weight_shape)
+    o, dtype = Overlap.of(p), np.complex128 if p.is_complex else np.float64
+    rows, blocks = slice(0, o.rows), slice(0, o.blocks)
+    pieces = o.pieces(coarse.astype(dtype), rows, blocks, dtype, np)
+    norms = _norm(o.windows(fine.astype(dtype), rows, blocks, dtype, np))
+    several = norms.shape[:3]
+    factors, rest = _fft_factors(
+        pieces.reshape(*several, p.groups, p.C_coarse_g, -1), o.block, math.prod(several), p.format
+    )
+    bounds = np.einsum("nrbgo,nrbgc->goc", factors, norms.reshape(*several, p.groups, -1))
+    bounds += rest.sum(axis=(0, 1, 2))[..., np.newaxis]
+    sums = np.broadcast_to(bounds.reshape(p.C_coarse, -1, 1), (p.C_coarse, p.C_fine_g * o.phases, o.taps))
+    return np.asarray(o.weight_of(sums, p.K))
 
 
 def _weight_gradient(p: WeightGradientProblem, coarse: Array, fine: Array, _: Array | None) -> Array:
