@@ -67,8 +67,8 @@ class Explanation:
         parts: how often the call computes `problem`: twice for real taps on complex data, whose real and imaginary part
             are computed one after the other.
         by_fft: how the FFT computes it, where the algorithm is "fft" or "auto"; None for "auto" where direct sums do.
-        costs: of direct sums and of the FFT, predicted from the layer alone; None for other algorithms, and where the FFT
-            does not take the problem.
+        costs: of direct sums and of the FFT, predicted from the layer alone; None for other algorithms, and where the
+            FFT does not take the problem.
         samples: the lengths of the samples, where the call gives them.
         runs: how many calls on neighbouring samples of one length that becomes; 1 where one call takes them all.
     """

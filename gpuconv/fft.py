@@ -179,14 +179,7 @@ def transforms(xp: ModuleType) -> Any:
         ImportError: of CuPy's arrays, where cuFFT cannot be loaded.
     """
     if xp is not np:
-        try:
-            from cupy.cuda import cufft  # noqa: F401 (cupy.fft loads it at its first call, in whatever state that is)
-        except ImportError as error:
-            from .text import install_hint
-
-            hint = install_hint("cuda13-full")
-            raise ImportError(f"algorithm 'fft' needs cuFFT, which CuPy cannot load: {error}; {hint}") from error
-        return xp.fft
+        return runtime.fft_module()
     return _of_numpy()
 
 
@@ -286,7 +279,8 @@ def _one_batch(p: FftProblem, plan: Plan) -> FftProblem:
     if isinstance(p, WeightGradientProblem):
         return replace(p, L_coarse=length, L_fine=window, **plain)
     plain.update(padding_right=0, output_padding=0, batched=True, has_bias=False)
-    return replace(p, L_in=length if p.transposed else window, **plain)
+    # Of the transposed operation rows are longer by all taps but one.
+    return replace(p, L_in=max(1, length - o.rows * (o.taps - 1)) if p.transposed else window, **plain)
 
 
 def _direct_ns(p: FftProblem) -> float:

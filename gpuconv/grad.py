@@ -59,7 +59,8 @@ def conv1d_input(
             `grad_output` does not exist; the gradient behind its length is zero.
         precision: "float32", the full precision of the dtype, or "tf32", as in the forward call.
         algorithm: how a GPU computes it: None for the fastest kernel family, "base" for the one that takes every
-            problem, or the name of a `conv_transpose1d` family; see `gpuconv.explain`.
+            problem, or the name of a `conv_transpose1d` family; see `gpuconv.explain`. Or, on NumPy arrays as well,
+            "fft" or "auto", as in `gpuconv.conv1d`.
         out: an array of shape `input_size`, of the dtype and device of `grad_output`, to write to, which must not
             overlap the arguments.
 
@@ -124,7 +125,7 @@ def conv1d_weight(
         lengths: of the forward call. What lies behind the length of a sample of `input` or behind the output length of
             one of `grad_output` does not exist. The error bound counts the terms of samples of full length.
         precision: as in `conv1d_input`.
-        algorithm: as in `conv1d_input`, but the families are those of `weight_gradient`.
+        algorithm: as in `conv1d_input`, but the families are those of `weight_gradient`, and "fft" takes no `lengths`.
         weight_dtype: the dtype of the weight, and so of its gradient: None for that of `input`, or the real dtype of
             complex data whose taps are real (float32 for complex64).
         out: an array of shape `weight_size`, of the weight's dtype on the device of `input`, to write to, which must

@@ -299,7 +299,7 @@ class Conv1d(_Layer):
             dtype. The input must have it too.
         rng: a seed or a `numpy.random.Generator` for the initial parameters.
         precision: as in the function: "float32", or "tf32" for float32 layers.
-        algorithm: as in the function: None, "base" or the name of a kernel family.
+        algorithm: as in the function: None, "base", the name of a kernel family, "fft" or "auto".
         activation: as in the function; the arrays of snake become parameters of the layer, in its dtype.
         input_activation: likewise.
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from . import functional, nn, runtime
 from .arguments import ArraySpec, Settings, check_int
+from .dispatch import BY_FFT
 from .fusion import FUSED_ARRAYS, ActivationLike, Fused
 from .interchange import view
 from .memory import check_kinds, take
@@ -83,6 +84,11 @@ class _Stream:
             activation, input_activation = layer.fused["activation"], layer.fused["input_activation"]
         else:
             weight = layer
+        if algorithm in BY_FFT:
+            raise ValueError(
+                f'{caller}: algorithm must be None, "base" or a kernel family, got {algorithm!r}: the blocks of an FFT '
+                "would begin at each push"
+            )
         settings = Settings.check(caller, self.op, stride, padding, dilation, groups, output_padding)
         self._weight = weight if isinstance(weight, runtime.PreparedWeight) else functional.prepare(weight)
         if bias is not None:
@@ -429,7 +435,7 @@ class Conv1d(_Stream):
         groups: input and output channels are cut into this many groups that do not mix.
         slots: so many independent streams are served at once.
         precision: as in `gpuconv.conv1d`.
-        algorithm: as in `gpuconv.conv1d`.
+        algorithm: as in `gpuconv.conv1d`, but neither "fft" nor "auto".
         activation: as in `gpuconv.conv1d`.
         input_activation: as in `gpuconv.conv1d`.
 
@@ -515,7 +521,7 @@ class ConvTranspose1d(_Stream):
         dilation: distance between taps, in output samples.
         slots: so many independent streams are served at once.
         precision: as in `gpuconv.conv_transpose1d`.
-        algorithm: as in `gpuconv.conv_transpose1d`.
+        algorithm: as in `gpuconv.conv_transpose1d`, but neither "fft" nor "auto".
         activation: as in `gpuconv.conv1d`.
         input_activation: as in `gpuconv.conv1d`.
 
