@@ -7,7 +7,7 @@ import os
 import platform
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -24,6 +24,7 @@ from .report import Failure, Result, Tap
 Array: TypeAlias = npt.NDArray[Any]
 Argument: TypeAlias = Literal["input", "weight", "bias"]
 
+FFT = "fft"  # the check that may lack its library
 MAX_TAPS = 8  # of a failing element, in a report
 
 
@@ -48,6 +49,15 @@ class Target:
             self.put(np.zeros(1, numpy_dtype(cases.dtype_of(number_format))))
         except (ImportError, TypeError, ValueError) as error:
             return str(error)
+        return None
+
+    def lacks_fft(self) -> str | None:
+        """Why nothing can be transformed here; None where it can."""
+        if self.on_gpu:
+            try:
+                runtime.fft_module().rfft(self.put(np.zeros(8)))
+            except Exception as error:  # whatever cuFFT, or what loads it, raises
+                return f"{type(error).__name__}: {error}"
         return None
 
     def convolve(self, problem: ConvProblem, data: Data, settings: dict[str, Any] | None = None) -> Array:
@@ -476,6 +486,23 @@ def _check_gradients(s: Subject) -> Failure | None:
     return None
 
 
+def _check_fft(s: Subject) -> Failure | None:
+    p, q = s.problem, WeightGradientProblem.of(s.problem)
+    data, u = cases.random_data(p, s.seed), cases.random_grad_output(p, s.seed)
+    settings = {**s.settings, "algorithm": "fft"}
+    found = {"output": (reference.convolution(p, *data, by_fft=True), s.target.convolve(p, data, settings))}
+    if p.L_in:
+        sums = reference.input_gradient(p, data.weight, u, by_fft=True)
+        found["gradient with respect to input"] = sums, s.target.gradient("input", p, (data.weight, u), settings)
+    sums = reference.weight_gradient(q, *q.sides(data.input, u), by_fft=True)
+    found["gradient with respect to weight"] = sums, s.target.gradient("weight", p, (data.input, u), settings)
+    for of, (sums, result) in found.items():
+        message = f"the {of} through the FFT must lie within its error bound"
+        if (failure := s.judge_comparison(sums.compare(result), message, None, p)) is not None:
+            return failure
+    return None
+
+
 class Check(NamedTuple):
     """A row of the table of checks. `applies` tells which subjects it can check; None means all of them."""
 
@@ -505,11 +532,17 @@ CHECKS: tuple[Check, ...] = (
     Check("lengths", _check_lengths, lambda s: bool(s.case.lengths)),
     Check("repeat", _check_repeat),
     Check("gradients", _check_gradients),
+    Check(FFT, _check_fft),
 )
 
 
-def run_checks(case: Case, number_format: str, target: Target, seed: int) -> Iterator[Result]:
+def run_checks(
+    case: Case, number_format: str, target: Target, seed: int, skipped: Container[str] = ()
+) -> Iterator[Result]:
+    """Run all checks of a case, but for those named in `skipped`."""
     for check in CHECKS:
+        if check.name in skipped:
+            continue
         subject = Subject(case, number_format, case.at(number_format), target, seed, check.name)
         if check.applies is not None and not check.applies(subject):
             continue

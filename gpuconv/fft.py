@@ -271,16 +271,21 @@ def costs(problem: FftProblem, device: Device | None) -> Costs:
 
 
 def _one_batch(p: FftProblem, plan: Plan) -> FftProblem:
-    """A layer with the only sample and the length of a batch of blocks, without padding."""
-    o = plan.overlap
-    length = o.rows * max(1, plan.batch // o.rows) * o.new
-    window = (length - 1) * p.stride + (p.K - 1) * p.dilation + 1
-    plain: dict[str, Any] = {"N": 1, "padding_left": 0, "padding_mode": "zeros", "has_lengths": False}
+    """A layer with a single sample of the length of a batch of blocks, without padding."""
+    common = math.gcd(p.stride, p.dilation)
+    stride, dilation, rows = p.stride, p.dilation, p.dilation // common
+    if rows > plan.batch or p.stride // common > p.K:  # rows are as samples without dilation, phases have one tap
+        stride, dilation, rows = min(p.stride // common, p.K), 1, 1
+    length = rows * (plan.batch // rows) * plan.overlap.new
+    window = (length - 1) * stride + (p.K - 1) * dilation + 1
+    plain: dict[str, Any] = {
+        "N": 1, "stride": stride, "dilation": dilation, "padding_left": 0, "padding_mode": "zeros", "has_lengths": False
+    }  # fmt: skip
     if isinstance(p, WeightGradientProblem):
         return replace(p, L_coarse=length, L_fine=window, **plain)
     plain.update(padding_right=0, output_padding=0, batched=True, has_bias=False)
     # Of the transposed operation rows are longer by all taps but one.
-    return replace(p, L_in=max(1, length - o.rows * (o.taps - 1)) if p.transposed else window, **plain)
+    return replace(p, L_in=max(1, length - rows * (plan.overlap.taps - 1)) if p.transposed else window, **plain)
 
 
 def _direct_ns(p: FftProblem) -> float:
@@ -489,9 +494,9 @@ class _Convolution(_Work):
         if 0 in y.shape:
             return
         target = y if p is self.plan.given else xp.empty((p.N, p.C_out, p.L_out), self.dtype)
-        if p.transposed or p.C_in == 0:  # there are outputs that no block gives
+        if p.transposed or 0 in x.shape:  # there are outputs that no block gives
             target[...] = 0 if bias is None else bias[:, np.newaxis]
-        if p.C_in and self.overlap.blocks:
+        if 0 not in x.shape:
             for place, chunk in enumerate(self.plan.chunks()):
                 spectra = self._spectra(self._weight, *chunk) if self._kept is None else self._kept[place]
                 self._run_chunk(x, spectra, bias, target, *chunk)

@@ -26,7 +26,7 @@ from .problem import ConvProblem, WeightGradientProblem
 
 # The shortest block, and how many times as long as the taps of a phase one is at least: three quarters of its samples
 # are new. Blocks of twice that length would need a tenth less work, and twice the memory.
-SHORTEST_BLOCK = 256
+SHORTEST_BLOCK = 64
 BLOCK_OF_TAPS = 4
 
 
@@ -54,9 +54,8 @@ class Overlap:
 
     Attributes:
         taps: J, of a phase.
-        interleave: s/g, the distance of the taps of a phase; the last phase may have one fewer.
-        phases: those that have taps.
-        rows: d/g, of each sample and channel.
+        phases: s/g, the distance of the taps of a phase, or K where that is less; the last ones may have one tap fewer.
+        rows: d/g, of each sample and channel, or as many as there are results.
         block: B, the samples of a block.
         read: the places of the samples in the input, of conv1d's weight gradient in `fine`.
         write: those of the results in the output, of the samples in `coarse`.
@@ -66,7 +65,6 @@ class Overlap:
     """
 
     taps: int
-    interleave: int
     phases: int
     rows: int
     block: int
@@ -84,26 +82,26 @@ class Overlap:
         """Those of a problem; of a transposed one whose padding is zeros."""
         p = problem
         common = math.gcd(p.stride, p.dilation)
-        interleave, rows = p.stride // common, p.dilation // common
-        taps, phases = -(-p.K // interleave), min(interleave, p.K)
+        step, spacing = p.stride // common, p.dilation // common
+        taps, phases = -(-p.K // step), min(step, p.K)
         block = max(SHORTEST_BLOCK, 1 << (BLOCK_OF_TAPS * taps - 1).bit_length())
-        fine = Places(interleave * p.dilation, p.stride, p.dilation, -p.padding_left)
-        coarse = Places(rows, 1, 0, 0)
-        left, right = p.padding_left, 0
+        fine = Places(step * p.dilation, p.stride, p.dilation, -p.padding_left)
+        coarse = Places(spacing, 1, 0, 0)
+        right = 0
         if isinstance(p, WeightGradientProblem):
-            stop = -(-p.L_coarse // rows)
+            positions = p.L_coarse
             right = max(0, (p.L_coarse - 1) * p.stride + (p.K - 1) * p.dilation + 1 - p.padding_left - p.L_fine)
-            return cls(taps, interleave, phases, rows, block, fine, coarse, 0, stop, p.padding_mode, left, right, False)
-        if not p.transposed:
-            stop = -(-p.L_out // rows)
-            right = p.padding_right
-            return cls(taps, interleave, phases, rows, block, fine, coarse, 0, stop, p.padding_mode, left, right, False)
-        # Result m sums the inputs m - (taps - 1) to m. Those before `start` lie in the part that the padding cuts off.
-        reach = p.stride * (rows - 1) + p.dilation * (phases - 1)
-        start = max(0, -((reach - p.padding_left) // fine.step))
-        stop = min(-(-p.L_in // rows) + taps - 1, -(-(p.L_out + p.padding_left) // fine.step))
-        behind = coarse._replace(first=-rows * (taps - 1))
-        return cls(taps, interleave, phases, rows, block, behind, fine, start, max(start, stop), "zeros", 0, 0, True)
+        else:
+            positions, right = p.L_in if p.transposed else p.L_out, p.padding_right
+        start, stop, rows = 0, -(-positions // spacing), min(spacing, positions)
+        if p.transposed and isinstance(p, ConvProblem):
+            # Result m sums the inputs m - (taps - 1) to m. Those before `start` lie in what the padding cuts off.
+            reach = p.stride * (rows - 1) + p.dilation * (phases - 1)
+            start = max(0, -((reach - p.padding_left) // fine.step))
+            stop = max(start, min(stop + taps - 1, -(-(p.L_out + p.padding_left) // fine.step)))
+            coarse = coarse._replace(first=-spacing * (taps - 1))
+            return cls(taps, phases, rows, block, coarse, fine, start, stop, "zeros", 0, 0, True)
+        return cls(taps, phases, rows, block, fine, coarse, start, stop, p.padding_mode, p.padding_left, right, False)
 
     @property
     def new(self) -> int:
@@ -132,9 +130,9 @@ class Overlap:
             (groups, C_out/groups * phases_out, C_in/groups * phases_in, taps), which correlate.
         """
         first, second, K = weight.shape
-        w = xp.zeros((first, second, self.taps * self.interleave), weight.dtype)
+        w = xp.zeros((first, second, self.taps * self.phases), weight.dtype)
         w[..., :K] = weight
-        w = w.reshape(groups, first // groups, second, self.taps, self.interleave)[..., : self.phases]
+        w = w.reshape(groups, first // groups, second, self.taps, self.phases)
         if self.transposed:
             w = w[..., ::-1, :].transpose(0, 2, 4, 1, 3)
             return w.reshape(groups, second * self.phases, first // groups, self.taps)
@@ -144,9 +142,7 @@ class Overlap:
         """The inverse of `taps_of` where it is not transposed: (C_out, C_in/groups, K) of (C_out, channels, taps)."""
         first, channels, taps = sums.shape
         w = sums.reshape(first, channels // self.phases, self.phases, taps).swapaxes(2, 3)
-        if self.phases < self.interleave:  # K phases of one tap
-            return w.reshape(first, channels // self.phases, self.phases)
-        return w.reshape(first, channels // self.phases, taps * self.interleave)[..., :K]
+        return w.reshape(first, channels // self.phases, taps * self.phases)[..., :K]
 
     def windows(self, x: Any, rows: slice, blocks: slice, dtype: Any, xp: ModuleType) -> Any:
         """Blocks of the input, (N, C, L).
@@ -191,9 +187,9 @@ class Overlap:
                     for low, high in ((-self.left, 0), (L, L + self.right)):
                         first, last = places.between(low, high, start, samples, r, i)
                         if first < last:
-                            ends = at + places.step * first, at + places.step * (last - 1) + 1
-                            meant = source_indices(mode, *ends, L)[:: places.step]
-                            row[..., first:last] = x[..., xp.asarray(meant)]
+                            ends = at + places.step * first, at + places.step * last
+                            meant = xp.asarray(source_indices(mode, *ends, L, places.step))
+                            row[..., first:last] = x[..., meant]
         n, r, _, i, one = staged.strides
         shape = (N, staged.shape[1], count, C * phases, length)
         return xp.lib.stride_tricks.as_strided(staged, shape, (n, r, self.new * one, i, one))

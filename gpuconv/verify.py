@@ -8,7 +8,7 @@ from typing import Literal, TypeAlias
 
 from . import cases, runtime
 from .cases import NUMBER_FORMATS, Case
-from .checks import CHECKS, Target, run_checks
+from .checks import CHECKS, FFT, Target, run_checks
 from .device import Device
 from .family_checks import families_of, families_that_take, far_bytes, far_runs, run_families, run_far
 from .gpus import GpuUnavailableError, missing_gpu
@@ -52,6 +52,7 @@ def verify(
     lengths     samples with lengths of their own, of some cases: forward and gradients as of each sample alone
     repeat      two calls give the same bits, with and without `out`
     gradients   for input, weight and bias: exact on integers, within the bound on normal data, the same bits twice
+    fft         ``algorithm="fft"``, forward and gradients: within the bound of the FFT on normal data
     families    on a GPU, each kernel family that takes the case, by name: exact, strided, bounded, bits as below
     far         on a GPU, each kernel family once, on arrays that reach beyond 2**31 elements, exact on integers
     ==========  ====================================================================================================
@@ -120,6 +121,10 @@ def verify(
         for name in dtypes:
             numpy_dtype(cases.dtype_of(name))
 
+    lack_of_fft = target.lacks_fft()
+    if lack_of_fft is not None:
+        skipped[FFT] = lack_of_fft
+
     gpu = target.device()
     has, lacking = ((), ()) if gpu is None else families_of(gpu)
     if family is not None and family not in has:
@@ -151,7 +156,7 @@ def verify(
 
     def runs() -> Iterator[tuple[str, Sequence[Result]]]:
         for dtype, case in pairs:
-            found = list(run_checks(case, dtype, target, seed)) if family is None else []
+            found = list(run_checks(case, dtype, target, seed, skipped)) if family is None else []
             if gpu is not None and dtype not in INTEGERS:
                 found += run_families(case, dtype, target, seed, gpu, family)
             yield f"{case.name} {dtype}", found
