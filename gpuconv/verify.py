@@ -121,9 +121,8 @@ def verify(
         for name in dtypes:
             numpy_dtype(cases.dtype_of(name))
 
-    lack_of_fft = target.lacks_fft()
-    if lack_of_fft is not None:
-        skipped[FFT] = lack_of_fft
+    if family is None and (lack := target.lacks_fft()) is not None:
+        skipped[FFT] = lack
 
     gpu = target.device()
     has, lacking = ((), ()) if gpu is None else families_of(gpu)
