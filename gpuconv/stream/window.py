@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from . import calls, runtime
-from .memory import check_overlap
-from .problem import ConvProblem, numpy_dtype
+from .. import calls, runtime
+from ..memory import check_overlap
+from ..problem import ConvProblem, numpy_dtype
 
 if TYPE_CHECKING:
-    from . import dispatch
+    from .. import dispatch
 
 # Computes the outputs of all samples, given those and where to write the outputs, or None.
 Compute: TypeAlias = Callable[[Any, Any], Any]
@@ -44,7 +44,7 @@ def window_for(
     """
     if not runtime.is_cupy_array(input):
         return Joined(input, out, compute)
-    from . import dispatch, families
+    from .. import dispatch, families
 
     names = [name for name in problem.shapes if name != "input"]
     given = dict(zip(names, (weight.array, *others, out), strict=True))
@@ -159,7 +159,7 @@ class Moving(Window):
         others: tuple[Any, ...],
     ) -> None:
         super().__init__(input, out)
-        from .families.windows import NEW_SAMPLES, WINDOW_STARTS
+        from ..families.windows import NEW_SAMPLES, WINDOW_STARTS
 
         cupy = runtime.cupy_module()
         names = [name for name in problem.shapes if name not in ("input", "weight", problem.result)]
