@@ -273,7 +273,7 @@ def test_numpy_transforms_where_scipy_is_absent(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runtime, "cupy_module", lambda: SimpleNamespace(fft=None))
+    monkeypatch.setattr(runtime.gpu, "cupy_module", lambda: SimpleNamespace(fft=None))
     monkeypatch.setitem(__import__("sys").modules, "cupy.cuda", SimpleNamespace())
     with pytest.raises(ImportError, match=r'^algorithm "fft" needs cuFFT, which CuPy cannot load: .*cuda13-full'):
         fft.transforms(SimpleNamespace())  # type: ignore[arg-type]

@@ -1,0 +1,355 @@
+"""A result as sums of products: their exact values, and the bound of a computed result's errors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..dtypes import FORMATS, INTEGERS, OPERAND_ROUNDOFF, Format
+from ..fusion import ULPS
+from .activations import Function
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Comparison:
+    """A computed result beside what it should be, element by element.
+
+    Attributes:
+        right: which elements are right: see `Sums.within_bound`.
+        exact: what `Sums.exact` gives.
+        bound: what `Sums.error_bound` gives.
+        output: the computed result, in the dtype of `exact`.
+    """
+
+    right: npt.NDArray[np.bool_]
+    exact: Array
+    bound: Array
+    output: Array
+
+    @property
+    def fractions(self) -> Array:
+        """The distance of each element from `exact` as a fraction of its bound, the larger of both parts.
+
+        Where that is not finite it is 0 for an element that is right, and infinity for one that is wrong.
+        """
+        with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
+            distance = self.output - self.exact
+            fractions = np.maximum(np.abs(distance.real), np.abs(distance.imag)) / self.bound
+        return np.where(np.isfinite(fractions), fractions, np.where(self.right, 0.0, np.inf))
+
+    @property
+    def worst(self) -> float:
+        """The largest of `fractions` that is finite; 0 where there is none."""
+        return float(self.fractions.max(initial=0.0, where=np.isfinite(self.fractions)))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sums:
+    """A result by its definition, each element a sum of products, and how far from it a computed one may be.
+
+    Attributes:
+        dtype: of the data and of the result.
+        terms: the most terms that an element sums, apart from the addend.
+        products: the real products of a term in each of the real and imaginary part: 2 for complex data, else 1.
+        left, right: the arrays whose elements are multiplied.
+        addend: the array whose elements are added to the sums, or None.
+        evaluate: (left, right, addend) -> the result, in the dtype of its arguments.
+        precision: of the problem: "tf32" allows for operands rounded to TF32.
+        out_dtype: of the result, where that is not `dtype`: of integers, whose result is exact and wraps around.
+        left_error: how far the elements of `left` that were multiplied may lie from those of `left`; None for equal.
+        residual: what is added to the sums beside the addend, of the result's shape, or None.
+        activation: what is then applied to them, or None.
+        of_fft: how far sums through the FFT may lie from the exact ones, of the result's shape; None where they are
+            summed directly.
+    """
+
+    dtype: str
+    terms: int
+    products: int
+    left: Array
+    right: Array
+    addend: Array | None
+    evaluate: Callable[[Array, Array, Array | None], Array]
+    precision: str = "float32"
+    out_dtype: str | None = None
+    left_error: Array | None = None
+    residual: Array | None = None
+    activation: Function | None = None
+    of_fft: Array | None = None
+
+    def exact(self) -> Array:
+        """The result in float64, complex128 for complex data, or `out_dtype`."""
+        before = self._before_activation()
+        if self.activation is not None:
+            return self.activation(before)
+        return before if self.out_dtype is None else before.astype(self.out_dtype)
+
+    def _before_activation(self) -> Array:
+        with np.errstate(invalid="ignore", over="ignore"):
+            addend = None if self.addend is None else self._as_wide(self.addend)
+            sums = self.evaluate(self._as_wide(self.left), self._as_wide(self.right), addend)
+            return sums if self.residual is None else np.asarray(sums + self._as_wide(self.residual))
+
+    def error_bound(self, exact: Array | None = None) -> Array:
+        """The largest permitted distance of each element from `exact`, after Higham's running-error analysis.
+
+        For ``n = terms`` products, accumulated in any order with or without fused multiply-add and rounded once to
+        the output dtype::
+
+            |y - y*| <= gamma(n + 2) * (sum of |left| * |right| + |addend|) + u_out * |y*| + tiny
+
+        where ``gamma(m) = m*u/(1 - m*u)``, u is the unit roundoff of the accumulator (float32 for float16, bfloat16,
+        float32 and complex64; float64 otherwise), u_out that of the output dtype, and n is doubled for complex data,
+        whose real and imaginary parts each sum two products a term. `tiny` covers underflow: an operand, a product or
+        a sum below the smallest normal number may become zero. The reference's own float64 rounding is added.
+
+        float16 and bfloat16 data, and float32 data in TF32, may be summed by tensor cores, which do not round as IEEE
+        arithmetic does; for them n + 2 becomes 4n/3 + 2. An instruction adds b products to a sum: it cuts all of them
+        off 24 bits below the leading bit of the largest, which loses less than u of it each, and rounds the result
+        toward zero, which loses at most u more as the sum is one of the terms cut off (25 bits, and less, on sm_90). So
+        b products cost b + 1 units. b is at least 4; where the channels, or the taps of a channel, do not fill the last
+        block, the sum costs a third more in all, as with nine of them in three blocks. In TF32 each operand moves by up
+        to 2**-11 of itself, which adds (2**-10 + 2**-22) times the magnitude.
+
+        A residual counts as one more addend, with one more rounding. An activation takes the place of the rounding to
+        the output dtype: with B for what stands before that in the formula, s for the largest slope and e for the error
+        of its elementary functions, `gpuconv.fusion.ULPS` units in the last place,
+
+            |y - y*| <= (1 + u_out) * (s * B + e * (|y*| + 2 * s * B)) + u_out * |y*| + tiny
+
+        (for snake e stands before s * |x| in place of |y*|, s being 1 + |alpha/beta|; for gelu a unit of x is added).
+        An activated input differs from the exact one by as much with B = 0, and each difference takes its weight times
+        that with it.
+
+        The bound of integers is zero.
+
+        Through the FFT (`algorithm="fft"`) a bound by norms takes the place of gamma(n + 2) times the magnitude. Of a
+        block of B samples with spectra U_c of its channels c, samples u_c, taps w_c and their spectra W_c, for each of
+        its results::
+
+            |y - y*| <= a * sum of |w_c|_2 * |u_c|_2 + b * sum of (max |W_c| + e * sqrt(B) * |w_c|_2) * |u_c|_2
+            e = t*h/(1 - t*h),  t = log2(B),  h = u + gamma(4)*(sqrt(2) + u)
+            a = (1 + e)**2 * (1 + q) - 1,  b = e * (1 + e) * (1 + q),  q = sqrt(2) * gamma(2*C + 2)
+
+        e bounds the relative error of a transform in the 2-norm, for B a power of two; libraries that take several
+        digits at once, or half as many complex numbers for real ones, do as well or better. q is that of a sum of C
+        products of two complex numbers. The first term is what the transforms of samples and taps and the products
+        add to a result, by the Cauchy-Schwarz inequality over the frequencies; the second the inverse transform, whose
+        input has a 2-norm of at most the sum of max |W_c| * |U_c|_2. In a weight gradient the sums run over the blocks,
+        with the samples of coarse as the taps.
+
+        Source: N. J. Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., section 3.1, 2.8 (underflow), 3.6
+        (complex products) and theorem 24.2 (FFT);
+        M. Fasi et al., Numerical behavior of NVIDIA tensor cores, PeerJ Computer Science 7, 2021 (alignment, blocks).
+
+        Args:
+            exact: what the method of this name gives, where the caller has it.
+
+        Returns:
+            The shape of the result, float64; NaN or infinite where the exact value is. For complex data it bounds the
+            real and the imaginary part each.
+
+        Raises:
+            ValueError: the reduction is so long that the bound does not exist (``(n + 2)*u >= 1``).
+        """
+        exact = self.exact() if exact is None else exact
+        if self._is_integer:
+            return np.zeros(exact.shape)
+        return self._bounds(exact if self.activation is None else self._before_activation(), exact).result
+
+    def within_bound(self, output: Array) -> npt.NDArray[np.bool_]:
+        """Which elements of `output` are right: within `error_bound`, NaN and infinities where they belong.
+
+        An infinity is right, too, where the exact value lies within the bound of the overflow threshold, or where the
+        terms of that sign overflow the accumulator on their own; a NaN is where those of both signs do. Where finite
+        data overflow float64 itself there is no reference and every value passes.
+
+        Returns:
+            The shape of the result, bool.
+        """
+        return self.compare(output).right
+
+    def compare(self, output: Array) -> Comparison:
+        """`output` beside what it should be."""
+        if self._is_integer:
+            exact = self.exact()
+            return Comparison(np.asarray(output == exact), exact, np.zeros(exact.shape), output)
+        before = self._before_activation()
+        exact = before if self.activation is None else self.activation(before)
+        bounds = self._bounds(before, exact)
+        y = self._as_wide(output)
+        return Comparison(self._within(y, before, exact, bounds), exact, bounds.result, y)
+
+    def _within(self, y: Array, before: Array, exact: Array, bounds: _Bounds) -> npt.NDArray[np.bool_]:
+        if self.activation is not None:
+            right = self._activated_within(y, before, exact, bounds)
+        elif self._is_complex:
+            right = self._part_within(y.real, exact.real, bounds)
+            right &= self._part_within(y.imag, exact.imag, bounds)
+        else:
+            right = self._part_within(y, exact, bounds)
+        arrays = (self.left, self.right, self.addend)
+        special = [None if array is None else ~np.isfinite(self._as_wide(array)) for array in arrays]
+        of_residual = None if self.residual is None else ~np.isfinite(self._as_wide(self.residual))
+        if not any(mask is not None and mask.any() for mask in (*special, of_residual)):
+            return right
+        masks_l, masks_r, masks_a = (None if mask is None else mask.astype(np.float64) for mask in special)
+        assert masks_l is not None
+        assert masks_r is not None
+        fed = self.evaluate(masks_l, np.ones_like(masks_r), masks_a)
+        fed = fed + self.evaluate(np.ones_like(masks_l), masks_r, None)
+        if of_residual is not None:
+            fed = fed + of_residual
+        return np.asarray(np.where(fed > 0, self._special_within(y, exact, bounds.magnitude), right))
+
+    def _bounds(self, before: Array, exact: Array) -> _Bounds:
+        real, accumulator = self._formats
+        n = self.terms * self.products
+        if self.of_fft is not None:
+            addend = None if self.addend is None else self._magnitudes(self.addend)
+            magnitude = self.evaluate(self._magnitudes(self.left), self._magnitudes(self.right), addend)
+            # The addend is added behind the transforms.
+            of_sums = self.of_fft + gamma_of(2, accumulator.roundoff) * (np.abs(exact) + self.of_fft)
+            of_sums = of_sums + gamma_of(n + 2, FORMATS["float64"].roundoff) * magnitude
+            rounded = real.roundoff * (np.abs(exact) + of_sums) + real.smallest_normal * real.roundoff
+            return _Bounds(np.asarray(of_sums + rounded), of_sums, magnitude)
+        on_tensor_cores = self.dtype in ("float16", "bfloat16") or self.precision == "tf32"
+        addends = 2 if self.residual is None else 3
+        roundings = n + (-(-n // 3) if on_tensor_cores else 0) + addends
+        gamma = gamma_of(roundings, accumulator.roundoff) + gamma_of(n + addends, FORMATS["float64"].roundoff)
+        operand = OPERAND_ROUNDOFF[self.precision]
+        gamma += (1 + gamma) * (2 * operand + operand**2)
+        left, right = self._magnitudes(self.left), self._magnitudes(self.right)
+        tiny: Any = accumulator.smallest_normal * (2 * n + 2) + real.smallest_normal * real.roundoff
+        with np.errstate(invalid="ignore", over="ignore"):
+            if self.left_error is not None:
+                left = left + self.left_error
+                tiny = tiny + self.evaluate(self.left_error, right, None)
+            magnitude = self.evaluate(left, right, None if self.addend is None else self._magnitudes(self.addend))
+            if self.residual is not None:
+                magnitude = magnitude + self._magnitudes(self.residual)
+            # A flushed operand takes its whole product with it, however large the other operand is.
+            small_left, small_right = self._subnormal_parts(self.left), self._subnormal_parts(self.right)
+            if small_left.any() or small_right.any():
+                tiny = tiny + self.evaluate(small_left, right, None) + self.evaluate(left, small_right, None)
+            of_sums = gamma * magnitude + tiny
+            if self.activation is None:
+                return _Bounds(np.asarray(of_sums + real.roundoff * np.abs(exact)), of_sums, magnitude)
+            moved = self.activation.error(before, exact, accumulator, of_sums)
+            result = moved + real.roundoff * (np.abs(exact) + moved) + real.smallest_normal * real.roundoff
+            return _Bounds(np.asarray(result), of_sums, magnitude)
+
+    def _overflows(self, exact: Array, bounds: _Bounds) -> tuple[Array, Array]:
+        """Which sums may become infinite, and which negative infinite, before anything else is applied."""
+        largest = self._formats[1].largest
+        # The terms of one sign alone sum to (magnitude + exact)/2, or to (magnitude - exact)/2.
+        rises = bounds.magnitude / 2 + exact / 2 + bounds.sums > largest
+        return rises, bounds.magnitude / 2 - exact / 2 + bounds.sums > largest
+
+    def _activated_within(self, y: Array, before: Array, exact: Array, bounds: _Bounds) -> npt.NDArray[np.bool_]:
+        """Which elements of an activated result are right, on finite data."""
+        assert self.activation is not None
+        largest, bound = self._formats[0].largest, bounds.result
+        with np.errstate(invalid="ignore", over="ignore"):
+            rises, falls = self._overflows(before, bounds)
+            right = np.abs(y - exact) <= bound
+            right |= (rises & self._is_near(y, self.activation.limits(y.shape, np.inf))) | (rises & falls & np.isnan(y))
+            right |= falls & self._is_near(y, self.activation.limits(y.shape, -np.inf))
+            right |= np.isposinf(y) & (exact + bound > largest)
+            right |= np.isneginf(y) & (bound - exact > largest)
+        return np.asarray(right | ~(np.isfinite(before) & np.isfinite(exact) & np.isfinite(bound)))
+
+    def _is_near(self, y: Array, limits: Array) -> npt.NDArray[np.bool_]:
+        """Which elements are what an activation makes of an infinity or a NaN."""
+        real, accumulator = self._formats
+        with np.errstate(invalid="ignore"):
+            near = np.abs(y - limits) <= 2 * (real.roundoff + 2 * ULPS * accumulator.roundoff) * np.abs(limits)
+        return np.asarray((y == limits) | (np.isnan(y) & np.isnan(limits)) | (np.isfinite(limits) & near))
+
+    def _part_within(self, y: Array, exact: Array, bounds: _Bounds) -> npt.NDArray[np.bool_]:
+        """Which elements of a real, or of the real or imaginary part of a complex result are right, on finite data."""
+        real, bound = self._formats[0], bounds.result
+        with np.errstate(invalid="ignore", over="ignore"):
+            close = np.abs(y - exact) <= bound
+            rises, falls = self._overflows(exact, bounds)
+            overflow = np.isposinf(y) & (rises | (exact + bound > real.largest))
+            overflow |= np.isneginf(y) & (falls | (bound - exact > real.largest))
+            overflow |= np.isnan(y) & rises & falls
+        unknown = ~(np.isfinite(exact) & np.isfinite(bound))
+        return np.asarray(unknown | close | overflow)
+
+    def _special_within(self, y: Array, exact: Array, magnitude: Array) -> npt.NDArray[np.bool_]:
+        """Which elements are right among those with a NaN or an infinity in a term."""
+        if self._is_complex:  # either part may be the non-finite one: C99 Annex G leaves it open
+            return ~np.isfinite(y)
+        same = (y == exact) | (np.isnan(y) & np.isnan(exact))
+        if self.activation is not None:
+            same |= self._is_near(y, exact)
+        # Finite terms that overflow meet an infinity, or an infinity meets a flushed operand: NaN is right, too.
+        infinite_left, infinite_right = (np.isinf(self._as_wide(a)).astype(np.float64) for a in (self.left, self.right))
+        meets = self.evaluate(infinite_left, self._subnormal_parts(self.right), None)
+        meets = meets + self.evaluate(self._subnormal_parts(self.left), infinite_right, None)
+        excused = (magnitude > self._formats[1].largest) | (meets > 0)
+        right = same | (excused & ~np.isfinite(y))
+        if self.activation is not None:
+            for sign in (-np.inf, np.inf):
+                right |= excused & self._is_near(y, self.activation.limits(y.shape, sign))
+        return np.asarray(right)
+
+    @property
+    def _is_integer(self) -> bool:
+        return self.dtype in INTEGERS
+
+    @property
+    def _is_complex(self) -> bool:
+        return FORMATS[self.dtype].is_complex
+
+    @property
+    def _formats(self) -> tuple[Format, Format]:
+        """Those of the result's real part and of the accumulator."""
+        found = FORMATS[self.dtype]
+        return found, FORMATS[found.accumulator]
+
+    def _as_wide(self, array: Any) -> Array:
+        wide = np.int64 if self._is_integer else np.complex128 if self._is_complex else np.float64
+        return np.asarray(array).astype(wide)
+
+    def _magnitudes(self, array: Array) -> Array:
+        """The absolute values, zero in the place of NaN and infinities."""
+        wide = self._as_wide(array)
+        with np.errstate(over="ignore"):
+            return np.abs(np.where(np.isfinite(wide), wide, 0.0))
+
+    def _subnormal_parts(self, array: Array) -> Array:
+        """The absolute values of what flushing the operands to zero takes away."""
+        smallest = self._formats[1].smallest_normal
+        wide = self._as_wide(array)
+        parts = np.abs(np.stack((wide.real, wide.imag)))
+        return np.asarray(np.sum(parts, axis=0, where=parts < smallest))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Bounds:
+    """Bounds of the elements of a result.
+
+    Attributes:
+        result: how far they may lie from the exact ones.
+        sums: likewise what they are made of before it is activated or rounded.
+        magnitude: the sum of |left| * |right| + |addend| + |residual| over the finite data alone.
+    """
+
+    result: Array
+    sums: Array
+    magnitude: Array
+
+
+def gamma_of(m: int, u: float) -> float:
+    if m * u >= 1:
+        raise ValueError(f"no error bound exists for {m} roundings of unit roundoff {u}")
+    return m * u / (1 - m * u)
