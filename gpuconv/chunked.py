@@ -108,7 +108,7 @@ def conv1d(
         residual: a source of the output's shape, or None.
         activation: see there.
         precision: see there.
-        algorithm: see there.
+        algorithm: see there. With "fft" blocks begin in each piece, so that the bits are not those of one call.
         out_dtype: see there.
 
     Returns:
@@ -180,7 +180,7 @@ def conv_transpose1d(
         residual: a source of the output's shape, or None.
         activation: see there.
         precision: see there.
-        algorithm: see there.
+        algorithm: see there. With "fft" blocks begin in each piece, so that the bits are not those of one call.
         out_dtype: see there.
 
     Returns:

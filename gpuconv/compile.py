@@ -11,7 +11,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from typing import Any, NamedTuple, TypeAlias
 
-from . import cubins, runtime
+from . import cubins, fft, runtime
 from .device import ARCHITECTURES, Device
 from .dtypes import DTYPES, dtype_name
 from .explain import DIRECTIONS, Direction, explain
@@ -172,10 +172,12 @@ def configs_of(
             explanation = explain(op, *arrays, direction=direction, device=device, **settings)
         except (ValueError, TypeError) as error:
             raise type(error)(str(error).replace("explain:", f"{caller}:", 1)) from None
-        if explanation.choice is not None:
-            configs.update((step.config, None) for step in explanation.choice.plan.steps)
-            if explanation.problem.has_lengths:
-                configs.update((config, None) for config in lengths.write_configs())
+        plan = explanation.by_fft
+        for choice in (explanation.choice,) if plan is None else fft.products(plan, device):
+            if choice is not None:
+                configs.update((step.config, None) for step in choice.plan.steps)
+        if explanation.choice is not None and explanation.problem.has_lengths:
+            configs.update((config, None) for config in lengths.write_configs())
     return [*configs]
 
 

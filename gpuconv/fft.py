@@ -126,7 +126,9 @@ class Plan:
         of_written = block + (copies + (0 if self.by_matrices else 1)) * spectrum
         blocks = self.batch * self.groups * (self.read * of_read + self.written * of_written)
         p = self.problem
-        fold = p.N * p.C_out * p.L_out * size if isinstance(p, ConvProblem) and p is not self.given else 0
+        fold = 0
+        if isinstance(p, ConvProblem) and isinstance(self.given, ConvProblem) and p is not self.given:
+            fold = p.N * p.C_out * (p.L_out + 2 * max(self.given.padding)) * size
         return taps + blocks + fold
 
     @property
@@ -377,12 +379,13 @@ class Executor:
             runtime.refuse_during_capture(what, output.data.device_id)
         operands = [None if array is None else runtime.aligned(array) for array in arrays[:-1]]
         result = runtime.aligned(output)
-        if isinstance(p, ConvProblem):
-            x, weight, *others = operands
-            work = _Convolution(self.plan, weight, self._conjugate_weight, prepared, xp)
-            work.run(x, others[0] if others else None, result)
-        else:
-            _WeightGradient(self.plan, xp).run(*p.sides(*operands), result)
+        with np.errstate(all="ignore"):  # of NaN and infinities
+            if isinstance(p, ConvProblem):
+                x, weight, *others = operands
+                work = _Convolution(self.plan, weight, self._conjugate_weight, prepared, xp)
+                work.run(x, others[0] if others else None, result)
+            else:
+                _WeightGradient(self.plan, xp).run(*p.sides(*operands), result)
         if result is not output:
             runtime.assign(output, result)
 
@@ -425,13 +428,31 @@ class _Work:
         if not self.plan.on_gpu:
             return np.matmul(left, right)
         # As a convolution with a group for each of them, and one tap: bits do not depend on the number of columns.
-        G, F, M, depth = left.shape
-        columns = right.shape[-1]
-        x, w = right.reshape(1, G * F * depth, columns), left.reshape(G * F * M, depth, 1)
-        y = self.xp.empty((1, G * F * M, columns), left.dtype)
-        p = ConvProblem.conv1d(x, w, groups=G * F)
-        _product_executor(p, int(y.data.device_id)).run(x, w, y)
-        return y.reshape(G, F, M, columns)
+        p = _product_problem(left.shape, right.shape[-1], str(left.dtype))
+        y = self.xp.empty((*left.shape[:3], right.shape[-1]), left.dtype)
+        operands = right.reshape(p.input_shape), left.reshape(p.weight_shape), y.reshape(p.output_shape)
+        _product_executor(p, int(y.data.device_id)).run(*operands)
+        return y
+
+
+def _product_problem(left: tuple[int, int, int, int], columns: int, dtype: str) -> ConvProblem:
+    groups, frequencies, M, depth = left
+    products = groups * frequencies
+    return ConvProblem("conv1d", 1, products * depth, products * M, columns, 1, groups=products, dtype=dtype)
+
+
+def products(plan: Plan, device: Device) -> list[dispatch.Choice | None]:
+    """The kernels that multiply the matrices of a plan on a GPU."""
+    if not plan.by_matrices:
+        return []
+    dtype, found = str(_spectral_dtype(plan.problem.dtype)), []
+    for groups, channels in plan.chunks():
+        written = (channels.stop - channels.start) * plan.overlap.phases_out
+        depth, columns = plan.read, plan.batch
+        if isinstance(plan.problem, WeightGradientProblem):
+            depth, columns = columns, depth
+        found.append(_product_problem((groups.stop - groups.start, plan.frequencies, written, depth), columns, dtype))
+    return [dispatch.choose(p, Layout.contiguous(p), device) for p in dict.fromkeys(found)]
 
 
 @lru_cache(maxsize=256)

@@ -96,7 +96,7 @@ class Overlap:
         start, stop, rows = 0, -(-positions // spacing), min(spacing, positions)
         if p.transposed and isinstance(p, ConvProblem):
             # Result m sums the inputs m - (taps - 1) to m. Those before `start` lie in what the padding cuts off.
-            reach = p.stride * (rows - 1) + p.dilation * (phases - 1)
+            reach = p.stride * (spacing - 1) + p.dilation * (phases - 1)
             start = max(0, -((reach - p.padding_left) // fine.step))
             stop = max(start, min(stop + taps - 1, -(-(p.L_out + p.padding_left) // fine.step)))
             coarse = coarse._replace(first=-spacing * (taps - 1))

@@ -17,6 +17,7 @@ import pytest
 
 import gpuconv
 from gpuconv import cli, dispatch, fft, grad, nn, reference, runtime, stream
+from gpuconv.compile import configs_of
 from gpuconv.device import ARCHITECTURES
 from gpuconv.problem import DTYPES, ArraySpec, ConvProblem, Op, WeightGradientProblem
 from tests.strategies import random_array
@@ -205,6 +206,28 @@ def test_auto_chooses_by_the_layer_and_explain_shows_both_costs() -> None:
             assert fft.costs(p, device).fft_us > 0
 
 
+def test_what_multiplies_spectra_is_compiled_in_advance() -> None:
+    x, w = ArraySpec((1, 8, 1000), "float32"), ArraySpec((8, 4, 90), "float32")
+    arch = ARCHITECTURES["sm_90"]
+    settings = {"groups": 2, "algorithm": "fft"}
+    configs = configs_of("compile", "conv1d", (x, w), arch, ("forward", "grad_input", "grad_weight"), settings)
+    assert configs
+    assert all(dict(config.macros)["DTYPE"] == "complex64" for config in configs)
+    w = ArraySpec((8, 1, 90), "float32")
+    assert configs_of("compile", "conv1d", (x, w), arch, ("forward",), {"groups": 8, "algorithm": "fft"}) == []
+
+
+def test_what_is_not_finite_spoils_its_block_alone() -> None:
+    x, w, new = shifted_layer(2, 2)
+    expected = gpuconv.conv1d(x, w, groups=2, algorithm="fft")
+    x[0, 1, new + 150] = np.inf
+    y = gpuconv.conv1d(x, w, groups=2, algorithm="fft")
+    assert not np.isfinite(y[0, 1, new : 2 * new]).any()
+    spoilt = np.zeros(y.shape, np.bool_)
+    spoilt[0, 1, new : 2 * new] = True
+    assert (y[~spoilt] == expected[~spoilt]).all()
+
+
 def test_what_the_fft_does_not_take_is_refused_before_anything_is_computed() -> None:
     x, w = np.ones((2, 2, 50), np.float32), np.ones((2, 2, 3), np.float32)
     out = np.full((2, 2, 48), 7, np.float32)
@@ -326,6 +349,8 @@ def test_bits_on_a_gpu_follow_the_block_of_a_dense_layer(cupy: Any, on_gpu: OnTh
     y = gpuconv.conv1d(data, gpuconv.prepare(taps), groups=2, algorithm="fft").get()
     assert (y[1, :, 2 * new : 3 * new] == y[0, :, new : 2 * new]).all()
     shapes = set(on_gpu.shapes)
+    small = gpuconv.conv1d(data[..., :9], taps[..., :3], groups=2, algorithm="auto")
+    assert (small == gpuconv.conv1d(data[..., :9], taps[..., :3], groups=2)).all()
     out = cupy.zeros((1, 2 * (4 * new - 99), 4), np.float32).transpose(0, 2, 1)[..., ::-2]
     gpuconv.conv1d(data[:1, :, : 4 * new], taps, groups=2, algorithm="fft", out=out)
     assert (out.get()[..., : 3 * new] == y[:1, :, : 3 * new]).all()
