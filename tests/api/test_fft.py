@@ -16,7 +16,7 @@ import numpy.typing as npt
 import pytest
 
 import gpuconv
-from gpuconv import cli, dispatch, fft, grad, nn, reference, runtime, stream
+from gpuconv import cases, cli, dispatch, fft, grad, nn, reference, runtime, stream
 from gpuconv.compile import configs_of
 from gpuconv.device import ARCHITECTURES
 from gpuconv.problem import DTYPES, ArraySpec, ConvProblem, Op, WeightGradientProblem
@@ -130,6 +130,20 @@ def shifted_layer(C: int, groups: int) -> tuple[Array, Array, int]:
     return x, w, new
 
 
+@pytest.mark.parametrize(
+    "name", ["wide_filters", "wide_stride", "up_wide_stride", "up_wide_narrow", "reflect_long_sum"]
+)
+def test_far_steps_take_no_more_memory_than_the_results(name: str) -> None:
+    """Strides and dilations of 2**31, whose rows and phases exist in thought only."""
+    (case,) = (case for case in (*cases.CASES, *cases.WIDE_CASES) if case.name == name)
+    p, settings = case.at("float64"), {**dict(case.settings), "algorithm": "fft"}
+    data, u = cases.random_data(p, 0), cases.random_grad_output(p, 0)
+    y = getattr(gpuconv, p.op)(*data, **settings)
+    assert reference.convolution(p, *data, by_fft=True).within_bound(y).all()
+    g = getattr(grad, f"{p.op}_input")(p.input_shape, data.weight, u, **settings)
+    assert reference.input_gradient(p, data.weight, u, by_fft=True).within_bound(g).all()
+
+
 def test_bits_follow_the_block_and_not_its_place() -> None:
     """Channels by themselves, since NumPy's products of matrices depend on the number of their columns."""
     x, w, new = shifted_layer(3, 3)
@@ -158,8 +172,10 @@ def test_memory_follows_the_layer_alone() -> None:
 
 def test_a_prepared_weight_keeps_its_spectra(monkeypatch: pytest.MonkeyPatch) -> None:
     packed: list[Any] = []
-    pack = fft._Convolution.pack
-    monkeypatch.setattr(fft._Convolution, "pack", lambda self, weight: packed.append(weight) or pack(self, weight))
+    pack = fft.executor._Convolution.pack
+    monkeypatch.setattr(
+        fft.executor._Convolution, "pack", lambda self, weight: packed.append(weight) or pack(self, weight)
+    )
     rng = np.random.default_rng(2)
     x, w = random_array(rng, (2, 6, 900), "complex64"), random_array(rng, (4, 3, 200), "complex64")
     handle = gpuconv.prepare(w)
@@ -289,7 +305,7 @@ def test_layers_and_the_command_line_take_it(tmp_path: Any) -> None:
 
 
 def test_numpy_transforms_where_scipy_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fft, "_of_numpy", lambda: np.fft)
+    monkeypatch.setattr(fft.executor, "_of_numpy", lambda: np.fft)
     rng = np.random.default_rng(21)
     for dtype in DTYPES:
         assert all(comparison.right.all() for comparison in Call(rng, dtype).comparisons())
@@ -299,7 +315,7 @@ def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime.gpu, "cupy_module", lambda: SimpleNamespace(fft=None))
     monkeypatch.setitem(__import__("sys").modules, "cupy.cuda", SimpleNamespace())
     with pytest.raises(ImportError, match=r'^algorithm "fft" needs cuFFT, which CuPy cannot load: .*cuda13-full'):
-        fft.transforms(SimpleNamespace())  # type: ignore[arg-type]
+        fft.executor.transforms(SimpleNamespace())  # type: ignore[arg-type]
 
 
 class OnTheHost:
@@ -323,8 +339,8 @@ class OnTheHost:
 def on_gpu(cupy: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[OnTheHost]:
     """Small batches of blocks, for several of them, and on the stand-in NumPy's transforms."""
     host = OnTheHost(cupy)
-    monkeypatch.setattr(fft, "transforms", lambda xp: host if xp is cupy else np.fft)
-    monkeypatch.setitem(fft.BATCH_BYTES, "gpu", 2**13)
+    monkeypatch.setattr(fft.executor, "transforms", lambda xp: host if xp is cupy else np.fft)
+    monkeypatch.setitem(fft.plan.BATCH_BYTES, "gpu", 2**13)
     fft.choose.cache_clear()
     yield host
     fft.choose.cache_clear()
