@@ -57,8 +57,6 @@ def _on_the_gpu_of_its_arrays(function: Callable[_P, _R]) -> Callable[_P, _R]:
 def convolve(in1: Any, in2: Any, mode: str = "full", method: str = "auto", *, axis: SupportsIndex | None = None) -> Any:
     """Convolve two arrays along one axis, as `scipy.signal.convolve` does.
 
-    ::
-
         out[l] = sum over k of in1[l - k] * in2[k]
 
     Args:
@@ -95,8 +93,6 @@ def correlate(
     in1: Any, in2: Any, mode: str = "full", method: str = "auto", *, axis: SupportsIndex | None = None
 ) -> Any:
     """Cross-correlate two arrays along one axis, as `scipy.signal.correlate` does.
-
-    ::
 
         out[l] = sum over k of in1[k] * conj(in2[k - l + K - 1])
 
@@ -158,8 +154,6 @@ def oaconvolve(in1: Any, in2: Any, mode: str = "full", axes: Any = None) -> Any:
 @_on_the_gpu_of_its_arrays
 def upfirdn(h: Any, x: Any, up: int = 1, down: int = 1, axis: int = -1, mode: str = "constant", cval: float = 0) -> Any:
     """Insert zeros, filter and keep every `down`-th sample, as `scipy.signal.upfirdn` does, without the work for zeros.
-
-    ::
 
         out[l] = sum over k of h[k] * x[(l*down - k)/up]        (terms whose index is no integer do not exist)
 

