@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -190,6 +191,12 @@ def test_metadata(wheel: Path, tmp_path: Path) -> None:
         ("console_scripts", "gpuconv", "gpuconv.cli:main"),
         ("pytest11", "gpuconv", "gpuconv.pytest_plugin"),
     }
+
+    # The README on PyPI, where its relative links would lead nowhere.
+    links = re.findall(r"\]\(([^)\s]+)\)", str(metadata.get_payload()))
+    assert "https://raw.githubusercontent.com/gpuconv/gpuconv/main/bench/gallery/ecg.svg" in links
+    assert "https://github.com/gpuconv/gpuconv/blob/main/CHANGELOG.md" in links
+    assert [link for link in links if not link.startswith(("https://", "#"))] == []
 
     assert {text.partition(", ")[0] for text in metadata.get_all("Project-URL") or ()} >= {"Homepage", "Issues"}
     assert "conv1d" in metadata["Keywords"].split(",")
