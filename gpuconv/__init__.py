@@ -72,11 +72,11 @@ positions, and the second number is that of the input channels of a transposed o
 8 they need K from 8, and in float32 at least 32 products of it and K. Very short samples stay on CUDA cores where
 tensor cores could miss the bound. Everything else, and float64 and complex data, runs on CUDA cores.
 
-`gpuconv.reference` gives each result an error bound. For float16, bfloat16 and TF32, which tensor cores may sum, its n
-+ 2 becomes 4n/3 + 2, and TF32 adds what rounding its operands costs. Split TF32 keeps the bound of float32; values
-that cannot be split without loss (infinities, NaN, below 2^-102, from 2^127 on) and sums that are not finite are
-computed with fused multiply-adds instead, for each result by itself. An activation multiplies the bound by its largest
-slope and adds its own error, at most 4 units in the last place (gelu: and one of its argument).
+`gpuconv.reference` gives each result an error bound. For float16, bfloat16 and TF32, which tensor cores may sum, it
+has `4n/3 + 2` in place of `n + 2`, and TF32 adds what rounding its operands costs. Split TF32 keeps the bound of
+float32; values that cannot be split without loss (infinities, NaN, below 2^-102, from 2^127 on) and sums that are not
+finite are computed with fused multiply-adds instead, for each result by itself. An activation multiplies the bound by
+its largest slope and adds its own error, at most 4 units in the last place (gelu: and one of its argument).
 
 In a checkout `python -m bench.accuracy` compares all of them with float64. By the published arithmetic of Hopper's
 tensor cores, executed on the CPU (no GPU has confirmed it yet), the RMS error of split TF32 is 1.4 to 11 times smaller
