@@ -18,23 +18,22 @@ import gpuconv.torch
 OTHERS = (gpuconv.sigpy, gpuconv.torch)
 
 
-def show_what_is_inherited(cls: type) -> None:
-    """Make the methods of private bases the class's own, or the page would only name them."""
+def show_what_is_inherited(cls: type, public: set[object]) -> None:
+    """Make the methods of bases that have no page the class's own, or its page would only name them."""
     for base in cls.__mro__[1:]:
-        if base.__name__.startswith("_") and base.__module__.startswith("gpuconv"):
+        if base not in public and base.__module__.startswith("gpuconv"):
             for name, value in vars(base).items():
                 if not name.startswith("_") and inspect.getdoc(value) and name not in vars(cls):
                     setattr(cls, name, value)
 
 
 def main(folder: Path) -> None:
-    public = {name: getattr(gpuconv, name) for name in gpuconv.__all__}
-    for name, value in public.items():
-        setattr(gpuconv, name, value)  # what is loaded at first use: pdoc would look for modules of these names
-    modules = [gpuconv, *filter(inspect.ismodule, public.values()), *OTHERS]
-    for module in modules:
-        for cls in filter(inspect.isclass, vars(module).values()):
-            show_what_is_inherited(cls)
+    offered = {name: getattr(gpuconv, name) for name in gpuconv.__all__}
+    vars(gpuconv).update(offered)  # what is loaded at first use: pdoc would look for modules of these names
+    modules = [gpuconv, *filter(inspect.ismodule, offered.values()), *OTHERS]
+    public = {getattr(module, name) for module in modules for name in module.__all__}
+    for cls in filter(inspect.isclass, public):
+        show_what_is_inherited(cls, public)
     warnings.simplefilter("error")
     pdoc.render.configure(docformat="google", footer_text=f"gpuconv {gpuconv.__version__}")
     pdoc.pdoc("gpuconv", *(module.__name__ for module in OTHERS), output_directory=folder)

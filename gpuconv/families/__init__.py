@@ -23,10 +23,10 @@
 The docstring of `gpuconv` says which layers go to tensor cores. All other families agree bit for bit.
 
 One road leads from every public function to the launch: `conv1d`, then `calls.run`, which checks the arguments and
-makes the problem, then `Executor.run`, which holds loaded kernels, then the launch, in `runtime.py`, the one file that
-builds and launches kernels. What it launches is a `Plan`, the steps that a family answers with: packing weights, the
-family's own kernel, adding partial sums. `explain`, `warmup`, `verify` and `bench` read the same steps. A repeated
-call is one dictionary look-up and one launch a step; `gpuconv.prepare(weight)` packs once for many calls.
+makes the problem, then `Executor.run`, which holds loaded kernels, then the launch, in `runtime/kernels.py`, the one
+file that builds and launches kernels. What it launches is a `Plan`, the steps that a family answers with: packing
+weights, the family's own kernel, adding partial sums. `explain`, `warmup`, `verify` and `bench` read the same steps. A
+repeated call is one dictionary look-up and one launch a step; `gpuconv.prepare(weight)` packs once for many calls.
 
 To add a family:
 
