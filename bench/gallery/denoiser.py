@@ -113,6 +113,6 @@ def draw(signals: dict[str, Any]) -> Figure:
     axes[0, 0].set(ylabel="frequency [kHz]", yticks=range(5))
     axes[1, 0].set(ylabel="amplitude", yticks=(-0.5, 0, 0.5), xticks=np.arange(0, 3, 0.5))
     axes[1, 1].axvspan(0, LISTEN, color="#EEEEEE", linewidth=0)
-    axes[1, 1].text(0.03, 0.62, "learns\nthe noise", va="top", color="#333333", fontsize=9)
+    axes[1, 1].text(0.03, 0.62, "learns\nthe noise", va="top", color="#333333", fontsize=8.5)
     figure.colorbar(image, ax=axes[0, :], label="power [dB]", pad=0.01)
     return figure

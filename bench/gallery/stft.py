@@ -74,7 +74,7 @@ def draw(signals: dict[str, Any]) -> Figure:
     above.set(ylabel="frequency [kHz]", yticks=range(0, 9, 2), title=f"The spectrogram: conv1d(x, w, stride={HOP})")
     above.grid(visible=False)
     figure.colorbar(image, ax=above, label="power [dB]", pad=0.01)
-    below.plot(seconds, sound, color="#0072B2", linewidth=0.5, rasterized=True)
+    below.plot(seconds, again, color="#0072B2", linewidth=0.5, rasterized=True)
     error = np.abs(again - sound).max() / np.abs(sound).max()
     below.set(
         xlabel="time [s]",
