@@ -1,4 +1,4 @@
-"""What a tag does: the workflow that publishes has no more rights than it needs, and versions agree before it builds."""
+"""What a tag does: its workflow has no more rights than it needs, and versions agree before it builds."""
 
 from __future__ import annotations
 
