@@ -1,5 +1,5 @@
 """The command line: `gpuconv info | verify | explain | conv1d | conv_transpose1d | warmup | cache |
-plot | completion`.
+bench | plot | completion`.
 
 Errors of the user end in one line on stderr and an exit code, never in a traceback.
 """
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from .. import __version__, files
-from . import cache, completion, convolve, explain, info, plot, verify, warmup
+from . import bench, cache, completion, convolve, explain, info, plot, verify, warmup
 from .errors import EXIT_BROKEN_PIPE, EXIT_ERROR, EXIT_INTERRUPTED, CommandError
 from .parser import Parser, UsageError
 from .terminal import discard, tell
@@ -143,6 +143,7 @@ def _parser() -> Parser:
     convolve.add_to(commands, "conv_transpose1d")
     warmup.add_to(commands)
     cache.add_to(commands)
+    bench.add_to(commands)
     plot.add_to(commands)
     completion.add_to(commands, parser)
     commands.add_parser("help", help="show this, or with a command's name its help")

@@ -746,7 +746,7 @@ def test_an_interrupt_ends_with_130_and_one_line() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "gpuconv: error: interrupted\n")
 
 
-COMMANDS = ("info", "verify", "explain", "conv1d", "conv_transpose1d", "warmup", "cache", "plot", "completion")
+COMMANDS = ("info", "verify", "explain", "conv1d", "conv_transpose1d", "warmup", "cache", "bench", "plot", "completion")
 
 
 def test_the_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
