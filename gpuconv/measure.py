@@ -51,16 +51,16 @@ class Comparison:
     Attributes:
         layer: what was computed.
         method: the kernel family, or on the CPU the method.
-        ours: gpuconv's time.
-        theirs: PyTorch's; None where it has none.
-        difference: the norm of the difference of both results over that of PyTorch's; None likewise.
+        ours: gpuconv's time; None where the results differ.
+        theirs: PyTorch's; None there, and where PyTorch has none.
+        difference: the norm of the difference of both results over that of PyTorch's; None where there is one result.
         tolerance: what `difference` may be.
-        note: why PyTorch has no time.
+        note: why PyTorch has no result.
     """
 
     layer: Layer
     method: str
-    ours: Timing
+    ours: Timing | None = None
     theirs: Timing | None = None
     difference: float | None = None
     tolerance: float = 0.0
@@ -123,7 +123,7 @@ def compare(layer: Layer, *, on_gpu: bool, repeats: int) -> Comparison:
     plan = explain(layer.op, *layer.arrays, device=device, **layer.settings)
     method = plan.choice.family if plan.choice else plan.method.name if plan.method else "nothing to compute"
     result = ours()
-    found = Comparison(layer, method, Timing(0.0, 0.0))
+    found = Comparison(layer, method)
     with ExitStack() as opened:
         calls: list[Callable[[], Any]] = [ours]
         try:
@@ -136,8 +136,10 @@ def compare(layer: Layer, *, on_gpu: bool, repeats: int) -> Comparison:
         except (RuntimeError, NotImplementedError) as error:  # what PyTorch raises for dtypes that it lacks
             found = replace(found, note=f"PyTorch: {' '.join(str(error).split())[:120]}")
         del result
-        timings = _time(calls, on_gpu, repeats) if found.is_right else [Timing(0.0, 0.0)]
-    return replace(found, ours=timings[0], theirs=timings[1] if len(timings) > 1 else None)
+        if not found.is_right:
+            return found
+        first, *others = _time(calls, on_gpu, repeats)
+        return replace(found, ours=first, theirs=others[0] if others else None)
 
 
 def _draw(layer: Layer, on_gpu: bool) -> tuple[list[Any], dict[str, Any]]:

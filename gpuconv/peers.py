@@ -67,10 +67,11 @@ def conv_by_trimming(problem: ConvProblem) -> Function:
 def layer(problem: ConvProblem) -> Callable[..., Any]:
     """A whole call: (input, weight, bias, arrays of `fusion.FUSED_ARRAYS` in order) -> output.
 
-    Padding with samples is a `torch.nn.functional.pad` before, what is fused are functions before and behind.
+    Padding that differs between the sides or that means samples is a `torch.nn.functional.pad` before, as in models;
+    what is fused are functions before and behind.
 
     Raises:
-        Refused: PyTorch has no such padding, or no slice of its result is the wanted one.
+        Refused: PyTorch has no such padding.
     """
     import torch
     from torch.nn import functional
@@ -78,12 +79,14 @@ def layer(problem: ConvProblem) -> Callable[..., Any]:
     p, f = problem, problem.fuses
     if p.padding_mode == "symmetric":
         raise Refused("torch.nn.functional.pad has no mode symmetric")
-    if p.padding_mode == "zeros":
+    if p.transposed or (p.padding_mode == "zeros" and is_symmetric(p)):
         convolve = conv_by_trimming(p)
     else:
-        pad = partial(functional.pad, pad=p.padding, mode=p.padding_mode)
-        options = {"stride": p.stride, "dilation": p.dilation, "groups": p.groups}
-        convolve = lambda x, w, b: functional.conv1d(pad(x), w, b, **options)  # noqa: E731 - as above
+        pad = partial(functional.pad, pad=p.padding, mode="constant" if p.padding_mode == "zeros" else p.padding_mode)
+        without = partial(functional.conv1d, stride=p.stride, dilation=p.dilation, groups=p.groups)
+
+        def convolve(x: Any, w: Any, b: Any) -> Any:
+            return without(pad(x), w, b)
 
     def activated(y: Any, activation: Activation | None, alpha: Any, beta: Any) -> Any:
         if activation is None:

@@ -1,5 +1,4 @@
-"""The command line: `gpuconv info | verify | explain | conv1d | conv_transpose1d | warmup | cache |
-bench | plot | completion`.
+"""The command line, whose commands `gpuconv --help` lists.
 
 Errors of the user end in one line on stderr and an exit code, never in a traceback.
 """
