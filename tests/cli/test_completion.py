@@ -60,8 +60,8 @@ def test_zsh_gets_a_script_of_its_own(capsys: pytest.CaptureFixture[str]) -> Non
     assert main(["completion", "zsh"]) == 0
     script = capsys.readouterr().out
     assert script.startswith("#compdef gpuconv\n")
-    assert all(f"    {command}:'" in script for command in COMMANDS)
-    assert "    info:'versions, GPUs and what is missing'" in script
+    assert all(f"{command}:" in script for command in COMMANDS)
+    assert "versions, GPUs and what is missing" in script
     assert "_files" in script
 
 
