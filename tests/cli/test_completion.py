@@ -14,7 +14,8 @@ from tests.cli.test_cli import COMMANDS, refusal
 
 SCRIPT = """
 source "$1"
-function=$(complete -p gpuconv | sed 's/.*-F \\([^ ]*\\).*/\\1/')
+function=$(complete -p gpuconv)
+function=${function##*-F } function=${function%% *}
 while IFS= read -r line; do
     read -ra COMP_WORDS <<< "$line"
     [[ $line == *" " ]] && COMP_WORDS+=("")
