@@ -49,8 +49,8 @@ def test_the_readme_has_python() -> None:
 
 
 @pytest.mark.parametrize("block", cases())
-def test_a_block_runs_by_itself_and_the_shapes_in_its_comments_are_right(block: str, tmp_path: Path) -> None:
-    """A comment that ends an assignment and begins with a shape is that of the value."""
+def test_a_block_runs_by_itself(block: str, tmp_path: Path) -> None:
+    """And where a comment that ends an assignment begins with a shape, it is that of the value."""
     claims = re.findall(r"^(\w+) = .*#.*?(\(\d+(?:, \d+)+,?\))", block, re.MULTILINE)
     checks = "".join(f"\nassert {name}.shape == {shape}, {name}.shape" for name, shape in claims)
     done = run(block + checks, tmp_path)
