@@ -21,7 +21,7 @@ from numpy.lib.stride_tricks import as_strided
 from ..problem import ConvProblem
 from . import costs, limits
 from .arrays import Array, Scratch, accumulator, copy_padded, slices
-from .blocking import parts, share
+from .blocking import share
 from .geometry import Block, Call
 from .taps import Taps
 from .threads import run_blocks
@@ -87,9 +87,9 @@ class Toeplitz:
         samples = max(1, min(p.N, most // windows))
         groups = max(1, min(p.groups, budget // (unit * windows * samples), budget // (window * outputs)))
         if channels_last:
-            groups, samples = share(parts(p), (p.groups, groups), (p.N, samples))
+            groups, samples = share(p, (p.groups, groups), (p.N, samples))
         elif concurrent:
-            groups, samples, fewer = share(parts(p), (p.groups, groups), (p.N, samples), (per_row, windows))
+            groups, samples, fewer = share(p, (p.groups, groups), (p.N, samples), (per_row, windows))
             # The bands of many taps are filled again for each block.
             windows = fewer if taps == p.K else max(fewer, min(windows, limits.WORTH_A_BAND))
         side_by_side = samples if channels_last else samples * windows

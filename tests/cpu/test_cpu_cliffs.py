@@ -22,6 +22,7 @@ from gpuconv import cpu
 from gpuconv.cpu import choice, limits, threads
 from gpuconv.cpu.geometry import Call
 from gpuconv.cpu.taps import Taps
+from gpuconv.cpu.toeplitz import Toeplitz
 from gpuconv.problem import ConvProblem, numpy_dtype
 
 conv1d = partial(ConvProblem, "conv1d")
@@ -108,6 +109,20 @@ def test_an_infinite_input_costs_nothing_where_only_the_padding_is_zeros(
 def test_packing_short_runs_has_its_price() -> None:
     """A transposed layer whose phases have two or three taps: to pack its weight takes a quarter of the time."""
     assert choice.choose(conv_transpose1d(1, 256, 128, 400, 11, 5, 3, 3, has_bias=True)).form.name == "shift_add"
+
+
+@pytest.mark.parametrize("p", [conv1d(1, 512, 512, 938, 7, 1, 3, 3, 1, 512), conv1d(8, 64, 64, 1000, 3, 1, 1, 1, 1, 8)])
+def test_half_a_millisecond_of_work_stays_with_the_caller(p: ConvProblem) -> None:
+    """A second thread gains little or nothing there: it begins late, and both wait for each other's interpreter."""
+    assert choice.choose(p).workers == 1
+
+
+def test_a_helper_gets_less_work_than_the_caller_who_begins_first() -> None:
+    p = conv1d(1024, 64, 64, 4, 3, 1, 1, 1)
+    chosen = choice.choose(p)
+    assert chosen.workers > 1
+    assert isinstance(chosen.form, Toeplitz)
+    assert p.N // 2 < chosen.form.samples < 0.6 * p.N
 
 
 def call_of(p: ConvProblem) -> Call:
