@@ -26,6 +26,9 @@ from .geometry import Block, Call
 from .taps import Taps
 from .threads import run_blocks
 
+# The most windows of a product.
+_LINES = 512
+
 
 @dataclass(frozen=True, slots=True)
 class Toeplitz:
@@ -70,7 +73,7 @@ class Toeplitz:
         if taps < min(p.K, max(1, tile // 4)):
             return None
         window = p.C_in_g * window_length(p, tile, taps)
-        lines = min(small // (window * outputs), 512)
+        lines = min(small // (window * outputs), _LINES)
         concurrent = lines >= 8
         if channels_last and (taps < p.K or not concurrent):
             return None
@@ -84,9 +87,16 @@ class Toeplitz:
             return None
         most = max(1, budget // unit)
         windows = min(per_row, most)
+        # Rows of one sample lie next to each other, those of one group in a page of memory each. So a block has all
+        # groups where whole rows are read in place, and then enough samples for its products.
         samples = max(1, min(p.N, most // windows))
-        groups = max(1, min(p.groups, budget // (unit * windows * samples), budget // (window * outputs)))
-        if channels_last:
+        enough = min(samples, _LINES) if whole else samples
+        groups = max(1, min(p.groups, budget // (unit * windows * enough), budget // (window * outputs)))
+        if whole:
+            samples = max(1, min(p.N, most // groups))
+        if whole and concurrent and groups == p.groups:
+            (samples,) = share(p, (p.N, samples))
+        elif channels_last:
             groups, samples = share(p, (p.groups, groups), (p.N, samples))
         elif concurrent:
             groups, samples, fewer = share(p, (p.groups, groups), (p.N, samples), (per_row, windows))
