@@ -20,7 +20,7 @@ from numpy.lib.stride_tricks import as_strided
 
 from ..problem import ConvProblem
 from . import costs, limits
-from .arrays import Array, Scratch, accumulator, copy_padded, slices
+from .arrays import Array, Scratch, accumulator, copy_padded, copy_swapped, slices
 from .blocking import share
 from .geometry import Block, Call
 from .taps import Taps
@@ -137,7 +137,8 @@ class Toeplitz:
         # Rows of the same group, which are read and written one after the other, lie far from each other.
         copy = 2 * costs.ROW * p.N * p.groups if p.groups > 1 and p.N > 1 else 0.0
         if self.channels_last:
-            copy += costs.SWAPPING_COPY * size * p.N * p.groups * p.C_in_g * span(p, self.tile, per_row)
+            inputs = p.N * p.groups * p.C_in_g * span(p, self.tile, per_row)
+            copy += costs.swaps(inputs, max(p.C_in_g, p.L_in), size)
         elif not self.whole or p.dtype in costs.CONVERT:
             copy += passes * costs.copies(count * p.C_in_g, kept, costs.COPY * size)
         each = costs.ELEMENTWISE * (1 + 2 * (passes - 1)) * size
@@ -146,7 +147,7 @@ class Toeplitz:
             each += costs.CONVERT[p.dtype]
         result = count * outputs * each
         if self.channels_last:
-            result += costs.SWAPPING_COPY * size * count * outputs
+            result += costs.swaps(count * outputs, max(p.C_out_g, p.L_out), size)
         elif not self.whole or p.dtype in costs.CONVERT:
             result += costs.copies(count * p.C_out_g, self.tile * per_step, costs.COPY * size)
         calls = blocks * (costs.BLOCK + passes * 6 * costs.CALL)
@@ -158,11 +159,12 @@ class Toeplitz:
         window, outputs = p.C_in_g * U, p.C_out_g * self.tile * per_step
         lines = self.groups * self.samples * self.windows
         inputs = self.groups * self.samples * p.C_in_g * span(p, self.tile, self.windows + 1)
+        rows = max(p.C_in_g * p.L_in, p.C_out_g * p.L_out)
         buffers = {
             "band": self.groups * window * outputs,
             "panel": inputs if self.channels_last else lines * window,
             "sums": lines * outputs,
-            "input": 0 if self.channels_last else inputs,
+            "input": self.groups * self.samples * rows if self.channels_last else inputs,
         }
         if self.whole:
             buffers["full band"] = buffers["band"]
@@ -231,8 +233,10 @@ class Toeplitz:
         N, G, M = (part.stop - part.start for part in block[:3])
         length, C = self.tile * outputs_per_step(p), p.C_in_g
         band, first, last = self._band(call, block, slice(0, p.K), scratch)
+        # Conversions take several times as long on short runs, so they are done apart, along whole rows.
+        source = call.read(block.samples, block.groups, slice(0, C), 0, p.L_in, scratch)
         x = scratch.take("panel", N, G, span(p, self.tile, W), C)
-        copy_padded(call.x[block.samples, block.groups], first, first + x.shape[2], x.swapaxes(2, 3))
+        copy_padded(source, first, first + x.shape[2], x.swapaxes(2, 3), copy_swapped)
         s_n, s_g, s_l, s_c = x.strides
         step = step_inputs(p) * self.tile * s_l
         sums = scratch.take("sums", N, G, W, length * M)
@@ -250,9 +254,13 @@ class Toeplitz:
         if call.is_spoilt(band if padded_only else sums):
             self.safe.compute_outputs(call, block._replace(start=0, stop=p.L_out), scratch)
             return
-        by_channel = sums.reshape(N, G, W * length, M).swapaxes(2, 3)
-        call.add_bias(block, by_channel)
-        call.y[block.samples, block.groups] = by_channel[..., -at : p.L_out - at]
+        by_position = sums.reshape(N, G, W * length, M)
+        call.add_bias(block, by_position.swapaxes(2, 3))
+        y = call.y[block.samples, block.groups]
+        rows = y if y.dtype == call.dtype else scratch.take("input", *y.shape)
+        copy_swapped(by_position[:, :, -at : p.L_out - at], rows.swapaxes(2, 3))
+        if rows is not y:
+            y[...] = rows
 
     def _band(self, call: Call, block: Block, taps: slice, scratch: Scratch) -> tuple[Array, int, int]:
         """What each input of a window contributes to each of its outputs, as (groups, C_in_g*inputs, C_out_g*outputs).
