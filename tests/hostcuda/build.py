@@ -94,7 +94,11 @@ def binary(program: Program) -> Binary:
     """The compiled kernel, from the cache or compiled now."""
     prebuild([program])
     key = _key(program)
-    library = load(_index(key).read_text())
+    return binary_of(load(_index(key).read_text()), key)
+
+
+def binary_of(library: ctypes.CDLL, key: str) -> Binary:
+    """The kernel that a shared object has under a key."""
     return Binary(
         entry=_address(library, f"hostcuda_entry_{key}"),
         num_parameters=ctypes.c_uint.in_dll(library, f"hostcuda_parameters_{key}").value,
@@ -231,23 +235,6 @@ def _wrap(program: Program, key: str) -> str:
             "",
         ]
     )
-
-
-def precompiled(header: Path, flags: Sequence[str]) -> Path:
-    """A folder that holds a header in the compiler's own form, for what is compiled with just these flags.
-
-    In front of the header's folder among the options -I it serves every text whose first line includes the header.
-    """
-    folder = cache_folder() / f"{header.stem}-{digest(header.read_text(), *flags)}"
-    target = folder / f"{header.name}.gch"
-    if not target.exists():
-        with lock(header.stem), tempfile.TemporaryDirectory(dir=cache_folder()) as scratch:
-            if not target.exists():
-                made = Path(scratch) / target.name
-                _call([_compiler(), *flags, f"-I{_HERE}", "-x", "c++-header", str(header), "-o", str(made)])
-                folder.mkdir(exist_ok=True)
-                made.replace(target)
-    return folder
 
 
 def compile_shared(name: str, text: str, flags: Sequence[str], libraries: Sequence[str]) -> None:
