@@ -151,6 +151,7 @@ def test_tf32_is_run_where_there_is_one_or_by_name(plant: Callable[[Kernel], Non
     assert {f.dtype for f in verify("cpu", filter="k3", dtypes=["tf32"]).failures} == {"tf32"}
 
 
+@pytest.mark.long
 @pytest.mark.gpu
 def test_the_gpu_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     """On an eighth of what `verify` selects, and on what it adds so that every family is reached."""
