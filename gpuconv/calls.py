@@ -28,9 +28,8 @@ if TYPE_CHECKING:
 
 # Executors of GPU calls, and tasks of CPU calls, by everything that they depend on. A full cache drops its
 # oldest entry, so that a program whose lengths always differ keeps only so many.
-_EXECUTORS: dict[
-    tuple[Any, ...], tuple[runtime.Executor | fft.Executor, Task, Any]
-] = {}  # with the dtype of the result
+# With an executor, the dtype of the result.
+_EXECUTORS: dict[tuple[Any, ...], tuple[runtime.Executor | fft.Executor, Task, Any]] = {}
 # Of a task: the dtype of the result, and whether it is a convolution of the arrays as they are, with nothing fused.
 _TASKS: dict[tuple[Any, ...], tuple[Task, np.dtype[Any], bool]] = {}
 _CACHE_SIZE = 4096
@@ -87,7 +86,7 @@ def _run_on_cpu(
     algorithm: str | None,
     prepared: runtime.PreparedWeight | None,
 ) -> Any:
-    by_fft = None if algorithm is None else _fft_algorithm(algorithm)
+    by_fft = _fft_algorithm(algorithm)
     key = _cpu_key(function, arrays, settings) if out is None and by_fft is None else None
     found = None if key is None else _TASKS.get(key)
     if found is not None:

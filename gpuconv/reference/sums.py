@@ -25,6 +25,14 @@ class Comparison:
         exact: what `Sums.exact` gives.
         bound: what `Sums.error_bound` gives.
         output: the computed result, in the dtype of `exact`.
+
+    Example:
+        >>> import numpy as np, gpuconv
+        >>> x, w = np.ones((1, 1, 4), np.float32), np.full((1, 1, 3), 1 / 3, np.float32)
+        >>> problem = gpuconv.explain("conv1d", x, w, device="cpu").problem
+        >>> found = gpuconv.reference.convolution(problem, x, w).compare(gpuconv.conv1d(x, w))
+        >>> bool(found.right.all()), found.worst < 1
+        (True, True)
     """
 
     right: npt.NDArray[np.bool_]
@@ -67,6 +75,14 @@ class Sums:
         activation: what is then applied to them, or None.
         of_fft: how far sums through the FFT may lie from the exact ones, of the result's shape; None where they are
             summed directly.
+
+    Example:
+        >>> import numpy as np, gpuconv
+        >>> x, w = np.ones((1, 2, 4), np.float32), np.ones((1, 2, 3), np.float32)
+        >>> problem = gpuconv.explain("conv1d", x, w, device="cpu").problem
+        >>> sums = gpuconv.reference.convolution(problem, x, w)
+        >>> sums.terms, sums.exact(), sums.within_bound(gpuconv.conv1d(x, w))
+        (6, array([[[6., 6.]]]), array([[[ True,  True]]]))
     """
 
     dtype: str
@@ -100,7 +116,7 @@ class Sums:
         """The largest permitted distance of each element from `exact`, after Higham's running-error analysis.
 
         For ``n = terms`` products, accumulated in any order with or without fused multiply-add and rounded once to
-        the output dtype::
+        the output dtype:
 
             |y - y*| <= gamma(n + 2) * (sum of |left| * |right| + |addend|) + u_out * |y*| + tiny
 
@@ -131,7 +147,7 @@ class Sums:
 
         Through the FFT (`algorithm="fft"`) a bound by norms takes the place of gamma(n + 2) times the magnitude. Of a
         block of B samples with spectra U_c of its channels c, samples u_c, taps w_c and their spectra W_c, for each of
-        its results::
+        its results:
 
             |y - y*| <= a * sum of |w_c|_2 * |u_c|_2 + b * sum of (max |W_c| + e * sqrt(B) * |w_c|_2) * |u_c|_2
             e = t*h/(1 - t*h),  t = log2(B),  h = u + gamma(4)*(sqrt(2) + u)
