@@ -78,10 +78,10 @@ def conv1d(
             "base": `conv1d_direct`, one thread per output element, which takes every problem. Or a family's name; see
             `gpuconv.explain`. "fft": for long kernels, also on NumPy arrays, through the FFT of blocks whose length
             follows from K, stride and dilation alone. The error of a result is then bounded by norms of its block, a
-            NaN or an infinity spoils its whole block, and on a GPU bits depend on the samples of the block, wherever it
-            is. It takes neither integers nor what is fused. "auto": "fft" where the cost model expects that to be
-            faster, which follows from the layer alone, else as None. On NumPy arrays other names are checked and have
-            no effect.
+            NaN, an infinity or an overflow spoils its whole block, and on a GPU bits depend on the samples of the
+            block, wherever it is. What comes within the block length of the largest number overflows. It takes neither
+            integers nor what is fused. "auto": "fft" where the cost model expects that to be faster, which follows from
+            the layer alone, else as None. On NumPy arrays other names are checked and have no effect.
         out_dtype: of the sums of integers, which are exact: "int64" (None stands for it), or "int32", which keeps the
             low 32 bits. Sums beyond it wrap around, as NumPy's do. The bias has this dtype, too.
         out: an array of the output's shape, dtype and device to write to, which must not overlap the inputs.

@@ -16,8 +16,9 @@ from .sums import gamma_of
 Array = npt.NDArray[Any]
 
 
+@np.errstate(all="ignore")  # of NaN, infinities and what overflows, whose bounds are infinite
 def error_of_convolution(problem: ConvProblem, input: Array, weight: Array) -> Array:
-    """The bounds of the sums of a finite problem, whose padding is zeros where it is transposed.
+    """The bounds of the sums of a problem, whose padding is zeros where it is transposed.
 
     Returns:
         `problem.output_shape`.
@@ -31,15 +32,17 @@ def error_of_convolution(problem: ConvProblem, input: Array, weight: Array) -> A
         windows = o.windows(x, rows, blocks, dtype, np)
         of_blocks = _norm(windows).reshape(*windows.shape[:3], p.groups, -1)
         taps = o.taps_of(w, p.groups, np)
-        factors, rest = _factors(taps, o.block, taps.shape[2], p.format)
+        factors, rest, fill = _factors(taps, o.block, taps.shape[2], p.format)
         bounds = np.einsum("goc,nrbgc->nrbgo", factors, of_blocks) + rest.sum(axis=2)
+        bounds[~(np.einsum("goc,nrbgc->nrbgo", fill, of_blocks) <= 1)] = np.inf
         shape = (*windows.shape[:3], p.C_out * o.phases_out, o.new)
         o.store(np.broadcast_to(bounds.reshape(*shape[:-1], 1), shape), error, rows, blocks, np)
     return error.reshape(p.output_shape)
 
 
+@np.errstate(all="ignore")
 def error_of_weight_gradient(problem: WeightGradientProblem, coarse: Array, fine: Array) -> Array:
-    """The bounds of the sums of a finite problem.
+    """The bounds of the sums of a problem.
 
     Args:
         problem: extents and settings.
@@ -58,18 +61,23 @@ def error_of_weight_gradient(problem: WeightGradientProblem, coarse: Array, fine
     norms = _norm(o.windows(fine.astype(dtype), rows, blocks, dtype, np))
     several = norms.shape[:3]
     pieces = pieces.reshape(*several, p.groups, p.C_coarse_g, -1)
-    factors, rest = _factors(pieces, o.block, math.prod(several), p.format)
-    bounds = np.einsum("nrbgo,nrbgc->goc", factors, norms.reshape(*several, p.groups, -1))
-    bounds += rest.sum(axis=(0, 1, 2))[..., np.newaxis]
+    norms = norms.reshape(*several, p.groups, -1)
+    factors, rest, fill = _factors(pieces, o.block, math.prod(several), p.format)
+    bounds = np.einsum("nrbgo,nrbgc->goc", factors, norms) + rest.sum(axis=(0, 1, 2))[..., np.newaxis]
+    bounds[~(np.einsum("nrbgo,nrbgc->goc", fill, norms) <= 1)] = np.inf
     sums = np.broadcast_to(bounds.reshape(p.C_coarse, -1, 1), (p.C_coarse, p.C_fine_g * o.phases, o.taps))
     return np.asarray(o.weight_of(sums, p.K))
 
 
-def _factors(vectors: Array, block: int, products: int, format: Format) -> tuple[Array, Array]:
+def _factors(vectors: Array, block: int, products: int, format: Format) -> tuple[Array, Array, Array]:
     """The error of a correlation with vectors (..., taps): at most a factor times the norm of a block, and a rest.
 
     `products` of spectra are added up. The rest, and a part of the factor, are for underflow: what is smaller than the
     smallest normal number may become zero in each step of a transform.
+
+    The third array tells where nothing overflows: its sums of products with the norms are at most 1. Spectra are at
+    most sqrt(B) times a norm, and what the inverse transform sums, before it divides by B, at most B times the product
+    of both norms. A quarter of the range is kept for what libraries add up on the way.
     """
     accumulator = FORMATS[format.accumulator]
     u, steps = accumulator.roundoff, math.log2(block)
@@ -80,9 +88,13 @@ def _factors(vectors: Array, block: int, products: int, format: Format) -> tuple
     largest = gains + e * math.sqrt(block) * norms
     tiny = 4 * block * steps * accumulator.smallest_normal
     factors = ((1 + e) ** 2 * (1 + q) - 1) * norms + e * (1 + e) * (1 + q) * largest + tiny * math.sqrt(block)
-    return factors, tiny * (1 + gains)
+    spectra, limit = math.sqrt(block) * norms, accumulator.largest / 4
+    fill = np.where(spectra <= limit, math.sqrt(block) * (1 + spectra) / limit, np.inf)
+    return factors, tiny * (1 + gains), fill
 
 
 def _norm(vectors: Array) -> Array:
-    """The 2-norms along the last axis."""
-    return np.asarray(np.sqrt(np.einsum("...i,...i->...", vectors, vectors.conj()).real))
+    """The 2-norms along the last axis, of numbers whose squares may overflow or underflow."""
+    largest = np.abs(vectors).max(axis=-1, keepdims=True)
+    scaled = vectors / np.where(largest > 0, largest, 1)
+    return np.asarray(largest[..., 0] * np.sqrt(np.einsum("...i,...i->...", scaled, scaled.conj()).real))

@@ -158,7 +158,9 @@ class Sums:
         products of two complex numbers. The first term is what the transforms of samples and taps and the products
         add to a result, by the Cauchy-Schwarz inequality over the frequencies; the second the inverse transform, whose
         input has a 2-norm of at most the sum of max |W_c| * |U_c|_2. In a weight gradient the sums run over the blocks,
-        with the samples of coarse as the taps.
+        with the samples of coarse as the taps. Transforms overflow before sums of products do: the bound is infinite
+        where the sum of (B * |w_c|_2 + sqrt(B)) * |u_c|_2, or any sqrt(B) * |w_c|_2, exceeds a quarter of the largest
+        number of the accumulator.
 
         Source: N. J. Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., section 3.1, 2.8 (underflow), 3.6
         (complex products) and theorem 24.2 (FFT);
@@ -229,11 +231,12 @@ class Sums:
         n = self.terms * self.products
         if self.of_fft is not None:
             addend = None if self.addend is None else self._magnitudes(self.addend)
-            magnitude = self.evaluate(self._magnitudes(self.left), self._magnitudes(self.right), addend)
-            # The addend is added behind the transforms.
-            of_sums = self.of_fft + gamma_of(2, accumulator.roundoff) * (np.abs(exact) + self.of_fft)
-            of_sums = of_sums + gamma_of(n + 2, FORMATS["float64"].roundoff) * magnitude
-            rounded = real.roundoff * (np.abs(exact) + of_sums) + real.smallest_normal * real.roundoff
+            with np.errstate(invalid="ignore", over="ignore"):
+                magnitude = self.evaluate(self._magnitudes(self.left), self._magnitudes(self.right), addend)
+                # The addend is added behind the transforms.
+                of_sums = self.of_fft + gamma_of(2, accumulator.roundoff) * (np.abs(exact) + self.of_fft)
+                of_sums = of_sums + gamma_of(n + 2, FORMATS["float64"].roundoff) * magnitude
+                rounded = real.roundoff * (np.abs(exact) + of_sums) + real.smallest_normal * real.roundoff
             return _Bounds(np.asarray(of_sums + rounded), of_sums, magnitude)
         on_tensor_cores = self.dtype in ("float16", "bfloat16") or self.precision == "tf32"
         addends = 2 if self.residual is None else 3
@@ -302,7 +305,8 @@ class Sums:
 
     def _special_within(self, y: Array, exact: Array, magnitude: Array) -> npt.NDArray[np.bool_]:
         """Which elements are right among those with a NaN or an infinity in a term."""
-        if self._is_complex:  # either part may be the non-finite one: C99 Annex G leaves it open
+        # Of complex data either part may be the non-finite one: C99 Annex G leaves it open. Transforms spoil blocks.
+        if self._is_complex or self.of_fft is not None:
             return ~np.isfinite(y)
         same = (y == exact) | (np.isnan(y) & np.isnan(exact))
         if self.activation is not None:

@@ -242,6 +242,28 @@ def test_what_is_not_finite_spoils_its_block_alone() -> None:
     spoilt = np.zeros(y.shape, np.bool_)
     spoilt[0, 1, new : 2 * new] = True
     assert (y[~spoilt] == expected[~spoilt]).all()
+    gpuconv.testing.assert_within_bound(y, gpuconv.conv1d, x, w, groups=2, algorithm="fft")
+    y[0, 1, new + 60] = 0  # one that the infinity feeds
+    with pytest.raises(AssertionError, match=r"1 of .* elements are outside"):
+        gpuconv.testing.assert_within_bound(y, gpuconv.conv1d, x, w, groups=2, algorithm="fft")
+
+
+def test_the_bound_knows_where_transforms_overflow() -> None:
+    """Fails if finite sums that spoil their block count as wrong, or if the bound of what fits is infinite."""
+    rng = np.random.default_rng(6)
+    for dtype, scales in (("float32", (1e-30, 1e30, 1e36, 3e37)), ("complex128", (1e-170, 1e170, 1e303, 1e307))):
+        for number, scale in enumerate(scales):
+            x, w = random_array(rng, (1, 2, 900), dtype), random_array(rng, (3, 2, 90), dtype)
+            x[..., 450:] *= scale
+            p = ConvProblem.conv1d(x, w)
+            y = gpuconv.conv1d(x, w, algorithm="fft")
+            found = reference.convolution(p, x, w, by_fft=True).compare(y)
+            assert found.right.all()
+            assert np.isfinite(found.bound[..., 450:]).any() == (number < 2)
+            of_w = grad.conv1d_weight(x, w.shape, y0 := np.ones_like(y), algorithm="fft")
+            q = WeightGradientProblem.of(p)
+            assert reference.weight_gradient(q, *q.sides(x, y0), by_fft=True).within_bound(of_w).all()
+        assert not np.isfinite(y).any()
 
 
 def test_what_the_fft_does_not_take_is_refused_before_anything_is_computed() -> None:
