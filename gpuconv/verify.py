@@ -60,7 +60,7 @@ def verify(
     Of the kernel families, those that sum on CUDA cores give the bits of the base family, `conv1d_direct` or
     `conv_transpose1d_gather`, which runs every case; a family that no case reaches fails a run of all cases and dtypes.
     `far` needs free memory on the GPU, 4 GiB for float16 to 32 GiB for complex128; the report names the dtypes that
-    lack it. It is not run with a `filter`.
+    lack it. It is not run with a `filter`. `fft` is not run where CuPy finds no cuFFT, as the report says.
 
     On a GPU `exact`, `integers`, `layout`, `groups`, `bias`, `batch`, `chunks`, `lengths`, `repeat` and `gradients`
     compare bits. On the CPU only `repeat` and the last part of `gradients` do: the BLAS library picks the order of the

@@ -55,9 +55,14 @@ _driver_table: Any = None
 
 
 class Finder(MetaPathFinder):
-    """Finds CuPy's extensions as Python would, and hooks them as they are loaded."""
+    """Finds CuPy's extensions as Python would, and hooks them as they are loaded.
+
+    cuFFT, whose kernels are machine code, is missing, as where CuPy is installed without CUDA's other libraries.
+    """
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name == "cupy.cuda.cufft":
+            raise ImportError("the stand-in for a GPU has no cuFFT", name=name)
         if name not in EXTENSIONS:
             return None
         spec = PathFinder.find_spec(name, path, target)

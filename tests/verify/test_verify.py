@@ -16,7 +16,7 @@ import numpy.typing as npt
 import pytest
 
 import gpuconv
-from gpuconv import cases, cpu, dispatch, reference, runtime
+from gpuconv import cases, cpu, dispatch, fft, reference, runtime
 from gpuconv.cases import NUMBER_FORMATS
 from gpuconv.checks import CHECKS, MAX_TAPS, same_bits, unset
 from gpuconv.checks.families import (
@@ -797,6 +797,29 @@ def test_what_is_missing_of_a_gpu(
     with pytest.raises(GpuUnavailableError, match=re.escape(message)):
         verify("gpu", filter="k1", dtypes=["float32"])
     assert verify("auto", filter="k1", dtypes=["float32"]).device.startswith("CPU")
+
+
+@pytest.mark.usefixtures("fake_gpu")
+def test_a_missing_cufft_is_told_and_a_broken_one_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> Any:
+        raise ImportError("there is no cuFFT")
+
+    def fails(*_: Any) -> Any:
+        raise RuntimeError("CUFFT_INTERNAL_ERROR")
+
+    monkeypatch.setattr(runtime, "fft_module", missing)
+    report = verify("gpu", filter="stride2_k1", dtypes=["float32"])
+    assert report.skipped == {"fft": "there is no cuFFT"}
+    assert "not run: fft: there is no cuFFT" in str(report)
+    assert "fft" not in {result.check for result in report.results}
+    broken = SimpleNamespace(rfft=fails, irfft=fails)
+    monkeypatch.setattr(runtime, "fft_module", lambda: broken)
+    monkeypatch.setattr(fft.executor, "_of_numpy", lambda: broken)  # the fake GPU's arrays are NumPy's
+    report = verify("gpu", filter="stride2_k1", dtypes=["float32"])
+    assert not report.skipped
+    (failure,) = (failure for failure in report.failures if failure.check == "fft")
+    assert failure.message == "raised RuntimeError('CUFFT_INTERNAL_ERROR')"
+    assert not report.ok
 
 
 @pytest.mark.usefixtures("fake_gpu")
