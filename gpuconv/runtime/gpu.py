@@ -163,6 +163,14 @@ def refuse_during_capture(what: str, device_index: int) -> None:
             raise RuntimeError(f"{what} while the current stream of GPU {device_index} is being captured")
 
 
+def is_capturing() -> bool:
+    """Whether CuPy's current stream is being captured into a CUDA graph, or was until an error ended that."""
+    try:
+        return bool(cupy_module().cuda.get_current_stream().is_capturing())
+    except RuntimeError:
+        return True
+
+
 def complete(what: str, array: Any) -> None:
     """Wait for the work queued on the current stream of an array's GPU, after which any stream may read what it wrote.
 

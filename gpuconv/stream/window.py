@@ -142,15 +142,16 @@ class Appended(_Computed):
         self._has_failed = False
 
     def push(self, input: Any, out: Any | None) -> Any:
-        new = input[None] if self._is_single else input
         if self._has_failed:
-            self._array[..., self._held :] = new
-        else:
-            runtime.append(self._array, new)
-        self._has_failed = True
-        result = self._outputs(self._array, out)
-        self._has_failed = False
-        return result
+            what = "stream: a push that failed cannot be repeated"
+            runtime.refuse_during_capture(what, int(self._array.data.device_id))
+            self.fill(self.samples())
+        runtime.append(self._array, input[None] if self._is_single else input)
+        try:
+            return self._outputs(self._array, out)
+        except BaseException:
+            self._has_failed = not runtime.is_capturing()  # into a graph, where the launch waits for that of the graph
+            raise
 
     def samples(self) -> Any:
         start = 0 if self._has_failed else self._length

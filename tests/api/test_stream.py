@@ -368,10 +368,10 @@ def test_pushes_that_repeat_launch_once_and_allocate_nothing(
 def test_a_push_without_memory_for_its_outputs_can_be_repeated(cupy: Any) -> None:
     """Of a layer whose push is a launch that appends and one that computes; the state in between is that before."""
     rng = np.random.default_rng(12)
-    weight, x = (rng.standard_normal(shape).astype("float32") for shape in ((2, 600, 3), (1, 600, 27)))
+    weight, x = (rng.standard_normal(shape).astype("float32") for shape in ((2, 600, 3), (1, 600, 30)))
     layer = Layer("conv1d", weight, None, {"stride": 1, "padding": 1, "dilation": 1, "groups": 1})
     s, parts, pool = layer.stream(1, cupy.asarray), [], cupy.cuda.MemoryPool()
-    pieces = [cupy.asarray(x[..., start : start + 3]) for start in range(0, 27, 3)]
+    pieces = [cupy.asarray(x[..., start : start + 3]) for start in range(0, 30, 3)]
     for number, piece in enumerate(pieces):
         if number in (5, 6):
             pool.set_limit(1)
@@ -380,6 +380,23 @@ def test_a_push_without_memory_for_its_outputs_can_be_repeated(cupy: Any) -> Non
         if number == 6:
             state, s = s.state(), s.clone()
             s.load_state(state)
+        if number == 8:  # what a capture that is given up would have run, has not run
+            queue = cupy.cuda.Stream(non_blocking=True)
+            cupy.cuda.Device().synchronize()
+            with queue:
+                queue.begin_capture()
+                with cupy.cuda.using_allocator(pool.malloc), pytest.raises(cupy.cuda.memory.OutOfMemoryError):
+                    s.push(piece)
+                queue.end_capture()
+        if number == 9:  # a graph would put its samples in the place of those of the launch before
+            with cupy.cuda.using_allocator(pool.malloc), pytest.raises(cupy.cuda.memory.OutOfMemoryError):
+                s.push(piece)
+            cupy.cuda.Device().synchronize()
+            with queue:
+                queue.begin_capture()
+                with pytest.raises(RuntimeError, match=r"^stream: a push that failed cannot be repeated while"):
+                    s.push(piece)
+                queue.end_capture()
         parts.append(s.push(piece))
     assert s._in_window
     found = cupy.concatenate([*parts, s.flush()], axis=-1).get()
