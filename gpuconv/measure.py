@@ -50,7 +50,7 @@ class Comparison:
 
     Attributes:
         layer: what was computed.
-        method: the kernel family, or on the CPU the method.
+        method: the kernel family, or on the CPU the method; "fft" on both.
         ours: gpuconv's time; None where the results differ.
         theirs: PyTorch's; None there, and where PyTorch has none.
         difference: the norm of the difference of both results over that of PyTorch's; None where there is one result.
@@ -114,6 +114,7 @@ def compare(layer: Layer, *, on_gpu: bool, repeats: int) -> Comparison:
     Raises:
         ValueError: the call itself would raise it.
         TypeError: likewise.
+        ImportError: likewise.
         MemoryError: the arrays do not fit.
     """
     arrays, settings = _draw(layer, on_gpu)
@@ -121,7 +122,8 @@ def compare(layer: Layer, *, on_gpu: bool, repeats: int) -> Comparison:
     ours = partial(function, *arrays, **settings)
     device = runtime.device(int(runtime.cupy_module().cuda.runtime.getDevice())) if on_gpu else "cpu"
     plan = explain(layer.op, *layer.arrays, device=device, **layer.settings)
-    method = plan.choice.family if plan.choice else plan.method.name if plan.method else "nothing to compute"
+    chosen = plan.choice.family if plan.choice else plan.method.name if plan.method else "nothing to compute"
+    method = "fft" if plan.by_fft else chosen
     result = ours()
     found = Comparison(layer, method)
     with ExitStack() as opened:

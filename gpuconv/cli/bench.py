@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
             progress(number, len(wanted), layer.op)
             try:
                 found.append(compare(layer, on_gpu=on_gpu, repeats=args.repeats))
-            except (ValueError, TypeError, ModuleNotFoundError) as error:
+            except (ValueError, TypeError, ImportError) as error:  # cuFFT may be missing
                 raise CommandError(f"layer {number + 1}: {error}" if args.layers else str(error)) from error
         progress(len(wanted), len(wanted), "")
     facts = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import math
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,9 +69,11 @@ def run(args: argparse.Namespace) -> int:
         raise CommandError(f"plot needs the package matplotlib: {install_hint('plot')}") from error
     signals = [_read(name, args.rate) for name in sources]
     figure = Figure(layout="constrained")
-    _draw(figure, signals)
     picture = io.BytesIO()
-    figure.savefig(picture, format=Path(target).suffix[1:].lower(), dpi=120)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # for names of files
+        _draw(figure, signals)
+        figure.savefig(picture, format=Path(target).suffix[1:].lower(), dpi=120)
     files.write_bytes(target, picture.getvalue(), force=args.force)
     drawn = ", ".join(f"{signal.name} ({count(min(len(signal.samples), CHANNELS), 'channel')})" for signal in signals)
     print(f"{target}: {drawn}")
@@ -80,25 +83,27 @@ def run(args: argparse.Namespace) -> int:
 def _names(args: argparse.Namespace) -> tuple[list[str], str]:
     """The files to draw, and the picture: the last name where it is that of a picture."""
     names = [name for name in (args.input, args.after, args.output) if name is not None]
+    if "" in names:
+        raise CommandError("the name of a file is empty")
     is_named = len(names) == 3 or (len(names) == 2 and Path(names[1]).suffix.lower() in PICTURES)
     sources, target = (names[:-1], names[-1]) if is_named else (names, str(Path(names[-1]).with_suffix(".png")))
     if sources.count(files.STANDARD) > 1:
         raise CommandError("standard input, -, can be only one of the files")
     if not is_named and names[-1] == files.STANDARD:
         raise CommandError("a picture of standard input, -, needs a name: OUT")
+    if target == files.STANDARD:
+        raise CommandError("a picture is not written to standard output, -, expected the name of a file")
     return sources, target
 
 
 def _read(path: str, rate: int | None) -> _Signal:
     name = "standard input" if path == files.STANDARD else path
-    array, own_rate, notes = files.read(path)
+    array, own_rate, notes = files.read(path, "float32")
     for note in notes:
         tell("warning", note)
-    if np.iscomplexobj(array):
-        raise CommandError(f"{name}: holds {array.dtype} samples, expected real ones")
     if not 1 <= array.ndim <= 3 or array.size == 0:
         raise CommandError(f"{name}: holds an array of shape {array.shape}, expected (channels, samples)")
-    channels = array.astype(np.float32).reshape(-1, array.shape[-1])
+    channels = array.reshape(-1, array.shape[-1])
     if array.ndim == 3 and len(array) > 1:
         tell("note", f"{name}: only the first of {len(array)} samples is drawn")
         channels = channels[: array.shape[1]]
@@ -132,7 +137,7 @@ def _draw(figure: Any, signals: list[_Signal]) -> None:
                 extent=(-hop / 2 / scale, end, 0, scale / 2),
             )  # fmt: skip
             if row == 0:
-                wave.set_title(signal.name, fontsize="medium")
+                wave.set_title(signal.name, fontsize="medium", parse_math=False)
             if column == min(powers):
                 name = "" if rows == 1 else f"channel {row + 1}\n"
                 wave.set_ylabel(f"{name}amplitude")

@@ -50,6 +50,7 @@ LAYERS = [
     *(layer("conv1d", (2, 8, 60), (6, 8, 3), dtype) for dtype in ("float16", "bfloat16", "float64", "complex64")),
     layer("conv1d", (2, 8, 60), (6, 8, 3), "complex64", real_taps=True),
     layer("conv1d", (2, 8, 60), (6, 8, 3), precision="tf32"),
+    layer("conv1d", (2, 8, 60), (6, 8, 40), algorithm="fft"),
 ]
 
 
@@ -63,6 +64,7 @@ def test_layers_of_every_kind_agree_with_pytorch() -> None:
         assert found.note == "", each
         assert found.difference is not None
         assert found.is_right, each
+        assert (found.method == "fft") == (each.settings.get("algorithm") == "fft")
         assert found.ours is not None
         assert found.theirs is not None
         assert min(found.theirs.median, found.ours.median) > 0
@@ -147,13 +149,19 @@ def test_turns_alternate_and_their_median_counts(monkeypatch: pytest.MonkeyPatch
     assert order == ["ours"] * 2 + ["theirs"] * 4 + ["ours"] * 4 + ["theirs"] * 2
 
 
-def test_bench_refuses(capsys: pytest.CaptureFixture[str]) -> None:
+def test_bench_refuses(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     shapes = ("--input", "1,9", "--weight", "1,1,3")
     assert refusal(capsys, "bench").startswith("bench needs conv1d or conv_transpose1d with --input and --weight")
     assert refusal(capsys, "bench", "conv1d", "--input", "1,9").startswith("bench needs conv1d or conv_transpose1d")
     assert refusal(capsys, "bench", "conv1d", *shapes, "--layers", "none.json").startswith("bench takes --layers in")
     assert refusal(capsys, "bench", "--layers", "none.json") == "none.json: does not exist"
     assert refusal(capsys, "bench", "conv1d", "--input", "2,9", *shapes[2:]).startswith("conv1d: input has C_in = 2")
+
+    def without_cufft(*_: Any, **_settings: Any) -> None:
+        raise ImportError("there is no cuFFT")
+
+    monkeypatch.setattr(functional, "conv1d", without_cufft)
+    assert refusal(capsys, "bench", "conv1d", *shapes) == "there is no cuFFT"
 
 
 @pytest.mark.gpu

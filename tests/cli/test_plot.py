@@ -82,14 +82,17 @@ def test_the_picture_has_the_name_of_the_file(drawn: list[Any], capsys: pytest.C
 
 
 def test_no_values_stop_it(capsys: pytest.CaptureFixture[str]) -> None:
-    """Silence, one sample, infinities, a batch, more channels than are drawn."""
-    for number, array in enumerate(
-        (np.zeros(300), np.ones(1), np.array([1, np.nan, np.inf] * 40), normal(3, 6, 50), normal(5000) * 1e30)
-    ):
-        save(f"{number}.npy", array)
-        assert main(["plot", f"{number}.npy"]) == 0
+    """Silence, one sample, infinities, a batch, more channels than are drawn, integers, names that look like TeX."""
+    arrays = {
+        "0": np.zeros(300), "1": np.ones(1), "2": np.array([1, np.nan, np.inf] * 40), "3": normal(3, 6, 50),
+        "4": normal(5000) * 1e30, "5": normal(90).astype(np.float64) * 1e300, "6": np.arange(90, dtype=np.int16),
+        "$\\foo$": np.ones(9), "\u97f3": np.ones(9),
+    }  # fmt: skip
+    for name, array in arrays.items():
+        save(f"{name}.npy", array)
+        assert main(["plot", f"{name}.npy"]) == 0
     captured = capsys.readouterr()
-    assert captured.out.count(".png") == 5
+    assert captured.out.count(".png") == len(arrays)
     assert captured.err.splitlines() == [
         "gpuconv: note: 3.npy: only the first of 3 samples is drawn",
         "gpuconv: note: 3.npy: only the first 4 of 6 channels are drawn",
@@ -100,10 +103,12 @@ def test_what_cannot_be_drawn_is_refused(capsys: pytest.CaptureFixture[str], mon
     save("z.npy", normal(2, 20, dtype="complex64"))
     save("none.npy", np.zeros((2, 0)))
     save("x.npy", normal(2, 20))
-    assert refusal(capsys, "plot", "z.npy") == "z.npy: holds complex64 samples, expected real ones"
+    assert refusal(capsys, "plot", "z.npy").endswith("to float32 would lose the imaginary part")
     assert refusal(capsys, "plot", "none.npy").startswith("none.npy: holds an array of shape (2, 0)")
     assert refusal(capsys, "plot", "x.npy", "z.npy", "y.jpg").startswith("y.jpg: the name must end in .png")
     assert refusal(capsys, "plot", "absent.npy") == "absent.npy: does not exist"
+    assert refusal(capsys, "plot", "") == refusal(capsys, "plot", "x.npy", "") == "the name of a file is empty"
+    assert refusal(capsys, "plot", "x.npy", "x.npy", "-").startswith("a picture is not written to standard output")
     assert refusal(capsys, "plot", "-").startswith("a picture of standard input, -, needs a name")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert refusal(capsys, "plot", "x.npy").startswith("plot needs the package matplotlib: pip install")
