@@ -214,14 +214,18 @@ class _Convolution(_Work):
             of_chunk = bias[first : first + number * written].astype(self.dtype, copy=False)
             bias = xp.repeat(of_chunk, o.phases_out)[:, np.newaxis]
         for samples, rows, blocks in self.plan.batches():
-            windows = o.windows(x[samples], rows, blocks, self.dtype, xp)
-            several = windows.shape[:3]
-            spectra = self._multiply(taps, self.spectra_of(windows, number))
-            results = self.inverse(spectra, o.new)[: math.prod(several)]
-            results = results.reshape(*several, number * written * o.phases_out, o.new)
-            if bias is not None:
-                results += bias
-            o.store(results, y[samples], rows, blocks, xp)
+            o.store(self._results(x[samples], taps, bias, rows, blocks, number), y[samples], rows, blocks, xp)
+
+    def _results(self, x: Any, taps: Any, bias: Any | None, rows: slice, blocks: slice, groups: int) -> Any:
+        """Those of a batch, in a function of its own: its arrays are gone before those of the next are made."""
+        o = self.overlap
+        windows = o.windows(x, rows, blocks, self.dtype, self.xp)
+        several = windows.shape[:3]
+        results = self.inverse(self._multiply(taps, self.spectra_of(windows, groups)), o.new)[: math.prod(several)]
+        results = results.reshape(*several, -1, o.new)
+        if bias is not None:
+            results += bias
+        return results
 
     def _multiply(self, taps: Any, spectra: Any) -> Any:
         """The spectra of results, (blocks, groups, channels, frequencies)."""
@@ -273,16 +277,22 @@ class _WeightGradient(_Work):
 
     def _sums(self, coarse: Any, fine: Any, groups: int) -> Any:
         """The sum over blocks of conj(coarse) * fine, spectra (groups, channels of coarse, of fine, frequencies)."""
-        plan, o, xp = self.plan, self.overlap, self.xp
+        plan, o = self.plan, self.overlap
         shape: tuple[int, ...] = (groups, coarse.shape[1] // groups, fine.shape[1] // groups * o.phases_in)
         shape = (groups, plan.frequencies, *shape[1:]) if plan.by_matrices else (*shape, plan.frequencies)
-        sums = xp.zeros(shape, self.spectral_dtype)
+        sums = self.xp.zeros(shape, self.spectral_dtype)
         for samples, rows, blocks in plan.batches():
-            left = self.spectra_of(o.pieces(coarse[samples], rows, blocks, self.dtype, xp), groups).conj()
-            right = self.spectra_of(o.windows(fine[samples], rows, blocks, self.dtype, xp), groups)
-            if plan.by_matrices:
-                sums += self.product(self.matrices(left, (1, 3, 2, 0)), self.matrices(right, (1, 3, 0, 2)))
-            else:
-                for a, b in zip(left, right, strict=True):
-                    sums += a[:, :, np.newaxis] * b[:, np.newaxis]
+            self._add(coarse[samples], fine[samples], rows, blocks, groups, sums)
         return sums.transpose(0, 2, 3, 1) if plan.by_matrices else sums
+
+    def _add(self, coarse: Any, fine: Any, rows: slice, blocks: slice, groups: int, sums: Any) -> None:
+        """The products of a batch, in a function of its own: its arrays are gone before those of the next are made."""
+        o, xp = self.overlap, self.xp
+        left = self.spectra_of(o.pieces(coarse, rows, blocks, self.dtype, xp), groups)
+        xp.conjugate(left, out=left)
+        right = self.spectra_of(o.windows(fine, rows, blocks, self.dtype, xp), groups)
+        if self.plan.by_matrices:
+            sums += self.product(self.matrices(left, (1, 3, 2, 0)), self.matrices(right, (1, 3, 0, 2)))
+        else:
+            for a, b in zip(left, right, strict=True):
+                sums += a[:, :, np.newaxis] * b[:, np.newaxis]

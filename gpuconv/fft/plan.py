@@ -95,9 +95,12 @@ class Plan:
         size = work_dtype(self.problem.dtype).itemsize
         spectrum, block = self.frequencies * spectral_dtype(self.problem.dtype).itemsize, self.overlap.block * size
         copies = 2 if self.by_matrices else 1  # with the frequency in front, and behind
-        taps = self.groups * self.read * self.written * (copies + 1) * spectrum
+        # Taps, which are a quarter of a block, and their conjugates beside the spectra.
+        taps = self.groups * self.read * self.written * ((copies + 1) * spectrum + block // 2)
         of_read = block * (2 if self.on_gpu else 1) + copies * spectrum
         of_written = block + (copies + (0 if self.by_matrices else 1)) * spectrum
+        if isinstance(self.problem, WeightGradientProblem):  # samples, the zeros behind them being added in a copy
+            of_written = block * (3 if self.on_gpu else 2) + copies * spectrum
         blocks = self.batch * self.groups * (self.read * of_read + self.written * of_written)
         p = self.problem
         fold = 0

@@ -170,6 +170,29 @@ def test_memory_follows_the_layer_alone() -> None:
     assert peaks[1] <= 1.1 * peaks[0]
 
 
+def test_no_call_takes_more_memory_than_explain_says() -> None:
+    """Fails if a batch keeps the arrays of the one before, in the output or in the gradient of the weight."""
+    for op, x, w, settings in (
+        ("conv_transpose1d", (5, 8, 30000), (8, 8, 1), {"stride": 16, "dilation": 2, "groups": 8}),
+        ("conv_transpose1d", (5, 1, 60000), (1, 1, 40), {"stride": 4, "dilation": 7}),
+        ("conv1d", (1, 2, 60000), (8, 2, 300), {"padding": 150, "padding_mode": "reflect"}),
+    ):
+        data, weight = np.ones(x, np.float32), np.ones(w, np.float32)
+        y = getattr(gpuconv, op)(data, weight, **settings, algorithm="fft")
+        calls: dict[Any, Any] = {
+            "forward": lambda: getattr(gpuconv, op)(data, weight, **settings, algorithm="fft", out=y),  # noqa: B023
+            "grad_weight": lambda: getattr(grad, f"{op}_weight")(data, w, y, **settings, algorithm="fft"),  # noqa: B023
+        }
+        for direction, call in calls.items():
+            found = gpuconv.explain(op, data, weight, **settings, algorithm="fft", direction=direction, device="cpu")
+            tracemalloc.start()
+            call()
+            peak = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+            assert found.by_fft is not None
+            assert peak <= found.by_fft.workspace_bytes + 2**15, (op, direction)
+
+
 def test_a_prepared_weight_keeps_its_spectra(monkeypatch: pytest.MonkeyPatch) -> None:
     packed: list[Any] = []
     pack = fft.executor._Convolution.pack
