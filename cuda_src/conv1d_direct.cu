@@ -31,14 +31,5 @@ extern "C" __global__ void __launch_bounds__(BLOCK_SIZE, 2) conv1d_direct(
     const Epilogue epilogue(bias, output, p FUSED_VALUES);
     MOVE_WINDOW
     const InputActivation input_activation(p INPUT_ACTIVATION_VALUES);
-    const index_t grid_size = index_t(gridDim.x) * BLOCK_SIZE;
-    for (index_t i = index_t(blockIdx.x) * BLOCK_SIZE + threadIdx.x; i < p.num_outputs; i += grid_size) {
-        const OutputRow row(i / p.L_out, input, weight, p);
-        const index_t l_out = i % p.L_out;
-        const Extents sample = extents_of(row.n, p SAMPLES_VALUE);
-        if (kHasLengths && l_out >= sample.L_out) continue;
-        const acc_t sum = sum_of(row, taps_of(l_out, sample.L_in, p), sample.L_in, input_activation, p);
-        const index_t place = row.place(l_out, p);
-        output[place] = finish(sum, epilogue.channel(row.c_out), output + place);
-    }
+    write_outputs(input, weight, output, epilogue, input_activation, p SAMPLES_VALUE);
 }

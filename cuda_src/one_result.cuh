@@ -7,7 +7,9 @@
 
 #include "common.cuh"
 #include "edge.cuh"
+#include "finish.cuh"
 #include "input.cuh"
+#include "samples.cuh"
 
 // What Params begins with.
 struct Convolution {
@@ -98,4 +100,22 @@ __device__ __forceinline__ acc_t sum_of(
         }
     }
     return sum;
+}
+
+// Every output of every row. Blocks of BLOCK_SIZE threads take consecutive elements of the flattened output (n, c_out, l_out),
+// l_out fastest; where the grid is shorter than the output, threads take several.
+template <typename P>
+__device__ __forceinline__ void write_outputs(
+    const storage_t* input, const storage_t* weight, result_t* output, const Epilogue& epilogue,
+    const InputActivation& input_activation, const P& p SAMPLES_PARAMETER) {
+    const index_t grid_size = index_t(gridDim.x) * BLOCK_SIZE;
+    for (index_t i = index_t(blockIdx.x) * BLOCK_SIZE + threadIdx.x; i < p.num_outputs; i += grid_size) {
+        const OutputRow row(i / p.L_out, input, weight, p);
+        const index_t l_out = i % p.L_out;
+        const Extents sample = extents_of(row.n, p SAMPLES_VALUE);
+        if (kHasLengths && l_out >= sample.L_out) continue;
+        const acc_t sum = sum_of(row, taps_of(l_out, sample.L_in, p), sample.L_in, input_activation, p);
+        const index_t place = row.place(l_out, p);
+        output[place] = finish(sum, epilogue.channel(row.c_out), output + place);
+    }
 }
