@@ -134,16 +134,27 @@ class Appended(_Computed):
     def __init__(self, input: Any, out: Any | None, compute: Compute, shape: tuple[int, ...]) -> None:
         super().__init__(input, out, compute)
         self._array = runtime.empty_beside(input, shape, input.dtype)
+        self._held = shape[-1] - self._length
+        self._has_failed = False  # the last samples were appended, but their outputs could not be computed
 
     def fill(self, samples: Any) -> None:
         self._array[..., self._length :] = samples
+        self._has_failed = False
 
     def push(self, input: Any, out: Any | None) -> Any:
-        runtime.append(self._array, input[None] if self._is_single else input)
-        return self._outputs(self._array, out)
+        new = input[None] if self._is_single else input
+        if self._has_failed:
+            self._array[..., self._held :] = new
+        else:
+            runtime.append(self._array, new)
+        self._has_failed = True
+        result = self._outputs(self._array, out)
+        self._has_failed = False
+        return result
 
     def samples(self) -> Any:
-        return self._array[..., self._length :].copy()
+        start = 0 if self._has_failed else self._length
+        return self._array[..., start : start + self._held].copy()
 
 
 class Moving(Window):
