@@ -21,6 +21,8 @@ from .problem import ArrayLike, Op
 from .source import assemble
 from .text import install_hint
 
+__all__ = ["Compiled", "compile", "is_compiled"]
+
 Progress: TypeAlias = Callable[[int, int, str], None]
 Job: TypeAlias = tuple[Config, str]  # a specialisation, and the architecture to compile it for
 
@@ -33,6 +35,14 @@ class Compiled(NamedTuple):
     Attributes:
         kernels: how many kernels of the call are ready now.
         compiled: how many of them were not before.
+
+    Example:
+        >>> import gpuconv
+        >>> from gpuconv.problem import ArraySpec
+        >>> x, w = ArraySpec((8, 1, 3000), "float64"), ArraySpec((1, 1, 5), "float64")
+        >>> call = {"arch": "sm_90", "direction": "forward"}
+        >>> [gpuconv.compile("conv1d", x, w, **call).kernels, gpuconv.compile("conv1d", x, w, **call).compiled]
+        [1, 0]
     """
 
     kernels: int

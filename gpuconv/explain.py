@@ -33,6 +33,8 @@ from .problem import (
 from .tasks import OPTIONAL, SIGNATURES
 from .text import WIDTH, count, wrap, wrap_rows
 
+__all__ = ["Explanation", "explain"]
+
 Direction: TypeAlias = Literal["forward", "grad_input", "grad_weight", "grad_bias"]
 DIRECTIONS: tuple[Direction, ...] = ("forward", "grad_input", "grad_weight", "grad_bias")
 
@@ -68,6 +70,14 @@ class Explanation:
             are computed one after the other.
         samples: the lengths of the samples, where the call gives them.
         runs: how many calls on neighbouring samples of one length that becomes; 1 where one call takes them all.
+
+    Example:
+        >>> import gpuconv
+        >>> from gpuconv.problem import ArraySpec
+        >>> x, w = ArraySpec((8, 512, 3000), "float16"), ArraySpec((512, 512, 3), "float16")
+        >>> found = gpuconv.explain("conv1d", x, w, padding="same", device="sm_90")
+        >>> found.choice.family, found.flops, found.copies
+        ('conv1d_mma', 37748736000, ())
     """
 
     problem: ConvProblem | WeightGradientProblem | BiasGradientProblem

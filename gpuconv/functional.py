@@ -36,8 +36,6 @@ def conv1d(
 ) -> ArrayT:
     """1-D convolution (cross-correlation: the kernel is not flipped, as in every deep-learning framework).
 
-    ::
-
         output[n, c_out, l_out] = bias[c_out] + sum over c_in, k of weight[c_out, c_in, k] * input[n, c, l_in]
         l_in  = l_out*stride - padding_left + k*dilation
         c     = (c_out // (C_out/groups)) * (C_in/groups) + c_in
@@ -137,8 +135,6 @@ def conv_transpose1d(
     out: ArrayT | None = None,
 ) -> ArrayT:
     """Transposed 1-D convolution: the adjoint of `conv1d` as a map of its input, which upsamples by `stride`.
-
-    ::
 
         output[n, c_out, l_out] = bias[c_out] + sum over c_in, k of weight[c, c_out_g, k] * input[n, c, l_in]
         l_out = l_in*stride - padding_left + k*dilation        (terms without such an l_in do not exist)

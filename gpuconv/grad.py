@@ -16,6 +16,15 @@ from typing import Any, SupportsIndex, TypeVar, cast
 from . import calls
 from .problem import Padding, Setting
 
+__all__ = [
+    "conv1d_bias",
+    "conv1d_input",
+    "conv1d_weight",
+    "conv_transpose1d_bias",
+    "conv_transpose1d_input",
+    "conv_transpose1d_weight",
+]
+
 ArrayT = TypeVar("ArrayT")
 
 
@@ -35,8 +44,6 @@ def conv1d_input(
     out: ArrayT | None = None,
 ) -> ArrayT:
     """The gradient of `gpuconv.conv1d` with respect to its input.
-
-    ::
 
         grad_input[n, c, l_in] = sum over c_out, k of conj(weight[c_out, c_in, k]) * grad_output[n, c_out, l_out]
         l_in = l_out*stride - padding_left + k*dilation        (terms without such an l_out do not exist)
@@ -101,8 +108,6 @@ def conv1d_weight(
     out: ArrayT | None = None,
 ) -> ArrayT:
     """The gradient of `gpuconv.conv1d` with respect to its weight.
-
-    ::
 
         grad_weight[c_out, c_in, k] = sum over n, l_out of conj(input[n, c, l_in]) * grad_output[n, c_out, l_out]
         l_in = l_out*stride - padding_left + k*dilation        (terms without such an l_in do not exist)
@@ -199,8 +204,6 @@ def conv_transpose1d_input(
 ) -> ArrayT:
     """The gradient of `gpuconv.conv_transpose1d` with respect to its input.
 
-    ::
-
         grad_input[n, c_in, l_in] = sum over c_out, k of conj(weight[c_in, c_out, k]) * grad_output[n, c, l_out]
         l_out = l_in*stride - padding_left + k*dilation        (terms without such an l_out do not exist)
 
@@ -258,8 +261,6 @@ def conv_transpose1d_weight(
     out: ArrayT | None = None,
 ) -> ArrayT:
     """The gradient of `gpuconv.conv_transpose1d` with respect to its weight.
-
-    ::
 
         grad_weight[c_in, c_out, k] = sum over n, l_in of conj(input[n, c_in, l_in]) * grad_output[n, c, l_out]
         l_out = l_in*stride - padding_left + k*dilation        (terms without such an l_out do not exist)

@@ -29,11 +29,11 @@ def compute(
 ) -> Array:
     """Evaluate a problem by its definition, in float64 or complex128.
 
-    conv1d (cross-correlation: the kernel is not flipped), with ``l_in = l_out*stride - padding_left + k*dilation``::
+    conv1d (cross-correlation: the kernel is not flipped), with ``l_in = l_out*stride - padding_left + k*dilation``:
 
         output[n, c_out, l_out] = bias[c_out] + sum over c_in, k of weight[c_out, c_in, k] * input[n, c_in, l_in]
 
-    conv_transpose1d, with ``l_out = l_in*stride - padding_left + k*dilation``::
+    conv_transpose1d, with ``l_out = l_in*stride - padding_left + k*dilation``:
 
         output[n, c_out, l_out] = bias[c_out] + sum over c_in, k of weight[c_in, c_out, k] * input[n, c_in, l_in]
 
@@ -51,6 +51,13 @@ def compute(
 
     Returns:
         `problem.output_shape`, float64, or complex128 for complex problems; the exact result for problems of integers.
+
+    Example:
+        >>> import numpy as np, gpuconv
+        >>> x, w = np.arange(5.0).reshape(1, 1, 5), np.ones((1, 1, 3))
+        >>> problem = gpuconv.explain("conv1d", x, w, padding="same", device="cpu").problem
+        >>> gpuconv.reference.compute(problem, x, w)
+        array([[[1., 3., 6., 9., 7.]]])
     """
     return convolution(problem, input, weight, bias, fused).exact()
 
@@ -66,6 +73,14 @@ def error_bound(
     """The largest permitted distance of each output element from `compute`: `Sums.error_bound`.
 
     The ``n`` of the formula is `problem.terms`.
+
+    Example:
+        >>> import numpy as np, gpuconv
+        >>> x, w = np.ones((1, 1, 4), np.float32), np.full((1, 1, 3), 1 / 3, np.float32)
+        >>> problem = gpuconv.explain("conv1d", x, w, device="cpu").problem
+        >>> bound = gpuconv.reference.error_bound(problem, x, w)
+        >>> bool((np.abs(gpuconv.conv1d(x, w) - gpuconv.reference.compute(problem, x, w)) <= bound).all())
+        True
     """
     return convolution(problem, input, weight, bias, fused).error_bound(exact)
 
@@ -78,7 +93,15 @@ def within_bound(
     bias: Array | None = None,
     fused: Mapping[str, Array] | None = None,
 ) -> npt.NDArray[np.bool_]:
-    """Which elements of `output` are right: `Sums.within_bound`."""
+    """Which elements of `output` are right: `Sums.within_bound`.
+
+    Example:
+        >>> import numpy as np, gpuconv
+        >>> x, w = np.ones((1, 1, 4)), np.full((1, 1, 3), 0.1)
+        >>> problem = gpuconv.explain("conv1d", x, w, device="cpu").problem
+        >>> gpuconv.reference.within_bound(problem, np.array([[[0.3, 0.31]]]), x, w)
+        array([[[ True, False]]])
+    """
     return convolution(problem, input, weight, bias, fused).within_bound(output)
 
 
@@ -89,7 +112,15 @@ def convolution(
     bias: Array | None = None,
     fused: Mapping[str, Array] | None = None,
 ) -> Sums:
-    """The output of a problem; `compute` has the formula."""
+    """The output of a problem; `compute` has the formula.
+
+    Example:
+        >>> import numpy as np, gpuconv
+        >>> x, w = np.arange(5.0).reshape(1, 1, 5), np.ones((1, 1, 3))
+        >>> problem = gpuconv.explain("conv1d", x, w, stride=2, device="cpu").problem
+        >>> gpuconv.reference.convolution(problem, x, w).exact()
+        array([[[3., 9.]]])
+    """
     p, fusion, fused = problem, problem.fuses, fused or {}
     left, left_error = input, None
     activate = Function.of(fusion.input_activation, INPUT_ACTIVATION_ARRAYS, fused)
@@ -138,7 +169,7 @@ def _convolve(p: ConvProblem, input: Array, weight: Array, bias: Array | None) -
 def input_gradient(problem: ConvProblem, weight: Array, grad_output: Array) -> Sums:
     """The gradient of the input of a problem: what each output that it feeds passes back.
 
-    With l_in and l_out as in `compute`, for conv1d and conv_transpose1d::
+    With l_in and l_out as in `compute`, for conv1d and conv_transpose1d:
 
         grad_input[n, c_in, l_in] = sum over c_out, k of conj(weight[c_out, c_in, k]) * grad_output[n, c_out, l_out]
         grad_input[n, c_in, l_in] = sum over c_out, k of conj(weight[c_in, c_out, k]) * grad_output[n, c_out, l_out]
@@ -152,6 +183,13 @@ def input_gradient(problem: ConvProblem, weight: Array, grad_output: Array) -> S
 
     Returns:
         Sums of the shape `problem.input_shape`.
+
+    Example:
+        >>> import numpy as np, gpuconv
+        >>> x, w = np.arange(5.0).reshape(1, 1, 5), np.ones((1, 1, 3))
+        >>> problem = gpuconv.explain("conv1d", x, w, device="cpu").problem
+        >>> gpuconv.reference.input_gradient(problem, w, np.ones((1, 1, 3))).exact()
+        array([[[1., 2., 3., 2., 1.]]])
     """
     p = problem
     terms = p.adjoint().terms if p.L_in else 0
@@ -186,6 +224,13 @@ def weight_gradient(problem: WeightGradientProblem, coarse: Array, fine: Array) 
 
     Returns:
         Sums of the shape `problem.weight_shape`.
+
+    Example:
+        >>> import numpy as np, gpuconv
+        >>> x, w, g = np.arange(5.0).reshape(1, 1, 5), np.ones((1, 1, 3)), np.ones((1, 1, 3))
+        >>> problem = gpuconv.explain("conv1d", x, w, direction="grad_weight", device="cpu").problem
+        >>> gpuconv.reference.weight_gradient(problem, g, x).exact()
+        array([[[3., 6., 9.]]])
     """
     p = problem
     return Sums(p.dtype, p.terms, _products(p), coarse, fine, None, partial(_weight_gradient, p), p.precision)
@@ -217,6 +262,13 @@ def bias_gradient(problem: BiasGradientProblem, grad_output: Array) -> Sums:
 
     Returns:
         Sums of the shape `problem.bias_shape`: each term is an element times one, a single product of complex data too.
+
+    Example:
+        >>> import numpy as np, gpuconv
+        >>> x, w, g = np.arange(5.0).reshape(1, 1, 5), np.ones((1, 1, 3)), np.ones((1, 1, 3))
+        >>> problem = gpuconv.explain("conv1d", x, w, direction="grad_bias", device="cpu").problem
+        >>> gpuconv.reference.bias_gradient(problem, g).exact()
+        array([3.])
     """
     p = problem
     return Sums(p.dtype, p.terms, 1, grad_output, np.ones(()), None, partial(_bias_gradient, p))

@@ -25,6 +25,14 @@ class Comparison:
         exact: what `Sums.exact` gives.
         bound: what `Sums.error_bound` gives.
         output: the computed result, in the dtype of `exact`.
+
+    Example:
+        >>> import numpy as np, gpuconv
+        >>> x, w = np.ones((1, 1, 4), np.float32), np.full((1, 1, 3), 1 / 3, np.float32)
+        >>> problem = gpuconv.explain("conv1d", x, w, device="cpu").problem
+        >>> found = gpuconv.reference.convolution(problem, x, w).compare(gpuconv.conv1d(x, w))
+        >>> bool(found.right.all()), found.worst < 1
+        (True, True)
     """
 
     right: npt.NDArray[np.bool_]
@@ -65,6 +73,14 @@ class Sums:
         left_error: how far the elements of `left` that were multiplied may lie from those of `left`; None for equal.
         residual: what is added to the sums beside the addend, of the result's shape, or None.
         activation: what is then applied to them, or None.
+
+    Example:
+        >>> import numpy as np, gpuconv
+        >>> x, w = np.ones((1, 2, 4), np.float32), np.ones((1, 2, 3), np.float32)
+        >>> problem = gpuconv.explain("conv1d", x, w, device="cpu").problem
+        >>> sums = gpuconv.reference.convolution(problem, x, w)
+        >>> sums.terms, sums.exact(), sums.within_bound(gpuconv.conv1d(x, w))
+        (6, array([[[6., 6.]]]), array([[[ True,  True]]]))
     """
 
     dtype: str
@@ -97,7 +113,7 @@ class Sums:
         """The largest permitted distance of each element from `exact`, after Higham's running-error analysis.
 
         For ``n = terms`` products, accumulated in any order with or without fused multiply-add and rounded once to
-        the output dtype::
+        the output dtype:
 
             |y - y*| <= gamma(n + 2) * (sum of |left| * |right| + |addend|) + u_out * |y*| + tiny
 

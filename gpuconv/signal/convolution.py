@@ -25,8 +25,6 @@ FFT_FROM = 1024
 def convolve(in1: Any, in2: Any, mode: str = "full", method: str = "auto", *, axis: SupportsIndex | None = None) -> Any:
     """Convolve two arrays along one axis, as `scipy.signal.convolve` does.
 
-    ::
-
         out[l] = sum over k of in1[l - k] * in2[k]
 
     Args:
@@ -63,8 +61,6 @@ def correlate(
     in1: Any, in2: Any, mode: str = "full", method: str = "auto", *, axis: SupportsIndex | None = None
 ) -> Any:
     """Cross-correlate two arrays along one axis, as `scipy.signal.correlate` does.
-
-    ::
 
         out[l] = sum over k of in1[k] * conj(in2[k - l + K - 1])
 

@@ -15,7 +15,6 @@ CANNOT_RUN = {
     "tests/torch/test_torch_cuda.py::test_pending_conjugations_and_negations_on_a_gpu": (1, _TORCH),
     "tests/torch/test_torch_cuda.py::test_a_compiled_model_runs_on_the_gpu": (1, _TORCH),
     "tests/project/test_readme.py::test_a_block_runs_by_itself[0-gpu]": (1, _RANDOM),
-    "tests/project/test_readme.py::test_the_shapes_in_the_comments_are_right[0-gpu]": (1, _RANDOM),
 }
 """(how many, why) by test function, or by test."""
 
