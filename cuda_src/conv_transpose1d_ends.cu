@@ -7,8 +7,7 @@
 //   behind the sample's length are, for the outputs that a position behind that length would reach;
 //   output[n, c_out, l_out] = 0 behind the sample's output length.
 //
-// In the order of conv_transpose1d_gather. What is_computed means, the grid and the arrays are
-// those of conv1d_ends.
+// In the order of conv_transpose1d_gather. What is_computed means, the grid and the arrays are those of conv1d_ends.
 
 #include "common.cuh"
 #include "ends.cuh"
