@@ -1,8 +1,8 @@
 """Both operations on arrays that are larger than memory, in pieces from a source to a target.
 
-A source is anything with a shape, a dtype and slicing like NumPy's, a target takes assignments to slices too: memory
-maps, h5py datasets, zarr arrays. A piece has all channels; pieces are some samples of the batch each, or where one
-sample is too large, some output positions of it, with the input that these depend on.
+A source is anything with a shape, a dtype and slicing like NumPy's; a target also takes assignments to slices: memory
+maps, h5py datasets, zarr arrays. A piece has all channels of some samples of the batch or, where one sample is too
+large, of some of its output positions, with the input on which these depend.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from .problem import ConvProblem
 
 __all__ = ["Source", "Target", "conv1d", "conv_transpose1d"]
 
-MAX_BYTES = 256 * 2**20  # of the pieces that are in memory at once
+MAX_BYTES = 256 * 2**20  # the default limit for the pieces that are in memory at once
 DEVICES = ("cpu", "gpu")
 
 
 class Source(Protocol):
-    """What is read of a source: its shape, its dtype, and slices along all of its axes.
+    """What is read from a source: its shape, its dtype, and slices along all of its axes.
 
     Example:
         >>> import numpy as np
@@ -56,14 +56,14 @@ class Source(Protocol):
 
     @property
     def dtype(self) -> Any:
-        """What NumPy takes for a dtype."""
+        """A dtype, or anything that `numpy.dtype` accepts."""
         ...
 
     def __getitem__(self, key: Any, /) -> Any: ...
 
 
 class Target(Source, Protocol):
-    """What is written to; `flush` is called behind each piece where there is such a method.
+    """What the result is written to; if it has a method `flush`, this is called after each piece.
 
     Example:
         >>> import numpy as np
@@ -112,10 +112,11 @@ def conv1d(
 ) -> TargetT:
     """`gpuconv.conv1d` from a source to a target, in pieces that fit in memory.
 
-    On a GPU the target holds the bits of one call on the whole; on the CPU each element is within the same error bound.
+    On a GPU the target gets the bits of one call on the whole source; on the CPU each element is within the same error
+    bound.
 
     Args:
-        source: (N, C_in, L_in), or (C_in, L_in) for a single sample; it must not change meanwhile.
+        source: (N, C_in, L_in), or (C_in, L_in) for a single sample; it must not change during the call.
         weight: a NumPy array as in `gpuconv.conv1d`, as are bias and the arrays of activations.
         bias: (C_out,), or None.
         stride: as in `gpuconv.conv1d`, as are the next three.
@@ -123,23 +124,23 @@ def conv1d(
         dilation: see there.
         groups: see there.
         out: a target of the output's shape and dtype. It must not share storage with `source` or `residual`.
-        max_bytes: of the pieces of input and output that are in host memory at once, two sets of them on a GPU, which
-            takes the same of the GPU's memory. The input counts twice, because a source may give copies. The CPU's
-            buffers come on top: 28 MiB, or a quarter of a piece where that is more.
-        device: "cpu", or "gpu" for CuPy's current device. There two streams take turns, so that a piece is read and
-            another written while a third one is computed; copies go through pinned memory.
-        journal: a file, best beside the target, that lists the finished pieces, so that the same call goes on after
-            it was interrupted or killed. What it lists is compared with the target by checksums, and computed again
-            where they differ. It is removed at the end. None keeps none.
-        version: any text that tells the contents of source and residual from others, such as a time of modification;
-            a journal with another one is refused.
-        progress: called with the number of finished pieces, that of all pieces, and a word for them.
+        max_bytes: limit for the pieces of input and output that are in host memory at once; on a GPU these are two
+            pieces, which need as much of the GPU's memory. The input counts twice, because a source may return copies.
+            The CPU path's buffers are not included: 28 MiB, or a quarter of a piece where that is more.
+        device: "cpu", or "gpu" for CuPy's current device. There two streams take turns: while a piece is computed, the
+            previous one is written and the next one is read. Copies go through pinned memory.
+        journal: a file, best beside the target, that lists the finished pieces, so that the same call can continue
+            after it was interrupted or killed. Checksums of the listed pieces are compared with the target; pieces that
+            differ are computed again. The file is removed at the end. None: no journal.
+        version: any text that identifies the contents of source and residual, such as a time of modification; a journal
+            with another version is refused.
+        progress: called with the number of finished pieces, the number of all pieces, and the word "pieces".
         padding_mode: as in `gpuconv.conv1d`, as are all others but the residual.
         input_activation: see there.
         residual: a source of the output's shape, or None.
         activation: see there.
         precision: see there.
-        algorithm: see there. With "fft" blocks begin in each piece, so that the bits are not those of one call.
+        algorithm: see there. With "fft" the blocks of each piece begin anew, so the bits are not those of one call.
         out_dtype: see there.
 
     Returns:
@@ -149,7 +150,7 @@ def conv1d(
         ValueError, TypeError, RuntimeError, ImportError: as `gpuconv.conv1d`; `out` has another shape or dtype; the
             shape of the source changes; `max_bytes` is too small for one output position.
         gpuconv.journal.JournalError: a ValueError; the journal is damaged, in use or of another call.
-        OSError: the target cannot be written. With a journal, the same call goes on once there is room.
+        OSError: the target cannot be written. With a journal, the same call can be repeated once there is room.
 
     Example:
         >>> import numpy as np
@@ -211,7 +212,7 @@ def conv_transpose1d(
         residual: a source of the output's shape, or None.
         activation: see there.
         precision: see there.
-        algorithm: see there. With "fft" blocks begin in each piece, so that the bits are not those of one call.
+        algorithm: see there. With "fft" the blocks of each piece begin anew, so the bits are not those of one call.
         out_dtype: see there.
 
     Returns:
@@ -236,7 +237,7 @@ def conv_transpose1d(
 
 
 def _read(op: Op, name: str, source: Source, key: tuple[slice, ...]) -> Array:
-    """A slice of a source, once it has the shape that it should have."""
+    """Read a slice of a source and check its shape."""
     block = np.asarray(source[key])
     expected = tuple(part.stop - part.start for part in key)
     if block.shape != expected:
@@ -281,18 +282,18 @@ class _OnCpu:
         residual: Array | None,
         compute: Callable[..., Any],
     ) -> Callable[[], Array]:
-        """Begin to compute a piece; returns what waits for the result."""
+        """Start to compute a piece; returns a function that waits for the result."""
         result: Array = compute(piece.problem, read(), residual, *self.arrays)
         return lambda: result
 
     def close(self) -> None:
-        """Wait for all that has been started."""
+        """Wait for all pieces that have been started."""
 
 
 class _OnGpu:
     """Computes pieces on two streams in turn, with pinned memory for each.
 
-    A piece may be started once the result of the last but one that was started has been taken.
+    The result of a piece must be read before the next piece but one is started, which overwrites it.
     """
 
     sets = 2
@@ -302,7 +303,7 @@ class _OnGpu:
         runtime.check_dtype(dtype)
         self.dtype, self.out_dtype = dtype, out_dtype
         weight, *others = (None if array is None else cupy.asarray(array) for array in arrays)
-        # This waits for the current stream, and so for all copies.
+        # `prepare` waits for the current stream, and so for all these copies.
         self.arrays = (functional.prepare(weight), *others)
         self._streams = [cupy.cuda.Stream(non_blocking=True) for _ in range(self.sets)]
         self._pinned: list[dict[str, Any]] = [{} for _ in self._streams]

@@ -50,8 +50,8 @@ SETTINGS: Mapping[Op, tuple[str, ...]] = {
 }  # fmt: skip
 
 
-MAX_CANDIDATES = 8  # that a page shows
-_BAR = 12  # columns
+MAX_CANDIDATES = 8  # the most that a page shows
+_BAR = 12  # columns of the longest bar
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,16 +63,16 @@ class Explanation:
             input it is the other operation with the same weight.
         device: the GPU that runs it; None on the CPU path.
         choice: the kernel family, its launches and buffers, and the preferred families that refused; None on the CPU
-            path, and where the result is empty or zero and nothing is launched.
-        method: how the CPU path computes it; None on a GPU, and for a bias.
-        copies: the arrays that are copied first, because the kernels (or BLAS) cannot read them where they lie.
+            path, through the FFT, and where the result is empty or zero and nothing is launched.
+        method: how the CPU path computes it; None on a GPU, through the FFT, and for a bias gradient.
+        copies: the arrays that are copied first, because the kernels (or NumPy) cannot read them in place.
         parts: how often the call computes `problem`: twice for real taps on complex data, whose real and imaginary part
             are computed one after the other.
-        by_fft: how the FFT computes it, where the algorithm is "fft" or "auto"; None for "auto" where direct sums do.
-        costs: of direct sums and of the FFT, predicted from the layer alone; None for other algorithms, and where the
-            FFT does not take the problem.
+        by_fft: how the FFT computes it; None for direct sums.
+        costs: predicted from the layer alone, of direct sums and of the FFT; None unless the algorithm is "fft" or
+            "auto", and where the FFT cannot compute the problem.
         samples: the lengths of the samples, where the call gives them.
-        runs: how many calls on neighbouring samples of one length that becomes; 1 where one call takes them all.
+        runs: the number of calls on neighbouring samples of one length; 1 where one call computes all samples.
 
     Example:
         >>> import gpuconv
@@ -123,16 +123,16 @@ class Explanation:
 
     @property
     def fused(self) -> dict[str, int | None]:
-        """What is fused: in words, with the bytes that need not move since it is no pass of its own.
+        """What is fused, with the bytes that a separate pass would read and write.
 
-        None on the CPU, where they move within the caches if a sample fits those.
+        The bytes are None on the CPU, where they stay in the caches if a sample fits.
         """
         p = self.problem
         if not isinstance(p, ConvProblem) or not p.fusion:
             return {}
         f, of_input, of_output = p.fusion, math.prod(p.input_shape), math.prod(p.output_shape)
         is_loaded = self.choice is None or all(ACTIVATED not in step.arrays for step in self.choice.plan.steps)
-        elements: dict[str, int] = {}  # that would be read and written by a pass of their own
+        elements: dict[str, int] = {}  # those that a separate pass would read and write
         if f.input_activation is not None:
             elements[f"{f.input_activation} of the input"] = of_input if is_loaded else 0
         if f.has_residual:
@@ -147,7 +147,7 @@ class Explanation:
         return sum(math.prod(self.shapes[name]) for name in self.copies) * self.problem.itemsize
 
     def to_dict(self) -> dict[str, Any]:
-        """The same facts as plain values that `json.dumps` takes. Times of the cost model are predicted."""
+        """The same facts as plain values for `json.dumps`. Times are predictions of the cost model."""
         problem: dict[str, Any] = dataclasses.asdict(self.problem)
         problem.update((f"{name}_shape", list(shape)) for name, shape in self.shapes.items())
         return {
@@ -292,7 +292,7 @@ class Explanation:
         lines = [f"predicted, not measured, at {clock_under_load(self.device):.3g} GHz:"]
         for name, us in candidates[:MAX_CANDIDATES]:
             bar = "#" * max(1, round(_BAR * us / longest))
-            # A tab marks where the further lines of a long name begin.
+            # A tab marks the column at which a long name continues on its next line.
             lines.append(f"{f'{us:.0f}' if us >= 100 else f'{us:.3g}':>7} us  {bar:<{_BAR}}  \t{name}")
         if len(candidates) > MAX_CANDIDATES:
             lines.append(f"and {count(len(candidates) - MAX_CANDIDATES, 'slower one')}")
@@ -301,7 +301,7 @@ class Explanation:
 
 
 def _names_of_operands(problem: WeightGradientProblem) -> dict[str, str]:
-    """The names that users know the arrays of a weight gradient by."""
+    """The names of the arguments for the arrays of a weight gradient."""
     signature = SIGNATURES[f"{problem.op}_weight"]
     return dict(zip(signature.operands, signature.arrays, strict=True))
 
@@ -338,14 +338,14 @@ def explain(
     Args:
         op: "conv1d" or "conv_transpose1d".
         input: (N, C_in, L_in) or (C_in, L_in): an array, or a `gpuconv.problem.ArraySpec(shape, dtype)` for one that
-            need not exist and is taken to be freshly allocated.
+            need not exist and counts as newly allocated.
         weight: (C_out, C_in/groups, K), for conv_transpose1d (C_in, C_out/groups, K).
         bias: (C_out,), or None.
-        direction: "forward", or which gradient of this call to explain: "grad_input", "grad_weight" or "grad_bias",
-            given a gradient of the output that is freshly allocated, as is the result.
+        direction: "forward", or the gradient of this call to explain: "grad_input", "grad_weight" or "grad_bias". The
+            output's gradient and the result count as newly allocated.
         device: None for where the arrays are (NumPy: the CPU path; CuPy: their GPU), "cpu", an architecture such as
-            "sm_90" for a typical GPU of it, or a `gpuconv.device.Device`. A GPU need not be there: NumPy arrays then
-            stand for GPU arrays with the same strides and the same alignment.
+            "sm_90" for a typical GPU of it, or a `gpuconv.device.Device`. No GPU is needed: NumPy arrays can stand for
+            GPU arrays with the same strides and the same alignment.
         **settings: the settings of the operation by name: stride, padding, dilation, groups, algorithm and so on. An
             `ArraySpec` may stand for the residual, and for the arrays of snake.
 
@@ -427,7 +427,7 @@ def explain(
             problem = replace(problem, has_lengths=True)
     if problem.is_empty:
         plan = None
-    # Gradients of the output are freshly allocated, and so are conjugates of weights, which are a copy.
+    # The output's gradient counts as newly allocated, and so does the conjugate of a weight, which is a copy.
     operands = dict(zip(SIGNATURES[function].arrays, SIGNATURES[function].operands, strict=True))
     operands = {array: operand for array, operand in operands.items() if array in given}
     more = (1 + by_parts, samples, runs, plan, costs)
