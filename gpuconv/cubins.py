@@ -153,7 +153,7 @@ def path_of(config: Config, arch: str, nvrtc_version: Callable[[], NvrtcVersion 
         trouble = str(error)
     if is_only_source():
         raise RuntimeError(
-            f"{config.kernel} for {arch} was not compiled in advance, which GPUCONV_CACHE_ONLY asks for; "
+            f"{config.kernel} for {arch} was not compiled in advance, which GPUCONV_CACHE_ONLY requires; "
             f"gpuconv warmup --arch {arch} adds kernels to {folder()}{f' ({trouble})' if trouble else ''}"
         )
     if trouble:

@@ -1,7 +1,7 @@
 """Finds the CUDA sources and assembles the text of one kernel: its macros, and its .cu file with all that it includes.
 
-The text is self-contained: no `-I`, no `-D`. CuPy keys its disk cache by source and options, so a header reached
-through an include path would be invisible to that key, and every distinct tuple of options costs an extra compile.
+The text is self-contained: no `-I`, no `-D`. The key of CuPy's disk cache has the source and the options, so it would
+not cover a header in an include path, and every distinct tuple of options costs an extra compilation.
 """
 
 from __future__ import annotations

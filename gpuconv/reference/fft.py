@@ -1,4 +1,4 @@
-"""How far results through the FFT may lie from the exact ones: `Sums.error_bound` has the formula."""
+"""The error bounds of results through the FFT: `Sums.error_bound` has the formula."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Array = npt.NDArray[Any]
 
 
 def error_of_convolution(problem: ConvProblem, input: Array, weight: Array) -> Array:
-    """The bounds of the sums of a finite problem, whose padding is zeros where it is transposed.
+    """The error bounds of sums of finite data; a transposed problem must be padded with zeros.
 
     Returns:
         `problem.output_shape`.
@@ -39,7 +39,7 @@ def error_of_convolution(problem: ConvProblem, input: Array, weight: Array) -> A
 
 
 def error_of_weight_gradient(problem: WeightGradientProblem, coarse: Array, fine: Array) -> Array:
-    """The bounds of the sums of a finite problem.
+    """The error bounds of sums of finite data.
 
     Args:
         problem: extents and settings.
@@ -68,8 +68,8 @@ def error_of_weight_gradient(problem: WeightGradientProblem, coarse: Array, fine
 def _factors(vectors: Array, block: int, products: int, format: Format) -> tuple[Array, Array]:
     """The error of a correlation with vectors (..., taps): at most a factor times the norm of a block, and a rest.
 
-    `products` of spectra are added up. The rest, and a part of the factor, are for underflow: what is smaller than the
-    smallest normal number may become zero in each step of a transform.
+    `products` of spectra are added up. The rest, and a part of the factor, cover underflow: values below the smallest
+    normal number may become zero in each step of a transform.
     """
     accumulator = FORMATS[format.accumulator]
     u, steps = accumulator.roundoff, math.log2(block)
