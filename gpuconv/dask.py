@@ -20,6 +20,8 @@ from .pieces import Piece, compute, problem_of
 from .problem import ConvProblem
 from .text import install_hint
 
+__all__ = ["conv1d", "conv_transpose1d"]
+
 DaskArray: TypeAlias = Any  # a dask.array.Array; dask is imported by the first call
 Key: TypeAlias = tuple[Any, ...]
 Graph: TypeAlias = dict[Any, Any]
@@ -62,7 +64,7 @@ def conv1d(
         residual: a dask, NumPy or CuPy array of the output's shape, of the kind of the input's chunks; or None.
         activation: see there.
         precision: see there.
-        algorithm: see there.
+        algorithm: see there. With "fft" blocks begin in each chunk, so that the bits are not those of one call.
         out_dtype: see there.
 
     Returns:
@@ -127,7 +129,7 @@ def conv_transpose1d(
         residual: as in `conv1d` above.
         activation: see there.
         precision: see there.
-        algorithm: see there.
+        algorithm: see there. With "fft" blocks begin in each chunk, so that the bits are not those of one call.
         out_dtype: see there.
 
     Returns:

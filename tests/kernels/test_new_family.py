@@ -1,4 +1,4 @@
-"""What the README says of adding a kernel family: two files and one line, and everything else finds it."""
+"""What gpuconv.families says of adding a kernel family: two files and one line, and everything else finds it."""
 
 from __future__ import annotations
 
