@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import os
 import signal
 import sys
@@ -105,10 +104,6 @@ def test_random_problems_in_chunks_on_a_gpu(launched: list[str]) -> None:
     compare_random_calls("gpu", 9, ("float32", "float16", "complex64"))
     assert {"conv1d_mma", "conv_transpose1d_mma"} & set(launched)
     assert len(set(launched)) > 3
-
-
-def test_the_examples_of_the_documentation() -> None:
-    assert doctest.testmod(gpuconv.dask).failed == 0
 
 
 def test_nothing_is_computed_before_it_is_asked_for() -> None:
@@ -226,12 +221,10 @@ def logged(block: Array, folder: str, block_info: Any = None) -> Array:
     return block
 
 
-def test_a_worker_of_a_cluster_may_be_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_of_a_cluster_may_be_killed(tmp_path: Path) -> None:
     """Two processes, of which one is killed while it holds chunks that are needed: these are computed again."""
     import distributed
 
-    # Workers are fresh interpreters, which import this module for `logged`.
-    monkeypatch.setenv("PYTHONPATH", str(Path(gpuconv.__file__).parents[1]))
     rng = np.random.default_rng(4)
     x, w = rng.standard_normal((2, 4, 2000)), rng.standard_normal((6, 4, 201))
     log = tmp_path / "log"
