@@ -12,7 +12,9 @@ predicts for them. The second is a prediction and no measurement: up to 64 H200 
     time  = max(work, tasks)
 
 A transfer takes a latency and its bytes over the speed of the link. The time of the scheduler is measured here, on
-tasks that compute nothing. Efficiency is the time of one worker over that of several.
+tasks that compute nothing: the processor's time of this process, which holds scheduler and client. Efficiency is the
+time of one worker over that of several. CPU is the processor's time of a worker, measured, which other programs of the
+machine change less.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import dask.array as da
 import numpy as np
@@ -118,7 +120,7 @@ class Links:
 
 
 ON_CPU = Signal(C=32, K=9, chunk=2**17, chunks=8)
-ON_GPU = Signal(C=256, K=15, chunk=2**20, chunks=8)
+ON_GPU = Signal(C=256, K=15, chunk=2**22, chunks=8)  # of 4 GiB
 # Between processes through TCP, of memory: assumptions.
 LOOPBACK = Links(node=64, inside=1.0, between=1.0, latency_us=500.0)
 # NVLink of an H200, 900 GB/s of both directions together, and a port of 400 Gb/s for each GPU (data sheets of H200 and
@@ -137,6 +139,7 @@ class Row:
         work_ms, scheduler_ms: of a worker, and of all tasks in the scheduler.
         predicted_ms: the longer of both.
         measured_ms: None where nothing was measured.
+        cpu_ms: what a worker computed in that time, measured, on average: of a busy machine it tells more.
     """
 
     workers: int
@@ -147,17 +150,25 @@ class Row:
     scheduler_ms: float
     predicted_ms: float
     measured_ms: float | None = None
+    cpu_ms: float | None = None
+
+
+class Times(NamedTuple):
+    """Of a run, in milliseconds: until all is done, and of the processor on average for a worker."""
+
+    all_ms: float
+    cpu_ms: float
 
 
 def predict(
-    signal: Signal, workers: int, chunk_us: float, links: Links, task_us: float, measured_ms: float | None = None
+    signal: Signal, workers: int, chunk_us: float, links: Links, task_us: float, measured: Times | None = None
 ) -> Row:
     tasks = signal.tasks(workers)
     halo_us = links.halo_us(signal, workers)
     work_ms, scheduler_ms = (signal.chunks * chunk_us + halo_us) / 1e3, tasks * task_us / 1e3
     halo_bytes = max(sum(signal.halo_bytes(workers, worker)) for worker in range(workers))
     time_ms = max(work_ms, scheduler_ms)
-    return Row(workers, tasks, halo_bytes, halo_us / 1e3, work_ms, scheduler_ms, time_ms, measured_ms)
+    return Row(workers, tasks, halo_bytes, halo_us / 1e3, work_ms, scheduler_ms, time_ms, *(measured or ()))
 
 
 def chunk_us(signal: Signal, device: Device | None) -> float:
@@ -171,18 +182,18 @@ def chunk_us(signal: Signal, device: Device | None) -> float:
 
 
 def measure_task_us(client: Client) -> float:
-    """Of a task that computes nothing, from the client's request to its end: the least of three times."""
+    """The processor's time for a task that computes nothing, of client and scheduler: the least of three."""
     times = []
     for _ in range(3):
         empty = da.zeros(EMPTY_TASKS, chunks=1)
-        start = time.perf_counter()
+        start = time.process_time()
         wait(client.persist(empty))
-        times.append(1e6 * (time.perf_counter() - start) / EMPTY_TASKS)
+        times.append(1e6 * (time.process_time() - start) / EMPTY_TASKS)
     return min(times)
 
 
-def measure_ms(client: Client, signal: Signal, counts: Sequence[int], turns: int) -> dict[int, float]:
-    """The least time of each number of workers, which take turns; inputs lie there before."""
+def measure(client: Client, signal: Signal, counts: Sequence[int], turns: int) -> dict[int, Times]:
+    """The least times of each number of workers, which take turns; inputs lie there before."""
     addresses = sorted(client.nthreads())
     inputs = {}
     for n in counts:
@@ -194,15 +205,19 @@ def measure_ms(client: Client, signal: Signal, counts: Sequence[int], turns: int
             parts.append(client.persist(part, workers=addresses[worker]))
         wait(parts)
         inputs[n] = da.concatenate(parts, axis=-1)
-    least = dict.fromkeys(counts, float("inf"))
+    least = dict.fromkeys(counts, Times(float("inf"), float("inf")))
     for turn in range(turns + 1):
         for n in counts:
             y = signal.lazy(inputs[n])
+            before = client.run(time.process_time, workers=addresses[:n])
             start = time.perf_counter()
             result = client.persist(y, workers=addresses[:n])
             wait(result)
+            all_ms = 1e3 * (time.perf_counter() - start)
+            after = client.run(time.process_time, workers=addresses[:n])
+            cpu_ms = 1e3 * sum(after[worker] - before[worker] for worker in before) / n
             if turn:  # the first one warms the workers up
-                least[n] = min(least[n], 1e3 * (time.perf_counter() - start))
+                least[n] = Times(min(least[n].all_ms, all_ms), min(least[n].cpu_ms, cpu_ms))
             del result
     return least
 
@@ -210,16 +225,16 @@ def measure_ms(client: Client, signal: Signal, counts: Sequence[int], turns: int
 def table_of(title: str, signal: Signal, rows: Sequence[Row], worker: str) -> Table:
     """One line a row, at most 80 columns; "predicted" and "measured" stand above what they are."""
     size = f"{signal.chunks} chunks of {signal.C} x {signal.chunk:,} each, {signal.K} taps; times in ms"
-    table = Table(title=f"{title}\n{size}", box=box.SIMPLE, padding=(0, 1, 0, 0))
-    first, names = rows[0], (worker, "tasks", "halo KB", "halo", "work", "scheduler", "predicted", "eff.")
-    for name in (*names, *(() if first.measured_ms is None else ("measured", "eff."))):
+    table = Table(title=f"{title}\n{size}", box=box.SIMPLE, padding=0, min_width=76)
+    first, names = rows[0], (worker, "tasks", "halo KB", "halo", "work", "sched.", "predicted", "eff.")
+    for name in (*names, *(() if first.measured_ms is None else ("measured", "eff.", "CPU"))):
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         cells = [str(row.workers), str(row.tasks), f"{row.halo_bytes / 1e3:.1f}"]
         cells += [f"{ms:.1f}" for ms in (row.halo_ms, row.work_ms, row.scheduler_ms, row.predicted_ms)]
         cells.append(f"{first.predicted_ms / row.predicted_ms:.0%}")
         if row.measured_ms is not None and first.measured_ms is not None:
-            cells += [f"{row.measured_ms:.1f}", f"{first.measured_ms / row.measured_ms:.0%}"]
+            cells += [f"{row.measured_ms:.1f}", f"{first.measured_ms / row.measured_ms:.0%}", f"{row.cpu_ms:.1f}"]
         table.add_row(*cells)
     return table
 
@@ -242,10 +257,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = {"n_workers": max(counts), "threads_per_worker": 1, "dashboard_address": None}
         with LocalCluster(**options) as cluster, Client(cluster) as client:
             task_us = measure_task_us(client)
-            measured = measure_ms(client, ON_CPU, counts, args.turns)
+            measured = measure(client, ON_CPU, counts, args.turns)
         rows = [predict(ON_CPU, n, chunk_us(ON_CPU, None), LOOPBACK, task_us, measured[n]) for n in counts]
         load = f", {os.cpu_count()} processors, load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
-        console.print(table_of(f"Processes of this machine, measured and predicted{load}", ON_CPU, rows, "processes"))
+        console.print(table_of(f"Processes of this machine, measured and predicted{load}", ON_CPU, rows, "workers"))
     device = Device.from_arch("sm_90")
     on_paper = [predict(ON_GPU, n, chunk_us(ON_GPU, device), NVLINK, task_us) for n in GPUS]
     console.print(table_of(f"{device.name}, nodes of {NVLINK.node}: predicted, not measured", ON_GPU, on_paper, "GPUs"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import dask.array as da
 import pytest
 from distributed import Client, LocalCluster
+from rich.console import Console
 
 from bench import scaling
 from bench.scaling import Links, Signal
@@ -66,9 +68,13 @@ def test_a_measured_run(monkeypatch: pytest.MonkeyPatch) -> None:
     options: dict[str, Any] = {"n_workers": 2, "threads_per_worker": 1, "processes": False, "dashboard_address": None}
     with LocalCluster(**options) as cluster, Client(cluster) as client:
         assert 0 < scaling.measure_task_us(client) < 1e5
-        measured = scaling.measure_ms(client, SMALL, (1, 2), turns=1)
+        measured = scaling.measure(client, SMALL, (1, 2), turns=1)
     rows = [scaling.predict(SMALL, n, 10.0, scaling.LOOPBACK, 100.0, measured[n]) for n in (1, 2)]
-    table = scaling.table_of("Measured", SMALL, rows, "processes")
-    assert [column.header for column in table.columns][-4:] == ["predicted", "eff.", "measured", "eff."]
-    assert [*table.columns[-2].cells] == [f"{measured[n]:.1f}" for n in (1, 2)]
+    table = scaling.table_of("Measured", SMALL, rows, "workers")
+    text = io.StringIO()
+    Console(file=text, width=80).print(table)
+    assert "predicted eff. measured eff." in text.getvalue()
+    assert "\u2026" not in text.getvalue()
+    assert f" {measured[2].all_ms:.1f} " in text.getvalue()
+    assert measured[2].cpu_ms > 0
     assert 0 < scaling.chunk_us(SMALL, None) < 1e5
