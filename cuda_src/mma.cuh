@@ -9,7 +9,7 @@
 // each position. Every tap reads that window at an address of its own, always aligned, whatever padding and dilation
 // are: so one binary serves all layers. The window consists of planes: row j of plane v holds position
 // (q0 + j)*column_step + first + shift + v*plane_step, so that neighbouring columns always read neighbouring rows, whatever the
-// stride, and ldmatrix meets no bank conflict; see Window in gpuconv/families/mma.py.
+// stride, and ldmatrix meets no bank conflict; see Window in gpuconv/families/mma_window.py.
 //
 // The reduction runs over chunks, in a chunk over pairs (tap, unit) with the unit inner, two pairs per mma (a k-step). The
 // packed weights (pack_mma_weight.cu) have that order; pairs that only fill up the last stage have zero weights. The
@@ -17,7 +17,7 @@
 //
 // IS_SPLIT = 1 is float32 by TF32 products: with x = x_hi + x_lo and w = w_hi + w_lo, each part a TF32 number, a product is
 // w_hi*x_hi + (w_hi*x_lo + w_lo*x_hi). The small products have sums of their own; the sum of the large ones is added to a
-// total in float32, rounded to nearest, after every stage of kStageTerms terms. gpuconv/families/mma.py derives why
+// total in float32, rounded to nearest, after every stage of kStageTerms terms. gpuconv/families/arithmetic.py derives why
 // that keeps the error bound, beside the rule that gives a layer this arithmetic.
 //
 // A long reduction is cut into segments of segment_chunks chunks, by a rule on the layer alone. Each is summed for itself and
@@ -33,7 +33,7 @@
 //
 // INPUT_WIDTH = 2 is for 16-bit input whose positions are contiguous in rows of even length that begin at multiples of 4
 // bytes. A thread then loads two positions of a channel at once, which begin at an even one: see Window in
-// gpuconv/families/mma.py.
+// gpuconv/families/mma_window.py.
 //
 // Macros read: BLOCK_M, BLOCK_N, WARPS_M, WARPS_N, NUM_STAGES, STAGE_STEPS, PREFETCH, INPUT_WIDTH, HAS_SAMPLES, IS_SPLIT,
 // SPLIT_TERMS, SEGMENT_MODE, PHASES_IN_ROWS, MULTIPLY_MATRICES, and those of common.cuh. Dynamic shared memory: NUM_STAGES
@@ -65,12 +65,12 @@ constexpr int kTotals = SEGMENT_MODE == 1 ? kTilesM * kTilesN * kThreads : 0;  /
 constexpr int kWindowsBegin = (kTotals + NUM_STAGES * kStageVectors) * 16;     // in shared memory, in bytes
 constexpr index_t kMissing = index_t(1ull << (INDEX_BITS - 1));  // no offset: the smallest index_t
 
-static_assert((NUM_STAGES & (NUM_STAGES - 1)) == 0, "slots are masked: gpuconv/families/mma.py");
-static_assert(kStageVectors % (32 * kStageCopies) == 0, "warps copy equal shares: gpuconv/families/mma.py");
-static_assert(PREFETCH % INPUT_WIDTH == 0, "tasks are of whole units: gpuconv/families/mma.py");
+static_assert((NUM_STAGES & (NUM_STAGES - 1)) == 0, "slots are masked: gpuconv/families/mma_tiles.py");
+static_assert(kStageVectors % (32 * kStageCopies) == 0, "warps copy equal shares: gpuconv/families/mma_tiles.py");
+static_assert(PREFETCH % INPUT_WIDTH == 0, "tasks are of whole units: gpuconv/families/mma_tiles.py");
 static_assert(INPUT_WIDTH == 1 || (INPUT_WIDTH == 2 && kUnit == 8 && kIsEmptyOutside),
               "pairs lie inside or outside: gpuconv/families/mma.py");
-static_assert(IS_SPLIT == 0 || kStageTerms == SPLIT_TERMS, "SPLIT_TERMS differs from gpuconv/families/mma.py");
+static_assert(IS_SPLIT == 0 || kStageTerms == SPLIT_TERMS, "SPLIT_TERMS differs from gpuconv/families/arithmetic.py");
 static_assert(!kHasLengths || (INPUT_WIDTH == 1 && !HAS_SAMPLES), "a block is of one sample: gpuconv/families/mma.py");
 
 // What the k-steps of a stage add to a lane's address in the window, in bytes.
@@ -278,7 +278,7 @@ struct alignas(16) Piece {
     int vectors;
     int ends;  // head, and the rest behind the vectors in the upper half
 };
-static_assert(sizeof(SliceRow) + sizeof(Piece) <= 48, "SLICE_TABLE_BYTES differs from gpuconv/families/mma.py");
+static_assert(sizeof(SliceRow) + sizeof(Piece) <= 48, "SLICE_TABLE_BYTES differs from gpuconv/families/mma_tiles.py");
 struct Slice {
     storage_t element[kSliceRows * kSlicePitch];
     SliceRow row[kSliceRows];
@@ -744,7 +744,7 @@ __device__ __forceinline__ void multiply_tile(
         const index_t column = warp % WARPS_N * kWarpN + j * 16 + lane / 16 * 8 + lane % 8;
         const index_t sample = HAS_SAMPLES ? column / window.block_positions : 0;
         // Samples lie at such distances that eight neighbouring columns are in different banks (Window.sample_rows in
-        // gpuconv/families/mma.py). Columns behind the last sample read a row of their own bank, too.
+        // gpuconv/families/mma_window.py). Columns behind the last sample read a row of their own bank, too.
         const index_t row = sample < window.block_samples
             ? sample * window.sample_rows + (column - sample * window.block_positions)
             : column % 8;

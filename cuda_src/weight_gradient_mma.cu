@@ -81,7 +81,7 @@ static_assert(!TAPS_IN_UNITS || FINE_WIDTH == 1,
               "taps are loaded one by one: gpuconv/families/weight_gradient_mma.py");
 static_assert(kIsEmptyOutside || FINE_WIDTH == 1,
               "positions outside fine are loaded together: gpuconv/families/weight_gradient_mma.py");
-static_assert(kStepRows == SPLIT_TERMS, "SPLIT_TERMS differs from gpuconv/families/mma.py");
+static_assert(kStepRows == SPLIT_TERMS, "SPLIT_TERMS differs from gpuconv/families/arithmetic.py");
 
 // Where a row of the window lies, from the chunk's first sample and the position that its first l meets.
 struct Place {

@@ -13,6 +13,8 @@ from ..problem import ConvProblem
 from . import mma, mma_costs
 from .arithmetic import ARITHMETICS, Arithmetic
 from .base import MAX_GRID, Config, Family, Layout, Plan, Refusal, Step
+from .mma_tiles import MAX_BLOCK_M, MAX_BLOCK_N
+from .mma_window import MAX_UNITS, Reduction
 from .offsets import Overhang, index_bits
 from .product import Product
 
@@ -70,12 +72,10 @@ class ConvTranspose1dMma(_ConvMma):
 
 
 def _index_bits(product: Product, layout: Layout, arithmetic: Arithmetic) -> int:
-    p, reduction = product.problem, mma.Reduction.of(product, arithmetic)
+    p, reduction = product.problem, Reduction.of(product, arithmetic)
     # What hangs over the last position, sample and channel; a block takes several samples where they are short.
-    samples = mma.MAX_BLOCK_N // product.positions
-    overhang = Overhang(
-        samples + 1, rows=mma.MAX_BLOCK_M, channels=mma.MAX_UNITS * arithmetic.channels, positions=mma.MAX_BLOCK_N
-    )
-    columns = (product.positions + mma.MAX_BLOCK_N) * (p.N + samples)
-    vectors = product.products * reduction.chunks * reduction.pairs * (product.rows + mma.MAX_BLOCK_M)
-    return index_bits(p, layout, overhang, columns, vectors * arithmetic.parts, (p.C_out + mma.MAX_BLOCK_M) * p.stride)
+    samples = MAX_BLOCK_N // product.positions
+    overhang = Overhang(samples + 1, rows=MAX_BLOCK_M, channels=MAX_UNITS * arithmetic.channels, positions=MAX_BLOCK_N)
+    columns = (product.positions + MAX_BLOCK_N) * (p.N + samples)
+    vectors = product.products * reduction.chunks * reduction.pairs * (product.rows + MAX_BLOCK_M)
+    return index_bits(p, layout, overhang, columns, vectors * arithmetic.parts, (p.C_out + MAX_BLOCK_M) * p.stride)

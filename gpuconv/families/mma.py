@@ -1,4 +1,4 @@
-"""The tensor-core engine of cuda_src/mma.cuh: which layers it takes, the order of summation, tiles, staged windows.
+"""The tensor-core engine of cuda_src/mma.cuh: which layers it takes, how they are cut into tiles, the launches.
 
 Which layers run on tensor cores, and in which order they are summed, follows from the layer and the architecture alone;
 N and the lengths decide only how the work is cut into tiles, which changes no bit.
@@ -6,9 +6,8 @@ N and the lengths decide only how the work is cut into tiles, which changes no b
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
 from ..costs import blocks_by_shared
@@ -20,10 +19,8 @@ from .arithmetic import (
     MIN_SPLIT_TERMS,
     NO_ARITHMETIC,
     SPLIT_TERMS,
-    STAGE_PAIRS,
     STAGE_STEPS,
     UNIT_BYTES,
-    WARP,
     Arithmetic,
     arithmetics,
 )
@@ -39,18 +36,16 @@ from .base import (
     conv_arrays,
     conv_fields,
     params_of,
-    round_up,
     with_padding_mode,
 )
 from .mma_costs import TilesLaunch, input_batches, predict_plan
+from .mma_tiles import NUM_STAGES, Tile, tiles
+from .mma_window import Reduction, Window
 from .offsets import index_bits
 from .product import Product
 from .weight_boxes import WeightBoxes
 
-NUM_STAGES = 4  # of weights in shared memory, a power of two
 PACK_BLOCK_SIZE = 128
-SLICE_TABLE_BYTES = 48  # of a row of Slice in mma.cuh, besides its elements, at most
-BANK_ROWS = 8  # of 16 bytes, in all banks of shared memory
 
 # Layers with fewer channels than a unit of 16-bit elements are handled by the families for stems and tails.
 MIN_CHANNELS = 8
@@ -61,133 +56,8 @@ MIN_SPLIT_ROWS = 16
 # weights meet each input, as in transposed ones, whose rows are many because the stride is.
 MAX_TAIL_CHANNELS = 4
 MIN_TAIL_WEIGHTS = 64
-# Units of a chunk at most: with 8 rows of each fragment side by side, four units are two k-steps for every tap.
-MAX_UNITS = 4
-# Of the windows of 16 positions, which the shared memory of sm_90 holds beside weights and tables. Where they would
-# take more, as with a stride of hundreds, chunks have fewer units.
-MAX_WINDOW_BYTES = 184 * 1024
-# Reductions of so many terms are cut into segments. Where the rest of the problem does not fill the GPU, blocks of
-# their own sum the segments, in larger tiles than it would have blocks for otherwise: by the cost model this saves 5 to
-# 20 % of layers with one block for a multiprocessor, and up to 80 % with few. Where the rest does fill it, a block adds
-# the sums of its segments in shared memory, for 2 to 5 % of its time. Neither costs accuracy: a product takes part in
-# the sums of its segment alone, and in at most MAX_SEGMENTS more.
-MIN_SEGMENTED_TERMS = 4096
-SEGMENT_STAGES = 64
-MIN_SEGMENTS, MAX_SEGMENTS = 4, 32
-
-
-@dataclass(frozen=True, slots=True)
-class Tile:
-    """A block's share of the product: block_m rows by block_n columns on warps_m by warps_n warps.
-
-    Attributes:
-        min_blocks: blocks that a multiprocessor must be able to hold, which caps the registers of a thread.
-        prefetch: vectors of input that a thread has on their way at a time: of so many units, or of half
-            as many at two positions.
-        has_samples: a block may take the positions of several samples, at the cost of an address for each fragment.
-        segment_mode: SEGMENT_MODE of mma.cuh; 2 stands for both launches.
-    """
-
-    block_m: int
-    block_n: int
-    warps_m: int
-    warps_n: int
-    min_blocks: int
-    prefetch: int
-    has_samples: bool = False
-    segment_mode: int = 0
-
-    @property
-    def warps(self) -> int:
-        return self.warps_m * self.warps_n
-
-    @property
-    def threads(self) -> int:
-        return WARP * self.warps
-
-    def slice_bytes(self, itemsize: int) -> int:
-        """Shared memory through which results pass in the end."""
-        rows = 32 if self.block_m // self.warps_m % 32 == 0 else 16
-        return self.warps * rows * ((self.block_n // self.warps_n + 8) * itemsize + SLICE_TABLE_BYTES)
-
-    @property
-    def total_bytes(self) -> int:
-        """Shared memory for the sums of the segments before."""
-        return self.block_m * self.block_n * 4 if self.segment_mode == 1 else 0
-
-    def stage_bytes(self, parts: int) -> int:
-        return STAGE_PAIRS * parts * self.block_m * UNIT_BYTES
-
-
-# The wide tile of 128x256 halves the weights that come through L2, which otherwise limits 16-bit layers of few taps.
-# Warp tiles of 64x64 need 62 % of the bandwidth of shared memory at the rate of mma.sync in 16 bits; of 64x32, 92 %.
-# The three sets of sums of a split product leave registers for 64x32. Tiles of 48 rows are for groups of 48 channels;
-# those of 16 columns for streams, where weights are nearly all that is read.
-_TILES = (
-    Tile(128, 128, 2, 2, 2, 4),
-    Tile(128, 256, 2, 4, 1, 4),
-    Tile(64, 128, 2, 2, 3, 4),
-    Tile(64, 64, 2, 2, 4, 4),
-    Tile(32, 256, 1, 4, 3, 4),
-    Tile(48, 128, 1, 4, 3, 4),
-    Tile(32, 64, 1, 4, 4, 4),
-    Tile(16, 128, 1, 4, 4, 4),
-    Tile(128, 128, 2, 2, 2, 4, has_samples=True),
-    Tile(64, 64, 2, 2, 4, 4, has_samples=True),
-    Tile(128, 16, 4, 1, 3, 2),
-)
-_SPLIT_TILES = (
-    Tile(128, 128, 2, 4, 1, 2),
-    Tile(64, 128, 2, 2, 2, 2),
-    Tile(64, 64, 2, 2, 2, 4),
-    Tile(32, 128, 1, 4, 3, 4),
-    Tile(48, 128, 1, 4, 2, 4),
-    Tile(32, 64, 1, 4, 4, 4),
-    Tile(16, 128, 1, 4, 4, 4),
-    Tile(128, 128, 2, 4, 1, 2, has_samples=True),
-    Tile(64, 64, 2, 2, 2, 4, has_samples=True),
-    Tile(128, 16, 4, 1, 3, 2),
-)
-# For reductions in segments: a block has shared memory for the sums of the segments before, or sums one segment.
-_SEGMENT_TILES = (
-    Tile(128, 128, 2, 2, 2, 4, segment_mode=1),
-    Tile(128, 256, 2, 4, 1, 4, segment_mode=1),
-    Tile(64, 128, 2, 2, 2, 4, segment_mode=1),
-    Tile(64, 64, 2, 2, 4, 4, segment_mode=1),
-    Tile(32, 256, 1, 4, 2, 4, segment_mode=1),
-    Tile(48, 128, 1, 4, 3, 4, segment_mode=1),
-    Tile(64, 64, 2, 2, 4, 4, has_samples=True, segment_mode=1),
-    Tile(128, 128, 2, 2, 2, 4, segment_mode=2),
-    Tile(64, 64, 2, 2, 4, 4, segment_mode=2),
-    Tile(64, 16, 4, 1, 4, 2, segment_mode=2),
-    Tile(128, 16, 4, 1, 3, 2, segment_mode=1),
-    Tile(64, 16, 4, 1, 4, 2, segment_mode=1),
-)
-_SPLIT_SEGMENT_TILES = (
-    Tile(128, 128, 2, 4, 1, 1, segment_mode=1),
-    Tile(64, 128, 2, 2, 2, 1, segment_mode=1),
-    Tile(64, 64, 2, 2, 2, 4, segment_mode=1),
-    Tile(48, 128, 1, 4, 2, 4, segment_mode=1),
-    Tile(32, 128, 1, 4, 3, 4, segment_mode=1),
-    Tile(64, 64, 2, 2, 2, 4, has_samples=True, segment_mode=1),
-    Tile(128, 128, 2, 4, 1, 1, segment_mode=2),
-    Tile(64, 64, 2, 2, 2, 4, segment_mode=2),
-    Tile(64, 16, 4, 1, 4, 2, segment_mode=2),
-    Tile(128, 16, 4, 1, 3, 2, segment_mode=1),
-)
 # The most bytes of partial sums. Segments get blocks of their own only in problems that are small otherwise.
 MAX_PARTIAL_BYTES = 64 * 2**20
-MAX_BLOCK_N = 256
-MAX_BLOCK_M = 128
-
-
-def tiles(arithmetic: Arithmetic, bits: int = 32, *, segments: bool = False) -> tuple[Tile, ...]:
-    """The tiles of an arithmetic; few for 64-bit offsets, since arrays that need them fill any of the same kind."""
-    whole, cut = (_SPLIT_TILES, _SPLIT_SEGMENT_TILES) if arithmetic.parts == 2 else (_TILES, _SEGMENT_TILES)
-    every: tuple[Tile, ...] = cut if segments else whole
-    if bits == 32:
-        return every
-    return tuple(t for t in every if t.segment_mode < 2 and t.block_n in (16, 64))
 
 
 def refuse_layer(problem: ConvProblem, rows: int, device: Device) -> str | None:
@@ -206,155 +76,6 @@ def refuse_layer(problem: ConvProblem, rows: int, device: Device) -> str | None:
     if is_split and p.terms < MIN_SPLIT_TERMS:
         return f"needs C_in/groups * taps >= {MIN_SPLIT_TERMS} for float32 by split TF32"
     return None
-
-
-@dataclass(frozen=True, slots=True)
-class Reduction:
-    """The order of summation of a layer.
-
-    Attributes:
-        units: of 16 bytes of channels, in a chunk.
-        chunks: of the channels of a group.
-        taps: of the product.
-        segment_chunks: chunks of a segment, whose sums are formed by themselves.
-    """
-
-    units: int
-    chunks: int
-    taps: int
-    segment_chunks: int
-
-    @classmethod
-    def of(cls, product: Product, arithmetic: Arithmetic) -> Reduction:
-        taps, all_units = product.taps, -(-product.problem.C_in_g // arithmetic.channels)
-        unit_bytes = arithmetic.parts * Window.of(product, 1, 16).rows * UNIT_BYTES
-        for most in range(MAX_UNITS, 0, -1):
-            chunks = -(-all_units // most)
-            units = -(-all_units // chunks)
-            if min(chunks, 2) * units * unit_bytes <= MAX_WINDOW_BYTES:
-                break
-        stages = chunks * -(-taps * units // STAGE_PAIRS)
-        is_long = stages * STAGE_PAIRS * arithmetic.channels >= MIN_SEGMENTED_TERMS
-        segments = min(max(stages // SEGMENT_STAGES, MIN_SEGMENTS), MAX_SEGMENTS) if is_long else 1
-        return cls(units, chunks, taps, -(-chunks // segments))
-
-    @property
-    def pairs(self) -> int:
-        """(tap, unit) pairs of a chunk, filled up to whole stages."""
-        return self.stages * STAGE_PAIRS
-
-    @property
-    def stages(self) -> int:
-        """Of a chunk."""
-        return -(-self.taps * self.units // STAGE_PAIRS)
-
-    @property
-    def segments(self) -> int:
-        return -(-self.chunks // self.segment_chunks)
-
-
-@dataclass(frozen=True, slots=True)
-class Window:
-    """How the input that a block reads lies in shared memory: see mma.cuh.
-
-    Neighbouring columns read positions column_step apart, so a plane holds every column_step-th position. Taps whose
-    distance is a multiple of column_step share a plane, shifted: there are column_step/gcd(column_step, tap_step)
-    planes, or one per tap where that takes fewer rows (taps that are far apart).
-
-    Where one access loads two positions, which begin at an even one, both have rows: neighbours in a plane, which then
-    begins one position early where its first is odd, or, where column_step is even, the same row of two planes.
-    """
-
-    block_samples: int
-    block_positions: int
-    planes: int
-    plane_rows: int
-    tap_rows_first: int
-    tap_rows_step: int
-    shift: int
-    plane_step: int
-    width: int = 1  # positions that one access loads
-
-    @classmethod
-    def of(cls, product: Product, block_samples: int, block_positions: int, width: int = 1) -> Window:
-        """`width` is 2 only where `pairs_positions`."""
-        window = cls._of_single_positions(product, block_samples, block_positions)
-        if width == 1:
-            return window
-        # Blocks begin at an even position of a product, and a sample at position 0.
-        p = product.problem
-        first = (product.first if p.transposed else -p.padding_left) + window.shift
-        if product.column_step == 1:
-            is_odd = first % 2 == 1 or (window.planes > 1 and window.plane_step % 2 == 1)
-            is_odd = is_odd or (p.transposed and not product.phases_in_rows)  # phases begin at positions of their own
-            return replace(window, plane_rows=round_up(window.plane_rows + is_odd, width), width=width)
-        # Where the first position is odd, the row of each tap is that of the next one.
-        planes = product.column_step
-        rounds = (product.taps - 1 + first % 2) // planes
-        return replace(window, planes=planes, plane_rows=block_positions + rounds, tap_rows_step=1, width=width)
-
-    @staticmethod
-    def pairs_positions(product: Product) -> bool:
-        """Whether the window has rows for both positions of every pair."""
-        step = product.column_step
-        return step == 1 or (step % 2 == 0 and product.tap_step == 1 and product.taps >= step)
-
-    @classmethod
-    def _of_single_positions(cls, product: Product, block_samples: int, block_positions: int) -> Window:
-        taps, step = product.taps, product.tap_step
-        gcd = math.gcd(product.column_step, step)
-        shared = min(product.column_step // gcd, taps)
-        rounds = (taps - 1) // shared  # how often taps come back to the first plane
-        shared_rows = block_positions + rounds * (abs(step) // gcd)
-        if shared * shared_rows >= taps * block_positions:
-            return cls(block_samples, block_positions, taps, block_positions, 0, 0, 0, step)
-        if step > 0:
-            return cls(block_samples, block_positions, shared, shared_rows, 0, step // gcd, 0, step)
-        # Taps go backwards, one position at a time where column_step is 1.
-        assert product.column_step == 1
-        return cls(block_samples, block_positions, 1, shared_rows, -rounds * step, step, rounds * step, step)
-
-    @property
-    def used_rows(self) -> int:
-        """Of one sample, those that hold input."""
-        return self.planes * self.plane_rows
-
-    @property
-    def sample_rows(self) -> int:
-        """From one sample to the next.
-
-        Where eight columns that ldmatrix reads together are of different samples, these lie at such distances that the
-        rows differ modulo 8: then it meets no bank conflict.
-        """
-        if self.block_samples == 1 or self.block_positions % BANK_ROWS == 0:
-            return self.used_rows
-        return self.used_rows + (self.block_positions - self.used_rows) % BANK_ROWS
-
-    @property
-    def rows(self) -> int:
-        return max(self.block_samples * self.sample_rows, BANK_ROWS)
-
-    @property
-    def unit_tasks(self) -> int:
-        """Tasks in which the rows of one unit, or of several at once, are staged; 2**32 / 4 fits any index."""
-        return self.rows if self.width == 1 else max(self.block_samples * self.used_rows // self.width, 4)
-
-    def params(self) -> dict[str, int]:
-        """The fields of Params, in order."""
-        return {
-            "block_samples": self.block_samples,
-            "block_positions": self.block_positions,
-            "planes": self.planes,
-            "plane_rows": self.plane_rows,
-            "sample_rows": self.sample_rows,
-            "window_rows": self.rows,
-            "unit_tasks": self.unit_tasks,
-            "tasks_reciprocal": -(-(2**32) // self.unit_tasks),
-            "tap_rows_first": self.tap_rows_first,
-            "tap_rows_step": self.tap_rows_step,
-            "window_shift": self.shift,
-            "plane_step": self.plane_step,
-        }
 
 
 @dataclass(frozen=True, slots=True)

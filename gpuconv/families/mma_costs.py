@@ -64,7 +64,7 @@ def input_batches(units: int, unit_tasks: int, task_units: int, threads: int) ->
 
 
 class TilesLaunch(NamedTuple):
-    """A launch of tiles, as far as its time depends on it: fields of `Tile`, `Window` and `Reduction` of mma.py.
+    """A launch of tiles, as far as its time depends on it: fields of `Tile`, `Window` and `Reduction`.
 
     Attributes:
         weight_tiles: blocks that differ in their weights.

@@ -19,6 +19,7 @@ from gpuconv.device import ARCHITECTURES, Device
 from gpuconv.dispatch import Choice
 from gpuconv.families import Layout, mma, mma_costs
 from gpuconv.families.arithmetic import ARITHMETICS
+from gpuconv.families.mma_tiles import Tile, tiles
 from gpuconv.families.passes import predict_pass
 from gpuconv.problem import ConvProblem, Problem, WeightGradientProblem
 
@@ -137,13 +138,13 @@ def test_a_call_takes_the_time_of_its_steps() -> None:
 CODES = [
     (mode, tile)
     for mode in (("bfloat16", "float32"), ("float32", "tf32"), ("float32", "float32"))
-    for tile in mma.tiles(ARITHMETICS[mode])
+    for tile in tiles(ARITHMETICS[mode])
     if (tile.block_m, tile.block_n) in ((128, 128), (128, 256), (64, 64)) and not tile.has_samples
 ]
 
 
 @pytest.mark.parametrize(("mode", "tile"), CODES, ids=lambda x: str(x[0]) if isinstance(x, tuple) else x.block_m)
-def test_estimates_of_tiles_are_those_of_the_machine_code(mode: tuple[str, str], tile: mma.Tile) -> None:
+def test_estimates_of_tiles_are_those_of_the_machine_code(mode: tuple[str, str], tile: Tile) -> None:
     """Instructions of a stage and of staging: who changes the kernel changes the constants of the model."""
     a = ARITHMETICS[mode]
     config = mma.kernel_config("conv1d_mma", *mode, tile, 32, H200, phases_in_rows=False, segment_mode=0)

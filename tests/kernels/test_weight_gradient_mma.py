@@ -16,8 +16,8 @@ from gpuconv.cases import CASES
 from gpuconv.device import ARCHITECTURES, Device
 from gpuconv.families import ArrayLayout, Layout, slices
 from gpuconv.families import weight_gradient_mma as mma
+from gpuconv.families.arithmetic import ARITHMETICS
 from gpuconv.families.base import contiguous_strides
-from gpuconv.families.mma import ARITHMETICS
 from gpuconv.families.slices import Slices
 from gpuconv.problem import WeightGradientProblem
 from tests import hostcuda
