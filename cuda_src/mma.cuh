@@ -35,10 +35,15 @@
 // bytes. A thread then loads two positions of a channel at once, which begin at an even one: see Window in
 // gpuconv/families/mma_window.py.
 //
-// Macros read: BLOCK_M, BLOCK_N, WARPS_M, WARPS_N, NUM_STAGES, STAGE_STEPS, PREFETCH, INPUT_WIDTH, HAS_SAMPLES, IS_SPLIT,
-// SPLIT_TERMS, SEGMENT_MODE, PHASES_IN_ROWS, MULTIPLY_MATRICES, and those of common.cuh. Dynamic shared memory: NUM_STAGES
-// stages of weights, the windows of two chunks (of one, where there is one chunk), and tables, where SEGMENT_MODE is 1 behind
-// the totals; or the slices through which the results pass.
+// CHANNELS_LAST = 1 is for input whose channels are contiguous, in groups of whole units, each unit aligned to 16 bytes: a
+// unit of one position is then 16 bytes of memory. Four neighbouring threads take the units of a row, which are neighbours in
+// memory. Units of 16-bit elements go to shared memory by cp.async, those of 32 bits through registers, since they are rounded
+// or split.
+//
+// Macros read: BLOCK_M, BLOCK_N, WARPS_M, WARPS_N, NUM_STAGES, STAGE_STEPS, PREFETCH, INPUT_WIDTH, CHANNELS_LAST (0 by
+// default), HAS_SAMPLES, IS_SPLIT, SPLIT_TERMS, SEGMENT_MODE, PHASES_IN_ROWS, MULTIPLY_MATRICES, and those of common.cuh.
+// Dynamic shared memory: NUM_STAGES stages of weights, the windows of two chunks (of one, where there is one chunk), and
+// tables, where SEGMENT_MODE is 1 behind the totals; or the slices through which the results pass.
 
 #pragma once
 
@@ -51,11 +56,16 @@
 #include "samples.cuh"
 #include "staging.cuh"
 
+#ifndef CHANNELS_LAST
+#define CHANNELS_LAST 0
+#endif
+
 constexpr int kStagePairs = 2 * STAGE_STEPS;
 constexpr int kStageTerms = kStagePairs * kUnit;
 constexpr int kStageVectors = kStagePairs * kParts * BLOCK_M;           // of 16 bytes
 constexpr int kStageCopies = (kStageVectors + kThreads - 1) / kThreads;  // of a thread, if its warp takes part
 constexpr int kTaskUnits = PREFETCH / INPUT_WIDTH;                       // that a task of staging takes
+constexpr bool kCopiesUnits = CHANNELS_LAST && kUnit == 8;               // from memory to the window, as they are
 constexpr int kSliceTiles = kTilesM % 2 == 0 ? 2 : 1;  // of a warp that pass through shared memory at a time in the end
 constexpr int kSliceRows = 16 * kSliceTiles;
 constexpr int kSlicePitch = kWarpN + 8;  // keeps the lanes of a fragment on different banks; rows may begin up to 8 later
@@ -70,6 +80,7 @@ static_assert(kStageVectors % (32 * kStageCopies) == 0, "warps copy equal shares
 static_assert(PREFETCH % INPUT_WIDTH == 0, "tasks are of whole units: gpuconv/families/mma_tiles.py");
 static_assert(INPUT_WIDTH == 1 || (INPUT_WIDTH == 2 && kUnit == 8 && kIsEmptyOutside),
               "pairs lie inside or outside: gpuconv/families/mma.py");
+static_assert(INPUT_WIDTH == 1 || !CHANNELS_LAST, "units are of one position: gpuconv/families/mma.py");
 static_assert(IS_SPLIT == 0 || kStageTerms == SPLIT_TERMS, "SPLIT_TERMS differs from gpuconv/families/arithmetic.py");
 static_assert(!kHasLengths || (INPUT_WIDTH == 1 && !HAS_SAMPLES), "a block is of one sample: gpuconv/families/mma.py");
 
@@ -687,6 +698,53 @@ __device__ __forceinline__ void multiply_tile(
         int window, window_end;  // in shared memory, in bytes
     };
 
+#if CHANNELS_LAST
+    // Four neighbouring threads, as many as a chunk has units at most, stage a row, and this one its unit of rows my_row,
+    // my_row + kRowStep and so on.
+    constexpr int kRowStep = kThreads / 4;
+    const int my_unit = threadIdx.x % 4, my_row = threadIdx.x / 4;
+    const Task* const my_tasks = reinterpret_cast<const Task*>(shared + tasks_begin) + my_row;
+    const int window_rows = int(window.window_rows);
+    const auto offset_of = [&](int row, const Task* task) { return row < window_rows ? task->offset : kMissing; };
+
+    const auto copy_window = [&](const Chunk& chunk) {
+        if (my_unit * kUnit >= chunk.channels) return;
+        const storage_t* const x = keep_in_register_global(chunk.input + my_unit * kUnit);
+        const Task* task = my_tasks;
+        StorageVector* to = reinterpret_cast<StorageVector*>(shared + (chunk.window + my_unit * unit_bytes)) + my_row;
+#pragma unroll 1
+        for (int row = my_row; row < window_rows; row += 4 * kRowStep, task += 4 * kRowStep, to += 4 * kRowStep) {
+            index_t offset[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) offset[i] = offset_of(row + i * kRowStep, task + i * kRowStep);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                copy_async_if(to + i * kRowStep, reinterpret_cast<const StorageVector*>(x + offset[i]), offset[i] != kMissing);
+            }
+        }
+    };
+    // Loads kTaskUnits rows from `row` on, as zeros where no sample exists. The result is where the first of them begins in
+    // shared memory, in bytes; -1 where the chunk lacks the unit.
+    const auto load_rows = [&](Block<1> (&blocks)[PREFETCH], const Chunk& chunk, int row) {
+        if (my_unit * kUnit >= chunk.channels) return -1;
+        const storage_t* const x = keep_in_register_global(chunk.input + my_unit * kUnit);
+        const Task* const task = my_tasks + (row - my_row);
+#pragma unroll
+        for (int i = 0; i < PREFETCH; ++i) {
+            const index_t offset = offset_of(row + i * kRowStep, task + i * kRowStep);
+            blocks[i].clear();
+            if (offset != kMissing) blocks[i].load_unit(x + offset);
+        }
+        return chunk.window + row * 16 + my_unit * unit_bytes;
+    };
+    const auto store_rows = [&](const Block<1> (&blocks)[PREFETCH], int row, int to) {
+        Vector<unsigned>* const rows = reinterpret_cast<Vector<unsigned>*>(shared + to);
+#pragma unroll
+        for (int i = 0; i < PREFETCH; ++i) {
+            if (row + i * kRowStep < window_rows) stage(blocks[i], rows + i * kRowStep, part_rows);
+        }
+    };
+#else
     // The window of a chunk is distributed over the threads: `task` counts the tasks of the first kTaskUnits units, then those
     // of the next. The result is where the task's first row begins in shared memory, in bytes; -1 where no sample exists.
     //
@@ -728,6 +786,7 @@ __device__ __forceinline__ void multiply_tile(
             }
         }
     };
+#endif
     const int chunk_stages = int(window.pairs / kStagePairs);
     WeightRing ring(
         tile.weight + chunk_begin * window.pairs * (kParts * BLOCK_M), stages, int(chunk_end - chunk_begin) * chunk_stages);
@@ -772,10 +831,60 @@ __device__ __forceinline__ void multiply_tile(
         next.channels = hold(int(min_index(tile.C_in_g - (chunk + 1) * window.units * kUnit, window.units * kUnit)));
         next.window = hold(kWindowsBegin + int((chunk + 1) & 1) * int(window_vectors) * 16);
         next.window_end = hold(next.window + (next.channels + kUnit - 1) / kUnit * unit_bytes);
+#if CHANNELS_LAST
+        int rows_begin = keep_in_register(!kCopiesUnits && chunk + 1 < chunk_end ? 0 : window_rows);
+#else
         const int groups = (next.channels + (kTaskUnits * kUnit - 1)) / (kTaskUnits * kUnit);
         int tasks_left = keep_in_register(chunk + 1 < chunk_end ? groups * int(window.unit_tasks) : 0);
+#endif
         const unsigned char* const x = keep_in_register_shared(my_window + int((chunk & 1) * window_vectors) * 16);
         const StepOffsets* pairs_of_stage = my_pairs;
+        const auto multiply_next = [&] {  // a stage that has arrived
+            ring.load(slot, stage);
+            slot = keep_in_register(stage & (NUM_STAGES - 1));
+            ++stage;
+            const StorageVector* const w = my_weight + slot * kStageVectors;
+            const StepOffsets pairs = *pairs_of_stage;
+            pairs_of_stage += 2;  // those of both halves
+            multiply_stage(
+                w, x, pairs, [&](int j) { return HAS_SAMPLES ? column_offset[j] : j * 256; }, int(part_rows), acc, low,
+                part);
+        };
+#if CHANNELS_LAST
+        if (kCopiesUnits) {
+            // The next window is copied in one group with the weights of NUM_STAGES - 1 stages later. A chunk of as many
+            // stages has waited for that group when the next one begins; a shorter one has not.
+            if (chunk >= chunk_begin) {
+                if (chunk == chunk_begin || chunk_stages < NUM_STAGES - 1) {
+                    copy_async_wait();
+                } else {
+                    copy_async_wait_group<NUM_STAGES - 2>();
+                }
+                __syncthreads();
+            }
+            if (chunk + 1 < chunk_end) copy_window(next);
+#pragma unroll 1
+            while (stage < stages_end) {
+                multiply_next();
+                if (stage == stages_end) break;
+                copy_async_wait_group<NUM_STAGES - 2>();
+                __syncthreads();
+            }
+        }
+#pragma unroll 1
+        for (; !kCopiesUnits && (rows_begin < window_rows || stage < stages_end); rows_begin += PREFETCH * kRowStep) {
+            Block<1> ahead[PREFETCH];
+            const int row = rows_begin + my_row, to = row < window_rows ? load_rows(ahead, next, row) : -1;
+            const int round_end = int(min_index(stage + window.round_stages, stages_end));
+#pragma unroll 1
+            while (stage < round_end) {
+                copy_async_wait_group<NUM_STAGES - 2>();
+                __syncthreads();
+                multiply_next();
+            }
+            if (to >= 0) store_rows(ahead, row, to);
+        }
+#else
 #pragma unroll 1
         for (; tasks_left > 0 || stage < stages_end; tasks_left -= kThreads) {
             Block<INPUT_WIDTH> ahead[kTaskUnits];
@@ -786,18 +895,11 @@ __device__ __forceinline__ void multiply_tile(
             while (stage < round_end) {
                 copy_async_wait_group<NUM_STAGES - 2>();
                 __syncthreads();
-                ring.load(slot, stage);
-                slot = keep_in_register(stage & (NUM_STAGES - 1));
-                ++stage;
-                const StorageVector* const w = my_weight + slot * kStageVectors;
-                const StepOffsets pairs = *pairs_of_stage;
-                pairs_of_stage += 2;  // those of both halves
-                multiply_stage(
-                    w, x, pairs, [&](int j) { return HAS_SAMPLES ? column_offset[j] : j * 256; }, int(part_rows), acc, low,
-                    part);
+                multiply_next();
             }
             if (to >= 0) store_task(ahead, next, to);
         }
+#endif
         input += window.units * kUnit * tile.input_stride_c;
         stages_end += chunk_stages;
         if (SEGMENT_MODE == 1 && chunk >= chunk_begin && --segment_left == 0 && chunk + 1 < chunk_end) {

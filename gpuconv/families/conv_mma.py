@@ -11,7 +11,7 @@ from ..costs import Work
 from ..device import Device
 from ..problem import ConvProblem
 from . import mma, mma_costs
-from .arithmetic import ARITHMETICS, Arithmetic
+from .arithmetic import ARITHMETICS, Access, Arithmetic
 from .base import MAX_GRID, Config, Family, Layout, Plan, Refusal, Step
 from .mma_tiles import MAX_BLOCK_M, MAX_BLOCK_N
 from .mma_window import MAX_UNITS, Reduction
@@ -37,10 +37,10 @@ class _ConvMma(Family[ConvProblem]):
         if not mma.smallest_fits(product, arithmetic, device):
             return Refusal("needs the window of 16 positions in shared memory")
         bits = _index_bits(product, layout, arithmetic)
-        width = mma.input_width(product, layout, arithmetic, bits)
-        # The rows that pairs need besides may be too many.
-        tilings = mma.compare_tilings(product, arithmetic, bits, width, device) or mma.compare_tilings(
-            product, arithmetic, bits, 1, device
+        access = mma.input_access(product, layout, arithmetic, bits, device)
+        # The rows that pairs and units need besides may be too many.
+        tilings = mma.compare_tilings(product, arithmetic, bits, access, device) or mma.compare_tilings(
+            product, arithmetic, bits, Access.POSITION, device
         )
         if not tilings:
             return Refusal(f"needs at most {MAX_GRID} blocks")

@@ -21,6 +21,7 @@ from .arithmetic import (
     SPLIT_TERMS,
     STAGE_STEPS,
     UNIT_BYTES,
+    Access,
     Arithmetic,
     arithmetics,
 )
@@ -46,6 +47,7 @@ from .product import Product
 from .weight_boxes import WeightBoxes
 
 PACK_BLOCK_SIZE = 128
+ASYNC_COPY_ARCH = 80  # from which on cp.async exists
 
 # Layers with fewer channels than a unit of 16-bit elements are handled by the families for stems and tails.
 MIN_CHANNELS = 8
@@ -103,26 +105,33 @@ def shared_bytes(tile: Tile, window: Window, reduction: Reduction, arithmetic: A
     )
 
 
-def _batches(tile: Tile, window: Window, reduction: Reduction) -> int:
-    return input_batches(reduction.units, window.unit_tasks, tile.prefetch // window.width, tile.threads)
+def _batches(tile: Tile, window: Window, reduction: Reduction, arithmetic: Arithmetic) -> int:
+    return input_batches(window.access, arithmetic, reduction.units, window.unit_tasks, tile.prefetch, tile.threads)
 
 
-def input_width(product: Product, layout: Layout, arithmetic: Arithmetic, bits: int) -> int:
-    """Neighbouring positions of the input that one access loads: 2 of 16 bits where they lie in one aligned word."""
-    p, array = product.problem, layout["input"]
+def input_access(product: Product, layout: Layout, arithmetic: Arithmetic, bits: int, device: Device) -> Access:
+    """How the layout lets the input be loaded.
+
+    Units of channels where these are contiguous, every unit lies in 16 aligned bytes, and the architecture has
+    asynchronous copies; else pairs of positions of 16 bits where these lie in one aligned word.
+    """
+    p, array, unit = product.problem, layout["input"], arithmetic.channels
     stride_n, stride_c, stride_l = array.strides
+    begins_unit = (stride_n % unit == 0 or p.N == 1) and (stride_l % unit == 0 or p.L_in == 1) and p.C_in_g % unit == 0
+    if stride_c == 1 and begins_unit and array.alignment >= UNIT_BYTES and device.arch >= ASYNC_COPY_ARCH:
+        return Access.UNIT
     begins_even = (stride_n % 2 == 0 or p.N == 1) and (stride_c % 2 == 0 or p.C_in == 1) and array.alignment >= 4
     is_word = stride_l == 1 and begins_even and p.L_in % 2 == 0 and arithmetic.channels == 8 and bits == 32
     if p.padding_mode != "zeros" or p.has_lengths:  # positions outside mean other samples, or begin at any place
-        return 1
-    return 2 if is_word and Window.pairs_positions(product) else 1
+        return Access.POSITION
+    return Access.PAIR if is_word and Window.pairs_positions(product) else Access.POSITION
 
 
 @lru_cache(maxsize=4096)
 def compare_tilings(
-    product: Product, arithmetic: Arithmetic, bits: int, width: int, device: Device
+    product: Product, arithmetic: Arithmetic, bits: int, access: Access, device: Device
 ) -> tuple[Tiling, ...]:
-    """The tilings of a product that fit the device, the cheapest first; `width` as of `input_width`."""
+    """The tilings of a product that fit the device, the cheapest first; `access` as of `input_access`."""
     reduction, samples = Reduction.of(product, arithmetic), product.problem.N
     found = []
     for tile in tiles(arithmetic, bits, segments=reduction.segments > 1):
@@ -134,7 +143,7 @@ def compare_tilings(
             block_samples, block_positions = min(tile.block_n // product.positions, samples), product.positions
             if block_samples < 2:
                 continue
-        window = Window.of(product, block_samples, block_positions, width)
+        window = Window.of(product, block_samples, block_positions, access)
         needed = shared_bytes(tile, window, reduction, arithmetic, bits)
         column_tiles = -(-product.positions // block_positions)
         sample_tiles = -(-samples // block_samples)
@@ -171,7 +180,7 @@ def _predict(
         samples=window.block_samples,
         used_rows=window.used_rows,
         window_rows=window.rows,
-        batches=_batches(tile, window, reduction),
+        batches=_batches(tile, window, reduction, arithmetic),
         block_m=tile.block_m,
         block_n=tile.block_n,
         warps_m=tile.warps_m,
@@ -179,7 +188,7 @@ def _predict(
         has_samples=tile.has_samples,
         is_cut=is_cut,
         kept_segments=reduction.segments if tile.segment_mode == 1 else 0,
-        width=window.width,
+        access=window.access,
     )
     packed = row_tiles * tile.block_m * reduction.chunks * reduction.pairs
     resident = min(tile.min_blocks, max(1, blocks_by_shared(shared, device)))
@@ -223,7 +232,7 @@ def kernel_config(
     *,
     phases_in_rows: bool,
     segment_mode: int,
-    width: int = 1,
+    access: Access = Access.POSITION,
 ) -> Config:
     arithmetic = ARITHMETICS[dtype, precision]
     # The shared memory of Turing holds one block, seldom two; 64-bit offsets take twice the registers.
@@ -238,7 +247,7 @@ def kernel_config(
         "NUM_STAGES": NUM_STAGES,
         "STAGE_STEPS": STAGE_STEPS,
         "PREFETCH": tile.prefetch,
-        "INPUT_WIDTH": width,
+        "INPUT_WIDTH": access.width,
         "HAS_SAMPLES": int(tile.has_samples),
         "MIN_BLOCKS": tile.min_blocks if caps_registers else 1,
         "IS_SPLIT": int(arithmetic.parts == 2),
@@ -248,6 +257,8 @@ def kernel_config(
         "PHASES_IN_ROWS": int(phases_in_rows),
         "PARAMS_BYTES": len(params_fields(kernel)) * bits // 8,
     }
+    if access is Access.UNIT:
+        macros["CHANNELS_LAST"] = 1
     return Config.of(kernel, macros)
 
 
@@ -258,8 +269,10 @@ def kernel_configs(kernel: str, device: Device, phases: tuple[bool, ...], *, tra
             for bits in (32, 64):
                 for tile in (*tiles(arithmetic, bits), *tiles(arithmetic, bits, segments=True)):
                     for mode in (2, 3) if tile.segment_mode == 2 else (tile.segment_mode,):
-                        has_pairs = arithmetic.channels == 8 and bits == 32 and mode != 3
-                        for width in (1, 2) if has_pairs else (1,):
+                        has_pairs = arithmetic.channels == 8 and bits == 32
+                        has_units = device.arch >= ASYNC_COPY_ARCH
+                        accesses = [Access.POSITION] + [Access.PAIR] * has_pairs + [Access.UNIT] * has_units
+                        for access in accesses if mode != 3 else accesses[:1]:
                             yield kernel_config(
                                 kernel,
                                 dtype,
@@ -269,14 +282,14 @@ def kernel_configs(kernel: str, device: Device, phases: tuple[bool, ...], *, tra
                                 device,
                                 phases_in_rows=phases_in_rows,
                                 segment_mode=mode,
-                                width=width,
+                                access=access,
                             )
                 yield _pack_config(dtype, precision, bits, transposed=transposed, phases_in_rows=phases_in_rows)
 
 
-def _tiling_params(reduction: Reduction, tiling: Tiling) -> dict[str, int]:
+def _tiling_params(reduction: Reduction, tiling: Tiling, arithmetic: Arithmetic) -> dict[str, int]:
     """The fields of Params that describe the order of summation and the tiles."""
-    batches = _batches(tiling.tile, tiling.window, reduction)
+    batches = _batches(tiling.tile, tiling.window, reduction, arithmetic)
     # As few rounds as leave one for every batch.
     round_stages = max(1, -(-reduction.stages // batches))
     if -(-reduction.stages // round_stages) < batches:
@@ -302,11 +315,12 @@ def make_plan(
     """The weights packed, then a tensor-core kernel; where segments have blocks of their own, their sums added."""
     p, tiling = problem, tilings[0]
     tile, bits = tiling.tile, tiling.index_bits
-    reduction = Reduction.of(product, ARITHMETICS[p.dtype, p.precision])
+    arithmetic = ARITHMETICS[p.dtype, p.precision]
+    reduction = Reduction.of(product, arithmetic)
     params = params_of(
         kernel,
         conv_fields(p, layout),
-        {**product.params(), **_tiling_params(reduction, tiling)},
+        {**product.params(), **_tiling_params(reduction, tiling, arithmetic)},
     )
 
     # The rows of a single phase are channels, for which less code suffices.
@@ -322,7 +336,7 @@ def make_plan(
             device,
             phases_in_rows=in_rows,
             segment_mode=mode,
-            width=1 if mode == 3 else tiling.window.width,  # the second launch reads no input
+            access=Access.POSITION if mode == 3 else tiling.window.access,  # the second launch reads no input
         )
         config = with_padding_mode(config, p.padding_mode)
         return Step(config, Launch(grid, tile.threads, shared, bits, params), (*conv_arrays(p, PACKED), *more))

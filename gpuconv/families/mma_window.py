@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from .arithmetic import STAGE_PAIRS, UNIT_BYTES, Arithmetic
+from .arithmetic import STAGE_PAIRS, UNIT_BYTES, Access, Arithmetic
 from .base import round_up
 from .product import Product
 
@@ -80,6 +80,9 @@ class Window:
 
     Where one access loads two positions, which begin at an even one, both have rows: neighbours in a plane, which then
     begins one position early where its first is odd, or, where column_step is even, the same row of two planes.
+
+    Attributes:
+        access: by which the input is loaded.
     """
 
     block_samples: int
@@ -90,13 +93,13 @@ class Window:
     tap_rows_step: int
     shift: int
     plane_step: int
-    width: int = 1  # positions that one access loads
+    access: Access = Access.POSITION
 
     @classmethod
-    def of(cls, product: Product, block_samples: int, block_positions: int, width: int = 1) -> Window:
-        """`width` is 2 only where `pairs_positions`."""
-        window = cls._of_single_positions(product, block_samples, block_positions)
-        if width == 1:
+    def of(cls, product: Product, block_samples: int, block_positions: int, access: Access = Access.POSITION) -> Window:
+        """`access` loads pairs only where `pairs_positions`."""
+        window = replace(cls._of_single_positions(product, block_samples, block_positions), access=access)
+        if access is not Access.PAIR:
             return window
         # Blocks begin at an even position of a product, and a sample at position 0.
         p = product.problem
@@ -104,11 +107,11 @@ class Window:
         if product.column_step == 1:
             is_odd = first % 2 == 1 or (window.planes > 1 and window.plane_step % 2 == 1)
             is_odd = is_odd or (p.transposed and not product.phases_in_rows)  # phases begin at positions of their own
-            return replace(window, plane_rows=round_up(window.plane_rows + is_odd, width), width=width)
+            return replace(window, plane_rows=round_up(window.plane_rows + is_odd, access.width))
         # Where the first position is odd, the row of each tap is that of the next one.
         planes = product.column_step
         rounds = (product.taps - 1 + first % 2) // planes
-        return replace(window, planes=planes, plane_rows=block_positions + rounds, tap_rows_step=1, width=width)
+        return replace(window, planes=planes, plane_rows=block_positions + rounds, tap_rows_step=1)
 
     @staticmethod
     def pairs_positions(product: Product) -> bool:
@@ -149,12 +152,20 @@ class Window:
 
     @property
     def rows(self) -> int:
-        return max(self.block_samples * self.sample_rows, BANK_ROWS)
+        """Of a unit.
+
+        Where accesses load units, four neighbouring threads store those of a row, which are so many rows apart, and the
+        next four those of the next row: these eight meet no bank conflict.
+        """
+        rows = max(self.block_samples * self.sample_rows, BANK_ROWS)
+        return round_up(rows, 4, 2) if self.access is Access.UNIT else rows
 
     @property
     def unit_tasks(self) -> int:
         """Tasks in which the rows of one unit, or of several at once, are staged; 2**32 / 4 fits any index."""
-        return self.rows if self.width == 1 else max(self.block_samples * self.used_rows // self.width, 4)
+        if self.access is not Access.PAIR:
+            return self.rows
+        return max(self.block_samples * self.used_rows // self.access.width, 4)
 
     def params(self) -> dict[str, int]:
         """The fields of Params, in order."""

@@ -19,7 +19,7 @@ from gpuconv.cases import Data
 from gpuconv.checks import same_bits
 from gpuconv.device import ARCHITECTURES, Device
 from gpuconv.families import ArrayLayout, Config, Family, Layout, mma
-from gpuconv.families.arithmetic import ARITHMETICS, MIN_SPLIT_TERMS, STAGE_PAIRS
+from gpuconv.families.arithmetic import ARITHMETICS, MIN_SPLIT_TERMS, STAGE_PAIRS, Access
 from gpuconv.families.mma_tiles import Tile, tiles
 from gpuconv.families.mma_window import Reduction, Window
 from gpuconv.families.product import Product
@@ -173,24 +173,25 @@ def products(draw: st.DrawFn) -> Product:
     product=products(),
     block_samples=st.integers(1, 3),
     block_positions=st.integers(1, 40),
-    wants_pairs=st.booleans(),
+    wanted=st.sampled_from(Access),
 )
 def test_every_tap_of_every_column_reads_its_position(
-    product: Product, block_samples: int, block_positions: int, wants_pairs: bool
+    product: Product, block_samples: int, block_positions: int, wanted: Access
 ) -> None:
     """The kernel's formulas for the row that a tap reads and for the position that a row holds, put together.
 
     Pairs of rows hold an even position and the next one.
     """
-    width = 2 if wants_pairs and Window.pairs_positions(product) else 1
-    window, taps = Window.of(product, block_samples, block_positions, width), product.taps
+    access = wanted if wanted is not Access.PAIR or Window.pairs_positions(product) else Access.POSITION
+    window, taps, width = Window.of(product, block_samples, block_positions, access), product.taps, access.width
     used_rows, sample_rows = window.planes * window.plane_rows, window.sample_rows
     origin = -product.problem.padding_left
     assert window.used_rows == used_rows
     more = 0 if width == 1 else 2 * window.planes
     assert used_rows <= taps * block_positions + more  # never more than one row for each tap and column
     assert used_rows <= sample_rows < used_rows + 8
-    assert window.rows == max(block_samples * sample_rows, 8)
+    rows = max(block_samples * sample_rows, 8)
+    assert window.rows == (rows + (2 - rows) % 4 if access is Access.UNIT else rows)
     assert window.unit_tasks == (window.rows if width == 1 else max(4, block_samples * used_rows // 2))
 
     in_planes = product.column_step == 1

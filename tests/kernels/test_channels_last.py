@@ -1,0 +1,115 @@
+"""Arrays whose channels are contiguous, on tensor cores: staged 16 bytes at a time, and no bit differs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from gpuconv import cases
+from gpuconv.cases import Data
+from gpuconv.families import Layout
+from gpuconv.lengths import Samples
+from gpuconv.problem import ConvProblem
+from tests import hostcuda
+from tests.kernels.arrays import assert_same_bits, channels_last, unaligned
+from tests.kernels.tensor_cores import H200
+from tests.plans import FORWARD_FAMILIES, kernel_of
+
+Array = npt.NDArray[Any]
+
+FAMILY = {family.kind: family for family in FORWARD_FAMILIES if family.name.endswith("_mma")}
+MODES = ("bfloat16", "tf32", "float32")
+
+# Of 2, 3 and 4 units of 8 channels a chunk, a last chunk of fewer, chunks of 1 to 3 stages and more, several samples in
+# a block, groups, planes, segments.
+PROBLEMS = (
+    ConvProblem("conv1d", 2, 40, 18, 23, 5, 1, 4, 6, has_bias=True),
+    ConvProblem("conv1d", 2, 136, 18, 70, 1),
+    ConvProblem("conv1d", 1, 104, 18, 70, 2, dilation=30),
+    ConvProblem("conv1d", 3, 48, 48, 41, 5, 2, 1, 1, groups=3),
+    ConvProblem("conv1d", 13, 72, 20, 10, 3, 1, 1, 1),
+    ConvProblem("conv1d", 2, 528, 20, 26, 16, 2, 3, 2, has_bias=True),
+    ConvProblem("conv_transpose1d", 2, 48, 14, 9, 7, 3, 2, 1, groups=2, output_padding=2, has_bias=True),
+    ConvProblem("conv_transpose1d", 3, 24, 17, 9, 7, 2, 5, 4, 3, output_padding=2, has_bias=True),
+)
+
+
+def pitched(array: Array) -> Array:
+    """Channels last, with eight more channels between the positions."""
+    N, C, L = array.shape
+    buffer = np.full((N, L, C + 8), np.nan, array.dtype)
+    buffer[..., :C] = array.swapaxes(-1, -2)
+    return buffer[..., :C].swapaxes(-1, -2)
+
+
+def backwards(array: Array) -> Array:
+    """Channels last, positions from the last to the first."""
+    return channels_last(array[..., ::-1])[..., ::-1]
+
+
+def is_wide(problem: ConvProblem, layout: Layout, device: Any = H200) -> bool:
+    return "CHANNELS_LAST" in dict(kernel_of(FAMILY[problem.op], problem, layout, device)[0].macros)
+
+
+def run(problem: ConvProblem, data: Data, view: Callable[[Array], Array], **settings: Any) -> Array:
+    """The result for a view of the input, which is loaded by units."""
+    x = view(data.input)
+    layout = Layout.contiguous(problem).replaced(input=hostcuda.array_layout(x))
+    assert is_wide(problem, layout), str(problem)
+    family = FAMILY[problem.op].name
+    return hostcuda.compute(problem, x, *data[1:], layout=layout, family=family, **settings)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_input_whose_channels_are_contiguous_changes_no_bit(mode: str) -> None:
+    """Infinities and NaNs among it, which feed sums that are formed again."""
+    for i, problem in enumerate(PROBLEMS):
+        p = cases.in_format(problem, mode)
+        data = cases.random_data(p, i)
+        data.input[0, 1, :3] = np.inf, np.nan, 1e38
+        expected = hostcuda.compute(p, *data, family=FAMILY[p.op].name)
+        assert_same_bits(run(p, data, (channels_last, pitched, backwards)[i % 3], schedule="every"), expected, str(p))
+
+
+def test_rows_mean_other_samples_or_end_at_lengths_of_their_own() -> None:
+    layer = cases.in_format(ConvProblem("conv1d", 3, 40, 18, 23, 5, 1, 4, 4, has_bias=True), "bfloat16")
+    data = cases.random_data(layer, 1)
+    p = replace(layer, padding_mode="reflect")
+    expected = hostcuda.compute(p, *data, family="conv1d_mma")
+    assert_same_bits(run(p, data, channels_last), expected, p.padding_mode)
+    p = replace(layer, has_lengths=True)
+    table = np.stack(Samples.of("conv1d", layer, layer.padding, [23, 7, 1]), axis=1)
+    expected = hostcuda.compute(p, *data, family="conv1d_mma", samples=table)
+    assert_same_bits(run(p, data, channels_last, samples=table), expected, "lengths")
+
+
+def test_what_is_not_aligned_is_loaded_as_other_layouts_are() -> None:
+    p = cases.in_format(ConvProblem("conv1d", 2, 48, 48, 23, 5, 1, 4, 4, groups=2), "bfloat16")
+    data = cases.random_data(p, 2)
+    expected = hostcuda.compute(p, *data, family="conv1d_mma")
+    N, C, L = p.input_shape
+
+    def shifted(array: Array) -> Array:
+        return unaligned(array.swapaxes(-1, -2)).swapaxes(-1, -2)
+
+    def odd_pitch(array: Array) -> Array:
+        buffer = np.zeros((N, L, C + 4), array.dtype)
+        buffer[..., :C] = array.swapaxes(-1, -2)
+        return buffer[..., :C].swapaxes(-1, -2)
+
+    def odd_samples(array: Array) -> Array:
+        buffer = np.zeros((N, C * L + 4), array.dtype)
+        rows = np.lib.stride_tricks.as_strided(buffer, (N, C, L), (2 * (C * L + 4), 2, 2 * C))
+        rows[...] = array
+        return rows
+
+    for view in (shifted, odd_pitch, odd_samples):
+        x = view(data.input)
+        layout = Layout.contiguous(p).replaced(input=hostcuda.array_layout(x))
+        assert not is_wide(p, layout)
+        assert_same_bits(hostcuda.compute(p, x, *data[1:], layout=layout, family="conv1d_mma"), expected, view.__name__)
