@@ -60,6 +60,12 @@ class Choice:
         return self.step.config
 
     @property
+    def staging(self) -> dict[str, str]:
+        """What one access loads of each array that its kernel transposes; see `Family.staging`."""
+        (family,) = (family for family in FAMILIES if family.name == self.family)
+        return family.staging(self.step)
+
+    @property
     def launch(self) -> Launch:
         """The launch of the family's own kernel."""
         return self.step.launch

@@ -50,6 +50,11 @@ class Access(IntEnum):
         """Its positions."""
         return 2 if self is Access.PAIR else 1
 
+    @property
+    def words(self) -> str:
+        """What `explain` says of it."""
+        return ("one position of a channel", "two positions of a channel", "16 bytes of contiguous channels")[self]
+
 
 @dataclass(frozen=True, slots=True)
 class Arithmetic:

@@ -46,6 +46,9 @@ class _ConvMma(Family[ConvProblem]):
             return Refusal(f"needs at most {MAX_GRID} blocks")
         return mma.make_plan(p, layout, device, product, tilings, self.name)
 
+    def staging(self, step: Step) -> dict[str, str]:
+        return {"input": mma_costs.access_of(step).words}
+
     def work(self, problem: ConvProblem, step: Step) -> Work:
         return mma_costs.work(problem, step)
 

@@ -235,13 +235,19 @@ def _predict_packing(p: ConvProblem, arithmetic: Arithmetic, vectors: int, block
     return predict_launch(work, code, blocks=blocks, resident=8, unit=cuda_cores(device, 4), device=device)
 
 
+def access_of(step: Step) -> Access:
+    """By which a step of tiles loads the input."""
+    macros = dict(step.config.macros)
+    if "CHANNELS_LAST" in macros:
+        return Access.UNIT
+    return Access.PAIR if macros["INPUT_WIDTH"] == "2" else Access.POSITION
+
+
 def _launch_of(problem: ConvProblem, step: Step) -> TilesLaunch:
     """A step of tiles as the cost model sees it."""
     params, macros = dict(step.launch.params), dict(step.config.macros)
     is_cut = macros["SEGMENT_MODE"] == "2"
-    access = (
-        Access.UNIT if "CHANNELS_LAST" in macros else Access.PAIR if macros["INPUT_WIDTH"] == "2" else Access.POSITION
-    )
+    access = access_of(step)
     arithmetic = ARITHMETICS[problem.dtype, problem.precision]
     return TilesLaunch(
         arithmetic=arithmetic,
