@@ -29,6 +29,9 @@
 // COARSE_WIDTH and FINE_WIDTH > 1 need contiguous positions, as many as a multiple of the width, in rows that begin
 // aligned to that many; FINE_WIDTH > 1 also needs stride 1. Takes other arrays of any strides, in elements.
 // Samples with lengths of their own (samples.cuh) need widths of 1.
+// COARSE_LAST and FINE_LAST = 1 (0 by default) are for arrays whose channels are contiguous, in groups of whole units, each unit
+// aligned to 16 bytes: a unit of one position is then 16 bytes of memory. Units of 16-bit elements go to shared memory by
+// cp.async, those of 32 bits through registers, since they are rounded or split.
 // Needs float16, bfloat16 (sm_80) or float32 (sm_80). Chosen for at least 8 channels a group on the coarse side, and 8
 // channels or 8 taps on the fine side; see gpuconv/families/weight_gradient_mma.py.
 
@@ -58,6 +61,13 @@ struct Params {
 };
 static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/weight_gradient_mma.py");
 
+#ifndef COARSE_LAST
+#define COARSE_LAST 0
+#endif
+#ifndef FINE_LAST
+#define FINE_LAST 0
+#endif
+
 constexpr int kOctetUnits = 8 / kUnit;
 constexpr int kOctetChannels = TAPS_IN_UNITS ? 1 : 8, kOctetTaps = 8 / kOctetChannels;
 constexpr int kStepRows = 16;                  // positions of a step
@@ -72,6 +82,7 @@ constexpr int kCoarseTasks = kUnitsM * CHUNK_ROWS / COARSE_WIDTH;
 constexpr int kAheadCoarse = (kCoarseTasks + kThreads - 1) / kThreads * COARSE_WIDTH < AHEAD_COARSE
     ? (kCoarseTasks + kThreads - 1) / kThreads : AHEAD_COARSE / COARSE_WIDTH;
 constexpr int kAheadFine = AHEAD_FINE / FINE_WIDTH;
+constexpr bool kCopiesCoarse = COARSE_LAST && kUnit == 8, kCopiesFine = FINE_LAST && kUnit == 8;  // as they are
 constexpr int kOutPitch = BLOCK_N + 4;          // of the sums that are to be stored
 constexpr int kOutColumns = BLOCK_N / 32;       // that a lane stores of a row
 static_assert(CHUNK_ROWS % kStepRows == 0, "chunks are whole steps: gpuconv/families/weight_gradient_mma.py");
@@ -79,6 +90,8 @@ static_assert(AHEAD_COARSE % COARSE_WIDTH == 0 && AHEAD_FINE % FINE_WIDTH == 0,
               "whole tasks are loaded ahead: gpuconv/families/weight_gradient_mma.py");
 static_assert(!TAPS_IN_UNITS || FINE_WIDTH == 1,
               "taps are loaded one by one: gpuconv/families/weight_gradient_mma.py");
+static_assert((!COARSE_LAST || COARSE_WIDTH == 1) && (!FINE_LAST || (FINE_WIDTH == 1 && !TAPS_IN_UNITS)),
+              "units are of one position and of channels: gpuconv/families/weight_gradient_mma.py");
 static_assert(kIsEmptyOutside || FINE_WIDTH == 1,
               "positions outside fine are loaded together: gpuconv/families/weight_gradient_mma.py");
 static_assert(kStepRows == SPLIT_TERMS, "SPLIT_TERMS differs from gpuconv/families/arithmetic.py");
@@ -115,12 +128,13 @@ __device__ __forceinline__ Tile find_tile(unsigned block, const Params& p) {
 __device__ __forceinline__ bool is_finite(float x) { return (float_as_uint(x) & 0x7f800000u) != 0x7f800000u; }
 
 // A thread's task in staging: `width` neighbouring positions of a unit. Neighbouring lanes take neighbouring positions of
-// one unit or, where those are several each, which would meet on the same banks, one of up to eight units each.
+// one unit or, where those are several each, which would meet on the same banks, one of up to eight units each; so they do
+// where units are neighbours in memory.
 struct Task {
     int unit, row;
 
-    __device__ __forceinline__ static Task of(int index, int units, int runs, int width) {
-        const int low = width == 1 ? 1 : units < 8 ? units : 8;
+    __device__ __forceinline__ static Task of(int index, int units, int runs, int width, bool is_last) {
+        const int low = width == 1 && !is_last ? 1 : units < 8 ? units : 8;
         const int rest = index / low, block = rest / runs;
         return Task{block * low + (index - rest * low), (rest - block * runs) * width};
     }
@@ -130,6 +144,11 @@ struct Task {
 // some that the unit before has too, and all channels of every unit exist.
 __device__ __forceinline__ int first_of_unit(int unit, index_t channels) {
     return int(min_index(unit * kUnit, channels - kUnit));
+}
+
+// Copies a unit of one position to a row of a buffer.
+__device__ __forceinline__ void copy_unit(Vector<unsigned>* row, const storage_t* from) {
+    copy_async(row, reinterpret_cast<const Vector<unsigned>*>(from));
 }
 
 // Loads the elements of fine that kUnit neighbouring taps meet, the first of them at a position; zeros where there are none.
@@ -208,7 +227,7 @@ __device__ __forceinline__ void multiply_slice(
 
 #pragma unroll 1
     for (int i = threadIdx.x; i < fine_tasks; i += kThreads) {
-        tasks[i] = Task::of(i, window_units, fine_runs, FINE_WIDTH);
+        tasks[i] = Task::of(i, window_units, fine_runs, FINE_WIDTH, FINE_LAST);
     }
 
     coarse += (tile.channel + tile.row_begin) * p.coarse_stride_c;
@@ -219,14 +238,24 @@ __device__ __forceinline__ void multiply_slice(
     // Units that exist. The others are never written: they have a part in no result.
     const int coarse_units = (int(tile.rows) + kUnit - 1) / kUnit, fine_units = (int(tile.elements) + kUnit - 1) / kUnit;
     const auto coarse_task = [&](int i) {
-        return Task::of(i * kThreads + int(threadIdx.x), kUnitsM, CHUNK_ROWS / COARSE_WIDTH, COARSE_WIDTH);
+        return Task::of(i * kThreads + int(threadIdx.x), kUnitsM, CHUNK_ROWS / COARSE_WIDTH, COARSE_WIDTH, COARSE_LAST);
     };
     const auto fine_task = [&](int i) {
         // Threads from the last on, as those of coarse may be few.
         const int index = (i + 1) * kThreads - 1 - int(threadIdx.x);
         return index < fine_tasks ? tasks[index] : Task{window_units, 0};
     };
-    const auto load_coarse = [&](Block<COARSE_WIDTH>& block, const Task& task) {
+    // Where a task's rows begin in a buffer.
+    const auto coarse_rows = [&](int buffer, const Task& task) {
+        return coarse_buffers + buffer * kParts * kCoarsePart + task.unit / kOctetUnits * kPitchM +
+            task.unit % kOctetUnits * kHalfM + task.row;
+    };
+    const auto fine_rows = [&](int buffer, const Task& task) {
+        return fine_buffers + buffer * kParts * fine_part + task.unit / kOctetUnits * window_pitch +
+            task.unit % kOctetUnits * window_half + task.row;
+    };
+    // Units that are copied go to a buffer at once, others to registers.
+    const auto load_coarse = [&](Block<COARSE_WIDTH>& block, int buffer, const Task& task) {
         const int sample = task.row >> sample_shift;
         const index_t l_coarse = l + (task.row - (sample << sample_shift)), c = first_of_unit(task.unit, tile.rows);
         bool exists = n + sample < s.n_end && l_coarse < s.l_end;
@@ -234,14 +263,22 @@ __device__ __forceinline__ void multiply_slice(
         exists = exists && l_coarse < samples[n + sample].L_out;
 #endif
         if (exists) {
-            block.load(
-                coarse + ((n + sample) * p.coarse_stride_n + l_coarse * p.coarse_stride_l + c * p.coarse_stride_c),
-                keep_in_register(p.coarse_stride_c));
+            const storage_t* const from =
+                coarse + ((n + sample) * p.coarse_stride_n + l_coarse * p.coarse_stride_l + c * p.coarse_stride_c);
+            if (kCopiesCoarse) {
+                copy_unit(coarse_rows(buffer, task), from);
+            } else if (COARSE_LAST) {
+                block.load_unit(from);
+            } else {
+                block.load(from, keep_in_register(p.coarse_stride_c));
+            }
+        } else if (kCopiesCoarse) {
+            *coarse_rows(buffer, task) = Vector<unsigned>();
         } else {
             block.clear();
         }
     };
-    const auto load_fine = [&](Block<FINE_WIDTH>& block, const Task& task) {
+    const auto load_fine = [&](Block<FINE_WIDTH>& block, int buffer, const Task& task) {
         const Place place = places[task.row];
         const bool sample_exists = n + place.n < s.n_end;
         index_t position = l * p.stride + place.l, L_fine = p.L_fine;
@@ -260,26 +297,26 @@ __device__ __forceinline__ void multiply_slice(
         const index_t c = first_of_unit(task.unit, tile.elements);
         const Source source = source_index(position, L_fine);
         if (sample_exists && source.exists) {
-            block.load(
-                fine + ((n + place.n) * p.fine_stride_n + source.index * p.fine_stride_l + c * p.fine_stride_c),
-                keep_in_register(p.fine_stride_c));
+            const storage_t* const from =
+                fine + ((n + place.n) * p.fine_stride_n + source.index * p.fine_stride_l + c * p.fine_stride_c);
+            if (kCopiesFine) {
+                copy_unit(fine_rows(buffer, task), from);
+            } else if (FINE_LAST) {
+                block.load_unit(from);
+            } else {
+                block.load(from, keep_in_register(p.fine_stride_c));
+            }
+        } else if (kCopiesFine) {
+            *fine_rows(buffer, task) = Vector<unsigned>();
         } else {
             block.clear();
         }
     };
     const auto store_coarse = [&](int buffer, const Block<COARSE_WIDTH>& block, const Task& task) {
-        stage(
-            block,
-            coarse_buffers + buffer * kParts * kCoarsePart + task.unit / kOctetUnits * kPitchM +
-                task.unit % kOctetUnits * kHalfM + task.row,
-            kCoarsePart);
+        stage(block, coarse_rows(buffer, task), kCoarsePart);
     };
     const auto store_fine = [&](int buffer, const Block<FINE_WIDTH>& block, const Task& task) {
-        stage(
-            block,
-            fine_buffers + buffer * kParts * fine_part + task.unit / kOctetUnits * window_pitch +
-                task.unit % kOctetUnits * window_half + task.row,
-            fine_part);
+        stage(block, fine_rows(buffer, task), fine_part);
     };
     __syncthreads();  // the tables
 
@@ -318,12 +355,12 @@ __device__ __forceinline__ void multiply_slice(
 #pragma unroll
         for (int i = 0; i < kAheadCoarse; ++i) {
             const Task task = coarse_task(i);
-            if (has_next && task.unit < coarse_units) load_coarse(ahead_coarse[i], task);
+            if (has_next && task.unit < coarse_units) load_coarse(ahead_coarse[i], buffer ^ 1, task);
         }
 #pragma unroll
         for (int i = 0; i < kAheadFine; ++i) {
             const Task task = fine_task(i);
-            if (has_next && task.unit < fine_units) load_fine(ahead_fine[i], task);
+            if (has_next && task.unit < fine_units) load_fine(ahead_fine[i], buffer ^ 1, task);
         }
 
         const unsigned char* a =
@@ -371,26 +408,26 @@ __device__ __forceinline__ void multiply_slice(
 #pragma unroll
         for (int i = 0; i < kAheadCoarse; ++i) {
             const Task task = coarse_task(i);
-            if (task.unit < coarse_units) store_coarse(buffer, ahead_coarse[i], task);
+            if (!kCopiesCoarse && task.unit < coarse_units) store_coarse(buffer, ahead_coarse[i], task);
         }
 #pragma unroll
         for (int i = 0; i < kAheadFine; ++i) {
             const Task task = fine_task(i);
-            if (task.unit < fine_units) store_fine(buffer, ahead_fine[i], task);
+            if (!kCopiesFine && task.unit < fine_units) store_fine(buffer, ahead_fine[i], task);
         }
 #pragma unroll 1
         for (int i = kAheadCoarse; i * kThreads < kCoarseTasks; ++i) {
             const Task task = coarse_task(i);
             if (task.unit >= coarse_units) continue;
-            load_coarse(ahead_coarse[0], task);
-            store_coarse(buffer, ahead_coarse[0], task);
+            load_coarse(ahead_coarse[0], buffer, task);
+            if (!kCopiesCoarse) store_coarse(buffer, ahead_coarse[0], task);
         }
 #pragma unroll 1
         for (int i = kAheadFine; i * kThreads < fine_tasks; ++i) {
             const Task task = fine_task(i);
             if (task.unit >= fine_units) continue;
-            load_fine(ahead_fine[0], task);
-            store_fine(buffer, ahead_fine[0], task);
+            load_fine(ahead_fine[0], buffer, task);
+            if (!kCopiesFine) store_fine(buffer, ahead_fine[0], task);
         }
         const index_t positions =
             p.chunk_samples > 1 ? min_index(p.chunk_samples, s.n_end - n) * sample_rows : s.l_end - l;
@@ -400,6 +437,7 @@ __device__ __forceinline__ void multiply_slice(
             l = s.l_begin;
             n += p.chunk_samples;
         }
+        if (kCopiesCoarse || kCopiesFine) copy_async_wait();
         __syncthreads();
     }
     if (IS_SPLIT) for_each_sum([&](int i, int j, int e) { acc[i][j][e] = total[i][j][e] + low[i][j][e]; });

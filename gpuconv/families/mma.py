@@ -29,6 +29,7 @@ from .base import (
     MAX_GRID,
     PACKED,
     PARTIAL,
+    ArrayLayout,
     Config,
     Launch,
     Layout,
@@ -109,6 +110,13 @@ def _batches(tile: Tile, window: Window, reduction: Reduction, arithmetic: Arith
     return input_batches(window.access, arithmetic, reduction.units, window.unit_tasks, tile.prefetch, tile.threads)
 
 
+def loads_units(array: ArrayLayout, extents: tuple[int, ...], unit: int) -> bool:
+    """Whether the channels of an array are contiguous, and units of so many of them begin at multiples of 16 bytes."""
+    (N, _, L), (stride_n, stride_c, stride_l) = extents, array.strides
+    begins_unit = (stride_n % unit == 0 or N == 1) and (stride_l % unit == 0 or L == 1)
+    return stride_c == 1 and begins_unit and array.alignment >= UNIT_BYTES
+
+
 def input_access(product: Product, layout: Layout, arithmetic: Arithmetic, bits: int, device: Device) -> Access:
     """How the layout lets the input be loaded.
 
@@ -117,8 +125,7 @@ def input_access(product: Product, layout: Layout, arithmetic: Arithmetic, bits:
     """
     p, array, unit = product.problem, layout["input"], arithmetic.channels
     stride_n, stride_c, stride_l = array.strides
-    begins_unit = (stride_n % unit == 0 or p.N == 1) and (stride_l % unit == 0 or p.L_in == 1) and p.C_in_g % unit == 0
-    if stride_c == 1 and begins_unit and array.alignment >= UNIT_BYTES and device.arch >= ASYNC_COPY_ARCH:
+    if device.arch >= ASYNC_COPY_ARCH and p.C_in_g % unit == 0 and loads_units(array, p.shapes["input"], unit):
         return Access.UNIT
     begins_even = (stride_n % 2 == 0 or p.N == 1) and (stride_c % 2 == 0 or p.C_in == 1) and array.alignment >= 4
     is_word = stride_l == 1 and begins_even and p.L_in % 2 == 0 and arithmetic.channels == 8 and bits == 32
