@@ -140,15 +140,30 @@ struct Task {
     }
 };
 
+// A task where units are contiguous: its row of a buffer, -1 where the unit does not exist, and what it adds to the chunk's first
+// sample, position and element.
+struct alignas(16) UnitTask {
+    int row;
+    index_t n, l, offset;
+};
+static_assert(INDEX_BITS == 32 || !(COARSE_LAST || FINE_LAST), "UnitTask: gpuconv/families/weight_gradient_mma.py");
+
 // The channel of a unit's first element, of `channels`. The last unit ends with the last channel, so that it may begin with
 // some that the unit before has too, and all channels of every unit exist.
 __device__ __forceinline__ int first_of_unit(int unit, index_t channels) {
     return int(min_index(unit * kUnit, channels - kUnit));
 }
 
-// Copies a unit of one position to a row of a buffer.
-__device__ __forceinline__ void copy_unit(Vector<unsigned>* row, const storage_t* from) {
-    copy_async(row, reinterpret_cast<const Vector<unsigned>*>(from));
+// Copies a unit of one position to its row of a buffer, or loads it to registers; as zeros where it does not exist.
+template <bool kCopies>
+__device__ __forceinline__ void stage_unit(Block<1>& block, Vector<unsigned>* row, const storage_t* from, bool exists) {
+    if (kCopies) {
+        copy_async_if(row, reinterpret_cast<const Vector<unsigned>*>(from), exists);
+        if (!exists) *row = Vector<unsigned>();
+    } else {
+        block.clear();
+        if (exists) block.load_unit(from);
+    }
 }
 
 // Loads the elements of fine that kUnit neighbouring taps meet, the first of them at a position; zeros where there are none.
@@ -210,13 +225,30 @@ __device__ __forceinline__ void multiply_slice(
 
     Vector<unsigned>* const coarse_buffers = reinterpret_cast<Vector<unsigned>*>(dynamic_shared_memory());
     Vector<unsigned>* const fine_buffers = coarse_buffers + 2 * kParts * kCoarsePart;
+#if FINE_LAST
+    UnitTask* const tasks = keep_in_register_shared(reinterpret_cast<UnitTask*>(fine_buffers + 2 * kParts * fine_part));
+#else
     Place* const places = keep_in_register_shared(reinterpret_cast<Place*>(fine_buffers + 2 * kParts * fine_part));
     Task* const tasks = keep_in_register_shared(reinterpret_cast<Task*>(places + p.window_rows));
+#endif
     const int fine_runs = int(p.window_rows) / FINE_WIDTH, fine_tasks = fine_runs * int(p.task_units);
     const int sample_window_rows = planes * plane_rows;
     // Planes begin at a multiple of FINE_WIDTH, so that their first rows may be ones that no tap needs.
     const index_t first = tile.tap_begin * p.tap_step - p.padding_left;
     const auto skew_of = [&](int plane) { return int(first + plane * p.tap_step) & (FINE_WIDTH - 1); };
+#if FINE_LAST
+#pragma unroll 1
+    for (int i = threadIdx.x; i < fine_tasks; i += kThreads) {
+        const Task task = Task::of(i, window_units, fine_runs, 1, true);
+        const int sample = task.row / sample_window_rows, in_sample = task.row - sample * sample_window_rows;
+        const int plane = in_sample / plane_rows;
+        const index_t of_sample = (in_sample - plane * plane_rows) * p.stride + first + plane * p.tap_step;
+        const int row = task.unit / kOctetUnits * window_pitch + task.unit % kOctetUnits * window_half + task.row;
+        tasks[i] = UnitTask{
+            task.unit * kUnit < tile.elements ? row : -1, sample, of_sample,
+            sample * p.fine_stride_n + of_sample * p.fine_stride_l + task.unit * kUnit};
+    }
+#else
 #pragma unroll 1
     for (int row = threadIdx.x; row < p.window_rows; row += kThreads) {
         const int sample = row / sample_window_rows, in_sample = row - sample * sample_window_rows;
@@ -227,8 +259,9 @@ __device__ __forceinline__ void multiply_slice(
 
 #pragma unroll 1
     for (int i = threadIdx.x; i < fine_tasks; i += kThreads) {
-        tasks[i] = Task::of(i, window_units, fine_runs, FINE_WIDTH, FINE_LAST);
+        tasks[i] = Task::of(i, window_units, fine_runs, FINE_WIDTH, false);
     }
+#endif
 
     coarse += (tile.channel + tile.row_begin) * p.coarse_stride_c;
     fine += (tile.fine_channel + tile.octet_begin * kOctetChannels) * p.fine_stride_c;
@@ -237,25 +270,34 @@ __device__ __forceinline__ void multiply_slice(
 
     // Units that exist. The others are never written: they have a part in no result.
     const int coarse_units = (int(tile.rows) + kUnit - 1) / kUnit, fine_units = (int(tile.elements) + kUnit - 1) / kUnit;
+#if COARSE_LAST
     const auto coarse_task = [&](int i) {
-        return Task::of(i * kThreads + int(threadIdx.x), kUnitsM, CHUNK_ROWS / COARSE_WIDTH, COARSE_WIDTH, COARSE_LAST);
+        const Task task = Task::of(i * kThreads + int(threadIdx.x), kUnitsM, CHUNK_ROWS, 1, true);
+        const int row = task.unit / kOctetUnits * kPitchM + task.unit % kOctetUnits * kHalfM + task.row;
+        const int n_of_chunk = task.row >> sample_shift, l_of_chunk = task.row - (n_of_chunk << sample_shift);
+        return UnitTask{
+            task.unit < coarse_units ? row : -1, n_of_chunk, l_of_chunk,
+            n_of_chunk * p.coarse_stride_n + l_of_chunk * p.coarse_stride_l + task.unit * kUnit};
     };
-    const auto fine_task = [&](int i) {
-        // Threads from the last on, as those of coarse may be few.
-        const int index = (i + 1) * kThreads - 1 - int(threadIdx.x);
-        return index < fine_tasks ? tasks[index] : Task{window_units, 0};
+    const auto is_coarse = [&](const UnitTask& task) { return task.row >= 0; };
+    const auto load_coarse = [&](Block<1>& block, int buffer, const UnitTask& task) {
+        bool exists = n + task.n < s.n_end && l + task.l < s.l_end;
+#ifdef LENGTHS
+        exists = exists && l + task.l < samples[n + task.n].L_out;
+#endif
+        const storage_t* const first = coarse + (n * p.coarse_stride_n + l * p.coarse_stride_l);
+        stage_unit<kCopiesCoarse>(
+            block, coarse_buffers + (buffer * kParts * kCoarsePart + task.row), first + task.offset, exists);
     };
-    // Where a task's rows begin in a buffer.
-    const auto coarse_rows = [&](int buffer, const Task& task) {
-        return coarse_buffers + buffer * kParts * kCoarsePart + task.unit / kOctetUnits * kPitchM +
-            task.unit % kOctetUnits * kHalfM + task.row;
+    const auto store_coarse = [&](int buffer, const Block<1>& block, const UnitTask& task) {
+        if (!kCopiesCoarse) stage(block, coarse_buffers + (buffer * kParts * kCoarsePart + task.row), kCoarsePart);
     };
-    const auto fine_rows = [&](int buffer, const Task& task) {
-        return fine_buffers + buffer * kParts * fine_part + task.unit / kOctetUnits * window_pitch +
-            task.unit % kOctetUnits * window_half + task.row;
+#else
+    const auto coarse_task = [&](int i) {
+        return Task::of(i * kThreads + int(threadIdx.x), kUnitsM, CHUNK_ROWS / COARSE_WIDTH, COARSE_WIDTH, false);
     };
-    // Units that are copied go to a buffer at once, others to registers.
-    const auto load_coarse = [&](Block<COARSE_WIDTH>& block, int buffer, const Task& task) {
+    const auto is_coarse = [&](const Task& task) { return task.unit < coarse_units; };
+    const auto load_coarse = [&](Block<COARSE_WIDTH>& block, int, const Task& task) {
         const int sample = task.row >> sample_shift;
         const index_t l_coarse = l + (task.row - (sample << sample_shift)), c = first_of_unit(task.unit, tile.rows);
         bool exists = n + sample < s.n_end && l_coarse < s.l_end;
@@ -263,22 +305,55 @@ __device__ __forceinline__ void multiply_slice(
         exists = exists && l_coarse < samples[n + sample].L_out;
 #endif
         if (exists) {
-            const storage_t* const from =
-                coarse + ((n + sample) * p.coarse_stride_n + l_coarse * p.coarse_stride_l + c * p.coarse_stride_c);
-            if (kCopiesCoarse) {
-                copy_unit(coarse_rows(buffer, task), from);
-            } else if (COARSE_LAST) {
-                block.load_unit(from);
-            } else {
-                block.load(from, keep_in_register(p.coarse_stride_c));
-            }
-        } else if (kCopiesCoarse) {
-            *coarse_rows(buffer, task) = Vector<unsigned>();
+            block.load(
+                coarse + ((n + sample) * p.coarse_stride_n + l_coarse * p.coarse_stride_l + c * p.coarse_stride_c),
+                keep_in_register(p.coarse_stride_c));
         } else {
             block.clear();
         }
     };
-    const auto load_fine = [&](Block<FINE_WIDTH>& block, int buffer, const Task& task) {
+    const auto store_coarse = [&](int buffer, const Block<COARSE_WIDTH>& block, const Task& task) {
+        stage(
+            block,
+            coarse_buffers + buffer * kParts * kCoarsePart + task.unit / kOctetUnits * kPitchM +
+                task.unit % kOctetUnits * kHalfM + task.row,
+            kCoarsePart);
+    };
+#endif
+#if FINE_LAST
+    const auto fine_task = [&](int i) {
+        // Threads from the last on, as those of coarse may be few.
+        const int index = (i + 1) * kThreads - 1 - int(threadIdx.x);
+        return index < fine_tasks ? tasks[index] : UnitTask{-1, 0, 0, 0};
+    };
+    const auto is_fine = [&](const UnitTask& task) { return task.row >= 0; };
+    const auto load_fine = [&](Block<1>& block, int buffer, const UnitTask& task) {
+        const index_t of_sample = l * p.stride + task.l;
+        const bool sample_exists = n + task.n < s.n_end;
+        index_t position = of_sample, L_fine = p.L_fine;
+#ifdef LENGTHS
+        if (sample_exists) {
+            position += p.padding_left - index_t(samples[n + task.n].padding_left);
+            L_fine = index_t(samples[n + task.n].L_in);
+        }
+#endif
+        const Source source = source_index(position, L_fine);
+        const storage_t* const first = fine + (n * p.fine_stride_n + l * p.stride * p.fine_stride_l);
+        stage_unit<kCopiesFine>(
+            block, fine_buffers + (buffer * kParts * fine_part + task.row),
+            first + (task.offset + (source.index - of_sample) * p.fine_stride_l), sample_exists && source.exists);
+    };
+    const auto store_fine = [&](int buffer, const Block<1>& block, const UnitTask& task) {
+        if (!kCopiesFine) stage(block, fine_buffers + (buffer * kParts * fine_part + task.row), fine_part);
+    };
+#else
+    const auto fine_task = [&](int i) {
+        // Threads from the last on, as those of coarse may be few.
+        const int index = (i + 1) * kThreads - 1 - int(threadIdx.x);
+        return index < fine_tasks ? tasks[index] : Task{window_units, 0};
+    };
+    const auto is_fine = [&](const Task& task) { return task.unit < fine_units; };
+    const auto load_fine = [&](Block<FINE_WIDTH>& block, int, const Task& task) {
         const Place place = places[task.row];
         const bool sample_exists = n + place.n < s.n_end;
         index_t position = l * p.stride + place.l, L_fine = p.L_fine;
@@ -297,27 +372,21 @@ __device__ __forceinline__ void multiply_slice(
         const index_t c = first_of_unit(task.unit, tile.elements);
         const Source source = source_index(position, L_fine);
         if (sample_exists && source.exists) {
-            const storage_t* const from =
-                fine + ((n + place.n) * p.fine_stride_n + source.index * p.fine_stride_l + c * p.fine_stride_c);
-            if (kCopiesFine) {
-                copy_unit(fine_rows(buffer, task), from);
-            } else if (FINE_LAST) {
-                block.load_unit(from);
-            } else {
-                block.load(from, keep_in_register(p.fine_stride_c));
-            }
-        } else if (kCopiesFine) {
-            *fine_rows(buffer, task) = Vector<unsigned>();
+            block.load(
+                fine + ((n + place.n) * p.fine_stride_n + source.index * p.fine_stride_l + c * p.fine_stride_c),
+                keep_in_register(p.fine_stride_c));
         } else {
             block.clear();
         }
     };
-    const auto store_coarse = [&](int buffer, const Block<COARSE_WIDTH>& block, const Task& task) {
-        stage(block, coarse_rows(buffer, task), kCoarsePart);
-    };
     const auto store_fine = [&](int buffer, const Block<FINE_WIDTH>& block, const Task& task) {
-        stage(block, fine_rows(buffer, task), fine_part);
+        stage(
+            block,
+            fine_buffers + buffer * kParts * fine_part + task.unit / kOctetUnits * window_pitch +
+                task.unit % kOctetUnits * window_half + task.row,
+            fine_part);
     };
+#endif
     __syncthreads();  // the tables
 
     // Where this lane reads its operands.
@@ -354,13 +423,13 @@ __device__ __forceinline__ void multiply_slice(
         Block<FINE_WIDTH> ahead_fine[kAheadFine];
 #pragma unroll
         for (int i = 0; i < kAheadCoarse; ++i) {
-            const Task task = coarse_task(i);
-            if (has_next && task.unit < coarse_units) load_coarse(ahead_coarse[i], buffer ^ 1, task);
+            const auto task = coarse_task(i);
+            if (has_next && is_coarse(task)) load_coarse(ahead_coarse[i], buffer ^ 1, task);
         }
 #pragma unroll
         for (int i = 0; i < kAheadFine; ++i) {
-            const Task task = fine_task(i);
-            if (has_next && task.unit < fine_units) load_fine(ahead_fine[i], buffer ^ 1, task);
+            const auto task = fine_task(i);
+            if (has_next && is_fine(task)) load_fine(ahead_fine[i], buffer ^ 1, task);
         }
 
         const unsigned char* a =
@@ -407,27 +476,27 @@ __device__ __forceinline__ void multiply_slice(
         buffer ^= 1;
 #pragma unroll
         for (int i = 0; i < kAheadCoarse; ++i) {
-            const Task task = coarse_task(i);
-            if (!kCopiesCoarse && task.unit < coarse_units) store_coarse(buffer, ahead_coarse[i], task);
+            const auto task = coarse_task(i);
+            if (is_coarse(task)) store_coarse(buffer, ahead_coarse[i], task);
         }
 #pragma unroll
         for (int i = 0; i < kAheadFine; ++i) {
-            const Task task = fine_task(i);
-            if (!kCopiesFine && task.unit < fine_units) store_fine(buffer, ahead_fine[i], task);
+            const auto task = fine_task(i);
+            if (is_fine(task)) store_fine(buffer, ahead_fine[i], task);
         }
 #pragma unroll 1
         for (int i = kAheadCoarse; i * kThreads < kCoarseTasks; ++i) {
-            const Task task = coarse_task(i);
-            if (task.unit >= coarse_units) continue;
+            const auto task = coarse_task(i);
+            if (!is_coarse(task)) continue;
             load_coarse(ahead_coarse[0], buffer, task);
-            if (!kCopiesCoarse) store_coarse(buffer, ahead_coarse[0], task);
+            store_coarse(buffer, ahead_coarse[0], task);
         }
 #pragma unroll 1
         for (int i = kAheadFine; i * kThreads < fine_tasks; ++i) {
-            const Task task = fine_task(i);
-            if (task.unit >= fine_units) continue;
+            const auto task = fine_task(i);
+            if (!is_fine(task)) continue;
             load_fine(ahead_fine[0], buffer, task);
-            if (!kCopiesFine) store_fine(buffer, ahead_fine[0], task);
+            store_fine(buffer, ahead_fine[0], task);
         }
         const index_t positions =
             p.chunk_samples > 1 ? min_index(p.chunk_samples, s.n_end - n) * sample_rows : s.l_end - l;

@@ -450,7 +450,8 @@ def _shared_bytes(
     rows = octets * _pitches(window.rows, arithmetic)[1]
     rows += tile.block_m // OCTET * _pitches(tile.chunk_rows, arithmetic)[1]
     tasks = _task_units(octets, widths[1], arithmetic) * window.rows // max(widths[1], 1)
-    operands = 2 * arithmetic.parts * rows * UNIT_BYTES + window.rows * 2 * bits // 8 + tasks * 8
+    tables = tasks * 16 if widths[1] == UNIT else window.rows * 2 * bits // 8 + tasks * 8
+    operands = 2 * arithmetic.parts * rows * UNIT_BYTES + tables
     return max(operands, tile.warps_m * _PRODUCT_ROWS * (tile.block_n + 4) * 4)
 
 
