@@ -271,6 +271,7 @@ __device__ __forceinline__ void multiply_slice(
     // Units that exist. The others are never written: they have a part in no result.
     const int coarse_units = (int(tile.rows) + kUnit - 1) / kUnit, fine_units = (int(tile.elements) + kUnit - 1) / kUnit;
 #if COARSE_LAST
+    const storage_t* coarse_chunk;  // the chunk's first element
     const auto coarse_task = [&](int i) {
         const Task task = Task::of(i * kThreads + int(threadIdx.x), kUnitsM, CHUNK_ROWS, 1, true);
         const int row = task.unit / kOctetUnits * kPitchM + task.unit % kOctetUnits * kHalfM + task.row;
@@ -285,9 +286,8 @@ __device__ __forceinline__ void multiply_slice(
 #ifdef LENGTHS
         exists = exists && l + task.l < samples[n + task.n].L_out;
 #endif
-        const storage_t* const first = coarse + (n * p.coarse_stride_n + l * p.coarse_stride_l);
         stage_unit<kCopiesCoarse>(
-            block, coarse_buffers + (buffer * kParts * kCoarsePart + task.row), first + task.offset, exists);
+            block, coarse_buffers + (buffer * kParts * kCoarsePart + task.row), coarse_chunk + task.offset, exists);
     };
     const auto store_coarse = [&](int buffer, const Block<1>& block, const UnitTask& task) {
         if (!kCopiesCoarse) stage(block, coarse_buffers + (buffer * kParts * kCoarsePart + task.row), kCoarsePart);
@@ -321,6 +321,8 @@ __device__ __forceinline__ void multiply_slice(
     };
 #endif
 #if FINE_LAST
+    const storage_t* fine_chunk;  // the element that the chunk's first l meets, before padding
+    index_t l_fine;
     const auto fine_task = [&](int i) {
         // Threads from the last on, as those of coarse may be few.
         const int index = (i + 1) * kThreads - 1 - int(threadIdx.x);
@@ -328,7 +330,7 @@ __device__ __forceinline__ void multiply_slice(
     };
     const auto is_fine = [&](const UnitTask& task) { return task.row >= 0; };
     const auto load_fine = [&](Block<1>& block, int buffer, const UnitTask& task) {
-        const index_t of_sample = l * p.stride + task.l;
+        const index_t of_sample = l_fine + task.l;
         const bool sample_exists = n + task.n < s.n_end;
         index_t position = of_sample, L_fine = p.L_fine;
 #ifdef LENGTHS
@@ -338,10 +340,9 @@ __device__ __forceinline__ void multiply_slice(
         }
 #endif
         const Source source = source_index(position, L_fine);
-        const storage_t* const first = fine + (n * p.fine_stride_n + l * p.stride * p.fine_stride_l);
         stage_unit<kCopiesFine>(
             block, fine_buffers + (buffer * kParts * fine_part + task.row),
-            first + (task.offset + (source.index - of_sample) * p.fine_stride_l), sample_exists && source.exists);
+            fine_chunk + (task.offset + (source.index - of_sample) * p.fine_stride_l), sample_exists && source.exists);
     };
     const auto store_fine = [&](int buffer, const Block<1>& block, const UnitTask& task) {
         if (!kCopiesFine) stage(block, fine_buffers + (buffer * kParts * fine_part + task.row), fine_part);
@@ -419,6 +420,13 @@ __device__ __forceinline__ void multiply_slice(
     for (;;) {
         // The next chunk is on its way while this one is multiplied.
         const bool has_next = n < s.n_end;
+#if COARSE_LAST
+        coarse_chunk = keep_in_register_global(coarse + (n * p.coarse_stride_n + l * p.coarse_stride_l));
+#endif
+#if FINE_LAST
+        l_fine = keep_in_register(l * p.stride);
+        fine_chunk = keep_in_register_global(fine + (n * p.fine_stride_n + l_fine * p.fine_stride_l));
+#endif
         Block<COARSE_WIDTH> ahead_coarse[kAheadCoarse];
         Block<FINE_WIDTH> ahead_fine[kAheadFine];
 #pragma unroll

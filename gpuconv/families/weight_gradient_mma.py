@@ -98,7 +98,7 @@ _LARGEST_M, _LARGEST_N, _LARGEST_CHUNK = 128, 256, 64
 # Of the cost model, from the machine code for sm_90 (bench.static): instructions of a lane for one load, with its
 # address and its part in storing the vectors, by the positions that it loads; of a chunk besides its loads and steps;
 # of a step besides its products and fetches; of a warp for one sum of each lane on its way out.
-_LOAD_INSTRUCTIONS = {1: 8.0, WIDTH: 11.0, UNIT: 24.0}
+_LOAD_INSTRUCTIONS = {1: 8.0, WIDTH: 11.0, UNIT: 30.0}
 _CHUNK_INSTRUCTIONS = 50.0
 _STEP_INSTRUCTIONS = 16
 _STORE_INSTRUCTIONS = 8.0

@@ -13,8 +13,9 @@ import pytest
 from gpuconv import cases
 from gpuconv.cases import Data
 from gpuconv.families import Layout
+from gpuconv.families.weight_gradient_mma import WeightGradientMma
 from gpuconv.lengths import Samples
-from gpuconv.problem import ConvProblem
+from gpuconv.problem import ConvProblem, WeightGradientProblem, numpy_dtype
 from tests import hostcuda
 from tests.kernels.arrays import assert_same_bits, channels_last, unaligned
 from tests.kernels.tensor_cores import H200
@@ -23,6 +24,7 @@ from tests.plans import FORWARD_FAMILIES, kernel_of
 Array = npt.NDArray[Any]
 
 FAMILY = {family.kind: family for family in FORWARD_FAMILIES if family.name.endswith("_mma")}
+WEIGHTS = WeightGradientMma()
 MODES = ("bfloat16", "tf32", "float32")
 
 # Of 2, 3 and 4 units of 8 channels a chunk, a last chunk of fewer, chunks of 1 to 3 stages and more, several samples in
@@ -86,6 +88,36 @@ def test_rows_mean_other_samples_or_end_at_lengths_of_their_own() -> None:
     table = np.stack(Samples.of("conv1d", layer, layer.padding, [23, 7, 1]), axis=1)
     expected = hostcuda.compute(p, *data, family="conv1d_mma", samples=table)
     assert_same_bits(run(p, data, channels_last, samples=table), expected, "lengths")
+
+
+# Several units a thread, samples in a chunk, groups, phases; few channels, whose octets are of taps.
+GRADIENTS = (
+    ConvProblem("conv1d", 3, 40, 48, 60, 5, 1, 2, 2),
+    ConvProblem("conv1d", 2, 64, 48, 101, 3, 2, 1, 1, dilation=2, groups=2),
+    ConvProblem("conv1d", 9, 24, 16, 12, 3, 1, 1, 1, padding_mode="reflect"),
+    ConvProblem("conv_transpose1d", 3, 40, 24, 30, 4, 2, 1),
+    ConvProblem("conv1d", 2, 4, 32, 80, 9, 1, 4, 4),
+)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_gradients_of_weights_take_either_side(mode: str) -> None:
+    for i, layer in enumerate(GRADIENTS):
+        p = WeightGradientProblem.of(cases.in_format(layer, mode))
+        rng = np.random.default_rng(i)
+        coarse, fine = (rng.standard_normal(p.shapes[side]).astype(numpy_dtype(p.dtype)) for side in ("coarse", "fine"))
+        coarse[0, 1, :2], fine[-1, 0, -1] = (np.inf, 1e38), np.nan
+        expected = hostcuda.compute(p, coarse, fine, family=WEIGHTS.name)
+        found = set()
+        for views in ((channels_last, pitched), (np.array, channels_last), (backwards, np.array)):
+            a, b = (view(side) for view, side in zip(views, (coarse, fine), strict=True))
+            layout = Layout.contiguous(p).replaced(coarse=hostcuda.array_layout(a), fine=hostcuda.array_layout(b))
+            macros = dict(kernel_of(WEIGHTS, p, layout, H200)[0].macros)
+            found.add(("COARSE_LAST" in macros, "FINE_LAST" in macros))
+            result = hostcuda.compute(p, a, b, family=WEIGHTS.name, layout=layout, schedule="every")
+            assert_same_bits(result, expected, (str(p), found))
+        in_taps = p.C_fine_g < 8
+        assert found == ({(True, False), (False, False)} if in_taps else {(True, True), (False, True), (True, False)})
 
 
 def test_what_is_not_aligned_is_loaded_as_other_layouts_are() -> None:
