@@ -40,8 +40,10 @@
 // memory. Units of 16-bit elements go to shared memory by cp.async, those of 32 bits through registers, since they are rounded
 // or split.
 //
-// Macros read: BLOCK_M, BLOCK_N, WARPS_M, WARPS_N, NUM_STAGES, STAGE_STEPS, PREFETCH, INPUT_WIDTH, CHANNELS_LAST (0 by
-// default), HAS_SAMPLES, IS_SPLIT, SPLIT_TERMS, SEGMENT_MODE, PHASES_IN_ROWS, MULTIPLY_MATRICES, and those of common.cuh.
+// OUTPUT_LAST = 1 is for output of that kind, where rows are channels: it is stored in units.
+//
+// Macros read: BLOCK_M, BLOCK_N, WARPS_M, WARPS_N, NUM_STAGES, STAGE_STEPS, PREFETCH, INPUT_WIDTH, CHANNELS_LAST and
+// OUTPUT_LAST (0 by default), HAS_SAMPLES, IS_SPLIT, SPLIT_TERMS, SEGMENT_MODE, PHASES_IN_ROWS, MULTIPLY_MATRICES, and those of common.cuh.
 // Dynamic shared memory: NUM_STAGES stages of weights, the windows of two chunks (of one, where there is one chunk), and
 // tables, where SEGMENT_MODE is 1 behind the totals; or the slices through which the results pass.
 
@@ -59,6 +61,9 @@
 #ifndef CHANNELS_LAST
 #define CHANNELS_LAST 0
 #endif
+#ifndef OUTPUT_LAST
+#define OUTPUT_LAST 0
+#endif
 
 constexpr int kStagePairs = 2 * STAGE_STEPS;
 constexpr int kStageTerms = kStagePairs * kUnit;
@@ -69,6 +74,9 @@ constexpr bool kCopiesUnits = CHANNELS_LAST && kUnit == 8;               // from
 constexpr int kSliceTiles = kTilesM % 2 == 0 ? 2 : 1;  // of a warp that pass through shared memory at a time in the end
 constexpr int kSliceRows = 16 * kSliceTiles;
 constexpr int kSlicePitch = kWarpN + 8;  // keeps the lanes of a fragment on different banks; rows may begin up to 8 later
+// Elements by which the rows of each further unit of channels begin later, where OUTPUT_LAST: so lanes that read neighbouring
+// units of one position meet on different banks.
+constexpr int kSliceSkew = !OUTPUT_LAST ? 0 : kUnit == 8 ? 16 : 4;
 constexpr int kLaneVectors = kWarpN / kUnit > 8 ? 2 : 1;  // of a row, that one lane stores in the end
 __device__ constexpr int log2_of(int n) { return n < 2 ? 0 : 1 + log2_of(n / 2); }
 constexpr int kTotals = SEGMENT_MODE == 1 ? kTilesM * kTilesN * kThreads : 0;  // of 16 bytes: four sums of a thread
@@ -81,6 +89,7 @@ static_assert(PREFETCH % INPUT_WIDTH == 0, "tasks are of whole units: gpuconv/fa
 static_assert(INPUT_WIDTH == 1 || (INPUT_WIDTH == 2 && kUnit == 8 && kIsEmptyOutside),
               "pairs lie inside or outside: gpuconv/families/mma.py");
 static_assert(INPUT_WIDTH == 1 || !CHANNELS_LAST, "units are of one position: gpuconv/families/mma.py");
+static_assert(!OUTPUT_LAST || !PHASES_IN_ROWS, "rows are channels: gpuconv/families/mma.py");
 static_assert(IS_SPLIT == 0 || kStageTerms == SPLIT_TERMS, "SPLIT_TERMS differs from gpuconv/families/arithmetic.py");
 static_assert(!kHasLengths || (INPUT_WIDTH == 1 && !HAS_SAMPLES), "a block is of one sample: gpuconv/families/mma.py");
 
@@ -291,9 +300,11 @@ struct alignas(16) Piece {
 };
 static_assert(sizeof(SliceRow) + sizeof(Piece) <= 48, "SLICE_TABLE_BYTES differs from gpuconv/families/mma_tiles.py");
 struct Slice {
-    storage_t element[kSliceRows * kSlicePitch];
+    storage_t element[kSliceRows * kSlicePitch + (kSliceRows / kUnit - 1) * kSliceSkew];
     SliceRow row[kSliceRows];
+#if !OUTPUT_LAST
     Piece piece[kSliceRows];
+#endif
 };
 
 // Where the result of a row in a column of the block belongs in the output; null where there is no such result. It is asked
@@ -336,8 +347,8 @@ __device__ __forceinline__ MyRow my_row(
         mine.first = int(max_index(channel, 0));
         mine.count = int(min_index(channel + tile.output_step, kSliceRows)) - mine.first;
     }
-    mine.start = mine.first * kSlicePitch;
-    if (!HAS_SAMPLES) {
+    mine.start = mine.first * kSlicePitch + mine.first / kUnit * kSliceSkew;
+    if (!HAS_SAMPLES && !OUTPUT_LAST) {
         // As far behind a multiple of 16 bytes as in the output, but an even number of elements: lanes store two at once.
         const index_t l = (tile.position_begin + column_begin) * tile.output_step + tile.output_first;
         mine.start += (elements_before(tile.output, mine.info.output_offset + l) + 1) & ~1;
@@ -346,6 +357,73 @@ __device__ __forceinline__ MyRow my_row(
     return mine;
 }
 
+// The NaN fallback: results that finish_or_nan marked are summed again, by lanes that lie side by side in a row.
+template <typename RowOf>
+__device__ __forceinline__ void sum_marked_again(
+    const Tile& tile, const Window& window, const Epilogue& epilogue, const RowOf& row_of, Slice* slice, index_t row_begin,
+    index_t column_begin) {
+#pragma unroll 1
+    for (int e = threadIdx.x % 32; e < kSliceRows * kWarpN; e += 32) {
+        const int row = e / kWarpN;
+        const index_t column = column_begin + e % kWarpN;
+        const SliceRow at = slice->row[row];
+        storage_t* const value = slice->element + (at.place + e % kWarpN * at.step);
+        if (row_begin + row >= tile.rows || !is_nan(scalar::load(*value))) continue;
+        const index_t sample = HAS_SAMPLES ? column / window.block_positions : 0;
+        const index_t q = tile.position_begin + (column - sample * window.block_positions);
+        if (sample >= window.block_samples || sample >= tile.samples || q >= tile.positions) continue;
+        const Row info = row_of(tile, row_begin + row);
+        const acc_t sum = canonical_sum(
+            tile.input + sample * tile.input_stride_n, q * tile.column_step + tile.first, tile.tap_step, info.taps, tile,
+            PackedWeights(tile, window, row_begin + row));
+        // The compiler must not make two loops of this one, with and without bias.
+        Epilogue kept = epilogue;
+        kept.bias = keep_in_register(kept.bias);
+        const storage_t* const place = kHasResidual ? place_of(tile, window, info, column) : nullptr;
+        *value = finish(sum, kept.channel(info.channel), place);
+    }
+    __syncwarp();
+}
+
+#if OUTPUT_LAST
+// Stores a slice in units of channels. A lane takes one unit of one position, its neighbours the next units.
+__device__ __forceinline__ void store_slice(
+    const Tile& tile, const Window& window, const MyRow&, const Slice* slice, index_t row_begin, index_t column_begin) {
+    constexpr int kUnits = kSliceRows / kUnit, kPositions = 32 / kUnits;  // of a pass
+    const int lane = threadIdx.x % 32;
+    // 16-bit elements are read as matrices of eight channels by eight positions, transposed: a lane has two of the channels of
+    // each matrix, so matrix m consists of the m-th two channels of four units, or of two units at twice the positions.
+    const int unit = kUnit == 8 ? lane % 4 % kUnits : lane % kUnits;
+    const int position = kUnit == 8 ? lane / 4 + lane % 4 / kUnits * 8 : lane / kUnits;
+    const int two = lane % 8 / 2;
+    const int row = kUnit == 8 ? two % kUnits * 8 + lane / 8 * 2 + lane % 2 : unit * kUnit;
+    const storage_t* from = slice->element + (row * kSlicePitch + row / kUnit * kSliceSkew +
+        (kUnit == 8 ? two / kUnits * 8 : position));
+    const bool exists = row_begin + unit * kUnit < tile.rows;
+    storage_t* const to = tile.output + (row_begin + unit * kUnit);
+#pragma unroll(HAS_SAMPLES ? 1 : 4)
+    for (int begin = 0; begin < kWarpN; begin += kPositions) {
+        Vector<unsigned> vector;
+        if (kUnit == 8) {
+            load_matrix_x4_transposed(vector.element, from + begin);
+        } else {
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                vector.element[e] = reinterpret_cast<const unsigned*>(from)[begin + e * kSlicePitch];
+            }
+        }
+        const index_t column = column_begin + begin + position;
+        const index_t sample = HAS_SAMPLES ? column / window.block_positions : 0;
+        const index_t q = tile.position_begin + (column - sample * window.block_positions);
+        const index_t l = q * tile.output_step + tile.output_first;
+        const bool is_stored = exists && sample < (HAS_SAMPLES ? min_index(window.block_samples, tile.samples) : 1) &&
+                               q < tile.positions && is_index(l, tile.L_out);
+        if (is_stored) {
+            *reinterpret_cast<Vector<unsigned>*>(to + (sample * tile.output_stride_n + l * tile.output_stride_l)) = vector;
+        }
+    }
+}
+#else
 // kUnit elements of a slice, from any byte on at which one begins.
 __device__ __forceinline__ Vector<unsigned> load_slice(const Slice* slice, int byte) {
     const unsigned* const words =
@@ -419,34 +497,6 @@ __device__ __forceinline__ void store_neighbours(
     }
 }
 
-// The NaN fallback: results that finish_or_nan marked are summed again, by lanes that lie side by side in a row.
-template <typename RowOf>
-__device__ __forceinline__ void sum_marked_again(
-    const Tile& tile, const Window& window, const Epilogue& epilogue, const RowOf& row_of, Slice* slice, index_t row_begin,
-    index_t column_begin) {
-#pragma unroll 1
-    for (int e = threadIdx.x % 32; e < kSliceRows * kWarpN; e += 32) {
-        const int row = e / kWarpN;
-        const index_t column = column_begin + e % kWarpN;
-        const SliceRow at = slice->row[row];
-        storage_t* const value = slice->element + (at.place + e % kWarpN * at.step);
-        if (row_begin + row >= tile.rows || !is_nan(scalar::load(*value))) continue;
-        const index_t sample = HAS_SAMPLES ? column / window.block_positions : 0;
-        const index_t q = tile.position_begin + (column - sample * window.block_positions);
-        if (sample >= window.block_samples || sample >= tile.samples || q >= tile.positions) continue;
-        const Row info = row_of(tile, row_begin + row);
-        const acc_t sum = canonical_sum(
-            tile.input + sample * tile.input_stride_n, q * tile.column_step + tile.first, tile.tap_step, info.taps, tile,
-            PackedWeights(tile, window, row_begin + row));
-        // The compiler must not make two loops of this one, with and without bias.
-        Epilogue kept = epilogue;
-        kept.bias = keep_in_register(kept.bias);
-        const storage_t* const place = kHasResidual ? place_of(tile, window, info, column) : nullptr;
-        *value = finish(sum, kept.channel(info.channel), place);
-    }
-    __syncwarp();
-}
-
 // Stores element by element, each lane in its row, what are no neighbours in the output.
 __device__ __forceinline__ void store_apart(
     const Tile& tile, const Window& window, const MyRow& mine, const Slice* slice, index_t column_begin) {
@@ -469,7 +519,7 @@ __device__ __forceinline__ void store_apart(
 }
 
 __device__ __forceinline__ void store_slice(
-    const Tile& tile, const Window& window, const MyRow& mine, Slice* slice, index_t column_begin) {
+    const Tile& tile, const Window& window, const MyRow& mine, Slice* slice, index_t, index_t column_begin) {
     // Of several samples pieces of less than two vectors are not worth the effort.
     const bool are_neighbours = tile.output_stride_l == 1 &&
         (!HAS_SAMPLES || window.block_positions * tile.output_step >= 2 * kUnit);
@@ -496,6 +546,7 @@ __device__ __forceinline__ void store_slice(
         begin += window.block_positions;
     }
 }
+#endif
 
 // Adds to the sums of a warp's first 16 rows what is fused, and applies it; see finish_unrounded. Sums that are not finite
 // become NaN, as finish_or_nan makes them.
@@ -588,7 +639,7 @@ __device__ __forceinline__ void store_tile(
         sum_again = NAN_FALLBACK && any_lane(sum_again);
         __syncwarp();
         if (sum_again) sum_marked_again(tile, window, epilogue, row_of, slice, row_begin, column_begin);
-        store_slice(tile, window, mine, slice, column_begin);
+        store_slice(tile, window, mine, slice, row_begin, column_begin);
         __syncwarp();
         move_sums_up<kSliceTiles>(acc);
     }

@@ -61,9 +61,10 @@ class Choice:
 
     @property
     def staging(self) -> dict[str, str]:
-        """What one access loads of each array that its kernel transposes; see `Family.staging`."""
+        """What one access loads or stores of each array that the family's kernels transpose; see `Family.staging`."""
         (family,) = (family for family in FAMILIES if family.name == self.family)
-        return family.staging(self.step)
+        own = (family.staging(step) for step in self.plan.steps if step.config.kernel == self.family)
+        return {array: words for found in own for array, words in found.items()}
 
     @property
     def launch(self) -> Launch:

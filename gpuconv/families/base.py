@@ -194,7 +194,7 @@ class Family(ABC, Generic[ProblemT]):
         """
 
     def staging(self, step: Step) -> dict[str, str]:
-        """What one access of its kernel loads of each array that passes through shared memory transposed, in words."""
+        """What one access loads or stores of each array that its kernel transposes in shared memory, in words."""
         return {}
 
     def work(self, problem: ProblemT, step: Step) -> Work:

@@ -47,7 +47,9 @@ class _ConvMma(Family[ConvProblem]):
         return mma.make_plan(p, layout, device, product, tilings, self.name)
 
     def staging(self, step: Step) -> dict[str, str]:
-        return {"input": mma_costs.access_of(step).words}
+        macros = dict(step.config.macros)
+        found = {} if macros["SEGMENT_MODE"] == "3" else {"input": mma_costs.access_of(step).words}
+        return found | ({"output": Access.UNIT.words} if "OUTPUT_LAST" in macros else {})
 
     def work(self, problem: ConvProblem, step: Step) -> Work:
         return mma_costs.work(problem, step)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import product as pairs_of
 
 from ..costs import blocks_by_shared
 from ..device import Device
@@ -110,11 +111,18 @@ def _batches(tile: Tile, window: Window, reduction: Reduction, arithmetic: Arith
     return input_batches(window.access, arithmetic, reduction.units, window.unit_tasks, tile.prefetch, tile.threads)
 
 
-def loads_units(array: ArrayLayout, extents: tuple[int, ...], unit: int) -> bool:
+def has_units(array: ArrayLayout, extents: tuple[int, ...], unit: int) -> bool:
     """Whether the channels of an array are contiguous, and units of so many of them begin at multiples of 16 bytes."""
     (N, _, L), (stride_n, stride_c, stride_l) = extents, array.strides
     begins_unit = (stride_n % unit == 0 or N == 1) and (stride_l % unit == 0 or L == 1)
     return stride_c == 1 and begins_unit and array.alignment >= UNIT_BYTES
+
+
+def stores_units(product: Product, layout: Layout, arithmetic: Arithmetic) -> bool:
+    """Whether the output is stored by units of channels: where these are contiguous and rows of the product."""
+    p, unit = product.problem, arithmetic.channels
+    rows_are_channels = not (product.phases_in_rows and product.phases > 1)
+    return rows_are_channels and p.C_out_g % unit == 0 and has_units(layout["output"], p.shapes["output"], unit)
 
 
 def input_access(product: Product, layout: Layout, arithmetic: Arithmetic, bits: int, device: Device) -> Access:
@@ -125,7 +133,7 @@ def input_access(product: Product, layout: Layout, arithmetic: Arithmetic, bits:
     """
     p, array, unit = product.problem, layout["input"], arithmetic.channels
     stride_n, stride_c, stride_l = array.strides
-    if device.arch >= ASYNC_COPY_ARCH and p.C_in_g % unit == 0 and loads_units(array, p.shapes["input"], unit):
+    if device.arch >= ASYNC_COPY_ARCH and p.C_in_g % unit == 0 and has_units(array, p.shapes["input"], unit):
         return Access.UNIT
     begins_even = (stride_n % 2 == 0 or p.N == 1) and (stride_c % 2 == 0 or p.C_in == 1) and array.alignment >= 4
     is_word = stride_l == 1 and begins_even and p.L_in % 2 == 0 and arithmetic.channels == 8 and bits == 32
@@ -240,6 +248,7 @@ def kernel_config(
     phases_in_rows: bool,
     segment_mode: int,
     access: Access = Access.POSITION,
+    output_last: bool = False,
 ) -> Config:
     arithmetic = ARITHMETICS[dtype, precision]
     # The shared memory of Turing holds one block, seldom two; 64-bit offsets take twice the registers.
@@ -266,6 +275,8 @@ def kernel_config(
     }
     if access is Access.UNIT:
         macros["CHANNELS_LAST"] = 1
+    if output_last:
+        macros["OUTPUT_LAST"] = 1
     return Config.of(kernel, macros)
 
 
@@ -279,7 +290,8 @@ def kernel_configs(kernel: str, device: Device, phases: tuple[bool, ...], *, tra
                         has_pairs = arithmetic.channels == 8 and bits == 32
                         has_units = device.arch >= ASYNC_COPY_ARCH
                         accesses = [Access.POSITION] + [Access.PAIR] * has_pairs + [Access.UNIT] * has_units
-                        for access in accesses if mode != 3 else accesses[:1]:
+                        outputs = (False,) if phases_in_rows or mode == 2 else (False, True)
+                        for access, output_last in pairs_of(accesses if mode != 3 else accesses[:1], outputs):
                             yield kernel_config(
                                 kernel,
                                 dtype,
@@ -290,6 +302,7 @@ def kernel_configs(kernel: str, device: Device, phases: tuple[bool, ...], *, tra
                                 phases_in_rows=phases_in_rows,
                                 segment_mode=mode,
                                 access=access,
+                                output_last=output_last,
                             )
                 yield _pack_config(dtype, precision, bits, transposed=transposed, phases_in_rows=phases_in_rows)
 
@@ -332,6 +345,7 @@ def make_plan(
 
     # The rows of a single phase are channels, for which less code suffices.
     in_rows = product.phases_in_rows and product.phases > 1
+    output_last = stores_units(product, layout, arithmetic)
 
     def step(mode: int, grid: int, shared: int, *more: str) -> Step:
         config = kernel_config(
@@ -344,6 +358,7 @@ def make_plan(
             phases_in_rows=in_rows,
             segment_mode=mode,
             access=Access.POSITION if mode == 3 else tiling.window.access,  # the second launch reads no input
+            output_last=output_last and mode != 2,
         )
         config = with_padding_mode(config, p.padding_mode)
         return Step(config, Launch(grid, tile.threads, shared, bits, params), (*conv_arrays(p, PACKED), *more))

@@ -26,7 +26,7 @@ from ..problem import WeightGradientProblem
 from ..text import count
 from .arithmetic import ARITHMETICS, MIN_SPLIT_TERMS, SPLIT_TERMS, UNIT_BYTES, WARP, Access, Arithmetic
 from .base import MAX_GRID, ArrayLayout, Config, Family, Launch, Layout, Plan, Refusal, Step, params_of, round_up
-from .mma import ASYNC_COPY_ARCH, MIN_CHANNELS, MIN_SPLIT_ROWS, loads_units
+from .mma import ASYNC_COPY_ARCH, MIN_CHANNELS, MIN_SPLIT_ROWS, has_units
 from .mma_costs import LATENCY_CYCLES, LINES_PER_CYCLE
 from .offsets import index_bits
 from .slices import Slices, gradient_config, predict_sum, sliced_plan, weight_fields
@@ -326,17 +326,17 @@ def _widths(p: WeightGradientProblem, layout: Layout, bits: int, device: Device)
     if bits != 32:
         return 1, 1
     unit, in_taps = ARITHMETICS[p.dtype, p.precision].channels, Columns.of(p).in_taps
-    has_units = [
-        device.arch >= ASYNC_COPY_ARCH and channels % unit == 0 and loads_units(array, extents, unit)
+    of_units = [
+        device.arch >= ASYNC_COPY_ARCH and channels % unit == 0 and has_units(array, extents, unit)
         for (array, extents), channels in zip(arrays, (p.C_coarse_g, p.C_fine_g), strict=True)
     ]
     coarse, fine = (_has_rows(array, extents, p.itemsize) and not p.has_lengths for array, extents in arrays)
     # Neighbours outside of fine may mean samples that are no neighbours.
     fine = fine and coarse and p.stride == 1 and p.padding_mode == "zeros" and not in_taps
     widths = WIDTH if coarse else 1, WIDTH if fine else 1
-    if has_units[0]:
+    if of_units[0]:
         widths = UNIT, 1
-    return (widths[0], UNIT) if has_units[1] and not in_taps else widths
+    return (widths[0], UNIT) if of_units[1] and not in_taps else widths
 
 
 def _has_rows(array: ArrayLayout, extents: tuple[int, int, int], itemsize: int) -> bool:

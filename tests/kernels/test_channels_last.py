@@ -12,14 +12,14 @@ import pytest
 
 from gpuconv import cases
 from gpuconv.cases import Data
-from gpuconv.families import Layout
+from gpuconv.families import ArrayLayout, Layout
 from gpuconv.families.weight_gradient_mma import WeightGradientMma
 from gpuconv.lengths import Samples
 from gpuconv.problem import ConvProblem, WeightGradientProblem, numpy_dtype
 from tests import hostcuda
 from tests.kernels.arrays import assert_same_bits, channels_last, unaligned
 from tests.kernels.tensor_cores import H200
-from tests.plans import FORWARD_FAMILIES, kernel_of
+from tests.plans import FORWARD_FAMILIES, kernel_of, plan_of
 
 Array = npt.NDArray[Any]
 
@@ -30,14 +30,14 @@ MODES = ("bfloat16", "tf32", "float32")
 # Of 2, 3 and 4 units of 8 channels a chunk, a last chunk of fewer, chunks of 1 to 3 stages and more, several samples in
 # a block, groups, planes, segments.
 PROBLEMS = (
-    ConvProblem("conv1d", 2, 40, 18, 23, 5, 1, 4, 6, has_bias=True),
-    ConvProblem("conv1d", 2, 136, 18, 70, 1),
+    ConvProblem("conv1d", 2, 40, 24, 23, 5, 1, 4, 6, has_bias=True),
+    ConvProblem("conv1d", 2, 136, 24, 70, 1),
     ConvProblem("conv1d", 1, 104, 18, 70, 2, dilation=30),
     ConvProblem("conv1d", 3, 48, 48, 41, 5, 2, 1, 1, groups=3),
-    ConvProblem("conv1d", 13, 72, 20, 10, 3, 1, 1, 1),
-    ConvProblem("conv1d", 2, 528, 20, 26, 16, 2, 3, 2, has_bias=True),
-    ConvProblem("conv_transpose1d", 2, 48, 14, 9, 7, 3, 2, 1, groups=2, output_padding=2, has_bias=True),
-    ConvProblem("conv_transpose1d", 3, 24, 17, 9, 7, 2, 5, 4, 3, output_padding=2, has_bias=True),
+    ConvProblem("conv1d", 13, 72, 24, 10, 3, 1, 1, 1),
+    ConvProblem("conv1d", 2, 528, 80, 26, 16, 2, 3, 2, has_bias=True),
+    ConvProblem("conv_transpose1d", 2, 48, 16, 9, 7, 3, 2, 1, groups=2, output_padding=2, has_bias=True),
+    ConvProblem("conv_transpose1d", 3, 24, 24, 9, 7, 2, 5, 4, 3, output_padding=2, has_bias=True),
 )
 
 
@@ -54,28 +54,36 @@ def backwards(array: Array) -> Array:
     return channels_last(array[..., ::-1])[..., ::-1]
 
 
-def is_wide(problem: ConvProblem, layout: Layout, device: Any = H200) -> bool:
-    return "CHANNELS_LAST" in dict(kernel_of(FAMILY[problem.op], problem, layout, device)[0].macros)
+def macros_of(problem: ConvProblem, layout: Layout) -> dict[str, str]:
+    return dict(kernel_of(FAMILY[problem.op], problem, layout, H200)[0].macros)
 
 
 def run(problem: ConvProblem, data: Data, view: Callable[[Array], Array], **settings: Any) -> Array:
     """The result for a view of the input, which is loaded by units."""
     x = view(data.input)
     layout = Layout.contiguous(problem).replaced(input=hostcuda.array_layout(x))
-    assert is_wide(problem, layout), str(problem)
+    assert "CHANNELS_LAST" in macros_of(problem, layout), str(problem)
     family = FAMILY[problem.op].name
     return hostcuda.compute(problem, x, *data[1:], layout=layout, family=family, **settings)
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_input_whose_channels_are_contiguous_changes_no_bit(mode: str) -> None:
-    """Infinities and NaNs among it, which feed sums that are formed again."""
+def test_arrays_whose_channels_are_contiguous_change_no_bit(mode: str) -> None:
+    """Input and output, each alone; infinities and NaNs among the input, which feed sums that are formed again."""
     for i, problem in enumerate(PROBLEMS):
         p = cases.in_format(problem, mode)
         data = cases.random_data(p, i)
         data.input[0, 1, :3] = np.inf, np.nan, 1e38
         expected = hostcuda.compute(p, *data, family=FAMILY[p.op].name)
         assert_same_bits(run(p, data, (channels_last, pitched, backwards)[i % 3], schedule="every"), expected, str(p))
+        C, L = p.C_out, p.L_out
+        strides = ((C * L, 1, C), (-(C + 8) * L, 1, C + 8), (C * L, 1, -C))[i % 3]
+        layout = Layout.contiguous(p).replaced(output=ArrayLayout(strides))
+        in_units = p.C_out_g % (16 // p.itemsize) == 0 and (not p.transposed or p.dilation > 1)
+        steps = plan_of(FAMILY[p.op], p, layout, H200).steps
+        assert any("OUTPUT_LAST" in dict(step.config.macros) for step in steps) == in_units
+        stored = hostcuda.compute(p, *data, family=FAMILY[p.op].name, layout=layout, schedule="every")
+        assert_same_bits(stored, expected, f"{p}, output {strides}")
 
 
 def test_rows_mean_other_samples_or_end_at_lengths_of_their_own() -> None:
@@ -143,5 +151,5 @@ def test_what_is_not_aligned_is_loaded_as_other_layouts_are() -> None:
     for view in (shifted, odd_pitch, odd_samples):
         x = view(data.input)
         layout = Layout.contiguous(p).replaced(input=hostcuda.array_layout(x))
-        assert not is_wide(p, layout)
+        assert "CHANNELS_LAST" not in macros_of(p, layout)
         assert_same_bits(hostcuda.compute(p, x, *data[1:], layout=layout, family="conv1d_mma"), expected, view.__name__)
