@@ -144,7 +144,7 @@ __device__ __forceinline__ void copy_async_if(T* shared, const T* global, bool e
 #if __CUDA_ARCH__ >= 800
     const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(shared));
     asm volatile(
-        "{.reg .pred exists; setp.ne.u32 exists, %3, 0; @exists cp.async.ca.shared.global [%0], [%1], %2;}"
+        "{.reg .pred %%exists; setp.ne.u32 %%exists, %3, 0; @%%exists cp.async.ca.shared.global [%0], [%1], %2;}"
         ::"r"(address), "l"(global), "n"(sizeof(T)), "r"(unsigned(exists)) : "memory");
 #else
     if (exists) *shared = *global;
