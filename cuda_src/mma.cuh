@@ -755,8 +755,8 @@ __device__ __forceinline__ void multiply_tile(
     constexpr int kRowStep = kThreads / 4;
     const int my_unit = threadIdx.x % 4, my_row = threadIdx.x / 4;
     const Task* const my_tasks = reinterpret_cast<const Task*>(shared + tasks_begin) + my_row;
-    const int window_rows = int(window.window_rows);
-    const auto offset_of = [&](int row, const Task* task) { return row < window_rows ? task->offset : kMissing; };
+    const int staged_rows = int(window.unit_tasks);
+    const auto offset_of = [&](int row, const Task* task) { return row < staged_rows ? task->offset : kMissing; };
 
     const auto copy_window = [&](const Chunk& chunk) {
         if (my_unit * kUnit >= chunk.channels) return;
@@ -764,7 +764,7 @@ __device__ __forceinline__ void multiply_tile(
         const Task* task = my_tasks;
         StorageVector* to = reinterpret_cast<StorageVector*>(shared + (chunk.window + my_unit * unit_bytes)) + my_row;
 #pragma unroll 1
-        for (int row = my_row; row < window_rows; row += 4 * kRowStep, task += 4 * kRowStep, to += 4 * kRowStep) {
+        for (int row = my_row; row < staged_rows; row += 4 * kRowStep, task += 4 * kRowStep, to += 4 * kRowStep) {
             index_t offset[4];
 #pragma unroll
             for (int i = 0; i < 4; ++i) offset[i] = offset_of(row + i * kRowStep, task + i * kRowStep);
@@ -774,7 +774,7 @@ __device__ __forceinline__ void multiply_tile(
             }
         }
     };
-    // Loads kTaskUnits rows from `row` on, as zeros where no sample exists. The result is where the first of them begins in
+    // Loads PREFETCH rows, kRowStep apart, from `row` on, as zeros where no sample exists. The result is where the first of them begins in
     // shared memory, in bytes; -1 where the chunk lacks the unit.
     const auto load_rows = [&](Block<1> (&blocks)[PREFETCH], const Chunk& chunk, int row) {
         if (my_unit * kUnit >= chunk.channels) return -1;
@@ -792,7 +792,7 @@ __device__ __forceinline__ void multiply_tile(
         Vector<unsigned>* const rows = reinterpret_cast<Vector<unsigned>*>(shared + to);
 #pragma unroll
         for (int i = 0; i < PREFETCH; ++i) {
-            if (row + i * kRowStep < window_rows) stage(blocks[i], rows + i * kRowStep, part_rows);
+            if (row + i * kRowStep < staged_rows) stage(blocks[i], rows + i * kRowStep, part_rows);
         }
     };
 #else
@@ -883,7 +883,7 @@ __device__ __forceinline__ void multiply_tile(
         next.window = hold(kWindowsBegin + int((chunk + 1) & 1) * int(window_vectors) * 16);
         next.window_end = hold(next.window + (next.channels + kUnit - 1) / kUnit * unit_bytes);
 #if CHANNELS_LAST
-        int rows_begin = keep_in_register(!kCopiesUnits && chunk + 1 < chunk_end ? 0 : window_rows);
+        int rows_begin = keep_in_register(!kCopiesUnits && chunk + 1 < chunk_end ? 0 : staged_rows);
 #else
         const int groups = (next.channels + (kTaskUnits * kUnit - 1)) / (kTaskUnits * kUnit);
         int tasks_left = keep_in_register(chunk + 1 < chunk_end ? groups * int(window.unit_tasks) : 0);
@@ -923,9 +923,9 @@ __device__ __forceinline__ void multiply_tile(
             }
         }
 #pragma unroll 1
-        for (; !kCopiesUnits && (rows_begin < window_rows || stage < stages_end); rows_begin += PREFETCH * kRowStep) {
+        for (; !kCopiesUnits && (rows_begin < staged_rows || stage < stages_end); rows_begin += PREFETCH * kRowStep) {
             Block<1> ahead[PREFETCH];
-            const int row = rows_begin + my_row, to = row < window_rows ? load_rows(ahead, next, row) : -1;
+            const int row = rows_begin + my_row, to = row < staged_rows ? load_rows(ahead, next, row) : -1;
             const int round_end = int(min_index(stage + window.round_stages, stages_end));
 #pragma unroll 1
             while (stage < round_end) {

@@ -157,14 +157,17 @@ class Window:
         Where accesses load units, four neighbouring threads store those of a row, which are so many rows apart, and the
         next four those of the next row: these eight meet no bank conflict.
         """
-        rows = max(self.block_samples * self.sample_rows, BANK_ROWS)
-        return round_up(rows, 4, 2) if self.access is Access.UNIT else rows
+        return round_up(self._rows, 4, 2) if self.access is Access.UNIT else self._rows
+
+    @property
+    def _rows(self) -> int:
+        return max(self.block_samples * self.sample_rows, BANK_ROWS)
 
     @property
     def unit_tasks(self) -> int:
         """Tasks in which the rows of one unit, or of several at once, are staged; 2**32 / 4 fits any index."""
         if self.access is not Access.PAIR:
-            return self.rows
+            return self._rows
         return max(self.block_samples * self.used_rows // self.access.width, 4)
 
     def params(self) -> dict[str, int]:

@@ -192,7 +192,7 @@ def test_every_tap_of_every_column_reads_its_position(
     assert used_rows <= sample_rows < used_rows + 8
     rows = max(block_samples * sample_rows, 8)
     assert window.rows == (rows + (2 - rows) % 4 if access is Access.UNIT else rows)
-    assert window.unit_tasks == (window.rows if width == 1 else max(4, block_samples * used_rows // 2))
+    assert window.unit_tasks == (rows if width == 1 else max(4, block_samples * used_rows // 2))
 
     in_planes = product.column_step == 1
 
