@@ -774,8 +774,8 @@ __device__ __forceinline__ void multiply_tile(
             }
         }
     };
-    // Loads PREFETCH rows, kRowStep apart, from `row` on, as zeros where no sample exists. The result is where the first of them begins in
-    // shared memory, in bytes; -1 where the chunk lacks the unit.
+    // Loads PREFETCH rows, kRowStep apart, from `row` on, as zeros where no sample exists. The result is where the first of
+    // them begins in shared memory, in bytes; -1 where the chunk lacks the unit.
     const auto load_rows = [&](Block<1> (&blocks)[PREFETCH], const Chunk& chunk, int row) {
         if (my_unit * kUnit >= chunk.channels) return -1;
         const storage_t* const x = keep_in_register_global(chunk.input + my_unit * kUnit);
