@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import product as pairs_of
 
 from ..costs import blocks_by_shared
 from ..device import Device
@@ -280,6 +279,25 @@ def kernel_config(
     return Config.of(kernel, macros)
 
 
+def _accesses(
+    arithmetic: Arithmetic, bits: int, device: Device, segment_mode: int, phases_in_rows: bool
+) -> Iterator[tuple[Access, bool]]:
+    """By which a kernel may load the input, and whether it then stores units."""
+    loads_units = device.arch >= ASYNC_COPY_ARCH
+    may_store_units = loads_units and bits == 32 and not phases_in_rows and segment_mode != 2
+    yield Access.POSITION, False
+    if segment_mode == 3:  # without an input
+        if may_store_units:
+            yield Access.POSITION, True
+        return
+    if arithmetic.channels == 8 and bits == 32:
+        yield Access.PAIR, False
+    if loads_units:
+        yield Access.UNIT, False
+    if may_store_units:
+        yield Access.UNIT, True
+
+
 def kernel_configs(kernel: str, device: Device, phases: tuple[bool, ...], *, transposed: bool) -> Iterator[Config]:
     """Every specialisation of a kernel and of its packing on a device."""
     for (dtype, precision), arithmetic in arithmetics(device).items():
@@ -287,11 +305,7 @@ def kernel_configs(kernel: str, device: Device, phases: tuple[bool, ...], *, tra
             for bits in (32, 64):
                 for tile in (*tiles(arithmetic, bits), *tiles(arithmetic, bits, segments=True)):
                     for mode in (2, 3) if tile.segment_mode == 2 else (tile.segment_mode,):
-                        has_pairs = arithmetic.channels == 8 and bits == 32
-                        has_units = device.arch >= ASYNC_COPY_ARCH
-                        accesses = [Access.POSITION] + [Access.PAIR] * has_pairs + [Access.UNIT] * has_units
-                        outputs = (False,) if phases_in_rows or mode == 2 else (False, True)
-                        for access, output_last in pairs_of(accesses if mode != 3 else accesses[:1], outputs):
+                        for access, output_last in _accesses(arithmetic, bits, device, mode, phases_in_rows):
                             yield kernel_config(
                                 kernel,
                                 dtype,
@@ -345,7 +359,8 @@ def make_plan(
 
     # The rows of a single phase are channels, for which less code suffices.
     in_rows = product.phases_in_rows and product.phases > 1
-    output_last = stores_units(product, layout, arithmetic)
+    # With other input such output is rare, and would double the kernels.
+    output_last = tiling.window.access is Access.UNIT and bits == 32 and stores_units(product, layout, arithmetic)
 
     def step(mode: int, grid: int, shared: int, *more: str) -> Step:
         config = kernel_config(
