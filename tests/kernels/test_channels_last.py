@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -67,27 +67,40 @@ def run(problem: ConvProblem, data: Data, view: Callable[[Array], Array], **sett
     return hostcuda.compute(problem, x, *data[1:], layout=layout, family=family, **settings)
 
 
+def layout_of(problem: ConvProblem, place: int) -> tuple[Callable[[Array], Array], Layout]:
+    """A view of the input, and the layout with it and, of every other problem, an output of the same kind."""
+    C, L = problem.C_out, problem.L_out
+    view = (channels_last, pitched, backwards)[place % 3]
+    layout = Layout.contiguous(problem).replaced(
+        input=hostcuda.array_layout(view(cases.random_data(problem, place).input))
+    )
+    if place % 2 == 0:
+        return view, layout
+    strides = ((C * L, 1, C), (-(C + 8) * L, 1, C + 8), (C * L, 1, -C))[place % 3]
+    return view, layout.replaced(output=ArrayLayout(strides))
+
+
 # Operands of 32 bits take one way through the kernels, and differ only in what is done to a unit.
-@pytest.mark.parametrize(
-    ("mode", "places"), [("bfloat16", range(len(PROBLEMS))), ("tf32", (3,)), ("float32", (4, 5, 7))]
-)
-def test_arrays_whose_channels_are_contiguous_change_no_bit(mode: str, places: Sequence[int]) -> None:
-    """Of the input alone, and of both; infinities and NaNs among the input, which feed sums that are formed again."""
-    for i in places:
-        p = cases.in_format(PROBLEMS[i], mode)
-        data = cases.random_data(p, i)
+FORWARD = {"bfloat16": range(len(PROBLEMS)), "tf32": (3,), "float32": (4, 7)}
+
+
+@pytest.mark.parametrize("mode", FORWARD)
+def test_arrays_whose_channels_are_contiguous_change_no_bit(mode: str) -> None:
+    """Infinities and NaNs among the input feed sums that are formed again."""
+    problems = {place: cases.in_format(PROBLEMS[place], mode) for place in FORWARD[mode]}
+    layouts = {place: layout_of(p, place) for place, p in problems.items()}
+    plans = {place: plan_of(FAMILY[p.op], p, layouts[place][1], H200) for place, p in problems.items()}
+    plain = (plan_of(FAMILY[p.op], p, Layout.contiguous(p), H200) for p in problems.values())
+    hostcuda.prebuild(step.config for plan in (*plans.values(), *plain) for step in plan.steps)
+    for place, p in problems.items():
+        macros = {name for step in plans[place].steps for name, _ in step.config.macros}
+        is_stored = place % 2 == 1 and (not p.transposed or p.dilation > 1)
+        assert ("CHANNELS_LAST" in macros, "OUTPUT_LAST" in macros) == (True, is_stored)
+        data, (view, layout), family = cases.random_data(p, place), layouts[place], FAMILY[p.op].name
         data.input[0, 1, :3] = np.inf, np.nan, 1e38
-        expected = hostcuda.compute(p, *data, family=FAMILY[p.op].name)
-        assert_same_bits(run(p, data, (channels_last, pitched, backwards)[i % 3], schedule="every"), expected, str(p))
-        C, L = p.C_out, p.L_out
-        strides = ((C * L, 1, C), (-(C + 8) * L, 1, C + 8), (C * L, 1, -C))[i % 3]
-        x = channels_last(data.input)
-        layout = Layout.contiguous(p).replaced(input=hostcuda.array_layout(x), output=ArrayLayout(strides))
-        in_units = p.C_out_g % (16 // p.itemsize) == 0 and (not p.transposed or p.dilation > 1)
-        steps = plan_of(FAMILY[p.op], p, layout, H200).steps
-        assert any("OUTPUT_LAST" in dict(step.config.macros) for step in steps) == in_units
-        stored = hostcuda.compute(p, x, *data[1:], family=FAMILY[p.op].name, layout=layout, schedule="every")
-        assert_same_bits(stored, expected, f"{p}, output {strides}")
+        expected = hostcuda.compute(p, *data, family=family)
+        output = hostcuda.compute(p, view(data.input), *data[1:], layout=layout, family=family, schedule="every")
+        assert_same_bits(output, expected, str(p))
 
 
 def test_rows_mean_other_samples_or_end_at_lengths_of_their_own() -> None:
@@ -112,24 +125,31 @@ GRADIENTS = (
 )
 
 
-@pytest.mark.parametrize(("mode", "places"), [("bfloat16", range(len(GRADIENTS))), ("tf32", (0,)), ("float32", (1,))])
-def test_gradients_of_weights_take_either_side(mode: str, places: Sequence[int]) -> None:
-    for i in places:
-        p = WeightGradientProblem.of(cases.in_format(GRADIENTS[i], mode))
-        rng = np.random.default_rng(i)
+OF_WEIGHTS = {"bfloat16": range(len(GRADIENTS)), "tf32": (0,), "float32": (1,)}
+
+
+@pytest.mark.parametrize("mode", OF_WEIGHTS)
+def test_gradients_of_weights_take_either_side(mode: str) -> None:
+    jobs = []
+    for place in OF_WEIGHTS[mode]:
+        p = WeightGradientProblem.of(cases.in_format(GRADIENTS[place], mode))
+        rng = np.random.default_rng(place)
         coarse, fine = (rng.standard_normal(p.shapes[side]).astype(numpy_dtype(p.dtype)) for side in ("coarse", "fine"))
         coarse[0, 1, :2], fine[-1, 0, -1] = (np.inf, 1e38), np.nan
-        expected = hostcuda.compute(p, coarse, fine, family=WEIGHTS.name)
-        found = set()
-        for views in ((channels_last, pitched), (np.array, channels_last), (backwards, np.array)):
+        both = ((channels_last, pitched), (True, p.C_fine_g >= 8))
+        one = (((np.array, channels_last), (False, True)), ((backwards, np.array), (True, False)))
+        for views, expected in (both, *(one if place == 0 else ())):
             a, b = (view(side) for view, side in zip(views, (coarse, fine), strict=True))
             layout = Layout.contiguous(p).replaced(coarse=hostcuda.array_layout(a), fine=hostcuda.array_layout(b))
-            macros = dict(kernel_of(WEIGHTS, p, layout, H200)[0].macros)
-            found.add(("COARSE_LAST" in macros, "FINE_LAST" in macros))
-            result = hostcuda.compute(p, a, b, family=WEIGHTS.name, layout=layout, schedule="every")
-            assert_same_bits(result, expected, (str(p), found))
-        in_taps = p.C_fine_g < 8
-        assert found == ({(True, False), (False, False)} if in_taps else {(True, True), (False, True), (True, False)})
+            config = kernel_of(WEIGHTS, p, layout, H200)[0]
+            macros = dict(config.macros)
+            assert ("COARSE_LAST" in macros, "FINE_LAST" in macros) == expected
+            jobs.append((p, (coarse, fine), (a, b), layout, config))
+    plain = {kernel_of(WEIGHTS, p, Layout.contiguous(p), H200)[0] for p, *_ in jobs}
+    hostcuda.prebuild([*plain, *(config for *_, config in jobs)])
+    for p, arrays, views_of_them, layout, _ in jobs:
+        result = hostcuda.compute(p, *views_of_them, family=WEIGHTS.name, layout=layout, schedule="every")
+        assert_same_bits(result, hostcuda.compute(p, *arrays, family=WEIGHTS.name), str(p))
 
 
 def test_what_is_not_aligned_is_loaded_as_other_layouts_are() -> None:
