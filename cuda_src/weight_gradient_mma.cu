@@ -14,6 +14,9 @@
 //
 // TAPS_IN_UNITS = 1 is for few channels of fine: an octet is then a channel's eight neighbouring taps, at positions `dilation`
 // apart, and what is said of taps and channels above holds for blocks of eight taps, 8*dilation apart, and for those eight.
+// TAP_WIDTH = 2 loads two of them at once: dilation is 1, and they begin aligned to two at even positions.
+//
+// FEW_ROWS = 1 is for fewer than kUnit channels of coarse in a group: the last one fills the unit.
 //
 // The reduction runs over samples, and in a sample over steps of 16 positions, of which those behind the last count as
 // zeros. So its order depends on the problem and the slices alone, and the bits on neither the tile nor the chunks.
@@ -29,8 +32,15 @@
 // COARSE_WIDTH and FINE_WIDTH > 1 need contiguous positions, as many as a multiple of the width, in rows that begin
 // aligned to that many; FINE_WIDTH > 1 also needs stride 1. Takes other arrays of any strides, in elements.
 // Samples with lengths of their own (samples.cuh) need widths of 1.
-// Needs float16, bfloat16 (sm_80) or float32 (sm_80). Chosen for at least 8 channels a group on the coarse side, and 8
-// channels or 8 taps on the fine side; see gpuconv/families/weight_gradient_mma.py.
+// Needs float16, bfloat16 (sm_80) or float32 (sm_80). Chosen for at least 8 channels or 8 taps on the fine side; see
+// gpuconv/families/weight_gradient_mma.py.
+
+#ifndef TAP_WIDTH
+#define TAP_WIDTH 1
+#endif
+#ifndef FEW_ROWS
+#define FEW_ROWS 0
+#endif
 
 #include "common.cuh"
 #include "edge.cuh"
@@ -78,7 +88,7 @@ static_assert(CHUNK_ROWS % kStepRows == 0, "chunks are whole steps: gpuconv/fami
 static_assert(AHEAD_COARSE % COARSE_WIDTH == 0 && AHEAD_FINE % FINE_WIDTH == 0,
               "whole tasks are loaded ahead: gpuconv/families/weight_gradient_mma.py");
 static_assert(!TAPS_IN_UNITS || FINE_WIDTH == 1,
-              "taps are loaded one by one: gpuconv/families/weight_gradient_mma.py");
+              "windows of taps are loaded position by position: gpuconv/families/weight_gradient_mma.py");
 static_assert(kIsEmptyOutside || FINE_WIDTH == 1,
               "positions outside fine are loaded together: gpuconv/families/weight_gradient_mma.py");
 static_assert(kStepRows == SPLIT_TERMS, "SPLIT_TERMS differs from gpuconv/families/mma.py");
@@ -115,12 +125,13 @@ __device__ __forceinline__ Tile find_tile(unsigned block, const Params& p) {
 __device__ __forceinline__ bool is_finite(float x) { return (float_as_uint(x) & 0x7f800000u) != 0x7f800000u; }
 
 // A thread's task in staging: `width` neighbouring positions of a unit. Neighbouring lanes take neighbouring positions of
-// one unit or, where those are several each, which would meet on the same banks, one of up to eight units each.
+// one unit or, where `spreads`, one of up to eight units each: several positions would meet on the same banks, and units of
+// neighbouring taps are neighbours in memory.
 struct Task {
     int unit, row;
 
-    __device__ __forceinline__ static Task of(int index, int units, int runs, int width) {
-        const int low = width == 1 ? 1 : units < 8 ? units : 8;
+    __device__ __forceinline__ static Task of(int index, int units, int runs, int width, bool spreads) {
+        const int low = !spreads ? 1 : units < 8 ? units : 8;
         const int rest = index / low, block = rest / runs;
         return Task{block * low + (index - rest * low), (rest - block * runs) * width};
     }
@@ -131,13 +142,32 @@ struct Task {
 __device__ __forceinline__ int first_of_unit(int unit, index_t channels) {
     return int(min_index(unit * kUnit, channels - kUnit));
 }
+__device__ __forceinline__ int first_row_of_unit(int unit, index_t rows) {
+    return FEW_ROWS ? 0 : first_of_unit(unit, rows);
+}
+
+// kUnit neighbours of a row, two at a time.
+template <int kWidth>
+__device__ __forceinline__ void load_neighbours(Block<kWidth>& block, const storage_t* from) {
+#pragma unroll
+    for (int e = 0; e < kUnit; e += 2) {
+        const Run<2> both = Run<2>::load(from + e);
+        block.run[e].word[0] = both.word[0];
+        // Of elements of 2 bytes the lower half of a word counts.
+        block.run[e + 1].word[0] = kUnit == 8 ? both.word[0] >> 16 : both.word[Run<2>::kWords - 1];
+    }
+}
 
 // Loads the elements of fine that kUnit neighbouring taps meet, the first of them at a position; zeros where there are none.
 template <int kWidth>
 __device__ __forceinline__ void load_taps(
     Block<kWidth>& block, const storage_t* x, index_t first, index_t L_fine, bool exists, const Params& p) {
     if (exists && is_inside(first, first + (kUnit - 1) * p.dilation, L_fine)) {
-        block.load(x + first * p.fine_stride_l, keep_in_register(p.dilation * p.fine_stride_l));
+        if (TAP_WIDTH == 2) {
+            load_neighbours(block, x + first);
+        } else {
+            block.load(x + first * p.fine_stride_l, keep_in_register(p.dilation * p.fine_stride_l));
+        }
         return;
     }
     block.clear();
@@ -208,7 +238,7 @@ __device__ __forceinline__ void multiply_slice(
 
 #pragma unroll 1
     for (int i = threadIdx.x; i < fine_tasks; i += kThreads) {
-        tasks[i] = Task::of(i, window_units, fine_runs, FINE_WIDTH);
+        tasks[i] = Task::of(i, window_units, fine_runs, FINE_WIDTH, FINE_WIDTH > 1 || TAPS_IN_UNITS);
     }
 
     coarse += (tile.channel + tile.row_begin) * p.coarse_stride_c;
@@ -219,7 +249,8 @@ __device__ __forceinline__ void multiply_slice(
     // Units that exist. The others are never written: they have a part in no result.
     const int coarse_units = (int(tile.rows) + kUnit - 1) / kUnit, fine_units = (int(tile.elements) + kUnit - 1) / kUnit;
     const auto coarse_task = [&](int i) {
-        return Task::of(i * kThreads + int(threadIdx.x), kUnitsM, CHUNK_ROWS / COARSE_WIDTH, COARSE_WIDTH);
+        const int index = i * kThreads + int(threadIdx.x);
+        return Task::of(index, kUnitsM, CHUNK_ROWS / COARSE_WIDTH, COARSE_WIDTH, COARSE_WIDTH > 1);
     };
     const auto fine_task = [&](int i) {
         // Threads from the last on, as those of coarse may be few.
@@ -228,15 +259,20 @@ __device__ __forceinline__ void multiply_slice(
     };
     const auto load_coarse = [&](Block<COARSE_WIDTH>& block, const Task& task) {
         const int sample = task.row >> sample_shift;
-        const index_t l_coarse = l + (task.row - (sample << sample_shift)), c = first_of_unit(task.unit, tile.rows);
+        const index_t l_coarse = l + (task.row - (sample << sample_shift)), c = first_row_of_unit(task.unit, tile.rows);
         bool exists = n + sample < s.n_end && l_coarse < s.l_end;
 #ifdef LENGTHS
         exists = exists && l_coarse < samples[n + sample].L_out;
 #endif
         if (exists) {
-            block.load(
-                coarse + ((n + sample) * p.coarse_stride_n + l_coarse * p.coarse_stride_l + c * p.coarse_stride_c),
-                keep_in_register(p.coarse_stride_c));
+            const storage_t* const x =
+                coarse + ((n + sample) * p.coarse_stride_n + l_coarse * p.coarse_stride_l + c * p.coarse_stride_c);
+            const index_t channel_stride = keep_in_register(p.coarse_stride_c);
+            if (FEW_ROWS) {
+                block.load_up_to(int(tile.rows) - 1, x, channel_stride);
+            } else {
+                block.load(x, channel_stride);
+            }
         } else {
             block.clear();
         }
@@ -453,11 +489,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) weight_gradie
         }
         __syncthreads();
         bool sum_again = false;
-        // The row of a place among them, or -1 where that is a channel which another has.
+        // The row of a place among them, or -1 where that is a channel which another place has.
         const auto row_of = [&](int place) {
             const int in_tile = place / 16 * kWarpM + i * 16 + place % 16, unit = in_tile / kUnit;
-            const int row = first_of_unit(unit, tile.rows) + in_tile % kUnit;
-            return row < unit * kUnit ? -1 : row;
+            const int row = first_row_of_unit(unit, tile.rows) + in_tile % kUnit;
+            return row < unit * kUnit || (FEW_ROWS && row >= tile.rows) ? -1 : row;
         };
 #pragma unroll 1
         for (int row = warp; row < WARPS_M * 16; row += kThreads / 32) {
