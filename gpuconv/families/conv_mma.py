@@ -36,9 +36,10 @@ class _ConvMma(Family[ConvProblem]):
             return Refusal("needs the window of 16 positions in shared memory")
         bits = _index_bits(product, layout, arithmetic)
         width = mma.input_width(product, layout, arithmetic, bits)
+        raw = mma.reads_raw_weights(product, layout, arithmetic, bits)
         # The rows that pairs need besides may be too many.
-        tilings = mma.compare_tilings(product, arithmetic, bits, width, device) or mma.compare_tilings(
-            product, arithmetic, bits, 1, device
+        tilings = mma.compare_tilings(product, arithmetic, bits, width, device, raw=raw) or mma.compare_tilings(
+            product, arithmetic, bits, 1, device, raw=raw
         )
         if not tilings:
             return Refusal(f"needs at most {MAX_GRID} blocks")

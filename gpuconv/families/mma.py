@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import product as iterate_product
 
 from ..costs import blocks_by_shared
 from ..device import Device
@@ -36,6 +37,7 @@ from .base import (
     Layout,
     Plan,
     Step,
+    contiguous_strides,
     conv_arrays,
     conv_fields,
     params_of,
@@ -48,6 +50,7 @@ from .product import Product
 from .weight_boxes import WeightBoxes
 
 NUM_STAGES = 4  # of weights in shared memory, a power of two
+RAW_BOXES = 2  # of a layer's own weights there: kBoxes of raw_weights.cuh
 PACK_BLOCK_SIZE = 128
 SLICE_TABLE_BYTES = 48  # of a row of Slice in mma.cuh, besides its elements, at most
 BANK_ROWS = 8  # of 16 bytes, in all banks of shared memory
@@ -111,6 +114,20 @@ class Tile:
         return self.warps * rows * ((self.block_n // self.warps_n + 8) * itemsize + SLICE_TABLE_BYTES)
 
     @property
+    def packs_weights(self) -> bool:
+        """Whether there are kernels in which blocks pack the weights themselves.
+
+        By the cost model that serves layers of few columns, whose weights are most of what is read, and small ones,
+        which take hardly longer than another launch.
+        """
+        extents = self.block_m, self.block_n
+        if self.segment_mode == 1:
+            return self.has_samples
+        return (self.has_samples and extents == (64, 64)) or (
+            not self.has_samples and extents in _RAW_TILES[self.segment_mode]
+        )
+
+    @property
     def total_bytes(self) -> int:
         """Shared memory for the sums of the segments before."""
         return self.block_m * self.block_n * 4 if self.segment_mode == 1 else 0
@@ -148,6 +165,11 @@ _SPLIT_TILES = (
     Tile(64, 64, 2, 2, 2, 4, has_samples=True),
     Tile(128, 16, 4, 1, 3, 2),
 )
+# Those of which there are kernels that pack the weights themselves, besides some of several samples; by segment_mode.
+_RAW_TILES = {
+    0: ((128, 128), (64, 128), (32, 256), (32, 128), (16, 128), (128, 16)),
+    2: ((128, 128), (64, 64), (64, 16)),
+}
 # For reductions in segments: a block has shared memory for the sums of the segments before, or sums one segment.
 _SEGMENT_TILES = (
     Tile(128, 128, 2, 2, 2, 4, segment_mode=1),
@@ -359,7 +381,11 @@ class Window:
 
 @dataclass(frozen=True, slots=True)
 class Tiling:
-    """A product cut into tiles, and the microseconds that all launches of its plan take by the cost model."""
+    """A product cut into tiles, and the microseconds that all launches of its plan take by the cost model.
+
+    Attributes:
+        is_raw: blocks read the layer's own weights and pack them; else a launch before has packed them.
+    """
 
     index_bits: int
     tile: Tile
@@ -370,14 +396,21 @@ class Tiling:
     blocks: int
     shared_bytes: int
     us: float
+    is_raw: bool = False
 
 
-def shared_bytes(tile: Tile, window: Window, reduction: Reduction, arithmetic: Arithmetic, bits: int) -> int:
+def shared_bytes(
+    tile: Tile, window: Window, reduction: Reduction, arithmetic: Arithmetic, bits: int, *, is_raw: bool = False
+) -> int:
     itemsize = UNIT_BYTES // arithmetic.channels
+    weights = NUM_STAGES * tile.stage_bytes(arithmetic.parts)
+    if is_raw:
+        boxes = RAW_BOXES * tile.block_m * (reduction.units * reduction.taps | 1) * UNIT_BYTES
+        weights = reduction.stages * tile.stage_bytes(arithmetic.parts) + boxes
     windows = min(reduction.chunks, 2) * arithmetic.parts * reduction.units * window.rows * UNIT_BYTES
     tables = window.rows * bits // 8 + reduction.pairs * 4
     return max(
-        tile.total_bytes + NUM_STAGES * tile.stage_bytes(arithmetic.parts) + windows + tables,
+        tile.total_bytes + weights + windows + tables,
         tile.slice_bytes(itemsize),
     )
 
@@ -397,14 +430,35 @@ def input_width(product: Product, layout: Layout, arithmetic: Arithmetic, bits: 
     return 2 if is_word and Window.pairs_positions(product) else 1
 
 
+def reads_raw_weights(product: Product, layout: Layout, arithmetic: Arithmetic, bits: int) -> bool:
+    """Whether blocks can read the layer's own weights: rows of whole vectors, which nothing has packed before."""
+    p, weight = product.problem, layout["weight"]
+    is_contiguous = weight.strides == contiguous_strides(p.weight_shape) and weight.alignment == UNIT_BYTES
+    has_whole_rows = p.C_in_g * p.K % arithmetic.channels == 0
+    return not (layout.is_prepared or p.transposed) and is_contiguous and has_whole_rows and bits == 32
+
+
 @lru_cache(maxsize=4096)
 def compare_tilings(
-    product: Product, arithmetic: Arithmetic, bits: int, width: int, device: Device
+    product: Product, arithmetic: Arithmetic, bits: int, width: int, device: Device, *, raw: bool = False
 ) -> tuple[Tiling, ...]:
-    """The tilings of a product that fit the device, the cheapest first; `width` as of `input_width`."""
+    """The tilings of a product that fit the device, the cheapest first.
+
+    Args:
+        product: of the problem.
+        arithmetic: of its tensor cores.
+        bits: of an index.
+        width: as of `input_width`.
+        device: the GPU.
+        raw: as of `reads_raw_weights`.
+    """
     reduction, samples = Reduction.of(product, arithmetic), product.problem.N
     found = []
-    for tile in tiles(arithmetic, bits, segments=reduction.segments > 1):
+    for tile, is_raw in iterate_product(
+        tiles(arithmetic, bits, segments=reduction.segments > 1), (False, True) if raw else (False,)
+    ):
+        if is_raw and not tile.packs_weights:
+            continue
         row_tiles = -(-product.rows // tile.block_m)
         block_samples, block_positions = 1, tile.block_n
         if tile.has_samples:
@@ -414,7 +468,7 @@ def compare_tilings(
             if block_samples < 2:
                 continue
         window = Window.of(product, block_samples, block_positions, width)
-        needed = shared_bytes(tile, window, reduction, arithmetic, bits)
+        needed = shared_bytes(tile, window, reduction, arithmetic, bits, is_raw=is_raw)
         column_tiles = -(-product.positions // block_positions)
         sample_tiles = -(-samples // block_samples)
         blocks = row_tiles * column_tiles * sample_tiles * product.products
@@ -422,8 +476,8 @@ def compare_tilings(
             continue
         if blocks * reduction.segments * tile.block_m * tile.block_n * 4 > MAX_PARTIAL_BYTES and tile.segment_mode == 2:
             continue
-        us = _predict(product, tile, window, reduction, arithmetic, blocks, needed, device)
-        found.append(Tiling(bits, tile, window, row_tiles, column_tiles, sample_tiles, blocks, needed, us))
+        us = _predict(product, tile, window, reduction, arithmetic, blocks, needed, device, is_raw=is_raw)
+        found.append(Tiling(bits, tile, window, row_tiles, column_tiles, sample_tiles, blocks, needed, us, is_raw))
     return tuple(sorted(found, key=lambda tiling: tiling.us))
 
 
@@ -436,6 +490,8 @@ def _predict(
     blocks: int,
     shared: int,
     device: Device,
+    *,
+    is_raw: bool,
 ) -> float:
     """Microseconds of a plan: the weights packed, the tiles multiplied, the sums of segments added."""
     p, is_cut = product.problem, tile.segment_mode == 2
@@ -459,6 +515,7 @@ def _predict(
         is_cut=is_cut,
         kept_segments=reduction.segments if tile.segment_mode == 1 else 0,
         width=window.width,
+        raw_vectors=reduction.units * reduction.taps if is_raw else 0,
     )
     packed = row_tiles * tile.block_m * reduction.chunks * reduction.pairs
     resident = min(tile.min_blocks, max(1, blocks_by_shared(shared, device)))
@@ -479,7 +536,8 @@ def _candidates(tilings: tuple[Tiling, ...]) -> tuple[tuple[str, float], ...]:
     def name(t: Tiling) -> str:
         samples = t.window.block_samples
         cut = " by segments" if t.tile.segment_mode == 2 else ""
-        return f"{t.tile.block_m}x{t.tile.block_n}" + (f" of {samples} samples" if samples > 1 else "") + cut
+        raw = " packing its weights" if t.is_raw else ""
+        return f"{t.tile.block_m}x{t.tile.block_n}" + (f" of {samples} samples" if samples > 1 else "") + cut + raw
 
     return tuple((name(t), t.us) for t in tilings)
 
@@ -503,6 +561,7 @@ def kernel_config(
     phases_in_rows: bool,
     segment_mode: int,
     width: int = 1,
+    is_raw: bool = False,
 ) -> Config:
     arithmetic = ARITHMETICS[dtype, precision]
     # The shared memory of Turing holds one block, seldom two; 64-bit offsets take twice the registers.
@@ -527,6 +586,8 @@ def kernel_config(
         "PHASES_IN_ROWS": int(phases_in_rows),
         "PARAMS_BYTES": len(params_fields(kernel)) * bits // 8,
     }
+    if is_raw:
+        macros["RAW_WEIGHT"] = 1
     return Config.of(kernel, macros)
 
 
@@ -538,7 +599,10 @@ def kernel_configs(kernel: str, device: Device, phases: tuple[bool, ...], *, tra
                 for tile in (*tiles(arithmetic, bits), *tiles(arithmetic, bits, segments=True)):
                     for mode in (2, 3) if tile.segment_mode == 2 else (tile.segment_mode,):
                         has_pairs = arithmetic.channels == 8 and bits == 32 and mode != 3
-                        for width in (1, 2) if has_pairs else (1,):
+                        can_be_raw = tile.packs_weights and bits == 32 and not transposed
+                        for width, is_raw in iterate_product(
+                            (1, 2) if has_pairs else (1,), (False, True) if can_be_raw else (False,)
+                        ):
                             yield kernel_config(
                                 kernel,
                                 dtype,
@@ -549,6 +613,7 @@ def kernel_configs(kernel: str, device: Device, phases: tuple[bool, ...], *, tra
                                 phases_in_rows=phases_in_rows,
                                 segment_mode=mode,
                                 width=width,
+                                is_raw=is_raw,
                             )
                 yield _pack_config(dtype, precision, bits, transposed=transposed, phases_in_rows=phases_in_rows)
 
@@ -578,7 +643,9 @@ def _tiling_params(reduction: Reduction, tiling: Tiling) -> dict[str, int]:
 def make_plan(
     problem: ConvProblem, layout: Layout, device: Device, product: Product, tilings: tuple[Tiling, ...], kernel: str
 ) -> Plan:
-    """The weights packed, then a tensor-core kernel; where segments have blocks of their own, their sums added."""
+    """The weights packed, unless blocks do that, then a tensor-core kernel; where segments have blocks of their own,
+    their sums added.
+    """
     p, tiling = problem, tilings[0]
     tile, bits = tiling.tile, tiling.index_bits
     reduction = Reduction.of(product, ARITHMETICS[p.dtype, p.precision])
@@ -602,21 +669,24 @@ def make_plan(
             phases_in_rows=in_rows,
             segment_mode=mode,
             width=1 if mode == 3 else tiling.window.width,  # the second launch reads no input
+            is_raw=tiling.is_raw,
         )
         config = with_padding_mode(config, p.padding_mode)
-        return Step(config, Launch(grid, tile.threads, shared, bits, params), (*conv_arrays(p, PACKED), *more))
+        arrays = conv_arrays(p, "weight" if tiling.is_raw else PACKED)
+        return Step(config, Launch(grid, tile.threads, shared, bits, params), (*arrays, *more))
 
-    pack, packed_bytes = _pack(p, layout, product, reduction, tile)
-    scratch = [(PACKED, packed_bytes)]
+    steps: list[Step] = []
+    scratch: list[tuple[str, int]] = []
+    if not tiling.is_raw:
+        pack, packed_bytes = _pack(p, layout, product, reduction, tile)
+        steps.append(pack)
+        scratch.append((PACKED, packed_bytes))
     if tile.segment_mode < 2:
-        steps = [pack, step(tile.segment_mode, tiling.blocks, tiling.shared_bytes)]
+        steps.append(step(tile.segment_mode, tiling.blocks, tiling.shared_bytes))
     else:
         segment_blocks = tiling.blocks * reduction.segments
-        steps = [
-            pack,
-            step(2, segment_blocks, tiling.shared_bytes, PARTIAL),
-            step(3, tiling.blocks, tile.slice_bytes(p.itemsize), PARTIAL),
-        ]
+        steps.append(step(2, segment_blocks, tiling.shared_bytes, PARTIAL))
+        steps.append(step(3, tiling.blocks, tile.slice_bytes(p.itemsize), PARTIAL))
         scratch.append((PARTIAL, segment_blocks * tile.block_m * tile.block_n * 4))
     return Plan(tuple(steps), tuple(scratch), _candidates(tilings))
 
