@@ -172,10 +172,11 @@ def configs_of(
             explanation = explain(op, *arrays, direction=direction, device=device, **settings)
         except (ValueError, TypeError) as error:
             raise type(error)(str(error).replace("explain:", f"{caller}:", 1)) from None
-        if explanation.choice is not None:
-            configs.update((step.config, None) for step in explanation.choice.plan.steps)
-            if explanation.problem.has_lengths:
-                configs.update((config, None) for config in lengths.write_configs())
+        for choice in (explanation.choice, explanation.prepared):
+            if choice is not None:
+                configs.update((step.config, None) for step in choice.plan.steps)
+        if explanation.choice is not None and explanation.problem.has_lengths:
+            configs.update((config, None) for config in lengths.write_configs())
     return [*configs]
 
 

@@ -68,6 +68,8 @@ class Explanation:
             are computed one after the other.
         samples: the lengths of the samples, where the call gives them.
         runs: how many calls on neighbouring samples of one length that becomes; 1 where one call takes them all.
+        prepared: what runs with a weight that `gpuconv.prepare` made, where that is not `choice` as well: there a
+            first step packs the weight once, and here each call's blocks pack it themselves.
     """
 
     problem: ConvProblem | WeightGradientProblem | BiasGradientProblem
@@ -78,6 +80,7 @@ class Explanation:
     parts: int = 1
     samples: Samples | None = None
     runs: int = 1
+    prepared: dispatch.Choice | None = None
 
     @property
     def flops(self) -> int:
@@ -150,6 +153,7 @@ class Explanation:
             "copy_bytes": self.copy_bytes,
             "method": None if self.method is None else dataclasses.asdict(self.method),
             "kernel": None if self.choice is None else self._kernel_dict(self.choice),
+            "kernel_of_prepared_weight": None if self.prepared is None else self._kernel_dict(self.prepared),
         }
 
     def _kernel_dict(self, choice: dispatch.Choice) -> dict[str, Any]:
@@ -234,6 +238,9 @@ class Explanation:
             if place != own:
                 words = f"{step.config.kernel}: {_launch_words(step.launch)}"
                 rows.append(("before" if place < own else "after", words))
+        if self.prepared is not None:
+            packing = self.prepared.plan.steps[0].config.kernel
+            rows.append(("prepared", f"{packing} packs a weight of gpuconv.prepare once"))
         if choice.plan.scratch:
             buffers = (f"{name} ({_quantity(num_bytes, 'B')})" for name, num_bytes in choice.plan.scratch)
             rows.append(("buffers", ", ".join(buffers)))
@@ -400,7 +407,8 @@ def explain(
     arrays_of = {operand: array for array, operand in operands.items()}
     copies = (*(arrays_of[operand] for operand in copies), *conjugated)
     choice = dispatch.choose(problem, layout, target, algorithm)
-    return Explanation(problem, target, choice, None, copies, *more)
+    prepared = dispatch.choose(problem, dataclasses.replace(layout, is_prepared=True), target, algorithm)
+    return Explanation(problem, target, choice, None, copies, *more, None if prepared == choice else prepared)
 
 
 class _RealPart(NamedTuple):
