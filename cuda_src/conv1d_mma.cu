@@ -56,7 +56,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) conv1d_mma(
         Tile tile = tile_with_layout(p);
         tile.input = input + (n * p.input_stride_n + g * p.C_in_g * p.input_stride_c);
         tile.weight = weight + (RAW_WEIGHT
-            ? (g * p.C_out_g + row_tile * BLOCK_M) * (p.C_in_g * p.K / kUnit)
+            ? g * p.C_out_g * (p.C_in_g * p.K / kUnit)
             : (g * p.row_tiles + row_tile) * (p.chunks * p.pairs * (kParts * BLOCK_M)));
         tile.output = output + (n * p.output_stride_n + g * p.C_out_g * p.output_stride_c);
         tile.group = g;

@@ -91,7 +91,7 @@ struct alignas(INPUT_WIDTH * sizeof(index_t)) Task {
 #define TAPS_IN_UNITS 0
 #endif
 
-// Whether blocks read the layer's own weights and pack them (1, conv1d_mma.cu).
+// Whether blocks read the layer's own weights and pack them.
 #ifndef RAW_WEIGHT
 #define RAW_WEIGHT 0
 #endif
@@ -99,13 +99,13 @@ struct alignas(INPUT_WIDTH * sizeof(index_t)) Task {
 // One block's share. Offsets and strides are in elements.
 struct Tile {
     const storage_t* input;  // input[n0, first channel of the group, 0]
-    const StorageVector* weight;    // of the block's rows, packed, or from the first of them on where RAW_WEIGHT
+    const StorageVector* weight;    // packed, of the block's rows; or the group's own where RAW_WEIGHT is 1
     storage_t* output;       // output[n0, first channel of the group, 0]
     index_t group;
     index_t row_begin, rows;  // the block's first row, and the rows of the product
     index_t samples;          // from n0 on
     index_t position_begin, positions;
-    index_t C_in_g, L_in, L_out;
+    index_t C_in_g, L_in, L_out, K;
     index_t row_taps;                      // the taps of the block's rows: of those with the most, where rows differ
     index_t column_step, first, tap_step;  // l_in = q*column_step + first + tap*tap_step
     index_t output_step, output_first;     // l_out = q*output_step + output_first + Row::shift
@@ -134,6 +134,7 @@ __device__ __forceinline__ Tile tile_with_layout(const P& p) {
     tile.C_in_g = p.C_in_g;
     tile.L_in = p.L_in;
     tile.L_out = p.L_out;
+    tile.K = p.K;
     tile.input_stride_n = p.input_stride_n;
     tile.input_stride_c = p.input_stride_c;
     tile.input_stride_l = p.input_stride_l;
@@ -800,7 +801,7 @@ __device__ __forceinline__ void multiply_tile(
         const unsigned char* const x = keep_in_register_shared(my_window + int((chunk & 1) * window_vectors) * 16);
         const StepOffsets* pairs_of_stage = my_pairs;
 #if RAW_WEIGHT
-        if (chunk >= chunk_begin) weights.pack();
+        weights.next(chunk >= chunk_begin, tile, window, stages);
         w = my_weight;
 #endif
 #pragma unroll 1

@@ -400,12 +400,19 @@ class Tiling:
 
 
 def shared_bytes(
-    tile: Tile, window: Window, reduction: Reduction, arithmetic: Arithmetic, bits: int, *, is_raw: bool = False
+    product: Product,
+    tile: Tile,
+    window: Window,
+    reduction: Reduction,
+    arithmetic: Arithmetic,
+    bits: int,
+    *,
+    is_raw: bool = False,
 ) -> int:
     itemsize = UNIT_BYTES // arithmetic.channels
     weights = NUM_STAGES * tile.stage_bytes(arithmetic.parts)
     if is_raw:
-        boxes = RAW_BOXES * tile.block_m * (reduction.units * reduction.taps | 1) * UNIT_BYTES
+        boxes = RAW_BOXES * _raw_box_vectors(product, tile, reduction, arithmetic) * UNIT_BYTES
         weights = reduction.stages * tile.stage_bytes(arithmetic.parts) + boxes
     windows = min(reduction.chunks, 2) * arithmetic.parts * reduction.units * window.rows * UNIT_BYTES
     tables = window.rows * bits // 8 + reduction.pairs * 4
@@ -413,6 +420,15 @@ def shared_bytes(
         tile.total_bytes + weights + windows + tables,
         tile.slice_bytes(itemsize),
     )
+
+
+def _raw_box_vectors(product: Product, tile: Tile, reduction: Reduction, arithmetic: Arithmetic) -> int:
+    """Of a box of the layer's own weights: see Box in raw_weights.cuh."""
+    if not product.problem.transposed:
+        return tile.block_m * (reduction.units * reduction.taps | 1)
+    channels, rest = divmod(tile.block_m, product.phases)
+    piece = (channels + (2 if rest else 0)) * product.problem.K // arithmetic.channels + 2
+    return reduction.units * arithmetic.channels * (piece | 1)
 
 
 def _batches(tile: Tile, window: Window, reduction: Reduction) -> int:
@@ -431,11 +447,12 @@ def input_width(product: Product, layout: Layout, arithmetic: Arithmetic, bits: 
 
 
 def reads_raw_weights(product: Product, layout: Layout, arithmetic: Arithmetic, bits: int) -> bool:
-    """Whether blocks can read the layer's own weights: rows of whole vectors, which nothing has packed before."""
+    """Whether blocks can read the layer's own weights: lines of whole vectors, which nothing has packed before."""
     p, weight = product.problem, layout["weight"]
     is_contiguous = weight.strides == contiguous_strides(p.weight_shape) and weight.alignment == UNIT_BYTES
-    has_whole_rows = p.C_in_g * p.K % arithmetic.channels == 0
-    return not (layout.is_prepared or p.transposed) and is_contiguous and has_whole_rows and bits == 32
+    has_whole_lines = p.weight_shape[1] * p.K % arithmetic.channels == 0
+    has_rows = product.phases_in_rows or product.phases == 1
+    return is_contiguous and has_whole_lines and has_rows and bits == 32 and not layout.is_prepared
 
 
 @lru_cache(maxsize=4096)
@@ -468,7 +485,7 @@ def compare_tilings(
             if block_samples < 2:
                 continue
         window = Window.of(product, block_samples, block_positions, width)
-        needed = shared_bytes(tile, window, reduction, arithmetic, bits, is_raw=is_raw)
+        needed = shared_bytes(product, tile, window, reduction, arithmetic, bits, is_raw=is_raw)
         column_tiles = -(-product.positions // block_positions)
         sample_tiles = -(-samples // block_samples)
         blocks = row_tiles * column_tiles * sample_tiles * product.products
@@ -547,7 +564,7 @@ def smallest_fits(product: Product, arithmetic: Arithmetic, device: Device) -> b
     reduction = Reduction.of(product, arithmetic)
     tile = tiles(arithmetic, segments=reduction.segments > 1)[-1]
     window = Window.of(product, 1, tile.block_n)
-    return shared_bytes(tile, window, reduction, arithmetic, 64) <= device.shared_per_block
+    return shared_bytes(product, tile, window, reduction, arithmetic, 64) <= device.shared_per_block
 
 
 def kernel_config(
@@ -599,7 +616,7 @@ def kernel_configs(kernel: str, device: Device, phases: tuple[bool, ...], *, tra
                 for tile in (*tiles(arithmetic, bits), *tiles(arithmetic, bits, segments=True)):
                     for mode in (2, 3) if tile.segment_mode == 2 else (tile.segment_mode,):
                         has_pairs = arithmetic.channels == 8 and bits == 32 and mode != 3
-                        can_be_raw = tile.packs_weights and bits == 32 and not transposed
+                        can_be_raw = tile.packs_weights and bits == 32
                         for width, is_raw in iterate_product(
                             (1, 2) if has_pairs else (1,), (False, True) if can_be_raw else (False,)
                         ):

@@ -260,7 +260,7 @@ def _launch_of(problem: ConvProblem, step: Step) -> TilesLaunch:
         is_cut=is_cut,
         kept_segments=params["segments"] if macros["SEGMENT_MODE"] == "1" else 0,
         width=width,
-        raw_vectors=params["units"] * params["K"] if "RAW_WEIGHT" in macros else 0,
+        raw_vectors=params["units"] * params.get("taps", params["K"]) if "RAW_WEIGHT" in macros else 0,
     )
 
 

@@ -1,4 +1,4 @@
-"""conv1d_mma on weights that its blocks pack themselves: the bits of packed weights, and who gets which."""
+"""Tensor cores on weights that blocks pack themselves: the bits of packed weights, and who gets which."""
 
 from __future__ import annotations
 
@@ -20,13 +20,24 @@ PROBLEMS = {
     "64x128": [
         ConvProblem("conv1d", 2, 40, 20, 26, 3, 1, 1, 1, has_bias=True),
         ConvProblem("conv1d", 1, 72, 70, 40, 1),
-        ConvProblem("conv1d", 2, 40, 36, 131, 4, 2, groups=2, dilation=3),
+        # Phases that share output channels with the next block, and lack taps; one phase.
+        ConvProblem("conv_transpose1d", 1, 40, 24, 30, 7, 3, 2, 1, has_bias=True),
+        ConvProblem("conv_transpose1d", 2, 40, 72, 30, 3, 1, 1, 1, dilation=2),
+        ConvProblem("conv1d", 2, 40, 36, 132, 4, 1, groups=2, dilation=3),
+    ],
+    "64x128 of split TF32": [
+        ConvProblem("conv1d", 2, 40, 20, 26, 3, 1, 1, 1, has_bias=True),
+        ConvProblem("conv_transpose1d", 1, 40, 24, 30, 7, 3, 2, 1, has_bias=True),
     ],
     "64x64 of samples": [ConvProblem("conv1d", 13, 72, 20, 10, 3, 1, 1, 1, has_bias=True)],
-    "64x16 by segments": [ConvProblem("conv1d", 2, 530, 20, 26, 16, 2, 3, 2, has_bias=True)],
+    "64x16 by segments": [
+        ConvProblem("conv1d", 2, 530, 20, 26, 16, 2, 3, 2, has_bias=True),
+        ConvProblem("conv_transpose1d", 2, 530, 10, 7, 32, 2, 13, 12, groups=1),
+    ],
     "64x64 in segments": [ConvProblem("conv1d", 9, 536, 20, 12, 9, has_bias=True)],
 }
 TILES = {
+    "64x128 of split TF32": lambda t: (t.block_m, t.block_n) == (64, 128),
     "64x128": lambda t: (t.block_m, t.block_n) == (64, 128),
     "64x64 of samples": lambda t: (t.block_m, t.block_n, t.has_samples) == (64, 64, True),
     "64x16 by segments": lambda t: (t.block_n, t.segment_mode) == (16, 2),
@@ -66,7 +77,7 @@ def _with_odd_weights(p: ConvProblem, seed: int) -> Data:
     ("mode", "tiles"),
     [
         ("bfloat16", "64x128"),
-        ("float32", "64x128"),
+        ("float32", "64x128 of split TF32"),
         ("tf32", "64x64 of samples"),
         ("float16", "64x16 by segments"),
         ("bfloat16", "64x64 in segments"),
@@ -80,10 +91,10 @@ def test_bits_are_those_of_packed_weights(mode: str, tiles: str, leave: Callable
             outputs = []
             for is_raw in (False, True):
                 leave(tiles, is_raw)
-                choice = dispatch.choose(p, Layout.contiguous(p), H200, "conv1d_mma")
+                choice = dispatch.choose(p, Layout.contiguous(p), H200, f"{p.op}_mma")
                 assert choice is not None
                 assert ("RAW_WEIGHT" in dict(choice.config.macros)) == is_raw
                 outputs.append(
-                    hostcuda.compute(p, *data, family="conv1d_mma", schedule="every" if is_raw else "forward")
+                    hostcuda.compute(p, *data, family=f"{p.op}_mma", schedule="every" if is_raw else "forward")
                 )
             assert_same_bits(*outputs, str(p))
