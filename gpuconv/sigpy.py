@@ -24,7 +24,7 @@ import numpy as np
 from . import grad, runtime
 from .functional import conv1d, conv_transpose1d
 from .memory import take
-from .signal import computable
+from .signal.arrays import computable
 
 __all__ = ["convolve", "convolve_data_adjoint", "convolve_filter_adjoint"]
 

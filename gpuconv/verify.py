@@ -9,8 +9,8 @@ from typing import Literal, TypeAlias
 from . import cases, runtime
 from .cases import NUMBER_FORMATS, Case
 from .checks import CHECKS, Target, run_checks
+from .checks.families import families_of, families_that_take, far_bytes, far_runs, run_families, run_far
 from .device import Device
-from .family_checks import families_of, families_that_take, far_bytes, far_runs, run_families, run_far
 from .gpus import GpuUnavailableError, missing_gpu
 from .layers import Layer
 from .problem import INTEGERS, numpy_dtype

@@ -92,6 +92,7 @@ def test_random_problems_lie_within_the_bound() -> None:
 
 
 @pytest.mark.torch
+@pytest.mark.usefixtures("one_torch_thread")
 def test_the_reference_is_pytorch_on_padded_copies() -> None:
     import torch
 

@@ -22,7 +22,7 @@ import pywt
 import soundfile
 
 import gpuconv
-from gpuconv import cases, checks, files, functional, runtime
+from gpuconv import cases, files, functional, runtime
 from gpuconv.cli import gpu, info, main, warmup
 from gpuconv.cli.terminal import show_progress
 from gpuconv.device import ARCHITECTURES
@@ -424,14 +424,14 @@ def test_verify_reports_in_every_form(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_verify_tells_a_mismatch(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    real = checks.functional.conv1d
+    real = functional.conv1d
 
     def wrong(*arguments: Any, **settings: Any) -> Any:
         out = real(*arguments, **settings)
         out[..., 0] += 1
         return out
 
-    monkeypatch.setattr(checks.functional, "conv1d", wrong)
+    monkeypatch.setattr(functional, "conv1d", wrong)
     argv = ["verify", "--device", "cpu", "--filter", "docs_example", "--dtype", "float32"]
     assert main(argv) == 1
     assert "checks FAILED" in capsys.readouterr().out

@@ -19,7 +19,7 @@ _HEADER = Path(__file__).resolve().parent / "ptx.h"
 _FLAGS = (
     "-fPIC",
     "-std=c++17",
-    "-O1",
+    "-Og",  # more would take longer to compile than these kernels run
     "-ffp-contract=off",
     "-fno-math-errno",
     "-fno-strict-aliasing",  # registers and memory hold bits
@@ -112,11 +112,7 @@ def _library(module: ptx.Module) -> ctypes.CDLL:
         build.runtime()
         with build.lock(f"ptx-{key[:2]}"):  # others compile other modules meanwhile
             if not (build.cache_folder() / name).exists():
-                folders = (build.precompiled(_HEADER, flags), _HEADER.parent)
-                build.compile_shared(
-                    name, module.code, [*flags, *(f"-I{folder}" for folder in folders)],
-                    build.runtime_options(),
-                )  # fmt: skip
+                build.compile_shared(name, module.code, [*flags, f"-I{_HEADER.parent}"], build.runtime_options())
     return build.load(name)
 
 

@@ -4,9 +4,7 @@
 
 #pragma once
 
-#include <math.h>
 #include <stdint.h>
-#include <string.h>
 
 #include "hostcuda.h"
 

@@ -271,6 +271,15 @@ def _name(operand: str) -> str:
     return "r_" + operand.lstrip("%").replace("$", "_") if operand.startswith("%") else operand.replace("$", "L_")
 
 
+def _converted(value: str, kind: str, other: str) -> str:
+    """A value of a type as an instruction of another type sees it."""
+    if kind == other:
+        return value
+    if kind in _FLOATS or other in _FLOATS:
+        return f"as<{other}>({value})"
+    return f"{other}({value})"  # as `as` does between integers, and compiles faster
+
+
 class Instruction:
     """An instruction of a kernel: its modifiers are taken one by one, and whoever leaves some over has not known it."""
 
@@ -310,10 +319,9 @@ class Instruction:
         if operand.startswith("!"):
             return f"(!{self.value(operand[1:], kind)})"
         if operand in _SPECIAL:
-            return f"as<{kind}>({_SPECIAL[operand]})"
+            return _converted(_SPECIAL[operand], "u32", kind)
         if operand in self.kernel.registers:
-            same = self.kernel.registers[operand] == kind
-            return _name(operand) if same else f"as<{kind}>({_name(operand)})"
+            return _converted(_name(operand), self.kernel.registers[operand], kind)
         if match := re.match(r"0([fFdD])([0-9a-fA-F]+)$", operand):
             single = match[1] in "fF"
             bits, real = ("u32", "f32") if single else ("u64", "f64")
@@ -363,8 +371,7 @@ class Instruction:
             return f"(void)({value});"
         if operand not in self.kernel.registers:
             raise self.unknown()
-        register = self.kernel.registers[operand]
-        return f"{_name(operand)} = {value};" if register == kind else f"{_name(operand)} = as<{register}>({value});"
+        return f"{_name(operand)} = {_converted(value, kind, self.kernel.registers[operand])};"
 
     def call(self, function: str, kinds: Sequence[str], *, ftz: bool = False) -> str:
         """The assignment of a function of the operands; kinds are the types of the result and of each operand."""

@@ -233,23 +233,6 @@ def _wrap(program: Program, key: str) -> str:
     )
 
 
-def precompiled(header: Path, flags: Sequence[str]) -> Path:
-    """A folder that holds a header in the compiler's own form, for what is compiled with just these flags.
-
-    In front of the header's folder among the options -I it serves every text whose first line includes the header.
-    """
-    folder = cache_folder() / f"{header.stem}-{digest(header.read_text(), *flags)}"
-    target = folder / f"{header.name}.gch"
-    if not target.exists():
-        with lock(header.stem), tempfile.TemporaryDirectory(dir=cache_folder()) as scratch:
-            if not target.exists():
-                made = Path(scratch) / target.name
-                _call([_compiler(), *flags, f"-I{_HERE}", "-x", "c++-header", str(header), "-o", str(made)])
-                folder.mkdir(exist_ok=True)
-                made.replace(target)
-    return folder
-
-
 def compile_shared(name: str, text: str, flags: Sequence[str], libraries: Sequence[str]) -> None:
     """Compile and link `text` into the cache; the file appears under its name only when it is whole."""
     with tempfile.TemporaryDirectory(dir=cache_folder()) as folder:

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from gpuconv import cases, dispatch, family_checks, source
+from gpuconv import cases, dispatch, source
+from gpuconv.checks import families as family_checks
 from gpuconv.device import Device
 from gpuconv.explain import explain
 from gpuconv.families import FAMILIES, Config, Family, Layout, Plan, Refusal

@@ -34,7 +34,10 @@ LAYERS = (
     ("cases.derived", "cases.data"),
     ("cases.table",),
     ("cases",),
-    ("pieces", "reference", "cpu.limits", "source", "journal"),
+    ("pieces", "reference.activations", "cpu.limits", "source", "journal"),
+    ("reference.sums",),
+    ("reference.definition",),
+    ("reference",),
     ("cpu.arrays",),
     ("cpu.geometry", "cpu.costs", "cpu.threads", "cpu.correlation"),
     ("cpu.blocking", "cpu.non_finite", "cpu.bias_gradient", "cpu.weight_sums"),
@@ -58,6 +61,11 @@ LAYERS = (
     ("families.*",),
     ("families",),
     ("dispatch", "cubins"),
+    ("runtime.gpu",),
+    ("runtime.arrays",),
+    ("runtime.kernels",),
+    ("runtime.prepared",),
+    ("runtime.executor",),
     ("runtime",),
     ("interchange",),
     ("memory", "tasks", "lengths"),
@@ -65,10 +73,16 @@ LAYERS = (
     ("functional",),
     ("checkpoint",),
     ("parameters",),
-    ("nn", "grad", "signal", "chunked", "explain", "files", "gpus", "report"),
-    ("checks", "npy", "sigpy", "testing", "window", "torch.tensors", "compile", "layers"),
-    ("stream", "pytest_plugin"),
-    ("family_checks",),
+    ("nn", "grad", "signal.arrays", "chunked", "explain", "files", "gpus", "report"),
+    ("signal.fft",),
+    ("signal.convolution",),
+    ("signal.filters",),
+    ("signal",),
+    ("checks.target", "npy", "sigpy", "testing", "stream.window", "torch.tensors", "compile", "layers"),
+    ("checks.subject", "stream.base"),
+    ("checks.forward", "checks.gradients", "checks.lengths", "stream.*"),
+    ("checks", "stream", "pytest_plugin"),
+    ("checks.families",),
     ("torch.operators",),
     ("torch.functions",),
     ("torch.patching",),
@@ -201,7 +215,7 @@ def test_cupy_is_imported_by_the_runtime_alone() -> None:
         statements = [
             line for line, name, own in imports(module) if not own and name.split(".")[0] in ("cupy", "cupyx")
         ]
-        assert (module == "runtime") == bool(statements), f"{module}: lines {statements}"
+        assert (module == "runtime.gpu") == bool(statements), f"{module}: lines {statements}"
         tree = ast.parse(path.read_text(encoding="utf-8"))
         dynamic = [
             node.lineno
@@ -220,7 +234,7 @@ def test_kernels_are_made_by_the_runtime_alone() -> None:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Attribute) and node.attr in ("RawKernel", "RawModule", "ElementwiseKernel")
     ]
-    assert mentions == ["runtime"] * 2
+    assert mentions == ["runtime.kernels"] * 2
 
 
 CUDA_FILES = sorted(directory().glob("*.cu*"))

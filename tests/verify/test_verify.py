@@ -19,15 +19,15 @@ import gpuconv
 from gpuconv import cases, cpu, dispatch, reference, runtime
 from gpuconv.cases import NUMBER_FORMATS
 from gpuconv.checks import CHECKS, MAX_TAPS, same_bits, unset
-from gpuconv.device import ARCHITECTURES, Device
-from gpuconv.families import FAMILIES, Layout, Plan
-from gpuconv.family_checks import (
+from gpuconv.checks.families import (
     families_of,
     families_that_take,
     far_layout,
     far_runs,
     spread,
 )
+from gpuconv.device import ARCHITECTURES, Device
+from gpuconv.families import FAMILIES, Layout, Plan
 from gpuconv.gpus import GpuUnavailableError, missing_gpu
 from gpuconv.problem import DTYPES, BiasGradientProblem, ConvProblem, WeightGradientProblem
 from gpuconv.report import BY_FAMILY, FAR

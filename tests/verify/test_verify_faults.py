@@ -15,9 +15,9 @@ import pytest
 from gpuconv import calls, cases, runtime, source
 from gpuconv.cases import Case
 from gpuconv.checks import Target
+from gpuconv.checks.families import families_of, families_that_take, far_runs, run_far
 from gpuconv.device import ARCHITECTURES, Device
 from gpuconv.families import FAMILIES
-from gpuconv.family_checks import families_of, families_that_take, far_runs, run_far
 from gpuconv.report import BY_FAMILY, Report
 from gpuconv.verify import verify
 
