@@ -553,7 +553,7 @@ def _candidates(tilings: tuple[Tiling, ...]) -> tuple[tuple[str, float], ...]:
     def name(t: Tiling) -> str:
         samples = t.window.block_samples
         cut = " by segments" if t.tile.segment_mode == 2 else ""
-        raw = " packing its weights" if t.is_raw else ""
+        raw = ", packing" if t.is_raw else ""
         return f"{t.tile.block_m}x{t.tile.block_n}" + (f" of {samples} samples" if samples > 1 else "") + cut + raw
 
     return tuple((name(t), t.us) for t in tilings)

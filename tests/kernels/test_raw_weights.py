@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
 
+import gpuconv
 from gpuconv import cases, dispatch
 from gpuconv.cases import Data
 from gpuconv.families import Layout, mma
@@ -98,3 +100,16 @@ def test_bits_are_those_of_packed_weights(mode: str, tiles: str, leave: Callable
                     hostcuda.compute(p, *data, family=f"{p.op}_mma", schedule="every" if is_raw else "forward")
                 )
             assert_same_bits(*outputs, str(p))
+
+
+@pytest.mark.gpu
+def test_blocks_pack_what_no_handle_keeps(cupy: Any, launched: list[str]) -> None:
+    """A small layer by one launch; with a prepared weight, whose packed form is kept, the cost of packing is none."""
+    for op, settings in (("conv1d", {"padding": 1}), ("conv_transpose1d", {"stride": 2})):
+        data = cases.random_data(ConvProblem(op, 2, 64, 64, 40, 3, dtype="float16"), 1)
+        x, w = cupy.asarray(data.input), cupy.asarray(data.weight)
+        outputs = [getattr(gpuconv, op)(x, weight, **settings).get() for weight in (w, gpuconv.prepare(w), w)]
+        assert launched == [f"{op}_mma", "pack_mma_weight", f"{op}_mma", f"{op}_mma"]
+        launched.clear()
+        assert_same_bits(outputs[1], outputs[0], op)
+        assert_same_bits(outputs[2], outputs[0], op)
