@@ -116,5 +116,12 @@ def _helpers() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(limits.MAX_WORKERS - 1, thread_name_prefix="gpuconv")
 
 
+def _renew_helpers() -> None:
+    _helpers.cache_clear()
+    _helpers()
+
+
+# Called now and not first by several threads at once, each of which would make a pool.
+_helpers()
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_helpers.cache_clear)  # a forked process inherits none of the threads
+    os.register_at_fork(after_in_child=_renew_helpers)  # a forked process inherits none of the threads

