@@ -25,7 +25,7 @@ static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/famil
 
 constexpr int kUnit = kStorageVec;
 constexpr int kParts = IS_SPLIT ? 2 : 1;
-constexpr int kWarpRows = 8, kWarpPairs = 4;  // block_rows and pairs are multiples of these: gpuconv/families/mma.py
+constexpr int kWarpRows = 8, kWarpPairs = 4;  // block_rows and pairs are multiples of these: gpuconv/families/mma_tiles.py
 
 extern "C" __global__ void __launch_bounds__(BLOCK_SIZE, 2) pack_im2col_weight(
     const storage_t* __restrict__ weight,  // [C_out, C_in_g, K]

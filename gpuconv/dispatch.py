@@ -60,6 +60,13 @@ class Choice:
         return self.step.config
 
     @property
+    def staging(self) -> dict[str, str]:
+        """What one access loads or stores of each array that the family's kernels transpose; see `Family.staging`."""
+        (family,) = (family for family in FAMILIES if family.name == self.family)
+        own = (family.staging(step) for step in self.plan.steps if step.config.kernel == self.family)
+        return {array: words for found in own for array, words in found.items()}
+
+    @property
     def launch(self) -> Launch:
         """The launch of the family's own kernel."""
         return self.step.launch

@@ -172,6 +172,7 @@ class Explanation:
             "macros": own["macros"],
             "launch": own["launch"],
             "refusals": [{"family": family, "reason": reason} for family, reason in choice.refusals],
+            "staging": {self._name_of(array): words for array, words in choice.staging.items()},
             "candidates": [{"configuration": name, "microseconds": us} for name, us in choice.plan.candidates],
             "steps": steps,
             "scratch": dict(choice.plan.scratch),
@@ -233,6 +234,9 @@ class Explanation:
             ("kernel", f"{choice.family} with {macros}"),
             ("launch", _launch_words(choice.launch)),
         ]
+        if choice.staging:
+            loads = (f"{self._name_of(array)} by {words}" for array, words in choice.staging.items())
+            rows.append(("staging", f"{', '.join(loads)} at a time"))
         own = choice.plan.steps.index(choice.step)
         for place, step in enumerate(choice.plan.steps):
             if place != own:
@@ -247,6 +251,11 @@ class Explanation:
         if choice.plan.candidates:
             rows.append(("model", self._candidates_text(choice.plan.candidates)))
         return rows
+
+    def _name_of(self, operand: str) -> str:
+        """The name that users know an array of the problem by."""
+        p = self.problem
+        return _names_of_operands(p).get(operand, operand) if isinstance(p, WeightGradientProblem) else operand
 
     def _lengths_text(self, samples: Samples) -> str:
         L_in = samples.L_in

@@ -199,6 +199,10 @@ class Family(ABC, Generic[ProblemT]):
         A family that maps edges has each of them in the other padding modes, too (`with_padding_mode`).
         """
 
+    def staging(self, step: Step) -> dict[str, str]:
+        """What one access loads or stores of each array that its kernel transposes in shared memory, in words."""
+        return {}
+
     def work(self, problem: ProblemT, step: Step) -> Work:
         """The work of the family's own kernel in a plan, from which, with its machine code, its time is predicted.
 

@@ -18,8 +18,8 @@ from ..costs import (
 )
 from ..device import Device
 from ..problem import ConvProblem
-from .arithmetic import ARITHMETICS, STAGE_PAIRS, STAGE_STEPS, UNIT_BYTES, WARP, Arithmetic
-from .base import Step
+from .arithmetic import ARITHMETICS, STAGE_PAIRS, STAGE_STEPS, UNIT_BYTES, WARP, Access, Arithmetic
+from .base import Step, round_up
 
 # Read from the machine code for sm_90 (bench.static): instructions of a stage besides its products,
 # fetches and copies; of a warp in the end, for one row of its tile, and for a row that several samples share; of a
@@ -37,6 +37,7 @@ LATENCY_CYCLES = 2500.0
 _LOAD_CYCLES = 600.0
 _STAGE_CYCLES = 60.0
 LINES_PER_CYCLE = 4
+ROW_THREADS = 4  # of mma.cuh, that stage the units of a row
 _PACK_CYCLES = 2000.0  # of a thread that packs: its divisions, its loads, its stores
 # Of a warp that packs 32 vectors of its block, from loads to stores; of both barriers around that.
 _GATHER_CYCLES = 80.0
@@ -66,13 +67,26 @@ def predict_plan(
     return us
 
 
-def input_batches(units: int, unit_tasks: int, task_units: int, threads: int) -> int:
-    """Batches in which the threads of a block load the window of a chunk, in tasks of so many units: see mma.cuh."""
-    return -(-(-(-units // task_units) * unit_tasks) // threads)
+def input_batches(
+    access: Access, arithmetic: Arithmetic, units: int, unit_tasks: int, prefetch: int, threads: int
+) -> int:
+    """Batches in which the threads of a block load the window of a chunk: see mma.cuh.
+
+    Args:
+        access: by which they do.
+        arithmetic: of the operands. Units of 16-bit elements are copied without registers, all at once.
+        units: of the chunk.
+        unit_tasks: `Window.unit_tasks`.
+        prefetch: `Tile.prefetch`.
+        threads: of the block.
+    """
+    if access is not Access.UNIT:
+        return -(-(-(-units // (prefetch // access.width)) * unit_tasks) // threads)
+    return 1 if arithmetic.itemsize == 2 else -(-unit_tasks // (prefetch * (threads // ROW_THREADS)))
 
 
 class TilesLaunch(NamedTuple):
-    """A launch of tiles, as far as its time depends on it: fields of `Tile`, `Window` and `Reduction` of mma.py.
+    """A launch of tiles, as far as its time depends on it: fields of `Tile`, `Window` and `Reduction`.
 
     Attributes:
         weight_tiles: blocks that differ in their weights.
@@ -81,7 +95,7 @@ class TilesLaunch(NamedTuple):
         is_cut: whether the sums are those of one segment, which another launch adds.
         kept_segments: whose sums a block adds to totals in shared memory.
         batches: in which a block loads the window of a chunk: `input_batches`.
-        width: positions of the input that one access loads.
+        access: by which it does.
         raw_vectors: of a row's own weights of a chunk, which blocks pack themselves; 0 where these are packed before.
     """
 
@@ -102,7 +116,7 @@ class TilesLaunch(NamedTuple):
     has_samples: bool
     is_cut: bool
     kept_segments: int
-    width: int
+    access: Access
     raw_vectors: int = 0
 
     @property
@@ -128,10 +142,25 @@ class TilesLaunch(NamedTuple):
         """Vectors of all windows, as a warp stages them: one a lane."""
         return self.blocks * self.chunks * self.staged_vectors / WARP
 
+    @property
+    def _staging_instructions(self) -> float:
+        return self.staged_by_warps * self.arithmetic.channels * self.arithmetic.staging_instructions[self.access]
+
+    @property
+    def _staging_wavefronts(self) -> float:
+        """Of each vector of the window a lane loads its elements one or two at a time, or all, and stores its parts."""
+        a = self.arithmetic
+        loads = 4.0 if self.access is Access.UNIT else a.channels / self.access.width
+        return self.staged_by_warps * (loads + 4 * a.parts)
+
     def work(self, p: ConvProblem) -> Work:
         a = self.arithmetic
-        rows = self.chunks * self.units * a.channels * self.samples
-        input_bytes = rows * (self.used_rows * a.itemsize + SECTOR_BYTES - a.itemsize)
+        if self.access is Access.UNIT:
+            position_bytes = round_up(self.units * UNIT_BYTES, SECTOR_BYTES)
+            input_bytes = self.chunks * self.samples * self.used_rows * position_bytes
+        else:
+            rows = self.chunks * self.units * a.channels * self.samples
+            input_bytes = rows * (self.used_rows * a.itemsize + SECTOR_BYTES - a.itemsize)
         weight_vectors = self.block_m * self.raw_vectors if self.raw_vectors else self.stages * self.stage_vectors
         weight_bytes = self.chunks * weight_vectors * UNIT_BYTES
         gathering = self._gathering()
@@ -140,13 +169,15 @@ class TilesLaunch(NamedTuple):
         )
         # Batches of input that come when no stages are left to multiply meanwhile, or before the first; LATENCY_CYCLES
         # has one of those.
+        is_copied = self.access is Access.UNIT and a.itemsize == 2
         waits = self.batches - 1 + (self.chunks - 1) * max(0, self.batches - self.stages)
         return Work(
             multiply_adds=a.products * self.blocks * self.block_m * self.block_n * self.terms,
             l2_bytes=self.blocks * (input_bytes + weight_bytes) + stored,
             load_share=0.25,
-            staging_instructions=gathering.instructions,
-            staging_wavefronts=gathering.wavefronts,
+            # Units of 16 bits are copied by a loop of its own.
+            staging_instructions=gathering.instructions + (self._staging_instructions if is_copied else 0.0),
+            staging_wavefronts=gathering.wavefronts + (self._staging_wavefronts if is_copied else 0.0),
             visits=self.blocks * self.warps * self.chunks * self.batches,
             dram_bytes=math.prod(p.input_shape) * p.itemsize + self.weight_tiles * weight_bytes + stored,
             waits=LATENCY_CYCLES + waits * _LOAD_CYCLES + gathering.chain,
@@ -168,11 +199,8 @@ class TilesLaunch(NamedTuple):
         return Code(
             instructions=passes * (products + fetches + copies + sums + _STAGE_INSTRUCTIONS)
             + gathering.instructions
-            + self.staged_by_warps * a.channels * a.staging_instructions[self.width - 1],
-            # Of each vector of the window a lane loads its elements one or two at a time and stores its parts.
-            wavefronts=passes * 4 * (fetches + copies + 1)
-            + gathering.wavefronts
-            + self.staged_by_warps * (a.channels / self.width + 4 * a.parts),
+            + self._staging_instructions,
+            wavefronts=passes * 4 * (fetches + copies + 1) + gathering.wavefronts + self._staging_wavefronts,
             chain=self.chunks * self.stages * (_STAGE_CYCLES + MMA_LATENCY_CYCLES * STAGE_STEPS),
         )
 
@@ -236,13 +264,22 @@ def _predict_packing(p: ConvProblem, arithmetic: Arithmetic, vectors: int, block
     return predict_launch(work, code, blocks=blocks, resident=8, unit=cuda_cores(device, 4), device=device)
 
 
+def access_of(step: Step) -> Access:
+    """By which a step of tiles loads the input."""
+    macros = dict(step.config.macros)
+    if "CHANNELS_LAST" in macros:
+        return Access.UNIT
+    return Access.PAIR if macros["INPUT_WIDTH"] == "2" else Access.POSITION
+
+
 def _launch_of(problem: ConvProblem, step: Step) -> TilesLaunch:
     """A step of tiles as the cost model sees it."""
     params, macros = dict(step.launch.params), dict(step.config.macros)
     is_cut = macros["SEGMENT_MODE"] == "2"
-    prefetch, width = int(macros["PREFETCH"]), int(macros["INPUT_WIDTH"])
+    access = access_of(step)
+    arithmetic = ARITHMETICS[problem.dtype, problem.precision]
     return TilesLaunch(
-        arithmetic=ARITHMETICS[problem.dtype, problem.precision],
+        arithmetic=arithmetic,
         blocks=step.launch.grid,
         weight_tiles=step.launch.grid // (params["column_tiles"] * params["sample_tiles"]),
         chunks=params["segment_chunks"] if is_cut else params["chunks"],
@@ -251,7 +288,9 @@ def _launch_of(problem: ConvProblem, step: Step) -> TilesLaunch:
         samples=params["block_samples"],
         used_rows=params["planes"] * params["plane_rows"],
         window_rows=params["window_rows"],
-        batches=input_batches(params["units"], params["unit_tasks"], prefetch // width, step.launch.block),
+        batches=input_batches(
+            access, arithmetic, params["units"], params["unit_tasks"], int(macros["PREFETCH"]), step.launch.block
+        ),
         block_m=int(macros["BLOCK_M"]),
         block_n=int(macros["BLOCK_N"]),
         warps_m=int(macros["WARPS_M"]),
@@ -259,7 +298,7 @@ def _launch_of(problem: ConvProblem, step: Step) -> TilesLaunch:
         has_samples=macros["HAS_SAMPLES"] == "1",
         is_cut=is_cut,
         kept_segments=params["segments"] if macros["SEGMENT_MODE"] == "1" else 0,
-        width=width,
+        access=access,
         raw_vectors=params["units"] * params.get("taps", params["K"]) if "RAW_WEIGHT" in macros else 0,
     )
 

@@ -24,9 +24,9 @@ from ..costs import (
 from ..device import Device
 from ..problem import WeightGradientProblem
 from ..text import count
-from .arithmetic import ARITHMETICS, MIN_SPLIT_TERMS, SPLIT_TERMS, UNIT_BYTES, WARP, Arithmetic
-from .base import MAX_GRID, Config, Family, Launch, Layout, Plan, Refusal, Step, params_of, round_up
-from .mma import MIN_CHANNELS, MIN_SPLIT_ROWS
+from .arithmetic import ARITHMETICS, MIN_SPLIT_TERMS, SPLIT_TERMS, UNIT_BYTES, WARP, Access, Arithmetic
+from .base import MAX_GRID, ArrayLayout, Config, Family, Launch, Layout, Plan, Refusal, Step, params_of, round_up
+from .mma import ASYNC_COPY_ARCH, MIN_CHANNELS, MIN_SPLIT_ROWS, has_units
 from .mma_costs import LATENCY_CYCLES, LINES_PER_CYCLE
 from .offsets import index_bits
 from .slices import Slices, gradient_config, predict_sum, sliced_plan, weight_fields
@@ -40,9 +40,12 @@ MIN_TAPS = 8
 MIN_ROWS = 5
 MIN_SPLIT_COLUMNS = 32
 _PRODUCT_ROWS = 16  # rows of one product
-# Positions that one access loads, of coarse and of fine.
-WIDTH = 4
+# Positions that one access loads, of coarse and of fine. UNIT stands for one position of a unit of channels, which are
+# contiguous.
+WIDTH, UNIT = 4, 0
 WIDTHS = ((WIDTH, WIDTH), (WIDTH, 1), (1, 1))
+UNIT_WIDTHS = ((WIDTH, UNIT), (1, UNIT), (UNIT, UNIT), (UNIT, 1))
+_WORDS = {1: "one position of a channel", WIDTH: "four positions of a channel", UNIT: Access.UNIT.words}
 _LANE_UNITS = 8  # units that neighbouring lanes stage at most
 
 
@@ -97,7 +100,7 @@ _LARGEST_M, _LARGEST_N, _LARGEST_CHUNK = 128, 256, 64
 # Of the cost model, from the machine code for sm_90 (bench.static): instructions of a lane for one load, with its
 # address and its part in storing the vectors, by the positions that it loads; of a chunk besides its loads and steps;
 # of a step besides its products and fetches; of a warp for one sum of each lane on its way out.
-_LOAD_INSTRUCTIONS = {1: 8.0, 2: 10.0, WIDTH: 11.0}
+_LOAD_INSTRUCTIONS = {1: 8.0, 2: 10.0, WIDTH: 11.0, UNIT: 30.0}
 _CHUNK_INSTRUCTIONS = 50.0
 _STEP_INSTRUCTIONS = 16
 _STORE_INSTRUCTIONS = 8.0
@@ -192,9 +195,11 @@ class WeightGradientMma(Family[WeightGradientProblem]):
         if not _keeps_bound(p, arithmetic):
             return Refusal("needs longer samples to keep the error bound")
         bits = _index_bits(p, layout)
-        widths = _widths(p, layout, bits)
-        tap_width = _tap_width(p, layout, bits)
-        tilings = _tilings(p, widths, tap_width, device, bits)
+        widths, tap_width = _widths(p, layout, bits, device), _tap_width(p, layout, bits)
+        # The tables of wide accesses may take too much memory.
+        if not (tilings := _tilings(p, widths, tap_width, device, bits)):
+            widths = WIDTHS[-1]
+            tilings = _tilings(p, widths, tap_width, device, bits)
         tiling, tile, window = tilings[0], tilings[0].tile, tilings[0].window
         if tiling.blocks > MAX_GRID:
             return Refusal(f"needs at most {MAX_GRID} blocks")
@@ -219,7 +224,7 @@ class WeightGradientMma(Family[WeightGradientProblem]):
                 "window_rows": window.rows,
                 "window_half": half,
                 "window_pitch": pitch,
-                "task_units": _task_units(tiling.octets, widths[1] > 1 or columns.in_taps, arithmetic),
+                "task_units": _task_units(tiling.octets, widths[1], arithmetic, in_taps=columns.in_taps),
             },
         )
         config = self._config(
@@ -248,7 +253,7 @@ class WeightGradientMma(Family[WeightGradientProblem]):
             chunk_positions=1 << params["sample_shift"],
             window_rows=params["window_rows"],
             octets=params["block_octets"],
-            widths=(int(macros["COARSE_WIDTH"]), int(macros["FINE_WIDTH"])),
+            widths=_widths_of(step.config),
             tap_width=int(macros.get("TAP_WIDTH", 1)),
             block_m=int(macros["BLOCK_M"]),
             block_n=int(macros["BLOCK_N"]),
@@ -256,16 +261,21 @@ class WeightGradientMma(Family[WeightGradientProblem]):
             warps_n=int(macros["WARPS_N"]),
         ).work(problem)
 
+    def staging(self, step: Step) -> dict[str, str]:
+        return {side: _WORDS[width] for side, width in zip(("coarse", "fine"), _widths_of(step.config), strict=True)}
+
     def configs(self, device: Device) -> Iterator[Config]:
+        every = (*WIDTHS, *(UNIT_WIDTHS if device.arch >= ASYNC_COPY_ARCH else ()))
         for (dtype, precision), arithmetic in ARITHMETICS.items():
             if device.arch >= arithmetic.min_arch:
                 for bits in (32, 64):
                     for tile in _tiles(arithmetic, bits):
-                        for widths in WIDTHS if bits == 32 else WIDTHS[-1:]:
-                            tap_widths = (0,) if widths[1] > 1 else (0, 1) if bits == 64 else (0, 1, 2)
+                        for widths in every if bits == 32 else WIDTHS[-1:]:
+                            tap_widths = (0,) if widths[1] != 1 else (0, 1) if bits == 64 else (0, 1, 2)
                             for tap_width in tap_widths:
                                 yield self._config(tile, dtype, precision, widths, bits, tap_width=tap_width)
-                            if arithmetic.parts == 1 and tile in _tiles_of_few_rows(bits):
+                            is_least = arithmetic.parts == 1 and tile in _tiles_of_few_rows(bits)
+                            if is_least and widths[0] != UNIT:
                                 yield self._config(tile, dtype, precision, widths, bits, few_rows=True)
 
     def _config(
@@ -289,14 +299,15 @@ class WeightGradientMma(Family[WeightGradientProblem]):
             "CHUNK_ROWS": tile.chunk_rows,
             "AHEAD_COARSE": tile.ahead_coarse,
             "AHEAD_FINE": tile.ahead_fine,
-            "COARSE_WIDTH": widths[0],
-            "FINE_WIDTH": widths[1],
+            "COARSE_WIDTH": max(widths[0], 1),
+            "FINE_WIDTH": max(widths[1], 1),
             "TAPS_IN_UNITS": int(tap_width > 0),
             "MIN_BLOCKS": tile.min_blocks if bits == 32 else 1,
             "IS_SPLIT": int(arithmetic.parts == 2),
             "SPLIT_TERMS": SPLIT_TERMS,
             "MULTIPLY_MATRICES": arithmetic.instruction,
         }
+        macros |= {name: 1 for name, width in zip(("COARSE_LAST", "FINE_LAST"), widths, strict=True) if width == UNIT}
         if tap_width > 1:
             macros["TAP_WIDTH"] = tap_width
         if few_rows:
@@ -347,19 +358,36 @@ def _tiles_of_few_rows(bits: int) -> tuple[Tile, ...]:
     return tuple(tile for tile in tiles if tile.block_m == _PRODUCT_ROWS) if bits == 32 else tiles[-1:]
 
 
-def _widths(p: WeightGradientProblem, layout: Layout, bits: int) -> tuple[int, int]:
-    """Neighbouring positions of coarse and of fine that one access loads, as the layout allows."""
-    extents = ((p.N, p.C_coarse, p.L_coarse), (p.N, p.C_fine, p.L_fine))
-    wide = []
-    for array, (N, C, L) in zip((layout["coarse"], layout["fine"]), extents, strict=True):
-        stride_n, stride_c, stride_l = array.strides
-        rows = (stride_n % WIDTH == 0 or N == 1) and (stride_c % WIDTH == 0 or C == 1) and L % WIDTH == 0
-        wide.append(rows and stride_l == 1 and array.alignment >= WIDTH * p.itemsize)
-    if bits != 32 or not wide[0] or p.has_lengths:
+def _widths(p: WeightGradientProblem, layout: Layout, bits: int, device: Device) -> tuple[int, int]:
+    """What one access loads of coarse and of fine, as the layout allows."""
+    arrays = (layout["coarse"], (p.N, p.C_coarse, p.L_coarse)), (layout["fine"], (p.N, p.C_fine, p.L_fine))
+    if bits != 32:
         return 1, 1
+    unit, in_taps = ARITHMETICS[p.dtype, p.precision].channels, Columns.of(p).in_taps
+    of_units = [
+        device.arch >= ASYNC_COPY_ARCH and channels % unit == 0 and has_units(array, extents, unit)
+        for (array, extents), channels in zip(arrays, (p.C_coarse_g, p.C_fine_g), strict=True)
+    ]
+    coarse, fine = (_has_rows(array, extents, p.itemsize) and not p.has_lengths for array, extents in arrays)
     # Neighbours outside of fine may mean samples that are no neighbours.
-    has_rows = wide[1] and p.stride == 1 and p.padding_mode == "zeros" and not Columns.of(p).in_taps
-    return WIDTH, WIDTH if has_rows else 1
+    fine = fine and coarse and p.stride == 1 and p.padding_mode == "zeros" and not in_taps
+    widths = WIDTH if coarse else 1, WIDTH if fine else 1
+    if of_units[0]:
+        widths = UNIT, 1
+    return (widths[0], UNIT) if of_units[1] and not in_taps else widths
+
+
+def _has_rows(array: ArrayLayout, extents: tuple[int, int, int], itemsize: int) -> bool:
+    """Whether positions lie in aligned words of WIDTH."""
+    (N, C, L), (stride_n, stride_c, stride_l) = extents, array.strides
+    rows = (stride_n % WIDTH == 0 or N == 1) and (stride_c % WIDTH == 0 or C == 1) and L % WIDTH == 0
+    return rows and stride_l == 1 and array.alignment >= WIDTH * itemsize
+
+
+def _widths_of(config: Config) -> tuple[int, int]:
+    macros = dict(config.macros)
+    coarse, fine = (UNIT if f"{side}_LAST" in macros else int(macros[f"{side}_WIDTH"]) for side in ("COARSE", "FINE"))
+    return coarse, fine
 
 
 def _tap_width(p: WeightGradientProblem, layout: Layout, bits: int) -> int:
@@ -425,7 +453,7 @@ def _tilings(
         for taps in {-(-columns.taps // -(-columns.taps // most)) for most in range(1, pairs + 1)}:
             octets = min(pairs // taps, columns.octets)
             octet_tiles, tap_tiles = -(-columns.octets // octets), -(-columns.taps // taps)
-            window = Window.of(p, taps, samples, rows, widths[1])
+            window = Window.of(p, taps, samples, rows, max(widths[1], 1))
             shared = _shared_bytes(tile, window, octets, widths, arithmetic, bits, in_taps=columns.in_taps)
             if shared > device.shared_per_block:
                 continue
@@ -462,10 +490,10 @@ def _chunk(slices: Slices, rows: int) -> tuple[int, int]:
     return (rows // length, length) if length < rows else (1, rows)
 
 
-def _task_units(octets: int, spreads: bool, arithmetic: Arithmetic) -> int:
+def _task_units(octets: int, width: int, arithmetic: Arithmetic, *, in_taps: bool) -> int:
     """Units of a window as its tasks are counted: whole eights from eight on, where neighbouring lanes take eight."""
     units = OCTET // arithmetic.channels * octets
-    return round_up(units, _LANE_UNITS) if spreads and units >= _LANE_UNITS else units
+    return units if (width == 1 and not in_taps) or units < _LANE_UNITS else round_up(units, _LANE_UNITS)
 
 
 def _shared_bytes(
@@ -480,8 +508,9 @@ def _shared_bytes(
 ) -> int:
     rows = octets * _pitches(window.rows, arithmetic)[1]
     rows += tile.block_m // OCTET * _pitches(tile.chunk_rows, arithmetic)[1]
-    tasks = _task_units(octets, widths[1] > 1 or in_taps, arithmetic) * window.rows // widths[1]
-    operands = 2 * arithmetic.parts * rows * UNIT_BYTES + window.rows * 2 * bits // 8 + tasks * 8
+    tasks = _task_units(octets, widths[1], arithmetic, in_taps=in_taps) * window.rows // max(widths[1], 1)
+    tables = tasks * 16 if widths[1] == UNIT else window.rows * 2 * bits // 8 + tasks * 8
+    operands = 2 * arithmetic.parts * rows * UNIT_BYTES + tables
     return max(operands, tile.warps_m * _PRODUCT_ROWS * (tile.block_n + 4) * 4)
 
 
@@ -524,7 +553,8 @@ class _Launch(NamedTuple):
         coarse, fine = self.block_m * chunk_terms, self.octets * OCTET * self.window_rows  # elements of a chunk
         if Columns.of(p).in_taps:  # neighbouring rows have taps in common, which come from L1
             fine = fine * min(p.stride, OCTET) // OCTET
-        rows = (self.block_m + self.octets * OCTET) * self.chunk_samples
+        sides = self.block_m, self.octets * OCTET
+        rows = sum(n for n, width in zip(sides, self.widths, strict=True) if width != UNIT) * self.chunk_samples
         staged = (coarse + fine) * a.itemsize + rows * (SECTOR_BYTES - a.itemsize)
         passes = self.blocks * self.chunks
         # Only 32-bit steps are loops of several products. What stages is counted by tasks, of which a chunk may have
@@ -549,14 +579,14 @@ class _Launch(NamedTuple):
         """Instructions and wavefronts of all warps that stage the chunks."""
         a, chunk_terms = self.arithmetic, self.chunk_samples * self.chunk_positions
         elements = self.block_m * chunk_terms, self.octets * OCTET * self.window_rows
-        widths = self.widths[0], max(self.widths[1], self.tap_width)
-        loads = [of_side / width for of_side, width in zip(elements, widths, strict=True)]
+        widths = self.widths[0], self.widths[1] if self.widths[1] == UNIT else max(self.widths[1], self.tap_width)
+        loads = [of_side / (width or a.channels) for of_side, width in zip(elements, widths, strict=True)]
         instructions = sum(n * _LOAD_INSTRUCTIONS[width] for n, width in zip(loads, widths, strict=True))
         # Of 128 bytes by a warp, of one load that has fewer, or of four lines; a unit of each part is stored at once.
         # Lanes that take neighbouring taps load from one line.
         steps = 1, 1 if Columns.of(p).in_taps else p.stride
         wavefronts = sum(
-            n * max(1.0, width * a.itemsize / 4, min(WARP, step * a.itemsize / 4) / LINES_PER_CYCLE)
+            n * max(1.0, width * a.itemsize / 4, min(WARP, step * a.itemsize / 4) / LINES_PER_CYCLE) if width else 4 * n
             for n, width, step in zip(loads, widths, steps, strict=True)
         )
         wavefronts += 4 * sum(elements) / a.channels * a.parts

@@ -112,6 +112,20 @@ def test_a_page_fits_its_width_and_loses_no_word(name: str, width: int) -> None:
     assert str(found) == found.page(80)
 
 
+def test_how_a_layout_is_staged() -> None:
+    """Channels of a view of an array of another shape are contiguous; the view may be misaligned."""
+    w = np.zeros((64, 64, 3), np.float16)
+    x = np.zeros((2, 100, 72), np.float16)
+    for view, words in (
+        (x[:, :, :64], "16 bytes of contiguous channels"),
+        (x[:, :, 4:68], "one position of a channel"),
+        (np.zeros((2, 64, 100), np.float16).swapaxes(1, 2), "two positions of a channel"),
+    ):
+        found = explain("conv1d", view.swapaxes(1, 2), w, device="sm_90")
+        assert f"staging   input by {words} at a time" in str(found)
+        assert found.to_dict()["kernel"]["staging"] == {"input": words}
+
+
 def test_the_model_is_told_in_microseconds() -> None:
     found = explain("conv1d", X, W, B, stride=2, device="sm_90")
     assert found.choice is not None

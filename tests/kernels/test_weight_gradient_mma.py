@@ -16,8 +16,8 @@ from gpuconv.cases import CASES
 from gpuconv.device import ARCHITECTURES, Device
 from gpuconv.families import ArrayLayout, Layout, slices
 from gpuconv.families import weight_gradient_mma as mma
+from gpuconv.families.arithmetic import ARITHMETICS
 from gpuconv.families.base import contiguous_strides
-from gpuconv.families.mma import ARITHMETICS
 from gpuconv.families.slices import Slices
 from gpuconv.problem import WeightGradientProblem
 from tests import hostcuda
@@ -146,7 +146,7 @@ def test_bits_depend_on_no_schedule_and_need_no_nan_fallback(p: WeightGradientPr
 
 def test_the_table_of_loads_covers_every_width() -> None:
     widths = {
-        mma._widths(p, Layout.contiguous(p), 32)
+        mma._widths(p, Layout.contiguous(p), 32, DEVICE)
         for p in (problem(24, 20, 152, 5), problem(24, 20, 152, 4, stride=3, padding_left=1), problem(9, 10, 75, 3))
     }
     assert widths == set(mma.WIDTHS)
