@@ -36,8 +36,6 @@ def convolve(
 ) -> Any:
     """Convolve along the last D axes, 1 <= D <= 3, as `sigpy.convolve` does.
 
-    ::
-
         output[..., c_o, p] = sum over c_i, k of filt[c_o, c_i, k] * data[..., c_i, p*stride + offset - k]
 
     where p, k, stride and offset have D components. In mode "full" offset is 0, in "valid" min(m, n) - 1.
@@ -84,8 +82,6 @@ def convolve_data_adjoint(
 ) -> Any:
     """Apply the adjoint of `convolve` as a map of the data, as `sigpy.convolve_data_adjoint` does.
 
-    ::
-
         data[..., c_i, q] = sum over c_o, p, k of conj(filt[c_o, c_i, k]) * output[..., c_o, p]
         q = p*stride + offset - k        (terms without such a q do not exist)
 
@@ -113,8 +109,6 @@ def convolve_filter_adjoint(
     multi_channel: bool = False,
 ) -> Any:
     """Apply the adjoint of `convolve` as a map of the filter, as `sigpy.convolve_filter_adjoint` does.
-
-    ::
 
         filt[c_o, c_i, k] = sum over ..., p of conj(data[..., c_i, p*stride + offset - k]) * output[..., c_o, p]
 

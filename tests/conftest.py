@@ -167,7 +167,11 @@ def one_torch_thread() -> Iterator[None]:
 
 @pytest.hookimpl(tryfirst=True)  # before tests are deselected
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip `gpu` where no GPU answers, what gpu_on_cpu or an old NumPy cannot run, and `torch` without PyTorch."""
+    """Skip `gpu` where no GPU answers, what gpu_on_cpu or an old NumPy cannot run, and `torch` without PyTorch.
+
+    What is marked `long` comes first.
+    """
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
     if "GPU_ON_CPU" in os.environ:
         skip_what_cannot_run(items, everything=config.args == config.getini("testpaths"))
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]

@@ -1,4 +1,4 @@
-"""The checks of the gradients: by themselves, and as the adjoints of the operation."""
+"""The checks of the gradients: by themselves, as the adjoints of the operation, and with it through the FFT."""
 
 from __future__ import annotations
 
@@ -69,5 +69,22 @@ def check_gradients(s: Subject) -> Failure | None:
         message = f"a second call must give the same bits of the gradient with respect to {argument}"
         failure = s.judge(same_bits(again, output), again, output, message, None, p)
         if failure is not None:
+            return failure
+    return None
+
+
+def check_fft(s: Subject) -> Failure | None:
+    p, q = s.problem, WeightGradientProblem.of(s.problem)
+    data, u = cases.random_data(p, s.seed), cases.random_grad_output(p, s.seed)
+    settings = {**s.settings, "algorithm": "fft"}
+    found = {"output": (reference.convolution(p, *data, by_fft=True), s.target.convolve(p, data, settings))}
+    if p.L_in:
+        sums = reference.input_gradient(p, data.weight, u, by_fft=True)
+        found["gradient with respect to input"] = sums, s.target.gradient("input", p, (data.weight, u), settings)
+    sums = reference.weight_gradient(q, *q.sides(data.input, u), by_fft=True)
+    found["gradient with respect to weight"] = sums, s.target.gradient("weight", p, (data.input, u), settings)
+    for of, (sums, result) in found.items():
+        message = f"the {of} through the FFT must lie within its error bound"
+        if (failure := s.judge_comparison(sums.compare(result), message, None, p)) is not None:
             return failure
     return None

@@ -43,6 +43,15 @@ class Target:
             return str(error)
         return None
 
+    def lacks_fft(self) -> str | None:
+        """Why nothing can be transformed here; None where it can."""
+        if self.on_gpu:
+            try:
+                runtime.fft_module().rfft(self.put(np.zeros(8)))
+            except Exception as error:  # whatever cuFFT, or what loads it, raises
+                return f"{type(error).__name__}: {error}"
+        return None
+
     def convolve(self, problem: ConvProblem, data: Data, settings: dict[str, Any] | None = None) -> Array:
         """The public function on arrays of this device, into an output of NaN."""
         out = self.put(unset(problem.output_shape, problem.dtype_of("output")))

@@ -81,7 +81,7 @@ def add_settings(parser: Any, ops: tuple[Op, ...]) -> None:
         "--algorithm",
         choices=tuple(names),
         metavar="A",
-        help="base, or the kernel family that a GPU runs (default: the fastest)",
+        help="base, or the kernel family that a GPU runs (default: the fastest), fft, or auto: fft where it is faster",
     )
     if "conv1d" in ops:
         note_of_mode = "conv1d: " if len(ops) > 1 else ""

@@ -1,7 +1,7 @@
 """Blocks of one call on several threads.
 
-The helpers are started once and kept: to wake one takes some 15 us, to start one and to end it 70 us, and a call of
-half a millisecond can gain from a second thread.
+The helpers are started once and kept: to wake one takes some 30 us, to start one and to end it 70 us, and a call of
+0.7 ms can gain from a second thread.
 
 Each thread keeps to processors of its own while it computes. Threads that hand the interpreter's lock to each other
 wake each other often, and Linux as a guest of KVM then tends to put them on the same processor: to it, one that sleeps

@@ -3,7 +3,6 @@
 This package is the oracle of gpuconv: it is written to be read beside the formulas, not to be fast.
 """
 
-from .activations import Function
 from .definition import (
     bias_gradient,
     compute,
@@ -17,7 +16,6 @@ from .sums import Comparison, Sums
 
 __all__ = [
     "Comparison",
-    "Function",
     "Sums",
     "bias_gradient",
     "compute",

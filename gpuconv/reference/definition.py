@@ -15,7 +15,8 @@ from ..edge import source_indices
 from ..fusion import ACTIVATION_ARRAYS, INPUT_ACTIVATION_ARRAYS, RESIDUAL
 from ..problem import BiasGradientProblem, ConvProblem, WeightGradientProblem
 from .activations import Function
-from .sums import Sums
+from .fft import error_of_convolution, error_of_weight_gradient
+from .sums import Sums, gamma_of
 
 Array = npt.NDArray[Any]
 
@@ -29,11 +30,11 @@ def compute(
 ) -> Array:
     """Evaluate a problem by its definition, in float64 or complex128.
 
-    conv1d (cross-correlation: the kernel is not flipped), with ``l_in = l_out*stride - padding_left + k*dilation``::
+    conv1d (cross-correlation: the kernel is not flipped), with ``l_in = l_out*stride - padding_left + k*dilation``:
 
         output[n, c_out, l_out] = bias[c_out] + sum over c_in, k of weight[c_out, c_in, k] * input[n, c_in, l_in]
 
-    conv_transpose1d, with ``l_out = l_in*stride - padding_left + k*dilation``::
+    conv_transpose1d, with ``l_out = l_in*stride - padding_left + k*dilation``:
 
         output[n, c_out, l_out] = bias[c_out] + sum over c_in, k of weight[c_in, c_out, k] * input[n, c_in, l_in]
 
@@ -51,6 +52,13 @@ def compute(
 
     Returns:
         `problem.output_shape`, float64, or complex128 for complex problems; the exact result for problems of integers.
+
+    Example:
+        >>> import numpy as np, gpuconv
+        >>> x, w = np.arange(5.0).reshape(1, 1, 5), np.ones((1, 1, 3))
+        >>> problem = gpuconv.explain("conv1d", x, w, padding="same", device="cpu").problem
+        >>> gpuconv.reference.compute(problem, x, w)
+        array([[[1., 3., 6., 9., 7.]]])
     """
     return convolution(problem, input, weight, bias, fused).exact()
 
@@ -66,6 +74,14 @@ def error_bound(
     """The largest permitted distance of each output element from `compute`: `Sums.error_bound`.
 
     The ``n`` of the formula is `problem.terms`.
+
+    Example:
+        >>> import numpy as np, gpuconv
+        >>> x, w = np.ones((1, 1, 4), np.float32), np.full((1, 1, 3), 1 / 3, np.float32)
+        >>> problem = gpuconv.explain("conv1d", x, w, device="cpu").problem
+        >>> bound = gpuconv.reference.error_bound(problem, x, w)
+        >>> bool((np.abs(gpuconv.conv1d(x, w) - gpuconv.reference.compute(problem, x, w)) <= bound).all())
+        True
     """
     return convolution(problem, input, weight, bias, fused).error_bound(exact)
 
@@ -78,7 +94,15 @@ def within_bound(
     bias: Array | None = None,
     fused: Mapping[str, Array] | None = None,
 ) -> npt.NDArray[np.bool_]:
-    """Which elements of `output` are right: `Sums.within_bound`."""
+    """Which elements of `output` are right: `Sums.within_bound`.
+
+    Example:
+        >>> import numpy as np, gpuconv
+        >>> x, w = np.ones((1, 1, 4)), np.full((1, 1, 3), 0.1)
+        >>> problem = gpuconv.explain("conv1d", x, w, device="cpu").problem
+        >>> gpuconv.reference.within_bound(problem, np.array([[[0.3, 0.31]]]), x, w)
+        array([[[ True, False]]])
+    """
     return convolution(problem, input, weight, bias, fused).within_bound(output)
 
 
@@ -88,8 +112,18 @@ def convolution(
     weight: Array,
     bias: Array | None = None,
     fused: Mapping[str, Array] | None = None,
+    *,
+    by_fft: bool = False,
 ) -> Sums:
-    """The output of a problem; `compute` has the formula."""
+    """The output of a problem; `compute` has the formula. `by_fft` asks for the bound of `algorithm="fft"`.
+
+    Example:
+        >>> import numpy as np, gpuconv
+        >>> x, w = np.arange(5.0).reshape(1, 1, 5), np.ones((1, 1, 3))
+        >>> problem = gpuconv.explain("conv1d", x, w, stride=2, device="cpu").problem
+        >>> gpuconv.reference.convolution(problem, x, w).exact()
+        array([[[3., 9.]]])
+    """
     p, fusion, fused = problem, problem.fuses, fused or {}
     left, left_error = input, None
     activate = Function.of(fusion.input_activation, INPUT_ACTIVATION_ARRAYS, fused)
@@ -98,8 +132,20 @@ def convolution(
     return Sums(
         p.dtype, p.terms, _products(p), left, weight, bias, partial(_convolve, p), p.precision, p.out_dtype, left_error,
         fused[RESIDUAL] if fusion.has_residual else None,
-        Function.of(fusion.activation, ACTIVATION_ARRAYS, fused),
+        Function.of(fusion.activation, ACTIVATION_ARRAYS, fused), _error_of_fft(p, input, weight) if by_fft else None,
     )  # fmt: skip
+
+
+def _error_of_fft(p: ConvProblem, input: Array, weight: Array) -> Array:
+    """The bounds of sums through the FFT, before anything is added to them."""
+    if p.padding_mode == "zeros" or not p.transposed:
+        return error_of_convolution(p, input, weight)
+    # What lies in the padding is added to other results afterwards.
+    padded, u = _without_padding(p), FORMATS[p.format.accumulator].roundoff
+    error = error_of_convolution(padded, input, weight)
+    wide = np.complex128 if p.is_complex else np.float64
+    magnitude = _convolve(padded, np.abs(input.astype(wide)), np.abs(weight.astype(wide)), None)
+    return _folded(error + gamma_of(p.most_positions, u) * (magnitude + error), _samples_meant(p), p.L_out)
 
 
 def _activated_input(activate: Function, input: Array, real: Format) -> tuple[Array, Array]:
@@ -135,10 +181,10 @@ def _convolve(p: ConvProblem, input: Array, weight: Array, bias: Array | None) -
     return y.reshape(p.output_shape)
 
 
-def input_gradient(problem: ConvProblem, weight: Array, grad_output: Array) -> Sums:
+def input_gradient(problem: ConvProblem, weight: Array, grad_output: Array, *, by_fft: bool = False) -> Sums:
     """The gradient of the input of a problem: what each output that it feeds passes back.
 
-    With l_in and l_out as in `compute`, for conv1d and conv_transpose1d::
+    With l_in and l_out as in `compute`, for conv1d and conv_transpose1d:
 
         grad_input[n, c_in, l_in] = sum over c_out, k of conj(weight[c_out, c_in, k]) * grad_output[n, c_out, l_out]
         grad_input[n, c_in, l_in] = sum over c_out, k of conj(weight[c_in, c_out, k]) * grad_output[n, c_out, l_out]
@@ -149,13 +195,25 @@ def input_gradient(problem: ConvProblem, weight: Array, grad_output: Array) -> S
         problem: the forward problem.
         weight: `problem.weight_shape`.
         grad_output: `problem.output_shape`.
+        by_fft: ask for the bound of `algorithm="fft"`.
 
     Returns:
         Sums of the shape `problem.input_shape`.
+
+    Example:
+        >>> import numpy as np, gpuconv
+        >>> x, w = np.arange(5.0).reshape(1, 1, 5), np.ones((1, 1, 3))
+        >>> problem = gpuconv.explain("conv1d", x, w, device="cpu").problem
+        >>> gpuconv.reference.input_gradient(problem, w, np.ones((1, 1, 3))).exact()
+        array([[[1., 2., 3., 2., 1.]]])
     """
     p = problem
-    terms = p.adjoint().terms if p.L_in else 0
-    return Sums(p.dtype, terms, _products(p), weight, grad_output, None, partial(_input_gradient, p), p.precision)
+    terms, of_fft = 0, None
+    if p.L_in:
+        terms = p.adjoint().terms
+        of_fft = _error_of_fft(p.adjoint(), grad_output, weight) if by_fft else None
+    evaluate = partial(_input_gradient, p)
+    return Sums(p.dtype, terms, _products(p), weight, grad_output, None, evaluate, p.precision, of_fft=of_fft)
 
 
 def _input_gradient(p: ConvProblem, weight: Array, grad_output: Array, _: Array | None) -> Array:
@@ -176,19 +234,30 @@ def _input_gradient(p: ConvProblem, weight: Array, grad_output: Array, _: Array 
     return dx.reshape(p.input_shape)
 
 
-def weight_gradient(problem: WeightGradientProblem, coarse: Array, fine: Array) -> Sums:
+def weight_gradient(problem: WeightGradientProblem, coarse: Array, fine: Array, *, by_fft: bool = False) -> Sums:
     """The gradient of the weight; `WeightGradientProblem` has the formula.
 
     Args:
         problem: extents and settings; its method `sides` tells which of input and grad_output is which.
         coarse: `problem.coarse_shape`, or that without the batch axis of one sample.
         fine: `problem.fine_shape`, likewise.
+        by_fft: ask for the bound of `algorithm="fft"`.
 
     Returns:
         Sums of the shape `problem.weight_shape`.
+
+    Example:
+        >>> import numpy as np, gpuconv
+        >>> x, w, g = np.arange(5.0).reshape(1, 1, 5), np.ones((1, 1, 3)), np.ones((1, 1, 3))
+        >>> problem = gpuconv.explain("conv1d", x, w, direction="grad_weight", device="cpu").problem
+        >>> gpuconv.reference.weight_gradient(problem, g, x).exact()
+        array([[[3., 6., 9.]]])
     """
-    p = problem
-    return Sums(p.dtype, p.terms, _products(p), coarse, fine, None, partial(_weight_gradient, p), p.precision)
+    p, of_fft = problem, None
+    if by_fft:
+        of_fft = error_of_weight_gradient(p, coarse.reshape(p.coarse_shape), fine.reshape(p.fine_shape))
+    evaluate = partial(_weight_gradient, p)
+    return Sums(p.dtype, p.terms, _products(p), coarse, fine, None, evaluate, p.precision, of_fft=of_fft)
 
 
 def _weight_gradient(p: WeightGradientProblem, coarse: Array, fine: Array, _: Array | None) -> Array:
@@ -217,6 +286,13 @@ def bias_gradient(problem: BiasGradientProblem, grad_output: Array) -> Sums:
 
     Returns:
         Sums of the shape `problem.bias_shape`: each term is an element times one, a single product of complex data too.
+
+    Example:
+        >>> import numpy as np, gpuconv
+        >>> x, w, g = np.arange(5.0).reshape(1, 1, 5), np.ones((1, 1, 3)), np.ones((1, 1, 3))
+        >>> problem = gpuconv.explain("conv1d", x, w, direction="grad_bias", device="cpu").problem
+        >>> gpuconv.reference.bias_gradient(problem, g).exact()
+        array([3.])
     """
     p = problem
     return Sums(p.dtype, p.terms, 1, grad_output, np.ones(()), None, partial(_bias_gradient, p))

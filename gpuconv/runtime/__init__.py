@@ -3,7 +3,7 @@
 `import gpuconv` imports it and neither CuPy nor kernel families: what only a GPU needs is imported at its first use.
 """
 
-from .arrays import add, aligned, clear
+from .arrays import add, aligned, assign, clear
 from .executor import Executor, make_executor
 from .gpu import (
     array_module,
@@ -15,6 +15,7 @@ from .gpu import (
     device,
     device_count,
     empty_beside,
+    fft_module,
     is_cupy_array,
     nvrtc_version,
     refuse_during_capture,
@@ -30,6 +31,7 @@ __all__ = [
     "aligned",
     "append",
     "array_module",
+    "assign",
     "build",
     "check_dtype",
     "clear",
@@ -40,6 +42,7 @@ __all__ = [
     "device",
     "device_count",
     "empty_beside",
+    "fft_module",
     "is_cupy_array",
     "make_executor",
     "nvrtc_version",

@@ -45,6 +45,24 @@ def _supported(cupy: ModuleType) -> ModuleType:
     return cupy
 
 
+def fft_module() -> ModuleType:
+    """cupy.fft, once its library is there.
+
+    Raises:
+        ImportError: cuFFT cannot be loaded.
+    """
+    cupy = cupy_module()
+    try:
+        from cupy.cuda import cufft  # noqa: F401
+    except ImportError as error:
+        from ..text import install_hint
+
+        hint = install_hint("cuda13-full")
+        raise ImportError(f'algorithm "fft" needs cuFFT, which CuPy cannot load: {error}; {hint}') from error
+    module: ModuleType = cupy.fft
+    return module
+
+
 def check_dtype(dtype: np.dtype[Any]) -> None:
     """Refuse a dtype of which CuPy has no arrays here.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from .arrays import assign
 from .gpu import complete, cupy_module, current_device_of, is_cupy_array, refuse_during_capture, temporary
@@ -14,8 +14,19 @@ if TYPE_CHECKING:
     from ..families import Step
 
 
+class Packs(Protocol):
+    """What makes of weights what calls read, and prepared weights keep."""
+
+    @property
+    def key(self) -> Any:
+        """The same object for all that make the same."""
+
+    def pack(self, weight: Any) -> Any:
+        """Make it, in the order of the current stream."""
+
+
 class Packing:
-    """The step of a plan that lays out the weights anew, which prepared weights keep.
+    """The step of a plan that lays out the weights anew.
 
     Attributes:
         key: the same object for the plans whose packed weights are the same.
@@ -54,8 +65,8 @@ class PreparedWeight:
         """`array` belongs to the handle. Where it is on a GPU, this waits for the work queued on its current stream."""
         complete("weights cannot be prepared", array)
         self.array = array
-        # By the identity of a key of Packing; the key is kept, so that no other object gets its identity.
-        self._packed: dict[int, tuple[Step, Any]] = {}
+        # By the identity of a key of Packs; the key is kept, so that no other object gets its identity.
+        self._packed: dict[int, tuple[Any, Any]] = {}
         self._lock = threading.RLock()  # a finalizer may call while its own thread packs
 
     @property
@@ -66,18 +77,19 @@ class PreparedWeight:
     def dtype(self) -> Any:
         return self.array.dtype
 
-    def packed(self, packing: Packing) -> Any:
+    def packed(self, packing: Packs) -> Any:
         """The packed form for a plan; made on first use, and complete on every stream when it is kept."""
         found = self._packed.get(id(packing.key))
         if found is None:
-            stream = cupy_module().cuda.get_current_stream()
-            if stream.is_capturing():  # nothing can be waited for here, so this one belongs to the graph
-                return packing.pack(self.array)
+            stream = cupy_module().cuda.get_current_stream() if is_cupy_array(self.array) else None
+            if stream is not None and stream.is_capturing():
+                return packing.pack(self.array)  # nothing can be waited for here, so this one belongs to the graph
             with self._lock:
                 found = self._packed.get(id(packing.key))  # another thread may have been faster
                 if found is None:
                     found = packing.key, packing.pack(self.array)
-                    stream.synchronize()
+                    if stream is not None:
+                        stream.synchronize()
                     self._packed[id(packing.key)] = found
         return found[1]
 

@@ -11,7 +11,7 @@ from .. import runtime
 from ..functional import conv1d
 from ..memory import take
 from .arrays import axis_last, check_one_of, computable, on_the_gpu_of_its_arrays, put_back, result_type
-from .fft import by_fft, overlap_add
+from .fft import by_fft, floating
 
 MODES = ("full", "same", "valid")
 
@@ -20,12 +20,13 @@ METHODS = ("auto", "direct", "fft")
 # From this many taps on, "auto" takes the FFT: on two CPUs it was the faster one from 512 to 1024 on.
 FFT_FROM = 1024
 
+# Where one array is so many times as long as the other it is cut into blocks: transforms of all of it leave the caches.
+_BLOCKS_FROM = 16
+
 
 @on_the_gpu_of_its_arrays
 def convolve(in1: Any, in2: Any, mode: str = "full", method: str = "auto", *, axis: SupportsIndex | None = None) -> Any:
     """Convolve two arrays along one axis, as `scipy.signal.convolve` does.
-
-    ::
 
         out[l] = sum over k of in1[l - k] * in2[k]
 
@@ -64,8 +65,6 @@ def correlate(
 ) -> Any:
     """Cross-correlate two arrays along one axis, as `scipy.signal.correlate` does.
 
-    ::
-
         out[l] = sum over k of in1[k] * conj(in2[k - l + K - 1])
 
     The arguments, the result and the errors are those of `convolve`.
@@ -91,7 +90,8 @@ def correlate(
 def oaconvolve(in1: Any, in2: Any, mode: str = "full", axes: Any = None) -> Any:
     """Convolve by the FFT of overlapping blocks, as `scipy.signal.oaconvolve` does, along one axis.
 
-    The length of a block follows from the shorter array alone. Beside the result it takes the memory of two spectra.
+    The length of a block, and the memory that is taken beside the result, follow from the shorter array alone: it is
+    `gpuconv.conv1d` with ``algorithm="fft"``.
 
     Args:
         in1: NumPy or CuPy.
@@ -117,10 +117,10 @@ def oaconvolve(in1: Any, in2: Any, mode: str = "full", axes: Any = None) -> Any:
         return x * h
     if _swap(mode, x.shape[-1], h.shape[-1]):
         x, h = h, x
-    L = x.shape[-1]
-    if 0 in (L, h.shape[-1]):
+    L, K = x.shape[-1], h.shape[-1]
+    if 0 in (L, K, *np.broadcast_shapes(x.shape[:-1], h.shape[:-1])):
         return put_back(convolve_last_axis(x, h, mode, "fft"), place)
-    return put_back(_cut(overlap_add(x, h), mode, L, min(L, h.shape[-1]), h.shape[-1]), place)
+    return put_back(_cut(_in_blocks(x, h), mode, L, min(L, K), K), place)
 
 
 def _operands(caller: str, in1: Any, in2: Any, axis: SupportsIndex | None) -> tuple[Any, Any, int]:
@@ -158,7 +158,8 @@ def convolve_last_axis(x: Any, h: Any, mode: str, method: str) -> Any:
             (*shape, 0) if 0 in (L, K) else (*shape, _length(mode, L, K)), result_type(x, h)
         )
     if method == "fft":
-        result = _cut(by_fft(x, h), mode, L, min(L, K), K)
+        full = _in_blocks(x, h) if max(L, K) > _BLOCKS_FROM * min(L, K) else by_fft(x, h)
+        result = _cut(full, mode, L, min(L, K), K)
         dtype = result_type(x, h)
         return (result.round() if dtype.kind in "iub" else result).astype(dtype)
     padding = {"full": (K - 1, K - 1), "same": (K - 1 - (K - 1) // 2, (K - 1) // 2), "valid": (0, 0)}[mode]
@@ -177,7 +178,14 @@ def _cut(full: Any, mode: str, L: int, shortest: int, K: int) -> Any:
     return full[..., start : start + _length(mode, L, K)]
 
 
-def _filter(x: Any, w: Any, padding: tuple[int, int], stride: int) -> Any:
+def _in_blocks(x: Any, h: Any) -> Any:
+    """The full convolution through the FFT of blocks whose length follows from the shorter array."""
+    x, h = floating(*((h, x) if h.shape[-1] > x.shape[-1] else (x, h)))
+    edge = h.shape[-1] - 1
+    return _filter(x, h[..., ::-1], (edge, edge), 1, "fft")
+
+
+def _filter(x: Any, w: Any, padding: tuple[int, int], stride: int, algorithm: str | None = None) -> Any:
     """conv1d of the last axis with taps of their own for each signal, in the dtype that NumPy's promotion gives."""
     xp, result = runtime.array_module(x), result_type(x, w)
     x, w = computable(x, w)
@@ -192,6 +200,6 @@ def _filter(x: Any, w: Any, padding: tuple[int, int], stride: int) -> Any:
     groups = math.prod(extents[axis] for axis in own)
     signals = x.transpose(order).reshape(-1, groups, x.shape[-1])
     taps = w.transpose(order).reshape(groups, 1, w.shape[-1])
-    y = conv1d(signals, taps, stride=stride, padding=padding, groups=groups)
+    y = conv1d(signals, taps, stride=stride, padding=padding, groups=groups, algorithm=algorithm)
     y = y.reshape(*(extents[axis] for axis in order[:-1]), y.shape[-1]).transpose(np.argsort(order).tolist())
     return (y != 0) if result.kind == "b" else y.astype(result, copy=False)

@@ -26,8 +26,6 @@ _BACKGROUNDS = ("maximum", "mean", "median", "minimum")
 def upfirdn(h: Any, x: Any, up: int = 1, down: int = 1, axis: int = -1, mode: str = "constant", cval: float = 0) -> Any:
     """Insert zeros, filter and keep every `down`-th sample, as `scipy.signal.upfirdn` does, without the work for zeros.
 
-    ::
-
         out[l] = sum over k of h[k] * x[(l*down - k)/up]        (terms whose index is no integer do not exist)
 
     Args:

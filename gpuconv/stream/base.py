@@ -12,6 +12,7 @@ import numpy as np
 
 from .. import functional, nn, runtime
 from ..arguments import ArraySpec, Settings, check_int
+from ..dispatch import BY_FFT
 from ..fusion import FUSED_ARRAYS, ActivationLike, Fused
 from ..interchange import view
 from ..memory import check_kinds, take
@@ -76,6 +77,11 @@ class Stream:
             activation, input_activation = layer.fused["activation"], layer.fused["input_activation"]
         else:
             weight = layer
+        if algorithm in BY_FFT:
+            raise ValueError(
+                f'{caller}: algorithm must be None, "base" or a kernel family, got {algorithm!r}: the blocks of an FFT '
+                "would begin at each push"
+            )
         settings = Settings.check(caller, self.op, stride, padding, dilation, groups, output_padding)
         self._weight = weight if isinstance(weight, runtime.PreparedWeight) else functional.prepare(weight)
         if bias is not None:

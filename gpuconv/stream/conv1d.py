@@ -23,7 +23,7 @@ class Conv1d(Stream):
         groups: input and output channels are cut into this many groups that do not mix.
         slots: so many independent streams are served at once.
         precision: as in `gpuconv.conv1d`.
-        algorithm: as in `gpuconv.conv1d`.
+        algorithm: as in `gpuconv.conv1d`, but neither "fft" nor "auto".
         activation: as in `gpuconv.conv1d`.
         input_activation: as in `gpuconv.conv1d`.
 

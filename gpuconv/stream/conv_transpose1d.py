@@ -24,7 +24,7 @@ class ConvTranspose1d(Stream):
         dilation: distance between taps, in output samples.
         slots: so many independent streams are served at once.
         precision: as in `gpuconv.conv_transpose1d`.
-        algorithm: as in `gpuconv.conv_transpose1d`.
+        algorithm: as in `gpuconv.conv_transpose1d`, but neither "fft" nor "auto".
         activation: as in `gpuconv.conv1d`.
         input_activation: as in `gpuconv.conv1d`.
 

@@ -223,6 +223,7 @@ exec "$@"
 """
 
 
+@pytest.mark.long
 @pytest.mark.gpu
 @pytest.mark.skipif(run.INSIDE_VARIABLE in os.environ, reason="the report need not rehearse itself")
 def test_report_can_be_rehearsed(tmp_path: Path) -> None:

@@ -909,6 +909,17 @@ def test_progress_is_shown_on_a_terminal(monkeypatch: pytest.MonkeyPatch, with_r
         assert terminal.text.endswith(" \r")
 
 
+def test_progress_in_a_narrow_terminal_cuts_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = _Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "60")
+    with show_progress("verifying") as progress:
+        progress(194, 202, "up_one_input_channel complex128")
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", terminal.text)
+    assert re.search(r"194/202 0:00:00 up_one_i\S*…", shown), shown
+
+
 def test_progress_leaves_no_line_behind_an_interrupt(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = _Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)

