@@ -42,10 +42,13 @@
 //
 // OUTPUT_LAST = 1 is for output of that kind, where rows are channels: it is stored in units.
 //
-// Macros read: BLOCK_M, BLOCK_N, WARPS_M, WARPS_N, NUM_STAGES, STAGE_STEPS, PREFETCH, INPUT_WIDTH, CHANNELS_LAST and
-// OUTPUT_LAST (0 by default), HAS_SAMPLES, IS_SPLIT, SPLIT_TERMS, SEGMENT_MODE, PHASES_IN_ROWS, MULTIPLY_MATRICES, and those of common.cuh.
-// Dynamic shared memory: NUM_STAGES stages of weights, the windows of two chunks (of one, where there is one chunk), and
-// tables, where SEGMENT_MODE is 1 behind the totals; or the slices through which the results pass.
+// RAW_WEIGHT = 1 is for weights that no launch before has packed: see raw_weights.cuh.
+//
+// Macros read: BLOCK_M, BLOCK_N, WARPS_M, WARPS_N, NUM_STAGES, STAGE_STEPS, PREFETCH, INPUT_WIDTH, CHANNELS_LAST, OUTPUT_LAST
+// and RAW_WEIGHT (0 by default), HAS_SAMPLES, IS_SPLIT, SPLIT_TERMS, SEGMENT_MODE, PHASES_IN_ROWS, MULTIPLY_MATRICES, and
+// those of common.cuh. Dynamic shared memory: NUM_STAGES stages of weights (or those of raw_weights.cuh), the windows of two
+// chunks (of one, where there is one chunk), and tables, where SEGMENT_MODE is 1 behind the totals; or the slices through
+// which the results pass.
 
 #pragma once
 
@@ -80,7 +83,6 @@ constexpr int kSliceSkew = !OUTPUT_LAST ? 0 : kUnit == 8 ? 16 : 4;
 constexpr int kLaneVectors = kWarpN / kUnit > 8 ? 2 : 1;  // of a row, that one lane stores in the end
 __device__ constexpr int log2_of(int n) { return n < 2 ? 0 : 1 + log2_of(n / 2); }
 constexpr int kTotals = SEGMENT_MODE == 1 ? kTilesM * kTilesN * kThreads : 0;  // of 16 bytes: four sums of a thread
-constexpr int kWindowsBegin = (kTotals + NUM_STAGES * kStageVectors) * 16;     // in shared memory, in bytes
 constexpr index_t kMissing = index_t(1ull << (INDEX_BITS - 1));  // no offset: the smallest index_t
 
 static_assert((NUM_STAGES & (NUM_STAGES - 1)) == 0, "slots are masked: gpuconv/families/mma_tiles.py");
@@ -110,16 +112,22 @@ struct alignas(INPUT_WIDTH * sizeof(index_t)) Task {
 #define TAPS_IN_UNITS 0
 #endif
 
+// Whether blocks read the layer's own weights and pack them.
+#ifndef RAW_WEIGHT
+#define RAW_WEIGHT 0
+#endif
+static_assert(!RAW_WEIGHT || !CHANNELS_LAST, "see gpuconv/families/mma.py");
+
 // One block's share. Offsets and strides are in elements.
 struct Tile {
     const storage_t* input;  // input[n0, first channel of the group, 0]
-    const StorageVector* weight;    // packed weights of the block's rows
+    const StorageVector* weight;    // packed, of the block's rows; or the group's own where RAW_WEIGHT is 1
     storage_t* output;       // output[n0, first channel of the group, 0]
     index_t group;
     index_t row_begin, rows;  // the block's first row, and the rows of the product
     index_t samples;          // from n0 on
     index_t position_begin, positions;
-    index_t C_in_g, L_in, L_out;
+    index_t C_in_g, L_in, L_out, K;
     index_t row_taps;                      // the taps of the block's rows: of those with the most, where rows differ
     index_t column_step, first, tap_step;  // l_in = q*column_step + first + tap*tap_step
     index_t output_step, output_first;     // l_out = q*output_step + output_first + Row::shift
@@ -148,6 +156,7 @@ __device__ __forceinline__ Tile tile_with_layout(const P& p) {
     tile.C_in_g = p.C_in_g;
     tile.L_in = p.L_in;
     tile.L_out = p.L_out;
+    tile.K = p.K;
     tile.input_stride_n = p.input_stride_n;
     tile.input_stride_c = p.input_stride_c;
     tile.input_stride_l = p.input_stride_l;
@@ -282,6 +291,12 @@ struct PackedWeights : EveryWeight {
     }
 };
 
+#if RAW_WEIGHT
+#include "raw_weights.cuh"
+#else
+typedef PackedWeights TileWeights;
+#endif
+
 // The results of a warp pass through shared memory, kSliceRows rows at a time, and are stored 16 bytes at a time where they
 // are neighbours in the output.
 
@@ -375,7 +390,7 @@ __device__ __forceinline__ void sum_marked_again(
         const Row info = row_of(tile, row_begin + row);
         const acc_t sum = canonical_sum(
             tile.input + sample * tile.input_stride_n, q * tile.column_step + tile.first, tile.tap_step, info.taps, tile,
-            PackedWeights(tile, window, row_begin + row));
+            TileWeights(tile, window, row_begin + row));
         // The compiler must not make two loops of this one, with and without bias.
         Epilogue kept = epilogue;
         kept.bias = keep_in_register(kept.bias);
@@ -685,7 +700,12 @@ __device__ __forceinline__ void multiply_tile(
     // Shared memory: totals, stages of weights, windows, tables.
     AccVector* const my_totals = reinterpret_cast<AccVector*>(dynamic_shared_memory()) + threadIdx.x;
     StorageVector* const stages = reinterpret_cast<StorageVector*>(dynamic_shared_memory()) + kTotals;
-    Vector<unsigned>* const windows = reinterpret_cast<Vector<unsigned>*>(stages + NUM_STAGES * kStageVectors);
+#if RAW_WEIGHT
+    const index_t stage_vectors = RawWeights::shared_vectors(tile, window);
+#else
+    constexpr index_t stage_vectors = NUM_STAGES * kStageVectors;
+#endif
+    Vector<unsigned>* const windows = reinterpret_cast<Vector<unsigned>*>(stages + stage_vectors);
     const index_t window_vectors = kParts * part_rows, all_windows = (window.chunks > 1 ? 2 : 1) * window_vectors;
     int* const pair_offset = reinterpret_cast<int*>(windows + all_windows);      // of pairs, in a window, in bytes
     Task* const tasks = reinterpret_cast<Task*>(pair_offset + window.pairs);
@@ -740,7 +760,8 @@ __device__ __forceinline__ void multiply_tile(
     // Split products leave no registers to keep what can be computed again.
     const auto hold = [](int value) { return IS_SPLIT ? value : keep_in_register(value); };
     unsigned char* const shared = dynamic_shared_memory();
-    const int tasks_begin = hold(kWindowsBegin + int(all_windows) * 16 + int(window.pairs) * 4);
+    const int windows_begin = (kTotals + int(stage_vectors)) * 16;  // in shared memory, in bytes
+    const int tasks_begin = hold(windows_begin + int(all_windows) * 16 + int(window.pairs) * 4);
     const int unit_bytes = int(window.window_rows) * 16;
     // What staging must know of a chunk.
     struct Chunk {
@@ -839,9 +860,13 @@ __device__ __forceinline__ void multiply_tile(
     };
 #endif
     const int chunk_stages = int(window.pairs / kStagePairs);
+#if RAW_WEIGHT
+    RawWeights weights(tile, window, chunk_begin, chunk_end, stages);
+#else
     WeightRing ring(
         tile.weight + chunk_begin * window.pairs * (kParts * BLOCK_M), stages, int(chunk_end - chunk_begin) * chunk_stages);
     int slot = NUM_STAGES - 1;  // read last
+#endif
     int stage = 0;              // read next
     int stages_end = 0;         // of the chunk
     __syncthreads();  // the tables
@@ -880,7 +905,7 @@ __device__ __forceinline__ void multiply_tile(
         Chunk next;
         next.input = input;
         next.channels = hold(int(min_index(tile.C_in_g - (chunk + 1) * window.units * kUnit, window.units * kUnit)));
-        next.window = hold(kWindowsBegin + int((chunk + 1) & 1) * int(window_vectors) * 16);
+        next.window = hold(windows_begin + int((chunk + 1) & 1) * int(window_vectors) * 16);
         next.window_end = hold(next.window + (next.channels + kUnit - 1) / kUnit * unit_bytes);
 #if CHANNELS_LAST
         int rows_begin = keep_in_register(!kCopiesUnits && chunk + 1 < chunk_end ? 0 : staged_rows);
@@ -890,16 +915,25 @@ __device__ __forceinline__ void multiply_tile(
 #endif
         const unsigned char* const x = keep_in_register_shared(my_window + int((chunk & 1) * window_vectors) * 16);
         const StepOffsets* pairs_of_stage = my_pairs;
+#if RAW_WEIGHT
+        weights.next(chunk >= chunk_begin, tile, window, stages);
+        const StorageVector* w = my_weight;  // this lane's rows of the stage that is read next
+#endif
         const auto multiply_next = [&] {  // a stage that has arrived
+#if !RAW_WEIGHT
             ring.load(slot, stage);
             slot = keep_in_register(stage & (NUM_STAGES - 1));
-            ++stage;
             const StorageVector* const w = my_weight + slot * kStageVectors;
+#endif
+            ++stage;
             const StepOffsets pairs = *pairs_of_stage;
             pairs_of_stage += 2;  // those of both halves
             multiply_stage(
                 w, x, pairs, [&](int j) { return HAS_SAMPLES ? column_offset[j] : j * 256; }, int(part_rows), acc, low,
                 part);
+#if RAW_WEIGHT
+            w += kStageVectors;
+#endif
         };
 #if CHANNELS_LAST
         if (kCopiesUnits) {
@@ -944,8 +978,10 @@ __device__ __forceinline__ void multiply_tile(
             const int round_end = int(min_index(stage + window.round_stages, stages_end));
 #pragma unroll 1
             while (stage < round_end) {
+#if !RAW_WEIGHT
                 copy_async_wait_group<NUM_STAGES - 2>();
                 __syncthreads();
+#endif
                 multiply_next();
             }
             if (to >= 0) store_task(ahead, next, to);

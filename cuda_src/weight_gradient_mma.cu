@@ -14,6 +14,9 @@
 //
 // TAPS_IN_UNITS = 1 is for few channels of fine: an octet is then a channel's eight neighbouring taps, at positions `dilation`
 // apart, and what is said of taps and channels above holds for blocks of eight taps, 8*dilation apart, and for those eight.
+// TAP_WIDTH = 2 loads two of them at once: dilation is 1, and they begin aligned to two at even positions.
+//
+// FEW_ROWS = 1 is for fewer than kUnit channels of coarse in a group: the last one fills the unit.
 //
 // The reduction runs over samples, and in a sample over steps of 16 positions, of which those behind the last count as
 // zeros. So its order depends on the problem and the slices alone, and the bits on neither the tile nor the chunks.
@@ -32,8 +35,15 @@
 // COARSE_LAST and FINE_LAST = 1 (0 by default) are for arrays whose channels are contiguous, in groups of whole units, each unit
 // aligned to 16 bytes: a unit of one position is then 16 bytes of memory. Units of 16-bit elements go to shared memory by
 // cp.async, those of 32 bits through registers, since they are rounded or split.
-// Needs float16, bfloat16 (sm_80) or float32 (sm_80). Chosen for at least 8 channels a group on the coarse side, and 8
-// channels or 8 taps on the fine side; see gpuconv/families/weight_gradient_mma.py.
+// Needs float16, bfloat16 (sm_80) or float32 (sm_80). Chosen for at least 8 channels or 8 taps on the fine side; see
+// gpuconv/families/weight_gradient_mma.py.
+
+#ifndef TAP_WIDTH
+#define TAP_WIDTH 1
+#endif
+#ifndef FEW_ROWS
+#define FEW_ROWS 0
+#endif
 
 #include "common.cuh"
 #include "edge.cuh"
@@ -89,9 +99,10 @@ static_assert(CHUNK_ROWS % kStepRows == 0, "chunks are whole steps: gpuconv/fami
 static_assert(AHEAD_COARSE % COARSE_WIDTH == 0 && AHEAD_FINE % FINE_WIDTH == 0,
               "whole tasks are loaded ahead: gpuconv/families/weight_gradient_mma.py");
 static_assert(!TAPS_IN_UNITS || FINE_WIDTH == 1,
-              "taps are loaded one by one: gpuconv/families/weight_gradient_mma.py");
+              "windows of taps are loaded position by position: gpuconv/families/weight_gradient_mma.py");
 static_assert((!COARSE_LAST || COARSE_WIDTH == 1) && (!FINE_LAST || (FINE_WIDTH == 1 && !TAPS_IN_UNITS)),
               "units are of one position and of channels: gpuconv/families/weight_gradient_mma.py");
+static_assert(!FEW_ROWS || !COARSE_LAST, "units of fewer rows are no whole ones: gpuconv/families/weight_gradient_mma.py");
 static_assert(kIsEmptyOutside || FINE_WIDTH == 1,
               "positions outside fine are loaded together: gpuconv/families/weight_gradient_mma.py");
 static_assert(kStepRows == SPLIT_TERMS, "SPLIT_TERMS differs from gpuconv/families/arithmetic.py");
@@ -153,6 +164,21 @@ static_assert(INDEX_BITS == 32 || !(COARSE_LAST || FINE_LAST), "UnitTask: gpucon
 __device__ __forceinline__ int first_of_unit(int unit, index_t channels) {
     return int(min_index(unit * kUnit, channels - kUnit));
 }
+__device__ __forceinline__ int first_row_of_unit(int unit, index_t rows) {
+    return FEW_ROWS ? 0 : first_of_unit(unit, rows);
+}
+
+// kUnit neighbours of a row, two at a time.
+template <int kWidth>
+__device__ __forceinline__ void load_neighbours(Block<kWidth>& block, const storage_t* from) {
+#pragma unroll
+    for (int e = 0; e < kUnit; e += 2) {
+        const Run<2> both = Run<2>::load(from + e);
+        block.run[e].word[0] = both.word[0];
+        // Of elements of 2 bytes the lower half of a word counts.
+        block.run[e + 1].word[0] = kUnit == 8 ? both.word[0] >> 16 : both.word[Run<2>::kWords - 1];
+    }
+}
 
 // Copies a unit of one position to its row of a buffer, or loads it to registers; as zeros where it does not exist.
 template <bool kCopies>
@@ -171,7 +197,11 @@ template <int kWidth>
 __device__ __forceinline__ void load_taps(
     Block<kWidth>& block, const storage_t* x, index_t first, index_t L_fine, bool exists, const Params& p) {
     if (exists && is_inside(first, first + (kUnit - 1) * p.dilation, L_fine)) {
-        block.load(x + first * p.fine_stride_l, keep_in_register(p.dilation * p.fine_stride_l));
+        if (TAP_WIDTH == 2) {
+            load_neighbours(block, x + first);
+        } else {
+            block.load(x + first * p.fine_stride_l, keep_in_register(p.dilation * p.fine_stride_l));
+        }
         return;
     }
     block.clear();
@@ -259,7 +289,7 @@ __device__ __forceinline__ void multiply_slice(
 
 #pragma unroll 1
     for (int i = threadIdx.x; i < fine_tasks; i += kThreads) {
-        tasks[i] = Task::of(i, window_units, fine_runs, FINE_WIDTH, false);
+        tasks[i] = Task::of(i, window_units, fine_runs, FINE_WIDTH, TAPS_IN_UNITS);
     }
 #endif
 
@@ -299,15 +329,20 @@ __device__ __forceinline__ void multiply_slice(
     const auto is_coarse = [&](const Task& task) { return task.unit < coarse_units; };
     const auto load_coarse = [&](Block<COARSE_WIDTH>& block, int, const Task& task) {
         const int sample = task.row >> sample_shift;
-        const index_t l_coarse = l + (task.row - (sample << sample_shift)), c = first_of_unit(task.unit, tile.rows);
+        const index_t l_coarse = l + (task.row - (sample << sample_shift)), c = first_row_of_unit(task.unit, tile.rows);
         bool exists = n + sample < s.n_end && l_coarse < s.l_end;
 #ifdef LENGTHS
         exists = exists && l_coarse < samples[n + sample].L_out;
 #endif
         if (exists) {
-            block.load(
-                coarse + ((n + sample) * p.coarse_stride_n + l_coarse * p.coarse_stride_l + c * p.coarse_stride_c),
-                keep_in_register(p.coarse_stride_c));
+            const storage_t* const x =
+                coarse + ((n + sample) * p.coarse_stride_n + l_coarse * p.coarse_stride_l + c * p.coarse_stride_c);
+            const index_t channel_stride = keep_in_register(p.coarse_stride_c);
+            if (FEW_ROWS) {
+                block.load_up_to(int(tile.rows) - 1, x, channel_stride);
+            } else {
+                block.load(x, channel_stride);
+            }
         } else {
             block.clear();
         }
@@ -568,11 +603,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) weight_gradie
         }
         __syncthreads();
         bool sum_again = false;
-        // The row of a place among them, or -1 where that is a channel which another has.
+        // The row of a place among them, or -1 where that is a channel which another place has.
         const auto row_of = [&](int place) {
             const int in_tile = place / 16 * kWarpM + i * 16 + place % 16, unit = in_tile / kUnit;
-            const int row = first_of_unit(unit, tile.rows) + in_tile % kUnit;
-            return row < unit * kUnit ? -1 : row;
+            const int row = first_row_of_unit(unit, tile.rows) + in_tile % kUnit;
+            return row < unit * kUnit || (FEW_ROWS && row >= tile.rows) ? -1 : row;
         };
 #pragma unroll 1
         for (int row = warp; row < WARPS_M * 16; row += kThreads / 32) {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -227,7 +227,8 @@ def choose_push(
     """
     p = problem
     layout = layout.replaced(input=windows.window_layout(p))
-    layout = Layout((*layout.arrays, (windows.NEW_SAMPLES, new_samples)))
+    # Streams prepare their weights.
+    layout = replace(layout, arrays=(*layout.arrays, (windows.NEW_SAMPLES, new_samples)), is_prepared=True)
     choice = choose(p, layout, device, algorithm)
     if choice is None:
         return Refusal("needs a result")

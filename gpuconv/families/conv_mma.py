@@ -38,9 +38,10 @@ class _ConvMma(Family[ConvProblem]):
             return Refusal("needs the window of 16 positions in shared memory")
         bits = _index_bits(product, layout, arithmetic)
         access = mma.input_access(product, layout, arithmetic, bits, device)
+        raw = mma.reads_raw_weights(product, layout, arithmetic, bits, access)
         # The rows that pairs and units need besides may be too many.
-        tilings = mma.compare_tilings(product, arithmetic, bits, access, device) or mma.compare_tilings(
-            product, arithmetic, bits, Access.POSITION, device
+        tilings = mma.compare_tilings(product, arithmetic, bits, access, device, raw=raw) or mma.compare_tilings(
+            product, arithmetic, bits, Access.POSITION, device, raw=raw
         )
         if not tilings:
             return Refusal(f"needs at most {MAX_GRID} blocks")

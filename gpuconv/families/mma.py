@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import product as combined
 
 from ..costs import blocks_by_shared
 from ..device import Device
@@ -35,13 +36,14 @@ from .base import (
     Layout,
     Plan,
     Step,
+    contiguous_strides,
     conv_arrays,
     conv_fields,
     params_of,
     with_padding_mode,
 )
 from .mma_costs import TilesLaunch, input_batches, predict_plan
-from .mma_tiles import NUM_STAGES, Tile, tiles
+from .mma_tiles import NUM_STAGES, RAW_BOXES, Tile, tiles
 from .mma_window import Reduction, Window
 from .offsets import index_bits
 from .product import Product
@@ -83,7 +85,11 @@ def refuse_layer(problem: ConvProblem, rows: int, device: Device) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class Tiling:
-    """A product cut into tiles, and the microseconds that all launches of its plan take by the cost model."""
+    """A product cut into tiles, and the microseconds that all launches of its plan take by the cost model.
+
+    Attributes:
+        is_raw: blocks read the layer's own weights and pack them; else a launch before has packed them.
+    """
 
     index_bits: int
     tile: Tile
@@ -94,16 +100,39 @@ class Tiling:
     blocks: int
     shared_bytes: int
     us: float
+    is_raw: bool = False
 
 
-def shared_bytes(tile: Tile, window: Window, reduction: Reduction, arithmetic: Arithmetic, bits: int) -> int:
+def shared_bytes(
+    product: Product,
+    tile: Tile,
+    window: Window,
+    reduction: Reduction,
+    arithmetic: Arithmetic,
+    bits: int,
+    *,
+    is_raw: bool = False,
+) -> int:
     itemsize = UNIT_BYTES // arithmetic.channels
+    weights = NUM_STAGES * tile.stage_bytes(arithmetic.parts)
+    if is_raw:
+        boxes = RAW_BOXES * _raw_box_vectors(product, tile, reduction, arithmetic) * UNIT_BYTES
+        weights = reduction.stages * tile.stage_bytes(arithmetic.parts) + boxes
     windows = min(reduction.chunks, 2) * arithmetic.parts * reduction.units * window.rows * UNIT_BYTES
     tables = window.rows * bits // 8 + reduction.pairs * 4
     return max(
-        tile.total_bytes + NUM_STAGES * tile.stage_bytes(arithmetic.parts) + windows + tables,
+        tile.total_bytes + weights + windows + tables,
         tile.slice_bytes(itemsize),
     )
+
+
+def _raw_box_vectors(product: Product, tile: Tile, reduction: Reduction, arithmetic: Arithmetic) -> int:
+    """Of a box of the layer's own weights: see Box in raw_weights.cuh."""
+    if not product.problem.transposed:
+        return tile.block_m * (reduction.units * reduction.taps | 1)
+    channels, rest = divmod(tile.block_m, product.phases)
+    piece = (channels + (2 if rest else 0)) * product.problem.K // arithmetic.channels + 2
+    return reduction.units * arithmetic.channels * (piece | 1)
 
 
 def _batches(tile: Tile, window: Window, reduction: Reduction, arithmetic: Arithmetic) -> int:
@@ -141,14 +170,40 @@ def input_access(product: Product, layout: Layout, arithmetic: Arithmetic, bits:
     return Access.PAIR if is_word and Window.pairs_positions(product) else Access.POSITION
 
 
+def reads_raw_weights(product: Product, layout: Layout, arithmetic: Arithmetic, bits: int, access: Access) -> bool:
+    """Whether blocks can read the layer's own weights: lines of whole vectors, which nothing has packed before.
+
+    There are no such kernels for channels-last input.
+    """
+    p, weight = product.problem, layout["weight"]
+    is_contiguous = weight.strides == contiguous_strides(p.weight_shape) and weight.alignment == UNIT_BYTES
+    has_whole_lines = p.weight_shape[1] * p.K % arithmetic.channels == 0
+    has_rows = product.phases_in_rows or product.phases == 1
+    can_read = is_contiguous and has_whole_lines and has_rows and bits == 32
+    return can_read and access is not Access.UNIT and not layout.is_prepared
+
+
 @lru_cache(maxsize=4096)
 def compare_tilings(
-    product: Product, arithmetic: Arithmetic, bits: int, access: Access, device: Device
+    product: Product, arithmetic: Arithmetic, bits: int, access: Access, device: Device, *, raw: bool = False
 ) -> tuple[Tiling, ...]:
-    """The tilings of a product that fit the device, the cheapest first; `access` as of `input_access`."""
+    """The tilings of a product that fit the device, the cheapest first.
+
+    Args:
+        product: of the problem.
+        arithmetic: of its tensor cores.
+        bits: of an index.
+        access: as of `input_access`.
+        device: the GPU.
+        raw: as of `reads_raw_weights`.
+    """
     reduction, samples = Reduction.of(product, arithmetic), product.problem.N
     found = []
-    for tile in tiles(arithmetic, bits, segments=reduction.segments > 1):
+    for tile, is_raw in combined(
+        tiles(arithmetic, bits, segments=reduction.segments > 1), (False, True) if raw else (False,)
+    ):
+        if is_raw and not tile.packs_weights:
+            continue
         row_tiles = -(-product.rows // tile.block_m)
         block_samples, block_positions = 1, tile.block_n
         if tile.has_samples:
@@ -158,7 +213,7 @@ def compare_tilings(
             if block_samples < 2:
                 continue
         window = Window.of(product, block_samples, block_positions, access)
-        needed = shared_bytes(tile, window, reduction, arithmetic, bits)
+        needed = shared_bytes(product, tile, window, reduction, arithmetic, bits, is_raw=is_raw)
         column_tiles = -(-product.positions // block_positions)
         sample_tiles = -(-samples // block_samples)
         blocks = row_tiles * column_tiles * sample_tiles * product.products
@@ -166,8 +221,8 @@ def compare_tilings(
             continue
         if blocks * reduction.segments * tile.block_m * tile.block_n * 4 > MAX_PARTIAL_BYTES and tile.segment_mode == 2:
             continue
-        us = _predict(product, tile, window, reduction, arithmetic, blocks, needed, device)
-        found.append(Tiling(bits, tile, window, row_tiles, column_tiles, sample_tiles, blocks, needed, us))
+        us = _predict(product, tile, window, reduction, arithmetic, blocks, needed, device, is_raw=is_raw)
+        found.append(Tiling(bits, tile, window, row_tiles, column_tiles, sample_tiles, blocks, needed, us, is_raw))
     return tuple(sorted(found, key=lambda tiling: tiling.us))
 
 
@@ -180,6 +235,8 @@ def _predict(
     blocks: int,
     shared: int,
     device: Device,
+    *,
+    is_raw: bool,
 ) -> float:
     """Microseconds of a plan: the weights packed, the tiles multiplied, the sums of segments added."""
     p, is_cut = product.problem, tile.segment_mode == 2
@@ -203,6 +260,7 @@ def _predict(
         is_cut=is_cut,
         kept_segments=reduction.segments if tile.segment_mode == 1 else 0,
         access=window.access,
+        raw_vectors=reduction.units * reduction.taps if is_raw else 0,
     )
     packed = row_tiles * tile.block_m * reduction.chunks * reduction.pairs
     resident = min(tile.min_blocks, max(1, blocks_by_shared(shared, device)))
@@ -223,7 +281,8 @@ def _candidates(tilings: tuple[Tiling, ...]) -> tuple[tuple[str, float], ...]:
     def name(t: Tiling) -> str:
         samples = t.window.block_samples
         cut = " by segments" if t.tile.segment_mode == 2 else ""
-        return f"{t.tile.block_m}x{t.tile.block_n}" + (f" of {samples} samples" if samples > 1 else "") + cut
+        raw = ", packing" if t.is_raw else ""
+        return f"{t.tile.block_m}x{t.tile.block_n}" + (f" of {samples} samples" if samples > 1 else "") + cut + raw
 
     return tuple((name(t), t.us) for t in tilings)
 
@@ -233,7 +292,7 @@ def smallest_fits(product: Product, arithmetic: Arithmetic, device: Device) -> b
     reduction = Reduction.of(product, arithmetic)
     tile = tiles(arithmetic, segments=reduction.segments > 1)[-1]
     window = Window.of(product, 1, tile.block_n)
-    return shared_bytes(tile, window, reduction, arithmetic, 64) <= device.shared_per_block
+    return shared_bytes(product, tile, window, reduction, arithmetic, 64) <= device.shared_per_block
 
 
 def kernel_config(
@@ -248,6 +307,7 @@ def kernel_config(
     segment_mode: int,
     access: Access = Access.POSITION,
     output_last: bool = False,
+    is_raw: bool = False,
 ) -> Config:
     arithmetic = ARITHMETICS[dtype, precision]
     # The shared memory of Turing holds one block, seldom two; 64-bit offsets take twice the registers.
@@ -276,6 +336,8 @@ def kernel_config(
         macros["CHANNELS_LAST"] = 1
     if output_last:
         macros["OUTPUT_LAST"] = 1
+    if is_raw:
+        macros["RAW_WEIGHT"] = 1
     return Config.of(kernel, macros)
 
 
@@ -306,18 +368,21 @@ def kernel_configs(kernel: str, device: Device, phases: tuple[bool, ...], *, tra
                 for tile in (*tiles(arithmetic, bits), *tiles(arithmetic, bits, segments=True)):
                     for mode in (2, 3) if tile.segment_mode == 2 else (tile.segment_mode,):
                         for access, output_last in _accesses(arithmetic, bits, device, mode, phases_in_rows):
-                            yield kernel_config(
-                                kernel,
-                                dtype,
-                                precision,
-                                tile,
-                                bits,
-                                device,
-                                phases_in_rows=phases_in_rows,
-                                segment_mode=mode,
-                                access=access,
-                                output_last=output_last,
-                            )
+                            may_be_raw = tile.packs_weights and bits == 32 and access is not Access.UNIT
+                            for is_raw in (False, True) if may_be_raw and not output_last else (False,):
+                                yield kernel_config(
+                                    kernel,
+                                    dtype,
+                                    precision,
+                                    tile,
+                                    bits,
+                                    device,
+                                    phases_in_rows=phases_in_rows,
+                                    segment_mode=mode,
+                                    access=access,
+                                    output_last=output_last,
+                                    is_raw=is_raw,
+                                )
                 yield _pack_config(dtype, precision, bits, transposed=transposed, phases_in_rows=phases_in_rows)
 
 
@@ -346,7 +411,9 @@ def _tiling_params(reduction: Reduction, tiling: Tiling, arithmetic: Arithmetic)
 def make_plan(
     problem: ConvProblem, layout: Layout, device: Device, product: Product, tilings: tuple[Tiling, ...], kernel: str
 ) -> Plan:
-    """The weights packed, then a tensor-core kernel; where segments have blocks of their own, their sums added."""
+    """The weights packed, unless blocks do that, then a tensor-core kernel; where segments have blocks of their own,
+    their sums added.
+    """
     p, tiling = problem, tilings[0]
     tile, bits = tiling.tile, tiling.index_bits
     arithmetic = ARITHMETICS[p.dtype, p.precision]
@@ -374,21 +441,24 @@ def make_plan(
             segment_mode=mode,
             access=Access.POSITION if mode == 3 else tiling.window.access,  # the second launch reads no input
             output_last=output_last and mode != 2,
+            is_raw=tiling.is_raw,
         )
         config = with_padding_mode(config, p.padding_mode)
-        return Step(config, Launch(grid, tile.threads, shared, bits, params), (*conv_arrays(p, PACKED), *more))
+        arrays = conv_arrays(p, "weight" if tiling.is_raw else PACKED)
+        return Step(config, Launch(grid, tile.threads, shared, bits, params), (*arrays, *more))
 
-    pack, packed_bytes = _pack(p, layout, product, reduction, tile)
-    scratch = [(PACKED, packed_bytes)]
+    steps: list[Step] = []
+    scratch: list[tuple[str, int]] = []
+    if not tiling.is_raw:
+        pack, packed_bytes = _pack(p, layout, product, reduction, tile)
+        steps.append(pack)
+        scratch.append((PACKED, packed_bytes))
     if tile.segment_mode < 2:
-        steps = [pack, step(tile.segment_mode, tiling.blocks, tiling.shared_bytes)]
+        steps.append(step(tile.segment_mode, tiling.blocks, tiling.shared_bytes))
     else:
         segment_blocks = tiling.blocks * reduction.segments
-        steps = [
-            pack,
-            step(2, segment_blocks, tiling.shared_bytes, PARTIAL),
-            step(3, tiling.blocks, tile.slice_bytes(p.itemsize), PARTIAL),
-        ]
+        steps.append(step(2, segment_blocks, tiling.shared_bytes, PARTIAL))
+        steps.append(step(3, tiling.blocks, tile.slice_bytes(p.itemsize), PARTIAL))
         scratch.append((PARTIAL, segment_blocks * tile.block_m * tile.block_n * 4))
     return Plan(tuple(steps), tuple(scratch), _candidates(tilings))
 

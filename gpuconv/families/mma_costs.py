@@ -27,6 +27,10 @@ from .base import Step, round_up
 _STAGE_INSTRUCTIONS = 22
 _ENDING_INSTRUCTIONS, _ENDING_INSTRUCTIONS_OF_SAMPLES = 19, 23
 _PACK_INSTRUCTIONS = 140
+# Where blocks pack their weights themselves: instructions of a lane to copy a vector, and to pack one, by the bytes of
+# an element and the parts of an operand.
+_COPY_INSTRUCTIONS = 20
+_GATHER_INSTRUCTIONS = {(2, 1): 36, (4, 1): 63, (4, 2): 69}
 # Assumptions: cycles until a block's first data arrive and its last are gone; from a load to its data, mostly from L2;
 # of the barrier of a stage and its wait for weights, of a block alone; lines that a warp's load looks up in a cycle.
 LATENCY_CYCLES = 2500.0
@@ -35,6 +39,9 @@ _STAGE_CYCLES = 60.0
 LINES_PER_CYCLE = 4
 ROW_THREADS = 4  # of mma.cuh, that stage the units of a row
 _PACK_CYCLES = 2000.0  # of a thread that packs: its divisions, its loads, its stores
+# Of a warp that packs 32 vectors of its block, from loads to stores; of both barriers around that.
+_GATHER_CYCLES = 80.0
+_GATHER_BARRIER_CYCLES = 100.0
 
 
 def predict_plan(
@@ -53,7 +60,8 @@ def predict_plan(
     """
     work, code, unit = launch.work(p), launch.code(), tensor_cores(device, launch.arithmetic.itemsize)
     us = predict_launch(work, code, blocks=launch.blocks, resident=resident, unit=unit, device=device).us
-    us += _predict_packing(p, launch.arithmetic, packed, pack_blocks, device).us
+    if not launch.raw_vectors:
+        us += _predict_packing(p, launch.arithmetic, packed, pack_blocks, device).us
     if launch.is_cut:
         us += _predict_sum_of_segments(p, launch, launch.blocks // segments, segments, device).us
     return us
@@ -88,6 +96,7 @@ class TilesLaunch(NamedTuple):
         kept_segments: whose sums a block adds to totals in shared memory.
         batches: in which a block loads the window of a chunk: `input_batches`.
         access: by which it does.
+        raw_vectors: of a row's own weights of a chunk, which blocks pack themselves; 0 where these are packed before.
     """
 
     arithmetic: Arithmetic
@@ -108,6 +117,7 @@ class TilesLaunch(NamedTuple):
     is_cut: bool
     kept_segments: int
     access: Access
+    raw_vectors: int = 0
 
     @property
     def warps(self) -> int:
@@ -151,7 +161,9 @@ class TilesLaunch(NamedTuple):
         else:
             rows = self.chunks * self.units * a.channels * self.samples
             input_bytes = rows * (self.used_rows * a.itemsize + SECTOR_BYTES - a.itemsize)
-        weight_bytes = self.chunks * self.stages * self.stage_vectors * UNIT_BYTES
+        weight_vectors = self.block_m * self.raw_vectors if self.raw_vectors else self.stages * self.stage_vectors
+        weight_bytes = self.chunks * weight_vectors * UNIT_BYTES
+        gathering = self._gathering()
         stored = (
             self.blocks * self.block_m * self.block_n * 4 if self.is_cut else math.prod(p.output_shape) * p.itemsize
         )
@@ -164,11 +176,11 @@ class TilesLaunch(NamedTuple):
             l2_bytes=self.blocks * (input_bytes + weight_bytes) + stored,
             load_share=0.25,
             # Units of 16 bits are copied by a loop of its own.
-            staging_instructions=self._staging_instructions if is_copied else 0.0,
-            staging_wavefronts=self._staging_wavefronts if is_copied else 0.0,
+            staging_instructions=gathering.instructions + (self._staging_instructions if is_copied else 0.0),
+            staging_wavefronts=gathering.wavefronts + (self._staging_wavefronts if is_copied else 0.0),
             visits=self.blocks * self.warps * self.chunks * self.batches,
             dram_bytes=math.prod(p.input_shape) * p.itemsize + self.weight_tiles * weight_bytes + stored,
-            waits=LATENCY_CYCLES + waits * _LOAD_CYCLES,
+            waits=LATENCY_CYCLES + waits * _LOAD_CYCLES + gathering.chain,
             ending=self._ending(stored),
         )
 
@@ -181,11 +193,28 @@ class TilesLaunch(NamedTuple):
         copies = -(-self.stage_vectors // (WARP * self.warps))
         sums = 4 * rows * octets if a.parts == 2 else 0
         passes = self.blocks * self.warps * self.chunks * self.stages
+        gathering = self._gathering()
+        if self.raw_vectors:
+            copies = 0
         return Code(
             instructions=passes * (products + fetches + copies + sums + _STAGE_INSTRUCTIONS)
+            + gathering.instructions
             + self._staging_instructions,
-            wavefronts=passes * 4 * (fetches + copies + 1) + self._staging_wavefronts,
+            wavefronts=passes * 4 * (fetches + copies + 1) + gathering.wavefronts + self._staging_wavefronts,
             chain=self.chunks * self.stages * (_STAGE_CYCLES + MMA_LATENCY_CYCLES * STAGE_STEPS),
+        )
+
+    def _gathering(self) -> Code:
+        """What blocks do that pack their weights themselves: all of them, but for the chain, which is one block's."""
+        a = self.arithmetic
+        vectors = self.block_m * self.raw_vectors / WARP  # of a chunk, by warps
+        every = self.blocks * self.chunks * vectors
+        instructions = _COPY_INSTRUCTIONS + _GATHER_INSTRUCTIONS[a.itemsize, a.parts]
+        turns = math.ceil(vectors / self.warps)
+        return Code(
+            instructions=every * instructions,
+            wavefronts=every * (4 + a.channels + 4 * a.parts),
+            chain=self.chunks * (turns * _GATHER_CYCLES + _GATHER_BARRIER_CYCLES) if turns else 0.0,
         )
 
     def _ending(self, stored: int) -> Ending:
@@ -270,6 +299,7 @@ def _launch_of(problem: ConvProblem, step: Step) -> TilesLaunch:
         is_cut=is_cut,
         kept_segments=params["segments"] if macros["SEGMENT_MODE"] == "1" else 0,
         access=access,
+        raw_vectors=params["units"] * params.get("taps", params["K"]) if "RAW_WEIGHT" in macros else 0,
     )
 
 

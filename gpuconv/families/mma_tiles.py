@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from .arithmetic import STAGE_PAIRS, UNIT_BYTES, WARP, Arithmetic
 
 NUM_STAGES = 4  # of weights in shared memory, a power of two
+RAW_BOXES = 2  # of a layer's own weights there: kBoxes of raw_weights.cuh
 SLICE_TABLE_BYTES = 48  # of a row of Slice in mma.cuh, besides its elements, at most
 MAX_BLOCK_N = 256
 MAX_BLOCK_M = 128
@@ -47,6 +48,20 @@ class Tile:
         return self.warps * rows * ((self.block_n // self.warps_n + 8) * itemsize + SLICE_TABLE_BYTES)
 
     @property
+    def packs_weights(self) -> bool:
+        """Whether there are kernels in which blocks pack the weights themselves.
+
+        By the cost model that serves layers of few columns, whose weights are most of what is read, and small ones,
+        which take hardly longer than another launch.
+        """
+        extents = self.block_m, self.block_n
+        if self.segment_mode == 1:
+            return self.has_samples
+        return (self.has_samples and extents == (64, 64)) or (
+            not self.has_samples and extents in _RAW_TILES[self.segment_mode]
+        )
+
+    @property
     def total_bytes(self) -> int:
         """Shared memory for the sums of the segments before."""
         return self.block_m * self.block_n * 4 if self.segment_mode == 1 else 0
@@ -84,6 +99,11 @@ _SPLIT_TILES = (
     Tile(64, 64, 2, 2, 2, 4, has_samples=True),
     Tile(128, 16, 4, 1, 3, 2),
 )
+# Those of which there are kernels that pack the weights themselves, besides some of several samples; by segment_mode.
+_RAW_TILES = {
+    0: ((128, 128), (64, 128), (32, 256), (32, 128), (16, 128), (128, 16)),
+    2: ((128, 128), (64, 64), (64, 16)),
+}
 # For reductions in segments: a block has shared memory for the sums of the segments before, or sums one segment.
 _SEGMENT_TILES = (
     Tile(128, 128, 2, 2, 2, 4, segment_mode=1),

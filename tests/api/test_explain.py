@@ -132,18 +132,17 @@ def test_the_model_is_told_in_microseconds() -> None:
     lines = str(found).splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith("  model "))
     assert lines[start].endswith("predicted, not measured, at 1.75 GHz:")
-    rows = [line.split() for line in lines[start + 1 : start + 1 + len(found.choice.plan.candidates)]]
+    candidates = found.choice.plan.candidates[:MAX_CANDIDATES]
+    rows = [line.split() for line in lines[start + 1 : start + 1 + len(candidates)]]
     assert rows[0][-1] == "(chosen)"
-    for row, (name, us) in zip(rows, found.choice.plan.candidates, strict=True):
+    for row, (name, us) in zip(rows, candidates, strict=True):
         assert float(row[0]) == pytest.approx(us, rel=0.01)
         assert row[1] == "us"
-        assert row[3] == name
+        assert " ".join(row[3:]).removesuffix(" (chosen)") == name
     bars = [len(row[2]) for row in rows]
     assert bars == sorted(bars)
     assert {character for row in rows for character in row[2]} == {"#"}
-    assert bars[0] / bars[-1] == pytest.approx(
-        found.choice.plan.candidates[0][1] / found.choice.plan.candidates[-1][1], abs=0.1
-    )
+    assert bars[0] / bars[-1] == pytest.approx(candidates[0][1] / candidates[-1][1], abs=0.1)
     kernel = found.to_dict()["kernel"]
     assert [(c["configuration"], c["microseconds"]) for c in kernel["candidates"]] == list(found.choice.plan.candidates)
 
