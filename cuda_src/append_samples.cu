@@ -1,4 +1,4 @@
-// append_samples: moves the samples of a window forward and appends new ones, in place, for gpuconv/stream.py.
+// append_samples: moves the samples of a window forward and appends new ones, in place, for gpuconv/stream.
 //
 //   window[n, c, i] = window[n, c, i + L]    for i < held
 //   window[n, c, held + l] = input[n, c, l]  for l < L

@@ -1,5 +1,5 @@
 // conv1d_depthwise_push: a few new samples of the streams of a depthwise layer (C_in_g = C_out_g = 1), for
-// gpuconv/window.py. It convolves the samples that the streams hold, followed by the new ones, and keeps the last.
+// gpuconv/stream/window.py. It convolves the samples that the streams hold, followed by the new ones, and keeps the last.
 //
 //   output[n, c, l_out] = bias[c] + sum over k < K of weight[c, k] * x(l_out*stride + k*dilation)
 //   x(l) = ring[n, (start + l) % held, c] for l < held,   input[n, c, l - held] from there on

@@ -1,4 +1,89 @@
-"""1-D convolution and transposed convolution for CuPy and NumPy arrays, with PyTorch's semantics."""
+"""1-D convolution and transposed convolution for CuPy and NumPy arrays, with PyTorch's semantics.
+
+    >>> import numpy as np, gpuconv
+    >>> x = np.arange(8.0).reshape(1, 1, 8)  # (N, C_in, L_in); a CuPy array is computed on its GPU
+    >>> w = np.array([[[0.25, 0.5, 0.25]]])  # (C_out, C_in/groups, K)
+    >>> gpuconv.conv1d(x, w, stride=2, padding="same")
+    array([[[1., 3., 5., 5.]]])
+
+`conv1d` and `conv_transpose1d` are the two operations, with the order of arguments of torch.nn.functional.
+`gpuconv.nn` has layers, `gpuconv.grad` the gradients, `gpuconv.stream` signals that arrive piece by piece,
+`gpuconv.chunked` arrays larger than memory, `gpuconv.signal` the finite filters of scipy.signal, `gpuconv.sigpy` those
+of sigpy, `gpuconv.torch` both operations for PyTorch's tensors, `gpuconv.reference` definitions and error bounds,
+`gpuconv.testing` assertions within them.
+
+## Shapes
+
+"Convolution" is cross-correlation: the kernel is not flipped, as in every deep-learning framework. Without the axis N a
+call is on one sample.
+
+|        | conv1d | conv_transpose1d |
+| ------ | ------ | ---------------- |
+| input  | (N, C_in, L_in) | (N, C_in, L_in) |
+| weight | (C_out, C_in/groups, K) | (C_in, C_out/groups, K) |
+| bias   | (C_out,) or None | (C_out,) or None |
+| output | (N, C_out, L_out) | (N, C_out, L_out) |
+
+    conv1d            L_out = floor((L_in + left + right - dilation*(K - 1) - 1) / stride) + 1
+    conv_transpose1d  L_out = (L_in - 1)*stride - left - right + dilation*(K - 1) + output_padding + 1
+
+`padding="same"` gives L_out = ceil(L_in/stride), transposed L_in*stride; an odd total puts the odd one on the right.
+With N = 0, C_out = 0 or C_in = 0 the result has the right shape; an empty sum is the bias, or zero.
+
+## Arrays
+
+- **dtypes**: float16, bfloat16 (ml_dtypes; on a GPU with NumPy 2.1.2 or newer), float32, float64, complex64,
+  complex128; all arrays share one. float16 and bfloat16 are summed in float32 and rounded once. Complex data take real
+  taps, too (float32 with complex64, float64 with complex128), as two real convolutions on the parts in place. int8,
+  uint8, int16, int32 and int64 are summed exactly, in int64 or by `out_dtype="int32"` in int32, which wrap around as
+  NumPy's do; on a GPU by the base families alone.
+- **strides**: any (transposed, reversed, broadcast, sliced), read in place; read-only and, on NumPy, any byte order.
+  Elements that do not lie at multiples of their size, as in `f[1:].view(complex64)`, are copied on a GPU.
+- **other libraries**: what exports DLPack or `__cuda_array_interface__` (PyTorch, JAX, Numba, ...) is taken as input,
+  weight, bias or `out`, and read and written where it lies, never by a copy; the result is NumPy's or CuPy's. On a GPU
+  CuPy's current stream waits for the exporter's; whoever then changes or frees such an array on another stream lets
+  that one wait for CuPy's. Tensors that require a gradient belong to `gpuconv.torch`. Lists become arrays by an
+  explicit `np.asarray`.
+- **streams and CUDA graphs**: work is queued on CuPy's current stream. Calls can be captured into a CUDA graph after
+  one call outside, which compiles the kernels; what a captured call allocates for itself belongs to the graph and goes
+  with it (the GPU and its driver must have the stream-ordered allocator, as all but some virtual GPUs do).
+- **lengths**: a GPU takes a batch of samples with lengths of their own at once. Kernels on tensor cores keep to the
+  lengths and skip what lies behind them, the others compute whole rows, and a second step the ends (weight gradients
+  run on tensor cores or in the base family). Only where "same" meets a stride, and on the CPU, each run of neighbours
+  of one length is a call on views, so sorted batches have fewer of them. A CUDA graph keeps the lengths that it was
+  captured with.
+- **errors** name the argument, what was expected and what came, alike for NumPy and CuPy arrays.
+
+## Arithmetic
+
+Which arithmetic a layer gets on a GPU follows from its channels, taps and dtype and from the architecture alone:
+
+- float16 on tensor cores, float16 products and float32 sums: sm_75 and newer; C_in/groups and C_out/groups from 8; or
+  fewer of the first, with K from 8 and at least 32 products a sum; depthwise, K from 64, stride and dilation 1 (TF32:
+  K from 128).
+- bfloat16 likewise: sm_80 and newer.
+- float32 with `precision="tf32"`, operands rounded to TF32 and float32 sums: sm_80 and newer, likewise.
+- float32 as split TF32, every number as two TF32 numbers, three products for one: sm_80 and newer; C_in/groups from 8,
+  C_out/groups from 16, at least 64 products a sum; or fewer of the first, with K from 8 and at least 64 products.
+
+For the transposed operation with dilation 1 the second number counts C_out/groups times stride, with C_out/groups
+above 4, or C_out/groups times K from 64. Weight gradients follow the same rules; theirs are sums over samples and
+positions, and the second number is that of the input channels of a transposed operation. Where the first is fewer than
+8 they need K from 8, and in float32 at least 32 products of it and K. Very short samples stay on CUDA cores where
+tensor cores could miss the bound. Everything else, and float64 and complex data, runs on CUDA cores.
+
+`gpuconv.reference` gives each result an error bound. For float16, bfloat16 and TF32, which tensor cores may sum, it
+has `4n/3 + 2` in place of `n + 2`, and TF32 adds what rounding its operands costs. Split TF32 keeps the bound of
+float32; values that cannot be split without loss (infinities, NaN, below 2^-102, from 2^127 on) and sums that are not
+finite are computed with fused multiply-adds instead, for each result by itself. An activation multiplies the bound by
+its largest slope and adds its own error, at most 4 units in the last place (gelu: and one of its argument).
+
+In a checkout `python -m bench.accuracy` compares all of them with float64. By the published arithmetic of Hopper's
+tensor cores, executed on the CPU (no GPU has confirmed it yet), the RMS error of split TF32 is 1.4 to 11 times smaller
+than that of sequential fused multiply-adds in float32, on normal, cancelling and one-sided data; that of TF32 is 9 to
+2,100 times larger; float16 and bfloat16 results are the exact sums rounded once, but for errors of a few 2^-24 of the
+terms.
+"""
 
 import importlib
 import sys

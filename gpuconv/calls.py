@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import cache, partial
 from threading import Lock
 from types import ModuleType
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -22,9 +22,14 @@ from .memory import check_kinds, check_overlap, overlaps_itself
 from .problem import BiasGradientProblem, ConvProblem, Problem, WeightGradientProblem, dtype_name
 from .tasks import OPTIONAL, SIGNATURES, Task, padding_of, settings_of_samples
 
+if TYPE_CHECKING:
+    from . import fft
+    from .device import Device
+
 # Executors of GPU calls, and tasks of CPU calls, by everything that they depend on. A full cache drops its
 # oldest entry, so that a program whose lengths always differ keeps only so many.
-_EXECUTORS: dict[tuple[Any, ...], tuple[runtime.Executor, Task, Any]] = {}  # with the dtype of the result
+# With an executor, the dtype of the result.
+_EXECUTORS: dict[tuple[Any, ...], tuple[runtime.Executor | fft.Executor, Task, Any]] = {}
 # Of a task: the dtype of the result, and whether it is a convolution of the arrays as they are, with nothing fused.
 _TASKS: dict[tuple[Any, ...], tuple[Task, np.dtype[Any], bool]] = {}
 _CACHE_SIZE = 4096
@@ -48,7 +53,7 @@ def run(
         arrays: those of the signature, in order; also those of other libraries, which are read where they lie.
         settings: the other arguments of `Task.of`, in order.
         out: where to write the result; None for a fresh array.
-        algorithm: of a GPU; see `dispatch.choose`.
+        algorithm: see `dispatch.choose`, and `fft.choose`, which alone has an effect on the CPU.
         prepared: the packed forms of the weight, if the caller has them.
         lengths: of the samples, where they have lengths of their own; see `gpuconv.lengths`.
 
@@ -59,6 +64,8 @@ def run(
         from . import dispatch  # with all kernel families, which most calls on the CPU do not need
 
         dispatch.check_algorithm(function, SIGNATURES[function].kind, algorithm)
+        if lengths is not None and SIGNATURES[function].kind == "weight_gradient":
+            algorithm = dispatch.of_sums_over_lengths(function, algorithm)
     if runtime.is_cupy_array(arrays[0]):
         return _run_on_gpu(function, arrays, settings, out, algorithm, prepared, lengths)
     if lengths is not None:
@@ -67,7 +74,7 @@ def run(
             options = {"algorithm": algorithm, "prepared": prepared, "lengths": lengths}
             result = run(function, views[0], settings, views[1], **options)
             return result if out is None else out
-        return _run_samples_on_cpu(function, arrays, settings, out, lengths)
+        return _run_samples_on_cpu(function, arrays, settings, out, lengths, algorithm, prepared)
     return _run_on_cpu(function, arrays, settings, out, algorithm, prepared)
 
 
@@ -79,7 +86,8 @@ def _run_on_cpu(
     algorithm: str | None,
     prepared: runtime.PreparedWeight | None,
 ) -> Any:
-    key = _cpu_key(function, arrays, settings) if out is None else None
+    by_fft = _fft_algorithm(algorithm)
+    key = _cpu_key(function, arrays, settings) if out is None and by_fft is None else None
     found = None if key is None else _TASKS.get(key)
     if found is not None:
         task, dtype, is_convolution = found
@@ -95,7 +103,7 @@ def _run_on_cpu(
         result = run(function, views[0], settings, views[1], algorithm=algorithm, prepared=prepared)
         return result if out is None else out
     if _has_real_taps(function, arrays):
-        return _run_by_parts(function, arrays, settings, out)
+        return _run_by_parts(function, arrays, settings, out, algorithm=algorithm, prepared=prepared)
     task = _check(function, arrays, settings, out)
     if key is not None and all(array is None or array.dtype.isnative for array in arrays):
         p, dtype = task.problem, np.dtype(task.out_dtype or arrays[0].dtype)
@@ -105,17 +113,42 @@ def _run_on_cpu(
     dtype = cast(Any, plain[0]).dtype
     if out is None:
         out = np.empty(task.shape, task.out_dtype or dtype)
+    executor = _fft_executor(task, by_fft, None)
     if out.dtype.isnative:
-        _compute(task, plain, np.asarray(out))
+        _compute(task, plain, np.asarray(out), executor, prepared)
     else:
         result = np.empty(out.shape, task.out_dtype or dtype)
-        _compute(task, plain, result)
+        _compute(task, plain, result, executor, prepared)
         out[...] = result
     return out
 
 
-def _compute(task: Task, arrays: Sequence[Any], output: np.ndarray[Any, Any]) -> None:
+def _fft_algorithm(algorithm: str | None) -> str | None:
+    """The algorithm, where it may be the FFT."""
+    return algorithm if algorithm in ("fft", "auto") else None
+
+
+def _fft_executor(task: Task, algorithm: str | None, device: Device | None) -> fft.Executor | None:
+    """What computes a task through the FFT; None where it is summed directly."""
+    if algorithm is None or task.problem is None:
+        return None
+    from . import fft
+
+    plan = fft.choose(task.problem, algorithm, device)
+    return None if plan is None or task.problem.is_empty else fft.Executor(plan, conjugate_weight=task.conjugate_weight)
+
+
+def _compute(
+    task: Task,
+    arrays: Sequence[Any],
+    output: np.ndarray[Any, Any],
+    by_fft: fft.Executor | None = None,
+    prepared: runtime.PreparedWeight | None = None,
+) -> None:
     """Compute a task of NumPy arrays in native byte order into `output`."""
+    if by_fft is not None:
+        by_fft.run(*arrays, output, prepared=prepared)
+        return
     cpu, p = _cpu(), task.problem
     if isinstance(p, ConvProblem):
         x, weight, *more = arrays
@@ -171,14 +204,15 @@ def _run_on_gpu(
             options = {"algorithm": algorithm, "prepared": prepared, "lengths": lengths}
             return _run_by_parts(function, arrays, settings, out, **options)
         task = _check(function, arrays, settings, out)
-        if lengths is not None and _runs_one_by_one(function, task, settings):
+        by_fft = _fft_executor(task, _fft_algorithm(algorithm), runtime.device(device_index))
+        if lengths is not None and (by_fft is not None or _runs_one_by_one(function, task, settings)):
             samples = _samples(function, arrays, settings, task, lengths)
             dtype = np.dtype(task.out_dtype or arrays[0].dtype)
             result = runtime.empty_beside(arrays[0], task.shape, dtype) if out is None else out
             compute = partial(run, algorithm=algorithm, prepared=prepared)
             _run_by_runs(function, arrays, settings, task, samples, result, compute, runtime.clear)
             return result
-        executor = runtime.make_executor(
+        executor = by_fft or runtime.make_executor(
             task.problem if lengths is None else _with_lengths(task.problem),
             SIGNATURES[function].operands[: len(arrays)],
             arrays,
@@ -251,12 +285,21 @@ def _table(function: str, task: Task, samples: Samples) -> np.ndarray[Any, Any]:
 
 
 def _run_samples_on_cpu(
-    function: str, arrays: tuple[Any, ...], settings: tuple[Any, ...], out: Any | None, lengths: Any
+    function: str,
+    arrays: tuple[Any, ...],
+    settings: tuple[Any, ...],
+    out: Any | None,
+    lengths: Any,
+    algorithm: str | None,
+    prepared: runtime.PreparedWeight | None,
 ) -> Any:
     """Compute samples of lengths of their own: runs of one length on views of the arrays."""
     if _has_real_taps(function, arrays):
-        return _run_by_parts(function, arrays, settings, out, lengths=lengths)
+        options = {"lengths": lengths, "algorithm": algorithm, "prepared": prepared}
+        return _run_by_parts(function, arrays, settings, out, **options)
     task = _check(function, arrays, settings, out)
+    by_fft = _fft_algorithm(algorithm)
+    _fft_executor(task, by_fft, None)  # which may refuse
     samples = _samples(function, arrays, settings, task, lengths)
     plain = tuple(None if array is None else _native(array) for array in arrays)
     if out is None:
@@ -265,7 +308,8 @@ def _run_samples_on_cpu(
     result = np.asarray(out) if is_native else np.empty(out.shape, task.out_dtype or cast(Any, plain[0]).dtype)
 
     def compute(function: str, views: tuple[Any, ...], settings: tuple[Any, ...], result: Any) -> None:
-        _compute(Task.of(function, views, settings), views, result)
+        part = Task.of(function, views, settings)
+        _compute(part, views, result, _fft_executor(part, by_fft, None), prepared)
 
     if isinstance(task.problem, WeightGradientProblem | BiasGradientProblem):
         sums: np.ndarray[Any, Any] = np.zeros(task.shape, _cpu().accumulator(task.problem.dtype))

@@ -28,24 +28,55 @@ from .journal import Journal
 from .pieces import Piece, Pieces
 from .problem import ConvProblem
 
+__all__ = ["Source", "Target", "conv1d", "conv_transpose1d"]
+
 MAX_BYTES = 256 * 2**20  # of the pieces that are in memory at once
 DEVICES = ("cpu", "gpu")
 
 
 class Source(Protocol):
-    """What is read of a source: slices along all of its axes."""
+    """What is read of a source: its shape, its dtype, and slices along all of its axes.
+
+    Example:
+        >>> import numpy as np
+        >>> from gpuconv import chunked
+        >>> class Ramp:
+        ...     shape, dtype = (1, 1, 10**6), np.dtype("float64")
+        ...     def __getitem__(self, key):
+        ...         return np.arange(*key[2].indices(10**6), dtype="float64")[None, None]
+        >>> y = chunked.conv1d(Ramp(), np.ones((1, 1, 2)), out=np.empty((1, 1, 999999)))
+        >>> float(y[0, 0, -1])
+        1999997.0
+    """
 
     @property
-    def shape(self) -> tuple[int, ...]: ...
+    def shape(self) -> tuple[int, ...]:
+        """(N, C, L) or (C, L)."""
+        ...
 
     @property
-    def dtype(self) -> Any: ...
+    def dtype(self) -> Any:
+        """What NumPy takes for a dtype."""
+        ...
 
     def __getitem__(self, key: Any, /) -> Any: ...
 
 
 class Target(Source, Protocol):
-    """What is written to; `flush` is called behind each piece where there is such a method."""
+    """What is written to; `flush` is called behind each piece where there is such a method.
+
+    Example:
+        >>> import numpy as np
+        >>> from gpuconv import chunked
+        >>> class Peak:
+        ...     shape, dtype, peak = (1, 1, 998), np.dtype("float64"), 0.0
+        ...     def __getitem__(self, key):
+        ...         raise NotImplementedError("only a journal reads what was written")
+        ...     def __setitem__(self, key, value):
+        ...         self.peak = max(self.peak, float(value.max()))
+        >>> chunked.conv1d(np.ones((1, 1, 1000)), np.ones((1, 1, 3)), out=Peak(), max_bytes=4096).peak
+        3.0
+    """
 
     def __setitem__(self, key: Any, value: Any, /) -> None: ...
 
@@ -108,7 +139,7 @@ def conv1d(
         residual: a source of the output's shape, or None.
         activation: see there.
         precision: see there.
-        algorithm: see there.
+        algorithm: see there. With "fft" blocks begin in each piece, so that the bits are not those of one call.
         out_dtype: see there.
 
     Returns:
@@ -180,7 +211,7 @@ def conv_transpose1d(
         residual: a source of the output's shape, or None.
         activation: see there.
         precision: see there.
-        algorithm: see there.
+        algorithm: see there. With "fft" blocks begin in each piece, so that the bits are not those of one call.
         out_dtype: see there.
 
     Returns:

@@ -11,7 +11,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from typing import Any, NamedTuple, TypeAlias
 
-from . import cubins, runtime
+from . import cubins, fft, runtime
 from .device import ARCHITECTURES, Device
 from .dtypes import DTYPES, dtype_name
 from .explain import DIRECTIONS, Direction, explain
@@ -20,6 +20,8 @@ from .families.base import base_config
 from .problem import ArrayLike, Op
 from .source import assemble
 from .text import install_hint
+
+__all__ = ["Compiled", "compile", "is_compiled"]
 
 Progress: TypeAlias = Callable[[int, int, str], None]
 Job: TypeAlias = tuple[Config, str]  # a specialisation, and the architecture to compile it for
@@ -33,6 +35,14 @@ class Compiled(NamedTuple):
     Attributes:
         kernels: how many kernels of the call are ready now.
         compiled: how many of them were not before.
+
+    Example:
+        >>> import gpuconv
+        >>> from gpuconv.problem import ArraySpec
+        >>> x, w = ArraySpec((8, 1, 3000), "float64"), ArraySpec((1, 1, 5), "float64")
+        >>> call = {"arch": "sm_90", "direction": "forward"}
+        >>> [gpuconv.compile("conv1d", x, w, **call).kernels, gpuconv.compile("conv1d", x, w, **call).compiled]
+        [1, 0]
     """
 
     kernels: int
@@ -172,10 +182,12 @@ def configs_of(
             explanation = explain(op, *arrays, direction=direction, device=device, **settings)
         except (ValueError, TypeError) as error:
             raise type(error)(str(error).replace("explain:", f"{caller}:", 1)) from None
-        if explanation.choice is not None:
-            configs.update((step.config, None) for step in explanation.choice.plan.steps)
-            if explanation.problem.has_lengths:
-                configs.update((config, None) for config in lengths.write_configs())
+        plan = explanation.by_fft
+        for choice in (explanation.choice,) if plan is None else fft.products(plan, device):
+            if choice is not None:
+                configs.update((step.config, None) for step in choice.plan.steps)
+        if explanation.choice is not None and explanation.problem.has_lengths:
+            configs.update((config, None) for config in lengths.write_configs())
     return [*configs]
 
 

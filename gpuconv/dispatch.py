@@ -27,6 +27,9 @@ from .families.base import contiguous_strides
 from .fusion import RESIDUAL
 from .problem import FORMATS, ConvProblem, Kind, Problem
 
+# Algorithms that are no kernel families: gpuconv.fft computes by them, or finds that direct sums cost less.
+BY_FFT = ("fft", "auto")
+
 
 class StridedPointer(NamedTuple):
     """Where an array lies in memory: its strides, and the address of its first element, in bytes."""
@@ -106,8 +109,9 @@ def families(kind: Kind) -> tuple[Family[Any], ...]:
 
 
 def algorithms(kind: Kind) -> tuple[str, ...]:
-    """What the argument algorithm can name: "base", and the kernel families by preference."""
-    return ("base", *(family.name for family in families(kind)))
+    """What the argument algorithm can name: "base", the kernel families by preference, and `BY_FFT`."""
+    by_fft = () if kind == "bias_gradient" else BY_FFT
+    return ("base", *(family.name for family in families(kind)), *by_fft)
 
 
 def check_algorithm(caller: str, kind: Kind, algorithm: str | None) -> None:
@@ -124,12 +128,23 @@ def check_algorithm(caller: str, kind: Kind, algorithm: str | None) -> None:
         raise AlgorithmError(f"{caller}: algorithm must be {expected}, got {algorithm!r}")
 
 
+def of_sums_over_lengths(caller: str, algorithm: str | None) -> str | None:
+    """The algorithm of a weight gradient whose samples have lengths of their own: what "auto" stands for there.
+
+    Raises:
+        AlgorithmError: it is "fft".
+    """
+    if algorithm == "fft":
+        raise AlgorithmError(f"{caller}: algorithm 'fft' takes no lengths; expected None, 'auto' or a kernel family")
+    return None if algorithm == "auto" else algorithm
+
+
 @lru_cache(maxsize=4096)
 def choose(problem: Problem, layout: Layout, device: Device, algorithm: str | None = None) -> Choice | None:
     """The family that computes a problem, and its plan; None where the problem is empty and nothing is launched.
 
-    The choice is a pure function of its arguments and never depends on a timing. `algorithm` is None for the family
-    that is preferred, "base" for the one that refuses nothing, or the name of a family.
+    The choice is a pure function of its arguments and never depends on a timing. `algorithm` is None or "auto" for the
+    family that is preferred, "base" for the one that refuses nothing, or the name of a family.
 
     Raises:
         AlgorithmError: that family refuses the problem, or there is none of that name.
@@ -137,7 +152,9 @@ def choose(problem: Problem, layout: Layout, device: Device, algorithm: str | No
     if problem.is_empty:
         return None
     own = families(problem.kind)
-    if algorithm is not None:
+    if algorithm == "fft":
+        raise AlgorithmError(f"{problem.kind}: algorithm 'fft' is no kernel family")
+    if algorithm not in (None, "auto"):
         check_algorithm(problem.kind, problem.kind, algorithm)
         (family,) = own[-1:] if algorithm == "base" else (family for family in own if family.name == algorithm)
         plan = plan_of(family, problem, layout, device)

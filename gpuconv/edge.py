@@ -16,9 +16,9 @@ import numpy.typing as npt
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular", "symmetric")
 
 
-def source_indices(mode: str, first: int, stop: int, L: int) -> npt.NDArray[np.intp]:
-    """The samples that the positions first to stop - 1 mean, in a mode that is not "zeros" and allows them."""
-    at = np.arange(first, stop)
+def source_indices(mode: str, first: int, stop: int, L: int, step: int = 1) -> npt.NDArray[np.intp]:
+    """The samples that every step-th position from first to stop - 1 means, in a mode other than "zeros"."""
+    at = np.arange(first, stop, step)
     if mode == "replicate":
         return np.clip(at, 0, L - 1)
     if mode == "circular":

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
-from . import cpu, dispatch, runtime
+from . import cpu, dispatch, fft, runtime
 from .arguments import check_int, check_padding_mode
 from .calls import are_real_taps, check_real_taps
 from .costs import clock_under_load
@@ -32,6 +32,8 @@ from .problem import (
 )
 from .tasks import OPTIONAL, SIGNATURES
 from .text import WIDTH, count, wrap, wrap_rows
+
+__all__ = ["Explanation", "explain"]
 
 Direction: TypeAlias = Literal["forward", "grad_input", "grad_weight", "grad_bias"]
 DIRECTIONS: tuple[Direction, ...] = ("forward", "grad_input", "grad_weight", "grad_bias")
@@ -66,8 +68,19 @@ class Explanation:
         copies: the arrays that are copied first, because the kernels (or BLAS) cannot read them where they lie.
         parts: how often the call computes `problem`: twice for real taps on complex data, whose real and imaginary part
             are computed one after the other.
+        by_fft: how the FFT computes it, where the algorithm is "fft" or "auto"; None for "auto" where direct sums do.
+        costs: of direct sums and of the FFT, predicted from the layer alone; None for other algorithms, and where the
+            FFT does not take the problem.
         samples: the lengths of the samples, where the call gives them.
         runs: how many calls on neighbouring samples of one length that becomes; 1 where one call takes them all.
+
+    Example:
+        >>> import gpuconv
+        >>> from gpuconv.problem import ArraySpec
+        >>> x, w = ArraySpec((8, 512, 3000), "float16"), ArraySpec((512, 512, 3), "float16")
+        >>> found = gpuconv.explain("conv1d", x, w, padding="same", device="sm_90")
+        >>> found.choice.family, found.flops, found.copies
+        ('conv1d_mma', 37748736000, ())
     """
 
     problem: ConvProblem | WeightGradientProblem | BiasGradientProblem
@@ -78,6 +91,8 @@ class Explanation:
     parts: int = 1
     samples: Samples | None = None
     runs: int = 1
+    by_fft: fft.Plan | None = None
+    costs: fft.Costs | None = None
 
     @property
     def flops(self) -> int:
@@ -150,6 +165,19 @@ class Explanation:
             "copy_bytes": self.copy_bytes,
             "method": None if self.method is None else dataclasses.asdict(self.method),
             "kernel": None if self.choice is None else self._kernel_dict(self.choice),
+            "fft": None if self.by_fft is None else self._fft_dict(self.by_fft),
+            "costs": None if self.costs is None else self.costs._asdict(),
+        }
+
+    def _fft_dict(self, plan: fft.Plan) -> dict[str, Any]:
+        overlap = plan.overlap
+        return {
+            "block": overlap.block,
+            "results_of_a_block": overlap.new,
+            "blocks": plan.problem.N * overlap.rows * overlap.blocks,
+            "blocks_at_a_time": plan.batch,
+            "workspace_bytes": plan.workspace_bytes,
+            "prepared_bytes": plan.spectra_bytes,
         }
 
     def _kernel_dict(self, choice: dispatch.Choice) -> dict[str, Any]:
@@ -203,7 +231,14 @@ class Explanation:
                 rows.append(("workspace", _quantity(self.method.workspace_bytes, "B")))
         else:
             where = f"{self.device.name} ({self.device.arch_name})"
-            rows += self._kernel_rows()
+            if self.by_fft is None:
+                rows += self._kernel_rows()
+        if self.by_fft is not None:
+            rows += _fft_rows(self.by_fft)
+        if self.costs is not None:
+            direct, by_fft = (f"{us / 1e3:.3g} ms" for us in (self.costs.direct_us, self.costs.fft_us))
+            where_from = f"predicted for {count(self.costs.blocks, 'block')} of this layer"
+            rows.append(("costs", f"direct {direct}, FFT {by_fft}, {where_from}"))
         if self.fused:
             saved = {w: "" if n is None else f" ({_quantity(n, 'B')} saved)" for w, n in self.fused.items()}
             words = [f"{what}{num_bytes}" for what, num_bytes in saved.items()]
@@ -269,6 +304,16 @@ def _names_of_operands(problem: WeightGradientProblem) -> dict[str, str]:
     """The names that users know the arrays of a weight gradient by."""
     signature = SIGNATURES[f"{problem.op}_weight"]
     return dict(zip(signature.operands, signature.arrays, strict=True))
+
+
+def _fft_rows(plan: fft.Plan) -> list[tuple[str, str]]:
+    overlap = plan.overlap
+    number = count(plan.problem.N * overlap.rows * overlap.blocks, "block")
+    words = f"{number} of {overlap.block} samples for {count(overlap.new, 'result')}, {plan.batch} at a time"
+    kept = f"{_quantity(plan.workspace_bytes, 'B')}"
+    if isinstance(plan.problem, ConvProblem):
+        kept += f"; a prepared weight keeps {_quantity(plan.spectra_bytes, 'B')}"
+    return [("fft", words), ("workspace", kept)]
 
 
 def _launch_words(launch: Launch) -> str:
@@ -355,15 +400,6 @@ def explain(
         given = {name: array if name == "weight" else _RealPart.of(array) for name, array in given.items()}
     p = ConvProblem.of(op, given["input"], weight, given.get("bias"), **settings)
     p = p.fused(Fused(fused.fusion, tuple(map(given.get, FUSED_ARRAYS))))
-    samples, runs = None, 1
-    if lengths is not None:
-        padding = settings.get("padding", 0)
-        samples = Samples.of(op, p, padding, lengths)
-        is_sum = direction in ("grad_weight", "grad_bias")
-        if target is None or (follows_length(p, padding) and not is_sum):
-            runs = len(list(samples.runs()))
-        else:
-            p = replace(p, has_lengths=True)
     problem: ConvProblem | WeightGradientProblem | BiasGradientProblem = p
     if direction != "forward" and p.out_dtype is not None:
         raise TypeError(f'explain: {p.dtype} data have no gradients, expected direction "forward"')
@@ -375,15 +411,33 @@ def explain(
         problem = WeightGradientProblem.of(p)
     elif direction == "grad_bias":
         problem = BiasGradientProblem.of(p)
+    if lengths is not None and direction == "grad_weight":
+        algorithm = dispatch.of_sums_over_lengths(function, algorithm)
+    plan, costs = fft.choose(problem, algorithm, target), None
+    if algorithm in dispatch.BY_FFT and fft.refusal(problem) is None:
+        costs = fft.costs(problem, target)
+    samples, runs = None, 1
+    if lengths is not None:
+        padding = settings.get("padding", 0)
+        samples = Samples.of(op, p, padding, lengths)
+        is_sum = direction in ("grad_weight", "grad_bias")
+        if target is None or plan is not None or (follows_length(p, padding) and not is_sum):
+            runs = len(list(samples.runs()))
+        else:
+            problem = replace(problem, has_lengths=True)
+    if problem.is_empty:
+        plan = None
     # Gradients of the output are freshly allocated, and so are conjugates of weights, which are a copy.
     operands = dict(zip(SIGNATURES[function].arrays, SIGNATURES[function].operands, strict=True))
     operands = {array: operand for array, operand in operands.items() if array in given}
-    more = (1 + by_parts, samples, runs)
-    conjugated = ("weight",) if direction == "grad_input" and p.is_complex else ()
+    more = (1 + by_parts, samples, runs, plan, costs)
+    conjugated = ("weight",) if direction == "grad_input" and p.is_complex and plan is None else ()
     if target is None:
         swapped = [name for name in operands if not getattr(given[name].dtype, "isnative", True)]
         method = None
-        if isinstance(problem, ConvProblem):
+        if plan is not None:
+            pass
+        elif isinstance(problem, ConvProblem):
             method = cpu.method(problem)
         elif isinstance(problem, WeightGradientProblem):
             method = cpu.weight_gradient.method(problem)
@@ -399,7 +453,7 @@ def explain(
     layout, copies = dispatch.lay_out(problem, pointers)
     arrays_of = {operand: array for array, operand in operands.items()}
     copies = (*(arrays_of[operand] for operand in copies), *conjugated)
-    choice = dispatch.choose(problem, layout, target, algorithm)
+    choice = None if plan is not None else dispatch.choose(problem, layout, target, algorithm)
     return Explanation(problem, target, choice, None, copies, *more)
 
 

@@ -212,8 +212,22 @@ def write_text(path: StrPath, text: str) -> None:
     Raises:
         FileError: it cannot be written.
     """
-    with _new_file(path, force=True) as file:
-        file.write(text.encode())
+    write_bytes(path, text.encode(), force=True)
+
+
+def write_bytes(path: StrPath, data: bytes, *, force: bool = False) -> None:
+    """Write a file of any format: the whole file or nothing.
+
+    Args:
+        path: the file.
+        data: what it will hold.
+        force: replace a file that exists.
+
+    Raises:
+        FileError: it cannot be written.
+    """
+    with _new_file(path, force=force) as file:
+        file.write(data)
 
 
 def check_wav(path: StrPath, shape: tuple[int, ...], dtype: str, rate: int | None) -> None:

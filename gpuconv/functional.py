@@ -36,8 +36,6 @@ def conv1d(
 ) -> ArrayT:
     """1-D convolution (cross-correlation: the kernel is not flipped, as in every deep-learning framework).
 
-    ::
-
         output[n, c_out, l_out] = bias[c_out] + sum over c_in, k of weight[c_out, c_in, k] * input[n, c, l_in]
         l_in  = l_out*stride - padding_left + k*dilation
         c     = (c_out // (C_out/groups)) * (C_in/groups) + c_in
@@ -78,7 +76,12 @@ def conv1d(
             and float32 data are summed in float32 and rounded once.
         algorithm: how a GPU computes it. None: the fastest kernel family that takes the problem and sums directly.
             "base": `conv1d_direct`, one thread per output element, which takes every problem. Or a family's name; see
-            `gpuconv.explain`. On NumPy arrays the name is checked and has no effect.
+            `gpuconv.explain`. "fft": for long kernels, also on NumPy arrays, through the FFT of blocks whose length
+            follows from K, stride and dilation alone. The error of a result is then bounded by norms of its block, a
+            NaN or an infinity spoils its whole block, and on a GPU bits depend on the samples of the block, wherever it
+            is. It takes neither integers nor what is fused. "auto": "fft" where the cost model expects that to be
+            faster, which follows from the layer alone, else as None. On NumPy arrays other names are checked and have
+            no effect.
         out_dtype: of the sums of integers, which are exact: "int64" (None stands for it), or "int32", which keeps the
             low 32 bits. Sums beyond it wrap around, as NumPy's do. The bias has this dtype, too.
         out: an array of the output's shape, dtype and device to write to, which must not overlap the inputs.
@@ -93,11 +96,12 @@ def conv1d(
 
     Raises:
         ValueError: a shape or a value does not fit; the message names the argument, what was expected and what came.
-            The kernel family that `algorithm` names does not take the problem.
+            What `algorithm` names does not take the problem.
         TypeError: an argument is of the wrong kind, or a dtype is not one of float16, bfloat16, float32, float64,
             complex64, complex128, int8, uint8, int16, int32 and int64.
-        RuntimeError: a CuPy array was given but no GPU answers.
-        ImportError: a CuPy array was given and CuPy is older than version 14.
+        RuntimeError: a CuPy array was given but no GPU answers, or its stream is being captured and the algorithm is
+            the FFT.
+        ImportError: a CuPy array was given and CuPy is older than version 14, or cuFFT is needed and not there.
 
     Example:
         >>> import numpy as np, gpuconv
@@ -137,8 +141,6 @@ def conv_transpose1d(
     out: ArrayT | None = None,
 ) -> ArrayT:
     """Transposed 1-D convolution: the adjoint of `conv1d` as a map of its input, which upsamples by `stride`.
-
-    ::
 
         output[n, c_out, l_out] = bias[c_out] + sum over c_in, k of weight[c, c_out_g, k] * input[n, c, l_in]
         l_out = l_in*stride - padding_left + k*dilation        (terms without such an l_in do not exist)
@@ -194,15 +196,16 @@ def prepare(weight: ArrayT) -> runtime.PreparedWeight:
     """Pack weights once for many calls.
 
     Some kernel families read the weights in another order and pack them at each call by a small kernel, which
-    `gpuconv.explain` shows. A prepared weight keeps what they packed; `conv1d` and `conv_transpose1d` take it in
-    place of the weight, with the same results to the bit. It is made from a copy: later changes of `weight` are not
-    followed, so prepare again after them. The copy is complete on every stream; the first call with each problem packs
-    and waits for it to finish. Where calls are on several streams, keep the handle until all of them have run: its
-    memory is used again when it is gone. Where all are on one stream, it may go at any time.
+    `gpuconv.explain` shows. A prepared weight keeps what they packed, and for `algorithm="fft"` the spectra; `conv1d`
+    and `conv_transpose1d` take it in place of the weight, with the same results to the bit. It is made from a copy:
+    later changes of `weight` are not followed, so prepare again after them. The copy is complete on every stream; the
+    first call with each problem packs and waits for it to finish. Where calls are on several streams, keep the handle
+    until all of them have run: its memory is used again when it is gone. Where all are on one stream, it may go at any
+    time.
 
     Args:
-        weight: (C_out, C_in/groups, K), or (C_in, C_out/groups, K) for conv_transpose1d; NumPy or CuPy. NumPy weights
-            are accepted for symmetry: the CPU path packs nothing.
+        weight: (C_out, C_in/groups, K), or (C_in, C_out/groups, K) for conv_transpose1d; NumPy or CuPy. The CPU path
+            keeps nothing of NumPy weights but spectra.
 
     Returns:
         A handle that holds the copy and, as calls need them, its packed forms.

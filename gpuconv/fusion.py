@@ -1,10 +1,8 @@
 """What is fused with a convolution: an activation of its input, a residual, an activation of its output.
 
-::
-
     output = activation(convolution(input_activation(input), weight) + bias + residual)
 
-The activations are those of torch.nn.functional of the same names, and snake::
+The activations are those of torch.nn.functional of the same names, and snake:
 
     relu         max(x, 0)                          silu       x / (1 + exp(-x))
     leaky_relu   x, or slope*x where x < 0          gelu       x * (1 + erf(x/sqrt(2))) / 2

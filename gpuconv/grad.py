@@ -16,6 +16,15 @@ from typing import Any, SupportsIndex, TypeVar, cast
 from . import calls
 from .problem import Padding, Setting
 
+__all__ = [
+    "conv1d_bias",
+    "conv1d_input",
+    "conv1d_weight",
+    "conv_transpose1d_bias",
+    "conv_transpose1d_input",
+    "conv_transpose1d_weight",
+]
+
 ArrayT = TypeVar("ArrayT")
 
 
@@ -35,8 +44,6 @@ def conv1d_input(
     out: ArrayT | None = None,
 ) -> ArrayT:
     """The gradient of `gpuconv.conv1d` with respect to its input.
-
-    ::
 
         grad_input[n, c, l_in] = sum over c_out, k of conj(weight[c_out, c_in, k]) * grad_output[n, c_out, l_out]
         l_in = l_out*stride - padding_left + k*dilation        (terms without such an l_out do not exist)
@@ -59,7 +66,8 @@ def conv1d_input(
             `grad_output` does not exist; the gradient behind its length is zero.
         precision: "float32", the full precision of the dtype, or "tf32", as in the forward call.
         algorithm: how a GPU computes it: None for the fastest kernel family, "base" for the one that takes every
-            problem, or the name of a `conv_transpose1d` family; see `gpuconv.explain`.
+            problem, or the name of a `conv_transpose1d` family; see `gpuconv.explain`. Or, on NumPy arrays as well,
+            "fft" or "auto", as in `gpuconv.conv1d`.
         out: an array of shape `input_size`, of the dtype and device of `grad_output`, to write to, which must not
             overlap the arguments.
 
@@ -102,8 +110,6 @@ def conv1d_weight(
 ) -> ArrayT:
     """The gradient of `gpuconv.conv1d` with respect to its weight.
 
-    ::
-
         grad_weight[c_out, c_in, k] = sum over n, l_out of conj(input[n, c, l_in]) * grad_output[n, c_out, l_out]
         l_in = l_out*stride - padding_left + k*dilation        (terms without such an l_in do not exist)
 
@@ -124,7 +130,7 @@ def conv1d_weight(
         lengths: of the forward call. What lies behind the length of a sample of `input` or behind the output length of
             one of `grad_output` does not exist. The error bound counts the terms of samples of full length.
         precision: as in `conv1d_input`.
-        algorithm: as in `conv1d_input`, but the families are those of `weight_gradient`.
+        algorithm: as in `conv1d_input`, but the families are those of `weight_gradient`, and "fft" takes no `lengths`.
         weight_dtype: the dtype of the weight, and so of its gradient: None for that of `input`, or the real dtype of
             complex data whose taps are real (float32 for complex64).
         out: an array of shape `weight_size`, of the weight's dtype on the device of `input`, to write to, which must
@@ -199,8 +205,6 @@ def conv_transpose1d_input(
 ) -> ArrayT:
     """The gradient of `gpuconv.conv_transpose1d` with respect to its input.
 
-    ::
-
         grad_input[n, c_in, l_in] = sum over c_out, k of conj(weight[c_in, c_out, k]) * grad_output[n, c, l_out]
         l_out = l_in*stride - padding_left + k*dilation        (terms without such an l_out do not exist)
 
@@ -258,8 +262,6 @@ def conv_transpose1d_weight(
     out: ArrayT | None = None,
 ) -> ArrayT:
     """The gradient of `gpuconv.conv_transpose1d` with respect to its weight.
-
-    ::
 
         grad_weight[c_in, c_out, k] = sum over n, l_in of conj(input[n, c_in, l_in]) * grad_output[n, c, l_out]
         l_out = l_in*stride - padding_left + k*dilation        (terms without such an l_out do not exist)

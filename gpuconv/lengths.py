@@ -88,18 +88,18 @@ def check_lengths(caller: str, lengths: Any, N: int, extent: str, L: int) -> Int
         RuntimeError: it is on a GPU whose current stream is being captured.
     """
     if isinstance(lengths, list | tuple):
-        lengths = np.array([check_int(caller, f"lengths[{n}]", length, "an int") for n, length in enumerate(lengths)])
-        if lengths.size == 0:
-            lengths = lengths.astype(np.int64)
-    elif runtime.is_cupy_array(lengths):
-        runtime.refuse_during_capture(f"{caller}: lengths on a GPU cannot be read", lengths.data.device_id)
-        lengths = runtime.aligned(lengths).get()
-    elif not isinstance(lengths, np.ndarray):
-        raise TypeError(
-            f"{caller}: lengths must be a NumPy or CuPy array or a sequence of ints, got {type(lengths).__name__}"
-        )
-    if lengths.dtype.kind not in "iu":
-        raise TypeError(f"{caller}: lengths must be integers, got dtype {lengths.dtype}")
+        given = [check_int(caller, f"lengths[{n}]", length, "an int") for n, length in enumerate(lengths)]
+        lengths = np.array(given, object)  # ints of any size
+    else:
+        if runtime.is_cupy_array(lengths):
+            runtime.refuse_during_capture(f"{caller}: lengths on a GPU cannot be read", lengths.data.device_id)
+            lengths = runtime.aligned(lengths).get()
+        elif not isinstance(lengths, np.ndarray):
+            raise TypeError(
+                f"{caller}: lengths must be a NumPy or CuPy array or a sequence of ints, got {type(lengths).__name__}"
+            )
+        if lengths.dtype.kind not in "iu":
+            raise TypeError(f"{caller}: lengths must be integers, got dtype {lengths.dtype}")
     if lengths.shape != (N,):
         raise ValueError(f"{caller}: lengths must have shape (N,) = ({N},), got {lengths.shape}")
     bad = np.flatnonzero((lengths < 0) | (lengths > L))

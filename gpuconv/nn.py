@@ -37,7 +37,18 @@ _LISTED = 20  # missing or unknown entries in a message
 
 
 class IncompatibleKeys(NamedTuple):
-    """The keys that `load_state_dict(state, strict=False)` passed over."""
+    """The keys that `load_state_dict(state, strict=False)` passed over.
+
+    Attributes:
+        missing_keys: of the layer, which the state lacks.
+        unexpected_keys: of the state, which the layer lacks.
+
+    Example:
+        >>> from gpuconv import nn
+        >>> layer = nn.Conv1d(1, 1, 3)
+        >>> layer.load_state_dict({"weight": layer.weight, "scale": 1.0}, strict=False)
+        IncompatibleKeys(missing_keys=['bias'], unexpected_keys=['scale'])
+    """
 
     missing_keys: list[str]
     unexpected_keys: list[str]
@@ -194,7 +205,7 @@ class _Layer:
                 and rounded.
             strict: whether unknown and missing entries are errors.
             prefix: of the names in `state` that belong to this layer, "encoder.conv1." for one layer of a model; the
-                other entries are not looked at.
+                other entries are ignored.
 
         Returns:
             The missing and the unexpected keys, both empty if `strict`.
@@ -299,7 +310,7 @@ class Conv1d(_Layer):
             dtype. The input must have it too.
         rng: a seed or a `numpy.random.Generator` for the initial parameters.
         precision: as in the function: "float32", or "tf32" for float32 layers.
-        algorithm: as in the function: None, "base" or the name of a kernel family.
+        algorithm: as in the function: None, "base", the name of a kernel family, "fft" or "auto".
         activation: as in the function; the arrays of snake become parameters of the layer, in its dtype.
         input_activation: likewise.
 

@@ -136,6 +136,12 @@ class Report:
         lacking: the kernel families that it lacks.
         restricted: whether cases, dtypes or a family were chosen by name. If not, a case must reach each of `families`.
         layers: the problems of the user's own layers, by case and dtype.
+
+    Example:
+        >>> import gpuconv
+        >>> report = gpuconv.verify(device="cpu", filter="dilation", dtypes="float32")
+        >>> report.ok, report.failures, report.seed
+        (True, (), 0)
     """
 
     results: tuple[Result, ...]

@@ -24,7 +24,7 @@ import numpy as np
 from . import grad, runtime
 from .functional import conv1d, conv_transpose1d
 from .memory import take
-from .signal import computable
+from .signal.arrays import computable
 
 __all__ = ["convolve", "convolve_data_adjoint", "convolve_filter_adjoint"]
 
@@ -35,8 +35,6 @@ def convolve(
     data: Any, filt: Any, mode: str = "full", strides: Shape | None = None, multi_channel: bool = False
 ) -> Any:
     """Convolve along the last D axes, 1 <= D <= 3, as `sigpy.convolve` does.
-
-    ::
 
         output[..., c_o, p] = sum over c_i, k of filt[c_o, c_i, k] * data[..., c_i, p*stride + offset - k]
 
@@ -84,8 +82,6 @@ def convolve_data_adjoint(
 ) -> Any:
     """Apply the adjoint of `convolve` as a map of the data, as `sigpy.convolve_data_adjoint` does.
 
-    ::
-
         data[..., c_i, q] = sum over c_o, p, k of conj(filt[c_o, c_i, k]) * output[..., c_o, p]
         q = p*stride + offset - k        (terms without such a q do not exist)
 
@@ -113,8 +109,6 @@ def convolve_filter_adjoint(
     multi_channel: bool = False,
 ) -> Any:
     """Apply the adjoint of `convolve` as a map of the filter, as `sigpy.convolve_filter_adjoint` does.
-
-    ::
 
         filt[c_o, c_i, k] = sum over ..., p of conj(data[..., c_i, p*stride + offset - k]) * output[..., c_o, p]
 

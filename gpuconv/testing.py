@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from . import functional, grad, reference, runtime
+from . import fft, functional, grad, reference, runtime
 from .arguments import ArraySpec, check_padding_mode, check_shape
 from .dtypes import real_dtype
 from .fusion import FUSED_ARRAYS, Fused
@@ -30,6 +30,7 @@ _OF_GRADIENTS = {
 }
 _ARRAYS = frozenset(array for signature in SIGNATURES.values() for array in signature.arrays)
 _OF_THE_CALL = ("algorithm", "out")  # which do not change what the result should be
+_BY_FFT = {"fft": (True,), "auto": (False, True)}  # whether a bound is that of the FFT; else it is that of direct sums
 
 
 def assert_within_bound(actual: Any, op: str | Callable[..., Any], *arrays: Any, **settings: Any) -> None:
@@ -45,7 +46,8 @@ def assert_within_bound(actual: Any, op: str | Callable[..., Any], *arrays: Any,
         op: what was computed: `gpuconv.conv1d`, `gpuconv.conv_transpose1d`, one of the functions of `gpuconv.grad`, or
             such a function's name.
         *arrays: the positional arguments of that function, of the same libraries.
-        **settings: its other arguments. `algorithm` and `out` are ignored.
+        **settings: its other arguments. `out` is ignored, and so is `algorithm` but for "fft", whose bound is one by
+            norms, and "auto", where the whole result must be within either bound.
 
     Raises:
         AssertionError: an element is outside of its bound, or the shape or the dtype differs. The message names the
@@ -78,7 +80,8 @@ def assert_within_bound(actual: Any, op: str | Callable[..., Any], *arrays: Any,
     }
     check_kinds(name, named)
     forward: Op = "conv_transpose1d" if name.startswith("conv_transpose1d") else "conv1d"
-    expected = _EXPECTED[name.removeprefix(forward)](forward, name, given)
+    ways = _BY_FFT.get(str(bound.arguments.get("algorithm")), (False,))
+    expected = _EXPECTED[name.removeprefix(forward)](forward, name, dict(given), ways[0])
     output = _as_numpy("assert_within_bound", "actual", actual)
     if not isinstance(output, np.ndarray):
         raise TypeError(f"assert_within_bound: actual must be an array, got {type(actual).__name__}")
@@ -87,6 +90,8 @@ def assert_within_bound(actual: Any, op: str | Callable[..., Any], *arrays: Any,
     if output.dtype.newbyteorder("=").name != expected.dtype:
         raise AssertionError(f"{expected.words}: the result must have the dtype {expected.dtype}, got {output.dtype}")
     message = expected.failure(output)
+    if message is not None and len(ways) > 1:
+        message = _EXPECTED[name.removeprefix(forward)](forward, name, given, ways[1]).failure(output)
     if message is not None:
         raise AssertionError(message)
 
@@ -132,7 +137,12 @@ def _difference(found: Comparison, index: tuple[int, ...]) -> str:
     return f"got {got!r}, expected {exact!r}; the error is {fraction:.3g} times its bound of {bound:.3g}"
 
 
-def _of_forward(op: Op, _name: str, given: dict[str, Any]) -> _Expected:
+def _check_fft(p: ConvProblem, by_fft: bool) -> bool:
+    """Whether the FFT computes a problem, which it may refuse."""
+    return by_fft and fft.choose(p, "fft", None) is not None
+
+
+def _of_forward(op: Op, _name: str, given: dict[str, Any], by_fft: bool) -> _Expected:
     if op == "conv_transpose1d":
         check_padding_mode(op, op, given.pop("padding_mode"))
     fused = Fused.check(op, *(given.pop(setting) for setting in ("activation", "input_activation", "residual")))
@@ -146,19 +156,20 @@ def _of_forward(op: Op, _name: str, given: dict[str, Any]) -> _Expected:
     for x, weight, bias, *others in parts:
         p = ConvProblem.of(op, x, weight, bias, **given).fused(Fused(fused.fusion, tuple(others)))
         arrays = {array: value for array, value in zip(FUSED_ARRAYS, others, strict=True) if value is not None}
-        sums.append(reference.convolution(p, x, weight, bias, arrays))
+        sums.append(reference.convolution(p, x, weight, bias, arrays, by_fft=_check_fft(p, by_fft)))
     dtype = p.dtype_of(p.result) if len(parts) == 1 else str(dtype_name(operands[0].dtype))
     return _Expected(str(p), p.output_shape, dtype, tuple(sums))
 
 
-def _of_input_gradient(op: Op, name: str, given: dict[str, Any]) -> _Expected:
+def _of_input_gradient(op: Op, name: str, given: dict[str, Any], by_fft: bool) -> _Expected:
     weight, grad_output = given["weight"], given["grad_output"]
     x = ArraySpec(check_shape(name, op, "input_size", given["input_size"]), weight.dtype)
     p = gradient_problem(name, op, x, weight, grad_output, [given[setting] for setting in _OF_GRADIENTS[op]])
-    return _Expected(f"{name}: {p}", p.input_shape, p.dtype, (reference.input_gradient(p, weight, grad_output),))
+    sums = reference.input_gradient(p, weight, grad_output, by_fft=by_fft)
+    return _Expected(f"{name}: {p}", p.input_shape, p.dtype, (sums,))
 
 
-def _of_weight_gradient(op: Op, name: str, given: dict[str, Any]) -> _Expected:
+def _of_weight_gradient(op: Op, name: str, given: dict[str, Any], by_fft: bool) -> _Expected:
     x, grad_output, dtype = given["input"], given["grad_output"], given["weight_dtype"]
     if dtype is not None and np.dtype(dtype) != x.dtype:
         if x.dtype.kind != "c" or dtype_name(np.dtype(dtype)) != real_dtype(x.dtype.name):
@@ -170,11 +181,11 @@ def _of_weight_gradient(op: Op, name: str, given: dict[str, Any]) -> _Expected:
     weight = ArraySpec(check_shape(name, op, "weight_size", given["weight_size"]), x.dtype)
     p = gradient_problem(name, op, x, weight, grad_output, [given[setting] for setting in _OF_GRADIENTS[op]])
     q = WeightGradientProblem.of(p)
-    sums = reference.weight_gradient(q, *q.sides(x, grad_output))
+    sums = reference.weight_gradient(q, *q.sides(x, grad_output), by_fft=by_fft)
     return _Expected(f"{name}: {q}", q.weight_shape, q.dtype, (sums,))
 
 
-def _of_bias_gradient(_op: Op, name: str, given: dict[str, Any]) -> _Expected:
+def _of_bias_gradient(_op: Op, name: str, given: dict[str, Any], _by_fft: bool) -> _Expected:
     p = bias_gradient_problem(name, given["grad_output"])
     return _Expected(f"{name}: {p}", p.bias_shape, p.dtype, (reference.bias_gradient(p, given["grad_output"]),))
 

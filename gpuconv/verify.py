@@ -8,13 +8,15 @@ from typing import Literal, TypeAlias
 
 from . import cases, runtime
 from .cases import NUMBER_FORMATS, Case
-from .checks import CHECKS, Target, run_checks
+from .checks import CHECKS, FFT, Target, run_checks
+from .checks.families import families_of, families_that_take, far_bytes, far_runs, run_families, run_far
 from .device import Device
-from .family_checks import families_of, families_that_take, far_bytes, far_runs, run_families, run_far
 from .gpus import GpuUnavailableError, missing_gpu
 from .layers import Layer
 from .problem import INTEGERS, numpy_dtype
 from .report import BY_FAMILY, FAR, Report, Result
+
+__all__ = ["Report", "verify"]
 
 DeviceName: TypeAlias = Literal["auto", "gpu", "cpu"]
 Progress: TypeAlias = Callable[[int, int, str], None]
@@ -34,27 +36,26 @@ def verify(
 ) -> Report:
     """Run the case table on a device and check what gpuconv promises. Every output array starts as NaN.
 
-    ==========  ====================================================================================================
-    exact       small integers: the result equals the reference
-    integers    integers of their dtype's whole range, whose sums wrap around: the result equals the reference
-    fused       a residual and activations of input and output: within the bound, on strided arrays as well
-    layout      exact on strided, reversed and axis-swapped input, weight, bias and output
-    normal      normal data: every element within the error bound of `gpuconv.reference`; NaN fails
-    ill_scaled  the same for magnitudes from 2**-60 to 2**60
-    cancelling  the same where the terms of an element nearly cancel
-    nonfinite   a NaN and infinities stay in the windows that contain them
-    impulse     a unit impulse gives the weights, unrounded
-    adjoint     <A(x, w), u> equals <x, gradient for x> and <w, gradient for w>, exactly, on integers
-    groups      each group equals a convolution of its own, on integers
-    bias        the bias adds to the result without one, on integers
-    batch       a sample's result does not depend on the batch: N = 1 against N = 5
-    chunks      a long input cut into chunks gives the result of the whole
-    lengths     samples with lengths of their own, of some cases: forward and gradients as of each sample alone
-    repeat      two calls give the same bits, with and without `out`
-    gradients   for input, weight and bias: exact on integers, within the bound on normal data, the same bits twice
-    families    on a GPU, each kernel family that takes the case, by name: exact, strided, bounded, bits as below
-    far         on a GPU, each kernel family once, on arrays that reach beyond 2**31 elements, exact on integers
-    ==========  ====================================================================================================
+        exact       small integers: the result equals the reference
+        integers    integers of their dtype's whole range, whose sums wrap around: the result equals the reference
+        fused       a residual and activations of input and output: within the bound, on strided arrays as well
+        layout      exact on strided, reversed and axis-swapped input, weight, bias and output
+        normal      normal data: every element within the error bound of `gpuconv.reference`; NaN fails
+        ill_scaled  the same for magnitudes from 2**-60 to 2**60
+        cancelling  the same where the terms of an element nearly cancel
+        nonfinite   a NaN and infinities stay in the windows that contain them
+        impulse     a unit impulse gives the weights, unrounded
+        adjoint     <A(x, w), u> equals <x, gradient for x> and <w, gradient for w>, exactly, on integers
+        groups      each group equals a convolution of its own, on integers
+        bias        the bias adds to the result without one, on integers
+        batch       a sample's result does not depend on the batch: N = 1 against N = 5
+        chunks      a long input cut into chunks gives the result of the whole
+        lengths     samples with lengths of their own, of some cases: forward and gradients as of each sample alone
+        repeat      two calls give the same bits, with and without `out`
+        gradients   for input, weight and bias: exact on integers, within the bound on normal data, the same bits twice
+        fft         ``algorithm="fft"``, forward and gradients: within the bound of the FFT on normal data
+        families    on a GPU, each kernel family that takes the case, by name: exact, strided, bounded, bits as below
+        far         on a GPU, each kernel family once, on arrays that reach beyond 2**31 elements, exact on integers
 
     Of the kernel families, those that sum on CUDA cores give the bits of the base family, `conv1d_direct` or
     `conv_transpose1d_gather`, which runs every case; a family that no case reaches fails a run of all cases and dtypes.
@@ -88,6 +89,11 @@ def verify(
         ValueError: `device` or a dtype is not one of those named above, `filter` matches no case or is given together
             with `layers`, a layer's call would raise it, or `family` is none of the GPU's, or takes no case.
         ModuleNotFoundError: bfloat16 was asked for by name, and ml_dtypes is not installed.
+
+    Example:
+        >>> import gpuconv
+        >>> gpuconv.verify(device="cpu", filter="dilation", dtypes="float32").ok
+        True
     """
     started = time.perf_counter()
     if device not in ("auto", "gpu", "cpu"):
@@ -120,6 +126,9 @@ def verify(
         for name in dtypes:
             numpy_dtype(cases.dtype_of(name))
 
+    if family is None and (lack := target.lacks_fft()) is not None:
+        skipped[FFT] = lack
+
     gpu = target.device()
     has, lacking = ((), ()) if gpu is None else families_of(gpu)
     if family is not None and family not in has:
@@ -151,7 +160,7 @@ def verify(
 
     def runs() -> Iterator[tuple[str, Sequence[Result]]]:
         for dtype, case in pairs:
-            found = list(run_checks(case, dtype, target, seed)) if family is None else []
+            found = list(run_checks(case, dtype, target, seed, skipped)) if family is None else []
             if gpu is not None and dtype not in INTEGERS:
                 found += run_families(case, dtype, target, seed, gpu, family)
             yield f"{case.name} {dtype}", found

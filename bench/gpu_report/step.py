@@ -19,8 +19,8 @@ from typing import Any, TypeAlias
 
 from gpuconv import cases, runtime, source
 from gpuconv.checks import Target
+from gpuconv.checks.families import families_of, far_runs, run_far
 from gpuconv.families import FAMILIES, Config
-from gpuconv.family_checks import families_of, far_runs, run_far
 from gpuconv.gpus import missing_gpu
 from gpuconv.verify import verify
 

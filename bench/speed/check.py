@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gpuconv import cases, reference
+from gpuconv.peers import PEER_TOLERANCE
 from gpuconv.problem import ConvProblem, WeightGradientProblem
 
 from ..modes import Direction
@@ -30,18 +31,6 @@ _CHANNELS = 4
 _LONGEST = 64
 _GRADIENT_PRODUCTS = 50_000_000
 _RANDOM_WINDOWS = 6
-
-# norm(y - y*)/norm(y*) that a peer may show. Peers give no bound; these are some ten times what correct
-# implementations show, and far below what a wrong tap or channel gives.
-PEER_TOLERANCE = {
-    "float32": 1e-4,
-    "tf32": 5e-3,
-    "bfloat16": 2e-2,
-    "float16": 3e-3,
-    "float64": 1e-12,
-    "complex64": 1e-4,
-    "complex128": 1e-12,
-}
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
+from gpuconv.peers import Refused
 from gpuconv.problem import ConvProblem, WeightGradientProblem
 
 from ..layers import Ceilings, Layer, valid_flops
@@ -37,10 +38,6 @@ WARM_UP_US = 500_000.0
 
 class Absent(Exception):  # noqa: N818 - not an error: the reason is reported
     """The implementation is not installed."""
-
-
-class Refused(Exception):  # noqa: N818 - not an error: the reason is reported
-    """The implementation does not offer this problem."""
 
 
 @dataclass(frozen=True, slots=True)

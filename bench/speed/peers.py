@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from types import ModuleType
 from typing import Any
 
+from gpuconv.peers import Function, Refused, conv_by_trimming, is_symmetric
 from gpuconv.problem import ConvProblem
 
 from ..modes import Direction
-from .measure import Absent, Refused
-
-Function = Callable[[Any, Any, Any], Any]
+from .measure import Absent
 
 
 @cache
@@ -26,11 +24,6 @@ def optional_module(name: str) -> ModuleType | None:
         return None
 
 
-def is_symmetric(problem: ConvProblem) -> bool:
-    """Whether torch.nn.functional takes the padding as one number."""
-    return problem.padding_left == problem.padding_right
-
-
 def plain(problem: ConvProblem, direction: Direction) -> Function:
     """PyTorch's own function of a pass, of (input, weight, bias or grad_output).
 
@@ -38,36 +31,6 @@ def plain(problem: ConvProblem, direction: Direction) -> Function:
         Refused: there is none.
     """
     return conv_by_trimming(problem) if direction == "forward" else backward(problem, direction)
-
-
-def conv_by_trimming(problem: ConvProblem) -> Function:
-    """torch.nn.functional's operation on NCL tensors: (input, weight, bias) -> output.
-
-    PyTorch pads both sides alike. Other paddings are met the way models do it: pad both sides by the larger one and
-    keep the part of the output that is wanted.
-
-    Raises:
-        Refused: no slice of the symmetric result is the wanted one.
-    """
-    from torch.nn import functional
-
-    p = problem
-    if p.transposed:
-        trim = min(p.padding_left, p.padding_right)
-        function: Function = partial(
-            functional.conv_transpose1d, stride=p.stride, padding=trim, output_padding=p.output_padding,
-            groups=p.groups, dilation=p.dilation,
-        )  # fmt: skip
-        first = p.padding_left - trim
-    else:
-        pad = max(p.padding_left, p.padding_right)
-        function = partial(functional.conv1d, stride=p.stride, padding=pad, dilation=p.dilation, groups=p.groups)
-        first, rest = divmod(pad - p.padding_left, p.stride)
-        if rest:
-            raise Refused("the padding differs between the sides by no multiple of the stride")
-    if is_symmetric(p):
-        return function
-    return lambda x, w, b: function(x, w, b)[..., first : first + p.L_out]
 
 
 def backward(problem: ConvProblem, direction: Direction) -> Function:

@@ -1,4 +1,4 @@
-"""The command line: `gpuconv info | verify | explain | conv1d | conv_transpose1d | warmup | cache`.
+"""The command line, whose commands `gpuconv --help` lists.
 
 Errors of the user end in one line on stderr and an exit code, never in a traceback.
 """
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from .. import __version__, files
-from . import cache, convolve, explain, info, verify, warmup
+from . import bench, cache, completion, convolve, explain, info, plot, verify, warmup
 from .errors import EXIT_BROKEN_PIPE, EXIT_ERROR, EXIT_INTERRUPTED, CommandError
 from .parser import Parser, UsageError
 from .terminal import discard, tell
@@ -42,9 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments after the program's name; None for those of the process.
 
     Returns:
-        The exit code: 0 success; 1 `verify` found a mismatch, and nothing else; 2 bad usage, a file that cannot be read
-        or written, not enough memory, or an unexpected error; 3 no GPU where one is needed; 130 interrupted; 141 stdout
-        was closed by its reader; 143 terminated.
+        The exit code: 0 success; 1 `verify` or `bench` found a wrong result, and nothing else; 2 bad usage, a file that
+        cannot be read or written, not enough memory, or an unexpected error; 3 no GPU where one is needed; 130
+        interrupted; 141 stdout was closed by its reader; 143 terminated.
     """
     if sys.stderr is None:  # it is closed, so messages are dropped
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
@@ -127,8 +127,11 @@ def _parser() -> Parser:
     parser = Parser(
         prog="gpuconv",
         description="1-D convolution and transposed convolution for CuPy and NumPy arrays.",
-        epilog="exit codes: 0 success, 1 verify found a mismatch, 2 bad usage or bad input,\n"
-        "3 a GPU is needed and none answers",
+        epilog="exit codes: 0 success, 1 verify or bench found a wrong result, 2 bad usage, bad\n"
+        "input or an unexpected error, 3 a GPU is needed and none answers, 130 interrupted,\n"
+        "141 the reader of the output is gone, 143 terminated\n\n"
+        "example:\n  gpuconv verify\n  gpuconv conv1d speech.wav filter.npy out.wav --padding same\n\n"
+        "NO_COLOR=1 takes the colours from the progress bar, COLUMNS=N sets the width of lines.",
     )
     parser.add_argument("--version", action="version", version=f"gpuconv {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -139,5 +142,8 @@ def _parser() -> Parser:
     convolve.add_to(commands, "conv_transpose1d")
     warmup.add_to(commands)
     cache.add_to(commands)
+    bench.add_to(commands)
+    plot.add_to(commands)
+    completion.add_to(commands, parser)
     commands.add_parser("help", help="show this, or with a command's name its help")
     return parser

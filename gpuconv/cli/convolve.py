@@ -111,21 +111,21 @@ def _run(args: argparse.Namespace, opened: ExitStack) -> int:
         return 0
 
     function: Callable[..., Any] = functional.conv1d if args.op == "conv1d" else functional.conv_transpose1d
+    arrays: list[Any] = [x, weight, bias]
     if on_gpu:
         cupy = runtime.cupy_module()
         try:
             runtime.check_dtype(x.dtype)
-            on_device = [None if array is None else cupy.asarray(array) for array in (x, weight, bias)]
+            arrays = [None if array is None else cupy.asarray(array) for array in arrays]
         except (TypeError, ValueError) as error:
             raise CommandError(f"CuPy {cupy.__version__} has no {problem.dtype} arrays: {error}") from error
-        try:
-            output = cupy.asnumpy(function(*on_device, **settings, **fused, algorithm=algorithm))
-        except dispatch.AlgorithmError as error:
-            raise CommandError(str(error)) from error
-        where = f"on {runtime.device(current_device()).name}"
-    else:
-        output = function(x, weight, bias, **settings, **fused)
-        where = "on the CPU"
+    try:
+        output = function(*arrays, **settings, **fused, algorithm=algorithm)
+    except (dispatch.AlgorithmError, ImportError) as error:  # cuFFT may be missing
+        raise CommandError(str(error)) from error
+    where = "on the CPU"
+    if on_gpu:
+        output, where = cupy.asnumpy(output), f"on {runtime.device(current_device()).name}"
     files.write(args.output, output, rate, force=args.force)
     form = f"{tuple(output.shape)} " + (f"float32, {rate} Hz" if is_wav else problem.dtype)
     if not to_stdout:

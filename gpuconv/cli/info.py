@@ -22,7 +22,12 @@ from .terminal import terminal_width
 
 def add_to(commands: Any) -> None:
     text = "Print versions, GPUs, the kernel cache, and what is missing for what."
-    parser = commands.add_parser("info", help="versions, GPUs and what is missing", description=text, epilog=EXIT_CODES)
+    parser = commands.add_parser(
+        "info",
+        help="versions, GPUs and what is missing",
+        description=text,
+        epilog=f"{EXIT_CODES}\n\nexample:\n  gpuconv info --json",
+    )
     parser.add_argument("--json", action="store_true", help="print a JSON object instead of text")
     parser.set_defaults(run=run)
 

@@ -29,8 +29,8 @@ def add_device(parser: Any) -> None:
 NUMBERS = (*DTYPES, *INTEGERS)
 
 
-def add_shapes(parser: Any, *, required: bool) -> None:
-    """The options that describe a problem without its arrays."""
+def add_shapes(parser: Any, *, required: bool, dtypes: str = ", ".join(DTYPES)) -> None:
+    """The options that describe a problem without its arrays; `dtypes` says which are the default of several."""
     parser.add_argument("--input", type=_shape, required=required, metavar="SHAPE", help="N,C_in,L_in or C_in,L_in")
     parser.add_argument(
         "--weight",
@@ -49,7 +49,7 @@ def add_shapes(parser: Any, *, required: bool) -> None:
             "--dtype",
             type=some_of(NUMBERS),
             metavar="D[,D]",
-            help=f"{', '.join(NUMBERS)} (default: {', '.join(DTYPES)})",
+            help=f"{', '.join(NUMBERS)} (default: {dtypes})",
         )
     parser.add_argument(
         "--out-dtype", choices=INTEGER_SUMS, metavar="D", help=f"of integers: {_one_of(INTEGER_SUMS, INTEGER_SUMS[0])}"
@@ -81,7 +81,7 @@ def add_settings(parser: Any, ops: tuple[Op, ...]) -> None:
         "--algorithm",
         choices=tuple(names),
         metavar="A",
-        help="base, or the kernel family that a GPU runs (default: the fastest)",
+        help="base, or the kernel family that a GPU runs (default: the fastest), fft, or auto: fft where it is faster",
     )
     if "conv1d" in ops:
         note_of_mode = "conv1d: " if len(ops) > 1 else ""

@@ -83,8 +83,10 @@ class _Help(argparse.HelpFormatter):
             if paragraph:
                 lines += wrap(" ".join(paragraph), width, first=indent, rest=indent)
                 paragraph = []
-            if line:  # its lines end with a backslash, so that they can be pasted as one command
+            if not line:
+                lines.append("")
+            else:  # its lines end with a backslash, so that they can be pasted as one command
                 words = re.sub(r" (--\S+) (?!-)", " \\1\xa0", line.strip())  # an option stays with its value
                 command = wrap(words, width - 2, first=indent + "  ", rest=indent + "    ")
                 lines.append(" \\\n".join(command).replace("\xa0", " "))
-        return "\n".join(lines)
+        return "\n".join(lines).rstrip("\n")

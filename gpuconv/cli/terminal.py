@@ -57,6 +57,7 @@ def show_progress(title: str) -> Iterator[Callable[[int, int, str], None]]:
     try:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+        from rich.table import Column
     except ImportError:
         width = 0
 
@@ -71,10 +72,10 @@ def show_progress(title: str) -> Iterator[Callable[[int, int, str], None]]:
         finally:
             print(f"\r{'':<{width}}\r", end="", file=sys.stderr, flush=True)
         return
-    columns = (
-        TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[label]}"),
-    )  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    # In a narrow terminal the label is cut, never a number.
+    label_column = TextColumn("{task.fields[label]}", table_column=Column(no_wrap=True, ratio=1))
+    columns = (TextColumn(title), BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn(), label_column)
+    with Progress(*columns, console=Console(stderr=True), transient=True, expand=True) as bar:
         task = bar.add_task(title, total=None, label="")
 
         def update(done: int, total: int, label: str) -> None:

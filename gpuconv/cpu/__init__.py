@@ -35,9 +35,9 @@ from collections.abc import Sequence
 from ..problem import INTEGERS, ConvProblem
 from . import bias_gradient, edges, fused, integers, weight_gradient
 from .arrays import Array, accumulator
-from .choice import Method, choose
+from .choice import Method, choose, cost
 
-__all__ = ["Method", "accumulator", "bias_gradient", "convolve", "method", "weight_gradient"]
+__all__ = ["Method", "accumulator", "bias_gradient", "convolve", "cost", "method", "weight_gradient"]
 
 
 def method(problem: ConvProblem) -> Method:

@@ -106,20 +106,28 @@ def parts(p: ConvProblem, overhead: float = 0.0) -> int:
 
     `overhead` is the interpreter's time for a block in nanoseconds, in which no other thread can use it.
     """
-    multiply_adds = p.flops() // 2
-    # The product, the panel that is copied for it, and what is done to each output.
-    work = multiply_adds * (2 * costs.FLOP + costs.COPY / p.C_out_g) + p.N * p.C_out * p.L_out
     least = max(limits.WORTH_A_BLOCK, 8 * overhead)
-    wanted = min(limits.MAX_WORKERS, int(work * costs.scale(p) / least))
+    wanted = min(limits.MAX_WORKERS, int(_work(p) / least))
     # Two blocks may be smaller: otherwise the second thread has nothing to do.
-    return 1 << wanted.bit_length() - 1 if wanted > 1 else 1 + (work * costs.scale(p) > least)
+    return 1 << wanted.bit_length() - 1 if wanted > 1 else 1 + (_work(p) > least)
 
 
-def share(wanted: int, *blocks: tuple[int, int]) -> list[int]:
-    """Block sizes of (extent, largest size), for at least so many blocks where possible; the first are cut first."""
-    sizes = []
+def _work(p: ConvProblem) -> float:
+    """A guess at the nanoseconds of a problem: the product, the panel copied for it, what is done to each output."""
+    multiply_adds = p.flops() // 2
+    return (multiply_adds * (2 * costs.FLOP + costs.COPY / p.C_out_g) + p.N * p.C_out * p.L_out) * costs.scale(p)
+
+
+def share(p: ConvProblem, *blocks: tuple[int, int]) -> list[int]:
+    """Block sizes of (extent, largest size), for at least `parts` blocks where possible; the first are cut first.
+
+    The last block is smaller where there is room: by what a helper begins later than the caller, who then need not wait
+    for it.
+    """
+    sizes, wanted, longer = [], parts(p), 1 + limits.LATE / _work(p)
     for extent, largest in blocks:
-        size = max(1, min(largest, -(-extent // wanted)))
+        size = max(-(-extent // wanted), int(extent * longer / wanted)) if wanted > 1 else extent
+        size = max(1, min(largest, size))
         wanted = -(-wanted // -(-extent // size))
         sizes.append(size)
     return sizes

@@ -24,7 +24,8 @@ FAR_ROW = 8.0
 COPY = 0.1
 STRIDED_COPY = 0.6
 TRANSPOSING_COPY = 0.8
-SWAPPING_COPY = 0.45
+SWAPPING_ROW = 2.0
+SWAPPING_COPY = 0.27
 DIAGONAL = 0.8
 ELEMENTWISE = 0.12
 MULTIPLY_ADD = 0.16
@@ -59,6 +60,11 @@ def rows(count: float, length: float, element: float) -> float:
 def copies(count: float, length: float, element: float) -> float:
     """The cost of so many runs of an inner loop that copies."""
     return count * (COPY_ROW + length * element)
+
+
+def swaps(count: float, run: float, size: float) -> float:
+    """The cost to copy so many elements whose channels and positions trade places, of which a loop copies `run`."""
+    return count * (SWAPPING_ROW / run + SWAPPING_COPY * size)
 
 
 def products(p: ConvProblem, count: float, M: float, depth: float, columns: float, small: bool) -> float:

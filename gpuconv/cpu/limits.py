@@ -62,9 +62,12 @@ MANY_PHASES = 16
 # Nanoseconds of work from which blocks that stay in the cache are worth the interpreter's time for them.
 SMALL_CALL = 100_000
 
-# Nanoseconds of work from which a second thread pays: it takes some 30 us to wake, and the interpreter's time for the
-# blocks does not shrink.
-WORTH_THREADS = 400_000
+# Nanoseconds of work from which a second thread pays: it takes some 30 us to wake, the interpreter's time for the
+# blocks does not shrink, and each time that a thread waits for another's interpreter costs both some 40 us.
+WORTH_THREADS = 700_000
+
+# Nanoseconds by which a helper begins its first block later than the caller. To wait for a helper takes as long.
+LATE = 100_000
 
 MAX_WORKERS = 16
 

@@ -17,7 +17,7 @@ from numpy.lib.stride_tricks import as_strided
 from ..problem import ConvProblem
 from . import costs, limits
 from .arrays import Array, Scratch, accumulator, copy_padded, slices
-from .blocking import parts, share
+from .blocking import share
 from .geometry import Block, Call, Geometry
 from .taps import Taps
 from .threads import run_blocks
@@ -56,7 +56,7 @@ class Planes:
             return None
         groups = max(1, min(p.groups, room // length))
         samples = max(1, min(p.N, limits.PLANE_BLOCK // size // (groups * length)))
-        groups, samples = share(parts(p), (p.groups, groups), (p.N, samples))
+        groups, samples = share(p, (p.groups, groups), (p.N, samples))
         return cls(shifts, Taps.of(p), samples, groups, length)
 
     def multiplies_zeros(self, p: ConvProblem) -> bool:

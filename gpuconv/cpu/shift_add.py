@@ -14,7 +14,7 @@ import numpy as np
 from ..problem import ConvProblem
 from . import costs, limits
 from .arrays import Array, Scratch, accumulator
-from .blocking import Blocking, parts, share, tiled
+from .blocking import Blocking, share, tiled
 from .geometry import Block, Call, Geometry
 
 
@@ -66,7 +66,7 @@ class ShiftAdd:
             if groups == p.groups:
                 samples = min(p.N, fitting // groups)
         if concurrent:
-            groups, samples = share(parts(p), (p.groups, groups), (p.N, samples))
+            groups, samples = share(p, (p.groups, groups), (p.N, samples))
         tile = min(tile, span) if concurrent else span
         blocking = Blocking(samples, groups, rows, length, rows * p.K, tile, weight_groups, weight_rows)
         return cls(geometry, blocking, span, concurrent)

@@ -1,7 +1,7 @@
 """Blocks of one call on several threads.
 
-The helpers are started once and kept: to wake one takes some 15 us, to start one and to end it 70 us, and a call of
-half a millisecond can gain from a second thread.
+The helpers are started once and kept: to wake one takes some 30 us, to start one and to end it 70 us, and a call of
+0.7 ms can gain from a second thread.
 
 Each thread keeps to processors of its own while it computes. Threads that hand the interpreter's lock to each other
 wake each other often, and Linux as a guest of KVM then tends to put them on the same processor: to it, one that sleeps
@@ -116,5 +116,12 @@ def _helpers() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(limits.MAX_WORKERS - 1, thread_name_prefix="gpuconv")
 
 
+def _renew_helpers() -> None:
+    _helpers.cache_clear()
+    _helpers()
+
+
+# Called now and not first by several threads at once, each of which would make a pool.
+_helpers()
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_helpers.cache_clear)  # a forked process inherits none of the threads
+    os.register_at_fork(after_in_child=_renew_helpers)  # a forked process inherits none of the threads

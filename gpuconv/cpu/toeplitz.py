@@ -20,11 +20,14 @@ from numpy.lib.stride_tricks import as_strided
 
 from ..problem import ConvProblem
 from . import costs, limits
-from .arrays import Array, Scratch, accumulator, copy_padded, slices
-from .blocking import parts, share
+from .arrays import Array, Scratch, accumulator, copy_padded, copy_swapped, slices
+from .blocking import share
 from .geometry import Block, Call
 from .taps import Taps
 from .threads import run_blocks
+
+# The most windows of a product.
+_LINES = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +73,7 @@ class Toeplitz:
         if taps < min(p.K, max(1, tile // 4)):
             return None
         window = p.C_in_g * window_length(p, tile, taps)
-        lines = min(small // (window * outputs), 512)
+        lines = min(small // (window * outputs), _LINES)
         concurrent = lines >= 8
         if channels_last and (taps < p.K or not concurrent):
             return None
@@ -84,12 +87,19 @@ class Toeplitz:
             return None
         most = max(1, budget // unit)
         windows = min(per_row, most)
+        # Rows of one sample lie next to each other, those of one group in a page of memory each. So a block has all
+        # groups where whole rows are read in place, and then enough samples for its products.
         samples = max(1, min(p.N, most // windows))
-        groups = max(1, min(p.groups, budget // (unit * windows * samples), budget // (window * outputs)))
-        if channels_last:
-            groups, samples = share(parts(p), (p.groups, groups), (p.N, samples))
+        enough = min(samples, _LINES) if whole else samples
+        groups = max(1, min(p.groups, budget // (unit * windows * enough), budget // (window * outputs)))
+        if whole:
+            samples = max(1, min(p.N, most // groups))
+        if whole and concurrent and groups == p.groups:
+            (samples,) = share(p, (p.N, samples))
+        elif channels_last:
+            groups, samples = share(p, (p.groups, groups), (p.N, samples))
         elif concurrent:
-            groups, samples, fewer = share(parts(p), (p.groups, groups), (p.N, samples), (per_row, windows))
+            groups, samples, fewer = share(p, (p.groups, groups), (p.N, samples), (per_row, windows))
             # The bands of many taps are filled again for each block.
             windows = fewer if taps == p.K else max(fewer, min(windows, limits.WORTH_A_BAND))
         side_by_side = samples if channels_last else samples * windows
@@ -127,7 +137,8 @@ class Toeplitz:
         # Rows of the same group, which are read and written one after the other, lie far from each other.
         copy = 2 * costs.ROW * p.N * p.groups if p.groups > 1 and p.N > 1 else 0.0
         if self.channels_last:
-            copy += costs.SWAPPING_COPY * size * p.N * p.groups * p.C_in_g * span(p, self.tile, per_row)
+            inputs = p.N * p.groups * p.C_in_g * span(p, self.tile, per_row)
+            copy += costs.swaps(inputs, max(p.C_in_g, p.L_in), size)
         elif not self.whole or p.dtype in costs.CONVERT:
             copy += passes * costs.copies(count * p.C_in_g, kept, costs.COPY * size)
         each = costs.ELEMENTWISE * (1 + 2 * (passes - 1)) * size
@@ -136,7 +147,7 @@ class Toeplitz:
             each += costs.CONVERT[p.dtype]
         result = count * outputs * each
         if self.channels_last:
-            result += costs.SWAPPING_COPY * size * count * outputs
+            result += costs.swaps(count * outputs, max(p.C_out_g, p.L_out), size)
         elif not self.whole or p.dtype in costs.CONVERT:
             result += costs.copies(count * p.C_out_g, self.tile * per_step, costs.COPY * size)
         calls = blocks * (costs.BLOCK + passes * 6 * costs.CALL)
@@ -148,11 +159,12 @@ class Toeplitz:
         window, outputs = p.C_in_g * U, p.C_out_g * self.tile * per_step
         lines = self.groups * self.samples * self.windows
         inputs = self.groups * self.samples * p.C_in_g * span(p, self.tile, self.windows + 1)
+        rows = max(p.C_in_g * p.L_in, p.C_out_g * p.L_out)
         buffers = {
             "band": self.groups * window * outputs,
             "panel": inputs if self.channels_last else lines * window,
             "sums": lines * outputs,
-            "input": 0 if self.channels_last else inputs,
+            "input": self.groups * self.samples * rows if self.channels_last else inputs,
         }
         if self.whole:
             buffers["full band"] = buffers["band"]
@@ -221,8 +233,10 @@ class Toeplitz:
         N, G, M = (part.stop - part.start for part in block[:3])
         length, C = self.tile * outputs_per_step(p), p.C_in_g
         band, first, last = self._band(call, block, slice(0, p.K), scratch)
+        # Conversions take several times as long on short runs, so they are done apart, along whole rows.
+        source = call.read(block.samples, block.groups, slice(0, C), 0, p.L_in, scratch)
         x = scratch.take("panel", N, G, span(p, self.tile, W), C)
-        copy_padded(call.x[block.samples, block.groups], first, first + x.shape[2], x.swapaxes(2, 3))
+        copy_padded(source, first, first + x.shape[2], x.swapaxes(2, 3), copy_swapped)
         s_n, s_g, s_l, s_c = x.strides
         step = step_inputs(p) * self.tile * s_l
         sums = scratch.take("sums", N, G, W, length * M)
@@ -240,9 +254,13 @@ class Toeplitz:
         if call.is_spoilt(band if padded_only else sums):
             self.safe.compute_outputs(call, block._replace(start=0, stop=p.L_out), scratch)
             return
-        by_channel = sums.reshape(N, G, W * length, M).swapaxes(2, 3)
-        call.add_bias(block, by_channel)
-        call.y[block.samples, block.groups] = by_channel[..., -at : p.L_out - at]
+        by_position = sums.reshape(N, G, W * length, M)
+        call.add_bias(block, by_position.swapaxes(2, 3))
+        y = call.y[block.samples, block.groups]
+        rows = y if y.dtype == call.dtype else scratch.take("input", *y.shape)
+        copy_swapped(by_position[:, :, -at : p.L_out - at], rows.swapaxes(2, 3))
+        if rows is not y:
+            y[...] = rows
 
     def _band(self, call: Call, block: Block, taps: slice, scratch: Scratch) -> tuple[Array, int, int]:
         """What each input of a window contributes to each of its outputs, as (groups, C_in_g*inputs, C_out_g*outputs).

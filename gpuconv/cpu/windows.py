@@ -17,7 +17,7 @@ import numpy as np
 from ..problem import ConvProblem
 from . import costs, limits
 from .arrays import Scratch, accumulator, slices, strided
-from .blocking import parts, share
+from .blocking import share
 from .geometry import Block, Call
 from .taps import Taps
 from .threads import run_blocks
@@ -69,7 +69,7 @@ class Windows:
             fitting = max(1, budget // (length * max(per_step, step_inputs(p))))
             groups = max(1, min(p.groups, fitting, budget // (window * outputs)))
             samples = max(1, min(p.N, fitting // groups))
-            groups, samples, length = share(parts(p), (p.groups, groups), (p.N, samples), (last - first, length))
+            groups, samples, length = share(p, (p.groups, groups), (p.N, samples), (last - first, length))
             if length < 2 * tile:
                 continue
             found.append(cls(Taps.of(p), samples, groups, length, tile, sets))

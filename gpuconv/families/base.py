@@ -297,6 +297,11 @@ def with_lengths(config: Config) -> Config:
     return Config(config.kernel, (*config.macros, ("LENGTHS", "1")))
 
 
+def reading_samples(step: Step) -> Step:
+    """The step in which a kernel reads the table of the lengths of samples."""
+    return Step(with_lengths(step.config), step.launch, (*step.arrays, SAMPLES))
+
+
 def sum_dtype(problem: ConvProblem) -> str:
     """The macro DTYPE: the dtype, of integers with that of their sums."""
     return problem.dtype if problem.out_dtype is None else f"{problem.dtype}_to_{problem.out_dtype}"

@@ -146,8 +146,6 @@ class WeightGradientProblem(Problem):
 class BiasGradientProblem(Problem):
     """The gradient of a bias, the same for both operations.
 
-    ::
-
         grad_bias[c] = sum over n, l of grad_output[n, c, l]
 
     grad_output is ``(N, C, L)``, the result ``(C,)``. Nothing is conjugated.

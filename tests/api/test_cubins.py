@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import importlib
 import os
 import resource
@@ -428,10 +427,3 @@ def test_calls_load_what_was_compiled_in_advance(cupy: Any, monkeypatch: pytest.
     assert (gpuconv.grad.conv1d_weight(x, w.shape, expected, **settings).get() == grad).all()
     with pytest.raises(RuntimeError, match="was not compiled in advance, which GPUCONV_CACHE_ONLY asks for"):
         gpuconv.conv1d(x[:, :, ::3], w, padding=5, dilation=7)
-
-
-def test_the_examples_run() -> None:
-    pytest.importorskip("cupy")
-    result = doctest.testmod(compile_module)
-    assert result.attempted > 0
-    assert result.failed == 0

@@ -173,6 +173,8 @@ def test_the_lengths_of_outputs() -> None:
         ([[1, 2, 3]], TypeError, r"lengths\[0\] must be an int, got list"),
         (np.ones((3, 1), np.int64), ValueError, r"lengths must have shape \(N,\) = \(3,\), got \(3, 1\)"),
         ([1, 2, 9], ValueError, r"lengths must be from 0 to L_in = 8, got lengths\[2\] = 9"),
+        ([1, 2**70, 3], ValueError, rf"lengths must be from 0 to L_in = 8, got lengths\[1\] = {2**70}"),
+        (np.array([1, 2, 3], object), TypeError, "lengths must be integers, got dtype object"),
         (np.array([3, -1, 2]), ValueError, r"lengths must be from 0 to L_in = 8, got lengths\[1\] = -1"),
         (np.array([3, 2**63, 2], np.uint64), ValueError, r"lengths must be .* got lengths\[1\] = 9223372036854775808"),
         ([1, 2, 3.0], TypeError, r"lengths\[2\] must be an int, got float 3.0"),

@@ -86,13 +86,13 @@ def test_keys_of_packed_weights_are_shared_and_bounded() -> None:
         launch = Launch(grid=1, block=32, shared_bytes=0, index_bits=32, params=(("N", n),))
         return Step(Config("pack_weight", ()), launch, ("weight", "packed"))
 
-    most = runtime._shared.cache_info().maxsize
+    most = runtime.prepared._shared.cache_info().maxsize
     assert most is not None
-    first = runtime._shared(step(0))
-    assert runtime._shared(step(0)) is first
+    first = runtime.prepared._shared(step(0))
+    assert runtime.prepared._shared(step(0)) is first
     for n in range(most + 1):
-        runtime._shared(step(n))
-    assert runtime._shared.cache_info().currsize == most
+        runtime.prepared._shared(step(n))
+    assert runtime.prepared._shared.cache_info().currsize == most
 
 
 @pytest.mark.gpu
@@ -112,7 +112,7 @@ def test_a_prepared_weight_keeps_its_keys(cupy: Any, monkeypatch: pytest.MonkeyP
     _, x, w, settings = arrays("mma")
     x_gpu, prepared = cupy.asarray(x), gpuconv.prepare(cupy.asarray(w))
     expected = gpuconv.conv1d(x_gpu, prepared, **settings).get()
-    monkeypatch.setattr(runtime, "_shared", forgotten)
+    monkeypatch.setattr(runtime.prepared, "_shared", forgotten)
     for _ in range(3):
         calls._EXECUTORS.clear()
         np.testing.assert_array_equal(gpuconv.conv1d(x_gpu, prepared, **settings).get(), expected)

@@ -49,11 +49,11 @@ def version(cupy: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[st
 
     def pose(name: str) -> None:
         monkeypatch.setattr(cupy, "__version__", name)
-        runtime._supported.cache_clear()
+        runtime.gpu._supported.cache_clear()
         runtime.device.cache_clear()  # what is known of a GPU is not asked again
 
     yield pose
-    runtime._supported.cache_clear()
+    runtime.gpu._supported.cache_clear()
 
 
 @pytest.mark.gpu
@@ -355,16 +355,16 @@ def test_plans_of_one_kernel_set_one_limit_of_shared_memory(order: tuple[int, in
     kernel = runtime.build(launches[0][0], runtime.device(0).arch_name)
     for config, launch in (launches[i] for i in order):
         kernel.max_dynamic_shared_size_bytes = runtime.DEFAULT_SHARED_BYTES
-        runtime._Kernel(config, launch)
+        runtime.kernels.Kernel(config, launch)
         assert kernel.max_dynamic_shared_size_bytes == runtime.device(0).shared_per_block
 
 
 @pytest.mark.gpu
 def test_a_new_thread_plans_a_kernel_with_much_shared_memory() -> None:
     (config, launch), _ = large_launches()
-    runtime._Kernel(config, launch)  # loads the kernel here, so that the thread has no reason to
+    runtime.kernels.Kernel(config, launch)  # loads the kernel here, so that the thread has no reason to
     with ThreadPoolExecutor(1) as pool:
-        pool.submit(runtime._Kernel, config, launch).result()
+        pool.submit(runtime.kernels.Kernel, config, launch).result()
 
 
 @pytest.mark.gpu
@@ -380,8 +380,8 @@ def test_many_threads_and_streams(cupy: Any) -> None:
                 np.testing.assert_array_equal(cupy.asnumpy(y), expected)
             stream.synchronize()
 
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(work, range(8)))
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(work, range(16)))
 
 
 @pytest.mark.gpu
@@ -576,7 +576,7 @@ def test_a_captured_graph_owns_its_buffers(cupy: Any, name: str, mode: str) -> N
             np.testing.assert_array_equal(cupy.asnumpy(out), expected)
             del churn
         for array in arrays:  # the graph computes anew, from what its arrays hold
-            runtime._as_bytes(array).fill(0)
+            runtime.arrays._as_bytes(array).fill(0)
         graph.launch(stream)
         stream.synchronize()
         assert not cupy.asnumpy(out).any()

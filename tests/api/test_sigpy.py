@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import re
 from collections.abc import Callable
 from typing import Any
@@ -293,9 +292,3 @@ def test_arrays_of_another_gpu_stay_there(cupy: Any) -> None:
     ):
         assert array.data.device_id == 1
         np.testing.assert_array_equal(array.get(), expected)
-
-
-def test_the_examples_of_the_docstrings() -> None:
-    result = doctest.testmod(sigpy)
-    assert result.attempted > 8
-    assert result.failed == 0

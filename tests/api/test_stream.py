@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -232,12 +231,6 @@ def test_bad_pushes_and_states() -> None:
     assert s.push(x).shape == (2, 2, 2)
 
 
-def test_the_examples_of_the_docstrings() -> None:
-    result = doctest.testmod(stream)
-    assert result.attempted > 4
-    assert result.failed == 0
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize(("op", "dtype"), [("conv1d", "bfloat16"), ("conv_transpose1d", "float32")])
 def test_a_gpu_gives_the_bits_of_one_call(cupy: Any, op: Op, dtype: str) -> None:
@@ -368,6 +361,28 @@ def test_pushes_that_repeat_launch_once_and_allocate_nothing(
             push(run)
         found = cupy.concatenate([*outputs, s.flush()], axis=-1).get()
     assert start == x.shape[-1]
+    np.testing.assert_array_equal(found, layer.whole(x, cupy.asarray).get())
+
+
+@pytest.mark.gpu
+def test_a_push_without_memory_for_its_outputs_can_be_repeated(cupy: Any) -> None:
+    """Of a layer whose push is a launch that appends and one that computes; the state in between is that before."""
+    rng = np.random.default_rng(12)
+    weight, x = (rng.standard_normal(shape).astype("float32") for shape in ((2, 600, 3), (1, 600, 27)))
+    layer = Layer("conv1d", weight, None, {"stride": 1, "padding": 1, "dilation": 1, "groups": 1})
+    s, parts, pool = layer.stream(1, cupy.asarray), [], cupy.cuda.MemoryPool()
+    pieces = [cupy.asarray(x[..., start : start + 3]) for start in range(0, 27, 3)]
+    for number, piece in enumerate(pieces):
+        if number in (5, 6):
+            pool.set_limit(1)
+            with cupy.cuda.using_allocator(pool.malloc), pytest.raises(cupy.cuda.memory.OutOfMemoryError):
+                s.push(piece)
+        if number == 6:
+            state, s = s.state(), s.clone()
+            s.load_state(state)
+        parts.append(s.push(piece))
+    assert s._in_window
+    found = cupy.concatenate([*parts, s.flush()], axis=-1).get()
     np.testing.assert_array_equal(found, layer.whole(x, cupy.asarray).get())
 
 

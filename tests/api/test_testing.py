@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import os
 import re
 import subprocess
@@ -14,7 +13,7 @@ import numpy as np
 import pytest
 
 import gpuconv
-from gpuconv import grad, testing
+from gpuconv import grad
 from gpuconv.testing import assert_within_bound
 
 ROOT = Path(__file__).parents[2]
@@ -98,11 +97,6 @@ def test_the_part_of_a_complex_result_that_is_wrong_is_named() -> None:
     y[0, 1, 2] += 1j
     with pytest.raises(AssertionError, match=r"worst element \(0, 1, 2\), imaginary part: got "):
         assert_within_bound(y, "conv1d", x, w)
-
-
-def test_the_example_in_the_docstring() -> None:
-    result = doctest.testmod(testing)
-    assert (result.attempted, result.failed) == (4, 0)
 
 
 def test_shape_dtype_and_arguments_are_checked() -> None:

@@ -22,7 +22,7 @@ import pywt
 import soundfile
 
 import gpuconv
-from gpuconv import cases, checks, files, functional, runtime
+from gpuconv import cases, files, functional, runtime
 from gpuconv.cli import gpu, info, main, warmup
 from gpuconv.cli.terminal import show_progress
 from gpuconv.device import ARCHITECTURES
@@ -424,14 +424,14 @@ def test_verify_reports_in_every_form(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_verify_tells_a_mismatch(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    real = checks.functional.conv1d
+    real = functional.conv1d
 
     def wrong(*arguments: Any, **settings: Any) -> Any:
         out = real(*arguments, **settings)
         out[..., 0] += 1
         return out
 
-    monkeypatch.setattr(checks.functional, "conv1d", wrong)
+    monkeypatch.setattr(functional, "conv1d", wrong)
     argv = ["verify", "--device", "cpu", "--filter", "docs_example", "--dtype", "float32"]
     assert main(argv) == 1
     assert "checks FAILED" in capsys.readouterr().out
@@ -746,7 +746,7 @@ def test_an_interrupt_ends_with_130_and_one_line() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "gpuconv: error: interrupted\n")
 
 
-COMMANDS = ("info", "verify", "explain", "conv1d", "conv_transpose1d", "warmup", "cache")
+COMMANDS = ("info", "verify", "explain", "conv1d", "conv_transpose1d", "warmup", "cache", "bench", "plot", "completion")
 
 
 def test_the_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
@@ -754,6 +754,15 @@ def test_the_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> Non
     text = capsys.readouterr().out
     for command in COMMANDS:
         assert f"\n    {command}" in text
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_help_has_an_example_and_the_exit_codes(capsys: pytest.CaptureFixture[str], command: str) -> None:
+    assert main([command, "--help"]) == 0
+    codes, _, examples = capsys.readouterr().out.partition("\nexit codes: ")[2].partition("\n\nexample:\n")
+    assert codes.startswith("0 ")
+    assert "2 bad usage" in codes
+    assert examples.startswith(f"  gpuconv {command} ")
 
 
 def test_the_help_breaks_no_option(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -898,6 +907,17 @@ def test_progress_is_shown_on_a_terminal(monkeypatch: pytest.MonkeyPatch, with_r
     if not with_rich:
         assert terminal.text.startswith("\rverifying 0/1 ")
         assert terminal.text.endswith(" \r")
+
+
+def test_progress_in_a_narrow_terminal_cuts_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = _Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "60")
+    with show_progress("verifying") as progress:
+        progress(194, 202, "up_one_input_channel complex128")
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", terminal.text)
+    assert re.search(r"194/202 0:00:00 up_one_i\S*…", shown), shown
 
 
 def test_progress_leaves_no_line_behind_an_interrupt(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,8 +20,10 @@ from gpuconv import conv1d as public_conv1d
 from gpuconv import conv_transpose1d as public_conv_transpose1d
 from gpuconv import cpu
 from gpuconv.cpu import choice, limits, threads
+from gpuconv.cpu.arrays import Array, copy_swapped
 from gpuconv.cpu.geometry import Call
 from gpuconv.cpu.taps import Taps
+from gpuconv.cpu.toeplitz import Toeplitz
 from gpuconv.problem import ConvProblem, numpy_dtype
 
 conv1d = partial(ConvProblem, "conv1d")
@@ -108,6 +110,52 @@ def test_an_infinite_input_costs_nothing_where_only_the_padding_is_zeros(
 def test_packing_short_runs_has_its_price() -> None:
     """A transposed layer whose phases have two or three taps: to pack its weight takes a quarter of the time."""
     assert choice.choose(conv_transpose1d(1, 256, 128, 400, 11, 5, 3, 3, has_bias=True)).form.name == "shift_add"
+
+
+@pytest.mark.parametrize("p", [conv1d(1, 512, 512, 938, 7, 1, 3, 3, 1, 512), conv1d(8, 64, 64, 1000, 3, 1, 1, 1, 1, 8)])
+def test_half_a_millisecond_of_work_stays_with_the_caller(p: ConvProblem) -> None:
+    """A second thread gains little or nothing there: it begins late, and both wait for each other's interpreter."""
+    assert choice.choose(p).workers == 1
+
+
+def test_a_helper_gets_less_work_than_the_caller_who_begins_first() -> None:
+    p = conv1d(1024, 64, 64, 4, 3, 1, 1, 1)
+    chosen = choice.choose(p)
+    assert chosen.workers > 1
+    assert isinstance(chosen.form, Toeplitz)
+    assert p.N // 2 < chosen.form.samples < 0.6 * p.N
+
+
+def test_channels_and_positions_trade_places_along_the_longer_axis() -> None:
+    """NumPy's copy goes along the axis that is contiguous in the result: of 4 elements, which takes twice as long."""
+    source = np.random.default_rng(0).standard_normal((512, 4, 64), dtype=np.float32)
+    out = np.empty((512, 64, 4), np.float32).swapaxes(1, 2)
+    ours = plain = math.inf
+    for _ in range(60):
+        ours = min(ours, processor_time(copy_swapped, source, out))
+        np.testing.assert_array_equal(out, source)
+        plain = min(plain, processor_time(plain_copy, source, out))
+    assert ours < 0.7 * plain
+
+
+def processor_time(function: Callable[..., object], *arguments: object) -> float:
+    start = time.process_time()
+    function(*arguments)
+    return time.process_time() - start
+
+
+def test_short_rows_of_bfloat16_are_converted_as_whole_blocks() -> None:
+    """Run by run, the conversions take three times as long as all else."""
+    wide, narrow = (conv1d(1024, 16, 16, 8, 3, 1, 1, 1, dtype=dtype) for dtype in ("float32", "bfloat16"))
+    calls = [(choice.choose(p), call_of(p)) for p in (wide, narrow)]
+    ours = [math.inf, math.inf]
+    for _ in range(10):
+        ours = [min(least, seconds(*call, 2)) for least, call in zip(ours, calls, strict=True)]
+    assert ours[1] < 2.7 * ours[0]
+
+
+def plain_copy(source: Array, out: Array) -> None:
+    out[...] = source
 
 
 def call_of(p: ConvProblem) -> Call:

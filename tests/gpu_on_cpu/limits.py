@@ -10,12 +10,14 @@ import pytest
 _TORCH = "needs PyTorch on CUDA"
 _RANDOM = "needs CuPy's random numbers, whose kernels are not translated"
 
+_CUFFT = "needs cuFFT, whose kernels are machine code"
+
 CANNOT_RUN = {
+    "tests/api/test_fft.py::test_cufft_itself": (1, _CUFFT),
     "tests/torch/test_torch_cuda.py::test_mixed_devices_are_refused": (1, _TORCH),
     "tests/torch/test_torch_cuda.py::test_pending_conjugations_and_negations_on_a_gpu": (1, _TORCH),
     "tests/torch/test_torch_cuda.py::test_a_compiled_model_runs_on_the_gpu": (1, _TORCH),
     "tests/project/test_readme.py::test_a_block_runs_by_itself[0-gpu]": (1, _RANDOM),
-    "tests/project/test_readme.py::test_the_shapes_in_the_comments_are_right[0-gpu]": (1, _RANDOM),
 }
 """(how many, why) by test function, or by test."""
 

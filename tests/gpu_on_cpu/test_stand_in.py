@@ -523,7 +523,7 @@ def test_a_wrong_parameter_struct_is_caught(cupy: Any, monkeypatch: pytest.Monke
 @pytest.mark.usefixtures("no_plans")
 @pytest.mark.parametrize(("first", "second"), [(0, 1), (0, 3), (1, 3)])
 def test_swapped_pointers_are_caught(cupy: Any, monkeypatch: pytest.MonkeyPatch, first: int, second: int) -> None:
-    right = runtime._Kernel.launch
+    right = runtime.kernels.Kernel.launch
 
     def launch(kernel: Any, *pointers: Any) -> None:
         swapped = list(pointers)
@@ -531,7 +531,7 @@ def test_swapped_pointers_are_caught(cupy: Any, monkeypatch: pytest.MonkeyPatch,
             swapped[first], swapped[second] = swapped[second], swapped[first]
         right(kernel, *swapped)
 
-    monkeypatch.setattr(runtime._Kernel, "launch", launch)
+    monkeypatch.setattr(runtime.kernels.Kernel, "launch", launch)
     assert is_caught(cupy)
 
 
@@ -541,7 +541,7 @@ def test_a_temporary_given_back_too_early_is_caught(cupy: Any, monkeypatch: pyte
     expected = gpuconv.conv1d(x, w)
     arrays = cupy.asarray(x), cupy.asarray(w)
     assert np.array_equal(gpuconv.conv1d(*arrays).get(), expected)
-    pack = runtime._Packing.pack
+    pack = runtime.prepared.Packing.pack
     packed_sizes = []
 
     def pack_and_let_go(packing: Any, weight: Any) -> Any:
@@ -549,7 +549,7 @@ def test_a_temporary_given_back_too_early_is_caught(cupy: Any, monkeypatch: pyte
         packed_sizes.append(packed.mem.size)
         return cupy.cuda.MemoryPointer(cupy.cuda.UnownedMemory(packed.ptr, packed.mem.size, None), 0)
 
-    monkeypatch.setattr(runtime._Packing, "pack", pack_and_let_go)
+    monkeypatch.setattr(runtime.prepared.Packing, "pack", pack_and_let_go)
     assert not np.array_equal(gpuconv.conv1d(*arrays).get(), expected)
     assert packed_sizes, "the problem packs no weights"
 

@@ -7,7 +7,7 @@ wrong is a `HostCudaError` (errors.py) that names the kernel, the block, the thr
     output = hostcuda.compute(problem, input, weight, bias, schedule="every")
 
 compiles and launches what dispatch chooses for the problem. `run` launches any kernel, `prebuild` compiles many
-specialisations in one go.
+specialisations in one go. Within `races.watched()` launches are also watched for data races.
 """
 
 from .build import Program, prebuild

@@ -100,7 +100,11 @@ def binary(program: Program) -> Binary:
     """The compiled kernel, from the cache or compiled now."""
     prebuild([program])
     key = _key(program)
-    library = load(_index(key).read_text())
+    return binary_of(load(_index(key).read_text()), key)
+
+
+def binary_of(library: ctypes.CDLL, key: str) -> Binary:
+    """The kernel that a shared object has under a key."""
     return Binary(
         entry=_address(library, f"hostcuda_entry_{key}"),
         num_parameters=ctypes.c_uint.in_dll(library, f"hostcuda_parameters_{key}").value,

@@ -51,6 +51,10 @@ class ScheduleError(HostCudaError):
     """The bits of the result depend on the order in which threads ran: a race."""
 
 
+class RaceError(HostCudaError):
+    """Two accesses of threads, at least one of them a write, that nothing orders."""
+
+
 class TimeLimitError(HostCudaError):
     """The kernel did not end."""
 

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 import gpuconv
-from gpuconv import reference
 from gpuconv.fusion import ACTIVATION_ARRAYS, TINY, ULPS, Fused
 from gpuconv.problem import FORMATS, ConvProblem, numpy_dtype
+from gpuconv.reference.activations import Function
 from tests import hostcuda
 
 NAMES = ("relu", "leaky_relu", "elu", "silu", "gelu", "gelu_tanh", "tanh", "sigmoid", "snake")
@@ -61,7 +61,7 @@ def problem_of(name: str, dtype: str) -> tuple[ConvProblem, dict[str, Any], tupl
 def exactly(name: str, dtype: str, x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """The function in float64."""
     p, arrays, _ = problem_of(name, dtype)
-    function = reference.Function.of(p.fusion.activation, ACTIVATION_ARRAYS, arrays)
+    function = Function.of(p.fusion.activation, ACTIVATION_ARRAYS, arrays)
     assert function is not None
     found: np.ndarray[Any, Any] = function(x.astype(np.float64).reshape(1, -1))[0]
     return found

@@ -104,7 +104,7 @@ def test_build_context_is_exactly_what_is_copied(parser: DockerfileParser) -> No
 
 def test_build_copies_every_file_that_pyproject_names(parser: DockerfileParser) -> None:
     project = (CHECKOUT / "pyproject.toml").read_text(encoding="utf-8")
-    named = set(re.findall(r'(?m)^readme = "(.+)"$', project))
+    named = set(re.findall(r'(?m)^fragments = \[{ path = "(.+)" }\]$', project))
     named.update(re.findall(r'(?m)^license-files = \["(.+)"\]$', project))
     (packaged,) = re.findall(r"(?m)^only-include = (\[.+\])$", project)
     named.update(json.loads(packaged))

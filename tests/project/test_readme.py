@@ -1,4 +1,6 @@
-"""The README: its Python runs block by block, and its set-up commands are those that CI extracts."""
+"""The README: its Python runs block by block, its tables say what is true, its links lead somewhere, and its set-up
+commands are those that CI extracts.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+
+import gpuconv
+import gpuconv.sigpy
+from tests import NO_SIGPY, NO_TORCH
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 README = (CHECKOUT / "README.md").read_text(encoding="utf-8")
@@ -43,20 +50,12 @@ def test_the_readme_has_python() -> None:
 
 @pytest.mark.parametrize("block", cases())
 def test_a_block_runs_by_itself(block: str, tmp_path: Path) -> None:
-    done = run(block, tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
-
-
-@pytest.mark.parametrize("block", cases())
-def test_the_shapes_in_the_comments_are_right(block: str, tmp_path: Path) -> None:
-    """A comment that ends an assignment and begins with a shape is that of the value."""
+    """And where a comment that ends an assignment begins with a shape, it is that of the value."""
     claims = re.findall(r"^(\w+) = .*#.*?(\(\d+(?:, \d+)+,?\))", block, re.MULTILINE)
     checks = "".join(f"\nassert {name}.shape == {shape}, {name}.shape" for name, shape in claims)
-    if not checks:
-        return
     done = run(block + checks, tmp_path)
     assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
 
 
 @pytest.mark.parametrize("number", [1, 2])
@@ -68,3 +67,113 @@ def test_ci_takes_the_commands_of_the_readme(number: int) -> None:
     assert command.startswith("python3 -m venv .venv && "), "each command must stand on its own"
     assert ("gpuconv verify" if number == 1 else "-m pytest") in command
     assert f"readme_command {number}" in (CHECKOUT / ".ci" / "run").read_text(encoding="utf-8")
+
+
+def test_the_first_screen_has_a_picture_an_installation_and_an_example() -> None:
+    first = README[: README.index("\n## ")]
+    assert len(first.splitlines()) <= 35
+    assert re.search(r"^!\[.{20,}\]\(\S+\)$", first, re.MULTILINE)
+    assert "`pip install '.[cuda13]'`" in first
+    assert BLOCKS[0] in first
+
+
+def test_the_links_lead_somewhere() -> None:
+    text = re.sub(r"^```.*?^```$", "", README, flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    anchors = {"#" + re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
+    assert len(links) > 10
+    assert [link for link in links if link not in anchors and not (CHECKOUT / link).is_file()] == []
+
+
+# Coming from another library: each row of a table is their call and ours.
+
+
+class Cudnn:
+    """The three functions of cupy.cudnn, by cuDNN's definition, on NumPy arrays (N, C, H, L)."""
+
+    @staticmethod
+    def _terms(padding: tuple[int, int], stride: tuple[int, int], K: int, L: int, L_out: int) -> Any:
+        """For each tap, the positions of the shorter array and those of the longer one that it brings together."""
+        for k in range(K):
+            longer = np.arange(L_out) * stride[1] - padding[1] + k
+            exists = (longer >= 0) & (longer < L)
+            yield k, np.flatnonzero(exists), longer[exists]
+
+    def convolution_forward(self, x: Any, W: Any, b: Any, y: Any, pad: Any, stride: Any, *_: Any) -> None:
+        y[...] = b[:, None, None]
+        for k, at_y, at_x in self._terms(pad, stride, W.shape[-1], x.shape[-1], y.shape[-1]):
+            y[..., at_y] += np.einsum("oih,nihl->nohl", W[..., k], x[..., at_x])
+
+    def convolution_backward_data(self, W: Any, x: Any, b: Any, y: Any, pad: Any, stride: Any, *_: Any) -> None:
+        y[...] = b[:, None, None]
+        for k, at_x, at_y in self._terms(pad, stride, W.shape[-1], y.shape[-1], x.shape[-1]):
+            y[..., at_y] += np.einsum("ioh,nihl->nohl", W[..., k], x[..., at_x])
+
+    def convolution_backward_filter(self, x: Any, gy: Any, gW: Any, pad: Any, stride: Any, *_: Any) -> None:
+        gW[...] = 0
+        for k, at_y, at_x in self._terms(pad, stride, gW.shape[-1], x.shape[-1], gy.shape[-1]):
+            gW[..., k] = np.einsum("nohl,nihl->oih", gy[..., at_y], x[..., at_x])
+
+
+def rows(heading: str) -> list[tuple[str, str]]:
+    """Their calls and ours in the table of a section."""
+    section = README.partition(f"\n### {heading}\n")[2].partition("\n##")[0]
+    return re.findall(r"^\| `([^`]+)` \| `(gpuconv[^`]+)` \|$", section, re.MULTILINE)
+
+
+def arrays(heading: str) -> dict[str, Any]:
+    """The arrays of a table by their names there."""
+    rng = np.random.default_rng(0)
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {
+        "torch.nn.functional": {
+            "x": (2, 6, 30), "w": (4, 6, 7), "b": (4,), "v": (6, 4, 7), "r": (2, 4, 24), "g": (2, 4, 24),
+        },
+        "scipy.signal": {"x": (400,), "h": (17,), "zi": (16,)},
+        "sigpy": {"d": (9, 8), "f": (3, 3), "y": (11, 10)},
+        "cupy.cudnn": {
+            "x": (2, 6, 30), "w": (4, 6, 7), "b": (4,), "v": (6, 4, 7), "y": (2, 4, 15), "z": (2, 4, 59),
+            "dw": (4, 6, 7),
+        },
+    }  # fmt: skip
+    return {name: rng.standard_normal(shape) for name, shape in shapes[heading].items()}
+
+
+def values(result: Any) -> list[Any]:
+    """What a call gives, as arrays."""
+    return [np.asarray(part) for part in (result if isinstance(result, tuple) else (result,))]
+
+
+TABLES = ("torch.nn.functional", "scipy.signal", "sigpy", "cupy.cudnn")
+
+
+@pytest.mark.parametrize("heading", TABLES)
+def test_our_side_of_the_tables_runs(heading: str) -> None:
+    assert len(rows(heading)) >= 3
+    for _, ours in rows(heading):
+        assert all(np.isfinite(part).all() for part in values(eval(ours, {"gpuconv": gpuconv, **arrays(heading)})))
+
+
+@pytest.mark.parametrize(
+    "heading", [pytest.param(name, marks=[pytest.mark.torch] * name.startswith("torch")) for name in TABLES]
+)
+def test_both_sides_of_the_tables_agree(heading: str) -> None:
+    convert: Any = np.asarray
+    library: dict[str, Any]
+    if heading == "torch.nn.functional":
+        torch = pytest.importorskip("torch", reason=NO_TORCH)
+        library, convert = {"torch": torch, "F": torch.nn.functional}, torch.from_numpy
+    elif heading == "scipy.signal":
+        library = {"signal": pytest.importorskip("scipy.signal")}
+    elif heading == "sigpy":
+        library = {"sigpy": pytest.importorskip("sigpy", reason=NO_SIGPY)}
+    else:
+        library, convert = {"cudnn": Cudnn()}, lambda array: array[:, :, None] if array.ndim == 3 else array
+    for theirs, ours in rows(heading):
+        given, own = arrays(heading), arrays(heading)
+        result = eval(theirs, {**library, **{name: convert(array) for name, array in given.items()}})
+        found = eval(ours, {"gpuconv": gpuconv, **own})
+        if result is None:  # theirs wrote to the argument that ours returns
+            (result,) = (given[name] for name, array in own.items() if found is array)
+        for expected, actual in zip(values(result), values(found), strict=True):
+            np.testing.assert_allclose(actual, expected, atol=1e-12, err_msg=ours)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import gpuconv
-from gpuconv import checks, cli, layers
+from gpuconv import checks, cli, functional, layers
 from gpuconv.problem import ArraySpec
 
 Shape = tuple[int, ...]
@@ -93,7 +93,7 @@ def test_a_layer_that_is_computed_wrongly_is_named(
 
     calls = CALLS[0], ("conv1d", (2, 3, 30), (4, 3, 9), "complex64", {})
     path = written(tmp_path, *calls, weight="float32")  # the second has real taps
-    monkeypatch.setattr(checks.functional, "conv1d", wrong)
+    monkeypatch.setattr(functional, "conv1d", wrong)
     assert cli.main(["verify", "--device", "cpu", "--layers", str(path)]) == 1
     out = capsys.readouterr().out
     lines = [line.split() for line in out.splitlines() if line.startswith("layer ")]

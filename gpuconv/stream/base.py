@@ -1,9 +1,4 @@
-"""Convolutions of signals that arrive piece by piece: layers that remember what the next outputs need.
-
-The outputs of all pushes and of the flush, one behind the other, are those of one call on the whole signal: bit for bit
-on a GPU, within the error bound on the CPU. A stream keeps the samples that later windows read, so its memory depends
-on the layer and on the longest push alone.
-"""
+"""What the streams of both operations share: the layer, the slots with their samples, and the bookkeeping."""
 
 from __future__ import annotations
 
@@ -15,20 +10,19 @@ from typing import Any, ClassVar, NamedTuple, SupportsIndex, TypeVar, cast
 
 import numpy as np
 
-from . import functional, nn, runtime
-from .arguments import ArraySpec, Settings, check_int
-from .fusion import FUSED_ARRAYS, ActivationLike, Fused
-from .interchange import view
-from .memory import check_kinds, take
-from .problem import INTEGER_SUMS, ConvProblem, Op, Padding, Setting
+from .. import functional, nn, runtime
+from ..arguments import ArraySpec, Settings, check_int
+from ..dispatch import BY_FFT
+from ..fusion import FUSED_ARRAYS, ActivationLike, Fused
+from ..interchange import view
+from ..memory import check_kinds, take
+from ..problem import INTEGER_SUMS, ConvProblem, Op, Padding, Setting
 from .window import Window, kind_of, window_for
 
-__all__ = ["Conv1d", "ConvTranspose1d"]
-
-StreamT = TypeVar("StreamT", bound="_Stream")
+StreamT = TypeVar("StreamT", bound="Stream")
 
 
-class _Position(NamedTuple):
+class Position(NamedTuple):
     """Where a slot's stream is, apart from the samples.
 
     Attributes:
@@ -45,7 +39,7 @@ class _Position(NamedTuple):
     received: bool
 
 
-class _Stream:
+class Stream:
     """What both streams share: the layer, the slots with their samples, and the bookkeeping."""
 
     op: ClassVar[Op]
@@ -83,6 +77,11 @@ class _Stream:
             activation, input_activation = layer.fused["activation"], layer.fused["input_activation"]
         else:
             weight = layer
+        if algorithm in BY_FFT:
+            raise ValueError(
+                f'{caller}: algorithm must be None, "base" or a kernel family, got {algorithm!r}: the blocks of an FFT '
+                "would begin at each push"
+            )
         settings = Settings.check(caller, self.op, stride, padding, dilation, groups, output_padding)
         self._weight = weight if isinstance(weight, runtime.PreparedWeight) else functional.prepare(weight)
         if bias is not None:
@@ -124,19 +123,19 @@ class _Stream:
         """The padding on the left and on the right."""
         raise NotImplementedError
 
-    def _start(self) -> _Position:
+    def _start(self) -> Position:
         """Before the first sample."""
-        return _Position(0, self._left, 0, False)
+        return Position(0, self._left, 0, False)
 
-    def _advance(self, position: _Position, length: int) -> tuple[int, int, _Position]:
+    def _advance(self, position: Position, length: int) -> tuple[int, int, Position]:
         """The outputs of a push of so many samples, the samples to drop from the front, and what comes after."""
         raise NotImplementedError
 
-    def _remaining(self, position: _Position) -> int:
+    def _remaining(self, position: Position) -> int:
         """The outputs behind the last sample, where there are samples."""
         raise NotImplementedError
 
-    def _settings(self, length: int, position: _Position, count: int) -> tuple[Any, ...]:
+    def _settings(self, length: int, position: Position, count: int) -> tuple[Any, ...]:
         """The settings of the call that gives the next `count` outputs from so many samples."""
         raise NotImplementedError
 
@@ -286,7 +285,7 @@ class _Stream:
         self._refuse_capture()
         with self._here():
             self._samples, self._in_window, self._last = samples.copy(), False, None
-        self._positions = [_Position(int(h), int(a), int(s), bool(r)) for h, a, s, r in positions]
+        self._positions = [Position(int(h), int(a), int(s), bool(r)) for h, a, s, r in positions]
 
     def clone(self: StreamT) -> StreamT:
         """A stream of the same layer, with the same weights in memory, that goes on from here by itself."""
@@ -317,7 +316,7 @@ class _Stream:
         """The GPU of the weight as CuPy's current one, where it is on a GPU."""
         return runtime.current_device_of(self._weight.array)
 
-    def _outputs(self, samples: Any, position: _Position, count: int, out: Any | None = None) -> Any:
+    def _outputs(self, samples: Any, position: Position, count: int, out: Any | None = None) -> Any:
         """The next `count` outputs from the samples that are held, written to `out` where that is given."""
         slots, _, length = samples.shape
         if count == 0:
@@ -336,7 +335,7 @@ class _Stream:
         """The samples of all slots."""
         return cast(Window, self._window).samples() if self._in_window else self._samples
 
-    def _enter_window(self, kind: tuple[Any, ...], input: Any, position: _Position, count: int, out: Any | None) -> Any:
+    def _enter_window(self, kind: tuple[Any, ...], input: Any, position: Position, count: int, out: Any | None) -> Any:
         """A push of a kind that repeats."""
         if not self._in_window:
             self._refuse_capture()
@@ -348,7 +347,7 @@ class _Stream:
             self._in_window = True
         return window.push(input, out)
 
-    def _new_window(self, input: Any, position: _Position, count: int, out: Any | None) -> Window:
+    def _new_window(self, input: Any, position: Position, count: int, out: Any | None) -> Window:
         shape = (self.slots, self._channels, position.held + input.shape[-1])
         settings = self._settings(shape[-1], position, count)
         problem = getattr(ConvProblem, self.op)(
@@ -386,14 +385,14 @@ class _Stream:
             raise ValueError(f"{caller}: slots must be from 0 to {self.slots - 1}, each once, got {chosen}")
         return chosen
 
-    def _common(self, caller: str, chosen: list[int]) -> _Position:
+    def _common(self, caller: str, chosen: list[int]) -> Position:
         """The place of the streams of these slots."""
         positions = {self._positions[slot] for slot in chosen}
         if len(positions) > 1:
             raise ValueError(f"{caller}: slots {chosen} are at different places of their streams; push them apart")
         return next(iter(positions), self._start())
 
-    def _keep(self, chosen: list[int] | None, samples: Any, position: _Position) -> None:
+    def _keep(self, chosen: list[int] | None, samples: Any, position: Position) -> None:
         """Keep these samples for slots; None for all."""
         if chosen is None:
             self._samples = samples
@@ -414,185 +413,3 @@ def _copied(activation: ActivationLike | None) -> ActivationLike | None:
         return activation
     parts: Sequence[Any] = activation
     return tuple(part.copy() if hasattr(part, "shape") else part for part in parts)
-
-
-class Conv1d(_Stream):
-    """`gpuconv.conv1d` of a signal that arrives piece by piece.
-
-    Args:
-        layer: an `nn.Conv1d`, whose settings replace those below; or the weight (C_out, C_in/groups, K), NumPy or CuPy,
-            of which a copy is kept.
-        bias: (C_out,), or None.
-        stride: step of the window, in samples.
-        padding: zeros around the whole signal: "causal", "valid", an int or a pair (left, right); "same" with stride 1.
-        dilation: distance between taps, in samples.
-        groups: input and output channels are cut into this many groups that do not mix.
-        slots: so many independent streams are served at once.
-        precision: as in `gpuconv.conv1d`.
-        algorithm: as in `gpuconv.conv1d`.
-        activation: as in `gpuconv.conv1d`.
-        input_activation: as in `gpuconv.conv1d`.
-
-    Raises:
-        ValueError: a value is out of range, or the padding depends on the length of the whole.
-        TypeError: an argument is of the wrong kind.
-
-    Example:
-        >>> import numpy as np
-        >>> from gpuconv import stream
-        >>> s = stream.Conv1d(np.ones((1, 1, 3)), padding="causal")
-        >>> s.push(np.array([[1.0, 2.0]])), s.push(np.array([[3.0]])), s.push(np.array([[4.0]]))
-        (array([[1., 3.]]), array([[6.]]), array([[9.]]))
-    """
-
-    op = "conv1d"
-
-    def __init__(
-        self,
-        layer: Any,
-        bias: Any | None = None,
-        stride: Setting = 1,
-        padding: Padding = 0,
-        dilation: Setting = 1,
-        groups: SupportsIndex = 1,
-        *,
-        slots: SupportsIndex = 1,
-        precision: str = "float32",
-        algorithm: str | None = None,
-        activation: ActivationLike | None = None,
-        input_activation: ActivationLike | None = None,
-    ) -> None:
-        super().__init__(
-            layer, bias, stride, padding, 0, dilation, groups, slots, precision, algorithm, activation, input_activation
-        )
-
-    @property
-    def _channels(self) -> int:
-        return self._weight.shape[1] * self._groups
-
-    def _sides(self, caller: str, settings: Settings) -> tuple[int, int]:
-        if settings.padding == "causal":
-            return self._span - 1, 0
-        if settings.padding == "same":
-            if self._stride > 1:
-                raise ValueError(f'{caller}: padding "same" with a stride depends on the length of the whole signal')
-            return (self._span - 1) // 2, self._span - 1 - (self._span - 1) // 2
-        return settings.padding
-
-    def _advance(self, position: _Position, length: int) -> tuple[int, int, _Position]:
-        held = position.held + length
-        count = max(0, (position.ahead + held - self._span) // self._stride + 1) if held else 0
-        moved = count * self._stride  # from the first position of this window to that of the next
-        ahead = max(0, position.ahead - moved)
-        dropped = max(0, moved - position.ahead)
-        return (
-            count,
-            dropped,
-            _Position(max(0, held - dropped), ahead, position.skip + max(0, dropped - held), position.received),
-        )
-
-    def _remaining(self, position: _Position) -> int:
-        # Zeros on the right complete further windows; those that begin behind the last sample lie in the padding.
-        behind = position.ahead + position.held + self._right - position.skip - self._span
-        return max(0, behind // self._stride + 1)
-
-    def _settings(self, length: int, position: _Position, count: int) -> tuple[Any, ...]:
-        right = max(0, (count - 1) * self._stride + self._span - position.ahead - length)
-        return self._stride, (position.ahead, right), self._dilation, self._groups
-
-
-class ConvTranspose1d(_Stream):
-    """`gpuconv.conv_transpose1d` of a signal that arrives piece by piece; an output comes once it is complete.
-
-    Args:
-        layer: an `nn.ConvTranspose1d`, whose settings replace those below; or the weight (C_in, C_out/groups, K), NumPy
-            or CuPy, of which a copy is kept.
-        bias: (C_out,), or None.
-        stride: distance between the windows that neighbouring input samples feed, in output samples.
-        padding: output samples trimmed from the whole: an int, a pair (left, right), "valid" or "same".
-        output_padding: output samples added at the end of the whole.
-        groups: input and output channels are cut into this many groups that do not mix.
-        dilation: distance between taps, in output samples.
-        slots: so many independent streams are served at once.
-        precision: as in `gpuconv.conv_transpose1d`.
-        algorithm: as in `gpuconv.conv_transpose1d`.
-        activation: as in `gpuconv.conv1d`.
-        input_activation: as in `gpuconv.conv1d`.
-
-    Raises:
-        ValueError: a value is out of range.
-        TypeError: an argument is of the wrong kind.
-
-    Example:
-        >>> import numpy as np
-        >>> from gpuconv import stream
-        >>> s = stream.ConvTranspose1d(np.ones((1, 1, 3)), stride=2)
-        >>> s.push(np.array([[1.0]])), s.push(np.array([[2.0]])), s.flush()
-        (array([[1., 1.]]), array([[3., 2.]]), array([[[2.]]]))
-    """
-
-    op = "conv_transpose1d"
-
-    def __init__(
-        self,
-        layer: Any,
-        bias: Any | None = None,
-        stride: Setting = 1,
-        padding: Padding = 0,
-        output_padding: Setting = 0,
-        groups: SupportsIndex = 1,
-        dilation: Setting = 1,
-        *,
-        slots: SupportsIndex = 1,
-        precision: str = "float32",
-        algorithm: str | None = None,
-        activation: ActivationLike | None = None,
-        input_activation: ActivationLike | None = None,
-    ) -> None:
-        self._extra = 0
-        super().__init__(
-            layer, bias, stride, padding, output_padding, dilation, groups, slots, precision, algorithm, activation,
-            input_activation,
-        )  # fmt: skip
-
-    @property
-    def _channels(self) -> int:
-        return self._weight.shape[0]
-
-    def _sides(self, caller: str, settings: Settings) -> tuple[int, int]:
-        self._extra = settings.output_padding
-        if isinstance(settings.padding, str):  # "same": L_out = L_in*stride
-            total = max(0, self._span - self._stride)
-            self._extra = max(0, self._stride - self._span)
-            return total // 2, total - total // 2
-        return settings.padding
-
-    def _advance(self, position: _Position, length: int) -> tuple[int, int, _Position]:
-        # A sample completes `stride` outputs, of which those wait that would be cut off if it were the last one.
-        held = position.held + length
-        waiting = max(0, self._stride - self._span - self._extra + self._right)
-        complete = held * self._stride - waiting
-        following = max(position.ahead, complete)
-        # A sample is needed as long as its window, which begins at its number times the stride, reaches an output.
-        behind = max(0, -((self._span - 1 - following) // self._stride))
-        dropped = min(held, behind, following // self._stride)
-        after = _Position(held - dropped, following - dropped * self._stride, 0, position.received)
-        return following - position.ahead if complete > position.ahead else 0, dropped, after
-
-    def _remaining(self, position: _Position) -> int:
-        end = (position.held - 1) * self._stride + self._span + self._extra - self._right
-        return max(0, end - position.ahead)
-
-    def _settings(self, length: int, position: _Position, count: int) -> tuple[Any, ...]:
-        # Outputs `ahead` to `ahead + count` of the samples' own transposed convolution.
-        cut = (length - 1) * self._stride + self._span - position.ahead - count
-        padding, output_padding = (position.ahead, max(0, cut)), max(0, -cut)
-        return self._stride, padding, output_padding, self._groups, self._dilation
-
-    def _outputs(self, samples: Any, position: _Position, count: int, out: Any | None = None) -> Any:
-        if samples.shape[-1] or not count:
-            return super()._outputs(samples, position, count, out)
-        slots, channels, _ = samples.shape  # behind the last window: what a sum of nothing gives
-        zeros, taps = self._empty((slots, channels, count)), self._empty((*self._weight.shape[:2], 1))
-        zeros[...] = taps[...] = 0
-        return self._call(zeros, taps, self._bias, groups=self._groups, **self._keywords)

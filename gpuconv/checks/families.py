@@ -9,24 +9,16 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from . import cases, dispatch, grad, reference, runtime
-from .cases import Case
-from .checks import (
-    Subject,
-    Target,
-    check_fusion,
-    check_strided_arrays,
-    every_other,
-    exact_result,
-    result_of,
-    same_bits,
-    swapped_axes,
-)
-from .device import Device
-from .families import FAMILIES, ArrayLayout, Family, Layout, Refusal, edges
-from .families.base import contiguous_strides
-from .problem import FORMATS, BiasGradientProblem, ConvProblem, Problem, WeightGradientProblem, numpy_dtype
-from .report import BY_FAMILY, FAR, Failure, Result
+from .. import cases, dispatch, grad, reference, runtime
+from ..cases import Case
+from ..device import Device
+from ..families import FAMILIES, ArrayLayout, Family, Layout, Refusal, edges
+from ..families.base import contiguous_strides
+from ..problem import FORMATS, BiasGradientProblem, ConvProblem, Problem, WeightGradientProblem, numpy_dtype
+from ..report import BY_FAMILY, FAR, Failure, Result
+from .forward import check_fusion, check_strided_arrays, every_other, swapped_axes
+from .subject import Subject, exact_result, result_of, same_bits
+from .target import Target
 
 Array = npt.NDArray[Any]
 

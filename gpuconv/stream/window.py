@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from . import calls, runtime
-from .memory import check_overlap
-from .problem import ConvProblem, numpy_dtype
+from .. import calls, runtime
+from ..memory import check_overlap
+from ..problem import ConvProblem, numpy_dtype
 
 if TYPE_CHECKING:
-    from . import dispatch
+    from .. import dispatch
 
 # Computes the outputs of all samples, given those and where to write the outputs, or None.
 Compute: TypeAlias = Callable[[Any, Any], Any]
@@ -44,7 +44,7 @@ def window_for(
     """
     if not runtime.is_cupy_array(input):
         return Joined(input, out, compute)
-    from . import dispatch, families
+    from .. import dispatch, families
 
     names = [name for name in problem.shapes if name != "input"]
     given = dict(zip(names, (weight.array, *others, out), strict=True))
@@ -134,16 +134,27 @@ class Appended(_Computed):
     def __init__(self, input: Any, out: Any | None, compute: Compute, shape: tuple[int, ...]) -> None:
         super().__init__(input, out, compute)
         self._array = runtime.empty_beside(input, shape, input.dtype)
+        self._held = shape[-1] - self._length
+        self._has_failed = False  # the last samples were appended, but their outputs could not be computed
 
     def fill(self, samples: Any) -> None:
         self._array[..., self._length :] = samples
+        self._has_failed = False
 
     def push(self, input: Any, out: Any | None) -> Any:
-        runtime.append(self._array, input[None] if self._is_single else input)
-        return self._outputs(self._array, out)
+        new = input[None] if self._is_single else input
+        if self._has_failed:
+            self._array[..., self._held :] = new
+        else:
+            runtime.append(self._array, new)
+        self._has_failed = True
+        result = self._outputs(self._array, out)
+        self._has_failed = False
+        return result
 
     def samples(self) -> Any:
-        return self._array[..., self._length :].copy()
+        start = 0 if self._has_failed else self._length
+        return self._array[..., start : start + self._held].copy()
 
 
 class Moving(Window):
@@ -159,7 +170,7 @@ class Moving(Window):
         others: tuple[Any, ...],
     ) -> None:
         super().__init__(input, out)
-        from .families.windows import NEW_SAMPLES, WINDOW_STARTS
+        from ..families.windows import NEW_SAMPLES, WINDOW_STARTS
 
         cupy = runtime.cupy_module()
         names = [name for name in problem.shapes if name not in ("input", "weight", problem.result)]

@@ -1,87 +1,19 @@
-"""The definition of both operations and of their gradients in float64 (complex128), and the bound of their errors.
-
-This module is the oracle of gpuconv: it is written to be read beside the formulas, not to be fast.
-"""
+"""A result as sums of products: their exact values, and the bound of a computed result's errors."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from .dtypes import FORMATS, INTEGERS, OPERAND_ROUNDOFF, Format
-from .edge import source_indices
-from .fusion import ACTIVATION_ARRAYS, INPUT_ACTIVATION_ARRAYS, RESIDUAL, TINY, ULPS, Activation
-from .problem import BiasGradientProblem, ConvProblem, WeightGradientProblem
+from ..dtypes import FORMATS, INTEGERS, OPERAND_ROUNDOFF, Format
+from ..fusion import ULPS
+from .activations import Function
 
 Array = npt.NDArray[Any]
-
-
-def compute(
-    problem: ConvProblem,
-    input: Array,
-    weight: Array,
-    bias: Array | None = None,
-    fused: Mapping[str, Array] | None = None,
-) -> Array:
-    """Evaluate a problem by its definition, in float64 or complex128.
-
-    conv1d (cross-correlation: the kernel is not flipped), with ``l_in = l_out*stride - padding_left + k*dilation``::
-
-        output[n, c_out, l_out] = bias[c_out] + sum over c_in, k of weight[c_out, c_in, k] * input[n, c_in, l_in]
-
-    conv_transpose1d, with ``l_out = l_in*stride - padding_left + k*dilation``::
-
-        output[n, c_out, l_out] = bias[c_out] + sum over c_in, k of weight[c_in, c_out, k] * input[n, c_in, l_in]
-
-    The sums run over the channels of one group and over the taps whose position exists: a tap that falls into the zero
-    padding contributes nothing, whatever the weight. In another `padding_mode` a convolution is that of the padded
-    input, and a transposed one, the adjoint, adds what lies in the padding of its output to the samples that are meant.
-    What `problem.fusion` names is applied: `gpuconv.fusion` has the formulas.
-
-    Args:
-        problem: extents and settings.
-        input: `problem.input_shape`, of any dtype that converts to the accumulator.
-        weight: `problem.weight_shape`.
-        bias: `problem.bias_shape`, or None.
-        fused: the arrays that `problem.fusion` needs, by name.
-
-    Returns:
-        `problem.output_shape`, float64, or complex128 for complex problems; the exact result for problems of integers.
-    """
-    return convolution(problem, input, weight, bias, fused).exact()
-
-
-def error_bound(
-    problem: ConvProblem,
-    input: Array,
-    weight: Array,
-    bias: Array | None = None,
-    exact: Array | None = None,
-    fused: Mapping[str, Array] | None = None,
-) -> Array:
-    """The largest permitted distance of each output element from `compute`: `Sums.error_bound`.
-
-    The ``n`` of the formula is `problem.terms`.
-    """
-    return convolution(problem, input, weight, bias, fused).error_bound(exact)
-
-
-def within_bound(
-    problem: ConvProblem,
-    output: Array,
-    input: Array,
-    weight: Array,
-    bias: Array | None = None,
-    fused: Mapping[str, Array] | None = None,
-) -> npt.NDArray[np.bool_]:
-    """Which elements of `output` are right: `Sums.within_bound`."""
-    return convolution(problem, input, weight, bias, fused).within_bound(output)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -93,6 +25,14 @@ class Comparison:
         exact: what `Sums.exact` gives.
         bound: what `Sums.error_bound` gives.
         output: the computed result, in the dtype of `exact`.
+
+    Example:
+        >>> import numpy as np, gpuconv
+        >>> x, w = np.ones((1, 1, 4), np.float32), np.full((1, 1, 3), 1 / 3, np.float32)
+        >>> problem = gpuconv.explain("conv1d", x, w, device="cpu").problem
+        >>> found = gpuconv.reference.convolution(problem, x, w).compare(gpuconv.conv1d(x, w))
+        >>> bool(found.right.all()), found.worst < 1
+        (True, True)
     """
 
     right: npt.NDArray[np.bool_]
@@ -133,6 +73,16 @@ class Sums:
         left_error: how far the elements of `left` that were multiplied may lie from those of `left`; None for equal.
         residual: what is added to the sums beside the addend, of the result's shape, or None.
         activation: what is then applied to them, or None.
+        of_fft: how far sums through the FFT may lie from the exact ones, of the result's shape; None where they are
+            summed directly.
+
+    Example:
+        >>> import numpy as np, gpuconv
+        >>> x, w = np.ones((1, 2, 4), np.float32), np.ones((1, 2, 3), np.float32)
+        >>> problem = gpuconv.explain("conv1d", x, w, device="cpu").problem
+        >>> sums = gpuconv.reference.convolution(problem, x, w)
+        >>> sums.terms, sums.exact(), sums.within_bound(gpuconv.conv1d(x, w))
+        (6, array([[[6., 6.]]]), array([[[ True,  True]]]))
     """
 
     dtype: str
@@ -147,6 +97,7 @@ class Sums:
     left_error: Array | None = None
     residual: Array | None = None
     activation: Function | None = None
+    of_fft: Array | None = None
 
     def exact(self) -> Array:
         """The result in float64, complex128 for complex data, or `out_dtype`."""
@@ -165,7 +116,7 @@ class Sums:
         """The largest permitted distance of each element from `exact`, after Higham's running-error analysis.
 
         For ``n = terms`` products, accumulated in any order with or without fused multiply-add and rounded once to
-        the output dtype::
+        the output dtype:
 
             |y - y*| <= gamma(n + 2) * (sum of |left| * |right| + |addend|) + u_out * |y*| + tiny
 
@@ -194,7 +145,23 @@ class Sums:
 
         The bound of integers is zero.
 
-        Source: N. J. Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., section 3.1 and 2.8 (underflow);
+        Through the FFT (`algorithm="fft"`) a bound by norms takes the place of gamma(n + 2) times the magnitude. Of a
+        block of B samples with spectra U_c of its channels c, samples u_c, taps w_c and their spectra W_c, for each of
+        its results:
+
+            |y - y*| <= a * sum of |w_c|_2 * |u_c|_2 + b * sum of (max |W_c| + e * sqrt(B) * |w_c|_2) * |u_c|_2
+            e = t*h/(1 - t*h),  t = log2(B),  h = u + gamma(4)*(sqrt(2) + u)
+            a = (1 + e)**2 * (1 + q) - 1,  b = e * (1 + e) * (1 + q),  q = sqrt(2) * gamma(2*C + 2)
+
+        e bounds the relative error of a transform in the 2-norm, for B a power of two; libraries that take several
+        digits at once, or half as many complex numbers for real ones, do as well or better. q is that of a sum of C
+        products of two complex numbers. The first term is what the transforms of samples and taps and the products
+        add to a result, by the Cauchy-Schwarz inequality over the frequencies; the second the inverse transform, whose
+        input has a 2-norm of at most the sum of max |W_c| * |U_c|_2. In a weight gradient the sums run over the blocks,
+        with the samples of coarse as the taps.
+
+        Source: N. J. Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., section 3.1, 2.8 (underflow), 3.6
+        (complex products) and theorem 24.2 (FFT);
         M. Fasi et al., Numerical behavior of NVIDIA tensor cores, PeerJ Computer Science 7, 2021 (alignment, blocks).
 
         Args:
@@ -260,10 +227,18 @@ class Sums:
     def _bounds(self, before: Array, exact: Array) -> _Bounds:
         real, accumulator = self._formats
         n = self.terms * self.products
+        if self.of_fft is not None:
+            addend = None if self.addend is None else self._magnitudes(self.addend)
+            magnitude = self.evaluate(self._magnitudes(self.left), self._magnitudes(self.right), addend)
+            # The addend is added behind the transforms.
+            of_sums = self.of_fft + gamma_of(2, accumulator.roundoff) * (np.abs(exact) + self.of_fft)
+            of_sums = of_sums + gamma_of(n + 2, FORMATS["float64"].roundoff) * magnitude
+            rounded = real.roundoff * (np.abs(exact) + of_sums) + real.smallest_normal * real.roundoff
+            return _Bounds(np.asarray(of_sums + rounded), of_sums, magnitude)
         on_tensor_cores = self.dtype in ("float16", "bfloat16") or self.precision == "tf32"
         addends = 2 if self.residual is None else 3
         roundings = n + (-(-n // 3) if on_tensor_cores else 0) + addends
-        gamma = _gamma(roundings, accumulator.roundoff) + _gamma(n + addends, FORMATS["float64"].roundoff)
+        gamma = gamma_of(roundings, accumulator.roundoff) + gamma_of(n + addends, FORMATS["float64"].roundoff)
         operand = OPERAND_ROUNDOFF[self.precision]
         gamma += (1 + gamma) * (2 * operand + operand**2)
         left, right = self._magnitudes(self.left), self._magnitudes(self.right)
@@ -390,257 +365,7 @@ class _Bounds:
     magnitude: Array
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Function:
-    """An activation in float64, with its arrays (C, 1) if it has any."""
-
-    activation: Activation
-    alpha: Any = None
-    beta: Any = None
-
-    @classmethod
-    def of(cls, activation: Activation | None, names: tuple[str, str], fused: Mapping[str, Array]) -> Function | None:
-        if activation is None:
-            return None
-        arrays = [fused[name].astype(np.float64)[:, np.newaxis] for name in names[: activation.arrays]]
-        return cls(activation, *(arrays if len(arrays) != 1 else 2 * arrays))
-
-    def __call__(self, x: Array) -> Array:
-        with np.errstate(all="ignore"):
-            if self.activation.name == "snake":
-                angle = self.alpha * x
-                return np.asarray(x + np.where(np.isinf(angle), 0, np.sin(angle)) ** 2 / self.beta)
-            return np.asarray(_FUNCTIONS[self.activation.name](x, self.activation.parameter))
-
-    def limits(self, shape: tuple[int, ...], sign: float) -> Array:
-        """What it makes of infinities of a sign."""
-        return self(np.full(shape, sign))
-
-    def error(self, x: Array, exact: Array, accumulator: Format, moved: Array | float = 0.0) -> Array:
-        """How far a computed function of an argument within `moved` of x may lie from `exact`, that of x itself."""
-        e = 2 * ULPS * (accumulator.roundoff + FORMATS["float64"].roundoff)
-        with np.errstate(all="ignore"):
-            if self.activation.name == "snake":
-                steepest = 1 + np.abs(self.alpha / self.beta)
-                scale = steepest * np.abs(x)
-            else:
-                steepest, scale = self.activation.steepest, np.abs(exact)
-                if self.activation.name in ("gelu", "gelu_tanh"):
-                    scale = scale + np.abs(x) / ULPS
-            moved = steepest * moved
-            return np.asarray(moved + e * (scale + 2 * moved) + TINY * accumulator.smallest_normal)
-
-
-def _sigmoid(x: Array) -> Array:
-    small = np.exp(-np.abs(x))
-    return np.asarray(np.where(x < 0, small, 1) / (1 + small))
-
-
-def _gated(x: Array, gate: Array) -> Array:
-    """Their product; 0 where the gate closes faster than x falls."""
-    return np.where(np.isneginf(x), 0, x * gate)
-
-
-_erfc = np.vectorize(math.erfc, otypes=[np.float64])
-_FUNCTIONS: dict[str, Callable[[Array, float], Array]] = {
-    "relu": lambda x, _: np.where(x < 0, 0, x),
-    "leaky_relu": lambda x, slope: np.where(x < 0, slope * x, x),
-    "elu": lambda x, alpha: np.where(x > 0, x, alpha * np.expm1(x)),
-    "silu": lambda x, _: _gated(x, _sigmoid(x)),
-    "gelu": lambda x, _: _gated(x, _erfc(-x / math.sqrt(2)) / 2),
-    "gelu_tanh": lambda x, _: _gated(x, _sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
-    "tanh": lambda x, _: np.tanh(x),
-    "sigmoid": lambda x, _: _sigmoid(x),
-}
-
-
-def _gamma(m: int, u: float) -> float:
+def gamma_of(m: int, u: float) -> float:
     if m * u >= 1:
         raise ValueError(f"no error bound exists for {m} roundings of unit roundoff {u}")
     return m * u / (1 - m * u)
-
-
-def convolution(
-    problem: ConvProblem,
-    input: Array,
-    weight: Array,
-    bias: Array | None = None,
-    fused: Mapping[str, Array] | None = None,
-) -> Sums:
-    """The output of a problem; `compute` has the formula."""
-    p, fusion, fused = problem, problem.fuses, fused or {}
-    left, left_error = input, None
-    activate = Function.of(fusion.input_activation, INPUT_ACTIVATION_ARRAYS, fused)
-    if activate is not None:
-        left, left_error = _activated_input(activate, input, FORMATS[p.dtype])
-    return Sums(
-        p.dtype, p.terms, _products(p), left, weight, bias, partial(_convolve, p), p.precision, p.out_dtype, left_error,
-        fused[RESIDUAL] if fusion.has_residual else None,
-        Function.of(fusion.activation, ACTIVATION_ARRAYS, fused),
-    )  # fmt: skip
-
-
-def _activated_input(activate: Function, input: Array, real: Format) -> tuple[Array, Array]:
-    """The activated input, and how far from it the numbers may lie that are rounded to the dtype and multiplied."""
-    x = input.astype(np.float64)
-    exact = activate(x)
-    error = activate.error(x, exact, FORMATS[real.accumulator])
-    with np.errstate(all="ignore"):
-        error = error + real.roundoff * (np.abs(exact) + error) + real.smallest_normal * real.roundoff
-        # Behind the overflow threshold, half a unit beyond the largest number, the dtype has infinities.
-        exact = np.where(np.abs(exact) >= real.largest * (1 + real.roundoff), np.copysign(np.inf, exact), exact)
-    return exact, np.where(np.isfinite(exact), error, 0.0)
-
-
-def _convolve(p: ConvProblem, input: Array, weight: Array, bias: Array | None) -> Array:
-    if p.padding_mode != "zeros":
-        if not p.transposed:
-            return _convolve(_without_padding(p), input[..., _samples_meant(p)], weight, bias)
-        y = _folded(_convolve(_without_padding(p), input, weight, None), _samples_meant(p), p.L_out)
-        return y if bias is None else y + bias[:, np.newaxis]
-    x = input.reshape(p.N, p.groups, p.C_in_g, p.L_in)
-    y = np.zeros((p.N, p.groups, p.C_out_g, p.L_out), input.dtype)
-    for k in range(p.K):
-        source, target = _positions(p, k)
-        if p.transposed:
-            w_k = weight.reshape(p.groups, p.C_in_g, p.C_out_g, p.K)[..., k]
-            y[..., target] += np.einsum("gio,ngil->ngol", w_k, x[..., source])
-        else:
-            w_k = weight.reshape(p.groups, p.C_out_g, p.C_in_g, p.K)[..., k]
-            y[..., target] += np.einsum("goi,ngil->ngol", w_k, x[..., source])
-    if bias is not None:
-        y += bias.reshape(p.groups, p.C_out_g, 1)
-    return y.reshape(p.output_shape)
-
-
-def input_gradient(problem: ConvProblem, weight: Array, grad_output: Array) -> Sums:
-    """The gradient of the input of a problem: what each output that it feeds passes back.
-
-    With l_in and l_out as in `compute`, for conv1d and conv_transpose1d::
-
-        grad_input[n, c_in, l_in] = sum over c_out, k of conj(weight[c_out, c_in, k]) * grad_output[n, c_out, l_out]
-        grad_input[n, c_in, l_in] = sum over c_out, k of conj(weight[c_in, c_out, k]) * grad_output[n, c_out, l_out]
-
-    An input that no window contains has the gradient zero.
-
-    Args:
-        problem: the forward problem.
-        weight: `problem.weight_shape`.
-        grad_output: `problem.output_shape`.
-
-    Returns:
-        Sums of the shape `problem.input_shape`.
-    """
-    p = problem
-    terms = p.adjoint().terms if p.L_in else 0
-    return Sums(p.dtype, terms, _products(p), weight, grad_output, None, partial(_input_gradient, p), p.precision)
-
-
-def _input_gradient(p: ConvProblem, weight: Array, grad_output: Array, _: Array | None) -> Array:
-    if p.padding_mode != "zeros":
-        if p.transposed:
-            return _input_gradient(_without_padding(p), weight, grad_output[..., _samples_meant(p)], None)
-        return _folded(_input_gradient(_without_padding(p), weight, grad_output, None), _samples_meant(p), p.L_in)
-    w, dy = weight.conj(), grad_output.reshape(p.N, p.groups, p.C_out_g, p.L_out)
-    dx = np.zeros((p.N, p.groups, p.C_in_g, p.L_in), grad_output.dtype)
-    for k in range(p.K):
-        source, target = _positions(p, k)
-        if p.transposed:
-            w_k = w.reshape(p.groups, p.C_in_g, p.C_out_g, p.K)[..., k]
-            dx[..., source] += np.einsum("gio,ngol->ngil", w_k, dy[..., target])
-        else:
-            w_k = w.reshape(p.groups, p.C_out_g, p.C_in_g, p.K)[..., k]
-            dx[..., source] += np.einsum("goi,ngol->ngil", w_k, dy[..., target])
-    return dx.reshape(p.input_shape)
-
-
-def weight_gradient(problem: WeightGradientProblem, coarse: Array, fine: Array) -> Sums:
-    """The gradient of the weight; `WeightGradientProblem` has the formula.
-
-    Args:
-        problem: extents and settings; its method `sides` tells which of input and grad_output is which.
-        coarse: `problem.coarse_shape`, or that without the batch axis of one sample.
-        fine: `problem.fine_shape`, likewise.
-
-    Returns:
-        Sums of the shape `problem.weight_shape`.
-    """
-    p = problem
-    return Sums(p.dtype, p.terms, _products(p), coarse, fine, None, partial(_weight_gradient, p), p.precision)
-
-
-def _weight_gradient(p: WeightGradientProblem, coarse: Array, fine: Array, _: Array | None) -> Array:
-    if p.padding_mode != "zeros":
-        behind = (p.L_coarse - 1) * p.stride + (p.K - 1) * p.dilation + 1 - p.padding_left  # the last window
-        samples = source_indices(p.padding_mode, -p.padding_left, behind, p.L_fine)
-        padded = replace(p, L_fine=len(samples), padding_left=0, padding_mode="zeros")
-        return _weight_gradient(padded, coarse, fine[..., samples], None)
-    c = coarse.reshape(p.N, p.groups, p.C_coarse_g, p.L_coarse)
-    f = fine.reshape(p.N, p.groups, p.C_fine_g, p.L_fine)
-    dw = np.zeros((p.groups, p.C_coarse_g, p.C_fine_g, p.K), coarse.dtype)
-    for k in range(p.K):
-        at_coarse, at_fine = _meeting(p.L_coarse, p.L_fine, p.stride, k * p.dilation - p.padding_left)
-        c_k = c[..., at_coarse].conj() if p.conjugate_coarse else c[..., at_coarse]
-        f_k = f[..., at_fine].conj() if p.conjugate_fine else f[..., at_fine]
-        dw[..., k] = np.einsum("ngrl,ngcl->grc", c_k, f_k)
-    return dw.reshape(p.weight_shape)
-
-
-def bias_gradient(problem: BiasGradientProblem, grad_output: Array) -> Sums:
-    """The gradient of the bias; `BiasGradientProblem` has the formula.
-
-    Args:
-        problem: extents.
-        grad_output: `problem.grad_output_shape`, or that without the batch axis of one sample.
-
-    Returns:
-        Sums of the shape `problem.bias_shape`: each term is an element times one, a single product of complex data too.
-    """
-    p = problem
-    return Sums(p.dtype, p.terms, 1, grad_output, np.ones(()), None, partial(_bias_gradient, p))
-
-
-def _bias_gradient(p: BiasGradientProblem, grad_output: Array, one: Array, _: Array | None) -> Array:
-    return np.asarray((grad_output.reshape(p.grad_output_shape) * one).sum(axis=(0, 2)))
-
-
-def _without_padding(p: ConvProblem) -> ConvProblem:
-    """The problem whose longer row, of the input or of the transposed output, is that of `p` with its padding."""
-    L_in = p.L_in if p.transposed else p.L_in + p.padding_left + p.padding_right
-    return replace(p, L_in=L_in, padding_left=0, padding_right=0, padding_mode="zeros")
-
-
-def _samples_meant(p: ConvProblem) -> npt.NDArray[np.intp]:
-    """The samples that the positions of that row mean."""
-    L = p.L_out if p.transposed else p.L_in
-    return source_indices(p.padding_mode, -p.padding_left, L + p.padding_right, L)
-
-
-def _folded(padded: Array, samples: npt.NDArray[np.intp], L: int) -> Array:
-    """The sums over the positions that mean a sample, for each of L samples."""
-    result = np.zeros((*padded.shape[:-1], L), padded.dtype)
-    at: Any = (..., samples)
-    np.add.at(result, at, padded)
-    return result
-
-
-def _products(p: ConvProblem | WeightGradientProblem) -> int:
-    return 2 if p.is_complex else 1
-
-
-def _positions(p: ConvProblem, k: int) -> tuple[slice, slice]:
-    """The input positions that tap k reads and the output positions it feeds, as slices of equal length."""
-    offset = k * p.dilation - p.padding_left
-    if p.transposed:
-        return _meeting(p.L_in, p.L_out, p.stride, offset)
-    at_output, at_input = _meeting(p.L_out, p.L_in, p.stride, offset)
-    return at_input, at_output
-
-
-def _meeting(coarse: int, fine: int, stride: int, offset: int) -> tuple[slice, slice]:
-    """The positions q < coarse and q*stride + offset < fine, not below zero, as slices of equal length."""
-    first = max(0, -(offset // stride))
-    last = min(coarse - 1, (fine - 1 - offset) // stride)
-    if last < first:
-        return slice(0), slice(0)
-    return slice(first, last + 1), slice(first * stride + offset, last * stride + offset + 1, stride)

@@ -1,0 +1,48 @@
+"""Writes the reference as HTML pages, from the docstrings: `python .ci/api_pages.py FOLDER`. A warning is an error."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import warnings
+from pathlib import Path
+
+import pdoc
+import pdoc.render
+
+import gpuconv
+import gpuconv.sigpy
+import gpuconv.torch
+
+# Those that `import gpuconv` leaves out, since what they are for is not installed everywhere.
+OTHERS = (gpuconv.sigpy, gpuconv.torch)
+
+
+def show_what_is_inherited(cls: type, public: set[object]) -> None:
+    """Make the methods of bases that have no page the class's own, or its page would only name them."""
+    for base in cls.__mro__[1:]:
+        if base not in public and base.__module__.startswith("gpuconv"):
+            for name, value in vars(base).items():
+                if not name.startswith("_") and inspect.getdoc(value) and name not in vars(cls):
+                    setattr(cls, name, value)
+
+
+def main(folder: Path) -> None:
+    offered = {name: getattr(gpuconv, name) for name in gpuconv.__all__}
+    vars(gpuconv).update(offered)  # what is loaded at first use: pdoc would look for modules of these names
+    modules = [gpuconv, *filter(inspect.ismodule, offered.values()), *OTHERS]
+    public = {getattr(module, name) for module in modules for name in module.__all__}
+    for cls in filter(inspect.isclass, public):
+        show_what_is_inherited(cls, public)
+    warnings.simplefilter("error")
+    pdoc.render.configure(docformat="google", footer_text=f"gpuconv {gpuconv.__version__}")
+    pdoc.pdoc("gpuconv", *(module.__name__ for module in OTHERS), output_directory=folder)
+    for module in modules:
+        page = (folder / f"{module.__name__.replace('.', '/')}.html").read_text(encoding="utf-8")
+        names = [name for name in module.__all__ if not inspect.ismodule(getattr(module, name))]
+        if missing := [name for name in names if f'id="{name}"' not in page]:
+            sys.exit(f"the page of {module.__name__} lacks {', '.join(missing)}")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,117 @@
+"""Where the checks compute: on the CPU, or on a GPU, by the public functions."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Sequence
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from .. import __version__, cases, functional, grad, runtime
+from ..cases import Data
+from ..device import Device
+from ..problem import INTEGERS, ConvProblem, numpy_dtype
+
+Array: TypeAlias = npt.NDArray[Any]
+
+Argument: TypeAlias = Literal["input", "weight", "bias"]
+
+
+class Target:
+    """The CPU or CuPy's current GPU."""
+
+    def __init__(self, *, on_gpu: bool) -> None:
+        self.on_gpu = on_gpu
+
+    def put(self, array: Array) -> Any:
+        if not self.on_gpu:
+            return array
+        runtime.check_dtype(array.dtype)
+        return runtime.cupy_module().asarray(array)
+
+    def get(self, array: Any) -> Array:
+        return np.asarray(runtime.cupy_module().asnumpy(array) if self.on_gpu else array)
+
+    def lacks(self, number_format: str) -> str | None:
+        """Why this machine has no such arrays; None where it does."""
+        try:
+            self.put(np.zeros(1, numpy_dtype(cases.dtype_of(number_format))))
+        except (ImportError, TypeError, ValueError) as error:
+            return str(error)
+        return None
+
+    def lacks_fft(self) -> str | None:
+        """Why nothing can be transformed here; None where it can."""
+        if self.on_gpu:
+            try:
+                runtime.fft_module().rfft(self.put(np.zeros(8)))
+            except Exception as error:  # whatever cuFFT, or what loads it, raises
+                return f"{type(error).__name__}: {error}"
+        return None
+
+    def convolve(self, problem: ConvProblem, data: Data, settings: dict[str, Any] | None = None) -> Array:
+        """The public function on arrays of this device, into an output of NaN."""
+        out = self.put(unset(problem.output_shape, problem.dtype_of("output")))
+        return self.get(self.convolve_into(out, problem, *map(self._put_if_given, data), settings=settings))
+
+    def convolve_into(
+        self,
+        out: Any,
+        problem: ConvProblem,
+        input: Any,
+        weight: Any,
+        bias: Any,
+        *,
+        settings: dict[str, Any] | None = None,
+    ) -> Any:
+        """The public function on arrays of this device; `out` is None for a fresh array."""
+        function = functional.conv_transpose1d if problem.transposed else functional.conv1d
+        keywords = cases.call_settings(problem) if settings is None else settings
+        return function(input, weight, bias, **keywords, out=out)
+
+    def gradient(
+        self, argument: Argument, problem: ConvProblem, arrays: Sequence[Array], settings: dict[str, Any]
+    ) -> Array:
+        """The public gradient function of an argument, on arrays of this device, into an output of NaN."""
+        shapes = {"input": problem.input_shape, "weight": problem.weight_shape, "bias": (problem.C_out,)}
+        out = self.put(np.full(shapes[argument], np.nan, numpy_dtype(problem.dtype)))
+        given: list[Any] = [self.put(array) for array in arrays]
+        if argument != "bias":
+            given.insert(0 if argument == "input" else 1, shapes[argument])
+        function = getattr(grad, f"{problem.op}_{argument}")
+        return self.get(function(*given, **({} if argument == "bias" else settings), out=out))
+
+    def device(self) -> Device | None:
+        """The GPU; None for the CPU."""
+        return runtime.device(int(runtime.cupy_module().cuda.runtime.getDevice())) if self.on_gpu else None
+
+    def _put_if_given(self, array: Array | None) -> Any:
+        return None if array is None else self.put(array)
+
+    def description(self) -> str:
+        gpu = self.device()
+        if gpu is None:
+            return f"CPU ({platform.processor() or platform.machine()}, {os.cpu_count()} cores)"
+        index = int(runtime.cupy_module().cuda.runtime.getDevice())
+        return f"GPU {index}: {gpu.name} ({gpu.arch_name}, {gpu.num_sms} multiprocessors)"
+
+    def versions(self) -> dict[str, str]:
+        found = {
+            "gpuconv": __version__,
+            "python": platform.python_version(),
+            "numpy": np.__version__,
+        }
+        if self.on_gpu:
+            cupy = runtime.cupy_module()
+            found["cupy"] = str(cupy.__version__)
+            found["cuda_runtime"] = str(cupy.cuda.runtime.runtimeGetVersion())
+            found["cuda_driver"] = str(cupy.cuda.runtime.driverGetVersion())
+        return found
+
+
+def unset(shape: tuple[int, ...], dtype: str) -> Array:
+    """An array to write a result to, of NaN, or of ones where the dtype is one of integers."""
+    return np.full(shape, 1 if dtype in INTEGERS else np.nan, numpy_dtype(dtype))

@@ -1,0 +1,120 @@
+"""`gpuconv bench`: how long layers take, beside PyTorch."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+from typing import Any
+
+from .. import __version__, layers, runtime
+from ..cpu.threads import usable_cpus
+from ..explain import SETTINGS
+from ..layers import Layer
+from ..measure import Comparison, Timing, compare, settings_text
+from ..text import wrap
+from .errors import EXIT_MISMATCH, CommandError
+from .gpu import current_device, use_gpu
+from .options import add_device, add_shapes, at_least, given_settings, specs
+from .terminal import show_progress, terminal_width
+
+
+def add_to(commands: Any) -> None:
+    parser = commands.add_parser(
+        "bench",
+        help="measure your own layers, beside PyTorch where it is installed",
+        description="Measure one layer, or those in a file, on random data, and PyTorch's way to\n"
+        "compute them on the same device. Both results are compared first. Both take\n"
+        "turns, so that a busy machine slows both; the median of the turns is shown, with\n"
+        "half the distance of their quartiles. A time is that of a call in a program: it\n"
+        "allocates its output, and finds its arrays in the caches that hold them.",
+        epilog="exit codes: 0 success, 1 a result differs from PyTorch's, 2 bad usage or bad input,\n"
+        "3 no GPU where one is needed\n\n"
+        "example:\n  gpuconv bench conv1d --input 8,64,3000 --weight 64,64,7 --padding same\n"
+        "  gpuconv bench --layers layers.json --dtype float16 --json",
+    )
+    parser.add_argument("op", nargs="?", choices=tuple(SETTINGS), metavar="OP", help="conv1d or conv_transpose1d")
+    parser.add_argument("--layers", metavar="FILE", help="the layers in FILE, which gpuconv explain --json has written")
+    add_shapes(parser, required=False, dtypes="those of the layers, or float32")
+    add_device(parser)
+    parser.add_argument(
+        "--repeats", type=at_least(1), default=9, metavar="N", help="turns of each library (default: %(default)s)"
+    )
+    parser.add_argument("--json", action="store_true", help="print a JSON object instead of a table")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    wanted = _layers(args)
+    on_gpu = use_gpu(args.device)
+    found: list[Comparison] = []
+    with show_progress("measuring") as progress:
+        for number, layer in enumerate(wanted):
+            progress(number, len(wanted), layer.op)
+            try:
+                found.append(compare(layer, on_gpu=on_gpu, repeats=args.repeats))
+            except (ValueError, TypeError, ModuleNotFoundError) as error:
+                raise CommandError(f"layer {number + 1}: {error}" if args.layers else str(error)) from error
+        progress(len(wanted), len(wanted), "")
+    facts = {
+        "device": runtime.device(current_device()).name if on_gpu else "CPU",
+        "processors": usable_cpus(),
+        "gpuconv": __version__,
+        "pytorch": _version("torch"),
+        "turns": args.repeats,
+    }
+    if args.json:
+        print(json.dumps({**facts, "layers": [comparison.to_dict() for comparison in found]}, indent=2))
+    else:
+        print(_page(facts, found))
+    return 0 if all(comparison.is_right for comparison in found) else EXIT_MISMATCH
+
+
+def _layers(args: argparse.Namespace) -> list[Layer]:
+    """The layers that the command line means, in each of the dtypes."""
+    settings = given_settings(args)
+    if args.layers is not None:
+        if args.op is not None or args.input is not None or args.weight is not None or args.bias or settings:
+            raise CommandError("bench takes --layers in place of a problem, got both")
+        found = layers.read(args.layers)
+        return [layer.with_dtype(dtype) for dtype in args.dtype for layer in found] if args.dtype else found
+    if args.op is None or args.input is None or args.weight is None:
+        raise CommandError("bench needs conv1d or conv_transpose1d with --input and --weight, or --layers")
+    return [Layer(args.op, specs(args, dtype), settings) for dtype in args.dtype or ("float32",)]
+
+
+def _page(facts: dict[str, Any], found: list[Comparison]) -> str:
+    width = terminal_width()
+    where = facts["device"] if facts["device"] != "CPU" else f"the CPU, {facts['processors']} processors"
+    versions = f"gpuconv {facts['gpuconv']}" + (f", PyTorch {facts['pytorch']}" if facts["pytorch"] else "")
+    lines = wrap(f"On {where}; {versions}; medians of {facts['turns']} turns.", width)
+    for comparison in found:
+        x, weight, bias = comparison.layer.arrays
+        settings = settings_text(comparison.layer)
+        words = f"{comparison.layer.op} {x.shape} with {weight.shape}{'' if bias is None else ' and a bias'}, {x.dtype}"
+        lines += ["", *wrap(words + (f", {settings}" if settings else ""), width, rest="  ")]
+        ours, theirs = comparison.ours, comparison.theirs
+        if ours is None:
+            text = f"the results differ by {comparison.difference:.1e} of their norm, expected at most "
+            lines += wrap(f"{text}{comparison.tolerance:.0e}; not measured", width, first="  ", rest="  ")
+            continue
+        lines += wrap(f"gpuconv  {_time(ours)}  {comparison.method}", width, first="  ", rest="  ")
+        if theirs is None:
+            lines += wrap(f"PyTorch  {comparison.note}", width, first="  ", rest="  ")
+        else:
+            ratio = theirs.median / ours.median
+            lines += wrap(f"PyTorch  {_time(theirs)}  {ratio:.2f} times as long", width, first="  ", rest="  ")
+    return "\n".join(lines)
+
+
+def _time(timing: Timing) -> str:
+    spread = round(100 * timing.spread / timing.median) if timing.median else 0
+    unit, scale = ("s ", 1.0) if timing.median >= 1 else ("ms", 1e3) if timing.median >= 1e-3 else ("us", 1e6)
+    return f"{timing.median * scale:7.2f} {unit} ±{spread:2} %"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,176 @@
+"""`gpuconv plot`: draw the signals of one or two files and their spectrograms."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .. import files, functional
+from ..text import count, install_hint
+from .errors import EXIT_CODES, CommandError
+from .options import at_least
+from .terminal import tell
+
+PICTURES = (".png", ".pdf", ".svg")
+CHANNELS = 4  # that are drawn
+
+_POINTS = 2000  # across a picture: more samples are drawn as the range of their values, more windows lie further apart
+_LONGEST_WINDOW, _SHORTEST_WINDOW = 512, 16  # samples
+_DECIBELS = 80  # below the loudest value, where the colours end
+
+
+def add_to(commands: Any) -> None:
+    parser = commands.add_parser(
+        "plot",
+        help="draw a .npy or .wav file, or two files beside each other",
+        description="Draw the first channels of a file over time, and their spectrograms, into a\n"
+        ".png, .pdf or .svg file. Of two files, such as a recording before and after a\n"
+        "filter, the pictures stand beside each other on the same scales.",
+        epilog=f"{EXIT_CODES}\n\nexample:\n  gpuconv plot speech.wav\n  gpuconv plot speech.wav out.wav both.png",
+    )
+    parser.add_argument("input", metavar="IN", help="a .npy file (channels, samples) or (samples), or a .wav file")
+    parser.add_argument("after", nargs="?", metavar="AFTER", help="a second file, to stand beside it")
+    parser.add_argument(
+        "output", nargs="?", metavar="OUT", help="the picture (default: the name of the last file with .png)"
+    )
+    parser.add_argument(
+        "--rate", type=at_least(1), metavar="HZ", help="sample rate of .npy files, for times in seconds"
+    )
+    parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
+    parser.set_defaults(run=run)
+
+
+class _Signal(NamedTuple):
+    """A file to draw: its name, its channels (channels, samples) and the sample rate in Hz, where it is known."""
+
+    name: str
+    samples: files.Array
+    rate: int | None
+
+    @property
+    def axis(self) -> str:
+        return "samples" if self.rate is None else "seconds"
+
+
+def run(args: argparse.Namespace) -> int:
+    sources, target = _names(args)
+    files.check_output(
+        target, dict(zip(("first", "second"), sources, strict=False)), force=args.force, suffixes=PICTURES
+    )
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise CommandError(f"plot needs the package matplotlib: {install_hint('plot')}") from error
+    signals = [_read(name, args.rate) for name in sources]
+    figure = Figure(layout="constrained")
+    _draw(figure, signals)
+    picture = io.BytesIO()
+    figure.savefig(picture, format=Path(target).suffix[1:].lower(), dpi=120)
+    files.write_bytes(target, picture.getvalue(), force=args.force)
+    drawn = ", ".join(f"{signal.name} ({count(min(len(signal.samples), CHANNELS), 'channel')})" for signal in signals)
+    print(f"{target}: {drawn}")
+    return 0
+
+
+def _names(args: argparse.Namespace) -> tuple[list[str], str]:
+    """The files to draw, and the picture: the last name where it is that of a picture."""
+    names = [name for name in (args.input, args.after, args.output) if name is not None]
+    is_named = len(names) == 3 or (len(names) == 2 and Path(names[1]).suffix.lower() in PICTURES)
+    sources, target = (names[:-1], names[-1]) if is_named else (names, str(Path(names[-1]).with_suffix(".png")))
+    if sources.count(files.STANDARD) > 1:
+        raise CommandError("standard input, -, can be only one of the files")
+    if not is_named and names[-1] == files.STANDARD:
+        raise CommandError("a picture of standard input, -, needs a name: OUT")
+    return sources, target
+
+
+def _read(path: str, rate: int | None) -> _Signal:
+    name = "standard input" if path == files.STANDARD else path
+    array, own_rate, notes = files.read(path)
+    for note in notes:
+        tell("warning", note)
+    if np.iscomplexobj(array):
+        raise CommandError(f"{name}: holds {array.dtype} samples, expected real ones")
+    if not 1 <= array.ndim <= 3 or array.size == 0:
+        raise CommandError(f"{name}: holds an array of shape {array.shape}, expected (channels, samples)")
+    channels = array.astype(np.float32).reshape(-1, array.shape[-1])
+    if array.ndim == 3 and len(array) > 1:
+        tell("note", f"{name}: only the first of {len(array)} samples is drawn")
+        channels = channels[: array.shape[1]]
+    if len(channels) > CHANNELS:
+        tell("note", f"{name}: only the first {CHANNELS} of {len(channels)} channels are drawn")
+    return _Signal(name, channels[:CHANNELS], own_rate or rate)
+
+
+def _draw(figure: Any, signals: list[_Signal]) -> None:
+    rows = max(len(signal.samples) for signal in signals)
+    figure.set_size_inches(6.5 * len(signals) + 1, 3.6 * rows + 0.4)
+    axes = figure.subplots(2 * rows, len(signals), squeeze=False, sharey="row", sharex="col")
+    for row in range(rows):
+        shown = [(column, signal) for column, signal in enumerate(signals) if row < len(signal.samples)]
+        powers = {column: _spectrogram(signal.samples[row]) for column, signal in shown}
+        finite = [power[np.isfinite(power)].max(initial=-math.inf) for power, _ in powers.values()]
+        loudest = max(finite) if math.isfinite(max(finite)) else 0.0
+        for column, signal in enumerate(signals):
+            wave, image = axes[2 * row, column], axes[2 * row + 1, column]
+            if column not in powers:
+                wave.set_visible(False)
+                image.set_visible(False)
+                continue
+            _draw_wave(wave, signal.samples[row], signal.rate)
+            power, hop = powers[column]
+            scale = signal.rate or 1
+            # The windows' centres lie at multiples of the hop, and the middles of the picture's columns there.
+            end = ((power.shape[1] - 0.5) * hop) / scale
+            colours = image.imshow(
+                power, origin="lower", aspect="auto", cmap="magma", vmin=loudest - _DECIBELS, vmax=loudest,
+                extent=(-hop / 2 / scale, end, 0, scale / 2),
+            )  # fmt: skip
+            if row == 0:
+                wave.set_title(signal.name, fontsize="medium")
+            if column == min(powers):
+                name = "" if rows == 1 else f"channel {row + 1}\n"
+                wave.set_ylabel(f"{name}amplitude")
+                image.set_ylabel("Hz" if signal.rate else "cycles a sample")
+            wave.set_xlim(0, signal.samples.shape[1] / scale)
+            if row == len(signal.samples) - 1:
+                image.set_xlabel(signal.axis)
+                image.tick_params(labelbottom=True)
+        figure.colorbar(colours, ax=list(axes[2 * row + 1]), label="dB", pad=0.01)
+
+
+def _draw_wave(axes: Any, samples: files.Array, rate: int | None) -> None:
+    """Samples as a line, or where there are many the range of the values of neighbours."""
+    step = -(-len(samples) // _POINTS)
+    if step < 3:
+        axes.plot(np.arange(len(samples)) / (rate or 1), samples, linewidth=0.8)
+        return
+    starts = np.arange(0, len(samples), step)
+    low, high = (bound.reduceat(samples, starts) for bound in (np.minimum, np.maximum))
+    axes.fill_between(starts / (rate or 1), low, high, linewidth=0.4, edgecolor="C0")
+
+
+def _spectrogram(samples: files.Array) -> tuple[files.Array, int]:
+    """The power of a signal in decibels (frequencies, windows), and the samples from one window to the next.
+
+    A sine of amplitude 1 has 0 dB. The windows are Hann's; their cosines and sines are the taps of one convolution, as
+    in any short-time Fourier transform.
+    """
+    longest = 2 ** int(math.log2(max(len(samples) // 8, 1)))
+    K = min(_LONGEST_WINDOW, max(_SHORTEST_WINDOW, longest))
+    hop = max(K // 4, min(K, -(-len(samples) // _POINTS)))
+    window = np.hanning(K + 1)[:-1]
+    angles = 2 * np.pi * np.outer(np.arange(K // 2 + 1), np.arange(K)) / K
+    taps = np.concatenate((np.cos(angles), np.sin(angles))) * (window / (window.sum() / 2))
+    with np.errstate(all="ignore"):  # what is not finite stays empty
+        spectrum = functional.conv1d(
+            samples.reshape(1, 1, -1), taps[:, np.newaxis].astype(np.float32), stride=hop, padding=K // 2,
+            padding_mode="reflect" if len(samples) > K // 2 else "zeros",
+        )  # fmt: skip
+        real, imaginary = spectrum[0].reshape(2, K // 2 + 1, -1)
+        return 10 * np.log10(real**2 + imaginary**2 + np.float32(1e-20)), hop

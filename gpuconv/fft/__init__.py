@@ -1,0 +1,25 @@
+"""`algorithm="fft"` and "auto": convolutions, their transposes and weight gradients by the FFT of overlapping blocks.
+
+`gpuconv.overlap` makes blocks of a problem. The spectra of the blocks are multiplied by those of the taps, for each
+frequency a product of matrices over the channels of a group, and the results of each block are those that the circular
+convolution leaves whole (overlap-save, for all operations: each result comes from one block, and none are added up). A
+weight gradient adds the products of the spectra of all blocks, and transforms back their sum.
+
+Everything here runs on NumPy's and on CuPy's arrays, but for the transforms, which are cuFFT's through cupy.fft, or
+SciPy's, or without SciPy NumPy's. On a GPU gpuconv's own kernels multiply the matrices, and all transforms have one
+shape, which follows from the layer alone: the bits of a result depend on the samples of its block, and no others.
+
+Blocks are computed some at a time, so that the memory for them follows from the layer, and not from N or L.
+
+Errors are bounded by norms (`gpuconv.reference.Sums.error_bound`): a result that is small beside the others of its
+block has a large relative error, and a NaN or an infinity spoils all results of its block.
+
+Source: T. G. Stockham, High-speed convolution and correlation, AFIPS 1966.
+"""
+
+from .choice import choose, refusal
+from .costs import Costs, costs
+from .executor import Executor, products
+from .plan import FftProblem, Plan
+
+__all__ = ["Costs", "Executor", "FftProblem", "Plan", "choose", "costs", "products", "refusal"]

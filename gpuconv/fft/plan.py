@@ -1,0 +1,150 @@
+"""How a problem is cut into what is computed at a time, and what memory that takes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from ..dtypes import FORMATS
+from ..overlap import Overlap
+from ..problem import ConvProblem, WeightGradientProblem
+
+FftProblem: TypeAlias = ConvProblem | WeightGradientProblem
+
+# Bytes of the samples of a batch of blocks, and of the spectra of taps that are held at a time: the former stay in the
+# caches. One block, and the spectra of one output channel, may be larger; they are taken by themselves.
+BATCH_BYTES = {"cpu": 2**20, "gpu": 2**24}
+SPECTRA_BYTES = {"cpu": 2**26, "gpu": 2**29}
+
+# Fewer products of two spectra than these are computed one after the other: NumPy's products of small matrices cost
+# some 200 ns each, and there is one for each frequency.
+SMALL_PRODUCT = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How a problem is computed: a pure function of the problem and of whether it is on a GPU.
+
+    Attributes:
+        given: the problem.
+        problem: that whose blocks are computed: where the padding of the given one means samples of its output, the one
+            whose output is longer by the padding, and what lies in that is added to those samples.
+        overlap: its blocks.
+        groups: that are computed at a time.
+        channels: output channels of each of them that are computed at a time; of a weight gradient those of `coarse`.
+        batch: blocks that are computed at a time.
+        on_gpu: whether the arrays are CuPy's.
+    """
+
+    given: FftProblem
+    problem: FftProblem
+    overlap: Overlap
+    groups: int
+    channels: int
+    batch: int
+    on_gpu: bool
+
+    @classmethod
+    def of(cls, problem: FftProblem, *, on_gpu: bool) -> Plan:
+        p = problem
+        if isinstance(p, ConvProblem) and p.transposed and p.padding_mode != "zeros":
+            p = replace(p, padding_left=0, padding_right=0, padding_mode="zeros")
+        overlap, kind = Overlap.of(p), "gpu" if on_gpu else "cpu"
+        channels_read, written = channels_of(p)
+        read = channels_read * overlap.phases_in
+        of_channel = read * overlap.phases_out * overlap.block * work_dtype(p.dtype).itemsize
+        channels = max(1, min(written, SPECTRA_BYTES[kind] // max(1, of_channel)))
+        of_block = max(read, channels * overlap.phases_out, 1) * overlap.block * work_dtype(p.dtype).itemsize
+        groups = 1
+        if channels >= written:
+            of_group = max(1, of_channel * written)
+            groups = max(1, min(p.groups, SPECTRA_BYTES[kind] // of_group, BATCH_BYTES[kind] // of_block))
+        batch = max(1, BATCH_BYTES[kind] // (of_block * groups))
+        return cls(problem, p, overlap, groups, channels, batch, on_gpu)
+
+    @property
+    def read(self) -> int:
+        """Channels of the input of a group, times their phases."""
+        return channels_of(self.problem)[0] * self.overlap.phases_in
+
+    @property
+    def written(self) -> int:
+        """Output channels of a group that are computed at a time, times their phases."""
+        return self.channels * self.overlap.phases_out
+
+    @property
+    def frequencies(self) -> int:
+        return self.overlap.block if self.problem.is_complex else self.overlap.block // 2 + 1
+
+    @property
+    def by_matrices(self) -> bool:
+        """Whether spectra are multiplied as matrices, with the frequency in front of the channels."""
+        if isinstance(self.problem, WeightGradientProblem):
+            return self.on_gpu or self.read * self.written > SMALL_PRODUCT
+        return self.read > 1 and (self.on_gpu or self.read * self.written * self.batch > SMALL_PRODUCT)
+
+    @property
+    def workspace_bytes(self) -> int:
+        """A bound on the memory beside the arrays of the call.
+
+        It follows from the layer, but for one more output where what lies in its padding is added to it.
+        """
+        size = work_dtype(self.problem.dtype).itemsize
+        spectrum, block = self.frequencies * spectral_dtype(self.problem.dtype).itemsize, self.overlap.block * size
+        copies = 2 if self.by_matrices else 1  # with the frequency in front, and behind
+        taps = self.groups * self.read * self.written * (copies + 1) * spectrum
+        of_read = block * (2 if self.on_gpu else 1) + copies * spectrum
+        of_written = block + (copies + (0 if self.by_matrices else 1)) * spectrum
+        blocks = self.batch * self.groups * (self.read * of_read + self.written * of_written)
+        p = self.problem
+        fold = 0
+        if isinstance(p, ConvProblem) and isinstance(self.given, ConvProblem) and p is not self.given:
+            fold = p.N * p.C_out * (p.L_out + 2 * max(self.given.padding)) * size
+        return taps + blocks + fold
+
+    @property
+    def spectra_bytes(self) -> int:
+        """What a prepared weight keeps for it."""
+        p = self.problem
+        spectrum = self.frequencies * spectral_dtype(p.dtype).itemsize
+        return p.groups * self.read * channels_of(p)[1] * self.overlap.phases_out * spectrum
+
+    def chunks(self) -> Iterator[tuple[slice, slice]]:
+        """Groups and output channels of each of them that are computed at a time."""
+        for first in range(0, self.problem.groups, self.groups):
+            groups = slice(first, min(first + self.groups, self.problem.groups))
+            for channel in range(0, channels_of(self.problem)[1], self.channels):
+                yield groups, slice(channel, min(channel + self.channels, channels_of(self.problem)[1]))
+
+    def batches(self) -> Iterator[tuple[slice, slice, slice]]:
+        """Samples, rows and blocks that are computed at a time: `batch` blocks in all, or fewer."""
+        o = self.overlap
+        rows = min(o.rows, self.batch)
+        blocks = min(o.blocks, self.batch // rows)
+        samples = self.batch // (rows * max(1, blocks))
+        for n in range(0, self.problem.N, samples):
+            for b in range(0, o.blocks, max(1, blocks)):
+                for r in range(0, o.rows, rows):
+                    yield (
+                        slice(n, min(n + samples, self.problem.N)),
+                        slice(r, min(r + rows, o.rows)),
+                        slice(b, min(b + blocks, o.blocks)),
+                    )
+
+
+def channels_of(p: FftProblem) -> tuple[int, int]:
+    """Those of a group that are read in blocks, and those of the result; of a weight gradient fine and coarse."""
+    return (p.C_in_g, p.C_out_g) if isinstance(p, ConvProblem) else (p.C_fine_g, p.C_coarse_g)
+
+
+def work_dtype(dtype: str) -> np.dtype[Any]:
+    """The dtype in which data of a dtype are transformed, and results are before they are rounded."""
+    return np.dtype(dtype if FORMATS[dtype].is_complex else FORMATS[dtype].accumulator)
+
+
+def spectral_dtype(dtype: str) -> np.dtype[Any]:
+    """The dtype of their spectra."""
+    return np.result_type(work_dtype(dtype), np.complex64)

@@ -1,0 +1,51 @@
+"""Runs plans on a GPU: the only package that imports CuPy, and the one that builds and launches kernels.
+
+`import gpuconv` imports it and neither CuPy nor kernel families: what only a GPU needs is imported at its first use.
+"""
+
+from .arrays import add, aligned, assign, clear
+from .executor import Executor, make_executor
+from .gpu import (
+    array_module,
+    check_dtype,
+    complete,
+    cuda_versions,
+    cupy_module,
+    current_device_of,
+    device,
+    device_count,
+    empty_beside,
+    fft_module,
+    is_cupy_array,
+    nvrtc_version,
+    refuse_during_capture,
+)
+from .kernels import DEFAULT_SHARED_BYTES, append, build
+from .prepared import PreparedWeight, prepare
+
+__all__ = [
+    "DEFAULT_SHARED_BYTES",
+    "Executor",
+    "PreparedWeight",
+    "add",
+    "aligned",
+    "append",
+    "array_module",
+    "assign",
+    "build",
+    "check_dtype",
+    "clear",
+    "complete",
+    "cuda_versions",
+    "cupy_module",
+    "current_device_of",
+    "device",
+    "device_count",
+    "empty_beside",
+    "fft_module",
+    "is_cupy_array",
+    "make_executor",
+    "nvrtc_version",
+    "prepare",
+    "refuse_during_capture",
+]

@@ -1,0 +1,87 @@
+"""Builds and launches kernels: the only file that names `cupy.RawKernel`."""
+
+from __future__ import annotations
+
+from functools import cache, lru_cache
+from typing import TYPE_CHECKING, Any
+
+from .arrays import aligned
+from .gpu import cuda_versions, cupy_module, device, nvrtc_version
+
+# What only a GPU needs is imported where it is first used: `import gpuconv` imports this file and loads no families.
+if TYPE_CHECKING:
+    from ..families import Config, Launch
+
+# Dynamic shared memory that a kernel may use without asking, in bytes, on every architecture.
+DEFAULT_SHARED_BYTES = 48 * 1024
+
+
+@cache
+def build(config: Config, arch: str) -> Any:
+    """The kernel of a specialisation for GPUs of an architecture, "sm_90" and so on.
+
+    Where it was compiled in advance, CuPy loads the machine code (gpuconv.cubins). Else CuPy compiles it for the
+    current device when it is first needed there; later processes find it in CuPy's disk cache.
+
+    Raises:
+        RuntimeError: it was not compiled in advance, and $GPUCONV_CACHE_ONLY forbids to compile it now.
+    """
+    from .. import cubins, source
+
+    cupy = cupy_module()
+    path = cubins.path_of(config, arch, nvrtc_version, cuda_versions()[1] // 1000)
+    if path is not None:
+        return cupy.RawModule(path=str(path)).get_function(config.kernel)
+    return cupy.RawKernel(source.assemble(config.kernel, dict(config.macros)), config.kernel)
+
+
+class Kernel:
+    """A compiled kernel with its launch and its packed parameters."""
+
+    __slots__ = ("_block", "_function", "_grid", "_params", "_shared_bytes")
+
+    def __init__(self, config: Config, launch: Launch) -> None:
+        from .. import source
+
+        cupy = cupy_module()
+        gpu = device(int(cupy.cuda.runtime.getDevice()))
+        kernel = build(config, gpu.arch_name)
+        # More than the default must be allowed first. All plans of a kernel share the limit, in all threads, so each
+        # sets the same one: the most that a block can have. The driver wants a current context for that, which a new
+        # thread does not have, and CuPy sees to that only where it loads and launches.
+        if launch.shared_bytes > DEFAULT_SHARED_BYTES:
+            cupy.cuda.Device().use()
+            kernel.max_dynamic_shared_size_bytes = gpu.shared_per_block
+        self._function = kernel.kernel
+        self._grid = (launch.grid, 1, 1)
+        self._block = (launch.block, 1, 1)
+        self._shared_bytes = launch.shared_bytes
+        # The struct is passed by value: the driver copies it out of this buffer at each launch.
+        self._params = cupy.cuda.function.CNumpyArray(source.pack_params(dict(launch.params), launch.index_bits))
+
+    def launch(self, *pointers: Any) -> None:
+        """Launch on the current device and CuPy's current stream. The only place in gpuconv that launches a kernel."""
+        self._function(self._grid, self._block, (*pointers, self._params), self._shared_bytes)
+
+
+def append(window: Any, samples: Any) -> None:
+    """Move the samples of a contiguous window (N, C, held + L) forward by L, and write `samples` (N, C, L) behind them.
+
+    One launch on the current device and CuPy's current stream, which allocates nothing where `samples` can be read.
+    """
+    from ..families.append import append_launch
+    from ..families.base import ArrayLayout
+
+    samples = aligned(samples)
+    if samples.size == 0:
+        return
+    itemsize = samples.dtype.itemsize
+    layout = ArrayLayout.of(samples.shape, samples.strides, 0, itemsize)
+    assert layout is not None  # aligned
+    step = append_launch(samples.dtype.name, window.shape, samples.shape, layout)
+    _append_kernel(int(samples.data.device_id), *step).launch(samples.data, window.data)
+
+
+@lru_cache(maxsize=256)
+def _append_kernel(device_index: int, config: Config, launch: Launch) -> Kernel:  # noqa: ARG001 (one for each GPU)
+    return Kernel(config, launch)

@@ -1,0 +1,71 @@
+"""What the functions do with their arrays: axes, dtypes, and the GPU that they are on."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any, ParamSpec, SupportsIndex, TypeVar
+
+import numpy as np
+
+from .. import runtime
+from ..problem import DTYPES, INTEGERS
+
+_P = ParamSpec("_P")
+
+_R = TypeVar("_R")
+
+
+def on_the_gpu_of_its_arrays(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """The function with the GPU of its first CuPy array as the current one, where all that it allocates is to lie."""
+
+    @wraps(function)
+    def on_that_gpu(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        arrays = [value for value in (*args, *kwargs.values()) if runtime.is_cupy_array(value)]
+        with runtime.current_device_of(arrays[0] if arrays else None):
+            return function(*args, **kwargs)
+
+    return on_that_gpu
+
+
+def check_one_of(name: str, value: Any, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def axis_last(caller: str, array: Any, axis: SupportsIndex) -> tuple[Any, int]:
+    """The array with an axis moved to the end, and where it was, counted from the end."""
+    index = operator.index(axis)
+    if not -array.ndim <= index < array.ndim:
+        raise ValueError(f"{caller}: axis {index} does not exist in an array of shape {tuple(array.shape)}")
+    index = index - array.ndim if index >= 0 else index
+    return runtime.array_module(array).moveaxis(array, index, -1), index
+
+
+def put_back(array: Any, place: int) -> Any:
+    return runtime.array_module(array).moveaxis(array, -1, place) if place != -1 else array
+
+
+def result_type(*arrays: Any) -> np.dtype[Any]:
+    return np.result_type(*(array.dtype for array in arrays))
+
+
+def real_type(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """The dtype of the real part."""
+    return np.empty(0, dtype).real.dtype
+
+
+def computable(x: Any, w: Any) -> tuple[Any, Any]:
+    """The arrays in dtypes that conv1d takes, which give the result of NumPy's promotion once it is cast to that."""
+    result = result_type(x, w)
+    if result.kind in "iub":
+        # Sums modulo 2**64 have the low bits of sums of any narrower or unsigned dtype.
+        name = (
+            result.name if result.name in INTEGERS else {"bool": "uint8", "uint16": "int32"}.get(result.name, "int64")
+        )
+        return x.astype(name, copy=False), w.astype(name, copy=False)
+    if result.name not in DTYPES:
+        raise TypeError(f"gpuconv.signal: the dtype {result} is not supported")
+    taps = real_type(result) if result.kind == "c" and w.dtype.kind != "c" else result
+    return x.astype(result, copy=False), w.astype(taps, copy=False)

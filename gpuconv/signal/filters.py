@@ -1,0 +1,332 @@
+"""Filters that change the rate of a signal, and the filter with a state."""
+
+from __future__ import annotations
+
+import math
+import operator
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from .. import runtime
+from ..functional import conv1d
+from ..memory import take
+from .arrays import axis_last, check_one_of, computable, on_the_gpu_of_its_arrays, put_back, real_type, result_type
+from .convolution import convolve_last_axis
+
+EXTENSIONS = (
+    "constant", "wrap", "edge", "smooth", "symmetric", "reflect", "antisymmetric", "antireflect", "line"
+)  # fmt: skip
+
+_BACKGROUNDS = ("maximum", "mean", "median", "minimum")
+
+
+@on_the_gpu_of_its_arrays
+def upfirdn(h: Any, x: Any, up: int = 1, down: int = 1, axis: int = -1, mode: str = "constant", cval: float = 0) -> Any:
+    """Insert zeros, filter and keep every `down`-th sample, as `scipy.signal.upfirdn` does, without the work for zeros.
+
+        out[l] = sum over k of h[k] * x[(l*down - k)/up]        (terms whose index is no integer do not exist)
+
+    Args:
+        h: the filter's taps, (K,).
+        x: the signals along `axis`, of L samples; NumPy or CuPy, any strides.
+        up: the upsampling factor.
+        down: the downsampling factor.
+        axis: of x.
+        mode: how x goes on beyond its ends: "constant" (`cval`), "wrap", "edge", "smooth", "symmetric", "reflect",
+            "antisymmetric", "antireflect" or "line".
+        cval: the constant.
+
+    Returns:
+        x's shape with ``((L - 1)*up + K - 1)//down + 1`` samples along the axis, floating-point.
+
+    Raises:
+        ValueError: a factor is below 1, h has not one axis or no tap, or the mode is unknown.
+        TypeError: an argument is no array, or a dtype is not supported.
+
+    Example:
+        >>> import numpy as np
+        >>> from gpuconv import signal
+        >>> signal.upfirdn(np.array([1.0, 1, 1]), np.array([1.0, 2, 3]), 3)
+        array([1., 1., 1., 2., 2., 2., 3., 3., 3.])
+    """
+    h, x = take("upfirdn", h=h, x=x)
+    up, down = operator.index(up), operator.index(down)
+    if h.ndim != 1 or h.size == 0:
+        raise ValueError("h must be 1-D with non-zero length")
+    if up < 1 or down < 1:
+        raise ValueError("Both up and down must be >= 1")
+    check_one_of("mode", mode, EXTENSIONS)
+    x, place = axis_last("upfirdn", x, axis)
+    L, K = x.shape[-1], h.shape[0]
+    if L == 0:
+        raise ValueError("x must have samples along the axis")
+    wide = np.result_type(result_type(h, x), np.float32)
+    h, x = h.astype(wide if h.dtype.kind == "c" else real_type(wide), copy=False), x.astype(wide, copy=False)
+    length = ((L - 1) * up + K - 1) // down + 1
+    if mode != "constant" or cval != 0:
+        # Enough samples before and behind that no window reaches further.
+        extra = -(-(K - 1) // up)
+        x = _extend(x, extra, extra, mode, cval)
+        first = extra * up  # where x's own first sample lies, upsampled
+    else:
+        first = 0
+    return put_back(_polyphase(h, x, up, down, first, length), place)
+
+
+@on_the_gpu_of_its_arrays
+def firfilter(b: Any, x: Any, axis: int = -1, zi: Any = None) -> Any:
+    """Filter by a finite impulse response: `scipy.signal.lfilter` with ``a = 1``.
+
+    Args:
+        b: the taps, (K,), K >= 1.
+        x: the signals along `axis`, of L samples; NumPy or CuPy, any strides.
+        axis: of x.
+        zi: what the samples before x add to the first K - 1 results: x's shape with K - 1 in place of L, or an array
+            that broadcasts to it; the `zf` of the call before. None for zeros.
+
+    Returns:
+        y, of x's shape; with `zi` the pair (y, zf), where zf is the state behind the last sample.
+
+    Raises:
+        ValueError: a shape does not fit.
+        TypeError: an argument is no array, or a dtype is not supported.
+
+    Example:
+        >>> import numpy as np
+        >>> from gpuconv import signal
+        >>> b = np.array([1.0, 1.0, 1.0])
+        >>> y, state = signal.firfilter(b, np.arange(3.0), zi=np.zeros(2))
+        >>> signal.firfilter(b, np.arange(3.0, 6.0), zi=state)[0]
+        array([ 6.,  9., 12.])
+    """
+    b, x, *states = take("firfilter", b=b, x=x, **({} if zi is None else {"zi": zi}))
+    zi = states[0] if states else None
+    if b.ndim != 1 or b.size == 0:
+        raise ValueError(f"firfilter: b must have the shape (K,) with K >= 1, got {tuple(b.shape)}")
+    x, place = axis_last("firfilter", x, axis)
+    L, K = x.shape[-1], b.shape[0]
+    if zi is None:
+        return put_back(convolve_last_axis(x, b, "full", "direct")[..., :L], place)
+    state, _ = axis_last("firfilter", zi, axis if zi.ndim == x.ndim else -1)
+    xp, dtype = runtime.array_module(x), result_type(x, b, state)
+    x, b = x.astype(dtype, copy=False), b.astype(dtype if b.dtype.kind == "c" else real_type(dtype), copy=False)
+    expected = (*x.shape[:-1], K - 1)
+    try:
+        state = xp.broadcast_to(state, expected)
+    except ValueError:
+        raise ValueError(
+            f"firfilter: zi must have K - 1 = {K - 1} elements along the axis and broadcast to x, got {tuple(zi.shape)}"
+        ) from None
+    full = convolve_last_axis(x, b, "full", "direct") if L else xp.zeros(expected, dtype)
+    full[..., : K - 1] += state
+    return put_back(full[..., :L], place), put_back(full[..., L:], place)
+
+
+@on_the_gpu_of_its_arrays
+def resample_poly(
+    x: Any,
+    up: int,
+    down: int,
+    axis: int = 0,
+    window: Any = ("kaiser", 5.0),
+    padtype: str = "constant",
+    cval: float | None = None,
+) -> Any:
+    """Resample by the factor up/down with a linear-phase low-pass filter, as `scipy.signal.resample_poly` does.
+
+    Args:
+        x: the signals along `axis`, of L samples; NumPy or CuPy, any strides.
+        up: the upsampling factor.
+        down: the downsampling factor.
+        axis: of x.
+        window: of the filter that is designed: ("kaiser", beta), "hamming", "hann", "blackman" or "boxcar"; or an array
+            or a list of taps to take in its place.
+        padtype: how x goes on beyond its ends: one of the modes of `upfirdn`, or "maximum", "mean", "median" or
+            "minimum", which is taken away before and added afterwards.
+        cval: the constant of "constant", 0 where None.
+
+    Returns:
+        x's shape with ``ceil(L*up/down)`` samples along the axis, floating-point.
+
+    Raises:
+        ValueError: a factor is no integer or below 1; window, padtype or cval does not fit.
+        TypeError: x is no array, or a dtype is not supported.
+
+    Example:
+        >>> import numpy as np
+        >>> from gpuconv import signal
+        >>> signal.resample_poly(np.ones(6), 1, 2, padtype="line").round(3)
+        array([1., 1., 1.])
+    """
+    (x,) = take("resample_poly", x=x)
+    for name, factor in (("up", up), ("down", down)):
+        if factor != int(factor):
+            raise ValueError(f"{name} must be an integer")
+    up, down = int(up), int(down)
+    if up < 1 or down < 1:
+        raise ValueError("up and down must be >= 1")
+    if cval is not None and padtype != "constant":
+        raise ValueError(f"cval has no effect when padtype is {padtype}")
+    check_one_of("padtype", padtype, (*_BACKGROUNDS, *EXTENSIONS))
+    common = math.gcd(up, down)
+    up, down = up // common, down // common
+    if up == down == 1:
+        return x.copy()
+    xp = runtime.array_module(x)
+    inexact = x.dtype if x.dtype.kind in "fcV" else np.dtype(np.float64)
+    if isinstance(window, list) or hasattr(window, "ndim"):
+        h = xp.asarray(window)
+        if h.ndim > 1:
+            raise ValueError("window must be 1-D")
+        h = h.astype(result_type(h, xp.empty(0, inexact)))
+        half = (h.size - 1) // 2
+    else:
+        half = 10 * max(up, down)
+        h = xp.asarray(_low_pass(2 * half + 1, 1 / max(up, down), window).astype(real_type(inexact)))
+    h = h * h.dtype.type(up)
+    signals, place = axis_last("resample_poly", x.astype(inexact, copy=False), axis)
+    background = None
+    if padtype in _BACKGROUNDS:
+        measure = {"maximum": xp.max, "mean": xp.mean, "median": xp.median, "minimum": xp.min}[padtype]
+        background = measure(signals, axis=-1, keepdims=True)
+        signals = signals - background
+        padtype = "constant"
+    signals = signals.astype(result_type(h, signals), copy=False)
+    L = signals.shape[-1]
+    length = -(-L * up // down)
+    # Output l lies at the filter's middle: it is result l + (half + pre)/down of a filter that begins with `pre` zeros.
+    first = half
+    if padtype != "constant" or cval:
+        extra = -(-(h.size - 1) // up)
+        signals = _extend(signals, extra, extra, padtype, 0 if cval is None else cval)
+        first += extra * up
+    y = _polyphase(h, signals, up, down, first, length)
+    return put_back(y if background is None else y + background, place)
+
+
+@on_the_gpu_of_its_arrays
+def decimate_fir(x: Any, q: int, n: int | None = None, axis: int = -1, zero_phase: bool = True) -> Any:
+    """Low-pass filter and keep every q-th sample: `scipy.signal.decimate` with ``ftype="fir"``.
+
+    Args:
+        x: the signals along `axis`; NumPy or CuPy, any strides. Integers and float16 are computed in float64.
+        q: the downsampling factor.
+        n: the order of the filter, a Hamming window with n + 1 taps; 20*q where None.
+        axis: of x.
+        zero_phase: shift the result so that the filter adds no delay.
+
+    Returns:
+        x's shape with ``ceil(L/q)`` samples along the axis.
+
+    Raises:
+        ValueError: q is below 2, or n below 0.
+        TypeError: an argument is of the wrong kind.
+
+    Example:
+        >>> import numpy as np
+        >>> from gpuconv import signal
+        >>> signal.decimate_fir(np.ones(200), 2)[40:44].round(6)
+        array([1., 1., 1., 1.])
+    """
+    (x,) = take("decimate_fir", x=x)
+    q = operator.index(q)
+    n = 20 * q if n is None else operator.index(n)
+    if q < 2 or n < 0:
+        raise ValueError(f"decimate_fir: q must be at least 2 and n at least 0, got q = {q} and n = {n}")
+    dtype = x.dtype if x.dtype.kind in "fc" and x.dtype != np.float16 else np.dtype(np.float64)
+    taps = runtime.array_module(x).asarray(_low_pass(n + 1, 1 / q, "hamming").astype(real_type(dtype)))
+    x = x.astype(dtype, copy=False)
+    if zero_phase:
+        return resample_poly(x, 1, q, axis=axis, window=taps)
+    signals, place = axis_last("decimate_fir", x, axis)
+    return put_back(_polyphase(taps, signals, 1, q, 0, -(-signals.shape[-1] // q)), place)
+
+
+def _polyphase(h: Any, x: Any, up: int, down: int, first: int, length: int) -> Any:
+    """``y[l] = sum over k of h[k] * x[(l*down + first - k)/up]`` for l < length, over the terms that exist.
+
+    Each of the ``up/gcd`` phases of l is an output channel of one convolution, whose taps are those that meet samples.
+    """
+    xp = runtime.array_module(x)
+    common = math.gcd(up, down)
+    phases, step = up // common, down // common
+    # Output l = q*phases + r reads x[q*step + i] with the tap k = r*down + first - i*up.
+    ends = [(-(-(r * down + first - (h.size - 1)) // up), (r * down + first) // up) for r in range(phases)]
+    low, high = min(low for low, _ in ends), max(high for _, high in ends)
+    taps = np.array([[r * down + first - i * up for i in range(low, high + 1)] for r in range(phases)])
+    exists = (taps >= 0) & (taps < h.size)
+    w = xp.where(xp.asarray(exists), h[xp.asarray(np.where(exists, taps, 0))], xp.zeros((), h.dtype))
+    positions = -(-length // phases)
+    # The window of output q begins at q*step + low, before x or in it, and the last one may end behind x.
+    L = x.shape[-1]
+    left = max(0, -low)
+    right = max(0, (positions - 1) * step + high + 1 - L)
+    result = result_type(x, h)
+    signals, w = computable(x[..., max(0, low) :], w)
+    y = conv1d(signals.reshape(-1, 1, signals.shape[-1]), w[:, None, :], stride=step, padding=(left, right))
+    y = y[..., :positions].swapaxes(-1, -2).reshape(*x.shape[:-1], positions * phases)[..., :length]
+    return (y != 0) if result.kind == "b" else y.astype(result, copy=False)
+
+
+def _extend(x: Any, left: int, right: int, mode: str, cval: float) -> Any:
+    """The signals with so many more samples before and behind, by the modes of `upfirdn`."""
+    xp, L = runtime.array_module(x), x.shape[-1]
+    at = np.arange(-left, L + right)
+    if mode == "constant":
+        inside = xp.asarray((at >= 0) & (at < L))
+        return xp.where(inside, x[..., xp.asarray(at.clip(0, L - 1))], xp.asarray(cval).astype(x.dtype))
+    if mode == "smooth" and L > 1:
+        slopes = x[..., 1] - x[..., 0], x[..., -1] - x[..., -2]
+    elif mode == "line" and L > 1:
+        slopes = ((x[..., -1] - x[..., 0]) / (L - 1),) * 2
+    elif mode in ("smooth", "line"):
+        slopes = (xp.zeros_like(x[..., 0]),) * 2
+    else:
+        return _mirror(xp, x, at, mode)
+    dtype = np.result_type(x.dtype, slopes[0].dtype)
+    before = x[..., :1] + slopes[0][..., None] * xp.arange(-left, 0).astype(dtype)
+    behind = x[..., -1:] + slopes[1][..., None] * xp.arange(1, right + 1).astype(dtype)
+    return xp.concatenate((before, x, behind), axis=-1).astype(x.dtype)
+
+
+def _mirror(xp: ModuleType, x: Any, at: Any, mode: str) -> Any:
+    """The samples that positions mean in a mode that repeats or mirrors the signal."""
+    L = x.shape[-1]
+    if mode == "edge":
+        return x[..., xp.asarray(at.clip(0, L - 1))]
+    if mode == "wrap":
+        return x[..., xp.asarray(at % L)]
+    whole = mode in ("symmetric", "antisymmetric")  # the first and the last sample are repeated
+    if not whole and L == 1:
+        return x[..., xp.asarray(np.zeros_like(at))]
+    period = 2 * L if whole else 2 * (L - 1)
+    turn, place = np.divmod(at, period)
+    is_back = place >= L
+    place = np.where(is_back, period - (1 if whole else 0) - place, place)
+    values = x[..., xp.asarray(place)]
+    if mode in ("symmetric", "reflect"):
+        return values
+    back = xp.asarray(is_back)
+    if mode == "antisymmetric":
+        return xp.where(back, -values, values)
+    # Each passage turns the signal by half a circle around its last sample, so the ends rise by their distance.
+    rise = (x[..., -1:] - x[..., :1]) * xp.asarray(2 * turn).astype(x.dtype)
+    return xp.where(back, 2 * x[..., -1:] - values, values) + rise
+
+
+def _low_pass(taps: int, cutoff: float, window: Any) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """A windowed sinc with gain 1 at frequency 0; `cutoff` is a fraction of the Nyquist frequency."""
+    name, *parameters = window if isinstance(window, tuple) else (window,)
+    windows: dict[str, Any] = {"hamming": np.hamming, "hann": np.hanning, "blackman": np.blackman, "boxcar": np.ones}
+    if name == "kaiser" and len(parameters) == 1:
+        weights = np.kaiser(taps, parameters[0])
+    elif name in windows and not parameters:
+        weights = windows[name](taps)
+    else:
+        raise ValueError(
+            f'window must be ("kaiser", beta), {", ".join(map(repr, windows))} or an array, got {window!r}'
+        )
+    h = cutoff * np.sinc(cutoff * (np.arange(taps) - (taps - 1) / 2)) * weights
+    return np.asarray(h / h.sum())

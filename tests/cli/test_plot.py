@@ -1,0 +1,109 @@
+"""`gpuconv plot`: what is drawn, and the right values in a spectrogram."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+from matplotlib import image
+from scipy import signal
+
+from gpuconv.cli import main, plot
+from tests.cli.test_cli import normal, refusal, save
+
+
+@pytest.fixture(autouse=True)
+def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def tone(frequency: float, seconds: float = 1.0, rate: int = 8000) -> Any:
+    return np.sin(2 * np.pi * frequency * np.arange(int(seconds * rate)) / rate).astype(np.float32)
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The figures that are drawn."""
+    figures: list[Any] = []
+    draw = plot._draw
+    monkeypatch.setattr(plot, "_draw", lambda figure, signals: (figures.append(figure), draw(figure, signals)))
+    return figures
+
+
+def test_before_and_after_stand_beside_each_other(drawn: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
+    soundfile.write("before.wav", np.stack((tone(440), tone(1000))).T, 8000, subtype="FLOAT")
+    soundfile.write("after.wav", tone(440, 0.5), 4000, subtype="FLOAT")
+    assert main(["plot", "before.wav", "after.wav", "both.png"]) == 0
+    assert capsys.readouterr().out == "both.png: before.wav (2 channels), after.wav (1 channel)\n"
+    assert image.imread("both.png").std() > 0.1
+    axes = [a for a in drawn[0].axes if a.get_label() != "<colorbar>"]
+    assert [a.get_visible() for a in axes] == [True, True, True, True, True, False, True, False]
+    assert [a.get_title() for a in axes[:2]] == ["before.wav", "after.wav"]
+    # The rate of each file gives its times and frequencies; the scales of a row are one.
+    assert axes[0].get_xlim() == (0, 1)
+    assert axes[1].get_xlim() == (0, 1)
+    assert axes[2].images[0].get_extent()[3] == 4000
+    assert axes[3].images[0].get_extent()[3] == 2000
+    assert axes[2].get_ylim() == axes[3].get_ylim()
+    assert axes[2].images[0].get_clim() == axes[3].images[0].get_clim()
+    assert axes[0].collections  # 8000 samples are drawn as the range of neighbours
+
+
+def test_a_spectrogram_is_that_of_scipy() -> None:
+    x = (tone(1000) + 0.25 * tone(2500) + 0.01 * normal(8000)).astype(np.float32)
+    power, hop = plot._spectrogram(x)
+    assert (hop, power.shape) == (128, (257, 63))
+    window = np.hanning(513)[:-1]
+    transform = signal.ShortTimeFFT(window, hop, 8000, scale_to=None)
+    expected = 20 * np.log10(np.abs(transform.stft(x, p0=0, p1=63, padding="even")) / (window.sum() / 2))
+    np.testing.assert_allclose(power[:, 3:-3], expected[:, 3:-3], atol=0.05)
+    assert power[64].max() == pytest.approx(0, abs=0.1)  # 1000 Hz, amplitude 1
+    assert power[160].max() == pytest.approx(20 * np.log10(0.25), abs=0.3)
+
+
+def test_the_picture_has_the_name_of_the_file(drawn: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
+    save("ecg.npy", normal(1000))
+    assert main(["plot", "ecg.npy", "--rate", "250"]) == 0
+    assert capsys.readouterr().out == "ecg.png: ecg.npy (1 channel)\n"
+    wave, image_axes = drawn[0].axes[:2]
+    assert wave.lines[0].get_xydata()[-1, 0] == pytest.approx(999 / 250)
+    assert image_axes.get_xlabel() == "seconds"
+    assert main(["plot", "ecg.npy", "ecg.svg"]) == 0
+    assert Path("ecg.svg").read_text("utf-8").startswith("<?xml")
+    assert drawn[1].axes[1].get_xlabel() == "samples"
+    capsys.readouterr()
+    assert refusal(capsys, "plot", "ecg.npy") == "ecg.png: exists; give --force to replace it"
+    assert main(["plot", "ecg.npy", "--force"]) == 0
+
+
+def test_no_values_stop_it(capsys: pytest.CaptureFixture[str]) -> None:
+    """Silence, one sample, infinities, a batch, more channels than are drawn."""
+    for number, array in enumerate(
+        (np.zeros(300), np.ones(1), np.array([1, np.nan, np.inf] * 40), normal(3, 6, 50), normal(5000) * 1e30)
+    ):
+        save(f"{number}.npy", array)
+        assert main(["plot", f"{number}.npy"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.count(".png") == 5
+    assert captured.err.splitlines() == [
+        "gpuconv: note: 3.npy: only the first of 3 samples is drawn",
+        "gpuconv: note: 3.npy: only the first 4 of 6 channels are drawn",
+    ]
+
+
+def test_what_cannot_be_drawn_is_refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    save("z.npy", normal(2, 20, dtype="complex64"))
+    save("none.npy", np.zeros((2, 0)))
+    save("x.npy", normal(2, 20))
+    assert refusal(capsys, "plot", "z.npy") == "z.npy: holds complex64 samples, expected real ones"
+    assert refusal(capsys, "plot", "none.npy").startswith("none.npy: holds an array of shape (2, 0)")
+    assert refusal(capsys, "plot", "x.npy", "z.npy", "y.jpg").startswith("y.jpg: the name must end in .png")
+    assert refusal(capsys, "plot", "absent.npy") == "absent.npy: does not exist"
+    assert refusal(capsys, "plot", "-").startswith("a picture of standard input, -, needs a name")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert refusal(capsys, "plot", "x.npy").startswith("plot needs the package matplotlib: pip install")
