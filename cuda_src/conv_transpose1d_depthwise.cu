@@ -14,7 +14,7 @@
 // IS_SKIPPING = 1, SLIDE_STRIDE = 0: stride 1, any dilation, input and output contiguous along l. Skipping threads, with the
 // same shared memory behind a buffer for each warp, through which its results pass.
 // Neither: any stride and dilation, arrays of any strides. A thread sums THREAD_L results row_threads apart, one
-// after the other, visits only the taps of their phases (conv_transpose1d_gather.cu) and reads through the cache, which
+// after the other, visits only the taps of their phases (one_result.cuh) and reads through the cache, which
 // serves the stride results that meet the same input.
 //
 // Chosen for fewer than 8 output channels a group.
@@ -31,7 +31,7 @@ struct Params {
     index_t C_out_g;
     index_t stride, stride_magic, stride_shift;
     index_t padding_left, dilation;
-    index_t phase_gcd, tap_step, position_step, phase_inverse;  // as in conv_transpose1d_gather.cu
+    index_t phase_gcd, tap_step, position_step, phase_inverse;  // as in one_result.cuh
     index_t tiles, tiles_magic, tiles_shift;                    // of one row
     index_t row_threads, row_threads_magic, row_threads_shift;  // threads of one row
     index_t block_rows, repeats;

@@ -1,7 +1,7 @@
 // The phases of a transposed convolution: what conv_transpose1d_phases.cu and conv_transpose1d_mma.cu share.
 //
 // Write l_out + padding_left = q*stride + phase. The taps of a phase are k = k_first + j*tap_step, j = 0, 1, ..., and read
-// l_in = q + l_shift - j*position_step (conv_transpose1d_gather.cu says why).
+// l_in = q + l_shift - j*position_step (one_result.cuh says why).
 //
 // With dilation 1, k_first = phase and l_shift = 0 for every phase, so that one product serves them all: its rows are
 // (c_out, phase), phase inner (PHASES_IN_ROWS = 1; a row has ceil((K - phase)/stride) taps). Otherwise every phase is a

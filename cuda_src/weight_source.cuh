@@ -3,7 +3,7 @@
 // IS_TRANSPOSED = 0: product = g, row = c_out of the group, tap = k: weight[g*C_out_g + row, c_in, k].
 // IS_TRANSPOSED = 1, PHASES_IN_ROWS = 1: product = g, row = c_out*stride + phase, k = phase + tap*stride.
 // IS_TRANSPOSED = 1, PHASES_IN_ROWS = 0: product = g*stride + phase, row = c_out, k = k_first + tap*tap_step with the k_first
-// of conv_transpose1d_gather.cu. In both, weight[g*C_in_g + c_in, c_out, k].
+// of one_result.cuh. In both, weight[g*C_in_g + c_in, c_out, k].
 //
 // A block takes a box: box_out channels c_out, with box_phases phases of each, by box_in channels c_in, by box_taps taps of
 // one product. Either box_out is 1 or the box has all phases, so that its rows are neighbours. Lanes read neighbours in

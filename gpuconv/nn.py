@@ -205,7 +205,7 @@ class _Layer:
                 and rounded.
             strict: whether unknown and missing entries are errors.
             prefix: of the names in `state` that belong to this layer, "encoder.conv1." for one layer of a model; the
-                other entries are not looked at.
+                other entries are ignored.
 
         Returns:
             The missing and the unexpected keys, both empty if `strict`.

@@ -122,7 +122,7 @@ def _fold(p: ConvProblem, x: Array, weight: Array, bias: Array | None, y: Array)
             meant = source_indices(p.padding_mode, padding.start, padding.stop, p.L_out)
             for at, sums in targets:
                 here = (meant >= at.start) & (meant < at.stop)
-                if p.padding_mode != "replicate":  # no sample is meant twice
+                if len(at) > 1:  # modes that mean a sample more than once in a padding mean no other
                     sums[..., meant[here] - at.start] += values[..., here]
                 elif here.any():
                     sums[..., 0] += values[..., here].sum(axis=-1)

@@ -14,7 +14,6 @@ from ..edge import PADDING_MODES, padded_samples
 from ..problem import DTYPES, BiasGradientProblem, ConvProblem, Problem, WeightGradientProblem
 from .base import (
     MAX_GRID,
-    SAMPLES,
     Config,
     Family,
     Launch,
@@ -26,7 +25,7 @@ from .base import (
     conv_arrays,
     conv_fields,
     params_of,
-    with_lengths,
+    reading_samples,
     with_padding_mode,
 )
 from .offsets import Overhang, index_bits
@@ -80,7 +79,7 @@ def _edges_step(p: ConvProblem, layout: Layout, first: int, last: int) -> Step:
     bits = index_bits(p, layout, Overhang(), num_outputs + grid * BLOCK_SIZE)
     config = with_padding_mode(base_config("conv1d_edges", p.dtype, bits, BLOCK_SIZE), p.padding_mode)
     own = {"num_outputs": num_outputs, "edges": first + last, "first": first}
-    return _step(config, p, layout, grid, bits, own)
+    return one_result_step(config, p, layout, grid, bits, own)
 
 
 def fold_step(p: ConvProblem, layout: Layout) -> Step | None:
@@ -103,10 +102,9 @@ def fold_step(p: ConvProblem, layout: Layout) -> Step | None:
         "second_begin": second.start,
         "padded_end": p.L_out + max(p.padding_right, 0),
     }
-    shared_bytes = BLOCK_SIZE * p.format.accumulator_bytes
     config = fold_config(p.dtype, bits, p.padding_mode)
-    step = _step(config, p, layout, grid, bits, own, shared_bytes)
-    return Step(with_lengths(config), step.launch, (*step.arrays, SAMPLES)) if p.has_lengths else step
+    step = one_result_step(config, p, layout, grid, bits, own, BLOCK_SIZE * p.format.accumulator_bytes)
+    return reading_samples(step) if p.has_lengths else step
 
 
 def fold_config(dtype: str, bits: int, mode: str) -> Config:
@@ -115,8 +113,9 @@ def fold_config(dtype: str, bits: int, mode: str) -> Config:
     return Config(config.kernel, (*config.macros, ("FOLD_MODE", mode)))
 
 
-def _step(
+def one_result_step(
     config: Config, p: ConvProblem, layout: Layout, grid: int, bits: int, own: dict[str, int], shared_bytes: int = 0
 ) -> Step:
+    """The launch of a kernel of cuda_src/one_result.cuh; `own` are the fields of Params that `conv_fields` lacks."""
     params = params_of(config.kernel, conv_fields(p, layout), own)
     return Step(config, Launch(grid, BLOCK_SIZE, shared_bytes, bits, params), conv_arrays(p))

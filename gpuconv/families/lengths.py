@@ -15,7 +15,6 @@ from ..problem import DTYPES, BiasGradientProblem, ConvProblem, Problem, WeightG
 from . import edges
 from .base import (
     MAX_GRID,
-    SAMPLES,
     Config,
     Family,
     Launch,
@@ -24,9 +23,7 @@ from .base import (
     Refusal,
     Step,
     base_config,
-    conv_arrays,
-    conv_fields,
-    params_of,
+    reading_samples,
     sum_dtype,
     with_lengths,
     with_padding_mode,
@@ -108,13 +105,7 @@ def _write_config(count: int) -> Config:
 
 def _keeping_lengths(family: Family[Any], plan: Plan) -> Plan:
     """The plan whose kernel reads the table of samples."""
-    steps = (
-        Step(with_lengths(step.config), step.launch, (*step.arrays, SAMPLES))
-        if step.config.kernel == family.name
-        else step
-        for step in plan.steps
-    )
-    return replace(plan, steps=tuple(steps))
+    return replace(plan, steps=tuple(reading_samples(s) if s.config.kernel == family.name else s for s in plan.steps))
 
 
 def _ends_step(p: ConvProblem, layout: Layout, device: Device, *, is_computed: bool) -> Step:
@@ -128,5 +119,4 @@ def _ends_step(p: ConvProblem, layout: Layout, device: Device, *, is_computed: b
     if not p.transposed:
         config = with_padding_mode(config, p.padding_mode)
         own["first"] = p.edge_windows[0] if is_computed and p.padding_mode != "zeros" else 0
-    params = params_of(config.kernel, conv_fields(p, layout), own)
-    return Step(with_lengths(config), Launch(grid, BLOCK_SIZE, 0, bits, params), (*conv_arrays(p), SAMPLES))
+    return reading_samples(edges.one_result_step(config, p, layout, grid, bits, own))
