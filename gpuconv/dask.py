@@ -70,9 +70,9 @@ def conv1d(
     Returns:
         (N, C_out, L_out), or (C_out, L_out): a dask array of NumPy or CuPy chunks, like those of the input. They are
         cut along N as the input is, not along C_out, and along L_out in proportion: a cut of the input at l is one at
-        ``l*L_out // L_in`` here, so that with L_out = L_in both have the same chunks. What a task needs in memory is
-        its chunk of the output and the input that this depends on, in all channels, twice where that comes from
-        several chunks.
+        ``l*L_out // L_in`` here, so that with L_out = L_in both have the same chunks. A task needs memory for its chunk
+        of the output and for the input that this depends on, in all channels, up to three times where several chunks
+        hold it.
 
     Raises:
         ValueError: as `gpuconv.conv1d`; the input has chunks of unknown size.
