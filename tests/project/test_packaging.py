@@ -196,7 +196,7 @@ def test_metadata(wheel: Path, tmp_path: Path) -> None:
     }
 
     # The README on PyPI, where its relative links would lead nowhere.
-    links = re.findall(r"\]\(([^)\s]+)\)", str(metadata.get_payload()))
+    links = re.findall(r"\]\(([^)\s]+)\)", metadata["Description"])
     assert "https://raw.githubusercontent.com/gpuconv/gpuconv/main/bench/gallery/ecg.svg" in links
     assert "https://github.com/gpuconv/gpuconv/blob/main/CHANGELOG.md" in links
     assert [link for link in links if not link.startswith(("https://", "#"))] == []
