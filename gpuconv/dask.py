@@ -1,7 +1,7 @@
 """Both operations on `dask.array` arrays with chunks of NumPy or CuPy arrays, cut along N, C_in and L_in in any way.
 
-A call computes nothing: it gives a dask array. Each of its chunks is one task, which needs of the input the slices that
-its outputs depend on, so that of neighbouring chunks only the samples beyond a chunk's ends travel between workers.
+A call computes nothing but returns a dask array. Each of its chunks is one task. It reads only the slices of the input
+on which its outputs depend, so of neighbouring chunks only the samples beyond a chunk's ends are sent between workers.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ def conv1d(
 ) -> DaskArray:
     """`gpuconv.conv1d` on a dask array, lazily.
 
-    On GPUs the result has the bits of one call on the whole; on CPUs each element is within the same error bound.
+    On GPUs the result has the bits of one call on the whole array; on CPUs each element is within the same error bound.
 
     Args:
         input: (N, C_in, L_in), or (C_in, L_in) for a single sample: a dask array of NumPy or CuPy chunks in any number
             along every axis.
-        weight: a NumPy, CuPy or dask array as in `gpuconv.conv1d`, as are bias and the arrays of activations. Each
-            goes to every worker as a whole, and to its GPU where the chunks of the input are CuPy arrays. Those that
-            are no dask arrays must not change before the result is computed.
+        weight: a NumPy, CuPy or dask array as in `gpuconv.conv1d`, as are bias and the arrays of activations. Each is
+            sent as a whole to every worker, and to its GPU if the chunks of the input are CuPy arrays. NumPy and CuPy
+            arrays must not change before the result is computed.
         bias: (C_out,), or None.
         stride: as in `gpuconv.conv1d`, as are the next three.
         padding: in any of its forms.
@@ -64,20 +64,20 @@ def conv1d(
         residual: a dask, NumPy or CuPy array of the output's shape, of the kind of the input's chunks; or None.
         activation: see there.
         precision: see there.
-        algorithm: see there. With "fft" blocks begin in each chunk, so that the bits are not those of one call.
+        algorithm: see there. With "fft" the blocks of each chunk begin anew, so the bits are not those of one call.
         out_dtype: see there.
 
     Returns:
-        (N, C_out, L_out), or (C_out, L_out): a dask array of NumPy or CuPy chunks, like those of the input. They are
-        cut along N as the input is, not along C_out, and along L_out in proportion: a cut of the input at l is one at
-        ``l*L_out // L_in`` here, so that with L_out = L_in both have the same chunks. A task needs memory for its chunk
-        of the output and for the input that this depends on, in all channels, up to three times where several chunks
-        hold it.
+        (N, C_out, L_out), or (C_out, L_out): a dask array of NumPy or CuPy chunks, like those of the input. It is cut
+        along N like the input, not along C_out, and along L_out in proportion: a cut of the input at l becomes one at
+        ``l*L_out // L_in``, so that with L_out = L_in both have the same chunks. A task needs memory for its chunk of
+        the output and for the input of this chunk, in all channels, up to three times if that comes from several
+        chunks.
 
     Raises:
-        ValueError: as `gpuconv.conv1d`; the input has chunks of unknown size.
-        TypeError: as `gpuconv.conv1d`; the input is no dask array, or its chunks are neither NumPy nor CuPy arrays; or
-            another array is on a GPU, and they are not.
+        ValueError: as `gpuconv.conv1d`; an array has chunks of unknown size.
+        TypeError: as `gpuconv.conv1d`; the input is not a dask array, or its chunks are neither NumPy nor CuPy arrays;
+            or another array is on a GPU, and the chunks are not.
         ImportError: dask is not installed.
 
     Example:
@@ -129,7 +129,7 @@ def conv_transpose1d(
         residual: as in `conv1d` above.
         activation: see there.
         precision: see there.
-        algorithm: see there. With "fft" blocks begin in each chunk, so that the bits are not those of one call.
+        algorithm: see there. With "fft" the blocks of each chunk begin anew, so the bits are not those of one call.
         out_dtype: see there.
 
     Returns:
@@ -216,7 +216,7 @@ def _convolve(
 
 
 def _check_chunks(op: Op, input: Any, others: dict[str, Any]) -> None:
-    """Refuse an input that is no dask array of known chunks, and arrays of a kind that does not go with its chunks."""
+    """Refuse an input that is not a dask array of known chunks, and arrays of another kind than its chunks."""
     import dask.array as da
 
     if not isinstance(input, da.Array):
@@ -246,7 +246,7 @@ def _cuts_of_outputs(chunks: Sequence[int], p: ConvProblem) -> list[int]:
 
 
 class _Slices:
-    """Slices of a dask array along its last axis, as tasks that are put into a graph, each once."""
+    """Slices of a dask array along its last axis, as tasks that are added to a graph, each once."""
 
     def __init__(self, array: DaskArray, name: str, graph: Graph) -> None:
         self._array, self._name, self._graph = array, name, graph
@@ -255,7 +255,7 @@ class _Slices:
     def keys(self, n: int, start: int, stop: int) -> list[list[Key]]:
         """The keys of samples start to stop - 1 of the n-th chunk along N: a row for each chunk of channels.
 
-        A row has at least one key, if of no samples.
+        A row has at least one key, possibly of an empty slice.
         """
         axes = self._array.chunks
         batch = (n,) if len(axes) == 3 else ()
@@ -263,7 +263,7 @@ class _Slices:
         return [[self._key((*batch, c, l_in), low, high) for l_in, low, high in parts] for c in range(len(axes[-2]))]
 
     def _parts(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-        """The chunks with samples from start to stop - 1, and which these are in each."""
+        """The chunks with samples from start to stop - 1, as (chunk, low, high) with the range in the chunk."""
         first = min(bisect_right(self._bounds, start), len(self._bounds) - 1) - 1
         yield first, start - self._bounds[first], min(stop, self._bounds[first + 1]) - self._bounds[first]
         for l_in in range(first + 1, len(self._bounds) - 1):
@@ -289,8 +289,8 @@ def _compute_chunk(
 ) -> Any:
     """A chunk of the output.
 
-    `blocks` has for each selection, which is `at` of a `Read`, rows of slices of the input: a row for each chunk of
-    channels, a slice for each chunk along L_in.
+    `selections` has the `at` of each `Read`. `blocks` has for each of them rows of slices of the input: a row for each
+    chunk of channels, a slice for each chunk along L_in.
     """
     xp = runtime.array_module(blocks[0][0][0])
 

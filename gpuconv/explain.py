@@ -288,7 +288,7 @@ class Explanation:
         return rows
 
     def _name_of(self, operand: str) -> str:
-        """The name that users know an array of the problem by."""
+        """The name of the argument for an array of the problem."""
         p = self.problem
         return _names_of_operands(p).get(operand, operand) if isinstance(p, WeightGradientProblem) else operand
 

@@ -1,4 +1,4 @@
-"""How a problem is cut into pieces, and how one is computed: what `gpuconv.chunked` and `gpuconv.dask` share."""
+"""How `gpuconv.chunked` and `gpuconv.dask` cut a problem into pieces, and how they compute a piece."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from .edge import source_indices
 from .fusion import Fused
 from .problem import ConvProblem
 
-_ALIGNED = 64  # outputs, so that the rows of most pieces start at multiples of what kernels access at once
+_ALIGNED = 64  # outputs: most pieces are a multiple of this, so that their rows are aligned for wide accesses
 
 
 class Read(NamedTuple):
-    """Samples of the source from `start` to `stop` - 1, of which `at` says which ones to take; None for all."""
+    """Samples of the source from `start` to `stop` - 1; `at` selects some of them, None all."""
 
     start: int
     stop: int
@@ -32,10 +32,10 @@ class Piece(NamedTuple):
     """A part of the output.
 
     Attributes:
-        problem: with the extents and the padding of the part.
-        samples: along N.
-        outputs: along L_out.
-        positions: of the input; those outside of the source mean what the padding mode says.
+        problem: the problem of the part, with its extents and padding.
+        samples: the range along N.
+        outputs: the range along L_out.
+        positions: the range of the input; the padding mode says what positions outside of the source stand for.
     """
 
     problem: ConvProblem
@@ -45,9 +45,9 @@ class Piece(NamedTuple):
 
     @classmethod
     def of(cls, problem: ConvProblem, samples: slice, outputs: slice) -> Piece:
-        """The piece of a problem with these samples and these outputs, which are not none.
+        """The piece of a problem with these samples and outputs, at least one of each.
 
-        Where the operation is transposed and has no input, the outputs must be all.
+        For a transposed operation without input the piece must have all outputs.
         """
         p = replace(problem, N=samples.stop - samples.start)
         if outputs == slice(0, p.L_out):
@@ -62,7 +62,7 @@ class Piece(NamedTuple):
         return cls(part, samples, outputs, range(read.start - left, read.stop - left))
 
     def reads(self, whole: ConvProblem) -> list[Read]:
-        """What the positions are, one after the other, in the source of the whole problem."""
+        """The reads from the source of the whole problem that give the samples at the positions, in order."""
         first, stop, L_in = self.positions.start, self.positions.stop, whole.L_in
         if 0 <= first <= stop <= L_in:
             return [Read(first, stop, None)]
@@ -98,7 +98,7 @@ class Pieces:
 
     @classmethod
     def cut(cls, p: ConvProblem, itemsize: int, out_itemsize: int, max_bytes: int, sets: int) -> Pieces:
-        """Cut so that so many sets of arrays of a piece take at most `max_bytes`."""
+        """Cut a problem so that the arrays of `sets` pieces take at most `max_bytes`."""
         limit = max_bytes // sets
         span = p.dilation * (p.K - 1) + 1
         arrays = 2 if p.fuses.has_residual else 1
