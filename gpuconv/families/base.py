@@ -247,7 +247,7 @@ def conv_fields(problem: ConvProblem, layout: Layout) -> dict[str, int]:
 
 
 def params_of(kernel: str, fields: Mapping[str, int], own: Mapping[str, int]) -> tuple[tuple[str, int], ...]:
-    """The fields of a kernel's Params in the order of its .cu file, from common ones (`fields`) and the kernel's `own`."""
+    """The fields of a kernel's Params in the order of its .cu file, from common `fields` and the kernel's `own`."""
     names = params_fields(kernel)
     assert own.keys() <= set(names), f"{kernel}.cu has no {', '.join(own.keys() - set(names))}"
     return tuple((name, own[name] if name in own else fields[name]) for name in names)

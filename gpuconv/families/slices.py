@@ -91,7 +91,7 @@ class Slices:
         return _partial_bytes(problem, self.count)
 
     def overhang(self, *, samples: int = 1, channels: int = 1, positions: int = 0, taps: int = 0) -> Overhang:
-        """The overhang of a kernel whose slices are filled up to aligned positions; it passes each axis by up to a step."""
+        """The overhang of a kernel whose slices are filled up to aligned positions and may pass an axis by a step."""
         return Overhang(samples, channels, channels, max(positions, _ALIGNED_POSITIONS), taps)
 
     def params(self) -> dict[str, int]:
