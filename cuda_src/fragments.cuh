@@ -15,8 +15,8 @@ constexpr int kParts = IS_SPLIT ? 2 : 1;     // of an operand
 constexpr int kThreads = 32 * WARPS_M * WARPS_N;
 constexpr int kWarpM = BLOCK_M / WARPS_M, kWarpN = BLOCK_N / WARPS_N;
 constexpr int kTilesM = kWarpM / 16, kTilesN = kWarpN / 8;
-static_assert(sizeof(acc_t) == 4, "float32 accumulators: gpuconv/families/mma.py");
-static_assert(kWarpM % 16 == 0 && kWarpN % 16 == 0, "warps own whole fragments: gpuconv/families/mma.py");
+static_assert(sizeof(acc_t) == 4, "float32 accumulators: gpuconv/families/mma_tiles.py");
+static_assert(kWarpM % 16 == 0 && kWarpN % 16 == 0, "warps own whole fragments: gpuconv/families/mma_tiles.py");
 
 typedef acc_t Sums[kTilesM][kTilesN][4];
 

@@ -138,6 +138,18 @@ __device__ __forceinline__ void copy_async_at(T* shared, const T* global) {
     shared[kShared] = global[kGlobal];
 #endif
 }
+// The same if `exists`, else nothing: without the branches that a condition around a copy becomes.
+template <typename T>
+__device__ __forceinline__ void copy_async_if(T* shared, const T* global, bool exists) {
+#if __CUDA_ARCH__ >= 800
+    const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+    asm volatile(
+        "{.reg .pred %%exists; setp.ne.u32 %%exists, %3, 0; @%%exists cp.async.ca.shared.global [%0], [%1], %2;}"
+        ::"r"(address), "l"(global), "n"(sizeof(T)), "r"(unsigned(exists)) : "memory");
+#else
+    if (exists) *shared = *global;
+#endif
+}
 __device__ __forceinline__ void copy_async_wait() {
 #if __CUDA_ARCH__ >= 800
     asm volatile("cp.async.wait_all;" ::: "memory");

@@ -58,6 +58,12 @@ struct Block {
             run[e] = RunOf<kWidth>::type::load(from + (long long)channel_stride * (channel < last ? channel : last));
         }
     }
+    // All channels of one position of 32-bit elements, where they lie side by side from `from` on.
+    __device__ __forceinline__ void load_unit(const storage_t* from) {
+        const Vector<unsigned> x = *reinterpret_cast<const Vector<unsigned>*>(from);
+#pragma unroll
+        for (int e = 0; e < kUnit; ++e) run[e].word[0] = x.element[e % 4];
+    }
 
     __device__ __forceinline__ void clear() {
 #pragma unroll

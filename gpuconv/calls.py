@@ -192,7 +192,8 @@ def _run_on_gpu(
     found, key = None, None
     names = _as_key(settings)
     if names is not None:
-        key = (function, algorithm, names, lengths is None, *map(identity, arrays), identity(out))
+        is_prepared = prepared is not None
+        key = (function, algorithm, names, is_prepared, lengths is None, *map(identity, arrays), identity(out))
         found = _EXECUTORS.get(key)
     if found is None:
         views = _foreign_views(function, arrays, out)
@@ -219,6 +220,7 @@ def _run_on_gpu(
             out,
             conjugate_weight=task.conjugate_weight,
             algorithm=algorithm,
+            is_prepared=prepared is not None,
         )
         found = executor, task, task.out_dtype or arrays[0].dtype
         if key is not None:

@@ -183,7 +183,8 @@ def configs_of(
         except (ValueError, TypeError) as error:
             raise type(error)(str(error).replace("explain:", f"{caller}:", 1)) from None
         plan = explanation.by_fft
-        for choice in (explanation.choice,) if plan is None else fft.products(plan, device):
+        own = explanation.choice, explanation.prepared
+        for choice in own if plan is None else fft.products(plan, device):
             if choice is not None:
                 configs.update((step.config, None) for step in choice.plan.steps)
         if explanation.choice is not None and explanation.problem.has_lengths:

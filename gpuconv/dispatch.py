@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -61,6 +61,13 @@ class Choice:
     def config(self) -> Config:
         """The specialisation of the family's own kernel."""
         return self.step.config
+
+    @property
+    def staging(self) -> dict[str, str]:
+        """What one access loads or stores of each array that the family's kernels transpose; see `Family.staging`."""
+        (family,) = (family for family in FAMILIES if family.name == self.family)
+        own = (family.staging(step) for step in self.plan.steps if step.config.kernel == self.family)
+        return {array: words for found in own for array, words in found.items()}
 
     @property
     def launch(self) -> Launch:
@@ -220,7 +227,8 @@ def choose_push(
     """
     p = problem
     layout = layout.replaced(input=windows.window_layout(p))
-    layout = Layout((*layout.arrays, (windows.NEW_SAMPLES, new_samples)))
+    # Streams prepare their weights.
+    layout = replace(layout, arrays=(*layout.arrays, (windows.NEW_SAMPLES, new_samples)), is_prepared=True)
     choice = choose(p, layout, device, algorithm)
     if choice is None:
         return Refusal("needs a result")

@@ -73,6 +73,8 @@ class Explanation:
             FFT does not take the problem.
         samples: the lengths of the samples, where the call gives them.
         runs: how many calls on neighbouring samples of one length that becomes; 1 where one call takes them all.
+        prepared: what runs with a weight that `gpuconv.prepare` made, where that is not `choice` as well: there a
+            first step packs the weight once, and here each call's blocks pack it themselves.
 
     Example:
         >>> import gpuconv
@@ -93,6 +95,7 @@ class Explanation:
     runs: int = 1
     by_fft: fft.Plan | None = None
     costs: fft.Costs | None = None
+    prepared: dispatch.Choice | None = None
 
     @property
     def flops(self) -> int:
@@ -165,6 +168,7 @@ class Explanation:
             "copy_bytes": self.copy_bytes,
             "method": None if self.method is None else dataclasses.asdict(self.method),
             "kernel": None if self.choice is None else self._kernel_dict(self.choice),
+            "kernel_of_prepared_weight": None if self.prepared is None else self._kernel_dict(self.prepared),
             "fft": None if self.by_fft is None else self._fft_dict(self.by_fft),
             "costs": None if self.costs is None else self.costs._asdict(),
         }
@@ -196,6 +200,7 @@ class Explanation:
             "macros": own["macros"],
             "launch": own["launch"],
             "refusals": [{"family": family, "reason": reason} for family, reason in choice.refusals],
+            "staging": {self._name_of(array): words for array, words in choice.staging.items()},
             "candidates": [{"configuration": name, "microseconds": us} for name, us in choice.plan.candidates],
             "steps": steps,
             "scratch": dict(choice.plan.scratch),
@@ -264,17 +269,28 @@ class Explanation:
             ("kernel", f"{choice.family} with {macros}"),
             ("launch", _launch_words(choice.launch)),
         ]
+        if choice.staging:
+            loads = (f"{self._name_of(array)} by {words}" for array, words in choice.staging.items())
+            rows.append(("staging", f"{', '.join(loads)} at a time"))
         own = choice.plan.steps.index(choice.step)
         for place, step in enumerate(choice.plan.steps):
             if place != own:
                 words = f"{step.config.kernel}: {_launch_words(step.launch)}"
                 rows.append(("before" if place < own else "after", words))
+        if self.prepared is not None:
+            packing = self.prepared.plan.steps[0].config.kernel
+            rows.append(("prepared", f"{packing} packs a weight of gpuconv.prepare once"))
         if choice.plan.scratch:
             buffers = (f"{name} ({_quantity(num_bytes, 'B')})" for name, num_bytes in choice.plan.scratch)
             rows.append(("buffers", ", ".join(buffers)))
         if choice.plan.candidates:
             rows.append(("model", self._candidates_text(choice.plan.candidates)))
         return rows
+
+    def _name_of(self, operand: str) -> str:
+        """The name that users know an array of the problem by."""
+        p = self.problem
+        return _names_of_operands(p).get(operand, operand) if isinstance(p, WeightGradientProblem) else operand
 
     def _lengths_text(self, samples: Samples) -> str:
         L_in = samples.L_in
@@ -453,8 +469,11 @@ def explain(
     layout, copies = dispatch.lay_out(problem, pointers)
     arrays_of = {operand: array for array, operand in operands.items()}
     copies = (*(arrays_of[operand] for operand in copies), *conjugated)
-    choice = None if plan is not None else dispatch.choose(problem, layout, target, algorithm)
-    return Explanation(problem, target, choice, None, copies, *more)
+    choice = prepared = None
+    if plan is None:
+        choice = dispatch.choose(problem, layout, target, algorithm)
+        prepared = dispatch.choose(problem, dataclasses.replace(layout, is_prepared=True), target, algorithm)
+    return Explanation(problem, target, choice, None, copies, *more, None if prepared == choice else prepared)
 
 
 class _RealPart(NamedTuple):

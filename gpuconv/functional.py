@@ -195,13 +195,13 @@ def conv_transpose1d(
 def prepare(weight: ArrayT) -> runtime.PreparedWeight:
     """Pack weights once for many calls.
 
-    Some kernel families read the weights in another order and pack them at each call by a small kernel, which
-    `gpuconv.explain` shows. A prepared weight keeps what they packed, and for `algorithm="fft"` the spectra; `conv1d`
-    and `conv_transpose1d` take it in place of the weight, with the same results to the bit. It is made from a copy:
-    later changes of `weight` are not followed, so prepare again after them. The copy is complete on every stream; the
-    first call with each problem packs and waits for it to finish. Where calls are on several streams, keep the handle
-    until all of them have run: its memory is used again when it is gone. Where all are on one stream, it may go at any
-    time.
+    Some kernel families read the weights in another order and pack them at each call, by a small kernel before or in
+    their own, which `gpuconv.explain` shows. A prepared weight keeps what they packed, and for `algorithm="fft"` the
+    spectra; `conv1d` and `conv_transpose1d` take it in place of the weight, with the same results to the bit. It is
+    made from a copy: later changes of `weight` are not followed, so prepare again after them. The copy is complete on
+    every stream; the first call with each problem packs and waits for it to finish. Where calls are on several streams,
+    keep the handle until all of them have run: its memory is used again when it is gone. Where all are on one stream,
+    it may go at any time.
 
     Args:
         weight: (C_out, C_in/groups, K), or (C_in, C_out/groups, K) for conv_transpose1d; NumPy or CuPy. The CPU path

@@ -114,7 +114,9 @@ def executors(problem: ConvProblem, direction: Direction) -> Iterator[tuple[str,
         raise ValueError(f"{problem} does not run on tensor cores")
     every = getattr(module, function)
     for place in range(len(choice.plan.candidates)):
-        with mock.patch.object(module, function, lambda *given, place=place: every(*given)[place : place + 1]):
+        with mock.patch.object(
+            module, function, lambda *given, place=place, **how: every(*given, **how)[place : place + 1]
+        ):
             one = dispatch.choose.__wrapped__(chosen, layout, device)
         assert one is not None
         yield one.plan.candidates[0][0], runtime.Executor(one, (*signature.operands, chosen.result))

@@ -159,7 +159,8 @@ class GpuEngine:
         ours = our_function(problem, data.direction, mode.precision)
         sets = data.sets
         if prepared:
-            choice = dispatch.choose(problem, Layout.contiguous(problem), self.device)
+            layout = replace(Layout.contiguous(problem), is_prepared=True)
+            choice = dispatch.choose(problem, layout, self.device)
             if choice is None or not choice.plan.scratch_bytes(PACKED):
                 raise Refused("its kernel reads weights as they are")
             sets = [(x, gpuconv.prepare(w), b) for x, w, b in sets]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Generic, TypeVar
 
 from ..costs import Work
@@ -53,9 +53,15 @@ class ArrayLayout:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The layouts of a problem's arrays, by the names that the problem gives them."""
+    """The layouts of a problem's arrays, by the names that the problem gives them.
+
+    Attributes:
+        arrays: (name, layout) of each.
+        is_prepared: whether the caller keeps what a first step makes of the weight alone (`gpuconv.prepare`).
+    """
 
     arrays: tuple[tuple[str, ArrayLayout], ...]
+    is_prepared: bool = False
 
     def __getitem__(self, name: str) -> ArrayLayout:
         return next(layout for found, layout in self.arrays if found == name)
@@ -70,7 +76,7 @@ class Layout:
 
     def replaced(self, **arrays: ArrayLayout) -> Layout:
         """The same with other layouts for some of the arrays."""
-        return Layout(tuple((name, arrays.get(name, layout)) for name, layout in self.arrays))
+        return replace(self, arrays=tuple((name, arrays.get(name, layout)) for name, layout in self.arrays))
 
     @classmethod
     def contiguous(cls, problem: Problem) -> Layout:
@@ -191,6 +197,10 @@ class Family(ABC, Generic[ProblemT]):
 
         A family that maps edges has each of them in the other padding modes, too (`with_padding_mode`).
         """
+
+    def staging(self, step: Step) -> dict[str, str]:
+        """What one access loads or stores of each array that its kernel transposes in shared memory, in words."""
+        return {}
 
     def work(self, problem: ProblemT, step: Step) -> Work:
         """The work of the family's own kernel in a plan. Its time is predicted from this and from its machine code.

@@ -17,7 +17,7 @@ from functools import lru_cache
 from ..costs import MMA_LATENCY_CYCLES, Code, Ending, Work, blocks_by_shared, predict_launch, tensor_cores
 from ..device import Device
 from ..problem import ConvProblem
-from . import mma
+from . import mma, mma_window
 from .arithmetic import (
     ARITHMETICS,
     MIN_SPLIT_TERMS,
@@ -44,7 +44,7 @@ from .base import (
     params_of,
     with_padding_mode,
 )
-from .mma import Tile
+from .mma_tiles import NUM_STAGES, Tile
 from .offsets import Overhang, index_bits
 from .product import Product
 
@@ -52,8 +52,8 @@ from .product import Product
 MAX_C_IN_G = mma.MIN_CHANNELS - 1
 MIN_C_OUT_G = 8
 # A sum of n = C_in_g * K products is formed of C_in_g * ceil(K/4) blocks of at least 4, by which the bound allows for
-# n/3: from 8 taps on that is so (9 taps are 3 blocks). Of split TF32, whose bound mma.py derives, the sums that are
-# added to a total are at most C_in_g * ceil(K/4) / 4 + 1, which is less than n/10 + 2.
+# n/3: from 8 taps on that is so (9 taps are 3 blocks). Of split TF32, whose bound arithmetic.py derives, the sums that
+# are added to a total are at most C_in_g * ceil(K/4) / 4 + 1, which is less than n/10 + 2.
 MIN_TAPS = 8
 # With fewer, writing the results takes most of the time, and conv1d_stem is as fast.
 MIN_TERMS = 32
@@ -120,7 +120,7 @@ class Window:
     def of(cls, problem: ConvProblem, unit: int, block_n: int) -> Window:
         p = problem
         whole, step = p.K // unit, unit * p.dilation
-        shared = mma.Window.of(replace(Product.of(p), taps=whole, tap_step=step), 1, block_n)
+        shared = mma_window.Window.of(replace(Product.of(p), taps=whole, tap_step=step), 1, block_n)
         planes, rows, all_planes, last_row = shared.planes, shared.plane_rows, shared.planes, 0
         if p.K % unit:
             last = (p.K - unit) * p.dilation
@@ -174,7 +174,7 @@ def tiles(arithmetic: Arithmetic, bits: int = 32) -> tuple[Tile, ...]:
 
 
 def _shared_bytes(problem: ConvProblem, tile: Tile, window: Window, arithmetic: Arithmetic) -> int:
-    stages = mma.NUM_STAGES * tile.stage_bytes(arithmetic.parts)
+    stages = NUM_STAGES * tile.stage_bytes(arithmetic.parts)
     rows = arithmetic.parts * problem.C_in_g * window.channel_rows * UNIT_BYTES
     return max(stages + rows + pairs_of(problem, arithmetic) * 4, tile.slice_bytes(problem.itemsize))
 

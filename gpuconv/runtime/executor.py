@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -144,6 +145,7 @@ def make_executor(
     *,
     conjugate_weight: bool = False,
     algorithm: str | None = None,
+    is_prepared: bool = False,
 ) -> Executor:
     """Plan a validated problem for CuPy arrays on the current device.
 
@@ -154,6 +156,7 @@ def make_executor(
         output: the result; None stands for a fresh array.
         conjugate_weight: whether to compute with the conjugates of the weights, of which each call makes a copy.
         algorithm: that of `dispatch.choose`.
+        is_prepared: whether calls give a prepared weight.
     """
     if problem is None or problem.is_empty:
         return Executor(None, (*operands, "output"))
@@ -168,5 +171,5 @@ def make_executor(
     if conjugate_weight:
         copies = (*copies, "weight")
     index = int(cupy_module().cuda.runtime.getDevice())
-    choice = dispatch.choose(problem, layout, device(index), algorithm)
+    choice = dispatch.choose(problem, replace(layout, is_prepared=is_prepared), device(index), algorithm)
     return Executor(choice, names, copies, conjugate_weight=conjugate_weight)
