@@ -1,4 +1,4 @@
-"""What one call costs the host.
+"""The host's time of one call.
 
 From the root of a checkout:
 
@@ -8,7 +8,7 @@ On a GPU: functional calls, an allocation, and PyTorch's call on the same small 
 than the host's, so its queue never fills.
 
 Without a GPU a call is measured up to its launch: real CuPy arrays on host memory stand in for arrays on a GPU, and a
-plan that launches nothing for a real one. Attributes and cache look-ups then cost what they cost in earnest.
+plan that launches nothing for a real one. Attributes and cache look-ups then cost the same as in a real call.
 """
 
 from __future__ import annotations
