@@ -6,8 +6,8 @@ From the root of a checkout:
 
 Each layer is computed with padding "same" over a signal of a fixed length, by both methods in turns, and the shortest
 time of each is reported. Memory is what NumPy allocates besides the arrays of the call, next to the bound that
-`explain` shows. Below the table are the crossovers of each layer: the numbers of taps between which it was measured, and from how
-many taps on `algorithm="auto"` chooses the FFT on this CPU and on an H200, by the cost model.
+`explain` shows. Below the table are the crossovers of each layer: the numbers of taps between which it was measured,
+and from how many taps on `algorithm="auto"` chooses the FFT on this CPU and on an H200, by the cost model.
 """
 
 from __future__ import annotations
