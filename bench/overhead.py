@@ -109,7 +109,7 @@ class _IdleExecutor:
 
 @contextmanager
 def stand_ins() -> Iterator[tuple[Any, ...]]:
-    """CuPy arrays (input, weight, bias, out) that lie in host memory, in a world where plans launch nothing.
+    """CuPy arrays (input, weight, bias, out) in host memory, in a context where plans launch nothing.
 
     Nothing may read or write their elements through CuPy.
     """

@@ -13,7 +13,7 @@
 
 #if defined(ACTIVATION) || defined(INPUT_ACTIVATION)
 
-// What a function takes beside x: leaky_relu's slope, elu's alpha, or snake's alpha and 1/beta of the channel.
+// The parameters of a function besides x: leaky_relu's slope, elu's alpha, or snake's alpha and 1/beta of the channel.
 struct Parameters {
     acc_t first, second;
 };

@@ -12,8 +12,8 @@
 //
 // The window of a block is staged once, for all taps: a row of shared memory holds the kUnit inputs that one column multiplies
 // with one unit. Row j of plane v of a channel begins at position (l_begin + j)*stride - padding_left + v*plane_step, so that
-// neighbouring columns read neighbouring rows, whatever the stride, and ldmatrix meets no bank conflict; units that lie a
-// multiple of the stride apart share a plane. A last unit that fits no plane has one of its own, behind the others. See
+// neighbouring columns read neighbouring rows for any stride, and ldmatrix has no bank conflicts; units that are a multiple
+// of the stride apart share a plane. A last unit that fits in no plane has its own plane after the others. See
 // Window in gpuconv/families/conv1d_im2col.py. The weights stream through a ring of NUM_STAGES stages.
 //
 // The order of summation depends on the layer alone. IS_SPLIT = 1, and sums that are not finite: see mma.cuh.

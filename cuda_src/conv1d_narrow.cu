@@ -9,7 +9,7 @@
 // terms (c_in, k) at a time.
 //
 // THREAD_L > 1: stride 1 and an input contiguous along l. Columns are positions of one sample; those of a thread lie 32
-// apart, so that lanes read neighbouring positions and one address serves all of a thread.
+// apart, so that lanes read neighbouring positions and a thread needs one address.
 // THREAD_L = 1: columns run through the samples.
 // Grid x: blocks of BLOCK_SIZE*THREAD_L columns (fastest), then samples where THREAD_L > 1, then groups. Grid y and z: 1.
 // Dynamic shared memory: chunk_terms rows of THREAD_C weights.

@@ -68,7 +68,7 @@ class Ended:
 
 
 class Run:
-    """A run of steps within a time, whose results lie in a folder and travel in an archive.
+    """A run of steps within a time limit, whose results are written to a folder and to an archive.
 
     Args:
         folder: of the results.

@@ -106,7 +106,7 @@ def by_layer(
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """A layer's predicted time beside that of cuDNN, in microseconds; `cudnn_us` is None where there is no model."""
+    """A layer's predicted time and that of cuDNN, in microseconds; `cudnn_us` is None where there is no model."""
 
     planned: Planned
     prediction: Prediction

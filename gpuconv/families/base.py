@@ -303,7 +303,7 @@ def with_padding_mode(config: Config, padding_mode: str) -> Config:
 
 
 def with_lengths(config: Config) -> Config:
-    """The specialisation for samples with lengths of their own."""
+    """The specialisation for samples of different lengths."""
     return Config(config.kernel, (*config.macros, ("LENGTHS", "1")))
 
 

@@ -98,7 +98,7 @@ _RESULT_INSTRUCTIONS = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """How the input that a block reads lies in shared memory, in rows of one unit: see the .cu file.
+    """The layout of a block's input in shared memory, in rows of one unit: see the .cu file.
 
     Attributes:
         planes: those that whole units share.

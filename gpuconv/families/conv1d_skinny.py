@@ -22,7 +22,7 @@ from .base import MAX_GRID, Config, Family, Layout, Plan, Refusal, Step, conv_pl
 from .offsets import Overhang, index_bits
 
 WARP = 32
-# Columns of a block and of one of its threads, which multiplies each weight that it reads with all of its own. Two
+# Columns of a block and of each of its threads, which multiplies every weight that it reads by all its columns. Two
 # chains of multiply-adds and the loads that feed them still fit in the four cycles that one step of a chain takes.
 COLUMNS = {1: 1, 2: 2, 4: 2, 8: 2, 16: 4}
 MAX_COLUMNS = max(COLUMNS)

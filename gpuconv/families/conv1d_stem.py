@@ -96,7 +96,7 @@ class Tiling:
 
     @classmethod
     def of(cls, p: ConvProblem, device: Device, tile: Tile, samples: int) -> Tiling | None:
-        """None where the input of one tile does not fit in shared memory beside a few terms of weights."""
+        """None where the input of one tile and a few terms of weights do not fit in shared memory."""
         size = p.format.accumulator_bytes
         terms = p.C_in_g * p.K
         tiles_of_sample = -(-p.L_out // (WARP * tile.thread_l // samples))

@@ -45,7 +45,7 @@ class ConvTranspose1dDepthwise(DepthwiseFamily):
         yield _Variant(p, 0, MANY_L)
 
     def variant_params(self, variant: Variant, partition: Partition) -> dict[str, int]:
-        if isinstance(variant, _Variant) and variant.slide_stride == 0:  # nothing lies in shared memory
+        if isinstance(variant, _Variant) and variant.slide_stride == 0:  # such threads use no shared memory
             fields = dict.fromkeys(("taps_pitch", "window", "window_below", "window_pitch", "plane_pitch"), 0)
         else:
             below = variant.window_below if isinstance(variant, _Variant) else 0

@@ -39,7 +39,7 @@ WRITTEN_VALUES = (24, 96, 480)
 
 
 def plan(family: Family[Any], problem: Problem, layout: Layout, device: Device) -> Plan | Refusal:
-    """How a family computes a problem of its kind, whose samples may have lengths of their own, or why it does not.
+    """How a family computes a problem of its kind, whose samples may have different lengths, or why it does not.
 
     After kernels with `Family.keeps_lengths` a second step clears the outputs behind the end of each sample. Other
     families on CUDA cores compute whole rows, and the second step also computes the outputs near the ends of samples,

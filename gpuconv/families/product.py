@@ -14,7 +14,7 @@ class Product:
 
     A convolution has one product a group: rows c_out, positions l_out. A transposed convolution is a stride-1
     convolution for each phase of its outputs, l_out + padding_left = q*stride + phase, with positions q; where dilation
-    is 1 the phases are rows beside c_out, else each has a product of its own.
+    is 1 the rows are pairs (c_out, phase), else each phase has its own product.
 
     Attributes:
         problem: the operation.

@@ -127,7 +127,7 @@ class Slide:
 
 
 def _is_aligned(p: ConvProblem, input: ArrayLayout, elements: int) -> bool:
-    """Whether every position that is a multiple of `elements` lies at a multiple of their size."""
+    """Whether every position that is a multiple of `elements` is aligned to the size of so many elements."""
     stride_n, stride_c, stride_l = input.strides
     return (
         stride_l == 1
