@@ -1,20 +1,20 @@
-"""Weak scaling of gpuconv.dask: one long signal in chunks, of which each worker has the same number.
+"""Weak scaling of gpuconv.dask: one long signal in chunks, the same number for each worker.
 
 From the root of a checkout:
 
     python -m bench.scaling [--processes 1,2] [--turns 5] [--task-us US] [--json FILE]
 
-The first table is measured: processes of this machine with one thread each, beside what the cost model of the CPU
-predicts for them. The second is a prediction and no measurement: up to 64 H200 in nodes of 8. Both predict alike:
+The first table has measured times of processes on this machine with one thread each, and the predictions of the CPU's
+cost model. The second table is a prediction, not a measurement, for up to 64 H200 in nodes of 8. Both predict by
 
-    work  = chunks of a worker * predicted time of a chunk + transfers of both halos, one after the other
+    work  = chunks of a worker * predicted time of a chunk + transfers of both halos in sequence
     tasks = all tasks of the graph * time of the scheduler for one
     time  = max(work, tasks)
 
-A transfer takes a latency and its bytes over the speed of the link. The time of the scheduler is measured here, on
-tasks that compute nothing: the processor's time of this process, which holds scheduler and client. Efficiency is the
-time of one worker over that of several. CPU is the processor's time of a worker, measured, which other programs of the
-machine change less.
+A transfer takes a latency plus its bytes divided by the speed of the link. The scheduler's time for a task is measured
+on this machine, on tasks that compute nothing, as the CPU time of this process, in which scheduler and client run.
+Efficiency is the time of one worker divided by that of several. CPU is the measured CPU time of a worker, which depends
+less on other programs.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Signal:
     Attributes:
         C, K: input and output channels; taps.
         chunk: samples of a chunk.
-        chunks: of a worker.
+        chunks: chunks of a worker.
     """
 
     C: int
@@ -75,7 +75,7 @@ class Signal:
         return Piece.of(p, slice(0, 1), slice(self.chunk, 2 * self.chunk)).problem
 
     def halo_bytes(self, workers: int, worker: int) -> tuple[int, int]:
-        """What a worker needs of the one before and of the one behind it."""
+        """The bytes that a worker needs from the previous and from the next worker."""
         own = self.chunk * self.chunks
         piece = Piece.of(self.problem(workers), slice(0, 1), slice(worker * own, (worker + 1) * own))
         sample = self.C * 4
@@ -87,7 +87,7 @@ class Signal:
         return gpuconv.dask.conv1d(x, weight, padding="same")
 
     def tasks(self, workers: int) -> int:
-        """Of the graph, without those that make the input."""
+        """The number of tasks of the graph, without those that create the input."""
         shape = self.problem(workers).input_shape
         y = self.lazy(da.zeros(shape, dtype=np.float32, chunks=(1, -1, self.chunk)))
         return len(y.dask.layers[y.name])
@@ -95,12 +95,12 @@ class Signal:
 
 @dataclass(frozen=True, slots=True)
 class Links:
-    """How data go from one worker to another.
+    """The links between workers.
 
     Attributes:
-        node: workers of a node.
+        node: number of workers of a node.
         inside, between: speed in a node and between nodes, in GB/s and in each direction.
-        latency_us: of a transfer.
+        latency_us: latency of a transfer.
     """
 
     node: int
@@ -109,7 +109,7 @@ class Links:
     latency_us: float
 
     def halo_us(self, signal: Signal, workers: int) -> float:
-        """Of the worker that waits longest; one side after the other."""
+        """The transfer time of the worker that waits longest, one side after the other."""
         longest = 0.0
         for worker in range(workers):
             before, behind = signal.halo_bytes(workers, worker)
@@ -130,16 +130,16 @@ NVLINK = Links(node=8, inside=450.0, between=50.0, latency_us=100.0)
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What is predicted for some workers, in milliseconds, and what was measured where it was.
+    """Predicted times for a number of workers, in milliseconds, and measured ones if there are any.
 
     Attributes:
-        workers, tasks: how many.
-        halo_bytes: that the worker with the most gets from others.
-        halo_ms: of the worker that waits longest.
-        work_ms, scheduler_ms: of a worker, and of all tasks in the scheduler.
-        predicted_ms: the longer of both.
+        workers, tasks: their numbers.
+        halo_bytes: most bytes that a worker gets from others.
+        halo_ms: transfer time of the worker that waits longest.
+        work_ms, scheduler_ms: time of a worker, and of all tasks in the scheduler.
+        predicted_ms: the longer of the two.
         measured_ms: None where nothing was measured.
-        cpu_ms: what a worker computed in that time, measured, on average: of a busy machine it tells more.
+        cpu_ms: measured CPU time of a worker, on average, which is more reliable on a busy machine.
     """
 
     workers: int
@@ -154,7 +154,7 @@ class Row:
 
 
 class Times(NamedTuple):
-    """Of a run, in milliseconds: until all is done, and of the processor on average for a worker."""
+    """Milliseconds of a run: until all tasks are done, and the average CPU time of a worker."""
 
     all_ms: float
     cpu_ms: float
@@ -182,7 +182,7 @@ def chunk_us(signal: Signal, device: Device | None) -> float:
 
 
 def measure_task_us(client: Client) -> float:
-    """The processor's time for a task that computes nothing, of client and scheduler: the least of three."""
+    """The CPU time of client and scheduler for a task that computes nothing: the shortest of three."""
     times = []
     for _ in range(3):
         empty = da.zeros(EMPTY_TASKS, chunks=1)
@@ -193,7 +193,7 @@ def measure_task_us(client: Client) -> float:
 
 
 def measure(client: Client, signal: Signal, counts: Sequence[int], turns: int) -> dict[int, Times]:
-    """The least times of each number of workers, which take turns; inputs lie there before."""
+    """The shortest times for each number of workers, in turns; the inputs are on the workers before."""
     addresses = sorted(client.nthreads())
     inputs = {}
     for n in counts:
@@ -216,7 +216,7 @@ def measure(client: Client, signal: Signal, counts: Sequence[int], turns: int) -
             all_ms = 1e3 * (time.perf_counter() - start)
             after = client.run(time.process_time, workers=addresses[:n])
             cpu_ms = 1e3 * sum(after[worker] - before[worker] for worker in before) / n
-            if turn:  # the first one warms the workers up
+            if turn:  # the first turn is a warm-up
                 least[n] = Times(min(least[n].all_ms, all_ms), min(least[n].cpu_ms, cpu_ms))
             del result
     return least
@@ -243,8 +243,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes: 0 done, 2 bad usage."""
     parser = argparse.ArgumentParser(prog="python -m bench.scaling", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--processes", default="1,2", metavar="COUNTS", help="comma-separated (default: %(default)s)")
-    parser.add_argument("--turns", type=count, default=5, help="of each number of processes (default: %(default)s)")
-    parser.add_argument("--task-us", type=float, metavar="US", help="of the scheduler for a task; measures nothing")
+    parser.add_argument("--turns", type=count, default=5, help="turns of each number (default: %(default)s)")
+    parser.add_argument("--task-us", type=float, metavar="US", help="scheduler's time for a task; nothing is measured")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
     args = parser.parse_args(argv)
     try:
