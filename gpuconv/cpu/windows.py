@@ -35,7 +35,7 @@ class Windows:
     """
 
     name: ClassVar[str] = "windows"
-    reason: ClassVar[str] = "depthwise rows: banded matrices times windows that are read where they lie"
+    reason: ClassVar[str] = "depthwise rows: banded matrices times windows that are read in place"
     concurrent: ClassVar[bool] = True
 
     safe: Taps
