@@ -1,5 +1,5 @@
-// conv1d_direct: forward convolution, one thread per output element. Takes every problem; chosen when no faster family
-// does, and the template for those that follow.
+// conv1d_direct: forward convolution, one thread per output element. Takes every problem and is chosen if no faster family
+// takes it. New families start from this file.
 //
 //   output[n, c_out, l_out] = bias[c_out]
 //       + sum over c_in < C_in_g, k < K of weight[c_out, c_in, k] * input[n, g*C_in_g + c_in, l_in],
@@ -7,7 +7,7 @@
 //
 // Grid x: blocks of BLOCK_SIZE consecutive elements of the flattened output (n, c_out, l_out), l_out fastest; where the
 // grid is shorter than the output, threads take several. Grid y and z: 1. No shared memory.
-// Takes arrays of any strides, zero and negative ones too, in elements, and samples with lengths of their own (samples.cuh).
+// Takes arrays of any strides, zero and negative ones too, in elements, and samples of different lengths (samples.cuh).
 
 #include "common.cuh"
 #include "finish.cuh"

@@ -1,12 +1,12 @@
-// conv1d_edges: the outputs of a convolution whose windows reach over an edge of the input, into padding that means samples
-// (edge.cuh); one thread per output element. The second step of the families that compute as with padding by zeros.
+// conv1d_edges: the outputs of a convolution whose windows cross an edge of the input, for padding modes other than zeros
+// (edge.cuh); one thread per output element. It is the second step of the families that compute as with zeros.
 //
 //   output[n, c_out, l_out] = bias[c_out]
 //       + sum over c_in < C_in_g, k < K of weight[c_out, c_in, k] * input[n, g*C_in_g + c_in, l_in],
-//   g = c_out / C_out_g,   l_in is what the position l_out*stride - padding_left + k*dilation means,
+//   g = c_out / C_out_g,   l_in is the index that the position l_out*stride - padding_left + k*dilation stands for,
 //   for the first `first` and the last `edges` - `first` of l_out.
 //
-// In the order of conv1d_direct, so that the result is that of the base family to the bit.
+// Sums in the order of conv1d_direct, so that the results have the bits of the base family.
 //
 // Grid x: blocks of BLOCK_SIZE consecutive elements of these outputs (n, c_out, edge), edge fastest; where the grid is
 // shorter than these, threads take several. Grid y and z: 1. No shared memory.

@@ -1,14 +1,14 @@
-// conv1d_ends: the ends of samples with lengths of their own (samples.cuh), behind a family that computes a convolution as
-// if all rows had the same length.
+// conv1d_ends: the outputs at the ends of samples of different lengths (samples.cuh), after a family that computes a
+// convolution as if all rows had the same length.
 //
 //   output[n, c_out, l_out] = bias[c_out]
 //       + sum over c_in < C_in_g, k < K of weight[c_out, c_in, k] * input[n, g*C_in_g + c_in, l_in],
-//   g = c_out / C_out_g,   l_in is what the position l_out*stride - padding_left + k*dilation means in a row of the sample's
-//   length (edge.cuh), for the first `first` outputs of a row and for those whose windows reach behind that length;
+//   g = c_out / C_out_g,   l_in is the index that the position l_out*stride - padding_left + k*dilation stands for in a row of
+//   the sample's length (edge.cuh), for the first `first` outputs of a row and for those whose windows extend past that length;
 //   output[n, c_out, l_out] = 0 behind the sample's output length.
 //
-// In the order of conv1d_direct, so that the result is that of the base family to the bit. Where is_computed is 0, the
-// family has kept to the lengths itself, and outputs behind them are cleared alone.
+// Sums in the order of conv1d_direct, so that the results have the bits of the base family. If is_computed is 0, the family
+// has observed the lengths itself, and only the outputs behind them are cleared.
 //
 // Grid x: blocks of BLOCK_SIZE/32 warps, `parts` of them for each row (n, c_out), c_out fastest; where the grid is shorter,
 // warps take several. The lanes of a row's warps take its outputs in turn. Grid y and z: 1. No shared memory.
@@ -28,7 +28,7 @@ struct Params : Convolution {
 };
 static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/lengths.py");
 
-// The outputs from `first` up to here are right.
+// The outputs from `first` up to this one are already right.
 __device__ __forceinline__ index_t kept_outputs(const Extents& sample, const Params& p) {
     const index_t last = sample.L_in - 1 + p.padding_left - (p.K - 1) * p.dilation;  // tap 0 of windows up to here
     index_t kept = sample.L_out;

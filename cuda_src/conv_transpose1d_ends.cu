@@ -1,13 +1,13 @@
-// conv_transpose1d_ends: the ends of samples with lengths of their own (samples.cuh), behind a family that computes a
+// conv_transpose1d_ends: the outputs at the ends of samples of different lengths (samples.cuh), after a family that computes a
 // transposed convolution as if all rows had the same length.
 //
 //   output[n, c_out, l_out] = bias[c_out]
 //       + sum over c_in < C_in_g, k < K of weight[g*C_in_g + c_in, c_out % C_out_g, k] * input[n, g*C_in_g + c_in, l_in],
-//   g = c_out / C_out_g,   l_in*stride = l_out + padding_left - k*dilation,   taps without such an l_in left out, as those
-//   behind the sample's length are, for the outputs that a position behind that length would reach;
+//   g = c_out / C_out_g,   l_in*stride = l_out + padding_left - k*dilation,   taps without such an l_in within the sample's
+//   length left out, for the outputs to which positions behind that length would contribute;
 //   output[n, c_out, l_out] = 0 behind the sample's output length.
 //
-// In the order of conv_transpose1d_gather. What is_computed means, the grid and the arrays are those of conv1d_ends.
+// Sums in the order of conv_transpose1d_gather. is_computed, the grid and the arrays are as in conv1d_ends.cu.
 
 #include "common.cuh"
 #include "ends.cuh"
@@ -24,7 +24,7 @@ struct Params : TransposedConvolution {
 };
 static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/lengths.py");
 
-// The outputs up to here are right: no tap of theirs reads a position behind (l_out + padding_left) / stride.
+// The outputs up to this one are already right: their taps read no position behind (l_out + padding_left) / stride.
 __device__ __forceinline__ index_t kept_outputs(const Extents& sample, const Params& p) {
     return p.is_computed ? min_index(sample.L_out, max_index(sample.L_in * p.stride - p.padding_left, 0)) : sample.L_out;
 }

@@ -1,22 +1,21 @@
-// conv_transpose1d_fold: the outputs of a transposed convolution that positions in its padding mean, too (edge.cuh): the
-// gradient of the samples which a convolution reads in place of its padding. The last step of all transposed families in a
-// mode of padding other than zeros.
+// conv_transpose1d_fold: the outputs of a transposed convolution for which positions in its padding also stand (edge.cuh). They
+// are the gradients of the samples that a convolution reads for its padding. It is the last step of all transposed families in
+// padding modes other than zeros.
 //
-//   output[n, c_out, l_out] = bias[c_out] + sum over the positions l that mean l_out of value(n, c_out, l),
+//   output[n, c_out, l_out] = bias[c_out] + sum over the positions l that stand for l_out of value(n, c_out, l),
 //   value = sum over c_in < C_in_g, k < K of weight[g*C_in_g + c_in, c_out % C_out_g, k] * input[n, g*C_in_g + c_in, l_in],
 //   g = c_out / C_out_g,   l_in*stride = l + padding_left - k*dilation,   taps without such an l_in left out,
 //
 // for the `first_count` outputs from first_begin on and the others from second_begin on.
 //
-// A warp computes an output. Of each position, l_out itself and then those in the padding in ascending order, lane w adds the
-// terms number w, w + 32, ..., c_in outer and k inner, without those that do not exist; then the upper half of the lanes'
-// sums is added to the lower half until one sum is left. So the order depends on the layer and on l_out alone, and is the
-// same behind every family.
+// A warp computes an output. For each position, first l_out itself and then those in the padding in ascending order, lane w
+// adds the existing terms number w, w + 32, ..., c_in outer and k inner; then the upper half of the lanes' sums is added to the
+// lower half until one sum is left. So the order of summation depends on the layer and on l_out alone, not on the family.
 //
 // Grid x: blocks of BLOCK_SIZE/32 of these outputs (n, c_out, edge), edge fastest; where the grid is shorter than these,
 // warps take several. Grid y and z: 1. Dynamic shared memory: one sum for each thread. No atomics.
-// FOLD_MODE is the mode of the output; the input is padded by zeros. Where samples have lengths of their own (samples.cuh), the
-// others begin as far from the end of the sample's output as second_begin lies from that of the longest.
+// FOLD_MODE is the padding mode of the output; the input is padded with zeros. For samples of different lengths (samples.cuh),
+// second_begin is counted from the end of the longest output, and moves with the end of each sample's output.
 // Takes arrays of any strides, zero and negative ones too, in elements.
 
 #include "common.cuh"
@@ -81,7 +80,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK_SIZE, 2) conv_transpose1d_fol
         acc_t sum = add_position(scalar::zero(), row, l_out, sample.L_in, p);
 #pragma unroll 1
         for (index_t l = -p.padding_left; l < padded_end; ++l) {
-            if (l == 0) l = sample.L_out;  // what is no padding is passed over
+            if (l == 0) l = sample.L_out;  // skip positions outside the padding
             if (source_index<padding::FOLD_MODE>(l, sample.L_out).index == l_out && l < padded_end) {
                 sum = add_position(sum, row, l, sample.L_in, p);
             }

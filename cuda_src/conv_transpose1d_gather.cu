@@ -1,15 +1,15 @@
-// conv_transpose1d_gather: transposed convolution, one thread per output element, which gathers its own taps. Takes
-// every problem; chosen when no faster family does, and the template for those that follow.
+// conv_transpose1d_gather: transposed convolution, one thread per output element, which gathers its own taps. Takes every
+// problem and is chosen if no faster family takes it. New families start from this file.
 //
 //   output[n, c_out, l_out] = bias[c_out]
 //       + sum over c_in < C_in_g, k < K of weight[g*C_in_g + c_in, c_out % C_out_g, k] * input[n, g*C_in_g + c_in, l_in],
 //   g = c_out / C_out_g,   l_in*stride = l_out + padding_left - k*dilation,   taps without such an l_in left out.
 //
-// Only the taps of the output's phase are visited; one_result.cuh tells which those are.
+// Only the taps of the output's phase are visited; see one_result.cuh.
 //
 // Grid x: blocks of BLOCK_SIZE consecutive elements of the flattened output (n, c_out, l_out), l_out fastest; where the
 // grid is shorter than the output, threads take several. Grid y and z: 1. No shared memory, no atomics.
-// Takes arrays of any strides, zero and negative ones too, in elements, and samples with lengths of their own (samples.cuh).
+// Takes arrays of any strides, zero and negative ones too, in elements, and samples of different lengths (samples.cuh).
 
 #include "common.cuh"
 #include "finish.cuh"

@@ -25,7 +25,7 @@ struct Params {
     index_t row_tiles, column_tiles, sample_tiles;
     index_t positions;  // of q in one sample
     index_t q_begin;    // the first of them
-    index_t phase_gcd, tap_step, position_step, phase_inverse;  // as in conv_transpose1d_gather.cu
+    index_t phase_gcd, tap_step, position_step, phase_inverse;  // as in one_result.cuh
     index_t taps;                                               // of the phase with the most
     index_t stride, padding_left, dilation;
     index_t input_stride_n, input_stride_c, input_stride_l;

@@ -1,7 +1,7 @@
-// The loop of conv1d_ends and conv_transpose1d_ends, over the outputs of a row that have to be written behind another kernel.
+// The loop of conv1d_ends and conv_transpose1d_ends over the outputs of a row that must be written after another kernel.
 //
-// Params says which those are: `first` outputs at the front, and all from kept_outputs(sample, p) on. Outputs behind the
-// sample's output length are cleared, the others summed in the canonical order.
+// These are the first `first` outputs, and all from kept_outputs(sample, p) on. Outputs behind the sample's output length are
+// cleared, the others are summed in the canonical order.
 //
 // Blocks have BLOCK_SIZE/32 warps, `parts` of them for each row (n, c_out), c_out fastest; where the grid is shorter, warps take
 // several. The lanes of a row's warps take its outputs in turn.

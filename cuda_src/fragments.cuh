@@ -57,7 +57,7 @@ __device__ __forceinline__ void add_large_products(Sums& total, Sums& acc) {
     });
 }
 
-// Exchanges the first 16 rows of a warp's sums and the next.
+// Exchanges the first 16 rows of a warp's sums with the next 16.
 __device__ __forceinline__ void swap_first_tiles(Sums& acc) {
 #pragma unroll
     for (int j = 0; j < kTilesN; ++j) {
@@ -70,7 +70,7 @@ __device__ __forceinline__ void swap_first_tiles(Sums& acc) {
     }
 }
 
-// Puts the next rows of a warp's sums in place of the first, kCount fragments, so that one loop body serves all rows.
+// Moves a warp's sums up by kCount fragments of rows, so that one loop body is used for all rows.
 template <int kCount = 1>
 __device__ __forceinline__ void move_sums_up(Sums& acc) {
 #pragma unroll

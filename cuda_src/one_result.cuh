@@ -1,4 +1,4 @@
-// One result after another, in the canonical order: what the base families share with the kernels that compute anew what
+// Computes one result after another in the canonical order: what the base families share with the kernels for results that
 // other families leave out, at the edges of rows (conv1d_edges, conv_transpose1d_fold) and at the ends of samples (ends.cuh).
 //
 // The overloads for a Convolution and for a TransposedConvolution are where the two operations differ.
@@ -34,7 +34,7 @@ __device__ __forceinline__ index_t first_weight(index_t c_out, index_t g, const 
     return g * p.C_in_g * p.weight_stride_in + (c_out - g * p.C_out_g) * p.weight_stride_out;
 }
 
-// A row of the output, and where what it is made of begins.
+// A row of the output, and where its input and weights begin.
 struct OutputRow {
     index_t n, c_out, g;
     const storage_t* input;   // input[n, g*C_in_g, 0]
@@ -49,7 +49,7 @@ struct OutputRow {
         this->input = input + n * p.input_stride_n + g * p.C_in_g * p.input_stride_c;
         this->weight = weight + first_weight(c_out, g, p);
     }
-    // Where output[n, c_out, l_out] lies.
+    // The offset of output[n, c_out, l_out].
     __device__ __forceinline__ index_t place(index_t l_out, const Convolution& p) const {
         return n * p.output_stride_n + c_out * p.output_stride_c + l_out * p.output_stride_l;
     }
@@ -114,8 +114,8 @@ __device__ __forceinline__ acc_t sum_of(
     return sum;
 }
 
-// Every output of every row. Blocks of BLOCK_SIZE threads take consecutive elements of the flattened output (n, c_out, l_out),
-// l_out fastest; where the grid is shorter than the output, threads take several.
+// Writes every output of every row. Blocks of BLOCK_SIZE threads take consecutive elements of the flattened output
+// (n, c_out, l_out), l_out fastest; where the grid is shorter than the output, threads take several.
 template <typename P>
 __device__ __forceinline__ void write_outputs(
     const storage_t* input, const storage_t* weight, result_t* output, const Epilogue& epilogue,

@@ -57,8 +57,8 @@ __device__ __forceinline__ unsigned short float_to_bfloat_bits_rn(float value) {
 #endif
 }
 
-// blockIdx.x as a value that the compiler cannot know to be the one read before: what is derived from it is computed
-// again instead of being kept in registers.
+// blockIdx.x, hidden from the compiler's knowledge that it was read before: values derived from it are computed again instead
+// of being kept in registers.
 __device__ __forceinline__ unsigned block_index_again() {
     unsigned index;
     asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(index));
@@ -186,12 +186,12 @@ __device__ __forceinline__ void copy_async_wait_group() {
 #endif
 }
 
-// Below, every lane of a warp calls together. g = lane/4 and t = lane%4.
+// All lanes of a warp must call the functions below together. g = lane/4 and t = lane%4.
 
 // Whether any lane's condition holds.
 __device__ __forceinline__ bool any_lane(bool condition) { return __any_sync(0xffffffffu, condition); }
 
-// What lies in global memory where it exists, else zeros.
+// The value in global memory if it exists, else zeros.
 template <typename T>
 __device__ __forceinline__ T load_or_zero(const T* global, bool exists) { return exists ? *global : T(); }
 

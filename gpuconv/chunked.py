@@ -19,13 +19,11 @@ from typing import Any, Protocol, SupportsIndex, TypeAlias, TypeVar
 
 import numpy as np
 
-from . import __version__, calls, functional, memory, runtime
-from .arguments import ArraySpec, Op, Padding, Setting, check_int
-from .cases.derived import call_settings
-from .edge import source_indices
+from . import __version__, functional, memory, runtime
+from .arguments import Op, Padding, Setting, check_int
 from .fusion import FUSED_ARRAYS, ActivationLike, Fused
 from .journal import Journal
-from .pieces import Piece, Pieces
+from .pieces import Piece, Pieces, compute, problem_of
 from .problem import ConvProblem
 
 __all__ = ["Source", "Target", "conv1d", "conv_transpose1d"]
@@ -244,26 +242,13 @@ def _read(op: Op, name: str, source: Source, key: tuple[slice, ...]) -> Array:
     return block
 
 
-def _read_input(piece: Piece, source: Source, mode: str, L_in: int) -> Array:
+def _read_input(piece: Piece, source: Source, whole: ConvProblem) -> Array:
     """The samples at the positions of a piece."""
-    first, stop = piece.positions.start, piece.positions.stop
-
-    def read(low: int, high: int) -> Array:
-        return _read(piece.problem.op, "source", source, piece.of_input(low, high))
-
-    if 0 <= first <= stop <= L_in:
-        return read(first, stop)
     parts = []
-    for low, high in ((first, min(stop, 0)), (max(first, 0), min(stop, L_in)), (max(first, L_in), stop)):
-        if low >= high:
-            continue
-        if 0 <= low < L_in:
-            parts.append(read(low, high))
-        else:
-            at = source_indices(mode, low, high, L_in)
-            start = int(at.min())
-            parts.append(read(start, int(at.max()) + 1)[..., at - start])
-    return np.concatenate(parts, axis=-1)
+    for start, stop, at in piece.reads(whole):
+        part = _read(whole.op, "source", source, piece.of_input(start, stop))
+        parts.append(part if at is None else part[..., at])
+    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
 
 
 class _OnCpu:
@@ -377,20 +362,11 @@ def _convolve(
     arrays = (weight, bias, *of_channels)
     names = ("weight", "bias", *FUSED_ARRAYS[1:])
     memory.check_kinds(op, {n: a for n, a in zip(names, arrays, strict=True) if a is not None or n == "weight"})
-    p, dtype, out_dtype = _problem(op, source, weight, bias, settings, fused)
+    p, dtype, out_dtype = problem_of(op, source, weight, bias, settings, fused)
     _check_target(op, p, out, out_dtype, {"source": source, "residual": residual})
     engine = (_OnGpu if device == "gpu" else _OnCpu)(dtype, out_dtype, arrays)
     pieces = Pieces.cut(p, dtype.itemsize, out_dtype.itemsize, max_bytes, engine.sets)
-    function: Callable[..., Any] = functional.conv_transpose1d if p.transposed else functional.conv1d
-    activation, input_activation = p.fuses.activation, p.fuses.input_activation
-
-    def compute(part: ConvProblem, x: Any, added: Any, weight: Any, bias: Any, *of_channels: Any) -> Any:
-        behind, before = (tuple(a for a in arrays if a is not None) for arrays in (of_channels[:2], of_channels[2:]))
-        return function(
-            x, weight, bias, **call_settings(part), algorithm=algorithm, residual=added,
-            activation=activation and activation.as_argument(behind),
-            input_activation=input_activation and input_activation.as_argument(before),
-        )  # fmt: skip
+    work = partial(compute, algorithm=algorithm)
 
     def finish(number: int, piece: Piece, wait: Callable[[], Array]) -> None:
         result = wait()
@@ -416,8 +392,8 @@ def _convolve(
                 if tuple(source.shape) != shape:
                     raise ValueError(f"{op}: source has changed: it had shape {shape}, and now {tuple(source.shape)}")
                 added = None if residual is None else _read(op, "residual", residual, piece.of_output)
-                read = partial(_read_input, piece, source, p.padding_mode, p.L_in)
-                started.append((number, piece, engine.start(piece, read, added, compute)))
+                read = partial(_read_input, piece, source, p)
+                started.append((number, piece, engine.start(piece, read, added, work)))
                 if len(started) == engine.sets:
                     finish(*started.popleft())
             while started:
@@ -427,23 +403,6 @@ def _convolve(
         finally:
             engine.close()
     return out
-
-
-def _problem(
-    op: Op, source: Source, weight: Any, bias: Any | None, settings: tuple[Any, ...], fused: Fused
-) -> tuple[ConvProblem, np.dtype[Any], np.dtype[Any]]:
-    """The problem, and the dtypes of input and output in native byte order; of real taps the problem of each part."""
-    dtype = np.dtype(source.dtype).newbyteorder("=")
-    if not calls.are_real_taps(weight, source):
-        p = ConvProblem.of(op, source, weight, bias, *settings).fused(fused)
-        return p, dtype, dtype if p.out_dtype is None else np.dtype(p.out_dtype)
-    given = {"input": source, "weight": weight, "bias": bias, "residual": fused.arrays[0]}
-    calls.check_real_taps(op, {name: array for name, array in given.items() if array is not None}, fused.fusion)
-    real = (None if a is None else ArraySpec(tuple(a.shape), weight.dtype) for a in (source, weight, bias))
-    residual = fused.arrays[0]
-    added = None if residual is None else ArraySpec(tuple(residual.shape), weight.dtype)
-    of_part = Fused(fused.fusion, (added, *fused.arrays[1:]))
-    return ConvProblem.of(op, *real, *settings).fused(of_part), dtype, dtype
 
 
 def _check_target(op: Op, p: ConvProblem, out: Target, dtype: np.dtype[Any], inputs: dict[str, Source | None]) -> None:

@@ -1,8 +1,8 @@
 """Every tile of the tensor-core kernels on layers of real models: all must give the same bits, and what does each cost?
 
-Dispatch takes one tile of a layer; this takes each in turn. The result of the first is compared with the reference in
-places, and those of all others with the first, bit for bit. Times are those of warm caches, and of use for comparing
-tiles with each other: their order is what the families' cost model predicts.
+Dispatch chooses one tile for a layer; this takes each in turn. Parts of the first result are compared with the
+reference, and all other results with the first, bit for bit. Times are taken with warm caches, so they only compare
+tiles with each other: the families' cost model predicts their order.
 """
 
 from __future__ import annotations

@@ -259,7 +259,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def check(launches: Mapping[Config, Launch], device: Device, console: Console) -> int:
     """Compare what the compiler makes of the kernels with the committed baseline, and say what got worse.
 
-    Machine code that is the baseline's own is not read once more: that is most of the work.
+    Machine code that equals the baseline's is not disassembled again, which saves most of the time.
     """
     arch = device.arch_name
     baseline = read_baseline(arch)

@@ -88,7 +88,7 @@ def predicted(planned: Sequence[Planned], reports: Mapping[Config, KernelReport]
 
 
 def by_base_family(problem: ConvProblem, device: Device) -> Prediction:
-    """What the family of last resort would take, whatever dispatch prefers."""
+    """The predicted time of the base family, whatever dispatch chooses."""
     choice = dispatch.choose(problem, Layout.contiguous(problem), device, "base")
     assert choice is not None
     return predict(problem, choice, report(choice.config, device.arch_name), device)
@@ -106,7 +106,7 @@ def by_layer(
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """A layer's predicted time beside that of cuDNN, in microseconds; `cudnn_us` is None where there is no model."""
+    """A layer's predicted time and that of cuDNN, in microseconds; `cudnn_us` is None where there is no model."""
 
     planned: Planned
     prediction: Prediction
