@@ -84,6 +84,17 @@ __device__ __forceinline__ Taps taps_of(index_t l_out, index_t L_in, const Trans
     return taps;
 }
 
+// Terms that a thread loads together. More complex ones, which take as many registers and four times the multiply-adds, would
+// halve the warps of a multiprocessor; more bytes take more registers than they are worth.
+template <typename T>
+struct TermsAhead {
+    static constexpr int kCount = sizeof(T) == 1 ? 4 : 16;
+};
+template <typename real_t>
+struct TermsAhead<Complex<real_t>> {
+    static constexpr int kCount = 4;
+};
+
 // The sum over c_in < C_in_g and the taps of an output of weight times sample.
 template <typename P>
 __device__ __forceinline__ acc_t sum_of(
@@ -91,6 +102,7 @@ __device__ __forceinline__ acc_t sum_of(
     acc_t sum = scalar::zero();
     for (index_t c_in = 0; c_in < p.C_in_g; ++c_in) {
         const Loader loaded = input_activation.channel(row.g * p.C_in_g + c_in);
+#pragma unroll TermsAhead<storage_t>::kCount
         for (index_t i = taps.numbers.begin; i < taps.numbers.end; ++i) {
             const index_t k = taps.k_first + i * taps.k_step;
             const index_t l_in = source_index(taps.l_first + i * taps.l_step, L_in).index;

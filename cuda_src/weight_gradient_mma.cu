@@ -88,7 +88,10 @@ constexpr int kUnitsM = BLOCK_M / kUnit;
 constexpr int kHalfM = CHUNK_ROWS + (kUnit == 8 ? 0 : 4);
 constexpr int kPitchM = kOctetUnits * kHalfM + 1;
 constexpr int kCoarsePart = BLOCK_M / 8 * kPitchM;  // vectors
-constexpr int kCoarseTasks = kUnitsM * CHUNK_ROWS / COARSE_WIDTH;
+// Units of coarse as Task::of counts them: whole eights where lanes take as many.
+constexpr int kTaskUnitsM =
+    (COARSE_WIDTH == 1 && !COARSE_LAST) || kUnitsM < 8 ? kUnitsM : (kUnitsM + 7) / 8 * 8;
+constexpr int kCoarseTasks = kTaskUnitsM * CHUNK_ROWS / COARSE_WIDTH;
 constexpr int kAheadCoarse = (kCoarseTasks + kThreads - 1) / kThreads * COARSE_WIDTH < AHEAD_COARSE
     ? (kCoarseTasks + kThreads - 1) / kThreads : AHEAD_COARSE / COARSE_WIDTH;
 constexpr int kAheadFine = AHEAD_FINE / FINE_WIDTH;

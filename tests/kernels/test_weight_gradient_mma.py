@@ -108,6 +108,19 @@ def test_the_table(mode: tuple[str, str]) -> None:
         assert reference.weight_gradient(p, *arrays).within_bound(run(p, *arrays, placement="start")).all(), name
 
 
+@pytest.mark.parametrize("width", [mma.UNIT, mma.WIDTH])
+def test_rows_that_are_no_whole_eights_of_units(width: int, use_tile: Any) -> None:
+    """Tiles of 48 rows have twelve units of 32 bits, of which lanes take eight at a time."""
+    (tile,) = (tile for tile in mma.TILES[2] if tile.block_m == 48)
+    use_tile(2, tile)
+    p = problem(48, 16, 60 if width == mma.UNIT else 64, 3, SINGLE)
+    coarse, fine = integers(p)
+    view = channels_last(coarse) if width == mma.UNIT else coarse
+    layout = Layout.contiguous(p).replaced(coarse=hostcuda.array_layout(view))
+    assert mma._widths_of(kernel_of(FAMILY, p, layout, DEVICE)[0])[0] == width
+    assert_same_bits(run(p, view, fine, layout=layout), exact_result(p, coarse, fine), p)
+
+
 @pytest.mark.parametrize(
     "p",
     [
