@@ -11,15 +11,16 @@ import pdoc
 import pdoc.render
 
 import gpuconv
+import gpuconv.dask
 import gpuconv.sigpy
 import gpuconv.torch
 
-# Those that `import gpuconv` leaves out, since what they are for is not installed everywhere.
-OTHERS = (gpuconv.sigpy, gpuconv.torch)
+# Modules that `import gpuconv` does not offer, since the libraries that they work with may not be installed.
+OTHERS = (gpuconv.dask, gpuconv.sigpy, gpuconv.torch)
 
 
 def show_what_is_inherited(cls: type, public: set[object]) -> None:
-    """Make the methods of bases that have no page the class's own, or its page would only name them."""
+    """Copy methods of bases that have no page to the class; otherwise its page would only name them."""
     for base in cls.__mro__[1:]:
         if base not in public and base.__module__.startswith("gpuconv"):
             for name, value in vars(base).items():
@@ -29,7 +30,7 @@ def show_what_is_inherited(cls: type, public: set[object]) -> None:
 
 def main(folder: Path) -> None:
     offered = {name: getattr(gpuconv, name) for name in gpuconv.__all__}
-    vars(gpuconv).update(offered)  # what is loaded at first use: pdoc would look for modules of these names
+    vars(gpuconv).update(offered)  # load what is loaded at first use, or pdoc would look for modules of these names
     modules = [gpuconv, *filter(inspect.ismodule, offered.values()), *OTHERS]
     public = {getattr(module, name) for module in modules for name in module.__all__}
     for cls in filter(inspect.isclass, public):

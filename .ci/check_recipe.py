@@ -1,7 +1,7 @@
 """Renders the conda recipe as conda's builders do, without a channel: `python .ci/check_recipe.py`.
 
-A field that does not exist, a value of a wrong type or an undefined variable is an error. What the recipe says is
-compared with the package's metadata by the tests.
+An unknown field, a value of a wrong type or an undefined variable is an error. The tests compare the recipe with the
+package's metadata.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Checks that a tag may become a release: `python3 .ci/check_release.py v0.1.0`.
 
-The tag must be v and the version of the package, and the changelog must have a section of that version with a date.
+The tag must be "v" followed by the package's version, and the changelog must have a dated section for that version.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def package_version(text: str) -> str:
 
 
 def trouble(tag: str, version: str, changelog: str) -> str | None:
-    """What keeps a tag from becoming a release, or None."""
+    """Why a tag must not become a release, or None."""
     if tag != f"v{version}":
         return f"the tag is {tag}, but the version of the package is {version}"
     if not re.search(rf"^## \[{re.escape(version)}\] - \d{{4}}-\d{{2}}-\d{{2}}$", changelog, re.MULTILINE):

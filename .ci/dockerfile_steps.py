@@ -1,9 +1,9 @@
 """Runs the Dockerfile's install steps and its default command in a temporary folder, without a container engine.
 
-What it executes is read from the Dockerfile, so the two cannot drift apart. An absolute path of the image becomes one
-below the temporary folder. Steps that change the operating system itself (users) are printed and left out.
+The steps are read from the Dockerfile, so the two cannot differ. An absolute path of the image becomes one below the
+temporary folder. Steps that change the operating system itself (users) are printed but not executed.
 
-Then it measures what was installed, which must not grow, and compiles a kernel of every family with it.
+Then it checks the size of the installation and compiles a kernel of every family with it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dockerfile_parse.util import extract_key_values
 CHECKOUT = Path(__file__).resolve().parent.parent
 SYSTEM_PROGRAMS = ("useradd",)
 IMAGE_PATH = re.compile(r"(?<![\w./])/(?=(dist|home|opt|src|var)\b)")
-# Beside it, the image holds the base image.
+# The image consists of this environment and the base image.
 ENVIRONMENT, MAX_BYTES = "/opt/gpuconv", 500 * 10**6
 WARMUP = "conv1d --arch sm_90 --input 1,3,40 --weight 4,3,5 --dtype float64 --algorithm base --direction forward"
 COMPILE_EVERY_FAMILY = """
@@ -76,7 +76,7 @@ def copy(sources: list[Path], target: Path, into_folder: bool) -> None:
 
 
 def execute(dockerfile: Path, scratch: Path, arguments: dict[str, str]) -> tuple[Stage, list[str]]:
-    """Execute every stage, with these build arguments; returns the last one and the default command."""
+    """Execute every stage with these build arguments; returns the last stage and the default command."""
     with dockerfile.open("rb") as file:
         structure = DockerfileParser(fileobj=file).structure
     stages: dict[str, Stage] = {}
@@ -102,7 +102,7 @@ def execute(dockerfile: Path, scratch: Path, arguments: dict[str, str]) -> tuple
                 env_replace=True, args={}, envs=stage.environment, instruction_value=stage.host_text(value)
             )
             stage.environment.update(values)
-            # It keeps the image small; here it would only download everything again.
+            # In the image this saves space; here it would only cause everything to be downloaded again.
             stage.environment.pop("PIP_NO_CACHE_DIR", None)
         elif kind == "WORKDIR":
             stage.folder = stage.host_path(value)
@@ -119,13 +119,13 @@ def execute(dockerfile: Path, scratch: Path, arguments: dict[str, str]) -> tuple
         elif kind == "CMD":
             command = json.loads(value)
         elif kind not in ("USER", "VOLUME"):
-            sys.exit(f"{__file__} does not know the instruction {kind}; teach it")
+            sys.exit(f"{__file__} does not support the instruction {kind}")
     assert stage is not None, "no FROM"
     return stage, command
 
 
 def host_environment() -> dict[str, str]:
-    """The environment of this process without what would leak the caller's Python packages into the image's."""
+    """The environment of this process without the variables that would add the caller's Python packages."""
     return {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
 
 
@@ -139,7 +139,7 @@ def main() -> None:
         num_bytes = sum(path.lstat().st_size for path in installed.rglob("*"))
         print(f"{ENVIRONMENT} holds {num_bytes / 1e6:.0f} MB, of at most {MAX_BYTES / 1e6:.0f} MB", flush=True)
         if num_bytes > MAX_BYTES:
-            sys.exit("what is installed has grown too large")
+            sys.exit("the installation is too large")
         stage.run_or_stop(["python", "-c", COMPILE_EVERY_FAMILY])
         stage.run_or_stop(["gpuconv", "cache"])
         stage.run_or_stop(["gpuconv", "info"])

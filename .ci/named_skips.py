@@ -1,8 +1,8 @@
-"""A pytest plugin: a test may be skipped only for a reason that has a name. It works under pytest-xdist too.
+"""A pytest plugin that allows tests to be skipped only for named reasons. It works with pytest-xdist, too.
 
-`-p named_skips --may-skip gpu` allows the skips named gpu and fails the run on all others; how many tests were skipped
-for each reason stands at the end of the output. `--list-skips torch FILE` writes the ids of those skipped for want of
-PyTorch, one to a line, so that another run can take them as `pytest @FILE`.
+`-p named_skips --may-skip gpu` allows the skips named gpu and fails the run on all others. The end of the output says
+how many tests were skipped for each reason. `--list-skips torch FILE` writes the ids of the tests that were skipped
+because PyTorch is not installed, one a line, so that another run can take them as `pytest @FILE`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-# How the reasons begin; tests/__init__.py and gpuconv word them.
+# How the reasons begin; their texts are in tests/__init__.py and gpuconv.
 REASONS = {
     "gpu": "no GPU: ",
     "gpu_on_cpu": "gpu_on_cpu: ",
@@ -73,5 +73,5 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if not hasattr(config, "workerinput"):  # the reports of all workers come together in the process that started them
+    if not hasattr(config, "workerinput"):  # the reports of all workers arrive in the process that started them
         config.pluginmanager.register(NamedSkips(config.getoption("may_skip")))

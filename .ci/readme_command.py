@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def commands(text: str) -> list[str]:
-    """The ```sh blocks of the section, in their order."""
+    """The ```sh blocks of the section, in order."""
     _, found, section = text.partition("\n## Try it\n")
     if not found:
         sys.exit('the README has no section "Try it"')

@@ -1,17 +1,18 @@
-"""How far results are from the exact ones, for every arithmetic that gpuconv computes with.
+"""The errors of results, for every arithmetic of gpuconv.
 
 From the root of a checkout:
 
     python -m bench.accuracy [--json FILE]
 
 Each arithmetic computes layers of growing reductions on three kinds of data: normal; cancelling (the terms of a sum
-nearly cancel, so that errors of the terms are all that is left); skewed (positive data of many magnitudes, so that
-rounding always errs to one side of a large sum). The distance of every element from a float64 result is divided by two
-things: the error bound of gpuconv.reference, which no element may exceed, and the largest term-by-term magnitude, in
-units of the accumulator's roundoff, which compares arithmetics with each other.
+nearly cancel, so that mostly their errors remain); skewed (positive data of many magnitudes, so that the sum is large
+and rounding errors have the same sign). The error of every element, against a float64 result, is divided by the error
+bound of gpuconv.reference, which it must not exceed, and, to compare arithmetics, by the sum of the magnitudes of the
+terms times the roundoff of the accumulator.
 
-On a GPU the kernels run there, and PyTorch beside them. Without one they run on the CPU under tests/hostcuda, whose
-matrix products follow the published arithmetic of Hopper's tensor cores, and PyTorch's CPU path stands beside them.
+On a GPU the kernels run there, and so does PyTorch for comparison. Without a GPU they run on the CPU under
+tests/hostcuda, whose matrix products follow the published arithmetic of Hopper's tensor cores, next to PyTorch's CPU
+path.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ ROUNDOFF = 2.0**-24  # of the float32 accumulators
 
 @dataclass(frozen=True, slots=True)
 class Arithmetic:
-    """What computes: a kernel family on data of a dtype, or PyTorch where `family` is None."""
+    """A kernel family on data of a dtype, or PyTorch if `family` is None."""
 
     name: str
     dtype: str
@@ -108,7 +109,7 @@ def measure(arithmetic: Arithmetic, channels: int, kind: str, run: Callable[[Con
     """Compute one layer and compare it with the reference.
 
     Raises:
-        AssertionError: a result of gpuconv leaves its bound.
+        AssertionError: a result of gpuconv exceeds its bound.
     """
     problem = layer(channels, arithmetic)
     data = data_of(problem, kind)
@@ -116,7 +117,7 @@ def measure(arithmetic: Arithmetic, channels: int, kind: str, run: Callable[[Con
     exact = reference.compute(problem, *data)
     error, bound = np.abs(output - exact), reference.error_bound(problem, *data, exact=exact)
     if arithmetic.family is not None:
-        assert (error <= bound).all(), f"{arithmetic.name} leaves its bound on {problem}, {kind} data"
+        assert (error <= bound).all(), f"{arithmetic.name} exceeds its bound on {problem}, {kind} data"
     magnitude = reference.compute(problem, *(None if a is None else np.abs(a.astype(np.float64)) for a in data))
     output_roundoff = {"float16": 2.0**-11, "bfloat16": 2.0**-8}.get(problem.dtype, 0.0)
     units = np.maximum(error - output_roundoff * np.abs(exact), 0) / (ROUNDOFF * magnitude)
@@ -133,7 +134,7 @@ def measure(arithmetic: Arithmetic, channels: int, kind: str, run: Callable[[Con
 
 
 def runners(on_gpu: bool) -> Callable[[Arithmetic], Callable[[ConvProblem, Data], Array] | None]:
-    """What computes an arithmetic on this machine; None for what is not installed."""
+    """Functions that compute an arithmetic on this machine; None for what is not installed."""
     torch = optional_module("torch")
     if on_gpu and torch is not None and not torch.cuda.is_available():
         torch = None
@@ -171,7 +172,7 @@ def runners(on_gpu: bool) -> Callable[[Arithmetic], Callable[[ConvProblem, Data]
 
 
 def work(*, on_gpu: bool) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
-    """One piece for each arithmetic that is installed, layer and kind of data, in the manner of bench.gpu_report."""
+    """One piece of work for each installed arithmetic, layer and kind of data, as bench.gpu_report needs them."""
     choose = runners(on_gpu)
     for arithmetic in ARITHMETICS:
         run = choose(arithmetic)

@@ -1,12 +1,12 @@
-"""Measures the NumPy path of gpuconv beside PyTorch's CPU build, on the benchmark layers.
+"""Measures the NumPy path of gpuconv and PyTorch's CPU build on the benchmark layers.
 
     python bench/cpu.py [--threads 1,2] [--modes float32,float64] [--direction grad_weight] [--shapes] [--quick]
 
-Each layer runs at its own batch, or at the largest batch that keeps it within 2 GiB and 20 GFLOP; a layer of which not
-even one sample does is left out. Both libraries get the same arrays and the same number of threads, allocate their
-output in each call, and are timed in turns in one process, so that a busy machine slows both. Every time is the least
-of many, since other processes can only add to it. Before a layer is timed, parts of the result are compared with
-gpuconv.reference, and all of it with PyTorch's; a wrong result gets no figure and fails the run.
+Each layer runs at its own batch, or at the largest batch that needs at most 2 GiB and 20 GFLOP; a layer that exceeds
+this with one sample is left out. Both libraries get the same arrays and the same number of threads, allocate their
+output in each call, and are timed in turns in one process, so that a busy machine slows both. The shortest of many
+times is reported, since other processes can only make a call longer. Before a layer is timed, parts of the result are
+compared with gpuconv.reference, and all of it with PyTorch's; a wrong result is not timed and fails the run.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
-    # A script's own folder comes first in the path; the checkout must come instead, also where nothing is installed.
+    # Python puts the script's folder first in the path; replace it by the checkout, so that nothing need be installed.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import numpy as np
@@ -53,10 +53,10 @@ MAX_FLOPS = 20 * 10**9
 QUICK_BYTES = 64 * 1024**2
 QUICK_FLOPS = 10**9
 
-# Seconds that a library's turn lasts at least.
+# The shortest turn of a library, in seconds.
 TURN = 0.03
 
-# Classes of shapes that no layer has: short rows, many groups, strides with dilation, many taps, small calls.
+# Kinds of shapes that no layer has: short rows, many groups, strides with dilation, many taps, small calls.
 SHAPES: dict[str, ConvProblem] = {
     "short rows 4096x16x8": ConvProblem("conv1d", 4096, 16, 16, 8, 3, 1, 1, 1),
     "short rows 10000x8x16": ConvProblem("conv1d", 10_000, 8, 8, 16, 5, 1, 2, 2),
@@ -94,8 +94,8 @@ class CpuEngine:
 
     def __init__(self, pause: float = 0.15, ceilings: Ceilings | None = None) -> None:
         self.pause = pause
-        # Until one as large has been freed, glibc returns every large block to the system, and the pages of the next
-        # one cost more than many of these convolutions. The figures would depend on the order of the layers.
+        # Until such a large block has been freed once, glibc returns every large block to the system, and the pages of
+        # the next one cost more than many of these convolutions. Times would depend on the order of the layers.
         np.empty(30 * 1024**2, np.uint8)
         self.ceilings = ceilings or measure_ceilings()
 
@@ -109,7 +109,7 @@ class CpuEngine:
         return (time.perf_counter_ns() - start) / 1e3
 
     def sample(self, work: Callable[[], None]) -> list[float]:
-        """A turn: a pause, a call that is not counted, then calls for as long as `TURN`, one at least."""
+        """A turn: a pause, a call that is not counted, then calls for `TURN` seconds, at least one."""
         time.sleep(self.pause)
         work()
         end = time.perf_counter() + TURN
@@ -275,7 +275,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="only layers of up to 64 MiB and 1 GFLOP, 3 repeats")
     parser.add_argument("--repeats", type=count, metavar="N", help="turns of each library per layer (default: 7, or 3)")
     parser.add_argument(
-        "--shapes", action="store_true", help="classes of shapes that no layer has, in place of the layers"
+        "--shapes", action="store_true", help="kinds of shapes that no layer has, in place of the layers"
     )
     parser.add_argument("--modes", default="float32", help="comma-separated, or all (default: %(default)s)")
     parser.add_argument("--direction", choices=DIRECTIONS, default="forward", help="the pass (default: %(default)s)")
@@ -335,7 +335,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @contextmanager
 def limited(threads: int) -> Iterator[list[str]]:
-    """So many processors, and so many threads of each library; yields the libraries' versions."""
+    """Limit this process to so many processors and threads of each library; yields the libraries' versions."""
     from threadpoolctl import threadpool_info, threadpool_limits
 
     torch = peers.optional_module("torch")

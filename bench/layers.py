@@ -28,7 +28,7 @@ COLUMNS = ("name", "op", *_EXTENTS, "has_bias", "L_out", "padding", "verified", 
 
 @dataclass(frozen=True, slots=True)
 class Ceilings:
-    """The rates that nothing exceeds on one device.
+    """The highest rates of one device.
 
     Attributes:
         name: the device and where the rates come from, measured or published.
@@ -64,7 +64,7 @@ def published_ceilings(device: Device) -> Ceilings:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One convolution of a model, at the batch and the length it really runs with.
+    """One convolution of a model, at the batch and length with which the model runs.
 
     Attributes:
         name: the model, the layer and its essential settings.

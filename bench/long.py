@@ -1,13 +1,13 @@
-"""Where the FFT overtakes direct sums: kernels of 16 to 96,000 taps, measured on the CPU and predicted.
+"""From how many taps on the FFT is faster than direct sums, measured on the CPU and predicted.
 
 From the root of a checkout:
 
     python -m bench.long [--layers one,depthwise,dense] [--taps 16,...,96000] [--threads 1] [--json FILE]
 
-Each layer is computed with padding "same" over a signal of a fixed length, both ways in turns, and the least time of
-each stands for it. Memory is what NumPy allocates beside the arrays of the call, beside the bound that `explain` tells.
-The crossovers below the table are of the same layer: between which numbers of taps it was measured, and from which on
-`algorithm="auto"` takes the FFT on this CPU and on an H200, by the cost model.
+Each layer is computed with padding "same" over a signal of a fixed length, by both methods in turns, and the shortest
+time of each is reported. Memory is what NumPy allocates besides the arrays of the call, next to the bound that
+`explain` shows. Below the table are the crossovers of each layer: the numbers of taps between which it was measured,
+and from how many taps on `algorithm="auto"` chooses the FFT on this CPU and on an H200, by the cost model.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What one call costs the host.
+"""The host's time of one call.
 
 From the root of a checkout:
 
@@ -8,7 +8,7 @@ On a GPU: functional calls, an allocation, and PyTorch's call on the same small 
 than the host's, so its queue never fills.
 
 Without a GPU a call is measured up to its launch: real CuPy arrays on host memory stand in for arrays on a GPU, and a
-plan that launches nothing for a real one. Attributes and cache look-ups then cost what they cost in earnest.
+plan that launches nothing for a real one. Attributes and cache look-ups then cost the same as in a real call.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ class _IdleExecutor:
 
 @contextmanager
 def stand_ins() -> Iterator[tuple[Any, ...]]:
-    """CuPy arrays (input, weight, bias, out) that lie in host memory, in a world where plans launch nothing.
+    """CuPy arrays (input, weight, bias, out) in host memory, in a context where plans launch nothing.
 
     Nothing may read or write their elements through CuPy.
     """

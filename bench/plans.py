@@ -1,4 +1,4 @@
-"""What a change of the cost model or of a rule does to plans: those of random problems before and after it.
+"""The effect of a change of the cost model or of a rule: plans of random problems before and after it.
 
 python bench/plans.py --write before.jsonl      # in a checkout without the change
 python bench/plans.py --write after.jsonl       # in one with it
@@ -59,7 +59,7 @@ def random_problems(count: int, seed: int) -> Iterator[Problem]:
 
 
 def plan_of(problem: Problem, device: Device) -> dict[str, Any]:
-    """The plan of a problem as far as people compare plans."""
+    """The parts of a problem's plan that are compared."""
     choice = dispatch.choose(problem, Layout.contiguous(problem), device)
     if choice is None:
         return {"problem": str(problem), "family": "none", "segments": 1, "candidates": []}

@@ -1,12 +1,12 @@
-"""What a push of a stream costs, beside one call over the same window.
+"""The time of a push of a stream, compared with one call over the same window.
 
 From the root of a checkout:
 
     python -m bench.streaming [--device cpu] [--layers NAMES] [--slots 1,64] [--json FILE]
 
-Both compute the same outputs from the same samples, with weights that are prepared; the stream also keeps the new
-samples, and the call is given the whole window. They are timed in turns, and the least time of many stands for each.
-On a GPU twice: eager, with the host's work, and as launches of a CUDA graph.
+Both compute the same outputs from the same samples with prepared weights; the stream also stores the new samples, and
+the call is given the whole window. They are timed in turns, and the shortest of many times is reported. On a GPU they
+are timed eagerly, with the host's work, and as launches of a CUDA graph.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 // The activations, as functions of a real accumulator; gpuconv/fusion.py has their formulas.
 //
 // They consist of operations that are rounded as written, so that every kernel and every architecture gives the same bits.
-// Each misses by at most ULPS units in the last place (gpuconv/fusion.py; gelu by one unit of x more, since its exponent has
-// a power of x), or by TINY smallest normal numbers, where an exponential underflows. At infinities they have their limits. A
-// NaN stays one: comparisons with it are false.
+// The error of each is at most ULPS units in the last place (gpuconv/fusion.py; gelu has one more unit of x, since its exponent
+// has a power of x), or TINY times the smallest normal number where an exponential underflows. At infinities they have their
+// limits. A NaN stays a NaN: comparisons with it are false.
 //
 // Macros read: those of common.cuh. Without ACTIVATION and INPUT_ACTIVATION (finish.cuh) this file is empty.
 
@@ -13,7 +13,7 @@
 
 #if defined(ACTIVATION) || defined(INPUT_ACTIVATION)
 
-// What a function takes beside x: leaky_relu's slope, elu's alpha, or snake's alpha and 1/beta of the channel.
+// The parameters of a function besides x: leaky_relu's slope, elu's alpha, or snake's alpha and 1/beta of the channel.
 struct Parameters {
     acc_t first, second;
 };
@@ -42,7 +42,7 @@ __device__ __forceinline__ real_t polynomial(real_t x, real_t first, real_t seco
     return polynomial(x, fma_rn(first, x, second), rest...);
 }
 
-// The numbers of a type. exponential(r) is (exp(r) - 1 - r)/r^2 where |r| <= log(2)/2, sine(r^2) is (sin(r)/r - 1)/r^2 where
+// The constants of a type. exponential(r) is (exp(r) - 1 - r)/r^2 where |r| <= log(2)/2, sine(r^2) is (sin(r)/r - 1)/r^2 where
 // |r| <= pi/2, and tail(t) is P in erfc(a/sqrt(2))/2 = exp(-a*a/2) * P(t)/(a + k) with t = (a - k)/(a + k), k = tail_shift; all
 // are fitted at Chebyshev points. gpuconv/cpu/activations.py has the source of the last.
 template <typename real_t>
@@ -50,7 +50,7 @@ struct Numbers;
 
 template <>
 struct Numbers<float> {
-    // 1.5 * 2^23: what it is added to becomes an integer
+    // 1.5 * 2^23: adding it rounds a number to an integer
     static __device__ __forceinline__ float rounder() { return 12582912.0f; }
     static __device__ __forceinline__ float log2_e() { return 1.44269502f; }
     static __device__ __forceinline__ float ln2_high() { return 0.693359375f; }
@@ -59,11 +59,11 @@ struct Numbers<float> {
     static __device__ __forceinline__ float pi_high() { return 3.14159274f; }
     static __device__ __forceinline__ float pi_low() { return -8.74227766e-8f; }
     static __device__ __forceinline__ float tail_shift() { return 4.0f; }
-    // From there exp(-x), exp(-x*x/2) and gelu_tanh(-x) are taken for zero.
+    // From these values on, exp(-x), exp(-x*x/2) and gelu_tanh(-x) are taken as zero.
     static __device__ __forceinline__ float exponential_end() { return 87.5f; }
     static __device__ __forceinline__ float tail_end() { return 13.0f; }
     static __device__ __forceinline__ float gelu_tanh_end() { return 10.0f; }
-    // From there the argument was rounded by a quarter or more.
+    // From this value on, the argument has a rounding error of a quarter or more.
     static __device__ __forceinline__ float sine_end() { return 4194304.0f; }
     static __device__ __forceinline__ float exponential(float r) {
         return polynomial(
@@ -77,7 +77,7 @@ struct Numbers<float> {
             t, -0.000117137752f, 0.000208466168f, 0.00157600967f, -0.00352875562f, -0.00753153441f, 0.0604068227f,
             -0.18652235f, 0.387136698f, -0.607896626f, 0.755285144f);
     }
-    // 2^n from rounder + n, where -127 <= n <= 127; 0 in the place of 2^-127.
+    // 2^n from rounder + n, where -127 <= n <= 127; 0 instead of 2^-127.
     static __device__ __forceinline__ float power_of_two(float shifted) {
         return uint_as_float((float_as_uint(shifted) << 23) + 0x3f800000u);
     }
@@ -198,7 +198,7 @@ __device__ __forceinline__ real_t gelu(real_t x, const Parameters& p) {
     const real_t inverse = divide_rn(real_t(1), add_rn(a, N::tail_shift()));
     const real_t t = multiply_rn(add_rn(a, -N::tail_shift()), inverse);
     const real_t bell = Exponential<real_t>(multiply_rn(multiply_rn(real_t(-0.5), a), a)).value();
-    const real_t beyond = multiply_rn(multiply_rn(N::tail(t), inverse), bell);  // of the normal distribution, beyond a
+    const real_t beyond = multiply_rn(multiply_rn(N::tail(t), inverse), bell);  // the normal distribution's tail beyond a
     return a >= N::tail_end() ? relu(x, p) : fma_rn(-a, beyond, relu(x, p));
 }
 
@@ -206,7 +206,7 @@ template <typename real_t>
 __device__ __forceinline__ real_t snake(real_t x, const Parameters& p) {
     typedef Numbers<real_t> N;
     const real_t angle = multiply_rn(p.first, x);
-    // The square of the sine has the period pi. Of an angle whose rounding spans it any value is as good.
+    // The square of the sine has the period pi. If the rounding error of an angle spans a period, any value is right.
     const real_t n = add_rn(fma_rn(angle, N::inverse_pi(), N::rounder()), -N::rounder());
     const real_t reduced = fma_rn(-n, N::pi_low(), fma_rn(-n, N::pi_high(), angle));
     const real_t r = absolute(angle) >= N::sine_end() ? real_t(0) : reduced;

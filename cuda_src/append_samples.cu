@@ -22,7 +22,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK_SIZE) append_samples(
     const index_t n = row / p.C, c = row - n * p.C;
     input += n * p.input_stride_n + c * p.input_stride_c;  // input[n, c, 0]
     window += row * (p.held + p.L);                        // window[n, c, 0]
-    // Samples move towards the front, and are read before those behind them are written.
+    // Samples move towards the front; each is read before its place is overwritten.
     for (index_t first = 0; first < p.held; first += BLOCK_SIZE) {
         const index_t i = first + threadIdx.x;
         const bool moves = i < p.held;

@@ -4,12 +4,12 @@
 //
 // The positions (n, l), l fastest, are cut into slices as in slices.cuh, where coarse stands for grad_output. In a slice,
 // thread t of a block adds the positions t, t + BLOCK_SIZE, ...; then the upper half of the threads' sums is added to the
-// lower half until one sum is left. So the order depends on the problem's shape alone.
+// lower half until one sum is left. So the order of summation depends on the problem's shape alone.
 //
 // Grid x: blocks, one for each (slice, c), c fastest; where the grid is shorter, blocks take several. Grid y and z: 1.
 // Dynamic shared memory: one sum for each thread.
-// With several slices their sums go to partial and sum_slices.cu follows; with one partial is null.
-// Takes arrays of any strides, in elements, and samples with lengths of their own (samples.cuh).
+// With several slices their sums are stored in `partial` and sum_slices.cu follows; with one slice `partial` is null.
+// Takes arrays of any strides, in elements, and samples of different lengths (samples.cuh).
 
 #include "common.cuh"
 #include "slices.cuh"
@@ -18,8 +18,8 @@ struct Params {
     index_t num_sums;  // slices * C
     index_t N, C, L_coarse;
     index_t slice_samples, slice_positions, slice_pieces;
-    // How a thread's position and its address move on by BLOCK_SIZE positions; carry more where it passes the last of a
-    // sample.
+    // How a thread's position and address advance by BLOCK_SIZE positions; the address by `carry` more where the position
+    // passes the end of a sample.
     index_t step_l, advance, carry;
     index_t grad_output_stride_n, grad_output_stride_c, grad_output_stride_l;
     index_t grad_bias_stride;

@@ -1,9 +1,9 @@
 // The NaN fallback: sums a result again, without the taps that read no sample.
 //
-// Kernels multiply zeros in place of samples that do not exist. For finite weights this changes no bit (finish.cuh). An
-// infinite or NaN weight times such a zero makes a NaN, though the sum has no such term; so a thread that meets a NaN sums its
-// results again in the canonical order, c_in outer and tap inner, as the base families do. Tests switch this off by the macro
-// NAN_FALLBACK = 0, to see whether a kernel needs it where it should not.
+// Kernels multiply zeros in place of samples that do not exist. For finite weights this changes no bit (finish.cuh). But an
+// infinite or NaN weight times such a zero is a NaN, although the sum has no such term. Therefore a thread that gets a NaN sums
+// its results again in the canonical order, c_in outer and tap inner, as the base families do. Tests disable this by the macro
+// NAN_FALLBACK = 0, to check that a kernel does not depend on it for finite weights.
 
 #pragma once
 
@@ -14,18 +14,18 @@
 #define NAN_FALLBACK 1
 #endif
 
-// Whether results that come from this sum have to be summed again.
+// Whether the results of this sum must be summed again.
 __device__ __forceinline__ bool needs_canonical_sum(acc_t sum) { return NAN_FALLBACK && is_nan(sum); }
 
-// The weights of one row as canonical_sum takes them: load(c_in, tap), where has(c_in, tap). next_tap and next_channel are
-// called behind every tap and every channel, for weights that move along an address.
+// The weights of one row, as canonical_sum reads them: load(c_in, tap), where has(c_in, tap). next_tap and next_channel are
+// called after every tap and every channel, for weights that advance an address.
 struct EveryWeight {
     __device__ __forceinline__ bool has(index_t, index_t) const { return true; }
     __device__ __forceinline__ void next_tap() {}
     __device__ __forceinline__ void next_channel() {}
 };
 
-// Those of a layer's own array.
+// The weights of a row in the layer's array.
 struct RowWeights : EveryWeight {
     const storage_t* weight;
     index_t stride_in, stride_k;

@@ -1,8 +1,8 @@
 // What every kernel shares: index_t, the dtypes (storage, accumulator, canonical multiply-add), the vector type, small
 // arithmetic.
 //
-// Macros read: INDEX_BITS (32 or 64) and DTYPE (float16, bfloat16, float32, float64, complex64, complex128, or integers and
-// what their sums are returned as, such as int8_to_int64).
+// Macros read: INDEX_BITS (32 or 64) and DTYPE (float16, bfloat16, float32, float64, complex64, complex128, or an integer dtype
+// and that of its sums, such as int8_to_int64).
 
 #pragma once
 
@@ -24,8 +24,8 @@ struct alignas(2 * sizeof(real_t)) Complex {
     real_t re, im;
 };
 
-// The dtypes. Arrays hold elements of storage_t, sums have the type acc_t, bias and output hold result_t. What copy_to_shared copies has arrived after
-// copy_async_wait.
+// The dtypes. Arrays hold elements of storage_t, sums have the type acc_t, bias and output hold result_t. The copies of
+// copy_to_shared are complete after copy_async_wait.
 namespace dtype {
 
 // Numbers that are summed as they are stored.
@@ -72,7 +72,7 @@ struct BfloatBits {
     static __device__ __forceinline__ unsigned short round(float value) { return float_to_bfloat_bits_rn(value); }
 };
 
-// Integers wrap around, which only the arithmetic of unsigned ones is defined to do.
+// Integers wrap around, which C++ defines for unsigned arithmetic only.
 template <typename integer_t, typename unsigned_t, typename sum_t>
 struct Integer {
     typedef integer_t storage_t;
@@ -194,7 +194,7 @@ __device__ __forceinline__ Complex<real_t> add(Complex<real_t> a, Complex<real_t
     return Complex<real_t>{a.re + b.re, a.im + b.im};
 }
 
-// ceil(a / b) for a >= 0, b > 0; written so that it cannot overflow where a is representable.
+// ceil(a / b) for a >= 0, b > 0, without overflow.
 __device__ __forceinline__ index_t ceil_div(index_t a, index_t b) { return a / b + (a % b != 0); }
 
 __device__ __forceinline__ index_t min_index(index_t a, index_t b) { return a < b ? a : b; }
@@ -203,8 +203,8 @@ __device__ __forceinline__ index_t max_index(index_t a, index_t b) { return a > 
 // 0 <= i < extent, in one comparison.
 __device__ __forceinline__ bool is_index(index_t i, index_t extent) { return uindex_t(i) < uindex_t(extent); }
 
-// value / divisor for 0 <= value < 2^31: the host's magic number spares the division (Divisor in families/depthwise.py).
-// With 64-bit indices it divides.
+// value / divisor for 0 <= value < 2^31, by the host's magic number (Divisor in families/depthwise.py); with 64-bit indices by
+// a division.
 __device__ __forceinline__ index_t divide(index_t value, index_t divisor, index_t magic, index_t shift) {
 #if INDEX_BITS == 32
     return divisor == 1 ? value : index_t(multiply_high(unsigned(value), unsigned(magic)) >> shift);
@@ -213,8 +213,8 @@ __device__ __forceinline__ index_t divide(index_t value, index_t divisor, index_
 #endif
 }
 
-// The index along the fastest of a grid's dimensions, `extent` long; `block` becomes the index along the others. A grid
-// has fewer than 2**31 blocks, and so have its dimensions.
+// The index along the fastest dimension of a grid, of length `extent`; `block` becomes the index along the others. A grid has
+// fewer than 2**31 blocks, so 32 bits suffice.
 __device__ __forceinline__ unsigned next_index(unsigned& block, index_t extent) {
     const unsigned others = block / unsigned(extent);
     const unsigned index = block - others * unsigned(extent);

@@ -11,8 +11,8 @@
 // taps of either phase of the stride, one 16-byte load of window and one of taps for THREAD_L*kAccVec multiply-adds.
 // IS_SKIPPING = 1, SLIDE_STRIDE = 0: stride 1, any dilation, input and output contiguous along l. Skipping threads.
 // IS_STRIDING = 1: a stride of whole 16-byte vectors, dilation 1, input contiguous along l. A thread holds one result and
-// reads its window vector by vector; the window lies in shared memory as it does in global memory, but that the first
-// positions of neighbouring results are an odd number of vectors apart, so that neighbouring threads read different banks.
+// reads its window vector by vector. The window in shared memory is ordered as in global memory, but the first positions of
+// neighbouring results are an odd number of vectors apart, so that neighbouring threads read different banks.
 // None of these: any stride and dilation, arrays of any strides. A thread holds THREAD_L results row_threads apart, so
 // that neighbouring threads store neighbouring elements; the window lies in shared memory by its position modulo the
 // stride, so that neighbouring threads read neighbouring words whatever the stride.
@@ -131,8 +131,8 @@ __device__ __forceinline__ void convolve_rows(
         const index_t l_out = l_begin + place * THREAD_L;
         if (l_out >= p.L_out) return;
 
-        // Of many steps those whose positions all lie outside the input are left out; the first one left is even, as the
-        // planes want it.
+        // If there are many steps, those whose positions are all outside the input are skipped; the first step is even, as
+        // the planes require.
         int step = 0, steps_end = steps;
         if (kIsEmptyOutside && steps > kFewSteps) {
             const index_t before = -start - kPhases * (THREAD_L * place + 3 * kAccVec - 1);
@@ -154,7 +154,7 @@ __device__ __forceinline__ void convolve_rows(
                 held[phase][0] = even[2 * phase * plane_pitch];
                 held[phase][1] = odd[2 * phase * plane_pitch];
             }
-            // Of the three vectors held, `oldest` meets the step's first tap; the next vector replaces the one before it.
+            // Of the three vectors held, the step's first tap multiplies `oldest`; the next vector replaces the one before it.
             const auto multiply_step = [&](const AccVector* next, int index, int oldest, int count = kTaps) {
                 AccVector term[kPhases];
 #pragma unroll
@@ -338,7 +338,7 @@ __device__ __forceinline__ void convolve_rows(
     __syncthreads();
     if (!at.has_row) return;
 
-    // Tap k meets phase k*dilation % stride; its place grows by the same from tap to tap, but where the phase wraps.
+    // Tap k reads phase k*dilation % stride; its place advances by the same step from tap to tap, except where the phase wraps.
     const int phase_step = int(p.dilation % stride);
     const int position_step = phase_step * plane_pitch + int(p.dilation / stride);
     const int position_wrap = 1 - stride * plane_pitch;

@@ -6,18 +6,18 @@
 //   then ring[n, (start + l) % held, c] = input[n, c, l] for l < length, and start moves on by `length`.
 //
 // Grid x: blocks of BLOCK_SIZE consecutive rows (n, c), c fastest. Grid y and z: 1. No shared memory.
-// A thread owns a row: no other reads its samples or writes them. Channels are fastest in the ring, so that neighbouring
-// threads read neighbouring samples. Each block has a start of its own: see window.cuh.
+// A thread owns a row: no other thread reads or writes its samples. Channels are fastest in the ring, so that neighbouring
+// threads read neighbouring samples. Each block has its own start: see window.cuh.
 // TAPS: K, in layers of a few taps that get one sample and give one result; else 0. There tap k < K - 1 reads a sample
 // that is held and the last tap the new one, which then takes the place of the oldest.
 // Needs length <= held, every window complete (no padding), and contiguous weights from a 16-byte boundary on. Input and
 // output have any strides, in elements.
 //
-// Where slots are many it is bound by bytes: of a row and a new sample K + 2 elements, of which it reads K - 1 from the
-// ring and writes one. causal_conv1d_update of causal-conv1d moves 2*K + 2 where its state has K places a row, as Mamba's
-// has: it shifts the row, whose places share sectors. Expected for K = 4 in float32 on an H200: 24 bytes and 100
-// instructions a row, so that 64 slots of 4096 channels take 1.5 us from memory, 0.9 us of them to issue, and less while
-// the rings stay in the L2 cache; a single slot takes the time of a launch.
+// With many slots it is limited by bandwidth: for each row and new sample it moves K + 2 elements; it reads K - 1 of them from
+// the ring and writes one there. causal_conv1d_update of causal-conv1d moves 2*K + 2 where its state has K places a row, as in
+// Mamba, since it shifts the row. Expected for K = 4 in float32 on an H200: 24 bytes and 100 instructions a row, so that 64
+// slots of 4096 channels take 1.5 us from memory and 0.9 us to issue, and less while the rings are in the L2 cache; a single
+// slot takes the time of a launch.
 
 #include "common.cuh"
 #include "finish.cuh"
@@ -66,7 +66,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK_SIZE) conv1d_depthwise_push(
     const InputActivation input_activation(p INPUT_ACTIVATION_VALUES);
     const index_t row = index_t(blockIdx.x) * BLOCK_SIZE + threadIdx.x;
     const index_t start = window_starts[blockIdx.x];
-    __syncthreads();  // every thread has it before the first thread moves it
+    __syncthreads();  // every thread has read it before the first thread advances it
     if (threadIdx.x == 0) {
         const index_t next = start + p.length;
         window_starts[blockIdx.x] = int(next < p.held ? next : next - p.held);
@@ -99,7 +99,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK_SIZE) conv1d_depthwise_push(
 #pragma unroll 4
         for (index_t k = 0; k < p.K; ++k) {
             const index_t l = l_out * p.stride + k * p.dilation;
-            // Hidden, since the compiler would take the choice for an address of the input, which nothing writes.
+            // Without this the compiler would take the selected address for one of the input, which is never written.
             const storage_t* const sample = keep_in_register_global(
                 l < p.held ? ring + place_of(start, l, p) * p.C_out : input + (l - p.held) * p.input_stride_l);
             acc = multiply_add(scalar::load(weight[k]), scalar::load(loaded(*sample)), acc);

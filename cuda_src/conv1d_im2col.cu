@@ -8,17 +8,17 @@
 // unit hold kUnit neighbouring taps of one channel: the reduction runs over pairs (unit, c_in) with c_in inner, two pairs per
 // mma (a k-step). The packed weights (pack_im2col_weight.cu) have that order; pairs that only fill up the last stage have
 // zero weights. Where the last unit would not be whole, it holds the last kUnit taps, with zero weights for those that the
-// unit before it holds: so a result is multiplied with its own window alone.
+// previous unit holds, so that a result uses only inputs of its own window.
 //
 // The window of a block is staged once, for all taps: a row of shared memory holds the kUnit inputs that one column multiplies
 // with one unit. Row j of plane v of a channel begins at position (l_begin + j)*stride - padding_left + v*plane_step, so that
-// neighbouring columns read neighbouring rows, whatever the stride, and ldmatrix meets no bank conflict; units that lie a
-// multiple of the stride apart share a plane. A last unit that fits no plane has one of its own, behind the others. See
+// neighbouring columns read neighbouring rows for any stride, and ldmatrix has no bank conflicts; units that are a multiple
+// of the stride apart share a plane. A last unit that fits in no plane has its own plane after the others. See
 // Window in gpuconv/families/conv1d_im2col.py. The weights stream through a ring of NUM_STAGES stages.
 //
 // The order of summation depends on the layer alone. IS_SPLIT = 1, and sums that are not finite: see mma.cuh.
 //
-// Grid x: blocks of BLOCK_M output channels (fastest, so that blocks which read one window run together), then of BLOCK_N
+// Grid x: blocks of BLOCK_M output channels (fastest, so that blocks with the same window run together), then of BLOCK_N
 // positions, then samples, then groups. Grid y and z: 1. Dynamic shared memory: the stages of weights, the window, the rows
 // of pairs; or the slices through which the results pass.
 // Needs float16, bfloat16 (sm_80) or float32 (sm_80) arrays of any strides, in elements. Chosen for fewer than 8 input
@@ -90,7 +90,7 @@ __device__ __forceinline__ StorageVector load_row(const Tile& tile, unsigned row
     const index_t j = index_t(row_of_channel) - plane * p.plane_rows;
     const index_t first = (tile.position_begin + j) * p.stride - p.padding_left +
         (plane < p.planes ? plane * p.plane_step : (p.K - kUnit) * p.dilation);
-    // Rows that only columns behind the last would read are not loaded.
+    // Rows that are read only for columns behind the last are not loaded.
     const bool is_read = j < tile.positions - tile.position_begin + (p.plane_rows - BLOCK_N);
     const storage_t* const x = tile.input + c_in * p.input_stride_c;
     StorageVector vector;
@@ -133,7 +133,7 @@ __device__ __forceinline__ void multiply_window(const Tile& tile, const Params& 
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int part_rows = int(p.C_in_g * p.channel_rows);
 
-    // Shared memory: stages of weights, the window, where the rows of pairs begin in it, in bytes.
+    // Shared memory: stages of weights, the window, and the offsets of the rows of pairs in it, in bytes.
     StorageVector* const stages = reinterpret_cast<StorageVector*>(dynamic_shared_memory());
     StorageVector* const window = stages + NUM_STAGES * kStageVectors;
     int* const pair_offset = reinterpret_cast<int*>(window + kParts * part_rows);
@@ -205,7 +205,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) conv1d_im2col
     if (kHasLengths && tile.position_begin >= tile.positions) return;
     multiply_window(tile, p, acc);
 
-    Window window = {};  // what store_tile reads of it
+    Window window = {};  // the fields that store_tile reads
     window.units = p.C_in_g;
     window.pairs = p.pairs;
     window.block_samples = 1;

@@ -8,7 +8,7 @@
 // Grid x: blocks of BLOCK_M output channels (fastest, so that blocks which read one window run together), then of
 // block_positions positions, then of block_samples samples, then groups, then segments
 // where SEGMENT_MODE is 2. Grid y and z: 1. Dynamic shared memory: see mma.cuh.
-// Before it pack_mma_weight.cu packs the weights.
+// Before it pack_mma_weight.cu packs the weights; or the blocks do, where RAW_WEIGHT is 1 (raw_weights.cuh).
 // Needs float16, bfloat16 (sm_80) or float32 (sm_80) arrays of any strides, in elements. Chosen for at least 8 input and
 // output channels a group; see gpuconv/families/mma.py.
 
@@ -35,7 +35,7 @@ static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/famil
 
 extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) conv1d_mma(
     INPUT_ARGUMENT  // [N, C_in, L_in]
-    const StorageVector* __restrict__ weight,    // packed: see pack_mma_weight.cu
+    const StorageVector* __restrict__ weight,    // packed: see pack_mma_weight.cu; or [C_out, C_in_g, K]
     const storage_t* __restrict__ bias,   // [C_out], or null
     storage_t* __restrict__ output,       // [N, C_out, L_out]
 #if SEGMENT_MODE >= 2
@@ -55,7 +55,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) conv1d_mma(
 
         Tile tile = tile_with_layout(p);
         tile.input = input + (n * p.input_stride_n + g * p.C_in_g * p.input_stride_c);
-        tile.weight = weight + (g * p.row_tiles + row_tile) * (p.chunks * p.pairs * (kParts * BLOCK_M));
+        tile.weight = weight + (RAW_WEIGHT
+            ? g * p.C_out_g * (p.C_in_g * p.K / kUnit)
+            : (g * p.row_tiles + row_tile) * (p.chunks * p.pairs * (kParts * BLOCK_M)));
         tile.output = output + (n * p.output_stride_n + g * p.C_out_g * p.output_stride_c);
         tile.group = g;
         tile.row_begin = row_tile * BLOCK_M;

@@ -4,12 +4,12 @@
 //       + sum over c_in < C_in_g, k < K of weight[c_out, c_in, k] * input[n, g*C_in_g + c_in, l_in],
 //   g = c_out / C_out_g,   l_in = l_out*stride - padding_left + k*dilation,   taps outside [0, L_in) left out.
 //
-// A thread computes all output channels of its group, at most THREAD_C, for THREAD_L columns. It reads each position of the
-// input once for all channels, through the cache, which serves the taps that meet it again. The weights pass through
-// shared memory, chunk_terms terms (c_in, k) at a time.
+// A thread computes all output channels of its group, at most THREAD_C, for THREAD_L columns. For each tap it reads a position
+// of the input once for all channels; later taps find it in the cache. The weights pass through shared memory, chunk_terms
+// terms (c_in, k) at a time.
 //
 // THREAD_L > 1: stride 1 and an input contiguous along l. Columns are positions of one sample; those of a thread lie 32
-// apart, so that lanes read neighbouring positions and one address serves all of a thread.
+// apart, so that lanes read neighbouring positions and a thread needs one address.
 // THREAD_L = 1: columns run through the samples.
 // Grid x: blocks of BLOCK_SIZE*THREAD_L columns (fastest), then samples where THREAD_L > 1, then groups. Grid y and z: 1.
 // Dynamic shared memory: chunk_terms rows of THREAD_C weights.
@@ -38,7 +38,7 @@ static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/famil
 
 constexpr int kAccess = THREAD_C * sizeof(acc_t) % 16 == 0 ? 16 : 8;  // bytes of weights that are read at once
 constexpr int kVec = sizeof(acc_t) < kAccess ? kAccess / int(sizeof(acc_t)) : 1;
-constexpr int kUnroll = THREAD_L > 1 ? 4 : 8;  // terms whose positions are on their way together
+constexpr int kUnroll = THREAD_L > 1 ? 4 : 8;  // terms whose positions are loaded together
 static_assert(THREAD_C % kVec == 0, "a term's weights are whole vectors: gpuconv/families/conv1d_narrow.py");
 typedef Vector<acc_t, kVec> WeightVector;
 

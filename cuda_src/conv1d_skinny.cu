@@ -1,15 +1,15 @@
-// conv1d_skinny: forward convolution for few columns (n, l_out), where the work is reading the weights: one step of a
-// stream, a handful of frames.
+// conv1d_skinny: forward convolution for few columns (n, l_out), where most of the time goes into reading the weights, as in
+// one step of a stream.
 //
 //   output[n, c_out, l_out] = bias[c_out]
 //       + sum over c_in < C_in_g, k < K of weight[c_out, c_in, k] * input[n, g*C_in_g + c_in, l_in],
 //   g = c_out / C_out_g,   l_in = l_out*stride - padding_left + k*dilation,   taps outside [0, L_in) left out.
 //
 // Per group a product of the weights [C_out_g, R] and a matrix [R, columns] that is never formed, R = C_in_g*K terms with k
-// inner. A result is one chain of R multiply-adds, each of which waits for the one before: the canonical order lets no
-// two threads share it. So blocks take few rows, every multiprocessor gets some, and the chains never wait for memory:
-// chunks of chunk_terms terms pass through NUM_STAGES buffers of shared memory. The first compute_warps warps multiply;
-// each of the others owns one buffer, which it fills as soon as the chunk before is multiplied.
+// inner. A result is one chain of R dependent multiply-adds; because of the canonical order, threads cannot share it. So blocks
+// have few rows, so that every multiprocessor gets some, and the chains should not wait for memory: chunks of chunk_terms terms
+// pass through NUM_STAGES buffers of shared memory. The first compute_warps warps multiply; each of the other warps owns one
+// buffer, which it refills as soon as its chunk has been multiplied.
 //
 // Terms outside the input are multiplied as zeros; canonical_sum.cuh explains what follows from that.
 //
@@ -42,7 +42,7 @@ struct Params {
 };
 static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/conv1d_skinny.py");
 
-// Terms that a thread fetches at once: enough multiply-adds to hide the next fetch behind.
+// Terms that a thread fetches at once: their multiply-adds hide the latency of the next fetch.
 constexpr int kFetch = (THREAD_N > 2 ? 32 : 64) / int(sizeof(acc_t));
 // Terms whose positions a lane loads before it stores the first.
 constexpr int kMostBatch = 128 / (BLOCK_N * int(sizeof(acc_t)));
@@ -97,7 +97,7 @@ struct Walk {
     }
 };
 
-// What a warp that loads knows of the columns. Those behind the last repeat it.
+// The columns, for a warp that loads. Those behind the last repeat it.
 struct Columns {
     const storage_t* input;     // input[0, g*C_in_g, 0]
     index_t position[BLOCK_N];  // l_in of tap 0
@@ -201,12 +201,12 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS) conv1d_ski
     const index_t R = p.C_in_g * p.K;
     const index_t chunks = ceil_div(R, p.chunk_terms);
 
-    // Of a warp that loads: the buffer that it owns, negative in warps that multiply, and its way through input and terms.
+    // For a warp that loads: the buffer that it owns (negative in warps that multiply), the columns, and the walk over terms.
     const int loader = int(threadIdx.x) / 32 - int(p.compute_warps);
     const Columns columns(input, p);
     const Walk walk(p);
 
-    // Of a thread that multiplies: its results.
+    // For a thread that multiplies: its results.
     const int column_begin = int(threadIdx.x) / int(p.block_rows) * THREAD_N;
     const int row = int(threadIdx.x) % int(p.block_rows);
     const bool has_results = loader < 0 && row < rows && column_begin < min_index(BLOCK_N, p.columns);
@@ -220,7 +220,7 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS) conv1d_ski
         if (loader == turn) copy_async_wait();
         if (chunk >= 0) __syncthreads();
         if (loader >= 0) {
-            // Now the chunk before is multiplied, and its buffer is free; in the beginning all are.
+            // Now the previous chunk is multiplied and its buffer is free; at the beginning all buffers are.
             const index_t next = chunk < 0 ? loader : chunk - 1 + NUM_STAGES;
             const bool is_free = chunk < 0 || (chunk > 0 && loader == (turn == 0 ? NUM_STAGES - 1 : turn - 1));
             if (!is_free || next >= chunks) continue;
@@ -261,7 +261,8 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS) conv1d_ski
                 }
             }
         };
-        // Two sets of registers: the next terms arrive while these are multiplied. Behind the last comes the last again.
+        // Two sets of registers: the next terms are fetched while these are multiplied. After the last terms, the last ones are
+        // fetched again.
         Fetched even, odd;
         fetch(even, 0);
 #pragma unroll 1

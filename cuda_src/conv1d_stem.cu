@@ -8,20 +8,20 @@
 // A warp computes THREAD_C output channels of a tile of BLOCK_L = 32*THREAD_L columns, a lane THREAD_L of these columns:
 // positions l_begin + lane + j*step_l of samples n_begin + j*step_n, j < THREAD_L. Either step_l is 32 and step_n is 0 (a
 // tile is a piece of one sample) or step_l is 0 and step_n is 1 (a tile is 32 positions of THREAD_L samples, for short
-// samples). So a warp stores 32 neighbours at a time, whatever the alignment of the row. IS_CONTIGUOUS = 1 says that the steps are the
-// former and that the output is contiguous along l, so that one address serves the stores of a row.
+// samples). So a warp stores 32 neighbours at a time, whatever the alignment of the row. With IS_CONTIGUOUS = 1 the steps are
+// the former and the output is contiguous along l, so that the stores of a row share one address.
 //
-// The input of a tile lies in shared memory as rows (c_in, r), r < row_taps, of row_pitch entries. Entry i of a row holds
-// what column 0 of a tile that begins i positions later reads for tap r, for all j side by side: one load gives a lane its
-// THREAD_L operands, and lanes read neighbouring entries whatever the stride. Taps r, r + row_taps, r + 2*row_taps, ...
-// share row r: tap r + m*row_taps of a lane is its entry lane + m*row_advance. That holds where
-// row_taps*dilation = row_advance*stride, and where there is one tap a row.
+// The input of a tile is in shared memory as rows (c_in, r), r < row_taps, of row_pitch entries. Entry i of a row holds the
+// inputs that tap r multiplies at positions l_begin + i + j*step_l of samples n_begin + j*step_n, j < THREAD_L, so that one load
+// gives a lane its THREAD_L operands, and lanes read neighbouring entries for any stride. Taps r, r + row_taps,
+// r + 2*row_taps, ... share row r: the operands of tap r + m*row_taps are in entry lane + m*row_advance. This needs
+// row_taps*dilation = row_advance*stride, or one tap a row.
 //
 // The weights pass through shared memory chunk_terms terms (c_in, k) at a time.
 //
 // Grid x: blocks of channels (fastest), then of tiles, then groups. Grid y and z: 1. Block: warps_c warps along the
-// channels by any number along the tiles. A block goes through `repeats` rows of tiles, and loads its weights once where
-// they are one chunk. Dynamic shared memory: where the entries of a term begin, weights, biases, entries.
+// channels by any number along the tiles. A block computes `repeats` rows of tiles, and loads its weights only once if they
+// are one chunk. Dynamic shared memory: the offsets of the entries of each term, weights, biases, entries.
 // Terms outside the input are multiplied as zeros; canonical_sum.cuh explains what follows from that.
 // Takes arrays of any strides, in elements. Chosen for 1 to 4 input channels a group and at least 8 output channels
 // a group, or fewer with a stride or a dilation where there are several input channels, if the input of a tile fits in
@@ -140,7 +140,7 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS) conv1d_ste
         const bool inside = is_inside(first, last + (THREAD_L - 1) * p.step_l * p.stride, p.L_in) &&
                             n_begin + (THREAD_L - 1) * p.step_n < p.N;  // all terms of all columns exist
 
-        if (repeat > 0) __syncthreads();  // all threads have read the entries of the tile before
+        if (repeat > 0) __syncthreads();  // all threads have read the entries of the previous tile
         if (exists) {
             for (int row = warp_c; row < rows; row += warps_c) {
                 const int c_in = row / row_taps, r = row - c_in * row_taps;
@@ -198,7 +198,7 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS) conv1d_ste
 
         for (int r_begin = 0; r_begin < R; r_begin += chunk_terms) {
             const int terms = R - r_begin < chunk_terms ? R - r_begin : chunk_terms;
-            if (r_begin > 0) __syncthreads();  // all threads have read the weights before
+            if (r_begin > 0) __syncthreads();  // all threads have read the previous weights
             if (repeat == 0 || R > chunk_terms) load_weights(r_begin, r_begin + terms);
             __syncthreads();
             if (!exists) continue;
@@ -258,7 +258,7 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS) conv1d_ste
             y += p.output_stride_c;
         }
 
-        if (inside) continue;  // no zero stood for a sample
+        if (inside) continue;  // no zero replaced a sample
         bool sum_again = false;
 #pragma unroll
         for (int c = 0; c < THREAD_C; ++c) {

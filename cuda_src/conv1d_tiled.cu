@@ -5,10 +5,10 @@
 //   g = c_out / C_out_g,   l_in = l_out*stride - padding_left + k*dilation,   taps outside [0, L_in) left out.
 //
 // The matrix product of tiled.cuh with rows = c_out of the group, taps = k, columns = (n, l_out).
-// Grid x: blocks of BLOCK_M output channels (fastest, so that blocks which read one window run together), then of
+// Grid x: blocks of BLOCK_M output channels (fastest, so that blocks with the same window run together), then of
 // BLOCK_N columns, then samples where COLUMN_STEP > 0, then groups. Grid y and z: 1. Dynamic shared memory:
 // SHARED_BYTES.
-// Before it pack_weight.cu packs the weights.
+// pack_weight.cu packs the weights before it.
 // Takes arrays of any strides, in elements. Chosen for at least 5 output channels a group.
 
 #include "common.cuh"
@@ -38,7 +38,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) conv1d_tiled(
     FUSED_ARGUMENTS WINDOW_ARGUMENTS const Params p) {
     const Epilogue epilogue(bias, output, p FUSED_VALUES);
     MOVE_WINDOW
-    // The grid is short enough for 32 bits, and so are the extents that divide it.
+    // The grid and the extents that divide it fit in 32 bits.
     const auto tile_of = [&](unsigned block) {
         const unsigned row_tile = next_index(block, p.row_tiles);
         const unsigned column_tile = next_index(block, p.column_tiles);

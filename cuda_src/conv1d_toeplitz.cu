@@ -11,17 +11,17 @@
 //   y[i][c] = sum over q of A_q[i][k] * B_q[k][c],   A_q[i][k] = x(kBlock*q + i + k),   B_q[.][c] = block q - kShift*c of
 //
 // the taps, kShift = 16 / kBlock, with zeros for blocks that do not exist. Each result is the sum of its blocks in
-// ascending order, and a block of zeros adds nothing to it: so its bits do not depend on where it lies. (With taps that move
-// by one from column to column, in place of whole blocks, there would be fewer zeros, but each result would have other
-// blocks than its neighbours.)
+// ascending order, and blocks of zeros add nothing, so its bits do not depend on its position. (If the taps moved by one from
+// column to column instead of by whole blocks, there would be fewer zeros, but neighbouring results would cut the taps into
+// different blocks.)
 //
-// A warp works by itself on `groups` times WARP_TILES tiles of one row. It stages the inputs that these multiply; where two
-// elements make a word, twice, once for each alignment: a lane's operands are then whole words. They are the same words for
-// blocks that follow each other, so that of three words an mma loads two.
+// A warp works by itself on `groups` times WARP_TILES tiles of one row. It stages their inputs; if a word holds two elements,
+// it stages two copies, one for each alignment, so that a lane's operands are always whole words. Consecutive blocks share
+// words, so an mma loads only two of its words from shared memory.
 //
-// An input that is not finite makes NaNs of all results in whose blocks of zeros it takes part. A warp that meets a NaN
-// therefore computes its tiles again column by column, without blocks and taps that are not the column's own. What is not
-// finite then is formed again by canonical_sum.
+// An input that is not finite gives a NaN in all results whose blocks of zeros multiply it. A warp that gets a NaN therefore
+// computes its tiles again column by column, only with the column's own blocks and taps. Results that are still not finite are
+// computed again by canonical_sum.
 //
 // Grid x: blocks of BLOCK_SIZE/32 warps, which take the segments of a row (fastest), then rows. Grid y and z: 1. Dynamic
 // shared memory: for each warp the inputs, the results on their way to memory, and the blocks of taps.
@@ -61,7 +61,7 @@ constexpr int kWord = 4 / int(sizeof(storage_t));  // elements of a word
 constexpr int kBlock = 2 * kUnit;
 constexpr int kBlockWords = 8;
 constexpr int kShift = kRows / kBlock;
-// From one block of taps to the next, in words: so that the columns of a B_q lie in different banks.
+// Words from one block of taps to the next, chosen so that the columns of a B_q are in different banks.
 constexpr int kTapPitch = kShift == 1 ? 12 : 10;
 constexpr int kTileWords = kTile / kWord;
 constexpr int kResults = WARP_TILES * kTile;
@@ -69,7 +69,7 @@ constexpr int kResults = WARP_TILES * kTile;
 constexpr int kGapEvery = 32, kGap = 8;
 constexpr int kBufferVectors = kResults / kGapEvery * (kGapEvery + kGap) / kUnit;
 
-// An operand's elements at or behind `left`, of a word that begins with `first`, as zeros.
+// A word of an operand that begins with element `first`, with its elements from `left` on replaced by zeros.
 __device__ __forceinline__ unsigned without_tail(unsigned word, int first, int left) {
     if (kWord == 1) return first < left ? word : 0;
     return first + 1 < left ? word : first < left ? word & 0xffffu : 0;
@@ -81,7 +81,7 @@ template <int kTiles, bool kIsLastCut>
 __device__ __forceinline__ void multiply_tiles(
     const unsigned* x, const unsigned* taps, int q_begin, int q_end, int left, acc_t (&acc)[kTiles][4]) {
     const int t = threadIdx.x % 4;
-    unsigned held[kTiles][2];  // of the words that the block before has loaded, those that the next one needs
+    unsigned held[kTiles][2];  // words that the previous block has loaded and the next one needs
     x += q_begin * kBlockWords;
     taps += q_begin * kTapPitch;
 #pragma unroll
@@ -114,7 +114,7 @@ __device__ __forceinline__ void multiply_tiles(
     }
 }
 
-// Where result l of a warp's tiles lies in its buffer.
+// The place of result l of a warp's tiles in its buffer.
 __device__ __forceinline__ int buffered(int l) { return l + l / kGapEvery * kGap; }
 
 // Puts a lane's sums of a tile into the buffer, or those of one column where `column` is not negative. place_of(l) is where
@@ -242,7 +242,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK_SIZE, MIN_BLOCKS) conv1d_toep
         if (l_first >= sample.L_out) return;
         const int count = int(min_index(kResults, sample.L_out - l_first));
         const unsigned* const x = my_window + group * (kResults / kWord);
-        // Blocks that meet no sample are left out, where each product with their zeros is a zero.
+        // Blocks that multiply no sample are skipped if all taps are finite, so that their products would be zeros.
         int q_begin = 0, q_end = tap_blocks + 7 * kShift;
         if (kIsEmptyOutside && !has_special_taps) {
             const index_t position = l_first - p.padding_left;

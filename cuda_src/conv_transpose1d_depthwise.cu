@@ -14,8 +14,8 @@
 // IS_SKIPPING = 1, SLIDE_STRIDE = 0: stride 1, any dilation, input and output contiguous along l. Skipping threads, with the
 // same shared memory behind a buffer for each warp, through which its results pass.
 // Neither: any stride and dilation, arrays of any strides. A thread sums THREAD_L results row_threads apart, one
-// after the other, visits only the taps of their phases (conv_transpose1d_gather.cu) and reads through the cache, which
-// serves the stride results that meet the same input.
+// after the other, visits only the taps of their phases (one_result.cuh) and reads the input, which `stride` results share,
+// through the cache.
 //
 // Chosen for fewer than 8 output channels a group.
 
@@ -31,7 +31,7 @@ struct Params {
     index_t C_out_g;
     index_t stride, stride_magic, stride_shift;
     index_t padding_left, dilation;
-    index_t phase_gcd, tap_step, position_step, phase_inverse;  // as in conv_transpose1d_gather.cu
+    index_t phase_gcd, tap_step, position_step, phase_inverse;  // as in one_result.cuh
     index_t tiles, tiles_magic, tiles_shift;                    // of one row
     index_t row_threads, row_threads_magic, row_threads_shift;  // threads of one row
     index_t block_rows, repeats;
@@ -55,8 +55,8 @@ __device__ __forceinline__ const storage_t* weight_row(const storage_t* weight, 
     return weight + c_in * p.weight_stride_in + (at.c_out - c_in * p.C_out_g) * p.weight_stride_out;
 }
 
-// The sum at l_out over the taps of its phase that exist, in the canonical order: the rule where threads neither slide nor
-// skip, else the NaN fallback.
+// The sum at l_out over the existing taps of its phase, in the canonical order. Used for all results where threads neither
+// slide nor skip, otherwise as the NaN fallback.
 __device__ __forceinline__ acc_t sum_existing_terms(
     const storage_t* x, const storage_t* w, const Loader& loaded, index_t l_out, const Params& p) {
     acc_t acc = scalar::zero();
@@ -124,9 +124,9 @@ __device__ __forceinline__ void convolve_rows(
         const index_t l_out = l_begin + place * THREAD_L;
         if (l_out >= p.L_out) return;
 
-        // In step s the thread's q - i lie in vectors lowest - s - 1 to lowest - s + kThreadVecs - 1 of the window. Of many
-        // steps those whose positions all lie outside the input are left out; the first one left is even, as the planes
-        // want it.
+        // In step s the thread's q - i are in vectors lowest - s - 1 to lowest - s + kThreadVecs - 1 of the window. If there
+        // are many steps, those whose positions are all outside the input are skipped; the first step is even, as the planes
+        // require.
         const int lowest = int(p.window_below) + kThreadVecs * place;
         int step = 0, steps_end = steps;
         if (kIsEmptyOutside && steps > kFewSteps) {
@@ -145,7 +145,8 @@ __device__ __forceinline__ void convolve_rows(
             AccVector held[kHeld];
 #pragma unroll
             for (int v = 0; v < kThreadVecs; ++v) held[v] = next[v * plane_pitch];
-            // Of the vectors held, `first` has the thread's first q in the step's first tap; the vector below joins it.
+            // Of the vectors held, `first` has the position of the thread's first q for the step's first tap; the step loads
+            // the vector below it.
             const auto multiply_step = [&](int index, int first) {
                 const int below = (first + kHeld - 1) % kHeld;
                 held[below] = kThreadVecs == 1 ? next[-1 - index]

@@ -7,9 +7,12 @@
 // The product of mma.cuh with columns (n, q) and with rows and taps as phases.cuh says.
 // Grid x: blocks of BLOCK_M rows (fastest), of block_positions positions, of block_samples samples, products, and
 // segments where SEGMENT_MODE is 2. Grid y and z: 1. Dynamic shared memory: see mma.cuh.
-// Before it pack_mma_weight.cu packs the weights, with zeros for the taps that a phase lacks.
+// Before it pack_mma_weight.cu packs the weights, with zeros for the taps that a phase lacks; or the blocks do, where
+// RAW_WEIGHT is 1 (raw_weights.cuh).
 // Needs float16, bfloat16 (sm_80) or float32 (sm_80) arrays of any strides, in elements. Chosen for at least 8 input
 // channels and 8 output channels (times stride where dilation is 1) a group; see gpuconv/families/mma.py.
+
+#define IS_TRANSPOSED 1
 
 #include "common.cuh"
 #include "mma.cuh"
@@ -22,7 +25,7 @@ struct Params {
     index_t row_tiles, column_tiles, sample_tiles;
     index_t positions;  // of q in one sample
     index_t q_begin;    // the first of them
-    index_t phase_gcd, tap_step, position_step, phase_inverse;  // as in conv_transpose1d_gather.cu
+    index_t phase_gcd, tap_step, position_step, phase_inverse;  // as in one_result.cuh
     index_t taps;                                               // of the phase with the most
     index_t stride, padding_left, dilation;
     index_t input_stride_n, input_stride_c, input_stride_l;
@@ -39,7 +42,7 @@ static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/famil
 
 extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) conv_transpose1d_mma(
     INPUT_ARGUMENT  // [N, C_in, L_in]
-    const StorageVector* __restrict__ weight,    // packed: see pack_mma_weight.cu
+    const StorageVector* __restrict__ weight,    // packed: see pack_mma_weight.cu; or [C_in, C_out_g, K]
     const storage_t* __restrict__ bias,   // [C_out], or null
     storage_t* __restrict__ output,       // [N, C_out, L_out]
 #if SEGMENT_MODE >= 2
@@ -63,7 +66,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) conv_transpos
 
         Tile tile = tile_with_layout(p);
         tile.input = input + (n * p.input_stride_n + g * p.C_in_g * p.input_stride_c);
-        tile.weight = weight + (product * p.row_tiles + row_tile) * (p.chunks * p.pairs * (kParts * BLOCK_M));
+        tile.weight = weight + (RAW_WEIGHT
+            ? g * p.C_in_g * (p.C_out_g * p.K / kUnit)
+            : (product * p.row_tiles + row_tile) * (p.chunks * p.pairs * (kParts * BLOCK_M)));
         tile.output = output + (n * p.output_stride_n + g * p.C_out_g * p.output_stride_c);
         tile.group = g;
         tile.row_begin = row_tile * BLOCK_M;

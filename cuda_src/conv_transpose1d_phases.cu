@@ -9,7 +9,7 @@
 //
 // Grid x: blocks of BLOCK_M rows (fastest), of BLOCK_N columns, samples where COLUMN_STEP > 0, products. Grid y and z: 1.
 // Dynamic shared memory: SHARED_BYTES.
-// Before it pack_weight.cu packs the weights, with zeros for the taps that a phase lacks.
+// pack_weight.cu packs the weights before it, with zeros for the taps that a phase lacks.
 // Takes arrays of any strides, in elements. Chosen for at least 5 rows.
 
 #include "common.cuh"
@@ -25,7 +25,7 @@ struct Params {
     index_t positions;  // of q in one sample
     index_t q_begin;    // the first of them
     index_t stride, padding_left, dilation;
-    index_t phase_gcd, tap_step, position_step, phase_inverse;  // as in conv_transpose1d_gather.cu
+    index_t phase_gcd, tap_step, position_step, phase_inverse;  // as in one_result.cuh
     index_t taps;  // of the phase with the most
     index_t input_stride_n, input_stride_c, input_stride_l;
     index_t bias_stride;
@@ -44,7 +44,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) conv_transpos
     FUSED_ARGUMENTS WINDOW_ARGUMENTS const Params p) {
     const Epilogue epilogue(bias, output, p FUSED_VALUES);
     MOVE_WINDOW
-    // The grid is short enough for 32 bits, and so are the extents that divide it.
+    // The grid and the extents that divide it fit in 32 bits.
     const auto tile_of = [&](unsigned block) {
         const unsigned row_tile = next_index(block, p.row_tiles);
         const unsigned column_tile = next_index(block, p.column_tiles);

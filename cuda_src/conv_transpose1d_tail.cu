@@ -7,7 +7,7 @@
 //
 // With l_out + padding_left = q*stride + phase the taps are k = phase + tap*stride, and tap reads l_in = q - tap: the sums of
 // sliding.cuh with rows = (c_out, phase), columns = q.
-// Grid x: blocks of THREAD_C rows (fastest, so that blocks which read one window run together), then of neighbouring columns,
+// Grid x: blocks of THREAD_C rows (fastest, so that blocks with the same window run together), then of neighbouring columns,
 // then samples, then groups. Grid y and z: 1. Dynamic shared memory: two buffers of input and weights.
 // Macros read: MIN_BLOCKS, and those of sliding.cuh.
 // Takes arrays of any strides, in elements. Chosen for 1 to 4 output channels a group and few rows.
@@ -44,7 +44,7 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads, MIN_BLOCKS) conv_trans
     const index_t column_block = next_index(block, p.column_blocks);
     const index_t n = next_index(block, p.N);
     const index_t g = block;
-    const int stride = int(p.stride), rows = int(p.C_out_g) * stride;  // few, or the family refuses
+    const int stride = int(p.stride), rows = int(p.C_out_g) * stride;  // few, since the family refuses many
 
     Slide slide = slide_with_layout(input, n, g, column_block, p);
     slide.taps = p.taps;
@@ -59,7 +59,7 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads, MIN_BLOCKS) conv_trans
         if (row_begin + row >= rows || k >= p.K) return nullptr;
         return weight + (c_in * p.weight_stride_in + c_out * p.weight_stride_out + k * p.weight_stride_k);
     };
-    // Of one row, count columns from `column` on.
+    // Stores `count` columns of one row from `column` on.
     const auto store_some = [&](int row, index_t column, const acc_t* sums, int count) {
         if (row_begin + row >= rows) return;
         const int c_out = (row_begin + row) / stride, phase = row_begin + row - c_out * stride;

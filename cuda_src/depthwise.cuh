@@ -1,9 +1,9 @@
-// What conv1d_depthwise and conv_transpose1d_depthwise share: how rows are partitioned among blocks and threads, and the staging of
-// a row's taps and of the window of its input in shared memory by 16-byte accesses, whatever the row's alignment.
+// What conv1d_depthwise and conv_transpose1d_depthwise share: how rows are partitioned among blocks and threads, and how the
+// taps and the input window of a row are staged in shared memory by 16-byte accesses, whatever the row's alignment.
 //
-// A row is one output channel of one sample. A block takes block_rows neighbouring rows, and of each one tile of outputs;
+// A row is one output channel of one sample. A block computes one tile of outputs of each of block_rows neighbouring rows;
 // row_threads threads work on a row, so that rows shorter than a block leave few threads idle. Each computes THREAD_L
-// results `repeats` times, which spreads the cost of its start.
+// results `repeats` times, so that its start costs less per result.
 //
 // A sliding thread holds THREAD_L neighbouring results and slides over the taps, step by step, with a few vectors of the
 // window in registers. Its block stages the taps of each row and the window of the input that they meet, both as
@@ -12,9 +12,9 @@
 // the input, and the taps shift by `lead` zeros to make up for it.
 // canonical_sum.cuh explains what follows from those zeros.
 //
-// A skipping thread, of a layer with stride 1 and a dilation, finds its window and taps staged likewise, without `lead`: a
-// warp holds 32*THREAD_L neighbouring results, a thread every 32nd of them, so that whatever the dilation a warp reads
-// neighbouring words. In the end the results pass through shared memory, so that each thread stores neighbouring ones.
+// Skipping threads, for layers with stride 1 and a dilation, have their window and taps staged likewise, without `lead`. A warp
+// holds 32*THREAD_L neighbouring results and a thread every 32nd of them, so that a warp reads neighbouring words for any
+// dilation. At the end the results pass through shared memory, so that each thread stores neighbouring ones.
 //
 // Macros read: SLIDE_STRIDE, IS_SKIPPING, THREAD_L, DTYPE_BYTES, BLOCK_SIZE, MIN_BLOCKS, and those of common.cuh.
 
@@ -30,7 +30,7 @@ constexpr int kPhases = SLIDE_STRIDE > 0 ? SLIDE_STRIDE : 1;
 constexpr int kTaps = kPhases * kAccVec;  // of one step of a sliding thread
 constexpr int kParts = kStorageVec / kAccVec;  // vectors of accumulators from one vector of elements
 constexpr int kBatch = kParts == 2 ? 2 : 4;  // times 16 bytes that a thread loads before it stores the first
-// Up to these a sliding thread takes every step: finding those to leave out costs as much.
+// With so few steps a sliding thread skips none: finding those to skip would cost as much.
 constexpr int kFewSteps = 2;
 static_assert(kParts == 1 || kParts == 2, "a vector of elements becomes one or two vectors of accumulators");
 static_assert(sizeof(storage_t) == DTYPE_BYTES, "DTYPE_BYTES differs from gpuconv/families/depthwise.py");
@@ -38,8 +38,8 @@ static_assert(
     (SLIDE_STRIDE == 0 && !IS_SKIPPING) || (THREAD_L == 2 * kAccVec && THREAD_L % kStorageVec == 0),
     "a thread holds two vectors of accumulators: gpuconv/families/depthwise.py");
 
-// Blocks that a multiprocessor must be able to hold; one of sm_75 has 1024 threads. Where the input is activated, too, more
-// than four leave too few registers.
+// Blocks that a multiprocessor must be able to hold; on sm_75 it holds 1024 threads. If the input is activated, more than four
+// blocks would leave too few registers.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
 constexpr int kMinBlocks = MIN_BLOCKS * BLOCK_SIZE > 1024 ? 1024 / BLOCK_SIZE : MIN_BLOCKS;
 #elif defined(INPUT_ACTIVATION)
@@ -54,7 +54,7 @@ struct ThreadRow {
     int row_in_block;
     int place;         // of the thread within its row
     index_t n, c_out;
-    bool has_row;      // threads behind the last row have none
+    bool has_row;      // false for threads behind the last row
 };
 
 template <typename ParamsT>
@@ -85,7 +85,7 @@ __device__ __forceinline__ storage_t* output_row(storage_t* output, const Thread
     return output + at.n * p.output_stride_n + at.c_out * p.output_stride_c;
 }
 
-// The NaN fallback's sum at l of a thread's row, which is found again rather than held in registers. weight_row and
+// The NaN fallback's sum at l of a thread's row, which is determined again to save registers. weight_row and
 // sum_existing_terms are the kernel's own.
 template <typename ParamsT>
 __device__ __forceinline__ acc_t sum_again(
@@ -144,9 +144,8 @@ __device__ __forceinline__ int elements_ahead(const storage_t* x, index_t start)
     return kParts == 1 ? 0 : elements_past_boundary(x + start);
 }
 
-// Hands positions start .. start + kAccVec*vectors - 1 of a row x[0 .. L_in) to target.store, 16 bytes of elements in kParts
-// vectors at a time, the first of which begin `ahead` positions before `start`. x + start lies at a boundary of kAccVec
-// elements.
+// Passes positions start .. start + kAccVec*vectors - 1 of a row x[0 .. L_in) to target.store, 16 bytes of elements in kParts
+// vectors at a time; the first of them begins `ahead` positions before `start`. x + start is aligned to kAccVec elements.
 template <typename Target>
 __device__ __forceinline__ void stage_window(
     const storage_t* x, index_t L_in, const Loader& sample, index_t start, int ahead, int vectors, int place,

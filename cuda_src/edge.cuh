@@ -1,9 +1,9 @@
-// Which of a row's L samples a position means, inside the row and outside.
+// Which of a row's L samples a position inside or outside the row stands for.
 //
-// PADDING_MODE says what padding means, zeros unless the macro is given. With zeros a position outside [0, L) has no sample,
-// and sums leave out its terms; with the others it means another sample of the row. Only this file knows that. A kernel
-// asks for one position by source_index; it asks for many at once by is_inside, where it then reads whole spans, or by
-// existing_range, where it then visits only those that exist.
+// PADDING_MODE is the padding mode, zeros by default. With zeros, positions outside [0, L) have no sample, and sums leave out
+// their terms; with the other modes they stand for other samples of the row. Only this file implements the modes. Kernels
+// look up one position by source_index. For many positions they use is_inside before reading whole spans, or existing_range
+// to visit only positions that exist.
 
 #pragma once
 
@@ -13,8 +13,8 @@
 #define PADDING_MODE zeros
 #endif
 
-// The modes of padding: the index that a position outside of the row means. It is no index of the row where the padding is
-// longer than the mode allows, as it is for what kernels load beyond the problem: there no sample exists.
+// The padding modes: the index that a position outside the row stands for. For positions further outside than the mode allows,
+// which kernels may load beyond the problem, it is not an index of the row, and no sample exists.
 namespace padding {
 
 struct zeros {
@@ -48,7 +48,7 @@ struct circular {
 
 typedef padding::PADDING_MODE padding_mode;
 
-// Whether positions outside have no samples, so that neighbours which all lie outside may be filled with zeros at once.
+// Whether positions outside have no samples, so that vectors that are completely outside may be filled with zeros.
 constexpr bool kIsEmptyOutside = padding_mode::kIsEmpty;
 
 struct Source {
@@ -57,7 +57,7 @@ struct Source {
     index_t moved;  // index - position, for kernels that already have the address of the position
 };
 
-// What a position means. Where L is 0 no sample exists.
+// The sample that a position stands for. If L is 0, no sample exists.
 template <typename Mode = padding_mode>
 __device__ __forceinline__ Source source_index(index_t position, index_t L) {
     if (Mode::kIsEmpty || is_index(position, L)) return Source{is_index(position, L), position, 0};
@@ -65,7 +65,7 @@ __device__ __forceinline__ Source source_index(index_t position, index_t L) {
     return Source{is_index(index, L), index, index - position};
 }
 
-// Whether every position from first to last means the sample of the same index.
+// Whether all positions from first to last are inside the row.
 __device__ __forceinline__ bool is_inside(index_t first, index_t last, index_t L) { return first >= 0 && last < L; }
 
 // Whether this position or any below it has a sample.

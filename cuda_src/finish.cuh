@@ -2,9 +2,9 @@
 //
 //   output = round(activation(sum + bias + residual))
 //
-// Without a bias +0 is added, and the bias itself is added to +0 first. So a sum of zero comes out as +0, whatever signs of
-// zero came up on the way, and a family may add products with zeros in place of taps that do not exist without changing a
-// bit. (A negative sum too small for the output's dtype still rounds to -0.)
+// Without a bias +0 is added, and the bias itself is first added to +0. So a sum of zero becomes +0, whatever the signs of the
+// zeros in it, and families may add products with zeros for taps that do not exist without changing a bit. (A negative sum too
+// small for the output's dtype still rounds to -0.)
 //
 // Optional macros say what is fused (gpuconv/families/fused.py):
 //   ACTIVATION            a function of activation.cuh, with ACTIVATION_PARAMETER unless its parameters are arrays
@@ -67,7 +67,7 @@ constexpr bool kIsFused = false;
 #define FUSED_FIELDS ACTIVATION_FIELDS INPUT_ACTIVATION_FIELDS
 #define FUSED_VALUES RESIDUAL_VALUE ACTIVATION_VALUES
 
-// What finishes the results of one output channel.
+// What the results of one output channel need to be finished.
 struct Channel {
     acc_t bias;
 #ifdef ACTIVATION
@@ -78,7 +78,7 @@ struct Channel {
 #endif
 };
 
-// What finishes the results of all of them.
+// The same for all output channels.
 struct Epilogue {
     const result_t* bias;
     index_t bias_stride;
@@ -106,7 +106,7 @@ struct Epilogue {
         return bias == nullptr ? scalar::zero() : add(scalar::load(bias[c_out * bias_stride]), scalar::zero());
     }
     __device__ __forceinline__ Channel channel(index_t c_out) const { return channel(c_out, bias_of(c_out)); }
-    // Where the bias of the channel has been loaded before.
+    // The same with a bias that was loaded before.
     __device__ __forceinline__ Channel channel(index_t c_out, acc_t channel_bias) const {
         Channel found;
         found.bias = channel_bias;
@@ -146,8 +146,9 @@ __device__ __forceinline__ result_t finish(acc_t sum, const Channel& channel, co
     return scalar::round(activate(add_addends(sum, channel, place), channel));
 }
 
-// Threads with many sums finish them in two steps, so that one loop body serves all: first what is fused, by this function,
-// then the rounding. Where that loop is, the sums go round: each moves one place on, and the finished ones come in behind.
+// Threads with many sums finish them in two steps, so that one loop body is used for all: this function applies what is fused,
+// then round_finished rounds. In that loop the sums rotate through the registers: each moves by one place, and finished sums
+// enter at the end.
 __device__ __forceinline__ acc_t finish_unrounded(acc_t sum, const Channel& channel, const result_t* place) {
     return activate(add_addends(sum, channel, place), channel);
 }

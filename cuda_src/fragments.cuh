@@ -15,8 +15,8 @@ constexpr int kParts = IS_SPLIT ? 2 : 1;     // of an operand
 constexpr int kThreads = 32 * WARPS_M * WARPS_N;
 constexpr int kWarpM = BLOCK_M / WARPS_M, kWarpN = BLOCK_N / WARPS_N;
 constexpr int kTilesM = kWarpM / 16, kTilesN = kWarpN / 8;
-static_assert(sizeof(acc_t) == 4, "float32 accumulators: gpuconv/families/mma.py");
-static_assert(kWarpM % 16 == 0 && kWarpN % 16 == 0, "warps own whole fragments: gpuconv/families/mma.py");
+static_assert(sizeof(acc_t) == 4, "float32 accumulators: gpuconv/families/mma_tiles.py");
+static_assert(kWarpM % 16 == 0 && kWarpN % 16 == 0, "warps own whole fragments: gpuconv/families/mma_tiles.py");
 
 typedef acc_t Sums[kTilesM][kTilesN][4];
 
@@ -57,7 +57,7 @@ __device__ __forceinline__ void add_large_products(Sums& total, Sums& acc) {
     });
 }
 
-// Exchanges the first 16 rows of a warp's sums and the next.
+// Exchanges the first 16 rows of a warp's sums with the next 16.
 __device__ __forceinline__ void swap_first_tiles(Sums& acc) {
 #pragma unroll
     for (int j = 0; j < kTilesN; ++j) {
@@ -70,7 +70,7 @@ __device__ __forceinline__ void swap_first_tiles(Sums& acc) {
     }
 }
 
-// Puts the next rows of a warp's sums in place of the first, kCount fragments, so that one loop body serves all rows.
+// Moves a warp's sums up by kCount fragments of rows, so that one loop body is used for all rows.
 template <int kCount = 1>
 __device__ __forceinline__ void move_sums_up(Sums& acc) {
 #pragma unroll

@@ -1,5 +1,5 @@
-// What is done to a sample of the input when it is loaded: nothing, or, where INPUT_ACTIVATION is defined, that function of
-// activation.cuh, rounded to the dtype. activate.cu writes the same values to memory. See finish.cuh for the macros.
+// How a sample of the input is loaded: unchanged, or, if INPUT_ACTIVATION is defined, through that function of activation.cuh,
+// rounded to the dtype. activate.cu writes the same values to memory. See finish.cuh for the macros.
 
 #pragma once
 
@@ -13,7 +13,7 @@ constexpr bool kLoadsAsStored = false;
 constexpr bool kLoadsAsStored = true;
 #endif
 
-// Of one input channel. Positions outside of the input are zeros whatever the activation, so they do not pass here.
+// For one input channel. Positions outside the input are zeros whatever the activation, so they do not pass through it.
 struct Loader {
 #ifdef INPUT_ACTIVATION
     Parameters parameters;
@@ -38,7 +38,7 @@ struct Loader {
     }
 };
 
-// Of all of them.
+// For all input channels.
 struct InputActivation {
 #if defined(INPUT_ACTIVATION) && !defined(INPUT_ACTIVATION_PARAMETER)
     ChannelArrays arrays;

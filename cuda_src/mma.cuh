@@ -9,7 +9,7 @@
 // each position. Every tap reads that window at an address of its own, always aligned, whatever padding and dilation
 // are: so one binary serves all layers. The window consists of planes: row j of plane v holds position
 // (q0 + j)*column_step + first + shift + v*plane_step, so that neighbouring columns always read neighbouring rows, whatever the
-// stride, and ldmatrix meets no bank conflict; see Window in gpuconv/families/mma.py.
+// stride, and ldmatrix meets no bank conflict; see Window in gpuconv/families/mma_window.py.
 //
 // The reduction runs over chunks, in a chunk over pairs (tap, unit) with the unit inner, two pairs per mma (a k-step). The
 // packed weights (pack_mma_weight.cu) have that order; pairs that only fill up the last stage have zero weights. The
@@ -17,7 +17,7 @@
 //
 // IS_SPLIT = 1 is float32 by TF32 products: with x = x_hi + x_lo and w = w_hi + w_lo, each part a TF32 number, a product is
 // w_hi*x_hi + (w_hi*x_lo + w_lo*x_hi). The small products have sums of their own; the sum of the large ones is added to a
-// total in float32, rounded to nearest, after every stage of kStageTerms terms. gpuconv/families/mma.py derives why
+// total in float32, rounded to nearest, after every stage of kStageTerms terms. gpuconv/families/arithmetic.py derives why
 // that keeps the error bound, beside the rule that gives a layer this arithmetic.
 //
 // A long reduction is cut into segments of segment_chunks chunks, by a rule on the layer alone. Each is summed for itself and
@@ -33,12 +33,22 @@
 //
 // INPUT_WIDTH = 2 is for 16-bit input whose positions are contiguous in rows of even length that begin at multiples of 4
 // bytes. A thread then loads two positions of a channel at once, which begin at an even one: see Window in
-// gpuconv/families/mma.py.
+// gpuconv/families/mma_window.py.
 //
-// Macros read: BLOCK_M, BLOCK_N, WARPS_M, WARPS_N, NUM_STAGES, STAGE_STEPS, PREFETCH, INPUT_WIDTH, HAS_SAMPLES, IS_SPLIT,
-// SPLIT_TERMS, SEGMENT_MODE, PHASES_IN_ROWS, MULTIPLY_MATRICES, and those of common.cuh. Dynamic shared memory: NUM_STAGES
-// stages of weights, the windows of two chunks (of one, where there is one chunk), and tables, where SEGMENT_MODE is 1 behind
-// the totals; or the slices through which the results pass.
+// CHANNELS_LAST = 1 is for input whose channels are contiguous, in groups of whole units, each unit aligned to 16 bytes: a
+// unit of one position is then 16 bytes of memory. Four neighbouring threads take the units of a row, which are neighbours in
+// memory. Units of 16-bit elements go to shared memory by cp.async, those of 32 bits through registers, since they are rounded
+// or split.
+//
+// OUTPUT_LAST = 1 is for output of that kind, where rows are channels: it is stored in units.
+//
+// RAW_WEIGHT = 1 is for weights that no launch before has packed: see raw_weights.cuh.
+//
+// Macros read: BLOCK_M, BLOCK_N, WARPS_M, WARPS_N, NUM_STAGES, STAGE_STEPS, PREFETCH, INPUT_WIDTH, CHANNELS_LAST, OUTPUT_LAST
+// and RAW_WEIGHT (0 by default), HAS_SAMPLES, IS_SPLIT, SPLIT_TERMS, SEGMENT_MODE, PHASES_IN_ROWS, MULTIPLY_MATRICES, and
+// those of common.cuh. Dynamic shared memory: NUM_STAGES stages of weights (or those of raw_weights.cuh), the windows of two
+// chunks (of one, where there is one chunk), and tables, where SEGMENT_MODE is 1 behind the totals; or the slices through
+// which the results pass.
 
 #pragma once
 
@@ -51,26 +61,38 @@
 #include "samples.cuh"
 #include "staging.cuh"
 
+#ifndef CHANNELS_LAST
+#define CHANNELS_LAST 0
+#endif
+#ifndef OUTPUT_LAST
+#define OUTPUT_LAST 0
+#endif
+
 constexpr int kStagePairs = 2 * STAGE_STEPS;
 constexpr int kStageTerms = kStagePairs * kUnit;
 constexpr int kStageVectors = kStagePairs * kParts * BLOCK_M;           // of 16 bytes
 constexpr int kStageCopies = (kStageVectors + kThreads - 1) / kThreads;  // of a thread, if its warp takes part
 constexpr int kTaskUnits = PREFETCH / INPUT_WIDTH;                       // that a task of staging takes
+constexpr bool kCopiesUnits = CHANNELS_LAST && kUnit == 8;               // from memory to the window, as they are
 constexpr int kSliceTiles = kTilesM % 2 == 0 ? 2 : 1;  // of a warp that pass through shared memory at a time in the end
 constexpr int kSliceRows = 16 * kSliceTiles;
 constexpr int kSlicePitch = kWarpN + 8;  // keeps the lanes of a fragment on different banks; rows may begin up to 8 later
+// Elements by which the rows of each further unit of channels begin later, where OUTPUT_LAST: so lanes that read neighbouring
+// units of one position meet on different banks.
+constexpr int kSliceSkew = !OUTPUT_LAST ? 0 : kUnit == 8 ? 16 : 4;
 constexpr int kLaneVectors = kWarpN / kUnit > 8 ? 2 : 1;  // of a row, that one lane stores in the end
 __device__ constexpr int log2_of(int n) { return n < 2 ? 0 : 1 + log2_of(n / 2); }
 constexpr int kTotals = SEGMENT_MODE == 1 ? kTilesM * kTilesN * kThreads : 0;  // of 16 bytes: four sums of a thread
-constexpr int kWindowsBegin = (kTotals + NUM_STAGES * kStageVectors) * 16;     // in shared memory, in bytes
 constexpr index_t kMissing = index_t(1ull << (INDEX_BITS - 1));  // no offset: the smallest index_t
 
-static_assert((NUM_STAGES & (NUM_STAGES - 1)) == 0, "slots are masked: gpuconv/families/mma.py");
-static_assert(kStageVectors % (32 * kStageCopies) == 0, "warps copy equal shares: gpuconv/families/mma.py");
-static_assert(PREFETCH % INPUT_WIDTH == 0, "tasks are of whole units: gpuconv/families/mma.py");
+static_assert((NUM_STAGES & (NUM_STAGES - 1)) == 0, "slots are masked: gpuconv/families/mma_tiles.py");
+static_assert(kStageVectors % (32 * kStageCopies) == 0, "warps copy equal shares: gpuconv/families/mma_tiles.py");
+static_assert(PREFETCH % INPUT_WIDTH == 0, "tasks are of whole units: gpuconv/families/mma_tiles.py");
 static_assert(INPUT_WIDTH == 1 || (INPUT_WIDTH == 2 && kUnit == 8 && kIsEmptyOutside),
               "pairs lie inside or outside: gpuconv/families/mma.py");
-static_assert(IS_SPLIT == 0 || kStageTerms == SPLIT_TERMS, "SPLIT_TERMS differs from gpuconv/families/mma.py");
+static_assert(INPUT_WIDTH == 1 || !CHANNELS_LAST, "units are of one position: gpuconv/families/mma.py");
+static_assert(!OUTPUT_LAST || !PHASES_IN_ROWS, "rows are channels: gpuconv/families/mma.py");
+static_assert(IS_SPLIT == 0 || kStageTerms == SPLIT_TERMS, "SPLIT_TERMS differs from gpuconv/families/arithmetic.py");
 static_assert(!kHasLengths || (INPUT_WIDTH == 1 && !HAS_SAMPLES), "a block is of one sample: gpuconv/families/mma.py");
 
 // What the k-steps of a stage add to a lane's address in the window, in bytes.
@@ -90,16 +112,22 @@ struct alignas(INPUT_WIDTH * sizeof(index_t)) Task {
 #define TAPS_IN_UNITS 0
 #endif
 
+// Whether blocks read the layer's own weights and pack them.
+#ifndef RAW_WEIGHT
+#define RAW_WEIGHT 0
+#endif
+static_assert(!RAW_WEIGHT || !CHANNELS_LAST, "see gpuconv/families/mma.py");
+
 // One block's share. Offsets and strides are in elements.
 struct Tile {
     const storage_t* input;  // input[n0, first channel of the group, 0]
-    const StorageVector* weight;    // packed weights of the block's rows
+    const StorageVector* weight;    // packed, of the block's rows; or the group's own where RAW_WEIGHT is 1
     storage_t* output;       // output[n0, first channel of the group, 0]
     index_t group;
     index_t row_begin, rows;  // the block's first row, and the rows of the product
     index_t samples;          // from n0 on
     index_t position_begin, positions;
-    index_t C_in_g, L_in, L_out;
+    index_t C_in_g, L_in, L_out, K;
     index_t row_taps;                      // the taps of the block's rows: of those with the most, where rows differ
     index_t column_step, first, tap_step;  // l_in = q*column_step + first + tap*tap_step
     index_t output_step, output_first;     // l_out = q*output_step + output_first + Row::shift
@@ -128,6 +156,7 @@ __device__ __forceinline__ Tile tile_with_layout(const P& p) {
     tile.C_in_g = p.C_in_g;
     tile.L_in = p.L_in;
     tile.L_out = p.L_out;
+    tile.K = p.K;
     tile.input_stride_n = p.input_stride_n;
     tile.input_stride_c = p.input_stride_c;
     tile.input_stride_l = p.input_stride_l;
@@ -262,6 +291,12 @@ struct PackedWeights : EveryWeight {
     }
 };
 
+#if RAW_WEIGHT
+#include "raw_weights.cuh"
+#else
+typedef PackedWeights TileWeights;
+#endif
+
 // The results of a warp pass through shared memory, kSliceRows rows at a time, and are stored 16 bytes at a time where they
 // are neighbours in the output.
 
@@ -278,11 +313,13 @@ struct alignas(16) Piece {
     int vectors;
     int ends;  // head, and the rest behind the vectors in the upper half
 };
-static_assert(sizeof(SliceRow) + sizeof(Piece) <= 48, "SLICE_TABLE_BYTES differs from gpuconv/families/mma.py");
+static_assert(sizeof(SliceRow) + sizeof(Piece) <= 48, "SLICE_TABLE_BYTES differs from gpuconv/families/mma_tiles.py");
 struct Slice {
-    storage_t element[kSliceRows * kSlicePitch];
+    storage_t element[kSliceRows * kSlicePitch + (kSliceRows / kUnit - 1) * kSliceSkew];
     SliceRow row[kSliceRows];
+#if !OUTPUT_LAST
     Piece piece[kSliceRows];
+#endif
 };
 
 // Where the result of a row in a column of the block belongs in the output; null where there is no such result. It is asked
@@ -325,8 +362,8 @@ __device__ __forceinline__ MyRow my_row(
         mine.first = int(max_index(channel, 0));
         mine.count = int(min_index(channel + tile.output_step, kSliceRows)) - mine.first;
     }
-    mine.start = mine.first * kSlicePitch;
-    if (!HAS_SAMPLES) {
+    mine.start = mine.first * kSlicePitch + mine.first / kUnit * kSliceSkew;
+    if (!HAS_SAMPLES && !OUTPUT_LAST) {
         // As far behind a multiple of 16 bytes as in the output, but an even number of elements: lanes store two at once.
         const index_t l = (tile.position_begin + column_begin) * tile.output_step + tile.output_first;
         mine.start += (elements_before(tile.output, mine.info.output_offset + l) + 1) & ~1;
@@ -335,6 +372,73 @@ __device__ __forceinline__ MyRow my_row(
     return mine;
 }
 
+// The NaN fallback: results that finish_or_nan marked are summed again, by lanes that lie side by side in a row.
+template <typename RowOf>
+__device__ __forceinline__ void sum_marked_again(
+    const Tile& tile, const Window& window, const Epilogue& epilogue, const RowOf& row_of, Slice* slice, index_t row_begin,
+    index_t column_begin) {
+#pragma unroll 1
+    for (int e = threadIdx.x % 32; e < kSliceRows * kWarpN; e += 32) {
+        const int row = e / kWarpN;
+        const index_t column = column_begin + e % kWarpN;
+        const SliceRow at = slice->row[row];
+        storage_t* const value = slice->element + (at.place + e % kWarpN * at.step);
+        if (row_begin + row >= tile.rows || !is_nan(scalar::load(*value))) continue;
+        const index_t sample = HAS_SAMPLES ? column / window.block_positions : 0;
+        const index_t q = tile.position_begin + (column - sample * window.block_positions);
+        if (sample >= window.block_samples || sample >= tile.samples || q >= tile.positions) continue;
+        const Row info = row_of(tile, row_begin + row);
+        const acc_t sum = canonical_sum(
+            tile.input + sample * tile.input_stride_n, q * tile.column_step + tile.first, tile.tap_step, info.taps, tile,
+            TileWeights(tile, window, row_begin + row));
+        // The compiler must not make two loops of this one, with and without bias.
+        Epilogue kept = epilogue;
+        kept.bias = keep_in_register(kept.bias);
+        const storage_t* const place = kHasResidual ? place_of(tile, window, info, column) : nullptr;
+        *value = finish(sum, kept.channel(info.channel), place);
+    }
+    __syncwarp();
+}
+
+#if OUTPUT_LAST
+// Stores a slice in units of channels. A lane takes one unit of one position, its neighbours the next units.
+__device__ __forceinline__ void store_slice(
+    const Tile& tile, const Window& window, const MyRow&, const Slice* slice, index_t row_begin, index_t column_begin) {
+    constexpr int kUnits = kSliceRows / kUnit, kPositions = 32 / kUnits;  // of a pass
+    const int lane = threadIdx.x % 32;
+    // 16-bit elements are read as matrices of eight channels by eight positions, transposed: a lane has two of the channels of
+    // each matrix, so matrix m consists of the m-th two channels of four units, or of two units at twice the positions.
+    const int unit = kUnit == 8 ? lane % 4 % kUnits : lane % kUnits;
+    const int position = kUnit == 8 ? lane / 4 + lane % 4 / kUnits * 8 : lane / kUnits;
+    const int two = lane % 8 / 2;
+    const int row = kUnit == 8 ? two % kUnits * 8 + lane / 8 * 2 + lane % 2 : unit * kUnit;
+    const storage_t* from = slice->element + (row * kSlicePitch + row / kUnit * kSliceSkew +
+        (kUnit == 8 ? two / kUnits * 8 : position));
+    const bool exists = row_begin + unit * kUnit < tile.rows;
+    storage_t* const to = tile.output + (row_begin + unit * kUnit);
+#pragma unroll(HAS_SAMPLES ? 1 : 4)
+    for (int begin = 0; begin < kWarpN; begin += kPositions) {
+        Vector<unsigned> vector;
+        if (kUnit == 8) {
+            load_matrix_x4_transposed(vector.element, from + begin);
+        } else {
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                vector.element[e] = reinterpret_cast<const unsigned*>(from)[begin + e * kSlicePitch];
+            }
+        }
+        const index_t column = column_begin + begin + position;
+        const index_t sample = HAS_SAMPLES ? column / window.block_positions : 0;
+        const index_t q = tile.position_begin + (column - sample * window.block_positions);
+        const index_t l = q * tile.output_step + tile.output_first;
+        const bool is_stored = exists && sample < (HAS_SAMPLES ? min_index(window.block_samples, tile.samples) : 1) &&
+                               q < tile.positions && is_index(l, tile.L_out);
+        if (is_stored) {
+            *reinterpret_cast<Vector<unsigned>*>(to + (sample * tile.output_stride_n + l * tile.output_stride_l)) = vector;
+        }
+    }
+}
+#else
 // kUnit elements of a slice, from any byte on at which one begins.
 __device__ __forceinline__ Vector<unsigned> load_slice(const Slice* slice, int byte) {
     const unsigned* const words =
@@ -408,34 +512,6 @@ __device__ __forceinline__ void store_neighbours(
     }
 }
 
-// The NaN fallback: results that finish_or_nan marked are summed again, by lanes that lie side by side in a row.
-template <typename RowOf>
-__device__ __forceinline__ void sum_marked_again(
-    const Tile& tile, const Window& window, const Epilogue& epilogue, const RowOf& row_of, Slice* slice, index_t row_begin,
-    index_t column_begin) {
-#pragma unroll 1
-    for (int e = threadIdx.x % 32; e < kSliceRows * kWarpN; e += 32) {
-        const int row = e / kWarpN;
-        const index_t column = column_begin + e % kWarpN;
-        const SliceRow at = slice->row[row];
-        storage_t* const value = slice->element + (at.place + e % kWarpN * at.step);
-        if (row_begin + row >= tile.rows || !is_nan(scalar::load(*value))) continue;
-        const index_t sample = HAS_SAMPLES ? column / window.block_positions : 0;
-        const index_t q = tile.position_begin + (column - sample * window.block_positions);
-        if (sample >= window.block_samples || sample >= tile.samples || q >= tile.positions) continue;
-        const Row info = row_of(tile, row_begin + row);
-        const acc_t sum = canonical_sum(
-            tile.input + sample * tile.input_stride_n, q * tile.column_step + tile.first, tile.tap_step, info.taps, tile,
-            PackedWeights(tile, window, row_begin + row));
-        // The compiler must not make two loops of this one, with and without bias.
-        Epilogue kept = epilogue;
-        kept.bias = keep_in_register(kept.bias);
-        const storage_t* const place = kHasResidual ? place_of(tile, window, info, column) : nullptr;
-        *value = finish(sum, kept.channel(info.channel), place);
-    }
-    __syncwarp();
-}
-
 // Stores element by element, each lane in its row, what are no neighbours in the output.
 __device__ __forceinline__ void store_apart(
     const Tile& tile, const Window& window, const MyRow& mine, const Slice* slice, index_t column_begin) {
@@ -458,7 +534,7 @@ __device__ __forceinline__ void store_apart(
 }
 
 __device__ __forceinline__ void store_slice(
-    const Tile& tile, const Window& window, const MyRow& mine, Slice* slice, index_t column_begin) {
+    const Tile& tile, const Window& window, const MyRow& mine, Slice* slice, index_t, index_t column_begin) {
     // Of several samples pieces of less than two vectors are not worth the effort.
     const bool are_neighbours = tile.output_stride_l == 1 &&
         (!HAS_SAMPLES || window.block_positions * tile.output_step >= 2 * kUnit);
@@ -485,6 +561,7 @@ __device__ __forceinline__ void store_slice(
         begin += window.block_positions;
     }
 }
+#endif
 
 // Adds to the sums of a warp's first 16 rows what is fused, and applies it; see finish_unrounded. Sums that are not finite
 // become NaN, as finish_or_nan makes them.
@@ -577,7 +654,7 @@ __device__ __forceinline__ void store_tile(
         sum_again = NAN_FALLBACK && any_lane(sum_again);
         __syncwarp();
         if (sum_again) sum_marked_again(tile, window, epilogue, row_of, slice, row_begin, column_begin);
-        store_slice(tile, window, mine, slice, column_begin);
+        store_slice(tile, window, mine, slice, row_begin, column_begin);
         __syncwarp();
         move_sums_up<kSliceTiles>(acc);
     }
@@ -623,7 +700,12 @@ __device__ __forceinline__ void multiply_tile(
     // Shared memory: totals, stages of weights, windows, tables.
     AccVector* const my_totals = reinterpret_cast<AccVector*>(dynamic_shared_memory()) + threadIdx.x;
     StorageVector* const stages = reinterpret_cast<StorageVector*>(dynamic_shared_memory()) + kTotals;
-    Vector<unsigned>* const windows = reinterpret_cast<Vector<unsigned>*>(stages + NUM_STAGES * kStageVectors);
+#if RAW_WEIGHT
+    const index_t stage_vectors = RawWeights::shared_vectors(tile, window);
+#else
+    constexpr index_t stage_vectors = NUM_STAGES * kStageVectors;
+#endif
+    Vector<unsigned>* const windows = reinterpret_cast<Vector<unsigned>*>(stages + stage_vectors);
     const index_t window_vectors = kParts * part_rows, all_windows = (window.chunks > 1 ? 2 : 1) * window_vectors;
     int* const pair_offset = reinterpret_cast<int*>(windows + all_windows);      // of pairs, in a window, in bytes
     Task* const tasks = reinterpret_cast<Task*>(pair_offset + window.pairs);
@@ -678,7 +760,8 @@ __device__ __forceinline__ void multiply_tile(
     // Split products leave no registers to keep what can be computed again.
     const auto hold = [](int value) { return IS_SPLIT ? value : keep_in_register(value); };
     unsigned char* const shared = dynamic_shared_memory();
-    const int tasks_begin = hold(kWindowsBegin + int(all_windows) * 16 + int(window.pairs) * 4);
+    const int windows_begin = (kTotals + int(stage_vectors)) * 16;  // in shared memory, in bytes
+    const int tasks_begin = hold(windows_begin + int(all_windows) * 16 + int(window.pairs) * 4);
     const int unit_bytes = int(window.window_rows) * 16;
     // What staging must know of a chunk.
     struct Chunk {
@@ -687,6 +770,53 @@ __device__ __forceinline__ void multiply_tile(
         int window, window_end;  // in shared memory, in bytes
     };
 
+#if CHANNELS_LAST
+    // Four neighbouring threads, as many as a chunk has units at most, stage a row, and this one its unit of rows my_row,
+    // my_row + kRowStep and so on.
+    constexpr int kRowStep = kThreads / 4;
+    const int my_unit = threadIdx.x % 4, my_row = threadIdx.x / 4;
+    const Task* const my_tasks = reinterpret_cast<const Task*>(shared + tasks_begin) + my_row;
+    const int staged_rows = int(window.unit_tasks);
+    const auto offset_of = [&](int row, const Task* task) { return row < staged_rows ? task->offset : kMissing; };
+
+    const auto copy_window = [&](const Chunk& chunk) {
+        if (my_unit * kUnit >= chunk.channels) return;
+        const storage_t* const x = keep_in_register_global(chunk.input + my_unit * kUnit);
+        const Task* task = my_tasks;
+        StorageVector* to = reinterpret_cast<StorageVector*>(shared + (chunk.window + my_unit * unit_bytes)) + my_row;
+#pragma unroll 1
+        for (int row = my_row; row < staged_rows; row += 4 * kRowStep, task += 4 * kRowStep, to += 4 * kRowStep) {
+            index_t offset[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) offset[i] = offset_of(row + i * kRowStep, task + i * kRowStep);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                copy_async_if(to + i * kRowStep, reinterpret_cast<const StorageVector*>(x + offset[i]), offset[i] != kMissing);
+            }
+        }
+    };
+    // Loads PREFETCH rows, kRowStep apart, from `row` on, as zeros where no sample exists. The result is where the first of
+    // them begins in shared memory, in bytes; -1 where the chunk lacks the unit.
+    const auto load_rows = [&](Block<1> (&blocks)[PREFETCH], const Chunk& chunk, int row) {
+        if (my_unit * kUnit >= chunk.channels) return -1;
+        const storage_t* const x = keep_in_register_global(chunk.input + my_unit * kUnit);
+        const Task* const task = my_tasks + (row - my_row);
+#pragma unroll
+        for (int i = 0; i < PREFETCH; ++i) {
+            const index_t offset = offset_of(row + i * kRowStep, task + i * kRowStep);
+            blocks[i].clear();
+            if (offset != kMissing) blocks[i].load_unit(x + offset);
+        }
+        return chunk.window + row * 16 + my_unit * unit_bytes;
+    };
+    const auto store_rows = [&](const Block<1> (&blocks)[PREFETCH], int row, int to) {
+        Vector<unsigned>* const rows = reinterpret_cast<Vector<unsigned>*>(shared + to);
+#pragma unroll
+        for (int i = 0; i < PREFETCH; ++i) {
+            if (row + i * kRowStep < staged_rows) stage(blocks[i], rows + i * kRowStep, part_rows);
+        }
+    };
+#else
     // The window of a chunk is distributed over the threads: `task` counts the tasks of the first kTaskUnits units, then those
     // of the next. The result is where the task's first row begins in shared memory, in bytes; -1 where no sample exists.
     //
@@ -728,10 +858,15 @@ __device__ __forceinline__ void multiply_tile(
             }
         }
     };
+#endif
     const int chunk_stages = int(window.pairs / kStagePairs);
+#if RAW_WEIGHT
+    RawWeights weights(tile, window, chunk_begin, chunk_end, stages);
+#else
     WeightRing ring(
         tile.weight + chunk_begin * window.pairs * (kParts * BLOCK_M), stages, int(chunk_end - chunk_begin) * chunk_stages);
     int slot = NUM_STAGES - 1;  // read last
+#endif
     int stage = 0;              // read next
     int stages_end = 0;         // of the chunk
     __syncthreads();  // the tables
@@ -744,7 +879,7 @@ __device__ __forceinline__ void multiply_tile(
         const index_t column = warp % WARPS_N * kWarpN + j * 16 + lane / 16 * 8 + lane % 8;
         const index_t sample = HAS_SAMPLES ? column / window.block_positions : 0;
         // Samples lie at such distances that eight neighbouring columns are in different banks (Window.sample_rows in
-        // gpuconv/families/mma.py). Columns behind the last sample read a row of their own bank, too.
+        // gpuconv/families/mma_window.py). Columns behind the last sample read a row of their own bank, too.
         const index_t row = sample < window.block_samples
             ? sample * window.sample_rows + (column - sample * window.block_positions)
             : column % 8;
@@ -770,12 +905,71 @@ __device__ __forceinline__ void multiply_tile(
         Chunk next;
         next.input = input;
         next.channels = hold(int(min_index(tile.C_in_g - (chunk + 1) * window.units * kUnit, window.units * kUnit)));
-        next.window = hold(kWindowsBegin + int((chunk + 1) & 1) * int(window_vectors) * 16);
+        next.window = hold(windows_begin + int((chunk + 1) & 1) * int(window_vectors) * 16);
         next.window_end = hold(next.window + (next.channels + kUnit - 1) / kUnit * unit_bytes);
+#if CHANNELS_LAST
+        int rows_begin = keep_in_register(!kCopiesUnits && chunk + 1 < chunk_end ? 0 : staged_rows);
+#else
         const int groups = (next.channels + (kTaskUnits * kUnit - 1)) / (kTaskUnits * kUnit);
         int tasks_left = keep_in_register(chunk + 1 < chunk_end ? groups * int(window.unit_tasks) : 0);
+#endif
         const unsigned char* const x = keep_in_register_shared(my_window + int((chunk & 1) * window_vectors) * 16);
         const StepOffsets* pairs_of_stage = my_pairs;
+#if RAW_WEIGHT
+        weights.next(chunk >= chunk_begin, tile, window, stages);
+        const StorageVector* w = my_weight;  // this lane's rows of the stage that is read next
+#endif
+        const auto multiply_next = [&] {  // a stage that has arrived
+#if !RAW_WEIGHT
+            ring.load(slot, stage);
+            slot = keep_in_register(stage & (NUM_STAGES - 1));
+            const StorageVector* const w = my_weight + slot * kStageVectors;
+#endif
+            ++stage;
+            const StepOffsets pairs = *pairs_of_stage;
+            pairs_of_stage += 2;  // those of both halves
+            multiply_stage(
+                w, x, pairs, [&](int j) { return HAS_SAMPLES ? column_offset[j] : j * 256; }, int(part_rows), acc, low,
+                part);
+#if RAW_WEIGHT
+            w += kStageVectors;
+#endif
+        };
+#if CHANNELS_LAST
+        if (kCopiesUnits) {
+            // The next window is copied in one group with the weights of NUM_STAGES - 1 stages later. A chunk of as many
+            // stages has waited for that group when the next one begins; a shorter one has not.
+            if (chunk >= chunk_begin) {
+                if (chunk == chunk_begin || chunk_stages < NUM_STAGES - 1) {
+                    copy_async_wait();
+                } else {
+                    copy_async_wait_group<NUM_STAGES - 2>();
+                }
+                __syncthreads();
+            }
+            if (chunk + 1 < chunk_end) copy_window(next);
+#pragma unroll 1
+            while (stage < stages_end) {
+                multiply_next();
+                if (stage == stages_end) break;
+                copy_async_wait_group<NUM_STAGES - 2>();
+                __syncthreads();
+            }
+        }
+#pragma unroll 1
+        for (; !kCopiesUnits && (rows_begin < staged_rows || stage < stages_end); rows_begin += PREFETCH * kRowStep) {
+            Block<1> ahead[PREFETCH];
+            const int row = rows_begin + my_row, to = row < staged_rows ? load_rows(ahead, next, row) : -1;
+            const int round_end = int(min_index(stage + window.round_stages, stages_end));
+#pragma unroll 1
+            while (stage < round_end) {
+                copy_async_wait_group<NUM_STAGES - 2>();
+                __syncthreads();
+                multiply_next();
+            }
+            if (to >= 0) store_rows(ahead, row, to);
+        }
+#else
 #pragma unroll 1
         for (; tasks_left > 0 || stage < stages_end; tasks_left -= kThreads) {
             Block<INPUT_WIDTH> ahead[kTaskUnits];
@@ -784,20 +978,15 @@ __device__ __forceinline__ void multiply_tile(
             const int round_end = int(min_index(stage + window.round_stages, stages_end));
 #pragma unroll 1
             while (stage < round_end) {
+#if !RAW_WEIGHT
                 copy_async_wait_group<NUM_STAGES - 2>();
                 __syncthreads();
-                ring.load(slot, stage);
-                slot = keep_in_register(stage & (NUM_STAGES - 1));
-                ++stage;
-                const StorageVector* const w = my_weight + slot * kStageVectors;
-                const StepOffsets pairs = *pairs_of_stage;
-                pairs_of_stage += 2;  // those of both halves
-                multiply_stage(
-                    w, x, pairs, [&](int j) { return HAS_SAMPLES ? column_offset[j] : j * 256; }, int(part_rows), acc, low,
-                    part);
+#endif
+                multiply_next();
             }
             if (to >= 0) store_task(ahead, next, to);
         }
+#endif
         input += window.units * kUnit * tile.input_stride_c;
         stages_end += chunk_stages;
         if (SEGMENT_MODE == 1 && chunk >= chunk_begin && --segment_left == 0 && chunk + 1 < chunk_end) {

@@ -6,15 +6,14 @@
 // A unit holds neighbouring taps. Where the last of K / kUnit rounded up is not whole, it holds the last kUnit taps of all,
 // with zeros for those that the unit before it holds, too.
 //
-// float16 and bfloat16 as they are; float32 rounded to TF32, or as two parts (IS_SPLIT = 1): w_hi, and w_lo = w - w_hi. A
-// weight that split_tf32 refuses has a NaN in w_hi and itself in w_lo.
+// Elements, and the second part where IS_SPLIT is 1, as packed_weight.cuh says.
 //
 // Grid x: blocks of BLOCK_SIZE vectors of one part; where the grid is shorter, threads take several. A warp takes kWarpRows
 // rows of kWarpPairs pairs, so that it reads and writes neighbouring bytes. Grid y and z: 1. No shared memory.
 // Takes weights of any strides, in elements, with K >= kUnit.
 
 #include "common.cuh"
-#include "tf32.cuh"
+#include "packed_weight.cuh"
 
 struct Params {
     index_t num_vectors;  // groups * row_tiles * pairs * block_rows
@@ -26,7 +25,7 @@ static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/famil
 
 constexpr int kUnit = kStorageVec;
 constexpr int kParts = IS_SPLIT ? 2 : 1;
-constexpr int kWarpRows = 8, kWarpPairs = 4;  // block_rows and pairs are multiples of these: gpuconv/families/mma.py
+constexpr int kWarpRows = 8, kWarpPairs = 4;  // block_rows and pairs are multiples of these: gpuconv/families/mma_tiles.py
 
 extern "C" __global__ void __launch_bounds__(BLOCK_SIZE, 2) pack_im2col_weight(
     const storage_t* __restrict__ weight,  // [C_out, C_in_g, K]
@@ -52,18 +51,10 @@ extern "C" __global__ void __launch_bounds__(BLOCK_SIZE, 2) pack_im2col_weight(
         StorageVector large, small;
 #pragma unroll
         for (int e = 0; e < kUnit; ++e) {
-            const storage_t tap =
-                exists && first + e >= begin ? w[e * p.weight_stride_k] : scalar::storage_zero();
-            storage_t packed_tap = tap;
-            if (IS_SPLIT) {
-                float hi, lo;
-                split_tf32(float(tap), &hi, &lo);
-                packed_tap = storage_t(hi);
-                small.element[e] = hi == hi ? storage_t(lo) : tap;
-            } else if (sizeof(storage_t) == 4) {
-                packed_tap = storage_t(round_to_finite_tf32(float(tap)));
-            }
-            large.element[e] = packed_tap;
+            const PackedWeight tap = PackedWeight::of(
+                exists && first + e >= begin ? w[e * p.weight_stride_k] : scalar::storage_zero());
+            large.element[e] = tap.large;
+            if (IS_SPLIT) small.element[e] = tap.small;
         }
         to[0] = large;
         if (IS_SPLIT) to[p.block_rows] = small;

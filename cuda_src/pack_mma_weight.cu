@@ -4,8 +4,7 @@
 //   tap = pair / units for the kUnit channels c_in = (chunk*units + pair % units)*kUnit ...; zeros for rows, channels and taps
 //   that do not exist.
 //
-// float16 and bfloat16 as they are; float32 rounded to TF32, or as two parts (IS_SPLIT = 1): w_hi, and w_lo = w - w_hi. A
-// weight that split_tf32 refuses has a NaN in w_hi and itself in w_lo.
+// Elements, and the second part where IS_SPLIT is 1, as packed_weight.cuh says.
 //
 // Products, rows, taps and boxes by IS_TRANSPOSED and PHASES_IN_ROWS: see weight_source.cuh. A box has units of one chunk.
 //
@@ -14,7 +13,7 @@
 // Takes weights of any strides, in elements.
 
 #include "common.cuh"
-#include "tf32.cuh"
+#include "packed_weight.cuh"
 #include "weight_source.cuh"
 
 struct Params {
@@ -57,17 +56,10 @@ extern "C" __global__ void __launch_bounds__(BLOCK_SIZE, 2) pack_mma_weight(
             StorageVector first, second;
 #pragma unroll
             for (int e = 0; e < kUnit; ++e) {
-                const storage_t w = from.has(tap) ? shared[from.place(unit * kUnit + e, tap)] : scalar::storage_zero();
-                storage_t packed_w = w;
-                if (IS_SPLIT) {
-                    float hi, lo;
-                    split_tf32(float(w), &hi, &lo);
-                    packed_w = storage_t(hi);
-                    second.element[e] = hi == hi ? storage_t(lo) : w;
-                } else if (sizeof(storage_t) == 4) {
-                    packed_w = storage_t(round_to_finite_tf32(float(w)));
-                }
-                first.element[e] = packed_w;
+                const PackedWeight w = PackedWeight::of(
+                    from.has(tap) ? shared[from.place(unit * kUnit + e, tap)] : scalar::storage_zero());
+                first.element[e] = w.large;
+                if (IS_SPLIT) second.element[e] = w.small;
             }
             StorageVector* const to = packed + ((before + pair) * kParts * p.block_rows + (row - row_tile * p.block_rows));
             to[0] = first;

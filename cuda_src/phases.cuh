@@ -1,9 +1,9 @@
 // The phases of a transposed convolution: what conv_transpose1d_phases.cu and conv_transpose1d_mma.cu share.
 //
 // Write l_out + padding_left = q*stride + phase. The taps of a phase are k = k_first + j*tap_step, j = 0, 1, ..., and read
-// l_in = q + l_shift - j*position_step (conv_transpose1d_gather.cu says why).
+// l_in = q + l_shift - j*position_step (see one_result.cuh).
 //
-// With dilation 1, k_first = phase and l_shift = 0 for every phase, so that one product serves them all: its rows are
+// With dilation 1, k_first = phase and l_shift = 0 for every phase, so one product computes all of them: its rows are
 // (c_out, phase), phase inner (PHASES_IN_ROWS = 1; a row has ceil((K - phase)/stride) taps). Otherwise every phase is a
 // product of its own with rows c_out; a phase may have no tap at all.
 //
@@ -18,8 +18,8 @@ struct Phase {
     index_t taps, l_shift;
 };
 
-// A product's phase, or what all phases share where they are rows. Phases are indices of blocks: they, and what divides
-// them, have 32 bits.
+// The phase of a product, or what all phases share where they are rows. Phases are indices of blocks, so they and their
+// divisors fit in 32 bits.
 template <typename P>
 __device__ __forceinline__ Phase find_phase(unsigned phase, const P& p) {
     if (PHASES_IN_ROWS) return Phase{p.taps, 0};

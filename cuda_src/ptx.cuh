@@ -57,8 +57,8 @@ __device__ __forceinline__ unsigned short float_to_bfloat_bits_rn(float value) {
 #endif
 }
 
-// blockIdx.x as a value that the compiler cannot know to be the one read before: what is derived from it is computed
-// again instead of being kept in registers.
+// blockIdx.x, hidden from the compiler's knowledge that it was read before: values derived from it are computed again instead
+// of being kept in registers.
 __device__ __forceinline__ unsigned block_index_again() {
     unsigned index;
     asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(index));
@@ -138,6 +138,18 @@ __device__ __forceinline__ void copy_async_at(T* shared, const T* global) {
     shared[kShared] = global[kGlobal];
 #endif
 }
+// The same if `exists`, else nothing: without the branches that a condition around a copy becomes.
+template <typename T>
+__device__ __forceinline__ void copy_async_if(T* shared, const T* global, bool exists) {
+#if __CUDA_ARCH__ >= 800
+    const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+    asm volatile(
+        "{.reg .pred %%exists; setp.ne.u32 %%exists, %3, 0; @%%exists cp.async.ca.shared.global [%0], [%1], %2;}"
+        ::"r"(address), "l"(global), "n"(sizeof(T)), "r"(unsigned(exists)) : "memory");
+#else
+    if (exists) *shared = *global;
+#endif
+}
 __device__ __forceinline__ void copy_async_wait() {
 #if __CUDA_ARCH__ >= 800
     asm volatile("cp.async.wait_all;" ::: "memory");
@@ -174,12 +186,12 @@ __device__ __forceinline__ void copy_async_wait_group() {
 #endif
 }
 
-// Below, every lane of a warp calls together. g = lane/4 and t = lane%4.
+// All lanes of a warp must call the functions below together. g = lane/4 and t = lane%4.
 
 // Whether any lane's condition holds.
 __device__ __forceinline__ bool any_lane(bool condition) { return __any_sync(0xffffffffu, condition); }
 
-// What lies in global memory where it exists, else zeros.
+// The value in global memory if it exists, else zeros.
 template <typename T>
 __device__ __forceinline__ T load_or_zero(const T* global, bool exists) { return exists ? *global : T(); }
 

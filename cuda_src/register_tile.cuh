@@ -16,7 +16,7 @@ constexpr int kLanesM = 32 / kLanesN;
 constexpr int kWarpRows = kLanesM * THREAD_M;
 constexpr int kWarps = BLOCK_M / kWarpRows;
 constexpr int kThreads = 32 * kWarps;
-constexpr int kSliceRows = kLanesM * kAccVec;  // rows of a warp that pass through shared memory at a time in the end
+constexpr int kSliceRows = kLanesM * kAccVec;  // rows of a warp that pass through shared memory at a time at the end
 constexpr int kSlice = kSliceRows * BLOCK_N;
 
 static_assert(BLOCK_N % THREAD_N == 0 && kLanesN * kLanesM == 32, "a warp spans BLOCK_N: gpuconv/families/tiles.py");
@@ -107,7 +107,7 @@ __device__ __forceinline__ void store_rows(
                 mine[(i * BLOCK_N) / kAccVec + j * kLanesN] = vector;
             }
         }
-        // The next slice's rows take their place, so that one loop body serves all slices.
+        // The rows of the next slice move to their place, so that one loop body is used for all slices.
 #pragma unroll
         for (int i = 0; i + kAccVec < THREAD_M; ++i) {
 #pragma unroll

@@ -1,4 +1,4 @@
-// What a kernel knows of one row of its product of matrices: the output channel, and the phase where rows have one.
+// One row of a kernel's matrix product: its output channel, and its phase where rows have one.
 
 #pragma once
 

@@ -1,16 +1,16 @@
-// Samples with lengths of their own: how much of the rows of each sample exists.
+// Samples of different lengths: the lengths of each sample's rows.
 //
-// Without the macro LENGTHS that is L_in and L_out of Params for all. With it, a kernel has one argument more, the table that
-// write_samples.cu leaves, and reads there what holds for its sample. See gpuconv/families/lengths.py.
+// Without the macro LENGTHS these are L_in and L_out of Params for all samples. With it, a kernel has one more argument, the
+// table that write_samples.cu writes, and reads the lengths of its sample there. See gpuconv/families/lengths.py.
 //
-// A kernel has SAMPLES_ARGUMENT behind its arrays and passes on SAMPLES_VALUE, to functions with SAMPLES_PARAMETER.
+// A kernel has SAMPLES_ARGUMENT after its arrays, and passes SAMPLES_VALUE to functions with SAMPLES_PARAMETER.
 
 #pragma once
 
 #include "common.cuh"
 
-// A row of the table. In a gradient of weights the rows of fine are the input and those of coarse the output, in one of a bias
-// those of grad_output are the output.
+// A row of the table. In a weight gradient, L_in is the length of fine and L_out that of coarse; in a bias gradient, L_out is
+// the length of grad_output.
 struct SampleExtents {
     long long L_in, L_out, padding_left;
 };

@@ -1,13 +1,13 @@
-// What the gradients of weights and biases share: slices of the sum over positions. For weights also the sum itself, term
-// by term, and where sums are stored.
+// What the gradients of weights and biases share: slices of the sum over positions; for weights also the sum of a slice term by
+// term, and storing it.
 //
 // The sum over the samples n and the positions l of coarse is cut into slices, by a rule on the problem's shape alone
 // (gpuconv/families/slices.py). A slice is slice_positions neighbouring positions of one sample or slice_samples whole
 // samples. Each slice is summed in one order, n outer and l inner, by multiply_add_conjugate, and sum_slices.cu adds the
-// slices. So the bits depend on neither the kernel, nor its tiles, nor the GPU.
+// slices. So on CUDA cores the bits depend on neither the kernel, nor its tiles, nor the GPU.
 //
-// Of complex data it is always fine that is conjugated; where it has to be coarse, the conjugate of the result is stored,
-// which is the same to the bit.
+// With complex data, fine is always conjugated. If coarse must be conjugated instead, the conjugate of the result is stored,
+// which has the same bits.
 //
 // P stands for a kernel's Params; the fields read here have the same names in all of them.
 
@@ -57,14 +57,14 @@ __device__ __forceinline__ Complex<real_t> conjugate(Complex<real_t> value) {
     return Complex<real_t>{value.re, -value.im};
 }
 
-// The last step of every gradient: as in finish.cuh a zero comes out as +0.
+// The last step of every gradient: as in finish.cuh a zero becomes +0.
 __device__ __forceinline__ storage_t finish_gradient(acc_t sum, bool is_conjugated) {
     return scalar::round(add(is_conjugated ? conjugate(sum) : sum, scalar::zero()));
 }
 
 // The sum of one slice for tap k over the terms that exist: what weight_gradient_direct.cu computes, and the NaN fallback of
-// the others. coarse and fine begin with the channels r and c, sample 0, position 0. Unrolled kUnroll times, which only pays
-// where this is the rule.
+// the others. coarse and fine begin with the channels r and c, sample 0, position 0. Unrolling by kUnroll pays only where this
+// computes all results.
 template <int kUnroll = 1, typename P>
 __device__ __forceinline__ acc_t canonical_slice_sum(
     const storage_t* coarse, const storage_t* fine, index_t k, const Slice& s, const P& p SAMPLES_PARAMETER) {

@@ -1,10 +1,10 @@
-// The sums behind conv1d_tail and conv_transpose1d_tail: few results a column, windows that slide through registers.
+// The sums of conv1d_tail and conv_transpose1d_tail: few results a column; windows slide through registers.
 //
 // Column q of a sample has THREAD_C results, rows of weights over the same input: row, c_in and tap multiply
 // input[n, c_in, q + first + tap], or where IS_REVERSED = 1 input[n, c_in, q + first - tap]. A thread computes kVec
 // neighbouring columns, as many as 16 bytes of storage hold, and a block up to BLOCK_L of them. A thread takes the taps
-// kVec at a time: these meet two neighbouring vectors of input, of which the next taps use one again, so that each tap
-// block costs one load of input.
+// kVec at a time (a tap block). They multiply two neighbouring vectors of input; the next tap block uses one of these again, so
+// that each tap block needs one load of input.
 //
 // Rows of input pass through two buffers of shared memory, chunk_channels channels at a time, as they are stored, and
 // with them their weights, in the accumulator's type and in the order of use: [channel][tap block][THREAD_C][kVec], or
@@ -210,7 +210,7 @@ __device__ __forceinline__ void slide_sums(
                     for (int j = 0; j < kVec; ++j) x[j] = x[kVec + j];
                 }
             } else {
-                // Two blocks at a time: moving the vector that the next block needs again would cost too much here.
+                // Two blocks at a time, since moving the vector that the next block uses again would cost too much here.
 #pragma unroll 1
                 for (; taps > kVec; taps -= 2 * kVec) {
                     load_half(1);
@@ -236,7 +236,7 @@ __device__ __forceinline__ void slide_sums(
 #pragma unroll
             for (int j = 0; j < kVec; ++j) sum_again = sum_again || needs_canonical_sum(acc[i][j]);
         }
-        // The next rows take their place, so that one loop body stores all rows.
+        // The next rows move to their place, so that one loop body stores all rows.
 #pragma unroll
         for (int i = 0; i + kStoredRows < THREAD_C; ++i) {
 #pragma unroll

@@ -1,5 +1,5 @@
-// From channels in global memory, each a row of positions, to shared memory, where a unit of kUnit channels of one position
-// is a vector of 16 bytes: what mma.cuh and weight_gradient_mma.cu share.
+// Copies channels from global memory, where each is a row of positions, to shared memory, where kUnit channels of one position
+// (a unit) are a vector of 16 bytes: what mma.cuh and weight_gradient_mma.cu share.
 //
 // Macros read: IS_SPLIT, and those of fragments.cuh.
 
@@ -58,6 +58,12 @@ struct Block {
             run[e] = RunOf<kWidth>::type::load(from + (long long)channel_stride * (channel < last ? channel : last));
         }
     }
+    // All channels of one position of 32-bit elements, where they lie side by side from `from` on.
+    __device__ __forceinline__ void load_unit(const storage_t* from) {
+        const Vector<unsigned> x = *reinterpret_cast<const Vector<unsigned>*>(from);
+#pragma unroll
+        for (int e = 0; e < kUnit; ++e) run[e].word[0] = x.element[e % 4];
+    }
 
     __device__ __forceinline__ void clear() {
 #pragma unroll
@@ -93,8 +99,9 @@ __device__ __forceinline__ bool are_rounded_by_addition(const Vector<unsigned>& 
 
 // Whether each of four values is zero or at least 2^-102, and all are below 2^127: then split_tf32 only rounds and subtracts.
 __device__ __forceinline__ bool are_split_by_addition(const Vector<unsigned>& x) {
-    // The bits twice, so that the sign is gone; less those of 2^-102, so that zero comes behind all other numbers but those
-    // that are too small. The sum tells of the large ones, at no smaller cost than any other test.
+    // Doubling the bits removes the sign. After subtracting the bits of 2^-102, zero and the numbers that are too small wrap
+    // around to the largest values, and zero is the smallest of these. The sum finds numbers that are too large; no other
+    // test is cheaper.
     bool has_small = false;
     float sum = 0.0f;
 #pragma unroll
@@ -137,7 +144,7 @@ __device__ __forceinline__ void stage(const Block<kWidth>& block, Vector<unsigne
         }
         return;
     }
-    // By way of the rows, which an index may address.
+    // The values are converted in shared memory, which can be indexed in a loop.
 #pragma unroll
     for (int v = 0; v < kWidth; ++v) rows[v] = block.vector(v);
 #pragma unroll 1
@@ -151,8 +158,8 @@ __device__ __forceinline__ void stage(const Block<kWidth>& block, Vector<unsigne
     }
 }
 
-// In which order a lane stores the two rows of a pair, which are pair_rows apart. Where these are neighbours, eight
-// neighbouring lanes would meet on half of the banks: there four of them begin with the second row.
+// The order in which a lane stores the two rows of a pair, which are pair_rows apart. If they are neighbours, eight
+// neighbouring lanes would use only half of the banks, so four of them begin with the second row.
 struct PairOrder {
     int first, second;  // from the first row
     unsigned halves;    // of the words of each channel, for the row that is stored first

@@ -1,4 +1,4 @@
-// sum_slices: adds the sums of the slices of a gradient and rounds once.
+// sum_slices: adds the partial sums of a gradient's slices and rounds once.
 //
 //   result[i0, i1, i2] = sum over s < slices of partial[s, i0, i1, i2], or its conjugate
 //

@@ -5,15 +5,15 @@
 #include "ptx.cuh"
 
 // To nearest, ties away from zero; the 13 low bits of the result are zero. A value that rounds past the largest TF32
-// number becomes an infinity, infinities and subnormals are values like any other, and a NaN becomes quiet, so that it is
-// one for the tensor cores too, which ignore the low bits.
+// number becomes an infinity. Infinities and subnormals are treated like other values. A NaN becomes quiet, so that it is still
+// a NaN for the tensor cores, which ignore the low bits.
 __device__ __forceinline__ float round_to_tf32(float x) {
     const unsigned bits = float_as_uint(x);
     // In integers the carry of an all-ones fraction goes into the exponent, as it should.
     return uint_as_float(x == x ? (bits + 0x1000u) & 0xffffe000u : bits | 0x00400000u);
 }
 
-// The same, except that finite values stay finite: those past the largest TF32 number become it.
+// The same, except that finite values stay finite: those that would overflow become the largest TF32 number.
 __device__ __forceinline__ float round_to_finite_tf32(float x) {
     const unsigned bits = float_as_uint(x), last = 0x7f7fe000u;
     const bool rounds_up = (bits & 0x7fffffffu) > last && (bits & 0x7f800000u) != 0x7f800000u;

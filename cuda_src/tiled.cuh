@@ -1,4 +1,4 @@
-// The register-tiled matrix product behind conv1d_tiled and conv_transpose1d_phases.
+// The register-tiled matrix product of conv1d_tiled and conv_transpose1d_phases.
 //
 // Per group, both operations are a product of a weight matrix [rows, R] and an input matrix [R, columns] that is never
 // formed: R = (c_in, tap) with the tap inner, which is the canonical order of summation; a column is one position q of
@@ -7,12 +7,12 @@
 // shared memory: the next chunk is loaded while one is multiplied. The weights come packed (pack_weight.cu), in the
 // order in which blocks read them and with zeros behind the last row and term.
 //
-// Terms outside the input are multiplied as zeros; canonical_sum.cuh explains what follows from that. A thread that meets
-// a NaN sums all results of its columns again.
+// Terms outside the input are multiplied as zeros; canonical_sum.cuh explains what follows from that. A thread that gets a
+// NaN sums all results of its columns again.
 //
-// COLUMN_STEP > 0 says that a block's columns belong to one sample, that the input is contiguous along l, and that
-// column_step has this value, so that one address serves a thread's columns. COLUMN_STEP = 0 says nothing: columns run
-// through the samples, which fills blocks where samples are short.
+// COLUMN_STEP > 0: a block's columns belong to one sample, the input is contiguous along l, and column_step has this value, so
+// that a thread's columns share one address. COLUMN_STEP = 0: none of this need hold; columns run through the samples, which
+// fills blocks if samples are short.
 //
 // Macros read: COLUMN_STEP, TERM_LANES, UNROLL_R, SHARED_BYTES, and those of register_tile.cuh.
 
@@ -30,7 +30,7 @@ constexpr bool kOneSample = COLUMN_STEP > 0;
 constexpr int kLoadColumns = BLOCK_N / TERM_LANES;
 constexpr int kTermsAtOnce = kThreads / TERM_LANES;
 constexpr int kWeightVectors = BLOCK_M * BLOCK_R / kAccVec;  // of a chunk
-// A thread loads kMyVectors of them, kVectorStep apart: offsets that fit into an instruction.
+// A thread loads kMyVectors of them, kVectorStep apart, so that their offsets fit into an instruction.
 constexpr int kMyVectors = kWeightVectors < kThreads ? 1 : kWeightVectors / kThreads;
 constexpr int kVectorStep = kThreads < 64 ? kThreads : 64;
 constexpr int kColumns = BLOCK_N / 32;  // columns that a lane stores: lane, lane + 32, ...
@@ -55,12 +55,12 @@ struct Tile {
     index_t positions;              // columns of one sample
     index_t n_begin, q_begin;       // of the block's first column, where columns run through the samples
     index_t C_in_g, taps, L_in, L_out;
-    index_t row_taps;  // of taps, those that every row of the block has, where rows do not differ
+    index_t row_taps;  // of `taps`, those that each row has, if all rows have the same
     index_t column_step, first, tap_step;  // l_in = q*column_step + first + tap*tap_step
     index_t output_step, output_first;     // l_out = q*output_step + output_first + Row::shift
     index_t input_stride_n, input_stride_c, input_stride_l;
-    // How the tap and the input's offset move when r grows by kTermsAtOnce; input_carry more where the tap passes the
-    // last.
+    // How the tap and the input's offset advance when r grows by kTermsAtOnce; the offset by input_carry more where the tap
+    // passes the last one.
     index_t taps_advance, input_advance, input_carry;
     index_t output_stride_n, output_stride_l;
 
@@ -173,7 +173,7 @@ __device__ __forceinline__ void store_tile(
     }
 }
 
-// tile_of(block index) is the kernel's reading of its grid.
+// tile_of(block index) gives the tile of a block of the kernel's grid.
 template <typename TileOf, typename RowOf>
 __device__ __forceinline__ void multiply_tile(const TileOf& tile_of, const Epilogue& epilogue, const RowOf& row_of) {
     const Tile tile = tile_of(blockIdx.x);
@@ -201,7 +201,7 @@ __device__ __forceinline__ void multiply_tile(const TileOf& tile_of, const Epilo
 
     const index_t R = tile.C_in_g * tile.taps;
     const int first_vector = threadIdx.x / kVectorStep * kVectorStep * kMyVectors + threadIdx.x % kVectorStep;
-    // Behind the last term: from there the terms that rest count backwards.
+    // The end of the weights: the remaining terms are counted back from there.
     const AccVector* const weight_end = keep_in_register(
         reinterpret_cast<const AccVector*>(tile.weight + (R - first_term) * BLOCK_M) + first_vector);
     AccVector* weight_to = keep_in_register_shared(reinterpret_cast<AccVector*>(shared) + first_vector);
@@ -239,12 +239,11 @@ __device__ __forceinline__ void multiply_tile(const TileOf& tile_of, const Epilo
 
     acc_t acc[THREAD_M][THREAD_N];
     clear(acc);
-    // Each round loads a chunk into one buffer and multiplies the one before, in the other; the first only loads, the
-    // last only multiplies. A chunk is multiplied UNROLL_R terms at a time: what it has of them behind the last term is
-    // zeros.
+    // Each round loads a chunk into one buffer and multiplies the previous one in the other; the first round only loads, the
+    // last only multiplies. A chunk is multiplied UNROLL_R terms at a time; its terms behind the last one are zeros.
     const int chunk_m = BLOCK_R * BLOCK_M / kAccVec, chunk_n = BLOCK_R * BLOCK_N / kAccVec;
     int other = kBuffer / kAccVec;  // from the buffer that is loaded to the other
-    // These end a round behind the chunk.
+    // After a round these point behind the chunk.
     const AccVector* w = keep_in_register_shared(
         reinterpret_cast<const AccVector*>(shared + kBuffer + warp * kWarpRows) + lane_m + chunk_m);
     const AccVector* x =

@@ -1,5 +1,5 @@
-// weight_gradient_direct: gradient of the weights, one thread per result and slice. Takes every problem; chosen when no
-// faster family does, and the order of summation of those that follow.
+// weight_gradient_direct: gradient of the weights, one thread per result and slice. Takes every problem and is chosen if no
+// faster family takes it. It defines the order of summation of the families on CUDA cores.
 //
 //   grad_weight[r, c, k] = sum over n < N, l < L_coarse of coarse[n, r, l] * conj(fine[n, g*C_fine_g + c, l_fine]),
 //   g = r / C_coarse_g,   l_fine = l*stride - padding_left + k*dilation,   terms outside [0, L_fine) left out;
@@ -7,8 +7,8 @@
 //
 // Grid x: blocks of BLOCK_SIZE consecutive elements of (slice, r, c, k), k fastest; where the grid is shorter, threads take
 // several. Grid y and z: 1. No shared memory.
-// With several slices their sums go to partial and sum_slices.cu follows; with one partial is null.
-// Takes arrays of any strides, zero and negative ones too, in elements, and samples with lengths of their own (samples.cuh).
+// With several slices their sums are stored in `partial` and sum_slices.cu follows; with one slice `partial` is null.
+// Takes arrays of any strides, zero and negative ones too, in elements, and samples of different lengths (samples.cuh).
 
 #include "common.cuh"
 #include "slices.cuh"

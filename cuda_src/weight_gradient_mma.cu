@@ -14,6 +14,9 @@
 //
 // TAPS_IN_UNITS = 1 is for few channels of fine: an octet is then a channel's eight neighbouring taps, at positions `dilation`
 // apart, and what is said of taps and channels above holds for blocks of eight taps, 8*dilation apart, and for those eight.
+// TAP_WIDTH = 2 loads two of them at once: dilation is 1, and they begin aligned to two at even positions.
+//
+// FEW_ROWS = 1 is for fewer than kUnit channels of coarse in a group: the last one fills the unit.
 //
 // The reduction runs over samples, and in a sample over steps of 16 positions, of which those behind the last count as
 // zeros. So its order depends on the problem and the slices alone, and the bits on neither the tile nor the chunks.
@@ -29,8 +32,18 @@
 // COARSE_WIDTH and FINE_WIDTH > 1 need contiguous positions, as many as a multiple of the width, in rows that begin
 // aligned to that many; FINE_WIDTH > 1 also needs stride 1. Takes other arrays of any strides, in elements.
 // Samples with lengths of their own (samples.cuh) need widths of 1.
-// Needs float16, bfloat16 (sm_80) or float32 (sm_80). Chosen for at least 8 channels a group on the coarse side, and 8
-// channels or 8 taps on the fine side; see gpuconv/families/weight_gradient_mma.py.
+// COARSE_LAST and FINE_LAST = 1 (0 by default) are for arrays whose channels are contiguous, in groups of whole units, each unit
+// aligned to 16 bytes: a unit of one position is then 16 bytes of memory. Units of 16-bit elements go to shared memory by
+// cp.async, those of 32 bits through registers, since they are rounded or split.
+// Needs float16, bfloat16 (sm_80) or float32 (sm_80). Chosen for at least 8 channels or 8 taps on the fine side; see
+// gpuconv/families/weight_gradient_mma.py.
+
+#ifndef TAP_WIDTH
+#define TAP_WIDTH 1
+#endif
+#ifndef FEW_ROWS
+#define FEW_ROWS 0
+#endif
 
 #include "common.cuh"
 #include "edge.cuh"
@@ -58,6 +71,13 @@ struct Params {
 };
 static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/weight_gradient_mma.py");
 
+#ifndef COARSE_LAST
+#define COARSE_LAST 0
+#endif
+#ifndef FINE_LAST
+#define FINE_LAST 0
+#endif
+
 constexpr int kOctetUnits = 8 / kUnit;
 constexpr int kOctetChannels = TAPS_IN_UNITS ? 1 : 8, kOctetTaps = 8 / kOctetChannels;
 constexpr int kStepRows = 16;                  // positions of a step
@@ -68,20 +88,27 @@ constexpr int kUnitsM = BLOCK_M / kUnit;
 constexpr int kHalfM = CHUNK_ROWS + (kUnit == 8 ? 0 : 4);
 constexpr int kPitchM = kOctetUnits * kHalfM + 1;
 constexpr int kCoarsePart = BLOCK_M / 8 * kPitchM;  // vectors
-constexpr int kCoarseTasks = kUnitsM * CHUNK_ROWS / COARSE_WIDTH;
+// Units of coarse as Task::of counts them: whole eights where lanes take as many.
+constexpr int kTaskUnitsM =
+    (COARSE_WIDTH == 1 && !COARSE_LAST) || kUnitsM < 8 ? kUnitsM : (kUnitsM + 7) / 8 * 8;
+constexpr int kCoarseTasks = kTaskUnitsM * CHUNK_ROWS / COARSE_WIDTH;
 constexpr int kAheadCoarse = (kCoarseTasks + kThreads - 1) / kThreads * COARSE_WIDTH < AHEAD_COARSE
     ? (kCoarseTasks + kThreads - 1) / kThreads : AHEAD_COARSE / COARSE_WIDTH;
 constexpr int kAheadFine = AHEAD_FINE / FINE_WIDTH;
+constexpr bool kCopiesCoarse = COARSE_LAST && kUnit == 8, kCopiesFine = FINE_LAST && kUnit == 8;  // as they are
 constexpr int kOutPitch = BLOCK_N + 4;          // of the sums that are to be stored
 constexpr int kOutColumns = BLOCK_N / 32;       // that a lane stores of a row
 static_assert(CHUNK_ROWS % kStepRows == 0, "chunks are whole steps: gpuconv/families/weight_gradient_mma.py");
 static_assert(AHEAD_COARSE % COARSE_WIDTH == 0 && AHEAD_FINE % FINE_WIDTH == 0,
               "whole tasks are loaded ahead: gpuconv/families/weight_gradient_mma.py");
 static_assert(!TAPS_IN_UNITS || FINE_WIDTH == 1,
-              "taps are loaded one by one: gpuconv/families/weight_gradient_mma.py");
+              "windows of taps are loaded position by position: gpuconv/families/weight_gradient_mma.py");
+static_assert((!COARSE_LAST || COARSE_WIDTH == 1) && (!FINE_LAST || (FINE_WIDTH == 1 && !TAPS_IN_UNITS)),
+              "units are of one position and of channels: gpuconv/families/weight_gradient_mma.py");
+static_assert(!FEW_ROWS || !COARSE_LAST, "units of fewer rows are no whole ones: gpuconv/families/weight_gradient_mma.py");
 static_assert(kIsEmptyOutside || FINE_WIDTH == 1,
               "positions outside fine are loaded together: gpuconv/families/weight_gradient_mma.py");
-static_assert(kStepRows == SPLIT_TERMS, "SPLIT_TERMS differs from gpuconv/families/mma.py");
+static_assert(kStepRows == SPLIT_TERMS, "SPLIT_TERMS differs from gpuconv/families/arithmetic.py");
 
 // Where a row of the window lies, from the chunk's first sample and the position that its first l meets.
 struct Place {
@@ -115,21 +142,57 @@ __device__ __forceinline__ Tile find_tile(unsigned block, const Params& p) {
 __device__ __forceinline__ bool is_finite(float x) { return (float_as_uint(x) & 0x7f800000u) != 0x7f800000u; }
 
 // A thread's task in staging: `width` neighbouring positions of a unit. Neighbouring lanes take neighbouring positions of
-// one unit or, where those are several each, which would meet on the same banks, one of up to eight units each.
+// one unit or, where those are several each, which would meet on the same banks, one of up to eight units each; so they do
+// where units are neighbours in memory.
 struct Task {
     int unit, row;
 
-    __device__ __forceinline__ static Task of(int index, int units, int runs, int width) {
-        const int low = width == 1 ? 1 : units < 8 ? units : 8;
+    __device__ __forceinline__ static Task of(int index, int units, int runs, int width, bool is_last) {
+        const int low = width == 1 && !is_last ? 1 : units < 8 ? units : 8;
         const int rest = index / low, block = rest / runs;
         return Task{block * low + (index - rest * low), (rest - block * runs) * width};
     }
 };
 
+// A task where units are contiguous: its row of a buffer, -1 where the unit does not exist, and what it adds to the chunk's first
+// sample, position and element.
+struct alignas(16) UnitTask {
+    int row;
+    index_t n, l, offset;
+};
+static_assert(INDEX_BITS == 32 || !(COARSE_LAST || FINE_LAST), "UnitTask: gpuconv/families/weight_gradient_mma.py");
+
 // The channel of a unit's first element, of `channels`. The last unit ends with the last channel, so that it may begin with
 // some that the unit before has too, and all channels of every unit exist.
 __device__ __forceinline__ int first_of_unit(int unit, index_t channels) {
     return int(min_index(unit * kUnit, channels - kUnit));
+}
+__device__ __forceinline__ int first_row_of_unit(int unit, index_t rows) {
+    return FEW_ROWS ? 0 : first_of_unit(unit, rows);
+}
+
+// kUnit neighbours of a row, two at a time.
+template <int kWidth>
+__device__ __forceinline__ void load_neighbours(Block<kWidth>& block, const storage_t* from) {
+#pragma unroll
+    for (int e = 0; e < kUnit; e += 2) {
+        const Run<2> both = Run<2>::load(from + e);
+        block.run[e].word[0] = both.word[0];
+        // Of elements of 2 bytes the lower half of a word counts.
+        block.run[e + 1].word[0] = kUnit == 8 ? both.word[0] >> 16 : both.word[Run<2>::kWords - 1];
+    }
+}
+
+// Copies a unit of one position to its row of a buffer, or loads it to registers; as zeros where it does not exist.
+template <bool kCopies>
+__device__ __forceinline__ void stage_unit(Block<1>& block, Vector<unsigned>* row, const storage_t* from, bool exists) {
+    if (kCopies) {
+        copy_async_if(row, reinterpret_cast<const Vector<unsigned>*>(from), exists);
+        if (!exists) *row = Vector<unsigned>();
+    } else {
+        block.clear();
+        if (exists) block.load_unit(from);
+    }
 }
 
 // Loads the elements of fine that kUnit neighbouring taps meet, the first of them at a position; zeros where there are none.
@@ -137,7 +200,11 @@ template <int kWidth>
 __device__ __forceinline__ void load_taps(
     Block<kWidth>& block, const storage_t* x, index_t first, index_t L_fine, bool exists, const Params& p) {
     if (exists && is_inside(first, first + (kUnit - 1) * p.dilation, L_fine)) {
-        block.load(x + first * p.fine_stride_l, keep_in_register(p.dilation * p.fine_stride_l));
+        if (TAP_WIDTH == 2) {
+            load_neighbours(block, x + first);
+        } else {
+            block.load(x + first * p.fine_stride_l, keep_in_register(p.dilation * p.fine_stride_l));
+        }
         return;
     }
     block.clear();
@@ -191,13 +258,30 @@ __device__ __forceinline__ void multiply_slice(
 
     Vector<unsigned>* const coarse_buffers = reinterpret_cast<Vector<unsigned>*>(dynamic_shared_memory());
     Vector<unsigned>* const fine_buffers = coarse_buffers + 2 * kParts * kCoarsePart;
+#if FINE_LAST
+    UnitTask* const tasks = keep_in_register_shared(reinterpret_cast<UnitTask*>(fine_buffers + 2 * kParts * fine_part));
+#else
     Place* const places = keep_in_register_shared(reinterpret_cast<Place*>(fine_buffers + 2 * kParts * fine_part));
     Task* const tasks = keep_in_register_shared(reinterpret_cast<Task*>(places + p.window_rows));
+#endif
     const int fine_runs = int(p.window_rows) / FINE_WIDTH, fine_tasks = fine_runs * int(p.task_units);
     const int sample_window_rows = planes * plane_rows;
     // Planes begin at a multiple of FINE_WIDTH, so that their first rows may be ones that no tap needs.
     const index_t first = tile.tap_begin * p.tap_step - p.padding_left;
     const auto skew_of = [&](int plane) { return int(first + plane * p.tap_step) & (FINE_WIDTH - 1); };
+#if FINE_LAST
+#pragma unroll 1
+    for (int i = threadIdx.x; i < fine_tasks; i += kThreads) {
+        const Task task = Task::of(i, window_units, fine_runs, 1, true);
+        const int sample = task.row / sample_window_rows, in_sample = task.row - sample * sample_window_rows;
+        const int plane = in_sample / plane_rows;
+        const index_t of_sample = (in_sample - plane * plane_rows) * p.stride + first + plane * p.tap_step;
+        const int row = task.unit / kOctetUnits * window_pitch + task.unit % kOctetUnits * window_half + task.row;
+        tasks[i] = UnitTask{
+            task.unit * kUnit < tile.elements ? row : -1, sample, of_sample,
+            sample * p.fine_stride_n + of_sample * p.fine_stride_l + task.unit * kUnit};
+    }
+#else
 #pragma unroll 1
     for (int row = threadIdx.x; row < p.window_rows; row += kThreads) {
         const int sample = row / sample_window_rows, in_sample = row - sample * sample_window_rows;
@@ -208,8 +292,9 @@ __device__ __forceinline__ void multiply_slice(
 
 #pragma unroll 1
     for (int i = threadIdx.x; i < fine_tasks; i += kThreads) {
-        tasks[i] = Task::of(i, window_units, fine_runs, FINE_WIDTH);
+        tasks[i] = Task::of(i, window_units, fine_runs, FINE_WIDTH, TAPS_IN_UNITS);
     }
+#endif
 
     coarse += (tile.channel + tile.row_begin) * p.coarse_stride_c;
     fine += (tile.fine_channel + tile.octet_begin * kOctetChannels) * p.fine_stride_c;
@@ -218,30 +303,96 @@ __device__ __forceinline__ void multiply_slice(
 
     // Units that exist. The others are never written: they have a part in no result.
     const int coarse_units = (int(tile.rows) + kUnit - 1) / kUnit, fine_units = (int(tile.elements) + kUnit - 1) / kUnit;
+#if COARSE_LAST
+    const storage_t* coarse_chunk;  // the chunk's first element
     const auto coarse_task = [&](int i) {
-        return Task::of(i * kThreads + int(threadIdx.x), kUnitsM, CHUNK_ROWS / COARSE_WIDTH, COARSE_WIDTH);
+        const Task task = Task::of(i * kThreads + int(threadIdx.x), kUnitsM, CHUNK_ROWS, 1, true);
+        const int row = task.unit / kOctetUnits * kPitchM + task.unit % kOctetUnits * kHalfM + task.row;
+        const int n_of_chunk = task.row >> sample_shift, l_of_chunk = task.row - (n_of_chunk << sample_shift);
+        return UnitTask{
+            task.unit < coarse_units ? row : -1, n_of_chunk, l_of_chunk,
+            n_of_chunk * p.coarse_stride_n + l_of_chunk * p.coarse_stride_l + task.unit * kUnit};
     };
-    const auto fine_task = [&](int i) {
-        // Threads from the last on, as those of coarse may be few.
-        const int index = (i + 1) * kThreads - 1 - int(threadIdx.x);
-        return index < fine_tasks ? tasks[index] : Task{window_units, 0};
+    const auto is_coarse = [&](const UnitTask& task) { return task.row >= 0; };
+    const auto load_coarse = [&](Block<1>& block, int buffer, const UnitTask& task) {
+        bool exists = n + task.n < s.n_end && l + task.l < s.l_end;
+#ifdef LENGTHS
+        exists = exists && l + task.l < samples[n + task.n].L_out;
+#endif
+        stage_unit<kCopiesCoarse>(
+            block, coarse_buffers + (buffer * kParts * kCoarsePart + task.row), coarse_chunk + task.offset, exists);
     };
-    const auto load_coarse = [&](Block<COARSE_WIDTH>& block, const Task& task) {
+    const auto store_coarse = [&](int buffer, const Block<1>& block, const UnitTask& task) {
+        if (!kCopiesCoarse) stage(block, coarse_buffers + (buffer * kParts * kCoarsePart + task.row), kCoarsePart);
+    };
+#else
+    const auto coarse_task = [&](int i) {
+        return Task::of(i * kThreads + int(threadIdx.x), kUnitsM, CHUNK_ROWS / COARSE_WIDTH, COARSE_WIDTH, false);
+    };
+    const auto is_coarse = [&](const Task& task) { return task.unit < coarse_units; };
+    const auto load_coarse = [&](Block<COARSE_WIDTH>& block, int, const Task& task) {
         const int sample = task.row >> sample_shift;
-        const index_t l_coarse = l + (task.row - (sample << sample_shift)), c = first_of_unit(task.unit, tile.rows);
+        const index_t l_coarse = l + (task.row - (sample << sample_shift)), c = first_row_of_unit(task.unit, tile.rows);
         bool exists = n + sample < s.n_end && l_coarse < s.l_end;
 #ifdef LENGTHS
         exists = exists && l_coarse < samples[n + sample].L_out;
 #endif
         if (exists) {
-            block.load(
-                coarse + ((n + sample) * p.coarse_stride_n + l_coarse * p.coarse_stride_l + c * p.coarse_stride_c),
-                keep_in_register(p.coarse_stride_c));
+            const storage_t* const x =
+                coarse + ((n + sample) * p.coarse_stride_n + l_coarse * p.coarse_stride_l + c * p.coarse_stride_c);
+            const index_t channel_stride = keep_in_register(p.coarse_stride_c);
+            if (FEW_ROWS) {
+                block.load_up_to(int(tile.rows) - 1, x, channel_stride);
+            } else {
+                block.load(x, channel_stride);
+            }
         } else {
             block.clear();
         }
     };
-    const auto load_fine = [&](Block<FINE_WIDTH>& block, const Task& task) {
+    const auto store_coarse = [&](int buffer, const Block<COARSE_WIDTH>& block, const Task& task) {
+        stage(
+            block,
+            coarse_buffers + buffer * kParts * kCoarsePart + task.unit / kOctetUnits * kPitchM +
+                task.unit % kOctetUnits * kHalfM + task.row,
+            kCoarsePart);
+    };
+#endif
+#if FINE_LAST
+    const storage_t* fine_chunk;  // the element that the chunk's first l meets, before padding
+    index_t l_fine;
+    const auto fine_task = [&](int i) {
+        // Threads from the last on, as those of coarse may be few.
+        const int index = (i + 1) * kThreads - 1 - int(threadIdx.x);
+        return index < fine_tasks ? tasks[index] : UnitTask{-1, 0, 0, 0};
+    };
+    const auto is_fine = [&](const UnitTask& task) { return task.row >= 0; };
+    const auto load_fine = [&](Block<1>& block, int buffer, const UnitTask& task) {
+        const index_t of_sample = l_fine + task.l;
+        const bool sample_exists = n + task.n < s.n_end;
+        index_t position = of_sample, L_fine = p.L_fine;
+#ifdef LENGTHS
+        if (sample_exists) {
+            position += p.padding_left - index_t(samples[n + task.n].padding_left);
+            L_fine = index_t(samples[n + task.n].L_in);
+        }
+#endif
+        const Source source = source_index(position, L_fine);
+        stage_unit<kCopiesFine>(
+            block, fine_buffers + (buffer * kParts * fine_part + task.row),
+            fine_chunk + (task.offset + (source.index - of_sample) * p.fine_stride_l), sample_exists && source.exists);
+    };
+    const auto store_fine = [&](int buffer, const Block<1>& block, const UnitTask& task) {
+        if (!kCopiesFine) stage(block, fine_buffers + (buffer * kParts * fine_part + task.row), fine_part);
+    };
+#else
+    const auto fine_task = [&](int i) {
+        // Threads from the last on, as those of coarse may be few.
+        const int index = (i + 1) * kThreads - 1 - int(threadIdx.x);
+        return index < fine_tasks ? tasks[index] : Task{window_units, 0};
+    };
+    const auto is_fine = [&](const Task& task) { return task.unit < fine_units; };
+    const auto load_fine = [&](Block<FINE_WIDTH>& block, int, const Task& task) {
         const Place place = places[task.row];
         const bool sample_exists = n + place.n < s.n_end;
         index_t position = l * p.stride + place.l, L_fine = p.L_fine;
@@ -267,13 +418,6 @@ __device__ __forceinline__ void multiply_slice(
             block.clear();
         }
     };
-    const auto store_coarse = [&](int buffer, const Block<COARSE_WIDTH>& block, const Task& task) {
-        stage(
-            block,
-            coarse_buffers + buffer * kParts * kCoarsePart + task.unit / kOctetUnits * kPitchM +
-                task.unit % kOctetUnits * kHalfM + task.row,
-            kCoarsePart);
-    };
     const auto store_fine = [&](int buffer, const Block<FINE_WIDTH>& block, const Task& task) {
         stage(
             block,
@@ -281,6 +425,7 @@ __device__ __forceinline__ void multiply_slice(
                 task.unit % kOctetUnits * window_half + task.row,
             fine_part);
     };
+#endif
     __syncthreads();  // the tables
 
     // Where this lane reads its operands.
@@ -313,17 +458,24 @@ __device__ __forceinline__ void multiply_slice(
     for (;;) {
         // The next chunk is on its way while this one is multiplied.
         const bool has_next = n < s.n_end;
+#if COARSE_LAST
+        coarse_chunk = keep_in_register_global(coarse + (n * p.coarse_stride_n + l * p.coarse_stride_l));
+#endif
+#if FINE_LAST
+        l_fine = keep_in_register(l * p.stride);
+        fine_chunk = keep_in_register_global(fine + (n * p.fine_stride_n + l_fine * p.fine_stride_l));
+#endif
         Block<COARSE_WIDTH> ahead_coarse[kAheadCoarse];
         Block<FINE_WIDTH> ahead_fine[kAheadFine];
 #pragma unroll
         for (int i = 0; i < kAheadCoarse; ++i) {
-            const Task task = coarse_task(i);
-            if (has_next && task.unit < coarse_units) load_coarse(ahead_coarse[i], task);
+            const auto task = coarse_task(i);
+            if (has_next && is_coarse(task)) load_coarse(ahead_coarse[i], buffer ^ 1, task);
         }
 #pragma unroll
         for (int i = 0; i < kAheadFine; ++i) {
-            const Task task = fine_task(i);
-            if (has_next && task.unit < fine_units) load_fine(ahead_fine[i], task);
+            const auto task = fine_task(i);
+            if (has_next && is_fine(task)) load_fine(ahead_fine[i], buffer ^ 1, task);
         }
 
         const unsigned char* a =
@@ -370,26 +522,26 @@ __device__ __forceinline__ void multiply_slice(
         buffer ^= 1;
 #pragma unroll
         for (int i = 0; i < kAheadCoarse; ++i) {
-            const Task task = coarse_task(i);
-            if (task.unit < coarse_units) store_coarse(buffer, ahead_coarse[i], task);
+            const auto task = coarse_task(i);
+            if (is_coarse(task)) store_coarse(buffer, ahead_coarse[i], task);
         }
 #pragma unroll
         for (int i = 0; i < kAheadFine; ++i) {
-            const Task task = fine_task(i);
-            if (task.unit < fine_units) store_fine(buffer, ahead_fine[i], task);
+            const auto task = fine_task(i);
+            if (is_fine(task)) store_fine(buffer, ahead_fine[i], task);
         }
 #pragma unroll 1
         for (int i = kAheadCoarse; i * kThreads < kCoarseTasks; ++i) {
-            const Task task = coarse_task(i);
-            if (task.unit >= coarse_units) continue;
-            load_coarse(ahead_coarse[0], task);
+            const auto task = coarse_task(i);
+            if (!is_coarse(task)) continue;
+            load_coarse(ahead_coarse[0], buffer, task);
             store_coarse(buffer, ahead_coarse[0], task);
         }
 #pragma unroll 1
         for (int i = kAheadFine; i * kThreads < fine_tasks; ++i) {
-            const Task task = fine_task(i);
-            if (task.unit >= fine_units) continue;
-            load_fine(ahead_fine[0], task);
+            const auto task = fine_task(i);
+            if (!is_fine(task)) continue;
+            load_fine(ahead_fine[0], buffer, task);
             store_fine(buffer, ahead_fine[0], task);
         }
         const index_t positions =
@@ -400,6 +552,7 @@ __device__ __forceinline__ void multiply_slice(
             l = s.l_begin;
             n += p.chunk_samples;
         }
+        if (kCopiesCoarse || kCopiesFine) copy_async_wait();
         __syncthreads();
     }
     if (IS_SPLIT) for_each_sum([&](int i, int j, int e) { acc[i][j][e] = total[i][j][e] + low[i][j][e]; });
@@ -453,11 +606,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) weight_gradie
         }
         __syncthreads();
         bool sum_again = false;
-        // The row of a place among them, or -1 where that is a channel which another has.
+        // The row of a place among them, or -1 where that is a channel which another place has.
         const auto row_of = [&](int place) {
             const int in_tile = place / 16 * kWarpM + i * 16 + place % 16, unit = in_tile / kUnit;
-            const int row = first_of_unit(unit, tile.rows) + in_tile % kUnit;
-            return row < unit * kUnit ? -1 : row;
+            const int row = first_row_of_unit(unit, tile.rows) + in_tile % kUnit;
+            return row < unit * kUnit || (FEW_ROWS && row >= tile.rows) ? -1 : row;
         };
 #pragma unroll 1
         for (int row = warp; row < WARPS_M * 16; row += kThreads / 32) {

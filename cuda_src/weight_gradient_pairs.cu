@@ -1,5 +1,5 @@
-// weight_gradient_pairs: gradient of the weights of depthwise layers and of others with few channels on one side of a
-// group, which read much and multiply little.
+// weight_gradient_pairs: gradient of the weights of depthwise layers and of others with few channels on one side of a group,
+// which have few multiply-adds for the data that they read.
 //
 //   grad_weight[r, c, k] = sum over n < N, l < L_coarse of coarse[n, r, l] * conj(fine[n, g*C_fine_g + c, l_fine]),
 //   g = r / C_coarse_g,   l_fine = l*stride - padding_left + k*dilation,   terms outside [0, L_fine) left out;
@@ -11,15 +11,15 @@
 // the next is loaded while one is summed, eight threads along a row. Rows are an odd number of vectors (IS_SLIDING = 1) or of
 // 4-byte words (IS_SLIDING = 0) apart, so that the pairs of a warp read from different banks.
 //
-// IS_SLIDING = 1: stride and dilation 1. Of each row of fine a thread reads a vector for as many positions, and keeps those
-// that further positions use in registers. The window of fine begins `lead` positions early, where copies of fine_copy
-// elements are aligned; the taps then begin with as many that do not exist.
+// IS_SLIDING = 1: stride and dilation 1. For each vector of positions a thread reads one vector of fine, and keeps the vectors
+// that later positions use in registers. The window of fine begins `lead` positions early, where copies of fine_copy elements
+// are aligned; the first `lead` taps then do not exist.
 // IS_SLIDING = 0: any stride and dilation, one read for each position and tap.
 // Terms outside fine are multiplied as zeros; canonical_sum.cuh explains what follows from that.
 //
 // Grid x: blocks of pairs (fastest), then tiles of tap_threads*THREAD_K taps. Grid y and z: 1. Dynamic shared memory: a
-// Pair for each of them, then two buffers of block_pairs rows of coarse and as many of fine.
-// With several slices their sums go to partial and sum_slices.cu follows; with one partial is null.
+// Pair for each pair, then two buffers of block_pairs rows of coarse and as many of fine.
+// With several slices their sums are stored in `partial` and sum_slices.cu follows; with one slice `partial` is null.
 // Takes arrays of any strides, in elements. Chosen for at most 4 channels a group on one side.
 
 #include "common.cuh"
@@ -48,8 +48,8 @@ constexpr int kHeld = (THREAD_K + kVec - 2) / kVec + 1;  // vectors of fine that
 constexpr int kRowThreads = 8;                           // threads that load one row
 static_assert(THREAD_K % kVec == 0, "threads begin at whole vectors: gpuconv/families/weight_gradient_pairs.py");
 
-// Of one pair: where its first chunk begins in coarse, and the window of that in fine, as offsets; how many samples its
-// slice has, and its positions of each of them.
+// One pair: the offsets of its first chunk in coarse and of that chunk's window in fine; the number of samples of its slice,
+// and the slice's positions in each of them.
 struct Pair {
     index_t coarse, fine;
     index_t samples, l_begin, l_end;
@@ -123,7 +123,7 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS) weight_gra
             const storage_t* source = a + pair.coarse;
             index_t begin = l, L = p.L_coarse, stride = p.coarse_stride_l;
             int length = int(min_index(p.chunk, pair.l_end - l)), copy = int(p.coarse_copy);
-            // Both rows in one loop, which halves the code.
+            // One loop for both rows halves the code.
 #pragma unroll 1
             for (int side = 0; side < 2; ++side) {
                 const int copy_bytes = kIsEmptyOutside && stride == 1 ? copy * int(sizeof(storage_t)) : 0;
@@ -213,7 +213,7 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS) weight_gra
 #endif
     };
 
-    // The first round only loads. Chunk i of sample n precedes chunk i + 1, and the last of a sample the next sample.
+    // The first round only loads. Chunks follow each other, first those of one sample, then those of the next.
     const bool has_pair = in_block < block_rows;
     index_t next_sample = 0, next_chunk = 0, sample = -1, piece = 0;
     int buffer = 1;

@@ -11,9 +11,9 @@
 // the L1 cache.
 // Terms outside fine are multiplied as zeros; canonical_sum.cuh explains what follows from that.
 //
-// Grid x: blocks of BLOCK_M rows (fastest, so that blocks which read one window of fine run together), then of BLOCK_N
+// Grid x: blocks of BLOCK_M rows (fastest, so that blocks with the same window of fine run together), then of BLOCK_N
 // columns, then groups, then slices. Grid y and z: 1. Dynamic shared memory: SHARED_BYTES.
-// With several slices their sums go to partial and sum_slices.cu follows; with one partial is null.
+// With several slices their sums are stored in `partial` and sum_slices.cu follows; with one slice `partial` is null.
 // Takes arrays of any strides, in elements. Chosen for at least 4 rows and 4 columns a group.
 
 #include "common.cuh"
@@ -28,8 +28,8 @@ struct Params {
     index_t stride, padding_left, dilation;
     index_t slice_samples, slice_positions, slice_pieces;
     index_t is_conjugated;
-    // How a thread's position l and its addresses move on by kLoadPositions positions; carry more where l passes the last
-    // of a sample.
+    // How a thread's position l and its addresses advance by kLoadPositions positions; the addresses by `carry` more where l
+    // passes the end of a sample.
     index_t step_l, coarse_advance, coarse_carry, fine_advance, fine_carry;
     index_t coarse_stride_n, coarse_stride_c, coarse_stride_l;
     index_t fine_stride_n, fine_stride_c, fine_stride_l;
@@ -90,7 +90,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) weight_gradie
             const index_t row = min_index(tile.row_begin + load_row + i * kLoadRows, p.C_coarse_g - 1);
             row_offset[i] = row * p.coarse_stride_c;
         }
-        // Shared memory holds how far the tap of a column lies behind position l*stride - padding_left, since it is seldom
+        // The distance of a column's tap from position l*stride - padding_left. It is in shared memory, since it is seldom
         // needed.
         index_t* const smem_shift =
             reinterpret_cast<index_t*>(reinterpret_cast<acc_t*>(dynamic_shared_memory()) + kSums) + load_row;

@@ -3,13 +3,13 @@
 // IS_TRANSPOSED = 0: product = g, row = c_out of the group, tap = k: weight[g*C_out_g + row, c_in, k].
 // IS_TRANSPOSED = 1, PHASES_IN_ROWS = 1: product = g, row = c_out*stride + phase, k = phase + tap*stride.
 // IS_TRANSPOSED = 1, PHASES_IN_ROWS = 0: product = g*stride + phase, row = c_out, k = k_first + tap*tap_step with the k_first
-// of conv_transpose1d_gather.cu. In both, weight[g*C_in_g + c_in, c_out, k].
+// of one_result.cuh. In both, weight[g*C_in_g + c_in, c_out, k].
 //
 // A block takes a box: box_out channels c_out, with box_phases phases of each, by box_in channels c_in, by box_taps taps of
-// one product. Either box_out is 1 or the box has all phases, so that its rows are neighbours. Lanes read neighbours in
-// memory, 16 bytes at a time where is_wide says that they may, and leave them in shared memory in the same order:
-// [outer channel, inner channel, k], where the outer channel is the first axis of the weight, box_pitch elements apart, and the
-// inner one box_k. From there they are gathered in another order.
+// one product. Either box_out is 1 or the box has all phases, so that its rows are neighbours. Lanes read neighbouring
+// elements, 16 bytes at a time where is_wide allows it, and store them to shared memory in the same order: [outer channel,
+// inner channel, k], where the outer channel is the first axis of the weight. Outer channels are box_pitch elements apart,
+// inner ones box_k. From there they are gathered in another order.
 //
 // Macros read: BLOCK_SIZE, IS_TRANSPOSED, PHASES_IN_ROWS.
 
@@ -83,7 +83,7 @@ __device__ __forceinline__ void read_box(
         const int i = first + threadIdx.x % 32;
         const int channel = i / box_k, tap_and_phase = i - channel * box_k;
         const int tap = tap_and_phase / box.phases, phase = tap_and_phase - tap * box.phases;
-        // The last box of phases may have fewer than the others, so that `tap` passes its last tap.
+        // The last box of phases may have fewer phases than the others, so `tap` may pass its last tap.
         const bool has_tap = has_taps && tap < p.box_taps;
         const index_t k = has_tap ? k_first + box.phase + phase + (box.tap + tap) * k_step : 0;
         const bool is_inner = has_tap && i < inner * box_k && k < p.K && first_inner + channel < inner_end;

@@ -1,27 +1,26 @@
-// The window of a stream, which the kernel that reads it also moves (gpuconv/families/windows.py).
+// The window of a stream, which is moved by the kernel that reads it (gpuconv/families/windows.py).
 //
-// Where MOVES_WINDOW is defined, the input of a kernel is the last samples of a stream's slots: those that it holds, and
-// behind them the new ones, which come in an array of their own. A row is a ring of period = held + length places, kept
-// twice:
+// If MOVES_WINDOW is defined, the input of a kernel is the last samples of a stream's slots: those that the stream holds,
+// followed by the new ones, which are in their own array. A row is a ring of period = held + length places, stored twice:
 //
 //   window[n, c, i] = window[n, c, i + period]    for i < period
 //
-// so that the samples are contiguous wherever the oldest of them lies, and a kernel reads them as it reads any input.
-// For each block `window_starts` has the place at which its next window begins. Every block has its own, so that none
-// waits for another, and they are in memory, so that each launch of a CUDA graph goes on where the last one stopped.
+// so that the samples are contiguous wherever the oldest of them is, and a kernel reads them like any input. `window_starts`
+// has the place at which the next window begins, for each block separately, so that no block waits for another. It is in
+// memory, so that each launch of a CUDA graph continues where the last one stopped.
 //
 // Each block writes the new samples before it reads them. All blocks write the same bits to the same places, and no
 // block of the launch reads an older sample there, since a ring has as many places as a window has samples. The first
 // block writes the second copy, for later launches.
 //
-// It saves a launch, some 2 us. It costs a load of the start, then that of the samples, which hide behind nothing: some
-// 0.5 us; and for each new sample of a thread 56 instructions, most of them for two divisions, so that eight for each
-// thread of a block (families/windows.py) take as long again. For a step of a dense layer of 512 channels and 7 taps, whose
-// 16-bit weights are 3.7 MB, 0.9 us of an H200's memory, the cost model expects 14 us of conv1d_mma on 16 blocks and 12 us of
-// the canonical order, 3584 multiply-adds one after the other. So the kernel is as long as several launches, and which it is
-// follows from the bits of one call.
+// This saves a launch, about 2 us. It costs about 0.5 us for loading the start and then the samples, which nothing hides, and
+// 56 instructions for each new sample of a thread, most of them for two divisions; eight samples for each thread of a block
+// (families/windows.py) take about another 0.5 us. For a step of a dense layer of 512 channels and 7 taps, whose 16-bit weights
+// are 3.7 MB (0.9 us at an H200's bandwidth), the cost model expects 14 us with conv1d_mma on 16 blocks and 12 us in the
+// canonical order, 3584 dependent multiply-adds. So the kernel takes as long as several launches; its family must be that of
+// one call, to give the same bits.
 //
-// The input is no pointer to constants here, for which the hardware has loads that may miss what the block has written.
+// The input is not declared const and __restrict__ here: the read-only loads that this allows may miss what the block wrote.
 //
 // A kernel has INPUT_ARGUMENT for its input, WINDOW_ARGUMENTS before its Params and WINDOW_FIELDS at the end of them. All
 // threads of a block reach MOVE_WINDOW before any reads the input.

@@ -1,5 +1,5 @@
-// write_samples: the table of samples.cuh, from the parameters of the launch: so no copy from the host is waited for, and a
-// CUDA graph holds the values.
+// write_samples: writes the table of samples.cuh from the parameters of the launch, so that no copy from the host is needed,
+// and a CUDA graph contains the values.
 //
 //   samples[first + i] = values[i]    for i < count, three values a sample
 //

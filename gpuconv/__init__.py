@@ -7,15 +7,15 @@
     array([[[1., 3., 5., 5.]]])
 
 `conv1d` and `conv_transpose1d` are the two operations, with the order of arguments of torch.nn.functional.
-`gpuconv.nn` has layers, `gpuconv.grad` the gradients, `gpuconv.stream` signals that arrive piece by piece,
-`gpuconv.chunked` arrays larger than memory, `gpuconv.signal` the finite filters of scipy.signal, `gpuconv.sigpy` those
-of sigpy, `gpuconv.torch` both operations for PyTorch's tensors, `gpuconv.reference` definitions and error bounds,
-`gpuconv.testing` assertions within them.
+`gpuconv.nn` has layers, `gpuconv.grad` the gradients, `gpuconv.stream` both operations on signals that arrive in
+pieces, `gpuconv.chunked` on arrays larger than memory, `gpuconv.torch` on PyTorch's tensors, `gpuconv.signal` the
+finite filters of scipy.signal, `gpuconv.sigpy` the convolutions of sigpy, `gpuconv.reference` definitions and error
+bounds, `gpuconv.testing` assertions that use these bounds.
 
 ## Shapes
 
-"Convolution" is cross-correlation: the kernel is not flipped, as in every deep-learning framework. Without the axis N a
-call is on one sample.
+"Convolution" is cross-correlation: the kernel is not flipped, as in every deep-learning framework. The axis N may be
+absent; the call then computes one sample.
 
 |        | conv1d | conv_transpose1d |
 | ------ | ------ | ---------------- |
@@ -27,7 +27,7 @@ call is on one sample.
     conv1d            L_out = floor((L_in + left + right - dilation*(K - 1) - 1) / stride) + 1
     conv_transpose1d  L_out = (L_in - 1)*stride - left - right + dilation*(K - 1) + output_padding + 1
 
-`padding="same"` gives L_out = ceil(L_in/stride), transposed L_in*stride; an odd total puts the odd one on the right.
+`padding="same"` gives L_out = ceil(L_in/stride), transposed L_in*stride; of an odd total, the right side gets one more.
 With N = 0, C_out = 0 or C_in = 0 the result has the right shape; an empty sum is the bias, or zero.
 
 ## Arrays
@@ -35,24 +35,23 @@ With N = 0, C_out = 0 or C_in = 0 the result has the right shape; an empty sum i
 - **dtypes**: float16, bfloat16 (ml_dtypes; on a GPU with NumPy 2.1.2 or newer), float32, float64, complex64,
   complex128; all arrays share one. float16 and bfloat16 are summed in float32 and rounded once. Complex data take real
   taps, too (float32 with complex64, float64 with complex128), as two real convolutions on the parts in place. int8,
-  uint8, int16, int32 and int64 are summed exactly, in int64 or by `out_dtype="int32"` in int32, which wrap around as
-  NumPy's do; on a GPU by the base families alone.
+  uint8, int16, int32 and int64 are summed in int64, or with `out_dtype="int32"` in int32; sums are exact, but wrap
+  around as NumPy's do. On a GPU only the base families compute integers.
 - **strides**: any (transposed, reversed, broadcast, sliced), read in place; read-only and, on NumPy, any byte order.
   Elements that do not lie at multiples of their size, as in `f[1:].view(complex64)`, are copied on a GPU.
-- **other libraries**: what exports DLPack or `__cuda_array_interface__` (PyTorch, JAX, Numba, ...) is taken as input,
-  weight, bias or `out`, and read and written where it lies, never by a copy; the result is NumPy's or CuPy's. On a GPU
-  CuPy's current stream waits for the exporter's; whoever then changes or frees such an array on another stream lets
-  that one wait for CuPy's. Tensors that require a gradient belong to `gpuconv.torch`. Lists become arrays by an
-  explicit `np.asarray`.
+- **other libraries**: arrays that export DLPack or `__cuda_array_interface__` (PyTorch, JAX, Numba, ...) are accepted
+  as input, weight, bias or `out`, and are never copied; the result is a NumPy or CuPy array. On a GPU, CuPy's current
+  stream waits for the exporter's stream. Before such an array is changed or freed on another stream, that stream must
+  wait for CuPy's. For tensors that require a gradient use `gpuconv.torch`; convert lists with `np.asarray`.
 - **streams and CUDA graphs**: work is queued on CuPy's current stream. Calls can be captured into a CUDA graph after
-  one call outside, which compiles the kernels; what a captured call allocates for itself belongs to the graph and goes
-  with it (the GPU and its driver must have the stream-ordered allocator, as all but some virtual GPUs do).
-- **lengths**: a GPU takes a batch of samples with lengths of their own at once. Kernels on tensor cores keep to the
-  lengths and skip what lies behind them, the others compute whole rows, and a second step the ends (weight gradients
-  run on tensor cores or in the base family). Only where "same" meets a stride, and on the CPU, each run of neighbours
-  of one length is a call on views, so sorted batches have fewer of them. A CUDA graph keeps the lengths that it was
-  captured with.
-- **errors** name the argument, what was expected and what came, alike for NumPy and CuPy arrays.
+  one call outside, which compiles the kernels; memory that a captured call allocates belongs to the graph and is freed
+  with it (this needs CUDA's stream-ordered allocator, which only some virtual GPUs lack).
+- **lengths**: a GPU computes a batch whose samples have different lengths in one call. Kernels on tensor cores skip
+  what lies beyond a sample's length. Other kernels compute whole rows, and a second step corrects the ends of the
+  samples; weight gradients use tensor cores or the base family. On the CPU, and for "same" with a stride, each run of
+  neighbouring samples of one length is computed by a call of its own on views, so a sorted batch needs fewer calls. A
+  CUDA graph keeps the lengths with which it was captured.
+- **errors** name the argument, what was expected and what was given, and are the same for NumPy and CuPy arrays.
 
 ## Arithmetic
 
@@ -69,20 +68,21 @@ Which arithmetic a layer gets on a GPU follows from its channels, taps and dtype
 For the transposed operation with dilation 1 the second number counts C_out/groups times stride, with C_out/groups
 above 4, or C_out/groups times K from 64. Weight gradients follow the same rules; theirs are sums over samples and
 positions, and the second number is that of the input channels of a transposed operation. Where the first is fewer than
-8 they need K from 8, and in float32 at least 32 products of it and K. Very short samples stay on CUDA cores where
-tensor cores could miss the bound. Everything else, and float64 and complex data, runs on CUDA cores.
+8 they need K from 8, and in float32 at least 32 products of it and K; where it is 8 or more, 5 of the second are enough
+except in float32. Very short samples stay on CUDA cores where tensor cores could miss the bound. Everything else, and
+float64 and complex data, runs on CUDA cores.
 
 `gpuconv.reference` gives each result an error bound. For float16, bfloat16 and TF32, which tensor cores may sum, it
-has `4n/3 + 2` in place of `n + 2`, and TF32 adds what rounding its operands costs. Split TF32 keeps the bound of
-float32; values that cannot be split without loss (infinities, NaN, below 2^-102, from 2^127 on) and sums that are not
-finite are computed with fused multiply-adds instead, for each result by itself. An activation multiplies the bound by
+has `4n/3 + 2` in place of `n + 2`, and TF32 adds the error of rounding its operands. Split TF32 keeps the bound of
+float32: results that depend on values that cannot be split without loss (infinities, NaN, below 2^-102, from 2^127 on),
+and those that are not finite, are computed with fused multiply-adds instead. An activation multiplies the bound by
 its largest slope and adds its own error, at most 4 units in the last place (gelu: and one of its argument).
 
 In a checkout `python -m bench.accuracy` compares all of them with float64. By the published arithmetic of Hopper's
 tensor cores, executed on the CPU (no GPU has confirmed it yet), the RMS error of split TF32 is 1.4 to 11 times smaller
 than that of sequential fused multiply-adds in float32, on normal, cancelling and one-sided data; that of TF32 is 9 to
-2,100 times larger; float16 and bfloat16 results are the exact sums rounded once, but for errors of a few 2^-24 of the
-terms.
+2,100 times larger; float16 and bfloat16 results are the exact sums rounded once, apart from errors of a few 2^-24 of
+the terms.
 """
 
 import importlib
@@ -132,10 +132,10 @@ _LAZY_FUNCTIONS = {
 
 
 class _Package(ModuleType):
-    """The class of this module. It keeps `gpuconv.verify`, and all that have the names of their modules, functions."""
+    """The class of this module: `gpuconv.verify`, `compile` and `explain` stay functions, not their modules."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # Python sets the attribute to the module whenever somebody imports gpuconv.verify, for example.
+        # After `import gpuconv.verify`, for example, Python sets the attribute `verify` to the module.
         if name in _LAZY_FUNCTIONS and isinstance(value, ModuleType):
             value = getattr(value, name)
         super().__setattr__(name, value)
@@ -143,7 +143,7 @@ class _Package(ModuleType):
 
 sys.modules[__name__].__class__ = _Package
 
-if not TYPE_CHECKING:  # a type checker that saw this function would accept every name
+if not TYPE_CHECKING:  # a type checker would accept every attribute because of this function
 
     def __getattr__(name: str) -> Any:
         if name not in (*_LAZY_MODULES, *_LAZY_FUNCTIONS):

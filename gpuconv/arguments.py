@@ -1,6 +1,6 @@
-"""The checks of arguments: shapes, dtypes and settings, and what the messages of their errors say.
+"""Checks of arguments (shapes, dtypes and settings) and their error messages.
 
-Only `.shape` and `.dtype` of arrays are read, so NumPy and CuPy arrays are accepted and refused alike.
+They read only `.shape` and `.dtype` of arrays, so NumPy and CuPy arrays are accepted and refused alike.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class ArraySpec(NamedTuple):
 
 
 class Arrays(NamedTuple):
-    """What the checks of ranks and dtypes find out about the arrays."""
+    """The extents and the dtype of the input, once the ranks and dtypes of all arrays have been checked."""
 
     N: int
     C_in: int
@@ -79,7 +79,7 @@ class Arrays(NamedTuple):
                 continue
             names[name] = check_dtype(op, name, array, integers=True)
         if {names["input"], names["weight"]} <= set(INTEGERS):
-            names.pop("bias", None)  # which has the dtype of the output
+            names.pop("bias", None)  # the bias has the dtype of the output
         if len(set(names.values())) > 1:
             got = ", ".join(f"{name} {dtype}" for name, dtype in names.items())
             raise TypeError(f"{op}: {_listing(tuple(names), quote=False)} must share one dtype, got {got}")
@@ -91,7 +91,7 @@ class Arrays(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """The settings of a layer, checked as far as that needs no array.
+    """The settings of a layer, checked as far as possible without arrays.
 
     Attributes:
         padding: (left, right), or "same" or "causal", which depend on the extents.
@@ -114,7 +114,7 @@ class Settings(NamedTuple):
         groups: SupportsIndex,
         output_padding: Setting = 0,
     ) -> Settings:
-        """Validate settings; `caller` opens the messages.
+        """Validate settings; `caller` is the first word of the messages.
 
         Raises:
             ValueError: a value is out of range.
@@ -133,10 +133,10 @@ class Settings(NamedTuple):
 
 
 def check_dtype(caller: str, name: str, array: ArrayLike, *, integers: bool = False) -> str:
-    """The dtype of an array by name, once it is a supported one; `integers` says whether those are.
+    """The name of an array's dtype, which must be a supported one; `integers` allows integers too.
 
     Raises:
-        TypeError: it is not.
+        TypeError: the dtype is not supported.
     """
     found = dtype_name(array.dtype)
     if found is None and integers and (integer := str(getattr(array.dtype, "name", array.dtype))) in INTEGERS:
@@ -148,7 +148,7 @@ def check_dtype(caller: str, name: str, array: ArrayLike, *, integers: bool = Fa
 
 
 def check_out_dtype(op: str, dtype: str, out_dtype: Any, bias: ArrayLike | None) -> str | None:
-    """The dtype of the output of integers, once it and that of the bias are right; None of other data.
+    """The dtype of the output for integers, once it and the dtype of the bias are checked; None for other data.
 
     Raises:
         ValueError: it is not one of `INTEGER_SUMS`, or the data are not integers.
@@ -182,7 +182,7 @@ def check_rank(caller: str, name: str, shape: Sequence[Any], layout: str, ranks:
 
 
 def channels_hint(x: Arrays, weight: ArrayLike, expected: int, last_of_weight: int | None = None) -> str:
-    """What was probably meant where the channels of the input are not those that the weight expects."""
+    """A hint at what was probably meant, where the input has not as many channels as the weight expects."""
     if x.L_in == expected:
         return "; the channels of input seem to come last: pass input.swapaxes(-1, -2)"
     if last_of_weight == x.C_in:
@@ -212,15 +212,15 @@ def check_shape(caller: str, op: Op, name: str, shape: Sequence[SupportsIndex]) 
 
 
 def check_size(caller: str, name: str, shape: Sequence[int], dtype: str) -> None:
-    """Refuse an array that 64-bit offsets cannot address, before anything allocates it.
+    """Refuse an array that 64-bit offsets cannot address, before it is allocated.
 
     Raises:
-        ValueError: naming the array and the bytes it needs.
+        ValueError: it names the array and the bytes that it needs.
     """
     if not all(isinstance(extent, int) for extent in shape):
-        return  # symbols
-    # A zero extent hides nothing: the strides of the other axes must be representable too.
-    elements = math.prod([max(extent, 1) for extent in shape])  # a list, which torch.compile reads
+        return  # symbolic extents, of torch.compile
+    # Extents of zero count as one: the strides of the other axes must be representable too.
+    elements = math.prod([max(extent, 1) for extent in shape])  # torch.compile can trace a list, not a generator
     size = elements * FORMATS[dtype].itemsize
     if size > MAX_EXTENT:
         raise ValueError(
@@ -233,7 +233,7 @@ def check_groups(caller: str, groups: int, C_in: int, C_out: int) -> None:
     """Refuse groups that do not divide both channel counts.
 
     Raises:
-        ValueError: naming the channels that are not divided.
+        ValueError: it names the channels that they do not divide.
     """
     if C_in % groups:
         raise ValueError(f"{caller}: groups must divide the input channels, got groups = {groups} and C_in = {C_in}")
@@ -242,7 +242,7 @@ def check_groups(caller: str, groups: int, C_in: int, C_out: int) -> None:
 
 
 def check_padding_mode(caller: str, op: Op, padding_mode: str) -> str:
-    """The padding mode, once it is known to be one that the operation has; `caller` opens the messages.
+    """Return the padding mode if the operation has it; `caller` is the first word of the messages.
 
     Raises:
         ValueError: it is not one of `PADDING_MODES`, or not "zeros" for a transposed convolution.
@@ -258,10 +258,10 @@ def check_padding_mode(caller: str, op: Op, padding_mode: str) -> str:
 
 
 def check_padding_limits(caller: str, padding_mode: str, left: int, right: int, L_in: int) -> None:
-    """Refuse paddings for which the input has too few samples.
+    """Refuse paddings for which the input is too short.
 
     Raises:
-        ValueError: naming the padding, and the most that the mode allows.
+        ValueError: it names the padding and the most that the mode allows.
     """
     most: int | None = {"reflect": L_in - 1, "circular": L_in, "symmetric": L_in}.get(padding_mode)
     longest = max(left, right)
@@ -276,10 +276,10 @@ def check_padding_limits(caller: str, padding_mode: str, left: int, right: int, 
 
 
 def check_precision(op: str, precision: str, dtype: str) -> str:
-    """The precision, once it is known to be one and to fit the dtype.
+    """Return the precision if it exists and fits the dtype.
 
     Raises:
-        ValueError: it is not one of `PRECISIONS`, or asks to round what is no float32 to TF32.
+        ValueError: it is not one of `PRECISIONS`, or it is "tf32" and the data are not float32.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"{op}: precision must be one of {_listing(PRECISIONS)}, got {precision!r}")
@@ -303,7 +303,7 @@ def check_int(
         result = operator.index(value)  # type: ignore[arg-type]
     except TypeError:
         raise TypeError(f"{caller}: {name} must be {expected}, got {type(value).__name__} {value!r}") from None
-    if result.bit_length() > 1024:  # Python turns no int of thousands of digits into text
+    if result.bit_length() > 1024:  # Python refuses to convert an int of thousands of digits to text
         raise ValueError(f"{caller}: {name} must fit in 64 bits, got an int of {result.bit_length()} bits")
     if at_least is not None and result < at_least:
         raise ValueError(f"{caller}: {name} must be at least {at_least}, got {result}")
@@ -315,7 +315,7 @@ def check_int(
 def check_setting(
     caller: str, name: str, value: Setting, at_least: int | None = None, at_most: int | None = None
 ) -> int:
-    """A setting along the only axis (an integer, or a list or tuple of one) as an int, within its limits.
+    """A setting of the one spatial axis (an integer, or a list or tuple of one) as an int, within its limits.
 
     Raises:
         ValueError: it is out of range, or a sequence of another length.
@@ -330,7 +330,7 @@ def check_setting(
 
 
 def _padding(caller: str, value: Padding, words: tuple[str, ...]) -> tuple[int, int] | Literal["same", "causal"]:
-    """Resolve a padding argument, of which `words` are the allowed strings, as far as that needs no extents."""
+    """Resolve a padding argument as far as possible without extents; `words` are the allowed strings."""
     expected = f"an int, a pair (left, right) or one of {_listing(words)}"
     if isinstance(value, str):
         if value not in words:

@@ -1,4 +1,4 @@
-"""How the public functions run: arguments are checked, and what repeated calls need is kept."""
+"""How the public functions run: they check their arguments, and cache what repeated calls need."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from . import fft
     from .device import Device
 
-# Executors of GPU calls, and tasks of CPU calls, by everything that they depend on. A full cache drops its
-# oldest entry, so that a program whose lengths always differ keeps only so many.
-# With an executor, the dtype of the result.
+# Executors of GPU calls and tasks of CPU calls, by everything that they depend on. A full cache drops its oldest
+# entry, so that a program whose lengths always differ does not fill the memory.
+# The executor, the task, and the dtype of the result.
 _EXECUTORS: dict[tuple[Any, ...], tuple[runtime.Executor | fft.Executor, Task, Any]] = {}
-# Of a task: the dtype of the result, and whether it is a convolution of the arrays as they are, with nothing fused.
+# The task, the dtype of the result, and whether it is a plain convolution: nothing fused, the weight not conjugated.
 _TASKS: dict[tuple[Any, ...], tuple[Task, np.dtype[Any], bool]] = {}
 _CACHE_SIZE = 4096
 _CACHE_LOCK = Lock()  # for changes; look-ups need none
@@ -49,19 +49,19 @@ def run(
     """Compute a public function on the device of its arrays.
 
     Args:
-        function: its name in `SIGNATURES`; it opens the messages.
-        arrays: those of the signature, in order; also those of other libraries, which are read where they lie.
+        function: its name in `SIGNATURES`; the messages begin with it.
+        arrays: those of the signature, in order; arrays of other libraries are read in place.
         settings: the other arguments of `Task.of`, in order.
-        out: where to write the result; None for a fresh array.
-        algorithm: see `dispatch.choose`, and `fft.choose`, which alone has an effect on the CPU.
+        out: where to write the result; None for a new array.
+        algorithm: see `dispatch.choose` and `fft.choose`; on the CPU only the latter has an effect.
         prepared: the packed forms of the weight, if the caller has them.
-        lengths: of the samples, where they have lengths of their own; see `gpuconv.lengths`.
+        lengths: the length of each sample, where they differ; see `gpuconv.lengths`.
 
     Returns:
-        The result, which is `out` where that was given.
+        The result: `out` if it was given.
     """
     if algorithm is not None:
-        from . import dispatch  # with all kernel families, which most calls on the CPU do not need
+        from . import dispatch  # it loads all kernel families, which most calls on the CPU do not need
 
         dispatch.check_algorithm(function, SIGNATURES[function].kind, algorithm)
         if lengths is not None and SIGNATURES[function].kind == "weight_gradient":
@@ -124,12 +124,12 @@ def _run_on_cpu(
 
 
 def _fft_algorithm(algorithm: str | None) -> str | None:
-    """The algorithm, where it may be the FFT."""
+    """The algorithm if it is "fft" or "auto", else None."""
     return algorithm if algorithm in ("fft", "auto") else None
 
 
 def _fft_executor(task: Task, algorithm: str | None, device: Device | None) -> fft.Executor | None:
-    """What computes a task through the FFT; None where it is summed directly."""
+    """The executor that computes a task through the FFT; None where it is summed directly."""
     if algorithm is None or task.problem is None:
         return None
     from . import fft
@@ -192,7 +192,8 @@ def _run_on_gpu(
     found, key = None, None
     names = _as_key(settings)
     if names is not None:
-        key = (function, algorithm, names, lengths is None, *map(identity, arrays), identity(out))
+        is_prepared = prepared is not None
+        key = (function, algorithm, names, is_prepared, lengths is None, *map(identity, arrays), identity(out))
         found = _EXECUTORS.get(key)
     if found is None:
         views = _foreign_views(function, arrays, out)
@@ -219,6 +220,7 @@ def _run_on_gpu(
             out,
             conjugate_weight=task.conjugate_weight,
             algorithm=algorithm,
+            is_prepared=prepared is not None,
         )
         found = executor, task, task.out_dtype or arrays[0].dtype
         if key is not None:
@@ -241,7 +243,7 @@ _PLAIN_ARRAYS = frozenset((np.ndarray, type(None)))
 def _foreign_views(
     function: str, arrays: tuple[Any, ...], out: Any | None
 ) -> tuple[tuple[Any, ...], Any | None] | None:
-    """Arrays and `out` with those of other libraries as NumPy's or CuPy's; None where there are none of those."""
+    """The arrays and `out`, those of other libraries as NumPy or CuPy views; None if there are none of these."""
     if _PLAIN_ARRAYS.issuperset(map(type, (*arrays, out))):
         return None
     names = SIGNATURES[function].arrays
@@ -253,7 +255,7 @@ def _foreign_views(
 
 
 def _samples(function: str, arrays: tuple[Any, ...], settings: tuple[Any, ...], task: Task, lengths: Any) -> Samples:
-    """The lengths of the samples of a call that has been checked but for these."""
+    """Check the lengths of the samples of a call whose other arguments have been checked."""
     if task.forward is None:
         shape = arrays[0].shape
         return Samples.of_outputs(function, shape[0] if len(shape) == 3 else 1, shape[-1], lengths)
@@ -261,7 +263,7 @@ def _samples(function: str, arrays: tuple[Any, ...], settings: tuple[Any, ...], 
 
 
 def _runs_one_by_one(function: str, task: Task, settings: tuple[Any, ...]) -> bool:
-    """Whether a GPU takes each run of samples of one length by itself, since their paddings differ."""
+    """Whether a GPU needs a call for each run of samples of one length, because their paddings differ."""
     p = task.forward
     is_sum = not isinstance(task.problem, ConvProblem)
     return p is not None and not is_sum and follows_length(p, padding_of(function, settings))
@@ -274,10 +276,11 @@ def _with_lengths(problem: Problem | None) -> Problem | None:
 
 
 def _table(function: str, task: Task, samples: Samples) -> np.ndarray[Any, Any]:
-    """What kernels read of each sample: see cuda_src/samples.cuh."""
+    """The table of samples that kernels read: see cuda_src/samples.cuh."""
     L_in, L_out, left = samples
     p = task.problem
-    # The input of the gradient of an input is an output; in that of a transposed weight, fine is one.
+    # An input gradient reads the operation's output gradient as its input, and so does the weight gradient of a
+    # transposed convolution as its fine array.
     is_swapped = (
         p.transposed if isinstance(p, WeightGradientProblem) else isinstance(p, ConvProblem) and p.op != function
     )
@@ -293,13 +296,13 @@ def _run_samples_on_cpu(
     algorithm: str | None,
     prepared: runtime.PreparedWeight | None,
 ) -> Any:
-    """Compute samples of lengths of their own: runs of one length on views of the arrays."""
+    """Compute samples of different lengths: each run of one length on views of the arrays."""
     if _has_real_taps(function, arrays):
         options = {"lengths": lengths, "algorithm": algorithm, "prepared": prepared}
         return _run_by_parts(function, arrays, settings, out, **options)
     task = _check(function, arrays, settings, out)
     by_fft = _fft_algorithm(algorithm)
-    _fft_executor(task, by_fft, None)  # which may refuse
+    _fft_executor(task, by_fft, None)  # raises the error of an algorithm that does not fit, before anything is computed
     samples = _samples(function, arrays, settings, task, lengths)
     plain = tuple(None if array is None else _native(array) for array in arrays)
     if out is None:
@@ -339,16 +342,16 @@ def _run_by_runs(
     compute: Callable[[str, tuple[Any, ...], tuple[Any, ...], Any], Any],
     clear: Callable[[Any], None],
 ) -> None:
-    """Compute an operation or the gradient of an input: one call for each run of samples of one length.
+    """Compute an operation or an input gradient: one call for each run of samples of one length.
 
-    `compute` carries out a run, given the function, views of the arrays, their settings and a view of the result;
-    `clear` makes a view of the result zero.
+    `compute` gets the function, views of the arrays of a run, their settings and a view of the result; `clear` fills a
+    view of the result with zeros.
     """
     result = _batched(result)
     is_forward = isinstance(task.problem, ConvProblem) and task.problem.op == function
     for start, stop in samples.runs():
         L_in, L_out = int(samples.L_in[start]), int(samples.L_out[start])
-        length = L_out if is_forward else L_in if L_out else 0  # behind which all is zero
+        length = L_out if is_forward else L_in if L_out else 0  # the rest of the row is zero
         clear(result[start:stop, :, length:])
         if length:
             views, own = _views(function, arrays, settings, task, samples, start, stop)
@@ -364,7 +367,7 @@ def _views(
     start: int,
     stop: int,
 ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """The arrays and the settings of the call on the samples from start to stop - 1 alone, which have one length."""
+    """The arrays and the settings of a call on the samples start to stop - 1, which have one length."""
     L_in, L_out = int(samples.L_in[start]), int(samples.L_out[start])
     lengths = {"input": L_in, "grad_output": L_out, RESIDUAL: L_out}
     views = tuple(
@@ -387,7 +390,7 @@ def _has_real_taps(function: str, arrays: tuple[Any, ...]) -> bool:
 
 
 def are_real_taps(weight: Any, data: Any) -> bool:
-    """Whether a weight is real and the data are complex, of whatever objects a call gives for them."""
+    """Whether the weight is real and the data are complex; either may be any object, even one without a dtype."""
     of_weight, of_data = (dtype_name(getattr(array, "dtype", None)) or "" for array in (weight, data))
     return of_data.startswith("complex") and of_weight.startswith(("float", "bfloat"))
 
@@ -395,7 +398,7 @@ def are_real_taps(weight: Any, data: Any) -> bool:
 def _run_by_parts(
     function: str, arrays: tuple[Any, ...], settings: tuple[Any, ...], out: Any | None, **options: Any
 ) -> Any:
-    """Compute with real taps on complex data: one real call for each part, on views of the arrays."""
+    """Compute with real taps on complex data: one real call on views of the real parts, one on the imaginary parts."""
     data, weight, *_ = arrays
     given = dict(zip(SIGNATURES[function].arrays, arrays, strict=False))
     given = {n: array for n, array in {**given, "out": out}.items() if array is not None}
@@ -414,12 +417,12 @@ def check_real_taps(function: str, given: dict[str, ArrayLike], fusion: Fusion |
     """Check the dtypes of a call with real taps on complex data.
 
     Args:
-        function: opens the messages.
-        given: the arrays, of which only dtypes are read, by name; the data first.
+        function: the messages begin with it.
+        given: the arrays by name, the data first; only their dtypes are read.
         fusion: what is fused.
 
     Raises:
-        TypeError: one does not fit.
+        TypeError: a dtype does not fit.
     """
     name, data = next(iter(given.items()))
     dtype = check_dtype(function, name, data, integers=name == "input")
@@ -442,9 +445,9 @@ def run_weight_gradient(
     algorithm: str | None = None,
     lengths: Any = None,
 ) -> Any:
-    """Compute the gradient of a weight of a given dtype; None stands for that of the data.
+    """Compute the gradient with respect to a weight of a given dtype; None means the dtype of the data.
 
-    That of real taps on complex data is the sum of the gradients of both parts.
+    For real taps on complex data it is the sum of the gradients of the real and the imaginary parts.
     """
     if weight_dtype is None:
         return run(function, arrays, settings, out, algorithm=algorithm, lengths=lengths)
@@ -505,10 +508,10 @@ def _check(function: str, arrays: tuple[Any, ...], settings: tuple[Any, ...], ou
 
 
 def _keep(cache: dict[tuple[Any, ...], Any], key: tuple[Any, ...], value: Any) -> None:
-    """Keep a value for the next call, unless a cache is being changed: then the next call makes the value again.
+    """Keep a value for the next call, unless another call is changing a cache; the next call then makes it again.
 
-    No call waits for the lock: a finalizer may call while its own thread holds it, and a forked process inherits it as
-    it is.
+    No call waits for the lock, since it might wait forever: a finalizer may make a call while its own thread holds the
+    lock, and a forked process inherits a lock that another thread held.
     """
     if _CACHE_LOCK.acquire(blocking=False):
         try:
@@ -520,7 +523,7 @@ def _keep(cache: dict[tuple[Any, ...], Any], key: tuple[Any, ...], value: Any) -
 
 
 def _cpu_key(name: str, arrays: tuple[Any, ...], settings: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """The cache key of a CPU call: all that its task depends on. None where each call must check its arguments."""
+    """The cache key of a CPU call: all that its task depends on. None where every call must check its arguments."""
     names = _as_key(settings)
     if names is None:
         return None
@@ -539,12 +542,12 @@ _PLAIN_TYPES = frozenset((int, str, type(None), Fusion))
 
 
 def _as_key(settings: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """The settings with lists as tuples and NumPy integers as ints, or None where they do not name one problem.
+    """The settings as a key, with lists as tuples and NumPy integers as ints; None where they cannot be one.
 
-    They do where nothing but ints, strings, None and a `Fusion` remains: True equals 1 and would find the entry of 1,
-    but must be refused.
+    A key has only ints, strings, None and a `Fusion`. A bool, for example, makes no key: True equals 1 and would find
+    the entry of 1, but must be refused.
     """
-    if _PLAIN_TYPES.issuperset(map(type, settings)):  # as nearly all are
+    if _PLAIN_TYPES.issuperset(map(type, settings)):  # the usual case
         return settings
 
     def plain(value: Any) -> Any:
@@ -563,9 +566,9 @@ def _as_key(settings: tuple[Any, ...]) -> tuple[Any, ...] | None:
 
 
 def identity(array: Any) -> tuple[Any, ...] | None:
-    """What an executor depends on of a CuPy array: two arrays with one identity can use one executor.
+    """The properties of a CuPy array on which an executor depends: arrays with equal identities share an executor.
 
-    Other arrays get an identity that no executor is ever stored under, since the checks refuse them.
+    All other arrays have the identity ("foreign",).
     """
     if array is None:
         return None

@@ -1,4 +1,4 @@
-"""State dictionaries in files, `.npz` and `.safetensors`, read entry by entry; and weight normalisation undone.
+"""State dictionaries in `.npz` and `.safetensors` files, read entry by entry, and the folding of weight normalisation.
 
 Source of weight normalisation: Salimans and Kingma, "Weight Normalization", 2016, as torch.nn.utils applies it.
 """
@@ -35,7 +35,7 @@ def open_state(caller: str, path: StrPath) -> Iterator[Mapping[str, Any]]:
 
     Raises:
         OSError: the file cannot be opened.
-        ValueError: its name ends otherwise, or it is damaged.
+        ValueError: its name does not end in .npz or .safetensors, or it is damaged.
         ModuleNotFoundError: the file is a `.safetensors` file and the package safetensors is not installed.
     """
     suffix = Path(path).suffix.lower()
@@ -50,14 +50,14 @@ def open_state(caller: str, path: StrPath) -> Iterator[Mapping[str, Any]]:
                 opened = stack.enter_context(_safe_open(caller, path))
         except ModuleNotFoundError:
             raise
-        except Exception as error:  # NumPy and zipfile raise a dozen kinds for damaged files
+        except Exception as error:  # NumPy and zipfile raise many types of errors for damaged files
             raise ValueError(f"{caller}: {path} is damaged: {error or type(error).__name__}") from error
         read = opened.get_tensor if suffix == ".safetensors" else opened.__getitem__
 
         def entry(key: str) -> Array:
             try:
                 if suffix == ".safetensors" and opened.get_slice(key).get_dtype() == "BF16":
-                    numpy_dtype("bfloat16")  # says what to install where ml_dtypes is missing
+                    numpy_dtype("bfloat16")  # where ml_dtypes is missing, its error says what to install
                 return np.asarray(read(key))
             except ModuleNotFoundError:
                 raise
@@ -82,7 +82,7 @@ class Entries(Mapping[str, Any]):
 
     Args:
         keys: the names of the entries.
-        read: gives an entry by its name.
+        read: returns the entry of a name.
     """
 
     def __init__(self, keys: Iterable[str], read: Callable[[str], Any]) -> None:
@@ -102,22 +102,22 @@ class Entries(Mapping[str, Any]):
 
 
 def select(state: Mapping[str, Any], prefix: str) -> Entries:
-    """The entries of a state dictionary whose names begin with a prefix, by the rest of their names."""
+    """The entries of a state dictionary whose names begin with a prefix; the prefix is removed from their names."""
     return Entries(
         [str(key)[len(prefix) :] for key in state if str(key).startswith(prefix)], lambda key: state[prefix + key]
     )
 
 
 def fold(magnitude: Array, direction: Array) -> Array:
-    """The weight that weight normalisation makes, ``w = g * v/||v||``, in float64 or complex128.
+    """The weight of weight normalisation, ``w = g * v/||v||``, in float64 or complex128.
 
     Args:
-        magnitude: g, of as many axes as v, with the extent 1 in those over which the norm is taken; or one number,
-            for the norm of the whole weight.
+        magnitude: g, with as many axes as v and the extent 1 in those over which the norm is taken; or of shape (), for
+            the norm of the whole weight.
         direction: v, of the weight's shape.
 
     Raises:
-        EntryError: the shapes do not belong together.
+        EntryError: the shapes do not match.
     """
     axes = tuple(axis for axis, extent in enumerate(magnitude.shape) if extent == 1)
     expected = tuple(1 if axis in axes else extent for axis, extent in enumerate(direction.shape))

@@ -1,8 +1,8 @@
 """Both operations on arrays that are larger than memory, in pieces from a source to a target.
 
-A source is anything with a shape, a dtype and slicing like NumPy's, a target takes assignments to slices too: memory
-maps, h5py datasets, zarr arrays. A piece has all channels; pieces are some samples of the batch each, or where one
-sample is too large, some output positions of it, with the input that these depend on.
+A source is anything with a shape, a dtype and slicing like NumPy's; a target also takes assignments to slices: memory
+maps, h5py datasets, zarr arrays. A piece has all channels of some samples of the batch or, where one sample is too
+large, of some of its output positions, with the input on which these depend.
 """
 
 from __future__ import annotations
@@ -19,23 +19,21 @@ from typing import Any, Protocol, SupportsIndex, TypeAlias, TypeVar
 
 import numpy as np
 
-from . import __version__, calls, functional, memory, runtime
-from .arguments import ArraySpec, Op, Padding, Setting, check_int
-from .cases.derived import call_settings
-from .edge import source_indices
+from . import __version__, functional, memory, runtime
+from .arguments import Op, Padding, Setting, check_int
 from .fusion import FUSED_ARRAYS, ActivationLike, Fused
 from .journal import Journal
-from .pieces import Piece, Pieces
+from .pieces import Piece, Pieces, compute, problem_of
 from .problem import ConvProblem
 
 __all__ = ["Source", "Target", "conv1d", "conv_transpose1d"]
 
-MAX_BYTES = 256 * 2**20  # of the pieces that are in memory at once
+MAX_BYTES = 256 * 2**20  # the default limit for the pieces that are in memory at once
 DEVICES = ("cpu", "gpu")
 
 
 class Source(Protocol):
-    """What is read of a source: its shape, its dtype, and slices along all of its axes.
+    """What is read from a source: its shape, its dtype, and slices along all of its axes.
 
     Example:
         >>> import numpy as np
@@ -56,14 +54,14 @@ class Source(Protocol):
 
     @property
     def dtype(self) -> Any:
-        """What NumPy takes for a dtype."""
+        """A dtype, or anything that `numpy.dtype` accepts."""
         ...
 
     def __getitem__(self, key: Any, /) -> Any: ...
 
 
 class Target(Source, Protocol):
-    """What is written to; `flush` is called behind each piece where there is such a method.
+    """What the result is written to; if it has a method `flush`, this is called after each piece.
 
     Example:
         >>> import numpy as np
@@ -112,10 +110,11 @@ def conv1d(
 ) -> TargetT:
     """`gpuconv.conv1d` from a source to a target, in pieces that fit in memory.
 
-    On a GPU the target holds the bits of one call on the whole; on the CPU each element is within the same error bound.
+    On a GPU the target gets the bits of one call on the whole source; on the CPU each element is within the same error
+    bound.
 
     Args:
-        source: (N, C_in, L_in), or (C_in, L_in) for a single sample; it must not change meanwhile.
+        source: (N, C_in, L_in), or (C_in, L_in) for a single sample; it must not change during the call.
         weight: a NumPy array as in `gpuconv.conv1d`, as are bias and the arrays of activations.
         bias: (C_out,), or None.
         stride: as in `gpuconv.conv1d`, as are the next three.
@@ -123,23 +122,23 @@ def conv1d(
         dilation: see there.
         groups: see there.
         out: a target of the output's shape and dtype. It must not share storage with `source` or `residual`.
-        max_bytes: of the pieces of input and output that are in host memory at once, two sets of them on a GPU, which
-            takes the same of the GPU's memory. The input counts twice, because a source may give copies. The CPU's
-            buffers come on top: 28 MiB, or a quarter of a piece where that is more.
-        device: "cpu", or "gpu" for CuPy's current device. There two streams take turns, so that a piece is read and
-            another written while a third one is computed; copies go through pinned memory.
-        journal: a file, best beside the target, that lists the finished pieces, so that the same call goes on after
-            it was interrupted or killed. What it lists is compared with the target by checksums, and computed again
-            where they differ. It is removed at the end. None keeps none.
-        version: any text that tells the contents of source and residual from others, such as a time of modification;
-            a journal with another one is refused.
-        progress: called with the number of finished pieces, that of all pieces, and a word for them.
+        max_bytes: limit for the pieces of input and output that are in host memory at once; on a GPU these are two
+            pieces, which need as much of the GPU's memory. The input counts twice, because a source may return copies.
+            The CPU path's buffers are not included: 28 MiB, or a quarter of a piece where that is more.
+        device: "cpu", or "gpu" for CuPy's current device. There two streams take turns: while a piece is computed, the
+            previous one is written and the next one is read. Copies go through pinned memory.
+        journal: a file, best beside the target, that lists the finished pieces, so that the same call can continue
+            after it was interrupted or killed. Checksums of the listed pieces are compared with the target; pieces that
+            differ are computed again. The file is removed at the end. None: no journal.
+        version: any text that identifies the contents of source and residual, such as a time of modification; a journal
+            with another version is refused.
+        progress: called with the number of finished pieces, the number of all pieces, and the word "pieces".
         padding_mode: as in `gpuconv.conv1d`, as are all others but the residual.
         input_activation: see there.
         residual: a source of the output's shape, or None.
         activation: see there.
         precision: see there.
-        algorithm: see there. With "fft" blocks begin in each piece, so that the bits are not those of one call.
+        algorithm: see there. With "fft" the blocks of each piece begin anew, so the bits are not those of one call.
         out_dtype: see there.
 
     Returns:
@@ -149,7 +148,7 @@ def conv1d(
         ValueError, TypeError, RuntimeError, ImportError: as `gpuconv.conv1d`; `out` has another shape or dtype; the
             shape of the source changes; `max_bytes` is too small for one output position.
         gpuconv.journal.JournalError: a ValueError; the journal is damaged, in use or of another call.
-        OSError: the target cannot be written. With a journal, the same call goes on once there is room.
+        OSError: the target cannot be written. With a journal, the same call can be repeated once there is room.
 
     Example:
         >>> import numpy as np
@@ -211,7 +210,7 @@ def conv_transpose1d(
         residual: a source of the output's shape, or None.
         activation: see there.
         precision: see there.
-        algorithm: see there. With "fft" blocks begin in each piece, so that the bits are not those of one call.
+        algorithm: see there. With "fft" the blocks of each piece begin anew, so the bits are not those of one call.
         out_dtype: see there.
 
     Returns:
@@ -236,7 +235,7 @@ def conv_transpose1d(
 
 
 def _read(op: Op, name: str, source: Source, key: tuple[slice, ...]) -> Array:
-    """A slice of a source, once it has the shape that it should have."""
+    """Read a slice of a source and check its shape."""
     block = np.asarray(source[key])
     expected = tuple(part.stop - part.start for part in key)
     if block.shape != expected:
@@ -244,26 +243,13 @@ def _read(op: Op, name: str, source: Source, key: tuple[slice, ...]) -> Array:
     return block
 
 
-def _read_input(piece: Piece, source: Source, mode: str, L_in: int) -> Array:
+def _read_input(piece: Piece, source: Source, whole: ConvProblem) -> Array:
     """The samples at the positions of a piece."""
-    first, stop = piece.positions.start, piece.positions.stop
-
-    def read(low: int, high: int) -> Array:
-        return _read(piece.problem.op, "source", source, piece.of_input(low, high))
-
-    if 0 <= first <= stop <= L_in:
-        return read(first, stop)
     parts = []
-    for low, high in ((first, min(stop, 0)), (max(first, 0), min(stop, L_in)), (max(first, L_in), stop)):
-        if low >= high:
-            continue
-        if 0 <= low < L_in:
-            parts.append(read(low, high))
-        else:
-            at = source_indices(mode, low, high, L_in)
-            start = int(at.min())
-            parts.append(read(start, int(at.max()) + 1)[..., at - start])
-    return np.concatenate(parts, axis=-1)
+    for start, stop, at in piece.reads(whole):
+        part = _read(whole.op, "source", source, piece.of_input(start, stop))
+        parts.append(part if at is None else part[..., at])
+    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
 
 
 class _OnCpu:
@@ -281,18 +267,18 @@ class _OnCpu:
         residual: Array | None,
         compute: Callable[..., Any],
     ) -> Callable[[], Array]:
-        """Begin to compute a piece; returns what waits for the result."""
+        """Start to compute a piece; returns a function that waits for the result."""
         result: Array = compute(piece.problem, read(), residual, *self.arrays)
         return lambda: result
 
     def close(self) -> None:
-        """Wait for all that has been started."""
+        """Wait for all pieces that have been started."""
 
 
 class _OnGpu:
     """Computes pieces on two streams in turn, with pinned memory for each.
 
-    A piece may be started once the result of the last but one that was started has been taken.
+    The result of a piece must be read before the next piece but one is started, which overwrites it.
     """
 
     sets = 2
@@ -302,7 +288,7 @@ class _OnGpu:
         runtime.check_dtype(dtype)
         self.dtype, self.out_dtype = dtype, out_dtype
         weight, *others = (None if array is None else cupy.asarray(array) for array in arrays)
-        # This waits for the current stream, and so for all copies.
+        # `prepare` waits for the current stream, and so for all these copies.
         self.arrays = (functional.prepare(weight), *others)
         self._streams = [cupy.cuda.Stream(non_blocking=True) for _ in range(self.sets)]
         self._pinned: list[dict[str, Any]] = [{} for _ in self._streams]
@@ -377,20 +363,11 @@ def _convolve(
     arrays = (weight, bias, *of_channels)
     names = ("weight", "bias", *FUSED_ARRAYS[1:])
     memory.check_kinds(op, {n: a for n, a in zip(names, arrays, strict=True) if a is not None or n == "weight"})
-    p, dtype, out_dtype = _problem(op, source, weight, bias, settings, fused)
+    p, dtype, out_dtype = problem_of(op, source, weight, bias, settings, fused)
     _check_target(op, p, out, out_dtype, {"source": source, "residual": residual})
     engine = (_OnGpu if device == "gpu" else _OnCpu)(dtype, out_dtype, arrays)
     pieces = Pieces.cut(p, dtype.itemsize, out_dtype.itemsize, max_bytes, engine.sets)
-    function: Callable[..., Any] = functional.conv_transpose1d if p.transposed else functional.conv1d
-    activation, input_activation = p.fuses.activation, p.fuses.input_activation
-
-    def compute(part: ConvProblem, x: Any, added: Any, weight: Any, bias: Any, *of_channels: Any) -> Any:
-        behind, before = (tuple(a for a in arrays if a is not None) for arrays in (of_channels[:2], of_channels[2:]))
-        return function(
-            x, weight, bias, **call_settings(part), algorithm=algorithm, residual=added,
-            activation=activation and activation.as_argument(behind),
-            input_activation=input_activation and input_activation.as_argument(before),
-        )  # fmt: skip
+    work = partial(compute, algorithm=algorithm)
 
     def finish(number: int, piece: Piece, wait: Callable[[], Array]) -> None:
         result = wait()
@@ -416,8 +393,8 @@ def _convolve(
                 if tuple(source.shape) != shape:
                     raise ValueError(f"{op}: source has changed: it had shape {shape}, and now {tuple(source.shape)}")
                 added = None if residual is None else _read(op, "residual", residual, piece.of_output)
-                read = partial(_read_input, piece, source, p.padding_mode, p.L_in)
-                started.append((number, piece, engine.start(piece, read, added, compute)))
+                read = partial(_read_input, piece, source, p)
+                started.append((number, piece, engine.start(piece, read, added, work)))
                 if len(started) == engine.sets:
                     finish(*started.popleft())
             while started:
@@ -427,23 +404,6 @@ def _convolve(
         finally:
             engine.close()
     return out
-
-
-def _problem(
-    op: Op, source: Source, weight: Any, bias: Any | None, settings: tuple[Any, ...], fused: Fused
-) -> tuple[ConvProblem, np.dtype[Any], np.dtype[Any]]:
-    """The problem, and the dtypes of input and output in native byte order; of real taps the problem of each part."""
-    dtype = np.dtype(source.dtype).newbyteorder("=")
-    if not calls.are_real_taps(weight, source):
-        p = ConvProblem.of(op, source, weight, bias, *settings).fused(fused)
-        return p, dtype, dtype if p.out_dtype is None else np.dtype(p.out_dtype)
-    given = {"input": source, "weight": weight, "bias": bias, "residual": fused.arrays[0]}
-    calls.check_real_taps(op, {name: array for name, array in given.items() if array is not None}, fused.fusion)
-    real = (None if a is None else ArraySpec(tuple(a.shape), weight.dtype) for a in (source, weight, bias))
-    residual = fused.arrays[0]
-    added = None if residual is None else ArraySpec(tuple(residual.shape), weight.dtype)
-    of_part = Fused(fused.fusion, (added, *fused.arrays[1:]))
-    return ConvProblem.of(op, *real, *settings).fused(of_part), dtype, dtype
 
 
 def _check_target(op: Op, p: ConvProblem, out: Target, dtype: np.dtype[Any], inputs: dict[str, Source | None]) -> None:

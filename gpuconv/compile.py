@@ -1,6 +1,6 @@
 """Kernels compiled in advance: `compile` and `is_compiled`. Neither needs a GPU.
 
-What is compiled lies in the folder of `gpuconv.cubins`, from which calls on a GPU load it.
+Compiled kernels are stored in the folder of `gpuconv.cubins`, from which calls on a GPU load them.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ __all__ = ["Compiled", "compile", "is_compiled"]
 Progress: TypeAlias = Callable[[int, int, str], None]
 Job: TypeAlias = tuple[Config, str]  # a specialisation, and the architecture to compile it for
 
-_JOBS_PER_PROCESS = 8  # for fewer, it is not worth starting one more
+_JOBS_PER_PROCESS = 8  # fewer kernels do not justify another process
 
 
 class Compiled(NamedTuple):
     """What `compile` did.
 
     Attributes:
-        kernels: how many kernels of the call are ready now.
-        compiled: how many of them were not before.
+        kernels: the number of kernels of the call.
+        compiled: how many of these were compiled now, since they were missing.
 
     Example:
         >>> import gpuconv
@@ -63,9 +63,9 @@ def compile(  # noqa: A001 - as `re.compile`, it is called by the package's name
 ) -> Compiled:
     """Compile the kernels of a call in advance, so that no later process waits for the compiler or needs it.
 
-    NVRTC compiles, which CuPy loads; a GPU need not be there. The kernels of a call depend on the shapes and on the
-    GPU: those compiled are for exactly these shapes and a typical GPU of the architecture. A call with another batch or
-    length, or on another product, can need other tiles. `gpuconv warmup --arch` compiles all that there are.
+    CuPy's NVRTC compiles; no GPU is needed. The kernels of a call depend on the shapes and on the GPU: those compiled
+    are for exactly these shapes and a typical GPU of the architecture. A call with another batch size or length, or on
+    another GPU product, can need other tiles. `gpuconv warmup --arch` compiles all kernels of an architecture.
 
     Args:
         op: "conv1d" or "conv_transpose1d".
@@ -74,10 +74,10 @@ def compile(  # noqa: A001 - as `re.compile`, it is called by the package's name
         weight: (C_out, C_in/groups, K), for conv_transpose1d (C_in, C_out/groups, K).
         bias: (C_out,), or None.
         arch: such as "sm_90", or several; None for the GPU of CuPy arrays.
-        direction: "forward", or of which gradient the kernels are: "grad_input", "grad_weight" or "grad_bias"; None for
-            all that the call has.
-        processes: how many compile at once. More than one are started by the module multiprocessing, so a script that
-            asks for them needs `if __name__ == "__main__":`.
+        direction: "forward", or for the kernels of a gradient "grad_input", "grad_weight" or "grad_bias"; None for all
+            that the call has.
+        processes: how many processes compile at once. If more than one, the module multiprocessing starts them, so a
+            script needs `if __name__ == "__main__":`.
         progress: called with the number of kernels done, the number of all, and the name of the kernel.
         **settings: those of the operation by name: stride, padding, activation and so on.
 
@@ -142,7 +142,7 @@ def is_compiled(
 
 
 def _devices(caller: str, input: Any, arch: str | Sequence[str] | None) -> list[Device]:
-    """The GPUs that an argument `arch` means."""
+    """The GPUs that the argument `arch` names."""
     if arch is None:
         if not runtime.is_cupy_array(input):
             raise ValueError(f'{caller}: arch must be given ("sm_90", ...) where input is no CuPy array')
@@ -155,7 +155,7 @@ def _devices(caller: str, input: Any, arch: str | Sequence[str] | None) -> list[
 
 
 def directions_of(input: ArrayLike, settings: dict[str, Any]) -> tuple[Direction, ...]:
-    """The directions that a call has: an algorithm is of one, and integers and what is fused have no gradients."""
+    """The directions of a call: only "forward" with an algorithm, for integers, and where something is fused."""
     names = ("algorithm", "activation", "input_activation", "residual")
     if dtype_name(getattr(input, "dtype", None)) not in DTYPES or any(settings.get(n) is not None for n in names):
         return ("forward",)
@@ -170,7 +170,7 @@ def configs_of(
     directions: Sequence[Direction],
     settings: dict[str, Any],
 ) -> list[Config]:
-    """The specialisations that a call and its gradients launch, each once; `caller` opens the messages.
+    """The specialisations that a call and its gradients launch, each once; the messages begin with `caller`.
 
     Raises:
         ValueError: as `explain`.
@@ -183,7 +183,8 @@ def configs_of(
         except (ValueError, TypeError) as error:
             raise type(error)(str(error).replace("explain:", f"{caller}:", 1)) from None
         plan = explanation.by_fft
-        for choice in (explanation.choice,) if plan is None else fft.products(plan, device):
+        own = explanation.choice, explanation.prepared
+        for choice in own if plan is None else fft.products(plan, device):
             if choice is not None:
                 configs.update((step.config, None) for step in choice.plan.steps)
         if explanation.choice is not None and explanation.problem.has_lengths:
@@ -192,12 +193,12 @@ def configs_of(
 
 
 def every_config(device: Device, dtypes: Sequence[str], op: Op | None = None) -> list[Config]:
-    """The specialisations that calls of any shape can launch which pad with zeros, fuse nothing and give no lengths.
+    """The specialisations for calls of any shape that pad with zeros, fuse nothing and have samples of one length.
 
     Args:
-        device: the GPU; of its architecture all have the same ones.
-        dtypes: of the data.
-        op: those of the other operation are left out; None for none.
+        device: the GPU; all GPUs of an architecture have the same specialisations.
+        dtypes: the dtypes of the data.
+        op: leave out the kernels of the other operation; None for the kernels of both.
     """
     configs: dict[Config, None] = {}
     for family in FAMILIES:
@@ -236,12 +237,12 @@ def compile_all(wanted: Sequence[Job], processes: int, progress: Progress | None
 
 
 def _compile_each(jobs: Sequence[Job], processes: int) -> Iterator[str]:
-    """Compile in this process or in several others; gives the name of each kernel when it is done."""
+    """Compile in this process or in several others; yields the name of each kernel when it is done."""
     if processes <= 1:
         for job in jobs:
             yield _compile(job)
         return
-    # A forked process could not use CUDA, so each begins anew. An interrupt is for this process, which ends the others.
+    # Processes are not forked, since a forked process cannot use CUDA. They ignore an interrupt: this one ends them.
     pool = ProcessPoolExecutor(processes, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN))
     try:
         for done in as_completed([pool.submit(_compile, job) for job in jobs]):
@@ -257,14 +258,14 @@ def _compile(job: Job) -> str:
     assert version is not None
     source = cubins.Source.of(config, arch)
     found = cubins.find(source, version)
-    if found.path is None:  # nobody else has compiled it meanwhile
+    if found.path is None:  # another process may have compiled it in the meantime
         code = machine_code(source, assemble(config.kernel, dict(config.macros)))
         cubins.store(source, version, code, found.damaged)
     return config.kernel
 
 
 def machine_code(source: cubins.Source, text: str) -> bytes:
-    """What NVRTC makes of a kernel's text, as CuPy would compile it on a GPU of the architecture.
+    """Compile a kernel's text with NVRTC, as CuPy would on a GPU of the architecture.
 
     Raises:
         ImportError: CuPy is not installed, or it is older than version 14.
@@ -276,7 +277,7 @@ def machine_code(source: cubins.Source, text: str) -> bytes:
     try:
         nvrtc.compileProgram(program, (*cubins.OPTIONS, f"-arch={arch}"))
         code = nvrtc.getCUBIN(program) if source.suffix == "cubin" else nvrtc.getPTX(program)
-        return bytes(code) + b"\0"  # CuPy leaves the last byte out, which is zero in both forms
+        return bytes(code) + b"\0"  # CuPy drops the last byte, which is zero in both forms
     except nvrtc.NVRTCError as error:
         log = nvrtc.getProgramLog(program).strip()
         version = ".".join(map(str, nvrtc.getVersion()))

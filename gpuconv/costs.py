@@ -1,6 +1,6 @@
-"""The cost model: how long a launch should take, from what it does and the rates of the GPU.
+"""The cost model: the predicted time of a launch, from the work that it does and the rates of the GPU.
 
-Families compare their tiles by it and bench.static predicts times by it. Its constants are published figures and
+Families compare their tiles with it, and bench.static predicts times with it. Its constants are published figures or
 assumptions, not measurements; each says which.
 """
 
@@ -18,14 +18,14 @@ class Rates:
     """The rates and limits of one GPU, besides those of `Device`.
 
     Attributes:
-        dram_gbps: bandwidth of the memory on the data sheet, in GB/s, reads and writes together.
+        dram_gbps: bandwidth of the memory by the data sheet, in GB/s, reads and writes together.
         fp32: float32 fused multiply-adds per multiprocessor and cycle.
         fp64: the same for float64.
         tensor16: fused multiply-adds per multiprocessor and cycle of the tensor cores on float16 and, from sm_80 on,
             bfloat16 data with float32 accumulators; TF32, from sm_80 on, has half of it.
-        blocks_per_sm: most blocks that one multiprocessor keeps.
-        reserved_shared: bytes of shared memory that the system takes from every block.
-        mma_share: of the rate of the tensor cores, what mma.sync reaches.
+        blocks_per_sm: the most blocks that are resident on one multiprocessor.
+        reserved_shared: bytes of shared memory that the system reserves for each block.
+        mma_share: the fraction of the tensor cores' rate that mma.sync reaches.
     """
 
     dram_gbps: float
@@ -37,23 +37,23 @@ class Rates:
     mma_share: float = 1.0
 
 
-# Of every multiprocessor: its 32-bit registers; the instructions of warps that it issues in a cycle. A warp passes
-# through shared memory and L1 once a cycle, with 128 bytes (CUDA C++ Programming Guide).
+# Of each multiprocessor: its 32-bit registers, and the warp instructions that it issues per cycle. Shared memory and L1
+# serve one wavefront of a warp, 128 bytes, per cycle (CUDA C++ Programming Guide).
 REGISTERS_PER_SM = 65536
 WARP_ISSUES_PER_CYCLE = 4
-# Bytes of a cycle from L2: of all multiprocessors at work, each, 5.5 TB/s over 132 at 1.75 GHz (an assumption, from
-# published microbenchmarks of H100); of one, the width of its port (Ampere white paper).
+# Bytes per cycle from L2 to one multiprocessor: while all of them read, 5.5 TB/s over 132 at 1.75 GHz (an assumption,
+# from published microbenchmarks of H100); at most, the width of its port (Ampere white paper).
 L2_BYTES_PER_CYCLE = 24
 L2_PORT_BYTES_PER_CYCLE = 64
-SECTOR_BYTES = 32  # the least that comes from L2 (programming guide)
-# Bytes of shared memory that the system takes from every block from sm_80 on.
+SECTOR_BYTES = 32  # the smallest transfer from L2 (programming guide)
+# Bytes of shared memory that the system reserves for each block, from sm_80 on.
 RESERVED_SHARED_BYTES = 1024
 # Fraction of the data sheet's bandwidth that a large copy reaches; the usual result of copy benchmarks.
 DRAM_EFFICIENCY = 0.9
-# Of the boost clock, what long kernels on tensor cores keep: 1.75 of 1.98 GHz on H100 (an assumption, for all GPUs).
+# Fraction of the boost clock that long kernels on tensor cores keep: 1.75 of 1.98 GHz on H100 (assumed for all GPUs).
 LOAD_CLOCK_SHARE = 1.75 / 1.98
-# Limits that coincide cost more than the largest alone: the loads, products and stores of a few warps overlap only in
-# part. A norm with this exponent makes two equal limits 26 % and four 59 % longer than one (an assumption).
+# Several limits together take longer than the largest alone, because loads, products and stores of a few warps overlap
+# only in part. A norm with this exponent makes two equal limits 26 % and four 59 % longer than one (an assumption).
 OVERLAP_POWER = 3.0
 # Cycles from a fused multiply-add, or from an mma.sync, to the next that needs its result (microbenchmarks of sm_90).
 FMA_LATENCY_CYCLES = 4
@@ -82,7 +82,7 @@ SIBLINGS = {"sm_90": {"H100": 3350.0}}
 
 
 class Ending(NamedTuple):
-    """What the blocks of a launch do behind their main loop: instructions, wavefronts and bytes that they store."""
+    """What the blocks of a launch do after their main loop: instructions, wavefronts and bytes that they store."""
 
     instructions: float = 0.0
     wavefronts: float = 0.0
@@ -94,19 +94,19 @@ _NO_ENDING = Ending()
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What a family knows of the work of a launch without its machine code, of all blocks together.
+    """The work of a launch as a family knows it without the machine code, of all blocks together.
 
     Attributes:
-        multiply_adds: real ones of all lanes, with idle lanes and the parts of tiles behind the ends of the result.
+        multiply_adds: real ones, including those of idle lanes and of the parts of tiles beyond the result.
         l2_bytes: read and written through L2.
-        warps: the number of those that multiply; None for all of the launch.
-        load_share: the share of a load's latency that each pass of the main loop waits for.
-        staging_instructions, staging_wavefronts: of all warps together, of what stages beside the code of `visits`.
-        taps: of one visit to a main loop that is unrolled over taps; None for other main loops.
-        visits: how often warps run the code around their main loop, all together.
-        dram_bytes: read from memory and written to it; None for those of the problem's arrays.
-        waits: cycles that a block alone waits besides those of its main loop.
-        ending: what comes behind the main loop, of what is counted above only the bytes.
+        warps: the number of warps that multiply; None for all warps of the launch.
+        load_share: the fraction of a load's latency for which each pass of the main loop waits.
+        staging_instructions, staging_wavefronts: those of the staging code that `visits` does not count, of all warps.
+        taps: those of one visit to a main loop that is unrolled over taps; None for other main loops.
+        visits: how often warps run the code around their main loop, of all warps.
+        dram_bytes: read from memory and written to it; None for the bytes of the problem's arrays.
+        waits: cycles for which a single block waits outside of its main loop.
+        ending: what follows the main loop; only its bytes are also counted above.
     """
 
     multiply_adds: float
@@ -126,9 +126,9 @@ class Code(NamedTuple):
     """What a launch executes before its ending, of all warps together: read from the machine code, or estimated.
 
     Attributes:
-        instructions: of warps.
-        wavefronts: passes of a warp through shared memory and L1, 128 bytes each.
-        chain: cycles that one block takes if all others are absent.
+        instructions: warp instructions.
+        wavefronts: accesses to shared memory and L1, 128 bytes each.
+        chain: cycles that one block takes alone.
     """
 
     instructions: float
@@ -137,7 +137,7 @@ class Code(NamedTuple):
 
 
 class Unit(NamedTuple):
-    """What multiplies: multiply-adds a cycle of a multiprocessor, and whether these are tensor cores."""
+    """The units that multiply: multiply-adds per cycle of a multiprocessor, and whether they are tensor cores."""
 
     rate: float
     is_tensor: bool = False
@@ -148,11 +148,11 @@ class Prediction:
     """The predicted time of a launch, or of several, and its parts, in microseconds.
 
     Attributes:
-        us: from the launch to the next one, several added up.
+        us: from the launch to the next one; several launches are added up.
         parts: "dram", "l2", "issue", "math", "load/store" and "latency": what each would take by itself.
         limit: the name of the largest part.
-        blocks_per_sm: blocks that share a multiprocessor.
-        waves: rounds in which the grid runs.
+        blocks_per_sm: blocks that are resident on one multiprocessor.
+        waves: the number of waves of the grid.
     """
 
     us: float
@@ -168,10 +168,10 @@ def predict_launch(work: Work, code: Code, *, blocks: int, resident: int, unit: 
     Args:
         work: what the launch does; `dram_bytes` must be given.
         code: what it executes.
-        blocks: of the launch.
-        resident: how many of them a multiprocessor holds at a time.
-        unit: what multiplies.
-        device: the GPU; of an architecture that is not in the table, the nearest one before it.
+        blocks: the number of its blocks.
+        resident: how many of them are resident on one multiprocessor.
+        unit: the units that multiply.
+        device: the GPU; an architecture that is not in the table counts as the nearest older one.
     """
     assert work.dram_bytes is not None
     machine = _machine(device)
@@ -199,7 +199,7 @@ def predict_launch(work: Work, code: Code, *, blocks: int, resident: int, unit: 
     joint = together.norm(unit)
     total = joint
     if ending != _NO_ENDING:
-        # A block does one after the other, but while one stores, those beside it multiply.
+        # Each block first multiplies and then stores, but while one block stores, other resident blocks multiply.
         total += (cycles.norm(unit) + stores.norm(unit) - joint) / min(resident, busiest)
     parts = {name: value / machine.cycles_per_us for name, value in zip(_PARTS, together, strict=True)}
     return Prediction(
@@ -221,10 +221,10 @@ class _Parts(NamedTuple):
     latency: float
 
     def norm(self, unit: Unit) -> float:
-        """How long all of it takes together.
+        """The cycles of all limits together.
 
-        What memory delivers comes through L2, and a fused multiply-add of the CUDA cores is one of the instructions
-        issued: these do not add up, since the rate of the one was measured with the other.
+        Bytes from memory also pass through L2, and a fused multiply-add of the CUDA cores is also an issued
+        instruction, so of each of these pairs only the larger limit counts.
         """
         memory = max(self.dram, self.l2)
         issue, math = (self.issue, self.math) if unit.is_tensor else (max(self.issue, self.math), 0.0)
@@ -233,7 +233,7 @@ class _Parts(NamedTuple):
 
 
 class _Machine(NamedTuple):
-    """A GPU under load; bytes of its memory in a cycle of its clock."""
+    """A GPU under load; `dram_bytes` is the bandwidth of its memory in bytes per cycle."""
 
     num_sms: int
     cycles_per_us: float
@@ -247,12 +247,12 @@ def _machine(device: Device) -> _Machine:
 
 
 def _l2_cycles(num_bytes: float, share: float, machine: _Machine) -> float:
-    """Of L2 as a whole, or of the port of the multiprocessor with the most blocks."""
+    """Cycles of the slower one: L2 as a whole, or the port of the multiprocessor with the most blocks."""
     return num_bytes * max(1 / (L2_BYTES_PER_CYCLE * machine.num_sms), share / L2_PORT_BYTES_PER_CYCLE)
 
 
 def memory_bytes_per_cycle(device: Device) -> float:
-    """Of each multiprocessor's share, under load."""
+    """Bytes of memory per cycle for each multiprocessor while all are at work."""
     return _machine(device).dram_bytes / device.num_sms
 
 
@@ -262,9 +262,9 @@ def clock_under_load(device: Device) -> float:
 
 
 def rates_of(device: Device) -> Rates:
-    """The rates of a device's architecture, with the memory of the product where its name says which it is.
+    """The rates of a device's architecture, with the bandwidth of the product if its name is in `SIBLINGS`.
 
-    An architecture that is not in the table has those of the nearest one before it, or of the first.
+    An architecture that is not in the table has the rates of the nearest older one, or of the first.
     """
     known = {int(name[3:]): name for name in RATES}
     arch = known[max((arch for arch in known if arch <= device.arch), default=min(known))]
@@ -274,28 +274,28 @@ def rates_of(device: Device) -> Rates:
 
 
 def cuda_cores(device: Device, accumulator_bytes: int, *, is_complex: bool = False) -> Unit:
-    """What multiplies numbers that are summed in accumulators of so many bytes, fused multiply-add by multiply-add."""
+    """The CUDA cores that compute fused multiply-adds with accumulators of so many bytes."""
     rates = rates_of(device)
     is_double = accumulator_bytes // (2 if is_complex else 1) == 8
     return Unit(rates.fp64 if is_double else rates.fp32)
 
 
 def tensor_cores(device: Device, itemsize: int) -> Unit:
-    """What multiplies data of 2 bytes, or of 4 as TF32, through mma.sync."""
+    """The tensor cores, through mma.sync: for data of 2 bytes, or of 4 bytes as TF32."""
     rates = rates_of(device)
     return Unit(rates.mma_share * (rates.tensor16 if itemsize == 2 else rates.tensor16 / 2), is_tensor=True)
 
 
 def blocks_by_shared(shared_bytes: int, device: Device) -> int:
-    """How many blocks with so much dynamic shared memory one multiprocessor has room for, whatever else they need."""
+    """How many blocks with so much dynamic shared memory fit on one multiprocessor, as far as shared memory limits."""
     return device.shared_per_sm // (shared_bytes + RESERVED_SHARED_BYTES)
 
 
 def blocks_per_sm(registers: int, threads: int, shared_bytes: int, device: Device) -> int:
-    """How many blocks one multiprocessor keeps at a time; 0 where not even one fits.
+    """How many blocks are resident on one multiprocessor at a time; 0 where not even one fits.
 
-    Registers come in units of 256 per warp out of a quarter of the multiprocessor's file; shared memory in units of
-    128 bytes, the system's share included.
+    Registers are allocated in units of 256 per warp, from a quarter of the multiprocessor's register file; shared
+    memory in units of 128 bytes, including what the system reserves.
 
     Args:
         registers: of a thread.

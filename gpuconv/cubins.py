@@ -1,16 +1,16 @@
 """Kernels compiled in advance: a folder of machine code, from which they are loaded without a compiler.
 
-The folder is $GPUCONV_CACHE_DIR, else `gpuconv` in the user's folder for caches. Each file holds what NVRTC made of one
+The folder is $GPUCONV_CACHE_DIR, else `gpuconv` in the user's cache folder. Each file holds NVRTC's output for one
 kernel and nothing else, so that a driver can load it by its path::
 
     <architecture>/<kernel>/<version of NVRTC>-<key>-<digest>.<cubin or ptx>
 
-The key is a hash of what the code was made from: the text with all that it includes, the compiler's options and
-gpuconv's version. The digest is that of the contents, so a damaged file shows. Files appear under their names when they
-are complete, so processes that fill one folder at once do not disturb each other.
+The key is a hash of the source text with everything that it includes, the compiler's options and gpuconv's version. The
+digest is a hash of the contents, by which damage is detected. A file gets its name only when it is complete, so several
+processes can fill one folder at the same time.
 
-Machine code is as trusted as a program: the folder is made for its owner alone, and none is used that belongs to others
-than the user or root, or that everybody can write.
+Machine code is as dangerous as a program: the folder is created for its owner alone, and no folder or file is used that
+belongs to anyone but the user or root, or that everybody can write.
 """
 
 from __future__ import annotations
@@ -36,25 +36,25 @@ if TYPE_CHECKING:
 
 NvrtcVersion: TypeAlias = tuple[int, int]
 
-# Those with which CuPy compiles a RawKernel, but for the architecture, and folders of headers that no kernel includes.
+# The options with which CuPy compiles a RawKernel, except the architecture, and include folders that no kernel needs.
 OPTIONS = ("-std=c++17", "-ftz=true", "--device-as-default-execution-space")
 
 _NAME = re.compile(r"(\d+)\.(\d+)-([0-9a-f]{32})-([0-9a-f]{32})\.(?:cubin|ptx)")
-_PART = ".part"  # ends the names of files that are being written
-_ABANDONED_SECONDS = 3600  # after which a file that is being written has lost its writer
+_PART = ".part"  # the suffix of files that are being written
+_ABANDONED_SECONDS = 3600  # a `.part` file older than this was left by a process that ended early
 
 
 class CacheError(OSError):
-    """The folder of compiled kernels cannot be used as asked; the text says which, and why, on one line."""
+    """The folder of compiled kernels, or a file in it, cannot be used; the message names it and the reason."""
 
 
 class Source(NamedTuple):
-    """What machine code is made from, but for the compiler.
+    """What machine code is made from, apart from the compiler.
 
     Attributes:
         arch: "sm_90" and so on.
         kernel: the name of the kernel function.
-        key: of the text and the options.
+        key: a hash of gpuconv's version, the options and the text.
         suffix: the form of the code, "cubin" or "ptx".
     """
 
@@ -67,7 +67,7 @@ class Source(NamedTuple):
     def of(cls, config: Config, arch: str) -> Source:
         """The source of a specialisation."""
         text = assemble(config.kernel, dict(config.macros))
-        # By CuPy's own variable, what NVRTC makes is PTX, which the driver compiles.
+        # With this variable CuPy has NVRTC produce PTX, which the driver compiles.
         suffix = "ptx" if os.environ.get("CUPY_COMPILE_WITH_PTX") == "1" else "cubin"
         return cls(arch, config.kernel, _digest("\0".join((__version__, *OPTIONS, text)).encode()), suffix)
 
@@ -78,7 +78,7 @@ class Source(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What the folder has of a source: the file to load, if there is one, and those that are damaged."""
+    """The files of a source in the folder: the one to load, if any, and those that are damaged."""
 
     path: Path | None
     damaged: tuple[Path, ...]
@@ -94,7 +94,7 @@ class Entry:
         kernel: the name of the kernel function.
         nvrtc: the version of the compiler.
         num_bytes: its size.
-        used: when it was read last, as far as the file system notes that, in seconds since the epoch.
+        used: when it was last read or written, as the file system records it, in seconds since the epoch.
     """
 
     path: Path
@@ -106,11 +106,11 @@ class Entry:
 
     @property
     def is_damaged(self) -> bool:
-        """Whether its contents are not those that were written. That they are read here does not count as use."""
+        """Whether its contents are not those that were written. This check does not change `used`."""
         with suppress(FileNotFoundError):
             status = self.path.stat()
             intact = _is_intact(self.path)
-            with suppress(OSError):  # the file may be another's, or not to be written
+            with suppress(OSError):  # the file may belong to another user, or be read-only
                 os.utime(self.path, ns=(status.st_atime_ns, status.st_mtime_ns))
             return not intact
         return False
@@ -125,19 +125,20 @@ def folder() -> Path:
 
 
 def is_only_source() -> bool:
-    """Whether $GPUCONV_CACHE_ONLY forbids to compile kernels when they are needed."""
+    """Whether $GPUCONV_CACHE_ONLY allows only kernels that were compiled in advance."""
     return os.environ.get("GPUCONV_CACHE_ONLY", "0") not in ("", "0")
 
 
 def path_of(config: Config, arch: str, nvrtc_version: Callable[[], NvrtcVersion | None], major: int) -> Path | None:
     """The file from which a kernel is loaded, if it was compiled in advance.
 
-    Code of the NVRTC that is installed is taken; where none is, or $GPUCONV_CACHE_ONLY is set, that of the newest.
+    It must come from the installed version of NVRTC; where none is installed, or $GPUCONV_CACHE_ONLY is set, it is the
+    file of the newest version.
 
     Args:
         config: the specialisation.
         arch: "sm_90" and so on.
-        nvrtc_version: tells the version of NVRTC, or None where it cannot be loaded.
+        nvrtc_version: returns the version of NVRTC, or None where it cannot be loaded.
         major: the major version of CUDA for which CuPy was built.
 
     Raises:
@@ -152,7 +153,7 @@ def path_of(config: Config, arch: str, nvrtc_version: Callable[[], NvrtcVersion 
         trouble = str(error)
     if is_only_source():
         raise RuntimeError(
-            f"{config.kernel} for {arch} was not compiled in advance, which GPUCONV_CACHE_ONLY asks for; "
+            f"{config.kernel} for {arch} was not compiled in advance, which GPUCONV_CACHE_ONLY requires; "
             f"gpuconv warmup --arch {arch} adds kernels to {folder()}{f' ({trouble})' if trouble else ''}"
         )
     if trouble:
@@ -164,9 +165,9 @@ def find(source: Source, nvrtc: NvrtcVersion | None, *, major: int | None = None
     """Look for the code of a source.
 
     Args:
-        source: what is looked for.
-        nvrtc: the version of NVRTC that must have made it; None for the newest that there is.
-        major: the major version of NVRTC that must have made it; None for any.
+        source: what to look for.
+        nvrtc: the version of NVRTC that the code must come from; None for the newest that is found.
+        major: the major version of NVRTC that the code must come from; None for any.
 
     Raises:
         CacheError: the folder cannot be read, or belongs to others.
@@ -230,10 +231,10 @@ def store(source: Source, nvrtc: NvrtcVersion, code: bytes, damaged: Iterable[Pa
 
 
 def prepare() -> None:
-    """Make the folder where it does not exist.
+    """Create the folder if it does not exist.
 
     Raises:
-        CacheError: it cannot be made, or it belongs to others.
+        CacheError: it cannot be created, or it belongs to others.
     """
     try:
         folder().parent.mkdir(parents=True, exist_ok=True)
@@ -246,7 +247,7 @@ def prepare() -> None:
 
 
 def entries() -> list[Entry]:
-    """The files of the folder, the one used last at the end.
+    """The files of the folder, the most recently used one last.
 
     Raises:
         CacheError: the folder cannot be read.
@@ -261,10 +262,10 @@ def entries() -> list[Entry]:
 
 
 def prune(max_bytes: int | None) -> tuple[int, int]:
-    """Remove what is damaged and, until the rest has at most `max_bytes`, what has not been used for longest.
+    """Remove damaged files, abandoned ones and, until the rest has at most `max_bytes`, the least recently used ones.
 
     Returns:
-        The number of files that were removed, and their bytes.
+        The number of removed files and their bytes, without abandoned ones.
 
     Raises:
         CacheError: the folder cannot be read, or a file cannot be removed.
@@ -287,14 +288,14 @@ def prune(max_bytes: int | None) -> tuple[int, int]:
     )
     try:
         for path in paths:
-            path.unlink(missing_ok=True)  # another process may be faster
+            path.unlink(missing_ok=True)  # another process may have removed it
     except OSError as error:
         raise CacheError(f"{error.filename}: cannot be removed: {error.strerror or error}") from error
     return len(removed), sum(entry.num_bytes for entry in removed)
 
 
 def _files() -> list[tuple[Path, os.stat_result]]:
-    """The files where code lies."""
+    """The files in the folders of kernels."""
 
     def fail(error: OSError) -> None:
         if not isinstance(error, FileNotFoundError):
@@ -310,12 +311,12 @@ def _files() -> list[tuple[Path, os.stat_result]]:
 
 
 def _refuse_foreign(path: Path) -> None:
-    """Refuse a file or a folder that others than the user and root could have written.
+    """Refuse a file or folder that anyone but the user and root could have written.
 
     Raises:
-        CacheError: it is one.
+        CacheError: somebody else could have written it.
     """
-    if not hasattr(os, "geteuid"):  # Windows keeps what is in a user's folder from others by itself
+    if not hasattr(os, "geteuid"):  # Windows itself protects a user's folder from other users
         return
     status = os.stat(path)
     if status.st_uid not in (0, os.geteuid()):
@@ -328,7 +329,7 @@ def _refuse_foreign(path: Path) -> None:
 
 
 def _is_intact(path: Path) -> bool:
-    """Whether the contents are those that the name tells."""
+    """Whether the digest in the name is that of the contents."""
     match = _NAME.fullmatch(path.name)
     return match is not None and match[4] == _digest(path.read_bytes())
 

@@ -1,4 +1,4 @@
-"""What the kernel families need to know of a GPU, as a value that tests can construct."""
+"""What the kernel families need to know about a GPU, as a value that tests can construct."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """A GPU, by the numbers that configurations depend on.
+    """The properties of a GPU on which configurations depend.
 
     Attributes:
-        name: for people.
+        name: the product, for display; `gpuconv.costs` also finds its memory bandwidth by it.
         arch: compute capability as one number, 90 for sm_90.
         num_sms: streaming multiprocessors.
-        shared_per_block: bytes of shared memory one block may ask for (the opt-in maximum).
+        shared_per_block: the most bytes of shared memory of one block (the opt-in maximum).
         shared_per_sm: bytes of shared memory of one multiprocessor.
         l2_bytes: size of the L2 cache.
     """
@@ -31,7 +31,7 @@ class Device:
 
     @property
     def threads_per_sm(self) -> int:
-        """Threads that a multiprocessor holds at most (the guide's table, as below)."""
+        """The most resident threads of a multiprocessor (CUDA C++ Programming Guide, as for the table below)."""
         return {75: 1024, 86: 1536, 87: 1536, 89: 1536, 120: 1536, 121: 1536}.get(self.arch, 2048)
 
     @property

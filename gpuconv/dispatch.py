@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -27,7 +27,7 @@ from .families.base import contiguous_strides
 from .fusion import RESIDUAL
 from .problem import FORMATS, ConvProblem, Kind, Problem
 
-# Algorithms that are no kernel families: gpuconv.fft computes by them, or finds that direct sums cost less.
+# Algorithms that are not kernel families: gpuconv.fft computes through the FFT, or for "auto" whichever costs less.
 BY_FFT = ("fft", "auto")
 
 
@@ -54,13 +54,20 @@ class Choice:
 
     @property
     def step(self) -> Step:
-        """The launch of the family's own kernel, the first of two where sums are added by another."""
+        """The launch of the family's own kernel, not of those that prepare for it or add up its sums."""
         return next(step for step in self.plan.steps if step.config.kernel == self.family)
 
     @property
     def config(self) -> Config:
         """The specialisation of the family's own kernel."""
         return self.step.config
+
+    @property
+    def staging(self) -> dict[str, str]:
+        """What one access loads or stores of each array that the family's kernels transpose; see `Family.staging`."""
+        (family,) = (family for family in FAMILIES if family.name == self.family)
+        own = (family.staging(step) for step in self.plan.steps if step.config.kernel == self.family)
+        return {array: words for found in own for array, words in found.items()}
 
     @property
     def launch(self) -> Launch:
@@ -72,8 +79,8 @@ def lay_out(problem: Problem, pointers: Mapping[str, StridedPointer | None]) -> 
     """The layout that kernels see, and the names of the arrays that must be copied because kernels cannot read them.
 
     Args:
-        problem: the problem that the arrays belong to.
-        pointers: by the names of `problem.shapes`; None or no entry for an array that is freshly allocated.
+        problem: the problem to which the arrays belong.
+        pointers: by the names of `problem.shapes`; None or no entry for an array that is newly allocated.
     """
     fresh, copies = Layout.contiguous(problem), []
     found: dict[str, ArrayLayout] = {}
@@ -91,7 +98,7 @@ def lay_out(problem: Problem, pointers: Mapping[str, StridedPointer | None]) -> 
             found[name] = array
     layout = fresh.replaced(**found)
     if RESIDUAL in layout and layout[RESIDUAL].strides != layout["output"].strides:
-        # Kernels find the residual of a result by the place of the result, so both become contiguous.
+        # Kernels read the residual at the offset of the result, so both must have the same strides: contiguous ones.
         strides = contiguous_strides(problem.shapes["output"])
         odd = [name for name in (RESIDUAL, "output") if layout[name].strides != strides]
         layout = layout.replaced(**{name: ArrayLayout(strides) for name in odd})
@@ -100,7 +107,7 @@ def lay_out(problem: Problem, pointers: Mapping[str, StridedPointer | None]) -> 
 
 
 class AlgorithmError(ValueError):
-    """There is no algorithm of this name, or it does not take the problem."""
+    """There is no algorithm of this name, or it cannot compute the problem."""
 
 
 def families(kind: Kind) -> tuple[Family[Any], ...]:
@@ -109,13 +116,13 @@ def families(kind: Kind) -> tuple[Family[Any], ...]:
 
 
 def algorithms(kind: Kind) -> tuple[str, ...]:
-    """What the argument algorithm can name: "base", the kernel families by preference, and `BY_FFT`."""
+    """The values of the argument `algorithm`: "base", the kernel families by preference, and `BY_FFT`."""
     by_fft = () if kind == "bias_gradient" else BY_FFT
     return ("base", *(family.name for family in families(kind)), *by_fft)
 
 
 def check_algorithm(caller: str, kind: Kind, algorithm: str | None) -> None:
-    """Refuse what names no algorithm of a kind of problem; `caller` opens the message.
+    """Refuse a name that is no algorithm for a kind of problem; the message begins with `caller`.
 
     Raises:
         AlgorithmError: there is no algorithm of that name.
@@ -129,7 +136,7 @@ def check_algorithm(caller: str, kind: Kind, algorithm: str | None) -> None:
 
 
 def of_sums_over_lengths(caller: str, algorithm: str | None) -> str | None:
-    """The algorithm of a weight gradient whose samples have lengths of their own: what "auto" stands for there.
+    """The algorithm of a weight gradient whose samples have different lengths: None in place of "auto".
 
     Raises:
         AlgorithmError: it is "fft".
@@ -144,10 +151,10 @@ def choose(problem: Problem, layout: Layout, device: Device, algorithm: str | No
     """The family that computes a problem, and its plan; None where the problem is empty and nothing is launched.
 
     The choice is a pure function of its arguments and never depends on a timing. `algorithm` is None or "auto" for the
-    family that is preferred, "base" for the one that refuses nothing, or the name of a family.
+    first family that does not refuse, "base" for the one that refuses nothing, or the name of a family.
 
     Raises:
-        AlgorithmError: that family refuses the problem, or there is none of that name.
+        AlgorithmError: the named family refuses the problem, there is none of that name, or it is "fft".
     """
     if problem.is_empty:
         return None
@@ -179,14 +186,14 @@ def plan_of(family: Family[Any], problem: Problem, layout: Layout, device: Devic
 
 @dataclass(frozen=True, slots=True)
 class Push:
-    """What a push of a stream runs, where the kernel that computes also keeps the new samples.
+    """What a push of a stream runs, where the kernel that computes also stores the new samples.
 
     Attributes:
-        choice: whose plan has the arrays of `families.windows` besides those of the problem.
-        blocks: that move the window.
+        choice: its plan has the arrays of `families.windows` besides those of the problem.
+        blocks: the number of blocks that move the window.
         window: the shape of the array that the plan calls the input.
-        channels_last: whether that is (N, places, C_in); else it is (N, C_in, places).
-        period: samples after which a row of the window comes round.
+        channels_last: whether that shape is (N, places, C_in); else it is (N, C_in, places).
+        period: samples after which the same place of the window is written again.
     """
 
     choice: Choice
@@ -205,12 +212,12 @@ def choose_push(
     device: Device,
     algorithm: str | None = None,
 ) -> Push | Refusal:
-    """How `length` new samples are convolved behind those that a stream holds and kept, with the bits of one call.
+    """How a stream convolves and stores `length` new samples that follow those it holds, with the bits of one call.
 
     Args:
-        problem: of the samples that are held, followed by the new ones.
-        length: how many of them are new.
-        layout: of the arrays of the problem; that of the input has no effect.
+        problem: the problem of the samples that it holds, followed by the new ones.
+        length: the number of new samples.
+        layout: that of the arrays of the problem; the input's has no effect.
         new_samples: the layout of the new samples, (N, C_in, length).
         device: the GPU.
         algorithm: that of `choose`.
@@ -220,7 +227,8 @@ def choose_push(
     """
     p = problem
     layout = layout.replaced(input=windows.window_layout(p))
-    layout = Layout((*layout.arrays, (windows.NEW_SAMPLES, new_samples)))
+    # Streams prepare their weights.
+    layout = replace(layout, arrays=(*layout.arrays, (windows.NEW_SAMPLES, new_samples)), is_prepared=True)
     choice = choose(p, layout, device, algorithm)
     if choice is None:
         return Refusal("needs a result")

@@ -12,7 +12,7 @@ from .text import install_hint
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """The numbers of a dtype, and those in which they are summed.
+    """The properties of a dtype, and those of its sums.
 
     Attributes:
         itemsize: bytes of an element.
@@ -33,7 +33,7 @@ class Format:
 
     @property
     def accumulator_bytes(self) -> int:
-        """Bytes of a sum, with both parts of a complex one."""
+        """Bytes of a floating-point sum, with both parts of a complex one."""
         return max(4, self.itemsize)
 
     @property
@@ -57,13 +57,13 @@ DTYPES = tuple(FORMATS)
 
 # Integers are summed exactly, modulo 2**64.
 INTEGERS = ("int8", "uint8", "int16", "int32", "int64")
-INTEGER_SUMS = ("int64", "int32")  # what their sums can be returned as, the default first
+INTEGER_SUMS = ("int64", "int32")  # the dtypes in which sums can be returned, the default first
 FORMATS |= {
     name: Format(np.dtype(name).itemsize, False, name, "int64", 0.0, 0.0, float(np.iinfo(name).max))
     for name in INTEGERS
 }
 
-# By precision: the unit roundoff to which tensor cores may round operands, 0 where they keep them.
+# By precision: the unit roundoff with which operands are rounded, 0 where they are exact.
 OPERAND_ROUNDOFF = {"float32": 0.0, "tf32": 2.0**-11}
 PRECISIONS = tuple(OPERAND_ROUNDOFF)
 
@@ -75,12 +75,12 @@ def dtype_name(dtype: Any) -> str | None:
 
 
 def real_dtype(name: str) -> str:
-    """The name of the dtype of the real part of a dtype in `DTYPES`, which is a real one itself."""
+    """The name of the dtype of the real part, for a dtype in `DTYPES`; a real dtype gives itself."""
     return FORMATS[name].real
 
 
 def numpy_dtype(name: str) -> np.dtype[Any]:
-    """The NumPy dtype of a name in `DTYPES`.
+    """The NumPy dtype of a name in `DTYPES` or `INTEGERS`.
 
     Raises:
         ModuleNotFoundError: "bfloat16" without ml_dtypes installed.

@@ -1,10 +1,10 @@
-"""Which of a row's L samples a position means, inside the row and outside: cuda_src/edge.cuh for NumPy.
+"""Which of a row's L samples a position stands for, inside the row and outside: cuda_src/edge.cuh for NumPy.
 
-The modes of padding differ in nothing else. Of positions from -padding_left to L + padding_right - 1::
+This is the only difference between padding modes. For positions from -padding_left to L + padding_right - 1::
 
-    reflect    ... 2 1 | 0 1 2 ... L-1 | L-2 L-3 ...    the samples mirrored at the last one
-    symmetric  ... 1 0 | 0 1 2 ... L-1 | L-1 L-2 ...    mirrored behind the last one
-    replicate  ... 0 0 | 0 1 2 ... L-1 | L-1 L-1 ...    the last one again
+    reflect    ... 2 1 | 0 1 2 ... L-1 | L-2 L-3 ...    mirrored, the sample at the edge once
+    symmetric  ... 1 0 | 0 1 2 ... L-1 | L-1 L-2 ...    mirrored, the sample at the edge twice
+    replicate  ... 0 0 | 0 1 2 ... L-1 | L-1 L-1 ...    the sample at the edge repeated
     circular ... L-2 L-1 | 0 1 2 ... L-1 | 0 1 ...      the samples from the other end
 """
 
@@ -17,20 +17,20 @@ PADDING_MODES = ("zeros", "reflect", "replicate", "circular", "symmetric")
 
 
 def source_indices(mode: str, first: int, stop: int, L: int, step: int = 1) -> npt.NDArray[np.intp]:
-    """The samples that every step-th position from first to stop - 1 means, in a mode other than "zeros"."""
+    """The samples for every step-th position from first to stop - 1, in a mode other than "zeros"."""
     at = np.arange(first, stop, step)
     if mode == "replicate":
         return np.clip(at, 0, L - 1)
     if mode == "circular":
         below, above = at + L, at - L
     else:
-        gap = 1 if mode == "symmetric" else 0  # of the mirrors, behind the last sample on either side
+        gap = 1 if mode == "symmetric" else 0  # 1 where the samples at the edges are repeated
         below, above = -gap - at, 2 * (L - 1) + gap - at
     return np.where(at < 0, below, np.where(at < L, at, above))
 
 
 def most_positions(mode: str, left: int, right: int, L: int) -> int:
-    """How many positions mean the same sample, at most."""
+    """The largest number of positions that stand for the same sample."""
     left, right = max(left, 0), max(right, 0)
     if mode == "zeros":
         return 1
@@ -40,10 +40,10 @@ def most_positions(mode: str, left: int, right: int, L: int) -> int:
 
 
 def padded_samples(mode: str, left: int, right: int, L: int, *, apart: bool = True) -> tuple[range, range]:
-    """The samples that positions outside of the row mean, in a mode other than "zeros", as two ranges.
+    """The samples that occur in the padding, in a mode other than "zeros", as two ranges.
 
-    The first is counted from the row's beginning, the second from its end. Where they overlap, all are in the first
-    alone if they are to be apart.
+    The first range lies at the row's beginning, the second at its end. Where they overlap, `apart` joins them in the
+    first and leaves the second empty.
     """
     left, right = max(left, 0), max(right, 0)
     if mode == "replicate":

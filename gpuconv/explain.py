@@ -50,8 +50,8 @@ SETTINGS: Mapping[Op, tuple[str, ...]] = {
 }  # fmt: skip
 
 
-MAX_CANDIDATES = 8  # that a page shows
-_BAR = 12  # columns
+MAX_CANDIDATES = 8  # the most that a page shows
+_BAR = 12  # columns of the longest bar
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,16 +63,18 @@ class Explanation:
             input it is the other operation with the same weight.
         device: the GPU that runs it; None on the CPU path.
         choice: the kernel family, its launches and buffers, and the preferred families that refused; None on the CPU
-            path, and where the result is empty or zero and nothing is launched.
-        method: how the CPU path computes it; None on a GPU, and for a bias.
-        copies: the arrays that are copied first, because the kernels (or BLAS) cannot read them where they lie.
+            path, through the FFT, and where the result is empty or zero and nothing is launched.
+        method: how the CPU path computes it; None on a GPU, through the FFT, and for a bias gradient.
+        copies: the arrays that are copied first, because the kernels (or NumPy) cannot read them in place.
         parts: how often the call computes `problem`: twice for real taps on complex data, whose real and imaginary part
             are computed one after the other.
-        by_fft: how the FFT computes it, where the algorithm is "fft" or "auto"; None for "auto" where direct sums do.
-        costs: of direct sums and of the FFT, predicted from the layer alone; None for other algorithms, and where the
-            FFT does not take the problem.
+        by_fft: how the FFT computes it; None for direct sums.
+        costs: predicted from the layer alone, of direct sums and of the FFT; None unless the algorithm is "fft" or
+            "auto", and where the FFT cannot compute the problem.
         samples: the lengths of the samples, where the call gives them.
-        runs: how many calls on neighbouring samples of one length that becomes; 1 where one call takes them all.
+        runs: the number of calls on neighbouring samples of one length; 1 where one call computes all samples.
+        prepared: what runs with a weight that `gpuconv.prepare` made, if it differs from `choice`: its first step packs
+            the weight once; without it, the blocks of each call pack the weight themselves.
 
     Example:
         >>> import gpuconv
@@ -93,6 +95,7 @@ class Explanation:
     runs: int = 1
     by_fft: fft.Plan | None = None
     costs: fft.Costs | None = None
+    prepared: dispatch.Choice | None = None
 
     @property
     def flops(self) -> int:
@@ -123,16 +126,16 @@ class Explanation:
 
     @property
     def fused(self) -> dict[str, int | None]:
-        """What is fused: in words, with the bytes that need not move since it is no pass of its own.
+        """What is fused, with the bytes that a separate pass would read and write.
 
-        None on the CPU, where they move within the caches if a sample fits those.
+        The bytes are None on the CPU, where they stay in the caches if a sample fits.
         """
         p = self.problem
         if not isinstance(p, ConvProblem) or not p.fusion:
             return {}
         f, of_input, of_output = p.fusion, math.prod(p.input_shape), math.prod(p.output_shape)
         is_loaded = self.choice is None or all(ACTIVATED not in step.arrays for step in self.choice.plan.steps)
-        elements: dict[str, int] = {}  # that would be read and written by a pass of their own
+        elements: dict[str, int] = {}  # those that a separate pass would read and write
         if f.input_activation is not None:
             elements[f"{f.input_activation} of the input"] = of_input if is_loaded else 0
         if f.has_residual:
@@ -147,7 +150,7 @@ class Explanation:
         return sum(math.prod(self.shapes[name]) for name in self.copies) * self.problem.itemsize
 
     def to_dict(self) -> dict[str, Any]:
-        """The same facts as plain values that `json.dumps` takes. Times of the cost model are predicted."""
+        """The same facts as plain values for `json.dumps`. Times are predictions of the cost model."""
         problem: dict[str, Any] = dataclasses.asdict(self.problem)
         problem.update((f"{name}_shape", list(shape)) for name, shape in self.shapes.items())
         return {
@@ -165,6 +168,7 @@ class Explanation:
             "copy_bytes": self.copy_bytes,
             "method": None if self.method is None else dataclasses.asdict(self.method),
             "kernel": None if self.choice is None else self._kernel_dict(self.choice),
+            "kernel_of_prepared_weight": None if self.prepared is None else self._kernel_dict(self.prepared),
             "fft": None if self.by_fft is None else self._fft_dict(self.by_fft),
             "costs": None if self.costs is None else self.costs._asdict(),
         }
@@ -196,6 +200,7 @@ class Explanation:
             "macros": own["macros"],
             "launch": own["launch"],
             "refusals": [{"family": family, "reason": reason} for family, reason in choice.refusals],
+            "staging": {self._name_of(array): words for array, words in choice.staging.items()},
             "candidates": [{"configuration": name, "microseconds": us} for name, us in choice.plan.candidates],
             "steps": steps,
             "scratch": dict(choice.plan.scratch),
@@ -264,17 +269,28 @@ class Explanation:
             ("kernel", f"{choice.family} with {macros}"),
             ("launch", _launch_words(choice.launch)),
         ]
+        if choice.staging:
+            loads = (f"{self._name_of(array)} by {words}" for array, words in choice.staging.items())
+            rows.append(("staging", f"{', '.join(loads)} at a time"))
         own = choice.plan.steps.index(choice.step)
         for place, step in enumerate(choice.plan.steps):
             if place != own:
                 words = f"{step.config.kernel}: {_launch_words(step.launch)}"
                 rows.append(("before" if place < own else "after", words))
+        if self.prepared is not None:
+            packing = self.prepared.plan.steps[0].config.kernel
+            rows.append(("prepared", f"{packing} packs a weight of gpuconv.prepare once"))
         if choice.plan.scratch:
             buffers = (f"{name} ({_quantity(num_bytes, 'B')})" for name, num_bytes in choice.plan.scratch)
             rows.append(("buffers", ", ".join(buffers)))
         if choice.plan.candidates:
             rows.append(("model", self._candidates_text(choice.plan.candidates)))
         return rows
+
+    def _name_of(self, operand: str) -> str:
+        """The name of the argument for an array of the problem."""
+        p = self.problem
+        return _names_of_operands(p).get(operand, operand) if isinstance(p, WeightGradientProblem) else operand
 
     def _lengths_text(self, samples: Samples) -> str:
         L_in = samples.L_in
@@ -292,7 +308,7 @@ class Explanation:
         lines = [f"predicted, not measured, at {clock_under_load(self.device):.3g} GHz:"]
         for name, us in candidates[:MAX_CANDIDATES]:
             bar = "#" * max(1, round(_BAR * us / longest))
-            # A tab marks where the further lines of a long name begin.
+            # A tab marks the column at which a long name continues on its next line.
             lines.append(f"{f'{us:.0f}' if us >= 100 else f'{us:.3g}':>7} us  {bar:<{_BAR}}  \t{name}")
         if len(candidates) > MAX_CANDIDATES:
             lines.append(f"and {count(len(candidates) - MAX_CANDIDATES, 'slower one')}")
@@ -301,7 +317,7 @@ class Explanation:
 
 
 def _names_of_operands(problem: WeightGradientProblem) -> dict[str, str]:
-    """The names that users know the arrays of a weight gradient by."""
+    """The names of the arguments for the arrays of a weight gradient."""
     signature = SIGNATURES[f"{problem.op}_weight"]
     return dict(zip(signature.operands, signature.arrays, strict=True))
 
@@ -338,14 +354,14 @@ def explain(
     Args:
         op: "conv1d" or "conv_transpose1d".
         input: (N, C_in, L_in) or (C_in, L_in): an array, or a `gpuconv.problem.ArraySpec(shape, dtype)` for one that
-            need not exist and is taken to be freshly allocated.
+            need not exist and counts as newly allocated.
         weight: (C_out, C_in/groups, K), for conv_transpose1d (C_in, C_out/groups, K).
         bias: (C_out,), or None.
-        direction: "forward", or which gradient of this call to explain: "grad_input", "grad_weight" or "grad_bias",
-            given a gradient of the output that is freshly allocated, as is the result.
+        direction: "forward", or the gradient of this call to explain: "grad_input", "grad_weight" or "grad_bias". The
+            output's gradient and the result count as newly allocated.
         device: None for where the arrays are (NumPy: the CPU path; CuPy: their GPU), "cpu", an architecture such as
-            "sm_90" for a typical GPU of it, or a `gpuconv.device.Device`. A GPU need not be there: NumPy arrays then
-            stand for GPU arrays with the same strides and the same alignment.
+            "sm_90" for a typical GPU of it, or a `gpuconv.device.Device`. No GPU is needed: NumPy arrays can stand for
+            GPU arrays with the same strides and the same alignment.
         **settings: the settings of the operation by name: stride, padding, dilation, groups, algorithm and so on. An
             `ArraySpec` may stand for the residual, and for the arrays of snake.
 
@@ -427,7 +443,7 @@ def explain(
             problem = replace(problem, has_lengths=True)
     if problem.is_empty:
         plan = None
-    # Gradients of the output are freshly allocated, and so are conjugates of weights, which are a copy.
+    # The output's gradient counts as newly allocated, and so does the conjugate of a weight, which is a copy.
     operands = dict(zip(SIGNATURES[function].arrays, SIGNATURES[function].operands, strict=True))
     operands = {array: operand for array, operand in operands.items() if array in given}
     more = (1 + by_parts, samples, runs, plan, costs)
@@ -453,8 +469,11 @@ def explain(
     layout, copies = dispatch.lay_out(problem, pointers)
     arrays_of = {operand: array for array, operand in operands.items()}
     copies = (*(arrays_of[operand] for operand in copies), *conjugated)
-    choice = None if plan is not None else dispatch.choose(problem, layout, target, algorithm)
-    return Explanation(problem, target, choice, None, copies, *more)
+    choice = prepared = None
+    if plan is None:
+        choice = dispatch.choose(problem, layout, target, algorithm)
+        prepared = dispatch.choose(problem, dataclasses.replace(layout, is_prepared=True), target, algorithm)
+    return Explanation(problem, target, choice, None, copies, *more, None if prepared == choice else prepared)
 
 
 class _RealPart(NamedTuple):

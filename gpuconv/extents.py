@@ -1,4 +1,4 @@
-"""The lengths of outputs and the paddings that follow from a length, for ints and for arrays of them alike.
+"""Output lengths, and the paddings that follow from a length, for ints and for arrays of ints.
 
 `span` is dilation*(K - 1) + 1, the positions from the first tap of a window to the last, both included.
 """
@@ -13,7 +13,7 @@ import numpy as np
 def output_length(
     transposed: bool, L_in: Any, left: Any, right: Any, stride: int, span: int, output_padding: int = 0
 ) -> Any:
-    """L_out of either operation; below 1 where there is no output."""
+    """L_out of either operation; the value is below 1 where there is no output."""
     if transposed:
         return (L_in - 1) * stride - left - right + span + output_padding
     return (L_in + left + right - span) // stride + 1
@@ -41,5 +41,5 @@ def resolve_padding(
 
 
 def _halves(total: Any) -> tuple[Any, Any]:
-    """Split a total padding over both sides; the odd one goes to the right."""
+    """Split a total padding over both sides; the right side gets one more where it is odd."""
     return total // 2, total - total // 2

@@ -1,6 +1,6 @@
 """Arrays from and to files and pipes: `.npy`, and `.wav`, which soundfile decodes. Writing a file is atomic.
 
-Every refusal is a `FileError`, whose text is one line for the user that names the file.
+All errors for the user are a `FileError`, with a message of one line that names the file.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ StrPath: TypeAlias = str | os.PathLike[str]
 SUFFIXES = (".npy", ".wav")
 STANDARD = "-"  # the name of standard input and of standard output
 _NPY_MAGIC = b"\x93NUMPY"
-_MAX_WAV_BYTES = 2**32 - 4096  # the sizes inside a WAV file are unsigned 32-bit numbers; the rest is for its header
+_MAX_WAV_BYTES = 2**32 - 4096  # sizes in a WAV file are unsigned 32-bit numbers; the difference is for its header
 _MAX_AXES = 32  # the limit of the oldest supported NumPy
 _BLOCK = 2**18  # values that are converted at a time
-_SAMPLE_BYTES = {  # of the encodings that give every sample the same number of bytes, by libsndfile's names
+_SAMPLE_BYTES = {  # of encodings whose samples all have the same number of bytes, by libsndfile's names
     "PCM_S8": 1, "PCM_U8": 1, "PCM_16": 2, "PCM_24": 3, "PCM_32": 4, "FLOAT": 4, "DOUBLE": 8, "ULAW": 1, "ALAW": 1,
 }  # fmt: skip
-_MAX_SAMPLES_PER_BYTE = 64  # of any other encoding; a header that declares more is damaged
+_MAX_SAMPLES_PER_BYTE = 64  # of all other encodings; a header that declares more is damaged
 
 
 class FileError(Exception):
-    """A file cannot be read or written as asked; the text says which, and why, on one line."""
+    """A file cannot be read or written; the message, of one line, names the file and the reason."""
 
 
 class Signal(NamedTuple):
-    """What a file holds: an array, the sample rate in Hz where the file knows it (.wav), and warnings for the user."""
+    """The contents of a file: an array, the sample rate in Hz (of .wav files), and warnings for the user."""
 
     array: Array
     rate: int | None
@@ -60,12 +60,12 @@ def read(
     A file named `.wav` may be a WAV, RF64, W64 or AIFF file of any encoding that libsndfile decodes.
 
     Args:
-        path: the file; "-" for standard input, whose first bytes tell the format. A WAV file gives an array (channels,
-            samples), float32, integer samples scaled to [-1, 1).
+        path: the file; "-" for standard input, whose format is recognised by its first bytes. A WAV file gives an array
+            (channels, samples), float32, with integer samples scaled to [-1, 1).
         dtype: one of `gpuconv.problem.DTYPES` to convert to; None keeps the file's own (float32 for WAV), which must
-            be one of them. bfloat16 is read from the 2-byte raw values as which NumPy writes it.
+            be one of them. bfloat16 is read from raw 2-byte values, as NumPy writes it.
         suffixes: the formats to accept.
-        allow_truncated: read what is there of a WAV file that is shorter than its header says, or contradicts it.
+        allow_truncated: read what a WAV file has although it is shorter than its header says, or contradicts it.
 
     Returns:
         The array in native byte order; the sample rate of a WAV file; warnings about the file.
@@ -115,11 +115,11 @@ def _read(path: StrPath, file: BinaryIO, size: int, suffix: str, dtype: str | No
 def check_output(
     path: StrPath, sources: Mapping[str, StrPath], *, force: bool, suffixes: tuple[str, ...] | None = SUFFIXES
 ) -> None:
-    """Refuse an output path before any work is done for it.
+    """Check an output path before any work is done for it.
 
     Args:
-        path: where the output will be written; "-" for standard output, where `suffixes` are given.
-        sources: the input files by their names for the user; one of them may be replaced only by force.
+        path: where the output will be written; "-" for standard output, unless `suffixes` is None.
+        sources: the input files, by the names that the messages use; one of them may be replaced only by force.
         force: whether an existing file may be replaced.
         suffixes: the formats to accept; None for any name.
 
@@ -132,7 +132,7 @@ def check_output(
         return
     if suffixes is not None:
         _suffix(path, suffixes)
-    target = Path(os.path.realpath(path))  # through links, as every writer does
+    target = Path(os.path.realpath(path))  # the file behind a symbolic link, as for writing
     try:
         exists = target.exists()
         if target.is_dir():
@@ -156,12 +156,12 @@ def write(path: StrPath, array: Array, rate: int | None = None, *, force: bool =
     """Write an array to a `.npy` or `.wav` file, or either to standard output.
 
     A file is written as a whole or not at all. It has the permissions of the file that it replaces, else those of any
-    new file. Beside the array it takes 1 MiB.
+    new file. This takes 1 MiB of memory besides the array.
 
     Args:
-        path: the file; "-" for standard output, as a WAV file where `rate` is given.
+        path: the file; "-" for standard output, in WAV format if `rate` is given.
         array: for `.npy` any; for `.wav` (channels, samples) or (1, channels, samples), real. WAV files hold 32-bit
-            floats, so that nothing is clipped.
+            floats, so that no sample is clipped.
         rate: samples per second, for `.wav`.
         force: replace a file that exists.
 
@@ -195,19 +195,19 @@ def _write(file: Any, suffix: str, array: Array, rate: int | None) -> None:
 
 
 class _Sink:
-    """A stream of which only `write` is visible: of a whole file object NumPy asks the position, which a pipe lacks."""
+    """A stream with only the method `write`: NumPy would query the position of a file object, which a pipe lacks."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
 
     def write(self, data: bytes) -> None:
         rest = memoryview(data)
-        while rest:  # without a buffer (PYTHONUNBUFFERED) a pipe may take only a part
+        while rest:  # an unbuffered pipe (PYTHONUNBUFFERED) may take only a part
             rest = rest[self._stream.write(rest) :]
 
 
 def write_text(path: StrPath, text: str) -> None:
-    """Write a text file, UTF-8: the whole file or nothing. A file that exists is replaced.
+    """Write a text file in UTF-8, as a whole or not at all. A file that exists is replaced.
 
     Raises:
         FileError: it cannot be written.
@@ -216,11 +216,11 @@ def write_text(path: StrPath, text: str) -> None:
 
 
 def write_bytes(path: StrPath, data: bytes, *, force: bool = False) -> None:
-    """Write a file of any format: the whole file or nothing.
+    """Write a file of any format, as a whole or not at all.
 
     Args:
         path: the file.
-        data: what it will hold.
+        data: its contents.
         force: replace a file that exists.
 
     Raises:
@@ -268,7 +268,7 @@ def _read_npy(path: StrPath, file: BinaryIO, size: int) -> Array:
 
 
 def read_npy_header(path: StrPath, file: BinaryIO, size: int) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    """The shape, whether the order is Fortran's, and the dtype; the file is left behind the header."""
+    """The shape, whether the order is Fortran's, and the dtype; the file's position is then behind the header."""
     if file.read(len(_NPY_MAGIC)) != _NPY_MAGIC:
         raise FileError(f"{path}: is not a .npy file")
     file.seek(0)
@@ -281,7 +281,7 @@ def read_npy_header(path: StrPath, file: BinaryIO, size: int) -> tuple[tuple[int
     try:
         version = np.lib.format.read_magic(file)
         header = read_header[version](file) if version in read_header else None
-    except Exception as error:  # what NumPy's parser raises for a damaged header is not limited to ValueError
+    except Exception as error:  # for a damaged header NumPy's parser raises other errors than ValueError, too
         text = error.args[0] if isinstance(error, tokenize.TokenError) else str(error)  # without line numbers
         reason = text.splitlines()[0] if text else type(error).__name__
         raise FileError(f"{path}: is damaged: its header cannot be read ({reason})") from error
@@ -305,7 +305,7 @@ def _read_wav(path: StrPath, file: BinaryIO, size: int, dtype: str | None, allow
     header = wav.read_header(file, size)
     try:
         sound = soundfile.SoundFile(wav.Part(file, 0, size))
-    except (soundfile.LibsndfileError, TypeError) as error:  # TypeError: what looks like samples without a header
+    except (soundfile.LibsndfileError, TypeError) as error:  # TypeError: libsndfile takes it for raw samples
         reason = getattr(error, "error_string", "format not recognised")
         raise FileError(f"{path}: is not a .wav file that libsndfile can read: {reason}") from error
     with sound:
@@ -319,7 +319,7 @@ def _read_wav(path: StrPath, file: BinaryIO, size: int, dtype: str | None, allow
         if width is None and frames * sound.channels > _MAX_SAMPLES_PER_BYTE * found.num_bytes:
             raise FileError(f"{path}: is damaged: {found.num_bytes} bytes cannot hold the {frames} samples it declares")
         source = sound
-        if frames != sound.frames:  # the header gives a wrong length, which libsndfile uses
+        if frames != sound.frames:  # libsndfile uses the length in the header, which is wrong
             part = wav.Part(file, found.offset, frames * width * sound.channels)
             is_big = header.chunks.order == "big" and sound.endian != "LITTLE"
             source = soundfile.SoundFile(
@@ -346,10 +346,11 @@ def _read_wav(path: StrPath, file: BinaryIO, size: int, dtype: str | None, allow
 
 
 def convert(path: StrPath, array: Array, dtype: str | None) -> Array:
-    """What a file holds in the dtype that is wanted, in native byte order.
+    """The array of a file in the dtype `dtype`, or in its own if that is None, in native byte order.
 
     Raises:
-        FileError: that is not possible without a loss, or `dtype` is None and that of the file is not supported.
+        FileError: the array does not convert, or is complex and would become real; or `dtype` is None and the array's
+            own dtype is not supported.
     """
     target = None if dtype is None else _target(path, dtype)
     if array.dtype.kind == "V" and array.dtype.names is None and array.dtype.itemsize == 2:
@@ -365,7 +366,7 @@ def convert(path: StrPath, array: Array, dtype: str | None) -> Array:
         raise FileError(f"{path}: has dtype {array.dtype}, which does not convert to {dtype}")
     if array.dtype.kind == "c" and not dtype.startswith("complex"):
         raise FileError(f"{path}: has dtype {array.dtype}; converting it to {dtype} would lose the imaginary part")
-    with np.errstate(over="ignore"):  # too large for the dtype becomes infinity, as in any conversion
+    with np.errstate(over="ignore"):  # values too large for the dtype become infinity, as in any conversion
         return array.astype(target, copy=False)
 
 
@@ -388,7 +389,7 @@ def _soundfile(path: StrPath) -> ModuleType:
 
 @contextmanager
 def _new_file(path: StrPath, *, force: bool) -> Iterator[IO[bytes]]:
-    """A file for writing that appears under its name, complete, when the block ends, and never if it raises."""
+    """A file for writing that gets its name when the block ends; if the block raises, there is no file."""
     target = Path(os.path.realpath(path))
     part = target.with_name(f".gpuconv-{secrets.token_hex(8)}.part")
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
@@ -410,7 +411,7 @@ def _new_file(path: StrPath, *, force: bool) -> Iterator[IO[bytes]]:
 
 
 def publish(part: Path, target: Path, path: StrPath, *, force: bool) -> None:
-    """Give `part` the name `target`; without force, unless something has taken that name since it was checked."""
+    """Give `part` the name `target`; without force, refuse a name that exists by now."""
     if force:
         os.replace(part, target)
         return

@@ -42,11 +42,11 @@ def conv1d(
         L_out = floor((L_in + padding_left + padding_right - dilation*(K - 1) - 1) / stride) + 1
 
     Args:
-        input: (N, C_in, L_in), or (C_in, L_in) for a single sample. NumPy or CuPy, any strides; never changed. This and
-            the other arrays may be those of another library that exports DLPack or `__cuda_array_interface__`, such as
-            PyTorch's tensors that require no gradient: they are read and written where they lie.
+        input: (N, C_in, L_in), or (C_in, L_in) for a single sample. NumPy or CuPy, any strides; never changed. All
+            arrays may also be those of another library that exports DLPack or `__cuda_array_interface__`, such as
+            PyTorch tensors that require no gradient: they are read and written without a copy.
         weight: (C_out, C_in/groups, K), of the kind, device and dtype of `input`, or real with complex
-            input of the same precision (float32 for complex64); or what `prepare` made of it.
+            input of the same precision (float32 for complex64); or the result of `prepare` for it.
         bias: (C_out,), or None.
         stride: step of the window, in samples.
         padding: on both sides, in samples: an int, a pair (left, right), "valid" (none), "same"
@@ -55,53 +55,54 @@ def conv1d(
         dilation: distance between taps, in samples.
         groups: input and output channels are cut into this many groups that do not mix.
         padding_mode: what the padding is. "zeros": taps in it contribute nothing, even where the weight is infinite or
-            NaN. "reflect" and "symmetric": the samples mirrored at the last one, or behind it, with less than L_in of
-            padding on each side, or at most L_in. "replicate": the last sample again. "circular": the samples from the
-            other end, at most L_in. The input is not copied for it: the kernels, or on the CPU short strips at the
-            ends, read the samples that are meant.
+            NaN. "reflect": the samples mirrored, the one at the edge once, with padding below L_in on each side.
+            "symmetric": mirrored, the one at the edge twice, with padding up to L_in. "replicate": the sample at the
+            edge repeated. "circular": the samples from the other end, with padding up to L_in. The input is not copied
+            for this: the kernels read the right samples, and the CPU copies only short strips at the ends.
         input_activation: what is applied to the input while it is loaded, in the forms of `activation`; arrays have a
-            value for each input channel. Its values are rounded to the dtype; padding is zeros all the same.
+            value for each input channel. The activated values are rounded to the dtype; padding with zeros stays zero.
         residual: an array of the output's shape that is added before `activation`, or None.
         activation: what is applied to the output before it is rounded: None, "relu", ("leaky_relu", slope), "elu" or
             ("elu", alpha), "silu", "gelu" or ("gelu", "tanh"), "tanh", "sigmoid", or ("snake", alpha) or
             ("snake", alpha, beta) with arrays (C_out,) of the dtype of `input`. `gpuconv.fusion` has the formulas. Data
             must be real. There are no gradients of what is fused.
-        lengths: where samples have lengths of their own, up to L_in: (N,) integers, an array or a sequence. What lies
-            behind a sample's length does not exist, whatever its values; padding begins there. Outputs behind the
-            sample's output length, which `gpuconv.output_lengths` gives, are zeros, and the others those of a call on
-            that sample alone, to the bit on a GPU. A sample too short to have outputs has none. Lengths are checked on
-            the host; a CuPy array is copied there first, which waits for the work queued on its current stream.
+        lengths: where samples have different lengths, up to L_in: (N,) integers, an array or a sequence. Values beyond
+            a sample's length are ignored; its padding begins there. Outputs beyond the sample's output length, which
+            `gpuconv.output_lengths` gives, are zeros; the others are those of a call on that sample alone, to the bit
+            on a GPU. A sample too short to have outputs has none. Lengths are checked on the host; a CuPy array is
+            copied there first, which waits for the work queued on its current stream.
         precision: "float32", the full precision of the dtype, or "tf32" for float32 data: operands may be rounded to
-            TF32, 11 significant bits, where the GPU's tensor cores then serve the layer. Either way float16, bfloat16
-            and float32 data are summed in float32 and rounded once.
-        algorithm: how a GPU computes it. None: the fastest kernel family that takes the problem and sums directly.
-            "base": `conv1d_direct`, one thread per output element, which takes every problem. Or a family's name; see
-            `gpuconv.explain`. "fft": for long kernels, also on NumPy arrays, through the FFT of blocks whose length
-            follows from K, stride and dilation alone. The error of a result is then bounded by norms of its block, a
-            NaN, an infinity or an overflow spoils its whole block, and on a GPU bits depend on the samples of the
-            block, wherever it is. What comes within the block length of the largest number overflows. It takes neither
-            integers nor what is fused. "auto": "fft" where the cost model expects that to be faster, which follows from
-            the layer alone, else as None. On NumPy arrays other names are checked and have no effect.
-        out_dtype: of the sums of integers, which are exact: "int64" (None stands for it), or "int32", which keeps the
-            low 32 bits. Sums beyond it wrap around, as NumPy's do. The bias has this dtype, too.
+            TF32, 11 significant bits, where tensor cores can then compute the layer. Either way float16, bfloat16 and
+            float32 data are summed in float32 and rounded once.
+        algorithm: how a GPU computes it. None: the preferred kernel family that can compute the problem and sums
+            directly. "base": `conv1d_direct`, one thread per output element, which can compute every problem. Or a
+            family's name; see `gpuconv.explain`. "fft": for long kernels, also on NumPy arrays, through the FFT of
+            blocks whose length follows from K, stride and dilation alone. The error of a result is then bounded by
+            norms of its block, a NaN or an infinity makes all results of its block wrong, as do sums within the block
+            length of the largest number, which overflow, and on a GPU bits depend on the samples of the block, not on
+            its position. Integers and fusion are not possible. "auto": "fft" where the cost model predicts that it is
+            faster, which follows from the layer alone, else as None. On NumPy arrays other names are checked and have
+            no effect.
+        out_dtype: the dtype of the sums of integers, which are exact: "int64" (the default), or "int32", which keeps
+            the low 32 bits. Larger sums wrap around, as NumPy's do. The bias has this dtype, too.
         out: an array of the output's shape, dtype and device to write to, which must not overlap the inputs.
 
     Returns:
-        (N, C_out, L_out), or (C_out, L_out) for a single sample: an array of the kind, device and dtype of `input`,
-        NumPy's or CuPy's also where `input` is that of another library; `out` where it was given. CuPy work is queued
-        on CuPy's current stream, after what the streams of other libraries' arrays have to do; before such an array is
-        freed or used again on another stream, that stream must wait for CuPy's. The work can be captured into a CUDA
-        graph: call once before the capture, which compiles the kernels. What a captured call allocates for itself
-        belongs to the graph; arrays, prepared weights and `out` must live as long as the graph is used.
+        (N, C_out, L_out), or (C_out, L_out) for a single sample: an array of the kind, device and dtype of `input`, a
+        NumPy or CuPy array where `input` is that of another library; `out` if it was given. CuPy work is queued on
+        CuPy's current stream, behind the work on the streams of other libraries' arrays; before such an array is freed
+        or used again on another stream, that stream must wait for CuPy's. The work can be captured into a CUDA graph:
+        call once before the capture, which compiles the kernels. Memory that a captured call allocates belongs to the
+        graph; arrays, prepared weights and `out` must live as long as the graph is used.
 
     Raises:
-        ValueError: a shape or a value does not fit; the message names the argument, what was expected and what came.
-            What `algorithm` names does not take the problem.
+        ValueError: a shape or a value does not fit; the message names the argument, what was expected and what was
+            given. Or the named algorithm cannot compute the problem.
         TypeError: an argument is of the wrong kind, or a dtype is not one of float16, bfloat16, float32, float64,
             complex64, complex128, int8, uint8, int16, int32 and int64.
-        RuntimeError: a CuPy array was given but no GPU answers, or its stream is being captured and the algorithm is
-            the FFT.
-        ImportError: a CuPy array was given and CuPy is older than version 14, or cuFFT is needed and not there.
+        RuntimeError: a CuPy array was given but no GPU answers; or its stream is being captured, and the algorithm is
+            the FFT or `lengths` are a CuPy array.
+        ImportError: a CuPy array was given and CuPy is older than version 14, or cuFFT is needed and missing.
 
     Example:
         >>> import numpy as np, gpuconv
@@ -140,7 +141,7 @@ def conv_transpose1d(
     out_dtype: Any = None,
     out: ArrayT | None = None,
 ) -> ArrayT:
-    """Transposed 1-D convolution: the adjoint of `conv1d` as a map of its input, which upsamples by `stride`.
+    """Transposed 1-D convolution: the adjoint of `conv1d` with respect to its input, which upsamples by `stride`.
 
         output[n, c_out, l_out] = bias[c_out] + sum over c_in, k of weight[c, c_out_g, k] * input[n, c, l_in]
         l_out = l_in*stride - padding_left + k*dilation        (terms without such an l_in do not exist)
@@ -150,16 +151,16 @@ def conv_transpose1d(
     Args:
         input: (N, C_in, L_in), or (C_in, L_in) for a single sample. NumPy or CuPy, any strides; never changed.
         weight: (C_in, C_out/groups, K), of the kind, device and dtype of `input`, or real with complex
-            input of the same precision (float32 for complex64); or what `prepare` made of it.
+            input of the same precision (float32 for complex64); or the result of `prepare` for it.
         bias: (C_out,), or None.
-        stride: distance between the windows that neighbouring input samples feed, in output samples.
+        stride: distance between the output windows of neighbouring input samples, in output samples.
         padding: output samples trimmed: an int from both sides, a pair (left, right), "valid" (none) or "same"
             (L_out = L_in*stride; an odd total trims one more on the right).
         output_padding: output samples added on the right, below max(stride, dilation).
         groups: input and output channels are cut into this many groups that do not mix.
         dilation: distance between taps, in output samples.
         output_size: the wanted L_out, in place of output_padding.
-        padding_mode: "zeros", the only one, as in PyTorch. The adjoint of a convolution in another mode is
+        padding_mode: only "zeros", as in PyTorch. The adjoint of a convolution in another mode is
             `gpuconv.grad.conv1d_input` in that mode.
         input_activation: as in `conv1d`.
         residual: an array of the output's shape that is added before `activation`, or None.
@@ -171,7 +172,7 @@ def conv_transpose1d(
         out: as in `conv1d`.
 
     Returns:
-        (N, C_out, L_out), or (C_out, L_out) for a single sample. What `conv1d` says of its output holds here, too.
+        (N, C_out, L_out), or (C_out, L_out) for a single sample, in all other respects as the output of `conv1d`.
 
     Raises:
         ValueError, TypeError, RuntimeError, ImportError: as `conv1d` raises them.
@@ -195,23 +196,23 @@ def conv_transpose1d(
 def prepare(weight: ArrayT) -> runtime.PreparedWeight:
     """Pack weights once for many calls.
 
-    Some kernel families read the weights in another order and pack them at each call by a small kernel, which
-    `gpuconv.explain` shows. A prepared weight keeps what they packed, and for `algorithm="fft"` the spectra; `conv1d`
-    and `conv_transpose1d` take it in place of the weight, with the same results to the bit. It is made from a copy:
-    later changes of `weight` are not followed, so prepare again after them. The copy is complete on every stream; the
-    first call with each problem packs and waits for it to finish. Where calls are on several streams, keep the handle
-    until all of them have run: its memory is used again when it is gone. Where all are on one stream, it may go at any
-    time.
+    Some kernel families read the weights in another order and pack them at each call, in a small kernel of its own or
+    in theirs, which `gpuconv.explain` shows. A prepared weight keeps the packed weights, and for `algorithm="fft"` the
+    spectra; `conv1d` and `conv_transpose1d` accept it in place of the weight, with the same results to the bit. It
+    holds a copy, so prepare the weight again after changing it. The copy is complete on every stream; the first call
+    with each problem packs it and waits until that is finished. If calls are on several streams, keep the handle until
+    all of them have run, since its memory is reused when the handle is gone; if all are on one stream, the handle may
+    be dropped at any time.
 
     Args:
-        weight: (C_out, C_in/groups, K), or (C_in, C_out/groups, K) for conv_transpose1d; NumPy or CuPy. The CPU path
-            keeps nothing of NumPy weights but spectra.
+        weight: (C_out, C_in/groups, K), or (C_in, C_out/groups, K) for conv_transpose1d; NumPy or CuPy. For NumPy
+            weights only the spectra are kept.
 
     Returns:
         A handle that holds the copy and, as calls need them, its packed forms.
 
     Raises:
-        TypeError: `weight` is not a NumPy or CuPy array, nor one of another library that can be read where it lies.
+        TypeError: `weight` is not a NumPy or CuPy array, nor one of another library that can be read in place.
         RuntimeError: `weight` is a CuPy array and the current stream is being captured into a CUDA graph.
         ImportError: `weight` is a CuPy array and CuPy is older than version 14.
 

@@ -1,4 +1,4 @@
-"""What is fused with a convolution: an activation of its input, a residual, an activation of its output.
+"""Fusion with a convolution: an activation of its input, a residual, an activation of its output.
 
     output = activation(convolution(input_activation(input), weight) + bias + residual)
 
@@ -10,7 +10,7 @@ The activations are those of torch.nn.functional of the same names, and snake:
     gelu, "tanh" x * (1 + tanh(sqrt(2/pi) * (x + 0.044715 x**3))) / 2
     tanh, sigmoid                                   snake      x + sin(alpha*x)**2 / beta
 
-At an infinity they have their limits, where PyTorch's may be NaN. A NaN stays one.
+At infinities they have their limits, where PyTorch's may be NaN. A NaN stays NaN.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from typing import Any, NamedTuple, TypeAlias
 from .arguments import ArrayLike, check_dtype
 from .dtypes import FORMATS, INTEGERS
 
-# What a call may give: a name, or a name with its parameters, of which snake's are arrays.
+# An activation as an argument: a name, or a name with its parameters, which for snake are arrays.
 ActivationLike: TypeAlias = str | Sequence[Any]
 
-# The most units in the last place by which an activation may miss, in the accumulator, on the CPU and on a GPU. For
-# gelu one unit of x is added, since an exponent with a power of x is rounded. Of snake they are units of
-# abs(x)*(1 + abs(alpha/beta)), which it does not exceed: the argument of its sine is rounded. Any result may be off by
-# TINY smallest normal numbers besides.
+# The largest error of an activation in units in the last place of the accumulator, on the CPU and on a GPU. For gelu
+# one unit of x is added, since an exponent with a power of x is rounded. For snake they are units of
+# abs(x)*(1 + abs(alpha/beta)), a bound of its value, since the argument of its sine is rounded. In addition any result
+# may be off by TINY smallest normal numbers.
 ULPS = 4
 TINY = 4096
 
-# The arrays of a call behind input, weight and bias, by their names in a problem.
+# The arrays of a call after input, weight and bias, by their names in a problem.
 RESIDUAL = "residual"
 ACTIVATION_ARRAYS = ("activation_alpha", "activation_beta")
 INPUT_ACTIVATION_ARRAYS = ("input_activation_alpha", "input_activation_beta")
@@ -47,7 +47,7 @@ class Activation:
     Attributes:
         name: one of `ACTIVATIONS`, or "gelu_tanh".
         parameter: leaky_relu's slope, elu's alpha.
-        arrays: of snake, 1 for alpha alone, which is beta too, or 2; else 0.
+        arrays: the number of arrays: for snake 1 (alpha, which is also beta) or 2, otherwise 0.
     """
 
     name: str
@@ -56,13 +56,13 @@ class Activation:
 
     @property
     def steepest(self) -> float:
-        """The largest absolute slope; of snake, whose slope depends on its arrays, that where alpha is beta."""
+        """The largest absolute slope; for snake, whose slope depends on its arrays, that for alpha equal to beta."""
         if self.name in ("leaky_relu", "elu"):
             return max(1.0, abs(self.parameter))
         return {"silu": 1.1, "gelu": 1.13, "gelu_tanh": 1.13, "sigmoid": 0.25, "snake": 2.0}.get(self.name, 1.0)
 
     def as_argument(self, arrays: tuple[Any, ...]) -> ActivationLike:
-        """The form in which functions take it, with its arrays."""
+        """The argument of the public functions for it, with its arrays."""
         if self.name in ("leaky_relu", "elu"):
             return self.name, self.parameter
         return ("gelu", "tanh") if self.name == "gelu_tanh" else (self.name, *arrays)
@@ -99,7 +99,7 @@ class Fusion:
 
 
 class Fused(NamedTuple):
-    """What a call gives to fuse, once it is known to be something that there is."""
+    """The fusion arguments of a call, parsed: what is fused, and its arrays."""
 
     fusion: Fusion
     arrays: tuple[Any | None, ...]  # in the order of FUSED_ARRAYS
@@ -112,10 +112,10 @@ class Fused(NamedTuple):
         input_activation: ActivationLike | None,
         residual: Any | None = None,
     ) -> Fused:
-        """Read the arguments as far as that needs no shapes; `caller` opens the messages.
+        """Parse the arguments, without their shapes; the messages begin with `caller`.
 
         Raises:
-            ValueError: there is no activation of a name, or a parameter is out of range or missing.
+            ValueError: there is no activation of that name, or a parameter is out of range or missing.
             TypeError: an argument or a parameter is of the wrong kind.
         """
         behind, arrays = _parse(caller, "activation", activation)
@@ -124,10 +124,10 @@ class Fused(NamedTuple):
 
 
 def check_data(caller: str, fusion: Fusion, dtype: str) -> None:
-    """Refuse what makes no sense for data of a dtype.
+    """Refuse fusion that a dtype of the data does not allow.
 
     Raises:
-        TypeError: an activation of complex data, or anything of integers.
+        TypeError: an activation for complex data, or anything for integers.
     """
     for name, activation in (("activation", fusion.activation), ("input_activation", fusion.input_activation)):
         if activation is not None and (FORMATS[dtype].is_complex or dtype in INTEGERS):
@@ -139,7 +139,7 @@ def check_data(caller: str, fusion: Fusion, dtype: str) -> None:
 def check_arrays(
     caller: str, fusion: Fusion, arrays: Sequence[Any | None], dtype: str, shapes: dict[str, tuple[int, ...]]
 ) -> None:
-    """Refuse what does not fit a problem of this dtype; `shapes` are those that the arrays must have, by name.
+    """Check the dtypes and shapes of the fused arrays; `shapes` has the expected shapes by name.
 
     Raises:
         ValueError: an array has another shape.
@@ -212,11 +212,11 @@ def _gelu(caller: str, argument: str, value: Any) -> Activation:
 
 
 ACTIVATIONS = ("relu", "leaky_relu", "elu", "silu", "gelu", "tanh", "sigmoid", "snake")
-# Those that need no parameter, with PyTorch's default where one may be given.
+# The activations that need no parameter, with PyTorch's default of an optional one.
 _PLAIN = {
     name: Activation(name, {"leaky_relu": 0.01, "elu": 1.0}.get(name, 0.0)) for name in ACTIVATIONS if name != "snake"
 }
-# By name: what its parameters are, the fewest and the most of them, and how the only one that is no array is read.
+# By name: the parameters in words, their least and greatest number, and the function that reads one that is no array.
 _PARAMETERS: dict[str, tuple[str, int, int, Callable[[str, str, Any], Activation] | None]] = {
     "leaky_relu": ("a slope", 0, 1, _number("leaky_relu")),
     "elu": ("an alpha", 0, 1, _number("elu")),

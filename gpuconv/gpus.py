@@ -1,4 +1,4 @@
-"""Is there a GPU to compute on, and if not, what is missing?"""
+"""Whether there is a GPU to compute on, and if not, what is missing."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from .text import install_hint
 
 
 class GpuUnavailableError(RuntimeError):
-    """A GPU is needed and none answers; the message names what is missing."""
+    """A GPU is needed and none can be used; the message names what is missing."""
 
 
 def has_driver() -> bool:
-    """Whether the library of NVIDIA's driver can be loaded. Without it there is no need to import CuPy: 100 MB."""
+    """Whether the library of NVIDIA's driver can be loaded. Without it, importing CuPy (100 MB) is of no use."""
     try:
         ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
     except OSError:
@@ -24,7 +24,7 @@ def has_driver() -> bool:
 
 
 def missing_gpu() -> str | None:
-    """Why this process cannot use a GPU: CuPy, the driver or the device is missing. None where a GPU answers."""
+    """Why this process cannot use a GPU: CuPy, the driver or the device is missing. None if it can."""
     try:
         count = runtime.device_count()
     except ModuleNotFoundError:

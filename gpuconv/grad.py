@@ -1,6 +1,6 @@
 """The gradients of `conv1d` and `conv_transpose1d` with respect to input, weight and bias, as functions of arrays.
 
-Each takes the gradient of a loss with respect to the output and returns that with respect to one of the arguments. Of
+Each takes the gradient of a loss with respect to the output and returns that with respect to one of the arguments. For
 complex data they follow PyTorch's convention: the gradient is the adjoint applied to `grad_output`, so the other factor
 of each product is conjugated.
 
@@ -48,26 +48,26 @@ def conv1d_input(
         grad_input[n, c, l_in] = sum over c_out, k of conj(weight[c_out, c_in, k]) * grad_output[n, c_out, l_out]
         l_in = l_out*stride - padding_left + k*dilation        (terms without such an l_out do not exist)
 
-    where c is input channel c_in of the group of c_out. Inputs that no window contains, such as the last ones where the
-    stride does not divide the length, get zeros. In a padding mode other than "zeros" the sum runs over all positions
-    that mean l_in, those in the padding among them.
+    where c is input channel c_in of the group of c_out. The gradient is zero for inputs that no window contains, such
+    as the last ones where the stride does not divide the length. In a padding mode other than "zeros" the sum runs over
+    all positions that stand for l_in, including those in the padding.
 
     Args:
         input_size: the shape of the input, (N, C_in, L_in) or (C_in, L_in).
         weight: (C_out, C_in/groups, K). NumPy or CuPy, any strides; never changed.
         grad_output: the gradient of the output, of its shape (N, C_out, L_out) or (C_out, L_out), and of the kind,
-            device and dtype of `weight`; complex with real taps, too.
+            device and dtype of `weight`; with real taps it may also be complex.
         stride: of the forward call.
         padding: of the forward call.
         dilation: of the forward call.
         groups: of the forward call.
         padding_mode: of the forward call.
-        lengths: of the forward call, those of the input. What lies behind the output length of a sample of
-            `grad_output` does not exist; the gradient behind its length is zero.
+        lengths: of the forward call, those of the input. Values of `grad_output` beyond the output length of a sample
+            are ignored; the gradient beyond its length is zero.
         precision: "float32", the full precision of the dtype, or "tf32", as in the forward call.
-        algorithm: how a GPU computes it: None for the fastest kernel family, "base" for the one that takes every
-            problem, or the name of a `conv_transpose1d` family; see `gpuconv.explain`. Or, on NumPy arrays as well,
-            "fft" or "auto", as in `gpuconv.conv1d`.
+        algorithm: how a GPU computes it: None for the preferred kernel family, "base" for the one that can compute
+            every problem, or the name of a `conv_transpose1d` family; see `gpuconv.explain`. "fft" or "auto", as in
+            `gpuconv.conv1d`, also apply to NumPy arrays.
         out: an array of shape `input_size`, of the dtype and device of `grad_output`, to write to, which must not
             overlap the arguments.
 
@@ -75,10 +75,10 @@ def conv1d_input(
         An array of shape `input_size`; `out` where it was given.
 
     Raises:
-        ValueError: a shape or a value does not fit; the message names the argument, what was expected and what came.
-            The kernel family that `algorithm` names does not take the problem.
+        ValueError: a shape or a value does not fit; the message names the argument, what was expected and what was
+            given. Or the named algorithm cannot compute the problem.
         TypeError: an argument is of the wrong kind, or a dtype is not supported.
-        RuntimeError: a CuPy array was given but no GPU answers.
+        RuntimeError, ImportError: as `gpuconv.conv1d` raises them.
 
     Example:
         >>> import numpy as np
@@ -113,9 +113,9 @@ def conv1d_weight(
         grad_weight[c_out, c_in, k] = sum over n, l_out of conj(input[n, c, l_in]) * grad_output[n, c_out, l_out]
         l_in = l_out*stride - padding_left + k*dilation        (terms without such an l_in do not exist)
 
-    where c is input channel c_in of the group of c_out; in a padding mode other than "zeros" an l_in in the padding
-    stands for the sample that it means. The order of the sum, and so every bit of the result, depends on the shapes and
-    settings, not on the run.
+    where c is input channel c_in of the group of c_out. In a padding mode other than "zeros" a position l_in in the
+    padding stands for a sample of the input. The order of the sum, and so every bit of the result, depends on the
+    shapes and settings, not on the run.
 
     Args:
         input: (N, C_in, L_in) or (C_in, L_in). NumPy or CuPy, any strides; never changed.
@@ -127,10 +127,11 @@ def conv1d_weight(
         dilation: of the forward call.
         groups: of the forward call.
         padding_mode: of the forward call.
-        lengths: of the forward call. What lies behind the length of a sample of `input` or behind the output length of
-            one of `grad_output` does not exist. The error bound counts the terms of samples of full length.
+        lengths: of the forward call. Values of `input` beyond the length of a sample, and of `grad_output` beyond its
+            output length, are ignored. The error bound counts the terms of samples of full length.
         precision: as in `conv1d_input`.
-        algorithm: as in `conv1d_input`, but the families are those of `weight_gradient`, and "fft" takes no `lengths`.
+        algorithm: as in `conv1d_input`, but with the families of `weight_gradient`; "fft" is not possible with
+            `lengths`.
         weight_dtype: the dtype of the weight, and so of its gradient: None for that of `input`, or the real dtype of
             complex data whose taps are real (float32 for complex64).
         out: an array of shape `weight_size`, of the weight's dtype on the device of `input`, to write to, which must
@@ -165,8 +166,8 @@ def conv1d_bias(grad_output: ArrayT, *, lengths: Any = None, out: ArrayT | None 
 
     Args:
         grad_output: the gradient of the output, (N, C_out, L_out) or (C_out, L_out). NumPy or CuPy, any strides.
-        lengths: where samples have lengths of their own, those of `grad_output`: `gpuconv.output_lengths` of the
-            lengths of the forward call.
+        lengths: where samples have different lengths, those of `grad_output`: `gpuconv.output_lengths` of the lengths
+            of the forward call.
         out: an array of shape (C_out,), of the dtype and device of `grad_output`, to write to, which must not overlap
             it.
 
@@ -222,7 +223,7 @@ def conv_transpose1d_input(
         output_size: of the forward call.
         lengths: as in `conv1d_input`.
         precision: as in `conv1d_input`.
-        algorithm: as in `conv1d_input`, but the families are those of `conv1d`.
+        algorithm: as in `conv1d_input`, but with the families of `conv1d`.
         out: as in `conv1d_input`.
 
     Returns:

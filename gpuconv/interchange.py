@@ -13,7 +13,7 @@ import numpy as np
 
 from . import runtime
 
-# The device types of DLPack's header whose memory the CPU reads, and those of CUDA.
+# The device types of DLPack's header whose memory the CPU can read, and those of CUDA.
 _ON_CPU = frozenset((1, 3))  # kDLCPU, kDLCUDAHost
 _ON_GPU = frozenset((2, 13))  # kDLCUDA, kDLCUDAManaged
 
@@ -21,7 +21,7 @@ _ON_GPU = frozenset((2, 13))  # kDLCUDA, kDLCUDAManaged
 _READ_ONLY = 1
 _IS_COPIED = 2
 
-# How exporters refuse: each library raises errors of its own choice.
+# The errors of exporters that refuse: each library raises its own.
 _REFUSALS = (AssertionError, AttributeError, BufferError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
 
@@ -31,25 +31,25 @@ def is_known(array: object) -> bool:
 
 
 def is_tensor(array: object) -> bool:
-    """Whether it is a PyTorch tensor. PyTorch is not imported: whoever has a tensor has imported it."""
+    """Whether it is a PyTorch tensor. PyTorch is not imported: where there is a tensor, it has been imported."""
     return isinstance(array, getattr(sys.modules.get("torch"), "Tensor", ()))
 
 
 def view(caller: str, name: str, array: Any, *, write: bool = False) -> Any:
     """The NumPy or CuPy array that shares the memory of another library's array.
 
-    CuPy's current stream waits for what the exporter's stream still has to do. What is no array of another library is
-    given back as it is.
+    CuPy's current stream waits for the work on the exporter's stream. Anything but an array of another library is
+    returned unchanged.
 
     Args:
-        caller: opens the messages.
+        caller: the messages begin with it.
         name: of the argument.
-        array: what exports DLPack or `__cuda_array_interface__`, or anything else.
-        write: whether the array is to be written to.
+        array: an array that exports DLPack or `__cuda_array_interface__`, or anything else.
+        write: whether the array will be written to.
 
     Raises:
-        TypeError: its library does not export it, as that of a tensor that requires a gradient.
-        ValueError: it is to be written to, but is read-only or a copy.
+        TypeError: its library does not export it, or it is a tensor that requires a gradient.
+        ValueError: it will be written to, but is read-only or a copy.
         ImportError: it is on a GPU, and CuPy cannot be used.
     """
     if array is None or is_known(array):
@@ -57,8 +57,8 @@ def view(caller: str, name: str, array: Any, *, write: bool = False) -> Any:
     if is_tensor(array) and array.requires_grad:
         bridge = f"gpuconv.torch.{caller}" if caller in ("conv1d", "conv_transpose1d") else "gpuconv.torch"
         raise TypeError(
-            f"{caller}: {name} is a tensor that requires a gradient, for which there is {bridge}; "
-            f"without one pass {name}.detach()"
+            f"{caller}: {name} is a tensor that requires a gradient: use {bridge}, or pass {name}.detach() if no "
+            "gradient is needed"
         )
     if hasattr(array, "__dlpack__") and hasattr(array, "__dlpack_device__"):
         return _from_dlpack(caller, name, array, write=write)
@@ -68,7 +68,7 @@ def view(caller: str, name: str, array: Any, *, write: bool = False) -> Any:
 
 
 class _Exporter:
-    """What exports an array by DLPack, and the flags that it exported it with."""
+    """Exports an array by DLPack and keeps the flags of its capsule."""
 
     def __init__(self, array: Any) -> None:
         self._array = array
@@ -95,7 +95,7 @@ def _from_dlpack(caller: str, name: str, array: Any, *, write: bool) -> Any:
         )
     library: Any = np if device in _ON_CPU else runtime.cupy_module()
     is_bfloat16 = is_tensor(array) and str(array.dtype) == "torch.bfloat16"
-    # NumPy has no bfloat16 in DLPack, so the bits travel as integers.
+    # NumPy has no bfloat16 in DLPack, so the array is exchanged as one of integers.
     exporter = _Exporter(array.view(sys.modules["torch"].uint16) if is_bfloat16 else array)
     try:
         found = library.from_dlpack(exporter)
@@ -104,7 +104,7 @@ def _from_dlpack(caller: str, name: str, array: Any, *, write: bool) -> Any:
     if write and exporter.flags & _READ_ONLY:
         raise ValueError(f"{caller}: {name} must be writeable, got a read-only array")
     if write and exporter.flags & _IS_COPIED:
-        raise ValueError(f"{caller}: {name} must be exported where it lies, got a copy")
+        raise ValueError(f"{caller}: {name} must be exported without a copy, got a copy")
     if is_bfloat16:
         from .dtypes import numpy_dtype
 
@@ -118,7 +118,7 @@ def _from_cuda_interface(caller: str, name: str, array: Any, *, write: bool) -> 
         interface = array.__cuda_array_interface__
         pointer, is_read_only = interface["data"]
         device = int(cupy.cuda.runtime.pointerGetAttributes(pointer).device) if pointer else None
-        with cupy.cuda.Device(device):  # elsewhere CuPy would copy the array
+        with cupy.cuda.Device(device):  # on another current device CuPy would copy the array
             found = cupy.asarray(array)
     except _REFUSALS as error:
         raise _refusal(caller, name, array, error) from error
@@ -128,7 +128,7 @@ def _from_cuda_interface(caller: str, name: str, array: Any, *, write: bool) -> 
 
 
 def _refusal(caller: str, name: str, array: Any, error: Exception) -> TypeError:
-    return TypeError(f"{caller}: {name} is a {type(array).__name__} that cannot be read where it lies: {error}")
+    return TypeError(f"{caller}: {name} is a {type(array).__name__} that cannot be read in place: {error}")
 
 
 _VERSIONED = b"dltensor_versioned"
@@ -153,7 +153,7 @@ class _Managed(ctypes.Structure):
 
 
 def _flags(capsule: Any) -> int:
-    """The flags of a capsule that no library has taken yet; an unversioned one has none."""
+    """The flags of a capsule that has not been consumed yet; an unversioned one has none."""
     if not _is_capsule(capsule, _VERSIONED):
         return 0
     return int(_Managed.from_address(_address_in(capsule, _VERSIONED)).flags)

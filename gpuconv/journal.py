@@ -1,4 +1,4 @@
-"""A journal of finished pieces of work, from which an interrupted call goes on."""
+"""A journal of finished pieces of work, with which an interrupted call can continue."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from typing import BinaryIO
 
 
 class JournalError(ValueError):
-    """A journal is damaged, in use, or of another call. Neither it nor the target has been changed."""
+    """A journal is damaged, in use, or of another call. Neither the journal nor the target has been changed."""
 
 
 class Journal:
     """The numbers of the pieces that are safely in the target, each with a checksum of its contents.
 
     The file is text: a line with the fingerprint of the call, then a line for each piece, with a checksum of that line.
-    A line is appended once its piece has been written and flushed. A last line that has no end was cut by a kill and
+    A line is appended after its piece has been written and flushed. An incomplete last line, left by a killed process,
     counts as not written. While a journal is open, no other process can open it (except on Windows).
 
     Args:
-        path: the file; it is made where there is none.
-        fingerprint: hexadecimal, of all that the results depend on.
+        path: the file; it is created if it does not exist.
+        fingerprint: a hexadecimal hash of everything on which the results depend.
 
     Attributes:
         done: the checksums of the finished pieces by their numbers.
@@ -64,7 +64,7 @@ class Journal:
             raise JournalError(f"journal {self.path} is in use by another process") from None
 
     def _parse(self, data: bytes) -> int:
-        """Read what is there; returns how many bytes of it are whole lines."""
+        """Read the entries; returns the number of bytes in complete lines."""
         intact = data.rfind(b"\n") + 1
         if intact == 0 and self._header.startswith(data):
             return 0
@@ -97,7 +97,7 @@ class Journal:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.path)
 
     def add(self, piece: int, checksum: int) -> None:
-        """Enter a piece that has been written and flushed."""
+        """Add a piece that has been written and flushed."""
         self._append(self._line(piece, checksum))
         self.done[piece] = checksum
 
@@ -105,7 +105,7 @@ class Journal:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        """Remove the file where it is of no more use: all is done, or nothing is."""
+        """Remove the file if it is no longer needed: all pieces are finished, or none."""
         if kind is None or not self.done:
             os.unlink(self.path)
         self._file.close()

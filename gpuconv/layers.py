@@ -1,4 +1,4 @@
-"""Files of layers: JSON as `gpuconv explain --json` writes it, one object, a list of them, or one behind the other."""
+"""Files of layers: JSON as `gpuconv explain --json` writes it; one object, a list, or several one after the other."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .files import FileError, StrPath
 from .fusion import Activation, Fused
 from .problem import ArraySpec, ConvProblem, Op, dtype_name
 
-# Of one call of a layer that is verified. The checks compute the reference some hundred times, by its definition.
+# The most FLOP of one call when a layer is verified: the checks compute the slow reference some hundred times.
 MAX_FLOPS = 10**8
 _LEAST_OUTPUTS = 8
 
@@ -25,7 +25,7 @@ class Layer(NamedTuple):
     Attributes:
         op: "conv1d" or "conv_transpose1d".
         arrays: input, weight, and bias or None.
-        settings: the others by name, as `explain` takes them.
+        settings: the other arguments by name, as for `explain`.
     """
 
     op: Op
@@ -33,7 +33,7 @@ class Layer(NamedTuple):
     settings: dict[str, Any]
 
     def with_dtype(self, dtype: str) -> Layer:
-        """The same of data and weights of another dtype."""
+        """The same layer with data and weights of another dtype."""
         x, weight, bias = (None if spec is None else ArraySpec(spec.shape, dtype) for spec in self.arrays)
         assert x is not None
         assert weight is not None
@@ -41,10 +41,10 @@ class Layer(NamedTuple):
         return Layer(self.op, (x, weight, bias), settings)
 
     def case(self, name: str) -> tuple[str, Case]:
-        """The layer as a case of `gpuconv.verify` and its number format, or its dtype where that is one of integers.
+        """The number format of the layer (for integers the dtype) and the layer as a case of `gpuconv.verify`.
 
-        Complex data with real taps are those of their real part. N and L are cut until the call takes no more than
-        `MAX_FLOPS`, but for a few outputs: a layer's kernel families do not follow from them.
+        Complex data with real taps become the real part of the data. N and L are reduced until a call has at most
+        `MAX_FLOPS`, but a few outputs remain: the kernel family does not depend on N and L.
 
         Raises:
             ValueError: the call itself would raise it.
@@ -63,7 +63,7 @@ class Layer(NamedTuple):
 
 
 def _cut(problem: ConvProblem) -> ConvProblem:
-    """The layer on as many samples as `MAX_FLOPS` allows."""
+    """The layer with N and L reduced as far as `MAX_FLOPS` requires."""
     p = problem
     if p.flops() <= MAX_FLOPS:
         return p
@@ -71,11 +71,11 @@ def _cut(problem: ConvProblem) -> ConvProblem:
     positions = p.L_in if p.transposed else p.L_out
     wanted = max(_LEAST_OUTPUTS, positions * MAX_FLOPS // p.flops())
     if p.transposed:
-        # Enough inputs that the padding leaves an output.
+        # Enough inputs for an output to remain after the padding is trimmed.
         least = -(-(p.padding_left + p.padding_right) // p.stride) + 1
         return replace(p, L_in=min(p.L_in, max(wanted, least)))
     span = p.dilation * (p.K - 1) + 1
-    # A padding mode may want more samples than the padding is long.
+    # A padding mode may need more samples than the padding has.
     least = max(p.padding_left, p.padding_right, span) + 1
     return replace(p, L_in=min(p.L_in, max((wanted - 1) * p.stride + span, least)))
 
@@ -90,7 +90,7 @@ def read(path: StrPath) -> list[Layer]:
     """The layers of a file.
 
     Raises:
-        FileError: it cannot be read, is no JSON, or an object in it is no layer; naming which.
+        FileError: it cannot be read, is not JSON, or an object in it is not a layer; the message says which one.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -114,7 +114,7 @@ def read(path: StrPath) -> list[Layer]:
 
 
 def _values(text: str) -> Iterator[Any]:
-    """The JSON values of a text, lists opened."""
+    """The JSON values of a text, and in place of a list its elements."""
     decoder, place = json.JSONDecoder(), 0
     while place < len(text):
         if text[place].isspace():
@@ -128,7 +128,7 @@ def _layer(value: Any) -> Layer:
     """The layer of a JSON object.
 
     Raises:
-        ValueError: it is none, or a field is missing.
+        ValueError: the object is not a layer, or a field is missing.
         TypeError: a field has another type.
     """
     fields = value.get("problem") if isinstance(value, dict) else None

@@ -1,8 +1,8 @@
-"""Samples with lengths of their own: the argument `lengths`, and the lengths that the outputs have.
+"""Samples of different lengths in a batch: the argument `lengths`, and the lengths of the outputs.
 
-A batch holds samples up to a common L_in, of which sample n has `lengths[n]`. What lies behind that does not exist: no
-value there has any effect, and the results behind the sample's own output length are zeros. Padding begins where the
-sample ends, and "same" and the padding modes refer to that place.
+Sample n has `lengths[n]` of the L_in positions of the batch. Values beyond its length have no effect, and results
+beyond its output length are zeros. Its padding begins where the sample ends; "same" and the padding modes refer to that
+position.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ class Samples(NamedTuple):
     """What follows from the length of each sample of a batch, on the host; each array is (N,).
 
     Attributes:
-        L_in: the length of the operation's input, which is what the caller gives.
+        L_in: the length of the operation's input, as the caller gives it.
         L_out: that of its output; 0 where the sample is too short to have one.
-        padding_left: differs where "same" meets a stride.
+        padding_left: of the sample; for "same" with a stride it depends on the length.
     """
 
     L_in: Integers
@@ -40,8 +40,8 @@ class Samples(NamedTuple):
         """Check the lengths of the inputs of an operation; `padding` is its argument, which may be "same".
 
         Raises:
-            ValueError: there is not one for each sample, one is negative or longer than the input, or a padding mode
-                does not allow the padding of a sample.
+            ValueError: there is not one length for each sample, one is negative or longer than the input, or a padding
+                mode does not allow the padding of a sample.
             TypeError: they are not integers.
         """
         p = problem
@@ -63,12 +63,12 @@ class Samples(NamedTuple):
 
     @classmethod
     def of_outputs(cls, caller: str, N: int, L_out: int, lengths: Any) -> Samples:
-        """The same of the lengths of outputs, for the gradient of a bias."""
+        """Check the lengths of outputs, for a bias gradient."""
         found = check_lengths(caller, lengths, N, "L_out", L_out)
         return cls(found, found, np.zeros_like(found))
 
     def runs(self) -> Iterator[tuple[int, int]]:
-        """The samples from start to stop - 1, neighbours of one length."""
+        """The ranges (start, stop) of neighbouring samples of one length."""
         bounds = np.flatnonzero(np.diff(self.L_in)) + 1
         places = [0, *bounds.tolist(), len(self.L_in)]
         return ((start, stop) for start, stop in pairwise(places) if start < stop)
@@ -80,7 +80,7 @@ def follows_length(problem: ConvProblem, padding: Padding) -> bool:
 
 
 def check_lengths(caller: str, lengths: Any, N: int, extent: str, L: int) -> Integers:
-    """The argument `lengths` as an array on the host, which lengths on a GPU are copied to.
+    """The argument `lengths`, checked, as an array on the host; lengths on a GPU are copied.
 
     Raises:
         ValueError: its shape is not (N,), or a length is negative or above L, whose name is `extent`.
@@ -181,7 +181,7 @@ def output_lengths(
     transposed: bool = False,
     output_padding: Setting = 0,
 ) -> Any:
-    """The lengths of the outputs of samples, which are the `lengths` of the next layer.
+    """The output lengths of samples: the argument `lengths` for the next layer.
 
     Args:
         lengths: (N,) integers, at least 0: a NumPy or CuPy array, or a sequence of ints.
@@ -193,8 +193,8 @@ def output_lengths(
         output_padding: of such a call.
 
     Returns:
-        (N,) int64, where `lengths` is: a CuPy array is neither waited for nor checked. A sample that is too short to
-        have an output gets 0.
+        (N,) int64, on the device of `lengths`. The values of a CuPy array are not checked, since that would wait for
+        the GPU. A sample that is too short to have an output gets 0.
 
     Raises:
         ValueError: a value is out of range.
@@ -217,7 +217,7 @@ def output_lengths(
         if not isinstance(lengths, np.ndarray) and not isinstance(lengths, Sequence):
             raise TypeError(f"{caller}: lengths must be an array or a sequence of ints, got {type(lengths).__name__}")
         N = lengths.size if isinstance(lengths, np.ndarray) else len(lengths)
-        # So that no output length exceeds 64 bits: those of a transposed operation grow by the stride.
+        # With these limits no output length exceeds 64 bits; transposed, a length is multiplied by the stride.
         limit, most = ("2**62 // stride", 2**62 // settings.stride) if transposed else ("2**62", 2**62)
         lengths = check_lengths(caller, lengths, N, limit, most)
     return np.maximum(_lengths(op, settings, K, lengths), 0)

@@ -1,9 +1,9 @@
-"""Layers measured beside PyTorch: results are compared first, then calls are timed in turns.
+"""Layers measured against PyTorch: results are compared first, then calls are timed in turns.
 
-A time is that of a call as a program makes it: it allocates its output, and on a GPU it includes what Python takes to
-launch. The arrays stay where caches may hold them. Both libraries take turns of some thirty milliseconds, so that a
-busy machine slows both; the median of the turns stands for a library, and half the distance of their quartiles for its
-spread.
+A call is timed as a program makes it: it allocates its output, and on a GPU the time includes Python's part of the
+launch. Calls use the same arrays again, so caches may hold them. Both libraries take turns of some thirty milliseconds,
+so that a busy machine slows both. The time of a library is the median of its turns, its spread half the distance of
+their quartiles.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from .fusion import Fused
 from .layers import Layer
 from .problem import ConvProblem
 
-TURN = 0.03  # seconds that a library computes before the other one does
-PAUSE = 0.15  # seconds before a turn on the CPU, in which the threads of the other library stop to look for work
-MOST_CALLS = 1000  # of a turn
+TURN = 0.03  # seconds of a turn of one library
+PAUSE = 0.15  # seconds before a turn on the CPU, after which the other library's threads no longer spin
+MOST_CALLS = 1000  # the most calls of a turn
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +52,9 @@ class Comparison:
         layer: what was computed.
         method: the kernel family, or on the CPU the method; "fft" on both.
         ours: gpuconv's time; None where the results differ.
-        theirs: PyTorch's; None there, and where PyTorch has none.
-        difference: the norm of the difference of both results over that of PyTorch's; None where there is one result.
-        tolerance: what `difference` may be.
+        theirs: PyTorch's time; None where the results differ, and where PyTorch has no result.
+        difference: the norm of the difference of both results over that of PyTorch's; None where PyTorch has no result.
+        tolerance: the largest permitted `difference`.
         note: why PyTorch has no result.
     """
 
@@ -68,7 +68,7 @@ class Comparison:
 
     @property
     def is_right(self) -> bool:
-        """Whether both results agree, where there are two."""
+        """Whether both results agree, or PyTorch has no result."""
         return self.difference is None or self.difference <= self.tolerance
 
     def to_dict(self) -> dict[str, Any]:
@@ -92,7 +92,7 @@ _DEFAULTS = {
 
 
 def settings_text(layer: Layer) -> str:
-    """The settings of a layer that are not the defaults, as arguments; of an array its shape."""
+    """The settings of a layer that differ from the defaults, as arguments; arrays by their shapes."""
 
     def text(value: Any) -> str:
         if isinstance(value, ArraySpec):
@@ -104,11 +104,11 @@ def settings_text(layer: Layer) -> str:
 
 
 def compare(layer: Layer, *, on_gpu: bool, repeats: int) -> Comparison:
-    """Measure a layer on CuPy's current GPU or on the CPU, and PyTorch's way to compute it on the same device.
+    """Measure a layer on CuPy's current GPU or on the CPU, and the same layer in PyTorch on the same device.
 
     Args:
         layer: what to compute, on normal data.
-        on_gpu: where.
+        on_gpu: whether to measure on the GPU.
         repeats: turns of each library.
 
     Raises:
@@ -135,7 +135,7 @@ def compare(layer: Layer, *, on_gpu: bool, repeats: int) -> Comparison:
             found = replace(found, difference=difference, tolerance=tolerance)
         except peers.Refused as reason:
             found = replace(found, note=str(reason))
-        except (RuntimeError, NotImplementedError) as error:  # what PyTorch raises for dtypes that it lacks
+        except (RuntimeError, NotImplementedError) as error:  # PyTorch raises these for unsupported dtypes
             found = replace(found, note=f"PyTorch: {' '.join(str(error).split())[:120]}")
         del result
         if not found.is_right:
@@ -145,7 +145,7 @@ def compare(layer: Layer, *, on_gpu: bool, repeats: int) -> Comparison:
 
 
 def _draw(layer: Layer, on_gpu: bool) -> tuple[list[Any], dict[str, Any]]:
-    """Normal data, scaled so that results have variance 1, and the settings with arrays in the place of their specs."""
+    """Normal data, scaled so that results have variance 1, and the settings with arrays in place of specifications."""
     rng = np.random.default_rng(0)
     x, weight, bias = layer.arrays
     terms = weight.shape[2] * (weight.shape[1] if layer.op == "conv1d" else max(1, weight.shape[0]))
@@ -168,10 +168,10 @@ def _draw(layer: Layer, on_gpu: bool) -> tuple[list[Any], dict[str, Any]]:
 def _peer(
     layer: Layer, arrays: list[Any], settings: dict[str, Any], on_gpu: bool, opened: ExitStack
 ) -> tuple[Callable[[], Any], float]:
-    """PyTorch's call on the same numbers, and how far results may differ; `opened` takes what must hold around it.
+    """PyTorch's call on the same numbers, and the tolerance; `opened` gets the contexts that the call needs.
 
     Raises:
-        peers.Refused: PyTorch is not there, or does not offer the call.
+        peers.Refused: PyTorch is not installed, or has no such call.
     """
     x, weight, bias = layer.arrays
     given = {name: value for name, value in settings.items() if name not in ("algorithm", "lengths")}
@@ -181,7 +181,7 @@ def _peer(
     dtype = str(x.dtype)
     if dtype in INTEGERS:
         raise peers.Refused("PyTorch sums integers in their own dtype")
-    # Of real taps PyTorch wants complex ones, which `peers.prepare` makes.
+    # PyTorch needs complex taps in place of real ones; `peers.prepare` converts them.
     problem = ConvProblem.of(layer.op, x, ArraySpec(weight.shape, dtype), bias, **given).fused(fused)
     call = peers.prepare(problem, arrays, fused.arrays, on_gpu, opened)
     return call, peers.PEER_TOLERANCE["tf32" if problem.precision == "tf32" and on_gpu else dtype]
@@ -198,7 +198,7 @@ def _difference(ours: Any, theirs: Any, on_gpu: bool) -> float:
 
 
 def _time(calls: list[Callable[[], Any]], on_gpu: bool, repeats: int) -> list[Timing]:
-    """The time of each call; all take turns, each first in as many rounds as the others."""
+    """The time of each call; the calls take turns, and a different one begins each round."""
 
     def finish() -> None:
         if on_gpu:
@@ -216,7 +216,7 @@ def _time(calls: list[Callable[[], Any]], on_gpu: bool, repeats: int) -> list[Ti
 
 
 def _turn(call: Callable[[], Any], finish: Callable[[], None]) -> float:
-    """Seconds of a call, the mean of as many as a turn holds behind one that is not counted."""
+    """Seconds of a call: the mean of the calls of a turn, after one warm-up call."""
     start = time.perf_counter()
     call()
     finish()

@@ -1,4 +1,4 @@
-"""Checks that need the arrays themselves: of what kind they are and on which device, and where they lie in memory.
+"""Checks that need the arrays themselves: their kind, their device and their memory.
 
 Everything about shapes, dtypes and settings is in `gpuconv.arguments`.
 """
@@ -14,10 +14,10 @@ from .interchange import view
 
 
 def take(caller: str, **given: Any) -> tuple[Any, ...]:
-    """The arguments of a function as NumPy or CuPy arrays of one kind, those of other libraries as `view` gives them.
+    """The arguments of a function as NumPy or CuPy arrays of one kind; arrays of other libraries go through `view`.
 
     Raises:
-        TypeError: naming the argument, as `check_kinds` and `view` do.
+        TypeError: as `check_kinds` and `view` raise it; it names the argument.
     """
     arrays = {name: view(caller, name, array) for name, array in given.items()}
     check_kinds(caller, arrays)
@@ -25,15 +25,15 @@ def take(caller: str, **given: Any) -> tuple[Any, ...]:
 
 
 def check_kinds(op: str, arrays: dict[str, Any]) -> None:
-    """Refuse what is no array, arrays of different kinds or devices, and a foreign byte order on a GPU.
+    """Refuse other objects than arrays, arrays of different kinds or devices, and foreign byte order on a GPU.
 
     Raises:
-        TypeError: naming the argument.
+        TypeError: it names the argument.
     """
     kinds: dict[str, str] = {}
     for name, array in arrays.items():
         if runtime.is_cupy_array(array):
-            if not array.dtype.isnative:  # CuPy makes such views but cannot compute with them
+            if not array.dtype.isnative:  # CuPy can create such views but cannot compute with them
                 raise TypeError(f"{op}: {name} must have native byte order on a GPU, got {array.dtype.str}")
             kinds[name] = f"CuPy array on device {array.data.device_id}"
         elif isinstance(array, np.ndarray) and not isinstance(array, np.ma.MaskedArray):
@@ -59,7 +59,7 @@ def check_overlap(op: str, out: Any, inputs: dict[str, Any]) -> None:
     """Refuse an `out` that shares memory with an input.
 
     Raises:
-        ValueError: naming the input.
+        ValueError: it names the input.
     """
     low, high = _byte_range(out)
     for name, array in inputs.items():
@@ -79,10 +79,10 @@ def _share_memory(a: Any, b: Any) -> bool:
 
 
 def overlaps_itself(array: Any) -> bool:
-    """Whether some axis, from the shortest stride to the longest, steps by less than what the axes before it span.
+    """Whether elements of an array may share memory: some stride is smaller than the span of all smaller strides.
 
-    Every view that slicing, transposing and reshaping can make of an ordinary array passes; hand-made strides that
-    interleave without touching do not.
+    This is False for every view that slicing, transposing and reshaping can make of an ordinary array. It is also True
+    for hand-made strides that interleave elements without an overlap.
     """
     if 0 in array.shape:
         return False
@@ -96,14 +96,14 @@ def overlaps_itself(array: Any) -> bool:
 
 
 def address(array: Any) -> int:
-    """Of the first element of a NumPy or CuPy array."""
+    """The address of the first element of a NumPy or CuPy array."""
     return int(array.__array_interface__["data"][0] if isinstance(array, np.ndarray) else array.data.ptr)
 
 
 def _byte_range(array: Any) -> tuple[int, int]:
     """The addresses from the first byte of an array to behind its last; empty for an empty array."""
     low = high = address(array)
-    if getattr(array, "_c_contiguous", False):  # CuPy's, without building a flags object: this is on the hot path
+    if getattr(array, "_c_contiguous", False):  # CuPy's attribute; its `flags` would be slower in every call
         return low, low + array.nbytes
     if 0 in array.shape:
         return low, low
@@ -114,7 +114,7 @@ def _byte_range(array: Any) -> tuple[int, int]:
 
 
 class _Addresses:
-    """The addresses of an array, in a form that NumPy can compare. The memory itself is never read."""
+    """A NumPy array with the addresses of an array, possibly on a GPU; its memory is never read."""
 
     def __init__(self, interface: dict[str, Any]) -> None:
         self.__array_interface__ = interface

@@ -33,15 +33,15 @@ __all__ = ["Conv1d", "ConvTranspose1d", "IncompatibleKeys"]
 
 LayerT = TypeVar("LayerT", bound="_Layer")
 
-_LISTED = 20  # missing or unknown entries in a message
+_LISTED = 20  # the most missing or unknown entries in a message
 
 
 class IncompatibleKeys(NamedTuple):
-    """The keys that `load_state_dict(state, strict=False)` passed over.
+    """The keys that `load_state_dict(state, strict=False)` ignored.
 
     Attributes:
-        missing_keys: of the layer, which the state lacks.
-        unexpected_keys: of the state, which the layer lacks.
+        missing_keys: keys of the layer that the state does not have.
+        unexpected_keys: keys of the state that the layer does not have.
 
     Example:
         >>> from gpuconv import nn
@@ -142,7 +142,7 @@ class _Layer:
         Raises:
             TypeError: the dtype is not supported, or would drop the imaginary part of complex parameters.
             ValueError: there is no such device, or the layer's precision is "tf32" and the dtype is not float32.
-            RuntimeError: a GPU is asked for but none answers; or its current stream is being captured.
+            RuntimeError: the device is a GPU but none answers; or its current stream is being captured.
             ModuleNotFoundError: CuPy, or for bfloat16 ml_dtypes, is not installed.
         """
         caller = f"{type(self).__name__}.to"
@@ -198,21 +198,21 @@ class _Layer:
 
         Args:
             state: "weight", "bias" unless the layer has none, and the arrays of snake: NumPy or CuPy arrays, or
-                whatever offers `__array__` or `__cuda_array_interface__`, such as the tensors of a PyTorch layer's
-                `state_dict()`; or the path of a `.npz` or `.safetensors` file of such arrays, of which only what is
-                wanted is read. In place of "weight" may stand the two arrays of a weight normalisation: "weight_g" and
-                "weight_v", or "parametrizations.weight.original0" and "original1". Their product is computed in float64
-                and rounded.
+                objects with `__array__` or `__cuda_array_interface__`, such as the tensors of a PyTorch layer's
+                `state_dict()`; or the path of a `.npz` or `.safetensors` file of such arrays, of which only the needed
+                ones are read. In place of "weight" there may be the two arrays of weight normalisation: "weight_g" and
+                "weight_v", or "parametrizations.weight.original0" and "parametrizations.weight.original1". The weight
+                is then computed in float64 and rounded.
             strict: whether unknown and missing entries are errors.
-            prefix: of the names in `state` that belong to this layer, "encoder.conv1." for one layer of a model; the
-                other entries are not looked at.
+            prefix: that of the names in `state` that belong to this layer, such as "encoder.conv1." for one layer of a
+                model; the other entries are ignored.
 
         Returns:
             The missing and the unexpected keys, both empty if `strict`.
 
         Raises:
-            ValueError: naming all unknown, missing, misshaped and unreadable entries at once; or a file that is damaged
-                or neither a `.npz` nor a `.safetensors` file. The layer is unchanged.
+            ValueError: an entry is unknown, missing, unreadable or of another shape (the message names all of them); or
+                the file is damaged or neither a `.npz` nor a `.safetensors` file. The layer is unchanged.
             TypeError: `state` is neither a mapping nor a path, or `prefix` is not a string.
             OSError: the file cannot be opened.
             ModuleNotFoundError: a package that reads the file is not installed: safetensors, or ml_dtypes for bfloat16.
@@ -249,7 +249,7 @@ class _Layer:
         return IncompatibleKeys(missing, unexpected)
 
     def _replace_parameters(self, parameters: dict[str, Any]) -> None:
-        """Take these arrays for parameters; a weight that `gpuconv.prepare` made stays a prepared one."""
+        """Set these arrays as parameters; a weight that `gpuconv.prepare` made stays a prepared one."""
         if isinstance(self.weight, runtime.PreparedWeight) and "weight" in parameters:
             array = parameters["weight"]
             kept = self.weight if array is self.weight.array else runtime.PreparedWeight(array)
@@ -257,7 +257,7 @@ class _Layer:
         vars(self).update(parameters)
 
     def output_lengths(self, lengths: Any) -> Any:
-        """The lengths of the outputs of samples of such lengths, as `gpuconv.output_lengths` gives them."""
+        """`gpuconv.output_lengths` of these lengths of samples, with the settings of the layer."""
         return output_lengths(
             lengths, self.kernel_size, self.stride, self.padding, self.dilation, transposed=self.transposed,
             output_padding=self.output_padding,
@@ -290,7 +290,7 @@ class _Layer:
 
 
 class Conv1d(_Layer):
-    """A convolution layer: `gpuconv.conv1d` with parameters of its own.
+    """A convolution layer: `gpuconv.conv1d` with its parameters.
 
     Input (N, C_in, L_in) or (C_in, L_in), output (N, C_out, L_out) or (C_out, L_out), with
     ``L_out = floor((L_in + padding_left + padding_right - dilation*(K - 1) - 1)/stride) + 1``.
@@ -305,7 +305,7 @@ class Conv1d(_Layer):
         groups: input and output channels are cut into this many groups that do not mix.
         bias: whether the layer has a bias.
         padding_mode: as in the function: "zeros", "reflect", "replicate", "circular" or "symmetric".
-        device: where the parameters live: "cpu", "cuda" (CuPy's current device) or "cuda:1".
+        device: that of the parameters: "cpu", "cuda" (CuPy's current device) or "cuda:1".
         dtype: one of float16, bfloat16, float32 (the default), float64, complex64 and complex128: a name or a NumPy
             dtype. The input must have it too.
         rng: a seed or a `numpy.random.Generator` for the initial parameters.
@@ -316,8 +316,8 @@ class Conv1d(_Layer):
 
     Attributes:
         weight: (C_out, C_in/groups, K), drawn like PyTorch's from the uniform distribution between -b and b, where
-            ``b = 1/sqrt(C_in/groups * K)``: in float64, then rounded to the dtype. The real and the imaginary part of
-            complex parameters are each drawn so. One seed gives the same values on every device.
+            ``b = 1/sqrt(C_in/groups * K)``, in float64 and then rounded to the dtype. The real and the imaginary parts
+            of complex parameters are both drawn in this way. A seed gives the same values on every device.
         bias: (C_out,), drawn from the same distribution after the weight, or None.
         in_channels, out_channels, kernel_size, stride, padding, dilation, output_padding, groups, padding_mode,
             transposed: as in PyTorch, where per-axis settings are tuples.
@@ -326,9 +326,9 @@ class Conv1d(_Layer):
         activation_alpha, activation_beta, input_activation_alpha, input_activation_beta: (C_out,) or (C_in,), or None.
 
     Raises:
-        ValueError: a value is out of range; the message names the argument, what was expected and what came.
+        ValueError: a value is out of range; the message names the argument, what was expected and what was given.
         TypeError: an argument is of the wrong kind.
-        RuntimeError: a GPU is asked for but none answers.
+        RuntimeError: the device is a GPU but none answers.
         ModuleNotFoundError: CuPy, or for bfloat16 ml_dtypes, is not installed.
 
     Example:
@@ -389,7 +389,7 @@ class Conv1d(_Layer):
 
 
 class ConvTranspose1d(_Layer):
-    """A transposed convolution layer: `gpuconv.conv_transpose1d` with parameters of its own.
+    """A transposed convolution layer: `gpuconv.conv_transpose1d` with its parameters.
 
     Input (N, C_in, L_in) or (C_in, L_in), output (N, C_out, L_out) or (C_out, L_out), with
     ``L_out = (L_in - 1)*stride - padding_left - padding_right + dilation*(K - 1) + output_padding + 1``.
@@ -398,12 +398,12 @@ class ConvTranspose1d(_Layer):
         in_channels: C_in.
         out_channels: C_out.
         kernel_size: K, taps.
-        stride: distance between the windows that neighbouring input samples feed, in output samples.
+        stride: distance between the output windows of neighbouring input samples, in output samples.
         padding: output samples trimmed: an int from both sides, a pair (left, right), "valid" (none) or "same"
             (L_out = L_in*stride).
         output_padding: output samples added on the right, below max(stride, dilation).
         dilation: distance between taps, in output samples.
-        padding_mode: "zeros", the only one, as in PyTorch.
+        padding_mode: only "zeros", as in PyTorch.
         groups, bias, device, dtype, rng, precision, algorithm, activation, input_activation: as in `Conv1d`.
 
     Attributes:
@@ -463,8 +463,8 @@ class ConvTranspose1d(_Layer):
 
         Args:
             input: the samples.
-            output_size: the wanted L_out, which replaces the layer's output_padding: an int, a sequence of one, or a
-                whole shape of as many axes as `input`, of which, as in PyTorch, only the last counts.
+            output_size: the wanted L_out, in place of the layer's output_padding: an int, a sequence of one, or a shape
+                with as many axes as `input`, of which, as in PyTorch, only the last one is used.
             residual: an array of the output's shape that is added before the activation, or None.
             lengths: of the samples, (N,), as `gpuconv.conv1d` takes them; `output_lengths` gives those of the output.
 
@@ -504,7 +504,7 @@ class ConvTranspose1d(_Layer):
 
 
 def _check_channels(caller: str, key: str, array: Any, channels: int, dtype: str) -> None:
-    """Refuse an array of snake that cannot become a parameter."""
+    """Check that an array of snake can become a parameter."""
     if not isinstance(array, np.ndarray) and not runtime.is_cupy_array(array):
         raise TypeError(f"{caller}: {key} must be a NumPy or CuPy array, got {type(array).__name__}")
     if tuple(array.shape) != (channels,):
@@ -514,20 +514,20 @@ def _check_channels(caller: str, key: str, array: Any, channels: int, dtype: str
 
 
 def _as_attribute(padding: Padding) -> str | tuple[int, ...]:
-    """A validated padding as PyTorch keeps it: the word, or a tuple."""
+    """A validated padding as PyTorch stores it: a string, or a tuple."""
     if isinstance(padding, str):
         return str(padding)
     return tuple(operator.index(v) for v in (padding if isinstance(padding, list | tuple) else (padding,)))
 
 
 def _listed(what: str, keys: Sequence[str], prefix: str) -> list[str]:
-    """Problems, one a key, of which a whole model may have thousands."""
+    """One problem for each key, limited to `_LISTED`: the keys of a whole model may be thousands."""
     listed = [f'{what} "{prefix}{key}"' for key in keys[:_LISTED]]
     return [*listed, f"{len(keys) - _LISTED} more {what}"] if len(keys) > _LISTED else listed
 
 
 def _prefix_hint(keys: Iterable[str]) -> str:
-    """How to choose a layer from the state dictionary of a whole model; empty where it is none."""
+    """A hint at how to choose a layer from the state dictionary of a model; empty if there are no layers in it."""
     endings = ["weight", *(direction for _, direction in checkpoint.NORMALISED)]
     prefixes = [key.removesuffix(ending) for key in keys for ending in endings if key.endswith(f".{ending}")]
     return f'; prefix="{prefixes[0]}" would choose one of {len(prefixes)} layers' if prefixes else ""

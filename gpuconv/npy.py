@@ -1,6 +1,6 @@
-"""`.npy` files that are larger than memory: read and written by slices, and written so that a kill loses little.
+"""`.npy` files that are larger than memory: read and written by slices, and resumable after the process is killed.
 
-Memory maps would do for the slices, but they end the process where a file is cut meanwhile or the disk is full.
+Memory maps have slices, too, but crash the process if the file is truncated in the meantime or the disk is full.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ _BLOCK = 2**18  # values that are converted at a time
 
 
 class NpyFile:
-    """The array of an open `.npy` file in C order, whose slices are read and written where they lie in the file.
+    """The array of an open `.npy` file in C order, whose slices are read from and written to the file.
 
     Attributes:
         shape: of the array.
-        dtype: of what is read, in native byte order; that of the file, or what it is converted to.
+        dtype: of the values that are read, in native byte order; the file's, or the one to which they are converted.
     """
 
     def __init__(
@@ -46,14 +46,14 @@ class NpyFile:
 
     @property
     def version(self) -> str:
-        """What changes when the file does."""
+        """A text that changes when the file changes."""
         return f"{os.path.realpath(self._path)} {self._state}"
 
     def _runs(self, key: tuple[slice, ...]) -> Iterator[tuple[int, int]]:
-        """The runs of elements that a slice consists of: (first, how many), in order."""
+        """The contiguous runs of elements of a slice, as (first, count), in order."""
         parts = [range(part.start, part.stop) for part in key]
         while len(parts) > 1 and len(parts[-1]) == self.shape[len(parts) - 1]:
-            parts.pop()  # the run goes on over whole rows
+            parts.pop()  # whole rows are contiguous
         inner = math.prod(self.shape[len(parts) :])
         *outer, last = parts
         for index in itertools.product(*outer):
@@ -103,7 +103,7 @@ class NpyFile:
 
 @contextmanager
 def open_npy(path: StrPath, dtype: str | None) -> Iterator[NpyFile | None]:
-    """A `.npy` file for reading by slices; None where it is in Fortran order, which has no slices in one piece.
+    """A `.npy` file for reading by slices; None if it is in Fortran order, in which slices are not contiguous.
 
     Raises:
         FileError: as `gpuconv.files.read` raises it.
@@ -122,12 +122,12 @@ def resumable_npy(
 ) -> Iterator[tuple[NpyFile, Path]]:
     """A `.npy` file for writing by slices, and the path for a journal beside it.
 
-    The file appears under its name, complete, when the block ends. If the block raises or the process is killed, the
-    unfinished file stays beside it under another name for as long as the journal does, and the next call for this path
-    gets it again.
+    The file gets its name, complete, when the block ends. If the block raises or the process is killed, the unfinished
+    file stays in the folder under another name as long as the journal does, and the next call for this path continues
+    with it.
 
     Raises:
-        FileError: it cannot be written, or an unfinished file of another shape or dtype is there.
+        FileError: it cannot be written, or there is an unfinished file of another shape or dtype.
     """
     target = Path(os.path.realpath(path))
     stem = f".gpuconv-{hashlib.sha256(target.name.encode()).hexdigest()[:16]}"
@@ -138,7 +138,7 @@ def resumable_npy(
     flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0)
     complete = False
     try:
-        # A kill may have left it as a second name of the complete file, so it is never emptied.
+        # If a process was killed after `publish`, this is a hard link to the complete file, so it is never truncated.
         if not journal.exists():
             part.unlink(missing_ok=True)
         with open(os.open(part, flags, 0o666), "r+b", buffering=0) as file:

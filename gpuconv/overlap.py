@@ -7,11 +7,11 @@ correlations without stride and dilation::
 
     y[r, c_out][m] = sum over c, i, j of w[c_out, c, i][j] * x[r, c, i][m + j]
 
-conv_transpose1d exchanges the places: the phases belong to the output, and the taps of a phase are reversed. Each row
-is cut into blocks: a block of B samples gives B - J + 1 results, where J is the number of taps of a phase.
+For conv_transpose1d the roles are exchanged: the phases belong to the output, and the taps of a phase are reversed.
+Each row is cut into blocks: a block of B samples gives B - J + 1 results, where J is the number of taps of a phase.
 
-Block lengths depend on the taps of a phase alone, and blocks begin at places that the layer's settings fix, so that
-neither N nor L decides which samples share a block.
+Block lengths depend only on the number of taps of a phase, and the layer's settings determine where blocks begin, so
+that neither N nor L changes which samples share a block.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from typing import Any, NamedTuple
 from .edge import source_indices
 from .problem import ConvProblem, WeightGradientProblem
 
-# The shortest block, and how many times as long as the taps of a phase one is at least: three quarters of its samples
-# are new. Blocks of twice that length would need a tenth less work, and twice the memory.
+# The shortest block, and the least ratio of its length to the taps of a phase, with which three quarters of a block are
+# new samples. Blocks of twice that length would need a tenth less work, but twice the memory.
 SHORTEST_BLOCK = 64
 BLOCK_OF_TAPS = 4
 
@@ -42,7 +42,7 @@ class Places(NamedTuple):
         return self.step * m + self.row_step * r + self.phase_step * i + self.first
 
     def between(self, low: int, high: int, m: int, count: int, r: int, i: int) -> tuple[int, int]:
-        """Which of `count` samples from m on lie at positions from low to high - 1: the first, and behind the last."""
+        """The range of those of `count` samples from m on that lie at positions from low to high - 1."""
         at = self.at(m, r, i)
         first = min(max(0, -((at - low) // self.step)), count)
         return first, max(first, min(count, -((at - high) // self.step)))
@@ -53,9 +53,9 @@ class Overlap:
     """The rows and blocks of a problem.
 
     Attributes:
-        taps: J, of a phase.
-        phases: s/g, the distance of the taps of a phase, or K where that is less; the last ones may have one tap fewer.
-        rows: d/g, of each sample and channel, or as many as there are results.
+        taps: J, the taps of a phase.
+        phases: s/g, the distance of the taps of a phase, or K if that is less; the last phases may have one tap fewer.
+        rows: d/g, the rows of each sample and channel, or the number of results if that is less.
         block: B, the samples of a block.
         read: the places of the samples in the input, of conv1d's weight gradient in `fine`.
         write: those of the results in the output, of the samples in `coarse`.
@@ -79,7 +79,7 @@ class Overlap:
 
     @classmethod
     def of(cls, problem: ConvProblem | WeightGradientProblem) -> Overlap:
-        """Those of a problem; of a transposed one whose padding is zeros."""
+        """The rows and blocks of a problem; a transposed one must be padded with zeros."""
         p = problem
         common = math.gcd(p.stride, p.dilation)
         step, spacing = p.stride // common, p.dilation // common
@@ -95,7 +95,7 @@ class Overlap:
             positions, right = p.L_in if p.transposed else p.L_out, p.padding_right
         start, stop, rows = 0, -(-positions // spacing), min(spacing, positions)
         if p.transposed and isinstance(p, ConvProblem):
-            # Result m sums the inputs m - (taps - 1) to m. Those before `start` lie in what the padding cuts off.
+            # Result m sums the inputs m - (taps - 1) to m. Results before `start` are trimmed by the padding.
             reach = p.stride * (spacing - 1) + p.dilation * (phases - 1)
             start = max(0, -((reach - p.padding_left) // fine.step))
             stop = max(start, min(stop + taps - 1, -(-(p.L_out + p.padding_left) // fine.step)))
@@ -110,7 +110,7 @@ class Overlap:
 
     @property
     def blocks(self) -> int:
-        """How many blocks a row has."""
+        """The number of blocks of a row."""
         return -(-(self.stop - self.start) // self.new)
 
     @property
@@ -153,7 +153,7 @@ class Overlap:
         return self._blocks(x, self.read, self.phases_in, rows, blocks, self.block, self.mode, dtype, xp)
 
     def pieces(self, coarse: Any, rows: slice, blocks: slice, dtype: Any, xp: ModuleType) -> Any:
-        """The `new` samples of `coarse` that meet the same blocks, (N, rows, blocks, C, new)."""
+        """The `new` samples of `coarse` that belong to the same blocks, (N, rows, blocks, C, new)."""
         return self._blocks(coarse, self.write, 1, rows, blocks, self.new, "zeros", dtype, xp)
 
     def _blocks(
@@ -170,7 +170,7 @@ class Overlap:
     ) -> Any:
         N, C, L = x.shape
         count, start = blocks.stop - blocks.start, self.start + blocks.start * self.new
-        # No result behind `stop` exists, nor what it alone would read.
+        # Results from `stop` on do not exist, so samples that only these would read are not needed.
         length_of_row = (count - 1) * self.new + length
         samples = min(length_of_row, self.stop - start + length - self.new)
         staged = xp.empty((N, rows.stop - rows.start, C, phases, length_of_row), dtype)

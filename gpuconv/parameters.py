@@ -14,7 +14,7 @@ from .checkpoint import EntryError
 from .problem import DTYPES, dtype_name
 from .text import install_hint
 
-_DRAWN_AT_ONCE = 1 << 15  # initial values, in float64
+_DRAWN_AT_ONCE = 1 << 15  # initial values that are drawn at a time, in float64
 
 
 def supported_dtype(caller: str, dtype: Any) -> str:
@@ -31,7 +31,7 @@ def supported_dtype(caller: str, dtype: Any) -> str:
 
 
 def converts(source: np.dtype[Any], name: str) -> bool:
-    """Whether values of a dtype become parameters without losing more than precision."""
+    """Whether values of a dtype can become parameters and lose nothing but precision."""
     if source.kind == "c":
         return name.startswith("complex")
     return source.kind in "biuf" or dtype_name(source) is not None
@@ -55,7 +55,7 @@ def gpu_index(caller: str, device: str | None) -> int | None:
             f'{caller}: device "{device}" needs the package CuPy: {install_hint("cuda13", "cuda12")}'
         ) from error
     except RuntimeError as error:
-        raise RuntimeError(f'{caller}: device "{device}" was asked for, but no GPU answers: {error}') from error
+        raise RuntimeError(f'{caller}: device is "{device}", but no GPU answers: {error}') from error
     if match[1] is None:
         return int(runtime.cupy_module().cuda.runtime.getDevice())
     if int(match[1]) >= count:
@@ -72,9 +72,9 @@ def generator_of(caller: str, rng: int | np.random.Generator | None) -> np.rando
 def draw_uniform(
     generator: np.random.Generator, bound: float, shape: tuple[int, ...], dtype: np.dtype[Any]
 ) -> np.ndarray[Any, Any]:
-    """Values between -bound and bound, drawn in float64, so that one seed means the same values in every dtype.
+    """Values between -bound and bound, drawn in float64, so that a seed gives the same values in every dtype.
 
-    They are drawn and rounded a block at a time: an array in float64 would take up to four times the memory.
+    They are drawn and rounded block by block, since a whole array in float64 would take up to four times the memory.
     """
     values = np.empty(shape, dtype)
     flat = values.reshape(-1)
@@ -88,7 +88,7 @@ def draw_uniform(
 
 
 def home_of(array: Any) -> int | None:
-    """The CuPy index of the GPU that an array lives on; None for the CPU."""
+    """The CuPy index of the GPU that holds an array; None for the CPU."""
     return int(array.data.device_id) if runtime.is_cupy_array(array) else None
 
 
@@ -102,7 +102,7 @@ def put(array: Any, index: int | None, dtype: np.dtype[Any], *, copy: bool = Fal
     if home is not None:
         array = runtime.aligned(array)
     if leaves:
-        # CuPy copies from another GPU only what is contiguous, and does not wait for the work queued there.
+        # CuPy copies only contiguous arrays from another GPU, and does not wait for the work queued there.
         cupy = runtime.cupy_module()
         with cupy.cuda.Device(home):
             array = cupy.asnumpy(array) if index is None else array.astype(array.dtype, order="C", copy=False)
@@ -113,13 +113,13 @@ def put(array: Any, index: int | None, dtype: np.dtype[Any], *, copy: bool = Fal
     runtime.check_dtype(dtype)
     with cupy.cuda.Device(index):
         placed = cupy.asarray(array).astype(dtype, order="C", copy=copy)
-        if leaves:  # the array must not be freed, and its memory used again, before it is read
+        if leaves:  # wait for the copy, so that the array is not freed and its memory reused before
             cupy.cuda.get_current_stream().synchronize()
         return placed
 
 
 def _as_cupy_array(value: Any) -> Any:
-    """What offers `__cuda_array_interface__`, on the GPU where it lies; `asarray` alone moves it to the current one."""
+    """An object with `__cuda_array_interface__` as a CuPy array on its GPU; `asarray` alone moves it to the current."""
     cupy = runtime.cupy_module()
     address = value.__cuda_array_interface__["data"][0]
     home = cupy.cuda.runtime.pointerGetAttributes(address).device if address else -1
@@ -128,7 +128,11 @@ def _as_cupy_array(value: Any) -> Any:
 
 
 def fold_normalised(prefix: str, pair: Sequence[str], state: Mapping[str, Any], own: Any) -> Any:
-    """The weight of a weight normalisation, or an `EntryError`."""
+    """The weight from the two arrays of weight normalisation.
+
+    Raises:
+        EntryError: an array cannot be read, or the shapes do not match.
+    """
     name, direction_name = (prefix + key for key in pair)
     direction = read_entry(direction_name, state[pair[1]], own)
     magnitude = _as_array(name, state[pair[0]], own)
@@ -142,7 +146,7 @@ def read_entry(key: str, value: Any, own: Any) -> Any:
     """An entry of a state dictionary as a NumPy or CuPy array that fits a parameter.
 
     Raises:
-        EntryError: it does not.
+        EntryError: it does not fit.
     """
     array = _as_array(key, value, own)
     if tuple(array.shape) != tuple(own.shape):
@@ -154,7 +158,7 @@ def _as_array(key: str, value: Any, own: Any) -> Any:
     """An entry of a state dictionary as a NumPy or CuPy array of a dtype that converts to a parameter's.
 
     Raises:
-        EntryError: it is none.
+        EntryError: it is not an array, or its dtype does not convert.
     """
     if isinstance(value, np.ma.MaskedArray) or not (
         hasattr(value, "__array__") or hasattr(value, "__cuda_array_interface__")
@@ -172,7 +176,7 @@ def _as_array(key: str, value: Any, own: Any) -> Any:
     if runtime.is_cupy_array(array) and not array.dtype.isnative:
         raise EntryError(f'"{key}" must have native byte order on a GPU, got {array.dtype.str}')
     if array.dtype == np.dtype("V2") and own.dtype.name == "bfloat16":
-        array = array.view(own.dtype)  # NumPy's files keep the bytes of bfloat16 and lose its name
+        array = array.view(own.dtype)  # NumPy's files keep the bytes of bfloat16 but not the name of the dtype
     if not converts(array.dtype, str(own.dtype.name)):
         raise EntryError(f'"{key}" must have a dtype that converts to {own.dtype}, got {array.dtype}')
     return array

@@ -1,4 +1,4 @@
-"""PyTorch's way to compute a problem: what gpuconv is compared with."""
+"""The computation of a problem in PyTorch, for comparison with gpuconv."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from .problem import ConvProblem
 
 Function = Callable[[Any, Any, Any], Any]
 
-# norm(y - y*)/norm(y*) that a peer may show. Peers give no bound; these are some ten times what correct
-# implementations show, and far below what a wrong tap or channel gives.
+# The largest permitted norm(y - y*)/norm(y*) of a peer. Peers have no error bound; these are some ten times what
+# correct implementations reach, and far below the effect of a wrong tap or channel.
 PEER_TOLERANCE = {
     "float32": 1e-4,
     "tf32": 5e-3,
@@ -26,22 +26,22 @@ PEER_TOLERANCE = {
 
 
 class Refused(Exception):  # noqa: N818 - not an error: the reason is reported
-    """The implementation does not offer this problem."""
+    """The implementation cannot compute this problem."""
 
 
 def is_symmetric(problem: ConvProblem) -> bool:
-    """Whether torch.nn.functional takes the padding as one number."""
+    """Whether the padding is one number, as torch.nn.functional needs it."""
     return problem.padding_left == problem.padding_right
 
 
 def conv_by_trimming(problem: ConvProblem) -> Function:
     """torch.nn.functional's operation on NCL tensors: (input, weight, bias) -> output.
 
-    PyTorch pads both sides alike. Other paddings are met the way models do it: pad both sides by the larger one and
-    keep the part of the output that is wanted.
+    PyTorch pads both sides alike. For other paddings this does what models do: pad both sides by the larger one and
+    slice the output.
 
     Raises:
-        Refused: no slice of the symmetric result is the wanted one.
+        Refused: no slice of the symmetric result is the result.
     """
     from torch.nn import functional
 
@@ -67,8 +67,8 @@ def conv_by_trimming(problem: ConvProblem) -> Function:
 def layer(problem: ConvProblem) -> Callable[..., Any]:
     """A whole call: (input, weight, bias, arrays of `fusion.FUSED_ARRAYS` in order) -> output.
 
-    Padding that differs between the sides or that means samples is a `torch.nn.functional.pad` before, as in models;
-    what is fused are functions before and behind.
+    Padding that differs between the sides, or in another mode than zeros, is a `torch.nn.functional.pad` before it, as
+    in models; what gpuconv fuses are separate functions before and after it.
 
     Raises:
         Refused: PyTorch has no such padding.
@@ -115,17 +115,17 @@ def layer(problem: ConvProblem) -> Callable[..., Any]:
 def prepare(
     problem: ConvProblem, arrays: Sequence[Any], fused: Sequence[Any], on_gpu: bool, opened: ExitStack
 ) -> Callable[[], Any]:
-    """PyTorch's call on tensors of the same memory.
+    """PyTorch's call on tensors that share the memory of the arrays.
 
     Args:
         problem: what to compute.
-        arrays: NumPy's or CuPy's input, weight and bias or None; a real weight of complex data becomes a complex one.
+        arrays: input, weight, and bias or None; a real weight with complex data is converted to a complex one.
         fused: those of `fusion.FUSED_ARRAYS`, in order.
-        on_gpu: which of both.
-        opened: takes the contexts that must be open around the call.
+        on_gpu: whether they are CuPy arrays, otherwise NumPy arrays.
+        opened: the contexts that the call needs are entered here.
 
     Raises:
-        Refused: PyTorch is not installed, or does not offer the problem.
+        Refused: PyTorch is not installed, has no CUDA, or cannot compute the problem.
     """
     try:
         import torch
@@ -137,7 +137,7 @@ def prepare(
     def tensor(array: Any) -> Any:
         if array is None:
             return None
-        is_bfloat16 = array.dtype.name == "bfloat16"  # which the protocols of exchange do not know
+        is_bfloat16 = array.dtype.name == "bfloat16"  # it cannot be exchanged, so it goes as integers
         plain = array.view("uint16") if is_bfloat16 else array
         exchanged = torch.utils.dlpack.from_dlpack(plain) if on_gpu else torch.from_numpy(plain)
         return exchanged.view(torch.bfloat16) if is_bfloat16 else exchanged

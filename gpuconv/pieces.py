@@ -1,31 +1,82 @@
-"""How a problem that is larger than memory is cut into pieces: the arithmetic of `gpuconv.chunked`."""
+"""How `gpuconv.chunked` and `gpuconv.dask` cut a problem into pieces, and how they compute a piece."""
 
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from .cases.derived import chunk
+import numpy as np
+import numpy.typing as npt
+
+from . import calls, functional
+from .arguments import ArraySpec, Op
+from .cases.derived import call_settings, chunk
+from .edge import source_indices
+from .fusion import Fused
 from .problem import ConvProblem
 
-_ALIGNED = 64  # outputs, so that the rows of most pieces start at multiples of what kernels access at once
+_ALIGNED = 64  # outputs: most pieces are a multiple of this, so that their rows are aligned for wide accesses
+
+
+class Read(NamedTuple):
+    """Samples of the source from `start` to `stop` - 1; `at` selects some of them, None all."""
+
+    start: int
+    stop: int
+    at: npt.NDArray[np.intp] | None
 
 
 class Piece(NamedTuple):
     """A part of the output.
 
     Attributes:
-        problem: with the extents and the padding of the part.
-        samples: along N.
-        outputs: along L_out.
-        positions: of the input; those outside of the source mean what the padding mode says.
+        problem: the problem of the part, with its extents and padding.
+        samples: the range along N.
+        outputs: the range along L_out.
+        positions: the range of the input; the padding mode says what positions outside of the source stand for.
     """
 
     problem: ConvProblem
     samples: slice
     outputs: slice
     positions: range
+
+    @classmethod
+    def of(cls, problem: ConvProblem, samples: slice, outputs: slice) -> Piece:
+        """The piece of a problem with these samples and outputs, at least one of each.
+
+        For a transposed operation without input the piece must have all outputs.
+        """
+        p = replace(problem, N=samples.stop - samples.start)
+        if outputs == slice(0, p.L_out):
+            return cls(p, samples, outputs, range(p.L_in))
+        if p.padding_mode == "zeros":
+            part, read = chunk(p, outputs.start, outputs.stop)
+            return cls(part, samples, outputs, range(read.start, read.stop))
+        left = p.padding_left
+        padded = p.L_in + left + p.padding_right
+        inside = replace(p, padding_mode="zeros", L_in=padded, padding_left=0, padding_right=0)
+        part, read = chunk(inside, outputs.start, outputs.stop)
+        return cls(part, samples, outputs, range(read.start - left, read.stop - left))
+
+    def reads(self, whole: ConvProblem) -> list[Read]:
+        """The reads from the source of the whole problem that give the samples at the positions, in order."""
+        first, stop, L_in = self.positions.start, self.positions.stop, whole.L_in
+        if 0 <= first <= stop <= L_in:
+            return [Read(first, stop, None)]
+        found = []
+        for low, high in ((first, min(stop, 0)), (max(first, 0), min(stop, L_in)), (max(first, L_in), stop)):
+            if low >= high:
+                continue
+            if 0 <= low < L_in:
+                found.append(Read(low, high, None))
+            else:
+                at = source_indices(whole.padding_mode, low, high, L_in)
+                start = int(at.min())
+                found.append(Read(start, int(at.max()) + 1, at - start))
+        return found
 
     @property
     def of_output(self) -> tuple[slice, ...]:
@@ -47,7 +98,7 @@ class Pieces:
 
     @classmethod
     def cut(cls, p: ConvProblem, itemsize: int, out_itemsize: int, max_bytes: int, sets: int) -> Pieces:
-        """Cut so that so many sets of arrays of a piece take at most `max_bytes`."""
+        """Cut a problem so that the arrays of `sets` pieces take at most `max_bytes`."""
         limit = max_bytes // sets
         span = p.dilation * (p.K - 1) + 1
         arrays = 2 if p.fuses.has_residual else 1
@@ -80,14 +131,38 @@ class Pieces:
         p = self.problem
         n, l_out = number // self.rows * self.samples, number % self.rows * self.outputs
         samples, outputs = slice(n, min(n + self.samples, p.N)), slice(l_out, min(l_out + self.outputs, p.L_out))
-        p = replace(p, N=samples.stop - n)
-        if self.rows == 1:
-            return Piece(p, samples, outputs, range(p.L_in))
-        if p.padding_mode == "zeros":
-            part, read = chunk(p, outputs.start, outputs.stop)
-            return Piece(part, samples, outputs, range(read.start, read.stop))
-        left = p.padding_left
-        padded = p.L_in + left + p.padding_right
-        inside = replace(p, padding_mode="zeros", L_in=padded, padding_left=0, padding_right=0)
-        part, read = chunk(inside, outputs.start, outputs.stop)
-        return Piece(part, samples, outputs, range(read.start - left, read.stop - left))
+        return Piece.of(p, samples, outputs)
+
+
+def problem_of(
+    op: Op, source: Any, weight: Any, bias: Any | None, settings: tuple[Any, ...], fused: Fused
+) -> tuple[ConvProblem, np.dtype[Any], np.dtype[Any]]:
+    """The problem, and the dtypes of input and output in native byte order; of real taps the problem of each part.
+
+    Of the arrays only `.shape` and `.dtype` are read.
+    """
+    dtype = np.dtype(source.dtype).newbyteorder("=")
+    if not calls.are_real_taps(weight, source):
+        p = ConvProblem.of(op, source, weight, bias, *settings).fused(fused)
+        return p, dtype, dtype if p.out_dtype is None else np.dtype(p.out_dtype)
+    given = {"input": source, "weight": weight, "bias": bias, "residual": fused.arrays[0]}
+    calls.check_real_taps(op, {name: array for name, array in given.items() if array is not None}, fused.fusion)
+    real = (None if a is None else ArraySpec(tuple(a.shape), weight.dtype) for a in (source, weight, bias))
+    residual = fused.arrays[0]
+    added = None if residual is None else ArraySpec(tuple(residual.shape), weight.dtype)
+    of_part = Fused(fused.fusion, (added, *fused.arrays[1:]))
+    return ConvProblem.of(op, *real, *settings).fused(of_part), dtype, dtype
+
+
+def compute(
+    p: ConvProblem, input: Any, residual: Any | None, weight: Any, bias: Any | None, *of_channels: Any, algorithm: Any
+) -> Any:
+    """The output of a piece, whose problem is `p`; `of_channels` are the arrays of activations, in their order."""
+    function: Callable[..., Any] = functional.conv_transpose1d if p.transposed else functional.conv1d
+    activation, input_activation = p.fuses.activation, p.fuses.input_activation
+    behind, before = (tuple(a for a in arrays if a is not None) for arrays in (of_channels[:2], of_channels[2:]))
+    return function(
+        input, weight, bias, **call_settings(p), algorithm=algorithm, residual=residual,
+        activation=activation and activation.as_argument(behind),
+        input_activation=input_activation and input_activation.as_argument(before),
+    )  # fmt: skip

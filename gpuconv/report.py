@@ -1,4 +1,4 @@
-"""What `gpuconv.verify` reports: every check with its failure, as text, JSON and JUnit XML."""
+"""The report of `gpuconv.verify`: every check with its failure, as text, JSON and JUnit XML."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
-# The names of the checks that make a result for each kernel family, where the others make one for a case.
+# The names of the checks that give one result for each kernel family; the others give one for each case.
 BY_FAMILY = "families"
 FAR = "far"
 
 
 class Tap(NamedTuple):
-    """One product that feeds an output element: weight at (c_in, k) times input at (c_in, l_in).
+    """One product of an output element: weight at (c_in, k) times input at (c_in, l_in).
 
     `c_in` counts within the group.
     """
@@ -29,20 +29,20 @@ class Tap(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """A check that did not hold.
+    """A check that failed.
 
     Attributes:
-        case, dtype, check: where; `dtype` is one of `gpuconv.cases.NUMBER_FORMATS`.
-        problem: what was computed; the case's own problem or one derived from it.
+        case, dtype, check: what failed; `dtype` is one of `gpuconv.cases.NUMBER_FORMATS`, or one of integers.
+        problem: what was computed: the case's own problem or one derived from it.
         message: what was expected, or what was raised, in one line.
-        traceback: where the call raised.
+        traceback: that of an exception; None if none was raised.
         bad: the number of wrong elements.
-        index: of the first wrong output element; None where the failure is not that of an element.
+        index: that of the first wrong output element; None where the failure is not that of an element.
         got, expected: the value of that element, and what it should be.
-        bound: the permitted distance of got from expected, of the real and of the imaginary part each; None where the
-            values must be equal.
-        taps: the first `MAX_TAPS` products that feed the element.
-        num_taps: how many there are; None for an element of a gradient, whose terms are not listed.
+        bound: the permitted distance of got from expected, for complex data of each part; None where the values must
+            be equal.
+        taps: the first products of the element, at most `gpuconv.checks.MAX_TAPS`.
+        num_taps: the number of its products; None for an element of a gradient, whose products are not listed.
     """
 
     case: str
@@ -107,7 +107,7 @@ class Result:
         worst: the largest distance of an element from its exact value as a fraction of its error bound; None where
             elements must be equal.
         failure: None where it passed.
-        family: the kernel family that was named for the run; None where gpuconv chose it.
+        family: the kernel family that was checked by name; None where gpuconv chose it.
     """
 
     case: str
@@ -126,15 +126,15 @@ class Report:
     Attributes:
         results: every check that was run.
         checks: the names of all checks, in the order in which they run.
-        device: the device, in words.
-        versions: of everything that computes.
-        seed: of the data.
-        skipped: dtypes, and checks of a dtype, that could not be run, with the reason.
-        total: the number of pairs of case and dtype that a run of all of them has.
+        device: a description of the device.
+        versions: those of gpuconv, Python, NumPy, and on a GPU of CuPy and CUDA.
+        seed: that of the data.
+        skipped: dtypes and checks that could not be run, with the reason.
+        total: the number of all pairs of case and dtype.
         elapsed: wall time in seconds.
         families: the kernel families that the GPU's architecture has; none on the CPU.
         lacking: the kernel families that it lacks.
-        restricted: whether cases, dtypes or a family were chosen by name. If not, a case must reach each of `families`.
+        restricted: whether cases, dtypes or a family were selected. If not, each of `families` must be checked.
         layers: the problems of the user's own layers, by case and dtype.
 
     Example:
@@ -174,18 +174,18 @@ class Report:
 
     @property
     def family_runs(self) -> dict[str, int]:
-        """For each of `families`, the number of runs of a case that named it."""
+        """For each of `families`, the number of cases that were run with it by name."""
         found = Counter(result.family for result in self.results if result.check == BY_FAMILY)
         return {name: found[name] for name in self.families}
 
     @property
     def unreached(self) -> tuple[str, ...]:
-        """Those of `families` that no case reached."""
+        """Those of `families` that were run with no case."""
         return tuple(name for name, runs in self.family_runs.items() if not runs)
 
     @property
     def ok(self) -> bool:
-        """Whether every check passed and, unless the run was restricted, every kernel family was reached."""
+        """Whether every check passed and, unless the run was restricted, every kernel family was run."""
         return not self.failures and (self.restricted or not self.unreached)
 
     @property

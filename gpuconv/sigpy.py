@@ -3,12 +3,12 @@
 Names, arguments, shapes and dtypes are those of sigpy.conv; sigpy itself is not needed.
 
 The last axis is convolved by `gpuconv.conv1d`. The axes before it are rows: one padded array holds the rows of all data
-one after another, so that those that a window reads lie at equal distances, as channels of a strided view. Windows
-that begin in one item of data and end in the next are computed, too, and left out. Of two outer axes the first is a sum
-over its taps, in the dtype of the data. With strides, the rows and taps of each remainder of their index are a
-convolution of their own, and these are added. On a GPU the bits of an element of `convolve` and of the data's adjoint
-depend on the filter and the strides, not on the extents of the data or on other data. An infinite tap that meets zeros
-between the rows gives NaN.
+one after another, so that the rows of a window have equal distances and are channels of a strided view. Windows that
+begin in one item of data and end in the next are also computed, and then dropped. With two outer axes, the results for
+the taps of the first one are added, in the dtype of the data. With strides, the rows and taps whose index has the same
+remainder are one convolution, and the results of all remainders are added. On a GPU the bits of an element of
+`convolve` and of the data's adjoint depend on the filter and the strides, not on the extents of the data or on other
+data. An infinite tap times a zero between the rows gives NaN.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def convolve(
     Args:
         data: (..., m_1, ..., m_D), or (..., c_i, m_1, ..., m_D) with channels. NumPy or CuPy, any strides.
         filt: (n_1, ..., n_D), or (c_o, c_i, n_1, ..., n_D) with channels.
-        mode: "full", m + n - 1 results along an axis, or "valid", those |m - n| + 1 that need no zeros.
-        strides: D integers: of the results every stride-th one is kept, from the first on. None for 1.
+        mode: "full", m + n - 1 results along an axis, or "valid", the |m - n| + 1 results that need no zeros.
+        strides: D integers: every stride-th result is kept, beginning with the first. None for 1.
         multi_channel: whether the arrays have axes of channels.
 
     Returns:
@@ -54,8 +54,8 @@ def convolve(
     Raises:
         ValueError: a shape, `mode` or `strides` does not fit; in "valid" data or filter must be at least as large as
             the other in every axis.
-        TypeError: an argument is no array, a dtype is not supported, or the dtype of the other argument is of a higher
-            kind: complex numbers with real data, or floating-point ones with integers.
+        TypeError: an argument is not an array, a dtype is not supported, or the filter's dtype is of a higher kind than
+            the data's: complex with real data, or floating-point with integers.
 
     Example:
         >>> import numpy as np
@@ -80,13 +80,13 @@ def convolve_data_adjoint(
     strides: Shape | None = None,
     multi_channel: bool = False,
 ) -> Any:
-    """Apply the adjoint of `convolve` as a map of the data, as `sigpy.convolve_data_adjoint` does.
+    """Apply the adjoint of `convolve` with respect to the data, as `sigpy.convolve_data_adjoint` does.
 
         data[..., c_i, q] = sum over c_o, p, k of conj(filt[c_o, c_i, k]) * output[..., c_o, p]
         q = p*stride + offset - k        (terms without such a q do not exist)
 
-    `output` has the shape that `convolve` returns, the result that of the data and the dtype of `output`. The other
-    arguments and the errors are those of `convolve`.
+    `output` has the shape that `convolve` returns. The result has the shape of the data and the dtype of `output`. The
+    other arguments and the errors are those of `convolve`.
 
     Example:
         >>> import numpy as np
@@ -108,12 +108,12 @@ def convolve_filter_adjoint(
     strides: Shape | None = None,
     multi_channel: bool = False,
 ) -> Any:
-    """Apply the adjoint of `convolve` as a map of the filter, as `sigpy.convolve_filter_adjoint` does.
+    """Apply the adjoint of `convolve` with respect to the filter, as `sigpy.convolve_filter_adjoint` does.
 
         filt[c_o, c_i, k] = sum over ..., p of conj(data[..., c_i, p*stride + offset - k]) * output[..., c_o, p]
 
-    `output` has the shape that `convolve` returns, the result that of the filter and the dtype of `output`. The other
-    arguments and the errors are those of `convolve`.
+    `output` has the shape that `convolve` returns. The result has the shape of the filter and the dtype of `output`.
+    The other arguments and the errors are those of `convolve`.
 
     Example:
         >>> import numpy as np
@@ -129,12 +129,12 @@ def convolve_filter_adjoint(
 
 @dataclass(frozen=True, slots=True)
 class _Phase:
-    """Rows and taps of the outer axes whose index has one remainder modulo the stride.
+    """Rows and taps of the outer axes whose indices have the same remainder modulo the stride.
 
     Attributes:
         taps: the index of the taps, in an array of flipped filters.
         data: the index of the data whose padded rows have the remainder.
-        first: in which of these padded rows the first data lie, for each outer axis.
+        first: which of these padded rows holds the first data, for each outer axis.
     """
 
     taps: tuple[Any, ...]
@@ -147,13 +147,13 @@ class _Problem:
     """The arrays with all their axes, and how rows lie one after another.
 
     Attributes:
-        data_shape, filt_shape, output_shape: of the arrays outside.
+        data_shape, filt_shape, output_shape: those of the public function's arrays.
         data, filt, output: the same as (B, c_i, m_1, m_2, m_3), (c_o, c_i, n_1, n_2, n_3) and (B, c_o, p_1, p_2, p_3);
-            axes that are not there have one element and come first.
-        steps: along the three axes.
-        padding: zeros before and behind the data that windows reach into.
-        period: along the outer axes, how many windows on the windows of the next item begin. The zeros behind one item
-            are those before the next.
+            absent axes have one element and come first.
+        steps: the strides along the three axes.
+        padding: the zeros before and behind the data.
+        period: along the outer axes, the number of windows from the first one of an item to that of the next. The zeros
+            behind one item are also those before the next.
     """
 
     data_shape: tuple[int, ...]
@@ -176,7 +176,7 @@ class _Problem:
         multi_channel: bool,
         given: Shape | None = None,
     ) -> _Problem:
-        """The problem of shapes that fit; `given` is the output's where the caller has one."""
+        """Check the shapes and make the problem; `given` is the shape of the output if the caller has one."""
         outer, taps = tuple(map(operator.index, data_shape)), tuple(map(operator.index, filt_shape))
         D = len(taps) - (2 if multi_channel else 0)
         if not 1 <= D <= 3:
@@ -215,16 +215,16 @@ class _Problem:
 
     @property
     def is_empty(self) -> bool:
-        """Whether sums are over nothing, or there are none."""
+        """Whether all sums are empty, or there are none."""
         return 0 in (*self.filt, self.data[0])
 
     @property
     def windows(self) -> int:
-        """How many windows one after another hold those of all items."""
+        """The number of consecutive windows that contain the windows of all items."""
         return self.span(self.output)
 
     def span(self, shape: tuple[int, ...]) -> int:
-        """From the first to the last row of items of so many rows along the outer axes."""
+        """The number of rows from the first to the last of all items of this shape."""
         return ((shape[0] - 1) * self.period[0] + shape[2] - 1) * self.period[1] + shape[3]
 
     def phases(self) -> Iterator[_Phase]:
@@ -244,8 +244,8 @@ class _Problem:
         Args:
             array: (B, channels, rows of two axes, elements).
             first: the place of each item's first row in its period.
-            before: how many rows of zeros to put before all.
-            behind: how many to put behind all.
+            before: the rows of zeros before all items.
+            behind: the rows of zeros behind all items.
         """
         items = array.transpose(0, 2, 3, 1, 4)
         B, e_1, e_2, *element = items.shape
@@ -258,13 +258,13 @@ class _Problem:
         return rows
 
     def data_rows(self, data: Any, phase: _Phase, taps: tuple[int, ...]) -> Any:
-        """The rows of a phase, with as many zeros behind as the last windows reach into."""
+        """The rows of a phase, followed by as many zeros as the last windows need."""
         reach = self.windows + (taps[2] - 1) * self.period[1] + taps[3] - 1
         behind = max(0, reach - self.data[0] * self.period[0] * self.period[1])
         return self.rows(data[phase.data], phase.first, 0, behind)
 
     def items(self, rows: Any, shape: tuple[int, ...]) -> Any:
-        """The items of a shape, with channels second, as a view of rows that begin with the first one's."""
+        """A view of rows as items of this shape, with channels second; the rows begin with the first item."""
         B, c, e_1, e_2, elements = shape
         step, *inner = rows.strides
         outer = step * self.period[0] * self.period[1], step * self.period[1], step
@@ -333,7 +333,7 @@ def _data_adjoint(p: _Problem, output: Any, filt: Any, dtype: Any) -> Any:
         taps, target = w[phase.taps], data[phase.data]
         if target.size == 0:
             continue
-        # A row of data meets the tap a in the window that began a rows before, so taps run backwards as channels.
+        # Tap a multiplies a row of data in the window that begins a rows before it, so as channels taps are reversed.
         first = before + phase.first[0] * p.period[1] + phase.first[1] - (taps.shape[3] - 1)
         x: Any = None
         for a in range(taps.shape[2]):

@@ -1,7 +1,7 @@
 """Finds the CUDA sources and assembles the text of one kernel: its macros, and its .cu file with all that it includes.
 
-The text is self-contained: no `-I`, no `-D`. CuPy keys its disk cache by source and options, so a header reached
-through an include path would be invisible to that key, and every distinct tuple of options costs an extra compile.
+The text is self-contained: no `-I`, no `-D`. The key of CuPy's disk cache has the source and the options, so it would
+not cover a header in an include path, and every distinct tuple of options costs an extra compilation.
 """
 
 from __future__ import annotations
@@ -65,12 +65,17 @@ def _inlined_lines(file: str, included: set[str]) -> Iterator[str]:
 
 @cache
 def params_fields(kernel: str) -> tuple[str, ...]:
-    """The field names of the kernel's `struct Params`, in order, as `<kernel>.cu` declares them."""
-    match = re.search(r"struct Params \{(.*?)\};", read(f"{kernel}.cu"), re.DOTALL)
+    """The field names of the kernel's `struct Params`, in order, those of the struct that it extends first."""
+    return _fields("Params", inlined(f"{kernel}.cu"))
+
+
+def _fields(struct: str, text: str) -> tuple[str, ...]:
+    match = re.search(rf"struct {struct}(?: : (\w+))? \{{(.*?)\}};", text, re.DOTALL)
     if match is None:
-        raise ValueError(f"{kernel}.cu declares no struct Params")
-    body = re.sub(r"//[^\n]*", "", match.group(1))
-    return tuple(field.strip() for group in re.findall(r"index_t ([^;]+);", body) for field in group.split(","))
+        raise ValueError(f"no struct {struct} is declared")
+    base = () if match[1] is None else _fields(match[1], text)
+    body = re.sub(r"//[^\n]*", "", match[2])
+    return (*base, *(field.strip() for group in re.findall(r"index_t ([^;]+);", body) for field in group.split(",")))
 
 
 def pack_params(params: Mapping[str, int], index_bits: int) -> np.ndarray[tuple[int], np.dtype[np.signedinteger]]:

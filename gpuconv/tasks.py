@@ -1,4 +1,4 @@
-"""What the public functions compute: their arrays by name, and the problem that their arguments state."""
+"""What the public functions compute: their arrays by name, and the problem of their arguments."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Signature(NamedTuple):
 
     Attributes:
         kind: of its problem.
-        arrays: their names for users; those of a call that fuses nothing end with the bias.
+        arrays: their names as arguments; a call that fuses nothing has those up to the bias.
         operands: their names in the problem.
     """
 
@@ -53,9 +53,9 @@ class Task(NamedTuple):
     Attributes:
         problem: None where the result is the gradient of an input without positions.
         shape: of the result.
-        conjugate_weight: whether the problem's weight is the conjugate of the one that was given.
-        out_dtype: of the result, where that is not the dtype of the first array.
-        forward: the problem of the operation that the function belongs to; None for the gradient of a bias.
+        conjugate_weight: whether the problem's weight is the conjugate of the given one.
+        out_dtype: of the result, if it differs from the dtype of the first array; else None.
+        forward: the problem of the forward operation; None for a bias gradient.
     """
 
     problem: Problem | None
@@ -66,9 +66,9 @@ class Task(NamedTuple):
 
     @classmethod
     def of(cls, function: str, arrays: tuple[Any, ...], settings: tuple[Any, ...]) -> Task:
-        """The task of a public function; of the arrays only `.shape` and `.dtype` are read.
+        """The task of a public function; only `.shape` and `.dtype` of the arrays are read.
 
-        Where something is fused, its arrays follow the bias, and a `Fusion` the settings.
+        If something is fused, its arrays follow the bias, and a `Fusion` follows the settings.
 
         Raises:
             ValueError: a shape or a value is out of range.
@@ -97,7 +97,7 @@ class Task(NamedTuple):
 
 
 def padding_of(function: str, settings: tuple[Any, ...]) -> Any:
-    """The argument padding among the settings of a public function, which is not the gradient of a bias."""
+    """The argument `padding` among the settings of a public function other than a bias gradient."""
     return settings[1 if function in ("conv1d", "conv_transpose1d") else 2]
 
 
@@ -110,6 +110,6 @@ def settings_of_samples(
         own[0] = input_size
     if p.transposed:
         padding, output_padding, output_size = first, first + 1, first + 4
-        if own[output_size] is not None:  # which is that of the longest sample
+        if own[output_size] is not None:  # it is that of the longest sample
             own[padding], own[output_padding], own[output_size] = p.padding, p.output_padding, None
     return tuple(own)

@@ -1,4 +1,4 @@
-"""Checks of results against the error bound that the problem itself gives, in place of a tolerance."""
+"""Checks of results against an error bound that follows from the problem, instead of a tolerance."""
 
 from __future__ import annotations
 
@@ -29,30 +29,31 @@ _OF_GRADIENTS = {
     "conv_transpose1d": ("stride", "padding", "output_padding", "groups", "dilation", "output_size", "precision"),
 }
 _ARRAYS = frozenset(array for signature in SIGNATURES.values() for array in signature.arrays)
-_OF_THE_CALL = ("algorithm", "out")  # which do not change what the result should be
-_BY_FFT = {"fft": (True,), "auto": (False, True)}  # whether a bound is that of the FFT; else it is that of direct sums
+_OF_THE_CALL = ("algorithm", "out")  # these do not change the exact result
+_BY_FFT = {"fft": (True,), "auto": (False, True)}  # for each allowed bound, whether it is that of the FFT
 
 
 def assert_within_bound(actual: Any, op: str | Callable[..., Any], *arrays: Any, **settings: Any) -> None:
-    """Assert that a result, computed by any library, is as exact as its error bound demands.
+    """Assert that a result, computed by any library, is within its error bound.
 
-    The bound of each element follows from the problem and its data: `gpuconv.reference` derives it. There is no
-    tolerance to choose. It holds for every order of the sum, with or without fused multiply-add, on tensor cores too
-    where the dtype or ``precision="tf32"`` lets them serve.
+    The bound of each element follows from the problem and its data, without a tolerance: `gpuconv.reference` derives
+    it. It holds for every order of the sum, with or without fused multiply-add, and on tensor cores where the dtype or
+    ``precision="tf32"`` allows them.
 
     Args:
         actual: the result; an array of NumPy, CuPy, or any library that exports DLPack or `__cuda_array_interface__`.
-            A tensor that requires a gradient is taken without it.
+            A tensor that requires a gradient is detached.
         op: what was computed: `gpuconv.conv1d`, `gpuconv.conv_transpose1d`, one of the functions of `gpuconv.grad`, or
             such a function's name.
-        *arrays: the positional arguments of that function, of the same libraries.
-        **settings: its other arguments. `out` is ignored, and so is `algorithm` but for "fft", whose bound is one by
-            norms, and "auto", where the whole result must be within either bound.
+        *arrays: the positional arguments of that function, arrays of these libraries too.
+        **settings: its other arguments. `out` is ignored, and so is `algorithm`, except "fft", whose bound is by norms,
+            and "auto", with which the whole result must be within either bound.
 
     Raises:
         AssertionError: an element is outside of its bound, or the shape or the dtype differs. The message names the
             worst element with its index, both values, and the error as a fraction of its bound.
-        ValueError, TypeError: the function would refuse the arguments; or `op` is none of those, or `actual` no array.
+        ValueError, TypeError: the function would refuse the arguments; or `op` is none of these functions, `actual` is
+            not an array, or `lengths` are given.
 
     Example:
         >>> import numpy as np, gpuconv
@@ -97,13 +98,13 @@ def assert_within_bound(actual: Any, op: str | Callable[..., Any], *arrays: Any,
 
 
 class _Expected(NamedTuple):
-    """What a result should be.
+    """The expected result.
 
     Attributes:
         words: the function and its problem, for messages.
         shape: of the result.
         dtype: of the result.
-        sums: the result by its definition; of complex data with real taps, those of the real and the imaginary part.
+        sums: the result by its definition; for complex data with real taps, that of the real and of the imaginary part.
     """
 
     words: str
@@ -112,13 +113,13 @@ class _Expected(NamedTuple):
     sums: tuple[Sums, ...]
 
     def failure(self, output: Array) -> str | None:
-        """What is wrong with a result of this shape and dtype; None where it is right."""
+        """What is wrong with a result of this shape and dtype; None if it is within the bound."""
         parts = (output,) if len(self.sums) == 1 else (output.real, output.imag)
         found = [sums.compare(part) for sums, part in zip(self.sums, parts, strict=True)]
         right = np.logical_and.reduce([comparison.right for comparison in found])
         if right.all():
             return None
-        # An element within its bound cannot be the worst while another is wrong.
+        # Only elements outside of their bounds compete for the worst one.
         scores = [np.where(comparison.right, -1.0, comparison.fractions) for comparison in found]
         part = int(np.argmax([score.max() for score in scores]))
         index = tuple(int(i) for i in np.unravel_index(int(scores[part].argmax()), right.shape))
@@ -138,7 +139,7 @@ def _difference(found: Comparison, index: tuple[int, ...]) -> str:
 
 
 def _check_fft(p: ConvProblem, by_fft: bool) -> bool:
-    """Whether the FFT computes a problem, which it may refuse."""
+    """Whether the bound is that of the FFT; raises if the FFT cannot compute the problem."""
     return by_fft and fft.choose(p, "fft", None) is not None
 
 
@@ -174,7 +175,7 @@ def _of_weight_gradient(op: Op, name: str, given: dict[str, Any], by_fft: bool) 
     if dtype is not None and np.dtype(dtype) != x.dtype:
         if x.dtype.kind != "c" or dtype_name(np.dtype(dtype)) != real_dtype(x.dtype.name):
             raise TypeError(f"{name}: weight_dtype must be that of {x.dtype} data or of its parts, got {dtype!r}")
-        # Both parts feed the gradient of real taps, as samples of a batch do.
+        # The gradient of real taps sums over both parts, as over samples of a batch.
         x, grad_output = (
             np.concatenate([a.reshape(-1, *a.shape[-2:]) for a in (b.real, b.imag)]) for b in (x, grad_output)
         )
@@ -199,7 +200,7 @@ _EXPECTED = {
 
 
 def _as_numpy(caller: str, name: str, value: Any) -> Any:
-    """An argument of which the arrays are NumPy's, also those of a prepared weight and of an activation."""
+    """An argument with its arrays as NumPy arrays, also those of a prepared weight and of an activation."""
     if isinstance(value, tuple):
         return tuple(_as_numpy(caller, name, part) for part in value)
     if isinstance(value, runtime.PreparedWeight):

@@ -1,4 +1,4 @@
-"""Text for people: lines that fit a terminal, plurals, long values, and how to install what is missing."""
+"""Text for users: lines that fit a terminal, plurals, long values, and how to install missing packages."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Iterable
 
 WIDTH = 80  # columns of output that does not go to a terminal
-_NARROWEST = 16  # columns of text beside an indent, however narrow the terminal is
+_NARROWEST = 16  # the fewest columns of text besides an indent, however narrow the terminal is
 _LONGEST_WORD, _LONGEST_MESSAGE = 200, 2000  # characters
 _TOGETHER = re.compile(r"pip install -e '[^']*'|\d (?:[kMGT]?(?:B|FLOP|Hz)|us|ms|s)\b")
 _UNBREAKABLE = "\xa0"  # a space at which textwrap breaks no line
@@ -16,13 +16,13 @@ _UNBREAKABLE = "\xa0"  # a space at which textwrap breaks no line
 def wrap(text: str, width: int, *, first: str = "", rest: str = "") -> list[str]:
     """The lines of one paragraph, broken between words only.
 
-    An install command stays together, so that it can be copied, and a number with its unit.
+    An install command, which users copy, and a number with its unit are never broken.
 
     Args:
         text: the paragraph; its line breaks count as spaces.
-        width: columns that a line may take, its indent included. A longer word gets a line of its own, unbroken.
-        first: what the first line begins with.
-        rest: what the other lines begin with.
+        width: the most columns of a line, with its indent. A longer word gets a line of its own, unbroken.
+        first: the beginning of the first line.
+        rest: the beginning of the other lines.
     """
     width = max(width, len(rest) + _NARROWEST)
     text = _TOGETHER.sub(lambda found: found[0].replace(" ", _UNBREAKABLE), text)
@@ -35,7 +35,7 @@ def wrap(text: str, width: int, *, first: str = "", rest: str = "") -> list[str]
 def wrap_rows(rows: Iterable[tuple[str, str]], width: int, *, indent: str = "") -> list[str]:
     """The lines of rows (name, text) in two columns. A row whose text has several lines keeps them.
 
-    A line that is too long goes on under its beginning, or under what follows a tab in it.
+    A line that is too long continues below its beginning, or below the column of a tab in it.
     """
     rows = list(rows)
     column = max(len(name) for name, _ in rows)
@@ -66,7 +66,7 @@ def _without_middle(text: str, ends: int) -> str:
 
 
 def install_hint(*extras: str) -> str:
-    """How to install an extra of gpuconv; of several, any one.
+    """How to install an extra of gpuconv, or any one of several.
 
     gpuconv is on no package index, so it can be installed only from a checkout.
     """

@@ -1,4 +1,4 @@
-"""`verify`: does this machine compute the right numbers? Runs the case table and checks the promises of gpuconv."""
+"""`verify`: runs the case table on this machine and checks the promises of gpuconv."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def verify(
     """Run the case table on a device and check what gpuconv promises. Every output array starts as NaN.
 
         exact       small integers: the result equals the reference
-        integers    integers of their dtype's whole range, whose sums wrap around: the result equals the reference
+        integers    integers of the dtype's whole range, whose sums wrap around: the result equals the reference
         fused       a residual and activations of input and output: within the bound, on strided arrays as well
         layout      exact on strided, reversed and axis-swapped input, weight, bias and output
         normal      normal data: every element within the error bound of `gpuconv.reference`; NaN fails
@@ -50,21 +50,22 @@ def verify(
         bias        the bias adds to the result without one, on integers
         batch       a sample's result does not depend on the batch: N = 1 against N = 5
         chunks      a long input cut into chunks gives the result of the whole
-        lengths     samples with lengths of their own, of some cases: forward and gradients as of each sample alone
+        lengths     samples of different lengths, in some cases: forward and gradients as of each sample alone
         repeat      two calls give the same bits, with and without `out`
         gradients   for input, weight and bias: exact on integers, within the bound on normal data, the same bits twice
         fft         ``algorithm="fft"``, forward and gradients: within the bound of the FFT on normal data
-        families    on a GPU, each kernel family that takes the case, by name: exact, strided, bounded, bits as below
+        families    on a GPU, each kernel family that can compute the case: exact, strided, bounded, bits as below
         far         on a GPU, each kernel family once, on arrays that reach beyond 2**31 elements, exact on integers
 
-    Of the kernel families, those that sum on CUDA cores give the bits of the base family, `conv1d_direct` or
-    `conv_transpose1d_gather`, which runs every case; a family that no case reaches fails a run of all cases and dtypes.
-    `far` needs free memory on the GPU, 4 GiB for float16 to 32 GiB for complex128; the report names the dtypes that
-    lack it. It is not run with a `filter`. `fft` is not run where CuPy finds no cuFFT, as the report says.
+    Kernel families that sum on CUDA cores must give the bits of the base family, `conv1d_direct` or
+    `conv_transpose1d_gather`, which runs every case. A run of all cases and dtypes fails if some family runs no case.
+    `far` needs free memory on the GPU, 4 GiB for float16 to 32 GiB for complex128; the report names the dtypes for
+    which there is not enough. It is not run with `filter` or `layers`. `fft` is not run where CuPy finds no
+    cuFFT, as the report says.
 
     On a GPU `exact`, `integers`, `layout`, `groups`, `bias`, `batch`, `chunks`, `lengths`, `repeat` and `gradients`
-    compare bits. On the CPU only `repeat` and the last part of `gradients` do: the BLAS library picks the order of the
-    sums by the extents of a call, so `batch`, `chunks` and `lengths` are held to the error bound, and it may give a
+    compare bits. On the CPU only `repeat` and the last part of `gradients` do: BLAS chooses the order of the sums by
+    the extents of a call, so `batch`, `chunks` and `lengths` are checked against the error bound, and it may give a
     zero either sign, so the others compare values.
 
     Args:
@@ -72,23 +73,23 @@ def verify(
         filter: part of a case name, a tag, or an operation; see `gpuconv.cases.select`.
         seed: of all data.
         dtypes: one name or several in `gpuconv.cases.NUMBER_FORMATS`: dtypes, and "tf32" for float32 with
-            ``precision="tf32"``. By default all that this machine has: bfloat16 needs ml_dtypes, and on a GPU CuPy 14;
-            the NumPy path computes "tf32" as float32, so there it is run only by name.
+            ``precision="tf32"``. By default all that this machine has: bfloat16 needs ml_dtypes, and on a GPU NumPy
+            2.1.2 or newer. The NumPy path computes "tf32" as float32, so there it runs only if it is named here.
         quick: run the selection of `gpuconv.cases.quick_pairs`: every case in one dtype at least, and every kind of
             case in every dtype. False runs every case in every dtype, which takes some five times as long. The cases
-            that `filter` names are run in every dtype, and of a single dtype every case is. On a GPU, cases that reach
-            the remaining kernel families are added, and `far` is run in the narrowest dtype alone.
-        family: the name of a kernel family: run the cases that it takes through it, and no other check. Needs a GPU.
-        layers: check these, as `gpuconv.layers.read` gives them, in place of the case table; in `dtypes`, or by default
-            in the dtype of each. Of a large one N and L are cut, as the report says. What a layer fuses is checked by
-            `fused`, data of integers by `integers` alone.
+            that `filter` selects run in every dtype, and for a single dtype all cases run. On a GPU, cases for the
+            remaining kernel families are added, and `far` runs only in the narrowest dtype.
+        family: the name of a kernel family: check only this family, on the cases that it can compute. Needs a GPU.
+        layers: check these, as `gpuconv.layers.read` returns them, instead of the case table; in `dtypes`, or by
+            default each in its own dtype. N and L of a large layer are reduced, as the report says. The check `fused`
+            checks what a layer fuses; for integers only `integers` is run.
         progress: called as progress(done, total, label) before the first case and after each.
 
     Raises:
         GpuUnavailableError: `device` is "gpu" and none answers.
-        ValueError: `device` or a dtype is not one of those named above, `filter` matches no case or is given together
-            with `layers`, a layer's call would raise it, or `family` is none of the GPU's, or takes no case.
-        ModuleNotFoundError: bfloat16 was asked for by name, and ml_dtypes is not installed.
+        ValueError: `device` or a dtype is not one of those named above; `filter` matches no case or is given together
+            with `layers`; a layer's call would raise it; the GPU does not have `family`, or it can compute no case.
+        ModuleNotFoundError: `dtypes` has bfloat16, and ml_dtypes is not installed.
 
     Example:
         >>> import gpuconv
@@ -195,7 +196,7 @@ def verify(
 
 
 def _cases_of(layers: Sequence[Layer], dtypes: Sequence[str] | None) -> list[Pair]:
-    """Layers as cases that bear their numbers, in these number formats, or each in its own."""
+    """Layers as cases "layer 1" and so on, in these number formats, or each in its own."""
     found = []
     for number, layer in enumerate(layers, start=1):
         wanted = [layer] if dtypes is None else [_in_format(layer, name) for name in dtypes]
@@ -213,7 +214,7 @@ def _in_format(layer: Layer, number_format: str) -> Layer:
 
 
 def _cuts(pairs: Sequence[Pair], layers: Sequence[Layer]) -> dict[str, str]:
-    """What of the layers is not run, since the reference would take too long, with the reason."""
+    """The layers whose N and L are reduced, since the reference would take too long, with the reduced shapes."""
     cut = {}
     for number, layer in enumerate(layers, start=1):
         p = next(case.problem for _, case in pairs if case.name == f"layer {number}")
@@ -232,7 +233,7 @@ def _lack_of_memory(num_bytes: int) -> str | None:
 
 
 def _pairs_for(families: Sequence[str], every: Sequence[Pair], chosen: Sequence[Pair], gpu: Device) -> list[Pair]:
-    """The first of all pairs for each kernel family that no chosen pair reaches."""
+    """For each kernel family that can compute none of the chosen pairs, the first pair that it can compute."""
     reached = {name for dtype, case in chosen for name in families_that_take(case.at(dtype), gpu)}
     added: list[Pair] = []
     for family in families:

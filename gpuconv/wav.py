@@ -1,7 +1,7 @@
-"""Where the samples of a WAV, RF64, W64 or AIFF file lie, and whether all that its header declares are there.
+"""Where the samples of a WAV, RF64, W64 or AIFF file lie, and whether all that its header declares exist.
 
-libsndfile decodes the samples, but it gives no warning where a file is cut short, or where a length in the header is
-too small and samples behind it are lost. So the lengths are checked here first.
+libsndfile decodes the samples, but it does not warn if a file is truncated, or if a length in the header is too small
+and the samples beyond it are lost. So the lengths are checked here first.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-_W64_TAIL = bytes.fromhex("f3acd3118cd100c04f8edb8a")  # of the identifiers of all chunks but the first
+_W64_TAIL = bytes.fromhex("f3acd3118cd100c04f8edb8a")  # the last 12 bytes of all chunk identifiers but the first
 _W64_RIFF = b"riff" + bytes.fromhex("2e91cf11a5d628db04c10000")
 
-# Lengths that writers leave where they cannot go back to fill them in: unclosed files and GStreamer; SoX, for WAV and
-# AIFF; arecord; FFmpeg and browsers.
+# Placeholders for lengths, by writers that cannot go back to fill them in: unclosed files and GStreamer; SoX, for WAV
+# and AIFF; arecord; FFmpeg and browsers.
 _UNKNOWN = (0, 0x7F000000, 0x7FFFF000, 0x7FFFF024, 0x7FFFFFFF, 0x80000000, 0x80000024, 2**32 - 1)
 
 
@@ -25,14 +25,14 @@ MAGICS = (b"RIFF", b"RIFX", b"RF64", b"riff", b"FORM")  # the first bytes of the
 
 
 class Header(NamedTuple):
-    """What the chunks of a file say of its samples.
+    """What the chunks of a file say about its samples.
 
     Attributes:
         size: of the file, in bytes.
         offset: of the first sample.
-        declared: bytes of samples; None where the header leaves the length open.
-        end: of the file, as its first chunk declares it; None where that is left open.
-        frames: samples per channel, where another chunk counts them (AIFF).
+        declared: bytes of samples; None where the header has a placeholder.
+        end: of the file, as its first chunk declares it; None where this is a placeholder.
+        frames: samples per channel, if another chunk has them (AIFF).
         chunks: how chunks are written.
     """
 
@@ -48,9 +48,9 @@ class Samples(NamedTuple):
     """The samples of a file.
 
     Attributes:
-        offset: of the first, in bytes.
-        num_bytes: of them that are there.
-        trouble: why samples may be missing, or bytes among them may not be samples; None where neither is so.
+        offset: of the first sample, in bytes.
+        num_bytes: the bytes of samples that exist.
+        trouble: why samples may be missing, or some bytes may not be samples; None if neither is possible.
         note: a warning about something else.
     """
 
@@ -76,13 +76,13 @@ class _Chunks(NamedTuple):
         return 24 if self.is_wide else 8
 
     def pad(self, length: int) -> int:
-        """Bytes between the end of a chunk and the next."""
+        """The bytes between the end of a chunk and the next one."""
         return -length % (8 if self.is_wide else 2)
 
     def walk(self, file: BinaryIO, position: int, size: int) -> Iterator[tuple[bytes, int, int]]:
         """The chunks from a position on: identifier (4 bytes; empty where there is none), start and length of the body.
 
-        Ends behind a chunk that does not end within the file, and behind what is no chunk.
+        It stops after a chunk that does not end within the file, and after bytes that are not a chunk.
         """
         while position < size:
             file.seek(position)
@@ -100,13 +100,13 @@ class _Chunks(NamedTuple):
             position += self.head + length + self.pad(length)
 
     def reach_end(self, file: BinaryIO, position: int, size: int) -> bool:
-        """Whether nothing but whole chunks, none of them samples, lies between a position and the end of the file."""
+        """Whether there are only whole chunks, none of them samples, from a position to the end of the file."""
         found = [(name, start + length) for name, start, length in self.walk(file, position, size)]
         return all(name not in (b"", b"data", b"SSND") and end <= size for name, end in found)
 
 
 def read_header(file: BinaryIO, size: int) -> Header | None:
-    """Read the chunks of a file of `size` bytes; None where it has another format or holds no samples."""
+    """Read the chunks of a file of `size` bytes; None if it has another format or no samples."""
     file.seek(0)
     head = file.read(40)
     kind, form = head[:4], head[8:12]
@@ -145,7 +145,7 @@ def read_header(file: BinaryIO, size: int) -> Header | None:
 
 
 def find_samples(file: BinaryIO, header: Header, frame_bytes: int | None) -> Samples:
-    """Tell which bytes of a file are samples.
+    """Find the bytes of a file that are samples.
 
     Args:
         file: the file that `header` describes.
@@ -181,7 +181,7 @@ def find_samples(file: BinaryIO, header: Header, frame_bytes: int | None) -> Sam
     behind = header.size - tail
     if behind < frame or header.chunks.reach_end(file, tail, header.size):
         return Samples(offset, found)
-    # Lengths of 32 bits go back to 0 at 4 GiB.
+    # Lengths of 32 bits wrap around at 4 GiB.
     wrapped = found + ((available - declared) >> 32 << 32)
     if not header.chunks.is_wide and wrapped > found and wrapped % frame == 0:
         tail = offset + wrapped + header.chunks.pad(wrapped)
@@ -196,7 +196,7 @@ def find_samples(file: BinaryIO, header: Header, frame_bytes: int | None) -> Sam
 
 
 def _pad_bytes(file: BinaryIO, offset: int, length: int, frame: int) -> int:
-    """1 where a length counts the zero byte that makes an odd number of bytes even, else 0."""
+    """1 if a length includes the zero byte that pads an odd number of bytes, else 0."""
     if length % 2 or frame == 1 or length % frame != 1:
         return 0
     file.seek(offset + length - 1)
@@ -204,7 +204,7 @@ def _pad_bytes(file: BinaryIO, offset: int, length: int, frame: int) -> int:
 
 
 class Part:
-    """A part of a file, as a file of its own that soundfile can read."""
+    """A part of a file, as a file object that soundfile can read."""
 
     def __init__(self, file: BinaryIO, start: int, length: int) -> None:
         self._file, self._start, self._length, self._position = file, start, length, 0
@@ -225,10 +225,10 @@ class Part:
 
 
 def write_floats(file: Any, array: npt.NDArray[Any], rate: int, block: int) -> None:
-    """Write a WAV file of 32-bit floats, in pieces, to anything that has `write`.
+    """Write a WAV file of 32-bit floats, in pieces, to any object with a method `write`.
 
     Args:
-        file: gets the bytes in order; need not be seekable.
+        file: the bytes are written to it in order; it need not be seekable.
         array: (channels, samples), real. Values beyond the range of float32 become infinite.
         rate: samples per second.
         block: values to convert at a time.

@@ -1,7 +1,7 @@
 """A denoiser of a live voice: every 8 ms it gets 128 samples, and gives 128.
 
-A stream of conv1d splits them into frequencies, each is weighed by how far it stands out of the noise, and a stream of
-conv_transpose1d puts them together. What either needs of the past it keeps itself.
+A stream of conv1d splits them into frequencies, each is scaled by how far it exceeds the noise, and a stream of
+conv_transpose1d puts them together. The streams keep what they need of the past.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from gpuconv import stream
 
 RATE = 16000  # samples a second
 SIZE, HOP = 512, 128  # samples: a window, and a push
-LISTEN = 0.5  # seconds at the start, of noise alone, from which its level is learned
+LISTEN = 0.5  # seconds of noise alone at the start, from which its level is estimated
 
 
 def voice() -> np.ndarray[Any, Any]:
@@ -56,8 +56,8 @@ def compute() -> dict[str, Any]:
     split = stream.Conv1d(basis[:, None].astype(np.float32), stride=HOP, padding=(SIZE - HOP, 0))
     join = stream.ConvTranspose1d(inverse[:, None].astype(np.float32), stride=HOP)
 
-    # The gain of Ephraim and Malah (1984): how far each frequency stood out in the last window counts most, so single
-    # peaks of the noise do not ring.
+    # The gain of Ephraim and Malah (1984). The last window counts most, so that single peaks of the noise are not
+    # audible as tones.
     noise = np.zeros(SIZE // 2 + 1)
     before = np.zeros(SIZE // 2 + 1)
     quiet = int(LISTEN * RATE / HOP)
@@ -89,7 +89,7 @@ def decibels_above(signal: np.ndarray[Any, Any], found: np.ndarray[Any, Any]) ->
 
 
 def draw(signals: dict[str, Any]) -> Figure:
-    """What goes in beside what comes out, as spectrograms on one scale and as signals."""
+    """The input and the output, as spectrograms on one scale and as signals."""
     clean, noisy, denoised = signals["clean"], signals["noisy"], signals["denoised"]
     delay = SIZE - HOP  # samples, until a window is full
     noisy, clean, denoised = noisy[:-delay], clean[:-delay], denoised[delay:]

@@ -1,6 +1,6 @@
 """An electrocardiogram without its hum, its noise and its wandering baseline: one band-pass, one call.
 
-The filter is symmetric and the padding "same", so no wave moves in time; the ends are mirrored, so none of them sags.
+The filter is symmetric and the padding "same", so no wave is shifted in time. Reflecting the ends avoids a drop there.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def low_pass(cutoff: float) -> np.ndarray[Any, Any]:
 
 
 def compute() -> dict[str, Any]:
-    """The heart, what an electrode records of it, and what the filter makes of that, in millivolts."""
+    """The heart's signal, what an electrode records, and that after the filter, in millivolts."""
     rng = np.random.default_rng(3)
     seconds = np.arange(SECONDS * RATE) / RATE
     beats = 0.45 + np.cumsum(0.83 + 0.03 * rng.standard_normal(SECONDS + 2)) - 0.83
@@ -56,10 +56,10 @@ def compute() -> dict[str, Any]:
 
 
 def draw(signals: dict[str, Any]) -> Figure:
-    """The recording above the filtered signal, in front of what the heart did."""
+    """The recording, and below it the filtered signal over the heart's own."""
     first = {name: signal[: SHOWN * RATE] for name, signal in signals.items()}
     seconds = first["seconds"]
-    # Places that do not depend on the size of the letters: the picture has the same curves with every font.
+    # Fixed positions, so that the curves are the same with every font.
     figure, (above, below) = pyplot.subplots(2, 1, figsize=(8, 4.2), sharex=True, sharey=True)
     figure.subplots_adjust(left=0.08, right=0.985, top=0.925, bottom=0.115, hspace=0.3)
     above.plot(seconds, first["recorded"], color="#D55E00", linewidth=0.9, gid="recorded")

@@ -1,1 +1,1 @@
-"""Everything that only a GPU can tell, in the few minutes that one is there."""
+"""Everything that must be measured on a GPU, in the few minutes that one is available."""

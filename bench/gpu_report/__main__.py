@@ -1,15 +1,15 @@
-"""Everything that only a GPU can tell, in the few minutes that one is there.
+"""Everything that must be measured on a GPU, in the few minutes that one is available.
 
 From the root of a checkout:
 
     python -m bench.gpu_report --first --out DIR      # at most 9 minutes
     python -m bench.gpu_report --second --out DIR     # what the first run left, then more: 4 minutes
 
-Needs the checkout, CuPy, pytest and rich, and uses what is there of PyTorch, ncu and compute-sanitizer; no network, no
-installation. Every step is one process or several with a limit of their own, and records each result as it comes; one
-that fails or overruns stops no other. All results go to one file, DIR/first.tar.gz or DIR/second.tar.gz, which is
-replaced every few seconds: whatever ends the run, that file holds what was known. Where the checkout travels without
-its history, --commit says what it is.
+Needs the checkout, CuPy, pytest and rich, but no network and no installation; uses PyTorch, ncu and compute-sanitizer
+if they are installed. Every step consists of one or more processes with a time limit, and records each result at once;
+a step that fails or exceeds its time does not stop the others. All results go to one file, DIR/first.tar.gz or
+DIR/second.tar.gz, which is replaced every few seconds, so that it is nearly complete even if the run is killed. If the
+checkout has no git history, give its commit by --commit.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ MAX_SUMMARY_LINES = 60
 
 
 def first_steps() -> list[Step]:
-    """Is it right, then why is it fast or slow, then how fast is it. The last takes all the time that is left."""
+    """First correctness, then profiles, then speed. The last step takes all the remaining time."""
     tests = ("-m", "bench.gpu_report.gpu_tests")
     no_pytest = "" if find_spec("pytest") else "pytest is not installed"
     return [
@@ -51,7 +51,7 @@ def first_steps() -> list[Step]:
         _step("micro", 35),
         _step("tiles", 30),
         _step("verify", 45, processes=8),
-        # The GPU test of verify is the step of that name once more, in one process.
+        # The GPU test of verify would repeat the step of that name, in one process.
         Step(
             "tests", (*tests, "--without", "test_ptx.py", "--without", "test_verify.py"), 60, processes=8,
             absent=no_pytest,
@@ -67,7 +67,7 @@ def first_steps() -> list[Step]:
 
 
 def second_steps(ended: Sequence[Ended]) -> list[Step]:
-    """What the first run did not finish, then what it had no time for at all."""
+    """What the first run did not finish, then steps that it does not have."""
     done = {e.step for e in ended if e.status in DONE}
     left = [replace(step, seconds=min(step.seconds, 90)) for step in first_steps() if step.name not in done]
     return [
@@ -91,7 +91,7 @@ def _sanitizer_step(tool: str, seconds: float, work: str) -> Step:
 
 
 def _ncu_step(work: str, seconds: float) -> Step:
-    """The figures come as CSV, which needs no other program to be read. The clocks stay as they are."""
+    """The counters are written as CSV, which needs no other program. The clocks are not changed."""
     found = _tool("ncu")
     options = ("--profile-from-start", "off", "--set", "full", "--clock-control", "none", "--csv", "--page", "raw")
     prefix = (found or "", *options, "--log-file", f"{{out}}/ncu_{work}.csv")
@@ -148,12 +148,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     which_run = parser.add_mutually_exclusive_group(required=True)
     which_run.add_argument("--first", action="store_true", help=f"the first run, of {FIRST_SECONDS:.0f} s")
-    which_run.add_argument("--second", action="store_true", help="what the first run left, then more")
+    which_run.add_argument("--second", action="store_true", help="what the first run did not finish, then more")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="of the archive")
     parser.add_argument("--after", type=Path, metavar="FILE", help="the first run's archive (default: in DIR)")
     parser.add_argument("--seconds", type=float, metavar="S", help=f"of the second run (default: {SECOND_SECONDS:.0f})")
     parser.add_argument("--commit", metavar="HASH", help="of the checkout (default: what git says)")
-    parser.add_argument("--rehearse", action="store_true", help="every command on as little as possible")
+    parser.add_argument("--rehearse", action="store_true", help="try every command on as little work as possible")
     args = parser.parse_args(argv)
     started = time.monotonic()
     seconds = args.seconds or (FIRST_SECONDS if args.first else SECOND_SECONDS)
@@ -193,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def look_for_gpu() -> tuple[str | None, dict[str, Any]]:
     """Why there is no GPU, or None; and what there is.
 
-    A process of its own asks: CUDA must not be up in the process that starts all others.
+    A separate process looks, since CUDA must not be initialised in the process that starts all others.
     """
     code = (
         "import json, sys\n"

@@ -1,4 +1,4 @@
-"""Measures the layers that say most, in the order of what they say, as records: what a short time on a GPU is for.
+"""Measures the most informative layers first, as records, for a short time on a GPU.
 
 Each layer stands for a kind of kernel or a known weakness. The method is that of bench.speed, with fewer repeats, and
 `result` makes of the records what bench.speed writes, for bench.speed --compare and bench.speed.plot.
@@ -59,7 +59,7 @@ def cases(directions: Sequence[Direction] = ("forward",), *, rehearse: bool = Fa
 def work(
     directions: Sequence[Direction], *, seconds: float, rehearse: bool, engine: GpuEngine | None = None
 ) -> Iterator[tuple[str, records.Work]]:
-    """Where it was measured, then one piece for each case; none takes samples after `seconds`."""
+    """Where it was measured, then one piece of work for each case; none takes samples after `seconds`."""
     end = time.monotonic() + seconds
     engine = engine or GpuEngine(rehearse=rehearse)
     method = Method(repeats=1, sample_us=1.0) if rehearse else Method(repeats=REPEATS)
@@ -83,7 +83,7 @@ def work(
 
 
 def result(found: Iterable[dict[str, Any]]) -> RunResult | None:
-    """The run that the records of one direction or several tell of; None without the record of where it was."""
+    """The run described by the records of one or more directions; None without the record of where it was."""
     rows = {record["key"]: record for record in found}
     if WHERE not in rows or "environment" not in rows[WHERE]:
         return None

@@ -12,8 +12,8 @@ from ..speed.gpu import Data
 from ..speed.peers import CudnnSettings, conv_by_trimming, conv_channels_last, optional_module, to_channels_last
 from . import records
 
-# (layer, mode, pass) under a short name. Forward passes on tensor cores pack the weights first; the last has the most
-# weights to pack.
+# (layer, mode, pass) under a short name. Forward passes on tensor cores pack the weights first, or their blocks do; the
+# last has the most weights to pack.
 WORK: dict[str, tuple[str, str, Direction]] = {
     "conv2": ("whisper_large_v3.conv2_b16", "bfloat16", "forward"),
     "feat1": ("wav2vec2_base.feat1_k3s2", "bfloat16", "grad_weight"),

@@ -1,7 +1,7 @@
 """The records of a step of bench.gpu_report: lines of JSON, each written whole as soon as it is known.
 
-A step is a list of pieces of work, each with a key. Whoever kills it loses the piece at hand; started again with the
-same file, it goes on behind what the file holds.
+A step is a list of pieces of work, each with a key. If it is killed, only the current piece is lost; started again with
+the same file, it continues after the pieces in the file.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Records:
             os.write(self._file, line.encode())
 
     def run(self, work: Iterable[tuple[str, Work]]) -> int:
-        """Do the pieces that are this process's and not done yet; returns the exit code of the step.
+        """Do this process's pieces that are not done yet; returns the exit code of the step.
 
         The record of a piece has what the piece returns, "ok" and its seconds; one that raises has the error.
         """
@@ -89,7 +89,7 @@ class Records:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The records of a file; none where there is no file. A line that a kill has cut short is left out."""
+    """The records of a file; none if there is no file. An incomplete last line is left out."""
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError:

@@ -1,4 +1,4 @@
-"""Runs steps within a time: each is one process or several, whose results travel in one archive."""
+"""Runs steps within a time limit, each as one or more processes, and collects their results in one archive."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Ended:
 
 
 class Run:
-    """A run of steps within a time, whose results lie in a folder and travel in an archive.
+    """A run of steps within a time limit, whose results are written to a folder and to an archive.
 
     Args:
         folder: of the results.
@@ -135,7 +135,7 @@ class Run:
         self, stack: contextlib.ExitStack, step: Step, place: int, count: int, end: float
     ) -> subprocess.Popen[bytes]:
         prefix = [word.replace("{out}", str(self.folder)) for word in step.prefix]
-        # Started pieces take their time: the last one may begin when a tenth of the limit is left.
+        # Pieces are not interrupted, so none starts in the last tenth of the limit.
         left = end - time.monotonic()
         command = [*prefix, sys.executable, *step.arguments, "--records", str(self.folder / f"{step.name}.jsonl")]
         command += ["--worker", f"{place}/{count}", "--seconds", f"{left - max(3.0, 0.1 * left):.1f}"]

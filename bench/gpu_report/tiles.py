@@ -1,8 +1,8 @@
 """Every tile of the tensor-core kernels on layers of real models: all must give the same bits, and what does each cost?
 
-Dispatch takes one tile of a layer; this takes each in turn. The result of the first is compared with the reference in
-places, and those of all others with the first, bit for bit. Times are those of warm caches, and of use for comparing
-tiles with each other: their order is what the families' cost model predicts.
+Dispatch chooses one tile for a layer; this takes each in turn. Parts of the first result are compared with the
+reference, and all other results with the first, bit for bit. Times are taken with warm caches, so they only compare
+tiles with each other: the families' cost model predicts their order.
 """
 
 from __future__ import annotations
@@ -114,7 +114,9 @@ def executors(problem: ConvProblem, direction: Direction) -> Iterator[tuple[str,
         raise ValueError(f"{problem} does not run on tensor cores")
     every = getattr(module, function)
     for place in range(len(choice.plan.candidates)):
-        with mock.patch.object(module, function, lambda *given, place=place: every(*given)[place : place + 1]):
+        with mock.patch.object(
+            module, function, lambda *given, place=place, **how: every(*given, **how)[place : place + 1]
+        ):
             one = dispatch.choose.__wrapped__(chosen, layout, device)
         assert one is not None
         yield one.plan.candidates[0][0], runtime.Executor(one, (*signature.operands, chosen.result))

@@ -1,1 +1,1 @@
-"""How long the kernels take on a GPU, beside their peers."""
+"""How long the kernels and their peers take on a GPU."""

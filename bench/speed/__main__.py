@@ -3,7 +3,7 @@
 From the root of a checkout:
 
     python -m bench.speed                 # every layer, every mode
-    python -m bench.speed --minutes 5     # what fits, largest information first
+    python -m bench.speed --minutes 5     # what fits, the most informative cases first
     python -m bench.speed --quick         # under two minutes
     python -m bench.speed --compare A.json B.json
 """

@@ -1,8 +1,8 @@
-"""Checks a result against gpuconv.reference before any time of it is believed.
+"""Checks a result against gpuconv.reference before it is timed.
 
 Whole layers are far too large for a float64 reference, so windows are cut out of them: a few output channels by a
-stretch of the output, in the corners of every axis and at random places. Each window is a convolution problem of its
-own. Beyond the windows, every element must have been written (outputs are poisoned with NaN where the implementation
+stretch of the output, at the ends of every axis and at random positions. Each window is a convolution problem of its
+own. Outside the windows, every element must have been written (outputs are poisoned with NaN where the implementation
 accepts one) and be finite.
 """
 

@@ -1,7 +1,7 @@
 """Measures gpuconv on a GPU beside PyTorch (cuDNN) and causal-conv1d, in one process, on one stream, on shared buffers.
 
 CuPy owns the stream and the buffers. PyTorch works on the same stream (`torch.cuda.ExternalStream`) and reads the same
-inputs (DLPack), so nobody has warmer data than the others. Outputs are each implementation's own: one for every buffer
+inputs (DLPack), so that caches favour none of them. Each implementation has its own outputs: one for every buffer
 set, so that writing them is rotated through the cache as well.
 """
 
@@ -83,7 +83,7 @@ class GpuEngine:
         return float(1e3 * self.cupy.cuda.get_elapsed_time(self._start, self._stop))
 
     def sample(self, work: Callable[[], None]) -> list[float]:
-        """After the L2 is filled with clean lines of a buffer that no implementation uses."""
+        """`elapsed`, after filling the L2 with clean lines of a buffer that no implementation uses."""
         self._read(self._scratch)
         self.stream.synchronize()
         return [self.elapsed(work)]
@@ -159,7 +159,8 @@ class GpuEngine:
         ours = our_function(problem, data.direction, mode.precision)
         sets = data.sets
         if prepared:
-            choice = dispatch.choose(problem, Layout.contiguous(problem), self.device)
+            layout = replace(Layout.contiguous(problem), is_prepared=True)
+            choice = dispatch.choose(problem, layout, self.device)
             if choice is None or not choice.plan.scratch_bytes(PACKED):
                 raise Refused("its kernel reads weights as they are")
             sets = [(x, gpuconv.prepare(w), b) for x, w, b in sets]

@@ -20,7 +20,7 @@ from ..modes import Direction, Mode, of_forward, prediction_key, without_bias
 from .check import Verdict
 from .results import Kind, Measurement, Outcome, Timing
 
-# Rounds that a case which takes too long still gets, unless the whole run is out of time; the JSON says how many.
+# The fewest samples of a case that takes too long, unless the whole run is out of time; the JSON says how many.
 MIN_REPEATS = 5
 
 # A probe longer than this needs no second one to be warm.
@@ -247,7 +247,7 @@ def _time(
     clock: Callable[[], float],
     deadlines: Deadlines,
 ) -> Iterator[tuple[_Entrant, Timing]]:
-    """Time every entrant that is still in; samples of all are taken in turn, so that drift meets all alike.
+    """Time every entrant that was admitted; samples are taken in turn, so that drift affects all of them equally.
 
     Each goes on through the rotation where it last stopped.
     """

@@ -16,12 +16,12 @@ from .results import RunResult, Unmeasured
 # A guess is corrected by what earlier cases took, but no further than this factor either way.
 _LARGEST_CORRECTION = 10.0
 
-# A case that fails as a whole points at a dead device, not at the case.
+# So many cases in a row that fail completely mean that the device does not work any more.
 MAX_FAILURES_IN_A_ROW = 4
 
 
 def by_information(cases: Iterable[Case], modes: Sequence[Mode]) -> list[Case]:
-    """Order cases so that any beginning of the list tells the most: all kinds of layer evenly, important modes first.
+    """Order cases by information: all kinds of layer evenly, important modes first.
 
     Cases of one kind and mode form a queue, throughput layers before latency layers, otherwise in the order of
     layers.csv. The queues are served in turn: after the first round every kind has been seen once in the first
@@ -56,7 +56,7 @@ def quick(cases: Sequence[Case], per_kind: int = 2) -> list[Case]:
 
 @dataclass(slots=True)
 class Budget:
-    """The time of a run: what is left of it, and whether a case still fits.
+    """The remaining time of a run, and whether a case still fits.
 
     Args:
         seconds: of the whole run, or None for no limit.

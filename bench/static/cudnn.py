@@ -1,6 +1,6 @@
 """The time that PyTorch through cuDNN should take for the same call: a model of the peer, never a measurement.
 
-It stands beside our own predictions so that layers which are likely to lose are known before a GPU measures them.
+It is compared with our predictions, to find the layers that are likely to be slower than cuDNN's before measuring.
 """
 
 from __future__ import annotations

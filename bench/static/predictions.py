@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -15,8 +15,8 @@ from rich.table import Table
 from gpuconv import dispatch
 from gpuconv.costs import Prediction
 from gpuconv.device import Device
-from gpuconv.families import Config, Layout
-from gpuconv.problem import ConvProblem, WeightGradientProblem
+from gpuconv.families import ArrayLayout, Config, Layout
+from gpuconv.problem import ConvProblem, Problem, WeightGradientProblem
 from gpuconv.text import count
 
 from ..layers import Layer
@@ -49,17 +49,34 @@ class Planned:
         return of_forward(self.mode.problem(self.layer), self.direction)
 
 
+def channels_last(problem: Problem) -> Layout:
+    """Arrays whose channels are contiguous, but for the weights; they start at 16-byte boundaries."""
+    data = {n: s for n, s in problem.shapes.items() if n in ("input", "output", "coarse", "fine")}
+    last = {name: ArrayLayout((C * L, 1, C)) for name, (_, C, L) in data.items()}
+    return Layout.contiguous(problem).replaced(**last)
+
+
+# How the arrays of a layer lie.
+LAYOUTS: dict[str, Callable[[Problem], Layout]] = {"contiguous": Layout.contiguous, "channels_last": channels_last}
+# The kernels that this layer chooses for channels_last arrays belong to the baseline, too.
+LAYER_CHANNELS_LAST = "whisper_large_v3.conv2_b16"
+
+
 def plan(
-    layers: Iterable[Layer], modes: Iterable[Mode], device: Device, directions: Iterable[Direction] = ("forward",)
+    layers: Iterable[Layer],
+    modes: Iterable[Mode],
+    device: Device,
+    directions: Iterable[Direction] = ("forward",),
+    layout: str = "contiguous",
 ) -> list[Planned]:
-    """Every pass of every layer in every mode that the device has, as dispatch places it for contiguous arrays."""
+    """Every pass of every layer in every mode that the device has, as dispatch places it for one of `LAYOUTS`."""
     planned = []
     for mode in modes:
         if not mode.runs_on(device):
             continue
         for layer, direction in product(filter(mode.includes, layers), directions):
             problem = of_forward(mode.problem(layer), direction)
-            choice = dispatch.choose(problem, Layout.contiguous(problem), device)
+            choice = dispatch.choose(problem, LAYOUTS[layout](problem), device)
             if choice is not None:
                 planned.append(Planned(layer, mode, direction, choice))
     return planned
@@ -71,7 +88,7 @@ def predicted(planned: Sequence[Planned], reports: Mapping[Config, KernelReport]
 
 
 def by_base_family(problem: ConvProblem, device: Device) -> Prediction:
-    """What the family of last resort would take, whatever dispatch prefers."""
+    """The predicted time of the base family, whatever dispatch chooses."""
     choice = dispatch.choose(problem, Layout.contiguous(problem), device, "base")
     assert choice is not None
     return predict(problem, choice, report(choice.config, device.arch_name), device)
@@ -89,7 +106,7 @@ def by_layer(
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """A layer's predicted time beside that of cuDNN, in microseconds; `cudnn_us` is None where there is no model."""
+    """A layer's predicted time and that of cuDNN, in microseconds; `cudnn_us` is None where there is no model."""
 
     planned: Planned
     prediction: Prediction

@@ -1,4 +1,4 @@
-"""Compiles a kernel without a GPU and reads what came out: the compiler's log and the machine code.
+"""Compiles a kernel without a GPU and reads the compiler's log and the machine code.
 
 The machine code is read from `nvdisasm -json`, which the nvidia-cuda-nvdisasm wheel brings. Every instruction is 16
 bytes long on all architectures since sm_70, so instruction i lies at address 16*i.
@@ -26,7 +26,7 @@ from gpuconv.families import Config
 
 INSTRUCTION_BYTES = 16
 
-# How much more often the instructions of a loop are thought to run than those around it. Large enough that an unrolled
+# How much more often the instructions of a loop are assumed to run than those around it. Large enough that an unrolled
 # inner loop outweighs the code for what its unrolling leaves over, small enough that a register tile's loop outweighs a
 # rolled loop for special cases deeper inside.
 NESTING_WEIGHT = 3.0
@@ -252,7 +252,7 @@ def _taken(instructions: Sequence[Instruction], span: Span, best: Span, spans: S
     """The instructions of one pass of a loop, those of loops inside it left out, on its way through the loop `best`.
 
     Where branches are alternatives, the pass takes the one that multiplies most, else the one that loads and stores the
-    most bytes, else the shortest: what is there for rare cases takes longer for the same bytes.
+    most bytes, else the shortest: code for rare cases takes more instructions for the same bytes.
     """
     inner = [s for s in spans if span.contains(s) and not any(span.contains(o) and o.contains(s) for o in spans)]
     loop_at = {i: s for s in inner for i in range(s.first, s.last + 1)}

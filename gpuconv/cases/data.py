@@ -19,14 +19,14 @@ GradOutputKind: TypeAlias = Literal["normal", "nonfinite"]
 
 RANDOM_KINDS: tuple[RandomKind, ...] = ("normal", "ill_scaled", "cancelling", "nonfinite")
 
-# Integers of at most this magnitude are exact in the dtype: 2**(bits of the significand). Wide dtypes stay well below
-# theirs, so that algorithms that scale or add operands before they multiply remain exact too.
+# Integers up to this magnitude are exact in the dtype: 2**(bits of the significand). The limit of wide dtypes is well
+# below that, so that algorithms that scale or add operands before they multiply remain exact too.
 _EXACT_LIMIT = {"float16": 2**11, "bfloat16": 2**8}
 _WIDE_EXACT_LIMIT = 2**20
 
 
 class Data(NamedTuple):
-    """The arrays of a problem, C-contiguous, of its `input_shape`, `weight_shape` and `bias_shape` (or None)."""
+    """The C-contiguous arrays of a problem: its `input_shape`, `weight_shape` and `bias_shape` (or None)."""
 
     input: Array
     weight: Array
@@ -37,8 +37,8 @@ def exact_data(problem: ConvProblem, seed: int, *, adjoint_too: bool = False) ->
     """Nonzero small integers for which every correct computation gives the same result, bit for bit.
 
     The absolute values of the terms of any output element sum to at most an integer that the dtype holds exactly, so
-    every partial sum in any order is exact in the accumulator and the result is exact in the dtype. Where that leaves
-    less than one unit a term (float16, bfloat16), most weights are zero. No element of input or bias is zero.
+    every partial sum in any order is exact in the accumulator and the result is exact in the dtype. Where the terms are
+    too many for that (float16, bfloat16), most weights are zero. No element of input or bias is zero.
 
     Args:
         problem: extents, settings and dtype.
@@ -84,7 +84,7 @@ def exact_grad_output(problem: ConvProblem, seed: int, input: Array) -> Array:
     largest = max(1, int(max(np.abs(wide.real).max(initial=0), np.abs(wide.imag).max(initial=0))))
     budget = limit // ((2 if p.is_complex else 1) * largest)
     values = _integers(rng, (p.N, p.C_out, p.L_out), max(1, min(4, budget // max(1, p.N * p.L_out))), p.dtype)
-    if p.N * p.L_out > budget:  # a channel of the output meets each element of its weights once a position
+    if p.N * p.L_out > budget:  # each position of an output channel adds one term to each element of its weights
         order = rng.random((p.C_out, p.N * p.L_out)).argsort(axis=1).reshape(p.C_out, p.N, p.L_out)
         values = np.where(order.swapaxes(0, 1) < budget, values, 0)
     return np.asarray(values.reshape(p.output_shape).astype(numpy_dtype(p.dtype)))
@@ -96,11 +96,11 @@ def random_data(problem: ConvProblem, seed: int, kind: RandomKind = "normal") ->
     Args:
         problem: extents, settings and dtype.
         seed: any integer.
-        kind: "normal": standard normal. "ill_scaled": magnitudes from 2**-60 to 2**60, in float16 and for long sums
-            fewer, so that no sum of absolute values overflows. "cancelling": the terms of an output element nearly
-            cancel. "nonfinite": normal, but for a NaN in the input, infinities at the first and the last position of
-            rows of the input, and infinities at the first and the last tap of rows of the weight. Outputs near the ends
-            lack these terms, in which a zero for the absent factor would make a NaN.
+        kind: "normal": standard normal. "ill_scaled": magnitudes from 2**-60 to 2**60, in float16 and for long sums a
+            smaller range, so that no sum of absolute values overflows. "cancelling": the terms of an output element
+            nearly cancel. "nonfinite": normal, except for a NaN in the input, infinities at the first and the last
+            position of rows of the input, and infinities at the first and the last tap of rows of the weight. Outputs
+            near the ends do not have these terms; code that multiplied them by zero instead would give NaN.
     """
     p = problem
     rng = _generator(p, seed)
@@ -125,8 +125,8 @@ def random_data(problem: ConvProblem, seed: int, kind: RandomKind = "normal") ->
 def random_grad_output(problem: ConvProblem, seed: int, kind: GradOutputKind = "normal") -> Array:
     """Standard normal data of the output's shape.
 
-    "nonfinite" puts infinities at the first and the last position of rows: windows that reach into the padding meet
-    them, and no product of them with what the padding stands for may enter a sum.
+    "nonfinite" puts infinities at the first and the last position of rows, where windows reach into the padding: no
+    product of an infinity and the padding may enter a sum.
     """
     p = problem
     rng = _generator(p, seed + 1)
@@ -137,7 +137,7 @@ def random_grad_output(problem: ConvProblem, seed: int, kind: GradOutputKind = "
 
 
 def integer_data(problem: ConvProblem, seed: int) -> Data:
-    """Integers of the whole range of their dtype, of a problem as `in_integers` makes it.
+    """Integers from the whole range of their dtype, for a problem that `in_integers` made.
 
     Args:
         problem: extents, settings and dtypes.
@@ -152,7 +152,7 @@ def integer_data(problem: ConvProblem, seed: int) -> Data:
     return Data(*arrays)  # type: ignore[arg-type]
 
 
-# Activations as a call gives them, but that numbers stand for the arrays of snake.
+# Activations as arguments, except that for snake a number stands for the number of its arrays.
 _FUSIBLE: tuple[Any, ...] = (
     "relu", ("leaky_relu", 0.3), ("elu", 1.5), "silu", "gelu", ("gelu", "tanh"), "tanh", "sigmoid", ("snake", 1),
     ("snake", 2),
@@ -160,12 +160,12 @@ _FUSIBLE: tuple[Any, ...] = (
 
 
 def with_fusion(problem: ConvProblem, seed: int, fusion: Fusion | None = None) -> tuple[ConvProblem, dict[str, Array]]:
-    """The problem with what is fused, on random arrays.
+    """The problem with something fused, and random arrays for it.
 
     Args:
         problem: extents, settings and dtype.
         seed: any integer.
-        fusion: what to fuse; None for a residual, and where the data are real two activations drawn at random.
+        fusion: what to fuse; None for a residual and, where the data are real, two activations drawn at random.
 
     Returns:
         That problem, and the arrays that it fuses, by name.
@@ -196,7 +196,7 @@ def with_fusion(problem: ConvProblem, seed: int, fusion: Fusion | None = None) -
 
 
 def fusion_settings(problem: ConvProblem, arrays: dict[str, Any]) -> dict[str, Any]:
-    """The keyword arguments that fuse what a problem of `with_fusion` does, with these arrays."""
+    """The keyword arguments for what a problem of `with_fusion` fuses, with these arrays."""
     sides = {
         "activation": (problem.fuses.activation, ACTIVATION_ARRAYS),
         "input_activation": (problem.fuses.input_activation, INPUT_ACTIVATION_ARRAYS),
@@ -209,10 +209,10 @@ def fusion_settings(problem: ConvProblem, arrays: dict[str, Any]) -> dict[str, A
 
 
 def impulse_data(problem: ConvProblem, seed: int) -> Data:
-    """An input of one unit impulse per sample and group, at random places: the output consists of weights, unrounded.
+    """An input of one unit impulse per sample and group, at random positions: the output consists of exact weights.
 
-    The weight is normal, the bias zero. float32 weights have two bits less than they could, and those of TF32 what TF32
-    keeps: tensor cores take a float32 number as TF32 numbers of 11 bits, at most two.
+    The weight is normal, the bias zero. float32 weights have 22 significant bits, TF32 weights 11: tensor cores take a
+    float32 number as at most two TF32 numbers of 11 bits.
     """
     p = problem
     rng = _generator(p, seed)
@@ -243,7 +243,7 @@ def _integers(rng: np.random.Generator, shape: tuple[int, ...], limit: int, dtyp
 
 
 def _set_ends(rng: np.random.Generator, array: Array, value: float) -> None:
-    """Write a value to the first element of one row along the last axis and to the last of another, if there is one."""
+    """Write a value to the first element of one row along the last axis, and to the last one of another row if any."""
     rows = array.reshape(-1, array.shape[-1]) if array.size else array
     if rows.size:
         order = rng.permutation(len(rows))
@@ -256,7 +256,7 @@ def _normal(problem: ConvProblem, rng: np.random.Generator, shape: tuple[int, ..
 
 
 def _ill_scaled(problem: ConvProblem, rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
-    # Each product is below 4 * 2**(2*highest), complex ones twice that, and `room` halvings keep their sum finite.
+    # Each product is below 4 * 2**(2*highest), a complex one below twice that; `room` bits keep their sum finite.
     low, top = (-8, 15) if problem.dtype == "float16" else (-60, 126)
     room = math.ceil(math.log2(max(problem.terms, 1) + 1)) + 3
     highest = min(-low, (top - room) // 2)
@@ -269,14 +269,14 @@ def _ill_scaled(problem: ConvProblem, rng: np.random.Generator, shape: tuple[int
 
 
 def _phases(problem: ConvProblem) -> Iterator[slice]:
-    """The sets of taps that meet in one output element: all of them, or those of one phase where transposed."""
+    """The sets of taps that contribute to one output element: all taps, or where transposed those of one phase."""
     p = problem
     step = p.stride // math.gcd(p.stride, p.dilation) if p.transposed else 1
     return (slice(first, None, step) for first in range(min(step, p.K)))
 
 
 def _sparse(problem: ConvProblem, rng: np.random.Generator, count: int) -> Array | None:
-    """A mask (C_out, C_in/groups, K) that keeps `count` of the taps that meet in one output element; None for all."""
+    """A mask (C_out, C_in/groups, K) that keeps `count` of the taps of each output element; None keeps all."""
     p = problem
     if p.terms <= count:
         return None

@@ -25,14 +25,14 @@ def in_format(problem: ConvProblem, number_format: str) -> ConvProblem:
 
 
 def in_integers(problem: ConvProblem, number_format: str) -> ConvProblem:
-    """The problem in integers; each number format stands for one of their dtypes and one of their sums."""
+    """The problem in integers: the number format selects the dtype of the data and that of the sums."""
     number = NUMBER_FORMATS.index(number_format)
     dtype, sums = INTEGERS[number % len(INTEGERS)], INTEGER_SUMS[number % len(INTEGER_SUMS)]
     return replace(problem, dtype=dtype, precision="float32", out_dtype=sums)
 
 
 def call_settings(problem: ConvProblem) -> dict[str, Any]:
-    """The keyword arguments with which the public function of `problem.op` arrives at this problem."""
+    """The keyword arguments of the public function `problem.op` that give this problem."""
     p = problem
     settings: dict[str, Any] = {
         "stride": p.stride, "padding": p.padding, "dilation": p.dilation, "groups": p.groups
@@ -54,16 +54,16 @@ def with_batch(problem: ConvProblem, N: int) -> ConvProblem:
 
 
 def inner_outputs(problem: ConvProblem) -> range:
-    """The outputs that a chunk of the input gives: all of them, or where padding means samples those not at an edge."""
+    """The outputs that can be computed from a chunk: all, or in modes other than "zeros" those not at an edge."""
     first, last = (0, 0) if problem.padding_mode == "zeros" else problem.edge_windows
     return range(first, problem.L_out - last)
 
 
 def chunk(problem: ConvProblem, start: int, stop: int) -> tuple[ConvProblem, slice]:
-    """The problem that gives the outputs ``start <= l_out < stop`` alone, and the positions of the input that it reads.
+    """The problem of the outputs ``start <= l_out < stop`` alone, and the positions of the input that it reads.
 
-    A long input cut into chunks must give the same bits as the whole. Needs ``0 <= start < stop <= L_out``, within
-    `inner_outputs`, and an input that is not empty where the operation is transposed.
+    An input cut into chunks must give the same bits as the whole. Needs ``0 <= start < stop <= L_out`` within
+    `inner_outputs`, and for a transposed operation an input that is not empty.
     """
     p = problem
     span = p.dilation * (p.K - 1) + 1
@@ -87,8 +87,7 @@ def chunk(problem: ConvProblem, start: int, stop: int) -> tuple[ConvProblem, sli
 def one_group(problem: ConvProblem, g: int) -> tuple[ConvProblem, slice, slice]:
     """Group g as a problem of its own, and its input and output channels.
 
-    Its weight is that of its channels: along the first axis the output channels, or the input channels where the
-    operation is transposed.
+    The first axis of the weight is the output channels, for a transposed operation the input channels.
     """
     p = problem
     alone = replace(p, C_in=p.C_in_g, C_out=p.C_out_g, groups=1)
@@ -109,7 +108,7 @@ class Term(NamedTuple):
 
 
 def terms_of(problem: ConvProblem, c_out: int, l_out: int) -> Iterator[Term]:
-    """The products that an output element is the sum of, in the canonical order: c_in outer, k inner."""
+    """The products whose sum is an output element, in the canonical order: c_in outer, k inner."""
     p = problem
     g, c_out_g = divmod(c_out, p.C_out_g)
     for c_in in range(p.C_in_g):

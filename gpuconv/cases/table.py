@@ -24,7 +24,7 @@ class Case:
         problem: float32; `at` gives it another number format.
         settings: the keyword arguments of the public function, as a user would write them ("same", output_size, ...).
         tags: what the case tests; the first one is its group.
-        fusion: what is fused with it where that is checked; None for something drawn at random.
+        fusion: what the check of fusion fuses with it; None for a random choice.
     """
 
     name: str
@@ -35,7 +35,7 @@ class Case:
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """The lengths of the samples of another batch of the same layer, up to the case's; none for most cases."""
+        """The lengths of the samples of another batch of the layer, none longer than L_in; empty for most cases."""
         return _LENGTHS.get(self.name, ())
 
     def at(self, number_format: str) -> ConvProblem:
@@ -125,7 +125,7 @@ CASES: tuple[Case, ...] = (
     _conv("padding_causal_strided", 2, 4, 5, 41, 6, "padding", padding="causal", stride=2),
     _conv("padding_exceeds_k", 2, 4, 5, 20, 3, "padding", padding=9),
     _conv("padding_exceeds_input", 2, 3, 4, 5, 3, "padding", padding=(11, 8), stride=2),
-    # Padding that means samples.
+    # Padding modes other than zeros.
     _conv("reflect_stem", 2, 1, 24, 60, 7, "mode", padding=3, padding_mode="reflect"),
     _conv("reflect_same", 2, 4, 5, 33, 4, "mode", padding="same", padding_mode="reflect"),
     _conv("reflect_shortest", 2, 5, 6, 2, 3, "mode", padding=1, padding_mode="reflect"),
@@ -165,11 +165,11 @@ CASES: tuple[Case, ...] = (
     _conv("channels_66_48", 1, 66, 48, 18, 3, "channels", padding=1),
     _conv("channels_64_128", 1, 64, 128, 40, 3, "channels", padding=1),
     _conv("channels_129_5", 1, 129, 5, 40, 3, "channels", padding=1),
-    # Channels and terms enough for tensor cores in every arithmetic.
+    # Enough channels and terms for tensor cores in every number format.
     _conv("dense_stride3", 2, 20, 36, 50, 7, "dense", stride=3, padding=(9, 4)),
     _conv("dense_dilation5", 2, 36, 20, 41, 3, "dense", dilation=5, padding=(11, 3)),
     _conv("dense_groups3", 1, 51, 63, 47, 5, "dense", groups=3, stride=2, dilation=3, padding=6, bias=False),
-    # Terms enough that tensor cores sum them in segments, in blocks of their own, of which the last has fewer.
+    # So many terms that tensor cores sum them in segments, one block for each; the last segment is shorter.
     _conv("dense_long_sum", 1, 144, 17, 6, 52, "dense", padding=26),
     # Lengths.
     _conv("length1", 4, 5, 6, 1, 1, "length"),
@@ -278,10 +278,10 @@ _LENGTHS = {
     "up_dense_dilation3": (22, 0, 7, 12),
 }
 
-_FAR = MAX_STEP  # twice it, taken for a signed 32-bit integer, is -2
+_FAR = MAX_STEP  # twice this value, truncated to a signed 32-bit integer, is -2
 
-# Positions that do not fit 32 bits, on small arrays: GPUs compute these with 64-bit indices. All taps but one lie far
-# outside of the input; where a position loses its upper bits, some of them seem to lie two positions away.
+# Positions that do not fit 32 bits, on small arrays: GPUs compute these with 64-bit indices. All taps except one lie
+# far outside of the input; if a position were truncated to 32 bits, some of them would appear two positions away.
 WIDE_CASES: tuple[Case, ...] = (
     _conv("wide_filters", 2, 3, 20, 30, 23, "wide", dilation=_FAR, padding=11 * _FAR),
     _conv("wide_dense", 2, 36, 20, 30, 5, "wide", dilation=_FAR, padding=2 * _FAR),
@@ -299,12 +299,10 @@ WIDE_CASES: tuple[Case, ...] = (
 
 
 def select(filter: str | None = None) -> tuple[Case, ...]:
-    """The cases whose name contains `filter`, or that carry it as a tag, or whose op it is; all of them for None.
-
-    They are chosen from `CASES` and `WIDE_CASES`.
+    """The cases of `CASES` and `WIDE_CASES` whose name contains `filter`, or whose tag or op it is; None selects all.
 
     Raises:
-        ValueError: there is no such case.
+        ValueError: no case matches.
     """
     every = (*CASES, *WIDE_CASES)
     if filter is None:
@@ -316,10 +314,10 @@ def select(filter: str | None = None) -> tuple[Case, ...]:
 
 
 def quick_pairs(formats: Sequence[str]) -> tuple[tuple[str, Case], ...]:
-    """A selection of (number format, case), in the order of formats and table: of six formats a fifth of all pairs.
+    """A selection of (number format, case), in the order of formats and table: of six formats, a fifth of all pairs.
 
-    Every case is in it in at least one format, and every kind of case in every format; with a single format it is the
-    whole table. A kind is an operation with a group of cases, such as (conv1d, "padding"). The cases of a kind take the
+    It has every case in at least one format, and every kind of case in every format; with a single format it is the
+    whole table. A kind is an operation and a group of cases, such as (conv1d, "padding"). The cases of a kind use the
     formats in turn.
     """
     kinds: dict[tuple[Op, str], list[Case]] = {}

@@ -1,6 +1,6 @@
-"""The checks that `gpuconv.verify` makes of a case, on the CPU or on a GPU.
+"""The checks that `gpuconv.verify` runs on a case, on the CPU or on a GPU.
 
-`gpuconv.checks.families` has those of each kernel family by its name.
+`gpuconv.checks.families` has the checks of single kernel families.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from .target import Target, unset
 
 __all__ = ["CHECKS", "FFT", "MAX_TAPS", "Check", "Target", "chunk_bounds", "run_checks", "same_bits", "unset"]
 
-FFT = "fft"  # the check that may lack its library
+FFT = "fft"  # the check that is skipped where its library is missing
 
 
 class Check(NamedTuple):
-    """A row of the table of checks. `applies` tells which subjects it can check; None means all of them."""
+    """A row of the table of checks. `applies` says whether it can check a subject; None means it checks all."""
 
     name: str
     run: Callable[[Subject], Failure | None]
@@ -54,7 +54,7 @@ CHECKS: tuple[Check, ...] = (
     Check("fused", check_fused),
     Check("layout", check_layout),
     *(Check(kind, check_random(kind)) for kind in cases.RANDOM_KINDS),
-    # In other modes an impulse may come twice.
+    # In other modes an impulse may reach an output several times.
     Check("impulse", check_impulse, lambda s: s.problem.padding_mode == "zeros"),
     Check("adjoint", check_adjoint),
     Check("groups", check_groups, lambda s: s.problem.groups > 1),
@@ -64,7 +64,7 @@ CHECKS: tuple[Check, ...] = (
     Check("lengths", check_lengths, lambda s: bool(s.case.lengths)),
     Check("repeat", check_repeat),
     Check("gradients", check_gradients),
-    # Strides of 2**31 make many phases of one tap.
+    # The strides and dilations of wide cases leave one tap or one result to each transform.
     Check(FFT, check_fft, lambda s: "wide" not in s.case.tags),
 )
 
@@ -72,7 +72,7 @@ CHECKS: tuple[Check, ...] = (
 def run_checks(
     case: Case, number_format: str, target: Target, seed: int, skipped: Container[str] = ()
 ) -> Iterator[Result]:
-    """Run all checks of a case, but for those named in `skipped`."""
+    """Run all checks of a case except those named in `skipped`."""
     for check in CHECKS:
         if check.name in skipped:
             continue
@@ -80,5 +80,5 @@ def run_checks(
         if check.applies is not None and not check.applies(subject):
             continue
         if subject.problem.dtype in INTEGERS and check.name != "integers":
-            continue  # the others are of floating-point numbers
+            continue  # the other checks are for floating-point numbers
         yield result_of(subject, check.run)

@@ -1,4 +1,4 @@
-"""The checks that `gpuconv.verify` makes of each kernel family of a GPU by its name."""
+"""The checks that `gpuconv.verify` runs on each kernel family of a GPU, selected by its name."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def families_of(device: Device) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def families_that_take(problem: ConvProblem, device: Device, *, far: bool = False) -> tuple[str, ...]:
-    """The kernel families that compute a problem, or its gradient with respect to weight or bias, the base first.
+    """The kernel families that can compute a problem, or its gradient with respect to weight or bias, the base first.
 
-    There is none for an output, or an operand of a gradient, without elements. The arrays are contiguous, or lie as
-    `spread` puts them where they are to be far apart.
+    There is none for an empty output, or an empty operand of a gradient. The arrays are contiguous, or with `far` as
+    far apart as `spread` places them.
     """
     found: list[str] = []
     problems: tuple[Problem, ...] = (problem, WeightGradientProblem.of(problem), BiasGradientProblem.of(problem))
@@ -49,7 +49,7 @@ def families_that_take(problem: ConvProblem, device: Device, *, far: bool = Fals
 def run_families(
     case: Case, number_format: str, target: Target, seed: int, device: Device, only: str | None = None
 ) -> Iterator[Result]:
-    """The case through every kernel family that takes it, or through one alone."""
+    """Check every kernel family that can compute the case, or only the family `only`."""
     problem = case.at(number_format)
     for family in families_that_take(problem, device):
         if only in (None, family):
@@ -98,7 +98,7 @@ def _check_forward_family(s: Subject, family: Family[Any]) -> Failure | None:
 
 
 class _Gradient(NamedTuple):
-    """The gradient with respect to weight or bias that a family computes of a subject."""
+    """The gradient of a subject with respect to weight or bias, computed by a family."""
 
     subject: Subject
     family: str
@@ -110,7 +110,7 @@ class _Gradient(NamedTuple):
         return p.weight_shape if self.of == "weight" else (p.C_out,)
 
     def sums(self, input: Array, grad_output: Array) -> reference.Sums:
-        """The reference."""
+        """The sums and bounds of the reference."""
         p = self.subject.problem
         if self.of == "bias":
             return reference.bias_gradient(BiasGradientProblem.of(p), grad_output)
@@ -127,7 +127,7 @@ class _Gradient(NamedTuple):
         return target.get(self.run_into(out, target.put(input), target.put(grad_output), family))
 
     def run_into(self, out: Any, input: Any, grad_output: Any, family: str | None = None) -> Any:
-        """The same on arrays that are on the GPU already."""
+        """The same for arrays that are already on the GPU."""
         p = self.subject.problem
         if self.of == "bias":
             return getattr(grad, f"{p.op}_bias")(grad_output, out=out)
@@ -141,7 +141,7 @@ def _gradient_of(s: Subject, family: str) -> _Gradient:
 
 
 def _exact_operands(s: Subject) -> tuple[Array, Array]:
-    """An input and an output's gradient of small integers, as (input, grad_output)."""
+    """Small integers as (input, grad_output)."""
     x = cases.exact_data(s.problem, s.seed, adjoint_too=s.problem.L_in > 0).input
     return x, cases.exact_grad_output(s.problem, s.seed, x)
 
@@ -173,14 +173,12 @@ def _check_gradient_family(s: Subject, family: Family[Any]) -> Failure | None:
     return failure
 
 
-# How far the last row of an array lies from the first, in elements: one more than a signed 32-bit offset can hold.
+# The distance of the last row of an array from the first, in elements: one more than a signed 32-bit offset can hold.
 FAR_ELEMENTS = 2**31
 
 
 class Spread(NamedTuple):
-    """Where arrays lie in one buffer so that the rows of each, along its first axis, are far apart.
-
-    Everything is in elements.
+    """Where arrays lie in one buffer so that the rows of each, along its first axis, are far apart; in elements.
 
     Attributes:
         offsets: of the first element of each array.
@@ -194,10 +192,10 @@ class Spread(NamedTuple):
 
 
 def spread(shapes: Sequence[tuple[int, ...]]) -> Spread:
-    """Arrays of these shapes; of one with several rows, the last begins at least `FAR_ELEMENTS` behind the first."""
+    """Place arrays of these shapes; the last row of each begins at least `FAR_ELEMENTS` behind its first row."""
     row_sizes = [int(np.prod(shape[1:])) for shape in shapes]
-    # The buffer is a sequence of blocks. An array has the same place in each block that holds a row of it, so that no
-    # two arrays meet; the place begins at a multiple of 16 bytes for any dtype.
+    # The buffer is a sequence of blocks. The rows of an array have the same place in each block, so that no two arrays
+    # overlap; the place begins at a multiple of 16 bytes for any dtype.
     places = np.cumsum([0, *(-(-size // 8) * 8 for size in row_sizes)]).tolist()
     *offsets, block = places
     strides, size = [], block
@@ -209,16 +207,16 @@ def spread(shapes: Sequence[tuple[int, ...]]) -> Spread:
 
 
 def far_bytes(number_format: str) -> int:
-    """The memory that `run_far` needs on the GPU, but for some KiB."""
+    """The memory that `run_far` needs on the GPU, apart from some KiB."""
     return FAR_ELEMENTS * FORMATS[cases.dtype_of(number_format)].itemsize
 
 
 def far_runs(
     selected: Sequence[Case], number_format: str, families: Sequence[str], device: Device
 ) -> list[tuple[str, Case, str]]:
-    """(number format, case, family) of what `run_far` is to run: for each family the longest case that it takes so.
+    """What `run_far` is to run, as (number format, case, family): for each family the longest case that it can compute.
 
-    In the case there must be several taps, and each array must have rows that can be far apart.
+    The case must have several taps, and each of its arrays several rows.
     """
     longest: dict[str, Case] = {}
     for case in sorted(selected, key=lambda case: case.problem.N * min(case.problem.L_in, case.problem.L_out)):
@@ -229,13 +227,13 @@ def far_runs(
 
 
 def far_layout(problem: Problem) -> Layout:
-    """Where `run_far` has the arrays of a problem."""
+    """Where `run_far` places the arrays of a problem."""
     layouts = map(ArrayLayout, spread(tuple(problem.shapes.values())).strides)
     return Layout(tuple(zip(problem.shapes, layouts, strict=True)))
 
 
 def run_far(case: Case, number_format: str, target: Target, seed: int, family: str) -> Result:
-    """The case through a kernel family on arrays that are far apart, which its kernels with 64-bit offsets compute."""
+    """Check the kernels of a family that have 64-bit offsets, on arrays whose rows are far apart."""
     subject = Subject(case, number_format, case.at(number_format), target, seed, FAR)
     return result_of(subject, partial(_check_far, name=family), family)
 

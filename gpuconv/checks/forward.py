@@ -32,7 +32,7 @@ def check_fused(s: Subject) -> Failure | None:
 
 
 def check_fusion(s: Subject, settings: dict[str, Any], message: str) -> tuple[Array, Failure | None]:
-    """Fuse something with the case, on plain arrays and on arrays with gaps; the result, and what is wrong."""
+    """Fuse something with the case, on plain arrays and on arrays with gaps; the result and the failure, if any."""
     p, fused = cases.with_fusion(s.problem, s.seed, s.case.fusion)
     data = cases.random_data(s.problem, s.seed)
     sums = reference.convolution(p, *data, fused)
@@ -153,7 +153,7 @@ def chunk_bounds(L_out: int) -> Iterable[tuple[int, int]]:
 
 
 def every_other(target: Target, array: Array) -> Any:
-    """The array as every second element of a buffer, last axis reversed."""
+    """The array as every second element of a buffer of NaN, with the last axis reversed."""
     buffer = np.full((*array.shape[:-1], 2 * array.shape[-1]), np.nan, array.dtype)
     buffer[..., ::-2] = array
     return target.put(buffer)[..., ::-2]

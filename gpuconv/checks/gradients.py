@@ -1,4 +1,4 @@
-"""The checks of the gradients: by themselves, as the adjoints of the operation, and with it through the FFT."""
+"""Checks of the gradients: against the reference, as adjoints of the operation, and (with it) through the FFT."""
 
 from __future__ import annotations
 

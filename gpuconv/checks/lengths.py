@@ -1,4 +1,4 @@
-"""The check of samples with lengths of their own."""
+"""The check of samples of different lengths."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from .target import Array
 
 
 class _SampleAlone(NamedTuple):
-    """A sample of a batch whose samples have lengths of their own.
+    """A sample of a batch whose samples have different lengths.
 
     Attributes:
-        problem: of a call on it alone; None where it is too short to have an output.
+        problem: that of a call on the sample alone; None where it is too short to have an output.
     """
 
     n: int
@@ -29,7 +29,7 @@ class _SampleAlone(NamedTuple):
 
 
 def check_lengths(s: Subject) -> Failure | None:
-    """Samples with lengths of their own, behind which there are NaNs: each gives what it gives alone."""
+    """Samples of different lengths, filled up with NaN, must give what each gives alone."""
     samples = _samples_alone(s.problem, s.case.lengths, s.settings)
     p = cases.with_batch(s.problem, len(samples))
     data, u = cases.random_data(p, s.seed), cases.random_grad_output(p, s.seed)

@@ -17,7 +17,7 @@ from ..problem import ConvProblem, numpy_dtype
 from ..report import Failure, Result, Tap
 from .target import Argument, Array, Target
 
-MAX_TAPS = 8  # of a failing element, in a report
+MAX_TAPS = 8  # the most taps of a failing element that a report lists
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class Subject:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The keyword arguments of the call, as they are written in the case."""
+        """The keyword arguments of the call: those of the case, and its precision."""
         settings = dict(self.case.settings)
         if self.problem.precision != "float32":
             settings["precision"] = self.problem.precision
@@ -55,9 +55,9 @@ class Subject:
         return self.target.gradient(argument, self.problem, arrays, self.settings)
 
     def equal(self, output: Array, expected: Array) -> npt.NDArray[np.bool_]:
-        """Elementwise: bits on a GPU, values on the CPU, whose BLAS may give a zero either sign.
+        """Compare elementwise: bits on a GPU, values on the CPU, where BLAS may give a zero either sign.
 
-        On finite data a NaN is wrong even where the kernel that made `expected` made one too.
+        Data are finite here, so NaN and infinities are wrong even where `expected` has the same ones.
         """
         same = same_bits(output, expected) if self.target.on_gpu else output == expected
         return np.asarray(same & np.isfinite(output))
@@ -131,7 +131,7 @@ def result_of(subject: Subject, run: Callable[[Subject], Failure | None], family
     started = time.perf_counter()
     try:
         failure = run(s)
-    except Exception as error:  # one case that raises must not hide the results of the others
+    except Exception as error:  # the other checks must still run
         raised = f"{'' if family is None else family + ' '}raised {error!r}"
         failure = Failure(s.case.name, s.number_format, s.check, str(s.problem), raised, traceback.format_exc())
     seconds = time.perf_counter() - started
@@ -140,7 +140,7 @@ def result_of(subject: Subject, run: Callable[[Subject], Failure | None], family
 
 
 def same_bits(a: Array, b: Array) -> npt.NDArray[np.bool_]:
-    """Whether two arrays of one shape and dtype hold the same bytes, element by element."""
+    """Whether the elements of two arrays of one shape and dtype have the same bytes."""
     if a.shape != b.shape or a.dtype != b.dtype:
         raise ValueError(f"expected {b.dtype} of shape {b.shape}, got {a.dtype} of shape {a.shape}")
     bytes_a, bytes_b = (
@@ -154,7 +154,7 @@ def exact_result(problem: ConvProblem, data: Data) -> Array:
 
 
 def _taps(problem: ConvProblem, data: Data, index: tuple[int, ...]) -> Iterator[Tap]:
-    """The products that feed one output element, in the canonical order, with their factors."""
+    """The products of one output element, in the canonical order, with their factors."""
     *batch, c_out, l_out = index
     sample = data.input[tuple(batch)]
     for term in cases.terms_of(problem, c_out, l_out):

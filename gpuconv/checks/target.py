@@ -1,4 +1,4 @@
-"""Where the checks compute: on the CPU, or on a GPU, by the public functions."""
+"""Where the checks run the public functions: on the CPU or on a GPU."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Target:
         return np.asarray(runtime.cupy_module().asnumpy(array) if self.on_gpu else array)
 
     def lacks(self, number_format: str) -> str | None:
-        """Why this machine has no such arrays; None where it does."""
+        """Why this machine cannot have arrays in the number format; None where it can."""
         try:
             self.put(np.zeros(1, numpy_dtype(cases.dtype_of(number_format))))
         except (ImportError, TypeError, ValueError) as error:
@@ -53,7 +53,7 @@ class Target:
         return None
 
     def convolve(self, problem: ConvProblem, data: Data, settings: dict[str, Any] | None = None) -> Array:
-        """The public function on arrays of this device, into an output of NaN."""
+        """Run the public function on arrays of this device, with an output that was filled with NaN."""
         out = self.put(unset(problem.output_shape, problem.dtype_of("output")))
         return self.get(self.convolve_into(out, problem, *map(self._put_if_given, data), settings=settings))
 
@@ -67,7 +67,7 @@ class Target:
         *,
         settings: dict[str, Any] | None = None,
     ) -> Any:
-        """The public function on arrays of this device; `out` is None for a fresh array."""
+        """Run the public function on arrays of this device; `out` is None for a new array."""
         function = functional.conv_transpose1d if problem.transposed else functional.conv1d
         keywords = cases.call_settings(problem) if settings is None else settings
         return function(input, weight, bias, **keywords, out=out)
@@ -75,7 +75,7 @@ class Target:
     def gradient(
         self, argument: Argument, problem: ConvProblem, arrays: Sequence[Array], settings: dict[str, Any]
     ) -> Array:
-        """The public gradient function of an argument, on arrays of this device, into an output of NaN."""
+        """Run the public gradient function of an argument, with an output that was filled with NaN."""
         shapes = {"input": problem.input_shape, "weight": problem.weight_shape, "bias": (problem.C_out,)}
         out = self.put(np.full(shapes[argument], np.nan, numpy_dtype(problem.dtype)))
         given: list[Any] = [self.put(array) for array in arrays]
@@ -113,5 +113,5 @@ class Target:
 
 
 def unset(shape: tuple[int, ...], dtype: str) -> Array:
-    """An array to write a result to, of NaN, or of ones where the dtype is one of integers."""
+    """An array for a result, filled with NaN, or with ones for a dtype of integers."""
     return np.full(shape, 1 if dtype in INTEGERS else np.nan, numpy_dtype(dtype))

@@ -35,8 +35,8 @@ class _Terminated(BaseException):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
-    Nothing is raised: an error becomes one line on stderr. The line of an unexpected error names the file and the line
-    where it was raised; with GPUCONV_TRACEBACK=1 in the environment, its traceback is printed before.
+    No exception leaves this function: an error becomes one line on stderr. For an unexpected error this line names the
+    file and the line where it was raised; with GPUCONV_TRACEBACK=1 in the environment, the traceback is printed first.
 
     Args:
         argv: the arguments after the program's name; None for those of the process.
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         discard(sys.stdout)
         return EXIT_BROKEN_PIPE
-    except OSError as error:  # for files a FileError is raised, so this is stdout, or a file of a library
+    except OSError as error:  # gpuconv raises FileError for files, so this is stdout, or a file that a library opened
         discard(sys.stdout)
         what = "standard output: cannot be written" if error.filename is None else error.filename
         return _fail(f"{what}: {error.strerror or error}", EXIT_ERROR)
@@ -128,10 +128,10 @@ def _parser() -> Parser:
         prog="gpuconv",
         description="1-D convolution and transposed convolution for CuPy and NumPy arrays.",
         epilog="exit codes: 0 success, 1 verify or bench found a wrong result, 2 bad usage, bad\n"
-        "input or an unexpected error, 3 a GPU is needed and none answers, 130 interrupted,\n"
-        "141 the reader of the output is gone, 143 terminated\n\n"
+        "input or an unexpected error, 3 a GPU is needed and none is available, 130 interrupted,\n"
+        "141 the output was closed by its reader, 143 terminated\n\n"
         "example:\n  gpuconv verify\n  gpuconv conv1d speech.wav filter.npy out.wav --padding same\n\n"
-        "NO_COLOR=1 takes the colours from the progress bar, COLUMNS=N sets the width of lines.",
+        "NO_COLOR=1 removes the colours of the progress bar, COLUMNS=N sets the width of lines.",
     )
     parser.add_argument("--version", action="version", version=f"gpuconv {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -145,5 +145,5 @@ def _parser() -> Parser:
     bench.add_to(commands)
     plot.add_to(commands)
     completion.add_to(commands, parser)
-    commands.add_parser("help", help="show this, or with a command's name its help")
+    commands.add_parser("help", help="show this help, or that of a command")
     return parser

@@ -1,4 +1,4 @@
-"""`gpuconv bench`: how long layers take, beside PyTorch."""
+"""`gpuconv bench`: measure how long layers take, with PyTorch for comparison."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from .terminal import show_progress, terminal_width
 def add_to(commands: Any) -> None:
     parser = commands.add_parser(
         "bench",
-        help="measure your own layers, beside PyTorch where it is installed",
-        description="Measure one layer, or those in a file, on random data, and PyTorch's way to\n"
-        "compute them on the same device. Both results are compared first. Both take\n"
-        "turns, so that a busy machine slows both; the median of the turns is shown, with\n"
-        "half the distance of their quartiles. A time is that of a call in a program: it\n"
-        "allocates its output, and finds its arrays in the caches that hold them.",
+        help="measure your own layers, and PyTorch's if it is installed",
+        description="Measure one layer, or those in a file, on random data, with gpuconv and with\n"
+        "PyTorch on the same device. First their results are compared. They take turns, so\n"
+        "that a busy machine slows both; the median of the turns is shown, and half the\n"
+        "interquartile range. Each call allocates its output, and its arrays may be in the\n"
+        "caches.",
         epilog="exit codes: 0 success, 1 a result differs from PyTorch's, 2 bad usage or bad input,\n"
         "3 no GPU where one is needed\n\n"
         "example:\n  gpuconv bench conv1d --input 8,64,3000 --weight 64,64,7 --padding same\n"
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _layers(args: argparse.Namespace) -> list[Layer]:
-    """The layers that the command line means, in each of the dtypes."""
+    """The layers that the command line describes, in each of the dtypes."""
     settings = given_settings(args)
     if args.layers is not None:
         if args.op is not None or args.input is not None or args.weight is not None or args.bias or settings:

@@ -21,9 +21,9 @@ def add_to(commands: Any) -> None:
         "cache",
         help="show and prune the kernels compiled in advance",
         description="Show the folder of the kernels that gpuconv warmup --arch and gpuconv.compile\n"
-        "have compiled, or remove kernels from it: prune those that are damaged and,\n"
-        "with --max-size, those that were not used for longest; clear all of them.\n"
-        "GPUCONV_CACHE_DIR names the folder.",
+        "have compiled, or remove kernels from it: prune removes damaged ones and, with\n"
+        "--max-size, the least recently used ones; clear removes all. GPUCONV_CACHE_DIR\n"
+        "names the folder.",
         epilog=f"{EXIT_CODES}\n\nexample:\n  gpuconv cache prune --max-size 200MB",
     )
     parser.add_argument(
@@ -34,7 +34,7 @@ def add_to(commands: Any) -> None:
         metavar="ACTION",
         help=f"{', '.join(ACTIONS)} (default: show)",
     )
-    parser.add_argument("--max-size", type=_size, metavar="SIZE", help="prune: what may stay, such as 200MB or 1GB")
+    parser.add_argument("--max-size", type=_size, metavar="SIZE", help="prune: how much to keep, such as 200MB or 1GB")
     parser.add_argument("--json", action="store_true", help="print a JSON object instead of text")
     parser.set_defaults(run=run)
 

@@ -10,12 +10,12 @@ from .errors import EXIT_CODES, CommandError
 
 SHELLS = ("bash", "zsh")
 
-# How the help names arguments that are files.
+# The names, in the help, of arguments that are files.
 _FILES = ("IN", "AFTER", "OUT", "WEIGHT", "B", "FILE")
 
 
 def add_to(commands: Any, parser: argparse.ArgumentParser) -> None:
-    """Add the command; `parser` is that of the whole command line, which the script describes."""
+    """Add the command; `parser` is the parser of the whole command line, from which the script is made."""
     command = commands.add_parser(
         "completion",
         help="print a script that completes commands in bash or zsh",
@@ -39,11 +39,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _prepare(parser: argparse.ArgumentParser, complete: Any) -> None:
-    """Let the arguments that are files be completed as such, and commands be described by one line.
+    """Mark the arguments that are files, and reduce the description of each command to one line.
 
     Args:
-        parser: of the command line, or of a command.
-        complete: how shells complete files.
+        parser: the parser of the command line or of a command.
+        complete: shtab's value for files.
     """
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
@@ -51,4 +51,4 @@ def _prepare(parser: argparse.ArgumentParser, complete: Any) -> None:
                 action.choices[command.dest].description = command.help
                 _prepare(action.choices[command.dest], complete)
         elif action.metavar in _FILES:
-            action.complete = complete  # type: ignore[attr-defined] # where shtab looks for it
+            action.complete = complete  # type: ignore[attr-defined] # shtab reads this attribute

@@ -28,10 +28,10 @@ def add_to(commands: Any, op: Op) -> None:
         description=f"Apply a 1-D {name} to a file"
         + (".\n" if transposed else "; the kernel is not flipped.\n")
         + "A .npy file holds (N, C_in, L_in) or (C_in, L_in), a .wav file (channels,\n"
-        "samples) as float32. The output is written as a whole or not at all. The name -\n"
+        "samples) as float32. The output is written completely or not at all. The name -\n"
         "stands for standard input or output, which is a .wav file if the input is one or\n"
         "--rate is given, else a .npy file. A large .npy file is computed in pieces, in\n"
-        "constant memory; the same command goes on after it was interrupted or killed.",
+        "constant memory; if that is interrupted, run the same command again to continue.",
         epilog=f"{EXIT_CODES_WITH_GPU}\n\nexample:\n  gpuconv {op} speech.wav filter.npy out.wav"
         + (" --stride 2" if transposed else " --padding same"),
     )
@@ -51,13 +51,13 @@ def add_to(commands: Any, op: Op) -> None:
     )
     parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
     parser.add_argument(
-        "--allow-truncated", action="store_true", help="read what is there of a .wav file that is cut or damaged"
+        "--allow-truncated", action="store_true", help="read the intact part of a truncated or damaged .wav file"
     )
     parser.add_argument(
         "--max-bytes",
         type=at_least(1),
         metavar="N",
-        help="compute a .npy file in pieces that take so many bytes (default: 256 MiB for larger files)",
+        help="compute a .npy file in pieces that take N bytes (default: 256 MiB for larger files)",
     )
     parser.set_defaults(run=run, op=op)
 
@@ -134,7 +134,7 @@ def _run(args: argparse.Namespace, opened: ExitStack) -> int:
 
 
 def _is_large(args: argparse.Namespace) -> bool:
-    """Whether a call goes from one `.npy` file to another in pieces."""
+    """Whether a `.npy` file is convolved to another in pieces."""
     if not all(name.lower().endswith(".npy") for name in (args.input, args.output)):
         if args.max_bytes is not None:
             raise CommandError("--max-bytes is for a .npy file as IN and as OUT")
@@ -158,7 +158,7 @@ def _convolve_pieces(
     try:
         with target as (out, journal), show_progress(args.op) as progress:
             if journal.exists():
-                tell("note", f"{args.output}: goes on with the work of a call that did not end")
+                tell("note", f"{args.output}: continues the work of an earlier call")
             try:
                 function(
                     source, weight, bias, **settings, out=out, journal=journal, version=source.version,
@@ -166,9 +166,9 @@ def _convolve_pieces(
                 )  # fmt: skip
             except BaseException as error:
                 if journal.exists() and not isinstance(error, JournalError):
-                    tell("note", f"{args.output}: the finished pieces are kept; the same command goes on with them")
+                    tell("note", f"{args.output}: the finished pieces are kept; the same command continues with them")
                 raise
-    except (TypeError, ValueError) as error:  # of max_bytes, the algorithm, the journal, CuPy's dtypes
+    except (TypeError, ValueError) as error:  # about max_bytes, the algorithm, the journal, CuPy's dtypes
         raise CommandError(f"{args.output}: {error}") from error
 
 
@@ -179,5 +179,5 @@ def _rate_behind(problem: ConvProblem, rate: int | None) -> tuple[int | None, st
     nearest = max(1, round(rate / problem.stride))
     if nearest * problem.stride == rate:
         return nearest, None
-    exact = f"{rate} Hz over the stride {problem.stride} is no whole number"
-    return nearest, f"{exact}: written as {nearest} Hz; --rate gives another"
+    exact = f"{rate} Hz over the stride {problem.stride} is not a whole number"
+    return nearest, f"{exact}: written as {nearest} Hz; --rate sets another"

@@ -5,10 +5,10 @@ from __future__ import annotations
 EXIT_MISMATCH = 1
 EXIT_ERROR = 2
 EXIT_NO_GPU = 3
-EXIT_INTERRUPTED = 130  # what a shell reports for a process that SIGINT ended, and below for SIGPIPE
+EXIT_INTERRUPTED = 130  # what a shell reports after SIGINT, and below after SIGPIPE
 EXIT_BROKEN_PIPE = 141
 
-# What the help of the commands says of them.
+# The text about them in the help of the commands.
 EXIT_CODES = "exit codes: 0 success, 2 bad usage or bad input"
 EXIT_CODES_WITH_GPU = f"{EXIT_CODES}, 3 no GPU where one is needed"
 

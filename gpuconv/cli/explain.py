@@ -1,4 +1,4 @@
-"""`gpuconv explain`: show which kernel a problem gets, and why."""
+"""`gpuconv explain`: show which kernel computes a problem, and why."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .terminal import terminal_width
 def add_to(commands: Any) -> None:
     parser = commands.add_parser(
         "explain",
-        help="show which kernel a problem gets, and why",
+        help="show which kernel computes a problem, and why",
         description="Show what a call would do, from the shapes of its arrays alone: the kernel\n"
         "family with its launch on a GPU, or the method on the CPU, with bytes,\n"
         "operations and copies. Nothing is computed.",
@@ -33,7 +33,7 @@ def add_to(commands: Any) -> None:
         "--arch",
         choices=tuple(ARCHITECTURES),
         metavar="ARCH",
-        help=f"for a GPU that need not be there: {', '.join(ARCHITECTURES)}",
+        help=f"explain for this GPU, which need not be installed: {', '.join(ARCHITECTURES)}",
     )
     parser.add_argument(
         "--direction",

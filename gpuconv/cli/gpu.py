@@ -13,7 +13,7 @@ def use_gpu(choice: str) -> bool:
     """Whether `--device auto|cpu|gpu` means the GPU.
 
     Raises:
-        CommandError: "gpu" and none answers.
+        CommandError: `choice` is "gpu" and none is available.
     """
     if choice == "cpu" or (choice == "auto" and not has_driver()):
         return False

@@ -1,4 +1,4 @@
-"""`gpuconv info`: versions, GPUs and what is missing."""
+"""`gpuconv info`: show versions, GPUs and what is missing."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from .terminal import terminal_width
 
 
 def add_to(commands: Any) -> None:
-    text = "Print versions, GPUs, the kernel cache, and what is missing for what."
+    text = "Print versions, GPUs, the kernel cache, and what is missing and needed for what."
     parser = commands.add_parser(
         "info",
-        help="versions, GPUs and what is missing",
+        help="show versions, GPUs and what is missing",
         description=text,
         epilog=f"{EXIT_CODES}\n\nexample:\n  gpuconv info --json",
     )
@@ -81,14 +81,14 @@ def _facts() -> dict[str, Any]:
             versions["NVRTC"] = ".".join(map(str, version))
         else:
             what = f"NVRTC, CUDA's run-time compiler: {install_hint('cuda13', 'cuda12')}"
-            meaning = "Kernels that were not compiled before cannot be compiled."
+            meaning = "Only kernels that were compiled in advance can run."
             missing.append({"what": what, "meaning": meaning})
     gap = missing_gpu()
     if gap is None:
         for index in range(runtime.device_count()):
             devices.append({"index": index, **dataclasses.asdict(runtime.device(index))})
     else:
-        meaning = "NumPy arrays are convolved on the CPU; CuPy arrays cannot be."
+        meaning = "NumPy arrays are convolved on the CPU; CuPy arrays cannot be convolved."
         missing.append({"what": gap, "meaning": meaning})
     for module, extra, meaning in (
         ("ml_dtypes", "bf16", "There is no bfloat16; the other dtypes work."),
@@ -107,7 +107,7 @@ def _facts() -> dict[str, Any]:
 
 
 def _trouble(module: str) -> str | None:
-    """Why an optional package cannot be imported though it is there, or None."""
+    """Why an optional package that is installed cannot be imported, or None."""
     try:
         importlib.import_module(module)
     except ModuleNotFoundError:

@@ -12,7 +12,7 @@ from ..explain import SETTINGS
 from ..fusion import ACTIVATIONS, ActivationLike, Fused
 from ..problem import DTYPES, INTEGER_SUMS, INTEGERS, PRECISIONS, ArraySpec, Kind, Op
 
-# Those that need no arrays.
+# Activations without parameter arrays.
 _ACTIVATIONS = tuple(name for name in ACTIVATIONS if name != "snake")
 
 
@@ -22,7 +22,7 @@ def add_device(parser: Any) -> None:
         choices=("auto", "cpu", "gpu"),
         default="auto",
         metavar="WHERE",
-        help="auto, cpu or gpu (default: auto, the GPU if one answers)",
+        help="auto, cpu or gpu (default: auto, the GPU if one is available)",
     )
 
 
@@ -30,7 +30,7 @@ NUMBERS = (*DTYPES, *INTEGERS)
 
 
 def add_shapes(parser: Any, *, required: bool, dtypes: str = ", ".join(DTYPES)) -> None:
-    """The options that describe a problem without its arrays; `dtypes` says which are the default of several."""
+    """The options that describe a problem without its arrays; `dtypes`: the default where several can be given."""
     parser.add_argument("--input", type=_shape, required=required, metavar="SHAPE", help="N,C_in,L_in or C_in,L_in")
     parser.add_argument(
         "--weight",
@@ -52,7 +52,10 @@ def add_shapes(parser: Any, *, required: bool, dtypes: str = ", ".join(DTYPES)) 
             help=f"{', '.join(NUMBERS)} (default: {dtypes})",
         )
     parser.add_argument(
-        "--out-dtype", choices=INTEGER_SUMS, metavar="D", help=f"of integers: {_one_of(INTEGER_SUMS, INTEGER_SUMS[0])}"
+        "--out-dtype",
+        choices=INTEGER_SUMS,
+        metavar="D",
+        help=f"of integer outputs: {_one_of(INTEGER_SUMS, INTEGER_SUMS[0])}",
     )
     add_settings(parser, tuple(SETTINGS))
 
@@ -65,23 +68,23 @@ def add_settings(parser: Any, ops: tuple[Op, ...]) -> None:
     parser.add_argument("--dilation", type=_whole_number, metavar="N", help="distance between taps (default: 1)")
     parser.add_argument("--groups", type=_whole_number, metavar="N", help="groups of channels (default: 1)")
     parser.add_argument(
-        "--precision", choices=PRECISIONS, metavar="P", help=f"of float32 data: {_one_of(PRECISIONS, 'float32')}"
+        "--precision", choices=PRECISIONS, metavar="P", help=f"for float32 data: {_one_of(PRECISIONS, 'float32')}"
     )
-    for option, what in (("--input-activation", "of the input"), ("--activation", "of the output")):
+    for option, what in (("--input-activation", "applied to the input"), ("--activation", "applied to the output")):
         parser.add_argument(
             option,
             type=_activation,
             metavar="A",
-            help=f"{what}: {', '.join(_ACTIVATIONS)}; leaky_relu and elu may have a number behind a comma, gelu tanh",
+            help=f"{what}: {', '.join(_ACTIVATIONS)}; also with a parameter, such as leaky_relu,0.1 elu,0.5 gelu,tanh",
         )
-    # The commands that know both operations know their gradients, too.
+    # The commands for both operations also have the algorithms of their gradients.
     kinds: tuple[Kind, ...] = (*ops, *(("weight_gradient", "bias_gradient") if len(ops) > 1 else ()))
     names = dict.fromkeys(name for kind in kinds for name in dispatch.algorithms(kind))
     parser.add_argument(
         "--algorithm",
         choices=tuple(names),
         metavar="A",
-        help="base, or the kernel family that a GPU runs (default: the fastest), fft, or auto: fft where it is faster",
+        help="base, fft, auto (fft where it is faster), or a kernel family for the GPU (default: the fastest family)",
     )
     if "conv1d" in ops:
         note_of_mode = "conv1d: " if len(ops) > 1 else ""
@@ -99,7 +102,7 @@ def add_settings(parser: Any, ops: tuple[Op, ...]) -> None:
             "--output-size",
             type=_whole_number,
             metavar="N",
-            help=f"{note}the wanted L_out, in place of --output-padding",
+            help=f"{note}L_out, in place of --output-padding",
         )
 
 
@@ -121,7 +124,7 @@ def _padding(text: str) -> int | tuple[int, ...] | str:
     try:
         sides = tuple(int(part) for part in text.split(","))
     except ValueError:
-        return text  # a word, which the problem checks
+        return text  # a word, which ConvProblem checks
     return sides[0] if len(sides) == 1 else sides
 
 
@@ -166,7 +169,7 @@ def at_least(minimum: int) -> Callable[[str], int]:
 
 
 def given_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """The settings that the command line gives; the operation has defaults for the others."""
+    """The settings given on the command line; the operation has defaults for the others."""
     names = dict.fromkeys(name for settings in SETTINGS.values() for name in settings)
     return {name: value for name in names if (value := getattr(args, name, None)) is not None}
 

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from ..text import wrap
 
-# Messages of argparse, and what gpuconv writes instead.
+# Messages of argparse and their replacements.
 _WORDS = (
     (r"argument ([^:]+): expected one argument", r"\1 needs a value"),
     (r"argument ([^:]+): not allowed with argument (.+)", r"\1 cannot be given together with \2"),
@@ -24,13 +24,13 @@ _WORDS = (
 
 
 class UsageError(Exception):
-    """The command line cannot be understood; the text says why on one line."""
+    """The command line is invalid; the message says why on one line."""
 
 
 class Parser(argparse.ArgumentParser):
     """An `argparse.ArgumentParser` whose errors are raised as `UsageError`.
 
-    In a description and an epilog, lines with two leading spaces are commands; the others form paragraphs.
+    In descriptions and epilogs, lines with two leading spaces are commands; other lines are joined to paragraphs.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -47,7 +47,7 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message} (see {self.prog} --help)")
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        """Parse. An unknown option is reported before a missing one, of which it may be a misspelling."""
+        """Parse. An unknown option is reported before a missing one, since it may be a misspelling of it."""
         words = [*(args or ()), "-"]
         for word, following in itertools.pairwise(words):
             if word == "--" or (self._subparsers is not None and not word.startswith("-")):
@@ -61,7 +61,7 @@ class Parser(argparse.ArgumentParser):
         return namespace, unknown
 
     def _print_message(self, message: str, file: Any = None) -> None:
-        print(message, end="", file=file or sys.stderr)  # argparse's own method ignores errors of writing
+        print(message, end="", file=file or sys.stderr)  # argparse's own method ignores write errors
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
@@ -71,7 +71,7 @@ class Parser(argparse.ArgumentParser):
 
 class _Help(argparse.HelpFormatter):
     def _split_lines(self, text: str, width: int) -> list[str]:
-        return wrap(text, width)  # argparse's own breaks the names of options at their hyphens
+        return wrap(text, width)  # argparse's own method breaks the names of options at their hyphens
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         lines: list[str] = []

@@ -18,9 +18,9 @@ from .options import at_least
 from .terminal import tell
 
 PICTURES = (".png", ".pdf", ".svg")
-CHANNELS = 4  # that are drawn
+CHANNELS = 4  # that are drawn at most
 
-_POINTS = 2000  # across a picture: more samples are drawn as the range of their values, more windows lie further apart
+_POINTS = 2000  # across a picture: of more samples the range of values is drawn, and more windows are spaced wider
 _LONGEST_WINDOW, _SHORTEST_WINDOW = 512, 16  # samples
 _DECIBELS = 80  # below the loudest value, where the colours end
 
@@ -28,14 +28,14 @@ _DECIBELS = 80  # below the loudest value, where the colours end
 def add_to(commands: Any) -> None:
     parser = commands.add_parser(
         "plot",
-        help="draw a .npy or .wav file, or two files beside each other",
+        help="draw a .npy or .wav file, or two files side by side",
         description="Draw the first channels of a file over time, and their spectrograms, into a\n"
-        ".png, .pdf or .svg file. Of two files, such as a recording before and after a\n"
-        "filter, the pictures stand beside each other on the same scales.",
+        ".png, .pdf or .svg file. Two files, such as a recording before and after a filter,\n"
+        "are drawn side by side on the same scales.",
         epilog=f"{EXIT_CODES}\n\nexample:\n  gpuconv plot speech.wav\n  gpuconv plot speech.wav out.wav both.png",
     )
     parser.add_argument("input", metavar="IN", help="a .npy file (channels, samples) or (samples), or a .wav file")
-    parser.add_argument("after", nargs="?", metavar="AFTER", help="a second file, to stand beside it")
+    parser.add_argument("after", nargs="?", metavar="AFTER", help="a second file, to draw next to it")
     parser.add_argument(
         "output", nargs="?", metavar="OUT", help="the picture (default: the name of the last file with .png)"
     )
@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _names(args: argparse.Namespace) -> tuple[list[str], str]:
-    """The files to draw, and the picture: the last name where it is that of a picture."""
+    """The files to draw and the picture, which is the last name if that has the suffix of a picture."""
     names = [name for name in (args.input, args.after, args.output) if name is not None]
     if "" in names:
         raise CommandError("the name of a file is empty")
@@ -130,7 +130,7 @@ def _draw(figure: Any, signals: list[_Signal]) -> None:
             _draw_wave(wave, signal.samples[row], signal.rate)
             power, hop = powers[column]
             scale = signal.rate or 1
-            # The windows' centres lie at multiples of the hop, and the middles of the picture's columns there.
+            # Windows are centred at multiples of the hop, and so are the columns of the picture.
             end = ((power.shape[1] - 0.5) * hop) / scale
             colours = image.imshow(
                 power, origin="lower", aspect="auto", cmap="magma", vmin=loudest - _DECIBELS, vmax=loudest,
@@ -150,7 +150,7 @@ def _draw(figure: Any, signals: list[_Signal]) -> None:
 
 
 def _draw_wave(axes: Any, samples: files.Array, rate: int | None) -> None:
-    """Samples as a line, or where there are many the range of the values of neighbours."""
+    """Draw samples as a line, or if there are many, the range of values of neighbours."""
     step = -(-len(samples) // _POINTS)
     if step < 3:
         axes.plot(np.arange(len(samples)) / (rate or 1), samples, linewidth=0.8)
@@ -163,8 +163,8 @@ def _draw_wave(axes: Any, samples: files.Array, rate: int | None) -> None:
 def _spectrogram(samples: files.Array) -> tuple[files.Array, int]:
     """The power of a signal in decibels (frequencies, windows), and the samples from one window to the next.
 
-    A sine of amplitude 1 has 0 dB. The windows are Hann's; their cosines and sines are the taps of one convolution, as
-    in any short-time Fourier transform.
+    A sine of amplitude 1 has 0 dB. The short-time Fourier transform is one convolution, whose taps are cosines and
+    sines times a Hann window.
     """
     longest = 2 ** int(math.log2(max(len(samples) // 8, 1)))
     K = min(_LONGEST_WINDOW, max(_SHORTEST_WINDOW, longest))
@@ -172,7 +172,7 @@ def _spectrogram(samples: files.Array) -> tuple[files.Array, int]:
     window = np.hanning(K + 1)[:-1]
     angles = 2 * np.pi * np.outer(np.arange(K // 2 + 1), np.arange(K)) / K
     taps = np.concatenate((np.cos(angles), np.sin(angles))) * (window / (window.sum() / 2))
-    with np.errstate(all="ignore"):  # what is not finite stays empty
+    with np.errstate(all="ignore"):  # values that are not finite are not drawn
         spectrum = functional.conv1d(
             samples.reshape(1, 1, -1), taps[:, np.newaxis].astype(np.float32), stride=hop, padding=K // 2,
             padding_mode="reflect" if len(samples) > K // 2 else "zeros",

@@ -12,16 +12,16 @@ from typing import Any
 
 from ..text import WIDTH, shorten, wrap
 
-PROGRESS_SECONDS = 10.0  # between two lines where stderr is no terminal
+PROGRESS_SECONDS = 10.0  # between two lines if stderr is not a terminal
 
 
 def terminal_width() -> int:
-    """The columns of the terminal, or $COLUMNS; 80 where stdout is no terminal."""
+    """The columns of the terminal, or $COLUMNS; 80 if stdout is not a terminal."""
     return shutil.get_terminal_size((WIDTH, 24)).columns
 
 
 def tell(kind: str, message: str) -> None:
-    """Write a message to stderr: one line, which is broken between words to fit a terminal."""
+    """Write a message to stderr on one line; on a terminal, wrapped between words."""
     text = f"gpuconv: {kind}: {shorten(message)}"
     try:
         lines = wrap(text, terminal_width(), rest="  ") if sys.stderr.isatty() else [text]
@@ -72,7 +72,7 @@ def show_progress(title: str) -> Iterator[Callable[[int, int, str], None]]:
         finally:
             print(f"\r{'':<{width}}\r", end="", file=sys.stderr, flush=True)
         return
-    # In a narrow terminal the label is cut, never a number.
+    # In a narrow terminal the label is cut, not the numbers.
     label_column = TextColumn("{task.fields[label]}", table_column=Column(no_wrap=True, ratio=1))
     columns = (TextColumn(title), BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn(), label_column)
     with Progress(*columns, console=Console(stderr=True), transient=True, expand=True) as bar:

@@ -22,10 +22,10 @@ def add_to(commands: Any) -> None:
     parser = commands.add_parser(
         "verify",
         help="check the results of this machine against the reference",
-        description="Run the table of test problems on the chosen device and check every result:\n"
-        "exact where the data is small integers, inside the computed error bound\n"
-        "elsewhere. The bound follows from the problem; there is no tolerance to set.",
-        epilog="exit codes: 0 all good, 1 a mismatch, 2 bad usage, 3 no GPU for --device gpu\n\n"
+        description="Compute the table of test problems on the chosen device and check every result.\n"
+        "Results on small integers must be exact; others must be within the computed error\n"
+        "bound. The bound follows from the problem; there is no tolerance to set.",
+        epilog="exit codes: 0 all results are right, 1 a result is wrong, 2 bad usage, 3 no GPU for --device gpu\n\n"
         "example:\n  gpuconv verify --device gpu --layers layers.json --junit gpuconv.xml",
     )
     add_device(parser)
@@ -33,14 +33,14 @@ def add_to(commands: Any) -> None:
         "--dtype", type=some_of(NUMBER_FORMATS), metavar="D[,D]", help=f"only these, of {', '.join(NUMBER_FORMATS)}"
     )
     parser.add_argument(
-        "--filter", metavar="TEXT", help="only the cases with TEXT in their name, or this tag or operation"
+        "--filter", metavar="TEXT", help="only the cases with TEXT in their name, or with TEXT as tag or operation"
     )
     parser.add_argument(
-        "--layers", metavar="FILE", help="your own layers in FILE, which gpuconv explain --json has written"
+        "--layers", metavar="FILE", help="check your own layers, which gpuconv explain --json has written to FILE"
     )
-    parser.add_argument("--all", action="store_true", help="every case in every dtype, not a selection")
-    parser.add_argument("--family", metavar="NAME", help="only this kernel family, by the cases that it takes (GPU)")
-    parser.add_argument("--list", action="store_true", help="print the names that --filter takes, and run nothing")
+    parser.add_argument("--all", action="store_true", help="check every case in every dtype, not a selection")
+    parser.add_argument("--family", metavar="NAME", help="only this kernel family, on the cases that it takes (GPU)")
+    parser.add_argument("--list", action="store_true", help="print the names that --filter takes, and compute nothing")
     parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="seed of the random data (default: 0)")
     parser.add_argument("--json", action="store_true", help="print the report, or the list, as a JSON object")
     parser.add_argument("--junit", metavar="FILE", help="also write the report to FILE as JUnit XML, for CI")
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _page(report: str) -> str:
-    """The report; for a terminal with its long lines broken between words."""
+    """The report; on a terminal, with long lines wrapped between words."""
     if not sys.stdout.isatty():
         return report
     width = terminal_width()
@@ -89,7 +89,7 @@ def _page(report: str) -> str:
 
 
 def _list_cases(filter: str | None, *, as_json: bool) -> int:
-    """Operations and tags with the number of their cases, then the cases with their tags."""
+    """Print operations and tags with the number of their cases, then the cases with their tags."""
     try:
         selected = cases.select(filter)
     except ValueError as error:

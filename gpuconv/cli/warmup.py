@@ -26,11 +26,12 @@ def add_to(commands: Any) -> None:
     parser = commands.add_parser(
         "warmup",
         help="compile kernels in advance",
-        description="Compile kernels, so that no later process waits for the compiler: those of one\n"
-        "problem and its gradients, of the layers in a file, or, without either, every\n"
-        "kernel of the given dtypes that pads with zeros and fuses nothing.\n"
-        "With --arch they are for GPUs that need not be there, and lie in the folder\n"
-        "that gpuconv cache shows. Else they are for the present GPU, in CuPy's cache.",
+        description="Compile kernels, so that later processes do not wait for the compiler: those of\n"
+        "one problem and its gradients, of the layers in a file, or, without either, all\n"
+        "kernels of the given dtypes with zero padding and without fused operations.\n"
+        "With --arch they are for GPUs that need not be installed, and are stored in the\n"
+        "folder that gpuconv cache shows. Otherwise they are for this machine's GPU, and are\n"
+        "stored in CuPy's cache.",
         epilog=f"{EXIT_CODES_WITH_GPU}\n\nexample:\n  gpuconv warmup --arch sm_90 --dtype float16",
     )
     parser.add_argument("op", nargs="?", choices=tuple(SETTINGS), metavar="OP", help="conv1d or conv_transpose1d")
@@ -38,20 +39,20 @@ def add_to(commands: Any) -> None:
         "--arch",
         type=some_of(tuple(ARCHITECTURES)),
         metavar="A[,A]",
-        help=f"for these GPUs: {', '.join(ARCHITECTURES)}",
+        help=f"compile for these GPUs: {', '.join(ARCHITECTURES)}",
     )
     parser.add_argument(
-        "--layers", metavar="FILE", help="those of the layers in FILE, which gpuconv explain --json has written"
+        "--layers", metavar="FILE", help="compile for the layers that gpuconv explain --json has written to FILE"
     )
     add_shapes(parser, required=False)
     parser.add_argument(
         "--direction",
         type=some_of(DIRECTIONS),
         metavar="D[,D]",
-        help=f"of a problem or of layers only these: {', '.join(DIRECTIONS)}",
+        help=f"for a problem or layers, only these: {', '.join(DIRECTIONS)}",
     )
     parser.add_argument(
-        "--jobs", type=at_least(1), metavar="N", help="with --arch: processes that compile (default: one a core)"
+        "--jobs", type=at_least(1), metavar="N", help="with --arch: compile in N processes (default: one per core)"
     )
     parser.set_defaults(run=run)
 
@@ -60,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     if (args.input is None) != (args.weight is None):
         raise CommandError("warmup needs --input and --weight together, or neither")
     if args.input is not None and args.op is None:
-        raise CommandError("warmup needs conv1d or conv_transpose1d in front of the shapes")
+        raise CommandError("warmup needs conv1d or conv_transpose1d before --input and --weight")
     if args.layers is not None and (args.op is not None or args.input is not None):
         raise CommandError("warmup takes --layers in place of a problem, got both")
     settings = given_settings(args)
@@ -96,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _layers(args: argparse.Namespace, settings: dict[str, Any]) -> list[Layer] | None:
-    """The layers that the command line means, in each of the dtypes; None for all that there are."""
+    """The layers that the command line describes, in each of the dtypes; None for all kernels."""
     if args.layers is not None:
         found = layers.read(args.layers)
         return [layer.with_dtype(dtype) for dtype in args.dtype for layer in found] if args.dtype else found
@@ -114,7 +115,7 @@ def _configs(args: argparse.Namespace, wanted: list[Layer] | None, device: Devic
         directions = directions_of(layer.arrays[0], layer.settings)
         if args.direction and args.layers is not None:
             directions = tuple(direction for direction in directions if direction in args.direction)
-        elif args.direction:  # what a problem does not have is an error
+        elif args.direction:  # for a single problem, a direction that it does not have is an error
             directions = args.direction
         try:
             configs.update(dict.fromkeys(configs_of("warmup", *layer[:2], device, directions, layer.settings)))

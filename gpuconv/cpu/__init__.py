@@ -1,31 +1,31 @@
-"""The NumPy path: both operations and their gradients on the CPU, through BLAS as NumPy offers it, in bounded memory.
+"""The NumPy path: both operations and their gradients on the CPU, through NumPy's BLAS, in bounded memory.
 
-The output is cut into blocks, and `method` chooses, from the problem alone, how a block is computed:
+The output is cut into blocks, and `method` chooses, from the problem alone, the form in which a block is computed:
 
 - small: the windows of a whole small problem are copied side by side, for one product with the weight.
-- panels: the windows of a block are copied side by side into a panel, for one product with the weight as it lies.
-- shift_add: one product of all taps with the input as it lies, whose rows are then shifted and summed.
+- panels: the windows of a block are copied side by side into a panel, for one product with the weight.
+- shift_add: one product of all taps with the input in place; its rows are then shifted and summed.
 - toeplitz: neighbouring outputs of one group together, as the product of their common window with a banded matrix;
-  of many short rows, the windows of all samples at once.
-- windows: the same of depthwise rows, whose windows are read where they lie.
+  for many short rows, the windows of all samples at once.
+- windows: as toeplitz, for depthwise rows, whose windows are read in place.
 - planes: sums of elementwise products of depthwise planes, of many rows at once.
-- taps: elementwise products, one per tap, where a group has one input channel.
+- taps: one elementwise product per tap, where a group has one input channel.
 
-Integers are computed exactly through float64 (`integers`), and windows that reach over an edge into padding other than
-zeros from copies of their own (`edges`).
-What is fused is done to blocks of the output while they are in the cache (`fused`).
+Integers are computed exactly through float64 (`integers`). In padding modes other than zeros, windows that reach over
+an edge are computed from copies (`edges`). What is fused is applied to blocks of the output while they are in the cache
+(`fused`).
 
-A transposed problem is seen as a convolution that yields several outputs at each position (`geometry`), or with its
-input and its weight exchanged, where the weight is the longer one. Taps that meet nothing but padding are left out.
-`choice` adds up what the parts of each form cost (`costs`) and takes the cheapest.
+A transposed problem is treated as a convolution with several outputs at each position (`geometry`), or where the weight
+is longer than the input, with the two exchanged. Taps that read only padding are left out. `choice` adds up the costs
+of the parts of each form (`costs`) and takes the cheapest.
 
-Most forms multiply zeros: padding, absent taps, the rest of a band. A zero is harmless until it meets an infinity or a
-NaN; the element it spoils is then not finite either. So each block that could be spoilt is checked while it is in the
-cache, and one that is not finite is computed again by taps, which leave out what does not exist. Where there are too
-many taps for that, `non_finite` separates such values beforehand.
+Most forms multiply zeros: padding, absent taps, the rest of a band. A zero times an infinity or a NaN is NaN, and the
+sum is then not finite. So each block where this could happen is checked while it is in the cache, and if it is not
+finite, it is computed again by the form taps, which leaves out padding and absent taps. Where there are too many taps
+for that, `non_finite` separates such values beforehand.
 
-The result is deterministic and within the bound of `gpuconv.reference`. Its bits depend on the problem, and, since BLAS
-sums in an order of its own, on the layout of the arrays in memory and on the number of BLAS's threads as well.
+The result is deterministic and within the bound of `gpuconv.reference`. Its bits depend on the problem and, because of
+the order in which BLAS sums, on the layout of the arrays in memory and on the number of BLAS threads.
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ def convolve(
     output: Array,
     fused_arrays: Sequence[Array | None] = (),
 ) -> None:
-    """Compute a problem into `output`, every element of it.
+    """Compute a problem into all elements of `output`.
 
-    float16 and bfloat16 are summed in float32, the bias included, and rounded once. A NaN or an infinity reaches only
+    float16 and bfloat16 are summed in float32, the bias included, and rounded once. A NaN or an infinity affects only
     the outputs whose windows contain it.
 
     Args:
-        problem: extents and settings; the arrays agree with it.
+        problem: extents and settings of the arrays.
         input: `problem.input_shape`, native byte order, any strides.
         weight: `problem.weight_shape`, likewise.
         bias: `problem.bias_shape` or None, likewise.

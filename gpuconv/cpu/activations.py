@@ -1,9 +1,9 @@
-"""The activations on the CPU: functions of float32 or float64 blocks, in place, by NumPy's elementary functions.
+"""The activations on the CPU: applied in place to float32 or float64 blocks, by NumPy's elementary functions.
 
 NumPy has no error function. For gelu, half of ``erfc(a/sqrt(2))`` is ``exp(-a*a/2) * P(t)/(a + k)`` with
 ``t = (a - k)/(a + k)``, where P is a polynomial fitted at Chebyshev points (after M. M. Shepherd and J. G. Laframboise,
 Chebyshev approximation of (1 + 2x) exp(x**2) erfc x, Mathematics of Computation 36, 1981). cuda_src/activation.cuh has
-the same ones.
+the same polynomials.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 from ..fusion import Activation
 from .arrays import Array, Scratch
 
-# k, and the coefficients of P from the highest power down, by itemsize. They serve where exp(-a*a/2) is not zero.
+# k, and the coefficients of P from the highest power down, by itemsize; accurate wherever exp(-a*a/2) is not zero.
 _TAILS: dict[int, tuple[float, tuple[float, ...]]] = {
     4: (
         4.0,
@@ -37,7 +37,7 @@ _TAILS: dict[int, tuple[float, tuple[float, ...]]] = {
         ),
     ),
 }  # fmt: skip
-# Below this silu and gelu are zero: so they are at minus infinity, where their formulas multiply it by zero.
+# Below this, silu and gelu are zero. Arguments are clamped to it, since at minus infinity the formulas give NaN.
 _LOWEST = -1000.0
 
 
@@ -96,7 +96,7 @@ def _add_one_exp(x: Array, out: Array) -> None:
 
 
 def _multiply_tail(a: Array, scratch: Scratch) -> None:
-    """Multiply a >= 0 by what the normal distribution has beyond it: erfc(a/sqrt(2))/2."""
+    """Multiply a >= 0 by the tail of the normal distribution, erfc(a/sqrt(2))/2."""
     k, coefficients = _TAILS[a.itemsize]
     inverse, t, p = (scratch.take(name, *a.shape) for name in ("inverse", "tail", "polynomial"))
     np.add(a, k, out=inverse)

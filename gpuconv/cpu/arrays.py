@@ -1,4 +1,4 @@
-"""What every form and every gradient on the CPU works with: scratch buffers, slices, facts of NumPy's arrays."""
+"""Helpers of all forms and gradients on the CPU: scratch buffers, slices, views and copies of arrays."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from . import limits
 
 Array = npt.NDArray[Any]
 
-# Elements of a dot product that BLAS computes on the calling thread.
+# The most elements of a dot product that BLAS computes on the calling thread.
 _SHORT_DOT = 8192
 
 
@@ -28,11 +28,11 @@ def accumulator(dtype: str) -> np.dtype[Any]:
 
 
 class Scratch:
-    """Buffers that one worker uses again for each of its blocks.
+    """Buffers that one worker reuses for each of its blocks.
 
     Attributes:
         dtype: of the buffers.
-        band: what the buffer "band" holds: the arguments that it was made from.
+        band: identifies the contents of the buffer "band", so that they need not be made again.
     """
 
     __slots__ = ("_buffers", "_size", "_views", "band", "dtype")
@@ -53,7 +53,7 @@ class Scratch:
         if buffer is None or buffer.size < size:
             self._size += size - (0 if buffer is None else buffer.size)
             self._views.pop(name, None)
-            del buffer, view  # before its successor is allocated
+            del buffer, view  # freed before the larger one is allocated
             buffer = np.empty(size, self.dtype)
         self._buffers[name] = buffer
         self._views[name] = view = buffer[:size].reshape(shape)
@@ -61,9 +61,9 @@ class Scratch:
 
     @classmethod
     def borrow(cls, purpose: str, dtype: np.dtype[Any]) -> Scratch:
-        """Buffers that the calling thread kept for a purpose, or new ones; nobody else has them until `give_back`.
+        """Buffers that the calling thread kept for a purpose, or new ones; nothing else uses them until `give_back`.
 
-        Memory that is new to the process costs a microsecond for each page of it, often more than all else.
+        Memory that is new to the process costs a microsecond for each page, often more than the computation.
         """
         kept = _KEPT.scratch.pop(purpose, None)
         if kept is None or kept.dtype != dtype:
@@ -88,7 +88,10 @@ _KEPT = _Kept()
 
 
 def is_direct(array: Array, dtype: np.dtype[Any]) -> bool:
-    """Whether BLAS takes the matrices (..., rows, positions) of an array: unit stride in rows that do not overlap."""
+    """Whether BLAS can read the matrices (..., rows, positions) of an array in place.
+
+    They need unit stride along rows, and rows that do not overlap.
+    """
     flags, strides = array.flags, array.strides
     size = dtype.itemsize
     if array.dtype != dtype or strides[3] != size or not flags.aligned:
@@ -101,8 +104,8 @@ def is_direct(array: Array, dtype: np.dtype[Any]) -> bool:
 def strided(array: Array, offset: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> Array:
     """A view (shape, strides in bytes) that begins `offset` elements along the last axis of an array.
 
-    The caller sees to it that it stays within. `as_strided` takes ten times as long as the constructor, which needs a
-    contiguous array.
+    The caller ensures that the view stays within the array. For contiguous arrays the constructor of ndarray is used,
+    which is ten times as fast as `as_strided`.
     """
     if array.flags.c_contiguous:
         view: Array = np.ndarray(shape, array.dtype, array, offset * array.itemsize, strides)
@@ -112,10 +115,10 @@ def strided(array: Array, offset: int, shape: tuple[int, ...], strides: tuple[in
 
 
 def copy_swapped(source: Array, out: Array) -> None:
-    """``out[...] = source``, where the last two axes of `out` lie the other way round in memory.
+    """``out[...] = source``, where the last two axes of `out` are swapped in memory.
 
-    A copy goes along the axis that is contiguous in the result, however short it is. A sum goes along the last axis
-    where its arrays disagree, so a sum with zero takes as little as a third of the time.
+    A copy of NumPy loops along the axis that is contiguous in the result, however short it is. An addition loops along
+    the last axis if the layouts differ, so adding zero can take as little as a third of the time.
     """
     if source.shape[-1] > source.shape[-2] and source.dtype == out.dtype:
         np.add(source, 0, out=out)
@@ -128,7 +131,7 @@ def copy_padded(
 ) -> None:
     """Copy the positions from low to high of the last axis into `out`, zeros where there are none.
 
-    `copy` copies the positions of the source, where it is not an assignment.
+    `copy` copies the positions that exist; None for a plain assignment.
     """
     first = min(max(low, 0), high)
     last = max(min(high, source.shape[-1]), first)
@@ -144,12 +147,12 @@ def copy_padded(
 
 def is_finite(block: Array) -> bool:
     short = block.size <= _SHORT_DOT and block.dtype.kind == "f" and block.flags.c_contiguous
-    # The sum of squares takes a third of the time, but may overflow.
+    # The sum of squares takes a third of the time; since it may overflow, only a finite one is conclusive.
     return (short and math.isfinite(np.vdot(block, block))) or bool(np.isfinite(block).all())
 
 
 def slices(start: int, stop: int, length: int) -> list[slice]:
-    """Consecutive slices of a length from start to stop."""
+    """Consecutive slices of a length from start to stop; the last one may be shorter."""
     if 0 < stop - start <= length:
         return [slice(start, stop)]
     return [slice(at, min(at + length, stop)) for at in range(start, stop, length)]

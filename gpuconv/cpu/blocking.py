@@ -15,9 +15,9 @@ from .threads import run_blocks
 
 
 class Blocking(NamedTuple):
-    """Block sizes. Of a weight that BLAS cannot read as it lies, `weight_rows` of `weight_groups` are packed at a time.
+    """Block sizes. Products have at most `tile_rows` rows and `tile` columns.
 
-    Products have at most `tile_rows` rows and `tile` columns.
+    A weight that BLAS cannot read in place is packed in parts of `weight_rows` rows of `weight_groups` groups.
     """
 
     samples: int
@@ -30,7 +30,7 @@ class Blocking(NamedTuple):
     weight_rows: int
 
     def num_blocks(self, p: ConvProblem, positions: int) -> tuple[int, int]:
-        """The number of blocks of a problem, and how often their columns are read again for other rows."""
+        """The number of blocks of a problem, and how often their columns are read, once for each part of the rows."""
         rows = -(-p.C_out_g // min(self.rows, self.weight_rows))
         groups = -(-p.groups // min(self.groups, self.weight_groups))
         return rows * groups * -(-p.N // self.samples) * -(-positions // self.length), rows
@@ -44,7 +44,7 @@ class Blocking(NamedTuple):
         compute: Callable[[Call, Array, Block, Scratch], None],
         workers: int,
     ) -> None:
-        """Compute all blocks from the weight (groups, rows*n, depth) for some n, or, if it is None, from packed parts.
+        """Compute all blocks, with `weight` as a matrix (groups, rows*n, depth) for some n; None packs parts of it.
 
         `pack` takes a part (groups, rows, C_in_g, K) of the weight and returns (groups, rows*n, depth).
         """
@@ -53,7 +53,7 @@ class Blocking(NamedTuple):
         packed = Scratch.borrow("weight", call.dtype)
         first, last = positions
         if (p.N, p.groups, p.C_out_g, last - first) == self[:4] and (p.groups, p.C_out_g) == (per_groups, per_rows):
-            # A small problem is one block, and its time is mostly that of the interpreter.
+            # A problem of one block is small, and its time is mostly that of the interpreter.
             matrix = pack(call.w, packed) if weight is None else weight
             block = Block(slice(0, p.N), slice(0, p.groups), slice(0, p.C_out_g), first, last)
             scratch = Scratch.borrow("blocks", call.dtype)
@@ -89,7 +89,7 @@ class Blocking(NamedTuple):
                 np.matmul(w, columns[:, :, :, None], out=part.reshape(*part.shape[:3], -1, rows, part.shape[4]))
 
     def tiles(self, columns: int) -> list[tuple[int, int, int]]:
-        """Cut a number of columns into runs of equal tiles: (from, to, columns of a tile)."""
+        """Cut a number of columns into runs of equal tiles: (start, stop, columns of a tile)."""
         whole = columns - columns % self.tile
         runs = ((0, whole, self.tile), (whole, columns, columns - whole))
         return [run for run in runs if run[0] < run[1]]
@@ -102,9 +102,9 @@ def tiled(matrix: Array, tile: int) -> Array:
 
 
 def parts(p: ConvProblem, overhead: float = 0.0) -> int:
-    """Into how many blocks at least to cut a problem that several threads share: a power of two, to share evenly.
+    """The least number of blocks of a problem for several threads: a power of two, so that they share evenly.
 
-    `overhead` is the interpreter's time for a block in nanoseconds, in which no other thread can use it.
+    `overhead` is the interpreter's time for a block in nanoseconds, during which no other thread can use it.
     """
     least = max(limits.WORTH_A_BLOCK, 8 * overhead)
     wanted = min(limits.MAX_WORKERS, int(_work(p) / least))
@@ -113,16 +113,15 @@ def parts(p: ConvProblem, overhead: float = 0.0) -> int:
 
 
 def _work(p: ConvProblem) -> float:
-    """A guess at the nanoseconds of a problem: the product, the panel copied for it, what is done to each output."""
+    """An estimate of a problem's nanoseconds: the product, the panel copied for it, and the work on each output."""
     multiply_adds = p.flops() // 2
     return (multiply_adds * (2 * costs.FLOP + costs.COPY / p.C_out_g) + p.N * p.C_out * p.L_out) * costs.scale(p)
 
 
 def share(p: ConvProblem, *blocks: tuple[int, int]) -> list[int]:
-    """Block sizes of (extent, largest size), for at least `parts` blocks where possible; the first are cut first.
+    """Block sizes for pairs (extent, largest size), for at least `parts` blocks where possible; the first is cut first.
 
-    The last block is smaller where there is room: by what a helper begins later than the caller, who then need not wait
-    for it.
+    The last block is smaller where possible: a helper starts later than the caller, which then need not wait for it.
     """
     sizes, wanted, longer = [], parts(p), 1 + limits.LATE / _work(p)
     for extent, largest in blocks:

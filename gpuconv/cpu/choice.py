@@ -1,4 +1,4 @@
-"""Which form computes a problem: the one that costs least by `costs`, among all that take it."""
+"""Chooses the form that computes a problem: the one with the least cost by `costs`, of all that can compute it."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Method:
     Attributes:
         name: the form.
         reason: why it is chosen.
-        workspace_bytes: a bound on the memory used beyond input, weight, bias and output. Each thread keeps up to
-            `limits.KEPT_SCRATCH` bytes for its next call.
+        workspace_bytes: a bound on the memory used besides input, weight, bias and output. Each thread keeps up to
+            `limits.KEPT_SCRATCH` bytes of it for its next call.
     """
 
     name: str
@@ -43,28 +43,28 @@ class Form(Protocol):
 
     @property
     def reason(self) -> str:
-        """When it is the best one."""
+        """Why it is chosen, for `explain`."""
 
     @property
     def concurrent(self) -> bool:
-        """Whether blocks are computed on several threads; elsewhere the threads are left to BLAS."""
+        """Whether blocks are computed on several threads; otherwise BLAS uses the threads."""
 
     def multiplies_zeros(self, p: ConvProblem) -> bool:
-        """Whether absent inputs or taps are multiplied, as zeros."""
+        """Whether padding or absent taps are multiplied, as zeros."""
 
     def cost(self, p: ConvProblem) -> float:
-        """A guess at the nanoseconds on one core."""
+        """An estimate of the nanoseconds on one core."""
 
     def memory(self, p: ConvProblem) -> tuple[int, dict[str, int]]:
         """Bounds on the elements of the scratch buffers: what all threads share, and what each has by name."""
 
     def run(self, call: Call, workers: int) -> None:
-        """Compute the call on at most so many threads."""
+        """Compute the call on at most `workers` threads."""
 
 
 @dataclass(frozen=True, slots=True)
 class Fill:
-    """The bias, or zeros: every sum is empty, or there is no output."""
+    """The form for empty sums: it writes the bias, or zeros."""
 
     name: str
     reason: str
@@ -84,19 +84,18 @@ class Fill:
 
 
 class ChosenForm(NamedTuple):
-    """The form that computes a problem, and on what.
+    """The form that computes a problem, and the problem as the form sees it.
 
     Attributes:
         given: the problem that is to be computed.
         method: what `explain` shows.
-        form: what computes the blocks.
+        form: the form.
         workers: the most threads.
-        problem: the one that the form computes: that of the useful taps, or that in which input and weight have changed
-            places.
-        taps: the useful ones.
-        exchanged: input and weight have changed places.
+        problem: the one that the form computes: that of the useful taps, or with input and weight exchanged.
+        taps: the useful taps.
+        exchanged: input and weight are exchanged.
         separate: NaN and infinities are separated (`non_finite`).
-        small: the form, where it takes the arrays as they are given.
+        small: the form, if it is `Small` and can read the given arrays directly.
     """
 
     given: ConvProblem
@@ -131,7 +130,7 @@ class ChosenForm(NamedTuple):
 
 @lru_cache(maxsize=4096)
 def choose(p: ConvProblem) -> ChosenForm:
-    """The cheapest form whose scratch buffers fit the memory that a call may take."""
+    """The cheapest form whose scratch buffers fit into the memory that a call may use."""
     options = [(form.cost(q), form, q) for q, forms in candidates(p) for form in forms]
     options.sort(key=lambda option: option[0])
     for cost, form, q in options:
@@ -142,22 +141,22 @@ def choose(p: ConvProblem) -> ChosenForm:
 
 
 def cost(p: ConvProblem) -> float:
-    """A guess at the nanoseconds of the cheapest form on one core, where the padding is zeros."""
+    """An estimate of the nanoseconds of the cheapest form on one core, for padding with zeros."""
     return min(form.cost(q) for q, forms in candidates(p) for form in forms)
 
 
 def _allowed(p: ConvProblem) -> int:
-    """The memory that a call may take beyond its arrays."""
+    """The bytes that a call may use besides its arrays."""
     return max(limits.WORKSPACE, (math.prod(p.input_shape) + math.prod(p.output_shape)) * p.itemsize // 4)
 
 
 def chosen_form(p: ConvProblem, q: ConvProblem, form: Form, cost: float) -> ChosenForm:
-    """How a form of a problem `p`, or of its exchange, `q`, computes it."""
+    """How `form` computes the problem `p` by way of `q`, which has only useful taps or is exchanged."""
     shared, buffers = form.memory(q)
     size = accumulator(p.dtype).itemsize
     separate = form.multiplies_zeros(q) and non_finite.takes(q)
     shared = shared * size + (non_finite.extra_bytes(q) if separate else 0)
-    # The largest buffer is also compared with infinity, one byte per element.
+    # The check of the largest buffer for finite values takes one byte per element.
     each = sum(buffers.values()) * size + max(buffers.values(), default=0)
     workers = 1
     if form.concurrent and cost > limits.WORTH_THREADS:
@@ -171,7 +170,7 @@ def chosen_form(p: ConvProblem, q: ConvProblem, form: Form, cost: float) -> Chos
 
 
 def candidates(p: ConvProblem) -> list[tuple[ConvProblem, list[Form]]]:
-    """All forms that take a problem, and those that take it with input and weight exchanged."""
+    """All forms that can compute a problem, and those that can with input and weight exchanged."""
     if 0 in p.output_shape:
         return [(p, [Fill("nothing", "the output is empty")])]
     if 0 in p.input_shape:

@@ -1,4 +1,4 @@
-"""A weight gradient as the forms see it: a correlation of an array as it lies with windows of another, in blocks."""
+"""A weight gradient as the forms compute it: a correlation of an array with windows of another one, in blocks."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from .arrays import slices
 
 
 class Correlation(NamedTuple):
-    """The roles: ``sums[g, r, c, k] = sum over n, l of a[n, g, r, l] * b[n, g, c, l*stride + offset + k*dilation]``.
+    """``sums[g, r, c, k] = sum over n, l of a[n, g, r, l] * b[n, g, c, l*stride + offset + k*dilation]``.
 
     Attributes:
         N, G, K: samples, groups, taps.
         R, C: channels of a and of b in one group.
         L_a, L_b: positions.
-        swapped: a is the fine array and b the coarse one, so the taps run backwards; else a is the coarse one.
-        conjugate_a, conjugate_b: which one is conjugated.
+        swapped: a is the fine array and b the coarse one, so the taps are reversed; otherwise a is the coarse one.
+        conjugate_a, conjugate_b: whether the array is conjugated.
     """
 
     N: int
@@ -49,15 +49,12 @@ class Correlation(NamedTuple):
         )  # fmt: skip
 
     def window(self, start: int, stop: int, taps: slice) -> tuple[int, int]:
-        """The positions of b that these taps read at the positions start to stop of a: first, and behind the last."""
+        """The range of positions of b that these taps read at the positions start to stop of a."""
         low = start * self.stride + self.offset + taps.start * self.dilation
         return low, low + (stop - 1 - start) * self.stride + (taps.stop - 1 - taps.start) * self.dilation + 1
 
     def reading(self, k: int, start: int, stop: int) -> tuple[int, int, slice]:
-        """The positions of a between start and stop at which tap k meets an element of b: first, and behind the last.
-
-        The third value is the slice of b that it meets there.
-        """
+        """The range of positions of a within start to stop at which tap k reads b, and the slice that it reads."""
         shift = self.offset + k * self.dilation
         first = min(max(start, -(shift // self.stride)), stop)
         last = max(min(stop, -((shift - self.L_b) // self.stride)), first)
@@ -86,7 +83,7 @@ class Sizes:
         name: of the form.
         depth: the positions of one product; a tile of taps can have several.
         tile_rows: the rows of one product.
-        slices: the parts into which the tiles are cut, each with sums of its own.
+        slices: the parts into which the tiles are divided, each with sums of its own.
     """
 
     roles: Correlation
@@ -138,7 +135,7 @@ class Sizes:
             buffers["product"] = sums * self.samples
         if self.name == "taps":
             buffers["product"] = sums * max(1, self.positions // self.depth)
-        # The exact form needs of b one window at a time.
+        # `WeightSums._add_exactly` reads one window of b at a time.
         buffers["b"] = max(buffers["b"], self.groups * self.positions * self.channels)
         return buffers
 

@@ -1,7 +1,7 @@
-"""What the parts of a computation cost, in nanoseconds on one core; only the order of sums of them matters.
+"""The costs of the parts of a computation, in nanoseconds on one core; they only serve to compare forms.
 
-Measured with NumPy 2.4 and OpenBLAS 0.3.31 on an EPYC with AVX-512: the slopes and offsets of single NumPy calls over
-their extents.
+Measured with NumPy 2.4 and OpenBLAS 0.3.31 on an EPYC with AVX-512, as slopes and offsets of the times of single NumPy
+calls over their extents.
 """
 
 from __future__ import annotations
@@ -10,14 +10,15 @@ from ..problem import ConvProblem
 from . import limits
 from .arrays import accumulator
 
-# The interpreter's time for a NumPy call, views and arguments included, and for a block of a form beside its calls.
+# The interpreter's time for a NumPy call, views and arguments included, and for a block of a form besides its calls.
 CALL = 2_000.0
 BLOCK = 25_000.0
 
-# A run of NumPy's inner loop, of one that copies, and its elements (4 bytes, operands in the cache): a copy, one with a
-# stride, one that transposes, one that exchanges the channels and the positions of short rows, one to the diagonals
-# of a band, an addition or a product, both at once by `einsum`.
-# FAR_ROW is what a run costs beyond that where its neighbours belong to another sample, each in a page of its own.
+# One run of NumPy's inner loop: ROW where it computes, COPY_ROW where it copies; FAR_ROW comes on top where the next
+# run belongs to another sample, in another page of memory. One element (4 bytes, operands in the cache): of a copy, of
+# one with a stride, of one that transposes, of one that swaps channels and positions of short rows (SWAPPING_ROW is its
+# run), of one to the diagonals of a band, of an addition or a product, of both at once by `einsum`, and of an addition
+# or a product with a stride.
 ROW = 14.0
 COPY_ROW = 5.0
 FAR_ROW = 8.0
@@ -34,8 +35,8 @@ STRIDED_ELEMENTWISE = 0.45
 # An element of a conversion from or to a narrow dtype.
 CONVERT = {"float16": 2.2, "bfloat16": 0.25}
 
-# A product in a stack of products; an operation and an element of the result of a product; an element that BLAS packs
-# for a large one, and the time for its threads to meet. OUTER is an element of a product of depth 1.
+# A product in a stack of matrix products; one operation of it, and one element of its result. OUTER is one element of a
+# product of depth 1. For a large product: one element that BLAS packs, and the synchronisation of its threads.
 PRODUCT = 40.0
 FLOP = 0.0095
 RESULT = 0.06
@@ -43,12 +44,12 @@ OUTER = 1.2
 PACK = 0.25
 MEETING = 15_000.0
 
-# A form that leaves the threads to BLAS computes the rest on one, while the others wait.
+# A form that leaves the threads to BLAS does everything else on one thread, which costs more by this factor.
 SERIAL = 1.2
 
 
 def scale(p: ConvProblem) -> float:
-    """The bytes of an accumulator over those of a float32."""
+    """The size of an accumulator relative to float32."""
     return accumulator(p.dtype).itemsize / 4
 
 
@@ -63,7 +64,7 @@ def copies(count: float, length: float, element: float) -> float:
 
 
 def swaps(count: float, run: float, size: float) -> float:
-    """The cost to copy so many elements whose channels and positions trade places, of which a loop copies `run`."""
+    """The cost of a copy of `count` elements that swaps channels and positions, in runs of `run` elements."""
     return count * (SWAPPING_ROW / run + SWAPPING_COPY * size)
 
 
@@ -80,5 +81,5 @@ def products(p: ConvProblem, count: float, M: float, depth: float, columns: floa
 
 
 def serial(concurrent: bool, product: float, rest: float) -> float:
-    """The cost of what a form computes beside its products: more where other threads wait for it meanwhile."""
+    """The cost of what a form does besides its products: higher where threads of BLAS are idle meanwhile."""
     return rest if concurrent or product + rest < limits.WORTH_THREADS else SERIAL * rest

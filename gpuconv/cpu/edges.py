@@ -1,7 +1,7 @@
-"""The edges of a convolution whose padding means samples of the input, and of its adjoint.
+"""The edges of a convolution in a padding mode other than zeros, and of its adjoint.
 
-All outputs are computed as with zeros first. What an edge changes is then computed again from strips, which copy no
-more than the windows of some outputs at an edge. Those of a weight gradient are in `weight_gradient`.
+First, all outputs are computed as if the padding were zeros. Outputs near an edge are then computed again from strips:
+copies of the windows of some outputs at an edge. `weight_gradient` has the edges of weight gradients.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class Strip(NamedTuple):
 
 
 def strips(N: int, groups: int, windows: range, stride: int, span: int, row_bytes: int) -> Iterator[Strip]:
-    """The strips of some windows of `span` positions; `row_bytes` are those of one position of one group.
+    """The strips of some windows of `span` positions; `row_bytes` is the size of one position of one group.
 
-    Where the window of one sample and group fits, no strip takes more than a buffer of a single thread.
+    No strip is larger than `limits.BUFFER`, unless a single window of one sample and group is.
     """
     room = limits.BUFFER // row_bytes
     for at in slices(windows.start, windows.stop, max(1, (room - span) // stride + 1)):
@@ -106,7 +106,7 @@ def _copied_bytes(p: ConvProblem, q: ConvProblem) -> int:
     return 4 * q.N * q.C_out * q.L_out * accumulator(p.dtype).itemsize
 
 
-# The adjoint: what lies in the padding of the output is added to the samples that it means there, before it is rounded.
+# The adjoint: outputs in the padding are added to the samples that the padding repeats, before these are rounded.
 
 
 def _fold(p: ConvProblem, x: Array, weight: Array, bias: Array | None, y: Array) -> None:
@@ -122,7 +122,7 @@ def _fold(p: ConvProblem, x: Array, weight: Array, bias: Array | None, y: Array)
             meant = source_indices(p.padding_mode, padding.start, padding.stop, p.L_out)
             for at, sums in targets:
                 here = (meant >= at.start) & (meant < at.stop)
-                if p.padding_mode != "replicate":  # no sample is meant twice
+                if len(at) > 1:  # a padding that repeats a sample ("replicate") has only one sample
                     sums[..., meant[here] - at.start] += values[..., here]
                 elif here.any():
                     sums[..., 0] += values[..., here].sum(axis=-1)
@@ -140,7 +140,7 @@ def _paddings(p: ConvProblem) -> tuple[range, range]:
 
 
 def _folded_blocks(p: ConvProblem) -> Iterator[tuple[slice, slice]]:
-    """Samples and groups whose sums are folded at a time."""
+    """The samples and groups whose padding is added to the samples at a time."""
     longest = max(map(len, (*_targets(p), *_paddings(p))))
     if longest:
         room = limits.BUFFER // (longest * max(1, p.C_out_g) * accumulator(p.dtype).itemsize)
@@ -161,7 +161,7 @@ def _folded_pieces(p: ConvProblem) -> list[ConvProblem]:
 
 
 def _piece_problem(p: ConvProblem, samples: slice, groups: slice, at: range) -> tuple[ConvProblem | None, slice]:
-    """The problem of the outputs at some positions, as with zeros, and the inputs that feed them; None without any."""
+    """The problem of the outputs at some positions, padded with zeros, and its inputs; None if there are no inputs."""
     span = p.dilation * (p.K - 1) + 1
     low, high = at.start + p.padding_left, at.stop + p.padding_left  # from the first output of the first input on
     first = max(0, min(-(-(low - span + 1) // p.stride), low // p.stride))
@@ -182,7 +182,7 @@ def _piece_problem(p: ConvProblem, samples: slice, groups: slice, at: range) -> 
 def _piece(
     p: ConvProblem, samples: slice, groups: slice, at: range, x: Array, weight: Array, bias: Array | None
 ) -> Array:
-    """The outputs at some positions, as with zeros, of some samples and groups, which are not rounded yet."""
+    """The outputs at some positions, padded with zeros, of some samples and groups, in the accumulator's dtype."""
     q, inputs = _piece_problem(p, samples, groups, at)
     C_out = (groups.stop - groups.start) * p.C_out_g
     sums: Array = np.zeros((samples.stop - samples.start, C_out, len(at)), accumulator(p.dtype))

@@ -1,8 +1,8 @@
-"""What is fused on the CPU: samples are convolved some at a time, and the rest is done to blocks of their outputs.
+"""Fusion on the CPU: some samples at a time are convolved, then residual and activation are applied to their outputs.
 
-As many samples are taken at once as the second-level cache holds, at least one. Their activated input is written to a
-buffer, in the dtype of the arrays. Sums whose dtype is wider than that of the output go to a buffer, too, so that they
-are rounded once; others lie in the output, where they are finished in place.
+The number of samples is what the second-level cache holds, at least one. Their activated input is written to a buffer,
+in the dtype of the arrays. If sums have a wider dtype than the output, they go to a buffer, too, so that they are
+rounded once; otherwise they are computed and finished in the output.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from .arrays import Array, Scratch, accumulator, slices
 from .choice import Method, choose
 from .threads import run_blocks
 
-# Nanoseconds of an element, roughly: an exponential function and some arithmetic.
+# Rough nanoseconds per element: an exponential function and some arithmetic.
 _COST = 5.0
 
-# Buffers of a block's size that a thread has.
+# The buffers of a block's size that each thread uses.
 _BUFFERS = 6
 
 
 def method(problem: ConvProblem, method_of: Callable[[ConvProblem], Method]) -> Method:
-    """The form of the convolution, with the memory and the words for what is fused."""
+    """The form of the convolution, with the memory and the description of what is fused."""
     p = problem
     samples = _samples(p)
     found = method_of(_part(p, samples)) if p.N else choose(p).method
@@ -54,7 +54,7 @@ def convolve(
     fused: Sequence[Array | None],
     plain: Callable[[ConvProblem, Array, Array, Array | None, Array], None],
 ) -> None:
-    """Compute a problem; `fused` are the arrays in the order of `FUSED_ARRAYS`, `plain` computes what fuses nothing."""
+    """Compute a problem; `fused` has the arrays in the order of `FUSED_ARRAYS`, `plain` convolves without fusion."""
     p, dtype = problem, accumulator(problem.dtype)
     residual, *of_channels = (None if a is None else a if a.ndim != 2 else a[np.newaxis] for a in fused)
     x, y = (a if a.ndim == 3 else a[np.newaxis] for a in (input, output))
@@ -73,13 +73,13 @@ def convolve(
 
 
 def _samples(p: ConvProblem) -> int:
-    """How many samples are computed at once."""
+    """The number of samples that are computed at once."""
     size = accumulator(p.dtype).itemsize
     return max(1, min(p.N, limits.CONCURRENT_BUFFER // (max(p.C_out * p.L_out, p.C_in * p.L_in, 1) * size)))
 
 
 def _part(p: ConvProblem, samples: int) -> ConvProblem:
-    """The problem of some samples that fuses nothing."""
+    """The problem of some samples, without fusion."""
     return replace(p, N=samples, batched=True, fusion=None)
 
 

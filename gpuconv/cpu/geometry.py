@@ -1,4 +1,4 @@
-"""A problem as the forms see it: a convolution that yields several outputs, its phases, at each position.
+"""A problem as the forms see it: a convolution that has several outputs, its phases, at each position.
 
 For conv1d a position is an output. For conv_transpose1d, ``l_out = l_in*stride - padding_left + k*dilation``: the taps
 ``k = j*interleave + r`` of one phase r, with ``interleave = stride / gcd(stride, dilation)``, read the inputs
@@ -51,24 +51,24 @@ class Geometry(NamedTuple):
         )  # fmt: skip
 
     def positions(self, p: ConvProblem) -> tuple[int, int]:
-        """The range of the positions that have outputs."""
+        """The range of positions that have outputs."""
         if self.phases == 1:
             return self.outputs(p, 0)
         first = -((((self.phases - 1) * self.out_phase) - self.out_left) // self.out_stride)
         return first, -(-(p.L_out + self.out_left) // self.out_stride)
 
     def outputs(self, p: ConvProblem, phase: int) -> tuple[int, int]:
-        """The range of the positions whose output of this phase exists."""
+        """The range of positions whose output of this phase exists."""
         return self.positions_between(phase, 0, p.L_out)
 
     def positions_between(self, phase: int, low: int, high: int) -> tuple[int, int]:
-        """The range of the positions whose output of this phase lies from low to high."""
+        """The range of positions whose output of this phase lies in the range from low to high."""
         shift = phase * self.out_phase - self.out_left
         first = -((shift - low) // self.out_stride)
         return first, max(first, -((shift - high) // self.out_stride))
 
     def place(self, phase: int, start: int, stop: int) -> slice:
-        """Where the outputs of this phase of the positions start to stop lie, which all exist."""
+        """The slice of the outputs of this phase at the positions start to stop, all of which must exist."""
         shift = phase * self.out_phase - self.out_left
         at = start * self.out_stride + shift
         return slice(at, at + (stop - 1 - start) * self.out_stride + 1, self.out_stride)
@@ -78,7 +78,7 @@ class Geometry(NamedTuple):
         return self.first_tap + (self.tap_groups - 1) * self.interleave + self.phases > p.K
 
     def of_equal_phases(self, p: ConvProblem) -> tuple[Geometry, Geometry]:
-        """Where some taps are absent: the phases that have a tap in each tap group, and those that have one fewer."""
+        """Where taps are absent: the phases with a tap in each tap group, and those without one in the last group."""
         full = p.K - (self.tap_groups - 1) * self.interleave
         others = self._replace(
             tap_groups=self.tap_groups - 1,
@@ -89,18 +89,18 @@ class Geometry(NamedTuple):
         return self._replace(phases=full), others
 
     def writes_everything(self) -> bool:
-        """Whether each output has a phase."""
+        """Whether every output belongs to a phase."""
         return self.phases == self.out_stride
 
     def window(self, start: int, stop: int, taps: slice) -> tuple[int, int]:
-        """The input positions that these tap groups of the positions start to stop read: first, and behind the last."""
+        """The range of input positions that these tap groups read at the positions start to stop."""
         ends = (taps.start * self.dilation, (taps.stop - 1) * self.dilation)
         return start * self.stride + self.offset + min(ends), (stop - 1) * self.stride + self.offset + max(ends) + 1
 
     def reading(self, j: int, start: int, stop: int, low: int, high: int) -> tuple[int, int, slice]:
-        """The positions between start and stop whose tap group j reads the input between low and high.
+        """The range of positions within start to stop at which tap group j reads the input between low and high.
 
-        The first of them, the one behind the last, and the slice of the input that they read.
+        The third value is the slice of the input that they read.
         """
         shift = self.offset + j * self.dilation
         first = min(max(start, -((shift - low) // self.stride)), stop)
@@ -128,8 +128,8 @@ class Call:
         y: (N, groups, C_out_g, L_out).
         dtype: the accumulator.
         finite: x and w are known to hold neither NaN nor infinities.
-        x_direct: BLAS can read x as it lies.
-        y_direct: BLAS can write y as it lies.
+        x_direct: BLAS can read x in place.
+        y_direct: BLAS can write y in place.
     """
 
     __slots__ = ("b", "dtype", "finite", "p", "w", "x", "x_direct", "y", "y_direct")
@@ -150,22 +150,25 @@ class Call:
         return cls(p, input.reshape(p.N, G, C, p.L_in), w, b, output.reshape(p.N, G, M, p.L_out))
 
     def exchanged(self, p: ConvProblem) -> Call:
-        """The call of `exchange(problem)`, whose arrays are views of the same ones."""
+        """The call of `exchange(problem)`, on views of the same arrays."""
         b = None if self.b is None else self.b.transpose(2, 1, 0)
         return Call(p, self.w.transpose(1, 0, 2, 3), self.x.transpose(1, 0, 2, 3), b, self.y.transpose(2, 1, 0, 3))
 
     def of_finite(self, x: Array, w: Array, b: Array | None, y: Array) -> Call:
-        """The same call of other arrays, of which x and w are finite."""
+        """The same call on other arrays, of which x and w are finite."""
         call = Call(self.p, x, w, b, y)
         call.finite = True
         return call
 
     def of_taps(self, p: ConvProblem, taps: slice) -> Call:
-        """The call of a problem that has only these taps."""
+        """The call of a problem with only these taps."""
         return Call(p, self.x, self.w[..., taps], self.b, self.y)
 
     def is_spoilt(self, sums: Array) -> bool:
-        """Whether a zero may have met a NaN or an infinity: sums of finite factors may overflow, which is right."""
+        """Whether a zero may have been multiplied by a NaN or an infinity.
+
+        Where all factors are finite, infinite sums are correct: they overflowed.
+        """
         return not self.finite and not is_finite(sums)
 
     def fill_with_bias(self) -> None:
@@ -181,9 +184,9 @@ class Call:
         np.add(sums, b.reshape(*b.shape, *(1,) * (sums.ndim - 3)), out=sums)
 
     def read(self, samples: slice, groups: slice, channels: slice, low: int, high: int, scratch: Scratch) -> Array:
-        """The input from position low to high as (samples, groups, channels, high - low), zeros outside of it.
+        """The input from position low to high as (samples, groups, channels, high - low), with zeros outside of it.
 
-        A view where BLAS can read the input as it lies, else a copy in the accumulator's dtype.
+        It is a view where BLAS can read the input in place, otherwise a copy in the accumulator's dtype.
         """
         x, L = self.x[samples, groups, channels], self.p.L_in
         if self.x_direct and low >= 0 and high <= L:
@@ -198,7 +201,7 @@ class Call:
         if geometry.phases < limits.MANY_PHASES or stop - start == 1:
             self._store_by_phase(geometry, y, sums, start, start, stop)
             return
-        # Position by position: to write each phase apart would touch all cache lines of the output again for each.
+        # Position by position: writing phase by phase would touch all cache lines of the output once for each phase.
         step, phase = geometry.out_stride, geometry.out_phase
         reach = (geometry.phases - 1) * phase
         first = min(max(start, -(-geometry.out_left // step)), stop)
@@ -212,7 +215,7 @@ class Call:
             self._store_by_phase(geometry, y, sums, start, begin, end)
 
     def _store_by_phase(self, geometry: Geometry, y: Array, sums: Array, start: int, begin: int, end: int) -> None:
-        """The positions begin to end of sums that begin at `start`."""
+        """Store the positions begin to end of sums whose first position is `start`."""
         if begin == end:
             return
         for r in range(geometry.phases):
@@ -223,15 +226,15 @@ class Call:
 
 
 def useful_taps(p: ConvProblem) -> slice:
-    """The taps between the first and the last that read the input for any output; of an empty range none does."""
+    """The taps from the first to the last that reads the input for any output; empty if none does."""
     d, left, right = p.dilation, p.padding_left, p.padding_right
     reach, behind = (p.L_in, p.L_out) if p.transposed else (p.L_out, p.L_in)
-    # The others lie in the padding for all outputs, or make outputs that are cut away.
+    # The other taps lie in the padding for all outputs, or contribute only to outputs that are cut off.
     first = max(0, -(((reach - 1) * p.stride - left) // d))
     last = min(p.K, -(-(behind + left) // d))
     if first >= last:
         return slice(0, 0)
-    # What is cut off a side may not be more than the padding there, which is negative where the input is cropped.
+    # No more may be cut off a side than its padding, which is negative where the input is cropped.
     return slice(min(first, max(0, left) // d), max(last, p.K - max(0, right) // d))
 
 
@@ -243,10 +246,10 @@ def with_taps(p: ConvProblem, taps: slice) -> ConvProblem:
 
 
 def exchange(p: ConvProblem) -> ConvProblem:
-    """The transposed problem in which input and weight have changed places.
+    """The transposed problem with input and weight exchanged.
 
-    ``l_in*stride + k*dilation`` does not change when positions and taps, stride and dilation change places. Samples
-    and output channels of a group change places, too: each sample is then a filter.
+    ``l_in*stride + k*dilation`` does not change when positions and taps, and stride and dilation, are exchanged.
+    Samples and the output channels of a group are exchanged, too: each sample is then a filter.
     """
     return ConvProblem(
         "conv_transpose1d", p.C_out_g, p.C_in, p.groups * p.N, p.K, p.L_in, p.dilation, p.padding_left, p.padding_right,

@@ -1,8 +1,8 @@
 """Convolutions of integers, exact modulo 2**64, through float64.
 
-A sum of products of integers is exact in float64 while it stays below 2**53. Where the data could exceed that, input
-and weight are cut into limbs, ``x = sum over i of x_i * 2**(i*bits)``, so narrow that each pair of limbs is exact;
-their results are shifted and added in 64-bit integers, which wrap around as NumPy's do.
+A sum of products of integers is exact in float64 while it stays below 2**53. Where it could be larger, input and weight
+are split into limbs, ``x = sum over i of x_i * 2**(i*bits)``, so narrow that the result of each pair of limbs is exact.
+These results are shifted and added in 64-bit integers, which wrap around as NumPy's do.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ import numpy as np
 from ..problem import ConvProblem
 from .arrays import Array
 
-_EXACT_BITS = 53  # of an integer in float64
-_WORD_BITS = 64  # of the sums
+_EXACT_BITS = 53  # the bits of the integers that float64 holds exactly
+_WORD_BITS = 64  # the bits of the sums
 _BLOCK = 1 << 21  # elements of input and output that are computed at a time, in whole samples
 
 Convolve = Callable[[ConvProblem, Array, Array, None, Array], None]
 
 
 def in_float64(p: ConvProblem) -> ConvProblem:
-    """The problem that is computed in the place of one of integers, at least once."""
+    """The float64 problem that computes a problem of integers, or a pair of limbs of it."""
     return replace(p, dtype="float64", out_dtype=None, has_bias=False, batched=True)
 
 
 def run(convolve: Convolve, p: ConvProblem, input: Array, weight: Array, bias: Array | None, output: Array) -> None:
-    """Compute a problem of integers into `output`, every element of it.
+    """Compute a problem of integers into all elements of `output`.
 
     Args:
         convolve: computes float64 problems.
@@ -37,7 +37,7 @@ def run(convolve: Convolve, p: ConvProblem, input: Array, weight: Array, bias: A
         input: integers.
         weight: integers of the same dtype.
         bias: int64 or int32, or None.
-        output: of the dtype of the bias, which wraps around.
+        output: int64 or int32, the dtype of the bias; sums wrap around.
     """
     x = input.reshape(p.N, p.C_in, p.L_in)
     y = (
@@ -70,7 +70,7 @@ def _run(convolve: Convolve, p: ConvProblem, x: Array, weight: Array, bias: Arra
 
 
 def _limb_bits(p: ConvProblem, x: Array, weight: Array) -> int:
-    """The bits of a limb; those of a whole element, where the sums of the data are exact without limbs."""
+    """The bits of a limb; 64, for a single limb, where the sums of the data are exact without limbs."""
     largest = [max(-int(a.min(initial=0)), int(a.max(initial=0))) for a in (x, weight)]
     if p.terms * math.prod(largest) < 1 << _EXACT_BITS:
         return _WORD_BITS
@@ -78,7 +78,7 @@ def _limb_bits(p: ConvProblem, x: Array, weight: Array) -> int:
 
 
 def _limbs(array: Array, bits: int) -> Iterator[tuple[int, Array]]:
-    """The limbs in float64, each with the place of its lowest bit. All but the highest are not negative."""
+    """The limbs in float64, each with the position of its lowest bit. Only the highest limb can be negative."""
     width = 8 * array.itemsize
     for shift in range(0, width, bits):
         limb = array >> shift

@@ -1,11 +1,11 @@
-"""NaN and infinities with long kernels: three or five convolutions of finite numbers in place of one step for each tap.
+"""NaN and infinities with long kernels: three or five convolutions of finite numbers instead of one step for each tap.
 
-The forms multiply zeros, padding among them, by whatever lies there, and a zero times an infinity is NaN. So what is
-not finite is replaced by zeros first, and the outputs that it reaches are found apart. Let C count the products of an
-output that have a factor which is not finite, and let S add up the signs of those products that are infinite, with
+The forms also multiply by zeros, those of padding for example, and a zero times an infinity is NaN. So values that are
+not finite are first replaced by zeros, and the outputs that they affect are determined separately. Let C be the number
+of products of an output with a factor that is not finite, and S the sum of the signs of those products, with
 sign(NaN) = 0. If C is 0, the output is finite or overflows by itself. If ``|S| = C``, all those products are infinities
-of one sign, and so is the output. Else there is a NaN among them, a zero times an infinity, or infinities of both
-signs: the output is NaN. Both are convolutions of ones, zeros and signs, exact in float32 up to 2**24.
+of one sign, and so is the output. Otherwise there is a NaN among them, a zero times an infinity, or infinities of both
+signs: the output is NaN. C and S are convolutions of ones, zeros and signs, exact in float32 up to 2**24.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from .geometry import Call, Geometry
 
 
 def takes(p: ConvProblem) -> bool:
-    """Whether `run` pays: for many taps, of arrays whose copies fit the workspace."""
+    """Whether `run` pays: for many taps, and arrays whose copies fit into the workspace."""
     few = p.is_complex or Geometry.of(p).tap_groups < limits.LONG_KERNEL
     return not few and p.C_in_g * p.K < 2**23 and extra_bytes(p) <= limits.WORKSPACE // 2
 
 
 def extra_bytes(p: ConvProblem) -> int:
-    """A bound on the memory that `run` uses beside what the form does."""
+    """A bound on the bytes that `run` uses besides those of the form."""
     size = accumulator(p.dtype).itemsize
     factors = math.prod(p.input_shape) + math.prod(p.weight_shape)
     return factors * (size + 2) + math.prod(p.output_shape) * (4 * size + 3)
 
 
 def run(call: Call, compute: Callable[[Call], None]) -> None:
-    """Compute the call by `compute`, which gets calls whose inputs and weights are finite."""
+    """Compute the call by `compute`, which gets only calls whose inputs and weights are finite."""
     with np.errstate(all="ignore"):
         separate = not is_finite(call.x) or not is_finite(call.w)
     if not separate:

@@ -1,7 +1,7 @@
-"""panels: the windows of a block are copied side by side into a panel, for one product with the weight as it lies.
+"""panels: the windows of a block are copied side by side into a panel, for one product with the weight.
 
-It takes every problem, and serves most dense layers. The layers for which it is chosen take 1.5 times as long in the
-next best form, the geometric mean over the benchmark layers, and up to 4 times.
+It can compute every problem, and is chosen for most dense layers. These take 1.5 times as long in the next best form
+(geometric mean over the benchmark layers), and up to 4 times.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ class Panels:
 
     Attributes:
         merged: the positions of all samples of a block are the columns of one product.
-        packed: a weight that BLAS cannot read is packed before the blocks are computed; else for each product.
+        packed: a weight that BLAS cannot read in place is packed before the blocks are computed; otherwise for each
+            product.
         concurrent: BLAS computes each product on the calling thread.
     """
 
@@ -42,21 +43,21 @@ class Panels:
 
     @classmethod
     def candidates(cls, p: ConvProblem, geometry: Geometry) -> list[Panels]:
-        """Small and large products, of single samples and of merged ones."""
+        """Panels for small and for large products, with and without merged samples."""
         first, last = geometry.positions(p)
         merging = [False, True] if p.N > 1 and last - first < limits.SHORT_ROW else [False]
         forms = [make(p, geometry, last - first, merged) for merged in merging for make in (cls._small, cls._large)]
-        # A product of all rows and depth that is small all the same: the blocks of `_small` fit the cache better.
+        # If a "large" product is small enough for one thread, the blocks of `_small` fit the cache better.
         return forms[::2] + [form for form in forms[1::2] if not form.concurrent]
 
     @classmethod
     def _small(cls, p: ConvProblem, geometry: Geometry, Q: int, merged: bool) -> Panels:
-        """Products on one thread each, which run at the same time; what each of them reads stays in a first cache."""
+        """Products on one thread each, which run at the same time; their operands stay in the first-level cache."""
         J, R, M = geometry.tap_groups, geometry.phases, p.C_out_g
         size, small = accumulator(p.dtype).itemsize, limits.small_product(p.is_complex)
-        row = p.N * Q if merged else Q  # the columns that lie next to each other
+        row = p.N * Q if merged else Q  # columns next to each other
         tile_rows = min(M * R, limits.SMALL_TILE)
-        # Where one product takes all rows, each part of a panel is read once, wherever it lies.
+        # Where one product has all rows, each part of a panel is read once, so it need not stay in the cache.
         deepest = small // max(tile_rows * min(row, limits.SMALL_TILE), min(row * tile_rows, 1024))
         deepest = max(1, min(deepest, limits.LARGE_DEPTH if tile_rows == M * R else limits.SMALL_DEPTH))
         taps = min(J, deepest)
@@ -79,7 +80,7 @@ class Panels:
                 rows = -(-rows // 2)
         else:
             tiles = max(1, min(-(-Q // tile), columns // tile))
-            # Some blocks for each of several threads, if need be smaller ones.
+            # Enough blocks for all threads, if necessary smaller ones.
             while p.N * p.groups * -(-Q // (tiles * tile)) * -(-M // rows) < wanted:
                 if tiles > 1 and (tiles * tile > 256 or rows * R < 4 * limits.SMALL_TILE):
                     tiles = -(-tiles // 2)
@@ -130,7 +131,7 @@ class Panels:
         merged: bool,
         concurrent: bool,
     ) -> Panels:
-        """With as much of the weight packed at a time as fits."""
+        """Panels of these sizes, which pack as much of the weight at a time as fits."""
         per_row = p.C_in_g * geometry.tap_groups * geometry.phases
         budget = limits.PACKED_WEIGHT // accumulator(p.dtype).itemsize
         packed = per_row <= budget
@@ -149,8 +150,8 @@ class Panels:
         low, high = geometry.window(*geometry.positions(p), slice(0, geometry.tap_groups))
         return low < 0 or high > p.L_in or geometry.has_absent_taps(p)
 
-    def _asks_weight(self, p: ConvProblem) -> bool:
-        """Whether zeros meet the weight alone, and that is smaller than the sums: one look at it spares all at them."""
+    def _checks_weight(self, p: ConvProblem) -> bool:
+        """Whether to check the weight, once, instead of all sums: only it is multiplied by zeros, and it is smaller."""
         if not self.multiplies_zeros(p) or self.geometry.has_absent_taps(p):
             return False
         room = limits.STAGED_INPUT // accumulator(p.dtype).itemsize
@@ -165,15 +166,15 @@ class Panels:
         depth, rows = p.C_in_g * J, p.C_out_g * R
         columns = p.N * p.groups * Q
         run = run_of_sample = Q if self.merged else min(blocking.tile, Q)
-        if run == 1:  # NumPy then copies along another axis
+        if run == 1:  # NumPy then loops over another axis
             run = max(8, J)
         copy = costs.COPY if geometry.stride == 1 else costs.STRIDED_COPY
         panel = reread * costs.copies(columns * depth / run, run, copy * size)
         if self.merged and p.C_in * p.L_in * p.itemsize > 4096:
             panel += reread * costs.FAR_ROW * columns * depth / run_of_sample
         elements = columns * rows
-        # The check that the product is finite, and the additions of the passes behind the first.
-        checked = self.multiplies_zeros(p) and not self._asks_weight(p)
+        # The check that the product is finite, and the additions of all passes after the first.
+        checked = self.multiplies_zeros(p) and not self._checks_weight(p)
         each = costs.ELEMENTWISE * (checked + 2 * (passes - 1)) * size
         if self.merged or geometry.out_stride > 1 or p.dtype in costs.CONVERT:
             store = costs.STRIDED_COPY if geometry.out_stride == 1 else costs.TRANSPOSING_COPY
@@ -212,7 +213,7 @@ class Panels:
 
     def run(self, call: Call, workers: int) -> None:
         p, geometry, w = call.p, self.geometry, call.w
-        if self._asks_weight(p):
+        if self._checks_weight(p):
             with np.errstate(all="ignore"):
                 if is_finite(w):
                     call = call.of_finite(call.x, w, call.b, call.y)
@@ -249,7 +250,7 @@ class Panels:
         return packed.reshape(G, M * R, C * J)
 
     def _weight(self, weight: Array, channels: slice, taps: slice, scratch: Scratch) -> Array:
-        """The part of the weight that one product needs, as (groups, rows*phases, channels*taps).
+        """The part of the weight for one product, as (groups, rows*phases, channels*taps).
 
         `weight` is (groups, rows*phases, C_in_g*tap_groups), or (groups, rows, C_in_g, K) where it is not packed.
         """
@@ -314,9 +315,10 @@ class Panels:
         tile: int,
         scratch: Scratch,
     ) -> Array:
-        """The windows from position `start` as (samples, groups, tiles, channels*taps, tile), next to each other.
+        """Copy the windows from position `start` to a panel (samples, groups, tiles, channels*taps, tile).
 
-        Of a merged block as (1, groups, channels*taps, samples*tile). `windows` is a view of all of them, or None.
+        The panel of a merged block is (1, groups, channels*taps, samples*tile). `windows` is a view of all windows, or
+        None.
         """
         N, G = block.samples.stop - block.samples.start, block.groups.stop - block.groups.start
         C, J = channels.stop - channels.start, taps.stop - taps.start
@@ -338,7 +340,7 @@ class Panels:
     def _read(
         self, call: Call, block: Block, channels: slice, taps: slice, start: int, stop: int, scratch: Scratch
     ) -> tuple[Array, int] | None:
-        """What the positions start to stop read, and where it begins; None where it is too large to be staged."""
+        """The input of the positions start to stop, and its first position; None where it is too large to be staged."""
         low, high = self.geometry.window(start, stop, taps)
         rows = (block.samples.stop - block.samples.start) * (block.groups.stop - block.groups.start)
         rows *= channels.stop - channels.start
@@ -362,7 +364,7 @@ class Panels:
         )
 
     def _copy_by_taps(self, call: Call, block: Block, channels: slice, taps: slice, start: int, panel: Array) -> None:
-        """Fill a panel (samples, groups, tiles, channels, taps, tile) whose windows are too long to be staged."""
+        """Fill a panel (samples, groups, tiles, channels, taps, tile) whose input is too large to be staged."""
         geometry, tile = self.geometry, panel.shape[5]
         x = call.x[block.samples, block.groups, channels]
         for index in range(panel.shape[2]):
@@ -377,9 +379,9 @@ class Panels:
 
 @dataclass(frozen=True, slots=True)
 class PhasePanels:
-    """Panels of a transposed problem: of all phases together, or of those with a tap more and then of the others.
+    """Panels of a transposed problem: of all phases together, or of those with one more tap, then of the others.
 
-    The latter leaves out the products with absent taps, which are up to half of all.
+    The latter avoids products with absent taps, which can be half of all products.
     """
 
     name: ClassVar[str] = "panels"
@@ -389,7 +391,7 @@ class PhasePanels:
 
     @classmethod
     def candidates(cls, p: ConvProblem) -> list[PhasePanels | Panels]:
-        """Of a problem that is not transposed, its panels."""
+        """For a problem that is not transposed, its panels alone."""
         geometry = Geometry.of(p)
         together = Panels.candidates(p, geometry)
         if not p.transposed:

@@ -1,9 +1,9 @@
 """planes: elementwise products of whole planes (channels, positions) of a depthwise input with the plane of each tap.
 
-A tap shifts all rows alike, so it shifts the plane as one long row; its plane holds the weight of each channel, and
-zeros where the shift crosses from one row into the next. NumPy's inner loop is then as long as the plane, however short
-the rows are. It stays because depthwise layers of short rows (N 512, C 64, L 8, K 3) take four times as long in any
-other form. The planes of the weight are built once for all samples.
+A tap shifts all rows alike, so it shifts the plane as one long row; the plane of a tap holds the weight of each
+channel, and zeros where the shift crosses from one row into the next. NumPy's inner loop is then as long as the plane,
+however short the rows are. The planes of the weight are built once for all samples. Depthwise layers of short rows
+(N 512, C 64, L 8, K 3) take four times as long in any other form.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from .threads import run_blocks
 
 @dataclass(frozen=True, slots=True)
 class Planes:
-    """Blocks of `samples` and `groups`, of rows of `length` positions (those of the input or the output).
+    """Blocks of `samples` and `groups`, of rows of `length` positions (the longer one of input and output).
 
     Attributes:
-        shifts: of the taps that read anything: the tap, and how far behind the output it reads the input.
+        shifts: the taps that read any input, each with the distance from an output to the input that it reads.
         safe: the form that computes a block again.
     """
 
@@ -44,7 +44,7 @@ class Planes:
 
     @classmethod
     def of(cls, p: ConvProblem) -> Planes | None:
-        """None where outputs are not next to each other, or the planes of all taps are too large."""
+        """None where the layer is not depthwise with stride 1, or the planes of all taps are too large."""
         geometry = Geometry.of(p)
         if p.C_in_g != 1 or p.C_out_g != 1 or geometry.stride != 1 or geometry.out_stride != 1:
             return None
@@ -113,8 +113,8 @@ class Planes:
         sums, step = rows.reshape(N, G * L), x.strides[0] // size
         memory = as_strided(x, ((N - 1) * step + G * L,), (size,))
         planes = self._planes(call, block.groups, scratch)
-        # A tap that reaches beyond a plane reads what lies there, which the planes of the weight multiply by zero. The
-        # first and the last plane have no such neighbours, so they are copied.
+        # A tap that reaches beyond a plane reads the neighbouring sample, which the planes of the weight multiply by
+        # zero. The first and the last sample have no neighbour on one side, so they are copied with zeros around them.
         first, last = self._ends
         low, high = min(0, first, last), max(0, first, last)
         if N > 2:
@@ -138,7 +138,7 @@ class Planes:
     def _multiply(self, x: Array, step: int, planes: Array, sums: Array) -> None:
         """``sums[n, q] = sum over taps of planes[tap, q] * x[n*step + q + shift]``; x begins at the first tap's shift.
 
-        One loop of `einsum` multiplies and adds, with the positions innermost: they come first, and the order is "F".
+        `einsum` multiplies and adds in one loop. Its inner loop is over positions, as these are first in order "F".
         """
         taps, (first, last), size = len(self.shifts), self._ends, x.itemsize
         apart = (last - first) // max(1, taps - 1)
@@ -146,7 +146,7 @@ class Planes:
         np.einsum("kq,qnk->qn", planes, windows, out=sums.T, order="F")
 
     def _planes(self, call: Call, groups: slice, scratch: Scratch) -> Array:
-        """The weight of each tap at each output of these groups (taps, groups*length), zeros where it reads nothing."""
+        """The weight of each tap at each output of these groups (taps, groups*length), zero where it reads no input."""
         p, G = call.p, groups.stop - groups.start
         planes = scratch.take("band", len(self.shifts), G, self.length)
         if scratch.band != groups.start:

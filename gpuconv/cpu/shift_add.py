@@ -1,7 +1,7 @@
-"""shift_add: one product of all taps with the input as it lies, whose rows are then shifted and summed.
+"""shift_add: one product of all taps with the input in place; its rows are then shifted and summed.
 
-It stays for layers of few output channels, and for transposed ones: the product reads the input once, where panels copy
-it K times. The layers for which it is chosen take 1.3 to 1.8 times as long in the next best form.
+It is for layers of few output channels and for transposed ones: the product reads the input once, where panels copy it
+K times. The layers for which it is chosen take 1.3 to 1.8 times as long in the next best form.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class ShiftAdd:
     """Products of all taps with the input positions of a block.
 
     Attributes:
-        span: the input positions that a block reads at most.
+        span: the most input positions that a block reads.
         concurrent: BLAS computes each product on the calling thread.
     """
 
@@ -46,8 +46,8 @@ class ShiftAdd:
             return None
         reach = (geometry.tap_groups - 1) * abs(geometry.dilation)
         tile = limits.small_product(p.is_complex) // (p.C_out_g * per_row) // 16 * 16
-        # A block reads `span` input positions, staged at worst, and computes the product of some rows there: of all of
-        # them where several threads share the blocks.
+        # A block reads `span` input positions, which may have to be staged, and computes the product of some rows with
+        # them; of all rows where several threads share the blocks.
         for concurrent in [True, False] if tile >= 64 else [False]:
             staged, product = (limits.CONCURRENT_BUFFER if concurrent else limits.BUFFER) // size, limits.SUMS // size
             span = min(staged // p.C_in_g, product // (p.K * p.C_out_g if concurrent else p.K))
@@ -58,7 +58,7 @@ class ShiftAdd:
             return None
         span = (length - 1) * geometry.stride + reach + 1
         rows = max(1, min(p.C_out_g, product // (p.K * span)))
-        rows = -(-p.C_out_g // -(-p.C_out_g // rows))  # as many in each block
+        rows = -(-p.C_out_g // -(-p.C_out_g // rows))  # equal blocks
         samples = groups = 1
         if rows == p.C_out_g and length == last - first:
             fitting = max(1, min(product // (rows * p.K * span), staged // (p.C_in_g * span)))
@@ -79,7 +79,7 @@ class ShiftAdd:
         first, last = geometry.positions(p)
         Q = last - first
         blocks, reread = blocking.num_blocks(p, Q)
-        lines = p.N * p.groups * -(-Q // blocking.length)  # of each input channel, reread for each part of the rows
+        lines = p.N * p.groups * -(-Q // blocking.length)  # rows of blocks; each is read once for each part of the rows
         span = min(self.span, p.L_in)
         tile = min(blocking.tile, span)
         rows = min(blocking.rows, p.C_out_g)

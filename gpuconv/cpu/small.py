@@ -1,8 +1,8 @@
-"""small: all windows of a small problem side by side, for one product of each sample and group.
+"""small: all windows of a small problem side by side, for one product for each sample and group.
 
-The time of a small problem is mostly the interpreter's. So this form takes few steps, each of which is one call of
-NumPy on everything, and reads the arrays as they were given. A transposed problem is the convolution of its input, with
-zeros between the samples, with its taps in reverse.
+The time of a small problem is mostly the interpreter's. So this form has few steps, each of which is one NumPy call on
+the whole problem, and reads the arrays as they were given. A transposed problem is computed as a convolution of its
+input, with zeros between the samples, and reversed taps.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from .taps import Taps
 class Small:
     """One panel of all windows times the weight.
 
-    Windows read a row of positions, of which `places` hold the input, or `inputs` of it, and the others zeros.
+    Windows read a row of positions. At `places` these hold the input, or its slice `inputs`; all others are zero.
 
     Attributes:
-        transposed: the taps are reversed, and the first axes of the weight exchanged.
+        transposed: the taps are reversed, and the first axes of the weight swapped.
         safe: the form that computes the problem again.
         dtype: of the sums.
-        offset: where the first window begins in an input that holds all positions, in elements; None where it does not.
+        offset: if the input holds all positions, where the first window begins in it, in elements; otherwise None.
         staged, panel: the shapes (N, C_in, positions) and (N, C_in, K, L_out).
         input_windows, staged_windows: the strides in bytes of the panel as a view of either.
         given, packed: shapes of the weight with the groups split off, and (groups, C_out_g, C_in_g, K).
@@ -58,12 +58,12 @@ class Small:
 
     @classmethod
     def of(cls, p: ConvProblem) -> Small | None:
-        """None where the work is worth that of the interpreter for smaller blocks."""
+        """None where the problem is so large that smaller blocks pay."""
         N, G, C, M, K, Q = p.N, p.groups, p.C_in_g, p.C_out_g, p.K, p.L_out
         dtype, reach = accumulator(p.dtype), (K - 1) * p.dilation
         if limits.small_product(p.is_complex) < M * C * K * Q or N * p.C_in * K * Q * dtype.itemsize > limits.SUMS:
             return None
-        # Position 0 is the first input, and the inputs lie `apart` from each other.
+        # Position 0 is the first input, and the distance between inputs is `apart`.
         step, apart, first = (1, p.stride, p.padding_left - reach) if p.transposed else (p.stride, 1, -p.padding_left)
         length = (Q - 1) * step + reach + 1
         inputs = slice(max(0, -(-first // apart)), min(p.L_in, -(-(first + length) // apart)))
@@ -122,9 +122,10 @@ class Small:
             self.safe.run(call, 1)
 
     def compute(self, x: Array, w: Array, b: Array | None, y: Array, finite: bool = False) -> bool:
-        """Compute the problem of arrays of any strides; those of `Call` have axes of groups, those of users have none.
+        """Compute the problem on arrays of any strides, with groups as an axis (those of `Call`) or without (a user's).
 
-        False where zeros would meet a NaN or an infinity, and `finite` does not say that there is none.
+        Returns False, without a result, if a NaN or an infinity would be multiplied by zero. `finite` says that there
+        are none.
         """
         dtype, offset, windows = self.dtype, self.offset, self.input_windows
         scratch = Scratch.borrow("blocks", dtype)
@@ -152,7 +153,7 @@ class Small:
                     np.matmul(matrix, columns, out=sums)
                 elif len(matrix) > 1:  # `dot` takes less time than `matmul`
                     matrix.dot(columns, sums)
-                else:  # a row gives the bits of `matmul`, which sends it to another function of BLAS
+                else:  # for a single row `matmul` calls another function of BLAS; this gives the same bits
                     matrix[0].dot(columns, sums[0])
                 if b is not None:
                     np.add(sums, b.astype(dtype, copy=False)[..., None], out=sums)

@@ -1,8 +1,8 @@
 """taps: one product ``weight[:, :, k] * input[:, shifted]`` per tap, summed.
 
-Padding is left out rather than multiplied by, so this form serves every problem and every value: others fall back on it
-where a sum is not finite, which alone keeps it. It is chosen where a group has one input channel, mostly with a stride
-or a dilation longer than the windows of the other forms: there the product is elementwise.
+Padding is left out rather than multiplied, so this form is correct for every problem and every value; the others fall
+back on it where a sum is not finite. It is chosen where a group has one input channel, so that products are
+elementwise, mostly with a stride or a dilation longer than the windows of the other forms.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .threads import run_blocks
 
 @dataclass(frozen=True, slots=True)
 class Taps:
-    """Blocks of `samples`, `groups`, `rows`, `length`, products over `channels`."""
+    """Blocks of `samples`, `groups`, `rows` and `length` positions; products over `channels` input channels."""
 
     name: ClassVar[str] = "taps"
     reason: ClassVar[str] = "one input channel per group, few taps: each is an elementwise product"
@@ -58,7 +58,7 @@ class Taps:
         return False
 
     def cost(self, p: ConvProblem) -> float:
-        """Of the elementwise products, for problems with one channel per group."""
+        """The cost of elementwise products, for problems with one input channel per group."""
         geometry, size = self.geometry, costs.scale(p)
         first, last = geometry.positions(p)
         length = min(last - first, self.length)
@@ -95,12 +95,12 @@ class Taps:
         run_blocks(self._compute_phase, blocks, workers, call.dtype, p.L_out)
 
     def compute(self, call: Call, block: Block, scratch: Scratch) -> None:
-        """Compute a part of an output whose rest another form computes."""
+        """Compute one block for another form."""
         for phase, part in self._cut(call.p, block):
             self._compute_phase(call, phase, part, scratch)
 
     def compute_outputs(self, call: Call, block: Block, scratch: Scratch) -> None:
-        """As `compute`, but `start` and `stop` of the block are outputs."""
+        """As `compute`, but `start` and `stop` of the block count outputs instead of positions."""
         geometry = self.geometry
         if not geometry.writes_everything():
             sums = call.y[block.samples, block.groups, block.rows, block.start : block.stop]
@@ -135,7 +135,7 @@ class Taps:
             low, high, read = geometry.reading(j, start, stop, 0, p.L_in)
             if low < high and k < p.K:
                 terms.append((slice(low - start, high - start), k, read))
-        # A tap that feeds every output of the block goes first: its product need not be added to anything.
+        # A tap that contributes to every output of the block comes first: its product is written to the sums directly.
         terms.sort(key=lambda term: term[0].start - term[0].stop)
         fresh = bool(terms) and terms[0][0] == slice(0, stop - start)
         if not fresh:
@@ -153,7 +153,7 @@ class Taps:
                 w_tap = call.w[groups, rows, c, k]
                 product = sums if fresh else scratch.take("product", *sums.shape[:3], fed.stop - fed.start)
                 if p.C_in_g == 1:
-                    # A factor of another dtype would send both through NumPy's buffer.
+                    # If a factor had another dtype, NumPy would copy both through its buffer.
                     np.multiply(x_tap, w_tap.astype(call.dtype, copy=False), out=product, dtype=call.dtype)
                 else:
                     _multiply_tap(w_tap, x_tap, product, scratch)
@@ -161,7 +161,7 @@ class Taps:
                     np.add(sums[..., fed], product, out=sums[..., fed])
                 fresh = False
         if call.b is None:
-            np.add(sums, 0, out=sums)  # products of zero can be -0, their sum is +0
+            np.add(sums, 0, out=sums)  # turns a product of -0 into +0, as a sum has it
         else:
             call.add_bias(block, sums)
         if not direct:
@@ -169,7 +169,7 @@ class Taps:
 
 
 def _multiply_tap(w_tap: Array, x_tap: Array, product: Array, scratch: Scratch) -> None:
-    """``product[n, g] = w_tap[g] @ x_tap[n, g]``, both operands first brought into the form that BLAS takes."""
+    """``product[n, g] = w_tap[g] @ x_tap[n, g]``; operands that BLAS cannot read in place are copied first."""
     w_packed = scratch.take("tap", *w_tap.shape)
     w_packed[...] = w_tap
     if not is_direct(x_tap, product.dtype):

@@ -1,11 +1,12 @@
 """Blocks of one call on several threads.
 
-The helpers are started once and kept: to wake one takes some 30 us, to start one and to end it 70 us, and a call of
-0.7 ms can gain from a second thread.
+The helpers are started once and kept: waking one takes some 30 us, starting and ending one 70 us, and a call of 0.7 ms
+can gain from a second thread.
 
-Each thread keeps to processors of its own while it computes. Threads that hand the interpreter's lock to each other
-wake each other often, and Linux as a guest of KVM then tends to put them on the same processor: to it, one that sleeps
-looks as if the host had taken it away. Without this, many calls take as long on two threads as on one.
+Each thread is bound to processors of its own while it computes. Threads that pass the interpreter's lock to each other
+wake each other often, and Linux as a guest of KVM then tends to put them on the same processor, because it takes an
+idle processor for one that the host has preempted. Without the binding, many calls take as long on two threads as on
+one.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ from .arrays import Scratch
 def run_blocks(
     compute: Callable[..., None], blocks: Sequence[tuple[Any, ...]], workers: int, dtype: np.dtype[Any], length: int
 ) -> None:
-    """Call ``compute(*block, scratch)`` for each block, on at most so many threads.
+    """Call ``compute(*block, scratch)`` for each block, on at most `workers` threads.
 
-    The blocks write disjoint places, so neither their order nor the number of threads changes a bit. An exception,
-    KeyboardInterrupt among them, ends all threads after the blocks that they are at. `dtype` is that of the scratch
-    buffers, `length` that of the rows that are computed on.
+    The blocks write to disjoint places, so neither their order nor the number of threads changes a bit. After an
+    exception, KeyboardInterrupt included, each thread ends with its current block. `dtype` is that of the scratch
+    buffers, `length` the length of the rows that the blocks compute.
     """
     workers = min(workers, len(blocks), usable_cpus()) if workers > 1 else 1
     pending = deque(blocks)
@@ -40,8 +41,8 @@ def run_blocks(
     def work(share: list[int]) -> None:
         _keep_to(share)
         scratch = Scratch.borrow("blocks", dtype)
-        # NumPy copies rows that are shorter than its buffer into it before it computes, even where nothing is to be
-        # converted; a buffer shorter than the rows keeps it from doing so.
+        # NumPy copies rows that are shorter than its buffer into the buffer, even where no dtype is converted; a buffer
+        # shorter than the rows avoids these copies.
         buffer_size = np.setbufsize(64 if length >= 64 else 8192)
         try:
             with np.errstate(all="ignore"):
@@ -63,7 +64,7 @@ def run_blocks(
         if workers > 1:
             helping = [_helpers().submit(work, share) for share in shares[1:]]
         work(shares[0])
-        # A helper that is busy with another call has not begun, and there is nothing left for it to do.
+        # A helper that is still busy with another call has not begun; all blocks are taken, so it need not begin.
         helping = [helper for helper in helping if not helper.cancel()]
         for helper in helping:
             helper.result()
@@ -82,7 +83,7 @@ def usable_cpus() -> int:
 
 
 def _shares(workers: int) -> list[list[int]]:
-    """The processors of each of several threads, the caller's own first; empty where threads go where they like."""
+    """The processors of each thread, the caller's first; empty lists where threads are not bound to processors."""
     current = _current_processor() if workers > 1 and hasattr(os, "sched_getaffinity") else None
     if current is None:
         return [[]] * workers
@@ -91,9 +92,9 @@ def _shares(workers: int) -> list[list[int]]:
 
 
 def _keep_to(processors: list[int]) -> None:
-    """Let the calling thread run on these processors alone; on an empty list, do nothing."""
+    """Bind the calling thread to these processors; an empty list has no effect."""
     if processors:
-        with suppress(OSError):  # some of them may have been taken from the process since it was asked
+        with suppress(OSError):  # the process may have lost some of them in the meantime
             os.sched_setaffinity(0, processors)
 
 
@@ -105,7 +106,7 @@ def _sched_getcpu() -> Callable[[], int] | None:
 
 
 def _current_processor() -> int | None:
-    """The one that the calling thread runs on; None where the system does not tell."""
+    """The processor on which the calling thread runs; None where the system does not provide it."""
     get = _sched_getcpu()
     return None if get is None or (processor := get()) < 0 else processor
 
@@ -121,7 +122,7 @@ def _renew_helpers() -> None:
     _helpers()
 
 
-# Called now and not first by several threads at once, each of which would make a pool.
+# Called now, since several threads that called it first at the same time would each create a pool.
 _helpers()
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_renew_helpers)  # a forked process inherits none of the threads

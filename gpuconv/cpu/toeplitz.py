@@ -1,12 +1,12 @@
 """toeplitz: neighbouring outputs of a group together, as the product of their common window with a banded matrix.
 
-A row is cut into windows, each of which makes a tile of outputs. Where one window holds a whole short row, the samples
+A row is cut into windows, each of which gives a tile of outputs. Where one window holds a whole short row, the samples
 are the rows of one product, and neither input nor output is copied. Where many samples have short rows of several
-channels, they are copied with the channels next to each other: each window is then a run of every sample, and narrow
-bands multiply few zeros. The band of many taps is cut.
+channels, they are copied with the channels next to each other: each window is then contiguous in every sample, and
+narrow bands multiply few zeros. Many taps are divided among several bands.
 
-It stays for short rows, groups of few channels and long kernels: those for which it is chosen take 1.7 times as long in
-the next best form, the geometric mean over the benchmark layers, and up to 12 times.
+It is for short rows, groups of few channels and long kernels. The layers for which it is chosen take 1.7 times as long
+in the next best form (geometric mean over the benchmark layers), and up to 12 times.
 """
 
 from __future__ import annotations
@@ -32,18 +32,17 @@ _LINES = 512
 
 @dataclass(frozen=True, slots=True)
 class Toeplitz:
-    """Windows of `tile` steps times banded matrices, of which each holds at most `taps` taps.
+    """Windows of `tile` steps times banded matrices, each of which holds at most `taps` taps.
 
-    Step q is the output q of conv1d, or the outputs from ``q*stride - padding_left`` to the next step's of
-    conv_transpose1d.
+    Step q is the output q of conv1d, or the `stride` outputs of conv_transpose1d from ``q*stride - padding_left`` on.
 
     Attributes:
         safe: the form that computes a block again.
-        samples, groups, windows: of a block.
-        lines: windows of one product.
+        samples, groups, windows: those of a block.
+        lines: the rows of one product, each of them a window.
         whole: one window holds a row; its band has only the inputs and outputs that exist.
-        channels_last: input and output are copied with their channels next to each other. A window is then a run of a
-            sample, and the samples are the lines of one product for each window.
+        channels_last: input and output are copied with their channels next to each other. A window is then contiguous
+            in a sample, and the samples are the rows of one product for each window.
         concurrent: BLAS computes each product on the calling thread.
     """
 
@@ -79,9 +78,9 @@ class Toeplitz:
             return None
         if concurrent:
             budget = max(limits.CONCURRENT_BUFFER // size, window * max(outputs, 16))
-        # What a window takes at most: its copy, its outputs, and the input from it to the next one.
+        # The most elements of a window in any buffer: its copy, its outputs, or the input from it to the next window.
         unit = max(window, outputs, p.C_in_g * tile * step_inputs(p))
-        if channels_last:  # of the windows of a row, which are not cut
+        if channels_last:  # blocks have whole rows: the share of each window in these
             unit = max(p.C_in_g * span(p, tile, per_row), outputs * per_row) // per_row + 1
         if unit * (per_row if channels_last else 1) > budget:
             return None
@@ -100,7 +99,7 @@ class Toeplitz:
             groups, samples = share(p, (p.groups, groups), (p.N, samples))
         elif concurrent:
             groups, samples, fewer = share(p, (p.groups, groups), (p.N, samples), (per_row, windows))
-            # The bands of many taps are filled again for each block.
+            # Where there are several bands, each block fills them again.
             windows = fewer if taps == p.K else max(fewer, min(windows, limits.WORTH_A_BAND))
         side_by_side = samples if channels_last else samples * windows
         lines = min(lines, side_by_side) if concurrent else side_by_side
@@ -134,7 +133,7 @@ class Toeplitz:
         filling += bands / min(self.groups, p.groups) * costs.CALL * (3 + (_phases(p) if p.transposed else 0))
         lines = min(self.lines, p.N * per_row)
         product = costs.products(p, passes * count / lines, lines, window, outputs, self.concurrent)
-        # Rows of the same group, which are read and written one after the other, lie far from each other.
+        # Rows of the same group are read and written one after the other, but lie far apart in memory.
         copy = 2 * costs.ROW * p.N * p.groups if p.groups > 1 and p.N > 1 else 0.0
         if self.channels_last:
             inputs = p.N * p.groups * p.C_in_g * span(p, self.tile, per_row)
@@ -189,7 +188,7 @@ class Toeplitz:
         N, G, M = (part.stop - part.start for part in block[:3])
         W, length = -(-(block.stop - block.start) // self.tile), self.tile * outputs_per_step(p)
         y = call.y[block.samples, block.groups]
-        # The outputs of the block, of which the first and the last may not exist.
+        # The outputs of the block; the first and the last ones may not exist.
         at = block.start * outputs_per_step(p) - (p.padding_left if p.transposed else 0)
         low, high = max(0, at), min(p.L_out, at + W * length)
         size = call.dtype.itemsize
@@ -228,12 +227,12 @@ class Toeplitz:
             y[..., from_:to] = by_sample[..., window, from_ - start : to - start]
 
     def _compute_channels_last(self, call: Call, block: Block, scratch: Scratch) -> None:
-        """The blocks of `channels_last`, of whole rows."""
+        """Compute a block of whole rows for `channels_last`."""
         p, W, lines = call.p, self.windows, self.lines
         N, G, M = (part.stop - part.start for part in block[:3])
         length, C = self.tile * outputs_per_step(p), p.C_in_g
         band, first, last = self._band(call, block, slice(0, p.K), scratch)
-        # Conversions take several times as long on short runs, so they are done apart, along whole rows.
+        # Conversions take several times as long on short runs, so they are a step of their own, along whole rows.
         source = call.read(block.samples, block.groups, slice(0, C), 0, p.L_in, scratch)
         x = scratch.take("panel", N, G, span(p, self.tile, W), C)
         copy_padded(source, first, first + x.shape[2], x.swapaxes(2, 3), copy_swapped)
@@ -249,7 +248,8 @@ class Toeplitz:
                 part = sums[low:high].reshape(-1, side_by_side, *sums.shape[1:]).transpose(2, 3, 0, 1, 4)
                 np.matmul(windows, band[:, None, None], out=part)
         at = block.start * outputs_per_step(p) - (p.padding_left if p.transposed else 0)
-        # Where a window has no inputs but those of its only step's taps, the only zeros are those of the padding.
+        # Where a window has only the inputs of its single step, the only zeros are those of the padding, so that it is
+        # enough to check the band.
         padded_only = length == 1 and p.dilation == 1
         if call.is_spoilt(band if padded_only else sums):
             self.safe.compute_outputs(call, block._replace(start=0, stop=p.L_out), scratch)
@@ -263,9 +263,9 @@ class Toeplitz:
             y[...] = rows
 
     def _band(self, call: Call, block: Block, taps: slice, scratch: Scratch) -> tuple[Array, int, int]:
-        """What each input of a window contributes to each of its outputs, as (groups, C_in_g*inputs, C_out_g*outputs).
+        """The banded matrix (groups, C_in_g*inputs, C_out_g*outputs) from the inputs of a window to its outputs.
 
-        Also the input positions of the first window: first, and behind the last.
+        The other two values are the range of input positions of the first window.
         """
         p, groups = call.p, block.groups
         G, C, M, T = groups.stop - groups.start, p.C_in_g, p.C_out_g, self.tile
@@ -316,7 +316,7 @@ class Toeplitz:
             if C == 1 and step >= U and W >= 32:
                 return as_strided(x[..., first:], (G, N, W, U), (s_g, s_n, s_l * step, s_l))
         panel = scratch.take("panel", G, N, W, C, U)
-        # The windows that lie within the input are copied from where it lies, the others from a padded copy.
+        # Windows within the input are copied from the input, the others from a padded copy of it.
         inside = min(max(0, -(first // step)), W)
         outside = max(min(W, (p.L_in - last) // step + 1), inside)
         for begin, end in ((0, inside), (inside, outside), (outside, W)):
@@ -354,7 +354,7 @@ def fill_band(p: ConvProblem, w: Array, band: Array, tile: int, taps: slice) -> 
         diagonals = as_strided(band, shape, (s_g, s_m, s_c, s_u * p.dilation, s_u * p.stride + s_o))
         diagonals[...] = w[..., None]
         return
-    # Tap k of input l makes the output l*stride + k*dilation; l and the output count from the first step.
+    # Tap k of input l contributes to the output l*stride + k*dilation; both are counted from the first step.
     common = math.gcd(p.stride, p.dilation)
     interleave = p.stride // common
     last = (taps.stop - 1) * p.dilation // p.stride
@@ -378,14 +378,14 @@ def _phases(p: ConvProblem) -> int:
 
 
 def steps(p: ConvProblem) -> tuple[int, int]:
-    """The range of the steps that have outputs."""
+    """The range of steps that have outputs."""
     if not p.transposed:
         return 0, p.L_out
     return p.padding_left // p.stride, -(-(p.L_out + p.padding_left) // p.stride)
 
 
 def candidates(p: ConvProblem) -> list[Toeplitz]:
-    """With several numbers of steps that a window serves."""
+    """Forms with several numbers of steps of a window."""
     first, last = steps(p)
     count = last - first
     tiles = {min(tile, count) for tile in (1, 4, 8, 16, 32, 64)}
@@ -413,12 +413,12 @@ def step_inputs(p: ConvProblem) -> int:
 
 
 def span(p: ConvProblem, tile: int, windows: int) -> int:
-    """The input positions that so many windows of all taps span."""
+    """The number of input positions of so many windows of all taps."""
     return (windows - 1) * tile * step_inputs(p) + window_length(p, tile, p.K)
 
 
 def window_length(p: ConvProblem, tile: int, taps: int) -> int:
-    """The input positions that so many taps read at most for a tile."""
+    """The most input positions that so many taps read for a tile."""
     reach = (taps - 1) * p.dilation
     if not p.transposed:
         return (tile - 1) * p.stride + reach + 1
@@ -426,6 +426,6 @@ def window_length(p: ConvProblem, tile: int, taps: int) -> int:
 
 
 def _taps_within(p: ConvProblem, tile: int, longest: int) -> int:
-    """As many taps as a window of this length holds."""
+    """The number of taps whose window is at most `longest`."""
     room = longest - ((tile - 1) * p.stride + 1) if not p.transposed else (longest - tile) * p.stride
     return 0 if room < 0 else min(p.K, room // p.dilation + 1)

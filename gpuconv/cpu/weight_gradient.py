@@ -1,11 +1,11 @@
 """The NumPy path of the weight gradient: through BLAS, with bounded extra memory.
 
-The two arrays play the roles of a `Correlation`: `a` is read as it lies, `b` in windows, one for each tap. The
-positions are cut into tiles, and each tile adds to the sums in one of three forms, which `weight_sums` describes. Where
-the stride is one, the roles can be swapped, and the array with fewer channels becomes b.
+The two arrays are a and b of a `Correlation`: a is read as it is, b in windows, one for each tap. The positions are cut
+into tiles, and each tile is added to the sums in one of three forms, which `weight_sums` describes. Where the stride is
+one, the roles can be swapped, so that the array with fewer channels is b.
 
-Which tiles make up a sum depends on the problem alone. So do the slices into which the positions are cut for several
-threads; their sums are added in one order.
+The tiles of a sum depend on the problem alone. So do the slices into which the positions are divided for several
+threads; their sums are added in a fixed order.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from .correlation import Correlation, Sizes
 from .edges import Strip, strips
 from .weight_sums import WeightSums
 
-# Bytes of a panel, where there is one thread and where there are several, of a block of sums, of the sums of all slices
-# but the first, and of the rows that dots work on: a and a window of b stay in the first- or second-level cache.
+# Bytes of a panel with one thread and with several, of a block of sums, of the sums of all slices, and of the rows of
+# dots: a and a window of b stay in the first- or second-level cache.
 _PANEL = 4 * limits.MIB
 _CONCURRENT_PANEL = 1 * limits.MIB
 _SUMS = 1 * limits.MIB
@@ -38,8 +38,7 @@ _DOT_ROW = 16 * 1024
 # The most rows of a for which dots pay off: each is read again for every tap.
 _DOT_ROWS = 4
 
-# The fewest positions for which dots pay off where there are several samples: each sample, channel and tap is a product
-# of its own.
+# The fewest positions for which dots pay off with several samples: each sample, channel and tap is a separate product.
 _DOT_POSITIONS = 48
 
 # Rows of a, windows of b and positions of a large product; the fewest positions of a small one.
@@ -56,7 +55,7 @@ _SMALL_TILE = 64
 _SMALL_ROWS = 256
 _CALL = 4_000_000
 
-# Multiply-adds from which a second thread pays.
+# The fewest multiply-adds for which a second thread pays.
 _WORTH_THREADS = 20_000_000
 
 
@@ -77,13 +76,13 @@ def method(problem: WeightGradientProblem) -> Method:
 
 
 def compute(problem: WeightGradientProblem, coarse: Array, fine: Array, output: Array) -> None:
-    """Compute a weight gradient into `output`, every element of it.
+    """Compute a weight gradient into all elements of `output`.
 
-    float16 and bfloat16 are summed in float32 and rounded once. A NaN or an infinity reaches only the elements that
+    float16 and bfloat16 are summed in float32 and rounded once. A NaN or an infinity affects only the elements that
     have it in a term.
 
     Args:
-        problem: extents and settings; the arrays agree with it.
+        problem: extents and settings of the arrays.
         coarse: `problem.coarse_shape`, or that without the batch axis; native byte order, any strides.
         fine: `problem.fine_shape`, likewise.
         output: `problem.weight_shape`, any strides; it overlaps no other argument.
@@ -99,7 +98,7 @@ def compute(problem: WeightGradientProblem, coarse: Array, fine: Array, output: 
 
 
 def _compute_with_edges(p: WeightGradientProblem, coarse: Array, fine: Array, output: Array) -> None:
-    """The sum over the positions of coarse whose windows lie inside of fine, and of those that reach over an edge."""
+    """Add the sums over windows inside of fine to those over windows that reach over an edge."""
     sums: Array = np.zeros(p.weight_shape, accumulator(p.dtype))
     inside, (first, last) = _inside(p), p.edge_windows
     if inside is not None:
@@ -138,7 +137,7 @@ def _strips(p: WeightGradientProblem) -> Iterator[Strip]:
 
 
 def _strip_problem(p: WeightGradientProblem, strip: Strip) -> WeightGradientProblem:
-    """The part of a strip, which takes the place of fine."""
+    """The problem of a strip, whose copy takes the place of fine."""
     groups, count = strip.groups.stop - strip.groups.start, strip.stop - strip.start
     length = (count - 1) * p.stride + p.dilation * (p.K - 1) + 1
     return replace(
@@ -173,12 +172,12 @@ def _choose(p: WeightGradientProblem) -> _ChosenForm:
         form = _panels(p, roles)
     concurrent = form.is_small(p) and p.terms * math.prod(p.weight_shape) > _WORTH_THREADS
     if concurrent:
-        # Slices for several threads, as far as their sums are small.
+        # Slices for several threads, as many as have small sums together.
         wanted = -(-limits.MAX_WORKERS // len(form.blocks()))
         number = min(wanted, form.num_tiles, _PARTIAL_SUMS // (math.prod(p.weight_shape) * size))
         form = replace(form, slices=max(1, number))
     buffers = form.memory()
-    # The sums are also compared with infinity, one byte per element.
+    # The check of the sums for finite values takes one byte per element.
     each = sum(buffers.values()) * size + buffers["sums"]
     shared = form.slices * math.prod(p.weight_shape) * size if form.slices > 1 else 0
     allowed = max(limits.WORKSPACE, (math.prod(p.coarse_shape) + math.prod(p.fine_shape)) * p.itemsize // 4)
@@ -190,7 +189,7 @@ def _choose(p: WeightGradientProblem) -> _ChosenForm:
 def _dots(p: WeightGradientProblem, roles: Correlation) -> Sizes:
     size = accumulator(p.dtype).itemsize
     row, budget = _DOT_ROW // size, _CONCURRENT_PANEL // size
-    # A large stride or dilation: the window must not grow with it.
+    # The window must stay within the budget, whatever the stride and the dilation are.
     positions = max(1, min(roles.L_a, row, budget // roles.stride))
     taps = min(roles.K, max(1, budget // roles.dilation))
     low, high = roles.window(0, positions, slice(0, taps))

@@ -1,14 +1,14 @@
-"""The forms in which a tile of positions adds to the sums of a weight gradient.
+"""The forms in which a tile of positions is added to the sums of a weight gradient.
 
-- dots: b is a single channel per group, a has few. A view of b as all of its windows is multiplied by a, in vector
+- dots: b has a single channel per group, a has few. A view of b as all of its windows is multiplied by a, in vector
   products whose operands stay in the cache.
 - taps: b has several channels. It is copied with its channels next to each other, so that each tap is a matrix product
   of a with a view of that copy.
 - panels: b has few channels, or few positions. Its windows are copied one below the other into a panel, for one matrix
   product with a.
 
-All forms multiply a by zeros where a window leaves the array. A zero is harmless until it meets an infinity or a NaN,
-so sums that are not finite are computed again from what exists of each window alone.
+All forms multiply a by zeros where a window leaves the array. A zero times an infinity or a NaN is NaN, so sums that
+are not finite are computed again from only those elements of each window that exist.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class WeightSums:
         b: (N, G, C, L_b).
         output: (G, R, C, K).
         dtype: the accumulator.
-        a_direct, b_direct: BLAS can read it as it lies, and it needs no conjugation.
+        a_direct, b_direct: BLAS can read the array in place, and it is not conjugated.
     """
 
     __slots__ = ("a", "a_direct", "b", "b_direct", "dtype", "form", "output", "roles")
@@ -64,7 +64,7 @@ class WeightSums:
     def _compute(self, block: Block, index: int, part: Array, scratch: Scratch) -> None:
         """The sums of a block over a slice."""
         add = {"dots": self._add_dots, "taps": self._add_taps, "panels": self._add_panel}[self.form.name]
-        if self.form.name == "taps":  # each tap is a matrix
+        if self.form.name == "taps":  # the sums of each tap are a matrix
             G, R, C, K = block.shape
             sums = scratch.take("sums", G, K, R, C).transpose(0, 2, 3, 1)
         else:
@@ -185,7 +185,7 @@ class WeightSums:
                     np.add(sums[..., k], product, out=sums[..., k])
 
     def _read_a(self, block: Block, samples: slice, at: slice, scratch: Scratch) -> Array:
-        """What a tile needs of a, as (samples, groups, rows, positions): a view where BLAS can read it, else a copy."""
+        """The part of a for a tile, as (samples, groups, rows, positions): a view if BLAS can read it, else a copy."""
         a = self.a[samples, block.groups, block.rows, at]
         if self.a_direct:
             return a

@@ -1,9 +1,9 @@
-"""windows: neighbouring outputs of a depthwise row together, its overlapping windows read where they lie.
+"""windows: neighbouring outputs of a depthwise row together; its overlapping windows are read in place.
 
-As toeplitz, but the windows are not copied. They overlap, which BLAS does not allow of the rows of a matrix; so every
-second or every third window makes a matrix, and each of these is multiplied by the banded matrix of the row. The last
-window of a row ends with the row and may compute some outputs again. It stays beside toeplitz because the copies of
-windows take longer than the products with them where a group has one channel and few taps.
+As toeplitz, but the windows are not copied, since copies would take longer than the products where a group has one
+channel and few taps. Windows overlap, but BLAS does not allow overlapping rows of a matrix; so a matrix has for example
+every second or every third window, and each of these matrices is multiplied by the banded matrix of the row. The last
+window of a row ends with the row and may compute some outputs again.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ class Windows:
 
     Attributes:
         safe: the form that computes a block again.
-        samples, groups, length: of a block; `length` counts steps.
-        sets: every how many-th window is a row of one product.
+        samples, groups, length: those of a block; `length` counts steps.
+        sets: the number of matrices; window i is a row of the matrix i mod `sets`.
     """
 
     name: ClassVar[str] = "windows"
-    reason: ClassVar[str] = "depthwise rows: banded matrices times windows that are read where they lie"
+    reason: ClassVar[str] = "depthwise rows: banded matrices times windows that are read in place"
     concurrent: ClassVar[bool] = True
 
     safe: Taps
@@ -47,14 +47,14 @@ class Windows:
 
     @classmethod
     def candidates(cls, p: ConvProblem) -> list[Windows]:
-        """For one channel per group, where rows are long enough for products of some windows."""
+        """Forms for one channel per group, where rows are long enough for products of several windows."""
         if p.C_in_g != 1 or p.C_out_g != 1:
             return []
         found = []
         first, last = steps(p)
         per_step, size = outputs_per_step(p), accumulator(p.dtype).itemsize
         budget = limits.SUMS // size
-        # One that divides the row spares the last windows, which are products of one line each.
+        # A tile that divides the row avoids the last windows, each of which is a product of its own.
         even = next((tile for tile in (16, 15, 14, 13, 12) if (last - first) % tile == 0), 16)
         for tile in sorted({4, 8, even, 16, 32}):
             step, window, outputs = tile * step_inputs(p), window_length(p, tile, p.K), tile * per_step
@@ -134,7 +134,7 @@ class Windows:
         x = call.read(
             block.samples, block.groups, slice(0, 1), low, first_input(p, block.stop - tile, taps) + U, scratch
         )
-        # The outputs of the block, of which the first and the last may not exist.
+        # The outputs of the block; the first and the last ones may not exist.
         at, count = block.start * per_step - (p.padding_left if p.transposed else 0), block.stop - block.start
         begin, end = max(0, at), min(p.L_out, at + count * per_step)
         y = call.y[block.samples, block.groups, :, begin:end]

@@ -1,4 +1,4 @@
-"""append_samples: new samples into the window of a stream. No family, since it computes nothing.
+"""append_samples: appends new samples to the window of a stream. It is not a family, since it computes nothing.
 
 Contract: cuda_src/append_samples.cu.
 """
@@ -20,7 +20,7 @@ def append_launch(
     N, C, L = input_shape
     held = window_shape[-1] - L
     arrays = Layout.of(window=ArrayLayout(contiguous_strides(window_shape)), input=layout)
-    # The loops leave with an index of up to a block behind the samples held, and behind the new ones.
+    # When the loops end, an index may be up to a block behind the samples held, and behind the new ones.
     bits = width(arrays, {"window": window_shape, "input": input_shape}, held + BLOCK_SIZE, L + BLOCK_SIZE, N * C)
     values = (C, held, L, *layout.strides)
     params = tuple(zip(params_fields(KERNEL), values, strict=True))

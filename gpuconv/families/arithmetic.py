@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from enum import IntEnum
 
 from ..device import Device
 
@@ -32,6 +34,28 @@ SPLIT_TERMS = 16
 MIN_SPLIT_TERMS = 64
 
 
+class Access(IntEnum):
+    """What one access of the threads that stage the input loads.
+
+    Attributes:
+        POSITION: one position of a channel.
+        PAIR: two neighbouring positions of a channel, of 16 bits each, in an aligned word.
+        UNIT: one position of all channels of a unit, which are contiguous, 16 aligned bytes.
+    """
+
+    POSITION, PAIR, UNIT = range(3)
+
+    @property
+    def width(self) -> int:
+        """Its positions."""
+        return 2 if self is Access.PAIR else 1
+
+    @property
+    def words(self) -> str:
+        """What `explain` says of it."""
+        return ("one position of a channel", "two positions of a channel", "16 bytes of contiguous channels")[self]
+
+
 @dataclass(frozen=True, slots=True)
 class Arithmetic:
     """How tensor cores form the products of a dtype and precision.
@@ -41,8 +65,8 @@ class Arithmetic:
         channels: of a unit, 16 bytes.
         parts: numbers that stand for one operand.
         min_arch: the first architecture that has the instruction.
-        staging_instructions: of a lane, to load an element of the input and store its parts, for the cost model; where
-            one position is loaded at once, and two.
+        staging_instructions: of a lane, to load an element of the input and store its parts, for the cost model; by
+            `Access`, NaN where there is none.
     """
 
     instruction: str
@@ -63,11 +87,12 @@ class Arithmetic:
 
 # Staging: what of the machine code for sm_90 around the main loop runs where all channels exist, divided by the
 # elements that it loads (bench.static; a test compares them). For split TF32 tiles that load two units at a time
-# need 22, those that load four 15.5.
-_FLOAT16 = Arithmetic("multiply_matrices_f16", 8, 1, 75, (4.5, 3.5))
-_BFLOAT16 = Arithmetic("multiply_matrices_bf16", 8, 1, 80, (4.5, 3.5))
-_TF32 = Arithmetic("multiply_matrices_tf32", 4, 1, 80, (9.5,))
-_SPLIT_TF32 = Arithmetic("multiply_matrices_tf32", 4, 2, 80, (18.5,))
+# need 22, those that load four 15.5; where an access loads a unit, 17.8 and 14.5. What copies 16-bit units is a loop
+# beside the main one.
+_FLOAT16 = Arithmetic("multiply_matrices_f16", 8, 1, 75, (4.5, 3.5, 1.3))
+_BFLOAT16 = Arithmetic("multiply_matrices_bf16", 8, 1, 80, (4.5, 3.5, 1.3))
+_TF32 = Arithmetic("multiply_matrices_tf32", 4, 1, 80, (9.5, math.nan, 8.0))
+_SPLIT_TF32 = Arithmetic("multiply_matrices_tf32", 4, 2, 80, (18.5, math.nan, 16.0))
 
 # By dtype and precision.
 ARITHMETICS = {

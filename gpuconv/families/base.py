@@ -1,11 +1,11 @@
-"""The values that pass between dispatch, kernel families and the runtime: Layout in, Plan or Refusal out."""
+"""What dispatch, kernel families and the runtime exchange: a family gets a Layout and returns a Plan or a Refusal."""
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Generic, TypeVar
 
 from ..costs import Work
@@ -34,8 +34,8 @@ class ArrayLayout:
     def of(cls, shape: tuple[int, ...], strides: tuple[int, ...], address: int, itemsize: int) -> ArrayLayout | None:
         """The layout of an array given its strides and address in bytes.
 
-        Axes of extent 1 or 0 get their contiguous stride, since no offset ever uses it. None where elements do not lie
-        at multiples of their size, which kernels cannot read: such an array must be copied.
+        Axes of extent 1 or 0 get their contiguous stride, since no offset uses it. None where elements are not at
+        multiples of their size: kernels cannot read such an array, so it must be copied.
         """
         if address % itemsize or any(stride % itemsize for stride in strides):
             return None
@@ -53,9 +53,15 @@ class ArrayLayout:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The layouts of a problem's arrays, by the names that the problem gives them."""
+    """The layouts of a problem's arrays, by the names that the problem gives them.
+
+    Attributes:
+        arrays: (name, layout) of each.
+        is_prepared: whether the caller keeps what a first step makes of the weight alone (`gpuconv.prepare`).
+    """
 
     arrays: tuple[tuple[str, ArrayLayout], ...]
+    is_prepared: bool = False
 
     def __getitem__(self, name: str) -> ArrayLayout:
         return next(layout for found, layout in self.arrays if found == name)
@@ -70,7 +76,7 @@ class Layout:
 
     def replaced(self, **arrays: ArrayLayout) -> Layout:
         """The same with other layouts for some of the arrays."""
-        return Layout(tuple((name, arrays.get(name, layout)) for name, layout in self.arrays))
+        return replace(self, arrays=tuple((name, arrays.get(name, layout)) for name, layout in self.arrays))
 
     @classmethod
     def contiguous(cls, problem: Problem) -> Layout:
@@ -117,7 +123,7 @@ class Step:
         config: the specialisation of the kernel.
         launch: its grid, block, shared memory and parameters.
         arrays: the kernel's pointers in order, by the names of the problem's arrays and of the plan's scratch buffers;
-            None is a null pointer. Params come behind them.
+            None is a null pointer. Params follows them.
     """
 
     config: Config
@@ -125,21 +131,20 @@ class Step:
     arrays: tuple[str | None, ...]
 
 
-# Names of scratch buffers: weights in the order in which a kernel reads them, sums that a later step adds, and the
-# activated input.
+# Names of scratch buffers: packed weights, partial sums that a later step adds, and the activated input.
 PACKED, PARTIAL, ACTIVATED = "packed", "partial", "activated"
-# The table of the lengths of samples, which each call has of its own: see cuda_src/samples.cuh.
+# The table of the lengths of samples, one for each call: see cuda_src/samples.cuh.
 SAMPLES = "samples"
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How a family computes a problem: its launches, one after the other.
+    """How a family computes a problem: a sequence of launches.
 
     Attributes:
-        steps: in order.
-        scratch: (name, bytes) of the buffers through which steps hand results to each other.
-        candidates: (configuration, predicted microseconds) of those that the cost model compared, the chosen one first.
+        steps: the launches in order.
+        scratch: (name, bytes) of the buffers through which steps pass data to each other.
+        candidates: (configuration, predicted microseconds) that the cost model compared, the chosen one first.
     """
 
     steps: tuple[Step, ...]
@@ -153,7 +158,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """Why a family does not take a problem: "needs C_in/groups >= 16"."""
+    """Why a family does not take a problem, such as "needs C_in/groups >= 16"."""
 
     reason: str
 
@@ -165,22 +170,22 @@ class Family(ABC, Generic[ProblemT]):
     """
 
     name: ClassVar[str]
-    """The one word for the file, the kernel function, the family and the test id: ``<op>_<algorithm>``."""
+    """The name of the .cu file, the kernel function, the family and the test id: ``<op>_<algorithm>``."""
 
     kind: ClassVar[Kind]
     """The kind of problem that it computes."""
 
     canonical_order: ClassVar[bool] = True
-    """Whether it sums in the order of the base family of its kind: the families that do agree in every bit."""
+    """Whether it sums in the order of the base family of its kind; all families that do give the same bits."""
 
     activates_input: ClassVar[bool] = False
     """Whether its kernel can activate the input as it loads it (cuda_src/input.cuh)."""
     dtypes: ClassVar[tuple[str, ...]] = DTYPES
-    """Of the data that it takes."""
+    """The dtypes of the data that it takes."""
     maps_edges: ClassVar[bool] = False
-    """Whether its kernels read the samples that padding means, in every padding mode; see `families.edges`."""
+    """Whether its kernels read the samples that padding stands for, in every padding mode; see `families.edges`."""
     keeps_lengths: ClassVar[bool] = False
-    """Whether its kernels leave out what lies behind the lengths of samples; see `families.lengths`."""
+    """Whether its kernels ignore what follows the end of each sample; see `families.lengths`."""
 
     @abstractmethod
     def plan(self, problem: ProblemT, layout: Layout, device: Device) -> Plan | Refusal:
@@ -193,10 +198,15 @@ class Family(ABC, Generic[ProblemT]):
         A family that maps edges has each of them in the other padding modes, too (`with_padding_mode`).
         """
 
-    def work(self, problem: ProblemT, step: Step) -> Work:
-        """The work of the family's own kernel in a plan, from which, with its machine code, its time is predicted.
+    def staging(self, step: Step) -> dict[str, str]:
+        """What one access loads or stores of each array that its kernel transposes in shared memory, in words."""
+        return {}
 
-        That of tiles BLOCK_M by BLOCK_N where the kernel has these macros, else of the problem's own multiply-adds.
+    def work(self, problem: ProblemT, step: Step) -> Work:
+        """The work of the family's own kernel in a plan. Its time is predicted from this and from its machine code.
+
+        By default the work of tiles of BLOCK_M by BLOCK_N where the kernel has these macros, else the problem's
+        multiply-adds.
         """
         macros = dict(step.config.macros)
         held = step.launch.grid * int(macros.get("BLOCK_M", 0)) * int(macros.get("BLOCK_N", 0))
@@ -205,7 +215,7 @@ class Family(ABC, Generic[ProblemT]):
 
 
 def round_up(value: int, multiple: int, rest: int = 0) -> int:
-    """The smallest integer from `value` on that leaves `rest` when divided by `multiple`."""
+    """The smallest integer that is at least `value` and leaves `rest` when divided by `multiple`."""
     return value + (rest - value) % multiple
 
 
@@ -233,7 +243,7 @@ def conv_fields(problem: ConvProblem, layout: Layout) -> dict[str, int]:
         "stride": p.stride,
         "padding_left": p.padding_left,
         "dilation": p.dilation,
-        # A phase of a transposed convolution: its taps are tap_step apart, their inputs position_step.
+        # The taps of a phase of a transposed convolution are tap_step apart, and their inputs position_step.
         "phase_gcd": gcd,
         "tap_step": tap_step,
         "position_step": position_step,
@@ -247,7 +257,7 @@ def conv_fields(problem: ConvProblem, layout: Layout) -> dict[str, int]:
 
 
 def params_of(kernel: str, fields: Mapping[str, int], own: Mapping[str, int]) -> tuple[tuple[str, int], ...]:
-    """The fields of a kernel's Params in the order of its .cu file, from those that many kernels have and its own."""
+    """The fields of a kernel's Params in the order of its .cu file, from common `fields` and the kernel's `own`."""
     names = params_fields(kernel)
     assert own.keys() <= set(names), f"{kernel}.cu has no {', '.join(own.keys() - set(names))}"
     return tuple((name, own[name] if name in own else fields[name]) for name in names)
@@ -286,24 +296,29 @@ def base_config(kernel: str, dtype: str, bits: int, block_size: int) -> Config:
 
 
 def with_padding_mode(config: Config, padding_mode: str) -> Config:
-    """The specialisation in which positions outside of a row mean what a padding mode says."""
+    """The specialisation for a padding mode."""
     if padding_mode == "zeros":
         return config
     return Config(config.kernel, (*config.macros, ("PADDING_MODE", padding_mode)))
 
 
 def with_lengths(config: Config) -> Config:
-    """The specialisation for samples with lengths of their own."""
+    """The specialisation for samples of different lengths."""
     return Config(config.kernel, (*config.macros, ("LENGTHS", "1")))
 
 
+def reading_samples(step: Step) -> Step:
+    """The step in which a kernel reads the table of the lengths of samples."""
+    return Step(with_lengths(step.config), step.launch, (*step.arrays, SAMPLES))
+
+
 def sum_dtype(problem: ConvProblem) -> str:
-    """The macro DTYPE: the dtype, of integers with that of their sums."""
+    """The macro DTYPE: the dtype; for integers followed by the dtype of their sums."""
     return problem.dtype if problem.out_dtype is None else f"{problem.dtype}_to_{problem.out_dtype}"
 
 
 def base_work(problem: ConvProblem, taps: int) -> Work:
-    """The work of a one-thread-per-output kernel that visits so many taps of each input channel.
+    """The work of a one-thread-per-output kernel that visits `taps` taps of each input channel.
 
     Through L2, 256 outputs of one row share a window of the input and a row of weights.
     """

@@ -1,4 +1,4 @@
-"""bias_gradient_rows: the bias gradient, sums of rows.
+"""bias_gradient_rows: the bias gradient, by sums of rows.
 
 Contract: cuda_src/bias_gradient_rows.cu.
 """
@@ -13,12 +13,12 @@ from .base import MAX_GRID, Config, Family, Launch, Layout, Plan, base_config
 from .offsets import Overhang, index_bits
 from .slices import Slices, sliced_plan
 
-# Threads of a block; a part of the order of summation.
+# Threads of a block. The order of summation depends on it.
 BLOCK_SIZE = 128
 
 
 class BiasGradientRows(Family[BiasGradientProblem]):
-    """A block per channel and slice, any strides; refuses nothing."""
+    """One block per channel and slice, any strides; takes every problem."""
 
     name = "bias_gradient_rows"
     kind = "bias_gradient"
@@ -45,7 +45,7 @@ class BiasGradientRows(Family[BiasGradientProblem]):
             "grad_bias_stride": layout["grad_bias"].strides[0],
         }
         grid = min(num_sums, MAX_GRID)
-        # A thread's address may reach behind the last term.
+        # A thread may form an address behind the last term.
         overhang = Overhang(samples=2 + BLOCK_SIZE // p.L, rows=1, positions=BLOCK_SIZE)
         terms = slices.samples * slices.positions + BLOCK_SIZE
         bits = index_bits(p, layout, overhang, num_sums + grid, terms)

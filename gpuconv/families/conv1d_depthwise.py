@@ -28,7 +28,8 @@ from .depthwise import (
     vector_length,
 )
 
-# Results of a thread that neither slides, skips nor strides, where there are few threads for the window of several.
+# Results of a thread that neither slides, skips nor strides, where long strides or short rows make fewer results
+# better.
 ONE_L = 1
 # From this stride on, staging is most of a thread's work.
 LONG_STRIDE = 8
@@ -37,7 +38,7 @@ SHORT_L = 64
 
 
 class Conv1dDepthwise(DepthwiseFamily):
-    """One input channel a group, few outputs each."""
+    """One input channel and few output channels a group."""
 
     name = "conv1d_depthwise"
     kind = "conv1d"
@@ -78,7 +79,7 @@ class _Variant(Slide):
 
     @property
     def steps(self) -> int:
-        """Steps of a sliding thread, with the zeros that may lead the taps."""
+        """Steps of a sliding thread, including the zeros that may precede the taps."""
         vec = vector_length(self.problem.dtype)
         return -(-(self.problem.K + vec - 1) // (vec * self.slide_stride))
 
@@ -93,7 +94,7 @@ class _Variant(Slide):
         return (places * self.thread_l - 1) * p.stride + p.dilation * (p.K - 1) + 1
 
     def window_pitch(self, places: int) -> int:
-        # A row's threads begin in the bank behind that of the last thread of the row before.
+        # The first thread of a row reads the bank after that of the last thread of the previous row.
         if self.slide_stride:
             return round_up(-(-self.window(places) // (2 * self.slide_stride)) + 2, 8, places % 8)
         planes = self.problem.stride * self.plane_pitch(places, 1)
@@ -119,8 +120,8 @@ class _Variant(Slide):
         multiply_adds = p.K * self.thread_l * p.format.multiply_adds
         slides = self.slide_stride > 0
         vec = vector_length(p.dtype) if slides else 1
-        # Instructions in the machine code for sm_90 (bench.static): of a multiply-add and the loads that feed it; of a
-        # thread besides, about 10 more for a result; of a position that is staged.
+        # Instructions counted in the machine code for sm_90 (bench.static), for a multiply-add and the loads of its
+        # operands, for the rest of a thread and of each result, and to stage one position.
         return BlockWork(
             rows=p.N * p.C_out,
             thread_outputs=self.thread_l,
@@ -151,7 +152,7 @@ class _Stride:
 
     @property
     def steps(self) -> int:
-        """Vectors of a result, with the zeros that may lead the taps."""
+        """Vectors of a result, including the zeros that may precede the taps."""
         return -(-(self.problem.K + self.vec - 1) // self.vec)
 
     @property
@@ -174,8 +175,8 @@ class _Stride:
 
     def work(self, layout: Layout) -> BlockWork:
         p = self.problem
-        # Of a vector: its multiply-adds and conversions, its load and step, the loads of its taps. Of a result and of a
-        # thread the rest, as in a thread that slides; of a staged vector a copy and its place.
+        # A vector takes its multiply-adds and conversions, its load and the loads of its taps; the rest of a result and
+        # of a thread is as in a sliding thread. A staged vector takes a copy and the computation of its address.
         conversions = self.vec if p.itemsize == 2 else 0
         loads = 4 + self.vec * p.format.accumulator_bytes / 16
         return BlockWork(
@@ -188,12 +189,12 @@ class _Stride:
             window_positions=lambda places: self.window(places) * self.vec,
             row_bytes=lambda places: (places + min(p.L_in, self.window(places) * self.vec)) * p.itemsize,
             shared_bytes=self.shared_bytes,
-            enough_warps=8,  # copies are asynchronous: whole windows are on their way
+            enough_warps=8,  # copies are asynchronous, so few warps keep enough loads in flight
         )
 
 
 def _can_stride(problem: ConvProblem, layout: Layout, bits: int) -> bool:
-    """Whether results begin whole vectors apart, and their taps meet most of what lies between."""
+    """Whether results begin whole vectors apart, and their windows cover most of the input between them."""
     p = problem
     is_whole = p.stride > SLIDE_STRIDES[-1] and p.stride % (16 // p.itemsize) == 0 and p.dilation == 1
     return is_whole and p.stride <= 2 * p.K and layout["input"].strides[2] == 1 and bits == 32

@@ -1,4 +1,6 @@
-"""conv1d_depthwise_push: a few new samples of the streams of a depthwise layer. No family: its input is in two arrays.
+"""conv1d_depthwise_push: a few new samples of the streams of a depthwise layer.
+
+It is not a family, since its input is in two arrays.
 
 Contract: cuda_src/conv1d_depthwise_push.cu.
 """
@@ -28,12 +30,12 @@ from .windows import NEW_SAMPLES, WINDOW_STARTS
 
 KERNEL = "conv1d_depthwise_push"
 BLOCK_SIZE = 128
-TAPS = (2, 3, 4)  # of the layers of state-space models, whose steps of one sample have kernels of their own
-MOST_NEW_SAMPLES = 8  # of a row, whose thread reads them one after the other
+TAPS = (2, 3, 4)  # as in state-space models; pushes of one sample have their own kernels for these
+MOST_NEW_SAMPLES = 8  # one thread reads the new samples of a row one after the other
 
 
 def ring_shape(problem: ConvProblem, length: int) -> tuple[int, int, int]:
-    """(N, held, C_in): the samples that streams hold between pushes of so many, channels fastest."""
+    """(N, held, C_in): the samples that streams hold between pushes of `length` samples, channels fastest."""
     return problem.N, problem.L_in - length, problem.C_in
 
 
@@ -57,7 +59,7 @@ def plan(problem: ConvProblem, layout: Layout, length: int) -> Plan | Refusal:
     ring = ring_shape(p, length)
     arrays = layout.replaced(input=layout[NEW_SAMPLES])
     extents = {**p.shapes, "input": (p.N, p.C_in, length)}
-    # Addresses of held samples are formed for new ones, too: up to `length` places behind the ring.
+    # The address of a held sample is also formed for a new one, up to `length` places behind the ring.
     values = ((ring[0] * ring[1] + length) * ring[2], grid * BLOCK_SIZE, p.L_in * p.stride, p.dilation * p.K)
     if grid > MAX_GRID or width(arrays, extents, *values) > 32:
         return Refusal("needs offsets below 2**31")

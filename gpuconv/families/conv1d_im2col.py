@@ -1,10 +1,10 @@
-"""conv1d_im2col: few input channels a group and long kernels on tensor cores, whose operands hold neighbouring taps.
+"""conv1d_im2col: few input channels a group and long kernels, on tensor cores; operands hold neighbouring taps.
 
 Contract: cuda_src/conv1d_im2col.cu.
 
-It is there for learned filter banks and spectrograms, six of the benchmark's 81 layers (sincnet, attnsleep, STFT,
-resample, and the stems of Enformer and Tacotron 2): with so few input channels the operands of conv1d_mma, which hold
-neighbouring channels, would be mostly zeros, and CUDA cores take five to ten times as long by the model.
+It computes learned filter banks and spectrograms, six of the benchmark's 81 layers (sincnet, attnsleep, STFT, resample,
+and the stems of Enformer and Tacotron 2). With so few input channels the operands of conv1d_mma, which hold
+neighbouring channels, would be mostly zeros, and by the cost model CUDA cores would take five to ten times as long.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from functools import lru_cache
 from ..costs import MMA_LATENCY_CYCLES, Code, Ending, Work, blocks_by_shared, predict_launch, tensor_cores
 from ..device import Device
 from ..problem import ConvProblem
-from . import mma
+from . import mma, mma_window
 from .arithmetic import (
     ARITHMETICS,
     MIN_SPLIT_TERMS,
@@ -44,7 +44,7 @@ from .base import (
     params_of,
     with_padding_mode,
 )
-from .mma import Tile
+from .mma_tiles import NUM_STAGES, Tile
 from .offsets import Overhang, index_bits
 from .product import Product
 
@@ -52,15 +52,15 @@ from .product import Product
 MAX_C_IN_G = mma.MIN_CHANNELS - 1
 MIN_C_OUT_G = 8
 # A sum of n = C_in_g * K products is formed of C_in_g * ceil(K/4) blocks of at least 4, by which the bound allows for
-# n/3: from 8 taps on that is so (9 taps are 3 blocks). Of split TF32, whose bound mma.py derives, the sums that are
-# added to a total are at most C_in_g * ceil(K/4) / 4 + 1, which is less than n/10 + 2.
+# n/3: from 8 taps on that is so (9 taps are 3 blocks). Of split TF32, whose bound arithmetic.py derives, the sums that
+# are added to a total are at most C_in_g * ceil(K/4) / 4 + 1, which is less than n/10 + 2.
 MIN_TAPS = 8
-# Below, writing the results takes most of the time, which conv1d_stem does as well.
+# With fewer, writing the results takes most of the time, and conv1d_stem is as fast.
 MIN_TERMS = 32
 PACK_KERNEL = "pack_im2col_weight"
 
-# Tiles of 80 and 48 rows are for filter banks of such numbers of channels; those of few columns for windows that are
-# large because the stride is. The three sets of sums of a split product leave registers for smaller ones.
+# Tiles of 80 and 48 rows are for filter banks with these numbers of channels; tiles of few columns are for large
+# strides, which have large windows. Split products need three sets of sums, so their tiles are smaller.
 _TILES = (
     Tile(128, 128, 2, 2, 2, 4),
     Tile(64, 128, 2, 2, 3, 4),
@@ -81,13 +81,13 @@ _SPLIT_TILES = (
     Tile(64, 64, 2, 2, 2, 4),
 )
 MAX_BLOCK_M, MAX_BLOCK_N = 128, 160
-# By the bytes of an element: columns whose window must fit in shared memory. With fewer, tensor cores that multiply in
-# TF32 wait for their operands longer than CUDA cores take.
+# By the bytes of an element: the columns whose window must at least fit in shared memory. With fewer columns in TF32,
+# tensor cores wait longer for their operands than CUDA cores take.
 MIN_COLUMNS = {2: 16, 4: 64}
 
-# Of the cost model: cycles until a block's first data arrive and its last are gone, and from a load to its data (an
-# assumption); instructions of a warp, from the machine code for sm_90: of a stage besides its products and loads of
-# matrices, of a row of the window for each lane, of a result for each lane.
+# Of the cost model, assumed: cycles until a block's first data arrive and its last are stored, and from a load to its
+# data. From the machine code for sm_90: the instructions of a warp for a stage (without its products and loads of
+# matrices), for a row of the window of each lane, and for a result of each lane.
 _LATENCY_CYCLES = 2500.0
 _LOAD_CYCLES = 600.0
 _STAGE_CYCLES = 60.0
@@ -98,15 +98,15 @@ _RESULT_INSTRUCTIONS = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """How the input that a block reads lies in shared memory, in rows of one unit: see the .cu file.
+    """The layout of a block's input in shared memory, in rows of one unit: see the .cu file.
 
     Attributes:
-        planes: that whole units share.
-        plane_rows: of each plane.
+        planes: those that whole units share.
+        plane_rows: rows of each plane.
         plane_step: positions from plane to plane.
         round_rows: rows from a unit to the next one in its plane.
-        last_row: of the last unit of a channel, where that is not whole.
-        channel_rows: of all planes of a channel.
+        last_row: row of the last unit of a channel, where that unit is not whole.
+        channel_rows: rows of all planes of a channel.
     """
 
     planes: int
@@ -120,7 +120,7 @@ class Window:
     def of(cls, problem: ConvProblem, unit: int, block_n: int) -> Window:
         p = problem
         whole, step = p.K // unit, unit * p.dilation
-        shared = mma.Window.of(replace(Product.of(p), taps=whole, tap_step=step), 1, block_n)
+        shared = mma_window.Window.of(replace(Product.of(p), taps=whole, tap_step=step), 1, block_n)
         planes, rows, all_planes, last_row = shared.planes, shared.plane_rows, shared.planes, 0
         if p.K % unit:
             last = (p.K - unit) * p.dilation
@@ -149,7 +149,7 @@ class Tiling:
     """A layer cut into tiles.
 
     Attributes:
-        us: predicted for the whole launch.
+        us: predicted microseconds of the launch.
     """
 
     tile: Tile
@@ -168,13 +168,13 @@ def pairs_of(problem: ConvProblem, arithmetic: Arithmetic) -> int:
 
 
 def tiles(arithmetic: Arithmetic, bits: int = 32) -> tuple[Tile, ...]:
-    """The tiles of an arithmetic; the smallest alone with 64-bit offsets, since arrays that need them fill any."""
+    """The tiles of an arithmetic; with 64-bit offsets only small ones, since such large arrays fill any tile."""
     found = _SPLIT_TILES if arithmetic.parts == 2 else _TILES
     return found if bits == 32 else tuple(tile for tile in found if tile.block_m == 64 and tile.block_n <= 64)
 
 
 def _shared_bytes(problem: ConvProblem, tile: Tile, window: Window, arithmetic: Arithmetic) -> int:
-    stages = mma.NUM_STAGES * tile.stage_bytes(arithmetic.parts)
+    stages = NUM_STAGES * tile.stage_bytes(arithmetic.parts)
     rows = arithmetic.parts * problem.C_in_g * window.channel_rows * UNIT_BYTES
     return max(stages + rows + pairs_of(problem, arithmetic) * 4, tile.slice_bytes(problem.itemsize))
 
@@ -198,7 +198,7 @@ def compare_tilings(problem: ConvProblem, bits: int, device: Device) -> tuple[Ti
 def _work(
     problem: ConvProblem, arithmetic: Arithmetic, *, blocks: int, block_m: int, block_n: int, rows: int, waits: float
 ) -> Work:
-    """What a launch does; `rows` of the window of a block."""
+    """What a launch does; `rows` are those of a block's window."""
     p, a = problem, arithmetic
     pairs, results = pairs_of(p, a), blocks * block_m * block_n
     return Work(
@@ -241,7 +241,7 @@ def _predict(
 
 
 class Conv1dIm2col(Family[ConvProblem]):
-    """Tensor-core tiles over c_out by l_out, the reduction over taps side by side."""
+    """Tensor-core tiles over c_out by l_out; the reduction runs over neighbouring taps."""
 
     name = "conv1d_im2col"
     kind = "conv1d"
@@ -325,8 +325,8 @@ class Conv1dIm2col(Family[ConvProblem]):
 
 def _index_bits(problem: ConvProblem, layout: Layout, arithmetic: Arithmetic) -> int:
     p = problem
-    # What hangs over the last position and channel; a window holds whole units of taps, and its last rows begin as far
-    # behind the last column's as its units do.
+    # Tiles extend past the last position and channel. A window holds whole units of taps, so it extends past the last
+    # tap.
     overhang = Overhang(rows=MAX_BLOCK_M, positions=MAX_BLOCK_N, taps=p.K + arithmetic.channels, arrays=("output",))
     blocks = (p.L_out + MAX_BLOCK_N) * p.N * p.groups
     vectors = pairs_of(p, arithmetic) * (p.C_out_g + MAX_BLOCK_M) * p.groups * arithmetic.parts

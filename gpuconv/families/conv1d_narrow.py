@@ -1,10 +1,10 @@
-"""conv1d_narrow: few output channels a group, any stride and dilation, the input through the cache.
+"""conv1d_narrow: few output channels a group, any stride and dilation; reads the input through the cache.
 
 Contract: cuda_src/conv1d_narrow.cu.
 
-It is there for 5 to 8 output channels a group, of which register tiles leave most rows empty: by the cost model
-`htdemucs.dconv_k3_d2_48to6` takes 3.7 times as long by `conv1d_tiled` in float32 on an H200, and twice in complex64.
-It also takes up to 4 output channels with a stride or a dilation.
+It is for 5 to 8 output channels a group, with which most rows of a register tile would be empty: by the cost model
+`htdemucs.dconv_k3_d2_48to6` takes 3.7 times as long with `conv1d_tiled` in float32 on an H200, and twice as long in
+complex64. It also takes up to 4 output channels with a stride or a dilation.
 """
 
 from __future__ import annotations
@@ -25,14 +25,13 @@ WARP = 32
 BLOCK_SIZE = 128
 # Output channels that a kernel computes; a layer with another number takes the next larger one.
 ROWS = (2, 4, 6, 8)
-# Columns of a thread by the size of the accumulator: as many as leave registers for loads on their way, for the layers
-# that can have several; or one, where more would leave multiprocessors idle.
+# Columns of a thread by the size of the accumulator: as many as leave registers for pending loads, or one, where more
+# would leave multiprocessors idle.
 THREAD_L = {4: (4, 1), 8: (2, 1), 16: (1,)}
 # Shared memory that a chunk of weights may take.
 _CHUNK_BYTES = 16 * 1024
 # Of the cost model: instructions of a term besides its multiply-adds, and of each of its columns (bench.static on
-# sm_90); cycles from loads that the cache serves to their data, divided by the terms that are loaded together; cycles
-# that a block takes besides.
+# sm_90); latency of loads from the cache divided by the terms that are loaded together; other cycles of a block.
 _TERM_SLOTS, _COLUMN_SLOTS = 7.0, 1.0
 _TERM_LATENCY = {1: 12.0, 2: 20.0, 4: 30.0}
 _BLOCK_CYCLES = 2000.0
@@ -49,7 +48,7 @@ class Tiling:
 
 @lru_cache(maxsize=1024)
 def _compare_tilings(problem: ConvProblem, device: Device, *, has_several: bool) -> tuple[Tiling, ...]:
-    """The possible tilings, best first; with several columns a thread or not."""
+    """The possible tilings, best first; `has_several`: whether threads may have several columns."""
     p = problem
     rows = _rows(p)
     size = p.format.accumulator_bytes
@@ -85,7 +84,7 @@ def _rows(problem: ConvProblem) -> int:
 
 
 def _min_blocks(dtype: str, rows: int, bits: int) -> int:
-    """Blocks of a multiprocessor, which caps the registers of a thread where these suffice."""
+    """Blocks that a multiprocessor must be able to hold, which caps the registers of a thread where these suffice."""
     return 4 if rows > 4 or bits == 64 or dtype == "complex128" else 6
 
 
@@ -99,7 +98,7 @@ class Conv1dNarrow(Family[ConvProblem]):
         p = problem
         if p.C_out_g > ROWS[-1]:
             return Refusal(f"needs C_out/groups <= {ROWS[-1]}")
-        # Columns behind the last, and in the end the term behind the last.
+        # Offsets are formed for columns behind the last, and at the end for the term behind the last.
         overhang = Overhang(rows=ROWS[-1], channels=1, positions=4 * BLOCK_SIZE, taps=p.K)
         columns = (p.N * p.L_out + 4 * BLOCK_SIZE) * p.groups
         bits = index_bits(p, layout, overhang, columns, p.C_in_g * p.K + 2 * _CHUNK_BYTES)

@@ -1,10 +1,10 @@
-"""conv1d_skinny: few columns (n, l_out), weights that stream past them.
+"""conv1d_skinny: few columns (n, l_out); the weights are streamed through shared memory.
 
 Contract: cuda_src/conv1d_skinny.cu.
 
-It is there for streams and other layers of few output positions, in what tensor cores do not compute: float64,
-complex data, and float32 before sm_80. By the cost model such layers (`mimi.enc_down_k16s8_stream`,
-`diffusion_policy.mid`) take 3 to 6 times as long by register tiles on an H200.
+It is for streams and other layers of few output positions that tensor cores do not compute: float64, complex data, and
+float32 before sm_80. By the cost model such layers (`mimi.enc_down_k16s8_stream`, `diffusion_policy.mid`) take 3 to 6
+times as long with register tiles on an H200.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from .base import MAX_GRID, Config, Family, Layout, Plan, Refusal, Step, conv_pl
 from .offsets import Overhang, index_bits
 
 WARP = 32
-# Columns of a block and of one of its threads, which multiplies each weight that it reads with all of its own. Two
+# Columns of a block and of each of its threads, which multiplies every weight that it reads by all its columns. Two
 # chains of multiply-adds and the loads that feed them still fit in the four cycles that one step of a chain takes.
 COLUMNS = {1: 1, 2: 2, 4: 2, 8: 2, 16: 4}
 MAX_COLUMNS = max(COLUMNS)
-# Buffers, each with a warp that fills it.
+# The number of buffers; each has a warp that fills it.
 NUM_STAGES = 4
 ROWS = (1, 2, 4, 8, 16, 32)
 CHUNKS = (16, 32, 64, 128, 256, 512)  # terms of a buffer
 
-# Of the cost model: cycles from a load to its data where memory is busy; what a chunk costs for its barrier and its
-# first fetch; cycles until a block has started and ended.
+# Of the cost model, in cycles: the latency of a load while memory is busy; the barrier and the first fetch of a chunk;
+# the start and the end of a block.
 _MEMORY_CYCLES = 1000.0
 _CHUNK_CYCLES = 80.0
 _LATENCY_CYCLES = 2000.0
@@ -51,9 +51,9 @@ class Tiling:
         block_rows: rows of a block.
         chunk_terms: terms of a buffer.
         compute_warps: warps that multiply.
-        blocks: of all groups.
+        blocks: those of all groups.
         shared_bytes: dynamic shared memory of a block.
-        us: predicted for the whole launch.
+        us: predicted microseconds of the launch.
     """
 
     block_n: int
@@ -87,7 +87,7 @@ class Tiling:
 
         multiply_adds = thread_n * p.format.multiply_adds
         fetches = p.itemsize / 16 + thread_n * size / 16
-        loads = _TERM_SLOTS + _POSITION_SLOTS * block_n + 2 * block_rows * p.itemsize / 16  # of a warp that loads
+        loads = _TERM_SLOTS + _POSITION_SLOTS * block_n + 2 * block_rows * p.itemsize / 16  # of a loading warp
         work = Work(
             multiply_adds=blocks * terms * WARP * warps * multiply_adds,
             l2_bytes=blocks * terms * (block_rows + block_n) * p.itemsize,
@@ -131,8 +131,7 @@ class Conv1dSkinny(Family[ConvProblem]):
         columns = p.N * p.L_out
         if columns > MAX_COLUMNS:
             return Refusal(f"needs N * L_out <= {MAX_COLUMNS}")
-        # Terms of a chunk that hangs over the last one. Offsets of positions are formed before it is known whether they
-        # exist.
+        # The last chunk may extend past the last term. Offsets of positions are formed before they are checked.
         overhang = Overhang(rows=ROWS[-1], channels=MAX_COLUMNS * WARP + 1, positions=0)
         if index_bits(p, layout, overhang, p.C_in_g * p.K + (NUM_STAGES + 1) * CHUNKS[-1]) == 64:
             return Refusal("needs offsets below 2**31")
@@ -170,7 +169,7 @@ class Conv1dSkinny(Family[ConvProblem]):
         )
 
     def work(self, problem: ConvProblem, step: Step) -> Work:
-        # Few warps multiply, some lanes may be idle, and a chain of multiply-adds hides the loads that feed it.
+        # Few warps multiply, some lanes may be idle, and a chain of multiply-adds hides the loads of its operands.
         p, launch, macros = problem, step.launch, dict(step.config.macros)
         terms, warps = p.C_in_g * p.K, launch.grid * dict(launch.params)["compute_warps"]
         lane_sums = int(macros["THREAD_N"]) * (4 if p.is_complex else 1)

@@ -2,10 +2,11 @@
 
 Contract: cuda_src/conv1d_stem.cu.
 
-It is there for the first layers on waveforms and spectra, in every dtype: with so few input channels register tiles are
-mostly empty. Of the benchmark's 81 layers it has four with few products a sum (wav2vec2, HTDemucs, Conv-TasNet and
+It is for the first layers on waveforms and spectra, in every dtype: with so few input channels register tiles are
+mostly empty. Of the benchmark's 81 layers it computes four with few products a sum (wav2vec2, HTDemucs, Conv-TasNet and
 MiniRocket), two more in float32 (Enformer, Tacotron 2), and one with four output channels a group (a scale
-discriminator); those with many of both go to conv1d_im2col, but for float64 and complex data.
+discriminator). Layers with many products a sum and many output channels run on conv1d_im2col, except in float64 and
+complex data.
 """
 
 from __future__ import annotations
@@ -43,22 +44,22 @@ class Tile:
     min_blocks: int
 
 
-# By the size of the accumulator: first a wide tile with the fewest loads for each multiply-add that two blocks of 256
-# threads have registers for; then one for layers with too few outputs to fill a GPU with wide ones, which has a kernel
-# with 64-bit indices, too; then one for few channels.
+# By the size of the accumulator. The first tile is the widest for which two blocks of 256 threads have registers, so it
+# has the fewest loads for each multiply-add. The second is for layers with too few outputs to fill a GPU with wide
+# tiles; it also has a kernel with 64-bit indices. The third is for few channels.
 TILES: dict[int, tuple[Tile, ...]] = {
     4: (Tile(4, 16, 2), Tile(2, 8, 2), Tile(4, 4, 2)),
     8: (Tile(2, 16, 2), Tile(2, 4, 2)),
     16: (Tile(1, 8, 2), Tile(1, 4, 2)),
 }
 
-# Terms that are loaded together: enough to hide a barrier behind, few enough to leave room for input.
+# Terms that are loaded together: enough to hide the cost of a barrier, few enough to leave shared memory for the input.
 _CHUNK_TERMS = 64
 _FEWEST_CHUNK_TERMS = 8
-# Blocks that each multiprocessor should get at least, before a block goes through several tiles to load weights once.
+# A block computes several tiles, to load weights once, only if each multiprocessor still gets this many blocks.
 _BLOCKS_EACH = 8
-# Instructions besides the multiply-adds and the loads of their operands, from the machine code for sm_90: of a term, of
-# one loaded input or weight, of one result.
+# Instructions besides the multiply-adds and the loads of their operands, from the machine code for sm_90: for a term,
+# for one loaded input or weight, for one result.
 _TERM_SLOTS = 1.5
 _LOAD_SLOTS = 10.0
 _RESULT_SLOTS = 4.0
@@ -70,8 +71,8 @@ class Tiling:
     """A problem cut into tiles of one shape: see the .cu file for the fields that Params repeats.
 
     Attributes:
-        samples: of one tile: 1, or thread_l.
-        us: predicted for the whole launch.
+        samples: samples of one tile: 1, or thread_l.
+        us: predicted microseconds of the launch.
     """
 
     tile: Tile
@@ -95,13 +96,13 @@ class Tiling:
 
     @classmethod
     def of(cls, p: ConvProblem, device: Device, tile: Tile, samples: int) -> Tiling | None:
-        """None where the input of one tile does not fit in shared memory beside a few terms of weights."""
+        """None where the input of one tile and a few terms of weights do not fit in shared memory."""
         size = p.format.accumulator_bytes
         terms = p.C_in_g * p.K
         tiles_of_sample = -(-p.L_out // (WARP * tile.thread_l // samples))
         tiles = tiles_of_sample * -(-p.N // samples)
 
-        # Fewest entries: taps that lie whole strides apart share a row, or each has its own.
+        # Whichever needs fewer entries: taps that are whole strides apart share a row, or each tap has its own row.
         gcd = math.gcd(p.stride, p.dilation)
         shared_row = min(p.stride // gcd, p.K)
         rows = ((shared_row, p.dilation // gcd), (p.K, 0))
@@ -262,9 +263,9 @@ class Conv1dStem(Family[ConvProblem]):
 
 
 def _index_bits(p: ConvProblem, layout: Layout) -> int:
-    # Blocks hang over the last channel, sample and tile; a tile hangs over the last output by its columns, and it reads
-    # as many taps behind the last as a row has lanes. Offsets from a lane's first column to its others are formed even
-    # where the input ends before these.
+    # Blocks extend past the last channel, sample and tile. A tile extends past the last output by up to its columns,
+    # and reads up to 32 taps behind the last. Offsets from a lane's first column to its others are formed even where
+    # the input ends before these.
     stride_l = abs(layout["input"].strides[2])
     last_column = p.L_out + 5 * WARP + p.dilation * p.K
     span = last_column * p.stride + p.padding_left + p.dilation * (p.K + WARP)

@@ -1,9 +1,9 @@
-"""conv1d_tail: few output channels a group, windows that slide through registers.
+"""conv1d_tail: few output channels a group; windows slide through registers.
 
 Contract: cuda_src/conv1d_tail.cu.
 
-It is there for the last layers of decoders and of predictors (`encodec.dec_final`, `bpnet.fconv`), in every dtype: by
-the cost model they take 1.2 to 1.8 times as long by `conv1d_narrow` in float32 on an H200.
+It is for the last layers of decoders and predictors (`encodec.dec_final`, `bpnet.fconv`), in every dtype: by the cost
+model they take 1.2 to 1.8 times as long with `conv1d_narrow` in float32 on an H200.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .sliding import (
     vector,
 )
 
-# Output channels that a kernel computes; a layer with 3 takes that for 4. For more, tiles over channels are faster.
+# Output channels that a kernel computes; a layer with 3 uses that for 4. With more, tiles over channels are faster.
 ROWS = (1, 2, 4)
 WARP = 32
 
@@ -45,7 +45,7 @@ class Conv1dTail(Family[ConvProblem]):
             return Refusal("needs C_in/groups > 1 or groups = 1")
         if p.stride != 1 or p.dilation != 1:
             return Refusal("needs stride 1 and dilation 1")
-        # Positions around the windows of blocks that hang over the last column.
+        # The windows of blocks that extend past the last column reach so many positions further.
         around = block_columns(p.dtype) + p.K + 4 * vector(p.dtype)
         overhang = Overhang(rows=ROWS[-1], channels=MAX_CHUNK_CHANNELS, positions=around)
         bits = index_bits(p, layout, overhang, column_blocks(p.L_out, WARP, p.dtype) * p.N * p.groups)

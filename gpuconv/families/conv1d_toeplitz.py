@@ -2,8 +2,8 @@
 
 Contract: cuda_src/conv1d_toeplitz.cu.
 
-It is there for the long kernels of speech recognisers and implicit filters (QuartzNet and Hyena in the benchmark): from
-some 24 taps on, multiply-adds on CUDA cores take longer than the memory does to deliver what they multiply.
+It is for the long kernels of speech recognisers and implicit filters (QuartzNet and Hyena in the benchmark): from about
+24 taps on, the multiply-adds on CUDA cores take longer than loading their operands from memory.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from .depthwise import MANY_OUTPUTS
 from .offsets import Overhang, index_bits
 
 BLOCK_SIZE = 128
-MIN_BLOCKS = 5  # of these that a multiprocessor holds at 96 registers a thread
+MIN_BLOCKS = 5  # that a multiprocessor holds at 96 registers a thread
 TILE, ROWS = 128, 16
-# Tiles that a warp multiplies at a time, with the same taps, and how often it does: one for rows that are no longer.
+# Tiles that a warp multiplies at a time with the same taps, and how often it does so; (1, 1) is for short rows.
 SHAPES = ((4, 1), (4, 2), (4, 4), (1, 1))
 MAX_RESULTS = 4 * 4 * TILE
-# By the bytes of an element: the fewest taps. With half of them CUDA cores take as long.
+# By the bytes of an element: the fewest taps. With half as many, CUDA cores are as fast.
 MIN_TAPS = {2: 64, 4: 128}
 
 # Of the cost model: cycles from a warp's first load to its last store when nothing else runs; instructions, from the
-# machine code for sm_90: of a block of taps for a tile, of a vector of the window, of a result, of a warp.
+# machine code for sm_90, for a block of taps for a tile, for a vector of the window, for a result, for a warp.
 _LATENCY_CYCLES = 2500.0
 _BLOCK_INSTRUCTIONS = 6.5
 _VECTOR_INSTRUCTIONS = 45.0
@@ -46,12 +46,12 @@ class Partition:
     """How a row is partitioned among warps.
 
     Attributes:
-        tiles: that a warp multiplies at a time.
-        groups: of such tiles that a warp computes one after the other.
+        tiles: tiles that a warp multiplies at a time.
+        groups: groups of such tiles that a warp computes one after the other.
         segments: warps of a row.
         window: vectors of input that a warp stages.
         warp_vectors: vectors of shared memory of a warp.
-        us: predicted for the whole launch.
+        us: predicted microseconds of the launch.
     """
 
     tiles: int
@@ -75,7 +75,7 @@ def _partition(problem: ConvProblem, arithmetic: Arithmetic, tiles: int, groups:
     p, unit, results = problem, arithmetic.channels, tiles * groups * TILE
     block, words = 2 * unit, 4 // p.itemsize
     shift, taps = ROWS // block, tap_blocks(p, arithmetic)
-    # Inputs of the tiles with those ahead of an aligned first one, and those behind that the last block loads.
+    # The inputs of the tiles, those before the first that make it aligned, and those behind that the last block loads.
     inputs = (unit - 1) + results + block * taps + 3 * ROWS
     # Two copies begin in different banks.
     window = round_up(-(-inputs // unit), 8, 2)
@@ -100,7 +100,7 @@ def _partition(problem: ConvProblem, arithmetic: Arithmetic, tiles: int, groups:
 
 
 def _work(problem: ConvProblem, arithmetic: Arithmetic, *, warps: int, tiles: int, window: int) -> Work:
-    """What a launch does; `tiles` of a warp."""
+    """What a launch does; `tiles` are those of a warp."""
     p, block, results = problem, 2 * arithmetic.channels, warps * tiles * TILE
     products = warps * tiles * (tap_blocks(p, arithmetic) + 7 * (ROWS // block))
     stored = math.prod(p.output_shape) * p.itemsize
@@ -126,7 +126,7 @@ def compare_partitions(problem: ConvProblem, device: Device) -> tuple[Partition,
 
 
 class Conv1dToeplitz(Family[ConvProblem]):
-    """One input channel a group, few outputs each, many taps."""
+    """One input channel and few output channels a group, many taps."""
 
     name = "conv1d_toeplitz"
     kind = "conv1d"
@@ -201,8 +201,8 @@ class Conv1dToeplitz(Family[ConvProblem]):
 
 def _index_bits(problem: ConvProblem, layout: Layout) -> int:
     p = problem
-    # Warps hang over the last row, and a warp's tiles over the last position, which the input that it stages exceeds by
-    # the taps.
+    # Warps extend past the last row, and a warp's tiles past the last position. The staged input extends further by the
+    # taps.
     hanging = MAX_RESULTS
     overhang = Overhang(samples=1 + BLOCK_SIZE // p.C_out, positions=hanging, taps=4 * ROWS, arrays=("output",))
     warps = (p.L_out // TILE + 2) * p.N * p.C_out + BLOCK_SIZE

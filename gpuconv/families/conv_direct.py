@@ -1,4 +1,4 @@
-"""conv1d_direct and conv_transpose1d_gather: the families that refuse nothing.
+"""conv1d_direct and conv_transpose1d_gather: the base families, which take every problem.
 
 Contracts: cuda_src/conv1d_direct.cu, cuda_src/conv_transpose1d_gather.cu.
 """
@@ -38,7 +38,7 @@ class _Direct(Family[ConvProblem]):
         p = problem
         num_outputs = p.N * p.C_out * p.L_out
         grid = min(-(-num_outputs // BLOCK_SIZE), MAX_GRID)
-        # The loop over the grid leaves with an index of up to num_outputs + grid*BLOCK_SIZE.
+        # When the loop over the grid ends, the index may be up to num_outputs + grid*BLOCK_SIZE.
         bits = index_bits(p, layout, Overhang(), num_outputs + grid * BLOCK_SIZE)
         config = with_padding_mode(base_config(self.name, sum_dtype(p), bits, BLOCK_SIZE), p.padding_mode)
         return conv_plan(config, p, layout, bits, grid=grid, block=BLOCK_SIZE, own={"num_outputs": num_outputs})
@@ -62,7 +62,7 @@ class Conv1dDirect(_Direct):
 
 
 class ConvTranspose1dGather(_Direct):
-    """One thread per output element, any strides, only the taps of the output's phase."""
+    """One thread per output element, any strides; visits only the taps of the output's phase."""
 
     name = "conv_transpose1d_gather"
     kind = "conv_transpose1d"

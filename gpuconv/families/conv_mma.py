@@ -11,8 +11,10 @@ from ..costs import Work
 from ..device import Device
 from ..problem import ConvProblem
 from . import mma, mma_costs
-from .arithmetic import ARITHMETICS, Arithmetic
+from .arithmetic import ARITHMETICS, Access, Arithmetic
 from .base import MAX_GRID, Config, Family, Layout, Plan, Refusal, Step
+from .mma_tiles import MAX_BLOCK_M, MAX_BLOCK_N
+from .mma_window import MAX_UNITS, Reduction
 from .offsets import Overhang, index_bits
 from .product import Product
 
@@ -35,14 +37,20 @@ class _ConvMma(Family[ConvProblem]):
         if not mma.smallest_fits(product, arithmetic, device):
             return Refusal("needs the window of 16 positions in shared memory")
         bits = _index_bits(product, layout, arithmetic)
-        width = mma.input_width(product, layout, arithmetic, bits)
-        # The rows that pairs need besides may be too many.
-        tilings = mma.compare_tilings(product, arithmetic, bits, width, device) or mma.compare_tilings(
-            product, arithmetic, bits, 1, device
+        access = mma.input_access(product, layout, arithmetic, bits, device)
+        raw = mma.reads_raw_weights(product, layout, arithmetic, bits, access)
+        # The rows that pairs and units need besides may be too many.
+        tilings = mma.compare_tilings(product, arithmetic, bits, access, device, raw=raw) or mma.compare_tilings(
+            product, arithmetic, bits, Access.POSITION, device, raw=raw
         )
         if not tilings:
             return Refusal(f"needs at most {MAX_GRID} blocks")
         return mma.make_plan(p, layout, device, product, tilings, self.name)
+
+    def staging(self, step: Step) -> dict[str, str]:
+        macros = dict(step.config.macros)
+        found = {} if macros["SEGMENT_MODE"] == "3" else {"input": mma_costs.access_of(step).words}
+        return found | ({"output": Access.UNIT.words} if "OUTPUT_LAST" in macros else {})
 
     def work(self, problem: ConvProblem, step: Step) -> Work:
         return mma_costs.work(problem, step)
@@ -70,12 +78,10 @@ class ConvTranspose1dMma(_ConvMma):
 
 
 def _index_bits(product: Product, layout: Layout, arithmetic: Arithmetic) -> int:
-    p, reduction = product.problem, mma.Reduction.of(product, arithmetic)
+    p, reduction = product.problem, Reduction.of(product, arithmetic)
     # What hangs over the last position, sample and channel; a block takes several samples where they are short.
-    samples = mma.MAX_BLOCK_N // product.positions
-    overhang = Overhang(
-        samples + 1, rows=mma.MAX_BLOCK_M, channels=mma.MAX_UNITS * arithmetic.channels, positions=mma.MAX_BLOCK_N
-    )
-    columns = (product.positions + mma.MAX_BLOCK_N) * (p.N + samples)
-    vectors = product.products * reduction.chunks * reduction.pairs * (product.rows + mma.MAX_BLOCK_M)
-    return index_bits(p, layout, overhang, columns, vectors * arithmetic.parts, (p.C_out + mma.MAX_BLOCK_M) * p.stride)
+    samples = MAX_BLOCK_N // product.positions
+    overhang = Overhang(samples + 1, rows=MAX_BLOCK_M, channels=MAX_UNITS * arithmetic.channels, positions=MAX_BLOCK_N)
+    columns = (product.positions + MAX_BLOCK_N) * (p.N + samples)
+    vectors = product.products * reduction.chunks * reduction.pairs * (product.rows + MAX_BLOCK_M)
+    return index_bits(p, layout, overhang, columns, vectors * arithmetic.parts, (p.C_out + MAX_BLOCK_M) * p.stride)

@@ -28,20 +28,20 @@ from .tiles import (
     walk_params,
 )
 
-# Strides that get a kernel of their own, in which one address serves a thread's columns: 2 % (128x128) to 10 % (32x64)
-# fewer instructions for a chunk of float32 (bench.static on sm_90), worth it for the strides that most layers have.
+# Strides that have their own kernel, in which a thread's columns share one address: 2 % (128x128) to 10 % (32x64) fewer
+# instructions for a chunk of float32 (bench.static on sm_90). Most layers have these strides.
 COLUMN_STEPS = (1, 2)
-# Below these a tile is mostly empty, and the families for few channels or the base family do as well.
+# With fewer, a tile is mostly empty, and the families for few channels or the base family are as fast.
 MIN_ROWS = 5
 MIN_TERMS = 8
-# No family is there for few input channels of transposed layers, and the base family takes five times as long for 7
-# taps of one channel (bench.static: 239 us against 47 us in bfloat16 of 64 channels by 960,000 positions).
+# There is no family for few input channels of transposed layers, and the base family takes five times as long for 7
+# taps of one channel (bench.static: 239 us against 47 us in bfloat16 for 64 channels by 960,000 positions).
 MIN_PHASE_TERMS = 4
-# With fewer columns a tile idles while it waits for weights that one thread a row could read as well (bench.static
-# predicts 91 us for the base family against 165 us on 512 to 1024 channels, K = 16, two columns).
+# With fewer columns a tile mostly waits for its weights, and the base family is faster (bench.static predicts 91 us
+# against 165 us for 512 to 1024 channels, K = 16, two columns).
 MIN_COLUMNS = 4
-# Taps that a phase lacks are packed as zeros. Where they are more than this for one that exists, as with a stride far
-# beyond K, the packed weights outgrow the layer's (and a GPU's memory), and the base family visits only what exists.
+# Taps that a phase lacks are packed as zeros. With more zeros than this for each existing tap, as when the stride is
+# much larger than K, the packed weights may exceed the GPU's memory; the base family visits only existing taps.
 MAX_PACKING = 16
 
 
@@ -147,7 +147,7 @@ class ConvTranspose1dPhases(_Tiled):
 
 def _index_bits(product: Product, layout: Layout) -> int:
     p, q = product.problem, product
-    # Columns of a block that hangs over the last sample, terms of a chunk that hangs over the last term.
+    # Blocks extend past the columns of the last sample, and chunks past the last term.
     overhang = Overhang(samples=1, channels=2 * MAX_BLOCK_R, positions=MAX_BLOCK_N)
     columns = (p.N * q.positions + MAX_BLOCK_N) * q.products
     return index_bits(p, layout, overhang, columns, PackedWeight.most_elements(q.products, q.terms, q.rows))

@@ -30,7 +30,7 @@ from .depthwise import (
 
 
 class ConvTranspose1dDepthwise(DepthwiseFamily):
-    """One input channel a group, few outputs each."""
+    """One input channel and few output channels a group."""
 
     name = "conv_transpose1d_depthwise"
     kind = "conv_transpose1d"
@@ -45,7 +45,7 @@ class ConvTranspose1dDepthwise(DepthwiseFamily):
         yield _Variant(p, 0, MANY_L)
 
     def variant_params(self, variant: Variant, partition: Partition) -> dict[str, int]:
-        if isinstance(variant, _Variant) and variant.slide_stride == 0:  # nothing lies in shared memory
+        if isinstance(variant, _Variant) and variant.slide_stride == 0:  # such threads use no shared memory
             fields = dict.fromkeys(("taps_pitch", "window", "window_below", "window_pitch", "plane_pitch"), 0)
         else:
             below = variant.window_below if isinstance(variant, _Variant) else 0
@@ -71,13 +71,13 @@ class _Variant(Slide):
 
     @property
     def steps(self) -> int:
-        """Steps of a sliding thread, with the zeros that may lead the taps."""
+        """Steps of a sliding thread, including the zeros that may precede the taps."""
         taps = vector_length(self.problem.dtype) * self.slide_stride
         return -(-(self.problem.K + taps - 1) // taps)
 
     @property
     def thread_vectors(self) -> int:
-        """Vectors of input positions that a thread's results begin at."""
+        """Vectors of input positions at which a thread's results begin."""
         return 2 // self.slide_stride
 
     @property
@@ -92,7 +92,7 @@ class _Variant(Slide):
         return self.window_below + self.thread_vectors * places
 
     def window_pitch(self, places: int) -> int:
-        # A row's threads begin in the bank behind that of the last thread of the row before.
+        # The first thread of a row reads the bank after that of the last thread of the previous row.
         return round_up(-(-self.window(places) // self.thread_vectors) + 2, 8, places % 8)
 
     def plane_pitch(self, places: int, block_rows: int) -> int:
@@ -110,8 +110,8 @@ class _Variant(Slide):
         multiply_adds = p.terms * self.thread_l * p.format.multiply_adds
         slides = self.slide_stride > 0
         vec = vector_length(p.dtype)
-        # Instructions in the machine code for sm_90 (bench.static): of a multiply-add and the loads that feed it; of a
-        # thread besides, about 10 more for a result; of a position that is staged.
+        # Instructions counted in the machine code for sm_90 (bench.static), for a multiply-add and the loads of its
+        # operands, for the rest of a thread and of each result, and to stage one position.
         return BlockWork(
             rows=p.N * p.C_out,
             thread_outputs=self.thread_l,

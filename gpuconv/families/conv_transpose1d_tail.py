@@ -1,9 +1,10 @@
-"""conv_transpose1d_tail: few output channels a group, every phase in one thread, windows that slide through registers.
+"""conv_transpose1d_tail: few output channels a group, all phases in few threads; windows slide through registers.
 
 Contract: cuda_src/conv_transpose1d_tail.cu.
 
-It is there for decoders that return to a waveform (`convtasnet.decoder`) and for the gradients of eight layers whose
-input is one: by the cost model they take 2.3 times as long by `conv_transpose1d_phases` in float32 on an H200.
+It is for decoders that produce a waveform (`convtasnet.decoder`) and for the gradients with respect to the input of
+eight layers whose input is a waveform: by the cost model they take 2.3 times as long with `conv_transpose1d_phases` in
+float32 on an H200.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from .sliding import (
 ROWS = (4, 8)
 WARP = 32
 MAX_C_OUT_G = 4
-# With more rows a block of every eight reads the input anew, and tiles over rows do better.
+# Every block of eight rows reads the input again, so with more rows tiles over rows are faster.
 MAX_ROWS = 32
 
 
@@ -53,7 +54,7 @@ class ConvTranspose1dTail(Family[ConvProblem]):
         q_begin = p.padding_left // p.stride
         columns = (p.L_out - 1 + p.padding_left) // p.stride - q_begin + 1  # values of q, whatever their phase
         taps = -(-p.K // p.stride)  # of a phase; an output without padding may lie behind the last tap of its phase
-        # Positions around the windows of blocks that hang over the last column.
+        # The windows of blocks that extend past the last column reach so many positions further.
         around = block_columns(p.dtype) + p.K + 4 * vector(p.dtype)
         overhang = Overhang(channels=MAX_CHUNK_CHANNELS, positions=around + 1)
         blocks = column_blocks(columns, WARP, p.dtype) * p.N * p.groups * -(-p.C_out_g * p.stride // ROWS[0])
@@ -96,9 +97,9 @@ class ConvTranspose1dTail(Family[ConvProblem]):
             yield sliding_config(self.name, dtype, 64, ROWS[-1], is_reversed=True)
 
     def _rows(self, p: ConvProblem, columns: int, bits: int, device: Device) -> int:
-        """Few rows where many would leave schedulers without a second warp, though that reads inputs more often."""
+        """Few rows, though they read inputs more often, where many would leave schedulers without a second warp."""
         few, many = ROWS
-        if bits == 64:  # which only the kernel for many has
+        if bits == 64:  # only the kernel for many rows has 64-bit indices
             return many
         if p.C_out_g * p.stride <= few:
             return few

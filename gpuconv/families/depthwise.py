@@ -1,4 +1,4 @@
-"""What the depthwise families share: their plan, the partition of rows among threads, and magic numbers to divide by.
+"""What the depthwise families share: their plan, the partition of rows among threads, and division by magic numbers.
 
 Contract: cuda_src/depthwise.cuh.
 """
@@ -28,13 +28,13 @@ from .offsets import Overhang, index_bits
 
 WARP = 32
 BLOCK_SIZE = 256  # the most threads of a block
-MIN_BLOCKS = 5  # of these that a multiprocessor holds at 48 registers a thread, where it has so many threads
-# From here on the families for many output channels load a position of the input once for several of them.
+MIN_BLOCKS = 5  # that a multiprocessor holds at 48 registers a thread, if it has enough threads
+# With so many output channels a group, other families are faster: they load a position once for several channels.
 MANY_OUTPUTS = 8
 SLIDE_STRIDES = (1, 2)
-# Results of a thread that neither slides nor skips, among which the work on its row is shared.
+# Results of a thread that neither slides nor skips; they share the work of finding the thread's row.
 MANY_L = 4
-# Rows shorter than this leave most lanes of a warp of skipping threads idle.
+# In shorter rows most lanes of a warp of skipping threads would be idle.
 SHORTEST_SKIP = 128
 
 
@@ -55,14 +55,14 @@ def can_slide(problem: ConvProblem, layout: Layout, bits: int) -> bool:
 
 
 def row_skew(problem: ConvProblem, layout: Layout) -> int:
-    """How many positions before a row its first tile may begin, at a 16-byte boundary of the output."""
+    """How many positions before its row the first tile may begin, to begin at a 16-byte boundary of the output."""
     vec = 16 // problem.itemsize
     aligned = layout["output"].alignment == 16 and all(stride % vec == 0 for stride in layout["output"].strides[:2])
     return 0 if aligned else vec - 1
 
 
 def can_skip(problem: ConvProblem, layout: Layout, bits: int) -> bool:
-    """Whether the layer has a kernel of skipping threads: stride 1 and a dilation, else as for sliding ones."""
+    """Whether the layer has a kernel of skipping threads: stride 1, a dilation, contiguous inner axes, long rows."""
     regular = layout["input"].strides[2] == 1 and layout["output"].strides[2] == 1 and bits == 32
     return regular and problem.stride == 1 and problem.dilation > 1 and problem.L_out >= SHORTEST_SKIP
 
@@ -75,7 +75,7 @@ class Divisor(NamedTuple):
 
     @classmethod
     def of(cls, divisor: int) -> Divisor:
-        """For 0 <= value < 2**31 and 1 < divisor < 2**31; the kernel treats 1 by itself, and 64-bit kernels divide.
+        """For 0 <= value < 2**31 and 1 < divisor < 2**31; kernels handle 1 separately, and 64-bit kernels divide.
 
         With 2**(bits-1) < divisor <= 2**bits the magic number m = floor(2**(31+bits) / divisor) + 1 fits 32 bits, and
         m * divisor exceeds 2**(31+bits) by at most divisor <= 2**bits, so that value * m / 2**(31+bits) rounds down to
@@ -99,18 +99,18 @@ class BlockWork:
     """What a block does, for the cost model.
 
     Attributes:
-        rows: of the problem.
+        rows: rows of the problem.
         thread_outputs: results of one thread.
         row_outputs: results of one row, with those that alignment adds.
-        thread_slots: instructions of a thread, once.
+        thread_slots: instructions that a thread executes once.
         result_slots: instructions for the results of one thread.
         position_slots: instructions to stage one position of a window.
         window_positions: positions of a row's window, for a number of places: threads of a row times repeats.
-        row_bytes: bytes that one row's tile moves to and from memory, likewise.
+        row_bytes: bytes that one row's tile moves to and from memory, for a number of places.
         shared_bytes: shared memory of a block, for (places, block_rows).
-        thread_bytes: shared memory of each of its threads besides.
+        thread_bytes: additional shared memory of each thread.
         whole_warps: whether a warp works on one row alone.
-        enough_warps: of a multiprocessor, to keep its rates up.
+        enough_warps: warps of a multiprocessor that reach its full rates.
     """
 
     rows: int
@@ -128,7 +128,7 @@ class BlockWork:
 
 
 class Variant(Protocol):
-    """A way in which the threads of a kernel work, and what it keeps in shared memory for a number of places.
+    """A way in which the threads of a kernel work, and the shared memory that it needs for a number of places.
 
     Attributes:
         macros: those that choose it; the others are 0.
@@ -169,7 +169,7 @@ class Slide:
         return {"SLIDE_STRIDE": self.slide_stride}
 
     def taps_pitch_of(self, steps: int) -> int:
-        """That of a sliding thread of so many steps: odd, in vectors, so that a warp's rows lie on different banks."""
+        """The pitch of taps for so many steps: an odd number of vectors, so that rows use different banks."""
         return round_up(steps * self.slide_stride, 2, 1) * vector_length(self.problem.dtype)
 
 
@@ -211,8 +211,8 @@ class Skip:
         vec = vector_length(p.dtype)
         size = p.format.accumulator_bytes
         multiply_adds = self.thread_l * p.format.multiply_adds
-        # Of a tap, its load and step and those of the positions that it meets; of a result, its way through shared
-        # memory; the rest as in a sliding thread.
+        # A tap takes its load and those of the positions that it multiplies; a result passes through shared memory; the
+        # rest is as in a sliding thread.
         return BlockWork(
             rows=p.N * p.C_out,
             thread_outputs=self.thread_l,
@@ -239,7 +239,7 @@ class Partition:
         tiles: blocks along one row.
         row_groups: blocks along the rows.
         shared_bytes: dynamic shared memory.
-        us: predicted for the whole launch.
+        us: predicted microseconds of the launch.
     """
 
     row_threads: int
@@ -277,22 +277,22 @@ class Partition:
         }
 
     def candidates(self) -> tuple[tuple[str, float], ...]:
-        """What `explain` shows of it: the chosen partition alone, since the comparison keeps no other."""
+        """What `explain` shows: only the chosen partition, since the comparison keeps no other."""
         shape = f"{count(self.block_rows, 'row')} by {count(self.row_threads, 'thread')}"
         return ((f"{shape}, {count(self.repeats, 'time')}", self.us),)
 
 
 # Of the cost model: cycles from a block's first load to its last store when nothing else runs.
 _LATENCY_CYCLES = 2000.0
-# Instructions of a block besides those of its threads, for its start, its barrier and its end: an estimate.
+# Estimated instructions for the start, the barrier and the end of a block.
 _BLOCK_SLOTS = 100.0
 
 
 def choose_partition(work: BlockWork, device: Device) -> Partition | None:
     """The cheapest partition by predicted time; None where no block fits the device's shared memory.
 
-    A multiprocessor issues the instructions and moves the bytes of its blocks; with fewer warps than it needs to keep
-    up its rates, a block takes longer by as much.
+    A multiprocessor issues the instructions and moves the bytes of its blocks. With fewer warps than it needs for its
+    full rates, a block takes proportionally longer.
     """
     best: Partition | None = None
     unit, bytes_per_cycle = cuda_cores(device, 4), memory_bytes_per_cycle(device)
@@ -331,13 +331,13 @@ def choose_partition(work: BlockWork, device: Device) -> Partition | None:
 
 
 def _block_rows(most: int, row_threads: int) -> list[int]:
-    """Rows of a block, in order: as many as a number of warps has threads for, and few where more do not fit."""
+    """The numbers of rows of a block to compare, in order: those that fill a number of warps, and a few small ones."""
     full = {WARP * warps // row_threads for warps in range(1, BLOCK_SIZE // WARP + 1)}
     return sorted(rows for rows in {1, 2, 4, 8, 16, most} | full if 1 <= rows <= most)
 
 
 def _row_threads(groups: int) -> Iterator[tuple[int, int]]:
-    """(threads of a row, repeats): even cuts of a row into few tiles, and parts of a block."""
+    """The pairs (threads of a row, repeats) to compare: even cuts of a row into few tiles, and parts of a block."""
     for repeats in (1, 2, 4, 8):
         needed = -(-groups // repeats)
         fewest_tiles = -(-needed // BLOCK_SIZE)
@@ -349,15 +349,15 @@ def _row_threads(groups: int) -> Iterator[tuple[int, int]]:
 
 
 class DepthwiseFamily(Family[ConvProblem]):
-    """One input channel a group, few outputs each."""
+    """One input channel and few output channels a group."""
 
     @abstractmethod
     def variants(self, problem: ConvProblem, layout: Layout, bits: int) -> Iterator[Variant]:
-        """Those that take a layer, by preference."""
+        """The variants that take a layer, in order of preference."""
 
     @abstractmethod
     def min_blocks(self, dtype: str, bits: int, macros: Mapping[str, int]) -> int:
-        """As many blocks of a multiprocessor as leave all values of a thread in registers."""
+        """The blocks of a multiprocessor: as many as leave all values of a thread in registers."""
 
     def plan(self, problem: ConvProblem, layout: Layout, device: Device) -> Plan | Refusal:
         p = problem
@@ -388,7 +388,7 @@ class DepthwiseFamily(Family[ConvProblem]):
         )
 
     def variant_params(self, variant: Variant, partition: Partition) -> dict[str, int]:
-        """The fields of Params that tell what lies where in shared memory."""
+        """The fields of Params that describe the layout of shared memory."""
         return {
             "taps_pitch": variant.taps_pitch,
             "window": variant.window(partition.places),
@@ -397,7 +397,7 @@ class DepthwiseFamily(Family[ConvProblem]):
         }
 
     def config(self, dtype: str, bits: int, thread_l: int, macros: Mapping[str, int]) -> Config:
-        """The specialisation of a variant, whose threads have so many results."""
+        """The specialisation of a variant whose threads have `thread_l` results."""
         return Config.of(
             self.name,
             {
@@ -417,7 +417,7 @@ class DepthwiseFamily(Family[ConvProblem]):
 
 def _index_bits(problem: ConvProblem, layout: Layout) -> int:
     # The last block may have rows behind the last row. Positions of its last tile exceed the row by at most a block and
-    # a window, which fits in shared memory; a convolution checks them before it makes offsets of them.
+    # a window, which fits in shared memory; conv1d checks them before it forms offsets.
     p = problem
     hanging = (8 * BLOCK_SIZE + 1) * max(MANY_L, slide_outputs(p.dtype)) + 2**17
     span = p.L_in + (p.L_out + hanging) * p.stride + p.padding_left + p.dilation * p.K

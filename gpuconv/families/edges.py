@@ -1,4 +1,4 @@
-"""Padding that means samples, in the plans of all families, and the two kernels for what it changes at the edges.
+"""Padding modes other than zeros in the plans of all families, and the two kernels for outputs at the edges.
 
 Contracts: cuda_src/edge.cuh, cuda_src/conv1d_edges.cu, cuda_src/conv_transpose1d_fold.cu.
 """
@@ -14,7 +14,6 @@ from ..edge import PADDING_MODES, padded_samples
 from ..problem import DTYPES, BiasGradientProblem, ConvProblem, Problem, WeightGradientProblem
 from .base import (
     MAX_GRID,
-    SAMPLES,
     Config,
     Family,
     Launch,
@@ -26,7 +25,7 @@ from .base import (
     conv_arrays,
     conv_fields,
     params_of,
-    with_lengths,
+    reading_samples,
     with_padding_mode,
 )
 from .offsets import Overhang, index_bits
@@ -37,9 +36,9 @@ BLOCK_SIZE, WARP = 256, 32
 def plan(family: Family[Any], problem: Problem, layout: Layout, device: Device) -> Plan | Refusal:
     """How a family computes a problem of its kind in any padding mode, or why it does not.
 
-    Families whose kernels read the samples that padding means (`Family.maps_edges`) do so. Of the others, those on CUDA
-    cores compute as with zeros, and a second step computes what reaches over an edge, in the canonical order. All
-    transposed ones compute as with zeros, and a last step computes anew the outputs onto which the padding folds.
+    Families with `Family.maps_edges` read the samples that the padding stands for. Of the others, those on CUDA cores
+    compute as with zeros, and a second step computes the outputs whose windows cross an edge, in the canonical order.
+    All transposed families compute as with zeros, and a last step recomputes the outputs onto which the padding folds.
     """
     if isinstance(problem, BiasGradientProblem) or _mode(problem) == "zeros":
         return family.plan(problem, layout, device)
@@ -50,7 +49,7 @@ def plan(family: Family[Any], problem: Problem, layout: Layout, device: Device) 
     elif family.maps_edges:
         return family.plan(p if any(p.edge_windows) else inside, layout, device)
     elif not isinstance(p, ConvProblem) or not family.canonical_order:
-        # A step of another order of summation would give outputs at the edges other bits than they have elsewhere.
+        # A second step sums in another order, so outputs at the edges would have other bits than the rest.
         return Refusal('needs padding_mode "zeros"')
     else:
         edges = p.edge_windows
@@ -80,20 +79,20 @@ def _edges_step(p: ConvProblem, layout: Layout, first: int, last: int) -> Step:
     bits = index_bits(p, layout, Overhang(), num_outputs + grid * BLOCK_SIZE)
     config = with_padding_mode(base_config("conv1d_edges", p.dtype, bits, BLOCK_SIZE), p.padding_mode)
     own = {"num_outputs": num_outputs, "edges": first + last, "first": first}
-    return _step(config, p, layout, grid, bits, own)
+    return one_result_step(config, p, layout, grid, bits, own)
 
 
 def fold_step(p: ConvProblem, layout: Layout) -> Step | None:
     """The step that folds the padding of a transposed operation; None where there is none."""
     first, second = padded_samples(p.padding_mode, p.padding_left, p.padding_right, p.L_out)
-    if p.has_lengths:  # in shorter samples the second range lies elsewhere
+    if p.has_lengths:  # in shorter samples the second range is elsewhere, so the ranges may not be merged
         first, second = padded_samples(p.padding_mode, p.padding_left, p.padding_right, p.L_out, apart=False)
     edges = len(first) + len(second)
     if edges == 0:
         return None
     num_outputs = p.N * p.C_out * edges
     grid = min(-(-num_outputs // (BLOCK_SIZE // WARP)), MAX_GRID)
-    # A lane leaves its loop up to 32 channels behind the last.
+    # When a lane's loop ends, its channel may be up to 32 behind the last.
     bits = index_bits(p, layout, Overhang(), num_outputs + grid * BLOCK_SIZE, p.C_in_g + WARP)
     own = {
         "num_outputs": num_outputs,
@@ -103,10 +102,9 @@ def fold_step(p: ConvProblem, layout: Layout) -> Step | None:
         "second_begin": second.start,
         "padded_end": p.L_out + max(p.padding_right, 0),
     }
-    shared_bytes = BLOCK_SIZE * p.format.accumulator_bytes
     config = fold_config(p.dtype, bits, p.padding_mode)
-    step = _step(config, p, layout, grid, bits, own, shared_bytes)
-    return Step(with_lengths(config), step.launch, (*step.arrays, SAMPLES)) if p.has_lengths else step
+    step = one_result_step(config, p, layout, grid, bits, own, BLOCK_SIZE * p.format.accumulator_bytes)
+    return reading_samples(step) if p.has_lengths else step
 
 
 def fold_config(dtype: str, bits: int, mode: str) -> Config:
@@ -115,8 +113,9 @@ def fold_config(dtype: str, bits: int, mode: str) -> Config:
     return Config(config.kernel, (*config.macros, ("FOLD_MODE", mode)))
 
 
-def _step(
+def one_result_step(
     config: Config, p: ConvProblem, layout: Layout, grid: int, bits: int, own: dict[str, int], shared_bytes: int = 0
 ) -> Step:
+    """The launch of a kernel of cuda_src/one_result.cuh; `own` are the fields of Params that `conv_fields` lacks."""
     params = params_of(config.kernel, conv_fields(p, layout), own)
     return Step(config, Launch(grid, BLOCK_SIZE, shared_bytes, bits, params), conv_arrays(p))

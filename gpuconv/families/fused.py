@@ -1,8 +1,8 @@
-"""What a problem fuses, added to the plan of any family: macros, arrays and parameters of the steps that finish.
+"""Adds what a problem fuses to the plan of any family: macros, arrays and parameters of the steps that store results.
 
-A family plans the convolution alone. Here its kernels are told what else they do (cuda_src/finish.cuh), and where they
-cannot activate the input as they load it, a step before them writes the activated input to a buffer (Contract:
-cuda_src/activate.cu). Both ways give the same bits, since that step rounds to the dtype as loads do.
+A family plans the convolution alone. This module adds what its kernels fuse (cuda_src/finish.cuh). If they cannot
+activate the input as they load it, a step before them writes the activated input to a buffer (contract:
+cuda_src/activate.cu). Both give the same bits, since both round to the dtype.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def plan(
 
 
 def finishing(step: Step, p: ConvProblem, layout: Layout, input_activation: Activation | None) -> Step:
-    """The step with what it fuses, if it finishes results: others pack weights, or leave sums to a later step."""
+    """The step with what it fuses, if it stores results; steps that pack weights or store partial sums unchanged."""
     if "output" not in step.arrays or dict(step.config.macros).get("SEGMENT_MODE") == "2":
         return step
     macros: dict[str, str] = {}
@@ -92,7 +92,7 @@ def _activation(
 
 
 def extended(step: Step, macros: dict[str, str], arrays: Sequence[str | None], fields: dict[str, int]) -> Step:
-    """The step with more macros, and with arrays and fields of Params behind its own."""
+    """The step with more macros, and with more arrays and fields of Params after its own."""
     launch = step.launch
     own = dict(step.config.macros)
     own["PARAMS_BYTES"] = str(int(own["PARAMS_BYTES"]) + len(fields) * launch.index_bits // 8)

@@ -1,4 +1,4 @@
-"""Samples with lengths of their own, in the plans of all families, and the two kernels for their ends.
+"""Samples of different lengths in the plans of all families, and the two kernels for their ends.
 
 Contracts: cuda_src/samples.cuh, cuda_src/conv1d_ends.cu, cuda_src/conv_transpose1d_ends.cu, cuda_src/write_samples.cu.
 """
@@ -15,7 +15,6 @@ from ..problem import DTYPES, BiasGradientProblem, ConvProblem, Problem, WeightG
 from . import edges
 from .base import (
     MAX_GRID,
-    SAMPLES,
     Config,
     Family,
     Launch,
@@ -24,9 +23,7 @@ from .base import (
     Refusal,
     Step,
     base_config,
-    conv_arrays,
-    conv_fields,
-    params_of,
+    reading_samples,
     sum_dtype,
     with_lengths,
     with_padding_mode,
@@ -34,19 +31,19 @@ from .base import (
 from .edges import BLOCK_SIZE, WARP
 from .offsets import Overhang, index_bits
 
-# Outputs of a row that are worth a warp, and the warps that keep a multiprocessor busy.
+# Outputs of a row for which another warp pays, and the warps that keep a multiprocessor busy.
 _WARP_OUTPUTS, _WARPS = 256, 32
 
-# Values that a launch of write_samples takes, of the 4 KiB that parameters may have; fewer are packed sooner.
+# Values that a launch of write_samples takes. Parameters may have 4 KiB; short tables need less time on the host.
 WRITTEN_VALUES = (24, 96, 480)
 
 
 def plan(family: Family[Any], problem: Problem, layout: Layout, device: Device) -> Plan | Refusal:
-    """How a family computes a problem of its kind, whose samples may have lengths of their own, or why it does not.
+    """How a family computes a problem of its kind, whose samples may have different lengths, or why it does not.
 
-    Kernels that keep to the lengths (`Family.keeps_lengths`) leave what lies behind them to a second step, which clears
-    it. Other families on CUDA cores compute whole rows, and that step also computes the outputs near the samples' ends,
-    in the canonical order. Where padding folds, it does so last.
+    After kernels with `Family.keeps_lengths` a second step clears the outputs behind the end of each sample. Other
+    families on CUDA cores compute whole rows, and the second step also computes the outputs near the ends of samples,
+    in the canonical order. In transposed operations the step that folds the padding comes last.
     """
     if not getattr(problem, "has_lengths", False):
         return edges.plan(family, problem, layout, device)
@@ -75,7 +72,7 @@ def plan(family: Family[Any], problem: Problem, layout: Layout, device: Device) 
 
 
 def configs() -> Iterator[Config]:
-    """Every specialisation of the kernels that are no family's own."""
+    """Every specialisation of the kernels for lengths that belong to no family."""
     for dtype in DTYPES:
         for bits in (32, 64):
             for mode in PADDING_MODES:
@@ -92,7 +89,7 @@ def write_configs() -> Iterator[Config]:
 
 
 def write_launches(values: Sequence[int]) -> Iterator[tuple[Config, Launch]]:
-    """The launches that write the table of samples, three values each."""
+    """The launches that write the table of samples, which has three values a sample."""
     count = next((n for n in WRITTEN_VALUES if n >= len(values)), WRITTEN_VALUES[-1])
     for first in range(0, len(values), count):
         part = values[first : first + count]
@@ -108,13 +105,7 @@ def _write_config(count: int) -> Config:
 
 def _keeping_lengths(family: Family[Any], plan: Plan) -> Plan:
     """The plan whose kernel reads the table of samples."""
-    steps = (
-        Step(with_lengths(step.config), step.launch, (*step.arrays, SAMPLES))
-        if step.config.kernel == family.name
-        else step
-        for step in plan.steps
-    )
-    return replace(plan, steps=tuple(steps))
+    return replace(plan, steps=tuple(reading_samples(s) if s.config.kernel == family.name else s for s in plan.steps))
 
 
 def _ends_step(p: ConvProblem, layout: Layout, device: Device, *, is_computed: bool) -> Step:
@@ -128,5 +119,4 @@ def _ends_step(p: ConvProblem, layout: Layout, device: Device, *, is_computed: b
     if not p.transposed:
         config = with_padding_mode(config, p.padding_mode)
         own["first"] = p.edge_windows[0] if is_computed and p.padding_mode != "zeros" else 0
-    params = params_of(config.kernel, conv_fields(p, layout), own)
-    return Step(with_lengths(config), Launch(grid, BLOCK_SIZE, 0, bits, params), (*conv_arrays(p), SAMPLES))
+    return reading_samples(edges.one_result_step(config, p, layout, grid, bits, own))

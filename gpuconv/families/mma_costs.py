@@ -18,8 +18,8 @@ from ..costs import (
 )
 from ..device import Device
 from ..problem import ConvProblem
-from .arithmetic import ARITHMETICS, STAGE_PAIRS, STAGE_STEPS, UNIT_BYTES, WARP, Arithmetic
-from .base import Step
+from .arithmetic import ARITHMETICS, STAGE_PAIRS, STAGE_STEPS, UNIT_BYTES, WARP, Access, Arithmetic
+from .base import Step, round_up
 
 # Read from the machine code for sm_90 (bench.static): instructions of a stage besides its products,
 # fetches and copies; of a warp in the end, for one row of its tile, and for a row that several samples share; of a
@@ -27,13 +27,21 @@ from .base import Step
 _STAGE_INSTRUCTIONS = 22
 _ENDING_INSTRUCTIONS, _ENDING_INSTRUCTIONS_OF_SAMPLES = 19, 23
 _PACK_INSTRUCTIONS = 140
+# Where blocks pack their weights themselves: instructions of a lane to copy a vector, and to pack one, by the bytes of
+# an element and the parts of an operand.
+_COPY_INSTRUCTIONS = 20
+_GATHER_INSTRUCTIONS = {(2, 1): 36, (4, 1): 63, (4, 2): 69}
 # Assumptions: cycles until a block's first data arrive and its last are gone; from a load to its data, mostly from L2;
 # of the barrier of a stage and its wait for weights, of a block alone; lines that a warp's load looks up in a cycle.
 LATENCY_CYCLES = 2500.0
 _LOAD_CYCLES = 600.0
 _STAGE_CYCLES = 60.0
 LINES_PER_CYCLE = 4
+ROW_THREADS = 4  # of mma.cuh, that stage the units of a row
 _PACK_CYCLES = 2000.0  # of a thread that packs: its divisions, its loads, its stores
+# Of a warp that packs 32 vectors of its block, from loads to stores; of both barriers around that.
+_GATHER_CYCLES = 80.0
+_GATHER_BARRIER_CYCLES = 100.0
 
 
 def predict_plan(
@@ -52,19 +60,33 @@ def predict_plan(
     """
     work, code, unit = launch.work(p), launch.code(), tensor_cores(device, launch.arithmetic.itemsize)
     us = predict_launch(work, code, blocks=launch.blocks, resident=resident, unit=unit, device=device).us
-    us += _predict_packing(p, launch.arithmetic, packed, pack_blocks, device).us
+    if not launch.raw_vectors:
+        us += _predict_packing(p, launch.arithmetic, packed, pack_blocks, device).us
     if launch.is_cut:
         us += _predict_sum_of_segments(p, launch, launch.blocks // segments, segments, device).us
     return us
 
 
-def input_batches(units: int, unit_tasks: int, task_units: int, threads: int) -> int:
-    """Batches in which the threads of a block load the window of a chunk, in tasks of so many units: see mma.cuh."""
-    return -(-(-(-units // task_units) * unit_tasks) // threads)
+def input_batches(
+    access: Access, arithmetic: Arithmetic, units: int, unit_tasks: int, prefetch: int, threads: int
+) -> int:
+    """Batches in which the threads of a block load the window of a chunk: see mma.cuh.
+
+    Args:
+        access: by which they do.
+        arithmetic: of the operands. Units of 16-bit elements are copied without registers, all at once.
+        units: of the chunk.
+        unit_tasks: `Window.unit_tasks`.
+        prefetch: `Tile.prefetch`.
+        threads: of the block.
+    """
+    if access is not Access.UNIT:
+        return -(-(-(-units // (prefetch // access.width)) * unit_tasks) // threads)
+    return 1 if arithmetic.itemsize == 2 else -(-unit_tasks // (prefetch * (threads // ROW_THREADS)))
 
 
 class TilesLaunch(NamedTuple):
-    """A launch of tiles, as far as its time depends on it: fields of `Tile`, `Window` and `Reduction` of mma.py.
+    """A launch of tiles, as far as its time depends on it: fields of `Tile`, `Window` and `Reduction`.
 
     Attributes:
         weight_tiles: blocks that differ in their weights.
@@ -73,7 +95,8 @@ class TilesLaunch(NamedTuple):
         is_cut: whether the sums are those of one segment, which another launch adds.
         kept_segments: whose sums a block adds to totals in shared memory.
         batches: in which a block loads the window of a chunk: `input_batches`.
-        width: positions of the input that one access loads.
+        access: by which it does.
+        raw_vectors: of a row's own weights of a chunk, which blocks pack themselves; 0 where these are packed before.
     """
 
     arithmetic: Arithmetic
@@ -93,7 +116,8 @@ class TilesLaunch(NamedTuple):
     has_samples: bool
     is_cut: bool
     kept_segments: int
-    width: int
+    access: Access
+    raw_vectors: int = 0
 
     @property
     def warps(self) -> int:
@@ -118,24 +142,45 @@ class TilesLaunch(NamedTuple):
         """Vectors of all windows, as a warp stages them: one a lane."""
         return self.blocks * self.chunks * self.staged_vectors / WARP
 
+    @property
+    def _staging_instructions(self) -> float:
+        return self.staged_by_warps * self.arithmetic.channels * self.arithmetic.staging_instructions[self.access]
+
+    @property
+    def _staging_wavefronts(self) -> float:
+        """Of each vector of the window a lane loads its elements one or two at a time, or all, and stores its parts."""
+        a = self.arithmetic
+        loads = 4.0 if self.access is Access.UNIT else a.channels / self.access.width
+        return self.staged_by_warps * (loads + 4 * a.parts)
+
     def work(self, p: ConvProblem) -> Work:
         a = self.arithmetic
-        rows = self.chunks * self.units * a.channels * self.samples
-        input_bytes = rows * (self.used_rows * a.itemsize + SECTOR_BYTES - a.itemsize)
-        weight_bytes = self.chunks * self.stages * self.stage_vectors * UNIT_BYTES
+        if self.access is Access.UNIT:
+            position_bytes = round_up(self.units * UNIT_BYTES, SECTOR_BYTES)
+            input_bytes = self.chunks * self.samples * self.used_rows * position_bytes
+        else:
+            rows = self.chunks * self.units * a.channels * self.samples
+            input_bytes = rows * (self.used_rows * a.itemsize + SECTOR_BYTES - a.itemsize)
+        weight_vectors = self.block_m * self.raw_vectors if self.raw_vectors else self.stages * self.stage_vectors
+        weight_bytes = self.chunks * weight_vectors * UNIT_BYTES
+        gathering = self._gathering()
         stored = (
             self.blocks * self.block_m * self.block_n * 4 if self.is_cut else math.prod(p.output_shape) * p.itemsize
         )
         # Batches of input that come when no stages are left to multiply meanwhile, or before the first; LATENCY_CYCLES
         # has one of those.
+        is_copied = self.access is Access.UNIT and a.itemsize == 2
         waits = self.batches - 1 + (self.chunks - 1) * max(0, self.batches - self.stages)
         return Work(
             multiply_adds=a.products * self.blocks * self.block_m * self.block_n * self.terms,
             l2_bytes=self.blocks * (input_bytes + weight_bytes) + stored,
             load_share=0.25,
+            # Units of 16 bits are copied by a loop of its own.
+            staging_instructions=gathering.instructions + (self._staging_instructions if is_copied else 0.0),
+            staging_wavefronts=gathering.wavefronts + (self._staging_wavefronts if is_copied else 0.0),
             visits=self.blocks * self.warps * self.chunks * self.batches,
             dram_bytes=math.prod(p.input_shape) * p.itemsize + self.weight_tiles * weight_bytes + stored,
-            waits=LATENCY_CYCLES + waits * _LOAD_CYCLES,
+            waits=LATENCY_CYCLES + waits * _LOAD_CYCLES + gathering.chain,
             ending=self._ending(stored),
         )
 
@@ -148,13 +193,28 @@ class TilesLaunch(NamedTuple):
         copies = -(-self.stage_vectors // (WARP * self.warps))
         sums = 4 * rows * octets if a.parts == 2 else 0
         passes = self.blocks * self.warps * self.chunks * self.stages
+        gathering = self._gathering()
+        if self.raw_vectors:
+            copies = 0
         return Code(
             instructions=passes * (products + fetches + copies + sums + _STAGE_INSTRUCTIONS)
-            + self.staged_by_warps * a.channels * a.staging_instructions[self.width - 1],
-            # Of each vector of the window a lane loads its elements one or two at a time and stores its parts.
-            wavefronts=passes * 4 * (fetches + copies + 1)
-            + self.staged_by_warps * (a.channels / self.width + 4 * a.parts),
+            + gathering.instructions
+            + self._staging_instructions,
+            wavefronts=passes * 4 * (fetches + copies + 1) + gathering.wavefronts + self._staging_wavefronts,
             chain=self.chunks * self.stages * (_STAGE_CYCLES + MMA_LATENCY_CYCLES * STAGE_STEPS),
+        )
+
+    def _gathering(self) -> Code:
+        """What blocks do that pack their weights themselves: all of them, but for the chain, which is one block's."""
+        a = self.arithmetic
+        vectors = self.block_m * self.raw_vectors / WARP  # of a chunk, by warps
+        every = self.blocks * self.chunks * vectors
+        instructions = _COPY_INSTRUCTIONS + _GATHER_INSTRUCTIONS[a.itemsize, a.parts]
+        turns = math.ceil(vectors / self.warps)
+        return Code(
+            instructions=every * instructions,
+            wavefronts=every * (4 + a.channels + 4 * a.parts),
+            chain=self.chunks * (turns * _GATHER_CYCLES + _GATHER_BARRIER_CYCLES) if turns else 0.0,
         )
 
     def _ending(self, stored: int) -> Ending:
@@ -204,13 +264,22 @@ def _predict_packing(p: ConvProblem, arithmetic: Arithmetic, vectors: int, block
     return predict_launch(work, code, blocks=blocks, resident=8, unit=cuda_cores(device, 4), device=device)
 
 
+def access_of(step: Step) -> Access:
+    """By which a step of tiles loads the input."""
+    macros = dict(step.config.macros)
+    if "CHANNELS_LAST" in macros:
+        return Access.UNIT
+    return Access.PAIR if macros["INPUT_WIDTH"] == "2" else Access.POSITION
+
+
 def _launch_of(problem: ConvProblem, step: Step) -> TilesLaunch:
     """A step of tiles as the cost model sees it."""
     params, macros = dict(step.launch.params), dict(step.config.macros)
     is_cut = macros["SEGMENT_MODE"] == "2"
-    prefetch, width = int(macros["PREFETCH"]), int(macros["INPUT_WIDTH"])
+    access = access_of(step)
+    arithmetic = ARITHMETICS[problem.dtype, problem.precision]
     return TilesLaunch(
-        arithmetic=ARITHMETICS[problem.dtype, problem.precision],
+        arithmetic=arithmetic,
         blocks=step.launch.grid,
         weight_tiles=step.launch.grid // (params["column_tiles"] * params["sample_tiles"]),
         chunks=params["segment_chunks"] if is_cut else params["chunks"],
@@ -219,7 +288,9 @@ def _launch_of(problem: ConvProblem, step: Step) -> TilesLaunch:
         samples=params["block_samples"],
         used_rows=params["planes"] * params["plane_rows"],
         window_rows=params["window_rows"],
-        batches=input_batches(params["units"], params["unit_tasks"], prefetch // width, step.launch.block),
+        batches=input_batches(
+            access, arithmetic, params["units"], params["unit_tasks"], int(macros["PREFETCH"]), step.launch.block
+        ),
         block_m=int(macros["BLOCK_M"]),
         block_n=int(macros["BLOCK_N"]),
         warps_m=int(macros["WARPS_M"]),
@@ -227,7 +298,8 @@ def _launch_of(problem: ConvProblem, step: Step) -> TilesLaunch:
         has_samples=macros["HAS_SAMPLES"] == "1",
         is_cut=is_cut,
         kept_segments=params["segments"] if macros["SEGMENT_MODE"] == "1" else 0,
-        width=width,
+        access=access,
+        raw_vectors=params["units"] * params.get("taps", params["K"]) if "RAW_WEIGHT" in macros else 0,
     )
 
 

@@ -1,4 +1,4 @@
-"""The width of a kernel's indices, from what the kernel says of how far it reaches beyond the problem."""
+"""The width of a kernel's indices, given how far beyond the problem's arrays the kernel forms offsets."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ INT32_MAX = 2**31 - 1
 
 @dataclass(frozen=True, slots=True)
 class Overhang:
-    """How far behind the ends of a problem's axes a kernel forms offsets, before it checks that they exist.
+    """How far behind the ends of a problem's axes a kernel forms offsets before it checks that the elements exist.
 
     Attributes:
-        samples: behind the last.
-        rows: channels behind the last of the output; in a weight gradient of coarse.
-        channels: channels behind the last of the input; in a weight gradient of fine.
-        positions: behind the last of a product (`Product.positions`), in a gradient of coarse or grad_output; None
-            where every position is checked before an offset is made of it.
-        taps: behind the last.
+        samples: samples behind the last.
+        rows: channels behind the last of the output; in a weight gradient, of coarse.
+        channels: channels behind the last of the input; in a weight gradient, of fine.
+        positions: positions behind the last of a product (`Product.positions`); in gradients, of coarse or grad_output.
+            None where every position is checked before its offset is formed.
+        taps: taps behind the last.
         arrays: the arrays in which it forms such offsets; None for all.
     """
 
@@ -39,12 +39,12 @@ class Overhang:
 def index_bits(problem: Problem, layout: Layout, overhang: Overhang, *counts: int) -> int:
     """32 where every index and offset of a launch fits a signed 32-bit integer, else 64.
 
-    `counts` are what a kernel counts besides the axes of its arrays: results, blocks, columns, terms.
+    `counts` are the largest values of a kernel's other counters: results, blocks, columns, terms.
     """
     formed = _formed_extents(problem, overhang)
     if overhang.arrays is not None:
         formed |= {name: shape for name, shape in problem.shapes.items() if name not in overhang.arrays}
-    # A position outside of a row lies up to a row behind the sample that it means, and the distance is multiplied, too.
+    # A position outside a row is up to a row away from the sample that it stands for; kernels multiply that distance.
     is_mapped = getattr(problem, "padding_mode", "zeros") != "zeros"
     return width(
         layout,
@@ -59,20 +59,20 @@ def width(layout: Layout, formed: Mapping[str, tuple[int, ...]], *values: int, l
     """32 where a signed 32-bit integer holds every offset, stride and index of some arrays, and other values; else 64.
 
     Args:
-        layout: of the arrays, by name.
-        formed: by name, extents that hold every index of which an offset is formed.
-        values: what else is formed.
-        limit: of all of them.
+        layout: the layouts of the arrays, by name.
+        formed: by name, extents that contain every index of which an offset is formed.
+        values: other values that are formed.
+        limit: the largest value that is allowed.
     """
     found = [*values]
     for name, extents in formed.items():
-        # Params holds the strides of axes of extent 1, too, which no offset uses.
+        # Params also holds the strides of axes of extent 1, which no offset uses.
         found += (layout[name].reach(extents), *map(abs, layout[name].strides), *extents)
     return 32 if max(found) <= limit else 64
 
 
 def _formed_extents(problem: Problem, overhang: Overhang) -> dict[str, tuple[int, ...]]:
-    """Extents that hold every index of which a kernel forms an offset, of each array along each axis."""
+    """For each array, extents that contain every index of which a kernel forms an offset."""
     o = overhang
     if isinstance(problem, ConvProblem):
         p, q = problem, Product.of(problem)
@@ -107,12 +107,12 @@ def _formed_extents(problem: Problem, overhang: Overhang) -> dict[str, tuple[int
 
 
 def _positions(problem: Problem, overhang: Overhang) -> Iterator[int]:
-    """The positions, and what finds them, that kernels form before they check them."""
+    """The largest positions, and intermediate values, that kernels form before they check them."""
     more = overhang.positions or 0
     if isinstance(problem, ConvProblem):
         p, q = problem, Product.of(problem)
         last = q.first + q.positions + more + 1
-        # Params holds the dilation of a single tap, too, which no offset uses.
+        # Params also holds the dilation of a single tap, which no offset uses.
         span = p.dilation * max(1, p.K - 1 + overhang.taps) + 1 + p.stride
         yield p.L_in + max(p.padding_left + p.padding_right, last * q.column_step + p.padding_left) + span
         yield p.L_out + max(p.padding_right, last * q.phases) + p.padding_left + span

@@ -1,4 +1,4 @@
-"""The predicted time of the launches before and behind a family's own: packing, sums of sums, outputs at the edges."""
+"""The predicted time of a plan's other launches: packing weights, adding partial sums, outputs at the edges."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _TAPS_CYCLES = 2000.0
 
 
 def _predict_edges(problem: Any, step: Step, device: Device) -> Prediction:
-    """The few outputs onto which padding folds, or whose windows reach over an edge."""
+    """The few outputs onto which padding folds, or whose windows cross an edge."""
     return predict_launch(
         Work(0.0, 0.0, dram_bytes=0.0),
         Code(0.0, 0.0, _EDGE_CYCLES + FMA_LATENCY_CYCLES * problem.terms),
@@ -33,7 +33,7 @@ def _predict_edges(problem: Any, step: Step, device: Device) -> Prediction:
 
 
 def _predict_packed_taps(problem: Any, step: Step, device: Device) -> Prediction:
-    """The weights in the order of conv1d_im2col, which reads and writes whole sectors."""
+    """pack_im2col_weight, which reads and writes whole sectors."""
     p, a = problem, ARITHMETICS[problem.dtype, problem.precision]
     vectors, read = dict(step.launch.params)["num_vectors"], math.prod(p.weight_shape) * p.itemsize
     moved = read + vectors * a.parts * UNIT_BYTES
@@ -55,7 +55,7 @@ _PASSES: dict[str, Callable[[Any, Step, Device], Prediction]] = {
     "pack_weight": tiles.predict_pass,
     "pack_mma_weight": mma_costs.predict_pass,
     "pack_im2col_weight": _predict_packed_taps,
-    "conv1d_mma": mma_costs.predict_pass,  # that adds the sums of segments
+    "conv1d_mma": mma_costs.predict_pass,  # the step that adds the sums of segments
     "conv_transpose1d_mma": mma_costs.predict_pass,
     "sum_slices": slices.predict_pass,
     "conv1d_edges": _predict_edges,

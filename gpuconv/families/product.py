@@ -1,4 +1,4 @@
-"""An operation seen as matrix products."""
+"""A convolution or transposed convolution as matrix products."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ class Product:
 
     A convolution has one product a group: rows c_out, positions l_out. A transposed convolution is a stride-1
     convolution for each phase of its outputs, l_out + padding_left = q*stride + phase, with positions q; where dilation
-    is 1 the phases are rows beside c_out, else each has a product of its own.
+    is 1 the rows are pairs (c_out, phase), else each phase has its own product.
 
     Attributes:
         problem: the operation.
-        products: independent ones, of groups and perhaps phases.
-        rows: of a product.
-        positions: of a sample.
+        products: the number of products: groups, or groups times phases.
+        rows: rows of a product.
+        positions: positions of a sample.
         first: the first position.
-        taps: of a product; in a transposed convolution those of the phase with the most.
-        column_step: from one position's input to the next.
-        tap_step: from one tap's input to the next; backwards in a transposed convolution.
+        taps: taps of a product; in a transposed convolution those of the phase with the most.
+        column_step: distance from one position's input to the next.
+        tap_step: distance from one tap's input to the next; negative in a transposed convolution.
         phases_in_rows: whether rows are (c_out, phase), phase inner.
     """
 
@@ -60,12 +60,12 @@ class Product:
 
     @property
     def phases(self) -> int:
-        """Output positions of one position of a product."""
+        """Output positions for each position of a product."""
         return self.problem.stride if self.problem.transposed else 1
 
     @property
     def terms(self) -> int:
-        """Products that one element sums, with the taps that its phase may lack."""
+        """Products in the sum of one element, including the taps that its phase may lack."""
         return self.problem.C_in_g * self.taps
 
     def params(self) -> dict[str, int]:

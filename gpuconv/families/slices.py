@@ -1,4 +1,4 @@
-"""What the gradient families share: how the sum over samples and positions is cut into slices, and how they are added.
+"""What the gradient families share: the cut of the sum over samples and positions into slices, and adding the slices.
 
 Contract: cuda_src/slices.cuh, cuda_src/sum_slices.cu.
 """
@@ -18,22 +18,22 @@ from .offsets import Overhang, index_bits
 
 SUM_BLOCK_SIZE = 256
 
-# The most bytes of the partial sums of a call.
+# The most memory for the partial sums of a call.
 MAX_PARTIAL_BYTES = 64 * 2**20
-# Terms of a slice, where that leaves enough sums: a partial sum costs a write and a read for as many multiply-adds.
+# Terms of a slice, if that gives enough sums: each partial sum costs a write and a read.
 _SLICE_TERMS = 512
-# Fewer are not worth a partial sum.
+# With fewer terms a partial sum does not pay.
 _FEWEST_TERMS = 64
-# So many partial sums keep a GPU busy: kernels for many channels hold 64 of them in a thread, others 8.
+# Partial sums that keep a GPU busy: a thread holds 64 of them in kernels for many channels, 8 in others.
 _ENOUGH_SUMS, _ENOUGH_SUMS_OF_FEW_CHANNELS = 2**22, 2**20
 # The same for tensor cores: twice as many sums as the registers of an H200 hold at a time.
 _ENOUGH_SUMS_OF_TENSOR_CORES = 2**23
 _FEW_CHANNELS = 4
 # Positions of a channel that a block of the bias gradient adds.
 _BIAS_SLICE_TERMS = 4096
-# Slices begin at a multiple of these positions, so that rows that begin aligned stay so.
+# Slices begin at multiples of so many positions, so that the slices of aligned rows are aligned.
 _ALIGNED_POSITIONS = 32
-# A thread adds at least so many slices before several threads share them.
+# Threads share the slices of a result only if each adds at least so many.
 _SLICES_OF_A_WAY = 8
 _MOST_WAYS = 32
 
@@ -42,10 +42,10 @@ _MOST_WAYS = 32
 class Slices:
     """How N samples of L positions are cut: into pieces of each sample, or groups of whole samples.
 
-    The cut depends on the problem's shape and dtype alone, so that the order of summation does.
+    The cut, and so the order of summation, depends on the problem's shape and dtype alone.
 
     Attributes:
-        count: slices.
+        count: the number of slices.
         samples: samples of a slice; 1 where samples are cut.
         positions: positions of each of them.
         pieces: slices along one sample.
@@ -58,7 +58,7 @@ class Slices:
 
     @classmethod
     def of(cls, problem: WeightGradientProblem | BiasGradientProblem, *, on_tensor_cores: bool = False) -> Slices:
-        """The cut for CUDA cores, or for tensor cores, of which a partial sum must stand for more terms."""
+        """The cut for CUDA cores, or for tensor cores, whose partial sums must have more terms to pay."""
         p = problem
         sums = _num_results(p)
         if not isinstance(p, WeightGradientProblem):
@@ -91,7 +91,7 @@ class Slices:
         return _partial_bytes(problem, self.count)
 
     def overhang(self, *, samples: int = 1, channels: int = 1, positions: int = 0, taps: int = 0) -> Overhang:
-        """That of a kernel whose slices are filled up to aligned positions; it walks one step behind its axes."""
+        """The overhang of a kernel whose slices are filled up to aligned positions and may pass an axis by a step."""
         return Overhang(samples, channels, channels, max(positions, _ALIGNED_POSITIONS), taps)
 
     def params(self) -> dict[str, int]:
@@ -99,8 +99,8 @@ class Slices:
         return {"slice_samples": self.samples, "slice_positions": self.positions, "slice_pieces": self.pieces}
 
 
-# Of the cost model, of sum_slices: instructions of an addition (bench.static, sm_90); cycles from one to the next,
-# since several loads are on their way, and from the first load to the last store (assumptions).
+# Of the cost model for sum_slices: instructions of an addition (bench.static, sm_90); assumed cycles from one addition
+# to the next, with several loads in flight, and from the first load to the last store.
 _SUM_INSTRUCTIONS = 3
 _SUM_CYCLES, _SUM_LATENCY_CYCLES = 100.0, 2000.0
 
@@ -137,7 +137,7 @@ def weight_fields(problem: WeightGradientProblem, layout: Layout, slices: Slices
 
 
 def sums_work(problem: WeightGradientProblem, step: Step, held: int) -> Work:
-    """The work of a kernel whose threads hold so many sums, those that are none included."""
+    """The work of a kernel whose threads hold `held` sums, unused ones included."""
     params = dict(step.launch.params)
     count = -(-params["N"] // params["slice_samples"]) * params["slice_pieces"]
     waste = held / (count * _num_results(problem))
@@ -153,7 +153,7 @@ def sliced_plan(
     launch: Launch,
     candidates: tuple[tuple[str, float], ...] = (),
 ) -> Plan:
-    """A gradient kernel, and the sum of its slices where there are several.
+    """The plan of a gradient kernel, followed by sum_slices if there are several slices.
 
     The kernel takes its inputs, the partial sums (null where there is one slice) and the result (null where there are
     several).
@@ -205,7 +205,7 @@ def sum_launch(
 
 
 def predict_sum(problem: WeightGradientProblem | BiasGradientProblem, count: int, device: Device) -> Prediction:
-    """The time of the launch that adds so many slices."""
+    """The time of the launch that adds `count` slices."""
     p, results = problem, _num_results(problem)
     additions, ways = count * results, _ways(count)
     read, stored = additions * p.format.accumulator_bytes, results * p.itemsize

@@ -1,4 +1,4 @@
-"""What the families of cuda_src/sliding.cuh share: alignment of copies, taps in blocks, shared memory."""
+"""What the families of cuda_src/sliding.cuh share: aligned copies, blocks of taps, shared memory."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ MAX_THREADS = 128
 # Blocks that a multiprocessor must be able to hold, which caps the registers of a thread at 128; 64-bit offsets take
 # registers that only a lower occupancy has.
 MIN_BLOCKS = {32: 4, 64: 2}
-# Channels of one buffer: with 4 blocks and rows of 2 KiB enough bytes on their way to hide the latency of memory.
+# Channels of one buffer: with 4 blocks and rows of 2 KiB enough bytes are in flight to hide the latency of memory.
 MAX_CHUNK_CHANNELS = 8
 
 
 def vector(dtype: str) -> int:
-    """Elements of 16 bytes: the columns of a thread, and the taps of a block."""
+    """Elements in 16 bytes: the columns of a thread, and the taps of a block of taps."""
     return 16 // FORMATS[dtype].itemsize
 
 
@@ -29,12 +29,12 @@ def block_columns(dtype: str) -> int:
 
 
 def choose_threads(columns: int, blocks: int, dtype: str, device: Device) -> int:
-    """The largest block that leaves every multiprocessor as many of them as it can hold of the largest.
+    """The threads of a block: the most with which there are still enough blocks for all multiprocessors.
 
     Args:
-        columns: of a sample.
-        blocks: how many take the same columns: of other samples, groups and rows.
-        dtype: of the problem.
+        columns: columns of a sample.
+        blocks: blocks for the same columns, of all samples, groups and rows.
+        dtype: the problem's dtype.
         device: the GPU.
     """
     threads = MAX_THREADS
@@ -49,7 +49,7 @@ def column_blocks(columns: int, threads: int, dtype: str) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Slide:
-    """How a block takes its input and weights: the fields of `Slide` in sliding.cuh that the host chooses.
+    """How a block loads its input and weights: the fields of `Slide` in sliding.cuh that the host chooses.
 
     Attributes:
         shared_bytes: dynamic shared memory of a block.
@@ -82,10 +82,10 @@ class Slide:
             p: the problem.
             input: the layout of its input.
             device: the GPU.
-            threads: of a block.
-            rows: of weights, THREAD_C.
-            taps: of a row.
-            position: of column 0, tap 0, negated where is_reversed.
+            threads: threads of a block.
+            rows: rows of weights, THREAD_C.
+            taps: taps of a row.
+            position: position of column 0 and tap 0, negated where is_reversed.
             is_reversed: IS_REVERSED.
         """
         vec = vector(p.dtype)
@@ -95,8 +95,8 @@ class Slide:
             if copy == 1 or (copy * p.itemsize >= 4 and _is_aligned(p, input, copy)):
                 lead = position % copy
                 tap_blocks = -(-(taps + lead) // vec)
-                # A vector of weights for each row and of input a tap block; a copy is asynchronous, or goes through a
-                # register and costs twice as much.
+                # A tap block loads a vector of weights for each row and one vector of input. A copy that is not
+                # asynchronous goes through a register and costs twice as much.
                 weights = rows * vec * p.format.accumulator_bytes / 16
                 copies = vec / copy * (3 if copy * p.itemsize >= 4 else 6)
                 multiplied = taps + lead if is_reversed else tap_blocks * vec
@@ -127,7 +127,7 @@ class Slide:
 
 
 def _is_aligned(p: ConvProblem, input: ArrayLayout, elements: int) -> bool:
-    """Whether every position that is a multiple of `elements` lies at a multiple of their size."""
+    """Whether every position that is a multiple of `elements` is aligned to the size of so many elements."""
     stride_n, stride_c, stride_l = input.strides
     return (
         stride_l == 1

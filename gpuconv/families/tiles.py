@@ -1,4 +1,4 @@
-"""The register tiles of cuda_src/tiled.cuh: their shapes, their limits, and the cost model that chooses among them."""
+"""The register tiles of cuda_src/tiled.cuh: their shapes, and the cost model that chooses among them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from .weight_boxes import WeightBoxes
 
 WARP = 32
 PACK_BLOCK_SIZE = 256
-# Threads that read neighbours of a row: 4 bytes each, they fill a sector of 32 bytes.
+# The fewest threads that load a term: with 4 bytes each, they read a whole sector of 32 bytes.
 MIN_TERM_LANES = 8
 MAX_WIDE_BLOCK_N = 128  # with 64-bit indices
 
@@ -48,7 +48,7 @@ class Tile:
     """A block's share of the matrix product: block_m rows by block_n columns in chunks of block_r terms.
 
     Attributes:
-        thread_m, thread_n: what one thread holds of it in registers.
+        thread_m, thread_n: rows and columns that one thread holds in registers.
         min_blocks: blocks that a multiprocessor must be able to hold, which caps the registers of a thread.
     """
 
@@ -72,22 +72,26 @@ class Tile:
         return WARP * self.warps
 
     def term_lanes(self, column_step: int) -> int:
-        """Threads that load one term of a chunk. Columns of one sample need one address, whatever their number: so few
-        threads that each has one term to follow. Others need an address each: a warp, to keep them few.
+        """Threads that load one term of a chunk.
+
+        With columns of one sample a thread needs one address, so few threads share a term and each loads one term of a
+        chunk. Other columns need an address each, so a whole warp shares a term.
         """
         return max(MIN_TERM_LANES, self.threads // self.block_r) if column_step else WARP
 
     def unroll(self, dtype: str, bits: int) -> int:
-        """Terms that are multiplied in straight-line code: about 512 multiply-adds, which the innermost instruction
-        cache holds; half as many in kernels with 64-bit indices, whose other code takes long enough to compile.
+        """Terms that are multiplied in straight-line code.
+
+        They have about 512 multiply-adds, which fit in the innermost instruction cache; in kernels with 64-bit indices
+        half as many, since their other code takes long to compile.
         """
         multiply_adds = self.thread_m * self.thread_n * FORMATS[dtype].multiply_adds
         return min(self.block_r, (512 if bits == 32 else 256) // multiply_adds)
 
     def shared_bytes(self, accumulator_bytes: int, padding: int = 0) -> int:
-        """Shared memory: two buffers of a chunk, or the slices that results pass through in the end.
+        """Shared memory: two buffers of a chunk, or the slices through which results pass at the end.
 
-        `padding` counts the unused operands that lie behind those of the rows, and of the columns, of one term.
+        `padding` is the number of unused operands after those of the rows, and of the columns, of one term.
         """
         vec = max(1, 16 // accumulator_bytes)
         buffers = 2 * self.block_r * (self.block_m + self.block_n + 2 * padding)
@@ -95,8 +99,8 @@ class Tile:
         return max(buffers, slices) * accumulator_bytes
 
 
-# Shapes by the size of the accumulator. 8 by 8 float32 results a thread cost 4 vector loads for 64 multiply-adds; 64
-# registers of sums leave room for the rest under the cap of 128 at which two blocks of 256 threads fit.
+# Shapes by the size of the accumulator. A thread with 8 by 8 float32 results needs 4 vector loads for 64 multiply-adds.
+# Its sums take 64 registers, of the 128 with which two blocks of 256 threads fit.
 TILES: dict[int, tuple[Tile, ...]] = {
     4: (Tile(128, 128, 16, 8, 8, 2), Tile(64, 64, 8, 8, 8, 8), Tile(32, 256, 8, 8, 8, 3), Tile(32, 64, 8, 4, 8, 8)),
     8: (Tile(64, 64, 8, 4, 8, 3), Tile(16, 128, 8, 4, 8, 6)),
@@ -105,31 +109,31 @@ TILES: dict[int, tuple[Tile, ...]] = {
 
 
 def tiles_for(dtype: str, bits: int) -> tuple[Tile, ...]:
-    """The tiles that have kernels with indices of `bits` bits: addresses of 64 bits are too much code for wide ones."""
+    """The tiles that have kernels with indices of `bits` bits; 64-bit addresses take too much code in wide ones."""
     tiles = TILES[FORMATS[dtype].accumulator_bytes]
     return tiles if bits == 32 else tuple(tile for tile in tiles if tile.block_n <= MAX_WIDE_BLOCK_N)
 
 
-# The largest of all tiles, for bounds on how far kernels compute behind the last row, column and term.
+# The largest extents of all tiles, which bound how far kernels go past the last row, column and term.
 MAX_BLOCK_M = max(tile.block_m for tiles in TILES.values() for tile in tiles)
 MAX_BLOCK_N = max(tile.block_n for tiles in TILES.values() for tile in tiles)
 MAX_BLOCK_R = max(tile.block_r for tiles in TILES.values() for tile in tiles)
 
-# Of the cost model: cycles until a block's first data arrive and its last are gone; of a thread that packs an element
-# (assumptions).
+# Of the cost model, assumed: cycles until a block's first data arrive and its last are stored; cycles of a thread that
+# packs an element.
 _LATENCY_CYCLES = 1500.0
 _PACK_CYCLES = 1500.0
 _PACK_INSTRUCTIONS = 40  # of a thread for an element
 _ENDING_INSTRUCTIONS = 4  # of a result, an assumption
-# Instructions of a thread, read from the machine code for sm_90: to load an input of regular and of irregular columns
-# (the copy, the check that it exists, and for the latter an address of its own), more for 16-bit data, which pass
-# through a register; and for each chunk 34 to 48 that are no loads and no multiply-adds.
+# Instructions of a thread, from the machine code for sm_90: to load an input of regular and of irregular columns (the
+# copy, the check that it exists, and for irregular columns an address); more for 16-bit data, which pass through a
+# register; and those of each chunk besides loads and multiply-adds, 34 to 48.
 _INPUT_INSTRUCTIONS = (3, 6)
 _CONVERSION_INSTRUCTIONS = 3
 _CHUNK_INSTRUCTIONS = 40
-# Operands that are loaded one by one, eight neighbours of four rows a warp: instructions each and for a chunk
-# (bench.static, sm_90), and lines of 128 bytes that a warp's load touches, one a cycle; likewise for vectors from
-# shared memory.
+# Operands that are loaded one by one, where a warp loads eight neighbours of four rows: instructions of each operand
+# and of a chunk (bench.static, sm_90), and the wavefronts of a warp's load, one a cycle. Then the wavefronts of loading
+# a vector from shared memory.
 _GATHER_INSTRUCTIONS = 2.5
 _GATHER_CHUNK_INSTRUCTIONS = 60
 _GATHER_WAVEFRONTS = 4.0
@@ -168,15 +172,15 @@ def predict_tiles(
     """The time of a launch of `blocks` tiles that sum `terms` products each.
 
     Args:
-        tile: of every block.
-        blocks: of the launch.
-        terms: of a sum.
-        dtype: of the data.
+        tile: the tile of every block.
+        blocks: blocks of the launch.
+        terms: terms of a sum.
+        dtype: dtype of the data.
         device: the GPU.
-        num_bytes: of the operands and the result.
+        num_bytes: bytes of the operands and the result.
         taps: neighbouring terms that read overlapping columns.
-        column_step: that of compare_tilings.
-        gathers_rows: the operands of rows are loaded one by one, not in vectors, as for gradients of weights.
+        column_step: see compare_tilings.
+        gathers_rows: whether the operands of rows are loaded one by one, not in vectors, as for weight gradients.
     """
     work = tile_work(tile.block_m, tile.block_n, blocks, terms, dtype, num_bytes=num_bytes, taps=taps)
     instructions, wavefronts = _term_code(tile, dtype, column_step, gathers_rows)
@@ -217,7 +221,7 @@ class Tiling:
         column_step: COLUMN_STEP of tiled.cuh, 0 where columns run through the samples.
         column_tiles: tiles along the columns of one sample, or of all samples where column_step is 0.
         blocks: tiles of all groups and samples.
-        us: of the whole plan, predicted.
+        us: predicted microseconds of the whole plan.
     """
 
     tile: Tile
@@ -238,8 +242,8 @@ def compare_tilings(
 ) -> tuple[Tiling, ...]:
     """The tilings of a product, the cheapest first.
 
-    `column_step` is the step from one column's input to the next, or 0 where columns are not
-    regular. `bits` are those of an index.
+    `column_step` is the step from one column's input to the next, or 0 where columns are not regular; `bits` is the
+    width of an index.
     """
     q, p = product, product.problem
     candidates = []
@@ -295,7 +299,7 @@ def tiling_macros(tile: Tile, column_step: int, dtype: str, bits: int) -> dict[s
 
 
 def walk_params(tiling: Tiling, taps: int, channel_stride: int, tap_stride: int) -> dict[str, int]:
-    """The fields of Params that move a thread's input offset on: see Tile in tiled.cuh.
+    """The fields of Params that advance a thread's input offset: see Tile in tiled.cuh.
 
     The strides are those from one channel and from one tap to the next.
     """
@@ -346,7 +350,8 @@ def packed_plan(
 ) -> Plan:
     """pack_weight, then the tiled kernel with its configuration and launch."""
     p = product.problem
-    # Neighbours in memory are the channels and taps of a row: as many as fit, by eights where they are many.
+    # The channels and taps of a row are neighbours in memory: a box has as many channels as fit, in multiples of eight
+    # if possible.
     channels = -(-packed.padded_terms // product.taps)
     fitting = WeightBoxes.max_terms(product) // product.taps
     boxes = WeightBoxes.of(

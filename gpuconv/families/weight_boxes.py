@@ -9,8 +9,8 @@ from .offsets import Overhang
 from .product import Product
 
 MAX_ROWS = 64
-# Of the shared memory of a block, but for the rows' padding: little enough that a multiprocessor holds several blocks,
-# which hide the latency of each other's loads.
+# Shared memory of a block without the rows' padding: small enough that a multiprocessor holds several blocks, which
+# hide the latency of each other's loads.
 MAX_BYTES = 24 * 1024
 VECTOR_BYTES = 16
 
@@ -20,11 +20,11 @@ class WeightBoxes:
     """A box, and how many of them there are along each axis.
 
     Attributes:
-        product: whose weights they are.
+        product: the product whose weights are packed.
         out: output channels of a box.
-        phases: of each of them; all, or some of one channel.
-        channels: input channels.
-        taps: of a product.
+        phases: phases of each of them; all phases, or some of one channel.
+        channels: input channels of a box.
+        taps: taps of a box.
         out_parts, phase_parts, in_parts, tap_parts: the numbers of boxes.
     """
 
@@ -46,9 +46,9 @@ class WeightBoxes:
 
     @classmethod
     def of(cls, product: Product, *, rows: int, channels: int, taps: int, box_channels: int) -> WeightBoxes:
-        """Boxes of so many input channels that cover the rows, channels and taps of a product.
+        """Boxes of `box_channels` input channels that cover `rows`, `channels` and `taps`.
 
-        Those may be more than the product has; then zeros are packed.
+        These may be more than the product has; zeros are packed for the rest.
         """
         out, box_phases, phase_parts = _rows(product)
         phases = product.phases if product.phases_in_rows else 1
@@ -67,12 +67,12 @@ class WeightBoxes:
 
     @property
     def grid(self) -> int:
-        """Boxes of all products. Each has hundreds of bytes, so that memory ends before the numbers of blocks do."""
+        """Boxes of all products. A box has hundreds of bytes, so memory is exhausted before the grid is too large."""
         return self.product.products * self.out_parts * self.phase_parts * self.in_parts * self.tap_parts
 
     @property
     def overhang(self) -> Overhang:
-        """How far offsets of weights reach that are formed before it is known whether these exist."""
+        """How far behind the weights offsets are formed before they are checked."""
         return Overhang(
             rows=self.out_parts * self.out,
             channels=self.in_parts * self.channels,
@@ -97,7 +97,7 @@ class WeightBoxes:
         return (-(-inner * self._k * itemsize // VECTOR_BYTES) | 1) * VECTOR_BYTES // itemsize
 
     def _is_wide(self, layout: Layout) -> bool:
-        """Whether what a box has of an outer channel lies side by side, from a multiple of 16 bytes on to another."""
+        """Whether a box's weights of an outer channel are contiguous and begin and end at multiples of 16 bytes."""
         p, weight = self.product.problem, layout["weight"]
         row_bytes = p.weight_shape[1] * p.K * p.itemsize
         inner, inner_parts = (self.out, self.out_parts) if p.transposed else (self.channels, self.in_parts)
@@ -134,7 +134,7 @@ class WeightBoxes:
 def _rows(product: Product) -> tuple[int, int, int]:
     """Output channels and phases of a box, and the boxes of all phases.
 
-    A power of two of channels begins at a multiple of as many bytes as their number allows, whatever K is.
+    The number of channels is a power of two, so that boxes are aligned for any K.
     """
     if not product.phases_in_rows or product.phases == 1:
         return MAX_ROWS // 2, 1, 1

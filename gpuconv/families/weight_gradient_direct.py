@@ -1,4 +1,4 @@
-"""weight_gradient_direct: the weight gradient that refuses nothing.
+"""weight_gradient_direct: the base family of weight gradients, which takes every problem.
 
 Contract: cuda_src/weight_gradient_direct.cu.
 """
@@ -14,7 +14,7 @@ from .base import MAX_GRID, Config, Family, Launch, Layout, Plan, base_config, p
 from .offsets import index_bits
 from .slices import Slices, sliced_plan, sum_config, weight_fields
 
-# As in conv_direct.py.
+# As in conv_direct.py, two blocks share a multiprocessor.
 BLOCK_SIZE = 256
 
 

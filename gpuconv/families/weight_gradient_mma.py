@@ -24,9 +24,9 @@ from ..costs import (
 from ..device import Device
 from ..problem import WeightGradientProblem
 from ..text import count
-from .arithmetic import ARITHMETICS, MIN_SPLIT_TERMS, SPLIT_TERMS, UNIT_BYTES, WARP, Arithmetic
-from .base import MAX_GRID, Config, Family, Launch, Layout, Plan, Refusal, Step, params_of, round_up
-from .mma import MIN_CHANNELS, MIN_SPLIT_ROWS
+from .arithmetic import ARITHMETICS, MIN_SPLIT_TERMS, SPLIT_TERMS, UNIT_BYTES, WARP, Access, Arithmetic
+from .base import MAX_GRID, ArrayLayout, Config, Family, Launch, Layout, Plan, Refusal, Step, params_of, round_up
+from .mma import ASYNC_COPY_ARCH, MIN_CHANNELS, MIN_SPLIT_ROWS, has_units
 from .mma_costs import LATENCY_CYCLES, LINES_PER_CYCLE
 from .offsets import index_bits
 from .slices import Slices, gradient_config, predict_sum, sliced_plan, weight_fields
@@ -36,11 +36,16 @@ OCTET = 8  # columns of one product
 # With fewer channels of fine its octets are of taps; with fewer of those they are half empty. The three products of
 # split TF32 take longer than CUDA cores with few columns.
 MIN_TAPS = 8
+# With fewer channels of coarse, weight_gradient_pairs reads each row of fine hardly more often.
+MIN_ROWS = 5
 MIN_SPLIT_COLUMNS = 32
 _PRODUCT_ROWS = 16  # rows of one product
-# Positions that one access loads, of coarse and of fine.
-WIDTH = 4
+# Positions that one access loads, of coarse and of fine. UNIT stands for one position of a unit of channels, which are
+# contiguous.
+WIDTH, UNIT = 4, 0
 WIDTHS = ((WIDTH, WIDTH), (WIDTH, 1), (1, 1))
+UNIT_WIDTHS = ((WIDTH, UNIT), (1, UNIT), (UNIT, UNIT), (UNIT, 1))
+_WORDS = {1: "one position of a channel", WIDTH: "four positions of a channel", UNIT: Access.UNIT.words}
 _LANE_UNITS = 8  # units that neighbouring lanes stage at most
 
 
@@ -95,7 +100,7 @@ _LARGEST_M, _LARGEST_N, _LARGEST_CHUNK = 128, 256, 64
 # Of the cost model, from the machine code for sm_90 (bench.static): instructions of a lane for one load, with its
 # address and its part in storing the vectors, by the positions that it loads; of a chunk besides its loads and steps;
 # of a step besides its products and fetches; of a warp for one sum of each lane on its way out.
-_LOAD_INSTRUCTIONS = {1: 8.0, WIDTH: 11.0}
+_LOAD_INSTRUCTIONS = {1: 8.0, 2: 10.0, WIDTH: 11.0, UNIT: 30.0}
 _CHUNK_INSTRUCTIONS = 50.0
 _STEP_INSTRUCTIONS = 16
 _STORE_INSTRUCTIONS = 8.0
@@ -169,8 +174,11 @@ class WeightGradientMma(Family[WeightGradientProblem]):
         arithmetic = ARITHMETICS.get((p.dtype, p.precision))
         if arithmetic is None or device.arch < arithmetic.min_arch:
             return Refusal("needs float16 (sm_75), bfloat16 or float32 (sm_80)")
-        if p.C_coarse_g < MIN_CHANNELS:
-            return Refusal(f"needs at least {MIN_CHANNELS} channels a group on the coarse side")
+        if p.C_coarse_g < (MIN_CHANNELS if p.C_fine_g < MIN_CHANNELS else MIN_ROWS):
+            return Refusal(
+                f"needs at least {MIN_CHANNELS} channels a group on the coarse side, or {MIN_ROWS} with "
+                f"{MIN_CHANNELS} on the fine side"
+            )
         if p.C_fine_g < MIN_CHANNELS and p.K < MIN_TAPS:
             return Refusal(f"needs at least {MIN_CHANNELS} channels a group on the fine side, or {MIN_TAPS} taps")
         if arithmetic.parts == 2 and p.C_coarse_g < MIN_SPLIT_ROWS:
@@ -187,8 +195,11 @@ class WeightGradientMma(Family[WeightGradientProblem]):
         if not _keeps_bound(p, arithmetic):
             return Refusal("needs longer samples to keep the error bound")
         bits = _index_bits(p, layout)
-        widths = _widths(p, layout, bits)
-        tilings = _tilings(p, widths, device, bits)
+        widths, tap_width = _widths(p, layout, bits, device), _tap_width(p, layout, bits)
+        # The tables of wide accesses may take too much memory.
+        if not (tilings := _tilings(p, widths, tap_width, device, bits)):
+            widths = WIDTHS[-1]
+            tilings = _tilings(p, widths, tap_width, device, bits)
         tiling, tile, window = tilings[0], tilings[0].tile, tilings[0].window
         if tiling.blocks > MAX_GRID:
             return Refusal(f"needs at most {MAX_GRID} blocks")
@@ -213,10 +224,18 @@ class WeightGradientMma(Family[WeightGradientProblem]):
                 "window_rows": window.rows,
                 "window_half": half,
                 "window_pitch": pitch,
-                "task_units": _task_units(tiling.octets, widths[1], arithmetic),
+                "task_units": _task_units(tiling.octets, widths[1], arithmetic, in_taps=columns.in_taps),
             },
         )
-        config = self._config(tile, p.dtype, p.precision, widths, bits, in_taps=columns.in_taps)
+        config = self._config(
+            tile,
+            p.dtype,
+            p.precision,
+            widths,
+            bits,
+            tap_width=tap_width,
+            few_rows=p.C_coarse_g < arithmetic.channels,
+        )
         launch = Launch(tiling.blocks, tile.threads, tiling.shared_bytes, bits, params)
         each = OCTET if columns.in_taps else 1
         candidates = tuple(
@@ -234,25 +253,43 @@ class WeightGradientMma(Family[WeightGradientProblem]):
             chunk_positions=1 << params["sample_shift"],
             window_rows=params["window_rows"],
             octets=params["block_octets"],
-            widths=(int(macros["COARSE_WIDTH"]), int(macros["FINE_WIDTH"])),
+            widths=_widths_of(step.config),
+            tap_width=int(macros.get("TAP_WIDTH", 1)),
             block_m=int(macros["BLOCK_M"]),
             block_n=int(macros["BLOCK_N"]),
             warps_m=int(macros["WARPS_M"]),
             warps_n=int(macros["WARPS_N"]),
         ).work(problem)
 
+    def staging(self, step: Step) -> dict[str, str]:
+        return {side: _WORDS[width] for side, width in zip(("coarse", "fine"), _widths_of(step.config), strict=True)}
+
     def configs(self, device: Device) -> Iterator[Config]:
+        every = (*WIDTHS, *(UNIT_WIDTHS if device.arch >= ASYNC_COPY_ARCH else ()))
         for (dtype, precision), arithmetic in ARITHMETICS.items():
             if device.arch >= arithmetic.min_arch:
                 for bits in (32, 64):
                     for tile in _tiles(arithmetic, bits):
-                        for widths in WIDTHS if bits == 32 else WIDTHS[-1:]:
-                            for in_taps in (False, True) if widths[1] == 1 else (False,):
-                                yield self._config(tile, dtype, precision, widths, bits, in_taps=in_taps)
+                        for widths in every if bits == 32 else WIDTHS[-1:]:
+                            tap_widths = (0,) if widths[1] != 1 else (0, 1) if bits == 64 else (0, 1, 2)
+                            for tap_width in tap_widths:
+                                yield self._config(tile, dtype, precision, widths, bits, tap_width=tap_width)
+                            is_least = arithmetic.parts == 1 and tile in _tiles_of_few_rows(bits)
+                            if is_least and widths[0] != UNIT:
+                                yield self._config(tile, dtype, precision, widths, bits, few_rows=True)
 
     def _config(
-        self, tile: Tile, dtype: str, precision: str, widths: tuple[int, int], bits: int, *, in_taps: bool = False
+        self,
+        tile: Tile,
+        dtype: str,
+        precision: str,
+        widths: tuple[int, int],
+        bits: int,
+        *,
+        tap_width: int = 0,
+        few_rows: bool = False,
     ) -> Config:
+        """`tap_width`: neighbouring taps that one access loads, 0 where octets are of channels."""
         arithmetic = ARITHMETICS[dtype, precision]
         macros: dict[str, str | int] = {
             "BLOCK_M": tile.block_m,
@@ -262,14 +299,19 @@ class WeightGradientMma(Family[WeightGradientProblem]):
             "CHUNK_ROWS": tile.chunk_rows,
             "AHEAD_COARSE": tile.ahead_coarse,
             "AHEAD_FINE": tile.ahead_fine,
-            "COARSE_WIDTH": widths[0],
-            "FINE_WIDTH": widths[1],
-            "TAPS_IN_UNITS": int(in_taps),
+            "COARSE_WIDTH": max(widths[0], 1),
+            "FINE_WIDTH": max(widths[1], 1),
+            "TAPS_IN_UNITS": int(tap_width > 0),
             "MIN_BLOCKS": tile.min_blocks if bits == 32 else 1,
             "IS_SPLIT": int(arithmetic.parts == 2),
             "SPLIT_TERMS": SPLIT_TERMS,
             "MULTIPLY_MATRICES": arithmetic.instruction,
         }
+        macros |= {name: 1 for name, width in zip(("COARSE_LAST", "FINE_LAST"), widths, strict=True) if width == UNIT}
+        if tap_width > 1:
+            macros["TAP_WIDTH"] = tap_width
+        if few_rows:
+            macros["FEW_ROWS"] = 1
         return gradient_config(self.name, dtype, bits, macros)
 
 
@@ -310,19 +352,53 @@ def _tiles(arithmetic: Arithmetic, bits: int) -> tuple[Tile, ...]:
     return tiles if bits == 32 else tiles[-1:]
 
 
-def _widths(p: WeightGradientProblem, layout: Layout, bits: int) -> tuple[int, int]:
-    """Neighbouring positions of coarse and of fine that one access loads, as the layout allows."""
-    extents = ((p.N, p.C_coarse, p.L_coarse), (p.N, p.C_fine, p.L_fine))
-    wide = []
-    for array, (N, C, L) in zip((layout["coarse"], layout["fine"]), extents, strict=True):
-        stride_n, stride_c, stride_l = array.strides
-        rows = (stride_n % WIDTH == 0 or N == 1) and (stride_c % WIDTH == 0 or C == 1) and L % WIDTH == 0
-        wide.append(rows and stride_l == 1 and array.alignment >= WIDTH * p.itemsize)
-    if bits != 32 or not wide[0] or p.has_lengths:
+def _tiles_of_few_rows(bits: int) -> tuple[Tile, ...]:
+    """Of problems whose rows are fewer than a unit has."""
+    tiles = TILES[1]
+    return tuple(tile for tile in tiles if tile.block_m == _PRODUCT_ROWS) if bits == 32 else tiles[-1:]
+
+
+def _widths(p: WeightGradientProblem, layout: Layout, bits: int, device: Device) -> tuple[int, int]:
+    """What one access loads of coarse and of fine, as the layout allows."""
+    arrays = (layout["coarse"], (p.N, p.C_coarse, p.L_coarse)), (layout["fine"], (p.N, p.C_fine, p.L_fine))
+    if bits != 32:
         return 1, 1
+    unit, in_taps = ARITHMETICS[p.dtype, p.precision].channels, Columns.of(p).in_taps
+    of_units = [
+        device.arch >= ASYNC_COPY_ARCH and channels % unit == 0 and has_units(array, extents, unit)
+        for (array, extents), channels in zip(arrays, (p.C_coarse_g, p.C_fine_g), strict=True)
+    ]
+    coarse, fine = (_has_rows(array, extents, p.itemsize) and not p.has_lengths for array, extents in arrays)
     # Neighbours outside of fine may mean samples that are no neighbours.
-    has_rows = wide[1] and p.stride == 1 and p.padding_mode == "zeros" and not Columns.of(p).in_taps
-    return WIDTH, WIDTH if has_rows else 1
+    fine = fine and coarse and p.stride == 1 and p.padding_mode == "zeros" and not in_taps
+    widths = WIDTH if coarse else 1, WIDTH if fine else 1
+    if of_units[0]:
+        widths = UNIT, 1
+    return (widths[0], UNIT) if of_units[1] and not in_taps else widths
+
+
+def _has_rows(array: ArrayLayout, extents: tuple[int, int, int], itemsize: int) -> bool:
+    """Whether positions lie in aligned words of WIDTH."""
+    (N, C, L), (stride_n, stride_c, stride_l) = extents, array.strides
+    rows = (stride_n % WIDTH == 0 or N == 1) and (stride_c % WIDTH == 0 or C == 1) and L % WIDTH == 0
+    return rows and stride_l == 1 and array.alignment >= WIDTH * itemsize
+
+
+def _widths_of(config: Config) -> tuple[int, int]:
+    macros = dict(config.macros)
+    coarse, fine = (UNIT if f"{side}_LAST" in macros else int(macros[f"{side}_WIDTH"]) for side in ("COARSE", "FINE"))
+    return coarse, fine
+
+
+def _tap_width(p: WeightGradientProblem, layout: Layout, bits: int) -> int:
+    """Neighbouring taps that one access loads, as the layout allows; 0 where octets are of channels."""
+    if not Columns.of(p).in_taps:
+        return 0
+    array = layout["fine"]
+    stride_n, stride_c, stride_l = array.strides
+    begins_even = (stride_n % 2 == 0 or p.N == 1) and (stride_c % 2 == 0 or p.C_fine == 1)
+    is_even = begins_even and p.stride % 2 == p.padding_left % 2 == 0 and array.alignment >= 2 * p.itemsize
+    return 2 if is_even and stride_l == p.dilation == 1 and bits == 32 and not p.has_lengths else 1
 
 
 def _pitches(rows: int, arithmetic: Arithmetic) -> tuple[int, int]:
@@ -341,9 +417,9 @@ def _keeps_bound(p: WeightGradientProblem, arithmetic: Arithmetic) -> bool:
     """Whether the sums are within `reference.Sums.error_bound`, counted as there, in units of u times the magnitude.
 
     Steps begin anew with every sample, and few terms of a step may exist. So there may be more blocks of products, of
-    which each costs one unit besides those of its products, than a quarter of the terms (the bound has a third). That a
-    slice is shorter than the whole sum pays for it, except where samples are short and slices few. Blocks are of 16
-    bytes at least.
+    which each costs one unit besides those of its products, than a third of the terms, for which the bound has room.
+    That a slice is shorter than the whole sum pays for it, except where samples are short and slices few. Blocks are
+    of 16 bytes at least.
     """
     slices = _slices(p)
     run = min(p.terms // p.N, slices.positions)  # terms of one sample in a slice, at most
@@ -354,20 +430,22 @@ def _keeps_bound(p: WeightGradientProblem, arithmetic: Arithmetic) -> bool:
 
     if arithmetic.parts == 1:
         units = slices.samples * run + pieces(arithmetic.channels) + slices.count - 1
-        return 4 * units <= 5 * p.terms + 8
+        return 3 * units <= 4 * p.terms + 6
     # The parts left out and cut off, the sum of a step, the small products; then the totals.
     return 4 + 4 + 8 + 20 + p.terms / 400 + pieces(STEP) + slices.count <= p.terms + 2
 
 
 @lru_cache(maxsize=4096)
-def _tilings(p: WeightGradientProblem, widths: tuple[int, int], device: Device, bits: int) -> tuple[_Tiling, ...]:
+def _tilings(
+    p: WeightGradientProblem, widths: tuple[int, int], tap_width: int, device: Device, bits: int
+) -> tuple[_Tiling, ...]:
     """The tilings that fit the device, the cheapest first; of each tile the one with the best octets and taps."""
     arithmetic = ARITHMETICS[p.dtype, p.precision]
     slices = _slices(p)
     columns = Columns.of(p)
     adding = predict_sum(p, slices.count, device).us if slices.count > 1 else 0.0
     found = []
-    for tile in _tiles(arithmetic, bits):
+    for tile in _tiles(arithmetic, bits) if p.C_coarse_g >= arithmetic.channels else _tiles_of_few_rows(bits):
         pairs = tile.block_n // OCTET
         samples, rows = _chunk(slices, tile.chunk_rows)
         row_tiles = -(-p.C_coarse_g // tile.block_m)
@@ -375,8 +453,8 @@ def _tilings(p: WeightGradientProblem, widths: tuple[int, int], device: Device, 
         for taps in {-(-columns.taps // -(-columns.taps // most)) for most in range(1, pairs + 1)}:
             octets = min(pairs // taps, columns.octets)
             octet_tiles, tap_tiles = -(-columns.octets // octets), -(-columns.taps // taps)
-            window = Window.of(p, taps, samples, rows, widths[1])
-            shared = _shared_bytes(tile, window, octets, widths, arithmetic, bits)
+            window = Window.of(p, taps, samples, rows, max(widths[1], 1))
+            shared = _shared_bytes(tile, window, octets, widths, arithmetic, bits, in_taps=columns.in_taps)
             if shared > device.shared_per_block:
                 continue
             blocks = row_tiles * octet_tiles * tap_tiles * p.groups * slices.count
@@ -389,6 +467,7 @@ def _tilings(p: WeightGradientProblem, widths: tuple[int, int], device: Device, 
                 window_rows=window.rows,
                 octets=octets,
                 widths=widths,
+                tap_width=max(tap_width, 1),
                 block_m=tile.block_m,
                 block_n=tile.block_n,
                 warps_m=tile.warps_m,
@@ -411,19 +490,27 @@ def _chunk(slices: Slices, rows: int) -> tuple[int, int]:
     return (rows // length, length) if length < rows else (1, rows)
 
 
-def _task_units(octets: int, width: int, arithmetic: Arithmetic) -> int:
+def _task_units(octets: int, width: int, arithmetic: Arithmetic, *, in_taps: bool) -> int:
     """Units of a window as its tasks are counted: whole eights from eight on, where neighbouring lanes take eight."""
     units = OCTET // arithmetic.channels * octets
-    return units if width == 1 or units < _LANE_UNITS else round_up(units, _LANE_UNITS)
+    return units if (width == 1 and not in_taps) or units < _LANE_UNITS else round_up(units, _LANE_UNITS)
 
 
 def _shared_bytes(
-    tile: Tile, window: Window, octets: int, widths: tuple[int, int], arithmetic: Arithmetic, bits: int
+    tile: Tile,
+    window: Window,
+    octets: int,
+    widths: tuple[int, int],
+    arithmetic: Arithmetic,
+    bits: int,
+    *,
+    in_taps: bool,
 ) -> int:
     rows = octets * _pitches(window.rows, arithmetic)[1]
     rows += tile.block_m // OCTET * _pitches(tile.chunk_rows, arithmetic)[1]
-    tasks = _task_units(octets, widths[1], arithmetic) * window.rows // widths[1]
-    operands = 2 * arithmetic.parts * rows * UNIT_BYTES + window.rows * 2 * bits // 8 + tasks * 8
+    tasks = _task_units(octets, widths[1], arithmetic, in_taps=in_taps) * window.rows // max(widths[1], 1)
+    tables = tasks * 16 if widths[1] == UNIT else window.rows * 2 * bits // 8 + tasks * 8
+    operands = 2 * arithmetic.parts * rows * UNIT_BYTES + tables
     return max(operands, tile.warps_m * _PRODUCT_ROWS * (tile.block_n + 4) * 4)
 
 
@@ -438,6 +525,7 @@ class _Launch(NamedTuple):
     window_rows: int
     octets: int
     widths: tuple[int, int]
+    tap_width: int
     block_m: int
     block_n: int
     warps_m: int
@@ -465,7 +553,8 @@ class _Launch(NamedTuple):
         coarse, fine = self.block_m * chunk_terms, self.octets * OCTET * self.window_rows  # elements of a chunk
         if Columns.of(p).in_taps:  # neighbouring rows have taps in common, which come from L1
             fine = fine * min(p.stride, OCTET) // OCTET
-        rows = (self.block_m + self.octets * OCTET) * self.chunk_samples
+        sides = self.block_m, self.octets * OCTET
+        rows = sum(n for n, width in zip(sides, self.widths, strict=True) if width != UNIT) * self.chunk_samples
         staged = (coarse + fine) * a.itemsize + rows * (SECTOR_BYTES - a.itemsize)
         passes = self.blocks * self.chunks
         # Only 32-bit steps are loops of several products. What stages is counted by tasks, of which a chunk may have
@@ -490,12 +579,15 @@ class _Launch(NamedTuple):
         """Instructions and wavefronts of all warps that stage the chunks."""
         a, chunk_terms = self.arithmetic, self.chunk_samples * self.chunk_positions
         elements = self.block_m * chunk_terms, self.octets * OCTET * self.window_rows
-        loads = [of_side / width for of_side, width in zip(elements, self.widths, strict=True)]
-        instructions = sum(n * _LOAD_INSTRUCTIONS[width] for n, width in zip(loads, self.widths, strict=True))
+        widths = self.widths[0], self.widths[1] if self.widths[1] == UNIT else max(self.widths[1], self.tap_width)
+        loads = [of_side / (width or a.channels) for of_side, width in zip(elements, widths, strict=True)]
+        instructions = sum(n * _LOAD_INSTRUCTIONS[width] for n, width in zip(loads, widths, strict=True))
         # Of 128 bytes by a warp, of one load that has fewer, or of four lines; a unit of each part is stored at once.
+        # Lanes that take neighbouring taps load from one line.
+        steps = 1, 1 if Columns.of(p).in_taps else p.stride
         wavefronts = sum(
-            n * max(1.0, width * a.itemsize / 4, min(WARP, step * a.itemsize / 4) / LINES_PER_CYCLE)
-            for n, width, step in zip(loads, self.widths, (1, p.stride), strict=True)
+            n * max(1.0, width * a.itemsize / 4, min(WARP, step * a.itemsize / 4) / LINES_PER_CYCLE) if width else 4 * n
+            for n, width, step in zip(loads, widths, steps, strict=True)
         )
         wavefronts += 4 * sum(elements) / a.channels * a.parts
         instructions += WARP * self.warps * _CHUNK_INSTRUCTIONS

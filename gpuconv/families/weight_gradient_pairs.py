@@ -19,21 +19,21 @@ from .slices import Slices, gradient_config, sliced_plan, sums_work, weight_fiel
 WARP = 32
 THREAD_K = 8
 MAX_THREADS = 256
-# Registers of a thread: 64 leave float32 sums and what slides past them room.
+# Blocks that a multiprocessor must be able to hold. The 64 registers that this leaves a thread suffice for float32.
 MIN_BLOCKS = {32: 4, 64: 2}
-# Each pair reads both of its rows, so pairs are for layers that have few; the tiled family reads a row once for many.
+# Each pair reads both of its rows. With more channels the tiled family is faster: it reads a row once for many.
 MAX_CHANNELS = 4
-# From so many channels on the coarse side and columns (channels by taps) on the fine side on, loading both rows of
-# each pair costs more instructions than a register tile wastes: some 25 a position (bench.static).
+# From so many channels on the coarse side and columns (channels by taps) on the fine side on, a register tile is
+# faster: loading both rows of each pair takes about 25 instructions a position (bench.static).
 MANY_CHANNELS = 16
 MANY_COLUMNS = 8
-# Bytes of shared memory of a block, from which several share a multiprocessor.
+# Shared memory of a block with which several blocks share a multiprocessor.
 _SHARED_BYTES = 56 * 1024
 _CHUNKS = (64, 32, 16, 8)  # positions, in whole vectors
 
 
 class WeightGradientPairs(Family[WeightGradientProblem]):
-    """A thread per pair of rows and eight taps."""
+    """One thread per pair of rows and eight taps."""
 
     name = "weight_gradient_pairs"
     kind = "weight_gradient"
@@ -96,12 +96,12 @@ class WeightGradientPairs(Family[WeightGradientProblem]):
 
 @dataclass(frozen=True, slots=True)
 class _Shape:
-    """How a block takes its pairs: the fields of Params that the host chooses.
+    """How a block loads its pairs: the fields of Params that the host chooses.
 
     Attributes:
         slides: IS_SLIDING of the .cu file.
-        bits: of indices.
-        grid: blocks.
+        bits: width of indices.
+        grid: blocks of the launch.
         shared_bytes: dynamic shared memory of a block.
     """
 
@@ -128,12 +128,12 @@ def _shape(p: WeightGradientProblem, layout: Layout, device: Device) -> _Shape |
     slides = p.stride == 1 and p.dilation == 1
     vec = 16 // p.itemsize
     coarse, fine = layout["coarse"], layout["fine"]
-    # Windows that do not slide are read element by element, for which rows lie an odd number of words apart.
+    # Windows that do not slide are read element by element; their rows are an odd number of words apart.
     widest = vec if slides else max(1, 4 // p.itemsize)
     coarse_copy = _copy_elements(coarse, p.L_coarse, widest, p.itemsize)
     fine_copy = _copy_elements(fine, p.L_fine, widest, p.itemsize)
     while fine_copy > 1 and slides and _tap_groups(p, -p.padding_left % fine_copy) > _tap_groups(p, 0):
-        fine_copy //= 2  # a lead would cost further taps
+        fine_copy //= 2  # the lead would need another group of taps
     if fine_copy * p.itemsize < 4:
         fine_copy = 1
     lead = -p.padding_left % fine_copy
@@ -146,7 +146,7 @@ def _shape(p: WeightGradientProblem, layout: Layout, device: Device) -> _Shape |
     block_pairs = WARP * min(max(1, 2 // tap_threads), -(-pairs // WARP))
     pair_blocks = -(-pairs // block_pairs)
 
-    # Positions behind the last that chunks and taps reach.
+    # Chunks and taps extend past the last position.
     overhang = Slices.of(p).overhang(samples=1, positions=_CHUNKS[0], taps=tap_threads * THREAD_K)
     bits = index_bits(p, layout, overhang, pair_blocks * tap_tiles, pairs + block_pairs, pairs * p.K)
 
@@ -167,7 +167,7 @@ def _shape(p: WeightGradientProblem, layout: Layout, device: Device) -> _Shape |
             coarse_pitch, fine_pitch, pair_blocks * tap_tiles, shared,
         )  # fmt: skip
 
-    # A longer chunk reads less of a window again, but one that is longer than the slice is of no use.
+    # A longer chunk reads less of a window twice, but a chunk longer than the slice has no use.
     shapes = [shape(chunk) for chunk in _CHUNKS if chunk <= max(_CHUNKS[-1], 2 * Slices.of(p).positions)]
     fitting = [s for s in shapes if s.shared_bytes <= min(_SHARED_BYTES, device.shared_per_block)]
     fitting += [s for s in reversed(shapes) if s.shared_bytes <= device.shared_per_block]
@@ -179,7 +179,7 @@ def _tap_groups(p: WeightGradientProblem, lead: int) -> int:
 
 
 def _copy_elements(array: ArrayLayout, length: int, widest: int, itemsize: int) -> int:
-    """The most elements up to `widest` at whose multiples every multiple of their number in a row lies."""
+    """The most elements of one copy, up to `widest`: copies at multiples of so many elements of a row are aligned."""
     elements = widest
     while elements > 1 and not (
         elements * itemsize >= 4

@@ -18,15 +18,15 @@ from .offsets import index_bits
 from .slices import Slices, gradient_config, predict_sum, sliced_plan, weight_fields
 from .tiles import Tile, predict_tiles, tile_work
 
-# By the size of the accumulator, as in tiles.py; low and wide, or high and narrow ones for groups of few channels.
+# By the size of the accumulator, as in tiles.py. Tiles with few rows or few columns are for groups of few channels.
 TILES: dict[int, tuple[Tile, ...]] = {
     4: (Tile(128, 128, 8, 8, 8, 2), Tile(16, 64, 8, 4, 8, 16), Tile(128, 16, 8, 8, 4, 8), Tile(64, 64, 8, 8, 8, 6)),
     8: (Tile(16, 64, 8, 4, 4, 8), Tile(64, 16, 8, 4, 4, 6), Tile(64, 64, 8, 4, 8, 3)),
     16: (Tile(16, 16, 8, 2, 4, 8), Tile(32, 64, 8, 4, 4, 2)),
 }
-_LARGEST = 128  # extent of a tile
+_LARGEST = 128  # the largest extent of a tile
 _LOAD_POSITIONS = 8  # kLoadPositions of the .cu file
-# Fewer rows or columns leave most of every tile empty.
+# With fewer rows or columns most of every tile is empty.
 MIN_CHANNELS = 4
 
 
@@ -102,7 +102,7 @@ class WeightGradientTiled(Family[WeightGradientProblem]):
 
 
 class _Tiling(NamedTuple):
-    """A tile, the numbers of tiles along rows and columns, blocks of all groups and slices, predicted time in us."""
+    """A tile, the tiles along rows and along columns, the blocks of all groups and slices, the predicted time in us."""
 
     tile: Tile
     row_tiles: int
@@ -113,7 +113,7 @@ class _Tiling(NamedTuple):
 
 def _tiles(dtype: str, bits: int) -> tuple[Tile, ...]:
     tiles = TILES[FORMATS[dtype].accumulator_bytes]
-    return tiles if bits == 32 else tiles[-1:]  # one will do for arrays that need wide offsets
+    return tiles if bits == 32 else tiles[-1:]  # one tile suffices for arrays that need 64-bit offsets
 
 
 @lru_cache(maxsize=4096)
@@ -145,7 +145,7 @@ def _shared_bytes(tile: Tile, dtype: str, bits: int) -> int:
 
 
 def _index_bits(p: WeightGradientProblem, layout: Layout) -> int:
-    # Samples and positions behind the last, which a thread's addresses reach; rows and columns behind the last.
+    # A thread forms addresses of samples and positions behind the last; tiles extend past the last row and column.
     slices = Slices.of(p)
     overhang = slices.overhang(samples=2 + _LOAD_POSITIONS // p.L_coarse, positions=_LARGEST)
     sums = slices.count * math.prod(p.weight_shape)

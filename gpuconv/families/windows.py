@@ -1,7 +1,7 @@
-"""Pushes of streams in one launch: plans whose kernel moves the window that it reads.
+"""Pushes of streams in one launch: plans in which one kernel both moves and reads the window.
 
 Contract: cuda_src/window.cuh. A push is a problem whose input is the samples that a stream holds, followed by the new
-ones. It is computed by the kernel of one call on them, so its bits are those of one call.
+ones. The kernel that would compute it in one call computes it, so the bits are the same.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from .offsets import INT32_MAX, width
 # The arrays of a push besides those of its problem.
 NEW_SAMPLES, WINDOW_STARTS = "new_samples", "window_starts"
 
-# Each block writes all new samples: where its threads have more of them than this, a launch of their own is faster.
+# Each block writes all new samples. With more samples for each thread than this, a separate launch is faster.
 MOST_SAMPLES = 8
 
 
 def window_shape(problem: ConvProblem) -> tuple[int, int, int]:
-    """The shape of a window that its kernel moves: rows of twice the samples."""
+    """The shape of a window that a kernel moves: its rows hold every sample twice."""
     return problem.N, problem.C_in, 2 * problem.L_in
 
 
 def window_layout(problem: ConvProblem) -> ArrayLayout:
-    """How the input lies in such a window: it may begin at any sample."""
+    """The layout of the input in such a window, where it may begin at any sample."""
     return ArrayLayout(contiguous_strides(window_shape(problem)), problem.itemsize)
 
 
 def moving(plan: Plan, problem: ConvProblem, layout: Layout, length: int) -> Plan | Refusal:
-    """A plan of a problem with a kernel that moves the window by `length` new samples before it reads it.
+    """The plan with a kernel that moves the window by `length` new samples before it reads it, or why there is none.
 
     `layout` is that of the plan, with `window_layout` for the input, and the layout of `NEW_SAMPLES`.
     """
@@ -47,7 +47,7 @@ def moving(plan: Plan, problem: ConvProblem, layout: Layout, length: int) -> Pla
         return Refusal("needs windows that begin at a place below 2**31")
     arrays = Layout.of(window=layout["input"], samples=layout[NEW_SAMPLES])
     formed = {"window": window_shape(p), "samples": (p.N, p.C_in, length)}
-    # A thread leaves its loop up to a block behind the last sample.
+    # When a thread's loop ends, its index may be up to a block behind the last sample.
     if width(arrays, formed, num_samples + reader.launch.block) > reader.launch.index_bits:
         return Refusal("needs offsets below 2**31")
     fields = {
@@ -62,5 +62,5 @@ def moving(plan: Plan, problem: ConvProblem, layout: Layout, length: int) -> Pla
 
 
 def blocks(plan: Plan) -> int:
-    """How many blocks of a plan move a window, each from a start of its own."""
+    """How many blocks of a plan move a window; each has its own start."""
     return next(step.launch.grid for step in plan.steps if WINDOW_STARTS in step.arrays)

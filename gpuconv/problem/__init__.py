@@ -1,7 +1,7 @@
 """Convolution problems and the problems of their gradients: validated, hashable values that all of gpuconv works on.
 
-The arguments are checked by the functions of `gpuconv.arguments`. With the problems come the words that describe them,
-so that their users need one import.
+The functions of `gpuconv.arguments` check the arguments. This package also exports the types and dtypes that describe
+problems, so that its users need one import.
 """
 
 from ..arguments import MAX_EXTENT, ArrayLike, ArraySpec, Op, Padding, Setting, Settings

@@ -1,4 +1,4 @@
-"""What dispatch and runtime know of every kind of problem."""
+"""The interface of all kinds of problems."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Kind: TypeAlias = Literal["conv1d", "conv_transpose1d", "weight_gradient", "bias
 
 
 class Problem(ABC):
-    """What dispatch and runtime know of every kind of problem; each is a frozen value."""
+    """The interface of all kinds of problems for dispatch and runtime; each problem is a frozen value."""
 
     __slots__ = ()
 
@@ -27,7 +27,7 @@ class Problem(ABC):
     @property
     @abstractmethod
     def dtype(self) -> str:
-        """Of the operands; `dtype_of` knows that of each array."""
+        """The dtype of the operands; `dtype_of` gives that of each array."""
 
     @property
     @abstractmethod
@@ -37,7 +37,7 @@ class Problem(ABC):
     @property
     @abstractmethod
     def terms(self) -> int:
-        """The most products that one element of the result sums: the ``n`` of the error bound."""
+        """The largest number of products in an element of the result: the ``n`` of the error bound."""
 
     @abstractmethod
     def flops(self) -> int:
@@ -58,7 +58,7 @@ class Problem(ABC):
 
     @property
     def format(self) -> Format:
-        """The numbers of the arrays and of the sums."""
+        """The format of the operands and of the sums."""
         return FORMATS[self.dtype]
 
     @property

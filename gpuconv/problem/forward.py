@@ -34,18 +34,17 @@ from .base import Kind, Problem
 class ConvProblem(Problem):
     """A 1-D convolution or transposed convolution with every setting resolved.
 
-    Build it with `ConvProblem.conv1d` or `ConvProblem.conv_transpose1d`, which validate; the constructor takes
-    resolved values. Extents are counts of elements:
+    Make it with `ConvProblem.conv1d` or `ConvProblem.conv_transpose1d`, which validate their arguments; the constructor
+    takes resolved values. Extents are counts of elements:
 
     - input ``(N, C_in, L_in)``, output ``(N, C_out, L_out)``, bias ``(C_out,)``;
     - weight ``(C_out, C_in/groups, K)`` for conv1d, ``(C_in, C_out/groups, K)`` for conv_transpose1d;
     - conv1d: ``l_in = l_out*stride - padding_left + k*dilation``;
     - conv_transpose1d: ``l_out = l_in*stride - padding_left + k*dilation``.
 
-    A position outside of the longer of the two rows, the input of conv1d and the output of conv_transpose1d, means what
-    `padding_mode` says (gpuconv.edge). So a convolution reads samples in place of its padding; its adjoint, which is
-    transposed, adds what it would write there to the samples that are meant.
-    `fusion` says what is fused: see `gpuconv.fusion`.
+    `padding_mode` says what positions outside of a row stand for (`gpuconv.edge`): of the input of conv1d, and of the
+    output of conv_transpose1d. So a convolution reads samples in place of its padding; its adjoint, which is
+    transposed, adds what falls into the padding to these samples. `gpuconv.fusion` describes `fusion`.
 
     Raises:
         ValueError: an output length below 1, a padding that its mode does not allow, or an array whose size does not
@@ -97,7 +96,7 @@ class ConvProblem(Problem):
         L_out = output_length(self.transposed, self.L_in, *self.padding, self.stride, span, self.output_padding)
         if L_out < 1:
             raise ValueError(f"{self.op}: the output length must be at least 1, got {L_out} = {detail}")
-        # Symbols, which stand for extents while PyTorch traces a program, are limited when numbers take their places.
+        # Symbolic extents, with which PyTorch traces a program, are checked when they are replaced by numbers.
         if any(isinstance(extent, int) and extent > MAX_EXTENT for extent in (full, span, self.stride)):
             raise ValueError(
                 f"{self.op}: extents must fit in 64 bits: the padded length is {full}, the kernel spans {span}"
@@ -111,7 +110,7 @@ class ConvProblem(Problem):
 
     @classmethod
     def of(cls, op: Op, *arguments: Any, **settings: Any) -> ConvProblem:
-        """`conv1d` or `conv_transpose1d` of the arguments, as `op` says."""
+        """`conv1d` or `conv_transpose1d`, whichever `op` names, of these arguments."""
         return (cls.conv_transpose1d if op == "conv_transpose1d" else cls.conv1d)(*arguments, **settings)
 
     @classmethod
@@ -211,11 +210,11 @@ class ConvProblem(Problem):
         )  # fmt: skip
 
     def fused(self, fused: Fused) -> ConvProblem:
-        """The same with what a call gives to fuse, once that is known to fit.
+        """The same problem with the fusion of a call, whose arrays are checked.
 
         Raises:
             ValueError: an array has the wrong shape.
-            TypeError: an array has the wrong dtype, or the data are complex and an activation is given.
+            TypeError: an array has the wrong dtype, an activation is given for complex data, or anything for integers.
         """
         shapes = {**self._fused_shapes, RESIDUAL: self.output_shape}
         check_arrays(self.op, fused.fusion, fused.arrays, self.dtype, shapes)
@@ -223,12 +222,12 @@ class ConvProblem(Problem):
 
     @property
     def fuses(self) -> Fusion:
-        """What is fused, perhaps nothing."""
+        """`fusion`, an empty one in place of None."""
         return self.fusion or Fusion()
 
     @property
     def _fused_shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shapes of what may be fused, by name."""
+        """The shapes of all arrays that may be fused, by name."""
         return {
             RESIDUAL: (self.N, self.C_out, self.L_out),
             **dict.fromkeys(ACTIVATION_ARRAYS, (self.C_out,)),
@@ -308,7 +307,7 @@ class ConvProblem(Problem):
 
     @property
     def most_positions(self) -> int:
-        """How many positions an output element of conv_transpose1d stands for, at most."""
+        """The most positions, with those in the padding, that are added to one output element of conv_transpose1d."""
         return most_positions(self.padding_mode, self.padding_left, self.padding_right, self.L_out)
 
     @property
@@ -319,10 +318,10 @@ class ConvProblem(Problem):
     def adjoint(self) -> ConvProblem:
         """The other operation with the same weight array, without bias, from the output's shape to the input's.
 
-        It turns the gradient of the output into that of the input: ``<A x, u> == <x, A' u>``, where the weight of A' is
-        conjugated if it is complex. Inputs that no window contains lie behind all of its windows and are zeros.
+        It maps the gradient of the output to that of the input: ``<A x, u> == <x, A' u>``, where the weight of A' is
+        conjugated if it is complex. Inputs that no window contains are at the end of its result and are zeros.
 
-        Its right padding is negative, a cut of the gradient, where `output_padding` exceeds `padding_right`.
+        Its right padding is negative, which crops the gradient, if `output_padding` exceeds `padding_right`.
 
         Raises:
             ValueError: L_in is 0, so there is nothing to compute; or something is fused.
@@ -338,10 +337,10 @@ class ConvProblem(Problem):
         )  # fmt: skip
 
     def refuse_fusion(self) -> None:
-        """Refuse the gradients of what is fused.
+        """Refuse to compute gradients if something is fused.
 
         Raises:
-            ValueError: naming it.
+            ValueError: something is fused; the message names it.
         """
         if self.fusion:
             raise ValueError(

@@ -19,8 +19,8 @@ T = TypeVar("T")
 class WeightGradientProblem(Problem):
     """The gradient of a convolution's weight, one correlation for both operations.
 
-    Make it with `WeightGradientProblem.of` from a validated problem. It relates two arrays: `coarse`, whose positions
-    step by `stride` through those of the other, `fine`::
+    Make it with `WeightGradientProblem.of` from a validated problem. It has two arrays, `coarse` and `fine`; one
+    position of coarse corresponds to `stride` positions of fine::
 
         grad_weight[r, c, k] = sum over n, l of coarse[n, r, l] * fine[n, g*C_fine_g + c, l_fine]
         l_fine = l*stride - padding_left + k*dilation        (terms without such a position do not exist)
@@ -32,11 +32,11 @@ class WeightGradientProblem(Problem):
       conv_transpose1d (C_fine = C_out, L_fine = L_out);
     - result ``(C_coarse, C_fine/groups, K)``, the shape of the weight in both.
 
-    Of complex data the input is conjugated, whichever of the two it is: the gradient is that of PyTorch, the direction
-    of steepest ascent, and the adjoint of the operation as a map of its weight.
+    For complex data the input, which is either of the two, is conjugated: the gradient is that of PyTorch, the
+    direction of steepest ascent, and the adjoint of the operation with respect to its weight.
 
     The right padding does not appear: L_coarse and L_fine say which positions exist. In a `padding_mode` other than
-    "zeros" all of them do: those outside of fine mean other samples of it.
+    "zeros" all positions exist: those outside of fine stand for samples of it.
     """
 
     result: ClassVar[str] = "grad_weight"
@@ -126,7 +126,7 @@ class WeightGradientProblem(Problem):
 
     @property
     def edge_windows(self) -> tuple[int, int]:
-        """How many of the first and of the last positions of coarse meet windows that reach over an edge of fine."""
+        """How many of the first and of the last positions of coarse have windows that reach over an edge of fine."""
         return edge_windows(self.L_coarse, self.L_fine, self.K, self.stride, self.padding_left, self.dilation)
 
     def flops(self) -> int:
@@ -202,12 +202,12 @@ def gradient_problem(
     grad_output: ArrayLike,
     settings: Sequence[Any],
 ) -> ConvProblem:
-    """The forward problem that a gradient belongs to, once it and `grad_output` are known to fit.
+    """The forward problem of a gradient, checked together with `grad_output`.
 
     Args:
-        caller: opens the messages.
+        caller: the messages begin with it.
         op: the forward operation.
-        input: an array, or a specification where its gradient is wanted.
+        input: an array, or a specification if its gradient is wanted.
         weight: likewise.
         grad_output: the gradient of the output.
         settings: those of `ConvProblem.conv1d` or `ConvProblem.conv_transpose1d`, in order.
@@ -217,7 +217,7 @@ def gradient_problem(
         TypeError: a setting is of the wrong kind, or a dtype is not supported.
     """
     for name, array in (("input", input), ("weight", weight)):
-        if not isinstance(array, ArraySpec):  # whose dtype was taken from the other
+        if not isinstance(array, ArraySpec):  # a specification has the dtype of the other array
             check_dtype(caller, name, array)
     try:
         problem = ConvProblem.of(op, input, weight, None, *settings)
@@ -237,7 +237,7 @@ def gradient_problem(
 
 
 def bias_gradient_problem(caller: str, grad_output: ArrayLike) -> BiasGradientProblem:
-    """The problem of a bias gradient; `caller` opens the messages.
+    """The problem of a bias gradient; the messages begin with `caller`.
 
     Raises:
         ValueError: grad_output has another number of axes than 2 or 3.

@@ -1,6 +1,6 @@
 """The definition of both operations and of their gradients in float64 (complex128), and the bound of their errors.
 
-This package is the oracle of gpuconv: it is written to be read beside the formulas, not to be fast.
+All results of gpuconv are compared with this package: its code follows the formulas and is not meant to be fast.
 """
 
 from .definition import (

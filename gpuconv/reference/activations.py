@@ -1,4 +1,4 @@
-"""The activations in float64, and how far a computed one may lie from them."""
+"""The activations in float64, and the error bounds of computed ones."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ class Function:
             return np.asarray(_FUNCTIONS[self.activation.name](x, self.activation.parameter))
 
     def limits(self, shape: tuple[int, ...], sign: float) -> Array:
-        """What it makes of infinities of a sign."""
+        """Its values at `sign`, which is plus or minus infinity."""
         return self(np.full(shape, sign))
 
     def error(self, x: Array, exact: Array, accumulator: Format, moved: Array | float = 0.0) -> Array:
-        """How far a computed function of an argument within `moved` of x may lie from `exact`, that of x itself."""
+        """The largest distance from `exact`, the value at x, of a value computed at an argument within `moved` of x."""
         e = 2 * ULPS * (accumulator.roundoff + FORMATS["float64"].roundoff)
         with np.errstate(all="ignore"):
             if self.activation.name == "snake":
@@ -63,7 +63,7 @@ def _sigmoid(x: Array) -> Array:
 
 
 def _gated(x: Array, gate: Array) -> Array:
-    """Their product; 0 where the gate closes faster than x falls."""
+    """The product of x and its gate; 0 at minus infinity, where the gate is zero."""
     return np.where(np.isneginf(x), 0, x * gate)
 
 

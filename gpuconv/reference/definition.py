@@ -1,4 +1,4 @@
-"""The definition of both operations and of their gradients, beside the formulas."""
+"""The definition of both operations and of their gradients, with the formulas."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def compute(
 
     The sums run over the channels of one group and over the taps whose position exists: a tap that falls into the zero
     padding contributes nothing, whatever the weight. In another `padding_mode` a convolution is that of the padded
-    input, and a transposed one, the adjoint, adds what lies in the padding of its output to the samples that are meant.
-    What `problem.fusion` names is applied: `gpuconv.fusion` has the formulas.
+    input; a transposed one, its adjoint, adds the padding of its output to the samples that the padding stands for.
+    `problem.fusion` is applied: `gpuconv.fusion` has the formulas.
 
     Args:
         problem: extents and settings.
@@ -94,7 +94,7 @@ def within_bound(
     bias: Array | None = None,
     fused: Mapping[str, Array] | None = None,
 ) -> npt.NDArray[np.bool_]:
-    """Which elements of `output` are right: `Sums.within_bound`.
+    """Which elements of `output` are correct: `Sums.within_bound`.
 
     Example:
         >>> import numpy as np, gpuconv
@@ -115,7 +115,7 @@ def convolution(
     *,
     by_fft: bool = False,
 ) -> Sums:
-    """The output of a problem; `compute` has the formula. `by_fft` asks for the bound of `algorithm="fft"`.
+    """The output of a problem; `compute` has the formula. With `by_fft` the bound is that of `algorithm="fft"`.
 
     Example:
         >>> import numpy as np, gpuconv
@@ -137,10 +137,10 @@ def convolution(
 
 
 def _error_of_fft(p: ConvProblem, input: Array, weight: Array) -> Array:
-    """The bounds of sums through the FFT, before anything is added to them."""
+    """The error bounds of sums through the FFT, before anything is added to them."""
     if p.padding_mode == "zeros" or not p.transposed:
         return error_of_convolution(p, input, weight)
-    # What lies in the padding is added to other results afterwards.
+    # The padding of the output is then added to other results.
     padded, u = _without_padding(p), FORMATS[p.format.accumulator].roundoff
     error = error_of_convolution(padded, input, weight)
     wide = np.complex128 if p.is_complex else np.float64
@@ -149,13 +149,13 @@ def _error_of_fft(p: ConvProblem, input: Array, weight: Array) -> Array:
 
 
 def _activated_input(activate: Function, input: Array, real: Format) -> tuple[Array, Array]:
-    """The activated input, and how far from it the numbers may lie that are rounded to the dtype and multiplied."""
+    """The activated input, and the error bound of the computed one, which is rounded to the dtype."""
     x = input.astype(np.float64)
     exact = activate(x)
     error = activate.error(x, exact, FORMATS[real.accumulator])
     with np.errstate(all="ignore"):
         error = error + real.roundoff * (np.abs(exact) + error) + real.smallest_normal * real.roundoff
-        # Behind the overflow threshold, half a unit beyond the largest number, the dtype has infinities.
+        # From half a unit beyond the largest number on, values are rounded to infinity.
         exact = np.where(np.abs(exact) >= real.largest * (1 + real.roundoff), np.copysign(np.inf, exact), exact)
     return exact, np.where(np.isfinite(exact), error, 0.0)
 
@@ -182,7 +182,7 @@ def _convolve(p: ConvProblem, input: Array, weight: Array, bias: Array | None) -
 
 
 def input_gradient(problem: ConvProblem, weight: Array, grad_output: Array, *, by_fft: bool = False) -> Sums:
-    """The gradient of the input of a problem: what each output that it feeds passes back.
+    """The gradient of a problem with respect to its input.
 
     With l_in and l_out as in `compute`, for conv1d and conv_transpose1d:
 
@@ -195,7 +195,7 @@ def input_gradient(problem: ConvProblem, weight: Array, grad_output: Array, *, b
         problem: the forward problem.
         weight: `problem.weight_shape`.
         grad_output: `problem.output_shape`.
-        by_fft: ask for the bound of `algorithm="fft"`.
+        by_fft: whether the bound is that of `algorithm="fft"`.
 
     Returns:
         Sums of the shape `problem.input_shape`.
@@ -235,13 +235,13 @@ def _input_gradient(p: ConvProblem, weight: Array, grad_output: Array, _: Array 
 
 
 def weight_gradient(problem: WeightGradientProblem, coarse: Array, fine: Array, *, by_fft: bool = False) -> Sums:
-    """The gradient of the weight; `WeightGradientProblem` has the formula.
+    """The gradient with respect to the weight; `WeightGradientProblem` has the formula.
 
     Args:
-        problem: extents and settings; its method `sides` tells which of input and grad_output is which.
+        problem: extents and settings; its method `sides` orders input and grad_output as coarse and fine.
         coarse: `problem.coarse_shape`, or that without the batch axis of one sample.
         fine: `problem.fine_shape`, likewise.
-        by_fft: ask for the bound of `algorithm="fft"`.
+        by_fft: whether the bound is that of `algorithm="fft"`.
 
     Returns:
         Sums of the shape `problem.weight_shape`.
@@ -278,14 +278,14 @@ def _weight_gradient(p: WeightGradientProblem, coarse: Array, fine: Array, _: Ar
 
 
 def bias_gradient(problem: BiasGradientProblem, grad_output: Array) -> Sums:
-    """The gradient of the bias; `BiasGradientProblem` has the formula.
+    """The gradient with respect to the bias; `BiasGradientProblem` has the formula.
 
     Args:
         problem: extents.
         grad_output: `problem.grad_output_shape`, or that without the batch axis of one sample.
 
     Returns:
-        Sums of the shape `problem.bias_shape`: each term is an element times one, a single product of complex data too.
+        Sums of the shape `problem.bias_shape`; each term is an element times one, for complex data also one product.
 
     Example:
         >>> import numpy as np, gpuconv
@@ -309,13 +309,13 @@ def _without_padding(p: ConvProblem) -> ConvProblem:
 
 
 def _samples_meant(p: ConvProblem) -> npt.NDArray[np.intp]:
-    """The samples that the positions of that row mean."""
+    """The sample for which each position of that row stands."""
     L = p.L_out if p.transposed else p.L_in
     return source_indices(p.padding_mode, -p.padding_left, L + p.padding_right, L)
 
 
 def _folded(padded: Array, samples: npt.NDArray[np.intp], L: int) -> Array:
-    """The sums over the positions that mean a sample, for each of L samples."""
+    """For each of L samples, the sum over the positions that stand for it."""
     result = np.zeros((*padded.shape[:-1], L), padded.dtype)
     at: Any = (..., samples)
     np.add.at(result, at, padded)
@@ -327,7 +327,7 @@ def _products(p: ConvProblem | WeightGradientProblem) -> int:
 
 
 def _positions(p: ConvProblem, k: int) -> tuple[slice, slice]:
-    """The input positions that tap k reads and the output positions it feeds, as slices of equal length."""
+    """The input positions that tap k reads and the output positions it contributes to, as slices of equal length."""
     offset = k * p.dilation - p.padding_left
     if p.transposed:
         return _meeting(p.L_in, p.L_out, p.stride, offset)
@@ -336,7 +336,7 @@ def _positions(p: ConvProblem, k: int) -> tuple[slice, slice]:
 
 
 def _meeting(coarse: int, fine: int, stride: int, offset: int) -> tuple[slice, slice]:
-    """The positions q < coarse and q*stride + offset < fine, not below zero, as slices of equal length."""
+    """The positions q in [0, coarse) with q*stride + offset in [0, fine), and those of fine, as slices."""
     first = max(0, -(offset // stride))
     last = min(coarse - 1, (fine - 1 - offset) // stride)
     if last < first:

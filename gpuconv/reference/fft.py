@@ -1,4 +1,4 @@
-"""How far results through the FFT may lie from the exact ones: `Sums.error_bound` has the formula."""
+"""The error bounds of results through the FFT: `Sums.error_bound` has the formula."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Array = npt.NDArray[Any]
 
 @np.errstate(all="ignore")  # of NaN, infinities and what overflows, whose bounds are infinite
 def error_of_convolution(problem: ConvProblem, input: Array, weight: Array) -> Array:
-    """The bounds of the sums of a problem, whose padding is zeros where it is transposed.
+    """The error bounds of sums; a transposed problem must be padded with zeros.
 
     Returns:
         `problem.output_shape`.
@@ -42,7 +42,7 @@ def error_of_convolution(problem: ConvProblem, input: Array, weight: Array) -> A
 
 @np.errstate(all="ignore")
 def error_of_weight_gradient(problem: WeightGradientProblem, coarse: Array, fine: Array) -> Array:
-    """The bounds of the sums of a problem.
+    """The error bounds of sums.
 
     Args:
         problem: extents and settings.
@@ -72,8 +72,8 @@ def error_of_weight_gradient(problem: WeightGradientProblem, coarse: Array, fine
 def _factors(vectors: Array, block: int, products: int, format: Format) -> tuple[Array, Array, Array]:
     """The error of a correlation with vectors (..., taps): at most a factor times the norm of a block, and a rest.
 
-    `products` of spectra are added up. The rest, and a part of the factor, are for underflow: what is smaller than the
-    smallest normal number may become zero in each step of a transform.
+    `products` of spectra are added up. The rest, and a part of the factor, cover underflow: values below the smallest
+    normal number may become zero in each step of a transform.
 
     The third array tells where nothing overflows: its sums of products with the norms are at most 1. Spectra are at
     most sqrt(B) times a norm, and what the inverse transform sums, before it divides by B, at most B times the product

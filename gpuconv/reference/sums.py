@@ -18,12 +18,12 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Comparison:
-    """A computed result beside what it should be, element by element.
+    """A computed result compared with the exact one, element by element.
 
     Attributes:
-        right: which elements are right: see `Sums.within_bound`.
-        exact: what `Sums.exact` gives.
-        bound: what `Sums.error_bound` gives.
+        right: which elements are correct: see `Sums.within_bound`.
+        exact: the value of `Sums.exact`.
+        bound: the value of `Sums.error_bound`.
         output: the computed result, in the dtype of `exact`.
 
     Example:
@@ -42,9 +42,9 @@ class Comparison:
 
     @property
     def fractions(self) -> Array:
-        """The distance of each element from `exact` as a fraction of its bound, the larger of both parts.
+        """The distance of each element from `exact` as a fraction of its bound; for complex data of the worse part.
 
-        Where that is not finite it is 0 for an element that is right, and infinity for one that is wrong.
+        Where that is not finite, it is 0 for a correct element and infinity for a wrong one.
         """
         with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
             distance = self.output - self.exact
@@ -53,28 +53,27 @@ class Comparison:
 
     @property
     def worst(self) -> float:
-        """The largest of `fractions` that is finite; 0 where there is none."""
+        """The largest finite one of `fractions`; 0 if there is none."""
         return float(self.fractions.max(initial=0.0, where=np.isfinite(self.fractions)))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sums:
-    """A result by its definition, each element a sum of products, and how far from it a computed one may be.
+    """A result by its definition, each element a sum of products, and the error bound of a computed one.
 
     Attributes:
         dtype: of the data and of the result.
-        terms: the most terms that an element sums, apart from the addend.
-        products: the real products of a term in each of the real and imaginary part: 2 for complex data, else 1.
+        terms: the largest number of terms of an element, without the addend.
+        products: the real products of a term in the real part, and in the imaginary part: 2 for complex data, else 1.
         left, right: the arrays whose elements are multiplied.
         addend: the array whose elements are added to the sums, or None.
         evaluate: (left, right, addend) -> the result, in the dtype of its arguments.
         precision: of the problem: "tf32" allows for operands rounded to TF32.
-        out_dtype: of the result, where that is not `dtype`: of integers, whose result is exact and wraps around.
-        left_error: how far the elements of `left` that were multiplied may lie from those of `left`; None for equal.
-        residual: what is added to the sums beside the addend, of the result's shape, or None.
+        out_dtype: of the result of integers, which is exact and wraps around; None for other data.
+        left_error: the largest distance of the computed elements of `left` from `left`; None if these are exact.
+        residual: what is added to the sums in addition to the addend, of the result's shape, or None.
         activation: what is then applied to them, or None.
-        of_fft: how far sums through the FFT may lie from the exact ones, of the result's shape; None where they are
-            summed directly.
+        of_fft: the error bounds of sums through the FFT, of the result's shape; None for direct sums.
 
     Example:
         >>> import numpy as np, gpuconv
@@ -126,52 +125,51 @@ class Sums:
         a sum below the smallest normal number may become zero. The reference's own float64 rounding is added.
 
         float16 and bfloat16 data, and float32 data in TF32, may be summed by tensor cores, which do not round as IEEE
-        arithmetic does; for them n + 2 becomes 4n/3 + 2. An instruction adds b products to a sum: it cuts all of them
-        off 24 bits below the leading bit of the largest, which loses less than u of it each, and rounds the result
-        toward zero, which loses at most u more as the sum is one of the terms cut off (25 bits, and less, on sm_90). So
-        b products cost b + 1 units. b is at least 4; where the channels, or the taps of a channel, do not fill the last
-        block, the sum costs a third more in all, as with nine of them in three blocks. In TF32 each operand moves by up
-        to 2**-11 of itself, which adds (2**-10 + 2**-22) times the magnitude.
+        arithmetic does; for them n + 2 becomes 4n/3 + 2. An instruction adds b products to a sum: it truncates all of
+        them 24 bits below the leading bit of the largest, which loses less than u of it each, and rounds the result
+        toward zero, which loses at most u more as the sum is one of the truncated terms (25 bits, and less, on sm_90).
+        So b products cost b + 1 units. b is at least 4; where the channels, or the taps of a channel, do not fill the
+        last block, the sum costs a third more in all, as with nine of them in three blocks. In TF32 each operand
+        changes by up to 2**-11 of itself, which adds (2**-10 + 2**-22) times the magnitude.
 
-        A residual counts as one more addend, with one more rounding. An activation takes the place of the rounding to
-        the output dtype: with B for what stands before that in the formula, s for the largest slope and e for the error
-        of its elementary functions, `gpuconv.fusion.ULPS` units in the last place,
+        A residual counts as one more addend, with one more rounding. An activation is applied before the rounding to
+        the output dtype. With B for the bound without that rounding, s for the largest slope and e for the error of
+        the elementary functions, `gpuconv.fusion.ULPS` units in the last place,
 
             |y - y*| <= (1 + u_out) * (s * B + e * (|y*| + 2 * s * B)) + u_out * |y*| + tiny
 
-        (for snake e stands before s * |x| in place of |y*|, s being 1 + |alpha/beta|; for gelu a unit of x is added).
-        An activated input differs from the exact one by as much with B = 0, and each difference takes its weight times
-        that with it.
+        (for snake s * |x| takes the place of |y*|, with s = 1 + |alpha/beta|; for gelu a unit of x is added). The error
+        of an activated input is that with B = 0; multiplied by the weights it adds to the error of the sum.
 
         The bound of integers is zero.
 
-        Through the FFT (`algorithm="fft"`) a bound by norms takes the place of gamma(n + 2) times the magnitude. Of a
-        block of B samples with spectra U_c of its channels c, samples u_c, taps w_c and their spectra W_c, for each of
-        its results:
+        Through the FFT (`algorithm="fft"`) a bound by norms takes the place of gamma(n + 2) times the magnitude. For
+        each result of a block of B samples, with the samples u_c of its channels c and their spectra U_c, and the taps
+        w_c and their spectra W_c:
 
             |y - y*| <= a * sum of |w_c|_2 * |u_c|_2 + b * sum of (max |W_c| + e * sqrt(B) * |w_c|_2) * |u_c|_2
             e = t*h/(1 - t*h),  t = log2(B),  h = u + gamma(4)*(sqrt(2) + u)
             a = (1 + e)**2 * (1 + q) - 1,  b = e * (1 + e) * (1 + q),  q = sqrt(2) * gamma(2*C + 2)
 
-        e bounds the relative error of a transform in the 2-norm, for B a power of two; libraries that take several
-        digits at once, or half as many complex numbers for real ones, do as well or better. q is that of a sum of C
-        products of two complex numbers. The first term is what the transforms of samples and taps and the products
-        add to a result, by the Cauchy-Schwarz inequality over the frequencies; the second the inverse transform, whose
-        input has a 2-norm of at most the sum of max |W_c| * |U_c|_2. In a weight gradient the sums run over the blocks,
-        with the samples of coarse as the taps. Transforms overflow before sums of products do: the bound is infinite
-        where the sum of (B * |w_c|_2 + sqrt(B)) * |u_c|_2, or any sqrt(B) * |w_c|_2, exceeds a quarter of the largest
-        number of the accumulator.
+        e bounds the relative error of a transform in the 2-norm, for B a power of two; libraries with a higher radix,
+        or with real transforms as complex ones of half the length, are as accurate or better. q bounds the error of a
+        sum of C products of two complex numbers. The first term is the error from the transforms of samples and taps
+        and from the products, by the Cauchy-Schwarz inequality over the frequencies; the second that of the inverse
+        transform, whose input has a 2-norm of at most the sum of max |W_c| * |U_c|_2. In a weight gradient the sums run
+        over the blocks, with the samples of coarse as the taps. Transforms overflow before sums of products do: the
+        bound is infinite where the sum of (B * |w_c|_2 + sqrt(B)) * |u_c|_2, or any sqrt(B) * |w_c|_2, exceeds a
+        quarter of the largest number of the accumulator.
 
         Source: N. J. Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., section 3.1, 2.8 (underflow), 3.6
         (complex products) and theorem 24.2 (FFT);
         M. Fasi et al., Numerical behavior of NVIDIA tensor cores, PeerJ Computer Science 7, 2021 (alignment, blocks).
 
         Args:
-            exact: what the method of this name gives, where the caller has it.
+            exact: the value of `exact()`, if the caller has it.
 
         Returns:
-            The shape of the result, float64; NaN or infinite where the exact value is. For complex data it bounds the
-            real and the imaginary part each.
+            The shape of the result, float64; NaN or infinite where the exact value is. For complex data it bounds both
+            the real and the imaginary part.
 
         Raises:
             ValueError: the reduction is so long that the bound does not exist (``(n + 2)*u >= 1``).
@@ -182,11 +180,11 @@ class Sums:
         return self._bounds(exact if self.activation is None else self._before_activation(), exact).result
 
     def within_bound(self, output: Array) -> npt.NDArray[np.bool_]:
-        """Which elements of `output` are right: within `error_bound`, NaN and infinities where they belong.
+        """Which elements of `output` are correct: within `error_bound`, NaN and infinities where the exact result is.
 
-        An infinity is right, too, where the exact value lies within the bound of the overflow threshold, or where the
-        terms of that sign overflow the accumulator on their own; a NaN is where those of both signs do. Where finite
-        data overflow float64 itself there is no reference and every value passes.
+        An infinity is also correct where the exact value lies within the bound of the overflow threshold, or where the
+        terms of that sign alone overflow the accumulator; a NaN is where the terms of both signs do. Where finite data
+        overflow float64 itself there is no reference, and every value is accepted.
 
         Returns:
             The shape of the result, bool.
@@ -194,7 +192,7 @@ class Sums:
         return self.compare(output).right
 
     def compare(self, output: Array) -> Comparison:
-        """`output` beside what it should be."""
+        """Compare `output` with the exact result."""
         if self._is_integer:
             exact = self.exact()
             return Comparison(np.asarray(output == exact), exact, np.zeros(exact.shape), output)
@@ -233,7 +231,7 @@ class Sums:
             addend = None if self.addend is None else self._magnitudes(self.addend)
             with np.errstate(invalid="ignore", over="ignore"):
                 magnitude = self.evaluate(self._magnitudes(self.left), self._magnitudes(self.right), addend)
-                # The addend is added behind the transforms.
+                # The addend is added after the transforms.
                 of_sums = self.of_fft + gamma_of(2, accumulator.roundoff) * (np.abs(exact) + self.of_fft)
                 of_sums = of_sums + gamma_of(n + 2, FORMATS["float64"].roundoff) * magnitude
                 rounded = real.roundoff * (np.abs(exact) + of_sums) + real.smallest_normal * real.roundoff
@@ -253,7 +251,7 @@ class Sums:
             magnitude = self.evaluate(left, right, None if self.addend is None else self._magnitudes(self.addend))
             if self.residual is not None:
                 magnitude = magnitude + self._magnitudes(self.residual)
-            # A flushed operand takes its whole product with it, however large the other operand is.
+            # If an operand is flushed to zero, its whole product is lost, however large the other operand is.
             small_left, small_right = self._subnormal_parts(self.left), self._subnormal_parts(self.right)
             if small_left.any() or small_right.any():
                 tiny = tiny + self.evaluate(small_left, right, None) + self.evaluate(left, small_right, None)
@@ -265,14 +263,14 @@ class Sums:
             return _Bounds(np.asarray(result), of_sums, magnitude)
 
     def _overflows(self, exact: Array, bounds: _Bounds) -> tuple[Array, Array]:
-        """Which sums may become infinite, and which negative infinite, before anything else is applied."""
+        """Which sums may overflow to infinity, and which to minus infinity, before the activation or the rounding."""
         largest = self._formats[1].largest
         # The terms of one sign alone sum to (magnitude + exact)/2, or to (magnitude - exact)/2.
         rises = bounds.magnitude / 2 + exact / 2 + bounds.sums > largest
         return rises, bounds.magnitude / 2 - exact / 2 + bounds.sums > largest
 
     def _activated_within(self, y: Array, before: Array, exact: Array, bounds: _Bounds) -> npt.NDArray[np.bool_]:
-        """Which elements of an activated result are right, on finite data."""
+        """Which elements of an activated result are correct, on finite data."""
         assert self.activation is not None
         largest, bound = self._formats[0].largest, bounds.result
         with np.errstate(invalid="ignore", over="ignore"):
@@ -285,14 +283,14 @@ class Sums:
         return np.asarray(right | ~(np.isfinite(before) & np.isfinite(exact) & np.isfinite(bound)))
 
     def _is_near(self, y: Array, limits: Array) -> npt.NDArray[np.bool_]:
-        """Which elements are what an activation makes of an infinity or a NaN."""
+        """Which elements are within the error of `limits`, the values of an activation at an infinity or a NaN."""
         real, accumulator = self._formats
         with np.errstate(invalid="ignore"):
             near = np.abs(y - limits) <= 2 * (real.roundoff + 2 * ULPS * accumulator.roundoff) * np.abs(limits)
         return np.asarray((y == limits) | (np.isnan(y) & np.isnan(limits)) | (np.isfinite(limits) & near))
 
     def _part_within(self, y: Array, exact: Array, bounds: _Bounds) -> npt.NDArray[np.bool_]:
-        """Which elements of a real, or of the real or imaginary part of a complex result are right, on finite data."""
+        """Which elements of a real result, or of one part of a complex result, are correct, on finite data."""
         real, bound = self._formats[0], bounds.result
         with np.errstate(invalid="ignore", over="ignore"):
             close = np.abs(y - exact) <= bound
@@ -304,14 +302,14 @@ class Sums:
         return np.asarray(unknown | close | overflow)
 
     def _special_within(self, y: Array, exact: Array, magnitude: Array) -> npt.NDArray[np.bool_]:
-        """Which elements are right among those with a NaN or an infinity in a term."""
-        # Of complex data either part may be the non-finite one: C99 Annex G leaves it open. Transforms spoil blocks.
+        """Which elements with a NaN or an infinity in a term are correct."""
+        # C99 Annex G does not say which part of complex data is not finite. Transforms make whole blocks wrong.
         if self._is_complex or self.of_fft is not None:
             return ~np.isfinite(y)
         same = (y == exact) | (np.isnan(y) & np.isnan(exact))
         if self.activation is not None:
             same |= self._is_near(y, exact)
-        # Finite terms that overflow meet an infinity, or an infinity meets a flushed operand: NaN is right, too.
+        # Where finite terms overflow, or an infinity is multiplied by a flushed operand, NaN is correct, too.
         infinite_left, infinite_right = (np.isinf(self._as_wide(a)).astype(np.float64) for a in (self.left, self.right))
         meets = self.evaluate(infinite_left, self._subnormal_parts(self.right), None)
         meets = meets + self.evaluate(self._subnormal_parts(self.left), infinite_right, None)
@@ -341,13 +339,13 @@ class Sums:
         return np.asarray(array).astype(wide)
 
     def _magnitudes(self, array: Array) -> Array:
-        """The absolute values, zero in the place of NaN and infinities."""
+        """The absolute values, with zero in place of NaN and infinities."""
         wide = self._as_wide(array)
         with np.errstate(over="ignore"):
             return np.abs(np.where(np.isfinite(wide), wide, 0.0))
 
     def _subnormal_parts(self, array: Array) -> Array:
-        """The absolute values of what flushing the operands to zero takes away."""
+        """The absolute values of the parts that are lost if operands are flushed to zero."""
         smallest = self._formats[1].smallest_normal
         wide = self._as_wide(array)
         parts = np.abs(np.stack((wide.real, wide.imag)))
@@ -359,9 +357,9 @@ class _Bounds:
     """Bounds of the elements of a result.
 
     Attributes:
-        result: how far they may lie from the exact ones.
-        sums: likewise what they are made of before it is activated or rounded.
-        magnitude: the sum of |left| * |right| + |addend| + |residual| over the finite data alone.
+        result: the error bounds of the elements.
+        sums: the error bounds of the sums, before they are activated or rounded.
+        magnitude: the sums of |left| * |right| + |addend| + |residual|, of finite data alone.
     """
 
     result: Array

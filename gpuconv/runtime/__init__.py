@@ -1,6 +1,6 @@
-"""Runs plans on a GPU: the only package that imports CuPy, and the one that builds and launches kernels.
+"""Runs plans on a GPU: the only package that imports CuPy, and that builds and launches kernels.
 
-`import gpuconv` imports it and neither CuPy nor kernel families: what only a GPU needs is imported at its first use.
+`import gpuconv` imports this package but neither CuPy nor the kernel families, which are imported at their first use.
 """
 
 from .arrays import add, aligned, assign, clear

@@ -1,4 +1,4 @@
-"""Copies of CuPy arrays, of which those that are not aligned to their elements are read and written as bytes."""
+"""Copies of CuPy arrays; arrays whose elements are not aligned are read and written as bytes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .gpu import cupy_module, current_device_of, is_cupy_array
 
 
 def aligned(array: Any) -> Any:
-    """An array that CuPy can read: itself, or a copy where its elements are not at multiples of their size."""
+    """An array that CuPy can read: the array itself, or a copy if its elements are not at multiples of their size."""
     if not is_cupy_array(array) or _is_aligned(array):
         return array
     cupy = cupy_module()
@@ -39,7 +39,7 @@ def add(target: Any, values: Any) -> None:
 
 
 def clear(array: Any) -> None:
-    """Make an array zero that may lie at any address."""
+    """Fill an array, at any address, with zeros."""
     if array.size:
         _as_bytes(array).fill(0)
 
@@ -49,6 +49,6 @@ def _is_aligned(array: Any) -> bool:
 
 
 def _as_bytes(array: Any) -> Any:
-    """A view of the bytes of an array, with those of an element along one more axis."""
+    """A view of the bytes of an array; a further axis is over the bytes of an element."""
     itemsize = array.dtype.itemsize
     return cupy_module().ndarray((*array.shape, itemsize), np.uint8, array.data, (*array.strides, 1))

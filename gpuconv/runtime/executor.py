@@ -1,8 +1,9 @@
-"""Makes executors of plans: what a repeated call on a GPU needs, and the order of its launches."""
+"""Executors of plans: what a repeated call on a GPU needs, and the order of its launches."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,12 +21,12 @@ if TYPE_CHECKING:
 class Executor:
     """A plan with everything that a repeated call needs: loaded kernels and packed parameters.
 
-    Run it on arrays of the very shapes, strides, dtype, device and pointer alignment that it was made for; it checks
-    none of that.
+    The arrays must have exactly the shapes, strides, dtype, device and pointer alignment for which it was made; this is
+    not checked.
 
     Attributes:
         choice: what is launched; None where the result is empty or zero.
-        copies: the arrays that are copied, because kernels cannot read or write them where they lie.
+        copies: the arrays that are copied because kernels cannot read or write them in place.
     """
 
     __slots__ = (
@@ -50,7 +51,7 @@ class Executor:
     ) -> None:
         """`operands` are the problem's names of the arrays of a call, in order, the result last.
 
-        Only a weight among `copies` can be conjugated.
+        With `conjugate_weight` the weight must be among `copies`.
         """
         from ..families.base import PACKED, SAMPLES
 
@@ -62,7 +63,7 @@ class Executor:
         self._packing: Packing | None = None
         self._has_samples = False
         self._scratch: list[int] = []  # bytes of the buffers of a call
-        self._steps: list[tuple[Kernel, tuple[int, ...]]] = []  # with the places of the pointers, the null one last
+        self._steps: list[tuple[Kernel, tuple[int, ...]]] = []  # kernels with indices of their pointers; -1 is null
         if choice is None:
             return
         names, steps = [*operands], choice.plan.steps
@@ -84,16 +85,16 @@ class Executor:
     def run(self, *arrays: Any, prepared: PreparedWeight | None = None, samples: Any = None) -> None:
         """Launch on the current device and CuPy's current stream; writes all of the last array, the result.
 
-        `prepared` holds the packed forms of the weight, where the caller has one; `samples` are the rows of
-        `Samples.table`, where the problem has lengths.
+        `prepared` holds the packed forms of the weight, if the caller has them. If the problem has lengths, `samples`
+        is the table that cuda_src/samples.cuh describes.
         """
         if self.choice is None:
-            clear(arrays[-1])  # sums of nothing
+            clear(arrays[-1])  # every sum is empty
             return
         usable = arrays if self._copied is None else _with_copies(arrays, self._copied)
         if self._conjugate_weight:
             weight = usable[self._weight]
-            cupy_module().conjugate(weight, weight)  # a copy of this call's own
+            cupy_module().conjugate(weight, weight)  # in place: it is a copy for this call
         pointers = [None if array is None else array.data for array in usable]
         if self._packing is not None:
             packing = self._packing
@@ -109,7 +110,7 @@ class Executor:
 
 
 def _write_samples(table: np.ndarray[Any, Any]) -> Any:
-    """A temporary buffer that holds a table of int64, which launches write from their parameters."""
+    """A temporary buffer with a table of int64, which kernels write from their parameters."""
     from ..families.lengths import write_launches
 
     buffer = temporary(table.nbytes)
@@ -119,7 +120,7 @@ def _write_samples(table: np.ndarray[Any, Any]) -> Any:
 
 
 def _with_copies(arrays: Sequence[Any], copies: Sequence[bool]) -> Sequence[Any]:
-    """The arrays with contiguous ones in place of those marked: copies of inputs, and of the result an empty buffer."""
+    """The arrays with contiguous ones in place of those marked: copies of inputs, an empty buffer for the result."""
     *inputs, output = arrays
     usable = [_copy(array) if copy else array for array, copy in zip(inputs, copies[:-1], strict=True)]
     return [*usable, _contiguous(output) if copies[-1] else output]
@@ -132,7 +133,7 @@ def _copy(array: Any) -> Any:
 
 
 def _contiguous(like: Any) -> Any:
-    """A contiguous array of the shape and dtype of another, in a temporary buffer that nothing is written to."""
+    """A contiguous, uninitialised array of the shape and dtype of another, in a temporary buffer."""
     return cupy_module().ndarray(like.shape, like.dtype, temporary(like.nbytes))
 
 
@@ -144,16 +145,18 @@ def make_executor(
     *,
     conjugate_weight: bool = False,
     algorithm: str | None = None,
+    is_prepared: bool = False,
 ) -> Executor:
     """Plan a validated problem for CuPy arrays on the current device.
 
     Args:
         problem: of any kind; None where the result has no elements.
         operands: the problem's names of the arrays.
-        arrays: of a call, in its order; None for a bias that is not there.
-        output: the result; None stands for a fresh array.
-        conjugate_weight: whether to compute with the conjugates of the weights, of which each call makes a copy.
+        arrays: those of a call, in its order; None for an absent bias.
+        output: the result; None stands for a new array.
+        conjugate_weight: whether to compute with the conjugate of the weight, which each call copies.
         algorithm: that of `dispatch.choose`.
+        is_prepared: whether calls give a prepared weight.
     """
     if problem is None or problem.is_empty:
         return Executor(None, (*operands, "output"))
@@ -168,5 +171,5 @@ def make_executor(
     if conjugate_weight:
         copies = (*copies, "weight")
     index = int(cupy_module().cuda.runtime.getDevice())
-    choice = dispatch.choose(problem, layout, device(index), algorithm)
+    choice = dispatch.choose(problem, replace(layout, is_prepared=is_prepared), device(index), algorithm)
     return Executor(choice, names, copies, conjugate_weight=conjugate_weight)

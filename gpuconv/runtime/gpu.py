@@ -1,4 +1,4 @@
-"""CuPy and the GPUs that it reaches: the only file that imports it."""
+"""CuPy and its GPUs: the only file that imports CuPy."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 if TYPE_CHECKING:
     from ..device import Device
 
-# The oldest major version of CuPy that is supported. Before it, a kernel argument that is None arrives as garbage.
+# The oldest major version of CuPy that is supported. Older ones pass garbage for a kernel argument that is None.
 OLDEST_CUPY = 14
 
 
@@ -24,11 +24,11 @@ def cupy_module() -> ModuleType:
         ImportError: CuPy is not installed (a ModuleNotFoundError), cannot be loaded, or is older than version 14.
     """
     try:
-        import cupy  # waits for a thread that is importing CuPy, whose entry in sys.modules is half made until then
-    except Exception as error:  # it also makes its cache folder and loads libraries, which fail in many ways
+        import cupy  # sys.modules is not enough: while another thread imports CuPy, its entry there is incomplete
+    except Exception as error:  # the import also creates a cache folder and loads libraries, which fail in many ways
         if isinstance(error, ModuleNotFoundError) and error.name == "cupy":
             raise
-        cause = error.__cause__ or error  # CuPy wraps some in a page of advice
+        cause = error.__cause__ or error  # CuPy wraps some errors in a page of advice
         raise ImportError(f"CuPy cannot be loaded: {type(cause).__name__}: {cause}") from error
     return _supported(cupy)
 
@@ -46,7 +46,7 @@ def _supported(cupy: ModuleType) -> ModuleType:
 
 
 def fft_module() -> ModuleType:
-    """cupy.fft, once its library is there.
+    """cupy.fft, whose library is loaded first.
 
     Raises:
         ImportError: cuFFT cannot be loaded.
@@ -64,18 +64,18 @@ def fft_module() -> ModuleType:
 
 
 def check_dtype(dtype: np.dtype[Any]) -> None:
-    """Refuse a dtype of which CuPy has no arrays here.
+    """Refuse a dtype that CuPy arrays cannot have here.
 
     Raises:
-        TypeError: bfloat16 with a NumPy before 2.1.2, whose promotion of types crashes on it; CuPy leaves it out then.
+        TypeError: bfloat16 with NumPy before 2.1.2, whose type promotion crashes on it, so that CuPy disables it.
     """
     if dtype.name == "bfloat16" and np.lib.NumpyVersion(np.__version__) < "2.1.2":
         raise TypeError(f"bfloat16 on a GPU needs NumPy 2.1.2 or newer, found NumPy {np.__version__}")
 
 
 def is_cupy_array(array: object) -> bool:
-    """Whether an object is a CuPy array, without importing CuPy: whoever has one has imported it."""
-    # The module is there before its class is, while another thread imports CuPy.
+    """Whether an object is a CuPy array. CuPy is not imported: where there is an array, it has been imported."""
+    # While another thread imports CuPy, the module may not have its class yet.
     return isinstance(array, getattr(sys.modules.get("cupy"), "ndarray", ()))
 
 
@@ -85,7 +85,7 @@ def array_module(array: object) -> ModuleType:
 
 
 def empty_beside(array: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
-    """A fresh array where another one is, in native byte order."""
+    """A new array on the device of another one, in native byte order."""
     if not is_cupy_array(array):
         return np.empty(shape, dtype.newbyteorder("="))
     with current_device_of(array):
@@ -93,7 +93,7 @@ def empty_beside(array: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> An
 
 
 def current_device_of(array: Any) -> AbstractContextManager[Any]:
-    """A context in which the GPU of an array is CuPy's current one; of no effect for NumPy arrays."""
+    """A context in which the GPU of an array is CuPy's current one; it has no effect for NumPy arrays."""
     return cupy_module().cuda.Device(array.data.device_id) if is_cupy_array(array) else _NO_DEVICE
 
 
@@ -101,7 +101,7 @@ _NO_DEVICE = nullcontext()
 
 
 def device_count() -> int:
-    """The number of GPUs that CuPy reaches.
+    """The number of GPUs that CuPy can use.
 
     Raises:
         ImportError: CuPy is not installed, or it is older than version 14.
@@ -152,7 +152,7 @@ def nvrtc_version() -> tuple[int, int] | None:
 
 
 def refuse_during_capture(what: str, device_index: int) -> None:
-    """Refuse what waits for a GPU, which would end the capture of its current stream.
+    """Refuse an operation that waits for a GPU if its current stream is being captured, since that would end it.
 
     Raises:
         RuntimeError: `what` cannot be done while that stream is being captured.
@@ -172,9 +172,9 @@ def is_capturing() -> bool:
 
 
 def complete(what: str, array: Any) -> None:
-    """Wait for the work queued on the current stream of an array's GPU, after which any stream may read what it wrote.
+    """Wait for the work queued on the current stream of an array's GPU; then all streams can read its results.
 
-    Of no effect for NumPy arrays.
+    This has no effect for NumPy arrays.
 
     Raises:
         RuntimeError: `what` cannot be done while that stream is being captured.
@@ -188,10 +188,9 @@ def complete(what: str, array: Any) -> None:
 def temporary(num_bytes: int) -> Any:
     """A buffer for the kernels that are launched next on the current stream.
 
-    When the caller lets go of it, it goes back to CuPy's pool, which hands it out again to the same stream only, behind
-    the kernels queued until then. While the stream is being captured, it is part of the CUDA graph instead: allocating
-    and freeing it become nodes of the graph, which have the memory ready whenever the graph runs, on any stream, and
-    nothing of it is left when the graph is gone.
+    When the caller drops it, it returns to CuPy's pool, which reuses it only on the same stream, after the kernels
+    queued until then. While the stream is being captured, allocating and freeing it become nodes of the CUDA graph: the
+    memory is allocated whenever the graph runs, on any stream, and is freed with the graph.
 
     Raises:
         RuntimeError: the stream is being captured, and the GPU or its driver has no stream-ordered allocator.

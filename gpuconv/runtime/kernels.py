@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 from .arrays import aligned
 from .gpu import cuda_versions, cupy_module, device, nvrtc_version
 
-# What only a GPU needs is imported where it is first used: `import gpuconv` imports this file and loads no families.
+# Modules that only a GPU needs are imported at their first use: `import gpuconv` imports this file but no families.
 if TYPE_CHECKING:
     from ..families import Config, Launch
 
-# Dynamic shared memory that a kernel may use without asking, in bytes, on every architecture.
+# Bytes of dynamic shared memory that a kernel may use without opting in to more, on every architecture.
 DEFAULT_SHARED_BYTES = 48 * 1024
 
 
@@ -20,11 +20,11 @@ DEFAULT_SHARED_BYTES = 48 * 1024
 def build(config: Config, arch: str) -> Any:
     """The kernel of a specialisation for GPUs of an architecture, "sm_90" and so on.
 
-    Where it was compiled in advance, CuPy loads the machine code (gpuconv.cubins). Else CuPy compiles it for the
-    current device when it is first needed there; later processes find it in CuPy's disk cache.
+    If it was compiled in advance, CuPy loads the machine code (gpuconv.cubins). Otherwise CuPy compiles it for the
+    current device at its first use there; later processes find it in CuPy's disk cache.
 
     Raises:
-        RuntimeError: it was not compiled in advance, and $GPUCONV_CACHE_ONLY forbids to compile it now.
+        RuntimeError: it was not compiled in advance, which $GPUCONV_CACHE_ONLY requires.
     """
     from .. import cubins, source
 
@@ -46,9 +46,9 @@ class Kernel:
         cupy = cupy_module()
         gpu = device(int(cupy.cuda.runtime.getDevice()))
         kernel = build(config, gpu.arch_name)
-        # More than the default must be allowed first. All plans of a kernel share the limit, in all threads, so each
-        # sets the same one: the most that a block can have. The driver wants a current context for that, which a new
-        # thread does not have, and CuPy sees to that only where it loads and launches.
+        # More than the default needs a higher limit. All plans of a kernel, in all threads, share this limit, so each
+        # sets the same one: the most that a block can have. The driver needs a current context for this. A new thread
+        # has none, and CuPy creates it only when it loads or launches a kernel.
         if launch.shared_bytes > DEFAULT_SHARED_BYTES:
             cupy.cuda.Device().use()
             kernel.max_dynamic_shared_size_bytes = gpu.shared_per_block
@@ -67,7 +67,7 @@ class Kernel:
 def append(window: Any, samples: Any) -> None:
     """Move the samples of a contiguous window (N, C, held + L) forward by L, and write `samples` (N, C, L) behind them.
 
-    One launch on the current device and CuPy's current stream, which allocates nothing where `samples` can be read.
+    This is one launch on the current device and CuPy's current stream; it allocates nothing if `samples` is aligned.
     """
     from ..families.append import append_launch
     from ..families.base import ArrayLayout

@@ -15,21 +15,21 @@ if TYPE_CHECKING:
 
 
 class Packs(Protocol):
-    """What makes of weights what calls read, and prepared weights keep."""
+    """Makes packed forms of weights, which calls read and prepared weights keep."""
 
     @property
     def key(self) -> Any:
-        """The same object for all that make the same."""
+        """The same object for all objects that make the same packed form."""
 
     def pack(self, weight: Any) -> Any:
-        """Make it, in the order of the current stream."""
+        """Make the packed form, in the order of the current stream."""
 
 
 class Packing:
-    """The step of a plan that lays out the weights anew.
+    """The step of a plan that packs the weights.
 
     Attributes:
-        key: the same object for the plans whose packed weights are the same.
+        key: the same object for all plans with the same packed weights.
     """
 
     __slots__ = ("_kernel", "_num_bytes", "key")
@@ -40,7 +40,7 @@ class Packing:
         self._num_bytes = num_bytes
 
     def pack(self, weight: Any) -> Any:
-        """The packed weights, once the work queued on the current stream has run."""
+        """The packed weights, valid after the work queued on the current stream."""
         packed = temporary(self._num_bytes)
         self._kernel.launch(weight.data, packed)
         return packed
@@ -48,7 +48,7 @@ class Packing:
 
 @lru_cache(maxsize=4096)
 def _shared(step: Step) -> Step:
-    """One object for equal steps, so that a repeated call need not compare them; two if they are asked for at once."""
+    """One object for equal steps, so that they are compared by identity; two threads at once may get two objects."""
     return step
 
 
@@ -62,12 +62,12 @@ class PreparedWeight:
     __slots__ = ("_lock", "_packed", "array")
 
     def __init__(self, array: Any) -> None:
-        """`array` belongs to the handle. Where it is on a GPU, this waits for the work queued on its current stream."""
+        """Take over `array`. If it is on a GPU, this waits for the work queued on its current stream."""
         complete("weights cannot be prepared", array)
         self.array = array
-        # By the identity of a key of Packs; the key is kept, so that no other object gets its identity.
+        # By the id of a key of Packs; the key is kept, so that no other object gets the same id.
         self._packed: dict[int, tuple[Any, Any]] = {}
-        self._lock = threading.RLock()  # a finalizer may call while its own thread packs
+        self._lock = threading.RLock()  # re-entrant: a finalizer may make a call while its own thread packs
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -83,9 +83,9 @@ class PreparedWeight:
         if found is None:
             stream = cupy_module().cuda.get_current_stream() if is_cupy_array(self.array) else None
             if stream is not None and stream.is_capturing():
-                return packing.pack(self.array)  # nothing can be waited for here, so this one belongs to the graph
+                return packing.pack(self.array)  # waiting would end the capture, so this one is part of the graph
             with self._lock:
-                found = self._packed.get(id(packing.key))  # another thread may have been faster
+                found = self._packed.get(id(packing.key))  # another thread may have packed it in the meantime
                 if found is None:
                     found = packing.key, packing.pack(self.array)
                     if stream is not None:
@@ -94,7 +94,7 @@ class PreparedWeight:
         return found[1]
 
     def __reduce__(self) -> tuple[type[PreparedWeight], tuple[Any]]:
-        """Pickles and copies hold the weights alone; packed forms are made again where calls need them."""
+        """Pickles and copies hold only the weights; packed forms are made again when calls need them."""
         if is_cupy_array(self.array):
             refuse_during_capture("a prepared weight cannot be copied", self.array.data.device_id)
         return PreparedWeight, (self.array,)

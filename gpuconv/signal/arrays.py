@@ -1,4 +1,4 @@
-"""What the functions do with their arrays: axes, dtypes, and the GPU that they are on."""
+"""Axes, dtypes and GPUs of the functions' arrays."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _R = TypeVar("_R")
 
 
 def on_the_gpu_of_its_arrays(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """The function with the GPU of its first CuPy array as the current one, where all that it allocates is to lie."""
+    """Run the function with the GPU of its first CuPy array as the current one, on which it then allocates."""
 
     @wraps(function)
     def on_that_gpu(*args: _P.args, **kwargs: _P.kwargs) -> _R:
@@ -35,7 +35,7 @@ def check_one_of(name: str, value: Any, allowed: Sequence[str]) -> None:
 
 
 def axis_last(caller: str, array: Any, axis: SupportsIndex) -> tuple[Any, int]:
-    """The array with an axis moved to the end, and where it was, counted from the end."""
+    """The array with an axis moved to the end, and the axis's former place as a negative index."""
     index = operator.index(axis)
     if not -array.ndim <= index < array.ndim:
         raise ValueError(f"{caller}: axis {index} does not exist in an array of shape {tuple(array.shape)}")
@@ -57,10 +57,10 @@ def real_type(dtype: np.dtype[Any]) -> np.dtype[Any]:
 
 
 def computable(x: Any, w: Any) -> tuple[Any, Any]:
-    """The arrays in dtypes that conv1d takes, which give the result of NumPy's promotion once it is cast to that."""
+    """The arrays in dtypes of conv1d, whose result can be cast to the dtype of NumPy's promotion."""
     result = result_type(x, w)
     if result.kind in "iub":
-        # Sums modulo 2**64 have the low bits of sums of any narrower or unsigned dtype.
+        # Sums modulo 2**64 have the same low bits as sums in any narrower or unsigned dtype.
         name = (
             result.name if result.name in INTEGERS else {"bool": "uint8", "uint16": "int32"}.get(result.name, "int64")
         )

@@ -17,10 +17,10 @@ MODES = ("full", "same", "valid")
 
 METHODS = ("auto", "direct", "fft")
 
-# From this many taps on, "auto" takes the FFT: on two CPUs it was the faster one from 512 to 1024 on.
+# The fewest taps for which "auto" uses the FFT: on two CPUs it became faster between 512 and 1024 taps.
 FFT_FROM = 1024
 
-# Where one array is so many times as long as the other it is cut into blocks: transforms of all of it leave the caches.
+# From this ratio of lengths on, the longer array is cut into blocks: transforms of all of it would not fit the caches.
 _BLOCKS_FROM = 16
 
 
@@ -32,17 +32,17 @@ def convolve(in1: Any, in2: Any, mode: str = "full", method: str = "auto", *, ax
 
     Args:
         in1: NumPy or CuPy, any strides; the axis has L elements.
-        in2: of as many axes, those but `axis` broadcast against in1's; the axis has K elements.
+        in2: with as many axes; all but `axis` are broadcast against in1's. The axis has K elements.
         mode: "full" (L + K - 1 elements), "same" (the middle L) or "valid" (those that need no zeros).
-        method: "direct", "fft", or "auto", which takes the FFT for long kernels of floating-point numbers.
+        method: "direct", "fft", or "auto", which uses the FFT for long kernels of floating-point numbers.
         axis: may be left out for arrays of one axis.
 
     Returns:
-        An array of the kind of the arguments, of the dtype that NumPy's promotion gives.
+        An array of the kind of the arguments, in the dtype of NumPy's promotion.
 
     Raises:
         ValueError: shapes, `mode`, `method` or `axis` do not fit.
-        TypeError: an argument is no array, or a dtype is not supported.
+        TypeError: an argument is not an array, or a dtype is not supported.
 
     Example:
         >>> import numpy as np
@@ -90,12 +90,11 @@ def correlate(
 def oaconvolve(in1: Any, in2: Any, mode: str = "full", axes: Any = None) -> Any:
     """Convolve by the FFT of overlapping blocks, as `scipy.signal.oaconvolve` does, along one axis.
 
-    The length of a block, and the memory that is taken beside the result, follow from the shorter array alone: it is
-    `gpuconv.conv1d` with ``algorithm="fft"``.
+    This is `gpuconv.conv1d` with ``algorithm="fft"``: the length of a block follows from the shorter array alone.
 
     Args:
         in1: NumPy or CuPy.
-        in2: of as many axes, those but the convolved one broadcast against in1's.
+        in2: with as many axes; all but the convolved one are broadcast against in1's.
         mode: as in `convolve`.
         axes: the axis; may be left out for arrays of one axis.
 
@@ -124,7 +123,7 @@ def oaconvolve(in1: Any, in2: Any, mode: str = "full", axes: Any = None) -> Any:
 
 
 def _operands(caller: str, in1: Any, in2: Any, axis: SupportsIndex | None) -> tuple[Any, Any, int]:
-    """The two arrays with the axis at the end, and where it was."""
+    """The two arrays with the axis moved to the end, and its former place."""
     in1, in2 = take(caller, in1=in1, in2=in2)
     if in1.ndim != in2.ndim:
         raise ValueError("volume and kernel should have the same dimensionality")
@@ -137,7 +136,7 @@ def _operands(caller: str, in1: Any, in2: Any, axis: SupportsIndex | None) -> tu
 
 
 def _swap(mode: str, L: int, K: int) -> bool:
-    """Whether "valid" needs the arrays the other way round."""
+    """Whether "valid" needs the arrays swapped."""
     check_one_of("mode", mode, MODES)
     return mode == "valid" and K > L
 
@@ -171,7 +170,7 @@ def _length(mode: str, L: int, K: int) -> int:
 
 
 def _cut(full: Any, mode: str, L: int, shortest: int, K: int) -> Any:
-    """Of a full result the part that a mode wants, where in1 has L elements and in2 has K."""
+    """The part of a full result for a mode, where in1 has L elements and in2 has K."""
     if mode == "valid":
         return full[..., shortest - 1 : max(L, K)]
     start = (K - 1) // 2 if mode == "same" else 0
@@ -186,12 +185,12 @@ def _in_blocks(x: Any, h: Any) -> Any:
 
 
 def _filter(x: Any, w: Any, padding: tuple[int, int], stride: int, algorithm: str | None = None) -> Any:
-    """conv1d of the last axis with taps of their own for each signal, in the dtype that NumPy's promotion gives."""
+    """conv1d of the last axis, with taps that may differ between signals, in the dtype of NumPy's promotion."""
     xp, result = runtime.array_module(x), result_type(x, w)
     x, w = computable(x, w)
     rank = max(x.ndim, w.ndim)
     x, w = (a.reshape((1,) * (rank - a.ndim) + a.shape) for a in (x, w))
-    # Signals with the same taps are samples, others are groups.
+    # Signals with the same taps become samples, others groups.
     own = [axis for axis in range(rank - 1) if w.shape[axis] > 1]
     shared = [axis for axis in range(rank - 1) if w.shape[axis] == 1]
     extents = np.broadcast_shapes(x.shape[:-1], w.shape[:-1])

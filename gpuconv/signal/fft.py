@@ -12,7 +12,7 @@ from .arrays import result_type
 
 
 def by_fft(x: Any, h: Any) -> Any:
-    """The full convolution through transforms of the whole, in the precision of the data, float32 at least."""
+    """The full convolution through transforms of the whole arrays, in the precision of the data, at least float32."""
     xp, (x, h) = runtime.array_module(x), floating(x, h)
     forward, inverse = (xp.fft.fft, xp.fft.ifft) if x.dtype.kind == "c" else (xp.fft.rfft, xp.fft.irfft)
     full = x.shape[-1] + h.shape[-1] - 1
@@ -21,7 +21,7 @@ def by_fft(x: Any, h: Any) -> Any:
 
 
 def floating(x: Any, h: Any) -> tuple[Any, Any]:
-    """The arrays in the dtype that both are transformed in."""
+    """The arrays in the dtype in which both are transformed."""
     wide = np.result_type(*(np.float64 if a.dtype.kind in "iub" else a.dtype for a in (x, h)), np.float32)
     if wide.name not in DTYPES:
         raise TypeError(f"gpuconv.signal: the dtype {result_type(x, h)} is not supported")
@@ -29,7 +29,7 @@ def floating(x: Any, h: Any) -> tuple[Any, Any]:
 
 
 def _fast_length(at_least: int) -> int:
-    """The smallest product of powers of 2, 3 and 5 from a number on, which FFTs like."""
+    """The smallest product of powers of 2, 3 and 5 that is at least this number; FFTs of such lengths are fast."""
     best = 1 << (at_least - 1).bit_length()
     five = 1
     while five < best:

@@ -1,4 +1,4 @@
-"""Filters that change the rate of a signal, and the filter with a state."""
+"""Filters that change the sample rate of a signal, and an FIR filter with a state."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def upfirdn(h: Any, x: Any, up: int = 1, down: int = 1, axis: int = -1, mode: st
         up: the upsampling factor.
         down: the downsampling factor.
         axis: of x.
-        mode: how x goes on beyond its ends: "constant" (`cval`), "wrap", "edge", "smooth", "symmetric", "reflect",
+        mode: how x is extended beyond its ends: "constant" (`cval`), "wrap", "edge", "smooth", "symmetric", "reflect",
             "antisymmetric", "antireflect" or "line".
         cval: the constant.
 
@@ -42,8 +42,9 @@ def upfirdn(h: Any, x: Any, up: int = 1, down: int = 1, axis: int = -1, mode: st
         x's shape with ``((L - 1)*up + K - 1)//down + 1`` samples along the axis, floating-point.
 
     Raises:
-        ValueError: a factor is below 1, h has not one axis or no tap, or the mode is unknown.
-        TypeError: an argument is no array, or a dtype is not supported.
+        ValueError: a factor is below 1, h does not have one axis or has no tap, x has no samples, or the mode is
+            unknown.
+        TypeError: an argument is not an array, or a dtype is not supported.
 
     Example:
         >>> import numpy as np
@@ -66,7 +67,7 @@ def upfirdn(h: Any, x: Any, up: int = 1, down: int = 1, axis: int = -1, mode: st
     h, x = h.astype(wide if h.dtype.kind == "c" else real_type(wide), copy=False), x.astype(wide, copy=False)
     length = ((L - 1) * up + K - 1) // down + 1
     if mode != "constant" or cval != 0:
-        # Enough samples before and behind that no window reaches further.
+        # Enough samples before and behind x for all windows.
         extra = -(-(K - 1) // up)
         x = _extend(x, extra, extra, mode, cval)
         first = extra * up  # where x's own first sample lies, upsampled
@@ -84,14 +85,14 @@ def firfilter(b: Any, x: Any, axis: int = -1, zi: Any = None) -> Any:
         x: the signals along `axis`, of L samples; NumPy or CuPy, any strides.
         axis: of x.
         zi: what the samples before x add to the first K - 1 results: x's shape with K - 1 in place of L, or an array
-            that broadcasts to it; the `zf` of the call before. None for zeros.
+            that broadcasts to it; the `zf` of the previous call. None for zeros.
 
     Returns:
-        y, of x's shape; with `zi` the pair (y, zf), where zf is the state behind the last sample.
+        y, of x's shape; with `zi` the pair (y, zf), where zf is the state after the last sample.
 
     Raises:
         ValueError: a shape does not fit.
-        TypeError: an argument is no array, or a dtype is not supported.
+        TypeError: an argument is not an array, or a dtype is not supported.
 
     Example:
         >>> import numpy as np
@@ -141,18 +142,18 @@ def resample_poly(
         up: the upsampling factor.
         down: the downsampling factor.
         axis: of x.
-        window: of the filter that is designed: ("kaiser", beta), "hamming", "hann", "blackman" or "boxcar"; or an array
-            or a list of taps to take in its place.
-        padtype: how x goes on beyond its ends: one of the modes of `upfirdn`, or "maximum", "mean", "median" or
-            "minimum", which is taken away before and added afterwards.
-        cval: the constant of "constant", 0 where None.
+        window: that of the designed filter: ("kaiser", beta), "hamming", "hann", "blackman" or "boxcar"; or the taps of
+            another filter as an array or a list.
+        padtype: how x is extended beyond its ends: one of the modes of `upfirdn`; or "maximum", "mean", "median" or
+            "minimum" of x, which is subtracted before and added afterwards.
+        cval: the constant of "constant"; None for 0.
 
     Returns:
         x's shape with ``ceil(L*up/down)`` samples along the axis, floating-point.
 
     Raises:
-        ValueError: a factor is no integer or below 1; window, padtype or cval does not fit.
-        TypeError: x is no array, or a dtype is not supported.
+        ValueError: a factor is not an integer or is below 1; window, padtype or cval does not fit.
+        TypeError: x is not an array, or a dtype is not supported.
 
     Example:
         >>> import numpy as np
@@ -196,7 +197,7 @@ def resample_poly(
     signals = signals.astype(result_type(h, signals), copy=False)
     L = signals.shape[-1]
     length = -(-L * up // down)
-    # Output l lies at the filter's middle: it is result l + (half + pre)/down of a filter that begins with `pre` zeros.
+    # The output is aligned with the middle of the filter.
     first = half
     if padtype != "constant" or cval:
         extra = -(-(h.size - 1) // up)
@@ -213,7 +214,7 @@ def decimate_fir(x: Any, q: int, n: int | None = None, axis: int = -1, zero_phas
     Args:
         x: the signals along `axis`; NumPy or CuPy, any strides. Integers and float16 are computed in float64.
         q: the downsampling factor.
-        n: the order of the filter, a Hamming window with n + 1 taps; 20*q where None.
+        n: the order of the filter, which has n + 1 taps and a Hamming window; None for 20*q.
         axis: of x.
         zero_phase: shift the result so that the filter adds no delay.
 
@@ -247,7 +248,7 @@ def decimate_fir(x: Any, q: int, n: int | None = None, axis: int = -1, zero_phas
 def _polyphase(h: Any, x: Any, up: int, down: int, first: int, length: int) -> Any:
     """``y[l] = sum over k of h[k] * x[(l*down + first - k)/up]`` for l < length, over the terms that exist.
 
-    Each of the ``up/gcd`` phases of l is an output channel of one convolution, whose taps are those that meet samples.
+    Each of the ``up/gcd`` phases of l is an output channel of one convolution, with the taps that multiply samples.
     """
     xp = runtime.array_module(x)
     common = math.gcd(up, down)
@@ -259,7 +260,7 @@ def _polyphase(h: Any, x: Any, up: int, down: int, first: int, length: int) -> A
     exists = (taps >= 0) & (taps < h.size)
     w = xp.where(xp.asarray(exists), h[xp.asarray(np.where(exists, taps, 0))], xp.zeros((), h.dtype))
     positions = -(-length // phases)
-    # The window of output q begins at q*step + low, before x or in it, and the last one may end behind x.
+    # The window of output q begins at q*step + low, which may be before x, and the last window may end behind x.
     L = x.shape[-1]
     left = max(0, -low)
     right = max(0, (positions - 1) * step + high + 1 - L)
@@ -271,7 +272,7 @@ def _polyphase(h: Any, x: Any, up: int, down: int, first: int, length: int) -> A
 
 
 def _extend(x: Any, left: int, right: int, mode: str, cval: float) -> Any:
-    """The signals with so many more samples before and behind, by the modes of `upfirdn`."""
+    """The signals with `left` more samples before and `right` more behind, by the modes of `upfirdn`."""
     xp, L = runtime.array_module(x), x.shape[-1]
     at = np.arange(-left, L + right)
     if mode == "constant":
@@ -292,7 +293,7 @@ def _extend(x: Any, left: int, right: int, mode: str, cval: float) -> Any:
 
 
 def _mirror(xp: ModuleType, x: Any, at: Any, mode: str) -> Any:
-    """The samples that positions mean in a mode that repeats or mirrors the signal."""
+    """The samples at these positions of a signal that is extended by a mode that repeats or mirrors it."""
     L = x.shape[-1]
     if mode == "edge":
         return x[..., xp.asarray(at.clip(0, L - 1))]
@@ -311,7 +312,8 @@ def _mirror(xp: ModuleType, x: Any, at: Any, mode: str) -> Any:
     back = xp.asarray(is_back)
     if mode == "antisymmetric":
         return xp.where(back, -values, values)
-    # Each passage turns the signal by half a circle around its last sample, so the ends rise by their distance.
+    # Each extension is the signal rotated by half a turn around its last sample, so it continues the rise from its
+    # first to its last sample.
     rise = (x[..., -1:] - x[..., :1]) * xp.asarray(2 * turn).astype(x.dtype)
     return xp.where(back, 2 * x[..., -1:] - values, values) + rise
 

@@ -1,9 +1,9 @@
-"""Convolutions of signals that arrive piece by piece: layers that remember what the next outputs need.
+"""Convolutions of signals that arrive in pieces: layers that keep the samples that the next outputs need.
 
-The outputs of all pushes and of the flush, one behind the other, are those of one call on the whole signal: bit for bit
+The outputs of all pushes and of the flush, one after the other, are those of one call on the whole signal: bit for bit
 on a GPU, within the error bound on the CPU. A stream keeps the samples that later windows read, so its memory depends
-on the layer and on the longest push alone. It is for one thread at a time; several streams may share a layer or a
-prepared weight in any threads.
+only on the layer and the longest push. Only one thread may use a stream at a time; several streams, in any threads, may
+share a layer or a prepared weight.
 """
 
 from .conv1d import Conv1d

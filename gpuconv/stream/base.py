@@ -1,4 +1,4 @@
-"""What the streams of both operations share: the layer, the slots with their samples, and the bookkeeping."""
+"""The base class of the streams of both operations: the layer, and the slots with their samples and positions."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ StreamT = TypeVar("StreamT", bound="Stream")
 
 
 class Position(NamedTuple):
-    """Where a slot's stream is, apart from the samples.
+    """The position of a slot in its stream.
 
     Attributes:
-        held: the samples that are kept for later windows.
-        ahead: of a convolution, the zeros that still lie before the first held sample; of a transposed one, the place
-            of the next output among those that the held samples begin with.
-        skip: samples to come that no window reads.
-        received: whether there was any sample.
+        held: the number of samples that are kept for later windows.
+        ahead: for a convolution, the zeros that still lie before the first held sample; for a transposed one, the index
+            of the next output among the outputs of the held samples.
+        skip: the number of coming samples that no window reads.
+        received: whether there has been any sample.
     """
 
     held: int
@@ -40,7 +40,7 @@ class Position(NamedTuple):
 
 
 class Stream:
-    """What both streams share: the layer, the slots with their samples, and the bookkeeping."""
+    """The base class of both streams: the layer, and the slots with their samples and positions."""
 
     op: ClassVar[Op]
 
@@ -106,13 +106,14 @@ class Stream:
                 "input_activation": _copied(input_activation),
             }
             self._samples = self._empty((self.slots, self._channels, 0))
-        runtime.complete(f"{caller}: a stream cannot be made", self._weight.array)  # pushes may be on any stream
+        # Pushes may run on any CUDA stream.
+        runtime.complete(f"{caller}: a stream cannot be made", self._weight.array)
         self._positions = [self._start()] * self.slots
-        # While pushes of one kind repeat, a window has the samples instead; it is kept for when they repeat again.
+        # While pushes of one kind repeat, a window holds the samples instead; it is kept for the next repetition.
         self._window: Window | None = None
-        self._window_of: tuple[Any, ...] | None = None  # the kind of its pushes, and their place in the stream
+        self._window_of: tuple[Any, ...] | None = None  # the kind of its pushes, and their position
         self._in_window = False
-        self._last: tuple[Any, ...] | None = None  # the same of the last push
+        self._last: tuple[Any, ...] | None = None  # the kind and position of the last push
 
     @property
     def _channels(self) -> int:
@@ -124,44 +125,45 @@ class Stream:
         raise NotImplementedError
 
     def _start(self) -> Position:
-        """Before the first sample."""
+        """The position before the first sample."""
         return Position(0, self._left, 0, False)
 
     def _advance(self, position: Position, length: int) -> tuple[int, int, Position]:
-        """The outputs of a push of so many samples, the samples to drop from the front, and what comes after."""
+        """The outputs of a push of `length` samples, the samples to drop from the front, and the next position."""
         raise NotImplementedError
 
     def _remaining(self, position: Position) -> int:
-        """The outputs behind the last sample, where there are samples."""
+        """The number of outputs that follow the last sample, if there has been a sample."""
         raise NotImplementedError
 
     def _settings(self, length: int, position: Position, count: int) -> tuple[Any, ...]:
-        """The settings of the call that gives the next `count` outputs from so many samples."""
+        """The settings of the call that computes the next `count` outputs from `length` samples."""
         raise NotImplementedError
 
     def push(self, input: Any, slots: Sequence[SupportsIndex] | None = None, *, out: Any | None = None) -> Any:
         """Take the next samples, and return the outputs that they complete.
 
         Args:
-            input: (slots, C_in, L), or (C_in, L) where one slot is pushed; any L, 0 too. Of the kind, device and dtype
-                of the weight.
-            slots: which slots the samples are for, each once, in order; None for all. They must be at the same place
-                of their streams: the same number of samples since the start, or the same place within the stride once
-                the first window is full.
+            input: (slots, C_in, L), or (C_in, L) for a single slot; any L, also 0. Of the kind, device and dtype of the
+                weight.
+            slots: the slots of the samples, each once, in order; None for all. They must be at the same position of
+                their streams: the same number of samples since the start, or once the first window is full, the same
+                position within the stride.
             out: an array of the output's shape to write to.
 
         Returns:
-            (slots, C_out, L_out), or (C_out, L_out), L_out from 0 on.
+            (slots, C_out, L_out), or (C_out, L_out), with L_out from 0 on.
 
-        Pushes repeat when they are of all slots and of one length, in arrays that lie alike in memory, and the first
-        window is full. From the second repetition on, such a push on a GPU is the launches of one call with a prepared
-        weight, which also keep the new samples where these are few: up to a thousand in all slots and channels, or up
-        to eight a row of a depthwise layer. Where they are more, one launch before appends them. With `out` it
-        allocates nothing but what the kernels want for themselves, and can be captured into a CUDA graph. Each launch
-        of the graph is a push, until a flush, a reset, `load_state` or another push.
+        Pushes repeat when they are for all slots and of one length, in arrays with the same strides and alignment, and
+        the first window is full. From the second repetition on, such a push on a GPU is the launches of one call with a
+        prepared weight. These also store the new samples if they are few: up to a thousand in all slots and channels,
+        or up to eight a row of a depthwise layer. Otherwise one more launch appends them first. With `out` the push
+        allocates only the kernels' buffers, and can be captured into a CUDA graph. Each launch of the graph is a push,
+        until a flush, a reset, `load_state` or another push.
 
         Raises:
-            ValueError: a shape does not fit, a slot does not exist or is named twice, or slots are at different places.
+            ValueError: a shape does not fit, a slot does not exist or is named twice, or slots are at different
+                positions.
             TypeError: the input is of another kind or dtype.
             RuntimeError: the current stream of the GPU is being captured, and the push has not repeated before.
         """
@@ -220,16 +222,16 @@ class Stream:
         return result[0] if single else result
 
     def flush(self, slots: Sequence[SupportsIndex] | None = None) -> Any:
-        """Return the outputs that follow the last sample, and begin anew.
+        """Return the outputs that follow the last sample, and reset the slots.
 
         Args:
-            slots: which, as in `push`; None for all.
+            slots: as in `push`; None for all.
 
         Returns:
-            (slots, C_out, L_out), L_out from 0 on.
+            (slots, C_out, L_out), with L_out from 0 on.
 
         Raises:
-            ValueError: as `push`; or the stream is too short for a single output, as in a call on the whole.
+            ValueError: as `push`; or the signal is too short for a single output, as in a call on the whole signal.
         """
         caller = f"{type(self).__name__}.flush"
         chosen = self._chosen(caller, slots)
@@ -246,7 +248,7 @@ class Stream:
         return result
 
     def reset(self, slots: Sequence[SupportsIndex] | None = None) -> None:
-        """Forget the samples of slots, so that their streams begin anew; None for all."""
+        """Drop the samples of slots, whose streams then begin again; None for all slots."""
         chosen = self._chosen(f"{type(self).__name__}.reset", slots)
         with self._here():
             self._leave_window()
@@ -254,17 +256,17 @@ class Stream:
             self._positions[slot] = self._start()
 
     def state(self) -> dict[str, Any]:
-        """What is remembered, as arrays by name, copies: `load_state` of another stream of this layer continues here.
+        """Copies of the stream's state as arrays by name; with `load_state` another stream of the layer continues.
 
-        "samples" is (slots, C_in, the most that a slot holds), of the weight's kind; "positions" (slots, 4) integers of
-        NumPy.
+        "samples" is (slots, C_in, the most samples that a slot holds), of the weight's kind; "positions" is a NumPy
+        array of (slots, 4) integers.
         """
         held = max(position.held for position in self._positions)
         with self._here():
             return {"samples": self._held()[..., :held].copy(), "positions": np.array(self._positions, np.int64)}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Go on from a `state` of a stream of the same layer with as many slots.
+        """Continue from the `state` of a stream of the same layer with as many slots.
 
         Raises:
             ValueError: the state does not fit; the stream is unchanged.
@@ -288,7 +290,7 @@ class Stream:
         self._positions = [Position(int(h), int(a), int(s), bool(r)) for h, a, s, r in positions]
 
     def clone(self: StreamT) -> StreamT:
-        """A stream of the same layer, with the same weights in memory, that goes on from here by itself."""
+        """A copy of the stream that shares the weights and continues independently."""
         twin = copy.copy(self)
         with self._here():
             twin._samples = self._held().copy()
@@ -313,11 +315,11 @@ class Stream:
         return slots, shape[0] if self.op == "conv1d" else shape[1] * self._groups, count
 
     def _here(self) -> AbstractContextManager[Any]:
-        """The GPU of the weight as CuPy's current one, where it is on a GPU."""
+        """A context in which the weight's GPU, if it is on one, is CuPy's current GPU."""
         return runtime.current_device_of(self._weight.array)
 
     def _outputs(self, samples: Any, position: Position, count: int, out: Any | None = None) -> Any:
-        """The next `count` outputs from the samples that are held, written to `out` where that is given."""
+        """The next `count` outputs from these samples, written to `out` if it is given."""
         slots, _, length = samples.shape
         if count == 0:
             return self._empty(self._output_shape(slots, 0), self._output_dtype) if out is None else out
@@ -325,7 +327,7 @@ class Stream:
         return self._call(samples, self._weight, self._bias, *settings, **self._keywords, out=out)
 
     def _join(self, held: Any, x: Any) -> Any:
-        """The samples that are held and the new ones, one behind the other; x itself where none are held."""
+        """The held samples followed by the new ones; x itself if none are held."""
         if x.shape[-1] == 0:
             return held
         x = runtime.aligned(x)
@@ -362,7 +364,7 @@ class Stream:
         )  # fmt: skip
 
     def _refuse_capture(self) -> None:
-        """Before what moves the stream on: a graph would not, as its launches change nothing on the host."""
+        """Refuse, during capture, what changes the position: the launches of a graph change nothing on the host."""
         if runtime.is_cupy_array(self._weight.array):
             what = f"stream.{type(self).__name__}: only a push that has repeated can be made"
             runtime.refuse_during_capture(what, self._weight.array.data.device_id)
@@ -374,7 +376,7 @@ class Stream:
         self._last = None
 
     def _empty(self, shape: tuple[int, ...], dtype: Any = None) -> Any:
-        """A fresh array where the weight is, of its dtype where none is given."""
+        """A new array on the weight's device, in the weight's dtype if none is given."""
         return runtime.empty_beside(self._weight.array, shape, self._weight.dtype if dtype is None else dtype)
 
     def _chosen(self, caller: str, slots: Sequence[SupportsIndex] | None) -> list[int]:
@@ -386,10 +388,10 @@ class Stream:
         return chosen
 
     def _common(self, caller: str, chosen: list[int]) -> Position:
-        """The place of the streams of these slots."""
+        """The common position of these slots."""
         positions = {self._positions[slot] for slot in chosen}
         if len(positions) > 1:
-            raise ValueError(f"{caller}: slots {chosen} are at different places of their streams; push them apart")
+            raise ValueError(f"{caller}: slots {chosen} are at different positions; push them in separate calls")
         return next(iter(positions), self._start())
 
     def _keep(self, chosen: list[int] | None, samples: Any, position: Position) -> None:
@@ -408,7 +410,7 @@ class Stream:
 
 
 def _copied(activation: ActivationLike | None) -> ActivationLike | None:
-    """An activation whose arrays nobody else changes."""
+    """An activation with copies of its arrays."""
     if activation is None or isinstance(activation, str):
         return activation
     parts: Sequence[Any] = activation

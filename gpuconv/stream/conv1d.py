@@ -1,4 +1,4 @@
-"""A convolution of a signal that arrives piece by piece."""
+"""A convolution of a signal that arrives in pieces."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .base import Position, Stream
 
 
 class Conv1d(Stream):
-    """`gpuconv.conv1d` of a signal that arrives piece by piece.
+    """`gpuconv.conv1d` of a signal that arrives in pieces.
 
     Args:
         layer: an `nn.Conv1d`, whose settings replace those below; or the weight (C_out, C_in/groups, K), NumPy or CuPy,
@@ -21,14 +21,14 @@ class Conv1d(Stream):
         padding: zeros around the whole signal: "causal", "valid", an int or a pair (left, right); "same" with stride 1.
         dilation: distance between taps, in samples.
         groups: input and output channels are cut into this many groups that do not mix.
-        slots: so many independent streams are served at once.
+        slots: the number of independent signals.
         precision: as in `gpuconv.conv1d`.
         algorithm: as in `gpuconv.conv1d`, but neither "fft" nor "auto".
         activation: as in `gpuconv.conv1d`.
         input_activation: as in `gpuconv.conv1d`.
 
     Raises:
-        ValueError: a value is out of range, or the padding depends on the length of the whole.
+        ValueError: a value is out of range, or the padding depends on the length of the whole signal.
         TypeError: an argument is of the wrong kind.
 
     Example:
@@ -86,7 +86,7 @@ class Conv1d(Stream):
         )
 
     def _remaining(self, position: Position) -> int:
-        # Zeros on the right complete further windows; those that begin behind the last sample lie in the padding.
+        # Zeros on the right complete further windows; some may lie entirely in the padding.
         behind = position.ahead + position.held + self._right - position.skip - self._span
         return max(0, behind // self._stride + 1)
 

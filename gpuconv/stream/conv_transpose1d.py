@@ -1,4 +1,4 @@
-"""A transposed convolution of a signal that arrives piece by piece."""
+"""A transposed convolution of a signal that arrives in pieces."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from .base import Position, Stream
 
 
 class ConvTranspose1d(Stream):
-    """`gpuconv.conv_transpose1d` of a signal that arrives piece by piece; an output comes once it is complete.
+    """`gpuconv.conv_transpose1d` of a signal that arrives in pieces; an output is returned once it is complete.
 
     Args:
         layer: an `nn.ConvTranspose1d`, whose settings replace those below; or the weight (C_in, C_out/groups, K), NumPy
             or CuPy, of which a copy is kept.
         bias: (C_out,), or None.
-        stride: distance between the windows that neighbouring input samples feed, in output samples.
-        padding: output samples trimmed from the whole: an int, a pair (left, right), "valid" or "same".
-        output_padding: output samples added at the end of the whole.
+        stride: distance between the output windows of neighbouring input samples, in output samples.
+        padding: output samples trimmed from the whole signal: an int, a pair (left, right), "valid" or "same".
+        output_padding: output samples added at the end of the whole signal.
         groups: input and output channels are cut into this many groups that do not mix.
         dilation: distance between taps, in output samples.
-        slots: so many independent streams are served at once.
+        slots: the number of independent signals.
         precision: as in `gpuconv.conv_transpose1d`.
         algorithm: as in `gpuconv.conv_transpose1d`, but neither "fft" nor "auto".
         activation: as in `gpuconv.conv1d`.
@@ -77,12 +77,12 @@ class ConvTranspose1d(Stream):
         return settings.padding
 
     def _advance(self, position: Position, length: int) -> tuple[int, int, Position]:
-        # A sample completes `stride` outputs, of which those wait that would be cut off if it were the last one.
+        # A sample completes `stride` outputs. Those that would be trimmed if it were the last one must wait.
         held = position.held + length
         waiting = max(0, self._stride - self._span - self._extra + self._right)
         complete = held * self._stride - waiting
         following = max(position.ahead, complete)
-        # A sample is needed as long as its window, which begins at its number times the stride, reaches an output.
+        # A sample is needed as long as its window, which begins at its index times the stride, reaches an output.
         behind = max(0, -((self._span - 1 - following) // self._stride))
         dropped = min(held, behind, following // self._stride)
         after = Position(held - dropped, following - dropped * self._stride, 0, position.received)
@@ -101,7 +101,7 @@ class ConvTranspose1d(Stream):
     def _outputs(self, samples: Any, position: Position, count: int, out: Any | None = None) -> Any:
         if samples.shape[-1] or not count:
             return super()._outputs(samples, position, count, out)
-        slots, channels, _ = samples.shape  # behind the last window: what a sum of nothing gives
+        slots, channels, _ = samples.shape  # outputs beyond the last window are empty sums
         zeros, taps = self._empty((slots, channels, count)), self._empty((*self._weight.shape[:2], 1))
         zeros[...] = taps[...] = 0
         return self._call(zeros, taps, self._bias, groups=self._groups, **self._keywords)

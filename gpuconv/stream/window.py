@@ -1,6 +1,6 @@
-"""What a stream holds between pushes of one kind, in the form in which such a push costs least.
+"""The samples that a stream holds between repeated pushes, in the form that is fastest for these.
 
-A push of another kind takes the samples back, as they are in memory: (slots, C_in, held).
+For any other push the stream takes them back in the plain form (slots, C_in, held).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..problem import ConvProblem, numpy_dtype
 if TYPE_CHECKING:
     from .. import dispatch
 
-# Computes the outputs of all samples, given those and where to write the outputs, or None.
+# Computes outputs from (samples, out); `out` is the array to write to, or None.
 Compute: TypeAlias = Callable[[Any, Any], Any]
 
 
@@ -34,13 +34,13 @@ def window_for(
     """The window of pushes that repeat, on the current device.
 
     Args:
-        problem: of the samples that are held, followed by those of a push.
-        input: of a push.
-        weight: of the layer.
+        problem: that of the held samples, followed by those of a push.
+        input: that of a push.
+        weight: that of the layer.
         others: the arrays of the problem between its weight and its output.
-        out: of a push, or None.
+        out: that of a push, or None.
         algorithm: as in `gpuconv.conv1d`.
-        compute: gives the outputs where no kernel keeps the new samples.
+        compute: computes the outputs if the kernel does not also store the new samples.
     """
     if not runtime.is_cupy_array(input):
         return Joined(input, out, compute)
@@ -64,8 +64,8 @@ class Window(ABC):
     """The samples of a stream's slots while pushes of one kind repeat: of one length, for all slots.
 
     Args:
-        input: of a push.
-        out: of a push, or None.
+        input: that of a push.
+        out: that of a push, or None.
     """
 
     def __init__(self, input: Any, out: Any | None) -> None:
@@ -86,18 +86,18 @@ class Window(ABC):
 
     @abstractmethod
     def samples(self) -> Any:
-        """What is held now; an array that later pushes leave as it is."""
+        """The samples that are held now; later pushes do not change this array."""
 
 
 def kind_of(input: Any, out: Any | None) -> tuple[Any, ...] | None:
-    """What pushes of one kind share besides the place in the stream; None for what is no array."""
+    """What repeated pushes have in common, besides the position; None for other objects than arrays."""
     if type(input) is np.ndarray and (out is None or type(out) is np.ndarray):
         return (input.shape, input.dtype, None if out is None else (out.shape, out.dtype))
     return (calls.identity(input), calls.identity(out)) if runtime.is_cupy_array(input) else None
 
 
 class _Computed(Window):
-    """One whose outputs a call of `compute` gives from all samples."""
+    """A window whose outputs `compute` computes from all samples."""
 
     def __init__(self, input: Any, out: Any | None, compute: Compute) -> None:
         super().__init__(input, out)
@@ -110,7 +110,7 @@ class _Computed(Window):
 
 
 class Joined(_Computed):
-    """NumPy arrays: the new samples are joined to those that are held."""
+    """For NumPy arrays: the held and the new samples are concatenated."""
 
     _samples: Any
 
@@ -129,7 +129,7 @@ class Joined(_Computed):
 
 
 class Appended(_Computed):
-    """CuPy arrays: one launch appends the new samples to those that are held, in place, and the next ones compute."""
+    """For CuPy arrays: one launch appends the new samples to the held ones in place, then other launches compute."""
 
     def __init__(self, input: Any, out: Any | None, compute: Compute, shape: tuple[int, ...]) -> None:
         super().__init__(input, out, compute)
@@ -159,7 +159,7 @@ class Appended(_Computed):
 
 
 class Moving(Window):
-    """CuPy arrays: the kernel that computes keeps the new samples, too. See cuda_src/window.cuh."""
+    """For CuPy arrays: the kernel that computes also stores the new samples. See cuda_src/window.cuh."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""The two operations on tensors: their arguments are checked and cast, and the operators called."""
+"""The two operations on tensors: they check and cast their arguments and call the operators."""
 
 # Much of PyTorch has no types.
 # mypy: disable-error-code="no-untyped-call"
@@ -47,11 +47,11 @@ def conv1d(
     algorithm: str | None = None,
     out_dtype: Any = None,
 ) -> Tensor:
-    """`gpuconv.conv1d` of tensors, with derivatives of every order in both modes.
+    """`gpuconv.conv1d` of tensors, with derivatives of every order in reverse and forward mode.
 
     Args:
         input: (N, C_in, L_in), or (C_in, L_in) for a single sample. All tensors are on one device, the CPU or a CUDA
-            device, of any strides and, but for what `weight` and `out_dtype` say, of one dtype.
+            device, with any strides and, with the exceptions at `weight` and `out_dtype`, of one dtype.
         weight: (C_out, C_in/groups, K); real or complex where `input` is complex.
         bias: (C_out,), or None.
         stride: see `gpuconv.conv1d`.
@@ -62,11 +62,11 @@ def conv1d(
         input_activation: likewise. What is fused has no derivatives.
         residual: likewise, a tensor.
         activation: likewise; the arrays of snake are tensors.
-        lengths: likewise, a sequence of ints or a tensor, of which the values are read on the CPU: those of a CUDA
-            tensor are waited for, and torch.compile compiles anew for others. They hold for all derivatives.
-        precision: likewise; it holds for the gradients, too.
+        lengths: likewise, a sequence of ints or a tensor, whose values are read on the CPU: this waits for a CUDA
+            tensor, and torch.compile recompiles for other values. They apply to all derivatives.
+        precision: likewise; it applies to the gradients, too.
         algorithm: likewise, for the output alone: gradients are computed as without it. Under `torch.func.vmap` it is
-            that of the one call which the whole batch becomes.
+            that of the single call for the whole batch.
         out_dtype: of the sums of integers, `torch.int64` or `torch.int32`, or its name; see `gpuconv.conv1d`.
 
     Returns:
@@ -75,7 +75,8 @@ def conv1d(
 
     Raises:
         ValueError, TypeError: as `gpuconv.conv1d` raises them.
-        RuntimeError: something is fused and a derivative is wanted, or the model is exported to ONNX.
+        RuntimeError: something is fused and a derivative is needed; something is fused or has `lengths`, and the model
+            is exported to ONNX; or as `gpuconv.conv1d` raises it.
         ImportError: CuPy is needed for a CUDA tensor, or ml_dtypes for bfloat16, and is not installed.
 
     Example:
@@ -130,7 +131,7 @@ def conv_transpose1d(
     algorithm: str | None = None,
     out_dtype: Any = None,
 ) -> Tensor:
-    """`gpuconv.conv_transpose1d` of tensors; all that `conv1d` says of tensors and derivatives holds here, too.
+    """`gpuconv.conv_transpose1d` of tensors, with the rules of `conv1d` for tensors and derivatives.
 
     Args:
         input: (N, C_in, L_in), or (C_in, L_in) for a single sample.
@@ -155,7 +156,7 @@ def conv_transpose1d(
         (N, C_out, L_out), or (C_out, L_out) for a single sample: a contiguous tensor.
 
     Raises:
-        ValueError, TypeError, ImportError: as `conv1d` raises them.
+        ValueError, TypeError, RuntimeError, ImportError: as `conv1d` raises them.
 
     Example:
         >>> import torch, gpuconv.torch
@@ -197,14 +198,14 @@ def conv_transpose1d(
 
 
 def _lengths(op: Op, lengths: Any) -> list[int]:
-    """The lengths of samples as the operators take them; whether they fit is for the functions of arrays to check."""
+    """The lengths of samples as an argument of the operators; the functions of arrays check whether they fit."""
     if _exports_onnx():
         raise RuntimeError(f"{op}: lengths cannot be exported to ONNX; mask the input and the output")
     if isinstance(lengths, torch.Tensor):
         if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool or lengths.dim() != 1:
             raise TypeError(f"{op}: lengths must be (N,) integers, got {lengths.dtype} of {lengths.dim()} dimensions")
         return [int(length) for length in lengths.tolist()]
-    if isinstance(lengths, list | tuple) and {type(length) for length in lengths} <= {int}:  # these can be compiled
+    if isinstance(lengths, list | tuple) and {type(length) for length in lengths} <= {int}:  # torch.compile can do this
         return list(lengths)
     N = len(lengths) if hasattr(lengths, "__len__") else 0
     return [int(length) for length in check_lengths(op, lengths, N, "L_in", MAX_EXTENT)]
@@ -216,9 +217,9 @@ def _given(**arguments: Any) -> dict[str, Any]:
 
 
 def _check_fused(op: Op, x: Tensor, out_dtype: str | None, *given: Any) -> Fused:
-    """What is to be fused, with its tensors cast where autocast is on."""
+    """What is fused, with its tensors cast where autocast is on."""
     fused = Fused.check(op, *given)
-    if out_dtype is not None:  # of integers, of which nothing is fused
+    if out_dtype is not None:  # only integers have it, which allow no fusion
         check_out_dtype(op, dtype_name(x.dtype), out_dtype, None)
     if _exports_onnx():
         raise RuntimeError(f"{op}: what is fused ({fused.fusion}) cannot be exported to ONNX; apply it to the output")
@@ -252,7 +253,7 @@ def _has_real_taps(x: Tensor, w: Tensor, _: Tensor | None) -> bool:
 
 
 def _part(name: str, tensors: Sequence[Tensor | None]) -> tuple[Any, ...]:
-    """The "real" or the "imag" parts of the tensors; real ones, which serve both, as they are."""
+    """The "real" or the "imag" parts of the tensors; real tensors are used for both parts."""
     return tuple(t if t is None or not t.is_complex() else getattr(t, name) for t in tensors)
 
 
@@ -263,7 +264,7 @@ def _convolve_parts(
     out_dtype: str | None,
     fused: Fused | None,
 ) -> Tensor:
-    """Real taps on complex data: a call for each part, which needs no complex copy of the taps."""
+    """Real taps on complex data: a call for each part of the data, without a complex copy of the taps."""
     fusion, arrays = (None, ()) if fused is None else fused
     given = zip(("input", "weight", "bias", *FUSED_ARRAYS), specs(*tensors, *arrays), strict=False)
     check_real_taps(op, {name: spec for name, spec in given if spec is not None}, fusion)
@@ -275,7 +276,7 @@ def _convolve_parts(
 
 
 def _checked(op: Op, *settings: Any) -> Settings:
-    """`Settings.check`, whose results are kept; not for True, which equals 1 but must be refused, and the like."""
+    """`Settings.check` with a cache, which is not used for other types: True equals 1, for example, but is refused."""
     is_known = not torch.compiler.is_compiling()
     for value in settings:
         kind = type(value)
@@ -293,7 +294,7 @@ _check = lru_cache(maxsize=4096)(Settings.check)
 def _tensors(
     op: Op, precision: str, input: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The tensors, once they are known to be some on one device; cast where autocast is on."""
+    """Check that these are tensors on one device, and cast them where autocast is on."""
     tensors = {"input": input, "weight": weight} if bias is None else {"input": input, "weight": weight, "bias": bias}
     for name, tensor in tensors.items():
         _check_tensor(op, name, tensor, input)
@@ -306,7 +307,7 @@ def _tensors(
 
 
 def _check_algorithm(op: Op, algorithm: str) -> None:
-    from .. import dispatch  # with all kernel families, which most calls on the CPU do not need
+    from .. import dispatch  # it loads all kernel families, which most calls on the CPU do not need
 
     dispatch.check_algorithm(op, op, algorithm)
 
@@ -314,7 +315,7 @@ def _check_algorithm(op: Op, algorithm: str) -> None:
 def _check_tensor(op: Op, name: str, tensor: Any, input: Tensor) -> None:
     if not isinstance(tensor, torch.Tensor):
         is_array = isinstance(tensor, np.ndarray) or is_cupy_array(tensor)
-        hint = f"; for NumPy and CuPy arrays there is gpuconv.{op}" if is_array else ""
+        hint = f"; for NumPy and CuPy arrays use gpuconv.{op}" if is_array else ""
         raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(tensor).__name__}{hint}")
     if tensor.layout != torch.strided or tensor.is_nested:
         got = "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
@@ -326,7 +327,7 @@ def _check_tensor(op: Op, name: str, tensor: Any, input: Tensor) -> None:
 
 
 def _autocast_as(tensor: Tensor | None, input: Tensor) -> Tensor | None:
-    """An argument as PyTorch's own convolutions have it: float64 and complex numbers stay, and what goes with them."""
+    """An argument cast as in PyTorch's own convolutions: float64 and complex calls are left alone."""
     kind = "cuda" if input.is_cuda else "cpu"
     if tensor is None or not (torch.is_autocast_enabled(kind) and (input.is_cuda or input.is_cpu)):
         return tensor
@@ -336,13 +337,13 @@ def _autocast_as(tensor: Tensor | None, input: Tensor) -> Tensor | None:
 
 
 class Indifferent(TorchFunctionMode):
-    """A mode that leaves calls of the functions of this module as they are."""
+    """A mode that does not change calls of the functions of this module."""
 
 
 def _overridden(
     function: Callable[..., Tensor], input: Tensor, weight: Tensor, bias: Tensor | None, *settings: Any, **more: Any
 ) -> Tensor:
-    """What a mode, or a class of the tensors, such as the proxies of torch.fx, makes of a call."""
+    """Pass a call on to the current mode, or to a subclass of the tensors, such as the proxies of torch.fx."""
     if (
         type(input) in _PLAIN
         and type(weight) in _PLAIN
@@ -367,7 +368,7 @@ def _exports_onnx() -> bool:
 def _as_pytorch(
     op: Op, settings: Settings, x: Tensor, w: Tensor, b: Tensor | None, padding_mode: str = "zeros"
 ) -> Tensor:
-    """The same made of PyTorch's own functions, which exporters to other formats know."""
+    """The same operation by PyTorch's own functions, which exporters to other formats support."""
     s, padding, d, groups, extra = settings
     x_spec, w_spec, b_spec = specs(x, w, b)
     if op == "conv1d":
@@ -389,5 +390,5 @@ def _as_pytorch(
 
 
 def _split(padding: tuple[int, int] | str) -> tuple[tuple[int, ...], str]:
-    """Padding as the operators take it: (left, right) and an empty word, or nothing and the word."""
+    """Padding as two arguments of the operators: (left, right) and an empty word, or an empty tuple and the word."""
     return ((), padding) if isinstance(padding, str) else (padding, "")

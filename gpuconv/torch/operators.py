@@ -1,14 +1,15 @@
-"""The operators of the namespace `gpuconv`, with their derivatives and all else that PyTorch asks of operators.
+"""The operators of the namespace `gpuconv`, with their derivatives and everything else that PyTorch operators need.
 
-An operation has three tensors: its input, its weight and its output, or the gradients in these. Three operators make
-each of them of the two others, and are linear in both, so that their derivatives are operators again::
+An operation has three tensors: its input, its weight and its output, or the gradients with respect to these. Three
+operators compute each of them from the two others, and are linear in both, so that their derivatives are these
+operators again::
 
     grad_input  = input_gradient(input_size, weight, grad_output)
     grad_weight = weight_gradient(input, weight_size, grad_output)
     output      = forward(input, weight, bias)
 
-All have the tensors in this order. In the place of its result an operator takes the size of that, and the forward
-operator the bias.
+All have the tensors in this order. In place of its result an operator takes the result's size, the forward operator the
+bias.
 """
 
 # Much of PyTorch has no types.
@@ -36,7 +37,7 @@ from .tensors import Tensor, specs
 
 T = TypeVar("T")
 
-# Padding is (left, right), or empty where the word "same" or "causal" stands in for it.
+# Padding is (left, right), or empty if the word "same" or "causal" replaces it.
 _SETTINGS: dict[Op, str] = {
     "conv1d": (
         "SymInt stride, SymInt[] padding, str padding_word, SymInt dilation, SymInt groups, str precision, "
@@ -48,8 +49,8 @@ _SETTINGS: dict[Op, str] = {
     ),
 }
 _INPUT, _WEIGHT, _OUTPUT = range(3)  # the places of the tensors among the arguments of every operator
-_FACTORS = ((_WEIGHT, _OUTPUT), (_INPUT, _OUTPUT), (_INPUT, _WEIGHT))  # by the place of what an operator makes of them
-_COUNT = 8  # of the settings of either operation
+_FACTORS = ((_WEIGHT, _OUTPUT), (_INPUT, _OUTPUT), (_INPUT, _WEIGHT))  # by the place of an operator's result
+_COUNT = 8  # the number of settings of either operation
 _GROUPS, _LENGTHS = 4, 7  # the places of `groups` and of `lengths` among them
 
 # Operators are defined here and not by `torch.library.custom_op`: its first call imports the whole of torch.compile,
@@ -60,7 +61,7 @@ _Key = torch._C.DispatchKey
 
 
 def untraced(function: Callable[..., T]) -> Callable[..., T]:
-    """The function as one that torch.compile, once it is imported, does not look into; this imports nothing."""
+    """The function as one that torch.compile does not trace; this does not import torch.compile."""
     disabled: list[Callable[..., T]] = []
 
     def run(*args: Any) -> T:
@@ -77,14 +78,14 @@ def _keys(first: Any, *others: Any) -> Any:
     return reduce(lambda keys, key: keys.add(key), others, torch._C.DispatchKeySet(first))
 
 
-# The keys of plain tensors, and those that every call has while no mode is on.
+# The dispatch keys of plain tensors, and those of every call while no mode is on.
 _ON_CPU = _keys(_Key.CPU, _Key.AutogradCPU, _Key.ADInplaceOrView, _Key.AutocastCPU)
 _ON_CUDA = _keys(_Key.CUDA, _Key.AutogradCUDA, _Key.ADInplaceOrView, _Key.AutocastCUDA)
 _NO_MODE = _keys(_Key.BackendSelect, _Key.ADInplaceOrView)
 
 
 def _known_way(inputs: tuple[Any, ...]) -> bool:
-    """Whether the dispatcher would call for the derivatives and then compute, as for plain tensors in no mode."""
+    """Whether the dispatcher would do nothing but record derivatives and compute: plain tensors, and no mode is on."""
     if (
         torch.compiler.is_compiling()
         or torch._C._dispatch_tls_local_include_set() != _NO_MODE
@@ -109,10 +110,10 @@ def _define(
 
     Args:
         schema: its name, arguments and result. At most three inputs, the tensors and sizes, precede the settings.
-        compute: carries it out.
-        fake: makes the tensor for the result where extents may be symbols.
-        keep: (ctx, needed, *inputs) stores what `backward` needs, beside `ctx.settings`; `needed` says of each input
-            whether its gradient is wanted.
+        compute: computes the result.
+        fake: makes an empty tensor for the result; extents may be symbolic.
+        keep: (ctx, needed, *inputs) stores what `backward` needs besides `ctx.settings`; `needed` says for each input
+            whether its gradient is needed.
         backward: (ctx, needed, gradient of the result) -> the gradients of the inputs.
         along: (inputs, their tangents or None, settings) -> the tangent of the result.
         batch: the rule of `torch.library.register_vmap`.
@@ -123,7 +124,7 @@ def _define(
     run = untraced(compute)
 
     def forward(ctx: Any, keys: Any | None, settings: tuple[Any, ...], *inputs: Any) -> Tensor:
-        """Carry the operator out as the dispatcher does, with these keys, or at once where it was left out."""
+        """Run the operator through the dispatcher with these keys, or directly if they are None."""
         keep(ctx, ctx.needs_input_grad[2:], *inputs)
         ctx.settings = settings
         if keys is not None or forward_ad._current_level >= 0:  # PyTorch hides here whether there are tangents
@@ -131,7 +132,7 @@ def _define(
             ctx.inputs = [None if isinstance(value, torch.Tensor) else value for value in inputs]
         if keys is None:
             return run(*inputs, *settings)
-        # PyTorch turns derivatives off here, those of the levels below as well.
+        # PyTorch turns derivatives off here, also those of the levels below, which need them.
         with ExitStack() as stack:
             if torch._C._are_functorch_transforms_active():
                 stack.enter_context(torch.enable_grad())
@@ -144,14 +145,15 @@ def _define(
 
     def tangent(ctx: Any, _keys: None, _settings: None, *tangents: Tensor | None) -> Tensor:
         inputs = [*ctx.inputs]
-        # Here, too, PyTorch turns off what the levels below need. So nothing may remain of this level's tangents.
+        # Here, too, PyTorch turns off derivatives that the levels below need. When they are on again, the inputs must
+        # not have this level's tangents.
         with forward_ad._set_fwd_grad_enabled(True):
             for place, tensor in enumerate(ctx.saved_tensors):
                 if tensor is not None:
                     inputs[place] = forward_ad.unpack_dual(tensor, level=0).primal
             return along(inputs, tangents, ctx.settings)
 
-    # The dispatcher calls for derivatives once for each level of torch.func, so the function is one of a single level.
+    # The dispatcher calls it once for each level of torch.func, so the autograd function is one of a single level.
     base: Any = torch.autograd.function._SingleLevelFunction
     methods = {"forward": staticmethod(forward), "backward": staticmethod(gradients), "jvp": staticmethod(tangent)}
     node: Any = type(base)(f"gpuconv_{name}", (base,), methods)
@@ -175,7 +177,7 @@ def _define(
 
 
 def _keywords(op: Op, settings: Sequence[Any]) -> dict[str, Any]:
-    """The settings of an operator as those of the functions of arrays; the last may be left out."""
+    """The settings of an operator as keyword arguments of the functions of arrays; the last ones may be absent."""
     stride, sides, word, *others = settings
     names = ("output_padding", "groups", "dilation", "precision", "lengths", "algorithm", "out_dtype")
     if op == "conv1d":
@@ -184,7 +186,7 @@ def _keywords(op: Op, settings: Sequence[Any]) -> dict[str, Any]:
 
 
 def _problem(op: Op, specs: Sequence[ArraySpec | None], settings: Sequence[Any]) -> ConvProblem:
-    """The problem of the arguments and settings, of a batch whose samples may have any lengths."""
+    """The problem of the arguments and settings, without the lengths of samples."""
     keywords = _keywords(op, settings)
     keywords.pop("lengths", None)
     keywords.pop("algorithm", None)
@@ -192,12 +194,12 @@ def _problem(op: Op, specs: Sequence[ArraySpec | None], settings: Sequence[Any])
 
 
 def _lengths_in(settings: Sequence[Any]) -> Sequence[int] | None:
-    """The lengths among the settings, at whose end those that are None may be left out."""
+    """The lengths among the settings, whose last ones may be absent instead of None."""
     return settings[_LENGTHS] if len(settings) > _LENGTHS else None
 
 
 def _output_lengths(op: Op, K: int, settings: Sequence[Any]) -> tuple[int, ...] | None:
-    """The lengths of the outputs of samples, where these have lengths of their own."""
+    """The output lengths of samples; None where all samples have full length."""
     lengths = _lengths_in(settings)
     if lengths is None:
         return None
@@ -209,7 +211,7 @@ def _output_lengths(op: Op, K: int, settings: Sequence[Any]) -> tuple[int, ...] 
 
 
 def _existing(tensor: Tensor, lengths: Sequence[int] | None) -> Tensor:
-    """A tensor (..., L), or (N, ..., L) of samples with lengths of their own, with zeros behind these."""
+    """The tensor with zeros beyond the lengths of its samples; None leaves it unchanged."""
     if lengths is None:
         return tensor
     place = torch.arange(tensor.shape[-1], device=tensor.device)
@@ -220,14 +222,14 @@ def _existing(tensor: Tensor, lengths: Sequence[int] | None) -> Tensor:
 def _output(
     op: Op, specs: tuple[ArraySpec | None, ...], settings: tuple[Any, ...]
 ) -> tuple[tuple[int, ...], torch.dtype]:
-    """Shape and dtype of the output; raises what gpuconv's functions raise. Extents may be symbols."""
+    """Shape and dtype of the output; raises what gpuconv's functions raise. Extents may be symbolic."""
     problem = _problem(op, specs, settings)
     return problem.output_shape, getattr(torch, problem.dtype_of(problem.result))
 
 
 def _register(op: Op) -> Callable[..., Tensor]:
-    """Register an operation and the gradients with respect to its input and its weight; returns the former."""
-    operators: list[Any] = []  # by the place of what they make
+    """Register an operation and its gradients with respect to input and weight; returns the operation."""
+    operators: list[Any] = []  # by the places of their results
 
     def define(
         place: int,
@@ -240,7 +242,7 @@ def _register(op: Op) -> Callable[..., Tensor]:
     ) -> Any:
         """An operator that calls a function of arrays.
 
-        `empty` makes the tensor for the result of the arguments, and so does `fake` where extents may be symbols.
+        `empty` makes the tensor for the result of the arguments; `fake` does so for symbolic extents.
         """
 
         def compute(*given: Any) -> Tensor:
@@ -254,7 +256,7 @@ def _register(op: Op) -> Callable[..., Tensor]:
         rules = partial(keep, place), partial(backward, place), partial(along, place)
         return _define(schema, compute, fake, *rules, batch)
 
-    # What follows these settings, an algorithm and the dtype of sums of integers, no gradient depends on.
+    # The arguments after these settings, the algorithm and the dtype of sums of integers, do not affect gradients.
     count = _COUNT
 
     def output_of(
@@ -273,16 +275,16 @@ def _register(op: Op) -> Callable[..., Tensor]:
     def weight_of(x: Tensor, size: Sequence[int], *_: Any) -> Tensor:
         return x.new_empty(size)
 
-    # The derivatives of the operator that makes the tensor of a place. No conjugation shows: the operators conjugate.
+    # The derivatives of the operator whose result has this place. They conjugate nothing, as the operators do that.
 
     def keep(place: int, ctx: Any, needed: tuple[bool, ...], *inputs: Any) -> None:
-        """Keep each of the two factors only where the derivative in the other is wanted."""
+        """Keep each of the two factors only if the derivative with respect to the other is needed."""
         a, b = _FACTORS[place]
         ctx.save_for_backward(inputs[a] if needed[b] else None, inputs[b] if needed[a] else None)
         ctx.sizes = inputs[a].shape, inputs[b].shape
 
     def backward(place: int, ctx: Any, needed: tuple[bool, ...], g: Tensor) -> list[Tensor | None]:
-        """The gradient in each factor is the operator for its place, of the gradient of the result and the other."""
+        """The gradient with respect to a factor: the operator of its place, on the result's gradient and the other."""
         gradients: list[Tensor | None] = [None, None, None]
         a, b = _FACTORS[place]
         kept = ctx.saved_tensors
@@ -291,14 +293,14 @@ def _register(op: Op) -> Callable[..., Tensor]:
                 given: list[Any] = [None, None, None]
                 given[place], given[other] = g, tensor
                 if factor != _OUTPUT:
-                    given[factor] = tuple(size)  # which is looked up faster
+                    given[factor] = tuple(size)  # faster than torch.Size as a cache key
                 gradients[factor] = operators[factor](*given, *ctx.settings[:count])
         if place == _OUTPUT and needed[_OUTPUT]:
             gradients[_OUTPUT] = _bias_gradient(g, _output_lengths(op, ctx.sizes[1][-1], ctx.settings))
         return gradients
 
     def along(place: int, inputs: list[Any], tangents: Sequence[Tensor | None], settings: tuple[Any, ...]) -> Tensor:
-        """The sum of the products of the tangent of each factor and the other; a bias is added once."""
+        """The sum of the operator applied to each factor's tangent and the other factor; a bias is added once."""
         settings = settings[:count]
         if place == _OUTPUT:
             inputs[_OUTPUT] = tangents[_OUTPUT]
@@ -315,8 +317,8 @@ def _register(op: Op) -> Callable[..., Tensor]:
             return _existing(whole, _output_lengths(op, inputs[_WEIGHT].shape[-1], settings))
         return products[0] if len(products) == 1 else products[0] + products[1]
 
-    # In these, B calls become one. Where all have one weight, their samples become one batch. Else each gets groups of
-    # its own: channels of different groups do not mix.
+    # These functions turn B calls into one. If all have the same weight, their samples become one batch. Otherwise each
+    # call gets groups of its own, since channels of different groups do not mix.
 
     def forward_batch(info: Any, dims: tuple[Any, ...], x: Tensor, w: Tensor, b: Any, *settings: Any) -> Any:
         B = info.batch_size
@@ -373,7 +375,7 @@ def _register(op: Op) -> Callable[..., Tensor]:
     )
     operators += [input_gradient, weight_gradient, forward]
 
-    # Counted as PyTorch counts those of its own convolutions.
+    # FLOPs, counted as PyTorch counts those of its own convolutions.
 
     transposed = op == "conv_transpose1d"
 
@@ -408,15 +410,15 @@ def _grouped(settings: Sequence[Any], B: int) -> list[Any]:
 
 
 def _repeated(settings: Sequence[Any], B: int) -> list[Any]:
-    """The settings of B batches in one."""
+    """The settings for B batches joined to one."""
     repeated, lengths = [*settings], _lengths_in(settings)
     if lengths is not None:
         repeated[_LENGTHS] = [*lengths] * B
     return repeated
 
 
-# An axis of B calls, which lies at `dim` or is missing where all share the tensor, as a part of another axis, and back:
-# (result, where the axis lies in it).
+# These functions merge the axis of B calls into another axis, and split it off again: (result, its place in it). The
+# axis is at `dim`, which is None if all calls share the tensor.
 
 
 def _front(tensor: Tensor, dim: int | None, B: int) -> Tensor:
@@ -445,7 +447,7 @@ def _from_samples(tensor: Tensor, B: int, batched: bool) -> tuple[Tensor, int]:
 
 
 def _register_bias_gradient() -> Any:
-    """Register the gradient in a bias, the same for both operations."""
+    """Register the gradient with respect to a bias, the same for both operations."""
 
     def bias_of(grad_output: Tensor, _: Sequence[int] | None = None) -> Tensor:
         return grad_output.new_empty(grad_output.shape[-2])
@@ -476,7 +478,7 @@ def _register_bias_gradient() -> Any:
 
 
 def _is_differentiated(tensor: Tensor | None) -> bool:
-    """Whether a derivative of a tensor, or along one that it has, may be wanted at this level of torch.func."""
+    """Whether a tensor requires a gradient, or has a tangent, at this level of torch.func."""
     if tensor is None:
         return False
     if torch.is_grad_enabled() and tensor.requires_grad:
@@ -539,7 +541,7 @@ def _register_fused(op: Op) -> Callable[..., Tensor]:
             return cast(Tensor, operator.redispatch(keys & torch._C._after_autograd_keyset, *given))
 
     def batch(info: Any, dims: tuple[Any, ...], *given: Any) -> Any:
-        """As the operator that fuses nothing has it."""
+        """As `forward_batch` of the operator that fuses nothing."""
         B, settings = info.batch_size, given[number:]
 
         def each(convert: Callable[..., Tensor], first: int, last: int) -> list[Tensor | None]:

@@ -1,4 +1,4 @@
-"""PyTorch's own functions exchanged for gpuconv's: `patch`."""
+"""`patch`, which replaces PyTorch's convolutions by gpuconv's."""
 
 # Much of PyTorch has no types.
 # mypy: disable-error-code="no-untyped-call"
@@ -27,33 +27,33 @@ from .operators import untraced
 
 
 def patch(*, precision: str = "float32", strict: bool = False) -> AbstractContextManager[None]:
-    """In the context, PyTorch's `conv1d` and `conv_transpose1d` are those of this module.
+    """In the context, `conv1d` and `conv_transpose1d` of this module replace PyTorch's.
 
-    So `torch.nn.Conv1d` and `torch.nn.ConvTranspose1d` run on gpuconv, and so does a model made of them or of calls of
-    the functions, under whatever name it imported them; of `torch.convolution` along one axis; or of `torch.ops.aten`,
-    as exported programs are. What gpuconv does not take is an error there that names the module, never a call of
-    PyTorch's own. Integers come out in the dtype of the input, as PyTorch has it. Backward passes use gpuconv where the
-    forward pass did, in the context or behind it, also where `torch.utils.checkpoint` computes the forward pass again.
+    So gpuconv computes `torch.nn.Conv1d` and `torch.nn.ConvTranspose1d`, and the calls of a model: of the functions,
+    under whatever name it imported them, of `torch.convolution` along one axis, and of `torch.ops.aten`, which exported
+    programs use. A call that gpuconv cannot compute is an error that names the module; PyTorch never computes it
+    instead. The result of integers has the dtype of the input, as in PyTorch. Backward passes use gpuconv if the
+    forward pass did, inside or after the context, also if `torch.utils.checkpoint` computes the forward pass again.
 
-    Contexts may be nested; the innermost decides. `torch.nn.functional` belongs to the process: other threads see the
-    exchange there, and where contexts of several threads overlap, the one opened last decides until it is closed. Under
-    other names the functions are reached in the thread that opened the context. What `torch.compile` made is compiled
-    anew when it is first called inside, or outside; a context may also be opened within what is compiled.
-    `torch.onnx.export` writes the convolutions as ONNX has them. TorchScript stays what it is, and `torch.jit.script`
-    takes PyTorch's own convolutions in the context as well.
+    Contexts may be nested; the innermost applies. `torch.nn.functional` belongs to the process: other threads see the
+    replacement there, and if contexts of several threads overlap, the one opened last applies until it is closed. Under
+    other names the functions are replaced only in the thread that opened the context. Functions that `torch.compile`
+    has compiled are recompiled when they are first called inside, or outside; a context may also be opened inside a
+    compiled function. `torch.onnx.export` writes convolutions of ONNX. TorchScript modules do not change, and
+    `torch.jit.script` uses PyTorch's own convolutions also inside the context.
 
     Args:
-        precision: of all calls: "float32", or "tf32", with which everything but float32 tensors is refused.
-        strict: whether the context ends with an error where PyTorch itself carried out convolutions along one axis in
-            this thread, such as those of TorchScript modules. It names the modules and lines, slows every operator down
-            and keeps torch.compile from compiling.
+        precision: of all calls: "float32", or "tf32", which allows only float32 tensors.
+        strict: whether the context ends with an error if PyTorch itself computed convolutions along one axis in this
+            thread, such as those of TorchScript modules. The error names the modules and lines. This slows every
+            operator down and prevents torch.compile from compiling.
 
     Returns:
         A context manager, which also decorates functions.
 
     Raises:
         ValueError: precision is neither of the two.
-        RuntimeError: at the end of the context, as `strict` says.
+        RuntimeError: at the end of the context, for `strict`.
 
     Example:
         >>> import torch, gpuconv.torch
@@ -68,7 +68,7 @@ def patch(*, precision: str = "float32", strict: bool = False) -> AbstractContex
 
 
 class _Redirection(Indifferent):
-    """While open, calls of PyTorch's functions in this thread are those of this module, whatever name they go by."""
+    """While open, replaces PyTorch's functions, under any name, by those of this module in this thread."""
 
     def __init__(self, precision: str, strict: bool) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class _Redirection(Indifferent):
         return func(*args, **kwargs)
 
 
-# PyTorch's own operations by every name that Python has for them, and those along any number of axes.
+# PyTorch's own operations under all names in Python, and those for any number of axes.
 _aten = torch.ops.aten
 _OPERATIONS: dict[Any, Op] = {
     torch.conv1d: "conv1d",
@@ -119,9 +119,9 @@ def _along_one_axis(
     *_: Any,
     **__: Any,
 ) -> tuple[Op, tuple[Any, ...], dict[str, Any]] | None:
-    """A call of `torch.convolution` as one of the operation along one axis that it means; None where it means others.
+    """A call of `torch.convolution` as a call of `conv1d` or `conv_transpose1d`; None for more than one axis.
 
-    What may follow the groups says how PyTorch computes it.
+    Arguments after `groups` only say how PyTorch computes it.
     """
     if not isinstance(weight, torch.Tensor) or weight.dim() != 3:
         return None
@@ -131,15 +131,15 @@ def _along_one_axis(
 
 
 class _Strictness(TorchDispatchMode):
-    """While open, notes the convolutions along one axis that PyTorch itself carries out in this thread.
+    """While open, records the convolutions along one axis that PyTorch itself computes in this thread.
 
-    They are no errors at once: an error that passes through TorchScript loses its message, or ends the process.
+    It raises no error for them, since an error in TorchScript loses its message, or ends the process.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.open = True
-        self.found: dict[str, None] = {}  # in their order
+        self.found: dict[str, None] = {}  # as an ordered set
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self.open and func.namespace != "gpuconv" and "conv" in func._opname and "backward" not in func._opname:
@@ -150,11 +150,11 @@ class _Strictness(TorchDispatchMode):
 
 
 def _caller() -> str:
-    """The module, if any, and the line outside of PyTorch that the calls at hand come from."""
+    """The module, if any, and the line outside of PyTorch from which the current call comes."""
     frame, modules = sys._getframe(2), _modules()
     while frame.f_back and (
         frame.f_globals.get("__name__", "").startswith(("torch.", "gpuconv.torch"))
-        or frame.f_code.co_filename.startswith("<")  # generated, as torch.fx does it
+        or frame.f_code.co_filename.startswith("<")  # generated code, of torch.fx for example
     ):
         frame = frame.f_back
     line = f"{frame.f_code.co_filename}:{frame.f_lineno}"
@@ -174,7 +174,7 @@ def _modules() -> list[torch.nn.Module]:
 
 
 def _path(modules: list[torch.nn.Module]) -> str:
-    """How the outermost module that holds the innermost one names it."""
+    """The name of the innermost module in the outermost one that contains it."""
     innermost = modules[0]
     scripted = isinstance(innermost, torch.jit.ScriptModule)
     kind = f"the TorchScript module {innermost.original_name}" if scripted else type(innermost).__name__
@@ -189,15 +189,15 @@ class _Patch(NamedTuple):
     """An open context.
 
     Attributes:
-        redirection: its mode, of the thread that opened it.
-        everywhere: whether the functions are exchanged for the other threads, too.
+        redirection: its mode, in the thread that opened it.
+        everywhere: whether the functions are replaced for other threads, too.
     """
 
     redirection: _Redirection
     everywhere: bool
 
 
-# What stood in the places that `patch` exchanges, and the open contexts, the latest last. They belong to the process.
+# The original values of what `patch` replaces, and the open contexts, the latest last; both belong to the process.
 _ORIGINALS: dict[tuple[Any, str], Any] = {}
 _PATCHES: list[_Patch] = []
 _PATCHES_LOCK = Lock()
@@ -226,7 +226,7 @@ def _call(
 
 
 def _is_whole(tensor: torch.Tensor) -> bool:
-    with torch._C.DisableTorchFunction():  # a mode makes a method of a tensor slow
+    with torch._C.DisableTorchFunction():  # with a mode, methods of tensors are slow
         return not (tensor.is_floating_point() or tensor.is_complex())
 
 
@@ -238,16 +238,16 @@ _REPLACEMENTS = {
 }
 for _functions in _REPLACEMENTS.values():
     for _name_of_op, _function in _functions.items():
-        # TorchScript takes them for PyTorch's own. It would fail to compile them, and then to compile their callers
-        # for good.
+        # TorchScript treats them as PyTorch's own. It could not compile them, and would then never compile their
+        # callers.
         _register_builtin(_function, f"aten::{_name_of_op}")
 
 
 def _conv_forward(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:  # type: ignore[no-untyped-def]
-    """That of `torch.nn.Conv1d`, which pads a copy of the input where the padding mode is not "zeros"."""
+    """In place of the method of `torch.nn.Conv1d`, which copies the input for padding modes other than "zeros"."""
     if not torch.jit.is_scripting():  # type: ignore[attr-defined]
         return _convolve(self, input, weight, bias)
-    # TorchScript compiles this alone: what PyTorch's own method does.
+    # TorchScript compiles only the rest, which is PyTorch's own method.
     if self.padding_mode == "zeros":
         return torch.nn.functional.conv1d(input, weight, bias, self.stride, self.padding, self.dilation, self.groups)
     padded = torch.nn.functional.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
@@ -271,9 +271,9 @@ def _patched(precision: str, strict: bool, everywhere: bool) -> Iterator[None]:
     modes = [redirection] if strictness is None else [redirection, strictness]
     mine = _Patch(redirection, everywhere)
     if torch.compiler.is_dynamo_compiling():
-        # What is compiled runs later. Of all that a context does, the mode alone can be a part of it.
+        # Compiled code runs later, and of the whole context only the mode can be part of it.
         if strictness is not None:
-            raise NotImplementedError("patch: gpuconv cannot be strict within what torch.compile compiles")
+            raise NotImplementedError("patch: strict=True is not possible in code that torch.compile compiles")
         with redirection:
             yield
         return
@@ -299,8 +299,8 @@ def _open(patch: _Patch, modes: list[Any]) -> None:
 def _close(patch: _Patch, modes: list[Any]) -> None:
     for mode in modes:
         mode.open = False
-    # Modes form a stack for each thread. Where contexts end in another order or in another thread than they began in,
-    # a closed one stays, without any effect, until it comes to the top.
+    # Each thread has a stack of modes. If contexts end in another order or thread than they began, a closed mode stays
+    # in its stack, without effect, until it is at the top.
     for get_top in (_get_current_function_mode, _get_current_dispatch_mode):
         while isinstance(top := get_top(), _Redirection | _Strictness) and not top.open:
             top.__exit__(None, None, None)
@@ -310,14 +310,14 @@ def _close(patch: _Patch, modes: list[Any]) -> None:
 
 
 def _exchange() -> None:
-    """Put in place what the open contexts ask for."""
+    """Replace or restore PyTorch's functions as the open contexts require."""
     latest = next((patch.redirection.precision for patch in reversed(_PATCHES) if patch.everywhere), None)
     places: dict[tuple[Any, str], Any] = {
         (torch.nn.functional, name): None if latest is None else _REPLACEMENTS[latest][name]
         for name in ("conv1d", "conv_transpose1d")
     }
     places[torch.nn.Conv1d, "_conv_forward"] = None if latest is None else _conv_forward
-    # `checkpoint` itself may have been imported under any name. It looks these two up.
+    # `checkpoint` itself may have been imported under any name, but it looks these two up when it is called.
     places[torch.utils.checkpoint.CheckpointFunction, "forward"] = staticmethod(_reentrant) if _PATCHES else None
     places[torch.utils.checkpoint, "_checkpoint_without_reentrant_generator"] = _without_reentrant if _PATCHES else None
     for place, replacement in places.items():
@@ -331,12 +331,12 @@ def _exchange() -> None:
 
 
 def _original(holder: Any, name: str) -> Any:
-    """What `patch` has exchanged; another thread may have put it back since it was to be called."""
+    """The original that `patch` has replaced; another thread may have restored it in the meantime."""
     return _ORIGINALS.get((holder, name), vars(holder)[name])
 
 
-# What `torch.utils.checkpoint` runs again in the backward pass runs in a context like that of the forward pass. Other
-# threads do not see it, unless the functions are exchanged anyway.
+# When `torch.utils.checkpoint` runs a function again in the backward pass, it is in a context like that of the forward
+# pass. Other threads do not see this context, unless the functions are replaced for them anyway.
 
 
 def _reentrant(ctx: Any, function: Callable[..., Any], *args: Any) -> Any:
@@ -350,7 +350,7 @@ def _without_reentrant(function: Callable[..., Any], *args: Any, **kwargs: Any) 
 
 
 def _remembering(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function in a context like the one that holds for this thread now."""
+    """The function in a context like the current one of this thread."""
     own = [mode for mode in _get_current_function_mode_stack() if isinstance(mode, _Redirection) and mode.open]
     shared = [patch.redirection for patch in list(_PATCHES) if patch.everywhere]
     if not own and not shared:

@@ -1,4 +1,4 @@
-"""Tensors as the arrays that share their memory, and what gpuconv must know of a tensor."""
+"""Tensors as arrays that share their memory, and the properties of tensors that gpuconv needs."""
 
 # Much of PyTorch has no types.
 # mypy: disable-error-code="no-untyped-call"
@@ -27,18 +27,17 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def write(empty: Callable[[], Tensor], function: Callable[..., Any], *arguments: Any, **keywords: Any) -> Tensor:
-    """Call a function of arrays with those that share the memory of the tensors among its arguments.
+    """Call a function of arrays; tensors among its arguments become arrays that share their memory.
 
-    Returns its result as a tensor; on a GPU it is written to what `empty` makes.
+    Returns its result as a tensor; on a GPU it is written to the tensor that `empty` makes.
 
-    As an operator of PyTorch's own does, a GPU reads and writes on PyTorch's current stream, and takes its temporary
-    memory from PyTorch's allocator. So the rules for tensors that were made on other streams are PyTorch's: see
-    `torch.Tensor.record_stream`.
+    As for PyTorch's own operators, work on a GPU is queued on PyTorch's current stream, and temporary memory comes from
+    PyTorch's allocator. So PyTorch's rules for tensors from other streams apply: see `torch.Tensor.record_stream`.
     """
     if not on_gpu(arguments[0] if isinstance(arguments[0], torch.Tensor) else arguments[1]):
         try:
             arrays = [numpy_array(a) if isinstance(a, torch.Tensor) else a for a in arguments]
-        except TypeError:  # a dtype that NumPy has not: what gives the result its shape names the argument
+        except TypeError:  # NumPy does not have the dtype: `empty` raises an error that names the argument
             empty()
             raise
         return tensor_of(function(*arrays, **keywords))
@@ -52,7 +51,7 @@ def write(empty: Callable[[], Tensor], function: Callable[..., Any], *arguments:
     def allocate(num_bytes: int) -> Any:
         return _pointer(cupy, result.new_empty(num_bytes, dtype=torch.uint8))
 
-    # Both libraries must be told of the device: each has a CUDA runtime of its own.
+    # The device must be set in both libraries, as each has its own CUDA runtime.
     with (
         torch.cuda.device(index),
         cupy.cuda.Device(index),
@@ -70,7 +69,7 @@ def on_gpu(tensor: Tensor) -> bool:
     raise TypeError(f"gpuconv: tensors must be on the CPU or a CUDA device, got one on {tensor.device}")
 
 
-# Pending conjugations and negations are no concern here: PyTorch carries them out before it calls an operator.
+# Tensors have no pending conjugation or negation here: PyTorch resolves these before it calls an operator.
 
 
 def numpy_array(tensor: Tensor) -> np.ndarray[Any, Any]:
@@ -87,14 +86,14 @@ def tensor_of(array: np.ndarray[Any, Any]) -> Tensor:
 
 
 def cupy_array(cupy: Any, tensor: Tensor) -> Any:
-    # Not through DLPack: there PyTorch makes a stream wait that it does not recognise as its own current one, and
+    # Not through DLPack: PyTorch would make another stream wait if it does not recognise its own current one, and
     # refuses CuPy's per-thread default stream.
     strides = tuple(stride * tensor.itemsize for stride in tensor.stride())
     return cupy.ndarray(tensor.shape, numpy_dtype(dtype_name(tensor.dtype)), _pointer(cupy, tensor), strides)
 
 
 def _pointer(cupy: Any, tensor: Tensor) -> Any:
-    """CuPy's pointer to the first element of a tensor, which it keeps alive."""
+    """A CuPy pointer to the first element of a tensor; it keeps the tensor alive."""
     behind = tensor.untyped_storage().nbytes() - tensor.storage_offset() * tensor.itemsize
     memory = cupy.cuda.UnownedMemory(tensor.data_ptr(), max(behind, 0), tensor, tensor.get_device())
     return cupy.cuda.MemoryPointer(memory, 0)

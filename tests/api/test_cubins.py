@@ -379,7 +379,7 @@ def test_a_kernel_is_loaded_where_it_was_compiled_in_advance(fake_cupy: Any, mon
 @pytest.mark.usefixtures("fake_cupy")
 def test_a_kernel_that_may_not_be_compiled_is_an_error(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     monkeypatch.setenv("GPUCONV_CACHE_ONLY", "1")
-    message = "conv1d_direct for sm_90 was not compiled in advance, which GPUCONV_CACHE_ONLY asks for; "
+    message = "conv1d_direct for sm_90 was not compiled in advance, which GPUCONV_CACHE_ONLY requires; "
     message += f"gpuconv warmup --arch sm_90 adds kernels to {folder}"
     with pytest.raises(RuntimeError, match=f"^{message}$"):
         build()
@@ -425,5 +425,5 @@ def test_calls_load_what_was_compiled_in_advance(cupy: Any, monkeypatch: pytest.
     assert (gpuconv.conv1d(x, w, **settings).get() == expected.get()).all()
     print(f"the first call took {1e3 * (time.perf_counter() - start):.1f} ms")
     assert (gpuconv.grad.conv1d_weight(x, w.shape, expected, **settings).get() == grad).all()
-    with pytest.raises(RuntimeError, match="was not compiled in advance, which GPUCONV_CACHE_ONLY asks for"):
+    with pytest.raises(RuntimeError, match="was not compiled in advance, which GPUCONV_CACHE_ONLY requires"):
         gpuconv.conv1d(x[:, :, ::3], w, padding=5, dilation=7)

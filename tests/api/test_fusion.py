@@ -132,9 +132,10 @@ def test_explain_tells_the_bytes_that_need_not_move() -> None:
     found = gpuconv.explain("conv1d", x, w, device="sm_90", **fused)
     output = 2 * 2 * 64 * 98 * 2
     assert found.fused == {"silu of the input": 0, "residual": output, "gelu": output}
-    assert [step["kernel"] for step in found.to_dict()["kernel"]["steps"]] == [
-        "pack_mma_weight", "activate", "conv1d_mma"
-    ]  # fmt: skip
+    kernels = found.to_dict()
+    assert [step["kernel"] for step in kernels["kernel"]["steps"]] == ["activate", "conv1d_mma"]
+    prepared = kernels["kernel_of_prepared_weight"]["steps"]
+    assert [step["kernel"] for step in prepared] == ["pack_mma_weight", "activate", "conv1d_mma"]
     assert found.to_dict()["kernel"]["scratch"]["activated"] == 2 * 64 * 100 * 2
     depthwise = ArraySpec((64, 1, 3), "float16")
     found = gpuconv.explain("conv1d", x, depthwise, groups=64, device="sm_90", **fused)

@@ -118,7 +118,7 @@ def test_out_of_another_library_is_written_where_it_lies(op: str) -> None:
     refused(OldExporter(fresh), ValueError, "must be writeable, got a read-only array$")
     if np.lib.NumpyVersion(np.__version__) >= "2.1.0":
         refused(Exporter(fixed), ValueError, "must be writeable, got a read-only array$")
-        refused(Copier(fresh), ValueError, "must be exported where it lies, got a copy$")
+        refused(Copier(fresh), ValueError, "must be exported without a copy, got a copy$")
     refused(
         OnDevice(fresh), TypeError, "must be on the CPU or a CUDA device, got OnDevice on a device of DLPack's type 8$"
     )
@@ -133,7 +133,7 @@ def test_out_of_another_library_is_written_where_it_lies(op: str) -> None:
 def test_what_cannot_be_exported_is_refused_by_name() -> None:
     x, w = np.ones((1, 2, 9), np.float32), np.ones((2, 2, 3), np.float32)
     strings = Exporter(np.array(["a"]))
-    with pytest.raises(TypeError, match=r"^conv1d: weight is a Exporter that cannot be read where it lies: "):
+    with pytest.raises(TypeError, match=r"^conv1d: weight is a Exporter that cannot be read in place: "):
         gpuconv.conv1d(x, strings)
     with pytest.raises(TypeError, match=r"^conv1d: input must have one of the dtypes"):
         gpuconv.conv1d(Exporter(x.astype(np.bool_)), w)
@@ -199,16 +199,16 @@ def test_tensors(op: str) -> None:
 
     parameter = torch.nn.Parameter(tensors["weight"])
     message = (
-        f"{op}: weight is a tensor that requires a gradient, for which there is gpuconv.torch.{op}; "
-        "without one pass weight.detach()"
+        f"{op}: weight is a tensor that requires a gradient: use gpuconv.torch.{op}, or pass weight.detach() if no "
+        "gradient is needed"
     )
     with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
         function(tensors["input"], parameter)
     assert callable(getattr(importlib.import_module("gpuconv.torch"), op))
     assert function(tensors["input"], parameter.detach(), tensors["bias"]).tobytes() == expected.tobytes()
-    with pytest.raises(TypeError, match=f"^{op}: input is a Tensor that cannot be read where it lies: .*conjugate bit"):
+    with pytest.raises(TypeError, match=f"^{op}: input is a Tensor that cannot be read in place: .*conjugate bit"):
         function(torch.ones(1, 4, 9, dtype=torch.complex64).conj(), tensors["weight"])
-    with pytest.raises(TypeError, match=r"for which there is gpuconv\.torch; without one pass weight\.detach\(\)$"):
+    with pytest.raises(TypeError, match=r"use gpuconv\.torch, or pass weight\.detach\(\) if no gradient is needed$"):
         gpuconv.prepare(parameter)
 
 

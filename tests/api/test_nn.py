@@ -683,7 +683,7 @@ def test_a_gpu_that_is_not_there_is_refused(cupy: Any, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(cupy.cuda.runtime, "getDeviceCount", no_driver)
     layer = nn.Conv1d(1, 1, 1)
-    with pytest.raises(RuntimeError, match=r'^Conv1d.to: device "cuda" was asked for, but no GPU answers: cudaError'):
+    with pytest.raises(RuntimeError, match=r'^Conv1d.to: device is "cuda", but no GPU answers: cudaError'):
         layer.to("cuda")
     assert type(layer.weight) is np.ndarray
 

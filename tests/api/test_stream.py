@@ -130,7 +130,7 @@ def test_slots_are_independent() -> None:
             np.testing.assert_allclose(s_output, layer.whole(signals[slot, :, : places[slot]]), rtol=1e-12, atol=1e-12)
     s.push(signals[:2, :, :9], [3, 1])
     s.reset([3])
-    with pytest.raises(ValueError, match=r"slots \[0, 1\] are at different places of their streams; push them apart"):
+    with pytest.raises(ValueError, match=r"slots \[0, 1\] are at different positions; push them in separate calls"):
         s.push(signals[:2], [0, 1])
     np.testing.assert_allclose(s.push(signals[2:3], [3])[0], layer.whole(signals[2]), rtol=1e-12, atol=1e-12)
 

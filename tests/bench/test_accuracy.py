@@ -35,7 +35,7 @@ def test_a_result_outside_the_bound_is_refused() -> None:
     def run(problem: ConvProblem, data: Data) -> np.ndarray:
         return np.zeros(problem.output_shape, data.input.dtype)
 
-    with pytest.raises(AssertionError, match=r"float32, split TF32 leaves its bound on conv1d .*, normal data"):
+    with pytest.raises(AssertionError, match=r"float32, split TF32 exceeds its bound on conv1d .*, normal data"):
         accuracy.measure(SPLIT, 64, "normal", run)
 
 

@@ -499,7 +499,7 @@ def test_info_in_both_forms(capsys: pytest.CaptureFixture[str], no_gpu: str, mon
     assert facts["missing"][0]["what"] == no_gpu
     assert main(["info"]) == 0
     text = capsys.readouterr().out
-    for expected in (gpuconv.__version__, np.__version__, "/somewhere/else", f"- {no_gpu}\n", "cannot be.\n"):
+    for expected in (gpuconv.__version__, np.__version__, "/somewhere/else", f"- {no_gpu}\n", "cannot be convolved.\n"):
         assert expected in text
 
 
@@ -599,7 +599,8 @@ def test_warmup_compiles_the_kernels_of_a_problem(capsys: pytest.CaptureFixture[
         for direction, configs in wanted.items():
             found = gpuconv.explain("conv1d", *specs, stride=2, device="sm_90", direction=direction)  # type: ignore[arg-type]
             assert found.choice is not None
-            configs.update((step.config, None) for step in found.choice.plan.steps)
+            for choice in (found.choice, found.prepared or found.choice):
+                configs.update((step.config, None) for step in choice.plan.steps)
     every = {config for configs in wanted.values() for config in configs}
     assert sorted(name for name, _ in _Kernel.compiled) == sorted(config.kernel for config in every)
     assert capsys.readouterr().out.startswith(f"{len(every)} kernels for H200 (sm_90) ready in ")
@@ -657,7 +658,7 @@ def test_a_dtype_that_cupy_does_not_have_is_one_line(
     ("options", "message"),
     [
         ("--input 1,9", "warmup needs --input and --weight together, or neither"),
-        ("--input 1,9 --weight 1,1,3", "warmup needs conv1d or conv_transpose1d in front of the shapes"),
+        ("--input 1,9 --weight 1,1,3", "warmup needs conv1d or conv_transpose1d before --input and --weight"),
         ("conv1d --stride 2", "warmup takes settings only together with --input and --weight"),
         ("--bias", "warmup takes settings only together with --input and --weight"),
         ("conv1d --input 1,9 --weight 1,2,3", "conv1d: input has C_in = 1 channels"),
@@ -823,8 +824,8 @@ def test_long_values_are_not_echoed(capsys: pytest.CaptureFixture[str], place: s
     ("op", "rate", "stride", "expected", "warning"),
     [
         ("conv1d", 48000, 3, 16000, ""),
-        ("conv1d", 44100, 8, 5512, "44100 Hz over the stride 8 is no whole number: written as 5512 Hz"),
-        ("conv1d", 3, 7, 1, "3 Hz over the stride 7 is no whole number: written as 1 Hz"),
+        ("conv1d", 44100, 8, 5512, "44100 Hz over the stride 8 is not a whole number: written as 5512 Hz"),
+        ("conv1d", 3, 7, 1, "3 Hz over the stride 7 is not a whole number: written as 1 Hz"),
         ("conv_transpose1d", 16000, 3, 48000, ""),
     ],
 )

@@ -109,7 +109,7 @@ def test_a_full_disk_loses_nothing(expected: Array, capsys: pytest.CaptureFixtur
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
-        "gpuconv: note: y.npy: the finished pieces are kept; the same command goes on with them\n"
+        "gpuconv: note: y.npy: the finished pieces are kept; the same command continues with them\n"
         "gpuconv: error: y.npy: cannot be written: File too large\n"
     )
     assert len(leftovers()) == 2
@@ -124,7 +124,7 @@ def test_a_full_disk_loses_nothing(expected: Array, capsys: pytest.CaptureFixtur
     assert {name: Path(name).read_bytes() for name in os.listdir()} == before
     os.utime("x.npy", ns=(time, time))
     assert main(command) == 0
-    assert capsys.readouterr().err == "gpuconv: note: y.npy: goes on with the work of a call that did not end\n"
+    assert capsys.readouterr().err == "gpuconv: note: y.npy: continues the work of an earlier call\n"
     np.testing.assert_allclose(np.load("y.npy"), expected, rtol=0, atol=1e-13)
     assert leftovers() == []
 

@@ -332,6 +332,10 @@ template <int kShared, int kGlobal, typename T>
 void copy_async_at(T* shared, const T* global) {
     copy_async(shared + kShared, global + kGlobal);
 }
+template <typename T>
+void copy_async_if(T* shared, const T* global, bool exists) {
+    if (exists) copy_async(shared, global);
+}
 inline void copy_async_wait() { hostcuda_copy_async_wait_all(); }
 
 template <typename T>

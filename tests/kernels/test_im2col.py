@@ -21,7 +21,7 @@ from gpuconv.edge import PADDING_MODES
 from gpuconv.families import Layout, conv1d_im2col
 from gpuconv.families.arithmetic import ARITHMETICS, MIN_SPLIT_TERMS
 from gpuconv.families.conv1d_im2col import MIN_TERMS, Conv1dIm2col, Window
-from gpuconv.families.mma import Tile
+from gpuconv.families.mma_tiles import Tile
 from gpuconv.problem import ConvProblem
 from tests import hostcuda
 from tests.hostcuda import Program, TensorCores

@@ -19,7 +19,10 @@ from gpuconv.cases import Data
 from gpuconv.checks import same_bits
 from gpuconv.device import ARCHITECTURES, Device
 from gpuconv.families import ArrayLayout, Config, Family, Layout, mma
-from gpuconv.families.mma import Product, Reduction, Tile, Window
+from gpuconv.families.arithmetic import ARITHMETICS, MIN_SPLIT_TERMS, STAGE_PAIRS, Access
+from gpuconv.families.mma_tiles import Tile, tiles
+from gpuconv.families.mma_window import Reduction, Window
+from gpuconv.families.product import Product
 from gpuconv.problem import ConvProblem, Op
 from tests import hostcuda
 from tests.hostcuda import AMPERE, Program, TensorCores
@@ -132,8 +135,8 @@ def test_architectures(arch: str, modes: set[str]) -> None:
 
 
 def test_float32_needs_terms_enough_for_its_bound_and_others_do_not() -> None:
-    few = ConvProblem("conv1d", 2, 9, 16, 40, mma.MIN_SPLIT_TERMS // 9)
-    assert few.terms < mma.MIN_SPLIT_TERMS
+    few = ConvProblem("conv1d", 2, 9, 16, 40, MIN_SPLIT_TERMS // 9)
+    assert few.terms < MIN_SPLIT_TERMS
     assert [mode for mode in MODES if takes(at(few, mode))] == ["float16", "bfloat16", "tf32"]
     assert takes(replace(few, K=few.K + 1))
 
@@ -170,25 +173,26 @@ def products(draw: st.DrawFn) -> Product:
     product=products(),
     block_samples=st.integers(1, 3),
     block_positions=st.integers(1, 40),
-    wants_pairs=st.booleans(),
+    wanted=st.sampled_from(Access),
 )
 def test_every_tap_of_every_column_reads_its_position(
-    product: Product, block_samples: int, block_positions: int, wants_pairs: bool
+    product: Product, block_samples: int, block_positions: int, wanted: Access
 ) -> None:
     """The kernel's formulas for the row that a tap reads and for the position that a row holds, put together.
 
     Pairs of rows hold an even position and the next one.
     """
-    width = 2 if wants_pairs and Window.pairs_positions(product) else 1
-    window, taps = Window.of(product, block_samples, block_positions, width), product.taps
+    access = wanted if wanted is not Access.PAIR or Window.pairs_positions(product) else Access.POSITION
+    window, taps, width = Window.of(product, block_samples, block_positions, access), product.taps, access.width
     used_rows, sample_rows = window.planes * window.plane_rows, window.sample_rows
     origin = -product.problem.padding_left
     assert window.used_rows == used_rows
     more = 0 if width == 1 else 2 * window.planes
     assert used_rows <= taps * block_positions + more  # never more than one row for each tap and column
     assert used_rows <= sample_rows < used_rows + 8
-    assert window.rows == max(block_samples * sample_rows, 8)
-    assert window.unit_tasks == (window.rows if width == 1 else max(4, block_samples * used_rows // 2))
+    rows = max(block_samples * sample_rows, 8)
+    assert window.rows == (rows + (2 - rows) % 4 if access is Access.UNIT else rows)
+    assert window.unit_tasks == (rows if width == 1 else max(4, block_samples * used_rows // 2))
 
     in_planes = product.column_step == 1
 
@@ -231,11 +235,15 @@ def test_operands_are_read_from_shared_memory_without_bank_conflicts(mode: str) 
 
 @pytest.fixture
 def only_tile(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Tile], None]]:
-    """Leaves the cost model one tile to choose."""
+    """Leaves the cost model one tile to choose, behind a launch that packs the weights."""
     compare = mma.compare_tilings
 
     def leave(tile: Tile) -> None:
-        monkeypatch.setattr(mma, "compare_tilings", lambda *args: tuple(t for t in compare(*args) if t.tile == tile))
+        monkeypatch.setattr(
+            mma,
+            "compare_tilings",
+            lambda *args, **how: tuple(t for t in compare(*args, **how) if t.tile == tile and not t.is_raw),
+        )
         dispatch.choose.cache_clear()  # it remembers plans with other tiles
 
     yield leave
@@ -254,7 +262,7 @@ def test_blocks_of_several_samples_meet_no_bank_conflicts(mode: str, only_tile: 
         ),
         *(ConvProblem("conv_transpose1d", 9, 72, 20, 11, 2 * s + 1, s) for s in (1, 2, 5)),
     ]
-    only_tile(next(t for t in mma.tiles(mma.ARITHMETICS[mode, "float32"]) if t.has_samples and t.block_m == 64))
+    only_tile(next(t for t in tiles(ARITHMETICS[mode, "float32"]) if t.has_samples and t.block_m == 64))
     for problem in problems:
         p = at(problem, mode)
         launch = kernel_of(FAMILY[p.op], p, Layout.contiguous(p), H200)[1]
@@ -283,12 +291,12 @@ def test_input_arrives_in_batches(
     """Several batches of a chunk's input, also more than it has stages; from shared memory that was ready."""
     p = at(problem, mode)
     size = (64, 128) if mode == "float32" else (32, 256)
-    only_tile(next(t for t in mma.tiles(mma.ARITHMETICS[mode, "float32"]) if (t.block_m, t.block_n) == size))
+    only_tile(next(t for t in tiles(ARITHMETICS[mode, "float32"]) if (t.block_m, t.block_n) == size))
     config, launch = kernel_of(FAMILY[p.op], p, Layout.contiguous(p), H200)
     params, macros = dict(launch.params), dict(config.macros)
     task_units = int(macros["PREFETCH"]) // int(macros["INPUT_WIDTH"])
     batches = -(-(-(-params["units"] // task_units) * params["unit_tasks"]) // launch.block)
-    rounds = -(-params["pairs"] // (mma.STAGE_PAIRS * params["round_stages"]))
+    rounds = -(-params["pairs"] // (STAGE_PAIRS * params["round_stages"]))
     assert params["chunks"] > 1
     assert batches > 1
     assert (batches > rounds) == has_rest
@@ -299,7 +307,7 @@ def test_input_arrives_in_batches(
 
 def test_products_fill_the_main_loop_of_the_square_tile() -> None:
     """In 16 bits for sm_90; none of its sums is in local memory."""
-    tile = mma.tiles(mma.ARITHMETICS["float16", "float32"])[0]
+    tile = tiles(ARITHMETICS["float16", "float32"])[0]
     assert (tile.block_m, tile.block_n) == (128, 128)
     config = mma.kernel_config(
         "conv1d_mma", "float16", "float32", tile, 32, H200, phases_in_rows=False, segment_mode=tile.segment_mode
@@ -324,10 +332,10 @@ def tile_items() -> list[tuple[str, Tile, ConvProblem]]:
     """Every tile of float16 and of split TF32, dealt out to the kernels, with a problem that it may serve."""
     found = []
     for mode in ("float16", "float32"):
-        arithmetic = mma.ARITHMETICS[mode, "float32"]
-        for i, tile in enumerate(mma.tiles(arithmetic)):
+        arithmetic = ARITHMETICS[mode, "float32"]
+        for i, tile in enumerate(tiles(arithmetic)):
             found.append((mode, tile, PROBLEMS[KERNELS[i % len(KERNELS)]]))
-        for i, tile in enumerate(mma.tiles(arithmetic, segments=True)):
+        for i, tile in enumerate(tiles(arithmetic, segments=True)):
             found.append((mode, tile, LONG[LONG_KERNELS[i % len(LONG_KERNELS)]]))
     return found
 
@@ -434,8 +442,8 @@ def test_results_land_wherever_their_rows_begin(
 ) -> None:
     """At every distance from a multiple of 16 bytes, positions apart, and backwards; with an infinite weight."""
     p = at(LANDINGS[name], mode)
-    arithmetic = mma.ARITHMETICS[p.dtype, p.precision]
-    only_tile(next(t for t in mma.tiles(arithmetic) if t.has_samples == has_samples and t.block_m == 64 == t.block_n))
+    arithmetic = ARITHMETICS[p.dtype, p.precision]
+    only_tile(next(t for t in tiles(arithmetic) if t.has_samples == has_samples and t.block_m == 64 == t.block_n))
     C, L = p.C_out, p.L_out
     data = cases.random_data(p, 12)
     data.weight[1, 2, -1] = np.inf
@@ -543,7 +551,7 @@ def test_without_the_flush_the_bound_would_break(monkeypatch: pytest.MonkeyPatch
     has become three units larger is rounded down by one.
     """
     monkeypatch.setattr(TensorCores, "of", staticmethod(lambda _: AMPERE))
-    for C_in, sign in ((mma.MIN_SPLIT_TERMS, 1), (512, 1), (512, -1)):
+    for C_in, sign in ((MIN_SPLIT_TERMS, 1), (512, 1), (512, -1)):
         p = at(ConvProblem("conv1d", 1, C_in, 16, 16, 1), "float32")
         almost = 2 - 2.0**-10
         w = np.full(p.weight_shape, almost * 2.0**-24, np.float32)
@@ -654,11 +662,11 @@ def test_the_layer_alone_decides_where_a_sum_is_cut(layer: ConvProblem, mode: st
     p = at(layer, mode)
     for N, length in ((1, p.L_in), (50, p.L_in), (3, 8 * p.L_in)):
         product = Product.of(replace(p, N=N, L_in=length))
-        arithmetic = mma.ARITHMETICS[p.dtype, p.precision]
+        arithmetic = ARITHMETICS[p.dtype, p.precision]
         found = Reduction.of(product, arithmetic)
         assert found == Reduction.of(Product.of(p), arithmetic)
     stages = found.chunks * found.stages
-    terms = stages * mma.STAGE_PAIRS * arithmetic.channels
+    terms = stages * STAGE_PAIRS * arithmetic.channels
     if terms < 4096:
         assert found.segments == 1
     else:
@@ -692,11 +700,11 @@ def test_where_sums_are_cut(channels: int, taps: int, stride: int, mode: str, se
 def test_segments_keep_the_bound(channels: int, taps: int, mode: str) -> None:
     """A product takes part in the sums of its segment and in one for each segment, each a unit of the bound."""
     p = at(ConvProblem("conv1d", 1, channels, 16, taps, taps), mode)
-    arithmetic = mma.ARITHMETICS[p.dtype, p.precision]
+    arithmetic = ARITHMETICS[p.dtype, p.precision]
     order = Reduction.of(Product.of(p), arithmetic)
     of_segment = min(p.terms, order.segment_chunks * order.units * arithmetic.channels * taps)
     if arithmetic.parts == 1:
         assert 3 * order.segments + 4 * of_segment <= 4 * p.terms + 3 * 3
-    elif p.terms >= mma.MIN_SPLIT_TERMS:
+    elif p.terms >= MIN_SPLIT_TERMS:
         units = 4 + 4 + 8 + 20 + p.terms / 400 + of_segment / 10 + 2 + order.segments
         assert units <= p.terms + 2

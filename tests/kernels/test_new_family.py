@@ -8,7 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
+from bench.layers import load
+from bench.modes import MODES
+from bench.static import predictions
+from bench.static.__main__ import compile_all
 from gpuconv import cases, dispatch, source
 from gpuconv.checks import families as family_checks
 from gpuconv.device import Device
@@ -120,3 +125,12 @@ def test_it_computes_the_bits_of_the_base_family() -> None:
     assert Program.of(next(Conv1dPointwise().configs(H200))).kernel == "conv1d_pointwise"
     output = hostcuda.compute(p, *data, schedule="every")
     assert output.tobytes() == hostcuda.compute(p, *data, family="base").tobytes()
+
+
+def test_the_benchmarks_predict_it() -> None:
+    layers = [layer for layer in load() if layer.forward.K == layer.forward.groups == 1]
+    planned = predictions.plan(layers, [mode for mode in MODES if mode.name == "float32"], H200)
+    mine = [one for one in planned if one.choice.family == "conv1d_pointwise"]
+    reports = compile_all((one.choice.config for one in mine), "sm_90", Console(quiet=True))
+    assert len(mine) >= 2
+    assert all(0 < time.us < 1e6 for time in predictions.predicted(mine, reports, H200))

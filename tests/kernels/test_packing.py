@@ -66,7 +66,7 @@ def padded(a: Array, *shape: int) -> Array:
 
 def pack_step(p: ConvProblem, family: str, layout: Layout | None = None) -> tuple[Step, dict[str, int], int]:
     """The packing of a plan, the fields of its Params, and the bytes that it writes."""
-    plan = plan_of(FAMILY[family], p, layout or Layout.contiguous(p), H200)
+    plan = plan_of(FAMILY[family], p, replace(layout or Layout.contiguous(p), is_prepared=True), H200)
     return plan.steps[0], dict(plan.steps[0].launch.params), plan.scratch_bytes(PACKED)
 
 

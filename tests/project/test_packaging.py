@@ -31,6 +31,7 @@ EXTRAS = {
         "cuda12",
         "cuda13",
         "cuda13-full",
+        "dask",
         "plot",
         "safetensors",
         "dev",
@@ -195,7 +196,7 @@ def test_metadata(wheel: Path, tmp_path: Path) -> None:
     }
 
     # The README on PyPI, where its relative links would lead nowhere.
-    links = re.findall(r"\]\(([^)\s]+)\)", str(metadata.get_payload()))
+    links = re.findall(r"\]\(([^)\s]+)\)", metadata["Description"])
     assert "https://raw.githubusercontent.com/gpuconv/gpuconv/main/bench/gallery/ecg.svg" in links
     assert "https://github.com/gpuconv/gpuconv/blob/main/CHANGELOG.md" in links
     assert [link for link in links if not link.startswith(("https://", "#"))] == []
@@ -218,6 +219,7 @@ def test_metadata(wheel: Path, tmp_path: Path) -> None:
     assert named_by("bf16") == {"ml-dtypes"}
     assert named_by("audio") == {"soundfile"}
     assert named_by("cli") == {"rich", "shtab"}
+    assert named_by("dask") == {"dask[array]"}
     assert named_by("plot") == {"matplotlib"}
     assert named_by("torch") == {"torch"}
     assert {"pytest", "pytest-xdist", "hypothesis", *("soundfile", "ml-dtypes", "rich")} <= named_by("test-cpu")
@@ -235,12 +237,13 @@ def test_metadata(wheel: Path, tmp_path: Path) -> None:
 
 # The names of packages that differ between PyPI and conda-forge.
 CONDA_NAMES = {
+    "dask": "dask-core",
     "ml-dtypes": "ml_dtypes",
     "matplotlib": "matplotlib-base",
     "soundfile": "pysoundfile",
     "torch": "pytorch",
 }
-CONDA_OPTIONAL = ("audio", "bf16", "cli", "plot", "safetensors", "torch")
+CONDA_OPTIONAL = ("audio", "bf16", "cli", "dask", "plot", "safetensors", "torch")
 
 
 def test_the_conda_recipe_says_what_the_wheel_says(wheel: Path, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from tests import NO_SIGPY, NO_TORCH
 CHECKOUT = Path(__file__).resolve().parents[2]
 README = (CHECKOUT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+NOT_RUN = re.findall(r"^```py\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 IMPORT_CUPY = "import cupy as cp"
 
 
@@ -46,6 +47,9 @@ def test_the_readme_has_python() -> None:
     assert len(BLOCKS) >= 4
     assert sum(IMPORT_CUPY in block for block in BLOCKS) >= 1
     assert "With `import numpy as cp` the same lines run on the CPU." in README
+    (needs_gpus,) = NOT_RUN
+    assert "from dask_cuda import" in needs_gpus
+    compile(needs_gpus, "README.md", "exec")
 
 
 @pytest.mark.parametrize("block", cases())

@@ -62,14 +62,15 @@ class Fault:
         return verify("gpu", family=self.family, filter=self.case, dtypes=self.dtype)
 
 
-BIAS_OF_BASE = "finish(acc, epilogue.channel(c_out), output + place)"
-NO_BIAS = "finish(acc, epilogue.channel(c_out, scalar::zero()), output + place)"
+BIAS_OF_BASE = "finish(sum, epilogue.channel(row.c_out), output + place)"
+NO_BIAS = "finish(sum, epilogue.channel(row.c_out, scalar::zero()), output + place)"
+LAST_TAP, LAST_BUT_ONE = "i < taps.numbers.end; ++i", "i + 1 < taps.numbers.end; ++i"
 FALLBACK, NO_FALLBACK = "#define NAN_FALLBACK 1", "#define NAN_FALLBACK 0"
 
 FAULTS: Mapping[str, Fault] = {
     # -- a tap, a position or a slice is left out
     "conv1d_direct drops the last tap": Fault(
-        "conv1d_direct", "k < taps.end; ++k", "k + 1 < taps.end; ++k", "conv1d_direct", "dilation_spans_input"
+        "conv1d_direct", LAST_TAP, LAST_BUT_ONE, "conv1d_direct", "dilation_spans_input"
     ),
     "conv1d_tail drops the last tap": Fault(
         "conv1d_tail",
@@ -120,7 +121,7 @@ FAULTS: Mapping[str, Fault] = {
         "groups_to_one_each",
     ),
     "conv1d_edges drops the last tap": Fault(
-        "conv1d_edges", "k < p.K; ++k", "k + 1 < p.K; ++k", "conv1d_narrow", "reflect_same"
+        "conv1d_edges", LAST_TAP, LAST_BUT_ONE, "conv1d_narrow", "reflect_same"
     ),
     # -- a wrong offset at an edge
     "conv1d_direct takes the last position for padding": Fault(
@@ -233,8 +234,8 @@ FAULTS: Mapping[str, Fault] = {
     # -- a wrong phase
     "conv_transpose1d_gather takes another phase's taps": Fault(
         "conv_transpose1d_gather",
-        "k_first = t_gcd % p.tap_step * p.phase_inverse % p.tap_step;",
-        "k_first = t_gcd % p.tap_step;",
+        "taps.k_first = t_gcd % p.tap_step * p.phase_inverse % p.tap_step;",
+        "taps.k_first = t_gcd % p.tap_step;",
         "conv_transpose1d_gather",
         "up_dilation4_stride6",
     ),
@@ -330,8 +331,8 @@ FAULTS: Mapping[str, Fault] = {
     # -- arrays that are not contiguous
     "conv1d_direct takes weights for contiguous": Fault(
         "conv1d_direct",
-        "k * p.weight_stride_k",
-        "(p.weight_stride_k == 1 ? k : 0)",
+        "k * p.weight_stride_k]",
+        "(p.weight_stride_k == 1 ? k : 0)]",
         "conv1d_direct",
         "dilation_spans_input",
         says=STRIDED,
@@ -356,8 +357,8 @@ FAULTS: Mapping[str, Fault] = {
     # -- right on integers
     "conv1d_direct sums from the last tap to the first": Fault(
         "conv1d_direct",
-        "index_t k = taps.begin; k < taps.end; ++k",
-        "index_t k = taps.end - 1; k >= taps.begin; --k",
+        "index_t i = taps.numbers.begin; i < taps.numbers.end; ++i",
+        "index_t i = taps.numbers.end - 1; i >= taps.numbers.begin; --i",
         "conv1d_tiled",
         "padding_same_strided_even",
         says=SAME,

@@ -1,0 +1,142 @@
+"""The tiles of the tensor-core engine of cuda_src/mma.cuh: how large a block's share of a product may be."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .arithmetic import STAGE_PAIRS, UNIT_BYTES, WARP, Arithmetic
+
+NUM_STAGES = 4  # of weights in shared memory, a power of two
+RAW_BOXES = 2  # of a layer's own weights there: kBoxes of raw_weights.cuh
+SLICE_TABLE_BYTES = 48  # of a row of Slice in mma.cuh, besides its elements, at most
+MAX_BLOCK_N = 256
+MAX_BLOCK_M = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """A block's share of the product: block_m rows by block_n columns on warps_m by warps_n warps.
+
+    Attributes:
+        min_blocks: blocks that a multiprocessor must be able to hold, which caps the registers of a thread.
+        prefetch: vectors of input that a thread has on their way at a time: of so many units, or of half
+            as many at two positions.
+        has_samples: a block may take the positions of several samples, at the cost of an address for each fragment.
+        segment_mode: SEGMENT_MODE of mma.cuh; 2 stands for both launches.
+    """
+
+    block_m: int
+    block_n: int
+    warps_m: int
+    warps_n: int
+    min_blocks: int
+    prefetch: int
+    has_samples: bool = False
+    segment_mode: int = 0
+
+    @property
+    def warps(self) -> int:
+        return self.warps_m * self.warps_n
+
+    @property
+    def threads(self) -> int:
+        return WARP * self.warps
+
+    def slice_bytes(self, itemsize: int) -> int:
+        """Shared memory through which results pass in the end."""
+        rows = 32 if self.block_m // self.warps_m % 32 == 0 else 16
+        return self.warps * rows * ((self.block_n // self.warps_n + 8) * itemsize + SLICE_TABLE_BYTES)
+
+    @property
+    def packs_weights(self) -> bool:
+        """Whether there are kernels in which blocks pack the weights themselves.
+
+        By the cost model that serves layers of few columns, whose weights are most of what is read, and small ones,
+        which take hardly longer than another launch.
+        """
+        extents = self.block_m, self.block_n
+        if self.segment_mode == 1:
+            return self.has_samples
+        return (self.has_samples and extents == (64, 64)) or (
+            not self.has_samples and extents in _RAW_TILES[self.segment_mode]
+        )
+
+    @property
+    def total_bytes(self) -> int:
+        """Shared memory for the sums of the segments before."""
+        return self.block_m * self.block_n * 4 if self.segment_mode == 1 else 0
+
+    def stage_bytes(self, parts: int) -> int:
+        return STAGE_PAIRS * parts * self.block_m * UNIT_BYTES
+
+
+# The wide tile of 128x256 halves the weights that come through L2, which otherwise limits 16-bit layers of few taps.
+# Warp tiles of 64x64 need 62 % of the bandwidth of shared memory at the rate of mma.sync in 16 bits; of 64x32, 92 %.
+# The three sets of sums of a split product leave registers for 64x32. Tiles of 48 rows are for groups of 48 channels;
+# those of 16 columns for streams, where weights are nearly all that is read.
+_TILES = (
+    Tile(128, 128, 2, 2, 2, 4),
+    Tile(128, 256, 2, 4, 1, 4),
+    Tile(64, 128, 2, 2, 3, 4),
+    Tile(64, 64, 2, 2, 4, 4),
+    Tile(32, 256, 1, 4, 3, 4),
+    Tile(48, 128, 1, 4, 3, 4),
+    Tile(32, 64, 1, 4, 4, 4),
+    Tile(16, 128, 1, 4, 4, 4),
+    Tile(128, 128, 2, 2, 2, 4, has_samples=True),
+    Tile(64, 64, 2, 2, 4, 4, has_samples=True),
+    Tile(128, 16, 4, 1, 3, 2),
+)
+_SPLIT_TILES = (
+    Tile(128, 128, 2, 4, 1, 2),
+    Tile(64, 128, 2, 2, 2, 2),
+    Tile(64, 64, 2, 2, 2, 4),
+    Tile(32, 128, 1, 4, 3, 4),
+    Tile(48, 128, 1, 4, 2, 4),
+    Tile(32, 64, 1, 4, 4, 4),
+    Tile(16, 128, 1, 4, 4, 4),
+    Tile(128, 128, 2, 4, 1, 2, has_samples=True),
+    Tile(64, 64, 2, 2, 2, 4, has_samples=True),
+    Tile(128, 16, 4, 1, 3, 2),
+)
+# Those of which there are kernels that pack the weights themselves, besides some of several samples; by segment_mode.
+_RAW_TILES = {
+    0: ((128, 128), (64, 128), (32, 256), (32, 128), (16, 128), (128, 16)),
+    2: ((128, 128), (64, 64), (64, 16)),
+}
+# For reductions in segments: a block has shared memory for the sums of the segments before, or sums one segment.
+_SEGMENT_TILES = (
+    Tile(128, 128, 2, 2, 2, 4, segment_mode=1),
+    Tile(128, 256, 2, 4, 1, 4, segment_mode=1),
+    Tile(64, 128, 2, 2, 2, 4, segment_mode=1),
+    Tile(64, 64, 2, 2, 4, 4, segment_mode=1),
+    Tile(32, 256, 1, 4, 2, 4, segment_mode=1),
+    Tile(48, 128, 1, 4, 3, 4, segment_mode=1),
+    Tile(64, 64, 2, 2, 4, 4, has_samples=True, segment_mode=1),
+    Tile(128, 128, 2, 2, 2, 4, segment_mode=2),
+    Tile(64, 64, 2, 2, 4, 4, segment_mode=2),
+    Tile(64, 16, 4, 1, 4, 2, segment_mode=2),
+    Tile(128, 16, 4, 1, 3, 2, segment_mode=1),
+    Tile(64, 16, 4, 1, 4, 2, segment_mode=1),
+)
+_SPLIT_SEGMENT_TILES = (
+    Tile(128, 128, 2, 4, 1, 1, segment_mode=1),
+    Tile(64, 128, 2, 2, 2, 1, segment_mode=1),
+    Tile(64, 64, 2, 2, 2, 4, segment_mode=1),
+    Tile(48, 128, 1, 4, 2, 4, segment_mode=1),
+    Tile(32, 128, 1, 4, 3, 4, segment_mode=1),
+    Tile(64, 64, 2, 2, 2, 4, has_samples=True, segment_mode=1),
+    Tile(128, 128, 2, 4, 1, 1, segment_mode=2),
+    Tile(64, 64, 2, 2, 2, 4, segment_mode=2),
+    Tile(64, 16, 4, 1, 4, 2, segment_mode=2),
+    Tile(128, 16, 4, 1, 3, 2, segment_mode=1),
+)
+
+
+def tiles(arithmetic: Arithmetic, bits: int = 32, *, segments: bool = False) -> tuple[Tile, ...]:
+    """The tiles of an arithmetic; few for 64-bit offsets, since arrays that need them fill any of the same kind."""
+    whole, cut = (_SPLIT_TILES, _SPLIT_SEGMENT_TILES) if arithmetic.parts == 2 else (_TILES, _SEGMENT_TILES)
+    every: tuple[Tile, ...] = cut if segments else whole
+    if bits == 32:
+        return every
+    return tuple(t for t in every if t.segment_mode < 2 and t.block_n in (16, 64))

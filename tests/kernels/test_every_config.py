@@ -1,0 +1,110 @@
+"""Whatever dispatch chooses is among the specialisations that `gpuconv warmup` compiles."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+
+from gpuconv import cases
+from gpuconv.compile import every_config
+from gpuconv.device import Device
+from gpuconv.dispatch import AlgorithmError, choose, families
+from gpuconv.families import FAMILIES, ArrayLayout, Layout
+from gpuconv.problem import DTYPES, BiasGradientProblem, ConvProblem, Problem, WeightGradientProblem
+
+DEVICES = tuple(Device.from_arch(arch) for arch in ("sm_75", "sm_80", "sm_90"))
+FORMATS = (*DTYPES, "tf32")
+LEAST_CHOICES = 3  # of every family, for the test to say something of it
+
+
+class Random:
+    def __init__(self, seed: int) -> None:
+        self.rng = np.random.default_rng(seed)
+
+    def below(self, end: int) -> int:
+        return int(self.rng.integers(end))
+
+    def magnitude(self, bits: float) -> int:
+        """From 1 to 2**bits, small ones as often as large ones."""
+        return int(2 ** self.rng.uniform(0, bits))
+
+    def layer(self) -> ConvProblem | None:
+        """None where there is no such layer, or its result is empty."""
+        unit = (1, 8)[self.below(2)]
+        C_in, C_out = (-(-self.magnitude(9.3) // unit) * unit for _ in range(2))
+        groups = (1, 1, 1, 2, 16)[self.below(5)]
+        K, stride, dilation = self.magnitude(6), 1 + self.below(2) * self.below(5), 1 + self.below(2) * self.below(9)
+        kind = self.below(7)
+        if kind == 0:
+            groups, C_in, C_out = 64, 1, 1 + self.below(2)
+        elif kind < 3:  # long filters
+            groups, C_in, K, stride, dilation = 1, 1 + self.below(2) * self.below(4), 8 + 2 * self.magnitude(7), 1, 1
+            C_out = 1 + self.below(2) * C_out
+        padding = self.below(K + 2)
+        try:
+            layer = ConvProblem(
+                ("conv1d", "conv_transpose1d")[self.below(2)],
+                self.magnitude(8),
+                C_in * groups,
+                C_out * groups,
+                self.magnitude(13),
+                K,
+                stride,
+                padding,
+                padding,
+                groups=groups,
+                dilation=dilation,
+            )
+        except ValueError:
+            return None
+        return cases.in_format(layer, FORMATS[self.below(len(FORMATS))])
+
+    def array(self, shape: tuple[int, ...]) -> ArrayLayout:
+        """Axes in any order, among them channels last, forwards or backwards, rows with gaps, at any alignment."""
+        order = (self.rng.permutation(len(shape)), np.roll(np.arange(len(shape)), -1))[self.below(2)]
+        strides, step = [0] * len(shape), 1
+        for place, axis in enumerate(order):
+            strides[axis] = step * (-1 if self.below(6) == 0 else 1)
+            step = step * shape[axis] + (0, 8, 2, 1)[self.below(4)] * (place == 0)
+        if self.below(40) == 0:
+            strides[0] = 2**31 + 16
+        return ArrayLayout(tuple(strides), (16, 16, 8, 4, 2)[self.below(5)])
+
+    def layout(self, problem: Problem) -> Layout:
+        layout = Layout.contiguous(problem)
+        if self.below(4):
+            moved = [name for name in problem.shapes if name != "weight" or self.below(3) == 0]
+            layout = layout.replaced(**{name: self.array(problem.shapes[name]) for name in moved})
+        return replace(layout, is_prepared=self.below(2) == 1)
+
+
+def problems(random: Random, count: int) -> Iterator[Problem]:
+    of_layer = (*(lambda p: p for _ in range(7)), *(WeightGradientProblem.of,) * 2, BiasGradientProblem.of)
+    while count > 0:
+        layer = random.layer()
+        if layer is None or layer.is_empty:
+            continue
+        count -= 1
+        yield of_layer[random.below(len(of_layer))](layer)
+
+
+def test_every_choice_is_compiled_by_warmup() -> None:
+    """By preference and by name, of prepared weights and others: GPUCONV_CACHE_ONLY refuses none of them."""
+    random, chosen = Random(0), Counter[str]()
+    every = {device: set(every_config(device, DTYPES)) for device in DEVICES}
+    for problem in problems(random, 1500):
+        layout, device = random.layout(problem), DEVICES[random.below(len(DEVICES))]
+        names = [family.name for family in families(problem.kind)] if random.below(3) == 0 else [None]
+        for name in names:
+            try:
+                choice = choose.__wrapped__(problem, layout, device, name)  # the cache would only fill up
+            except AlgorithmError:
+                continue
+            chosen[choice.family] += 1
+            for step in choice.plan.steps:
+                assert step.config in every[device], (str(problem), layout, device.name, name)
+    rare = {family.name for family in FAMILIES if chosen[family.name] < LEAST_CHOICES}
+    assert not rare, chosen
