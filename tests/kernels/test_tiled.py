@@ -129,10 +129,14 @@ def only_tile(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, Tile],
 
     def leave(dtype: str, tile: Tile) -> None:
         monkeypatch.setitem(tiles.TILES, FORMATS[dtype].accumulator_bytes, (tile,))
+        forget()
+
+    def forget() -> None:
         tiles.compare_tilings.cache_clear()
+        dispatch.choose.cache_clear()
 
     yield leave
-    tiles.compare_tilings.cache_clear()
+    forget()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "complex128"])
