@@ -24,7 +24,6 @@ from .tasks import OPTIONAL, SIGNATURES, Task, padding_of, settings_of_samples
 
 if TYPE_CHECKING:
     from . import fft
-    from .device import Device
 
 # Executors of GPU calls and tasks of CPU calls, by everything that they depend on. A full cache drops its oldest
 # entry, so that a program whose lengths always differ does not fill the memory.
@@ -128,12 +127,19 @@ def _fft_algorithm(algorithm: str | None) -> str | None:
     return algorithm if algorithm in ("fft", "auto") else None
 
 
-def _fft_executor(task: Task, algorithm: str | None, device: Device | None) -> fft.Executor | None:
-    """The executor that computes a task through the FFT; None where it is summed directly."""
+def _fft_executor(task: Task, algorithm: str | None, device_index: int | None) -> fft.Executor | None:
+    """The executor that computes a task through the FFT; None where it is summed directly.
+
+    Args:
+        task: the call.
+        algorithm: "fft", "auto" or None.
+        device_index: the GPU; None for the CPU.
+    """
     if algorithm is None or task.problem is None:
         return None
     from . import fft
 
+    device = None if device_index is None else runtime.device(device_index)
     plan = fft.choose(task.problem, algorithm, device)
     return None if plan is None or task.problem.is_empty else fft.Executor(plan, conjugate_weight=task.conjugate_weight)
 
@@ -205,7 +211,7 @@ def _run_on_gpu(
             options = {"algorithm": algorithm, "prepared": prepared, "lengths": lengths}
             return _run_by_parts(function, arrays, settings, out, **options)
         task = _check(function, arrays, settings, out)
-        by_fft = _fft_executor(task, _fft_algorithm(algorithm), runtime.device(device_index))
+        by_fft = _fft_executor(task, _fft_algorithm(algorithm), device_index)
         if lengths is not None and (by_fft is not None or _runs_one_by_one(function, task, settings)):
             samples = _samples(function, arrays, settings, task, lengths)
             dtype = np.dtype(task.out_dtype or arrays[0].dtype)
