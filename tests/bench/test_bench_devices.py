@@ -375,7 +375,8 @@ def test_gpu_engine_measures_every_implementation(stand_in_engine: gpu.GpuEngine
         assert (outcomes["PyTorch through channels_last"].status == "measured") == symmetric
         assert ("PyTorch, F.pad" in outcomes) != symmetric
         assert not outcomes["PyTorch on channels_last data"].comparable
-        choice = dispatch.choose(case.problem, Layout.contiguous(case.problem), stand_in_engine.device)
+        layout = replace(Layout.contiguous(case.problem), is_prepared=True)
+        choice = dispatch.choose(case.problem, layout, stand_in_engine.device)
         assert choice is not None
         packs = choice.plan.scratch_bytes(PACKED) > 0
         assert outcomes[results.PREPARED].status == ("measured" if packs else "refused")
