@@ -18,11 +18,13 @@ from gpuconv.families import Config, Launch, Step
 from gpuconv.runtime import PreparedWeight
 
 LAYERS = {
-    # op, input, weight, settings; the first four are packed by their families, the others are not.
-    "mma": ("conv1d", (2, 24, 40), (20, 24, 3), {"padding": 1}),
-    "mma phases": ("conv_transpose1d", (2, 40, 20), (40, 12, 4), {"stride": 2}),
+    # op, input, weight, settings; the first four are packed by a launch, the next two by the blocks that multiply.
+    "mma": ("conv1d", (2, 25, 40), (20, 25, 3), {"padding": 1}),
+    "mma phases": ("conv_transpose1d", (2, 40, 20), (40, 13, 3), {"stride": 2}),
     "tiled": ("conv1d", (2, 5, 40), (12, 5, 3), {"padding": 1}),
     "phases": ("conv_transpose1d", (2, 5, 20), (5, 12, 4), {"stride": 2}),
+    "mma in blocks": ("conv1d", (2, 24, 40), (20, 24, 3), {"padding": 1}),
+    "mma phases in blocks": ("conv_transpose1d", (2, 40, 20), (40, 12, 4), {"stride": 2}),
     "direct": ("conv1d", (2, 2, 9), (5, 2, 2), {}),
     "gather": ("conv_transpose1d", (2, 2, 9), (2, 5, 2), {}),
 }

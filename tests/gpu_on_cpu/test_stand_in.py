@@ -537,7 +537,7 @@ def test_swapped_pointers_are_caught(cupy: Any, monkeypatch: pytest.MonkeyPatch,
 
 @pytest.mark.usefixtures("no_plans")
 def test_a_temporary_given_back_too_early_is_caught(cupy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    x, w = np.ones((1, 64, 200), np.float16), np.ones((64, 64, 3), np.float16)
+    x, w = np.ones((1, 66, 200), np.float16), np.ones((64, 66, 3), np.float16)
     expected = gpuconv.conv1d(x, w)
     arrays = cupy.asarray(x), cupy.asarray(w)
     assert np.array_equal(gpuconv.conv1d(*arrays).get(), expected)

@@ -279,17 +279,17 @@ def test_work_of_other_threads(gpu: Gpu) -> None:
 def test_temporary_memory_is_pytorchs(gpu: Gpu) -> None:
     """CuPy's pool would keep it from PyTorch."""
     pool = runtime.cupy_module().get_default_memory_pool()
-    x, w = gpu.put(torch.ones(1, 32, 40)), gpu.put(torch.ones(64, 32, 7))  # of weights that are packed
+    x, w = gpu.put(torch.ones(1, 33, 40)), gpu.put(torch.ones(64, 33, 7))  # of weights that are packed
     before = pool.total_bytes(), gpu.handed_out()
     y = bridge.conv1d(x, w)
     assert pool.total_bytes() == before[0]
     assert gpu.handed_out() >= before[1] + y.nbytes + w.nbytes
-    assert bool((gpu.get(y) == 32 * 7).all())
+    assert bool((gpu.get(y) == 33 * 7).all())
 
 
 def test_calls_in_cuda_graphs(gpu: Gpu) -> None:
     """With weights that are packed, each time anew."""
-    x, w = gpu.put(torch.ones(1, 32, 40)), gpu.put(torch.ones(64, 32, 7))
+    x, w = gpu.put(torch.ones(1, 33, 40)), gpu.put(torch.ones(64, 33, 7))
     gpu.get(bridge.conv1d(x, w))  # compiled
     with gpu.captured() as replay:
         y = bridge.conv1d(x, w)
@@ -297,7 +297,7 @@ def test_calls_in_cuda_graphs(gpu: Gpu) -> None:
         gpu.fill(changed, value)
         gpu.get(changed)  # the graph runs behind it
         replay()
-        assert bool((gpu.get(y) == factor * 32 * 7).all())
+        assert bool((gpu.get(y) == factor * 33 * 7).all())
 
 
 def test_cupys_per_thread_default_stream_has_no_effect() -> None:

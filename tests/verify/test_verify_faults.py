@@ -88,6 +88,12 @@ FAULTS: Mapping[str, Fault] = {
     ),
     "pack_mma_weight drops the first tap": Fault(
         "pack_mma_weight", "from.has(tap) ? shared[", "tap > 0 && from.has(tap) ? shared[",
+        "conv1d_mma", "channels_17_33", "float16",
+    ),
+    "blocks that pack their weights drop the first tap": Fault(
+        "conv1d_mma",
+        "exists ? from[(unit * kUnit + e)",
+        "exists && tap > 0 ? from[(unit * kUnit + e)",
         "conv1d_mma", "mimi_stream", "float16",
     ),
     "pack_im2col_weight drops the first tap": Fault(
@@ -365,10 +371,10 @@ FAULTS: Mapping[str, Fault] = {
     ),
     "pack_mma_weight loses the low bits": Fault(
         "pack_mma_weight",
-        "hi == hi ? storage_t(lo) : w;",
-        "hi == hi ? storage_t(0.0f) : w;",
+        "packed.small = storage_t(lo);",
+        "packed.small = storage_t(0.0f);",
         "conv1d_mma",
-        "mimi_stream",
+        "channels_66_48",
         says=BOUND,
     ),
 }  # fmt: skip
