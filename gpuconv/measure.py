@@ -205,7 +205,7 @@ def _time(calls: list[Callable[[], Any]], on_gpu: bool, repeats: int) -> list[Ti
             runtime.cupy_module().cuda.get_current_stream().synchronize()
 
     turns: list[list[float]] = [[] for _ in calls]
-    with _no_garbage_collection():
+    with no_garbage_collection():
         for repeat in range(repeats):
             for index in range(len(calls)):
                 place = (index + repeat) % len(calls)
@@ -229,7 +229,7 @@ def _turn(call: Callable[[], Any], finish: Callable[[], None]) -> float:
 
 
 @contextmanager
-def _no_garbage_collection() -> Iterator[None]:
+def no_garbage_collection() -> Iterator[None]:
     """Keep pauses of Python's collector out of the times."""
     gc.collect()
     gc.disable()

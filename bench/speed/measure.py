@@ -5,13 +5,13 @@ Nothing here knows CUDA, NumPy or PyTorch; an `Engine` does (bench/speed/gpu.py,
 
 from __future__ import annotations
 
-import gc
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
+from gpuconv.measure import no_garbage_collection
 from gpuconv.peers import Refused
 from gpuconv.problem import ConvProblem, WeightGradientProblem
 
@@ -266,7 +266,7 @@ def _time(
             work.append((entrant, runs, calls))
 
     samples: list[list[float]] = [[] for _ in work]
-    with _no_garbage_collection():
+    with no_garbage_collection():
         for repeat in range(method.repeats):
             now = clock()
             if (repeat >= MIN_REPEATS and now > deadlines.soft) or (repeat >= 1 and now > deadlines.hard):
@@ -324,17 +324,6 @@ def _caller(runner: Runner, indices: Sequence[int]) -> Callable[[], None]:
             runner.call(index)
 
     return run
-
-
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """Keep pauses of Python's collector out of the samples."""
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
 
 
 def _finite(value: float) -> float | None:

@@ -115,7 +115,7 @@ EAGER = Method(kinds=("eager",))
 @pytest.fixture(autouse=True)
 def no_collection(monkeypatch: pytest.MonkeyPatch) -> None:
     """Collecting garbage before every sample would be most of what these tests do."""
-    monkeypatch.setattr("bench.speed.measure.gc", types.SimpleNamespace(collect=int, disable=int, enable=int))
+    monkeypatch.setattr("gpuconv.measure.gc", types.SimpleNamespace(collect=int, disable=int, enable=int))
 
 
 def test_measured_times_are_those_of_the_clock() -> None:

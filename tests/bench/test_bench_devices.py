@@ -47,7 +47,7 @@ def case_of(name: str, mode: Mode = FLOAT32, direction: Any = "forward") -> Case
 @pytest.fixture(autouse=True)
 def quick_samples(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Collecting garbage before every sample, and idle threads that spin, would be most of what these tests do."""
-    monkeypatch.setattr("bench.speed.measure.gc", types.SimpleNamespace(collect=int, disable=int, enable=int))
+    monkeypatch.setattr("gpuconv.measure.gc", types.SimpleNamespace(collect=int, disable=int, enable=int))
     torch = peers.optional_module("torch")
     threads = torch and torch.get_num_threads()
     if torch:
