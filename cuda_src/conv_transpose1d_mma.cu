@@ -31,7 +31,7 @@ struct Params {
     index_t input_stride_n, input_stride_c, input_stride_l;
     index_t bias_stride;
     index_t output_stride_n, output_stride_c, output_stride_l;
-    // See Window in mma.cuh.
+    // See Window in mma_tile.cuh.
     index_t units, chunks, pairs, segments, segment_chunks, num_tiles, round_stages;
     index_t block_samples, block_positions;
     index_t planes, plane_rows, sample_rows, window_rows, unit_tasks, tasks_reciprocal;

@@ -8,7 +8,7 @@ from .arithmetic import STAGE_PAIRS, UNIT_BYTES, WARP, Arithmetic
 
 NUM_STAGES = 4  # of weights in shared memory, a power of two
 RAW_BOXES = 2  # of a layer's own weights there: kBoxes of raw_weights.cuh
-SLICE_TABLE_BYTES = 48  # of a row of Slice in mma.cuh, besides its elements, at most
+SLICE_TABLE_BYTES = 48  # of a row of Slice in mma_epilogue.cuh, besides its elements, at most
 MAX_BLOCK_N = 256
 MAX_BLOCK_M = 128
 

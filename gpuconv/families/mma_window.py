@@ -72,7 +72,7 @@ class Reduction:
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """How the input that a block reads lies in shared memory: see mma.cuh.
+    """How the input that a block reads lies in shared memory: see mma_tile.cuh.
 
     Neighbouring columns read positions column_step apart, so a plane holds every column_step-th position. Taps whose
     distance is a multiple of column_step share a plane, shifted: there are column_step/gcd(column_step, tap_step)
