@@ -19,6 +19,7 @@ from gpuconv import calls, nn, reference, runtime
 from gpuconv.problem import DTYPES, INTEGERS, ConvProblem, numpy_dtype
 from tests.api.test_problem import BAD_CALLS, VALID
 from tests.api.test_problem import construct as construct_from_shapes
+from tests.plans import BASE
 
 Array = npt.NDArray[Any]
 
@@ -847,9 +848,6 @@ def test_errors_are_the_same_on_both_devices(
             call(op, **ones, **arguments)
         messages.append(str(caught.value))
     assert messages[0] == messages[1]
-
-
-BASE = {"conv1d": "conv1d_direct", "conv_transpose1d": "conv_transpose1d_gather"}
 
 
 @pytest.mark.parametrize("op", OPS)
