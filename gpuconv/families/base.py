@@ -95,6 +95,12 @@ class Config:
     def of(cls, kernel: str, macros: Mapping[str, str | int]) -> Config:
         return cls(kernel, tuple((name, str(value)) for name, value in macros.items()))
 
+    @classmethod
+    def for_dtype(cls, kernel: str, dtype: str, bits: int, macros: Mapping[str, str | int]) -> Config:
+        """The specialisation with these macros besides those that all kernels have."""
+        fields = len(params_fields(kernel))
+        return cls.of(kernel, {"DTYPE": dtype, "INDEX_BITS": bits, **macros, "PARAMS_BYTES": fields * bits // 8})
+
 
 @dataclass(frozen=True, slots=True)
 class Launch:
@@ -288,11 +294,7 @@ def conv_plan(
 
 def base_config(kernel: str, dtype: str, bits: int, block_size: int) -> Config:
     """The specialisation of a one-thread-per-output kernel."""
-    fields = len(params_fields(kernel))
-    return Config.of(
-        kernel,
-        {"DTYPE": dtype, "INDEX_BITS": bits, "BLOCK_SIZE": block_size, "PARAMS_BYTES": fields * bits // 8},
-    )
+    return Config.for_dtype(kernel, dtype, bits, {"BLOCK_SIZE": block_size})
 
 
 def with_padding_mode(config: Config, padding_mode: str) -> Config:
