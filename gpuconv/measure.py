@@ -175,7 +175,7 @@ def _peer(
     """
     x, weight, bias = layer.arrays
     given = {name: value for name, value in settings.items() if name not in ("algorithm", "lengths")}
-    fused = Fused.check(layer.op, *(given.pop(n, None) for n in ("activation", "input_activation", "residual")))
+    fused = Fused.take(layer.op, given)
     if settings.get("lengths") is not None:
         raise peers.Refused("PyTorch has no lengths of samples")
     dtype = str(x.dtype)
