@@ -85,7 +85,7 @@ def number_format(family: str) -> str:
 
 
 def this_gpu() -> Device:
-    return runtime.device(runtime.cupy_module().cuda.runtime.getDevice())
+    return runtime.current_gpu()
 
 
 @pytest.mark.parametrize("family", FORWARD_FAMILIES, ids=lambda family: family.name)
