@@ -310,18 +310,6 @@ def test_parameters_are_drawn_from_pytorchs_distribution(name: str, groups: int)
     assert_uniform(ours.state_dict(), bound=1 / math.sqrt(ours.weight.shape[1] * 5))
 
 
-@pytest.mark.torch
-@pytest.mark.parametrize("name", LAYERS)
-@pytest.mark.parametrize("groups", [1, 4])
-def test_pytorch_draws_from_that_distribution(name: str, groups: int) -> None:
-    import torch
-
-    torch.manual_seed(1)
-    theirs = getattr(torch.nn, name)(48, 512, 5, groups=groups)
-    state = {key: value.numpy() for key, value in theirs.state_dict().items()}
-    assert_uniform(state, bound=1 / math.sqrt(theirs.weight.shape[1] * 5))
-
-
 def assert_uniform(state: dict[str, Any], bound: float) -> None:
     for array in state.values():
         values = array.ravel().astype(np.float64)
