@@ -223,7 +223,7 @@ class Explanation:
             "blocks": plan.problem.N * overlap.rows * overlap.blocks,
             "blocks_at_a_time": plan.batch,
             "workspace_bytes": plan.workspace_bytes,
-            "prepared_bytes": plan.spectra_bytes,
+            "prepared_bytes": fft.kept_bytes(plan, self.device),
         }
 
     def _kernel_dict(self, choice: dispatch.Choice) -> dict[str, Any]:
@@ -283,7 +283,7 @@ class Explanation:
             if self.by_fft is None:
                 rows += self._kernel_rows()
         if self.by_fft is not None:
-            rows += _fft_rows(self.by_fft)
+            rows += _fft_rows(self.by_fft, self.device)
         if self.costs is not None:
             direct, by_fft = (f"{us / 1e3:.3g} ms" for us in (self.costs.direct_us, self.costs.fft_us))
             where_from = f"predicted for {count(self.costs.blocks, 'block')} of this layer"
@@ -366,13 +366,13 @@ def _names_of_operands(problem: WeightGradientProblem) -> dict[str, str]:
     return dict(zip(signature.operands, signature.arrays, strict=True))
 
 
-def _fft_rows(plan: fft.Plan) -> list[tuple[str, str]]:
+def _fft_rows(plan: fft.Plan, device: Device | None) -> list[tuple[str, str]]:
     overlap = plan.overlap
     number = count(plan.problem.N * overlap.rows * overlap.blocks, "block")
     words = f"{number} of {overlap.block} samples for {count(overlap.new, 'result')}, {plan.batch} at a time"
     kept = f"{_quantity(plan.workspace_bytes, 'B')}"
     if isinstance(plan.problem, ConvProblem):
-        kept += f"; a prepared weight keeps {_quantity(plan.spectra_bytes, 'B')}"
+        kept += f"; a prepared weight keeps {_quantity(fft.kept_bytes(plan, device), 'B')}"
     return [("fft", words), ("workspace", kept)]
 
 
