@@ -290,7 +290,9 @@ def _table(function: str, task: Task, samples: Samples) -> np.ndarray[Any, Any]:
     is_swapped = (
         p.transposed if isinstance(p, WeightGradientProblem) else isinstance(p, ConvProblem) and p.op != function
     )
-    return np.stack((L_out, L_in, left) if is_swapped else (L_in, L_out, left), axis=1)
+    table = np.empty((len(L_in), 3), np.int64)
+    table[:, 0], table[:, 1], table[:, 2] = (L_out, L_in, left) if is_swapped else (L_in, L_out, left)
+    return table
 
 
 def _run_samples_on_cpu(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -113,12 +114,20 @@ class Executor:
 
 def _write_samples(table: np.ndarray[Any, Any]) -> Any:
     """A temporary buffer with a table of int64, which kernels write from their parameters."""
-    from ..families.lengths import write_launches
+    from ..families.lengths import writes
 
     buffer = temporary(table.nbytes)
-    for config, launch in write_launches(table.reshape(-1).tolist()):
-        Kernel(config, launch).launch(buffer)
+    index = int(cupy_module().cuda.runtime.getDevice())
+    for count, params in writes(table.reshape(-1)):
+        _writer(index, count).with_params(params).launch(buffer)
     return buffer
+
+
+@lru_cache(maxsize=64)
+def _writer(device_index: int, count: int) -> Kernel:  # noqa: ARG001 (one for each GPU)
+    from ..families.lengths import write_launch
+
+    return Kernel(*write_launch(count))
 
 
 def _with_copies(arrays: Sequence[Any], copies: Sequence[bool]) -> Sequence[Any]:
