@@ -71,9 +71,9 @@ class Tile:
 
 
 # Large tiles need less of weights and input from L2 for a product, which otherwise limits layers of few taps. By the
-# cost model their many shapes save up to a third of the time, which fewer shapes would spend on rows and columns beyond the
-# result: 320 columns hold the 301 positions of a layer, 160 hold 150 or twice 75, and many layers have a multiple of 48
-# or of 96 channels.
+# cost model their many shapes save up to a third of the time, which fewer shapes would spend on rows and columns beyond
+# the result: 320 columns hold the 301 positions of a layer, 160 hold 150 or twice 75, and many layers have a multiple
+# of 48 or of 96 channels.
 # Warp tiles of 64x64 need 62 % of the bandwidth of shared memory at the rate of mma.sync in 16 bits, of 48x80 66 %, of
 # 64x32 92 %. The three sets of sums of a split product leave registers for 64x32. Tiles of 16 columns are for streams,
 # where weights are nearly all that is read.
