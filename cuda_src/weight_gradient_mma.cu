@@ -38,18 +38,14 @@
 // Needs float16, bfloat16 (sm_80) or float32 (sm_80). Chosen for at least 8 channels or 8 taps on the fine side; see
 // gpuconv/families/weight_gradient_mma.py.
 
-#ifndef TAP_WIDTH
-#define TAP_WIDTH 1
-#endif
-#ifndef FEW_ROWS
-#define FEW_ROWS 0
-#endif
-
 #include "common.cuh"
 #include "edge.cuh"
 #include "fragments.cuh"
 #include "slices.cuh"
 #include "staging.cuh"
+#include "weight_gradient_epilogue.cuh"
+#include "weight_gradient_staging.cuh"
+#include "weight_gradient_tile.cuh"
 
 struct Params {
     index_t N, L_coarse, L_fine, K;
@@ -70,152 +66,6 @@ struct Params {
     static constexpr bool is_conjugated = false;  // for slices.cuh
 };
 static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/weight_gradient_mma.py");
-
-#ifndef COARSE_LAST
-#define COARSE_LAST 0
-#endif
-#ifndef FINE_LAST
-#define FINE_LAST 0
-#endif
-
-constexpr int kOctetUnits = 8 / kUnit;
-constexpr int kOctetChannels = TAPS_IN_UNITS ? 1 : 8, kOctetTaps = 8 / kOctetChannels;
-constexpr int kStepRows = 16;                  // positions of a step
-constexpr int kDepth = 2 * kUnit;              // and of one product of matrices
-constexpr int kUnitsM = BLOCK_M / kUnit;
-// Rows from unit to unit of an octet, and from octet to octet: fragments of 32-bit operands read both units of an octet at
-// once, and stores go to eight units.
-constexpr int kHalfM = CHUNK_ROWS + (kUnit == 8 ? 0 : 4);
-constexpr int kPitchM = kOctetUnits * kHalfM + 1;
-constexpr int kCoarsePart = BLOCK_M / 8 * kPitchM;  // vectors
-// Units of coarse as Task::of counts them: whole eights where lanes take as many.
-constexpr int kTaskUnitsM =
-    (COARSE_WIDTH == 1 && !COARSE_LAST) || kUnitsM < 8 ? kUnitsM : (kUnitsM + 7) / 8 * 8;
-constexpr int kCoarseTasks = kTaskUnitsM * CHUNK_ROWS / COARSE_WIDTH;
-constexpr int kAheadCoarse = (kCoarseTasks + kThreads - 1) / kThreads * COARSE_WIDTH < AHEAD_COARSE
-    ? (kCoarseTasks + kThreads - 1) / kThreads : AHEAD_COARSE / COARSE_WIDTH;
-constexpr int kAheadFine = AHEAD_FINE / FINE_WIDTH;
-constexpr bool kCopiesCoarse = COARSE_LAST && kUnit == 8, kCopiesFine = FINE_LAST && kUnit == 8;  // as they are
-constexpr int kOutPitch = BLOCK_N + 4;          // of the sums that are to be stored
-constexpr int kOutColumns = BLOCK_N / 32;       // that a lane stores of a row
-static_assert(CHUNK_ROWS % kStepRows == 0, "chunks are whole steps: gpuconv/families/weight_gradient_mma.py");
-static_assert(AHEAD_COARSE % COARSE_WIDTH == 0 && AHEAD_FINE % FINE_WIDTH == 0,
-              "whole tasks are loaded ahead: gpuconv/families/weight_gradient_mma.py");
-static_assert(!TAPS_IN_UNITS || FINE_WIDTH == 1,
-              "windows of taps are loaded position by position: gpuconv/families/weight_gradient_mma.py");
-static_assert((!COARSE_LAST || COARSE_WIDTH == 1) && (!FINE_LAST || (FINE_WIDTH == 1 && !TAPS_IN_UNITS)),
-              "units are of one position and of channels: gpuconv/families/weight_gradient_mma.py");
-static_assert(!FEW_ROWS || !COARSE_LAST, "units of fewer rows are no whole ones: gpuconv/families/weight_gradient_mma.py");
-static_assert(kIsEmptyOutside || FINE_WIDTH == 1,
-              "positions outside fine are loaded together: gpuconv/families/weight_gradient_mma.py");
-static_assert(kStepRows == SPLIT_TERMS, "SPLIT_TERMS differs from gpuconv/families/arithmetic.py");
-
-// Where a row of the window lies, from the chunk's first sample and the position that its first l meets.
-struct Place {
-    index_t n, l;
-};
-
-// What a block computes. Rows, octets and taps are those of the group.
-struct Tile {
-    index_t slice, channel, fine_channel;  // the first channels of the group
-    index_t row_begin, octet_begin, tap_begin;
-    index_t rows, channels, taps;  // that exist: of coarse, of fine, and of each channel of fine
-    index_t elements;              // of all octets
-};
-
-__device__ __forceinline__ Tile find_tile(unsigned block, const Params& p) {
-    Tile tile;
-    tile.row_begin = index_t(next_index(block, p.row_tiles)) * BLOCK_M;
-    tile.tap_begin = index_t(next_index(block, p.tap_tiles)) * p.block_taps;
-    tile.octet_begin = index_t(next_index(block, p.octet_tiles)) * p.block_octets;
-    const index_t group = next_index(block, p.groups);
-    tile.slice = block;
-    tile.channel = group * p.C_coarse_g;
-    tile.fine_channel = group * p.C_fine_g;
-    tile.rows = min_index(p.C_coarse_g - tile.row_begin, BLOCK_M);
-    tile.channels = min_index(p.C_fine_g - tile.octet_begin * kOctetChannels, p.block_octets * kOctetChannels);
-    tile.taps = min_index(p.K - tile.tap_begin * kOctetTaps, p.block_taps * kOctetTaps);
-    tile.elements = tile.channels * kOctetTaps;
-    return tile;
-}
-
-__device__ __forceinline__ bool is_finite(float x) { return (float_as_uint(x) & 0x7f800000u) != 0x7f800000u; }
-
-// A thread's task in staging: `width` neighbouring positions of a unit. Neighbouring lanes take neighbouring positions of
-// one unit or, where those are several each, which would meet on the same banks, one of up to eight units each; so they do
-// where units are neighbours in memory.
-struct Task {
-    int unit, row;
-
-    __device__ __forceinline__ static Task of(int index, int units, int runs, int width, bool is_last) {
-        const int low = width == 1 && !is_last ? 1 : units < 8 ? units : 8;
-        const int rest = index / low, block = rest / runs;
-        return Task{block * low + (index - rest * low), (rest - block * runs) * width};
-    }
-};
-
-// A task where units are contiguous: its row of a buffer, -1 where the unit does not exist, and what it adds to the chunk's first
-// sample, position and element.
-struct alignas(16) UnitTask {
-    int row;
-    index_t n, l, offset;
-};
-static_assert(INDEX_BITS == 32 || !(COARSE_LAST || FINE_LAST), "UnitTask: gpuconv/families/weight_gradient_mma.py");
-
-// The channel of a unit's first element, of `channels`. The last unit ends with the last channel, so that it may begin with
-// some that the unit before has too, and all channels of every unit exist.
-__device__ __forceinline__ int first_of_unit(int unit, index_t channels) {
-    return int(min_index(unit * kUnit, channels - kUnit));
-}
-__device__ __forceinline__ int first_row_of_unit(int unit, index_t rows) {
-    return FEW_ROWS ? 0 : first_of_unit(unit, rows);
-}
-
-// kUnit neighbours of a row, two at a time.
-template <int kWidth>
-__device__ __forceinline__ void load_neighbours(Block<kWidth>& block, const storage_t* from) {
-#pragma unroll
-    for (int e = 0; e < kUnit; e += 2) {
-        const Run<2> both = Run<2>::load(from + e);
-        block.run[e].word[0] = both.word[0];
-        // Of elements of 2 bytes the lower half of a word counts.
-        block.run[e + 1].word[0] = kUnit == 8 ? both.word[0] >> 16 : both.word[Run<2>::kWords - 1];
-    }
-}
-
-// Copies a unit of one position to its row of a buffer, or loads it to registers; as zeros where it does not exist.
-template <bool kCopies>
-__device__ __forceinline__ void stage_unit(Block<1>& block, Vector<unsigned>* row, const storage_t* from, bool exists) {
-    if (kCopies) {
-        copy_async_if(row, reinterpret_cast<const Vector<unsigned>*>(from), exists);
-        if (!exists) *row = Vector<unsigned>();
-    } else {
-        block.clear();
-        if (exists) block.load_unit(from);
-    }
-}
-
-// Loads the elements of fine that kUnit neighbouring taps meet, the first of them at a position; zeros where there are none.
-template <int kWidth>
-__device__ __forceinline__ void load_taps(
-    Block<kWidth>& block, const storage_t* x, index_t first, index_t L_fine, bool exists, const Params& p) {
-    if (exists && is_inside(first, first + (kUnit - 1) * p.dilation, L_fine)) {
-        if (TAP_WIDTH == 2) {
-            load_neighbours(block, x + first);
-        } else {
-            block.load(x + first * p.fine_stride_l, keep_in_register(p.dilation * p.fine_stride_l));
-        }
-        return;
-    }
-    block.clear();
-#pragma unroll
-    for (int e = 0; e < kUnit; ++e) {
-        const Source source = source_index(first + e * p.dilation, L_fine);
-        if (exists && source.exists) {
-            block.run[e] = RunOf<kWidth>::type::load(x + source.index * p.fine_stride_l);
-        }
-    }
-}
 
 // The fragments of one product of matrices are loaded from this lane's address of each operand: see ptx.cuh. 16-bit operands
 // are transposed as they are loaded; 32-bit ones are read one by one.
@@ -566,85 +416,5 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) weight_gradie
     SAMPLES_ARGUMENT const Params p) {
     Sums acc;
     multiply_slice(coarse, fine, find_tile(blockIdx.x, p), p, acc SAMPLES_VALUE);
-
-    // 16 rows of each warp at a time pass through shared memory, to be stored in the order of (c, k).
-    const Tile tile = find_tile(block_index_again(), p);
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    acc_t* const out = reinterpret_cast<acc_t*>(dynamic_shared_memory());  // [WARPS_M * 16][kOutPitch]
-    acc_t* const mine = out + (warp / WARPS_N * 16 + lane / 4) * kOutPitch + warp % WARPS_N * kWarpN + lane % 4 * 2;
-    // A lane stores the m-th of these of every row.
-    int from[kOutColumns];
-    index_t to[kOutColumns];
-    const index_t to_c = partial != nullptr ? p.K : p.weight_stride_c;
-    const index_t to_k = partial != nullptr ? 1 : p.weight_stride_k;
-    const auto column_of = [&](int c, int tap) {
-        if (TAPS_IN_UNITS) return c * int(p.block_taps) * 8 + tap;
-        const int unit = c / kUnit, place = unit * kUnit + (c - first_of_unit(unit, tile.channels));
-        return (place / 8 * int(p.block_taps) + tap) * 8 + place % 8;
-    };
-    const index_t first_c = tile.octet_begin * kOctetChannels, first_k = tile.tap_begin * kOctetTaps;
-    const int taps = int(tile.taps), step_c = 32 / taps, step_tap = 32 - step_c * taps;
-    int c = lane / taps, tap = lane - c * taps;
-#pragma unroll
-    for (int m = 0; m < kOutColumns; ++m) {
-        from[m] = c < tile.channels ? column_of(c, tap) : -1;
-        to[m] = (first_c + c) * to_c + (first_k + tap) * to_k;
-        c += step_c;
-        tap += step_tap;
-        if (tap >= taps) {
-            tap -= taps;
-            ++c;
-        }
-    }
-    __syncthreads();
-#pragma unroll 1
-    for (int i = 0; i < kTilesM && i * 16 < tile.rows; ++i) {
-#pragma unroll
-        for (int j = 0; j < kTilesN; ++j) {
-#pragma unroll
-            for (int e = 0; e < 4; ++e) mine[e / 2 * 8 * kOutPitch + j * 8 + e % 2] = acc[0][j][e];
-        }
-        __syncthreads();
-        bool sum_again = false;
-        // The row of a place among them, or -1 where that is a channel which another place has.
-        const auto row_of = [&](int place) {
-            const int in_tile = place / 16 * kWarpM + i * 16 + place % 16, unit = in_tile / kUnit;
-            const int row = first_row_of_unit(unit, tile.rows) + in_tile % kUnit;
-            return row < unit * kUnit || (FEW_ROWS && row >= tile.rows) ? -1 : row;
-        };
-#pragma unroll 1
-        for (int row = warp; row < WARPS_M * 16; row += kThreads / 32) {
-            if (row_of(row) < 0) continue;
-            const index_t r = tile.channel + tile.row_begin + row_of(row);
-#pragma unroll
-            for (int m = 0; m < kOutColumns; ++m) {
-                if (from[m] < 0) continue;
-                const acc_t sum = out[row * kOutPitch + from[m]];
-                sum_again = sum_again || (NAN_FALLBACK && !is_finite(sum));
-                if (partial != nullptr) {
-                    partial[(tile.slice * p.C_coarse + r) * (p.C_fine_g * p.K) + to[m]] = sum;
-                } else {
-                    grad_weight[r * p.weight_stride_r + to[m]] = finish_gradient(sum, false);
-                }
-            }
-        }
-        if (sum_again) {
-            const Slice s = find_slice(tile.slice, p);
-#pragma unroll 1
-            for (int task = 0; task < WARPS_M * 16 * kOutColumns; ++task) {
-                const int row = task / kOutColumns, e = task % kOutColumns * 32 + lane;
-                const int c = e / taps, tap = e - c * taps;
-                if (row % (kThreads / 32) != warp || row_of(row) < 0 || c >= tile.channels) continue;
-                if (is_finite(out[row * kOutPitch + column_of(c, tap)])) continue;
-                const index_t r = tile.channel + tile.row_begin + row_of(row), k = first_k + tap;
-                const index_t c_of_group = first_c + c;
-                const acc_t sum = canonical_slice_sum(
-                    coarse + r * p.coarse_stride_c, fine + (tile.fine_channel + c_of_group) * p.fine_stride_c, k, s,
-                    p SAMPLES_VALUE);
-                store_sum(sum, tile.slice, r, c_of_group * p.K + k, partial, grad_weight, p);
-            }
-        }
-        __syncthreads();
-        move_sums_up(acc);
-    }
+    store_tile(acc, find_tile(block_index_again(), p), coarse, fine, partial, grad_weight, p SAMPLES_VALUE);
 }
