@@ -16,7 +16,7 @@
 // apart, and what is said of taps and channels above holds for blocks of eight taps, 8*dilation apart, and for those eight.
 // TAP_WIDTH = 2 loads two of them at once: dilation is 1, and they begin aligned to two at even positions.
 //
-// FEW_ROWS = 1 is for fewer than kUnit channels of coarse in a group: the last one fills the unit.
+// FEW_ROWS = 1 is for fewer than kUnit channels of coarse in a group: others of them fill the unit.
 //
 // The reduction runs over samples, and in a sample over steps of 16 positions, of which those behind the last count as
 // zeros. So its order depends on the problem and the slices alone, and the bits on neither the tile nor the chunks.
@@ -29,9 +29,11 @@
 // of octets, then groups, then slices. Grid y and z: 1. Dynamic shared memory: two buffers of both operands, and tables
 // of the window's rows and of the tasks of staging it; or the sums that are to be stored.
 // With several slices their sums go to partial and sum_slices.cu follows; with one partial is null.
-// COARSE_WIDTH and FINE_WIDTH > 1 need contiguous positions, as many as a multiple of the width, in rows that begin
-// aligned to that many; FINE_WIDTH > 1 also needs stride 1. Takes other arrays of any strides, in elements.
-// Samples with lengths of their own (samples.cuh) need widths of 1.
+// COARSE_WIDTH and FINE_WIDTH = 4 need contiguous positions; FINE_WIDTH = 4 also needs stride 1. Rows begin and end at
+// multiples of COARSE_ALIGN and FINE_ALIGN positions, by default the widths, and are aligned to that many. Where it is 1,
+// elements have 16 bits, the strides of channels are odd, none is negative, and arrays are aligned to 4 bytes
+// (unaligned_runs.cuh).
+// Takes other arrays of any strides, in elements. Samples with lengths of their own (samples.cuh) need widths of 1.
 // COARSE_LAST and FINE_LAST = 1 (0 by default) are for arrays whose channels are contiguous, in groups of whole units, each unit
 // aligned to 16 bytes: a unit of one position is then 16 bytes of memory. Units of 16-bit elements go to shared memory by
 // cp.async, those of 32 bits through registers, since they are rounded or split.
@@ -59,7 +61,6 @@ struct Params {
     index_t planes, plane_rows, tap_rows_step;
     index_t window_rows;                // of all samples of a chunk
     index_t window_half, window_pitch;  // from unit to unit of an octet, and from octet to octet
-    index_t task_units;                 // the window's units, where lanes take several filled up to whole eights
     index_t coarse_stride_n, coarse_stride_c, coarse_stride_l;
     index_t fine_stride_n, fine_stride_c, fine_stride_l;
     index_t weight_stride_r, weight_stride_c, weight_stride_k;
@@ -106,29 +107,30 @@ __device__ __forceinline__ void multiply_slice(
     const int fine_part = int(p.block_octets) * window_pitch;
     const int planes = int(p.planes), plane_rows = int(p.plane_rows);
 
-    Vector<unsigned>* const coarse_buffers = reinterpret_cast<Vector<unsigned>*>(dynamic_shared_memory());
-    Vector<unsigned>* const fine_buffers = coarse_buffers + 2 * kParts * kCoarsePart;
+    const Side coarse_side = {
+        reinterpret_cast<Vector<unsigned>*>(dynamic_shared_memory()), kCoarsePart, kPitchM, kHalfM};
+    const Side fine_side = {coarse_side.buffers + 2 * kParts * kCoarsePart, fine_part, window_pitch, window_half};
+    Vector<unsigned>* const tables = fine_side.buffers + 2 * kParts * fine_part;
 #if FINE_LAST
-    UnitTask* const tasks = keep_in_register_shared(reinterpret_cast<UnitTask*>(fine_buffers + 2 * kParts * fine_part));
+    UnitTask* const tasks = keep_in_register_shared(reinterpret_cast<UnitTask*>(tables));
 #else
-    Place* const places = keep_in_register_shared(reinterpret_cast<Place*>(fine_buffers + 2 * kParts * fine_part));
+    Place* const places = keep_in_register_shared(reinterpret_cast<Place*>(tables));
     Task* const tasks = keep_in_register_shared(reinterpret_cast<Task*>(places + p.window_rows));
 #endif
-    const int fine_runs = int(p.window_rows) / FINE_WIDTH, fine_tasks = fine_runs * int(p.task_units);
+    const int fine_runs = int(p.window_rows) / FINE_WIDTH, fine_tasks = fine_runs * window_units;
     const int sample_window_rows = planes * plane_rows;
-    // Planes begin at a multiple of FINE_WIDTH, so that their first rows may be ones that no tap needs.
+    // Planes begin at a multiple of FINE_ALIGN, so that their first rows may be ones that no tap needs.
     const index_t first = tile.tap_begin * p.tap_step - p.padding_left;
-    const auto skew_of = [&](int plane) { return int(first + plane * p.tap_step) & (FINE_WIDTH - 1); };
+    const auto skew_of = [&](int plane) { return int(first + plane * p.tap_step) & (FINE_ALIGN - 1); };
 #if FINE_LAST
 #pragma unroll 1
     for (int i = threadIdx.x; i < fine_tasks; i += kThreads) {
-        const Task task = Task::of(i, window_units, fine_runs, 1, true);
+        const Task task = Task::of(i, window_units, fine_runs, 1, kFineLanes);
         const int sample = task.row / sample_window_rows, in_sample = task.row - sample * sample_window_rows;
         const int plane = in_sample / plane_rows;
         const index_t of_sample = (in_sample - plane * plane_rows) * p.stride + first + plane * p.tap_step;
-        const int row = task.unit / kOctetUnits * window_pitch + task.unit % kOctetUnits * window_half + task.row;
         tasks[i] = UnitTask{
-            task.unit * kUnit < tile.elements ? row : -1, sample, of_sample,
+            task.unit * kUnit < tile.elements ? fine_side.row_of(task) : -1, sample, of_sample,
             sample * p.fine_stride_n + of_sample * p.fine_stride_l + task.unit * kUnit};
     }
 #else
@@ -142,7 +144,7 @@ __device__ __forceinline__ void multiply_slice(
 
 #pragma unroll 1
     for (int i = threadIdx.x; i < fine_tasks; i += kThreads) {
-        tasks[i] = Task::of(i, window_units, fine_runs, FINE_WIDTH, TAPS_IN_UNITS);
+        tasks[i] = Task::of(i, window_units, fine_runs, FINE_WIDTH, kFineLanes);
     }
 #endif
 
@@ -151,16 +153,18 @@ __device__ __forceinline__ void multiply_slice(
     index_t n = s.n_begin, l = s.l_begin;  // the chunk to load
     const int sample_shift = int(p.sample_shift), sample_rows = 1 << sample_shift;
 
+    // Channels of the arrays from the first of the block on.
+    const index_t coarse_channels = p.C_coarse - tile.channel - tile.row_begin;
+    const index_t fine_channels = p.groups * p.C_fine_g - tile.fine_channel - tile.octet_begin * kOctetChannels;
     // Units that exist. The others are never written: they have a part in no result.
     const int coarse_units = (int(tile.rows) + kUnit - 1) / kUnit, fine_units = (int(tile.elements) + kUnit - 1) / kUnit;
 #if COARSE_LAST
     const storage_t* coarse_chunk;  // the chunk's first element
     const auto coarse_task = [&](int i) {
-        const Task task = Task::of(i * kThreads + int(threadIdx.x), kUnitsM, CHUNK_ROWS, 1, true);
-        const int row = task.unit / kOctetUnits * kPitchM + task.unit % kOctetUnits * kHalfM + task.row;
+        const Task task = Task::of(i * kThreads + int(threadIdx.x), kUnitsM, CHUNK_ROWS, 1, kCoarseLanes);
         const int n_of_chunk = task.row >> sample_shift, l_of_chunk = task.row - (n_of_chunk << sample_shift);
         return UnitTask{
-            task.unit < coarse_units ? row : -1, n_of_chunk, l_of_chunk,
+            task.unit < coarse_units ? coarse_side.row_of(task) : -1, n_of_chunk, l_of_chunk,
             n_of_chunk * p.coarse_stride_n + l_of_chunk * p.coarse_stride_l + task.unit * kUnit};
     };
     const auto is_coarse = [&](const UnitTask& task) { return task.row >= 0; };
@@ -169,43 +173,26 @@ __device__ __forceinline__ void multiply_slice(
 #ifdef LENGTHS
         exists = exists && l + task.l < samples[n + task.n].L_out;
 #endif
-        stage_unit<kCopiesCoarse>(
-            block, coarse_buffers + (buffer * kParts * kCoarsePart + task.row), coarse_chunk + task.offset, exists);
-    };
-    const auto store_coarse = [&](int buffer, const Block<1>& block, const UnitTask& task) {
-        if (!kCopiesCoarse) stage(block, coarse_buffers + (buffer * kParts * kCoarsePart + task.row), kCoarsePart);
+        stage_unit<kCopiesCoarse>(block, coarse_side.vectors_of(task, buffer), coarse_chunk + task.offset, exists);
     };
 #else
     const auto coarse_task = [&](int i) {
-        return Task::of(i * kThreads + int(threadIdx.x), kUnitsM, CHUNK_ROWS / COARSE_WIDTH, COARSE_WIDTH, false);
+        return Task::of(
+            i * kThreads + int(threadIdx.x), kUnitsM, CHUNK_ROWS / COARSE_WIDTH, COARSE_WIDTH, kCoarseLanes);
     };
     const auto is_coarse = [&](const Task& task) { return task.unit < coarse_units; };
-    const auto load_coarse = [&](Block<COARSE_WIDTH>& block, int, const Task& task) {
+    const auto load_coarse = [&](CoarseRuns& runs, int, const Task& task) {
         const int sample = task.row >> sample_shift;
         const index_t l_coarse = l + (task.row - (sample << sample_shift)), c = first_row_of_unit(task.unit, tile.rows);
-        bool exists = n + sample < s.n_end && l_coarse < s.l_end;
+        index_t l_end = n + sample < s.n_end ? s.l_end : 0;
 #ifdef LENGTHS
-        exists = exists && l_coarse < samples[n + sample].L_out;
+        if (l_end > 0) l_end = min_index(l_end, index_t(samples[n + sample].L_out));
 #endif
-        if (exists) {
-            const storage_t* const x =
-                coarse + ((n + sample) * p.coarse_stride_n + l_coarse * p.coarse_stride_l + c * p.coarse_stride_c);
-            const index_t channel_stride = keep_in_register(p.coarse_stride_c);
-            if (FEW_ROWS) {
-                block.load_up_to(int(tile.rows) - 1, x, channel_stride);
-            } else {
-                block.load(x, channel_stride);
-            }
-        } else {
-            block.clear();
-        }
-    };
-    const auto store_coarse = [&](int buffer, const Block<COARSE_WIDTH>& block, const Task& task) {
-        stage(
-            block,
-            coarse_buffers + buffer * kParts * kCoarsePart + task.unit / kOctetUnits * kPitchM +
-                task.unit % kOctetUnits * kHalfM + task.row,
-            kCoarsePart);
+        const UnitChannels channels = {FEW_ROWS ? int(tile.rows) - 1 : kUnit - 1, c + kUnit >= coarse_channels};
+        load_run<COARSE_ALIGN>(
+            runs, channels,
+            coarse + ((n + sample) * p.coarse_stride_n + l_coarse * p.coarse_stride_l + c * p.coarse_stride_c),
+            keep_in_register(p.coarse_stride_c), l_coarse, l_end);
     };
 #endif
 #if FINE_LAST
@@ -229,11 +216,8 @@ __device__ __forceinline__ void multiply_slice(
 #endif
         const Source source = source_index(position, L_fine);
         stage_unit<kCopiesFine>(
-            block, fine_buffers + (buffer * kParts * fine_part + task.row),
+            block, fine_side.vectors_of(task, buffer),
             fine_chunk + (task.offset + (source.index - of_sample) * p.fine_stride_l), sample_exists && source.exists);
-    };
-    const auto store_fine = [&](int buffer, const Block<1>& block, const UnitTask& task) {
-        if (!kCopiesFine) stage(block, fine_buffers + (buffer * kParts * fine_part + task.row), fine_part);
     };
 #else
     const auto fine_task = [&](int i) {
@@ -242,7 +226,7 @@ __device__ __forceinline__ void multiply_slice(
         return index < fine_tasks ? tasks[index] : Task{window_units, 0};
     };
     const auto is_fine = [&](const Task& task) { return task.unit < fine_units; };
-    const auto load_fine = [&](Block<FINE_WIDTH>& block, int, const Task& task) {
+    const auto load_fine = [&](FineRuns& runs, int, const Task& task) {
         const Place place = places[task.row];
         const bool sample_exists = n + place.n < s.n_end;
         index_t position = l * p.stride + place.l, L_fine = p.L_fine;
@@ -252,28 +236,18 @@ __device__ __forceinline__ void multiply_slice(
             L_fine = index_t(samples[n + place.n].L_in);
         }
 #endif
-        if (TAPS_IN_UNITS) {
-            const index_t tap_of_octet = task.unit % kOctetUnits * kUnit;
-            const storage_t* const x = fine + ((n + place.n) * p.fine_stride_n + task.unit / kOctetUnits * p.fine_stride_c);
-            load_taps(block, x, position + tap_of_octet * p.dilation, L_fine, sample_exists, p);
-            return;
-        }
+#if TAPS_IN_UNITS
+        const index_t tap_of_octet = task.unit % kOctetUnits * kUnit;
+        const storage_t* const x = fine + ((n + place.n) * p.fine_stride_n + task.unit / kOctetUnits * p.fine_stride_c);
+        load_taps(runs, x, position + tap_of_octet * p.dilation, L_fine, sample_exists, p);
+#else
         const index_t c = first_of_unit(task.unit, tile.elements);
         const Source source = source_index(position, L_fine);
-        if (sample_exists && source.exists) {
-            block.load(
-                fine + ((n + place.n) * p.fine_stride_n + source.index * p.fine_stride_l + c * p.fine_stride_c),
-                keep_in_register(p.fine_stride_c));
-        } else {
-            block.clear();
-        }
-    };
-    const auto store_fine = [&](int buffer, const Block<FINE_WIDTH>& block, const Task& task) {
-        stage(
-            block,
-            fine_buffers + buffer * kParts * fine_part + task.unit / kOctetUnits * window_pitch +
-                task.unit % kOctetUnits * window_half + task.row,
-            fine_part);
+        load_run<FINE_ALIGN>(
+            runs, UnitChannels{kUnit - 1, c + kUnit >= fine_channels},
+            fine + ((n + place.n) * p.fine_stride_n + source.index * p.fine_stride_l + c * p.fine_stride_c),
+            keep_in_register(p.fine_stride_c), source.index, sample_exists ? L_fine : 0);
+#endif
     };
 #endif
     __syncthreads();  // the tables
@@ -315,8 +289,8 @@ __device__ __forceinline__ void multiply_slice(
         l_fine = keep_in_register(l * p.stride);
         fine_chunk = keep_in_register_global(fine + (n * p.fine_stride_n + l_fine * p.fine_stride_l));
 #endif
-        Block<COARSE_WIDTH> ahead_coarse[kAheadCoarse];
-        Block<FINE_WIDTH> ahead_fine[kAheadFine];
+        CoarseRuns ahead_coarse[kAheadCoarse];
+        FineRuns ahead_fine[kAheadFine];
 #pragma unroll
         for (int i = 0; i < kAheadCoarse; ++i) {
             const auto task = coarse_task(i);
@@ -328,9 +302,8 @@ __device__ __forceinline__ void multiply_slice(
             if (has_next && is_fine(task)) load_fine(ahead_fine[i], buffer ^ 1, task);
         }
 
-        const unsigned char* a =
-            reinterpret_cast<const unsigned char*>(coarse_buffers + buffer * kParts * kCoarsePart) + a_address;
-        const unsigned char* b = reinterpret_cast<const unsigned char*>(fine_buffers + buffer * kParts * fine_part);
+        const unsigned char* a = coarse_side.buffer(buffer) + a_address;
+        const unsigned char* b = fine_side.buffer(buffer);
         int steps_of_sample = sample_steps;
 #pragma unroll 1
         for (int step = pair_begin < pairs ? steps : 0; step > 0; --step) {
@@ -373,26 +346,26 @@ __device__ __forceinline__ void multiply_slice(
 #pragma unroll
         for (int i = 0; i < kAheadCoarse; ++i) {
             const auto task = coarse_task(i);
-            if (is_coarse(task)) store_coarse(buffer, ahead_coarse[i], task);
+            if (is_coarse(task)) coarse_side.store<kCopiesCoarse>(ahead_coarse[i], task, buffer);
         }
 #pragma unroll
         for (int i = 0; i < kAheadFine; ++i) {
             const auto task = fine_task(i);
-            if (is_fine(task)) store_fine(buffer, ahead_fine[i], task);
+            if (is_fine(task)) fine_side.store<kCopiesFine>(ahead_fine[i], task, buffer);
         }
 #pragma unroll 1
         for (int i = kAheadCoarse; i * kThreads < kCoarseTasks; ++i) {
             const auto task = coarse_task(i);
             if (!is_coarse(task)) continue;
             load_coarse(ahead_coarse[0], buffer, task);
-            store_coarse(buffer, ahead_coarse[0], task);
+            coarse_side.store<kCopiesCoarse>(ahead_coarse[0], task, buffer);
         }
 #pragma unroll 1
         for (int i = kAheadFine; i * kThreads < fine_tasks; ++i) {
             const auto task = fine_task(i);
             if (!is_fine(task)) continue;
             load_fine(ahead_fine[0], buffer, task);
-            store_fine(buffer, ahead_fine[0], task);
+            fine_side.store<kCopiesFine>(ahead_fine[0], task, buffer);
         }
         const index_t positions =
             p.chunk_samples > 1 ? min_index(p.chunk_samples, s.n_end - n) * sample_rows : s.l_end - l;

@@ -14,6 +14,12 @@
 #ifndef FEW_ROWS
 #define FEW_ROWS 0
 #endif
+#ifndef COARSE_ALIGN
+#define COARSE_ALIGN COARSE_WIDTH
+#endif
+#ifndef FINE_ALIGN
+#define FINE_ALIGN FINE_WIDTH
+#endif
 #ifndef COARSE_LAST
 #define COARSE_LAST 0
 #endif
@@ -35,6 +41,8 @@ constexpr bool kCopiesCoarse = COARSE_LAST && kUnit == 8, kCopiesFine = FINE_LAS
 static_assert(CHUNK_ROWS % kStepRows == 0, "chunks are whole steps: gpuconv/families/weight_gradient_mma.py");
 static_assert(!TAPS_IN_UNITS || FINE_WIDTH == 1,
               "windows of taps are loaded position by position: gpuconv/families/weight_gradient_mma.py");
+static_assert(kUnit == 8 || (COARSE_WIDTH == COARSE_ALIGN || COARSE_ALIGN > 1) && (FINE_WIDTH == FINE_ALIGN || FINE_ALIGN > 1),
+              "only rows of 16 bits share words: gpuconv/families/weight_gradient_mma.py");
 static_assert((!COARSE_LAST || COARSE_WIDTH == 1) && (!FINE_LAST || (FINE_WIDTH == 1 && !TAPS_IN_UNITS)),
               "units are of one position and of channels: gpuconv/families/weight_gradient_mma.py");
 static_assert(!FEW_ROWS || !COARSE_LAST, "units of fewer rows are no whole ones: gpuconv/families/weight_gradient_mma.py");
