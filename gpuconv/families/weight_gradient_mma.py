@@ -161,12 +161,18 @@ class Window(NamedTuple):
     @classmethod
     def of(cls, p: WeightGradientProblem, taps: int, samples: int, positions: int, fetch: Fetch) -> Window:
         """`taps`: as in `Columns`; `fetch`: of fine. Planes are of whole runs and begin where rows may."""
-        tap_step = Columns.of(p).tap_step
+        columns = Columns.of(p)
+        tap_step = columns.tap_step
         gcd = math.gcd(p.stride, tap_step)
         planes = min(p.stride // gcd, taps)
-        skew = fetch.align - 1
-        plane_rows = round_up(positions + (taps - 1) // planes * (tap_step // gcd) + skew, fetch.width)
-        tap_rows = round_up(positions + skew, fetch.width)
+
+        def skew(step: int) -> int:
+            """The most rows in front of those that planes need which begin at every step-th tap."""
+            begins = range(0, min(columns.taps, step * fetch.align), step)
+            return max((tap * tap_step - p.padding_left) % fetch.align for tap in begins)
+
+        plane_rows = round_up(positions + (taps - 1) // planes * (tap_step // gcd) + skew(taps), fetch.width)
+        tap_rows = round_up(positions + skew(1), fetch.width)
         if planes * plane_rows >= taps * tap_rows:
             return cls(samples, positions, taps, tap_rows, 0)
         return cls(samples, positions, planes, plane_rows, tap_step // gcd)

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from gpuconv import dispatch, reference
 from gpuconv.cases import CASES
@@ -270,6 +272,32 @@ def test_no_word_is_read_that_is_partly_outside_of_the_array(monkeypatch: pytest
     monkeypatch.setattr(Program, "of", careless)
     with pytest.raises(hostcuda.HostCudaError, match="null pointer"):
         expect_exact(SHIFTED[1])
+
+
+@given(
+    taps=st.integers(1, 40),
+    dilation=st.sampled_from((1, 2, 3, 4, 6, 17, 256)),
+    padding=st.integers(0, 9),
+    fetch=st.sampled_from((Fetch.RUN, Fetch.PAIRS, Fetch.SHIFTED)),
+    data=st.data(),
+)
+@settings(max_examples=300, deadline=None)
+def test_planes_hold_all_rows_of_their_taps(
+    taps: int, dilation: int, padding: int, fetch: Fetch, data: st.DataObject
+) -> None:
+    """Planes of aligned runs begin with as few rows in front of those that their taps need as all blocks allow."""
+    p = problem(8, 8, 300, taps, dilation=dilation, padding_left=padding)
+    of_block = data.draw(st.integers(1, taps))
+    window = mma.Window.of(p, of_block, 1, 32, fetch)
+    assert window.plane_rows % fetch.width == 0
+    longest = 0
+    for begin in range(0, taps, of_block):
+        first = begin * dilation - padding
+        for tap in range(of_block):
+            rounds, plane = divmod(tap, window.planes)
+            skew = (first + plane * dilation) % fetch.align
+            longest = max(longest, rounds * window.tap_rows_step + skew + 32)
+    assert window.plane_rows - fetch.width < longest <= window.plane_rows
 
 
 @pytest.mark.parametrize("mode", [HALF, SINGLE], ids=str)
