@@ -15,6 +15,7 @@ from itertools import product
 from typing import NamedTuple
 
 from ..costs import (
+    LINE_BYTES,
     MMA_LATENCY_CYCLES,
     RESERVED_SHARED_BYTES,
     SECTOR_BYTES,
@@ -121,6 +122,9 @@ _STEP_INSTRUCTIONS = 16
 _STORE_INSTRUCTIONS = 8.0
 # An assumption: cycles of the barrier of a chunk, and of what its loads leave uncovered, of a block alone.
 _CHUNK_CYCLES = 150.0
+# An assumption: what L1 has room for beside the shared memory of the resident blocks, from sm_80 on with tiles of half
+# of the largest shared memory.
+_L1_BYTES = 96 * 1024
 
 
 class Columns(NamedTuple):
@@ -274,12 +278,14 @@ class WeightGradientMma(Family[WeightGradientProblem]):
             chunk_positions=1 << params["sample_shift"],
             window_rows=params["window_rows"],
             octets=params["block_octets"],
+            taps=params["block_taps"],
             fetches=_fetches_of(step.config),
             tap_width=int(macros.get("TAP_WIDTH", 1)),
             block_m=int(macros["BLOCK_M"]),
             block_n=int(macros["BLOCK_N"]),
             warps_m=int(macros["WARPS_M"]),
             warps_n=int(macros["WARPS_N"]),
+            min_blocks=int(macros["MIN_BLOCKS"]),
         ).work(problem)
 
     def staging(self, step: Step) -> dict[str, str]:
@@ -518,12 +524,14 @@ def _tilings(
                 chunk_positions=window.positions,
                 window_rows=window.rows,
                 octets=octets,
+                taps=taps,
                 fetches=fetches,
                 tap_width=max(tap_width, 1),
                 block_m=tile.block_m,
                 block_n=tile.block_n,
                 warps_m=tile.warps_m,
                 warps_n=tile.warps_n,
+                min_blocks=tile.min_blocks,
             )
             resident = min(tile.min_blocks, max(1, device.shared_per_sm // (shared + RESERVED_SHARED_BYTES)))
             us = adding + launch.us(p, resident, device)
@@ -569,12 +577,14 @@ class _Launch(NamedTuple):
     chunk_positions: int
     window_rows: int
     octets: int
+    taps: int
     fetches: tuple[Fetch, Fetch]
     tap_width: int
     block_m: int
     block_n: int
     warps_m: int
     warps_n: int
+    min_blocks: int
 
     @property
     def warps(self) -> int:
@@ -594,15 +604,6 @@ class _Launch(NamedTuple):
 
     def work(self, p: WeightGradientProblem) -> Work:
         a = self.arithmetic
-        chunk_terms = self.chunk_samples * self.chunk_positions
-        coarse, fine = self.block_m * chunk_terms, self.octets * OCTET * self.window_rows  # elements of a chunk
-        if Columns.of(p).in_taps:  # neighbouring rows have taps in common, which come from L1
-            fine = fine * min(p.stride, OCTET) // OCTET
-        sides = self.block_m, self.octets * OCTET
-        rows = sum(n for n, fetch in zip(sides, self.fetches, strict=True) if fetch is not Fetch.UNIT)
-        rows *= self.chunk_samples
-        staged = (coarse + fine) * a.itemsize + rows * (SECTOR_BYTES - a.itemsize)
-        passes = self.blocks * self.chunks
         # Only 32-bit steps are loops of several products. What stages is counted by tasks, of which a chunk may have
         # more or fewer than its code has in a row.
         instructions, wavefronts = self._staging(p)
@@ -611,7 +612,7 @@ class _Launch(NamedTuple):
         stored = partial or math.prod(p.weight_shape) * p.itemsize
         return Work(
             multiply_adds=a.products * held * self.terms,
-            l2_bytes=passes * staged + stored,
+            l2_bytes=self.blocks * self._staged_bytes(p) + stored,
             staging_instructions=instructions,
             staging_wavefronts=wavefronts,
             visits=self.blocks * self.warps * self.terms / STEP if a.itemsize == 4 else 0.0,
@@ -620,6 +621,35 @@ class _Launch(NamedTuple):
             load_share=0.0,  # what a chunk waits for is in `waits`
             ending=Ending(held / WARP * _STORE_INSTRUCTIONS, 2 * held / WARP, stored),
         )
+
+    def _staged_bytes(self, p: WeightGradientProblem) -> float:
+        """Bytes that come through L2 for a block.
+
+        Of rows of positions these are whole sectors. Chunks follow each other along the rows. So what a chunk shares
+        with the one before, the sector in which it begins and most of its window, comes from L1 if the lines of a
+        chunk have room there.
+        """
+        columns, itemsize, positions = Columns.of(p), self.arithmetic.itemsize, self.slices.positions
+        chunks = -(-positions // self.chunk_positions)
+        last = (OCTET - 1) * p.dilation if columns.in_taps else 0  # positions from an octet's first tap to its last
+        is_apart = columns.tap_step > self.chunk_positions * p.stride  # taps meet no positions in common
+        halo = itemsize * (last if is_apart else last + (self.taps - 1) * columns.tap_step)
+        of_position = p.stride * itemsize
+        if of_position > SECTOR_BYTES and not is_apart:  # sectors between the taps of two positions are not needed
+            step = min(columns.tap_step * itemsize, SECTOR_BYTES)
+            of_position = min(of_position, (self.taps - 1) * step + last * itemsize + SECTOR_BYTES)
+        channels = self.octets * (1 if columns.in_taps else OCTET)
+        rows = channels * (self.taps if is_apart else 1)  # of fine, or stretches of them
+        lines = self.block_m * (self.chunk_positions * itemsize + LINE_BYTES)
+        lines += rows * (self.chunk_positions * of_position + halo + LINE_BYTES)
+        times = 1 if self.min_blocks * self.chunk_samples * lines <= _L1_BYTES else chunks
+        cut = SECTOR_BYTES - itemsize  # what the sectors at both ends of a stretch have besides it, in the mean
+        coarse, fine = positions * self.block_m * itemsize, channels * chunks * self.window_rows * itemsize
+        if self.fetches[0] is not Fetch.UNIT:
+            coarse += self.block_m * times * cut
+        if self.fetches[1] is not Fetch.UNIT:
+            fine = rows * (positions * of_position + times * (halo + cut))
+        return self.slices.samples * (coarse + fine)
 
     def _load(self, fetch: Fetch, step: int) -> tuple[int, float, float]:
         """Of a lane's load: elements, and with its part in storing them instructions and wavefronts of its warp.
