@@ -34,7 +34,7 @@ from .mma import ASYNC_COPY_ARCH, MIN_CHANNELS, MIN_SPLIT_ROWS, has_units
 from .mma_costs import LATENCY_CYCLES, LINES_PER_CYCLE
 from .mma_tiles import BlockTile
 from .offsets import index_bits
-from .slices import Slices, gradient_config, predict_sum, sliced_plan, weight_fields
+from .slices import Slices, predict_sum, sliced_plan, weight_fields
 
 STEP = SPLIT_TERMS  # positions of a step: one product of 16-bit matrices along the reduction, or two
 OCTET = 8  # columns of one product
@@ -344,7 +344,7 @@ class WeightGradientMma(Family[WeightGradientProblem]):
             macros["TAP_WIDTH"] = tap_width
         if few_rows:
             macros["FEW_ROWS"] = 1
-        return gradient_config(self.name, dtype, bits, macros)
+        return Config.for_dtype(self.name, dtype, bits, macros)
 
 
 class _Tiling(NamedTuple):
