@@ -53,17 +53,15 @@ def run_blocks(
     ended: list[BaseException | None] = []
     signal: SimpleQueue[None] = SimpleQueue()
 
-    def work() -> None:
+    def work(first: Callable[[], None], scratch: Scratch) -> None:
         # NumPy copies rows that are shorter than its buffer into the buffer, even where no dtype is converted; a buffer
         # shorter than the rows avoids these copies.
         buffer_size = np.setbufsize(64 if length >= 64 else 8192)
         try:
             with np.errstate(all="ignore"):
-                while (first := _next(ready)) is not None:
-                    prepared, scratch = first
-                    prepared()
-                    while (block := _next(pending)) is not None:
-                        prepare(*block, scratch)()
+                first()
+                while (block := _next(pending)) is not None:
+                    prepare(*block, scratch)()
         except BaseException:
             pending.clear()
             ready.clear()
@@ -75,7 +73,8 @@ def run_blocks(
         begun.append(None)
         error = None
         try:
-            work()
+            if (prepared := _next(ready)) is not None:
+                work(*prepared)
         except BaseException as caught:
             error = caught
         ended.append(error)
@@ -83,18 +82,20 @@ def run_blocks(
     shares = _shares(1 + len(helpers))
     scratches = [Scratch.borrow(f"blocks {index}", dtype) for index in range(1 + len(helpers))]
     try:
-        for scratch in scratches:
-            ready.append((prepare(*pending.popleft(), scratch), scratch))
-        for helper, share in zip(helpers, shares[1:], strict=True):
+        for helper, share, scratch in zip(helpers, shares[1:], scratches[1:], strict=True):
+            ready.append((prepare(*pending.pop(), scratch), scratch))
             helper.begin(assist, signal, share)
+        first = prepare(*pending.popleft(), scratches[0])
         _keep_to(0, shares[0])
-        work()
+        work(first, scratches[0])
+        while (prepared := _next(ready)) is not None:  # of a helper that has not begun, since its processor is busy
+            work(*prepared)
     except BaseException:
         pending.clear()
         ready.clear()
         raise
     finally:
-        # A helper that begins only now, since its processor was busy, finds nothing to do.
+        # A helper that begins from now on finds nothing to do.
         while len(ended) < len(begun):
             signal.get()
         _keep_to(0, [processor for share in shares for processor in share])
