@@ -81,11 +81,12 @@ def run_blocks(
 
     shares = _shares(1 + len(helpers))
     scratches = [Scratch.borrow(f"blocks {index}", dtype) for index in range(1 + len(helpers))]
+    own = pending.popleft()
     try:
         for helper, share, scratch in zip(helpers, shares[1:], scratches[1:], strict=True):
             ready.append((prepare(*pending.pop(), scratch), scratch))
             helper.begin(assist, signal, share)
-        first = prepare(*pending.popleft(), scratches[0])
+        first = prepare(*own, scratches[0])
         _keep_to(0, shares[0])
         work(first, scratches[0])
         while (prepared := _next(ready)) is not None:  # of a helper that has not begun, since its processor is busy

@@ -410,6 +410,17 @@ def test_the_caller_prepares_the_first_block_of_each_thread(monkeypatch: pytest.
     assert (0, threading.get_ident()) in computed
 
 
+def test_a_fast_helper_leaves_the_caller_its_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "usable_cpus", lambda: 2)
+    helped = threading.Event()
+
+    def prepare(block: int, _: object) -> Callable[[], None]:
+        assert block == 2 or helped.wait(30)  # the helper's, which is prepared first
+        return helped.set
+
+    threads.run_blocks(prepare, [(0,), (2,)], 2, np.dtype("float32"), 8, prepares=True)
+
+
 def test_the_caller_computes_what_a_helper_does_not_begin(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where the helper's processor is busy with something else."""
     monkeypatch.setattr(threads, "usable_cpus", lambda: 3)
