@@ -72,6 +72,8 @@ class Panels:
         if M * R > limits.SMALL_TILE:
             widest = min(widest, limits.SMALL_TILE * limits.SMALL_DEPTH // depth)
         tile = min(row, max(limits.SMALL_TILE // 2, min(widest, 4096 if tile_rows <= 2 else 1024) // 32 * 32))
+        # Equal tiles are one run: without the last, narrower one, each step takes one call instead of two.
+        tile = next((even for even in range(tile, tile // 2, -16) if row % even == 0), tile)
         rows = min(M, max(1, 512 // R))
         columns = max(1, min(limits.CONCURRENT_BUFFER // size // depth, limits.SUMS // size // (rows * R)))
         samples, groups, length = 1, 1, Q
