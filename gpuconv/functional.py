@@ -199,6 +199,9 @@ def prepare(weight: ArrayT) -> runtime.PreparedWeight:
     all of them have run, since its memory is reused when the handle is gone; if all are on one stream, the handle may
     be dropped at any time.
 
+    `copy.copy` and `copy.deepcopy` of a handle stay on its GPU. A pickled handle is loaded onto CuPy's current GPU, as
+    CuPy's own arrays are. Both hold the weight alone and pack it again at their first calls.
+
     Args:
         weight: (C_out, C_in/groups, K), or (C_in, C_out/groups, K) for conv_transpose1d; NumPy or CuPy. For NumPy
             weights only the spectra are kept.

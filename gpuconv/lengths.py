@@ -51,7 +51,7 @@ class Samples(NamedTuple):
         if follows_length(p, padding):
             sides = resolve_padding(False, "same", L_in, p.stride, span)[:2]
         L_out = output_length(p.transposed, L_in, *sides, p.stride, span, p.output_padding)
-        left, right = (np.broadcast_to(side, L_in.shape) for side in sides)
+        left, right = (np.full(L_in.shape, side, np.int64) for side in sides)
         found = cls(L_in, np.maximum(L_out, 0), left)
         if p.padding_mode != "zeros":
             for n in np.flatnonzero(L_out > 0).tolist():

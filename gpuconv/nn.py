@@ -1,4 +1,8 @@
-"""Layers: `Conv1d` and `ConvTranspose1d`, with the constructor arguments, attributes and printed form of torch.nn's."""
+"""Layers: `Conv1d` and `ConvTranspose1d`, with the constructor arguments, attributes and printed form of torch.nn's.
+
+`copy.deepcopy` of a layer stays on its GPU. A pickled layer is loaded onto CuPy's current GPU, as CuPy's own arrays
+are: with `cupy.cuda.Device(1)` around `pickle.load`, or `to("cuda:1")` after it, it is on another one.
+"""
 
 from __future__ import annotations
 

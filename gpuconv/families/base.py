@@ -10,7 +10,7 @@ from typing import ClassVar, Generic, TypeVar
 
 from ..costs import Work
 from ..device import Device
-from ..problem import DTYPES, ConvProblem, Kind, Problem
+from ..problem import DTYPES, INTEGER_SUMS, INTEGERS, ConvProblem, Kind, Problem
 from ..source import params_fields
 
 ProblemT = TypeVar("ProblemT", bound=Problem)
@@ -312,6 +312,10 @@ def with_lengths(config: Config) -> Config:
 def reading_samples(step: Step) -> Step:
     """The step in which a kernel reads the table of the lengths of samples."""
     return Step(with_lengths(step.config), step.launch, (*step.arrays, SAMPLES))
+
+
+SUM_DTYPES = (*DTYPES, *(f"{name}_to_{sums}" for name in INTEGERS for sums in INTEGER_SUMS))
+"""What `sum_dtype` can be."""
 
 
 def sum_dtype(problem: ConvProblem) -> str:

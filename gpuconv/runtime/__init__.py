@@ -24,11 +24,12 @@ from .gpu import (
     refuse_during_capture,
 )
 from .kernels import DEFAULT_SHARED_BYTES, append, build
-from .prepared import PreparedWeight, prepare
+from .prepared import Packs, PreparedWeight, prepare
 
 __all__ = [
     "DEFAULT_SHARED_BYTES",
     "Executor",
+    "Packs",
     "PreparedWeight",
     "add",
     "aligned",

@@ -280,9 +280,12 @@ def _tensors(
     tensors = {"input": input, "weight": weight} if bias is None else {"input": input, "weight": weight, "bias": bias}
     for name, tensor in tensors.items():
         _check_tensor(op, name, tensor, input)
-    x, w, b = (_autocast_as(tensor, input) for tensor in (input, weight, bias))
-    assert x is not None
-    assert w is not None
+    if _is_autocast_on(input):
+        x, w, b = (_autocast_as(tensor, input) for tensor in (input, weight, bias))
+        assert x is not None
+        assert w is not None
+    else:
+        x, w, b = input, weight, bias
     if precision != "float32":
         check_precision(op, precision, dtype_name(x.dtype))
     return x, w, b
@@ -310,12 +313,15 @@ def _check_tensor(op: Op, name: str, tensor: Any, input: Tensor) -> None:
 
 def _autocast_as(tensor: Tensor | None, input: Tensor) -> Tensor | None:
     """An argument cast as in PyTorch's own convolutions: float64 and complex calls are left alone."""
-    kind = "cuda" if input.is_cuda else "cpu"
-    if tensor is None or not (torch.is_autocast_enabled(kind) and (input.is_cuda or input.is_cpu)):
+    if tensor is None or not _is_autocast_on(input):
         return tensor
     if not tensor.is_floating_point() or tensor.dtype == torch.float64 or input.is_complex():
         return tensor
-    return tensor.to(torch.get_autocast_dtype(kind))
+    return tensor.to(torch.get_autocast_dtype("cuda" if input.is_cuda else "cpu"))
+
+
+def _is_autocast_on(input: Tensor) -> bool:
+    return torch.is_autocast_enabled("cuda" if input.is_cuda else "cpu") and (input.is_cuda or input.is_cpu)
 
 
 class Indifferent(TorchFunctionMode):

@@ -207,11 +207,15 @@ def test_the_weight_gradient_on_tensor_cores(shape: tuple[int, int, int], L: lis
 def test_the_table_is_written_from_parameters() -> None:
     values = np.arange(3 * 333).reshape(-1, 3)
     written: Array = np.full(values.size, -1)
-    for config, launch in lengths.write_launches(values.reshape(-1).tolist()):
+    for count, params in lengths.writes(values.reshape(-1)):
         before = written.copy()
+        config, launch = lengths.write_launch(count)
+        names = (name for name, _ in launch.params)
+        launch = replace(launch, params=tuple(zip(names, params.tolist(), strict=True)))
+        assert pack_params(dict(launch.params), 64).tobytes() == params.tobytes()
         hostcuda.run(config, launch, {"samples": written}, outputs=("samples",), keeps=("samples",), completes=False)
         assert (written != before).sum() == dict(launch.params)["count"]
-        assert pack_params(dict(launch.params), 64).nbytes <= 4096
+        assert params.nbytes <= 4096
     assert np.array_equal(written, values.reshape(-1))
 
 

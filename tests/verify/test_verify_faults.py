@@ -106,8 +106,8 @@ FAULTS: Mapping[str, Fault] = {
     ),
     "weight_gradient_mma drops the last position": Fault(
         "weight_gradient_mma",
-        "n + sample < s.n_end && l_coarse < s.l_end;",
-        "n + sample < s.n_end && l_coarse + COARSE_WIDTH < s.l_end;",
+        "n + sample < s.n_end ? s.l_end : 0;",
+        "n + sample < s.n_end ? s.l_end - COARSE_ALIGN : 0;",
         "weight_gradient_mma",
         "mimi_stream",
         "float16",
