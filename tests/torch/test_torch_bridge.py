@@ -91,7 +91,7 @@ def test_results_and_gradients_are_those_of_arrays(op: Op) -> None:
     """To the bit, in all dtypes and settings."""
     seen: set[ConvProblem] = set()
 
-    @settings(max_examples=60, derandomize=True, deadline=None, database=None)
+    @settings(max_examples=60)
     @given(call=calls(op))
     def run(call: Call) -> None:
         p = call.problem()
