@@ -14,15 +14,11 @@ MAX_BLOCK_M = 256
 
 
 @dataclass(frozen=True, slots=True)
-class Tile:
-    """A block's share of the product: block_m rows by block_n columns on warps_m by warps_n warps.
+class BlockTile:
+    """A block's share of a product: block_m rows by block_n columns on warps_m by warps_n warps.
 
     Attributes:
         min_blocks: blocks that a multiprocessor must be able to hold, which caps the registers of a thread.
-        prefetch: vectors of input that a thread has on their way at a time: of so many units, or of half
-            as many at two positions.
-        has_samples: a block may take the positions of several samples, at the cost of an address for each fragment.
-        segment_mode: SEGMENT_MODE of mma.cuh; 2 stands for both launches.
     """
 
     block_m: int
@@ -30,9 +26,6 @@ class Tile:
     warps_m: int
     warps_n: int
     min_blocks: int
-    prefetch: int
-    has_samples: bool = False
-    segment_mode: int = 0
 
     @property
     def warps(self) -> int:
@@ -41,6 +34,22 @@ class Tile:
     @property
     def threads(self) -> int:
         return WARP * self.warps
+
+
+@dataclass(frozen=True, slots=True)
+class Tile(BlockTile):
+    """The tile of a convolution.
+
+    Attributes:
+        prefetch: vectors of input that a thread has on their way at a time: of so many units, or of half
+            as many at two positions.
+        has_samples: a block may take the positions of several samples, at the cost of an address for each fragment.
+        segment_mode: SEGMENT_MODE of mma.cuh; 2 stands for both launches.
+    """
+
+    prefetch: int
+    has_samples: bool = False
+    segment_mode: int = 0
 
     def slice_bytes(self, itemsize: int) -> int:
         """Shared memory through which results pass in the end."""

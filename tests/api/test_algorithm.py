@@ -15,12 +15,11 @@ import gpuconv
 from gpuconv import cases, dispatch, runtime
 from gpuconv.device import Device
 from gpuconv.families import Family, Layout
-from tests.plans import FORWARD_FAMILIES, refusal_of
+from tests.plans import BASE, FORWARD_FAMILIES, refusal_of
 
 pytestmark = pytest.mark.gpu
 
 OPS = ("conv1d", "conv_transpose1d")
-BASE = {"conv1d": "conv1d_direct", "conv_transpose1d": "conv_transpose1d_gather"}
 
 # A small case that each family takes.
 TAKEN = {
@@ -88,7 +87,7 @@ def number_format(family: str) -> str:
 
 
 def this_gpu() -> Device:
-    return runtime.device(runtime.cupy_module().cuda.runtime.getDevice())
+    return runtime.current_gpu()
 
 
 @pytest.mark.parametrize("family", FORWARD_FAMILIES, ids=lambda family: family.name)
