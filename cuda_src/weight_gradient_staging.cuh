@@ -42,8 +42,8 @@ struct Task {
     }
 };
 
-// A task where units are contiguous: its row of a buffer, -1 where the unit does not exist, and what it adds to the chunk's first
-// sample, position and element.
+// A task where units are contiguous: its row of a buffer, -1 where the unit does not exist, and what it adds to the chunk's
+// first sample, position and element.
 struct alignas(16) UnitTask {
     int row;
     index_t n, l, offset;
@@ -72,6 +72,13 @@ struct Side {
     template <bool kIsCopied, typename Loaded, typename AnyTask>
     __device__ __forceinline__ void store(const Loaded& loaded, const AnyTask& task, int buffer) const {
         if (!kIsCopied) stage(loaded, vectors_of(task, buffer), part);
+    }
+    // The same of a run whose positions have the rows that a table tells.
+    template <typename Loaded>
+    __device__ __forceinline__ void store_apart(
+        const Loaded& loaded, const Task& task, const int* rows, int buffer) const {
+        const Vector<int> of_run = *reinterpret_cast<const Vector<int>*>(rows + task.row);
+        stage_apart(loaded, vectors_of(Task{task.unit, 0}, buffer), of_run, part);
     }
 };
 
