@@ -35,10 +35,11 @@ struct Task {
     __device__ __forceinline__ static Task of(int index, int units, int runs, int width, int lanes) {
         const int most = units < lanes ? units : lanes;
         const int block = index / (most * runs), in_block = index - block * (most * runs);
-        const int left = units - block * most;  // the last ones may be fewer
-        const int low = units % most == 0 || left >= most ? most : left < 1 ? 1 : left;
+        // The last units may be fewer, so that more indices than tasks lead to them.
+        const bool is_even = units % most == 0;
+        const int left = units - block * most, low = is_even || left >= most ? most : left < 1 ? 1 : left;
         const int run = in_block / low;
-        return Task{block * most + (in_block - run * low), run * width};
+        return Task{is_even || run < runs ? block * most + (in_block - run * low) : units, run * width};
     }
 };
 

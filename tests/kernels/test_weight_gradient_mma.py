@@ -116,7 +116,12 @@ def test_the_table(mode: tuple[str, str]) -> None:
 
 
 def test_rows_that_are_no_whole_eights_of_units(use_tile: Any) -> None:
-    """Tiles of 48 rows have twelve units of 32 bits, of which lanes take eight at a time."""
+    """Tiles of 48 rows have twelve units of 32 bits, of which lanes take eight at a time, or six of 16, by fours."""
+    (tile,) = (tile for tile in mma.TILES[1] if tile.block_m == 48)
+    use_tile(1, tile)
+    p = problem(48, 16, 61, 3)
+    arrays = normal(p)
+    assert_same_bits(run(p, *arrays), run(p, *map(unaligned, arrays)), p)
     (tile,) = (tile for tile in mma.TILES[2] if tile.block_m == 48)
     use_tile(2, tile)
     p = problem(48, 16, 60, 3, SINGLE)
