@@ -431,8 +431,7 @@ def explain(
         raise ValueError(f"explain: direction must be one of {', '.join(DIRECTIONS)}, got {direction!r}")
     if unknown := settings.keys() - set(SETTINGS[op]):
         raise TypeError(f"explain: {op} has the settings {', '.join(SETTINGS[op])}, got {', '.join(sorted(unknown))}")
-    names = ("activation", "input_activation", "residual")
-    fused = Fused.check(op, *(settings.pop(name, None) for name in names))
+    fused = Fused.take(op, settings)
     arrays = {"input": input, "weight": weight, "bias": bias, **dict(zip(FUSED_ARRAYS, fused.arrays, strict=True))}
     given: dict[str, Any] = {name: array for name, array in arrays.items() if array is not None or name not in OPTIONAL}
     for name, array in given.items():

@@ -162,14 +162,9 @@ def conv_transpose1d(
         output_size: the wanted L_out, in place of output_padding.
         padding_mode: only "zeros", as in PyTorch. The adjoint of a convolution in another mode is
             `gpuconv.grad.conv1d_input` in that mode.
-        input_activation: as in `conv1d`.
-        residual: an array of the output's shape that is added before `activation`, or None.
-        activation: as in `conv1d`.
         lengths: as in `conv1d`; what `output_size` adds to the longest sample is added to each.
-        precision: as in `conv1d`.
         algorithm: as in `conv1d`; "base" is `conv_transpose1d_gather`.
-        out_dtype: as in `conv1d`.
-        out: as in `conv1d`.
+        input_activation, residual, activation, precision, out_dtype, out: as in `conv1d`.
 
     Returns:
         (N, C_out, L_out), or (C_out, L_out) for a single sample, in all other respects as the output of `conv1d`.

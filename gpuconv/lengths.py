@@ -121,9 +121,7 @@ def conv1d_output_length(
     Args:
         length: L_in, in samples, at least 0.
         kernel_size: K, at least 1.
-        stride: of the call.
-        padding: of the call, in every form.
-        dilation: of the call.
+        stride, padding, dilation: of the call; padding in every form.
 
     Returns:
         L_out, at least 1.
@@ -153,10 +151,7 @@ def conv_transpose1d_output_length(
     Args:
         length: L_in, in samples, at least 0.
         kernel_size: K, at least 1.
-        stride: of the call.
-        padding: of the call, in every form.
-        output_padding: of the call.
-        dilation: of the call.
+        stride, padding, output_padding, dilation: of the call; padding in every form.
 
     Returns:
         L_out, at least 1.
@@ -189,9 +184,7 @@ def output_lengths(
     Args:
         lengths: (N,) integers, at least 0: a NumPy or CuPy array, or a sequence of ints.
         kernel_size: K, at least 1.
-        stride: of the call.
-        padding: of the call, in every form.
-        dilation: of the call.
+        stride, padding, dilation: of the call; padding in every form.
         transposed: whether the call is of `gpuconv.conv_transpose1d`.
         output_padding: of such a call.
 

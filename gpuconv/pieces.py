@@ -14,7 +14,7 @@ from . import calls, functional
 from .arguments import ArraySpec, Op
 from .cases.derived import call_settings, chunk
 from .edge import source_indices
-from .fusion import Fused
+from .fusion import FUSED_ARRAYS, Fused
 from .lengths import Samples, follows_length
 from .problem import ConvProblem
 
@@ -220,10 +220,7 @@ def compute(
     if piece.padding is not None:
         settings["padding"] = piece.padding
     function: Callable[..., Any] = functional.conv_transpose1d if p.transposed else functional.conv1d
-    activation, input_activation = p.fuses.activation, p.fuses.input_activation
-    behind, before = (tuple(a for a in arrays if a is not None) for arrays in (of_channels[:2], of_channels[2:]))
+    fused = p.fuses.as_arguments(dict(zip(FUSED_ARRAYS[1:], of_channels, strict=True)))
     return function(
-        input, weight, bias, **settings, algorithm=algorithm, residual=residual, lengths=piece.lengths,
-        activation=activation and activation.as_argument(behind),
-        input_activation=input_activation and input_activation.as_argument(before),
-    )  # fmt: skip
+        input, weight, bias, **settings, **fused, algorithm=algorithm, residual=residual, lengths=piece.lengths
+    )

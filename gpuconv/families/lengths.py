@@ -18,6 +18,7 @@ from ..problem import DTYPES, BiasGradientProblem, ConvProblem, Problem, WeightG
 from . import edges
 from .base import (
     MAX_GRID,
+    SUM_DTYPES,
     Config,
     Family,
     Launch,
@@ -78,11 +79,11 @@ def plan(family: Family[Any], problem: Problem, layout: Layout, device: Device) 
 
 def configs() -> Iterator[Config]:
     """Every specialisation of the kernels for lengths that belong to no family."""
-    for dtype in DTYPES:
+    for dtype in SUM_DTYPES:
         for bits in (32, 64):
             for mode in PADDING_MODES:
                 yield with_lengths(with_padding_mode(base_config("conv1d_ends", dtype, bits, BLOCK_SIZE), mode))
-                if mode != "zeros":
+                if mode != "zeros" and dtype in DTYPES:  # integers have no gradients, and only these are folded
                     yield with_lengths(edges.fold_config(dtype, bits, mode))
             yield with_lengths(base_config("conv_transpose1d_ends", dtype, bits, BLOCK_SIZE))
     yield from write_configs()

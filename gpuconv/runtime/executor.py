@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .arrays import assign, clear
-from .gpu import cupy_module, device, temporary
+from .gpu import cupy_module, current_gpu, temporary
 from .kernels import Kernel
 from .prepared import HasPacked, Packing
 
@@ -181,6 +181,5 @@ def make_executor(
     layout, copies = dispatch.lay_out(problem, pointers)
     if conjugate_weight:
         copies = (*copies, "weight")
-    index = int(cupy_module().cuda.runtime.getDevice())
-    choice = dispatch.choose(problem, replace(layout, is_prepared=is_prepared), device(index), algorithm)
+    choice = dispatch.choose(problem, replace(layout, is_prepared=is_prepared), current_gpu(), algorithm)
     return Executor(choice, names, copies, conjugate_weight=conjugate_weight)

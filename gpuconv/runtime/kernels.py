@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .arrays import aligned
-from .gpu import cuda_versions, cupy_module, device, nvrtc_version
+from .gpu import cuda_versions, cupy_module, current_gpu, nvrtc_version
 
 # Modules that only a GPU needs are imported at their first use: `import gpuconv` imports this file but no families.
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class Kernel:
         from .. import source
 
         cupy = cupy_module()
-        gpu = device(int(cupy.cuda.runtime.getDevice()))
+        gpu = current_gpu()
         kernel = build(config, gpu.arch_name)
         # More than the default needs a higher limit. All plans of a kernel, in all threads, share this limit, so each
         # sets the same one: the most that a block can have. The driver needs a current context for this. A new thread
