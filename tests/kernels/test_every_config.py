@@ -122,13 +122,18 @@ def test_every_push_of_a_stream_is_compiled_by_warmup() -> None:
     random, chosen = Random(2), Counter[str]()
     every = {device: set(every_config(device, (*DTYPES, "int16"))) for device in DEVICES}
     while sum(chosen.values()) < 900:
-        layer = random.layer()
+        layer, N, length = random.layer(), random.magnitude(4), random.magnitude(5)
         if random.below(12) == 0:  # depthwise filters of many taps, which are rare otherwise
-            C, K = random.magnitude(6), 17 + random.below(48)
+            C, K, length = random.magnitude(4), 17 + random.below(48), 1 + random.below(4)
             layer = ConvProblem("conv1d", 1, C, C, K, K, groups=C, dtype=("float16", "bfloat16")[random.below(2)])
+        elif random.below(3) == 0:  # many slots with few samples each, on tensor cores
+            N, length = 8 + random.below(25), 1 + random.below(2)
+            op, C_out = ("conv1d", "conv_transpose1d")[random.below(2)], 16 * random.magnitude(5)
+            layer = ConvProblem(op, 1, 16, C_out, 8, 1 + random.below(7), 1 + random.below(4))
+            layer = cases.in_format(layer, FORMATS[random.below(len(FORMATS))])
         if layer is None:
             continue
-        length, span = random.magnitude(5), layer.dilation * (layer.K - 1)
+        span = layer.dilation * (layer.K - 1)
         held = random.below(span + 1) if layer.transposed else span + random.below(layer.stride)
         padding = random.below(held * layer.stride + 1) if layer.transposed else 0
         own = {"dtype": "int16", "out_dtype": ("int32", "int64")[random.below(2)]} if random.below(20) == 0 else {}
