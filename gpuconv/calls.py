@@ -108,7 +108,7 @@ def _run_on_cpu(
         p, dtype = task.problem, np.dtype(task.out_dtype or arrays[0].dtype)
         is_convolution = isinstance(p, ConvProblem) and not p.fusion and not task.conjugate_weight
         _keep(_TASKS, key, (task, dtype, is_convolution))
-    plain = [None if array is None else _native(array) for array in arrays]
+    plain = [None if array is None else native(array) for array in arrays]
     dtype = cast(Any, plain[0]).dtype
     if out is None:
         out = np.empty(task.shape, task.out_dtype or dtype)
@@ -310,7 +310,7 @@ def _run_samples_on_cpu(
     by_fft = _fft_algorithm(algorithm)
     _fft_executor(task, by_fft, None)  # raises the error of an algorithm that does not fit, before anything is computed
     samples = _samples(function, arrays, settings, task, lengths)
-    plain = tuple(None if array is None else _native(array) for array in arrays)
+    plain = tuple(None if array is None else native(array) for array in arrays)
     if out is None:
         out = np.empty(task.shape, task.out_dtype or arrays[0].dtype)
     is_native = out.dtype.isnative
@@ -486,7 +486,8 @@ def run_weight_gradient(
     if runtime.is_cupy_array(out):
         runtime.add(out, other_part)
     else:
-        out += other_part
+        with np.errstate(all="ignore"):
+            np.add(out, other_part, out=out)
     return out
 
 
@@ -584,7 +585,7 @@ def identity(array: Any) -> tuple[Any, ...] | None:
     return (array.shape, array.strides, array.dtype, data.device_id, data.ptr & 15)
 
 
-def _native(array: Any) -> np.ndarray[Any, Any]:
+def native(array: Any) -> np.ndarray[Any, Any]:
     """The array as a plain ndarray in native byte order, copied only where the order differs."""
     plain = np.asarray(array)
     return plain if plain.dtype.isnative else plain.astype(plain.dtype.newbyteorder("="))

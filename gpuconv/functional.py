@@ -223,7 +223,9 @@ def prepare(weight: ArrayT) -> runtime.PreparedWeight:
         array([[[3., 6., 9.]]])
     """
     (array,) = take("prepare", weight=weight)
-    return runtime.prepare(array) if runtime.is_cupy_array(array) else runtime.PreparedWeight(np.array(array))
+    if runtime.is_cupy_array(array):
+        return runtime.prepare(array)
+    return runtime.PreparedWeight(np.array(array, array.dtype.newbyteorder("=")))
 
 
 def _convolve(

@@ -87,6 +87,12 @@ def test_outputs_of_any_layout_are_written() -> None:
     np.testing.assert_array_equal(gpuconv.conv1d(x.astype(">c8"), w.astype(">f4"), b, groups=2), expected)
 
 
+def test_infinite_parts_that_cancel_give_nan_without_a_warning() -> None:
+    x, grad_output = np.array([[[complex(np.inf, -np.inf), complex(2, -np.inf)]]]), np.array([[[1 + 1j]]])
+    found = grad.conv1d_weight(x, (1, 1, 2), grad_output, weight_dtype="float64")
+    np.testing.assert_array_equal(found, [[[np.nan, -np.inf]]])
+
+
 def test_prepared_weights_and_layers_take_complex_data() -> None:
     x, w, _ = arrays()
     expected = gpuconv.conv1d(x, w, groups=2)
