@@ -147,9 +147,9 @@ def _devices(caller: str, input: Any, arch: str | Sequence[str] | None) -> list[
         if not runtime.is_cupy_array(input):
             raise ValueError(f'{caller}: arch must be given ("sm_90", ...) where input is no CuPy array')
         return [runtime.device(int(input.data.device_id))]
-    names = (arch,) if isinstance(arch, str) else arch
+    names = [*arch] if isinstance(arch, Sequence) and not isinstance(arch, str) else [arch]
     for name in names:
-        if name not in ARCHITECTURES:
+        if not isinstance(name, str) or name not in ARCHITECTURES:
             raise ValueError(f"{caller}: arch must be of {', '.join(ARCHITECTURES)}, got {name!r}")
     return [ARCHITECTURES[name] for name in names]
 

@@ -381,7 +381,7 @@ def explain(
         >>> gpuconv.explain("conv1d", x, w, stride=2, padding=1, device="sm_90").problem.L_out
         1500
     """
-    if op not in SETTINGS:
+    if not isinstance(op, str) or op not in SETTINGS:
         raise ValueError(f'explain: op must be one of "conv1d" and "conv_transpose1d", got {op!r}')
     if direction not in DIRECTIONS:
         raise ValueError(f"explain: direction must be one of {', '.join(DIRECTIONS)}, got {direction!r}")

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, NamedTuple, SupportsIndex, TypeVar, cast
 import numpy as np
 
 from .. import functional, nn, runtime
-from ..arguments import ArraySpec, Settings, check_int
+from ..arguments import MAX_STEP, ArraySpec, Settings, check_groups, check_int
 from ..calls import native
 from ..dispatch import BY_FFT
 from ..fusion import FUSED_ARRAYS, ActivationLike, Fused
@@ -84,19 +84,22 @@ class Stream:
                 "would begin at each push"
             )
         settings = Settings.check(caller, self.op, stride, padding, dilation, groups, output_padding)
-        self._weight = weight if isinstance(weight, runtime.PreparedWeight) else functional.prepare(weight)
+        if not isinstance(weight, runtime.PreparedWeight):
+            weight = functional.prepare(*take(caller, weight=weight))
+        self._weight: runtime.PreparedWeight = weight
         if bias is not None:
             _, bias = take(caller, weight=self._weight.array, bias=bias)
         shape = self._weight.shape
         if len(shape) != 3 or shape[2] < 1:
             raise ValueError(f"{caller}: weight must have three axes, the last with a tap at least, got shape {shape}")
         self._stride, self._dilation, self._groups = settings.stride, settings.dilation, settings.groups
+        check_groups(caller, self._groups, self._channels, self._output_shape(1, 0)[1])
         self._span = self._dilation * (shape[2] - 1) + 1
         self._left, self._right = self._sides(caller, settings)
         fused = Fused.check(caller, activation, input_activation)
         fused_arrays = {n: array for n, array in zip(FUSED_ARRAYS, fused.arrays, strict=True) if array is not None}
         check_kinds(caller, {"weight": self._weight.array, **fused_arrays})
-        self.slots = check_int(caller, "slots", slots, "an int", 1)
+        self.slots = check_int(caller, "slots", slots, "an int", 1, MAX_STEP)
         self._call: Any = getattr(functional, self.op)
         with self._here():
             self._bias = None if bias is None else bias.copy()
@@ -273,9 +276,11 @@ class Stream:
         """Continue from the `state` of a stream of the same layer with as many slots.
 
         Raises:
-            ValueError: the state does not fit; the stream is unchanged.
+            ValueError, TypeError: the state does not fit; the stream is unchanged.
         """
         caller = f"{type(self).__name__}.load_state"
+        if not isinstance(state, Mapping):
+            raise TypeError(f"{caller}: state must be a mapping, got {type(state).__name__}")
         if set(state) != {"samples", "positions"}:
             raise ValueError(f'{caller}: state must hold "samples" and "positions", got {", ".join(map(repr, state))}')
         samples, positions = state["samples"], np.asarray(state["positions"])

@@ -356,6 +356,7 @@ def test_the_settings_are_those_of_the_functions() -> None:
 @pytest.mark.parametrize(
     ("arguments", "settings", "error", "message"),
     [
+        ((["conv1d"], X, W), {"device": "cpu"}, ValueError, 'op must be one of "conv1d" and "conv_transpose1d"'),
         (("conv2d", X, W), {"device": "cpu"}, ValueError, 'op must be one of "conv1d" and "conv_transpose1d"'),
         (("conv1d", X, W), {}, ValueError, "device must be given .* got input as an ArraySpec"),
         (
