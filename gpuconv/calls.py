@@ -410,7 +410,9 @@ def _run_by_parts(
     given = {n: array for n, array in {**given, "out": out}.items() if array is not None}
     check_kinds(function, given)
     check_real_taps(function, given, settings[-1] if isinstance(settings[-1], Fusion) else None)
-    if out is None:
+    if out is not None:  # its real part may share memory with the imaginary part of another array
+        _check_memory(function, out, {name: array for name, array in given.items() if name != "out"})
+    else:
         specs = tuple(None if array is None else ArraySpec(array.shape, weight.dtype) for array in arrays)
         out = runtime.empty_beside(data, Task.of(function, specs, settings).shape, data.dtype)
     for part in ("real", "imag"):
@@ -506,12 +508,17 @@ def _check(function: str, arrays: tuple[Any, ...], settings: tuple[Any, ...], ou
             raise TypeError(f"{function}: out must have the dtype {task.out_dtype}, got {out.dtype}")
     elif dtype_name(out.dtype) != (dtype := dtype_name(arrays[0].dtype)):
         raise TypeError(f"{function}: out must have the dtype of {names[0]}, {dtype}, got {out.dtype}")
+    _check_memory(function, out, given)
+    return task
+
+
+def _check_memory(function: str, out: Any, given: dict[str, Any]) -> None:
+    """Refuse an `out` that cannot be written or shares memory with itself or with one of the given arrays."""
     if overlaps_itself(out):
         raise ValueError(f"{function}: out must not overlap itself, got strides {out.strides} for shape {out.shape}")
     if isinstance(out, np.ndarray) and not out.flags.writeable:
         raise ValueError(f"{function}: out must be writeable, got a read-only array")
     check_overlap(function, out, given)
-    return task
 
 
 def _keep(cache: dict[tuple[Any, ...], Any], key: tuple[Any, ...], value: Any) -> None:

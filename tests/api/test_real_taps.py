@@ -87,6 +87,18 @@ def test_outputs_of_any_layout_are_written() -> None:
     np.testing.assert_array_equal(gpuconv.conv1d(x.astype(">c8"), w.astype(">f4"), b, groups=2), expected)
 
 
+def test_an_output_between_the_parts_of_an_array_or_of_itself_is_refused() -> None:
+    numbers, w = np.arange(42, dtype=np.float32), np.ones((1, 1, 3), np.float32)
+    x, out = (part.view(np.complex64).reshape(1, 1, 20) for part in (numbers[:40], numbers[1:41]))
+    with pytest.raises(ValueError, match=r"^conv1d: out must not overlap input, but they share memory$"):
+        gpuconv.conv1d(x, w, padding="same", out=out)
+    interleaved = np.lib.stride_tricks.as_strided(out, strides=(4, 4, 4))
+    for lengths in (None, [20]):
+        with pytest.raises(ValueError, match=r"^conv1d: out must not overlap itself, got strides "):
+            gpuconv.conv1d(x.copy(), w, padding="same", out=interleaved, lengths=lengths)
+    np.testing.assert_array_equal(numbers, np.arange(42))
+
+
 def test_infinite_parts_that_cancel_give_nan_without_a_warning() -> None:
     x, grad_output = np.array([[[complex(np.inf, -np.inf), complex(2, -np.inf)]]]), np.array([[[1 + 1j]]])
     found = grad.conv1d_weight(x, (1, 1, 2), grad_output, weight_dtype="float64")
