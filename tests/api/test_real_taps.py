@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 
 import gpuconv
 from gpuconv import grad, nn, reference, runtime
@@ -20,6 +20,7 @@ REAL = {"complex64": "float32", "complex128": "float64"}
 
 
 @pytest.mark.parametrize("op", OPS)
+@settings(derandomize=True, deadline=None, database=None)
 @given(data=strategies.st.data())
 def test_random_calls_are_within_the_bound_of_complex_taps(op: Any, data: Any) -> None:
     call = data.draw(strategies.calls(op, tuple(REAL)))
