@@ -31,7 +31,7 @@ from .problem import (
     WeightGradientProblem,
 )
 from .tasks import OPTIONAL, SIGNATURES
-from .text import WIDTH, count, wrap, wrap_rows
+from .text import WIDTH, count, quantity, wrap, wrap_rows
 
 __all__ = ["Explanation", "explain"]
 
@@ -233,7 +233,7 @@ class Explanation:
             where = "the CPU, through NumPy"
             if self.method is not None:
                 rows.append(("method", f"{self.method.name}: {self.method.reason}"))
-                rows.append(("workspace", _quantity(self.method.workspace_bytes, "B")))
+                rows.append(("workspace", quantity(self.method.workspace_bytes, "B")))
         else:
             where = f"{self.device.name} ({self.device.arch_name})"
             if self.by_fft is None:
@@ -245,12 +245,12 @@ class Explanation:
             where_from = f"predicted for {count(self.costs.blocks, 'block')} of this layer"
             rows.append(("costs", f"direct {direct}, FFT {by_fft}, {where_from}"))
         if self.fused:
-            saved = {w: "" if n is None else f" ({_quantity(n, 'B')} saved)" for w, n in self.fused.items()}
+            saved = {w: "" if n is None else f" ({quantity(n, 'B')} saved)" for w, n in self.fused.items()}
             words = [f"{what}{num_bytes}" for what, num_bytes in saved.items()]
             rows.append(("fused", ", ".join(words)))
-        work = f"{_quantity(self.flops, 'FLOP')}, at least {_quantity(self.bytes, 'B')} moved"
+        work = f"{quantity(self.flops, 'FLOP')}, at least {quantity(self.bytes, 'B')} moved"
         rows.append(("work", f"{work}, {self.intensity:.3g} FLOP/B"))
-        copies = f"{', '.join(self.copies)} ({_quantity(self.copy_bytes, 'B')})" if self.copies else "none"
+        copies = f"{', '.join(self.copies)} ({quantity(self.copy_bytes, 'B')})" if self.copies else "none"
         rows.append(("copies", copies))
         return "\n".join([*wrap(f"{title} on {where}", width), *wrap_rows(rows, width, indent="  ")])
 
@@ -281,7 +281,7 @@ class Explanation:
             packing = self.prepared.plan.steps[0].config.kernel
             rows.append(("prepared", f"{packing} packs a weight of gpuconv.prepare once"))
         if choice.plan.scratch:
-            buffers = (f"{name} ({_quantity(num_bytes, 'B')})" for name, num_bytes in choice.plan.scratch)
+            buffers = (f"{name} ({quantity(num_bytes, 'B')})" for name, num_bytes in choice.plan.scratch)
             rows.append(("buffers", ", ".join(buffers)))
         if choice.plan.candidates:
             rows.append(("model", self._candidates_text(choice.plan.candidates)))
@@ -299,7 +299,7 @@ class Explanation:
             return f"{words}, in {self.runs} calls on views of neighbours of one length"
         if self.device is None or self.choice is None:
             return words
-        return f"{words}, which kernels read from a table of {_quantity(24 * len(L_in), 'B')} written anew by each call"
+        return f"{words}, which kernels read from a table of {quantity(24 * len(L_in), 'B')} written anew by each call"
 
     def _candidates_text(self, candidates: Sequence[tuple[str, float]]) -> str:
         """The configurations that the cost model compared, each with its predicted time and a bar of that length."""
@@ -326,9 +326,9 @@ def _fft_rows(plan: fft.Plan) -> list[tuple[str, str]]:
     overlap = plan.overlap
     number = count(plan.problem.N * overlap.rows * overlap.blocks, "block")
     words = f"{number} of {overlap.block} samples for {count(overlap.new, 'result')}, {plan.batch} at a time"
-    kept = f"{_quantity(plan.workspace_bytes, 'B')}"
+    kept = f"{quantity(plan.workspace_bytes, 'B')}"
     if isinstance(plan.problem, ConvProblem):
-        kept += f"; a prepared weight keeps {_quantity(plan.spectra_bytes, 'B')}"
+        kept += f"; a prepared weight keeps {quantity(plan.spectra_bytes, 'B')}"
     return [("fft", words), ("workspace", kept)]
 
 
@@ -531,12 +531,3 @@ def _pointer(array: Any) -> dispatch.StridedPointer | None:
     if isinstance(array, _RealPart):
         return dispatch.StridedPointer(array.strides, array.address)
     return dispatch.StridedPointer(tuple(array.strides), address(array))
-
-
-def _quantity(value: float, unit: str) -> str:
-    """A value with three digits and a decimal prefix: 19300000000, "FLOP" gives "19.3 GFLOP"."""
-    for prefix in ("", "k", "M", "G", "T", "P"):
-        if value < 999.5 or prefix == "P":
-            break
-        value /= 1000
-    return f"{value:.3g} {prefix}{unit}"

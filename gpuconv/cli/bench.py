@@ -12,7 +12,7 @@ from ..cpu.threads import usable_cpus
 from ..explain import SETTINGS
 from ..layers import Layer
 from ..measure import Comparison, Timing, compare, settings_text
-from ..text import wrap
+from ..text import count, wrap
 from .errors import EXIT_MISMATCH, CommandError
 from .gpu import current_device, use_gpu
 from .options import add_device, add_shapes, at_least, given_settings, specs
@@ -85,9 +85,9 @@ def _layers(args: argparse.Namespace) -> list[Layer]:
 
 def _page(facts: dict[str, Any], found: list[Comparison]) -> str:
     width = terminal_width()
-    where = facts["device"] if facts["device"] != "CPU" else f"the CPU, {facts['processors']} processors"
+    where = facts["device"] if facts["device"] != "CPU" else f"the CPU, {count(facts['processors'], 'processor')}"
     versions = f"gpuconv {facts['gpuconv']}" + (f", PyTorch {facts['pytorch']}" if facts["pytorch"] else "")
-    lines = wrap(f"On {where}; {versions}; medians of {facts['turns']} turns.", width)
+    lines = wrap(f"On {where}; {versions}; medians of {count(facts['turns'], 'turn')}.", width)
     for comparison in found:
         x, weight, bias = comparison.layer.arrays
         settings = settings_text(comparison.layer)

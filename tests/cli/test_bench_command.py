@@ -12,7 +12,7 @@ import pytest
 
 from gpuconv import functional, measure, peers
 from gpuconv.arguments import ArraySpec
-from gpuconv.cli import main
+from gpuconv.cli import bench, main
 from gpuconv.layers import Layer
 from gpuconv.measure import Timing, compare
 from tests.cli.test_cli import refusal
@@ -197,3 +197,8 @@ def test_a_layer_is_measured_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None
     assert found.ours is not None
     assert found.ours.median > 0
     assert found.theirs is not None
+
+
+def test_one_processor_and_one_turn_are_singular() -> None:
+    facts = {"device": "CPU", "processors": 1, "gpuconv": "0.1.0", "pytorch": None, "turns": 1}
+    assert bench._page(facts, []) == "On the CPU, 1 processor; gpuconv 0.1.0; medians of 1 turn."
