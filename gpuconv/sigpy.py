@@ -299,10 +299,10 @@ def _add(sums: Any, part: Any) -> Any:
 
 
 def _result_type(caller: str, first: Any, second: Any) -> Any:
-    """The dtype of the first array, to which the results with the second must be castable."""
+    """The first array's dtype in native byte order, to which the results with the second must be castable."""
     if not np.can_cast(np.result_type(first.dtype, second.dtype), first.dtype, "same_kind"):
         raise TypeError(f"{caller}: results of {first.dtype} and {second.dtype} cannot be cast to {first.dtype}")
-    return first.dtype
+    return first.dtype.newbyteorder("=")
 
 
 def _convolve(p: _Problem, data: Any, filt: Any, dtype: Any) -> Any:

@@ -172,6 +172,13 @@ def test_empty_batches_and_channels() -> None:
     assert sigpy.convolve_filter_adjoint(np.ones((0, 7)), np.ones((0, 5)), (3,)).tolist() == [0, 0, 0]
 
 
+def test_results_have_native_byte_order() -> None:
+    x, filt = np.arange(6.0, dtype=">f8"), np.ones(2, ">f8")
+    y = sigpy.convolve(x, filt)
+    adjoints = sigpy.convolve_data_adjoint(y, filt, (6,)), sigpy.convolve_filter_adjoint(y.astype(">f8"), x, (2,))
+    assert {array.dtype.str for array in (y, *adjoints)} == {np.dtype("float64").str}
+
+
 def test_overflow_gives_no_warning() -> None:
     x, filt = np.full((4, 6), 1e308), np.ones((2, 2))
     with warnings.catch_warnings():
