@@ -233,7 +233,7 @@ class Explanation:
             where = "the CPU, through NumPy"
             if self.method is not None:
                 rows.append(("method", f"{self.method.name}: {self.method.reason}"))
-                rows.append(("workspace", quantity(self.method.workspace_bytes, "B")))
+                rows.append(("workspace", f"at most {quantity(self.method.workspace_bytes, 'B')}"))
         else:
             where = f"{self.device.name} ({self.device.arch_name})"
             if self.by_fft is None:

@@ -227,6 +227,7 @@ def test_bad_files_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert refused("cut.npy", "w.npy").startswith("cut.npy: is truncated: 80 bytes of data expected")
     assert refused("x.npy", "int.npy").startswith("int.npy: has dtype int64, expected one of float16")
     assert refused("x.mp3", "w.npy") == "x.mp3: the name must end in .npy or .wav"
+    assert refused("", "w.npy") == refused("x.npy", "") == "the name of a file is empty"
     assert refused("x.npy", "w.wav") == "w.wav: the name must end in .npy"
     assert refused("x.npy", "w.npy", "y.npy", "--bias", "none.npy") == "none.npy: does not exist"
     assert refused("x.npy", "w.npy", "y.npy", "--bias", "w.wav") == "w.wav: the name must end in .npy"
