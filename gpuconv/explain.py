@@ -75,6 +75,7 @@ class Explanation:
         runs: the number of calls on neighbouring samples of one length; 1 where one call computes all samples.
         prepared: what runs with a weight that `gpuconv.prepare` made, if it differs from `choice`: its first step packs
             the weight once; without it, the blocks of each call pack the weight themselves.
+        direction: "forward", or which gradient of the call it is.
 
     Example:
         >>> import gpuconv
@@ -96,6 +97,7 @@ class Explanation:
     by_fft: fft.Plan | None = None
     costs: fft.Costs | None = None
     prepared: dispatch.Choice | None = None
+    direction: Direction = "forward"
 
     @property
     def flops(self) -> int:
@@ -154,6 +156,7 @@ class Explanation:
         problem: dict[str, Any] = dataclasses.asdict(self.problem)
         problem.update((f"{name}_shape", list(shape)) for name, shape in self.shapes.items())
         return {
+            "direction": self.direction,
             "problem": problem,
             "device": {"name": "CPU"} if self.device is None else dataclasses.asdict(self.device),
             "flops": self.flops,
@@ -223,8 +226,13 @@ class Explanation:
                 settings += f", padding_mode {p.padding_mode}"
             if p.precision != "float32":
                 settings += f", precision {p.precision}"
-            rows.append(("settings", settings))
             title = p.op if isinstance(p, ConvProblem) else f"gradient of {p.op}'s weight"
+            if self.direction == "grad_input":  # `problem` is the other operation, from the output to the input
+                title = f"gradient of {'conv1d' if p.op == 'conv_transpose1d' else 'conv_transpose1d'}'s input"
+                names = {"input": "grad_output", "output": "grad_input"}
+                rows = [(names.get(name, name), shape) for name, shape in rows]
+                settings = f"{p.op}, {settings}"
+            rows.append(("settings", settings))
         if self.parts > 1:
             rows.append(("parts", "the real and the imaginary part of the data, one after the other"))
         if self.samples is not None:
@@ -457,9 +465,10 @@ def explain(
             method = cpu.method(problem)
         elif isinstance(problem, WeightGradientProblem):
             method = cpu.weight_gradient.method(problem)
-        return Explanation(problem, None, None, method, tuple(dict.fromkeys((*conjugated, *swapped))), *more)
+        copies = tuple(dict.fromkeys((*conjugated, *swapped)))
+        return Explanation(problem, None, None, method, copies, *more, direction=direction)
     if problem.is_empty:
-        return Explanation(problem, target, None, None, (), *more)
+        return Explanation(problem, target, None, None, (), *more, direction=direction)
     pointers = {operand: _pointer(given[array]) for array, operand in operands.items() if array not in conjugated}
     if by_parts:  # the other arrays are parts of fresh complex ones
         for name, shape in problem.shapes.items():
@@ -473,7 +482,8 @@ def explain(
     if plan is None:
         choice = dispatch.choose(problem, layout, target, algorithm)
         prepared = dispatch.choose(problem, dataclasses.replace(layout, is_prepared=True), target, algorithm)
-    return Explanation(problem, target, choice, None, copies, *more, None if prepared == choice else prepared)
+        prepared = None if prepared == choice else prepared
+    return Explanation(problem, target, choice, None, copies, *more, prepared, direction)
 
 
 class _RealPart(NamedTuple):

@@ -134,7 +134,7 @@ def _layer(value: Any) -> Layer:
     fields = value.get("problem") if isinstance(value, dict) else None
     if not isinstance(fields, dict):
         raise ValueError("must be an object with a field problem, as gpuconv explain --json writes it")
-    if "C_in" not in fields:
+    if "C_in" not in fields or value.get("direction", "forward") != "forward":
         raise ValueError("is the problem of a gradient, expected that of --direction forward")
     try:
         op, real = fields["op"], fields["dtype"]

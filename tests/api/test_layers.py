@@ -82,6 +82,7 @@ GOOD = json.dumps(explained(*CALLS[0], bias=True).to_dict())
         (GOOD.replace('"conv1d"', '"conv2d"'), "layer 1: op must be one of conv1d, conv_transpose1d, got 'conv2d'"),
         (GOOD.replace('"stride"', '"strides"'), "layer 1: has no field stride"),
         (GOOD.replace("[64, 512, 3]", '"64,512,3"'), "layer 1: a shape must be a list of numbers, got '64,512,3'"),
+        (GOOD.replace('"forward"', '"grad_input"', 1), "layer 1: is the problem of a gradient"),
         ('{"problem": {"C_coarse": 1}}', "layer 1: is the problem of a gradient, expected that of --direction forward"),
         ("\udcff", "is not a text file"),
     ],
