@@ -229,8 +229,7 @@ class Explanation:
             title = p.op if isinstance(p, ConvProblem) else f"gradient of {p.op}'s weight"
             if self.direction == "grad_input":  # `problem` is the other operation, from the output to the input
                 title = f"gradient of {'conv1d' if p.op == 'conv_transpose1d' else 'conv_transpose1d'}'s input"
-                names = {"input": "grad_output", "output": "grad_input"}
-                rows = [(names.get(name, name), shape) for name, shape in rows]
+                rows = [(self._name_of(name), shape) for name, shape in rows]
                 settings = f"{p.op}, {settings}"
             rows.append(("settings", settings))
         if self.parts > 1:
@@ -298,6 +297,8 @@ class Explanation:
     def _name_of(self, operand: str) -> str:
         """The name of the argument for an array of the problem."""
         p = self.problem
+        if self.direction == "grad_input":
+            return {"input": "grad_output", "output": "grad_input"}.get(operand, operand)
         return _names_of_operands(p).get(operand, operand) if isinstance(p, WeightGradientProblem) else operand
 
     def _lengths_text(self, samples: Samples) -> str:
