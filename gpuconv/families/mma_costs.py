@@ -97,6 +97,7 @@ class TilesLaunch(NamedTuple):
         batches: in which a block loads the window of a chunk: `input_batches`.
         access: by which it does.
         raw_vectors: of a row's own weights of a chunk, which blocks pack themselves; 0 where these are packed before.
+        is_scattered: whether neighbouring positions are in other lines of memory, so that each lane loads its own.
     """
 
     arithmetic: Arithmetic
@@ -118,6 +119,7 @@ class TilesLaunch(NamedTuple):
     kept_segments: int
     access: Access
     raw_vectors: int = 0
+    is_scattered: bool = False
 
     @property
     def warps(self) -> int:
@@ -153,6 +155,12 @@ class TilesLaunch(NamedTuple):
         loads = 4.0 if self.access is Access.UNIT else a.channels / self.access.width
         return self.staged_by_warps * (loads + 4 * a.parts)
 
+    @property
+    def _scattered_wavefronts(self) -> float:
+        """What scattered loads take more than others."""
+        loads = self.staged_by_warps * self.arithmetic.channels if self.is_scattered else 0.0
+        return loads * (WARP / LINES_PER_CYCLE - 1)
+
     def work(self, p: ConvProblem) -> Work:
         a = self.arithmetic
         if self.access is Access.UNIT:
@@ -177,7 +185,9 @@ class TilesLaunch(NamedTuple):
             load_share=0.25,
             # Units of 16 bits are copied by a loop of its own.
             staging_instructions=gathering.instructions + (self._staging_instructions if is_copied else 0.0),
-            staging_wavefronts=gathering.wavefronts + (self._staging_wavefronts if is_copied else 0.0),
+            staging_wavefronts=gathering.wavefronts
+            + self._scattered_wavefronts
+            + (self._staging_wavefronts if is_copied else 0.0),
             visits=self.blocks * self.warps * self.chunks * self.batches,
             dram_bytes=math.prod(p.input_shape) * p.itemsize + self.weight_tiles * weight_bytes + stored,
             waits=LATENCY_CYCLES + waits * _LOAD_CYCLES + gathering.chain,
@@ -200,7 +210,10 @@ class TilesLaunch(NamedTuple):
             instructions=passes * (products + fetches + copies + sums + _STAGE_INSTRUCTIONS)
             + gathering.instructions
             + self._staging_instructions,
-            wavefronts=passes * 4 * (fetches + copies + 1) + gathering.wavefronts + self._staging_wavefronts,
+            wavefronts=passes * 4 * (fetches + copies + 1)
+            + gathering.wavefronts
+            + self._staging_wavefronts
+            + self._scattered_wavefronts,
             chain=self.chunks * self.stages * (_STAGE_CYCLES + MMA_LATENCY_CYCLES * STAGE_STEPS),
         )
 
@@ -300,6 +313,7 @@ def _launch_of(problem: ConvProblem, step: Step) -> TilesLaunch:
         kept_segments=params["segments"] if macros["SEGMENT_MODE"] == "1" else 0,
         access=access,
         raw_vectors=params["units"] * params.get("taps", params["K"]) if "RAW_WEIGHT" in macros else 0,
+        is_scattered=params.get("fold", 1) > 1 and access is Access.POSITION,
     )
 
 
