@@ -303,7 +303,7 @@ def _with_lengths(problem: Problem | None) -> Problem | None:
 
 def _table(function: str, task: Task, samples: Samples) -> np.ndarray[Any, Any]:
     """The table of samples that kernels read: see cuda_src/samples.cuh."""
-    L_in, L_out, left = samples
+    L_in, L_out, left, _ = samples
     p = task.problem
     # An input gradient reads the operation's output gradient as its input, and so does the weight gradient of a
     # transposed convolution as its fine array.

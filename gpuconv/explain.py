@@ -243,7 +243,7 @@ class Explanation:
             "launch": own["launch"],
             "refusals": [{"family": family, "reason": reason} for family, reason in choice.refusals],
             "staging": {self._name_of(array): words for array, words in choice.staging.items()},
-            "candidates": [{"configuration": name, "microseconds": us} for name, us in choice.plan.candidates],
+            "candidates": [{"configuration": name, "predicted_us": us} for name, us in choice.plan.candidates],
             "steps": steps,
             "scratch": dict(choice.plan.scratch),
         }

@@ -145,7 +145,7 @@ def test_the_model_is_told_in_microseconds() -> None:
     assert {character for row in rows for character in row[2]} == {"#"}
     assert bars[0] / bars[-1] == pytest.approx(candidates[0][1] / candidates[-1][1], abs=0.1)
     kernel = found.to_dict()["kernel"]
-    assert [(c["configuration"], c["microseconds"]) for c in kernel["candidates"]] == list(found.choice.plan.candidates)
+    assert [(c["configuration"], c["predicted_us"]) for c in kernel["candidates"]] == list(found.choice.plan.candidates)
 
 
 def test_of_many_configurations_the_fastest_are_shown() -> None:

@@ -115,7 +115,7 @@ def test_layers_of_a_file_without_pytorch(capsys: pytest.CaptureFixture[str], mo
     Path("layers.json").write_text(capsys.readouterr().out)
     assert main(["bench", "--layers", "layers.json", "--dtype", "float32,float64", "--device", "cpu", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert report["device"] == "CPU"
+    assert report["device"] == {"name": "CPU"}
     assert [(each["op"], each["input"], each["dtype"], each["bias"]) for each in report["layers"]] == [
         ("conv1d", [2, 8, 60], "float32", True),
         ("conv_transpose1d", [8, 9], "float32", False),
@@ -124,7 +124,7 @@ def test_layers_of_a_file_without_pytorch(capsys: pytest.CaptureFixture[str], mo
     ]
     assert report["layers"][0]["settings"] == "padding=(2, 0)"
     assert {each["note"] for each in report["layers"]} == {"PyTorch is not installed"}
-    assert all(each["gpuconv"]["median"] > 0 and each["pytorch"] is None for each in report["layers"])
+    assert all(each["gpuconv"]["median_s"] > 0 and each["pytorch"] is None for each in report["layers"])
 
 
 def test_turns_alternate_and_their_median_counts(monkeypatch: pytest.MonkeyPatch) -> None:
