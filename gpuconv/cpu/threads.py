@@ -1,6 +1,6 @@
 """Blocks of one call on several threads.
 
-The helpers are started once and kept, each of them waiting at a queue of its own. Such a handover takes some 25 us, one
+The helpers are started once and kept, each of them waiting at a queue of its own. Such a handover takes some 40 us, one
 through `concurrent.futures` 60 us, and a call of 0.5 ms can gain from a second thread.
 
 Each thread is bound to processors of its own while it computes. Threads that pass the interpreter's lock to each other
