@@ -113,7 +113,7 @@ def reduction(problem: ConvProblem, device: Device) -> dict[str, int]:
     return {name: dict(launch.params)[name] for name in ("units", "chunks", "pairs", "segments", "segment_chunks")}
 
 
-@settings(max_examples=80, deadline=None, derandomize=True, database=None)
+@settings(max_examples=80)
 @given(layer=layers(), mode=st.sampled_from(MODES), arch=st.sampled_from(tuple(ARCHITECTURES)))
 def test_the_layer_alone_decides_where_it_runs_and_in_which_order_it_is_summed(
     layer: ConvProblem, mode: str, arch: str
@@ -173,7 +173,7 @@ def products(draw: st.DrawFn) -> Product:
     )
 
 
-@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+@settings(max_examples=300)
 @given(
     product=products(),
     block_samples=st.integers(1, 3),
@@ -691,7 +691,7 @@ def test_many_short_samples_share_blocks(arch: str) -> None:
     assert dict(launch.params)["block_samples"] == 64
 
 
-@settings(max_examples=80, deadline=None, derandomize=True, database=None)
+@settings(max_examples=80)
 @given(layer=layers(), mode=st.sampled_from(MODES))
 def test_the_layer_alone_decides_where_a_sum_is_cut(layer: ConvProblem, mode: str) -> None:
     """From 4,096 terms on, those that fill up stages included, into 4 to 32 segments, whatever N and L are."""
