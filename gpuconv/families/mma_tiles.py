@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .arithmetic import STAGE_PAIRS, UNIT_BYTES, WARP, Arithmetic
+from .arithmetic import STAGE_PAIRS, UNIT_BYTES, WARP, Access, Arithmetic
 
 NUM_STAGES = 4  # of weights in shared memory, a power of two
 RAW_BOXES = 2  # of a layer's own weights there: kBoxes of raw_weights.cuh
@@ -19,8 +19,7 @@ class Tile:
 
     Attributes:
         min_blocks: blocks that a multiprocessor must be able to hold, which caps the registers of a thread.
-        prefetch: vectors of input that a thread has on their way at a time: of so many units, or of half
-            as many at two positions.
+        prefetch: units of input that a thread has on their way at a time: see `units_ahead`.
         has_samples: a block may take the positions of several samples, at the cost of an address for each fragment.
         segment_mode: SEGMENT_MODE of mma.cuh; 2 stands for both launches.
     """
@@ -41,6 +40,11 @@ class Tile:
     @property
     def threads(self) -> int:
         return WARP * self.warps
+
+    def units_ahead(self, access: Access) -> int:
+        """Units that a task of staging takes, at one position or, which needs a few registers more, at two."""
+        is_full = access is Access.PAIR and (self.block_m, self.block_n) == (64, 64)  # with 128 registers a thread
+        return self.prefetch // 2 if is_full else self.prefetch
 
     def slice_bytes(self, itemsize: int) -> int:
         """Shared memory through which results pass in the end."""

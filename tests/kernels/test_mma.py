@@ -294,8 +294,7 @@ def test_input_arrives_in_batches(
     only_tile(next(t for t in tiles(ARITHMETICS[mode, "float32"]) if (t.block_m, t.block_n) == size))
     config, launch = kernel_of(FAMILY[p.op], p, Layout.contiguous(p), H200)
     params, macros = dict(launch.params), dict(config.macros)
-    task_units = int(macros["PREFETCH"]) // int(macros["INPUT_WIDTH"])
-    batches = -(-(-(-params["units"] // task_units) * params["unit_tasks"]) // launch.block)
+    batches = -(-(-(-params["units"] // int(macros["PREFETCH"])) * params["unit_tasks"]) // launch.block)
     rounds = -(-params["pairs"] // (STAGE_PAIRS * params["round_stages"]))
     assert params["chunks"] > 1
     assert batches > 1
