@@ -65,6 +65,11 @@ def call_with_out(x: Any, w: Any, b: Any, out: Any) -> Callable[[], object]:
     return lambda: gpuconv.conv1d(x, w, b, 1, PROBLEM.padding, out=out)
 
 
+def call_with_lengths(x: Any, w: Any, b: Any, out: Any) -> Callable[[], object]:
+    lengths = [PROBLEM.L_in - 1]
+    return lambda: gpuconv.conv1d(x, w, b, 1, PROBLEM.padding, lengths=lengths, out=out)
+
+
 def parts_on_gpu() -> dict[str, Callable[[], object]]:
     """What is measured on CuPy's current device."""
     import cupy
@@ -72,10 +77,13 @@ def parts_on_gpu() -> dict[str, Callable[[], object]]:
     rng = np.random.default_rng(0)
     x, w, b, out = (cupy.asarray(rng.standard_normal(shape, np.float32)) for shape in SHAPES)
     prepared = gpuconv.prepare(w)
+    layer = gpuconv.nn.Conv1d(PROBLEM.C_in, PROBLEM.C_out, PROBLEM.K, padding=PROBLEM.padding, device="cuda")
     parts: dict[str, Callable[[], object]] = {
         "functional call": lambda: gpuconv.conv1d(x, w, b, 1, PROBLEM.padding),
         "functional call with out=": call_with_out(x, w, b, out),
         "the same with a prepared weight": call_with_out(x, prepared, b, out),
+        "functional call with lengths= and out=": call_with_lengths(x, w, b, out),
+        "call of a layer": lambda: layer(x),
         "validation (first call only)": lambda: ConvProblem.conv1d(x, w, b, 1, PROBLEM.padding),
         "allocation": lambda: cupy.empty(PROBLEM.output_shape, np.float32),
     }
@@ -107,6 +115,11 @@ class _IdleExecutor:
         pass
 
 
+def _first_device() -> int:
+    """In place of CUDA's function; a `Mock` would take longer than the rest of a call."""
+    return 0
+
+
 @contextmanager
 def stand_ins() -> Iterator[tuple[Any, ...]]:
     """CuPy arrays (input, weight, bias, out) in host memory, in a context where plans launch nothing.
@@ -122,7 +135,7 @@ def stand_ins() -> Iterator[tuple[Any, ...]]:
         return cupy.ndarray(tuple(shape), np.float32, cupy.cuda.MemoryPointer(memory, start))
 
     with (
-        mock.patch.object(cupy.cuda.runtime, "getDevice", return_value=0),
+        mock.patch.object(cupy.cuda.runtime, "getDevice", _first_device),
         mock.patch.object(runtime, "make_executor", return_value=_IdleExecutor()),
         mock.patch.object(calls, "_EXECUTORS", {}),
     ):
@@ -139,6 +152,7 @@ def measure_without_gpu() -> dict[str, float]:
         x, w, b, _ = arrays
         parts: dict[str, Callable[[], object]] = {
             "functional call with out=, without its launch": call_with_out(*arrays),
+            "the same with lengths=": call_with_lengths(*arrays),
             "validation (first call only)": lambda: ConvProblem.conv1d(x, w, b, 1, PROBLEM.padding),
         }
         return {name: microseconds(part, lambda: None) for name, part in parts.items()}

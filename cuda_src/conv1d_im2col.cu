@@ -4,31 +4,18 @@
 //       + sum over c_in < C_in_g, k < K of weight[c_out, c_in, k] * input[n, g*C_in_g + c_in, l_in],
 //   g = c_out / C_out_g,   l_in = l_out*stride - padding_left + k*dilation,   taps outside [0, L_in) left out.
 //
-// A product of matrices with rows = c_out of the group and columns = l_out of one sample. Unlike in mma.cuh, the 16 bytes of a
-// unit hold kUnit neighbouring taps of one channel: the reduction runs over pairs (unit, c_in) with c_in inner, two pairs per
-// mma (a k-step). The packed weights (pack_im2col_weight.cu) have that order; pairs that only fill up the last stage have
-// zero weights. Where the last unit would not be whole, it holds the last kUnit taps, with zero weights for those that the
-// previous unit holds, so that a result uses only inputs of its own window.
-//
-// The window of a block is staged once, for all taps: a row of shared memory holds the kUnit inputs that one column multiplies
-// with one unit. Row j of plane v of a channel begins at position (l_begin + j)*stride - padding_left + v*plane_step, so that
-// neighbouring columns read neighbouring rows for any stride, and ldmatrix has no bank conflicts; units that are a multiple
-// of the stride apart share a plane. A last unit that fits in no plane has its own plane after the others. See
-// Window in gpuconv/families/conv1d_im2col.py. The weights stream through a ring of NUM_STAGES stages.
-//
-// The order of summation depends on the layer alone. IS_SPLIT = 1, and sums that are not finite: see mma.cuh.
+// The product of im2col.cuh.
 //
 // Grid x: blocks of BLOCK_M output channels (fastest, so that blocks with the same window run together), then of BLOCK_N
 // positions, then samples, then groups. Grid y and z: 1. Dynamic shared memory: the stages of weights, the window, the rows
 // of pairs; or the slices through which the results pass.
 // Needs float16, bfloat16 (sm_80) or float32 (sm_80) arrays of any strides, in elements. Chosen for fewer than 8 input
-// channels a group and at least 8 taps and 8 output channels a group; see gpuconv/families/conv1d_im2col.py.
+// channels a group and at least 8 taps and 8 output channels a group; see gpuconv/families/conv_im2col.py.
 
-#define TAPS_IN_UNITS 1
+#define IS_TRANSPOSED 0
 
 #include "common.cuh"
-#include "edge.cuh"
-#include "mma.cuh"
+#include "im2col.cuh"
 #include "window.cuh"
 
 struct Params {
@@ -47,150 +34,7 @@ struct Params {
     index_t plane_reciprocal, channel_reciprocal;  // 2^32 / plane_rows and 2^32 / channel_rows, rounded up
     FUSED_FIELDS WINDOW_FIELDS
 };
-static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/conv1d_im2col.py");
-static_assert(!HAS_SAMPLES && SEGMENT_MODE == 0 && !PHASES_IN_ROWS, "see gpuconv/families/conv1d_im2col.py");
-
-__device__ __forceinline__ Tile tile_at(
-    unsigned block, const storage_t* input, const StorageVector* weight, storage_t* output,
-    const Params& p SAMPLES_PARAMETER) {
-    const index_t row_tile = next_index(block, p.row_tiles);
-    const index_t column_tile = next_index(block, p.column_tiles);
-    const index_t n = next_index(block, p.N);
-    const index_t g = block;
-
-    Tile tile = tile_with_layout(p);
-    tile.input = input + (n * p.input_stride_n + g * p.C_in_g * p.input_stride_c);
-    tile.weight = weight + (g * p.row_tiles + row_tile) * (p.pairs * (kParts * BLOCK_M));
-    tile.output = output + (n * p.output_stride_n + g * p.C_out_g * p.output_stride_c);
-    tile.group = g;
-    tile.row_begin = row_tile * BLOCK_M;
-    tile.rows = p.C_out_g;
-    tile.samples = 1;
-    tile.position_begin = column_tile * BLOCK_N;
-    tile.positions = p.L_out;
-    tile.row_taps = p.K;
-    tile.column_step = p.stride;
-    tile.first = -p.padding_left;
-    tile.tap_step = p.dilation;
-    tile.output_step = 1;
-    tile.output_first = 0;
-    if (kHasLengths) {
-        const Extents sample = extents_of(n, p SAMPLES_VALUE);
-        tile.L_in = sample.L_in;
-        tile.L_out = tile.positions = sample.L_out;
-    }
-    return tile;
-}
-
-// Row `row` of the window, which counts through the planes of all channels.
-__device__ __forceinline__ StorageVector load_row(const Tile& tile, unsigned row, const Params& p) {
-    const index_t c_in = multiply_high(row, unsigned(p.channel_reciprocal));
-    const unsigned row_of_channel = row - unsigned(c_in * p.channel_rows);
-    const index_t plane = multiply_high(row_of_channel, unsigned(p.plane_reciprocal));
-    const index_t j = index_t(row_of_channel) - plane * p.plane_rows;
-    const index_t first = (tile.position_begin + j) * p.stride - p.padding_left +
-        (plane < p.planes ? plane * p.plane_step : (p.K - kUnit) * p.dilation);
-    // Rows that are read only for columns behind the last are not loaded.
-    const bool is_read = j < tile.positions - tile.position_begin + (p.plane_rows - BLOCK_N);
-    const storage_t* const x = tile.input + c_in * p.input_stride_c;
-    StorageVector vector;
-    if (is_read && is_inside(first, first + (kUnit - 1) * p.dilation, tile.L_in)) {
-        const storage_t* const from = x + first * p.input_stride_l;
-        const index_t tap_offset = p.dilation * p.input_stride_l;
-#pragma unroll
-        for (int e = 0; e < kUnit; ++e) vector.element[e] = from[e * tap_offset];
-    } else {
-#pragma unroll
-        for (int e = 0; e < kUnit; ++e) {
-            const Source source = source_index(first + e * p.dilation, tile.L_in);
-            const bool exists = is_read && source.exists;
-            vector.element[e] = exists ? x[source.index * p.input_stride_l] : scalar::storage_zero();
-        }
-    }
-    return vector;
-}
-
-// Stores kUnit taps as a row of the window, rounded or split as the operands are.
-__device__ __forceinline__ void stage_vector(const StorageVector& x, StorageVector* row, int part_rows) {
-    StorageVector hi = x, lo;
-    if (sizeof(storage_t) == 4) {
-#pragma unroll
-        for (int e = 0; e < kUnit; ++e) {
-            float large = round_to_tf32(float(x.element[e])), small;
-            if (IS_SPLIT) {
-                split_tf32(float(x.element[e]), &large, &small);
-                lo.element[e] = storage_t(round_to_tf32(small));
-            }
-            hi.element[e] = storage_t(large);
-        }
-    }
-    row[0] = hi;
-    if (IS_SPLIT) row[part_rows] = lo;
-}
-
-// The sums of one tile.
-__device__ __forceinline__ void multiply_window(const Tile& tile, const Params& p, Sums& acc) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int part_rows = int(p.C_in_g * p.channel_rows);
-
-    // Shared memory: stages of weights, the window, and the offsets of the rows of pairs in it, in bytes.
-    StorageVector* const stages = reinterpret_cast<StorageVector*>(dynamic_shared_memory());
-    StorageVector* const window = stages + NUM_STAGES * kStageVectors;
-    int* const pair_offset = reinterpret_cast<int*>(window + kParts * part_rows);
-
-    const int num_stages = int(p.pairs / kStagePairs);
-    WeightRing ring(tile.weight, stages, num_stages);
-#pragma unroll 1
-    for (index_t pair = threadIdx.x; pair < p.pairs; pair += kThreads) {
-        const index_t unit = pair / p.C_in_g, c_in = pair - unit * p.C_in_g, round = unit / p.planes;
-        index_t row = 0;
-        if (unit < p.K / kUnit) {
-            row = c_in * p.channel_rows + round * p.round_rows + (unit - round * p.planes) * p.plane_rows;
-        } else if (unit * kUnit < p.K) {
-            row = c_in * p.channel_rows + p.last_row;
-        }
-        set_pair_row(pair_offset, pair, row);
-    }
-#pragma unroll 1
-    for (int begin = threadIdx.x; begin < part_rows; begin += PREFETCH * kThreads) {
-        StorageVector ahead[PREFETCH];
-#pragma unroll
-        for (int i = 0; i < PREFETCH; ++i) {
-            if (begin + i * kThreads < part_rows) ahead[i] = load_row(tile, begin + i * kThreads, p);
-        }
-#pragma unroll
-        for (int i = 0; i < PREFETCH; ++i) {
-            const int row = begin + i * kThreads;
-            if (row < part_rows) stage_vector(ahead[i], window + row, part_rows);
-        }
-    }
-
-    const StorageVector* const my_weight = weight_rows(stages);
-    const int column = warp % WARPS_N * kWarpN + lane / 16 * 8 + lane % 8;
-    const unsigned char* const my_window = keep_in_register(reinterpret_cast<const unsigned char*>(window + column));
-    const StepOffsets* pairs_of_stage = reinterpret_cast<const StepOffsets*>(pair_offset) + lane / 8 % 2;
-
-    Sums low, part;  // where IS_SPLIT: the small products, and the large ones of the stages before
-    for_each_sum([&](int i, int j, int e) {
-        acc[i][j][e] = 0.0f;
-        if (IS_SPLIT) low[i][j][e] = part[i][j][e] = 0.0f;
-    });
-#pragma unroll 1
-    for (int stage = 0; stage < num_stages; ++stage) {
-        copy_async_wait_group<NUM_STAGES - 2>();
-        __syncthreads();  // in the first pass for the window, too
-        ring.load((stage + NUM_STAGES - 1) & (NUM_STAGES - 1), stage);
-        const StorageVector* const w = my_weight + (stage & (NUM_STAGES - 1)) * kStageVectors;
-        const StepOffsets pairs = *pairs_of_stage;
-        pairs_of_stage += 2;  // those of both halves
-        multiply_stage(w, my_window, pairs, [](int j) { return j * 256; }, part_rows, acc, low, part);
-    }
-    if (IS_SPLIT) {
-        for_each_sum([&](int i, int j, int e) { acc[i][j][e] = part[i][j][e] + low[i][j][e]; });
-    }
-    copy_async_wait_group<0>();
-    __syncthreads();
-}
+static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/conv_im2col.py");
 
 extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) conv1d_im2col(
     INPUT_ARGUMENT  // [N, C_in, L_in]
@@ -200,17 +44,5 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) conv1d_im2col
     SAMPLES_ARGUMENT FUSED_ARGUMENTS WINDOW_ARGUMENTS const Params p) {
     const Epilogue epilogue(bias, output, p FUSED_VALUES);
     MOVE_WINDOW
-    Sums acc;
-    const Tile tile = tile_at(blockIdx.x, input, weight, output, p SAMPLES_VALUE);
-    if (kHasLengths && tile.position_begin >= tile.positions) return;
-    multiply_window(tile, p, acc);
-
-    Window window = {};  // the fields that store_tile reads
-    window.units = p.C_in_g;
-    window.pairs = p.pairs;
-    window.block_samples = 1;
-    window.block_positions = BLOCK_N;
-    store_tile(
-        tile_at(block_index_again(), input, weight, output, p SAMPLES_VALUE), window, epilogue,
-        [&](const Tile& tile, index_t row) { return channel_row(tile, row, p); }, acc);
+    run_im2col(input, weight, output, epilogue, p SAMPLES_VALUE);
 }

@@ -22,7 +22,8 @@ constexpr int kSlicePitch = kWarpN + 8;  // keeps the lanes of a fragment on dif
 // units of one position meet on different banks.
 constexpr int kSliceSkew = !OUTPUT_LAST ? 0 : kUnit == 8 ? 16 : 4;
 constexpr int kLaneVectors = kWarpN / kUnit > 8 ? 2 : 1;  // of a row, that one lane stores in the end
-__device__ constexpr int log2_of(int n) { return n < 2 ? 0 : 1 + log2_of(n / 2); }
+// Rounded up.
+__device__ constexpr int log2_of(int n) { return n < 2 ? 0 : 1 + log2_of((n + 1) / 2); }
 
 // A row of a slice: its bias, where column 0 lies among the slice's elements, and the distance to the next column. The rows
 // of a channel, its phases, are interleaved as they are in the output.

@@ -8,6 +8,9 @@
 #include "fragments.cuh"
 #include "samples.cuh"
 
+#ifndef IS_TRANSPOSED
+#define IS_TRANSPOSED 0
+#endif
 #ifndef CHANNELS_LAST
 #define CHANNELS_LAST 0
 #endif
@@ -48,7 +51,7 @@ struct alignas(INPUT_WIDTH * sizeof(index_t)) Task {
 #endif
 };
 
-// What a unit of packed weights holds: kUnit channels at one tap, or (1, conv1d_im2col.cu) kUnit taps of one channel.
+// What a unit of packed weights holds: kUnit channels at one tap, or (1, im2col.cuh) kUnit taps of one channel.
 #ifndef TAPS_IN_UNITS
 #define TAPS_IN_UNITS 0
 #endif

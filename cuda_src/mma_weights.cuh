@@ -65,8 +65,9 @@ struct PackedWeights : EveryWeight {
         : weight(tile.weight + (row - tile.row_begin)), units(window.units), pairs(window.pairs), taps(tile.row_taps) {}
     __device__ __forceinline__ acc_t load(index_t c_in, index_t tap) const {
         if (!TAPS_IN_UNITS) return weight_of(chunk_pair + tap * units + unit, e);
-        const index_t begin = tap / kUnit * kUnit;  // a last unit that is not whole holds the last kUnit taps
-        return weight_of(begin / kUnit * units + c_in, int(tap - min_index(begin, taps - kUnit)));
+        const index_t place = IS_TRANSPOSED ? taps - 1 - tap : tap;
+        const index_t begin = place / kUnit * kUnit;  // a last unit that is not whole holds the last kUnit taps
+        return weight_of(begin / kUnit * units + c_in, int(place - min_index(begin, taps - kUnit)));
     }
     __device__ __forceinline__ acc_t weight_of(index_t pair, int element) const {
         const StorageVector* const packed = weight + pair * (kParts * BLOCK_M);

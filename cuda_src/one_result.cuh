@@ -84,31 +84,35 @@ __device__ __forceinline__ Taps taps_of(index_t l_out, index_t L_in, const Trans
     return taps;
 }
 
-// Terms that a thread loads together. More complex ones, which take as many registers and four times the multiply-adds, would
-// halve the warps of a multiprocessor; more bytes take more registers than they are worth.
-template <typename T>
-struct TermsAhead {
-    static constexpr int kCount = sizeof(T) == 1 ? 4 : 16;
-};
-template <typename real_t>
-struct TermsAhead<Complex<real_t>> {
-    static constexpr int kCount = 4;
-};
+// begin + index*stride, which wraps around where it does not fit: the offset of a tap that need not exist, or from one tap to
+// another.
+__device__ __forceinline__ index_t offset_if_used(index_t begin, index_t index, index_t stride) {
+    return index_t(uindex_t(begin) + uindex_t(index) * uindex_t(stride));
+}
 
-// The sum over c_in < C_in_g and the taps of an output of weight times sample.
+// The sum over c_in < C_in_g and the taps of an output of weight times sample. Of the taps, four are loaded together; those
+// that are left over are loaded one after another, so more at a time would make short sums slower.
 template <typename P>
 __device__ __forceinline__ acc_t sum_of(
     const OutputRow& row, const Taps& taps, index_t L_in, const InputActivation& input_activation, const P& p) {
     acc_t sum = scalar::zero();
+    const index_t k_begin = taps.k_first + taps.numbers.begin * taps.k_step;
+    const index_t l_begin = taps.l_first + taps.numbers.begin * taps.l_step;
     for (index_t c_in = 0; c_in < p.C_in_g; ++c_in) {
         const Loader loaded = input_activation.channel(row.g * p.C_in_g + c_in);
-#pragma unroll TermsAhead<storage_t>::kCount
+        const storage_t* w = row.weight + offset_if_used(c_in * p.weight_stride_in, k_begin, p.weight_stride_k);
+        const storage_t* x = row.input + offset_if_used(c_in * p.input_stride_c, l_begin, p.input_stride_l);
+        index_t l_in = l_begin;
+#pragma unroll 4
         for (index_t i = taps.numbers.begin; i < taps.numbers.end; ++i) {
-            const index_t k = taps.k_first + i * taps.k_step;
-            const index_t l_in = source_index(taps.l_first + i * taps.l_step, L_in).index;
-            sum = multiply_add(
-                scalar::load(row.weight[c_in * p.weight_stride_in + k * p.weight_stride_k]),
-                scalar::load(loaded(row.input[c_in * p.input_stride_c + l_in * p.input_stride_l])), sum);
+            if (!kIsEmptyOutside) {
+                const index_t index = source_index(l_in, L_in).index;
+                x = row.input + (c_in * p.input_stride_c + index * p.input_stride_l);
+            }
+            sum = multiply_add(scalar::load(*w), scalar::load(loaded(*x)), sum);
+            w += offset_if_used(0, taps.k_step, p.weight_stride_k);
+            x += offset_if_used(0, taps.l_step, p.input_stride_l);
+            l_in += taps.l_step;
         }
     }
     return sum;
@@ -121,6 +125,7 @@ __device__ __forceinline__ void write_outputs(
     const storage_t* input, const storage_t* weight, result_t* output, const Epilogue& epilogue,
     const InputActivation& input_activation, const P& p SAMPLES_PARAMETER) {
     const index_t grid_size = index_t(gridDim.x) * BLOCK_SIZE;
+#pragma unroll 1
     for (index_t i = index_t(blockIdx.x) * BLOCK_SIZE + threadIdx.x; i < p.num_outputs; i += grid_size) {
         const OutputRow row(i / p.L_out, input, weight, p);
         const index_t l_out = i % p.L_out;

@@ -1,7 +1,8 @@
-// pack_im2col_weight: lays out a layer's weights in the order in which conv1d_im2col reads them.
+// pack_im2col_weight: lays out a layer's weights in the order in which the kernels of im2col.cuh read them.
 //
-//   packed[g, row_tile, pair, part, i] = 16 bytes: the weights of c_out = g*C_out_g + row_tile*block_rows + i and channel
-//   c_in = pair % C_in_g at the kUnit taps of unit pair / C_in_g; zeros for rows and pairs that do not exist.
+//   packed[g, row_tile, pair, part, i] = 16 bytes: the weights of channel row_tile*block_rows + i of the output and channel
+//   c_in = pair % C_in_g of the input, both counted in group g, at the kUnit taps of unit pair / C_in_g; zeros for rows and
+//   pairs that do not exist.
 //
 // A unit holds neighbouring taps. Where the last of K / kUnit rounded up is not whole, it holds the last kUnit taps of all,
 // with zeros for those that the unit before it holds, too.
@@ -10,7 +11,8 @@
 //
 // Grid x: blocks of BLOCK_SIZE vectors of one part; where the grid is shorter, threads take several. A warp takes kWarpRows
 // rows of kWarpPairs pairs, so that it reads and writes neighbouring bytes. Grid y and z: 1. No shared memory.
-// Takes weights of any strides, in elements, with K >= kUnit.
+// Takes weights of any strides, in elements, with K >= kUnit. For a transposed convolution weight_first is the place of the
+// last tap, and weight_stride_k is negative.
 
 #include "common.cuh"
 #include "packed_weight.cuh"
@@ -19,16 +21,16 @@ struct Params {
     index_t num_vectors;  // groups * row_tiles * pairs * block_rows
     index_t row_tiles, block_rows, pairs;
     index_t K, C_in_g, C_out_g;
-    index_t weight_stride_out, weight_stride_in, weight_stride_k;
+    index_t weight_first, weight_stride_g, weight_stride_out, weight_stride_in, weight_stride_k;
 };
-static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/conv1d_im2col.py");
+static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/conv_im2col.py");
 
 constexpr int kUnit = kStorageVec;
 constexpr int kParts = IS_SPLIT ? 2 : 1;
 constexpr int kWarpRows = 8, kWarpPairs = 4;  // block_rows and pairs are multiples of these: gpuconv/families/mma_tiles.py
 
 extern "C" __global__ void __launch_bounds__(BLOCK_SIZE, 2) pack_im2col_weight(
-    const storage_t* __restrict__ weight,  // [C_out, C_in_g, K]
+    const storage_t* __restrict__ weight,  // [C_out, C_in_g, K], or [C_in, C_out_g, K]
     StorageVector* __restrict__ packed,    // [groups, row_tiles, pairs, parts, block_rows]
     const Params p) {
     const index_t grid_size = index_t(gridDim.x) * BLOCK_SIZE;
@@ -45,7 +47,9 @@ extern "C" __global__ void __launch_bounds__(BLOCK_SIZE, 2) pack_im2col_weight(
         const index_t begin = unit * kUnit, first = min_index(begin, p.K - kUnit);  // taps
         const bool exists = row < p.C_out_g && begin < p.K;
         const storage_t* const w = weight +
-            (exists ? (g * p.C_out_g + row) * p.weight_stride_out + c_in * p.weight_stride_in + first * p.weight_stride_k : 0);
+            (exists ? p.weight_first + g * p.weight_stride_g + row * p.weight_stride_out + c_in * p.weight_stride_in +
+                    first * p.weight_stride_k
+                    : 0);
         StorageVector* const to = packed + ((tile * p.pairs + pair) * kParts * p.block_rows + in_block);
 
         StorageVector large, small;

@@ -18,10 +18,6 @@
 #include "fragments.cuh"
 #include "packed_weight.cuh"
 
-#ifndef IS_TRANSPOSED
-#define IS_TRANSPOSED 0
-#endif
-
 constexpr int kBoxes = 2;
 constexpr int kRowGroups = BLOCK_M / 8;  // of eight rows, which a warp packs at a time, by four pairs
 constexpr int kGroupWarps = kRowGroups < kThreads / 32 ? kRowGroups : kThreads / 32;

@@ -16,7 +16,7 @@
 // apart, and what is said of taps and channels above holds for blocks of eight taps, 8*dilation apart, and for those eight.
 // TAP_WIDTH = 2 loads two of them at once: dilation is 1, and they begin aligned to two at even positions.
 //
-// FEW_ROWS = 1 is for fewer than kUnit channels of coarse in a group: the last one fills the unit.
+// FEW_ROWS = 1 is for fewer than kUnit channels of coarse in a group: others of them fill the unit.
 //
 // The reduction runs over samples, and in a sample over steps of 16 positions, of which those behind the last count as
 // zeros. So its order depends on the problem and the slices alone, and the bits on neither the tile nor the chunks.
@@ -29,27 +29,25 @@
 // of octets, then groups, then slices. Grid y and z: 1. Dynamic shared memory: two buffers of both operands, and tables
 // of the window's rows and of the tasks of staging it; or the sums that are to be stored.
 // With several slices their sums go to partial and sum_slices.cu follows; with one partial is null.
-// COARSE_WIDTH and FINE_WIDTH > 1 need contiguous positions, as many as a multiple of the width, in rows that begin
-// aligned to that many; FINE_WIDTH > 1 also needs stride 1. Takes other arrays of any strides, in elements.
-// Samples with lengths of their own (samples.cuh) need widths of 1.
+// COARSE_WIDTH and FINE_WIDTH = 4 need contiguous positions; FINE_WIDTH = 4 also needs stride 1. Rows begin and end at
+// multiples of COARSE_ALIGN and FINE_ALIGN positions, by default the widths, and are aligned to that many. Where it is 1,
+// elements have 16 bits, the strides of channels are odd, none is negative, and arrays are aligned to 4 bytes
+// (unaligned_runs.cuh).
+// Takes other arrays of any strides, in elements. Samples with lengths of their own (samples.cuh) need widths of 1.
 // COARSE_LAST and FINE_LAST = 1 (0 by default) are for arrays whose channels are contiguous, in groups of whole units, each unit
 // aligned to 16 bytes: a unit of one position is then 16 bytes of memory. Units of 16-bit elements go to shared memory by
 // cp.async, those of 32 bits through registers, since they are rounded or split.
 // Needs float16, bfloat16 (sm_80) or float32 (sm_80). Chosen for at least 8 channels or 8 taps on the fine side; see
 // gpuconv/families/weight_gradient_mma.py.
 
-#ifndef TAP_WIDTH
-#define TAP_WIDTH 1
-#endif
-#ifndef FEW_ROWS
-#define FEW_ROWS 0
-#endif
-
 #include "common.cuh"
 #include "edge.cuh"
 #include "fragments.cuh"
 #include "slices.cuh"
 #include "staging.cuh"
+#include "weight_gradient_epilogue.cuh"
+#include "weight_gradient_staging.cuh"
+#include "weight_gradient_tile.cuh"
 
 struct Params {
     index_t N, L_coarse, L_fine, K;
@@ -63,159 +61,12 @@ struct Params {
     index_t planes, plane_rows, tap_rows_step;
     index_t window_rows;                // of all samples of a chunk
     index_t window_half, window_pitch;  // from unit to unit of an octet, and from octet to octet
-    index_t task_units;                 // the window's units, where lanes take several filled up to whole eights
     index_t coarse_stride_n, coarse_stride_c, coarse_stride_l;
     index_t fine_stride_n, fine_stride_c, fine_stride_l;
     index_t weight_stride_r, weight_stride_c, weight_stride_k;
     static constexpr bool is_conjugated = false;  // for slices.cuh
 };
 static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/weight_gradient_mma.py");
-
-#ifndef COARSE_LAST
-#define COARSE_LAST 0
-#endif
-#ifndef FINE_LAST
-#define FINE_LAST 0
-#endif
-
-constexpr int kOctetUnits = 8 / kUnit;
-constexpr int kOctetChannels = TAPS_IN_UNITS ? 1 : 8, kOctetTaps = 8 / kOctetChannels;
-constexpr int kStepRows = 16;                  // positions of a step
-constexpr int kDepth = 2 * kUnit;              // and of one product of matrices
-constexpr int kUnitsM = BLOCK_M / kUnit;
-// Rows from unit to unit of an octet, and from octet to octet: fragments of 32-bit operands read both units of an octet at
-// once, and stores go to eight units.
-constexpr int kHalfM = CHUNK_ROWS + (kUnit == 8 ? 0 : 4);
-constexpr int kPitchM = kOctetUnits * kHalfM + 1;
-constexpr int kCoarsePart = BLOCK_M / 8 * kPitchM;  // vectors
-// Units of coarse as Task::of counts them: whole eights where lanes take as many.
-constexpr int kTaskUnitsM =
-    (COARSE_WIDTH == 1 && !COARSE_LAST) || kUnitsM < 8 ? kUnitsM : (kUnitsM + 7) / 8 * 8;
-constexpr int kCoarseTasks = kTaskUnitsM * CHUNK_ROWS / COARSE_WIDTH;
-constexpr int kAheadCoarse = (kCoarseTasks + kThreads - 1) / kThreads * COARSE_WIDTH < AHEAD_COARSE
-    ? (kCoarseTasks + kThreads - 1) / kThreads : AHEAD_COARSE / COARSE_WIDTH;
-constexpr int kAheadFine = AHEAD_FINE / FINE_WIDTH;
-constexpr bool kCopiesCoarse = COARSE_LAST && kUnit == 8, kCopiesFine = FINE_LAST && kUnit == 8;  // as they are
-constexpr int kOutPitch = BLOCK_N + 4;          // of the sums that are to be stored
-constexpr int kOutColumns = BLOCK_N / 32;       // that a lane stores of a row
-static_assert(CHUNK_ROWS % kStepRows == 0, "chunks are whole steps: gpuconv/families/weight_gradient_mma.py");
-static_assert(AHEAD_COARSE % COARSE_WIDTH == 0 && AHEAD_FINE % FINE_WIDTH == 0,
-              "whole tasks are loaded ahead: gpuconv/families/weight_gradient_mma.py");
-static_assert(!TAPS_IN_UNITS || FINE_WIDTH == 1,
-              "windows of taps are loaded position by position: gpuconv/families/weight_gradient_mma.py");
-static_assert((!COARSE_LAST || COARSE_WIDTH == 1) && (!FINE_LAST || (FINE_WIDTH == 1 && !TAPS_IN_UNITS)),
-              "units are of one position and of channels: gpuconv/families/weight_gradient_mma.py");
-static_assert(!FEW_ROWS || !COARSE_LAST, "units of fewer rows are no whole ones: gpuconv/families/weight_gradient_mma.py");
-static_assert(kIsEmptyOutside || FINE_WIDTH == 1,
-              "positions outside fine are loaded together: gpuconv/families/weight_gradient_mma.py");
-static_assert(kStepRows == SPLIT_TERMS, "SPLIT_TERMS differs from gpuconv/families/arithmetic.py");
-
-// Where a row of the window lies, from the chunk's first sample and the position that its first l meets.
-struct Place {
-    index_t n, l;
-};
-
-// What a block computes. Rows, octets and taps are those of the group.
-struct Tile {
-    index_t slice, channel, fine_channel;  // the first channels of the group
-    index_t row_begin, octet_begin, tap_begin;
-    index_t rows, channels, taps;  // that exist: of coarse, of fine, and of each channel of fine
-    index_t elements;              // of all octets
-};
-
-__device__ __forceinline__ Tile find_tile(unsigned block, const Params& p) {
-    Tile tile;
-    tile.row_begin = index_t(next_index(block, p.row_tiles)) * BLOCK_M;
-    tile.tap_begin = index_t(next_index(block, p.tap_tiles)) * p.block_taps;
-    tile.octet_begin = index_t(next_index(block, p.octet_tiles)) * p.block_octets;
-    const index_t group = next_index(block, p.groups);
-    tile.slice = block;
-    tile.channel = group * p.C_coarse_g;
-    tile.fine_channel = group * p.C_fine_g;
-    tile.rows = min_index(p.C_coarse_g - tile.row_begin, BLOCK_M);
-    tile.channels = min_index(p.C_fine_g - tile.octet_begin * kOctetChannels, p.block_octets * kOctetChannels);
-    tile.taps = min_index(p.K - tile.tap_begin * kOctetTaps, p.block_taps * kOctetTaps);
-    tile.elements = tile.channels * kOctetTaps;
-    return tile;
-}
-
-__device__ __forceinline__ bool is_finite(float x) { return (float_as_uint(x) & 0x7f800000u) != 0x7f800000u; }
-
-// A thread's task in staging: `width` neighbouring positions of a unit. Neighbouring lanes take neighbouring positions of
-// one unit or, where those are several each, which would meet on the same banks, one of up to eight units each; so they do
-// where units are neighbours in memory.
-struct Task {
-    int unit, row;
-
-    __device__ __forceinline__ static Task of(int index, int units, int runs, int width, bool is_last) {
-        const int low = width == 1 && !is_last ? 1 : units < 8 ? units : 8;
-        const int rest = index / low, block = rest / runs;
-        return Task{block * low + (index - rest * low), (rest - block * runs) * width};
-    }
-};
-
-// A task where units are contiguous: its row of a buffer, -1 where the unit does not exist, and what it adds to the chunk's first
-// sample, position and element.
-struct alignas(16) UnitTask {
-    int row;
-    index_t n, l, offset;
-};
-static_assert(INDEX_BITS == 32 || !(COARSE_LAST || FINE_LAST), "UnitTask: gpuconv/families/weight_gradient_mma.py");
-
-// The channel of a unit's first element, of `channels`. The last unit ends with the last channel, so that it may begin with
-// some that the unit before has too, and all channels of every unit exist.
-__device__ __forceinline__ int first_of_unit(int unit, index_t channels) {
-    return int(min_index(unit * kUnit, channels - kUnit));
-}
-__device__ __forceinline__ int first_row_of_unit(int unit, index_t rows) {
-    return FEW_ROWS ? 0 : first_of_unit(unit, rows);
-}
-
-// kUnit neighbours of a row, two at a time.
-template <int kWidth>
-__device__ __forceinline__ void load_neighbours(Block<kWidth>& block, const storage_t* from) {
-#pragma unroll
-    for (int e = 0; e < kUnit; e += 2) {
-        const Run<2> both = Run<2>::load(from + e);
-        block.run[e].word[0] = both.word[0];
-        // Of elements of 2 bytes the lower half of a word counts.
-        block.run[e + 1].word[0] = kUnit == 8 ? both.word[0] >> 16 : both.word[Run<2>::kWords - 1];
-    }
-}
-
-// Copies a unit of one position to its row of a buffer, or loads it to registers; as zeros where it does not exist.
-template <bool kCopies>
-__device__ __forceinline__ void stage_unit(Block<1>& block, Vector<unsigned>* row, const storage_t* from, bool exists) {
-    if (kCopies) {
-        copy_async_if(row, reinterpret_cast<const Vector<unsigned>*>(from), exists);
-        if (!exists) *row = Vector<unsigned>();
-    } else {
-        block.clear();
-        if (exists) block.load_unit(from);
-    }
-}
-
-// Loads the elements of fine that kUnit neighbouring taps meet, the first of them at a position; zeros where there are none.
-template <int kWidth>
-__device__ __forceinline__ void load_taps(
-    Block<kWidth>& block, const storage_t* x, index_t first, index_t L_fine, bool exists, const Params& p) {
-    if (exists && is_inside(first, first + (kUnit - 1) * p.dilation, L_fine)) {
-        if (TAP_WIDTH == 2) {
-            load_neighbours(block, x + first);
-        } else {
-            block.load(x + first * p.fine_stride_l, keep_in_register(p.dilation * p.fine_stride_l));
-        }
-        return;
-    }
-    block.clear();
-#pragma unroll
-    for (int e = 0; e < kUnit; ++e) {
-        const Source source = source_index(first + e * p.dilation, L_fine);
-        if (exists && source.exists) {
-            block.run[e] = RunOf<kWidth>::type::load(x + source.index * p.fine_stride_l);
-        }
-    }
-}
 
 // The fragments of one product of matrices are loaded from this lane's address of each operand: see ptx.cuh. 16-bit operands
 // are transposed as they are loaded; 32-bit ones are read one by one.
@@ -256,29 +107,30 @@ __device__ __forceinline__ void multiply_slice(
     const int fine_part = int(p.block_octets) * window_pitch;
     const int planes = int(p.planes), plane_rows = int(p.plane_rows);
 
-    Vector<unsigned>* const coarse_buffers = reinterpret_cast<Vector<unsigned>*>(dynamic_shared_memory());
-    Vector<unsigned>* const fine_buffers = coarse_buffers + 2 * kParts * kCoarsePart;
+    const Side coarse_side = {
+        reinterpret_cast<Vector<unsigned>*>(dynamic_shared_memory()), kCoarsePart, kPitchM, kHalfM};
+    const Side fine_side = {coarse_side.buffers + 2 * kParts * kCoarsePart, fine_part, window_pitch, window_half};
+    Vector<unsigned>* const tables = fine_side.buffers + 2 * kParts * fine_part;
 #if FINE_LAST
-    UnitTask* const tasks = keep_in_register_shared(reinterpret_cast<UnitTask*>(fine_buffers + 2 * kParts * fine_part));
+    UnitTask* const tasks = keep_in_register_shared(reinterpret_cast<UnitTask*>(tables));
 #else
-    Place* const places = keep_in_register_shared(reinterpret_cast<Place*>(fine_buffers + 2 * kParts * fine_part));
+    Place* const places = keep_in_register_shared(reinterpret_cast<Place*>(tables));
     Task* const tasks = keep_in_register_shared(reinterpret_cast<Task*>(places + p.window_rows));
 #endif
-    const int fine_runs = int(p.window_rows) / FINE_WIDTH, fine_tasks = fine_runs * int(p.task_units);
+    const int fine_runs = int(p.window_rows) / FINE_WIDTH, fine_tasks = fine_runs * window_units;
     const int sample_window_rows = planes * plane_rows;
-    // Planes begin at a multiple of FINE_WIDTH, so that their first rows may be ones that no tap needs.
+    // Planes begin at a multiple of FINE_ALIGN, so that their first rows may be ones that no tap needs.
     const index_t first = tile.tap_begin * p.tap_step - p.padding_left;
-    const auto skew_of = [&](int plane) { return int(first + plane * p.tap_step) & (FINE_WIDTH - 1); };
+    const auto skew_of = [&](int plane) { return int(first + plane * p.tap_step) & (FINE_ALIGN - 1); };
 #if FINE_LAST
 #pragma unroll 1
     for (int i = threadIdx.x; i < fine_tasks; i += kThreads) {
-        const Task task = Task::of(i, window_units, fine_runs, 1, true);
+        const Task task = Task::of(i, window_units, fine_runs, 1, kFineLanes);
         const int sample = task.row / sample_window_rows, in_sample = task.row - sample * sample_window_rows;
         const int plane = in_sample / plane_rows;
         const index_t of_sample = (in_sample - plane * plane_rows) * p.stride + first + plane * p.tap_step;
-        const int row = task.unit / kOctetUnits * window_pitch + task.unit % kOctetUnits * window_half + task.row;
         tasks[i] = UnitTask{
-            task.unit * kUnit < tile.elements ? row : -1, sample, of_sample,
+            task.unit * kUnit < tile.elements ? fine_side.row_of(task) : -1, sample, of_sample,
             sample * p.fine_stride_n + of_sample * p.fine_stride_l + task.unit * kUnit};
     }
 #else
@@ -292,7 +144,7 @@ __device__ __forceinline__ void multiply_slice(
 
 #pragma unroll 1
     for (int i = threadIdx.x; i < fine_tasks; i += kThreads) {
-        tasks[i] = Task::of(i, window_units, fine_runs, FINE_WIDTH, TAPS_IN_UNITS);
+        tasks[i] = Task::of(i, window_units, fine_runs, FINE_WIDTH, kFineLanes);
     }
 #endif
 
@@ -301,16 +153,18 @@ __device__ __forceinline__ void multiply_slice(
     index_t n = s.n_begin, l = s.l_begin;  // the chunk to load
     const int sample_shift = int(p.sample_shift), sample_rows = 1 << sample_shift;
 
+    // Channels of the arrays from the first of the block on.
+    const index_t coarse_channels = p.C_coarse - tile.channel - tile.row_begin;
+    const index_t fine_channels = p.groups * p.C_fine_g - tile.fine_channel - tile.octet_begin * kOctetChannels;
     // Units that exist. The others are never written: they have a part in no result.
     const int coarse_units = (int(tile.rows) + kUnit - 1) / kUnit, fine_units = (int(tile.elements) + kUnit - 1) / kUnit;
 #if COARSE_LAST
     const storage_t* coarse_chunk;  // the chunk's first element
     const auto coarse_task = [&](int i) {
-        const Task task = Task::of(i * kThreads + int(threadIdx.x), kUnitsM, CHUNK_ROWS, 1, true);
-        const int row = task.unit / kOctetUnits * kPitchM + task.unit % kOctetUnits * kHalfM + task.row;
+        const Task task = Task::of(i * kThreads + int(threadIdx.x), kUnitsM, CHUNK_ROWS, 1, kCoarseLanes);
         const int n_of_chunk = task.row >> sample_shift, l_of_chunk = task.row - (n_of_chunk << sample_shift);
         return UnitTask{
-            task.unit < coarse_units ? row : -1, n_of_chunk, l_of_chunk,
+            task.unit < coarse_units ? coarse_side.row_of(task) : -1, n_of_chunk, l_of_chunk,
             n_of_chunk * p.coarse_stride_n + l_of_chunk * p.coarse_stride_l + task.unit * kUnit};
     };
     const auto is_coarse = [&](const UnitTask& task) { return task.row >= 0; };
@@ -319,43 +173,26 @@ __device__ __forceinline__ void multiply_slice(
 #ifdef LENGTHS
         exists = exists && l + task.l < samples[n + task.n].L_out;
 #endif
-        stage_unit<kCopiesCoarse>(
-            block, coarse_buffers + (buffer * kParts * kCoarsePart + task.row), coarse_chunk + task.offset, exists);
-    };
-    const auto store_coarse = [&](int buffer, const Block<1>& block, const UnitTask& task) {
-        if (!kCopiesCoarse) stage(block, coarse_buffers + (buffer * kParts * kCoarsePart + task.row), kCoarsePart);
+        stage_unit<kCopiesCoarse>(block, coarse_side.vectors_of(task, buffer), coarse_chunk + task.offset, exists);
     };
 #else
     const auto coarse_task = [&](int i) {
-        return Task::of(i * kThreads + int(threadIdx.x), kUnitsM, CHUNK_ROWS / COARSE_WIDTH, COARSE_WIDTH, false);
+        return Task::of(
+            i * kThreads + int(threadIdx.x), kUnitsM, CHUNK_ROWS / COARSE_WIDTH, COARSE_WIDTH, kCoarseLanes);
     };
     const auto is_coarse = [&](const Task& task) { return task.unit < coarse_units; };
-    const auto load_coarse = [&](Block<COARSE_WIDTH>& block, int, const Task& task) {
+    const auto load_coarse = [&](CoarseRuns& runs, int, const Task& task) {
         const int sample = task.row >> sample_shift;
         const index_t l_coarse = l + (task.row - (sample << sample_shift)), c = first_row_of_unit(task.unit, tile.rows);
-        bool exists = n + sample < s.n_end && l_coarse < s.l_end;
+        index_t l_end = n + sample < s.n_end ? s.l_end : 0;
 #ifdef LENGTHS
-        exists = exists && l_coarse < samples[n + sample].L_out;
+        if (l_end > 0) l_end = min_index(l_end, index_t(samples[n + sample].L_out));
 #endif
-        if (exists) {
-            const storage_t* const x =
-                coarse + ((n + sample) * p.coarse_stride_n + l_coarse * p.coarse_stride_l + c * p.coarse_stride_c);
-            const index_t channel_stride = keep_in_register(p.coarse_stride_c);
-            if (FEW_ROWS) {
-                block.load_up_to(int(tile.rows) - 1, x, channel_stride);
-            } else {
-                block.load(x, channel_stride);
-            }
-        } else {
-            block.clear();
-        }
-    };
-    const auto store_coarse = [&](int buffer, const Block<COARSE_WIDTH>& block, const Task& task) {
-        stage(
-            block,
-            coarse_buffers + buffer * kParts * kCoarsePart + task.unit / kOctetUnits * kPitchM +
-                task.unit % kOctetUnits * kHalfM + task.row,
-            kCoarsePart);
+        const UnitChannels channels = {FEW_ROWS ? int(tile.rows) - 1 : kUnit - 1, c + kUnit >= coarse_channels};
+        load_run<COARSE_ALIGN>(
+            runs, channels,
+            coarse + ((n + sample) * p.coarse_stride_n + l_coarse * p.coarse_stride_l + c * p.coarse_stride_c),
+            keep_in_register(p.coarse_stride_c), l_coarse, l_end);
     };
 #endif
 #if FINE_LAST
@@ -379,11 +216,8 @@ __device__ __forceinline__ void multiply_slice(
 #endif
         const Source source = source_index(position, L_fine);
         stage_unit<kCopiesFine>(
-            block, fine_buffers + (buffer * kParts * fine_part + task.row),
+            block, fine_side.vectors_of(task, buffer),
             fine_chunk + (task.offset + (source.index - of_sample) * p.fine_stride_l), sample_exists && source.exists);
-    };
-    const auto store_fine = [&](int buffer, const Block<1>& block, const UnitTask& task) {
-        if (!kCopiesFine) stage(block, fine_buffers + (buffer * kParts * fine_part + task.row), fine_part);
     };
 #else
     const auto fine_task = [&](int i) {
@@ -392,7 +226,7 @@ __device__ __forceinline__ void multiply_slice(
         return index < fine_tasks ? tasks[index] : Task{window_units, 0};
     };
     const auto is_fine = [&](const Task& task) { return task.unit < fine_units; };
-    const auto load_fine = [&](Block<FINE_WIDTH>& block, int, const Task& task) {
+    const auto load_fine = [&](FineRuns& runs, int, const Task& task) {
         const Place place = places[task.row];
         const bool sample_exists = n + place.n < s.n_end;
         index_t position = l * p.stride + place.l, L_fine = p.L_fine;
@@ -402,28 +236,18 @@ __device__ __forceinline__ void multiply_slice(
             L_fine = index_t(samples[n + place.n].L_in);
         }
 #endif
-        if (TAPS_IN_UNITS) {
-            const index_t tap_of_octet = task.unit % kOctetUnits * kUnit;
-            const storage_t* const x = fine + ((n + place.n) * p.fine_stride_n + task.unit / kOctetUnits * p.fine_stride_c);
-            load_taps(block, x, position + tap_of_octet * p.dilation, L_fine, sample_exists, p);
-            return;
-        }
+#if TAPS_IN_UNITS
+        const index_t tap_of_octet = task.unit % kOctetUnits * kUnit;
+        const storage_t* const x = fine + ((n + place.n) * p.fine_stride_n + task.unit / kOctetUnits * p.fine_stride_c);
+        load_taps(runs, x, position + tap_of_octet * p.dilation, L_fine, sample_exists, p);
+#else
         const index_t c = first_of_unit(task.unit, tile.elements);
         const Source source = source_index(position, L_fine);
-        if (sample_exists && source.exists) {
-            block.load(
-                fine + ((n + place.n) * p.fine_stride_n + source.index * p.fine_stride_l + c * p.fine_stride_c),
-                keep_in_register(p.fine_stride_c));
-        } else {
-            block.clear();
-        }
-    };
-    const auto store_fine = [&](int buffer, const Block<FINE_WIDTH>& block, const Task& task) {
-        stage(
-            block,
-            fine_buffers + buffer * kParts * fine_part + task.unit / kOctetUnits * window_pitch +
-                task.unit % kOctetUnits * window_half + task.row,
-            fine_part);
+        load_run<FINE_ALIGN>(
+            runs, UnitChannels{kUnit - 1, c + kUnit >= fine_channels},
+            fine + ((n + place.n) * p.fine_stride_n + source.index * p.fine_stride_l + c * p.fine_stride_c),
+            keep_in_register(p.fine_stride_c), source.index, sample_exists ? L_fine : 0);
+#endif
     };
 #endif
     __syncthreads();  // the tables
@@ -465,8 +289,8 @@ __device__ __forceinline__ void multiply_slice(
         l_fine = keep_in_register(l * p.stride);
         fine_chunk = keep_in_register_global(fine + (n * p.fine_stride_n + l_fine * p.fine_stride_l));
 #endif
-        Block<COARSE_WIDTH> ahead_coarse[kAheadCoarse];
-        Block<FINE_WIDTH> ahead_fine[kAheadFine];
+        CoarseRuns ahead_coarse[kAheadCoarse];
+        FineRuns ahead_fine[kAheadFine];
 #pragma unroll
         for (int i = 0; i < kAheadCoarse; ++i) {
             const auto task = coarse_task(i);
@@ -478,9 +302,8 @@ __device__ __forceinline__ void multiply_slice(
             if (has_next && is_fine(task)) load_fine(ahead_fine[i], buffer ^ 1, task);
         }
 
-        const unsigned char* a =
-            reinterpret_cast<const unsigned char*>(coarse_buffers + buffer * kParts * kCoarsePart) + a_address;
-        const unsigned char* b = reinterpret_cast<const unsigned char*>(fine_buffers + buffer * kParts * fine_part);
+        const unsigned char* a = coarse_side.buffer(buffer) + a_address;
+        const unsigned char* b = fine_side.buffer(buffer);
         int steps_of_sample = sample_steps;
 #pragma unroll 1
         for (int step = pair_begin < pairs ? steps : 0; step > 0; --step) {
@@ -523,26 +346,26 @@ __device__ __forceinline__ void multiply_slice(
 #pragma unroll
         for (int i = 0; i < kAheadCoarse; ++i) {
             const auto task = coarse_task(i);
-            if (is_coarse(task)) store_coarse(buffer, ahead_coarse[i], task);
+            if (is_coarse(task)) coarse_side.store<kCopiesCoarse>(ahead_coarse[i], task, buffer);
         }
 #pragma unroll
         for (int i = 0; i < kAheadFine; ++i) {
             const auto task = fine_task(i);
-            if (is_fine(task)) store_fine(buffer, ahead_fine[i], task);
+            if (is_fine(task)) fine_side.store<kCopiesFine>(ahead_fine[i], task, buffer);
         }
 #pragma unroll 1
         for (int i = kAheadCoarse; i * kThreads < kCoarseTasks; ++i) {
             const auto task = coarse_task(i);
             if (!is_coarse(task)) continue;
             load_coarse(ahead_coarse[0], buffer, task);
-            store_coarse(buffer, ahead_coarse[0], task);
+            coarse_side.store<kCopiesCoarse>(ahead_coarse[0], task, buffer);
         }
 #pragma unroll 1
         for (int i = kAheadFine; i * kThreads < fine_tasks; ++i) {
             const auto task = fine_task(i);
             if (!is_fine(task)) continue;
             load_fine(ahead_fine[0], buffer, task);
-            store_fine(buffer, ahead_fine[0], task);
+            fine_side.store<kCopiesFine>(ahead_fine[0], task, buffer);
         }
         const index_t positions =
             p.chunk_samples > 1 ? min_index(p.chunk_samples, s.n_end - n) * sample_rows : s.l_end - l;
@@ -566,85 +389,5 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) weight_gradie
     SAMPLES_ARGUMENT const Params p) {
     Sums acc;
     multiply_slice(coarse, fine, find_tile(blockIdx.x, p), p, acc SAMPLES_VALUE);
-
-    // 16 rows of each warp at a time pass through shared memory, to be stored in the order of (c, k).
-    const Tile tile = find_tile(block_index_again(), p);
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    acc_t* const out = reinterpret_cast<acc_t*>(dynamic_shared_memory());  // [WARPS_M * 16][kOutPitch]
-    acc_t* const mine = out + (warp / WARPS_N * 16 + lane / 4) * kOutPitch + warp % WARPS_N * kWarpN + lane % 4 * 2;
-    // A lane stores the m-th of these of every row.
-    int from[kOutColumns];
-    index_t to[kOutColumns];
-    const index_t to_c = partial != nullptr ? p.K : p.weight_stride_c;
-    const index_t to_k = partial != nullptr ? 1 : p.weight_stride_k;
-    const auto column_of = [&](int c, int tap) {
-        if (TAPS_IN_UNITS) return c * int(p.block_taps) * 8 + tap;
-        const int unit = c / kUnit, place = unit * kUnit + (c - first_of_unit(unit, tile.channels));
-        return (place / 8 * int(p.block_taps) + tap) * 8 + place % 8;
-    };
-    const index_t first_c = tile.octet_begin * kOctetChannels, first_k = tile.tap_begin * kOctetTaps;
-    const int taps = int(tile.taps), step_c = 32 / taps, step_tap = 32 - step_c * taps;
-    int c = lane / taps, tap = lane - c * taps;
-#pragma unroll
-    for (int m = 0; m < kOutColumns; ++m) {
-        from[m] = c < tile.channels ? column_of(c, tap) : -1;
-        to[m] = (first_c + c) * to_c + (first_k + tap) * to_k;
-        c += step_c;
-        tap += step_tap;
-        if (tap >= taps) {
-            tap -= taps;
-            ++c;
-        }
-    }
-    __syncthreads();
-#pragma unroll 1
-    for (int i = 0; i < kTilesM && i * 16 < tile.rows; ++i) {
-#pragma unroll
-        for (int j = 0; j < kTilesN; ++j) {
-#pragma unroll
-            for (int e = 0; e < 4; ++e) mine[e / 2 * 8 * kOutPitch + j * 8 + e % 2] = acc[0][j][e];
-        }
-        __syncthreads();
-        bool sum_again = false;
-        // The row of a place among them, or -1 where that is a channel which another place has.
-        const auto row_of = [&](int place) {
-            const int in_tile = place / 16 * kWarpM + i * 16 + place % 16, unit = in_tile / kUnit;
-            const int row = first_row_of_unit(unit, tile.rows) + in_tile % kUnit;
-            return row < unit * kUnit || (FEW_ROWS && row >= tile.rows) ? -1 : row;
-        };
-#pragma unroll 1
-        for (int row = warp; row < WARPS_M * 16; row += kThreads / 32) {
-            if (row_of(row) < 0) continue;
-            const index_t r = tile.channel + tile.row_begin + row_of(row);
-#pragma unroll
-            for (int m = 0; m < kOutColumns; ++m) {
-                if (from[m] < 0) continue;
-                const acc_t sum = out[row * kOutPitch + from[m]];
-                sum_again = sum_again || (NAN_FALLBACK && !is_finite(sum));
-                if (partial != nullptr) {
-                    partial[(tile.slice * p.C_coarse + r) * (p.C_fine_g * p.K) + to[m]] = sum;
-                } else {
-                    grad_weight[r * p.weight_stride_r + to[m]] = finish_gradient(sum, false);
-                }
-            }
-        }
-        if (sum_again) {
-            const Slice s = find_slice(tile.slice, p);
-#pragma unroll 1
-            for (int task = 0; task < WARPS_M * 16 * kOutColumns; ++task) {
-                const int row = task / kOutColumns, e = task % kOutColumns * 32 + lane;
-                const int c = e / taps, tap = e - c * taps;
-                if (row % (kThreads / 32) != warp || row_of(row) < 0 || c >= tile.channels) continue;
-                if (is_finite(out[row * kOutPitch + column_of(c, tap)])) continue;
-                const index_t r = tile.channel + tile.row_begin + row_of(row), k = first_k + tap;
-                const index_t c_of_group = first_c + c;
-                const acc_t sum = canonical_slice_sum(
-                    coarse + r * p.coarse_stride_c, fine + (tile.fine_channel + c_of_group) * p.fine_stride_c, k, s,
-                    p SAMPLES_VALUE);
-                store_sum(sum, tile.slice, r, c_of_group * p.K + k, partial, grad_weight, p);
-            }
-        }
-        __syncthreads();
-        move_sums_up(acc);
-    }
+    store_tile(acc, find_tile(block_index_again(), p), coarse, fine, partial, grad_weight, p SAMPLES_VALUE);
 }

@@ -1,17 +1,18 @@
 // The window of a stream, which is moved by the kernel that reads it (gpuconv/families/windows.py).
 //
 // If MOVES_WINDOW is defined, the input of a kernel is the last samples of a stream's slots: those that the stream holds,
-// followed by the new ones, which are in their own array. A row is a ring of period = held + length places, stored twice:
+// followed by the new ones, which are in their own array. Each row has twice as many places as a window has samples
+// (period = held + length), and a window begins at one of the first half, so that its samples are contiguous and a kernel reads
+// them like any input. From launch to launch it begins `length` places later, and before it would begin in the second half,
+// `period` places earlier again. So that it finds its samples there, too, new samples in the second half are also written
+// `period` places before.
 //
-//   window[n, c, i] = window[n, c, i + period]    for i < period
-//
-// so that the samples are contiguous wherever the oldest of them is, and a kernel reads them like any input. `window_starts`
-// has the place at which the next window begins, for each block separately, so that no block waits for another. It is in
-// memory, so that each launch of a CUDA graph continues where the last one stopped.
+// `window_starts` has the place at which the next window begins, for each block separately, so that no block waits for
+// another. It is in memory, so that each launch of a CUDA graph continues where the last one stopped.
 //
 // Each block writes the new samples before it reads them. All blocks write the same bits to the same places, and no
-// block of the launch reads an older sample there, since a ring has as many places as a window has samples. The first
-// block writes the second copy, for later launches.
+// block of the launch reads an older sample there, since a window has `period` samples. The first block writes the copies in
+// the first half, for later launches.
 //
 // This saves a launch, about 2 us. It costs about 0.5 us for loading the start and then the samples, which nothing hides, and
 // 56 instructions for each new sample of a thread, most of them for two divisions; eight samples for each thread of a block
@@ -52,7 +53,7 @@ __device__ __forceinline__ storage_t* move_window(storage_t* window, const stora
         const index_t place = start + p.window_held + l;
         storage_t* const target = window + (row * 2 * period + place);
         *target = value;
-        if (blockIdx.x == 0) target[place < period ? period : -period] = value;
+        if (blockIdx.x == 0 && place >= period) target[-period] = value;
     }
     __syncthreads();
     if (threadIdx.x == 0) {

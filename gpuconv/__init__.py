@@ -66,11 +66,11 @@ Which arithmetic a layer gets on a GPU follows from its channels, taps and dtype
   C_out/groups from 16, at least 64 products a sum; or fewer of the first, with K from 8 and at least 64 products.
 
 For the transposed operation with dilation 1 the second number counts C_out/groups times stride, with C_out/groups
-above 4, or C_out/groups times K from 64. Weight gradients follow the same rules; theirs are sums over samples and
-positions, and the second number is that of the input channels of a transposed operation. Where the first is fewer than
-8 they need K from 8, and in float32 at least 32 products of it and K; where it is 8 or more, 5 of the second are enough
-except in float32. Very short samples stay on CUDA cores where tensor cores could miss the bound. Everything else, and
-float64 and complex data, runs on CUDA cores.
+above 4, or C_out/groups times K from 64; where the first is fewer than 8, its stride must be 1. Weight gradients follow
+the same rules; theirs are sums over samples and positions, and the second number is that of the input channels of a
+transposed operation. Where the first is fewer than 8 they need K from 8, and in float32 at least 32 products of it and
+K; where it is 8 or more, 5 of the second are enough except in float32. Very short samples stay on CUDA cores where
+tensor cores could miss the bound. Everything else, and float64 and complex data, runs on CUDA cores.
 
 `gpuconv.reference` gives each result an error bound. For float16, bfloat16 and TF32, which tensor cores may sum, it
 has `4n/3 + 2` in place of `n + 2`, and TF32 adds the error of rounding its operands. Split TF32 keeps the bound of

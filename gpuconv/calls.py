@@ -18,7 +18,7 @@ from .dtypes import real_dtype
 from .fusion import RESIDUAL, Fusion, check_data
 from .interchange import view
 from .lengths import Samples, follows_length
-from .memory import check_kinds, check_overlap, overlaps_itself
+from .memory import check_kinds, check_overlap, overlaps_itself, span
 from .problem import BiasGradientProblem, ConvProblem, Problem, WeightGradientProblem, dtype_name
 from .tasks import OPTIONAL, SIGNATURES, Task, padding_of, settings_of_samples
 
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 # Executors of GPU calls and tasks of CPU calls, by everything that they depend on. A full cache drops its oldest
 # entry, so that a program whose lengths always differ does not fill the memory.
-# The executor, the task, and the dtype of the result.
-_EXECUTORS: dict[tuple[Any, ...], tuple[runtime.Executor | fft.Executor, Task, Any]] = {}
+# The executor, the task, the dtype of the result, and the spans of the arrays and of `out`, where it is given.
+_EXECUTORS: dict[tuple[Any, ...], tuple[runtime.Executor | fft.Executor, Task, Any, list[tuple[int, int]]]] = {}
 # The task, the dtype of the result, and whether it is a plain convolution: nothing fused, the weight not conjugated.
 _TASKS: dict[tuple[Any, ...], tuple[Task, np.dtype[Any], bool]] = {}
 _CACHE_SIZE = 4096
@@ -195,11 +195,17 @@ def _run_on_gpu(
         with cupy.cuda.Device(device_index):
             return _run_on_gpu(function, arrays, settings, out, algorithm, prepared, lengths)
 
-    found, key = None, None
+    found, key, ndarray = None, None, cupy.ndarray
     names = _as_key(settings)
     if names is not None:
-        is_prepared = prepared is not None
-        key = (function, algorithm, names, is_prepared, lengths is None, *map(identity, arrays), identity(out))
+        parts: list[Any] = [function, algorithm, names, prepared is None, lengths is None]
+        for array in (*arrays, out):  # `identity`, without calls and tuples for each array
+            if isinstance(array, ndarray):
+                data = array.data
+                parts += (array.shape, array.strides, array.dtype, data.device_id, data.ptr & 15)
+            else:
+                parts.append(None if array is None else "foreign")
+        key = tuple(parts)
         found = _EXECUTORS.get(key)
     if found is None:
         views = _foreign_views(function, arrays, out)
@@ -228,19 +234,33 @@ def _run_on_gpu(
             algorithm=algorithm,
             is_prepared=prepared is not None,
         )
-        found = executor, task, task.out_dtype or arrays[0].dtype
+        spans = [(0, 0) if array is None else span(array) for array in (*arrays, out)]
+        found = executor, task, task.out_dtype or arrays[0].dtype, spans
         if key is not None:
             _keep(_EXECUTORS, key, found)
-    elif out is not None:
-        check_overlap(function, out, dict(zip(SIGNATURES[function].arrays, arrays, strict=False)))
-    executor, task, dtype = found
+    elif out is not None and _may_overlap(arrays, out, found[3]):
+        given = dict(zip(SIGNATURES[function].arrays, arrays, strict=False))
+        check_overlap(function, out, given)
+    executor, task, dtype, _ = found
     table = None
     if lengths is not None:
         table = _table(function, task, _samples(function, arrays, settings, task, lengths))
     if out is None:
-        out = cupy.empty(task.shape, dtype)
+        out = ndarray(task.shape, dtype)
     executor.run(*arrays, out, prepared=prepared, samples=table)
     return out
+
+
+def _may_overlap(arrays: tuple[Any, ...], out: Any, spans: list[tuple[int, int]]) -> bool:
+    """Whether the addresses of CuPy arrays reach into those of `out`, whose span is the last one."""
+    start = out.data.ptr
+    low, high = start + spans[-1][0], start + spans[-1][1]
+    for array, (first, stop) in zip(arrays, spans, strict=False):
+        if array is not None:
+            start = array.data.ptr
+            if start + first < high and low < start + stop:
+                return True
+    return False
 
 
 _PLAIN_ARRAYS = frozenset((np.ndarray, type(None)))
@@ -290,7 +310,9 @@ def _table(function: str, task: Task, samples: Samples) -> np.ndarray[Any, Any]:
     is_swapped = (
         p.transposed if isinstance(p, WeightGradientProblem) else isinstance(p, ConvProblem) and p.op != function
     )
-    return np.stack((L_out, L_in, left) if is_swapped else (L_in, L_out, left), axis=1)
+    table = np.empty((len(L_in), 3), np.int64)
+    table[:, 0], table[:, 1], table[:, 2] = (L_out, L_in, left) if is_swapped else (L_in, L_out, left)
+    return table
 
 
 def _run_samples_on_cpu(
@@ -553,7 +575,11 @@ def _as_key(settings: tuple[Any, ...]) -> tuple[Any, ...] | None:
     A key has only ints, strings, None and a `Fusion`. A bool, for example, makes no key: True equals 1 and would find
     the entry of 1, but must be refused.
     """
-    if _PLAIN_TYPES.issuperset(map(type, settings)):  # the usual case
+    for value in settings:
+        kind = type(value)
+        if kind not in _PLAIN_TYPES and (kind is not tuple or not _PLAIN_TYPES.issuperset(map(type, value))):
+            break
+    else:  # the usual case
         return settings
 
     def plain(value: Any) -> Any:

@@ -117,10 +117,7 @@ def conv1d(
         source: (N, C_in, L_in), or (C_in, L_in) for a single sample; it must not change during the call.
         weight: a NumPy array as in `gpuconv.conv1d`, as are bias and the arrays of activations.
         bias: (C_out,), or None.
-        stride: as in `gpuconv.conv1d`, as are the next three.
-        padding: in any of its forms.
-        dilation: see there.
-        groups: see there.
+        stride, padding, dilation, groups, padding_mode: as in `gpuconv.conv1d`.
         out: a target of the output's shape and dtype. It must not share storage with `source` or `residual`.
         max_bytes: limit for the pieces of input and output that are in host memory at once; on a GPU these are two
             pieces, which need as much of the GPU's memory. The input counts twice, because a source may return copies.
@@ -133,13 +130,10 @@ def conv1d(
         version: any text that identifies the contents of source and residual, such as a time of modification; a journal
             with another version is refused.
         progress: called with the number of finished pieces, the number of all pieces, and the word "pieces".
-        padding_mode: as in `gpuconv.conv1d`, as are all others but the residual.
-        input_activation: see there.
         residual: a source of the output's shape, or None.
-        activation: see there.
-        precision: see there.
-        algorithm: see there. With "fft" the blocks of each piece begin anew, so the bits are not those of one call.
-        out_dtype: see there.
+        algorithm: as in `gpuconv.conv1d`. With "fft" the blocks of each piece begin anew, so the bits are not those of
+            one call.
+        input_activation, activation, precision, out_dtype: as in `gpuconv.conv1d`.
 
     Returns:
         `out`.
@@ -194,24 +188,9 @@ def conv_transpose1d(
         source: (N, C_in, L_in), or (C_in, L_in) for a single sample.
         weight: a NumPy array as in `gpuconv.conv_transpose1d`, as are bias and the arrays of activations.
         bias: (C_out,), or None.
-        stride: as in `gpuconv.conv_transpose1d`, as are the next four.
-        padding: in any of its forms.
-        output_padding: see there.
-        groups: see there.
-        dilation: see there.
-        out: as in `conv1d` above, as are the next five.
-        max_bytes: see there.
-        device: see there.
-        journal: see there.
-        version: see there.
-        progress: see there.
-        output_size: as in `gpuconv.conv_transpose1d`, as are all others but the residual.
-        input_activation: see there.
-        residual: a source of the output's shape, or None.
-        activation: see there.
-        precision: see there.
-        algorithm: see there. With "fft" the blocks of each piece begin anew, so the bits are not those of one call.
-        out_dtype: see there.
+        out, max_bytes, device, journal, version, progress, residual, algorithm: as in `conv1d` above.
+        stride, padding, output_padding, groups, dilation, output_size, input_activation, activation, precision,
+            out_dtype: as in `gpuconv.conv_transpose1d`.
 
     Returns:
         `out`.

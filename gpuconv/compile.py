@@ -15,7 +15,7 @@ from . import cubins, fft, runtime
 from .device import ARCHITECTURES, Device
 from .dtypes import DTYPES, dtype_name
 from .explain import DIRECTIONS, Direction, explain
-from .families import FAMILIES, Config, append, lengths
+from .families import FAMILIES, Config, append, conv1d_depthwise_push, lengths, windows
 from .families.base import base_config
 from .problem import ArrayLike, Op
 from .source import assemble
@@ -195,6 +195,8 @@ def configs_of(
 def every_config(device: Device, dtypes: Sequence[str], op: Op | None = None) -> list[Config]:
     """The specialisations for calls of any shape that pad with zeros, fuse nothing and have samples of one length.
 
+    Those for streams are among them.
+
     Args:
         device: the GPU; all GPUs of an architecture have the same specialisations.
         dtypes: the dtypes of the data.
@@ -202,8 +204,12 @@ def every_config(device: Device, dtypes: Sequence[str], op: Op | None = None) ->
     """
     configs: dict[Config, None] = {}
     for family in FAMILIES:
-        if op is None or family.kind not in ("conv1d", "conv_transpose1d") or family.kind == op:
-            configs.update((c, None) for c in family.configs(device) if _dtype_of(c) in dtypes)
+        is_operation = family.kind in ("conv1d", "conv_transpose1d")
+        if op is None or not is_operation or family.kind == op:
+            moving = windows.configs(family, device) if is_operation else ()
+            configs.update((c, None) for c in (*family.configs(device), *moving) if _dtype_of(c) in dtypes)
+    if op != "conv_transpose1d":
+        configs.update((c, None) for c in conv1d_depthwise_push.configs() if _dtype_of(c) in dtypes)
     return [*configs, *(base_config(append.KERNEL, d, bits, append.BLOCK_SIZE) for d in dtypes for bits in (32, 64))]
 
 

@@ -46,6 +46,7 @@ WARP_ISSUES_PER_CYCLE = 4
 L2_BYTES_PER_CYCLE = 24
 L2_PORT_BYTES_PER_CYCLE = 64
 SECTOR_BYTES = 32  # the smallest transfer from L2 (programming guide)
+LINE_BYTES = 128  # of L1, which holds some of its sectors
 # Bytes of shared memory that the system reserves for each block, from sm_80 on.
 RESERVED_SHARED_BYTES = 1024
 # Fraction of the data sheet's bandwidth that a large copy reaches; the usual result of copy benchmarks.

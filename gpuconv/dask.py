@@ -55,17 +55,11 @@ def conv1d(
             sent as a whole to every worker, and to its GPU if the chunks of the input are CuPy arrays. NumPy and CuPy
             arrays must not change before the result is computed.
         bias: (C_out,), or None.
-        stride: as in `gpuconv.conv1d`, as are the next three.
-        padding: in any of its forms.
-        dilation: see there.
-        groups: see there.
-        padding_mode: as in `gpuconv.conv1d`, as are all others but the residual.
-        input_activation: see there.
         residual: a dask, NumPy or CuPy array of the output's shape, of the kind of the input's chunks; or None.
-        activation: see there.
-        precision: see there.
-        algorithm: see there. With "fft" the blocks of each chunk begin anew, so the bits are not those of one call.
-        out_dtype: see there.
+        algorithm: as in `gpuconv.conv1d`. With "fft" the blocks of each chunk begin anew, so the bits are not those of
+            one call.
+        stride, padding, dilation, groups, padding_mode, input_activation, activation, precision, out_dtype: as in
+            `gpuconv.conv1d`.
 
     Returns:
         (N, C_out, L_out), or (C_out, L_out): a dask array of NumPy or CuPy chunks, like those of the input. It is cut
@@ -119,18 +113,9 @@ def conv_transpose1d(
         input: (N, C_in, L_in), or (C_in, L_in) for a single sample: a dask array as in `conv1d` above.
         weight: a NumPy, CuPy or dask array as in `gpuconv.conv_transpose1d`, as are bias and the arrays of activations.
         bias: (C_out,), or None.
-        stride: as in `gpuconv.conv_transpose1d`, as are the next four.
-        padding: in any of its forms.
-        output_padding: see there.
-        groups: see there.
-        dilation: see there.
-        output_size: as in `gpuconv.conv_transpose1d`, as are all others but the residual.
-        input_activation: see there.
-        residual: as in `conv1d` above.
-        activation: see there.
-        precision: see there.
-        algorithm: see there. With "fft" the blocks of each chunk begin anew, so the bits are not those of one call.
-        out_dtype: see there.
+        residual, algorithm: as in `conv1d` above.
+        stride, padding, output_padding, groups, dilation, output_size, input_activation, activation, precision,
+            out_dtype: as in `gpuconv.conv_transpose1d`.
 
     Returns:
         (N, C_out, L_out), or (C_out, L_out): a dask array, chunked as that of `conv1d` above.

@@ -54,11 +54,44 @@ MAX_CANDIDATES = 8  # the most that a page shows
 _BAR = 12  # columns of the longest bar
 
 
+class Call(NamedTuple):
+    """The arguments of a call that its problem, its device and its lengths do not tell.
+
+    Attributes:
+        op: "conv1d" or "conv_transpose1d".
+        direction: "forward", or which gradient of the operation is explained.
+        algorithm: as given.
+        padding: (left, right); "same" where it follows from the length of each sample.
+        layouts: those of the arrays that do not lie as newly allocated ones do, with the names of the arrays.
+    """
+
+    op: Op
+    direction: Direction
+    algorithm: str | None
+    padding: tuple[int, int] | str
+    layouts: tuple[tuple[str, ArgumentLayout], ...]
+
+
+class ArgumentLayout(NamedTuple):
+    """How an array lies in memory.
+
+    Attributes:
+        strides: in bytes, one for each axis.
+        offset: of the first element behind a multiple of 16 bytes, in bytes.
+        is_native: whether the byte order is that of this machine.
+    """
+
+    strides: tuple[int, ...]
+    offset: int
+    is_native: bool
+
+
 @dataclass(frozen=True, slots=True)
 class Explanation:
     """What one call does and what it costs. `str` and `page` give a short page, `to_dict` the same for JSON.
 
     Attributes:
+        call: the arguments that the other attributes do not tell.
         problem: the call with every setting resolved: extents, paddings, L_out. For the gradient with respect to the
             input it is the other operation with the same weight.
         device: the GPU that runs it; None on the CPU path.
@@ -85,6 +118,7 @@ class Explanation:
         ('conv1d_mma', 37748736000, ())
     """
 
+    call: Call
     problem: ConvProblem | WeightGradientProblem | BiasGradientProblem
     device: Device | None
     choice: dispatch.Choice | None
@@ -150,10 +184,18 @@ class Explanation:
         return sum(math.prod(self.shapes[name]) for name in self.copies) * self.problem.itemsize
 
     def to_dict(self) -> dict[str, Any]:
-        """The same facts as plain values for `json.dumps`. Times are predictions of the cost model."""
+        """The same facts as plain values for `json.dumps`. Times are predictions of the cost model.
+
+        They tell all arguments on which the explanation depends, so that `explain` can be called with them again.
+        """
         problem: dict[str, Any] = dataclasses.asdict(self.problem)
         problem.update((f"{name}_shape", list(shape)) for name, shape in self.shapes.items())
+        padding = self.call.padding
+        layouts = {name: {**found._asdict(), "strides": list(found.strides)} for name, found in self.call.layouts}
         return {
+            **self.call._asdict(),
+            "padding": padding if isinstance(padding, str) else list(padding),
+            "layouts": layouts,
             "problem": problem,
             "device": {"name": "CPU"} if self.device is None else dataclasses.asdict(self.device),
             "flops": self.flops,
@@ -181,7 +223,7 @@ class Explanation:
             "blocks": plan.problem.N * overlap.rows * overlap.blocks,
             "blocks_at_a_time": plan.batch,
             "workspace_bytes": plan.workspace_bytes,
-            "prepared_bytes": plan.spectra_bytes,
+            "prepared_bytes": fft.kept_bytes(plan, self.device),
         }
 
     def _kernel_dict(self, choice: dispatch.Choice) -> dict[str, Any]:
@@ -223,6 +265,8 @@ class Explanation:
                 settings += f", padding_mode {p.padding_mode}"
             if p.precision != "float32":
                 settings += f", precision {p.precision}"
+            if self.call.algorithm is not None:
+                settings += f", algorithm {self.call.algorithm}"
             rows.append(("settings", settings))
             title = p.op if isinstance(p, ConvProblem) else f"gradient of {p.op}'s weight"
         if self.parts > 1:
@@ -239,7 +283,7 @@ class Explanation:
             if self.by_fft is None:
                 rows += self._kernel_rows()
         if self.by_fft is not None:
-            rows += _fft_rows(self.by_fft)
+            rows += _fft_rows(self.by_fft, self.device)
         if self.costs is not None:
             direct, by_fft = (f"{us / 1e3:.3g} ms" for us in (self.costs.direct_us, self.costs.fft_us))
             where_from = f"predicted for {count(self.costs.blocks, 'block')} of this layer"
@@ -322,13 +366,13 @@ def _names_of_operands(problem: WeightGradientProblem) -> dict[str, str]:
     return dict(zip(signature.operands, signature.arrays, strict=True))
 
 
-def _fft_rows(plan: fft.Plan) -> list[tuple[str, str]]:
+def _fft_rows(plan: fft.Plan, device: Device | None) -> list[tuple[str, str]]:
     overlap = plan.overlap
     number = count(plan.problem.N * overlap.rows * overlap.blocks, "block")
     words = f"{number} of {overlap.block} samples for {count(overlap.new, 'result')}, {plan.batch} at a time"
     kept = f"{_quantity(plan.workspace_bytes, 'B')}"
     if isinstance(plan.problem, ConvProblem):
-        kept += f"; a prepared weight keeps {_quantity(plan.spectra_bytes, 'B')}"
+        kept += f"; a prepared weight keeps {_quantity(fft.kept_bytes(plan, device), 'B')}"
     return [("fft", words), ("workspace", kept)]
 
 
@@ -387,8 +431,7 @@ def explain(
         raise ValueError(f"explain: direction must be one of {', '.join(DIRECTIONS)}, got {direction!r}")
     if unknown := settings.keys() - set(SETTINGS[op]):
         raise TypeError(f"explain: {op} has the settings {', '.join(SETTINGS[op])}, got {', '.join(sorted(unknown))}")
-    names = ("activation", "input_activation", "residual")
-    fused = Fused.check(op, *(settings.pop(name, None) for name in names))
+    fused = Fused.take(op, settings)
     arrays = {"input": input, "weight": weight, "bias": bias, **dict(zip(FUSED_ARRAYS, fused.arrays, strict=True))}
     given: dict[str, Any] = {name: array for name, array in arrays.items() if array is not None or name not in OPTIONAL}
     for name, array in given.items():
@@ -402,6 +445,7 @@ def explain(
             given[name] = view(op, name, array)
     data, weight = given["input"], given["weight"]
     target = _device_of(op, given) if device is None else _parse_device(device)
+    layouts = tuple((name, found) for name, array in given.items() if (found := _layout_of(array)) is not None)
 
     if op == "conv_transpose1d":
         check_padding_mode(op, op, settings.pop("padding_mode", "zeros"))
@@ -427,6 +471,9 @@ def explain(
         problem = WeightGradientProblem.of(p)
     elif direction == "grad_bias":
         problem = BiasGradientProblem.of(p)
+    padding = settings.get("padding", 0)
+    follows = lengths is not None and follows_length(p, padding)
+    call = Call(op, direction, algorithm, "same" if follows else p.padding, layouts)
     if lengths is not None and direction == "grad_weight":
         algorithm = dispatch.of_sums_over_lengths(function, algorithm)
     plan, costs = fft.choose(problem, algorithm, target), None
@@ -434,10 +481,9 @@ def explain(
         costs = fft.costs(problem, target)
     samples, runs = None, 1
     if lengths is not None:
-        padding = settings.get("padding", 0)
         samples = Samples.of(op, p, padding, lengths)
         is_sum = direction in ("grad_weight", "grad_bias")
-        if target is None or plan is not None or (follows_length(p, padding) and not is_sum):
+        if target is None or plan is not None or (follows and not is_sum):
             runs = len(list(samples.runs()))
         else:
             problem = replace(problem, has_lengths=True)
@@ -457,9 +503,9 @@ def explain(
             method = cpu.method(problem)
         elif isinstance(problem, WeightGradientProblem):
             method = cpu.weight_gradient.method(problem)
-        return Explanation(problem, None, None, method, tuple(dict.fromkeys((*conjugated, *swapped))), *more)
+        return Explanation(call, problem, None, None, method, tuple(dict.fromkeys((*conjugated, *swapped))), *more)
     if problem.is_empty:
-        return Explanation(problem, target, None, None, (), *more)
+        return Explanation(call, problem, target, None, None, (), *more)
     pointers = {operand: _pointer(given[array]) for array, operand in operands.items() if array not in conjugated}
     if by_parts:  # the other arrays are parts of fresh complex ones
         for name, shape in problem.shapes.items():
@@ -473,7 +519,7 @@ def explain(
     if plan is None:
         choice = dispatch.choose(problem, layout, target, algorithm)
         prepared = dispatch.choose(problem, dataclasses.replace(layout, is_prepared=True), target, algorithm)
-    return Explanation(problem, target, choice, None, copies, *more, None if prepared == choice else prepared)
+    return Explanation(call, problem, target, choice, None, copies, *more, None if prepared == choice else prepared)
 
 
 class _RealPart(NamedTuple):
@@ -523,6 +569,15 @@ def _parse_device(device: Device | str) -> Device | None:
             "device the arrays tell it"
         )
     return None if device == "cpu" else Device.from_arch(device)
+
+
+def _layout_of(array: Any) -> ArgumentLayout | None:
+    """The layout of an array; None for one that does not exist or lies as a newly allocated one."""
+    if array is None or isinstance(array, ArraySpec):
+        return None
+    fresh = tuple(stride * array.dtype.itemsize for stride in contiguous_strides(array.shape))
+    layout = ArgumentLayout(tuple(array.strides), address(array) % 16, bool(array.dtype.isnative))
+    return None if layout == (fresh, 0, True) else layout
 
 
 def _pointer(array: Any) -> dispatch.StridedPointer | None:

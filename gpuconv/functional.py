@@ -162,14 +162,9 @@ def conv_transpose1d(
         output_size: the wanted L_out, in place of output_padding.
         padding_mode: only "zeros", as in PyTorch. The adjoint of a convolution in another mode is
             `gpuconv.grad.conv1d_input` in that mode.
-        input_activation: as in `conv1d`.
-        residual: an array of the output's shape that is added before `activation`, or None.
-        activation: as in `conv1d`.
         lengths: as in `conv1d`; what `output_size` adds to the longest sample is added to each.
-        precision: as in `conv1d`.
         algorithm: as in `conv1d`; "base" is `conv_transpose1d_gather`.
-        out_dtype: as in `conv1d`.
-        out: as in `conv1d`.
+        input_activation, residual, activation, precision, out_dtype, out: as in `conv1d`.
 
     Returns:
         (N, C_out, L_out), or (C_out, L_out) for a single sample, in all other respects as the output of `conv1d`.
@@ -203,6 +198,9 @@ def prepare(weight: ArrayT) -> runtime.PreparedWeight:
     with each problem packs it and waits until that is finished. If calls are on several streams, keep the handle until
     all of them have run, since its memory is reused when the handle is gone; if all are on one stream, the handle may
     be dropped at any time.
+
+    `copy.copy` and `copy.deepcopy` of a handle stay on its GPU. A pickled handle is loaded onto CuPy's current GPU, as
+    CuPy's own arrays are. Both hold the weight alone and pack it again at their first calls.
 
     Args:
         weight: (C_out, C_in/groups, K), or (C_in, C_out/groups, K) for conv_transpose1d; NumPy or CuPy. For NumPy

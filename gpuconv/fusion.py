@@ -16,7 +16,7 @@ At infinities they have their limits, where PyTorch's may be NaN. A NaN stays Na
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
@@ -85,11 +85,24 @@ class Fusion:
         return self.has_residual or self.activation is not None or self.input_activation is not None
 
     @property
+    def _sides(self) -> dict[str, tuple[Activation | None, tuple[str, str]]]:
+        return {
+            "activation": (self.activation, ACTIVATION_ARRAYS),
+            "input_activation": (self.input_activation, INPUT_ACTIVATION_ARRAYS),
+        }
+
+    @property
     def arrays(self) -> tuple[str, ...]:
         """The names of the arrays, in the order of `FUSED_ARRAYS`."""
-        sides = ((self.activation, ACTIVATION_ARRAYS), (self.input_activation, INPUT_ACTIVATION_ARRAYS))
-        of_channels = (names[: a.arrays] for a, names in sides if a is not None)
+        of_channels = (names[: a.arrays] for a, names in self._sides.values() if a is not None)
         return (*((RESIDUAL,) if self.has_residual else ()), *(name for names in of_channels for name in names))
+
+    def as_arguments(self, arrays: Mapping[str, Any]) -> dict[str, ActivationLike | None]:
+        """The arguments `activation` and `input_activation` of the public functions, with the arrays of these names."""
+        return {
+            argument: None if a is None else a.as_argument(tuple(arrays[name] for name in names[: a.arrays]))
+            for argument, (a, names) in self._sides.items()
+        }
 
     def __str__(self) -> str:
         words = [] if self.input_activation is None else [f"input {self.input_activation}"]
@@ -121,6 +134,16 @@ class Fused(NamedTuple):
         behind, arrays = _parse(caller, "activation", activation)
         before, input_arrays = _parse(caller, "input_activation", input_activation)
         return cls(Fusion(behind, before, residual is not None), (residual, *arrays, *input_arrays))
+
+    @classmethod
+    def take(cls, caller: str, settings: MutableMapping[str, Any]) -> Fused:
+        """`check` for those of the keyword arguments of a call that are about fusion; they are removed."""
+        return cls.check(caller, *(settings.pop(name, None) for name in ("activation", "input_activation", RESIDUAL)))
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The arrays that are not None, by name."""
+        return {name: array for name, array in zip(FUSED_ARRAYS, self.arrays, strict=True) if array is not None}
 
 
 def check_data(caller: str, fusion: Fusion, dtype: str) -> None:

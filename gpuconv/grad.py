@@ -57,11 +57,7 @@ def conv1d_input(
         weight: (C_out, C_in/groups, K). NumPy or CuPy, any strides; never changed.
         grad_output: the gradient of the output, of its shape (N, C_out, L_out) or (C_out, L_out), and of the kind,
             device and dtype of `weight`; with real taps it may also be complex.
-        stride: of the forward call.
-        padding: of the forward call.
-        dilation: of the forward call.
-        groups: of the forward call.
-        padding_mode: of the forward call.
+        stride, padding, dilation, groups, padding_mode: of the forward call.
         lengths: of the forward call, those of the input. Values of `grad_output` beyond the output length of a sample
             are ignored; the gradient beyond its length is zero.
         precision: "float32", the full precision of the dtype, or "tf32", as in the forward call.
@@ -122,11 +118,7 @@ def conv1d_weight(
         weight_size: the shape of the weight, (C_out, C_in/groups, K).
         grad_output: the gradient of the output, of its shape (N, C_out, L_out) or (C_out, L_out), and of the kind,
             device and dtype of `input`.
-        stride: of the forward call.
-        padding: of the forward call.
-        dilation: of the forward call.
-        groups: of the forward call.
-        padding_mode: of the forward call.
+        stride, padding, dilation, groups, padding_mode: of the forward call.
         lengths: of the forward call. Values of `input` beyond the length of a sample, and of `grad_output` beyond its
             output length, are ignored. The error bound counts the terms of samples of full length.
         precision: as in `conv1d_input`.
@@ -212,19 +204,10 @@ def conv_transpose1d_input(
     where c is output channel c_out of the group of c_in.
 
     Args:
-        input_size: as in `conv1d_input`.
         weight: (C_in, C_out/groups, K). NumPy or CuPy, any strides; never changed.
-        grad_output: as in `conv1d_input`.
-        stride: of the forward call.
-        padding: of the forward call.
-        output_padding: of the forward call.
-        groups: of the forward call.
-        dilation: of the forward call.
-        output_size: of the forward call.
-        lengths: as in `conv1d_input`.
-        precision: as in `conv1d_input`.
+        stride, padding, output_padding, groups, dilation, output_size: of the forward call.
         algorithm: as in `conv1d_input`, but with the families of `conv1d`.
-        out: as in `conv1d_input`.
+        input_size, grad_output, lengths, precision, out: as in `conv1d_input`.
 
     Returns:
         An array of shape `input_size`; `out` where it was given.
@@ -271,20 +254,9 @@ def conv_transpose1d_weight(
     on the shapes and settings, not on the run.
 
     Args:
-        input: as in `conv1d_weight`.
         weight_size: the shape of the weight, (C_in, C_out/groups, K).
-        grad_output: as in `conv1d_weight`.
-        stride: of the forward call.
-        padding: of the forward call.
-        output_padding: of the forward call.
-        groups: of the forward call.
-        dilation: of the forward call.
-        output_size: of the forward call.
-        lengths: as in `conv1d_weight`.
-        precision: as in `conv1d_input`.
-        algorithm: as in `conv1d_weight`.
-        weight_dtype: as in `conv1d_weight`.
-        out: as in `conv1d_weight`.
+        stride, padding, output_padding, groups, dilation, output_size: of the forward call.
+        input, grad_output, lengths, precision, algorithm, weight_dtype, out: as in `conv1d_weight`.
 
     Returns:
         An array of shape `weight_size`; `out` where it was given.

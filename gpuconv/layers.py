@@ -54,7 +54,7 @@ class Layer(NamedTuple):
         if x.dtype != weight.dtype and str(x.dtype).startswith("complex"):
             return self.with_dtype(str(dtype_name(weight.dtype))).case(name)
         settings = {n: v for n, v in self.settings.items() if v is not None and n != "algorithm"}
-        fused = Fused.check(self.op, *(settings.pop(n, None) for n in ("activation", "input_activation", "residual")))
+        fused = Fused.take(self.op, settings)
         problem = _cut(ConvProblem.of(self.op, x, weight, bias, **settings))
         problem.fused(Fused(replace(fused.fusion, has_residual=False), (None, *fused.arrays[1:])))
         number_format = "tf32" if problem.precision == "tf32" else problem.dtype
@@ -134,7 +134,7 @@ def _layer(value: Any) -> Layer:
     fields = value.get("problem") if isinstance(value, dict) else None
     if not isinstance(fields, dict):
         raise ValueError("must be an object with a field problem, as gpuconv explain --json writes it")
-    if "C_in" not in fields:
+    if "C_in" not in fields or value.get("direction", "forward") != "forward":
         raise ValueError("is the problem of a gradient, expected that of --direction forward")
     try:
         op, real = fields["op"], fields["dtype"]
@@ -144,6 +144,7 @@ def _layer(value: Any) -> Layer:
         data = {"float32": "complex64", "float64": "complex128"}[real] if value.get("parts") == 2 else real
         settings = {name: fields[name] for name in ("stride", "dilation", "groups", "precision", "out_dtype")}
         settings["padding"] = fields["padding_left"], fields["padding_right"]
+        settings["algorithm"] = value.get("algorithm")
         of_op = "output_padding" if op == "conv_transpose1d" else "padding_mode"
         settings[of_op] = fields[of_op]
         fusion = fields["fusion"] or {}

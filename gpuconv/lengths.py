@@ -51,7 +51,7 @@ class Samples(NamedTuple):
         if follows_length(p, padding):
             sides = resolve_padding(False, "same", L_in, p.stride, span)[:2]
         L_out = output_length(p.transposed, L_in, *sides, p.stride, span, p.output_padding)
-        left, right = (np.broadcast_to(side, L_in.shape) for side in sides)
+        left, right = (np.full(L_in.shape, side, np.int64) for side in sides)
         found = cls(L_in, np.maximum(L_out, 0), left)
         if p.padding_mode != "zeros":
             for n in np.flatnonzero(L_out > 0).tolist():
@@ -118,9 +118,7 @@ def conv1d_output_length(
     Args:
         length: L_in, in samples, at least 0.
         kernel_size: K, at least 1.
-        stride: of the call.
-        padding: of the call, in every form.
-        dilation: of the call.
+        stride, padding, dilation: of the call; padding in every form.
 
     Returns:
         L_out, at least 1.
@@ -150,10 +148,7 @@ def conv_transpose1d_output_length(
     Args:
         length: L_in, in samples, at least 0.
         kernel_size: K, at least 1.
-        stride: of the call.
-        padding: of the call, in every form.
-        output_padding: of the call.
-        dilation: of the call.
+        stride, padding, output_padding, dilation: of the call; padding in every form.
 
     Returns:
         L_out, at least 1.
@@ -186,9 +181,7 @@ def output_lengths(
     Args:
         lengths: (N,) integers, at least 0: a NumPy or CuPy array, or a sequence of ints.
         kernel_size: K, at least 1.
-        stride: of the call.
-        padding: of the call, in every form.
-        dilation: of the call.
+        stride, padding, dilation: of the call; padding in every form.
         transposed: whether the call is of `gpuconv.conv_transpose1d`.
         output_padding: of such a call.
 

@@ -120,7 +120,7 @@ def compare(layer: Layer, *, on_gpu: bool, repeats: int) -> Comparison:
     arrays, settings = _draw(layer, on_gpu)
     function: Callable[..., Any] = getattr(functional, layer.op)
     ours = partial(function, *arrays, **settings)
-    device = runtime.device(int(runtime.cupy_module().cuda.runtime.getDevice())) if on_gpu else "cpu"
+    device = runtime.current_gpu() if on_gpu else "cpu"
     plan = explain(layer.op, *layer.arrays, device=device, **layer.settings)
     chosen = plan.choice.family if plan.choice else plan.method.name if plan.method else "nothing to compute"
     method = "fft" if plan.by_fft else chosen
@@ -175,7 +175,7 @@ def _peer(
     """
     x, weight, bias = layer.arrays
     given = {name: value for name, value in settings.items() if name not in ("algorithm", "lengths")}
-    fused = Fused.check(layer.op, *(given.pop(n, None) for n in ("activation", "input_activation", "residual")))
+    fused = Fused.take(layer.op, given)
     if settings.get("lengths") is not None:
         raise peers.Refused("PyTorch has no lengths of samples")
     dtype = str(x.dtype)

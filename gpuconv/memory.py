@@ -100,17 +100,23 @@ def address(array: Any) -> int:
     return int(array.__array_interface__["data"][0] if isinstance(array, np.ndarray) else array.data.ptr)
 
 
+def span(array: Any) -> tuple[int, int]:
+    """The bytes of an array, from its first to behind its last, relative to the address of its first element."""
+    if getattr(array, "_c_contiguous", False):  # CuPy's attribute; its `flags` would be slower in every call
+        return 0, array.nbytes
+    if 0 in array.shape:
+        return 0, 0
+    low = high = 0
+    for extent, stride in zip(array.shape, array.strides, strict=True):
+        reach = (extent - 1) * stride
+        low, high = (low + reach, high) if reach < 0 else (low, high + reach)
+    return low, high + array.dtype.itemsize
+
+
 def _byte_range(array: Any) -> tuple[int, int]:
     """The addresses from the first byte of an array to behind its last; empty for an empty array."""
-    low = high = address(array)
-    if getattr(array, "_c_contiguous", False):  # CuPy's attribute; its `flags` would be slower in every call
-        return low, low + array.nbytes
-    if 0 in array.shape:
-        return low, low
-    for extent, stride in zip(array.shape, array.strides, strict=True):
-        span = (extent - 1) * stride
-        low, high = (low + span, high) if span < 0 else (low, high + span)
-    return low, high + array.dtype.itemsize
+    start, (low, high) = address(array), span(array)
+    return start + low, start + high
 
 
 class _Addresses:

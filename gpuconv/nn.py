@@ -1,4 +1,8 @@
-"""Layers: `Conv1d` and `ConvTranspose1d`, with the constructor arguments, attributes and printed form of torch.nn's."""
+"""Layers: `Conv1d` and `ConvTranspose1d`, with the constructor arguments, attributes and printed form of torch.nn's.
+
+`copy.deepcopy` of a layer stays on its GPU. A pickled layer is loaded onto CuPy's current GPU, as CuPy's own arrays
+are: with `cupy.cuda.Device(1)` around `pickle.load`, or `to("cuda:1")` after it, it is on another one.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ from . import checkpoint, dispatch, runtime
 from .arguments import check_groups, check_int, check_padding_mode, check_precision, check_setting, check_size
 from .checkpoint import EntryError
 from .functional import ArrayT, conv1d, conv_transpose1d
-from .fusion import ACTIVATION_ARRAYS, INPUT_ACTIVATION_ARRAYS, Activation, ActivationLike, Fused
+from .fusion import FUSED_ARRAYS, Activation, ActivationLike, Fused, Fusion
 from .lengths import output_lengths
 from .parameters import (
     converts,
@@ -122,9 +126,7 @@ class _Layer:
         self.bias = put(draw_uniform(generator, bound, (C_out,), target), index, target) if bias else None
         self.activation = fused.fusion.activation
         self.input_activation = fused.fusion.input_activation
-        for key, array, length in zip(
-            (*ACTIVATION_ARRAYS, *INPUT_ACTIVATION_ARRAYS), fused.arrays[1:], (C_out, C_out, C_in, C_in), strict=True
-        ):
+        for key, array, length in zip(FUSED_ARRAYS[1:], fused.arrays[1:], (C_out, C_out, C_in, C_in), strict=True):
             if array is not None:
                 _check_channels(caller, key, array, length, name)
             setattr(self, key, None if array is None else put(array, index, target, copy=True))
@@ -174,22 +176,13 @@ class _Layer:
         state = {"weight": self.weight.array if is_prepared else self.weight}
         if self.bias is not None:
             state["bias"] = self.bias
-        keys = (*ACTIVATION_ARRAYS, *INPUT_ACTIVATION_ARRAYS)
-        state.update((key, getattr(self, key)) for key in keys if getattr(self, key) is not None)
+        state.update((key, getattr(self, key)) for key in FUSED_ARRAYS[1:] if getattr(self, key) is not None)
         return state
 
     @property
     def fused(self) -> dict[str, Any]:
         """The arguments `activation` and `input_activation` of the functions, by name."""
-
-        def argument(activation: Activation | None, keys: tuple[str, str]) -> ActivationLike | None:
-            arrays = () if activation is None else tuple(getattr(self, key) for key in keys[: activation.arrays])
-            return None if activation is None else activation.as_argument(arrays)
-
-        return {
-            "activation": argument(self.activation, ACTIVATION_ARRAYS),
-            "input_activation": argument(self.input_activation, INPUT_ACTIVATION_ARRAYS),
-        }
+        return Fusion(self.activation, self.input_activation).as_arguments(vars(self))
 
     def load_state_dict(
         self, state: Mapping[str, Any] | str | os.PathLike[str], strict: bool = True, *, prefix: str = ""

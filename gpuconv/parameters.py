@@ -57,7 +57,7 @@ def gpu_index(caller: str, device: str | None) -> int | None:
     except RuntimeError as error:
         raise RuntimeError(f'{caller}: device is "{device}", but no GPU answers: {error}') from error
     if match[1] is None:
-        return int(runtime.cupy_module().cuda.runtime.getDevice())
+        return runtime.current_index()
     if int(match[1]) >= count:
         raise ValueError(f'{caller}: device must be below "cuda:{count}", one of the GPUs that answer, got "{device}"')
     return int(match[1])

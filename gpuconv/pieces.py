@@ -14,7 +14,7 @@ from . import calls, functional
 from .arguments import ArraySpec, Op
 from .cases.derived import call_settings, chunk
 from .edge import source_indices
-from .fusion import Fused
+from .fusion import FUSED_ARRAYS, Fused
 from .problem import ConvProblem
 
 _ALIGNED = 64  # outputs: most pieces are a multiple of this, so that their rows are aligned for wide accesses
@@ -159,10 +159,5 @@ def compute(
 ) -> Any:
     """The output of a piece, whose problem is `p`; `of_channels` are the arrays of activations, in their order."""
     function: Callable[..., Any] = functional.conv_transpose1d if p.transposed else functional.conv1d
-    activation, input_activation = p.fuses.activation, p.fuses.input_activation
-    behind, before = (tuple(a for a in arrays if a is not None) for arrays in (of_channels[:2], of_channels[2:]))
-    return function(
-        input, weight, bias, **call_settings(p), algorithm=algorithm, residual=residual,
-        activation=activation and activation.as_argument(behind),
-        input_activation=input_activation and input_activation.as_argument(before),
-    )  # fmt: skip
+    fused = p.fuses.as_arguments(dict(zip(FUSED_ARRAYS[1:], of_channels, strict=True)))
+    return function(input, weight, bias, **call_settings(p), **fused, algorithm=algorithm, residual=residual)

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from . import fft, functional, grad, reference, runtime
 from .arguments import ArraySpec, check_padding_mode, check_shape
 from .dtypes import real_dtype
-from .fusion import FUSED_ARRAYS, Fused
+from .fusion import Fused
 from .interchange import is_tensor, view
 from .memory import check_kinds
 from .problem import ConvProblem, Op, WeightGradientProblem, bias_gradient_problem, dtype_name, gradient_problem
@@ -146,7 +146,7 @@ def _check_fft(p: ConvProblem, by_fft: bool) -> bool:
 def _of_forward(op: Op, _name: str, given: dict[str, Any], by_fft: bool) -> _Expected:
     if op == "conv_transpose1d":
         check_padding_mode(op, op, given.pop("padding_mode"))
-    fused = Fused.check(op, *(given.pop(setting) for setting in ("activation", "input_activation", "residual")))
+    fused = Fused.take(op, given)
     operands = [given.pop(array) for array in ("input", "weight", "bias")] + list(fused.arrays)
     x, weight, *_ = operands
     kinds = [getattr(getattr(array, "dtype", None), "kind", None) for array in (x, weight)]
@@ -155,9 +155,9 @@ def _of_forward(op: Op, _name: str, given: dict[str, Any], by_fft: bool) -> _Exp
         parts = [[a if a is None or a is weight else getattr(a, part) for a in operands] for part in ("real", "imag")]
     sums = []
     for x, weight, bias, *others in parts:
-        p = ConvProblem.of(op, x, weight, bias, **given).fused(Fused(fused.fusion, tuple(others)))
-        arrays = {array: value for array, value in zip(FUSED_ARRAYS, others, strict=True) if value is not None}
-        sums.append(reference.convolution(p, x, weight, bias, arrays, by_fft=_check_fft(p, by_fft)))
+        of_part = Fused(fused.fusion, tuple(others))
+        p = ConvProblem.of(op, x, weight, bias, **given).fused(of_part)
+        sums.append(reference.convolution(p, x, weight, bias, of_part.given, by_fft=_check_fft(p, by_fft)))
     dtype = p.dtype_of(p.result) if len(parts) == 1 else str(dtype_name(operands[0].dtype))
     return _Expected(str(p), p.output_shape, dtype, tuple(sums))
 

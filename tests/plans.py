@@ -9,6 +9,9 @@ from gpuconv.dispatch import Choice
 from gpuconv.families import FAMILIES, Config, Family, Launch, Layout, Plan, Refusal, edges
 from gpuconv.problem import Problem
 
+H200 = Device.from_arch("sm_90")
+BASE = {"conv1d": "conv1d_direct", "conv_transpose1d": "conv_transpose1d_gather"}  # the base family of each operation
+
 FORWARD_FAMILIES = tuple(family for family in FAMILIES if family.kind in ("conv1d", "conv_transpose1d"))
 GRADIENT_FAMILIES = tuple(family for family in FAMILIES if family not in FORWARD_FAMILIES)
 

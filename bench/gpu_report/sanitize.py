@@ -88,9 +88,8 @@ def work(families: str = "", *, rehearse: bool = False) -> list[tuple[str, recor
     From here on every array is an allocation of the driver's own: CuPy's memory pool would hide accesses outside of an
     array, which fall into a neighbour in the same pool.
     """
-    cupy = runtime.cupy_module()
-    cupy.cuda.set_allocator(None)
-    device = runtime.device(int(cupy.cuda.runtime.getDevice()))
+    runtime.cupy_module().cuda.set_allocator(None)
+    device = runtime.current_gpu()
     max_flops = 2_000_000 if rehearse else 200_000_000
     found = sorted(selection(device, max_flops, families), key=lambda chosen: chosen[2].flops())
     checks = {"forward": check, "grad_weight": check_gradients}

@@ -36,7 +36,7 @@ def build_work() -> Iterator[tuple[str, records.Work]]:
 
     Those with 32-bit indices first: few problems need the others.
     """
-    device = runtime.device(int(runtime.cupy_module().cuda.runtime.getDevice()))
+    device = runtime.current_gpu()
     every = dict.fromkeys(config for family in FAMILIES for config in family.configs(device))
     for config in sorted(every, key=lambda config: dict(config.macros).get("INDEX_BITS", 32)):  # stable
         digest = hashlib.sha256(source.assemble(config.kernel, dict(config.macros)).encode()).hexdigest()
@@ -69,7 +69,7 @@ def _verify(name: str, number_format: str) -> dict[str, Any]:
 
 def _verify_far(number_format: str) -> dict[str, Any]:
     target = Target(on_gpu=True)
-    device = runtime.device(int(runtime.cupy_module().cuda.runtime.getDevice()))
+    device = runtime.current_gpu()
     runs = far_runs(cases.select(), number_format, families_of(device)[0], device)
     results = [run_far(case, number_format, target, 0, family) for _, case, family in runs]
     failures = [str(result.failure) for result in results if result.failure is not None]

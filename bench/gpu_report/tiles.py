@@ -101,7 +101,7 @@ def executors(problem: ConvProblem, direction: Direction) -> Iterator[tuple[str,
     Raises:
         ValueError: dispatch does not choose such a family.
     """
-    device = runtime.device(int(runtime.cupy_module().cuda.runtime.getDevice()))
+    device = runtime.current_gpu()
     module: ModuleType = mma
     function, signature = "compare_tilings", SIGNATURES[problem.op]
     chosen: Problem = problem

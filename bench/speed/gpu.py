@@ -54,8 +54,8 @@ class GpuEngine:
         import cupy
 
         self.cupy = cupy
-        self.index = int(cupy.cuda.runtime.getDevice())
-        self.device = runtime.device(self.index)
+        self.index = runtime.current_index()
+        self.device = runtime.current_gpu()
         if rehearse:
             self.device = replace(self.device, l2_bytes=4096)
         self.stream = cupy.cuda.Stream(non_blocking=True)
@@ -414,8 +414,7 @@ class _TorchRunner:
 
 def describe() -> dict[str, Any]:
     """CuPy's current device and its driver, as result files name them."""
-    cuda = runtime.cupy_module().cuda.runtime
-    device, driver = runtime.device(int(cuda.getDevice())), int(cuda.driverGetVersion())
+    device, (driver, _) = runtime.current_gpu(), runtime.cuda_versions()
     return {
         "kind": "gpu",
         "name": device.name,

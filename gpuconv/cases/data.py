@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from ..fusion import ACTIVATION_ARRAYS, FUSED_ARRAYS, INPUT_ACTIVATION_ARRAYS, RESIDUAL, Activation, Fused, Fusion
+from ..fusion import RESIDUAL, Activation, Fused, Fusion
 from ..problem import ConvProblem, numpy_dtype
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -191,21 +191,12 @@ def with_fusion(problem: ConvProblem, seed: int, fusion: Fusion | None = None) -
     else:
         activation, input_activation = (None, None) if p.is_complex else (draw(p.C_out), draw(p.C_in))
     fused = Fused.check(p.op, activation, input_activation, residual)
-    arrays = {name: array for name, array in zip(FUSED_ARRAYS, fused.arrays, strict=True) if array is not None}
-    return p.fused(fused), arrays
+    return p.fused(fused), fused.given
 
 
 def fusion_settings(problem: ConvProblem, arrays: dict[str, Any]) -> dict[str, Any]:
     """The keyword arguments for what a problem of `with_fusion` fuses, with these arrays."""
-    sides = {
-        "activation": (problem.fuses.activation, ACTIVATION_ARRAYS),
-        "input_activation": (problem.fuses.input_activation, INPUT_ACTIVATION_ARRAYS),
-    }
-    activations = {
-        side: None if a is None else a.as_argument(tuple(arrays[name] for name in names[: a.arrays]))
-        for side, (a, names) in sides.items()
-    }
-    return {**activations, "residual": arrays.get(RESIDUAL)}
+    return {**problem.fuses.as_arguments(arrays), RESIDUAL: arrays.get(RESIDUAL)}
 
 
 def impulse_data(problem: ConvProblem, seed: int) -> Data:

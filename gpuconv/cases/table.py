@@ -215,6 +215,7 @@ CASES: tuple[Case, ...] = (
     _conv("htdemucs_stem", 2, 2, 48, 160, 8, "model", stride=4, padding=2),
     _transposed("up_k1", 2, 8, 12, 37, 1, "kernel"),
     _transposed("up_k3", 2, 8, 6, 40, 3, "kernel", padding=1),
+    _transposed("up_long_kernel", 2, 6, 40, 41, 23, "kernel", groups=2, dilation=2, padding=(9, 21)),
     _transposed("up_k64_even", 1, 3, 4, 40, 64, "kernel", padding=20, bias=False),
     _transposed("up_stride2_k4", 2, 8, 6, 30, 4, "stride", stride=2, padding=1),
     _transposed("up_stride_equals_k", 2, 6, 8, 25, 3, "stride", stride=3),
@@ -276,6 +277,7 @@ _LENGTHS = {
     "circular_depthwise": (48, 3, 20, 41),
     "padding_same_strided": (34, 1, 20, 20),
     "up_dense_dilation3": (22, 0, 7, 12),
+    "up_long_kernel": (5, 41, 0, 18),
 }
 
 _FAR = MAX_STEP  # twice this value, truncated to a signed 32-bit integer, is -2

@@ -86,7 +86,7 @@ class Target:
 
     def device(self) -> Device | None:
         """The GPU; None for the CPU."""
-        return runtime.device(int(runtime.cupy_module().cuda.runtime.getDevice())) if self.on_gpu else None
+        return runtime.current_gpu() if self.on_gpu else None
 
     def _put_if_given(self, array: Array | None) -> Any:
         return None if array is None else self.put(array)
@@ -95,8 +95,7 @@ class Target:
         gpu = self.device()
         if gpu is None:
             return f"CPU ({platform.processor() or platform.machine()}, {os.cpu_count()} cores)"
-        index = int(runtime.cupy_module().cuda.runtime.getDevice())
-        return f"GPU {index}: {gpu.name} ({gpu.arch_name}, {gpu.num_sms} multiprocessors)"
+        return f"GPU {runtime.current_index()}: {gpu.name} ({gpu.arch_name}, {gpu.num_sms} multiprocessors)"
 
     def versions(self) -> dict[str, str]:
         found = {

@@ -14,7 +14,7 @@ from ..layers import Layer
 from ..measure import Comparison, Timing, compare, settings_text
 from ..text import wrap
 from .errors import EXIT_MISMATCH, CommandError
-from .gpu import current_device, use_gpu
+from .gpu import use_gpu
 from .options import add_device, add_shapes, at_least, given_settings, specs
 from .terminal import show_progress, terminal_width
 
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
                 raise CommandError(f"layer {number + 1}: {error}" if args.layers else str(error)) from error
         progress(len(wanted), len(wanted), "")
     facts = {
-        "device": runtime.device(current_device()).name if on_gpu else "CPU",
+        "device": runtime.current_gpu().name if on_gpu else "CPU",
         "processors": usable_cpus(),
         "gpuconv": __version__,
         "pytorch": _version("torch"),

@@ -13,7 +13,7 @@ from ..fusion import Fused
 from ..journal import JournalError
 from ..problem import DTYPES, ConvProblem, Op
 from .errors import EXIT_CODES_WITH_GPU, CommandError
-from .gpu import current_device, use_gpu
+from .gpu import use_gpu
 from .options import add_device, add_settings, at_least, given_settings
 from .terminal import show_progress, tell
 
@@ -106,7 +106,7 @@ def _run(args: argparse.Namespace, opened: ExitStack) -> int:
 
     if large is not None:
         _convolve_pieces(args, problem, large, weight, bias, {**settings, **fused, "algorithm": algorithm}, on_gpu)
-        where = f"on {runtime.device(current_device()).name}" if on_gpu else "on the CPU"
+        where = f"on {runtime.current_gpu().name}" if on_gpu else "on the CPU"
         print(f"{name}: {problem.output_shape} {problem.dtype}, computed {where}")
         return 0
 
@@ -125,7 +125,7 @@ def _run(args: argparse.Namespace, opened: ExitStack) -> int:
         raise CommandError(str(error)) from error
     where = "on the CPU"
     if on_gpu:
-        output, where = cupy.asnumpy(output), f"on {runtime.device(current_device()).name}"
+        output, where = cupy.asnumpy(output), f"on {runtime.current_gpu().name}"
     files.write(args.output, output, rate, force=args.force)
     form = f"{tuple(output.shape)} " + (f"float32, {rate} Hz" if is_wav else problem.dtype)
     if not to_stdout:

@@ -10,7 +10,7 @@ from .. import runtime
 from ..device import ARCHITECTURES
 from ..explain import DIRECTIONS, SETTINGS, explain
 from .errors import EXIT_CODES_WITH_GPU, CommandError
-from .gpu import current_device, use_gpu
+from .gpu import use_gpu
 from .options import add_device, add_shapes, given_settings, specs
 from .terminal import terminal_width
 
@@ -49,7 +49,7 @@ def add_to(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     device = args.arch
     if device is None:
-        device = runtime.device(current_device()) if use_gpu(args.device) else "cpu"
+        device = runtime.current_gpu() if use_gpu(args.device) else "cpu"
     try:
         arrays = specs(args, args.dtype)
         explanation = explain(args.op, *arrays, direction=args.direction, device=device, **given_settings(args))

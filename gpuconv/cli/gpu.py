@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 
-from .. import runtime
 from ..gpus import has_driver, missing_gpu
 from .errors import EXIT_NO_GPU, CommandError
 
@@ -21,10 +20,6 @@ def use_gpu(choice: str) -> bool:
     if missing is not None and choice == "gpu":
         raise CommandError(missing, EXIT_NO_GPU)
     return missing is None
-
-
-def current_device() -> int:
-    return int(runtime.cupy_module().cuda.runtime.getDevice())
 
 
 def kernel_cache() -> str:

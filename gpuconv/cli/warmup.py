@@ -17,7 +17,7 @@ from ..layers import Layer
 from ..problem import DTYPES
 from ..text import count
 from .errors import EXIT_CODES_WITH_GPU, EXIT_NO_GPU, CommandError
-from .gpu import current_device, kernel_cache
+from .gpu import kernel_cache
 from .options import add_shapes, at_least, given_settings, some_of, specs
 from .terminal import show_progress
 
@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
     missing = missing_gpu()
     if missing is not None:
         raise CommandError(missing, EXIT_NO_GPU)
-    device = runtime.device(current_device())
+    device = runtime.current_gpu()
     configs = _configs(args, wanted, device)
     with show_progress("compiling") as progress:
         for number, config in enumerate(configs):

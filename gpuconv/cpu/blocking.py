@@ -56,10 +56,10 @@ class Blocking(NamedTuple):
             # A problem of one block is small, and its time is mostly that of the interpreter.
             matrix = pack(call.w, packed) if weight is None else weight
             block = Block(slice(0, p.N), slice(0, p.groups), slice(0, p.C_out_g), first, last)
-            scratch = Scratch.borrow("blocks", call.dtype)
+            scratch = Scratch.borrow("blocks 0", call.dtype)
             with np.errstate(all="ignore"):
                 compute(call, matrix, block, scratch)
-            scratch.give_back("blocks")
+            scratch.give_back("blocks 0")
             return
         columns = [(samples, at) for samples in slices(0, p.N, self.samples) for at in slices(first, last, self.length)]
         for g in slices(0, p.groups, per_groups):

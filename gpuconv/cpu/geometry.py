@@ -176,12 +176,17 @@ class Call:
 
     def add_bias(self, block: Block, sums: Array) -> None:
         """Add the bias to sums (samples, groups, rows, ...)."""
+        b = self.bias(block, sums.ndim)
+        if b is not None:
+            np.add(sums, b, out=sums)
+
+    def bias(self, block: Block, ndim: int) -> Array | None:
+        """The bias that is added to the sums of a block, with so many axes."""
         if self.b is None:
-            return
+            return None
         N, _, M = self.b.shape
         b = self.b[block.samples if N > 1 else slice(1), block.groups, block.rows if M > 1 else slice(1)]
-        b = b.astype(self.dtype, copy=False)
-        np.add(sums, b.reshape(*b.shape, *(1,) * (sums.ndim - 3)), out=sums)
+        return b.astype(self.dtype, copy=False).reshape(*b.shape, *(1,) * (ndim - 3))
 
     def read(self, samples: slice, groups: slice, channels: slice, low: int, high: int, scratch: Scratch) -> Array:
         """The input from position low to high as (samples, groups, channels, high - low), with zeros outside of it.

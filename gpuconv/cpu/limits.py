@@ -64,7 +64,7 @@ SMALL_CALL = 100_000
 
 # The fewest nanoseconds of work for which a second thread pays: it takes some 30 us to wake, the interpreter's time for
 # the blocks does not shrink, and whenever a thread waits for the interpreter, it costs both threads some 40 us.
-WORTH_THREADS = 700_000
+WORTH_THREADS = 300_000
 
 # Nanoseconds by which a helper begins its first block later than the caller. Waiting for a helper takes as long.
 LATE = 100_000

@@ -128,7 +128,7 @@ class Small:
         are none.
         """
         dtype, offset, windows = self.dtype, self.offset, self.input_windows
-        scratch = Scratch.borrow("blocks", dtype)
+        scratch = Scratch.borrow("blocks 0", dtype)
         flags, source = x.flags, x
         if offset is None or not (flags.c_contiguous and flags.aligned and x.dtype == dtype):
             source, windows = scratch.take("input", *self.staged), self.staged_windows
@@ -159,5 +159,5 @@ class Small:
                     np.add(sums, b.astype(dtype, copy=False)[..., None], out=sums)
                 if not direct:
                     y[...] = sums.reshape(y.shape)
-        scratch.give_back("blocks")
+        scratch.give_back("blocks 0")
         return not spoilt

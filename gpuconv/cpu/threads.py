@@ -1,7 +1,7 @@
 """Blocks of one call on several threads.
 
-The helpers are started once and kept: waking one takes some 30 us, starting and ending one 70 us, and a call of 0.7 ms
-can gain from a second thread.
+The helpers are started once and kept, each of them waiting at a queue of its own. Such a handover takes some 25 us, one
+through `concurrent.futures` 60 us, and a call of 0.5 ms can gain from a second thread.
 
 Each thread is bound to processors of its own while it computes. Threads that pass the interpreter's lock to each other
 wake each other often, and Linux as a guest of KVM then tends to put them on the same processor, because it takes an
@@ -14,9 +14,10 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
-from functools import lru_cache
+from functools import lru_cache, partial
+from queue import SimpleQueue
+from threading import Lock, Thread
 from typing import Any
 
 import numpy as np
@@ -26,54 +27,90 @@ from .arrays import Scratch
 
 
 def run_blocks(
-    compute: Callable[..., None], blocks: Sequence[tuple[Any, ...]], workers: int, dtype: np.dtype[Any], length: int
+    compute: Callable[..., Any],
+    blocks: Sequence[tuple[Any, ...]],
+    workers: int,
+    dtype: np.dtype[Any],
+    length: int,
+    prepares: bool = False,
 ) -> None:
     """Call ``compute(*block, scratch)`` for each block, on at most `workers` threads.
 
     The blocks write to disjoint places, so neither their order nor the number of threads changes a bit. After an
     exception, KeyboardInterrupt included, each thread ends with its current block. `dtype` is that of the scratch
     buffers, `length` the length of the rows that the blocks compute.
-    """
-    workers = min(workers, len(blocks), usable_cpus()) if workers > 1 else 1
-    pending = deque(blocks)
-    shares = _shares(workers)
 
-    def work(share: list[int]) -> None:
-        _keep_to(share)
-        scratch = Scratch.borrow("blocks", dtype)
+    With `prepares`, `compute` only prepares a block and returns the function that computes it. The caller prepares the
+    first block of each helper, too: one that has just woken would take long for it, with the interpreter's lock held.
+    """
+    if not blocks:
+        return
+    prepare: Callable[..., Callable[[], None]] = compute if prepares else partial(partial, compute)
+    helpers = _pool().take(min(workers, len(blocks), usable_cpus()) - 1) if workers > 1 else []
+    pending = deque(blocks)
+    ready: deque[tuple[Callable[[], None], Scratch]] = deque()
+    begun: list[None] = []
+    ended: list[BaseException | None] = []
+    signal: SimpleQueue[None] = SimpleQueue()
+
+    def work() -> None:
         # NumPy copies rows that are shorter than its buffer into the buffer, even where no dtype is converted; a buffer
         # shorter than the rows avoids these copies.
         buffer_size = np.setbufsize(64 if length >= 64 else 8192)
         try:
             with np.errstate(all="ignore"):
-                while pending:
-                    try:
-                        block = pending.popleft()
-                    except IndexError:  # another thread took the last one
-                        return
-                    compute(*block, scratch)
+                while (first := _next(ready)) is not None:
+                    prepared, scratch = first
+                    prepared()
+                    while (block := _next(pending)) is not None:
+                        prepare(*block, scratch)()
         except BaseException:
             pending.clear()
+            ready.clear()
             raise
         finally:
             np.setbufsize(buffer_size)
-            scratch.give_back("blocks")
 
-    helping: list[Future[None]] = []
+    def assist() -> None:
+        begun.append(None)
+        error = None
+        try:
+            work()
+        except BaseException as caught:
+            error = caught
+        ended.append(error)
+
+    shares = _shares(1 + len(helpers))
+    scratches = [Scratch.borrow(f"blocks {index}", dtype) for index in range(1 + len(helpers))]
     try:
-        if workers > 1:
-            helping = [_helpers().submit(work, share) for share in shares[1:]]
-        work(shares[0])
-        # A helper that is still busy with another call has not begun; all blocks are taken, so it need not begin.
-        helping = [helper for helper in helping if not helper.cancel()]
-        for helper in helping:
-            helper.result()
+        for scratch in scratches:
+            ready.append((prepare(*pending.popleft(), scratch), scratch))
+        for helper, share in zip(helpers, shares[1:], strict=True):
+            helper.begin(assist, signal, share)
+        _keep_to(0, shares[0])
+        work()
     except BaseException:
         pending.clear()
-        wait([helper for helper in helping if not helper.cancel()])
+        ready.clear()
         raise
     finally:
-        _keep_to([processor for share in shares for processor in share])
+        # A helper that begins only now, since its processor was busy, finds nothing to do.
+        while len(ended) < len(begun):
+            signal.get()
+        _keep_to(0, [processor for share in shares for processor in share])
+        for index, scratch in enumerate(scratches):
+            scratch.give_back(f"blocks {index}")
+    for error in ended:
+        if error is not None:
+            raise error
+
+
+def _next(queue: deque[Any]) -> Any:
+    """The first item, or None where another thread took the last one."""
+    try:
+        return queue.popleft()
+    except IndexError:
+        return None
 
 
 def usable_cpus() -> int:
@@ -91,11 +128,11 @@ def _shares(workers: int) -> list[list[int]]:
     return [usable[index::workers] for index in range(workers)]
 
 
-def _keep_to(processors: list[int]) -> None:
-    """Bind the calling thread to these processors; an empty list has no effect."""
+def _keep_to(thread: int, processors: list[int]) -> None:
+    """Bind a thread, 0 for the calling one, to these processors; an empty list has no effect."""
     if processors:
         with suppress(OSError):  # the process may have lost some of them in the meantime
-            os.sched_setaffinity(0, processors)
+            os.sched_setaffinity(thread, processors)
 
 
 @lru_cache(maxsize=1)
@@ -111,18 +148,66 @@ def _current_processor() -> int | None:
     return None if get is None or (processor := get()) < 0 else processor
 
 
+class _Helper:
+    """A thread that waits for work and is free again after it."""
+
+    def __init__(self, pool: _Pool) -> None:
+        self._pool = pool
+        self._tasks: SimpleQueue[tuple[Callable[[], None], SimpleQueue[None]]] = SimpleQueue()
+        self._processors: list[int] = []
+        self._thread = Thread(target=self._run, name="gpuconv", daemon=True)
+        self._thread.start()
+
+    def begin(self, work: Callable[[], None], signal: SimpleQueue[None], processors: list[int]) -> None:
+        """Do this work on these processors, then give a signal."""
+        if processors != self._processors and self._thread.native_id is not None:
+            _keep_to(self._thread.native_id, processors)  # now, since it takes less time while the thread sleeps
+            self._processors = processors
+        self._tasks.put((work, signal))
+
+    def _run(self) -> None:
+        while True:
+            work, signal = self._tasks.get()
+            work()
+            self._pool.free.append(self)
+            signal.put(None)
+            del work, signal  # they may hold arrays
+
+
+class _Pool:
+    """Helpers that start when they are first needed."""
+
+    def __init__(self) -> None:
+        self.free: list[_Helper] = []
+        self._started = 0
+        self._lock = Lock()
+
+    def take(self, count: int) -> list[_Helper]:
+        """At most so many helpers: only those that no other call uses."""
+        taken: list[_Helper] = []
+        while len(taken) < count:
+            try:
+                taken.append(self.free.pop())
+            except IndexError:
+                with self._lock:
+                    if self._started == limits.MAX_WORKERS - 1:
+                        break
+                    self._started += 1
+                taken.append(_Helper(self))
+        return taken
+
+
 @lru_cache(maxsize=1)
-def _helpers() -> ThreadPoolExecutor:
-    """Threads that start when they are first needed."""
-    return ThreadPoolExecutor(limits.MAX_WORKERS - 1, thread_name_prefix="gpuconv")
+def _pool() -> _Pool:
+    return _Pool()
 
 
-def _renew_helpers() -> None:
-    _helpers.cache_clear()
-    _helpers()
+def _renew_pool() -> None:
+    _pool.cache_clear()
+    _pool()
 
 
 # Called now, since several threads that called it first at the same time would each create a pool.
-_helpers()
+_pool()
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_helpers)  # a forked process inherits none of the threads
+    os.register_at_fork(after_in_child=_renew_pool)  # a forked process inherits none of the threads

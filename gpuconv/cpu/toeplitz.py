@@ -12,6 +12,7 @@ in the next best form (geometric mean over the benchmark layers), and up to 12 t
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -20,7 +21,7 @@ from numpy.lib.stride_tricks import as_strided
 
 from ..problem import ConvProblem
 from . import costs, limits
-from .arrays import Array, Scratch, accumulator, copy_padded, copy_swapped, slices
+from .arrays import Array, Scratch, accumulator, copy_padded, copy_swapped, slices, strided
 from .blocking import share
 from .geometry import Block, Call
 from .taps import Taps
@@ -287,10 +288,10 @@ class Toeplitz:
         cut = (last - first, end - begin) != (U, T * per_step)
         if self.channels_last:
             band = scratch.take("band", G, U, C, T * per_step, M)
-            fill_band(p, call.w[groups], band.transpose(0, 2, 1, 4, 3), T, taps)
+            fill_band(p, call.w[groups], band.transpose(0, 2, 1, 4, 3), T, taps)()
             return band.reshape(G, U * C, -1), low, low + U
         full = scratch.take("full band" if cut else "band", G, C, U, M, T * per_step)
-        fill_band(p, call.w[groups], full, T, taps)
+        fill_band(p, call.w[groups], full, T, taps)()
         if not cut:
             return full.reshape(matrix), low, low + U
         band = scratch.take("band", *shape)
@@ -343,30 +344,37 @@ class Toeplitz:
                 np.matmul(a.reshape(G, -1, lines, depth), band[:, None], out=c.reshape(G, -1, lines, outputs))
 
 
-def fill_band(p: ConvProblem, w: Array, band: Array, tile: int, taps: slice) -> None:
-    """Fill bands (groups, C_in_g, inputs of a window, C_out_g, its outputs) of these taps of the weight `w`."""
-    band[...] = 0
+def fill_band(p: ConvProblem, w: Array, band: Array, tile: int, taps: slice) -> Callable[[], None]:
+    """Prepare to fill bands (groups, C_in_g, inputs of a window, C_out_g, its outputs) of these taps of the weight."""
     w = w[..., taps]
     G, M, C, K = w.shape
     s_g, s_c, s_u, s_m, s_o = band.strides
+    diagonals = []
     if not p.transposed:
         shape = (G, M, C, K, tile)
-        diagonals = as_strided(band, shape, (s_g, s_m, s_c, s_u * p.dilation, s_u * p.stride + s_o))
-        diagonals[...] = w[..., None]
-        return
-    # Tap k of input l contributes to the output l*stride + k*dilation; both are counted from the first step.
-    common = math.gcd(p.stride, p.dilation)
-    interleave = p.stride // common
-    last = (taps.stop - 1) * p.dilation // p.stride
-    for k in range(taps.start, min(taps.start + interleave, taps.stop)):
-        behind, output = divmod(k * p.dilation, p.stride)
-        of_phase = w[..., k - taps.start :: interleave]
-        diagonals = as_strided(
-            band[:, :, last - behind :, :, output:],
-            (G, M, C, of_phase.shape[3], tile),
-            (s_g, s_m, s_c, -s_u * (p.dilation // common), s_u + s_o * p.stride),
-        )
-        diagonals[...] = of_phase[..., None]
+        strides = (s_g, s_m, s_c, s_u * p.dilation, s_u * p.stride + s_o)
+        diagonals.append((strided(band, 0, shape, strides), w[..., None]))
+    else:
+        # Tap k of input l contributes to the output l*stride + k*dilation; both are counted from the first step.
+        common = math.gcd(p.stride, p.dilation)
+        interleave = p.stride // common
+        last = (taps.stop - 1) * p.dilation // p.stride
+        for k in range(taps.start, min(taps.start + interleave, taps.stop)):
+            behind, output = divmod(k * p.dilation, p.stride)
+            of_phase = w[..., k - taps.start :: interleave]
+            of_band = as_strided(
+                band[:, :, last - behind :, :, output:],
+                (G, M, C, of_phase.shape[3], tile),
+                (s_g, s_m, s_c, -s_u * (p.dilation // common), s_u + s_o * p.stride),
+            )
+            diagonals.append((of_band, of_phase[..., None]))
+
+    def fill() -> None:
+        band[...] = 0
+        for diagonal, values in diagonals:
+            diagonal[...] = values
+
+    return fill
 
 
 def outputs_per_step(p: ConvProblem) -> int:

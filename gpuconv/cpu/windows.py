@@ -8,7 +8,9 @@ window of a row ends with the row and may compute some outputs again.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import ClassVar
 
@@ -16,12 +18,15 @@ import numpy as np
 
 from ..problem import ConvProblem
 from . import costs, limits
-from .arrays import Scratch, accumulator, slices, strided
+from .arrays import Array, Scratch, accumulator, copy_padded, slices, strided
 from .blocking import share
 from .geometry import Block, Call
 from .taps import Taps
 from .threads import run_blocks
 from .toeplitz import fill_band, first_input, outputs_per_step, step_inputs, steps, window_length
+
+# The most windows of a row that are copied where the others are read in place.
+_COPIES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +112,7 @@ class Windows:
         rows = self.samples * self.groups
         buffers = {
             "band": self.groups * window * outputs,
+            "ends": rows * _COPIES * window,
             "input": rows * (self.length * step_inputs(p) + window),
             "sums": rows * self.length * outputs_per_step(p),
         }
@@ -124,16 +130,11 @@ class Windows:
             for samples in slices(0, p.N, self.samples)
             for start, stop in pairwise(bounds)
         ]
-        run_blocks(self._compute, blocks, workers, call.dtype, p.L_out)
+        run_blocks(self._prepare, blocks, workers, call.dtype, p.L_out, prepares=True)
 
-    def _compute(self, call: Call, block: Block, scratch: Scratch) -> None:
-        p, tile, size = call.p, self.tile, call.dtype.itemsize
-        per_step, U = outputs_per_step(p), window_length(p, tile, p.K)
-        taps = slice(0, p.K)
-        low = first_input(p, block.start, taps)
-        x = call.read(
-            block.samples, block.groups, slice(0, 1), low, first_input(p, block.stop - tile, taps) + U, scratch
-        )
+    def _prepare(self, call: Call, block: Block, scratch: Scratch) -> Callable[[], None]:
+        p, tile, taps = call.p, self.tile, slice(0, call.p.K)
+        per_step, step, U = outputs_per_step(p), self.tile * step_inputs(p), window_length(p, self.tile, p.K)
         # The outputs of the block; the first and the last ones may not exist.
         at, count = block.start * per_step - (p.padding_left if p.transposed else 0), block.stop - block.start
         begin, end = max(0, at), min(p.L_out, at + count * per_step)
@@ -141,32 +142,69 @@ class Windows:
         direct = call.y_direct and end - begin == count * per_step
         N, G = y.shape[:2]
         sums = y if direct else scratch.take("sums", N, G, 1, count * per_step)
-        band = scratch.take("band", G, 1, U, tile * per_step)
+        band, fill = scratch.take("band", G, U, tile * per_step), None
         if scratch.band != block.groups.start:
             scratch.band = block.groups.start
-            fill_band(p, call.w[block.groups], band.reshape(G, 1, U, 1, tile * per_step), tile, taps)
-        whole = count // tile
-        for start, step, rows in (
-            *((index, self.sets, -(-(whole - index) // self.sets)) for index in range(min(self.sets, whole))),
-            *([(count - tile, 1, 1)] if count % tile else []),
-        ):
-            origin = start * tile if start < self.sets else start
-            windows = strided(
-                x, origin * step_inputs(p), (N, G, rows, U), (*x.strides[:2], step * tile * step_inputs(p) * size, size)
-            )
-            outputs = strided(
-                sums,
-                origin * per_step,
-                (N, G, rows, tile * per_step),
-                (*sums.strides[:2], step * tile * per_step * size, size),
-            )
-            np.matmul(windows, band[:, 0], out=outputs)
-        if call.is_spoilt(sums):
-            self.safe.compute_outputs(call, block._replace(start=begin, stop=end), scratch)
-            return
-        call.add_bias(block, sums)
-        if not direct:
-            y[...] = sums[..., begin - at : end - at]
+            fill = fill_band(p, call.w[block.groups], band.reshape(G, 1, U, 1, tile * per_step), tile, taps)
+        x, low, whole = call.x[block.samples, block.groups], first_input(p, block.start, taps), count // tile
+        # The windows within the input are read in place, the few others from copies; if they are many, all of them.
+        inside = min(max(0, -(low // step)), whole)
+        outside = max(inside, min(whole, (p.L_in - U - low) // step + 1))
+        copy = None
+        if not call.x_direct or inside + whole - outside >= _COPIES:
+            high = low + (count - tile) * step_inputs(p) + U
+            copied = scratch.take("input", N, G, 1, high - low)
+            copy = partial(copy_padded, x, low, high, copied)
+            x, low, inside, outside = copied, 0, 0, whole
+        products = []
+
+        def multiply(windows: Array, first: int, apart: int) -> None:
+            """Windows (N, G, rows, U) give tiles of outputs from step `first` on, so many steps apart."""
+            strides = (*sums.strides[:2], apart * per_step * sums.itemsize, sums.itemsize)
+            tiles = strided(sums, first * per_step, (N, G, windows.shape[2], tile * per_step), strides)
+            products.append((windows, tiles))
+
+        for first in range(inside, min(inside + self.sets, outside)):
+            shape = (N, G, -(-(outside - first) // self.sets), U)
+            strides = (*x.strides[:2], self.sets * step * x.itemsize, x.itemsize)
+            multiply(strided(x, low + first * step, shape, strides), first * tile, self.sets * tile)
+        copies = []
+        if copy is not None and count % tile:
+            multiply(x[..., -U:], count - tile, 1)
+        elif copy is None:
+            others = [index * tile for index in (*range(inside), *range(outside, whole))]
+            others += [count - tile] if count % tile else []
+            ends = scratch.take("ends", N, G, len(others), U)
+            for index, first in enumerate(others):
+                start = low + first * step_inputs(p)
+                left = min(max(start, 0), p.L_in)
+                right = max(left, min(start + U, p.L_in))
+                copies.append((ends[:, :, index, left - start : right - start], x[:, :, 0, left:right]))
+            for index in range(0, len(others), 2):
+                pair = others[index : index + 2]
+                multiply(ends[:, :, index : index + 2], pair[0], pair[-1] - pair[0])
+        bias = call.bias(block, 4)
+
+        def compute() -> None:
+            if fill is not None:
+                fill()
+            if copy is not None:
+                copy()
+            if copies:
+                ends[...] = 0
+            for part, existing in copies:
+                part[...] = existing
+            for windows, tiles in products:
+                np.matmul(windows, band, out=tiles)
+            if call.is_spoilt(sums):
+                self.safe.compute_outputs(call, block._replace(start=begin, stop=end), scratch)
+                return
+            if bias is not None:
+                np.add(sums, bias, out=sums)
+            if not direct:
+                y[...] = sums[..., begin - at : end - at]
+
+        return compute
 
 
 def _fits(p: ConvProblem) -> bool:

@@ -2,8 +2,9 @@
 
 - `conv1d_mma`, `conv_transpose1d_mma`: dense and grouped layers on tensor cores. The input window is transposed and
   staged once for all taps; long reductions are cut into segments.
-- `conv1d_im2col`: fewer than 8 input channels a group and long kernels (filter banks, spectrograms), on tensor cores.
-  The reduction runs over neighbouring taps, and the input window is staged once for all of them.
+- `conv1d_im2col`, `conv_transpose1d_im2col` (of stride 1): fewer than 8 input channels a group and long kernels (filter
+  banks, spectrograms), on tensor cores. The reduction runs over neighbouring taps, and the input window is staged once
+  for all of them.
 - `conv1d_toeplitz`: one input channel a group, at least 64 taps (128 in TF32), stride and dilation 1, on tensor cores.
   128 results of a row are a product with a matrix of blocks of taps.
 - `conv1d_depthwise`, `conv_transpose1d_depthwise`: one input channel a group. Rows are partitioned among threads, with
@@ -58,13 +59,13 @@ from . import conv1d_depthwise_push, edges, fused, lengths, windows
 from .base import ArrayLayout, Config, Family, Launch, Layout, Plan, Refusal, Step
 from .bias_gradient_rows import BiasGradientRows
 from .conv1d_depthwise import Conv1dDepthwise
-from .conv1d_im2col import Conv1dIm2col
 from .conv1d_narrow import Conv1dNarrow
 from .conv1d_skinny import Conv1dSkinny
 from .conv1d_stem import Conv1dStem
 from .conv1d_tail import Conv1dTail
 from .conv1d_toeplitz import Conv1dToeplitz
 from .conv_direct import Conv1dDirect, ConvTranspose1dGather
+from .conv_im2col import Conv1dIm2col, ConvTranspose1dIm2col
 from .conv_mma import Conv1dMma, ConvTranspose1dMma
 from .conv_tiled import Conv1dTiled, ConvTranspose1dPhases
 from .conv_transpose1d_depthwise import ConvTranspose1dDepthwise
@@ -80,6 +81,7 @@ FAMILIES: tuple[Family[Any], ...] = (
     Conv1dMma(),
     ConvTranspose1dMma(),
     Conv1dIm2col(),
+    ConvTranspose1dIm2col(),
     Conv1dToeplitz(),
     Conv1dDepthwise(),
     Conv1dSkinny(),

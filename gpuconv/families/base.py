@@ -10,7 +10,7 @@ from typing import ClassVar, Generic, TypeVar
 
 from ..costs import Work
 from ..device import Device
-from ..problem import DTYPES, ConvProblem, Kind, Problem
+from ..problem import DTYPES, INTEGER_SUMS, INTEGERS, ConvProblem, Kind, Problem
 from ..source import params_fields
 
 ProblemT = TypeVar("ProblemT", bound=Problem)
@@ -94,6 +94,12 @@ class Config:
     @classmethod
     def of(cls, kernel: str, macros: Mapping[str, str | int]) -> Config:
         return cls(kernel, tuple((name, str(value)) for name, value in macros.items()))
+
+    @classmethod
+    def for_dtype(cls, kernel: str, dtype: str, bits: int, macros: Mapping[str, str | int]) -> Config:
+        """The specialisation with these macros besides those that all kernels have."""
+        fields = len(params_fields(kernel))
+        return cls.of(kernel, {"DTYPE": dtype, "INDEX_BITS": bits, **macros, "PARAMS_BYTES": fields * bits // 8})
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,11 +294,7 @@ def conv_plan(
 
 def base_config(kernel: str, dtype: str, bits: int, block_size: int) -> Config:
     """The specialisation of a one-thread-per-output kernel."""
-    fields = len(params_fields(kernel))
-    return Config.of(
-        kernel,
-        {"DTYPE": dtype, "INDEX_BITS": bits, "BLOCK_SIZE": block_size, "PARAMS_BYTES": fields * bits // 8},
-    )
+    return Config.for_dtype(kernel, dtype, bits, {"BLOCK_SIZE": block_size})
 
 
 def with_padding_mode(config: Config, padding_mode: str) -> Config:
@@ -310,6 +312,10 @@ def with_lengths(config: Config) -> Config:
 def reading_samples(step: Step) -> Step:
     """The step in which a kernel reads the table of the lengths of samples."""
     return Step(with_lengths(step.config), step.launch, (*step.arrays, SAMPLES))
+
+
+SUM_DTYPES = (*DTYPES, *(f"{name}_to_{sums}" for name in INTEGERS for sums in INTEGER_SUMS))
+"""What `sum_dtype` can be."""
 
 
 def sum_dtype(problem: ConvProblem) -> str:

@@ -16,7 +16,6 @@ from functools import lru_cache
 from ..costs import Code, Work, cuda_cores, predict_launch
 from ..device import Device
 from ..problem import DTYPES, FORMATS, ConvProblem
-from ..source import params_fields
 from ..text import count
 from .base import MAX_GRID, Config, Family, Layout, Plan, Refusal, Step, conv_fields, conv_plan
 from .offsets import Overhang, index_bits
@@ -146,15 +145,10 @@ class Conv1dNarrow(Family[ConvProblem]):
             yield self._config(ROWS[-1], 1, dtype, 64)
 
     def _config(self, rows: int, thread_l: int, dtype: str, bits: int) -> Config:
-        return Config.of(
-            self.name,
-            {
-                "DTYPE": dtype,
-                "INDEX_BITS": bits,
-                "BLOCK_SIZE": BLOCK_SIZE,
-                "THREAD_C": rows,
-                "THREAD_L": thread_l,
-                "MIN_BLOCKS": _min_blocks(dtype, rows, bits),
-                "PARAMS_BYTES": len(params_fields(self.name)) * bits // 8,
-            },
-        )
+        macros = {
+            "BLOCK_SIZE": BLOCK_SIZE,
+            "THREAD_C": rows,
+            "THREAD_L": thread_l,
+            "MIN_BLOCKS": _min_blocks(dtype, rows, bits),
+        }
+        return Config.for_dtype(self.name, dtype, bits, macros)

@@ -16,7 +16,6 @@ from functools import lru_cache
 from ..costs import FMA_LATENCY_CYCLES, Code, Work, blocks_by_shared, cuda_cores, predict_launch
 from ..device import Device
 from ..problem import DTYPES, FORMATS, ConvProblem
-from ..source import params_fields
 from ..text import count
 from .base import MAX_GRID, Config, Family, Layout, Plan, Refusal, Step, conv_plan
 from .offsets import Overhang, index_bits
@@ -188,18 +187,13 @@ class Conv1dSkinny(Family[ConvProblem]):
         return is_contiguous and weight.alignment == 16 and p.C_in_g * p.K % vec == 0 and weight.strides[0] % vec == 0
 
     def _config(self, block_n: int, dtype: str) -> Config:
-        return Config.of(
-            self.name,
-            {
-                "DTYPE": dtype,
-                "INDEX_BITS": 32,
-                "BLOCK_N": block_n,
-                "THREAD_N": COLUMNS[block_n],
-                "NUM_STAGES": NUM_STAGES,
-                "DTYPE_BYTES": FORMATS[dtype].itemsize,
-                "MAX_THREADS": WARP * (block_n // COLUMNS[block_n] * ROWS[-1] // WARP + NUM_STAGES),
-                # Caps the registers of a thread where they suffice.
-                "MIN_BLOCKS": 1 if dtype == "complex128" or block_n == MAX_COLUMNS else 2,
-                "PARAMS_BYTES": len(params_fields(self.name)) * 4,
-            },
-        )
+        macros = {
+            "BLOCK_N": block_n,
+            "THREAD_N": COLUMNS[block_n],
+            "NUM_STAGES": NUM_STAGES,
+            "DTYPE_BYTES": FORMATS[dtype].itemsize,
+            "MAX_THREADS": WARP * (block_n // COLUMNS[block_n] * ROWS[-1] // WARP + NUM_STAGES),
+            # Caps the registers of a thread where they suffice.
+            "MIN_BLOCKS": 1 if dtype == "complex128" or block_n == MAX_COLUMNS else 2,
+        }
+        return Config.for_dtype(self.name, dtype, 32, macros)

@@ -19,7 +19,6 @@ from functools import lru_cache
 from ..costs import FMA_LATENCY_CYCLES, RESERVED_SHARED_BYTES, Code, Work, cuda_cores, predict_launch
 from ..device import Device
 from ..problem import DTYPES, FORMATS, ConvProblem
-from ..source import params_fields
 from ..text import count
 from .base import MAX_GRID, Config, Family, Layout, Plan, Refusal, conv_plan
 from .offsets import Overhang, index_bits
@@ -245,21 +244,16 @@ class Conv1dStem(Family[ConvProblem]):
             yield self._config(others[0], False, dtype, 64)
 
     def _config(self, tile: Tile, is_contiguous: bool, dtype: str, bits: int) -> Config:
-        return Config.of(
-            self.name,
-            {
-                "DTYPE": dtype,
-                "INDEX_BITS": bits,
-                "BLOCK_L": WARP * tile.thread_l,
-                "THREAD_C": tile.thread_c,
-                "THREAD_L": tile.thread_l,
-                "IS_CONTIGUOUS": int(is_contiguous),
-                "MAX_THREADS": MAX_THREADS,
-                # 64-bit offsets take registers that only a lower occupancy has.
-                "MIN_BLOCKS": tile.min_blocks if bits == 32 else 1,
-                "PARAMS_BYTES": len(params_fields(self.name)) * bits // 8,
-            },
-        )
+        macros = {
+            "BLOCK_L": WARP * tile.thread_l,
+            "THREAD_C": tile.thread_c,
+            "THREAD_L": tile.thread_l,
+            "IS_CONTIGUOUS": int(is_contiguous),
+            "MAX_THREADS": MAX_THREADS,
+            # 64-bit offsets take registers that only a lower occupancy has.
+            "MIN_BLOCKS": tile.min_blocks if bits == 32 else 1,
+        }
+        return Config.for_dtype(self.name, dtype, bits, macros)
 
 
 def _index_bits(p: ConvProblem, layout: Layout) -> int:

@@ -16,7 +16,6 @@ from functools import lru_cache
 from ..costs import MMA_LATENCY_CYCLES, Code, Ending, Work, blocks_by_shared, predict_launch, tensor_cores
 from ..device import Device
 from ..problem import ConvProblem
-from ..source import params_fields
 from ..text import count
 from .arithmetic import ARITHMETICS, UNIT_BYTES, WARP, Arithmetic, arithmetics
 from .base import MAX_GRID, Config, Family, Layout, Plan, Refusal, Step, conv_plan, round_up, with_padding_mode
@@ -178,19 +177,14 @@ class Conv1dToeplitz(Family[ConvProblem]):
                         yield self._config(dtype, precision, tiles, bits)
 
     def _config(self, dtype: str, precision: str, tiles: int, bits: int) -> Config:
-        return Config.of(
-            self.name,
-            {
-                "DTYPE": dtype,
-                "INDEX_BITS": bits,
-                "BLOCK_SIZE": BLOCK_SIZE,
-                # Caps the registers of a thread; 64-bit offsets take more.
-                "MIN_BLOCKS": MIN_BLOCKS if bits == 32 else 4,
-                "WARP_TILES": tiles,
-                "MULTIPLY_MATRICES": ARITHMETICS[dtype, precision].instruction,
-                "PARAMS_BYTES": len(params_fields(self.name)) * bits // 8,
-            },
-        )
+        macros: dict[str, str | int] = {
+            "BLOCK_SIZE": BLOCK_SIZE,
+            # Caps the registers of a thread; 64-bit offsets take more.
+            "MIN_BLOCKS": MIN_BLOCKS if bits == 32 else 4,
+            "WARP_TILES": tiles,
+            "MULTIPLY_MATRICES": ARITHMETICS[dtype, precision].instruction,
+        }
+        return Config.for_dtype(self.name, dtype, bits, macros)
 
     def work(self, problem: ConvProblem, step: Step) -> Work:
         p, params = problem, dict(step.launch.params)

@@ -9,9 +9,10 @@ from collections.abc import Iterator
 
 from ..costs import Work
 from ..device import Device
-from ..problem import DTYPES, INTEGER_SUMS, INTEGERS, ConvProblem
+from ..problem import DTYPES, INTEGERS, ConvProblem
 from .base import (
     MAX_GRID,
+    SUM_DTYPES,
     Config,
     Family,
     Layout,
@@ -48,7 +49,7 @@ class _Direct(Family[ConvProblem]):
         return base_work(problem, -(-problem.K // tap_step))
 
     def configs(self, device: Device) -> Iterator[Config]:
-        for dtype in (*DTYPES, *(f"{name}_to_{sums}" for name in INTEGERS for sums in INTEGER_SUMS)):
+        for dtype in SUM_DTYPES:
             for bits in (32, 64):
                 yield base_config(self.name, dtype, bits, BLOCK_SIZE)
 

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from ..costs import Work
 from ..device import Device
 from ..problem import DTYPES, ConvProblem
-from ..source import params_fields
 from .base import MAX_GRID, Config, Family, Launch, Layout, Plan, Refusal, Step, conv_fields, params_of
 from .offsets import Overhang, index_bits
 from .product import Product
@@ -86,7 +85,7 @@ class _Tiled(Family[ConvProblem]):
         macros = tiling_macros(tile, column_step, dtype, bits)
         if self.kind == "conv_transpose1d":
             macros["PHASES_IN_ROWS"] = int(phases_in_rows)
-        return Config.of(self.name, {**macros, "PARAMS_BYTES": len(params_fields(self.name)) * bits // 8})
+        return Config.for_dtype(self.name, dtype, bits, macros)
 
 
 class Conv1dTiled(_Tiled):

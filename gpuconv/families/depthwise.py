@@ -21,7 +21,6 @@ from ..costs import (
 )
 from ..device import Device
 from ..problem import FORMATS, ConvProblem
-from ..source import params_fields
 from ..text import count
 from .base import MAX_GRID, Config, Family, Layout, Plan, Refusal, conv_plan, round_up
 from .offsets import Overhang, index_bits
@@ -398,21 +397,16 @@ class DepthwiseFamily(Family[ConvProblem]):
 
     def config(self, dtype: str, bits: int, thread_l: int, macros: Mapping[str, int]) -> Config:
         """The specialisation of a variant whose threads have `thread_l` results."""
-        return Config.of(
-            self.name,
-            {
-                "DTYPE": dtype,
-                "INDEX_BITS": bits,
-                "BLOCK_SIZE": BLOCK_SIZE,
-                "MIN_BLOCKS": self.min_blocks(dtype, bits, macros),  # caps the registers of a thread
-                "SLIDE_STRIDE": 0,
-                "IS_SKIPPING": 0,
-                **macros,
-                "DTYPE_BYTES": FORMATS[dtype].itemsize,
-                "THREAD_L": thread_l,
-                "PARAMS_BYTES": len(params_fields(self.name)) * bits // 8,
-            },
-        )
+        all_macros = {
+            "BLOCK_SIZE": BLOCK_SIZE,
+            "MIN_BLOCKS": self.min_blocks(dtype, bits, macros),  # caps the registers of a thread
+            "SLIDE_STRIDE": 0,
+            "IS_SKIPPING": 0,
+            **macros,
+            "DTYPE_BYTES": FORMATS[dtype].itemsize,
+            "THREAD_L": thread_l,
+        }
+        return Config.for_dtype(self.name, dtype, bits, all_macros)
 
 
 def _index_bits(problem: ConvProblem, layout: Layout) -> int:

@@ -94,14 +94,19 @@ def _activation(
 def extended(step: Step, macros: dict[str, str], arrays: Sequence[str | None], fields: dict[str, int]) -> Step:
     """The step with more macros, and with more arrays and fields of Params after its own."""
     launch = step.launch
-    own = dict(step.config.macros)
-    own["PARAMS_BYTES"] = str(int(own["PARAMS_BYTES"]) + len(fields) * launch.index_bits // 8)
     params = (*launch.params, *fields.items())
     return Step(
-        Config.of(step.config.kernel, {**own, **macros}),
+        extended_config(step.config, macros, len(fields)),
         Launch(launch.grid, launch.block, launch.shared_bytes, launch.index_bits, params),
         (*step.arrays, *arrays),
     )
+
+
+def extended_config(config: Config, macros: dict[str, str], num_fields: int) -> Config:
+    """The specialisation with more macros, and with more fields of Params."""
+    own = dict(config.macros)
+    own["PARAMS_BYTES"] = str(int(own["PARAMS_BYTES"]) + num_fields * int(own["INDEX_BITS"]) // 8)
+    return Config.of(config.kernel, {**own, **macros})
 
 
 def _reading_activated(step: Step) -> Step:

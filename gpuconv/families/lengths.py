@@ -5,9 +5,12 @@ Contracts: cuda_src/samples.cuh, cuda_src/conv1d_ends.cu, cuda_src/conv_transpos
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
 
 from ..device import Device
 from ..edge import PADDING_MODES
@@ -15,6 +18,7 @@ from ..problem import DTYPES, BiasGradientProblem, ConvProblem, Problem, WeightG
 from . import edges
 from .base import (
     MAX_GRID,
+    SUM_DTYPES,
     Config,
     Family,
     Launch,
@@ -30,6 +34,8 @@ from .base import (
 )
 from .edges import BLOCK_SIZE, WARP
 from .offsets import Overhang, index_bits
+
+Integers: TypeAlias = npt.NDArray[np.int64]
 
 # Outputs of a row for which another warp pays, and the warps that keep a multiprocessor busy.
 _WARP_OUTPUTS, _WARPS = 256, 32
@@ -73,11 +79,11 @@ def plan(family: Family[Any], problem: Problem, layout: Layout, device: Device) 
 
 def configs() -> Iterator[Config]:
     """Every specialisation of the kernels for lengths that belong to no family."""
-    for dtype in DTYPES:
+    for dtype in SUM_DTYPES:
         for bits in (32, 64):
             for mode in PADDING_MODES:
                 yield with_lengths(with_padding_mode(base_config("conv1d_ends", dtype, bits, BLOCK_SIZE), mode))
-                if mode != "zeros":
+                if mode != "zeros" and dtype in DTYPES:  # integers have no gradients, and only these are folded
                     yield with_lengths(edges.fold_config(dtype, bits, mode))
             yield with_lengths(base_config("conv_transpose1d_ends", dtype, bits, BLOCK_SIZE))
     yield from write_configs()
@@ -88,14 +94,25 @@ def write_configs() -> Iterator[Config]:
     return map(_write_config, WRITTEN_VALUES)
 
 
-def write_launches(values: Sequence[int]) -> Iterator[tuple[Config, Launch]]:
-    """The launches that write the table of samples, which has three values a sample."""
+def writes(values: Integers) -> Iterator[tuple[int, Integers]]:
+    """The launches that write the table of samples, which has three values a sample.
+
+    Yields the number of values that a launch takes, which `write_launch` describes, and its parameters, as Params of
+    cuda_src/write_samples.cu has them.
+    """
     count = next((n for n in WRITTEN_VALUES if n >= len(values)), WRITTEN_VALUES[-1])
     for first in range(0, len(values), count):
         part = values[first : first + count]
-        filled = [*part, *[0] * (count - len(part))]
-        params = (("first", first), ("count", len(part)), *((f"values[{i}]", value) for i, value in enumerate(filled)))
-        yield _write_config(count), Launch(1, WARP, 0, 64, params)
+        params = np.zeros(2 + count, np.int64)
+        params[:2] = first, len(part)
+        params[2 : 2 + len(part)] = part
+        yield count, params
+
+
+def write_launch(count: int) -> tuple[Config, Launch]:
+    """A launch that writes nothing, of the kernel that takes `count` values."""
+    names = ("first", "count", *(f"values[{i}]" for i in range(count)))
+    return _write_config(count), Launch(1, WARP, 0, 64, tuple((name, 0) for name in names))
 
 
 def _write_config(count: int) -> Config:

@@ -9,19 +9,16 @@ from .arithmetic import STAGE_PAIRS, UNIT_BYTES, WARP, Access, Arithmetic
 NUM_STAGES = 4  # of weights in shared memory, a power of two
 RAW_BOXES = 2  # of a layer's own weights there: kBoxes of raw_weights.cuh
 SLICE_TABLE_BYTES = 48  # of a row of Slice in mma_epilogue.cuh, besides its elements, at most
-MAX_BLOCK_N = 256
-MAX_BLOCK_M = 128
+MAX_BLOCK_N = 320
+MAX_BLOCK_M = 256
 
 
 @dataclass(frozen=True, slots=True)
-class Tile:
-    """A block's share of the product: block_m rows by block_n columns on warps_m by warps_n warps.
+class BlockTile:
+    """A block's share of a product: block_m rows by block_n columns on warps_m by warps_n warps.
 
     Attributes:
         min_blocks: blocks that a multiprocessor must be able to hold, which caps the registers of a thread.
-        prefetch: units of input that a thread has on their way at a time: see `units_ahead`.
-        has_samples: a block may take the positions of several samples, at the cost of an address for each fragment.
-        segment_mode: SEGMENT_MODE of mma.cuh; 2 stands for both launches.
     """
 
     block_m: int
@@ -29,9 +26,6 @@ class Tile:
     warps_m: int
     warps_n: int
     min_blocks: int
-    prefetch: int
-    has_samples: bool = False
-    segment_mode: int = 0
 
     @property
     def warps(self) -> int:
@@ -40,6 +34,21 @@ class Tile:
     @property
     def threads(self) -> int:
         return WARP * self.warps
+
+
+@dataclass(frozen=True, slots=True)
+class Tile(BlockTile):
+    """The tile of a convolution.
+
+    Attributes:
+        prefetch: units of input that a thread has on their way at a time: see `units_ahead`.
+        has_samples: a block may take the positions of several samples, at the cost of an address for each fragment.
+        segment_mode: SEGMENT_MODE of mma.cuh; 2 stands for both launches.
+    """
+
+    prefetch: int
+    has_samples: bool = False
+    segment_mode: int = 0
 
     def units_ahead(self, access: Access) -> int:
         """Units that a task of staging takes, at one position or, which needs a few registers more, at two."""
@@ -74,32 +83,42 @@ class Tile:
         return STAGE_PAIRS * parts * self.block_m * UNIT_BYTES
 
 
-# The wide tile of 128x256 halves the weights that come through L2, which otherwise limits 16-bit layers of few taps.
-# Warp tiles of 64x64 need 62 % of the bandwidth of shared memory at the rate of mma.sync in 16 bits; of 64x32, 92 %.
-# The three sets of sums of a split product leave registers for 64x32. Tiles of 48 rows are for groups of 48 channels;
-# those of 16 columns for streams, where weights are nearly all that is read.
+# Large tiles need less of weights and input from L2 for a product, which otherwise limits layers of few taps. By the
+# cost model their many shapes save up to a third of the time, which fewer shapes would spend on rows and columns beyond
+# the result: 320 columns hold the 301 positions of a layer, 160 hold 150 or twice 75, and many layers have a multiple
+# of 48 or of 96 channels.
+# Warp tiles of 64x64 need 62 % of the bandwidth of shared memory at the rate of mma.sync in 16 bits, of 48x80 66 %, of
+# 64x32 92 %. The three sets of sums of a split product leave registers for 64x32. Tiles of 16 columns are for streams,
+# where weights are nearly all that is read.
 _TILES = (
     Tile(128, 128, 2, 2, 2, 4),
     Tile(128, 256, 2, 4, 1, 4),
+    Tile(256, 128, 4, 2, 1, 4),
+    Tile(192, 160, 4, 2, 1, 4),
+    Tile(96, 320, 2, 4, 1, 4),
+    Tile(64, 256, 1, 4, 2, 4),
     Tile(64, 128, 2, 2, 3, 4),
     Tile(64, 64, 2, 2, 4, 4),
     Tile(32, 256, 1, 4, 3, 4),
     Tile(48, 128, 1, 4, 3, 4),
     Tile(32, 64, 1, 4, 4, 4),
     Tile(16, 128, 1, 4, 4, 4),
-    Tile(128, 128, 2, 2, 2, 4, has_samples=True),
+    Tile(64, 160, 2, 2, 3, 4, has_samples=True),
     Tile(64, 64, 2, 2, 4, 4, has_samples=True),
     Tile(128, 16, 4, 1, 3, 2),
 )
 _SPLIT_TILES = (
     Tile(128, 128, 2, 4, 1, 2),
+    Tile(64, 192, 2, 4, 1, 4),
+    Tile(64, 160, 1, 5, 1, 2),
     Tile(64, 128, 2, 2, 2, 2),
     Tile(64, 64, 2, 2, 2, 4),
+    Tile(32, 256, 1, 4, 2, 2),
     Tile(32, 128, 1, 4, 3, 4),
     Tile(48, 128, 1, 4, 2, 4),
-    Tile(32, 64, 1, 4, 4, 4),
     Tile(16, 128, 1, 4, 4, 4),
-    Tile(128, 128, 2, 4, 1, 2, has_samples=True),
+    Tile(16, 64, 1, 4, 4, 4),
+    Tile(48, 160, 1, 5, 1, 4, has_samples=True),
     Tile(64, 64, 2, 2, 2, 4, has_samples=True),
     Tile(128, 16, 4, 1, 3, 2),
 )
@@ -111,13 +130,15 @@ _RAW_TILES = {
 # For reductions in segments: a block has shared memory for the sums of the segments before, or sums one segment.
 _SEGMENT_TILES = (
     Tile(128, 128, 2, 2, 2, 4, segment_mode=1),
-    Tile(128, 256, 2, 4, 1, 4, segment_mode=1),
-    Tile(64, 128, 2, 2, 2, 4, segment_mode=1),
+    Tile(96, 256, 2, 4, 1, 4, segment_mode=1),
+    Tile(96, 160, 2, 2, 2, 4, segment_mode=1),
+    Tile(48, 320, 1, 4, 2, 4, segment_mode=1),
     Tile(64, 64, 2, 2, 4, 4, segment_mode=1),
     Tile(32, 256, 1, 4, 2, 4, segment_mode=1),
-    Tile(48, 128, 1, 4, 3, 4, segment_mode=1),
     Tile(64, 64, 2, 2, 4, 4, has_samples=True, segment_mode=1),
     Tile(128, 128, 2, 2, 2, 4, segment_mode=2),
+    Tile(64, 160, 2, 2, 2, 4, has_samples=True, segment_mode=2),
+    Tile(32, 256, 1, 4, 3, 4, segment_mode=2),
     Tile(64, 64, 2, 2, 4, 4, segment_mode=2),
     Tile(64, 16, 4, 1, 4, 2, segment_mode=2),
     Tile(128, 16, 4, 1, 3, 2, segment_mode=1),
@@ -128,9 +149,10 @@ _SPLIT_SEGMENT_TILES = (
     Tile(64, 128, 2, 2, 2, 1, segment_mode=1),
     Tile(64, 64, 2, 2, 2, 4, segment_mode=1),
     Tile(48, 128, 1, 4, 2, 4, segment_mode=1),
-    Tile(32, 128, 1, 4, 3, 4, segment_mode=1),
     Tile(64, 64, 2, 2, 2, 4, has_samples=True, segment_mode=1),
     Tile(128, 128, 2, 4, 1, 1, segment_mode=2),
+    Tile(48, 160, 1, 5, 1, 4, segment_mode=2),
+    Tile(32, 256, 1, 4, 2, 2, segment_mode=2),
     Tile(64, 64, 2, 2, 2, 4, segment_mode=2),
     Tile(64, 16, 4, 1, 4, 2, segment_mode=2),
     Tile(128, 16, 4, 1, 3, 2, segment_mode=1),

@@ -6,13 +6,11 @@ Contract: cuda_src/slices.cuh, cuda_src/sum_slices.cu.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..costs import Code, Ending, Prediction, Work, cuda_cores, predict_launch
 from ..device import Device
 from ..problem import BiasGradientProblem, WeightGradientProblem
-from ..source import params_fields
 from .base import PARTIAL, Config, Launch, Layout, Plan, Step, base_config, round_up, with_padding_mode
 from .offsets import Overhang, index_bits
 
@@ -233,9 +231,3 @@ def predict_pass(problem: WeightGradientProblem | BiasGradientProblem, step: Ste
 
 def sum_config(dtype: str, bits: int) -> Config:
     return base_config("sum_slices", dtype, bits, SUM_BLOCK_SIZE)
-
-
-def gradient_config(kernel: str, dtype: str, bits: int, macros: Mapping[str, str | int]) -> Config:
-    """The specialisation of a gradient kernel with these macros besides those that all have."""
-    fields = len(params_fields(kernel))
-    return Config.of(kernel, {"DTYPE": dtype, "INDEX_BITS": bits, **macros, "PARAMS_BYTES": fields * bits // 8})

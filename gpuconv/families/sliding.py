@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from ..costs import RESERVED_SHARED_BYTES
 from ..device import Device
 from ..problem import FORMATS, ConvProblem
-from ..source import params_fields
 from .base import ArrayLayout, Config
 
 MAX_THREADS = 128
@@ -139,15 +138,10 @@ def _is_aligned(p: ConvProblem, input: ArrayLayout, elements: int) -> bool:
 
 
 def sliding_config(kernel: str, dtype: str, bits: int, rows: int, *, is_reversed: bool) -> Config:
-    return Config.of(
-        kernel,
-        {
-            "DTYPE": dtype,
-            "INDEX_BITS": bits,
-            "BLOCK_L": block_columns(dtype),
-            "THREAD_C": rows,
-            "IS_REVERSED": int(is_reversed),
-            "MIN_BLOCKS": MIN_BLOCKS[bits],
-            "PARAMS_BYTES": len(params_fields(kernel)) * bits // 8,
-        },
-    )
+    macros = {
+        "BLOCK_L": block_columns(dtype),
+        "THREAD_C": rows,
+        "IS_REVERSED": int(is_reversed),
+        "MIN_BLOCKS": MIN_BLOCKS[bits],
+    }
+    return Config.for_dtype(kernel, dtype, bits, macros)

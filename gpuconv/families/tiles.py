@@ -282,8 +282,6 @@ def predict_pass(problem: ConvProblem, step: Step, device: Device) -> Prediction
 def tiling_macros(tile: Tile, column_step: int, dtype: str, bits: int) -> dict[str, str | int]:
     """The macros that tiled.cuh reads."""
     return {
-        "DTYPE": dtype,
-        "INDEX_BITS": bits,
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
         "BLOCK_R": tile.block_r,

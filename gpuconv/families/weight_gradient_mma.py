@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
 from functools import lru_cache
+from itertools import product
 from typing import NamedTuple
 
 from ..costs import (
+    LINE_BYTES,
     MMA_LATENCY_CYCLES,
     RESERVED_SHARED_BYTES,
     SECTOR_BYTES,
@@ -28,8 +32,9 @@ from .arithmetic import ARITHMETICS, MIN_SPLIT_TERMS, SPLIT_TERMS, UNIT_BYTES, W
 from .base import MAX_GRID, ArrayLayout, Config, Family, Launch, Layout, Plan, Refusal, Step, params_of, round_up
 from .mma import ASYNC_COPY_ARCH, MIN_CHANNELS, MIN_SPLIT_ROWS, has_units
 from .mma_costs import LATENCY_CYCLES, LINES_PER_CYCLE
+from .mma_tiles import BlockTile
 from .offsets import index_bits
-from .slices import Slices, gradient_config, predict_sum, sliced_plan, weight_fields
+from .slices import Slices, predict_sum, sliced_plan, weight_fields
 
 STEP = SPLIT_TERMS  # positions of a step: one product of 16-bit matrices along the reduction, or two
 OCTET = 8  # columns of one product
@@ -40,38 +45,42 @@ MIN_TAPS = 8
 MIN_ROWS = 5
 MIN_SPLIT_COLUMNS = 32
 _PRODUCT_ROWS = 16  # rows of one product
-# Positions that one access loads, of coarse and of fine. UNIT stands for one position of a unit of channels, which are
-# contiguous.
-WIDTH, UNIT = 4, 0
-WIDTHS = ((WIDTH, WIDTH), (WIDTH, 1), (1, 1))
-UNIT_WIDTHS = ((WIDTH, UNIT), (1, UNIT), (UNIT, UNIT), (UNIT, 1))
-_WORDS = {1: "one position of a channel", WIDTH: "four positions of a channel", UNIT: Access.UNIT.words}
-_LANE_UNITS = 8  # units that neighbouring lanes stage at most
 
 
-class Tile(NamedTuple):
-    """A block's share: block_m rows by block_n / 8 pairs of tap and octet, on warps_m by warps_n warps.
+class Fetch(Enum):
+    """What a lane loads of each channel of a unit, of coarse or of fine.
 
-    min_blocks caps the registers of a thread; ahead_coarse and ahead_fine are the vectors that it loads ahead at most,
-    of chunks of chunk_rows positions.
+    Attributes:
+        width: its positions, which are neighbours in the array.
+        align: the multiple of positions at which rows begin and end.
+        words: what `explain` says of it.
     """
 
-    block_m: int
-    block_n: int
-    warps_m: int
-    warps_n: int
-    min_blocks: int
+    POSITION = 1, 1, "one position of a channel"
+    RUN = 4, 4, "four positions of a channel"
+    PAIRS = 4, 2, "four positions of a channel, two at a time"
+    SHIFTED = 4, 1, "four positions of a channel, in words that rows of odd length share"
+    UNIT = 1, 1, Access.UNIT.words
+
+    def __init__(self, width: int, align: int, words: str) -> None:
+        self.width, self.align, self.words = width, align, words
+
+
+_LEAST = Fetch.POSITION, Fetch.POSITION  # which every layout allows
+
+
+@dataclass(frozen=True, slots=True)
+class Tile(BlockTile):
+    """The tile of a weight gradient; a column is a pair of tap and channel.
+
+    Attributes:
+        chunk_rows: positions of a chunk.
+        ahead_coarse, ahead_fine: the vectors of the next chunk that a thread loads ahead at most.
+    """
+
     chunk_rows: int
     ahead_coarse: int
     ahead_fine: int
-
-    @property
-    def warps(self) -> int:
-        return self.warps_m * self.warps_n
-
-    @property
-    def threads(self) -> int:
-        return WARP * self.warps
 
 
 # By the parts of an operand; the last one is for arrays that need wide offsets, too. Three sets of sums leave a split
@@ -100,12 +109,22 @@ _LARGEST_M, _LARGEST_N, _LARGEST_CHUNK = 128, 256, 64
 # Of the cost model, from the machine code for sm_90 (bench.static): instructions of a lane for one load, with its
 # address and its part in storing the vectors, by the positions that it loads; of a chunk besides its loads and steps;
 # of a step besides its products and fetches; of a warp for one sum of each lane on its way out.
-_LOAD_INSTRUCTIONS = {1: 8.0, 2: 10.0, WIDTH: 11.0, UNIT: 30.0}
+_LOAD_INSTRUCTIONS = {
+    Fetch.POSITION: 8.0,
+    Fetch.RUN: 11.0,
+    Fetch.PAIRS: 13.0,
+    Fetch.SHIFTED: 15.0,
+    Fetch.UNIT: 30.0,
+}
+_TAPS_INSTRUCTIONS = 10.0  # of a load of two taps
 _CHUNK_INSTRUCTIONS = 50.0
 _STEP_INSTRUCTIONS = 16
 _STORE_INSTRUCTIONS = 8.0
 # An assumption: cycles of the barrier of a chunk, and of what its loads leave uncovered, of a block alone.
 _CHUNK_CYCLES = 150.0
+# An assumption: what L1 has room for beside the shared memory of the resident blocks, from sm_80 on with tiles of half
+# of the largest shared memory.
+_L1_BYTES = 96 * 1024
 
 
 class Columns(NamedTuple):
@@ -144,13 +163,20 @@ class Window(NamedTuple):
     tap_rows_step: int
 
     @classmethod
-    def of(cls, p: WeightGradientProblem, taps: int, samples: int, positions: int, width: int) -> Window:
-        """`taps`: as in `Columns`; `width`: positions of an aligned access, at whose multiples planes begin and end."""
-        tap_step = Columns.of(p).tap_step
+    def of(cls, p: WeightGradientProblem, taps: int, samples: int, positions: int, fetch: Fetch) -> Window:
+        """`taps`: as in `Columns`; `fetch`: of fine. Planes are of whole runs and begin where rows may."""
+        columns = Columns.of(p)
+        tap_step = columns.tap_step
         gcd = math.gcd(p.stride, tap_step)
         planes = min(p.stride // gcd, taps)
-        plane_rows = round_up(positions + (taps - 1) // planes * (tap_step // gcd) + width - 1, width)
-        tap_rows = round_up(positions + width - 1, width)
+
+        def skew(step: int) -> int:
+            """The most rows in front of those that planes need which begin at every step-th tap."""
+            begins = range(0, min(columns.taps, step * fetch.align), step)
+            return max((tap * tap_step - p.padding_left) % fetch.align for tap in begins)
+
+        plane_rows = round_up(positions + (taps - 1) // planes * (tap_step // gcd) + skew(taps), fetch.width)
+        tap_rows = round_up(positions + skew(1), fetch.width)
         if planes * plane_rows >= taps * tap_rows:
             return cls(samples, positions, taps, tap_rows, 0)
         return cls(samples, positions, planes, plane_rows, tap_step // gcd)
@@ -195,11 +221,11 @@ class WeightGradientMma(Family[WeightGradientProblem]):
         if not _keeps_bound(p, arithmetic):
             return Refusal("needs longer samples to keep the error bound")
         bits = _index_bits(p, layout)
-        widths, tap_width = _widths(p, layout, bits, device), _tap_width(p, layout, bits)
+        fetches, tap_width = _fetches(p, layout, bits, device), _tap_width(p, layout, bits)
         # The tables of wide accesses may take too much memory.
-        if not (tilings := _tilings(p, widths, tap_width, device, bits)):
-            widths = WIDTHS[-1]
-            tilings = _tilings(p, widths, tap_width, device, bits)
+        if not (tilings := _tilings(p, fetches, tap_width, device, bits)):
+            fetches = _LEAST
+            tilings = _tilings(p, fetches, tap_width, device, bits)
         tiling, tile, window = tilings[0], tilings[0].tile, tilings[0].window
         if tiling.blocks > MAX_GRID:
             return Refusal(f"needs at most {MAX_GRID} blocks")
@@ -224,14 +250,13 @@ class WeightGradientMma(Family[WeightGradientProblem]):
                 "window_rows": window.rows,
                 "window_half": half,
                 "window_pitch": pitch,
-                "task_units": _task_units(tiling.octets, widths[1], arithmetic, in_taps=columns.in_taps),
             },
         )
         config = self._config(
             tile,
             p.dtype,
             p.precision,
-            widths,
+            fetches,
             bits,
             tap_width=tap_width,
             few_rows=p.C_coarse_g < arithmetic.channels,
@@ -253,37 +278,40 @@ class WeightGradientMma(Family[WeightGradientProblem]):
             chunk_positions=1 << params["sample_shift"],
             window_rows=params["window_rows"],
             octets=params["block_octets"],
-            widths=_widths_of(step.config),
+            taps=params["block_taps"],
+            fetches=_fetches_of(step.config),
             tap_width=int(macros.get("TAP_WIDTH", 1)),
             block_m=int(macros["BLOCK_M"]),
             block_n=int(macros["BLOCK_N"]),
             warps_m=int(macros["WARPS_M"]),
             warps_n=int(macros["WARPS_N"]),
+            min_blocks=int(macros["MIN_BLOCKS"]),
         ).work(problem)
 
     def staging(self, step: Step) -> dict[str, str]:
-        return {side: _WORDS[width] for side, width in zip(("coarse", "fine"), _widths_of(step.config), strict=True)}
+        return {s: fetch.words for s, fetch in zip(("coarse", "fine"), _fetches_of(step.config), strict=True)}
 
     def configs(self, device: Device) -> Iterator[Config]:
-        every = (*WIDTHS, *(UNIT_WIDTHS if device.arch >= ASYNC_COPY_ARCH else ()))
         for (dtype, precision), arithmetic in ARITHMETICS.items():
             if device.arch >= arithmetic.min_arch:
                 for bits in (32, 64):
                     for tile in _tiles(arithmetic, bits):
-                        for widths in every if bits == 32 else WIDTHS[-1:]:
-                            tap_widths = (0,) if widths[1] != 1 else (0, 1) if bits == 64 else (0, 1, 2)
+                        for fetches in _every_fetches(arithmetic, device) if bits == 32 else (_LEAST,):
+                            tap_widths = (
+                                (0,) if fetches[1] is not Fetch.POSITION else (0, 1, 2) if bits == 32 else (0, 1)
+                            )
                             for tap_width in tap_widths:
-                                yield self._config(tile, dtype, precision, widths, bits, tap_width=tap_width)
+                                yield self._config(tile, dtype, precision, fetches, bits, tap_width=tap_width)
                             is_least = arithmetic.parts == 1 and tile in _tiles_of_few_rows(bits)
-                            if is_least and widths[0] != UNIT:
-                                yield self._config(tile, dtype, precision, widths, bits, few_rows=True)
+                            if is_least and fetches[0] is not Fetch.UNIT:
+                                yield self._config(tile, dtype, precision, fetches, bits, few_rows=True)
 
     def _config(
         self,
         tile: Tile,
         dtype: str,
         precision: str,
-        widths: tuple[int, int],
+        fetches: tuple[Fetch, Fetch],
         bits: int,
         *,
         tap_width: int = 0,
@@ -299,20 +327,24 @@ class WeightGradientMma(Family[WeightGradientProblem]):
             "CHUNK_ROWS": tile.chunk_rows,
             "AHEAD_COARSE": tile.ahead_coarse,
             "AHEAD_FINE": tile.ahead_fine,
-            "COARSE_WIDTH": max(widths[0], 1),
-            "FINE_WIDTH": max(widths[1], 1),
+            "COARSE_WIDTH": fetches[0].width,
+            "FINE_WIDTH": fetches[1].width,
             "TAPS_IN_UNITS": int(tap_width > 0),
             "MIN_BLOCKS": tile.min_blocks if bits == 32 else 1,
             "IS_SPLIT": int(arithmetic.parts == 2),
             "SPLIT_TERMS": SPLIT_TERMS,
             "MULTIPLY_MATRICES": arithmetic.instruction,
         }
-        macros |= {name: 1 for name, width in zip(("COARSE_LAST", "FINE_LAST"), widths, strict=True) if width == UNIT}
+        for side, fetch in zip(("COARSE", "FINE"), fetches, strict=True):
+            if fetch is Fetch.UNIT:
+                macros[f"{side}_LAST"] = 1
+            elif fetch.align < fetch.width:
+                macros[f"{side}_ALIGN"] = fetch.align
         if tap_width > 1:
             macros["TAP_WIDTH"] = tap_width
         if few_rows:
             macros["FEW_ROWS"] = 1
-        return gradient_config(self.name, dtype, bits, macros)
+        return Config.for_dtype(self.name, dtype, bits, macros)
 
 
 class _Tiling(NamedTuple):
@@ -358,36 +390,62 @@ def _tiles_of_few_rows(bits: int) -> tuple[Tile, ...]:
     return tuple(tile for tile in tiles if tile.block_m == _PRODUCT_ROWS) if bits == 32 else tiles[-1:]
 
 
-def _widths(p: WeightGradientProblem, layout: Layout, bits: int, device: Device) -> tuple[int, int]:
-    """What one access loads of coarse and of fine, as the layout allows."""
+def _fetches(p: WeightGradientProblem, layout: Layout, bits: int, device: Device) -> tuple[Fetch, Fetch]:
+    """How coarse and fine are loaded, as the layout allows."""
     arrays = (layout["coarse"], (p.N, p.C_coarse, p.L_coarse)), (layout["fine"], (p.N, p.C_fine, p.L_fine))
     if bits != 32:
-        return 1, 1
+        return _LEAST
     unit, in_taps = ARITHMETICS[p.dtype, p.precision].channels, Columns.of(p).in_taps
     of_units = [
         device.arch >= ASYNC_COPY_ARCH and channels % unit == 0 and has_units(array, extents, unit)
         for (array, extents), channels in zip(arrays, (p.C_coarse_g, p.C_fine_g), strict=True)
     ]
-    coarse, fine = (_has_rows(array, extents, p.itemsize) and not p.has_lengths for array, extents in arrays)
+    coarse, fine = (
+        Fetch.POSITION if p.has_lengths else _fetch_of_rows(array, extents, p.itemsize) for array, extents in arrays
+    )
     # Neighbours outside of fine may mean samples that are no neighbours.
-    fine = fine and coarse and p.stride == 1 and p.padding_mode == "zeros" and not in_taps
-    widths = WIDTH if coarse else 1, WIDTH if fine else 1
+    if coarse is Fetch.POSITION or p.stride > 1 or p.padding_mode != "zeros" or in_taps:
+        fine = Fetch.POSITION
     if of_units[0]:
-        widths = UNIT, 1
-    return (widths[0], UNIT) if of_units[1] and not in_taps else widths
+        coarse, fine = Fetch.UNIT, Fetch.POSITION
+    return coarse, Fetch.UNIT if of_units[1] and not in_taps else fine
 
 
-def _has_rows(array: ArrayLayout, extents: tuple[int, int, int], itemsize: int) -> bool:
-    """Whether positions lie in aligned words of WIDTH."""
+def _fetch_of_rows(array: ArrayLayout, extents: tuple[int, int, int], itemsize: int) -> Fetch:
+    """How rows of positions are loaded."""
     (N, C, L), (stride_n, stride_c, stride_l) = extents, array.strides
-    rows = (stride_n % WIDTH == 0 or N == 1) and (stride_c % WIDTH == 0 or C == 1) and L % WIDTH == 0
-    return rows and stride_l == 1 and array.alignment >= WIDTH * itemsize
+    if stride_l != 1:
+        return Fetch.POSITION
+    for fetch in (Fetch.RUN, Fetch.PAIRS):
+        starts = (stride for stride, extent in ((stride_n, N), (stride_c, C)) if extent > 1)
+        if all(n % fetch.align == 0 for n in (L, *starts)) and array.alignment >= fetch.align * itemsize:
+            return fetch
+    # Of words that two rows share, none may lie before the first row.
+    is_shifted = itemsize == 2 and array.alignment >= 4 and stride_c % 2 == 1 and stride_c > 0 <= stride_n
+    return Fetch.SHIFTED if is_shifted else Fetch.POSITION
 
 
-def _widths_of(config: Config) -> tuple[int, int]:
+def _every_fetches(arithmetic: Arithmetic, device: Device) -> Iterator[tuple[Fetch, Fetch]]:
+    """Of all layouts."""
+    rows = (Fetch.RUN, Fetch.PAIRS, *((Fetch.SHIFTED,) if arithmetic.itemsize == 2 else ()))
+    yield from product(rows, (*rows, Fetch.POSITION))
+    yield _LEAST
+    if device.arch >= ASYNC_COPY_ARCH:
+        yield from product((*rows, Fetch.POSITION, Fetch.UNIT), (Fetch.UNIT,))
+        yield Fetch.UNIT, Fetch.POSITION
+
+
+def _fetches_of(config: Config) -> tuple[Fetch, Fetch]:
     macros = dict(config.macros)
-    coarse, fine = (UNIT if f"{side}_LAST" in macros else int(macros[f"{side}_WIDTH"]) for side in ("COARSE", "FINE"))
-    return coarse, fine
+
+    def of(side: str) -> Fetch:
+        if f"{side}_LAST" in macros:
+            return Fetch.UNIT
+        width = int(macros[f"{side}_WIDTH"])
+        align = int(macros.get(f"{side}_ALIGN", width))
+        return next(fetch for fetch in Fetch if (fetch.width, fetch.align) == (width, align))
+
+    return of("COARSE"), of("FINE")
 
 
 def _tap_width(p: WeightGradientProblem, layout: Layout, bits: int) -> int:
@@ -437,7 +495,7 @@ def _keeps_bound(p: WeightGradientProblem, arithmetic: Arithmetic) -> bool:
 
 @lru_cache(maxsize=4096)
 def _tilings(
-    p: WeightGradientProblem, widths: tuple[int, int], tap_width: int, device: Device, bits: int
+    p: WeightGradientProblem, fetches: tuple[Fetch, Fetch], tap_width: int, device: Device, bits: int
 ) -> tuple[_Tiling, ...]:
     """The tilings that fit the device, the cheapest first; of each tile the one with the best octets and taps."""
     arithmetic = ARITHMETICS[p.dtype, p.precision]
@@ -453,8 +511,8 @@ def _tilings(
         for taps in {-(-columns.taps // -(-columns.taps // most)) for most in range(1, pairs + 1)}:
             octets = min(pairs // taps, columns.octets)
             octet_tiles, tap_tiles = -(-columns.octets // octets), -(-columns.taps // taps)
-            window = Window.of(p, taps, samples, rows, max(widths[1], 1))
-            shared = _shared_bytes(tile, window, octets, widths, arithmetic, bits, in_taps=columns.in_taps)
+            window = Window.of(p, taps, samples, rows, fetches[1])
+            shared = _shared_bytes(tile, window, octets, fetches[1], arithmetic, bits)
             if shared > device.shared_per_block:
                 continue
             blocks = row_tiles * octet_tiles * tap_tiles * p.groups * slices.count
@@ -466,12 +524,14 @@ def _tilings(
                 chunk_positions=window.positions,
                 window_rows=window.rows,
                 octets=octets,
-                widths=widths,
+                taps=taps,
+                fetches=fetches,
                 tap_width=max(tap_width, 1),
                 block_m=tile.block_m,
                 block_n=tile.block_n,
                 warps_m=tile.warps_m,
                 warps_n=tile.warps_n,
+                min_blocks=tile.min_blocks,
             )
             resident = min(tile.min_blocks, max(1, device.shared_per_sm // (shared + RESERVED_SHARED_BYTES)))
             us = adding + launch.us(p, resident, device)
@@ -490,26 +550,19 @@ def _chunk(slices: Slices, rows: int) -> tuple[int, int]:
     return (rows // length, length) if length < rows else (1, rows)
 
 
-def _task_units(octets: int, width: int, arithmetic: Arithmetic, *, in_taps: bool) -> int:
-    """Units of a window as its tasks are counted: whole eights from eight on, where neighbouring lanes take eight."""
-    units = OCTET // arithmetic.channels * octets
-    return units if (width == 1 and not in_taps) or units < _LANE_UNITS else round_up(units, _LANE_UNITS)
-
-
 def _shared_bytes(
     tile: Tile,
     window: Window,
     octets: int,
-    widths: tuple[int, int],
+    fetch: Fetch,
     arithmetic: Arithmetic,
     bits: int,
-    *,
-    in_taps: bool,
 ) -> int:
+    """Of a block; `fetch`: of fine."""
     rows = octets * _pitches(window.rows, arithmetic)[1]
     rows += tile.block_m // OCTET * _pitches(tile.chunk_rows, arithmetic)[1]
-    tasks = _task_units(octets, widths[1], arithmetic, in_taps=in_taps) * window.rows // max(widths[1], 1)
-    tables = tasks * 16 if widths[1] == UNIT else window.rows * 2 * bits // 8 + tasks * 8
+    tasks = OCTET // arithmetic.channels * octets * window.rows // fetch.width
+    tables = tasks * 16 if fetch is Fetch.UNIT else window.rows * 2 * bits // 8 + tasks * 8
     operands = 2 * arithmetic.parts * rows * UNIT_BYTES + tables
     return max(operands, tile.warps_m * _PRODUCT_ROWS * (tile.block_n + 4) * 4)
 
@@ -524,12 +577,14 @@ class _Launch(NamedTuple):
     chunk_positions: int
     window_rows: int
     octets: int
-    widths: tuple[int, int]
+    taps: int
+    fetches: tuple[Fetch, Fetch]
     tap_width: int
     block_m: int
     block_n: int
     warps_m: int
     warps_n: int
+    min_blocks: int
 
     @property
     def warps(self) -> int:
@@ -549,14 +604,6 @@ class _Launch(NamedTuple):
 
     def work(self, p: WeightGradientProblem) -> Work:
         a = self.arithmetic
-        chunk_terms = self.chunk_samples * self.chunk_positions
-        coarse, fine = self.block_m * chunk_terms, self.octets * OCTET * self.window_rows  # elements of a chunk
-        if Columns.of(p).in_taps:  # neighbouring rows have taps in common, which come from L1
-            fine = fine * min(p.stride, OCTET) // OCTET
-        sides = self.block_m, self.octets * OCTET
-        rows = sum(n for n, width in zip(sides, self.widths, strict=True) if width != UNIT) * self.chunk_samples
-        staged = (coarse + fine) * a.itemsize + rows * (SECTOR_BYTES - a.itemsize)
-        passes = self.blocks * self.chunks
         # Only 32-bit steps are loops of several products. What stages is counted by tasks, of which a chunk may have
         # more or fewer than its code has in a row.
         instructions, wavefronts = self._staging(p)
@@ -565,7 +612,7 @@ class _Launch(NamedTuple):
         stored = partial or math.prod(p.weight_shape) * p.itemsize
         return Work(
             multiply_adds=a.products * held * self.terms,
-            l2_bytes=passes * staged + stored,
+            l2_bytes=self.blocks * self._staged_bytes(p) + stored,
             staging_instructions=instructions,
             staging_wavefronts=wavefronts,
             visits=self.blocks * self.warps * self.terms / STEP if a.itemsize == 4 else 0.0,
@@ -575,20 +622,60 @@ class _Launch(NamedTuple):
             ending=Ending(held / WARP * _STORE_INSTRUCTIONS, 2 * held / WARP, stored),
         )
 
+    def _staged_bytes(self, p: WeightGradientProblem) -> float:
+        """Bytes that come through L2 for a block.
+
+        Of rows of positions these are whole sectors. Chunks follow each other along the rows. So what a chunk shares
+        with the one before, the sector in which it begins and most of its window, comes from L1 if the lines of a
+        chunk have room there.
+        """
+        columns, itemsize, positions = Columns.of(p), self.arithmetic.itemsize, self.slices.positions
+        chunks = -(-positions // self.chunk_positions)
+        last = (OCTET - 1) * p.dilation if columns.in_taps else 0  # positions from an octet's first tap to its last
+        is_apart = columns.tap_step > self.chunk_positions * p.stride  # taps meet no positions in common
+        halo = itemsize * (last if is_apart else last + (self.taps - 1) * columns.tap_step)
+        of_position = p.stride * itemsize
+        if of_position > SECTOR_BYTES and not is_apart:  # sectors between the taps of two positions are not needed
+            step = min(columns.tap_step * itemsize, SECTOR_BYTES)
+            of_position = min(of_position, (self.taps - 1) * step + last * itemsize + SECTOR_BYTES)
+        channels = self.octets * (1 if columns.in_taps else OCTET)
+        rows = channels * (self.taps if is_apart else 1)  # of fine, or stretches of them
+        lines = self.block_m * (self.chunk_positions * itemsize + LINE_BYTES)
+        lines += rows * (self.chunk_positions * of_position + halo + LINE_BYTES)
+        times = 1 if self.min_blocks * self.chunk_samples * lines <= _L1_BYTES else chunks
+        cut = SECTOR_BYTES - itemsize  # what the sectors at both ends of a stretch have besides it, in the mean
+        coarse, fine = positions * self.block_m * itemsize, channels * chunks * self.window_rows * itemsize
+        if self.fetches[0] is not Fetch.UNIT:
+            coarse += self.block_m * times * cut
+        if self.fetches[1] is not Fetch.UNIT:
+            fine = rows * (positions * of_position + times * (halo + cut))
+        return self.slices.samples * (coarse + fine)
+
+    def _load(self, fetch: Fetch, step: int) -> tuple[int, float, float]:
+        """Of a lane's load: elements, and with its part in storing them instructions and wavefronts of its warp.
+
+        `step`: from a position of the row to the next.
+        """
+        a, instructions = self.arithmetic, _LOAD_INSTRUCTIONS[fetch]
+        if fetch is Fetch.UNIT:
+            return a.channels, instructions, 4.0
+        if fetch is Fetch.SHIFTED:
+            return fetch.width, instructions, 2.5  # five words of two channels, each from four lines
+        # Of 128 bytes by a warp, of one load that has fewer, or of four lines.
+        wavefronts = max(1.0, fetch.width * a.itemsize / 4, min(WARP, step * a.itemsize / 4) / LINES_PER_CYCLE)
+        return fetch.width, instructions, wavefronts
+
     def _staging(self, p: WeightGradientProblem) -> tuple[float, float]:
         """Instructions and wavefronts of all warps that stage the chunks."""
         a, chunk_terms = self.arithmetic, self.chunk_samples * self.chunk_positions
         elements = self.block_m * chunk_terms, self.octets * OCTET * self.window_rows
-        widths = self.widths[0], self.widths[1] if self.widths[1] == UNIT else max(self.widths[1], self.tap_width)
-        loads = [of_side / (width or a.channels) for of_side, width in zip(elements, widths, strict=True)]
-        instructions = sum(n * _LOAD_INSTRUCTIONS[width] for n, width in zip(loads, widths, strict=True))
-        # Of 128 bytes by a warp, of one load that has fewer, or of four lines; a unit of each part is stored at once.
-        # Lanes that take neighbouring taps load from one line.
-        steps = 1, 1 if Columns.of(p).in_taps else p.stride
-        wavefronts = sum(
-            n * max(1.0, width * a.itemsize / 4, min(WARP, step * a.itemsize / 4) / LINES_PER_CYCLE) if width else 4 * n
-            for n, width, step in zip(loads, widths, steps, strict=True)
-        )
+        in_taps = Columns.of(p).in_taps
+        loads = [self._load(self.fetches[0], 1), self._load(self.fetches[1], 1 if in_taps else p.stride)]
+        if in_taps and self.tap_width == 2:  # lanes that take neighbouring taps load from one line
+            loads[1] = 2, _TAPS_INSTRUCTIONS, a.itemsize / 2
+        instructions = sum(n / width * of_load for n, (width, of_load, _) in zip(elements, loads, strict=True))
+        wavefronts = sum(n / width * of_load for n, (width, _, of_load) in zip(elements, loads, strict=True))
+        # A unit of each part is stored at once.
         wavefronts += 4 * sum(elements) / a.channels * a.parts
         instructions += WARP * self.warps * _CHUNK_INSTRUCTIONS
         return self.blocks * self.chunks / WARP * instructions, self.blocks * self.chunks / WARP * wavefronts

@@ -14,7 +14,7 @@ from ..device import Device
 from ..problem import DTYPES, FORMATS, WeightGradientProblem
 from .base import MAX_GRID, ArrayLayout, Config, Family, Launch, Layout, Plan, Refusal, Step, params_of
 from .offsets import index_bits
-from .slices import Slices, gradient_config, sliced_plan, sums_work, weight_fields
+from .slices import Slices, sliced_plan, sums_work, weight_fields
 
 WARP = 32
 THREAD_K = 8
@@ -91,7 +91,7 @@ class WeightGradientPairs(Family[WeightGradientProblem]):
             "MAX_THREADS": MAX_THREADS,
             "MIN_BLOCKS": 2 if FORMATS[dtype].itemsize > 4 else MIN_BLOCKS[bits],
         }
-        return gradient_config(self.name, dtype, bits, macros)
+        return Config.for_dtype(self.name, dtype, bits, macros)
 
 
 @dataclass(frozen=True, slots=True)

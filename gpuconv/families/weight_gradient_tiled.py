@@ -15,7 +15,7 @@ from ..device import Device
 from ..problem import DTYPES, FORMATS, WeightGradientProblem
 from .base import MAX_GRID, Config, Family, Launch, Layout, Plan, Refusal, Step, params_of
 from .offsets import index_bits
-from .slices import Slices, gradient_config, predict_sum, sliced_plan, weight_fields
+from .slices import Slices, predict_sum, sliced_plan, weight_fields
 from .tiles import Tile, predict_tiles, tile_work
 
 # By the size of the accumulator, as in tiles.py. Tiles with few rows or few columns are for groups of few channels.
@@ -98,7 +98,7 @@ class WeightGradientTiled(Family[WeightGradientProblem]):
             "MIN_BLOCKS": tile.min_blocks if bits == 32 else 1,
             "SHARED_BYTES": _shared_bytes(tile, dtype, bits),
         }
-        return gradient_config(self.name, dtype, bits, macros)
+        return Config.for_dtype(self.name, dtype, bits, macros)
 
 
 class _Tiling(NamedTuple):

@@ -19,7 +19,7 @@ Source: T. G. Stockham, High-speed convolution and correlation, AFIPS 1966.
 
 from .choice import choose, refusal
 from .costs import Costs, costs
-from .executor import Executor, products
+from .executor import Executor, kept_bytes, products
 from .plan import FftProblem, Plan
 
-__all__ = ["Costs", "Executor", "FftProblem", "Plan", "choose", "costs", "products", "refusal"]
+__all__ = ["Costs", "Executor", "FftProblem", "Plan", "choose", "costs", "kept_bytes", "products", "refusal"]

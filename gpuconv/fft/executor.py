@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import lru_cache
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,6 +15,7 @@ from .. import dispatch, runtime
 from ..device import Device
 from ..edge import source_indices
 from ..families import Layout
+from ..families.base import PACKED
 from ..problem import ConvProblem, WeightGradientProblem
 from .plan import Plan, channels_of, spectral_dtype, work_dtype
 
@@ -111,9 +114,22 @@ class _Work:
         # As a convolution with a group for each of them, and one tap: bits do not depend on the number of columns.
         p = _product_problem(left.shape, right.shape[-1], str(left.dtype))
         y = self.xp.empty((*left.shape[:3], right.shape[-1]), left.dtype)
-        operands = right.reshape(p.input_shape), left.reshape(p.weight_shape), y.reshape(p.output_shape)
-        _product_executor(p, int(y.data.device_id)).run(*operands)
+        packed = left if isinstance(left, _Packed) else None
+        weight = None if packed is not None else left.reshape(p.weight_shape)
+        executor = _product_executor(p, int(y.data.device_id), packed is not None)
+        executor.run(right.reshape(p.input_shape), weight, y.reshape(p.output_shape), prepared=packed)
         return y
+
+
+class _Packed(NamedTuple):
+    """Matrices that a prepared weight keeps in the order in which the kernel of their products reads them."""
+
+    shape: tuple[int, int, int, int]
+    dtype: np.dtype[Any]
+    memory: Any
+
+    def packed(self, _: runtime.Packs) -> Any:
+        return self.memory
 
 
 def _product_problem(left: tuple[int, int, int, int], columns: int, dtype: str) -> ConvProblem:
@@ -123,22 +139,50 @@ def _product_problem(left: tuple[int, int, int, int], columns: int, dtype: str) 
 
 
 def products(plan: Plan, device: Device) -> list[dispatch.Choice | None]:
-    """The kernels that multiply the matrices of a plan on a GPU."""
+    """The kernels that multiply the matrices of a plan on a GPU, each once, for any weight and for a prepared one."""
     if not plan.by_matrices:
         return []
-    dtype, found = str(spectral_dtype(plan.problem.dtype)), []
+    found = (_choice(p, device, is_prepared) for p in _product_problems(plan) for is_prepared in (False, True))
+    return [*dict.fromkeys(found)]
+
+
+def kept_bytes(plan: Plan, device: Device | None) -> int:
+    """The memory that a prepared weight keeps for a plan on a GPU, or for None on the CPU.
+
+    These are the spectra, or in their place what the kernels of the products make of them.
+    """
+    if device is None or not plan.by_matrices:
+        return plan.spectra_bytes
+    total = 0
+    for p in _product_problems(plan):
+        choice = _choice(p, device, is_prepared=True)
+        packed = 0 if choice is None else choice.plan.scratch_bytes(PACKED)
+        total += packed or math.prod(p.weight_shape) * p.itemsize
+    return total
+
+
+def _product_problems(plan: Plan) -> Iterator[ConvProblem]:
+    """The products of matrices of each chunk of a plan on a GPU."""
+    dtype = str(spectral_dtype(plan.problem.dtype))
     for groups, channels in plan.chunks():
         written = (channels.stop - channels.start) * plan.overlap.phases_out
         depth, columns = plan.read, plan.batch
         if isinstance(plan.problem, WeightGradientProblem):
             depth, columns = columns, depth
-        found.append(_product_problem((groups.stop - groups.start, plan.frequencies, written, depth), columns, dtype))
-    return [dispatch.choose(p, Layout.contiguous(p), device) for p in dict.fromkeys(found)]
+        yield _product_problem((groups.stop - groups.start, plan.frequencies, written, depth), columns, dtype)
+
+
+def _choice(problem: ConvProblem, device: Device, is_prepared: bool) -> dispatch.Choice | None:
+    return dispatch.choose(problem, replace(Layout.contiguous(problem), is_prepared=is_prepared), device)
 
 
 @lru_cache(maxsize=256)
-def _product_executor(problem: ConvProblem, device_index: int) -> runtime.Executor:  # noqa: ARG001 (one for each GPU)
-    return runtime.make_executor(problem, ("input", "weight"), (None, None), None)
+def _product_executor(
+    problem: ConvProblem,
+    device_index: int,  # noqa: ARG001 (one for each GPU)
+    is_prepared: bool,
+) -> runtime.Executor:
+    return runtime.make_executor(problem, ("input", "weight"), (None, None), None, is_prepared=is_prepared)
 
 
 class _Convolution(_Work):
@@ -167,8 +211,15 @@ class _Convolution(_Work):
         return _shared((p.kind, p.groups, p.stride, p.dilation, p.dtype, self._conjugate, *layout))
 
     def pack(self, weight: Any) -> list[Any]:
-        """The spectra of all chunks of a weight."""
-        return [self._spectra(weight, *chunk) for chunk in self.plan.chunks()]
+        """The spectra of all chunks of a weight, as the products read them."""
+        return [self._packed(self._spectra(weight, *chunk)) for chunk in self.plan.chunks()]
+
+    def _packed(self, spectra: Any) -> Any:
+        if not (self.plan.on_gpu and self.plan.by_matrices):
+            return spectra
+        p = _product_problem(spectra.shape, self.plan.batch, str(spectra.dtype))
+        packing = _product_executor(p, int(spectra.data.device_id), True).packing
+        return spectra if packing is None else _Packed(spectra.shape, spectra.dtype, packing.pack(spectra))
 
     def _spectra(self, weight: Any, groups: slice, channels: slice) -> Any:
         """The conjugates of the spectra of the taps of a chunk, with which blocks correlate.

@@ -12,6 +12,8 @@ from .gpu import (
     cuda_versions,
     cupy_module,
     current_device_of,
+    current_gpu,
+    current_index,
     device,
     device_count,
     empty_beside,
@@ -22,11 +24,12 @@ from .gpu import (
     refuse_during_capture,
 )
 from .kernels import DEFAULT_SHARED_BYTES, append, build
-from .prepared import PreparedWeight, prepare
+from .prepared import Packs, PreparedWeight, prepare
 
 __all__ = [
     "DEFAULT_SHARED_BYTES",
     "Executor",
+    "Packs",
     "PreparedWeight",
     "add",
     "aligned",
@@ -40,6 +43,8 @@ __all__ = [
     "cuda_versions",
     "cupy_module",
     "current_device_of",
+    "current_gpu",
+    "current_index",
     "device",
     "device_count",
     "empty_beside",

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .arrays import assign, clear
-from .gpu import cupy_module, device, temporary
+from .gpu import cupy_module, current_gpu, temporary
 from .kernels import Kernel
-from .prepared import Packing, PreparedWeight
+from .prepared import HasPacked, Packing
 
 if TYPE_CHECKING:
     from .. import dispatch
@@ -27,18 +28,19 @@ class Executor:
     Attributes:
         choice: what is launched; None where the result is empty or zero.
         copies: the arrays that are copied because kernels cannot read or write them in place.
+        packing: packs the weight; None where the kernels read it as it is.
     """
 
     __slots__ = (
         "_conjugate_weight",
         "_copied",
         "_has_samples",
-        "_packing",
         "_scratch",
         "_steps",
         "_weight",
         "choice",
         "copies",
+        "packing",
     )
 
     def __init__(
@@ -60,7 +62,7 @@ class Executor:
         self._conjugate_weight = conjugate_weight
         self._copied = [name in copies for name in operands] if copies else None
         self._weight = operands.index("weight") if "weight" in operands else -1
-        self._packing: Packing | None = None
+        self.packing: Packing | None = None
         self._has_samples = False
         self._scratch: list[int] = []  # bytes of the buffers of a call
         self._steps: list[tuple[Kernel, tuple[int, ...]]] = []  # kernels with indices of their pointers; -1 is null
@@ -68,7 +70,7 @@ class Executor:
             return
         names, steps = [*operands], choice.plan.steps
         if steps[0].arrays == ("weight", PACKED):
-            self._packing = Packing(steps[0], choice.plan.scratch_bytes(PACKED))
+            self.packing = Packing(steps[0], choice.plan.scratch_bytes(PACKED))
             names.append(PACKED)
             steps = steps[1:]
         self._has_samples = any(SAMPLES in step.arrays for step in steps)
@@ -82,10 +84,11 @@ class Executor:
             places = tuple(-1 if name is None else names.index(name) for name in step.arrays)
             self._steps.append((Kernel(step.config, step.launch), places))
 
-    def run(self, *arrays: Any, prepared: PreparedWeight | None = None, samples: Any = None) -> None:
+    def run(self, *arrays: Any, prepared: HasPacked | None = None, samples: Any = None) -> None:
         """Launch on the current device and CuPy's current stream; writes all of the last array, the result.
 
-        `prepared` holds the packed forms of the weight, if the caller has them. If the problem has lengths, `samples`
+        `prepared` holds the packed forms of the weight, if the caller has them; where it is used, the weight may be
+        None. If the problem has lengths, `samples`
         is the table that cuda_src/samples.cuh describes.
         """
         if self.choice is None:
@@ -96,27 +99,35 @@ class Executor:
             weight = usable[self._weight]
             cupy_module().conjugate(weight, weight)  # in place: it is a copy for this call
         pointers = [None if array is None else array.data for array in usable]
-        if self._packing is not None:
-            packing = self._packing
+        if self.packing is not None:
+            packing = self.packing
             pointers.append(packing.pack(usable[self._weight]) if prepared is None else prepared.packed(packing))
         if self._has_samples:
             pointers.append(_write_samples(samples))
         pointers += map(temporary, self._scratch)
         pointers.append(None)
         for kernel, places in self._steps:
-            kernel.launch(*(pointers[place] for place in places))
+            kernel.launch(*[pointers[place] for place in places])  # a list is built faster than a generator runs
         if usable[-1] is not arrays[-1]:
             assign(arrays[-1], usable[-1])
 
 
 def _write_samples(table: np.ndarray[Any, Any]) -> Any:
     """A temporary buffer with a table of int64, which kernels write from their parameters."""
-    from ..families.lengths import write_launches
+    from ..families.lengths import writes
 
     buffer = temporary(table.nbytes)
-    for config, launch in write_launches(table.reshape(-1).tolist()):
-        Kernel(config, launch).launch(buffer)
+    index = int(cupy_module().cuda.runtime.getDevice())
+    for count, params in writes(table.reshape(-1)):
+        _writer(index, count).with_params(params).launch(buffer)
     return buffer
+
+
+@lru_cache(maxsize=64)
+def _writer(device_index: int, count: int) -> Kernel:  # noqa: ARG001 (one for each GPU)
+    from ..families.lengths import write_launch
+
+    return Kernel(*write_launch(count))
 
 
 def _with_copies(arrays: Sequence[Any], copies: Sequence[bool]) -> Sequence[Any]:
@@ -170,6 +181,5 @@ def make_executor(
     layout, copies = dispatch.lay_out(problem, pointers)
     if conjugate_weight:
         copies = (*copies, "weight")
-    index = int(cupy_module().cuda.runtime.getDevice())
-    choice = dispatch.choose(problem, replace(layout, is_prepared=is_prepared), device(index), algorithm)
+    choice = dispatch.choose(problem, replace(layout, is_prepared=is_prepared), current_gpu(), algorithm)
     return Executor(choice, names, copies, conjugate_weight=conjugate_weight)

@@ -137,6 +137,16 @@ def device(index: int) -> Device:
     )
 
 
+def current_index() -> int:
+    """CuPy's index of its current GPU."""
+    return int(cupy_module().cuda.runtime.getDevice())
+
+
+def current_gpu() -> Device:
+    """CuPy's current GPU."""
+    return device(current_index())
+
+
 def nvrtc_version() -> tuple[int, int] | None:
     """The version of NVRTC, CUDA's compiler at run time; None where it cannot be loaded.
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from .arrays import aligned
-from .gpu import cuda_versions, cupy_module, device, nvrtc_version
+from .gpu import cuda_versions, cupy_module, current_gpu, nvrtc_version
 
 # Modules that only a GPU needs are imported at their first use: `import gpuconv` imports this file but no families.
 if TYPE_CHECKING:
@@ -44,7 +46,7 @@ class Kernel:
         from .. import source
 
         cupy = cupy_module()
-        gpu = device(int(cupy.cuda.runtime.getDevice()))
+        gpu = current_gpu()
         kernel = build(config, gpu.arch_name)
         # More than the default needs a higher limit. All plans of a kernel, in all threads, share this limit, so each
         # sets the same one: the most that a block can have. The driver needs a current context for this. A new thread
@@ -58,6 +60,14 @@ class Kernel:
         self._shared_bytes = launch.shared_bytes
         # The struct is passed by value: the driver copies it out of this buffer at each launch.
         self._params = cupy.cuda.function.CNumpyArray(source.pack_params(dict(launch.params), launch.index_bits))
+
+    def with_params(self, params: np.ndarray[Any, Any]) -> Kernel:
+        """The same kernel and launch with other parameters: those that `source.pack_params` would pack."""
+        other = Kernel.__new__(Kernel)
+        other._block, other._function, other._grid = self._block, self._function, self._grid
+        other._shared_bytes = self._shared_bytes
+        other._params = cupy_module().cuda.function.CNumpyArray(params)
+        return other
 
     def launch(self, *pointers: Any) -> None:
         """Launch on the current device and CuPy's current stream. The only place in gpuconv that launches a kernel."""

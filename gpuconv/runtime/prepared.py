@@ -25,6 +25,13 @@ class Packs(Protocol):
         """Make the packed form, in the order of the current stream."""
 
 
+class HasPacked(Protocol):
+    """Holds packed forms of a weight."""
+
+    def packed(self, packing: Packs) -> Any:
+        """The packed form that `packing` makes, complete on the current stream."""
+
+
 class Packing:
     """The step of a plan that packs the weights.
 

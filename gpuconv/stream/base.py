@@ -13,7 +13,7 @@ import numpy as np
 from .. import functional, nn, runtime
 from ..arguments import ArraySpec, Settings, check_int
 from ..dispatch import BY_FFT
-from ..fusion import FUSED_ARRAYS, ActivationLike, Fused
+from ..fusion import ActivationLike, Fused
 from ..interchange import view
 from ..memory import check_kinds, take
 from ..problem import INTEGER_SUMS, ConvProblem, Op, Padding, Setting
@@ -93,8 +93,7 @@ class Stream:
         self._span = self._dilation * (shape[2] - 1) + 1
         self._left, self._right = self._sides(caller, settings)
         fused = Fused.check(caller, activation, input_activation)
-        fused_arrays = {n: array for n, array in zip(FUSED_ARRAYS, fused.arrays, strict=True) if array is not None}
-        check_kinds(caller, {"weight": self._weight.array, **fused_arrays})
+        check_kinds(caller, {"weight": self._weight.array, **fused.given})
         self.slots = check_int(caller, "slots", slots, "an int", 1)
         self._call: Any = getattr(functional, self.op)
         with self._here():

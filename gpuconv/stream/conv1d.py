@@ -22,10 +22,8 @@ class Conv1d(Stream):
         dilation: distance between taps, in samples.
         groups: input and output channels are cut into this many groups that do not mix.
         slots: the number of independent signals.
-        precision: as in `gpuconv.conv1d`.
         algorithm: as in `gpuconv.conv1d`, but neither "fft" nor "auto".
-        activation: as in `gpuconv.conv1d`.
-        input_activation: as in `gpuconv.conv1d`.
+        precision, activation, input_activation: as in `gpuconv.conv1d`.
 
     Raises:
         ValueError: a value is out of range, or the padding depends on the length of the whole signal.

@@ -23,10 +23,8 @@ class ConvTranspose1d(Stream):
         groups: input and output channels are cut into this many groups that do not mix.
         dilation: distance between taps, in output samples.
         slots: the number of independent signals.
-        precision: as in `gpuconv.conv_transpose1d`.
         algorithm: as in `gpuconv.conv_transpose1d`, but neither "fft" nor "auto".
-        activation: as in `gpuconv.conv1d`.
-        input_activation: as in `gpuconv.conv1d`.
+        precision, activation, input_activation: as in `gpuconv.conv_transpose1d`.
 
     Raises:
         ValueError: a value is out of range.

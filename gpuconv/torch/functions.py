@@ -54,19 +54,13 @@ def conv1d(
             device, with any strides and, with the exceptions at `weight` and `out_dtype`, of one dtype.
         weight: (C_out, C_in/groups, K); real or complex where `input` is complex.
         bias: (C_out,), or None.
-        stride: see `gpuconv.conv1d`.
-        padding: likewise.
-        dilation: likewise.
-        groups: likewise.
-        padding_mode: likewise.
-        input_activation: likewise. What is fused has no derivatives.
-        residual: likewise, a tensor.
-        activation: likewise; the arrays of snake are tensors.
-        lengths: likewise, a sequence of ints or a tensor, whose values are read on the CPU: this waits for a CUDA
-            tensor, and torch.compile recompiles for other values. They apply to all derivatives.
-        precision: likewise; it applies to the gradients, too.
-        algorithm: likewise, for the output alone: gradients are computed as without it. Under `torch.func.vmap` it is
-            that of the single call for the whole batch.
+        stride, padding, dilation, groups, padding_mode: as in `gpuconv.conv1d`, as are all others.
+        input_activation, residual, activation: tensors in place of arrays. What is fused has no derivatives.
+        lengths: a sequence of ints or a tensor, whose values are read on the CPU: this waits for a CUDA tensor, and
+            torch.compile recompiles for other values. They apply to all derivatives.
+        precision: it applies to the gradients, too.
+        algorithm: for the output alone: gradients are computed as without it. Under `torch.func.vmap` it is that of the
+            single call for the whole batch.
         out_dtype: of the sums of integers, `torch.int64` or `torch.int32`, or its name; see `gpuconv.conv1d`.
 
     Returns:
@@ -137,20 +131,8 @@ def conv_transpose1d(
         input: (N, C_in, L_in), or (C_in, L_in) for a single sample.
         weight: (C_in, C_out/groups, K).
         bias: (C_out,), or None.
-        stride: see `gpuconv.conv_transpose1d`.
-        padding: likewise.
-        output_padding: likewise.
-        groups: likewise.
-        dilation: likewise.
-        output_size: likewise.
-        padding_mode: likewise.
-        input_activation: see `conv1d`.
-        residual: likewise.
-        activation: likewise.
-        lengths: likewise.
-        precision: likewise.
-        algorithm: likewise.
-        out_dtype: likewise.
+        stride, padding, output_padding, groups, dilation, output_size, padding_mode: as in `gpuconv.conv_transpose1d`.
+        input_activation, residual, activation, lengths, precision, algorithm, out_dtype: as in `conv1d`.
 
     Returns:
         (N, C_out, L_out), or (C_out, L_out) for a single sample: a contiguous tensor.
@@ -298,9 +280,12 @@ def _tensors(
     tensors = {"input": input, "weight": weight} if bias is None else {"input": input, "weight": weight, "bias": bias}
     for name, tensor in tensors.items():
         _check_tensor(op, name, tensor, input)
-    x, w, b = (_autocast_as(tensor, input) for tensor in (input, weight, bias))
-    assert x is not None
-    assert w is not None
+    if _is_autocast_on(input):
+        x, w, b = (_autocast_as(tensor, input) for tensor in (input, weight, bias))
+        assert x is not None
+        assert w is not None
+    else:
+        x, w, b = input, weight, bias
     if precision != "float32":
         check_precision(op, precision, dtype_name(x.dtype))
     return x, w, b
@@ -328,12 +313,15 @@ def _check_tensor(op: Op, name: str, tensor: Any, input: Tensor) -> None:
 
 def _autocast_as(tensor: Tensor | None, input: Tensor) -> Tensor | None:
     """An argument cast as in PyTorch's own convolutions: float64 and complex calls are left alone."""
-    kind = "cuda" if input.is_cuda else "cpu"
-    if tensor is None or not (torch.is_autocast_enabled(kind) and (input.is_cuda or input.is_cpu)):
+    if tensor is None or not _is_autocast_on(input):
         return tensor
     if not tensor.is_floating_point() or tensor.dtype == torch.float64 or input.is_complex():
         return tensor
-    return tensor.to(torch.get_autocast_dtype(kind))
+    return tensor.to(torch.get_autocast_dtype("cuda" if input.is_cuda else "cpu"))
+
+
+def _is_autocast_on(input: Tensor) -> bool:
+    return torch.is_autocast_enabled("cuda" if input.is_cuda else "cpu") and (input.is_cuda or input.is_cpu)
 
 
 class Indifferent(TorchFunctionMode):

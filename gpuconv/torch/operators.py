@@ -29,7 +29,7 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
 from .. import functional, grad
-from ..fusion import ACTIVATION_ARRAYS, FUSED_ARRAYS, INPUT_ACTIVATION_ARRAYS, Activation, Fused, Fusion
+from ..fusion import FUSED_ARRAYS, Activation, Fused, Fusion
 from ..lengths import output_lengths
 from ..problem import ArraySpec, ConvProblem, Op
 from . import tensors
@@ -521,11 +521,7 @@ def _register_fused(op: Op) -> Callable[..., Tensor]:
 
         def function(x: Any, w: Any, b: Any, *more: Any, **options: Any) -> Any:
             named = dict(zip(FUSED_ARRAYS, more, strict=True))
-            sides = ((fusion.activation, ACTIVATION_ARRAYS), (fusion.input_activation, INPUT_ACTIVATION_ARRAYS))
-            activation, input_activation = (
-                None if a is None else a.as_argument(tuple(named[key] for key in keys[: a.arrays])) for a, keys in sides
-            )
-            fused = {"activation": activation, "input_activation": input_activation, "residual": named["residual"]}
+            fused = {**fusion.as_arguments(named), "residual": named["residual"]}
             return getattr(functional, op)(x, w, b, **_keywords(op, settings), **fused, **options)
 
         return tensors.write(lambda: fake(*given), function, *given[:number])

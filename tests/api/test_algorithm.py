@@ -15,18 +15,18 @@ import gpuconv
 from gpuconv import cases, dispatch, runtime
 from gpuconv.device import Device
 from gpuconv.families import Family, Layout
-from tests.plans import FORWARD_FAMILIES, refusal_of
+from tests.plans import BASE, FORWARD_FAMILIES, refusal_of
 
 pytestmark = pytest.mark.gpu
 
 OPS = ("conv1d", "conv_transpose1d")
-BASE = {"conv1d": "conv1d_direct", "conv_transpose1d": "conv_transpose1d_gather"}
 
 # A small case that each family takes.
 TAKEN = {
     "conv1d_mma": "mimi_stream",
     "conv_transpose1d_mma": "up_stride2_k4",
     "conv1d_im2col": "enformer_stem",
+    "conv_transpose1d_im2col": "up_long_kernel",
     "conv1d_toeplitz": "quartznet_dw",
     "conv1d_depthwise": "depthwise_strided_dilated",
     "conv1d_skinny": "length1_padded",
@@ -46,6 +46,7 @@ REFUSED = {
     "conv1d_mma": "one_channel",
     "conv_transpose1d_mma": "up_length127",
     "conv1d_im2col": "mimi_stream",
+    "conv_transpose1d_im2col": "up_stride2_k4",
     "conv1d_toeplitz": "mimi_stream",
     "conv1d_depthwise": "mimi_stream",
     "conv1d_skinny": "one_channel",
@@ -86,7 +87,7 @@ def number_format(family: str) -> str:
 
 
 def this_gpu() -> Device:
-    return runtime.device(runtime.cupy_module().cuda.runtime.getDevice())
+    return runtime.current_gpu()
 
 
 @pytest.mark.parametrize("family", FORWARD_FAMILIES, ids=lambda family: family.name)

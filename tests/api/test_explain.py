@@ -177,6 +177,85 @@ def test_the_dict_survives_json() -> None:
     assert plain["copies"] == []
 
 
+# For each setting values that differ from the default, with what else the call needs.
+OTHER_SETTINGS: dict[str, list[dict[str, Any]]] = {
+    "stride": [{"stride": 2}],
+    "padding": [{"padding": 1}, {"padding": (1, 0)}, {"padding": (0, 1)}],
+    "dilation": [{"dilation": 2}],
+    "groups": [{"groups": 2, "weight": spec(8, 4, 3)}],
+    "padding_mode": [{"padding_mode": "reflect", "padding": 1}],
+    "input_activation": [{"input_activation": "relu"}, {"input_activation": ("snake", spec(8))}],
+    "residual": [{"residual": True}],
+    "activation": [{"activation": "relu"}, {"activation": "silu"}, {"activation": ("leaky_relu", 0.5)}],
+    "lengths": [{"lengths": [30, 20]}, {"lengths": [30, 21]}],
+    "precision": [{"precision": "tf32"}],
+    "algorithm": [{"algorithm": name} for name in ("base", "auto", "fft")],
+    "out_dtype": [{"out_dtype": name, "dtype": "int8"} for name in ("int32", "int64")],
+    "output_padding": [{"output_padding": 1, "stride": 2}],
+    "output_size": [{"output_size": 92, "stride": 3}],
+}
+
+
+def told(op: Any, **given: Any) -> str:
+    """What JSON tells of a call on (2, 8, 30) with 8 channels."""
+    x, w, dtype = given.pop("input", spec(2, 8, 30)), given.pop("weight", spec(8, 8, 3)), given.pop("dtype", None)
+    if dtype is not None:
+        x, w = spec(*x.shape, dtype=dtype), spec(*w.shape, dtype=dtype)
+    if given.get("residual"):
+        given["residual"] = spec(*explain(op, x, w, device="cpu").shapes["output"])
+    return json.dumps(explain(op, x, w, given.pop("bias", None), **{"device": "sm_90", **given}).to_dict())
+
+
+@pytest.mark.parametrize("op", SETTINGS)
+def test_the_dict_tells_every_argument(op: Any) -> None:
+    """Calls of which an argument differs have different dictionaries, even where they run the same kernels."""
+    calls: list[dict[str, Any]] = [{}, {"bias": spec(8)}, {"device": "cpu"}, {"device": "sm_80"}]
+    calls += [{"dtype": "float16"}, {"input": spec(2, 8, 31)}, {"weight": spec(8, 8, 4)}]
+    calls += [{"input": spec(1, 8, 30)}, {"input": spec(8, 30)}]
+    calls += [{"direction": name} for name in ("grad_input", "grad_weight", "grad_bias")]
+    calls += [{"direction": name, "algorithm": "base"} for name in ("grad_input", "grad_weight", "grad_bias")]
+    for setting in SETTINGS[op]:
+        calls += [c for c in OTHER_SETTINGS[setting] if op == "conv1d" or "padding_mode" not in c]
+    if op == "conv1d":  # the padding of each sample follows its length
+        calls += [{"lengths": [30, 30], "stride": 2, "padding": padding} for padding in ("same", (0, 1))]
+    zeros, w = np.zeros((2, 8, 30), np.float32), np.zeros((8, 8, 3), np.float32)
+    wide, bytes_ = np.zeros((2, 30, 8), np.float32), np.zeros(zeros.nbytes + 4, np.uint8)
+    odd = bytes_[4:].view(np.float32).reshape(2, 8, 30)
+    for x in (zeros.astype(">f4"), wide.swapaxes(1, 2), odd, zeros[..., ::-1]):
+        calls.append({"input": x, "weight": w})
+    texts = [told(op, **call) for call in calls]
+    for text, call in zip(texts, calls, strict=True):
+        assert texts.count(text) == 1, call
+
+
+@pytest.mark.parametrize("op", SETTINGS)
+@pytest.mark.parametrize("algorithm", [None, "base", "auto", "fft"])
+def test_the_arguments_that_the_dict_tells_give_it_again(op: Any, algorithm: str | None) -> None:
+    lengths = [60, 41]
+    settings: dict[str, Any] = {"stride": 2, "algorithm": algorithm, "dilation": 2}
+    of_calls: list[dict[str, Any]] = [{}, {"padding": 2}, {"padding": "same"}, {"padding": "same", "lengths": lengths}]
+    for more in (*of_calls, {"padding": 2, "lengths": lengths}):
+        given = {**settings, **more}
+        found = json.loads(told(op, input=spec(2, 8, 60), **given))
+        problem = found["problem"]
+        names = ("stride", "dilation", "groups", "output_padding" if op == "conv_transpose1d" else "padding_mode")
+        again = {name: problem[name] for name in names}
+        if found["padding"] == "same":
+            again.pop("output_padding", None)
+        arrays = {name: spec(*problem[f"{name}_shape"], dtype=problem["dtype"]) for name in ("input", "weight")}
+        device = Device(**found["device"])
+        again.update((name, found[name]) for name in ("algorithm", "lengths", "direction"))
+        padding = found["padding"]
+        again["padding"] = padding if padding == "same" else tuple(padding)
+        assert json.loads(told(found["op"], device=device, **arrays, **again)) == found
+
+
+def test_the_algorithm_is_told() -> None:
+    found = explain("conv1d", X, W, algorithm="base", device="sm_90")
+    assert found.to_dict()["algorithm"] == "base"
+    assert "groups 1, algorithm base\n" in str(found)
+
+
 def test_an_empty_output_launches_nothing() -> None:
     found = explain("conv1d", spec(0, 3, 20), spec(4, 3, 3), device="sm_90")
     assert found.choice is None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tracemalloc
 from collections.abc import Iterator
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -426,6 +427,29 @@ def test_bits_on_a_gpu_follow_the_block_of_a_dense_layer(cupy: Any, on_gpu: OnTh
                 gpuconv.conv1d(data, taps, groups=2, algorithm="fft", out=cupy.empty_like(data[..., 99:]))
         finally:
             stream.end_capture()
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("on_gpu")
+def test_spectra_are_packed_once(cupy: Any, launched: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prepared weight keeps what the kernel of the products reads, and nothing else; the bits are the same."""
+    monkeypatch.setitem(fft.plan.BATCH_BYTES, "gpu", 2**18)  # enough columns for a kernel that reads packed weights
+    rng = np.random.default_rng(37)
+    x, w = (cupy.asarray(random_array(rng, shape, "float32")) for shape in ((2, 8, 300), (16, 8, 20)))
+    call = partial(gpuconv.conv1d, x, algorithm="fft")
+    y = call(w).get()
+    assert launched == ["pack_weight", "conv1d_tiled"]
+    prepared = gpuconv.prepare(w)
+    pool = cupy.get_default_memory_pool()
+    assert (call(prepared).get() == y).all()
+    assert launched == ["pack_weight", "conv1d_tiled"] * 2
+    ((_, (packed,)),) = prepared._packed.values()
+    found = gpuconv.explain("conv1d", x, w, algorithm="fft")
+    assert found.to_dict()["fft"]["prepared_bytes"] == packed.memory.mem.size
+    before = pool.used_bytes()
+    assert (call(prepared).get() == y).all()
+    assert pool.used_bytes() == before
+    assert launched[4:] == ["conv1d_tiled"]
 
 
 @pytest.mark.gpu

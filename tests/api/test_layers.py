@@ -26,6 +26,8 @@ CALLS: list[tuple[Any, ...]] = [
     ("conv1d", (16, 30), (8, 16, 3), "float32", {"input_activation": ("snake", (16,), (16,)), "residual": (8, 28)}),
     ("conv1d", (2, 16, 30), (8, 16, 3), "complex64", {"residual": (2, 8, 28)}),
     ("conv_transpose1d", (2, 16, 30), (16, 8, 3), ("complex64", "float32"), {}),
+    ("conv1d", (2, 16, 300), (8, 16, 40), "float32", {"algorithm": "fft"}),
+    ("conv_transpose1d", (2, 16, 30), (16, 8, 3), "float32", {"algorithm": "base"}),
 ]
 
 
@@ -83,6 +85,7 @@ GOOD = json.dumps(explained(*CALLS[0], bias=True).to_dict())
         (GOOD.replace('"stride"', '"strides"'), "layer 1: has no field stride"),
         (GOOD.replace("[64, 512, 3]", '"64,512,3"'), "layer 1: a shape must be a list of numbers, got '64,512,3'"),
         ('{"problem": {"C_coarse": 1}}', "layer 1: is the problem of a gradient, expected that of --direction forward"),
+        (GOOD.replace('"forward"', '"grad_input"'), "layer 1: is the problem of a gradient, expected that of"),
         ("\udcff", "is not a text file"),
     ],
 )

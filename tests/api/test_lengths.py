@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pytest
 
 import gpuconv
-from gpuconv import cases, grad, nn, reference
+from gpuconv import cases, grad, nn, reference, runtime
 from gpuconv.problem import ArraySpec, BiasGradientProblem, ConvProblem, Op, WeightGradientProblem
 
 Array = npt.NDArray[Any]
@@ -275,6 +275,28 @@ def test_explain_tells_what_lengths_become() -> None:
     assert weight.runs == 1
     with pytest.raises(ValueError, match=r"^conv1d: lengths must be from 0"):
         gpuconv.explain("conv1d", x, w, lengths=[101, 0, 0, 0], device="cpu")
+
+
+@pytest.mark.gpu
+def test_kernels_for_lengths_are_made_once(cupy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that write the table serve all tables of their size, whatever the lengths are."""
+    rng = np.random.default_rng(6)
+    x, w = (cupy.asarray(rng.standard_normal(shape, np.float32)) for shape in ((200, 2, 9), (2, 2, 3)))
+    made: list[str] = []
+    make = runtime.kernels.Kernel.__init__
+
+    def counted(self: Any, config: Any, launch: Any) -> None:
+        made.append(config.kernel)
+        make(self, config, launch)
+
+    monkeypatch.setattr(runtime.kernels.Kernel, "__init__", counted)
+    runtime.executor._writer.cache_clear()
+    for _ in range(3):
+        lengths = rng.integers(3, 10, 200)  # two launches write the table
+        y = gpuconv.conv1d(x, w, lengths=lengths, algorithm="base")
+        for n in (0, 199):
+            assert (y[n, :, : lengths[n] - 2] == gpuconv.conv1d(x[n, :, : lengths[n]], w, algorithm="base")).all()
+    assert made.count("write_samples") == 1
 
 
 @pytest.mark.gpu

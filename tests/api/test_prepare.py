@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import gpuconv
-from gpuconv import calls, nn, runtime
+from gpuconv import calls, nn, runtime, stream
 from gpuconv.families import Config, Launch, Step
 from gpuconv.runtime import PreparedWeight
 
@@ -192,6 +192,31 @@ def test_layers_that_hold_a_prepared_weight_are_copied_and_pickled(duplicate: Ca
     found = duplicate(layer)
     assert isinstance(found.weight, PreparedWeight)
     assert np.array_equal(found(x), layer(x))
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("two_gpus")
+@pytest.mark.parametrize("duplicate", DUPLICATES)
+def test_copies_stay_on_their_gpu_and_pickles_follow_cupy(cupy: Any, duplicate: Callable[[Any], Any]) -> None:
+    """A pickle is loaded onto the current GPU, as those of CuPy's arrays are, so all of one pickle is on one GPU."""
+    _, x, w, _ = arrays("mma in blocks")
+    with cupy.cuda.Device(1):
+        layer = nn.Conv1d(24, 20, 3, activation=("snake", cupy.ones(20, np.float32)), device="cuda", rng=0)
+        layer.weight = gpuconv.prepare(cupy.asarray(w))
+        streaming = stream.Conv1d(layer.weight, padding="causal", slots=2)
+        data = cupy.asarray(x)
+        expected = layer(data).get()
+        streaming.push(data)
+        wanted = streaming.clone().push(data).get()
+    if duplicate is copy.copy:
+        found, following, given = copy.copy(layer), copy.copy(streaming), data
+    else:
+        found, following, given = duplicate((layer, streaming, data))
+    expected_gpu = 1 if duplicate in (copy.copy, copy.deepcopy) else 0
+    assert {a.data.device_id for a in (*found.state_dict().values(), given)} == {expected_gpu}
+    assert found(given).data.device_id == expected_gpu
+    assert np.array_equal(found(given).get(), expected)
+    assert np.array_equal(following.push(given).get(), wanted)
 
 
 def test_a_layer_keeps_its_prepared_weight_up_to_date() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import cProfile
 import json
 import math
 import time
@@ -447,6 +448,22 @@ def test_a_repeated_call_validates_nothing(monkeypatch: pytest.MonkeyPatch) -> N
         call()
         monkeypatch.setattr(ConvProblem, "conv1d", None)
         call()
+
+
+def test_a_repeated_call_calls_little() -> None:
+    """The host's time is that of calls: of Python functions, and of those of CuPy and of Python itself."""
+
+    def count(work: Callable[[], object]) -> int:
+        profile = cProfile.Profile()
+        profile.runcall(work)
+        return sum(entry.callcount for entry in profile.getstats())
+
+    with overhead.stand_ins() as given:
+        calls = overhead.call_with_out(*given), overhead.call_with_lengths(*given)
+        for call in calls:
+            call()
+        assert count(calls[0]) <= 25
+        assert count(calls[1]) <= 80
 
 
 def test_sanitizer_runs_every_family_that_the_layers_take(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,7 @@ from gpuconv.cli import gpu, info, main, warmup
 from gpuconv.cli.terminal import show_progress
 from gpuconv.device import ARCHITECTURES
 from gpuconv.explain import DIRECTIONS
-from gpuconv.families import FAMILIES, Config
+from gpuconv.families import FAMILIES, Config, conv1d_depthwise_push, windows
 from gpuconv.gpus import missing_gpu
 from gpuconv.problem import ArraySpec, numpy_dtype
 from gpuconv.text import install_hint
@@ -573,9 +573,12 @@ def test_warmup_compiles_every_kernel_of_the_dtypes(capsys: pytest.CaptureFixtur
     device = ARCHITECTURES["sm_90"]
     assert main(["warmup", "--dtype", "float32,float16"]) == 0
     every = [c for family in FAMILIES for c in family.configs(device)]
-    wanted = [c for c in every if dict(c.macros)["DTYPE"] in ("float32", "float16")]
-    of_streams = ["append_samples"] * 4  # with offsets of 32 and of 64 bits
-    assert [name for name, _ in _Kernel.compiled] == [*(c.kernel for c in dict.fromkeys(wanted)), *of_streams]
+    operations = [family for family in FAMILIES if family.kind in ("conv1d", "conv_transpose1d")]
+    every += [c for family in operations for c in windows.configs(family, device)]
+    every += conv1d_depthwise_push.configs()
+    wanted = {c for c in every if dict(c.macros)["DTYPE"] in ("float32", "float16")}
+    names = [*(c.kernel for c in wanted), *["append_samples"] * 4]  # with offsets of 32 and of 64 bits
+    assert sorted(name for name, _ in _Kernel.compiled) == sorted(names)
     assert len(set(_Kernel.compiled)) == len(_Kernel.compiled)
     out = capsys.readouterr().out
     assert out.startswith(f"{len(_Kernel.compiled)} kernels for H200 (sm_90) ready in ")
@@ -584,7 +587,7 @@ def test_warmup_compiles_every_kernel_of_the_dtypes(capsys: pytest.CaptureFixtur
     assert main(["warmup", "conv1d"]) == 0
     others = [family for family in FAMILIES if family.kind != "conv_transpose1d"]  # those of the gradients serve both
     expected = {c.kernel for family in others for c in family.configs(device)}
-    assert {name for name, _ in _Kernel.compiled} == {*expected, "append_samples"}
+    assert {name for name, _ in _Kernel.compiled} == {*expected, "append_samples", "conv1d_depthwise_push"}
 
 
 @pytest.mark.usefixtures("played_gpu")

@@ -22,13 +22,10 @@ from gpuconv.problem import ConvProblem, numpy_dtype
 from tests import hostcuda
 from tests.hostcuda import Counts
 from tests.kernels.arrays import assert_same_bits, unaligned
-from tests.plans import plan_of, refusal_of
+from tests.plans import BASE, H200, plan_of, refusal_of
 
 Array = npt.NDArray[Any]
 Run: TypeAlias = Callable[..., Array]  # (problem, data, **settings of hostcuda.compute)
-
-H200 = Device.from_arch("sm_90")
-BASE = {"conv1d": "conv1d_direct", "conv_transpose1d": "conv_transpose1d_gather"}
 
 
 def assert_right(problem: ConvProblem, output: Array, data: Data, what: object = None) -> None:

@@ -6,25 +6,20 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 
 from gpuconv import cases
 from gpuconv.checks import same_bits
 from gpuconv.device import ARCHITECTURES, Device
 from gpuconv.families import ArrayLayout, Family, Layout
-from gpuconv.families.base import contiguous_strides
 from gpuconv.families.depthwise import BLOCK_SIZE, Divisor
 from gpuconv.problem import DTYPES, FORMATS, ConvProblem
 from tests import hostcuda
-from tests.plans import FORWARD_FAMILIES, kernel_of, refusal_of
+from tests.kernels.cuda_cores import assert_bits_of_the_base, check_offsets_beyond_32_bits
+from tests.plans import BASE, FORWARD_FAMILIES, H200, kernel_of, refusal_of
 
-Array = npt.NDArray[Any]
-
-DEVICE = Device.from_arch("sm_90")
 FORWARD, TRANSPOSED = "conv1d_depthwise", "conv_transpose1d_depthwise"
-BASE = {FORWARD: "conv1d_direct", TRANSPOSED: "conv_transpose1d_gather"}
-DEPTHWISE: tuple[Family, ...] = tuple(family for family in FORWARD_FAMILIES if family.name in BASE)
+DEPTHWISE: tuple[Family, ...] = tuple(family for family in FORWARD_FAMILIES if family.name.endswith("_depthwise"))
 
 by_name = {"ids": lambda value: getattr(value, "name", value)}
 
@@ -36,21 +31,12 @@ def depthwise(op: str, C: int, L: int, K: int, **settings: Any) -> ConvProblem:
 
 
 def macros(family: Family[Any], problem: ConvProblem, layout: Layout | None = None) -> dict[str, str]:
-    return dict(kernel_of(family, problem, layout or Layout.contiguous(problem), DEVICE)[0].macros)
-
-
-def assert_bits_of_the_base(family: Family[Any], problem: ConvProblem, layout: Layout | None = None) -> None:
-    """Normal data, three orders of the threads, both sides of every array guarded."""
-    data = cases.random_data(problem, 31)
-    output = hostcuda.compute(problem, *data, layout=layout, family=family.name, device=DEVICE, schedule="every")
-    expected = hostcuda.compute(problem, *data, family=BASE[family.name], device=DEVICE)
-    good = same_bits(output, expected)
-    assert good.all(), f"{problem}: {(~good).sum()} elements differ, the first at {np.argwhere(~good)[0]}"
+    return dict(kernel_of(family, problem, layout or Layout.contiguous(problem), H200)[0].macros)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def kernels() -> None:
-    hostcuda.prebuild([config for family in DEPTHWISE for config in family.configs(DEVICE)])
+    hostcuda.prebuild([config for family in DEPTHWISE for config in family.configs(H200)])
 
 
 @pytest.mark.parametrize("family", DEPTHWISE, **by_name)
@@ -91,17 +77,17 @@ def test_refusals_name_the_reason(family: Family[Any]) -> None:
     layer = depthwise(family.kind, 8, 400, 9)
     dense = replace(layer, groups=4)
     wide = depthwise(family.kind, 8, 400, 9, multiplier=8)
-    assert refusal_of(family, layer, Layout.contiguous(layer), DEVICE) is None
-    assert refusal_of(family, dense, Layout.contiguous(dense), DEVICE) == "needs C_in/groups == 1"
-    assert refusal_of(family, wide, Layout.contiguous(wide), DEVICE) == "needs C_out/groups < 8"
+    assert refusal_of(family, layer, Layout.contiguous(layer), H200) is None
+    assert refusal_of(family, dense, Layout.contiguous(dense), H200) == "needs C_in/groups == 1"
+    assert refusal_of(family, wide, Layout.contiguous(wide), H200) == "needs C_out/groups < 8"
 
 
 def test_a_window_beyond_shared_memory_is_refused() -> None:
     family = next(family for family in DEPTHWISE if family.name == FORWARD)
     far = depthwise("conv1d", 2, 200_000, 2, dilation=100_000)
     near = replace(far, dilation=20_000)
-    assert refusal_of(family, near, Layout.contiguous(near), DEVICE) is None
-    assert "bytes of shared memory" in (refusal_of(family, far, Layout.contiguous(far), DEVICE) or "")
+    assert refusal_of(family, near, Layout.contiguous(near), H200) is None
+    assert "bytes of shared memory" in (refusal_of(family, far, Layout.contiguous(far), H200) or "")
 
 
 @pytest.mark.parametrize("family", DEPTHWISE, **by_name)
@@ -137,7 +123,7 @@ def test_short_rows_fill_the_warps(family: Family[Any]) -> None:
     """A warp at least three quarters full, however short the rows."""
     for L in (24, 31, 100, 200, 418):
         p = depthwise(family.kind, 448, L, 5, N=64, padding_left=2, padding_right=2)
-        _, launch = kernel_of(family, p, Layout.contiguous(p), DEVICE)
+        _, launch = kernel_of(family, p, Layout.contiguous(p), H200)
         params = dict(launch.params)
         assert params["row_threads"] * params["block_rows"] >= 0.75 * launch.block, str(p)
 
@@ -212,14 +198,12 @@ def test_long_strides_of_every_alignment(dtype: str) -> None:
 @pytest.mark.parametrize("family", DEPTHWISE, **by_name)
 def test_dilated_rows_of_several_tiles(family: Family[Any]) -> None:
     """A GPU of one multiprocessor, whose threads compute several results one after the other."""
-    small = replace(DEVICE, num_sms=1)
+    small = replace(H200, num_sms=1)
     for L, K, dilation in ((9000, 3, 128), (5000, 7, 9), (2300, 40, 2)):
         p = depthwise(family.kind, 1, L, K, N=1, dilation=dilation, padding_left=dilation * (K // 2))
         launch = kernel_of(family, p, Layout.contiguous(p), small)[1]
         assert dict(launch.params)["tiles"] * dict(launch.params)["repeats"] > 1
-        data = cases.random_data(p, 36)
-        output = hostcuda.compute(p, *data, family=family.name, device=small, schedule="every")
-        assert same_bits(output, hostcuda.compute(p, *data, family=BASE[family.name], device=DEVICE)).all()
+        assert_bits_of_the_base(family, p, device=small)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "complex64"])
@@ -228,7 +212,7 @@ def test_arrays_of_any_strides(family: Family[Any], dtype: str) -> None:
     """Channels last, reversed and repeated arrays are read and written in place, by the kernel that does not slide."""
     p = depthwise(family.kind, 6, 40, 5, stride=2, multiplier=2, N=3, dtype=dtype, padding_left=2, has_bias=True)
     data = cases.random_data(p, 33)
-    expected = hostcuda.compute(p, *data, family=BASE[family.name], device=DEVICE)
+    expected = hostcuda.compute(p, *data, family=BASE[p.op], device=H200)
     for array, strides in (
         (np.ascontiguousarray(data.input.swapaxes(1, 2)).swapaxes(1, 2), (p.C_out * p.L_out, 1, p.C_out)),
         (np.ascontiguousarray(data.input[::-1, :, ::-1])[::-1, :, ::-1], (-p.C_out * p.L_out, -p.L_out, -1)),
@@ -238,22 +222,14 @@ def test_arrays_of_any_strides(family: Family[Any], dtype: str) -> None:
         )
         assert macros(family, p, layout)["SLIDE_STRIDE"] == "0"
         output = hostcuda.compute(
-            p, array, data.weight, data.bias, layout=layout, family=family.name, device=DEVICE, schedule="every"
+            p, array, data.weight, data.bias, layout=layout, family=family.name, device=H200, schedule="every"
         )
         assert same_bits(output, expected).all()
 
 
 @pytest.mark.parametrize("family", DEPTHWISE, **by_name)
 def test_offsets_beyond_32_bits(family: Family[Any]) -> None:
-    """Samples more than 2**31 elements apart."""
-    p = depthwise(family.kind, 3, 50, 4, dtype="float16")
-    far = 2**31 + 7
-    layout = Layout.contiguous(p).replaced(
-        input=ArrayLayout((far, *contiguous_strides(p.input_shape)[1:]), 2),
-        output=ArrayLayout((-far, *contiguous_strides(p.output_shape)[1:]), 2),
-    )
-    assert kernel_of(family, p, layout, DEVICE)[1].index_bits == 64
-    assert_bits_of_the_base(family, p, layout)
+    check_offsets_beyond_32_bits(family, depthwise(family.kind, 3, 50, 4, dtype="float16"))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64", "complex128"])
@@ -296,8 +272,8 @@ def test_nothing_comes_of_an_infinite_weight_in_the_padding(family: Family[Any],
     data = cases.random_data(p, 34)
     weight = data.weight.copy()
     weight[:2, :, 0], weight[2:, :, 6] = np.inf, np.nan
-    output = hostcuda.compute(p, data.input, weight, family=family.name, device=DEVICE, schedule="every")
-    expected = hostcuda.compute(p, data.input, weight, family=BASE[family.name], device=DEVICE)
+    output = hostcuda.compute(p, data.input, weight, family=family.name, device=H200, schedule="every")
+    expected = hostcuda.compute(p, data.input, weight, family=BASE[p.op], device=H200)
     assert np.isfinite(expected).any()
     assert np.isnan(expected).any()
     np.testing.assert_array_equal(output, expected)

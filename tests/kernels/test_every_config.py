@@ -11,8 +11,8 @@ import numpy as np
 from gpuconv import cases
 from gpuconv.compile import every_config
 from gpuconv.device import Device
-from gpuconv.dispatch import AlgorithmError, choose, families
-from gpuconv.families import FAMILIES, ArrayLayout, Layout
+from gpuconv.dispatch import AlgorithmError, choose, choose_push, families
+from gpuconv.families import FAMILIES, ArrayLayout, Layout, Refusal, conv1d_depthwise_push
 from gpuconv.problem import DTYPES, BiasGradientProblem, ConvProblem, Problem, WeightGradientProblem
 
 DEVICES = tuple(Device.from_arch(arch) for arch in ("sm_75", "sm_80", "sm_90"))
@@ -107,4 +107,36 @@ def test_every_choice_is_compiled_by_warmup() -> None:
             for step in choice.plan.steps:
                 assert step.config in every[device], (str(problem), layout, device.name, name)
     rare = {family.name for family in FAMILIES if chosen[family.name] < LEAST_CHOICES}
+    assert not rare, chosen
+
+
+def test_every_push_of_a_stream_is_compiled_by_warmup() -> None:
+    random, chosen = Random(1), Counter[str]()
+    every = {device: set(every_config(device, (*DTYPES, "int16"))) for device in DEVICES}
+    while sum(chosen.values()) < 900:
+        layer = random.layer()
+        if layer is None:
+            continue
+        length, span = random.magnitude(5), layer.dilation * (layer.K - 1)
+        held = random.below(span + 1) if layer.transposed else span + random.below(layer.stride)
+        padding = random.below(held * layer.stride + 1) if layer.transposed else 0
+        own = {"dtype": "int16", "out_dtype": ("int32", "int64")[random.below(2)]} if random.below(20) == 0 else {}
+        try:
+            p = replace(layer, N=random.magnitude(4), L_in=held + length, padding_left=padding, padding_right=0, **own)
+        except ValueError:  # no result is left between the ends that are cut off
+            continue
+        layout, device = random.layout(p), DEVICES[random.below(len(DEVICES))]
+        names = [family.name for family in families(p.kind)] if random.below(3) == 0 else [None]
+        for name in names:
+            try:
+                push = choose_push.__wrapped__(p, length, layout, random.array((p.N, p.C_in, length)), device, name)
+            except AlgorithmError:
+                continue
+            if isinstance(push, Refusal):
+                continue
+            for step in push.choice.plan.steps:
+                assert step.config in every[device], (str(p), length, layout, device.name, name)
+            chosen[push.choice.plan.steps[-1].config.kernel] += 1
+    own = {family.name for family in FAMILIES if family.kind in ("conv1d", "conv_transpose1d")}
+    rare = {name for name in (*own, conv1d_depthwise_push.KERNEL) if chosen[name] < LEAST_CHOICES}
     assert not rare, chosen

@@ -21,11 +21,11 @@ from gpuconv.fusion import FUSED_ARRAYS, Fused
 from gpuconv.problem import ConvProblem, numpy_dtype
 from tests import hostcuda
 from tests.kernels.test_compile import resources
+from tests.plans import BASE
 
 DEVICE = Device.from_arch("sm_90")
 REAL = ("float16", "bfloat16", "float32", "float64")
 ACTIVATIONS = ("relu", "leaky_relu", "elu", "silu", "gelu", "gelu_tanh", "tanh", "sigmoid", "snake", "snake_beta")
-BASE = {"conv1d": "conv1d_direct", "conv_transpose1d": "conv_transpose1d_gather"}
 CASES = {case.name: case for case in cases.CASES}
 FAMILY = {family.name: family for family in FAMILIES}
 CANONICAL = {name: family.canonical_order for name, family in FAMILY.items()}

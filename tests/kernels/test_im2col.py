@@ -18,11 +18,11 @@ from gpuconv.cases import Data
 from gpuconv.checks import same_bits
 from gpuconv.device import ARCHITECTURES, Device
 from gpuconv.edge import PADDING_MODES
-from gpuconv.families import Layout, conv1d_im2col
+from gpuconv.families import Family, Layout, conv_im2col
 from gpuconv.families.arithmetic import ARITHMETICS, MIN_SPLIT_TERMS
-from gpuconv.families.conv1d_im2col import MIN_TERMS, Conv1dIm2col, Window
+from gpuconv.families.conv_im2col import MIN_TERMS, Conv1dIm2col, ConvTranspose1dIm2col, Window
 from gpuconv.families.mma_tiles import Tile
-from gpuconv.problem import ConvProblem
+from gpuconv.problem import ConvProblem, Op
 from tests import hostcuda
 from tests.hostcuda import Program, TensorCores
 from tests.kernels.arrays import assert_same_bits
@@ -46,7 +46,7 @@ from tests.plans import kernel_of, refusal_of
 
 Array = npt.NDArray[Any]
 
-FAMILY = Conv1dIm2col()
+FAMILY: dict[str, Family] = {family.kind: family for family in (Conv1dIm2col(), ConvTranspose1dIm2col())}
 MODES = ("float16", "bfloat16", "float32", "tf32")
 
 # Last units that are whole, that share the only plane, that have one of their own; planes that units share, and one for
@@ -57,6 +57,8 @@ PROBLEMS = {
     "planes": ConvProblem("conv1d", 2, 2, 40, 170, 53, 10, 25, 31, has_bias=True),
     "dilated groups": ConvProblem("conv1d", 2, 9, 54, 83, 22, 3, 25, 17, 2, groups=3, has_bias=True),
     "far taps": ConvProblem("conv1d", 2, 7, 17, 330, 10, 1, 61, 87, 40, has_bias=True),
+    "transposed": ConvProblem("conv_transpose1d", 3, 3, 20, 41, 23, 1, 5, 11, has_bias=True),
+    "transposed groups": ConvProblem("conv_transpose1d", 2, 9, 54, 83, 22, 1, 31, 17, 2, groups=3, has_bias=True),
 }
 every_problem = pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS.keys())
 
@@ -65,25 +67,26 @@ at = cases.in_format
 
 
 def takes(problem: ConvProblem, device: Device = H200) -> bool:
-    return refusal_of(FAMILY, problem, Layout.contiguous(problem), device) is None
+    return refusal_of(FAMILY[problem.op], problem, Layout.contiguous(problem), device) is None
 
 
 def run(problem: ConvProblem, data: Data, **settings: Any) -> Array:
-    return hostcuda.compute(problem, *data, family=FAMILY.name, **settings)
+    return hostcuda.compute(problem, *data, family=FAMILY[problem.op].name, **settings)
 
 
 @st.composite
 def layers(draw: st.DrawFn) -> ConvProblem:
+    op: Op = draw(st.sampled_from(("conv1d", "conv1d", "conv_transpose1d")))
     groups, K, dilation = draw(st.sampled_from((1, 1, 2, 3))), draw(st.integers(1, 300)), draw(st.integers(1, 40))
     span = dilation * (K - 1) + 1
     return ConvProblem(
-        "conv1d",
+        op,
         N=1,
         C_in=groups * draw(st.integers(1, 9)),
         C_out=groups * draw(st.integers(1, 150)),
         L_in=span + draw(st.integers(0, 50)),
         K=K,
-        stride=draw(st.one_of(st.integers(1, 20), st.integers(1, 600))),
+        stride=draw(st.one_of(st.integers(1, 20), st.integers(1, 600))) if op == "conv1d" else 1,
         padding_left=draw(st.integers(0, min(span - 1, 40))),  # an output remains
         dilation=dilation,
         groups=groups,
@@ -92,7 +95,7 @@ def layers(draw: st.DrawFn) -> ConvProblem:
 
 def order(problem: ConvProblem, device: Device) -> dict[str, int]:
     """The order of summation, as the kernel is told it."""
-    _, launch = kernel_of(FAMILY, problem, Layout.contiguous(problem), device)
+    _, launch = kernel_of(FAMILY[problem.op], problem, Layout.contiguous(problem), device)
     return {name: dict(launch.params)[name] for name in ("pairs", "C_in_g", "K")}
 
 
@@ -101,7 +104,7 @@ def order(problem: ConvProblem, device: Device) -> dict[str, int]:
 def test_the_layer_alone_decides_where_it_runs_and_in_which_order_it_is_summed(
     layer: ConvProblem, mode: str, arch: str
 ) -> None:
-    check_the_layer_alone_decides(FAMILY, at(layer, mode), Device.from_arch(arch), order)
+    check_the_layer_alone_decides(FAMILY[layer.op], at(layer, mode), Device.from_arch(arch), order)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -123,6 +126,9 @@ def test_the_fewest_channels_taps_and_terms() -> None:
     assert not any(takes(at(replace(layer, C_in=3), mode)) for mode in MODES)
     assert not any(takes(at(replace(layer, K=16, C_in=8), mode)) for mode in MODES)
     assert [mode for mode in MODES if takes(at(replace(layer, K=16, C_out=8), mode))] == ["float16", "bfloat16", "tf32"]
+    transposed = replace(layer, op="conv_transpose1d", K=16)
+    assert all(takes(at(transposed, mode)) for mode in MODES)
+    assert not any(takes(at(replace(transposed, stride=2), mode)) for mode in MODES)
 
 
 @settings(max_examples=300, deadline=None, derandomize=True, database=None)
@@ -157,11 +163,11 @@ def test_operands_are_read_from_shared_memory_without_bank_conflicts(mode: str) 
 @pytest.fixture
 def only_tile(monkeypatch: pytest.MonkeyPatch) -> Callable[[Tile], None]:
     """Leaves the cost model one tile to choose."""
-    compare = conv1d_im2col.compare_tilings
+    compare = conv_im2col.compare_tilings
 
     def leave(tile: Tile) -> None:
         monkeypatch.setattr(
-            conv1d_im2col, "compare_tilings", lambda *args: tuple(t for t in compare(*args) if t.tile == tile)
+            conv_im2col, "compare_tilings", lambda *args: tuple(t for t in compare(*args) if t.tile == tile)
         )
 
     return leave
@@ -170,7 +176,7 @@ def only_tile(monkeypatch: pytest.MonkeyPatch) -> Callable[[Tile], None]:
 ITEMS = [
     (mode, tile, name)
     for mode in ("float16", "float32")
-    for tile, name in zip(conv1d_im2col.tiles(ARITHMETICS[mode, "float32"]), [*PROBLEMS] * 2, strict=False)
+    for tile, name in zip(conv_im2col.tiles(ARITHMETICS[mode, "float32"]), [*PROBLEMS] * 2, strict=False)
 ]
 
 
@@ -185,7 +191,7 @@ def test_every_tile_gives_the_same_bits(
     only_tile(tile)
     monkeypatch.setattr(Program, "of", Program.without_nan_fallback)
     for p, bits in zip(found, expected, strict=True):
-        macros = dict(kernel_of(FAMILY, p, Layout.contiguous(p), H200)[0].macros)
+        macros = dict(kernel_of(FAMILY[p.op], p, Layout.contiguous(p), H200)[0].macros)
         assert (macros["BLOCK_M"], macros["BLOCK_N"]) == (str(tile.block_m), str(tile.block_n))
         output = run(p, cases.random_data(p, 4), schedule="every" if p is short else "forward")
         assert_same_bits(output, bits, str(p))
@@ -209,9 +215,10 @@ def test_views_change_no_bit(problem: ConvProblem, mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["float16", "tf32", "float32"])
-@pytest.mark.parametrize("name", ["planes", "dilated groups"])
+@pytest.mark.parametrize("name", ["planes", "dilated groups", "transposed groups"])
 def test_offsets_beyond_32_bits(name: str, mode: str) -> None:
-    check_offsets_beyond_32_bits(run, FAMILY, at(PROBLEMS[name], mode))
+    p = at(PROBLEMS[name], mode)
+    check_offsets_beyond_32_bits(run, FAMILY[p.op], p)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -241,7 +248,8 @@ def test_values_outside_the_window_change_no_bit(problem: ConvProblem, value: fl
             changed[0, 0, l_in] = value
             output = run(p, Data(changed, w, b))
             starts = np.arange(p.L_out) * p.stride - p.padding_left
-            taps, rest = np.divmod(l_in - starts, p.dilation)
+            distance = np.arange(p.L_out) + p.padding_left - l_in if p.transposed else l_in - starts
+            taps, rest = np.divmod(distance, p.dilation)
             outside = (rest != 0) | (taps < 0) | (taps >= p.K)
             assert outside.any()
             assert same_bits(output[..., outside], expected[..., outside]).all()

@@ -17,27 +17,17 @@ from bench.layers import load
 from gpuconv import calls, cases, dispatch, reference, source
 from gpuconv.cases import CASES, NUMBER_FORMATS, Case, Data, RandomKind
 from gpuconv.checks import chunk_bounds
-from gpuconv.device import Device
-from gpuconv.families import ArrayLayout, Config, Family, Launch, Layout
-from gpuconv.families.base import contiguous_strides
+from gpuconv.families import Config, Family, Launch, Layout
 from gpuconv.problem import DTYPES, ConvProblem
 from tests import hostcuda
 from tests.conftest import BACKENDS
-from tests.kernels.arrays import (
-    INPUT_LAYOUTS,
-    OUTPUT_LAYOUTS,
-    assert_same_bits,
-    channels_last,
-    output_strides,
-    scattered,
-)
-from tests.plans import FORWARD_FAMILIES, kernel_of, refusal_of
+from tests.kernels.arrays import assert_same_bits
+from tests.kernels.cuda_cores import check_layouts, check_offsets_beyond_32_bits
+from tests.plans import BASE, FORWARD_FAMILIES, H200, kernel_of, refusal_of
 
 Array = npt.NDArray[Any]
 T = TypeVar("T")
 
-DEVICE = Device.from_arch("sm_90")
-BASE = {"conv1d": "conv1d_direct", "conv_transpose1d": "conv_transpose1d_gather"}
 BASE_FAMILIES = tuple(family for family in FORWARD_FAMILIES if family.name in BASE.values())
 FAST_FAMILIES = tuple(family for family in FORWARD_FAMILIES if family not in BASE_FAMILIES)
 TAGS = tuple(dict.fromkeys(case.tags[0] for case in CASES))
@@ -50,7 +40,7 @@ def takes(family: Family[Any], problem: ConvProblem) -> bool:
     """Whether a family runs a problem; a problem with an empty output never reaches one."""
     if family.kind != problem.op or problem.N == 0 or problem.C_out == 0:
         return False
-    return refusal_of(family, problem, Layout.contiguous(problem), DEVICE) is None
+    return refusal_of(family, problem, Layout.contiguous(problem), H200) is None
 
 
 def modes(family: Family[Any]) -> tuple[str, ...]:
@@ -79,7 +69,7 @@ def items(families: tuple[Family, ...]) -> list[tuple[Family, str]]:
 def run(family: Family[Any], problem: ConvProblem, data: Data, schedule: hostcuda.Schedule = "forward") -> Array:
     """The family's result; the base family's where it refuses, as some chunks of a problem may be refused."""
     name = family.name if takes(family, problem) else BASE[problem.op]
-    return hostcuda.compute(problem, *data, family=name, device=DEVICE, schedule=schedule)
+    return hostcuda.compute(problem, *data, family=name, device=H200, schedule=schedule)
 
 
 def exact_result(problem: ConvProblem, data: Data) -> Array:
@@ -108,7 +98,7 @@ def variants(problem: ConvProblem) -> Iterator[ConvProblem]:
 def kernels() -> None:
     """What the table needs, compiled together, which takes less than one by one."""
     chosen = {
-        kernel_of(family, problem, Layout.contiguous(problem), DEVICE)[0]
+        kernel_of(family, problem, Layout.contiguous(problem), H200)[0]
         for family in FORWARD_FAMILIES
         for mode in modes(family)
         for case in taken_cases(family, mode)
@@ -136,7 +126,7 @@ def test_exact(family: Family[Any], mode: str) -> None:
 def base_result(problem: ConvProblem, seed: int, kind: RandomKind = "normal") -> Array:
     """What the base family makes of random data, for all the families that must give the same bits."""
     data = cases.random_data(problem, seed, kind)
-    return hostcuda.compute(problem, *data, family=BASE[problem.op], device=DEVICE)
+    return hostcuda.compute(problem, *data, family=BASE[problem.op], device=H200)
 
 
 @pytest.mark.parametrize(("family", "mode"), items(FORWARD_FAMILIES), **by_name)
@@ -221,13 +211,13 @@ def test_edge_lengths(family: Family[Any], mode: str) -> None:
     """Lengths around every tile size: each position written once, none beyond the end."""
     checked = 0
     for template in edge_templates(family, mode):
-        config, _ = kernel_of(family, template, Layout.contiguous(template), DEVICE)
+        config, _ = kernel_of(family, template, Layout.contiguous(template), H200)
         for length in edges(config):
             p = with_output_length(template, length)
             assert p.L_out == length
             if takes(family, p):
                 data = cases.exact_data(p, seed=15)
-                output = hostcuda.compute(p, *data, family=family.name, device=DEVICE, schedule="every")
+                output = hostcuda.compute(p, *data, family=family.name, device=H200, schedule="every")
                 assert_same_bits(output, exact_result(p, data), p)
                 checked += 1
     assert checked >= 6
@@ -261,35 +251,17 @@ def test_base_families_sum_in_the_canonical_order(name: str, dtype: str) -> None
     (case,) = (case for case in CASES if case.name == name)
     p = case.at(dtype)
     data = cases.random_data(p, 21)
-    output = hostcuda.compute(p, *data, family=BASE[p.op], device=DEVICE)
+    output = hostcuda.compute(p, *data, family=BASE[p.op], device=H200)
     assert_same_bits(output, in_canonical_order(p, data), case.name)
 
 
 @pytest.mark.parametrize("mode", DTYPES)
 @pytest.mark.parametrize("family", BASE_FAMILIES, **by_name)
 def test_layouts(family: Family[Any], mode: str) -> None:
-    """Strided, reversed, permuted, broadcast and packed arrays are read and written in place, with the same bits."""
     for tag in TAGS:
         for case in taken_cases(family, mode, tag)[:2]:
-            p = case.at(mode)
-            if not p.batched:
-                continue
-            data = cases.random_data(p, 16)
-            for arrange, name in zip(INPUT_LAYOUTS, OUTPUT_LAYOUTS, strict=True):
-                given = Data(
-                    arrange(data.input),
-                    channels_last(scattered(data.weight)),
-                    None if data.bias is None else scattered(data.bias),
-                )
-                layout = Layout.of(
-                    input=hostcuda.array_layout(given.input),
-                    weight=hostcuda.array_layout(given.weight),
-                    **({} if given.bias is None else {"bias": hostcuda.array_layout(given.bias)}),
-                    output=ArrayLayout(output_strides(p, name), p.itemsize),
-                )
-                output = hostcuda.compute(p, *given, layout=layout, family=family.name, device=DEVICE, schedule="every")
-                expected = run(family, p, Data(*(a if a is None else np.ascontiguousarray(a) for a in given)))
-                assert_same_bits(output, expected, (case.name, arrange.__name__, name))
+            if case.problem.batched:
+                check_layouts(family, case.at(mode))
 
 
 def with_64_bits(config: Config) -> Config:
@@ -305,30 +277,19 @@ def test_64_bit_indices(family: Family[Any], mode: str) -> None:
     for case in taken_cases(family, mode):
         p = case.at(mode)
         data = cases.random_data(p, 17)
-        config, launch = kernel_of(family, p, Layout.contiguous(p), DEVICE)
+        config, launch = kernel_of(family, p, Layout.contiguous(p), H200)
         assert launch.index_bits == 32
         wide = Launch(launch.grid, launch.block, launch.shared_bytes, 64, launch.params)
         output = np.empty(p.output_shape, data.input.dtype)
         arrays = {"input": data.input, "weight": data.weight, "bias": data.bias, "output": output}
-        hostcuda.run(with_64_bits(config), wide, arrays, device=DEVICE)
+        hostcuda.run(with_64_bits(config), wide, arrays, device=H200)
         assert_same_bits(output, run(family, p, data), case.name)
 
 
 @pytest.mark.parametrize("family", BASE_FAMILIES, **by_name)
 def test_offsets_beyond_32_bits(family: Family[Any]) -> None:
-    """Samples more than 2**31 elements apart, in input and output."""
     (case,) = (case for case in CASES if case.name == {"conv1d": "k3", "conv_transpose1d": "up_k3"}[family.kind])
-    p = case.at("float16")
-    data = cases.exact_data(p, seed=18)
-    far = 2**31 + 7
-    layout = Layout.contiguous(p).replaced(
-        input=ArrayLayout((far, *contiguous_strides(p.input_shape)[1:]), 2),
-        output=ArrayLayout((-far, *contiguous_strides(p.output_shape)[1:]), 2),
-    )
-    _, launch = kernel_of(family, p, layout, DEVICE)
-    assert launch.index_bits == 64
-    output = hostcuda.compute(p, *data, layout=layout, family=family.name, device=DEVICE)
-    assert_same_bits(output, exact_result(p, data), p)
+    check_offsets_beyond_32_bits(family, case.at("float16"))
 
 
 LAYER_FLOPS = 2e6

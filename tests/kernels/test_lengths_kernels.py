@@ -176,57 +176,46 @@ def test_tensor_cores_leave_out_what_does_not_exist() -> None:
 
 
 @pytest.mark.parametrize(
-    "p",
+    ("shape", "L", "settings"),
     [
-        ConvProblem("conv1d", 3, 16, 16, 70, 3, 2, 1, 1, dtype="float16"),
-        ConvProblem("conv1d", 3, 2, 16, 70, 11, 2, 5, 5, dtype="float16"),
+        ((16, 16, 3), [70, 0, 33], {"stride": 2, "padding": 1}),
+        ((16, 2, 11), [70, 0, 33], {"stride": 2, "padding": 5}),
+        ((16, 2, 11), [70, 33, 1, 17], {"stride": 3, "padding": "same", "dilation": 2}),
     ],
-    ids=["channels", "taps"],
+    ids=["channels", "taps", "paddings that differ"],
 )
-def test_the_weight_gradient_on_tensor_cores(p: ConvProblem) -> None:
-    samples = Samples.of("test", p, p.padding, [70, 0, 33])
-    q, table = with_table(WeightGradientProblem.of(p), samples)
-    x, _, _ = cases.exact_data(p, 4)
-    u = cases.exact_grad_output(p, 4, x)
-    expected = np.zeros(p.weight_shape)
-    for n, (L_in, L_out, _) in enumerate(table.tolist()):
-        x[n, :, L_in:], u[n, :, L_out:] = np.nan, np.inf
-        if L_out:
-            alone = WeightGradientProblem.of(replace(p, N=1, L_in=L_in))
-            sides = alone.sides(x[n : n + 1, :, :L_in], u[n : n + 1, :, :L_out])
-            expected += reference.weight_gradient(alone, *sides).exact()
-    assert np.array_equal(hostcuda.compute(q, u, x, family="weight_gradient_mma", samples=table), expected)
-
-
-def test_the_weight_gradient_on_tensor_cores_where_paddings_differ() -> None:
+def test_the_weight_gradient_on_tensor_cores(shape: tuple[int, int, int], L: list[int], settings: Any) -> None:
     """Padding "same" with a stride begins each sample elsewhere, for columns of eight taps, too."""
-    dtype, shape, L = "float16", (16, 2, 11), [70, 33, 1, 17]
-    x_spec, w_spec = ArraySpec((4, 2, 70), dtype), ArraySpec(shape, dtype)
-    p = ConvProblem.conv1d(x_spec, w_spec, stride=3, padding="same", dilation=2)
-    samples = Samples.of("test", p, "same", L)
-    assert len({*samples.padding_left}) > 1
+    w = ArraySpec(shape, "float16")
+    p = ConvProblem.conv1d(ArraySpec((len(L), shape[1], max(L)), "float16"), w, **settings)
+    samples = Samples.of("test", p, settings["padding"], L)
+    assert settings["padding"] != "same" or len({*samples.padding_left}) > 1
     q, table = with_table(WeightGradientProblem.of(p), samples)
     x, _, _ = cases.exact_data(p, 4)
     u = cases.exact_grad_output(p, 4, x)
     expected = np.zeros(shape)
     for n, (L_in, L_out, _) in enumerate(table.tolist()):
         x[n, :, L_in:], u[n, :, L_out:] = np.nan, np.inf
-        alone = ConvProblem.conv1d(ArraySpec((1, 2, L_in), dtype), w_spec, stride=3, padding="same", dilation=2)
-        gradient = WeightGradientProblem.of(alone)
-        expected += reference.weight_gradient(
-            gradient, *gradient.sides(x[n : n + 1, :, :L_in], u[n : n + 1, :, :L_out])
-        ).exact()
+        if L_out:
+            alone = ConvProblem.conv1d(ArraySpec((1, shape[1], L_in), "float16"), w, **settings)
+            gradient = WeightGradientProblem.of(alone)
+            sides = gradient.sides(x[n : n + 1, :, :L_in], u[n : n + 1, :, :L_out])
+            expected += reference.weight_gradient(gradient, *sides).exact()
     assert np.array_equal(hostcuda.compute(q, u, x, family="weight_gradient_mma", samples=table), expected)
 
 
 def test_the_table_is_written_from_parameters() -> None:
     values = np.arange(3 * 333).reshape(-1, 3)
     written: Array = np.full(values.size, -1)
-    for config, launch in lengths.write_launches(values.reshape(-1).tolist()):
+    for count, params in lengths.writes(values.reshape(-1)):
         before = written.copy()
+        config, launch = lengths.write_launch(count)
+        names = (name for name, _ in launch.params)
+        launch = replace(launch, params=tuple(zip(names, params.tolist(), strict=True)))
+        assert pack_params(dict(launch.params), 64).tobytes() == params.tobytes()
         hostcuda.run(config, launch, {"samples": written}, outputs=("samples",), keeps=("samples",), completes=False)
         assert (written != before).sum() == dict(launch.params)["count"]
-        assert pack_params(dict(launch.params), 64).nbytes <= 4096
+        assert params.nbytes <= 4096
     assert np.array_equal(written, values.reshape(-1))
 
 

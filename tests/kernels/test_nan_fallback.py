@@ -18,11 +18,10 @@ from gpuconv.families import Family, Layout
 from gpuconv.problem import ConvProblem, numpy_dtype
 from tests import hostcuda
 from tests.hostcuda import Program
-from tests.plans import FORWARD_FAMILIES, kernel_of
+from tests.plans import BASE, FORWARD_FAMILIES, kernel_of
 
 ONE_SM = replace(Device.from_arch("sm_90"), num_sms=1)  # which small problems fill, so that blocks take several tiles
 FAMILY = {family.name: family for family in FORWARD_FAMILIES}
-BASE = {"conv1d": "conv1d_direct", "conv_transpose1d": "conv_transpose1d_gather"}
 
 
 def layer(family: str, N: int, C_in: int, C_out: int, L_in: int, K: int, **settings: Any) -> tuple[Family, ConvProblem]:
@@ -81,6 +80,7 @@ OTHERS = (
     layer("conv1d_mma", 2, 16, 16, 20, 5, padding_left=4, dtype="float16"),
     layer("conv_transpose1d_mma", 2, 16, 16, 5, 7, stride=3, padding_left=2, dtype="float16"),
     layer("conv1d_im2col", 2, 3, 16, 40, 13, padding_left=4, dtype="float16"),
+    layer("conv_transpose1d_im2col", 2, 3, 16, 40, 13, padding_left=4, dtype="float16"),
     layer("conv1d_toeplitz", 2, 3, 6, 150, 70, padding_left=4, groups=3, dtype="float16"),
 )
 

@@ -12,22 +12,14 @@ import pytest
 from gpuconv import cases
 from gpuconv.device import ARCHITECTURES, Device
 from gpuconv.families import ArrayLayout, Family, Layout
-from gpuconv.families.base import contiguous_strides
 from gpuconv.families.conv1d_stem import Conv1dStem
 from gpuconv.families.conv1d_tail import Conv1dTail
 from gpuconv.families.conv_transpose1d_tail import ConvTranspose1dTail
 from gpuconv.problem import DTYPES, ConvProblem
 from tests import hostcuda
-from tests.kernels.arrays import (
-    INPUT_LAYOUTS,
-    OUTPUT_LAYOUTS,
-    assert_same_bits,
-    channels_last,
-    output_strides,
-    scattered,
-)
-from tests.kernels.test_kernels import BASE, DEVICE, assert_within_bound
-from tests.plans import kernel_of, plan_of, refusal_of
+from tests.kernels.arrays import assert_same_bits
+from tests.kernels.cuda_cores import assert_bits_of_the_base, check_layouts, check_offsets_beyond_32_bits
+from tests.plans import BASE, H200, kernel_of, plan_of, refusal_of
 
 STEM, TAIL, TRANSPOSED = Conv1dStem(), Conv1dTail(), ConvTranspose1dTail()
 FEW = (STEM, TAIL, TRANSPOSED)
@@ -82,22 +74,12 @@ PROBLEMS: dict[Family, tuple[ConvProblem, ...]] = {
 ALL = [(family, problem) for family, problems in PROBLEMS.items() for problem in problems]
 
 
-def assert_base_bits(family: Family[Any], p: ConvProblem, layout: Layout | None = None, kind: Any = "normal") -> None:
-    data = cases.random_data(p, 31, kind)
-    output = hostcuda.compute(p, *data, layout=layout, family=family.name, device=DEVICE, schedule="every")
-    if kind == "nonfinite":  # NaNs have more than one encoding
-        assert_within_bound(p, output, data)
-        return
-    base = hostcuda.compute(p, *data, layout=layout, family=BASE[p.op], device=DEVICE)
-    assert_same_bits(output, base, (p, layout))
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("family", FEW, **by_name)
 def test_bits_of_the_base_family(family: Family[Any], dtype: str) -> None:
     for problem in PROBLEMS[family]:
         for kind in ("normal", "nonfinite"):
-            assert_base_bits(family, replace(problem, dtype=dtype), kind=kind)
+            assert_bits_of_the_base(family, replace(problem, dtype=dtype), kind=kind)
 
 
 @pytest.mark.parametrize("family", FEW, **by_name)
@@ -107,15 +89,15 @@ def test_a_weight_that_is_no_number_meets_only_what_exists(family: Family[Any]) 
         data = cases.exact_data(problem, seed=32)
         weight = np.full_like(data.weight, np.inf)
         data = data._replace(input=np.abs(data.input) + 1, weight=weight)
-        output = hostcuda.compute(problem, *data, family=family.name, device=DEVICE)
-        base = hostcuda.compute(problem, *data, family=BASE[problem.op], device=DEVICE)
+        output = hostcuda.compute(problem, *data, family=family.name, device=H200)
+        base = hostcuda.compute(problem, *data, family=BASE[problem.op], device=H200)
         assert not np.isnan(output).any()
         assert_same_bits(output, base, problem)
 
 
 def test_stems_of_a_small_gpu_load_their_weights_once() -> None:
     """Blocks that go through several rows of tiles, the last of which is not full."""
-    device = replace(DEVICE, num_sms=1)
+    device = replace(H200, num_sms=1)
     for p in (
         conv(2, 40, 3, 1500, N=9, padding_left=2),
         conv(1, 16, 90, 900, N=41, stride=2),
@@ -123,48 +105,20 @@ def test_stems_of_a_small_gpu_load_their_weights_once() -> None:
     ):
         _, launch = kernel_of(STEM, p, Layout.contiguous(p), device)
         assert dict(launch.params)["repeats"] > 1
-        data = cases.random_data(p, 36)
-        output = hostcuda.compute(p, *data, family=STEM.name, device=device, schedule="every")
-        assert_same_bits(output, hostcuda.compute(p, *data, family=BASE[p.op], device=DEVICE), p)
+        assert_bits_of_the_base(STEM, p, device=device)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "complex128"])
 @pytest.mark.parametrize("family", FEW, **by_name)
 def test_layouts(family: Family[Any], dtype: str) -> None:
     for problem in PROBLEMS[family][:4]:
-        p = replace(problem, dtype=dtype)
-        data = cases.random_data(p, 33)
-        expected = hostcuda.compute(p, *data, family=BASE[p.op], device=DEVICE)
-        for arrange, name in zip(INPUT_LAYOUTS, OUTPUT_LAYOUTS, strict=True):
-            given = data._replace(input=arrange(data.input), weight=channels_last(scattered(data.weight)))
-            layout = Layout.of(
-                input=hostcuda.array_layout(given.input),
-                weight=hostcuda.array_layout(given.weight),
-                bias=ArrayLayout((1,)),
-                output=ArrayLayout(output_strides(p, name), p.itemsize),
-            )
-            output = hostcuda.compute(p, *given, layout=layout, family=family.name, device=DEVICE, schedule="every")
-            if arrange is INPUT_LAYOUTS[-1]:
-                repeated = data._replace(input=np.ascontiguousarray(given.input))
-                expected = hostcuda.compute(p, *repeated, family=BASE[p.op], device=DEVICE)
-            assert_same_bits(output, expected, (p, arrange.__name__, name))
+        check_layouts(family, replace(problem, dtype=dtype))
 
 
 @pytest.mark.parametrize("family", FEW, **by_name)
 def test_offsets_beyond_32_bits(family: Family[Any]) -> None:
-    """Samples more than 2**31 elements apart, in input and output."""
-    far = 2**31 + 7
     for problem in PROBLEMS[family]:
-        p = replace(problem, dtype="float16")
-        layout = Layout.contiguous(p).replaced(
-            input=ArrayLayout((far, *contiguous_strides(p.input_shape)[1:]), 2),
-            output=ArrayLayout((-far, *contiguous_strides(p.output_shape)[1:]), 2),
-        )
-        _, launch = kernel_of(family, p, layout, DEVICE)
-        assert launch.index_bits == 64
-        data = cases.random_data(p, 34)
-        output = hostcuda.compute(p, *data, layout=layout, family=family.name, device=DEVICE)
-        assert_same_bits(output, hostcuda.compute(p, *data, family=BASE[p.op], device=DEVICE), p)
+        check_offsets_beyond_32_bits(family, replace(problem, dtype="float16"))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
@@ -182,9 +136,9 @@ def test_copies_of_every_alignment(family: Family[Any], dtype: str) -> None:
                 if alignment >= p.itemsize:
                     contiguous = Layout.contiguous(p)
                     layout = contiguous.replaced(input=replace(contiguous["input"], alignment=alignment))
-                    _, launch = kernel_of(family, p, layout, DEVICE)
+                    _, launch = kernel_of(family, p, layout, H200)
                     widths.add(dict(launch.params)["copy_elements"] * p.itemsize)
-                    assert_base_bits(family, p, layout)
+                    assert_bits_of_the_base(family, p, layout)
     assert widths >= {"bfloat16": {2, 4, 8}, "float32": {4, 8, 16}, "float64": {8, 16}}[dtype]
 
 
@@ -193,29 +147,29 @@ def test_copies_stay_inside_rows_with_gaps(family: Family[Any]) -> None:
     """Rows that begin at aligned addresses and end between two."""
     p = conv(3, 1, 8, 71, padding_left=4) if family is TAIL else transposed(3, 1, 8, 71, stride=2)
     layout = Layout.contiguous(p).replaced(input=ArrayLayout((3 * 72, 72, 1)))
-    assert dict(kernel_of(family, p, layout, DEVICE)[1].params)["copy_elements"] == 1
-    assert_base_bits(family, p, layout)
+    assert dict(kernel_of(family, p, layout, H200)[1].params)["copy_elements"] == 1
+    assert_bits_of_the_base(family, p, layout)
 
 
 def test_strides_that_lead_far_behind_a_short_input() -> None:
     """Offsets from a lane's first column to its others pass 32 bits, where the input ends before these."""
     p = ConvProblem("conv1d", 1, 1, 8, 3, 1, stride=1000)
     layout = Layout.contiguous(p).replaced(input=ArrayLayout((1, 1, 2**20)))
-    _, launch = kernel_of(STEM, p, layout, DEVICE)
+    _, launch = kernel_of(STEM, p, layout, H200)
     assert launch.index_bits == 64
-    assert_base_bits(STEM, p, layout)
+    assert_bits_of_the_base(STEM, p, layout)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_tails_store_16_bytes_where_rows_are_aligned(dtype: str) -> None:
     for length, expected in ((64, 1), (65, 0)):
         p = conv(3, 2, 3, length, dtype=dtype, padding_left=1, padding_right=1)
-        _, launch = kernel_of(TAIL, p, Layout.contiguous(p), DEVICE)
+        _, launch = kernel_of(TAIL, p, Layout.contiguous(p), H200)
         assert dict(launch.params)["vector_stores"] == expected
     p = conv(3, 2, 3, 64, dtype=dtype, padding_left=1, padding_right=1)
     contiguous = Layout.contiguous(p)
     shifted = contiguous.replaced(output=replace(contiguous["output"], alignment=8))
-    assert dict(kernel_of(TAIL, p, shifted, DEVICE)[1].params)["vector_stores"] == 0
+    assert dict(kernel_of(TAIL, p, shifted, H200)[1].params)["vector_stores"] == 0
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -253,7 +207,7 @@ def test_launches_keep_the_limits_of_every_gpu(family: Family[Any], problem: Con
     **by_name,
 )
 def test_refusals_say_why(family: Family[Any], problem: ConvProblem, reason: str) -> None:
-    refusal = refusal_of(family, problem, Layout.contiguous(problem), DEVICE)
+    refusal = refusal_of(family, problem, Layout.contiguous(problem), H200)
     assert refusal is not None
     assert re.search(reason, refusal), refusal
 
@@ -262,7 +216,7 @@ def test_stems_choose_by_shape() -> None:
     """Wide tiles for many outputs, small ones for few, tiles of several samples for short samples."""
 
     def params(p: ConvProblem, layout: Layout | None = None) -> tuple[dict[str, str], dict[str, int]]:
-        config, launch = kernel_of(STEM, p, layout or Layout.contiguous(p), DEVICE)
+        config, launch = kernel_of(STEM, p, layout or Layout.contiguous(p), H200)
         return dict(config.macros), dict(launch.params)
 
     wide, few = conv(1, 512, 10, 80_000, N=8, stride=5), conv(1, 16, 10, 400, N=1)
@@ -283,7 +237,7 @@ def test_stems_choose_by_shape() -> None:
 
 def test_candidates_put_the_chosen_tile_first() -> None:
     p = conv(1, 512, 10, 80_000, N=8, stride=5)
-    candidates = plan_of(STEM, p, Layout.contiguous(p), DEVICE).candidates
+    candidates = plan_of(STEM, p, Layout.contiguous(p), H200).candidates
     assert len(candidates) >= 2
     assert [slots for _, slots in candidates] == sorted(slots for _, slots in candidates)
     assert candidates[0][0].startswith("16 channels by 4 columns")

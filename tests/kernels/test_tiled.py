@@ -11,20 +11,18 @@ import numpy.typing as npt
 import pytest
 
 from gpuconv import dispatch
-from gpuconv.device import Device
 from gpuconv.families import ArrayLayout, Layout, tiles
 from gpuconv.families.tiles import Tile
 from gpuconv.problem import FORMATS, ConvProblem, Op, numpy_dtype
 from gpuconv.source import pack_params
 from tests import hostcuda
 from tests.hostcuda import Program
-from tests.plans import FORWARD_FAMILIES, kernel_of, plan_of, refusal_of
+from tests.kernels.cuda_cores import assert_bits_of_the_base, assert_same_numbers, far_apart
+from tests.plans import BASE, FORWARD_FAMILIES, H200, kernel_of, plan_of, refusal_of
 
 Array = npt.NDArray[Any]
 
-H200 = Device.from_arch("sm_90")
 TILED = {"conv1d": "conv1d_tiled", "conv_transpose1d": "conv_transpose1d_phases"}
-BASE = {"conv1d": "conv1d_direct", "conv_transpose1d": "conv_transpose1d_gather"}
 
 # Every way in which a tap can be missing: padding on both sides, phases with fewer taps than others or with none.
 PROBLEMS = {
@@ -55,10 +53,7 @@ def assert_base_bits(problem: ConvProblem, x: Array, w: Array, b: Array | None =
     """The tiled result, once it has the bits of the base family; a NaN may be any NaN."""
     tiled = hostcuda.compute(problem, x, w, b, family=TILED[problem.op], schedule="every" if every else "forward")
     base = hostcuda.compute(problem, x, w, b, family=BASE[problem.op])
-    nan = [np.isnan(y.view(y.real.dtype)) for y in (tiled, base)]
-    bits = [y.view(f"u{y.real.itemsize}") for y in (tiled, base)]
-    np.testing.assert_array_equal(nan[0], nan[1])
-    np.testing.assert_array_equal(np.where(nan[0], 0, bits[0]), np.where(nan[1], 0, bits[1]))
+    assert_same_numbers(tiled, base, problem)
     return tiled
 
 
@@ -271,22 +266,14 @@ def test_columns_behind_the_last_sample_overflow_no_offset(problem: ConvProblem)
 def test_offsets_beyond_32_bits(name: str, only_tile: Callable[[str, Tile], None]) -> None:
     """Samples more than 2**31 elements apart, in input and output, with every tile that has 64-bit indices."""
     p = replace(PROBLEMS[name], N=3, dtype="float16")
-    far = 2**31 + 7
-    fresh = Layout.contiguous(p)
-    layout = fresh.replaced(
-        input=ArrayLayout((far, *fresh["input"].strides[1:]), 2),
-        output=ArrayLayout((-far, *fresh["output"].strides[1:]), 2),
-    )
-    x, w, _ = arrays(p)
-    base = hostcuda.compute(p, x, w, family=BASE[p.op])
+    layout = far_apart(p)
     wide = tiles.tiles_for("float16", 64)
     assert set(wide) < set(tiles.tiles_for("float16", 32))
     family = next(f for f in FORWARD_FAMILIES if f.name == TILED[p.op])
     for tile in wide:
         only_tile("float16", tile)
         assert kernel_of(family, p, layout, H200)[1].index_bits == 64
-        y = hostcuda.compute(p, x, w, layout=layout, family=TILED[p.op], schedule="every")
-        assert y.tobytes() == base.tobytes()
+        assert_bits_of_the_base(family, p, layout)
 
 
 @pytest.mark.parametrize(

@@ -10,15 +10,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from gpuconv import dispatch, reference
 from gpuconv.cases import CASES
 from gpuconv.device import ARCHITECTURES, Device
-from gpuconv.families import ArrayLayout, Layout, slices
+from gpuconv.families import ArrayLayout, Config, Layout, slices
 from gpuconv.families import weight_gradient_mma as mma
 from gpuconv.families.arithmetic import ARITHMETICS
 from gpuconv.families.base import contiguous_strides
 from gpuconv.families.slices import Slices
+from gpuconv.families.weight_gradient_mma import Fetch
 from gpuconv.problem import WeightGradientProblem
 from tests import hostcuda
 from tests.hostcuda import Counts, Program
@@ -80,7 +83,7 @@ def expect_exact(p: WeightGradientProblem, **how: Any) -> None:
 def kernels() -> None:
     """Most of what the tests need, compiled together, which takes less than one by one."""
     of_table = {kernel_of(FAMILY, p, Layout.contiguous(p), DEVICE)[0] for mode in MODES for _, p in table(mode)}
-    of_tiles = {FAMILY._config(tile, *mode, mma.WIDTHS[0], 32) for mode, tile in EVERY_TILE}
+    of_tiles = {FAMILY._config(tile, *mode, (Fetch.RUN, Fetch.RUN), 32) for mode, tile in EVERY_TILE}
     hostcuda.prebuild([*of_table, *of_tiles])
 
 
@@ -161,12 +164,140 @@ def test_bits_depend_on_no_schedule_and_need_no_nan_fallback(p: WeightGradientPr
     assert_same_bits(*results, p)
 
 
-def test_the_table_of_loads_covers_every_width() -> None:
-    widths = {
-        mma._widths(p, Layout.contiguous(p), 32, DEVICE)
-        for p in (problem(24, 20, 152, 5), problem(24, 20, 152, 4, stride=3, padding_left=1), problem(9, 10, 75, 3))
-    }
-    assert widths == set(mma.WIDTHS)
+def fetches(p: WeightGradientProblem, **arrays: ArrayLayout) -> tuple[Fetch, Fetch]:
+    return mma._fetches(p, Layout.contiguous(p).replaced(**arrays), 32, DEVICE)
+
+
+def test_rows_are_loaded_as_wide_as_their_layout_allows() -> None:
+    for mode, odd in ((HALF, Fetch.SHIFTED), (SINGLE, Fetch.POSITION)):
+        for L, expected in ((152, Fetch.RUN), (150, Fetch.PAIRS), (151, odd)):
+            p = problem(24, 20, L, 5, mode)
+            assert fetches(p) == (expected, expected), p
+            assert fetches(replace(p, padding_mode="reflect")) == (expected, Fetch.POSITION)
+            assert fetches(problem(24, 20, L, 4, mode, stride=3)) == (expected, Fetch.POSITION)
+    assert fetches(problem(24, 20, 152, 3, padding_left=0)) == (Fetch.RUN, Fetch.PAIRS)
+    assert fetches(problem(24, 20, 151, 4, padding_left=0)) == (Fetch.SHIFTED, Fetch.PAIRS)
+    # Words are shared by neighbouring rows alone, and by none in front of the array.
+    p = problem(24, 20, 151, 5)
+    for strides, alignment, expected in (
+        ((24 * 153, 153, 1), 4, Fetch.SHIFTED),
+        ((24 * 153 + 1, 153, 1), 4, Fetch.SHIFTED),
+        ((0, 153, 1), 4, Fetch.SHIFTED),
+        ((24 * 152, 152, 1), 16, Fetch.POSITION),
+        ((24 * 153, 153, 1), 2, Fetch.POSITION),
+        ((24 * 151, -151, 1), 4, Fetch.POSITION),
+        ((-24 * 151, 151, 1), 4, Fetch.POSITION),
+        ((24 * 302, 302, 2), 4, Fetch.POSITION),
+    ):
+        assert fetches(p, coarse=ArrayLayout(strides, alignment))[0] is expected, strides
+
+
+# Of rows of odd length: runs that end after one to three positions and whole ones, of both arrays.
+SHIFTED = (
+    problem(16, 9, 33, 3, padding_left=1),
+    problem(9, 16, 35, 2, N=1, padding_left=2, dilation=3, L_fine=35),
+    problem(20, 12, 41, 5, padding_left=7, groups=1),
+    problem(17, 8, 5, 3, N=15),  # several samples in a chunk, of which the last ones do not exist
+    problem(30, 27, 71, 3, groups=3),
+    problem(7, 9, 37, 3),  # fewer rows than a unit has
+    problem(6, 9, 75, 3, N=1),
+)
+
+
+@pytest.fixture
+def small_tile(use_tile: Any) -> None:
+    (tile,) = (tile for tile in mma.TILES[1] if (tile.block_m, tile.block_n) == (16, 128))
+    use_tile(1, tile)
+
+
+@pytest.mark.usefixtures("small_tile")
+def test_words_that_two_rows_share() -> None:
+    """They have the bits of single elements; what lies between rows has no part in them."""
+    for p in SHIFTED:
+        coarse, fine = normal(p)
+        expected = run(p, *map(unaligned, (coarse, fine)))
+        views = padded(coarse), padded(fine)
+        of_coarse, of_fine = map(hostcuda.array_layout, views)
+        layout = Layout.contiguous(p).replaced(coarse=of_coarse, fine=of_fine)
+        for arrays, place in (((coarse, fine), Layout.contiguous(p)), (views, layout)):
+            output = run(p, *arrays, layout=place, schedule="reverse", placement="start")
+            assert_same_bits(output, expected, (p, place))
+        assert mma._fetches(p, layout, 32, DEVICE) == (Fetch.SHIFTED, Fetch.SHIFTED)
+
+
+def padded(array: Array) -> Array:
+    """The array in rows of odd length that end in at least one NaN."""
+    N, C, L = array.shape
+    buffer = np.full((N, C, L + 1 + L % 2), np.nan, array.dtype)
+    assert buffer.ctypes.data % 4 == 0
+    buffer[..., :L] = array
+    return buffer[..., :L]
+
+
+@pytest.mark.usefixtures("small_tile")
+def test_no_word_is_read_that_is_partly_outside_of_the_array(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such a word lies in one page with elements, so guard pages cannot find it."""
+    whole = Program.of
+    load, start = "return *reinterpret_cast<const Run*>(from);", "    Sums acc;\n    multiply_slice("
+    check = """
+        const bool in_coarse = from >= begin[0] && from + kWidth <= end[0];
+        const bool in_fine = from >= begin[1] && from + kWidth <= end[1];
+        if (!in_coarse && !in_fine) *(volatile int*)0 = 0;
+        """
+    bounds = """
+    begin[0] = coarse, begin[1] = fine;
+    end[0] = coarse + (p.N - 1) * p.coarse_stride_n + (p.C_coarse - 1) * p.coarse_stride_c + p.L_coarse;
+    end[1] = fine + (p.N - 1) * p.fine_stride_n + (p.groups * p.C_fine_g - 1) * p.fine_stride_c + p.L_fine;
+    """
+
+    def checked(config: Config) -> Program:
+        program = whole(config)
+        if config.kernel != NAME:
+            return program
+        text = program.text
+        assert load in text
+        assert start in text
+        declared = "static const storage_t *begin[2], *end[2];\ntemplate <int kWidth>\nstruct alignas("
+        text = text.replace("template <int kWidth>\nstruct alignas(", declared)
+        return replace(program, text=text.replace(load, check + load).replace(start, bounds + start))
+
+    def careless(config: Config) -> Program:
+        exact = "channels.ends_array || end == 0 ? end : end + 1"
+        assert exact in checked(config).text
+        return replace(checked(config), text=checked(config).text.replace(exact, "end + 1"))
+
+    monkeypatch.setattr(Program, "of", checked)
+    for p in SHIFTED[:5]:
+        expect_exact(p)
+    monkeypatch.setattr(Program, "of", careless)
+    with pytest.raises(hostcuda.HostCudaError, match="null pointer"):
+        expect_exact(SHIFTED[1])
+
+
+@given(
+    taps=st.integers(1, 40),
+    dilation=st.sampled_from((1, 2, 3, 4, 6, 17, 256)),
+    padding=st.integers(0, 9),
+    fetch=st.sampled_from((Fetch.RUN, Fetch.PAIRS, Fetch.SHIFTED)),
+    data=st.data(),
+)
+@settings(max_examples=300, deadline=None)
+def test_planes_hold_all_rows_of_their_taps(
+    taps: int, dilation: int, padding: int, fetch: Fetch, data: st.DataObject
+) -> None:
+    """Planes of aligned runs begin with as few rows in front of those that their taps need as all blocks allow."""
+    p = problem(8, 8, 300, taps, dilation=dilation, padding_left=padding)
+    of_block = data.draw(st.integers(1, taps))
+    window = mma.Window.of(p, of_block, 1, 32, fetch)
+    assert window.plane_rows % fetch.width == 0
+    longest = 0
+    for begin in range(0, taps, of_block):
+        first = begin * dilation - padding
+        for tap in range(of_block):
+            rounds, plane = divmod(tap, window.planes)
+            skew = (first + plane * dilation) % fetch.align
+            longest = max(longest, rounds * window.tap_rows_step + skew + 32)
+    assert window.plane_rows - fetch.width < longest <= window.plane_rows
 
 
 @pytest.mark.parametrize("mode", [HALF, SINGLE], ids=str)
@@ -265,7 +396,7 @@ def test_bits_do_not_depend_on_the_chunks_of_samples(use_tile: Any) -> None:
     arrays = normal(p)
     results = []
     for rows, chunk in ((32, (1, 32)), (64, (2, 32))):
-        use_tile(1, mma.TILES[1][-1]._replace(chunk_rows=rows))
+        use_tile(1, replace(mma.TILES[1][-1], chunk_rows=rows))
         assert mma._chunk(Slices.of(p, on_tensor_cores=True), rows) == chunk
         results.append(run(p, *arrays))
     assert_same_bits(*results, p)

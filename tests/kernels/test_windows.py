@@ -10,7 +10,7 @@ import numpy as np
 
 from gpuconv import dispatch
 from gpuconv.device import Device
-from gpuconv.families import FAMILIES, ArrayLayout, Config, Layout, Refusal, conv1d_depthwise_push
+from gpuconv.families import FAMILIES, ArrayLayout, Layout, Refusal, conv1d_depthwise_push, windows
 from gpuconv.families.base import contiguous_strides
 from gpuconv.families.windows import NEW_SAMPLES, WINDOW_STARTS
 from gpuconv.problem import ConvProblem, numpy_dtype
@@ -31,6 +31,7 @@ PUSHES = {
     "conv1d_mma": layer("conv1d", 16, 24, 3, 2, 1, dtype="float16"),
     "conv_transpose1d_mma": layer("conv_transpose1d", 16, 8, 4, 1, 2, dtype="bfloat16", stride=2, padding_left=2),
     "conv1d_im2col": layer("conv1d", 2, 16, 20, 19, 3, dtype="bfloat16"),
+    "conv_transpose1d_im2col": layer("conv_transpose1d", 2, 16, 20, 19, 3, dtype="bfloat16", padding_left=19),
     "conv1d_toeplitz": layer("conv1d", 3, 3, 64, 63, 2, dtype="float16", groups=3),
     "conv1d_depthwise": layer("conv1d", 3, 6, 5, 4, 3, groups=3),
     "conv1d_skinny": layer("conv1d", 5, 7, 3, 4, 1, dilation=2, dtype="float64"),
@@ -129,19 +130,10 @@ def test_what_is_not_pushed_in_one_launch() -> None:
         assert conv1d_depthwise_push.plan(other, layout, length) == Refusal(reason)
 
 
-def moving(config: Config) -> Config:
-    """A specialisation whose kernel moves the window."""
-    macros = dict(config.macros)
-    size = int(macros["PARAMS_BYTES"]) + 7 * int(macros["INDEX_BITS"]) // 8
-    return Config.of(config.kernel, {**macros, "PARAMS_BYTES": size, "MOVES_WINDOW": 1})
-
-
 def test_they_compile_without_local_memory() -> None:
     """One specialisation of each family, and those of the kernel of depthwise layers, each for another architecture."""
     found = [
-        moving(next(c for c in family.configs(DEVICE) if c.kernel == family.name))
-        for family in FAMILIES
-        if family.kind in ("conv1d", "conv_transpose1d")
+        next(windows.configs(family, DEVICE)) for family in FAMILIES if family.kind in ("conv1d", "conv_transpose1d")
     ]
     for i, config in enumerate((*found, *conv1d_depthwise_push.configs())):
         found_there = resources(config, "sm_90" if i < len(found) else ARCHS[i % len(ARCHS)])

@@ -358,17 +358,22 @@ def problems(op: str) -> Iterator[ConvProblem]:
         yield ConvProblem(op, 1, 1, 1, 2**33, 2, 3, dilation=2**31 - 1, dtype=dtype)
 
 
+def assert_is_taken(family: Family[Any], problem: Any) -> None:
+    layout = Layout.contiguous(problem)
+    for device in map(Device.from_arch, ARCHITECTURES):
+        assert refusal_of(family, problem, layout, device) is None, str(problem)
+        config, launch = kernel_of(family, problem, layout, device)
+        assert with_zeros(config) in set(family.configs(device))
+        assert tuple(name for name, _ in launch.params) == params_fields(family.name)
+        assert launch.grid <= 2**31 - 1
+        pack_params(dict(launch.params), launch.index_bits)
+
+
 @pytest.mark.parametrize("op", ["conv1d", "conv_transpose1d"])
 def test_the_last_family_of_each_operation_refuses_nothing(op: str) -> None:
     last = [family for family in FORWARD_FAMILIES if family.kind == op][-1]
-    devices = [Device.from_arch(arch) for arch in ARCHITECTURES]
     for problem in problems(op):
-        for device in devices:
-            layout = Layout.contiguous(problem)
-            assert refusal_of(last, problem, layout, device) is None, str(problem)
-            config, launch = kernel_of(last, problem, layout, device)
-            assert with_zeros(config) in set(last.configs(device))
-            assert tuple(name for name, _ in launch.params) == params_fields(last.name)
+        assert_is_taken(last, problem)
 
 
 @pytest.mark.parametrize("op", ["weight_gradient", "bias_gradient"])
@@ -377,13 +382,5 @@ def test_the_last_family_of_each_gradient_refuses_nothing(op: str) -> None:
     for forward in (*problems("conv1d"), *problems("conv_transpose1d")):
         bias = BiasGradientProblem.of(forward)
         problem = WeightGradientProblem.of(forward) if op == "weight_gradient" else bias
-        if problem.is_empty:
-            continue
-        layout = Layout.contiguous(problem)
-        for device in map(Device.from_arch, ARCHITECTURES):
-            assert refusal_of(last, problem, layout, device) is None, str(problem)
-            config, launch = kernel_of(last, problem, layout, device)
-            assert with_zeros(config) in set(last.configs(device))
-            assert tuple(name for name, _ in launch.params) == params_fields(last.name)
-            assert launch.grid <= 2**31 - 1
-            pack_params(dict(launch.params), launch.index_bits)
+        if not problem.is_empty:
+            assert_is_taken(last, problem)

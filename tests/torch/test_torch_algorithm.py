@@ -20,6 +20,7 @@ import gpuconv
 from gpuconv import torch as bridge
 from gpuconv.problem import Op
 from gpuconv.torch import tensors
+from tests.plans import BASE
 from tests.torch.test_torch_bridge import OPS, Recorder, compiler
 from tests.torch.test_torch_cuda import Gpu, gpu
 
@@ -27,7 +28,6 @@ __all__ = ["compiler", "gpu"]  # fixtures
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
-BASE = {"conv1d": "conv1d_direct", "conv_transpose1d": "conv_transpose1d_gather"}
 OTHER: dict[Op, Op] = {"conv1d": "conv_transpose1d", "conv_transpose1d": "conv1d"}
 
 

@@ -66,7 +66,6 @@ def plant(monkeypatch: pytest.MonkeyPatch) -> Callable[[Kernel], None]:
 def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU that answers and whose arrays are NumPy arrays."""
     versions = SimpleNamespace(
-        getDevice=lambda: 0,
         runtimeGetVersion=lambda: 13000,
         driverGetVersion=lambda: 13010,
         memGetInfo=lambda: (2**30, 2**31),
@@ -76,7 +75,8 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     monkeypatch.setattr(runtime, "cupy_module", lambda: module)
     monkeypatch.setattr(runtime, "device_count", lambda: 1)
-    monkeypatch.setattr(runtime, "device", lambda _index: Device.from_arch("sm_90"))
+    monkeypatch.setattr(runtime, "current_index", lambda: 0)
+    monkeypatch.setattr(runtime, "current_gpu", lambda: Device.from_arch("sm_90"))
 
 
 @pytest.mark.parametrize(
@@ -484,7 +484,7 @@ def test_families_run_on_the_kernels_themselves(launched: list[str]) -> None:
     report = verify("gpu", filter="hifigan_resblock", dtypes="float32")
     assert report.ok, str(report)
     runs = {name: count for name, count in report.family_runs.items() if count}
-    device = runtime.device(runtime.cupy_module().cuda.runtime.getDevice())
+    device = runtime.current_gpu()
     assert set(runs) == set(families_that_take(cases.select("hifigan_resblock")[0].problem, device))
     assert {"conv1d_direct", "weight_gradient_direct"} <= set(runs) <= set(launched)
     assert set(runs.values()) == {1}

@@ -1,10 +1,12 @@
-"""conv1d_im2col: few input channels a group and long kernels, on tensor cores; operands hold neighbouring taps.
+"""conv1d_im2col and conv_transpose1d_im2col: few input channels a group and long kernels, on tensor cores.
 
-Contract: cuda_src/conv1d_im2col.cu.
+Contracts: cuda_src/conv1d_im2col.cu, cuda_src/conv_transpose1d_im2col.cu.
 
-It computes learned filter banks and spectrograms, six of the benchmark's 81 layers (sincnet, attnsleep, STFT, resample,
-and the stems of Enformer and Tacotron 2). With so few input channels the operands of conv1d_mma, which hold
-neighbouring channels, would be mostly zeros, and by the cost model CUDA cores would take five to ten times as long.
+Operands hold neighbouring taps. conv1d_im2col computes learned filter banks and spectrograms, six of the benchmark's 81
+layers (sincnet, attnsleep, STFT, resample, and the stems of Enformer and Tacotron 2); conv_transpose1d_im2col gradients
+of layers with few output channels and stride 1 (the profile head of BPNet). With so few input channels the operands of
+conv1d_mma, which hold neighbouring channels, would be mostly zeros, and by the cost model CUDA cores would take five to
+ten times as long, in float32 up to twice.
 """
 
 from __future__ import annotations
@@ -240,13 +242,10 @@ def _predict(
     return predict_launch(work, code, blocks=blocks, resident=resident, unit=unit, device=device).us
 
 
-class Conv1dIm2col(Family[ConvProblem]):
+class _ConvIm2col(Family[ConvProblem]):
     """Tensor-core tiles over c_out by l_out; the reduction runs over neighbouring taps."""
 
-    name = "conv1d_im2col"
-    kind = "conv1d"
     canonical_order = False
-    maps_edges = True
     keeps_lengths = True
 
     def plan(self, problem: ConvProblem, layout: Layout, device: Device) -> Plan | Refusal:
@@ -256,6 +255,8 @@ class Conv1dIm2col(Family[ConvProblem]):
             return Refusal(NO_ARITHMETIC)
         is_split = arithmetic.parts == 2
         min_rows, min_terms = (mma.MIN_SPLIT_ROWS, MIN_SPLIT_TERMS) if is_split else (MIN_C_OUT_G, MIN_TERMS)
+        if p.transposed and p.stride > 1:
+            return Refusal("needs stride 1")
         if not 1 <= p.C_in_g <= MAX_C_IN_G:
             return Refusal(f"needs C_in/groups from 1 to {MAX_C_IN_G}")
         if p.C_out_g < min_rows:
@@ -323,6 +324,21 @@ class Conv1dIm2col(Family[ConvProblem]):
         )
 
 
+class Conv1dIm2col(_ConvIm2col):
+    """The convolution."""
+
+    name = "conv1d_im2col"
+    kind = "conv1d"
+    maps_edges = True
+
+
+class ConvTranspose1dIm2col(_ConvIm2col):
+    """The transposed convolution of stride 1, a convolution with its taps in reverse."""
+
+    name = "conv_transpose1d_im2col"
+    kind = "conv_transpose1d"
+
+
 def _index_bits(problem: ConvProblem, layout: Layout, arithmetic: Arithmetic) -> int:
     p = problem
     # Tiles extend past the last position and channel. A window holds whole units of taps, so it extends past the last
@@ -338,14 +354,21 @@ def _pack(problem: ConvProblem, layout: Layout, tiling: Tiling, pairs: int, arit
     p, block_rows = problem, tiling.tile.block_m
     num_vectors = p.groups * tiling.row_tiles * pairs * block_rows  # of one part
     grid = min(-(-num_vectors // mma.PACK_BLOCK_SIZE), MAX_GRID)
+    fields = conv_fields(p, layout)
+    stride_k = fields["weight_stride_k"]
+    of_group = p.C_in_g * fields["weight_stride_in"] if p.transposed else p.C_out_g * fields["weight_stride_out"]
     own = {
         "num_vectors": num_vectors,
         "row_tiles": tiling.row_tiles,
         "block_rows": block_rows,
         "pairs": pairs,
+        "weight_first": (p.K - 1) * stride_k if p.transposed else 0,
+        "weight_stride_g": of_group,
+        "weight_stride_k": -stride_k if p.transposed else stride_k,
     }
-    params = params_of(PACK_KERNEL, conv_fields(p, layout), own)
-    bits = index_bits(p, layout, Overhang(), num_vectors * arithmetic.parts + grid * mma.PACK_BLOCK_SIZE)
+    params = params_of(PACK_KERNEL, fields, own)
+    counts = num_vectors * arithmetic.parts + grid * mma.PACK_BLOCK_SIZE, abs(of_group)
+    bits = index_bits(p, layout, Overhang(), *counts)
     config = mma.pack_config(PACK_KERNEL, p.dtype, p.precision, bits, {})
     launch = Launch(grid, mma.PACK_BLOCK_SIZE, 0, bits, params)
     return Step(config, launch, ("weight", PACKED)), num_vectors * arithmetic.parts * UNIT_BYTES

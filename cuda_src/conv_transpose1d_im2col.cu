@@ -1,0 +1,49 @@
+// conv_transpose1d_im2col: transposed convolution, stride 1, of layers with few input channels a group and long kernels, on
+// tensor cores.
+//
+//   output[n, c_out, l_out] = bias[c_out]
+//       + sum over c_in < C_in_g, k < K of weight[g*C_in_g + c_in, c_out % C_out_g, k] * input[n, g*C_in_g + c_in, l_in],
+//   g = c_out / C_out_g,   l_in = l_out + padding_left - k*dilation,   taps outside [0, L_in) left out.
+//
+// That is a convolution with its taps in reverse: the product of im2col.cuh.
+//
+// Grid x: blocks of BLOCK_M output channels (fastest, so that blocks with the same window run together), then of BLOCK_N
+// positions, then samples, then groups. Grid y and z: 1. Dynamic shared memory: the stages of weights, the window, the rows
+// of pairs; or the slices through which the results pass.
+// Needs float16, bfloat16 (sm_80) or float32 (sm_80) arrays of any strides, in elements. Chosen for stride 1, fewer than
+// 8 input channels a group and at least 8 taps and 8 output channels a group; see gpuconv/families/conv_im2col.py.
+
+#define IS_TRANSPOSED 1
+
+#include "common.cuh"
+#include "im2col.cuh"
+#include "window.cuh"
+
+struct Params {
+    index_t N, L_in, L_out, K;
+    index_t C_in_g, C_out_g;
+    index_t row_tiles, column_tiles;
+    index_t stride, padding_left, dilation;  // stride is 1
+    index_t input_stride_n, input_stride_c, input_stride_l;
+    index_t bias_stride;
+    index_t output_stride_n, output_stride_c, output_stride_l;
+    index_t pairs;                              // whole stages
+    index_t planes, plane_rows, plane_step;     // that units share; positions from plane to plane
+    index_t round_rows;                         // rows from a unit to the next one in its plane
+    index_t last_row;                           // of the last unit, where that is not whole
+    index_t channel_rows;                       // of all planes of a channel
+    index_t plane_reciprocal, channel_reciprocal;  // 2^32 / plane_rows and 2^32 / channel_rows, rounded up
+    FUSED_FIELDS WINDOW_FIELDS
+};
+static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/conv_im2col.py");
+
+extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) conv_transpose1d_im2col(
+    INPUT_ARGUMENT  // [N, C_in, L_in]
+    const StorageVector* __restrict__ weight,  // packed: see pack_im2col_weight.cu
+    const storage_t* __restrict__ bias,        // [C_out], or null
+    storage_t* __restrict__ output,            // [N, C_out, L_out]
+    SAMPLES_ARGUMENT FUSED_ARGUMENTS WINDOW_ARGUMENTS const Params p) {
+    const Epilogue epilogue(bias, output, p FUSED_VALUES);
+    MOVE_WINDOW
+    run_im2col(input, weight, output, epilogue, p SAMPLES_VALUE);
+}
