@@ -300,7 +300,7 @@ __device__ __forceinline__ void multiply_tile(
     const auto store_task = [&](const Block<INPUT_WIDTH> (&blocks)[kTaskUnits], const Chunk& chunk, int to) {
         // Elements of 32 bits are converted, which is too much code to have twice.
         constexpr bool kIsShort = kHasAllUnits && kUnit == 8;
-        if (kIsShort && chunk.channels == kMaxUnits * kUnit) {
+        if (kIsShort && chunk.channels > (kMaxUnits - 1) * kUnit) {
 #pragma unroll
             for (int u = 0; u < kTaskUnits; ++u) store_unit(blocks[u], to + u * unit_bytes);
             return;
