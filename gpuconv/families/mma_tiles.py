@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..costs import REGISTERS_PER_SM
 from .arithmetic import STAGE_PAIRS, UNIT_BYTES, WARP, Access, Arithmetic
 
 NUM_STAGES = 4  # of weights in shared memory, a power of two
@@ -11,6 +12,9 @@ RAW_BOXES = 2  # of a layer's own weights there: kBoxes of raw_weights.cuh
 SLICE_TABLE_BYTES = 48  # of a row of Slice in mma_epilogue.cuh, besides its elements, at most
 MAX_BLOCK_N = 320
 MAX_BLOCK_M = 256
+MAX_REGISTERS = 255  # of a thread
+# Beside its sums, to load four units at two positions ahead: kernels with fewer spill.
+PAIR_REGISTERS = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +55,10 @@ class Tile(BlockTile):
     segment_mode: int = 0
 
     def units_ahead(self, access: Access) -> int:
-        """Units that a task of staging takes, at one position or, which needs a few registers more, at two."""
-        is_full = access is Access.PAIR and (self.block_m, self.block_n) == (64, 64)  # with 128 registers a thread
-        return self.prefetch // 2 if is_full else self.prefetch
+        """Units that a task of staging takes; at two positions fewer where registers are missing."""
+        registers = min(MAX_REGISTERS, REGISTERS_PER_SM // (self.min_blocks * self.threads))
+        has_few = registers - self.block_m * self.block_n // self.threads < PAIR_REGISTERS
+        return self.prefetch // 2 if access is Access.PAIR and has_few and self.prefetch > 2 else self.prefetch
 
     def slice_bytes(self, itemsize: int) -> int:
         """Shared memory through which results pass in the end."""

@@ -309,7 +309,7 @@ def test_input_arrives_in_batches(
 def test_chunks_may_lack_units_and_units_channels(
     mode: str, only_tile: Callable[[Tile], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whole chunks, those that lack channels of the last unit, and those that lack units; one position or two a load."""
+    """Whole chunks, those that lack channels of the last unit or units; loads of one position and of two."""
     size = (64, 128) if mode == "float32" else (32, 256)
     only_tile(next(t for t in tiles(ARITHMETICS[mode, "float32"]) if (t.block_m, t.block_n) == size))
     monkeypatch.setattr(Program, "of", Program.without_nan_fallback)
