@@ -23,6 +23,10 @@ def count(text: str) -> int:
     return value
 
 
+def counts(text: str) -> list[int]:
+    return [count(number) for number in text.split(",")]
+
+
 def listed(names: str, known: Mapping[str, T], what: str, parser: argparse.ArgumentParser) -> tuple[T, ...]:
     """The values that a comma-separated list names, in the order of `known`; "all" is every one.
 

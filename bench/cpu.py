@@ -32,7 +32,7 @@ import numpy.typing as npt
 from rich.console import Console
 from rich.progress import Progress
 
-from bench.arguments import count, listed
+from bench.arguments import count, counts, listed
 from bench.layers import Ceilings, Layer, load
 from bench.modes import DIRECTIONS, MODES, Direction, Mode, of_forward, our_function
 from bench.speed import peers
@@ -279,7 +279,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--modes", default="float32", help="comma-separated, or all (default: %(default)s)")
     parser.add_argument("--direction", choices=DIRECTIONS, default="forward", help="the pass (default: %(default)s)")
-    parser.add_argument("--threads", type=numbers, default="2", metavar="N[,N...]", help="of each library (default: 2)")
+    parser.add_argument("--threads", type=counts, default="2", metavar="N[,N...]", help="of each library (default: 2)")
     parser.add_argument(
         "--pause",
         type=float,
@@ -291,10 +291,6 @@ def build_parser() -> argparse.ArgumentParser:
         "--json", type=Path, metavar="FILE", help="also write the result there, one file for each number of threads"
     )
     return parser
-
-
-def numbers(text: str) -> list[int]:
-    return [count(part) for part in text.split(",")]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

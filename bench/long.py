@@ -32,7 +32,7 @@ from gpuconv import fft
 from gpuconv.device import Device
 from gpuconv.problem import ArraySpec, ConvProblem, numpy_dtype
 
-from .arguments import count, listed, positive
+from .arguments import count, counts, listed, positive
 from .cpu import limited
 from .speed.results import environment, write_json
 
@@ -175,7 +175,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes: 0 done, 1 the two results differ, 2 bad usage."""
     parser = argparse.ArgumentParser(prog="python -m bench.long", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--layers", default="one", metavar="NAMES", help="comma-separated, of " + ", ".join(LAYERS))
-    parser.add_argument("--taps", default=",".join(map(str, TAPS)), metavar="COUNTS", help="comma-separated")
+    parser.add_argument(
+        "--taps", type=counts, default=",".join(map(str, TAPS)), metavar="COUNTS", help="comma-separated"
+    )
     parser.add_argument("--dtype", choices=("float32", "float64", "complex64"), default="float32")
     parser.add_argument(
         "--threads", type=count, default=1, help="of BLAS, on as many processors (default: %(default)s)"
@@ -189,12 +191,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
     args = parser.parse_args(argv)
     layers = listed(args.layers, LAYERS, "layer", parser)
-    try:
-        taps = [count(number) for number in args.taps.split(",")]
-    except (ValueError, argparse.ArgumentTypeError) as error:
-        parser.error(f"--taps: {error}")
     console = Console(width=None if sys.stdout.isatty() else 80)
-    cases = [(layer, K) for layer in layers for K in taps]
+    cases = [(layer, K) for layer in layers for K in args.taps]
     with limited(args.threads):
         rows = [
             measure(layer, K, args.dtype, 1e9 * args.max_gflop)

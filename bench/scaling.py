@@ -42,7 +42,7 @@ from gpuconv.families import Layout
 from gpuconv.pieces import Piece
 from gpuconv.problem import ArraySpec, ConvProblem
 
-from .arguments import count
+from .arguments import count, counts
 from .speed.results import environment, write_json
 
 GPUS = (1, 2, 4, 8, 16, 32, 64)
@@ -242,23 +242,21 @@ def table_of(title: str, signal: Signal, rows: Sequence[Row], worker: str) -> Ta
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes: 0 done, 2 bad usage."""
     parser = argparse.ArgumentParser(prog="python -m bench.scaling", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--processes", default="1,2", metavar="COUNTS", help="comma-separated (default: %(default)s)")
+    parser.add_argument(
+        "--processes", type=counts, default="1,2", metavar="COUNTS", help="comma-separated (default: %(default)s)"
+    )
     parser.add_argument("--turns", type=count, default=5, help="turns of each number (default: %(default)s)")
     parser.add_argument("--task-us", type=float, metavar="US", help="scheduler's time for a task; nothing is measured")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
     args = parser.parse_args(argv)
-    try:
-        counts = [count(number) for number in args.processes.split(",")]
-    except (ValueError, argparse.ArgumentTypeError) as error:
-        parser.error(f"--processes: {error}")
     console = Console(width=None if sys.stdout.isatty() else 80)
     rows, task_us = [], args.task_us
     if task_us is None:
-        options = {"n_workers": max(counts), "threads_per_worker": 1, "dashboard_address": None}
+        options = {"n_workers": max(args.processes), "threads_per_worker": 1, "dashboard_address": None}
         with LocalCluster(**options) as cluster, Client(cluster) as client:
             task_us = measure_task_us(client)
-            measured = measure(client, ON_CPU, counts, args.turns)
-        rows = [predict(ON_CPU, n, chunk_us(ON_CPU, None), LOOPBACK, task_us, measured[n]) for n in counts]
+            measured = measure(client, ON_CPU, args.processes, args.turns)
+        rows = [predict(ON_CPU, n, chunk_us(ON_CPU, None), LOOPBACK, task_us, measured[n]) for n in args.processes]
         load = f", {os.cpu_count()} processors, load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
         console.print(table_of(f"Processes of this machine, measured and predicted{load}", ON_CPU, rows, "workers"))
     device = Device.from_arch("sm_90")

@@ -29,7 +29,7 @@ from gpuconv import runtime, stream
 from gpuconv.gpus import missing_gpu
 from gpuconv.problem import numpy_dtype
 
-from .arguments import count, listed
+from .arguments import count, counts, listed
 from .layers import Layer, load
 from .speed.results import environment, write_json
 
@@ -180,16 +180,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.streaming", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--device", choices=("cpu", "gpu"), help="default: a GPU where there is one")
     parser.add_argument("--layers", default="all", metavar="NAMES", help="comma-separated, of " + ", ".join(PUSHES))
-    parser.add_argument("--slots", default="1", metavar="COUNTS", help="comma-separated numbers of streams")
+    parser.add_argument(
+        "--slots", type=counts, default="1", metavar="COUNTS", help="comma-separated numbers of streams"
+    )
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
     parser.add_argument("--turns", type=count, default=TURNS, help="of each work (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
     args = parser.parse_args(argv)
     names = listed(args.layers, {name: name for name in PUSHES}, "layer", parser)
-    try:
-        slots = [count(number) for number in args.slots.split(",")]
-    except (ValueError, argparse.ArgumentTypeError) as error:
-        parser.error(f"--slots: {error}")
     missing = missing_gpu()
     device = args.device or ("cpu" if missing else "gpu")
     if device == "gpu" and missing:
@@ -197,7 +195,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     layers = {layer.name: layer for layer in load()}
     measure = on_gpu if device == "gpu" else on_cpu
     rows = [
-        row for name in names for n in slots for row in measure(layers[name], args.dtype, n, PUSHES[name], args.turns)
+        row
+        for name in names
+        for n in args.slots
+        for row in measure(layers[name], args.dtype, n, PUSHES[name], args.turns)
     ]
     Console().print(table_of(rows))
     if args.json:

@@ -18,7 +18,7 @@
 #include "one_result.cuh"
 
 struct Params : Convolution {
-    index_t num_outputs;  // N * C_out * edges
+    index_t C_out, num_outputs;  // N * C_out * edges
     index_t edges, first;
     FUSED_FIELDS
 };

@@ -22,7 +22,7 @@
 #include "samples.cuh"
 
 struct Params : Convolution {
-    index_t num_warps, parts;
+    index_t C_out, num_warps, parts;
     index_t first, is_computed;
     FUSED_FIELDS
 };

@@ -8,7 +8,7 @@
 // Grid x: blocks of BLOCK_M output channels (fastest, so that blocks which read one window run together), then of
 // block_positions positions, then of block_samples samples, then groups, then segments
 // where SEGMENT_MODE is 2. Grid y and z: 1. Dynamic shared memory: see mma.cuh.
-// Before it pack_mma_weight.cu packs the weights; or the blocks do, where RAW_WEIGHT is 1 (raw_weights.cuh).
+// Before it pack_mma_weight.cu packs the weights, or pack_im2col_weight.cu where positions are channels (fold); or the blocks do, where RAW_WEIGHT is 1 (raw_weights.cuh).
 // Needs float16, bfloat16 (sm_80) or float32 (sm_80) arrays of any strides, in elements. Chosen for at least 8 input and
 // output channels a group; see gpuconv/families/mma.py.
 
@@ -29,6 +29,7 @@ struct Params {
     index_t block_samples, block_positions;
     index_t planes, plane_rows, sample_rows, window_rows, unit_tasks, tasks_reciprocal;
     index_t tap_rows_first, tap_rows_step, window_shift, plane_step;
+    index_t fold, fold_chunks;
     FUSED_FIELDS WINDOW_FIELDS
 };
 static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/conv_mma.py");
@@ -78,6 +79,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) conv1d_mma(
         }
         return tile;
     };
+    Window window = window_of(p);
+    window.fold = p.fold;
+    window.fold_chunks = p.fold_chunks;
     run_block(
-        tile_of, window_of(p), epilogue, [&](const Tile& tile, index_t row) { return channel_row(tile, row, p); }, partial);
+        tile_of, window, epilogue, [&](const Tile& tile, index_t row) { return channel_row(tile, row, p); }, partial);
 }

@@ -17,19 +17,13 @@
 // Takes arrays of any strides, in elements. Chosen for at most 8 output channels a group.
 
 #include "common.cuh"
+#include "convolution.cuh"
 #include "edge.cuh"
 #include "finish.cuh"
 #include "window.cuh"
 
-struct Params {
-    index_t N, L_in, L_out, K;
-    index_t C_in_g, C_out_g;
-    index_t stride, padding_left, dilation;
-    index_t input_stride_n, input_stride_c, input_stride_l;
-    index_t weight_stride_out, weight_stride_in, weight_stride_k;
-    index_t bias_stride;
-    index_t output_stride_n, output_stride_c, output_stride_l;
-    index_t column_blocks;
+struct Params : Convolution {
+    index_t N, column_blocks;
     index_t chunk_terms;
     index_t tap_step, channel_step;  // elements of the input from a tap to the next, and from the last to the next channel
     FUSED_FIELDS WINDOW_FIELDS

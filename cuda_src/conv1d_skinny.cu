@@ -22,19 +22,13 @@
 
 #include "canonical_sum.cuh"
 #include "common.cuh"
+#include "convolution.cuh"
 #include "edge.cuh"
 #include "finish.cuh"
 #include "window.cuh"
 
-struct Params {
+struct Params : Convolution {
     index_t columns;  // N * L_out
-    index_t L_in, L_out, K;
-    index_t C_in_g, C_out_g;
-    index_t stride, padding_left, dilation;
-    index_t input_stride_n, input_stride_c, input_stride_l;
-    index_t weight_stride_out, weight_stride_in, weight_stride_k;
-    index_t bias_stride;
-    index_t output_stride_n, output_stride_c, output_stride_l;
     index_t row_blocks, block_rows, compute_warps;
     index_t chunk_terms;  // a multiple of kFetch
     index_t vector_weights;

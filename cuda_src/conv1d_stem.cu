@@ -31,19 +31,13 @@
 
 #include "canonical_sum.cuh"
 #include "common.cuh"
+#include "convolution.cuh"
 #include "edge.cuh"
 #include "finish.cuh"
 #include "window.cuh"
 
-struct Params {
-    index_t N, L_in, L_out, K;
-    index_t C_in_g, C_out_g;
-    index_t stride, padding_left, dilation;
-    index_t input_stride_n, input_stride_c, input_stride_l;
-    index_t weight_stride_out, weight_stride_in, weight_stride_k;
-    index_t bias_stride;
-    index_t output_stride_n, output_stride_c, output_stride_l;
-    index_t channel_blocks, tile_blocks, tiles, tiles_of_sample, repeats;
+struct Params : Convolution {
+    index_t N, channel_blocks, tile_blocks, tiles, tiles_of_sample, repeats;
     index_t warps_c, step_n, step_l;
     index_t row_taps, row_advance, row_pitch;
     index_t chunk_terms;

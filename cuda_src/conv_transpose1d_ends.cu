@@ -17,7 +17,7 @@
 #include "samples.cuh"
 
 struct Params : TransposedConvolution {
-    index_t num_warps, parts;
+    index_t C_out, num_warps, parts;
     index_t is_computed;
     FUSED_FIELDS
     static constexpr int first = 0;  // for ends.cuh

@@ -25,7 +25,7 @@
 #include "samples.cuh"
 
 struct Params : TransposedConvolution {
-    index_t num_outputs;  // N * C_out * edges
+    index_t C_out, num_outputs;  // N * C_out * edges
     index_t edges, first_begin, first_count, second_begin;
     index_t padded_end;  // behind the last position in the padding on the right
     FUSED_FIELDS

@@ -19,7 +19,7 @@
 #include "window.cuh"
 
 struct Params : TransposedConvolution {
-    index_t num_outputs;  // N * C_out * L_out
+    index_t C_out, num_outputs;  // N * C_out * L_out
     FUSED_FIELDS WINDOW_FIELDS
 };
 static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/conv_direct.py");

@@ -40,6 +40,9 @@
 // memory. Units of 16-bit elements go to shared memory by cp.async, those of 32 bits through registers, since they are rounded
 // or split.
 //
+// The positions of one stride may be channels, by a rule on the layer alone: see folded() in mma_tile.cuh. A chunk then has
+// positions of one channel of the input.
+//
 // OUTPUT_LAST = 1 is for output of that kind, where rows are channels: it is stored in units.
 //
 // RAW_WEIGHT = 1 is for weights that no launch before has packed: see raw_weights.cuh.
@@ -133,7 +136,8 @@ __device__ __forceinline__ void add_to_totals(AccVector* totals, Sums& acc, Sums
 
 // The sums of one tile over chunks chunk_begin to chunk_end - 1.
 __device__ __forceinline__ void multiply_tile(
-    const Tile& tile, const Window& window, index_t chunk_begin, index_t chunk_end, Sums& acc) {
+    const Tile& whole, const Window& window, index_t chunk_begin, index_t chunk_end, Sums& acc) {
+    const Tile tile = folded(whole, window);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const index_t part_rows = window.units * window.window_rows;
 
@@ -350,7 +354,16 @@ __device__ __forceinline__ void multiply_tile(
     });
     index_t segment_left = window.segment_chunks;
 
-    const storage_t* input = tile.input + chunk_begin * window.units * kUnit * tile.input_stride_c;  // of the next chunk
+    // Of the next chunk; where positions are channels, the next channel of the input begins fold_skip behind the last chunk of
+    // the one before.
+    const storage_t* input = tile.input + chunk_begin * window.units * kUnit * tile.input_stride_c;
+    const index_t fold_skip = window.fold > 1 ? whole.input_stride_c - tile.input_stride_l : 0;
+    index_t fold_chunks_left = 0;
+    if (window.fold > 1) {
+        const index_t channel = chunk_begin / window.fold_chunks;
+        fold_chunks_left = (channel + 1) * window.fold_chunks - chunk_begin;
+        input += channel * fold_skip;
+    }
 #pragma unroll 1
     for (index_t chunk = chunk_begin - 1; chunk < chunk_end; ++chunk) {
         // The next chunk's input arrives while this one is multiplied, in batches of what the registers hold: a batch is
@@ -441,6 +454,10 @@ __device__ __forceinline__ void multiply_tile(
         }
 #endif
         input += window.units * kUnit * tile.input_stride_c;
+        if (window.fold > 1 && --fold_chunks_left == 0) {
+            fold_chunks_left = window.fold_chunks;
+            input += fold_skip;
+        }
         stages_end += chunk_stages;
         if (SEGMENT_MODE == 1 && chunk >= chunk_begin && --segment_left == 0 && chunk + 1 < chunk_end) {
             segment_left = window.segment_chunks;

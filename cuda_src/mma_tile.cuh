@@ -91,6 +91,9 @@ struct Window {
     index_t unit_tasks, tasks_reciprocal;      // tasks of staging them for a set of units; 2^32 / unit_tasks, rounded up
     index_t tap_rows_first, tap_rows_step;     // a tap's first row: .. + tap / planes * .. + tap % planes * plane_rows
     index_t shift, plane_step;                 // position of q = 0, row 0 from Tile::first on; from plane to plane
+    // Where `fold` is more than 1, the positions of one stride are channels: see folded(). That many are of a channel of the
+    // input, and fold_chunks chunks.
+    index_t fold, fold_chunks;
 };
 
 // What Params of all kernels have in common, in Tile and Window.
@@ -114,7 +117,22 @@ __device__ __forceinline__ Window window_of(const P& p) {
         p.units, p.chunks, p.pairs, p.segments, p.segment_chunks, p.num_tiles, p.round_stages,
         p.block_samples, p.block_positions,
         p.planes, p.plane_rows, p.sample_rows, p.window_rows, p.unit_tasks, p.tasks_reciprocal,
-        p.tap_rows_first, p.tap_rows_step, p.window_shift, p.plane_step};
+        p.tap_rows_first, p.tap_rows_step, p.window_shift, p.plane_step, 1, 0};
+}
+
+// The tile as it is staged and multiplied. Without padding and dilation, and where the stride divides K, channel c at position
+// q*stride + r is also channel c*stride + r at position q: then K / stride taps read neighbouring positions, and the channels of
+// a unit are neighbours in memory. Window::fold is the stride.
+__device__ __forceinline__ Tile folded(Tile tile, const Window& window) {
+    if (window.fold > 1) {
+        tile.C_in_g *= window.fold;
+        tile.L_in /= window.fold;  // the windows of all results are whole
+        tile.row_taps /= window.fold;
+        tile.column_step = 1;
+        tile.input_stride_c = tile.input_stride_l;
+        tile.input_stride_l *= window.fold;
+    }
+    return tile;
 }
 
 // Where a thread keeps four of its sums of a segment in `partial`: those of a warp lie side by side.

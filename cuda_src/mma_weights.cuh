@@ -58,12 +58,19 @@ struct PackedWeights : EveryWeight {
     const StorageVector* weight;         // of the row's first pair
     index_t units, pairs;                // of a chunk
     index_t taps;                        // of the row
+    index_t fold;                        // see Window
     index_t chunk_pair = 0, unit = 0;    // of the channel: the chunk's first pair, and the unit in it
     int e = 0;                           // of the channel, in its unit
 
     __device__ __forceinline__ PackedWeights(const Tile& tile, const Window& window, index_t row)
-        : weight(tile.weight + (row - tile.row_begin)), units(window.units), pairs(window.pairs), taps(tile.row_taps) {}
+        : weight(tile.weight + (row - tile.row_begin)), units(window.units), pairs(window.pairs), taps(tile.row_taps), fold(window.fold) {}
     __device__ __forceinline__ acc_t load(index_t c_in, index_t tap) const {
+        if (!TAPS_IN_UNITS && fold > 1) {
+            const index_t taps_of_channel = tap / fold, channel = c_in * fold + (tap - taps_of_channel * fold);
+            const index_t all_units = channel / kUnit, chunk = all_units / units;
+            return weight_of(
+                chunk * pairs + taps_of_channel * units + (all_units - chunk * units), int(channel - all_units * kUnit));
+        }
         if (!TAPS_IN_UNITS) return weight_of(chunk_pair + tap * units + unit, e);
         const index_t place = IS_TRANSPOSED ? taps - 1 - tap : tap;
         const index_t begin = place / kUnit * kUnit;  // a last unit that is not whole holds the last kUnit taps

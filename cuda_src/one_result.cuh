@@ -6,21 +6,13 @@
 #pragma once
 
 #include "common.cuh"
+#include "convolution.cuh"
 #include "edge.cuh"
 #include "finish.cuh"
 #include "input.cuh"
 #include "samples.cuh"
 
-// What Params begins with.
-struct Convolution {
-    index_t C_out, L_in, L_out, K;
-    index_t C_in_g, C_out_g;
-    index_t stride, padding_left, dilation;
-    index_t input_stride_n, input_stride_c, input_stride_l;
-    index_t weight_stride_out, weight_stride_in, weight_stride_k;
-    index_t bias_stride;
-    index_t output_stride_n, output_stride_c, output_stride_l;
-};
+// What Params begins with in kernels of the transposed operation. Those of both operations also have C_out.
 struct TransposedConvolution : Convolution {
     index_t phase_gcd, tap_step, position_step, phase_inverse;
 };

@@ -4,10 +4,16 @@
 //   c_in = pair % C_in_g of the input, both counted in group g, at the kUnit taps of unit pair / C_in_g; zeros for rows and
 //   pairs that do not exist.
 //
+// IN_CHUNKS = 1 is for conv1d_mma where the positions of a stride are channels: see folded() in mma_tile.cuh. There a pair is
+// (c_in, chunk of the channel, tap j < K / stride, unit of the chunk), the last fastest, and holds the taps from
+// j*stride + (chunk*units + unit)*kUnit on.
+//
 // A unit holds neighbouring taps. Where the last of K / kUnit rounded up is not whole, it holds the last kUnit taps of all,
 // with zeros for those that the unit before it holds, too.
 //
 // Elements, and the second part where IS_SPLIT is 1, as packed_weight.cuh says.
+//
+// Macros read: IN_CHUNKS, and those of packed_weight.cuh.
 //
 // Grid x: blocks of BLOCK_SIZE vectors of one part; where the grid is shorter, threads take several. A warp takes kWarpRows
 // rows of kWarpPairs pairs, so that it reads and writes neighbouring bytes. Grid y and z: 1. No shared memory.
@@ -21,9 +27,10 @@ struct Params {
     index_t num_vectors;  // groups * row_tiles * pairs * block_rows
     index_t row_tiles, block_rows, pairs;
     index_t K, C_in_g, C_out_g;
+    index_t stride, units, fold_chunks;  // of IN_CHUNKS
     index_t weight_first, weight_stride_g, weight_stride_out, weight_stride_in, weight_stride_k;
 };
-static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/conv_im2col.py");
+static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/mma.py");
 
 constexpr int kUnit = kStorageVec;
 constexpr int kParts = IS_SPLIT ? 2 : 1;
@@ -43,8 +50,18 @@ extern "C" __global__ void __launch_bounds__(BLOCK_SIZE, 2) pack_im2col_weight(
         const index_t in_block = warp_row * kWarpRows + lane % kWarpRows;
         const index_t g = tile / p.row_tiles;
         const index_t row = (tile - g * p.row_tiles) * p.block_rows + in_block;
-        const index_t unit = pair / p.C_in_g, c_in = pair - unit * p.C_in_g;
-        const index_t begin = unit * kUnit, first = min_index(begin, p.K - kUnit);  // taps
+        index_t c_in, begin;  // the first tap
+        if (IN_CHUNKS) {
+            const index_t tap_of_chunk = pair / p.units, unit = pair - tap_of_chunk * p.units;
+            const index_t taps = p.K / p.stride, chunk = tap_of_chunk / taps;
+            c_in = chunk / p.fold_chunks;
+            begin = (tap_of_chunk - chunk * taps) * p.stride + ((chunk - c_in * p.fold_chunks) * p.units + unit) * kUnit;
+        } else {
+            const index_t unit = pair / p.C_in_g;
+            c_in = pair - unit * p.C_in_g;
+            begin = unit * kUnit;
+        }
+        const index_t first = min_index(begin, p.K - kUnit);
         const bool exists = row < p.C_out_g && begin < p.K;
         const storage_t* const w = weight +
             (exists ? p.weight_first + g * p.weight_stride_g + row * p.weight_stride_out + c_in * p.weight_stride_in +

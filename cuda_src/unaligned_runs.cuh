@@ -129,14 +129,39 @@ __device__ __forceinline__ void load_run(
     }
 }
 
-__device__ __forceinline__ void stage(const ShiftedRuns& runs, Vector<unsigned>* rows, index_t) {
+// Stores the vectors of a run where row_of says.
+template <typename RowOf>
+__device__ __forceinline__ void stage_shifted(const ShiftedRuns& runs, const RowOf& row_of) {
     if (is_inside(runs.first, runs.first + 3, runs.end)) {
 #pragma unroll
-        for (int v = 0; v < 4; ++v) rows[v] = runs.vector(v);
+        for (int v = 0; v < 4; ++v) *row_of(v) = runs.vector(v);
         return;
     }
 #pragma unroll
-    for (int v = 0; v < 4; ++v) rows[v] = runs.exists(v) ? runs.vector(v) : Vector<unsigned>();
+    for (int v = 0; v < 4; ++v) *row_of(v) = runs.exists(v) ? runs.vector(v) : Vector<unsigned>();
+}
+__device__ __forceinline__ void stage(const ShiftedRuns& runs, Vector<unsigned>* rows, index_t) {
+    stage_shifted(runs, [&](int v) { return rows + v; });
+}
+
+// The same as stage() with a row of its own for each position, in the order of `rows`.
+__device__ __forceinline__ void stage_apart(
+    const ShiftedRuns& runs, Vector<unsigned>* unit, const Vector<int>& rows, index_t) {
+    stage_shifted(runs, [&](int v) { return unit + rows.element[v]; });
+}
+__device__ __forceinline__ void stage_apart(
+    const Block<4>& block, Vector<unsigned>* unit, const Vector<int>& rows, index_t part_rows) {
+#pragma unroll
+    for (int v = 0; v < 4; ++v) {
+        if (kUnit == 8) {
+            unit[rows.element[v]] = block.vector(v);
+            continue;
+        }
+        Block<1> position;
+#pragma unroll
+        for (int e = 0; e < kUnit; ++e) position.run[e].word[0] = block.run[e].word[v % block.run[e].kWords];
+        stage(position, unit + rows.element[v], part_rows);
+    }
 }
 
 // What holds a run of kWidth positions.

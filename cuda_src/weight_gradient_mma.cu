@@ -29,12 +29,13 @@
 // of octets, then groups, then slices. Grid y and z: 1. Dynamic shared memory: two buffers of both operands, and tables
 // of the window's rows and of the tasks of staging it; or the sums that are to be stored.
 // With several slices their sums go to partial and sum_slices.cu follows; with one partial is null.
-// COARSE_WIDTH and FINE_WIDTH = 4 need contiguous positions; FINE_WIDTH = 4 also needs stride 1. Rows begin and end at
+// COARSE_WIDTH and FINE_WIDTH = 4 need contiguous positions. With a stride, FINE_WIDTH = 4 needs FINE_STRIDED = 1: dilation is
+// 1 and planes are as many as the stride, so that the window has all positions of a stretch. Rows begin and end at
 // multiples of COARSE_ALIGN and FINE_ALIGN positions, by default the widths, and are aligned to that many. Where it is 1,
 // elements have 16 bits, the strides of channels are odd, none is negative, and arrays are aligned to 4 bytes
 // (unaligned_runs.cuh).
 // Takes other arrays of any strides, in elements. Samples with lengths of their own (samples.cuh) need widths of 1.
-// COARSE_LAST and FINE_LAST = 1 (0 by default) are for arrays whose channels are contiguous, in groups of whole units, each unit
+// COARSE_LAST and FINE_LAST = 1 (default 0) are for arrays whose channels are contiguous, in groups of whole units, each unit
 // aligned to 16 bytes: a unit of one position is then 16 bytes of memory. Units of 16-bit elements go to shared memory by
 // cp.async, those of 32 bits through registers, since they are rounded or split.
 // Needs float16, bfloat16 (sm_80) or float32 (sm_80). Chosen for at least 8 channels or 8 taps on the fine side; see
@@ -115,13 +116,18 @@ __device__ __forceinline__ void multiply_slice(
     UnitTask* const tasks = keep_in_register_shared(reinterpret_cast<UnitTask*>(tables));
 #else
     Place* const places = keep_in_register_shared(reinterpret_cast<Place*>(tables));
-    Task* const tasks = keep_in_register_shared(reinterpret_cast<Task*>(places + p.window_rows));
+    int* const rows_apart = keep_in_register_shared(reinterpret_cast<int*>(places + p.window_rows));
+    Task* const tasks =
+        keep_in_register_shared(reinterpret_cast<Task*>(rows_apart + (FINE_STRIDED ? p.window_rows : 0)));
 #endif
     const int fine_runs = int(p.window_rows) / FINE_WIDTH, fine_tasks = fine_runs * window_units;
     const int sample_window_rows = planes * plane_rows;
-    // Planes begin at a multiple of FINE_ALIGN, so that their first rows may be ones that no tap needs.
+    // Planes begin at a multiple of FINE_ALIGN, so that their first rows may be ones that no tap needs. Where FINE_STRIDED,
+    // this is so of all planes together.
     const index_t first = tile.tap_begin * p.tap_step - p.padding_left;
-    const auto skew_of = [&](int plane) { return int(first + plane * p.tap_step) & (FINE_ALIGN - 1); };
+    const auto skew_of = [&](int plane) {
+        return int(first + (FINE_STRIDED ? 0 : plane * p.tap_step)) & (FINE_ALIGN - 1);
+    };
 #if FINE_LAST
 #pragma unroll 1
     for (int i = threadIdx.x; i < fine_tasks; i += kThreads) {
@@ -137,14 +143,29 @@ __device__ __forceinline__ void multiply_slice(
 #pragma unroll 1
     for (int row = threadIdx.x; row < p.window_rows; row += kThreads) {
         const int sample = row / sample_window_rows, in_sample = row - sample * sample_window_rows;
+#if FINE_STRIDED
+        const int round = in_sample / planes;
+        places[row] = Place{sample, first - skew_of(0) + in_sample};
+        rows_apart[row] = sample * sample_window_rows + (in_sample - round * planes) * plane_rows + round;
+#else
         const int plane = in_sample / plane_rows;
         places[row] = Place{
             sample, (in_sample - plane * plane_rows) * p.stride + first + plane * p.tap_step - skew_of(plane)};
+#endif
     }
 
 #pragma unroll 1
     for (int i = threadIdx.x; i < fine_tasks; i += kThreads) {
-        tasks[i] = Task::of(i, window_units, fine_runs, FINE_WIDTH, kFineLanes);
+        Task task = Task::of(i, window_units, fine_runs, FINE_WIDTH, kFineLanes);
+#if FINE_STRIDED
+        // Of two neighbouring lanes with the same units one takes the run whose rows lie four further on: so they meet on
+        // different banks.
+        const int run = task.row / FINE_WIDTH, group = run / (2 * planes), in_group = run - group * (2 * planes);
+        if ((group + 1) * 2 * planes <= fine_runs) {
+            task.row = (run - in_group + in_group % 2 * planes + in_group / 2) * FINE_WIDTH;
+        }
+#endif
+        tasks[i] = task;
     }
 #endif
 
@@ -250,6 +271,13 @@ __device__ __forceinline__ void multiply_slice(
 #endif
     };
 #endif
+    const auto store_fine = [&](const FineRuns& runs, const decltype(fine_task(0))& task, int buffer) {
+#if FINE_STRIDED
+        fine_side.store_apart(runs, task, rows_apart, buffer);
+#else
+        fine_side.store<kCopiesFine>(runs, task, buffer);
+#endif
+    };
     __syncthreads();  // the tables
 
     // Where this lane reads its operands.
@@ -263,8 +291,9 @@ __device__ __forceinline__ void multiply_slice(
     for (int j = 0; j < kLoads; ++j) {
         const int pair = pair_begin + (kUnit == 8 ? 2 * j + lane / 16 : j);
         const int octet = pair / block_taps, tap = pair - octet * block_taps;
-        const int round = tap / planes, plane = tap - round * planes;
-        const int row = octet * window_pitch + round * int(p.tap_rows_step) + plane * plane_rows + skew_of(plane);
+        const int place = tap + (FINE_STRIDED ? skew_of(0) : 0), round = place / planes, plane = place - round * planes;
+        const int row = octet * window_pitch + round * int(p.tap_rows_step) + plane * plane_rows +
+                        (FINE_STRIDED ? 0 : skew_of(plane));
         b_address[j] = pair_address(pair < pairs ? row : 0, window_half, lane);
     }
     const int sample_steps = sample_rows / kStepRows;
@@ -351,7 +380,7 @@ __device__ __forceinline__ void multiply_slice(
 #pragma unroll
         for (int i = 0; i < kAheadFine; ++i) {
             const auto task = fine_task(i);
-            if (is_fine(task)) fine_side.store<kCopiesFine>(ahead_fine[i], task, buffer);
+            if (is_fine(task)) store_fine(ahead_fine[i], task, buffer);
         }
 #pragma unroll 1
         for (int i = kAheadCoarse; i * kThreads < kCoarseTasks; ++i) {
@@ -365,7 +394,7 @@ __device__ __forceinline__ void multiply_slice(
             const auto task = fine_task(i);
             if (!is_fine(task)) continue;
             load_fine(ahead_fine[0], buffer, task);
-            fine_side.store<kCopiesFine>(ahead_fine[0], task, buffer);
+            store_fine(ahead_fine[0], task, buffer);
         }
         const index_t positions =
             p.chunk_samples > 1 ? min_index(p.chunk_samples, s.n_end - n) * sample_rows : s.l_end - l;

@@ -35,15 +35,16 @@ struct Task {
     __device__ __forceinline__ static Task of(int index, int units, int runs, int width, int lanes) {
         const int most = units < lanes ? units : lanes;
         const int block = index / (most * runs), in_block = index - block * (most * runs);
-        const int left = units - block * most;  // the last ones may be fewer
-        const int low = units % most == 0 || left >= most ? most : left < 1 ? 1 : left;
+        // The last units may be fewer, so that more indices than tasks lead to them.
+        const bool is_even = units % most == 0;
+        const int left = units - block * most, low = is_even || left >= most ? most : left < 1 ? 1 : left;
         const int run = in_block / low;
-        return Task{block * most + (in_block - run * low), run * width};
+        return Task{is_even || run < runs ? block * most + (in_block - run * low) : units, run * width};
     }
 };
 
-// A task where units are contiguous: its row of a buffer, -1 where the unit does not exist, and what it adds to the chunk's first
-// sample, position and element.
+// A task where units are contiguous: its row of a buffer, -1 where the unit does not exist, and what it adds to the chunk's
+// first sample, position and element.
 struct alignas(16) UnitTask {
     int row;
     index_t n, l, offset;
@@ -72,6 +73,13 @@ struct Side {
     template <bool kIsCopied, typename Loaded, typename AnyTask>
     __device__ __forceinline__ void store(const Loaded& loaded, const AnyTask& task, int buffer) const {
         if (!kIsCopied) stage(loaded, vectors_of(task, buffer), part);
+    }
+    // The same of a run whose positions have the rows that a table tells.
+    template <typename Loaded>
+    __device__ __forceinline__ void store_apart(
+        const Loaded& loaded, const Task& task, const int* rows, int buffer) const {
+        const Vector<int> of_run = *reinterpret_cast<const Vector<int>*>(rows + task.row);
+        stage_apart(loaded, vectors_of(Task{task.unit, 0}, buffer), of_run, part);
     }
 };
 

@@ -20,6 +20,9 @@
 #ifndef FINE_ALIGN
 #define FINE_ALIGN FINE_WIDTH
 #endif
+#ifndef FINE_STRIDED
+#define FINE_STRIDED 0
+#endif
 #ifndef COARSE_LAST
 #define COARSE_LAST 0
 #endif
@@ -45,6 +48,8 @@ static_assert(kUnit == 8 || (COARSE_WIDTH == COARSE_ALIGN || COARSE_ALIGN > 1) &
               "only rows of 16 bits share words: gpuconv/families/weight_gradient_mma.py");
 static_assert((!COARSE_LAST || COARSE_WIDTH == 1) && (!FINE_LAST || (FINE_WIDTH == 1 && !TAPS_IN_UNITS)),
               "units are of one position and of channels: gpuconv/families/weight_gradient_mma.py");
+static_assert(!FINE_STRIDED || FINE_WIDTH == 4,
+              "rows of windows are loaded by fours: gpuconv/families/weight_gradient_mma.py");
 static_assert(!FEW_ROWS || !COARSE_LAST, "units of fewer rows are no whole ones: gpuconv/families/weight_gradient_mma.py");
 static_assert(kIsEmptyOutside || FINE_WIDTH == 1,
               "positions outside fine are loaded together: gpuconv/families/weight_gradient_mma.py");

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
+
+from .text import count
 
 # The names of the checks that give one result for each kernel family; the others give one for each case.
 BY_FAMILY = "families"
@@ -62,13 +64,7 @@ class Failure:
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON values: complex numbers as [real, imaginary], NaN and infinities as strings."""
         return {
-            "case": self.case,
-            "dtype": self.dtype,
-            "check": self.check,
-            "problem": self.problem,
-            "message": self.message,
-            "traceback": self.traceback,
-            "bad": self.bad,
+            **asdict(self),
             "index": None if self.index is None else list(self.index),
             "got": _json_number(self.got),
             "expected": _json_number(self.expected),
@@ -77,7 +73,6 @@ class Failure:
                 {**tap._asdict(), "weight": _json_number(tap.weight), "input": _json_number(tap.input)}
                 for tap in self.taps
             ],
-            "num_taps": self.num_taps,
         }
 
     def __str__(self) -> str:
@@ -87,7 +82,7 @@ class Failure:
             bound = "" if self.bound is None else f", bound {self.bound:.3g}"
             lines.append(f"  got {self.got!r}, expected {self.expected!r}{bound}{place}")
         if self.index is not None and self.num_taps is not None:
-            lines.append(f"  fed by {_counted(self.num_taps, 'tap')}" + (":" if self.taps else ""))
+            lines.append(f"  fed by {count(self.num_taps, 'tap')}" + (":" if self.taps else ""))
             lines += [
                 f"    weight[c_in={tap.c_in}, k={tap.k}] = {tap.weight!r}, input[l_in={tap.l_in}] = {tap.input!r}"
                 for tap in self.taps
@@ -285,13 +280,13 @@ class Report:
         partial = self.pairs < self.total
         lines = [
             f"gpuconv {self.versions['gpuconv']} on {self.device}",
-            f"{_counted(num_cases, 'case')}, {', '.join(dtypes)}; seed {self.seed}; {self.elapsed:.1f} s",
+            f"{count(num_cases, 'case')}, {', '.join(dtypes)}; seed {self.seed}; {self.elapsed:.1f} s",
             *([f"a selection: {self.pairs} of {self.total} pairs of case and dtype; --all runs them all"] * partial),
             *(f"not run: {dtype}: {reason}" for dtype, reason in self.skipped.items()),
             "",
             f"{'check':<12}{'passed':>8}{'failed':>8}",
         ]
-        lines += [f"{name:<12}{count['passed']:>8}{count['failed']:>8}" for name, count in self.counts.items()]
+        lines += [f"{name:<12}{of['passed']:>8}{of['failed']:>8}" for name, of in self.counts.items()]
         if self.layers:
             lines += ["", f"{'layer':<10}{'worst element':>14}{'failed':>8}  problem"]
         for row in self.layer_rows:
@@ -306,11 +301,11 @@ class Report:
         for failure in shown:
             lines += ["", str(failure)]
         if len(self.failures) > len(shown):
-            lines += ["", f"... and {_counted(len(self.failures) - len(shown), 'more failure')}"]
+            lines += ["", f"... and {count(len(self.failures) - len(shown), 'more failure')}"]
         if self.worst is not None and self.worst.worst is not None:
             where = f"{self.worst.case} [{self.worst.dtype}] {self.worst.check}"
             lines += ["", f"worst element: {self.worst.worst:.3g} of its error bound, in {where}"]
-        failed = f"{len(self.failures)} of {_counted(len(self.results), 'check')} FAILED"
+        failed = f"{len(self.failures)} of {count(len(self.results), 'check')} FAILED"
         if self.failures:
             lines += ["", failed]
         elif self.ok:
@@ -318,10 +313,6 @@ class Report:
         else:
             lines += ["", f"FAILED: no case reaches {', '.join(self.unreached)}"]
         return "\n".join(lines)
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _json_number(value: complex | None) -> Any:

@@ -23,12 +23,18 @@ Array = npt.NDArray[Any]
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Give BLAS one thread in each worker, which reads this variable of its parent as it imports NumPy.
+    """Make Hypothesis repeatable however slow the machine is, and give BLAS one thread in each worker.
 
-    There are as many workers as processors: threads of BLAS would spend most of their time waiting for each other.
+    A worker reads this variable of its parent as it imports NumPy. There are as many workers as processors: threads of
+    BLAS would spend most of their time waiting for each other.
     """
     if config.getoption("numprocesses", default=None):
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    if importlib.util.find_spec("hypothesis") is not None:  # the tests on a GPU run where it is not installed
+        from hypothesis import settings
+
+        settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
+        settings.load_profile("repeatable")
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -44,27 +44,31 @@ class Blocking(NamedTuple):
         compute: Callable[[Call, Array, Block, Scratch], None],
         workers: int,
     ) -> None:
-        """Compute all blocks, with `weight` as a matrix (groups, rows*n, depth) for some n; None packs parts of it.
+        """Compute all blocks; the arguments are those of `batches`."""
+        packed = Scratch.borrow("weight 0", call.dtype)
+        for batch in self.batches(call.p, positions, call.w, weight, pack, packed):
+            run_blocks(compute, [(call, *block) for block in batch], workers, call.dtype, call.p.L_out)
+        packed.give_back("weight 0")
 
-        `pack` takes a part (groups, rows, C_in_g, K) of the weight and returns (groups, rows*n, depth).
+    def batches(
+        self,
+        p: ConvProblem,
+        positions: tuple[int, int],
+        w: Array,
+        weight: Array | None,
+        pack: Callable[[Array, Scratch], Array],
+        packed: Scratch,
+    ) -> Iterator[list[tuple[Array, Block]]]:
+        """Blocks that can be computed at the same time, each with its part of the weight as a matrix.
+
+        `weight` is the matrix (groups, rows*n, depth) for some n; None packs parts of `w` into `packed`, each of which
+        is overwritten by the next: `pack` takes (groups, rows, C_in_g, K) and returns (groups, rows*n, depth).
         """
-        p = call.p
         per_groups, per_rows = (self.weight_groups, self.weight_rows) if weight is None else (p.groups, p.C_out_g)
-        packed = Scratch.borrow("weight", call.dtype)
-        first, last = positions
-        if (p.N, p.groups, p.C_out_g, last - first) == self[:4] and (p.groups, p.C_out_g) == (per_groups, per_rows):
-            # A problem of one block is small, and its time is mostly that of the interpreter.
-            matrix = pack(call.w, packed) if weight is None else weight
-            block = Block(slice(0, p.N), slice(0, p.groups), slice(0, p.C_out_g), first, last)
-            scratch = Scratch.borrow("blocks 0", call.dtype)
-            with np.errstate(all="ignore"):
-                compute(call, matrix, block, scratch)
-            scratch.give_back("blocks 0")
-            return
-        columns = [(samples, at) for samples in slices(0, p.N, self.samples) for at in slices(first, last, self.length)]
+        columns = [(n, at) for n in slices(0, p.N, self.samples) for at in slices(*positions, self.length)]
         for g in slices(0, p.groups, per_groups):
             for m in slices(0, p.C_out_g, per_rows):
-                matrix = pack(call.w[g, m], packed) if weight is None else weight
+                matrix = pack(w[g, m], packed) if weight is None else weight
                 per_row = matrix.shape[1] // (m.stop - m.start)
                 blocks = []
                 for groups in slices(g.start, g.stop, self.groups):
@@ -73,9 +77,8 @@ class Blocking(NamedTuple):
                             groups.start - g.start : groups.stop - g.start,
                             (rows.start - m.start) * per_row : (rows.stop - m.start) * per_row,
                         ]
-                        blocks += [(call, part, Block(n, groups, rows, at.start, at.stop)) for n, at in columns]
-                run_blocks(compute, blocks, workers, call.dtype, p.L_out)
-        packed.give_back("weight")
+                        blocks += [(part, Block(n, groups, rows, at.start, at.stop)) for n, at in columns]
+                yield blocks
 
     def multiply(self, weight: Array, columns: Array, product: Array) -> None:
         """``product[n, g, tile] = weight[g] @ columns[n, g, tile]``, at most `tile_rows` rows at a time."""

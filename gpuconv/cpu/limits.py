@@ -12,7 +12,7 @@ MIB = 1024 * 1024
 # limits the number of threads.
 WORKSPACE = 28 * MIB
 
-# The most bytes of buffers that a thread keeps for its next call.
+# The most bytes of buffers that a caller keeps for each thread of its next call.
 KEPT_SCRATCH = 8 * MIB
 
 # Bytes of single buffers: a packed weight; any buffer with one thread; with several threads any buffer, the sums, and
@@ -63,11 +63,13 @@ MANY_PHASES = 16
 SMALL_CALL = 100_000
 
 # The fewest nanoseconds of work for which a second thread pays: it takes some 30 us to wake, the interpreter's time for
-# the blocks does not shrink, and whenever a thread waits for the interpreter, it costs both threads some 40 us.
-WORTH_THREADS = 300_000
+# the blocks does not shrink, and whenever a thread waits for the interpreter, it costs both threads some 40 us. The
+# latter is for forms whose first blocks are prepared before the helpers wake.
+WORTH_THREADS = 700_000
+WORTH_PREPARED_THREADS = 400_000
 
-# Nanoseconds by which a helper begins its first block later than the caller. Waiting for a helper takes as long.
-LATE = 100_000
+# Nanoseconds by which a helper begins its first block later than the caller.
+LATE = 40_000
 
 MAX_WORKERS = 16
 

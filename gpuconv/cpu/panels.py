@@ -6,7 +6,9 @@ It can compute every problem, and is chosen for most dense layers. These take 1.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain, zip_longest
 from typing import ClassVar
 
 import numpy as np
@@ -17,6 +19,7 @@ from .arrays import Array, Scratch, accumulator, is_finite, slices, strided
 from .blocking import Blocking, parts, tiled
 from .geometry import Block, Call, Geometry
 from .taps import Taps
+from .threads import run_blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +34,7 @@ class Panels:
     """
 
     name: ClassVar[str] = "panels"
+    prepares: ClassVar[bool] = False
 
     geometry: Geometry
     blocking: Blocking
@@ -68,6 +72,8 @@ class Panels:
         if M * R > limits.SMALL_TILE:
             widest = min(widest, limits.SMALL_TILE * limits.SMALL_DEPTH // depth)
         tile = min(row, max(limits.SMALL_TILE // 2, min(widest, 4096 if tile_rows <= 2 else 1024) // 32 * 32))
+        # Equal tiles are one run: without the last, narrower one, each step takes one call instead of two.
+        tile = next((even for even in range(tile, tile // 2, -16) if row % even == 0), tile)
         rows = min(M, max(1, 512 // R))
         columns = max(1, min(limits.CONCURRENT_BUFFER // size // depth, limits.SUMS // size // (rows * R)))
         samples, groups, length = 1, 1, Q
@@ -212,19 +218,20 @@ class Panels:
         return packed, buffers | {name: max(buffers.get(name, 0), count) for name, count in safe.items()}
 
     def run(self, call: Call, workers: int) -> None:
+        _run((self,), call, workers)
+
+    def batches(self, call: Call, packed: Scratch) -> Iterator[list[tuple[Panels, Call, Array, Block]]]:
+        """Blocks that can be computed at the same time; the next ones overwrite `packed`."""
         p, geometry, w = call.p, self.geometry, call.w
-        if self._checks_weight(p):
-            with np.errstate(all="ignore"):
-                if is_finite(w):
-                    call = call.of_finite(call.x, w, call.b, call.y)
-        flags = w.flags
-        in_place = not p.transposed and w.dtype == call.dtype and flags.c_contiguous and flags.aligned
-        w = w[..., geometry.first_tap :]
-        if in_place or self.packed:
-            weight = w.reshape(p.groups, p.C_out_g, -1) if in_place else None
-            self.blocking.run(call, geometry.positions(p), weight, self._pack_all, self._compute, workers)
-        else:
-            self.blocking.run(call, geometry.positions(p), w, self._pack, self._compute, workers)
+        if self._checks_weight(p) and is_finite(w):
+            call = call.of_finite(call.x, call.w, call.b, call.y)
+        flags, pack, weight = w.flags, self._pack_all, None
+        if not p.transposed and w.dtype == call.dtype and flags.c_contiguous and flags.aligned:  # it is read in place
+            weight = w[..., geometry.first_tap :].reshape(p.groups, p.C_out_g, -1)
+        elif not self.packed:
+            pack, weight = self._pack, w[..., geometry.first_tap :]
+        for batch in self.blocking.batches(p, geometry.positions(p), w, weight, pack, packed):
+            yield [(self, call, *block) for block in batch]
 
     def _pack_all(self, w: Array, scratch: Scratch) -> Array:
         return self._pack(w[..., self.geometry.first_tap :], scratch)
@@ -260,7 +267,7 @@ class Panels:
         interleave = self.geometry.interleave
         return self._pack(weight[:, :, channels, taps.start * interleave : taps.stop * interleave], scratch)
 
-    def _compute(self, call: Call, weight: Array, block: Block, scratch: Scratch) -> None:
+    def compute(self, call: Call, weight: Array, block: Block, scratch: Scratch) -> None:
         p, geometry, blocking = call.p, self.geometry, self.blocking
         N, G, M = (part.stop - part.start for part in block[:3])
         T, R, J = block.stop - block.start, geometry.phases, geometry.tap_groups
@@ -385,6 +392,7 @@ class PhasePanels:
     """
 
     name: ClassVar[str] = "panels"
+    prepares: ClassVar[bool] = False
 
     geometry: Geometry
     parts: tuple[Panels, ...]
@@ -422,13 +430,23 @@ class PhasePanels:
         """Bounds on the elements of the scratch buffers: what all threads share, and what each has by name."""
         shared, buffers = zip(*(form.memory(p) for form in self.parts), strict=True)
         names = {name for of_form in buffers for name in of_form}
-        return max(shared), {name: max(of_form.get(name, 0) for of_form in buffers) for name in names}
+        return sum(shared), {name: max(of_form.get(name, 0) for of_form in buffers) for name in names}
 
     def run(self, call: Call, workers: int) -> None:
         if not self.geometry.writes_everything():
             call.fill_with_bias()
-        for form in self.parts:
-            form.run(call, workers)
+        _run(self.parts, call, workers)
+
+
+def _run(forms: tuple[Panels, ...], call: Call, workers: int) -> None:
+    """Compute the blocks of all forms together, so that threads wait for each other only once."""
+    packed = [Scratch.borrow(f"weight {index}", call.dtype) for index in range(len(forms))]
+    with np.errstate(all="ignore"):
+        batches = [form.batches(call, scratch) for form, scratch in zip(forms, packed, strict=True)]
+        for together in zip_longest(*batches, fillvalue=[]):
+            run_blocks(Panels.compute, [*chain(*together)], workers, call.dtype, call.p.L_out)
+    for index, scratch in enumerate(packed):
+        scratch.give_back(f"weight {index}")
 
 
 def _overhead(passes: int) -> float:

@@ -8,6 +8,7 @@ however short the rows are. The planes of the weight are built once for all samp
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -16,7 +17,7 @@ from numpy.lib.stride_tricks import as_strided
 
 from ..problem import ConvProblem
 from . import costs, limits
-from .arrays import Array, Scratch, accumulator, copy_padded, slices
+from .arrays import Array, Scratch, accumulator, copy_padded, slices, strided
 from .blocking import share
 from .geometry import Block, Call, Geometry
 from .taps import Taps
@@ -35,6 +36,7 @@ class Planes:
     name: ClassVar[str] = "planes"
     reason: ClassVar[str] = "depthwise, few taps: elementwise products of planes of several rows"
     concurrent: ClassVar[bool] = True
+    prepares: ClassVar[bool] = True
 
     shifts: tuple[tuple[int, int], ...]
     safe: Taps
@@ -86,7 +88,7 @@ class Planes:
         plane = self.groups * self.length
         reach = max(0, *self._ends) - min(0, *self._ends)
         buffers = dict.fromkeys(("input", "sums"), self.samples * plane)
-        buffers |= {"ends": plane + reach, "band": len(self.shifts) * plane}
+        buffers |= {"ends": 2 * (plane + reach), "band": len(self.shifts) * plane}
         safe = self.safe.block_memory(p, self.samples, self.groups, 1, p.L_out)
         return 0, buffers | {name: max(buffers.get(name, 0), count) for name, count in safe.items()}
 
@@ -97,61 +99,79 @@ class Planes:
             for groups in slices(0, p.groups, self.groups)
             for samples in slices(0, p.N, self.samples)
         ]
-        run_blocks(self._compute, blocks, workers, call.dtype, self.groups * self.length)
+        run_blocks(self._prepare, blocks, workers, call.dtype, self.groups * self.length, prepares=True)
 
-    def _compute(self, call: Call, block: Block, scratch: Scratch) -> None:
+    def _prepare(self, call: Call, block: Block, scratch: Scratch) -> Callable[[], None]:
         p, L, size = call.p, self.length, call.dtype.itemsize
-        y = call.y[block.samples, block.groups]
+        x, y = call.x[block.samples, block.groups], call.y[block.samples, block.groups]
         N, G = y.shape[:2]
-        x = call.read(block.samples, block.groups, slice(0, 1), 0, L, scratch)
-        if x.strides[1] != L * size or x.strides[0] < G * L * size:
-            staged = scratch.take("input", *x.shape)
-            staged[...] = x
-            x = staged
+        staged = None
+        if not call.x_direct or p.L_in < L or x.strides[1] != L * size or x.strides[0] < G * L * size:
+            staged = scratch.take("input", N, G, 1, L)
+        source = x if staged is None else staged
         direct = call.y_direct and p.L_out == L and y.strides[1] == L * size
         rows = y if direct else scratch.take("sums", N, G, 1, L)
-        sums, step = rows.reshape(N, G * L), x.strides[0] // size
-        memory = as_strided(x, ((N - 1) * step + G * L,), (size,))
-        planes = self._planes(call, block.groups, scratch)
+        planes, fill = self._planes(call, block.groups, scratch)
         # A tap that reaches beyond a plane reads the neighbouring sample, which the planes of the weight multiply by
         # zero. The first and the last sample have no neighbour on one side, so they are copied with zeros around them.
         first, last = self._ends
         low, high = min(0, first, last), max(0, first, last)
+        sums, step = rows.reshape(N, G * L), source.strides[0] // size
+        memory = as_strided(source, ((N - 1) * step + G * L,), (size,))
+        outer = [0, N - 1][:N]
+        ends = scratch.take("ends", len(outer), G * L + high - low)
+        products = [(self._windows(ends[i], first - low, 0, 1, G * L), sums[n : n + 1]) for i, n in enumerate(outer)]
         if N > 2:
-            self._multiply(memory[step + first :], step, planes, sums[1:-1])
-        copied = scratch.take("ends", 1, G * L + high - low)
-        for n in {0, N - 1}:
-            copy_padded(memory[None, n * step : n * step + G * L], low, G * L + high, copied)
-            self._multiply(copied[0, first - low :], 0, planes, sums[n : n + 1])
-        if call.is_spoilt(sums):
-            self.safe.compute_outputs(call, block, scratch)
-            return
-        call.add_bias(block, rows)
-        if not direct:
-            y[...] = rows[..., : p.L_out]
+            products.append((self._windows(memory, step + first, step, N - 2, G * L), sums[1:-1]))
+        bias = call.bias(block, 4)
+
+        def compute() -> None:
+            if staged is not None:
+                copy_padded(x, 0, L, staged)
+            fill()
+            for end, n in zip(ends, outer, strict=True):
+                copy_padded(memory[n * step : n * step + G * L], low, G * L + high, end)
+            for windows, out in products:
+                # `einsum` multiplies and adds in one loop, which is over positions, as these are first in order "F".
+                np.einsum("kq,qnk->qn", planes, windows, out=out.T, order="F")
+            if call.is_spoilt(sums):
+                self.safe.compute_outputs(call, block, scratch)
+                return
+            if bias is not None:
+                np.add(rows, bias, out=rows)
+            if not direct:
+                y[...] = rows[..., : p.L_out]
+
+        return compute
 
     @property
     def _ends(self) -> tuple[int, int]:
         """The shifts of the first and the last tap."""
         return self.shifts[0][1], self.shifts[-1][1]
 
-    def _multiply(self, x: Array, step: int, planes: Array, sums: Array) -> None:
-        """``sums[n, q] = sum over taps of planes[tap, q] * x[n*step + q + shift]``; x begins at the first tap's shift.
-
-        `einsum` multiplies and adds in one loop. Its inner loop is over positions, as these are first in order "F".
-        """
+    def _windows(self, x: Array, start: int, step: int, N: int, outputs: int) -> Array:
+        """What each tap reads for each output of N samples, as (outputs, N, taps), from `start` on."""
         taps, (first, last), size = len(self.shifts), self._ends, x.itemsize
         apart = (last - first) // max(1, taps - 1)
-        windows = as_strided(x, (*sums.T.shape, taps), (size, step * size, apart * size))
-        np.einsum("kq,qnk->qn", planes, windows, out=sums.T, order="F")
+        return strided(x, start, (outputs, N, taps), (size, step * size, apart * size))
 
-    def _planes(self, call: Call, groups: slice, scratch: Scratch) -> Array:
-        """The weight of each tap at each output of these groups (taps, groups*length), zero where it reads no input."""
+    def _planes(self, call: Call, groups: slice, scratch: Scratch) -> tuple[Array, Callable[[], None]]:
+        """The weight of each tap at each output of these groups (taps, groups*length), zero where it reads no input.
+
+        The second value fills it.
+        """
         p, G = call.p, groups.stop - groups.start
         planes = scratch.take("band", len(self.shifts), G, self.length)
+        parts = []
         if scratch.band != groups.start:
             scratch.band = groups.start
-            planes[...] = 0
             for plane, (k, shift) in zip(planes, self.shifts, strict=True):
-                plane[:, max(0, -shift) : min(p.L_out, p.L_in - shift)] = call.w[groups, 0, 0, k, None]
-        return planes.reshape(len(self.shifts), -1)
+                parts.append((plane[:, max(0, -shift) : min(p.L_out, p.L_in - shift)], call.w[groups, 0, 0, k, None]))
+
+        def fill() -> None:
+            if parts:
+                planes[...] = 0
+            for part, of_tap in parts:
+                part[...] = of_tap
+
+        return planes.reshape(len(self.shifts), -1), fill

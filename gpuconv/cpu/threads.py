@@ -47,59 +47,80 @@ def run_blocks(
         return
     prepare: Callable[..., Callable[[], None]] = compute if prepares else partial(partial, compute)
     helpers = _pool().take(min(workers, len(blocks), usable_cpus()) - 1) if workers > 1 else []
-    pending = deque(blocks)
+    scratches = [Scratch.borrow(f"blocks {index}", dtype) for index in range(1 + len(helpers))]
+    own, *rest = blocks
+    pending = deque(rest)
+
+    def work(first: Callable[[], None], scratch: Scratch) -> None:
+        # NumPy copies rows that are shorter than its buffer into the buffer, even where no dtype is converted; a buffer
+        # shorter than the rows avoids these copies.
+        buffer_size = np.setbufsize(64) if length >= 64 else None
+        try:
+            with np.errstate(all="ignore"):
+                first()
+                while (block := _next(pending)) is not None:
+                    prepare(*block, scratch)()
+        finally:
+            if buffer_size is not None:
+                np.setbufsize(buffer_size)
+
+    try:
+        if helpers:
+            _work_together(work, prepare, own, pending, helpers, scratches)
+        else:
+            work(prepare(*own, scratches[0]), scratches[0])
+    finally:
+        for index, scratch in enumerate(scratches):
+            scratch.give_back(f"blocks {index}")
+
+
+def _work_together(
+    work: Callable[[Callable[[], None], Scratch], None],
+    prepare: Callable[..., Callable[[], None]],
+    own: tuple[Any, ...],
+    pending: deque[tuple[Any, ...]],
+    helpers: Sequence[_Helper],
+    scratches: Sequence[Scratch],
+) -> None:
+    """Compute the caller's `own` block and all that are `pending` by `work`, on the helpers, too."""
     ready: deque[tuple[Callable[[], None], Scratch]] = deque()
     begun: list[None] = []
     ended: list[BaseException | None] = []
     signal: SimpleQueue[None] = SimpleQueue()
 
-    def work() -> None:
-        # NumPy copies rows that are shorter than its buffer into the buffer, even where no dtype is converted; a buffer
-        # shorter than the rows avoids these copies.
-        buffer_size = np.setbufsize(64 if length >= 64 else 8192)
-        try:
-            with np.errstate(all="ignore"):
-                while (first := _next(ready)) is not None:
-                    prepared, scratch = first
-                    prepared()
-                    while (block := _next(pending)) is not None:
-                        prepare(*block, scratch)()
-        except BaseException:
-            pending.clear()
-            ready.clear()
-            raise
-        finally:
-            np.setbufsize(buffer_size)
+    def leave_the_rest() -> None:
+        pending.clear()
+        ready.clear()
 
     def assist() -> None:
         begun.append(None)
         error = None
         try:
-            work()
+            if (prepared := _next(ready)) is not None:
+                work(*prepared)
         except BaseException as caught:
+            leave_the_rest()
             error = caught
         ended.append(error)
 
     shares = _shares(1 + len(helpers))
-    scratches = [Scratch.borrow(f"blocks {index}", dtype) for index in range(1 + len(helpers))]
     try:
-        for scratch in scratches:
-            ready.append((prepare(*pending.popleft(), scratch), scratch))
-        for helper, share in zip(helpers, shares[1:], strict=True):
+        for helper, share, scratch in zip(helpers, shares[1:], scratches[1:], strict=True):
+            ready.append((prepare(*pending.pop(), scratch), scratch))
             helper.begin(assist, signal, share)
+        first = prepare(*own, scratches[0])
         _keep_to(0, shares[0])
-        work()
+        work(first, scratches[0])
+        while (prepared := _next(ready)) is not None:  # of a helper that has not begun, since its processor is busy
+            work(*prepared)
     except BaseException:
-        pending.clear()
-        ready.clear()
+        leave_the_rest()
         raise
     finally:
-        # A helper that begins only now, since its processor was busy, finds nothing to do.
+        # A helper that begins from now on finds nothing to do.
         while len(ended) < len(begun):
             signal.get()
         _keep_to(0, [processor for share in shares for processor in share])
-        for index, scratch in enumerate(scratches):
-            scratch.give_back(f"blocks {index}")
     for error in ended:
         if error is not None:
             raise error

@@ -21,7 +21,7 @@ from numpy.lib.stride_tricks import as_strided
 
 from ..problem import ConvProblem
 from . import costs, limits
-from .arrays import Array, Scratch, accumulator, copy_padded, copy_swapped, slices, strided
+from .arrays import Array, Scratch, accumulator, copy_padded, copy_swapped, is_finite, slices, strided
 from .blocking import share
 from .geometry import Block, Call
 from .taps import Taps
@@ -75,7 +75,9 @@ class Toeplitz:
         window = p.C_in_g * window_length(p, tile, taps)
         lines = min(small // (window * outputs), _LINES)
         concurrent = lines >= 8
-        if channels_last and (taps < p.K or not concurrent):
+        if channels_last and (
+            taps < p.K or not concurrent or p.groups * window * outputs * size > limits.PACKED_WEIGHT
+        ):
             return None
         if concurrent:
             budget = max(limits.CONCURRENT_BUFFER // size, window * max(outputs, 16))
@@ -105,6 +107,10 @@ class Toeplitz:
         side_by_side = samples if channels_last else samples * windows
         lines = min(lines, side_by_side) if concurrent else side_by_side
         return cls(Taps.of(p), samples, groups, windows, lines, tile, taps, whole, channels_last, concurrent)
+
+    @property
+    def prepares(self) -> bool:
+        return self.channels_last
 
     @property
     def reason(self) -> str:
@@ -170,19 +176,22 @@ class Toeplitz:
             buffers["full band"] = buffers["band"]
         if self.taps < p.K:
             buffers["product"] = buffers["sums"]
+        shared = p.groups * buffers.pop("band") // self.groups if self.channels_last else 0
         safe = self.safe.block_memory(p, self.samples, self.groups, p.C_out_g, self.windows * self.tile)
-        return 0, buffers | {name: max(buffers.get(name, 0), count) for name, count in safe.items()}
+        return shared, buffers | {name: max(buffers.get(name, 0), count) for name, count in safe.items()}
 
     def run(self, call: Call, workers: int) -> None:
         p = call.p
         blocks = [
-            (call, Block(samples, groups, slice(0, p.C_out_g), at.start, at.stop))
+            Block(samples, groups, slice(0, p.C_out_g), at.start, at.stop)
             for groups in slices(0, p.groups, self.groups)
             for samples in slices(0, p.N, self.samples)
             for at in slices(*steps(p), self.windows * self.tile)
         ]
-        compute = self._compute_channels_last if self.channels_last else self._compute
-        run_blocks(compute, blocks, workers, call.dtype, p.L_out)
+        if self.channels_last:
+            self._run_channels_last(call, blocks, workers)
+        else:
+            run_blocks(self._compute, [(call, block) for block in blocks], workers, call.dtype, p.L_out)
 
     def _compute(self, call: Call, block: Block, scratch: Scratch) -> None:
         p = call.p
@@ -227,41 +236,65 @@ class Toeplitz:
             from_, to = max(low, start), min(high, start + length)
             y[..., from_:to] = by_sample[..., window, from_ - start : to - start]
 
-    def _compute_channels_last(self, call: Call, block: Block, scratch: Scratch) -> None:
-        """Compute a block of whole rows for `channels_last`."""
-        p, W, lines = call.p, self.windows, self.lines
-        N, G, M = (part.stop - part.start for part in block[:3])
-        length, C = self.tile * outputs_per_step(p), p.C_in_g
-        band, first, last = self._band(call, block, slice(0, p.K), scratch)
+    def _run_channels_last(self, call: Call, blocks: list[Block], workers: int) -> None:
+        """Compute blocks of whole rows for `channels_last`, all with the same bands."""
+        p, T, M = call.p, self.tile, call.p.C_out_g
+        U, outputs, everything = window_length(p, T, p.K), T * outputs_per_step(p), slice(0, p.K)
+        scratch = Scratch.borrow("band", call.dtype)
+        band = scratch.take("band", p.groups, U, p.C_in_g, outputs, M)
+        with np.errstate(all="ignore"):
+            fill_band(p, call.w, band.transpose(0, 2, 1, 4, 3), T, everything)()
+            # Where a window has only the inputs of its single step, the only zeros are those of the padding, so that it
+            # is enough to check the bands.
+            if outputs == 1 and p.dilation == 1 and is_finite(band):
+                call = call.of_finite(call.x, call.w, call.b, call.y)
+        bands = band.reshape(p.groups, 1, 1, U * p.C_in_g, outputs * M)
+        run_blocks(
+            self._prepare, [(call, bands, block) for block in blocks], workers, call.dtype, p.L_out, prepares=True
+        )
+        scratch.give_back("band")
+
+    def _prepare(self, call: Call, bands: Array, block: Block, scratch: Scratch) -> Callable[[], None]:
+        """Prepare a block for `channels_last`."""
+        p, W, M, C = call.p, self.windows, call.p.C_out_g, call.p.C_in_g
+        y, x = call.y[block.samples, block.groups], call.x[block.samples, block.groups]
+        (N, G), length = x.shape[:2], self.tile * outputs_per_step(p)
+        first, step = first_input(p, block.start, slice(0, p.K)), self.tile * step_inputs(p)
         # Conversions take several times as long on short runs, so they are a step of their own, along whole rows.
-        source = call.read(block.samples, block.groups, slice(0, C), 0, p.L_in, scratch)
-        x = scratch.take("panel", N, G, span(p, self.tile, W), C)
-        copy_padded(source, first, first + x.shape[2], x.swapaxes(2, 3), copy_swapped)
-        s_n, s_g, s_l, s_c = x.strides
-        step = step_inputs(p) * self.tile * s_l
+        converted, rows = x, y
+        if x.dtype != call.dtype:
+            buffer = scratch.take("input", N * G * max(C * p.L_in, M * p.L_out))
+            converted, rows = (buffer[: a.size].reshape(a.shape) for a in (x, y))
+        panel = scratch.take("panel", N, G, span(p, self.tile, W), C)
+        s_n, s_g, s_l, s_c = panel.strides
         sums = scratch.take("sums", N, G, W, length * M)
-        whole = N // lines * lines
+        products, whole = [], N // self.lines * self.lines
         for low, high in ((0, whole), (whole, N)):
             if low < high:
-                side_by_side = min(lines, high - low)
-                shape = (G, W, (high - low) // side_by_side, side_by_side, (last - first) * C)
-                windows = as_strided(x[low:], shape, (s_g, step, side_by_side * s_n, s_n, s_c))
-                part = sums[low:high].reshape(-1, side_by_side, *sums.shape[1:]).transpose(2, 3, 0, 1, 4)
-                np.matmul(windows, band[:, None, None], out=part)
+                lines = min(self.lines, high - low)
+                shape = (G, W, (high - low) // lines, lines, bands.shape[3])
+                windows = strided(panel[low:], 0, shape, (s_g, step * s_l, lines * s_n, s_n, s_c))
+                products.append((windows, sums[low:high].reshape(-1, lines, *sums.shape[1:]).transpose(2, 3, 0, 1, 4)))
         at = block.start * outputs_per_step(p) - (p.padding_left if p.transposed else 0)
-        # Where a window has only the inputs of its single step, the only zeros are those of the padding, so that it is
-        # enough to check the band.
-        padded_only = length == 1 and p.dilation == 1
-        if call.is_spoilt(band if padded_only else sums):
-            self.safe.compute_outputs(call, block._replace(start=0, stop=p.L_out), scratch)
-            return
         by_position = sums.reshape(N, G, W * length, M)
-        call.add_bias(block, by_position.swapaxes(2, 3))
-        y = call.y[block.samples, block.groups]
-        rows = y if y.dtype == call.dtype else scratch.take("input", *y.shape)
-        copy_swapped(by_position[:, :, -at : p.L_out - at], rows.swapaxes(2, 3))
-        if rows is not y:
-            y[...] = rows
+        bias = call.bias(block, 4)
+
+        def compute() -> None:
+            if converted is not x:
+                converted[...] = x
+            copy_padded(converted, first, first + panel.shape[2], panel.swapaxes(2, 3), copy_swapped)
+            for windows, tiles in products:
+                np.matmul(windows, bands[block.groups], out=tiles)
+            if call.is_spoilt(sums):
+                self.safe.compute_outputs(call, block._replace(start=0, stop=p.L_out), scratch)
+                return
+            if bias is not None:
+                np.add(by_position.swapaxes(2, 3), bias, out=by_position.swapaxes(2, 3))
+            copy_swapped(by_position[:, :, -at : p.L_out - at], rows.swapaxes(2, 3))
+            if rows is not y:
+                y[...] = rows
+
+        return compute
 
     def _band(self, call: Call, block: Block, taps: slice, scratch: Scratch) -> tuple[Array, int, int]:
         """The banded matrix (groups, C_in_g*inputs, C_out_g*outputs) from the inputs of a window to its outputs.
@@ -286,10 +319,6 @@ class Toeplitz:
             return scratch.take("band", *shape).reshape(matrix), low + first, low + last
         scratch.band = made_of
         cut = (last - first, end - begin) != (U, T * per_step)
-        if self.channels_last:
-            band = scratch.take("band", G, U, C, T * per_step, M)
-            fill_band(p, call.w[groups], band.transpose(0, 2, 1, 4, 3), T, taps)()
-            return band.reshape(G, U * C, -1), low, low + U
         full = scratch.take("full band" if cut else "band", G, C, U, M, T * per_step)
         fill_band(p, call.w[groups], full, T, taps)()
         if not cut:

@@ -1,9 +1,9 @@
 """windows: neighbouring outputs of a depthwise row together; its overlapping windows are read in place.
 
-As toeplitz, but the windows are not copied, since copies would take longer than the products where a group has one
-channel and few taps. Windows overlap, but BLAS does not allow overlapping rows of a matrix; so a matrix has for example
-every second or every third window, and each of these matrices is multiplied by the banded matrix of the row. The last
-window of a row ends with the row and may compute some outputs again.
+As toeplitz, but the windows within the input are not copied, since copies would take longer than the products where a
+group has one channel and few taps. Windows overlap, but BLAS does not allow overlapping rows of a matrix; so a matrix
+has for example every second or every third window, and each of these matrices is multiplied by the banded matrix of the
+row. The last window of a row ends with the row and may compute some outputs again.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ class Windows:
     name: ClassVar[str] = "windows"
     reason: ClassVar[str] = "depthwise rows: banded matrices times windows that are read in place"
     concurrent: ClassVar[bool] = True
+    prepares: ClassVar[bool] = True
 
     safe: Taps
     samples: int
@@ -94,12 +95,16 @@ class Windows:
         filling = bands * size * (costs.DIAGONAL * p.K * self.tile + costs.COPY * U * outputs)
         windows = (last - first) / cuts / self.tile
         product = costs.products(p, rows * self.sets, windows / self.sets, U, outputs, True)
-        if (last - first) % self.tile or cuts > 1:
-            product += costs.products(p, rows, 1, U, outputs, True)
+        whole = (last - first) // self.tile
+        inside, outside = self._within(p, first_input(p, first, slice(0, p.K)), whole)
+        others = inside + whole - outside + ((last - first) % self.tile > 0 or cuts > 1)
         # The check that the sums are finite, and the bias.
         each = 2 * costs.ELEMENTWISE * size + costs.CONVERT.get(p.dtype, 0.0)
         rest = costs.copies(rows, windows * outputs, each)
-        if p.padding_left or p.padding_right or p.transposed or p.dtype in costs.CONVERT:
+        if others <= _COPIES and p.dtype not in costs.CONVERT:
+            product += costs.products(p, rows * -(-others // 2), 2, U, outputs, True)
+            rest += costs.copies(rows * others, U, costs.COPY * size)
+        else:
             staged = costs.COPY * size + costs.CONVERT.get(p.dtype, 0.0)
             rest += costs.copies(rows, windows * self.tile * step_inputs(p), staged)
         if p.dtype in costs.CONVERT or not _fits(p):
@@ -148,8 +153,7 @@ class Windows:
             fill = fill_band(p, call.w[block.groups], band.reshape(G, 1, U, 1, tile * per_step), tile, taps)
         x, low, whole = call.x[block.samples, block.groups], first_input(p, block.start, taps), count // tile
         # The windows within the input are read in place, the few others from copies; if they are many, all of them.
-        inside = min(max(0, -(low // step)), whole)
-        outside = max(inside, min(whole, (p.L_in - U - low) // step + 1))
+        inside, outside = self._within(p, low, whole)
         copy = None
         if not call.x_direct or inside + whole - outside >= _COPIES:
             high = low + (count - tile) * step_inputs(p) + U
@@ -205,6 +209,12 @@ class Windows:
                 y[...] = sums[..., begin - at : end - at]
 
         return compute
+
+    def _within(self, p: ConvProblem, low: int, whole: int) -> tuple[int, int]:
+        """The range of the windows within the input, of `whole` windows of which the first begins at `low`."""
+        step = self.tile * step_inputs(p)
+        inside = min(max(0, -(low // step)), whole)
+        return inside, max(inside, min(whole, (p.L_in - window_length(p, self.tile, p.K) - low) // step + 1))
 
 
 def _fits(p: ConvProblem) -> bool:

@@ -59,7 +59,6 @@ MIN_C_OUT_G = 8
 MIN_TAPS = 8
 # With fewer, writing the results takes most of the time, and conv1d_stem is as fast.
 MIN_TERMS = 32
-PACK_KERNEL = "pack_im2col_weight"
 
 # Tiles of 80 and 48 rows are for filter banks with these numbers of channels; tiles of few columns are for large
 # strides, which have large windows. Split products need three sets of sums, so their tiles are smaller.
@@ -294,7 +293,9 @@ class _ConvIm2col(Family[ConvProblem]):
         params = params_of(self.name, conv_fields(p, layout), own)
         launch = Launch(tiling.blocks, tiling.tile.threads, tiling.shared_bytes, bits, params)
         config = with_padding_mode(self._config(p.dtype, p.precision, tiling.tile, bits, device), p.padding_mode)
-        pack, packed_bytes = _pack(p, layout, tiling, pairs, arithmetic)
+        pack, packed_bytes = mma.pack_taps(
+            p, layout, row_tiles=tiling.row_tiles, block_rows=tiling.tile.block_m, pairs=pairs
+        )
         return Plan(
             (pack, Step(config, launch, conv_arrays(p, PACKED))),
             ((PACKED, packed_bytes),),
@@ -306,7 +307,7 @@ class _ConvIm2col(Family[ConvProblem]):
             for bits in (32, 64):
                 for tile in tiles(arithmetic, bits):
                     yield self._config(dtype, precision, tile, bits, device)
-                yield mma.pack_config(PACK_KERNEL, dtype, precision, bits, {})
+                yield mma.pack_taps_config(dtype, precision, bits, in_chunks=False)
 
     def _config(self, dtype: str, precision: str, tile: Tile, bits: int, device: Device) -> Config:
         return mma.kernel_config(self.name, dtype, precision, tile, bits, device, phases_in_rows=False, segment_mode=0)
@@ -347,28 +348,3 @@ def _index_bits(problem: ConvProblem, layout: Layout, arithmetic: Arithmetic) ->
     blocks = (p.L_out + MAX_BLOCK_N) * p.N * p.groups
     vectors = pairs_of(p, arithmetic) * (p.C_out_g + MAX_BLOCK_M) * p.groups * arithmetic.parts
     return index_bits(p, layout, overhang, blocks, vectors)
-
-
-def _pack(problem: ConvProblem, layout: Layout, tiling: Tiling, pairs: int, arithmetic: Arithmetic) -> tuple[Step, int]:
-    """The launch of pack_im2col_weight, and the bytes that it writes."""
-    p, block_rows = problem, tiling.tile.block_m
-    num_vectors = p.groups * tiling.row_tiles * pairs * block_rows  # of one part
-    grid = min(-(-num_vectors // mma.PACK_BLOCK_SIZE), MAX_GRID)
-    fields = conv_fields(p, layout)
-    stride_k = fields["weight_stride_k"]
-    of_group = p.C_in_g * fields["weight_stride_in"] if p.transposed else p.C_out_g * fields["weight_stride_out"]
-    own = {
-        "num_vectors": num_vectors,
-        "row_tiles": tiling.row_tiles,
-        "block_rows": block_rows,
-        "pairs": pairs,
-        "weight_first": (p.K - 1) * stride_k if p.transposed else 0,
-        "weight_stride_g": of_group,
-        "weight_stride_k": -stride_k if p.transposed else stride_k,
-    }
-    params = params_of(PACK_KERNEL, fields, own)
-    counts = num_vectors * arithmetic.parts + grid * mma.PACK_BLOCK_SIZE, abs(of_group)
-    bits = index_bits(p, layout, Overhang(), *counts)
-    config = mma.pack_config(PACK_KERNEL, p.dtype, p.precision, bits, {})
-    launch = Launch(grid, mma.PACK_BLOCK_SIZE, 0, bits, params)
-    return Step(config, launch, ("weight", PACKED)), num_vectors * arithmetic.parts * UNIT_BYTES

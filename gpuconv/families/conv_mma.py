@@ -27,8 +27,8 @@ class _ConvMma(Family[ConvProblem]):
     keeps_lengths = True
 
     def plan(self, problem: ConvProblem, layout: Layout, device: Device) -> Plan | Refusal:
-        p, product = problem, Product.of(problem)
-        reason = mma.refuse_layer(p, product.rows, device)
+        p, product = problem, mma.product_of(problem)
+        reason = mma.refuse_layer(product.problem, product.rows, device)
         if reason is not None:
             return Refusal(reason)
         if product.phases * product.taps > MAX_PACKING * p.K:
@@ -36,7 +36,7 @@ class _ConvMma(Family[ConvProblem]):
         arithmetic = ARITHMETICS[p.dtype, p.precision]
         if not mma.smallest_fits(product, arithmetic, device):
             return Refusal("needs the window of 16 positions in shared memory")
-        bits = _index_bits(product, layout, arithmetic)
+        bits = _index_bits(p, product, layout, arithmetic)
         access = mma.input_access(product, layout, arithmetic, bits, device)
         raw = mma.reads_raw_weights(product, layout, arithmetic, bits, access)
         # The rows that pairs and units need besides may be too many.
@@ -49,7 +49,10 @@ class _ConvMma(Family[ConvProblem]):
 
     def staging(self, step: Step) -> dict[str, str]:
         macros = dict(step.config.macros)
-        found = {} if macros["SEGMENT_MODE"] == "3" else {"input": mma_costs.access_of(step).words}
+        access = mma_costs.access_of(step)
+        is_folded = dict(step.launch.params).get("fold", 1) > 1
+        words = "16 bytes of contiguous positions" if is_folded and access is Access.UNIT else access.words
+        found = {} if macros["SEGMENT_MODE"] == "3" else {"input": words}
         return found | ({"output": Access.UNIT.words} if "OUTPUT_LAST" in macros else {})
 
     def work(self, problem: ConvProblem, step: Step) -> Work:
@@ -77,8 +80,8 @@ class ConvTranspose1dMma(_ConvMma):
         yield from mma.kernel_configs(self.name, device, (False, True), transposed=True)
 
 
-def _index_bits(product: Product, layout: Layout, arithmetic: Arithmetic) -> int:
-    p, reduction = product.problem, Reduction.of(product, arithmetic)
+def _index_bits(problem: ConvProblem, product: Product, layout: Layout, arithmetic: Arithmetic) -> int:
+    p, reduction = problem, Reduction.of(product, arithmetic)
     # What hangs over the last position, sample and channel; a block takes several samples where they are short.
     samples = MAX_BLOCK_N // product.positions
     overhang = Overhang(samples + 1, rows=MAX_BLOCK_M, channels=MAX_UNITS * arithmetic.channels, positions=MAX_BLOCK_N)

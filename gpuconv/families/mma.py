@@ -44,8 +44,8 @@ from .base import (
 )
 from .mma_costs import TilesLaunch, input_tasks, predict_plan
 from .mma_tiles import NUM_STAGES, RAW_BOXES, Tile, tiles
-from .mma_window import Reduction, Window
-from .offsets import index_bits
+from .mma_window import MAX_UNITS, Reduction, Window
+from .offsets import Overhang, index_bits
 from .product import Product
 from .weight_boxes import WeightBoxes
 
@@ -61,6 +61,8 @@ MIN_SPLIT_ROWS = 16
 # weights meet each input, as in transposed ones, whose rows are many because the stride is.
 MAX_TAIL_CHANNELS = 4
 MIN_TAIL_WEIGHTS = 64
+# Strides whose positions are channels are multiples of this, so that chunks of 16-bit and of 32-bit elements are whole.
+FOLD_STEP = MAX_UNITS * 8
 # The most bytes of partial sums. Segments get blocks of their own only in problems that are small otherwise.
 MAX_PARTIAL_BYTES = 64 * 2**20
 
@@ -81,6 +83,20 @@ def refuse_layer(problem: ConvProblem, rows: int, device: Device) -> str | None:
     if is_split and p.terms < MIN_SPLIT_TERMS:
         return f"needs C_in/groups * taps >= {MIN_SPLIT_TERMS} for float32 by split TF32"
     return None
+
+
+def product_of(problem: ConvProblem) -> Product:
+    """The product that a layer is, by the layer alone.
+
+    Positions of large strides become channels where that is possible. Otherwise such layers, which are gradients of
+    upsampling layers, spectrograms and patches, would need windows that leave room for few columns. Of fewer than 8
+    channels of 16 bits, conv1d_im2col loads the input as often for more rows.
+    """
+    p = problem
+    is_foldable = not p.transposed and p.dilation == 1 and p.padding == (0, 0) and p.K % p.stride == 0
+    if is_foldable and p.stride % FOLD_STEP == 0 and (p.itemsize == 4 or p.C_in_g >= MIN_CHANNELS):
+        return Product.folded(p)
+    return Product.of(p)
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,13 +173,20 @@ def stores_units(product: Product, layout: Layout, arithmetic: Arithmetic) -> bo
 def input_access(product: Product, layout: Layout, arithmetic: Arithmetic, bits: int, device: Device) -> Access:
     """How the layout lets the input be loaded.
 
-    Units of channels where these are contiguous, every unit lies in 16 aligned bytes, and the architecture has
-    asynchronous copies; else pairs of positions of 16 bits where these lie in one aligned word.
+    Units of channels, or of positions that are channels, where these are contiguous, every unit lies in 16 aligned
+    bytes, and the architecture has asynchronous copies; else pairs of positions of 16 bits where these lie in one
+    aligned word.
     """
     p, array, unit = product.problem, layout["input"], arithmetic.channels
     stride_n, stride_c, stride_l = array.strides
-    if device.arch >= ASYNC_COPY_ARCH and p.C_in_g % unit == 0 and has_units(array, p.shapes["input"], unit):
+    begins_units = p.C_in_g % unit == 0
+    if product.fold > 1:
+        begins_units = stride_c % unit == 0 or p.C_in == product.fold
+        array = ArrayLayout((stride_n, stride_l, stride_l * product.fold), array.alignment)
+    if device.arch >= ASYNC_COPY_ARCH and begins_units and has_units(array, p.shapes["input"], unit):
         return Access.UNIT
+    if product.fold > 1:
+        return Access.POSITION
     begins_even = (stride_n % 2 == 0 or p.N == 1) and (stride_c % 2 == 0 or p.C_in == 1) and array.alignment >= 4
     is_word = stride_l == 1 and begins_even and p.L_in % 2 == 0 and arithmetic.channels == 8 and bits == 32
     if p.padding_mode != "zeros" or p.has_lengths:  # positions outside mean other samples, or begin at any place
@@ -174,8 +197,10 @@ def input_access(product: Product, layout: Layout, arithmetic: Arithmetic, bits:
 def reads_raw_weights(product: Product, layout: Layout, arithmetic: Arithmetic, bits: int, access: Access) -> bool:
     """Whether blocks can read the layer's own weights: lines of whole vectors, which nothing has packed before.
 
-    There are no such kernels for channels-last input.
+    There are no such kernels for channels-last input, nor for positions that are channels.
     """
+    if product.fold > 1:
+        return False
     p, weight = product.problem, layout["weight"]
     is_contiguous = weight.strides == contiguous_strides(p.weight_shape) and weight.alignment == UNIT_BYTES
     has_whole_lines = p.weight_shape[1] * p.K % arithmetic.channels == 0
@@ -262,6 +287,7 @@ def _predict(
         kept_segments=reduction.segments if tile.segment_mode == 1 else 0,
         access=window.access,
         raw_vectors=reduction.units * reduction.taps if is_raw else 0,
+        is_scattered=product.fold > 1 and window.access is Access.POSITION,
     )
     packed = row_tiles * tile.block_m * reduction.chunks * reduction.pairs
     resident = min(tile.min_blocks, max(1, blocks_by_shared(shared, device)))
@@ -385,6 +411,8 @@ def kernel_configs(kernel: str, device: Device, phases: tuple[bool, ...], *, tra
                                     is_raw=is_raw,
                                 )
                 yield _pack_config(dtype, precision, bits, transposed=transposed, phases_in_rows=phases_in_rows)
+                if not transposed:
+                    yield pack_taps_config(dtype, precision, bits, in_chunks=True)
 
 
 def _tiling_params(reduction: Reduction, tiling: Tiling, arithmetic: Arithmetic) -> dict[str, int]:
@@ -409,6 +437,14 @@ def _tiling_params(reduction: Reduction, tiling: Tiling, arithmetic: Arithmetic)
     }
 
 
+def _fold_params(product: Product, reduction: Reduction) -> dict[str, int]:
+    """The fields of Params of conv1d_mma alone: positions of a channel that are channels, and their chunks."""
+    if product.problem.transposed:
+        return {}
+    fold_chunks = reduction.chunks * product.fold // product.problem.C_in_g
+    return {"fold": product.fold, "fold_chunks": fold_chunks if product.fold > 1 else 0}
+
+
 def make_plan(
     problem: ConvProblem, layout: Layout, device: Device, product: Product, tilings: tuple[Tiling, ...], kernel: str
 ) -> Plan:
@@ -422,7 +458,7 @@ def make_plan(
     params = params_of(
         kernel,
         conv_fields(p, layout),
-        {**product.params(), **_tiling_params(reduction, tiling, arithmetic)},
+        {**product.params(), **_tiling_params(reduction, tiling, arithmetic), **_fold_params(product, reduction)},
     )
 
     # The rows of a single phase are channels, for which less code suffices.
@@ -451,7 +487,18 @@ def make_plan(
     steps: list[Step] = []
     scratch: list[tuple[str, int]] = []
     if not tiling.is_raw:
-        pack, packed_bytes = _pack(p, layout, product, reduction, tile)
+        if product.fold > 1:
+            pack, packed_bytes = pack_taps(
+                p,
+                layout,
+                row_tiles=tiling.row_tiles,
+                block_rows=tile.block_m,
+                pairs=reduction.chunks * reduction.pairs,
+                units=reduction.units,
+                fold_chunks=dict(params)["fold_chunks"],
+            )
+        else:
+            pack, packed_bytes = _pack(p, layout, product, reduction, tile)
         steps.append(pack)
         scratch.append((PACKED, packed_bytes))
     if tile.segment_mode < 2:
@@ -504,6 +551,56 @@ def _pack(problem: ConvProblem, layout: Layout, product: Product, reduction: Red
 def _pack_config(dtype: str, precision: str, bits: int, *, transposed: bool, phases_in_rows: bool) -> Config:
     macros = {"IS_TRANSPOSED": int(transposed), "PHASES_IN_ROWS": int(phases_in_rows)}
     return pack_config("pack_mma_weight", dtype, precision, bits, macros)
+
+
+def pack_taps(
+    problem: ConvProblem,
+    layout: Layout,
+    *,
+    row_tiles: int,
+    block_rows: int,
+    pairs: int,
+    units: int = 0,
+    fold_chunks: int = 0,
+) -> tuple[Step, int]:
+    """The launch of pack_im2col_weight, and the bytes that it writes.
+
+    Args:
+        problem: whose weights are packed.
+        layout: of its arrays.
+        row_tiles: blocks of rows of a group.
+        block_rows: rows of each.
+        pairs: of a row.
+        units: of a chunk, where positions are channels.
+        fold_chunks: chunks of a channel there, else 0.
+    """
+    p, arithmetic = problem, ARITHMETICS[problem.dtype, problem.precision]
+    num_vectors = p.groups * row_tiles * pairs * block_rows  # of one part
+    grid = min(-(-num_vectors // PACK_BLOCK_SIZE), MAX_GRID)
+    fields = conv_fields(p, layout)
+    stride_k = fields["weight_stride_k"]
+    of_group = p.C_in_g * fields["weight_stride_in"] if p.transposed else p.C_out_g * fields["weight_stride_out"]
+    own = {
+        "num_vectors": num_vectors,
+        "row_tiles": row_tiles,
+        "block_rows": block_rows,
+        "pairs": pairs,
+        "units": units,
+        "fold_chunks": fold_chunks,
+        "weight_first": (p.K - 1) * stride_k if p.transposed else 0,
+        "weight_stride_g": of_group,
+        "weight_stride_k": -stride_k if p.transposed else stride_k,
+    }
+    params = params_of("pack_im2col_weight", fields, own)
+    counts = num_vectors * arithmetic.parts + grid * PACK_BLOCK_SIZE, abs(of_group)
+    bits = index_bits(p, layout, Overhang(), *counts)
+    config = pack_taps_config(p.dtype, p.precision, bits, in_chunks=fold_chunks > 0)
+    launch = Launch(grid, PACK_BLOCK_SIZE, 0, bits, params)
+    return Step(config, launch, ("weight", PACKED)), num_vectors * arithmetic.parts * UNIT_BYTES
+
+
+def pack_taps_config(dtype: str, precision: str, bits: int, *, in_chunks: bool) -> Config:
+    return pack_config("pack_im2col_weight", dtype, precision, bits, {"IN_CHUNKS": int(in_chunks)})
 
 
 def pack_config(kernel: str, dtype: str, precision: str, bits: int, macros: Mapping[str, int]) -> Config:

@@ -95,6 +95,7 @@ class TilesLaunch(NamedTuple):
         tasks: in which a block loads the window of a chunk: `input_tasks`.
         access: by which it loads.
         raw_vectors: of a row's own weights of a chunk, which blocks pack themselves; 0 where these are packed before.
+        is_scattered: whether neighbouring positions are in other lines of memory, so that each lane loads its own.
     """
 
     arithmetic: Arithmetic
@@ -116,6 +117,7 @@ class TilesLaunch(NamedTuple):
     kept_segments: int
     access: Access
     raw_vectors: int = 0
+    is_scattered: bool = False
 
     @property
     def warps(self) -> int:
@@ -158,6 +160,12 @@ class TilesLaunch(NamedTuple):
         loads = 4.0 if self.access is Access.UNIT else a.channels / self.access.width
         return self.staged_by_warps * (loads + 4 * a.parts)
 
+    @property
+    def _scattered_wavefronts(self) -> float:
+        """What scattered loads take more than others."""
+        loads = self.staged_by_warps * self.arithmetic.channels if self.is_scattered else 0.0
+        return loads * (WARP / LINES_PER_CYCLE - 1)
+
     def work(self, p: ConvProblem) -> Work:
         a = self.arithmetic
         if self.access is Access.UNIT:
@@ -183,7 +191,9 @@ class TilesLaunch(NamedTuple):
             load_share=0.25,
             # Units of 16 bits are copied by a loop of its own.
             staging_instructions=gathering.instructions + (self._staging_instructions if is_copied else 0.0),
-            staging_wavefronts=gathering.wavefronts + (self._staging_wavefronts if is_copied else 0.0),
+            staging_wavefronts=gathering.wavefronts
+            + self._scattered_wavefronts
+            + (self._staging_wavefronts if is_copied else 0.0),
             visits=self._task_visits,
             dram_bytes=math.prod(p.input_shape) * p.itemsize + self.weight_tiles * weight_bytes + stored,
             waits=LATENCY_CYCLES + waits * _LOAD_CYCLES + gathering.chain,
@@ -206,7 +216,10 @@ class TilesLaunch(NamedTuple):
             instructions=passes * (products + fetches + copies + sums + _STAGE_INSTRUCTIONS)
             + gathering.instructions
             + self._staging_instructions,
-            wavefronts=passes * 4 * (fetches + copies + 1) + gathering.wavefronts + self._staging_wavefronts,
+            wavefronts=passes * 4 * (fetches + copies + 1)
+            + gathering.wavefronts
+            + self._staging_wavefronts
+            + self._scattered_wavefronts,
             chain=self.chunks * self.stages * (_STAGE_CYCLES + MMA_LATENCY_CYCLES * STAGE_STEPS),
         )
 
@@ -304,6 +317,7 @@ def _launch_of(problem: ConvProblem, step: Step) -> TilesLaunch:
         kept_segments=params["segments"] if macros["SEGMENT_MODE"] == "1" else 0,
         access=access,
         raw_vectors=params["units"] * params.get("taps", params["K"]) if "RAW_WEIGHT" in macros else 0,
+        is_scattered=params.get("fold", 1) > 1 and access is Access.POSITION,
     )
 
 

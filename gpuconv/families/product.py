@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..problem import ConvProblem
 
@@ -26,6 +26,7 @@ class Product:
         column_step: distance from one position's input to the next.
         tap_step: distance from one tap's input to the next; negative in a transposed convolution.
         phases_in_rows: whether rows are (c_out, phase), phase inner.
+        fold: positions of a channel that are channels of `problem`: see `folded`.
     """
 
     problem: ConvProblem
@@ -37,6 +38,7 @@ class Product:
     column_step: int
     tap_step: int
     phases_in_rows: bool
+    fold: int = 1
 
     @classmethod
     def of(cls, problem: ConvProblem) -> Product:
@@ -57,6 +59,17 @@ class Product:
             tap_step=-(p.dilation // gcd),
             phases_in_rows=in_rows,
         )
+
+    @classmethod
+    def folded(cls, problem: ConvProblem) -> Product:
+        """The product of a convolution of stride 1 with K/stride taps, whose input[c*stride + r, q] is the given one's
+        input[c, q*stride + r].
+
+        The stride must divide K, and padding and dilation must do nothing. See folded() in cuda_src/mma_tile.cuh.
+        """
+        p = problem
+        view = replace(p, C_in=p.C_in * p.stride, L_in=p.L_in // p.stride, K=p.K // p.stride, stride=1)
+        return replace(cls.of(view), fold=p.stride)
 
     @property
     def phases(self) -> int:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import product
 from typing import NamedTuple
 
@@ -117,6 +117,7 @@ _LOAD_INSTRUCTIONS = {
     Fetch.UNIT: 30.0,
 }
 _TAPS_INSTRUCTIONS = 10.0  # of a load of two taps
+_STRIDED_INSTRUCTIONS = {2: 1.5, 4: 4.0}  # more where a run's positions have rows of their own, by bytes of an element
 _CHUNK_INSTRUCTIONS = 50.0
 _STEP_INSTRUCTIONS = 16
 _STORE_INSTRUCTIONS = 8.0
@@ -175,6 +176,10 @@ class Window(NamedTuple):
             begins = range(0, min(columns.taps, step * fetch.align), step)
             return max((tap * tap_step - p.padding_left) % fetch.align for tap in begins)
 
+        if fetch.width > 1 < p.stride:  # a run has positions of several planes
+            plane_rows = positions + (taps - 1 + skew(taps)) // p.stride
+            whole = fetch.width // math.gcd(fetch.width, p.stride)
+            return cls(samples, positions, p.stride, round_up(plane_rows, whole), 1)
         plane_rows = round_up(positions + (taps - 1) // planes * (tap_step // gcd) + skew(taps), fetch.width)
         tap_rows = round_up(positions + skew(1), fetch.width)
         if planes * plane_rows >= taps * tap_rows:
@@ -224,8 +229,7 @@ class WeightGradientMma(Family[WeightGradientProblem]):
         fetches, tap_width = _fetches(p, layout, bits, device), _tap_width(p, layout, bits)
         # The tables of wide accesses may take too much memory.
         if not (tilings := _tilings(p, fetches, tap_width, device, bits)):
-            fetches = _LEAST
-            tilings = _tilings(p, fetches, tap_width, device, bits)
+            tilings = _tilings(p, _LEAST, tap_width, device, bits)
         tiling, tile, window = tilings[0], tilings[0].tile, tilings[0].window
         if tiling.blocks > MAX_GRID:
             return Refusal(f"needs at most {MAX_GRID} blocks")
@@ -256,8 +260,9 @@ class WeightGradientMma(Family[WeightGradientProblem]):
             tile,
             p.dtype,
             p.precision,
-            fetches,
+            tiling.fetches,
             bits,
+            is_strided=p.stride > 1,
             tap_width=tap_width,
             few_rows=p.C_coarse_g < arithmetic.channels,
         )
@@ -297,14 +302,15 @@ class WeightGradientMma(Family[WeightGradientProblem]):
                 for bits in (32, 64):
                     for tile in _tiles(arithmetic, bits):
                         for fetches in _every_fetches(arithmetic, device) if bits == 32 else (_LEAST,):
-                            tap_widths = (
-                                (0,) if fetches[1] is not Fetch.POSITION else (0, 1, 2) if bits == 32 else (0, 1)
-                            )
-                            for tap_width in tap_widths:
-                                yield self._config(tile, dtype, precision, fetches, bits, tap_width=tap_width)
-                            is_least = arithmetic.parts == 1 and tile in _tiles_of_few_rows(bits)
-                            if is_least and fetches[0] is not Fetch.UNIT:
-                                yield self._config(tile, dtype, precision, fetches, bits, few_rows=True)
+                            of_fetches = partial(self._config, tile, dtype, precision, fetches, bits)
+                            for is_strided in (False, True) if fetches[1].width > 1 else (False,):
+                                yield of_fetches(is_strided=is_strided)
+                                is_least = arithmetic.parts == 1 and tile in _tiles_of_few_rows(bits)
+                                if is_least and fetches[0] is not Fetch.UNIT:
+                                    yield of_fetches(is_strided=is_strided, few_rows=True)
+                            if fetches[1] is Fetch.POSITION:
+                                for tap_width in (1, 2) if bits == 32 else (1,):
+                                    yield of_fetches(tap_width=tap_width)
 
     def _config(
         self,
@@ -314,6 +320,7 @@ class WeightGradientMma(Family[WeightGradientProblem]):
         fetches: tuple[Fetch, Fetch],
         bits: int,
         *,
+        is_strided: bool = False,
         tap_width: int = 0,
         few_rows: bool = False,
     ) -> Config:
@@ -340,6 +347,8 @@ class WeightGradientMma(Family[WeightGradientProblem]):
                 macros[f"{side}_LAST"] = 1
             elif fetch.align < fetch.width:
                 macros[f"{side}_ALIGN"] = fetch.align
+        if is_strided and fetches[1].width > 1:
+            macros["FINE_STRIDED"] = 1
         if tap_width > 1:
             macros["TAP_WIDTH"] = tap_width
         if few_rows:
@@ -353,6 +362,7 @@ class _Tiling(NamedTuple):
     tile: Tile
     octets: int
     taps: int
+    fetches: tuple[Fetch, Fetch]
     window: Window
     row_tiles: int
     octet_tiles: int
@@ -404,11 +414,18 @@ def _fetches(p: WeightGradientProblem, layout: Layout, bits: int, device: Device
         Fetch.POSITION if p.has_lengths else _fetch_of_rows(array, extents, p.itemsize) for array, extents in arrays
     )
     # Neighbours outside of fine may mean samples that are no neighbours.
-    if coarse is Fetch.POSITION or p.stride > 1 or p.padding_mode != "zeros" or in_taps:
+    # Windows of neighbouring taps have all positions, whatever the stride.
+    if p.stride > 1 < p.dilation or p.padding_mode != "zeros" or in_taps:
         fine = Fetch.POSITION
     if of_units[0]:
         coarse, fine = Fetch.UNIT, Fetch.POSITION
     return coarse, Fetch.UNIT if of_units[1] and not in_taps else fine
+
+
+def _alternatives(p: WeightGradientProblem, widest: tuple[Fetch, Fetch]) -> tuple[tuple[Fetch, Fetch], ...]:
+    """Ways of loading between which the cost model decides: few taps of a large stride leave out most positions."""
+    coarse, fine = widest
+    return (widest,) if fine.width == 1 or p.stride == 1 else (widest, (coarse, Fetch.POSITION))
 
 
 def _fetch_of_rows(array: ArrayLayout, extents: tuple[int, int, int], itemsize: int) -> Fetch:
@@ -427,11 +444,12 @@ def _fetch_of_rows(array: ArrayLayout, extents: tuple[int, int, int], itemsize: 
 
 def _every_fetches(arithmetic: Arithmetic, device: Device) -> Iterator[tuple[Fetch, Fetch]]:
     """Of all layouts."""
-    rows = (Fetch.RUN, Fetch.PAIRS, *((Fetch.SHIFTED,) if arithmetic.itemsize == 2 else ()))
-    yield from product(rows, (*rows, Fetch.POSITION))
-    yield _LEAST
+    rows = [fetch for fetch in Fetch if fetch is not Fetch.UNIT]
+    if arithmetic.itemsize == 4:
+        rows.remove(Fetch.SHIFTED)
+    yield from product(rows, rows)
     if device.arch >= ASYNC_COPY_ARCH:
-        yield from product((*rows, Fetch.POSITION, Fetch.UNIT), (Fetch.UNIT,))
+        yield from product((*rows, Fetch.UNIT), (Fetch.UNIT,))
         yield Fetch.UNIT, Fetch.POSITION
 
 
@@ -495,9 +513,12 @@ def _keeps_bound(p: WeightGradientProblem, arithmetic: Arithmetic) -> bool:
 
 @lru_cache(maxsize=4096)
 def _tilings(
-    p: WeightGradientProblem, fetches: tuple[Fetch, Fetch], tap_width: int, device: Device, bits: int
+    p: WeightGradientProblem, widest: tuple[Fetch, Fetch], tap_width: int, device: Device, bits: int
 ) -> tuple[_Tiling, ...]:
-    """The tilings that fit the device, the cheapest first; of each tile the one with the best octets and taps."""
+    """The tilings that fit the device, the cheapest first; of each tile the one with the best octets and taps.
+
+    `widest`: what `_fetches` allows.
+    """
     arithmetic = ARITHMETICS[p.dtype, p.precision]
     slices = _slices(p)
     columns = Columns.of(p)
@@ -508,11 +529,12 @@ def _tilings(
         samples, rows = _chunk(slices, tile.chunk_rows)
         row_tiles = -(-p.C_coarse_g // tile.block_m)
         best: _Tiling | None = None
-        for taps in {-(-columns.taps // -(-columns.taps // most)) for most in range(1, pairs + 1)}:
+        every_taps = {-(-columns.taps // -(-columns.taps // most)) for most in range(1, pairs + 1)}
+        for taps, fetches in product(every_taps, _alternatives(p, widest)):
             octets = min(pairs // taps, columns.octets)
             octet_tiles, tap_tiles = -(-columns.octets // octets), -(-columns.taps // taps)
             window = Window.of(p, taps, samples, rows, fetches[1])
-            shared = _shared_bytes(tile, window, octets, fetches[1], arithmetic, bits)
+            shared = _shared_bytes(tile, window, octets, fetches[1], arithmetic, bits, p.stride)
             if shared > device.shared_per_block:
                 continue
             blocks = row_tiles * octet_tiles * tap_tiles * p.groups * slices.count
@@ -536,7 +558,8 @@ def _tilings(
             resident = min(tile.min_blocks, max(1, device.shared_per_sm // (shared + RESERVED_SHARED_BYTES)))
             us = adding + launch.us(p, resident, device)
             if best is None or (us, -taps) < (best.us, -best.taps):
-                best = _Tiling(tile, octets, taps, window, row_tiles, octet_tiles, tap_tiles, blocks, shared, us)
+                tiles = row_tiles, octet_tiles, tap_tiles
+                best = _Tiling(tile, octets, taps, fetches, window, *tiles, blocks, shared, us)
         if best is not None:
             found.append(best)
     return tuple(sorted(found, key=lambda tiling: tiling.us))
@@ -557,12 +580,15 @@ def _shared_bytes(
     fetch: Fetch,
     arithmetic: Arithmetic,
     bits: int,
+    stride: int,
 ) -> int:
     """Of a block; `fetch`: of fine."""
     rows = octets * _pitches(window.rows, arithmetic)[1]
     rows += tile.block_m // OCTET * _pitches(tile.chunk_rows, arithmetic)[1]
     tasks = OCTET // arithmetic.channels * octets * window.rows // fetch.width
     tables = tasks * 16 if fetch is Fetch.UNIT else window.rows * 2 * bits // 8 + tasks * 8
+    if fetch.width > 1 < stride:
+        tables += window.rows * 4
     operands = 2 * arithmetic.parts * rows * UNIT_BYTES + tables
     return max(operands, tile.warps_m * _PRODUCT_ROWS * (tile.block_n + 4) * 4)
 
@@ -670,9 +696,13 @@ class _Launch(NamedTuple):
         a, chunk_terms = self.arithmetic, self.chunk_samples * self.chunk_positions
         elements = self.block_m * chunk_terms, self.octets * OCTET * self.window_rows
         in_taps = Columns.of(p).in_taps
-        loads = [self._load(self.fetches[0], 1), self._load(self.fetches[1], 1 if in_taps else p.stride)]
+        is_wide = self.fetches[1].width > 1
+        loads = [self._load(self.fetches[0], 1), self._load(self.fetches[1], 1 if in_taps or is_wide else p.stride)]
         if in_taps and self.tap_width == 2:  # lanes that take neighbouring taps load from one line
             loads[1] = 2, _TAPS_INSTRUCTIONS, a.itemsize / 2
+        if is_wide and p.stride > 1:  # each unit's task reads four rows of a table
+            width, of_lane, of_warp = loads[1]
+            loads[1] = width, of_lane + _STRIDED_INSTRUCTIONS[a.itemsize], of_warp + 4 / a.channels
         instructions = sum(n / width * of_load for n, (width, of_load, _) in zip(elements, loads, strict=True))
         wavefronts = sum(n / width * of_load for n, (width, _, of_load) in zip(elements, loads, strict=True))
         # A unit of each part is stored at once.

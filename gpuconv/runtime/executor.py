@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .arrays import assign, clear
-from .gpu import cupy_module, current_gpu, temporary
+from .gpu import cupy_module, current_gpu, current_index, temporary
 from .kernels import Kernel
 from .prepared import HasPacked, Packing
 
@@ -117,7 +117,7 @@ def _write_samples(table: np.ndarray[Any, Any]) -> Any:
     from ..families.lengths import writes
 
     buffer = temporary(table.nbytes)
-    index = int(cupy_module().cuda.runtime.getDevice())
+    index = current_index()
     for count, params in writes(table.reshape(-1)):
         _writer(index, count).with_params(params).launch(buffer)
     return buffer

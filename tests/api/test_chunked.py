@@ -17,7 +17,7 @@ import pytest
 import gpuconv
 from gpuconv import chunked, reference
 from gpuconv.edge import PADDING_MODES
-from gpuconv.fusion import FUSED_ARRAYS, Fused
+from gpuconv.fusion import Fused
 from gpuconv.journal import Journal, JournalError
 from gpuconv.problem import ConvProblem, Op, numpy_dtype
 
@@ -112,14 +112,11 @@ def problem_of(op: Op, arrays: dict[str, Array | None], settings: dict[str, Any]
     x, weight, bias = arrays.values()
     assert x is not None
     assert weight is not None
-    plain = {
-        name: value for name, value in settings.items() if name not in ("activation", "input_activation", "residual")
-    }
-    fused = Fused.check(op, *(settings.get(name) for name in ("activation", "input_activation", "residual")))
+    plain = {**settings}
+    fused = Fused.take(op, plain)
     weight = weight if weight.dtype == "float32" and x.dtype != "complex64" else weight.astype(x.dtype)
     p = ConvProblem.of(op, x, weight, bias, **plain).fused(fused)
-    named = {name: a for name, a in zip(FUSED_ARRAYS, fused.arrays, strict=True) if a is not None}
-    return p, (x, weight, bias), named
+    return p, (x, weight, bias), fused.given
 
 
 def compare_random_calls(device: str, count: int, dtypes: tuple[str, ...]) -> None:

@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from gpuconv import cubins, runtime, source
 from gpuconv.device import Device
 from gpuconv.families import FAMILIES, Config
 from gpuconv.problem import ArraySpec
+from tests.fake_cupy import fake_cupy
 
 compile_module = importlib.import_module("gpuconv.compile")
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -339,18 +340,12 @@ def test_compile_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def fake_cupy(monkeypatch: pytest.MonkeyPatch) -> Any:
+def fake_gpu() -> Iterator[Any]:
     """A CuPy that tells how a kernel would be made."""
-    fake: Any = ModuleType("cupy")
-    fake.__version__ = "14.0"
-    fake.RawKernel = lambda _text, name: ("compiled", name)
-    fake.RawModule = lambda path: SimpleNamespace(get_function=lambda name: (path, name))
-    fake.cuda = SimpleNamespace(
-        runtime=SimpleNamespace(driverGetVersion=lambda: 13000, runtimeGetVersion=lambda: 13020),
-        nvrtc=SimpleNamespace(getVersion=lambda: (13, 2)),
-    )
-    monkeypatch.setitem(sys.modules, "cupy", fake)
-    return fake
+    with fake_cupy(Device.from_arch("sm_90")) as fake:
+        fake.RawKernel = lambda _text, name: ("compiled", name)
+        fake.RawModule = lambda path: SimpleNamespace(get_function=lambda name: (path, name))
+        yield fake
 
 
 def build(arch: str = "sm_90") -> Any:
@@ -358,25 +353,25 @@ def build(arch: str = "sm_90") -> Any:
     return runtime.build(CONFIG, arch)
 
 
-def test_a_kernel_is_loaded_where_it_was_compiled_in_advance(fake_cupy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kernel_is_loaded_where_it_was_compiled_in_advance(fake_gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = ("compiled", "conv1d_direct")
     assert build() == compiled
     path = cubins.store(cubins.Source.of(CONFIG, "sm_90"), (13, 2), CODE)
     loaded = (str(path), "conv1d_direct")
     assert build() == loaded
     assert build("sm_80") == compiled
-    fake_cupy.cuda.nvrtc.getVersion = lambda: (13, 3)
+    fake_gpu.cuda.nvrtc.getVersion = lambda: (13, 3)
     assert build() == compiled
     monkeypatch.setenv("GPUCONV_CACHE_ONLY", "1")
     assert build() == loaded
     monkeypatch.setenv("GPUCONV_CACHE_ONLY", "0")
-    del fake_cupy.cuda.nvrtc.getVersion  # NVRTC is not installed
+    del fake_gpu.cuda.nvrtc.getVersion  # NVRTC is not installed
     assert build() == loaded
-    fake_cupy.cuda.runtime.runtimeGetVersion = lambda: 12090  # whose drivers do not load code of CUDA 13
+    fake_gpu.cuda.runtime.runtimeGetVersion = lambda: 12090  # whose drivers do not load code of CUDA 13
     assert build() == compiled
 
 
-@pytest.mark.usefixtures("fake_cupy")
+@pytest.mark.usefixtures("fake_gpu")
 def test_a_kernel_that_may_not_be_compiled_is_an_error(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     monkeypatch.setenv("GPUCONV_CACHE_ONLY", "1")
     message = "conv1d_direct for sm_90 was not compiled in advance, which GPUCONV_CACHE_ONLY requires; "
@@ -389,7 +384,7 @@ def test_a_kernel_that_may_not_be_compiled_is_an_error(monkeypatch: pytest.Monke
         build()
 
 
-@pytest.mark.usefixtures("fake_cupy")
+@pytest.mark.usefixtures("fake_gpu")
 def test_code_that_is_not_used_is_a_warning(folder: Path) -> None:
     path = cubins.store(cubins.Source.of(CONFIG, "sm_90"), (13, 2), CODE)
     path.write_bytes(b"")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from gpuconv.device import ARCHITECTURES, Device
 from gpuconv.explain import MAX_CANDIDATES, SETTINGS, Explanation, explain
 from gpuconv.families import FAMILIES, Config, Family, Layout, Refusal
 from gpuconv.problem import ArraySpec, ConvProblem
+from tests.fake_cupy import fake_cupy
 
 
 def spec(*shape: int, dtype: Any = "float32") -> ArraySpec:
@@ -326,32 +327,13 @@ class _FakeArray:
 
 
 @pytest.fixture
-def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def fake_gpu() -> Iterator[None]:
     """A CuPy with two GPUs that can plan but not launch."""
-    properties = {
-        "major": 8, "minor": 9, "multiProcessorCount": 7, "sharedMemPerBlockOptin": 101376,
-        "sharedMemPerMultiprocessor": 102400, "l2CacheSize": 1 << 20,
-    }  # fmt: skip
-    fake: Any = ModuleType("cupy")
-    fake.__version__ = "14.0"
-    fake.ndarray = _FakeArray
-    fake.cuda = SimpleNamespace(
-        runtime=SimpleNamespace(
-            getDevice=lambda: 1,
-            getDeviceProperties=lambda index: {**properties, "name": f"GPU number {index}".encode()},
-            driverGetVersion=lambda: 13000,
-            runtimeGetVersion=lambda: 13020,
-        ),
-        nvrtc=SimpleNamespace(getVersion=lambda: (13, 2)),
-        function=SimpleNamespace(CNumpyArray=lambda array: array),
-    )
-    fake.RawKernel = lambda text, name: SimpleNamespace(kernel=(text, name))
-    monkeypatch.setitem(sys.modules, "cupy", fake)
-    runtime.device.cache_clear()
-    runtime.build.cache_clear()
-    yield
-    runtime.device.cache_clear()
-    runtime.build.cache_clear()
+    with fake_cupy(Device("GPU number 1", 89, 7, 101376, 102400, 1 << 20), index=1) as fake:
+        fake.ndarray = _FakeArray
+        fake.cuda.function = SimpleNamespace(CNumpyArray=lambda array: array)
+        fake.RawKernel = lambda text, name: SimpleNamespace(kernel=(text, name))
+        yield
 
 
 @pytest.mark.usefixtures("fake_gpu")

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gpuconv.arguments import check_padding_mode
@@ -400,15 +400,12 @@ def test_settings_can_be_checked_without_arrays() -> None:
         Settings.check("Layer", "conv1d", 0, 0, 1, 1)
 
 
-repeatable = settings(derandomize=True, deadline=None, database=None)
-
 small = st.integers(0, 6)
 lengths = st.integers(1, 30)
 taps = st.integers(1, 6)
 steps = st.integers(1, 5)
 
 
-@repeatable
 @given(L_in=st.integers(0, 30), K=taps, stride=steps, dilation=steps, left=small, right=small)
 def test_conv1d_length_is_the_number_of_window_positions(
     L_in: int, K: int, stride: int, dilation: int, left: int, right: int
@@ -422,7 +419,6 @@ def test_conv1d_length_is_the_number_of_window_positions(
             construct("conv1d", (1, L_in), (1, 1, K), **arguments)
 
 
-@repeatable
 @given(L_in=lengths, K=taps, stride=steps, dilation=steps, left=small, right=small, extra=small)
 def test_conv_transpose1d_length_is_the_extent_of_what_the_taps_reach(
     L_in: int, K: int, stride: int, dilation: int, left: int, right: int, extra: int
@@ -440,7 +436,6 @@ def test_conv_transpose1d_length_is_the_extent_of_what_the_taps_reach(
         assert construct("conv_transpose1d", (1, L_in), (1, 1, K), **arguments).L_out == expected
 
 
-@repeatable
 @given(L_in=lengths, K=taps, stride=steps, dilation=steps, left=small, right=small)
 def test_conv_transpose1d_returns_to_the_length_that_conv1d_came_from(
     L_in: int, K: int, stride: int, dilation: int, left: int, right: int
@@ -455,7 +450,6 @@ def test_conv_transpose1d_returns_to_the_length_that_conv1d_came_from(
     assert back.output_padding == (L_in + left + right - (K - 1) * dilation - 1) % stride
 
 
-@repeatable
 @given(L_in=lengths, K=taps, stride=steps, dilation=steps, left=small, right=small)
 def test_output_size_reaches_every_length_that_output_padding_does(
     L_in: int, K: int, stride: int, dilation: int, left: int, right: int
@@ -468,7 +462,6 @@ def test_output_size_reaches_every_length_that_output_padding_does(
             assert by_size == construct("conv_transpose1d", (1, L_in), (1, 1, K), **arguments, output_padding=extra)
 
 
-@repeatable
 @given(L_in=lengths, K=taps, stride=steps, dilation=steps)
 def test_same_gives_one_output_per_stride_with_the_least_padding(L_in: int, K: int, stride: int, dilation: int) -> None:
     arguments = {"stride": stride, "dilation": dilation}
@@ -481,7 +474,6 @@ def test_same_gives_one_output_per_stride_with_the_least_padding(L_in: int, K: i
         assert (L_in + left + right - 1 - span) // stride + 1 < problem.L_out
 
 
-@repeatable
 @given(L_in=lengths, K=taps, stride=steps, dilation=steps)
 def test_transposed_same_is_the_adjoint_of_same(L_in: int, K: int, stride: int, dilation: int) -> None:
     arguments = {"padding": "same", "stride": stride, "dilation": dilation}
@@ -493,7 +485,6 @@ def test_transposed_same_is_the_adjoint_of_same(L_in: int, K: int, stride: int, 
     assert construct("conv_transpose1d", (1, L_in), (1, 1, K), **arguments, output_size=L_in * stride) == problem
 
 
-@repeatable
 @given(L_in=lengths, K=taps, stride=steps, dilation=steps)
 def test_causal_windows_end_at_their_own_sample(L_in: int, K: int, stride: int, dilation: int) -> None:
     problem = construct("conv1d", (1, L_in), (1, 1, K), padding="causal", stride=stride, dilation=dilation)
@@ -581,7 +572,6 @@ def test_the_problem_of_a_bias_gradient() -> None:
     assert replace(problem, dtype="float32").flops() == 96
 
 
-@repeatable
 @given(K=taps, stride=steps, dilation=steps, left=st.integers(0, 9), right=st.integers(0, 9), extra=st.integers(0, 5))
 def test_the_adjoint_leads_back_to_the_input(
     K: int, stride: int, dilation: int, left: int, right: int, extra: int
@@ -600,7 +590,6 @@ def test_the_adjoint_leads_back_to_the_input(
         assert 0 <= back.output_padding < stride
 
 
-@repeatable
 @given(K=taps, stride=steps, dilation=steps)
 def test_terms_is_the_most_products_of_one_output(K: int, stride: int, dilation: int) -> None:
     forward = construct("conv1d", (4, 30), (2, 2, K), groups=2, stride=stride, dilation=dilation)

@@ -83,7 +83,7 @@ def as_fractions(y: Array) -> npt.NDArray[np.object_]:
 
 @pytest.mark.parametrize("op", OPS)
 def test_equals_the_definition_exactly_on_dyadic_rationals(op: Op) -> None:
-    @settings(max_examples=120, derandomize=True, deadline=None, database=None)
+    @settings(max_examples=120)
     @given(call=calls(op, max_length=8, min_channels=0))
     def check(call: Call) -> None:
         x, w, b = call.arrays("eighths")
@@ -105,7 +105,7 @@ def test_equals_the_definition_exactly_on_dyadic_rationals(op: Op) -> None:
 def test_bound_is_the_documented_formula(op: Op) -> None:
     """Against the formula in exact arithmetic; the reference itself lies inside its own share of the bound."""
 
-    @settings(max_examples=60, derandomize=True, deadline=None, database=None)
+    @settings(max_examples=60)
     @given(call=calls(op, ("float16", "bfloat16", "float32", "float64"), max_length=8))
     def check(call: Call) -> None:
         x, w, b = call.arrays()
@@ -346,7 +346,7 @@ def right(p: ConvProblem, y: Array, x: Array, w: Array, b: Array | None = None) 
 @pytest.mark.parametrize("how", ARITHMETICS)
 @pytest.mark.parametrize("op", OPS)
 def test_honest_arithmetic_is_within_the_bound(op: Op, how: Callable[..., Array]) -> None:
-    @settings(max_examples=100, derandomize=True, deadline=None, database=None)
+    @settings(max_examples=100)
     @given(call=calls(op))
     def check(call: Call) -> None:
         x, w, b = call.arrays()
@@ -531,7 +531,7 @@ def fed_by(call: Call, marked_x: Array, marked_w: Array) -> Array:
 def test_specials_reach_exactly_the_elements_they_feed(op: Op, special: float) -> None:
     """Also in the weights: a tap that falls into the padding has no effect even if it is infinite."""
 
-    @settings(max_examples=40, derandomize=True, deadline=None, database=None)
+    @settings(max_examples=40)
     @given(call=calls(op, max_length=8))
     def check(call: Call) -> None:
         x, w, b = call.arrays()

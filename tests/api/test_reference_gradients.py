@@ -48,7 +48,7 @@ def sums(p: ConvProblem, x: Array, w: Array, u: Array) -> dict[str, reference.Su
 
 @pytest.mark.parametrize("op", OPS)
 def test_equal_the_definitions_exactly_on_dyadic_rationals(op: Op) -> None:
-    @settings(max_examples=60, derandomize=True, deadline=None, database=None)
+    @settings(max_examples=60)
     @given(call=calls(op, max_length=6, min_channels=0))
     def check(call: Call) -> None:
         p = call.problem()

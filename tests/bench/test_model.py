@@ -44,7 +44,7 @@ works = st.builds(
 codes = st.builds(Code, st.floats(1, 1e10), st.floats(0, 1e10), st.floats(0, 1e6))
 
 
-@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@settings(max_examples=200)
 @given(work=works, code=codes, blocks=st.integers(1, 10**5), resident=st.integers(1, 8), is_tensor=st.booleans())
 def test_a_launch_takes_at_least_its_largest_part_and_at_most_all_of_them(
     work: Work, code: Code, blocks: int, resident: int, is_tensor: bool
@@ -57,7 +57,7 @@ def test_a_launch_takes_at_least_its_largest_part_and_at_most_all_of_them(
     assert (found.waves - 1) * H200.num_sms * resident < blocks <= found.waves * H200.num_sms * resident
 
 
-@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@settings(max_examples=100)
 @given(work=works, code=codes, blocks=st.integers(1, 10**4), resident=st.integers(1, 8))
 def test_more_of_anything_takes_no_less_time(work: Work, code: Code, blocks: int, resident: int) -> None:
     def us(work: Work, code: Code, resident: int = resident) -> float:
@@ -105,7 +105,7 @@ def problems(draw: st.DrawFn) -> Problem:
     return of_forward(p, draw(st.sampled_from(DIRECTIONS)))
 
 
-@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@settings(max_examples=150)
 @given(problem=problems(), arch=st.sampled_from(tuple(ARCHITECTURES)))
 def test_candidates_come_in_order_and_none_is_faster_than_a_launch(problem: Problem, arch: str) -> None:
     times = [us for _, us in choose(problem, Device.from_arch(arch)).plan.candidates]
@@ -113,7 +113,7 @@ def test_candidates_come_in_order_and_none_is_faster_than_a_launch(problem: Prob
     assert all(us > LAUNCH_US for us in times)
 
 
-@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@settings(max_examples=150)
 @given(problem=problems())
 def test_a_larger_batch_takes_no_less_time(problem: Problem) -> None:
     one, several = choose(problem), choose(replace(problem, N=4 * problem.N))

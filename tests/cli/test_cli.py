@@ -10,9 +10,9 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 from typing import Any, ClassVar
 from xml.etree import ElementTree
 
@@ -31,6 +31,7 @@ from gpuconv.families import FAMILIES, Config, conv1d_depthwise_push, windows
 from gpuconv.gpus import missing_gpu
 from gpuconv.problem import ArraySpec, numpy_dtype
 from gpuconv.text import install_hint
+from tests.fake_cupy import fake_cupy
 
 Array = np.ndarray[Any, Any]
 
@@ -535,37 +536,14 @@ class _Kernel:
 
 
 @pytest.fixture
-def played_gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
+def played_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A CuPy with one H200 that compiles nothing and whose arrays are NumPy's."""
-    gpu = ARCHITECTURES["sm_90"]
-    properties = {
-        "name": gpu.name.encode(), "major": 9, "minor": 0, "multiProcessorCount": gpu.num_sms,
-        "sharedMemPerBlockOptin": gpu.shared_per_block, "sharedMemPerMultiprocessor": gpu.shared_per_sm,
-        "l2CacheSize": gpu.l2_bytes,
-    }  # fmt: skip
-    fake: Any = ModuleType("cupy")
-    fake.__version__ = "14.0"
-    fake.ndarray = type("ndarray", (), {})
-    fake.asarray = fake.asnumpy = np.asarray
-    fake.RawKernel = _Kernel
-    fake.cuda = SimpleNamespace(
-        runtime=SimpleNamespace(
-            getDeviceCount=lambda: 1,
-            getDevice=lambda: 0,
-            getDeviceProperties=lambda _: properties,
-            runtimeGetVersion=lambda: 13020,
-            driverGetVersion=lambda: 13000,
-        ),
-        nvrtc=SimpleNamespace(getVersion=lambda: (13, 2)),
-    )
-    monkeypatch.setitem(sys.modules, "cupy", fake)
     monkeypatch.setattr("gpuconv.cli.gpu.has_driver", lambda: True)
     monkeypatch.setattr(_Kernel, "compiled", [])
-    for cached in (runtime.device, runtime.build):
-        cached.cache_clear()
-    yield fake
-    for cached in (runtime.device, runtime.build):
-        cached.cache_clear()
+    with fake_cupy(ARCHITECTURES["sm_90"]) as fake:
+        fake.asarray = fake.asnumpy = np.asarray
+        fake.RawKernel = _Kernel
+        yield fake
 
 
 @pytest.mark.usefixtures("played_gpu")

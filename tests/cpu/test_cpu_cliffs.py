@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
+from queue import SimpleQueue
 
 import numpy as np
 import pytest
@@ -19,9 +20,10 @@ import pytest
 from gpuconv import conv1d as public_conv1d
 from gpuconv import conv_transpose1d as public_conv_transpose1d
 from gpuconv import cpu
-from gpuconv.cpu import choice, limits, threads
+from gpuconv.cpu import choice, geometry, limits, panels, threads, windows
 from gpuconv.cpu.arrays import Array, copy_swapped
 from gpuconv.cpu.geometry import Call
+from gpuconv.cpu.panels import PhasePanels
 from gpuconv.cpu.taps import Taps
 from gpuconv.cpu.toeplitz import Toeplitz
 from gpuconv.problem import ConvProblem, numpy_dtype
@@ -112,10 +114,33 @@ def test_packing_short_runs_has_its_price() -> None:
     assert choice.choose(conv_transpose1d(1, 256, 128, 400, 11, 5, 3, 3, has_bias=True)).form.name == "shift_add"
 
 
-@pytest.mark.parametrize("p", [conv1d(1, 512, 512, 938, 7, 1, 3, 3, 1, 512), conv1d(8, 64, 64, 1000, 3, 1, 1, 1, 1, 8)])
-def test_half_a_millisecond_of_work_stays_with_the_caller(p: ConvProblem) -> None:
-    """A second thread gains little or nothing there: it begins late, and both wait for each other's interpreter."""
-    assert choice.choose(p).workers == 1
+def test_half_a_millisecond_of_work_is_shared_only_where_the_caller_prepares_it() -> None:
+    """Elsewhere a second thread gains little or nothing: both wait for each other's interpreter."""
+    assert choice.choose(conv1d(8, 64, 64, 1000, 3, 1, 1, 1, 1, 8)).workers == 1
+    assert choice.choose(conv1d(1, 512, 512, 938, 7, 1, 3, 3, 1, 512)).workers > 1
+
+
+def test_phases_with_different_taps_are_computed_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads then wait for each other once, not twice."""
+    calls = []
+    monkeypatch.setattr(panels, "run_blocks", lambda _, blocks, *__: calls.append(len(blocks)))
+    p = conv_transpose1d(8, 128, 64, 512, 3, 2, 1, 1, 1, 1, 1)
+    form = next(form for form in PhasePanels.candidates(p) if isinstance(form, PhasePanels) and len(form.parts) == 2)
+    choice.chosen_form(p, p, form, 0.0).run(call_of(p))
+    assert len(calls) == 1
+    assert calls[0] > 1
+
+
+def test_depthwise_rows_are_read_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To copy them with their padding took a seventh of the time."""
+    copied = []
+    monkeypatch.setattr(windows, "copy_padded", lambda *arguments: copied.append(arguments))
+    monkeypatch.setattr(geometry, "copy_padded", lambda *arguments: copied.append(arguments))
+    p = conv1d(1, 512, 512, 938, 7, 1, 3, 3, 1, 512)
+    chosen = choice.choose(p)
+    assert isinstance(chosen.form, windows.Windows)
+    chosen.run(call_of(p))
+    assert not copied
 
 
 def test_a_helper_gets_less_work_than_the_caller_who_begins_first() -> None:
@@ -363,6 +388,54 @@ def test_a_call_does_not_wait_for_helpers_that_others_keep_busy(monkeypatch: pyt
     finally:
         release.set()
         other.join()
+
+
+def test_the_caller_prepares_the_first_block_of_each_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "usable_cpus", lambda: 3)
+    all_begun = threading.Barrier(3)
+    prepared, computed = [], []
+
+    def prepare(block: int, _: object) -> Callable[[], None]:
+        prepared.append((block, threading.get_ident()))
+
+        def compute() -> None:
+            computed.append((block, threading.get_ident()))
+            all_begun.wait(30)
+
+        return compute
+
+    threads.run_blocks(prepare, [(0,), (1,), (2,)], 3, np.dtype("float32"), 8, prepares=True)
+    assert sorted(prepared) == [(block, threading.get_ident()) for block in range(3)]
+    assert len({thread for _, thread in computed}) == 3
+    assert (0, threading.get_ident()) in computed
+
+
+def test_a_fast_helper_leaves_the_caller_its_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "usable_cpus", lambda: 2)
+    helped = threading.Event()
+
+    def prepare(block: int, _: object) -> Callable[[], None]:
+        assert block == 2 or helped.wait(30)  # the helper's, which is prepared first
+        return helped.set
+
+    threads.run_blocks(prepare, [(0,), (2,)], 2, np.dtype("float32"), 8, prepares=True)
+
+
+def test_the_caller_computes_what_a_helper_does_not_begin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the helper's processor is busy with something else."""
+    monkeypatch.setattr(threads, "usable_cpus", lambda: 3)
+    begin = threads._Helper.begin
+    late = []
+    monkeypatch.setattr(threads._Helper, "begin", lambda *arguments: late.append(arguments))
+    done: list[int] = []
+    threads.run_blocks(lambda block, _: done.append(block), [(i,) for i in range(5)], 3, np.dtype("float32"), 8)
+    assert sorted(done) == [*range(5)]
+    ended: SimpleQueue[None] = SimpleQueue()
+    for helper, work, _, processors in late:
+        begin(helper, work, ended, processors)
+    for _ in late:
+        ended.get(timeout=30)  # they find nothing to do, and are free again
+    assert sorted(done) == [*range(5)]
 
 
 def test_an_exchange_is_the_same_problem() -> None:

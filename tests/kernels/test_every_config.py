@@ -1,4 +1,4 @@
-"""Whatever dispatch chooses is among the specialisations that `gpuconv warmup` compiles."""
+"""Whatever dispatch chooses is among the specialisations that `gpuconv warmup` compiles, and a GPU can launch it."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ import numpy as np
 
 from gpuconv import cases
 from gpuconv.compile import every_config
-from gpuconv.device import Device
+from gpuconv.device import ARCHITECTURES, Device
 from gpuconv.dispatch import AlgorithmError, choose, choose_push, families
 from gpuconv.families import FAMILIES, ArrayLayout, Layout, Refusal, conv1d_depthwise_push
+from gpuconv.families.base import MAX_GRID
 from gpuconv.problem import DTYPES, BiasGradientProblem, ConvProblem, Problem, WeightGradientProblem
+from gpuconv.source import pack_params, params_fields
 
-DEVICES = tuple(Device.from_arch(arch) for arch in ("sm_75", "sm_80", "sm_90"))
+DEVICES = tuple(map(Device.from_arch, ARCHITECTURES))
 FORMATS = (*DTYPES, "tf32")
 LEAST_CHOICES = 3  # of every family, for the test to say something of it
 
@@ -47,7 +49,7 @@ class Random:
         try:
             layer = ConvProblem(
                 ("conv1d", "conv_transpose1d")[self.below(2)],
-                self.magnitude(8),
+                self.magnitude(12),
                 C_in * groups,
                 C_out * groups,
                 self.magnitude(13),
@@ -91,11 +93,11 @@ def problems(random: Random, count: int) -> Iterator[Problem]:
         yield of_layer[random.below(len(of_layer))](layer)
 
 
-def test_every_choice_is_compiled_by_warmup() -> None:
+def test_every_choice_is_compiled_by_warmup_and_can_be_launched() -> None:
     """By preference and by name, of prepared weights and others: GPUCONV_CACHE_ONLY refuses none of them."""
     random, chosen = Random(0), Counter[str]()
     every = {device: set(every_config(device, DTYPES)) for device in DEVICES}
-    for problem in problems(random, 1500):
+    for problem in problems(random, 2500):
         layout, device = random.layout(problem), DEVICES[random.below(len(DEVICES))]
         names = [family.name for family in families(problem.kind)] if random.below(3) == 0 else [None]
         for name in names:
@@ -104,14 +106,20 @@ def test_every_choice_is_compiled_by_warmup() -> None:
             except AlgorithmError:
                 continue
             chosen[choice.family] += 1
-            for step in choice.plan.steps:
-                assert step.config in every[device], (str(problem), layout, device.name, name)
+            for config, launch in ((step.config, step.launch) for step in choice.plan.steps):
+                what = (config.kernel, str(problem), layout, device.name, name)
+                assert config in every[device], what
+                assert 0 < launch.grid <= MAX_GRID, what
+                assert 0 < launch.block <= 1024, what
+                assert launch.shared_bytes <= device.shared_per_block, what
+                assert tuple(name for name, _ in launch.params) == params_fields(config.kernel), what
+                pack_params(dict(launch.params), launch.index_bits)
     rare = {family.name for family in FAMILIES if chosen[family.name] < LEAST_CHOICES}
     assert not rare, chosen
 
 
 def test_every_push_of_a_stream_is_compiled_by_warmup() -> None:
-    random, chosen = Random(1), Counter[str]()
+    random, chosen = Random(2), Counter[str]()
     every = {device: set(every_config(device, (*DTYPES, "int16"))) for device in DEVICES}
     while sum(chosen.values()) < 900:
         layer = random.layer()

@@ -17,7 +17,7 @@ from gpuconv import cases, dispatch, reference
 from gpuconv.device import Device
 from gpuconv.families import FAMILIES, Config, Refusal
 from gpuconv.families.base import ACTIVATED
-from gpuconv.fusion import FUSED_ARRAYS, Fused
+from gpuconv.fusion import Fused
 from gpuconv.problem import ConvProblem, numpy_dtype
 from tests import hostcuda
 from tests.kernels.test_compile import resources
@@ -59,8 +59,7 @@ class Subject:
             argument(before, p.C_in, p.dtype, 2),
             cases.random_grad_output(p, 3) if residual else None,
         )
-        arrays = {name: a for name, a in zip(FUSED_ARRAYS, given.arrays, strict=True) if a is not None}
-        return cls(p.fused(given), data, arrays)
+        return cls(p.fused(given), data, given.given)
 
     @property
     def families(self) -> list[str]:

@@ -99,7 +99,7 @@ def order(problem: ConvProblem, device: Device) -> dict[str, int]:
     return {name: dict(launch.params)[name] for name in ("pairs", "C_in_g", "K")}
 
 
-@settings(max_examples=80, deadline=None, derandomize=True, database=None)
+@settings(max_examples=80)
 @given(layer=layers(), mode=st.sampled_from(MODES), arch=st.sampled_from(tuple(ARCHITECTURES)))
 def test_the_layer_alone_decides_where_it_runs_and_in_which_order_it_is_summed(
     layer: ConvProblem, mode: str, arch: str
@@ -131,7 +131,7 @@ def test_the_fewest_channels_taps_and_terms() -> None:
     assert not any(takes(at(replace(transposed, stride=2), mode)) for mode in MODES)
 
 
-@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+@settings(max_examples=300)
 @given(layer=layers(), unit=st.sampled_from((4, 8)), block_n=st.sampled_from((16, 64, 128)))
 def test_every_unit_of_every_column_reads_its_positions(layer: ConvProblem, unit: int, block_n: int) -> None:
     """The kernel's formulas for the row that a unit reads and for the position that a row begins at, put together."""

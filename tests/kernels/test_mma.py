@@ -61,6 +61,7 @@ PROBLEMS = {
     "phases without taps": ConvProblem(
         "conv_transpose1d", 2, 22, 18, 9, 5, 4, 2, 1, 6, output_padding=3, has_bias=True
     ),
+    "positions as channels": ConvProblem("conv1d", 2, 18, 34, 192, 64, 32, groups=2, has_bias=True),
 }
 every_problem = pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS.keys())
 
@@ -84,6 +85,10 @@ def program_of(config: Config) -> Program:
 def layers(draw: st.DrawFn) -> ConvProblem:
     op: Op = draw(st.sampled_from(("conv1d", "conv_transpose1d")))
     groups = draw(st.sampled_from((1, 1, 2, 3)))
+    if draw(st.integers(0, 7)) == 0:
+        stride = draw(st.sampled_from((32, 64, 96, 160)))
+        K, C_in, C_out = stride * draw(st.integers(1, 3)), draw(st.integers(1, 20)), draw(st.integers(1, 150))
+        return ConvProblem("conv1d", 1, groups * C_in, groups * C_out, K + stride, K, stride, groups=groups)
     stride, dilation = draw(st.integers(1, 20)), draw(st.sampled_from((1, 1, 2, 3, 6, 64, 512, 2000)))
     K = draw(st.integers(1, 40))
     span = dilation * (K - 1) + 1
@@ -109,7 +114,7 @@ def reduction(problem: ConvProblem, device: Device) -> dict[str, int]:
     return {name: dict(launch.params)[name] for name in ("units", "chunks", "pairs", "segments", "segment_chunks")}
 
 
-@settings(max_examples=80, deadline=None, derandomize=True, database=None)
+@settings(max_examples=80)
 @given(layer=layers(), mode=st.sampled_from(MODES), arch=st.sampled_from(tuple(ARCHITECTURES)))
 def test_the_layer_alone_decides_where_it_runs_and_in_which_order_it_is_summed(
     layer: ConvProblem, mode: str, arch: str
@@ -169,7 +174,7 @@ def products(draw: st.DrawFn) -> Product:
     )
 
 
-@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+@settings(max_examples=300)
 @given(
     product=products(),
     block_samples=st.integers(1, 3),
@@ -424,6 +429,34 @@ def test_pairs_of_positions_change_no_bit(problem: ConvProblem) -> None:
     assert_same_bits(outputs[0], outputs[1], str(p))
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_positions_that_are_channels_are_copied_where_they_are_aligned(mode: str) -> None:
+    """With the bits of those that are loaded one by one: over several channels in a segment, and rows with a rest."""
+    layer = ConvProblem("conv1d", 2, 40, 34, 64 * 5 + 40, 128, 64, groups=2, has_bias=True)
+    p = at(layer, mode)
+    x, w, b = cases.random_data(p, 12)
+    long, outputs = np.zeros((p.N, p.C_in, p.L_in + 1), x.dtype), []
+    long[..., :-1] = x
+    for given_input, is_copied in ((x, True), (unaligned(x), False), (long[..., :-1], False)):
+        layout = Layout.contiguous(p).replaced(input=hostcuda.array_layout(given_input))
+        config, launch = kernel_of(FAMILY[p.op], p, layout, H200)
+        assert dict(launch.params)["fold"] == p.stride
+        assert ("CHANNELS_LAST" in dict(config.macros)) == is_copied
+        outputs.append(run(p, Data(given_input, w, b), layout=layout, schedule="every"))
+    assert_right(p, outputs[0], Data(x, w, b))
+    assert_same_bits(outputs[1], outputs[0], mode)
+    assert_same_bits(outputs[2], outputs[0], mode)
+
+
+def test_which_layers_have_positions_as_channels() -> None:
+    """Those of which every window is of whole strides, and of 16 bits those that conv1d_im2col does not take."""
+    layer = at(ConvProblem("conv1d", 1, 8, 16, 400, 64, 32), "float16")
+    assert mma.product_of(layer).fold == 32
+    for other in ({"padding_left": 32}, {"padding_right": 1}, {"K": 65}, {"stride": 16}, {"C_in": 7}, {"dilation": 2}):
+        assert mma.product_of(replace(layer, **other)).fold == 1, other
+    assert mma.product_of(at(replace(layer, C_in=1), "tf32")).fold == 32
+
+
 @pytest.mark.parametrize(
     "problem",
     [
@@ -672,7 +705,7 @@ def test_many_short_samples_share_blocks(arch: str) -> None:
     assert dict(launch.params)["block_samples"] == 64
 
 
-@settings(max_examples=80, deadline=None, derandomize=True, database=None)
+@settings(max_examples=80)
 @given(layer=layers(), mode=st.sampled_from(MODES))
 def test_the_layer_alone_decides_where_a_sum_is_cut(layer: ConvProblem, mode: str) -> None:
     """From 4,096 terms on, those that fill up stages included, into 4 to 32 segments, whatever N and L are."""

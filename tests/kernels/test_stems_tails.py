@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from gpuconv import cases
-from gpuconv.device import ARCHITECTURES, Device
 from gpuconv.families import ArrayLayout, Family, Layout
 from gpuconv.families.conv1d_stem import Conv1dStem
 from gpuconv.families.conv1d_tail import Conv1dTail
@@ -170,20 +169,6 @@ def test_tails_store_16_bytes_where_rows_are_aligned(dtype: str) -> None:
     contiguous = Layout.contiguous(p)
     shifted = contiguous.replaced(output=replace(contiguous["output"], alignment=8))
     assert dict(kernel_of(TAIL, p, shifted, H200)[1].params)["vector_stores"] == 0
-
-
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize(("family", "problem"), ALL, **by_name)
-def test_launches_keep_the_limits_of_every_gpu(family: Family[Any], problem: ConvProblem, arch: str) -> None:
-    device = Device.from_arch(arch)
-    configs = set(family.configs(device))
-    for dtype in DTYPES:
-        for N in (1, problem.N, 5000):
-            p = replace(problem, dtype=dtype, N=N)
-            config, launch = kernel_of(family, p, Layout.contiguous(p), device)
-            assert config in configs
-            assert launch.shared_bytes <= device.shared_per_block
-            assert 32 <= launch.block <= 256
 
 
 @pytest.mark.parametrize(

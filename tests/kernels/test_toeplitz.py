@@ -60,7 +60,7 @@ def run(problem: ConvProblem, data: Data, **settings: Any) -> Array:
     return hostcuda.compute(problem, *data, family=FAMILY.name, **settings)
 
 
-@settings(max_examples=80, deadline=None, derandomize=True, database=None)
+@settings(max_examples=80)
 @given(
     K=st.integers(1, 3000),
     channels=st.integers(1, 9),

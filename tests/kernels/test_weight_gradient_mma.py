@@ -116,7 +116,12 @@ def test_the_table(mode: tuple[str, str]) -> None:
 
 
 def test_rows_that_are_no_whole_eights_of_units(use_tile: Any) -> None:
-    """Tiles of 48 rows have twelve units of 32 bits, of which lanes take eight at a time."""
+    """Tiles of 48 rows have twelve units of 32 bits, of which lanes take eight at a time, or six of 16, by fours."""
+    (tile,) = (tile for tile in mma.TILES[1] if tile.block_m == 48)
+    use_tile(1, tile)
+    p = problem(48, 16, 61, 3)
+    arrays = normal(p)
+    assert_same_bits(run(p, *arrays), run(p, *map(unaligned, arrays)), p)
     (tile,) = (tile for tile in mma.TILES[2] if tile.block_m == 48)
     use_tile(2, tile)
     p = problem(48, 16, 60, 3, SINGLE)
@@ -174,7 +179,8 @@ def test_rows_are_loaded_as_wide_as_their_layout_allows() -> None:
             p = problem(24, 20, L, 5, mode)
             assert fetches(p) == (expected, expected), p
             assert fetches(replace(p, padding_mode="reflect")) == (expected, Fetch.POSITION)
-            assert fetches(problem(24, 20, L, 4, mode, stride=3)) == (expected, Fetch.POSITION)
+            assert fetches(problem(24, 20, L, 4, mode, 4 * L, stride=3)) == (expected, Fetch.RUN)
+            assert fetches(problem(24, 20, L, 4, mode, 4 * L, stride=3, dilation=2)) == (expected, Fetch.POSITION)
     assert fetches(problem(24, 20, 152, 3, padding_left=0)) == (Fetch.RUN, Fetch.PAIRS)
     assert fetches(problem(24, 20, 151, 4, padding_left=0)) == (Fetch.SHIFTED, Fetch.PAIRS)
     # Words are shared by neighbouring rows alone, and by none in front of the array.
@@ -223,6 +229,27 @@ def test_words_that_two_rows_share() -> None:
             output = run(p, *arrays, layout=place, schedule="reverse", placement="start")
             assert_same_bits(output, expected, (p, place))
         assert mma._fetches(p, layout, 32, DEVICE) == (Fetch.SHIFTED, Fetch.SHIFTED)
+
+
+@pytest.mark.usefixtures("small_tile")
+def test_rows_of_strided_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of neighbouring positions, which belong to several planes, have the bits of single positions."""
+    monkeypatch.setattr(mma, "_alternatives", lambda _, widest: (widest,))
+    monkeypatch.setitem(mma.TILES, 2, tuple(t for t in mma.TILES[2] if (t.block_m, t.block_n) == (16, 128)))
+    for mode, fetch, lengths in (
+        (HALF, Fetch.RUN, (40, 88)),
+        (HALF, Fetch.PAIRS, (38, 86)),
+        (HALF, Fetch.SHIFTED, (39, 87)),
+        (SINGLE, Fetch.RUN, (40, 88)),
+    ):
+        for stride, K, padding, C_fine in ((2, 3, 1, 9), (3, 7, 2, 16), (4, 4, 0, 8), (5, 2, 1, 12), (8, 13, 6, 10)):
+            L, L_fine = lengths
+            p = problem(16, C_fine, L, K, mode, L_fine, N=9, stride=stride, padding_left=padding)
+            assert fetches(p) == (fetch, fetch)
+            assert dict(kernel_of(FAMILY, p, Layout.contiguous(p), DEVICE)[0].macros)["FINE_STRIDED"] == "1"
+            arrays = normal(p)
+            output = run(p, *arrays, schedule=stride, placement="start")
+            assert_same_bits(output, run(p, *map(unaligned, arrays)), p)
 
 
 def padded(array: Array) -> Array:
@@ -336,7 +363,7 @@ def test_octets_of_taps(mode: tuple[str, str]) -> None:
 def test_two_taps_are_loaded_at_once_where_they_begin_even(mode: tuple[str, str]) -> None:
     """And change no bit: fine that begins between two is loaded tap by tap."""
     for C, K, stride, L_fine in ((1, 32, 4, 150), (2, 17, 2, 70), (7, 9, 10, 380)):
-        p = problem(17, C, 40, K, mode, L_fine, N=3, stride=stride, padding_left=6)
+        p = problem(17, C, 40, K, mode, L_fine, N=9, stride=stride, padding_left=6)
         coarse, fine = integers(p)
         results = []
         for given_fine, width in ((fine, "2"), (unaligned(fine), "1")):

@@ -116,7 +116,7 @@ def check(call: Call, layouts: tuple[str, str, str] = ("contiguous",) * 3) -> No
 def test_random_problems(op: Op) -> None:
     seen: set[ConvProblem] = set()
 
-    @settings(max_examples=PROBLEMS, derandomize=True, deadline=None, database=None)
+    @settings(max_examples=PROBLEMS)
     @given(call=calls(op))
     def run(call: Call) -> None:
         chosen = np.random.default_rng(call.seed).choice(LAYOUTS, 3)
@@ -197,7 +197,7 @@ def check_gradients(call: Call, layouts: tuple[str, str, str]) -> None:
 def test_random_problems_against_autograd(op: Op) -> None:
     seen: set[ConvProblem] = set()
 
-    @settings(max_examples=GRADIENT_PROBLEMS, derandomize=True, deadline=None, database=None)
+    @settings(max_examples=GRADIENT_PROBLEMS)
     @given(call=calls(op))
     def run(call: Call) -> None:
         chosen = np.random.default_rng(call.seed).choice(LAYOUTS, 3)

@@ -19,12 +19,11 @@ from torch.nn import functional
 import gpuconv
 from gpuconv import torch as bridge
 from gpuconv.problem import Op
-from gpuconv.torch import tensors
 from tests.plans import BASE
-from tests.torch.test_torch_bridge import OPS, Recorder, compiler
+from tests.torch.test_torch_bridge import OPS, Recorder, compiler, computed
 from tests.torch.test_torch_cuda import Gpu, gpu
 
-__all__ = ["compiler", "gpu"]  # fixtures
+__all__ = ["compiler", "computed", "gpu"]  # fixtures
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
@@ -137,20 +136,12 @@ def test_traces_hold_the_algorithm(compiler: Callable[..., Any], tmp_path: Any) 
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("shared", [True, False])
 def test_batches_of_calls_are_one_call_with_the_algorithm(
-    op: Op, shared: bool, monkeypatch: pytest.MonkeyPatch
+    op: Op, shared: bool, computed: list[tuple[str, dict[str, Any]]]
 ) -> None:
     x, w = (torch.stack([t, -2 * t]).detach() for t in leaves())
     w = w[0] if shared else w
-    seen = []
-    write = tensors.write
-
-    def recording(empty: Any, function: Any, *arguments: Any, **keywords: Any) -> torch.Tensor:
-        seen.append((function.__name__, keywords["algorithm"]))
-        return write(empty, function, *arguments, **keywords)
-
-    monkeypatch.setattr(tensors, "write", recording)
     torch.vmap(lambda x, w: getattr(bridge, op)(x, w, algorithm="base"), in_dims=(0, None if shared else 0))(x, w)
-    assert seen == [(op, "base")]
+    assert [(name, keywords["algorithm"]) for name, keywords in computed] == [(op, "base")]
 
 
 def test_modes_see_the_algorithm() -> None:

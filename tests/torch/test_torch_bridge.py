@@ -72,12 +72,26 @@ class Recorder(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
+    """The functions of gpuconv that compute results, by name, with their keywords."""
+    found = []
+    write = tensors.write
+
+    def recording(result: Any, function: Any, *arguments: Any, **keywords: Any) -> torch.Tensor:
+        found.append((function.__name__, keywords))
+        return write(result, function, *arguments, **keywords)
+
+    monkeypatch.setattr(tensors, "write", recording)
+    return found
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_results_and_gradients_are_those_of_arrays(op: Op) -> None:
     """To the bit, in all dtypes and settings."""
     seen: set[ConvProblem] = set()
 
-    @settings(max_examples=60, derandomize=True, deadline=None, database=None)
+    @settings(max_examples=60)
     @given(call=calls(op))
     def run(call: Call) -> None:
         p = call.problem()
@@ -427,20 +441,12 @@ def test_only_wanted_gradients_are_computed(op: str, wanted: str) -> None:
     assert [leaf.grad is not None for leaf in leaves] == [name in wanted.split() for name in names]
 
 
-def test_gradients_are_taken_in_the_precision_of_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
-    write = tensors.write
-
-    def recording(result: torch.Tensor, function: Any, *arguments: Any, **keywords: Any) -> torch.Tensor:
-        seen.append((function.__name__, keywords.get("precision")))
-        return write(result, function, *arguments, **keywords)
-
-    monkeypatch.setattr(tensors, "write", recording)
+def test_gradients_are_taken_in_the_precision_of_the_call(computed: list[tuple[str, dict[str, Any]]]) -> None:
     x, w = drawn(((1, 2, 5), (2, 2, 3)), torch.float32)
     gradients = torch.autograd.grad(bridge.conv1d(x, w, precision="tf32").sum(), (x, w), create_graph=True)
     torch.autograd.grad(gradients[1].sum(), x)
     names = ("conv1d", "conv1d_input", "conv1d_weight", "conv1d_input")
-    assert seen == [(name, "tf32") for name in names]
+    assert [(name, keywords["precision"]) for name, keywords in computed] == [(name, "tf32") for name in names]
 
 
 def operator_calls() -> Iterator[Any]:
@@ -645,23 +651,15 @@ def test_patch_runs_a_model_on_gpuconv() -> None:
     assert in_place_now() == PYTORCH
 
 
-def test_compiled_models_follow_patch(compiler: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    written: list[torch.Tensor] = []
-    write = tensors.write
-
-    def recording(result: torch.Tensor, *arguments: Any, **keywords: Any) -> torch.Tensor:
-        written.append(result)
-        return write(result, *arguments, **keywords)
-
-    monkeypatch.setattr(tensors, "write", recording)
+def test_compiled_models_follow_patch(compiler: Callable[..., Any], computed: list[Any]) -> None:
     compiled = compiler(nn.Conv1d(2, 3, 3), backend="eager")
     for _ in range(2):
         compiled(torch.randn(1, 2, 8))
-        assert len(written) == 0
+        assert len(computed) == 0
         with bridge.patch():
             compiled(torch.randn(1, 2, 8))
-        assert len(written) == 1
-        written.clear()
+        assert len(computed) == 1
+        computed.clear()
 
 
 def test_backward_passes_behind_the_context_stay_on_gpuconv() -> None:

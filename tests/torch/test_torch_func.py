@@ -134,7 +134,7 @@ def in_every_transform(
 def test_random_problems_in_every_transform(op: Op) -> None:
     """Against PyTorch's own convolutions, on tensors that lie in memory in every way."""
 
-    @settings(max_examples=30, derandomize=True, deadline=None, database=None)
+    @settings(max_examples=30)
     @given(call=calls(op, ("float64", "complex128"), max_length=4), subset=st.integers(1, 7), data=st.data())
     def run(call: Call, subset: int, data: st.DataObject) -> None:
         arrays = [a for a in call.arrays() if a is not None]

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gpuconv import reference
 from gpuconv import torch as bridge
-from gpuconv.fusion import FUSED_ARRAYS, Fused
+from gpuconv.fusion import Fused
 from gpuconv.problem import ConvProblem, Op
 from gpuconv.torch import tensors
 from tests.torch.test_torch_bridge import OPS, compiler
@@ -89,7 +89,7 @@ def test_random_problems_against_pytorch(seed: int) -> None:
     problem: ConvProblem = getattr(ConvProblem, op)(*specs, **settings).fused(
         Fused(given.fusion, tensors.specs(*given.arrays))
     )
-    arrays = {n: tensors.numpy_array(a) for n, a in zip(FUSED_ARRAYS, given.arrays, strict=True) if a is not None}
+    arrays = {name: tensors.numpy_array(tensor) for name, tensor in given.given.items()}
     data = [None if t is None else tensors.numpy_array(t) for t in (x, w, bias)]
     sums = reference.convolution(problem, data[0], data[1], data[2], arrays)  # type: ignore[arg-type]
     assert sums.within_bound(tensors.numpy_array(output)).all()

@@ -337,8 +337,8 @@ FAULTS: Mapping[str, Fault] = {
     # -- arrays that are not contiguous
     "conv1d_direct takes weights for contiguous": Fault(
         "conv1d_direct",
-        "k * p.weight_stride_k]",
-        "(p.weight_stride_k == 1 ? k : 0)]",
+        "w += offset_if_used(0, taps.k_step, p.weight_stride_k);",
+        "w += p.weight_stride_k == 1 ? taps.k_step : 0;",
         "conv1d_direct",
         "dilation_spans_input",
         says=STRIDED,
@@ -361,10 +361,10 @@ FAULTS: Mapping[str, Fault] = {
         "float16",
     ),
     # -- right on integers
-    "conv1d_direct sums from the last tap to the first": Fault(
+    "conv1d_direct sums from the last channel to the first": Fault(
         "conv1d_direct",
-        "index_t i = taps.numbers.begin; i < taps.numbers.end; ++i",
-        "index_t i = taps.numbers.end - 1; i >= taps.numbers.begin; --i",
+        "index_t c_in = 0; c_in < p.C_in_g; ++c_in",
+        "index_t c_in = p.C_in_g - 1; c_in >= 0; --c_in",
         "conv1d_tiled",
         "padding_same_strided_even",
         says=SAME,
@@ -465,6 +465,12 @@ def forget() -> None:
     runtime.build.cache_clear()
     with calls._CACHE_LOCK:
         calls._EXECUTORS.clear()
+
+
+def test_the_kernels_have_the_text_that_faults_replace() -> None:
+    """Once each, on every machine: the faults themselves need a GPU."""
+    for name, fault in {**FAULTS, "fold": FOLD}.items():
+        assert source.inlined(f"{fault.kernel}.cu").count(fault.right) == 1, name
 
 
 @pytest.mark.gpu
