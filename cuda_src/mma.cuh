@@ -275,16 +275,18 @@ __device__ __forceinline__ void multiply_tile(
             chunk.input + (long long)(found.offset + unit * (kUnit * tile.input_stride_c)));
         const int channels = chunk.channels - unit * kUnit;
         if (kHasAllUnits && channels == kMaxUnits * kUnit) {  // whole chunks need no test for each unit
+            const index_t channel_stride = keep_in_loop(tile.input_stride_c);
 #pragma unroll
-            for (int u = 0; u < kTaskUnits; ++u) blocks[u].load(x, tile.input_stride_c, u);
+            for (int u = 0; u < kTaskUnits; ++u) blocks[u].load(x, channel_stride, u);
         } else if (chunk.channels % kUnit == 0) {
 #pragma unroll
             for (int u = 0; u < kTaskUnits - kHasAllUnits; ++u) {
-                if (u == 0 || channels > u * kUnit) blocks[u].load(x, tile.input_stride_c, u);
+                if (u == 0 || channels > u * kUnit) blocks[u].load(x, keep_in_loop(tile.input_stride_c), u);
             }
         } else {
+            const index_t channel_stride = keep_in_loop(tile.input_stride_c);
 #pragma unroll
-            for (int u = 0; u < kTaskUnits; ++u) blocks[u].load_up_to(channels - 1, x, tile.input_stride_c, u);
+            for (int u = 0; u < kTaskUnits; ++u) blocks[u].load_up_to(channels - 1, x, channel_stride, u);
         }
 #if INPUT_WIDTH == 2
         const int row = int(found.row);

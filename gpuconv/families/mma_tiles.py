@@ -14,7 +14,7 @@ MAX_BLOCK_N = 320
 MAX_BLOCK_M = 256
 MAX_REGISTERS = 255  # of a thread
 # Beside its sums, to load four units at two positions ahead: kernels with fewer spill.
-PAIR_REGISTERS = 100
+PAIR_REGISTERS = 107
 
 
 @dataclass(frozen=True, slots=True)
