@@ -25,14 +25,16 @@ constexpr int kStagePairs = 2 * STAGE_STEPS;
 constexpr int kStageTerms = kStagePairs * kUnit;
 constexpr int kStageVectors = kStagePairs * kParts * BLOCK_M;           // of 16 bytes
 constexpr int kStageCopies = (kStageVectors + kThreads - 1) / kThreads;  // of a thread, if its warp takes part
-constexpr int kTaskUnits = PREFETCH / INPUT_WIDTH;                       // that a task of staging takes
+constexpr int kMaxUnits = 4;                                             // of a chunk
+constexpr int kTaskUnits = PREFETCH;                                     // that a task of staging takes
+constexpr bool kHasAllUnits = kTaskUnits >= kMaxUnits;                   // a task, of its positions
 constexpr bool kCopiesUnits = CHANNELS_LAST && kUnit == 8;               // from memory to the window, as they are
 constexpr int kTotals = SEGMENT_MODE == 1 ? kTilesM * kTilesN * kThreads : 0;  // of 16 bytes: four sums of a thread
 constexpr index_t kMissing = index_t(1ull << (INDEX_BITS - 1));  // no offset: the smallest index_t
 
 static_assert((NUM_STAGES & (NUM_STAGES - 1)) == 0, "slots are masked: gpuconv/families/mma_tiles.py");
 static_assert(kStageVectors % (32 * kStageCopies) == 0, "warps copy equal shares: gpuconv/families/mma_tiles.py");
-static_assert(PREFETCH % INPUT_WIDTH == 0, "tasks are of whole units: gpuconv/families/mma_tiles.py");
+static_assert(kTaskUnits <= kMaxUnits, "a task is of one chunk: gpuconv/families/mma_tiles.py");
 static_assert(INPUT_WIDTH == 1 || (INPUT_WIDTH == 2 && kUnit == 8 && kIsEmptyOutside),
               "pairs lie inside or outside: gpuconv/families/mma.py");
 static_assert(INPUT_WIDTH == 1 || !CHANNELS_LAST, "units are of one position: gpuconv/families/mma.py");
@@ -48,7 +50,7 @@ typedef Vector<int, STAGE_STEPS> StepOffsets;
 struct alignas(INPUT_WIDTH * sizeof(index_t)) Task {
     index_t offset;  // of the first position, from Tile::input, or kMissing
 #if INPUT_WIDTH == 2
-    index_t row;  // of the first position
+    index_t row;  // where the row of the first position begins in a window, in bytes
 #endif
 };
 

@@ -42,7 +42,7 @@ from .base import (
     params_of,
     with_padding_mode,
 )
-from .mma_costs import TilesLaunch, input_batches, predict_plan
+from .mma_costs import TilesLaunch, input_tasks, predict_plan
 from .mma_tiles import NUM_STAGES, RAW_BOXES, Tile, tiles
 from .mma_window import MAX_UNITS, Reduction, Window
 from .offsets import Overhang, index_bits
@@ -151,8 +151,9 @@ def _raw_box_vectors(product: Product, tile: Tile, reduction: Reduction, arithme
     return reduction.units * arithmetic.channels * (piece | 1)
 
 
-def _batches(tile: Tile, window: Window, reduction: Reduction, arithmetic: Arithmetic) -> int:
-    return input_batches(window.access, arithmetic, reduction.units, window.unit_tasks, tile.prefetch, tile.threads)
+def _input_tasks(tile: Tile, window: Window, reduction: Reduction, arithmetic: Arithmetic) -> int:
+    ahead = tile.units_ahead(window.access)
+    return input_tasks(window.access, arithmetic, reduction.units, window.unit_tasks, ahead, tile.threads)
 
 
 def has_units(array: ArrayLayout, extents: tuple[int, ...], unit: int) -> bool:
@@ -276,7 +277,7 @@ def _predict(
         samples=window.block_samples,
         used_rows=window.used_rows,
         window_rows=window.rows,
-        batches=_batches(tile, window, reduction, arithmetic),
+        tasks=_input_tasks(tile, window, reduction, arithmetic),
         block_m=tile.block_m,
         block_n=tile.block_n,
         warps_m=tile.warps_m,
@@ -348,7 +349,7 @@ def kernel_config(
         "WARPS_N": tile.warps_n,
         "NUM_STAGES": NUM_STAGES,
         "STAGE_STEPS": STAGE_STEPS,
-        "PREFETCH": tile.prefetch,
+        "PREFETCH": tile.units_ahead(access),
         "INPUT_WIDTH": access.width,
         "HAS_SAMPLES": int(tile.has_samples),
         "MIN_BLOCKS": tile.min_blocks if caps_registers else 1,
@@ -424,7 +425,7 @@ def kernel_configs(kernel: str, device: Device, phases: tuple[bool, ...], *, tra
 
 def _tiling_params(reduction: Reduction, tiling: Tiling, arithmetic: Arithmetic) -> dict[str, int]:
     """The fields of Params that describe the order of summation and the tiles."""
-    batches = _batches(tiling.tile, tiling.window, reduction, arithmetic)
+    batches = -(-_input_tasks(tiling.tile, tiling.window, reduction, arithmetic) // tiling.tile.threads)
     # As few rounds as leave one for every batch.
     round_stages = max(1, -(-reduction.stages // batches))
     if -(-reduction.stages // round_stages) < batches:
