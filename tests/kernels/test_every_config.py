@@ -123,6 +123,9 @@ def test_every_push_of_a_stream_is_compiled_by_warmup() -> None:
     every = {device: set(every_config(device, (*DTYPES, "int16"))) for device in DEVICES}
     while sum(chosen.values()) < 900:
         layer = random.layer()
+        if random.below(12) == 0:  # depthwise filters of many taps, which are rare otherwise
+            C, K = random.magnitude(6), 17 + random.below(48)
+            layer = ConvProblem("conv1d", 1, C, C, K, K, groups=C, dtype=("float16", "bfloat16")[random.below(2)])
         if layer is None:
             continue
         length, span = random.magnitude(5), layer.dilation * (layer.K - 1)
