@@ -92,6 +92,7 @@ def test_the_cache_is_pruned_and_cleared(capsys: pytest.CaptureFixture[str], fol
     [
         ("warmup --arch sm_91", "--arch must be some of sm_75, "),
         ("warmup --jobs 2", "warmup takes --jobs only together with --arch"),
+        ("warmup --streams --layers f", "warmup takes --streams only without a problem and layers"),
         ("warmup conv1d --arch sm_90 --layers f", "warmup takes --layers in place of a problem, got both"),
         ("warmup --arch sm_90 --layers none.json", "none.json: does not exist"),
         ("warmup --arch sm_90 --direction forward", "warmup takes settings only together with --input and --weight"),
