@@ -40,18 +40,18 @@
 // memory. Units of 16-bit elements go to shared memory by cp.async, those of 32 bits through registers, since they are rounded
 // or split.
 //
-// The positions of one stride may be channels, by a rule on the layer alone: see folded() in mma_tile.cuh. A chunk then has
-// positions of one channel of the input.
+// FOLDS_STRIDE = 1 is for layers, by a rule on the layer alone, of which the positions of one stride are channels: see
+// folded() in mma_tile.cuh. A chunk then has positions of one channel of the input.
 //
 // OUTPUT_LAST = 1 is for output of that kind, where rows are channels: it is stored in units.
 //
 // RAW_WEIGHT = 1 is for weights that no launch before has packed: see raw_weights.cuh.
 //
-// Macros read: BLOCK_M, BLOCK_N, WARPS_M, WARPS_N, NUM_STAGES, STAGE_STEPS, PREFETCH, INPUT_WIDTH, CHANNELS_LAST, OUTPUT_LAST
-// and RAW_WEIGHT (0 by default), HAS_SAMPLES, IS_SPLIT, SPLIT_TERMS, SEGMENT_MODE, PHASES_IN_ROWS, MULTIPLY_MATRICES, and
-// those of common.cuh. Dynamic shared memory: NUM_STAGES stages of weights (or those of raw_weights.cuh), the windows of two
-// chunks (of one, where there is one chunk), and tables, where SEGMENT_MODE is 1 behind the totals; or the slices through
-// which the results pass.
+// Macros read: BLOCK_M, BLOCK_N, WARPS_M, WARPS_N, NUM_STAGES, STAGE_STEPS, PREFETCH, INPUT_WIDTH, CHANNELS_LAST, OUTPUT_LAST,
+// FOLDS_STRIDE and RAW_WEIGHT (0 by default), HAS_SAMPLES, IS_SPLIT, SPLIT_TERMS, SEGMENT_MODE, PHASES_IN_ROWS,
+// MULTIPLY_MATRICES, and those of common.cuh. Dynamic shared memory: NUM_STAGES stages of weights (or those of
+// raw_weights.cuh), the windows of two chunks (of one, where there is one chunk), and tables, where SEGMENT_MODE is 1 behind
+// the totals; or the slices through which the results pass.
 
 #pragma once
 
@@ -185,7 +185,7 @@ __device__ __forceinline__ void multiply_tile(
             ? sample * tile.input_stride_n + source.index * tile.input_stride_l
             : kMissing;
 #if INPUT_WIDTH == 2
-        tasks[t].row = sample * window.sample_rows + plane * window.plane_rows + j;
+        tasks[t].row = (sample * window.sample_rows + plane * window.plane_rows + j) * 16;
 #endif
     }
 #pragma unroll 1
@@ -267,39 +267,54 @@ __device__ __forceinline__ void multiply_tile(
     // Channels behind the last have zero weights. In their place the last one of the unit is loaded again, and whole units
     // keep what an earlier chunk left. So infinities and NaNs there are terms of the same columns in another place, too.
     const auto load_task = [&](Block<INPUT_WIDTH> (&blocks)[kTaskUnits], const Chunk& chunk, int task) {
-        const int group = int(multiply_high(unsigned(task), unsigned(window.tasks_reciprocal)));
+        const int group = kHasAllUnits ? 0 : int(multiply_high(unsigned(task), unsigned(window.tasks_reciprocal)));
         const int t = task - group * int(window.unit_tasks), unit = group * kTaskUnits;
         const Task found = reinterpret_cast<const Task*>(shared + tasks_begin)[t];
         if (found.offset == kMissing) return -1;
-        const storage_t* const x = chunk.input + (found.offset + unit * (kUnit * tile.input_stride_c));
+        const storage_t* const x = keep_in_register_global(
+            chunk.input + (long long)(found.offset + unit * (kUnit * tile.input_stride_c)));
         const int channels = chunk.channels - unit * kUnit;
-        if (chunk.channels % kUnit == 0) {
+        if (kHasAllUnits && channels == kMaxUnits * kUnit) {  // whole chunks need no test for each unit
+            const index_t channel_stride = keep_in_loop(tile.input_stride_c);
 #pragma unroll
-            for (int u = 0; u < kTaskUnits; ++u) {
-                if (u == 0 || channels > u * kUnit) blocks[u].load(x, tile.input_stride_c, u);
+            for (int u = 0; u < kTaskUnits; ++u) blocks[u].load(x, channel_stride, u);
+        } else if (chunk.channels % kUnit == 0) {
+#pragma unroll
+            for (int u = 0; u < kTaskUnits - kHasAllUnits; ++u) {
+                if (u == 0 || channels > u * kUnit) blocks[u].load(x, keep_in_loop(tile.input_stride_c), u);
             }
         } else {
+            const index_t channel_stride = keep_in_loop(tile.input_stride_c);
 #pragma unroll
-            for (int u = 0; u < kTaskUnits; ++u) blocks[u].load_up_to(channels - 1, x, tile.input_stride_c, u);
+            for (int u = 0; u < kTaskUnits; ++u) blocks[u].load_up_to(channels - 1, x, channel_stride, u);
         }
 #if INPUT_WIDTH == 2
         const int row = int(found.row);
 #else
-        const int row = t;
+        const int row = t * 16;
 #endif
-        return chunk.window + row * 16 + unit * unit_bytes;
+        return chunk.window + row + unit * unit_bytes;
     };
-    const PairOrder pair_order = PairOrder::of(has_pairs_in_planes ? 1 : int(window.plane_rows));
+    const PairOrder pair_order = PairOrder::of((has_pairs_in_planes ? 1 : int(window.plane_rows)) * 16);
+    const auto store_unit = [&](const Block<INPUT_WIDTH>& block, int to) {
+        if (INPUT_WIDTH == 2) {
+            stage_pair(block, shared + to, pair_order);
+        } else {
+            stage(block, reinterpret_cast<Vector<unsigned>*>(shared + to), part_rows);
+        }
+    };
     const auto store_task = [&](const Block<INPUT_WIDTH> (&blocks)[kTaskUnits], const Chunk& chunk, int to) {
+        // Elements of 32 bits are converted, which is too much code to have twice.
+        constexpr bool kIsShort = kHasAllUnits && kUnit == 8;
+        if (kIsShort && chunk.channels > (kMaxUnits - 1) * kUnit) {
 #pragma unroll
-        for (int u = 0; u < kTaskUnits; ++u, to += unit_bytes) {
-            if (u > 0 && to >= chunk.window_end) continue;
-            Vector<unsigned>* const row = reinterpret_cast<Vector<unsigned>*>(shared + to);
-            if (INPUT_WIDTH == 2) {
-                stage_pair(blocks[u], row, pair_order);
-            } else {
-                stage(blocks[u], row, part_rows);
-            }
+            for (int u = 0; u < kTaskUnits; ++u) store_unit(blocks[u], to + u * unit_bytes);
+            return;
+        }
+#pragma unroll
+        for (int u = 0; u < kTaskUnits - kIsShort; ++u, to += unit_bytes) {
+            if (u > 0 && (kHasAllUnits ? chunk.channels <= u * kUnit : to >= chunk.window_end)) continue;
+            store_unit(blocks[u], to);
         }
     };
 #endif
@@ -344,9 +359,9 @@ __device__ __forceinline__ void multiply_tile(
     // Of the next chunk; where positions are channels, the next channel of the input begins fold_skip behind the last chunk of
     // the one before.
     const storage_t* input = tile.input + chunk_begin * window.units * kUnit * tile.input_stride_c;
-    const index_t fold_skip = window.fold > 1 ? whole.input_stride_c - tile.input_stride_l : 0;
+    const index_t fold_skip = whole.input_stride_c - tile.input_stride_l;
     index_t fold_chunks_left = 0;
-    if (window.fold > 1) {
+    if (FOLDS_STRIDE) {
         const index_t channel = chunk_begin / window.fold_chunks;
         fold_chunks_left = (channel + 1) * window.fold_chunks - chunk_begin;
         input += channel * fold_skip;
@@ -359,7 +374,7 @@ __device__ __forceinline__ void multiply_tile(
         next.input = input;
         next.channels = hold(int(min_index(tile.C_in_g - (chunk + 1) * window.units * kUnit, window.units * kUnit)));
         next.window = hold(windows_begin + int((chunk + 1) & 1) * int(window_vectors) * 16);
-        next.window_end = hold(next.window + (next.channels + kUnit - 1) / kUnit * unit_bytes);
+        next.window_end = kHasAllUnits ? 0 : hold(next.window + (next.channels + kUnit - 1) / kUnit * unit_bytes);
 #if CHANNELS_LAST
         int rows_begin = keep_in_register(!kCopiesUnits && chunk + 1 < chunk_end ? 0 : staged_rows);
 #else
@@ -441,7 +456,7 @@ __device__ __forceinline__ void multiply_tile(
         }
 #endif
         input += window.units * kUnit * tile.input_stride_c;
-        if (window.fold > 1 && --fold_chunks_left == 0) {
+        if (FOLDS_STRIDE && --fold_chunks_left == 0) {
             fold_chunks_left = window.fold_chunks;
             input += fold_skip;
         }

@@ -11,6 +11,9 @@
 #ifndef IS_TRANSPOSED
 #define IS_TRANSPOSED 0
 #endif
+#ifndef FOLDS_STRIDE
+#define FOLDS_STRIDE 0
+#endif
 #ifndef CHANNELS_LAST
 #define CHANNELS_LAST 0
 #endif
@@ -22,14 +25,16 @@ constexpr int kStagePairs = 2 * STAGE_STEPS;
 constexpr int kStageTerms = kStagePairs * kUnit;
 constexpr int kStageVectors = kStagePairs * kParts * BLOCK_M;           // of 16 bytes
 constexpr int kStageCopies = (kStageVectors + kThreads - 1) / kThreads;  // of a thread, if its warp takes part
-constexpr int kTaskUnits = PREFETCH / INPUT_WIDTH;                       // that a task of staging takes
+constexpr int kMaxUnits = 4;                                             // of a chunk
+constexpr int kTaskUnits = PREFETCH;                                     // that a task of staging takes
+constexpr bool kHasAllUnits = kTaskUnits >= kMaxUnits;                   // a task, of its positions
 constexpr bool kCopiesUnits = CHANNELS_LAST && kUnit == 8;               // from memory to the window, as they are
 constexpr int kTotals = SEGMENT_MODE == 1 ? kTilesM * kTilesN * kThreads : 0;  // of 16 bytes: four sums of a thread
 constexpr index_t kMissing = index_t(1ull << (INDEX_BITS - 1));  // no offset: the smallest index_t
 
 static_assert((NUM_STAGES & (NUM_STAGES - 1)) == 0, "slots are masked: gpuconv/families/mma_tiles.py");
 static_assert(kStageVectors % (32 * kStageCopies) == 0, "warps copy equal shares: gpuconv/families/mma_tiles.py");
-static_assert(PREFETCH % INPUT_WIDTH == 0, "tasks are of whole units: gpuconv/families/mma_tiles.py");
+static_assert(kTaskUnits <= kMaxUnits, "a task is of one chunk: gpuconv/families/mma_tiles.py");
 static_assert(INPUT_WIDTH == 1 || (INPUT_WIDTH == 2 && kUnit == 8 && kIsEmptyOutside),
               "pairs lie inside or outside: gpuconv/families/mma.py");
 static_assert(INPUT_WIDTH == 1 || !CHANNELS_LAST, "units are of one position: gpuconv/families/mma.py");
@@ -45,7 +50,7 @@ typedef Vector<int, STAGE_STEPS> StepOffsets;
 struct alignas(INPUT_WIDTH * sizeof(index_t)) Task {
     index_t offset;  // of the first position, from Tile::input, or kMissing
 #if INPUT_WIDTH == 2
-    index_t row;  // of the first position
+    index_t row;  // where the row of the first position begins in a window, in bytes
 #endif
 };
 
@@ -89,8 +94,8 @@ struct Window {
     index_t unit_tasks, tasks_reciprocal;      // tasks of staging them for a set of units; 2^32 / unit_tasks, rounded up
     index_t tap_rows_first, tap_rows_step;     // a tap's first row: .. + tap / planes * .. + tap % planes * plane_rows
     index_t shift, plane_step;                 // position of q = 0, row 0 from Tile::first on; from plane to plane
-    // Where `fold` is more than 1, the positions of one stride are channels: see folded(). That many are of a channel of the
-    // input, and fold_chunks chunks.
+    // Where FOLDS_STRIDE is 1, the positions of one stride are channels: see folded(). `fold` of them are of a channel of the
+    // input, which are fold_chunks chunks.
     index_t fold, fold_chunks;
 };
 
@@ -118,11 +123,11 @@ __device__ __forceinline__ Window window_of(const P& p) {
         p.tap_rows_first, p.tap_rows_step, p.window_shift, p.plane_step, 1, 0};
 }
 
-// The tile as it is staged and multiplied. Without padding and dilation, and where the stride divides K, channel c at position
+// The tile as it is staged and multiplied where FOLDS_STRIDE is 1. Without padding and dilation, and where the stride divides K, channel c at position
 // q*stride + r is also channel c*stride + r at position q: then K / stride taps read neighbouring positions, and the channels of
 // a unit are neighbours in memory. Window::fold is the stride.
 __device__ __forceinline__ Tile folded(Tile tile, const Window& window) {
-    if (window.fold > 1) {
+    if (FOLDS_STRIDE) {
         tile.C_in_g *= window.fold;
         tile.L_in /= window.fold;  // the windows of all results are whole
         tile.row_taps /= window.fold;

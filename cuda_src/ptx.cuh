@@ -81,6 +81,15 @@ __device__ __forceinline__ long long keep_in_register(long long value) {
     asm("" : "+l"(value));
     return value;
 }
+// Also hidden is what follows from it, which else might be computed before a loop and take registers there.
+__device__ __forceinline__ int keep_in_loop(int value) {
+    asm volatile("" : "+r"(value));
+    return value;
+}
+__device__ __forceinline__ long long keep_in_loop(long long value) {
+    asm volatile("" : "+l"(value));
+    return value;
+}
 template <typename T>
 __device__ __forceinline__ T* keep_in_register_shared(T* pointer) {
     unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(pointer));

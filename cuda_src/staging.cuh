@@ -158,24 +158,27 @@ __device__ __forceinline__ void stage(const Block<kWidth>& block, Vector<unsigne
     }
 }
 
-// The order in which a lane stores the two rows of a pair, which are pair_rows apart. If they are neighbours, eight
+// The order in which a lane stores the two rows of a pair, which are pair_bytes apart. If they are neighbours, eight
 // neighbouring lanes would use only half of the banks, so four of them begin with the second row.
 struct PairOrder {
-    int first, second;  // from the first row
-    unsigned halves;    // of the words of each channel, for the row that is stored first
+    int begins_with_second;  // 1 or 0
+    int pair_bytes;
 
-    static __device__ __forceinline__ PairOrder of(int pair_rows) {
-        const bool begins_with_second = pair_rows == 1 && threadIdx.x % 8 >= 4;
-        const int first = keep_in_register(begins_with_second ? 1 : 0);
-        return PairOrder{
-            first, keep_in_register(pair_rows - first),
-            unsigned(keep_in_register(int(begins_with_second ? kHighHalves : kLowHalves)))};
+    static __device__ __forceinline__ PairOrder of(int pair_bytes) {
+        return PairOrder{keep_in_register(pair_bytes == 16 && threadIdx.x % 8 >= 4 ? 1 : 0), pair_bytes};
+    }
+    // From the first row, in bytes.
+    __device__ __forceinline__ int first() const { return begins_with_second * 16; }
+    __device__ __forceinline__ int second() const { return pair_bytes - first(); }
+    // Of the words of each channel, for the row that is stored first.
+    __device__ __forceinline__ unsigned halves() const {
+        return kLowHalves + unsigned(begins_with_second) * (kHighHalves - kLowHalves);
     }
 };
 
-// Stores both positions of a block of 16-bit elements.
+// Stores both positions of a block of 16-bit elements. `row` is where the first one's begins.
 template <int kWidth>
-__device__ __forceinline__ void stage_pair(const Block<kWidth>& pair, Vector<unsigned>* row, const PairOrder& order) {
-    row[order.first] = pair.pick(0, order.halves);
-    row[order.second] = pair.pick(0, order.halves ^ kLowHalves ^ kHighHalves);
+__device__ __forceinline__ void stage_pair(const Block<kWidth>& pair, unsigned char* row, const PairOrder& order) {
+    *reinterpret_cast<Vector<unsigned>*>(row + order.first()) = pair.pick(0, order.halves());
+    *reinterpret_cast<Vector<unsigned>*>(row + order.second()) = pair.pick(0, order.halves() ^ kLowHalves ^ kHighHalves);
 }

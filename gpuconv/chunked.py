@@ -339,6 +339,11 @@ def _convolve(
     lengths: Any,
 ) -> TargetT:
     max_bytes = check_int(op, "max_bytes", max_bytes, "a number of bytes", 1)
+    for name, storage in (("source", source), ("out", out)):
+        if not (hasattr(storage, "shape") and hasattr(storage, "dtype")):
+            raise TypeError(f"{op}: {name} must have a shape, a dtype and slices, got {type(storage).__name__}")
+    if journal is not None and not isinstance(journal, str | os.PathLike):
+        raise TypeError(f"{op}: journal must be a path or None, got {type(journal).__name__}")
     if device not in DEVICES:
         raise ValueError(f"{op}: device must be one of {', '.join(DEVICES)}, got {device!r}")
     if algorithm is not None:

@@ -60,6 +60,15 @@ def count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
+def quantity(value: float, unit: str) -> str:
+    """A value with three digits and a decimal prefix: 19300000000, "FLOP" gives "19.3 GFLOP"."""
+    for prefix in ("", "k", "M", "G", "T", "P"):
+        if value < 999.5 or prefix == "P":
+            break
+        value /= 1000
+    return f"{value:.3g} {prefix}{unit}"
+
+
 def shorten(message: str) -> str:
     """A message on one line, without the middle of overlong words (a number of 5,000 digits) and of overlong texts."""
     line = re.sub(rf"\S{{{_LONGEST_WORD + 1},}}", lambda word: _without_middle(word[0], 40), " ".join(message.split()))

@@ -14,7 +14,7 @@ from ..cpu.threads import usable_cpus
 from ..explain import SETTINGS
 from ..layers import Layer
 from ..measure import Comparison, Timing, compare, settings_text
-from ..text import wrap
+from ..text import count, wrap
 from .errors import EXIT_MISMATCH, CommandError
 from .gpu import use_gpu
 from .options import add_device, add_shapes, at_least, given_settings, specs
@@ -87,9 +87,9 @@ def _layers(args: argparse.Namespace) -> list[Layer]:
 def _page(facts: dict[str, Any], found: list[Comparison]) -> str:
     width = terminal_width()
     name, pytorch = facts["device"]["name"], facts["versions"]["pytorch"]
-    where = name if name != "CPU" else f"the CPU, {facts['processors']} processors"
+    where = name if name != "CPU" else f"the CPU, {count(facts['processors'], 'processor')}"
     versions = f"gpuconv {__version__}" + (f", PyTorch {pytorch}" if pytorch else "")
-    lines = wrap(f"On {where}; {versions}; medians of {facts['turns']} turns.", width)
+    lines = wrap(f"On {where}; {versions}; medians of {count(facts['turns'], 'turn')}.", width)
     for comparison in found:
         x, weight, bias = comparison.layer.arrays
         settings = settings_text(comparison.layer)

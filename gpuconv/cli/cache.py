@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 from .. import cubins
-from ..text import count, wrap_rows
+from ..text import count, quantity, wrap_rows
 from .errors import EXIT_CODES, CommandError
 from .terminal import print_json, terminal_width
 
@@ -88,7 +88,7 @@ def _page(facts: dict[str, Any], *, has_removed: bool) -> str:
 
 
 def _amount(number: int, num_bytes: int) -> str:
-    return f"{count(number, 'kernel')}, {num_bytes / 1e6:.1f} MB"
+    return f"{count(number, 'kernel')}, {quantity(num_bytes, 'B')}"
 
 
 def _size(text: str) -> int:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import NamedTuple
 
 from ..device import Device
 
@@ -56,6 +56,13 @@ class Access(IntEnum):
         return ("one position of a channel", "two positions of a channel", "16 bytes of contiguous channels")[self]
 
 
+class Staging(NamedTuple):
+    """Instructions of a lane that stages input: for each task, and for each element of it."""
+
+    task: float
+    element: float
+
+
 @dataclass(frozen=True, slots=True)
 class Arithmetic:
     """How tensor cores form the products of a dtype and precision.
@@ -65,15 +72,14 @@ class Arithmetic:
         channels: of a unit, 16 bytes.
         parts: numbers that stand for one operand.
         min_arch: the first architecture that has the instruction.
-        staging_instructions: of a lane, to load an element of the input and store its parts, for the cost model; by
-            `Access`, NaN where there is none.
+        staging: of the input, for the cost model; by `Access`, None where there is none.
     """
 
     instruction: str
     channels: int
     parts: int
     min_arch: int
-    staging_instructions: tuple[float, ...]
+    staging: tuple[Staging | None, ...]
 
     @property
     def itemsize(self) -> int:
@@ -85,14 +91,17 @@ class Arithmetic:
         return 3 if self.parts == 2 else 1
 
 
-# Staging: what of the machine code for sm_90 around the main loop runs where all channels exist, divided by the
-# elements that it loads (bench.static; a test compares them). For split TF32 tiles that load two units at a time
-# need 22, those that load four 15.5; where an access loads a unit, 17.8 and 14.5. What copies 16-bit units is a loop
-# beside the main one.
-_FLOAT16 = Arithmetic("multiply_matrices_f16", 8, 1, 75, (4.5, 3.5, 1.3))
-_BFLOAT16 = Arithmetic("multiply_matrices_bf16", 8, 1, 80, (4.5, 3.5, 1.3))
-_TF32 = Arithmetic("multiply_matrices_tf32", 4, 1, 80, (9.5, math.nan, 8.0))
-_SPLIT_TF32 = Arithmetic("multiply_matrices_tf32", 4, 2, 80, (18.5, math.nan, 16.0))
+# Read from what of the machine code for sm_90 around the main loop runs where all channels exist (bench.static; a test
+# compares them). Position by position a task of 4 and of 2 units takes 121 and 87 instructions in 16 bits, 129 and 86
+# in TF32, 226 and 153 (176 in one tile) in split TF32; at two positions 150 and 104. The least for 16 elements of 16
+# bits is 42 and 26: for each position or pair a load and its address, a permutation for two elements, a store for
+# eight. Where an access loads a unit, split TF32 takes 17.8 and 14.5 for an element; 16-bit units are copied by a loop
+# of their own.
+_POSITIONS, _PAIRS, _UNITS = Staging(53, 2.1), Staging(58, 1.4), Staging(0, 1.3)
+_FLOAT16 = Arithmetic("multiply_matrices_f16", 8, 1, 75, (_POSITIONS, _PAIRS, _UNITS))
+_BFLOAT16 = Arithmetic("multiply_matrices_bf16", 8, 1, 80, (_POSITIONS, _PAIRS, _UNITS))
+_TF32 = Arithmetic("multiply_matrices_tf32", 4, 1, 80, (Staging(43, 5.4), None, Staging(0, 8.0)))
+_SPLIT_TF32 = Arithmetic("multiply_matrices_tf32", 4, 2, 80, (Staging(80, 9.1), None, Staging(0, 16.0)))
 
 # By dtype and precision.
 ARITHMETICS = {

@@ -42,7 +42,7 @@ from .base import (
     params_of,
     with_padding_mode,
 )
-from .mma_costs import TilesLaunch, input_batches, predict_plan
+from .mma_costs import TilesLaunch, input_tasks, predict_plan
 from .mma_tiles import NUM_STAGES, RAW_BOXES, Tile, tiles
 from .mma_window import MAX_UNITS, Reduction, Window
 from .offsets import Overhang, index_bits
@@ -151,8 +151,9 @@ def _raw_box_vectors(product: Product, tile: Tile, reduction: Reduction, arithme
     return reduction.units * arithmetic.channels * (piece | 1)
 
 
-def _batches(tile: Tile, window: Window, reduction: Reduction, arithmetic: Arithmetic) -> int:
-    return input_batches(window.access, arithmetic, reduction.units, window.unit_tasks, tile.prefetch, tile.threads)
+def _input_tasks(tile: Tile, window: Window, reduction: Reduction, arithmetic: Arithmetic) -> int:
+    ahead = tile.units_ahead(window.access)
+    return input_tasks(window.access, arithmetic, reduction.units, window.unit_tasks, ahead, tile.threads)
 
 
 def has_units(array: ArrayLayout, extents: tuple[int, ...], unit: int) -> bool:
@@ -276,7 +277,7 @@ def _predict(
         samples=window.block_samples,
         used_rows=window.used_rows,
         window_rows=window.rows,
-        batches=_batches(tile, window, reduction, arithmetic),
+        tasks=_input_tasks(tile, window, reduction, arithmetic),
         block_m=tile.block_m,
         block_n=tile.block_n,
         warps_m=tile.warps_m,
@@ -334,6 +335,7 @@ def kernel_config(
     access: Access = Access.POSITION,
     output_last: bool = False,
     is_raw: bool = False,
+    folds: bool = False,
 ) -> Config:
     arithmetic = ARITHMETICS[dtype, precision]
     # The shared memory of Turing holds one block, seldom two; 64-bit offsets take twice the registers.
@@ -347,7 +349,7 @@ def kernel_config(
         "WARPS_N": tile.warps_n,
         "NUM_STAGES": NUM_STAGES,
         "STAGE_STEPS": STAGE_STEPS,
-        "PREFETCH": tile.prefetch,
+        "PREFETCH": tile.units_ahead(access),
         "INPUT_WIDTH": access.width,
         "HAS_SAMPLES": int(tile.has_samples),
         "MIN_BLOCKS": tile.min_blocks if caps_registers else 1,
@@ -364,6 +366,8 @@ def kernel_config(
         macros["OUTPUT_LAST"] = 1
     if is_raw:
         macros["RAW_WEIGHT"] = 1
+    if folds:
+        macros["FOLDS_STRIDE"] = 1
     return Config.of(kernel, macros)
 
 
@@ -394,8 +398,12 @@ def kernel_configs(kernel: str, device: Device, phases: tuple[bool, ...], *, tra
                 for tile in (*tiles(arithmetic, bits), *tiles(arithmetic, bits, segments=True)):
                     for mode in (2, 3) if tile.segment_mode == 2 else (tile.segment_mode,):
                         for access, output_last in _accesses(arithmetic, bits, device, mode, phases_in_rows):
+                            may_fold = not transposed and access is not Access.PAIR
                             may_be_raw = tile.packs_weights and bits == 32 and access is not Access.UNIT
-                            for is_raw in (False, True) if may_be_raw and not output_last else (False,):
+                            kinds = [(False, False)]
+                            kinds += [(True, False)] if may_be_raw and not output_last else []
+                            kinds += [(False, True)] if may_fold else []
+                            for is_raw, folds in kinds:
                                 yield kernel_config(
                                     kernel,
                                     dtype,
@@ -408,6 +416,7 @@ def kernel_configs(kernel: str, device: Device, phases: tuple[bool, ...], *, tra
                                     access=access,
                                     output_last=output_last,
                                     is_raw=is_raw,
+                                    folds=folds,
                                 )
                 yield _pack_config(dtype, precision, bits, transposed=transposed, phases_in_rows=phases_in_rows)
                 if not transposed:
@@ -416,7 +425,7 @@ def kernel_configs(kernel: str, device: Device, phases: tuple[bool, ...], *, tra
 
 def _tiling_params(reduction: Reduction, tiling: Tiling, arithmetic: Arithmetic) -> dict[str, int]:
     """The fields of Params that describe the order of summation and the tiles."""
-    batches = _batches(tiling.tile, tiling.window, reduction, arithmetic)
+    batches = -(-_input_tasks(tiling.tile, tiling.window, reduction, arithmetic) // tiling.tile.threads)
     # As few rounds as leave one for every batch.
     round_stages = max(1, -(-reduction.stages // batches))
     if -(-reduction.stages // round_stages) < batches:
@@ -478,6 +487,7 @@ def make_plan(
             access=Access.POSITION if mode == 3 else tiling.window.access,  # the second launch reads no input
             output_last=output_last and mode != 2,
             is_raw=tiling.is_raw,
+            folds=product.fold > 1,
         )
         config = with_padding_mode(config, p.padding_mode)
         arrays = conv_arrays(p, "weight" if tiling.is_raw else PACKED)

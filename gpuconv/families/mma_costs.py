@@ -67,22 +67,20 @@ def predict_plan(
     return us
 
 
-def input_batches(
-    access: Access, arithmetic: Arithmetic, units: int, unit_tasks: int, prefetch: int, threads: int
-) -> int:
-    """Batches in which the threads of a block load the window of a chunk: see mma.cuh.
+def input_tasks(access: Access, arithmetic: Arithmetic, units: int, unit_tasks: int, ahead: int, threads: int) -> int:
+    """Tasks, of a thread each, in which a block loads the window of a chunk: see mma.cuh.
 
     Args:
-        access: by which they do.
-        arithmetic: of the operands. Units of 16-bit elements are copied without registers, all at once.
+        access: by which it does.
+        arithmetic: of the operands. Units of 16-bit elements are copied without registers, by all threads at once.
         units: of the chunk.
         unit_tasks: `Window.unit_tasks`.
-        prefetch: `Tile.prefetch`.
+        ahead: `Tile.units_ahead`.
         threads: of the block.
     """
     if access is not Access.UNIT:
-        return -(-(-(-units // (prefetch // access.width)) * unit_tasks) // threads)
-    return 1 if arithmetic.itemsize == 2 else -(-unit_tasks // (prefetch * (threads // ROW_THREADS)))
+        return -(-units // ahead) * unit_tasks
+    return threads if arithmetic.itemsize == 2 else -(-unit_tasks // ahead) * ROW_THREADS
 
 
 class TilesLaunch(NamedTuple):
@@ -94,8 +92,8 @@ class TilesLaunch(NamedTuple):
         stages: of a chunk.
         is_cut: whether the sums are those of one segment, which another launch adds.
         kept_segments: whose sums a block adds to totals in shared memory.
-        batches: in which a block loads the window of a chunk: `input_batches`.
-        access: by which it does.
+        tasks: in which a block loads the window of a chunk: `input_tasks`.
+        access: by which it loads.
         raw_vectors: of a row's own weights of a chunk, which blocks pack themselves; 0 where these are packed before.
         is_scattered: whether neighbouring positions are in other lines of memory, so that each lane loads its own.
     """
@@ -109,7 +107,7 @@ class TilesLaunch(NamedTuple):
     samples: int
     used_rows: int
     window_rows: int
-    batches: int
+    tasks: int
     block_m: int
     block_n: int
     warps_m: int
@@ -145,8 +143,15 @@ class TilesLaunch(NamedTuple):
         return self.blocks * self.chunks * self.staged_vectors / WARP
 
     @property
+    def _task_visits(self) -> int:
+        """How often warps load and store a task: those for which none is left pass on."""
+        return self.blocks * self.chunks * -(-self.tasks // WARP)
+
+    @property
     def _staging_instructions(self) -> float:
-        return self.staged_by_warps * self.arithmetic.channels * self.arithmetic.staging_instructions[self.access]
+        code = self.arithmetic.staging[self.access]
+        assert code is not None
+        return code.task * self._task_visits + code.element * self.staged_by_warps * self.arithmetic.channels
 
     @property
     def _staging_wavefronts(self) -> float:
@@ -178,7 +183,8 @@ class TilesLaunch(NamedTuple):
         # Batches of input that come when no stages are left to multiply meanwhile, or before the first; LATENCY_CYCLES
         # has one of those.
         is_copied = self.access is Access.UNIT and a.itemsize == 2
-        waits = self.batches - 1 + (self.chunks - 1) * max(0, self.batches - self.stages)
+        batches = -(-self.tasks // (WARP * self.warps))
+        waits = batches - 1 + (self.chunks - 1) * max(0, batches - self.stages)
         return Work(
             multiply_adds=a.products * self.blocks * self.block_m * self.block_n * self.terms,
             l2_bytes=self.blocks * (input_bytes + weight_bytes) + stored,
@@ -188,7 +194,7 @@ class TilesLaunch(NamedTuple):
             staging_wavefronts=gathering.wavefronts
             + self._scattered_wavefronts
             + (self._staging_wavefronts if is_copied else 0.0),
-            visits=self.blocks * self.warps * self.chunks * self.batches,
+            visits=self._task_visits,
             dram_bytes=math.prod(p.input_shape) * p.itemsize + self.weight_tiles * weight_bytes + stored,
             waits=LATENCY_CYCLES + waits * _LOAD_CYCLES + gathering.chain,
             ending=self._ending(stored),
@@ -289,7 +295,7 @@ def _launch_of(problem: ConvProblem, step: Step) -> TilesLaunch:
     """A step of tiles as the cost model sees it."""
     params, macros = dict(step.launch.params), dict(step.config.macros)
     is_cut = macros["SEGMENT_MODE"] == "2"
-    access = access_of(step)
+    access, ahead = access_of(step), int(macros["PREFETCH"])
     arithmetic = ARITHMETICS[problem.dtype, problem.precision]
     return TilesLaunch(
         arithmetic=arithmetic,
@@ -301,9 +307,7 @@ def _launch_of(problem: ConvProblem, step: Step) -> TilesLaunch:
         samples=params["block_samples"],
         used_rows=params["planes"] * params["plane_rows"],
         window_rows=params["window_rows"],
-        batches=input_batches(
-            access, arithmetic, params["units"], params["unit_tasks"], int(macros["PREFETCH"]), step.launch.block
-        ),
+        tasks=input_tasks(access, arithmetic, params["units"], params["unit_tasks"], ahead, step.launch.block),
         block_m=int(macros["BLOCK_M"]),
         block_n=int(macros["BLOCK_N"]),
         warps_m=int(macros["WARPS_M"]),

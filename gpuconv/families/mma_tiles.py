@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .arithmetic import STAGE_PAIRS, UNIT_BYTES, WARP, Arithmetic
+from ..costs import REGISTERS_PER_SM
+from .arithmetic import STAGE_PAIRS, UNIT_BYTES, WARP, Access, Arithmetic
 
 NUM_STAGES = 4  # of weights in shared memory, a power of two
 RAW_BOXES = 2  # of a layer's own weights there: kBoxes of raw_weights.cuh
 SLICE_TABLE_BYTES = 48  # of a row of Slice in mma_epilogue.cuh, besides its elements, at most
 MAX_BLOCK_N = 320
 MAX_BLOCK_M = 256
+MAX_REGISTERS = 255  # of a thread
+# Beside its sums, to load four units at two positions ahead: kernels with fewer spill.
+PAIR_REGISTERS = 107
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +45,7 @@ class Tile(BlockTile):
     """The tile of a convolution.
 
     Attributes:
-        prefetch: vectors of input that a thread has on their way at a time: of so many units, or of half
-            as many at two positions.
+        prefetch: units of input that a thread has on their way at a time: see `units_ahead`.
         has_samples: a block may take the positions of several samples, at the cost of an address for each fragment.
         segment_mode: SEGMENT_MODE of mma.cuh; 2 stands for both launches.
     """
@@ -50,6 +53,12 @@ class Tile(BlockTile):
     prefetch: int
     has_samples: bool = False
     segment_mode: int = 0
+
+    def units_ahead(self, access: Access) -> int:
+        """Units that a task of staging takes; at two positions fewer where registers are missing."""
+        registers = min(MAX_REGISTERS, REGISTERS_PER_SM // (self.min_blocks * self.threads))
+        has_few = registers - self.block_m * self.block_n // self.threads < PAIR_REGISTERS
+        return self.prefetch // 2 if access is Access.PAIR and has_few and self.prefetch > 2 else self.prefetch
 
     def slice_bytes(self, itemsize: int) -> int:
         """Shared memory through which results pass in the end."""
@@ -100,7 +109,7 @@ _TILES = (
     Tile(32, 64, 1, 4, 4, 4),
     Tile(16, 320, 1, 4, 3, 4),
     Tile(16, 128, 1, 4, 4, 4),
-    Tile(64, 160, 2, 2, 3, 4, has_samples=True),
+    Tile(64, 160, 2, 2, 2, 4, has_samples=True),
     Tile(64, 64, 2, 2, 4, 4, has_samples=True),
     Tile(128, 16, 4, 1, 3, 2),
 )

@@ -306,6 +306,9 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
         "conv1d: max_bytes must be at least 464 for the input and the output of one position, got 463"
     )
     assert refusal(ValueError, device="tpu") == "conv1d: device must be one of cpu, gpu, got 'tpu'"
+    assert refusal(TypeError, source=[1.0]) == "conv1d: source must have a shape, a dtype and slices, got list"
+    assert refusal(TypeError, out=1.0) == "conv1d: out must have a shape, a dtype and slices, got float"
+    assert refusal(TypeError, journal=1) == "conv1d: journal must be a path or None, got int"
     assert refusal(ValueError, out=out[:1]) == "conv1d: out must have shape (2, 4, 92), got (1, 4, 92)"
     assert refusal(TypeError, out=out.astype("f4")) == "conv1d: out must have dtype float64, got float32"
     read_only = out.view()

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+import gpuconv
 from gpuconv import functional, measure, peers
 from gpuconv.arguments import ArraySpec
-from gpuconv.cli import main
+from gpuconv.cli import bench, main
 from gpuconv.layers import Layer
 from gpuconv.measure import Timing, compare
 from tests.cli.test_cli import refusal
@@ -197,3 +198,8 @@ def test_a_layer_is_measured_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None
     assert found.ours is not None
     assert found.ours.median > 0
     assert found.theirs is not None
+
+
+def test_one_processor_and_one_turn_are_singular() -> None:
+    facts = {"device": {"name": "CPU"}, "versions": {"pytorch": None}, "processors": 1, "turns": 1}
+    assert bench._page(facts, []) == f"On the CPU, 1 processor; gpuconv {gpuconv.__version__}; medians of 1 turn."

@@ -279,6 +279,8 @@ __forceinline__ T* keep_in_register(T* pointer) {
 }
 __forceinline__ int keep_in_register(int value) { return value; }
 __forceinline__ long long keep_in_register(long long value) { return value; }
+__forceinline__ int keep_in_loop(int value) { return value; }
+__forceinline__ long long keep_in_loop(long long value) { return value; }
 
 inline bool any_lane(bool condition, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
     hostcuda::Vote record = {condition, false};

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -299,8 +300,7 @@ def test_input_arrives_in_batches(
     only_tile(next(t for t in tiles(ARITHMETICS[mode, "float32"]) if (t.block_m, t.block_n) == size))
     config, launch = kernel_of(FAMILY[p.op], p, Layout.contiguous(p), H200)
     params, macros = dict(launch.params), dict(config.macros)
-    task_units = int(macros["PREFETCH"]) // int(macros["INPUT_WIDTH"])
-    batches = -(-(-(-params["units"] // task_units) * params["unit_tasks"]) // launch.block)
+    batches = -(-(-(-params["units"] // int(macros["PREFETCH"])) * params["unit_tasks"]) // launch.block)
     rounds = -(-params["pairs"] // (STAGE_PAIRS * params["round_stages"]))
     assert params["chunks"] > 1
     assert batches > 1
@@ -308,6 +308,20 @@ def test_input_arrives_in_batches(
     monkeypatch.setattr(Program, "of", Program.without_nan_fallback)
     data = cases.random_data(p, 11)
     assert_right(p, run(p, data, schedule="every"), data)
+
+
+@pytest.mark.parametrize("mode", ["float16", "float32"])
+def test_chunks_may_lack_units_and_units_channels(
+    mode: str, only_tile: Callable[[Tile], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole chunks, those that lack channels of the last unit or units; loads of one position and of two."""
+    size = (64, 128) if mode == "float32" else (32, 256)
+    only_tile(next(t for t in tiles(ARITHMETICS[mode, "float32"]) if (t.block_m, t.block_n) == size))
+    monkeypatch.setattr(Program, "of", Program.without_nan_fallback)
+    for C_in, L_in in product((8, 15, 16, 17, 24, 30, 31, 32, 33, 57, 62, 64), (14, 15)):
+        p = at(ConvProblem("conv1d", 1, C_in, 20, L_in, 8, 1, 3, 2, has_bias=True), mode)
+        data = cases.random_data(p, C_in)
+        assert_right(p, run(p, data), data)
 
 
 def test_products_fill_the_main_loop_of_the_square_tile() -> None:
