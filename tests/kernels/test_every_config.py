@@ -138,7 +138,7 @@ def test_every_push_of_a_stream_is_compiled_by_warmup() -> None:
         padding = random.below(held * layer.stride + 1) if layer.transposed else 0
         own = {"dtype": "int16", "out_dtype": ("int32", "int64")[random.below(2)]} if random.below(20) == 0 else {}
         try:
-            p = replace(layer, N=random.magnitude(4), L_in=held + length, padding_left=padding, padding_right=0, **own)
+            p = replace(layer, N=N, L_in=held + length, padding_left=padding, padding_right=0, **own)
         except ValueError:  # no result is left between the ends that are cut off
             continue
         layout, device = random.layout(p), DEVICES[random.below(len(DEVICES))]
