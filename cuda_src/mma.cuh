@@ -40,18 +40,18 @@
 // memory. Units of 16-bit elements go to shared memory by cp.async, those of 32 bits through registers, since they are rounded
 // or split.
 //
-// The positions of one stride may be channels, by a rule on the layer alone: see folded() in mma_tile.cuh. A chunk then has
-// positions of one channel of the input.
+// FOLDS_STRIDE = 1 is for layers, by a rule on the layer alone, of which the positions of one stride are channels: see
+// folded() in mma_tile.cuh. A chunk then has positions of one channel of the input.
 //
 // OUTPUT_LAST = 1 is for output of that kind, where rows are channels: it is stored in units.
 //
 // RAW_WEIGHT = 1 is for weights that no launch before has packed: see raw_weights.cuh.
 //
-// Macros read: BLOCK_M, BLOCK_N, WARPS_M, WARPS_N, NUM_STAGES, STAGE_STEPS, PREFETCH, INPUT_WIDTH, CHANNELS_LAST, OUTPUT_LAST
-// and RAW_WEIGHT (0 by default), HAS_SAMPLES, IS_SPLIT, SPLIT_TERMS, SEGMENT_MODE, PHASES_IN_ROWS, MULTIPLY_MATRICES, and
-// those of common.cuh. Dynamic shared memory: NUM_STAGES stages of weights (or those of raw_weights.cuh), the windows of two
-// chunks (of one, where there is one chunk), and tables, where SEGMENT_MODE is 1 behind the totals; or the slices through
-// which the results pass.
+// Macros read: BLOCK_M, BLOCK_N, WARPS_M, WARPS_N, NUM_STAGES, STAGE_STEPS, PREFETCH, INPUT_WIDTH, CHANNELS_LAST, OUTPUT_LAST,
+// FOLDS_STRIDE and RAW_WEIGHT (0 by default), HAS_SAMPLES, IS_SPLIT, SPLIT_TERMS, SEGMENT_MODE, PHASES_IN_ROWS,
+// MULTIPLY_MATRICES, and those of common.cuh. Dynamic shared memory: NUM_STAGES stages of weights (or those of
+// raw_weights.cuh), the windows of two chunks (of one, where there is one chunk), and tables, where SEGMENT_MODE is 1 behind
+// the totals; or the slices through which the results pass.
 
 #pragma once
 
@@ -359,9 +359,9 @@ __device__ __forceinline__ void multiply_tile(
     // Of the next chunk; where positions are channels, the next channel of the input begins fold_skip behind the last chunk of
     // the one before.
     const storage_t* input = tile.input + chunk_begin * window.units * kUnit * tile.input_stride_c;
-    const index_t fold_skip = window.fold > 1 ? whole.input_stride_c - tile.input_stride_l : 0;
+    const index_t fold_skip = whole.input_stride_c - tile.input_stride_l;
     index_t fold_chunks_left = 0;
-    if (window.fold > 1) {
+    if (FOLDS_STRIDE) {
         const index_t channel = chunk_begin / window.fold_chunks;
         fold_chunks_left = (channel + 1) * window.fold_chunks - chunk_begin;
         input += channel * fold_skip;
@@ -456,7 +456,7 @@ __device__ __forceinline__ void multiply_tile(
         }
 #endif
         input += window.units * kUnit * tile.input_stride_c;
-        if (window.fold > 1 && --fold_chunks_left == 0) {
+        if (FOLDS_STRIDE && --fold_chunks_left == 0) {
             fold_chunks_left = window.fold_chunks;
             input += fold_skip;
         }

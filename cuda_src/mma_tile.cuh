@@ -11,6 +11,9 @@
 #ifndef IS_TRANSPOSED
 #define IS_TRANSPOSED 0
 #endif
+#ifndef FOLDS_STRIDE
+#define FOLDS_STRIDE 0
+#endif
 #ifndef CHANNELS_LAST
 #define CHANNELS_LAST 0
 #endif
@@ -91,8 +94,8 @@ struct Window {
     index_t unit_tasks, tasks_reciprocal;      // tasks of staging them for a set of units; 2^32 / unit_tasks, rounded up
     index_t tap_rows_first, tap_rows_step;     // a tap's first row: .. + tap / planes * .. + tap % planes * plane_rows
     index_t shift, plane_step;                 // position of q = 0, row 0 from Tile::first on; from plane to plane
-    // Where `fold` is more than 1, the positions of one stride are channels: see folded(). That many are of a channel of the
-    // input, and fold_chunks chunks.
+    // Where FOLDS_STRIDE is 1, the positions of one stride are channels: see folded(). `fold` of them are of a channel of the
+    // input, which are fold_chunks chunks.
     index_t fold, fold_chunks;
 };
 
@@ -120,11 +123,11 @@ __device__ __forceinline__ Window window_of(const P& p) {
         p.tap_rows_first, p.tap_rows_step, p.window_shift, p.plane_step, 1, 0};
 }
 
-// The tile as it is staged and multiplied. Without padding and dilation, and where the stride divides K, channel c at position
+// The tile as it is staged and multiplied where FOLDS_STRIDE is 1. Without padding and dilation, and where the stride divides K, channel c at position
 // q*stride + r is also channel c*stride + r at position q: then K / stride taps read neighbouring positions, and the channels of
 // a unit are neighbours in memory. Window::fold is the stride.
 __device__ __forceinline__ Tile folded(Tile tile, const Window& window) {
-    if (window.fold > 1) {
+    if (FOLDS_STRIDE) {
         tile.C_in_g *= window.fold;
         tile.L_in /= window.fold;  // the windows of all results are whole
         tile.row_taps /= window.fold;

@@ -16,6 +16,7 @@
 #include "canonical_sum.cuh"
 #include "common.cuh"
 #include "fragments.cuh"
+#include "mma_tile.cuh"
 #include "packed_weight.cuh"
 
 constexpr int kBoxes = 2;

@@ -108,7 +108,7 @@ def _run_on_cpu(
         p, dtype = task.problem, np.dtype(task.out_dtype or arrays[0].dtype)
         is_convolution = isinstance(p, ConvProblem) and not p.fusion and not task.conjugate_weight
         _keep(_TASKS, key, (task, dtype, is_convolution))
-    plain = [None if array is None else _native(array) for array in arrays]
+    plain = [None if array is None else native(array) for array in arrays]
     dtype = cast(Any, plain[0]).dtype
     if out is None:
         out = np.empty(task.shape, task.out_dtype or dtype)
@@ -303,7 +303,7 @@ def _with_lengths(problem: Problem | None) -> Problem | None:
 
 def _table(function: str, task: Task, samples: Samples) -> np.ndarray[Any, Any]:
     """The table of samples that kernels read: see cuda_src/samples.cuh."""
-    L_in, L_out, left = samples
+    L_in, L_out, left, _ = samples
     p = task.problem
     # An input gradient reads the operation's output gradient as its input, and so does the weight gradient of a
     # transposed convolution as its fine array.
@@ -332,7 +332,7 @@ def _run_samples_on_cpu(
     by_fft = _fft_algorithm(algorithm)
     _fft_executor(task, by_fft, None)  # raises the error of an algorithm that does not fit, before anything is computed
     samples = _samples(function, arrays, settings, task, lengths)
-    plain = tuple(None if array is None else _native(array) for array in arrays)
+    plain = tuple(None if array is None else native(array) for array in arrays)
     if out is None:
         out = np.empty(task.shape, task.out_dtype or arrays[0].dtype)
     is_native = out.dtype.isnative
@@ -432,7 +432,9 @@ def _run_by_parts(
     given = {n: array for n, array in {**given, "out": out}.items() if array is not None}
     check_kinds(function, given)
     check_real_taps(function, given, settings[-1] if isinstance(settings[-1], Fusion) else None)
-    if out is None:
+    if out is not None:  # its real part may share memory with the imaginary part of another array
+        _check_memory(function, out, {name: array for name, array in given.items() if name != "out"})
+    else:
         specs = tuple(None if array is None else ArraySpec(array.shape, weight.dtype) for array in arrays)
         out = runtime.empty_beside(data, Task.of(function, specs, settings).shape, data.dtype)
     for part in ("real", "imag"):
@@ -508,7 +510,8 @@ def run_weight_gradient(
     if runtime.is_cupy_array(out):
         runtime.add(out, other_part)
     else:
-        out += other_part
+        with np.errstate(all="ignore"):
+            np.add(out, other_part, out=out)
     return out
 
 
@@ -527,12 +530,17 @@ def _check(function: str, arrays: tuple[Any, ...], settings: tuple[Any, ...], ou
             raise TypeError(f"{function}: out must have the dtype {task.out_dtype}, got {out.dtype}")
     elif dtype_name(out.dtype) != (dtype := dtype_name(arrays[0].dtype)):
         raise TypeError(f"{function}: out must have the dtype of {names[0]}, {dtype}, got {out.dtype}")
+    _check_memory(function, out, given)
+    return task
+
+
+def _check_memory(function: str, out: Any, given: dict[str, Any]) -> None:
+    """Refuse an `out` that cannot be written or shares memory with itself or with one of the given arrays."""
     if overlaps_itself(out):
         raise ValueError(f"{function}: out must not overlap itself, got strides {out.strides} for shape {out.shape}")
     if isinstance(out, np.ndarray) and not out.flags.writeable:
         raise ValueError(f"{function}: out must be writeable, got a read-only array")
     check_overlap(function, out, given)
-    return task
 
 
 def _keep(cache: dict[tuple[Any, ...], Any], key: tuple[Any, ...], value: Any) -> None:
@@ -610,7 +618,7 @@ def identity(array: Any) -> tuple[Any, ...] | None:
     return (array.shape, array.strides, array.dtype, data.device_id, data.ptr & 15)
 
 
-def _native(array: Any) -> np.ndarray[Any, Any]:
+def native(array: Any) -> np.ndarray[Any, Any]:
     """The array as a plain ndarray in native byte order, copied only where the order differs."""
     plain = np.asarray(array)
     return plain if plain.dtype.isnative else plain.astype(plain.dtype.newbyteorder("="))

@@ -23,7 +23,7 @@ from . import __version__, functional, memory, runtime
 from .arguments import Op, Padding, Setting, check_int
 from .fusion import FUSED_ARRAYS, ActivationLike, Fused
 from .journal import Journal
-from .pieces import Piece, Pieces, compute, problem_of
+from .pieces import Lengths, Piece, Pieces, compute, problem_of
 from .problem import ConvProblem
 
 __all__ = ["Source", "Target", "conv1d", "conv_transpose1d"]
@@ -104,6 +104,7 @@ def conv1d(
     input_activation: ActivationLike | None = None,
     residual: Source | None = None,
     activation: ActivationLike | None = None,
+    lengths: Any = None,
     precision: str = "float32",
     algorithm: str | None = None,
     out_dtype: Any = None,
@@ -133,6 +134,8 @@ def conv1d(
         residual: a source of the output's shape, or None.
         algorithm: as in `gpuconv.conv1d`. With "fft" the blocks of each piece begin anew, so the bits are not those of
             one call.
+        lengths: as in `gpuconv.conv1d`. A piece has some samples with all of their outputs, or some outputs of one
+            sample.
         input_activation, activation, precision, out_dtype: as in `gpuconv.conv1d`.
 
     Returns:
@@ -154,8 +157,9 @@ def conv1d(
     settings = (stride, padding, dilation, groups, precision, padding_mode, out_dtype)
     fused = Fused.check("conv1d", activation, input_activation, residual)
     return _convolve(
-        "conv1d", source, weight, bias, settings, fused, out, max_bytes, device, journal, version, progress, algorithm
-    )
+        "conv1d", source, weight, bias, settings, fused, out, max_bytes, device, journal, version, progress, algorithm,
+        lengths,
+    )  # fmt: skip
 
 
 def conv_transpose1d(
@@ -178,6 +182,7 @@ def conv_transpose1d(
     input_activation: ActivationLike | None = None,
     residual: Source | None = None,
     activation: ActivationLike | None = None,
+    lengths: Any = None,
     precision: str = "float32",
     algorithm: str | None = None,
     out_dtype: Any = None,
@@ -188,7 +193,7 @@ def conv_transpose1d(
         source: (N, C_in, L_in), or (C_in, L_in) for a single sample.
         weight: a NumPy array as in `gpuconv.conv_transpose1d`, as are bias and the arrays of activations.
         bias: (C_out,), or None.
-        out, max_bytes, device, journal, version, progress, residual, algorithm: as in `conv1d` above.
+        out, max_bytes, device, journal, version, progress, residual, algorithm, lengths: as in `conv1d` above.
         stride, padding, output_padding, groups, dilation, output_size, input_activation, activation, precision,
             out_dtype: as in `gpuconv.conv_transpose1d`.
 
@@ -209,8 +214,9 @@ def conv_transpose1d(
     settings = (stride, padding, output_padding, groups, dilation, output_size, precision, out_dtype)
     fused = Fused.check(op, activation, input_activation, residual)
     return _convolve(
-        op, source, weight, bias, settings, fused, out, max_bytes, device, journal, version, progress, algorithm
-    )
+        op, source, weight, bias, settings, fused, out, max_bytes, device, journal, version, progress, algorithm,
+        lengths,
+    )  # fmt: skip
 
 
 def _read(op: Op, name: str, source: Source, key: tuple[slice, ...]) -> Array:
@@ -222,11 +228,11 @@ def _read(op: Op, name: str, source: Source, key: tuple[slice, ...]) -> Array:
     return block
 
 
-def _read_input(piece: Piece, source: Source, whole: ConvProblem) -> Array:
+def _read_input(piece: Piece, source: Source) -> Array:
     """The samples at the positions of a piece."""
     parts = []
-    for start, stop, at in piece.reads(whole):
-        part = _read(whole.op, "source", source, piece.of_input(start, stop))
+    for start, stop, at in piece.reads:
+        part = _read(piece.whole.op, "source", source, piece.of_input(start, stop))
         parts.append(part if at is None else part[..., at])
     return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
 
@@ -247,7 +253,7 @@ class _OnCpu:
         compute: Callable[..., Any],
     ) -> Callable[[], Array]:
         """Start to compute a piece; returns a function that waits for the result."""
-        result: Array = compute(piece.problem, read(), residual, *self.arrays)
+        result: Array = compute(piece, read(), residual, *self.arrays)
         return lambda: result
 
     def close(self) -> None:
@@ -294,7 +300,7 @@ class _OnGpu:
             for array, pinned in zip(on_gpu, (x, added), strict=True):
                 if array is not None:
                     array.set(pinned, stream=stream)
-            compute(p, *on_gpu, *self.arrays).get(stream=stream, out=result, blocking=False)
+            compute(piece, *on_gpu, *self.arrays).get(stream=stream, out=result, blocking=False)
 
         def wait() -> Array:
             stream.synchronize()
@@ -330,8 +336,14 @@ def _convolve(
     version: str,
     progress: Progress | None,
     algorithm: str | None,
+    lengths: Any,
 ) -> TargetT:
     max_bytes = check_int(op, "max_bytes", max_bytes, "a number of bytes", 1)
+    for name, storage in (("source", source), ("out", out)):
+        if not (hasattr(storage, "shape") and hasattr(storage, "dtype")):
+            raise TypeError(f"{op}: {name} must have a shape, a dtype and slices, got {type(storage).__name__}")
+    if journal is not None and not isinstance(journal, str | os.PathLike):
+        raise TypeError(f"{op}: journal must be a path or None, got {type(journal).__name__}")
     if device not in DEVICES:
         raise ValueError(f"{op}: device must be one of {', '.join(DEVICES)}, got {device!r}")
     if algorithm is not None:
@@ -344,9 +356,29 @@ def _convolve(
     memory.check_kinds(op, {n: a for n, a in zip(names, arrays, strict=True) if a is not None or n == "weight"})
     p, dtype, out_dtype = problem_of(op, source, weight, bias, settings, fused)
     _check_target(op, p, out, out_dtype, {"source": source, "residual": residual})
+    own = None if lengths is None else Lengths.of(p, settings[1], lengths)
     engine = (_OnGpu if device == "gpu" else _OnCpu)(dtype, out_dtype, arrays)
-    pieces = Pieces.cut(p, dtype.itemsize, out_dtype.itemsize, max_bytes, engine.sets)
+    pieces = Pieces.cut(p, dtype.itemsize, out_dtype.itemsize, max_bytes, engine.sets, has_lengths=own is not None)
     work = partial(compute, algorithm=algorithm)
+
+    def start(piece: Piece) -> Callable[[], Array]:
+        """Start to compute a piece; returns a function that waits for the result."""
+        parts = [piece] if own is None else own.parts(p, piece.samples, piece.outputs)
+        whole = (*((len(range(p.N)[piece.samples]),) if p.batched else ()), p.C_out, len(range(p.L_out)[piece.outputs]))
+        if not parts:
+            return lambda: np.zeros(whole, out_dtype)
+        (part,) = parts
+        added = None if residual is None else _read(op, "residual", residual, part.of_output)
+        wait = engine.start(part, partial(_read_input, part, source), added, work)
+        if part.outputs == piece.outputs:
+            return wait
+
+        def wait_and_fill_up() -> Array:
+            filled = np.zeros(whole, out_dtype)
+            filled[..., : part.problem.L_out] = wait()
+            return filled
+
+        return wait_and_fill_up
 
     def finish(number: int, piece: Piece, wait: Callable[[], Array]) -> None:
         result = wait()
@@ -358,7 +390,8 @@ def _convolve(
             entries.add(number, _checksum(result, out_dtype))
 
     shape = tuple(source.shape)
-    what = (p, pieces.samples, pieces.outputs, dtype.name, device, algorithm, version, __version__)
+    of_samples = None if own is None else (own.padding, own.samples.L_in.tolist())
+    what = (p, pieces.samples, pieces.outputs, of_samples, dtype.name, device, algorithm, version, __version__)
     started: deque[tuple[int, Piece, Callable[[], Array]]] = deque()
     with nullcontext() if journal is None else Journal(journal, _fingerprint(what, arrays)) as entries:
         try:
@@ -371,9 +404,7 @@ def _convolve(
                     continue
                 if tuple(source.shape) != shape:
                     raise ValueError(f"{op}: source has changed: it had shape {shape}, and now {tuple(source.shape)}")
-                added = None if residual is None else _read(op, "residual", residual, piece.of_output)
-                read = partial(_read_input, piece, source, p)
-                started.append((number, piece, engine.start(piece, read, added, work)))
+                started.append((number, piece, start(piece)))
                 if len(started) == engine.sets:
                     finish(*started.popleft())
             while started:

@@ -6,7 +6,7 @@ Compiled kernels are stored in the folder of `gpuconv.cubins`, from which calls 
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from typing import Any, NamedTuple, TypeAlias
@@ -147,9 +147,9 @@ def _devices(caller: str, input: Any, arch: str | Sequence[str] | None) -> list[
         if not runtime.is_cupy_array(input):
             raise ValueError(f'{caller}: arch must be given ("sm_90", ...) where input is no CuPy array')
         return [runtime.device(int(input.data.device_id))]
-    names = (arch,) if isinstance(arch, str) else arch
+    names = [*arch] if isinstance(arch, Sequence) and not isinstance(arch, str) else [arch]
     for name in names:
-        if name not in ARCHITECTURES:
+        if not isinstance(name, str) or name not in ARCHITECTURES:
             raise ValueError(f"{caller}: arch must be of {', '.join(ARCHITECTURES)}, got {name!r}")
     return [ARCHITECTURES[name] for name in names]
 
@@ -192,25 +192,31 @@ def configs_of(
     return [*configs]
 
 
-def every_config(device: Device, dtypes: Sequence[str], op: Op | None = None) -> list[Config]:
+def every_config(device: Device, dtypes: Sequence[str], op: Op | None = None, *, streams: bool) -> list[Config]:
     """The specialisations for calls of any shape that pad with zeros, fuse nothing and have samples of one length.
-
-    Those for streams are among them.
 
     Args:
         device: the GPU; all GPUs of an architecture have the same specialisations.
         dtypes: the dtypes of the data.
         op: leave out the kernels of the other operation; None for the kernels of both.
+        streams: whether the kernels of `gpuconv.stream` are wanted, too.
     """
     configs: dict[Config, None] = {}
+
+    def add(found: Iterable[Config]) -> None:
+        configs.update((config, None) for config in found if _dtype_of(config) in dtypes)
+
     for family in FAMILIES:
         is_operation = family.kind in ("conv1d", "conv_transpose1d")
         if op is None or not is_operation or family.kind == op:
-            moving = windows.configs(family, device) if is_operation else ()
-            configs.update((c, None) for c in (*family.configs(device), *moving) if _dtype_of(c) in dtypes)
-    if op != "conv_transpose1d":
-        configs.update((c, None) for c in conv1d_depthwise_push.configs() if _dtype_of(c) in dtypes)
-    return [*configs, *(base_config(append.KERNEL, d, bits, append.BLOCK_SIZE) for d in dtypes for bits in (32, 64))]
+            add(family.configs(device))
+            if streams and is_operation:
+                add(windows.configs(family, device))
+    if streams:
+        if op != "conv_transpose1d":
+            add(conv1d_depthwise_push.configs())
+        add(base_config(append.KERNEL, d, bits, append.BLOCK_SIZE) for d in dtypes for bits in (32, 64))
+    return [*configs]
 
 
 def _dtype_of(config: Config) -> str:

@@ -16,7 +16,7 @@ from typing import Any, SupportsIndex, TypeAlias
 from . import functional, memory, runtime
 from .arguments import Op, Padding, Setting
 from .fusion import FUSED_ARRAYS, RESIDUAL, ActivationLike, Fused
-from .pieces import Piece, compute, problem_of
+from .pieces import Lengths, Piece, compute, problem_of
 from .problem import ConvProblem
 from .text import install_hint
 
@@ -40,6 +40,7 @@ def conv1d(
     input_activation: ActivationLike | None = None,
     residual: Any | None = None,
     activation: ActivationLike | None = None,
+    lengths: Any = None,
     precision: str = "float32",
     algorithm: str | None = None,
     out_dtype: Any = None,
@@ -58,6 +59,8 @@ def conv1d(
         residual: a dask, NumPy or CuPy array of the output's shape, of the kind of the input's chunks; or None.
         algorithm: as in `gpuconv.conv1d`. With "fft" the blocks of each chunk begin anew, so the bits are not those of
             one call.
+        lengths: as in `gpuconv.conv1d`; they must be known when the function is called. A task that has some outputs of
+            several samples makes a call for each run of samples of one length.
         stride, padding, dilation, groups, padding_mode, input_activation, activation, precision, out_dtype: as in
             `gpuconv.conv1d`.
 
@@ -86,7 +89,7 @@ def conv1d(
     """
     settings = (stride, padding, dilation, groups, precision, padding_mode, out_dtype)
     fused = Fused.check("conv1d", activation, input_activation, residual)
-    return _convolve("conv1d", input, weight, bias, settings, fused, algorithm)
+    return _convolve("conv1d", input, weight, bias, settings, fused, algorithm, lengths)
 
 
 def conv_transpose1d(
@@ -103,6 +106,7 @@ def conv_transpose1d(
     input_activation: ActivationLike | None = None,
     residual: Any | None = None,
     activation: ActivationLike | None = None,
+    lengths: Any = None,
     precision: str = "float32",
     algorithm: str | None = None,
     out_dtype: Any = None,
@@ -113,7 +117,7 @@ def conv_transpose1d(
         input: (N, C_in, L_in), or (C_in, L_in) for a single sample: a dask array as in `conv1d` above.
         weight: a NumPy, CuPy or dask array as in `gpuconv.conv_transpose1d`, as are bias and the arrays of activations.
         bias: (C_out,), or None.
-        residual, algorithm: as in `conv1d` above.
+        residual, algorithm, lengths: as in `conv1d` above.
         stride, padding, output_padding, groups, dilation, output_size, input_activation, activation, precision,
             out_dtype: as in `gpuconv.conv_transpose1d`.
 
@@ -133,7 +137,7 @@ def conv_transpose1d(
     op: Op = "conv_transpose1d"
     settings = (stride, padding, output_padding, groups, dilation, output_size, precision, out_dtype)
     fused = Fused.check(op, activation, input_activation, residual)
-    return _convolve(op, input, weight, bias, settings, fused, algorithm)
+    return _convolve(op, input, weight, bias, settings, fused, algorithm, lengths)
 
 
 def _convolve(
@@ -144,6 +148,7 @@ def _convolve(
     settings: tuple[Any, ...],
     fused: Fused,
     algorithm: str | None,
+    lengths: Any,
 ) -> DaskArray:
     try:
         import dask.array as da
@@ -160,8 +165,10 @@ def _convolve(
     parameters = dict(zip(("weight", "bias", *FUSED_ARRAYS[1:]), (weight, bias, *of_channels), strict=True))
     _check_chunks(op, input, {**parameters, RESIDUAL: residual})
     p, _, dtype = problem_of(op, input, weight, bias, settings, fused)
+    own = None if lengths is None else Lengths.of(p, settings[1], lengths)
 
-    token = tokenize(input.name, repr(p), algorithm, residual, *parameters.values())
+    of_samples = None if own is None else (own.padding, own.samples.L_in.tolist())
+    token = tokenize(input.name, repr(p), of_samples, algorithm, residual, *parameters.values())
     name, graph, dependencies = f"{op}-{token}", Graph(), [input]
     operands = []
     for parameter, array in parameters.items():
@@ -186,18 +193,22 @@ def _convolve(
             residual = da.from_array(residual, chunks=chunks)
         residual = residual.rechunk(chunks)
         dependencies.append(residual)
+    meta = meta_from_array(input._meta, len(p.output_shape), dtype=dtype)
     slices = _Slices(input, f"{op}-slice-{token}", graph)
     for n, (first, last) in enumerate(pairwise((0, *accumulate(samples)))):
         for l_out, (start, stop) in enumerate(pairwise(columns)):
-            piece = Piece.of(p, slice(first, last), slice(start, stop))
-            reads = piece.reads(p)
-            blocks = [slices.keys(n, read.start, read.stop) for read in reads]
-            work = partial(_compute_chunk, piece.problem, [read.at for read in reads], algorithm)
+            rows, outputs = slice(first, last), slice(start, stop)
+            parts = [Piece.of(p, rows, outputs)] if own is None else own.parts(p, rows, outputs)
+            blocks = [[slices.keys(n, read.start, read.stop) for read in part.reads] for part in parts]
+            blank = None
+            if not any((part.samples, part.outputs) == (rows, outputs) for part in parts):
+                blank = meta, (*((last - first,) if p.batched else ()), p.C_out, stop - start)
+            work = partial(_compute_chunk, rows, outputs, parts, blank, algorithm)
             index = (*((n,) if p.batched else ()), 0, l_out)
             key = (name, *index)
             graph[key] = (work, blocks, None if residual is None else (residual.name, *index), *operands)
     layers = HighLevelGraph.from_collections(name, graph, dependencies=dependencies)
-    return da.Array(layers, name, chunks, meta=meta_from_array(input._meta, len(p.output_shape), dtype=dtype))
+    return da.Array(layers, name, chunks, meta=meta)
 
 
 def _check_chunks(op: Op, input: Any, others: dict[str, Any]) -> None:
@@ -270,23 +281,40 @@ class _Slices:
 
 
 def _compute_chunk(
-    p: ConvProblem, selections: list[Any], algorithm: str | None, blocks: list[Any], residual: Any, *arrays: Any
+    samples: slice,
+    outputs: slice,
+    parts: list[Piece],
+    blank: tuple[Any, tuple[int, ...]] | None,
+    algorithm: str | None,
+    blocks: list[Any],
+    residual: Any,
+    *arrays: Any,
 ) -> Any:
-    """A chunk of the output.
+    """A chunk of the output, with these samples and outputs.
 
-    `selections` has the `at` of each `Read`. `blocks` has for each of them rows of slices of the input: a row for each
-    chunk of channels, a slice for each chunk along L_in.
+    `parts` are its pieces. `blocks` has for each piece and each of its reads rows of slices of the input: a row for
+    each chunk of channels, a slice for each chunk along L_in. `blank` is None where one piece is the whole chunk. Else
+    it has an empty array of the chunk's library and dtype, and the chunk's shape: outputs in no piece are zero.
     """
-    xp = runtime.array_module(blocks[0][0][0])
+    xp = runtime.array_module(blocks[0][0][0][0] if blank is None else blank[0])
 
-    def joined(parts: list[Any], axis: int) -> Any:
-        return parts[0] if len(parts) == 1 else xp.concatenate(parts, axis)
+    def joined(found: list[Any], axis: int) -> Any:
+        return found[0] if len(found) == 1 else xp.concatenate(found, axis)
 
-    parts = []
-    for rows, at in zip(blocks, selections, strict=True):
-        part = joined([joined(row, -1) for row in rows], -2)
-        parts.append(part if at is None else part[..., at])
-    return compute(p, joined(parts, -1), residual, *arrays, algorithm=algorithm)
+    result = None if blank is None else xp.zeros(blank[1], blank[0].dtype)
+    for part, of_reads in zip(parts, blocks, strict=True):
+        p, reads = part.problem, []
+        for read, rows in zip(part.reads, of_reads, strict=True):
+            found = joined([joined(row, -1) for row in rows], -2)
+            reads.append(found if read.at is None else found[..., read.at])
+        batch = (slice(part.samples.start - samples.start, part.samples.stop - samples.start),) if p.batched else ()
+        place = (*batch, slice(None), slice(part.outputs.start - outputs.start, part.outputs.stop - outputs.start))
+        added = None if residual is None else residual[place]
+        y = compute(part, joined(reads, -1)[batch], added, *arrays, algorithm=algorithm)
+        if result is None:
+            return y
+        result[place] = y
+    return result
 
 
 def _on_gpu(array: Any) -> Any:

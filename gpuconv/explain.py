@@ -31,7 +31,7 @@ from .problem import (
     WeightGradientProblem,
 )
 from .tasks import OPTIONAL, SIGNATURES
-from .text import WIDTH, count, wrap, wrap_rows
+from .text import WIDTH, count, quantity, wrap, wrap_rows
 
 __all__ = ["Explanation", "explain"]
 
@@ -243,7 +243,7 @@ class Explanation:
             "launch": own["launch"],
             "refusals": [{"family": family, "reason": reason} for family, reason in choice.refusals],
             "staging": {self._name_of(array): words for array, words in choice.staging.items()},
-            "candidates": [{"configuration": name, "microseconds": us} for name, us in choice.plan.candidates],
+            "candidates": [{"configuration": name, "predicted_us": us} for name, us in choice.plan.candidates],
             "steps": steps,
             "scratch": dict(choice.plan.scratch),
         }
@@ -267,8 +267,12 @@ class Explanation:
                 settings += f", precision {p.precision}"
             if self.call.algorithm is not None:
                 settings += f", algorithm {self.call.algorithm}"
-            rows.append(("settings", settings))
             title = p.op if isinstance(p, ConvProblem) else f"gradient of {p.op}'s weight"
+            if self.call.direction == "grad_input":
+                title = f"gradient of {self.call.op}'s input"
+                rows = [(self._name_of(name), shape) for name, shape in rows]
+                settings = f"{p.op}, {settings}"  # the operation that computes it
+            rows.append(("settings", settings))
         if self.parts > 1:
             rows.append(("parts", "the real and the imaginary part of the data, one after the other"))
         if self.samples is not None:
@@ -277,7 +281,7 @@ class Explanation:
             where = "the CPU, through NumPy"
             if self.method is not None:
                 rows.append(("method", f"{self.method.name}: {self.method.reason}"))
-                rows.append(("workspace", _quantity(self.method.workspace_bytes, "B")))
+                rows.append(("workspace", f"at most {quantity(self.method.workspace_bytes, 'B')}"))
         else:
             where = f"{self.device.name} ({self.device.arch_name})"
             if self.by_fft is None:
@@ -289,12 +293,12 @@ class Explanation:
             where_from = f"predicted for {count(self.costs.blocks, 'block')} of this layer"
             rows.append(("costs", f"direct {direct}, FFT {by_fft}, {where_from}"))
         if self.fused:
-            saved = {w: "" if n is None else f" ({_quantity(n, 'B')} saved)" for w, n in self.fused.items()}
+            saved = {w: "" if n is None else f" ({quantity(n, 'B')} saved)" for w, n in self.fused.items()}
             words = [f"{what}{num_bytes}" for what, num_bytes in saved.items()]
             rows.append(("fused", ", ".join(words)))
-        work = f"{_quantity(self.flops, 'FLOP')}, at least {_quantity(self.bytes, 'B')} moved"
+        work = f"{quantity(self.flops, 'FLOP')}, at least {quantity(self.bytes, 'B')} moved"
         rows.append(("work", f"{work}, {self.intensity:.3g} FLOP/B"))
-        copies = f"{', '.join(self.copies)} ({_quantity(self.copy_bytes, 'B')})" if self.copies else "none"
+        copies = f"{', '.join(self.copies)} ({quantity(self.copy_bytes, 'B')})" if self.copies else "none"
         rows.append(("copies", copies))
         return "\n".join([*wrap(f"{title} on {where}", width), *wrap_rows(rows, width, indent="  ")])
 
@@ -325,7 +329,7 @@ class Explanation:
             packing = self.prepared.plan.steps[0].config.kernel
             rows.append(("prepared", f"{packing} packs a weight of gpuconv.prepare once"))
         if choice.plan.scratch:
-            buffers = (f"{name} ({_quantity(num_bytes, 'B')})" for name, num_bytes in choice.plan.scratch)
+            buffers = (f"{name} ({quantity(num_bytes, 'B')})" for name, num_bytes in choice.plan.scratch)
             rows.append(("buffers", ", ".join(buffers)))
         if choice.plan.candidates:
             rows.append(("model", self._candidates_text(choice.plan.candidates)))
@@ -334,6 +338,8 @@ class Explanation:
     def _name_of(self, operand: str) -> str:
         """The name of the argument for an array of the problem."""
         p = self.problem
+        if self.call.direction == "grad_input":
+            return {"input": "grad_output", "output": "grad_input"}.get(operand, operand)
         return _names_of_operands(p).get(operand, operand) if isinstance(p, WeightGradientProblem) else operand
 
     def _lengths_text(self, samples: Samples) -> str:
@@ -343,7 +349,7 @@ class Explanation:
             return f"{words}, in {self.runs} calls on views of neighbours of one length"
         if self.device is None or self.choice is None:
             return words
-        return f"{words}, which kernels read from a table of {_quantity(24 * len(L_in), 'B')} written anew by each call"
+        return f"{words}, which kernels read from a table of {quantity(24 * len(L_in), 'B')} written anew by each call"
 
     def _candidates_text(self, candidates: Sequence[tuple[str, float]]) -> str:
         """The configurations that the cost model compared, each with its predicted time and a bar of that length."""
@@ -370,9 +376,9 @@ def _fft_rows(plan: fft.Plan, device: Device | None) -> list[tuple[str, str]]:
     overlap = plan.overlap
     number = count(plan.problem.N * overlap.rows * overlap.blocks, "block")
     words = f"{number} of {overlap.block} samples for {count(overlap.new, 'result')}, {plan.batch} at a time"
-    kept = f"{_quantity(plan.workspace_bytes, 'B')}"
+    kept = f"{quantity(plan.workspace_bytes, 'B')}"
     if isinstance(plan.problem, ConvProblem):
-        kept += f"; a prepared weight keeps {_quantity(fft.kept_bytes(plan, device), 'B')}"
+        kept += f"; a prepared weight keeps {quantity(fft.kept_bytes(plan, device), 'B')}"
     return [("fft", words), ("workspace", kept)]
 
 
@@ -425,7 +431,7 @@ def explain(
         >>> gpuconv.explain("conv1d", x, w, stride=2, padding=1, device="sm_90").problem.L_out
         1500
     """
-    if op not in SETTINGS:
+    if not isinstance(op, str) or op not in SETTINGS:
         raise ValueError(f'explain: op must be one of "conv1d" and "conv_transpose1d", got {op!r}')
     if direction not in DIRECTIONS:
         raise ValueError(f"explain: direction must be one of {', '.join(DIRECTIONS)}, got {direction!r}")
@@ -586,12 +592,3 @@ def _pointer(array: Any) -> dispatch.StridedPointer | None:
     if isinstance(array, _RealPart):
         return dispatch.StridedPointer(array.strides, array.address)
     return dispatch.StridedPointer(tuple(array.strides), address(array))
-
-
-def _quantity(value: float, unit: str) -> str:
-    """A value with three digits and a decimal prefix: 19300000000, "FLOP" gives "19.3 GFLOP"."""
-    for prefix in ("", "k", "M", "G", "T", "P"):
-        if value < 999.5 or prefix == "P":
-            break
-        value /= 1000
-    return f"{value:.3g} {prefix}{unit}"

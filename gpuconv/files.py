@@ -252,6 +252,8 @@ def check_wav(path: StrPath, shape: tuple[int, ...], dtype: str, rate: int | Non
 
 
 def _suffix(path: StrPath, suffixes: tuple[str, ...]) -> str:
+    if not os.fspath(path):
+        raise FileError("the name of a file is empty")
     suffix = Path(path).suffix.lower()
     if suffix not in suffixes:
         raise FileError(f"{path}: the name must end in {' or '.join(suffixes)}")

@@ -78,11 +78,11 @@ def conv1d(
             directly. "base": `conv1d_direct`, one thread per output element, which can compute every problem. Or a
             family's name; see `gpuconv.explain`. "fft": for long kernels, also on NumPy arrays, through the FFT of
             blocks whose length follows from K, stride and dilation alone. The error of a result is then bounded by
-            norms of its block, a NaN or an infinity makes all results of its block wrong, as do sums within the block
-            length of the largest number, which overflow, and on a GPU bits depend on the samples of the block, not on
-            its position. Integers and fusion are not possible. "auto": "fft" where the cost model predicts that it is
-            faster, which follows from the layer alone, else as None. On NumPy arrays other names are checked and have
-            no effect.
+            norms of its block. A NaN, an infinity or an overflow makes all results of its block wrong; spectra
+            overflow where samples times the block length would. On a GPU bits depend on the samples of the block, not
+            on its position. Integers and fusion are not possible. "auto": "fft" where the cost model predicts that it
+            is faster, which follows from the layer alone, else as None. On NumPy arrays other names are checked and
+            have no effect.
         out_dtype: the dtype of the sums of integers, which are exact: "int64" (the default), or "int32", which keeps
             the low 32 bits. Larger sums wrap around, as NumPy's do. The bias has this dtype, too.
         out: an array of the output's shape, dtype and device to write to, which must not overlap the inputs.
@@ -221,7 +221,9 @@ def prepare(weight: ArrayT) -> runtime.PreparedWeight:
         array([[[3., 6., 9.]]])
     """
     (array,) = take("prepare", weight=weight)
-    return runtime.prepare(array) if runtime.is_cupy_array(array) else runtime.PreparedWeight(np.array(array))
+    if runtime.is_cupy_array(array):
+        return runtime.prepare(array)
+    return runtime.PreparedWeight(np.array(array, array.dtype.newbyteorder("=")))
 
 
 def _convolve(

@@ -221,6 +221,8 @@ def _number(name: str) -> Callable[[str, str, Any], Activation]:
             number = float(value)
         except (TypeError, ValueError):
             raise TypeError(f"{words}, got {type(value).__name__} {value!r}") from None
+        except OverflowError:
+            raise ValueError(f"{words}, got an int of {int(value).bit_length()} bits") from None
         if not math.isfinite(number):
             raise ValueError(f"{words}, got {number}")
         return Activation(name, number)

@@ -7,7 +7,7 @@ import os
 import sys
 
 from . import runtime
-from .text import install_hint
+from .text import cuda_version, install_hint
 
 
 class GpuUnavailableError(RuntimeError):
@@ -36,7 +36,7 @@ def missing_gpu() -> str | None:
         if driver == 0:
             return "no GPU: no NVIDIA driver is loaded here; in a container, start it with --gpus all"
         if driver // 1000 < needed // 1000:
-            have, want = (f"{version // 1000}.{version % 1000 // 10}" for version in (driver, needed))
+            have, want = cuda_version(driver), cuda_version(needed)
             return f"no GPU: the NVIDIA driver supports CUDA {have}, CuPy was built for CUDA {want}"
         if "cudaErrorNoDevice" in str(error):
             count = 0

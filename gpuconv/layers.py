@@ -131,6 +131,8 @@ def _layer(value: Any) -> Layer:
         ValueError: the object is not a layer, or a field is missing.
         TypeError: a field has another type.
     """
+    if isinstance(value, dict) and "error" in value:
+        raise ValueError(f"is an error that gpuconv explain --json has written: {value['error']}")
     fields = value.get("problem") if isinstance(value, dict) else None
     if not isinstance(fields, dict):
         raise ValueError("must be an object with a field problem, as gpuconv explain --json writes it")

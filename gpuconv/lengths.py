@@ -29,11 +29,13 @@ class Samples(NamedTuple):
         L_in: the length of the operation's input, as the caller gives it.
         L_out: that of its output; 0 where the sample is too short to have one.
         padding_left: of the sample; for "same" with a stride it depends on the length.
+        padding_right: likewise.
     """
 
     L_in: Integers
     L_out: Integers
     padding_left: Integers
+    padding_right: Integers
 
     @classmethod
     def of(cls, caller: str, problem: ConvProblem, padding: Padding, lengths: Any) -> Samples:
@@ -52,7 +54,7 @@ class Samples(NamedTuple):
             sides = resolve_padding(False, "same", L_in, p.stride, span)[:2]
         L_out = output_length(p.transposed, L_in, *sides, p.stride, span, p.output_padding)
         left, right = (np.full(L_in.shape, side, np.int64) for side in sides)
-        found = cls(L_in, np.maximum(L_out, 0), left)
+        found = cls(L_in, np.maximum(L_out, 0), left, right)
         if p.padding_mode != "zeros":
             for n in np.flatnonzero(L_out > 0).tolist():
                 try:
@@ -65,7 +67,8 @@ class Samples(NamedTuple):
     def of_outputs(cls, caller: str, N: int, L_out: int, lengths: Any) -> Samples:
         """Check the lengths of outputs, for a bias gradient."""
         found = check_lengths(caller, lengths, N, "L_out", L_out)
-        return cls(found, found, np.zeros_like(found))
+        none = np.zeros_like(found)
+        return cls(found, found, none, none)
 
     def runs(self) -> Iterator[tuple[int, int]]:
         """The ranges (start, stop) of neighbouring samples of one length."""

@@ -75,7 +75,7 @@ class Comparison:
         """Everything as JSON values, times in seconds."""
         x, weight, bias = self.layer.arrays
         times = {
-            name: None if timing is None else {"median": timing.median, "spread": timing.spread}
+            name: None if timing is None else {"median_s": timing.median, "spread_s": timing.spread}
             for name, timing in (("gpuconv", self.ours), ("pytorch", self.theirs))
         }
         return {

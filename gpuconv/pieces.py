@@ -15,6 +15,7 @@ from .arguments import ArraySpec, Op
 from .cases.derived import call_settings, chunk
 from .edge import source_indices
 from .fusion import FUSED_ARRAYS, Fused
+from .lengths import Samples, follows_length
 from .problem import ConvProblem
 
 _ALIGNED = 64  # outputs: most pieces are a multiple of this, so that their rows are aligned for wide accesses
@@ -32,38 +33,46 @@ class Piece(NamedTuple):
     """A part of the output.
 
     Attributes:
+        whole: the problem of which it is a part, as long as the input that the padding mode refers to.
         problem: the problem of the part, with its extents and padding.
         samples: the range along N.
         outputs: the range along L_out.
         positions: the range of the input; the padding mode says what positions outside of the source stand for.
+        lengths: those of the samples, where the piece has all outputs of samples of different lengths.
+        padding: "same" where the padding of each of these samples follows its length; None for that of `problem`.
     """
 
+    whole: ConvProblem
     problem: ConvProblem
     samples: slice
     outputs: slice
     positions: range
+    lengths: tuple[int, ...] | None = None
+    padding: str | None = None
 
     @classmethod
     def of(cls, problem: ConvProblem, samples: slice, outputs: slice) -> Piece:
-        """The piece of a problem with these samples and outputs, at least one of each.
-
-        For a transposed operation without input the piece must have all outputs.
-        """
+        """The piece of a problem with these samples and outputs, at least one of each."""
         p = replace(problem, N=samples.stop - samples.start)
         if outputs == slice(0, p.L_out):
-            return cls(p, samples, outputs, range(p.L_in))
+            return cls(p, p, samples, outputs, range(p.L_in))
+        if p.transposed and p.L_in == 0:  # no output has a term, so any padding will do that leaves their number
+            surplus = p.dilation * (p.K - 1) + 1 - p.stride - (outputs.stop - outputs.start)
+            part = replace(p, padding_left=0, padding_right=max(surplus, 0), output_padding=max(-surplus, 0))
+            return cls(p, part, samples, outputs, range(0))
         if p.padding_mode == "zeros":
             part, read = chunk(p, outputs.start, outputs.stop)
-            return cls(part, samples, outputs, range(read.start, read.stop))
+            return cls(p, part, samples, outputs, range(read.start, read.stop))
         left = p.padding_left
         padded = p.L_in + left + p.padding_right
         inside = replace(p, padding_mode="zeros", L_in=padded, padding_left=0, padding_right=0)
         part, read = chunk(inside, outputs.start, outputs.stop)
-        return cls(part, samples, outputs, range(read.start - left, read.stop - left))
+        return cls(p, part, samples, outputs, range(read.start - left, read.stop - left))
 
-    def reads(self, whole: ConvProblem) -> list[Read]:
-        """The reads from the source of the whole problem that give the samples at the positions, in order."""
-        first, stop, L_in = self.positions.start, self.positions.stop, whole.L_in
+    @property
+    def reads(self) -> list[Read]:
+        """The reads from the source that give the samples at the positions, in order."""
+        first, stop, L_in = self.positions.start, self.positions.stop, self.whole.L_in
         if 0 <= first <= stop <= L_in:
             return [Read(first, stop, None)]
         found = []
@@ -73,7 +82,7 @@ class Piece(NamedTuple):
             if 0 <= low < L_in:
                 found.append(Read(low, high, None))
             else:
-                at = source_indices(whole.padding_mode, low, high, L_in)
+                at = source_indices(self.whole.padding_mode, low, high, L_in)
                 start = int(at.min())
                 found.append(Read(start, int(at.max()) + 1, at - start))
         return found
@@ -97,11 +106,16 @@ class Pieces:
     outputs: int
 
     @classmethod
-    def cut(cls, p: ConvProblem, itemsize: int, out_itemsize: int, max_bytes: int, sets: int) -> Pieces:
-        """Cut a problem so that the arrays of `sets` pieces take at most `max_bytes`."""
+    def cut(
+        cls, p: ConvProblem, itemsize: int, out_itemsize: int, max_bytes: int, sets: int, *, has_lengths: bool
+    ) -> Pieces:
+        """Cut a problem so that the arrays of `sets` pieces take at most `max_bytes`.
+
+        With lengths of samples, a result that ends within its piece is copied in front of zeros.
+        """
         limit = max_bytes // sets
         span = p.dilation * (p.K - 1) + 1
-        arrays = 2 if p.fuses.has_residual else 1
+        arrays = 1 + p.fuses.has_residual + has_lengths
 
         def num_bytes(outputs: int) -> int:
             reads = p.L_in
@@ -134,6 +148,44 @@ class Pieces:
         return Piece.of(p, samples, outputs)
 
 
+class Lengths(NamedTuple):
+    """The samples of a call with lengths of their own.
+
+    Attributes:
+        samples: what follows from their lengths.
+        padding: "same" where the padding of each follows its length, else None.
+    """
+
+    samples: Samples
+    padding: str | None
+
+    @classmethod
+    def of(cls, problem: ConvProblem, padding: Any, lengths: Any) -> Lengths:
+        """Check the lengths; `padding` is the argument of the call.
+
+        Raises:
+            ValueError, TypeError: as `Samples.of` raises them.
+        """
+        follows = follows_length(problem, padding)
+        return cls(Samples.of(problem.op, problem, padding, lengths), "same" if follows else None)
+
+    def parts(self, problem: ConvProblem, samples: slice, outputs: slice) -> list[Piece]:
+        """The pieces of the problem that these samples and outputs need. All other outputs are zero."""
+        p, found = problem, self.samples
+        if outputs == slice(0, p.L_out):
+            lengths = tuple(found.L_in[samples].tolist())
+            return [Piece.of(p, samples, outputs)._replace(lengths=lengths, padding=self.padding)]
+        parts = []
+        for start, stop in Samples(*(array[samples] for array in found)).runs():
+            n = samples.start + start
+            last = min(outputs.stop, int(found.L_out[n]))
+            if outputs.start < last:
+                left, right = int(found.padding_left[n]), int(found.padding_right[n])
+                alone = replace(p, L_in=int(found.L_in[n]), padding_left=left, padding_right=right)
+                parts.append(Piece.of(alone, slice(n, samples.start + stop), slice(outputs.start, last)))
+        return parts
+
+
 def problem_of(
     op: Op, source: Any, weight: Any, bias: Any | None, settings: tuple[Any, ...], fused: Fused
 ) -> tuple[ConvProblem, np.dtype[Any], np.dtype[Any]]:
@@ -155,9 +207,20 @@ def problem_of(
 
 
 def compute(
-    p: ConvProblem, input: Any, residual: Any | None, weight: Any, bias: Any | None, *of_channels: Any, algorithm: Any
+    piece: Piece,
+    input: Any,
+    residual: Any | None,
+    weight: Any,
+    bias: Any | None,
+    *of_channels: Any,
+    algorithm: str | None,
 ) -> Any:
-    """The output of a piece, whose problem is `p`; `of_channels` are the arrays of activations, in their order."""
+    """The output of a piece; `of_channels` are the arrays of activations, in their order."""
+    p, settings = piece.problem, call_settings(piece.problem)
+    if piece.padding is not None:
+        settings["padding"] = piece.padding
     function: Callable[..., Any] = functional.conv_transpose1d if p.transposed else functional.conv1d
     fused = p.fuses.as_arguments(dict(zip(FUSED_ARRAYS[1:], of_channels, strict=True)))
-    return function(input, weight, bias, **call_settings(p), **fused, algorithm=algorithm, residual=residual)
+    return function(
+        input, weight, bias, **settings, **fused, algorithm=algorithm, residual=residual, lengths=piece.lengths
+    )

@@ -213,7 +213,7 @@ class Report:
         """Everything as JSON values, the passed checks as counts."""
         return {
             "ok": self.ok,
-            "device": self.device,
+            "device": {"name": self.device},
             "versions": self.versions,
             "seed": self.seed,
             "elapsed_s": self.elapsed,
@@ -235,7 +235,7 @@ class Report:
                 "check": self.worst.check,
                 "fraction_of_bound": _json_number(self.worst.worst),
             },
-            **({"layers": self.layer_rows} if self.layers else {}),
+            "layers": self.layer_rows if self.layers else None,
             "failures": [failure.to_dict() for failure in self.failures],
         }
 

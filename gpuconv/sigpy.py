@@ -68,7 +68,7 @@ def convolve(
     """
     data, filt = take("convolve", data=data, filt=filt)
     p = _Problem.of(data.shape, filt.shape, mode, strides, multi_channel)
-    with runtime.current_device_of(data):
+    with runtime.current_device_of(data), np.errstate(all="ignore"):
         return _convolve(p, data, filt, _result_type("convolve", data, filt))
 
 
@@ -96,7 +96,7 @@ def convolve_data_adjoint(
     """
     output, filt = take("convolve_data_adjoint", output=output, filt=filt)
     p = _Problem.of(data_shape, filt.shape, mode, strides, multi_channel, output.shape)
-    with runtime.current_device_of(output):
+    with runtime.current_device_of(output), np.errstate(all="ignore"):
         return _data_adjoint(p, output, filt, _result_type("convolve_data_adjoint", output, filt))
 
 
@@ -123,7 +123,7 @@ def convolve_filter_adjoint(
     """
     output, data = take("convolve_filter_adjoint", output=output, data=data)
     p = _Problem.of(data.shape, filt_shape, mode, strides, multi_channel, output.shape)
-    with runtime.current_device_of(output):
+    with runtime.current_device_of(output), np.errstate(all="ignore"):
         return _filter_adjoint(p, output, data, _result_type("convolve_filter_adjoint", output, data))
 
 
@@ -299,10 +299,10 @@ def _add(sums: Any, part: Any) -> Any:
 
 
 def _result_type(caller: str, first: Any, second: Any) -> Any:
-    """The dtype of the first array, to which the results with the second must be castable."""
+    """The first array's dtype in native byte order, to which the results with the second must be castable."""
     if not np.can_cast(np.result_type(first.dtype, second.dtype), first.dtype, "same_kind"):
         raise TypeError(f"{caller}: results of {first.dtype} and {second.dtype} cannot be cast to {first.dtype}")
-    return first.dtype
+    return first.dtype.newbyteorder("=")
 
 
 def _convolve(p: _Problem, data: Any, filt: Any, dtype: Any) -> Any:

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from . import fft, functional, grad, reference, runtime
 from .arguments import ArraySpec, check_padding_mode, check_shape
+from .calls import are_real_taps, check_real_taps
 from .dtypes import real_dtype
 from .fusion import Fused
 from .interchange import is_tensor, view
@@ -149,9 +150,8 @@ def _of_forward(op: Op, _name: str, given: dict[str, Any], by_fft: bool) -> _Exp
     fused = Fused.take(op, given)
     operands = [given.pop(array) for array in ("input", "weight", "bias")] + list(fused.arrays)
     x, weight, *_ = operands
-    kinds = [getattr(getattr(array, "dtype", None), "kind", None) for array in (x, weight)]
     parts = [operands]
-    if kinds == ["c", "f"]:
+    if are_real_taps(weight, x):
         parts = [[a if a is None or a is weight else getattr(a, part) for a in operands] for part in ("real", "imag")]
     sums = []
     for x, weight, bias, *others in parts:
@@ -165,14 +165,20 @@ def _of_forward(op: Op, _name: str, given: dict[str, Any], by_fft: bool) -> _Exp
 def _of_input_gradient(op: Op, name: str, given: dict[str, Any], by_fft: bool) -> _Expected:
     weight, grad_output = given["weight"], given["grad_output"]
     x = ArraySpec(check_shape(name, op, "input_size", given["input_size"]), weight.dtype)
-    p = gradient_problem(name, op, x, weight, grad_output, [given[setting] for setting in _OF_GRADIENTS[op]])
-    sums = reference.input_gradient(p, weight, grad_output, by_fft=by_fft)
-    return _Expected(f"{name}: {p}", p.input_shape, p.dtype, (sums,))
+    parts = [grad_output]
+    if are_real_taps(weight, grad_output):
+        check_real_taps(name, {"grad_output": grad_output, "weight": weight}, None)
+        parts = [grad_output.real, grad_output.imag]
+    settings = [given[setting] for setting in _OF_GRADIENTS[op]]
+    problems = [gradient_problem(name, op, x, weight, part, settings) for part in parts]
+    sums = [reference.input_gradient(p, weight, part, by_fft=by_fft) for p, part in zip(problems, parts, strict=True)]
+    p = problems[0]
+    return _Expected(f"{name}: {p}", p.input_shape, str(dtype_name(grad_output.dtype)), tuple(sums))
 
 
 def _of_weight_gradient(op: Op, name: str, given: dict[str, Any], by_fft: bool) -> _Expected:
     x, grad_output, dtype = given["input"], given["grad_output"], given["weight_dtype"]
-    if dtype is not None and np.dtype(dtype) != x.dtype:
+    if dtype is not None and dtype_name(np.dtype(dtype)) != dtype_name(x.dtype):
         if x.dtype.kind != "c" or dtype_name(np.dtype(dtype)) != real_dtype(x.dtype.name):
             raise TypeError(f"{name}: weight_dtype must be that of {x.dtype} data or of its parts, got {dtype!r}")
         # The gradient of real taps sums over both parts, as over samples of a batch.

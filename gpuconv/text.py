@@ -50,9 +50,23 @@ def wrap_rows(rows: Iterable[tuple[str, str]], width: int, *, indent: str = "") 
     return lines
 
 
+def cuda_version(number: int) -> str:
+    """A version of CUDA as people write it: 13.2 for CUDA's own 13020."""
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
 def count(number: int, noun: str) -> str:
     """A number of things: 1, "kernel" gives "1 kernel"; 2, "kernel" gives "2 kernels"."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def quantity(value: float, unit: str) -> str:
+    """A value with three digits and a decimal prefix: 19300000000, "FLOP" gives "19.3 GFLOP"."""
+    for prefix in ("", "k", "M", "G", "T", "P"):
+        if value < 999.5 or prefix == "P":
+            break
+        value /= 1000
+    return f"{value:.3g} {prefix}{unit}"
 
 
 def shorten(message: str) -> str:

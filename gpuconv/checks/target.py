@@ -14,6 +14,7 @@ from .. import __version__, cases, functional, grad, runtime
 from ..cases import Data
 from ..device import Device
 from ..problem import INTEGERS, ConvProblem, numpy_dtype
+from ..text import cuda_version
 
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -106,8 +107,8 @@ class Target:
         if self.on_gpu:
             cupy = runtime.cupy_module()
             found["cupy"] = str(cupy.__version__)
-            found["cuda_runtime"] = str(cupy.cuda.runtime.runtimeGetVersion())
-            found["cuda_driver"] = str(cupy.cuda.runtime.driverGetVersion())
+            found["cuda_runtime"] = cuda_version(cupy.cuda.runtime.runtimeGetVersion())
+            found["cuda_driver"] = cuda_version(cupy.cuda.runtime.driverGetVersion())
         return found
 
 

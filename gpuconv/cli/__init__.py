@@ -14,6 +14,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,7 +22,7 @@ from .. import __version__, files
 from . import bench, cache, completion, convolve, explain, info, plot, verify, warmup
 from .errors import EXIT_BROKEN_PIPE, EXIT_ERROR, EXIT_INTERRUPTED, CommandError
 from .parser import Parser, UsageError
-from .terminal import discard, tell
+from .terminal import discard, print_json, tell
 
 
 class _Terminated(BaseException):
@@ -35,8 +36,9 @@ class _Terminated(BaseException):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
-    No exception leaves this function: an error becomes one line on stderr. For an unexpected error this line names the
-    file and the line where it was raised; with GPUCONV_TRACEBACK=1 in the environment, the traceback is printed first.
+    No exception leaves this function: an error becomes one line on stderr, and with `--json` also a JSON object on
+    stdout. For an unexpected error this line names the file and the line where it was raised; with GPUCONV_TRACEBACK=1
+    in the environment, the traceback is printed first.
 
     Args:
         argv: the arguments after the program's name; None for those of the process.
@@ -52,33 +54,36 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail("standard output is closed", EXIT_ERROR)
     if isinstance(sys.stdout, io.TextIOWrapper):  # file names need not be printable in the terminal's encoding
         sys.stdout.reconfigure(errors="backslashreplace")
+    words = sys.argv[1:] if argv is None else list(argv)
+    fail = partial(_fail, as_json="--json" in words)
     try:
         with _termination_raised():
-            code = _run(sys.argv[1:] if argv is None else list(argv))
+            code = _run(words)
             sys.stdout.flush()
             return code
     except (CommandError, UsageError, files.FileError) as error:
-        return _fail(str(error), error.code if isinstance(error, CommandError) else EXIT_ERROR)
+        return fail(str(error), error.code if isinstance(error, CommandError) else EXIT_ERROR)
     except MemoryError as error:
-        return _fail(f"not enough memory: {error}" if str(error) else "not enough memory", EXIT_ERROR)
+        return fail(f"not enough memory: {error}" if str(error) else "not enough memory", EXIT_ERROR)
     except KeyboardInterrupt:
-        return _fail("interrupted", EXIT_INTERRUPTED)
+        return fail("interrupted", EXIT_INTERRUPTED)
     except _Terminated as stop:
-        return _fail("terminated", 128 + stop.signum)
+        return fail("terminated", 128 + stop.signum)
     except BrokenPipeError:
         discard(sys.stdout)
         return EXIT_BROKEN_PIPE
-    except OSError as error:  # gpuconv raises FileError for files, so this is stdout, or a file that a library opened
+    except OSError as error:  # gpuconv raises FileError for files, so this is a file that a library opened, or stdout
+        if error.filename is not None:
+            return fail(f"{error.filename}: {error.strerror or error}", EXIT_ERROR)
         discard(sys.stdout)
-        what = "standard output: cannot be written" if error.filename is None else error.filename
-        return _fail(f"{what}: {error.strerror or error}", EXIT_ERROR)
+        return _fail(f"standard output: cannot be written: {error.strerror or error}", EXIT_ERROR)
     except Exception as error:
         if os.environ.get("GPUCONV_TRACEBACK"):
             traceback.print_exc()
         place = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{Path(place.filename).name}, line {place.lineno}"
         text = f"unexpected {type(error).__name__} in {where}: {error}"
-        return _fail(f"{text} (GPUCONV_TRACEBACK=1 shows the traceback)", EXIT_ERROR)
+        return fail(f"{text} (GPUCONV_TRACEBACK=1 shows the traceback)", EXIT_ERROR)
 
 
 @contextmanager
@@ -113,9 +118,11 @@ def _run(argv: list[str]) -> int:
     return command(args)
 
 
-def _fail(message: str, code: int) -> int:
+def _fail(message: str, code: int, *, as_json: bool = False) -> int:
     try:
         if sys.stdout is not None:
+            if as_json:
+                print_json({"error": message, "exit_code": code})
             sys.stdout.flush()
     except (OSError, ValueError):
         discard(sys.stdout)

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import json
+import platform
 from typing import Any
+
+import numpy as np
 
 from .. import __version__, layers, runtime
 from ..cpu.threads import usable_cpus
 from ..explain import SETTINGS
 from ..layers import Layer
 from ..measure import Comparison, Timing, compare, settings_text
-from ..text import wrap
+from ..text import count, wrap
 from .errors import EXIT_MISMATCH, CommandError
 from .gpu import use_gpu
 from .options import add_device, add_shapes, at_least, given_settings, specs
-from .terminal import show_progress, terminal_width
+from .terminal import print_json, show_progress, terminal_width
 
 
 def add_to(commands: Any) -> None:
@@ -57,14 +59,13 @@ def run(args: argparse.Namespace) -> int:
                 raise CommandError(f"layer {number + 1}: {error}" if args.layers else str(error)) from error
         progress(len(wanted), len(wanted), "")
     facts = {
-        "device": runtime.current_gpu().name if on_gpu else "CPU",
+        "device": {"name": runtime.current_gpu().name if on_gpu else "CPU"},
         "processors": usable_cpus(),
-        "gpuconv": __version__,
-        "pytorch": _version("torch"),
+        "versions": {"python": platform.python_version(), "numpy": np.__version__, "pytorch": _version("torch")},
         "turns": args.repeats,
     }
     if args.json:
-        print(json.dumps({**facts, "layers": [comparison.to_dict() for comparison in found]}, indent=2))
+        print_json({**facts, "layers": [comparison.to_dict() for comparison in found]})
     else:
         print(_page(facts, found))
     return 0 if all(comparison.is_right for comparison in found) else EXIT_MISMATCH
@@ -85,9 +86,10 @@ def _layers(args: argparse.Namespace) -> list[Layer]:
 
 def _page(facts: dict[str, Any], found: list[Comparison]) -> str:
     width = terminal_width()
-    where = facts["device"] if facts["device"] != "CPU" else f"the CPU, {facts['processors']} processors"
-    versions = f"gpuconv {facts['gpuconv']}" + (f", PyTorch {facts['pytorch']}" if facts["pytorch"] else "")
-    lines = wrap(f"On {where}; {versions}; medians of {facts['turns']} turns.", width)
+    name, pytorch = facts["device"]["name"], facts["versions"]["pytorch"]
+    where = name if name != "CPU" else f"the CPU, {count(facts['processors'], 'processor')}"
+    versions = f"gpuconv {__version__}" + (f", PyTorch {pytorch}" if pytorch else "")
+    lines = wrap(f"On {where}; {versions}; medians of {count(facts['turns'], 'turn')}.", width)
     for comparison in found:
         x, weight, bias = comparison.layer.arrays
         settings = settings_text(comparison.layer)

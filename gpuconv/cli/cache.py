@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import re
 from typing import Any
 
 from .. import cubins
-from ..text import count, wrap_rows
+from ..text import count, quantity, wrap_rows
 from .errors import EXIT_CODES, CommandError
-from .terminal import terminal_width
+from .terminal import print_json, terminal_width
 
 ACTIONS = ("show", "prune", "clear")
 _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}
@@ -42,37 +41,45 @@ def add_to(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.max_size is not None and args.action != "prune":
         raise CommandError("cache takes --max-size only together with prune")
-    facts: dict[str, Any] = {"folder": str(cubins.folder())}
+    removed, removed_bytes = 0, 0
     try:
         if args.action != "show":
-            removed, num_bytes = cubins.prune(0 if args.action == "clear" else args.max_size)
-            facts.update(removed=removed, removed_bytes=num_bytes)
+            removed, removed_bytes = cubins.prune(0 if args.action == "clear" else args.max_size)
         groups: dict[tuple[str, cubins.NvrtcVersion], list[cubins.Entry]] = {}
         for entry in cubins.entries():
             groups.setdefault((entry.arch, entry.nvrtc), []).append(entry)
         damaged = sum(entry.is_damaged for group in groups.values() for entry in group)
     except cubins.CacheError as error:
         raise CommandError(str(error)) from error
-    facts["kernels"] = [
+    kernels = [
         {
-            "arch": arch,
+            "arch_name": arch,
             "nvrtc": ".".join(map(str, version)),
             "count": len(group),
             "bytes": sum(entry.num_bytes for entry in group),
         }
         for (arch, version), group in sorted(groups.items())
     ]
-    facts["damaged"] = damaged
-    print(json.dumps(facts, indent=2) if args.json else _page(facts))
+    facts = {
+        "folder": str(cubins.folder()),
+        "removed": removed,
+        "removed_bytes": removed_bytes,
+        "kernels": kernels,
+        "damaged": damaged,
+    }
+    if args.json:
+        print_json(facts)
+    else:
+        print(_page(facts, has_removed=args.action != "show"))
     return 0
 
 
-def _page(facts: dict[str, Any]) -> str:
+def _page(facts: dict[str, Any], *, has_removed: bool) -> str:
     rows = [("folder", facts["folder"])]
-    if "removed" in facts:
+    if has_removed:
         rows.append(("removed", _amount(facts["removed"], facts["removed_bytes"])))
     for group in facts["kernels"]:
-        rows.append((group["arch"], f"{_amount(group['count'], group['bytes'])}, by NVRTC {group['nvrtc']}"))
+        rows.append((group["arch_name"], f"{_amount(group['count'], group['bytes'])}, by NVRTC {group['nvrtc']}"))
     total = (sum(group[what] for group in facts["kernels"]) for what in ("count", "bytes"))
     rows.append(("all", _amount(*total)))
     if facts["damaged"]:
@@ -81,7 +88,7 @@ def _page(facts: dict[str, Any]) -> str:
 
 
 def _amount(number: int, num_bytes: int) -> str:
-    return f"{count(number, 'kernel')}, {num_bytes / 1e6:.1f} MB"
+    return f"{count(number, 'kernel')}, {quantity(num_bytes, 'B')}"
 
 
 def _size(text: str) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from typing import Any
 
 from .. import runtime
@@ -12,7 +11,7 @@ from ..explain import DIRECTIONS, SETTINGS, explain
 from .errors import EXIT_CODES_WITH_GPU, CommandError
 from .gpu import use_gpu
 from .options import add_device, add_shapes, given_settings, specs
-from .terminal import terminal_width
+from .terminal import print_json, terminal_width
 
 
 def add_to(commands: Any) -> None:
@@ -55,5 +54,8 @@ def run(args: argparse.Namespace) -> int:
         explanation = explain(args.op, *arrays, direction=args.direction, device=device, **given_settings(args))
     except (ValueError, TypeError) as error:
         raise CommandError(str(error)) from error
-    print(json.dumps(explanation.to_dict(), indent=2) if args.json else explanation.page(terminal_width()))
+    if args.json:
+        print_json(explanation.to_dict())
+    else:
+        print(explanation.page(terminal_width()))
     return 0

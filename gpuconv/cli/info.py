@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import importlib
 import importlib.metadata
-import json
+import os
 import platform
 from typing import Any
 
@@ -14,10 +14,22 @@ import numpy as np
 
 from .. import __version__, cubins, runtime
 from ..gpus import missing_gpu
-from ..text import install_hint, shorten, wrap, wrap_rows
+from ..text import cuda_version, install_hint, shorten, wrap, wrap_rows
 from .errors import EXIT_CODES
 from .gpu import kernel_cache
-from .terminal import terminal_width
+from .terminal import print_json, terminal_width
+
+# The environment variables that gpuconv reads; the README describes them.
+VARIABLES = (
+    "GPUCONV_CACHE_DIR", "GPUCONV_CACHE_ONLY", "GPUCONV_TRACEBACK", "XDG_CACHE_HOME", "CUPY_CACHE_DIR",
+    "CUPY_COMPILE_WITH_PTX", "CUDA_VISIBLE_DEVICES", "COLUMNS", "NO_COLOR",
+)  # fmt: skip
+
+# The names of the versions in the text, where they differ.
+_LABELS = {
+    "python": "Python", "numpy": "NumPy", "cupy": "CuPy", "cuda_runtime": "CUDA runtime", "nvrtc": "NVRTC",
+    "cuda_driver": "NVIDIA driver",
+}  # fmt: skip
 
 
 def add_to(commands: Any) -> None:
@@ -35,15 +47,20 @@ def add_to(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     facts = _facts()
     if args.json:
-        print(json.dumps(facts, indent=2))
+        print_json(facts)
         return 0
-    rows = [(name, value or "not available") for name, value in facts["versions"].items()]
+    versions: dict[str, str | None] = dict(facts["versions"])
+    versions["python"] = f"{versions['python']} on {facts['platform']}"
+    if versions["cuda_driver"] is not None:
+        versions["cuda_driver"] = f"supports CUDA {versions['cuda_driver']}"
+    rows = [(_LABELS.get(name, name), value or "not available") for name, value in versions.items()]
     width = terminal_width()
     for gpu in facts["devices"]:
         text = f"{gpu['name']} (sm_{gpu['arch']}), {gpu['num_sms']} multiprocessors, {gpu['l2_bytes'] >> 20} MiB L2"
         rows.append((f"GPU {gpu['index']}", text))
     rows.append(("kernel cache", facts["kernel_cache"]))
     rows.append(("cubin folder", facts["cubin_folder"]))
+    rows += (("environment", f"{name}={value}") for name, value in facts["environment"].items() if value is not None)
     lines = wrap_rows(rows, width)
     if facts["missing"]:
         lines += ["", "Missing:"]
@@ -57,12 +74,12 @@ def run(args: argparse.Namespace) -> int:
 def _facts() -> dict[str, Any]:
     versions: dict[str, str | None] = {
         "gpuconv": __version__,
-        "Python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
-        "NumPy": np.__version__,
-        "CuPy": _version("cupy"),
-        "CUDA runtime": None,
-        "NVRTC": None,
-        "NVIDIA driver": None,
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "cupy": _version("cupy"),
+        "cuda_runtime": None,
+        "nvrtc": None,
+        "cuda_driver": None,
         "ml_dtypes": _version("ml_dtypes"),
         "soundfile": _version("soundfile"),
         "rich": _version("rich"),
@@ -70,15 +87,15 @@ def _facts() -> dict[str, Any]:
     missing: list[dict[str, str]] = []
     devices: list[dict[str, Any]] = []
     try:
-        cuda: Any = None if versions["CuPy"] is None else runtime.cupy_module().cuda
+        cuda: Any = None if versions["cupy"] is None else runtime.cupy_module().cuda
     except ImportError:  # CuPy is too old, which `missing_gpu` reports below
         cuda = None
     if cuda is not None:
-        versions["CUDA runtime"] = _cuda_version(cuda.runtime.runtimeGetVersion())
+        versions["cuda_runtime"] = cuda_version(cuda.runtime.runtimeGetVersion())
         if driver := cuda.runtime.driverGetVersion():
-            versions["NVIDIA driver"] = f"supports CUDA {_cuda_version(driver)}"
+            versions["cuda_driver"] = cuda_version(driver)
         if version := runtime.nvrtc_version():
-            versions["NVRTC"] = ".".join(map(str, version))
+            versions["nvrtc"] = ".".join(map(str, version))
         else:
             what = f"NVRTC, CUDA's run-time compiler: {install_hint('cuda13', 'cuda12')}"
             meaning = "Only kernels that were compiled in advance can run."
@@ -99,9 +116,11 @@ def _facts() -> dict[str, Any]:
             missing.append({"what": f"{module}: {_trouble(module) or install_hint(extra)}", "meaning": meaning})
     return {
         "versions": versions,
+        "platform": f"{platform.system()} {platform.machine()}",
         "devices": devices,
         "kernel_cache": kernel_cache(),
         "cubin_folder": str(cubins.folder()),
+        "environment": {name: os.environ.get(name) for name in VARIABLES},
         "missing": missing,
     }
 
@@ -125,7 +144,3 @@ def _version(module: str) -> str | None:
         return None
     version = getattr(imported, "__version__", None)
     return str(version or importlib.metadata.version(module))
-
-
-def _cuda_version(number: int) -> str:
-    return f"{number // 1000}.{number % 1000 // 10}"

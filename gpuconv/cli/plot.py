@@ -23,6 +23,7 @@ CHANNELS = 4  # that are drawn at most
 _POINTS = 2000  # across a picture: of more samples the range of values is drawn, and more windows are spaced wider
 _LONGEST_WINDOW, _SHORTEST_WINDOW = 512, 16  # samples
 _DECIBELS = 80  # below the loudest value, where the colours end
+_SILENCE = -200  # decibels of zeros
 
 
 def add_to(commands: Any) -> None:
@@ -85,7 +86,11 @@ def _names(args: argparse.Namespace) -> tuple[list[str], str]:
     names = [name for name in (args.input, args.after, args.output) if name is not None]
     if "" in names:
         raise CommandError("the name of a file is empty")
-    is_named = len(names) == 3 or (len(names) == 2 and Path(names[1]).suffix.lower() in PICTURES)
+    suffix = Path(names[-1]).suffix.lower()
+    is_named = len(names) == 3 or (len(names) == 2 and suffix in PICTURES)
+    if len(names) == 2 and suffix not in (*PICTURES, *files.SUFFIXES) and names[1] != files.STANDARD:
+        allowed = f"{' or '.join(files.SUFFIXES)}, or for a picture in {' or '.join(PICTURES)}"
+        raise CommandError(f"{names[1]}: the name must end in {allowed}")
     sources, target = (names[:-1], names[-1]) if is_named else (names, str(Path(names[-1]).with_suffix(".png")))
     if sources.count(files.STANDARD) > 1:
         raise CommandError("standard input, -, can be only one of the files")
@@ -109,7 +114,10 @@ def _read(path: str, rate: int | None) -> _Signal:
         channels = channels[: array.shape[1]]
     if len(channels) > CHANNELS:
         tell("note", f"{name}: only the first {CHANNELS} of {len(channels)} channels are drawn")
-    return _Signal(name, channels[:CHANNELS], own_rate or rate)
+    channels = channels[:CHANNELS]
+    if not np.isfinite(channels).all():
+        tell("note", f"{name}: infinities, NaN and values too large for float32 are not drawn")
+    return _Signal(name, channels, own_rate or rate)
 
 
 def _draw(figure: Any, signals: list[_Signal]) -> None:
@@ -120,7 +128,7 @@ def _draw(figure: Any, signals: list[_Signal]) -> None:
         shown = [(column, signal) for column, signal in enumerate(signals) if row < len(signal.samples)]
         powers = {column: _spectrogram(signal.samples[row]) for column, signal in shown}
         finite = [power[np.isfinite(power)].max(initial=-math.inf) for power, _ in powers.values()]
-        loudest = max(finite) if math.isfinite(max(finite)) else 0.0
+        loudest = max(finite) if max(finite) > _SILENCE + 1 else 0.0
         for column, signal in enumerate(signals):
             wave, image = axes[2 * row, column], axes[2 * row + 1, column]
             if column not in powers:
@@ -141,7 +149,7 @@ def _draw(figure: Any, signals: list[_Signal]) -> None:
             if column == min(powers):
                 name = "" if rows == 1 else f"channel {row + 1}\n"
                 wave.set_ylabel(f"{name}amplitude")
-                image.set_ylabel("Hz" if signal.rate else "cycles a sample")
+                image.set_ylabel("Hz" if signal.rate else "cycles/sample")
             wave.set_xlim(0, signal.samples.shape[1] / scale)
             if row == len(signal.samples) - 1:
                 image.set_xlabel(signal.axis)
@@ -153,7 +161,7 @@ def _draw_wave(axes: Any, samples: files.Array, rate: int | None) -> None:
     """Draw samples as a line, or if there are many, the range of values of neighbours."""
     step = -(-len(samples) // _POINTS)
     if step < 3:
-        axes.plot(np.arange(len(samples)) / (rate or 1), samples, linewidth=0.8)
+        axes.plot(np.arange(len(samples)) / (rate or 1), samples, ".-" if len(samples) == 1 else "-", linewidth=0.8)
         return
     starts = np.arange(0, len(samples), step)
     low, high = (bound.reduceat(samples, starts) for bound in (np.minimum, np.maximum))
@@ -178,4 +186,4 @@ def _spectrogram(samples: files.Array) -> tuple[files.Array, int]:
             padding_mode="reflect" if len(samples) > K // 2 else "zeros",
         )  # fmt: skip
         real, imaginary = spectrum[0].reshape(2, K // 2 + 1, -1)
-        return 10 * np.log10(real**2 + imaginary**2 + np.float32(1e-20)), hop
+        return 10 * np.log10(real**2 + imaginary**2 + np.float32(10 ** (_SILENCE / 10))), hop

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
+from .. import __version__
 from ..text import WIDTH, shorten, wrap
 
 PROGRESS_SECONDS = 10.0  # between two lines if stderr is not a terminal
@@ -28,6 +31,20 @@ def tell(kind: str, message: str) -> None:
         print("\n".join(lines), file=sys.stderr, flush=True)
     except (OSError, ValueError):
         discard(sys.stderr)
+
+
+def print_json(facts: Mapping[str, Any]) -> None:
+    """Print a JSON object that begins with the version of gpuconv."""
+    print(json.dumps({"gpuconv": __version__, **_finite(facts)}, indent=2))
+
+
+def _finite(value: Any) -> Any:
+    """The value with strings in place of NaN and infinities, which JSON does not have."""
+    if isinstance(value, Mapping):
+        return {name: _finite(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def discard(stream: Any) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections import Counter
 from typing import Any
@@ -15,7 +14,7 @@ from ..text import count, wrap
 from ..verify import verify
 from .errors import EXIT_MISMATCH, EXIT_NO_GPU, CommandError
 from .options import add_device, at_least, some_of
-from .terminal import show_progress, terminal_width
+from .terminal import print_json, show_progress, terminal_width
 
 
 def add_to(commands: Any) -> None:
@@ -72,7 +71,10 @@ def run(args: argparse.Namespace) -> int:
         raise CommandError(str(error)) from error
     if args.junit is not None:
         files.write_text(args.junit, report.to_junit())
-    print(json.dumps(report.to_dict(), indent=2) if args.json else _page(str(report)))
+    if args.json:
+        print_json(report.to_dict())
+    else:
+        print(_page(str(report)))
     return 0 if report.ok else EXIT_MISMATCH
 
 
@@ -99,7 +101,7 @@ def _list_cases(filter: str | None, *, as_json: bool) -> int:
         "tags": Counter(tag for case in selected for tag in case.tags),
     }
     if as_json:
-        print(json.dumps({**numbers, "cases": {case.name: list(case.tags) for case in selected}}, indent=2))
+        print_json({**numbers, "cases": {case.name: case.tags for case in selected}})
         return 0
     width = max(len(case.name) for case in selected)
     for title, found in numbers.items():

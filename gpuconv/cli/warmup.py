@@ -52,6 +52,9 @@ def add_to(commands: Any) -> None:
         help=f"for a problem or layers, only these: {', '.join(DIRECTIONS)}",
     )
     parser.add_argument(
+        "--streams", action="store_true", help="without a problem or layers: also the kernels of streams"
+    )
+    parser.add_argument(
         "--jobs", type=at_least(1), metavar="N", help="with --arch: compile in N processes (default: one per core)"
     )
     parser.set_defaults(run=run)
@@ -67,6 +70,8 @@ def run(args: argparse.Namespace) -> int:
     settings = given_settings(args)
     if args.input is None and (settings or args.bias or (args.direction and args.layers is None)):
         raise CommandError("warmup takes settings only together with --input and --weight")
+    if args.streams and (args.input is not None or args.layers is not None):
+        raise CommandError("warmup takes --streams only without a problem and layers")
     if args.jobs is not None and args.arch is None:
         raise CommandError("warmup takes --jobs only together with --arch")
     wanted = _layers(args, settings)
@@ -109,7 +114,7 @@ def _layers(args: argparse.Namespace, settings: dict[str, Any]) -> list[Layer] |
 def _configs(args: argparse.Namespace, wanted: list[Layer] | None, device: Device) -> list[Config]:
     """The specialisations to compile for a GPU, each once."""
     if wanted is None:
-        return every_config(device, args.dtype or DTYPES, args.op)
+        return every_config(device, args.dtype or DTYPES, args.op, streams=args.streams)
     configs: dict[Config, None] = {}
     for layer in wanted:
         directions = directions_of(layer.arrays[0], layer.settings)

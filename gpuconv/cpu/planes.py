@@ -102,6 +102,7 @@ class Planes:
         run_blocks(self._prepare, blocks, workers, call.dtype, self.groups * self.length, prepares=True)
 
     def _prepare(self, call: Call, block: Block, scratch: Scratch) -> Callable[[], None]:
+        """Prepare a block, and return the function that computes it."""
         p, L, size = call.p, self.length, call.dtype.itemsize
         x, y = call.x[block.samples, block.groups], call.y[block.samples, block.groups]
         N, G = y.shape[:2]

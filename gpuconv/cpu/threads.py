@@ -1,6 +1,6 @@
 """Blocks of one call on several threads.
 
-The helpers are started once and kept, each of them waiting at a queue of its own. Such a handover takes some 25 us, one
+The helpers are started once and kept, each of them waiting at a queue of its own. Such a handover takes some 40 us, one
 through `concurrent.futures` 60 us, and a call of 0.5 ms can gain from a second thread.
 
 Each thread is bound to processors of its own while it computes. Threads that pass the interpreter's lock to each other
@@ -48,8 +48,7 @@ def run_blocks(
     prepare: Callable[..., Callable[[], None]] = compute if prepares else partial(partial, compute)
     helpers = _pool().take(min(workers, len(blocks), usable_cpus()) - 1) if workers > 1 else []
     scratches = [Scratch.borrow(f"blocks {index}", dtype) for index in range(1 + len(helpers))]
-    own, *rest = blocks
-    pending = deque(rest)
+    own, pending = blocks[: len(scratches)], deque(blocks[len(scratches) :])
 
     def work(first: Callable[[], None], scratch: Scratch) -> None:
         # NumPy copies rows that are shorter than its buffer into the buffer, even where no dtype is converted; a buffer
@@ -64,25 +63,23 @@ def run_blocks(
             if buffer_size is not None:
                 np.setbufsize(buffer_size)
 
-    try:
-        if helpers:
-            _work_together(work, prepare, own, pending, helpers, scratches)
-        else:
-            work(prepare(*own, scratches[0]), scratches[0])
-    finally:
-        for index, scratch in enumerate(scratches):
-            scratch.give_back(f"blocks {index}")
+    if helpers:
+        _work_together(work, prepare, own, pending, helpers, scratches)
+    else:
+        work(prepare(*own[0], scratches[0]), scratches[0])
+    for index, scratch in enumerate(scratches):
+        scratch.give_back(f"blocks {index}")
 
 
 def _work_together(
     work: Callable[[Callable[[], None], Scratch], None],
     prepare: Callable[..., Callable[[], None]],
-    own: tuple[Any, ...],
+    own: Sequence[tuple[Any, ...]],
     pending: deque[tuple[Any, ...]],
     helpers: Sequence[_Helper],
     scratches: Sequence[Scratch],
 ) -> None:
-    """Compute the caller's `own` block and all that are `pending` by `work`, on the helpers, too."""
+    """Compute by `work`, on the calling thread and on the helpers, a block of each's own and all that are pending."""
     ready: deque[tuple[Callable[[], None], Scratch]] = deque()
     begun: list[None] = []
     ended: list[BaseException | None] = []
@@ -103,23 +100,27 @@ def _work_together(
             error = caught
         ended.append(error)
 
+    def wait() -> None:
+        # A helper that begins from now on finds nothing to do.
+        while len(ended) < len(begun):
+            signal.get()
+
     shares = _shares(1 + len(helpers))
     try:
-        for helper, share, scratch in zip(helpers, shares[1:], scratches[1:], strict=True):
-            ready.append((prepare(*pending.pop(), scratch), scratch))
+        for helper, block, share, scratch in zip(helpers, own[1:], shares[1:], scratches[1:], strict=True):
+            ready.append((prepare(*block, scratch), scratch))
             helper.begin(assist, signal, share)
-        first = prepare(*own, scratches[0])
+        first = prepare(*own[0], scratches[0])
         _keep_to(0, shares[0])
         work(first, scratches[0])
         while (prepared := _next(ready)) is not None:  # of a helper that has not begun, since its processor is busy
             work(*prepared)
+        wait()
     except BaseException:
         leave_the_rest()
+        wait()
         raise
     finally:
-        # A helper that begins from now on finds nothing to do.
-        while len(ended) < len(begun):
-            signal.get()
         _keep_to(0, [processor for share in shares for processor in share])
     for error in ended:
         if error is not None:

@@ -255,7 +255,7 @@ class Toeplitz:
         scratch.give_back("band")
 
     def _prepare(self, call: Call, bands: Array, block: Block, scratch: Scratch) -> Callable[[], None]:
-        """Prepare a block for `channels_last`."""
+        """Prepare a block for `channels_last`, and return the function that computes it."""
         p, W, M, C = call.p, self.windows, call.p.C_out_g, call.p.C_in_g
         y, x = call.y[block.samples, block.groups], call.x[block.samples, block.groups]
         (N, G), length = x.shape[:2], self.tile * outputs_per_step(p)

@@ -138,6 +138,7 @@ class Windows:
         run_blocks(self._prepare, blocks, workers, call.dtype, p.L_out, prepares=True)
 
     def _prepare(self, call: Call, block: Block, scratch: Scratch) -> Callable[[], None]:
+        """Prepare a block, and return the function that computes it."""
         p, tile, taps = call.p, self.tile, slice(0, call.p.K)
         per_step, step, U = outputs_per_step(p), self.tile * step_inputs(p), window_length(p, self.tile, p.K)
         # The outputs of the block; the first and the last ones may not exist.

@@ -335,6 +335,7 @@ def kernel_config(
     access: Access = Access.POSITION,
     output_last: bool = False,
     is_raw: bool = False,
+    folds: bool = False,
 ) -> Config:
     arithmetic = ARITHMETICS[dtype, precision]
     # The shared memory of Turing holds one block, seldom two; 64-bit offsets take twice the registers.
@@ -365,6 +366,8 @@ def kernel_config(
         macros["OUTPUT_LAST"] = 1
     if is_raw:
         macros["RAW_WEIGHT"] = 1
+    if folds:
+        macros["FOLDS_STRIDE"] = 1
     return Config.of(kernel, macros)
 
 
@@ -395,8 +398,12 @@ def kernel_configs(kernel: str, device: Device, phases: tuple[bool, ...], *, tra
                 for tile in (*tiles(arithmetic, bits), *tiles(arithmetic, bits, segments=True)):
                     for mode in (2, 3) if tile.segment_mode == 2 else (tile.segment_mode,):
                         for access, output_last in _accesses(arithmetic, bits, device, mode, phases_in_rows):
+                            may_fold = not transposed and access is not Access.PAIR
                             may_be_raw = tile.packs_weights and bits == 32 and access is not Access.UNIT
-                            for is_raw in (False, True) if may_be_raw and not output_last else (False,):
+                            kinds = [(False, False)]
+                            kinds += [(True, False)] if may_be_raw and not output_last else []
+                            kinds += [(False, True)] if may_fold else []
+                            for is_raw, folds in kinds:
                                 yield kernel_config(
                                     kernel,
                                     dtype,
@@ -409,6 +416,7 @@ def kernel_configs(kernel: str, device: Device, phases: tuple[bool, ...], *, tra
                                     access=access,
                                     output_last=output_last,
                                     is_raw=is_raw,
+                                    folds=folds,
                                 )
                 yield _pack_config(dtype, precision, bits, transposed=transposed, phases_in_rows=phases_in_rows)
                 if not transposed:
@@ -479,6 +487,7 @@ def make_plan(
             access=Access.POSITION if mode == 3 else tiling.window.access,  # the second launch reads no input
             output_last=output_last and mode != 2,
             is_raw=tiling.is_raw,
+            folds=product.fold > 1,
         )
         config = with_padding_mode(config, p.padding_mode)
         arrays = conv_arrays(p, "weight" if tiling.is_raw else PACKED)

@@ -110,7 +110,7 @@ _TILES = (
     Tile(32, 64, 1, 4, 4, 4),
     Tile(16, 320, 1, 4, 3, 4),
     Tile(16, 128, 1, 4, 4, 4),
-    Tile(64, 160, 2, 2, 3, 4, has_samples=True),
+    Tile(64, 160, 2, 2, 2, 4, has_samples=True),
     Tile(64, 64, 2, 2, 4, 4, has_samples=True),
     Tile(128, 16, 4, 1, 3, 2),
 )

@@ -18,12 +18,15 @@ _R = TypeVar("_R")
 
 
 def on_the_gpu_of_its_arrays(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Run the function with the GPU of its first CuPy array as the current one, on which it then allocates."""
+    """Run the function with the GPU of its first CuPy array as the current one, on which it then allocates.
+
+    Infinities and overflow give no warnings: SciPy's filters and CuPy have none either.
+    """
 
     @wraps(function)
     def on_that_gpu(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         arrays = [value for value in (*args, *kwargs.values()) if runtime.is_cupy_array(value)]
-        with runtime.current_device_of(arrays[0] if arrays else None):
+        with runtime.current_device_of(arrays[0] if arrays else None), np.errstate(all="ignore"):
             return function(*args, **kwargs)
 
     return on_that_gpu

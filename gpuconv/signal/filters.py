@@ -63,7 +63,7 @@ def upfirdn(h: Any, x: Any, up: int = 1, down: int = 1, axis: int = -1, mode: st
     L, K = x.shape[-1], h.shape[0]
     if L == 0:
         raise ValueError("x must have samples along the axis")
-    wide = np.result_type(result_type(h, x), np.float32)
+    wide = np.result_type(h.dtype, x.dtype, np.float32)
     h, x = h.astype(wide if h.dtype.kind == "c" else real_type(wide), copy=False), x.astype(wide, copy=False)
     length = ((L - 1) * up + K - 1) // down + 1
     if mode != "constant" or cval != 0:
@@ -188,6 +188,8 @@ def resample_poly(
         h = xp.asarray(_low_pass(2 * half + 1, 1 / max(up, down), window).astype(real_type(inexact)))
     h = h * h.dtype.type(up)
     signals, place = axis_last("resample_poly", x.astype(inexact, copy=False), axis)
+    if signals.shape[-1] == 0:
+        return x.astype(result_type(h, signals))
     background = None
     if padtype in _BACKGROUNDS:
         measure = {"maximum": xp.max, "mean": xp.mean, "median": xp.median, "minimum": xp.min}[padtype]
@@ -250,7 +252,9 @@ def _polyphase(h: Any, x: Any, up: int, down: int, first: int, length: int) -> A
 
     Each of the ``up/gcd`` phases of l is an output channel of one convolution, with the taps that multiply samples.
     """
-    xp = runtime.array_module(x)
+    xp, result = runtime.array_module(x), result_type(x, h)
+    if 0 in x.shape:
+        return xp.zeros((*x.shape[:-1], length), result)
     common = math.gcd(up, down)
     phases, step = up // common, down // common
     # Output l = q*phases + r reads x[q*step + i] with the tap k = r*down + first - i*up.
@@ -264,7 +268,6 @@ def _polyphase(h: Any, x: Any, up: int, down: int, first: int, length: int) -> A
     L = x.shape[-1]
     left = max(0, -low)
     right = max(0, (positions - 1) * step + high + 1 - L)
-    result = result_type(x, h)
     signals, w = computable(x[..., max(0, low) :], w)
     y = conv1d(signals.reshape(-1, 1, signals.shape[-1]), w[:, None, :], stride=step, padding=(left, right))
     y = y[..., :positions].swapaxes(-1, -2).reshape(*x.shape[:-1], positions * phases)[..., :length]

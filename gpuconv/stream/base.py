@@ -11,7 +11,8 @@ from typing import Any, ClassVar, NamedTuple, SupportsIndex, TypeVar, cast
 import numpy as np
 
 from .. import functional, nn, runtime
-from ..arguments import ArraySpec, Settings, check_int
+from ..arguments import MAX_STEP, ArraySpec, Settings, check_groups, check_int
+from ..calls import native
 from ..dispatch import BY_FFT
 from ..fusion import ActivationLike, Fused
 from ..interchange import view
@@ -83,18 +84,21 @@ class Stream:
                 "would begin at each push"
             )
         settings = Settings.check(caller, self.op, stride, padding, dilation, groups, output_padding)
-        self._weight = weight if isinstance(weight, runtime.PreparedWeight) else functional.prepare(weight)
+        if not isinstance(weight, runtime.PreparedWeight):
+            weight = functional.prepare(*take(caller, weight=weight))
+        self._weight: runtime.PreparedWeight = weight
         if bias is not None:
             _, bias = take(caller, weight=self._weight.array, bias=bias)
         shape = self._weight.shape
         if len(shape) != 3 or shape[2] < 1:
             raise ValueError(f"{caller}: weight must have three axes, the last with a tap at least, got shape {shape}")
         self._stride, self._dilation, self._groups = settings.stride, settings.dilation, settings.groups
+        check_groups(caller, self._groups, self._channels, self._output_shape(1, 0)[1])
         self._span = self._dilation * (shape[2] - 1) + 1
         self._left, self._right = self._sides(caller, settings)
         fused = Fused.check(caller, activation, input_activation)
         check_kinds(caller, {"weight": self._weight.array, **fused.given})
-        self.slots = check_int(caller, "slots", slots, "an int", 1)
+        self.slots = check_int(caller, "slots", slots, "an int", 1, MAX_STEP)
         self._call: Any = getattr(functional, self.op)
         with self._here():
             self._bias = None if bias is None else bias.copy()
@@ -182,11 +186,13 @@ class Stream:
         """Any push, with all checks."""
         caller = f"{type(self).__name__}.push"
         chosen = self._chosen(caller, slots)
-        check_kinds(caller, {"weight": self._weight.array, "input": input})
-        if input.dtype != self._weight.dtype:
+        given = {"weight": self._weight.array, "input": input}
+        check_kinds(caller, given if out is None else {**given, "out": out})
+        new = native(input) if isinstance(input, np.ndarray) else input
+        if new.dtype != self._weight.dtype:
             raise TypeError(f"{caller}: input must have the dtype of weight, {self._weight.dtype}, got {input.dtype}")
-        single = input.ndim == 2 and len(chosen) == 1
-        x = input[None] if single else input
+        single = new.ndim == 2 and len(chosen) == 1
+        x = new[None] if single else new
         if x.ndim != 3 or x.shape[:2] != (len(chosen), self._channels):
             raise ValueError(
                 f"{caller}: input must have shape (slots, C_in, L) = ({len(chosen)}, {self._channels}, L), got "
@@ -198,16 +204,16 @@ class Stream:
         position = position._replace(skip=position.skip - skipped, received=position.received or x.shape[-1] > 0)
         count, dropped, after = self._advance(position, x.shape[-1])
         expected = self._output_shape(len(chosen), count)[1 if single else 0 :]
-        if out is not None and (tuple(out.shape), out.dtype) != (expected, self._output_dtype):
+        if out is not None and (tuple(out.shape), out.dtype.newbyteorder("=")) != (expected, self._output_dtype):
             raise ValueError(
                 f"{caller}: out must be {self._output_dtype} of shape {expected}, got {out.dtype} of shape {out.shape}"
             )
         whole = chosen == list(range(self.slots))
         kind = None
         if whole and not skipped and position == after and position.held and count:
-            kind = kind_of(input, out), position
+            kind = kind_of(new, out), position
             if kind == self._last:
-                return self._enter_window(kind, input, position, count, out)
+                return self._enter_window(kind, new, position, count, out)
         self._leave_window()
         samples = self._join((self._samples if whole else self._samples[chosen])[..., : position.held], x)
         result = self._outputs(samples, position, count, out[None] if single and out is not None else out)
@@ -227,10 +233,11 @@ class Stream:
             slots: as in `push`; None for all.
 
         Returns:
-            (slots, C_out, L_out), with L_out from 0 on.
+            (slots, C_out, L_out), with L_out from 0 on: a signal that is too short has no outputs, where a call on it
+            would raise an error.
 
         Raises:
-            ValueError: as `push`; or the signal is too short for a single output, as in a call on the whole signal.
+            ValueError: as `push`.
         """
         caller = f"{type(self).__name__}.flush"
         chosen = self._chosen(caller, slots)
@@ -268,15 +275,19 @@ class Stream:
         """Continue from the `state` of a stream of the same layer with as many slots.
 
         Raises:
-            ValueError: the state does not fit; the stream is unchanged.
+            ValueError, TypeError: the state does not fit; the stream is unchanged.
         """
         caller = f"{type(self).__name__}.load_state"
+        if not isinstance(state, Mapping):
+            raise TypeError(f"{caller}: state must be a mapping, got {type(state).__name__}")
         if set(state) != {"samples", "positions"}:
             raise ValueError(f'{caller}: state must hold "samples" and "positions", got {", ".join(map(repr, state))}')
         samples, positions = state["samples"], np.asarray(state["positions"])
         if positions.shape != (self.slots, 4) or positions.dtype.kind not in "iu" or (positions < 0).any():
             raise ValueError(f"{caller}: positions must be integers of shape ({self.slots}, 4), got {positions.shape}")
         _, samples = take(caller, weight=self._weight.array, samples=samples)
+        if isinstance(samples, np.ndarray):
+            samples = native(samples)
         held = int(positions[:, 0].max())
         if tuple(samples.shape) != (self.slots, self._channels, held) or samples.dtype != self._weight.dtype:
             raise ValueError(
@@ -381,7 +392,10 @@ class Stream:
     def _chosen(self, caller: str, slots: Sequence[SupportsIndex] | None) -> list[int]:
         if slots is None:
             return list(range(self.slots))
-        chosen = [operator.index(slot) for slot in slots]
+        try:
+            chosen = [operator.index(slot) for slot in slots]
+        except TypeError:
+            raise TypeError(f"{caller}: slots must be a sequence of ints, got {slots!r}") from None
         if not all(0 <= slot < self.slots for slot in chosen) or len(set(chosen)) < len(chosen):
             raise ValueError(f"{caller}: slots must be from 0 to {self.slots - 1}, each once, got {chosen}")
         return chosen

@@ -112,11 +112,48 @@ def problem_of(op: Op, arrays: dict[str, Array | None], settings: dict[str, Any]
     x, weight, bias = arrays.values()
     assert x is not None
     assert weight is not None
-    plain = {**settings}
+    plain = {name: value for name, value in settings.items() if name != "lengths"}
     fused = Fused.take(op, plain)
     weight = weight if weight.dtype == "float32" and x.dtype != "complex64" else weight.astype(x.dtype)
     p = ConvProblem.of(op, x, weight, bias, **plain).fused(fused)
     return p, (x, weight, bias), fused.given
+
+
+def random_lengths(rng: np.random.Generator, p: ConvProblem, x: Array) -> list[int]:
+    """Lengths of the samples, zero among them; what lies behind them becomes NaN, or a large integer."""
+    least = 0 if p.padding_mode == "zeros" else p.dilation * (p.K - 1) + 10
+    lengths: list[int] = rng.choice([least, p.L_in, int(rng.integers(least, p.L_in + 1))], p.N).tolist()
+    for sample, length in zip(x if p.batched else x[np.newaxis], lengths, strict=True):
+        sample[:, length:] = 9999 if x.dtype.kind == "i" else np.nan
+    return lengths
+
+
+def is_within_bound(op: Op, arrays: dict[str, Array | None], settings: dict[str, Any], found: Array) -> bool:
+    """Whether a result of the CPU is within the error bound, each sample being what a call on it alone gives."""
+    if "lengths" not in settings:
+        p, of_reference, fused = problem_of(op, arrays, settings)
+        return bool(reference.within_bound(p, found, *of_reference, fused).all())
+    x, weight, bias = arrays.values()
+    assert x is not None
+    assert weight is not None
+    own = {name: value for name, value in settings.items() if name not in ("lengths", "residual")}
+    names = ("stride", "padding", "dilation", "output_padding")
+    of_lengths = {name: value for name, value in own.items() if name in names}
+    lengths = settings["lengths"]
+    wanted = gpuconv.output_lengths(lengths, weight.shape[2], **of_lengths, transposed=op != "conv1d").tolist()
+
+    def row(array: Array, n: int) -> Array:
+        return array[n] if x.ndim == 3 else array
+
+    for n, (length, L_out) in enumerate(zip(lengths, wanted, strict=True)):
+        y = row(found, n)
+        if y[:, L_out:].any():
+            return False
+        alone = {"input": row(x, n)[:, :length], "weight": weight, "bias": bias}
+        residual = {"residual": row(settings["residual"], n)[:, :L_out]} if "residual" in settings else {}
+        if L_out and not is_within_bound(op, alone, {**own, **residual}, y[:, :L_out]):
+            return False
+    return True
 
 
 def compare_random_calls(device: str, count: int, dtypes: tuple[str, ...]) -> None:
@@ -125,11 +162,12 @@ def compare_random_calls(device: str, count: int, dtypes: tuple[str, ...]) -> No
     for number in range(count):
         op, arrays, settings = random_call(rng, dtypes)
         x, weight, bias = arrays.values()
-        p, of_reference, fused = problem_of(op, arrays, settings)
+        p, _, _ = problem_of(op, arrays, settings)
         out_dtype = numpy_dtype(p.dtype) if p.out_dtype is None else np.dtype(p.out_dtype)
         if out_dtype.kind != "i" and rng.random() < 0.3:
             settings["residual"] = draw(rng, p.output_shape, out_dtype.name)
-            p, of_reference, fused = problem_of(op, arrays, settings)
+        if rng.random() < 0.4:
+            settings["lengths"] = random_lengths(rng, p, x)
         source, target = Slices(x), Slices(np.full(p.output_shape, 7, out_dtype))
         sources = {**settings, "residual": Slices(settings["residual"])} if "residual" in settings else settings
 
@@ -141,7 +179,7 @@ def compare_random_calls(device: str, count: int, dtypes: tuple[str, ...]) -> No
         assert call(max_bytes=limit) is target
         assert (2 * source.largest + target.largest) * (2 if device == "gpu" else 1) <= limit
         if device == "cpu":
-            assert reference.within_bound(p, target.array, *of_reference, fused).all(), f"{number}: {op} {settings}"
+            assert is_within_bound(op, arrays, settings, target.array), f"{number}: {op} {settings}"
             continue
         expected = one_call_on_a_gpu(op, (x, weight, bias), settings)
         np.testing.assert_array_equal(target.array.view(np.uint8), expected.view(np.uint8), f"{op} {settings}")
@@ -268,6 +306,9 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
         "conv1d: max_bytes must be at least 464 for the input and the output of one position, got 463"
     )
     assert refusal(ValueError, device="tpu") == "conv1d: device must be one of cpu, gpu, got 'tpu'"
+    assert refusal(TypeError, source=[1.0]) == "conv1d: source must have a shape, a dtype and slices, got list"
+    assert refusal(TypeError, out=1.0) == "conv1d: out must have a shape, a dtype and slices, got float"
+    assert refusal(TypeError, journal=1) == "conv1d: journal must be a path or None, got int"
     assert refusal(ValueError, out=out[:1]) == "conv1d: out must have shape (2, 4, 92), got (1, 4, 92)"
     assert refusal(TypeError, out=out.astype("f4")) == "conv1d: out must have dtype float64, got float32"
     read_only = out.view()
@@ -279,6 +320,10 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
     )
     assert refusal(ValueError, algorithm="nothing").startswith("conv1d: algorithm must be None or one of base, ")
     assert refusal(TypeError, weight=w.tolist()).startswith("conv1d: weight must be a NumPy or CuPy array, got list")
+    lengths = "conv1d: lengths must be from 0 to L_in = 100, got lengths[1] = 101"
+    assert refusal(ValueError, lengths=[5, 101]) == lengths
+    assert refusal(ValueError, lengths=[5]) == "conv1d: lengths must have shape (N,) = (2,), got (1,)"
+    assert refusal(TypeError, lengths=[5.0, 5]) == "conv1d: lengths[0] must be an int, got float 5.0"
     assert refusal(ValueError, residual=np.ones((2, 4, 91))).startswith("conv1d: residual must have shape (2, 4, 92)")
 
 
@@ -311,6 +356,36 @@ def test_an_error_in_the_middle_loses_nothing(tmp_path: Path) -> None:
     assert target.written == 8  # each of the pieces once
     whole = np.empty((1, 1, 992))
     np.testing.assert_array_equal(target.array, chunked.conv1d(x, w, out=whole, max_bytes=4000))
+
+
+def test_a_call_with_lengths_goes_on_where_it_was(tmp_path: Path) -> None:
+    """Also where a sample has no input, or ends far before its last pieces; other lengths are another call."""
+    rng = np.random.default_rng(3)
+    x, w, b = rng.standard_normal((4, 2, 200)), rng.standard_normal((2, 3, 150)), rng.standard_normal(3)
+    settings: dict[str, Any] = {"stride": 3, "padding": (4, 2), "output_size": 742}
+    lengths = [200, 0, 31, 1]
+    expected = gpuconv.conv_transpose1d(x, w, b, **settings, lengths=lengths)
+    assert expected[1].any()  # the bias, in the outputs that the kernel alone would reach
+    target = Slices(np.full(expected.shape, np.nan))
+    call = partial(
+        chunked.conv_transpose1d, x, w, b, **settings, out=target, max_bytes=9000, journal=tmp_path / "journal"
+    )
+
+    def fail() -> None:
+        raise OSError(28, "No space left on device")
+
+    target.before = {12: fail}
+    with pytest.raises(OSError, match="No space left"):
+        call(lengths=lengths)
+    target.before = {}
+    for other in ([200, 0, 31, 2], None):
+        with pytest.raises(JournalError, match=r"is of another call"):
+            call(lengths=other)
+    totals = []
+    call(lengths=np.array(lengths, np.int32), progress=lambda _, total, __: totals.append(total))
+    np.testing.assert_allclose(target.array, expected, rtol=1e-12, atol=1e-12)
+    assert target.written == totals[0] > 24  # each of the pieces once
+    assert not (tmp_path / "journal").exists()
 
 
 def test_memory_stays_below_a_limit(tmp_path: Path) -> None:

@@ -298,6 +298,7 @@ def test_prune_removes_what_is_damaged_and_what_was_used_last_long_ago() -> None
         ({}, ValueError, r'compile: arch must be given \("sm_90", ...\) where input is no CuPy array'),
         ({"arch": "sm_91"}, ValueError, "compile: arch must be of sm_75, .*, got 'sm_91'"),
         ({"arch": ("sm_90", 90)}, ValueError, "compile: arch must be of sm_75, .*, got 90"),
+        ({"arch": 90}, ValueError, "compile: arch must be of sm_75, .*, got 90"),
         ({"arch": "sm_90", "stride": 0}, ValueError, "conv1d: stride must be at least 1, got 0"),
         ({"arch": "sm_90", "strides": 2}, TypeError, "compile: conv1d has the settings stride, .*, got strides"),
         (

@@ -16,10 +16,9 @@ import pytest
 
 import gpuconv
 import gpuconv.dask
-from gpuconv import reference
 from gpuconv.problem import numpy_dtype
 
-from .test_chunked import draw, one_call_on_a_gpu, problem_of, random_call
+from .test_chunked import draw, is_within_bound, one_call_on_a_gpu, problem_of, random_call, random_lengths
 
 COUNT = 100  # random problems
 Array = np.ndarray[Any, Any]
@@ -47,13 +46,14 @@ def compare_random_calls(device: str, count: int, dtypes: tuple[str, ...]) -> No
     rng = np.random.default_rng(21)
     for number in range(count):
         op, arrays, settings = random_call(rng, dtypes)
-        p, of_reference, fused = problem_of(op, arrays, settings)
+        p, _, _ = problem_of(op, arrays, settings)
         x, *parameters = arrays.values()
         dtype = numpy_dtype(p.dtype) if p.out_dtype is None else np.dtype(p.out_dtype)
         dtype = x.dtype if x.dtype.kind == "c" else dtype
         if dtype.kind != "i" and rng.random() < 0.3:
             settings["residual"] = draw(rng, p.output_shape, dtype.name)
-            p, of_reference, fused = problem_of(op, arrays, settings)
+        if rng.random() < 0.4:
+            settings["lengths"] = random_lengths(rng, p, x)
 
         def there(array: Any) -> Any:
             if device == "cpu" or array is None:
@@ -88,7 +88,7 @@ def compare_random_calls(device: str, count: int, dtypes: tuple[str, ...]) -> No
         )
         assert type(found) is type(y._meta)
         if device == "cpu":
-            assert reference.within_bound(p, found, *of_reference, fused).all(), words
+            assert is_within_bound(op, arrays, settings, found), words
             continue
         expected = one_call_on_a_gpu(op, (x, *parameters), settings)
         np.testing.assert_array_equal(found.get().view(np.uint8), expected.view(np.uint8), words)
@@ -137,6 +137,21 @@ def test_nothing_is_computed_before_it_is_asked_for() -> None:
     assert len({z.name, *(gpuconv.dask.conv1d(lazy, w, **other).name for other in (
         {"padding": "causal"}, {"padding": "same", "activation": "relu"}, {"padding": "same", "algorithm": "base"},
         {"padding": "same", "bias": np.ones(5)}))}) == 5  # fmt: skip
+
+
+def test_lengths_are_part_of_the_name() -> None:
+    """And samples of several lengths in one chunk, of which some have no outputs in it."""
+    x = np.random.default_rng(4).standard_normal((5, 2, 40))
+    lazy, w = da.from_array(x, chunks=(4, 2, 10)), np.ones((3, 2, 3))
+    for lengths in ([40, 40, 7, 0, 3], [40, 40, 7, 0, 40]):
+        y = gpuconv.dask.conv1d(lazy, w, stride=2, padding="same", lengths=np.array(lengths))
+        expected = gpuconv.conv1d(x, w, stride=2, padding="same", lengths=lengths)
+        np.testing.assert_allclose(y.compute(), expected, rtol=1e-12)
+    assert y.name == gpuconv.dask.conv1d(lazy, w, stride=2, padding="same", lengths=lengths).name
+    names = {gpuconv.dask.conv1d(lazy, w, stride=2, padding=(0, 1), lengths=n).name for n in (lengths, [40] * 5, None)}
+    assert len({*names, y.name}) == 4
+    with pytest.raises(ValueError, match=r"^conv1d: lengths must be from 0 to L_in = 40, got lengths\[4\] = 41"):
+        gpuconv.dask.conv1d(lazy, w, lengths=[0, 0, 0, 0, 41])
 
 
 def test_extents_of_zero() -> None:

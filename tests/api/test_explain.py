@@ -145,7 +145,7 @@ def test_the_model_is_told_in_microseconds() -> None:
     assert {character for row in rows for character in row[2]} == {"#"}
     assert bars[0] / bars[-1] == pytest.approx(candidates[0][1] / candidates[-1][1], abs=0.1)
     kernel = found.to_dict()["kernel"]
-    assert [(c["configuration"], c["microseconds"]) for c in kernel["candidates"]] == list(found.choice.plan.candidates)
+    assert [(c["configuration"], c["predicted_us"]) for c in kernel["candidates"]] == list(found.choice.plan.candidates)
 
 
 def test_of_many_configurations_the_fastest_are_shown() -> None:
@@ -369,7 +369,7 @@ def test_numpy_arrays_are_explained_for_the_cpu() -> None:
     text = found.page(width=500)
     assert text.startswith("conv1d on the CPU, through NumPy\n")
     assert f"  method     {method.name}: {method.reason}\n" in text
-    assert "  workspace  " in text
+    assert "  workspace  at most " in text
     plain = json.loads(json.dumps(found.to_dict()))
     assert plain["method"] == {
         "name": method.name, "reason": method.reason, "workspace_bytes": method.workspace_bytes,
@@ -417,6 +417,7 @@ def test_the_settings_are_those_of_the_functions() -> None:
 @pytest.mark.parametrize(
     ("arguments", "settings", "error", "message"),
     [
+        ((["conv1d"], X, W), {"device": "cpu"}, ValueError, 'op must be one of "conv1d" and "conv_transpose1d"'),
         (("conv2d", X, W), {"device": "cpu"}, ValueError, 'op must be one of "conv1d" and "conv_transpose1d"'),
         (("conv1d", X, W), {}, ValueError, "device must be given .* got input as an ArraySpec"),
         (
@@ -524,6 +525,11 @@ def test_gradient_of_an_input_is_the_other_operation() -> None:
     assert e.problem.op == "conv_transpose1d"
     assert e.problem.output_shape == x.shape
     assert e.copies == ()
+    lines = str(e).split("\n")
+    assert lines[0] == "gradient of conv1d's input on H200 (sm_90)"
+    assert [line.split()[0] for line in lines[1:4]] == ["grad_output", "weight", "grad_input"]
+    assert lines[4].split()[:2] == ["settings", "conv_transpose1d,"]
+    assert "  staging      grad_output by " in str(e)
     x, w = x._replace(dtype="complex64"), w._replace(dtype="complex64")
     e = gpuconv.explain("conv1d", x, w, stride=2, direction="grad_input", device="sm_90")
     assert e.copies == ("weight",)  # its conjugate

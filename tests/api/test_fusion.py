@@ -30,6 +30,7 @@ def call(op: str, x: Any = X, w: Any = W, **fused: Any) -> Any:
         ((), TypeError, "must be None, a name or a tuple that begins with one, got tuple ()"),
         (("relu", 1), ValueError, "relu takes no parameter, got 1 parameters"),
         (("leaky_relu", np.nan), ValueError, "leaky_relu takes a slope, a finite number, got nan"),
+        (("leaky_relu", 10**400), ValueError, "leaky_relu takes a slope, a finite number, got an int of 1329 bits"),
         (("leaky_relu", "0.1"), TypeError, "leaky_relu takes a slope, a finite number, got str"),
         (("leaky_relu", True), TypeError, "leaky_relu takes a slope, a finite number, got bool"),
         (("elu", np.inf), ValueError, "elu takes an alpha, a finite number, got inf"),

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gpuconv
@@ -54,6 +54,7 @@ def by_python(problem: ConvProblem, x: Any, w: Any, b: Any) -> Any:
 
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("dtype", INTEGERS)
+@settings(derandomize=True, deadline=None, database=None)
 @given(data=st.data())
 def test_random_calls_equal_the_definition(op: Op, dtype: str, data: Any) -> None:
     call = data.draw(strategies.calls(op, ("float32",), max_length=8))

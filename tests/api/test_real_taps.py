@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 
 import gpuconv
 from gpuconv import grad, nn, reference, runtime
@@ -20,6 +20,7 @@ REAL = {"complex64": "float32", "complex128": "float64"}
 
 
 @pytest.mark.parametrize("op", OPS)
+@settings(derandomize=True, deadline=None, database=None)
 @given(data=strategies.st.data())
 def test_random_calls_are_within_the_bound_of_complex_taps(op: Any, data: Any) -> None:
     call = data.draw(strategies.calls(op, tuple(REAL)))
@@ -85,6 +86,24 @@ def test_outputs_of_any_layout_are_written() -> None:
     assert grad.conv1d_weight(x, w.shape, expected, groups=2, out=real_out, weight_dtype="float32") is real_out
     np.testing.assert_array_equal(real_out, grad.conv1d_weight(x, w.shape, expected, groups=2, weight_dtype="float32"))
     np.testing.assert_array_equal(gpuconv.conv1d(x.astype(">c8"), w.astype(">f4"), b, groups=2), expected)
+
+
+def test_an_output_between_the_parts_of_an_array_or_of_itself_is_refused() -> None:
+    numbers, w = np.arange(42, dtype=np.float32), np.ones((1, 1, 3), np.float32)
+    x, out = (part.view(np.complex64).reshape(1, 1, 20) for part in (numbers[:40], numbers[1:41]))
+    with pytest.raises(ValueError, match=r"^conv1d: out must not overlap input, but they share memory$"):
+        gpuconv.conv1d(x, w, padding="same", out=out)
+    interleaved = np.lib.stride_tricks.as_strided(out, strides=(4, 4, 4))
+    for lengths in (None, [20]):
+        with pytest.raises(ValueError, match=r"^conv1d: out must not overlap itself, got strides "):
+            gpuconv.conv1d(x.copy(), w, padding="same", out=interleaved, lengths=lengths)
+    np.testing.assert_array_equal(numbers, np.arange(42))
+
+
+def test_infinite_parts_that_cancel_give_nan_without_a_warning() -> None:
+    x, grad_output = np.array([[[complex(np.inf, -np.inf), complex(2, -np.inf)]]]), np.array([[[1 + 1j]]])
+    found = grad.conv1d_weight(x, (1, 1, 2), grad_output, weight_dtype="float64")
+    np.testing.assert_array_equal(found, [[[np.nan, -np.inf]]])
 
 
 def test_prepared_weights_and_layers_take_complex_data() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -211,6 +212,27 @@ def test_empty_arrays_and_numbers() -> None:
     assert signal.convolve(np.empty((0, 5)), np.ones((1, 3)), axis=1).shape == (0, 7)
     assert signal.convolve(np.array(2.0), np.array(3.0)) == 6
     assert signal.firfilter(np.ones(3), np.empty((2, 0))).shape == (2, 0)
+    for padtype in ("constant", "line", "mean", "edge"):
+        assert signal.resample_poly(np.empty((0, 2), np.float32), 3, 2, padtype=padtype).shape == (0, 2)
+    for zero_phase in (True, False):
+        assert signal.decimate_fir(np.empty((2, 0)), 3, zero_phase=zero_phase).shape == (2, 0)
+        assert signal.decimate_fir(np.empty((0, 9)), 3, zero_phase=zero_phase).shape == (0, 3)
+
+
+def test_infinities_and_overflow_give_no_warnings() -> None:
+    x, h = np.full(2000, 3e38, np.float32), np.ones(1500, np.float32)
+    x[3], x[4] = np.inf, -np.inf
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not np.isfinite(signal.convolve(x, h, method="fft")).any()
+        assert np.isnan(signal.firfilter(h[:3], x, zi=-x[3:5])[0]).any()
+        assert np.isinf(signal.upfirdn(h[:3], x[5:], mode="antireflect")).any()
+        assert np.isnan(signal.resample_poly(x, 3, 2, padtype="mean")).all()
+
+
+def test_integers_and_unsigned_integers_give_the_dtype_that_scipy_gives() -> None:
+    h, x = np.ones(3, np.int16), np.arange(9, dtype=np.uint16)
+    assert signal.upfirdn(h, x).dtype == scipy.signal.upfirdn(h, x).dtype == np.float32
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -169,6 +170,22 @@ def test_empty_batches_and_channels() -> None:
     assert sigpy.convolve(np.ones((2, 1, 5)), np.ones((0, 1, 2)), multi_channel=True).shape == (2, 0, 6)
     assert sigpy.convolve_data_adjoint(np.ones((0, 7)), np.ones(3), (0, 5)).shape == (0, 5)
     assert sigpy.convolve_filter_adjoint(np.ones((0, 7)), np.ones((0, 5)), (3,)).tolist() == [0, 0, 0]
+
+
+def test_results_have_native_byte_order() -> None:
+    x, filt = np.arange(6.0, dtype=">f8"), np.ones(2, ">f8")
+    y = sigpy.convolve(x, filt)
+    adjoints = sigpy.convolve_data_adjoint(y, filt, (6,)), sigpy.convolve_filter_adjoint(y.astype(">f8"), x, (2,))
+    assert {array.dtype.str for array in (y, *adjoints)} == {np.dtype("float64").str}
+
+
+def test_overflow_gives_no_warning() -> None:
+    x, filt = np.full((4, 6), 1e308), np.ones((2, 2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        y = sigpy.convolve(x, filt, strides=(2, 1))
+        assert np.isinf(y).any()
+        assert np.isinf(sigpy.convolve_data_adjoint(y, filt, x.shape, strides=(2, 1))).any()
 
 
 BAD_FOR_BOTH: list[tuple[Any, Any, dict[str, Any], str]] = [

@@ -185,6 +185,21 @@ def test_out_is_written() -> None:
     assert s.push(np.array([[3.0]])).tolist() == [[6.0]]  # what was refused has not been taken
 
 
+def test_arrays_of_any_byte_order_stream() -> None:
+    x, w = np.arange(24.0).reshape(2, 12), np.arange(1.0, 7.0).reshape(1, 2, 3)
+    whole = gpuconv.conv1d(x, w)
+    s = stream.Conv1d(w.astype(">f8"))
+    assert s.push(x[:, :2]).dtype == np.dtype("float64")
+    for start in range(2, 12, 2):  # the pushes repeat
+        out = np.empty((1, 2), ">f8")
+        if start == 6:
+            other = stream.Conv1d(w)
+            other.load_state({name: array.astype(array.dtype.newbyteorder(">")) for name, array in s.state().items()})
+            s = other
+        assert s.push(x[:, start : start + 2].astype(">f8"), out=out) is out
+        np.testing.assert_array_equal(out, whole[:, start - 2 : start])
+
+
 def test_integers_stream_to_sums() -> None:
     rng = np.random.default_rng(5)
     x, w = rng.integers(-100, 100, (2, 20), "int8"), rng.integers(-100, 100, (3, 2, 4), "int8")
@@ -203,8 +218,10 @@ def test_integers_stream_to_sums() -> None:
             'stream.Conv1d: padding "same" with a stride depends on the length',
         ),
         ({"slots": 0}, ValueError, "stream.Conv1d: slots must be at least 1, got 0"),
+        ({"slots": 2**31}, ValueError, "stream.Conv1d: slots must be at most 2147483647, got 2147483648"),
+        ({"groups": 2**62}, ValueError, "stream.Conv1d: groups must divide the output channels, got groups = "),
         ({"layer": np.ones((2, 3))}, ValueError, "stream.Conv1d: weight must have three axes"),
-        ({"layer": [[[1.0]]]}, TypeError, "weight must be a NumPy or CuPy array, got list"),
+        ({"layer": [[[1.0]]]}, TypeError, "stream.Conv1d: weight must be a NumPy or CuPy array, got list"),
         ({"bias": [1.0]}, TypeError, "stream.Conv1d: bias must be a NumPy or CuPy array, got list"),
     ],
 )
@@ -221,7 +238,10 @@ def test_bad_pushes_and_states() -> None:
         (lambda: s.push(x[:, :2]), ValueError, "input must have shape (slots, C_in, L) = (2, 3, L), got (2, 2, 5)"),
         (lambda: s.push(x.astype("f4")), TypeError, "input must have the dtype of weight, float64, got float32"),
         (lambda: s.push(x, [0, 2]), ValueError, "slots must be from 0 to 1, each once, got [0, 2]"),
+        (lambda: s.push(x, 1), TypeError, "Conv1d.push: slots must be a sequence of ints, got 1"),
+        (lambda: s.push(x, out=[1.0]), TypeError, "Conv1d.push: out must be a NumPy or CuPy array, got list"),
         (lambda: s.push(x, [1, 1]), ValueError, "slots must be from 0 to 1, each once, got [1, 1]"),
+        (lambda: s.load_state(1), TypeError, "Conv1d.load_state: state must be a mapping, got int"),
         (lambda: s.load_state({}), ValueError, 'state must hold "samples" and "positions"'),
         (lambda: s.load_state({**s.state(), "positions": np.zeros((3, 4), int)}), ValueError, "positions must be"),
         (lambda: s.load_state({**s.state(), "samples": np.ones((2, 3, 1))}), ValueError, "samples must be"),

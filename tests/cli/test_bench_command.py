@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+import gpuconv
 from gpuconv import functional, measure, peers
 from gpuconv.arguments import ArraySpec
-from gpuconv.cli import main
+from gpuconv.cli import bench, main
 from gpuconv.layers import Layer
 from gpuconv.measure import Timing, compare
 from tests.cli.test_cli import refusal
@@ -115,7 +116,7 @@ def test_layers_of_a_file_without_pytorch(capsys: pytest.CaptureFixture[str], mo
     Path("layers.json").write_text(capsys.readouterr().out)
     assert main(["bench", "--layers", "layers.json", "--dtype", "float32,float64", "--device", "cpu", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert report["device"] == "CPU"
+    assert report["device"] == {"name": "CPU"}
     assert [(each["op"], each["input"], each["dtype"], each["bias"]) for each in report["layers"]] == [
         ("conv1d", [2, 8, 60], "float32", True),
         ("conv_transpose1d", [8, 9], "float32", False),
@@ -124,7 +125,7 @@ def test_layers_of_a_file_without_pytorch(capsys: pytest.CaptureFixture[str], mo
     ]
     assert report["layers"][0]["settings"] == "padding=(2, 0)"
     assert {each["note"] for each in report["layers"]} == {"PyTorch is not installed"}
-    assert all(each["gpuconv"]["median"] > 0 and each["pytorch"] is None for each in report["layers"])
+    assert all(each["gpuconv"]["median_s"] > 0 and each["pytorch"] is None for each in report["layers"])
 
 
 def test_turns_alternate_and_their_median_counts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,3 +198,8 @@ def test_a_layer_is_measured_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None
     assert found.ours is not None
     assert found.ours.median > 0
     assert found.theirs is not None
+
+
+def test_one_processor_and_one_turn_are_singular() -> None:
+    facts = {"device": {"name": "CPU"}, "versions": {"pytorch": None}, "processors": 1, "turns": 1}
+    assert bench._page(facts, []) == f"On the CPU, 1 processor; gpuconv {gpuconv.__version__}; medians of 1 turn."

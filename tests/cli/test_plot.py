@@ -94,9 +94,20 @@ def test_no_values_stop_it(capsys: pytest.CaptureFixture[str]) -> None:
     captured = capsys.readouterr()
     assert captured.out.count(".png") == len(arrays)
     assert captured.err.splitlines() == [
+        "gpuconv: note: 2.npy: infinities, NaN and values too large for float32 are not drawn",
         "gpuconv: note: 3.npy: only the first of 3 samples is drawn",
         "gpuconv: note: 3.npy: only the first 4 of 6 channels are drawn",
+        "gpuconv: note: 5.npy: infinities, NaN and values too large for float32 are not drawn",
     ]
+
+
+def test_silence_is_dark_and_one_sample_is_a_point(drawn: list[Any]) -> None:
+    save("0.npy", np.zeros(300))
+    save("1.npy", np.ones(1))
+    assert main(["plot", "0.npy"]) == main(["plot", "1.npy"]) == 0
+    (picture,) = drawn[0].axes[1].images
+    assert picture.get_array().max() < picture.get_clim()[0]
+    assert drawn[1].axes[0].lines[0].get_marker() == "."
 
 
 def test_what_cannot_be_drawn_is_refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,6 +117,8 @@ def test_what_cannot_be_drawn_is_refused(capsys: pytest.CaptureFixture[str], mon
     assert refusal(capsys, "plot", "z.npy").endswith("to float32 would lose the imaginary part")
     assert refusal(capsys, "plot", "none.npy").startswith("none.npy: holds an array of shape (2, 0)")
     assert refusal(capsys, "plot", "x.npy", "z.npy", "y.jpg").startswith("y.jpg: the name must end in .png")
+    names = ".npy or .wav, or for a picture in .png or .pdf or .svg"
+    assert refusal(capsys, "plot", "x.npy", "x.gif") == f"x.gif: the name must end in {names}"
     assert refusal(capsys, "plot", "absent.npy") == "absent.npy: does not exist"
     assert refusal(capsys, "plot", "") == refusal(capsys, "plot", "x.npy", "") == "the name of a file is empty"
     assert refusal(capsys, "plot", "x.npy", "x.npy", "-").startswith("a picture is not written to standard output")

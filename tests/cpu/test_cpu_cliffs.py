@@ -410,15 +410,21 @@ def test_the_caller_prepares_the_first_block_of_each_thread(monkeypatch: pytest.
     assert (0, threading.get_ident()) in computed
 
 
-def test_a_fast_helper_leaves_the_caller_its_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(threads, "usable_cpus", lambda: 2)
-    helped = threading.Event()
+def test_fast_helpers_leave_the_others_their_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "usable_cpus", lambda: 3)
+    helped = {1: threading.Event(), 2: threading.Event()}
+    prepared = []
 
     def prepare(block: int, _: object) -> Callable[[], None]:
-        assert block == 2 or helped.wait(30)  # the helper's, which is prepared first
-        return helped.set
+        prepared.append(block)
+        if block == 2:
+            assert helped[1].wait(30)
+        if block == 0:
+            assert helped[2].wait(30)
+        return helped[block].set if block else lambda: None
 
-    threads.run_blocks(prepare, [(0,), (2,)], 2, np.dtype("float32"), 8, prepares=True)
+    threads.run_blocks(prepare, [(0,), (1,), (2,)], 3, np.dtype("float32"), 8, prepares=True)
+    assert prepared == [1, 2, 0]
 
 
 def test_the_caller_computes_what_a_helper_does_not_begin(monkeypatch: pytest.MonkeyPatch) -> None:

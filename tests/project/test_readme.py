@@ -4,6 +4,7 @@ commands are those that CI extracts.
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 
 import gpuconv
 import gpuconv.sigpy
+from gpuconv.cli import info
 from tests import NO_SIGPY, NO_TORCH
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -41,6 +43,25 @@ def cases() -> list[Any]:
         if IMPORT_CUPY in block:
             found.append(pytest.param(block, marks=[*marks, pytest.mark.gpu], id=f"{i}-gpu"))
     return found
+
+
+def test_the_table_of_environment_variables_is_complete() -> None:
+    """It has all that the package reads, and so has `gpuconv info`; libraries read the last two."""
+    mentions, names = 0, []
+    for path in (CHECKOUT / "gpuconv").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute | ast.Name):
+                mentions += bool(re.fullmatch(r"(os\.)?(environb?|getenvb?)", ast.unparse(node)))
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "os.environ.get":
+                names.append(ast.literal_eval(node.args[0]) if isinstance(node.args[0], ast.Constant) else path.name)
+    assert len(names) == mentions, "read in another way than by os.environ.get"
+    names.remove("info.py")  # which reads those of its table
+    found = {*names}
+    assert len(found) >= 7
+    (table,) = re.findall(r"^### Environment variables\n\n\| \| \|\n.*\n((?:\|.*\n)+)", README, re.MULTILINE)
+    told = re.findall(r"`([A-Z_]+)`", "".join(line.split(" | ")[0] for line in table.splitlines()))
+    assert told == [*info.VARIABLES]
+    assert set(told[:-2]) == found
 
 
 def test_the_readme_has_python() -> None:
