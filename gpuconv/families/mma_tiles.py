@@ -57,8 +57,9 @@ class Tile(BlockTile):
     def units_ahead(self, access: Access) -> int:
         """Units that a task of staging takes; at two positions fewer where registers are missing."""
         registers = min(MAX_REGISTERS, REGISTERS_PER_SM // (self.min_blocks * self.threads))
-        has_few = registers - self.block_m * self.block_n // self.threads < PAIR_REGISTERS
-        return self.prefetch // 2 if access is Access.PAIR and has_few and self.prefetch > 2 else self.prefetch
+        spare = registers - self.block_m * self.block_n // self.threads
+        has_few = spare < PAIR_REGISTERS or self.segment_mode == 1
+        return 2 if access is Access.PAIR and has_few and self.prefetch > 2 else self.prefetch
 
     def slice_bytes(self, itemsize: int) -> int:
         """Shared memory through which results pass in the end."""
