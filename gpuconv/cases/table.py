@@ -215,7 +215,7 @@ CASES: tuple[Case, ...] = (
     _conv("htdemucs_stem", 2, 2, 48, 160, 8, "model", stride=4, padding=2),
     _transposed("up_k1", 2, 8, 12, 37, 1, "kernel"),
     _transposed("up_k3", 2, 8, 6, 40, 3, "kernel", padding=1),
-    _transposed("up_long_kernel", 2, 6, 40, 41, 23, "kernel", groups=2, dilation=2, padding=(9, 21)),
+    _transposed("up_long_kernel", 2, 6, 20, 41, 23, "kernel", groups=2, dilation=2, padding=(9, 21)),
     _transposed("up_k64_even", 1, 3, 4, 40, 64, "kernel", padding=20, bias=False),
     _transposed("up_stride2_k4", 2, 8, 6, 30, 4, "stride", stride=2, padding=1),
     _transposed("up_stride_equals_k", 2, 6, 8, 25, 3, "stride", stride=3),

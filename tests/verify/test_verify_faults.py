@@ -155,6 +155,14 @@ FAULTS: Mapping[str, Fault] = {
         "enformer_stem",
         "float16",
     ),
+    "conv_transpose1d_im2col takes the last position for padding": Fault(
+        "conv_transpose1d_im2col",
+        "const bool exists = is_read && source.exists;",
+        "const bool exists = is_read && source.exists && source.index + 1 < tile.L_in;",
+        "conv_transpose1d_im2col",
+        "up_long_kernel",
+        "float16",
+    ),
     "weight_gradient_direct begins a position late": Fault(
         "weight_gradient_direct",
         "first < 0 ? ceil_div(-first, step) : 0",
