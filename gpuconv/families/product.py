@@ -70,8 +70,16 @@ class Product:
         The stride must divide K, and dilation must do nothing. See folded() in cuda_src/mma_tile.cuh.
         """
         p, taps = problem, problem.K // problem.stride
-        unpadded = replace(p, padding_left=0, padding_right=0, padding_mode="zeros")
-        view = replace(unpadded, C_in=p.C_in * p.stride, L_in=p.L_out + taps - 1, K=taps, stride=1)
+        view = replace(
+            p,
+            C_in=p.C_in * p.stride,
+            L_in=p.L_out + taps - 1,
+            K=taps,
+            stride=1,
+            padding_left=0,
+            padding_right=0,
+            padding_mode="zeros",
+        )
         return replace(cls.of(view), fold=p.stride, lead=p.padding_left % p.stride)
 
     @property

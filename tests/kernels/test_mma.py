@@ -454,7 +454,7 @@ def test_which_layers_have_positions_as_channels() -> None:
     assert mma.product_of(layer).fold == 32
     for other in ({"K": 65}, {"stride": 16}, {"C_in": 7}, {"dilation": 2}):
         assert mma.product_of(replace(layer, **other)).fold == 1, other
-    for padding in ({"padding_left": 33}, {"padding_right": 1}):
+    for padding in ({"padding_left": 33}, {"padding_right": 1}, {"L_in": 31, "padding_right": 33}):
         assert mma.product_of(replace(layer, **padding)).fold == 32, padding
     assert mma.product_of(at(replace(layer, C_in=1), "tf32")).fold == 32
 
