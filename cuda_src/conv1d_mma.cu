@@ -8,7 +8,8 @@
 // Grid x: blocks of BLOCK_M output channels (fastest, so that blocks which read one window run together), then of
 // block_positions positions, then of block_samples samples, then groups, then segments
 // where SEGMENT_MODE is 2. Grid y and z: 1. Dynamic shared memory: see mma.cuh.
-// Before it pack_mma_weight.cu packs the weights, or pack_im2col_weight.cu where positions are channels (fold); or the blocks do, where RAW_WEIGHT is 1 (raw_weights.cuh).
+// Before it pack_mma_weight.cu packs the weights, or pack_im2col_weight.cu where positions are channels (FOLDS_STRIDE = 1); or
+// the blocks do, where RAW_WEIGHT is 1 (raw_weights.cuh).
 // Needs float16, bfloat16 (sm_80) or float32 (sm_80) arrays of any strides, in elements. Chosen for at least 8 input and
 // output channels a group; see gpuconv/families/mma.py.
 

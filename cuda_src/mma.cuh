@@ -41,7 +41,8 @@
 // or split.
 //
 // FOLDS_STRIDE = 1 is for layers, by a rule on the layer alone, of which the positions of one stride are channels: see
-// folded() in mma_tile.cuh. A chunk then has positions of one channel of the input.
+// folded() in mma_tile.cuh. A chunk then has positions of one channel of the input. Rows of the window that lie in part outside
+// the input, at the edges, are loaded element by element.
 //
 // OUTPUT_LAST = 1 is for output of that kind, where rows are channels: it is stored in units.
 //
@@ -104,8 +105,8 @@ __device__ __forceinline__ void multiply_stage(
 }
 
 // Where SEGMENT_MODE is 1: adds a thread's sums of a segment, where IS_SPLIT those of the small products too, to its totals in
-// shared memory (kTilesM by kTilesN times four, kThreads apart). The last totals are left in `acc`; before, new sums begin. One loop body serves all rows,
-// which move up behind one another, as in store_tile.
+// shared memory (kTilesM by kTilesN times four, kThreads apart). The last totals are left in `acc`; before, new sums begin. One
+// loop body serves all rows, which move up behind one another, as in store_tile.
 template <bool kIsLast>
 __device__ __forceinline__ void add_to_totals(AccVector* totals, Sums& acc, Sums& low) {
 #pragma unroll 1
@@ -165,8 +166,13 @@ __device__ __forceinline__ void multiply_tile(
     const auto skew_of = [&](index_t plane) {
         return INPUT_WIDTH == 1 ? 0 : int(first + (has_pairs_in_planes ? plane * window.plane_step : 0)) & 1;
     };
-#pragma unroll 1
-    for (index_t t = threadIdx.x; t < window.unit_tasks; t += kThreads) {
+    // What task t loads of each channel: `is_read` where a column of the block reads that.
+    struct Place {
+        index_t sample, position;
+        index_t row;  // of the window
+        bool is_read;
+    };
+    const auto place_of_task = [&](index_t t) {
         const index_t sample_tasks =
             INPUT_WIDTH == 1 ? window.sample_rows : window.planes * window.plane_rows / INPUT_WIDTH;
         const index_t sample = t / sample_tasks, in_sample = t - sample * sample_tasks;
@@ -175,17 +181,32 @@ __device__ __forceinline__ void multiply_tile(
         const index_t first_planes = min_index(row / window.plane_rows, window.planes);
         const index_t j = row - first_planes * window.plane_rows;
         const index_t plane = first_planes * (has_pairs_in_planes ? 1 : INPUT_WIDTH);
-        const Source source = source_index(
-            first + j * tile.column_step + plane * window.plane_step - skew_of(plane), tile.L_in);
         // Rows that only columns behind the last would read, or none, are not loaded.
         const index_t end = tile.positions - tile.position_begin + (window.plane_rows - window.block_positions);
         const bool is_read =
             sample < min_index(tile.samples, window.block_samples) && plane < window.planes && j < end;
-        tasks[t].offset = is_read && source.exists
-            ? sample * tile.input_stride_n + source.index * tile.input_stride_l
+        return Place{
+            sample, first + j * tile.column_step + plane * window.plane_step - skew_of(plane),
+            sample * window.sample_rows + plane * window.plane_rows + j, is_read};
+    };
+    const index_t lead = FOLDS_STRIDE ? fold_lead(whole, window) : 0;
+    // Where positions are channels: whether those of a row are all inside the input. load_partial_rows loads other rows.
+    const auto is_row_inside = [&](index_t position) {
+        const index_t begin = position * window.fold - lead;
+        return is_inside(begin, begin + (window.fold - 1), tile.L_in);
+    };
+    bool has_partial_rows = false;  // this thread's
+#pragma unroll 1
+    for (index_t t = threadIdx.x; t < window.unit_tasks; t += kThreads) {
+        const Place place = place_of_task(t);
+        Source source = source_index(place.position, tile.L_in);
+        if (FOLDS_STRIDE) source = Source{is_row_inside(place.position), place.position, 0};
+        has_partial_rows = has_partial_rows || (place.is_read && !source.exists);
+        tasks[t].offset = place.is_read && source.exists
+            ? place.sample * tile.input_stride_n + source.index * tile.input_stride_l
             : kMissing;
 #if INPUT_WIDTH == 2
-        tasks[t].row = (sample * window.sample_rows + plane * window.plane_rows + j) * 16;
+        tasks[t].row = place.row * 16;
 #endif
     }
 #pragma unroll 1
@@ -257,7 +278,10 @@ __device__ __forceinline__ void multiply_tile(
         Vector<unsigned>* const rows = reinterpret_cast<Vector<unsigned>*>(shared + to);
 #pragma unroll
         for (int i = 0; i < PREFETCH; ++i) {
-            if (row + i * kRowStep < staged_rows) stage(blocks[i], rows + i * kRowStep, part_rows);
+            if (row + i * kRowStep >= staged_rows) continue;
+            // Rows that load_partial_rows stores, and others that keep their zeros.
+            if (FOLDS_STRIDE && my_tasks[row - my_row + i * kRowStep].offset == kMissing) continue;
+            stage(blocks[i], rows + i * kRowStep, part_rows);
         }
     };
 #else
@@ -318,6 +342,32 @@ __device__ __forceinline__ void multiply_tile(
         }
     };
 #endif
+    // Loads and stores the rows of which parts lie outside the input, where positions are channels. `begin` is the first
+    // position of the chunk among those of a stride.
+    const auto load_partial_rows = [&](const Chunk& chunk, index_t begin) {
+#pragma unroll 1
+        for (index_t t = threadIdx.x; t < window.unit_tasks; t += kThreads) {
+            const Place place = place_of_task(t);
+            if (!place.is_read || is_row_inside(place.position)) continue;
+#pragma unroll 1
+            for (int unit = 0; unit < int(window.units); ++unit) {
+                Block<1> block;
+                block.clear();
+#pragma unroll
+                for (int e = 0; e < kUnit; ++e) {
+                    const index_t channel = unit * kUnit + e;
+                    const Source source =
+                        source_index(place.position * window.fold - lead + begin + channel, tile.L_in);
+                    if (!source.exists) continue;
+                    const index_t offset = place.sample * tile.input_stride_n + place.position * tile.input_stride_l;
+                    block.run[e] = RunOf<1>::type::load(
+                        chunk.input + (offset + (channel + source.moved) * tile.input_stride_c));
+                }
+                const int to = chunk.window + unit * unit_bytes + int(t) * 16;
+                stage(block, reinterpret_cast<Vector<unsigned>*>(shared + to), part_rows);
+            }
+        }
+    };
     const int chunk_stages = int(window.pairs / kStagePairs);
 #if RAW_WEIGHT
     RawWeights weights(tile, window, chunk_begin, chunk_end, stages);
@@ -331,7 +381,8 @@ __device__ __forceinline__ void multiply_tile(
     __syncthreads();  // the tables
 
     const StorageVector* const my_weight = weight_rows(stages);
-    // This lane's rows of a window, in bytes. Neighbouring columns of one sample are neighbouring rows, so one address serves them all.
+    // This lane's rows of a window, in bytes. Neighbouring columns of one sample are neighbouring rows, so one address serves
+    // them all.
     int column_offset[HAS_SAMPLES ? kTilesN / 2 : 1];
 #pragma unroll
     for (int j = 0; j < (HAS_SAMPLES ? kTilesN / 2 : 1); ++j) {
@@ -358,13 +409,14 @@ __device__ __forceinline__ void multiply_tile(
 
     // Of the next chunk; where positions are channels, the next channel of the input begins fold_skip behind the last chunk of
     // the one before.
-    const storage_t* input = tile.input + chunk_begin * window.units * kUnit * tile.input_stride_c;
+    const index_t first_channel = FOLDS_STRIDE ? chunk_begin / window.fold_chunks : 0;
+    const index_t chunks_before = chunk_begin - first_channel * (FOLDS_STRIDE ? window.fold_chunks : 0);  // of the channel
+    const storage_t* input = tile.input + chunks_before * window.units * kUnit * tile.input_stride_c;
     const index_t fold_skip = whole.input_stride_c - tile.input_stride_l;
     index_t fold_chunks_left = 0;
     if (FOLDS_STRIDE) {
-        const index_t channel = chunk_begin / window.fold_chunks;
-        fold_chunks_left = (channel + 1) * window.fold_chunks - chunk_begin;
-        input += channel * fold_skip;
+        input += first_channel * whole.input_stride_c;
+        fold_chunks_left = window.fold_chunks - chunks_before;
     }
 #pragma unroll 1
     for (index_t chunk = chunk_begin - 1; chunk < chunk_end; ++chunk) {
@@ -455,6 +507,10 @@ __device__ __forceinline__ void multiply_tile(
             if (to >= 0) store_task(ahead, next, to);
         }
 #endif
+        // Since this chunk's first barrier nobody reads what the next chunk's window held before.
+        if (FOLDS_STRIDE && has_partial_rows && chunk + 1 < chunk_end) {
+            load_partial_rows(next, (window.fold_chunks - fold_chunks_left) * window.units * kUnit);
+        }
         input += window.units * kUnit * tile.input_stride_c;
         if (FOLDS_STRIDE && --fold_chunks_left == 0) {
             fold_chunks_left = window.fold_chunks;

@@ -94,8 +94,8 @@ struct Window {
     index_t unit_tasks, tasks_reciprocal;      // tasks of staging them for a set of units; 2^32 / unit_tasks, rounded up
     index_t tap_rows_first, tap_rows_step;     // a tap's first row: .. + tap / planes * .. + tap % planes * plane_rows
     index_t shift, plane_step;                 // position of q = 0, row 0 from Tile::first on; from plane to plane
-    // Where FOLDS_STRIDE is 1, the positions of one stride are channels: see folded(). `fold` of them are of a channel of the
-    // input, which are fold_chunks chunks.
+    // Where FOLDS_STRIDE is 1, the positions of one stride are channels: see folded(). `fold` of them belong to a channel of
+    // the input, which has fold_chunks chunks.
     index_t fold, fold_chunks;
 };
 
@@ -123,13 +123,18 @@ __device__ __forceinline__ Window window_of(const P& p) {
         p.tap_rows_first, p.tap_rows_step, p.window_shift, p.plane_step, 1, 0};
 }
 
-// The tile as it is staged and multiplied where FOLDS_STRIDE is 1. Without padding and dilation, and where the stride divides K, channel c at position
-// q*stride + r is also channel c*stride + r at position q: then K / stride taps read neighbouring positions, and the channels of
-// a unit are neighbours in memory. Window::fold is the stride.
+// Positions of a stride that lie in front of the first sample where that stride begins: see folded().
+__device__ __forceinline__ index_t fold_lead(const Tile& tile, const Window& window) { return -tile.first % window.fold; }
+
+// The tile as it is staged and multiplied where FOLDS_STRIDE is 1. Without dilation, and where the stride divides K, channel c
+// at position q*stride + r - lead is also channel c*stride + r at position q: then K / stride taps read neighbouring positions,
+// and the channels of a unit are neighbours in memory. Window::fold is the stride. `lead` is the padding modulo the stride, so
+// that the window of every result consists of whole positions q. Some channels of a position may lie outside the input.
 __device__ __forceinline__ Tile folded(Tile tile, const Window& window) {
     if (FOLDS_STRIDE) {
+        tile.input -= fold_lead(tile, window) * tile.input_stride_l;
+        tile.first = -(-tile.first / window.fold);
         tile.C_in_g *= window.fold;
-        tile.L_in /= window.fold;  // the windows of all results are whole
         tile.row_taps /= window.fold;
         tile.column_step = 1;
         tile.input_stride_c = tile.input_stride_l;

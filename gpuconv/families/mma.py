@@ -90,10 +90,11 @@ def product_of(problem: ConvProblem) -> Product:
 
     Positions of large strides become channels where that is possible. Otherwise such layers, which are gradients of
     upsampling layers, spectrograms and patches, would need windows that leave room for few columns. Of fewer than 8
-    channels of 16 bits, conv1d_im2col loads the input as often for more rows.
+    channels of 16 bits, conv1d_im2col loads the input as often for more rows. Padding has no say in it: streams and
+    pieces of a padded layer have none where they read nothing outside the input, and must give its bits.
     """
     p = problem
-    is_foldable = not p.transposed and p.dilation == 1 and p.padding == (0, 0) and p.K % p.stride == 0
+    is_foldable = not p.transposed and p.dilation == 1 and p.K % p.stride == 0
     if is_foldable and p.stride % FOLD_STEP == 0 and (p.itemsize == 4 or p.C_in_g >= MIN_CHANNELS):
         return Product.folded(p)
     return Product.of(p)
@@ -181,7 +182,7 @@ def input_access(product: Product, layout: Layout, arithmetic: Arithmetic, bits:
     stride_n, stride_c, stride_l = array.strides
     begins_units = p.C_in_g % unit == 0
     if product.fold > 1:
-        begins_units = stride_c % unit == 0 or p.C_in == product.fold
+        begins_units = (stride_c % unit == 0 or p.C_in == product.fold) and product.lead % unit == 0
         array = ArrayLayout((stride_n, stride_l, stride_l * product.fold), array.alignment)
     if device.arch >= ASYNC_COPY_ARCH and begins_units and has_units(array, p.shapes["input"], unit):
         return Access.UNIT

@@ -45,7 +45,8 @@ class Reduction:
     def of(cls, product: Product, arithmetic: Arithmetic) -> Reduction:
         taps, all_units = product.taps, -(-product.problem.C_in_g // arithmetic.channels)
         unit_bytes = arithmetic.parts * Window.of(product, 1, 16).rows * UNIT_BYTES
-        for most in range(MAX_UNITS, 0, -1):
+        # Where positions are channels, a chunk has those of one channel of the input.
+        for most in (4, 2, 1) if product.fold > 1 else range(MAX_UNITS, 0, -1):
             chunks = -(-all_units // most)
             units = -(-all_units // chunks)
             if min(chunks, 2) * units * unit_bytes <= MAX_WINDOW_BYTES:

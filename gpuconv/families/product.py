@@ -27,6 +27,7 @@ class Product:
         tap_step: distance from one tap's input to the next; negative in a transposed convolution.
         phases_in_rows: whether rows are (c_out, phase), phase inner.
         fold: positions of a channel that are channels of `problem`: see `folded`.
+        lead: of those of the first sample, the positions in front of it.
     """
 
     problem: ConvProblem
@@ -39,6 +40,7 @@ class Product:
     tap_step: int
     phases_in_rows: bool
     fold: int = 1
+    lead: int = 0
 
     @classmethod
     def of(cls, problem: ConvProblem) -> Product:
@@ -63,13 +65,22 @@ class Product:
     @classmethod
     def folded(cls, problem: ConvProblem) -> Product:
         """The product of a convolution of stride 1 with K/stride taps, whose input[c*stride + r, q] is the given one's
-        input[c, q*stride + r].
+        padded input[c, q*stride + r].
 
-        The stride must divide K, and padding and dilation must do nothing. See folded() in cuda_src/mma_tile.cuh.
+        The stride must divide K, and dilation must do nothing. See folded() in cuda_src/mma_tile.cuh.
         """
-        p = problem
-        view = replace(p, C_in=p.C_in * p.stride, L_in=p.L_in // p.stride, K=p.K // p.stride, stride=1)
-        return replace(cls.of(view), fold=p.stride)
+        p, taps = problem, problem.K // problem.stride
+        view = replace(
+            p,
+            C_in=p.C_in * p.stride,
+            L_in=p.L_out + taps - 1,
+            K=taps,
+            stride=1,
+            padding_left=0,
+            padding_right=0,
+            padding_mode="zeros",
+        )
+        return replace(cls.of(view), fold=p.stride, lead=p.padding_left % p.stride)
 
     @property
     def phases(self) -> int:

@@ -22,7 +22,7 @@ from gpuconv.device import ARCHITECTURES, Device
 from gpuconv.families import ArrayLayout, Config, Family, Layout, mma
 from gpuconv.families.arithmetic import ARITHMETICS, MIN_SPLIT_TERMS, STAGE_PAIRS, Access
 from gpuconv.families.mma_tiles import Tile, tiles
-from gpuconv.families.mma_window import Reduction, Window
+from gpuconv.families.mma_window import MAX_UNITS, Reduction, Window
 from gpuconv.families.product import Product
 from gpuconv.problem import ConvProblem, Op
 from tests import hostcuda
@@ -452,9 +452,48 @@ def test_which_layers_have_positions_as_channels() -> None:
     """Those of which every window is of whole strides, and of 16 bits those that conv1d_im2col does not take."""
     layer = at(ConvProblem("conv1d", 1, 8, 16, 400, 64, 32), "float16")
     assert mma.product_of(layer).fold == 32
-    for other in ({"padding_left": 32}, {"padding_right": 1}, {"K": 65}, {"stride": 16}, {"C_in": 7}, {"dilation": 2}):
+    for other in ({"K": 65}, {"stride": 16}, {"C_in": 7}, {"dilation": 2}):
         assert mma.product_of(replace(layer, **other)).fold == 1, other
+    for padding in ({"padding_left": 33}, {"padding_right": 1}, {"L_in": 31, "padding_right": 33}):
+        assert mma.product_of(replace(layer, **padding)).fold == 32, padding
     assert mma.product_of(at(replace(layer, C_in=1), "tf32")).fold == 32
+
+
+@pytest.mark.parametrize(("mode", "padding"), [("float16", (40, 37)), ("float16", (33, 0)), ("float32", (28, 35))])
+def test_padding_changes_no_bit_of_positions_that_are_channels(mode: str, padding: tuple[int, int]) -> None:
+    """Pieces and streams of a padded layer have no padding where they read nothing outside the input."""
+    left, right = padding
+    p = at(ConvProblem("conv1d", 3, 8, 18, 168, 64, 32, left, right, has_bias=True), mode)
+    data = cases.random_data(p, 12)
+    y = run(p, data, schedule="every")
+    assert_right(p, y, data)
+    x = np.pad(data.input, ((0, 0), (0, 0), padding))
+    inside = replace(p, L_in=x.shape[2], padding_left=0, padding_right=0)
+    assert_same_bits(run(inside, data._replace(input=x)), y, mode)
+
+
+def test_chunks_have_positions_of_one_channel_however_long_kernels_are() -> None:
+    p = at(ConvProblem("conv1d", 1, 8, 16, 24 * 1024, 24 * 1024, 32), "float32")
+    product, arithmetic = mma.product_of(p), ARITHMETICS[p.dtype, p.precision]
+    reduction = Reduction.of(product, arithmetic)
+    assert reduction.units < MAX_UNITS  # their window is too large for more
+    assert p.stride % (reduction.units * arithmetic.channels) == 0
+    assert reduction.chunks * reduction.units * arithmetic.channels == p.C_in * p.stride
+
+
+def test_where_a_segment_of_positions_that_are_channels_begins() -> None:
+    """Many channels times the distance of positions exceed 2**31, which no offset does."""
+    p = at(ConvProblem("conv1d", 1, 512, 18, 32, 32, 32), "float16")
+    data = cases.random_data(p, 12)
+    rows = np.zeros((p.N, p.L_in, 200_000), np.float16)
+    x = rows.transpose(0, 2, 1)[:, : p.C_in]
+    x[...] = data.input
+    layout = Layout.contiguous(p).replaced(input=hostcuda.array_layout(x))
+    config, launch = kernel_of(FAMILY[p.op], p, layout, H200)
+    assert launch.index_bits == 32
+    assert dict(config.macros)["SEGMENT_MODE"] == "2"
+    y = run(p, data._replace(input=x), layout=layout)
+    assert_same_bits(y, run(p, data), "moved channels")
 
 
 @pytest.mark.parametrize(
