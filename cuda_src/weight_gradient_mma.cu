@@ -9,8 +9,8 @@
 // 1 << sample_shift each. What a chunk needs of both arrays is staged once in shared memory, transposed: one row of 16 bytes
 // for each position and unit of kUnit channels. Of fine that is a window, which every tap reads at an address of its own,
 // always aligned; it consists of planes, so that neighbouring l meet neighbouring rows whatever the stride. Row j of plane
-// v holds position (l + j)*stride - padding_left + (the block's first tap)*dilation + v*dilation: see Window in
-// gpuconv/families/weight_gradient_mma.py.
+// v holds position (l + j)*stride - padding_left + (the block's first tap)*dilation + v*dilation, after up to FINE_ALIGN - 1
+// rows that only make it begin aligned: see Window in gpuconv/families/weight_gradient_mma.py.
 //
 // TAPS_IN_UNITS = 1 is for few channels of fine: an octet is then a channel's eight neighbouring taps, at positions `dilation`
 // apart, and what is said of taps and channels above holds for blocks of eight taps, 8*dilation apart, and for those eight.
@@ -31,8 +31,8 @@
 // With several slices their sums go to partial and sum_slices.cu follows; with one partial is null.
 // COARSE_WIDTH and FINE_WIDTH = 4 need contiguous positions. With a stride, FINE_WIDTH = 4 needs FINE_STRIDED = 1: dilation is
 // 1 and planes are as many as the stride, so that the window has all positions of a stretch. Rows begin and end at
-// multiples of COARSE_ALIGN and FINE_ALIGN positions, by default the widths, and are aligned to that many. Where it is 1,
-// elements have 16 bits, the strides of channels are odd, none is negative, and arrays are aligned to 4 bytes
+// multiples of COARSE_ALIGN and FINE_ALIGN positions, by default the widths, and are aligned to that many. Where it is 1 and
+// the width is 4, elements have 16 bits, the strides of channels are odd, none is negative, and arrays are aligned to 4 bytes
 // (unaligned_runs.cuh).
 // Takes other arrays of any strides, in elements. Samples with lengths of their own (samples.cuh) need widths of 1.
 // COARSE_LAST and FINE_LAST = 1 (default 0) are for arrays whose channels are contiguous, in groups of whole units, each unit

@@ -66,7 +66,7 @@ class Fetch(Enum):
         self.width, self.align, self.words = width, align, words
 
 
-_LEAST = Fetch.POSITION, Fetch.POSITION  # which every layout allows
+_LEAST = Fetch.POSITION, Fetch.POSITION  # of arrays that need wide offsets
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +104,9 @@ TILES: dict[int, tuple[Tile, ...]] = {
         Tile(64, 64, 2, 2, 2, 32, 4, 4),
     ),
 }
-_LARGEST_M, _LARGEST_N, _LARGEST_CHUNK = 128, 256, 64
+_EVERY_TILE = tuple(tile for tiles in TILES.values() for tile in tiles)
+_LARGEST = max(max(tile.block_m, tile.block_n) for tile in _EVERY_TILE)
+_LARGEST_CHUNK = max(tile.chunk_rows for tile in _EVERY_TILE)
 
 # Of the cost model, from the machine code for sm_90 (bench.static): instructions of a lane for one load, with its
 # address and its part in storing the vectors, by the positions that it loads; of a chunk besides its loads and steps;
@@ -227,9 +229,7 @@ class WeightGradientMma(Family[WeightGradientProblem]):
             return Refusal("needs longer samples to keep the error bound")
         bits = _index_bits(p, layout)
         fetches, tap_width = _fetches(p, layout, bits, device), _tap_width(p, layout, bits)
-        # The tables of wide accesses may take too much memory.
-        if not (tilings := _tilings(p, fetches, tap_width, device, bits)):
-            tilings = _tilings(p, _LEAST, tap_width, device, bits)
+        tilings = _tilings(p, fetches, tap_width, device, bits)
         tiling, tile, window = tilings[0], tilings[0].tile, tilings[0].window
         if tiling.blocks > MAX_GRID:
             return Refusal(f"needs at most {MAX_GRID} blocks")
@@ -305,8 +305,8 @@ class WeightGradientMma(Family[WeightGradientProblem]):
                             of_fetches = partial(self._config, tile, dtype, precision, fetches, bits)
                             for is_strided in (False, True) if fetches[1].width > 1 else (False,):
                                 yield of_fetches(is_strided=is_strided)
-                                is_least = arithmetic.parts == 1 and tile in _tiles_of_few_rows(bits)
-                                if is_least and fetches[0] is not Fetch.UNIT:
+                                has_few = arithmetic.channels > MIN_ROWS and tile in _tiles_of_few_rows(bits)
+                                if has_few and fetches[0] is not Fetch.UNIT:
                                     yield of_fetches(is_strided=is_strided, few_rows=True)
                             if fetches[1] is Fetch.POSITION:
                                 for tap_width in (1, 2) if bits == 32 else (1,):
@@ -380,12 +380,12 @@ def _index_bits(p: WeightGradientProblem, layout: Layout) -> int:
     # Samples, positions and channels behind the last, of which addresses are formed.
     slices = _slices(p)
     overhang = slices.overhang(
-        samples=max(_chunk(slices, tile.chunk_rows)[0] for tiles in TILES.values() for tile in tiles),
-        channels=max(_LARGEST_M, _LARGEST_N),
+        samples=_chunk(slices, _LARGEST_CHUNK)[0],
+        channels=_LARGEST,
         positions=2 * _LARGEST_CHUNK,
-        taps=p.K + 2 * _LARGEST_N,
+        taps=p.K + 2 * _LARGEST,
     )
-    columns = (p.C_fine_g + _LARGEST_N) * (p.K + _LARGEST_N)
+    columns = (p.C_fine_g + _LARGEST) * (p.K + _LARGEST)
     return index_bits(p, layout, overhang, slices.count * math.prod(p.weight_shape), columns)
 
 
@@ -516,6 +516,8 @@ def _tilings(
     p: WeightGradientProblem, widest: tuple[Fetch, Fetch], tap_width: int, device: Device, bits: int
 ) -> tuple[_Tiling, ...]:
     """The tilings that fit the device, the cheapest first; of each tile the one with the best octets and taps.
+
+    The last tile of each arithmetic fits every device with blocks of one tap, however its arrays are loaded.
 
     `widest`: what `_fetches` allows.
     """
@@ -670,10 +672,12 @@ class _Launch(NamedTuple):
         lines += rows * (self.chunk_positions * of_position + halo + LINE_BYTES)
         times = 1 if self.min_blocks * self.chunk_samples * lines <= _L1_BYTES else chunks
         cut = SECTOR_BYTES - itemsize  # what the sectors at both ends of a stretch have besides it, in the mean
-        coarse, fine = positions * self.block_m * itemsize, channels * chunks * self.window_rows * itemsize
+        coarse = positions * self.block_m * itemsize
         if self.fetches[0] is not Fetch.UNIT:
             coarse += self.block_m * times * cut
-        if self.fetches[1] is not Fetch.UNIT:
+        if self.fetches[1] is Fetch.UNIT:
+            fine = channels * chunks * self.window_rows / self.chunk_samples * itemsize
+        else:
             fine = rows * (positions * of_position + times * (halo + cut))
         return self.slices.samples * (coarse + fine)
 

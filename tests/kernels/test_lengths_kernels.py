@@ -29,7 +29,7 @@ DEVICE = Device.from_arch("sm_90")
 
 def with_table(problem: Any, samples: Samples, *, swapped: bool = False) -> tuple[Any, Array]:
     """The problem for samples with lengths of their own, and the table that its kernels read."""
-    L_in, L_out, left = samples
+    L_in, L_out, left, _ = samples
     columns = (L_out, L_in, left) if swapped else (L_in, L_out, left)
     return replace(problem, has_lengths=True), np.stack(columns, axis=1)
 

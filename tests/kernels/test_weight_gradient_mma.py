@@ -18,7 +18,7 @@ from gpuconv.cases import CASES
 from gpuconv.device import ARCHITECTURES, Device
 from gpuconv.families import ArrayLayout, Config, Layout, slices
 from gpuconv.families import weight_gradient_mma as mma
-from gpuconv.families.arithmetic import ARITHMETICS
+from gpuconv.families.arithmetic import ARITHMETICS, arithmetics
 from gpuconv.families.base import contiguous_strides
 from gpuconv.families.slices import Slices
 from gpuconv.families.weight_gradient_mma import Fetch
@@ -382,6 +382,53 @@ def test_fewer_rows_than_a_unit_has() -> None:
             expect_exact(p, schedule="every")
             arrays = normal(p, nonfinite=True)
             assert reference.weight_gradient(p, *arrays).within_bound(run(p, *arrays)).all(), p
+
+
+def test_specialisations_for_few_rows_are_those_of_units_that_they_do_not_fill() -> None:
+    """A unit of 32-bit elements has fewer channels than the family takes at least."""
+    few = [macros for config in FAMILY.configs(DEVICE) if "FEW_ROWS" in (macros := dict(config.macros))]
+    assert {macros["DTYPE"] for macros in few} == {"float16", "bfloat16"}
+
+
+@pytest.mark.parametrize("arch", ["sm_75", "sm_86"])
+def test_every_way_of_loading_fits_the_smallest_shared_memory(arch: str) -> None:
+    """One tap of every octet, also of two short samples in a chunk, in which runs begin early."""
+    device = Device.from_arch(arch)
+    for mode, arithmetic in arithmetics(device).items():
+        for p in (
+            problem(512, 512, 400, 2, mode),
+            problem(512, 512, 400, 2, mode, dilation=50, padding_left=3),
+            problem(512, 512, 400, 2, mode, stride=90, padding_left=3),
+            problem(512, 512, 16, 2, mode, N=90, padding_left=3),
+        ):
+            for fetches in mma._every_fetches(arithmetic, device):
+                if fetches[1].width == 1 or 1 in (p.stride, p.dilation):
+                    assert mma._tilings.__wrapped__(p, fetches, 0, device, 32), (p, fetches)
+
+
+def test_samples_of_a_chunk_are_staged_once() -> None:
+    """The cost model counts as many bytes of 32 samples by twos as one by one."""
+    p = problem(16, 16, 16, 3, N=32)
+    for last in (False, True):
+        arrays = {}
+        if last:
+            arrays = {
+                name: hostcuda.array_layout(channels_last(np.empty(shape, np.float16)))
+                for name, shape in (("coarse", p.coarse_shape), ("fine", p.fine_shape))
+            }
+        layout = Layout.contiguous(p).replaced(**arrays)
+        fetches = mma._fetches(p, layout, 32, DEVICE)
+        assert (fetches == (Fetch.UNIT, Fetch.UNIT)) == last
+        staged = []
+        for samples in (1, 2):
+            window = mma.Window.of(p, 3, samples, 16, fetches[1])
+            launch = mma._Launch(
+                arithmetic=ARITHMETICS[HALF], slices=Slices(1, 32, 16, 1), blocks=1, chunk_samples=samples,
+                chunk_positions=16, window_rows=window.rows, octets=2, taps=3, fetches=fetches, tap_width=1,
+                block_m=16, block_n=128, warps_m=1, warps_n=4, min_blocks=4,
+            )  # fmt: skip
+            staged.append(launch._staged_bytes(p))
+        assert staged[0] == staged[1], last
 
 
 def test_few_columns_of_octets_of_taps_are_not_worth_three_products() -> None:
