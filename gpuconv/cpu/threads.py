@@ -54,16 +54,17 @@ def run_blocks(
     def work(first: Callable[[], None], scratch: Scratch) -> None:
         # NumPy copies rows that are shorter than its buffer into the buffer, even where no dtype is converted; a buffer
         # shorter than the rows avoids these copies.
-        buffer_size = np.getbufsize()
+        buffer_size = np.getbufsize() if length >= 64 else None
         try:
             with np.errstate(all="ignore"):
-                if length >= 64:
+                if buffer_size is not None:
                     np.setbufsize(64)
                 first()
                 while (block := _next(pending)) is not None:
                     prepare(*block, scratch)()
         finally:
-            np.setbufsize(buffer_size)
+            if buffer_size is not None:
+                np.setbufsize(buffer_size)
 
     if helpers:
         _work_together(work, prepare, own, pending, helpers, scratches)
