@@ -17,8 +17,9 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import lru_cache, partial
 from queue import SimpleQueue
-from threading import Lock, Thread
+from threading import RLock, Thread
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 
@@ -53,9 +54,11 @@ def run_blocks(
     def work(first: Callable[[], None], scratch: Scratch) -> None:
         # NumPy copies rows that are shorter than its buffer into the buffer, even where no dtype is converted; a buffer
         # shorter than the rows avoids these copies.
-        buffer_size = np.setbufsize(64) if length >= 64 else None
+        buffer_size = np.getbufsize() if length >= 64 else None
         try:
             with np.errstate(all="ignore"):
+                if buffer_size is not None:
+                    np.setbufsize(64)
                 first()
                 while (block := _next(pending)) is not None:
                     prepare(*block, scratch)()
@@ -76,55 +79,60 @@ def _work_together(
     prepare: Callable[..., Callable[[], None]],
     own: Sequence[tuple[Any, ...]],
     pending: deque[tuple[Any, ...]],
-    helpers: Sequence[_Helper],
+    helpers: list[_Helper],
     scratches: Sequence[Scratch],
 ) -> None:
     """Compute by `work`, on the calling thread and on the helpers, a block of each's own and all that are pending."""
     ready: deque[tuple[Callable[[], None], Scratch]] = deque()
     begun: list[None] = []
-    ended: list[BaseException | None] = []
+    ended: list[None] = []
+    errors: list[BaseException] = []
     signal: SimpleQueue[None] = SimpleQueue()
 
-    def leave_the_rest() -> None:
+    def fail(error: BaseException) -> None:
+        errors.append(error)
         pending.clear()
         ready.clear()
 
     def assist() -> None:
         begun.append(None)
-        error = None
         try:
             if (prepared := _next(ready)) is not None:
                 work(*prepared)
-        except BaseException as caught:
-            leave_the_rest()
-            error = caught
-        ended.append(error)
-
-    def wait() -> None:
-        # A helper that begins from now on finds nothing to do.
-        while len(ended) < len(begun):
-            signal.get()
+        except BaseException as error:
+            fail(error)
+        ended.append(None)
 
     shares = _shares(1 + len(helpers))
+    everywhere = {processor for share in shares for processor in share}
     try:
-        for helper, block, share, scratch in zip(helpers, own[1:], shares[1:], scratches[1:], strict=True):
+        for block, share, scratch in zip(own[1:], shares[1:], scratches[1:], strict=True):
             ready.append((prepare(*block, scratch), scratch))
-            helper.begin(assist, signal, share)
+            helpers.pop().begin(assist, signal, share)
         first = prepare(*own[0], scratches[0])
         _keep_to(0, shares[0])
         work(first, scratches[0])
         while (prepared := _next(ready)) is not None:  # of a helper that has not begun, since its processor is busy
             work(*prepared)
-        wait()
-    except BaseException:
-        leave_the_rest()
-        wait()
-        raise
-    finally:
-        _keep_to(0, [processor for share in shares for processor in share])
-    for error in ended:
-        if error is not None:
-            raise error
+    except BaseException as error:
+        fail(error)
+    waiting = True
+    while waiting:
+        try:
+            # A helper that begins from now on finds nothing to do.
+            while len(ended) < len(begun):
+                signal.get()
+            waiting = False
+        except BaseException as error:  # an interrupt: helpers still write to the caller's arrays
+            fail(error)
+    if everywhere:
+        try:  # noqa: SIM105 since `_keep_to` or `suppress` could be interrupted before it does anything
+            os.sched_setaffinity(0, everywhere)
+        except OSError:  # as in `_keep_to`
+            pass
+    _pool().free.extend(helpers)  # those that were not needed
+    if errors:
+        raise errors.pop(0)  # kept in `errors`, it would keep this frame and the caller's arrays alive
 
 
 def _next(queue: deque[Any]) -> Any:
@@ -171,29 +179,36 @@ def _current_processor() -> int | None:
 
 
 class _Helper:
-    """A thread that waits for work and is free again after it."""
+    """A thread that waits for work. It ends when nothing refers to the helper, as after an interrupted call."""
 
     def __init__(self, pool: _Pool) -> None:
-        self._pool = pool
-        self._tasks: SimpleQueue[tuple[Callable[[], None], SimpleQueue[None]]] = SimpleQueue()
+        self._tasks: SimpleQueue[_Task | None] = SimpleQueue()
         self._processors: list[int] = []
-        self._thread = Thread(target=self._run, name="gpuconv", daemon=True)
+        self._thread = Thread(target=_serve, args=(self._tasks, pool), name="gpuconv", daemon=True)
         self._thread.start()
+
+    def __del__(self) -> None:
+        self._tasks.put(None)
 
     def begin(self, work: Callable[[], None], signal: SimpleQueue[None], processors: list[int]) -> None:
         """Do this work on these processors, then give a signal."""
         if processors != self._processors and self._thread.native_id is not None:
             _keep_to(self._thread.native_id, processors)  # now, since it takes less time while the thread sleeps
             self._processors = processors
-        self._tasks.put((work, signal))
+        self._tasks.put((self, work, signal))
 
-    def _run(self) -> None:
-        while True:
-            work, signal = self._tasks.get()
-            work()
-            self._pool.free.append(self)
-            signal.put(None)
-            del work, signal  # they may hold arrays
+
+_Task = tuple[_Helper, Callable[[], None], SimpleQueue[None]]
+
+
+def _serve(tasks: SimpleQueue[_Task | None], pool: _Pool) -> None:
+    """Do the tasks of a helper, which is free again after each."""
+    while (task := tasks.get()) is not None:
+        helper, work, signal = task
+        work()
+        pool.free.append(helper)
+        signal.put(None)
+        del task, helper, work, signal  # they may hold arrays, and keep the helper from being freed
 
 
 class _Pool:
@@ -201,8 +216,8 @@ class _Pool:
 
     def __init__(self) -> None:
         self.free: list[_Helper] = []
-        self._started = 0
-        self._lock = Lock()
+        self._all: WeakSet[_Helper] = WeakSet()
+        self._lock = RLock()  # the handler of a signal may call gpuconv, too
 
     def take(self, count: int) -> list[_Helper]:
         """At most so many helpers: only those that no other call uses."""
@@ -212,10 +227,10 @@ class _Pool:
                 taken.append(self.free.pop())
             except IndexError:
                 with self._lock:
-                    if self._started == limits.MAX_WORKERS - 1:
+                    if len(self._all) >= limits.MAX_WORKERS - 1:
                         break
-                    self._started += 1
-                taken.append(_Helper(self))
+                    self._all.add(helper := _Helper(self))
+                taken.append(helper)
         return taken
 
 
