@@ -216,7 +216,9 @@ CASES: tuple[Case, ...] = (
     _transposed("up_k1", 2, 8, 12, 37, 1, "kernel"),
     _transposed("up_k3", 2, 8, 6, 40, 3, "kernel", padding=1),
     _transposed("up_long_kernel", 2, 6, 20, 41, 23, "kernel", groups=2, dilation=2, padding=(9, 21)),
-    _transposed("up_k64_even", 1, 3, 4, 40, 64, "kernel", padding=20, bias=False),
+    _transposed("up_filters", 2, 2, 24, 60, 17, "kernel", padding="same"),
+    _transposed("up_filters_dilated", 1, 4, 9, 30, 9, "kernel", dilation=5, output_padding=3, bias=False),
+    _transposed("up_k64_even", 1, 3, 8, 40, 64, "kernel", padding=20, bias=False),
     _transposed("up_stride2_k4", 2, 8, 6, 30, 4, "stride", stride=2, padding=1),
     _transposed("up_stride_equals_k", 2, 6, 8, 25, 3, "stride", stride=3),
     _transposed("up_stride_exceeds_k", 2, 6, 8, 20, 2, "stride", stride=5),
@@ -269,6 +271,7 @@ CASES: tuple[Case, ...] = (
     _transposed("convtasnet_decoder", 2, 32, 1, 30, 16, "model", stride=8, padding=8, bias=False),
     _transposed("snac_up", 1, 20, 12, 16, 14, "model", stride=7, padding=4, output_padding=1),
     _transposed("waveglow_upsample", 1, 8, 8, 12, 64, "model", stride=16),
+    _transposed("bpnet_head_gradient", 1, 2, 34, 50, 75, "model", padding=37),
     _transposed("istft", 1, 65, 1, 8, 128, "model", stride=64, bias=False),
 )  # fmt: skip
 

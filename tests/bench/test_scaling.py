@@ -25,7 +25,7 @@ def test_halos_are_those_of_the_graph() -> None:
     tasks = y.dask.layers[y.name]
     received = [[0, 0] for _ in range(3)]
     for l_out in range(y.numblocks[-1]):
-        (((*parts,),),) = tasks[(y.name, 0, 0, l_out)][1]
+        ((((*parts,),),),) = tasks[(y.name, 0, 0, l_out)][1]
         worker = l_out // SMALL.chunks
         for name, _, _, chunk, *ends in parts:
             other = chunk // SMALL.chunks

@@ -178,7 +178,7 @@ def test_streams_get_few_columns_and_every_multiprocessor_gets_rows() -> None:
 def test_it_serves_what_tensor_cores_leave() -> None:
     """A layer of tensor cores keeps them for a step of a stream too: its bits must not depend on the length."""
     mimi = ConvProblem("conv1d", 1, 512, 1024, 24, 16, 8, has_bias=True)
-    frame = ConvProblem("conv1d", 1, 1, 1025, 2048, 2048, 512)
+    frame = ConvProblem("conv1d", 1, 1, 1001, 2000, 2000, 500)
     for p, arch in ((mimi, "sm_75"), (replace(mimi, dtype="float64"), "sm_90"), (frame, "sm_90")):
         choice = dispatch.choose(p, Layout.contiguous(p), Device.from_arch(arch))
         assert choice is not None
