@@ -11,6 +11,7 @@ from unittest import mock
 
 from gpuconv import runtime
 from gpuconv.device import Device
+from gpuconv.runtime import executor
 
 
 @contextmanager
@@ -38,6 +39,7 @@ def fake_cupy(device: Device, index: int = 0) -> Iterator[Any]:
     def forget() -> None:
         runtime.device.cache_clear()
         runtime.build.cache_clear()
+        executor._writer.cache_clear()
 
     with mock.patch.dict(sys.modules, cupy=fake):
         forget()

@@ -19,6 +19,7 @@ from gpuconv.checks.families import families_of, families_that_take, far_runs, r
 from gpuconv.device import ARCHITECTURES, Device
 from gpuconv.families import FAMILIES
 from gpuconv.report import BY_FAMILY, Report
+from gpuconv.runtime import executor
 from gpuconv.verify import verify
 
 EQUAL = "must equal the reference, bit for bit"
@@ -471,6 +472,7 @@ def plant(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Fault], None]]:
 def forget() -> None:
     """Let go of the kernels and of the plans that hold them."""
     runtime.build.cache_clear()
+    executor._writer.cache_clear()
     with calls._CACHE_LOCK:
         calls._EXECUTORS.clear()
 
