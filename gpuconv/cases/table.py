@@ -271,7 +271,7 @@ CASES: tuple[Case, ...] = (
     _transposed("convtasnet_decoder", 2, 32, 1, 30, 16, "model", stride=8, padding=8, bias=False),
     _transposed("snac_up", 1, 20, 12, 16, 14, "model", stride=7, padding=4, output_padding=1),
     _transposed("waveglow_upsample", 1, 8, 8, 12, 64, "model", stride=16),
-    _transposed("bpnet_head_gradient", 1, 2, 34, 50, 75, "model", padding=37),
+    _transposed("bpnet_head_gradient", 2, 2, 34, 20, 75, "model", padding=37),
     _transposed("istft", 1, 65, 1, 8, 128, "model", stride=64, bias=False),
 )  # fmt: skip
 
