@@ -18,20 +18,7 @@
 #include "im2col.cuh"
 #include "window.cuh"
 
-struct Params {
-    index_t N, L_in, L_out, K;
-    index_t C_in_g, C_out_g;
-    index_t row_tiles, column_tiles;
-    index_t stride, padding_left, dilation;
-    index_t input_stride_n, input_stride_c, input_stride_l;
-    index_t bias_stride;
-    index_t output_stride_n, output_stride_c, output_stride_l;
-    index_t pairs;                              // whole stages
-    index_t planes, plane_rows, plane_step;     // that units share; positions from plane to plane
-    index_t round_rows;                         // rows from a unit to the next one in its plane
-    index_t last_row;                           // of the last unit, where that is not whole
-    index_t channel_rows;                       // of all planes of a channel
-    index_t plane_reciprocal, channel_reciprocal;  // 2^32 / plane_rows and 2^32 / channel_rows, rounded up
+struct Params : Im2col {
     FUSED_FIELDS WINDOW_FIELDS
 };
 static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from gpuconv/families/conv_im2col.py");

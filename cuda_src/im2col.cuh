@@ -30,6 +30,23 @@
 
 static_assert(!HAS_SAMPLES && SEGMENT_MODE == 0 && !PHASES_IN_ROWS, "see gpuconv/families/conv_im2col.py");
 
+// The fields with which Params of both kernels begins.
+struct Im2col {
+    index_t N, L_in, L_out, K;
+    index_t C_in_g, C_out_g;
+    index_t row_tiles, column_tiles;
+    index_t stride, padding_left, dilation;  // the stride is 1 where IS_TRANSPOSED
+    index_t input_stride_n, input_stride_c, input_stride_l;
+    index_t bias_stride;
+    index_t output_stride_n, output_stride_c, output_stride_l;
+    index_t pairs;                              // whole stages
+    index_t planes, plane_rows, plane_step;     // that units share; positions from plane to plane
+    index_t round_rows;                         // rows from a unit to the next one in its plane
+    index_t last_row;                           // of the last unit, where that is not whole
+    index_t channel_rows;                       // of all planes of a channel
+    index_t plane_reciprocal, channel_reciprocal;  // 2^32 / plane_rows and 2^32 / channel_rows, rounded up
+};
+
 // The first tap of output l_out reads position l_out*stride + first_position.
 template <typename P>
 __device__ __forceinline__ index_t first_position(const P& p) {

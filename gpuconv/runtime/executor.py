@@ -88,8 +88,7 @@ class Executor:
         """Launch on the current device and CuPy's current stream; writes all of the last array, the result.
 
         `prepared` holds the packed forms of the weight, if the caller has them; where it is used, the weight may be
-        None. If the problem has lengths, `samples`
-        is the table that cuda_src/samples.cuh describes.
+        None. If the problem has lengths, `samples` is the table that cuda_src/samples.cuh describes.
         """
         if self.choice is None:
             clear(arrays[-1])  # every sum is empty
