@@ -10,7 +10,7 @@
 // for each position and unit of kUnit channels. Of fine that is a window, which every tap reads at an address of its own,
 // always aligned; it consists of planes, so that neighbouring l meet neighbouring rows whatever the stride. Row j of plane
 // v holds position (l + j)*stride - padding_left + (the block's first tap)*dilation + v*dilation, after up to FINE_ALIGN - 1
-// rows that only make it begin aligned: see Window in gpuconv/families/weight_gradient_mma.py.
+// rows that only make it begin aligned: see Window in gpuconv/families/weight_gradient_window.py.
 //
 // TAPS_IN_UNITS = 1 is for few channels of fine: an octet is then a channel's eight neighbouring taps, at positions `dilation`
 // apart, and what is said of taps and channels above holds for blocks of eight taps, 8*dilation apart, and for those eight.

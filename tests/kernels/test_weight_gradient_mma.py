@@ -21,7 +21,8 @@ from gpuconv.families import weight_gradient_mma as mma
 from gpuconv.families.arithmetic import ARITHMETICS, arithmetics
 from gpuconv.families.base import contiguous_strides
 from gpuconv.families.slices import Slices
-from gpuconv.families.weight_gradient_mma import Fetch
+from gpuconv.families.weight_gradient_costs import GradientLaunch
+from gpuconv.families.weight_gradient_window import OCTET, STEP, Fetch, Window
 from gpuconv.problem import WeightGradientProblem
 from tests import hostcuda
 from tests.hostcuda import Counts, Program
@@ -315,7 +316,7 @@ def test_planes_hold_all_rows_of_their_taps(
     """Planes of aligned runs begin with as few rows in front of those that their taps need as all blocks allow."""
     p = problem(8, 8, 300, taps, dilation=dilation, padding_left=padding)
     of_block = data.draw(st.integers(1, taps))
-    window = mma.Window.of(p, of_block, 1, 32, fetch)
+    window = Window.of(p, of_block, 1, 32, fetch)
     assert window.plane_rows % fetch.width == 0
     longest = 0
     for begin in range(0, taps, of_block):
@@ -421,8 +422,8 @@ def test_samples_of_a_chunk_are_staged_once() -> None:
         assert (fetches == (Fetch.UNIT, Fetch.UNIT)) == last
         staged = []
         for samples in (1, 2):
-            window = mma.Window.of(p, 3, samples, 16, fetches[1])
-            launch = mma._Launch(
+            window = Window.of(p, 3, samples, 16, fetches[1])
+            launch = GradientLaunch(
                 arithmetic=ARITHMETICS[HALF], slices=Slices(1, 32, 16, 1), blocks=1, chunk_samples=samples,
                 chunk_positions=16, window_rows=window.rows, octets=2, taps=3, fetches=fetches, tap_width=1,
                 block_m=16, block_n=128, warps_m=1, warps_n=4, min_blocks=4,
@@ -443,7 +444,7 @@ def test_slices_cover_every_position_once() -> None:
             assert cut.samples == 1 or (cut.pieces == 1 and cut.positions == p.L_coarse), p
             assert cut.pieces == -(-p.L_coarse // cut.positions), p
             assert cut.count == -(-p.N // cut.samples) * cut.pieces, p
-            assert cut.pieces == 1 or cut.positions % mma.STEP == 0, p
+            assert cut.pieces == 1 or cut.positions % STEP == 0, p
             assert cut.count == 1 or cut.partial_bytes(p) <= slices.MAX_PARTIAL_BYTES, p
             assert cut.count <= Slices.of(p).count or cut.count == 1, p
 
@@ -597,7 +598,7 @@ def test_costs_in_roundings_keep_the_bound(mode: tuple[str, str]) -> None:
             if arithmetic.parts == 1:
                 costs.append(starts.size + len(set(starts // arithmetic.channels)))
             else:
-                costs.append(len(set(starts // mma.STEP)))
+                costs.append(len(set(starts // STEP)))
         cost = cut.samples * max(costs) + cut.count - 1
         if arithmetic.parts == 1:
             assert cost <= p.terms + math.ceil(p.terms / 3) + 2, p
@@ -631,7 +632,7 @@ def test_matrix_loads_meet_no_bank_conflicts(p: WeightGradientProblem) -> None:
 def test_pitches_of_shared_memory(mode: tuple[str, str]) -> None:
     """32-bit fragments are read, and eight neighbouring units stored, without bank conflicts, whatever the rows."""
     arithmetic = ARITHMETICS[mode]
-    units = mma.OCTET // arithmetic.channels  # of an octet
+    units = OCTET // arithmetic.channels  # of an octet
     for rows in range(16, 80):
         half, pitch = mma._pitches(rows, arithmetic)
         assert half >= rows
