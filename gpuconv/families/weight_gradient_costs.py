@@ -173,10 +173,9 @@ class GradientLaunch(NamedTuple):
         # ldmatrix fetches four wavefronts at a time; elements of 32 bits come one by one.
         fetches = wavefronts / 4 if a.itemsize == 2 else wavefronts
         passes = self.blocks * self.warps * steps
-        staging = self._staging(p)
         code = Code(
-            instructions=passes * (products + fetches + _STEP_INSTRUCTIONS) + staging[0],
-            wavefronts=passes * wavefronts + staging[1],
+            instructions=passes * (products + fetches + _STEP_INSTRUCTIONS) + work.staging_instructions,
+            wavefronts=passes * wavefronts + work.staging_wavefronts,
             chain=steps * MMA_LATENCY_CYCLES,
         )
         return predict_launch(
