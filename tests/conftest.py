@@ -18,6 +18,7 @@ from gpuconv.gpus import missing_gpu
 from gpuconv.problem import ConvProblem
 from tests import NO_TORCH, hostcuda
 from tests.gpu_on_cpu.limits import skip_what_cannot_run
+from tests.plans import forget_kernels
 
 Array = npt.NDArray[Any]
 
@@ -155,9 +156,9 @@ def launched(cupy: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
             return Function(self.name, super().kernel)
 
     monkeypatch.setattr(cupy, "RawKernel", RawKernel)
-    runtime.build.cache_clear()  # it holds kernels whose launches are not listed
+    forget_kernels()  # those whose launches are not listed
     yield names
-    runtime.build.cache_clear()
+    forget_kernels()
 
 
 @pytest.fixture

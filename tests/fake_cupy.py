@@ -11,7 +11,7 @@ from unittest import mock
 
 from gpuconv import runtime
 from gpuconv.device import Device
-from gpuconv.runtime import executor
+from tests.plans import forget_kernels
 
 
 @contextmanager
@@ -38,8 +38,7 @@ def fake_cupy(device: Device, index: int = 0) -> Iterator[Any]:
 
     def forget() -> None:
         runtime.device.cache_clear()
-        runtime.build.cache_clear()
-        executor._writer.cache_clear()
+        forget_kernels()
 
     with mock.patch.dict(sys.modules, cupy=fake):
         forget()

@@ -1,13 +1,15 @@
-"""What tests ask of the plans of kernel families."""
+"""What tests ask of the plans of kernel families, and of the kernels that were built."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from gpuconv import runtime
 from gpuconv.device import Device
 from gpuconv.dispatch import Choice
 from gpuconv.families import FAMILIES, Config, Family, Launch, Layout, Plan, Refusal, edges
 from gpuconv.problem import Problem
+from gpuconv.runtime import executor
 
 H200 = Device.from_arch("sm_90")
 BASE = {"conv1d": "conv1d_direct", "conv_transpose1d": "conv_transpose1d_gather"}  # the base family of each operation
@@ -38,3 +40,9 @@ def kernel_of(family: Family[Any], problem: Problem, layout: Layout, device: Dev
     """The specialisation and the launch of a family's own kernel, for a problem that the family takes."""
     choice = Choice(family.name, plan_of(family, problem, layout, device))
     return choice.config, choice.launch
+
+
+def forget_kernels() -> None:
+    """Let go of all kernels that were built, also of those that write lengths, which the executor keeps."""
+    runtime.build.cache_clear()
+    executor._writer.cache_clear()

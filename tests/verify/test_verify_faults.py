@@ -19,8 +19,8 @@ from gpuconv.checks.families import families_of, families_that_take, far_runs, r
 from gpuconv.device import ARCHITECTURES, Device
 from gpuconv.families import FAMILIES
 from gpuconv.report import BY_FAMILY, Report
-from gpuconv.runtime import executor
 from gpuconv.verify import verify
+from tests.plans import forget_kernels
 
 EQUAL = "must equal the reference, bit for bit"
 BOUND = "must lie within the error bound of the reference"
@@ -471,8 +471,7 @@ def plant(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Fault], None]]:
 
 def forget() -> None:
     """Let go of the kernels and of the plans that hold them."""
-    runtime.build.cache_clear()
-    executor._writer.cache_clear()
+    forget_kernels()
     with calls._CACHE_LOCK:
         calls._EXECUTORS.clear()
 
