@@ -132,6 +132,31 @@ def test_phases_with_different_taps_are_computed_together(monkeypatch: pytest.Mo
     assert calls[0] > 1
 
 
+@pytest.mark.parametrize(
+    "p",
+    [
+        conv1d(1, 1, 160, 44_000, 475, 441, 17, 17),
+        conv1d(1, 1, 300, 20_000, 512, 128, 256, 256, dtype="bfloat16"),
+        conv1d(40, 4, 256, 400, 48, 40, 0, 5, 1, 2, has_bias=True),
+        conv1d(1, 2, 128, 2_000_000, 40, 5000, 100, 100),
+    ],
+    ids=str,
+)
+def test_distant_windows_are_copied_one_by_one(p: ConvProblem) -> None:
+    """To copy them tap by tap takes six times as long."""
+    rng = np.random.default_rng(0)
+    arrays = [rng.integers(-3, 4, shape).astype(numpy_dtype(p.dtype)) for shape in (p.input_shape, p.weight_shape)]
+    bias = np.ones(p.C_out, np.float32) if p.has_bias else None
+    y, expected = np.empty((2, *p.output_shape), arrays[0].dtype)
+    by_window = [f for f in PhasePanels.candidates(p) if isinstance(f, panels.Panels) and f.by_window]
+    assert by_window
+    choice.chosen_form(p, p, Taps.of(p), 0.0).run(Call.of(p, *arrays, bias, expected))
+    for form in by_window:
+        y[...] = np.nan
+        choice.chosen_form(p, p, form, 0.0).run(Call.of(p, *arrays, bias, y))
+        np.testing.assert_array_equal(y, expected)
+
+
 def test_depthwise_rows_are_read_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     """To copy them with their padding took a seventh of the time."""
     copied = []
