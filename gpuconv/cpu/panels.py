@@ -340,6 +340,7 @@ class Panels:
         N, G = block.samples.stop - block.samples.start, block.groups.stop - block.groups.start
         C, J = channels.stop - channels.start, taps.stop - taps.start
         outer, columns = ((1, G), (N, tile)) if self.merged else ((N, G, tiles), (tile,))
+        panel: Array
         if self.by_window:
             panel = scratch.take("panel", *outer, math.prod(columns), C * J).swapaxes(-2, -1)
         else:

@@ -73,7 +73,9 @@ class Windows:
                 continue
             length = min(last - first, longest)
             fitting = max(1, budget // (length * max(per_step, step_inputs(p))))
-            groups = max(1, min(p.groups, fitting, budget // (window * outputs)))
+            # Threads share the groups, since all samples use the same bands. A block has as many samples as fit,
+            # so that the interpreter's time for it pays.
+            (groups,) = share(p, (p.groups, max(1, min(p.groups, fitting, budget // (window * outputs)))))
             samples = max(1, min(p.N, fitting // groups))
             groups, samples, length = share(p, (p.groups, groups), (p.N, samples), (last - first, length))
             if length < 2 * tile:
