@@ -130,6 +130,8 @@ def share(p: ConvProblem, *blocks: tuple[int, int]) -> list[int]:
     for extent, largest in blocks:
         size = max(-(-extent // wanted), int(extent * longer / wanted)) if wanted > 1 else extent
         size = max(1, min(largest, size))
+        if wanted > 1 and size == largest:  # equal blocks, of an even number
+            size = max(1, -(-extent // (-(-extent // (2 * size)) * 2)))
         wanted = -(-wanted // -(-extent // size))
         sizes.append(size)
     return sizes

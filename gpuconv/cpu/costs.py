@@ -36,12 +36,15 @@ STRIDED_ELEMENTWISE = 0.45
 CONVERT = {"float16": 2.2, "bfloat16": 0.25}
 
 # A product in a stack of matrix products; one operation of it, and one element of its result. OUTER is one element of a
-# product of depth 1. For a large product: one element that BLAS packs, and the synchronisation of its threads.
+# product of depth 1. For a large product: one element that BLAS packs, what it takes longer for one of a transposed
+# operand, and the synchronisation of its threads. FAR_LINE is a row of a product whose rows belong to several samples.
 PRODUCT = 40.0
 FLOP = 0.0095
 RESULT = 0.06
 OUTER = 1.2
 PACK = 0.25
+TRANSPOSING_PACK = 0.37
+FAR_LINE = 2.4
 MEETING = 15_000.0
 
 # A form that leaves the threads to BLAS does everything else on one thread, which costs more by this factor.

@@ -73,6 +73,11 @@ class Geometry(NamedTuple):
         at = start * self.out_stride + shift
         return slice(at, at + (stop - 1 - start) * self.out_stride + 1, self.out_stride)
 
+    @property
+    def has_distant_windows(self) -> bool:
+        """Whether each element that a tap reads lies in another cache line, and the elements of a window do not."""
+        return self.stride >= 16 and self.dilation == 1
+
     def has_absent_taps(self, p: ConvProblem) -> bool:
         """Whether some phase has no tap in the last tap group."""
         return self.first_tap + (self.tap_groups - 1) * self.interleave + self.phases > p.K

@@ -47,7 +47,10 @@ WORTH_A_BAND = 1024
 # The fewest windows that a product of the form `windows` reads in place.
 WINDOWS_OF_A_SET = 8
 
-# The fewest samples for which toeplitz makes each sample a row of its products.
+# The fewest taps of a window that is copied to a panel as one run.
+WORTH_A_WINDOW = 32
+
+# The fewest samples that are rows of a product, each of them a line of it.
 LINES_OF_SAMPLES = 16
 
 # Positions below which the samples of a block are merged into the columns of one product.

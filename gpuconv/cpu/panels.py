@@ -6,6 +6,7 @@ It can compute every problem, and is chosen for most dense layers. These take 1.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain, zip_longest
@@ -31,6 +32,8 @@ class Panels:
         packed: a weight that BLAS cannot read in place is packed before the blocks are computed; otherwise for each
             product.
         concurrent: BLAS computes each product on the calling thread.
+        by_window: the elements of a window lie next to each other in a panel, which is copied in long runs; BLAS reads
+            it as a transposed operand. Otherwise those of a tap do.
     """
 
     name: ClassVar[str] = "panels"
@@ -44,6 +47,7 @@ class Panels:
     merged: bool
     packed: bool
     concurrent: bool
+    by_window: bool
 
     @classmethod
     def candidates(cls, p: ConvProblem, geometry: Geometry) -> list[Panels]:
@@ -143,7 +147,9 @@ class Panels:
         packed = per_row <= budget
         packing = limits.fit(budget // per_row, p.C_out_g, p.groups)[::-1] if packed else [p.groups, p.C_out_g]
         blocking = Blocking(*sizes, *packing)
-        return cls(geometry, blocking, Taps.of(p), channels, taps, merged, packed, concurrent)
+        # A product of this size on one thread is slow with a transposed operand.
+        by_window = not concurrent and geometry.has_distant_windows and taps >= limits.WORTH_A_WINDOW
+        return cls(geometry, blocking, Taps.of(p), channels, taps, merged, packed, concurrent, by_window)
 
     @property
     def reason(self) -> str:
@@ -174,7 +180,9 @@ class Panels:
         run = run_of_sample = Q if self.merged else min(blocking.tile, Q)
         if run == 1:  # NumPy then loops over another axis
             run = max(8, J)
-        copy = costs.COPY if geometry.stride == 1 else costs.STRIDED_COPY
+        if self.by_window:
+            run = min(J, self.taps)
+        copy = costs.COPY if geometry.stride == 1 or self.by_window else costs.STRIDED_COPY
         panel = reread * costs.copies(columns * depth / run, run, copy * size)
         if self.merged and p.C_in * p.L_in * p.itemsize > 4096:
             panel += reread * costs.FAR_ROW * columns * depth / run_of_sample
@@ -195,6 +203,8 @@ class Panels:
         tile_rows = min(blocking.tile_rows, rows)
         count = columns / tile * -(-rows // tile_rows) * passes
         product = costs.products(p, count, tile_rows, depth / passes, tile, self.concurrent)
+        if self.by_window:
+            product += reread * costs.TRANSPOSING_PACK * size * columns * depth
         calls = blocks * _overhead(passes)
         return product + costs.serial(self.concurrent, product, panel + each * elements + packing + calls)
 
@@ -324,16 +334,20 @@ class Panels:
     ) -> Array:
         """Copy the windows from position `start` to a panel (samples, groups, tiles, channels*taps, tile).
 
-        The panel of a merged block is (1, groups, channels*taps, samples*tile). `windows` is a view of all windows, or
-        None.
+        The panel of a merged block is (1, groups, channels*taps, samples*tile). In memory the last two axes are swapped
+        for `by_window`. `windows` is a view of all windows, or None.
         """
         N, G = block.samples.stop - block.samples.start, block.groups.stop - block.groups.start
         C, J = channels.stop - channels.start, taps.stop - taps.start
-        if self.merged:
-            panel = scratch.take("panel", G, C, J, N, tile)
-            target = panel.transpose(3, 0, 1, 2, 4)[:, :, None]
+        outer, columns = ((1, G), (N, tile)) if self.merged else ((N, G, tiles), (tile,))
+        panel: Array
+        if self.by_window:
+            panel = scratch.take("panel", *outer, math.prod(columns), C * J).swapaxes(-2, -1)
         else:
-            panel = target = scratch.take("panel", N, G, tiles, C, J, tile)
+            panel = scratch.take("panel", *outer, C * J, math.prod(columns))
+        target = panel.reshape(*outer, C, J, *columns)
+        if self.merged:
+            target = target.transpose(4, 1, 0, 2, 3, 5)
         if windows is not None:
             np.copyto(target, windows[:, :, :, channels, taps])
         else:
@@ -342,7 +356,7 @@ class Panels:
                 np.copyto(target, self._windows(source, channels, taps, start, tiles, tile))
             else:
                 self._copy_by_taps(call, block, channels, taps, start, target)
-        return panel.reshape(1, G, C * J, N * tile) if self.merged else panel.reshape(N, G, tiles, C * J, tile)
+        return panel
 
     def _read(
         self, call: Call, block: Block, channels: slice, taps: slice, start: int, stop: int, scratch: Scratch

@@ -88,7 +88,7 @@ class Planes:
         plane = self.groups * self.length
         reach = max(0, *self._ends) - min(0, *self._ends)
         buffers = dict.fromkeys(("input", "sums"), self.samples * plane)
-        buffers |= {"ends": 2 * (plane + reach), "band": len(self.shifts) * plane}
+        buffers |= {"ends": 2 * (plane + reach), "band": len(self.shifts) * plane, "bias": plane}
         safe = self.safe.block_memory(p, self.samples, self.groups, 1, p.L_out)
         return 0, buffers | {name: max(buffers.get(name, 0), count) for name, count in safe.items()}
 
@@ -125,6 +125,8 @@ class Planes:
         if N > 2:
             products.append((self._windows(memory, step + first, step, N - 2, G * L), sums[1:-1]))
         bias = call.bias(block, 4)
+        # The bias of one row for all samples becomes a plane, too, so that it is added in runs as long.
+        plane = scratch.take("bias", G, 1, L) if bias is not None and len(bias) == 1 else None
 
         def compute() -> None:
             if staged is not None:
@@ -138,7 +140,10 @@ class Planes:
             if call.is_spoilt(sums):
                 self.safe.compute_outputs(call, block, scratch)
                 return
-            if bias is not None:
+            if plane is not None:
+                plane[...] = bias
+                np.add(sums, plane.reshape(1, -1), out=sums)
+            elif bias is not None:
                 np.add(rows, bias, out=rows)
             if not direct:
                 y[...] = rows[..., : p.L_out]

@@ -3,7 +3,8 @@
 As toeplitz, but the windows within the input are not copied, since copies would take longer than the products where a
 group has one channel and few taps. Windows overlap, but BLAS does not allow overlapping rows of a matrix; so a matrix
 has for example every second or every third window, and each of these matrices is multiplied by the banded matrix of the
-row. The last window of a row ends with the row and may compute some outputs again.
+row. For many samples of short rows, a matrix has the same window of each sample. The last window of a row ends with the
+row and may compute some outputs again.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ from .taps import Taps
 from .threads import run_blocks
 from .toeplitz import fill_band, first_input, outputs_per_step, step_inputs, steps, window_length
 
+# The most samples whose windows are rows of one product. These lie far apart, often in the same set of the cache.
+_SAMPLES = 24
+
 # The most windows of a row that are copied where the others are read in place.
 _COPIES = 4
 
@@ -37,6 +41,7 @@ class Windows:
         safe: the form that computes a block again.
         samples, groups, length: those of a block; `length` counts steps.
         sets: the number of matrices; window i is a row of the matrix i mod `sets`.
+        by_sample: a matrix has one window of each sample of the block.
     """
 
     name: ClassVar[str] = "windows"
@@ -50,36 +55,51 @@ class Windows:
     length: int
     tile: int
     sets: int
+    by_sample: bool
 
     @classmethod
     def candidates(cls, p: ConvProblem) -> list[Windows]:
-        """Forms for one channel per group, where rows are long enough for products of several windows."""
+        """Forms for one channel per group, where a product has several windows."""
         if p.C_in_g != 1 or p.C_out_g != 1:
             return []
-        found = []
         first, last = steps(p)
-        per_step, size = outputs_per_step(p), accumulator(p.dtype).itemsize
-        budget = limits.SUMS // size
         # A tile that divides the row avoids the last windows, each of which is a product of its own.
         even = next((tile for tile in (16, 15, 14, 13, 12) if (last - first) % tile == 0), 16)
-        for tile in sorted({4, 8, even, 16, 32}):
-            step, window, outputs = tile * step_inputs(p), window_length(p, tile, p.K), tile * per_step
-            sets = -(-window // step)
-            small = limits.small_product(p.is_complex) // (window * outputs)  # windows of a product
-            longest = min(budget // max(per_step, step_inputs(p)), small * sets * tile)
-            if last - first < limits.WINDOWS_OF_A_SET * sets * tile or longest < 2 * limits.WINDOWS_OF_A_SET * tile:
-                continue
-            if window * outputs > budget:
-                continue
-            length = min(last - first, longest)
-            fitting = max(1, budget // (length * max(per_step, step_inputs(p))))
-            groups = max(1, min(p.groups, fitting, budget // (window * outputs)))
+        found = [cls._of(p, tile, False) for tile in sorted({4, 8, even, 16, 32})]
+        if p.N >= limits.LINES_OF_SAMPLES:
+            found += [cls._of(p, tile, True) for tile in (16, 32)]
+        return [form for form in found if form is not None]
+
+    @classmethod
+    def _of(cls, p: ConvProblem, tile: int, by_sample: bool) -> Windows | None:
+        """None where there are too few windows, or a block would be too large."""
+        first, last = steps(p)
+        per_step, budget = outputs_per_step(p), limits.SUMS // accumulator(p.dtype).itemsize
+        step, window, outputs = tile * step_inputs(p), window_length(p, tile, p.K), tile * per_step
+        rows = limits.small_product(p.is_complex) // (window * outputs)  # of a product
+        longest = budget // max(per_step, step_inputs(p))
+        sets = 1 if by_sample else -(-window // step)
+        least = tile if by_sample else limits.WINDOWS_OF_A_SET * sets * tile
+        if not by_sample:
+            longest = min(longest, rows * sets * tile)
+        if last - first < least or longest < 2 * limits.WINDOWS_OF_A_SET * tile or window * outputs > budget:
+            return None
+        length = min(last - first, longest)
+        fitting = max(1, budget // (length * max(per_step, step_inputs(p))))
+        groups = max(1, min(p.groups, fitting, budget // (window * outputs)))
+        if by_sample:
+            samples = -(-p.N // -(-p.N // _SAMPLES))
+            if samples > min(rows, fitting):
+                return None
+            groups, length = share(p, (p.groups, min(groups, fitting // samples)), (last - first, length))
+        else:
+            # Threads share the groups, since all samples use the same bands. A block has as many samples as fit.
+            (groups,) = share(p, (p.groups, groups))
             samples = max(1, min(p.N, fitting // groups))
             groups, samples, length = share(p, (p.groups, groups), (p.N, samples), (last - first, length))
-            if length < 2 * tile:
-                continue
-            found.append(cls(Taps.of(p), samples, groups, length, tile, sets))
-        return found
+        if length < (tile if by_sample else 2 * tile):
+            return None
+        return cls(Taps.of(p), samples, groups, length, tile, sets, by_sample)
 
     def multiplies_zeros(self, p: ConvProblem) -> bool:
         return True
@@ -94,16 +114,24 @@ class Windows:
         bands = p.groups * -(-p.N // self.samples) * cuts
         filling = bands * size * (costs.DIAGONAL * p.K * self.tile + costs.COPY * U * outputs)
         windows = (last - first) / cuts / self.tile
-        product = costs.products(p, rows * self.sets, windows / self.sets, U, outputs, True)
+        lines, each_set = (min(self.samples, p.N), 1.0) if self.by_sample else (1, windows / self.sets)
+        product = costs.products(p, rows * windows / (lines * each_set), lines * each_set, U, outputs, True)
         whole = (last - first) // self.tile
         inside, outside = self._within(p, first_input(p, first, slice(0, p.K)), whole)
         others = inside + whole - outside + ((last - first) % self.tile > 0 or cuts > 1)
         # The check that the sums are finite, and the bias.
-        each = 2 * costs.ELEMENTWISE * size + costs.CONVERT.get(p.dtype, 0.0)
+        each = costs.ELEMENTWISE * size + costs.CONVERT.get(p.dtype, 0.0)
         rest = costs.copies(rows, windows * outputs, each)
+        if p.has_bias:
+            rest += costs.rows(rows, windows * outputs, costs.ELEMENTWISE * size)
+        if self.by_sample:
+            rest += costs.FAR_LINE * rows * windows
         if others <= _COPIES and p.dtype not in costs.CONVERT:
-            product += costs.products(p, rows * -(-others // 2), 2, U, outputs, True)
-            rest += costs.copies(rows * others, U, costs.COPY * size)
+            if self.by_sample:
+                product += costs.products(p, rows / lines * others, lines, U, outputs, True)
+            else:
+                product += costs.products(p, rows * -(-others // 2), 2, U, outputs, True)
+                rest += costs.copies(rows * others, U, costs.COPY * size)
         else:
             staged = costs.COPY * size + costs.CONVERT.get(p.dtype, 0.0)
             rest += costs.copies(rows, windows * self.tile * step_inputs(p), staged)
@@ -163,19 +191,25 @@ class Windows:
             x, low, inside, outside = copied, 0, 0, whole
         products = []
 
-        def multiply(windows: Array, first: int, apart: int) -> None:
-            """Windows (N, G, rows, U) give tiles of outputs from step `first` on, so many steps apart."""
-            strides = (*sums.strides[:2], apart * per_step * sums.itemsize, sums.itemsize)
-            tiles = strided(sums, first * per_step, (N, G, windows.shape[2], tile * per_step), strides)
-            products.append((windows, tiles))
+        def multiply(windows: Array, first: int, apart: int, inputs: slice) -> None:
+            """Windows (N, G, rows, inputs) give tiles of outputs from step `first` on, so many steps apart.
 
+            The windows have these inputs of whole windows.
+            """
+            strides = (*sums.strides[:2], apart * per_step * sums.itemsize, sums.itemsize)
+            tiles, bands = strided(sums, first * per_step, (N, G, windows.shape[2], tile * per_step), strides), band
+            if self.by_sample:
+                windows, tiles, bands = windows.transpose(1, 2, 0, 3), tiles.transpose(1, 2, 0, 3), band[:, None]
+            products.append((windows, bands[..., inputs, :], tiles))
+
+        everything = slice(0, U)
         for first in range(inside, min(inside + self.sets, outside)):
             shape = (N, G, -(-(outside - first) // self.sets), U)
             strides = (*x.strides[:2], self.sets * step * x.itemsize, x.itemsize)
-            multiply(strided(x, low + first * step, shape, strides), first * tile, self.sets * tile)
+            multiply(strided(x, low + first * step, shape, strides), first * tile, self.sets * tile, everything)
         copies = []
         if copy is not None and count % tile:
-            multiply(x[..., -U:], count - tile, 1)
+            multiply(x[..., -U:], count - tile, 1, everything)
         elif copy is None:
             others = [index * tile for index in (*range(inside), *range(outside, whole))]
             others += [count - tile] if count % tile else []
@@ -184,10 +218,14 @@ class Windows:
                 start = low + first * step_inputs(p)
                 left = min(max(start, 0), p.L_in)
                 right = max(left, min(start + U, p.L_in))
-                copies.append((ends[:, :, index, left - start : right - start], x[:, :, 0, left:right]))
-            for index in range(0, len(others), 2):
+                inputs = slice(left - start, right - start)
+                if self.by_sample:
+                    multiply(x[..., left:right], first, 1, inputs)
+                else:
+                    copies.append((ends[:, :, index, inputs], x[:, :, 0, left:right]))
+            for index in range(0, len(others) if copies else 0, 2):
                 pair = others[index : index + 2]
-                multiply(ends[:, :, index : index + 2], pair[0], pair[-1] - pair[0])
+                multiply(ends[:, :, index : index + 2], pair[0], pair[-1] - pair[0], everything)
         bias = call.bias(block, 4)
 
         def compute() -> None:
@@ -199,8 +237,8 @@ class Windows:
                 ends[...] = 0
             for part, existing in copies:
                 part[...] = existing
-            for windows, tiles in products:
-                np.matmul(windows, band, out=tiles)
+            for windows, bands, tiles in products:
+                np.matmul(windows, bands, out=tiles)
             if call.is_spoilt(sums):
                 self.safe.compute_outputs(call, block._replace(start=begin, stop=end), scratch)
                 return

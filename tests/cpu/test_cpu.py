@@ -34,7 +34,7 @@ conv_transpose1d = partial(ConvProblem, "conv_transpose1d")
 METHODS: dict[str, list[ConvProblem]] = {
     "taps": [
         conv1d(1, 4, 4, 60000, 2, 4, 2, 0, 7, 4, has_bias=True),
-        conv1d(8, 64, 64, 2000, 2, 2, 1, 1, 1, 64),
+        conv1d(8, 64, 64, 4000, 2, 4, 1, 1, 1, 64),
     ],
     "toeplitz": [
         conv1d(40, 64, 128, 40, 3, 1, 1, 1, has_bias=True),
@@ -561,7 +561,7 @@ def test_planned_memory_of_extreme_problems() -> None:
 
 
 LARGE = {
-    "taps": conv1d(4, 512, 512, 6000, 3, 4, 1, 1, 1, 512),
+    "taps": conv1d(4, 512, 512, 6000, 3, 6, 1, 1, 1, 512),
     "toeplitz": conv1d(4, 512, 512, 1000, 131, 1, 65, 65, 1, 512, has_bias=True),
     "panels": conv1d(2, 64, 64, 20000, 5, 1, 2, 2, has_bias=True),
     "shift_add": conv1d(2, 256, 2, 20000, 7, 1, 3, 3),
