@@ -155,7 +155,7 @@ _SEGMENT_TILES = (
     Tile(96, 256, 2, 4, 1, 4, segment_mode=1),
     Tile(96, 160, 2, 2, 2, 4, segment_mode=1),
     Tile(48, 320, 1, 4, 2, 4, segment_mode=1),
-    Tile(48, 288, 1, 3, 2, 4, segment_mode=1),
+    Tile(48, 288, 1, 3, 2, 2, segment_mode=1),
     Tile(64, 64, 2, 2, 4, 4, segment_mode=1),
     Tile(32, 256, 1, 4, 2, 4, segment_mode=1),
     Tile(64, 64, 2, 2, 4, 4, has_samples=True, segment_mode=1),
