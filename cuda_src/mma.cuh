@@ -532,6 +532,9 @@ __device__ __forceinline__ void multiply_tile(
     __syncthreads();
 }
 
+// Segments whose sums are loaded at a time where SEGMENT_MODE is 3: up to four, which take up to 64 registers.
+constexpr int kSegmentsAhead = kTilesM * kTilesN <= 4 ? 4 : kTilesM * kTilesN <= 8 ? 2 : 1;
+
 // tile_of(tile index) is the kernel's reading of its grid.
 template <typename TileOf, typename RowOf>
 __device__ __forceinline__ void run_block(
@@ -543,7 +546,7 @@ __device__ __forceinline__ void run_block(
     }
     if (SEGMENT_MODE == 3) {
         for_each_sum([&](int i, int j, int e) { acc[i][j][e] = 0.0f; });
-#pragma unroll 1
+#pragma unroll kSegmentsAhead
         for (index_t segment = 0; segment < window.segments; ++segment) {
 #pragma unroll
             for (int i = 0; i < kTilesM; ++i) {

@@ -23,6 +23,7 @@ constexpr int kBoxes = 2;
 constexpr int kRowGroups = BLOCK_M / 8;  // of eight rows, which a warp packs at a time, by four pairs
 constexpr int kGroupWarps = kRowGroups < kThreads / 32 ? kRowGroups : kThreads / 32;
 constexpr int kPairWarps = kThreads / 32 / kGroupWarps;  // warps that share a group's pairs
+constexpr int kPackWarps = kGroupWarps * kPairWarps;     // others have no part in packing
 
 // Neighbouring rows that are phases of one output channel; 1 where rows are channels.
 template <typename Tile>
@@ -177,6 +178,7 @@ private:
             reinterpret_cast<const storage_t*>(packed + packed_vectors(window) + slot * box.size()) + first;
 #pragma unroll 1
         for (int group = warp % kGroupWarps; group < kRowGroups; group += kGroupWarps) {
+            if (kPackWarps < kThreads / 32 && warp >= kPackWarps) break;
             const int row = group * 8 + lane % 8;
             const int c_out = (row + phase_begin) / phases, phase = row + phase_begin - c_out * phases;
             const storage_t* const from = elements + (IS_TRANSPOSED ? c_out * K + phase : row * box.pitch() * kUnit);

@@ -35,8 +35,7 @@ AnyProblem: TypeAlias = ConvProblem | WeightGradientProblem
 def predict_cudnn(problem: AnyProblem, device: Device) -> float | None:
     """Microseconds of a call on NCL arrays under CUDA graph replay; None where nothing is known to go by.
 
-    Tensor cores read channels_last, so input and output are transposed in memory; a bias is a pass of its own over the
-    output (PyTorch's source, Convolution.cpp).
+    A bias is a pass of its own over the output (PyTorch's source, Convolution.cpp).
     """
     p = problem
     if p.is_complex:
@@ -48,10 +47,23 @@ def predict_cudnn(problem: AnyProblem, device: Device) -> float | None:
     on_tensor_cores = p.itemsize == 2 or p.precision == "tf32"
     us = CALL_US + max(p.flops() / _flops_per_us(p, device, on_tensor_cores), moved_us)
     if on_tensor_cores:
-        us += 2 * (p.bytes() - math.prod(p.weight_shape) * p.itemsize) / bytes_per_us
+        us += 2 * _transposed_bytes(p) / bytes_per_us
     if isinstance(p, ConvProblem) and p.has_bias:
         us += LAUNCH_US + 2 * math.prod(p.output_shape) * p.itemsize / bytes_per_us
     return us
+
+
+def _transposed_bytes(p: AnyProblem) -> int:
+    """Bytes of the arrays that are copied to channels_last, or from it, for tensor cores.
+
+    In 16 bits the weights are, too: two transposes come before each convolution, one behind it, and a layer of one tap
+    has none, being a product of matrices in either layout (profiles of PyTorch in apex's issue 530 and of TensorFlow in
+    its issue 15897; both are of older GPUs). TF32 has kernels for both layouts (TensorFlow's pull request 56744), of
+    which no profile is known: only input and output are counted.
+    """
+    if p.K == p.stride == 1:
+        return 0
+    return p.bytes() - (0 if p.itemsize == 2 else math.prod(p.weight_shape) * p.itemsize)
 
 
 def _depthwise_us(p: ConvProblem, device: Device, moved_us: float) -> float:

@@ -124,6 +124,12 @@ class TilesLaunch(NamedTuple):
         return self.warps_m * self.warps_n
 
     @property
+    def segments_ahead(self) -> int:
+        """What one pass of the sum of segments loads: kSegmentsAhead of mma.cuh."""
+        fragments = self.block_m * self.block_n // (16 * 8 * self.warps)
+        return 4 if fragments <= 4 else 2 if fragments <= 8 else 1
+
+    @property
     def stage_vectors(self) -> int:
         """Of weights."""
         return STAGE_PAIRS * self.arithmetic.parts * self.block_m
@@ -262,7 +268,7 @@ def _predict_sum_of_segments(
         multiply_adds=0.0,
         l2_bytes=4 * segments * sums + ending.stored_bytes,
         dram_bytes=4 * segments * sums + ending.stored_bytes,
-        waits=LATENCY_CYCLES + segments * _LOAD_CYCLES,
+        waits=LATENCY_CYCLES + sum(divmod(segments, launch.segments_ahead)) * _LOAD_CYCLES,
         ending=ending,
     )
     # Of a sum an addition, of four a load and its address.

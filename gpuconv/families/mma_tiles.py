@@ -73,12 +73,7 @@ class Tile(BlockTile):
         By the cost model that serves layers of few columns, whose weights are most of what is read, and small ones,
         which take hardly longer than another launch.
         """
-        extents = self.block_m, self.block_n
-        if self.segment_mode == 1:
-            return self.has_samples
-        return (self.has_samples and extents == (64, 64)) or (
-            not self.has_samples and extents in _RAW_TILES[self.segment_mode]
-        )
+        return (self.block_m, self.block_n) in _RAW_TILES.get((self.segment_mode, self.has_samples), ())
 
     @property
     def total_bytes(self) -> int:
@@ -92,7 +87,8 @@ class Tile(BlockTile):
 # Large tiles need less of weights and input from L2 for a product, which otherwise limits layers of few taps. By the
 # cost model their many shapes save up to a third of the time, which fewer shapes would spend on rows and columns beyond
 # the result: 320 columns hold the 301 positions of a layer, 160 hold 150 or twice 75, and many layers have a multiple
-# of 48 or of 96 channels.
+# of 48 or of 96 channels; 144 hold the 129 positions of a phase, 224 hold 215, and 288 hold a third of 840. Smaller
+# tiles give a layer more blocks where larger ones leave multiprocessors idle.
 # Warp tiles of 64x64 need 62 % of the bandwidth of shared memory at the rate of mma.sync in 16 bits, of 48x80 66 %, of
 # 64x32 92 %. The three sets of sums of a split product leave registers for 64x32. Tiles of 16 columns are for streams,
 # where weights are nearly all that is read.
@@ -100,39 +96,58 @@ _TILES = (
     Tile(128, 128, 2, 2, 2, 4),
     Tile(128, 256, 2, 4, 1, 4),
     Tile(256, 128, 4, 2, 1, 4),
+    Tile(256, 160, 4, 2, 1, 2),
     Tile(192, 160, 4, 2, 1, 4),
+    Tile(128, 160, 4, 2, 1, 4),
     Tile(96, 320, 2, 4, 1, 4),
     Tile(64, 256, 1, 4, 2, 4),
+    Tile(64, 224, 2, 2, 2, 4),
     Tile(64, 128, 2, 2, 3, 4),
     Tile(64, 64, 2, 2, 4, 4),
+    Tile(32, 320, 1, 4, 2, 4),
     Tile(32, 256, 1, 4, 3, 4),
+    Tile(32, 192, 1, 2, 4, 4),
+    Tile(48, 144, 1, 3, 2, 4),
     Tile(48, 128, 1, 4, 3, 4),
     Tile(32, 64, 1, 4, 4, 4),
+    Tile(32, 32, 2, 2, 4, 4),
     Tile(16, 320, 1, 4, 3, 4),
+    Tile(16, 256, 1, 4, 3, 4),
     Tile(16, 128, 1, 4, 4, 4),
     Tile(64, 160, 2, 2, 2, 4, has_samples=True),
+    Tile(48, 160, 1, 2, 4, 4, has_samples=True),
     Tile(64, 64, 2, 2, 4, 4, has_samples=True),
+    Tile(16, 320, 1, 4, 3, 4, has_samples=True),
     Tile(128, 16, 4, 1, 3, 2),
 )
 _SPLIT_TILES = (
     Tile(128, 128, 2, 4, 1, 2),
+    Tile(128, 96, 4, 2, 1, 4),
     Tile(64, 192, 2, 4, 1, 4),
     Tile(64, 160, 1, 5, 1, 2),
     Tile(64, 128, 2, 2, 2, 2),
     Tile(64, 64, 2, 2, 2, 4),
     Tile(32, 256, 1, 4, 2, 2),
     Tile(32, 128, 1, 4, 3, 4),
+    Tile(48, 160, 1, 5, 1, 4),
     Tile(48, 128, 1, 4, 2, 4),
+    Tile(32, 32, 2, 2, 4, 4),
     Tile(16, 128, 1, 4, 4, 4),
     Tile(16, 64, 1, 4, 4, 4),
     Tile(48, 160, 1, 5, 1, 4, has_samples=True),
     Tile(64, 64, 2, 2, 2, 4, has_samples=True),
     Tile(128, 16, 4, 1, 3, 2),
 )
-# Those of which there are kernels that pack the weights themselves, besides some of several samples; by segment_mode.
+# Those of which there are kernels that pack the weights themselves, by segment_mode and has_samples.
 _RAW_TILES = {
-    0: ((128, 128), (64, 128), (32, 256), (32, 128), (16, 128), (128, 16)),
-    2: ((128, 128), (64, 64), (64, 16)),
+    (0, False): (
+        *((128, 128), (128, 96), (96, 320), (64, 224), (64, 128), (48, 160), (48, 144)),
+        *((32, 256), (32, 128), (32, 32), (16, 256), (16, 128), (128, 16)),
+    ),
+    (0, True): ((64, 160), (64, 64), (16, 320)),
+    (1, True): ((64, 64),),
+    (2, False): ((128, 128), (64, 224), (64, 64), (32, 128), (64, 16), (32, 16)),
+    (2, True): ((32, 160),),
 }
 # For reductions in segments: a block has shared memory for the sums of the segments before, or sums one segment.
 _SEGMENT_TILES = (
@@ -140,13 +155,17 @@ _SEGMENT_TILES = (
     Tile(96, 256, 2, 4, 1, 4, segment_mode=1),
     Tile(96, 160, 2, 2, 2, 4, segment_mode=1),
     Tile(48, 320, 1, 4, 2, 4, segment_mode=1),
+    Tile(48, 288, 1, 3, 2, 2, segment_mode=1),
     Tile(64, 64, 2, 2, 4, 4, segment_mode=1),
     Tile(32, 256, 1, 4, 2, 4, segment_mode=1),
     Tile(64, 64, 2, 2, 4, 4, has_samples=True, segment_mode=1),
     Tile(128, 128, 2, 2, 2, 4, segment_mode=2),
     Tile(96, 128, 2, 2, 2, 4, segment_mode=2),
+    Tile(64, 224, 2, 2, 2, 4, segment_mode=2),
     Tile(64, 160, 2, 2, 2, 4, has_samples=True, segment_mode=2),
+    Tile(48, 160, 1, 2, 4, 4, segment_mode=2),
     Tile(32, 256, 1, 4, 3, 4, segment_mode=2),
+    Tile(32, 128, 1, 4, 4, 4, segment_mode=2),
     Tile(64, 64, 2, 2, 4, 4, segment_mode=2),
     Tile(64, 16, 4, 1, 4, 2, segment_mode=2),
     Tile(128, 16, 4, 1, 3, 2, segment_mode=1),
@@ -160,9 +179,11 @@ _SPLIT_SEGMENT_TILES = (
     Tile(64, 64, 2, 2, 2, 4, has_samples=True, segment_mode=1),
     Tile(128, 128, 2, 4, 1, 1, segment_mode=2),
     Tile(48, 160, 1, 5, 1, 4, segment_mode=2),
+    Tile(32, 160, 1, 5, 2, 4, has_samples=True, segment_mode=2),
     Tile(32, 256, 1, 4, 2, 2, segment_mode=2),
     Tile(64, 64, 2, 2, 2, 4, segment_mode=2),
     Tile(64, 16, 4, 1, 4, 2, segment_mode=2),
+    Tile(32, 16, 2, 1, 4, 4, segment_mode=2),
     Tile(128, 16, 4, 1, 3, 2, segment_mode=1),
 )
 

@@ -15,6 +15,10 @@ MAX_UNITS = 4
 # Of the windows of 16 positions, which the shared memory of sm_90 holds beside weights and tables. Where they would
 # take more, as with a stride of hundreds, chunks have fewer units.
 MAX_WINDOW_BYTES = 184 * 1024
+# Of the windows of 64 positions, if several chunks have more than two units. Wide windows leave room for one block, or
+# for none that packs its weights; float32 in two parts has them from stride 6 on. By the cost model two units for four
+# save 20 to 55 % of such layers. With stride 5 they would cost as much as they save.
+MAX_WIDE_WINDOW_BYTES = 84 * 1024
 # Reductions of so many terms are cut into segments. Where the rest of the problem does not fill the GPU, blocks of
 # their own sum the segments, in larger tiles than it would have blocks for otherwise: by the cost model this saves 5 to
 # 20 % of layers with one block for a multiprocessor, and up to 80 % with few. Where the rest does fill it, a block adds
@@ -44,12 +48,16 @@ class Reduction:
     @classmethod
     def of(cls, product: Product, arithmetic: Arithmetic) -> Reduction:
         taps, all_units = product.taps, -(-product.problem.C_in_g // arithmetic.channels)
-        unit_bytes = arithmetic.parts * Window.of(product, 1, 16).rows * UNIT_BYTES
+        unit_bytes, wide_unit_bytes = (
+            arithmetic.parts * Window.of(product, 1, positions).rows * UNIT_BYTES for positions in (16, 64)
+        )
         # Where positions are channels, a chunk has those of one channel of the input.
         for most in (4, 2, 1) if product.fold > 1 else range(MAX_UNITS, 0, -1):
             chunks = -(-all_units // most)
             units = -(-all_units // chunks)
-            if min(chunks, 2) * units * unit_bytes <= MAX_WINDOW_BYTES:
+            held = min(chunks, 2) * units
+            halves = product.fold == 1 and chunks > 1 and units > 2 and held * wide_unit_bytes > MAX_WIDE_WINDOW_BYTES
+            if held * unit_bytes <= MAX_WINDOW_BYTES and not halves:
                 break
         stages = chunks * -(-taps * units // STAGE_PAIRS)
         is_long = stages * STAGE_PAIRS * arithmetic.channels >= MIN_SEGMENTED_TERMS

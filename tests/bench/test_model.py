@@ -201,12 +201,12 @@ def test_estimates_of_tiles_are_those_of_the_machine_code(mode: tuple[str, str],
 
 
 def test_cudnn_by_hand() -> None:
-    """16 bits: 450 TFLOP/s on an H100, both arrays transposed, a pass for the bias, 8 us."""
+    """16 bits: 450 TFLOP/s on an H100, three arrays transposed, a pass for the bias, 8 us."""
     device = replace(H200, name="H100")
     p = ConvProblem("conv1d", 16, 1280, 1280, 3000, 3, 2, 1, 1, has_bias=True, dtype="bfloat16")
     copied = 3350e3 * 0.79
-    x, y = 2 * 16 * 1280 * 3000, 2 * 16 * 1280 * 1500
-    expected = p.flops() / 450e6 + 2 * (x + y) / copied + 2 + 2 * y / copied + 8
+    x, w, y = 2 * 16 * 1280 * 3000, 2 * 1280 * 1280 * 3, 2 * 16 * 1280 * 1500
+    expected = p.flops() / 450e6 + 2 * (x + w + y) / copied + 2 + 2 * y / copied + 8
     assert predict_cudnn(p, device) == pytest.approx(expected, rel=0.01)
     assert predict_cudnn(replace(p, has_bias=False), device) == pytest.approx(expected - 2 - 2 * y / copied, rel=0.01)
     plain = replace(p, dtype="float32", has_bias=False)
@@ -214,6 +214,11 @@ def test_cudnn_by_hand() -> None:
     assert predict_cudnn(replace(plain, dtype="complex64"), device) is None
     gradient = WeightGradientProblem.of(replace(p, has_bias=False))
     assert predict_cudnn(gradient, device) == predict_cudnn(replace(p, has_bias=False), device)
+    tf32 = replace(plain, precision="tf32")
+    expected = p.flops() / 225e6 + 2 * (2 * x + 2 * y) / copied + 8
+    assert predict_cudnn(tf32, device) == pytest.approx(expected, rel=0.01)
+    one_tap = ConvProblem("conv1d", 16, 1280, 1280, 3000, 1, dtype="bfloat16")
+    assert predict_cudnn(one_tap, device) == pytest.approx(8 + one_tap.flops() / 450e6, rel=0.01)
 
 
 def test_losses_come_first_and_what_has_no_peer_last() -> None:

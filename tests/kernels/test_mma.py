@@ -698,10 +698,10 @@ def test_few_output_channels_are_taken_where_many_weights_meet_each_input() -> N
 
 
 def test_chunks_have_fewer_units_where_windows_are_large() -> None:
-    """Only in layers whose windows would not fit otherwise; a batch and a sample have the same bits."""
+    """Only in layers whose windows are wide, or would not fit otherwise; a batch and a sample have the same bits."""
     layer = ConvProblem("conv1d", 2, 20, 16, 2000, 600, 256, 40, 50, has_bias=True)
     assert [mode for mode in MODES if takes(at(layer, mode))] == ["float16", "bfloat16", "tf32"]
-    for channels, taps, units in ((20, 600, 1), (20, 200, 3), (64, 150, 2), (64, 100, 3), (64, 50, 4)):
+    for channels, taps, units in ((20, 600, 1), (20, 200, 3), (64, 150, 2), (64, 16, 2), (64, 10, 4)):
         assert reduction(at(replace(layer, C_in=channels, K=taps), "float16"), H200)["units"] == units
     p = at(layer, "bfloat16")
     x, w, b = cases.random_data(p, 9)
@@ -781,6 +781,15 @@ def test_the_layer_alone_decides_where_a_sum_is_cut(layer: ConvProblem, mode: st
 def test_where_sums_are_cut(channels: int, taps: int, stride: int, mode: str, segments: int) -> None:
     p = at(ConvProblem("conv1d", 1, channels, 64, 5 * taps, taps, stride), mode)
     assert reduction(p, H200)["segments"] == segments
+
+
+@pytest.mark.parametrize(
+    ("taps", "stride", "mode", "units"),
+    [(16, 8, "float32", 2), (14, 7, "float32", 2), (10, 5, "float32", 4), (16, 8, "tf32", 4), (16, 8, "bfloat16", 4)],
+)
+def test_strides_from_which_windows_are_wide(taps: int, stride: int, mode: str, units: int) -> None:
+    p = at(ConvProblem("conv1d", 1, 256, 64, 5 * taps, taps, stride), mode)
+    assert reduction(p, H200)["units"] == units
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -37,6 +37,13 @@ PROBLEMS = {
         ConvProblem("conv_transpose1d", 2, 530, 10, 7, 32, 2, 13, 12, groups=1),
     ],
     "64x64 in segments": [ConvProblem("conv1d", 9, 536, 20, 12, 9, has_bias=True)],
+    # Three warps, and rows that are no power of two.
+    "48x144": [
+        ConvProblem("conv1d", 1, 40, 72, 150, 3, 1, 1, 1),
+        ConvProblem("conv_transpose1d", 1, 40, 24, 30, 7, 3, 2, 1, has_bias=True),
+    ],
+    # Five warps, of which one has no part in packing.
+    "32x160 of samples, by segments": [ConvProblem("conv1d", 3, 530, 20, 26, 16, 2, 3, 2, has_bias=True)],
 }
 TILES = {
     "64x128 of split TF32": lambda t: (t.block_m, t.block_n) == (64, 128),
@@ -44,6 +51,8 @@ TILES = {
     "64x64 of samples": lambda t: (t.block_m, t.block_n, t.has_samples) == (64, 64, True),
     "64x16 by segments": lambda t: (t.block_n, t.segment_mode) == (16, 2),
     "64x64 in segments": lambda t: (t.has_samples, t.segment_mode) == (True, 1),
+    "48x144": lambda t: (t.block_m, t.block_n) == (48, 144),
+    "32x160 of samples, by segments": lambda t: (t.block_m, t.block_n, t.segment_mode) == (32, 160, 2),
 }
 
 
@@ -83,6 +92,8 @@ def _with_odd_weights(p: ConvProblem, seed: int) -> Data:
         ("tf32", "64x64 of samples"),
         ("float16", "64x16 by segments"),
         ("bfloat16", "64x64 in segments"),
+        ("float16", "48x144"),
+        ("float32", "32x160 of samples, by segments"),
     ],
 )
 def test_bits_are_those_of_packed_weights(mode: str, tiles: str, leave: Callable[[str, bool], None]) -> None:
