@@ -101,7 +101,7 @@ class WeightGradientMma(Family[WeightGradientProblem]):
             return Refusal(
                 f"needs at least {MIN_SPLIT_ROWS} channels a group on the coarse side for float32 by split TF32"
             )
-        if arithmetic.parts == 2 and Columns.of(p).in_taps and p.C_fine_g * p.K < MIN_SPLIT_COLUMNS:
+        if arithmetic.parts == 2 and p.C_fine_g < MIN_CHANNELS and p.C_fine_g * p.K < MIN_SPLIT_COLUMNS:
             return Refusal(
                 f"needs at least {MIN_CHANNELS} channels a group on the fine side, or C_fine/groups * K >= "
                 f"{MIN_SPLIT_COLUMNS}, for float32 by split TF32"
@@ -116,7 +116,7 @@ class WeightGradientMma(Family[WeightGradientProblem]):
         tiling, tile, window = tilings[0], tilings[0].tile, tilings[0].window
         if tiling.blocks > MAX_GRID:
             return Refusal(f"needs at most {MAX_GRID} blocks")
-        slices, columns = _slices(p), Columns.of(p)
+        slices, columns = _slices(p), tiling.columns
         half, pitch = _pitches(window.rows, arithmetic)
         params = params_of(
             self.name,
@@ -146,13 +146,13 @@ class WeightGradientMma(Family[WeightGradientProblem]):
             tiling.fetches,
             bits,
             is_strided=p.stride > 1,
-            tap_width=tap_width,
+            tap_width=tap_width if columns.in_taps else 0,
             few_rows=p.C_coarse_g < arithmetic.channels,
         )
         launch = Launch(tiling.blocks, tile.threads, tiling.shared_bytes, bits, params)
-        each = OCTET if columns.in_taps else 1
         candidates = tuple(
-            (f"{t.tile.block_m}x{t.tile.block_n} of {count(each * t.taps, 'tap')}", t.us) for t in tilings
+            (f"{t.tile.block_m}x{t.tile.block_n} of {count(t.taps * (OCTET if t.columns.in_taps else 1), 'tap')}", t.us)
+            for t in tilings
         )
         return sliced_plan(p, layout, slices, config, launch, candidates)
 
@@ -165,6 +165,7 @@ class WeightGradientMma(Family[WeightGradientProblem]):
             chunk_samples=params["chunk_samples"],
             chunk_positions=1 << params["sample_shift"],
             window_rows=params["window_rows"],
+            columns=Columns.of(problem, in_taps=macros["TAPS_IN_UNITS"] == "1"),
             octets=params["block_octets"],
             taps=params["block_taps"],
             fetches=_fetches_of(step.config),
@@ -240,9 +241,10 @@ class WeightGradientMma(Family[WeightGradientProblem]):
 
 
 class _Tiling(NamedTuple):
-    """A tile with the octets and taps of its columns, the numbers of tiles and blocks, and the predicted time."""
+    """A tile with the columns, the octets and taps of a block, the numbers of tiles and blocks, and the predicted time."""
 
     tile: Tile
+    columns: Columns
     octets: int
     taps: int
     fetches: tuple[Fetch, Fetch]
@@ -288,7 +290,7 @@ def _fetches(p: WeightGradientProblem, layout: Layout, bits: int, device: Device
     arrays = (layout["coarse"], (p.N, p.C_coarse, p.L_coarse)), (layout["fine"], (p.N, p.C_fine, p.L_fine))
     if bits != 32:
         return _LEAST
-    unit, in_taps = ARITHMETICS[p.dtype, p.precision].channels, Columns.of(p).in_taps
+    unit, in_taps = ARITHMETICS[p.dtype, p.precision].channels, p.C_fine_g < MIN_CHANNELS
     of_units = [
         device.arch >= ASYNC_COPY_ARCH and channels % unit == 0 and has_units(array, extents, unit)
         for (array, extents), channels in zip(arrays, (p.C_coarse_g, p.C_fine_g), strict=True)
@@ -305,10 +307,19 @@ def _fetches(p: WeightGradientProblem, layout: Layout, bits: int, device: Device
     return coarse, Fetch.UNIT if of_units[1] and not in_taps else fine
 
 
-def _alternatives(p: WeightGradientProblem, widest: tuple[Fetch, Fetch]) -> tuple[tuple[Fetch, Fetch], ...]:
-    """Ways of loading between which the cost model decides: few taps of a large stride leave out most positions."""
+def _alternatives(
+    p: WeightGradientProblem, widest: tuple[Fetch, Fetch], tap_width: int
+) -> Iterator[tuple[Columns, tuple[Fetch, Fetch]]]:
+    """Columns and ways of loading between which the cost model decides: see `_tilings`.
+
+    Few taps of a large stride leave out most positions.
+    """
     coarse, fine = widest
-    return (widest,) if fine.width == 1 or p.stride == 1 else (widest, (coarse, Fetch.POSITION))
+    for columns in Columns.every(p, tap_width):
+        if not columns.in_taps:
+            yield columns, widest
+        if columns.in_taps or fine.width > 1 < p.stride:
+            yield columns, (coarse, Fetch.POSITION)
 
 
 def _fetch_of_rows(array: ArrayLayout, extents: tuple[int, int, int], itemsize: int) -> Fetch:
@@ -350,9 +361,7 @@ def _fetches_of(config: Config) -> tuple[Fetch, Fetch]:
 
 
 def _tap_width(p: WeightGradientProblem, layout: Layout, bits: int) -> int:
-    """Neighbouring taps that one access loads, as the layout allows; 0 where octets are of channels."""
-    if not Columns.of(p).in_taps:
-        return 0
+    """Neighbouring taps that one access loads, as the layout allows."""
     array = layout["fine"]
     stride_n, stride_c, stride_l = array.strides
     begins_even = (stride_n % 2 == 0 or p.N == 1) and (stride_c % 2 == 0 or p.C_fine == 1)
@@ -402,11 +411,11 @@ def _tilings(
 
     The last tile of each arithmetic fits every device with blocks of one tap, however its arrays are loaded.
 
-    `widest`: what `_fetches` allows.
+    `widest`, `tap_width`: what `_fetches` and `_tap_width` allow.
     """
     arithmetic = ARITHMETICS[p.dtype, p.precision]
     slices = _slices(p)
-    columns = Columns.of(p)
+    alternatives = tuple(_alternatives(p, widest, tap_width))
     adding = predict_sum(p, slices.count, device).us if slices.count > 1 else 0.0
     found = []
     for tile in _tiles(arithmetic, bits) if p.C_coarse_g >= arithmetic.channels else _tiles_of_few_rows(bits):
@@ -414,11 +423,15 @@ def _tilings(
         samples, rows = _chunk(slices, tile.chunk_rows)
         row_tiles = -(-p.C_coarse_g // tile.block_m)
         best: _Tiling | None = None
-        every_taps = {-(-columns.taps // -(-columns.taps // most)) for most in range(1, pairs + 1)}
-        for taps, fetches in product(every_taps, _alternatives(p, widest)):
+        every = (
+            (columns, fetches, taps)
+            for columns, fetches in alternatives
+            for taps in {-(-columns.taps // -(-columns.taps // most)) for most in range(1, pairs + 1)}
+        )
+        for columns, fetches, taps in every:
             octets = min(pairs // taps, columns.octets)
             octet_tiles, tap_tiles = -(-columns.octets // octets), -(-columns.taps // taps)
-            window = Window.of(p, taps, samples, rows, fetches[1])
+            window = Window.of(p, columns, taps, samples, rows, fetches[1])
             shared = _shared_bytes(tile, window, octets, fetches[1], arithmetic, bits, p.stride)
             if shared > device.shared_per_block:
                 continue
@@ -430,10 +443,11 @@ def _tilings(
                 chunk_samples=window.samples,
                 chunk_positions=window.positions,
                 window_rows=window.rows,
+                columns=columns,
                 octets=octets,
                 taps=taps,
                 fetches=fetches,
-                tap_width=max(tap_width, 1),
+                tap_width=tap_width,
                 block_m=tile.block_m,
                 block_n=tile.block_n,
                 warps_m=tile.warps_m,
@@ -444,7 +458,7 @@ def _tilings(
             us = adding + launch.us(p, resident, device)
             if best is None or (us, -taps) < (best.us, -best.taps):
                 tiles = row_tiles, octet_tiles, tap_tiles
-                best = _Tiling(tile, octets, taps, fetches, window, *tiles, blocks, shared, us)
+                best = _Tiling(tile, columns, octets, taps, fetches, window, *tiles, blocks, shared, us)
         if best is not None:
             found.append(best)
     return tuple(sorted(found, key=lambda tiling: tiling.us))

@@ -22,7 +22,7 @@ from gpuconv.families.arithmetic import ARITHMETICS, arithmetics
 from gpuconv.families.base import contiguous_strides
 from gpuconv.families.slices import Slices
 from gpuconv.families.weight_gradient_costs import GradientLaunch
-from gpuconv.families.weight_gradient_window import OCTET, STEP, Fetch, Window
+from gpuconv.families.weight_gradient_window import OCTET, STEP, Columns, Fetch, Window
 from gpuconv.problem import WeightGradientProblem
 from tests import hostcuda
 from tests.hostcuda import Counts, Program
@@ -235,7 +235,7 @@ def test_words_that_two_rows_share() -> None:
 @pytest.mark.usefixtures("small_tile")
 def test_rows_of_strided_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs of neighbouring positions, which belong to several planes, have the bits of single positions."""
-    monkeypatch.setattr(mma, "_alternatives", lambda _, widest: (widest,))
+    monkeypatch.setattr(mma, "_alternatives", lambda p, widest, _: ((Columns.of(p, in_taps=False), widest),))
     monkeypatch.setitem(mma.TILES, 2, tuple(t for t in mma.TILES[2] if (t.block_m, t.block_n) == (16, 128)))
     for mode, fetch, lengths in (
         (HALF, Fetch.RUN, (40, 88)),
@@ -316,7 +316,7 @@ def test_planes_hold_all_rows_of_their_taps(
     """Planes of aligned runs begin with as few rows in front of those that their taps need as all blocks allow."""
     p = problem(8, 8, 300, taps, dilation=dilation, padding_left=padding)
     of_block = data.draw(st.integers(1, taps))
-    window = Window.of(p, of_block, 1, 32, fetch)
+    window = Window.of(p, Columns.of(p, in_taps=False), of_block, 1, 32, fetch)
     assert window.plane_rows % fetch.width == 0
     longest = 0
     for begin in range(0, taps, of_block):
@@ -404,12 +404,13 @@ def test_every_way_of_loading_fits_the_smallest_shared_memory(arch: str) -> None
         ):
             for fetches in mma._every_fetches(arithmetic, device):
                 if fetches[1].width == 1 or 1 in (p.stride, p.dilation):
-                    assert mma._tilings.__wrapped__(p, fetches, 0, device, 32), (p, fetches)
+                    assert mma._tilings.__wrapped__(p, fetches, 1, device, 32), (p, fetches)
 
 
 def test_samples_of_a_chunk_are_staged_once() -> None:
     """The cost model counts as many bytes of 32 samples by twos as one by one."""
     p = problem(16, 16, 16, 3, N=32)
+    columns = Columns.of(p, in_taps=False)
     for last in (False, True):
         arrays = {}
         if last:
@@ -422,10 +423,10 @@ def test_samples_of_a_chunk_are_staged_once() -> None:
         assert (fetches == (Fetch.UNIT, Fetch.UNIT)) == last
         staged = []
         for samples in (1, 2):
-            window = Window.of(p, 3, samples, 16, fetches[1])
+            window = Window.of(p, columns, 3, samples, 16, fetches[1])
             launch = GradientLaunch(
                 arithmetic=ARITHMETICS[HALF], slices=Slices(1, 32, 16, 1), blocks=1, chunk_samples=samples,
-                chunk_positions=16, window_rows=window.rows, octets=2, taps=3, fetches=fetches, tap_width=1,
+                chunk_positions=16, window_rows=window.rows, columns=columns, octets=2, taps=3, fetches=fetches, tap_width=1,
                 block_m=16, block_n=128, warps_m=1, warps_n=4, min_blocks=4,
             )  # fmt: skip
             staged.append(launch._staged_bytes(p))
