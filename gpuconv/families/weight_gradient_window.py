@@ -60,8 +60,8 @@ class Columns(NamedTuple):
     def every(cls, p: WeightGradientProblem, tap_width: int) -> tuple[Columns, ...]:
         """Those that the layout allows, `tap_width` neighbouring taps being loaded at once.
 
-        Octets of channels are half empty if these are few. Of a channel, neighbouring taps that lie in one line are loaded
-        faster than positions a stride apart.
+        Octets of channels are half empty if these are few. Neighbouring taps of a channel are loaded faster than
+        positions that lie a stride apart.
         """
         if p.C_fine_g < MIN_CHANNELS:
             return (cls.of(p, in_taps=True),)

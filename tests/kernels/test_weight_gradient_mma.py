@@ -157,7 +157,7 @@ def test_bits_depend_on_no_schedule_and_need_no_nan_fallback(p: WeightGradientPr
     config, launch = kernel_of(FAMILY, p, layout, DEVICE)
     program = Program.without_nan_fallback(config)
     coarse, fine = normal(p)
-    cut = Slices.of(p, on_tensor_cores=True)
+    cut = mma._slices(p)
     results = []
     for kernel in (config, program):
         sums = np.empty((cut.count, *p.weight_shape), np.float32)
@@ -426,8 +426,8 @@ def test_samples_of_a_chunk_are_staged_once() -> None:
             window = Window.of(p, columns, 3, samples, 16, fetches[1])
             launch = GradientLaunch(
                 arithmetic=ARITHMETICS[HALF], slices=Slices(1, 32, 16, 1), blocks=1, chunk_samples=samples,
-                chunk_positions=16, window_rows=window.rows, columns=columns, octets=2, taps=3, fetches=fetches, tap_width=1,
-                block_m=16, block_n=128, warps_m=1, warps_n=4, min_blocks=4,
+                chunk_positions=16, window_rows=window.rows, columns=columns, octets=2, taps=3, fetches=fetches,
+                tap_width=1, block_m=16, block_n=128, warps_m=1, warps_n=4, min_blocks=4,
             )  # fmt: skip
             staged.append(launch._staged_bytes(p))
         assert staged[0] == staged[1], last
@@ -441,13 +441,28 @@ def test_few_columns_of_octets_of_taps_are_not_worth_three_products() -> None:
 def test_slices_cover_every_position_once() -> None:
     for p in shapes():
         if isinstance(p, WeightGradientProblem):
-            cut = Slices.of(p, on_tensor_cores=True)
-            assert cut.samples == 1 or (cut.pieces == 1 and cut.positions == p.L_coarse), p
-            assert cut.pieces == -(-p.L_coarse // cut.positions), p
-            assert cut.count == -(-p.N // cut.samples) * cut.pieces, p
-            assert cut.pieces == 1 or cut.positions % STEP == 0, p
-            assert cut.count == 1 or cut.partial_bytes(p) <= slices.MAX_PARTIAL_BYTES, p
-            assert cut.count <= Slices.of(p).count or cut.count == 1, p
+            for cut in Slices.of_tensor_cores(p):
+                assert cut.samples == 1 or (cut.pieces == 1 and cut.positions == p.L_coarse), p
+                assert cut.pieces == -(-p.L_coarse // cut.positions), p
+                assert cut.count == -(-p.N // cut.samples) * cut.pieces, p
+                assert cut.pieces == 1 or cut.positions % STEP == 0, p
+                assert cut.count == 1 or cut.partial_bytes(p) <= slices.MAX_PARTIAL_BYTES, p
+
+
+def test_slices_have_about_the_same_samples() -> None:
+    """Of 16 samples that are to be cut in three, five a slice would leave one for the fourth."""
+    p = problem(600, 600, 80, 3, N=16, dilation=8)
+    assert Slices.of_tensor_cores(p)[0] == Slices(4, 4, 80, 1)
+
+
+def test_the_cut_depends_on_the_problem_alone() -> None:
+    """There is one slice where its results keep a GPU busy; lengths of their own change nothing."""
+    p = problem(80, 80, 862, 1024, N=1, stride=256, L_fine=221440)
+    assert mma._slices(p).count == 1
+    assert Slices.of_tensor_cores(p)[0].count == 2
+    for q in (problem(16, 16, 4000, 3), problem(64, 2, 4000, 9, ("float32", "tf32")), problem(48, 24, 999, 5, SINGLE)):
+        assert mma._slices(q).count > 1
+        assert mma._slices(q) == mma._slices(replace(q, has_lengths=True)), q
 
 
 def test_short_samples_of_16_bits() -> None:
@@ -473,7 +488,7 @@ def test_bits_do_not_depend_on_the_chunks_of_samples(use_tile: Any) -> None:
     results = []
     for rows, chunk in ((32, (1, 32)), (64, (2, 32))):
         use_tile(1, replace(mma.TILES[1][-1], chunk_rows=rows))
-        assert mma._chunk(Slices.of(p, on_tensor_cores=True), rows) == chunk
+        assert mma._chunk(mma._slices(p), rows) == chunk
         results.append(run(p, *arrays))
     assert_same_bits(*results, p)
 
@@ -483,7 +498,7 @@ def test_only_terms_that_exist_count(mode: tuple[str, str]) -> None:
     """Infinities that meet padding or other slices give no NaN; those that meet a term spread to its results alone."""
     p = problem(16, 8, 1040, 3, mode, N=1)
     coarse, fine = integers(p)
-    cut = Slices.of(p, on_tensor_cores=True)
+    cut = mma._slices(p)
     assert cut.pieces > 1
     expected = exact_result(p, coarse, fine)
     coarse[0, 3, 0] = np.inf  # tap 0 meets padding there
@@ -587,10 +602,10 @@ def test_costs_in_roundings_keep_the_bound(mode: tuple[str, str]) -> None:
         N, L, pad = int(2 ** rng.uniform(0, 7)), int(2 ** rng.uniform(0, 9)), int(rng.integers(0, 40))
         p = problem(16, 8, L, 2, mode, N=N, L_fine=int(rng.integers(1, L + 40)), padding_left=pad, stride=1)
         p = replace(p, C_coarse=int(2 ** rng.uniform(4, 12)), C_fine=int(2 ** rng.uniform(3, 12)))
-        if not mma._keeps_bound(p, arithmetic):
+        cut = mma._slices(p)
+        if not mma._keeps_bound(p, cut):
             continue
         taken += 1
-        cut = Slices.of(p, on_tensor_cores=True)
         exists = (np.arange(L) - pad >= 0) & (np.arange(L) - pad < p.L_fine)
         costs = []
         for piece in range(cut.pieces):
@@ -621,7 +636,7 @@ def test_costs_in_roundings_keep_the_bound(mode: tuple[str, str]) -> None:
 def test_matrix_loads_meet_no_bank_conflicts(p: WeightGradientProblem) -> None:
     config, launch = kernel_of(FAMILY, p, Layout.contiguous(p), DEVICE)
     coarse, fine = normal(p)
-    cut, counts = Slices.of(p, on_tensor_cores=True), Counts()
+    cut, counts = mma._slices(p), Counts()
     sums = np.empty(cut.count * math.prod(p.weight_shape), np.float32)
     arrays: dict[str, Array | None] = {"coarse": coarse, "fine": fine, "partial": sums, "grad_weight": None}
     hostcuda.run(config, launch, arrays, outputs=["partial"], device=DEVICE, counts=counts)
