@@ -26,12 +26,14 @@ from .slices import Slices, predict_sum, sliced_plan, weight_fields
 from .weight_gradient_costs import GradientLaunch
 from .weight_gradient_window import OCTET, PRODUCT_ROWS, STEP, Columns, Fetch, Window
 
-# With fewer channels of fine its octets are of taps; with fewer of those they are half empty. The three products of
-# split TF32 take longer than CUDA cores with few columns.
+# With fewer channels of fine its octets are of taps; with fewer of those they are half empty.
 MIN_TAPS = 8
-# With fewer channels of coarse, weight_gradient_pairs reads each row of fine hardly more often.
+# With fewer channels of coarse, weight_gradient_pairs reads each row of fine hardly more often. With few channels on
+# both sides it is faster up to more channels of coarse, unless many taps are multiplied at once.
 MIN_ROWS = 5
-MIN_SPLIT_COLUMNS = 32
+MIN_ROWS_OF_MANY_COLUMNS, MANY_COLUMNS = 4, 64
+# So few columns fill the tiles of weight_gradient_tiled, which is faster than three products if many rows do, too.
+FEW_SPLIT_COLUMNS, MAX_ROWS_OF_FEW_COLUMNS = 16, 64
 
 # GPUs whose predicted times decide how sums are cut; how many tilings are compared for this; and how much slower than
 # the cut by rule another may be on one of them.
@@ -97,23 +99,19 @@ class WeightGradientMma(Family[WeightGradientProblem]):
         arithmetic = ARITHMETICS.get((p.dtype, p.precision))
         if arithmetic is None or device.arch < arithmetic.min_arch:
             return Refusal("needs float16 (sm_75), bfloat16 or float32 (sm_80)")
-        if p.C_coarse_g < (MIN_CHANNELS if p.C_fine_g < MIN_CHANNELS else MIN_ROWS):
-            return Refusal(
-                f"needs at least {MIN_CHANNELS} channels a group on the coarse side, or {MIN_ROWS} with "
-                f"{MIN_CHANNELS} on the fine side"
-            )
-        if p.C_fine_g < MIN_CHANNELS and p.K < MIN_TAPS:
+        is_split, columns_of_taps = arithmetic.parts == 2, p.C_fine_g * p.K if p.C_fine_g < MIN_CHANNELS else 0
+        rows = _least_rows(p, is_split)
+        if p.C_coarse_g < rows:
+            return Refusal(f"needs at least {rows} channels a group on the coarse side")
+        if columns_of_taps and p.K < MIN_TAPS:
             return Refusal(f"needs at least {MIN_CHANNELS} channels a group on the fine side, or {MIN_TAPS} taps")
-        if arithmetic.parts == 2 and p.C_coarse_g < MIN_SPLIT_ROWS:
+        if is_split and 0 < columns_of_taps <= FEW_SPLIT_COLUMNS and p.C_coarse_g > MAX_ROWS_OF_FEW_COLUMNS:
             return Refusal(
-                f"needs at least {MIN_SPLIT_ROWS} channels a group on the coarse side for float32 by split TF32"
+                f"needs at least {MIN_CHANNELS} channels a group on the fine side, C_fine/groups * K > "
+                f"{FEW_SPLIT_COLUMNS}, or at most {MAX_ROWS_OF_FEW_COLUMNS} channels a group on the coarse side, for "
+                "float32 by split TF32"
             )
-        if arithmetic.parts == 2 and p.C_fine_g < MIN_CHANNELS and p.C_fine_g * p.K < MIN_SPLIT_COLUMNS:
-            return Refusal(
-                f"needs at least {MIN_CHANNELS} channels a group on the fine side, or C_fine/groups * K >= "
-                f"{MIN_SPLIT_COLUMNS}, for float32 by split TF32"
-            )
-        if arithmetic.parts == 2 and p.terms < MIN_SPLIT_TERMS:
+        if is_split and p.terms < MIN_SPLIT_TERMS:
             return Refusal(f"needs sums of at least {MIN_SPLIT_TERMS} terms for float32 by split TF32")
         slices = _slices(p)
         if not _keeps_bound(p, slices):
@@ -192,7 +190,7 @@ class WeightGradientMma(Family[WeightGradientProblem]):
         for (dtype, precision), arithmetic in ARITHMETICS.items():
             if device.arch >= arithmetic.min_arch:
                 for bits in (32, 64):
-                    few = _tiles(arithmetic, bits, TILES, few_rows=True) if arithmetic.channels > MIN_ROWS else ()
+                    few = _tiles(arithmetic, bits, TILES, few_rows=True) if arithmetic.channels == OCTET else ()
                     for tile in _tiles(arithmetic, bits, TILES):
                         for fetches in _every_fetches(arithmetic, device) if bits == 32 else (_LEAST,):
                             of_fetches = partial(self._config, tile, dtype, precision, fetches, bits)
@@ -203,6 +201,8 @@ class WeightGradientMma(Family[WeightGradientProblem]):
                             if fetches[1] is Fetch.POSITION:
                                 for tap_width in (1, 2) if bits == 32 else (1,):
                                     yield of_fetches(tap_width=tap_width)
+                                    if tile in few and fetches[0] is not Fetch.UNIT:
+                                        yield of_fetches(tap_width=tap_width, few_rows=True)
 
     def _config(
         self,
@@ -263,6 +263,15 @@ class _Tiling(NamedTuple):
     blocks: int
     shared_bytes: int
     us: float
+
+
+def _least_rows(p: WeightGradientProblem, is_split: bool) -> int:
+    """The fewest channels of coarse in a group with which the family is faster than others."""
+    if p.C_fine_g >= MIN_CHANNELS:
+        return MIN_ROWS
+    if is_split:
+        return MIN_SPLIT_ROWS
+    return MIN_ROWS_OF_MANY_COLUMNS if p.C_fine_g * p.K >= MANY_COLUMNS else MIN_CHANNELS
 
 
 @lru_cache(maxsize=4096)

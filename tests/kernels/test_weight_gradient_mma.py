@@ -377,9 +377,19 @@ def test_two_taps_are_loaded_at_once_where_they_begin_even(mode: tuple[str, str]
 
 
 def test_fewer_rows_than_a_unit_has() -> None:
-    for mode in (HALF, ("float32", "tf32")):
-        for rows, C, groups in ((5, 8, 1), (6, 48, 2), (7, 13, 1)):
-            p = problem(rows * groups, C * groups, 75, 3, mode, groups=groups, dilation=2)
+    """Or than a product; also of groups with few channels on both sides, whose taps fill octets."""
+    for mode in MODES:
+        for rows, C, K, groups, how in (
+            (5, 8, 3, 1, {"dilation": 2}),
+            (6, 48, 3, 2, {"dilation": 2}),
+            (7, 13, 3, 1, {"dilation": 2}),
+            (4, 4, 41, 5, {"stride": 4, "padding_left": 20}),
+            (6, 2, 33, 3, {"stride": 2, "padding_left": 7}),
+        ):
+            p = problem(rows * groups, C * groups, 75, K, mode, groups=groups, **how)
+            if mode == SINGLE and C < 8:
+                assert not takes(p)
+                continue
             expect_exact(p, schedule="every")
             arrays = normal(p, nonfinite=True)
             assert reference.weight_gradient(p, *arrays).within_bound(run(p, *arrays)).all(), p
@@ -433,9 +443,9 @@ def test_samples_of_a_chunk_are_staged_once() -> None:
         assert staged[0] == staged[1], last
 
 
-def test_few_columns_of_octets_of_taps_are_not_worth_three_products() -> None:
-    assert [mode for mode in MODES if takes(problem(16, 2, 100, 10, mode))] == [m for m in MODES if m != SINGLE]
-    assert all(takes(problem(16, 2, 100, 16, mode)) for mode in MODES)
+def test_few_columns_of_many_rows_are_not_worth_three_products() -> None:
+    assert [mode for mode in MODES if takes(problem(65, 2, 100, 8, mode))] == [m for m in MODES if m != SINGLE]
+    assert all(takes(problem(65, 2, 100, 9, mode)) and takes(problem(64, 2, 100, 8, mode)) for mode in MODES)
 
 
 def test_slices_cover_every_position_once() -> None:
@@ -569,11 +579,14 @@ def test_offsets_beyond_32_bits(mode: tuple[str, str]) -> None:
     ("p", "reason"),
     [
         (problem(16, 16, 100, 3, ("float64", "float32")), "needs float16"),
-        (problem(4, 16, 100, 3), "at least 8 channels a group on the coarse side, or 5 with 8"),
-        (problem(7, 7, 100, 9), "at least 8 channels a group on the coarse side, or 5 with 8"),
+        (problem(4, 16, 100, 3), "at least 5 channels a group on the coarse side"),
+        (problem(7, 7, 100, 9), "at least 8 channels a group on the coarse side"),
+        (problem(3, 4, 100, 16), "at least 4 channels a group on the coarse side"),
         (problem(16, 7, 100, 7), "at least 8 channels a group on the fine side, or 8 taps"),
         (problem(32, 32, 100, 9, groups=8), "at least 8 channels a group on the coarse side"),
-        (problem(8, 16, 100, 3, SINGLE), "at least 16 channels a group on the coarse side"),
+        (problem(4, 16, 100, 3, SINGLE), "at least 5 channels a group on the coarse side"),
+        (problem(15, 4, 100, 16, SINGLE), "at least 16 channels a group on the coarse side"),
+        (problem(65, 2, 100, 8, SINGLE), "C_fine/groups * K > 16, or at most 64 channels a group on the coarse side"),
         (problem(16, 16, 20, 3, SINGLE), "at least 64 terms"),
         (problem(16, 16, 2, 3, N=20), "longer samples"),
     ],
