@@ -59,13 +59,15 @@ class Tile(BlockTile):
 
 
 # By the parts of an operand; the last one is for arrays that need wide offsets, too. Three sets of sums leave a split
-# product registers for warps of 48x32. Tiles of 48 rows are for groups of 48 channels.
+# product registers for warps of 48x32. Tiles of 48 rows are for groups of 48 channels. Where those of 32 rows and many taps
+# far apart take long chunks, most of a window is loaded once.
 TILES: dict[int, tuple[Tile, ...]] = {
     1: (
         Tile(128, 256, 2, 4, 1, 32, 4, 4),
+        Tile(128, 192, 2, 4, 1, 32, 4, 4),
         Tile(64, 256, 1, 4, 2, 32, 4, 4),
         Tile(48, 256, 1, 4, 2, 32, 4, 4),
-        Tile(32, 256, 1, 4, 3, 32, 4, 4),
+        Tile(32, 256, 1, 4, 3, 128, 4, 4),
         Tile(128, 128, 2, 2, 2, 32, 4, 4),
         Tile(32, 128, 1, 4, 4, 32, 4, 4),
         Tile(16, 128, 1, 4, 4, 32, 4, 4),
