@@ -40,7 +40,7 @@ _MOST_WAYS = 32
 class Slices:
     """How N samples of L positions are cut: into pieces of each sample, or groups of whole samples.
 
-    The cut, and so the order of summation, depends on the problem's shape and dtype alone.
+    The cut, and so the order of summation, depends on the problem alone: not on the GPU, nor on how arrays lie.
 
     Attributes:
         count: the number of slices.

@@ -360,6 +360,27 @@ def test_octets_of_taps(mode: tuple[str, str]) -> None:
         assert reference.weight_gradient(q, *arrays).within_bound(run(q, *arrays)).all(), padding_mode
 
 
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_octets_of_taps_and_of_channels_have_the_same_bits(
+    mode: tuple[str, str], use_tile: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Strided layers whose taps begin at even positions may have either, those of fewer rows than a unit, too."""
+    configs = set(FAMILY.configs(DEVICE))
+    (small,) = (tile for tile in mma.TILES[ARITHMETICS[mode].parts] if tile.block_m == 16)
+    for rows, C, K, stride, groups in ((20, 9, 19, 4, 1), (5, 8, 24, 8, 2)):
+        p = problem(rows * groups, C * groups, 36, K, mode, stride * 36, groups=groups, stride=stride, padding_left=6)
+        arrays, results = normal(p), []
+        for in_taps in (False, True):
+            way = Columns.of(p, in_taps=in_taps), (Fetch.POSITION, Fetch.POSITION)
+            monkeypatch.setattr(mma, "_alternatives", lambda *_, way=way: (way,))
+            use_tile(ARITHMETICS[mode].parts, small)  # and forgets what was chosen
+            config, _ = kernel_of(FAMILY, p, Layout.contiguous(p), DEVICE)
+            assert dict(config.macros)["TAPS_IN_UNITS"] == str(int(in_taps))
+            assert config in configs
+            results.append(run(p, *arrays, schedule=stride))
+        assert_same_bits(*results, p)
+
+
 @pytest.mark.parametrize("mode", [HALF, SINGLE], ids=str)
 def test_two_taps_are_loaded_at_once_where_they_begin_even(mode: tuple[str, str]) -> None:
     """And change no bit: fine that begins between two is loaded tap by tap."""
