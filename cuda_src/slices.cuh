@@ -1,7 +1,7 @@
 // What the gradients of weights and biases share: slices of the sum over positions; for weights also the sum of a slice term by
 // term, and storing it.
 //
-// The sum over the samples n and the positions l of coarse is cut into slices, by a rule on the problem's shape alone
+// The sum over the samples n and the positions l of coarse is cut into slices, by a rule on the problem alone
 // (gpuconv/families/slices.py). A slice is slice_positions neighbouring positions of one sample or slice_samples whole
 // samples. Each slice is summed in one order, n outer and l inner, by multiply_add_conjugate, and sum_slices.cu adds the
 // slices. So on CUDA cores the bits depend on neither the kernel, nor its tiles, nor the GPU.

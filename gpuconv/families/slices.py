@@ -40,7 +40,7 @@ _MOST_WAYS = 32
 class Slices:
     """How N samples of L positions are cut: into pieces of each sample, or groups of whole samples.
 
-    The cut, and so the order of summation, depends on the problem's shape and dtype alone.
+    The cut, and so the order of summation, depends on the problem alone: not on the GPU, nor on how arrays lie.
 
     Attributes:
         count: the number of slices.
@@ -55,27 +55,36 @@ class Slices:
     pieces: int
 
     @classmethod
-    def of(cls, problem: WeightGradientProblem | BiasGradientProblem, *, on_tensor_cores: bool = False) -> Slices:
-        """The cut for CUDA cores, or for tensor cores, whose partial sums must have more terms to pay."""
+    def of(cls, problem: WeightGradientProblem | BiasGradientProblem) -> Slices:
+        """The cut for CUDA cores."""
         p = problem
-        sums = _num_results(p)
         if not isinstance(p, WeightGradientProblem):
-            length = p.L
-            wanted = -(-p.N * length // _BIAS_SLICE_TERMS)
-        elif on_tensor_cores:
-            length = p.L_coarse
-            wanted = min(-(-_ENOUGH_SUMS_OF_TENSOR_CORES // sums), -(-p.N * length // _SLICE_TERMS))
-        else:
-            is_narrow = min(p.C_coarse_g, p.C_fine_g) <= _FEW_CHANNELS
-            enough = -(-(_ENOUGH_SUMS_OF_FEW_CHANNELS if is_narrow else _ENOUGH_SUMS) // sums)
-            length = p.L_coarse
-            wanted = min(max(enough, -(-p.N * length // _SLICE_TERMS)), -(-p.N * length // _FEWEST_TERMS))
-        most = max(1, MAX_PARTIAL_BYTES // (sums * p.format.accumulator_bytes))
+            return cls._cut(p, -(-p.N * p.L // _BIAS_SLICE_TERMS))
+        terms = p.N * p.L_coarse
+        is_narrow = min(p.C_coarse_g, p.C_fine_g) <= _FEW_CHANNELS
+        enough = -(-(_ENOUGH_SUMS_OF_FEW_CHANNELS if is_narrow else _ENOUGH_SUMS) // _num_results(p))
+        return cls._cut(p, min(max(enough, -(-terms // _SLICE_TERMS)), -(-terms // _FEWEST_TERMS)))
+
+    @classmethod
+    def of_tensor_cores(cls, problem: WeightGradientProblem) -> tuple[Slices, ...]:
+        """Cuts among which a cost model decides. The first is by rule: partial sums must have many terms to pay."""
+        terms = problem.N * problem.L_coarse
+        enough = -(-_ENOUGH_SUMS_OF_TENSOR_CORES // _num_results(problem))
+        by_rule = min(enough, -(-terms // _SLICE_TERMS))
+        doubled = (2**i for i in range(min(enough, -(-terms // _FEWEST_TERMS)).bit_length()))
+        return tuple(dict.fromkeys(cls._cut(problem, wanted) for wanted in (by_rule, *doubled)))
+
+    @classmethod
+    def _cut(cls, p: WeightGradientProblem | BiasGradientProblem, wanted: int) -> Slices:
+        """About so many slices."""
+        length = p.L_coarse if isinstance(p, WeightGradientProblem) else p.L
+        most = max(1, MAX_PARTIAL_BYTES // (_num_results(p) * p.format.accumulator_bytes))
         wanted = max(1, min(wanted, most))
         if wanted <= p.N:
             samples = p.N // wanted
             if -(-p.N // samples) > most:
                 samples = -(-p.N // most)
+            samples = -(-p.N // -(-p.N // samples))  # as many slices of about the same length
             return cls(-(-p.N // samples), samples, length, 1)
         pieces = min(-(-wanted // p.N), most // p.N)
         positions = round_up(-(-length // pieces), _ALIGNED_POSITIONS)

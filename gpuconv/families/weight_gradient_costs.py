@@ -18,6 +18,7 @@ from ..costs import (
 from ..device import Device
 from ..problem import WeightGradientProblem
 from .arithmetic import UNIT_BYTES, WARP, Arithmetic
+from .base import round_up
 from .mma_costs import LATENCY_CYCLES, LINES_PER_CYCLE
 from .slices import Slices
 from .weight_gradient_window import OCTET, PRODUCT_ROWS, STEP, Columns, Fetch
@@ -53,6 +54,7 @@ class GradientLaunch(NamedTuple):
     chunk_samples: int
     chunk_positions: int
     window_rows: int
+    columns: Columns
     octets: int
     taps: int
     fetches: tuple[Fetch, Fetch]
@@ -76,8 +78,8 @@ class GradientLaunch(NamedTuple):
     @property
     def terms(self) -> int:
         """Positions that a block multiplies, those of steps that reach beyond a slice included."""
-        of_sample = min(self.chunk_positions, -(-self.slices.positions // STEP) * STEP)
-        return self.chunks * self.chunk_samples * of_sample
+        s = self.slices
+        return s.samples * (self.chunk_positions if self.chunk_samples > 1 else round_up(s.positions, STEP))
 
     def work(self, p: WeightGradientProblem) -> Work:
         a = self.arithmetic
@@ -106,7 +108,7 @@ class GradientLaunch(NamedTuple):
         with the one before, the sector in which it begins and most of its window, comes from L1 if the lines of a
         chunk have room there.
         """
-        columns, itemsize, positions = Columns.of(p), self.arithmetic.itemsize, self.slices.positions
+        columns, itemsize, positions = self.columns, self.arithmetic.itemsize, self.slices.positions
         chunks = -(-positions // self.chunk_positions)
         last = (OCTET - 1) * p.dilation if columns.in_taps else 0  # positions from an octet's first tap to its last
         is_apart = columns.tap_step > self.chunk_positions * p.stride  # taps meet no positions in common
@@ -148,7 +150,7 @@ class GradientLaunch(NamedTuple):
         """Instructions and wavefronts of all warps that stage the chunks."""
         a, chunk_terms = self.arithmetic, self.chunk_samples * self.chunk_positions
         elements = self.block_m * chunk_terms, self.octets * OCTET * self.window_rows
-        in_taps = Columns.of(p).in_taps
+        in_taps = self.columns.in_taps
         is_wide = self.fetches[1].width > 1
         loads = [self._load(self.fetches[0], 1), self._load(self.fetches[1], 1 if in_taps or is_wide else p.stride)]
         if in_taps and self.tap_width == 2:  # lanes that take neighbouring taps load from one line

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import product
 from typing import NamedTuple
@@ -26,12 +26,20 @@ from .slices import Slices, predict_sum, sliced_plan, weight_fields
 from .weight_gradient_costs import GradientLaunch
 from .weight_gradient_window import OCTET, PRODUCT_ROWS, STEP, Columns, Fetch, Window
 
-# With fewer channels of fine its octets are of taps; with fewer of those they are half empty. The three products of
-# split TF32 take longer than CUDA cores with few columns.
+# With fewer channels of fine its octets are of taps; with fewer of those they are half empty.
 MIN_TAPS = 8
-# With fewer channels of coarse, weight_gradient_pairs reads each row of fine hardly more often.
+# With fewer channels of coarse, weight_gradient_pairs reads each row of fine hardly more often. With few channels on
+# both sides it is faster up to more channels of coarse, unless many taps are multiplied at once.
 MIN_ROWS = 5
-MIN_SPLIT_COLUMNS = 32
+MIN_ROWS_OF_MANY_COLUMNS, MANY_COLUMNS = 4, 64
+# So few columns fill the tiles of weight_gradient_tiled, which is faster than three products if many rows do, too.
+FEW_SPLIT_COLUMNS, MAX_ROWS_OF_FEW_COLUMNS = 16, 64
+
+# GPUs whose predicted times decide how sums are cut; how many tilings are compared for this; and how much slower than
+# the cut by rule another may be on one of them.
+_REFERENCE_DEVICES = Device.from_arch("sm_90"), Device.from_arch("sm_80")
+_REFERENCE_TILINGS = 4
+_TOLERATED = 1.02
 
 _LEAST = Fetch.POSITION, Fetch.POSITION  # of arrays that need wide offsets
 
@@ -51,13 +59,15 @@ class Tile(BlockTile):
 
 
 # By the parts of an operand; the last one is for arrays that need wide offsets, too. Three sets of sums leave a split
-# product registers for warps of 48x32. Tiles of 48 rows are for groups of 48 channels.
+# product registers for warps of 48x32. Tiles of 48 rows are for groups of 48 channels. Where those of 32 rows and many taps
+# far apart take long chunks, most of a window is loaded once.
 TILES: dict[int, tuple[Tile, ...]] = {
     1: (
         Tile(128, 256, 2, 4, 1, 32, 4, 4),
+        Tile(128, 192, 2, 4, 1, 32, 4, 4),
         Tile(64, 256, 1, 4, 2, 32, 4, 4),
         Tile(48, 256, 1, 4, 2, 32, 4, 4),
-        Tile(32, 256, 1, 4, 3, 32, 4, 4),
+        Tile(32, 256, 1, 4, 3, 128, 4, 4),
         Tile(128, 128, 2, 2, 2, 32, 4, 4),
         Tile(32, 128, 1, 4, 4, 32, 4, 4),
         Tile(16, 128, 1, 4, 4, 32, 4, 4),
@@ -71,6 +81,7 @@ TILES: dict[int, tuple[Tile, ...]] = {
         Tile(64, 64, 2, 2, 2, 32, 4, 4),
     ),
 }
+_REFERENCE_TILES = TILES
 _EVERY_TILE = tuple(tile for tiles in TILES.values() for tile in tiles)
 _LARGEST = max(max(tile.block_m, tile.block_n) for tile in _EVERY_TILE)
 _LARGEST_CHUNK = max(tile.chunk_rows for tile in _EVERY_TILE)
@@ -90,25 +101,22 @@ class WeightGradientMma(Family[WeightGradientProblem]):
         arithmetic = ARITHMETICS.get((p.dtype, p.precision))
         if arithmetic is None or device.arch < arithmetic.min_arch:
             return Refusal("needs float16 (sm_75), bfloat16 or float32 (sm_80)")
-        if p.C_coarse_g < (MIN_CHANNELS if p.C_fine_g < MIN_CHANNELS else MIN_ROWS):
-            return Refusal(
-                f"needs at least {MIN_CHANNELS} channels a group on the coarse side, or {MIN_ROWS} with "
-                f"{MIN_CHANNELS} on the fine side"
-            )
-        if p.C_fine_g < MIN_CHANNELS and p.K < MIN_TAPS:
+        is_split, columns_of_taps = arithmetic.parts == 2, p.C_fine_g * p.K if p.C_fine_g < MIN_CHANNELS else 0
+        rows = _least_rows(p, is_split)
+        if p.C_coarse_g < rows:
+            return Refusal(f"needs at least {rows} channels a group on the coarse side")
+        if columns_of_taps and p.K < MIN_TAPS:
             return Refusal(f"needs at least {MIN_CHANNELS} channels a group on the fine side, or {MIN_TAPS} taps")
-        if arithmetic.parts == 2 and p.C_coarse_g < MIN_SPLIT_ROWS:
+        if is_split and 0 < columns_of_taps <= FEW_SPLIT_COLUMNS and p.C_coarse_g > MAX_ROWS_OF_FEW_COLUMNS:
             return Refusal(
-                f"needs at least {MIN_SPLIT_ROWS} channels a group on the coarse side for float32 by split TF32"
+                f"needs at least {MIN_CHANNELS} channels a group on the fine side, C_fine/groups * K > "
+                f"{FEW_SPLIT_COLUMNS}, or at most {MAX_ROWS_OF_FEW_COLUMNS} channels a group on the coarse side, for "
+                "float32 by split TF32"
             )
-        if arithmetic.parts == 2 and Columns.of(p).in_taps and p.C_fine_g * p.K < MIN_SPLIT_COLUMNS:
-            return Refusal(
-                f"needs at least {MIN_CHANNELS} channels a group on the fine side, or C_fine/groups * K >= "
-                f"{MIN_SPLIT_COLUMNS}, for float32 by split TF32"
-            )
-        if arithmetic.parts == 2 and p.terms < MIN_SPLIT_TERMS:
+        if is_split and p.terms < MIN_SPLIT_TERMS:
             return Refusal(f"needs sums of at least {MIN_SPLIT_TERMS} terms for float32 by split TF32")
-        if not _keeps_bound(p, arithmetic):
+        slices = _slices(p)
+        if not _keeps_bound(p, slices):
             return Refusal("needs longer samples to keep the error bound")
         bits = _index_bits(p, layout)
         fetches, tap_width = _fetches(p, layout, bits, device), _tap_width(p, layout, bits)
@@ -116,7 +124,7 @@ class WeightGradientMma(Family[WeightGradientProblem]):
         tiling, tile, window = tilings[0], tilings[0].tile, tilings[0].window
         if tiling.blocks > MAX_GRID:
             return Refusal(f"needs at most {MAX_GRID} blocks")
-        slices, columns = _slices(p), Columns.of(p)
+        columns = tiling.columns
         half, pitch = _pitches(window.rows, arithmetic)
         params = params_of(
             self.name,
@@ -146,13 +154,13 @@ class WeightGradientMma(Family[WeightGradientProblem]):
             tiling.fetches,
             bits,
             is_strided=p.stride > 1,
-            tap_width=tap_width,
+            tap_width=tap_width if columns.in_taps else 0,
             few_rows=p.C_coarse_g < arithmetic.channels,
         )
         launch = Launch(tiling.blocks, tile.threads, tiling.shared_bytes, bits, params)
-        each = OCTET if columns.in_taps else 1
         candidates = tuple(
-            (f"{t.tile.block_m}x{t.tile.block_n} of {count(each * t.taps, 'tap')}", t.us) for t in tilings
+            (f"{t.tile.block_m}x{t.tile.block_n} of {count(t.taps * (OCTET if t.columns.in_taps else 1), 'tap')}", t.us)
+            for t in tilings
         )
         return sliced_plan(p, layout, slices, config, launch, candidates)
 
@@ -165,6 +173,7 @@ class WeightGradientMma(Family[WeightGradientProblem]):
             chunk_samples=params["chunk_samples"],
             chunk_positions=1 << params["sample_shift"],
             window_rows=params["window_rows"],
+            columns=Columns.of(problem, in_taps=macros["TAPS_IN_UNITS"] == "1"),
             octets=params["block_octets"],
             taps=params["block_taps"],
             fetches=_fetches_of(step.config),
@@ -183,17 +192,19 @@ class WeightGradientMma(Family[WeightGradientProblem]):
         for (dtype, precision), arithmetic in ARITHMETICS.items():
             if device.arch >= arithmetic.min_arch:
                 for bits in (32, 64):
-                    for tile in _tiles(arithmetic, bits):
+                    few = _tiles(arithmetic, bits, TILES, few_rows=True) if arithmetic.channels == OCTET else ()
+                    for tile in _tiles(arithmetic, bits, TILES):
                         for fetches in _every_fetches(arithmetic, device) if bits == 32 else (_LEAST,):
                             of_fetches = partial(self._config, tile, dtype, precision, fetches, bits)
                             for is_strided in (False, True) if fetches[1].width > 1 else (False,):
                                 yield of_fetches(is_strided=is_strided)
-                                has_few = arithmetic.channels > MIN_ROWS and tile in _tiles_of_few_rows(bits)
-                                if has_few and fetches[0] is not Fetch.UNIT:
+                                if tile in few and fetches[0] is not Fetch.UNIT:
                                     yield of_fetches(is_strided=is_strided, few_rows=True)
                             if fetches[1] is Fetch.POSITION:
                                 for tap_width in (1, 2) if bits == 32 else (1,):
                                     yield of_fetches(tap_width=tap_width)
+                                    if tile in few and fetches[0] is not Fetch.UNIT:
+                                        yield of_fetches(tap_width=tap_width, few_rows=True)
 
     def _config(
         self,
@@ -240,9 +251,10 @@ class WeightGradientMma(Family[WeightGradientProblem]):
 
 
 class _Tiling(NamedTuple):
-    """A tile with the octets and taps of its columns, the numbers of tiles and blocks, and the predicted time."""
+    """A tile, the columns, octets and taps of a block, the numbers of tiles and blocks, and the predicted time."""
 
     tile: Tile
+    columns: Columns
     octets: int
     taps: int
     fetches: tuple[Fetch, Fetch]
@@ -255,8 +267,43 @@ class _Tiling(NamedTuple):
     us: float
 
 
-def _slices(p: WeightGradientProblem) -> Slices:
-    return Slices.of(p, on_tensor_cores=True)
+def _least_rows(p: WeightGradientProblem, is_split: bool) -> int:
+    """The fewest channels of coarse in a group with which the family is faster than others."""
+    if p.C_fine_g >= MIN_CHANNELS:
+        return MIN_ROWS
+    if is_split:
+        return MIN_SPLIT_ROWS
+    return MIN_ROWS_OF_MANY_COLUMNS if p.C_fine_g * p.K >= MANY_COLUMNS else MIN_CHANNELS
+
+
+@lru_cache(maxsize=4096)
+def _slices(problem: WeightGradientProblem) -> Slices:
+    """The cut that the cost model prefers on two GPUs together, whatever the GPU and the layout.
+
+    None that would be slower on one of them than the cut by rule, or that breaks the error bound if another does not.
+    """
+    p = replace(problem, has_lengths=False)
+    cuts = Slices.of_tensor_cores(p)
+    cuts = tuple(cut for cut in cuts if _keeps_bound(p, cut)) or cuts[:1]
+    layout = Layout.contiguous(p)
+    tap_width = _tap_width(p, layout, 32)
+    # The best tilings of the cut by rule; those of other cuts are like them.
+    first = _REFERENCE_DEVICES[0]
+    best = _compare(p, cuts[0], _REFERENCE_TILES, _fetches(p, layout, 32, first), tap_width, first, 32)[
+        :_REFERENCE_TILINGS
+    ]
+
+    def times(cut: Slices) -> list[float]:
+        tilings = [
+            [_tiling(p, cut, t.tile, t.columns, t.taps, t.fetches, tap_width, device, 32) for t in best]
+            for device in _REFERENCE_DEVICES
+        ]
+        return [min((t.us for t in of_device if t is not None), default=math.inf) for of_device in tilings]
+
+    by_cut = {cut: times(cut) for cut in cuts}
+    limits = [_TOLERATED * us for us in by_cut[cuts[0]]]
+    fast = (cut for cut in cuts if all(us <= limit for us, limit in zip(by_cut[cut], limits, strict=True)))
+    return min(fast, key=lambda cut: math.prod(by_cut[cut]))
 
 
 def _index_bits(p: WeightGradientProblem, layout: Layout) -> int:
@@ -272,15 +319,14 @@ def _index_bits(p: WeightGradientProblem, layout: Layout) -> int:
     return index_bits(p, layout, overhang, slices.count * math.prod(p.weight_shape), columns)
 
 
-def _tiles(arithmetic: Arithmetic, bits: int) -> tuple[Tile, ...]:
-    tiles = TILES[arithmetic.parts]
-    return tiles if bits == 32 else tiles[-1:]
-
-
-def _tiles_of_few_rows(bits: int) -> tuple[Tile, ...]:
-    """Of problems whose rows are fewer than a unit has."""
-    tiles = TILES[1]
-    return tuple(tile for tile in tiles if tile.block_m == PRODUCT_ROWS) if bits == 32 else tiles[-1:]
+def _tiles(
+    arithmetic: Arithmetic, bits: int, every: dict[int, tuple[Tile, ...]], *, few_rows: bool = False
+) -> tuple[Tile, ...]:
+    """Of `every`; `few_rows`: for problems whose rows are fewer than a unit has."""
+    tiles = every[arithmetic.parts]
+    if bits != 32:
+        return tiles[-1:]
+    return tuple(tile for tile in tiles if tile.block_m == PRODUCT_ROWS) if few_rows else tiles
 
 
 def _fetches(p: WeightGradientProblem, layout: Layout, bits: int, device: Device) -> tuple[Fetch, Fetch]:
@@ -288,7 +334,7 @@ def _fetches(p: WeightGradientProblem, layout: Layout, bits: int, device: Device
     arrays = (layout["coarse"], (p.N, p.C_coarse, p.L_coarse)), (layout["fine"], (p.N, p.C_fine, p.L_fine))
     if bits != 32:
         return _LEAST
-    unit, in_taps = ARITHMETICS[p.dtype, p.precision].channels, Columns.of(p).in_taps
+    unit, in_taps = ARITHMETICS[p.dtype, p.precision].channels, p.C_fine_g < MIN_CHANNELS
     of_units = [
         device.arch >= ASYNC_COPY_ARCH and channels % unit == 0 and has_units(array, extents, unit)
         for (array, extents), channels in zip(arrays, (p.C_coarse_g, p.C_fine_g), strict=True)
@@ -305,10 +351,19 @@ def _fetches(p: WeightGradientProblem, layout: Layout, bits: int, device: Device
     return coarse, Fetch.UNIT if of_units[1] and not in_taps else fine
 
 
-def _alternatives(p: WeightGradientProblem, widest: tuple[Fetch, Fetch]) -> tuple[tuple[Fetch, Fetch], ...]:
-    """Ways of loading between which the cost model decides: few taps of a large stride leave out most positions."""
+def _alternatives(
+    p: WeightGradientProblem, widest: tuple[Fetch, Fetch], tap_width: int
+) -> Iterator[tuple[Columns, tuple[Fetch, Fetch]]]:
+    """Columns and ways of loading between which the cost model decides: see `_tilings`.
+
+    Few taps of a large stride leave out most positions.
+    """
     coarse, fine = widest
-    return (widest,) if fine.width == 1 or p.stride == 1 else (widest, (coarse, Fetch.POSITION))
+    for columns in Columns.every(p, tap_width):
+        if not columns.in_taps:
+            yield columns, widest
+        if columns.in_taps or fine.width > 1 < p.stride:
+            yield columns, (coarse, Fetch.POSITION)
 
 
 def _fetch_of_rows(array: ArrayLayout, extents: tuple[int, int, int], itemsize: int) -> Fetch:
@@ -350,9 +405,7 @@ def _fetches_of(config: Config) -> tuple[Fetch, Fetch]:
 
 
 def _tap_width(p: WeightGradientProblem, layout: Layout, bits: int) -> int:
-    """Neighbouring taps that one access loads, as the layout allows; 0 where octets are of channels."""
-    if not Columns.of(p).in_taps:
-        return 0
+    """Neighbouring taps that one access loads, as the layout allows."""
     array = layout["fine"]
     stride_n, stride_c, stride_l = array.strides
     begins_even = (stride_n % 2 == 0 or p.N == 1) and (stride_c % 2 == 0 or p.C_fine == 1)
@@ -372,7 +425,7 @@ def _pitches(rows: int, arithmetic: Arithmetic) -> tuple[int, int]:
     return half, 2 * half + 1
 
 
-def _keeps_bound(p: WeightGradientProblem, arithmetic: Arithmetic) -> bool:
+def _keeps_bound(p: WeightGradientProblem, slices: Slices) -> bool:
     """Whether the sums are within `reference.Sums.error_bound`, counted as there, in units of u times the magnitude.
 
     Steps begin anew with every sample, and few terms of a step may exist. So there may be more blocks of products, of
@@ -380,7 +433,7 @@ def _keeps_bound(p: WeightGradientProblem, arithmetic: Arithmetic) -> bool:
     That a slice is shorter than the whole sum pays for it, except where samples are short and slices few. Blocks are
     of 16 bytes at least.
     """
-    slices = _slices(p)
+    arithmetic = ARITHMETICS[p.dtype, p.precision]
     run = min(p.terms // p.N, slices.positions)  # terms of one sample in a slice, at most
 
     def pieces(length: int) -> int:
@@ -402,52 +455,80 @@ def _tilings(
 
     The last tile of each arithmetic fits every device with blocks of one tap, however its arrays are loaded.
 
-    `widest`: what `_fetches` allows.
+    `widest`, `tap_width`: what `_fetches` and `_tap_width` allow.
     """
+    return _compare(p, _slices(p), TILES, widest, tap_width, device, bits)
+
+
+def _compare(
+    p: WeightGradientProblem,
+    slices: Slices,
+    every: dict[int, tuple[Tile, ...]],
+    widest: tuple[Fetch, Fetch],
+    tap_width: int,
+    device: Device,
+    bits: int,
+) -> tuple[_Tiling, ...]:
     arithmetic = ARITHMETICS[p.dtype, p.precision]
-    slices = _slices(p)
-    columns = Columns.of(p)
-    adding = predict_sum(p, slices.count, device).us if slices.count > 1 else 0.0
     found = []
-    for tile in _tiles(arithmetic, bits) if p.C_coarse_g >= arithmetic.channels else _tiles_of_few_rows(bits):
+    for tile in _tiles(arithmetic, bits, every, few_rows=p.C_coarse_g < arithmetic.channels):
         pairs = tile.block_n // OCTET
-        samples, rows = _chunk(slices, tile.chunk_rows)
-        row_tiles = -(-p.C_coarse_g // tile.block_m)
-        best: _Tiling | None = None
-        every_taps = {-(-columns.taps // -(-columns.taps // most)) for most in range(1, pairs + 1)}
-        for taps, fetches in product(every_taps, _alternatives(p, widest)):
-            octets = min(pairs // taps, columns.octets)
-            octet_tiles, tap_tiles = -(-columns.octets // octets), -(-columns.taps // taps)
-            window = Window.of(p, taps, samples, rows, fetches[1])
-            shared = _shared_bytes(tile, window, octets, fetches[1], arithmetic, bits, p.stride)
-            if shared > device.shared_per_block:
-                continue
-            blocks = row_tiles * octet_tiles * tap_tiles * p.groups * slices.count
-            launch = GradientLaunch(
-                arithmetic=arithmetic,
-                slices=slices,
-                blocks=blocks,
-                chunk_samples=window.samples,
-                chunk_positions=window.positions,
-                window_rows=window.rows,
-                octets=octets,
-                taps=taps,
-                fetches=fetches,
-                tap_width=max(tap_width, 1),
-                block_m=tile.block_m,
-                block_n=tile.block_n,
-                warps_m=tile.warps_m,
-                warps_n=tile.warps_n,
-                min_blocks=tile.min_blocks,
-            )
-            resident = min(tile.min_blocks, max(1, device.shared_per_sm // (shared + RESERVED_SHARED_BYTES)))
-            us = adding + launch.us(p, resident, device)
-            if best is None or (us, -taps) < (best.us, -best.taps):
-                tiles = row_tiles, octet_tiles, tap_tiles
-                best = _Tiling(tile, octets, taps, fetches, window, *tiles, blocks, shared, us)
-        if best is not None:
-            found.append(best)
+        tilings = [
+            tiling
+            for columns, fetches in _alternatives(p, widest, tap_width)
+            for taps in {-(-columns.taps // -(-columns.taps // most)) for most in range(1, pairs + 1)}
+            if (tiling := _tiling(p, slices, tile, columns, taps, fetches, tap_width, device, bits)) is not None
+        ]
+        if tilings:
+            found.append(min(tilings, key=lambda tiling: (tiling.us, -tiling.taps)))
     return tuple(sorted(found, key=lambda tiling: tiling.us))
+
+
+def _tiling(
+    p: WeightGradientProblem,
+    slices: Slices,
+    tile: Tile,
+    columns: Columns,
+    taps: int,
+    fetches: tuple[Fetch, Fetch],
+    tap_width: int,
+    device: Device,
+    bits: int,
+) -> _Tiling | None:
+    """None where it does not fit the device."""
+    arithmetic = ARITHMETICS[p.dtype, p.precision]
+    samples, rows = _chunk(slices, tile.chunk_rows)
+    octets = min(tile.block_n // OCTET // taps, columns.octets)
+    row_tiles = -(-p.C_coarse_g // tile.block_m)
+    octet_tiles, tap_tiles = -(-columns.octets // octets), -(-columns.taps // taps)
+    window = Window.of(p, columns, taps, samples, rows, fetches[1])
+    shared = _shared_bytes(tile, window, octets, fetches[1], arithmetic, bits, p.stride)
+    if shared > device.shared_per_block:
+        return None
+    blocks = row_tiles * octet_tiles * tap_tiles * p.groups * slices.count
+    launch = GradientLaunch(
+        arithmetic=arithmetic,
+        slices=slices,
+        blocks=blocks,
+        chunk_samples=window.samples,
+        chunk_positions=window.positions,
+        window_rows=window.rows,
+        columns=columns,
+        octets=octets,
+        taps=taps,
+        fetches=fetches,
+        tap_width=tap_width,
+        block_m=tile.block_m,
+        block_n=tile.block_n,
+        warps_m=tile.warps_m,
+        warps_n=tile.warps_n,
+        min_blocks=tile.min_blocks,
+    )
+    resident = min(tile.min_blocks, max(1, device.shared_per_sm // (shared + RESERVED_SHARED_BYTES)))
+    us = launch.us(p, resident, device)
+    if slices.count > 1:
+        us += predict_sum(p, slices.count, device).us
+    return _Tiling(tile, columns, octets, taps, fetches, window, row_tiles, octet_tiles, tap_tiles, blocks, shared, us)
 
 
 def _chunk(slices: Slices, rows: int) -> tuple[int, int]:

@@ -39,7 +39,7 @@ class Columns(NamedTuple):
     """How the columns of the result, (channel of fine, tap), are grouped by eights.
 
     Attributes:
-        octets: of a group: of eight channels, or of one channel with few of these, whose taps are taken by eights.
+        octets: of a group: of eight channels, or of one channel, whose taps are taken by eights.
         taps: of an octet, or blocks of eight taps.
         tap_step: positions from one of them to the next.
         in_taps: whether an octet has eight taps.
@@ -51,10 +51,22 @@ class Columns(NamedTuple):
     in_taps: bool
 
     @classmethod
-    def of(cls, p: WeightGradientProblem) -> Columns:
-        if p.C_fine_g >= MIN_CHANNELS:
-            return cls(-(-p.C_fine_g // OCTET), p.K, p.dilation, False)
-        return cls(p.C_fine_g, -(-p.K // OCTET), OCTET * p.dilation, True)
+    def of(cls, p: WeightGradientProblem, *, in_taps: bool) -> Columns:
+        if in_taps:
+            return cls(p.C_fine_g, -(-p.K // OCTET), OCTET * p.dilation, True)
+        return cls(-(-p.C_fine_g // OCTET), p.K, p.dilation, False)
+
+    @classmethod
+    def every(cls, p: WeightGradientProblem, tap_width: int) -> tuple[Columns, ...]:
+        """Those that the layout allows, `tap_width` neighbouring taps being loaded at once.
+
+        Octets of channels are half empty if these are few. Neighbouring taps of a channel are loaded faster than
+        positions that lie a stride apart.
+        """
+        if p.C_fine_g < MIN_CHANNELS:
+            return (cls.of(p, in_taps=True),)
+        of_channels = cls.of(p, in_taps=False)
+        return (of_channels, cls.of(p, in_taps=True)) if p.stride > 1 < tap_width and p.K >= OCTET else (of_channels,)
 
 
 class Window(NamedTuple):
@@ -71,9 +83,10 @@ class Window(NamedTuple):
     tap_rows_step: int
 
     @classmethod
-    def of(cls, p: WeightGradientProblem, taps: int, samples: int, positions: int, fetch: Fetch) -> Window:
-        """`taps`: as in `Columns`; `fetch`: of fine. Planes are of whole runs and begin where rows may."""
-        columns = Columns.of(p)
+    def of(
+        cls, p: WeightGradientProblem, columns: Columns, taps: int, samples: int, positions: int, fetch: Fetch
+    ) -> Window:
+        """`taps`: of a block, as in `Columns`; `fetch`: of fine. Planes are of whole runs and begin where rows may."""
         tap_step = columns.tap_step
         gcd = math.gcd(p.stride, tap_step)
         planes = min(p.stride // gcd, taps)

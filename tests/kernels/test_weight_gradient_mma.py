@@ -22,7 +22,7 @@ from gpuconv.families.arithmetic import ARITHMETICS, arithmetics
 from gpuconv.families.base import contiguous_strides
 from gpuconv.families.slices import Slices
 from gpuconv.families.weight_gradient_costs import GradientLaunch
-from gpuconv.families.weight_gradient_window import OCTET, STEP, Fetch, Window
+from gpuconv.families.weight_gradient_window import OCTET, STEP, Columns, Fetch, Window
 from gpuconv.problem import WeightGradientProblem
 from tests import hostcuda
 from tests.hostcuda import Counts, Program
@@ -157,7 +157,7 @@ def test_bits_depend_on_no_schedule_and_need_no_nan_fallback(p: WeightGradientPr
     config, launch = kernel_of(FAMILY, p, layout, DEVICE)
     program = Program.without_nan_fallback(config)
     coarse, fine = normal(p)
-    cut = Slices.of(p, on_tensor_cores=True)
+    cut = mma._slices(p)
     results = []
     for kernel in (config, program):
         sums = np.empty((cut.count, *p.weight_shape), np.float32)
@@ -235,7 +235,7 @@ def test_words_that_two_rows_share() -> None:
 @pytest.mark.usefixtures("small_tile")
 def test_rows_of_strided_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs of neighbouring positions, which belong to several planes, have the bits of single positions."""
-    monkeypatch.setattr(mma, "_alternatives", lambda _, widest: (widest,))
+    monkeypatch.setattr(mma, "_alternatives", lambda p, widest, _: ((Columns.of(p, in_taps=False), widest),))
     monkeypatch.setitem(mma.TILES, 2, tuple(t for t in mma.TILES[2] if (t.block_m, t.block_n) == (16, 128)))
     for mode, fetch, lengths in (
         (HALF, Fetch.RUN, (40, 88)),
@@ -316,7 +316,7 @@ def test_planes_hold_all_rows_of_their_taps(
     """Planes of aligned runs begin with as few rows in front of those that their taps need as all blocks allow."""
     p = problem(8, 8, 300, taps, dilation=dilation, padding_left=padding)
     of_block = data.draw(st.integers(1, taps))
-    window = Window.of(p, of_block, 1, 32, fetch)
+    window = Window.of(p, Columns.of(p, in_taps=False), of_block, 1, 32, fetch)
     assert window.plane_rows % fetch.width == 0
     longest = 0
     for begin in range(0, taps, of_block):
@@ -360,6 +360,27 @@ def test_octets_of_taps(mode: tuple[str, str]) -> None:
         assert reference.weight_gradient(q, *arrays).within_bound(run(q, *arrays)).all(), padding_mode
 
 
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_octets_of_taps_and_of_channels_have_the_same_bits(
+    mode: tuple[str, str], use_tile: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Strided layers whose taps begin at even positions may have either, those of fewer rows than a unit, too."""
+    configs = set(FAMILY.configs(DEVICE))
+    (small,) = (tile for tile in mma.TILES[ARITHMETICS[mode].parts] if tile.block_m == 16)
+    for rows, C, K, stride, groups in ((20, 9, 19, 4, 1), (5, 8, 24, 8, 2)):
+        p = problem(rows * groups, C * groups, 36, K, mode, stride * 36, groups=groups, stride=stride, padding_left=6)
+        arrays, results = normal(p), []
+        for in_taps in (False, True):
+            way = Columns.of(p, in_taps=in_taps), (Fetch.POSITION, Fetch.POSITION)
+            monkeypatch.setattr(mma, "_alternatives", lambda *_, way=way: (way,))
+            use_tile(ARITHMETICS[mode].parts, small)  # and forgets what was chosen
+            config, _ = kernel_of(FAMILY, p, Layout.contiguous(p), DEVICE)
+            assert dict(config.macros)["TAPS_IN_UNITS"] == str(int(in_taps))
+            assert config in configs
+            results.append(run(p, *arrays, schedule=stride))
+        assert_same_bits(*results, p)
+
+
 @pytest.mark.parametrize("mode", [HALF, SINGLE], ids=str)
 def test_two_taps_are_loaded_at_once_where_they_begin_even(mode: tuple[str, str]) -> None:
     """And change no bit: fine that begins between two is loaded tap by tap."""
@@ -377,9 +398,19 @@ def test_two_taps_are_loaded_at_once_where_they_begin_even(mode: tuple[str, str]
 
 
 def test_fewer_rows_than_a_unit_has() -> None:
-    for mode in (HALF, ("float32", "tf32")):
-        for rows, C, groups in ((5, 8, 1), (6, 48, 2), (7, 13, 1)):
-            p = problem(rows * groups, C * groups, 75, 3, mode, groups=groups, dilation=2)
+    """Or than a product; also of groups with few channels on both sides, whose taps fill octets."""
+    for mode in MODES:
+        for rows, C, K, groups, how in (
+            (5, 8, 3, 1, {"dilation": 2}),
+            (6, 48, 3, 2, {"dilation": 2}),
+            (7, 13, 3, 1, {"dilation": 2}),
+            (4, 4, 41, 5, {"stride": 4, "padding_left": 20}),
+            (6, 2, 33, 3, {"stride": 2, "padding_left": 7}),
+        ):
+            p = problem(rows * groups, C * groups, 75, K, mode, groups=groups, **how)
+            if mode == SINGLE and C < 8:
+                assert not takes(p)
+                continue
             expect_exact(p, schedule="every")
             arrays = normal(p, nonfinite=True)
             assert reference.weight_gradient(p, *arrays).within_bound(run(p, *arrays)).all(), p
@@ -404,12 +435,13 @@ def test_every_way_of_loading_fits_the_smallest_shared_memory(arch: str) -> None
         ):
             for fetches in mma._every_fetches(arithmetic, device):
                 if fetches[1].width == 1 or 1 in (p.stride, p.dilation):
-                    assert mma._tilings.__wrapped__(p, fetches, 0, device, 32), (p, fetches)
+                    assert mma._tilings.__wrapped__(p, fetches, 1, device, 32), (p, fetches)
 
 
 def test_samples_of_a_chunk_are_staged_once() -> None:
     """The cost model counts as many bytes of 32 samples by twos as one by one."""
     p = problem(16, 16, 16, 3, N=32)
+    columns = Columns.of(p, in_taps=False)
     for last in (False, True):
         arrays = {}
         if last:
@@ -422,31 +454,46 @@ def test_samples_of_a_chunk_are_staged_once() -> None:
         assert (fetches == (Fetch.UNIT, Fetch.UNIT)) == last
         staged = []
         for samples in (1, 2):
-            window = Window.of(p, 3, samples, 16, fetches[1])
+            window = Window.of(p, columns, 3, samples, 16, fetches[1])
             launch = GradientLaunch(
                 arithmetic=ARITHMETICS[HALF], slices=Slices(1, 32, 16, 1), blocks=1, chunk_samples=samples,
-                chunk_positions=16, window_rows=window.rows, octets=2, taps=3, fetches=fetches, tap_width=1,
-                block_m=16, block_n=128, warps_m=1, warps_n=4, min_blocks=4,
+                chunk_positions=16, window_rows=window.rows, columns=columns, octets=2, taps=3, fetches=fetches,
+                tap_width=1, block_m=16, block_n=128, warps_m=1, warps_n=4, min_blocks=4,
             )  # fmt: skip
             staged.append(launch._staged_bytes(p))
         assert staged[0] == staged[1], last
 
 
-def test_few_columns_of_octets_of_taps_are_not_worth_three_products() -> None:
-    assert [mode for mode in MODES if takes(problem(16, 2, 100, 10, mode))] == [m for m in MODES if m != SINGLE]
-    assert all(takes(problem(16, 2, 100, 16, mode)) for mode in MODES)
+def test_few_columns_of_many_rows_are_not_worth_three_products() -> None:
+    assert [mode for mode in MODES if takes(problem(65, 2, 100, 8, mode))] == [m for m in MODES if m != SINGLE]
+    assert all(takes(problem(65, 2, 100, 9, mode)) and takes(problem(64, 2, 100, 8, mode)) for mode in MODES)
 
 
 def test_slices_cover_every_position_once() -> None:
     for p in shapes():
         if isinstance(p, WeightGradientProblem):
-            cut = Slices.of(p, on_tensor_cores=True)
-            assert cut.samples == 1 or (cut.pieces == 1 and cut.positions == p.L_coarse), p
-            assert cut.pieces == -(-p.L_coarse // cut.positions), p
-            assert cut.count == -(-p.N // cut.samples) * cut.pieces, p
-            assert cut.pieces == 1 or cut.positions % STEP == 0, p
-            assert cut.count == 1 or cut.partial_bytes(p) <= slices.MAX_PARTIAL_BYTES, p
-            assert cut.count <= Slices.of(p).count or cut.count == 1, p
+            for cut in Slices.of_tensor_cores(p):
+                assert cut.samples == 1 or (cut.pieces == 1 and cut.positions == p.L_coarse), p
+                assert cut.pieces == -(-p.L_coarse // cut.positions), p
+                assert cut.count == -(-p.N // cut.samples) * cut.pieces, p
+                assert cut.pieces == 1 or cut.positions % STEP == 0, p
+                assert cut.count == 1 or cut.partial_bytes(p) <= slices.MAX_PARTIAL_BYTES, p
+
+
+def test_slices_have_about_the_same_samples() -> None:
+    """Of 16 samples that are to be cut in three, five a slice would leave one for the fourth."""
+    p = problem(600, 600, 80, 3, N=16, dilation=8)
+    assert Slices.of_tensor_cores(p)[0] == Slices(4, 4, 80, 1)
+
+
+def test_the_cut_depends_on_the_problem_alone() -> None:
+    """There is one slice where its results keep a GPU busy; lengths of their own change nothing."""
+    p = problem(80, 80, 862, 1024, N=1, stride=256, L_fine=221440)
+    assert mma._slices(p).count == 1
+    assert Slices.of_tensor_cores(p)[0].count == 2
+    for q in (problem(16, 16, 4000, 3), problem(64, 2, 4000, 9, ("float32", "tf32")), problem(48, 24, 999, 5, SINGLE)):
+        assert mma._slices(q).count > 1
+        assert mma._slices(q) == mma._slices(replace(q, has_lengths=True)), q
 
 
 def test_short_samples_of_16_bits() -> None:
@@ -472,7 +519,7 @@ def test_bits_do_not_depend_on_the_chunks_of_samples(use_tile: Any) -> None:
     results = []
     for rows, chunk in ((32, (1, 32)), (64, (2, 32))):
         use_tile(1, replace(mma.TILES[1][-1], chunk_rows=rows))
-        assert mma._chunk(Slices.of(p, on_tensor_cores=True), rows) == chunk
+        assert mma._chunk(mma._slices(p), rows) == chunk
         results.append(run(p, *arrays))
     assert_same_bits(*results, p)
 
@@ -482,7 +529,7 @@ def test_only_terms_that_exist_count(mode: tuple[str, str]) -> None:
     """Infinities that meet padding or other slices give no NaN; those that meet a term spread to its results alone."""
     p = problem(16, 8, 1040, 3, mode, N=1)
     coarse, fine = integers(p)
-    cut = Slices.of(p, on_tensor_cores=True)
+    cut = mma._slices(p)
     assert cut.pieces > 1
     expected = exact_result(p, coarse, fine)
     coarse[0, 3, 0] = np.inf  # tap 0 meets padding there
@@ -553,11 +600,14 @@ def test_offsets_beyond_32_bits(mode: tuple[str, str]) -> None:
     ("p", "reason"),
     [
         (problem(16, 16, 100, 3, ("float64", "float32")), "needs float16"),
-        (problem(4, 16, 100, 3), "at least 8 channels a group on the coarse side, or 5 with 8"),
-        (problem(7, 7, 100, 9), "at least 8 channels a group on the coarse side, or 5 with 8"),
+        (problem(4, 16, 100, 3), "at least 5 channels a group on the coarse side"),
+        (problem(7, 7, 100, 9), "at least 8 channels a group on the coarse side"),
+        (problem(3, 4, 100, 16), "at least 4 channels a group on the coarse side"),
         (problem(16, 7, 100, 7), "at least 8 channels a group on the fine side, or 8 taps"),
         (problem(32, 32, 100, 9, groups=8), "at least 8 channels a group on the coarse side"),
-        (problem(8, 16, 100, 3, SINGLE), "at least 16 channels a group on the coarse side"),
+        (problem(4, 16, 100, 3, SINGLE), "at least 5 channels a group on the coarse side"),
+        (problem(15, 4, 100, 16, SINGLE), "at least 16 channels a group on the coarse side"),
+        (problem(65, 2, 100, 8, SINGLE), "C_fine/groups * K > 16, or at most 64 channels a group on the coarse side"),
         (problem(16, 16, 20, 3, SINGLE), "at least 64 terms"),
         (problem(16, 16, 2, 3, N=20), "longer samples"),
     ],
@@ -586,10 +636,10 @@ def test_costs_in_roundings_keep_the_bound(mode: tuple[str, str]) -> None:
         N, L, pad = int(2 ** rng.uniform(0, 7)), int(2 ** rng.uniform(0, 9)), int(rng.integers(0, 40))
         p = problem(16, 8, L, 2, mode, N=N, L_fine=int(rng.integers(1, L + 40)), padding_left=pad, stride=1)
         p = replace(p, C_coarse=int(2 ** rng.uniform(4, 12)), C_fine=int(2 ** rng.uniform(3, 12)))
-        if not mma._keeps_bound(p, arithmetic):
+        cut = mma._slices(p)
+        if not mma._keeps_bound(p, cut):
             continue
         taken += 1
-        cut = Slices.of(p, on_tensor_cores=True)
         exists = (np.arange(L) - pad >= 0) & (np.arange(L) - pad < p.L_fine)
         costs = []
         for piece in range(cut.pieces):
@@ -620,7 +670,7 @@ def test_costs_in_roundings_keep_the_bound(mode: tuple[str, str]) -> None:
 def test_matrix_loads_meet_no_bank_conflicts(p: WeightGradientProblem) -> None:
     config, launch = kernel_of(FAMILY, p, Layout.contiguous(p), DEVICE)
     coarse, fine = normal(p)
-    cut, counts = Slices.of(p, on_tensor_cores=True), Counts()
+    cut, counts = mma._slices(p), Counts()
     sums = np.empty(cut.count * math.prod(p.weight_shape), np.float32)
     arrays: dict[str, Array | None] = {"coarse": coarse, "fine": fine, "partial": sums, "grad_weight": None}
     hostcuda.run(config, launch, arrays, outputs=["partial"], device=DEVICE, counts=counts)
