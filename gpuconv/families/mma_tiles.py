@@ -87,8 +87,8 @@ class Tile(BlockTile):
 # Large tiles need less of weights and input from L2 for a product, which otherwise limits layers of few taps. By the
 # cost model their many shapes save up to a third of the time, which fewer shapes would spend on rows and columns beyond
 # the result: 320 columns hold the 301 positions of a layer, 160 hold 150 or twice 75, and many layers have a multiple
-# of 48 or of 96 channels; 144 hold the 129 positions of a phase, 224 hold 215, and 288 hold a third of 840. Smaller
-# tiles give a layer more blocks where larger ones leave multiprocessors idle.
+# of 48 or of 96 channels; 144 hold the 129 positions of a phase, and 224 hold 215. Smaller tiles give a layer more
+# blocks where larger ones leave multiprocessors idle.
 # Warp tiles of 64x64 need 62 % of the bandwidth of shared memory at the rate of mma.sync in 16 bits, of 48x80 66 %, of
 # 64x32 92 %. The three sets of sums of a split product leave registers for 64x32. Tiles of 16 columns are for streams,
 # where weights are nearly all that is read.
@@ -155,7 +155,6 @@ _SEGMENT_TILES = (
     Tile(96, 256, 2, 4, 1, 4, segment_mode=1),
     Tile(96, 160, 2, 2, 2, 4, segment_mode=1),
     Tile(48, 320, 1, 4, 2, 4, segment_mode=1),
-    Tile(48, 288, 1, 3, 2, 2, segment_mode=1),
     Tile(64, 64, 2, 2, 4, 4, segment_mode=1),
     Tile(32, 256, 1, 4, 2, 4, segment_mode=1),
     Tile(64, 64, 2, 2, 4, 4, has_samples=True, segment_mode=1),
