@@ -59,8 +59,8 @@ class Tile(BlockTile):
 
 
 # By the parts of an operand; the last one is for arrays that need wide offsets, too. Three sets of sums leave a split
-# product registers for warps of 48x32. Tiles of 48 rows are for groups of 48 channels. Where those of 32 rows and many taps
-# far apart take long chunks, most of a window is loaded once.
+# product registers for warps of 48x32. Tiles of 48 rows are for groups of 48 channels. Long chunks load most of a
+# window once whose taps lie far apart.
 TILES: dict[int, tuple[Tile, ...]] = {
     1: (
         Tile(128, 256, 2, 4, 1, 32, 4, 4),
