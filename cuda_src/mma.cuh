@@ -222,8 +222,9 @@ __device__ __forceinline__ void multiply_tile(
         set_pair_row(pair_offset, pair, row);
     }
 
-    // Split products leave no registers to keep what can be computed again.
-    const auto hold = [](int value) { return IS_SPLIT ? value : keep_in_register(value); };
+    // Three sets of sums seldom leave registers to keep what can be computed again.
+    constexpr bool kHasRegisters = !IS_SPLIT || 3 * 4 * kTilesM * kTilesN <= 144;
+    const auto hold = [](int value) { return kHasRegisters ? keep_in_register(value) : value; };
     unsigned char* const shared = dynamic_shared_memory();
     const int windows_begin = (kTotals + int(stage_vectors)) * 16;  // in shared memory, in bytes
     const int tasks_begin = hold(windows_begin + int(all_windows) * 16 + int(window.pairs) * 4);
@@ -232,8 +233,9 @@ __device__ __forceinline__ void multiply_tile(
     struct Chunk {
         const storage_t* input;
         int channels;  // that exist
-        int window, window_end;  // in shared memory, in bytes
+        int window, window_end;  // in shared memory, in bytes; the end where registers hold it
     };
+    const auto window_end = [&](int begin, int channels) { return begin + (channels + kUnit - 1) / kUnit * unit_bytes; };
 
 #if CHANNELS_LAST
     // Four neighbouring threads, as many as a chunk has units at most, stage a row, and this one its unit of rows my_row,
@@ -275,49 +277,64 @@ __device__ __forceinline__ void multiply_tile(
         return chunk.window + row * 16 + my_unit * unit_bytes;
     };
     const auto store_rows = [&](const Block<1> (&blocks)[PREFETCH], int row, int to) {
-        Vector<unsigned>* const rows = reinterpret_cast<Vector<unsigned>*>(shared + to);
-#pragma unroll
-        for (int i = 0; i < PREFETCH; ++i) {
-            if (row + i * kRowStep >= staged_rows) continue;
-            // Rows that load_partial_rows stores, and others that keep their zeros.
-            if (FOLDS_STRIDE && my_tasks[row - my_row + i * kRowStep].offset == kMissing) continue;
-            stage(blocks[i], rows + i * kRowStep, part_rows);
-        }
+        const auto exists = [&](int i) {
+            if (row + i * kRowStep >= staged_rows) return false;
+            // But for rows that load_partial_rows stores, and others that keep their zeros.
+            return !FOLDS_STRIDE || my_tasks[row - my_row + i * kRowStep].offset != kMissing;
+        };
+        stage_blocks(blocks, reinterpret_cast<Vector<unsigned>*>(shared + to), kRowStep, part_rows, exists);
     };
 #else
+    // What registers do not hold is computed again where it is used, and not before.
+    const auto channels_of = [](const Chunk& chunk) { return kHasRegisters ? chunk.channels : keep_in_loop(chunk.channels); };
+    // Whether all chunks are known to consist of whole tasks; whether one has unit u of the task that is stored from `to` on.
+    const auto has_whole_tasks = [&] {
+        return !kHasRegisters && (tile.C_in_g | window.units * kUnit) % (kTaskUnits * kUnit) == 0;
+    };
+    const auto has_unit = [&](const Chunk& chunk, int to, int u) {
+        if (kHasAllUnits) return u == 0 || chunk.channels > u * kUnit;
+        if (u == 0 || has_whole_tasks()) return true;
+        return to + u * unit_bytes < (kHasRegisters ? chunk.window_end : window_end(chunk.window, channels_of(chunk)));
+    };
     // The window of a chunk is distributed over the threads: `task` counts the tasks of the first kTaskUnits units, then those
     // of the next. The result is where the task's first row begins in shared memory, in bytes; -1 where no sample exists.
     //
     // Channels behind the last have zero weights. In their place the last one of the unit is loaded again, and whole units
     // keep what an earlier chunk left. So infinities and NaNs there are terms of the same columns in another place, too.
     const auto load_task = [&](Block<INPUT_WIDTH> (&blocks)[kTaskUnits], const Chunk& chunk, int task) {
-        const int group = kHasAllUnits ? 0 : int(multiply_high(unsigned(task), unsigned(window.tasks_reciprocal)));
-        const int t = task - group * int(window.unit_tasks), unit = group * kTaskUnits;
+        int group = kHasAllUnits ? 0 : int(task >= int(window.unit_tasks));
+        if (2 * kTaskUnits < kMaxUnits) group = int(multiply_high(unsigned(task), unsigned(window.tasks_reciprocal)));
+        const int before = group * int(window.unit_tasks), t = task - before, unit = group * kTaskUnits;
         const Task found = reinterpret_cast<const Task*>(shared + tasks_begin)[t];
         if (found.offset == kMissing) return -1;
+#if INPUT_WIDTH == 2
+        const int to = chunk.window + int(found.row) + unit * unit_bytes;
+#else
+        const int to = chunk.window + (t + before * kTaskUnits) * 16;  // each row of a unit has a task
+#endif
         const storage_t* const x = keep_in_register_global(
             chunk.input + (long long)(found.offset + unit * (kUnit * tile.input_stride_c)));
-        const int channels = chunk.channels - unit * kUnit;
-        if (kHasAllUnits && channels == kMaxUnits * kUnit) {  // whole chunks need no test for each unit
+        // Whole tasks need no test for each unit.
+        if (kHasAllUnits ? chunk.channels == kMaxUnits * kUnit : has_whole_tasks()) {
             const index_t channel_stride = keep_in_loop(tile.input_stride_c);
 #pragma unroll
             for (int u = 0; u < kTaskUnits; ++u) blocks[u].load(x, channel_stride, u);
-        } else if (chunk.channels % kUnit == 0) {
+        } else if (channels_of(chunk) % kUnit == 0) {
 #pragma unroll
             for (int u = 0; u < kTaskUnits - kHasAllUnits; ++u) {
-                if (u == 0 || channels > u * kUnit) blocks[u].load(x, keep_in_loop(tile.input_stride_c), u);
+                if (has_unit(chunk, to, u)) {
+                    blocks[u].load(x, keep_in_loop(tile.input_stride_c), u);
+                } else if (kUnit == 4) {
+                    blocks[u].clear();  // stage_blocks tests it with the others
+                }
             }
         } else {
+            const int last = channels_of(chunk) - unit * kUnit - 1;
             const index_t channel_stride = keep_in_loop(tile.input_stride_c);
 #pragma unroll
-            for (int u = 0; u < kTaskUnits; ++u) blocks[u].load_up_to(channels - 1, x, channel_stride, u);
+            for (int u = 0; u < kTaskUnits; ++u) blocks[u].load_up_to(last, x, channel_stride, u);
         }
-#if INPUT_WIDTH == 2
-        const int row = int(found.row);
-#else
-        const int row = t * 16;
-#endif
-        return chunk.window + row + unit * unit_bytes;
+        return to;
     };
     const PairOrder pair_order = PairOrder::of((has_pairs_in_planes ? 1 : int(window.plane_rows)) * 16);
     const auto store_unit = [&](const Block<INPUT_WIDTH>& block, int to) {
@@ -328,17 +345,19 @@ __device__ __forceinline__ void multiply_tile(
         }
     };
     const auto store_task = [&](const Block<INPUT_WIDTH> (&blocks)[kTaskUnits], const Chunk& chunk, int to) {
-        // Elements of 32 bits are converted, which is too much code to have twice.
-        constexpr bool kIsShort = kHasAllUnits && kUnit == 8;
-        if (kIsShort && chunk.channels > (kMaxUnits - 1) * kUnit) {
+        const auto exists = [&](int u) { return has_unit(chunk, to, u); };
+#if INPUT_WIDTH == 1
+        Vector<unsigned>* const rows = reinterpret_cast<Vector<unsigned>*>(shared + to);
+        if (kUnit == 4) return stage_blocks(blocks, rows, window.window_rows, part_rows, exists);
+#endif
+        if (kHasAllUnits && chunk.channels > (kMaxUnits - 1) * kUnit) {
 #pragma unroll
             for (int u = 0; u < kTaskUnits; ++u) store_unit(blocks[u], to + u * unit_bytes);
             return;
         }
 #pragma unroll
-        for (int u = 0; u < kTaskUnits - kIsShort; ++u, to += unit_bytes) {
-            if (u > 0 && (kHasAllUnits ? chunk.channels <= u * kUnit : to >= chunk.window_end)) continue;
-            store_unit(blocks[u], to);
+        for (int u = 0; u < kTaskUnits - kHasAllUnits; ++u) {
+            if (exists(u)) store_unit(blocks[u], to + u * unit_bytes);
         }
     };
 #endif
@@ -426,12 +445,12 @@ __device__ __forceinline__ void multiply_tile(
         next.input = input;
         next.channels = hold(int(min_index(tile.C_in_g - (chunk + 1) * window.units * kUnit, window.units * kUnit)));
         next.window = hold(windows_begin + int((chunk + 1) & 1) * int(window_vectors) * 16);
-        next.window_end = kHasAllUnits ? 0 : hold(next.window + (next.channels + kUnit - 1) / kUnit * unit_bytes);
+        next.window_end = kHasAllUnits || !kHasRegisters ? 0 : hold(window_end(next.window, next.channels));
 #if CHANNELS_LAST
         int rows_begin = keep_in_register(!kCopiesUnits && chunk + 1 < chunk_end ? 0 : staged_rows);
 #else
         const int groups = (next.channels + (kTaskUnits * kUnit - 1)) / (kTaskUnits * kUnit);
-        int tasks_left = keep_in_register(chunk + 1 < chunk_end ? groups * int(window.unit_tasks) : 0);
+        int last_task = keep_in_register((chunk + 1 < chunk_end ? groups * int(window.unit_tasks) : 0) - 1);
 #endif
         const unsigned char* const x = keep_in_register_shared(my_window + int((chunk & 1) * window_vectors) * 16);
         const StepOffsets* pairs_of_stage = my_pairs;
@@ -491,9 +510,9 @@ __device__ __forceinline__ void multiply_tile(
         }
 #else
 #pragma unroll 1
-        for (; tasks_left > 0 || stage < stages_end; tasks_left -= kThreads) {
+        for (; last_task >= 0 || stage < stages_end; last_task -= kThreads) {
             Block<INPUT_WIDTH> ahead[kTaskUnits];
-            const int task = tasks_left - 1 - int(threadIdx.x);
+            const int task = last_task - int(threadIdx.x);
             const int to = task >= 0 ? load_task(ahead, next, task) : -1;
             const int round_end = int(min_index(stage + window.round_stages, stages_end));
 #pragma unroll 1

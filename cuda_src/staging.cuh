@@ -89,73 +89,99 @@ struct Block {
     }
 };
 
-// Whether adding 0x1000 to the bits of each of four values rounds it to nearest: not to those of a NaN.
-__device__ __forceinline__ bool are_rounded_by_addition(const Vector<unsigned>& x) {
+// Whether adding 0x1000 to the bits of each value rounds it to nearest: not to those of a NaN.
+template <int kCount>
+__device__ __forceinline__ bool are_rounded_by_addition(const Vector<unsigned> (&x)[kCount]) {
     bool has_nan = false;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) has_nan = has_nan || is_nan(uint_as_float(x.element[i]));
+    for (int i = 0; i < 4 * kCount; i += 2) {
+        // Both of a pair are tested by one instruction.
+        const float a = uint_as_float(x[i / 4].element[i % 4]), b = uint_as_float(x[i / 4].element[i % 4 + 1]);
+        const bool either = is_nan(a) || is_nan(b);
+        has_nan = has_nan || either;
+    }
     return !has_nan;
 }
 
-// Whether each of four values is zero or at least 2^-102, and all are below 2^127: then split_tf32 only rounds and subtracts.
-__device__ __forceinline__ bool are_split_by_addition(const Vector<unsigned>& x) {
+// Whether each value is zero or at least 2^-102, and all are below 2^127: then split_tf32 only rounds and subtracts.
+template <int kCount>
+__device__ __forceinline__ bool are_split_by_addition(const Vector<unsigned> (&x)[kCount]) {
     // Doubling the bits removes the sign. After subtracting the bits of 2^-102, zero and the numbers that are too small wrap
     // around to the largest values, and zero is the smallest of these. The sum finds numbers that are too large; no other
     // test is cheaper.
     bool has_small = false;
-    float sum = 0.0f;
+    float sum = magnitude(uint_as_float(x[0].element[0]));
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        has_small = has_small || 2 * x.element[i] - (25u << 24) > (256u - 25u) << 24;
-        sum += magnitude(uint_as_float(x.element[i]));
+    for (int i = 0; i < 4 * kCount; ++i) {
+        const unsigned bits = x[i / 4].element[i % 4];
+        has_small = has_small || 2 * bits - (25u << 24) > (256u - 25u) << 24;
+        if (i > 0) sum += magnitude(uint_as_float(bits));
     }
     return !has_small && sum < uint_as_float(254u << 23);
 }
 
-// Stores the vectors of a block in neighbouring rows; where an operand has two parts, they are part_rows apart.
-template <int kWidth>
-__device__ __forceinline__ void stage(const Block<kWidth>& block, Vector<unsigned>* rows, index_t part_rows) {
-    if (kUnit == 8) {
+// Stores those vectors of 32-bit elements that exist(index), rounded or split, row_step rows apart. Where an operand has two
+// parts, they are part_rows apart.
+template <int kCount, typename Exists>
+__device__ __forceinline__ void stage_rounded(
+    const Vector<unsigned> (&x)[kCount], Vector<unsigned>* rows, index_t row_step, index_t part_rows, const Exists& exists) {
+    // Nearly all values are rounded by an addition in integers. The tensor cores ignore the low 13 bits. One test for all
+    // vectors takes less than a test and a branch for each.
+    if (IS_SPLIT ? are_split_by_addition(x) : are_rounded_by_addition(x)) {
 #pragma unroll
-        for (int v = 0; v < kWidth; ++v) rows[v] = block.vector(v);
-        return;
-    }
-    // Nearly all values are rounded by an addition in integers. The tensor cores ignore the low 13 bits.
-    bool by_addition = true;
-#pragma unroll
-    for (int v = 0; v < kWidth; ++v) {
-        const Vector<unsigned> x = block.vector(v);
-        by_addition = by_addition && (IS_SPLIT ? are_split_by_addition(x) : are_rounded_by_addition(x));
-    }
-    if (by_addition) {
-#pragma unroll
-        for (int v = 0; v < kWidth; ++v) {
-            const Vector<unsigned> x = block.vector(v);
+        for (int v = 0; v < kCount; ++v) {
+            if (!exists(v)) continue;
             Vector<unsigned> hi, lo;
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                hi.element[i] = x.element[i] + 0x1000u;
+                hi.element[i] = x[v].element[i] + 0x1000u;
                 if (!IS_SPLIT) continue;
                 hi.element[i] &= 0xffffe000u;
-                lo.element[i] = float_as_uint(uint_as_float(x.element[i]) - uint_as_float(hi.element[i])) + 0x1000u;
+                lo.element[i] = float_as_uint(uint_as_float(x[v].element[i]) - uint_as_float(hi.element[i])) + 0x1000u;
             }
-            rows[v] = hi;
-            if (IS_SPLIT) rows[v + part_rows] = lo;
+            rows[v * row_step] = hi;
+            if (IS_SPLIT) rows[v * row_step + part_rows] = lo;
         }
         return;
     }
     // The values are converted in shared memory, which can be indexed in a loop.
+    int count = 0;
 #pragma unroll
-    for (int v = 0; v < kWidth; ++v) rows[v] = block.vector(v);
+    for (int v = 0; v < kCount; ++v) {
+        if (!exists(v)) continue;
+        rows[v * row_step] = x[v];
+        count = v + 1;
+    }
 #pragma unroll 1
-    for (int i = 0; i < 4 * kWidth; ++i) {
-        unsigned* const element = rows[i / 4].element + i % 4;
+    for (int i = 0; i < 4 * count; ++i) {
+        unsigned* const element = rows[i / 4 * row_step].element + i % 4;
         const float value = uint_as_float(*element);
         float hi = round_to_tf32(value), lo = 0.0f;
         if (IS_SPLIT) split_tf32(value, &hi, &lo);
         *element = float_as_uint(hi);
         if (IS_SPLIT) element[part_rows * 4] = float_as_uint(round_to_tf32(lo));
     }
+}
+
+// Stores the vectors of a block in neighbouring rows; where an operand has two parts, they are part_rows apart.
+template <int kWidth>
+__device__ __forceinline__ void stage(const Block<kWidth>& block, Vector<unsigned>* rows, index_t part_rows) {
+    Vector<unsigned> x[kWidth];
+#pragma unroll
+    for (int v = 0; v < kWidth; ++v) x[v] = block.vector(v);
+    if (kUnit != 8) return stage_rounded(x, rows, 1, part_rows, [](int) { return true; });
+#pragma unroll
+    for (int v = 0; v < kWidth; ++v) rows[v] = x[v];
+}
+
+// The same for blocks of 32-bit elements at one position each, whose rows are row_step apart; for those that exist(index).
+template <int kCount, typename Exists>
+__device__ __forceinline__ void stage_blocks(
+    const Block<1> (&blocks)[kCount], Vector<unsigned>* rows, index_t row_step, index_t part_rows, const Exists& exists) {
+    Vector<unsigned> x[kCount];
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) x[i] = blocks[i].vector(0);
+    stage_rounded(x, rows, row_step, part_rows, exists);
 }
 
 // The order in which a lane stores the two rows of a pair, which are pair_bytes apart. If they are neighbours, eight

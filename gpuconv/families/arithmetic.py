@@ -92,16 +92,24 @@ class Arithmetic:
 
 
 # Read from what of the machine code for sm_90 around the main loop runs where all channels exist (bench.static; a test
-# compares them). Position by position a task of 4 and of 2 units takes 121 and 87 instructions in 16 bits, 129 and 86
-# in TF32, 226 and 153 (176 in one tile) in split TF32; at two positions 150 and 104. The least for 16 elements of 16
-# bits is 42 and 26: for each position or pair a load and its address, a permutation for two elements, a store for
-# eight. Where an access loads a unit, split TF32 takes 17.8 and 14.5 for an element; 16-bit units are copied by a loop
-# of their own.
+# compares them). Position by position a task of 4 and of 2 units takes 120 and 87 instructions in 16 bits, 107 and 82
+# in TF32, 207 and 129 to 143 in split TF32, of 1 unit 89; at two positions 149 and 103. Where an access loads a unit,
+# TF32 takes 96 and 60, split TF32 209, 115 to 140, and 92; 16-bit units are copied by a loop of their own.
+#
+# The least for 16 elements of 16 bits is 42 and 26: for each position or pair a load and its address, a permutation for
+# two elements, a store for eight. For one element of split TF32 it is 9.5:
+#     2           its load, and the address;
+#     2           its large part: an addition and a mask, which are also what cvt.rna.tf32 is in machine code;
+#     2           its small part: a subtraction, and an addition that rounds it;
+#     3           whether it can be split: twice its bits minus a bound and a comparison find what is too small but not
+#                 zero, a sum of magnitudes what is too large;
+#     0.5         a quarter of two stores.
+# Two positions a load would save 1 of them, four 1.5, but their stores meet bank conflicts.
 _POSITIONS, _PAIRS, _UNITS = Staging(53, 2.1), Staging(58, 1.4), Staging(0, 1.3)
 _FLOAT16 = Arithmetic("multiply_matrices_f16", 8, 1, 75, (_POSITIONS, _PAIRS, _UNITS))
 _BFLOAT16 = Arithmetic("multiply_matrices_bf16", 8, 1, 80, (_POSITIONS, _PAIRS, _UNITS))
-_TF32 = Arithmetic("multiply_matrices_tf32", 4, 1, 80, (Staging(43, 5.4), None, Staging(0, 8.0)))
-_SPLIT_TF32 = Arithmetic("multiply_matrices_tf32", 4, 2, 80, (Staging(80, 9.1), None, Staging(0, 16.0)))
+_TF32 = Arithmetic("multiply_matrices_tf32", 4, 1, 80, (Staging(57, 3.1), None, Staging(24, 4.5)))
+_SPLIT_TF32 = Arithmetic("multiply_matrices_tf32", 4, 2, 80, (Staging(58, 9.4), None, Staging(52, 9.9)))
 
 # By dtype and precision.
 ARITHMETICS = {

@@ -598,7 +598,10 @@ def test_splitting_into_tf32(machine: Machine) -> None:
 
 
 def stage_program(is_split: bool) -> hostcuda.Program:
-    """Each lane stages four values, by staging.cuh and one by one: output[lane] holds staged and expected parts."""
+    """Each lane stages its four values, alone and with those of the next lane, by staging.cuh: 4 rows, and one by one.
+
+    An odd lane stages its own alone.
+    """
     macros = {"DTYPE": "float32", "INDEX_BITS": 32, "IS_SPLIT": int(is_split)}
     macros |= {"BLOCK_M": 16, "BLOCK_N": 16, "WARPS_M": 1, "WARPS_N": 1, "MULTIPLY_MATRICES": "multiply_matrices_f16"}
     defines = "".join(f"#define {name} {value}\n" for name, value in macros.items())
@@ -608,20 +611,22 @@ def stage_program(is_split: bool) -> hostcuda.Program:
 #line 1 "stage_values.cu"
 extern "C" __global__ void __launch_bounds__({WARP}) stage_values(
     const float* __restrict__ input, float* __restrict__ output, const int n) {{
-    const float* const x = input + (blockIdx.x * {WARP} + threadIdx.x) * 4;
-    float* const y = output + (blockIdx.x * {WARP} + threadIdx.x) * 16;
-    Vector<unsigned>* const row = reinterpret_cast<Vector<unsigned>*>(dynamic_shared_memory()) + threadIdx.x;
-    row[{WARP}] = Vector<unsigned>();
-    Block<1> block;
-    block.load(x, 1);
-    stage(block, row, {WARP});
+    const int lane = threadIdx.x;
+    const float* const x = input + (blockIdx.x * {WARP} + lane) * 4;
+    float* const y = output + (blockIdx.x * {WARP} + lane) * 32;
+    Vector<unsigned>* const row = reinterpret_cast<Vector<unsigned>*>(dynamic_shared_memory()) + lane;
+    for (int i = 0; i < 6; ++i) row[i * {WARP}] = Vector<unsigned>();
+    Block<1> blocks[2];
+    blocks[0].load(x, 1);
+    blocks[1].load(input + (blockIdx.x * {WARP} + (lane + 1) % {WARP}) * 4, 1);
+    stage(blocks[0], row, {WARP});
+    stage_blocks(blocks, row + 2 * {WARP}, 2 * {WARP}, {WARP}, [&](int i) {{ return i == 0 || lane % 2 == 0; }});
     for (int i = 0; i < 4; ++i) {{
         float hi = round_to_tf32(x[i]), lo = 0.0f;
         if (IS_SPLIT) split_tf32(x[i], &hi, &lo);
-        y[i] = uint_as_float(row[0].element[i]);
-        y[4 + i] = uint_as_float(row[{WARP}].element[i]);
-        y[8 + i] = hi;
-        y[12 + i] = round_to_tf32(lo);
+        for (int j = 0; j < 6; ++j) y[4 * j + i] = uint_as_float(row[j * {WARP}].element[i]);
+        y[24 + i] = hi;
+        y[28 + i] = round_to_tf32(lo);
     }}
 }}
 """,
@@ -629,20 +634,23 @@ extern "C" __global__ void __launch_bounds__({WARP}) stage_values(
 
 
 @pytest.mark.parametrize("is_split", [False, True], ids=["rounded", "split"])
-def test_staging_four_values_at_once(machine: Machine, is_split: bool) -> None:
+def test_staging_values_at_once(machine: Machine, is_split: bool) -> None:
     """Where all are ordinary numbers, and where a single one is not, tensor cores see what they would of each alone."""
     kinds = floats_of_all_kinds()
     x = np.random.default_rng(1).standard_normal((len(kinds), 4)).astype(np.float32)
     x[:, 0] *= np.arange(len(x)) % 2
     x[np.arange(len(x)), np.arange(len(x)) % 4] = kinds
     y = machine.run(
-        stage_program(is_split), {"input": x}, np.empty((len(x), 4, 4), np.float32),
-        grid=len(x) // WARP, shared_bytes=2 * WARP * 16,
+        stage_program(is_split), {"input": x}, np.empty((len(x), 4, 2, 4), np.float32),
+        grid=len(x) // WARP, shared_bytes=6 * WARP * 16,
     )  # fmt: skip
-    staged, expected = (seen_by_tensor_cores(parts) for parts in (y[:, :2], y[:, 2:]))
-    np.testing.assert_array_equal(staged[:, 0], expected[:, 0])
-    counts = ~np.isnan(expected[:, 0])  # else the other part says nothing
-    np.testing.assert_array_equal(staged[:, 1][counts], expected[:, 1][counts])
+    alone, first, second, expected = np.moveaxis(seen_by_tensor_cores(y), 1, 0)
+    of_next = np.roll(expected.reshape(-1, WARP, 2, 4), -1, axis=1).reshape(expected.shape)
+    for staged, right in ((alone, expected), (first, expected), (second[::2], of_next[::2])):
+        np.testing.assert_array_equal(staged[:, 0], right[:, 0])
+        counts = ~np.isnan(right[:, 0])  # else the other part says nothing
+        np.testing.assert_array_equal(staged[:, 1][counts], right[:, 1][counts])
+    assert not second[1::2].any()
 
 
 VOTE = kernel(
