@@ -22,8 +22,8 @@ __device__ __forceinline__ void store_tile(
     acc_t* const out = reinterpret_cast<acc_t*>(dynamic_shared_memory());  // [WARPS_M * 16][kOutPitch]
     acc_t* const mine = out + (warp / WARPS_N * 16 + lane / 4) * kOutPitch + warp % WARPS_N * kWarpN + lane % 4 * 2;
     // A lane stores the m-th of these of every row.
-    int from[kOutColumns];
-    index_t to[kOutColumns];
+    int from[kOutColumns] = {};
+    index_t to[kOutColumns] = {};
     const index_t to_c = partial != nullptr ? p.K : p.weight_stride_c;
     const index_t to_k = partial != nullptr ? 1 : p.weight_stride_k;
     const auto column_of = [&](int c, int tap) {
@@ -34,10 +34,16 @@ __device__ __forceinline__ void store_tile(
     const index_t first_c = tile.octet_begin * kOctetChannels, first_k = tile.tap_begin * kOctetTaps;
     const int taps = int(tile.taps), step_c = 32 / taps, step_tap = 32 - step_c * taps;
     int c = lane / taps, tap = lane - c * taps;
-#pragma unroll
+    // One loop body serves all of them: each moves by one place, and the next enters at the end.
+#pragma unroll 1
     for (int m = 0; m < kOutColumns; ++m) {
-        from[m] = c < tile.channels ? column_of(c, tap) : -1;
-        to[m] = (first_c + c) * to_c + (first_k + tap) * to_k;
+#pragma unroll
+        for (int e = 0; e + 1 < kOutColumns; ++e) {
+            from[e] = from[e + 1];
+            to[e] = to[e + 1];
+        }
+        from[kOutColumns - 1] = c < tile.channels ? column_of(c, tap) : -1;
+        to[kOutColumns - 1] = (first_c + c) * to_c + (first_k + tap) * to_k;
         c += step_c;
         tap += step_tap;
         if (tap >= taps) {
@@ -54,7 +60,7 @@ __device__ __forceinline__ void store_tile(
             for (int e = 0; e < 4; ++e) mine[e / 2 * 8 * kOutPitch + j * 8 + e % 2] = acc[0][j][e];
         }
         __syncthreads();
-        bool sum_again = false;
+        acc_t check = scalar::zero();  // becomes a NaN if a sum is not finite
         // The row of a place among them, or -1 where that is a channel which another place has.
         const auto row_of = [&](int place) {
             const int in_tile = place / 16 * kWarpM + i * 16 + place % 16, unit = in_tile / kUnit;
@@ -69,7 +75,7 @@ __device__ __forceinline__ void store_tile(
             for (int m = 0; m < kOutColumns; ++m) {
                 if (from[m] < 0) continue;
                 const acc_t sum = out[row * kOutPitch + from[m]];
-                sum_again = sum_again || (NAN_FALLBACK && !is_finite(sum));
+                check = multiply_add(scalar::zero(), sum, check);
                 if (partial != nullptr) {
                     partial[(tile.slice * p.C_coarse + r) * (p.C_fine_g * p.K) + to[m]] = sum;
                 } else {
@@ -77,7 +83,7 @@ __device__ __forceinline__ void store_tile(
                 }
             }
         }
-        if (sum_again) {
+        if (NAN_FALLBACK && is_nan(check)) {
             const Slice s = find_slice(tile.slice, p);
 #pragma unroll 1
             for (int task = 0; task < WARPS_M * 16 * kOutColumns; ++task) {

@@ -286,15 +286,18 @@ __device__ __forceinline__ void multiply_slice(
     constexpr int kLoads = kUnit == 8 ? kTilesN / 2 : kTilesN;
     const int pair_begin = warp % WARPS_N * kTilesN;
     const int pairs = int(p.block_octets) * block_taps;
-    int b_address[kLoads];
-#pragma unroll
-    for (int j = 0; j < kLoads; ++j) {
-        const int pair = pair_begin + (kUnit == 8 ? 2 * j + lane / 16 : j);
+    int b_address[kLoads] = {};
+    int pair = pair_begin + (kUnit == 8 ? lane / 16 : 0);
+    // One loop body serves all loads: each moves by one place, and the next enters at the end.
+#pragma unroll 1
+    for (int j = 0; j < kLoads; ++j, pair += kTilesN / kLoads) {
         const int octet = pair / block_taps, tap = pair - octet * block_taps;
         const int place = tap + (FINE_STRIDED ? skew_of(0) : 0), round = place / planes, plane = place - round * planes;
         const int row = octet * window_pitch + round * int(p.tap_rows_step) + plane * plane_rows +
                         (FINE_STRIDED ? 0 : skew_of(plane));
-        b_address[j] = pair_address(pair < pairs ? row : 0, window_half, lane);
+#pragma unroll
+        for (int i = 0; i + 1 < kLoads; ++i) b_address[i] = b_address[i + 1];
+        b_address[kLoads - 1] = pair_address(pair < pairs ? row : 0, window_half, lane);
     }
     const int sample_steps = sample_rows / kStepRows;
     const int sample_skip = (sample_window_rows - sample_rows) * 16;
