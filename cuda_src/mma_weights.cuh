@@ -53,6 +53,14 @@ __device__ __forceinline__ const StorageVector* weight_rows(const StorageVector*
     return keep_in_register(stages + (lane / 16) * kParts * BLOCK_M + warp / WARPS_N * kWarpM + lane % 16);
 }
 
+// A weight of a packed vector, whose second part lies BLOCK_M vectors behind the first.
+__device__ __forceinline__ acc_t packed_value(const StorageVector* packed, int element) {
+    const acc_t w = scalar::load(packed->element[element]);
+    if (!IS_SPLIT) return w;
+    const acc_t low = scalar::load(packed[BLOCK_M].element[element]);
+    return is_nan(w) ? low : w + low;  // where w_hi is a NaN, w_lo holds the weight itself
+}
+
 // The packed weights of one row, for canonical_sum.
 struct PackedWeights : EveryWeight {
     const StorageVector* weight;         // of the row's first pair
@@ -78,11 +86,7 @@ struct PackedWeights : EveryWeight {
         return weight_of(begin / kUnit * units + c_in, int(place - min_index(begin, taps - kUnit)));
     }
     __device__ __forceinline__ acc_t weight_of(index_t pair, int element) const {
-        const StorageVector* const packed = weight + pair * (kParts * BLOCK_M);
-        const acc_t w = scalar::load(packed->element[element]);
-        if (!IS_SPLIT) return w;
-        const acc_t low = scalar::load(packed[BLOCK_M].element[element]);
-        return is_nan(w) ? low : w + low;  // where w_hi is a NaN, w_lo holds the weight itself
+        return packed_value(weight + pair * (kParts * BLOCK_M), element);
     }
     __device__ __forceinline__ void next_channel() {
         if (++e < kUnit) return;

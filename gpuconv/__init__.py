@@ -70,7 +70,12 @@ above 4, or C_out/groups times K from 64; where the first is fewer than 8, its s
 the same rules; theirs are sums over samples and positions, and the second number is that of the input channels of a
 transposed operation. Where the first is fewer than 8 they need K from 8, and in float32 at least 32 products of it and
 K; where it is 8 or more, 5 of the second are enough except in float32. Very short samples stay on CUDA cores where
-tensor cores could miss the bound. Everything else, and float64 and complex data, runs on CUDA cores.
+tensor cores could miss the bound.
+
+Up to 8 output channels a group run on tensor cores where the stride is 1, C_in/groups is from 48 to 4095, C_out/groups
+times K from 48 (in the transposed operation with dilation from 8), and dilation times (K - 1) at most 128; as split
+TF32 the transposed operation alone, with dilation times (K - 1) at most 32. Everything else, and float64 and complex
+data, runs on CUDA cores.
 
 `gpuconv.reference` gives each result an error bound. For float16, bfloat16 and TF32, which tensor cores may sum, it
 has `4n/3 + 2` in place of `n + 2`, and TF32 adds the error of rounding its operands. Split TF32 keeps the bound of

@@ -96,6 +96,7 @@ CASES: tuple[Case, ...] = (
     _conv("k_equals_input", 3, 4, 6, 25, 25, "kernel"),
     _conv("k_depthwise_longer_than_input", 1, 4, 4, 40, 131, "kernel", "depthwise", groups=4, padding=65),
     _conv("k513", 1, 1, 2, 600, 513, "kernel", bias=False),
+    _conv("k25_to_2_channels", 2, 50, 2, 40, 25, "kernel", padding=4),
     # Strides.
     _conv("docs_example", 2, 16, 33, 50, 3, "stride", stride=2),
     _conv("stride_equals_k", 2, 5, 6, 47, 3, "stride", stride=3),
@@ -125,6 +126,7 @@ CASES: tuple[Case, ...] = (
     _conv("padding_causal_strided", 2, 4, 5, 41, 6, "padding", padding="causal", stride=2),
     _conv("padding_exceeds_k", 2, 4, 5, 20, 3, "padding", padding=9),
     _conv("padding_exceeds_input", 2, 3, 4, 5, 3, "padding", padding=(11, 8), stride=2),
+    _conv("padding_of_4_outputs", 2, 48, 4, 8, 12, "padding", padding=(11, 9)),
     # Padding modes other than zeros.
     _conv("reflect_stem", 2, 1, 24, 60, 7, "mode", padding=3, padding_mode="reflect"),
     _conv("reflect_same", 2, 4, 5, 33, 4, "mode", padding="same", padding_mode="reflect"),
@@ -157,6 +159,7 @@ CASES: tuple[Case, ...] = (
     _conv("depthwise_long_kernel", 2, 3, 6, 300, 130, "groups", "depthwise", groups=3, padding=(70, 21)),
     _conv("groups3_long_kernel", 2, 9, 51, 83, 21, "groups", groups=3, stride=3, dilation=3, padding=(40, 22)),
     _conv("groups_to_one_each", 2, 12, 4, 40, 3, "groups", groups=4, bias=False),
+    _conv("groups2_to_3_each", 1, 96, 6, 24, 18, "groups", groups=2),
     # Channel counts off the usual multiples.
     _conv("one_channel", 3, 1, 1, 71, 9, "channels", padding=4),
     _conv("one_input_channel", 2, 1, 48, 40, 7, "channels", padding=3),
@@ -165,6 +168,7 @@ CASES: tuple[Case, ...] = (
     _conv("channels_66_48", 1, 66, 48, 18, 3, "channels", padding=1),
     _conv("channels_64_128", 1, 64, 128, 40, 3, "channels", padding=1),
     _conv("channels_129_5", 1, 129, 5, 40, 3, "channels", padding=1),
+    _conv("channels_67_1", 1, 67, 1, 70, 48, "channels"),
     # Enough channels and terms for tensor cores in every number format.
     _conv("dense_stride3", 2, 20, 36, 50, 7, "dense", stride=3, padding=(9, 4)),
     _conv("dense_dilation5", 2, 36, 20, 41, 3, "dense", dilation=5, padding=(11, 3)),
@@ -213,6 +217,7 @@ CASES: tuple[Case, ...] = (
     _conv("mimi_stream", 1, 36, 20, 24, 16, "model", stride=8),
     _conv("diffusion_policy_mid", 1, 60, 24, 4, 5, "model", padding=2),
     _conv("htdemucs_stem", 2, 2, 48, 160, 8, "model", stride=4, padding=2),
+    _conv("bpnet_head_49_3", 2, 49, 3, 20, 17, "model", padding=(9, 4)),
     _transposed("up_k1", 2, 8, 12, 37, 1, "kernel"),
     _transposed("up_k3", 2, 8, 6, 40, 3, "kernel", padding=1),
     _transposed("up_long_kernel", 2, 6, 20, 41, 23, "kernel", groups=2, dilation=2, padding=(9, 21)),
@@ -238,6 +243,7 @@ CASES: tuple[Case, ...] = (
     _transposed("up_output_padding", 2, 6, 5, 20, 3, "padding", stride=2, padding=1, output_padding=1),
     _transposed("up_output_padding_dilated", 2, 4, 5, 20, 3, "padding", stride=2, dilation=5, output_padding=4),
     _transposed("up_output_size", 2, 6, 5, 20, 4, "padding", stride=3, padding=1, output_size=60),
+    _transposed("up_padding_of_4_outputs", 2, 48, 4, 12, 12, "padding", padding=(13, 2)),
     _transposed("up_groups2", 2, 8, 6, 24, 4, "groups", groups=2, stride=2, padding=1),
     _transposed("up_groups3_odd_channels", 1, 33, 21, 18, 3, "groups", groups=3, stride=2),
     _transposed("up_depthwise", 2, 11, 11, 40, 4, "groups", "depthwise", groups=11, stride=2, padding=1),
@@ -245,10 +251,12 @@ CASES: tuple[Case, ...] = (
     _transposed("up_depthwise_stride1", 2, 7, 7, 45, 9, "groups", "depthwise", groups=7, padding=4),
     _transposed("up_depthwise_dilated", 2, 6, 6, 31, 5, "groups", "depthwise", groups=6, stride=4, dilation=6),
     _transposed("up_depthwise_long_dilated", 1, 6, 6, 130, 5, "groups", "depthwise", groups=6, dilation=3, padding=2),
+    _transposed("up_groups2_to_2_each", 1, 96, 4, 20, 24, "groups", groups=2),
     _transposed("up_one_input_channel", 2, 1, 33, 30, 6, "channels", stride=3, padding=1),
     _transposed("up_one_output_channel", 2, 48, 1, 30, 6, "channels", stride=3, padding=1),
     _transposed("up_channels_64_64", 1, 64, 64, 40, 4, "channels", stride=2, padding=1),
     _transposed("up_channels_17_66", 1, 17, 66, 15, 3, "channels", stride=2),
+    _transposed("up_channels_52_4", 2, 52, 4, 20, 13, "channels", padding=7),
     _transposed("up_dense_stride3", 2, 24, 12, 19, 7, "dense", stride=3, padding=(2, 5)),
     _transposed("up_dense_dilation3", 1, 36, 20, 22, 3, "dense", dilation=3, padding=4),
     _transposed("up_dense_dilation6_stride4", 1, 36, 18, 11, 5, "dense", dilation=6, stride=4, padding=(1, 7)),
@@ -273,6 +281,8 @@ CASES: tuple[Case, ...] = (
     _transposed("waveglow_upsample", 1, 8, 8, 12, 64, "model", stride=16),
     _transposed("bpnet_head_gradient", 2, 2, 34, 20, 75, "model", padding=37),
     _transposed("istft", 1, 65, 1, 8, 128, "model", stride=64, bias=False),
+    _transposed("minirocket_gradient", 2, 52, 1, 90, 9, "model", dilation=8, padding=32, bias=False),
+    _transposed("enformer_gradient", 1, 60, 4, 20, 15, "model", padding=7),
 )  # fmt: skip
 
 _LENGTHS = {

@@ -5,6 +5,9 @@
 - `conv1d_im2col`, `conv_transpose1d_im2col` (of stride 1): fewer than 8 input channels a group and long kernels (filter
   banks, spectrograms), on tensor cores. The reduction runs over neighbouring taps, and the input window is staged once
   for all of them.
+- `conv1d_col2im`, `conv_transpose1d_col2im` (both of stride 1): up to 8 output channels a group and long kernels
+  (profile heads, gradients of stems), on tensor cores. All taps meet each position of the input, and results are sums
+  along the diagonals of that product.
 - `conv1d_toeplitz`: one input channel a group, at least 64 taps (128 in TF32), stride and dilation 1, on tensor cores.
   128 results of a row are a product with a matrix of blocks of taps.
 - `conv1d_depthwise`, `conv_transpose1d_depthwise`: one input channel a group. Rows are partitioned among threads, with
@@ -64,6 +67,7 @@ from .conv1d_skinny import Conv1dSkinny
 from .conv1d_stem import Conv1dStem
 from .conv1d_tail import Conv1dTail
 from .conv1d_toeplitz import Conv1dToeplitz
+from .conv_col2im import Conv1dCol2im, ConvTranspose1dCol2im
 from .conv_direct import Conv1dDirect, ConvTranspose1dGather
 from .conv_im2col import Conv1dIm2col, ConvTranspose1dIm2col
 from .conv_mma import Conv1dMma, ConvTranspose1dMma
@@ -82,6 +86,8 @@ FAMILIES: tuple[Family[Any], ...] = (
     ConvTranspose1dMma(),
     Conv1dIm2col(),
     ConvTranspose1dIm2col(),
+    Conv1dCol2im(),
+    ConvTranspose1dCol2im(),
     Conv1dToeplitz(),
     Conv1dDepthwise(),
     Conv1dSkinny(),

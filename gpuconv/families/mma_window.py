@@ -78,6 +78,16 @@ class Reduction:
     def segments(self) -> int:
         return -(-self.chunks // self.segment_chunks)
 
+    def params(self) -> dict[str, int]:
+        """The fields of Params."""
+        return {
+            "units": self.units,
+            "chunks": self.chunks,
+            "pairs": self.pairs,
+            "segments": self.segments,
+            "segment_chunks": self.segment_chunks,
+        }
+
 
 @dataclass(frozen=True, slots=True)
 class Window:

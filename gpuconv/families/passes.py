@@ -14,8 +14,8 @@ from .base import Step
 
 # Cycles of a block that computes a few outputs at the edges, besides its chain of multiply-adds (an assumption).
 _EDGE_CYCLES = 3000.0
-# Of pack_im2col_weight: instructions for a vector, from the machine code for sm_90, and cycles of a thread (an
-# assumption).
+# Of pack_im2col_weight and pack_col2im_weight: instructions for a vector, from the machine code for sm_90, and cycles
+# of a thread (an assumption).
 _TAPS_INSTRUCTIONS = 215
 _TAPS_CYCLES = 2000.0
 
@@ -33,15 +33,17 @@ def _predict_edges(problem: Any, step: Step, device: Device) -> Prediction:
 
 
 def _predict_packed_taps(problem: Any, step: Step, device: Device) -> Prediction:
-    """pack_im2col_weight, which reads and writes whole sectors."""
+    """pack_im2col_weight or pack_col2im_weight, which read and write whole sectors."""
     p, a = problem, ARITHMETICS[problem.dtype, problem.precision]
     vectors, read = dict(step.launch.params)["num_vectors"], math.prod(p.weight_shape) * p.itemsize
     moved = read + vectors * a.parts * UNIT_BYTES
+    # A warp's loads are in one line where a lane holds neighbouring taps, else in as many as it has rows apart.
+    lines = 8 if step.config.kernel == "pack_col2im_weight" else 1
     return predict_launch(
         Work(0.0, moved, dram_bytes=moved),
         Code(
             instructions=vectors / WARP * _TAPS_INSTRUCTIONS,
-            wavefronts=vectors / WARP * (a.channels + 4 * a.parts),
+            wavefronts=vectors / WARP * (lines * a.channels + 4 * a.parts),
             chain=_TAPS_CYCLES,
         ),
         blocks=step.launch.grid,
@@ -55,6 +57,7 @@ _PASSES: dict[str, Callable[[Any, Step, Device], Prediction]] = {
     "pack_weight": tiles.predict_pass,
     "pack_mma_weight": mma_costs.predict_pass,
     "pack_im2col_weight": _predict_packed_taps,
+    "pack_col2im_weight": _predict_packed_taps,
     "conv1d_mma": mma_costs.predict_pass,  # the step that adds the sums of segments
     "conv_transpose1d_mma": mma_costs.predict_pass,
     "sum_slices": slices.predict_pass,

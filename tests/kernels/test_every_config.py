@@ -45,6 +45,8 @@ class Random:
         elif kind < 3:  # long filters
             groups, C_in, K, stride, dilation = 1, 1 + self.below(2) * self.below(4), 8 + 2 * self.magnitude(7), 1, 1
             C_out = 1 + self.below(2) * C_out
+        elif kind == 6 and self.below(3) == 0:  # few output channels
+            groups, C_in, C_out, K, stride, dilation = 1, 48 + self.below(80), 1 + self.below(4), 48 + K, 1, 1
         padding = self.below(K + 2)
         try:
             layer = ConvProblem(
@@ -126,6 +128,10 @@ def test_every_push_of_a_stream_is_compiled_by_warmup() -> None:
         if random.below(12) == 0:  # depthwise filters of many taps, which are rare otherwise
             C, K, length = random.magnitude(4), 17 + random.below(48), 1 + random.below(4)
             layer = ConvProblem("conv1d", 1, C, C, K, K, groups=C, dtype=("float16", "bfloat16")[random.below(2)])
+        elif random.below(10) == 0:  # few output channels and many taps, which are rare otherwise
+            op, K, length = ("conv1d", "conv_transpose1d")[random.below(2)], 48 + random.below(48), 1 + random.below(4)
+            dtype = ("float16", "bfloat16")[random.below(2)]
+            layer = ConvProblem(op, 1, 48 + random.below(40), 1 + random.below(4), K, K, dtype=dtype)
         elif random.below(3) == 0:  # many slots with few samples each, on tensor cores
             N, length = 8 + random.below(25), 1 + random.below(2)
             op, C_out = ("conv1d", "conv_transpose1d")[random.below(2)], 16 * random.magnitude(5)

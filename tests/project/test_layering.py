@@ -252,6 +252,7 @@ HELPERS = {
     "pack_weight",
     "pack_mma_weight",
     "pack_im2col_weight",
+    "pack_col2im_weight",
     "sum_slices",
     "conv1d_edges",
     "conv_transpose1d_fold",

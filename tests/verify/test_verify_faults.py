@@ -105,6 +105,22 @@ FAULTS: Mapping[str, Fault] = {
         "enformer_stem",
         "float16",
     ),
+    "pack_col2im_weight drops the first tap": Fault(
+        "pack_col2im_weight",
+        "tap < p.K && pair",
+        "tap > 0 && tap < p.K && pair",
+        "conv1d_col2im",
+        "bpnet_head_49_3",
+        "float16",
+    ),
+    "conv_transpose1d_col2im drops the last tap of a pass": Fault(
+        "conv_transpose1d_col2im",
+        "tap < taps; ++tap) {",
+        "tap + 1 < taps; ++tap) {",
+        "conv_transpose1d_col2im",
+        "up_channels_52_4",
+        "float16",
+    ),
     "weight_gradient_mma drops the last position": Fault(
         "weight_gradient_mma",
         "n + sample < s.n_end ? s.l_end : 0;",
@@ -317,6 +333,9 @@ FAULTS: Mapping[str, Fault] = {
     ),
     "conv1d_im2col keeps a NaN": Fault(
         "conv1d_im2col", FALLBACK, NO_FALLBACK, "conv1d_im2col", "enformer_stem", "float16", says=NONFINITE
+    ),
+    "conv1d_col2im keeps a NaN": Fault(
+        "conv1d_col2im", FALLBACK, NO_FALLBACK, "conv1d_col2im", "bpnet_head_49_3", "float16", says=NONFINITE
     ),
     "conv1d_toeplitz keeps a NaN": Fault(
         "conv1d_toeplitz", FALLBACK, NO_FALLBACK, "conv1d_toeplitz", "quartznet_dw", "float16", says=NONFINITE

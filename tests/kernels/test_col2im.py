@@ -1,0 +1,292 @@
+"""Few output channels on tensor cores: sums along diagonals, tiles that agree in every bit, and the error bound."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import gpuconv
+from gpuconv import cases
+from gpuconv.cases import Data
+from gpuconv.checks import same_bits
+from gpuconv.device import ARCHITECTURES, Device
+from gpuconv.edge import PADDING_MODES
+from gpuconv.families import Family, Layout, conv_col2im
+from gpuconv.families.arithmetic import ARITHMETICS
+from gpuconv.families.conv_col2im import (
+    MAX_BLOCK_M,
+    MAX_BLOCK_N,
+    MAX_REACH,
+    MIN_C_IN_G,
+    MIN_DILATED_WEIGHTS,
+    MIN_WEIGHTS,
+    Conv1dCol2im,
+    ConvTranspose1dCol2im,
+)
+from gpuconv.families.mma_tiles import Tile
+from gpuconv.problem import ConvProblem
+from tests import hostcuda
+from tests.hostcuda import Program, TensorCores
+from tests.kernels.arrays import assert_same_bits
+from tests.kernels.tensor_cores import (
+    H200,
+    HARD,
+    HARD_TO_SPLIT,
+    assert_like_base,
+    assert_right,
+    channels_last,
+    check_bank_conflicts,
+    check_offsets_beyond_32_bits,
+    check_padding_mode,
+    check_special_samples_and_biases,
+    check_the_layer_alone_decides,
+    check_views,
+    chosen_result,
+    data_of_one_sign,
+    hard_data,
+)
+from tests.plans import kernel_of, refusal_of
+
+Array = npt.NDArray[Any]
+
+FAMILY: dict[str, Family] = {family.kind: family for family in (Conv1dCol2im(), ConvTranspose1dCol2im())}
+MODES = ("float16", "bfloat16", "float32", "tf32")
+
+# Channels that fill no unit, one chunk and several; several blocks and passes; rows of even length and of odd; padding
+# beyond the taps.
+PROBLEMS = {
+    "head": ConvProblem("conv1d", 2, 50, 2, 300, 31, 1, 15, 15, has_bias=True),
+    "dilated groups": ConvProblem("conv1d", 3, 100, 10, 83, 10, 1, 25, 40, 3, groups=2, has_bias=True),
+    "odd": ConvProblem("conv1d", 2, 67, 3, 131, 25, has_bias=True),
+    "stem gradient": ConvProblem("conv_transpose1d", 2, 64, 4, 90, 15, 1, 7, 7, has_bias=True),
+    "transposed groups": ConvProblem("conv_transpose1d", 2, 153, 15, 301, 7, 1, 29, 5, 5, groups=3, has_bias=True),
+}
+# By operation.
+MODES_OF = {"conv1d": ("float16", "bfloat16", "tf32"), "conv_transpose1d": MODES}
+EVERY = {f"{name}-{mode}": (p, mode) for name, p in PROBLEMS.items() for mode in MODES_OF[p.op]}
+every_problem = pytest.mark.parametrize(("problem", "mode"), EVERY.values(), ids=EVERY.keys())
+
+at = cases.in_format
+
+
+def takes(problem: ConvProblem, device: Device = H200) -> bool:
+    return refusal_of(FAMILY[problem.op], problem, Layout.contiguous(problem), device) is None
+
+
+def run(problem: ConvProblem, data: Data, **settings: Any) -> Array:
+    return hostcuda.compute(problem, *data, family=FAMILY[problem.op].name, **settings)
+
+
+@st.composite
+def layers(draw: st.DrawFn) -> ConvProblem:
+    groups, K = draw(st.sampled_from((1, 1, 2, 3))), draw(st.integers(1, 140))
+    dilation = draw(st.integers(1, max(1, 150 // K)))
+    span = dilation * (K - 1) + 1
+    return ConvProblem(
+        draw(st.sampled_from(("conv1d", "conv_transpose1d"))),
+        N=1,
+        C_in=groups * draw(st.integers(40, 90)),
+        C_out=groups * draw(st.integers(1, 9)),
+        L_in=span + draw(st.integers(0, 50)),
+        K=K,
+        stride=draw(st.sampled_from((1, 1, 1, 2))),
+        padding_left=draw(st.integers(0, span - 1)),
+        dilation=dilation,
+        groups=groups,
+    )
+
+
+def order(problem: ConvProblem, device: Device) -> dict[str, int]:
+    """The order of summation, as the kernel is told it."""
+    _, launch = kernel_of(FAMILY[problem.op], problem, Layout.contiguous(problem), device)
+    return {name: dict(launch.params)[name] for name in ("units", "chunks", "pairs", "C_in_g", "K")}
+
+
+@settings(max_examples=80)
+@given(layer=layers(), mode=st.sampled_from(MODES), arch=st.sampled_from(tuple(ARCHITECTURES)))
+def test_the_layer_alone_decides_where_it_runs_and_in_which_order_it_is_summed(
+    layer: ConvProblem, mode: str, arch: str
+) -> None:
+    check_the_layer_alone_decides(FAMILY[layer.op], at(layer, mode), Device.from_arch(arch), order)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_architectures(arch: str) -> None:
+    device = Device.from_arch(arch)
+    for problem in PROBLEMS.values():
+        taken = {mode for mode in MODES if takes(at(problem, mode), device)}
+        assert taken == (set(MODES_OF[problem.op]) if arch != "sm_75" else {"float16"})
+        assert not takes(replace(problem, dtype="float64"), device)
+        assert not takes(replace(problem, dtype="complex64"), device)
+
+
+def test_the_limits() -> None:
+    for op, modes in MODES_OF.items():
+        layer = ConvProblem(op, 2, MIN_C_IN_G, 2, 400, MIN_WEIGHTS // 2)
+        assert [mode for mode in MODES if takes(at(layer, mode))] == [mode for mode in MODES if mode in modes]
+        assert not any(takes(at(replace(layer, **{name: value}), mode)) for mode in MODES for name, value in (
+            ("K", layer.K - 1), ("C_in", MIN_C_IN_G - 1), ("C_in", 4096), ("C_out", 9), ("stride", 2)
+        ))  # fmt: skip
+        for mode in modes:
+            K = MAX_REACH[2 if mode == "float32" else 1] + 1
+            assert takes(at(replace(layer, K=K), mode))
+            assert not takes(at(replace(layer, K=K + 1), mode))
+        dilated = replace(layer, C_out=1, K=MIN_DILATED_WEIGHTS, dilation=2)
+        assert all(takes(at(dilated, mode)) == (op == "conv_transpose1d") for mode in modes)
+    largest = [tile for arithmetic in ARITHMETICS.values() for tile in conv_col2im.tiles(arithmetic)]
+    assert max(tile.block_m for tile in largest) == MAX_BLOCK_M
+    assert max(tile.block_n for tile in largest) == MAX_BLOCK_N
+
+
+@every_problem
+def test_operands_are_read_from_shared_memory_without_bank_conflicts(problem: ConvProblem, mode: str) -> None:
+    check_bank_conflicts(run, at(problem, mode))
+
+
+@pytest.fixture
+def only_tile(monkeypatch: pytest.MonkeyPatch) -> Callable[[Tile], None]:
+    """Leaves the cost model one tile to choose."""
+    compare = conv_col2im.compare_tilings
+
+    def leave(tile: Tile) -> None:
+        monkeypatch.setattr(
+            conv_col2im, "compare_tilings", lambda *args: tuple(t for t in compare(*args) if t.tile == tile)
+        )
+
+    return leave
+
+
+ITEMS = [
+    (mode, tile, name)
+    for mode in ("float16", "float32")
+    for tile, name in zip(
+        conv_col2im.tiles(ARITHMETICS[mode, "float32"]),
+        [name for name, p in PROBLEMS.items() if mode in MODES_OF[p.op]] * 2,
+        strict=False,
+    )
+]
+
+
+@pytest.mark.parametrize(("mode", "tile", "name"), ITEMS, ids=[f"{m}-{t.block_m}x{t.block_n}" for m, t, _ in ITEMS])
+def test_every_tile_gives_the_same_bits(
+    mode: str, tile: Tile, name: str, only_tile: Callable[[Tile], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a short input and of a long one; from shared memory that was ready."""
+    short = at(PROBLEMS[name], mode)
+    found = [short, replace(short, N=1, L_in=short.L_in + 301)]
+    expected = [chosen_result(run, p) for p in found]
+    only_tile(tile)
+    monkeypatch.setattr(Program, "of", Program.without_nan_fallback)
+    for p, bits in zip(found, expected, strict=True):
+        macros = dict(kernel_of(FAMILY[p.op], p, Layout.contiguous(p), H200)[0].macros)
+        assert (macros["BLOCK_M"], macros["BLOCK_N"]) == (str(tile.block_m), str(tile.block_n))
+        output = run(p, cases.random_data(p, 4), schedule="every" if p is short else "forward")
+        assert_same_bits(output, bits, str(p))
+
+
+@every_problem
+def test_bits_do_not_depend_on_where_a_result_lies(problem: ConvProblem, mode: str) -> None:
+    """The same signal, some positions further on each time, which also moves pairs to other words."""
+    p = replace(at(problem, mode), has_bias=False, padding_left=0, padding_right=0)
+    x, w, _ = cases.random_data(p, 2)
+    expected = run(p, Data(x, w, None))
+    first = (p.K - 1) * p.dilation if p.transposed else 0
+    for shift in (1, 2, 7):
+        output = run(replace(p, L_in=p.L_in - shift), Data(x[..., shift:], w, None))
+        assert_same_bits(output[..., first:], expected[..., first + shift :], shift)
+
+
+@every_problem
+def test_views_change_no_bit(problem: ConvProblem, mode: str) -> None:
+    check_views(run, at(problem, mode))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_contiguous_channels_change_no_bit(mode: str) -> None:
+    """Where units are loaded at once."""
+    p = at(PROBLEMS["stem gradient"], mode)
+    layout = channels_last(p)
+    layout = layout.replaced(input=replace(layout["input"], alignment=16))
+    config, _ = kernel_of(FAMILY[p.op], p, layout, H200)
+    assert "CHANNELS_LAST" in dict(config.macros)
+    data = cases.random_data(p, 4)
+    assert_same_bits(run(p, data, layout=layout, schedule="every"), chosen_result(run, p), str(p))
+
+
+@every_problem
+def test_offsets_beyond_32_bits(problem: ConvProblem, mode: str) -> None:
+    check_offsets_beyond_32_bits(run, FAMILY[problem.op], at(problem, mode))
+
+
+@every_problem
+def test_values_that_are_no_numbers_spoil_only_what_they_feed(problem: ConvProblem, mode: str) -> None:
+    """Also where other taps of an output fall into the padding."""
+    p = at(problem, mode)
+    for k in (0, p.K // 2, p.K - 1):
+        x, w, b = cases.random_data(p, k)
+        w[0, :, k], w[1, 0, k], w[-1, -1, k] = np.nan, np.inf, -np.inf
+        y = assert_like_base(run, p, Data(np.abs(x), w, b)).astype(np.float64)
+        assert not np.isfinite(y).all()
+    check_special_samples_and_biases(run, p)
+
+
+@every_problem
+def test_values_outside_the_window_change_no_bit(problem: ConvProblem, mode: str) -> None:
+    p = at(problem, mode)
+    x, w, b = cases.random_data(p, 3)
+    expected = run(p, Data(x, w, b))
+    l_in = p.L_in // 2
+    for value in (np.inf, 2.0**-110) if mode == "float32" else (np.inf,):  # neither can be split
+        changed = x.copy()
+        changed[0, 0, l_in] = value
+        output = run(p, Data(changed, w, b))
+        starts = np.arange(p.L_out) - p.padding_left
+        distance = np.arange(p.L_out) + p.padding_left - l_in if p.transposed else l_in - starts
+        taps, rest = np.divmod(distance, p.dilation)
+        outside = (rest != 0) | (taps < 0) | (taps >= p.K)
+        assert outside.any()
+        assert same_bits(output[..., outside], expected[..., outside]).all()
+        assert not same_bits(output, expected).all()
+
+
+@pytest.mark.parametrize("padding_mode", PADDING_MODES[1:])
+@pytest.mark.parametrize("mode", MODES_OF["conv1d"])
+def test_padding_that_means_samples_gives_the_bits_of_padded_input(mode: str, padding_mode: str) -> None:
+    check_padding_mode(run, at(PROBLEMS["head"], mode), padding_mode)
+
+
+@pytest.mark.parametrize("kind", HARD | HARD_TO_SPLIT)
+@pytest.mark.parametrize("mode", ["float32", "tf32", "bfloat16"])
+def test_hard_data(mode: str, kind: str, rule: TensorCores) -> None:
+    for seed, problem in enumerate(p for p in PROBLEMS.values() if mode in MODES_OF[p.op]):
+        p = at(problem, mode)
+        data = hard_data(p, (HARD | HARD_TO_SPLIT)[kind], seed)
+        assert_right(p, run(p, data), data, (kind, rule))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("C_in", [MIN_C_IN_G, 201])
+def test_sums_of_one_sign(mode: str, C_in: int, rule: TensorCores) -> None:
+    """The sums of channels are cut off, those of taps rounded."""
+    p = at(ConvProblem("conv_transpose1d", 1, C_in, 2, 70, 24), mode)
+    for data in data_of_one_sign(p):
+        assert_right(p, run(p, data), data, rule)
+
+
+@pytest.mark.gpu
+def test_the_launches_of_the_public_function(cupy: Any, launched: list[str]) -> None:
+    """The weight is packed at each call, or once where it is prepared."""
+    p = at(PROBLEMS["head"], "float16")
+    data = cases.random_data(p, 10)
+    x, w, b = (cupy.asarray(array) for array in data)
+    outputs = [gpuconv.conv1d(x, weight, b, **cases.call_settings(p)).get() for weight in (w, gpuconv.prepare(w))]
+    assert launched == ["pack_col2im_weight", "conv1d_col2im"] * 2
+    assert_right(p, outputs[0], data)
+    assert_same_bits(outputs[1], outputs[0], str(p))
