@@ -51,7 +51,7 @@ constexpr int kPitch = BLOCK_N + 8;
 static_assert(BLOCK_N % 32 == 0, "see gpuconv/families/conv_col2im.py");
 constexpr int kLaneSums = 2;  // that a lane forms at a time
 
-// The packed weights of an output channel, for canonical_sum.
+// The packed weights of an output channel, for canonical_sum, which takes k in ascending order.
 template <typename P>
 struct Col2imWeights : EveryWeight {
     const StorageVector* weight;  // of the group
@@ -60,7 +60,8 @@ struct Col2imWeights : EveryWeight {
 
     __device__ __forceinline__ Col2imWeights(const StorageVector* weight, index_t c_out, const P& p)
         : weight(weight), c_out(c_out), p(p) {}
-    __device__ __forceinline__ acc_t load(index_t c_in, index_t tap) const {
+    __device__ __forceinline__ acc_t load(index_t c_in, index_t k) const {
+        const index_t tap = IS_TRANSPOSED ? p.K - 1 - k : k;
         const index_t pass = tap / p.pass_taps, row = (tap - pass * p.pass_taps) * p.C_out_g + c_out;
         const index_t unit = c_in / kUnit, chunk = unit / p.units;
         const index_t pair = (pass * p.chunks + chunk) * p.pairs + (unit - chunk * p.units);
@@ -158,6 +159,7 @@ template <typename P>
 __device__ __forceinline__ void store_results(
     const Tile& tile, const acc_t* sums, const Epilogue& epilogue, const P& p) {
     const int results = int(p.block_results);
+    const index_t first = IS_TRANSPOSED ? (p.K - 1) * p.dilation : 0, tap_step = IS_TRANSPOSED ? -p.dilation : p.dilation;
 #pragma unroll 1
     for (int i = threadIdx.x; i < int(p.C_out_g) * results; i += kThreads) {
         const int c_out = i / results;
@@ -165,7 +167,8 @@ __device__ __forceinline__ void store_results(
         if (l_out >= tile.L_out) continue;
         acc_t sum = sums[i];
         if (needs_canonical_sum(multiply_add(scalar::zero(), sum, scalar::zero()))) {
-            sum = canonical_sum(tile.input, position, p.dilation, p.K, tile, Col2imWeights<P>(tile.weight, c_out, p));
+            sum = canonical_sum(
+                tile.input, position + first, tap_step, p.K, tile, Col2imWeights<P>(tile.weight, c_out, p));
         }
         storage_t* const place = tile.output + (c_out * p.output_stride_c + l_out * p.output_stride_l);
         *place = finish(sum, epilogue.channel(tile.group * p.C_out_g + c_out), place);
