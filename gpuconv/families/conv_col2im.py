@@ -129,6 +129,7 @@ def pointwise(problem: ConvProblem) -> Product:
         p,
         op="conv1d",
         C_out=p.groups,
+        L_in=max(1, p.L_in),  # of a piece of nothing but padding, 0
         K=1,
         padding_left=0,
         padding_right=0,
@@ -299,8 +300,6 @@ class _ConvCol2im(Family[ConvProblem]):
         most = MAX_REACH[arithmetic.parts]
         if reach_of(p) > most:
             return Refusal(f"needs dilation * (K - 1) <= {most}")
-        if p.L_in == 0:
-            return Refusal("needs L_in > 0")
         product, bits = pointwise(p), _index_bits(p, layout, arithmetic)
         access = mma.input_access(product, layout, arithmetic, bits, device)
         if access is Access.PAIR and p.padding_mode != "zeros":

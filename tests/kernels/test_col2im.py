@@ -266,6 +266,15 @@ def test_padding_that_means_samples_gives_the_bits_of_padded_input(mode: str, pa
     check_padding_mode(run, at(PROBLEMS["head"], mode), padding_mode)
 
 
+def test_results_that_read_nothing_but_padding_are_the_bias() -> None:
+    """As pieces of an output may, which have no input."""
+    for op in FAMILY:
+        p = at(ConvProblem(op, 2, 64, 6, 0, 9, 1, *((20, 3) if op == "conv1d" else (2, 0)), has_bias=True), "float16")
+        data = cases.random_data(p, 11)
+        expected = np.broadcast_to(np.reshape(data.bias, (-1, 1)), p.output_shape)
+        assert_same_bits(run(p, data, schedule="every"), expected, op)
+
+
 @pytest.mark.parametrize("kind", HARD | HARD_TO_SPLIT)
 @pytest.mark.parametrize("mode", ["float32", "tf32", "bfloat16"])
 def test_hard_data(mode: str, kind: str, rule: TensorCores) -> None:
