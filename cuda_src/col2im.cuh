@@ -103,9 +103,10 @@ __device__ __forceinline__ void add_diagonals(const acc_t* products, acc_t* sums
         acc_t sum[kLaneSums];
 #pragma unroll
         for (int i = 0; i < kLaneSums; ++i) {
-            const int result = int(min_index(begin + i * 32, results - 1));  // the last one again, behind the last
-            from[i] = products + (c_out * kPitch + result + first_tap * int(p.dilation));
-            sum[i] = pass == 0 ? scalar::zero() : sums[c_out * results + result];
+            const int result = begin + i * 32;
+            const int column = int(min_index(result, results - 1));  // behind the last result, that of the last again
+            from[i] = products + (c_out * kPitch + column + first_tap * int(p.dilation));
+            sum[i] = pass > 0 && result < results ? sums[c_out * results + result] : scalar::zero();
         }
 #pragma unroll 4
         for (int tap = 0; tap < taps; ++tap) {

@@ -217,7 +217,7 @@ CASES: tuple[Case, ...] = (
     _conv("mimi_stream", 1, 36, 20, 24, 16, "model", stride=8),
     _conv("diffusion_policy_mid", 1, 60, 24, 4, 5, "model", padding=2),
     _conv("htdemucs_stem", 2, 2, 48, 160, 8, "model", stride=4, padding=2),
-    _conv("bpnet_head_49_3", 2, 49, 3, 20, 17, "model", padding=(9, 4)),
+    _conv("bpnet_head_49_5", 2, 49, 5, 20, 17, "model", padding=(9, 4)),
     _transposed("up_k1", 2, 8, 12, 37, 1, "kernel"),
     _transposed("up_k3", 2, 8, 6, 40, 3, "kernel", padding=1),
     _transposed("up_long_kernel", 2, 6, 20, 41, 23, "kernel", groups=2, dilation=2, padding=(9, 21)),

@@ -66,7 +66,7 @@ def compute(family: str, case: str, dtype: str) -> None:
     [
         ("conv1d_mma", "docs_example", "float16"),
         ("conv1d_im2col", "groups3_long_kernel", "float16"),
-        ("conv1d_col2im", "bpnet_head_49_3", "float16"),
+        ("conv1d_col2im", "bpnet_head_49_5", "float16"),
         ("conv1d_toeplitz", "k_depthwise_longer_than_input", "float16"),
         ("conv1d_depthwise", "k_depthwise_longer_than_input", "float32"),
         ("conv1d_skinny", "k_equals_input", "float32"),
