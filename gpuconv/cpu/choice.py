@@ -49,10 +49,6 @@ class Form(Protocol):
     def concurrent(self) -> bool:
         """Whether blocks are computed on several threads; otherwise BLAS uses the threads."""
 
-    @property
-    def prepares(self) -> bool:
-        """Whether the caller prepares the first block of each thread."""
-
     def multiplies_zeros(self, p: ConvProblem) -> bool:
         """Whether padding or absent taps are multiplied, as zeros."""
 
@@ -73,7 +69,6 @@ class Fill:
     name: str
     reason: str
     concurrent: bool = False
-    prepares: bool = False
 
     def multiplies_zeros(self, p: ConvProblem) -> bool:
         return False
@@ -164,7 +159,7 @@ def chosen_form(p: ConvProblem, q: ConvProblem, form: Form, cost: float) -> Chos
     # The check of the largest buffer for finite values takes one byte per element.
     each = sum(buffers.values()) * size + max(buffers.values(), default=0)
     workers = 1
-    if form.concurrent and cost > (limits.WORTH_PREPARED_THREADS if form.prepares else limits.WORTH_THREADS):
+    if form.concurrent and cost > limits.WORTH_THREADS:
         workers = max(1, min(limits.MAX_WORKERS, (_allowed(p) - shared) // each))
     taps = slice(0, p.K) if q == p else useful_taps(p)
     exchanged = p.transposed and q == exchange(with_taps(p, taps))

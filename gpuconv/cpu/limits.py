@@ -66,10 +66,8 @@ MANY_PHASES = 16
 SMALL_CALL = 100_000
 
 # The fewest nanoseconds of work for which a second thread pays: it takes some 30 us to wake, the interpreter's time for
-# the blocks does not shrink, and whenever a thread waits for the interpreter, it costs both threads some 40 us. The
-# latter is for forms whose first blocks are prepared before the helpers wake.
-WORTH_THREADS = 700_000
-WORTH_PREPARED_THREADS = 400_000
+# the blocks does not shrink, and whenever a thread waits for the interpreter, it costs both threads some 40 us.
+WORTH_THREADS = 400_000
 
 # Nanoseconds by which a helper begins its first block later than the caller.
 LATE = 40_000
@@ -77,7 +75,7 @@ LATE = 40_000
 MAX_WORKERS = 16
 
 # The fewest nanoseconds of work for which a block pays, whose interpreter's time is some 50 us.
-WORTH_A_BLOCK = 600_000
+WORTH_A_BLOCK = 450_000
 
 # OpenBLAS computes a product of at most this many multiply-adds on the calling thread (interface/gemm.c); with AVX-512
 # also larger ones of real data, without packing (sgemm_small_kernel_permit_skylakex.c). Only such products run at the

@@ -37,7 +37,6 @@ class Panels:
     """
 
     name: ClassVar[str] = "panels"
-    prepares: ClassVar[bool] = False
 
     geometry: Geometry
     blocking: Blocking
@@ -406,7 +405,6 @@ class PhasePanels:
     """
 
     name: ClassVar[str] = "panels"
-    prepares: ClassVar[bool] = False
 
     geometry: Geometry
     parts: tuple[Panels, ...]

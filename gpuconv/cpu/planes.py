@@ -36,7 +36,6 @@ class Planes:
     name: ClassVar[str] = "planes"
     reason: ClassVar[str] = "depthwise, few taps: elementwise products of planes of several rows"
     concurrent: ClassVar[bool] = True
-    prepares: ClassVar[bool] = True
 
     shifts: tuple[tuple[int, int], ...]
     safe: Taps

@@ -28,7 +28,6 @@ class ShiftAdd:
     """
 
     name: ClassVar[str] = "shift_add"
-    prepares: ClassVar[bool] = False
     reason: ClassVar[str] = "few output channels or a stride: one product of all taps, then shifted sums"
 
     geometry: Geometry

@@ -39,7 +39,6 @@ class Small:
     name: ClassVar[str] = "small"
     reason: ClassVar[str] = "little work: all windows side by side at once, times the weight"
     concurrent: ClassVar[bool] = False
-    prepares: ClassVar[bool] = False
 
     transposed: bool
     safe: Taps

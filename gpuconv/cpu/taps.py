@@ -26,7 +26,6 @@ class Taps:
     """Blocks of `samples`, `groups`, `rows` and `length` positions; products over `channels` input channels."""
 
     name: ClassVar[str] = "taps"
-    prepares: ClassVar[bool] = False
     reason: ClassVar[str] = "one input channel per group, few taps: each is an elementwise product"
 
     geometry: Geometry

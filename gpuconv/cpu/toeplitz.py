@@ -109,10 +109,6 @@ class Toeplitz:
         return cls(Taps.of(p), samples, groups, windows, lines, tile, taps, whole, channels_last, concurrent)
 
     @property
-    def prepares(self) -> bool:
-        return self.channels_last
-
-    @property
     def reason(self) -> str:
         if self.whole:
             return "short rows: each sample is a line of one product with a banded matrix"

@@ -47,7 +47,6 @@ class Windows:
     name: ClassVar[str] = "windows"
     reason: ClassVar[str] = "depthwise rows: banded matrices times windows that are read in place"
     concurrent: ClassVar[bool] = True
-    prepares: ClassVar[bool] = True
 
     safe: Taps
     samples: int
