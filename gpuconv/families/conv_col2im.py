@@ -141,11 +141,21 @@ def pointwise(problem: ConvProblem) -> Product:
     return Product.of(view)
 
 
-def tiles(arithmetic: Arithmetic, bits: int = 32) -> tuple[Tile, ...]:
-    """The tiles of an arithmetic."""
+def tiles(arithmetic: Arithmetic, device: Device, bits: int = 32) -> tuple[Tile, ...]:
+    """The tiles of an arithmetic.
+
+    Compiled for architectures before sm_90, that of 80 rows spills, and those of split products if they load two units
+    ahead.
+    """
     whole = _SHORT_TILES if arithmetic.itemsize == 2 else _TILES
     found = _SPLIT_TILES if arithmetic.parts == 2 else whole
-    return found if bits == 32 else tuple(tile for tile in found if (tile.block_m, tile.block_n) == BASE_TILE)
+    if bits != 32:
+        found = tuple(tile for tile in found if (tile.block_m, tile.block_n) == BASE_TILE)
+    if device.arch >= 90:
+        return found
+    if arithmetic.parts == 2:
+        return tuple(replace(tile, prefetch=1) if tile.prefetch == 2 else tile for tile in found)
+    return tuple(tile for tile in found if tile.block_m < 80)
 
 
 def _tiling(problem: ConvProblem, tile: Tile, access: Access, reduction: Reduction, bits: int) -> Tiling:
@@ -178,7 +188,7 @@ def compare_tilings(problem: ConvProblem, bits: int, access: Access, device: Dev
     """The tilings of a layer that fit the device, the cheapest first."""
     p, arithmetic = problem, ARITHMETICS[problem.dtype, problem.precision]
     reduction, found = Reduction.of(pointwise(p), arithmetic), []
-    for tile in tiles(arithmetic, bits):
+    for tile in tiles(arithmetic, device, bits):
         if tile.block_n <= reach_of(p):
             continue
         tiling = _tiling(p, tile, access, reduction, bits)
@@ -341,7 +351,7 @@ class _ConvCol2im(Family[ConvProblem]):
     def configs(self, device: Device) -> Iterator[Config]:
         for (dtype, precision), arithmetic in arithmetics(device).items():
             for bits in (32, 64) if arithmetic.parts <= self.max_parts else ():
-                for tile in tiles(arithmetic, bits):
+                for tile in tiles(arithmetic, device, bits):
                     for access in Access:
                         if access is Access.PAIR and (arithmetic.channels == 4 or bits == 64):
                             continue

@@ -140,7 +140,7 @@ def test_the_limits() -> None:
             assert not takes(at(replace(layer, K=K + 1), mode))
         dilated = replace(layer, C_out=1, K=MIN_DILATED_WEIGHTS, dilation=2)
         assert all(takes(at(dilated, mode)) == (op == "conv_transpose1d") for mode in modes)
-    largest = [tile for arithmetic in ARITHMETICS.values() for tile in conv_col2im.tiles(arithmetic)]
+    largest = [tile for arithmetic in ARITHMETICS.values() for tile in conv_col2im.tiles(arithmetic, H200)]
     assert max(tile.block_m for tile in largest) == MAX_BLOCK_M
     assert max(tile.block_n for tile in largest) == MAX_BLOCK_N
 
@@ -167,7 +167,7 @@ ITEMS = [
     (mode, tile, name)
     for mode in ("float16", "float32")
     for tile, name in zip(
-        conv_col2im.tiles(ARITHMETICS[mode, "float32"]),
+        conv_col2im.tiles(ARITHMETICS[mode, "float32"], H200),
         [name for name, p in PROBLEMS.items() if mode in MODES_OF[p.op]] * 2,
         strict=False,
     )
