@@ -226,7 +226,6 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Callable[[random.Random], N
             "STAGED_INPUT": rng.choice([0, buffer]),
             "ELEMENTWISE_BLOCK": rng.choice([64, 400, 4000]),
             "WORTH_THREADS": rng.choice([0, 10**9]),
-            "WORTH_PREPARED_THREADS": rng.choice([0, 10**9]),
             "MANY_PHASES": rng.choice([2, 16]),
         }
         for name, size in sizes.items():
@@ -664,7 +663,6 @@ def test_buffers_that_are_kept_have_one_user(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("problem", [*ALL, *LARGE.values()], ids=str)
 def test_bits_do_not_depend_on_threads(problem: ConvProblem, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "WORTH_THREADS", 0)
-    monkeypatch.setattr(limits, "WORTH_PREPARED_THREADS", 0)
     choice.choose.cache_clear()
     x, w, b = arrays(problem)
     results = []

@@ -68,7 +68,7 @@ ONLY_TRANSPOSED: dict[str, Callable[[ConvProblem], bool]] = {
 
 def test_names_and_size() -> None:
     assert len({case.name for case in cases.select()}) == len(CASES) + len(WIDE_CASES)
-    assert 100 <= len(CASES) <= 170
+    assert 100 <= len(CASES) <= 180
     assert all(case.tags for case in CASES)
 
 
@@ -76,7 +76,7 @@ def test_a_pass_over_the_table_is_cheap() -> None:
     flops = {case.name: case.problem.flops() for case in CASES}
     assert {name: count for name, count in flops.items() if count > 5e6} == {}
     assert sum(count > 2e6 for count in flops.values()) <= 5
-    assert sum(flops.values()) < 20e6
+    assert sum(flops.values()) < 22e6
 
 
 @pytest.mark.parametrize("op", ["conv1d", "conv_transpose1d"])
