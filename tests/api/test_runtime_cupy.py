@@ -594,12 +594,12 @@ def no_garbage_collector() -> Iterator[None]:
 @pytest.mark.gpu
 @pytest.mark.usefixtures("no_garbage_collector")
 def test_nothing_is_left_of_graphs_that_are_gone(cupy: Any) -> None:
-    x, w = (cupy.zeros(shape, np.float16) for shape in ((1, 1024, 512), (1024, 1024, 3)))
+    x, w = (cupy.zeros(shape, np.float16) for shape in ((1, 1024, 16384), (1024, 1024, 3)))
     p = ConvProblem.conv1d(x, w, None)
     choice = dispatch.choose(p, Layout.contiguous(p), runtime.device(0))
     assert choice is not None
     assert choice.plan.scratch_bytes("packed") >= 6 << 20
-    out = cupy.empty((1, 1024, 510), np.float16)
+    out = cupy.empty((1, 1024, 16382), np.float16)
     with cupy.cuda.Stream(non_blocking=True) as stream:
         free = []
         for _ in range(12):
