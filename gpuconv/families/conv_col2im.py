@@ -16,13 +16,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import ClassVar
 
-from ..costs import (
-    Ending,
-    Work,
-    blocks_by_shared,
-    predict_launch,
-    tensor_cores,
-)
+from ..costs import Ending, Work, blocks_by_shared, predict_launch, tensor_cores
 from ..device import Device
 from ..problem import ConvProblem
 from . import mma

@@ -81,7 +81,6 @@ TILES: dict[int, tuple[Tile, ...]] = {
         Tile(64, 64, 2, 2, 2, 32, 4, 4),
     ),
 }
-_REFERENCE_TILES = TILES
 _EVERY_TILE = tuple(tile for tiles in TILES.values() for tile in tiles)
 _LARGEST = max(max(tile.block_m, tile.block_n) for tile in _EVERY_TILE)
 _LARGEST_CHUNK = max(tile.chunk_rows for tile in _EVERY_TILE)
@@ -192,8 +191,8 @@ class WeightGradientMma(Family[WeightGradientProblem]):
         for (dtype, precision), arithmetic in ARITHMETICS.items():
             if device.arch >= arithmetic.min_arch:
                 for bits in (32, 64):
-                    few = _tiles(arithmetic, bits, TILES, few_rows=True) if arithmetic.channels == OCTET else ()
-                    for tile in _tiles(arithmetic, bits, TILES):
+                    few = _tiles(arithmetic, bits, few_rows=True) if arithmetic.channels == OCTET else ()
+                    for tile in _tiles(arithmetic, bits):
                         for fetches in _every_fetches(arithmetic, device) if bits == 32 else (_LEAST,):
                             of_fetches = partial(self._config, tile, dtype, precision, fetches, bits)
                             for is_strided in (False, True) if fetches[1].width > 1 else (False,):
@@ -289,9 +288,7 @@ def _slices(problem: WeightGradientProblem) -> Slices:
     tap_width = _tap_width(p, layout, 32)
     # The best tilings of the cut by rule; those of other cuts are like them.
     first = _REFERENCE_DEVICES[0]
-    best = _compare(p, cuts[0], _REFERENCE_TILES, _fetches(p, layout, 32, first), tap_width, first, 32)[
-        :_REFERENCE_TILINGS
-    ]
+    best = _compare(p, cuts[0], _fetches(p, layout, 32, first), tap_width, first, 32)[:_REFERENCE_TILINGS]
 
     def times(cut: Slices) -> list[float]:
         tilings = [
@@ -319,11 +316,9 @@ def _index_bits(p: WeightGradientProblem, layout: Layout) -> int:
     return index_bits(p, layout, overhang, slices.count * math.prod(p.weight_shape), columns)
 
 
-def _tiles(
-    arithmetic: Arithmetic, bits: int, every: dict[int, tuple[Tile, ...]], *, few_rows: bool = False
-) -> tuple[Tile, ...]:
-    """Of `every`; `few_rows`: for problems whose rows are fewer than a unit has."""
-    tiles = every[arithmetic.parts]
+def _tiles(arithmetic: Arithmetic, bits: int, *, few_rows: bool = False) -> tuple[Tile, ...]:
+    """`few_rows`: for problems whose rows are fewer than a unit has."""
+    tiles = TILES[arithmetic.parts]
     if bits != 32:
         return tiles[-1:]
     return tuple(tile for tile in tiles if tile.block_m == PRODUCT_ROWS) if few_rows else tiles
@@ -457,13 +452,12 @@ def _tilings(
 
     `widest`, `tap_width`: what `_fetches` and `_tap_width` allow.
     """
-    return _compare(p, _slices(p), TILES, widest, tap_width, device, bits)
+    return _compare(p, _slices(p), widest, tap_width, device, bits)
 
 
 def _compare(
     p: WeightGradientProblem,
     slices: Slices,
-    every: dict[int, tuple[Tile, ...]],
     widest: tuple[Fetch, Fetch],
     tap_width: int,
     device: Device,
@@ -471,7 +465,7 @@ def _compare(
 ) -> tuple[_Tiling, ...]:
     arithmetic = ARITHMETICS[p.dtype, p.precision]
     found = []
-    for tile in _tiles(arithmetic, bits, every, few_rows=p.C_coarse_g < arithmetic.channels):
+    for tile in _tiles(arithmetic, bits, few_rows=p.C_coarse_g < arithmetic.channels):
         pairs = tile.block_n // OCTET
         tilings = [
             tiling

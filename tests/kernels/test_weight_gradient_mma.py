@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import numpy.typing as npt
@@ -90,7 +91,12 @@ def kernels() -> None:
 
 @pytest.fixture
 def use_tile(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A function that leaves the family one tile."""
+    """A function that leaves the family one tile; sums are cut as with all of them."""
+    every, cut = mma.TILES, mma._slices
+
+    def cut_with_all(p: WeightGradientProblem) -> Slices:
+        with patch.object(mma, "TILES", every):
+            return cut(p)
 
     def forget() -> None:
         mma._tilings.cache_clear()
@@ -98,6 +104,7 @@ def use_tile(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
     def use(parts: int, tile: mma.Tile) -> None:
         monkeypatch.setattr(mma, "TILES", {**mma.TILES, parts: (tile,)})
+        monkeypatch.setattr(mma, "_slices", cut_with_all)
         forget()
 
     yield use
