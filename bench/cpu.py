@@ -56,7 +56,8 @@ QUICK_FLOPS = 10**9
 # The shortest turn of a library, in seconds.
 TURN = 0.03
 
-# Kinds of shapes that no layer has: short rows, many groups, strides with dilation, many taps, small calls.
+# Kinds of shapes that no layer has: short rows, many groups, strides with dilation, many taps, half a millisecond of
+# work, small calls.
 SHAPES: dict[str, ConvProblem] = {
     "short rows 4096x16x8": ConvProblem("conv1d", 4096, 16, 16, 8, 3, 1, 1, 1),
     "short rows 10000x8x16": ConvProblem("conv1d", 10_000, 8, 8, 16, 5, 1, 2, 2),
@@ -77,6 +78,9 @@ SHAPES: dict[str, ConvProblem] = {
     "transposed K 20001 dilation 17": ConvProblem("conv_transpose1d", 1, 1, 1, 10, 20_001, 1, 0, 0, 17),
     "transposed K 96000": ConvProblem("conv_transpose1d", 1, 1, 1, 200, 96_000),
     "depthwise short rows 512x64x8": ConvProblem("conv1d", 512, 64, 64, 8, 3, 1, 1, 1, 1, 64),
+    "middle 1x128x200": ConvProblem("conv1d", 1, 128, 128, 200, 5, 1, 2, 2),
+    "middle 2x256x100": ConvProblem("conv1d", 2, 256, 256, 100, 3, 1, 1, 1),
+    "middle 64x256x8": ConvProblem("conv1d", 64, 256, 256, 8, 3, 1, 1, 1),
     "small call 1x16x100": ConvProblem("conv1d", 1, 16, 16, 100, 3),
     "small padded call 1x8x64": ConvProblem("conv1d", 1, 8, 8, 64, 3, 1, 1, 1, has_bias=True),
     "small transposed call 1x8x64": ConvProblem("conv_transpose1d", 1, 8, 8, 64, 4, 2, 1, 1),

@@ -47,8 +47,12 @@ TRANSPOSING_PACK = 0.37
 FAR_LINE = 2.4
 MEETING = 15_000.0
 
-# A form that leaves the threads to BLAS does everything else on one thread, which costs more by this factor.
+# A form that leaves the threads to BLAS computes only products on several: the rest takes one thread, and costs more by
+# SERIAL. But threads of BLAS wait for the next product without sleeping, so they pay from far less work on than ours
+# (`limits.WORTH_THREADS`). This advantage counts as a share of the products, up to what waking our threads takes.
 SERIAL = 1.2
+BLAS_SHARE = 0.35
+BLAS_SAVES = 160_000.0
 
 
 def scale(p: ConvProblem) -> float:
@@ -83,6 +87,7 @@ def products(p: ConvProblem, count: float, M: float, depth: float, columns: floa
     return count * one
 
 
-def serial(concurrent: bool, product: float, rest: float) -> float:
-    """The cost of what a form does besides its products: higher where threads of BLAS are idle meanwhile."""
-    return rest if concurrent or product + rest < limits.WORTH_THREADS else SERIAL * rest
+def of_blas(product: float, rest: float) -> float:
+    """The cost of a form that leaves the threads to BLAS, by that of its products and of what it does besides."""
+    saved = min(BLAS_SHARE * product, BLAS_SAVES)
+    return product - saved + (rest if product + rest < limits.WORTH_THREADS else SERIAL * rest)

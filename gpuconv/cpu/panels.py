@@ -204,8 +204,8 @@ class Panels:
         product = costs.products(p, count, tile_rows, depth / passes, tile, self.concurrent)
         if self.by_window:
             product += reread * costs.TRANSPOSING_PACK * size * columns * depth
-        calls = blocks * _overhead(passes)
-        return product + costs.serial(self.concurrent, product, panel + each * elements + packing + calls)
+        rest = panel + each * elements + packing + blocks * _overhead(passes)
+        return product + rest if self.concurrent else costs.of_blas(product, rest)
 
     @property
     def _staged(self) -> int:

@@ -98,8 +98,8 @@ class ShiftAdd:
             rest += costs.CONVERT[p.dtype] * lines * p.C_in_g * span
         if not p.transposed or p.dtype in costs.CONVERT:
             rest += costs.TRANSPOSING_COPY * size * p.groups * p.C_out_g * p.K * p.C_in_g
-        calls = blocks * (costs.BLOCK + costs.CALL * geometry.tap_groups * 1.5)
-        return product + costs.serial(self.concurrent, product, rest + calls)
+        rest += blocks * (costs.BLOCK + costs.CALL * geometry.tap_groups * 1.5)
+        return product + rest if self.concurrent else costs.of_blas(product, rest)
 
     def _is_small(self, p: ConvProblem) -> bool:
         blocking = self.blocking

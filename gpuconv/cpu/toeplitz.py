@@ -152,8 +152,8 @@ class Toeplitz:
             result += costs.swaps(count * outputs, max(p.C_out_g, p.L_out), size)
         elif not self.whole or p.dtype in costs.CONVERT:
             result += costs.copies(count * p.C_out_g, self.tile * per_step, costs.COPY * size)
-        calls = blocks * (costs.BLOCK + passes * 6 * costs.CALL)
-        return product + costs.serial(self.concurrent, product, copy + filling + result + calls)
+        rest = copy + filling + result + blocks * (costs.BLOCK + passes * 6 * costs.CALL)
+        return product + rest if self.concurrent else costs.of_blas(product, rest)
 
     def memory(self, p: ConvProblem) -> tuple[int, dict[str, int]]:
         """Bounds on the elements of the scratch buffers: what all threads share, and what each has by name."""

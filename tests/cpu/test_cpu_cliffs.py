@@ -116,6 +116,12 @@ def test_packing_short_runs_has_its_price() -> None:
     assert choice.choose(conv_transpose1d(1, 256, 128, 400, 11, 5, 3, 3, has_bias=True)).form.name == "shift_add"
 
 
+@pytest.mark.parametrize("p", [conv1d(1, 128, 128, 200, 5, 1, 2, 2), conv1d(2, 256, 256, 100, 3, 1, 1, 1)], ids=str)
+def test_the_threads_of_blas_pay_from_less_work_on_than_ours(p: ConvProblem) -> None:
+    """Half a millisecond on one thread. Small products took 1.7 times as long on two, and 1.2 times on one."""
+    assert not choice.choose(p).form.concurrent
+
+
 def test_half_a_millisecond_of_work_is_shared() -> None:
     """From less a second thread gains nothing: both wait for each other's interpreter."""
     assert choice.choose(conv1d(1000, 16, 16, 8, 3, 1, 1, 1)).workers == 1
