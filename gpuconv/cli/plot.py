@@ -55,8 +55,12 @@ class _Signal(NamedTuple):
     rate: int | None
 
     @property
-    def axis(self) -> str:
+    def unit(self) -> str:
         return "samples" if self.rate is None else "seconds"
+
+    @property
+    def end(self) -> float:
+        return float(self.samples.shape[1] / (self.rate or 1))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -69,6 +73,9 @@ def run(args: argparse.Namespace) -> int:
     except ImportError as error:
         raise CommandError(f"plot needs the package matplotlib: {install_hint('plot')}") from error
     signals = [_read(name, args.rate) for name in sources]
+    without = [signal.name for signal in signals if signal.rate is None]
+    if 0 < len(without) < len(signals):
+        raise CommandError(f"{without[0]}: the other file has a sample rate, and this one has none; give --rate")
     figure = Figure(layout="constrained")
     picture = io.BytesIO()
     with warnings.catch_warnings():
@@ -123,7 +130,8 @@ def _read(path: str, rate: int | None) -> _Signal:
 def _draw(figure: Any, signals: list[_Signal]) -> None:
     rows = max(len(signal.samples) for signal in signals)
     figure.set_size_inches(6.5 * len(signals) + 1, 3.6 * rows + 0.4)
-    axes = figure.subplots(2 * rows, len(signals), squeeze=False, sharey="row", sharex="col")
+    in_seconds = all(signal.rate for signal in signals)
+    axes = figure.subplots(2 * rows, len(signals), squeeze=False, sharey="row", sharex="all" if in_seconds else "col")
     for row in range(rows):
         shown = [(column, signal) for column, signal in enumerate(signals) if row < len(signal.samples)]
         powers = {column: _spectrogram(signal.samples[row]) for column, signal in shown}
@@ -150,9 +158,12 @@ def _draw(figure: Any, signals: list[_Signal]) -> None:
                 name = "" if rows == 1 else f"channel {row + 1}\n"
                 wave.set_ylabel(f"{name}amplitude")
                 image.set_ylabel("Hz" if signal.rate else "cycles/sample")
-            wave.set_xlim(0, signal.samples.shape[1] / scale)
+                for leftmost in (wave, image):
+                    leftmost.tick_params(labelleft=True)
+            wave.set_xlim(0, max(each.end for each in signals) if in_seconds else signal.end)
+            image.set_ylim(0, max(each.rate or 1 for _, each in shown) / 2)
             if row == len(signal.samples) - 1:
-                image.set_xlabel(signal.axis)
+                image.set_xlabel(signal.unit)
                 image.tick_params(labelbottom=True)
         figure.colorbar(colours, ax=list(axes[2 * row + 1]), label="dB", pad=0.01)
 
@@ -177,13 +188,14 @@ def _spectrogram(samples: files.Array) -> tuple[files.Array, int]:
     longest = 2 ** int(math.log2(max(len(samples) // 8, 1)))
     K = min(_LONGEST_WINDOW, max(_SHORTEST_WINDOW, longest))
     hop = max(K // 4, min(K, -(-len(samples) // _POINTS)))
+    left, right = K // 2, K // 2 + hop // 2  # the last window is centred less than half a hop before the end
     window = np.hanning(K + 1)[:-1]
     angles = 2 * np.pi * np.outer(np.arange(K // 2 + 1), np.arange(K)) / K
     taps = np.concatenate((np.cos(angles), np.sin(angles))) * (window / (window.sum() / 2))
     with np.errstate(all="ignore"):  # values that are not finite are not drawn
         spectrum = functional.conv1d(
-            samples.reshape(1, 1, -1), taps[:, np.newaxis].astype(np.float32), stride=hop, padding=K // 2,
-            padding_mode="reflect" if len(samples) > K // 2 else "zeros",
+            samples.reshape(1, 1, -1), taps[:, np.newaxis].astype(np.float32), stride=hop, padding=(left, right),
+            padding_mode="reflect" if len(samples) > right else "zeros",
         )  # fmt: skip
         real, imaginary = spectrum[0].reshape(2, K // 2 + 1, -1)
         return 10 * np.log10(real**2 + imaginary**2 + np.float32(10 ** (_SILENCE / 10))), hop

@@ -49,18 +49,33 @@ def test_before_and_after_stand_beside_each_other(drawn: list[Any], capsys: pyte
     assert axes[1].get_xlim() == (0, 1)
     assert axes[2].images[0].get_extent()[3] == 4000
     assert axes[3].images[0].get_extent()[3] == 2000
-    assert axes[2].get_ylim() == axes[3].get_ylim()
+    assert axes[2].get_ylim() == axes[3].get_ylim() == (0, 4000)
     assert axes[2].images[0].get_clim() == axes[3].images[0].get_clim()
     assert axes[0].collections  # 8000 samples are drawn as the range of neighbours
+
+
+def test_a_shorter_file_and_one_with_fewer_channels_keep_the_scales(drawn: list[Any]) -> None:
+    soundfile.write("short.wav", tone(440, 0.5), 8000)
+    soundfile.write("long.wav", np.stack((tone(440), tone(1000))).T, 8000)
+    assert main(["plot", "short.wav", "long.wav", "both.png"]) == 0
+    axes = [a for a in drawn[0].axes if a.get_label() != "<colorbar>"]
+    assert all(a.get_xlim() == (0, 1) for a in axes)
+    assert [a.yaxis.get_tick_params()["labelleft"] for a in axes[1::2]] == [False, False, True, True]
+
+
+@pytest.mark.parametrize("count", [1, 5, 63, 64, 999, 3000, 8191, 100_003])
+def test_a_spectrogram_reaches_the_end_of_the_signal(count: int) -> None:
+    power, hop = plot._spectrogram(normal(count))
+    assert count <= (power.shape[1] - 0.5) * hop < count + hop
 
 
 def test_a_spectrogram_is_that_of_scipy() -> None:
     x = (tone(1000) + 0.25 * tone(2500) + 0.01 * normal(8000)).astype(np.float32)
     power, hop = plot._spectrogram(x)
-    assert (hop, power.shape) == (128, (257, 63))
+    assert (hop, power.shape) == (128, (257, 64))
     window = np.hanning(513)[:-1]
     transform = signal.ShortTimeFFT(window, hop, 8000, scale_to=None)
-    expected = 20 * np.log10(np.abs(transform.stft(x, p0=0, p1=63, padding="even")) / (window.sum() / 2))
+    expected = 20 * np.log10(np.abs(transform.stft(x, p0=0, p1=64, padding="even")) / (window.sum() / 2))
     np.testing.assert_allclose(power[:, 3:-3], expected[:, 3:-3], atol=0.05)
     assert power[64].max() == pytest.approx(0, abs=0.1)  # 1000 Hz, amplitude 1
     assert power[160].max() == pytest.approx(20 * np.log10(0.25), abs=0.3)
@@ -119,6 +134,9 @@ def test_what_cannot_be_drawn_is_refused(capsys: pytest.CaptureFixture[str], mon
     assert refusal(capsys, "plot", "x.npy", "z.npy", "y.jpg").startswith("y.jpg: the name must end in .png")
     names = ".npy or .wav, or for a picture in .png or .pdf or .svg"
     assert refusal(capsys, "plot", "x.npy", "x.gif") == f"x.gif: the name must end in {names}"
+    soundfile.write("x.wav", tone(440), 8000)
+    without = "x.npy: the other file has a sample rate, and this one has none; give --rate"
+    assert refusal(capsys, "plot", "x.wav", "x.npy", "y.png") == without
     assert refusal(capsys, "plot", "absent.npy") == "absent.npy: does not exist"
     assert refusal(capsys, "plot", "") == refusal(capsys, "plot", "x.npy", "") == "the name of a file is empty"
     assert refusal(capsys, "plot", "x.npy", "x.npy", "-").startswith("a picture is not written to standard output")
