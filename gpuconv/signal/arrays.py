@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any, ParamSpec, SupportsIndex, TypeVar
@@ -10,6 +9,7 @@ from typing import Any, ParamSpec, SupportsIndex, TypeVar
 import numpy as np
 
 from .. import runtime
+from ..arguments import check_int
 from ..problem import DTYPES, INTEGERS
 
 _P = ParamSpec("_P")
@@ -32,14 +32,23 @@ def on_the_gpu_of_its_arrays(function: Callable[_P, _R]) -> Callable[_P, _R]:
     return on_that_gpu
 
 
-def check_one_of(name: str, value: Any, allowed: Sequence[str]) -> None:
+def check_one_of(caller: str, name: str, value: Any, allowed: Sequence[str]) -> None:
     if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+        raise ValueError(f"{caller}: {name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def check_factor(caller: str, name: str, value: Any) -> int:
+    """An up- or downsampling factor as an int. As in SciPy, it may be a float without a fraction."""
+    if isinstance(value, float | np.floating):
+        if not value.is_integer():
+            raise ValueError(f"{caller}: {name} must be a whole number, got {value!r}")
+        value = int(value)
+    return check_int(caller, name, value, "a whole number", 1)
 
 
 def axis_last(caller: str, array: Any, axis: SupportsIndex) -> tuple[Any, int]:
     """The array with an axis moved to the end, and the axis's former place as a negative index."""
-    index = operator.index(axis)
+    index = check_int(caller, "axis", axis, "an int")
     if not -array.ndim <= index < array.ndim:
         raise ValueError(f"{caller}: axis {index} does not exist in an array of shape {tuple(array.shape)}")
     index = index - array.ndim if index >= 0 else index

@@ -51,10 +51,10 @@ def convolve(in1: Any, in2: Any, mode: str = "full", method: str = "auto", *, ax
         array([0, 1, 2])
     """
     x, h, place = _operands("convolve", in1, in2, axis)
-    check_one_of("method", method, METHODS)
+    check_one_of("convolve", "method", method, METHODS)
     if x.ndim == 0:
         return x * h
-    if _swap(mode, x.shape[-1], h.shape[-1]):
+    if _swap("convolve", mode, x.shape[-1], h.shape[-1]):
         x, h = h, x
     return put_back(convolve_last_axis(x, h, mode, _method(method, x, h)), place)
 
@@ -76,10 +76,10 @@ def correlate(
         array([0.5, 2. , 3.5, 3. , 0. ])
     """
     x, h, place = _operands("correlate", in1, in2, axis)
-    check_one_of("method", method, METHODS)
+    check_one_of("correlate", "method", method, METHODS)
     if x.ndim == 0:
         return x * h.conj()
-    swapped = _swap(mode, x.shape[-1], h.shape[-1])
+    swapped = _swap("correlate", mode, x.shape[-1], h.shape[-1])
     if swapped:
         x, h = h, x
     result = convolve_last_axis(x, h[..., ::-1].conj(), mode, _method(method, x, h))
@@ -114,7 +114,7 @@ def oaconvolve(in1: Any, in2: Any, mode: str = "full", axes: Any = None) -> Any:
     x, h, place = _operands("oaconvolve", in1, in2, axes)
     if x.ndim == 0:
         return x * h
-    if _swap(mode, x.shape[-1], h.shape[-1]):
+    if _swap("oaconvolve", mode, x.shape[-1], h.shape[-1]):
         x, h = h, x
     L, K = x.shape[-1], h.shape[-1]
     if 0 in (L, K, *np.broadcast_shapes(x.shape[:-1], h.shape[:-1])):
@@ -125,19 +125,28 @@ def oaconvolve(in1: Any, in2: Any, mode: str = "full", axes: Any = None) -> Any:
 def _operands(caller: str, in1: Any, in2: Any, axis: SupportsIndex | None) -> tuple[Any, Any, int]:
     """The two arrays with the axis moved to the end, and its former place."""
     in1, in2 = take(caller, in1=in1, in2=in2)
+    got = f"got shapes {tuple(in1.shape)} and {tuple(in2.shape)}"
     if in1.ndim != in2.ndim:
-        raise ValueError("volume and kernel should have the same dimensionality")
+        raise ValueError(f"{caller}: in1 and in2 must have the same number of axes, {got}")
     if in1.ndim == 0:
         return in1, in2, -1
     if axis is None and in1.ndim > 1:
-        raise ValueError(f"{caller}: axis must be given for arrays of {in1.ndim} axes; gpuconv.signal works along one")
+        name = "axes" if caller == "oaconvolve" else "axis"
+        raise ValueError(
+            f"{caller}: {name} must be given for arrays of {in1.ndim} axes; gpuconv.signal works along one"
+        )
     x, place = axis_last(caller, in1, -1 if axis is None else axis)
-    return x, axis_last(caller, in2, place)[0], place
+    h = axis_last(caller, in2, place)[0]
+    try:
+        np.broadcast_shapes(x.shape[:-1], h.shape[:-1])
+    except ValueError:
+        raise ValueError(f"{caller}: all axes of in1 and in2 but the convolved one must broadcast, {got}") from None
+    return x, h, place
 
 
-def _swap(mode: str, L: int, K: int) -> bool:
+def _swap(caller: str, mode: str, L: int, K: int) -> bool:
     """Whether "valid" needs the arrays swapped."""
-    check_one_of("mode", mode, MODES)
+    check_one_of(caller, "mode", mode, MODES)
     return mode == "valid" and K > L
 
 

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import math
-import operator
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 from .. import runtime
+from ..arguments import check_int
 from ..functional import conv1d
 from ..memory import take
-from .arrays import axis_last, check_one_of, computable, on_the_gpu_of_its_arrays, put_back, real_type, result_type
+from .arrays import (
+    axis_last,
+    check_factor,
+    check_one_of,
+    computable,
+    on_the_gpu_of_its_arrays,
+    put_back,
+    real_type,
+    result_type,
+)
 from .convolution import convolve_last_axis
 
 EXTENSIONS = (
@@ -42,8 +51,8 @@ def upfirdn(h: Any, x: Any, up: int = 1, down: int = 1, axis: int = -1, mode: st
         x's shape with ``((L - 1)*up + K - 1)//down + 1`` samples along the axis, floating-point.
 
     Raises:
-        ValueError: a factor is below 1, h does not have one axis or has no tap, x has no samples, or the mode is
-            unknown.
+        ValueError: a factor is not a whole number or is below 1, h does not have one axis or has no tap, x has no
+            samples, or the mode is unknown.
         TypeError: an argument is not an array, or a dtype is not supported.
 
     Example:
@@ -53,16 +62,14 @@ def upfirdn(h: Any, x: Any, up: int = 1, down: int = 1, axis: int = -1, mode: st
         array([1., 1., 1., 2., 2., 2., 3., 3., 3.])
     """
     h, x = take("upfirdn", h=h, x=x)
-    up, down = operator.index(up), operator.index(down)
     if h.ndim != 1 or h.size == 0:
-        raise ValueError("h must be 1-D with non-zero length")
-    if up < 1 or down < 1:
-        raise ValueError("Both up and down must be >= 1")
-    check_one_of("mode", mode, EXTENSIONS)
+        raise ValueError(f"upfirdn: h must have the shape (K,) with K >= 1, got {tuple(h.shape)}")
+    up, down = check_factor("upfirdn", "up", up), check_factor("upfirdn", "down", down)
+    check_one_of("upfirdn", "mode", mode, EXTENSIONS)
     x, place = axis_last("upfirdn", x, axis)
     L, K = x.shape[-1], h.shape[0]
     if L == 0:
-        raise ValueError("x must have samples along the axis")
+        raise ValueError(f"upfirdn: x must have samples along the axis, got the shape {tuple(x.shape)}")
     wide = np.result_type(h.dtype, x.dtype, np.float32)
     h, x = h.astype(wide if h.dtype.kind == "c" else real_type(wide), copy=False), x.astype(wide, copy=False)
     length = ((L - 1) * up + K - 1) // down + 1
@@ -152,7 +159,7 @@ def resample_poly(
         x's shape with ``ceil(L*up/down)`` samples along the axis, floating-point.
 
     Raises:
-        ValueError: a factor is not an integer or is below 1; window, padtype or cval does not fit.
+        ValueError: a factor is not a whole number or is below 1; window, padtype or cval does not fit.
         TypeError: x is not an array, or a dtype is not supported.
 
     Example:
@@ -162,15 +169,10 @@ def resample_poly(
         array([1., 1., 1.])
     """
     (x,) = take("resample_poly", x=x)
-    for name, factor in (("up", up), ("down", down)):
-        if factor != int(factor):
-            raise ValueError(f"{name} must be an integer")
-    up, down = int(up), int(down)
-    if up < 1 or down < 1:
-        raise ValueError("up and down must be >= 1")
+    up, down = check_factor("resample_poly", "up", up), check_factor("resample_poly", "down", down)
+    check_one_of("resample_poly", "padtype", padtype, (*_BACKGROUNDS, *EXTENSIONS))
     if cval is not None and padtype != "constant":
-        raise ValueError(f"cval has no effect when padtype is {padtype}")
-    check_one_of("padtype", padtype, (*_BACKGROUNDS, *EXTENSIONS))
+        raise ValueError(f"resample_poly: cval must be None for padtype {padtype!r}, which has no constant, got {cval}")
     common = math.gcd(up, down)
     up, down = up // common, down // common
     if up == down == 1:
@@ -180,7 +182,7 @@ def resample_poly(
     if isinstance(window, list) or hasattr(window, "ndim"):
         h = xp.asarray(window)
         if h.ndim > 1:
-            raise ValueError("window must be 1-D")
+            raise ValueError(f"resample_poly: window must have one axis, got {h.ndim}: {tuple(h.shape)}")
         h = h.astype(result_type(h, xp.empty(0, inexact)))
         half = (h.size - 1) // 2
     else:
@@ -234,16 +236,14 @@ def decimate_fir(x: Any, q: int, n: int | None = None, axis: int = -1, zero_phas
         array([1., 1., 1., 1.])
     """
     (x,) = take("decimate_fir", x=x)
-    q = operator.index(q)
-    n = 20 * q if n is None else operator.index(n)
-    if q < 2 or n < 0:
-        raise ValueError(f"decimate_fir: q must be at least 2 and n at least 0, got q = {q} and n = {n}")
+    q = check_int("decimate_fir", "q", q, "an int", 2)
+    n = 20 * q if n is None else check_int("decimate_fir", "n", n, "an int", 0)
+    signals, place = axis_last("decimate_fir", x, axis)
     dtype = x.dtype if x.dtype.kind in "fc" and x.dtype != np.float16 else np.dtype(np.float64)
     taps = runtime.array_module(x).asarray(_low_pass(n + 1, 1 / q, "hamming").astype(real_type(dtype)))
-    x = x.astype(dtype, copy=False)
+    signals = signals.astype(dtype, copy=False)
     if zero_phase:
-        return resample_poly(x, 1, q, axis=axis, window=taps)
-    signals, place = axis_last("decimate_fir", x, axis)
+        return put_back(resample_poly(signals, 1, q, axis=-1, window=taps), place)
     return put_back(_polyphase(taps, signals, 1, q, 0, -(-signals.shape[-1] // q)), place)
 
 
@@ -330,8 +330,7 @@ def _low_pass(taps: int, cutoff: float, window: Any) -> np.ndarray[Any, np.dtype
     elif name in windows and not parameters:
         weights = windows[name](taps)
     else:
-        raise ValueError(
-            f'window must be ("kaiser", beta), {", ".join(map(repr, windows))} or an array, got {window!r}'
-        )
+        known = f'("kaiser", beta), {", ".join(map(repr, windows))}'
+        raise ValueError(f"resample_poly: window must be {known} or an array, got {window!r}")
     h = cutoff * np.sinc(cutoff * (np.arange(taps) - (taps - 1) / 2)) * weights
     return np.asarray(h / h.sum())

@@ -238,31 +238,51 @@ def test_integers_and_unsigned_integers_give_the_dtype_that_scipy_gives() -> Non
 @pytest.mark.parametrize(
     ("call", "kind", "says"),
     [
-        (lambda x: signal.convolve(x, x[None]), ValueError, "volume and kernel should have the same dimensionality"),
-        (lambda x: signal.convolve(x, x, "middle"), ValueError, "mode must be one of 'full', 'same', 'valid'"),
-        (lambda x: signal.convolve(x, x, method="slow"), ValueError, "method must be one of 'auto', 'direct', 'fft'"),
-        (lambda x: signal.convolve(x[None], x[None]), ValueError, "axis must be given for arrays of 2 axes"),
-        (lambda x: signal.convolve(x, x, axis=1), ValueError, "axis 1 does not exist in an array of shape (5,)"),
+        (lambda x: signal.convolve(x, x[None]), ValueError, "convolve: in1 and in2 must have the same number of axes"),
+        (lambda x: signal.convolve(np.ones((2, 5)), x.repeat(3).reshape(3, 5), axis=1), ValueError,
+         "convolve: all axes of in1 and in2 but the convolved one must broadcast, got shapes (2, 5) and (3, 5)"),
+        (lambda x: signal.convolve(x, x, "middle"), ValueError, "convolve: mode must be one of 'full', 'same'"),
+        (lambda x: signal.correlate(x, x, "middle"), ValueError, "correlate: mode must be one of 'full', 'same', 'v"),
+        (lambda x: signal.oaconvolve(x, x, "middle"), ValueError, "oaconvolve: mode must be one of 'full', 'same', "),
+        (lambda x: signal.convolve(x, x, method="slow"), ValueError, "convolve: method must be one of 'auto', 'dir"),
+        (lambda x: signal.correlate(x, x, method="slow"), ValueError, "correlate: method must be one of 'auto', 'dire"),
+        (lambda x: signal.convolve(x[None], x[None]), ValueError, "convolve: axis must be given for arrays of 2 axes"),
+        (lambda x: signal.oaconvolve(x[None], x[None]), ValueError, "oaconvolve: axes must be given for arrays of 2 a"),
+        (lambda x: signal.convolve(x, x, axis=1), ValueError, "convolve: axis 1 does not exist in an array of shape"),
+        (lambda x: signal.convolve(x, x, axis=0.0), TypeError, "convolve: axis must be an int, got float 0.0"),
         (lambda x: signal.convolve(x, [1.0, 2.0]), TypeError, "convolve: in2 must be a NumPy or CuPy array, got list"),
         (lambda x: signal.convolve(x.astype("longdouble"), x), TypeError, "is not supported"),
         (lambda x: signal.oaconvolve(x[None], x[None], axes=(0, 1)), ValueError, "axes must name one axis, got (0, 1)"),
-        (lambda x: signal.upfirdn(x[None], x), ValueError, "h must be 1-D with non-zero length"),
-        (lambda x: signal.upfirdn(x, x, 0), ValueError, "Both up and down must be >= 1"),
-        (lambda x: signal.upfirdn(x, x, mode="mirror"), ValueError, "mode must be one of 'constant', 'wrap'"),
-        (lambda x: signal.upfirdn(x, x[:0]), ValueError, "x must have samples along the axis"),
-        (lambda x: signal.firfilter(x[:0], x), ValueError, "b must have the shape (K,) with K >= 1, got (0,)"),
-        (lambda x: signal.firfilter(x, x, zi=x), ValueError, "zi must have K - 1 = 4 elements along the axis"),
-        (lambda x: signal.resample_poly(x, 1.5, 1), ValueError, "up must be an integer"),
-        (lambda x: signal.resample_poly(x, 0, 1), ValueError, "up and down must be >= 1"),
-        (lambda x: signal.resample_poly(x, 2, 1, padtype="edge", cval=1), ValueError, "cval has no effect"),
-        (lambda x: signal.resample_poly(x, 2, 1, window="gauss"), ValueError, 'window must be ("kaiser", beta)'),
-        (lambda x: signal.resample_poly(x, 2, 1, window=x[None]), ValueError, "window must be 1-D"),
-        (lambda x: signal.decimate_fir(x, 1), ValueError, "q must be at least 2 and n at least 0, got q = 1"),
+        (lambda x: signal.upfirdn(x[None], x), ValueError, "upfirdn: h must have the shape (K,) with K >= 1, got (1,"),
+        (lambda x: signal.upfirdn(x, x, 0), ValueError, "upfirdn: up must be at least 1, got 0"),
+        (lambda x: signal.upfirdn(x, x, 1, 1.5), ValueError, "upfirdn: down must be a whole number, got 1.5"),
+        (lambda x: signal.upfirdn(x, x, "2"), TypeError, "upfirdn: up must be a whole number, got str '2'"),
+        (lambda x: signal.upfirdn(x, x, mode="mirror"), ValueError, "upfirdn: mode must be one of 'constant', 'wrap'"),
+        (lambda x: signal.upfirdn(x, x[:0]), ValueError, "upfirdn: x must have samples along the axis, got the shape"),
+        (lambda x: signal.firfilter(x[:0], x), ValueError, "firfilter: b must have the shape (K,) with K >= 1, got (0"),
+        (lambda x: signal.firfilter(x, x, zi=x), ValueError, "firfilter: zi must have K - 1 = 4 elements along"),
+        (lambda x: signal.resample_poly(x, 1.5, 1), ValueError, "resample_poly: up must be a whole number, got 1.5"),
+        (lambda x: signal.resample_poly(x, 1, 0), ValueError, "resample_poly: down must be at least 1, got 0"),
+        (lambda x: signal.resample_poly(x, 2, 1, padtype="edge", cval=1), ValueError,
+         "resample_poly: cval must be None for padtype 'edge', which has no constant, got 1"),
+        (lambda x: signal.resample_poly(x, 2, 1, padtype="zero"), ValueError, "resample_poly: padtype must be one of"),
+        (lambda x: signal.resample_poly(x, 2, 1, window="gauss"), ValueError, 'resample_poly: window must be ("'),
+        (lambda x: signal.resample_poly(x, 2, 1, window=x[None]), ValueError, "resample_poly: window must have one"),
+        (lambda x: signal.decimate_fir(x, 1), ValueError, "decimate_fir: q must be at least 2, got 1"),
+        (lambda x: signal.decimate_fir(x, 2, -1), ValueError, "decimate_fir: n must be at least 0, got -1"),
+        (lambda x: signal.decimate_fir(x, 2.5), TypeError, "decimate_fir: q must be an int, got float 2.5"),
+        (lambda x: signal.decimate_fir(x, 2, axis=1), ValueError, "decimate_fir: axis 1 does not exist in an array"),
     ],
 )  # fmt: skip
 def test_bad_arguments(call: Callable[[Any], Any], kind: type[Exception], says: str) -> None:
     with pytest.raises(kind, match=re.escape(says)):
         call(np.ones(5))
+
+
+def test_factors_may_be_floats_without_a_fraction_as_in_scipy() -> None:
+    x = np.arange(12.0)
+    np.testing.assert_array_equal(signal.resample_poly(x, 3.0, np.float64(2)), signal.resample_poly(x, 3, 2))
+    np.testing.assert_array_equal(signal.upfirdn(x[:3], x, 2.0), signal.upfirdn(x[:3], x, 2))
 
 
 def test_long_kernels_of_floats_take_the_fft_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
